@@ -1,0 +1,46 @@
+"""The flash attention that torch ships for CPUs, through the ops that give and take the log-sum-exp."""
+
+import torch
+
+from longctx.attention.kernel import Gradients, Kernel
+from longctx.attention.partial import Partial, accumulation_dtype
+from longctx.shapes import Keys, LogSumExp, Queries, Tensor
+
+_forward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# Below this many rows the query heads that share a KV head are stacked as rows of one head, so that keys
+# are read once per KV head instead of once per query head: twice as fast for one row, even at 32.
+_FOLD_BELOW = 32
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)  # b s h d <-> b h s d, as a view
+
+
+def _flash_forward(q: Queries, k: Keys, v: Keys, causal: bool) -> Partial:
+    # The op dies with SIGFPE on empty inputs: never let one through.
+    assert q.shape[1] and k.shape[1], "an empty tile reached the kernel"
+    # bf16 inputs are computed in float32: without AMX it is faster, and the op sums bf16 gradients in bf16.
+    q, k, v = (_heads_first(x.to(accumulation_dtype(q))) for x in (q, k, v))
+    b, hq, sq, d = q.shape
+    hk = k.shape[1]
+    if not causal and hq != hk and sq < _FOLD_BELOW:
+        out, lse = _forward_op(q.reshape(b, hk, -1, d), k, v)
+        out, lse = out.reshape(b, hq, sq, d), lse.reshape(b, hq, sq)
+    else:
+        out, lse = _forward_op(q, k, v, 0.0, causal)
+    return Partial(_heads_first(out), lse.transpose(1, 2))
+
+
+def _flash_backward(
+    dout: Queries, q: Queries, k: Keys, v: Keys, out: Queries, lse: LogSumExp, causal: bool
+) -> Gradients:
+    assert q.shape[1] and k.shape[1], "an empty tile reached the kernel"
+    dtype = accumulation_dtype(q)
+    dout, q, k, v, out = (_heads_first(x.to(dtype)) for x in (dout, q, k, v, out))
+    dq, dk, dv = _backward_op(dout, q, k, v, out, lse.transpose(1, 2), 0.0, causal)
+    return _heads_first(dq), _heads_first(dk), _heads_first(dv)
+
+
+flash_cpu = Kernel("flash_cpu", _flash_forward, _flash_backward)

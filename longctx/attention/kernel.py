@@ -1,0 +1,94 @@
+"""One block of attention: what a kernel is, the plain one that all others are tested against, the fold."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from longctx.attention.partial import Partial, absorb, accumulation_dtype
+from longctx.attention.tiles import Tile
+from longctx.shapes import Keys, LogSumExp, Queries, Tensor
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A backend for one tile: a full rectangle, or (``causal``) a square lower triangle.
+
+    ``forward(q, k, v, causal)`` gives the `Partial`; ``backward(dout, q, k, v, out, lse, causal)`` this
+    tile's share of (dq, dk, dv) in the accumulation dtype, from ``out`` and ``lse`` of the *whole* softmax:
+    exp(score - lse) is then already the global probability, so that no block needs another's.
+    No tile is empty, and no row of one is fully masked: `causal_tiles` sees to both.
+    """
+
+    name: str
+    forward: Callable[[Tensor, Tensor, Tensor, bool], Partial]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool], Gradients]
+
+
+def attend_tiles(
+    seen: Partial, q: Queries, k: Keys, v: Keys, tiles: Iterable[Tile], kernel: Kernel
+) -> None:
+    """Fold what ``q`` sees of ``k`` and ``v`` into ``seen``, in place."""
+    for tile in tiles:
+        part = kernel.forward(q[:, tile.q], k[:, tile.k], v[:, tile.k], tile.causal)
+        absorb(seen, tile.q, part)
+
+
+def tile_gradients(
+    dout: Queries, q: Queries, k: Keys, v: Keys, whole: Partial, tiles: Iterable[Tile], kernel: Kernel
+) -> Gradients:
+    """These tiles' share of (dq, dk, dv); ``whole`` is the attention over all keys of all ranks."""
+    dtype = accumulation_dtype(q)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+    for tile in tiles:
+        a, b = tile.q, tile.k
+        grads = kernel.backward(
+            dout[:, a], q[:, a], k[:, b], v[:, b], whole.out[:, a], whole.lse[:, a], tile.causal
+        )
+        for total, grad, rows in zip((dq, dk, dv), grads, (a, b, b), strict=True):
+            total[:, rows] += grad
+    return dq, dk, dv
+
+
+def _scores(q: Queries, k: Keys, causal: bool) -> Tensor:
+    """Scaled scores [b hk g sq sk]; the g = hq / hk query heads that share a KV head stand together."""
+    b, sq, hq, d = q.shape
+    grouped = q.view(b, sq, k.shape[2], -1, d)
+    scores = torch.einsum("bqhgd,bkhd->bhgqk", grouped, k) / math.sqrt(d)
+    if causal:
+        above = torch.ones(sq, k.shape[1], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(above, -math.inf)
+    return scores
+
+
+def _reference_forward(q: Queries, k: Keys, v: Keys, causal: bool) -> Partial:
+    q, k, v = (x.to(accumulation_dtype(q)) for x in (q.contiguous(), k, v))
+    scores = _scores(q, k, causal)
+    lse = scores.logsumexp(-1)
+    out = torch.einsum("bhgqk,bkhd->bqhgd", torch.exp(scores - lse.unsqueeze(-1)), v)
+    return Partial(out.reshape(q.shape), lse.permute(0, 3, 1, 2).reshape(q.shape[:-1]))
+
+
+def _reference_backward(
+    dout: Queries, q: Queries, k: Keys, v: Keys, out: Queries, lse: LogSumExp, causal: bool
+) -> Gradients:
+    dout, q, k, v, out = (x.to(accumulation_dtype(q)).contiguous() for x in (dout, q, k, v, out))
+    b, sq, hq, d = q.shape
+    grouped = (b, sq, k.shape[2], -1)
+    rows_last = (0, 2, 3, 1)  # b sq hk g -> b hk g sq
+    probability = torch.exp(
+        _scores(q, k, causal) - lse.reshape(grouped).permute(rows_last).unsqueeze(-1)
+    )
+    delta = (dout * out).sum(-1).reshape(grouped).permute(rows_last).unsqueeze(-1)
+    dout = dout.view(*grouped, d)
+    dv = torch.einsum("bhgqk,bqhgd->bkhd", probability, dout)
+    dscores = probability * (torch.einsum("bqhgd,bkhd->bhgqk", dout, v) - delta) / math.sqrt(d)
+    dq = torch.einsum("bhgqk,bkhd->bqhgd", dscores, k).reshape(q.shape)
+    dk = torch.einsum("bhgqk,bqhgd->bkhd", dscores, q.view(*grouped, d))
+    return dq, dk, dv
+
+
+reference = Kernel("reference", _reference_forward, _reference_backward)

@@ -1,0 +1,63 @@
+"""A partial attention is a value: what some of the keys say, and how much weight they carry."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from longctx.shapes import LogSumExp, Queries, Tensor
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Attention over some keys, normalised over those keys alone.
+
+    ``out`` [b s h d] is their weighted mean of values; ``lse`` [b s h] the natural logarithm of the sum of
+    ``exp(q.k / sqrt(d))`` over them, -inf where a row has met no key.  Both are float32, or float64 when the
+    inputs are: partial results travel and add up in that precision whatever the model's dtype.
+    """
+
+    out: Queries
+    lse: LogSumExp
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that softmax state and gradient sums of ``x`` are kept in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def nothing(q: Queries) -> Partial:
+    """The partial attention of ``q`` over no keys: the unit of `merge`."""
+    dtype = accumulation_dtype(q)
+    return Partial(
+        torch.zeros(q.shape, dtype=dtype, device=q.device),
+        torch.full(q.shape[:-1], -math.inf, dtype=dtype, device=q.device),
+    )
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """The attention over the keys of both; associative, commutative, with `nothing` as its unit.
+
+    arXiv 2411.01783, Eq. 4: each side weighs exp(lse - lse_max).  Exact for rows that either side, or
+    neither, has seen: peers' ``logsigmoid`` form gives NaN there.
+    """
+    share, lse = _weigh(a.lse, b.lse)
+    return Partial(torch.lerp(a.out, b.out, share.unsqueeze(-1)), lse)
+
+
+def absorb(seen: Partial, rows: slice, part: Partial) -> None:
+    """`merge` ``part`` into ``rows`` of ``seen``, in place: ``seen`` belongs to the caller's loop."""
+    share, lse = _weigh(seen.lse[:, rows], part.lse)
+    seen.out[:, rows].lerp_(part.out, share.unsqueeze(-1))
+    seen.lse[:, rows] = lse
+
+
+def _weigh(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The share of ``b`` in the merged row, and the merged log-sum-exp."""
+    top = torch.maximum(a, b)
+    # Where both are -inf, subtracting -inf would make NaN: measure from 0 instead.
+    top = top.masked_fill(top == -math.inf, 0.0)
+    weight_a, weight_b = torch.exp(a - top), torch.exp(b - top)
+    total = weight_a + weight_b
+    share = torch.where(total > 0, weight_b / total, torch.zeros_like(total))
+    return share, top + torch.log(total)

@@ -1,0 +1,1 @@
+"""Text in: prompts now; documents, packing and batches for training."""

@@ -1,0 +1,60 @@
+"""A prompt: real text from a file, the command line or CPython's own documentation, as token ids."""
+
+from pathlib import Path
+from typing import Any
+
+from longctx.schema import PromptSource
+
+
+def prompt_tokens(source: PromptSource, tokenizer: Any) -> list[int]:
+    """Token ids of the prompt that ``source`` describes.
+
+    Raises ValueError for a missing or empty file, one that is not UTF-8 text, an empty prompt, none or two
+    sources, and a question put to a model without a chat template.
+    """
+    text = _text(source)
+    if source.question is None:
+        ids = list(tokenizer(text)["input_ids"])
+        return ids if source.tokens is None else ids[: source.tokens]
+    if not tokenizer.chat_template:
+        raise ValueError("prompt.question needs a model with a chat template: drop it, or use an instruct model")
+    if source.tokens is not None:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        text = tokenizer.decode(ids[: source.tokens])
+    message = {"role": "user", "content": f"{text}\n\n{source.question}"}
+    return list(
+        tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True)["input_ids"]
+    )
+
+
+def _text(source: PromptSource) -> str:
+    given = [name for name in ("file", "text", "pydoc") if getattr(source, name) not in (None, False)]
+    if len(given) != 1:
+        raise ValueError(
+            f"the prompt comes from one source, not {' and '.join(given) or 'none'}: "
+            "give prompt.file=FILE, prompt.text='...' or prompt.pydoc=true"
+        )
+    if source.tokens is not None and source.tokens < 1:
+        raise ValueError(f"prompt.tokens={source.tokens}: keep at least one token")
+    text = _pydoc() if source.pydoc else source.text if source.file is None else _read(source.file)
+    if not text or not text.strip():
+        raise ValueError("the prompt is empty: give it some text")
+    return text
+
+
+def _read(name: str) -> str:
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"prompt.file={name} is not UTF-8 text (byte {error.start}): give a text file"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"prompt.file={name} cannot be read: {error.strerror}") from error
+
+
+def _pydoc() -> str:
+    """About 700 KB of prose that every CPython carries: the language reference, topic by topic."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))

@@ -1,0 +1,1 @@
+"""Inference: a sharded KV cache, prefill, decoding."""

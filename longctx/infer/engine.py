@@ -1,0 +1,56 @@
+"""A loaded model on its ranks: what every inference recipe builds first."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from longctx.attention.flash_cpu import flash_cpu
+from longctx.attention.kernel import Kernel, reference
+from longctx.infer.prefill import Engine
+from longctx.megatron import weights
+from longctx.megatron.model import build_model, layers_in_use
+from longctx.megatron.runtime import Runtime
+from longctx.parallel.comm import Alone
+from longctx.schema import ModelShape, ModelSource
+
+KERNELS = {"reference": reference, "flash_cpu": flash_cpu}
+
+
+def kernel_for(asked: str, device: torch.device) -> Kernel:
+    """The block kernel of that name, or with ``auto`` the fastest for ``device``.
+
+    Raises ValueError where none is tested exact.
+    """
+    if asked == "auto" and device.type == "cpu":
+        return flash_cpu
+    if asked in ("auto", "flash_cpu") and device.type != "cpu":
+        raise ValueError(
+            f"context.kernel={asked}: no fast kernel has been tested on {device.type} yet; use context.kernel=reference"
+        )
+    return KERNELS[asked]
+
+
+def load_engine(here: Runtime, model: ModelSource, shape: ModelShape, folder: Path, kernel: str) -> Engine:
+    """``model``, sharded over ``here``'s mesh, with its weights read from ``folder``."""
+    layers = layers_in_use(model.layers)
+    built = _loaded(here, here.groups, model, shape, folder, layers)
+    return Engine(built, shape, here.ulysses, here.ring, kernel_for(kernel, here.device), layers)
+
+
+def load_alone(here: Runtime, engine: Engine, model: ModelSource, folder: Path) -> Engine:
+    """The same model on this rank by itself; ``engine``'s own where it holds all of it."""
+    built = engine.model
+    if here.mesh.tp > 1:
+        built = _loaded(here, here.alone, model, engine.shape, folder, engine.layers)
+    return replace(engine, model=built, ulysses=Alone(), ring=Alone())
+
+
+def _loaded(
+    here: Runtime, groups: Any, model: ModelSource, shape: ModelShape, folder: Path, layers: str
+) -> GPTModel:
+    built = build_model(shape, groups, dtype=getattr(torch, model.dtype), layers=layers, device=here.device)
+    weights.load(built, weights.reader(folder), shape)
+    return built

@@ -1,0 +1,83 @@
+"""One place that starts and stops process groups."""
+
+import datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from longctx.parallel.comm import Alone, Comm, DistComm
+from longctx.parallel.launch import Rank
+from longctx.schema import Mesh
+
+@dataclass(frozen=True)
+class Runtime:
+    """A rank among its groups.
+
+    ``ulysses`` and ``ring`` share the sequence, ``context`` is both together (rank = ring rank * ulysses size
+    + ulysses rank); ``groups`` are megatron-core's, ``alone`` the same kind for this rank by itself.
+    """
+
+    rank: Rank
+    mesh: Mesh
+    device: torch.device
+    groups: Any
+    alone: Any
+    ulysses: Comm
+    ring: Comm
+    context: Comm
+
+
+@contextmanager
+def runtime(rank: Rank, mesh: Mesh, *, threads: int = 1, timeout_s: float = 600) -> Iterator[Runtime]:
+    """Process groups of ``mesh`` while the block runs: gloo on CPU, NCCL where there is CUDA.
+
+    A collective that a silent rank keeps waiting for ``timeout_s`` seconds raises; a dead rank is noticed at
+    once.  Raises ValueError if the launcher started another number of ranks than ``mesh`` has.
+    """
+    if rank.world != mesh.ranks:
+        raise ValueError(f"{rank.world} ranks were started, the mesh has {mesh.ranks} ({mesh})")
+    torch.set_num_threads(threads)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", rank.local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        init_method=rank.meet,
+        rank=rank.rank,
+        world_size=rank.world,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
+    try:
+        yield _groups(rank, mesh, device, timeout_s)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _groups(rank: Rank, mesh: Mesh, device: torch.device, timeout_s: float) -> Runtime:
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=mesh.tp,
+        pipeline_model_parallel_size=mesh.pp,
+        context_parallel_size=mesh.context,
+        hierarchical_context_parallel_sizes=[mesh.ulysses, mesh.ring],
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    ulysses, ring = parallel_state.get_hierarchical_context_parallel_groups()
+    own = [dist.new_group([i]) for i in range(rank.world)][rank.rank]
+    # A model that runs on this rank by itself asks for these groups only.
+    alone = ProcessGroupCollection(tp=own, cp=own, pp=own, embd=own, ep=own, tp_cp=own)
+    return Runtime(
+        rank, mesh, device, groups, alone, _comm(ulysses), _comm(ring), _comm(groups.cp)
+    )
+
+
+def _comm(group: dist.ProcessGroup) -> Comm:
+    return DistComm(group) if group.size() > 1 else Alone()

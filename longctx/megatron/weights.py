@@ -1,0 +1,101 @@
+"""Hugging Face weights into a megatron-core model, each tensor-parallel rank taking its part.
+
+| megatron-core                      | Hugging Face                 | how                                       |
+|------------------------------------|------------------------------|-------------------------------------------|
+| embedding.word_embeddings.weight   | model.embed_tokens.weight    | rows sharded, padded to equal shares      |
+| ...self_attention.linear_qkv       | q_proj, k_proj, v_proj       | by query group: its queries, key, value   |
+| ...self_attention.linear_proj      | o_proj                       | columns sharded                           |
+| ...mlp.linear_fc1                  | gate_proj, up_proj           | each rank: its gate rows, its up rows     |
+| ...mlp.linear_fc2                  | down_proj                    | columns sharded                           |
+| ...input_layernorm, pre_mlp_layernorm (Transformer Engine: linear_*.layer_norm_weight) | input_layernorm, post_attention_layernorm | whole |
+| decoder.final_layernorm, output_layer | model.norm, lm_head (absent when tied) |                              |
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from safetensors import safe_open
+
+from longctx.schema import ModelShape
+from longctx.shapes import Tensor
+
+_PLAIN = {
+    "input_layernorm.weight": "input_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
+    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+}
+
+Read = Callable[[str], Tensor]
+
+
+def reader(folder: Path) -> Read:
+    """A function that reads one tensor of a safetensors folder by name, from one file or many."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
+    else:
+        whole = folder / "model.safetensors"
+        if not whole.is_file():
+            raise ValueError(f"{folder} has no model.safetensors: convert the model to safetensors first")
+        with safe_open(whole, "pt") as file:
+            files = dict.fromkeys(file.keys(), whole.name)
+
+    def read(name: str) -> Tensor:
+        with safe_open(folder / files[name], "pt") as file:
+            return file.get_tensor(name)
+
+    return read
+
+
+@torch.no_grad()
+def load(model: GPTModel, read: Read, shape: ModelShape) -> None:
+    """Fill ``model`` from Hugging Face tensors; every parameter, each in its own dtype."""
+    tp = model.pg_collection.tp
+    for name, parameter in model.named_parameters():
+        whole = _unsharded(name, read, shape)
+        part = _part(name, whole, parameter, tp.size(), tp.rank())
+        if part.shape != parameter.shape:
+            raise ValueError(f"{name}: the file has {tuple(part.shape)}, the model {tuple(parameter.shape)}")
+        parameter.copy_(part)
+
+
+def _unsharded(name: str, read: Read, shape: ModelShape) -> Tensor:
+    if name == "embedding.word_embeddings.weight":
+        return read("model.embed_tokens.weight")
+    if name == "output_layer.weight":
+        return read("lm_head.weight")
+    if name == "decoder.final_layernorm.weight":
+        return read("model.norm.weight")
+    _, _, layer, rest = name.split(".", 3)
+    theirs = f"model.layers.{layer}."
+    kind = rest.rsplit(".", 1)[-1]
+    if rest in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"):
+        return fuse_qkv(*(read(f"{theirs}self_attn.{x}_proj.{kind}") for x in "qkv"), groups=shape.kv_heads)
+    if rest == "mlp.linear_fc1.weight":
+        return torch.stack([read(f"{theirs}mlp.{x}_proj.weight") for x in ("gate", "up")])
+    return read(theirs + _PLAIN[rest])
+
+
+def fuse_qkv(q: Tensor, k: Tensor, v: Tensor, *, groups: int) -> Tensor:
+    """Rows of q, k, v (weights [h*d hidden] or biases [h*d]) as megatron-core orders them: group by group."""
+    parts = (x.reshape(groups, x.shape[0] // groups, *x.shape[1:]) for x in (q, k, v))
+    return torch.cat(list(parts), 1).flatten(0, 1)
+
+
+def _part(name: str, whole: Tensor, parameter: Tensor, size: int, rank: int) -> Tensor:
+    if name.endswith("linear_fc1.weight"):  # [2 ffn hidden]: gate and up are sharded each on its own
+        return whole.chunk(size, 1)[rank].flatten(0, 1)
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return whole
+    dim = parameter.partition_dim
+    part = whole.tensor_split([n * parameter.shape[dim] for n in range(1, size)], dim)[rank]
+    missing = parameter.shape[dim] - part.shape[dim]
+    if missing and name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        part = torch.cat([part, part.new_zeros(missing, part.shape[1])])
+    return part

@@ -1,0 +1,140 @@
+"""A group of ranks is a value: `Comm`, on torch.distributed (gloo, NCCL) or on nobody at all.
+
+Shapes are not exchanged: every rank knows every layout, so the receiver says what will come.  Tensors of
+zero elements are not sent.  What is sent to others is counted in ``traffic``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from longctx.shapes import Tensor
+
+Shape = tuple[int, ...]
+
+
+@dataclass
+class Traffic:
+    """What a rank has sent to others: bytes and messages, by operation."""
+
+    bytes: dict[str, int] = field(default_factory=dict)
+    messages: dict[str, int] = field(default_factory=dict)
+
+    def count(self, operation: str, sent: Sequence[Tensor]) -> None:
+        sizes = [x.numel() * x.element_size() for x in sent if x.numel()]
+        self.bytes[operation] = self.bytes.get(operation, 0) + sum(sizes)
+        self.messages[operation] = self.messages.get(operation, 0) + len(sizes)
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes.values())
+
+
+class Pending(Protocol):
+    """Tensors on their way; what travels is read-only until ``wait`` has returned."""
+
+    def wait(self) -> tuple[Tensor, ...]: ...
+
+
+class Comm(Protocol):
+    """A group of ranks, seen from one of them."""
+
+    rank: int
+    size: int
+    traffic: Traffic
+
+    def shift(self, *mine: Tensor, coming: Sequence[Shape]) -> Pending:
+        """Send ``mine`` to the next rank; the previous rank's tensors, of shapes ``coming``, come in."""
+        ...
+
+    def all_to_all(self, parts: Sequence[Tensor], coming: Sequence[Shape]) -> list[Tensor]:
+        """Send ``parts[i]`` to rank i; entry i of the answer is what rank i sent here."""
+        ...
+
+    def all_gather(self, mine: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        """Everybody's tensor; ``shapes[i]`` is that of rank i."""
+        ...
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A `Pending` whose tensors are here."""
+
+    tensors: tuple[Tensor, ...]
+
+    def wait(self) -> tuple[Tensor, ...]:
+        return self.tensors
+
+
+@dataclass
+class Alone:
+    """A group of one, which has nobody to talk to."""
+
+    rank: int = 0
+    size: int = 1
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def shift(self, *mine: Tensor, coming: Sequence[Shape]) -> Pending:
+        raise AssertionError("a ring of one communicates nothing")
+
+    def all_to_all(self, parts: Sequence[Tensor], coming: Sequence[Shape]) -> list[Tensor]:
+        return list(parts)
+
+    def all_gather(self, mine: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        return [mine]
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    works: Sequence[dist.Work]
+    coming: tuple[Tensor, ...]
+    # The backend reads these until it is done: dropping them early would free their memory under it.
+    leaving: tuple[Tensor, ...]
+
+    def wait(self) -> tuple[Tensor, ...]:
+        for work in self.works:
+            work.wait()
+        return self.coming
+
+
+class DistComm:
+    """A `Comm` over a torch.distributed process group: gloo between CPUs, NCCL between GPUs."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank: int = group.rank()
+        self.size: int = group.size()
+        self.traffic = Traffic()
+
+    def shift(self, *mine: Tensor, coming: Sequence[Shape]) -> Pending:
+        leaving = tuple(x.contiguous() for x in mine)
+        arriving = tuple(x.new_empty(shape) for x, shape in zip(mine, coming, strict=True))
+        self.traffic.count("shift", leaving)
+        following, previous = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        ops = [self._p2p(dist.irecv, x, previous) for x in arriving if x.numel()]
+        ops += [self._p2p(dist.isend, x, following) for x in leaving if x.numel()]
+        works = dist.batch_isend_irecv(ops) if ops else []
+        return _InFlight(works, arriving, leaving)
+
+    def _p2p(self, op: object, x: Tensor, peer: int) -> dist.P2POp:
+        return dist.P2POp(op, x, group=self.group, group_peer=peer)
+
+    def all_to_all(self, parts: Sequence[Tensor], coming: Sequence[Shape]) -> list[Tensor]:
+        self.traffic.count("all_to_all", [x for i, x in enumerate(parts) if i != self.rank])
+        sizes = [torch.Size(shape).numel() for shape in coming]
+        if self.size == 1:
+            return list(parts)
+        leaving = torch.cat([x.reshape(-1) for x in parts])
+        arriving = leaving.new_empty(sum(sizes))
+        # Every member must take part, even with nothing to give: the others wait for it.
+        dist.all_to_all_single(
+            arriving, leaving, sizes, [x.numel() for x in parts], group=self.group
+        )
+        return [x.view(shape) for x, shape in zip(arriving.split(sizes), coming, strict=True)]
+
+    def all_gather(self, mine: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        # gloo's own all-gather refuses parts of different length; the bytes are the same this way.
+        return self.all_to_all([mine] * self.size, shapes)

@@ -1,0 +1,167 @@
+"""How ranks come to be: started here, one process each, all ended as soon as one fails; or by a launcher."""
+
+import multiprocessing as mp
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+_GRACE_S = 5.0  # between SIGTERM and SIGKILL
+_GATHER_S = 1.0  # how long to listen for other failures before saying which came first
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Where a process stands among its fellows, and where they meet (a torch.distributed init URL)."""
+
+    rank: int
+    world: int
+    local: int
+    meet: str
+
+
+class RankFailed(RuntimeError):
+    """A rank died or raised; the others have been ended.  ``rank`` is the one that failed first."""
+
+    def __init__(self, rank: int, world: int, reason: str, details: str) -> None:
+        super().__init__(f"rank {rank} of {world} {reason}; the other ranks were ended")
+        self.rank, self.details = rank, details
+
+
+def rank_from_environment(environment: Mapping[str, str]) -> Rank | None:
+    """This process's place if torchrun or srun started it, as its environment tells; None if nobody did."""
+    e = environment
+    if "RANK" in e and "WORLD_SIZE" in e:
+        return Rank(int(e["RANK"]), int(e["WORLD_SIZE"]), int(e.get("LOCAL_RANK", 0)), "env://")
+    if "SLURM_STEP_NODELIST" in e and "SLURM_PROCID" in e:
+        host = _first_host(e["SLURM_STEP_NODELIST"])
+        port = 20000 + int(e["SLURM_JOB_ID"]) % 20000  # every rank can work it out, and jobs differ
+        world = int(e["SLURM_STEP_NUM_TASKS"])
+        return Rank(int(e["SLURM_PROCID"]), world, int(e["SLURM_LOCALID"]), f"tcp://{host}:{port}")
+    return None
+
+
+def _first_host(nodes: str) -> str:
+    listing = ["scontrol", "show", "hostnames", nodes]
+    return subprocess.run(listing, capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+def warm_up(modules: Sequence[str]) -> None:
+    """Import ``modules`` once, in the process that all ranks are forked from.  Call it early: it returns at once."""
+    mp.set_forkserver_preload(list(modules))
+    from multiprocessing import forkserver
+
+    forkserver.ensure_running()
+
+
+def run_ranks(world: int, rank_main: Callable[..., Any], *args: Any) -> list[Any]:
+    """``rank_main(Rank, *args)`` in ``world`` processes; their results by rank (None where there is none).
+
+    ``rank_main`` must be importable by name.  Raises `RankFailed`, after every other rank has been ended, if
+    one raises, exits or is killed.  If this process dies, so do the ranks.
+    """
+    context = mp.get_context("forkserver")
+    with tempfile.TemporaryDirectory(prefix="longctx-") as folder:
+        processes = [
+            context.Process(
+                target=_run_one,
+                args=(Rank(i, world, i, f"file://{folder}/store"), folder, rank_main, args),
+                name=f"rank {i}",
+            )
+            for i in range(world)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            _wait_for_all(processes, Path(folder))
+        finally:
+            _end(processes)
+        return [_read(Path(folder, f"result{i}")) for i in range(world)]
+
+
+def _run_one(
+    rank: Rank, folder: str, rank_main: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    parent = mp.parent_process()
+    assert parent is not None
+    # A parent that is killed cannot end its ranks: they watch it instead.
+    threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    try:
+        result = rank_main(rank, *args)
+        _write(Path(folder, f"result{rank.rank}"), result)
+    except BaseException as error:
+        reason = f"raised {type(error).__name__}: {error}"
+        _write(Path(folder, f"error{rank.rank}"), (reason, traceback.format_exc(), time.time()))
+        _leave(1)
+    _leave(0)
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Without the interpreter's own ending, in which a lost peer's background threads can hang.
+    os._exit(code)
+
+
+def _die_with(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
+
+
+def _wait_for_all(processes: list[ForkServerProcess], folder: Path) -> None:
+    waiting = {process.sentinel: process for process in processes}
+    while waiting:
+        ended = [waiting.pop(sentinel) for sentinel in wait(list(waiting))]
+        if any(process.exitcode for process in ended):
+            wait_until = time.monotonic() + _GATHER_S
+            while waiting and time.monotonic() < wait_until:
+                for sentinel in wait(list(waiting), timeout=0.1):
+                    waiting.pop(sentinel)
+            raise _first_failure(processes, folder)
+
+
+def _first_failure(processes: list[ForkServerProcess], folder: Path) -> RankFailed:
+    """A rank that was killed left no word and comes first; then whoever raised first."""
+    failed = [i for i, process in enumerate(processes) if process.exitcode]
+    silent = [i for i in failed if not Path(folder, f"error{i}").exists()]
+    if silent:
+        code = processes[silent[0]].exitcode or 0
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        return RankFailed(silent[0], len(processes), how, "")
+    errors = {i: _read(Path(folder, f"error{i}")) for i in failed}
+    first = min(errors, key=lambda i: errors[i][2])
+    return RankFailed(first, len(processes), errors[first][0], errors[first][1])
+
+
+def _end(processes: list[ForkServerProcess]) -> None:
+    started = [process for process in processes if process.pid]
+    for process in started:
+        process.terminate()
+    until = time.monotonic() + _GRACE_S
+    for process in started:
+        process.join(max(0.0, until - time.monotonic()))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+
+
+def _write(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(pickle.dumps(value))
+    partial.rename(path)
+
+
+def _read(path: Path) -> Any:
+    return pickle.loads(path.read_bytes()) if path.exists() else None

@@ -1,0 +1,111 @@
+"""The ring: every rank's tensors in turn, and what is computed while the next are on their way."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from longctx.attention.kernel import Gradients, Kernel, attend_tiles, tile_gradients
+from longctx.attention.layout import Layout
+from longctx.attention.partial import Partial, absorb, nothing
+from longctx.attention.tiles import Tile, causal_tiles
+from longctx.parallel.comm import Comm, Shape
+from longctx.shapes import Keys, Queries, Tensor
+
+
+@dataclass(frozen=True)
+class Ring:
+    """A group of ranks, and which rows of the queries and of the keys each of them holds."""
+
+    comm: Comm
+    queries: Layout
+    keys: Layout
+
+    def tiles(self, q_rank: int, k_rank: int) -> tuple[Tile, ...]:
+        return causal_tiles(self.queries.ranks[q_rank], self.keys.ranks[k_rank])
+
+
+Strategy = Callable[[Queries, Keys, Keys, Ring, Kernel], Partial]
+
+
+def _with_rows(x: Tensor, rows: int) -> Shape:
+    return (x.shape[0], rows, *x.shape[2:])
+
+
+def rotate(
+    comm: Comm, layout: Layout, *mine: Tensor
+) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Every rank's tensors in turn, with their owner, our own first; the next are on their way while we work.
+
+    Owners hold as many rows (dim 1) as ``layout`` says.  Two buffers: what is held, and what is coming.
+    """
+    held = mine
+    for step in range(comm.size):
+        previous = (comm.rank - step - 1) % comm.size
+        shapes = [_with_rows(x, layout.rows(previous)) for x in mine]
+        coming = comm.shift(*held, coming=shapes) if step + 1 < comm.size else None
+        yield (comm.rank - step) % comm.size, held
+        held = coming.wait() if coming else held
+
+
+def pass_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
+    """Queries stay, keys and values go round (arXiv 2411.01783, Alg. 2).
+
+    Bytes sent per rank: keys and values of every rank but the next one, which are the ones that pass by.
+    """
+    seen = nothing(q)
+    for owner, (k_o, v_o) in rotate(ring.comm, ring.keys, k, v):
+        attend_tiles(seen, q, k_o, v_o, ring.tiles(ring.comm.rank, owner), kernel)
+    return seen
+
+
+def pass_q(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
+    """Keys and values stay, queries go round; their answers come home in one exchange (Alg. 3).
+
+    Bytes sent per rank: queries of every rank but the next one, and the answers to all but its own, each a
+    row of d values and its log-sum-exp per head, in float32.
+    """
+    comm = ring.comm
+    answers = [torch.empty(0)] * comm.size
+    for owner, (q_o,) in rotate(comm, ring.queries, q):
+        seen = nothing(q_o)
+        attend_tiles(seen, q_o, k, v, ring.tiles(owner, comm.rank), kernel)
+        answers[owner] = torch.cat([seen.out, seen.lse.unsqueeze(-1)], -1)
+    home: Shape = (*q.shape[:-1], q.shape[-1] + 1)
+    whole = nothing(q)
+    for answer in comm.all_to_all(answers, [home] * comm.size):
+        absorb(whole, slice(None), Partial(answer[..., :-1], answer[..., -1]))
+    return whole
+
+
+def ring_gradients(
+    dout: Queries, q: Queries, k: Keys, v: Keys, whole: Partial, ring: Ring, kernel: Kernel
+) -> Gradients:
+    """(dq, dk, dv) in the accumulation dtype, whichever of the strategies made ``whole``.
+
+    Keys and values go round again, and the sums of their gradients follow one step behind, so that they
+    arrive at home complete after the last step.
+    """
+    comm = ring.comm
+    dq = torch.zeros_like(whole.out)
+    sums = None
+    dk = dv = torch.empty(0)
+    for owner, (k_o, v_o) in rotate(comm, ring.keys, k, v):
+        tiles = ring.tiles(comm.rank, owner)
+        dq_o, dk, dv = tile_gradients(dout, q, k_o, v_o, whole, tiles, kernel)
+        dq += dq_o
+        if sums:
+            dk_before, dv_before = sums.wait()
+            dk, dv = dk + dk_before, dv + dv_before
+        if comm.size > 1:
+            following = ring.keys.rows((owner - 1) % comm.size)
+            sums = comm.shift(dk, dv, coming=[_with_rows(k, following)] * 2)
+    return (dq, *sums.wait()) if sums else (dq, dk, dv)
+
+
+def attended_pairs(ring: Ring) -> Sequence[int]:
+    """Scores that each rank computes: how even the work is."""
+    return [
+        sum(t.pairs for k in range(ring.comm.size) for t in ring.tiles(q, k))
+        for q in range(ring.comm.size)
+    ]

