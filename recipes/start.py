@@ -3,18 +3,20 @@
 Exit codes: 0 done; 2 the command line asks for what cannot be done (nothing was started); 1 a rank failed.
 """
 
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from longctx.parallel.launch import RankFailed, rank_from_environment, run_ranks
+from longctx.parallel.launch import Rank, RankFailed, rank_from_environment, run_ranks
 from longctx.schema import Mesh
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -41,22 +43,26 @@ def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
         raise
 
 
-def section(config: DictConfig, name: str, kind: type[Section], **more: Any) -> Section:
+def section(config: DictConfig, name: str, kind: type[Section]) -> Section:
     """Section ``name`` of the configuration as a ``kind`` (a dataclass), every value checked for its type."""
-    values: Any = OmegaConf.to_container(config[name], resolve=True)
-    return checked(kind, {**values, **more}, name)
+    return _checked(kind, OmegaConf.to_container(config[name], resolve=True), f"{name}.")
 
 
-def checked(kind: type[Section], values: Mapping[str, Any], name: str) -> Section:
-    """``values`` as a ``kind``.  Raises ValueError naming the setting at fault."""
+def top_level(config: DictConfig, kind: type[Section]) -> Section:
+    """The settings outside of any section that the dataclass ``kind`` names."""
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    return _checked(kind, {field.name: values[field.name] for field in fields(cast(Any, kind))}, "")
+
+
+def _checked(kind: type[Section], values: Any, prefix: str) -> Section:
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as invalid:
         first = invalid.errors()[0]
         if "error" in first.get("ctx", {}):
-            raise ValueError(str(first["ctx"]["error"])) from None
-        where = ".".join([name, *map(str, first["loc"])])
-        raise ValueError(f"{where}={first['input']}: {first['msg'].lower()}") from None
+            raise ValueError(str(first["ctx"]["error"])) from None  # what __post_init__ of ``kind`` refused
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{prefix}{where}={first['input']}: {first['msg'].lower()}") from None
 
 
 def on_ranks(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
@@ -76,9 +82,28 @@ def on_ranks(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
     return rank_main(here, *args)
 
 
-def threads_for(threads: int | None, ranks: int) -> int:
-    """Threads of a rank: as asked for, or this machine's cores shared by ``ranks``."""
-    return threads or max(1, len(os.sched_getaffinity(0)) // ranks)
+def threads_for(asked: int | None, rank: Rank) -> int:
+    """Threads of a rank: as asked for, or the cores that this machine's ranks share."""
+    return asked or max(1, len(os.sched_getaffinity(0)) // rank.neighbours)
+
+
+def refuse_unwritable(out: str | None) -> None:
+    """ValueError unless a file can be written at ``out``; its folder is made."""
+    if out is None:
+        return
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out={out} cannot be written: {error.strerror}") from error
+    if Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK):
+        raise ValueError(f"out={out} cannot be written: give the name of a file in a folder of yours")
+
+
+def written(out: str, result: Mapping[str, Any]) -> None:
+    """Write ``result`` as JSON, a line a key, and say so."""
+    lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
+    Path(out).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    console.print(f"written to {out}")
 
 
 def _reporting(work: Callable[[], Any]) -> Any:
@@ -104,8 +129,10 @@ def _escaped(error: Exception) -> str:
 
 
 def _expanded(word: str) -> list[str]:
-    """``model=FOLDER`` and ``model=org/name`` next to the models that configs/model names."""
+    """Short ways to say it: ``model=FOLDER``, ``model=org/name``, and a bare word for ``subject=word``."""
     key, _, value = word.partition("=")
+    if word.isidentifier():
+        return [f"subject={word}"]
     if key != "model" or not value:
         return [word]
     known = sorted({path.stem for path in (CONFIGS / "model").glob("*.yaml")} - {"folder", "settings"})

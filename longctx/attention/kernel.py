@@ -28,9 +28,7 @@ class Kernel:
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool], Gradients]
 
 
-def attend_tiles(
-    seen: Partial, q: Queries, k: Keys, v: Keys, tiles: Iterable[Tile], kernel: Kernel
-) -> None:
+def attend_tiles(seen: Partial, q: Queries, k: Keys, v: Keys, tiles: Iterable[Tile], kernel: Kernel) -> None:
     """Fold what ``q`` sees of ``k`` and ``v`` into ``seen``, in place."""
     for tile in tiles:
         part = kernel.forward(q[:, tile.q], k[:, tile.k], v[:, tile.k], tile.causal)
@@ -45,9 +43,7 @@ def tile_gradients(
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
     for tile in tiles:
         a, b = tile.q, tile.k
-        grads = kernel.backward(
-            dout[:, a], q[:, a], k[:, b], v[:, b], whole.out[:, a], whole.lse[:, a], tile.causal
-        )
+        grads = kernel.backward(dout[:, a], q[:, a], k[:, b], v[:, b], whole.out[:, a], whole.lse[:, a], tile.causal)
         for total, grad, rows in zip((dq, dk, dv), grads, (a, b, b), strict=True):
             total[:, rows] += grad
     return dq, dk, dv
@@ -55,7 +51,7 @@ def tile_gradients(
 
 def _scores(q: Queries, k: Keys, causal: bool) -> Tensor:
     """Scaled scores [b hk g sq sk]; the g = hq / hk query heads that share a KV head stand together."""
-    b, sq, hq, d = q.shape
+    b, sq, _, d = q.shape
     grouped = q.view(b, sq, k.shape[2], -1, d)
     scores = torch.einsum("bqhgd,bkhd->bhgqk", grouped, k) / math.sqrt(d)
     if causal:
@@ -76,12 +72,10 @@ def _reference_backward(
     dout: Queries, q: Queries, k: Keys, v: Keys, out: Queries, lse: LogSumExp, causal: bool
 ) -> Gradients:
     dout, q, k, v, out = (x.to(accumulation_dtype(q)).contiguous() for x in (dout, q, k, v, out))
-    b, sq, hq, d = q.shape
+    b, sq, _, d = q.shape
     grouped = (b, sq, k.shape[2], -1)
     rows_last = (0, 2, 3, 1)  # b sq hk g -> b hk g sq
-    probability = torch.exp(
-        _scores(q, k, causal) - lse.reshape(grouped).permute(rows_last).unsqueeze(-1)
-    )
+    probability = torch.exp(_scores(q, k, causal) - lse.reshape(grouped).permute(rows_last).unsqueeze(-1))
     delta = (dout * out).sum(-1).reshape(grouped).permute(rows_last).unsqueeze(-1)
     dout = dout.view(*grouped, d)
     dv = torch.einsum("bhgqk,bqhgd->bkhd", probability, dout)

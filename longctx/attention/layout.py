@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -104,7 +104,7 @@ class Layout:
         ranks = []
         for rank in range(self.size):
             cuts = [self.rows(rank) * part // parts for part in range(parts + 1)]
-            ranks += [_cut(self.ranks[rank], *ends) for ends in zip(cuts, cuts[1:], strict=False)]
+            ranks += [_cut(self.ranks[rank], *ends) for ends in pairwise(cuts)]
         return Layout(self.lengths, tuple(ranks), self.begins)
 
     def gathered(self, parts: int) -> "Layout":
@@ -130,14 +130,10 @@ def zigzag(length: int, size: int) -> Layout:
 def striped(length: int, size: int) -> Layout:
     """Rank r holds positions r, r + size, r + 2*size, ..."""
     counts = [len(range(rank, length, size)) for rank in range(size)]
-    return Layout(
-        (length,), tuple((Span(rank, n, size),) if n else () for rank, n in enumerate(counts))
-    )
+    return Layout((length,), tuple((Span(rank, n, size),) if n else () for rank, n in enumerate(counts)))
 
 
-def documents(
-    lengths: Sequence[int], size: int, within: Callable[[int, int], Layout] = zigzag
-) -> Layout:
+def documents(lengths: Sequence[int], size: int, within: Callable[[int, int], Layout] = zigzag) -> Layout:
     """Packed documents that do not see each other, each one sharded on its own by ``within``."""
     apart = [within(length, size) for length in lengths]
     return Layout(
@@ -159,11 +155,9 @@ def single(size: int, owner: int) -> Layout:
     return Layout((1,), tuple((Span(0, 1),) if rank == owner else () for rank in range(size)))
 
 
-def _from_chunks(
-    length: int, size: int, chunks: int, of_rank: Callable[[int], Iterable[int]]
-) -> Layout:
+def _from_chunks(length: int, size: int, chunks: int, of_rank: Callable[[int], Iterable[int]]) -> Layout:
     cuts = [length * chunk // chunks for chunk in range(chunks + 1)]
-    spans = [Span(a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    spans = [Span(a, b - a) for a, b in pairwise(cuts)]
     return Layout(
         (length,),
         tuple(_joined([spans[chunk] for chunk in of_rank(rank)], size) for rank in range(size)),

@@ -8,7 +8,7 @@ causal mask is aligned to, and no row of a tile is ever fully masked.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from longctx.attention.layout import Span, Spans
 
@@ -63,7 +63,7 @@ def _runs(spans: Spans) -> Iterator[tuple[int, Spans]]:
 
 
 def _of_runs(q: Spans, k: Spans) -> list[Tile]:
-    ascending = all(a.last < b.start for a, b in zip(q, q[1:], strict=False))
+    ascending = all(a.last < b.start for a, b in pairwise(q))
     if q == k and ascending:
         # The same rows in order: row i sees rows 0..i, however far apart their positions lie.
         rows = sum(span.length for span in q)

@@ -22,9 +22,7 @@ def prompt_tokens(source: PromptSource, tokenizer: Any) -> list[int]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         text = tokenizer.decode(ids[: source.tokens])
     message = {"role": "user", "content": f"{text}\n\n{source.question}"}
-    return list(
-        tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True)["input_ids"]
-    )
+    return list(tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
 def _text(source: PromptSource) -> str:
@@ -46,9 +44,7 @@ def _read(name: str) -> str:
     try:
         return Path(name).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"prompt.file={name} is not UTF-8 text (byte {error.start}): give a text file"
-        ) from error
+        raise ValueError(f"prompt.file={name} is not UTF-8 text (byte {error.start}): give a text file") from error
     except OSError as error:
         raise ValueError(f"prompt.file={name} cannot be read: {error.strerror}") from error
 

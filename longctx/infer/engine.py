@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 
 from longctx.attention.flash_cpu import flash_cpu
 from longctx.attention.kernel import Kernel, reference
 from longctx.infer.prefill import Engine
 from longctx.megatron import weights
-from longctx.megatron.model import build_model, layers_in_use
+from longctx.megatron.model import GPTModel, build_model, layers_in_use
 from longctx.megatron.runtime import Runtime
 from longctx.parallel.comm import Alone
 from longctx.schema import ModelShape, ModelSource
@@ -37,7 +36,7 @@ def load_engine(here: Runtime, model: ModelSource, shape: ModelShape, folder: Pa
     """``model``, sharded over ``here``'s mesh, with its weights read from ``folder``."""
     layers = layers_in_use(model.layers)
     built = _loaded(here, here.groups, model, shape, folder, layers)
-    return Engine(built, shape, here.ulysses, here.ring, kernel_for(kernel, here.device), layers)
+    return Engine(built, shape, here.tp, here.ulysses, here.ring, kernel_for(kernel, here.device), layers)
 
 
 def load_alone(here: Runtime, engine: Engine, model: ModelSource, folder: Path) -> Engine:
@@ -45,12 +44,10 @@ def load_alone(here: Runtime, engine: Engine, model: ModelSource, folder: Path) 
     built = engine.model
     if here.mesh.tp > 1:
         built = _loaded(here, here.alone, model, engine.shape, folder, engine.layers)
-    return replace(engine, model=built, ulysses=Alone(), ring=Alone())
+    return replace(engine, model=built, tp=Alone(), ulysses=Alone(), ring=Alone())
 
 
-def _loaded(
-    here: Runtime, groups: Any, model: ModelSource, shape: ModelShape, folder: Path, layers: str
-) -> GPTModel:
+def _loaded(here: Runtime, groups: Any, model: ModelSource, shape: ModelShape, folder: Path, layers: str) -> GPTModel:
     built = build_model(shape, groups, dtype=getattr(torch, model.dtype), layers=layers, device=here.device)
     weights.load(built, weights.reader(folder), shape)
     return built

@@ -55,7 +55,7 @@ def generate(
     max_new_tokens: int,
     *,
     layer_done: LayerDone = lambda: None,
-    token_done: Callable[[int], None] = lambda token: None,
+    token_done: Callable[[int], None] = lambda _: None,
 ) -> Generation:
     """Up to ``max_new_tokens`` tokens that follow ``prompt`` [total], ending behind an end token.
 
@@ -116,7 +116,7 @@ def logit_difference(
 
 @torch.inference_mode()
 def _logits(engine: Engine, hidden: Tensor) -> Tensor:
-    return logits(engine.model, hidden)
+    return logits(engine.model, hidden, engine.tp)
 
 
 def _next_token(

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from megatron.core.models.gpt import GPTModel
 
 from longctx.attention.kernel import Kernel
 from longctx.attention.layout import Layout
 from longctx.infer.cache import KVCache
 from longctx.megatron.attention import Pass
-from longctx.megatron.model import hidden_states, rotary_angles
+from longctx.megatron.model import GPTModel, hidden_states, rotary_angles
 from longctx.parallel.comm import Comm
 from longctx.parallel.ring import Ring, Strategy
 from longctx.parallel.strategy import ring_attention
@@ -33,6 +32,7 @@ class Engine:
 
     model: GPTModel
     shape: ModelShape
+    tp: Comm
     ulysses: Comm
     ring: Comm
     kernel: Kernel

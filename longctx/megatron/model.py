@@ -21,8 +21,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import nn
 
 from longctx.megatron.attention import ContextParallelAttention, Pass
+from longctx.parallel.comm import Comm
 from longctx.schema import ModelShape
 from longctx.shapes import Float, Positions, Tensor, Tokens
+
+__all__ = ["GPTModel", "build_model", "hidden_states", "layers_in_use", "logits", "padded_vocabulary", "rotary_angles"]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -31,7 +34,7 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         # megatron-core's finalize_model_grads sums the gradient over TP ranks by this mark.
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
 
 def layers_in_use(asked: str) -> str:
@@ -48,9 +51,7 @@ def layers_in_use(asked: str) -> str:
     return "te" if there and asked != "local" else "local"
 
 
-def build_model(
-    shape: ModelShape, groups: Any, *, dtype: torch.dtype, layers: str, device: torch.device
-) -> GPTModel:
+def build_model(shape: ModelShape, groups: Any, *, dtype: torch.dtype, layers: str, device: torch.device) -> GPTModel:
     """A GPTModel of ``shape``, sharded over ``groups.tp``, with uninitialised weights (see `weights.load`)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="full scope is deprecated")  # its own default
@@ -96,11 +97,12 @@ def _without_rows(model: GPTModel, one_pass: Pass) -> Float[Tensor, "0 1 hidden"
     return like.new_empty(0, 1, config.hidden_size)
 
 
-def logits(model: GPTModel, hidden: Float[Tensor, "s b hidden"]) -> Float[Tensor, "s b v"]:
-    """float32 logits of the whole vocabulary, on every tensor-parallel rank."""
+def logits(model: GPTModel, hidden: Float[Tensor, "s b hidden"], tp: Comm) -> Float[Tensor, "s b v"]:
+    """float32 logits of the whole vocabulary, on every rank of ``tp``, the model's tensor-parallel group."""
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
-    out, _ = model.output_layer(hidden, weight=weight, runtime_gather_output=True)
-    return out.float()
+    # megatron-core's own gather allocates on a CUDA device, always.
+    part, _ = model.output_layer(hidden, weight=weight, runtime_gather_output=False)
+    return torch.cat(tp.all_gather(part, [tuple(part.shape)] * tp.size), -1).float()
 
 
 def rotary_angles(shape: ModelShape, positions: Positions) -> Float[Tensor, "s 1 1 d"]:

@@ -15,12 +15,14 @@ from longctx.parallel.comm import Alone, Comm, DistComm
 from longctx.parallel.launch import Rank
 from longctx.schema import Mesh
 
+
 @dataclass(frozen=True)
 class Runtime:
     """A rank among its groups.
 
-    ``ulysses`` and ``ring`` share the sequence, ``context`` is both together (rank = ring rank * ulysses size
-    + ulysses rank); ``groups`` are megatron-core's, ``alone`` the same kind for this rank by itself.
+    ``tp`` shares each layer's weights; ``ulysses`` and ``ring`` share the sequence, ``context`` is both together
+    (rank = ring rank * ulysses size + ulysses rank).  ``groups`` are megatron-core's, ``alone`` the same kind
+    for this rank by itself.
     """
 
     rank: Rank
@@ -28,6 +30,7 @@ class Runtime:
     device: torch.device
     groups: Any
     alone: Any
+    tp: Comm
     ulysses: Comm
     ring: Comm
     context: Comm
@@ -74,9 +77,8 @@ def _groups(rank: Rank, mesh: Mesh, device: torch.device, timeout_s: float) -> R
     own = [dist.new_group([i]) for i in range(rank.world)][rank.rank]
     # A model that runs on this rank by itself asks for these groups only.
     alone = ProcessGroupCollection(tp=own, cp=own, pp=own, embd=own, ep=own, tp_cp=own)
-    return Runtime(
-        rank, mesh, device, groups, alone, _comm(ulysses), _comm(ring), _comm(groups.cp)
-    )
+    comms = (_comm(group) for group in (groups.tp, ulysses, ring, groups.cp))
+    return Runtime(rank, mesh, device, groups, alone, *comms)
 
 
 def _comm(group: dist.ProcessGroup) -> Comm:

@@ -1,14 +1,16 @@
 """Hugging Face weights into a megatron-core model, each tensor-parallel rank taking its part.
 
-| megatron-core                      | Hugging Face                 | how                                       |
-|------------------------------------|------------------------------|-------------------------------------------|
-| embedding.word_embeddings.weight   | model.embed_tokens.weight    | rows sharded, padded to equal shares      |
-| ...self_attention.linear_qkv       | q_proj, k_proj, v_proj       | by query group: its queries, key, value   |
-| ...self_attention.linear_proj      | o_proj                       | columns sharded                           |
-| ...mlp.linear_fc1                  | gate_proj, up_proj           | each rank: its gate rows, its up rows     |
-| ...mlp.linear_fc2                  | down_proj                    | columns sharded                           |
-| ...input_layernorm, pre_mlp_layernorm (Transformer Engine: linear_*.layer_norm_weight) | input_layernorm, post_attention_layernorm | whole |
-| decoder.final_layernorm, output_layer | model.norm, lm_head (absent when tied) |                              |
+| megatron-core                    | Hugging Face                        | how                                  |
+|----------------------------------|-------------------------------------|--------------------------------------|
+| embedding.word_embeddings.weight | model.embed_tokens.weight           | rows sharded, padded to equal shares |
+| self_attention.linear_qkv        | q_proj, k_proj, v_proj              | per group: its queries, key, value   |
+| self_attention.linear_proj       | o_proj                              | columns sharded                      |
+| mlp.linear_fc1                   | gate_proj, up_proj                  | per rank: its gate rows, its up rows |
+| mlp.linear_fc2                   | down_proj                           | columns sharded                      |
+| input_layernorm                  | input_layernorm                     | whole; TE: linear_qkv.layer_norm     |
+| pre_mlp_layernorm                | post_attention_layernorm            | whole; TE: linear_fc1.layer_norm     |
+| decoder.final_layernorm          | model.norm                          | whole                                |
+| output_layer                     | lm_head (absent when tied)          | like the embedding                   |
 """
 
 import json
@@ -93,7 +95,7 @@ def _part(name: str, whole: Tensor, parameter: Tensor, size: int, rank: int) -> 
         return whole.chunk(size, 1)[rank].flatten(0, 1)
     if not getattr(parameter, "tensor_model_parallel", False):
         return whole
-    dim = parameter.partition_dim
+    dim: int = getattr(parameter, "partition_dim")  # noqa: B009
     part = whole.tensor_split([n * parameter.shape[dim] for n in range(1, size)], dim)[rank]
     missing = parameter.shape[dim] - part.shape[dim]
     if missing and name in ("embedding.word_embeddings.weight", "output_layer.weight"):

@@ -4,9 +4,9 @@ Shapes are not exchanged: every rank knows every layout, so the receiver says wh
 zero elements are not sent.  What is sent to others is counted in ``traffic``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -119,7 +119,7 @@ class DistComm:
         works = dist.batch_isend_irecv(ops) if ops else []
         return _InFlight(works, arriving, leaving)
 
-    def _p2p(self, op: object, x: Tensor, peer: int) -> dist.P2POp:
+    def _p2p(self, op: Callable[..., Any], x: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(op, x, group=self.group, group_peer=peer)
 
     def all_to_all(self, parts: Sequence[Tensor], coming: Sequence[Shape]) -> list[Tensor]:
@@ -130,9 +130,7 @@ class DistComm:
         leaving = torch.cat([x.reshape(-1) for x in parts])
         arriving = leaving.new_empty(sum(sizes))
         # Every member must take part, even with nothing to give: the others wait for it.
-        dist.all_to_all_single(
-            arriving, leaving, sizes, [x.numel() for x in parts], group=self.group
-        )
+        dist.all_to_all_single(arriving, leaving, sizes, [x.numel() for x in parts], group=self.group)
         return [x.view(shape) for x, shape in zip(arriving.split(sizes), coming, strict=True)]
 
     def all_gather(self, mine: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:

@@ -23,11 +23,15 @@ _GATHER_S = 1.0  # how long to listen for other failures before saying which cam
 
 @dataclass(frozen=True)
 class Rank:
-    """Where a process stands among its fellows, and where they meet (a torch.distributed init URL)."""
+    """Where a process stands among its fellows, and where they meet (a torch.distributed init URL).
+
+    ``local`` and ``neighbours`` count the processes of this machine alone.
+    """
 
     rank: int
     world: int
     local: int
+    neighbours: int
     meet: str
 
 
@@ -43,12 +47,14 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank | None:
     """This process's place if torchrun or srun started it, as its environment tells; None if nobody did."""
     e = environment
     if "RANK" in e and "WORLD_SIZE" in e:
-        return Rank(int(e["RANK"]), int(e["WORLD_SIZE"]), int(e.get("LOCAL_RANK", 0)), "env://")
+        local = int(e.get("LOCAL_RANK", 0)), int(e.get("LOCAL_WORLD_SIZE", 1))
+        return Rank(int(e["RANK"]), int(e["WORLD_SIZE"]), *local, "env://")
     if "SLURM_STEP_NODELIST" in e and "SLURM_PROCID" in e:
         host = _first_host(e["SLURM_STEP_NODELIST"])
         port = 20000 + int(e["SLURM_JOB_ID"]) % 20000  # every rank can work it out, and jobs differ
+        local = int(e["SLURM_LOCALID"]), int(e["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0])
         world = int(e["SLURM_STEP_NUM_TASKS"])
-        return Rank(int(e["SLURM_PROCID"]), world, int(e["SLURM_LOCALID"]), f"tcp://{host}:{port}")
+        return Rank(int(e["SLURM_PROCID"]), world, *local, f"tcp://{host}:{port}")
     return None
 
 
@@ -76,7 +82,7 @@ def run_ranks(world: int, rank_main: Callable[..., Any], *args: Any) -> list[Any
         processes = [
             context.Process(
                 target=_run_one,
-                args=(Rank(i, world, i, f"file://{folder}/store"), folder, rank_main, args),
+                args=(Rank(i, world, i, world, f"file://{folder}/store"), folder, rank_main, args),
                 name=f"rank {i}",
             )
             for i in range(world)
@@ -90,9 +96,7 @@ def run_ranks(world: int, rank_main: Callable[..., Any], *args: Any) -> list[Any
         return [_read(Path(folder, f"result{i}")) for i in range(world)]
 
 
-def _run_one(
-    rank: Rank, folder: str, rank_main: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
+def _run_one(rank: Rank, folder: str, rank_main: Callable[..., Any], args: tuple[Any, ...]) -> None:
     parent = mp.parent_process()
     assert parent is not None
     # A parent that is killed cannot end its ranks: they watch it instead.
@@ -121,7 +125,7 @@ def _die_with(sentinel: int) -> None:
 
 
 def _wait_for_all(processes: list[ForkServerProcess], folder: Path) -> None:
-    waiting = {process.sentinel: process for process in processes}
+    waiting: dict[Any, ForkServerProcess] = {process.sentinel: process for process in processes}
     while waiting:
         ended = [waiting.pop(sentinel) for sentinel in wait(list(waiting))]
         if any(process.exitcode for process in ended):

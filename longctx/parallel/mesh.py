@@ -7,11 +7,7 @@ from longctx.schema import Mesh, ModelShape
 def refuse_unfit(mesh: Mesh, shape: ModelShape) -> None:
     """ValueError, naming the nearest degree that works, unless ``mesh`` can shard a model of ``shape``."""
     if shape.kv_heads % mesh.tp or shape.heads % mesh.tp or shape.ffn % mesh.tp:
-        fit = [
-            n
-            for n in range(1, shape.kv_heads + 1)
-            if not (shape.kv_heads % n or shape.heads % n or shape.ffn % n)
-        ]
+        fit = [n for n in range(1, shape.kv_heads + 1) if not (shape.kv_heads % n or shape.heads % n or shape.ffn % n)]
         nearest = min(fit, key=lambda n: (abs(n - mesh.tp), n))
         raise ValueError(
             f"mesh.tp={mesh.tp} does not divide {shape.heads} query heads, {shape.kv_heads} KV heads and "

@@ -32,9 +32,7 @@ def _with_rows(x: Tensor, rows: int) -> Shape:
     return (x.shape[0], rows, *x.shape[2:])
 
 
-def rotate(
-    comm: Comm, layout: Layout, *mine: Tensor
-) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+def rotate(comm: Comm, layout: Layout, *mine: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
     """Every rank's tensors in turn, with their owner, our own first; the next are on their way while we work.
 
     Owners hold as many rows (dim 1) as ``layout`` says.  Two buffers: what is held, and what is coming.
@@ -100,12 +98,11 @@ def ring_gradients(
         if comm.size > 1:
             following = ring.keys.rows((owner - 1) % comm.size)
             sums = comm.shift(dk, dv, coming=[_with_rows(k, following)] * 2)
-    return (dq, *sums.wait()) if sums else (dq, dk, dv)
+    if sums:
+        dk, dv = sums.wait()
+    return dq, dk, dv
 
 
 def attended_pairs(ring: Ring) -> Sequence[int]:
     """Scores that each rank computes: how even the work is."""
-    return [
-        sum(t.pairs for k in range(ring.comm.size) for t in ring.tiles(q, k))
-        for q in range(ring.comm.size)
-    ]
+    return [sum(t.pairs for k in range(ring.comm.size) for t in ring.tiles(q, k)) for q in range(ring.comm.size)]

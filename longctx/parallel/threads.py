@@ -60,9 +60,7 @@ class ThreadComm:
         return self._mail(self.rank - 1, tuple(map(tuple, coming)))
 
     def _mail(self, source: int, coming: tuple[Shape, ...]) -> _Mail:
-        return _Mail(
-            self.world, self.members[source % self.size], self.members[self.rank], coming
-        )
+        return _Mail(self.world, self.members[source % self.size], self.members[self.rank], coming)
 
     def all_to_all(self, parts: Sequence[Tensor], coming: Sequence[Shape]) -> list[Tensor]:
         self.traffic.count("all_to_all", [x for i, x in enumerate(parts) if i != self.rank])

@@ -1,6 +1,7 @@
 """Ulysses: trade sequence for heads with one all-to-all, so that attention sees whole rows of fewer heads."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -24,8 +25,12 @@ def over_heads(ulysses: Comm, rows: Sequence[int], inner: Attention) -> Attentio
 
     def attention(q: Queries, k: Keys, v: Keys) -> Queries:
         refuse_uneven_heads(q.shape[2], k.shape[2], ulysses.size)
-        whole = (_RowsForHeads.apply(x, ulysses, tuple(rows)) for x in (q, k, v))
-        return _HeadsForRows.apply(inner(*whole), ulysses, tuple(rows))
+        # One message to each member: its query heads, its keys' and its values'.
+        shares = zip(*(x.chunk(ulysses.size, 2) for x in (q, k, v)), strict=True)
+        packed = torch.cat([part for share in shares for part in share], 2)
+        whole = _RowsForHeads.apply(packed, ulysses, tuple(rows))
+        heads = [x.shape[2] // ulysses.size for x in (q, k, v)]
+        return _HeadsForRows.apply(inner(*whole.split(heads, 2)), ulysses, tuple(rows))
 
     return attention
 
@@ -57,21 +62,21 @@ def _scatter_rows(x: Tensor, comm: Comm, rows: Sequence[int]) -> Tensor:
 
 class _RowsForHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, comm: Comm, rows: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, comm: Comm, rows: tuple[int, ...]) -> Tensor:
         ctx.comm, ctx.rows = comm, rows
         return _gather_rows(x, comm, rows)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _scatter_rows(grad, ctx.comm, ctx.rows), None, None
 
 
 class _HeadsForRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, comm: Comm, rows: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, comm: Comm, rows: tuple[int, ...]) -> Tensor:
         ctx.comm, ctx.rows = comm, rows
         return _scatter_rows(x, comm, rows)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _gather_rows(grad, ctx.comm, ctx.rows), None, None

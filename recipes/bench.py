@@ -1,0 +1,212 @@
+"""What sharding costs: the same work on one rank and on two, side by side in one run.
+
+    python -m recipes.bench prefill
+
+Efficiency is t(one rank) / (N * t(N ranks)), one thread a rank.  Three shares multiply to it and say where the
+rest goes: the machine (N busy ranks slow each other down, with nothing to do with us), the blocks (the ring's
+tiles are smaller than one large call, and are merged), and communication.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from omegaconf import DictConfig
+from rich.table import Table
+
+from longctx.data.prompt import prompt_tokens
+from longctx.parallel.comm import Arrived, Comm, Pending, Shape, Traffic
+from longctx.parallel.launch import Rank, warm_up
+from longctx.pretrained import locate, shape_of, tokenizer_of
+from longctx.schema import Mesh, ModelShape, ModelSource, PromptSource
+from longctx.shapes import Tensor
+from recipes.machine import provenance
+from recipes.progress import Progress
+from recipes.start import console, main, on_ranks, refuse_unwritable, section, top_level, written
+
+Work = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of configs/bench.yaml that are not a section of their own."""
+
+    subject: Literal["prefill"]
+    parts: tuple[Literal["attention", "model"], ...]
+    lengths: tuple[int, ...]
+    ranks: int
+    rounds: int
+    out: str | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank needs to know."""
+
+    settings: Settings
+    model: ModelSource
+    folder: Path
+    shape: ModelShape
+    tokens: tuple[int, ...]
+
+
+@dataclass
+class Silent:
+    """A ring whose neighbours' tensors are there at once: what remains is the price of computing in blocks."""
+
+    rank: int
+    size: int
+    traffic: Traffic = field(default_factory=Traffic)
+    _there: dict[Shape, Tensor] = field(default_factory=dict)
+
+    def shift(self, *mine: Tensor, coming: Sequence[Shape]) -> Pending:
+        """Tensors of the right shapes; the values do not change how long it takes."""
+        return Arrived(
+            tuple(self._there.setdefault(tuple(s), x.new_zeros(s)) for x, s in zip(mine, coming, strict=True))
+        )
+
+    def all_to_all(self, parts: Sequence[Tensor], coming: Sequence[Shape]) -> list[Tensor]:
+        """Not timed in silence: pass-KV exchanges nothing but shifts."""
+        raise AssertionError((parts, coming))
+
+    def all_gather(self, mine: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        """Not timed in silence: pass-KV exchanges nothing but shifts."""
+        raise AssertionError((mine, shapes))
+
+
+def ways_of_attention(job: Job, length: int, here: Any) -> dict[str, Work]:
+    """Causal attention of one layer of the model: by one kernel call, by the ring, by the silent ring."""
+    from longctx.attention.layout import zigzag
+    from longctx.infer.engine import kernel_for
+    from longctx.parallel.ring import Ring, pass_kv
+
+    kernel, shape = kernel_for("auto", here.device), job.shape
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads)
+    whole = [torch.randn(1, length, n, shape.head_width) for n in heads]
+    layout = zigzag(length, here.ring.size)
+    q, k, v = (layout.shard(x, here.ring.rank, 1) for x in whole)
+
+    def around(comm: Comm) -> Work:
+        return lambda: _done(pass_kv(q, k, v, Ring(comm, layout, layout), kernel))
+
+    return {
+        "one": lambda: _done(kernel.forward(whole[0], whole[1], whole[2], True)),
+        "ring": around(here.ring),
+        "silent": around(Silent(here.ring.rank, here.ring.size)),
+    }
+
+
+def ways_of_model(job: Job, length: int, here: Any) -> dict[str, Work]:
+    """Prefill of the whole model: by one rank, by the ring, by the silent ring."""
+    from dataclasses import replace
+
+    from longctx.attention.layout import contiguous, zigzag
+    from longctx.infer.engine import load_alone, load_engine
+    from longctx.infer.prefill import Engine, run_pass
+    from longctx.parallel.ring import pass_kv
+
+    engine = load_engine(here, job.model, job.shape, job.folder, "auto")
+    alone = load_alone(here, engine, job.model, job.folder)
+    silent = replace(engine, ring=Silent(here.ring.rank, here.ring.size))
+    tokens = torch.tensor(job.tokens[:length])
+
+    def prefill(on: Engine) -> Work:
+        layout = zigzag(length, on.ring.size) if on.ring.size > 1 else contiguous(length, 1)
+        return lambda: _done(run_pass(on, tokens, layout, on.cache(length), pass_kv))
+
+    return {"one": prefill(alone), "ring": prefill(engine), "silent": prefill(silent)}
+
+
+def _done(_: object) -> None:
+    """The result is not looked at here: tests do that."""
+
+
+def seconds(work: Work, here: Any, *, by_all: bool) -> float:
+    """Wall seconds of ``work`` on every rank (the slowest counts), or on the first while the others wait."""
+    _meet(here.context)
+    began = time.perf_counter()
+    if by_all or here.context.rank == 0:
+        work()
+    took = torch.tensor([time.perf_counter() - began])
+    return float(torch.cat(here.context.all_gather(took, [(1,)] * here.context.size)).max())
+
+
+def _meet(comm: Comm) -> None:
+    comm.all_gather(torch.zeros(1), [(1,)] * comm.size)
+
+
+def run_rank(rank: Rank, job: Job) -> list[dict[str, Any]]:
+    """Every part at every length, the ways in turn within each round so that all see the same machine."""
+    from longctx.megatron.runtime import runtime
+
+    measured = []
+    with (
+        runtime(rank, Mesh(ring=job.settings.ranks), threads=1) as here,
+        Progress(shown=rank.rank == 0) as progress,
+        torch.inference_mode(),
+    ):
+        for part in job.settings.parts:
+            for length in job.settings.lengths:
+                make = ways_of_attention if part == "attention" else ways_of_model
+                ways = make(job, length, here)
+                progress.start(f"{part}, {length:,} tokens, runs", 4 * job.settings.rounds)
+                times: dict[str, list[float]] = {"one": [], "all at once": [], "silent": [], "ring": []}
+                for _ in range(job.settings.rounds):
+                    for name, taken in times.items():
+                        way = ways["one" if name == "all at once" else name]
+                        taken.append(seconds(way, here, by_all=name != "one"))
+                        progress.step()
+                measured.append(figures(part, length, job.settings.ranks, times))
+    return measured
+
+
+def figures(part: str, length: int, ranks: int, times: dict[str, list[float]]) -> dict[str, Any]:
+    """Efficiency and its three shares, from the median of each way's times."""
+    took = {name: statistics.median(taken) for name, taken in times.items()}
+    return {
+        "part": part,
+        "tokens": length,
+        "ranks": ranks,
+        "rounds": len(times["one"]),
+        "efficiency": took["one"] / (ranks * took["ring"]),
+        "machine": took["one"] / took["all at once"],
+        "blocks": took["all at once"] / (ranks * took["silent"]),
+        "communication": took["silent"] / took["ring"],
+        "seconds": times,
+    }
+
+
+def show(measured: list[dict[str, Any]]) -> None:
+    """The efficiencies as a table."""
+    table = Table(box=None)
+    for column in ("part", "tokens", "efficiency", "= machine", "x blocks", "x communication"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for row in measured:
+        shares = [f"{row[name]:.3f}" for name in ("efficiency", "machine", "blocks", "communication")]
+        table.add_row(row["part"], f"{row['tokens']:,}", *shares)
+    console.print(table)
+
+
+def task(config: DictConfig) -> None:
+    """Measure; write and show what the first rank gives."""
+    warm_up(["longctx.infer.engine", "longctx.infer.prefill", "recipes.progress"])
+    settings, model = top_level(config, Settings), section(config, "model", ModelSource)
+    refuse_unwritable(settings.out)
+    folder = locate(model, say=console.print)
+    longest = PromptSource(pydoc=True, tokens=max(settings.lengths))
+    tokens = tuple(prompt_tokens(longest, tokenizer_of(folder)))
+    job = Job(settings, model, folder, shape_of(folder), tokens)
+    measured = on_ranks(Mesh(ring=settings.ranks), run_rank, job)
+    if measured is None:
+        return
+    show(measured)
+    if settings.out:
+        written(settings.out, {**provenance(), "measured": measured})
+
+
+if __name__ == "__main__":
+    main("bench", task)

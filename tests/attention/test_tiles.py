@@ -1,0 +1,121 @@
+"""Tiles cover exactly what the mask allows, each pair once, in shapes that all kernels agree on."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longctx.attention.layout import Layout, documents, single, striped, zigzag
+from longctx.attention.tiles import Tile, causal_tiles
+from tests import oracle
+from tests.turns import grown, layouts, lengths, sizes, turns
+
+settings.register_profile("short", max_examples=50, deadline=None)
+settings.load_profile("short")
+
+
+def coverage(tiles: tuple[Tile, ...], sq: int, sk: int) -> torch.Tensor:
+    """How often each pair is computed; asserts the shapes that kernels rely on."""
+    counts = torch.zeros(sq, sk, dtype=torch.long)
+    for tile in tiles:
+        rows, columns = tile.q1 - tile.q0, tile.k1 - tile.k0
+        assert rows > 0 and columns > 0, f"{tile} is empty"
+        assert 0 <= tile.q0 and tile.q1 <= sq and 0 <= tile.k0 and tile.k1 <= sk, f"{tile} reaches out"
+        assert rows == columns or not tile.causal, f"{tile} is no square"
+        block = torch.ones(rows, columns, dtype=torch.long)
+        counts[tile.q, tile.k] += block.tril() if tile.causal else block
+    assert sum(tile.pairs for tile in tiles) == counts.sum()
+    return counts
+
+
+def assert_exact(queries: Layout, keys: Layout) -> None:
+    """Of each two ranks the tiles are the mask; rows are looked up by position, not by tile code."""
+    q_rows = oracle.packed(queries.lengths, queries.begins)
+    k_rows = oracle.packed(keys.lengths, keys.begins)
+    for q in range(queries.size):
+        for k in range(keys.size):
+            mask = oracle.visible(q_rows[queries.index(q)], k_rows[keys.index(k)])
+            tiles = causal_tiles(queries.ranks[q], keys.ranks[k])
+            assert torch.equal(coverage(tiles, *mask.shape), mask.long()), f"rank {q} over rank {k}"
+
+
+@given(layouts())
+def test_tiles_are_the_mask_of_one_turn(layout):
+    assert_exact(layout, layout)
+
+
+@given(turns())
+def test_tiles_are_the_mask_of_a_turn_over_the_cache(turns):
+    """Queries of the last turn over the keys of all; and all over all, as in training on a grown layout."""
+    cache = grown(turns)
+    assert_exact(cache, cache)
+    later = turns[-1].after(cache)
+    assert_exact(later, cache.then(later))
+    assert_exact(later, cache)
+
+
+@given(layouts(st.sampled_from([2, 4])), st.integers(1, 3))
+def test_tiles_are_the_mask_where_ulysses_gathers(layout, parts):
+    assert_exact(layout.gathered(2), layout.gathered(2))
+    assert_exact(layout.split(parts), layout.split(parts))
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_tiles_are_the_mask_of_a_conversation(size):
+    """A prompt, an answer of decoded tokens, the next prompt, and packed documents that go on."""
+    prompt, answer = zigzag(29, size), [single(size, i % size) for i in range(29, 29 + 3 * size + 1)]
+    for later in ([prompt, *answer, zigzag(17, size)], [prompt, striped(13, size), zigzag(7, size)]):
+        assert_exact(later[-1].after(grown(later[:-1])), grown(later))
+        assert_exact(grown(later), grown(later))
+    packed = [documents(lengths, size) for lengths in ([11, 0, 1], [2, 7, 0], [0, 1, 13])]
+    assert_exact(packed[-1].after(grown(packed[:-1])), grown(packed))
+
+
+@given(layouts(), layouts())
+def test_other_documents_and_the_future_are_never_computed(earlier, later):
+    if later.size != earlier.size or len(later.lengths) != len(earlier.lengths):
+        later = zigzag(7, earlier.size) if len(earlier.lengths) == 1 else earlier
+    queries, keys = earlier, later.after(earlier)
+    for q in range(queries.size):
+        for k in range(keys.size):
+            assert causal_tiles(queries.ranks[q], keys.ranks[k]) == ()
+
+
+@given(sizes, lengths)
+def test_zigzag_is_a_triangle_at_home_and_a_rectangle_elsewhere(size, length):
+    """The two chunks of a rank make two tiles or three in a plain count: fewer, larger kernel calls."""
+    layout = zigzag(length, size)
+    for q in range(size):
+        for k in range(size):
+            tiles = causal_tiles(layout.ranks[q], layout.ranks[k])
+            if q == k:
+                rows = layout.rows(q)
+                assert tiles == ((Tile(0, rows, 0, rows, causal=True),) if rows else ())
+            else:
+                assert len(tiles) <= 1
+                assert not any(tile.causal for tile in tiles)
+                assert length < 2 * size or len(tiles) == 1
+
+
+@given(sizes, lengths)
+def test_striped_is_a_triangle_and_at_most_one_row_beside_it(size, length):
+    """Interleaved rows of one step are not taken row by row."""
+    layout = striped(length, size)
+    for q in range(size):
+        for k in range(size):
+            triangle, *rest = [*causal_tiles(layout.ranks[q], layout.ranks[k]), None]
+            assert triangle is None or triangle.causal
+            assert all(tile is None or tile.pairs == tile.k1 - tile.k0 for tile in rest)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("chunk", [1, 2, 7])
+def test_zigzag_work_is_even(size, chunk):
+    """Where 2 * size divides the length, to the last pair (arXiv 2411.01783, 3.5.1)."""
+    length = 2 * size * chunk
+    layout = zigzag(length, size)
+    pairs = [
+        sum(tile.pairs for k in range(size) for tile in causal_tiles(layout.ranks[q], layout.ranks[k]))
+        for q in range(size)
+    ]
+    assert set(pairs) == {length * (length + 1) // 2 // size}
