@@ -6,7 +6,7 @@ zero elements are not sent.  What is sent to others is counted in ``traffic``.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -33,12 +33,14 @@ class Traffic:
         return sum(self.bytes.values())
 
 
+@runtime_checkable
 class Pending(Protocol):
     """Tensors on their way; what travels is read-only until ``wait`` has returned."""
 
     def wait(self) -> tuple[Tensor, ...]: ...
 
 
+@runtime_checkable
 class Comm(Protocol):
     """A group of ranks, seen from one of them."""
 

@@ -4,15 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.attention.layout import Layout, Span, contiguous, documents, empty, single, striped, zigzag
 from tests import oracle
-from tests.turns import WITHIN, grown, layouts, lengths, sizes, turns
-
-settings.register_profile("short", max_examples=50, deadline=None)
-settings.load_profile("short")
+from tests.turns import WITHIN, conversations, few, grown, lengths, names, sizes
 
 
 def all_rows(layout: Layout) -> list[list[int]]:
@@ -37,8 +34,10 @@ def test_who_holds_which_positions(layout, positions):
     assert [layout.positions(rank).tolist() for rank in range(layout.size)] == positions
 
 
-@given(turns())
-def test_every_row_is_held_once_and_knows_its_position(turns):
+@few
+@given(conversations())
+def test_every_row_is_held_once_and_knows_its_position(conversation):
+    turns = conversation.layouts()
     for layout in (turns[0], grown(turns), turns[-1].after(grown(turns))):
         assert sorted(sum(all_rows(layout), [])) == list(range(layout.total))
         truth = oracle.packed(layout.lengths, layout.begins)
@@ -48,9 +47,10 @@ def test_every_row_is_held_once_and_knows_its_position(turns):
             assert torch.equal(layout.positions(rank), truth.positions[index])
 
 
-@given(turns())
-def test_shards_of_a_tensor_come_back_whole(turns):
-    layout = grown(turns)
+@few
+@given(conversations())
+def test_shards_of_a_tensor_come_back_whole(conversation):
+    layout = grown(conversation.layouts())
     for dim in (0, 1):
         x = torch.arange(layout.total * 3).view(-1, 3).movedim(0, dim)
         parts = [layout.shard(x, rank, dim) for rank in range(layout.size)]
@@ -58,6 +58,7 @@ def test_shards_of_a_tensor_come_back_whole(turns):
         assert torch.equal(layout.unshard(parts, dim), x)
 
 
+@few
 @given(sizes, lengths)
 def test_ranks_hold_about_as_many_rows(size, length):
     """Contiguous and striped differ by one row at most, zigzag's two chunks by one each: zigzag(4, 5) does."""
@@ -66,9 +67,10 @@ def test_ranks_hold_about_as_many_rows(size, length):
         assert max(rows) - min(rows) <= most
 
 
-@given(turns(), st.integers(1, 4))
-def test_split_and_gathered_keep_the_rows_and_their_order(turns, parts):
-    layout = grown(turns)
+@few
+@given(conversations(), st.integers(1, 4))
+def test_split_and_gathered_keep_the_rows_and_their_order(conversation, parts):
+    layout = grown(conversation.layouts())
     split = layout.split(parts)
     assert split.size == layout.size * parts
     for rank in range(layout.size):
@@ -79,17 +81,20 @@ def test_split_and_gathered_keep_the_rows_and_their_order(turns, parts):
     assert all_rows(split.gathered(parts)) == all_rows(layout)
 
 
-@given(layouts(st.sampled_from([2, 4, 6])))
-def test_gathered_neighbours_hold_each_ones_rows_in_turn(layout):
+@few
+@given(conversations(size=st.sampled_from([2, 4, 6])))
+def test_gathered_neighbours_hold_each_ones_rows_in_turn(conversation):
     """Also where no `split` came before: zigzag over all ranks, gathered for Ulysses."""
+    layout = grown(conversation.layouts())
     rows = all_rows(layout)
     assert all_rows(layout.gathered(2)) == [a + b for a, b in zip(rows[::2], rows[1::2], strict=True)]
 
 
-@given(turns())
-def test_a_grown_layout_holds_each_turns_rows_behind_the_earlier_ones(turns):
-    cache = turns[0]
-    for turn in turns[1:]:
+@few
+@given(conversations())
+def test_a_grown_layout_holds_each_turns_rows_behind_the_earlier_ones(conversation):
+    cache, *turns = conversation.layouts()
+    for turn in turns:
         later = turn.after(cache)
         assert later.begins == cache.ends
         both = cache.then(later)
@@ -106,19 +111,21 @@ def _named(layout: Layout, rank: int) -> list[tuple[int, int]]:
     return list(zip(rows.documents.tolist(), rows.positions.tolist(), strict=True))
 
 
-@given(sizes, lengths, st.sampled_from(list(WITHIN.values())))
-def test_nothing_yet_then_a_turn_is_that_turn(size, length, within):
-    turn = within(length, size)
+@few
+@given(sizes, lengths, names)
+def test_nothing_yet_then_a_turn_is_that_turn(size, length, name):
+    turn = WITHIN[name](length, size)
     assert all_rows(empty(size).then(turn.after(empty(size)))) == all_rows(turn)
 
 
-@given(sizes, lengths, st.sampled_from(list(WITHIN.values())))
-def test_decoded_tokens_stay_few_spans(size, length, within):
+@few
+@given(sizes, lengths, names)
+def test_decoded_tokens_stay_few_spans(size, length, name):
     """Dealt in turn they are one span of step ``size``: beside the prompt's two, and one token that touches them.
 
     Otherwise every decoded token would meet every other in a tile of its own.
     """
-    cache = within(length, size)
+    cache = WITHIN[name](length, size)
     for position in range(length, length + 6 * size):
         cache = cache.then(single(size, position % size).after(cache))
     assert sorted(sum(all_rows(cache), [])) == list(range(length + 6 * size))

@@ -1,0 +1,102 @@
+"""A prompt is exactly the text that was asked for, or refused with what to do instead."""
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from longctx.data.prompt import prompt_tokens
+from longctx.schema import PromptSource
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+)
+DOCUMENT = "Thé quick brown fox\njumps  over 13 lazy dogs."
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    of_bytes = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    of_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    of_bytes.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=of_bytes, chat_template=TEMPLATE)
+
+
+def test_text_is_tokenized_as_it_stands(tokenizer):
+    ids = prompt_tokens(PromptSource(text=DOCUMENT), tokenizer)
+    assert len(ids) == len(DOCUMENT.encode())
+    assert tokenizer.decode(ids) == DOCUMENT
+
+
+def test_a_file_gives_the_same_as_its_text(tokenizer, tmp_path):
+    (tmp_path / "book.txt").write_bytes(DOCUMENT.encode())
+    from_file = prompt_tokens(PromptSource(file=str(tmp_path / "book.txt")), tokenizer)
+    assert from_file == prompt_tokens(PromptSource(text=DOCUMENT), tokenizer)
+
+
+@pytest.mark.parametrize(("asked", "kept"), [(1, 1), (17, 17), (1009, len(DOCUMENT.encode()))])
+def test_cutting_keeps_that_many_tokens(tokenizer, asked, kept):
+    whole = prompt_tokens(PromptSource(text=DOCUMENT), tokenizer)
+    assert prompt_tokens(PromptSource(text=DOCUMENT, tokens=asked), tokenizer) == whole[:kept]
+
+
+def test_a_question_and_its_document_go_through_the_chat_template(tokenizer):
+    ids = prompt_tokens(PromptSource(text=DOCUMENT, question="Who jumps?"), tokenizer)
+    assert tokenizer.decode(ids) == f"<user>{DOCUMENT}\n\nWho jumps?<bot>"
+
+
+def test_cutting_a_document_leaves_the_question_whole(tokenizer):
+    ids = prompt_tokens(PromptSource(text=DOCUMENT, question="Who jumps?", tokens=17), tokenizer)
+    assert tokenizer.decode(ids) == f"<user>{DOCUMENT.encode()[:17].decode()}\n\nWho jumps?<bot>"
+
+
+def test_the_documentation_of_python_is_long(tokenizer):
+    ids = prompt_tokens(PromptSource(pydoc=True), tokenizer)
+    assert len(ids) > 300_000, "bytes"
+    assert "assert" in tokenizer.decode(ids[:5000])
+    assert prompt_tokens(PromptSource(pydoc=True, tokens=101), tokenizer) == ids[:101]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (PromptSource(), "one source, not none.*prompt.file=FILE"),
+        (PromptSource(text="a", pydoc=True), "not text and pydoc"),
+        (PromptSource(file="a", text="b"), "not file and text"),
+        (PromptSource(text=""), "empty"),
+        (PromptSource(text=" \n\t "), "empty"),
+        (PromptSource(text="a", tokens=0), "prompt.tokens=0.*at least one"),
+        (PromptSource(text="a", tokens=-3), "prompt.tokens=-3"),
+    ],
+)
+def test_refused_settings(tokenizer, source, words):
+    with pytest.raises(ValueError, match=words):
+        prompt_tokens(source, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "No such file"),
+        ("directory", "directory"),
+        (b"caf\xe9 au lait", r"not UTF-8 text \(byte 3\)"),
+        (b"\x89PNG\r\n\x1a\n", "not UTF-8 text"),
+        (b"", "empty"),
+        (b" \n\n", "empty"),
+    ],
+)
+def test_refused_files(tokenizer, tmp_path, content, words):
+    path = tmp_path / "given"
+    if content == "directory":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        prompt_tokens(PromptSource(file=str(path)), tokenizer)
+
+
+def test_a_question_to_a_model_without_a_chat_template_is_refused(tokenizer):
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="chat template.*instruct"):
+        prompt_tokens(PromptSource(text=DOCUMENT, question="Who?"), tokenizer)

@@ -1,0 +1,91 @@
+"""The main claim on a real model and real text: the same greedy tokens as transformers, on every mesh."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longctx.data.prompt import prompt_tokens
+from longctx.parallel.launch import Rank, run_ranks
+from longctx.pretrained import shape_of, tokenizer_of
+from longctx.schema import Context, Mesh, ModelSource, PromptSource, Sampling
+from recipes.generate import Job, Settings, run_rank
+
+PROMPT = 2003  # prime: no chunk divides evenly
+
+MESHES = [
+    (Mesh(), "pass_kv"),
+    (Mesh(ring=2), "pass_kv"),
+    (Mesh(ring=2), "pass_q"),
+    (Mesh(ring=4), "pass_kv"),
+    (Mesh(ulysses=3), "pass_kv"),
+    (Mesh(ulysses=3, ring=2), "pass_kv"),
+    (Mesh(tp=3), "pass_kv"),
+    (Mesh(tp=3, ring=2), "pass_kv"),
+]
+
+
+@pytest.fixture(scope="session")
+def prompt(smollm2: tuple[ModelSource, Path]) -> tuple[int, ...]:
+    return tuple(prompt_tokens(PromptSource(pydoc=True, tokens=PROMPT), tokenizer_of(smollm2[1])))
+
+
+@pytest.fixture(scope="session")
+def expected(
+    smollm2: tuple[ModelSource, Path], prompt: tuple[int, ...], pytestconfig: pytest.Config
+) -> list[int]:
+    """What transformers' own generate gives for the same float32 weights."""
+    return run_ranks(1, generate_with_transformers, smollm2[1], prompt, pytestconfig.getoption("--new-tokens"))[0]
+
+
+def generate_with_transformers(_: Rank, folder: Path, prompt: tuple[int, ...], new_tokens: int) -> list[int]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(("mesh", "strategy"), MESHES, ids=lambda value: str(value))
+def test_greedy_tokens_are_those_of_transformers(
+    mesh: Mesh,
+    strategy: Any,
+    smollm2: tuple[ModelSource, Path],
+    prompt: tuple[int, ...],
+    expected: list[int],
+) -> None:
+    model, folder = smollm2
+    settings = Settings(max_new_tokens=len(expected), verify=False, threads=None, timeout_s=120, out=None)
+    job = Job(
+        model, folder, shape_of(folder), mesh, Context(strategy=strategy), Sampling(), prompt, settings
+    )
+    figures = run_ranks(mesh.ranks, run_rank, job)[0]
+    assert figures["token_ids"] == expected
+    assert figures["prefill_bytes_sent_per_rank"] == prefill_bytes(mesh, strategy)
+
+
+def prefill_bytes(mesh: Mesh, strategy: str) -> list[int]:
+    """Attention bytes of each context rank, by arXiv 2411.01783 Table 3 and 2405.07719: 9 / 3 heads of 64, 30 layers."""
+    u, n, row = mesh.ulysses, mesh.ring, 64 * 4
+    hq, hk = 9 // mesh.tp // u, 3 // mesh.tp // u
+    ring_rows = [chunk(r, n) + chunk(2 * n - 1 - r, n) for r in range(n)]
+    sent = []
+    for r in range(n):
+        others = PROMPT - ring_rows[(r + 1) % n]  # every rank's block passes by, but the next one's own
+        if n == 1:
+            around = 0
+        elif strategy == "pass_kv":
+            around = 2 * others * hk * row
+        else:
+            around = others * hq * row + (PROMPT - ring_rows[r]) * hq * (row + 4)
+        for member in range(u):
+            rows = ring_rows[r] * (member + 1) // u - ring_rows[r] * member // u
+            heads_out = (u - 1) * rows * (hq + 2 * hk) * row  # q, k, v to the other members
+            heads_back = (ring_rows[r] - rows) * hq * row  # their rows of the answer
+            sent.append(30 * (around + heads_out + heads_back))
+    return sent
+
+
+def chunk(i: int, ring: int) -> int:
+    return PROMPT * (i + 1) // (2 * ring) - PROMPT * i // (2 * ring)

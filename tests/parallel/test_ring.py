@@ -1,0 +1,217 @@
+"""The ring on threads: exact for every strategy, layout and number of ranks, and with the bytes of the papers."""
+
+import weakref
+
+import pytest
+import torch
+
+from longctx.attention.flash_cpu import flash_cpu
+from longctx.attention.kernel import Kernel, reference
+from longctx.attention.layout import Layout, contiguous, documents, single, striped, zigzag
+from longctx.parallel.comm import Comm, Pending
+from longctx.parallel.ring import Ring, attended_pairs, rotate
+from longctx.parallel.strategy import STRATEGIES, ring_attention
+from longctx.parallel.threads import ThreadWorld, run_threads
+from tests import oracle
+from tests.parallel.problem import B, Problem, on_threads, problem
+from tests.turns import grown
+
+RANKS = [1, 2, 3, 4, 5]
+LAYOUTS = {
+    "contiguous": lambda size: contiguous(23, size),
+    "contiguous, 1 row": lambda size: contiguous(1, size),  # the other ranks have none
+    "zigzag": lambda size: zigzag(37, size),
+    "zigzag, even": lambda size: zigzag(6 * size, size),
+    "zigzag, 1 row": lambda size: zigzag(1, size),
+    "striped": lambda size: striped(31, size),
+    "documents": lambda size: documents([7, 0, 1, 23], size),
+    "striped documents": lambda size: documents([1, 11, 0, 6], size, striped),
+}
+
+strategies = pytest.mark.parametrize("strategy", STRATEGIES)
+all_layouts = pytest.mark.parametrize("name", LAYOUTS)
+all_ranks = pytest.mark.parametrize("ranks", RANKS)
+
+
+def solved(task: Problem, strategy: str, kernel: Kernel = reference):
+    """Each rank's answers and traffic."""
+
+    def attention_on(comm: Comm):
+        return ring_attention(Ring(comm, task.queries, task.keys), kernel, STRATEGIES[strategy])
+
+    return on_threads(task, attention_on)
+
+
+@strategies
+@all_layouts
+@all_ranks
+@pytest.mark.parametrize("heads", [(3, 3), (6, 2), (4, 1)], ids=str)
+def test_forward_and_backward(strategy, name, ranks, heads):
+    task = problem(LAYOUTS[name](ranks), heads=heads)
+    answers, _ = solved(task, strategy)
+    task.assert_solved(answers, 1e-10)
+
+
+@strategies
+@all_layouts
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_flash_cpu_in_float32(strategy, name, ranks):
+    task = problem(LAYOUTS[name](ranks), dtype=torch.float32)
+    answers, _ = solved(task, strategy, flash_cpu)
+    task.assert_solved(answers, 2e-6)
+
+
+def tokens(first: int, count: int, size: int) -> list[Layout]:
+    return [single(size, position % size) for position in range(first, first + count)]
+
+
+CONVERSATIONS = {
+    "a second prompt": lambda n: [zigzag(19, n), zigzag(11, n)],
+    "a decoded token": lambda n: [zigzag(19, n), *tokens(19, 1, n)],
+    "the eighth token": lambda n: [zigzag(19, n), *tokens(19, 8, n)],
+    "a prompt behind an answer": lambda n: [zigzag(19, n), *tokens(19, 7, n), striped(13, n)],
+    "chunked prefill": lambda n: [contiguous(7, n), zigzag(7, n), zigzag(5, n)],
+    "documents go on": lambda n: [documents([7, 0, 5], n), documents([3, 11, 0], n, striped)],
+}
+
+
+@strategies
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_a_later_turn_over_the_cache(strategy, name, ranks):
+    *earlier, last = CONVERSATIONS[name](ranks)
+    queries = last.after(grown(earlier))
+    task = problem(queries, grown(earlier).then(queries))
+    answers, _ = solved(task, strategy)
+    task.assert_solved(answers, 1e-10)
+
+
+# What each rank sends, by operation: arXiv 2411.01783, Table 3 and section 3.5, for rows that need not be even.
+# ``kv`` and ``q`` are the rows that ranks hold, ``e`` the bytes of an element, ``acc`` of an accumulated one.
+
+
+def passing_by(rows: list[int], rank: int) -> list[int]:
+    """The blocks that this rank sends on: all but the next rank's own, which arrives there last."""
+    return [n for owner, n in enumerate(rows) if owner != (rank + 1) % len(rows)]
+
+
+def messages(rows: list[int]) -> int:
+    return sum(n > 0 for n in rows)
+
+
+def forward_traffic(strategy, rank, q, kv, hq, hk, d, e, acc):
+    if strategy == "pass_kv":
+        sent = passing_by(kv, rank)
+        return {"shift": 2 * sum(sent) * B * hk * d * e}, {"shift": 2 * messages(sent)}
+    sent, others = passing_by(q, rank), [n for owner, n in enumerate(q) if owner != rank]
+    return (
+        {"shift": sum(sent) * B * hq * d * e, "all_to_all": sum(others) * B * hq * (d + 1) * acc},
+        {"shift": messages(sent), "all_to_all": messages(others)},
+    )
+
+
+def backward_traffic(rank, kv, hk, d, e, acc):
+    """Keys and values again, and one step behind them the sums of every owner's two gradients."""
+    sent = passing_by(kv, rank)
+    width = 2 * B * hk * d
+    return sum(sent) * width * e + sum(kv) * width * acc, 2 * messages(sent) + 2 * messages(kv)
+
+
+@strategies
+@pytest.mark.parametrize("name", ["zigzag", "zigzag, 1 row", "documents"])
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize(
+    ("dtype", "e", "acc"), [(torch.bfloat16, 2, 4), (torch.float32, 4, 4), (torch.float64, 8, 8)], ids=str
+)
+def test_bytes_and_messages(strategy, name, ranks, dtype, e, acc):
+    (hq, hk), d = (6, 2), 5
+    earlier = zigzag(11, ranks)
+    layout = LAYOUTS[name](ranks)
+    queries = layout if len(layout.lengths) > 1 else layout.after(earlier)
+    keys = layout if len(layout.lengths) > 1 else earlier.then(queries)
+    _, traffic = solved(problem(queries, keys, (hq, hk), d, dtype), strategy)
+    q, kv = ([layout.rows(r) for r in range(ranks)] for layout in (queries, keys))
+    for rank, (forward, total) in enumerate(traffic):
+        expected = forward_traffic(strategy, rank, q, kv, hq, hk, d, e, acc)
+        assert (forward.bytes, forward.messages) == expected
+        more_bytes, more_messages = backward_traffic(rank, kv, hk, d, e, acc)
+        assert total.bytes == expected[0] | {"shift": expected[0]["shift"] + more_bytes}
+        assert total.messages == expected[1] | {"shift": expected[1]["shift"] + more_messages}
+
+
+@strategies
+def test_a_ring_of_one_sends_nothing(strategy):
+    _, [[_, total]] = solved(problem(zigzag(7, 1)), strategy)
+    assert (total.bytes, total.messages, total.total) == ({}, {}, 0)
+
+
+@all_ranks
+def test_rotate_yields_every_owner_once_its_own_first(ranks):
+    layout = contiguous(3 * ranks - 1, ranks)
+
+    def rank_main(world, rank):
+        mine = torch.full((1, layout.rows(rank)), rank)
+        return [(owner, x.tolist()) for owner, (x,) in rotate(world.group(rank), layout, mine)]
+
+    for rank, turns in enumerate(run_threads(ranks, rank_main)):
+        owners = [(rank - step) % ranks for step in range(ranks)]
+        assert turns == [(owner, [[owner] * layout.rows(owner)]) for owner in owners]
+
+
+class Preallocating:
+    """A comm whose receives have their memory from the start, as torch.distributed's do, and are counted."""
+
+    def __init__(self, comm: Comm) -> None:
+        self.comm, self.rank, self.size, self.traffic = comm, comm.rank, comm.size, comm.traffic
+        self.blocks: list[list[weakref.ref]] = []
+
+    def shift(self, *mine, coming) -> Pending:
+        pending = self.comm.shift(*mine, coming=coming)
+        arriving = tuple(x.new_empty(shape) for x, shape in zip(mine, coming, strict=True))
+        self.blocks.append([weakref.ref(x) for x in arriving])
+        return _Posted(pending, arriving)
+
+    @property
+    def alive(self) -> int:
+        return sum(any(ref() is not None for ref in block) for block in self.blocks)
+
+
+class _Posted:
+    def __init__(self, pending: Pending, arriving) -> None:
+        self.pending, self.arriving = pending, arriving
+
+    def wait(self):
+        for here, sent in zip(self.arriving, self.pending.wait(), strict=True):
+            here.copy_(sent)
+        return self.arriving
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_two_buffers_whatever_the_number_of_ranks(ranks):
+    """While a block is worked on: that one, and the next, which must already be on its way (overlap)."""
+    task = problem(zigzag(8 * ranks, ranks))
+
+    def rank_main(world, rank):
+        comm, alive = Preallocating(world.group(rank)), []
+
+        def forward(q, k, v, causal):
+            alive.append(comm.alive)
+            return reference.forward(q, k, v, causal)
+
+        ring = Ring(comm, task.queries, task.keys)
+        with torch.no_grad():
+            STRATEGIES["pass_kv"](*task.of(rank)[:3], ring, Kernel("counting", forward, reference.backward))
+        return alive
+
+    for alive in run_threads(ranks, rank_main):  # one tile a step; its own block, at first, is nobody's copy
+        assert alive == [1] + [2] * (ranks - 2) + [1]
+
+
+@all_layouts
+@all_ranks
+def test_attended_pairs_are_the_masks(name, ranks):
+    layout = LAYOUTS[name](ranks)
+    rows = oracle.packed(layout.lengths)
+    mask = oracle.visible(rows, rows)
+    ring = Ring(ThreadWorld(ranks).group(0), layout, layout)
+    assert list(attended_pairs(ring)) == [int(mask[layout.index(rank)].sum()) for rank in range(ranks)]
