@@ -54,7 +54,9 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class PromptSource:
-    """The prompt: a file, a text, or the documentation that CPython ships; cut only if ``tokens`` says so.
+    """The prompt: a file, a text, or a topic of the documentation that CPython ships (``all`` for the whole).
+
+    It is cut only if ``tokens`` says so.
 
     With ``question`` the text is a document, and both go through the model's chat template; without, the
     text is the prompt as it stands.
@@ -62,7 +64,7 @@ class PromptSource:
 
     file: str | None = None
     text: str | None = None
-    pydoc: bool = False
+    pydoc: str | None = None
     question: str | None = None
     tokens: int | None = None
 

@@ -127,16 +127,14 @@ def _done(_: object) -> None:
 
 def seconds(work: Work, here: Any, *, by_all: bool) -> float:
     """Wall seconds of ``work`` on every rank (the slowest counts), or on the first while the others wait."""
-    _meet(here.context)
+    from longctx.infer.generate import meet
+
+    meet(here.context, here.device)
     began = time.perf_counter()
     if by_all or here.context.rank == 0:
         work()
     took = torch.tensor([time.perf_counter() - began])
     return float(torch.cat(here.context.all_gather(took, [(1,)] * here.context.size)).max())
-
-
-def _meet(comm: Comm) -> None:
-    comm.all_gather(torch.zeros(1), [(1,)] * comm.size)
 
 
 def run_rank(rank: Rank, job: Job) -> list[dict[str, Any]]:
@@ -197,7 +195,7 @@ def task(config: DictConfig) -> None:
     settings, model = top_level(config, Settings), section(config, "model", ModelSource)
     refuse_unwritable(settings.out)
     folder = locate(model, say=console.print)
-    longest = PromptSource(pydoc=True, tokens=max(settings.lengths))
+    longest = PromptSource(pydoc="all", tokens=max(settings.lengths))
     tokens = tuple(prompt_tokens(longest, tokenizer_of(folder)))
     job = Job(settings, model, folder, shape_of(folder), tokens)
     measured = on_ranks(Mesh(ring=settings.ranks), run_rank, job)

@@ -118,7 +118,8 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any] | None:
                 torch.set_num_threads(threads * job.mesh.ranks)  # the other ranks are waiting
                 alone = load_alone(here, engine, job.model, job.folder) if rank.rank == 0 else None
                 difference = logit_difference(engine, alone, here.context, prompt, made, layer_done=progress.step)
-        figures = gather_figures(here.context, [made.prefill_bytes, made.decode_bytes, made.cache_bytes])
+        sizes = [made.prefill_bytes, made.decode_bytes, made.cache_bytes]
+        figures = gather_figures(here.context, sizes, here.device)
     prefill_bytes, decode_bytes, cache_bytes = map(list, zip(*figures, strict=True))
     later = len(made.tokens) - 1
     return {

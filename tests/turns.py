@@ -47,9 +47,7 @@ class Conversation:
 
 
 @st.composite
-def conversations(
-    draw: st.DrawFn, most: int = 3, size: st.SearchStrategy[int] = sizes
-) -> Conversation:
+def conversations(draw: st.DrawFn, most: int = 3, size: st.SearchStrategy[int] = sizes) -> Conversation:
     """Of one sequence, with decoded tokens among the turns, or of two or three documents."""
     count = draw(st.integers(1, 3))
     together = st.builds(Turn, names, st.tuples(*[lengths] * count))

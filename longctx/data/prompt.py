@@ -26,15 +26,19 @@ def prompt_tokens(source: PromptSource, tokenizer: Any) -> list[int]:
 
 
 def _text(source: PromptSource) -> str:
-    given = [name for name in ("file", "text", "pydoc") if getattr(source, name) not in (None, False)]
+    given = [name for name in ("file", "text", "pydoc") if getattr(source, name) is not None]
     if len(given) != 1:
         raise ValueError(
             f"the prompt comes from one source, not {' and '.join(given) or 'none'}: "
-            "give prompt.file=FILE, prompt.text='...' or prompt.pydoc=true"
+            "give prompt.file=FILE, prompt.text='...' or prompt.pydoc=all"
         )
     if source.tokens is not None and source.tokens < 1:
         raise ValueError(f"prompt.tokens={source.tokens}: keep at least one token")
-    text = _pydoc() if source.pydoc else source.text if source.file is None else _read(source.file)
+    text = source.text
+    if source.file is not None:
+        text = _read(source.file)
+    if source.pydoc is not None:
+        text = _pydoc(source.pydoc)
     if not text or not text.strip():
         raise ValueError("the prompt is empty: give it some text")
     return text
@@ -49,8 +53,12 @@ def _read(name: str) -> str:
         raise ValueError(f"prompt.file={name} cannot be read: {error.strerror}") from error
 
 
-def _pydoc() -> str:
-    """About 700 KB of prose that every CPython carries: the language reference, topic by topic."""
+def _pydoc(topic: str) -> str:
+    """A topic of the language reference, which every CPython carries; or ``all``, about 700 KB of prose."""
     from pydoc_data.topics import topics
 
-    return "\n\n".join(topics[name] for name in sorted(topics))
+    if topic == "all":
+        return "\n\n".join(topics[name] for name in sorted(topics))
+    if topic not in topics:
+        raise ValueError(f"prompt.pydoc={topic} is no topic: use all, or one of {', '.join(sorted(topics))}")
+    return topics[topic]

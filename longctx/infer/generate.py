@@ -65,7 +65,7 @@ def generate(
     length = len(prompt)
     layout = prompt_layout(length, context, engine.ulysses.size, engine.ring.size)
     cache = engine.cache(length + max_new_tokens)
-    _meet(context_group)
+    meet(context_group, engine.device)
     began = time.perf_counter()
     hidden = run_pass(engine, prompt, layout, cache, STRATEGIES[context.strategy], layer_done)
     token = _next_token(engine, context_group, hidden, layout, length - 1, sampling)
@@ -141,16 +141,16 @@ def _next_token(
     return int(torch.cat(told))
 
 
-def _meet(group: Comm) -> None:
-    """Wait for the others, so that the clock does not count their loading."""
-    group.all_gather(torch.zeros(1), [(1,)] * group.size)
-
-
 def _sent(engine: Engine) -> int:
     return engine.ulysses.traffic.total + engine.ring.traffic.total
 
 
-def gather_figures(group: Comm, figures: Sequence[int]) -> list[list[int]]:
+def meet(group: Comm, device: torch.device) -> None:
+    """Wait for the others, so that a clock started next does not count what they did before."""
+    group.all_gather(torch.zeros(1, device=device), [(1,)] * group.size)
+
+
+def gather_figures(group: Comm, figures: Sequence[int], device: torch.device) -> list[list[int]]:
     """Every rank's ``figures``, on every rank."""
-    mine = torch.tensor(figures, dtype=torch.long)
+    mine = torch.tensor(figures, dtype=torch.long, device=device)
     return [x.tolist() for x in group.all_gather(mine, [(len(figures),)] * group.size)]

@@ -39,6 +39,10 @@ class Engine:
     layers: str = "local"
 
     @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
     def rank(self) -> int:
         return self.ring.rank * self.ulysses.size + self.ulysses.rank
 
@@ -81,7 +85,6 @@ def run_pass(
         done()
         return out
 
-    device = next(engine.model.parameters()).device
-    mine = layout.shard(tokens, engine.rank).to(device)
-    angles = rotary_angles(engine.shape, layout.positions(engine.rank).to(device))
+    mine = layout.shard(tokens, engine.rank).to(engine.device)
+    angles = rotary_angles(engine.shape, layout.positions(engine.rank).to(engine.device))
     return hidden_states(engine.model, mine.unsqueeze(0), angles, Pass(attend=attend))

@@ -35,15 +35,18 @@ def _with_rows(x: Tensor, rows: int) -> Shape:
 def rotate(comm: Comm, layout: Layout, *mine: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
     """Every rank's tensors in turn, with their owner, our own first; the next are on their way while we work.
 
-    Owners hold as many rows (dim 1) as ``layout`` says.  Two buffers: what is held, and what is coming.
+    Owners hold as many rows (dim 1) as ``layout`` says.  Two buffers, what is held and what is coming: drop
+    what was yielded (``del``) before asking for more, or it lives on as a third.
     """
     held = mine
-    for step in range(comm.size):
+    for step in range(comm.size - 1):
         previous = (comm.rank - step - 1) % comm.size
         shapes = [_with_rows(x, layout.rows(previous)) for x in mine]
-        coming = comm.shift(*held, coming=shapes) if step + 1 < comm.size else None
+        coming = comm.shift(*held, coming=shapes)
         yield (comm.rank - step) % comm.size, held
-        held = coming.wait() if coming else held
+        held = coming.wait()
+        del coming  # it keeps what has left alive, too
+    yield (comm.rank + 1) % comm.size, held
 
 
 def pass_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
@@ -54,6 +57,7 @@ def pass_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial
     seen = nothing(q)
     for owner, (k_o, v_o) in rotate(ring.comm, ring.keys, k, v):
         attend_tiles(seen, q, k_o, v_o, ring.tiles(ring.comm.rank, owner), kernel)
+        del k_o, v_o
     return seen
 
 
@@ -69,6 +73,7 @@ def pass_q(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
         seen = nothing(q_o)
         attend_tiles(seen, q_o, k, v, ring.tiles(owner, comm.rank), kernel)
         answers[owner] = torch.cat([seen.out, seen.lse.unsqueeze(-1)], -1)
+        del q_o
     home: Shape = (*q.shape[:-1], q.shape[-1] + 1)
     whole = nothing(q)
     for answer in comm.all_to_all(answers, [home] * comm.size):
@@ -91,6 +96,7 @@ def ring_gradients(
     for owner, (k_o, v_o) in rotate(comm, ring.keys, k, v):
         tiles = ring.tiles(comm.rank, owner)
         dq_o, dk, dv = tile_gradients(dout, q, k_o, v_o, whole, tiles, kernel)
+        del k_o, v_o
         dq += dq_o
         if sums:
             dk_before, dv_before = sums.wait()

@@ -1,6 +1,6 @@
 """Layouts: every position is held once, and the tensors that are cut by them come back whole."""
 
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_who_holds_which_positions(layout, positions):
 def test_every_row_is_held_once_and_knows_its_position(conversation):
     turns = conversation.layouts()
     for layout in (turns[0], grown(turns), turns[-1].after(grown(turns))):
-        assert sorted(sum(all_rows(layout), [])) == list(range(layout.total))
+        assert sorted(chain(*all_rows(layout))) == list(range(layout.total))
         truth = oracle.packed(layout.lengths, layout.begins)
         for rank in range(layout.size):
             index = layout.index(rank)
@@ -75,7 +75,7 @@ def test_split_and_gathered_keep_the_rows_and_their_order(conversation, parts):
     assert split.size == layout.size * parts
     for rank in range(layout.size):
         members = range(rank * parts, (rank + 1) * parts)
-        assert sum((split.index(member).tolist() for member in members), []) == layout.index(rank).tolist()
+        assert torch.equal(torch.cat([split.index(member) for member in members]), layout.index(rank))
         rows = [split.rows(member) for member in members]
         assert max(rows) - min(rows) <= 1
     assert all_rows(split.gathered(parts)) == all_rows(layout)
@@ -128,7 +128,7 @@ def test_decoded_tokens_stay_few_spans(size, length, name):
     cache = WITHIN[name](length, size)
     for position in range(length, length + 6 * size):
         cache = cache.then(single(size, position % size).after(cache))
-    assert sorted(sum(all_rows(cache), [])) == list(range(length + 6 * size))
+    assert sorted(chain(*all_rows(cache))) == list(range(length + 6 * size))
     assert max(len(spans) for spans in cache.ranks) <= 4
 
 

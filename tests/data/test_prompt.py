@@ -52,17 +52,24 @@ def test_cutting_a_document_leaves_the_question_whole(tokenizer):
 
 
 def test_the_documentation_of_python_is_long(tokenizer):
-    ids = prompt_tokens(PromptSource(pydoc=True), tokenizer)
+    ids = prompt_tokens(PromptSource(pydoc="all"), tokenizer)
     assert len(ids) > 300_000, "bytes"
-    assert "assert" in tokenizer.decode(ids[:5000])
-    assert prompt_tokens(PromptSource(pydoc=True, tokens=101), tokenizer) == ids[:101]
+    assert prompt_tokens(PromptSource(pydoc="all", tokens=101), tokenizer) == ids[:101]
+
+
+def test_one_topic_of_the_documentation_is_part_of_all(tokenizer):
+    topic = tokenizer.decode(prompt_tokens(PromptSource(pydoc="assert"), tokenizer))
+    assert '"assert" statement' in topic
+    whole = tokenizer.decode(prompt_tokens(PromptSource(pydoc="all"), tokenizer))
+    assert topic in whole and len(topic) < len(whole) / 100
 
 
 @pytest.mark.parametrize(
     ("source", "words"),
     [
         (PromptSource(), "one source, not none.*prompt.file=FILE"),
-        (PromptSource(text="a", pydoc=True), "not text and pydoc"),
+        (PromptSource(text="a", pydoc="assert"), "not text and pydoc"),
+        (PromptSource(pydoc="asert"), "prompt.pydoc=asert is no topic: use all, or one of .*assert"),
         (PromptSource(file="a", text="b"), "not file and text"),
         (PromptSource(text=""), "empty"),
         (PromptSource(text=" \n\t "), "empty"),
@@ -98,5 +105,5 @@ def test_refused_files(tokenizer, tmp_path, content, words):
 
 def test_a_question_to_a_model_without_a_chat_template_is_refused(tokenizer):
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="chat template.*instruct"):
+    with pytest.raises(ValueError, match=r"chat template.*instruct"):
         prompt_tokens(PromptSource(text=DOCUMENT, question="Who?"), tokenizer)

@@ -28,7 +28,7 @@ MESHES = [
 
 @pytest.fixture(scope="session")
 def prompt(smollm2: tuple[ModelSource, Path]) -> tuple[int, ...]:
-    return tuple(prompt_tokens(PromptSource(pydoc=True, tokens=PROMPT), tokenizer_of(smollm2[1])))
+    return tuple(prompt_tokens(PromptSource(pydoc="all", tokens=PROMPT), tokenizer_of(smollm2[1])))
 
 
 @pytest.fixture(scope="session")

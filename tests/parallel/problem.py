@@ -52,11 +52,12 @@ class Problem:
 def problem(
     queries: Layout, keys: Layout | None = None, heads=(6, 2), d: int = 5, dtype: torch.dtype = torch.float64
 ) -> Problem:
-    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # its own: threads that are ranks may build the same problem
     keys = keys or queries
     (hq, hk), sq, sk = heads, queries.total, keys.total
     shapes = ((B, sq, hq, d), (B, sk, hk, d), (B, sk, hk, d), (B, sq, hq, d))
-    return Problem(queries, keys, *(torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes))
+    packed = (torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for shape in shapes)
+    return Problem(queries, keys, *packed)
 
 
 def solve(

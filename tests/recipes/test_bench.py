@@ -1,0 +1,70 @@
+"""recipes.bench: the efficiency, and the three shares that it is made of."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes import bench
+
+TIMES = {"one": [7.0, 5.0, 6.0], "all at once": [9.0, 8.0, 7.0], "silent": [3.0, 3.5, 2.5], "ring": [4.0, 5.0, 3.0]}
+
+
+def test_three_shares_multiply_to_the_efficiency():
+    made = bench.figures("attention", 8209, 3, TIMES)
+    assert made["efficiency"] == 6.0 / (3 * 4.0)
+    assert made["machine"] == 6.0 / 8.0
+    assert made["blocks"] == 8.0 / (3 * 3.0)
+    assert made["communication"] == 3.0 / 4.0
+    assert made["machine"] * made["blocks"] * made["communication"] == pytest.approx(made["efficiency"])
+    assert (made["part"], made["tokens"], made["ranks"], made["rounds"]) == ("attention", 8209, 3, 3)
+
+
+def test_a_silent_ring_gives_tensors_of_the_right_shape_at_once():
+    silent = bench.Silent(1, 3)
+    mine = torch.ones(1, 5, 3, 7), torch.ones(1, 5, 2, 7, dtype=torch.bfloat16)
+    k, v = silent.shift(*mine, coming=[(1, 4, 3, 7), (1, 4, 2, 7)]).wait()
+    assert (k.shape, v.shape) == ((1, 4, 3, 7), (1, 4, 2, 7))
+    assert (k.dtype, v.dtype) == (torch.float32, torch.bfloat16)
+    assert silent.traffic.total == 0
+
+
+def test_both_parts_are_measured_and_written(cli, tiny, tmp_path):
+    out = tmp_path / "efficiency.json"
+    settings = ("parts=[attention,model]", "lengths=[61]", "rounds=1", f"out={out}")
+    code, _, err = cli(bench, bench.task, "prefill", f"model={tiny}", *settings)
+    assert code == 0, err
+    result = json.loads(out.read_text())
+    assert [(row["part"], row["tokens"], row["ranks"]) for row in result["measured"]] == [
+        ("attention", 61, 2),
+        ("model", 61, 2),
+    ]
+    for row in result["measured"]:
+        shares = row["machine"] * row["blocks"] * row["communication"]
+        assert shares == pytest.approx(row["efficiency"]) and row["efficiency"] > 0
+        assert {name: len(taken) for name, taken in row["seconds"].items()} == dict.fromkeys(TIMES, 1)
+    assert "efficiency" in err and str(out) in err
+    assert result["command"] == f"python -m recipes.bench subject=prefill {' '.join(asked(tiny))} {' '.join(settings)}"
+
+
+def asked(folder: Path) -> list[str]:
+    """What ``model=FOLDER`` stands for."""
+    return ["model=folder", f"model.source='{folder}'", f"model.name='{folder.name}'"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["prefil"], "subject=prefil: input should be 'prefill'"),
+        (["prefill", "parts=[attenion]"], "parts.0=attenion: input should be 'attention' or 'model'"),
+        (["prefill", "ranks=0"], "ranks=0"),
+        (["prefill", "rounds=0"], "rounds=0"),
+        (["prefill", "lengths=[]"], "lengths="),
+        (["prefill", "lengths=[0]"], "lengths"),
+        (["prefill", "out=/dev/null/a.json"], "out=/dev/null/a.json cannot be written"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_measured_is_refused(refused, tiny, settings, words):
+    assert words in refused(bench, bench.task, f"model={tiny}", *settings)

@@ -1,0 +1,174 @@
+"""recipes.generate: refuses what cannot be done before any rank starts; else the same tokens, however started."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from longctx.parallel.launch import Rank
+from recipes import generate
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "prompt.text='The quick brown fox, as ever.'"  # 29 tokens, of a byte each
+
+
+@pytest.fixture
+def refusal(refused, tiny):
+    """What `python -m recipes.generate model=tiny argv` says when it refuses."""
+    return lambda *argv: refused(generate, generate.task, f"model={tiny}", *argv)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("mesh.tp=2", r"mesh\.tp=2 .*9 query heads.*3 KV heads.*use mesh\.tp=[13] \(possible: 1, 3\)"),
+        ("mesh.ulysses=2", r"mesh\.ulysses=2 .*9 query heads.*3 KV heads.*use mesh\.ulysses=[13] \(possible: 1, 3\)"),
+        ("mesh.tp=3 mesh.ulysses=3", r"mesh\.tp=3.*each rank has 3 query heads.*1 KV heads.*use mesh\.ulysses=1"),
+        ("mesh.dp=2", r"mesh\.dp=2.*use mesh\.dp=1.*mesh\.ring"),
+        ("mesh.pp=2", r"mesh\.pp=2.*use mesh\.pp=1.*mesh\.ring"),
+        ("mesh.ring=30", "30 ranks for a prompt of 29 tokens: use at most 29 ranks"),
+        ("mesh.ring=11 mesh.ulysses=3", "33 ranks for a prompt of 29 tokens"),
+        ("max_new_tokens=0", "max_new_tokens=0: ask for at least one"),
+        ("max_new_tokens=69", r"29 tokens, and with max_new_tokens=69 .*context of 97: .*prompt\.tokens=28"),
+        ("prompt.tokens=0", r"prompt\.tokens=0: keep at least one"),
+        ("prompt.question=Who?", r"prompt\.question needs a model with a chat template"),
+        ("prompt.pydoc=assert", "one source, not text and pydoc"),
+        ("out=/dev/null/result.json", "out=/dev/null/result.json cannot be written"),
+        ("out=/dev", "out=/dev cannot be written: give the name of a file"),
+    ],
+    ids=lambda value: value.replace(" ", ",") if value.count(" ") < 2 else "",
+)
+def test_what_cannot_be_done_is_refused(refusal, settings, words):
+    assert re.search(words, refusal(PROMPT, "max_new_tokens=5", *settings.split()))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read: No such file"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (b"", "the prompt is empty"),
+        (b"x" * 93, r"93 tokens, and with max_new_tokens=5 .*context of 97: .*prompt\.tokens=92\n"),
+    ],
+    ids=["missing", "not text", "empty", "too long"],
+)
+def test_a_prompt_that_cannot_be_used_is_refused(refusal, tmp_path, content, words):
+    file = tmp_path / "book.txt"
+    if content is not None:
+        file.write_bytes(content)
+    assert re.search(words, refusal(f"prompt.file={file}", "max_new_tokens=5"))
+
+
+def test_a_prompt_is_needed(refusal):
+    assert "give prompt.file=FILE, prompt.text='...' or prompt.pydoc=all" in refusal()
+
+
+def test_a_folder_that_is_no_model_is_refused(refused, tmp_path):
+    line = refused(generate, generate.task, f"model={tmp_path}", PROMPT)
+    assert f"model={tmp_path}: no config.json in this folder" in line
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json"])
+def test_a_model_without_weights_or_tokenizer_is_refused(refused, tiny, tmp_path, missing):
+    for file in tiny.iterdir():
+        if file.name != missing:
+            (tmp_path / file.name).symlink_to(file)
+    line = refused(generate, generate.task, f"model={tmp_path}", PROMPT)
+    assert str(tmp_path) in line and missing.split(".")[0] in line
+
+
+def test_another_number_of_ranks_than_the_launcher_s_is_refused(refused, tiny, monkeypatch):
+    monkeypatch.setattr(generate, "run_rank", lambda *_: pytest.fail("this rank began"))
+
+    def task(config):
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "5")
+        generate.task(config)
+
+    line = refused(generate, task, f"model={tiny}", PROMPT, "mesh.ring=3", "max_new_tokens=5")
+    assert "the launcher started 5 ranks, the mesh has 3 (ring=3): set mesh.ring=5" in line
+
+
+def test_the_longest_that_fits_is_not_refused(cli, tiny, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(generate, "on_ranks", lambda *given: jobs.append(given))
+    settings = (PROMPT, "max_new_tokens=68", "mesh.ring=29", "mesh.tp=3")
+    assert cli(generate, generate.task, f"model={tiny}", *settings) == (0, "", "")
+    [(mesh, _, job)] = jobs
+    assert (mesh.ranks, bytes(len(job.prompt)), job.shape.positions) == (3 * 29, bytes(29), 97)
+
+
+KEYS = {
+    "text", "tokens", "ranks", "strategy", "ttft_s", "tokens_per_s", "max_logit_diff", "token_ids",
+    "kv_cache_bytes_per_rank", "prefill_bytes_sent_per_rank", "decode_bytes_sent_per_rank",
+}  # fmt: skip
+
+
+def finished(*command):
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_the_same_tokens_with_and_without_torchrun(tiny, tmp_path):
+    settings = [f"model={tiny}", PROMPT, "mesh.ring=2", "max_new_tokens=5"]
+    plain, under = tmp_path / "plain.json", tmp_path / "under.json"
+    done = finished("-m", "recipes.generate", *settings, f"out={plain}")
+    result = json.loads(plain.read_text())
+    assert result.keys() >= KEYS
+    assert (result["tokens"], result["ranks"], result["strategy"]) == (29, 2, "pass_kv")
+    assert len(result["token_ids"]) == 5
+    assert done.stdout == result["text"] + "\n"
+    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
+    assert 0 <= result["max_logit_diff"] < 1e-5
+    assert result["ttft_s"] > 0 and result["tokens_per_s"] > 0
+    row = 2 * 2 * 3 * 4 * 4  # layers; keys and values; heads; width; bytes
+    # Zigzag gives 15 and 14 of 29; tokens 29 to 32 take turns from rank 29 % 2; the last token is not run.
+    assert result["prefill_bytes_sent_per_rank"] == [15 * row, 14 * row]
+    assert result["kv_cache_bytes_per_rank"] == [17 * row, 16 * row]
+    assert all(sent > 0 for sent in result["decode_bytes_sent_per_rank"])
+
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = finished(*torchrun, "-m", "recipes.generate", *settings, f"out={under}")
+    assert done.stdout == result["text"] + "\n", "one of the ranks answers"
+    again = json.loads(under.read_text())
+    assert 0 <= again["max_logit_diff"] < 1e-5
+    for key in ("token_ids", "text", "kv_cache_bytes_per_rank", "decode_bytes_sent_per_rank"):
+        assert again[key] == result[key]
+
+
+def killed_while_decoding(rank: Rank, job: generate.Job):
+    """`run_rank`, but rank 1 is killed in the third pass, while the others wait for its answer."""
+    from longctx.infer import generate as loop
+
+    Path(job.folder, f"pid{rank.rank}").write_text(str(os.getpid()))
+    passes, run_pass = count(1), loop.run_pass
+
+    def until_killed(*given, **named):
+        if rank.rank == 1 and next(passes) == 3:
+            Path(job.folder, "killed_at").write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return run_pass(*given, **named)
+
+    loop.run_pass = until_killed  # in this rank's process alone
+    return generate.run_rank(rank, job)
+
+
+def test_when_a_rank_is_killed_the_command_ends_and_names_it(cli, tiny, tmp_path, monkeypatch):
+    for file in tiny.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    monkeypatch.setattr(generate, "run_rank", killed_while_decoding)
+    settings = (PROMPT, "mesh.ring=3", "max_new_tokens=7", "verify=false")
+    code, out, err = cli(generate, generate.task, f"model={tmp_path}", *settings)
+    assert time.time() - float((tmp_path / "killed_at").read_text()) < 20
+    assert (code, out, err) == (1, "", "error: rank 1 of 3 was killed by SIGKILL; the other ranks were ended\n")
+    pids = [file.read_text() for file in tmp_path.glob("pid*")]
+    assert len(pids) == 3
+    assert not [pid for pid in pids if Path("/proc", pid).exists()]

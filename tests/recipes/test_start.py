@@ -1,0 +1,156 @@
+"""The command line becomes typed settings, and every way to fail one clear line and an exit code."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from longctx.parallel.launch import Rank, RankFailed
+from longctx.schema import Mesh, ModelSource, Sampling
+from recipes import bench, generate, start
+
+
+@pytest.fixture
+def compose(cli):
+    """The configuration that ``python -m recipes.generate argv`` runs with."""
+
+    def run(*argv, recipe=generate):
+        seen = []
+        assert cli(recipe, seen.append, *argv) == (0, "", "")
+        return seen[0]
+
+    return run
+
+
+def test_settings_have_their_types(compose):
+    config = compose("mesh.ring=3", "mesh.tp=5", "sampling.temperature=1", "threads=2")
+    assert start.section(config, "mesh", Mesh) == Mesh(tp=5, ring=3)
+    assert start.section(config, "sampling", Sampling) == Sampling(temperature=1.0)
+    assert start.top_level(config, generate.Settings) == generate.Settings(64, True, 2, 600.0, None)
+
+
+def test_a_known_model_is_a_choice_of_the_configuration(compose):
+    model = start.section(compose("model=smollm2_135m"), "model", ModelSource)
+    assert (model.name, model.source, model.gguf) == (
+        "smollm2_135m", None, "SmolLM2-135M-Instruct.Q4_1.gguf",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["a = b, [c] {d}", "it's"])
+def test_a_model_may_be_a_folder_of_any_name(compose, tmp_path, name):
+    (tmp_path / name).mkdir()
+    model = start.section(compose(f"model={tmp_path / name}"), "model", ModelSource)
+    assert (model.name, model.source, model.wheel) == (name, str(tmp_path / name), None)
+
+
+def test_a_model_may_be_a_name_on_the_hub(compose):
+    model = start.section(compose("model=some-one/Model-1.5B"), "model", ModelSource)
+    assert (model.name, model.source) == ("Model-1.5B", "some-one/Model-1.5B")
+
+
+def test_the_model_cache_is_the_environment_s(compose, monkeypatch, tmp_path):
+    monkeypatch.setenv("LONGCTX_CACHE", str(tmp_path))
+    assert start.section(compose(), "model", ModelSource).cache == str(tmp_path)
+    monkeypatch.delenv("LONGCTX_CACHE")
+    assert start.section(compose(), "model", ModelSource).cache == "~/.cache/longctx"
+
+
+def test_a_bare_word_is_the_subject(compose):
+    assert compose("prefill", "rounds=5", recipe=bench).subject == "prefill"
+
+
+def test_an_experiment_sets_what_belongs_together(compose):
+    config = compose("experiment=demo", "mesh.ring=3")
+    assert (config.prompt.tokens, config.mesh.ring) == (6000, 3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("model=nonsense", ["model=nonsense", "smollm2_135m", "Hugging Face folder"]),
+        ("mesh.rong=2", ["mesh.rong"]),
+        ("rounds=2", ["rounds"]),
+        ("+mesh.rong=2", ["mesh.rong"]),
+        ("+rounds=2", ["rounds"]),
+        ("experiment=demmo", ["experiment", "demmo", "demo"]),
+        ("context=pass_k", ["context", "pass_k", "pass_kv", "pass_q"]),
+        ("mesh.ring=two", ["mesh.ring=two", "integer"]),
+        ("mesh.ring=0", ["mesh.ring=0", "at least one rank"]),
+        ("context.strategy=pass_the_salt", ["context.strategy=pass_the_salt", "'pass_kv' or 'pass_q'"]),
+        ("sampling.top_p=0", ["sampling.top_p=0", "above 0"]),
+        ("max_new_tokens=many", ["max_new_tokens=many", "integer"]),
+        ("verify=perhaps", ["verify=perhaps", "boolean"]),
+        ("threads=-1", ["threads=-1"]),
+        ("timeout_s=-1", ["timeout_s=-1"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refused_settings(refused, tiny, setting, words):
+    line = refused(generate, generate.task, f"model={tiny}", "prompt.text=hello", setting)
+    assert all(word in line for word in words), line
+
+
+def fails(error):
+    def task(_):
+        raise error
+
+    return task
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ValueError("use [2] of them"), 2, "error: use [2] of them\n"),
+        (RankFailed(3, 5, "raised E: [x]", "Traceback"), 1, "Traceback\nerror: rank 3 of 5 raised E: [x]; the other"),
+        (RankFailed(3, 5, "was killed by SIGKILL", ""), 1, "error: rank 3 of 5 was killed by SIGKILL; the other"),
+        (KeyboardInterrupt(), 130, "interrupted; all ranks have ended\n"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_exit_codes(cli, error, code, said):
+    left, out, err = cli(generate, fails(error))
+    assert (left, out) == (code, "")
+    assert err.startswith(said)
+
+
+def test_without_a_launcher_ranks_are_started_here(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(start, "run_ranks", lambda *given: [given, "the second's"])
+    assert start.on_ranks(Mesh(ring=2), fails, "job") == (2, fails, "job")
+
+
+def test_under_a_launcher_this_process_is_a_rank(monkeypatch, nobody_starts):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert start.on_ranks(Mesh(ring=3, tp=2), lambda *given: given, "job") == (Rank(1, 6, 0, 1, "env://"), "job")
+    with pytest.raises(ValueError, match=r"started 6 ranks, the mesh has 5 \(ring=5\): set mesh.ring=6"):
+        start.on_ranks(Mesh(ring=5), lambda *given: given, "job")
+
+
+@pytest.mark.parametrize(("asked", "threads"), [(None, 2), (3, 3)])
+def test_ranks_share_the_cores_of_their_machine(monkeypatch, asked, threads):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(7))
+    assert start.threads_for(asked, Rank(4, 6, 1, 3, "env://")) == threads
+    assert start.threads_for(None, Rank(4, 60, 1, 30, "env://")) == 1, "more ranks than cores"
+
+
+def test_a_result_is_written_a_line_a_key(tmp_path, capsys):
+    out = tmp_path / "new" / "folder" / "result.json"
+    start.refuse_unwritable(str(out))
+    start.written(str(out), {"text": 'a "b"\n', "tokens": [2, 3]})
+    assert json.loads(out.read_text()) == {"text": 'a "b"\n', "tokens": [2, 3]}
+    assert len(out.read_text().splitlines()) == 4
+    assert str(out) in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Of a setting with parts."""
+
+    lengths: tuple[int, ...]
+
+
+def test_the_wrong_part_of_a_list_is_named(compose):
+    config = compose("prefill", "lengths=[8,x]", recipe=bench)
+    with pytest.raises(ValueError, match=r"^lengths\.1=x: input should be a valid integer"):
+        start.top_level(config, Numbers)
