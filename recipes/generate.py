@@ -89,8 +89,8 @@ def refuse_lengths(prompt: int, new_tokens: int, mesh: Mesh, shape: ModelShape) 
         )
 
 
-def run_rank(rank: Rank, job: Job) -> dict[str, Any] | None:
-    """One rank's part of ``job``; the first rank gives the figures back."""
+def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
+    """One rank's part of ``job``, and its figures: those of the first rank count."""
     from longctx.infer.engine import load_alone, load_engine
     from longctx.infer.generate import gather_figures, generate, logit_difference
     from longctx.megatron.runtime import runtime

@@ -79,7 +79,8 @@ def on_ranks(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
             f"the launcher started {here.world} ranks, the mesh has {mesh.ranks} ({mesh}): "
             f"set mesh.ring={here.world} or another mesh of {here.world}"
         )
-    return rank_main(here, *args)
+    given = rank_main(here, *args)
+    return given if here.rank == 0 else None
 
 
 def threads_for(asked: int | None, rank: Rank) -> int:

@@ -18,14 +18,14 @@ from longctx import pretrained
 from longctx.pretrained import locate, shape_of
 from longctx.schema import ModelSource
 
-SIZES = dict(
-    vocab_size=307, hidden_size=60, intermediate_size=59, num_hidden_layers=5, num_attention_heads=6,
-    num_key_value_heads=2, max_position_embeddings=97, rms_norm_eps=3e-5, eos_token_id=13,
-)  # fmt: skip
-LLAMA3 = dict(
-    rope_type="llama3", rope_theta=50_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-    original_max_position_embeddings=31,
-)  # fmt: skip
+SIZES = {
+    "vocab_size": 307, "hidden_size": 60, "intermediate_size": 59, "num_hidden_layers": 5, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "max_position_embeddings": 97, "rms_norm_eps": 3e-5, "eos_token_id": 13,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 50_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 31,
+}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 31}
 
 

@@ -18,11 +18,16 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2)  # b s h d <-> b h s d, as a view
 
 
+def _readable(x: Tensor) -> Tensor:
+    """``x`` as the op can read it: any strides but that of the last axis, which it takes to be 1 unasked."""
+    return _heads_first(x if x.stride(-1) == 1 else x.contiguous())
+
+
 def _flash_forward(q: Queries, k: Keys, v: Keys, causal: bool) -> Partial:
     # The op dies with SIGFPE on empty inputs: never let one through.
     assert q.shape[1] and k.shape[1], "an empty tile reached the kernel"
     # bf16 inputs are computed in float32: without AMX it is faster, and the op sums bf16 gradients in bf16.
-    q, k, v = (_heads_first(x.to(accumulation_dtype(q))) for x in (q, k, v))
+    q, k, v = (_readable(x.to(accumulation_dtype(q))) for x in (q, k, v))
     b, hq, sq, d = q.shape
     hk = k.shape[1]
     if not causal and hq != hk and sq < _FOLD_BELOW:
@@ -38,7 +43,7 @@ def _flash_backward(
 ) -> Gradients:
     assert q.shape[1] and k.shape[1], "an empty tile reached the kernel"
     dtype = accumulation_dtype(q)
-    dout, q, k, v, out = (_heads_first(x.to(dtype)) for x in (dout, q, k, v, out))
+    dout, q, k, v, out = (_readable(x.to(dtype)) for x in (dout, q, k, v, out))
     dq, dk, dv = _backward_op(dout, q, k, v, out, lse.transpose(1, 2), 0.0, causal)
     return _heads_first(dq), _heads_first(dk), _heads_first(dv)
 

@@ -32,9 +32,7 @@ def prompt(smollm2: tuple[ModelSource, Path]) -> tuple[int, ...]:
 
 
 @pytest.fixture(scope="session")
-def expected(
-    smollm2: tuple[ModelSource, Path], prompt: tuple[int, ...], pytestconfig: pytest.Config
-) -> list[int]:
+def expected(smollm2: tuple[ModelSource, Path], prompt: tuple[int, ...], pytestconfig: pytest.Config) -> list[int]:
     """What transformers' own generate gives for the same float32 weights."""
     return run_ranks(1, generate_with_transformers, smollm2[1], prompt, pytestconfig.getoption("--new-tokens"))[0]
 
@@ -47,7 +45,7 @@ def generate_with_transformers(_: Rank, folder: Path, prompt: tuple[int, ...], n
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize(("mesh", "strategy"), MESHES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("mesh", "strategy"), MESHES, ids=str)
 def test_greedy_tokens_are_those_of_transformers(
     mesh: Mesh,
     strategy: Any,
@@ -57,9 +55,7 @@ def test_greedy_tokens_are_those_of_transformers(
 ) -> None:
     model, folder = smollm2
     settings = Settings(max_new_tokens=len(expected), verify=False, threads=None, timeout_s=120, out=None)
-    job = Job(
-        model, folder, shape_of(folder), mesh, Context(strategy=strategy), Sampling(), prompt, settings
-    )
+    job = Job(model, folder, shape_of(folder), mesh, Context(strategy=strategy), Sampling(), prompt, settings)
     figures = run_ranks(mesh.ranks, run_rank, job)[0]
     assert figures["token_ids"] == expected
     assert figures["prefill_bytes_sent_per_rank"] == prefill_bytes(mesh, strategy)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from longctx.attention.kernel import reference
 from longctx.attention.layout import zigzag
 from longctx.parallel.comm import Alone, Comm, DistComm, Traffic
-from longctx.parallel.launch import Rank, run_ranks, warm_up
+from longctx.parallel.launch import Rank, run_ranks
 from longctx.parallel.ring import Ring
 from longctx.parallel.strategy import STRATEGIES, ring_attention
 from longctx.parallel.threads import run_threads
@@ -98,7 +98,6 @@ def within_a_pair(comm: Comm) -> tuple[int, int, list[float], list[float]]:
 
 @cache
 def on_processes(world: int) -> list[tuple[Done, Any]]:
-    warm_up(["torch.distributed"])
     return run_ranks(world, rank_main)
 
 

@@ -170,7 +170,7 @@ class Preallocating(ThreadComm):
         arriving = tuple(x.new_empty(shape) for x, shape in zip(mine, coming, strict=True))
         self.blocks.append([weakref.ref(x) for x in arriving])
         self.most = max(self.most, self.alive)
-        return _Posted(super().shift(*mine, coming=coming), arriving)
+        return _Posted(super().shift(*mine, coming=coming), arriving, mine)
 
     @property
     def alive(self) -> int:
@@ -178,8 +178,9 @@ class Preallocating(ThreadComm):
 
 
 class _Posted:
-    def __init__(self, pending: Pending, arriving) -> None:
+    def __init__(self, pending: Pending, arriving, leaving) -> None:
         self.pending, self.arriving = pending, arriving
+        self.leaving = leaving  # as `DistComm`, whose backend reads them until they have left
 
     def wait(self):
         for here, sent in zip(self.arriving, self.pending.wait(), strict=True):
