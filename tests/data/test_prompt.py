@@ -69,7 +69,7 @@ def test_one_topic_of_the_documentation_is_part_of_all(tokenizer):
     [
         (PromptSource(), "one source, not none.*prompt.file=FILE"),
         (PromptSource(text="a", pydoc="assert"), "not text and pydoc"),
-        (PromptSource(pydoc="asert"), "prompt.pydoc=asert is no topic: use all, or one of .*assert"),
+        (PromptSource(pydoc="nosuch"), "prompt.pydoc=nosuch is no topic: use all, or one of .*assert"),
         (PromptSource(file="a", text="b"), "not file and text"),
         (PromptSource(text=""), "empty"),
         (PromptSource(text=" \n\t "), "empty"),
@@ -87,7 +87,7 @@ def test_refused_settings(tokenizer, source, words):
     [
         (None, "No such file"),
         ("directory", "directory"),
-        (b"caf\xe9 au lait", r"not UTF-8 text \(byte 3\)"),
+        (b"th\xe9 vert", r"not UTF-8 text \(byte 2\)"),
         (b"\x89PNG\r\n\x1a\n", "not UTF-8 text"),
         (b"", "empty"),
         (b" \n\n", "empty"),
