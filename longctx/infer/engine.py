@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from longctx.attention.flash_cpu import flash_cpu
-from longctx.attention.kernel import Kernel, reference
+from longctx.attention.backends import kernel_for
 from longctx.infer.prefill import Engine
 from longctx.megatron import weights
 from longctx.megatron.model import GPTModel, build_model, layers_in_use
@@ -15,28 +14,12 @@ from longctx.megatron.runtime import Runtime
 from longctx.parallel.comm import Alone
 from longctx.schema import ModelShape, ModelSource
 
-KERNELS = {"reference": reference, "flash_cpu": flash_cpu}
-
-
-def kernel_for(asked: str, device: torch.device) -> Kernel:
-    """The block kernel of that name, or with ``auto`` the fastest for ``device``.
-
-    Raises ValueError where none is tested exact.
-    """
-    if asked == "auto" and device.type == "cpu":
-        return flash_cpu
-    if asked in ("auto", "flash_cpu") and device.type != "cpu":
-        raise ValueError(
-            f"context.kernel={asked}: no fast kernel has been tested on {device.type} yet; use context.kernel=reference"
-        )
-    return KERNELS[asked]
-
 
 def load_engine(here: Runtime, model: ModelSource, shape: ModelShape, folder: Path, kernel: str) -> Engine:
     """``model``, sharded over ``here``'s mesh, with its weights read from ``folder``."""
     layers = layers_in_use(model.layers)
     built = _loaded(here, here.groups, model, shape, folder, layers)
-    return Engine(built, shape, here.tp, here.ulysses, here.ring, kernel_for(kernel, here.device), layers)
+    return Engine(built, shape, here.tp, here.ulysses, here.ring, kernel_for(kernel, here.device.type), layers)
 
 
 def load_alone(here: Runtime, engine: Engine, model: ModelSource, folder: Path) -> Engine:
@@ -49,5 +32,5 @@ def load_alone(here: Runtime, engine: Engine, model: ModelSource, folder: Path) 
 
 def _loaded(here: Runtime, groups: Any, model: ModelSource, shape: ModelShape, folder: Path, layers: str) -> GPTModel:
     built = build_model(shape, groups, dtype=getattr(torch, model.dtype), layers=layers, device=here.device)
-    weights.load(built, weights.reader(folder), shape)
+    weights.load(built, weights.Weights(folder), shape)
     return built

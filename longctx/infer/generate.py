@@ -66,24 +66,38 @@ def generate(
     layout = prompt_layout(length, context, engine.ulysses.size, engine.ring.size)
     cache = engine.cache(length + max_new_tokens)
     meet(context_group, engine.device)
+    sent_before = _sent(engine)
     began = time.perf_counter()
     hidden = run_pass(engine, prompt, layout, cache, STRATEGIES[context.strategy], layer_done)
     token = _next_token(engine, context_group, hidden, layout, length - 1, sampling)
     first = time.perf_counter()
-    prefill_bytes = _sent(engine)
+    prefill_bytes = _sent(engine) - sent_before
     tokens = [token]
     token_done(token)
     while len(tokens) < max_new_tokens and token not in engine.shape.end_tokens:
         position = length + len(tokens) - 1
-        one = single(engine.ranks, position % engine.ranks)
+        one = single(engine.ranks, _owner(position, engine))
         row = run_pass(engine, torch.tensor([token]), one, cache, STRATEGIES[context.decode])
         token = _next_token(engine, context_group, row, one, 0, sampling, position)
         tokens.append(token)
         token_done(token)
     decode_s = time.perf_counter() - first
     return Generation(
-        tokens, hidden, layout, first - began, decode_s, prefill_bytes, _sent(engine) - prefill_bytes, cache.bytes
+        tokens,
+        hidden,
+        layout,
+        first - began,
+        decode_s,
+        prefill_bytes,
+        _sent(engine) - sent_before - prefill_bytes,
+        cache.bytes,
     )
+
+
+def _owner(position: int, engine: Engine) -> int:
+    """The rank in turn: around the ring first, so that what a ring rank caches are evenly spaced positions."""
+    ring, ulysses = engine.ring.size, engine.ulysses.size
+    return position % ring * ulysses + position // ring % ulysses
 
 
 def logit_difference(
@@ -102,7 +116,7 @@ def logit_difference(
     parts = context_group.all_gather(made.hidden, shapes)
     if engine.rank:
         return None
-    whole, lone, largest = made.layout.unshard(parts), None, 0.0
+    whole, lone, largest = made.layout.unshard(parts), None, torch.zeros((), device=engine.device)
     if alone:
         whole_prompt, cache = contiguous(len(prompt), 1), alone.cache(len(prompt))
         lone = run_pass(alone, prompt, whole_prompt, cache, STRATEGIES["pass_kv"], layer_done)
@@ -110,13 +124,14 @@ def logit_difference(
         rows = slice(begin, begin + _LOGIT_ROWS)
         ours = _logits(engine, whole[rows])  # every tensor-parallel rank takes part in this one
         if alone and lone is not None:
-            largest = max(largest, float((ours - _logits(alone, lone[rows])).abs().max()))
-    return largest if alone else None
+            # torch's maximum keeps a NaN, where Python's max may drop it.
+            largest = torch.maximum(largest, (ours - _logits(alone, lone[rows])).abs().max())
+    return float(largest) if alone else None
 
 
 @torch.inference_mode()
 def _logits(engine: Engine, hidden: Tensor) -> Tensor:
-    return logits(engine.model, hidden, engine.tp)
+    return logits(engine.model, hidden, engine.tp, engine.shape.vocabulary)
 
 
 def _next_token(

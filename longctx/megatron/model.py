@@ -57,10 +57,9 @@ def build_model(shape: ModelShape, groups: Any, *, dtype: torch.dtype, layers: s
         warnings.filterwarnings("ignore", message="full scope is deprecated")  # its own default
         config = _config(shape, groups, dtype)
     spec = _local_layer() if layers == "local" else _te_layer()
-    norm = {"layer_norm": RMSNorm} if layers == "local" else {}
     model = GPTModel(
         config,
-        TransformerBlockSubmodules(layer_specs=[spec] * shape.layers, **norm),
+        TransformerBlockSubmodules(layer_specs=[spec] * shape.layers, layer_norm=RMSNorm),
         vocab_size=padded_vocabulary(shape, groups.tp.size()),
         max_sequence_length=shape.positions,
         share_embeddings_and_output_weights=shape.tied,
@@ -97,12 +96,12 @@ def _without_rows(model: GPTModel, one_pass: Pass) -> Float[Tensor, "0 1 hidden"
     return like.new_empty(0, 1, config.hidden_size)
 
 
-def logits(model: GPTModel, hidden: Float[Tensor, "s b hidden"], tp: Comm) -> Float[Tensor, "s b v"]:
-    """float32 logits of the whole vocabulary, on every rank of ``tp``, the model's tensor-parallel group."""
+def logits(model: GPTModel, hidden: Float[Tensor, "s b hidden"], tp: Comm, vocabulary: int) -> Float[Tensor, "s b v"]:
+    """float32 logits of the ``vocabulary`` (padding dropped), on every rank of ``tp``, the model's own group."""
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     # megatron-core's own gather allocates on a CUDA device, always.
     part, _ = model.output_layer(hidden, weight=weight, runtime_gather_output=False)
-    return torch.cat(tp.all_gather(part, [tuple(part.shape)] * tp.size), -1).float()
+    return torch.cat(tp.all_gather(part, [tuple(part.shape)] * tp.size), -1)[..., :vocabulary].float()
 
 
 def rotary_angles(shape: ModelShape, positions: Positions) -> Float[Tensor, "s 1 1 d"]:

@@ -37,44 +37,45 @@ class Runtime:
 
 
 @contextmanager
-def runtime(rank: Rank, mesh: Mesh, *, threads: int = 1, timeout_s: float = 600) -> Iterator[Runtime]:
-    """Process groups of ``mesh`` while the block runs: gloo on CPU, NCCL where there is CUDA.
+def runtime(
+    rank: Rank, mesh: Mesh, *, device: str = "cpu", threads: int = 1, timeout_minutes: int = 30
+) -> Iterator[Runtime]:
+    """Process groups of ``mesh`` while the block runs: gloo for ``device`` cpu, NCCL for cuda.
 
-    A collective that a silent rank keeps waiting for ``timeout_s`` seconds raises; a dead rank is noticed at
-    once.  Raises ValueError if the launcher started another number of ranks than ``mesh`` has.
+    A collective that a silent rank keeps waiting for ``timeout_minutes`` raises; a dead rank is noticed at once.
+    An error leaves the groups as they are, for the process to end with: taking them down would wait for others.
+    Raises ValueError if the launcher started another number of ranks than ``mesh`` has.
     """
     if rank.world != mesh.ranks:
         raise ValueError(f"{rank.world} ranks were started, the mesh has {mesh.ranks} ({mesh})")
     torch.set_num_threads(threads)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", rank.local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    here = torch.device("cpu")
+    if device == "cuda":
+        here = torch.device("cuda", rank.local % torch.cuda.device_count())
+        torch.cuda.set_device(here)
     dist.init_process_group(
-        "nccl" if cuda else "gloo",
+        "nccl" if device == "cuda" else "gloo",
         init_method=rank.meet,
         rank=rank.rank,
         world_size=rank.world,
-        timeout=datetime.timedelta(seconds=timeout_s),
+        timeout=datetime.timedelta(minutes=timeout_minutes),
     )
-    try:
-        yield _groups(rank, mesh, device, timeout_s)
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    yield _groups(rank, mesh, here, timeout_minutes)
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
-def _groups(rank: Rank, mesh: Mesh, device: torch.device, timeout_s: float) -> Runtime:
+def _groups(rank: Rank, mesh: Mesh, device: torch.device, timeout_minutes: int) -> Runtime:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=mesh.tp,
         pipeline_model_parallel_size=mesh.pp,
         context_parallel_size=mesh.context,
         hierarchical_context_parallel_sizes=[mesh.ulysses, mesh.ring],
-        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        distributed_timeout_minutes=timeout_minutes,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     ulysses, ring = parallel_state.get_hierarchical_context_parallel_groups()
-    own = [dist.new_group([i]) for i in range(rank.world)][rank.rank]
+    own = dist.new_group([rank.rank], use_local_synchronization=True)
     # A model that runs on this rank by itself asks for these groups only.
     alone = ProcessGroupCollection(tp=own, cp=own, pp=own, embd=own, ep=own, tp_cp=own)
     comms = (_comm(group) for group in (groups.tp, ulysses, ring, groups.cp))

@@ -14,7 +14,6 @@
 """
 
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -33,31 +32,47 @@ _PLAIN = {
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
 }
 
-Read = Callable[[str], Tensor]
 
+class Weights:
+    """The tensors of a safetensors folder, in one file or many, read by name; what was read is remembered."""
 
-def reader(folder: Path) -> Read:
-    """A function that reads one tensor of a safetensors folder by name, from one file or many."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
-    else:
-        whole = folder / "model.safetensors"
-        if not whole.is_file():
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        if index.is_file():
+            self._files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        elif whole.is_file():
+            with safe_open(whole, "pt") as file:
+                self._files = dict.fromkeys(file.keys(), whole.name)
+        else:
             raise ValueError(f"{folder} has no model.safetensors: convert the model to safetensors first")
-        with safe_open(whole, "pt") as file:
-            files = dict.fromkeys(file.keys(), whole.name)
+        self._read: set[str] = set()
 
-    def read(name: str) -> Tensor:
-        with safe_open(folder / files[name], "pt") as file:
-            return file.get_tensor(name)
+    def __call__(self, name: str) -> Tensor:
+        if name not in self._files:
+            raise ValueError(f"{self._folder} has no tensor {name}, which the model's config.json promises")
+        self._read.add(name)
+        with safe_open(self._folder / self._files[name], "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"{name} is {tensor.dtype}: use an unquantised checkpoint")
+        return tensor
 
-    return read
+    def refuse_unread(self, tied: bool) -> None:
+        """ValueError if a tensor was never asked for; derived ones, and a tied lm_head, may stay."""
+        left = {n for n in self._files if not n.endswith("rotary_emb.inv_freq")} - self._read
+        left -= {"lm_head.weight"} if tied else set()
+        if left:
+            raise ValueError(f"{self._folder} has tensors that no part of the model takes: {sorted(left)[:3]}")
 
 
 @torch.no_grad()
-def load(model: GPTModel, read: Read, shape: ModelShape) -> None:
-    """Fill ``model`` from Hugging Face tensors; every parameter, each in its own dtype."""
+def load(model: GPTModel, read: Weights, shape: ModelShape) -> None:
+    """Fill every parameter of ``model`` from Hugging Face tensors.
+
+    Raises ValueError if a tensor is missing, is quantised, has another shape than the model's, or is left over
+    in the file: a model that lacks a part would run, and be wrong.
+    """
     tp = model.pg_collection.tp
     for name, parameter in model.named_parameters():
         whole = _unsharded(name, read, shape)
@@ -65,9 +80,10 @@ def load(model: GPTModel, read: Read, shape: ModelShape) -> None:
         if part.shape != parameter.shape:
             raise ValueError(f"{name}: the file has {tuple(part.shape)}, the model {tuple(parameter.shape)}")
         parameter.copy_(part)
+    read.refuse_unread(shape.tied)
 
 
-def _unsharded(name: str, read: Read, shape: ModelShape) -> Tensor:
+def _unsharded(name: str, read: Weights, shape: ModelShape) -> Tensor:
     if name == "embedding.word_embeddings.weight":
         return read("model.embed_tokens.weight")
     if name == "output_layer.weight":

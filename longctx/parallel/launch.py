@@ -1,5 +1,6 @@
 """How ranks come to be: started here, one process each, all ended as soon as one fails; or by a launcher."""
 
+import math
 import multiprocessing as mp
 import os
 import pickle
@@ -10,6 +11,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -44,8 +46,13 @@ class RankFailed(RuntimeError):
 
 
 def rank_from_environment(environment: Mapping[str, str]) -> Rank | None:
-    """This process's place if torchrun or srun started it, as its environment tells; None if nobody did."""
+    """This process's place if torchrun or srun started it, as its environment tells; None if nobody did.
+
+    A launcher that started one process only leaves it alone: it may start local ranks of its own.
+    """
     e = environment
+    if e.get("WORLD_SIZE") == "1" or e.get("SLURM_STEP_NUM_TASKS") == "1":
+        return None
     if "RANK" in e and "WORLD_SIZE" in e:
         local = int(e.get("LOCAL_RANK", 0)), int(e.get("LOCAL_WORLD_SIZE", 1))
         return Rank(int(e["RANK"]), int(e["WORLD_SIZE"]), *local, "env://")
@@ -82,7 +89,7 @@ def run_ranks(world: int, rank_main: Callable[..., Any], *args: Any) -> list[Any
         processes = [
             context.Process(
                 target=_run_one,
-                args=(Rank(i, world, i, world, f"file://{folder}/store"), folder, rank_main, args),
+                args=(Rank(i, world, i, world, f"file://{folder}/store"), folder, warnings.filters, rank_main, args),
                 name=f"rank {i}",
             )
             for i in range(world)
@@ -96,7 +103,10 @@ def run_ranks(world: int, rank_main: Callable[..., Any], *args: Any) -> list[Any
         return [_read(Path(folder, f"result{i}")) for i in range(world)]
 
 
-def _run_one(rank: Rank, folder: str, rank_main: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _run_one(
+    rank: Rank, folder: str, warning_filters: Any, rank_main: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    warnings.filters = warning_filters  # a rank warns, or raises, as its parent would
     parent = mp.parent_process()
     assert parent is not None
     # A parent that is killed cannot end its ranks: they watch it instead.
@@ -125,20 +135,21 @@ def _die_with(sentinel: int) -> None:
 
 
 def _wait_for_all(processes: list[ForkServerProcess], folder: Path) -> None:
-    waiting: dict[Any, ForkServerProcess] = {process.sentinel: process for process in processes}
-    while waiting:
-        ended = [waiting.pop(sentinel) for sentinel in wait(list(waiting))]
-        if any(process.exitcode for process in ended):
-            wait_until = time.monotonic() + _GATHER_S
-            while waiting and time.monotonic() < wait_until:
-                for sentinel in wait(list(waiting), timeout=0.1):
-                    waiting.pop(sentinel)
-            raise _first_failure(processes, folder)
+    waiting: dict[Any, int] = {process.sentinel: i for i, process in enumerate(processes)}
+    failed: list[int] = []  # in the order in which they ended
+    until = math.inf
+    while waiting and time.monotonic() < until:
+        for sentinel in wait(list(waiting), timeout=0.1 if failed else None):
+            rank = waiting.pop(sentinel)
+            if processes[rank].exitcode:
+                failed.append(rank)
+                until = min(until, time.monotonic() + _GATHER_S)
+    if failed:
+        raise _first_failure(processes, failed, folder)
 
 
-def _first_failure(processes: list[ForkServerProcess], folder: Path) -> RankFailed:
+def _first_failure(processes: list[ForkServerProcess], failed: list[int], folder: Path) -> RankFailed:
     """A rank that was killed left no word and comes first; then whoever raised first."""
-    failed = [i for i, process in enumerate(processes) if process.exitcode]
     silent = [i for i in failed if not Path(folder, f"error{i}").exists()]
     if silent:
         code = processes[silent[0]].exitcode or 0

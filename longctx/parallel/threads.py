@@ -1,7 +1,6 @@
 """Ranks as threads of one process: the whole of context parallelism under a debugger, and in unit tests."""
 
 import queue
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ class ThreadWorld:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._boxes: defaultdict[tuple[int, int], queue.Queue] = defaultdict(queue.Queue)
+        ranks = range(size)
+        self._boxes = {(a, b): queue.SimpleQueue[tuple[Tensor, ...]]() for a in ranks for b in ranks}
 
     def group(self, rank: int, members: Sequence[int] | None = None) -> Comm:
         """The group of ``members`` (all, if not given), seen from the world's rank ``rank``."""
@@ -77,4 +77,8 @@ def run_threads(size: int, rank_main: Callable[[ThreadWorld, int], Result]) -> l
     world = ThreadWorld(size)
     with ThreadPoolExecutor(size) as pool:
         futures = [pool.submit(rank_main, world, rank) for rank in range(size)]
-        return [future.result() for future in futures]
+        errors = [error for future in futures if (error := future.exception())]
+    # Those who waited for a rank that failed say only that nothing came.
+    for error in sorted(errors, key=lambda error: isinstance(error, queue.Empty)):
+        raise error
+    return [future.result() for future in futures]

@@ -28,7 +28,7 @@ MESHES = [
 
 @pytest.fixture(scope="session")
 def prompt(smollm2: tuple[ModelSource, Path]) -> tuple[int, ...]:
-    return tuple(prompt_tokens(PromptSource(pydoc="all", tokens=PROMPT), tokenizer_of(smollm2[1])))
+    return tuple(prompt_tokens(PromptSource(pydoc="all", tokens=PROMPT), tokenizer_of(smollm2[1]))[0])
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +54,9 @@ def test_greedy_tokens_are_those_of_transformers(
     expected: list[int],
 ) -> None:
     model, folder = smollm2
-    settings = Settings(max_new_tokens=len(expected), verify=False, threads=None, timeout_s=120, out=None)
+    settings = Settings(
+        max_new_tokens=len(expected), verify=False, threads=None, timeout_minutes=5, device="cpu", out=None
+    )
     job = Job(model, folder, shape_of(folder), mesh, Context(strategy=strategy), Sampling(), prompt, settings)
     figures = run_ranks(mesh.ranks, run_rank, job)[0]
     assert figures["token_ids"] == expected

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from longctx.parallel.launch import Rank, run_ranks
-from longctx.pretrained import shape_of
+from longctx.parallel.launch import run_ranks
 from longctx.schema import Mesh, ModelSource
+from tests.megatron.ranks import all_logits
 
 LENGTH = 499
 SMALL = {
@@ -38,31 +38,10 @@ KINDS = {
 }
 
 
-def all_logits(rank: Rank, mesh: Mesh, folder: Path, tokens: list[int], dtype: Any) -> torch.Tensor | None:
-    """Logits [s v] of every position, on the first rank."""
-    from longctx.infer.engine import load_engine
-    from longctx.infer.generate import prompt_layout
-    from longctx.infer.prefill import run_pass
-    from longctx.megatron.model import logits
-    from longctx.megatron.runtime import runtime
-    from longctx.parallel.ring import pass_kv
-    from longctx.schema import Context
-
-    with runtime(rank, mesh, timeout_s=60) as here:
-        engine = load_engine(here, ModelSource("test", dtype=dtype), shape_of(folder), folder, "auto")
-        layout = prompt_layout(len(tokens), Context(), mesh.ulysses, mesh.ring)
-        hidden = run_pass(engine, torch.tensor(tokens), layout, engine.cache(len(tokens)), pass_kv)
-        with torch.inference_mode():
-            mine = logits(engine.model, hidden, engine.tp)
-        shapes = [(layout.rows(r), *mine.shape[1:]) for r in range(engine.ranks)]
-        whole = layout.unshard(here.context.all_gather(mine, shapes))[:, 0]
-    return whole.clone() if rank.rank == 0 else None
-
-
 def error_against_transformers(folder: Path, mesh: Mesh, vocabulary: int, dtype: Any = "float32") -> float:
     """Largest difference over the largest logit."""
     tokens = torch.randint(vocabulary, (LENGTH,)).tolist()
-    ours = run_ranks(mesh.ranks, all_logits, mesh, folder, tokens, dtype)[0][:, :vocabulary]
+    ours = run_ranks(mesh.ranks, all_logits, mesh, folder, tokens, dtype)[0]
     with torch.inference_mode():
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([tokens])).logits[0]
     return float((ours - theirs).abs().max() / theirs.abs().max())

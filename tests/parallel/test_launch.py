@@ -67,9 +67,9 @@ ENDS = {
 }
 
 
-def waits(rank: Rank, folder: str) -> None:
-    """Become deaf to SIGTERM, say so to the named pipe ``born``, and wait for ever."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def waits(rank: Rank, folder: str, on_sigterm: signal.Handlers = signal.SIG_IGN) -> None:
+    """Say that we are there to the named pipe ``born``, and wait for ever, deaf to SIGTERM or not."""
+    signal.signal(signal.SIGTERM, on_sigterm)
     said(folder, f"pid{rank.rank}", os.getpid())
     with Path(folder, "born").open("w") as born:
         born.write(f"{os.getpid()}\n")
@@ -77,11 +77,12 @@ def waits(rank: Rank, folder: str) -> None:
         signal.pause()
 
 
-def fails_beside_one_that_waits(rank: Rank, folder: str) -> None:
+def fails_beside_one_that_waits(rank: Rank, folder: str, on_sigterm: signal.Handlers) -> None:
     if rank.rank:
-        waits(rank, folder)
+        waits(rank, folder, on_sigterm)
     with Path(folder, "born").open() as born:
         born.readline()
+    said(folder, "failed_at", time.time())
     raises()
 
 
@@ -130,11 +131,13 @@ def test_the_rank_that_fails_is_named_and_the_waiting_ones_end(tmp_path, ends, w
     assert len(list(tmp_path.glob("pid*"))) == 3 and not alive(tmp_path)
 
 
-def test_a_rank_deaf_to_sigterm_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "_GRACE_S", 0.5)
+@pytest.mark.parametrize(("on_sigterm", "grace_s"), [(signal.SIG_DFL, 2 * SOON_S), (signal.SIG_IGN, 0.5)])
+def test_a_rank_that_waits_is_asked_to_end_and_then_killed(tmp_path, monkeypatch, on_sigterm, grace_s):
+    monkeypatch.setattr(launch, "_GRACE_S", grace_s)
     os.mkfifo(tmp_path / "born")
     with pytest.raises(RankFailed, match="rank 0 of 2 raised LookupError"):
-        run_ranks(2, fails_beside_one_that_waits, str(tmp_path))
+        run_ranks(2, fails_beside_one_that_waits, str(tmp_path), on_sigterm)
+    assert time.time() - float((tmp_path / "failed_at").read_text()) < SOON_S
     assert (tmp_path / "pid1").exists() and not alive(tmp_path)
 
 
