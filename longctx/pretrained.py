@@ -1,6 +1,7 @@
 """Where weights come from: a model's name becomes a local Hugging Face folder, its shape, its tokenizer."""
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,19 @@ def locate(model: ModelSource, say: Say = lambda _: None) -> Path:
     if folder.exists():
         raise ValueError(f"model={model.source}: no config.json in this folder; give a Hugging Face folder")
     return _from_hub(model.source, say)
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """The file of each tensor of a safetensors folder, which has one, or several and an index; else ValueError."""
+    from safetensors import safe_open
+
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    if not whole.is_file():
+        raise ValueError(f"{folder} has no model.safetensors: convert the model to safetensors first")
+    with safe_open(whole, "pt") as file:
+        return dict.fromkeys(file.keys(), whole)
 
 
 def shape_of(folder: Path) -> ModelShape:
@@ -61,10 +75,13 @@ def shape_of(folder: Path) -> ModelShape:
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """The transformers tokenizer of ``folder``."""
+    """The transformers tokenizer of ``folder``.  Raises ValueError if it has none that can be read."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{folder} has no tokenizer that transformers can read: {error}") from error
 
 
 def _refuse_unmapped(config: Any) -> None:
@@ -106,7 +123,8 @@ def _end_tokens(folder: Path, config: Any) -> tuple[int, ...]:
 
     ends = config.eos_token_id
     if (folder / "generation_config.json").is_file():
-        ends = GenerationConfig.from_pretrained(folder).eos_token_id or ends
+        generation = GenerationConfig.from_pretrained(folder)
+        ends = generation.eos_token_id if generation.eos_token_id is not None else ends
     if ends is None:
         return ()
     return tuple(ends) if isinstance(ends, list | tuple) else (ends,)

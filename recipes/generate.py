@@ -19,7 +19,7 @@ from longctx.attention.backends import kernel_for
 from longctx.data.prompt import prompt_tokens
 from longctx.parallel.launch import Rank
 from longctx.parallel.mesh import refuse_unfit, refuse_unused
-from longctx.pretrained import locate, shape_of, tokenizer_of
+from longctx.pretrained import locate, shape_of, tensor_files, tokenizer_of
 from longctx.schema import Context, Mesh, ModelShape, ModelSource, PromptSource, Sampling
 from recipes.machine import provenance
 from recipes.progress import Progress
@@ -73,6 +73,7 @@ def prepare(config: DictConfig) -> Job:
     kernel_for(context.kernel, settings.device)
     refuse_unwritable(settings.out)
     folder = locate(model, say)
+    tensor_files(folder)  # refuses a folder without weights
     shape = shape_of(folder)
     refuse_unfit(mesh, shape)
     prompt, text = prompt_tokens(source, tokenizer_of(folder))

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
@@ -32,41 +34,42 @@ def main(config_name: str, task: Callable[[DictConfig], None], positional: str |
 
     A first word that is no override stands for the setting ``positional``.
     """
-    entered = False
+    words = sys.argv[1:]
+    if positional and words and words[0].isidentifier():
+        words[0] = f"{positional}={words[0]}"
+    sys.argv[1:] = _reporting(lambda: _composable(config_name, words))
+    run = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
+    run(lambda config: _reporting(lambda: task(config)))()
 
-    def enter(config: DictConfig) -> None:
-        nonlocal entered
-        entered = True
-        _reporting(lambda: task(config))
 
-    try:
-        words = sys.argv[1:]
-        if positional and words and words[0].isidentifier():
-            words[0] = f"{positional}={words[0]}"
-        sys.argv[1:] = _reporting(lambda: [word for given in words for word in _expanded(given)])
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(enter)()
-    except SystemExit as leaving:
-        # Hydra leaves with 1 when it cannot compose the configuration: to us that is the command line's fault.
-        if leaving.code == 1 and not entered:
-            sys.exit(2)
-        raise
+def _composable(config_name: str, words: Sequence[str]) -> list[str]:
+    """``words`` as Hydra takes them.  Raises ValueError, in a line, for what it would answer in twenty."""
+    overrides = [override for word in words for override in _overrides(word)]
+    if not any(word.startswith("-") for word in words):
+        try:
+            with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+                hydra.compose(config_name, overrides)
+        except (HydraException, OmegaConfBaseException) as error:
+            says = str(error).partition("Config search path")[0].partition("See https://")[0]
+            raise ValueError(" ".join(says.split())) from error
+    return overrides
 
 
 def section(config: DictConfig, name: str, kind: type[Section]) -> Section:
     """Section ``name`` of the configuration as a ``kind`` (a dataclass), every value checked for its type."""
     values: Any = OmegaConf.to_container(config[name], resolve=True)
-    if unknown := set(values) - {field.name for field in fields(cast(Any, kind))}:
-        raise ValueError(f"there is no setting {name}.{min(unknown)}")
-    return _checked(kind, values, f"{name}.")
+    return _known(kind, values, f"{name}.")
 
 
 def top_level(config: DictConfig, kind: type[Section]) -> Section:
-    """The settings outside of any section that the dataclass ``kind`` names."""
+    """The settings outside of any section, all of which the dataclass ``kind`` names."""
     values: Any = OmegaConf.to_container(config, resolve=True)
-    return _checked(kind, {field.name: values[field.name] for field in fields(cast(Any, kind))}, "")
+    return _known(kind, {name: value for name, value in values.items() if not isinstance(value, dict)}, "")
 
 
-def _checked(kind: type[Section], values: Any, prefix: str) -> Section:
+def _known(kind: type[Section], values: Any, prefix: str) -> Section:
+    if unknown := set(values) - {field.name for field in fields(cast(Any, kind))}:
+        raise ValueError(f"there is no setting {prefix}{min(unknown)}")
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as invalid:
@@ -157,10 +160,10 @@ def _reporting(work: Callable[[], Any]) -> Any:
 def _escaped(error: Exception) -> str:
     from rich.markup import escape
 
-    return escape(str(error))
+    return escape(" ".join(str(error).split()))
 
 
-def _expanded(word: str) -> list[str]:
+def _overrides(word: str) -> list[str]:
     """What Hydra's grammar would not take as it stands: free text, and ``model=`` a folder or a hub name."""
     key, equals, value = word.partition("=")
     if key in FREE_TEXT and value not in ("", "null"):

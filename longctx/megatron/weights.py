@@ -13,13 +13,13 @@
 | output_layer                     | lm_head (absent when tied)          | like the embedding                   |
 """
 
-import json
 from pathlib import Path
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from safetensors import safe_open
 
+from longctx.pretrained import tensor_files
 from longctx.schema import ModelShape
 from longctx.shapes import Tensor
 
@@ -37,22 +37,14 @@ class Weights:
     """The tensors of a safetensors folder, in one file or many, read by name; what was read is remembered."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.is_file():
-            self._files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        elif whole.is_file():
-            with safe_open(whole, "pt") as file:
-                self._files = dict.fromkeys(file.keys(), whole.name)
-        else:
-            raise ValueError(f"{folder} has no model.safetensors: convert the model to safetensors first")
+        self._folder, self._files = folder, tensor_files(folder)
         self._read: set[str] = set()
 
     def __call__(self, name: str) -> Tensor:
         if name not in self._files:
             raise ValueError(f"{self._folder} has no tensor {name}, which the model's config.json promises")
         self._read.add(name)
-        with safe_open(self._folder / self._files[name], "pt") as file:
+        with safe_open(self._files[name], "pt") as file:
             tensor: Tensor = file.get_tensor(name)
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"{name} is {tensor.dtype}: use an unquantised checkpoint")

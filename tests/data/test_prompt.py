@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from longctx.data.prompt import prompt_tokens
+from longctx.data import prompt
 from longctx.schema import PromptSource
 
 TEMPLATE = (
@@ -21,6 +21,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     of_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     of_bytes.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=of_bytes, chat_template=TEMPLATE)
+
+
+def prompt_tokens(source, tokenizer):
+    return prompt.prompt_tokens(source, tokenizer)[0]
 
 
 def test_text_is_tokenized_as_it_stands(tokenizer):
@@ -51,17 +55,24 @@ def test_cutting_a_document_leaves_the_question_whole(tokenizer):
     assert tokenizer.decode(ids) == f"<user>{DOCUMENT.encode()[:17].decode()}\n\nWho jumps?<bot>"
 
 
-def test_the_documentation_of_python_is_long(tokenizer):
+@pytest.mark.parametrize(
+    ("tokens", "of_text"), [(None, len(DOCUMENT.encode())), (17, 17), (1009, len(DOCUMENT.encode()))]
+)
+@pytest.mark.parametrize("question", [None, "Who jumps?"])
+def test_how_much_of_a_prompt_is_its_text(tokenizer, question, tokens, of_text):
+    source = PromptSource(text=DOCUMENT, question=question, tokens=tokens)
+    ids, text = prompt.prompt_tokens(source, tokenizer)
+    template = len(f"<user>\n\n{question}<bot>") if question else 0
+    assert (text, len(ids)) == (of_text, of_text + template)
+
+
+def test_the_documentation_of_python_is_long_and_a_topic_part_of_it(tokenizer):
     ids = prompt_tokens(PromptSource(pydoc="all"), tokenizer)
     assert len(ids) > 300_000, "bytes"
     assert prompt_tokens(PromptSource(pydoc="all", tokens=101), tokenizer) == ids[:101]
-
-
-def test_one_topic_of_the_documentation_is_part_of_all(tokenizer):
     topic = tokenizer.decode(prompt_tokens(PromptSource(pydoc="assert"), tokenizer))
-    assert '"assert" statement' in topic
-    whole = tokenizer.decode(prompt_tokens(PromptSource(pydoc="all"), tokenizer))
-    assert topic in whole and len(topic) < len(whole) / 100
+    assert '"assert" statement' in topic and len(topic) < len(ids) / 100
+    assert topic in tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize(

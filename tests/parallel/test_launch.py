@@ -163,6 +163,11 @@ def test_nobody_started_this_process():
     assert rank_from_environment({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}) is None, "a batch script, not a step"
 
 
+@pytest.mark.parametrize("alone", [{"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_STEP_NUM_TASKS": "1"}])
+def test_a_launcher_of_one_process_leaves_it_alone(alone):
+    assert rank_from_environment({"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n17", **alone}) is None
+
+
 def test_torchrun_started_this_process():
     torchrun = {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3"}
     assert rank_from_environment(torchrun) == Rank(5, 7, 1, 3, "env://")

@@ -1,5 +1,6 @@
 """Recipes run in this process on a tiny random model; what they print, and how they leave, is what a user sees."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -44,15 +45,16 @@ def nobody_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
     """``cli(recipe, task, *argv)``: run ``python -m recipe argv``; exit code, stdout, stderr."""
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NODELIST"):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
 
     def run(recipe: ModuleType, task: Callable[..., None], *argv: str) -> tuple[Any, str, str]:
         monkeypatch.setattr("sys.argv", [str(recipe.__file__), *argv])
+        monkeypatch.setattr("sys.orig_argv", [sys.executable, "-m", recipe.__name__, *argv])
         name = recipe.__name__.rpartition(".")[2]
         code = 0
         try:
-            start.main(name, task)
+            start.main(name, task, positional="subject" if name == "bench" else None)
         except SystemExit as leaving:
             code = leaving.code
         finally:

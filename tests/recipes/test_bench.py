@@ -1,7 +1,7 @@
 """recipes.bench: the efficiency, and the three shares that it is made of."""
 
 import json
-from pathlib import Path
+import shlex
 
 import pytest
 import torch
@@ -32,8 +32,8 @@ def test_a_silent_ring_gives_tensors_of_the_right_shape_at_once():
 
 def test_both_parts_are_measured_and_written(cli, tiny, tmp_path):
     out = tmp_path / "efficiency.json"
-    settings = ("parts=[attention,model]", "lengths=[61]", "rounds=1", f"out={out}")
-    code, _, err = cli(bench, bench.task, "prefill", f"model={tiny}", *settings)
+    argv = ("prefill", f"model={tiny}", "parts=[attention,model]", "lengths=[61]", "rounds=1", f"out={out}")
+    code, _, err = cli(bench, bench.task, *argv)
     assert code == 0, err
     result = json.loads(out.read_text())
     assert [(row["part"], row["tokens"], row["ranks"]) for row in result["measured"]] == [
@@ -45,12 +45,7 @@ def test_both_parts_are_measured_and_written(cli, tiny, tmp_path):
         assert shares == pytest.approx(row["efficiency"]) and row["efficiency"] > 0
         assert {name: len(taken) for name, taken in row["seconds"].items()} == dict.fromkeys(TIMES, 1)
     assert "efficiency" in err and str(out) in err
-    assert result["command"] == f"python -m recipes.bench subject=prefill {' '.join(asked(tiny))} {' '.join(settings)}"
-
-
-def asked(folder: Path) -> list[str]:
-    """What ``model=FOLDER`` stands for."""
-    return ["model=folder", f"model.source='{folder}'", f"model.name='{folder.name}'"]
+    assert result["command"] == shlex.join(["python", "-m", "recipes.bench", *argv])
 
 
 @pytest.mark.parametrize(
@@ -58,13 +53,15 @@ def asked(folder: Path) -> list[str]:
     [
         (["prefil"], "subject=prefil: input should be 'prefill'"),
         (["prefill", "parts=[attenion]"], "parts.0=attenion: input should be 'attention' or 'model'"),
-        (["prefill", "ranks=0"], "ranks=0"),
+        (["prefill", "mesh.ring=1"], "mesh.ring=1 shares nothing: use mesh.ring=2 or more"),
+        (["prefill", "mesh.tp=3"], "recipes.bench has no use for mesh.tp=3"),
         (["prefill", "rounds=0"], "rounds=0"),
         (["prefill", "lengths=[]"], "lengths="),
-        (["prefill", "lengths=[0]"], "lengths"),
+        (["prefill", "lengths=[0]"], "lengths.0=0"),
+        (["prefill", "lengths=[9,1000000]"], "lengths=1000000: the text has"),
         (["prefill", "out=/dev/null/a.json"], "out=/dev/null/a.json cannot be written"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
 def test_what_cannot_be_measured_is_refused(refused, tiny, settings, words):
-    assert words in refused(bench, bench.task, f"model={tiny}", *settings)
+    assert words in refused(bench, bench.task, *settings, f"model={tiny}")

@@ -35,7 +35,8 @@ def refusal(refused, tiny):
         ("mesh.pp=2", r"mesh\.pp=2.*use mesh\.pp=1.*mesh\.ring"),
         ("mesh.ring=30", "30 ranks for a prompt of 29 tokens: use at most 29 ranks"),
         ("mesh.ring=11 mesh.ulysses=3", "33 ranks for a prompt of 29 tokens"),
-        ("max_new_tokens=0", "max_new_tokens=0: ask for at least one"),
+        ("max_new_tokens=0", "max_new_tokens=0: input should be greater than 0"),
+        ("max_new_tokens=97", "max_new_tokens=97 fills the model's context of 97: ask for fewer"),
         ("max_new_tokens=69", r"29 tokens, and with max_new_tokens=69 .*context of 97: .*prompt\.tokens=28"),
         ("prompt.tokens=0", r"prompt\.tokens=0: keep at least one"),
         ("prompt.question=Who?", r"prompt\.question needs a model with a chat template"),
@@ -96,13 +97,32 @@ def test_another_number_of_ranks_than_the_launcher_s_is_refused(refused, tiny, m
     assert "the launcher started 5 ranks, the mesh has 3 (ring=3): set mesh.ring=5" in line
 
 
-def test_the_longest_that_fits_is_not_refused(cli, tiny, monkeypatch):
-    jobs = []
-    monkeypatch.setattr(generate, "on_ranks", lambda *given: jobs.append(given))
-    settings = (PROMPT, "max_new_tokens=68", "mesh.ring=29", "mesh.tp=3")
-    assert cli(generate, generate.task, f"model={tiny}", *settings) == (0, "", "")
-    [(mesh, _, job)] = jobs
-    assert (mesh.ranks, bytes(len(job.prompt)), job.shape.positions) == (3 * 29, bytes(29), 97)
+@pytest.fixture
+def prepared(cli, tiny, monkeypatch):
+    """The mesh and the job of a command that is not refused."""
+
+    def run(*argv, model=tiny):
+        jobs = []
+        monkeypatch.setattr(generate, "on_ranks", lambda mesh, _, job: jobs.append((mesh, job)))
+        assert cli(generate, generate.task, f"model={model}", *argv) == (0, "", "")
+        return jobs[0]
+
+    return run
+
+
+def test_the_longest_that_fits_is_not_refused(prepared):
+    mesh, job = prepared(PROMPT, "max_new_tokens=68", "mesh.ring=29", "mesh.tp=3")
+    assert (mesh.ranks, len(job.prompt), job.shape.positions) == (3 * 29, 29, 97)
+
+
+def test_the_advice_for_a_long_document_fills_the_context(refused, prepared, tiny, tmp_path):
+    for file in tiny.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}-->")
+    settings = (f"prompt.text={'x' * 101}", "prompt.question=Why?", "max_new_tokens=11")
+    line = refused(generate, generate.task, f"model={tmp_path}", *settings)
+    advice = re.search(r"prompt\.tokens=\d+", line)[0]
+    assert len(prepared(*settings, advice, model=tmp_path)[1].prompt) == 97 - 11
 
 
 KEYS = {

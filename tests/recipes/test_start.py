@@ -1,12 +1,11 @@
 """The command line becomes typed settings, and every way to fail one clear line and an exit code."""
 
 import json
-from dataclasses import dataclass
 
 import pytest
 
 from longctx.parallel.launch import Rank, RankFailed
-from longctx.schema import Mesh, ModelSource, Sampling
+from longctx.schema import Mesh, ModelSource, PromptSource, Sampling
 from recipes import bench, generate, start
 
 
@@ -26,7 +25,18 @@ def test_settings_have_their_types(compose):
     config = compose("mesh.ring=3", "mesh.tp=5", "sampling.temperature=1", "threads=2")
     assert start.section(config, "mesh", Mesh) == Mesh(tp=5, ring=3)
     assert start.section(config, "sampling", Sampling) == Sampling(temperature=1.0)
-    assert start.top_level(config, generate.Settings) == generate.Settings(64, True, 2, 600.0, None)
+    settings = start.top_level(config, generate.Settings)
+    assert (settings.max_new_tokens, settings.verify, settings.threads, settings.out) == (64, True, 2, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Hello, (world) [1] {2}: a=b, it's #1 ?", 'he said "no"', '"quoted', '\\" ${x} $x \\\\"', "two\nlines C:\\"],
+)
+def test_free_text_reaches_the_configuration_as_it_is(compose, text):
+    config = compose(f"prompt.text={text}", f"out={text}")
+    assert start.section(config, "prompt", PromptSource).text == text
+    assert start.top_level(config, generate.Settings).out == text
 
 
 def test_a_known_model_is_a_choice_of_the_configuration(compose):
@@ -81,7 +91,11 @@ def test_an_experiment_sets_what_belongs_together(compose):
         ("max_new_tokens=many", ["max_new_tokens=many", "integer"]),
         ("verify=perhaps", ["verify=perhaps", "boolean"]),
         ("threads=-1", ["threads=-1"]),
-        ("timeout_s=-1", ["timeout_s=-1"]),
+        ("timeout_minutes=0", ["timeout_minutes=0", "greater than 0"]),
+        ("device=tpu", ["device=tpu", "'cpu' or 'cuda'"]),
+        ("context.kernel=flash", ["context.kernel=flash", "'auto', 'reference' or 'flash_cpu'"]),
+        ("sampling.seed=-1", ["sampling.seed=-1", "use 0 to"]),
+        ("model.source=null", ["model.source", "model.wheel"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -120,11 +134,24 @@ def test_without_a_launcher_ranks_are_started_here(monkeypatch):
 
 
 def test_under_a_launcher_this_process_is_a_rank(monkeypatch, nobody_starts):
-    monkeypatch.setenv("RANK", "1")
+    given = []
     monkeypatch.setenv("WORLD_SIZE", "6")
-    assert start.on_ranks(Mesh(ring=3, tp=2), lambda *given: given, "job") == (Rank(1, 6, 0, 1, "env://"), "job")
+    for rank, answer in (("0", "answer"), ("1", None)):
+        monkeypatch.setenv("RANK", rank)
+        assert start.on_ranks(Mesh(ring=3, tp=2), lambda *args: given.append(args) or "answer", "job") == answer
+    assert given == [(Rank(rank, 6, 0, 1, "env://"), "job") for rank in range(2)]
     with pytest.raises(ValueError, match=r"started 6 ranks, the mesh has 5 \(ring=5\): set mesh.ring=6"):
         start.on_ranks(Mesh(ring=5), lambda *given: given, "job")
+
+
+def test_of_a_launcher_s_ranks_the_first_speaks_and_one_that_fails_raises(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        start.say(f"from rank {rank}")
+    assert capsys.readouterr().err == "from rank 0\n"
+    with pytest.raises(RuntimeError, match="rank 0 of 2 failed"):
+        start.on_ranks(Mesh(ring=2), lambda *_: fails(ValueError("of a rank"))(None))
 
 
 @pytest.mark.parametrize(("asked", "threads"), [(None, 2), (3, 3)])
@@ -141,16 +168,3 @@ def test_a_result_is_written_a_line_a_key(tmp_path, capsys):
     assert json.loads(out.read_text()) == {"text": 'a "b"\n', "tokens": [2, 3]}
     assert len(out.read_text().splitlines()) == 4
     assert str(out) in capsys.readouterr().err
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """Of a setting with parts."""
-
-    lengths: tuple[int, ...]
-
-
-def test_the_wrong_part_of_a_list_is_named(compose):
-    config = compose("prefill", "lengths=[8,x]", recipe=bench)
-    with pytest.raises(ValueError, match=r"^lengths\.1=x: input should be a valid integer"):
-        start.top_level(config, Numbers)
