@@ -1,6 +1,7 @@
 """What tests share: one real model, fetched once; ranks forked from one warm process."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,8 +28,13 @@ def _warm_ranks() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _same_numbers_every_time() -> Iterator[None]:
+    """Seeded; and one torch thread, since ranks as threads share the cores already."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.manual_seed(7)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

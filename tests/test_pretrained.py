@@ -16,7 +16,7 @@ from transformers import GenerationConfig, GPT2Config, LlamaConfig, MistralConfi
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from longctx import pretrained
-from longctx.pretrained import locate, shape_of
+from longctx.pretrained import locate, shape_of, tensor_files
 from longctx.schema import ModelSource
 
 SIZES = {
@@ -90,12 +90,17 @@ def test_answers_end_where_generation_config_says(tmp_path, of_config, of_genera
     assert shape_of(tmp_path).end_tokens == ends
 
 
-def test_a_folder_with_weights_is_where_it_is(tmp_path):
-    model = ModelSource("tiny", source=str(saved(tmp_path, LlamaConfig(**SIZES))))
+def test_a_folder_is_where_it_is(tmp_path):
+    assert locate(ModelSource("tiny", source=str(saved(tmp_path, LlamaConfig(**SIZES))))) == tmp_path
+
+
+def test_tensors_are_in_one_file_or_where_the_index_says(tmp_path):
     with pytest.raises(ValueError, match=r"has no model\.safetensors: convert"):
-        locate(model)
-    save_file({"x": torch.ones(2)}, tmp_path / "model.safetensors")
-    assert locate(model) == tmp_path
+        tensor_files(tmp_path)
+    save_file({"x": torch.ones(2), "y": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert tensor_files(tmp_path) == dict.fromkeys("xy", tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a", "y": "b"}}')
+    assert tensor_files(tmp_path) == {"x": tmp_path / "a", "y": tmp_path / "b"}
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path):

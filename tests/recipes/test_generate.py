@@ -10,7 +10,9 @@ import time
 from itertools import count
 from pathlib import Path
 
+import hydra
 import pytest
+from omegaconf import OmegaConf
 
 from longctx.parallel.launch import Rank
 from recipes import generate
@@ -19,10 +21,27 @@ ROOT = Path(__file__).parents[2]
 PROMPT = "prompt.text='The quick brown fox, as ever.'"  # 29 tokens, of a byte each
 
 
+@pytest.fixture(scope="module")
+def config(tiny):
+    """Composed once: Hydra takes most of a second."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+        return hydra.compose("generate", ["model=folder", f"model.source={tiny}", "model.name=tiny"])
+
+
+def prepared(config, *settings):
+    return generate.prepare(OmegaConf.merge(config, OmegaConf.from_dotlist(list(settings))))
+
+
 @pytest.fixture
-def refusal(refused, tiny):
-    """What `python -m recipes.generate model=tiny argv` says when it refuses."""
-    return lambda *argv: refused(generate, generate.task, f"model={tiny}", *argv)
+def refusal(config):
+    """What a job with those settings is refused with; `refused` is the same from the command line on."""
+
+    def run(*settings):
+        with pytest.raises(ValueError, match=".") as refused:
+            prepared(config, *settings)
+        return str(refused.value)
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -56,7 +75,7 @@ def test_what_cannot_be_done_is_refused(refusal, settings, words):
         (None, "cannot be read: No such file"),
         (b"\xff\xfe", "is not UTF-8 text"),
         (b"", "the prompt is empty"),
-        (b"x" * 93, r"93 tokens, and with max_new_tokens=5 .*context of 97: .*prompt\.tokens=92\n"),
+        (b"x" * 93, r"93 tokens, and with max_new_tokens=5 .*context of 97: .*prompt\.tokens=92$"),
     ],
     ids=["missing", "not text", "empty", "too long"],
 )
@@ -76,11 +95,15 @@ def test_a_folder_that_is_no_model_is_refused(refused, tmp_path):
     assert f"model={tmp_path}: no config.json in this folder" in line
 
 
+def linked(model: Path, folder: Path, without: str = "") -> None:
+    for file in model.iterdir():
+        if file.name != without:
+            (folder / file.name).symlink_to(file)
+
+
 @pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json"])
 def test_a_model_without_weights_or_tokenizer_is_refused(refused, tiny, tmp_path, missing):
-    for file in tiny.iterdir():
-        if file.name != missing:
-            (tmp_path / file.name).symlink_to(file)
+    linked(tiny, tmp_path, without=missing)
     line = refused(generate, generate.task, f"model={tmp_path}", PROMPT)
     assert str(tmp_path) in line and missing.split(".")[0] in line
 
@@ -97,32 +120,17 @@ def test_another_number_of_ranks_than_the_launcher_s_is_refused(refused, tiny, m
     assert "the launcher started 5 ranks, the mesh has 3 (ring=3): set mesh.ring=5" in line
 
 
-@pytest.fixture
-def prepared(cli, tiny, monkeypatch):
-    """The mesh and the job of a command that is not refused."""
-
-    def run(*argv, model=tiny):
-        jobs = []
-        monkeypatch.setattr(generate, "on_ranks", lambda mesh, _, job: jobs.append((mesh, job)))
-        assert cli(generate, generate.task, f"model={model}", *argv) == (0, "", "")
-        return jobs[0]
-
-    return run
+def test_the_longest_that_fits_is_not_refused(config):
+    job = prepared(config, PROMPT, "max_new_tokens=68", "mesh.ring=29", "mesh.tp=3")
+    assert (job.mesh.ranks, len(job.prompt), job.shape.positions) == (3 * 29, 29, 97)
 
 
-def test_the_longest_that_fits_is_not_refused(prepared):
-    mesh, job = prepared(PROMPT, "max_new_tokens=68", "mesh.ring=29", "mesh.tp=3")
-    assert (mesh.ranks, len(job.prompt), job.shape.positions) == (3 * 29, 29, 97)
-
-
-def test_the_advice_for_a_long_document_fills_the_context(refused, prepared, tiny, tmp_path):
-    for file in tiny.iterdir():
-        (tmp_path / file.name).symlink_to(file)
+def test_the_advice_for_a_long_document_fills_the_context(refusal, config, tiny, tmp_path):
+    linked(tiny, tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}-->")
-    settings = (f"prompt.text={'x' * 101}", "prompt.question=Why?", "max_new_tokens=11")
-    line = refused(generate, generate.task, f"model={tmp_path}", *settings)
-    advice = re.search(r"prompt\.tokens=\d+", line)[0]
-    assert len(prepared(*settings, advice, model=tmp_path)[1].prompt) == 97 - 11
+    settings = (f"model.source={tmp_path}", f"prompt.text={'x' * 101}", "prompt.question=Why?", "max_new_tokens=11")
+    advice = re.search(r"prompt\.tokens=\d+", refusal(*settings))[0]
+    assert len(prepared(config, *settings, advice).prompt) == 97 - 11
 
 
 KEYS = {
@@ -182,8 +190,7 @@ def killed_while_decoding(rank: Rank, job: generate.Job):
 
 
 def test_when_a_rank_is_killed_the_command_ends_and_names_it(cli, tiny, tmp_path, monkeypatch):
-    for file in tiny.iterdir():
-        (tmp_path / file.name).symlink_to(file)
+    linked(tiny, tmp_path)
     monkeypatch.setattr(generate, "run_rank", killed_while_decoding)
     settings = (PROMPT, "mesh.ring=3", "max_new_tokens=7", "verify=false")
     code, out, err = cli(generate, generate.task, f"model={tmp_path}", *settings)
