@@ -37,7 +37,7 @@ def refusal(config):
     """What a job with those settings is refused with; `refused` is the same from the command line on."""
 
     def run(*settings):
-        with pytest.raises(ValueError, match=".") as refused:
+        with pytest.raises(ValueError, match=r"\w") as refused:
             prepared(config, *settings)
         return str(refused.value)
 
@@ -168,8 +168,7 @@ def test_the_same_tokens_with_and_without_torchrun(tiny, tmp_path):
     assert done.stdout == result["text"] + "\n", "one of the ranks answers"
     again = json.loads(under.read_text())
     assert 0 <= again["max_logit_diff"] < 1e-5
-    for key in ("token_ids", "text", "kv_cache_bytes_per_rank", "decode_bytes_sent_per_rank"):
-        assert again[key] == result[key]
+    assert (again["token_ids"], again["text"]) == (result["token_ids"], result["text"])
 
 
 def killed_while_decoding(rank: Rank, job: generate.Job):
@@ -197,5 +196,4 @@ def test_when_a_rank_is_killed_the_command_ends_and_names_it(cli, tiny, tmp_path
     assert time.time() - float((tmp_path / "killed_at").read_text()) < 20
     assert (code, out, err) == (1, "", "error: rank 1 of 3 was killed by SIGKILL; the other ranks were ended\n")
     pids = [file.read_text() for file in tmp_path.glob("pid*")]
-    assert len(pids) == 3
-    assert not [pid for pid in pids if Path("/proc", pid).exists()]
+    assert len(pids) == 3 and not [pid for pid in pids if Path("/proc", pid).exists()]
