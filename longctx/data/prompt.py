@@ -56,7 +56,7 @@ def _read(name: str) -> str:
 
 
 def _pydoc(topic: str) -> str:
-    """A topic of the language reference, which every CPython carries; or ``all``, about 700 KB of prose."""
+    """A topic of the language reference, which every CPython carries; or ``all``, about 460 KB of prose."""
     from pydoc_data.topics import topics
 
     if topic == "all":

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -141,10 +142,17 @@ def test_a_rank_that_waits_is_asked_to_end_and_then_killed(tmp_path, monkeypatch
     assert (tmp_path / "pid1").exists() and not alive(tmp_path)
 
 
-def test_when_the_parent_is_killed_its_ranks_end(tmp_path):
+@pytest.fixture
+def scratch():
+    """What a killed process leaves behind goes here; of a short name, for the sockets in it."""
+    with tempfile.TemporaryDirectory(prefix="killed-", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+def test_when_the_parent_is_killed_its_ranks_end(tmp_path, scratch):
     os.mkfifo(tmp_path / "born")
     script = f"from tests.parallel.test_launch import run_ranks, waits; run_ranks(2, waits, {str(tmp_path)!r})"
-    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"TMPDIR": scratch})
     try:
         # Open for writing too, so that it does not end between one rank's word and the next.
         with os.fdopen(os.open(tmp_path / "born", os.O_RDWR)) as born:
@@ -152,8 +160,7 @@ def test_when_the_parent_is_killed_its_ranks_end(tmp_path):
     finally:
         parent.kill()
         parent.wait()
-    left = [pid for pid in pids if not ended(pid, SOON_S)]
-    for pid in left:
+    for pid in (left := [pid for pid in pids if not ended(pid, SOON_S)]):
         os.kill(pid, signal.SIGKILL)
     assert not left
 
