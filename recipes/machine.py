@@ -31,5 +31,5 @@ def _commit() -> str:
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    named = {line.split(":", 1)[1].strip() for line in lines if line.startswith(("model name", "model\t"))}
+    named = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
     return ", ".join(sorted(named)) or platform.processor() or platform.machine()
