@@ -1,6 +1,6 @@
 """The ring: every rank's tensors in turn, and what is computed while the next are on their way."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -107,8 +107,3 @@ def ring_gradients(
     if sums:
         dk, dv = sums.wait()
     return dq, dk, dv
-
-
-def attended_pairs(ring: Ring) -> Sequence[int]:
-    """Scores that each rank computes: how even the work is."""
-    return [sum(t.pairs for k in range(ring.comm.size) for t in ring.tiles(q, k)) for q in range(ring.comm.size)]

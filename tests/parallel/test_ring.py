@@ -9,7 +9,7 @@ from longctx.attention.flash_cpu import flash_cpu
 from longctx.attention.kernel import Kernel, reference
 from longctx.attention.layout import Layout, contiguous, documents, single, striped, zigzag
 from longctx.parallel.comm import Comm, Pending
-from longctx.parallel.ring import Ring, attended_pairs, rotate
+from longctx.parallel.ring import Ring, rotate
 from longctx.parallel.strategy import STRATEGIES, ring_attention
 from longctx.parallel.threads import ThreadComm, ThreadWorld, run_threads
 from tests import oracle
@@ -32,6 +32,12 @@ LAYOUTS = {
 strategies = pytest.mark.parametrize("strategy", STRATEGIES)
 all_layouts = pytest.mark.parametrize("name", LAYOUTS)
 all_ranks = pytest.mark.parametrize("ranks", RANKS)
+
+
+def attended_pairs(ring: Ring) -> list[int]:
+    """Scores that each rank computes: how even the work is."""
+    size = ring.comm.size
+    return [sum(tile.pairs for k in range(size) for tile in ring.tiles(q, k)) for q in range(size)]
 
 
 def solved(task: Problem, strategy: str, kernel: Kernel = reference):
