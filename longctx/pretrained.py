@@ -45,6 +45,15 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), whole)
 
 
+def fingerprint(folder: Path) -> str:
+    """What tells one model's weights from another's: a digest of the configuration and of each file's head and size."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(set(tensor_files(folder).values())):
+        with file.open("rb") as weights:
+            digest.update(f"{file.name} {file.stat().st_size}".encode() + weights.read(2**20))
+    return digest.hexdigest()[:16]
+
+
 def shape_of(folder: Path) -> ModelShape:
     """The `ModelShape` of a Llama-architecture folder (Llama 2/3, SmolLM2, Qwen2).
 

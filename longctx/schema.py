@@ -75,12 +75,21 @@ class PromptSource:
 
 @dataclass(frozen=True)
 class Context:
-    """How the sequence is shared between ranks, and what travels."""
+    """How the sequence is shared between ranks, and what travels.
 
-    strategy: Literal["pass_kv", "pass_q"] = "pass_kv"
-    decode: Literal["pass_kv", "pass_q"] = "pass_q"
+    ``strategy`` is the prefill's: by name, or chosen for each turn by a rule (`longctx.cost`): ``auto`` is the
+    cost model's, the others those of arXiv 2411.01783.  ``chunk`` tokens are prefilled at a time.
+    """
+
+    strategy: Literal["pass_kv", "pass_q", "all_gather_kv", "auto", "alg1", "alg5", "empirical"] = "pass_kv"
+    decode: Literal["pass_kv", "pass_q", "all_gather_kv", "one_exchange"] = "one_exchange"
     layout: Literal["zigzag", "contiguous", "striped"] = "zigzag"
     kernel: Literal["auto", "reference", "flash_cpu"] = "auto"
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"context.chunk={self.chunk}: prefill at least one token at a time, or null for all")
 
 
 @dataclass(frozen=True)

@@ -106,8 +106,8 @@ def ways_of_model(job: Job, length: int, here: Any) -> dict[str, Work]:
     from dataclasses import replace
 
     from longctx.attention.layout import contiguous, zigzag
-    from longctx.infer.engine import load_alone, load_engine
-    from longctx.infer.prefill import Engine, run_pass
+    from longctx.infer.engine import Engine, load_alone, load_engine
+    from longctx.infer.prefill import run_pass
     from longctx.parallel.ring import pass_kv
 
     engine = load_engine(here, job.model, job.shape, job.folder, "auto")
@@ -128,9 +128,7 @@ def _done(_: object) -> None:
 
 def seconds(work: Work, here: Any, *, by_all: bool) -> float:
     """Wall seconds of ``work`` on every rank (the slowest counts), or on the first while the others wait."""
-    from longctx.infer.generate import meet
-
-    meet(here.context, here.device)
+    here.context.all_gather(torch.zeros(1), [(1,)] * here.context.size)  # wait for the others
     began = time.perf_counter()
     if by_all or here.context.rank == 0:
         work()

@@ -19,6 +19,7 @@ from longctx.attention.backends import kernel_for
 from longctx.data.prompt import prompt_tokens
 from longctx.parallel.launch import Rank
 from longctx.parallel.mesh import refuse_unfit, refuse_unused
+from longctx.parallel.strategy import STRATEGIES
 from longctx.pretrained import locate, shape_of, tensor_files, tokenizer_of
 from longctx.schema import Context, Mesh, ModelShape, ModelSource, PromptSource, Sampling
 from recipes.machine import provenance
@@ -70,6 +71,11 @@ def prepare(config: DictConfig) -> Job:
     context, sampling = section(config, "context", Context), section(config, "sampling", Sampling)
     model, source = section(config, "model", ModelSource), section(config, "prompt", PromptSource)
     settings = top_level(config, Settings)
+    if context.strategy not in STRATEGIES:
+        raise ValueError(
+            f"context.strategy={context.strategy} chooses for every turn of a conversation: "
+            f"use recipes.chat, or one of {', '.join(STRATEGIES)}"
+        )
     kernel_for(context.kernel, settings.device)
     refuse_unwritable(settings.out)
     folder = locate(model, say)
@@ -109,7 +115,8 @@ def refuse_lengths(prompt: int, text: int, new_tokens: int, mesh: Mesh, shape: M
 def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
     """One rank's part of ``job``, and its figures: those of the first rank count."""
     from longctx.infer.engine import load_alone, load_engine
-    from longctx.infer.generate import gather_figures, generate, logit_difference
+    from longctx.infer.generate import gather_figures, logit_difference
+    from longctx.infer.session import Session
     from longctx.megatron.runtime import runtime
 
     threads = threads_for(job.settings.threads, rank)
@@ -119,15 +126,11 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
         with Progress(shown=rank.rank == 0) as progress:
             progress.start("loading", None)
             engine = load_engine(here, job.model, job.shape, job.folder, job.context.kernel)
-            prompt = torch.tensor(job.prompt)
             progress.start(f"prefill of {len(job.prompt):,} tokens, layers", job.shape.layers)
-            made = generate(
-                engine,
-                here.context,
-                prompt,
-                job.context,
-                job.sampling,
-                job.settings.max_new_tokens,
+            session = Session(engine, job.context, job.sampling)
+            made = session.turn(
+                {0: job.prompt},
+                {0: job.settings.max_new_tokens},
                 layer_done=progress.step,
                 token_done=lambda _: progress.step("decode, tokens", job.settings.max_new_tokens),
             )
@@ -136,16 +139,14 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
                 progress.start("the same on one rank, layers", job.shape.layers)
                 torch.set_num_threads(threads * rank.neighbours)  # the other ranks are waiting
                 alone = load_alone(here, engine, job.model, job.folder) if rank.rank == 0 else None
-                difference = logit_difference(engine, alone, here.context, prompt, made, layer_done=progress.step)
-        sizes = [made.prefill_bytes, made.decode_bytes, made.cache_bytes]
-        figures = gather_figures(here.context, sizes, here.device)
+                difference = logit_difference(engine, alone, torch.tensor(job.prompt), made, layer_done=progress.step)
+        figures = gather_figures(engine, [made.prefill_bytes, made.decode_bytes, session.cache_bytes])
     prefill_bytes, decode_bytes, cache_bytes = map(list, zip(*figures, strict=True))
-    later = len(made.tokens) - 1
     return {
-        "token_ids": made.tokens,
+        "token_ids": made.tokens[0],
         "ttft_s": made.ttft_s,
-        "tokens_per_s": later / made.decode_s if later else None,
-        "ttit_s": made.decode_s / later if later else None,
+        "tokens_per_s": 1 / made.ttit_s if made.ttit_s else None,
+        "ttit_s": made.ttit_s,
         "prefill_tokens_per_s": len(job.prompt) / made.ttft_s,
         "kv_cache_bytes_per_rank": cache_bytes,
         "prefill_bytes_sent_per_rank": prefill_bytes,

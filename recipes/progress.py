@@ -36,6 +36,10 @@ class Progress:
         if self._task is not None:
             self._bar.advance(self._task)
 
+    def stop(self) -> None:
+        """Leave the line to others, as text that is being written."""
+        self._bar.stop()
+
     def __enter__(self) -> "Progress":
         self._bar.start()
         return self

@@ -24,7 +24,16 @@ from longctx.schema import Mesh
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # Settings that take any text, which Hydra would read as its own syntax: commas, parentheses, quotes.
-FREE_TEXT = ("prompt.text", "prompt.question", "prompt.file", "out")
+FREE_TEXT = (
+    "prompt.text",
+    "prompt.question",
+    "prompt.file",
+    "out",
+    "turns",
+    "session.save",
+    "session.load",
+    "hardware",
+)
 Section = TypeVar("Section")
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 

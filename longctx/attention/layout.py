@@ -107,6 +107,27 @@ class Layout:
             ranks += [_cut(self.ranks[rank], *ends) for ends in pairwise(cuts)]
         return Layout(self.lengths, tuple(ranks), self.begins)
 
+    def on_one_rank(self) -> "Layout":
+        """The same documents, all held by one rank."""
+        each = zip(self.begins, self.lengths, strict=True)
+        spans = (Span(begin, n, document=d) for d, (begin, n) in enumerate(each) if n)
+        return Layout(self.lengths, (tuple(spans),), self.begins)
+
+    def held_by(self, rank: int, size: int) -> "Layout":
+        """This layout of one rank, as ``rank``'s of ``size`` ranks of which the others have nothing."""
+        return Layout(self.lengths, tuple(self.ranks[0] if r == rank else () for r in range(size)), self.begins)
+
+    def document(self, document: int) -> "Layout":
+        """One of the documents, by itself."""
+        ranks = (tuple(replace(s, document=0) for s in spans if s.document == document) for spans in self.ranks)
+        return Layout((self.lengths[document],), tuple(ranks), (self.begins[document],))
+
+    def rows_of(self, rank: int, document: int) -> Positions:
+        """Which of the rows of ``rank`` are of ``document``."""
+        firsts = accumulate((span.length for span in self.ranks[rank]), initial=0)
+        held = zip(firsts, self.ranks[rank], strict=False)
+        return _concatenated(torch.arange(a, a + s.length) for a, s in held if s.document == document)
+
     def gathered(self, parts: int) -> "Layout":
         """The layout over groups of ``parts`` neighbours, each holding its members' rows in turn."""
         groups = [self.ranks[i : i + parts] for i in range(0, self.size, parts)]
@@ -135,14 +156,40 @@ def striped(length: int, size: int) -> Layout:
 
 def documents(lengths: Sequence[int], size: int, within: Callable[[int, int], Layout] = zigzag) -> Layout:
     """Packed documents that do not see each other, each one sharded on its own by ``within``."""
-    apart = [within(length, size) for length in lengths]
+    return side_by_side([within(length, size) for length in lengths])
+
+
+def side_by_side(sequences: Sequence[Layout]) -> Layout:
+    """Sequences of one document each, over the same ranks, as the documents of one layout."""
+    size = sequences[0].size
     return Layout(
-        tuple(lengths),
+        tuple(one.lengths[0] for one in sequences),
         tuple(
-            tuple(replace(s, document=d) for d, one in enumerate(apart) for s in one.ranks[rank])
+            tuple(replace(s, document=d) for d, one in enumerate(sequences) for s in one.ranks[rank])
             for rank in range(size)
         ),
+        tuple(one.begins[0] for one in sequences),
     )
+
+
+def deal(lengths: Sequence[int], within: Callable[[int, int], Layout], held: Sequence[int]) -> Layout:
+    """New rows of some sequences, each sharded by ``within``, so that what the ranks hold stays even.
+
+    ``held[r]`` are the rows that rank r holds already.  Larger shares go to the ranks that got least in this
+    deal, and of those to the ones that hold least: single tokens are dealt in turn, to each rank as many
+    (arXiv 2411.01783, 3.6), and cached rows stay within a chunk of even over any number of turns.
+    """
+    size, dealt, out = len(held), [0] * len(held), []
+    for length in lengths:
+        plain = within(length, size)
+        shares = sorted(range(size), key=lambda rank: -plain.rows(rank))
+        takers = sorted(range(size), key=lambda rank: (dealt[rank], held[rank] + dealt[rank], rank))
+        ranks: list[Spans] = [()] * size
+        for taker, share in zip(takers, shares, strict=True):
+            ranks[taker] = plain.ranks[share]
+            dealt[taker] += plain.rows(share)
+        out.append(Layout(plain.lengths, tuple(ranks)))
+    return side_by_side(out)
 
 
 def empty(size: int) -> Layout:

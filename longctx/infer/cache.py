@@ -1,11 +1,27 @@
 """A KV cache is a layout plus tensors: who holds which positions, and each layer's keys and values there."""
 
-from longctx.attention.layout import Layout, empty
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from longctx.attention.layout import Layout, empty, side_by_side
 from longctx.shapes import Keys, Tensor
 
 
+class Cache(Protocol):
+    """What a pass needs of a cache: it grows by a layout, then layer by layer by the keys and values."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    def extend(self, later: Layout) -> None: ...
+
+    def append(self, layer: int, k: Keys, v: Keys) -> tuple[Tensor, Tensor]: ...
+
+
 class KVCache:
-    """Keys and values of this rank's positions, for every layer; it stays sharded as it grows.
+    """One sequence's keys and values of this rank's positions, for every layer; it stays sharded as it grows.
 
     ``layout`` spans the ring.  Room for ``reserve`` rows is made at once, and doubled when it runs out, so
     that growing by a token copies nothing.
@@ -28,7 +44,7 @@ class KVCache:
         """Add this pass's keys and values of ``layer``; all that it holds, [b rows hk d], as views."""
         end, begin = self.rows, self.rows - k.shape[1]
         keys, values = self._layers.get(layer, (k[:, :0], v[:, :0]))
-        if keys.shape[1] < end:
+        if layer not in self._layers or keys.shape[1] < end:
             room = max(end, self._reserve, 2 * begin)
             keys, values = _grown(keys, room), _grown(values, room)
             self._layers[layer] = keys, values
@@ -36,11 +52,48 @@ class KVCache:
         values[:, begin:end] = v
         return keys[:, :end], values[:, :end]
 
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values that it holds of ``layer``, [b rows hk d], as views."""
+        keys, values = self._layers[layer]
+        return keys[:, : self.rows], values[:, : self.rows]
+
+    def rewind(self, layout: Layout) -> None:
+        """Back to ``layout``, which it had before: what has been appended since is forgotten."""
+        self.layout = layout
+
     @property
     def bytes(self) -> int:
         """Bytes of the positions held, over all layers; reserved room not counted."""
         held = [x[:, : self.rows] for layer in self._layers.values() for x in layer]
         return sum(x.numel() * x.element_size() for x in held)
+
+
+class Batch:
+    """The caches of several sequences as one, each of them a document; one sequence's is used as it stands."""
+
+    def __init__(self, caches: Sequence[KVCache], rank: int) -> None:
+        self._caches, self._rank = caches, rank
+        self._rows: list[Tensor] = []
+
+    @property
+    def layout(self) -> Layout:
+        return side_by_side([cache.layout for cache in self._caches])
+
+    def extend(self, later: Layout) -> None:
+        """The positions that the next pass adds, ``later``'s documents being the sequences."""
+        for i, cache in enumerate(self._caches):
+            cache.extend(later.document(i))
+        self._rows = [later.rows_of(self._rank, i) for i in range(len(self._caches))]
+
+    def append(self, layer: int, k: Keys, v: Keys) -> tuple[Tensor, Tensor]:
+        """Deal this pass's rows to the sequences; all that they hold, one sequence behind the other."""
+        if len(self._caches) == 1:
+            return self._caches[0].append(layer, k, v)
+        held = []
+        for cache, rows in zip(self._caches, self._rows, strict=True):
+            held.append(cache.append(layer, k[:, rows], v[:, rows]))
+        keys, values = zip(*held, strict=True)
+        return torch.cat(keys, 1), torch.cat(values, 1)
 
 
 def _grown(x: Tensor, room: int) -> Tensor:

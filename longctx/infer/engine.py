@@ -1,25 +1,68 @@
 """A loaded model on its ranks: what every inference recipe builds first."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from longctx.attention.backends import kernel_for
-from longctx.infer.prefill import Engine
+from longctx.attention.kernel import Kernel
+from longctx.infer.cache import KVCache
 from longctx.megatron import weights
 from longctx.megatron.model import GPTModel, build_model, layers_in_use
 from longctx.megatron.runtime import Runtime
-from longctx.parallel.comm import Alone
+from longctx.parallel.comm import Alone, Comm
 from longctx.schema import ModelShape, ModelSource
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A model, and the ranks that share its sequence: ulysses x ring, rank = ring rank * U + ulysses rank.
+
+    ``context`` is both together, for what the ranks tell each other; ``answers`` the same ranks once more, for
+    attention's own exchanges, so that its traffic counts those alone.  ``layers`` says whose layers it is made
+    of: megatron-core's ``local`` ones or Transformer Engine's (``te``).
+    """
+
+    model: GPTModel
+    shape: ModelShape
+    kernel: Kernel
+    tp: Comm = field(default_factory=Alone)
+    ulysses: Comm = field(default_factory=Alone)
+    ring: Comm = field(default_factory=Alone)
+    context: Comm = field(default_factory=Alone)
+    answers: Comm = field(default_factory=Alone)
+    layers: str = "local"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def rank(self) -> int:
+        return self.ring.rank * self.ulysses.size + self.ulysses.rank
+
+    @property
+    def ranks(self) -> int:
+        return self.ring.size * self.ulysses.size
+
+    @property
+    def sent(self) -> int:
+        """Bytes that this rank has sent to others for attention."""
+        return sum(comm.traffic.total for comm in (self.ulysses, self.ring, self.answers))
+
+    def cache(self, tokens: int) -> KVCache:
+        """An empty cache with room for this rank's share of ``tokens``."""
+        return KVCache(self.ring.size, self.ring.rank, -(-tokens // self.ring.size) + 2)
 
 
 def load_engine(here: Runtime, model: ModelSource, shape: ModelShape, folder: Path, kernel: str) -> Engine:
     """``model``, sharded over ``here``'s mesh, with its weights read from ``folder``."""
     layers = layers_in_use(model.layers)
     built = _loaded(here, here.groups, model, shape, folder, layers)
-    return Engine(built, shape, here.tp, here.ulysses, here.ring, kernel_for(kernel, here.device.type), layers)
+    comms = (here.tp, here.ulysses, here.ring, here.context, here.answers)
+    return Engine(built, shape, kernel_for(kernel, here.device.type), *comms, layers)
 
 
 def load_alone(here: Runtime, engine: Engine, model: ModelSource, folder: Path) -> Engine:
@@ -27,7 +70,7 @@ def load_alone(here: Runtime, engine: Engine, model: ModelSource, folder: Path) 
     built = engine.model
     if here.mesh.tp > 1:
         built = _loaded(here, here.alone, model, engine.shape, folder, engine.layers)
-    return replace(engine, model=built, tp=Alone(), ulysses=Alone(), ring=Alone())
+    return Engine(built, engine.shape, engine.kernel, layers=engine.layers)
 
 
 def _loaded(here: Runtime, groups: Any, model: ModelSource, shape: ModelShape, folder: Path, layers: str) -> GPTModel:

@@ -4,55 +4,24 @@ They differ in the layout of the new tokens alone: of a decoded token one rank h
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
-from longctx.attention.kernel import Kernel
+from longctx.attention.kernel import attend_tiles
 from longctx.attention.layout import Layout
-from longctx.infer.cache import KVCache
+from longctx.attention.partial import nothing
+from longctx.attention.tiles import causal_tiles
+from longctx.infer.cache import Cache
+from longctx.infer.engine import Engine
 from longctx.megatron.attention import Pass
-from longctx.megatron.model import GPTModel, hidden_states, rotary_angles
-from longctx.parallel.comm import Comm
-from longctx.parallel.ring import Ring, Strategy
+from longctx.megatron.model import hidden_states, rotary_angles
+from longctx.parallel.comm import doing
+from longctx.parallel.ring import Ring, Strategy, one_exchange
 from longctx.parallel.strategy import ring_attention
-from longctx.parallel.ulysses import over_heads
-from longctx.schema import ModelShape
-from longctx.shapes import Float, Tensor
+from longctx.parallel.ulysses import over_heads, share_of_heads
+from longctx.shapes import Float, Positions, Tensor
 
 LayerDone = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Engine:
-    """A model, and the ranks that share its sequence: ulysses x ring, rank = ring rank * U + ulysses rank.
-
-    ``layers`` says whose layers it is made of: megatron-core's ``local`` ones or Transformer Engine's (``te``).
-    """
-
-    model: GPTModel
-    shape: ModelShape
-    tp: Comm
-    ulysses: Comm
-    ring: Comm
-    kernel: Kernel
-    layers: str = "local"
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @property
-    def rank(self) -> int:
-        return self.ring.rank * self.ulysses.size + self.ulysses.rank
-
-    @property
-    def ranks(self) -> int:
-        return self.ring.size * self.ulysses.size
-
-    def cache(self, tokens: int) -> KVCache:
-        """An empty cache with room for this rank's share of ``tokens``."""
-        return KVCache(self.ring.size, self.ring.rank, -(-tokens // self.ring.size) + 2)
 
 
 @torch.inference_mode()
@@ -60,14 +29,14 @@ def run_pass(
     engine: Engine,
     tokens: Tensor,
     layout: Layout,
-    cache: KVCache,
+    cache: Cache,
     strategy: Strategy,
     done: LayerDone = lambda: None,
 ) -> Float[Tensor, "s b hidden"]:
     """Final hidden states of this rank's rows of ``tokens`` [total]; ``cache`` grows by all of them.
 
-    ``layout`` deals the new tokens to ulysses x ring ranks; positions continue where ``cache`` ends.
-    ``done`` is called after each layer's attention.
+    ``layout`` deals the new tokens to ulysses x ring ranks, its documents being ``cache``'s sequences; positions
+    continue where they end.  ``done`` is called after each layer's attention.
     """
     layout = layout.after(cache.layout)
     queries = layout.gathered(engine.ulysses.size)
@@ -81,10 +50,44 @@ def run_pass(
         def over_cache(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return inner(q, *cache.append(layer, k, v))
 
-        out = over_heads(engine.ulysses, rows, over_cache)(q, k, v)
+        with doing(f"layer {layer}"):
+            out = over_heads(engine.ulysses, rows, over_cache)(q, k, v)
         done()
         return out
 
-    mine = layout.shard(tokens, engine.rank).to(engine.device)
-    angles = rotary_angles(engine.shape, layout.positions(engine.rank).to(engine.device))
-    return hidden_states(engine.model, mine.unsqueeze(0), angles, Pass(attend=attend))
+    mine = layout.shard(tokens, engine.rank)
+    return _hidden(engine, mine, layout.positions(engine.rank), Pass(attend=attend))
+
+
+@torch.inference_mode()
+def run_replicated(
+    engine: Engine, tokens: Tensor, layout: Layout, cache: Cache, done: LayerDone = lambda: None
+) -> Float[Tensor, "s b hidden"]:
+    """Final hidden states of all ``tokens`` [total], on every rank, with one exchange a layer.
+
+    For few rows: every rank projects them all, looks at the keys that it caches, and the answers meet (tree
+    attention's idea, arXiv 2408.04093).  ``layout`` says which ring rank caches which of them.
+    """
+    layout = layout.after(cache.layout)
+    cache.extend(layout)
+    all_rows = layout.on_one_rank()
+    tiles = causal_tiles(all_rows.ranks[0], cache.layout.ranks[engine.ring.rank])
+    cached_here = layout.index(engine.ring.rank).to(engine.device)
+    degree, member = engine.ulysses.size, engine.ulysses.rank
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (share_of_heads(x, degree, member) for x in (q, k, v))
+        held = cache.append(layer, k[:, cached_here], v[:, cached_here])
+        seen = nothing(q)
+        attend_tiles(seen, q, *held, tiles, engine.kernel)
+        with doing(f"layer {layer}"):
+            out = one_exchange(seen, engine.answers, degree).to(q.dtype)
+        done()
+        return out
+
+    return _hidden(engine, tokens, all_rows.positions(0), Pass(attend=attend))
+
+
+def _hidden(engine: Engine, tokens: Tensor, positions: Positions, one_pass: Pass) -> Float[Tensor, "s b hidden"]:
+    angles = rotary_angles(engine.shape, positions.to(engine.device))
+    return hidden_states(engine.model, tokens.to(engine.device).unsqueeze(0), angles, one_pass)

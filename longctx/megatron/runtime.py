@@ -21,8 +21,9 @@ class Runtime:
     """A rank among its groups.
 
     ``tp`` shares each layer's weights; ``ulysses`` and ``ring`` share the sequence, ``context`` is both together
-    (rank = ring rank * ulysses size + ulysses rank).  ``groups`` are megatron-core's, ``alone`` the same kind
-    for this rank by itself.
+    (rank = ring rank * ulysses size + ulysses rank), and ``answers`` the same once more, to count attention's own
+    exchanges apart from what ranks tell each other; ``world`` are all ranks.  ``groups`` are megatron-core's,
+    ``alone`` the same kind for this rank by itself.
     """
 
     rank: Rank
@@ -34,6 +35,8 @@ class Runtime:
     ulysses: Comm
     ring: Comm
     context: Comm
+    answers: Comm
+    world: Comm
 
 
 @contextmanager
@@ -75,10 +78,12 @@ def _groups(rank: Rank, mesh: Mesh, device: torch.device, timeout_minutes: int) 
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     ulysses, ring = parallel_state.get_hierarchical_context_parallel_groups()
+    everybody = dist.group.WORLD
+    assert everybody is not None
     own = dist.new_group([rank.rank], use_local_synchronization=True)
     # A model that runs on this rank by itself asks for these groups only.
     alone = ProcessGroupCollection(tp=own, cp=own, pp=own, embd=own, ep=own, tp_cp=own)
-    comms = (_comm(group) for group in (groups.tp, ulysses, ring, groups.cp))
+    comms = (_comm(group) for group in (groups.tp, ulysses, ring, groups.cp, groups.cp, everybody))
     return Runtime(rank, mesh, device, groups, alone, *comms)
 
 

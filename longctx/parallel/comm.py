@@ -4,7 +4,8 @@ Shapes are not exchanged: every rank knows every layout, so the receiver says wh
 zero elements are not sent.  What is sent to others is counted in ``traffic``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +15,19 @@ import torch.distributed as dist
 from longctx.shapes import Tensor
 
 Shape = tuple[int, ...]
+
+
+class LostPeer(ConnectionError):
+    """Another rank of the group has gone; says which, and what was being done (`doing`) when it was missed."""
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Add ``what`` to the words of a `LostPeer` that is raised inside."""
+    try:
+        yield
+    except LostPeer as lost:
+        raise LostPeer(f"{lost}, {what}") from lost
 
 
 @dataclass
@@ -95,11 +109,22 @@ class _InFlight:
     coming: tuple[Tensor, ...]
     # The backend reads these until it is done: dropping them early would free their memory under it.
     leaving: tuple[Tensor, ...]
+    neighbours: str
 
     def wait(self) -> tuple[Tensor, ...]:
-        for work in self.works:
-            work.wait()
+        with _noticing(self.neighbours):
+            for work in self.works:
+                work.wait()
         return self.coming
+
+
+@contextmanager
+def _noticing(peers: str) -> Iterator[None]:
+    """What torch.distributed raises when a connection breaks, as a `LostPeer` among ``peers``."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostPeer(f"lost {peers}") from error
 
 
 class DistComm:
@@ -118,8 +143,15 @@ class DistComm:
         following, previous = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         ops = [self._p2p(dist.irecv, x, previous) for x in arriving if x.numel()]
         ops += [self._p2p(dist.isend, x, following) for x in leaving if x.numel()]
-        works = dist.batch_isend_irecv(ops) if ops else []
-        return _InFlight(works, arriving, leaving)
+        neighbours = self._named({previous, following})
+        with _noticing(neighbours):
+            works = dist.batch_isend_irecv(ops) if ops else []
+        return _InFlight(works, arriving, leaving, neighbours)
+
+    def _named(self, members: set[int]) -> str:
+        """Members as the ranks that the user knows: those of the world."""
+        ranks = sorted(dist.get_global_rank(self.group, member) for member in members)
+        return f"rank {' or '.join(map(str, ranks))}"
 
     def _p2p(self, op: Callable[..., Any], x: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(op, x, group=self.group, group_peer=peer)
@@ -132,7 +164,8 @@ class DistComm:
         leaving = torch.cat([x.reshape(-1) for x in parts])
         arriving = leaving.new_empty(sum(sizes))
         # Every member must take part, even with nothing to give: the others wait for it.
-        dist.all_to_all_single(arriving, leaving, sizes, [x.numel() for x in parts], group=self.group)
+        with _noticing(self._named(set(range(self.size)) - {self.rank})):
+            dist.all_to_all_single(arriving, leaving, sizes, [x.numel() for x in parts], group=self.group)
         return [x.view(shape) for x, shape in zip(arriving.split(sizes), coming, strict=True)]
 
     def all_gather(self, mine: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:

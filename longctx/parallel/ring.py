@@ -9,7 +9,7 @@ from longctx.attention.kernel import Gradients, Kernel, attend_tiles, tile_gradi
 from longctx.attention.layout import Layout
 from longctx.attention.partial import Partial, absorb, nothing
 from longctx.attention.tiles import Tile, causal_tiles
-from longctx.parallel.comm import Comm, Shape
+from longctx.parallel.comm import Comm, Shape, doing
 from longctx.shapes import Keys, Queries, Tensor
 
 
@@ -42,9 +42,12 @@ def rotate(comm: Comm, layout: Layout, *mine: Tensor) -> Iterator[tuple[int, tup
     for step in range(comm.size - 1):
         previous = (comm.rank - step - 1) % comm.size
         shapes = [_with_rows(x, layout.rows(previous)) for x in mine]
-        coming = comm.shift(*held, coming=shapes)
+        hop = f"hop {step + 1} of {comm.size - 1} of the ring"
+        with doing(hop):
+            coming = comm.shift(*held, coming=shapes)
         yield (comm.rank - step) % comm.size, held
-        held = coming.wait()
+        with doing(hop):
+            held = coming.wait()
         del coming  # it keeps what has left alive, too
     yield (comm.rank + 1) % comm.size, held
 
@@ -76,9 +79,47 @@ def pass_q(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
         del q_o
     home: Shape = (*q.shape[:-1], q.shape[-1] + 1)
     whole = nothing(q)
-    for answer in comm.all_to_all(answers, [home] * comm.size):
+    with doing("answers coming home"):
+        answers = comm.all_to_all(answers, [home] * comm.size)
+    for answer in answers:
         absorb(whole, slice(None), Partial(answer[..., :-1], answer[..., -1]))
     return whole
+
+
+def all_gather_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
+    """Queries stay, all keys and values come at once (Llama 3's training, 2411.01783 section 3.5.2).
+
+    The bytes of `pass_kv` and one exchange instead of N - 1 hops, but nothing to compute while they travel,
+    and every rank's block is alive.  Bytes sent per rank: its own keys and values, to each of the others.
+    """
+    comm, seen = ring.comm, nothing(q)
+    both = torch.cat([k, v], -1)
+    shapes = [_with_rows(both, ring.keys.rows(owner)) for owner in range(comm.size)]
+    with doing("gathering keys and values"):
+        gathered = comm.all_gather(both, shapes)
+    for owner, block in enumerate(gathered):
+        k_o, v_o = block.chunk(2, -1)
+        attend_tiles(seen, q, k_o, v_o, ring.tiles(comm.rank, owner), kernel)
+    return seen
+
+
+def one_exchange(seen: Partial, comm: Comm, ulysses: int) -> Queries:
+    """The whole answer of queries that every rank holds, from each rank's ``seen`` [b s hq/U d], in one exchange.
+
+    Rank = ring rank * ``ulysses`` + ulysses rank; the ulysses ranks have seen other heads, the ring ranks other
+    keys.  Every rank merges the same parts in the same order.  Bytes sent per rank: a row of d values and its
+    log-sum-exp per head, in float32, to each of the others.
+    """
+    mine = torch.cat([seen.out, seen.lse.unsqueeze(-1)], -1)
+    with doing("answers meeting"):
+        parts = comm.all_gather(mine, [tuple(mine.shape)] * comm.size)
+    heads = []
+    for member in range(ulysses):
+        whole = nothing(seen.out)
+        for part in parts[member::ulysses]:
+            absorb(whole, slice(None), Partial(part[..., :-1], part[..., -1]))
+        heads.append(whole.out)
+    return torch.cat(heads, 2)
 
 
 def ring_gradients(

@@ -6,11 +6,11 @@ import torch
 
 from longctx.attention.kernel import Kernel
 from longctx.attention.partial import Partial
-from longctx.parallel.ring import Ring, Strategy, pass_kv, pass_q, ring_gradients
+from longctx.parallel.ring import Ring, Strategy, all_gather_kv, pass_kv, pass_q, ring_gradients
 from longctx.parallel.ulysses import Attention
 from longctx.shapes import Keys, Queries, Tensor
 
-STRATEGIES: dict[str, Strategy] = {"pass_kv": pass_kv, "pass_q": pass_q}
+STRATEGIES: dict[str, Strategy] = {"pass_kv": pass_kv, "pass_q": pass_q, "all_gather_kv": all_gather_kv}
 
 
 def ring_attention(ring: Ring, kernel: Kernel, strategy: Strategy) -> Attention:

@@ -14,8 +14,10 @@ Attention = Callable[[Queries, Keys, Keys], Queries]
 def over_heads(ulysses: Comm, rows: Sequence[int], inner: Attention) -> Attention:
     """``inner`` attention over this group's rows together, each rank doing its share of the heads.
 
+    Where there are fewer KV heads than ranks, each goes to as many ranks as share it.
+
     ``rows[u]`` are the sequence rows that member u of the group holds; ``inner`` sees those of all members,
-    in turn, with hq / size query heads and hk / size KV heads.  Differentiable.  A group of one adds
+    in turn, with hq / size query heads and hk / size KV heads (at least one).  Differentiable.  A group of one adds
     nothing.  Source: arXiv 2405.07719, section 3.
 
     Raises ValueError where the group does not divide the heads.
@@ -25,6 +27,7 @@ def over_heads(ulysses: Comm, rows: Sequence[int], inner: Attention) -> Attentio
 
     def attention(q: Queries, k: Keys, v: Keys) -> Queries:
         refuse_uneven_heads(q.shape[2], k.shape[2], ulysses.size)
+        k, v = (for_every_member(x, ulysses.size) for x in (k, v))
         # One message to each member: its query heads, its keys' and its values'.
         shares = zip(*(x.chunk(ulysses.size, 2) for x in (q, k, v)), strict=True)
         packed = torch.cat([part for share in shares for part in share], 2)
@@ -36,14 +39,31 @@ def over_heads(ulysses: Comm, rows: Sequence[int], inner: Attention) -> Attentio
 
 
 def refuse_uneven_heads(heads: int, kv_heads: int, degree: int) -> None:
-    """ValueError, with the degrees that do work, unless ``degree`` divides both head counts."""
-    if heads % degree or kv_heads % degree:
-        fit = [n for n in range(1, kv_heads + 1) if heads % n == 0 and kv_heads % n == 0]
+    """ValueError, with the degrees that do work, unless ``degree`` members can share the heads.
+
+    It must divide the query heads, and either divide the KV heads or be a multiple of them.
+    """
+
+    def fits(n: int) -> bool:
+        return heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)
+
+    if not fits(degree):
+        fit = [n for n in range(1, heads + 1) if fits(n)]
         nearest = min(fit, key=lambda n: (abs(n - degree), n))
         raise ValueError(
-            f"mesh.ulysses={degree} does not divide {heads} query heads and {kv_heads} KV heads: "
+            f"mesh.ulysses={degree} cannot share {heads} query heads and {kv_heads} KV heads evenly: "
             f"use mesh.ulysses={nearest} (possible: {', '.join(map(str, fit))}), and mesh.ring for the rest"
         )
+
+
+def for_every_member(x: Keys, degree: int) -> Keys:
+    """``x`` with each KV head repeated, if there are fewer than ``degree``, so that every member gets one."""
+    return x.repeat_interleave(degree // x.shape[2], 2) if x.shape[2] < degree else x
+
+
+def share_of_heads(x: Tensor, degree: int, member: int) -> Tensor:
+    """The heads (dim 2) of ``x`` that ``member`` of ``degree`` attends to."""
+    return for_every_member(x, degree).chunk(degree, 2)[member]
 
 
 def _gather_rows(x: Tensor, comm: Comm, rows: Sequence[int]) -> Tensor:

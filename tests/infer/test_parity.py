@@ -67,7 +67,8 @@ def prefill_bytes(mesh: Mesh, strategy: str) -> list[int]:
     """Attention bytes of each context rank (arXiv 2411.01783, Table 3): 9 / 3 heads of 64 in float32, 30 layers."""
     u, n, row = mesh.ulysses, mesh.ring, 64 * 4
     hq, hk = 9 // mesh.tp // u, 3 // mesh.tp // u
-    ring_rows = [chunk(r, n) + chunk(2 * n - 1 - r, n) for r in range(n)]
+    # Of the zigzag pairs of chunks the first rank takes the largest.
+    ring_rows = sorted((chunk(r, n) + chunk(2 * n - 1 - r, n) for r in range(n)), reverse=True)
     sent = []
     for r in range(n):
         others = PROMPT - ring_rows[(r + 1) % n]  # every rank's block passes by, but the next one's own

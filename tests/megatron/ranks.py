@@ -5,23 +5,23 @@ from typing import Any
 
 import torch
 
+from longctx.attention.layout import zigzag
 from longctx.parallel.launch import Rank
 from longctx.parallel.ring import pass_kv
 from longctx.pretrained import shape_of
-from longctx.schema import Context, Mesh, ModelSource
+from longctx.schema import Mesh, ModelSource
 
 
 def all_logits(rank: Rank, mesh: Mesh, folder: Path, tokens: list[int], dtype: Any) -> torch.Tensor | None:
     """Logits [s v] of every position, on the first rank."""
     from longctx.infer.engine import load_engine
-    from longctx.infer.generate import prompt_layout
     from longctx.infer.prefill import run_pass
     from longctx.megatron.model import logits
     from longctx.megatron.runtime import runtime
 
     with runtime(rank, mesh, timeout_minutes=2) as here:
         engine = load_engine(here, ModelSource("test", str(folder), dtype=dtype), shape_of(folder), folder, "auto")
-        layout = prompt_layout(len(tokens), Context(), mesh.ulysses, mesh.ring)
+        layout = zigzag(len(tokens), mesh.ring).split(mesh.ulysses)
         hidden = run_pass(engine, torch.tensor(tokens), layout, engine.cache(len(tokens)), pass_kv)
         with torch.inference_mode():
             mine = logits(engine.model, hidden, engine.tp, engine.shape.vocabulary)

@@ -7,13 +7,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from hydra.core.global_hydra import GlobalHydra
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from recipes import start
+from tests.tiny import tiny_model
 
 Cli = Callable[..., tuple[Any, str, str]]
 
@@ -21,19 +18,7 @@ Cli = Callable[..., tuple[Any, str, str]]
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a Llama of 9 query and 3 KV heads, 97 positions, no end token; a token a byte."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    of_bytes = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    of_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    of_bytes.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=of_bytes).save_pretrained(folder)
-    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 4, "hidden_size": 36}
-    sizes = {"vocab_size": 256, "intermediate_size": 51, "num_hidden_layers": 2, "max_position_embeddings": 97}
-    torch.manual_seed(7)
-    model = LlamaForCausalLM(LlamaConfig(**heads, **sizes, bos_token_id=None, eos_token_id=None))
-    logging.disable_progress_bar()
-    model.save_pretrained(folder)
-    return folder
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny", positions=97)
 
 
 @pytest.fixture

@@ -173,10 +173,10 @@ def test_the_same_tokens_with_and_without_torchrun(tiny, tmp_path):
 
 def killed_while_decoding(rank: Rank, job: generate.Job):
     """`run_rank`, but rank 1 is killed in the third pass, while the others wait for its answer."""
-    from longctx.infer import generate as loop
+    from longctx.infer import session as loop
 
     Path(job.folder, f"pid{rank.rank}").write_text(str(os.getpid()))
-    passes, run_pass = count(1), loop.run_pass
+    passes, run_pass = count(1), loop.run_replicated
 
     def until_killed(*given, **named):
         if rank.rank == 1 and next(passes) == 3:
@@ -184,7 +184,7 @@ def killed_while_decoding(rank: Rank, job: generate.Job):
             os.kill(os.getpid(), signal.SIGKILL)
         return run_pass(*given, **named)
 
-    loop.run_pass = until_killed  # in this rank's process alone
+    loop.run_replicated = until_killed  # in this rank's process alone
     return generate.run_rank(rank, job)
 
 

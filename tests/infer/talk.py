@@ -1,0 +1,97 @@
+"""Traces of a session, and the ranks that play them; apart from the tests, so that a rank imports little."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longctx.parallel.launch import Rank
+from longctx.pretrained import shape_of
+from longctx.schema import Context, Mesh, ModelSource, Sampling
+
+
+@dataclass(frozen=True)
+class Say:
+    """A turn of some sequences together: their prompts, and how many tokens each decodes."""
+
+    prompts: dict[int, list[int]]
+    max_new_tokens: dict[int, int]
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Forget a sequence."""
+
+    sequence: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What happens on one mesh, between a restore and a save."""
+
+    mesh: Mesh
+    context: Context
+    steps: tuple[Say | Drop, ...]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a rank saw: tokens by step, bytes by step (prefill, decode), rows held by each ring rank after it."""
+
+    tokens: list[dict[int, list[int]]]
+    bytes: list[tuple[int, int]]
+    held: list[list[int]]
+
+
+def play(rank: Rank, folder: Path, segment: Segment, load_from: Path | None, save_to: Path | None) -> Seen:
+    """A rank's part of ``segment``."""
+    from longctx.infer.engine import load_engine
+    from longctx.infer.session import Session
+    from longctx.infer.store import load, read_index, save
+    from longctx.megatron.runtime import runtime
+
+    seen = Seen([], [], [])
+    with runtime(rank, segment.mesh, timeout_minutes=2) as here:
+        model = ModelSource("test", str(folder))
+        session = Session(load_engine(here, model, shape_of(folder), folder, "auto"), segment.context, Sampling())
+        if load_from:
+            load(session, load_from, read_index(load_from, "test", "torch.float32"))
+        for step in segment.steps:
+            if isinstance(step, Drop):
+                session.drop(step.sequence)
+                continue
+            made = session.turn(step.prompts, step.max_new_tokens)
+            seen.tokens.append(made.tokens)
+            seen.bytes.append((made.prefill_bytes, made.decode_bytes))
+            seen.held.append(session.held)
+        if save_to:
+            save(session, save_to, "test")
+    return seen
+
+
+def fails_once(rank: Rank, folder: Path, mesh: Mesh, step: Say, fault: str) -> list[Any]:
+    """``step``, a turn that fails, ``step`` again: tokens before and after, and what the failed one raised."""
+    from longctx.infer import session as loop
+    from longctx.infer.engine import load_engine
+    from longctx.megatron.runtime import runtime
+
+    with runtime(rank, mesh, timeout_minutes=2) as here:
+        engine = load_engine(here, ModelSource("test", str(folder)), shape_of(folder), folder, "auto")
+        one, other = (loop.Session(engine, Context(), Sampling()) for _ in range(2))
+        for session in (one, other):
+            session.turn(step.prompts, step.max_new_tokens)
+        choose = loop.choose_token
+
+        def broken(*_: Any) -> int:
+            raise ArithmeticError("a fault")
+
+        said = ""
+        if fault == "in the middle":
+            loop.run_replicated, kept = lambda *_: broken(), loop.run_replicated
+        try:
+            one.turn({0: [1] * (9999 if fault == "too long" else 5), 7: [2, 3]}, {0: 2, 7: 2})
+        except (ValueError, ArithmeticError) as error:
+            said = str(error)
+        if fault == "in the middle":
+            loop.run_replicated = kept
+        assert choose is loop.choose_token
+        return [session.turn(step.prompts, step.max_new_tokens).tokens for session in (one, other)] + [said]
