@@ -33,20 +33,16 @@ FREE_TEXT = (
     "session.save",
     "session.load",
     "hardware",
+    "picture",
+    "fitted",
 )
 Section = TypeVar("Section")
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def main(config_name: str, task: Callable[[DictConfig], None], positional: str | None = None) -> None:
-    """Compose ``configs/<config_name>.yaml`` with the command line's overrides, and run ``task`` on it.
-
-    A first word that is no override stands for the setting ``positional``.
-    """
-    words = sys.argv[1:]
-    if positional and words and words[0].isidentifier():
-        words[0] = f"{positional}={words[0]}"
-    sys.argv[1:] = _reporting(lambda: _composable(config_name, words))
+def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
+    """Compose ``configs/<config_name>.yaml`` with the command line's overrides, and run ``task`` on it."""
+    sys.argv[1:] = _reporting(lambda: _composable(config_name, sys.argv[1:]))
     run = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
     run(lambda config: _reporting(lambda: task(config)))()
 

@@ -174,7 +174,7 @@ class Session:
             if going:
                 turn.steps += 1
                 with doing(f"decode, step {turn.steps}"):
-                    going = self._decode(going)
+                    going = self.decode(going)
         turn.decode_s = time.perf_counter() - began - turn.ttft_s
         turn.decode_bytes = self.engine.sent - sent - turn.prefill_bytes
         return turn
@@ -198,8 +198,8 @@ class Session:
         turn.strategy, turn.why = " and ".join(reasons), "; ".join(reasons.values())
         return turn, following
 
-    def _decode(self, latest: Mapping[int, int]) -> dict[int, int]:
-        """The token that follows ``latest`` in each sequence: one step of all of them together (Alg. 4)."""
+    def decode(self, latest: Mapping[int, int]) -> dict[int, int]:
+        """The token that follows ``latest``, the last of each sequence's tokens: one step of all together (Alg. 4)."""
         chunk = {i: [token] for i, token in latest.items()}
         ring = deal([1] * len(chunk), contiguous, self.held)
         if self.context.decode == "one_exchange":

@@ -154,7 +154,8 @@ def _first_failure(processes: list[ForkServerProcess], failed: list[int], folder
     if silent:
         code = processes[silent[0]].exitcode or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-        return RankFailed(silent[0], len(processes), how, "")
+        missed = [f"rank {i} {error[0]}" for i in failed if (error := _read(Path(folder, f"error{i}")))]
+        return RankFailed(silent[0], len(processes), " (".join([how, *missed[:1]]) + ")" * bool(missed), "")
     errors = {i: _read(Path(folder, f"error{i}")) for i in failed}
     first = min(errors, key=lambda i: errors[i][2])
     return RankFailed(first, len(processes), errors[first][0], errors[first][1])

@@ -56,7 +56,7 @@ def refuse_uneven_heads(heads: int, kv_heads: int, degree: int) -> None:
         )
 
 
-def for_every_member(x: Keys, degree: int) -> Keys:
+def for_every_member(x: Keys, degree: int) -> Tensor:
     """``x`` with each KV head repeated, if there are fewer than ``degree``, so that every member gets one."""
     return x.repeat_interleave(degree // x.shape[2], 2) if x.shape[2] < degree else x
 

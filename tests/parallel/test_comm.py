@@ -1,7 +1,7 @@
 """Processes over gloo give what threads give, and send the same bytes."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -60,8 +60,7 @@ EXERCISES: dict[str, Callable[[Comm], list[torch.Tensor]]] = {
     "shift": shift,
     "all_to_all": all_to_all,
     "all_gather": all_gather,
-    "pass_kv": lambda comm: attend(comm, "pass_kv"),
-    "pass_q": lambda comm: attend(comm, "pass_q"),
+    **{name: partial(attend, strategy=name) for name in STRATEGIES},
 }
 
 Done = dict[str, tuple[list[torch.Tensor], Traffic]]

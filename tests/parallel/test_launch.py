@@ -116,8 +116,8 @@ def test_ranks_meet(tmp_path):
 @pytest.mark.parametrize(
     ("ends", "words", "details"),
     [
-        ("killed", "rank 1 of 3 was killed by SIGKILL; the other ranks were ended", ""),
-        ("exits", "rank 1 of 3 exited with 3; the other ranks were ended", ""),
+        ("killed", r"rank 1 of 3 was killed by SIGKILL \(rank [02] raised .*\); the other ranks were ended", ""),
+        ("exits", r"rank 1 of 3 exited with 3 \(rank [02] raised .*\); the other ranks were ended", ""),
         ("raises", "rank 1 of 3 raised LookupError: no such layer", "in raises"),
         ("unpicklable", "rank 1 of 3 raised Local: made here", "in unpicklable"),
         ("leaves", "rank 1 of 3 raised SystemExit: enough", "in meets"),

@@ -55,14 +55,14 @@ def test_meshes_that_fit(mesh, shape):
         (
             Mesh(ulysses=2),
             SMOLLM2,
-            "mesh.ulysses=2 does not divide 9 query heads and 3 KV heads: "
-            "use mesh.ulysses=1 (possible: 1, 3), and mesh.ring for the rest",
+            "mesh.ulysses=2 cannot share 9 query heads and 3 KV heads evenly: "
+            "use mesh.ulysses=1 (possible: 1, 3, 9), and mesh.ring for the rest",
         ),
         (
-            Mesh(tp=4, ulysses=8),  # 8 divides the model's heads, but not what tensor parallelism leaves of them
+            Mesh(tp=4, ulysses=16),  # 16 divides the model's heads, but not what tensor parallelism leaves of them
             LLAMA_8B,
-            "with mesh.tp=4 each rank has 8 query heads: mesh.ulysses=8 does not divide 8 query heads and "
-            "2 KV heads: use mesh.ulysses=2 (possible: 1, 2), and mesh.ring for the rest",
+            "with mesh.tp=4 each rank has 8 query heads: mesh.ulysses=16 cannot share 8 query heads and "
+            "2 KV heads evenly: use mesh.ulysses=8 (possible: 1, 2, 4, 8), and mesh.ring for the rest",
         ),
     ],
 )

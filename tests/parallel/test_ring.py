@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from longctx.attention.flash_cpu import flash_cpu
-from longctx.attention.kernel import Kernel, reference
-from longctx.attention.layout import Layout, contiguous, documents, single, striped, zigzag
+from longctx.attention.kernel import Kernel, attend_tiles, reference
+from longctx.attention.layout import Layout, contiguous, deal, documents, single, striped, zigzag
+from longctx.attention.partial import nothing
+from longctx.attention.tiles import causal_tiles
 from longctx.parallel.comm import Comm, Pending
-from longctx.parallel.ring import Ring, rotate
+from longctx.parallel.ring import Ring, one_exchange, rotate
 from longctx.parallel.strategy import STRATEGIES, ring_attention
 from longctx.parallel.threads import ThreadComm, ThreadWorld, run_threads
+from longctx.parallel.ulysses import share_of_heads
 from tests import oracle
 from tests.parallel.problem import B, Problem, on_threads, problem, solve
 from tests.turns import grown
@@ -109,6 +112,9 @@ def forward_traffic(strategy, rank, q, kv, hq, hk, d, e, acc):
     if strategy == "pass_kv":
         sent = passing_by(kv, rank)
         return {"shift": 2 * sum(sent) * B * hk * d * e}, {"shift": 2 * messages(sent)}
+    if strategy == "all_gather_kv":
+        away = len(kv) - 1
+        return {"all_to_all": away * 2 * kv[rank] * B * hk * d * e}, {"all_to_all": away * (kv[rank] > 0)}
     sent, others = passing_by(q, rank), [n for owner, n in enumerate(q) if owner != rank]
     return (
         {"shift": sum(sent) * B * hq * d * e, "all_to_all": sum(others) * B * hq * (d + 1) * acc},
@@ -141,14 +147,52 @@ def test_bytes_and_messages(strategy, name, ranks, dtype, e, acc):
         expected = forward_traffic(strategy, rank, q, kv, hq, hk, d, e, acc)
         assert (forward.bytes, forward.messages) == expected
         more_bytes, more_messages = backward_traffic(rank, kv, hk, d, e, acc)
-        assert total.bytes == expected[0] | {"shift": expected[0]["shift"] + more_bytes}
-        assert total.messages == expected[1] | {"shift": expected[1]["shift"] + more_messages}
+        assert total.bytes == expected[0] | {"shift": expected[0].get("shift", 0) + more_bytes}
+        assert total.messages == expected[1] | {"shift": expected[1].get("shift", 0) + more_messages}
 
 
 @strategies
 def test_a_ring_of_one_sends_nothing(strategy):
     _, [[_, total]] = solved(problem(zigzag(7, 1)), strategy)
     assert (total.bytes, total.messages, total.total) == ({}, {}, 0)
+
+
+@pytest.mark.parametrize(("ulysses", "ring"), [(1, 1), (1, 3), (3, 1), (2, 3)])
+@pytest.mark.parametrize("heads", [(6, 6), (6, 1)], ids=str)
+def test_answers_that_meet_are_exact_and_send_a_row_per_head(ulysses, ring, heads):
+    """`one_exchange`: rows that all ranks hold, over keys that the ring shares and heads that Ulysses does."""
+    keys, queries = documents([19, 11], ring), documents([2, 1], 1).after(documents([17, 10], 1))
+    task, size = problem(queries, keys, heads=heads), ulysses * ring
+
+    def rank_main(world, rank):
+        comm, at, member = world.group(rank), rank // ulysses, rank % ulysses
+        q = share_of_heads(task.q, ulysses, member)
+        k, v = (share_of_heads(keys.shard(x, at, 1), ulysses, member) for x in (task.k, task.v))
+        seen = nothing(q)
+        attend_tiles(seen, q, k, v, causal_tiles(queries.ranks[0], keys.ranks[at]), reference)
+        return one_exchange(seen, comm, ulysses), comm.traffic.total
+
+    for out, sent in run_threads(size, rank_main):
+        oracle.assert_close(out, task.exact()[0], 1e-10)
+        assert sent == (size - 1) * B * 3 * (6 // ulysses) * (5 + 1) * 8
+
+
+@strategies
+@pytest.mark.parametrize("heads", [(8, 8), (6, 2), (8, 2), (8, 1)], ids=str)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_three_turns_of_a_ragged_batch(strategy, heads, ranks):
+    """The grid of the claim: N, GQA ratios 1, 3, 4 and 8, sequences of different T and P, dealt turn by turn."""
+    turns, held = [[29, 1, 13], [5, 17, 0], [2, 0, 23]], [0] * ranks
+    cache = None
+    for lengths in turns:
+        dealt = deal(lengths, zigzag, held)
+        queries = dealt.after(cache) if cache else dealt
+        cache = cache.then(queries) if cache else queries
+        held = [cache.rows(rank) for rank in range(ranks)]
+        task = problem(queries, cache, heads=heads)
+        answers, _ = solved(task, strategy)
+        task.assert_solved(answers, 1e-10)
+        assert max(held) - min(held) <= 29 // (2 * ranks) + 1
 
 
 @all_ranks
@@ -194,7 +238,7 @@ class _Posted:
         return self.arriving
 
 
-@strategies
+@pytest.mark.parametrize("strategy", ["pass_kv", "pass_q"])
 @pytest.mark.parametrize("ranks", [2, 3, 5])
 def test_two_buffers_whatever_the_number_of_ranks(strategy, ranks):
     """While a block is worked on: that one, and the next, which must already be on its way (overlap)."""

@@ -52,6 +52,14 @@ def test_forward_and_backward(u, n, name, strategy):
     task.assert_solved(answers, 1e-10)
 
 
+@pytest.mark.parametrize(("u", "n", "heads"), [(2, 2, (4, 1)), (3, 2, (9, 1)), (4, 1, (8, 2)), (6, 1, (6, 3))])
+def test_fewer_kv_heads_than_members(u, n, heads):
+    """Each goes to the members that share it; the gradients of its copies add up."""
+    task = problem(zigzag(31, n).split(u), heads=heads)
+    answers, _ = hybrid(task, u, n)
+    task.assert_solved(answers, 1e-10)
+
+
 def test_bf16_comes_back_as_bf16():
     task = problem(zigzag(37, 1).split(2), dtype=torch.bfloat16)
     answers, _ = hybrid(task, 2, 1)
@@ -103,26 +111,26 @@ def test_a_group_of_one_adds_nothing():
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "degree", "nearest", "possible"),
     [
-        (9, 3, 2, 1, "1, 3"),  # 1 and 3 are as near: the smaller
-        (9, 3, 4, 3, "1, 3"),
-        (32, 8, 16, 8, "1, 2, 4, 8"),
-        (32, 8, 3, 2, "1, 2, 4, 8"),
-        (12, 6, 5, 6, "1, 2, 3, 6"),
+        (9, 3, 2, 1, "1, 3, 9"),  # 1 and 3 are as near: the smaller
+        (9, 3, 4, 3, "1, 3, 9"),
+        (32, 8, 64, 32, "1, 2, 4, 8, 16, 32"),
+        (32, 8, 3, 2, "1, 2, 4, 8, 16, 32"),
+        (12, 6, 5, 6, "1, 2, 3, 6, 12"),
         (6, 4, 4, 2, "1, 2"),  # divides the KV heads only
-        (7, 1, 7, 1, "1"),  # divides the query heads only
+        (12, 6, 4, 3, "1, 2, 3, 6, 12"),  # divides the query heads, and neither it nor the KV heads the other
     ],
 )
 def test_uneven_heads_are_refused_with_the_nearest_degree(heads, kv_heads, degree, nearest, possible):
     message = (
-        f"mesh.ulysses={degree} does not divide {heads} query heads and {kv_heads} KV heads: "
+        f"mesh.ulysses={degree} cannot share {heads} query heads and {kv_heads} KV heads evenly: "
         f"use mesh.ulysses={nearest} (possible: {possible}), and mesh.ring for the rest"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         refuse_uneven_heads(heads, kv_heads, degree)
 
 
-@pytest.mark.parametrize("degree", [1, 2, 3, 6])
-def test_degrees_that_divide_are_taken(degree):
+@pytest.mark.parametrize("degree", [1, 2, 3, 6, 12])
+def test_degrees_that_fit_are_taken(degree):
     refuse_uneven_heads(12, 6, degree)
 
 
@@ -130,7 +138,7 @@ def test_uneven_heads_are_refused_before_anything_is_sent():
     def rank_main(world, rank):
         comm: Comm = world.group(rank)
         q, k = torch.zeros(B, 4, 9, 5), torch.zeros(B, 4, 3, 5)
-        with pytest.raises(ValueError, match=r"use mesh\.ulysses=1 \(possible: 1, 3\)"):
+        with pytest.raises(ValueError, match=r"use mesh\.ulysses=1 \(possible: 1, 3, 9\)"):
             over_heads(comm, [4, 4], lambda q, k, v: q)(q, k, k)
         return comm.traffic.total
 

@@ -36,10 +36,10 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def run(recipe: ModuleType, task: Callable[..., None], *argv: str) -> tuple[Any, str, str]:
         monkeypatch.setattr("sys.argv", [str(recipe.__file__), *argv])
         monkeypatch.setattr("sys.orig_argv", [sys.executable, "-m", recipe.__name__, *argv])
-        name = recipe.__name__.rpartition(".")[2]
+        name = recipe.__name__.removeprefix("recipes.").replace(".", "_")
         code = 0
         try:
-            start.main(name, task, positional="subject" if name == "bench" else None)
+            start.main(name, task)
         except SystemExit as leaving:
             code = leaving.code
         finally:

@@ -1,4 +1,4 @@
-"""recipes.bench: the efficiency, and the three shares that it is made of."""
+"""recipes.bench prefill: the efficiency, and the three shares that it is made of."""
 
 import json
 import shlex
@@ -6,13 +6,13 @@ import shlex
 import pytest
 import torch
 
-from recipes import bench
+from recipes.bench import prefill
 
 TIMES = {"one": [7.0, 5.0, 6.0], "all at once": [9.0, 8.0, 7.0], "silent": [3.0, 3.5, 2.5], "ring": [4.0, 5.0, 3.0]}
 
 
 def test_three_shares_multiply_to_the_efficiency():
-    made = bench.figures("attention", 8209, 3, TIMES)
+    made = prefill.figures("attention", 8209, 3, TIMES)
     assert made["efficiency"] == 5.0 / (3 * 3.0), "of the fastest rounds"
     assert made["machine"] == 5.0 / 7.0
     assert made["blocks"] == 7.0 / (3 * 2.5)
@@ -22,7 +22,7 @@ def test_three_shares_multiply_to_the_efficiency():
 
 
 def test_a_silent_ring_gives_tensors_of_the_right_shape_at_once():
-    silent = bench.Silent(1, 3)
+    silent = prefill.Silent(1, 3)
     mine = torch.ones(1, 5, 3, 7), torch.ones(1, 5, 2, 7, dtype=torch.bfloat16)
     k, v = silent.shift(*mine, coming=[(1, 4, 3, 7), (1, 4, 2, 7)]).wait()
     assert (k.shape, v.shape) == ((1, 4, 3, 7), (1, 4, 2, 7))
@@ -32,8 +32,8 @@ def test_a_silent_ring_gives_tensors_of_the_right_shape_at_once():
 
 def test_both_parts_are_measured_and_written(cli, tiny, tmp_path):
     out = tmp_path / "efficiency.json"
-    argv = ("prefill", f"model={tiny}", "parts=[attention,model]", "lengths=[61]", "rounds=1", f"out={out}")
-    code, _, err = cli(bench, bench.task, *argv)
+    argv = (f"model={tiny}", "parts=[attention,model]", "lengths=[61]", "rounds=1", f"out={out}")
+    code, _, err = cli(prefill, prefill.task, *argv)
     assert code == 0, err
     result = json.loads(out.read_text())
     assert [(row["part"], row["tokens"], row["ranks"]) for row in result["measured"]] == [
@@ -45,23 +45,22 @@ def test_both_parts_are_measured_and_written(cli, tiny, tmp_path):
         assert shares == pytest.approx(row["efficiency"]) and row["efficiency"] > 0
         assert {name: len(taken) for name, taken in row["seconds"].items()} == dict.fromkeys(TIMES, 1)
     assert "efficiency" in err and str(out) in err
-    assert result["command"] == shlex.join(["python", "-m", "recipes.bench", *argv])
+    assert result["command"] == shlex.join(["python", "-m", "recipes.bench.prefill", *argv])
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["prefil"], "subject=prefil: input should be 'prefill'"),
-        (["prefill", "parts=[attenion]"], "parts.0=attenion: input should be 'attention' or 'model'"),
-        (["prefill", "mesh.ring=1"], "mesh.ring=1 shares nothing: use mesh.ring=2 or more"),
-        (["prefill", "mesh.tp=3"], "recipes.bench has no use for mesh.tp=3"),
-        (["prefill", "rounds=0"], "rounds=0"),
-        (["prefill", "lengths=[]"], "lengths="),
-        (["prefill", "lengths=[0]"], "lengths.0=0"),
-        (["prefill", "lengths=[9,1000000]"], "lengths=1000000: the text has"),
-        (["prefill", "out=/dev/null/a.json"], "out=/dev/null/a.json cannot be written"),
+        (["parts=[attenion]"], "parts.0=attenion: input should be 'attention' or 'model'"),
+        (["mesh.ring=1"], "mesh.ring=1 shares nothing: use mesh.ring=2 or more"),
+        (["mesh.tp=3"], "recipes.bench has no use for mesh.tp=3"),
+        (["rounds=0"], "rounds=0"),
+        (["lengths=[]"], "lengths="),
+        (["lengths=[0]"], "lengths.0=0"),
+        (["lengths=[9,1000000]"], "lengths=1000000: the text has"),
+        (["out=/dev/null/a.json"], "out=/dev/null/a.json cannot be written"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
 def test_what_cannot_be_measured_is_refused(refused, tiny, settings, words):
-    assert words in refused(bench, bench.task, *settings, f"model={tiny}")
+    assert words in refused(prefill, prefill.task, *settings, f"model={tiny}")

@@ -27,16 +27,15 @@ from longctx.schema import Mesh, ModelShape, ModelSource, PromptSource
 from longctx.shapes import Tensor
 from recipes.machine import provenance
 from recipes.progress import Progress
-from recipes.start import console, main, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
+from recipes.start import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
 
 Work = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of configs/bench.yaml that are not a section of their own."""
+    """The settings of configs/bench_prefill.yaml that are not a section of their own."""
 
-    subject: Literal["prefill"]
     parts: tuple[Literal["attention", "model"], ...]
     lengths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
     rounds: PositiveInt
@@ -209,7 +208,3 @@ def task(config: DictConfig) -> None:
     show(measured)
     if settings.out:
         written(settings.out, {**provenance(), "measured": measured})
-
-
-if __name__ == "__main__":
-    main("bench", task, positional="subject")

@@ -1,0 +1,1 @@
+"""Benchmarks: a subject a file, each side by side in one run."""

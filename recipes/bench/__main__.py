@@ -1,0 +1,32 @@
+"""``python -m recipes.bench SUBJECT settings...``: what is measured is the first word."""
+
+import sys
+
+from recipes.bench import crossover, decode, million, prefill
+from recipes.start import console, main
+
+SUBJECTS = {
+    "prefill": (prefill.task, "parallel efficiency, and where the rest goes"),
+    "crossover": (crossover.task, "TTFT over the miss rate: pass-KV, pass-Q, and what auto takes"),
+    "decode": (decode.task, "time from token to token, by strategy"),
+    "million": (million.task, "one layer, a million cached tokens, a few new ones"),
+}
+
+
+def run(words: list[str]) -> None:
+    """Run the subject that ``words`` begin with; exit code 2, naming the subjects, if there is none."""
+    subject, *settings = words or [""]
+    if subject not in SUBJECTS:
+        if subject and subject not in ("--help", "-h"):
+            console.print(f"[bold red]error[/]: there is no benchmark {subject}: use {', '.join(SUBJECTS)}")
+            sys.exit(2)
+        console.print("python -m recipes.bench SUBJECT key=value ...; --help behind a subject tells its settings\n")
+        for name, (_, about) in SUBJECTS.items():
+            console.print(f"  {name:10} {about}")
+        sys.exit(0 if subject else 2)
+    sys.argv[1:] = settings
+    main(f"bench_{subject}", SUBJECTS[subject][0])
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -1,0 +1,204 @@
+"""Time to first token over the miss rate T / (T + P): pass-KV and pass-Q side by side, and what each rule takes.
+
+    python -m recipes.bench crossover out=crossover.json picture=crossover.svg
+
+The grid of arXiv 2411.01783, Table 4, with the whole model, on whatever links the ranks have.
+"""
+
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import yaml
+from omegaconf import DictConfig
+from pydantic import Field, PositiveInt
+from rich.table import Table
+
+from longctx.cost.attention import Work
+from longctx.cost.choice import RULES, choose, fit_empirical
+from longctx.cost.hardware import Hardware
+from longctx.data.prompt import prompt_tokens
+from longctx.parallel.launch import Rank
+from longctx.parallel.mesh import refuse_unused
+from longctx.pretrained import locate, shape_of, tokenizer_of
+from longctx.schema import Mesh, ModelShape, ModelSource, PromptSource
+from recipes.bench.picture import lines
+from recipes.calibrate import hardware_from, measured
+from recipes.machine import provenance
+from recipes.progress import Progress
+from recipes.start import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
+
+STRATEGIES = ("pass_kv", "pass_q")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of configs/bench_crossover.yaml that are not a section of their own."""
+
+    total: Annotated[int, Field(ge=16)]
+    miss_rates: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
+    rounds: PositiveInt
+    hardware: str | None
+    out: str | None
+    picture: str | None
+    fitted: str | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank needs to know."""
+
+    settings: Settings
+    mesh: Mesh
+    model: ModelSource
+    folder: Path
+    shape: ModelShape
+    tokens: tuple[int, ...]
+    hardware: Hardware | None
+
+
+def run_rank(rank: Rank, job: Job) -> tuple[Hardware, list[dict[str, Any]]]:
+    """The machine's constants, then every row: the strategies in turn within each round."""
+    from longctx.infer.engine import load_engine
+    from longctx.megatron.runtime import runtime
+
+    with runtime(rank, job.mesh, threads=1) as here, Progress(shown=rank.rank == 0) as progress:
+        engine = load_engine(here, job.model, job.shape, job.folder, "auto")
+        on = job.hardware or measured(here, job.shape, "auto", job.model.dtype)
+        progress.start("miss rates, prefills", len(job.settings.miss_rates) * (job.settings.rounds + 1) * 2)
+        rows = []
+        for rate in job.settings.miss_rates:
+            new = max(1, round(rate * job.settings.total))
+            times = timed(engine, torch.tensor(job.tokens[:new]), job.settings, progress)
+            rows.append({"new": new, "cached": job.settings.total - new, "seconds": times})
+    return on, rows
+
+
+def timed(engine: Any, tokens: torch.Tensor, settings: Settings, progress: Progress) -> dict[str, list[float]]:
+    """Seconds from the tokens to the next one's logits, of the slowest rank, by strategy and round."""
+    from longctx.attention.layout import zigzag
+    from longctx.infer.prefill import run_pass
+    from longctx.infer.session import meet, next_logits
+    from longctx.parallel import strategy
+
+    cache = filled(engine, settings.total - len(tokens), settings.total)
+    before, layout = cache.layout, zigzag(len(tokens), engine.ring.size)
+    times: dict[str, list[float]] = {name: [] for name in STRATEGIES}
+    for warm in [False] + [True] * settings.rounds:
+        for name, taken in times.items():
+            meet(engine)
+            began = time.perf_counter()
+            hidden = run_pass(engine, tokens, layout, cache, strategy.STRATEGIES[name])
+            next_logits(engine, hidden[-1:])
+            mine = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
+            told = torch.cat(engine.context.all_gather(mine, [(1,)] * engine.ranks))
+            cache.rewind(before)
+            progress.step()
+            if warm:
+                taken.append(float(told.max()))
+    return times
+
+
+def filled(engine: Any, cached: int, room: int) -> Any:
+    """A cache of ``cached`` random rows."""
+    from longctx.attention.layout import zigzag
+
+    cache = engine.cache(room)
+    cache.extend(zigzag(cached, engine.ring.size))
+    shape = (1, cache.rows, engine.shape.kv_heads, engine.shape.head_width)
+    dtype = next(engine.model.parameters()).dtype
+    for layer in range(engine.shape.layers):
+        cache.append(layer, torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype))
+    return cache
+
+
+def judged(row: dict[str, Any], job: Job, on: Hardware) -> dict[str, Any]:
+    """``row`` with its medians, and what each rule takes and loses to the better strategy."""
+    took = {name: median(seconds) for name, seconds in row["seconds"].items()}
+    shape, element = job.shape, getattr(torch, job.model.dtype).itemsize
+    heads = (shape.heads, shape.kv_heads, shape.head_width)
+    work = Work((row["new"],), (row["cached"],), job.mesh.ring, *heads, element)
+    rules = {}
+    for rule in RULES:
+        if rule == "empirical" and not on.empirical:
+            continue
+        taken = choose(rule, work, on).strategy
+        rules[rule] = {"takes": taken, "loses": took[taken] / min(took.values()) - 1}
+    return {**row, **took, "miss_rate": row["new"] / job.settings.total, "rules": rules}
+
+
+def fitted(rows: list[dict[str, Any]], on: Hardware) -> Hardware:
+    """``on`` with the empirical rule's constants, if these rows have a crossover to fit."""
+    points = [(row["new"], row["cached"], *(median(row["seconds"][name]) for name in STRATEGIES)) for row in rows]
+    try:
+        return replace(on, empirical=fit_empirical(points))
+    except ValueError as error:
+        console.print(f"no empirical rule: {error}")
+        return on
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Both strategies' TTFT, and the rules, as a table."""
+    table = Table(box=None)
+    for column in ("T", "P", "miss", "pass-KV ms", "pass-Q ms", "KV/Q - 1", *rows[0]["rules"]):
+        table.add_column(column, justify="right")
+    for row in rows:
+        kv, q = row["pass_kv"], row["pass_q"]
+        taken = [f"{says['takes']} {says['loses']:+.1%}" for says in row["rules"].values()]
+        sizes = (f"{row['new']:,}", f"{row['cached']:,}", f"{row['miss_rate']:.1%}")
+        table.add_row(*sizes, f"{kv * 1e3:,.1f}", f"{q * 1e3:,.1f}", f"{kv / q - 1:+.1%}", *taken)
+    console.print(table)
+
+
+def task(config: DictConfig) -> None:
+    """Measure; write, draw and show what the first rank gives."""
+    warm_up_ranks(["longctx.infer.engine", "longctx.infer.session", "longctx.parallel.probe", "recipes.progress"])
+    settings, mesh = top_level(config, Settings), section(config, "mesh", Mesh)
+    model = section(config, "model", ModelSource)
+    refuse_unused(mesh, "recipes.bench crossover", ("tp", "ulysses", "dp", "pp"))
+    if mesh.ring < 2:
+        raise ValueError(f"mesh.ring={mesh.ring}: nothing travels on one rank, use mesh.ring=2 or more")
+    for name in (settings.out, settings.picture, settings.fitted):
+        refuse_unwritable(name)
+    folder = locate(model, say)
+    source = PromptSource(pydoc="all", tokens=settings.total)
+    tokens, available = prompt_tokens(source, tokenizer_of(folder))
+    if available < settings.total:
+        raise ValueError(f"total={settings.total}: the text has {available:,} tokens; use at most that")
+    on = hardware_from(settings.hardware) if settings.hardware else None
+    job = Job(settings, mesh, model, folder, shape_of(folder), tuple(tokens), on)
+    given = on_ranks(mesh, run_rank, job)
+    if given is None:
+        return
+    on = fitted(given[1], given[0])
+    rows = [judged(row, job, on) for row in given[1]]
+    show(rows)
+    about = {**provenance(), "model": model.name, "mesh": str(mesh), "total": settings.total, "hardware": asdict(on)}
+    if settings.out:
+        written(settings.out, {**about, "rows": rows})
+    if settings.fitted:
+        Path(settings.fitted).write_text(yaml.safe_dump({"measured": provenance(), **asdict(on)}, sort_keys=False))
+    if settings.picture:
+        draw(rows, job)
+
+
+def draw(rows: list[dict[str, Any]], job: Job) -> None:
+    """TTFT over the miss rate, both strategies, with the crossings marked."""
+    rates = [row["miss_rate"] for row in rows]
+    kv, q = ([row[name] * 1e3 for row in rows] for name in STRATEGIES)
+    crossings = [
+        (rates[i] * rates[i + 1]) ** 0.5 for i in range(len(rows) - 1) if (kv[i] < q[i]) != (kv[i + 1] < q[i + 1])
+    ]
+    lines(
+        str(job.settings.picture),
+        rates,
+        {"pass-KV": kv, "pass-Q": q},
+        title=f"{job.model.name}, {job.settings.total:,} tokens of context, {job.mesh}",
+        x="miss rate T / (T + P)",
+        y="time to first token, ms",
+        marked=crossings,
+    )
+    console.print(f"drawn to {job.settings.picture}")

@@ -1,0 +1,105 @@
+"""One layer's attention of a few new tokens over a million cached ones: seconds, bytes sent, memory.
+
+python -m recipes.bench million
+"""
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Annotated, Any, Literal
+
+import torch
+from omegaconf import DictConfig
+from pydantic import Field, PositiveInt
+from rich.table import Table
+
+from longctx.parallel.launch import Rank
+from longctx.parallel.mesh import refuse_unused
+from longctx.pretrained import locate, shape_of
+from longctx.schema import Mesh, ModelShape, ModelSource
+from recipes.machine import provenance
+from recipes.progress import Progress
+from recipes.start import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of configs/bench_million.yaml that are not a section of their own."""
+
+    cached: PositiveInt
+    new: PositiveInt
+    strategies: Annotated[tuple[Literal["pass_q", "pass_kv", "all_gather_kv"], ...], Field(min_length=1)]
+    rounds: PositiveInt
+    out: str | None
+
+
+def run_rank(rank: Rank, mesh: Mesh, shape: ModelShape, dtype: str, settings: Settings) -> list[dict[str, Any]]:
+    """Every strategy in turn; its figures: seconds of the slowest rank, bytes that this rank sent, peak memory."""
+    from longctx.attention.backends import kernel_for
+    from longctx.attention.layout import zigzag
+    from longctx.infer.cache import KVCache
+    from longctx.megatron.runtime import runtime
+    from longctx.parallel.ring import Ring
+    from longctx.parallel.strategy import STRATEGIES
+
+    kind, rows = getattr(torch, dtype), []
+    with (
+        runtime(rank, mesh, threads=1) as here,
+        Progress(shown=rank.rank == 0) as progress,
+        torch.inference_mode(),
+    ):
+        progress.start("runs", len(settings.strategies) * settings.rounds)
+        ring, kernel = here.ring, kernel_for("auto", here.device.type)
+        cache = KVCache(ring.size, ring.rank, (settings.cached + settings.new) // ring.size + 2)
+        new = zigzag(settings.new, ring.size)
+        queries = new.after(zigzag(settings.cached, ring.size))
+        for layout in (zigzag(settings.cached, ring.size), new):
+            cache.extend(layout.after(cache.layout))
+            per_rank = (1, layout.rows(ring.rank), shape.kv_heads, shape.head_width)
+            k, v = cache.append(0, torch.randn(per_rank, dtype=kind), torch.randn(per_rank, dtype=kind))
+        q = torch.randn(1, new.rows(ring.rank), shape.heads, shape.head_width, dtype=kind)
+        for name in settings.strategies:
+            took = []
+            for _ in range(settings.rounds):
+                before = ring.traffic.total
+                here.context.all_gather(torch.zeros(1), [(1,)] * here.context.size)
+                began = time.perf_counter()
+                STRATEGIES[name](q, k, v, Ring(ring, queries, cache.layout), kernel)
+                mine = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
+                sent = ring.traffic.total - before
+                took.append(float(torch.cat(here.context.all_gather(mine, [(1,)] * here.context.size)).max()))
+                progress.step()
+            rows.append({"strategy": name, "seconds": took, "bytes_sent": sent, "peak_bytes": peak_bytes()})
+    return rows
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had, so far."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def task(config: DictConfig) -> None:
+    """Measure; write and show what the first rank gives."""
+    warm_up_ranks(["longctx.megatron.runtime", "longctx.infer.cache", "recipes.progress"])
+    settings, mesh = top_level(config, Settings), section(config, "mesh", Mesh)
+    model = section(config, "model", ModelSource)
+    refuse_unused(mesh, "recipes.bench million", ("tp", "ulysses", "dp", "pp"))
+    refuse_unwritable(settings.out)
+    shape = shape_of(locate(model, say))
+    rows = on_ranks(mesh, run_rank, mesh, shape, model.dtype, settings)
+    if rows is None:
+        return
+    table = Table(box=None)
+    for column in ("strategy", "seconds", "sent, rank 0", "peak memory so far, rank 0"):
+        table.add_column(column, justify="left" if column == "strategy" else "right")
+    for row in rows:
+        sizes = (f"{row[name] / 1e6:,.1f} MB" for name in ("bytes_sent", "peak_bytes"))
+        table.add_row(row["strategy"], f"{median(row['seconds']):.3f}", *sizes)
+    console.print(table)
+    if settings.out:
+        about = {"model": model.name, "mesh": str(mesh), "dtype": model.dtype, "heads": [shape.heads, shape.kv_heads]}
+        sizes_asked = {"cached": settings.cached, "new": settings.new}
+        written(settings.out, {**provenance(), **about, **sizes_asked, "rows": rows})
