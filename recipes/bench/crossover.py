@@ -32,6 +32,7 @@ from recipes.progress import Progress
 from recipes.start import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
 
 STRATEGIES = ("pass_kv", "pass_q")
+SHORT = {"pass_kv": "KV", "pass_q": "Q"}
 
 
 @dataclass(frozen=True)
@@ -143,11 +144,11 @@ def fitted(rows: list[dict[str, Any]], on: Hardware) -> Hardware:
 def show(rows: list[dict[str, Any]]) -> None:
     """Both strategies' TTFT, and the rules, as a table."""
     table = Table(box=None)
-    for column in ("T", "P", "miss", "pass-KV ms", "pass-Q ms", "KV/Q - 1", *rows[0]["rules"]):
+    for column in ("T", "P", "miss", "KV ms", "Q ms", "KV/Q-1", *rows[0]["rules"]):
         table.add_column(column, justify="right")
     for row in rows:
         kv, q = row["pass_kv"], row["pass_q"]
-        taken = [f"{says['takes']} {says['loses']:+.1%}" for says in row["rules"].values()]
+        taken = [f"{SHORT[says['takes']]} {says['loses']:+.1%}" for says in row["rules"].values()]
         sizes = (f"{row['new']:,}", f"{row['cached']:,}", f"{row['miss_rate']:.1%}")
         table.add_row(*sizes, f"{kv * 1e3:,.1f}", f"{q * 1e3:,.1f}", f"{kv / q - 1:+.1%}", *taken)
     console.print(table)
