@@ -15,6 +15,7 @@ _ROUNDS = 5
 _WIDE, _FEW, _SHORT = 1024, 4, 16  # query rows of a wide block, of one that only reads keys; keys of a short one
 _LONG = 8192  # keys that do not fit a core's cache
 _SMALL, _LARGE = 2**10, 2**21  # bytes of a message
+_FASTEST = 1e12  # bytes/s: what noise may make of a link is no faster than memory
 _FREE = Link(0.0, float("inf"))
 
 
@@ -49,7 +50,8 @@ def probe(
     hop = _link(*(seconds(_hop(ring, size, device)) for size in (_SMALL, _LARGE)))
     exchange = _link(*(seconds(_exchange(ring, size, device)) for size in (_SMALL, _LARGE)))
     # A message that takes as long as the block: what both together take tells how much is hidden.
-    size = int(max(_SMALL, (wide_s - hop.latency_s) * hop.bytes_per_s))
+    # No more than a few large ones, though: on a link too fast to measure that would be all memory.
+    size = int(min(max(_SMALL, (wide_s - hop.latency_s) * hop.bytes_per_s), 8 * _LARGE))
     send = _hop(ring, size, device)
     alone_s, both_s = seconds(send), seconds(_hop(ring, size, device, meanwhile=wide))
     hidden = (alone_s + wide_s - both_s) / min(alone_s, wide_s)
@@ -58,7 +60,7 @@ def probe(
 
 def _link(small_s: float, large_s: float) -> Link:
     """The line through two measured messages."""
-    per_byte = max(large_s - small_s, 1e-9) / (_LARGE - _SMALL)
+    per_byte = max((large_s - small_s) / (_LARGE - _SMALL), 1 / _FASTEST)
     return Link(max(0.0, small_s - per_byte * _SMALL), 1 / per_byte)
 
 
