@@ -1,7 +1,7 @@
 """A KV cache is a layout plus tensors: who holds which positions, and each layer's keys and values there."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -9,6 +9,7 @@ from longctx.attention.layout import Layout, empty, side_by_side
 from longctx.shapes import Keys, Tensor
 
 
+@runtime_checkable
 class Cache(Protocol):
     """What a pass needs of a cache: it grows by a layout, then layer by layer by the keys and values."""
 

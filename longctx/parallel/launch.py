@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 _GRACE_S = 5.0  # between SIGTERM and SIGKILL
-_GATHER_S = 1.0  # how long to listen for other failures before saying which came first
+_GATHER_S = 3.0  # how long to listen for other failures before saying which came first
 
 
 @dataclass(frozen=True)
