@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-gpu lint format clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -14,6 +14,10 @@ demo: $(READY) ## a real model answers from a long real document, over 2 ranks; 
 
 test: $(READY) ## the whole test suite
 	$(BIN)/python -m pytest
+
+test-gpu: $(READY) ## what needs a GPU, on a machine with one
+	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { echo "no CUDA device here"; exit 1; }
+	$(BIN)/python -m pytest tests/gpu
 
 lint: $(READY) ## ruff, mypy, import-linter, codespell
 	$(BIN)/ruff check .

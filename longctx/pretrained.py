@@ -55,7 +55,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def shape_of(folder: Path) -> ModelShape:
-    """The `ModelShape` of a Llama-architecture folder (Llama 2/3, SmolLM2, Qwen2).
+    """The `ModelShape` of a Llama-architecture folder (Llama 2/3, SmolLM2, Qwen2, Mistral).
 
     Raises ValueError for an architecture, or a feature of one, that the mapping to megatron-core lacks.
     """
@@ -80,6 +80,7 @@ def shape_of(folder: Path) -> ModelShape:
         qkv_bias=config.model_type == "qwen2",
         rotary=_rotary(config),
         end_tokens=_end_tokens(folder, config),
+        windows=_windows(config),
     )
 
 
@@ -94,7 +95,7 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 def _refuse_unmapped(config: Any) -> None:
-    known = config.model_type in ("llama", "qwen2")
+    known = config.model_type in ("llama", "qwen2", "mistral")
     unmapped = {
         f"model_type={config.model_type}": not known,
         "attention_bias=true (a bias on the output projection)": getattr(config, "attention_bias", False)
@@ -102,14 +103,21 @@ def _refuse_unmapped(config: Any) -> None:
         "mlp_bias=true": getattr(config, "mlp_bias", False),
         f"hidden_act={getattr(config, 'hidden_act', None)}": getattr(config, "hidden_act", None) != "silu",
         "quantised weights": getattr(config, "quantization_config", None) is not None,
-        "use_sliding_window=true": getattr(config, "use_sliding_window", False),
+        "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None) is not None,
     }
     for feature, present in unmapped.items():
         if present:
             raise ValueError(
                 f"this model has {feature}, which is not mapped to megatron-core: "
-                "use a model of type llama or qwen2 with SiLU, full attention and no other biases"
+                "use a model of type llama, qwen2 or mistral with SiLU and no other biases"
             )
+
+
+def _windows(config: Any) -> tuple[int | None, ...]:
+    """Each layer's window: of all layers where the configuration does not tell them apart (Mistral)."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _rotary(config: Any) -> Rotary:

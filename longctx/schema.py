@@ -84,7 +84,7 @@ class Context:
     strategy: Literal["pass_kv", "pass_q", "all_gather_kv", "auto", "alg1", "alg5", "empirical"] = "pass_kv"
     decode: Literal["pass_kv", "pass_q", "all_gather_kv", "one_exchange"] = "one_exchange"
     layout: Literal["zigzag", "contiguous", "striped"] = "zigzag"
-    kernel: Literal["auto", "reference", "flash_cpu"] = "auto"
+    kernel: Literal["auto", "reference", "flash_cpu", "flash_cuda", "cudnn", "flash_attn"] = "auto"
     chunk: int | None = None
 
     def __post_init__(self) -> None:
@@ -118,7 +118,10 @@ class Rotary:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The shape of a Llama-architecture decoder; ``positions`` is the longest context that it was made for."""
+    """The shape of a Llama-architecture decoder; ``positions`` is the longest context that it was made for.
+
+    ``windows``: of each layer, how many keys back a query sees, its own included; None where it sees all.
+    """
 
     layers: int
     hidden: int
@@ -133,3 +136,9 @@ class ModelShape:
     qkv_bias: bool
     rotary: Rotary = field(repr=False)
     end_tokens: tuple[int, ...] = ()
+    windows: tuple[int | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.windows:
+            object.__setattr__(self, "windows", (None,) * self.layers)
+        assert len(self.windows) == self.layers, "a window, or None, for each layer"

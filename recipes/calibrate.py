@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from pydantic import PositiveInt
 from rich.table import Table
 
-from longctx.attention.backends import kernel_for
+from longctx.attention.backends import checked_kernel, kernel_for
 from longctx.cost.hardware import Hardware, hardware_of
 from longctx.parallel.launch import Rank
 from longctx.parallel.mesh import refuse_unfit, refuse_unused
@@ -29,7 +29,7 @@ class Settings:
 
     threads: PositiveInt
     device: Literal["cpu", "cuda"]
-    kernel: Literal["auto", "reference", "flash_cpu"]
+    kernel: Literal["auto", "reference", "flash_cpu", "flash_cuda", "cudnn", "flash_attn"]
     out: str
 
 
@@ -50,7 +50,7 @@ def measured(here: Any, shape: ModelShape, kernel: str, dtype: str) -> Hardware:
 
     share = here.mesh.tp * here.mesh.ulysses
     heads = (shape.heads // share, max(1, shape.kv_heads // share))
-    block = kernel_for(kernel, here.device.type)
+    block = checked_kernel(kernel, here.device, dtype)
     return probe(here.ring, block, heads, shape.head_width, getattr(torch, dtype), here.device)
 
 
@@ -82,7 +82,7 @@ def task(config: DictConfig) -> None:
     refuse_unused(mesh, "recipes.calibrate", ("dp", "pp"))
     if mesh.ring < 2:
         raise ValueError(f"mesh.ring={mesh.ring} has no links to measure: use mesh.ring=2 or more")
-    kernel_for(settings.kernel, settings.device)
+    kernel_for(settings.kernel, settings.device, model.dtype)
     refuse_unwritable(settings.out)
     shape = shape_of(locate(model, say))
     refuse_unfit(mesh, shape)

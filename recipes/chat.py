@@ -90,7 +90,7 @@ def prepare(config: DictConfig) -> Job:
     context, sampling = section(config, "context", Context), section(config, "sampling", Sampling)
     model, kept = section(config, "model", ModelSource), section(config, "session", Kept)
     settings = top_level(config, Settings)
-    kernel_for(context.kernel, settings.device)
+    kernel_for(context.kernel, settings.device, model.dtype)
     refuse_unwritable(settings.out)
     folder = locate(model, say)
     tensor_files(folder)  # refuses a folder without weights
@@ -181,10 +181,11 @@ def chooser(here: Any, engine: Any, job: Job) -> Any:
     heads, kv_heads = job.shape.heads // share, max(1, job.shape.kv_heads // share)
     element = getattr(torch, job.model.dtype).itemsize
 
-    def choose_for(new: Sequence[int], cached: Sequence[int]) -> tuple[str, str]:
-        work = Work(new, cached, engine.ring.size, heads, kv_heads, job.shape.head_width, element)
+    def choose_for(new: Sequence[int], cached: Sequence[int], window: int | None) -> tuple[str, str]:
+        work = Work(new, cached, engine.ring.size, heads, kv_heads, job.shape.head_width, element, window)
         choice = choose(rule, work, on)
-        return choice.strategy, f"{rule}: {choice.why}"
+        layers = f" of window {window:,}" if window else ""
+        return choice.strategy, f"{rule}{layers}: {choice.why}"
 
     return choose_for
 

@@ -76,7 +76,7 @@ def prepare(config: DictConfig) -> Job:
             f"context.strategy={context.strategy} chooses for every turn of a conversation: "
             f"use recipes.chat, or one of {', '.join(STRATEGIES)}"
         )
-    kernel_for(context.kernel, settings.device)
+    kernel_for(context.kernel, settings.device, model.dtype)
     refuse_unwritable(settings.out)
     folder = locate(model, say)
     tensor_files(folder)  # refuses a folder without weights

@@ -13,10 +13,17 @@ from longctx.parallel.launch import warm_up
 from longctx.pretrained import locate
 from longctx.schema import ModelSource
 
+# What needs a GPU is collected where there is one.
+collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
+def pytest_report_header() -> str:
+    return "CUDA: " + (torch.cuda.get_device_name() if torch.cuda.is_available() else "none here, tests/gpu left out")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-table", action="store_true", help="write the table of longctx/attention/README.md anew")
     parser.addoption(
         "--new-tokens", type=int, default=16, help="tokens to decode in the parity tests (docs/results reports 64)"
     )

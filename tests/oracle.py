@@ -31,10 +31,15 @@ def packed(lengths: Sequence[int], begins: Sequence[int] | None = None) -> Rows:
     return Rows(torch.tensor(positions, dtype=torch.long), torch.tensor(documents, dtype=torch.long))
 
 
-def visible(q: Rows, k: Rows) -> Tensor:
-    """Bool [sq, sk]: a query sees the keys of its own document at or before its position."""
-    same_document = q.documents[:, None] == k.documents[None, :]
-    return same_document & (k.positions[None, :] <= q.positions[:, None])
+def visible(q: Rows, k: Rows, before: int | None = None, after: int | None = 0) -> Tensor:
+    """Bool [sq, sk]: a query sees the keys of its own document, from ``before`` behind it to ``after`` ahead of it."""
+    seen = q.documents[:, None] == k.documents[None, :]
+    ahead = k.positions[None, :] - q.positions[:, None]
+    if before is not None:
+        seen = seen & (ahead >= -before)
+    if after is not None:
+        seen = seen & (ahead <= after)
+    return seen
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

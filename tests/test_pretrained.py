@@ -64,12 +64,11 @@ def test_rotary_frequencies_are_those_of_transformers(tmp_path, rope):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (MistralConfig(**SIZES), "model_type=mistral.*type llama or qwen2"),
-        (GPT2Config(n_layer=2, n_head=2, n_embd=14), "model_type=gpt2.*type llama or qwen2"),
+        (GPT2Config(n_layer=2, n_head=2, n_embd=14), "model_type=gpt2.*type llama, qwen2 or mistral"),
         (LlamaConfig(**SIZES, attention_bias=True), "attention_bias=true"),
         (LlamaConfig(**SIZES, mlp_bias=True), "mlp_bias=true"),
         (LlamaConfig(**SIZES, hidden_act="gelu"), "hidden_act=gelu.*SiLU"),
-        (Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=11), "use_sliding_window"),
+        (LlamaConfig(**SIZES, attn_logit_softcapping=50.0), "attn_logit_softcapping"),
         (LlamaConfig(**SIZES, rope_parameters=YARN), "rope_type=yarn.*default, linear or llama3"),
     ],
     ids=lambda value: value.split("=")[0] if isinstance(value, str) else value.model_type,
@@ -77,6 +76,23 @@ def test_rotary_frequencies_are_those_of_transformers(tmp_path, rope):
 def test_refused_architectures(tmp_path, config, words):
     with pytest.raises(ValueError, match=words):
         shape_of(saved(tmp_path, config))
+
+
+@pytest.mark.parametrize(
+    ("config", "windows"),
+    [
+        (LlamaConfig(**SIZES), (None,) * 5),
+        (MistralConfig(**SIZES, sliding_window=11), (11,) * 5),
+        (MistralConfig(**SIZES, sliding_window=None), (None,) * 5),
+        (
+            Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=11, max_window_layers=2),
+            (None, None, 11, 11, 11),
+        ),
+        (Qwen2Config(**SIZES, use_sliding_window=False, sliding_window=11), (None,) * 5),
+    ],
+)
+def test_windows_are_each_layers(tmp_path, config, windows):
+    assert shape_of(saved(tmp_path, config)).windows == windows
 
 
 @pytest.mark.parametrize(

@@ -48,4 +48,4 @@ def _flash_backward(
     return _heads_first(dq), _heads_first(dk), _heads_first(dv)
 
 
-flash_cpu = Kernel("flash_cpu", _flash_forward, _flash_backward)
+flash_cpu = Kernel("flash_cpu", _flash_forward, _flash_backward, devices=("cpu",))

@@ -21,19 +21,43 @@ class Kernel:
     tile's share of (dq, dk, dv) in the accumulation dtype, from ``out`` and ``lse`` of the *whole* softmax:
     exp(score - lse) is then already the global probability, so that no block needs another's.
     A kernel whose library marks unseen rows otherwise (+inf, 0) must say -inf.  No tile is empty, and no row of
-    one is fully masked: `causal_tiles` sees to both.
+    one is fully masked: `visible_tiles` sees to both.  ``dtypes``, ``devices`` and widths of a head that are
+    multiples of ``width_step`` are what it takes; anything else is refused.
     """
 
     name: str
     forward: Callable[[Tensor, Tensor, Tensor, bool], Partial]
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool], Gradients]
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    width_step: int = 1
+
+    def refuse_untested(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """ValueError, naming the nearest that works, for inputs that this kernel has not been tested exact on."""
+        if q.dtype not in self.dtypes or q.device.type not in self.devices:
+            takes = " or ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+            raise ValueError(
+                f"kernel {self.name} takes {takes} on {' or '.join(self.devices)}, not {q.dtype} on {q.device.type}: "
+                "use context.kernel=reference, or model.dtype and device as it takes them"
+            )
+        if q.shape[3] % self.width_step:
+            raise ValueError(
+                f"kernel {self.name} takes heads of a multiple of {self.width_step}, not {q.shape[3]}: "
+                "use context.kernel=reference"
+            )
+        if k.shape != v.shape or k.shape[3] != q.shape[3] or q.shape[2] % k.shape[2]:
+            raise ValueError(
+                f"{q.shape[2]} query heads of {q.shape[3]} over {k.shape[2]} KV heads of {k.shape[3]} and values "
+                f"{tuple(v.shape)}: use heads of one width, and query heads that are a multiple of the KV heads"
+            )
 
 
 def attend_tiles(seen: Partial, q: Queries, k: Keys, v: Keys, tiles: Iterable[Tile], kernel: Kernel) -> None:
     """Fold what ``q`` sees of ``k`` and ``v`` into ``seen``, in place."""
     for tile in tiles:
-        part = kernel.forward(q[:, tile.q], k[:, tile.k], v[:, tile.k], tile.causal)
-        absorb(seen, tile.q, part)
+        rows, keys, values = _facing(tile, q[:, tile.q], k[:, tile.k], v[:, tile.k])
+        part = kernel.forward(rows, keys, values, tile.causal)
+        absorb(seen, tile.q, Partial(*_facing(tile, part.out, part.lse)))
 
 
 def tile_gradients(
@@ -44,10 +68,17 @@ def tile_gradients(
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
     for tile in tiles:
         a, b = tile.q, tile.k
-        grads = kernel.backward(dout[:, a], q[:, a], k[:, b], v[:, b], whole.out[:, a], whole.lse[:, a], tile.causal)
+        dout_a, q_a, out_a, lse_a = _facing(tile, dout[:, a], q[:, a], whole.out[:, a], whole.lse[:, a])
+        k_b, v_b = _facing(tile, k[:, b], v[:, b])
+        grads = _facing(tile, *kernel.backward(dout_a, q_a, k_b, v_b, out_a, lse_a, tile.causal))
         for total, grad, rows in zip((dq, dk, dv), grads, (a, b, b), strict=True):
             total[:, rows] += grad
     return dq, dk, dv
+
+
+def _facing(tile: Tile, *rows: Tensor) -> list[Tensor]:
+    """``rows`` (dim 1) in the order in which ``tile`` is a lower triangle; applied twice, as they were."""
+    return [x.flip(1) if tile.mirrored else x for x in rows]
 
 
 def _scores(q: Queries, k: Keys, causal: bool) -> Tensor:

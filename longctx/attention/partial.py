@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from longctx.shapes import LogSumExp, Queries, Tensor
+from longctx.shapes import Float, LogSumExp, Queries, Tensor
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,15 @@ def nothing(q: Queries) -> Partial:
         torch.zeros(q.shape, dtype=dtype, device=q.device),
         torch.full(q.shape[:-1], -math.inf, dtype=dtype, device=q.device),
     )
+
+
+def sink(logits: Float[Tensor, " hq"], like: Partial) -> Partial:
+    """A key of value 0 that every row sees, scored by its head's logit: attention sinks, as gpt-oss learns them.
+
+    `merge` it once, on the rank whose rows they are: the weight that it draws is taken from all other keys.
+    """
+    lse = logits.to(like.lse.dtype).expand(like.lse.shape)
+    return Partial(torch.zeros_like(like.out), lse)
 
 
 def merge(a: Partial, b: Partial) -> Partial:

@@ -1,27 +1,32 @@
 """Where queries meet keys: two sets of spans in, the rectangles and triangles of the score matrix out.
 
-Every ring step of every layout, and every turn over a cache, is a list of tiles of two shapes only: a full
-rectangle, or a square lower triangle.  All attention kernels agree on those two, whichever corner their
-causal mask is aligned to, and no row of a tile is ever fully masked.
+Every ring step of every layout, mask and turn over a cache is a list of tiles of two shapes only: a full
+rectangle, or a square triangle with its diagonal.  All attention kernels agree on those two, whichever corner
+their causal mask is aligned to, and no row of a tile is ever fully masked.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby, pairwise
 
 from longctx.attention.layout import Span, Spans
+from longctx.attention.mask import CAUSAL, Mask
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Local rows ``q0:q1`` of the queries see rows ``k0:k1`` of the keys; all, or the lower triangle."""
+    """Local rows ``q0:q1`` of the queries see rows ``k0:k1`` of the keys; all, or (``causal``) the lower triangle.
+
+    A ``mirrored`` triangle is the upper one, the far edge of a window: with rows and keys read backwards, a lower one.
+    """
 
     q0: int
     q1: int
     k0: int
     k1: int
     causal: bool = False
+    mirrored: bool = False
 
     @property
     def q(self) -> slice:
@@ -38,18 +43,18 @@ class Tile:
         return rows * (rows + 1) // 2 if self.causal else rows * (self.k1 - self.k0)
 
     def moved(self, q: int, k: int) -> "Tile":
-        return Tile(self.q0 + q, self.q1 + q, self.k0 + k, self.k1 + k, self.causal)
+        return replace(self, q0=self.q0 + q, q1=self.q1 + q, k0=self.k0 + k, k1=self.k1 + k)
 
 
 @lru_cache(maxsize=4096)
-def causal_tiles(q: Spans, k: Spans) -> tuple[Tile, ...]:
-    """The tiles in which a query at some position sees a key of its document at or before it."""
+def visible_tiles(q: Spans, k: Spans, mask: Mask = CAUSAL) -> tuple[Tile, ...]:
+    """The tiles in which a query sees a key of its document that ``mask`` allows."""
     tiles: list[Tile] = []
     for q0, q_spans in _runs(q):
         for k0, k_spans in _runs(k):
             if q_spans[0].document != k_spans[0].document:
                 continue
-            tiles += [tile.moved(q0, k0) for tile in _of_runs(q_spans, k_spans)]
+            tiles += [tile.moved(q0, k0) for tile in _of_runs(q_spans, k_spans, mask)]
     return tuple(_coalesced(tiles))
 
 
@@ -62,9 +67,9 @@ def _runs(spans: Spans) -> Iterator[tuple[int, Spans]]:
         begin += sum(span.length for span in run)
 
 
-def _of_runs(q: Spans, k: Spans) -> list[Tile]:
+def _of_runs(q: Spans, k: Spans, mask: Mask) -> list[Tile]:
     ascending = all(a.last < b.start for a, b in pairwise(q))
-    if q == k and ascending:
+    if mask == CAUSAL and q == k and ascending:
         # The same rows in order: row i sees rows 0..i, however far apart their positions lie.
         rows = sum(span.length for span in q)
         return [Tile(0, rows, 0, rows, causal=True)]
@@ -72,40 +77,56 @@ def _of_runs(q: Spans, k: Spans) -> list[Tile]:
     for a in q:
         k0 = 0
         for b in k:
-            tiles += [tile.moved(q0, k0) for tile in _of_spans(a, b)]
+            tiles += [tile.moved(q0, k0) for tile in _of_spans(a, b, mask)]
             k0 += b.length
         q0 += a.length
     return tiles
 
 
-def _of_spans(q: Span, k: Span) -> list[Tile]:
-    if not q.length or not k.length or k.start > q.last:
+def _of_spans(q: Span, k: Span, mask: Mask) -> list[Tile]:
+    if q.length > 1 and k.length > 1 and q.step != k.step:
+        # Different steps that interleave: row by row. Exact for any layout, fast for none.
+        rows = (_of_spans(q.part(row, row + 1), k, mask) for row in range(q.length))
+        return [tile.moved(row, 0) for row, tiles in enumerate(rows) for tile in tiles]
+    step = k.step if q.length == 1 else q.step
+    ahead, all_rows = q.start - k.start, q.length + k.length
+    low = -all_rows if mask.before is None else -((mask.before - ahead) // step)
+    high = all_rows if mask.after is None else (ahead + mask.after) // step
+    return _band(q.length, k.length, low, high)
+
+
+def _band(sq: int, sk: int, low: int, high: int) -> list[Tile]:
+    """Row i sees those of the keys i + low to i + high that exist.
+
+    Rows from ``-low`` on leave keys behind, and have a triangle on that edge; those before ``sk - high`` have keys
+    ahead of them, and one on this edge; between the triangles lies a rectangle.
+    """
+    first, end = max(0, -high), min(sq, sk - low)
+    if low > high or first >= end:
         return []
-    if k.last <= q.start:
-        return [Tile(0, q.length, 0, k.length)]
-    if k.length == 1:
-        unseeing = -((q.start - k.start) // q.step)  # rows before the key: ceil of their distance
-        return [Tile(unseeing, q.length, 0, 1)]
-    if q.length == 1:
-        return [Tile(0, 1, 0, (q.start - k.start) // k.step + 1)]
-    if q.step == k.step:
-        return _diagonal(q.length, k.length, (q.start - k.start) // k.step)
-    # Different steps that interleave: row by row. Exact for any layout, fast for none.
-    rows = (_of_spans(q.part(row, row + 1), k) for row in range(q.length))
-    return [tile.moved(row, 0) for row, tiles in enumerate(rows) for tile in tiles]
-
-
-def _diagonal(sq: int, sk: int, offset: int) -> list[Tile]:
-    """Row i sees keys 0..i+offset: a rectangle before the diagonal, a triangle on it, one behind it."""
-    first = max(0, -offset)  # rows above see nothing
-    before = first + offset
-    square = min(sq - first, sk - before)
-    tiles = [Tile(first, first + square, before, before + square, causal=True)]
-    if before:
-        tiles.append(Tile(first, first + square, 0, before))
-    if first + square < sq:
-        tiles.append(Tile(first + square, sq, 0, sk))
+    cuts = sorted({first, end, *(row for row in (-low, sk - high) if first < row < end)})
+    tiles: list[Tile] = []
+    for begin, stop in pairwise(cuts):
+        far, near = begin >= -low, begin < sk - high
+        # Two triangles of more rows than the band is wide would overlap.
+        rows = max(1, high - low) if far and near else stop - begin
+        for a in range(begin, stop, rows):
+            tiles += _edges(a, min(a + rows, stop), sk, low if far else None, high if near else None)
     return tiles
+
+
+def _edges(a: int, b: int, sk: int, low: int | None, high: int | None) -> Iterator[Tile]:
+    """Rows a to b (exclusive) of a band, whose edges, where they have one, meet no border."""
+    if b - a == 1:
+        yield Tile(a, b, 0 if low is None else a + low, sk if high is None else a + high + 1)
+        return
+    left, right = 0 if low is None else b + low, sk if high is None else a + high
+    if high is not None:
+        yield Tile(a, b, a + high, b + high, causal=True)
+    if low is not None:
+        yield Tile(a, b, a + low, b + low, causal=True, mirrored=True)
+    if left < right:
+        yield Tile(a, b, left, right)
 
 
 def _coalesced(tiles: list[Tile]) -> list[Tile]:

@@ -23,6 +23,7 @@ class Work:
     kv_heads: int
     head_width: int
     element_bytes: int
+    window: int | None = None  # keys that a query sees at most, its own included
 
     @property
     def new_total(self) -> int:
@@ -52,8 +53,14 @@ class Work:
 
     @property
     def flops(self) -> float:
-        """FLOPs of all ranks: 4 D_H H_Q for each (query, key) that see each other; T P + T^2 / 2 of them."""
-        pairs = sum(t * p + t * (t + 1) / 2 for t, p in zip(self.new, self.cached, strict=True))
+        """FLOPs of all ranks: 4 D_H H_Q for each (query, key) that see each other; T P + T^2 / 2 of them.
+
+        Under a window of w keys only the first w - P new queries see all that there are; each later one sees w.
+        """
+        pairs = 0.0
+        for t, p in zip(self.new, self.cached, strict=True):
+            early = t if self.window is None else min(t, max(0, self.window - p))
+            pairs += early * p + early * (early + 1) / 2 + (t - early) * (self.window or 0)
         return 4 * self.head_width * self.heads * pairs
 
 

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from longctx.attention.backends import kernel_for
+from longctx.attention.backends import checked_kernel
 from longctx.attention.kernel import Kernel
 from longctx.infer.cache import KVCache
 from longctx.megatron import weights
 from longctx.megatron.model import GPTModel, build_model, layers_in_use
 from longctx.megatron.runtime import Runtime
 from longctx.parallel.comm import Alone, Comm
+from longctx.parallel.ring import Strategy
 from longctx.schema import ModelShape, ModelSource
 
 
@@ -52,6 +53,10 @@ class Engine:
         """Bytes that this rank has sent to others for attention."""
         return sum(comm.traffic.total for comm in (self.ulysses, self.ring, self.answers))
 
+    def everywhere(self, strategy: Strategy) -> dict[int | None, Strategy]:
+        """``strategy`` for the layers of every window: what `run_pass` takes."""
+        return dict.fromkeys(self.shape.windows, strategy)
+
     def cache(self, tokens: int) -> KVCache:
         """An empty cache with room for this rank's share of ``tokens``."""
         return KVCache(self.ring.size, self.ring.rank, -(-tokens // self.ring.size) + 2)
@@ -62,7 +67,7 @@ def load_engine(here: Runtime, model: ModelSource, shape: ModelShape, folder: Pa
     layers = layers_in_use(model.layers)
     built = _loaded(here, here.groups, model, shape, folder, layers)
     comms = (here.tp, here.ulysses, here.ring, here.context, here.answers)
-    return Engine(built, shape, kernel_for(kernel, here.device.type), *comms, layers)
+    return Engine(built, shape, checked_kernel(kernel, here.device, model.dtype), *comms, layers)
 
 
 def load_alone(here: Runtime, engine: Engine, model: ModelSource, folder: Path) -> Engine:

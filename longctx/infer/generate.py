@@ -35,7 +35,7 @@ def logit_difference(
     whole, lone, largest = torch.cat(chunks), None, torch.zeros((), device=engine.device)
     if alone:
         whole_prompt, cache = contiguous(len(prompt), 1), alone.cache(len(prompt))
-        lone = run_pass(alone, prompt, whole_prompt, cache, STRATEGIES["pass_kv"], layer_done)
+        lone = run_pass(alone, prompt, whole_prompt, cache, alone.everywhere(STRATEGIES["pass_kv"]), layer_done)
     for begin in range(0, len(prompt), _LOGIT_ROWS):
         rows = slice(begin, begin + _LOGIT_ROWS)
         ours = next_logits(engine, whole[rows])  # every tensor-parallel rank takes part in this one

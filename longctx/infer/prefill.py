@@ -3,14 +3,15 @@
 They differ in the layout of the new tokens alone: of a decoded token one rank has a row and the others none.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 from longctx.attention.kernel import attend_tiles
 from longctx.attention.layout import Layout
+from longctx.attention.mask import causal_within
 from longctx.attention.partial import nothing
-from longctx.attention.tiles import causal_tiles
+from longctx.attention.tiles import visible_tiles
 from longctx.infer.cache import Cache
 from longctx.infer.engine import Engine
 from longctx.megatron.attention import Pass
@@ -30,25 +31,30 @@ def run_pass(
     tokens: Tensor,
     layout: Layout,
     cache: Cache,
-    strategy: Strategy,
+    strategies: Mapping[int | None, Strategy],
     done: LayerDone = lambda: None,
 ) -> Float[Tensor, "s b hidden"]:
     """Final hidden states of this rank's rows of ``tokens`` [total]; ``cache`` grows by all of them.
 
     ``layout`` deals the new tokens to ulysses x ring ranks, its documents being ``cache``'s sequences; positions
-    continue where they end.  ``done`` is called after each layer's attention.
+    continue where they end.  ``strategies`` has one for the layers of each window.  ``done`` is called after each
+    layer's attention.
     """
     layout = layout.after(cache.layout)
     queries = layout.gathered(engine.ulysses.size)
     cache.extend(queries)
-    ring = Ring(engine.ring, queries, cache.layout)
-    inner = ring_attention(ring, engine.kernel, strategy)
+    inner = {
+        window: ring_attention(
+            Ring(engine.ring, queries, cache.layout, causal_within(window)), engine.kernel, strategies[window]
+        )
+        for window in set(engine.shape.windows)
+    }
     first = engine.rank - engine.ulysses.rank
     rows = [layout.rows(first + member) for member in range(engine.ulysses.size)]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         def over_cache(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return inner(q, *cache.append(layer, k, v))
+            return inner[engine.shape.windows[layer]](q, *cache.append(layer, k, v))
 
         with doing(f"layer {layer}"):
             out = over_heads(engine.ulysses, rows, over_cache)(q, k, v)
@@ -71,7 +77,8 @@ def run_replicated(
     layout = layout.after(cache.layout)
     cache.extend(layout)
     all_rows = layout.on_one_rank()
-    tiles = causal_tiles(all_rows.ranks[0], cache.layout.ranks[engine.ring.rank])
+    queries, keys = all_rows.ranks[0], cache.layout.ranks[engine.ring.rank]
+    tiles = {window: visible_tiles(queries, keys, causal_within(window)) for window in set(engine.shape.windows)}
     cached_here = layout.index(engine.ring.rank).to(engine.device)
     degree, member = engine.ulysses.size, engine.ulysses.rank
 
@@ -79,7 +86,7 @@ def run_replicated(
         q, k, v = (share_of_heads(x, degree, member) for x in (q, k, v))
         held = cache.append(layer, k[:, cached_here], v[:, cached_here])
         seen = nothing(q)
-        attend_tiles(seen, q, *held, tiles, engine.kernel)
+        attend_tiles(seen, q, *held, tiles[engine.shape.windows[layer]], engine.kernel)
         with doing(f"layer {layer}"):
             out = one_exchange(seen, engine.answers, degree).to(q.dtype)
         done()

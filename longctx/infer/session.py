@@ -24,8 +24,8 @@ LAYOUTS: dict[str, Callable[[int, int], Layout]] = {
     "striped": striped,
 }
 
-# (new tokens, cached tokens) of each sequence -> (name of the strategy, why it was chosen)
-Chooser = Callable[[Sequence[int], Sequence[int]], tuple[str, str]]
+# (new tokens, cached tokens) of each sequence, the layers' window -> (name of the strategy, why it was chosen)
+Chooser = Callable[[Sequence[int], Sequence[int], int | None], tuple[str, str]]
 Chunk = dict[int, list[int]]  # the tokens that sequences get in one pass
 
 
@@ -189,10 +189,13 @@ class Session:
         following: dict[int, int] = {}
         for chunk in _chunks(new, self.context.chunk):
             lengths = [len(tokens) for tokens in chunk.values()]
-            strategy, why = self._choose(lengths, [self.sequences[i].cached for i in chunk])
-            reasons.setdefault(strategy, why)
+            cached, strategies = [self.sequences[i].cached for i in chunk], {}
+            for window in sorted(set(self.engine.shape.windows), key=lambda w: w or 0):
+                strategy, why = self._choose(lengths, cached, window)
+                strategies[window] = STRATEGIES[strategy]
+                reasons.setdefault(strategy, why)
             layout = deal(lengths, LAYOUTS[self.context.layout], self.held).split(self.engine.ulysses.size)
-            hidden = run_pass(self.engine, _packed(chunk), layout, self._batch(chunk), STRATEGIES[strategy], done)
+            hidden = run_pass(self.engine, _packed(chunk), layout, self._batch(chunk), strategies, done)
             turn.passes.append((hidden, layout))
             following |= self._following(hidden, layout, chunk)
         turn.strategy, turn.why = " and ".join(reasons), "; ".join(reasons.values())
@@ -207,8 +210,8 @@ class Session:
             layout = ring.on_one_rank().held_by(0, self.engine.ranks)  # all have the rows, the first one speaks
         else:
             layout = ring.split(self.engine.ulysses.size)
-            strategy = STRATEGIES[self.context.decode]
-            hidden = run_pass(self.engine, _packed(chunk), layout, self._batch(chunk), strategy)
+            strategies = self.engine.everywhere(STRATEGIES[self.context.decode])
+            hidden = run_pass(self.engine, _packed(chunk), layout, self._batch(chunk), strategies)
         return self._following(hidden, layout, chunk)
 
     def _batch(self, chunk: Chunk) -> Batch:

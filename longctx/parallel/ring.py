@@ -2,27 +2,45 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from longctx.attention.kernel import Gradients, Kernel, attend_tiles, tile_gradients
 from longctx.attention.layout import Layout
+from longctx.attention.mask import CAUSAL, Mask
 from longctx.attention.partial import Partial, absorb, nothing
-from longctx.attention.tiles import Tile, causal_tiles
+from longctx.attention.tiles import Tile, visible_tiles
 from longctx.parallel.comm import Comm, Shape, doing
 from longctx.shapes import Keys, Queries, Tensor
 
 
 @dataclass(frozen=True)
 class Ring:
-    """A group of ranks, and which rows of the queries and of the keys each of them holds."""
+    """A group of ranks, which rows of the queries and of the keys each of them holds, and which of them meet."""
 
     comm: Comm
     queries: Layout
     keys: Layout
+    mask: Mask = CAUSAL
 
     def tiles(self, q_rank: int, k_rank: int) -> tuple[Tile, ...]:
-        return causal_tiles(self.queries.ranks[q_rank], self.keys.ranks[k_rank])
+        return visible_tiles(self.queries.ranks[q_rank], self.keys.ranks[k_rank], self.mask)
+
+    @cached_property
+    def hops_of_keys(self) -> int:
+        """Hops after which no rank needs the keys that would come next: N - 1, or fewer under a window."""
+        return self._hops(self.tiles)
+
+    @cached_property
+    def hops_of_queries(self) -> int:
+        """Hops after which no rank has keys for the queries that would come next."""
+        return self._hops(lambda rank, owner: self.tiles(owner, rank))
+
+    def _hops(self, needed: Callable[[int, int], tuple[Tile, ...]]) -> int:
+        size = self.comm.size
+        far = (hops for hops in range(size - 1, 0, -1) for rank in range(size) if needed(rank, (rank - hops) % size))
+        return next(far, 0)
 
 
 Strategy = Callable[[Queries, Keys, Keys, Ring, Kernel], Partial]
@@ -32,33 +50,38 @@ def _with_rows(x: Tensor, rows: int) -> Shape:
     return (x.shape[0], rows, *x.shape[2:])
 
 
-def rotate(comm: Comm, layout: Layout, *mine: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+def rotate(
+    comm: Comm, layout: Layout, *mine: Tensor, hops: int | None = None
+) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
     """Every rank's tensors in turn, with their owner, our own first; the next are on their way while we work.
 
-    Owners hold as many rows (dim 1) as ``layout`` says.  Two buffers, what is held and what is coming: drop
-    what was yielded (``del``) before asking for more, or it lives on as a third.
+    Owners hold as many rows (dim 1) as ``layout`` says.  After ``hops``, the same on every rank, it ends.  Two
+    buffers, what is held and what is coming: drop what was yielded (``del``) before asking for more, or it lives on
+    as a third.
     """
     held = mine
-    for step in range(comm.size - 1):
+    hops = comm.size - 1 if hops is None else hops
+    for step in range(hops):
         previous = (comm.rank - step - 1) % comm.size
         shapes = [_with_rows(x, layout.rows(previous)) for x in mine]
-        hop = f"hop {step + 1} of {comm.size - 1} of the ring"
+        hop = f"hop {step + 1} of {hops} of the ring"
         with doing(hop):
             coming = comm.shift(*held, coming=shapes)
         yield (comm.rank - step) % comm.size, held
         with doing(hop):
             held = coming.wait()
         del coming  # it keeps what has left alive, too
-    yield (comm.rank + 1) % comm.size, held
+    yield (comm.rank - hops) % comm.size, held
 
 
 def pass_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
     """Queries stay, keys and values go round (arXiv 2411.01783, Alg. 2).
 
-    Bytes sent per rank: keys and values of every rank but the next one, which are the ones that pass by.
+    Bytes sent per rank: keys and values of every rank but the next one, which are the ones that pass by; under a
+    window those of as many as are needed.
     """
     seen = nothing(q)
-    for owner, (k_o, v_o) in rotate(ring.comm, ring.keys, k, v):
+    for owner, (k_o, v_o) in rotate(ring.comm, ring.keys, k, v, hops=ring.hops_of_keys):
         attend_tiles(seen, q, k_o, v_o, ring.tiles(ring.comm.rank, owner), kernel)
         del k_o, v_o
     return seen
@@ -68,21 +91,23 @@ def pass_q(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
     """Keys and values stay, queries go round; their answers come home in one exchange (Alg. 3).
 
     Bytes sent per rank: queries of every rank but the next one, and the answers to all but its own, each a
-    row of d values and its log-sum-exp per head, in float32.
+    row of d values and its log-sum-exp per head, in float32.  Who has no key for them sends no answer.
     """
     comm = ring.comm
-    answers = [torch.empty(0)] * comm.size
-    for owner, (q_o,) in rotate(comm, ring.queries, q):
-        seen = nothing(q_o)
-        attend_tiles(seen, q_o, k, v, ring.tiles(owner, comm.rank), kernel)
-        answers[owner] = torch.cat([seen.out, seen.lse.unsqueeze(-1)], -1)
-        del q_o
-    home: Shape = (*q.shape[:-1], q.shape[-1] + 1)
     whole = nothing(q)
+    none: Shape = (q.shape[0], 0, q.shape[2], q.shape[3] + 1)
+    answers = [whole.out.new_empty(none)] * comm.size
+    for owner, (q_o,) in rotate(comm, ring.queries, q, hops=ring.hops_of_queries):
+        if tiles := ring.tiles(owner, comm.rank):
+            seen = nothing(q_o)
+            attend_tiles(seen, q_o, k, v, tiles, kernel)
+            answers[owner] = torch.cat([seen.out, seen.lse.unsqueeze(-1)], -1)
+        del q_o
+    coming = [_with_rows(answers[0], q.shape[1] if ring.tiles(comm.rank, other) else 0) for other in range(comm.size)]
     with doing("answers coming home"):
-        answers = comm.all_to_all(answers, [home] * comm.size)
+        answers = comm.all_to_all(answers, coming)
     for answer in answers:
-        absorb(whole, slice(None), Partial(answer[..., :-1], answer[..., -1]))
+        absorb(whole, slice(0, answer.shape[1]), Partial(answer[..., :-1], answer[..., -1]))
     return whole
 
 

@@ -5,36 +5,50 @@ from typing import Any
 import torch
 
 from longctx.attention.kernel import Kernel
-from longctx.attention.partial import Partial
+from longctx.attention.partial import Partial, absorb, sink
 from longctx.parallel.ring import Ring, Strategy, all_gather_kv, pass_kv, pass_q, ring_gradients
 from longctx.parallel.ulysses import Attention
-from longctx.shapes import Keys, Queries, Tensor
+from longctx.shapes import Float, Keys, Queries, Tensor
 
 STRATEGIES: dict[str, Strategy] = {"pass_kv": pass_kv, "pass_q": pass_q, "all_gather_kv": all_gather_kv}
 
 
-def ring_attention(ring: Ring, kernel: Kernel, strategy: Strategy) -> Attention:
+def ring_attention(
+    ring: Ring, kernel: Kernel, strategy: Strategy, sinks: Float[Tensor, " hq"] | None = None
+) -> Attention:
     """Differentiable attention (q, k, v) -> out [b sq hq d] in q's dtype, over a ring of ranks.
 
-    Gradients do not care what travelled in the forward: one backward serves all strategies.
+    Gradients do not care what travelled in the forward: one backward serves all strategies.  ``sinks`` are the
+    logits of the heads' attention sinks (see `partial.sink`); their gradient is that of this rank's rows.
+    Raises ValueError for inputs that ``kernel`` has not been tested exact on.
     """
 
     def attention(q: Queries, k: Keys, v: Keys) -> Queries:
-        return _RingAttention.apply(q, k, v, ring, kernel, strategy)
+        kernel.refuse_untested(q, k, v)
+        return _RingAttention.apply(q, k, v, sinks, ring, kernel, strategy)
 
     return attention
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: Ring, kernel: Kernel, strategy: Strategy) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, ring: Ring, kernel: Kernel, strategy: Strategy
+    ) -> Tensor:
         whole = strategy(q, k, v, ring, kernel)
-        ctx.save_for_backward(q, k, v, whole.out, whole.lse)
+        if sinks is not None:
+            absorb(whole, slice(None), sink(sinks, whole))
+        ctx.save_for_backward(q, k, v, sinks, whole.out, whole.lse)
         ctx.ring, ctx.kernel = ring, kernel
         return whole.out.to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, sinks, out, lse = ctx.saved_tensors
         grads = ring_gradients(dout, q, k, v, Partial(out, lse), ctx.ring, ctx.kernel)
-        return *(g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None, None, None
+        dsinks = None
+        if sinks is not None:
+            # A sink's value is 0: all it does to a row is to take exp(sink - lse) of its weight.
+            delta = (dout.to(out.dtype) * out).sum(-1)
+            dsinks = -(torch.exp(sinks.to(lse.dtype) - lse) * delta).sum((0, 1)).to(sinks.dtype)
+        return *(g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), dsinks, None, None, None

@@ -92,7 +92,7 @@ def timed(engine: Any, tokens: torch.Tensor, settings: Settings, progress: Progr
         for name, taken in times.items():
             meet(engine)
             began = time.perf_counter()
-            hidden = run_pass(engine, tokens, layout, cache, strategy.STRATEGIES[name])
+            hidden = run_pass(engine, tokens, layout, cache, engine.everywhere(strategy.STRATEGIES[name]))
             next_logits(engine, hidden[-1:])
             mine = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
             told = torch.cat(engine.context.all_gather(mine, [(1,)] * engine.ranks))

@@ -51,7 +51,7 @@ def run_rank(rank: Rank, mesh: Mesh, shape: ModelShape, dtype: str, settings: Se
         torch.inference_mode(),
     ):
         progress.start("runs", len(settings.strategies) * settings.rounds)
-        ring, kernel = here.ring, kernel_for("auto", here.device.type)
+        ring, kernel = here.ring, kernel_for("auto", here.device.type, dtype)
         cache = KVCache(ring.size, ring.rank, (settings.cached + settings.new) // ring.size + 2)
         new = zigzag(settings.new, ring.size)
         queries = new.after(zigzag(settings.cached, ring.size))

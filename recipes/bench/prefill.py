@@ -84,7 +84,7 @@ def ways_of_attention(job: Job, length: int, here: Any) -> dict[str, Work]:
     from longctx.attention.layout import zigzag
     from longctx.parallel.ring import Ring, pass_kv
 
-    kernel, shape = kernel_for("auto", here.device.type), job.shape
+    kernel, shape = kernel_for("auto", here.device.type, job.model.dtype), job.shape
     heads = (shape.heads, shape.kv_heads, shape.kv_heads)
     whole = [torch.randn(1, length, n, shape.head_width) for n in heads]
     layout = zigzag(length, here.ring.size)
@@ -116,7 +116,7 @@ def ways_of_model(job: Job, length: int, here: Any) -> dict[str, Work]:
 
     def prefill(on: Engine) -> Work:
         layout = zigzag(length, on.ring.size) if on.ring.size > 1 else contiguous(length, 1)
-        return lambda: _done(run_pass(on, tokens, layout, on.cache(length), pass_kv))
+        return lambda: _done(run_pass(on, tokens, layout, on.cache(length), on.everywhere(pass_kv)))
 
     return {"one": prefill(alone), "ring": prefill(engine), "silent": prefill(silent)}
 

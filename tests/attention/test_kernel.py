@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from longctx.attention import flash_cpu as flash_cpu_module
+from longctx.attention.cudnn import cudnn
 from longctx.attention.flash_cpu import flash_cpu
+from longctx.attention.flash_cuda import flash_cuda
 from longctx.attention.kernel import Kernel, attend_tiles, reference, tile_gradients
 from longctx.attention.partial import Partial, nothing
 from longctx.attention.tiles import Tile
@@ -148,6 +150,16 @@ def test_an_empty_tile_is_refused():
         flash_cpu.forward(q, k, v, False)
     with pytest.raises(AssertionError, match="empty tile"):
         flash_cpu.backward(dout, q, k, v, q, q[..., 0], False)
+
+
+@pytest.mark.parametrize("kernel", [flash_cuda, cudnn], ids=lambda kernel: kernel.name)
+def test_a_gpus_ops_take_what_they_are_given(kernel):
+    """Shapes and signatures only, on tensors without numbers: tests/gpu has the rest."""
+    q, k, v, dout = (x.to("meta") for x in random(6, 2, 37, 37, 64, torch.bfloat16))
+    part = kernel.forward(q, k, v, True)
+    assert (part.out.shape, part.lse.shape) == (q.shape, q.shape[:-1])
+    grads = kernel.backward(dout, q, k, v, part.out, part.lse, True)
+    assert [(x.shape, x.dtype) for x in grads] == [(x.shape, torch.float32) for x in (q, k, v)]
 
 
 # 67 rows of which the last 36 are the queries: a cached prefix in two pieces, and the new rows in two.

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx.attention.layout import Layout, documents, single, striped, zigzag
-from longctx.attention.tiles import Tile, causal_tiles
+from longctx.attention.layout import Layout, contiguous, documents, single, striped, zigzag
+from longctx.attention.mask import CAUSAL, Mask
+from longctx.attention.tiles import Tile, visible_tiles
 from tests import oracle
 from tests.turns import conversations, few, grown, lengths, sizes
 
@@ -21,40 +22,58 @@ def coverage(tiles: tuple[Tile, ...], sq: int, sk: int) -> torch.Tensor:
         assert inside, f"{tile} reaches out"
         assert rows == columns or not tile.causal, f"{tile} is no square"
         block = torch.ones(rows, columns, dtype=torch.long)
-        counts[tile.q, tile.k] += block.tril() if tile.causal else block
+        assert tile.causal or not tile.mirrored, f"{tile} has no two halves"
+        counts[tile.q, tile.k] += block if not tile.causal else block.triu() if tile.mirrored else block.tril()
     assert sum(tile.pairs for tile in tiles) == counts.sum()
     return counts
 
 
-def assert_exact(queries: Layout, keys: Layout) -> None:
+masks = st.one_of(st.just(CAUSAL), st.builds(Mask, *[st.one_of(st.none(), st.integers(0, 19))] * 2))
+
+
+def assert_exact(queries: Layout, keys: Layout, mask: Mask = CAUSAL) -> None:
     """Of each two ranks the tiles are the mask; rows are looked up by position, not by tile code."""
     q_rows = oracle.packed(queries.lengths, queries.begins)
     k_rows = oracle.packed(keys.lengths, keys.begins)
     for q in range(queries.size):
         for k in range(keys.size):
-            mask = oracle.visible(q_rows[queries.index(q)], k_rows[keys.index(k)])
-            tiles = causal_tiles(queries.ranks[q], keys.ranks[k])
-            assert torch.equal(coverage(tiles, *mask.shape), mask.long()), f"rank {q} over rank {k}"
+            seen = oracle.visible(q_rows[queries.index(q)], k_rows[keys.index(k)], mask.before, mask.after)
+            tiles = visible_tiles(queries.ranks[q], keys.ranks[k], mask)
+            assert torch.equal(coverage(tiles, *seen.shape), seen.long()), f"rank {q} over rank {k}"
 
 
 @few
-@given(conversations())
-def test_tiles_are_the_mask_of_turns_over_the_cache(conversation):
+@given(conversations(), masks)
+def test_tiles_are_the_mask_of_turns_over_the_cache(conversation, mask):
     """The last turn over itself and all that came before; and all over all."""
     turns = conversation.layouts()
     cache = grown(turns)
     last = turns[-1].after(grown(turns[:-1])) if turns[1:] else cache
-    assert_exact(last, cache)
-    assert_exact(cache, cache)
+    assert_exact(last, cache, mask)
+    assert_exact(cache, cache, mask)
 
 
 @few
-@given(conversations(size=st.sampled_from([2, 4])), st.integers(1, 3))
-def test_tiles_are_the_mask_where_ulysses_gathers(conversation, parts):
+@given(conversations(size=st.sampled_from([2, 4])), st.integers(1, 3), masks)
+def test_tiles_are_the_mask_where_ulysses_gathers(conversation, parts, mask):
     """Members' rows in turn need not ascend, and a split cuts spans anywhere."""
     layout = grown(conversation.layouts())
-    assert_exact(layout.gathered(2), layout.gathered(2))
-    assert_exact(layout.split(parts), layout.split(parts))
+    assert_exact(layout.gathered(2), layout.gathered(2), mask)
+    assert_exact(layout.split(parts), layout.split(parts), mask)
+
+
+@pytest.mark.parametrize("before", [1, 2, 7, 31])
+def test_a_window_costs_what_it_shows(before):
+    """A band is cut into few tiles, and none of them computes a pair that the window hides."""
+    (spans,) = contiguous(101, 1).ranks
+    tiles = visible_tiles(spans, spans, Mask(before))
+    assert sum(tile.pairs for tile in tiles) == sum(min(row, before) + 1 for row in range(101))
+    assert len(tiles) <= 3 * (101 // before + 1)
+
+
+def test_a_mask_that_hides_a_querys_own_key_is_refused():
+    with pytest.raises(ValueError, match="a mask of 3 before and -1 after"):
+        Mask(3, -1)
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
@@ -76,7 +95,7 @@ def test_the_future_is_never_computed(conversation):
     cache = grown(turns)
     later = turns[-1].after(cache)
     for q in cache.ranks:
-        assert all(causal_tiles(q, k) == () for k in later.ranks)
+        assert all(visible_tiles(q, k) == () for k in later.ranks)
 
 
 @few
@@ -86,7 +105,7 @@ def test_zigzag_is_a_triangle_at_home_and_a_rectangle_elsewhere(size, length):
     layout = zigzag(length, size)
     for q in range(size):
         for k in range(size):
-            tiles = causal_tiles(layout.ranks[q], layout.ranks[k])
+            tiles = visible_tiles(layout.ranks[q], layout.ranks[k])
             if q == k:
                 rows = layout.rows(q)
                 assert tiles == ((Tile(0, rows, 0, rows, causal=True),) if rows else ())
@@ -103,7 +122,7 @@ def test_striped_is_a_triangle_and_at_most_one_row_beside_it(size, length):
     layout = striped(length, size)
     for q in range(size):
         for k in range(size):
-            tiles = causal_tiles(layout.ranks[q], layout.ranks[k])
+            tiles = visible_tiles(layout.ranks[q], layout.ranks[k])
             assert sum(tile.causal for tile in tiles) <= 1
             assert all(1 in (tile.q1 - tile.q0, tile.k1 - tile.k0) for tile in tiles if not tile.causal)
             assert len(tiles) <= 2
@@ -116,7 +135,7 @@ def test_zigzag_work_is_even(size, chunk):
     length = 2 * size * chunk
     layout = zigzag(length, size)
     pairs = [
-        sum(tile.pairs for k in range(size) for tile in causal_tiles(layout.ranks[q], layout.ranks[k]))
+        sum(tile.pairs for k in range(size) for tile in visible_tiles(layout.ranks[q], layout.ranks[k]))
         for q in range(size)
     ]
     assert set(pairs) == {length * (length + 1) // 2 // size}

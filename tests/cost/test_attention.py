@@ -35,6 +35,15 @@ def test_difference_of_the_strategies_at_ten_percent():
     assert by == pytest.approx(0.1246, rel=0.06)
 
 
+@pytest.mark.parametrize(
+    ("t", "p", "window"), [(7, 11, None), (7, 11, 3), (7, 11, 13), (23, 0, 5), (1, 0, 1), (5, 2, 99)]
+)
+def test_flops_count_the_pairs_of_the_mask(t, p, window):
+    one = Work((t, 3), (p, 0), 2, heads=6, kv_heads=2, head_width=5, element_bytes=4, window=window)
+    pairs = sum(min(window or 999, position + 1) for t, p in ((t, p), (3, 0)) for position in range(p, p + t))
+    assert one.flops == 4 * 5 * 6 * pairs
+
+
 few = st.lists(st.tuples(st.integers(1, 97), st.integers(0, 97)), min_size=1, max_size=3)
 
 

@@ -12,17 +12,19 @@ from longctx.pretrained import shape_of
 from longctx.schema import Mesh, ModelSource
 
 
-def all_logits(rank: Rank, mesh: Mesh, folder: Path, tokens: list[int], dtype: Any) -> torch.Tensor | None:
+def all_logits(
+    rank: Rank, mesh: Mesh, folder: Path, tokens: list[int], dtype: Any, device: str = "cpu", kernel: str = "auto"
+) -> torch.Tensor | None:
     """Logits [s v] of every position, on the first rank."""
     from longctx.infer.engine import load_engine
     from longctx.infer.prefill import run_pass
     from longctx.megatron.model import logits
     from longctx.megatron.runtime import runtime
 
-    with runtime(rank, mesh, timeout_minutes=2) as here:
-        engine = load_engine(here, ModelSource("test", str(folder), dtype=dtype), shape_of(folder), folder, "auto")
+    with runtime(rank, mesh, timeout_minutes=2, device=device) as here:
+        engine = load_engine(here, ModelSource("test", str(folder), dtype=dtype), shape_of(folder), folder, kernel)
         layout = zigzag(len(tokens), mesh.ring).split(mesh.ulysses)
-        hidden = run_pass(engine, torch.tensor(tokens), layout, engine.cache(len(tokens)), pass_kv)
+        hidden = run_pass(engine, torch.tensor(tokens), layout, engine.cache(len(tokens)), engine.everywhere(pass_kv))
         with torch.inference_mode():
             mine = logits(engine.model, hidden, engine.tp, engine.shape.vocabulary)
         shapes = [(layout.rows(r), *mine.shape[1:]) for r in range(engine.ranks)]

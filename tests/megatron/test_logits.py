@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from longctx.parallel.launch import run_ranks
 from longctx.schema import Mesh, ModelSource
@@ -35,6 +35,13 @@ KINDS = {
     "untied llama": LlamaConfig(**SMALL, tie_word_embeddings=False),
     "llama 3.1": LlamaConfig(**SMALL, rope_parameters=LLAMA3),
     "qwen2, with biases": Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"} | {"hidden_size": 84}),
+    "mistral, a window in all layers": MistralConfig(**SMALL, sliding_window=37),
+    "qwen2, a window in the second layer": Qwen2Config(
+        **{k: v for k, v in SMALL.items() if k != "head_dim"} | {"hidden_size": 84},
+        use_sliding_window=True,
+        sliding_window=101,
+        max_window_layers=1,
+    ),
 }
 
 

@@ -8,8 +8,9 @@ import torch
 from longctx.attention.flash_cpu import flash_cpu
 from longctx.attention.kernel import Kernel, attend_tiles, reference
 from longctx.attention.layout import Layout, contiguous, deal, documents, single, striped, zigzag
+from longctx.attention.mask import Mask
 from longctx.attention.partial import nothing
-from longctx.attention.tiles import causal_tiles
+from longctx.attention.tiles import visible_tiles
 from longctx.parallel.comm import Comm, Pending
 from longctx.parallel.ring import Ring, one_exchange, rotate
 from longctx.parallel.strategy import STRATEGIES, ring_attention
@@ -151,6 +152,33 @@ def test_bytes_and_messages(strategy, name, ranks, dtype, e, acc):
         assert total.messages == expected[1] | {"shift": expected[1].get("shift", 0) + more_messages}
 
 
+@pytest.mark.parametrize(("ranks", "before", "hops"), [(5, 3, 1), (5, 11, 2), (5, 0, 0), (2, 999, 1)])
+def test_a_window_ends_the_ring_when_nobody_needs_more(ranks, before, hops):
+    """Contiguous blocks of 7 rows: pass-KV sends a block a hop, pass-Q as many, and answers of whom it reached."""
+    layout = contiguous(7 * ranks, ranks)
+    task, (hq, hk), d = problem(layout), (6, 2), 5
+    for name in ("pass_kv", "pass_q"):
+
+        def rank_main(world, rank, strategy=STRATEGIES[name]):
+            comm = world.group(rank)
+            ring = Ring(comm, layout, layout, Mask(before))
+            return strategy(*task.of(rank)[:3], ring, reference), comm.traffic
+
+        rows = oracle.packed(layout.lengths)
+        right, _ = oracle.attention(task.q, task.k, task.v, oracle.visible(rows, rows, before))
+        seen, traffic = zip(*run_threads(ranks, rank_main), strict=True)
+        oracle.assert_close(layout.unshard([part.out for part in seen], 1), right, 1e-10)
+        for rank, sent in enumerate(traffic):
+            # Keys reach those behind them: the queries that this rank answers are of the ranks ahead.
+            answered = min(hops, ranks - 1 - rank)
+            block = 7 * B * 8 * d
+            around = hops * block * (2 * hk if name == "pass_kv" else hq)
+            home = answered * 7 * B * 8 * hq * (d + 1) if name == "pass_q" else 0
+            if name == "pass_q":  # queries go round to the ranks ahead of them, the long way
+                around = (ranks - 1) * block * hq if hops else 0
+            assert sent.total == around + home
+
+
 @strategies
 def test_a_ring_of_one_sends_nothing(strategy):
     _, [[_, total]] = solved(problem(zigzag(7, 1)), strategy)
@@ -169,7 +197,7 @@ def test_answers_that_meet_are_exact_and_send_a_row_per_head(ulysses, ring, head
         q = share_of_heads(task.q, ulysses, member)
         k, v = (share_of_heads(keys.shard(x, at, 1), ulysses, member) for x in (task.k, task.v))
         seen = nothing(q)
-        attend_tiles(seen, q, k, v, causal_tiles(queries.ranks[0], keys.ranks[at]), reference)
+        attend_tiles(seen, q, k, v, visible_tiles(queries.ranks[0], keys.ranks[at]), reference)
         return one_exchange(seen, comm, ulysses), comm.traffic.total
 
     for out, sent in run_threads(size, rank_main):

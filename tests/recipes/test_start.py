@@ -89,7 +89,10 @@ def test_an_experiment_sets_what_belongs_together(compose):
         ("threads=-1", ["threads=-1"]),
         ("timeout_minutes=0", ["timeout_minutes=0", "greater than 0"]),
         ("device=tpu", ["device=tpu", "'cpu' or 'cuda'"]),
-        ("context.kernel=flash", ["context.kernel=flash", "'auto', 'reference' or 'flash_cpu'"]),
+        (
+            "context.kernel=flash",
+            ["context.kernel=flash", "'auto', 'reference', 'flash_cpu', 'flash_cuda', 'cudnn' or 'flash_attn'"],
+        ),
         ("sampling.seed=-1", ["sampling.seed=-1", "use 0 to"]),
         ("model.source=null", ["model.source", "model.wheel"]),
     ],
