@@ -44,7 +44,7 @@ def lines(
         axes.set_yscale("log")
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(visible=True, alpha=0.25)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # where it covers no line
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, metadata={"Date": None})
     plt.close(figure)
