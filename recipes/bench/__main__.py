@@ -2,13 +2,14 @@
 
 import sys
 
-from recipes.bench import crossover, decode, million, prefill
+from recipes.bench import crossover, decode, drift, million, prefill
 from recipes.start import console, main
 
 SUBJECTS = {
     "prefill": (prefill.task, "parallel efficiency, and where the rest goes"),
     "crossover": (crossover.task, "TTFT over the miss rate: pass-KV, pass-Q, and what auto takes"),
     "decode": (decode.task, "time from token to token, by strategy"),
+    "drift": (drift.task, "error of bfloat16 attention over the number of ranks, on a real model's activations"),
     "million": (million.task, "one layer, a million cached tokens, a few new ones"),
 }
 

@@ -15,9 +15,14 @@ def lines(
     x: str,
     y: str,
     marked: Sequence[float] = (),
+    levels: Sequence[float] = (),
+    ticks: Sequence[float] = (),
     log_y: bool = True,
 ) -> None:
-    """Draw ``series`` over ``over`` to ``out``; ``marked`` values of x get a dashed line."""
+    """Draw ``series`` over ``over`` to ``out``; ``marked`` values of x and ``levels`` of y get a dashed line.
+
+    ``ticks`` are the values of x that are written out; powers of ten, if not given.
+    """
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -29,12 +34,17 @@ def lines(
         axes.plot(over, values, marker="o", markersize=4, label=name, color=colour)
     for at in marked:
         axes.axvline(at, color="#6b7280", linestyle="--", linewidth=1)
+    for at in levels:
+        axes.axhline(at, color="#6b7280", linestyle="--", linewidth=1)
     axes.set_xscale("log")
+    if ticks:
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
     if log_y:
         axes.set_yscale("log")
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(visible=True, alpha=0.25)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # where it covers no line
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, metadata={"Date": None})
     plt.close(figure)

@@ -1,0 +1,138 @@
+"""recipes.bench drift: what a layer is handed, what it is held to, and what is said of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+from longctx.attention.flash_cpu import flash_cpu
+from longctx.parallel.launch import Rank, run_ranks
+from longctx.parallel.strategy import STRATEGIES
+from longctx.pretrained import shape_of
+from longctx.schema import Mesh, ModelSource
+from recipes.bench import drift
+from tests import oracle
+
+TOKENS = list(range(3, 3 + 2 * 41, 2))
+
+
+def inputs(rows: int, d: int = 5) -> drift.Inputs:
+    q, k, v = (torch.randn(2, rows, heads, d).bfloat16() for heads in (6, 2, 2))
+    return q, k, v
+
+
+def read(rank: Rank, folder: Path) -> dict[int, drift.Inputs]:
+    from longctx.infer.engine import load_engine
+    from longctx.megatron.runtime import runtime
+
+    with runtime(rank, Mesh()) as here:
+        engine = load_engine(here, ModelSource("tiny", str(folder)), shape_of(folder), folder, "auto")
+        return drift.captured(engine, torch.tensor(TOKENS), [1])
+
+
+def test_what_a_layer_is_handed_is_what_transformers_hands_it(tiny):
+    """Of the last layer: it is right only if the ones before attended right."""
+    handed = []
+
+    def keeping(module, query, key, value, mask, scaling, **_):
+        handed.append((query, key, value))
+        keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("keeping", keeping)
+    model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="keeping", dtype=torch.float32)
+    with torch.no_grad():
+        model(torch.tensor([TOKENS]))
+    kept = run_ranks(1, read, tiny)[0]
+    assert list(kept) == [1]
+    for got, right in zip(kept[1], handed[1], strict=True):
+        oracle.assert_close(got, right.transpose(1, 2).double(), 1e-5)
+
+
+def test_dense_attention_and_its_gradients_are_the_oracles():
+    of, rows = inputs(23), oracle.packed([23])
+    mask, dout = oracle.visible(rows, rows), torch.randn(2, 23, 6, 5)
+    oracle.assert_close(drift.exact(*of), oracle.attention(*of, mask)[0], 1e-12)
+    for got, right in zip(drift.exact_gradients(of, dout), oracle.gradients(*of, mask, dout), strict=True):
+        oracle.assert_close(got, right, 1e-12)
+
+
+def test_errors_of_every_way_and_number_of_ranks():
+    of, runs = inputs(101), []
+    made = drift.output_errors(of, (1, 3), flash_cpu, lambda: runs.append(1))
+    errors, unrounded = made["errors"], made["unrounded"]
+    assert list(errors) == list(unrounded) == [*STRATEGIES, drift.CONTROL]
+    for way in STRATEGIES:
+        assert all(1e-3 < taken < 2**-9 for taken in errors[way]), "bfloat16 is 2**-9 off, at most"
+        assert all(0 < taken < 1e-6 for taken in unrounded[way])
+    assert errors[drift.CONTROL][1] > drift.BAR * errors[drift.CONTROL][0], "the control drifts"
+    gradients = drift.gradient_errors(of, 0, (1, 3), flash_cpu, lambda: runs.append(1))
+    assert list(gradients) == ["dq", "dk", "dv"]
+    assert all(1e-3 < taken < 2**-9 for way in gradients.values() for taken in way)
+    assert len(runs) == 2 * len(errors) + 2
+
+
+def rows_of(ratios: dict[int, float]) -> list[dict]:
+    """Layers whose error on three ranks is as many times one rank's, by whatever way."""
+
+    def twice(error: float, ways: tuple[str, ...]) -> dict[str, list[float]]:
+        return {way: [1e-3, error * 1e-3] for way in ways}
+
+    ways = (*STRATEGIES, drift.CONTROL)
+    return [
+        {
+            "layer": layer,
+            "errors": twice(r, ways),
+            "unrounded": twice(r, ways),
+            "gradients": twice(1.0, ("dq", "dk", "dv")),
+        }
+        for layer, r in ratios.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "verdict"),
+    [
+        ({0: 1.01, 5: 1.05, 7: 1.02}, "no drift: at most 1.050000 (layer 5)"),
+        ({0: 1.01, 5: 0.9, 7: 1.06}, "DRIFT: at most 1.060000 (layer 7)"),
+    ],
+)
+def test_the_worst_layer_is_named_and_judged(ratios, verdict, capsys):
+    drift.show(rows_of(ratios), drift.Settings(9, None, (1, 3), (1, 3), None, None))
+    assert verdict in capsys.readouterr().err
+
+
+def test_a_tiny_model_is_measured_written_and_drawn(cli, tiny, tmp_path):
+    out, picture = tmp_path / "drift.json", tmp_path / "drift.svg"
+    argv = (f"model={tiny}", "tokens=61", "layers=[1]", "ranks=[1,3]", "gradient_ranks=[]")
+    code, _, err = cli(drift, drift.task, *argv, f"out={out}", f"picture={picture}")
+    assert code == 0, err
+    result = json.loads(out.read_text())
+    assert (result["model"], result["tokens"], result["ranks"]) == ("tiny", 61, [1, 3])
+    assert [row["layer"] for row in result["rows"]] == [1]
+    assert [len(taken) for taken in result["rows"][0]["errors"].values()] == [2] * 4
+    assert "no drift" in err and "processor" in result
+    assert "<svg" in picture.read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["model.dtype=float32"], "use model.dtype=bfloat16"),
+        (["ranks=[2,8]"], "ranks=[2, 8]: begin with 1"),
+        (["gradient_ranks=[2]"], "gradient_ranks=[2]: begin with 1"),
+        (["ranks=[]"], "ranks="),
+        (["layers=[]"], "layers="),
+        (["tokens=97", "layers=[0,2]"], "layers=2: tiny has layers 0 to 1"),
+        (["layers=[-1]"], "layers.0=-1"),
+        (["tokens=0"], "tokens=0"),
+        (["tokens=98"], "tokens=98: tiny was made for 97"),
+        (["picture=/dev/null/a.svg"], "/dev/null/a.svg cannot be written"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_measured_is_refused(refused, tiny, settings, words):
+    assert words in refused(drift, drift.task, *settings, f"model={tiny}")
