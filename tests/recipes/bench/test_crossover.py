@@ -74,9 +74,9 @@ def test_without_a_crossover_the_rule_is_absent_and_the_file_s_constants_stay(jo
 def test_the_files_say_the_links_and_constants_fitted_to_all_rows(job, tmp_path, hosts, rate):
     names = {name: str(tmp_path / name) for name in ("out", "fitted", "picture.svg")}
     names["picture"] = names.pop("picture.svg")
-    crossover.report(job(hosts=hosts, **names), ON, SURPRISE)
+    crossover.report(job(hosts=hosts, **names), ON, SURPRISE[1:3])
     result, file = json.loads(Path(names["out"]).read_text()), yaml.safe_load(Path(names["fitted"]).read_text())
-    seen = fit_empirical([(row["new"], row["cached"], *row_medians(row)) for row in SURPRISE])
+    seen = fit_empirical([(row["new"], row["cached"], *row_medians(row)) for row in SURPRISE[1:3]])
     for about, on in ((result, result["hardware"]), (file["measured"], file)):
         assert (about["hosts"], about["rate"], about["mesh"]) == (hosts, rate, "ring=3")
         assert tuple(on["empirical"]) == seen

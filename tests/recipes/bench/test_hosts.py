@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -164,8 +165,9 @@ def test_rates_mean_what_tc_means(rate, means):
 
 
 @pytest.mark.parametrize("rate", ["100", "100 mbit", "100Mb/s", "0mbit", "-1mbit", "1e9bit", "50%", "mbit", "10mbit 5"])
-def test_a_rate_that_is_none_is_refused(says, rate):
-    assert f"rate={rate}: use a number and kbit, mbit or gbit" in says("hosts=2", f"rate={rate}")
+def test_a_rate_that_is_none_is_refused(rate):
+    with pytest.raises(ValueError, match=re.escape(f"rate={rate}: use a number and kbit, mbit or gbit")):
+        hosts.bits_per_s(rate)
 
 
 @pytest.mark.parametrize(
@@ -174,9 +176,11 @@ def test_a_rate_that_is_none_is_refused(says, rate):
         (["hosts=3"], "hosts=3, mesh.ring=2: each host has one rank, use hosts=2, or hosts=0"),
         (["hosts=1", "mesh.ring=1"], "nothing travels on one rank"),
         (["hosts=-1"], "hosts=-1"),
+        (["hosts=2", "rate=100"], "rate=100: use a number and kbit, mbit or gbit, such as rate=100mbit"),
+        (["hosts=2", "rate=10 mbit"], "rate=10 mbit: use a number"),
     ],
 )
-def test_hosts_that_are_not_the_mesh_s_are_refused(says, settings, words):
+def test_hosts_and_rates_that_cannot_be_are_refused(says, settings, words):
     assert words in says(*settings)
 
 
