@@ -35,6 +35,7 @@ FREE_TEXT = (
     "hardware",
     "picture",
     "fitted",
+    "rate",
 )
 Section = TypeVar("Section")
 console = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -81,7 +81,7 @@ def fit_empirical(points: Sequence[tuple[int, int, float, float]]) -> tuple[floa
     finite.  Raises ValueError where one strategy won everywhere: there is no boundary to fit.
     """
     gains = [math.log(q / kv) for _, _, kv, q in points]
-    if min(gains) > 0 or max(gains) < 0:
+    if not any(gain > 0 for gain in gains) or not any(gain < 0 for gain in gains):
         raise ValueError("one strategy won every row: measure further to either side of the crossover")
     rows = [(math.log(t), math.log(t / (t + p)), 1.0) for t, p, _, _ in points]
     means = [sum(row[i] for row in rows) / len(rows) for i in range(2)]

@@ -1,10 +1,12 @@
 """Time to first token over the miss rate T / (T + P): pass-KV and pass-Q side by side, and what each rule takes.
 
     python -m recipes.bench crossover out=crossover.json picture=crossover.svg
+    python -m recipes.bench crossover hosts=4 mesh.ring=4 rate=100mbit
 
-The grid of arXiv 2411.01783, Table 4, with the whole model, on whatever links the ranks have.
+The grid of arXiv 2411.01783, Table 4, with the whole model, on whatever links the ranks have, or on emulated ones.
 """
 
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Annotated, Any
 import torch
 import yaml
 from omegaconf import DictConfig
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from rich.table import Table
 
 from longctx.cost.attention import Work
@@ -25,6 +27,7 @@ from longctx.parallel.launch import Rank
 from longctx.parallel.mesh import refuse_unused
 from longctx.pretrained import locate, shape_of, tokenizer_of
 from longctx.schema import Mesh, ModelShape, ModelSource, PromptSource
+from recipes.bench.hosts import is_host, refuse_hosts, run_on_hosts
 from recipes.bench.picture import lines
 from recipes.calibrate import hardware_from, measured
 from recipes.machine import provenance
@@ -42,6 +45,8 @@ class Settings:
     total: Annotated[int, Field(ge=16)]
     miss_rates: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
     rounds: PositiveInt
+    hosts: NonNegativeInt
+    rate: str
     hardware: str | None
     out: str | None
     picture: str | None
@@ -116,8 +121,17 @@ def filled(engine: Any, cached: int, room: int) -> Any:
     return cache
 
 
-def judged(row: dict[str, Any], job: Job, on: Hardware) -> dict[str, Any]:
-    """``row`` with its medians, and what each rule takes and loses to the better strategy."""
+def judged(rows: list[dict[str, Any]], job: Job, on: Hardware) -> list[dict[str, Any]]:
+    """``rows`` with their medians, and what each rule takes and loses to the better strategy.
+
+    The empirical rule is fitted to the other rows; where these have no crossover, it says nothing.
+    """
+    others = ([*rows[:i], *rows[i + 1 :]] for i in range(len(rows)))
+    return [judged_row(row, job, replace(on, empirical=fitted(rest))) for row, rest in zip(rows, others, strict=True)]
+
+
+def judged_row(row: dict[str, Any], job: Job, on: Hardware) -> dict[str, Any]:
+    """``row`` with its medians, and what each rule that has its constants in ``on`` takes and loses."""
     took = {name: median(seconds) for name, seconds in row["seconds"].items()}
     shape, element = job.shape, getattr(torch, job.model.dtype).itemsize
     heads = (shape.heads, shape.kv_heads, shape.head_width)
@@ -131,37 +145,41 @@ def judged(row: dict[str, Any], job: Job, on: Hardware) -> dict[str, Any]:
     return {**row, **took, "miss_rate": row["new"] / job.settings.total, "rules": rules}
 
 
-def fitted(rows: list[dict[str, Any]], on: Hardware) -> Hardware:
-    """``on`` with the empirical rule's constants, if these rows have a crossover to fit."""
+def fitted(rows: list[dict[str, Any]]) -> tuple[float, float, float] | None:
+    """The empirical rule's constants for ``rows``; None where these have no crossover to fit."""
     points = [(row["new"], row["cached"], *(median(row["seconds"][name]) for name in STRATEGIES)) for row in rows]
     try:
-        return replace(on, empirical=fit_empirical(points))
-    except ValueError as error:
-        console.print(f"no empirical rule: {error}")
-        return on
+        return fit_empirical(points)
+    except ValueError:
+        return None
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Both strategies' TTFT, and the rules, as a table."""
+    rules = [rule for rule in RULES if any(rule in row["rules"] for row in rows)]
     table = Table(box=None)
-    for column in ("T", "P", "miss", "KV ms", "Q ms", "KV/Q-1", *rows[0]["rules"]):
+    for column in ("T", "P", "miss", "KV ms", "Q ms", "KV/Q-1", *rules):
         table.add_column(column, justify="right")
     for row in rows:
         kv, q = row["pass_kv"], row["pass_q"]
-        taken = [f"{SHORT[says['takes']]} {says['loses']:+.1%}" for says in row["rules"].values()]
+        says = [row["rules"].get(rule) for rule in rules]
+        taken = [f"{SHORT[said['takes']]} {said['loses']:+.1%}" if said else "" for said in says]
         sizes = (f"{row['new']:,}", f"{row['cached']:,}", f"{row['miss_rate']:.1%}")
         table.add_row(*sizes, f"{kv * 1e3:,.1f}", f"{q * 1e3:,.1f}", f"{kv / q - 1:+.1%}", *taken)
     console.print(table)
 
 
-def task(config: DictConfig) -> None:
-    """Measure; write, draw and show what the first rank gives."""
-    warm_up_ranks(["longctx.infer.engine", "longctx.infer.session", "longctx.parallel.probe", "recipes.progress"])
+def asked(config: DictConfig) -> Job:
+    """What ``config`` asks for.  Raises ValueError if it cannot be done."""
     settings, mesh = top_level(config, Settings), section(config, "mesh", Mesh)
+    if not settings.hosts:
+        warm_up_ranks(["longctx.infer.engine", "longctx.infer.session", "longctx.parallel.probe", "recipes.progress"])
     model = section(config, "model", ModelSource)
     refuse_unused(mesh, "recipes.bench crossover", ("tp", "ulysses", "dp", "pp"))
     if mesh.ring < 2:
         raise ValueError(f"mesh.ring={mesh.ring}: nothing travels on one rank, use mesh.ring=2 or more")
+    if settings.hosts:
+        refuse_hosts(settings.hosts, settings.rate, mesh)
     for name in (settings.out, settings.picture, settings.fitted):
         refuse_unwritable(name)
     folder = locate(model, say)
@@ -170,18 +188,35 @@ def task(config: DictConfig) -> None:
     if available < settings.total:
         raise ValueError(f"total={settings.total}: the text has {available:,} tokens; use at most that")
     on = hardware_from(settings.hardware) if settings.hardware else None
-    job = Job(settings, mesh, model, folder, shape_of(folder), tuple(tokens), on)
-    given = on_ranks(mesh, run_rank, job)
-    if given is None:
+    return Job(settings, mesh, model, folder, shape_of(folder), tuple(tokens), on)
+
+
+def task(config: DictConfig) -> None:
+    """Measure; write, draw and show what the first rank gives."""
+    job = asked(config)
+    if job.settings.hosts and not is_host():
+        run_on_hosts(job.settings.hosts, job.settings.rate, [sys.executable, *sys.orig_argv[1:]])
         return
-    on = fitted(given[1], given[0])
-    rows = [judged(row, job, on) for row in given[1]]
+    given = on_ranks(job.mesh, run_rank, job)
+    if given is not None:
+        report(job, *given)
+
+
+def report(job: Job, on: Hardware, measured_rows: list[dict[str, Any]]) -> None:
+    """Judge the rules by ``measured_rows``; show, write and draw."""
+    settings, constants = job.settings, fitted(measured_rows)
+    if constants is None:
+        console.print("no empirical rule: one strategy won every row, measure further to either side of the crossover")
+    rows = judged(measured_rows, job, on)
     show(rows)
-    about = {**provenance(), "model": model.name, "mesh": str(mesh), "total": settings.total, "hardware": asdict(on)}
+    on = replace(on, empirical=constants or on.empirical)
+    where = {"mesh": str(job.mesh), "hosts": settings.hosts, "rate": settings.rate if settings.hosts else None}
+    about = {**provenance(), "model": job.model.name, **where, "total": settings.total, "hardware": asdict(on)}
     if settings.out:
         written(settings.out, {**about, "rows": rows})
     if settings.fitted:
-        Path(settings.fitted).write_text(yaml.safe_dump({"measured": provenance(), **asdict(on)}, sort_keys=False))
+        file = {"measured": {**provenance(), **where}, **asdict(on)}
+        Path(settings.fitted).write_text(yaml.safe_dump(file, sort_keys=False))
     if settings.picture:
         draw(rows, job)
 
@@ -193,11 +228,12 @@ def draw(rows: list[dict[str, Any]], job: Job) -> None:
     crossings = [
         (rates[i] * rates[i + 1]) ** 0.5 for i in range(len(rows) - 1) if (kv[i] < q[i]) != (kv[i + 1] < q[i + 1])
     ]
+    links = f", {job.settings.rate} links" if job.settings.hosts else ""
     lines(
         str(job.settings.picture),
         rates,
         {"pass-KV": kv, "pass-Q": q},
-        title=f"{job.model.name}, {job.settings.total:,} tokens of context, {job.mesh}",
+        title=f"{job.model.name}, {job.settings.total:,} tokens of context, {job.mesh}{links}",
         x="miss rate T / (T + P)",
         y="time to first token, ms",
         marked=crossings,

@@ -39,8 +39,9 @@ def test_fitted_constants_classify_all_of_table_4():
 
 
 def test_what_cannot_be_fitted_is_refused():
-    with pytest.raises(ValueError, match="one strategy won every row"):
-        fit_empirical([(1, 2, 1.0, 2.0), (3, 4, 1.0, 3.0)])
+    for points in ([(1, 2, 1.0, 2.0), (3, 4, 1.0, 3.0)], [(1, 2, 1.0, 1.0), (3, 4, 1.0, 3.0)], []):
+        with pytest.raises(ValueError, match="one strategy won every row"):
+            fit_empirical(points)
     with pytest.raises(ValueError, match=r"use context\.strategy=auto"):
         choose("empirical", work(1, 1), PEAKS)
 

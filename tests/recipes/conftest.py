@@ -35,7 +35,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def run(recipe: ModuleType, task: Callable[..., None], *argv: str) -> tuple[Any, str, str]:
         monkeypatch.setattr("sys.argv", [str(recipe.__file__), *argv])
-        monkeypatch.setattr("sys.orig_argv", [sys.executable, "-m", recipe.__name__, *argv])
+        module = recipe.__name__.replace("recipes.bench.", "recipes.bench ").split()
+        monkeypatch.setattr("sys.orig_argv", [sys.executable, "-m", *module, *argv])
         name = recipe.__name__.removeprefix("recipes.").replace(".", "_")
         code = 0
         try:

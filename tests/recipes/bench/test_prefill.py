@@ -45,7 +45,7 @@ def test_both_parts_are_measured_and_written(cli, tiny, tmp_path):
         assert shares == pytest.approx(row["efficiency"]) and row["efficiency"] > 0
         assert {name: len(taken) for name, taken in row["seconds"].items()} == dict.fromkeys(TIMES, 1)
     assert "efficiency" in err and str(out) in err
-    assert result["command"] == shlex.join(["python", "-m", "recipes.bench.prefill", *argv])
+    assert result["command"] == shlex.join(["python", "-m", "recipes.bench", "prefill", *argv])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,201 @@
+"""Emulated hosts: links as slow as asked for, refusals before anything starts, and nothing left behind."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from longctx.parallel.launch import RankFailed
+from recipes.bench import crossover, hosts
+
+
+def output(command):
+    return subprocess.run(command.split(), capture_output=True, text=True, check=True).stdout
+
+
+def state():
+    """This process's namespaces, and the machine's own links and queueing disciplines."""
+    mine = [name for name in output("ip netns list").split() if name.startswith(f"longctx-{os.getpid()}-")]
+    return mine, output("ip -brief link"), output("tc qdisc show")
+
+
+@pytest.fixture(scope="module")
+def namespaces():
+    """Skips where a machine has no namespaces to give, or no shaped links in them."""
+    if os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("tc")):
+        pytest.skip("emulated hosts need root, and ip and tc (iproute2)")
+    name = f"longctx-test{os.getpid()}"
+    made = [
+        f"ip netns add {name}",
+        f"ip -n {name} link add bridge type bridge",
+        f"ip -n {name} link add one type veth peer name two",
+        f"tc -n {name} qdisc add dev one root tbf rate 1mbit burst 10000 limit 10000",
+    ]
+    try:
+        for command in made:
+            output(command)
+    except subprocess.CalledProcessError as refused:
+        pytest.skip(f"no emulated hosts here: `{command}` says {refused.stderr.strip()}")
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+@pytest.fixture
+def nothing_left(namespaces, monkeypatch):
+    """The test leaves no namespace, link or rank behind."""
+    before, started, ranks = state(), hosts._started, []
+    monkeypatch.setattr(hosts, "_started", lambda *args: ranks.append(started(*args)) or ranks[-1])
+    yield
+    assert state() == before
+    assert all(rank.returncode is not None for rank in ranks), "a rank still runs"
+
+
+def on_hosts(count, rate, program):
+    """Run a Python ``program`` on emulated hosts; RANK is defined in it."""
+    begin = "import os, signal, socket, sys, time\nRANK = int(os.environ['RANK'])\n"
+    hosts.run_on_hosts(count, rate, [sys.executable, "-c", begin + program])
+
+
+def test_the_crossover_is_measured_over_links_of_the_asked_rate(cli, tiny, tmp_path, nothing_left):
+    out = tmp_path / "crossover.json"
+    words = [f"model={tiny}", "hosts=2", "rate=80mbit", "total=61", "miss_rates=[0.3]", "rounds=1", f"out={out}"]
+    code, _, err = cli(crossover, crossover.task, *words)
+    assert code == 0, err
+    result = json.loads(out.read_text())
+    assert (result["hosts"], result["rate"], result["mesh"]) == (2, "80mbit", "ring=2")
+    assert "hosts=2 rate=80mbit" in result["command"]
+    assert 0.6 * 10e6 < result["hardware"]["hop"]["bytes_per_s"] < 1.05 * 10e6
+
+
+TALK = """
+port = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+if RANK == 0:
+    with socket.create_server(port) as server:
+        peers = [server.accept()[0] for _ in range(2)]
+    began = time.monotonic()
+    for peer in peers:
+        peer.sendall(bytes(TOLD))
+        peer.shutdown(socket.SHUT_WR)
+    for peer in peers:
+        while peer.recv(2**16): pass
+    print("seconds", time.monotonic() - began)
+else:
+    while True:
+        try: peer = socket.create_connection(port)
+        except ConnectionRefusedError: time.sleep(0.01)
+        else: break
+    while peer.recv(2**16): pass
+    peer.sendall(bytes(ANSWERED))
+"""
+
+
+@pytest.mark.parametrize(("told", "answered"), [(500_000, 1), (1, 500_000)], ids=["sends", "receives"])
+def test_what_a_host_sends_to_two_others_or_receives_from_them_shares_its_link(nothing_left, capfd, told, answered):
+    on_hosts(3, "20mbit", TALK.replace("TOLD", str(told)).replace("ANSWERED", str(answered)))
+    seconds = float(capfd.readouterr().out.removeprefix("seconds"))
+    assert seconds > 0.9 * 2 * 500_000 * 8 / 20e6
+
+
+@pytest.mark.parametrize(
+    ("ending", "how"),
+    [("print('its last words'); sys.exit(3)", "exited with 3"), ("os.kill(os.getpid(), 9)", "was killed by SIGKILL")],
+)
+def test_a_rank_that_fails_ends_the_others(nothing_left, capfd, ending, how):
+    began = time.monotonic()
+    with pytest.raises(RankFailed, match=f"rank 1 of 2 {how}; the other ranks were ended") as failed:
+        on_hosts(2, "10mbit", f"print('of', RANK, flush=True)\nif RANK: {ending}\ntime.sleep(60)")
+    assert time.monotonic() - began < 30
+    assert ("its last words" in failed.value.details) == ("last" in ending)
+    assert capfd.readouterr().out in ("", "of 0\n"), "the first rank's output only"
+
+
+@pytest.mark.parametrize(("sent", "raised"), [("SIGINT", KeyboardInterrupt), ("SIGTERM", SystemExit)])
+def test_an_interrupted_run_ends_its_ranks(nothing_left, sent, raised):
+    with pytest.raises(raised):
+        on_hosts(2, "10mbit", f"if RANK: os.kill(os.getppid(), signal.{sent})\ntime.sleep(60)")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_what_ip_refuses_is_undone_and_said(nothing_left, monkeypatch):
+    monkeypatch.setattr(hosts, "_MTU", -1)
+    with pytest.raises(ValueError, match=r"use hosts=0: `ip -n \S+ link add .*` says .*mtu"):
+        hosts.run_on_hosts(2, "10mbit", [sys.executable, "-c", "raise SystemExit"])
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(nothing_left):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    dead, alive = [f"longctx-{ended.pid}-switch", f"longctx-{ended.pid}-host2"], f"longctx-{os.getppid()}-host1"
+    for name in (*dead, alive):
+        output(f"ip netns add {name}")
+    try:
+        with hosts.emulated_hosts(1, "10mbit") as names:
+            there = set(output("ip netns list").split())
+    finally:
+        output(f"ip netns del {alive}")
+    assert there >= {alive, *names} and not there & set(dead)
+
+
+@pytest.fixture
+def says(refused, tiny, monkeypatch):
+    """What the crossover says when it refuses ``settings``, with no host started."""
+    monkeypatch.setattr(crossover, "run_on_hosts", lambda *_: pytest.fail("hosts were started"))
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("shutil.which", lambda name: f"/sbin/{name}")
+    return lambda *settings: refused(crossover, crossover.task, f"model={tiny}", *settings)
+
+
+@pytest.mark.parametrize(
+    "environment", [{"WORLD_SIZE": "1"}, {"SLURM_STEP_NUM_TASKS": "1"}, {"TORCHELASTIC_RUN_ID": "7"}]
+)
+def test_a_rank_hears_of_no_other_launcher(environment):
+    kept = hosts._without_launchers({"HOME": "/root", **environment})
+    assert kept.pop("HOME") == "/root" and kept in ({}, {"WORLD_SIZE": "1"})
+
+
+@pytest.mark.parametrize(("rate", "means"), [("100mbit", 1e8), ("1gbit", 1e9), ("2.5gbit", 2.5e9), ("7kbit", 7e3)])
+def test_rates_mean_what_tc_means(rate, means):
+    assert hosts.bits_per_s(rate) == means
+
+
+@pytest.mark.parametrize("rate", ["100", "100 mbit", "100Mb/s", "0mbit", "-1mbit", "1e9bit", "50%", "mbit", "10mbit 5"])
+def test_a_rate_that_is_none_is_refused(rate):
+    with pytest.raises(ValueError, match=re.escape(f"rate={rate}: use a number and kbit, mbit or gbit")):
+        hosts.bits_per_s(rate)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["hosts=3"], "hosts=3, mesh.ring=2: each host has one rank, use hosts=2, or hosts=0"),
+        (["hosts=1", "mesh.ring=1"], "nothing travels on one rank"),
+        (["hosts=-1"], "hosts=-1"),
+        (["hosts=2", "rate=100"], "rate=100: use a number and kbit, mbit or gbit, such as rate=100mbit"),
+        (["hosts=2", "rate=10 mbit"], "rate=10 mbit: use a number"),
+    ],
+)
+def test_hosts_and_rates_that_cannot_be_are_refused(says, settings, words):
+    assert words in says(*settings)
+
+
+def test_a_user_who_is_not_root_is_refused(says, monkeypatch):
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert "hosts=2: network namespaces need root, use sudo, or hosts=0" in says("hosts=2")
+
+
+@pytest.mark.parametrize("tool", ["ip", "tc"])
+def test_a_machine_without_ip_or_tc_is_refused(says, monkeypatch, tool):
+    monkeypatch.setattr("shutil.which", lambda name: None if name == tool else f"/sbin/{name}")
+    assert f"there is no {tool} in PATH, install iproute2" in says("hosts=2")
+
+
+def test_ranks_of_a_launcher_are_refused(says, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "a launcher has started these: use hosts=0" in says("hosts=2")
