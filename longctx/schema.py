@@ -1,7 +1,7 @@
 """The values that a run is made of: frozen dataclasses, filled from configs/; a leaf that anyone may read."""
 
 from dataclasses import dataclass, field
-from math import prod
+from math import inf, prod
 from typing import Literal
 
 
@@ -107,6 +107,65 @@ class Sampling:
             raise ValueError(f"sampling.seed={self.seed}: use 0 to {2**32 - 1}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling.top_p={self.top_p}: use a share above 0, up to 1")
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where documents come from, and their share of all tokens (``weight``, relative to the other sources').
+
+    Either ``path``, a file, a folder or a pattern of files: a document a line of .jsonl or a row of .parquet, any
+    other file is one document (a folder's .txt files; .gz of each but parquet).  Or ``name``, a dataset of the
+    Hugging Face hub: its ``subset`` and ``revision``, fetched whole first or, ``streaming``, as it is read.
+    Local files are always read as a stream.
+    """
+
+    path: str | None = None
+    name: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    text_key: str = "text"
+    streaming: bool = False
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if bool(self.path) == bool(self.name):
+            raise ValueError("a source of data has either a path (file, folder or pattern) or a name (of the hub)")
+        if not 0 < self.weight < inf:
+            raise ValueError(f"{self}: weight={self.weight}; give a number above 0, or leave the source out")
+
+    def __str__(self) -> str:
+        return str(self.path or ":".join(filter(None, [self.name, self.subset, self.split])))
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What a model is trained or measured on: documents, packed into sequences of ``length``, ``batch`` at a time.
+
+    ``epochs`` null repeats for ever.  ``shuffle`` is how many documents of a source are held and given in random
+    order, those of the next window after them; 0 is reading order.  ``end_token`` closes every document.
+    ``last`` is what becomes of an incomplete last sequence and batch, where epochs end: dropped, or filled up with
+    tokens that do not count.  ``on_error`` is what becomes of a record that is no text: the run's end, or the record's.
+    """
+
+    sources: tuple[TextSource, ...]
+    length: int
+    batch: int = 1
+    epochs: int | None = None
+    shuffle: int = 0
+    seed: int = 0
+    end_token: bool = True
+    last: Literal["drop", "pad"] = "drop"
+    on_error: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("data.sources is empty: give it at least one source, with a path or a name")
+        least = {"length": 1, "batch": 1, "epochs": 1, "shuffle": 0, "seed": 0}
+        for name, value in least.items():
+            given = getattr(self, name)
+            if given is not None and given < value:
+                raise ValueError(f"data.{name}={given}: use {value} or more")
 
 
 @dataclass(frozen=True)

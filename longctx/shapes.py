@@ -4,7 +4,7 @@
 ``hq`` / ``hk`` query / KV heads, ``d`` width of a head.  Tests execute them (jaxtyping with beartype).
 """
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Queries = Float[Tensor, "b sq hq d"]
@@ -13,4 +13,4 @@ LogSumExp = Float[Tensor, "b sq hq"]
 Tokens = Int[Tensor, "b s"]
 Positions = Int[Tensor, " s"]
 
-__all__ = ["Float", "Int", "Keys", "LogSumExp", "Positions", "Queries", "Tensor", "Tokens"]
+__all__ = ["Bool", "Float", "Int", "Keys", "LogSumExp", "Positions", "Queries", "Tensor", "Tokens"]

@@ -1,11 +1,11 @@
 """A prompt is exactly the text that was asked for, or refused with what to do instead."""
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from longctx.data import prompt
 from longctx.schema import PromptSource
+from tests.tiny import tiny_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
@@ -16,11 +16,7 @@ DOCUMENT = "Thé quick brown fox\njumps  over 13 lazy dogs."
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     """A token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    of_bytes = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    of_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    of_bytes.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=of_bytes, chat_template=TEMPLATE)
+    return tiny_tokenizer(chat_template=TEMPLATE)
 
 
 def prompt_tokens(source, tokenizer):

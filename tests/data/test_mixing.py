@@ -1,0 +1,66 @@
+"""Sources are mixed in proportion to their weights, to within a document, and without a draw."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longctx.data.documents import documents
+from longctx.data.mixing import interleaved
+from longctx.schema import DataSettings
+from tests.data.texts import assert_resumes, first, made, pages, written
+
+DOCUMENTS = st.lists(st.integers(1, 31).map(lambda n: [7] * n), min_size=40, max_size=40)
+
+
+def source_of(document, sources):
+    """Which of the sources, each of whose documents has tokens of its own, gave a document."""
+    return next(i for i, mine in enumerate(sources) if document.tokens[0] in mine)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(DOCUMENTS, st.floats(0.01, 100)), min_size=2, max_size=5))
+def test_no_source_is_ahead_of_its_share_by_more_than_its_last_document(sources):
+    weights = [weight for _, weight in sources]
+    mixed = interleaved([made(*texts) for texts, _ in sources], weights)
+    before = [0] * len(sources)
+    for document, state in mixed(None):
+        tokens = state["tokens"]
+        (turn,) = [i for i, (a, b) in enumerate(zip(before, tokens, strict=True)) if a != b]
+        assert tokens[turn] - before[turn] == len(document.tokens)
+        share = weights[turn] / sum(weights) * sum(tokens)
+        assert tokens[turn] - share <= len(document.tokens) + 1e-6
+        before = tokens
+        if any(source == {"n": 40} for source in state["sources"]):
+            return  # one has ended
+    pytest.fail("no source has ended")
+
+
+def test_real_pages_in_the_shares_asked_for(byte_tokenizer, tmp_path):
+    """Documents of very different lengths; every source repeats for ever."""
+    texts = pages(41)
+    groups, weights = [texts[:5], texts[5:18], texts[18:]], [5, 2, 1]
+    sources = [written("jsonl", group, tmp_path / f"{i}") for i, group in enumerate(groups)]
+    data = DataSettings(tuple(sources), length=1)
+    mixed = interleaved([documents(source, byte_tokenizer, data) for source in sources], weights)
+    longest = [max(len(text.encode()) + 1 for text in group) for group in groups]
+    for _, state in first(mixed, 199)[10:]:
+        tokens = state["tokens"]
+        for i, weight in enumerate(weights):
+            assert abs(tokens[i] - weight / 8 * sum(tokens)) <= max(longest), state
+    assert min(tokens) > 10 * max(longest)
+    assert_resumes(mixed, 23)
+
+
+def test_one_that_has_ended_leaves_the_others_to_their_weights():
+    mixed = interleaved([made([1]), made(*[[2]] * 60), made(*[[3]] * 20)], [10, 3, 1])
+    given = [int(document.tokens) for document, _ in first(mixed)]
+    assert sorted(given) == [1] + [2] * 60 + [3] * 20, "everything is given, once"
+    for k in range(1, 81):
+        assert abs(given[:k].count(2) - 3 * given[:k].count(3)) <= 3
+    assert_resumes(mixed)
+
+
+def test_a_state_of_other_sources_is_refused():
+    _, state = first(interleaved([made([1]), made([2])], [1, 1]), 1)[0]
+    with pytest.raises(ValueError, match=r"is of 2 sources, data\.sources has 1"):
+        first(interleaved([made([1])], [1]), state=state)
