@@ -25,6 +25,11 @@ class Mesh:
         return prod(vars(self).values())
 
     @property
+    def sequence_parallel(self) -> bool:
+        """In training, tensor-parallel ranks share what lies between their matrices by rows: always, it costs nothing."""
+        return self.tp > 1
+
+    @property
     def context(self) -> int:
         """Ranks that share one sequence."""
         return self.ulysses * self.ring
@@ -90,6 +95,37 @@ class Context:
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"context.chunk={self.chunk}: prefill at least one token at a time, or null for all")
+
+
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW, warmed up over ``warmup`` steps, then decayed to ``min_lr`` over ``decay_steps`` (the run's, if null).
+
+    ``clip`` bounds the gradient's norm (0: not); ``zero1`` shards the optimizer's state over data-parallel and
+    context-parallel ranks (megatron-core's distributed optimizer).
+    """
+
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    warmup: int = 10
+    decay_steps: int | None = None
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    clip: float = 1.0
+    zero1: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"optim.min_lr={self.min_lr} and optim.lr={self.lr}: use 0 <= min_lr <= lr")
+        if self.warmup < 0:
+            raise ValueError(f"optim.warmup={self.warmup}: use 0 steps or more")
+        if self.decay_steps is not None and self.decay_steps < 2:
+            raise ValueError(f"optim.decay_steps={self.decay_steps}: use 2 or more, or null for those of the run")
 
 
 @dataclass(frozen=True)

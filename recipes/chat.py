@@ -151,9 +151,9 @@ def run_rank(rank: Rank, job: Job) -> list[dict[str, Any]]:
     from longctx.megatron.runtime import runtime
 
     threads = threads_for(job.settings.threads, rank)
-    limits = {"threads": threads, "timeout_minutes": job.settings.timeout_minutes}
+    device, minutes = job.settings.device, job.settings.timeout_minutes
     done = []
-    with runtime(rank, job.mesh, device=job.settings.device, **limits) as here:
+    with runtime(rank, job.mesh, device=device, threads=threads, timeout_minutes=minutes) as here:
         with Progress(shown=rank.rank == 0) as progress:
             progress.start("loading", None)
             engine = load_engine(here, job.model, job.shape, job.folder, job.context.kernel)

@@ -17,10 +17,10 @@ def tiny_tokenizer(**special: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=of_bytes, **special)
 
 
-def tiny_model(folder: Path, positions: int, heads: int = 9, kv_heads: int = 3) -> Path:
+def tiny_model(folder: Path, positions: int, heads: int = 9, kv_heads: int = 3, ffn: int = 51) -> Path:
     """``folder``, with a model of 2 layers and ``positions`` positions in it, and no end token."""
     tiny_tokenizer().save_pretrained(folder)
-    widths = {"head_dim": 4, "hidden_size": 4 * heads, "intermediate_size": 51}
+    widths = {"head_dim": 4, "hidden_size": 4 * heads, "intermediate_size": ffn}
     sizes = {"vocab_size": 256, "num_hidden_layers": 2, "max_position_embeddings": positions}
     torch.manual_seed(7)
     shape = LlamaConfig(num_attention_heads=heads, num_key_value_heads=kv_heads, **widths, **sizes)

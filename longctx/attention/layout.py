@@ -154,6 +154,9 @@ def striped(length: int, size: int) -> Layout:
     return Layout((length,), tuple((Span(rank, n, size),) if n else () for rank, n in enumerate(counts)))
 
 
+LAYOUTS: dict[str, Callable[[int, int], Layout]] = {"zigzag": zigzag, "contiguous": contiguous, "striped": striped}
+
+
 def documents(lengths: Sequence[int], size: int, within: Callable[[int, int], Layout] = zigzag) -> Layout:
     """Packed documents that do not see each other, each one sharded on its own by ``within``."""
     return side_by_side([within(length, size) for length in lengths])

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import torch
 
-from longctx.attention.layout import Layout, contiguous, deal, striped, zigzag
+from longctx.attention.layout import LAYOUTS, Layout, contiguous, deal
 from longctx.infer.cache import Batch, KVCache
 from longctx.infer.engine import Engine
 from longctx.infer.prefill import LayerDone, run_pass, run_replicated
@@ -17,12 +17,6 @@ from longctx.parallel.comm import doing
 from longctx.parallel.strategy import STRATEGIES
 from longctx.schema import Context, Sampling
 from longctx.shapes import Tensor
-
-LAYOUTS: dict[str, Callable[[int, int], Layout]] = {
-    "zigzag": zigzag,
-    "contiguous": contiguous,
-    "striped": striped,
-}
 
 # (new tokens, cached tokens) of each sequence, the layers' window -> (name of the strategy, why it was chosen)
 Chooser = Callable[[Sequence[int], Sequence[int], int | None], tuple[str, str]]

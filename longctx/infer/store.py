@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from longctx.attention.layout import deal
-from longctx.infer.session import LAYOUTS, Conversation, Session, meet
+from longctx.attention.layout import LAYOUTS, deal
+from longctx.infer.session import Conversation, Session, meet
 from longctx.shapes import Tensor
 
 _VERSION = 1

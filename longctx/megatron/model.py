@@ -2,6 +2,7 @@
 
 import importlib.util
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -26,6 +28,9 @@ from longctx.schema import ModelShape
 from longctx.shapes import Float, Positions, Tensor, Tokens
 
 __all__ = ["GPTModel", "build_model", "hidden_states", "layers_in_use", "logits", "padded_vocabulary", "rotary_angles"]
+
+
+_NEVER = -1e9  # the logit of a token that does not exist: its probability is 0 in any precision
 
 
 class RMSNorm(nn.RMSNorm):
@@ -51,15 +56,26 @@ def layers_in_use(asked: str) -> str:
     return "te" if there and asked != "local" else "local"
 
 
-def build_model(shape: ModelShape, groups: Any, *, dtype: torch.dtype, layers: str, device: torch.device) -> GPTModel:
-    """A GPTModel of ``shape``, sharded over ``groups.tp``, with uninitialised weights (see `weights.load`)."""
+def build_model(
+    shape: ModelShape, groups: Any, *, dtype: torch.dtype, layers: str, device: torch.device, **options: Any
+) -> GPTModel:
+    """A GPTModel of ``shape``, sharded over ``groups`` (tp, pp), with uninitialised weights (see `weights.load`).
+
+    ``options`` are further settings of megatron-core's TransformerConfig: those of training.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="full scope is deprecated")  # its own default
-        config = _config(shape, groups, dtype)
+        warnings.filterwarnings(
+            "ignore", message="If you are using transformer_engine as the transformer implementation"
+        )
+        config = _config(shape, groups, dtype, options)
     spec = _local_layer() if layers == "local" else _te_layer()
+    stages, stage = groups.pp.size(), groups.pp.rank()
     model = GPTModel(
         config,
-        TransformerBlockSubmodules(layer_specs=[spec] * shape.layers, layer_norm=RMSNorm),
+        TransformerBlockSubmodules(layer_specs=[spec] * (shape.layers // stages), layer_norm=RMSNorm),
+        pre_process=stage == 0,
+        post_process=stage == stages - 1,
         vocab_size=padded_vocabulary(shape, groups.tp.size()),
         max_sequence_length=shape.positions,
         share_embeddings_and_output_weights=shape.tied,
@@ -104,6 +120,25 @@ def logits(model: GPTModel, hidden: Float[Tensor, "s b hidden"], tp: Comm, vocab
     return torch.cat(tp.all_gather(part, [tuple(part.shape)] * tp.size), -1)[..., :vocabulary].float()
 
 
+def token_losses(
+    model: GPTModel, tokens: Tokens, targets: Tokens, angles: Float[Tensor, "s 1 1 d"], one_pass: Pass, vocabulary: int
+) -> Tensor:
+    """Cross-entropy [s b] of each row's target (nats, float32); of any but the last pipeline stage, its hidden states.
+
+    The padding of the vocabulary takes no part, so that any tensor-parallel degree has the same loss.
+    """
+    embedded = model.embedding(tokens, None) if model.pre_process else None
+    hidden = model.decoder(embedded, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=one_pass)
+    if not model.post_process:
+        return hidden
+    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+    part, _ = model.output_layer(hidden, weight=weight)
+    width, tp = part.shape[-1], model.pg_collection.tp
+    if padding := max(0, min(width, (tp.rank() + 1) * width - vocabulary)):
+        part = torch.cat([part[..., : width - padding], part.new_full((*part.shape[:-1], padding), _NEVER)], -1)
+    return vocab_parallel_cross_entropy(part.float(), targets.transpose(0, 1).contiguous())
+
+
 def rotary_angles(shape: ModelShape, positions: Positions) -> Float[Tensor, "s 1 1 d"]:
     """Angles (radians) of explicit positions, so that any layout and any restart of positions will do."""
     frequencies = torch.tensor(shape.rotary.frequencies, dtype=torch.float32, device=positions.device)
@@ -111,7 +146,7 @@ def rotary_angles(shape: ModelShape, positions: Positions) -> Float[Tensor, "s 1
     return torch.cat([half, half], -1)[:, None, None, :]
 
 
-def _config(shape: ModelShape, groups: Any, dtype: torch.dtype) -> TransformerConfig:
+def _config(shape: ModelShape, groups: Any, dtype: torch.dtype, options: Mapping[str, Any]) -> TransformerConfig:
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -143,6 +178,7 @@ def _config(shape: ModelShape, groups: Any, dtype: torch.dtype) -> TransformerCo
         apply_rope_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
+        **options,
     )
 
 

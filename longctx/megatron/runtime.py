@@ -1,6 +1,7 @@
 """One place that starts and stops process groups."""
 
 import datetime
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,9 +12,19 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from longctx.megatron.on_cpu import let_training_run
 from longctx.parallel.comm import Alone, Comm, DistComm
 from longctx.parallel.launch import Rank
 from longctx.schema import Mesh
+
+
+# What torch says of the calls that megatron-core's optimizer, recompute and checkpoints make.
+_OF_ITS_OWN_CALLS = (
+    "`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
+    "`load_state_dict` is deprecated",
+    "Please use DTensor instead",
+    r"The \.grad attribute of a Tensor that is not a leaf",
+)
 
 
 @dataclass(frozen=True)
@@ -41,9 +52,17 @@ class Runtime:
 
 @contextmanager
 def runtime(
-    rank: Rank, mesh: Mesh, *, device: str = "cpu", threads: int = 1, timeout_minutes: int = 30
+    rank: Rank,
+    mesh: Mesh,
+    *,
+    device: str = "cpu",
+    threads: int = 1,
+    timeout_minutes: int = 30,
+    training: bool = False,
 ) -> Iterator[Runtime]:
     """Process groups of ``mesh`` while the block runs: gloo for ``device`` cpu, NCCL for cuda.
+
+    ``training`` also makes megatron-core's training machinery run where there is no CUDA.
 
     A collective that a silent rank keeps waiting for ``timeout_minutes`` raises; a dead rank is noticed at once.
     An error leaves the groups as they are, for the process to end with: taking them down would wait for others.
@@ -52,6 +71,8 @@ def runtime(
     if rank.world != mesh.ranks:
         raise ValueError(f"{rank.world} ranks were started, the mesh has {mesh.ranks} ({mesh})")
     torch.set_num_threads(threads)
+    if training:
+        let_training_run()
     here = torch.device("cpu")
     if device == "cuda":
         here = torch.device("cuda", rank.local % torch.cuda.device_count())
@@ -63,7 +84,10 @@ def runtime(
         world_size=rank.world,
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
-    yield _groups(rank, mesh, here, timeout_minutes)
+    with warnings.catch_warnings():
+        for message in _OF_ITS_OWN_CALLS if training else ():
+            warnings.filterwarnings("ignore", message=message)
+        yield _groups(rank, mesh, here, timeout_minutes)
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

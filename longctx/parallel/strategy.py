@@ -14,33 +14,54 @@ STRATEGIES: dict[str, Strategy] = {"pass_kv": pass_kv, "pass_q": pass_q, "all_ga
 
 
 def ring_attention(
-    ring: Ring, kernel: Kernel, strategy: Strategy, sinks: Float[Tensor, " hq"] | None = None
+    ring: Ring,
+    kernel: Kernel,
+    strategy: Strategy,
+    sinks: Float[Tensor, " hq"] | None = None,
+    kept: list[Partial] | None = None,
 ) -> Attention:
     """Differentiable attention (q, k, v) -> out [b sq hq d] in q's dtype, over a ring of ranks.
 
     Gradients do not care what travelled in the forward: one backward serves all strategies.  ``sinks`` are the
     logits of the heads' attention sinks (see `partial.sink`); their gradient is that of this rank's rows.
+    ``kept`` is for recomputed activations: a forward without gradients leaves its answer there, and the recompute
+    with gradients takes it, so that the ring never runs twice (selective checkpoint++ of arXiv 2406.18485).
     Raises ValueError for inputs that ``kernel`` has not been tested exact on.
     """
 
     def attention(q: Queries, k: Keys, v: Keys) -> Queries:
         kernel.refuse_untested(q, k, v)
-        return _RingAttention.apply(q, k, v, sinks, ring, kernel, strategy)
+        answer = kept.pop() if kept and torch.is_grad_enabled() else None
+        if answer is None:
+            answer = _answer(q, k, v, sinks, ring, kernel, strategy)
+            if kept is not None and not torch.is_grad_enabled():
+                kept.append(answer)
+        return _RingAttention.apply(q, k, v, sinks, answer, ring, kernel)
 
     return attention
 
 
+@torch.no_grad()
+def _answer(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, ring: Ring, kernel: Kernel, strategy: Strategy
+) -> Partial:
+    whole = strategy(q, k, v, ring, kernel)
+    if sinks is not None:
+        absorb(whole, slice(None), sink(sinks, whole))
+    return whole
+
+
 class _RingAttention(torch.autograd.Function):
+    """The answer as it is; the backward is the ring's."""
+
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, ring: Ring, kernel: Kernel, strategy: Strategy
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, answer: Partial, ring: Ring, kernel: Kernel
     ) -> Tensor:
-        whole = strategy(q, k, v, ring, kernel)
-        if sinks is not None:
-            absorb(whole, slice(None), sink(sinks, whole))
-        ctx.save_for_backward(q, k, v, sinks, whole.out, whole.lse)
+        ctx.save_for_backward(q, k, v, sinks, answer.out, answer.lse)
         ctx.ring, ctx.kernel = ring, kernel
-        return whole.out.to(q.dtype)
+        # A copy: what a checkpointed forward has kept must not be what others may write into.
+        return answer.out.to(q.dtype, copy=True)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
