@@ -93,10 +93,11 @@ def saved(tiny, tmp_path_factory) -> Path:
     from longctx.parallel.launch import run_ranks
     from longctx.pretrained import fingerprint
     from longctx.schema import Context, Mesh
-    from tests.infer.talk import Say, Segment, play
+    from tests.infer.talk import Save, Say, Segment, play
 
     folder = tmp_path_factory.mktemp("saved") / "talk"
-    run_ranks(2, play, tiny, Segment(Mesh(ring=2), Context(), (Say({0: [1, 2, 3]}, {0: 2}),)), None, folder)
+    steps = (Say({0: [1, 2, 3]}, {0: 2}), Save(folder))
+    run_ranks(2, play, tiny, Segment(Mesh(ring=2), Context(), steps), None)
     index = folder / "session.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"model": fingerprint(tiny)}))
     return folder
