@@ -1,6 +1,7 @@
-"""A real model answers from a long prompt that is sharded over context-parallel ranks.
+"""A real model answers from a long prompt, or a batch of prompts, that is sharded over context-parallel ranks.
 
     python -m recipes.generate mesh.ring=2 prompt.file=book.txt prompt.tokens=4000 max_new_tokens=64
+    python -m recipes.generate mesh.ring=2 prompts=prompts.jsonl
 
 Prints the text and a table of figures; ``out=FILE.json`` writes them.  Started plainly it starts its own
 local ranks; under torchrun or srun it is one of the ranks that are there.
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from longctx.attention.backends import kernel_for
 from longctx.data.prompt import prompt_tokens
+from longctx.data.turns import turns_from
 from longctx.parallel.launch import Rank
 from longctx.parallel.mesh import refuse_unfit, refuse_unused
 from longctx.parallel.strategy import STRATEGIES
@@ -42,12 +44,21 @@ from recipes.start import (
 class Settings:
     """The settings of configs/generate.yaml that are not a section of their own."""
 
+    prompts: str | None
     max_new_tokens: PositiveInt
     verify: bool
     threads: PositiveInt | None
     device: Literal["cpu", "cuda"]
     timeout_minutes: PositiveInt
     out: str | None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a sequence begins with, and the most tokens that its answer may have."""
+
+    tokens: tuple[int, ...]
+    max_new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -60,8 +71,12 @@ class Job:
     mesh: Mesh
     context: Context
     sampling: Sampling
-    prompt: tuple[int, ...]
+    prompts: tuple[Prompt, ...]
     settings: Settings
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt.tokens) for prompt in self.prompts)
 
 
 def prepare(config: DictConfig) -> Job:
@@ -82,33 +97,53 @@ def prepare(config: DictConfig) -> Job:
     tensor_files(folder)  # refuses a folder without weights
     shape = shape_of(folder)
     refuse_unfit(mesh, shape)
-    prompt, text = prompt_tokens(source, tokenizer_of(folder))
-    refuse_lengths(len(prompt), text, settings.max_new_tokens, mesh, shape)
-    return Job(
+    job = Job(
         model=model,
         folder=folder,
         shape=shape,
         mesh=mesh,
         context=context,
         sampling=sampling,
-        prompt=tuple(prompt),
+        prompts=given_prompts(settings, source, tokenizer_of(folder), shape.positions),
         settings=settings,
     )
-
-
-def refuse_lengths(prompt: int, text: int, new_tokens: int, mesh: Mesh, shape: ModelShape) -> None:
-    """ValueError if the prompt is too long for the model, or too short for the ranks; ``text`` of it can be cut."""
-    if new_tokens >= shape.positions:
-        raise ValueError(f"max_new_tokens={new_tokens} fills the model's context of {shape.positions:,}: ask for fewer")
-    if (over := prompt + new_tokens - shape.positions) > 0:
+    if job.prompt_tokens < mesh.context:
         raise ValueError(
-            f"the prompt has {prompt:,} tokens, and with max_new_tokens={new_tokens} that is {over:,} more than the "
-            f"model's context of {shape.positions:,}: cut its text with prompt.tokens={max(1, text - over)}"
+            f"mesh.ulysses x mesh.ring = {mesh.context} ranks for a prompt of {job.prompt_tokens} tokens: "
+            f"use at most {job.prompt_tokens} ranks, or a longer prompt"
         )
-    if prompt < mesh.context:
+    return job
+
+
+def given_prompts(settings: Settings, source: PromptSource, tokenizer: Any, most: int) -> tuple[Prompt, ...]:
+    """The prompt that ``source`` describes, or those of the file, a line each, as they stand.
+
+    Raises ValueError if there are none or both, or if one and its answer are longer than ``most``.
+    """
+    if settings.prompts is None:
+        tokens, text = prompt_tokens(source, tokenizer)
+        advice = "cut its text with prompt.tokens={}"
+        refuse_too_long("", len(tokens), settings.max_new_tokens, most, advice, text)
+        return (Prompt(tuple(tokens), settings.max_new_tokens),)
+    if also := [name for name, value in vars(source).items() if value is not None]:
+        raise ValueError(f"prompts={settings.prompts} and prompt.{also[0]} are both given: use one of them")
+    prompts = []
+    for turn in turns_from(settings.prompts, settings.max_new_tokens, "prompts"):
+        tokens, text = prompt_tokens(PromptSource(text=turn.text), tokenizer)
+        advice = "cut its text to {} tokens"
+        refuse_too_long(f"{turn.where}: ", len(tokens), turn.max_new_tokens, most, advice, text)
+        prompts.append(Prompt(tuple(tokens), turn.max_new_tokens))
+    return tuple(prompts)
+
+
+def refuse_too_long(where: str, prompt: int, new_tokens: int, most: int, advice: str, text: int) -> None:
+    """ValueError if prompt and answer are longer than ``most``, with ``advice`` to how many of its ``text`` to cut."""
+    if new_tokens >= most:
+        raise ValueError(f"{where}max_new_tokens={new_tokens} fills the model's context of {most:,}: ask for fewer")
+    if (over := prompt + new_tokens - most) > 0:
         raise ValueError(
-            f"mesh.ulysses x mesh.ring = {mesh.context} ranks for a prompt of {prompt} tokens: "
-            f"use at most {prompt} ranks, or a longer prompt"
+            f"{where}the prompt has {prompt:,} tokens, and with max_new_tokens={new_tokens} that is {over:,} more than "
+            f"the model's context of {most:,}: {advice.format(max(1, text - over))}"
         )
 
 
@@ -126,28 +161,31 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
         with Progress(shown=rank.rank == 0) as progress:
             progress.start("loading", None)
             engine = load_engine(here, job.model, job.shape, job.folder, job.context.kernel)
-            progress.start(f"prefill of {len(job.prompt):,} tokens, layers", job.shape.layers)
+            progress.start(f"prefill of {job.prompt_tokens:,} tokens, layers", job.shape.layers)
             session = Session(engine, job.context, job.sampling)
+            prompts = {i: prompt.tokens for i, prompt in enumerate(job.prompts)}
+            most = {i: prompt.max_new_tokens for i, prompt in enumerate(job.prompts)}
             made = session.turn(
-                {0: job.prompt},
-                {0: job.settings.max_new_tokens},
+                prompts,
+                most,
                 layer_done=progress.step,
-                token_done=lambda _: progress.step("decode, tokens", job.settings.max_new_tokens),
+                token_done=lambda _: progress.step("decode, tokens", max(most.values())),
             )
             difference = None
             if job.settings.verify:
                 progress.start("the same on one rank, layers", job.shape.layers)
                 torch.set_num_threads(threads * rank.neighbours)  # the other ranks are waiting
                 alone = load_alone(here, engine, job.model, job.folder) if rank.rank == 0 else None
-                difference = logit_difference(engine, alone, torch.tensor(job.prompt), made, layer_done=progress.step)
+                difference = logit_difference(engine, alone, prompts, made, layer_done=progress.step)
         figures = gather_figures(engine, [made.prefill_bytes, made.decode_bytes, session.cache_bytes])
     prefill_bytes, decode_bytes, cache_bytes = map(list, zip(*figures, strict=True))
+    decoded = sum(len(tokens) - 1 for tokens in made.tokens.values() if tokens)  # the prefill gave the first ones
     return {
-        "token_ids": made.tokens[0],
+        "token_ids": [made.tokens[i] for i in prompts],
         "ttft_s": made.ttft_s,
-        "tokens_per_s": 1 / made.ttit_s if made.ttit_s else None,
+        "tokens_per_s": decoded / made.decode_s if decoded else None,
         "ttit_s": made.ttit_s,
-        "prefill_tokens_per_s": len(job.prompt) / made.ttft_s,
+        "prefill_tokens_per_s": made.new / made.ttft_s,
         "kv_cache_bytes_per_rank": cache_bytes,
         "prefill_bytes_sent_per_rank": prefill_bytes,
         "decode_bytes_sent_per_rank": decode_bytes,
@@ -159,12 +197,21 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
 
 
 def describe(job: Job, figures: dict[str, Any]) -> dict[str, Any]:
-    """The result as it is written: what was asked, what came out, what it cost."""
+    """The result as it is written: what was asked, what it cost, what came out; of a batch all ``answers``."""
+    tokenizer = tokenizer_of(job.folder)
+    answers = [
+        {
+            "text": tokenizer.decode(token_ids, skip_special_tokens=True),
+            "prompt_tokens": len(prompt.tokens),
+            "token_ids": token_ids,
+            "prompt_token_ids": list(prompt.tokens),
+        }
+        for prompt, token_ids in zip(job.prompts, figures["token_ids"], strict=True)
+    ]
     return {
         "model": job.model.name,
-        "text": tokenizer_of(job.folder).decode(figures["token_ids"], skip_special_tokens=True),
-        "tokens": len(job.prompt),
-        "new_tokens": len(figures["token_ids"]),
+        "tokens": job.prompt_tokens,
+        "new_tokens": sum(map(len, figures["token_ids"])),
         "ranks": job.mesh.ranks,
         "mesh": vars(job.mesh),
         "strategy": job.context.strategy,
@@ -172,16 +219,18 @@ def describe(job: Job, figures: dict[str, Any]) -> dict[str, Any]:
         "layout": job.context.layout,
         "sampling": vars(job.sampling),
         "dtype": job.model.dtype,
-        **figures,
+        **{name: value for name, value in figures.items() if name != "token_ids"},
         **provenance(),
-        "prompt_token_ids": list(job.prompt),
+        **({"answers": answers} if job.settings.prompts else answers[0]),
     }
 
 
 def show(result: dict[str, Any]) -> None:
-    """The text, and the figures as a table."""
-    console.rule("answer")
-    print(result["text"], flush=True)
+    """The text of each answer, and the figures as a table."""
+    answers = result.get("answers", [result])
+    for number, answer in enumerate(answers, 1):
+        console.rule("answer" if len(answers) == 1 else f"answer {number}")
+        print(answer["text"], flush=True)
     console.rule("figures")
     table = Table(show_header=False, box=None)
     for name, value in rows(result):
@@ -193,19 +242,21 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The lines of the table, in words."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in result["mesh"].items() if n > 1) or "one rank"
     rate, difference = result["tokens_per_s"], result["max_logit_diff"]
+    count = len(result.get("answers", [result]))
+    prompts, whole = ("the prompt", "the whole prompt") if count == 1 else (f"{count} prompts", f"all {count} prompts")
     return [
-        ("tokens", f"{result['tokens']:,} in the prompt, {result['new_tokens']} new"),
+        ("tokens", f"{result['tokens']:,} in {prompts}, {result['new_tokens']} new"),
         ("ranks", f"{result['ranks']} ({mesh}), {result['threads_per_rank']} thread(s) each"),
         ("strategy", f"{result['strategy']}, {result['layout']}; decode {result['decode_strategy']}"),
         ("layers, kernel", f"megatron-core {result['layers']}, {result['kernel']}"),
         ("time to first token", f"{result['ttft_s']:.2f} s ({result['prefill_tokens_per_s']:,.0f} tokens/s)"),
-        ("decode", f"{rate:.1f} tokens/s" if rate else "one token only"),
+        ("decode", f"{rate:.1f} tokens/s" if rate else "one token at most"),
         ("KV cache per rank", in_megabytes(result["kv_cache_bytes_per_rank"])),
         ("sent per rank, prefill", in_megabytes(result["prefill_bytes_sent_per_rank"])),
         ("sent per rank, decode", in_megabytes(result["decode_bytes_sent_per_rank"])),
         (
             "largest logit difference",
-            "not asked for" if difference is None else f"{difference:.1e} against one rank, over the whole prompt",
+            "not asked for" if difference is None else f"{difference:.1e} against one rank, over {whole}",
         ),
     ]
 

@@ -28,6 +28,7 @@ FREE_TEXT = (
     "prompt.text",
     "prompt.question",
     "prompt.file",
+    "prompts",
     "out",
     "turns",
     "session.save",

@@ -10,25 +10,29 @@ _REPLY = "\N{REPLACEMENT CHARACTER}reply\N{REPLACEMENT CHARACTER}"  # stands for
 
 @dataclass(frozen=True)
 class UserTurn:
-    """What the user says, and the most tokens that the answer may have."""
+    """What the user says, the most tokens that the answer may have, and for errors where it was said."""
 
     text: str
     max_new_tokens: int
+    where: str = ""
 
 
-def turns_from(name: str, max_new_tokens: int) -> tuple[UserTurn, ...]:
-    """The turns of a JSONL file, a line ``{"text": ..., "max_new_tokens": n}`` each.
+def turns_from(name: str, max_new_tokens: int, setting: str = "turns") -> tuple[UserTurn, ...]:
+    """The turns of a JSONL file, a line ``{"text": ..., "max_new_tokens": n}`` each; ``setting`` named the file.
 
     A line without ``max_new_tokens`` takes the one given.  Raises ValueError naming the line that is wrong.
     """
     try:
-        lines = Path(name).expanduser().read_text(encoding="utf-8").splitlines()
+        text = Path(name).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"turns={name} cannot be read: {error}") from error
-    turns = [_turn(line, f"turns={name}, line {i}", max_new_tokens) for i, line in enumerate(lines, 1) if line.strip()]
-    if not turns:
-        raise ValueError(f'turns={name} has no turns: give it lines like {{"text": "Hello", "max_new_tokens": 32}}')
-    return tuple(turns)
+        raise ValueError(f"{setting}={name} cannot be read: {error}") from error
+    # Not splitlines: a JSON string may hold other separators, like U+2028, as they are.
+    lines = [(line, f"{setting}={name}, line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise ValueError(
+            f'{setting}={name} has no {setting}: give it lines like {{"text": "Hello", "max_new_tokens": 32}}'
+        )
+    return tuple(_turn(line, where, max_new_tokens) for line, where in lines)
 
 
 def _turn(line: str, where: str, max_new_tokens: int) -> UserTurn:
@@ -43,7 +47,7 @@ def _turn(line: str, where: str, max_new_tokens: int) -> UserTurn:
     most = given.get("max_new_tokens", max_new_tokens)
     if not isinstance(most, int) or isinstance(most, bool) or most < 0:
         raise ValueError(f'{where}: "max_new_tokens" is {json.dumps(most)}, use a number of tokens, 0 or more')
-    return UserTurn(given["text"], most)
+    return UserTurn(given["text"], most, where)
 
 
 def turn_tokens(text: str, tokenizer: Any, *, before: list[int], ends: tuple[int, ...]) -> list[int]:

@@ -1,14 +1,13 @@
-"""What one-shot generation adds to a session: its prompt's logits against one rank's, and all ranks' figures."""
+"""What one-shot generation adds to a session: its prompts' logits against one rank's, and all ranks' figures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from longctx.attention.layout import contiguous
 from longctx.infer.engine import Engine
-from longctx.infer.prefill import LayerDone, run_pass
-from longctx.infer.session import Turn, next_logits
-from longctx.parallel.strategy import STRATEGIES
+from longctx.infer.prefill import LayerDone
+from longctx.infer.session import Session, Turn, next_logits
+from longctx.schema import Context, Sampling
 from longctx.shapes import Tensor
 
 _LOGIT_ROWS = 256  # rows compared at a time: 50 MB a side for a vocabulary of 49,152
@@ -17,32 +16,38 @@ _LOGIT_ROWS = 256  # rows compared at a time: 50 MB a side for a vocabulary of 4
 def logit_difference(
     engine: Engine,
     alone: Engine | None,
-    prompt: Tensor,
+    prompts: Mapping[int, Sequence[int]],
     made: Turn,
     layer_done: LayerDone = lambda: None,
 ) -> float | None:
-    """Largest difference of the prompt's logits from those that ``alone``, one rank by itself, computes.
+    """Largest difference of all prompts' logits from those that ``alone``, one rank by itself, computes.
 
     ``alone`` is given on the first rank of the world only, which returns the figure; all must call this.
-    ``made`` is a session's first turn, of one sequence.
+    ``made`` is a session's first turn, of ``prompts``.
     """
-    chunks = []
-    for hidden, layout in made.passes:
-        shapes = [(layout.rows(rank), *hidden.shape[1:]) for rank in range(engine.ranks)]
-        chunks.append(layout.unshard(engine.context.all_gather(hidden, shapes)))
+    whole = _packed_states(engine, made)
     if engine.rank:
         return None
-    whole, lone, largest = torch.cat(chunks), None, torch.zeros((), device=engine.device)
+    lone, largest = None, torch.zeros((), device=engine.device)
     if alone:
-        whole_prompt, cache = contiguous(len(prompt), 1), alone.cache(len(prompt))
-        lone = run_pass(alone, prompt, whole_prompt, cache, alone.everywhere(STRATEGIES["pass_kv"]), layer_done)
-    for begin in range(0, len(prompt), _LOGIT_ROWS):
+        session = Session(alone, Context(), Sampling())
+        lone = _packed_states(alone, session.turn(prompts, dict.fromkeys(prompts, 0), layer_done=layer_done))
+    for begin in range(0, len(whole), _LOGIT_ROWS):
         rows = slice(begin, begin + _LOGIT_ROWS)
         ours = next_logits(engine, whole[rows])  # every tensor-parallel rank takes part in this one
         if alone and lone is not None:
             # torch's maximum keeps a NaN, where Python's max may drop it.
             largest = torch.maximum(largest, (ours - next_logits(alone, lone[rows])).abs().max())
     return float(largest) if alone else None
+
+
+def _packed_states(engine: Engine, made: Turn) -> Tensor:
+    """Hidden states of all rows that ``made`` prefilled, on every rank: one sequence behind the other."""
+    passes = []
+    for hidden, layout in made.passes:
+        shapes = [(layout.rows(rank), *hidden.shape[1:]) for rank in range(engine.ranks)]
+        passes.append(layout.unshard(engine.context.all_gather(hidden, shapes)))
+    return torch.cat(passes)
 
 
 def gather_figures(engine: Engine, figures: Sequence[int]) -> list[list[int]]:

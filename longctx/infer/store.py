@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from longctx.attention.layout import LAYOUTS, deal
-from longctx.infer.session import Conversation, Session, meet
+from longctx.infer.session import Conversation, Session
 from longctx.shapes import Tensor
 
-_VERSION = 1
+_VERSION = 2
 _INDEX = "session.json"
+_PIECE = 2**20  # bytes
 
 
 def save(session: Session, folder: Path, model: str) -> None:
@@ -29,19 +31,8 @@ def save(session: Session, folder: Path, model: str) -> None:
     if engine.rank == 0 and engine.tp.rank == 0:
         shutil.rmtree(coming, ignore_errors=True)
         coming.mkdir(parents=True)
-    _meet(session)
-    name = f"ring{engine.ring.rank}-heads{kv_heads(session)[0]}.safetensors"
-    tensors = {}
-    for i, one in session.sequences.items():
-        tensors[f"{i}.positions"] = one.cache.layout.positions(engine.ring.rank)
-        for layer in range(engine.shape.layers):
-            keys, values = one.cache.layer(layer)
-            tensors |= {f"{i}.{layer}.k": keys[0].contiguous(), f"{i}.{layer}.v": values[0].contiguous()}
-    # Of members that share a KV head the last to come replaces the others' file by the same.
-    part = coming / f"{name}.{engine.rank}"
-    save_file(tensors, part)
-    part.replace(coming / name)
-    _meet(session)
+    _all_ranks(session, [0])
+    written = _all_ranks(session, [engine.ring.rank, kv_heads(session)[0], *_write_rows(session, coming)])
     if engine.rank == 0 and engine.tp.rank == 0:
         index = {
             "version": _VERSION,
@@ -49,11 +40,47 @@ def save(session: Session, folder: Path, model: str) -> None:
             "dtype": str(next(engine.model.parameters()).dtype),
             "tokens": {i: one.tokens for i, one in session.sequences.items()},
             "cached": {i: one.cached for i, one in session.sequences.items()},
-            "files": {file.name: file.stat().st_size for file in sorted(coming.glob("*.safetensors"))},
+            "files": {_name(*of): {"size": size, "crc32": crc} for *of, size, crc in written if size},
         }
         (coming / _INDEX).write_text(json.dumps(index))
         _replace(folder, coming)
-    _meet(session)
+    _all_ranks(session, [0])
+
+
+def _write_rows(session: Session, folder: Path) -> tuple[int, int]:
+    """Write this rank's rows and heads to ``folder``; the bytes of the file and their checksum.
+
+    Of members that cache the same KV head the first one writes; the others have no bytes.
+    """
+    engine = session.engine
+    if engine.ulysses.rank % max(1, engine.ulysses.size * engine.tp.size // engine.shape.kv_heads):
+        return 0, 0
+    tensors = {}
+    for i, one in session.sequences.items():
+        tensors[f"{i}.positions"] = one.cache.layout.positions(engine.ring.rank)
+        for layer in range(engine.shape.layers):
+            keys, values = one.cache.layer(layer)
+            tensors |= {f"{i}.{layer}.k": keys[0].contiguous(), f"{i}.{layer}.v": values[0].contiguous()}
+    file = folder / _name(engine.ring.rank, kv_heads(session)[0])
+    save_file(tensors, file)
+    return file.stat().st_size, _checksum(file)
+
+
+def _name(ring_rank: int, first_head: int) -> str:
+    return f"ring{ring_rank}-heads{first_head}.safetensors"
+
+
+def _checksum(file: Path) -> int:
+    """CRC-32 of a file, read a piece at a time.
+
+    It is there against accidents: it tells of a flipped byte for sure, of any other change but for one in four
+    billion, and is faster than disks are.  Whoever would forge a file could write the index as well.
+    """
+    crc = 0
+    with file.open("rb") as pieces:
+        while piece := pieces.read(_PIECE):
+            crc = zlib.crc32(piece, crc)
+    return crc
 
 
 def _replace(folder: Path, coming: Path) -> None:
@@ -68,7 +95,8 @@ def _replace(folder: Path, coming: Path) -> None:
 def read_index(folder: Path, model: str, dtype: str) -> dict[str, Any]:
     """The index of the session in ``folder``.
 
-    Raises ValueError, saying what to do, if there is none, if it is torn, or of another model or dtype.
+    Raises ValueError, saying what to do, if there is none, if a file of it is not as it was written, or if it is
+    of another model or dtype.
     """
     try:
         index = json.loads((folder / _INDEX).read_text())
@@ -83,10 +111,17 @@ def read_index(folder: Path, model: str, dtype: str) -> dict[str, Any]:
         raise ValueError(f"session.load={folder} is of another model ({of}, not {model}): use the one it was made with")
     if kept_as != dtype:
         raise ValueError(f"session.load={folder} is in {kept_as}, not {dtype}: set model.dtype to that")
-    for name, size in files.items():
-        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            raise ValueError(f"session.load={folder}: {name} is missing or torn: save the session again")
+    for name, kept in files.items():
+        if fault := _fault(folder / name, **kept):
+            raise ValueError(f"session.load={folder}: {name} {fault}: save the session again")
     return index
+
+
+def _fault(file: Path, size: int, crc32: int) -> str:
+    """What is wrong with a file that had so many bytes and that checksum; nothing if it still has."""
+    if not file.is_file() or file.stat().st_size != size:
+        return "is missing or torn"
+    return "" if _checksum(file) == crc32 else "has changed since it was saved"
 
 
 def load(session: Session, folder: Path, index: dict[str, Any]) -> None:
@@ -138,6 +173,10 @@ def _rows(folder: Path, index: dict[str, Any], name: str, i: str, positions: Ten
     return out
 
 
-def _meet(session: Session) -> None:
-    meet(session.engine)
-    session.engine.tp.all_gather(torch.zeros(1), [(1,)] * session.engine.tp.size)
+def _all_ranks(session: Session, mine: list[int]) -> list[list[int]]:
+    """Every rank's ``mine``, of as many numbers each, once all ranks have come to this line."""
+    engine = session.engine
+    numbers = torch.tensor([mine], device=engine.device)
+    for comm in (engine.tp, engine.context):
+        numbers = torch.cat(comm.all_gather(numbers, [tuple(numbers.shape)] * comm.size))
+    return numbers.tolist()

@@ -17,7 +17,6 @@ from longctx.parallel.comm import Alone, Comm, DistComm
 from longctx.parallel.launch import Rank
 from longctx.schema import Mesh
 
-
 # What torch says of the calls that megatron-core's optimizer, recompute and checkpoints make.
 _OF_ITS_OWN_CALLS = (
     "`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",

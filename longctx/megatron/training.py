@@ -22,7 +22,7 @@ from longctx.shapes import Float, Tensor, Tokens
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """This rank's rows of one packed sequence, filled up to as many on every rank; ``mask`` is 0 where nothing counts."""
+    """This rank's rows of one packed sequence, filled up to as many on every rank; ``mask`` is 0 where none counts."""
 
     tokens: Tokens
     targets: Tokens

@@ -18,6 +18,14 @@ class Say:
 
 
 @dataclass(frozen=True)
+class Decode:
+    """Go on with the answers of some sequences, by so many tokens: those whose last token was decoded."""
+
+    sequences: tuple[int, ...]
+    steps: int
+
+
+@dataclass(frozen=True)
 class Drop:
     """Forget a sequence."""
 
@@ -25,24 +33,34 @@ class Drop:
 
 
 @dataclass(frozen=True)
+class Save:
+    """Write the session to a folder."""
+
+    folder: Path
+
+
+Step = Say | Decode | Drop | Save
+
+
+@dataclass(frozen=True)
 class Segment:
-    """What happens on one mesh, between a restore and a save."""
+    """What happens on one mesh, from a start or a restore on."""
 
     mesh: Mesh
     context: Context
-    steps: tuple[Say | Drop, ...]
+    steps: tuple[Step, ...]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a rank saw: tokens by step, bytes by step (prefill, decode), rows held by each ring rank after it."""
+    """What a rank saw: tokens by step; of turns bytes (prefill, decode), and the rows held by each ring rank after."""
 
     tokens: list[dict[int, list[int]]]
     bytes: list[tuple[int, int]]
     held: list[list[int]]
 
 
-def play(rank: Rank, folder: Path, segment: Segment, load_from: Path | None, save_to: Path | None) -> Seen:
+def play(rank: Rank, folder: Path, segment: Segment, load_from: Path | None) -> Seen:
     """A rank's part of ``segment``."""
     from longctx.infer.engine import load_engine
     from longctx.infer.session import Session
@@ -58,14 +76,28 @@ def play(rank: Rank, folder: Path, segment: Segment, load_from: Path | None, sav
         for step in segment.steps:
             if isinstance(step, Drop):
                 session.drop(step.sequence)
-                continue
-            made = session.turn(step.prompts, step.max_new_tokens)
-            seen.tokens.append(made.tokens)
-            seen.bytes.append((made.prefill_bytes, made.decode_bytes))
-            seen.held.append(session.held)
-        if save_to:
-            save(session, save_to, "test")
+            elif isinstance(step, Save):
+                save(session, step.folder, "test")
+            elif isinstance(step, Decode):
+                seen.tokens.append(decoded(session, step))
+            else:
+                made = session.turn(step.prompts, step.max_new_tokens)
+                seen.tokens.append(made.tokens)
+                seen.bytes.append((made.prefill_bytes, made.decode_bytes))
+                seen.held.append(session.held)
     return seen
+
+
+def decoded(session: Any, step: Decode) -> dict[int, list[int]]:
+    """The tokens that ``step`` adds."""
+    latest = {i: session.sequences[i].tokens[-1] for i in step.sequences}
+    made: dict[int, list[int]] = {i: [] for i in latest}
+    for _ in range(step.steps):
+        latest = session.decode(latest)
+        for i, token in latest.items():
+            session.sequences[i].tokens.append(token)
+            made[i].append(token)
+    return made
 
 
 def fails_once(rank: Rank, folder: Path, mesh: Mesh, step: Say, fault: str) -> list[Any]:

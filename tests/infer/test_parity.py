@@ -10,7 +10,7 @@ from longctx.data.prompt import prompt_tokens
 from longctx.parallel.launch import Rank, run_ranks
 from longctx.pretrained import shape_of, tokenizer_of
 from longctx.schema import Context, Mesh, ModelSource, PromptSource, Sampling
-from recipes.generate import Job, Settings, run_rank
+from recipes.generate import Job, Prompt, Settings, run_rank
 
 PROMPT = 2003  # prime: no chunk divides evenly
 
@@ -54,12 +54,14 @@ def test_greedy_tokens_are_those_of_transformers(
     expected: list[int],
 ) -> None:
     model, folder = smollm2
+    new = len(expected)
     settings = Settings(
-        max_new_tokens=len(expected), verify=False, threads=None, timeout_minutes=5, device="cpu", out=None
+        prompts=None, max_new_tokens=new, verify=False, threads=None, timeout_minutes=5, device="cpu", out=None
     )
-    job = Job(model, folder, shape_of(folder), mesh, Context(strategy=strategy), Sampling(), prompt, settings)
+    context, prompts = Context(strategy=strategy), (Prompt(prompt, new),)
+    job = Job(model, folder, shape_of(folder), mesh, context, Sampling(), prompts, settings)
     figures = run_ranks(mesh.ranks, run_rank, job)[0]
-    assert figures["token_ids"] == expected
+    assert figures["token_ids"] == [expected]
     assert figures["prefill_bytes_sent_per_rank"] == prefill_bytes(mesh, strategy)
 
 

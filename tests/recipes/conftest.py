@@ -6,10 +6,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
-from recipes import start
+from recipes import generate, start
 from tests.tiny import tiny_model
 
 Cli = Callable[..., tuple[Any, str, str]]
@@ -19,6 +21,26 @@ Cli = Callable[..., tuple[Any, str, str]]
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a Llama of 9 query and 3 KV heads, 97 positions, no end token; a token a byte."""
     return tiny_model(tmp_path_factory.mktemp("models") / "tiny", positions=97)
+
+
+@pytest.fixture(scope="session")
+def prepared(tiny: Path) -> Callable[..., generate.Job]:
+    """``prepared(*settings)``: the job of recipes.generate on the tiny model; composed once, since Hydra is slow."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(start.CONFIGS)):
+        config = hydra.compose("generate", ["model=folder", f"model.source={tiny}", "model.name=tiny"])
+    return lambda *settings: generate.prepare(OmegaConf.merge(config, OmegaConf.from_dotlist(list(settings))))
+
+
+@pytest.fixture
+def refusal(prepared: Callable[..., generate.Job]) -> Callable[..., str]:
+    """What recipes.generate refuses a job with those settings with; `refused` is the same from the command line on."""
+
+    def run(*settings: str) -> str:
+        with pytest.raises(ValueError, match=r"\w") as refused:
+            prepared(*settings)
+        return str(refused.value)
+
+    return run
 
 
 @pytest.fixture

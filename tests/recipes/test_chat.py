@@ -50,13 +50,14 @@ def test_every_mesh_and_strategy_says_the_same(cli, tiny, turns, tmp_path):
 
 def test_a_saved_session_goes_on_elsewhere(cli, tiny, tmp_path, turns):
     whole = talked(cli, tiny, tmp_path, f"turns={turns}")
-    first, rest = tmp_path / "first.jsonl", tmp_path / "rest.jsonl"
-    first.write_text(json.dumps(TURNS[0]))
-    rest.write_text("\n".join(map(json.dumps, TURNS[1:])))
-    kept = tmp_path / "talk"
-    begun = talked(cli, tiny, tmp_path, f"turns={first}", "mesh.ring=2", f"session.save={kept}")
-    gone_on = talked(cli, tiny, tmp_path, f"turns={rest}", "mesh.ulysses=9", f"session.load={kept}")
-    assert tokens(begun + gone_on) == tokens(whole)
+    kept, gone_on = tmp_path / "talk", []
+    # Nine ranks share three KV heads: of those that have the same one, one writes.
+    for turn, mesh in zip(TURNS, ("mesh.ring=2", "mesh.ulysses=9", "mesh.tp=3"), strict=True):
+        file = tmp_path / "turn.jsonl"
+        file.write_text(json.dumps(turn))
+        load = [f"session.load={kept}"] if gone_on else []
+        gone_on += talked(cli, tiny, tmp_path, f"turns={file}", mesh, f"session.save={kept}", *load)
+    assert tokens(gone_on) == tokens(whole)
 
 
 def test_a_turn_over_the_context_is_refused_and_the_next_goes_on(cli, tiny, tmp_path):
@@ -80,11 +81,19 @@ def break_session(folder: Path, how: str) -> None:
         index.write_text(index.read_text()[:40])
     elif how == "torn part":
         part.write_bytes(part.read_bytes()[:-100])
+    elif how == "flipped byte":
+        content = bytearray(part.read_bytes())
+        content[len(content) // 2] ^= 1
+        part.write_bytes(content)
     elif how == "part gone":
         part.unlink()
     else:
         key, value = how.split("=")
         index.write_text(json.dumps(values | {key: value}))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.glob("*")}
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +102,11 @@ def saved(tiny, tmp_path_factory) -> Path:
     from longctx.parallel.launch import run_ranks
     from longctx.pretrained import fingerprint
     from longctx.schema import Context, Mesh
-    from tests.infer.talk import Say, Segment, play
+    from tests.infer.talk import Save, Say, Segment, play
 
     folder = tmp_path_factory.mktemp("saved") / "talk"
-    run_ranks(2, play, tiny, Segment(Mesh(ring=2), Context(), (Say({0: [1, 2, 3]}, {0: 2}),)), None, folder)
+    steps = (Say({0: [1, 2, 3]}, {0: 2}), Save(folder))
+    run_ranks(2, play, tiny, Segment(Mesh(ring=2), Context(), steps), None)
     index = folder / "session.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"model": fingerprint(tiny)}))
     return folder
@@ -108,6 +118,7 @@ def saved(tiny, tmp_path_factory) -> Path:
         ("none", "holds no session"),
         ("torn index", "session.json is torn"),
         ("torn part", "is missing or torn"),
+        ("flipped byte", "-heads0.safetensors has changed since it was saved"),
         ("part gone", "is missing or torn"),
         ("model=0123", "is of another model (0123, not"),
         ("version=7", "is of version 7"),
@@ -118,7 +129,10 @@ def test_a_session_that_cannot_be_used_is_refused(refused, tiny, saved, turns, t
     copy = tmp_path / "talk"
     shutil.copytree(saved, copy)
     break_session(copy, how)
-    assert words in refused(chat, chat.task, f"model={tiny}", f"turns={turns}", f"session.load={copy}")
+    before = contents(copy)
+    given = (f"model={tiny}", f"turns={turns}", f"session.load={copy}", f"session.save={copy}")
+    assert words in refused(chat, chat.task, *given)
+    assert contents(copy) == before
 
 
 @pytest.mark.parametrize(

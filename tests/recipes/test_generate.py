@@ -11,38 +11,13 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-import hydra
 import pytest
-from omegaconf import OmegaConf
 
 from longctx.parallel.launch import Rank
 from recipes import generate
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "prompt.text='The quick brown fox, as ever.'"  # 29 tokens, of a byte each
-
-
-@pytest.fixture(scope="module")
-def config(tiny):
-    """Composed once: Hydra takes most of a second."""
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
-        return hydra.compose("generate", ["model=folder", f"model.source={tiny}", "model.name=tiny"])
-
-
-def prepared(config, *settings):
-    return generate.prepare(OmegaConf.merge(config, OmegaConf.from_dotlist(list(settings))))
-
-
-@pytest.fixture
-def refusal(config):
-    """What a job with those settings is refused with; `refused` is the same from the command line on."""
-
-    def run(*settings):
-        with pytest.raises(ValueError, match=r"\w") as refused:
-            prepared(config, *settings)
-        return str(refused.value)
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -126,17 +101,17 @@ def test_another_number_of_ranks_than_the_launcher_s_is_refused(refused, tiny, m
     assert "the launcher started 5 ranks, the mesh has 3 (ring=3): set mesh.ring=5" in line
 
 
-def test_the_longest_that_fits_is_not_refused(config):
-    job = prepared(config, PROMPT, "max_new_tokens=68", "mesh.ring=29", "mesh.tp=3")
-    assert (job.mesh.ranks, len(job.prompt), job.shape.positions) == (3 * 29, 29, 97)
+def test_the_longest_that_fits_is_not_refused(prepared):
+    job = prepared(PROMPT, "max_new_tokens=68", "mesh.ring=29", "mesh.tp=3")
+    assert (job.mesh.ranks, job.prompt_tokens, job.shape.positions) == (3 * 29, 29, 97)
 
 
-def test_the_advice_for_a_long_document_fills_the_context(refusal, config, tiny, tmp_path):
+def test_the_advice_for_a_long_document_fills_the_context(refusal, prepared, tiny, tmp_path):
     linked(tiny, tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}-->")
     settings = (f"model.source={tmp_path}", f"prompt.text={'x' * 101}", "prompt.question=Why?", "max_new_tokens=11")
     advice = re.search(r"prompt\.tokens=\d+", refusal(*settings))[0]
-    assert len(prepared(config, *settings, advice).prompt) == 97 - 11
+    assert len(prepared(*settings, advice).prompts[0].tokens) == 97 - 11
 
 
 KEYS = {
