@@ -26,7 +26,7 @@ class Mesh:
 
     @property
     def sequence_parallel(self) -> bool:
-        """In training, tensor-parallel ranks share what lies between their matrices by rows: always, it costs nothing."""
+        """In training, tensor-parallel ranks share by rows what lies between their matrices: it costs nothing."""
         return self.tp > 1
 
     @property

@@ -18,7 +18,7 @@ from longctx.schema import TextSource
 READ = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 REFUSED = (".json", ".csv", ".tsv", ".arrow", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst")
 BROKEN = (EOFError, gzip.BadGzipFile, zlib.error)
-END = -1  # the position behind a part that broke off
+END = -1  # behind all of a file; nobody resumes from where one broke off, since no document follows in it
 
 
 def files(source: TextSource) -> tuple[Part, ...]:
@@ -86,8 +86,6 @@ def _lines(path: Path, key: str, at: Position) -> Iterator[tuple[Record, Positio
 
     Lines of our own, not the JSON reader of ``datasets``: that parses blocks, and cannot say which line is broken.
     """
-    if at == END:
-        return
     line, byte = at or (0, 0)
     with _opened(path) as file:
         try:
@@ -119,8 +117,6 @@ def _table(path: Path, key: str, at: Position) -> Iterator[tuple[Record, Positio
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
-    if at == END:
-        return
     row = at or 0
     try:
         with ParquetFile(path) as file:

@@ -136,7 +136,7 @@ def _schedule(optimizer: Any, optim: Optim, steps: int) -> OptimizerParamSchedul
 
 
 def forward_backward(trained: Trained, batches: Iterable[MicroBatch], *, learn: bool = True) -> Sums:
-    """The sums over ``batches``, a list as long on every rank; with ``learn`` the gradients of their mean, summed up."""
+    """The sums over ``batches``, as many on every rank; with ``learn`` also the gradients of their mean."""
     batches = list(batches)
     run = get_forward_backward_func()
     rows, config = batches[0].tokens.shape[1], trained.net.config
@@ -170,7 +170,7 @@ def _summed(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def optimizer_step(trained: Trained) -> tuple[float, float]:
-    """Change the weights by the gradients that have been summed up: their norm before clipping, the rate that was used."""
+    """Change the weights; the norm of the gradients before clipping, and the learning rate that was used."""
     rate = trained.optimizer.param_groups[0]["lr"]
     done, norm, _ = trained.optimizer.step()
     assert done, "only a scaled fp16 loss lets a step be left out"

@@ -19,9 +19,9 @@ def hybrid_attention(
     mask: Mask = CAUSAL,
     kept: list[Partial] | None = None,
 ) -> Attention:
-    """Differentiable attention of the rows that ``layout`` deals to ulysses x ring ranks (ring rank * U + ulysses rank).
+    """Differentiable attention of the rows that ``layout`` deals to ulysses x ring ranks.
 
-    Source: arXiv 2405.07719, Alg. 1.  ``kept`` is `ring_attention`'s.
+    Rank = ring rank * U + ulysses rank; source: arXiv 2405.07719, Alg. 1.  ``kept`` is `ring_attention`'s.
     """
     rows = [layout.rows(ring.rank * ulysses.size + member) for member in range(ulysses.size)]
     around = layout.gathered(ulysses.size)

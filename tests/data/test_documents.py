@@ -300,6 +300,16 @@ def test_refused_paths(name, content, words, byte_tokenizer, tmp_path):
     assert name in str(refused.value)
 
 
+def test_a_parquet_file_resumes_in_the_middle_of_its_row_groups(byte_tokenizer, tmp_path):
+    texts = [f"{n}" for n in range(211)]
+    write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=157)
+    run = stage(TextSource(path=str(tmp_path / "a.parquet")), byte_tokenizer)
+    items = first(run)
+    assert given_texts(items, byte_tokenizer) == texts
+    for k in range(1, 211, 13):
+        assert given_texts(first(run, state=items[k - 1][1]), byte_tokenizer) == texts[k:], k
+
+
 def test_an_empty_parquet_file_has_no_documents(byte_tokenizer, tmp_path):
     write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="no documents"):

@@ -1,6 +1,6 @@
 """What the ranks of the tests here run; apart from the tests, so that a rank imports no more than it needs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ class Run:
     folder: Path
     lengths: tuple[tuple[int, ...], ...]
     steps: int = 1
-    optim: Optim = Optim()
+    optim: Optim = field(default_factory=Optim)
     recompute: Recompute = "none"
     strategy: str = "pass_kv"
     layout: str = "zigzag"
