@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from longctx.megatron.on_cpu import let_training_run
@@ -23,6 +23,7 @@ _OF_ITS_OWN_CALLS = (
     "`load_state_dict` is deprecated",
     "Please use DTensor instead",
     r"The \.grad attribute of a Tensor that is not a leaf",
+    "When using sequence parallelism it is recommended to set the environment variable",
 )
 
 
@@ -86,9 +87,20 @@ def runtime(
     with warnings.catch_warnings():
         for message in _OF_ITS_OWN_CALLS if training else ():
             warnings.filterwarnings("ignore", message=message)
-        yield _groups(rank, mesh, here, timeout_minutes)
+        groups = _groups(rank, mesh, here, timeout_minutes)
+        if training:
+            _track_generators(here)
+        yield groups
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def _track_generators(device: torch.device) -> None:
+    """What megatron-core's tensor-parallel layers ask for, though nothing is drawn here: there is no dropout."""
+    if device.type == "cuda":
+        tensor_parallel.model_parallel_cuda_manual_seed(0)
+    else:
+        tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
 
 
 def _groups(rank: Rank, mesh: Mesh, device: torch.device, timeout_minutes: int) -> Runtime:
