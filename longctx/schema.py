@@ -152,10 +152,12 @@ class TextSource:
     Either ``path``, a file, a folder or a pattern of files: a document a line of .jsonl or a row of .parquet, any
     other file is one document (a folder's .txt files; .gz of each but parquet).  Or ``name``, a dataset of the
     Hugging Face hub: its ``subset`` and ``revision``, fetched whole first or, ``streaming``, as it is read.
-    Local files are always read as a stream.
+    Local files are always read as a stream.  Or ``pydoc``, the documentation that every CPython carries, a topic a
+    document: every tenth topic is ``test``, the others ``train``.
     """
 
     path: str | None = None
+    pydoc: Literal["train", "test"] | None = None
     name: str | None = None
     subset: str | None = None
     revision: str | None = None
@@ -165,12 +167,14 @@ class TextSource:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if bool(self.path) == bool(self.name):
-            raise ValueError("a source of data has either a path (file, folder or pattern) or a name (of the hub)")
+        if sum(map(bool, (self.path, self.name, self.pydoc))) != 1:
+            raise ValueError("a source of data has one of path (file, folder or pattern), name (of the hub), pydoc")
         if not 0 < self.weight < inf:
             raise ValueError(f"{self}: weight={self.weight}; give a number above 0, or leave the source out")
 
     def __str__(self) -> str:
+        if self.pydoc:
+            return f"pydoc:{self.pydoc}"
         return str(self.path or ":".join(filter(None, [self.name, self.subset, self.split])))
 
 

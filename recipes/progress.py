@@ -23,18 +23,18 @@ class Progress:
         self._phase = ""
         self._task: bars.TaskID | None = None
 
-    def start(self, phase: str, total: int | None) -> None:
-        """End the phase before, and begin ``phase`` of ``total`` steps."""
+    def start(self, phase: str, total: int | None, done: int = 0) -> None:
+        """End the phase before, and begin ``phase`` of ``total`` steps, of which some may be ``done``."""
         if self._task is not None:
             self._bar.stop_task(self._task)
-        self._phase, self._task = phase, self._bar.add_task(phase, total=total)
+        self._phase, self._task = phase, self._bar.add_task(phase, total=total, completed=done)
 
-    def step(self, phase: str | None = None, total: int | None = None) -> None:
-        """One step further in the phase, or in ``phase``, which is started if it has not been."""
+    def step(self, phase: str | None = None, total: int | None = None, note: str = "") -> None:
+        """One step further in the phase, or in ``phase``, which is started if it has not been; ``note`` is shown."""
         if phase and phase != self._phase:
             self.start(phase, total)
         if self._task is not None:
-            self._bar.advance(self._task)
+            self._bar.update(self._task, advance=1, description=f"{self._phase} {note}".rstrip())
 
     def stop(self) -> None:
         """Leave the line to others, as text that is being written."""

@@ -10,6 +10,7 @@ import torch
 
 from longctx.data.files import files
 from longctx.data.hub import dataset
+from longctx.data.pydoc import topics
 from longctx.data.records import Part, Position, Record
 from longctx.data.stage import Stage, State
 from longctx.schema import DataSettings, TextSource
@@ -56,7 +57,7 @@ def documents(source: TextSource, tokenizer: Any, data: DataSettings) -> Stage[D
     """
     if data.end_token and tokenizer.eos_token_id is None:
         raise ValueError("the model's tokenizer has no end token to close documents with: set data.end_token=false")
-    parts = (dataset(source),) if source.name else files(source)
+    parts = (dataset(source),) if source.name else (topics(source.pydoc),) if source.pydoc else files(source)
 
     def run(state: State | None) -> Iterator[tuple[Document, State]]:
         place = _place(state, parts, source, data)

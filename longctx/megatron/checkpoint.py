@@ -61,6 +61,11 @@ class Checkpoints:
         request.add_finalize_fn(partial(self._settle, partial_folder, {"step": step, **about}))
         self._writing.schedule_async_request(request)
 
+    @property
+    def latest(self) -> Path | None:
+        """The newest that is in its place."""
+        return latest(self._folder)[0]
+
     def poll(self, *, wait: bool = False) -> None:
         """Put in its place what has been written; with ``wait``, all that is being written."""
         self._writing.maybe_finalize_async_calls(blocking=wait)

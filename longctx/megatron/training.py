@@ -17,16 +17,20 @@ from longctx.megatron.attention import Pass
 from longctx.megatron.model import GPTModel, build_model, token_losses
 from longctx.megatron.runtime import Runtime
 from longctx.schema import Mesh, ModelShape, Optim, Recompute
-from longctx.shapes import Float, Tensor, Tokens
+from longctx.shapes import Float, Positions, Tensor, Tokens
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """This rank's rows of one packed sequence, filled up to as many on every rank; ``mask`` is 0 where none counts."""
+    """This rank's rows of one packed sequence, filled up to as many on every rank.
+
+    ``mask`` is 0 where none counts; ``bucket`` says which of the sums a row belongs to.
+    """
 
     tokens: Tokens
     targets: Tokens
     mask: Float[Tensor, " s"]
+    bucket: Positions
     angles: Float[Tensor, "s 1 1 d"]
     one_pass: Pass
 
@@ -45,10 +49,20 @@ class Trained:
 
 @dataclass(frozen=True)
 class Sums:
-    """Over all ranks and micro-batches: of the losses (nats), and of the tokens that count."""
+    """Over all ranks and micro-batches, by bucket: of the losses (nats), and of the tokens that count."""
 
-    loss: float
-    tokens: int
+    losses: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def mean(self) -> float:
+        """Nats a token, over all buckets; 0 where no token counts."""
+        return sum(self.losses) / max(1, sum(self.tokens))
+
+    @property
+    def means(self) -> tuple[float | None, ...]:
+        """The same, bucket by bucket."""
+        return tuple(a / n if n else None for a, n in zip(self.losses, self.tokens, strict=True))
 
 
 _RECOMPUTE: Mapping[Recompute, Mapping[str, Any]] = {
@@ -135,13 +149,13 @@ def _schedule(optimizer: Any, optim: Optim, steps: int) -> OptimizerParamSchedul
     )
 
 
-def forward_backward(trained: Trained, batches: Iterable[MicroBatch], *, learn: bool = True) -> Sums:
+def forward_backward(trained: Trained, batches: Iterable[MicroBatch], *, learn: bool = True, buckets: int = 1) -> Sums:
     """The sums over ``batches``, as many on every rank; with ``learn`` also the gradients of their mean."""
     batches = list(batches)
     run = get_forward_backward_func()
     rows, config = batches[0].tokens.shape[1], trained.net.config
     reports = run(
-        forward_step_func=partial(_forward_step, trained),
+        forward_step_func=partial(_forward_step, trained, buckets),
         data_iterator=iter(batches),
         model=trained.model,
         num_microbatches=len(batches),
@@ -149,24 +163,28 @@ def forward_backward(trained: Trained, batches: Iterable[MicroBatch], *, learn: 
         micro_batch_size=1,
         forward_only=not learn,
     )
-    last = torch.stack(reports).sum(0) if reports else torch.zeros(2, dtype=torch.float64)
+    last = torch.stack(reports).sum(0) if reports else torch.zeros(2, buckets, dtype=torch.float64)
     both = last.to(batches[0].mask.device)
     dist.all_reduce(both, group=trained.groups.dp_cp)
     dist.all_reduce(both, group=trained.groups.pp)  # only the last stage has something
-    return Sums(float(both[0]), int(both[1]))
+    return Sums(tuple(both[0].tolist()), tuple(int(n) for n in both[1]))
 
 
-def _forward_step(trained: Trained, batches: Any, _: MegatronModule) -> tuple[Tensor, Callable[[Tensor], Any]]:
+def _forward_step(
+    trained: Trained, buckets: int, batches: Any, _: MegatronModule
+) -> tuple[Tensor, Callable[[Tensor], Any]]:
     one: MicroBatch = next(batches)
     vocabulary = trained.shape.vocabulary
     out = token_losses(trained.net, one.tokens, one.targets, one.angles, one.one_pass, vocabulary)
-    return out, partial(_summed, one.mask)
+    return out, partial(_summed, one, buckets)
 
 
-def _summed(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _summed(one: MicroBatch, buckets: int, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """megatron-core's three: what to differentiate, how many tokens it is of, what to report."""
-    total, tokens = (losses[:, 0] * mask).sum(), mask.sum()
-    return total, tokens.int(), torch.stack([total.detach(), tokens]).double()
+    counted = losses[:, 0] * one.mask
+    report = torch.stack([counted.detach(), one.mask]).double()
+    sums = report.new_zeros(2, buckets).index_add(1, one.bucket, report)
+    return counted.sum(), one.mask.sum().int(), sums
 
 
 def optimizer_step(trained: Trained) -> tuple[float, float]:

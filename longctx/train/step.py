@@ -1,7 +1,7 @@
 """A step of training on a mesh: packed sequences are sharded by document; loss and gradient are one rank's."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from longctx.data.batches import Batch
 from longctx.megatron.attention import Pass
 from longctx.megatron.model import rotary_angles
 from longctx.megatron.runtime import Runtime
-from longctx.megatron.training import MicroBatch, Trained, clear_gradients, forward_backward, optimizer_step
+from longctx.megatron.training import MicroBatch, Sums, Trained, clear_gradients, forward_backward, optimizer_step
 from longctx.parallel.comm import doing
 from longctx.parallel.hybrid import hybrid_attention
 from longctx.parallel.ring import Strategy
@@ -48,23 +48,24 @@ def train_step(trained: Trained, batch: Batch, here: Runtime, how: Sharding) -> 
     clear_gradients(trained)
     sums = forward_backward(trained, micro_batches(batch, here, trained.shape, how))
     norm, rate = optimizer_step(trained)
-    return Figures(sums.loss / max(1, sums.tokens), norm, sums.tokens, rate)
+    return Figures(sums.mean, norm, sum(sums.tokens), rate)
 
 
 @torch.no_grad()
-def evaluate(trained: Trained, batches: Sequence[Batch], here: Runtime, how: Sharding) -> float:
-    """Mean loss (nats a token) over ``batches``, without changing anything."""
+def evaluate(trained: Trained, batches: Sequence[Batch], here: Runtime, how: Sharding, buckets: int = 1) -> Sums:
+    """Sums over ``batches``, by ``buckets`` of the position in the document; nothing is changed."""
     trained.model.eval()
-    micro = [one for batch in batches for one in micro_batches(batch, here, trained.shape, how)]
-    sums = forward_backward(trained, micro, learn=False)
+    still = replace(how, keeping=False)
+    micro = [one for batch in batches for one in micro_batches(batch, here, trained.shape, still, buckets)]
+    sums = forward_backward(trained, micro, learn=False, buckets=buckets)
     trained.model.train()
-    return sums.loss / max(1, sums.tokens)
+    return sums
 
 
-def micro_batches(batch: Batch, here: Runtime, shape: ModelShape, how: Sharding) -> list[MicroBatch]:
+def micro_batches(batch: Batch, here: Runtime, shape: ModelShape, how: Sharding, buckets: int = 1) -> list[MicroBatch]:
     """This rank's rows of each sequence of ``batch``."""
     sequences = zip(batch.tokens, batch.targets, batch.mask, batch.lengths, strict=True)
-    return [_micro_batch(*sequence, here, shape, how) for sequence in sequences]
+    return [_micro_batch(*sequence, here, shape, how, buckets) for sequence in sequences]
 
 
 def rows_per_rank(length: int, here: Runtime) -> int:
@@ -84,6 +85,7 @@ def _micro_batch(
     here: Runtime,
     shape: ModelShape,
     how: Sharding,
+    buckets: int,
 ) -> MicroBatch:
     ring, ulysses = here.ring, here.ulysses
     layout = deal(lengths, LAYOUTS[how.layout], [0] * ring.size).split(ulysses.size)
@@ -93,14 +95,16 @@ def _micro_batch(
     missing = rows - len(index)
     assert missing >= 0, f"{len(index)} rows on a rank, room for {rows}"
 
-    def mine(x: Tensor) -> Tensor:
-        return F.pad(x[index], (0, missing)).to(here.device)
+    def filled(x: Tensor) -> Tensor:
+        return F.pad(x, (0, missing)).to(here.device)
 
+    positions = layout.positions(rank)
     return MicroBatch(
-        tokens=mine(tokens).unsqueeze(0),
-        targets=mine(targets).unsqueeze(0),
-        mask=mine(mask.float()),
-        angles=rotary_angles(shape, F.pad(layout.positions(rank), (0, missing)).to(here.device)),
+        tokens=filled(tokens[index]).unsqueeze(0),
+        targets=filled(targets[index]).unsqueeze(0),
+        mask=filled(mask[index].float()),
+        bucket=filled(positions * buckets // how.length),
+        angles=rotary_angles(shape, filled(positions)),
         one_pass=_pass(layout, len(index), here, shape, how),
     )
 

@@ -44,7 +44,8 @@ def exact(run: Run) -> tuple[float, float]:
 
 def assert_steps_are(run: Run, others: list[tuple[float, float, int]]) -> None:
     """Loss and norm of the gradient to 1e-6, step by step, on the first rank and on the last."""
-    for got in (lambda ranks: (ranks[0], ranks[-1]))(run_ranks(run.mesh.ranks, train, run)):
+    ranks = run_ranks(run.mesh.ranks, train, run)
+    for got in (ranks[0], ranks[-1]):
         for (loss, norm, tokens), (right, right_norm, all_tokens) in zip(got, others, strict=True):
             assert tokens == all_tokens
             assert loss == pytest.approx(right, rel=1e-6)

@@ -1,0 +1,30 @@
+"""A model from scratch, on any mesh.
+
+    python -m recipes.pretrain experiment=tiny mesh.ring=2 steps=20 out=outputs/tiny
+
+Writes ``out/metrics.jsonl``, a line a step, and checkpoints; the same command again goes on where the last one was made.
+"""
+
+from omegaconf import DictConfig
+
+from longctx.pretrained import locate, shape_of
+from longctx.schema import ModelSource
+from recipes.start import main, on_ranks, say, section, warm_up_ranks
+from recipes.training import job_of, run_rank, show
+
+WARM = ["longctx.megatron.checkpoint", "longctx.train.step", "longctx.train.track", "longctx.train.meter"]
+
+
+def task(config: DictConfig) -> None:
+    """Refuse what cannot be done; run the ranks; show what the first one gives."""
+    warm_up_ranks([*WARM, "recipes.training"])
+    model = section(config, "model", ModelSource)
+    folder = locate(model, say)
+    job = job_of(config, model, folder, shape_of(folder), from_scratch=True)
+    ended = on_ranks(job.mesh, run_rank, job)
+    if ended is not None:
+        show(job, ended)
+
+
+if __name__ == "__main__":
+    main("pretrain", task)
