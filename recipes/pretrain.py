@@ -2,7 +2,7 @@
 
     python -m recipes.pretrain experiment=tiny mesh.ring=2 steps=20 out=outputs/tiny
 
-Writes ``out/metrics.jsonl``, a line a step, and checkpoints; the same command again goes on where the last one was made.
+Writes ``out/metrics.jsonl``, a line a step, and checkpoints; the same command again goes on behind the last one.
 """
 
 from omegaconf import DictConfig
