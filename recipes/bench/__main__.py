@@ -2,10 +2,11 @@
 
 import sys
 
-from recipes.bench import crossover, decode, drift, million, prefill
+from recipes.bench import convergence, crossover, decode, drift, million, prefill
 from recipes.start import console, main
 
 SUBJECTS = {
+    "convergence": (convergence.task, "the loss curve of a mesh on top of one rank's"),
     "prefill": (prefill.task, "parallel efficiency, and where the rest goes"),
     "crossover": (crossover.task, "TTFT over the miss rate: pass-KV, pass-Q, and what auto takes"),
     "decode": (decode.task, "time from token to token, by strategy"),

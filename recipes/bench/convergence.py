@@ -1,0 +1,70 @@
+"""The loss curve of a mesh on top of one rank's: the same model, the same text, the same steps.
+
+    python -m recipes.bench convergence json=curves.json picture=curves.svg
+
+What arXiv 2405.07719 shows in its section 5.5, here with the largest difference in numbers.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from longctx.pretrained import locate, shape_of
+from longctx.schema import Mesh, ModelSource
+from recipes.bench.picture import lines
+from recipes.machine import provenance
+from recipes.pretrain import WARM
+from recipes.start import console, on_ranks, refuse_unwritable, say, section, warm_up_ranks, written
+from recipes.training import Job, job_of, run_rank
+
+
+def curve(job: Job, name: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl of a run of ``job`` in a folder of its own, made anew."""
+    out = job.out / name
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    say(f"{name}: {job.mesh}")
+    on_ranks(job.mesh, run_rank, replace(job, settings=replace(job.settings, out=str(out))))
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def task(config: DictConfig) -> None:
+    """Train twice; write, draw and show how far the curves are apart."""
+    warm_up_ranks([*WARM, "recipes.training"])
+    for name in (config.json, config.picture):
+        refuse_unwritable(name)
+    model = section(config, "model", ModelSource)
+    folder = locate(model, say)
+    plain = OmegaConf.create({k: v for k, v in config.items() if k not in ("json", "picture")})
+    assert isinstance(plain, DictConfig)
+    job = job_of(plain, model, folder, shape_of(folder), from_scratch=True)
+    if job.mesh.ranks == 1:
+        raise ValueError("mesh is one rank, which is what it is compared with: use mesh.ring=2 or another")
+    one, other = curve(replace(job, mesh=Mesh()), "one rank"), curve(job, "mesh")
+    losses = [[line["loss"] for line in lines_of] for lines_of in (one, other)]
+    apart = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    norms = max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(one, other, strict=True))
+    console.print(
+        f"{len(one)} steps, loss {losses[0][0]:.3f} to {losses[0][-1]:.3f}; on {job.mesh} it is at most {apart:.1e} away"
+    )
+    console.print(f"norms of gradients differ by at most {norms:.1e} of themselves")
+    about = {**provenance(), "model": model.name, "mesh": str(job.mesh), "steps": len(one)}
+    if config.json:
+        curves = {"one_rank": losses[0], "mesh_loss": losses[1]}
+        written(config.json, {**about, "largest_difference": apart, "largest_norm_difference": norms, **curves})
+    if config.picture:
+        title = f"{len(one)} steps on one rank and on {job.mesh}: at most {apart:.1e} nats apart"
+        lines(
+            config.picture,
+            [line["step"] for line in one],
+            {"one rank": losses[0], str(job.mesh): losses[1]},
+            title=title,
+            x="step",
+            y="loss, nats a token",
+            log_y=False,
+        )
+        console.print(f"drawn in {Path(config.picture)}")

@@ -1,0 +1,154 @@
+"""recipes.pretrain: a run that is killed at any moment goes on as if it had not been; what cannot be done is refused."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from longctx.pretrained import shape_of
+from recipes import pretrain
+
+ROOT = Path(__file__).parents[2]
+QUICK = ("data.length=61", "data.batch=2", "threads=1", "evaluate.every=5", "evaluate.batches=1")
+STEPS = 13
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(out: Path) -> list[tuple[int, float, float, int]]:
+    return [(line["step"], line["loss"], line["grad_norm"], line["tokens"]) for line in lines(out)]
+
+
+def started(out: Path, *settings: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "recipes.pretrain", "experiment=tiny", f"out={out}", *QUICK, *settings]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def killed_when(run: subprocess.Popen, enough) -> None:
+    """SIGKILL for the recipe, its ranks and the writers of its checkpoints, all at once."""
+    until = time.monotonic() + 120
+    while not enough():
+        assert run.poll() is None, f"it ended by itself: {run.stderr.read()}"
+        assert time.monotonic() < until, "it never got there"
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that nobody interrupts."""
+    out = tmp_path_factory.mktemp("whole")
+    run = started(out, f"steps={STEPS}")
+    err = run.communicate(timeout=120)[1]
+    assert run.returncode == 0, err
+    return out
+
+
+def test_a_run_learns_and_says_what_it_did(whole):
+    told = lines(whole)
+    assert [line["step"] for line in told] == list(range(1, STEPS + 1))
+    assert told[-1]["loss"] < told[0]["loss"] - 0.2
+    assert all(line["tokens_per_s"] > 0 and line["mem/peak_bytes"] > 0 and line["mfu"] is None for line in told)
+    assert [line["step"] for line in told if "eval/perplexity" in line] == [5, 10, STEPS]
+    assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == [f"step-{STEPS:08}"]
+
+
+def test_killed_at_any_moment_it_goes_on_as_if_it_had_not_been(whole, tmp_path):
+    """At random steps, and twice while a checkpoint is being written."""
+    out, draw = tmp_path / "run", random.Random(11)
+    settings = (f"steps={STEPS}", "checkpoint.every=2", "mesh.ring=2")
+
+    def steps_done() -> int:
+        return (out / "metrics.jsonl").read_text().count("\n") if (out / "metrics.jsonl").exists() else 0
+
+    def in_a_save() -> bool:
+        return any((out / "checkpoints").glob("*.partial*"))
+
+    for moment in ("step", "save", "step", "save"):
+        run, most = started(out, *settings), steps_done() + draw.randint(2, 4)
+        killed_when(run, in_a_save if moment == "save" else lambda most=most: steps_done() >= min(most, STEPS - 1))
+    end = started(out, *settings)
+    err = end.communicate(timeout=120)[1]
+    assert end.returncode == 0, err
+    assert "going on behind step" in err
+    for (step, loss, norm, tokens), right in zip(curve(out), curve(whole), strict=True):
+        assert (step, tokens) == (right[0], right[3])
+        assert (loss, norm) == pytest.approx(right[1:3], rel=2e-6)  # the other mesh; nothing more
+
+
+def test_more_steps_resume_on_another_mesh(whole, tmp_path, cli):
+    """Constant rate: the schedule of a longer run is the same."""
+    settings = ("experiment=tiny", *QUICK, "optim.decay=constant", "mesh.tp=2", "checkpoint.keep=1")
+    code, _, err = cli(pretrain, pretrain.task, *settings, f"out={tmp_path / 'a'}", "steps=4")
+    assert code == 0, err
+    settings = ("experiment=tiny", *QUICK, "optim.decay=constant", "mesh.ulysses=2", "checkpoint.keep=1")
+    code, _, err = cli(pretrain, pretrain.task, *settings, f"out={tmp_path / 'a'}", "steps=7")
+    assert code == 0 and "going on behind step 4" in err
+    code, _, err = cli(pretrain, pretrain.task, *settings[:-2], f"out={tmp_path / 'b'}", "steps=7")
+    assert code == 0, err
+    for a, b in zip(curve(tmp_path / "a"), curve(tmp_path / "b"), strict=True):
+        assert a == pytest.approx(b, rel=2e-6)
+
+
+@pytest.mark.parametrize("damage", ["a file cut short", "no run.json"])
+def test_a_torn_checkpoint_is_passed_over_and_named(whole, tmp_path, cli, damage):
+    settings = ("experiment=tiny", *QUICK, f"out={tmp_path}", "checkpoint.every=2")
+    assert cli(pretrain, pretrain.task, *settings, "steps=4")[0] == 0
+    torn = tmp_path / "checkpoints" / "step-00000004"
+    if damage == "no run.json":
+        (torn / "run.json").unlink()
+    else:
+        largest = max(torn.glob("*.distcp"), key=lambda file: file.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:-1])
+    code, _, err = cli(pretrain, pretrain.task, *settings, "steps=5")
+    assert code == 0, err
+    assert "passed over: step-00000004 is torn" in err
+    assert "going on behind step 2" in err
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["mesh.tp=4"], r"mesh\.tp=4 does not divide .*use mesh\.tp=2"),
+        (["mesh.ulysses=4"], r"mesh\.ulysses=4 .*use mesh\.ulysses="),
+        (["mesh.pp=3"], r"mesh\.pp=3 does not divide 4 layers: use mesh\.pp=[24]"),
+        (["mesh.dp=3"], r"data\.batch=2 sequences do not divide over 3 .*use data\.batch=3"),
+        (["data.length=9000"], r"data\.length=9,000 is more than the model's context of 4,096: .*recipes\.extend"),
+        (["data=text", "data.sources=[{path:/nowhere/at/all}]"], "/nowhere/at/all is no file"),
+        (["out=/proc/nobody/writes/here"], "out=/proc/nobody/writes/here cannot be written"),
+        (["context.strategy=auto"], r"context\.strategy=auto is for inference"),
+        (["optim.min_lr=1"], r"optim\.min_lr=1\.0 and optim\.lr"),
+        (["device=cuda"], r"context\.kernel=auto: no fast kernel has been run on cuda"),
+        (["recompute=some"], "recompute=some"),
+        (["hardware=/nowhere.yaml"], "hardware=/nowhere.yaml cannot be read"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_misconfiguration_is_refused_before_any_rank_starts(refused, tmp_path, settings, words):
+    import re
+
+    says = refused(pretrain, pretrain.task, "experiment=tiny", f"out={tmp_path}", *QUICK, *settings)
+    assert re.search(words, says), says
+
+
+def test_no_room_is_refused(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**6))
+    says = refused(pretrain, pretrain.task, "experiment=tiny", f"out={tmp_path}")
+    assert "has 0.0 GB free, 3 checkpoints of this model take 0.0: use another disk" in says
+
+
+def test_the_weights_of_a_model_are_counted(smollm2):
+    from recipes.training import weights_of
+
+    assert weights_of(shape_of(smollm2[1])) == pytest.approx(134.5e6, rel=2e-3)
