@@ -79,6 +79,25 @@ class PromptSource:
 
 
 @dataclass(frozen=True)
+class Track:
+    """Where a run's figures go besides its ``metrics.jsonl``, which is always written, and what it is called there."""
+
+    backend: Literal["none", "wandb"] = "none"
+    project: str = "longctx"
+    group: str | None = None
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+    notes: str | None = None
+    job_type: str = "train"
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.project) <= 128 or set(self.project) & set("/\\#?%:"):
+            raise ValueError(f"track.project={self.project}: use 1 to 128 characters, none of / \\ # ? % :")
+        if wrong := [tag for tag in self.tags if not 0 < len(tag) <= 64]:
+            raise ValueError(f"track.tags has {wrong[0]!r}: a tag has 1 to 64 characters")
+
+
+@dataclass(frozen=True)
 class Context:
     """How the sequence is shared between ranks, and what travels.
 

@@ -25,6 +25,7 @@ class Hardware:
     ``exchange``: an all-to-all, by the bytes that a rank sends; ``overlap``: the share of the shorter of computing
     and sending that is really hidden behind the longer (1 on links that need no core).
     ``empirical``: (alpha, beta, gamma) of arXiv 2411.01783, App. D, if they were fitted.
+    ``peak_flops``: FLOP/s of matrix products in the dtype of training that MFU is a share of, if somebody knows it.
     """
 
     flops: float
@@ -34,10 +35,11 @@ class Hardware:
     exchange: Link
     overlap: float
     empirical: tuple[float, float, float] | None = None
+    peak_flops: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("flops", "kv_bytes_per_s"):
-            if getattr(self, name) <= 0:
+        for name in ("flops", "kv_bytes_per_s", "peak_flops"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"hardware {name}={getattr(self, name)}: a rate is more than 0")
         if not 0 <= self.overlap <= 1:
             raise ValueError(f"hardware overlap={self.overlap}: a share, from 0 to 1")
@@ -53,7 +55,8 @@ def hardware_of(values: Any, where: str) -> Hardware:
         if fitted := values.get("empirical"):
             alpha, beta, gamma = map(float, fitted)
             empirical = (alpha, beta, gamma)
-        return Hardware(flops, kv, block_s, hop, exchange, overlap, empirical)
+        peak = values.get("peak_flops")
+        return Hardware(flops, kv, block_s, hop, exchange, overlap, empirical, None if peak is None else float(peak))
     except KeyError as missing:
         raise ValueError(f"{where} does not say {missing}: {fix}") from missing
     except (AttributeError, TypeError, ValueError) as error:

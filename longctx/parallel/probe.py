@@ -15,6 +15,7 @@ _ROUNDS = 5
 _WIDE, _FEW, _SHORT = 1024, 4, 16  # query rows of a wide block, of one that only reads keys; keys of a short one
 _LONG = 8192  # keys that do not fit a core's cache
 _SMALL, _LARGE = 2**10, 2**21  # bytes of a message
+_SIDE = {"cpu": 1024, "cuda": 8192}  # of a matrix that keeps the device busy
 _FASTEST = 1e12  # bytes/s: what noise may make of a link is no faster than memory
 _FREE = Link(0.0, float("inf"))
 
@@ -56,6 +57,17 @@ def probe(
     alone_s, both_s = seconds(send), seconds(_hop(ring, size, device, meanwhile=wide))
     hidden = (alone_s + wide_s - both_s) / min(alone_s, wide_s)
     return Hardware(flops, kv_bytes_per_s, block_s, hop, exchange, min(1.0, max(0.0, hidden)))
+
+
+@torch.inference_mode()
+def gemm_flops(world: Comm, dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a rank's large square matrix products while all ranks of ``world`` compute one: a peak that was seen.
+
+    The same number on every rank, which all must ask.  A data sheet promises more.
+    """
+    side = _SIDE[device.type]
+    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+    return 2 * side**3 / _slowest(world, lambda: a @ b, device)
 
 
 def _link(small_s: float, large_s: float) -> Link:

@@ -12,6 +12,7 @@ from longctx.parallel.launch import run_ranks
 from longctx.parallel.ring import Ring
 from longctx.parallel.strategy import STRATEGIES, ring_attention
 from longctx.parallel.threads import run_threads
+from longctx.parallel.waiting import Waiting
 from longctx.schema import Mesh
 from tests import oracle
 from tests.megatron.ranks import all_logits
@@ -69,3 +70,20 @@ def test_a_models_logits_are_those_of_a_cpu(name, smollm2):
     there = run_ranks(1, all_logits, Mesh(), smollm2[1], tokens, "bfloat16", "cuda", name)[0]
     here = run_ranks(1, all_logits, Mesh(), smollm2[1], tokens, "float32")[0]
     assert float((there.cpu() - here).abs().max() / here.abs().max()) < 0.05
+
+
+def test_what_a_stream_waits_is_measured_and_what_it_computes_is_not():
+    """The process has long gone on when the stream waits: only its events can tell."""
+    device, cycles = torch.device("cuda"), 10**8
+    waiting, other = Waiting(), torch.cuda.Stream()
+    torch.cuda._sleep(cycles)  # computing before the wait
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(4 * cycles)  # what comes from another rank
+    with waiting.during("shift", device):
+        torch.cuda.current_stream().wait_stream(other)
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    torch.cuda._sleep(cycles)
+    ended.record()
+    ended.synchronize()
+    assert waiting.taken()["shift"] == pytest.approx(3 * began.elapsed_time(ended) / 1e3, rel=0.2)
