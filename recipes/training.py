@@ -179,10 +179,9 @@ def weights_of(shape: ModelShape) -> int:
 
 def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
     """One rank's part of the run, from its last checkpoint on; the figures of its end."""
-    from longctx.train.track import start_tracking
-
     from longctx.megatron.checkpoint import Checkpoints
     from longctx.megatron.runtime import runtime
+    from longctx.train.track import start_tracking
 
     settings, first = job.settings, rank.rank == 0
     threads, minutes = threads_for(settings.threads, rank), settings.timeout_minutes
@@ -254,13 +253,12 @@ def resumed(trained: Any, job: Job) -> dict[str, Any]:
 
 def steps(trained: Any, here: Any, job: Job, kept: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any], Any]]:
     """Train, step by step: its number, its figures, and where the data stands behind it."""
-    from longctx.parallel.waiting import TimedComm, Waiting
-    from longctx.train.meter import Meter
-
     from longctx.attention.backends import checked_kernel
     from longctx.data.batches import training_batches
     from longctx.parallel.strategy import STRATEGIES
+    from longctx.parallel.waiting import TimedComm, Waiting
     from longctx.pretrained import tokenizer_of
+    from longctx.train.meter import Meter
     from longctx.train.step import Sharding, train_step
 
     part, parts, settings = here.groups.dp.rank(), here.groups.dp.size(), job.settings

@@ -48,10 +48,8 @@ def task(config: DictConfig) -> None:
     losses = [[line["loss"] for line in lines_of] for lines_of in (one, other)]
     apart = max(abs(a - b) for a, b in zip(*losses, strict=True))
     norms = max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(one, other, strict=True))
-    console.print(
-        f"{len(one)} steps, loss {losses[0][0]:.3f} to {losses[0][-1]:.3f}; on {job.mesh} it is at most {apart:.1e} away"
-    )
-    console.print(f"norms of gradients differ by at most {norms:.1e} of themselves")
+    console.print(f"{len(one)} steps on one rank: loss {losses[0][0]:.3f} to {losses[0][-1]:.3f}")
+    console.print(f"on {job.mesh}: at most {apart:.1e} away; norms of gradients, {norms:.1e} of themselves")
     about = {**provenance(), "model": model.name, "mesh": str(job.mesh), "steps": len(one)}
     if config.json:
         curves = {"one_rank": losses[0], "mesh_loss": losses[1]}

@@ -1,4 +1,4 @@
-"""recipes.pretrain: a run that is killed at any moment goes on as if it had not been; what cannot be done is refused."""
+"""recipes.pretrain: a run that is killed at any moment goes on as if it had not been; bad settings are refused."""
 
 import json
 import os
