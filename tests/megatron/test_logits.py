@@ -5,44 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM
 
 from longctx.parallel.launch import run_ranks
 from longctx.schema import Mesh, ModelSource
+from tests.megatron.kinds import KINDS, SMALL, random_model
 from tests.megatron.ranks import all_logits
 
 LENGTH = 499
-SMALL = {
-    "num_hidden_layers": 2,
-    "hidden_size": 60,
-    "intermediate_size": 88,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 14,
-    "vocab_size": 211,
-    "max_position_embeddings": 1024,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 128,
-}
-KINDS = {
-    "tied llama": LlamaConfig(**SMALL, tie_word_embeddings=True),
-    "untied llama": LlamaConfig(**SMALL, tie_word_embeddings=False),
-    "llama 3.1": LlamaConfig(**SMALL, rope_parameters=LLAMA3),
-    "qwen2, with biases": Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"} | {"hidden_size": 84}),
-    "mistral, a window in all layers": MistralConfig(**SMALL, sliding_window=37),
-    "qwen2, a window in the second layer": Qwen2Config(
-        **{k: v for k, v in SMALL.items() if k != "head_dim"} | {"hidden_size": 84},
-        use_sliding_window=True,
-        sliding_window=101,
-        max_window_layers=1,
-    ),
-}
 
 
 def error_against_transformers(folder: Path, mesh: Mesh, vocabulary: int, dtype: Any = "float32") -> float:
@@ -61,14 +31,7 @@ def test_smollm2(mesh: Mesh, smollm2: tuple[ModelSource, Path]) -> None:
 
 @pytest.fixture(scope="session", params=KINDS)
 def small_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model, in several files as large ones come."""
-    torch.manual_seed(11)
-    model = AutoModelForCausalLM.from_config(KINDS[request.param])
-    for parameter in model.parameters():  # biases and norms too: what is left at its default is not tested
-        torch.nn.init.normal_(parameter, std=0.2)
-    folder = tmp_path_factory.mktemp("small")
-    model.save_pretrained(folder, max_shard_size="50KB")
-    return folder
+    return random_model(request.param, tmp_path_factory.mktemp("small"))
 
 
 @pytest.mark.parametrize("mesh", [Mesh(), Mesh(tp=2), Mesh(ring=2), Mesh(ulysses=2, ring=2)], ids=str)

@@ -6,7 +6,7 @@ import pytest
 
 from longctx.parallel.launch import Rank, RankFailed
 from longctx.schema import Mesh, ModelSource, PromptSource, Sampling
-from recipes import generate, start
+from recipes import chat, generate, start
 
 
 @pytest.fixture
@@ -44,6 +44,20 @@ def test_a_known_model_is_a_choice_of_the_configuration(compose):
     assert (model.name, model.source, model.gguf) == (
         "smollm2_135m", None, "SmolLM2-135M-Instruct.Q4_1.gguf",
     )  # fmt: skip
+
+
+def test_a_model_may_be_described(compose):
+    config = compose("model=tiny", "model.config.num_hidden_layers=3", "+model.config.rms_norm_eps=1e-5")
+    model = start.section(config, "model", ModelSource)
+    assert (model.name, model.source, model.tokenizer) == ("tiny", None, "bytes")
+    assert (model.config["num_hidden_layers"], model.config["rms_norm_eps"]) == (3, 1e-5)
+
+
+@pytest.mark.parametrize("recipe", [generate, chat])
+def test_a_model_without_weights_answers_nothing(refused, tmp_path, monkeypatch, recipe):
+    monkeypatch.setenv("LONGCTX_CACHE", str(tmp_path))
+    line = refused(recipe, recipe.task, "model=tiny", *["prompt.text=hello"] * (recipe is generate))
+    assert "this model has no weights yet, train it with recipes.pretrain" in line
 
 
 @pytest.mark.parametrize("name", ["a = b, [c] {d}", "it's"])
