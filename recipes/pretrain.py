@@ -7,7 +7,7 @@ Writes ``out/metrics.jsonl``, a line a step, and checkpoints; the same command a
 
 from omegaconf import DictConfig
 
-from longctx.pretrained import locate, shape_of
+from longctx.pretrained import locate
 from longctx.schema import ModelSource
 from recipes.start import main, on_ranks, say, section, warm_up_ranks
 from recipes.training import job_of, run_rank, show
@@ -18,9 +18,8 @@ WARM = ["longctx.megatron.checkpoint", "longctx.train.step", "longctx.train.trac
 def task(config: DictConfig) -> None:
     """Refuse what cannot be done; run the ranks; show what the first one gives."""
     warm_up_ranks([*WARM, "recipes.training"])
-    model = section(config, "model", ModelSource)
-    folder = locate(model, say)
-    job = job_of(config, model, folder, shape_of(folder), from_scratch=True)
+    source = locate(section(config, "model", ModelSource), say)
+    job = job_of(config, source, {}, weights=None)
     ended = on_ranks(job.mesh, run_rank, job)
     if ended is not None:
         show(job, ended)

@@ -30,6 +30,8 @@ FREE_TEXT = (
     "prompt.file",
     "prompts",
     "out",
+    "to",
+    "checkpoint",
     "turns",
     "session.save",
     "session.load",

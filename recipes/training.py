@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -60,12 +61,11 @@ class Saving:
 class Job:
     """What every rank needs to know: plain values, checked before any rank starts.
 
-    ``folder`` has the model's configuration and tokenizer, and its weights where it does not begin ``from_scratch``.
+    ``weights`` is the folder of what it begins with, None from scratch; `described` has configuration and tokenizer.
     """
 
     model: ModelSource
-    folder: Path
-    from_scratch: bool
+    weights: Path | None
     shape: ModelShape
     mesh: Mesh
     context: Context
@@ -83,15 +83,26 @@ class Job:
     def out(self) -> Path:
         return Path(self.settings.out)
 
+    @property
+    def described(self) -> Path:
+        """A Hugging Face folder without weights, of what is trained here; what an export begins with."""
+        return self.out / "model"
 
-def job_of(config: DictConfig, model: ModelSource, folder: Path, shape: ModelShape, *, from_scratch: bool) -> Job:
-    """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
+
+def job_of(config: DictConfig, source: Path, changed: Mapping[str, Any], weights: Path | None) -> Job:
+    """The job that ``config`` asks for: ``source``'s model, its config.json with fields ``changed``.
+
+    Raises ValueError, with what to do instead, if it cannot be done.
+    """
     from longctx.data.batches import training_batches
     from longctx.parallel.strategy import STRATEGIES
-    from longctx.pretrained import tokenizer_of
+    from longctx.pretrained import shape_of, tokenizer_of
 
     mesh, context = section(config, "mesh", Mesh), section(config, "context", Context)
-    settings = top_level(config, Settings)
+    settings, model = top_level(config, Settings), section(config, "model", ModelSource)
+    refuse_unwritable_folder(settings.out)
+    described = describe(source, changed, Path(settings.out))
+    shape, tokenizer = shape_of(described), tokenizer_of(described)
     data, test = data_of(config)
     if context.strategy not in STRATEGIES:
         raise ValueError(f"context.strategy={context.strategy} is for inference: use one of {', '.join(STRATEGIES)}")
@@ -101,11 +112,10 @@ def job_of(config: DictConfig, model: ModelSource, folder: Path, shape: ModelSha
     evaluation = section(config, "evaluate", Evaluation)
     for wanted in (data, test):
         if wanted:
-            training_batches(wanted, tokenizer_of(folder), 0, mesh.dp)  # refuses files that are not there
+            training_batches(wanted, tokenizer, 0, mesh.dp)  # refuses files that are not there
     job = Job(
         model=model,
-        folder=folder,
-        from_scratch=from_scratch,
+        weights=weights,
         shape=shape,
         mesh=mesh,
         context=context,
@@ -155,14 +165,35 @@ def refuse_unsplit(mesh: Mesh, shape: ModelShape, data: DataSettings) -> None:
         )
 
 
-def refuse_no_room(job: Job) -> None:
-    """ValueError unless ``out`` can be written and has room for the checkpoints that will be there at once."""
+def refuse_unwritable_folder(out: str) -> None:
+    """ValueError unless the folder ``out`` can be written; it is made."""
     try:
-        job.out.mkdir(parents=True, exist_ok=True)
-        (job.out / ".writable").touch()
-        (job.out / ".writable").unlink()
+        Path(out).mkdir(parents=True, exist_ok=True)
+        Path(out, ".writable").touch()
+        Path(out, ".writable").unlink()
     except OSError as error:
-        raise ValueError(f"out={job.out} cannot be written ({error.strerror}): give a folder of yours") from error
+        raise ValueError(f"out={out} cannot be written ({error.strerror}): give a folder of yours") from error
+
+
+def describe(source: Path, changed: Mapping[str, Any], out: Path) -> Path:
+    """``out``/model: ``source`` without weights, fields of its config.json ``changed``.
+
+    Raises ValueError if a run of another model is there.
+    """
+    from longctx.described import write_like
+
+    with tempfile.TemporaryDirectory(dir=out, prefix=".model.") as work:
+        write_like(source, changed, Path(work, "model"))
+        wanted, there = (folder / "config.json" for folder in (Path(work, "model"), out / "model"))
+        if not there.exists():
+            Path(work, "model").rename(out / "model")
+        elif there.read_text() != wanted.read_text():
+            raise ValueError(f"out={out} has a run of another model, or of another context: give another folder")
+    return out / "model"
+
+
+def refuse_no_room(job: Job) -> None:
+    """ValueError unless ``out`` has room for the checkpoints that will be there at once."""
     needed = weights_of(job.shape) * BYTES_OF_A_WEIGHT * (job.saving.keep + 1)
     if (free := shutil.disk_usage(job.out).free) < needed:
         raise ValueError(
@@ -223,7 +254,7 @@ def built(here: Any, job: Job) -> Any:
     from longctx.megatron.model import layers_in_use
     from longctx.megatron.training import trainable
 
-    read = Drawn(job.shape, job.settings.seed) if job.from_scratch else weights.Weights(job.folder)
+    read = weights.Weights(job.weights) if job.weights else Drawn(job.shape, job.settings.seed)
     return trainable(
         here,
         job.shape,
@@ -269,7 +300,7 @@ def steps(trained: Any, here: Any, job: Job, kept: dict[str, Any]) -> Iterator[t
     timed = replace(here, ulysses=TimedComm(here.ulysses, waiting), ring=TimedComm(here.ring, waiting))
     meter = Meter(job.shape, job.mesh.ranks // parts, here.device, waiting, job.peak_flops)
     held_out = _held_out(job, part, parts)
-    batches = training_batches(job.data, tokenizer_of(job.folder), part, parts)(kept["data"])
+    batches = training_batches(job.data, tokenizer_of(job.described), part, parts)(kept["data"])
     for step, (batch, data) in enumerate(islice(batches, settings.steps - kept["step"]), kept["step"] + 1):
         meter.begin()
         did = train_step(trained, batch, timed, how)
@@ -287,7 +318,7 @@ def _held_out(job: Job, part: int, parts: int) -> list[Any]:
 
     if not job.test:
         return []
-    batches: Iterator[Any] = training_batches(job.test, tokenizer_of(job.folder), part, parts)(None)
+    batches: Iterator[Any] = training_batches(job.test, tokenizer_of(job.described), part, parts)(None)
     return [batch for batch, _ in islice(batches, job.evaluation.batches)]
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -20,8 +21,10 @@ class Drawn:
 
     def __init__(self, shape: ModelShape, seed: int) -> None:
         self._shape, self._seed = shape, seed
+        self.taken: set[str] = set()
 
     def __call__(self, name: str) -> Tensor:
+        self.taken.add(name)
         size = self._size(name)
         if name.endswith("norm.weight"):
             return torch.ones(size)
@@ -50,5 +53,5 @@ class Drawn:
         size = matrices.get(kind, (s.hidden,))  # all others are norms
         return size[:1] if name.endswith(".bias") else size
 
-    def refuse_unread(self, tied: bool) -> None:
+    def refuse_unread(self, tied: bool, elsewhere: Iterable[str] = ()) -> None:
         """Nothing is left over of what is made on demand."""

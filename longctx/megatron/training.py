@@ -16,7 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from longctx.megatron.attention import Pass
 from longctx.megatron.model import GPTModel, build_model, token_losses
 from longctx.megatron.runtime import Runtime
-from longctx.schema import Mesh, ModelShape, Optim, Recompute
+from longctx.schema import ModelShape, Optim, Recompute
 from longctx.shapes import Float, Positions, Tensor, Tokens
 
 
@@ -132,10 +132,9 @@ def _schedule(optimizer: Any, optim: Optim, steps: int) -> OptimizerParamSchedul
     decay = optim.decay_steps or steps
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=optim.lr / max(1, optim.warmup),  # a first step at rate 0 would be none
         max_lr=optim.lr,
         min_lr=optim.min_lr,
-        # The first step is at once a step of the warm-up: 1 / warmup of the full rate, not 0.
         lr_warmup_steps=min(optim.warmup, decay - 1),
         lr_decay_steps=decay,
         lr_decay_style=optim.decay,
@@ -200,11 +199,3 @@ def clear_gradients(trained: Trained) -> None:
     """Before the first micro-batch of a step."""
     trained.model.zero_grad_buffer()
     trained.optimizer.zero_grad()
-
-
-def refuse_unsplit(mesh: Mesh, shape: ModelShape) -> None:
-    """ValueError unless the pipeline stages of ``mesh`` can each have as many layers of ``shape``."""
-    if shape.layers % mesh.pp:
-        fit = [n for n in range(1, shape.layers + 1) if shape.layers % n == 0]
-        nearest = min(fit, key=lambda n: (abs(n - mesh.pp), n))
-        raise ValueError(f"mesh.pp={mesh.pp} does not divide {shape.layers} layers: use mesh.pp={nearest}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,19 @@ from longctx.megatron.names import Part, parts
 from longctx.pretrained import tensor_files
 from longctx.schema import ModelShape
 from longctx.shapes import Tensor
+
+
+@runtime_checkable
+class Tensors(Protocol):
+    """Hugging Face tensors by name; ``taken`` are the names that were asked for."""
+
+    taken: set[str]
+
+    def __call__(self, name: str) -> Tensor: ...
+
+    def refuse_unread(self, tied: bool, elsewhere: Iterable[str] = ()) -> None:
+        """ValueError if a tensor that is there was not taken, here or ``elsewhere``."""
+        ...
 
 
 class Weights:
@@ -41,7 +54,7 @@ class Weights:
 
 
 @torch.no_grad()
-def load(model: GPTModel, read: Weights, shape: ModelShape) -> None:
+def load(model: GPTModel, read: Tensors, shape: ModelShape) -> None:
     """Fill every parameter of ``model``, the whole or a pipeline stage, from Hugging Face tensors.
 
     Every rank of the model's tensor and pipeline groups calls this.  Raises ValueError if a tensor is missing, is

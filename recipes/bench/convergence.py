@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from longctx.pretrained import locate, shape_of
+from longctx.pretrained import locate
 from longctx.schema import Mesh, ModelSource
 from recipes.bench.picture import lines
 from recipes.machine import provenance
@@ -26,7 +26,7 @@ def curve(job: Job, name: str) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl of a run of ``job`` in a folder of its own, made anew."""
     out = job.out / name
     shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    shutil.copytree(job.described, out / "model")
     say(f"{name}: {job.mesh}")
     on_ranks(job.mesh, run_rank, replace(job, settings=replace(job.settings, out=str(out))))
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -37,11 +37,8 @@ def task(config: DictConfig) -> None:
     warm_up_ranks([*WARM, "recipes.training"])
     for name in (config.json, config.picture):
         refuse_unwritable(name)
-    model = section(config, "model", ModelSource)
-    folder = locate(model, say)
-    plain = OmegaConf.create({k: v for k, v in config.items() if k not in ("json", "picture")})
-    assert isinstance(plain, DictConfig)
-    job = job_of(plain, model, folder, shape_of(folder), from_scratch=True)
+    plain = OmegaConf.create({str(k): v for k, v in config.items() if k not in ("json", "picture")})
+    job = job_of(plain, locate(section(config, "model", ModelSource), say), {}, weights=None)
     if job.mesh.ranks == 1:
         raise ValueError("mesh is one rank, which is what it is compared with: use mesh.ring=2 or another")
     one, other = curve(replace(job, mesh=Mesh()), "one rank"), curve(job, "mesh")
@@ -50,7 +47,7 @@ def task(config: DictConfig) -> None:
     norms = max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(one, other, strict=True))
     console.print(f"{len(one)} steps on one rank: loss {losses[0][0]:.3f} to {losses[0][-1]:.3f}")
     console.print(f"on {job.mesh}: at most {apart:.1e} away; norms of gradients, {norms:.1e} of themselves")
-    about = {**provenance(), "model": model.name, "mesh": str(job.mesh), "steps": len(one)}
+    about = {**provenance(), "model": job.model.name, "mesh": str(job.mesh), "steps": len(one)}
     if config.json:
         curves = {"one_rank": losses[0], "mesh_loss": losses[1]}
         written(config.json, {**about, "largest_difference": apart, "largest_norm_difference": norms, **curves})

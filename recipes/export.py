@@ -1,0 +1,70 @@
+"""A checkpoint of a run, made on any mesh, becomes a Hugging Face folder that transformers loads.
+
+python -m recipes.export checkpoint=outputs/tiny to=outputs/tiny/hf
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from longctx.parallel.launch import Rank, run_ranks
+from longctx.schema import Mesh
+from recipes.start import console, main, top_level, warm_up_ranks
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of configs/export.yaml."""
+
+    checkpoint: str
+    to: str
+
+
+def checkpoint_of(name: str) -> Path:
+    """The checkpoint that ``name`` is, or the last whole one of the run that it is.  ValueError if there is none."""
+    from longctx.megatron.checkpoint import latest
+
+    given = Path(name).expanduser()
+    if (given / "run.json").is_file():
+        return given
+    place, passed = latest(given / "checkpoints")
+    if not place:
+        why = f" ({'; '.join(passed)})" if passed else ""
+        raise ValueError(f"checkpoint={name} is no checkpoint, and no run that has one{why}: give the out= of a run")
+    return place
+
+
+def run_rank(rank: Rank, place: Path, described: Path, dtype: str, to: Path) -> None:
+    """Load on one rank, write."""
+    from longctx.megatron import checkpoint, export
+    from longctx.megatron.model import build_model
+    from longctx.megatron.runtime import runtime
+    from longctx.pretrained import shape_of
+
+    shape = shape_of(described)
+    with runtime(rank, Mesh(), training=True) as here:
+        net = build_model(shape, here.groups, dtype=getattr(torch, dtype), layers="local", device=torch.device("cpu"))
+        checkpoint.load_weights(place, net)
+        export.save(net, shape, to, described)
+
+
+def task(config: DictConfig) -> None:
+    """Refuse what cannot be done; export on one rank."""
+    warm_up_ranks(["longctx.megatron.checkpoint", "longctx.megatron.export"])
+    from longctx.megatron.checkpoint import about
+
+    settings = top_level(config, Settings)
+    place, to = checkpoint_of(settings.checkpoint), Path(settings.to).expanduser()
+    if to.exists():
+        raise ValueError(f"to={settings.to} is there already: give a folder that is not, or move it away")
+    told = about(place)
+    run_ranks(1, run_rank, place, place.parents[1] / "model", told["config"]["model"]["dtype"], to)
+    console.print(
+        f"step {told['step']} of {place.parents[1]} written to {to}: AutoModelForCausalLM.from_pretrained({str(to)!r})"
+    )
+
+
+if __name__ == "__main__":
+    main("export", task)
