@@ -3,7 +3,7 @@
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -130,6 +130,7 @@ def job_of(config: DictConfig, source: Path, changed: Mapping[str, Any], weights
         config={**provenance(), **_plain(config)},
     )
     refuse_no_room(job)
+    refuse_other_optimizer(job)
     return job
 
 
@@ -202,6 +203,17 @@ def refuse_no_room(job: Job) -> None:
         )
 
 
+def refuse_other_optimizer(job: Job) -> None:
+    """ValueError if the checkpoint to go on from has the optimizer's state in the other form."""
+    from longctx.megatron.checkpoint import about, latest
+
+    place, _ = latest(job.out / "checkpoints")
+    if place and (zero1 := about(place)["config"]["optim"]["zero1"]) != job.optim.zero1:
+        raise ValueError(
+            f"{place} was made with optim.zero1={str(zero1).lower()}: go on with that, or in another folder"
+        )
+
+
 def weights_of(shape: ModelShape) -> int:
     """Weights of a model of ``shape``, to within its norms and biases."""
     heads = 2 * (shape.heads + shape.kv_heads) * shape.head_width
@@ -224,10 +236,11 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
     ):
         progress.start("loading", None)
         trained = built(here, job)
-        kept = resumed(trained, job)
+        tell = say if first else lambda _: None
+        kept = resumed(trained, job, tell)
         saved = Checkpoints(job.out / "checkpoints", job.saving.keep)
         tracker, run_id = start_tracking(
-            job.track, job.out, job.config, first=first, say=say, step=kept["step"] + 1, run_id=kept["run_id"]
+            job.track, job.out, job.config, first=first, say=tell, step=kept["step"] + 1, run_id=kept["run_id"]
         )
         progress.start("training, steps", settings.steps, done=kept["step"])
         ended = {"step": kept["step"], "loss": math.nan}
@@ -267,18 +280,18 @@ def built(here: Any, job: Job) -> Any:
     )
 
 
-def resumed(trained: Any, job: Job) -> dict[str, Any]:
+def resumed(trained: Any, job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
     """What was written with the last whole checkpoint, which ``trained`` then is; of a new run, where it begins."""
     from longctx.megatron import checkpoint
 
     place, passed = checkpoint.latest(job.out / "checkpoints")
     for why in passed:
-        say(f"passed over: {why}")
+        tell(f"passed over: {why}")
     if not place:
         return {"step": 0, "data": None, "run_id": None}
     checkpoint.load(place, trained)
     kept = checkpoint.about(place)
-    say(f"going on behind step {kept['step']}, from {place}")
+    tell(f"going on behind step {kept['step']}, from {place}")
     return kept
 
 

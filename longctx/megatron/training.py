@@ -129,13 +129,13 @@ def _optimizer_config(optim: Optim, dtype: torch.dtype) -> OptimizerConfig:
 
 
 def _schedule(optimizer: Any, optim: Optim, steps: int) -> OptimizerParamScheduler:
-    decay = optim.decay_steps or steps
+    decay = max(optim.decay_steps or steps, optim.warmup + 1)  # a run may end in its warm-up
     return OptimizerParamScheduler(
         optimizer,
         init_lr=optim.lr / max(1, optim.warmup),  # a first step at rate 0 would be none
         max_lr=optim.lr,
         min_lr=optim.min_lr,
-        lr_warmup_steps=min(optim.warmup, decay - 1),
+        lr_warmup_steps=optim.warmup,
         lr_decay_steps=decay,
         lr_decay_style=optim.decay,
         start_wd=optim.weight_decay,

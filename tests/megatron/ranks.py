@@ -1,8 +1,6 @@
 """What the ranks of the tests here run; apart from the tests, so that a rank imports no more than it needs."""
 
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,44 +46,18 @@ def loaded_and_saved(
     With ``shape`` as a model of that, whose configuration has ``changed``.
     """
     from longctx.megatron import export, weights
+    from longctx.megatron.model import build_model
+    from longctx.megatron.on_cpu import let_training_run
     from longctx.megatron.runtime import runtime
 
+    let_training_run()  # of several stages megatron-core compares the copies of a tied embedding on the GPU
     with runtime(rank, mesh, timeout_minutes=2) as here:
         for source, to, dtype in folders:
             its = shape or shape_of(source)
-            model = stage(its, mesh, here.groups, getattr(torch, dtype))
+            kind = getattr(torch, dtype)
+            stages = {"pipeline_model_parallel_size": mesh.pp, "pipeline_dtype": kind}
+            model = build_model(its, here.groups, dtype=kind, layers="local", device=here.device, **stages)
             for parameter in model.parameters():
                 parameter.data.fill_(torch.nan)
             weights.load(model, weights.Weights(source), its)
             export.save(model, its, to, source, changed=changed, file_size=file_size)
-
-
-def stage(shape: ModelShape, mesh: Mesh, groups: Any, dtype: torch.dtype) -> Any:
-    """This rank's part of a model: all of it, or a pipeline stage, of which the first has one layer."""
-    from longctx.megatron import model as ours
-
-    if mesh.pp == 1:
-        return ours.build_model(shape, groups, dtype=dtype, layers="local", device=torch.device("cpu"))
-    torch.Tensor.cuda = lambda x: x  # megatron-core moves a tied embedding there to compare the stages' copies
-    first, last = groups.pp.rank() == 0, groups.pp.rank() == mesh.pp - 1
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="full scope is deprecated")  # megatron-core's own default
-        config = replace(
-            ours._config(shape, groups, dtype),
-            pipeline_model_parallel_size=mesh.pp,
-            pipeline_dtype=dtype,
-            num_layers_in_first_pipeline_stage=1,
-        )
-    layers = 1 if first else (shape.layers - 1) // (mesh.pp - 1)
-    norm = ours.RMSNorm if last else None
-    return ours.GPTModel(
-        config,
-        ours.TransformerBlockSubmodules(layer_specs=[ours._local_layer()] * layers, layer_norm=norm),
-        vocab_size=ours.padded_vocabulary(shape, mesh.tp),
-        max_sequence_length=shape.positions,
-        pre_process=first,
-        post_process=last,
-        share_embeddings_and_output_weights=shape.tied,
-        position_embedding_type="none",
-        pg_collection=groups,
-    )

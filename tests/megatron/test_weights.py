@@ -63,7 +63,7 @@ def test_qkv_is_fused_group_by_group(tp):
         assert torch.equal(v[5 * group : 5 * group + 5], fused[first + 15 : first + 20])
 
 
-SIZES = {"num_hidden_layers": 3, "num_key_value_heads": 3, "intermediate_size": 87, "vocab_size": 211}
+SIZES = {"num_hidden_layers": 4, "num_key_value_heads": 3, "intermediate_size": 87, "vocab_size": 211}
 TOKENIZER = {"tokenizer.json": "{}", "generation_config.json": '{"eos_token_id": 7}', "merges.txt": "a b"}
 
 

@@ -33,6 +33,14 @@ def started(out: Path, *settings: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
+def finished(out: Path, *settings: str) -> str:
+    """What a run says on standard error that comes to its end."""
+    run = started(out, *settings)
+    err = run.communicate(timeout=120)[1]
+    assert run.returncode == 0, err
+    return err
+
+
 def killed_when(run: subprocess.Popen, enough) -> None:
     """SIGKILL for the recipe, its ranks and the writers of its checkpoints, all at once."""
     until = time.monotonic() + 120
@@ -41,16 +49,14 @@ def killed_when(run: subprocess.Popen, enough) -> None:
         assert time.monotonic() < until, "it never got there"
         time.sleep(0.01)
     os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
+    run.communicate()
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """A run that nobody interrupts."""
     out = tmp_path_factory.mktemp("whole")
-    run = started(out, f"steps={STEPS}")
-    err = run.communicate(timeout=120)[1]
-    assert run.returncode == 0, err
+    finished(out, f"steps={STEPS}")
     return out
 
 
@@ -77,42 +83,41 @@ def test_killed_at_any_moment_it_goes_on_as_if_it_had_not_been(whole, tmp_path):
     for moment in ("step", "save", "step", "save"):
         run, most = started(out, *settings), steps_done() + draw.randint(2, 4)
         killed_when(run, in_a_save if moment == "save" else lambda most=most: steps_done() >= min(most, STEPS - 1))
-    end = started(out, *settings)
-    err = end.communicate(timeout=120)[1]
-    assert end.returncode == 0, err
-    assert "going on behind step" in err
+    assert "going on behind step" in finished(out, *settings)
     for (step, loss, norm, tokens), right in zip(curve(out), curve(whole), strict=True):
         assert (step, tokens) == (right[0], right[3])
         assert (loss, norm) == pytest.approx(right[1:3], rel=2e-6)  # the other mesh; nothing more
 
 
-def test_more_steps_resume_on_another_mesh(whole, tmp_path, cli):
+def test_more_steps_resume_on_another_mesh(tmp_path):
     """Constant rate: the schedule of a longer run is the same."""
-    settings = ("experiment=tiny", *QUICK, "optim.decay=constant", "mesh.tp=2", "checkpoint.keep=1")
-    code, _, err = cli(pretrain, pretrain.task, *settings, f"out={tmp_path / 'a'}", "steps=4")
-    assert code == 0, err
-    settings = ("experiment=tiny", *QUICK, "optim.decay=constant", "mesh.ulysses=2", "checkpoint.keep=1")
-    code, _, err = cli(pretrain, pretrain.task, *settings, f"out={tmp_path / 'a'}", "steps=7")
-    assert code == 0 and "going on behind step 4" in err
-    code, _, err = cli(pretrain, pretrain.task, *settings[:-2], f"out={tmp_path / 'b'}", "steps=7")
-    assert code == 0, err
+    constant = ("optim.decay=constant", "checkpoint.keep=1", "optim.zero1=true")
+    finished(tmp_path / "a", *constant, "mesh.tp=2", "mesh.dp=2", "steps=4")
+    assert "going on behind step 4" in finished(tmp_path / "a", *constant, "mesh.ulysses=2", "mesh.pp=2", "steps=7")
+    finished(tmp_path / "b", *constant, "steps=7")
     for a, b in zip(curve(tmp_path / "a"), curve(tmp_path / "b"), strict=True):
         assert a == pytest.approx(b, rel=2e-6)
 
 
+def test_a_run_keeps_its_kind_of_optimizer_and_its_model(whole, refused):
+    settings = ("experiment=tiny", f"out={whole}", *QUICK, "steps=99")
+    says = refused(pretrain, pretrain.task, *settings, "optim.zero1=true")
+    assert "was made with optim.zero1=false: go on with that, or in another folder" in says
+    says = refused(pretrain, pretrain.task, *settings, "+model.config.rms_norm_eps=1e-3")
+    assert "has a run of another model" in says
+
+
 @pytest.mark.parametrize("damage", ["a file cut short", "no run.json"])
-def test_a_torn_checkpoint_is_passed_over_and_named(whole, tmp_path, cli, damage):
-    settings = ("experiment=tiny", *QUICK, f"out={tmp_path}", "checkpoint.every=2")
-    assert cli(pretrain, pretrain.task, *settings, "steps=4")[0] == 0
+def test_a_torn_checkpoint_is_passed_over_and_named(tmp_path, damage):
+    finished(tmp_path, "checkpoint.every=2", "steps=4")
     torn = tmp_path / "checkpoints" / "step-00000004"
     if damage == "no run.json":
         (torn / "run.json").unlink()
     else:
         largest = max(torn.glob("*.distcp"), key=lambda file: file.stat().st_size)
         largest.write_bytes(largest.read_bytes()[:-1])
-    code, _, err = cli(pretrain, pretrain.task, *settings, "steps=5")
-    assert code == 0, err
-    assert "passed over: step-00000004 is torn" in err
+    err = finished(tmp_path, "checkpoint.every=2", "steps=5")
+    assert err.count("passed over: step-00000004 is torn") == 1
     assert "going on behind step 2" in err
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
 
