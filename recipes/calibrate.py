@@ -3,7 +3,7 @@
 python -m recipes.calibrate out=laptop.yaml
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,9 +57,11 @@ def measured(here: Any, shape: ModelShape, kernel: str, dtype: str) -> Hardware:
 def run_rank(rank: Rank, mesh: Mesh, shape: ModelShape, dtype: str, settings: Settings) -> Hardware:
     """One rank's part of the measurement."""
     from longctx.megatron.runtime import runtime
+    from longctx.parallel.probe import gemm_flops
 
     with runtime(rank, mesh, threads=settings.threads, device=settings.device) as here:
-        return measured(here, shape, settings.kernel, dtype)
+        found = measured(here, shape, settings.kernel, dtype)
+        return replace(found, peak_flops=gemm_flops(here.world, getattr(torch, dtype), here.device))
 
 
 def show(on: Hardware) -> None:
@@ -68,6 +70,8 @@ def show(on: Hardware) -> None:
     table.add_row("attention, wide blocks", f"{on.flops / 1e9:,.1f} GFLOP/s a rank")
     table.add_row("keys and values, few rows", f"{on.kv_bytes_per_s / 1e9:,.2f} GB/s a rank")
     table.add_row("one more block", f"{on.block_s * 1e6:,.0f} us")
+    if on.peak_flops:
+        table.add_row("products of matrices (MFU's peak)", f"{on.peak_flops / 1e9:,.1f} GFLOP/s a rank")
     for name, link in (("a hop of the ring", on.hop), ("an all-to-all", on.exchange)):
         table.add_row(name, f"{link.latency_s * 1e6:,.0f} us + {link.bytes_per_s / 1e9:,.2f} GB/s")
     table.add_row("hidden of the shorter", f"{on.overlap:.0%}")

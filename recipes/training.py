@@ -242,6 +242,8 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
         tracker, run_id = start_tracking(
             job.track, job.out, job.config, first=first, say=tell, step=kept["step"] + 1, run_id=kept["run_id"]
         )
+        if not kept["step"]:
+            tracker.table("samples", ("tokens", "documents", "text"), samples(job), 0)
         progress.start("training, steps", settings.steps, done=kept["step"])
         ended = {"step": kept["step"], "loss": math.nan}
         for step, figures, data in steps(trained, here, job, kept):
@@ -258,6 +260,17 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
             tracker.artifact(f"checkpoint-{run_id}", "checkpoint", place)
         tracker.finish()
     return {**ended, "checkpoint": str(place)}
+
+
+def samples(job: Job) -> list[tuple[int, int, str]]:
+    """The first sequences as the model sees them: so many tokens, of so many documents, how the text begins."""
+    from longctx.data.batches import training_batches
+    from longctx.pretrained import tokenizer_of
+
+    tokenizer = tokenizer_of(job.described)
+    batch, _ = next(training_batches(job.data, tokenizer)(None))
+    shown = zip(batch.tokens, batch.lengths, strict=True)
+    return [(len(ids), sum(n > 0 for n in lengths), tokenizer.decode(ids[:128].tolist())) for ids, lengths in shown]
 
 
 def built(here: Any, job: Job) -> Any:
@@ -298,7 +311,7 @@ def resumed(trained: Any, job: Job, tell: Callable[[str], None]) -> dict[str, An
 def steps(trained: Any, here: Any, job: Job, kept: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any], Any]]:
     """Train, step by step: its number, its figures, and where the data stands behind it."""
     from longctx.attention.backends import checked_kernel
-    from longctx.data.batches import training_batches
+    from longctx.data.batches import left_out, training_batches
     from longctx.parallel.strategy import STRATEGIES
     from longctx.parallel.waiting import TimedComm, Waiting
     from longctx.pretrained import tokenizer_of
@@ -320,6 +333,7 @@ def steps(trained: Any, here: Any, job: Job, kept: dict[str, Any]) -> Iterator[t
         cost = meter.end([n for lengths in batch.lengths for n in lengths])
         figures = {"loss": did.loss, "grad_norm": did.grad_norm, "tokens": did.tokens, "lr": did.rate, **cost.figures()}
         figures["tokens_per_s"] = parts * cost.tokens / cost.seconds
+        figures |= {f"data/{count}": n for count, n in left_out(data).items()}
         if held_out and (step == settings.steps or step % job.evaluation.every == 0):
             figures |= measured(trained, held_out, here, how, job)
         yield step, figures, data

@@ -2,7 +2,7 @@
 
 import sys
 
-from recipes.bench import convergence, crossover, decode, drift, million, prefill
+from recipes.bench import convergence, crossover, decode, drift, million, prefill, train
 from recipes.start import console, main
 
 SUBJECTS = {
@@ -12,6 +12,7 @@ SUBJECTS = {
     "decode": (decode.task, "time from token to token, by strategy"),
     "drift": (drift.task, "error of bfloat16 attention over the number of ranks, on a real model's activations"),
     "million": (million.task, "one layer, a million cached tokens, a few new ones"),
+    "train": (train.task, "a training step on one rank and on several; attention beside its peers"),
 }
 
 

@@ -1,0 +1,162 @@
+"""What a training step costs on one rank and on several; and attention, forward and backward, beside its peers.
+
+python -m recipes.bench train json=train.json
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+
+from longctx.parallel.launch import Rank
+from longctx.parallel.mesh import refuse_unfit
+from longctx.pretrained import locate
+from longctx.schema import Mesh, ModelSource
+from recipes.bench import peers
+from recipes.machine import provenance
+from recipes.pretrain import WARM
+from recipes.start import console, on_ranks, refuse_unwritable, say, section, warm_up_ranks, written
+from recipes.training import Job, built, job_of
+
+
+@dataclass
+class Saved:
+    """Bytes that a forward keeps for its backward: activations, each storage once, parameters not counted."""
+
+    bytes: int = 0
+
+    @contextmanager
+    def counting(self, net: torch.nn.Module) -> Iterator[None]:
+        """Count what is saved in the block."""
+        seen = {p.untyped_storage().data_ptr() for p in net.parameters()}
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                self.bytes += storage.nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            yield
+
+
+def step_on_rank(rank: Rank, job: Job, rounds: int) -> dict[str, Any]:
+    """Seconds of ``rounds`` steps, and bytes of activations of the largest rank."""
+    from itertools import islice
+
+    from longctx.attention.flash_cpu import flash_cpu
+    from longctx.data.batches import training_batches
+    from longctx.megatron.runtime import runtime
+    from longctx.parallel.strategy import STRATEGIES
+    from longctx.pretrained import tokenizer_of
+    from longctx.train.step import Sharding, train_step
+
+    with runtime(rank, job.mesh, threads=1, training=True) as here:
+        trained = built(here, job)
+        how = Sharding(job.data.length, job.context.layout, flash_cpu, STRATEGIES[job.context.strategy])
+        stage, took, saved = training_batches(job.data, tokenizer_of(job.described))(None), [], Saved()
+        for i, (batch, _) in enumerate(islice(stage, rounds + 1)):
+            here.world.all_gather(torch.zeros(1), [(1,)] * here.world.size)
+            began = time.perf_counter()
+            if i == 0:
+                with saved.counting(trained.net):
+                    train_step(trained, batch, here, how)
+            else:
+                train_step(trained, batch, here, how)
+                took.append(time.perf_counter() - began)
+        most = torch.cat(here.world.all_gather(torch.tensor([saved.bytes]), [(1,)] * here.world.size)).max()
+    return {"seconds": took, "activation_bytes": int(most)}
+
+
+def attention_on_rank(rank: Rank, job: Job, names: tuple[str, ...], rounds: int) -> dict[str, Any]:
+    """Seconds of a layer's attention, forward and backward, by way; the ways in turn within each round."""
+    from longctx.attention.flash_cpu import flash_cpu
+    from longctx.attention.layout import zigzag
+    from longctx.megatron.runtime import runtime
+    from longctx.parallel.hybrid import hybrid_attention
+    from longctx.parallel.strategy import STRATEGIES
+
+    shape, length = job.shape, job.data.length
+    ways: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    with runtime(rank, Mesh(ring=rank.world), threads=1) as here:
+        layout = zigzag(length, here.ring.size)
+        rows = layout.rows(here.ring.rank)
+        q, k, v = (torch.randn(1, rows, n, shape.head_width) for n in (shape.heads, shape.kv_heads, shape.kv_heads))
+        ways["ours, pass-KV ring"] = hybrid_attention(here.ulysses, here.ring, layout, flash_cpu, STRATEGIES["pass_kv"])
+        ways["ours, Ulysses"] = hybrid_attention(here.ring, here.ulysses, layout, flash_cpu, STRATEGIES["pass_kv"])
+        for name in names:
+            ring = peers.zigzag_ring(name, here.ring.size, here.ring.rank)
+            if why := peers.works(ring, q, k, v):
+                refused[name] = why
+            else:
+                ways[f"{name}, zigzag ring"] = ring
+        took: dict[str, list[float]] = {way: [] for way in ways}
+        for round_ in range(rounds + 1):
+            for way, attention in ways.items():
+                leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+                here.world.all_gather(torch.zeros(1), [(1,)] * here.world.size)
+                began = time.perf_counter()
+                attention(*leaves).sum().backward()
+                mine = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
+                slowest = float(torch.cat(here.world.all_gather(mine, [(1,)] * here.world.size)).max())
+                if round_:
+                    took[way].append(slowest)
+    return {"seconds": took, "refused": refused}
+
+
+def show(length: int, steps: list[dict[str, Any]], attention: dict[str, Any]) -> None:
+    """Both as tables; what is compared with is the first line of each."""
+    table = Table(box=None)
+    for column in ("a step on", "tokens/s", "of one rank's", "activations a rank", "of one rank's"):
+        table.add_column(column, justify="left" if column == "a step on" else "right")
+    first = steps[0]
+    for row in steps:
+        speed = median(first["seconds"]) / median(row["seconds"])
+        memory = row["activation_bytes"] / first["activation_bytes"]
+        megabytes = f"{row['activation_bytes'] / 1e6:,.1f} MB"
+        table.add_row(
+            row["mesh"], f"{length / median(row['seconds']):,.0f}", f"{speed:.2f}", megabytes, f"{memory:.3f}"
+        )
+    console.print(table)
+    table = Table(box=None)
+    table.add_column("attention of a layer, 2 ranks")
+    table.add_column("seconds, of ours", justify="right")
+    ours = median(next(iter(attention["seconds"].values())))
+    for way, took in attention["seconds"].items():
+        table.add_row(way, f"{median(took) / ours:.2f}")
+    for name, why in attention["refused"].items():
+        table.add_row(name, why)
+    console.print(table)
+
+
+def task(config: DictConfig) -> None:
+    """Measure; write and show what the first rank gives."""
+    warm_up_ranks([*WARM, "recipes.training"])
+    refuse_unwritable(config.json)
+    own = ("rounds", "meshes", "peers", "json")
+    plain = OmegaConf.create({str(k): v for k, v in config.items() if k not in own})
+    job = job_of(plain, locate(section(config, "model", ModelSource), say), {}, weights=None)
+    meshes = [Mesh(), *(Mesh(**mesh) for mesh in config.meshes)]
+    for mesh in meshes:
+        refuse_unfit(mesh, job.shape)
+    there = {name: peers.installed(name) for name in config.peers}
+    steps = []
+    for mesh in meshes:
+        say(f"steps on {mesh}")
+        measured = on_ranks(mesh, step_on_rank, replace(job, mesh=mesh), config.rounds)
+        steps.append({"mesh": str(mesh), **measured})
+    names = tuple(name for name, version in there.items() if version)
+    say(f"attention, 2 ranks: ours and {', '.join(names) or 'no peer (none is installed)'}")
+    attention = on_ranks(Mesh(ring=2), attention_on_rank, job, names, config.rounds)
+    show(job.data.length, steps, attention)
+    if config.json:
+        about = {"length": job.data.length, "shape": {k: v for k, v in vars(job.shape).items() if k != "rotary"}}
+        written(config.json, {**provenance(), **about, "peers": there, "steps": steps, "attention": attention})

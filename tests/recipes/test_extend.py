@@ -1,0 +1,86 @@
+"""recipes.extend and recipes.export: a model at a longer context, trained by two ranks, is what transformers loads."""
+
+import json
+import math
+import re
+from itertools import islice
+
+import pytest
+import torch
+
+from longctx.data.batches import training_batches
+from longctx.pretrained import tokenizer_of
+from longctx.schema import DataSettings, TextSource
+from recipes import export, extend, pretrain
+
+DATA = ("data.length=211", "data.batch=2", "data.end_token=false", "threads=1")
+LONGER = ("extend.positions=307", "extend.rope_theta=77777.0")
+
+
+def extended(cli, tiny, out, *settings: str) -> list[dict]:
+    command = (f"model={tiny}", f"out={out}", *DATA, *LONGER, "steps=7", "evaluate.every=7", "optim.lr=1e-2", *settings)
+    code, _, err = cli(extend, extend.task, *command)
+    assert code == 0, err
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def loss_by_transformers(folder) -> float:
+    """Mean over the documents of the held-out batches, each by itself."""
+    from transformers import AutoModelForCausalLM
+
+    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    data = DataSettings((TextSource(pydoc="test"),), 211, 2, end_token=False)
+    total, count = 0.0, 0
+    for batch, _ in islice(training_batches(data, tokenizer_of(folder))(None), 2):
+        for tokens, targets, mask, lengths in zip(batch.tokens, batch.targets, batch.mask, batch.lengths, strict=True):
+            for ids, wanted, counts in zip(*(x.split(list(lengths)) for x in (tokens, targets, mask)), strict=True):
+                with torch.no_grad():
+                    losses = torch.nn.functional.cross_entropy(net(ids[None]).logits[0], wanted, reduction="none")
+                total, count = total + float((losses * counts).sum()), count + int(counts.sum())
+    return total / count
+
+
+def test_what_two_ranks_learned_is_what_transformers_loads(cli, tiny, tmp_path):
+    told = extended(cli, tiny, tmp_path / "run", "mesh.ring=2")
+    assert told[-1]["loss"] < told[0]["loss"] - 0.1
+    code, _, err = cli(export, export.task, f"checkpoint={tmp_path / 'run'}", f"to={tmp_path / 'hf'}")
+    assert code == 0, err
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["max_position_embeddings"], config["rope_parameters"]["rope_theta"]) == (307, 77777.0)
+    assert loss_by_transformers(tmp_path / "hf") == pytest.approx(told[-1]["eval/loss"], rel=1e-5)
+    assert told[-1]["eval/perplexity"] == pytest.approx(math.exp(told[-1]["eval/loss"]))
+
+
+def test_linear_scaling_is_written_and_trained_with(cli, tiny, tmp_path):
+    told = extended(cli, tiny, tmp_path / "run", "extend.rope_theta=null", "extend.rope_factor=3.0")
+    code, _, err = cli(export, export.task, f"checkpoint={tmp_path / 'run'}", f"to={tmp_path / 'hf'}")
+    assert code == 0, err
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["rope_parameters"]["factor"] == 3.0
+    assert loss_by_transformers(tmp_path / "hf") == pytest.approx(told[-1]["eval/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["data.length=307"], r"data\.length=307 is more than the model's context of 97"),
+        (["model=tiny"], r"has no weights yet, train it with recipes\.pretrain|no model\.safetensors"),
+        (["extend.positions=-1"], r"extend\.positions=-1"),
+        (["extend.rope_factor=2.0", "extend.rope_factor=x"], r"extend\.rope_factor=x"),
+    ],
+)
+def test_refusals(refused, tiny, tmp_path, settings, words):
+    says = refused(extend, extend.task, f"model={tiny}", f"out={tmp_path}", *DATA, *settings)
+    assert re.search(words, says), says
+
+
+def test_an_export_needs_a_checkpoint(refused, tmp_path):
+    says = refused(export, export.task, f"checkpoint={tmp_path}", f"to={tmp_path / 'hf'}")
+    assert "is no checkpoint, and no run that has one: give the out= of a run" in says
+
+
+def test_an_export_does_not_write_over_a_folder(cli, tmp_path):
+    settings = ("experiment=tiny", f"out={tmp_path}", "data.length=61", "steps=1", "evaluate.every=0", "threads=1")
+    assert cli(pretrain, pretrain.task, *settings)[0] == 0
+    code, _, err = cli(export, export.task, f"checkpoint={tmp_path}", f"to={tmp_path / 'model'}")
+    assert code == 2
+    assert "is there already" in err
