@@ -151,8 +151,16 @@ class Optim:
             raise ValueError(f"optim.min_lr={self.min_lr} and optim.lr={self.lr}: use 0 <= min_lr <= lr")
         if self.warmup < 0:
             raise ValueError(f"optim.warmup={self.warmup}: use 0 steps or more")
-        if self.decay_steps is not None and self.decay_steps < 2:
-            raise ValueError(f"optim.decay_steps={self.decay_steps}: use 2 or more, or null for those of the run")
+        if self.decay_steps is not None and self.decay_steps <= self.warmup:
+            raise ValueError(
+                f"optim.decay_steps={self.decay_steps} and optim.warmup={self.warmup}: it falls after the warm-up; "
+                "use more of the first, or null for the steps of the run"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas) or self.eps <= 0 or self.clip < 0:
+            raise ValueError(
+                f"optim.betas={list(self.betas)}, eps={self.eps}, clip={self.clip}: "
+                "use betas from 0 to below 1, eps above 0, clip 0 or more"
+            )
 
 
 @dataclass(frozen=True)

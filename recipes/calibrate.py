@@ -50,7 +50,7 @@ def measured(here: Any, shape: ModelShape, kernel: str, dtype: str) -> Hardware:
 
     share = here.mesh.tp * here.mesh.ulysses
     heads = (shape.heads // share, max(1, shape.kv_heads // share))
-    block = checked_kernel(kernel, here.device, dtype)
+    block = checked_kernel(kernel, here.device, dtype, shape.head_width)
     return probe(here.ring, block, heads, shape.head_width, getattr(torch, dtype), here.device)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from longctx import kept
 from longctx.parallel.launch import Rank, run_ranks
 from longctx.schema import Mesh
 from recipes.start import console, main, top_level, warm_up_ranks
@@ -24,12 +25,12 @@ class Settings:
 
 def checkpoint_of(name: str) -> Path:
     """The checkpoint that ``name`` is, or the last whole one of the run that it is.  ValueError if there is none."""
-    from longctx.megatron.checkpoint import latest
-
-    given = Path(name).expanduser()
-    if (given / "run.json").is_file():
+    given = Path(name).expanduser().resolve()
+    if (given / kept.RUN).is_file():
+        if wrong := kept.torn(given):
+            raise ValueError(f"checkpoint={name} is torn: {wrong}; give another of the run, or the run's folder")
         return given
-    place, passed = latest(given / "checkpoints")
+    place, passed = kept.latest(given / "checkpoints")
     if not place:
         why = f" ({'; '.join(passed)})" if passed else ""
         raise ValueError(f"checkpoint={name} is no checkpoint, and no run that has one{why}: give the out= of a run")
@@ -53,13 +54,11 @@ def run_rank(rank: Rank, place: Path, described: Path, dtype: str, to: Path) -> 
 def task(config: DictConfig) -> None:
     """Refuse what cannot be done; export on one rank."""
     warm_up_ranks(["longctx.megatron.checkpoint", "longctx.megatron.export"])
-    from longctx.megatron.checkpoint import about
-
     settings = top_level(config, Settings)
     place, to = checkpoint_of(settings.checkpoint), Path(settings.to).expanduser()
     if to.exists():
         raise ValueError(f"to={settings.to} is there already: give a folder that is not, or move it away")
-    told = about(place)
+    told = kept.about(place)
     run_ranks(1, run_rank, place, place.parents[1] / "model", told["config"]["model"]["dtype"], to)
     console.print(
         f"step {told['step']} of {place.parents[1]} written to {to}: AutoModelForCausalLM.from_pretrained({str(to)!r})"

@@ -15,9 +15,10 @@ from pydantic import PositiveFloat, PositiveInt
 
 from longctx.pretrained import locate, tensor_files
 from longctx.schema import ModelSource
+from recipes.job import job_of
 from recipes.pretrain import WARM
 from recipes.start import main, on_ranks, say, section, warm_up_ranks
-from recipes.training import job_of, run_rank, show
+from recipes.training import run_rank, show
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from omegaconf import DictConfig
 
 from longctx.pretrained import locate
 from longctx.schema import ModelSource
+from recipes.job import job_of
 from recipes.start import main, on_ranks, say, section, warm_up_ranks
-from recipes.training import job_of, run_rank, show
+from recipes.training import run_rank, show
 
 WARM = ["longctx.megatron.checkpoint", "longctx.train.step", "longctx.train.track", "longctx.train.meter"]
 

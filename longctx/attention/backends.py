@@ -32,9 +32,9 @@ def kernel_for(asked: str, device: str, dtype: str) -> Kernel:
     return kernel
 
 
-def checked_kernel(asked: str, device: torch.device, dtype: str) -> Kernel:
-    """`kernel_for`, which on anything but a CPU has shown on this very ``device`` that it is exact."""
+def checked_kernel(asked: str, device: torch.device, dtype: str, width: int) -> Kernel:
+    """`kernel_for`, which on anything but a CPU has shown on this very ``device`` that it is exact for this width."""
     kernel = kernel_for(asked, device.type, dtype)
     if device.type != "cpu":
-        refuse_inexact(kernel, device, getattr(torch, dtype))
+        refuse_inexact(kernel, device, getattr(torch, dtype), width)
     return kernel

@@ -7,7 +7,6 @@ their causal mask is aligned to, and no row of a tile is ever fully masked.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import groupby, pairwise
 
 from longctx.attention.layout import Span, Spans
@@ -46,7 +45,6 @@ class Tile:
         return replace(self, q0=self.q0 + q, q1=self.q1 + q, k0=self.k0 + k, k1=self.k1 + k)
 
 
-@lru_cache(maxsize=4096)
 def visible_tiles(q: Spans, k: Spans, mask: Mask = CAUSAL) -> tuple[Tile, ...]:
     """The tiles in which a query sees a key of its document that ``mask`` allows."""
     tiles: list[Tile] = []

@@ -85,5 +85,6 @@ def _stacked(rows: list[Packed], part: int, parts: int) -> Batch:
 
 def left_out(state: State) -> dict[str, int]:
     """How many records a state of `training_batches` has left out so far: those that were empty, and no text."""
-    sources = [source for source in state["documents"]["sources"] if source]
+    documents = state["documents"] or {"sources": []}  # None while the very first document is being cut
+    sources = [source for source in documents["sources"] if source]
     return {count: sum(source[count] for source in sources) for count in ("empty", "skipped")}

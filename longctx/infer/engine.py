@@ -67,7 +67,7 @@ def load_engine(here: Runtime, model: ModelSource, shape: ModelShape, folder: Pa
     layers = layers_in_use(model.layers)
     built = _loaded(here, here.groups, model, shape, folder, layers)
     comms = (here.tp, here.ulysses, here.ring, here.context, here.answers)
-    return Engine(built, shape, checked_kernel(kernel, here.device, model.dtype), *comms, layers)
+    return Engine(built, shape, checked_kernel(kernel, here.device, model.dtype, shape.head_width), *comms, layers)
 
 
 def load_alone(here: Runtime, engine: Engine, model: ModelSource, folder: Path) -> Engine:

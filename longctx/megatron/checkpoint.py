@@ -18,12 +18,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
+from longctx.kept import PARTIAL, RUN, latest, name_of, places, torn
 from longctx.megatron.model import GPTModel
-from longctx.megatron.training import Trained
+from longctx.megatron.training import Trained, follow
 from longctx.shapes import Tensor
 
-_RUN = "run.json"
-_PARTIAL = ".partial"
 # Optimizer state by parameter, not by bucket: only then may the mesh change in between.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -41,7 +40,7 @@ class Checkpoints:
         self._attempt = _told(uuid.uuid4().hex[:8])
         if _first():
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob(f"step-*{_PARTIAL}*"):
+            for left in folder.glob(f"step-*{PARTIAL}*"):
                 shutil.rmtree(left, ignore_errors=True)
         dist.barrier()
 
@@ -50,7 +49,7 @@ class Checkpoints:
         self.poll(wait=True)
         filesystem_async._results_queue = _Mailbox()
         # Its own name: a writer of a killed attempt may be at work still.
-        partial_folder = self._folder / f"{_name(step)}{_PARTIAL}-{self._attempt}"
+        partial_folder = self._folder / f"{name_of(step)}{PARTIAL}-{self._attempt}"
         if _first():
             partial_folder.mkdir()
         dist.barrier()
@@ -62,9 +61,11 @@ class Checkpoints:
         self._writing.schedule_async_request(request)
 
     @property
-    def latest(self) -> Path | None:
-        """The newest that is in its place."""
-        return latest(self._folder)[0]
+    def latest(self) -> Path:
+        """The newest that is in its place; ask when there is one."""
+        place, _ = latest(self._folder)
+        assert place, "nothing has been saved"
+        return place
 
     def poll(self, *, wait: bool = False) -> None:
         """Put in its place what has been written; with ``wait``, all that is being written."""
@@ -73,30 +74,30 @@ class Checkpoints:
     def _settle(self, written: Path, about: dict[str, Any]) -> None:
         if _first():
             sizes = {file.name: file.stat().st_size for file in sorted(written.iterdir())}
-            (written / _RUN).write_text(json.dumps({**about, "files": sizes}, indent=1))
-            place = self._folder / _name(about["step"])
+            (written / RUN).write_text(json.dumps({**about, "files": sizes}, indent=1))
+            place = self._folder / name_of(about["step"])
             shutil.rmtree(place, ignore_errors=True)
             written.rename(place)
-            for old in sorted(self._folder.glob("step-*[0-9]"))[: -self._keep]:
-                shutil.rmtree(old)
+            self._prune(about["step"])
         dist.barrier()
 
-
-def latest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint in ``folder``, if there is one; and of those that were passed over, why."""
-    passed = [f"{left.name} was being written when the run ended" for left in sorted(folder.glob(f"*{_PARTIAL}*"))]
-    for place in sorted(folder.glob("step-*[0-9]"), reverse=True):
-        torn = _torn(place)
-        if not torn:
-            return place, passed
-        passed.append(f"{place.name} is torn: {torn}")
-    return None, passed
+    def _prune(self, step: int) -> None:
+        """Keep the last whole ones; what lies ahead of ``step`` is of a course that was not taken."""
+        there = places(self._folder)
+        whole = [place for place in there if not torn(place) and place.name <= name_of(step)]
+        for place in set(there) - set(whole[-self._keep :]):
+            shutil.rmtree(place)
 
 
-def about(place: Path) -> dict[str, Any]:
-    """What was written with the checkpoint: its step, and what `Checkpoints.save` was told."""
-    found: dict[str, Any] = json.loads((place / _RUN).read_text())
-    return found
+def agreed(folder: Path) -> tuple[Path | None, list[str]]:
+    """`latest` as the first rank sees it, on every rank, so that none goes another way.
+
+    Raises ValueError on a rank that cannot see it: the folder must be of all machines.
+    """
+    place, passed = _told(latest(folder) if _first() else None)
+    if place and torn(place):
+        raise ValueError(f"{place} is not whole on this machine: out= must be a folder that all machines share")
+    return place, passed
 
 
 def load(place: Path, trained: Trained) -> None:
@@ -108,6 +109,7 @@ def load(place: Path, trained: Trained) -> None:
     trained.net.load_state_dict(found["model"])
     trained.optimizer.load_state_dict(found["optimizer"])
     trained.schedule.load_state_dict(found["schedule"])
+    follow(trained)
     torch.set_rng_state(found["rng"])
 
 
@@ -123,28 +125,13 @@ def _state(trained: Trained, *, loading: bool) -> dict[str, Any]:
     return {**model, "optimizer": optimizer, "schedule": trained.schedule.state_dict()}
 
 
-def _torn(place: Path) -> str:
-    """What is wrong with the checkpoint; empty if nothing is."""
-    try:
-        sizes: dict[str, int] = json.loads((place / _RUN).read_text())["files"]
-    except (OSError, KeyError, json.JSONDecodeError):
-        return f"it has no whole {_RUN}"
-    there = {file.name: file.stat().st_size for file in place.iterdir()}
-    wrong = [name for name, size in sizes.items() if there.get(name) != size]
-    return f"{wrong[0]} is missing or not of its size" if wrong else ""
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08}"
-
-
 def _first() -> bool:
     return dist.get_rank() == 0
 
 
-def _told(word: str) -> str:
-    """What the first rank says."""
-    words = [word]
+def _told(said: Any) -> Any:
+    """What the first rank has ``said``."""
+    words = [said]
     dist.broadcast_object_list(words, src=0)
     return words[0]
 

@@ -1,7 +1,8 @@
 """megatron-core's training machinery where there is no CUDA: torch is told that its CUDA device is the CPU.
 
-megatron-core itself is not patched.  Its schedules, optimizers and checkpoints name the device "cuda" in calls that no
-setting reaches; inference needs none of them, and runs without this.
+megatron-core's source is not patched; functions of torch.cuda are replaced in this process.  Its schedules,
+optimizers and checkpoints name the device "cuda" in calls that no setting reaches; inference needs none of them, and
+runs without this.
 """
 
 import types

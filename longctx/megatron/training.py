@@ -43,6 +43,7 @@ class Trained:
     net: GPTModel
     optimizer: Any
     schedule: OptimizerParamScheduler
+    optim: Optim
     shape: ModelShape
     groups: Any
 
@@ -109,7 +110,15 @@ def trainable(
     )
     net.config.no_sync_func = model.no_sync
     optimizer = get_megatron_optimizer(_optimizer_config(optim, dtype), [model])
-    return Trained(model, net, optimizer, _schedule(optimizer, optim, steps), shape, here.groups)
+    return Trained(model, net, optimizer, _schedule(optimizer, optim, steps), optim, shape, here.groups)
+
+
+def follow(trained: Trained) -> None:
+    """Let the settings of this run rule, not those of the checkpoint that has just been loaded."""
+    optim = trained.optim
+    for group in trained.optimizer.param_groups:
+        group |= {"max_lr": optim.lr, "min_lr": optim.min_lr, "betas": tuple(optim.betas), "eps": optim.eps}
+    trained.schedule.step(increment=0)
 
 
 def _optimizer_config(optim: Optim, dtype: torch.dtype) -> OptimizerConfig:
@@ -142,7 +151,7 @@ def _schedule(optimizer: Any, optim: Optim, steps: int) -> OptimizerParamSchedul
         end_wd=optim.weight_decay,
         wd_incr_steps=decay,
         wd_incr_style="constant",
-        # A run that goes on follows its present settings, not those in the checkpoint.
+        # A run that goes on follows its present settings, not those in the checkpoint (see `follow`).
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )

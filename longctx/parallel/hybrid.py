@@ -1,4 +1,6 @@
-"""Ulysses x ring over a layout, composed: what a layer of a sharded model attends with."""
+"""Ulysses x ring over a layout, composed: what the layers of a sharded model attend with."""
+
+from dataclasses import dataclass
 
 from longctx.attention.kernel import Kernel
 from longctx.attention.layout import Layout
@@ -10,19 +12,24 @@ from longctx.parallel.strategy import ring_attention
 from longctx.parallel.ulysses import Attention, over_heads
 
 
-def hybrid_attention(
-    ulysses: Comm,
-    ring: Comm,
-    layout: Layout,
-    kernel: Kernel,
-    strategy: Strategy,
-    mask: Mask = CAUSAL,
-    kept: list[Partial] | None = None,
-) -> Attention:
-    """Differentiable attention of the rows that ``layout`` deals to ulysses x ring ranks.
+@dataclass(frozen=True)
+class Hybrid:
+    """A sequence shared by ulysses x ring ranks; ``rows`` are those of this Ulysses group's members.
 
-    Rank = ring rank * U + ulysses rank; source: arXiv 2405.07719, Alg. 1.  ``kept`` is `ring_attention`'s.
+    Source: arXiv 2405.07719, Alg. 1.  Rank = ring rank * U + ulysses rank.
     """
-    rows = [layout.rows(ring.rank * ulysses.size + member) for member in range(ulysses.size)]
+
+    ulysses: Comm
+    ring: Ring
+    rows: tuple[int, ...]
+
+    def attention(self, kernel: Kernel, strategy: Strategy, kept: list[Partial] | None = None) -> Attention:
+        """Differentiable attention over the shared sequence; ``kept`` is `ring_attention`'s."""
+        return over_heads(self.ulysses, self.rows, ring_attention(self.ring, kernel, strategy, kept=kept))
+
+
+def hybrid(ulysses: Comm, ring: Comm, layout: Layout, mask: Mask = CAUSAL) -> Hybrid:
+    """The rows that ``layout`` deals to ulysses x ring ranks, seen from one of them."""
+    rows = tuple(layout.rows(ring.rank * ulysses.size + member) for member in range(ulysses.size))
     around = layout.gathered(ulysses.size)
-    return over_heads(ulysses, rows, ring_attention(Ring(ring, around, around, mask), kernel, strategy, kept=kept))
+    return Hybrid(ulysses, Ring(ring, around, around, mask), rows)

@@ -1,7 +1,7 @@
 """The ring: every rank's tensors in turn, and what is computed while the next are on their way."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -23,9 +23,14 @@ class Ring:
     queries: Layout
     keys: Layout
     mask: Mask = CAUSAL
+    _tiles: dict[tuple[int, int], tuple[Tile, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def tiles(self, q_rank: int, k_rank: int) -> tuple[Tile, ...]:
-        return visible_tiles(self.queries.ranks[q_rank], self.keys.ranks[k_rank], self.mask)
+        """Where the queries of one rank meet the keys of another; worked out once, however many layers ask."""
+        pair = q_rank, k_rank
+        if pair not in self._tiles:
+            self._tiles[pair] = visible_tiles(self.queries.ranks[q_rank], self.keys.ranks[k_rank], self.mask)
+        return self._tiles[pair]
 
     @cached_property
     def hops_of_keys(self) -> int:

@@ -16,7 +16,7 @@ from longctx.megatron.model import rotary_angles
 from longctx.megatron.runtime import Runtime
 from longctx.megatron.training import MicroBatch, Sums, Trained, clear_gradients, forward_backward, optimizer_step
 from longctx.parallel.comm import doing
-from longctx.parallel.hybrid import hybrid_attention
+from longctx.parallel.hybrid import hybrid
 from longctx.parallel.ring import Strategy
 from longctx.schema import ModelShape
 from longctx.shapes import Tensor
@@ -47,6 +47,7 @@ def train_step(trained: Trained, batch: Batch, here: Runtime, how: Sharding) -> 
     """Change the weights by ``batch``, this data-parallel rank's part of it.  Every rank calls this."""
     clear_gradients(trained)
     sums = forward_backward(trained, micro_batches(batch, here, trained.shape, how))
+    assert sum(sums.tokens) == batch.counted, f"ranks count {sum(sums.tokens)} tokens, the batch has {batch.counted}"
     norm, rate = optimizer_step(trained)
     return Figures(sums.mean, norm, sum(sums.tokens), rate)
 
@@ -112,17 +113,11 @@ def _micro_batch(
 def _pass(layout: Layout, rows: int, here: Runtime, shape: ModelShape, how: Sharding) -> Pass:
     """Attention over the real rows; of those that fill up nothing is asked, and their answer is 0."""
     kept: dict[int, list[Partial]] = {layer: [] for layer in range(shape.layers)}
+    shared = {w: hybrid(here.ulysses, here.ring, layout, causal_within(w)) for w in set(shape.windows)}
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        attention = hybrid_attention(
-            here.ulysses,
-            here.ring,
-            layout,
-            how.kernel,
-            how.strategy,
-            causal_within(shape.windows[layer]),
-            kept[layer] if how.keeping else None,
-        )
+        keep = kept[layer] if how.keeping else None
+        attention = shared[shape.windows[layer]].attention(how.kernel, how.strategy, keep)
         with doing(f"layer {layer}"):
             out = attention(q[:, :rows], k[:, :rows], v[:, :rows])
         return F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - rows))

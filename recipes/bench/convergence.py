@@ -16,10 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from longctx.pretrained import locate
 from longctx.schema import Mesh, ModelSource
 from recipes.bench.picture import lines
+from recipes.job import Job, job_of
 from recipes.machine import provenance
 from recipes.pretrain import WARM
 from recipes.start import console, on_ranks, refuse_unwritable, say, section, warm_up_ranks, written
-from recipes.training import Job, job_of, run_rank
+from recipes.training import run_rank
 
 
 def curve(job: Job, name: str) -> list[dict[str, Any]]:

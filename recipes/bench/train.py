@@ -15,14 +15,15 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from longctx.parallel.launch import Rank
-from longctx.parallel.mesh import refuse_unfit
+from longctx.parallel.mesh import refuse_unfit, refuse_unused
 from longctx.pretrained import locate
 from longctx.schema import Mesh, ModelSource
 from recipes.bench import peers
+from recipes.job import Job, job_of
 from recipes.machine import provenance
 from recipes.pretrain import WARM
 from recipes.start import console, on_ranks, refuse_unwritable, say, section, warm_up_ranks, written
-from recipes.training import Job, built, job_of
+from recipes.training import built
 
 
 @dataclass
@@ -51,7 +52,7 @@ def step_on_rank(rank: Rank, job: Job, rounds: int) -> dict[str, Any]:
     """Seconds of ``rounds`` steps, and bytes of activations of the largest rank."""
     from itertools import islice
 
-    from longctx.attention.flash_cpu import flash_cpu
+    from longctx.attention.backends import kernel_for
     from longctx.data.batches import training_batches
     from longctx.megatron.runtime import runtime
     from longctx.parallel.strategy import STRATEGIES
@@ -60,7 +61,8 @@ def step_on_rank(rank: Rank, job: Job, rounds: int) -> dict[str, Any]:
 
     with runtime(rank, job.mesh, threads=1, training=True) as here:
         trained = built(here, job)
-        how = Sharding(job.data.length, job.context.layout, flash_cpu, STRATEGIES[job.context.strategy])
+        kernel, keeping = kernel_for(job.context.kernel, "cpu", job.model.dtype), job.settings.recompute != "none"
+        how = Sharding(job.data.length, job.context.layout, kernel, STRATEGIES[job.context.strategy], keeping)
         stage, took, saved = training_batches(job.data, tokenizer_of(job.described))(None), [], Saved()
         for i, (batch, _) in enumerate(islice(stage, rounds + 1)):
             here.world.all_gather(torch.zeros(1), [(1,)] * here.world.size)
@@ -80,7 +82,7 @@ def attention_on_rank(rank: Rank, job: Job, names: tuple[str, ...], rounds: int)
     from longctx.attention.flash_cpu import flash_cpu
     from longctx.attention.layout import zigzag
     from longctx.megatron.runtime import runtime
-    from longctx.parallel.hybrid import hybrid_attention
+    from longctx.parallel.hybrid import hybrid
     from longctx.parallel.strategy import STRATEGIES
 
     shape, length = job.shape, job.data.length
@@ -90,8 +92,9 @@ def attention_on_rank(rank: Rank, job: Job, names: tuple[str, ...], rounds: int)
         layout = zigzag(length, here.ring.size)
         rows = layout.rows(here.ring.rank)
         q, k, v = (torch.randn(1, rows, n, shape.head_width) for n in (shape.heads, shape.kv_heads, shape.kv_heads))
-        ways["ours, pass-KV ring"] = hybrid_attention(here.ulysses, here.ring, layout, flash_cpu, STRATEGIES["pass_kv"])
-        ways["ours, Ulysses"] = hybrid_attention(here.ring, here.ulysses, layout, flash_cpu, STRATEGIES["pass_kv"])
+        ours = {"ours, pass-KV ring": (here.ulysses, here.ring), "ours, Ulysses": (here.ring, here.ulysses)}
+        for way, groups in ours.items():
+            ways[way] = hybrid(*groups, layout).attention(flash_cpu, STRATEGIES["pass_kv"])
         for name in names:
             ring = peers.zigzag_ring(name, here.ring.size, here.ring.rank)
             if why := peers.works(ring, q, k, v):
@@ -112,7 +115,7 @@ def attention_on_rank(rank: Rank, job: Job, names: tuple[str, ...], rounds: int)
     return {"seconds": took, "refused": refused}
 
 
-def show(length: int, steps: list[dict[str, Any]], attention: dict[str, Any]) -> None:
+def show(tokens: int, steps: list[dict[str, Any]], attention: dict[str, Any]) -> None:
     """Both as tables; what is compared with is the first line of each."""
     table = Table(box=None)
     for column in ("a step on", "tokens/s", "of one rank's", "activations a rank", "of one rank's"):
@@ -123,7 +126,7 @@ def show(length: int, steps: list[dict[str, Any]], attention: dict[str, Any]) ->
         memory = row["activation_bytes"] / first["activation_bytes"]
         megabytes = f"{row['activation_bytes'] / 1e6:,.1f} MB"
         table.add_row(
-            row["mesh"], f"{length / median(row['seconds']):,.0f}", f"{speed:.2f}", megabytes, f"{memory:.3f}"
+            row["mesh"], f"{tokens / median(row['seconds']):,.0f}", f"{speed:.2f}", megabytes, f"{memory:.3f}"
         )
     console.print(table)
     table = Table(box=None)
@@ -146,7 +149,11 @@ def task(config: DictConfig) -> None:
     job = job_of(plain, locate(section(config, "model", ModelSource), say), {}, weights=None)
     meshes = [Mesh(), *(Mesh(**mesh) for mesh in config.meshes)]
     for mesh in meshes:
+        refuse_unused(mesh, "recipes.bench train", ("dp", "pp"))
         refuse_unfit(mesh, job.shape)
+    refuse_unused(job.mesh, "recipes.bench train", ("tp", "ulysses", "ring", "dp", "pp"))  # meshes= says on what
+    if job.settings.device != "cpu":
+        raise ValueError(f"device={job.settings.device}: this benchmark has not been run on a GPU; use device=cpu")
     there = {name: peers.installed(name) for name in config.peers}
     steps = []
     for mesh in meshes:
@@ -156,7 +163,7 @@ def task(config: DictConfig) -> None:
     names = tuple(name for name, version in there.items() if version)
     say(f"attention, 2 ranks: ours and {', '.join(names) or 'no peer (none is installed)'}")
     attention = on_ranks(Mesh(ring=2), attention_on_rank, job, names, config.rounds)
-    show(job.data.length, steps, attention)
+    show(job.data.length * job.data.batch, steps, attention)
     if config.json:
         about = {"length": job.data.length, "shape": {k: v for k, v in vars(job.shape).items() if k != "rotary"}}
         written(config.json, {**provenance(), **about, "peers": there, "steps": steps, "attention": attention})

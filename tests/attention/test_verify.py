@@ -23,6 +23,22 @@ def off(**changed) -> Kernel:
     return replace(flash_cpu, name="off", **changed)
 
 
+def rounded_between(q, k, v, causal):
+    """What travels is float32, rounded to bfloat16: the error grows with every merge."""
+    part = flash_cpu.forward(q, k, v, causal)
+    return Partial(part.out, part.lse.bfloat16().float())
+
+
+def test_a_log_sum_exp_in_half_precision_is_refused():
+    with pytest.raises(ValueError, match="in its log-sum-exp"):
+        refuse_inexact(off(forward=rounded_between), CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize("width", [8, 80, 128])
+def test_it_is_checked_at_the_width_of_the_model(width):
+    refuse_inexact(flash_cpu, CPU, torch.bfloat16, width)
+
+
 def in_base_two(q, k, v, causal):
     part = flash_cpu.forward(q, k, v, causal)
     return Partial(part.out, part.lse / torch.log(torch.tensor(2.0)))

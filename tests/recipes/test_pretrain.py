@@ -102,7 +102,11 @@ def test_more_steps_resume_on_another_mesh(tmp_path):
 def test_a_run_keeps_its_kind_of_optimizer_and_its_model(whole, refused):
     settings = ("experiment=tiny", f"out={whole}", *QUICK, "steps=99")
     says = refused(pretrain, pretrain.task, *settings, "optim.zero1=true")
-    assert "was made with optim.zero1=false: go on with that, or in another folder" in says
+    assert "was made with optim.zero1=false: go on with that, or elsewhere" in says
+    says = refused(pretrain, pretrain.task, *settings, "model.dtype=bfloat16")
+    assert "was made with model.dtype=float32" in says
+    says = refused(pretrain, pretrain.task, *settings[:-1], "steps=3")
+    assert f"steps=3, {whole}/checkpoints/step-{STEPS:08} is behind step {STEPS}" in says
     says = refused(pretrain, pretrain.task, *settings, "+model.config.rms_norm_eps=1e-3")
     assert "has a run of another model" in says
 
@@ -132,6 +136,10 @@ def test_a_torn_checkpoint_is_passed_over_and_named(tmp_path, damage):
         (["data.length=9000"], r"data\.length=9,000 is more than the model's context of 4,096: .*recipes\.extend"),
         (["data=text", "data.sources=[{path:/nowhere/at/all}]"], "/nowhere/at/all is no file"),
         (["out=/proc/nobody/writes/here"], "out=/proc/nobody/writes/here cannot be written"),
+        (["context.chunk=7"], r"context\.chunk=7 is for inference"),
+        (["optim.warmup=5", "optim.decay_steps=5"], r"optim\.decay_steps=5 and optim\.warmup=5"),
+        (["optim.clip=-1"], r"clip=-1"),
+        (["data.epochs=1", "data.batch=9999"], "the text does not fill a batch"),
         (["context.strategy=auto"], r"context\.strategy=auto is for inference"),
         (["optim.min_lr=1"], r"optim\.min_lr=1\.0 and optim\.lr"),
         (["device=cuda"], r"context\.kernel=auto: no fast kernel has been run on cuda"),
@@ -150,10 +158,10 @@ def test_misconfiguration_is_refused_before_any_rank_starts(refused, tmp_path, s
 def test_no_room_is_refused(refused, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**6))
     says = refused(pretrain, pretrain.task, "experiment=tiny", f"out={tmp_path}")
-    assert "has 0.0 GB free, 3 checkpoints of this model take 0.0: use another disk" in says
+    assert "has 0.00 GB free, the checkpoints that will be there at once take 0.02 more: use another disk" in says
 
 
 def test_the_weights_of_a_model_are_counted(smollm2):
-    from recipes.training import weights_of
+    from recipes.job import weights_of
 
     assert weights_of(shape_of(smollm2[1])) == pytest.approx(134.5e6, rel=2e-3)

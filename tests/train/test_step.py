@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from longctx.parallel.launch import run_ranks
 from longctx.schema import Mesh, Optim
-from tests.tiny import tiny_model
-from tests.train.ranks import Run, sequences, train
+from tests.tiny import tiny_model, tiny_tokenizer
+from tests.train.ranks import Run, Step, sequences, train
 
 # Four packed sequences of 37 tokens: ragged documents, one alone, one of single tokens, an empty one.
 LENGTHS = ((13, 0, 22, 2), (37,), (5, 11, 20, 1), (1, 1, 1, 34))
@@ -25,10 +27,8 @@ def run(model: Path) -> Run:
     return Run(Mesh(), model, LENGTHS, steps=2)
 
 
-def exact(run: Run) -> tuple[float, float]:
-    """Token-weighted mean loss of the first step's sequences, and the norm of its gradient."""
-    from transformers import AutoModelForCausalLM
-
+def exact(run: Run) -> tuple[float, dict[str, torch.Tensor]]:
+    """Token-weighted mean loss of the first step's sequences, and its gradients by parameter."""
     net, batch, total = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float64), sequences(run, 0), 0.0
     for tokens, targets, mask, lengths in zip(batch.tokens, batch.targets, batch.mask, batch.lengths, strict=True):
         pieces = zip(*(x.split(list(lengths)) for x in (tokens, targets, mask)), strict=True)
@@ -38,33 +38,32 @@ def exact(run: Run) -> tuple[float, float]:
                 total = total + (losses * counts).sum()
     loss = total / batch.mask.sum()
     loss.backward()
-    norm = torch.stack([p.grad.norm() for p in net.parameters()]).norm()
-    return float(loss.detach()), float(norm)
+    return float(loss.detach()), {name: p.grad for name, p in net.named_parameters()}
 
 
-def assert_steps_are(run: Run, others: list[tuple[float, float, int]]) -> None:
+def assert_steps_are(run: Run, others: list[Step]) -> None:
     """Loss and norm of the gradient to 1e-6, step by step, on the first rank and on the last."""
     ranks = run_ranks(run.mesh.ranks, train, run)
     for got in (ranks[0], ranks[-1]):
-        for (loss, norm, tokens), (right, right_norm, all_tokens) in zip(got, others, strict=True):
-            assert tokens == all_tokens
-            assert loss == pytest.approx(right, rel=1e-6)
-            assert norm == pytest.approx(right_norm, rel=1e-6)
+        for step, right in zip(got, others, strict=True):
+            assert step.tokens == right.tokens
+            assert step.loss == pytest.approx(right.loss, rel=1e-6)
+            assert step.norm == pytest.approx(right.norm, rel=1e-6)
 
 
 @pytest.fixture(scope="module")
-def one_rank(run: Run) -> list[tuple[float, float, int]]:
+def one_rank(run: Run) -> list[Step]:
     return run_ranks(1, train, run)[0]
 
 
 @pytest.mark.parametrize("masked", ["ends", "a rank's"])
 def test_one_rank_is_transformers(run, masked):
     run = replace(run, masked=masked, steps=1)
-    ((loss, norm, tokens),) = run_ranks(1, train, run)[0]
-    right, right_norm = exact(run)
-    assert tokens == sequences(run, 0).counted
-    assert loss == pytest.approx(right, rel=1e-6)
-    assert norm == pytest.approx(right_norm, rel=1e-6)
+    (step,) = run_ranks(1, train, run)[0]
+    loss, gradients = exact(run)
+    assert step.tokens == sequences(run, 0).counted
+    assert step.loss == pytest.approx(loss, rel=1e-6)
+    assert step.norm == pytest.approx(float(torch.stack([x.norm() for x in gradients.values()]).norm()), rel=1e-6)
 
 
 MESHES = [
@@ -83,6 +82,7 @@ MESHES = [
     (Mesh(ulysses=2, dp=2), {}),
     (Mesh(ulysses=2, pp=2), {}),
     (Mesh(dp=2, pp=2), {}),
+    (Mesh(tp=2, ring=2, dp=2), {}),
     (Mesh(ring=3), {"strategy": "all_gather_kv", "layout": "contiguous"}),
 ]
 
@@ -100,9 +100,45 @@ def test_a_sequence_in_which_nothing_counts_changes_nothing(run, mesh):
     assert_steps_are(replace(masked, mesh=mesh), run_ranks(1, train, masked)[0])
 
 
+@pytest.mark.parametrize("mesh", [Mesh(), Mesh(tp=2, ring=2), Mesh(tp=2, pp=2), Mesh(ulysses=2, dp=2)], ids=str)
+def test_every_gradient_is_that_of_transformers(run, mesh, tmp_path):
+    """Parameter by parameter, gathered from all ranks: a norm would not see two of them change places."""
+    run_ranks(mesh.ranks, train, replace(run, mesh=mesh, gradients=tmp_path / "gradients"))
+    _, right = exact(run)
+    got = load_file(tmp_path / "gradients" / "model.safetensors")
+    assert set(got) == set(right)
+    # megatron-core divides the sums by the number of tokens when it finalizes them, as here.
+    for name, gradient in right.items():
+        assert (got[name] - gradient).norm() <= 2e-6 * gradient.norm(), name
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2, with biases and a window in its second layer."""
+    from tests.megatron.kinds import KINDS
+
+    torch.manual_seed(11)
+    net = AutoModelForCausalLM.from_config(KINDS["qwen2, a window in the second layer"])
+    folder = tmp_path_factory.mktemp("windowed")
+    net.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("mesh", [Mesh(), Mesh(pp=2), Mesh(tp=2), Mesh(ulysses=2, ring=2)], ids=str)
+def test_windows_and_biases_are_trained_as_transformers_does(windowed, mesh, tmp_path):
+    """A document longer than the window; pipeline stages count their layers from the first."""
+    run = Run(mesh, windowed, ((151, 22), (173,)), tokens=211)
+    run_ranks(mesh.ranks, train, replace(run, gradients=tmp_path / "gradients"))
+    _, right = exact(run)
+    got = load_file(tmp_path / "gradients" / "model.safetensors")
+    for name, gradient in right.items():
+        assert (got[name] - gradient).norm() <= 5e-6 * max(gradient.norm(), 1e-3), name
+
+
 def test_bfloat16_with_float32_masters_follows(run, one_rank):
     for mesh in (Mesh(), Mesh(ring=2), Mesh(tp=2, dp=2)):
         got = run_ranks(mesh.ranks, train, replace(run, mesh=mesh, dtype="bfloat16"))[0]
-        for (loss, norm, _), (right, right_norm, _) in zip(got, one_rank, strict=True):
-            assert loss == pytest.approx(right, rel=1e-3)
-            assert norm == pytest.approx(right_norm, rel=2e-2)
+        for step, right in zip(got, one_rank, strict=True):
+            assert step.loss == pytest.approx(right.loss, rel=1e-3)
+            assert step.norm == pytest.approx(right.norm, rel=2e-2)
