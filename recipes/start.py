@@ -44,7 +44,8 @@ FREE_TEXT = (
     "rate",
 )
 Section = TypeVar("Section")
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+# A file has no width: tables are not to be cut there.
+console = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else 140)
 
 
 def main(config_name: str, task: Callable[[DictConfig], None]) -> None:

@@ -63,7 +63,6 @@ def test_linear_scaling_is_written_and_trained_with(cli, tiny, tmp_path):
     ("settings", "words"),
     [
         (["data.length=307"], r"data\.length=307 is more than the model's context of 97"),
-        (["model=tiny"], r"has no weights yet, train it with recipes\.pretrain|no model\.safetensors"),
         (["extend.positions=-1"], r"extend\.positions=-1"),
         (["extend.rope_factor=2.0", "extend.rope_factor=x"], r"extend\.rope_factor=x"),
     ],
@@ -71,6 +70,11 @@ def test_linear_scaling_is_written_and_trained_with(cli, tiny, tmp_path):
 def test_refusals(refused, tiny, tmp_path, settings, words):
     says = refused(extend, extend.task, f"model={tiny}", f"out={tmp_path}", *DATA, *settings)
     assert re.search(words, says), says
+
+
+def test_a_model_without_weights_is_for_pretraining(refused, tmp_path):
+    says = refused(extend, extend.task, "model=tiny", f"out={tmp_path}", *DATA)
+    assert "this model has no weights yet, train it with recipes.pretrain" in says
 
 
 def test_an_export_needs_a_checkpoint(refused, tmp_path):

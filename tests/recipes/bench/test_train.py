@@ -37,9 +37,9 @@ def test_activations_fall_with_the_ranks(cli, tmp_path):
     assert code == 0, err
     told = json.loads((tmp_path / "train.json").read_text())
     one, ring, ulysses = (row["activation_bytes"] for row in told["steps"])
-    # 2 of 130 rows fill up; the masks and the like of attention are few.
+    # 2 of 130 rows fill up. Ulysses keeps what it has exchanged in one piece, where one rank has three.
     assert one / 2 < ring < one / 2 * 1.04
-    assert one / 2 < ulysses < one / 2 * 1.15  # which keeps what it has exchanged, too
+    assert one / 2 * 0.9 < ulysses < one / 2 * 1.04
     assert set(told["attention"]["seconds"]) == {"ours, pass-KV ring", "ours, Ulysses"}
     assert "of one rank's" in err
 
