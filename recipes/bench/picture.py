@@ -15,11 +15,13 @@ def lines(
     x: str,
     y: str,
     marked: Sequence[float] = (),
+    mark: str = "",
     levels: Sequence[float] = (),
     ticks: Sequence[float] = (),
     log_y: bool = True,
 ) -> None:
-    """Draw ``series`` over ``over`` to ``out``; ``marked`` values of x and ``levels`` of y get a dashed line.
+    """Draw ``series`` over ``over`` to ``out``; ``marked`` values of x, which ``mark`` explains, and ``levels`` of y
+    get a dashed line.
 
     ``ticks`` are the values of x that are written out; powers of ten, if not given.
     """
@@ -32,8 +34,8 @@ def lines(
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for (name, values), colour in zip(series.items(), COLOURS, strict=False):
         axes.plot(over, values, marker="o", markersize=4, label=name, color=colour)
-    for at in marked:
-        axes.axvline(at, color="#6b7280", linestyle="--", linewidth=1)
+    for i, at in enumerate(marked):
+        axes.axvline(at, color="#6b7280", linestyle="--", linewidth=1, label=None if i else mark or None)
     for at in levels:
         axes.axhline(at, color="#6b7280", linestyle="--", linewidth=1)
     axes.set_xscale("log")

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from longctx import kept
 from longctx.pretrained import shape_of
 from recipes import pretrain
 
@@ -109,6 +110,46 @@ def test_a_run_keeps_its_kind_of_optimizer_and_its_model(whole, refused):
     assert f"steps=3, {whole}/checkpoints/step-{STEPS:08} is behind step {STEPS}" in says
     says = refused(pretrain, pretrain.task, *settings, "+model.config.rms_norm_eps=1e-3")
     assert "has a run of another model" in says
+
+
+def test_under_torchrun_it_is_the_same_run(whole, tmp_path):
+    """Both ranks check the command line, and make the run's folder, at once."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "recipes.pretrain"]
+    settings = ["experiment=tiny", "mesh.ring=2", f"out={tmp_path}", *QUICK, "steps=2"]
+    run = subprocess.run([*launch, *settings], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("step-00000002") == 1, "one rank speaks"
+    assert [line[0] for line in curve(tmp_path)] == [1, 2]
+
+
+def test_wandb_follows_and_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    finished(tmp_path, "track=wandb", "steps=2", "track.tags=[a,b]")
+    finished(tmp_path, "track=wandb", "steps=3")
+    told = kept.about(kept.latest(tmp_path / "checkpoints")[0])
+    starts = sorted((tmp_path / "wandb").glob(f"offline-run-*-{told['run_id']}"))
+    assert len(starts) == 2, "two starts of one run"
+    assert told["config"]["track"]["backend"] == "wandb"
+    assert {"commit", "command", "processor"} <= set(told["config"])
+    samples = [json.loads(line) for line in (tmp_path / "tables.jsonl").read_text().splitlines()]
+    assert [table["table"] for table in samples] == ["samples"], "told once, at the beginning"
+
+
+def test_text_that_ends_ends_the_run_with_a_checkpoint(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("A short text, of which there is no more. " * 11)
+    err = finished(
+        tmp_path / "run",
+        "data=text",
+        f"data.sources=[{{path:{text}}}]",
+        "data.epochs=1",
+        "steps=99",
+        "evaluate.every=0",
+    )
+    done = len(lines(tmp_path / "run"))
+    assert done == 451 // (2 * 61)
+    assert f"the text ended behind step {done}: data.epochs=1" in err
+    assert kept.about(kept.latest(tmp_path / "run" / "checkpoints")[0])["step"] == done
 
 
 @pytest.mark.parametrize("damage", ["a file cut short", "no run.json"])
