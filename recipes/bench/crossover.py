@@ -237,6 +237,6 @@ def draw(rows: list[dict[str, Any]], job: Job) -> None:
         x="miss rate T / (T + P)",
         y="time to first token, ms",
         marked=crossings,
-        mark="the cost model changes from pass-Q to pass-KV",
+        mark="they cross between the rows beside it",
     )
     console.print(f"drawn to {job.settings.picture}")

@@ -9,7 +9,7 @@ tiles are smaller than one large call, and are merged), and communication.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +39,7 @@ class Settings:
     parts: tuple[Literal["attention", "model"], ...]
     lengths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
     rounds: PositiveInt
+    layers: PositiveInt | None
     out: str | None
 
 
@@ -102,14 +103,15 @@ def ways_of_attention(job: Job, length: int, here: Any) -> dict[str, Work]:
 
 def ways_of_model(job: Job, length: int, here: Any) -> dict[str, Work]:
     """Prefill of the whole model: by one rank, by the ring, by the silent ring."""
-    from dataclasses import replace
-
     from longctx.attention.layout import contiguous, zigzag
     from longctx.infer.engine import Engine, load_alone, load_engine
     from longctx.infer.prefill import run_pass
     from longctx.parallel.ring import pass_kv
 
-    engine = load_engine(here, job.model, job.shape, job.folder, "auto")
+    if job.settings.layers:
+        engine = with_few_layers(here, job, job.settings.layers)
+    else:
+        engine = load_engine(here, job.model, job.shape, job.folder, "auto")
     alone = load_alone(here, engine, job.model, job.folder)
     silent = replace(engine, ring=Silent(here.ring.rank, here.ring.size))
     tokens = torch.tensor(job.tokens[:length])
@@ -119,6 +121,22 @@ def ways_of_model(job: Job, length: int, here: Any) -> dict[str, Work]:
         return lambda: _done(run_pass(on, tokens, layout, on.cache(length), on.everywhere(pass_kv)))
 
     return {"one": prefill(alone), "ring": prefill(engine), "silent": prefill(silent)}
+
+
+def with_few_layers(here: Any, job: Job, layers: int) -> Any:
+    """The model with its first ``layers`` only, which take as long as any others, and random weights."""
+    from longctx.attention.backends import kernel_for
+    from longctx.infer.engine import Engine
+    from longctx.megatron import weights
+    from longctx.megatron.initial import Drawn
+    from longctx.megatron.model import build_model
+
+    shape = replace(job.shape, layers=layers, windows=job.shape.windows[:layers])
+    dtype = getattr(torch, job.model.dtype)
+    net = build_model(shape, here.groups, dtype=dtype, layers="local", device=here.device)
+    weights.load(net, Drawn(shape, seed=0), shape)
+    comms = (here.tp, here.ulysses, here.ring, here.context, here.answers)
+    return Engine(net, shape, kernel_for("auto", here.device.type, job.model.dtype), *comms)
 
 
 def _done(_: object) -> None:
@@ -201,10 +219,13 @@ def task(config: DictConfig) -> None:
     tokens, available = prompt_tokens(longest, tokenizer_of(folder))
     if available < max(settings.lengths):
         raise ValueError(f"lengths={max(settings.lengths)}: the text has {available:,} tokens; use at most that")
-    job = Job(settings, mesh, model, folder, shape_of(folder), tuple(tokens))
+    shape = shape_of(folder)
+    if settings.layers and settings.layers > shape.layers:
+        raise ValueError(f"layers={settings.layers}: the model has {shape.layers}; use at most that, or null for all")
+    job = Job(settings, mesh, model, folder, shape, tuple(tokens))
     measured = on_ranks(mesh, run_rank, job)
     if measured is None:
         return
     show(measured)
     if settings.out:
-        written(settings.out, {**provenance(), "measured": measured})
+        written(settings.out, {**provenance(), "layers": settings.layers or shape.layers, "measured": measured})

@@ -30,12 +30,14 @@ def test_a_silent_ring_gives_tensors_of_the_right_shape_at_once():
     assert silent.traffic.total == 0
 
 
-def test_both_parts_are_measured_and_written(cli, tiny, tmp_path):
+@pytest.mark.parametrize("layers", [(), ("layers=1",)], ids=["all layers", "one layer"])
+def test_both_parts_are_measured_and_written(cli, tiny, tmp_path, layers):
     out = tmp_path / "efficiency.json"
-    argv = (f"model={tiny}", "parts=[attention,model]", "lengths=[61]", "rounds=1", f"out={out}")
+    argv = (f"model={tiny}", "parts=[attention,model]", "lengths=[61]", "rounds=1", f"out={out}", *layers)
     code, _, err = cli(prefill, prefill.task, *argv)
     assert code == 0, err
     result = json.loads(out.read_text())
+    assert result["layers"] == (1 if layers else 2)
     assert [(row["part"], row["tokens"], row["ranks"]) for row in result["measured"]] == [
         ("attention", 61, 2),
         ("model", 61, 2),
@@ -58,6 +60,7 @@ def test_both_parts_are_measured_and_written(cli, tiny, tmp_path):
         (["lengths=[]"], "lengths="),
         (["lengths=[0]"], "lengths.0=0"),
         (["lengths=[9,1000000]"], "lengths=1000000: the text has"),
+        (["layers=3"], "layers=3: the model has 2"),
         (["out=/dev/null/a.json"], "out=/dev/null/a.json cannot be written"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
