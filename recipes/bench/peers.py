@@ -33,7 +33,9 @@ def zigzag_ring(name: str, ranks: int, rank: int) -> Ring:
         kind = importlib.import_module("yunchang.kernels").AttnType.FA
         layer = yunchang.LongContextAttention(ring_impl_type="zigzag", attn_type=kind)
         return lambda q, k, v: layer(q, k, v, causal=True)
-    sys.modules.setdefault("ring_flash_attn.adapters", ModuleType("ring_flash_attn.adapters"))  # of older transformers
+    adapters = ModuleType("ring_flash_attn.adapters")  # to an older transformers; they are imported, and not called
+    adapters.__getattr__ = lambda _: None  # type: ignore[method-assign]
+    sys.modules.setdefault("ring_flash_attn.adapters", adapters)
     ring: Any = importlib.import_module("ring_flash_attn.zigzag_ring_flash_attn")
     return lambda q, k, v: ring.zigzag_ring_flash_attn_func(q, k, v, causal=True)
 
@@ -78,10 +80,11 @@ def _backward(
     return lse
 
 
-def works(ring: Ring, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why the peer's ring does not run here, or None if it does."""
+def tried(make: Callable[[], Ring], q: Tensor, k: Tensor, v: Tensor) -> tuple[Ring | None, str]:
+    """The peer's ring, if it runs forward and backward here; else why it does not."""
     try:
+        ring = make()
         ring(*(x.detach().clone().requires_grad_() for x in (q, k, v))).sum().backward()
     except Exception as error:
-        return f"{type(error).__name__}: {error}"[:120]
-    return None
+        return None, f"{type(error).__name__}: {error}"[:120]
+    return ring, ""

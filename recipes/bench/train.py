@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -96,11 +97,12 @@ def attention_on_rank(rank: Rank, job: Job, names: tuple[str, ...], rounds: int)
         for way, groups in ours.items():
             ways[way] = hybrid(*groups, layout).attention(flash_cpu, STRATEGIES["pass_kv"])
         for name in names:
-            ring = peers.zigzag_ring(name, here.ring.size, here.ring.rank)
-            if why := peers.works(ring, q, k, v):
-                refused[name] = why
-            else:
+            make = partial(peers.zigzag_ring, name, here.ring.size, here.ring.rank)
+            ring, why = peers.tried(make, q, k, v)
+            if ring:
                 ways[f"{name}, zigzag ring"] = ring
+            else:
+                refused[name] = why
         took: dict[str, list[float]] = {way: [] for way in ways}
         for round_ in range(rounds + 1):
             for way, attention in ways.items():

@@ -65,8 +65,11 @@ def test_one_rank_has_nothing_to_be_compared_with(refused, tmp_path):
 
 def test_a_peer_that_is_not_installed_is_said_to_be_so():
     assert peers.installed("no_such_package_here") is None
-    assert peers.works(lambda q, k, v: 1 / 0, *torch.zeros(3, 1)) == "ZeroDivisionError: division by zero"
-    assert peers.works(lambda q, k, v: q + k + v, *torch.zeros(3, 1)) is None
+    one = torch.zeros(3, 1)
+    assert peers.tried(lambda: 1 / 0, *one) == (None, "ZeroDivisionError: division by zero")
+    assert peers.tried(lambda: lambda q, k, v: q + k.missing, *one)[1].startswith("AttributeError")
+    ring, why = peers.tried(lambda: lambda q, k, v: q + k + v, *one)
+    assert ring is not None and why == ""
 
 
 @pytest.mark.parametrize("causal", [False, True])
