@@ -128,8 +128,8 @@ def test_refused_settings(change, words):
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ({}, r"either a path .* or a name"),
-        ({"path": "a.txt", "name": "a"}, "either a path"),
+        ({}, r"one of path .*, name .*, pydoc"),
+        ({"path": "a.txt", "name": "a"}, "one of path"),
         ({"path": "a.txt", "weight": 0}, "a.txt: weight=0; give a number above 0"),
         ({"name": "a", "weight": float("nan")}, "a:train: weight=nan"),
         ({"name": "a", "weight": float("inf")}, "weight=inf"),
