@@ -71,13 +71,13 @@ def _forward(
 
 
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     dropout_p: float, softmax_scale: float, causal: bool, *_: Any, **__: Any,
 ) -> Tensor:  # fmt: skip
-    grads = flash_cpu.backward(dout, q, k, v, out, lse.transpose(1, 2), causal)
+    grads = flash_cpu.backward(dout, q, k, v, out, softmax_lse.transpose(1, 2), causal)
     for into, grad in zip((dq, dk, dv), grads, strict=True):
         into.copy_(grad)
-    return lse
+    return softmax_lse
 
 
 def tried(make: Callable[[], Ring], q: Tensor, k: Tensor, v: Tensor) -> tuple[Ring | None, str]:
