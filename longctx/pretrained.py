@@ -15,6 +15,8 @@ from longctx.described import write_described
 from longctx.schema import ModelShape, ModelSource, Rotary
 
 Say = Callable[[str], None]
+# Weights that are right on tensor-parallel ranks alone: by another name, so that transformers does not load them.
+ADAPTED = "spd.safetensors"
 
 
 def locate(model: ModelSource, say: Say = lambda _: None) -> Path:
@@ -43,6 +45,8 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     from safetensors import safe_open
 
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if (folder / ADAPTED).is_file():
+        whole = folder / ADAPTED
     if index.is_file():
         return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
     if not whole.is_file():

@@ -124,6 +124,30 @@ class Context:
             raise ValueError(f"context.chunk={self.chunk}: prefill at least one token at a time, or null for all")
 
 
+@dataclass(frozen=True)
+class SPD:
+    """Which blocks drop their first reduction over tensor-parallel ranks (`longctx.spd`).
+
+    ``saved``, those that the model's folder says; ``ranked``, of the order in ``sensitivity``, else of that folder,
+    the first ``budget`` (a share of all); or ``blocks``, counted from 0.
+    """
+
+    drop: Literal["saved", "none", "all", "ranked"] = "saved"
+    blocks: tuple[int, ...] | None = None
+    budget: float | None = None
+    sensitivity: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.blocks is not None and (self.budget is not None or self.drop != "saved"):
+            raise ValueError("spd.blocks says which blocks drop: leave spd.budget and spd=none|all|ranked out")
+        if self.drop in ("none", "all") and (self.budget is not None or self.sensitivity):
+            raise ValueError(f"spd={self.drop} has no use for spd.budget or spd.sensitivity: use spd=ranked")
+        if self.budget is not None and not 0 <= self.budget <= 1:
+            raise ValueError(f"spd.budget={self.budget}: use a share of the blocks, from 0 to 1")
+        if self.sensitivity and self.budget is None:
+            raise ValueError("spd.sensitivity is an order of blocks: say with spd.budget how many drop, such as 0.5")
+
+
 Recompute = Literal["none", "selective", "full"]
 
 

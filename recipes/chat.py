@@ -25,7 +25,9 @@ from longctx.parallel.launch import Rank
 from longctx.parallel.mesh import refuse_unfit, refuse_unused
 from longctx.pretrained import fingerprint, locate, shape_of, tensor_files, tokenizer_of
 from longctx.schema import Context, Mesh, ModelShape, ModelSource, Sampling
+from longctx.spd.plan import SPDPlan
 from recipes.calibrate import hardware_from, measured
+from recipes.dropping import plan_of
 from recipes.machine import provenance
 from recipes.progress import Progress
 from recipes.start import (
@@ -78,6 +80,7 @@ class Job:
     index: dict[str, Any] | None
     turns: tuple[UserTurn, ...] | None
     hardware: Hardware | None
+    plan: SPDPlan | None
     fingerprint: str
 
 
@@ -96,7 +99,9 @@ def prepare(config: DictConfig) -> Job:
     tensor_files(folder)  # refuses a folder without weights
     shape = shape_of(folder)
     refuse_unfit(mesh, shape)
-    mark = fingerprint(folder)
+    plan = plan_of(config, mesh, model, folder, shape)
+    # What is cached depends on what was dropped before.
+    mark = fingerprint(folder) + (f", spd {list(plan.dropped)} at tp={plan.tp}" if plan else "")
     index = read_index(Path(kept.load), mark, f"torch.{model.dtype}") if kept.load else None
     return Job(
         model=model,
@@ -110,6 +115,7 @@ def prepare(config: DictConfig) -> Job:
         index=index,
         turns=given_turns(settings),
         hardware=hardware_from(settings.hardware) if settings.hardware else None,
+        plan=plan,
         fingerprint=mark,
     )
 
@@ -156,7 +162,7 @@ def run_rank(rank: Rank, job: Job) -> list[dict[str, Any]]:
     with runtime(rank, job.mesh, device=device, threads=threads, timeout_minutes=minutes) as here:
         with Progress(shown=rank.rank == 0) as progress:
             progress.start("loading", None)
-            engine = load_engine(here, job.model, job.shape, job.folder, job.context.kernel)
+            engine = load_engine(here, job.model, job.shape, job.folder, job.context.kernel, job.plan)
             choose = chooser(here, engine, job)
             session = Session(engine, job.context, job.sampling, choose, reserve=job.shape.positions)
             if job.kept.load and job.index:

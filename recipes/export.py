@@ -26,6 +26,11 @@ class Settings:
 def checkpoint_of(name: str) -> Path:
     """The checkpoint that ``name`` is, or the last whole one of the run that it is.  ValueError if there is none."""
     given = Path(name).expanduser().resolve()
+    if (given / "spd_plan.json").is_file():
+        raise ValueError(
+            f"checkpoint={name} drops reductions between tensor-parallel ranks, which is no function of a single rank, "
+            f"so transformers cannot run it: use model={name} here; with nothing dropped its function is its source's"
+        )
     if (given / kept.RUN).is_file():
         if wrong := kept.torn(given):
             raise ValueError(f"checkpoint={name} is torn: {wrong}; give another of the run, or the run's folder")
@@ -59,6 +64,11 @@ def task(config: DictConfig) -> None:
     if to.exists():
         raise ValueError(f"to={settings.to} is there already: give a folder that is not, or move it away")
     told = kept.about(place)
+    if dropped := told["config"].get("dropped"):
+        raise ValueError(
+            f"{place} drops reductions of blocks {dropped[1:]} between {dropped[0]} tensor-parallel ranks, which is "
+            "no function of a single rank, so transformers cannot run it: train with spd=none for a model to export"
+        )
     run_ranks(1, run_rank, place, place.parents[1] / "model", told["config"]["model"]["dtype"], to)
     console.print(
         f"step {told['step']} of {place.parents[1]} written to {to}: AutoModelForCausalLM.from_pretrained({str(to)!r})"

@@ -24,6 +24,8 @@ from longctx.parallel.mesh import refuse_unfit, refuse_unused
 from longctx.parallel.strategy import STRATEGIES
 from longctx.pretrained import locate, shape_of, tensor_files, tokenizer_of
 from longctx.schema import Context, Mesh, ModelShape, ModelSource, PromptSource, Sampling
+from longctx.spd.plan import SPDPlan
+from recipes.dropping import plan_of
 from recipes.machine import provenance
 from recipes.progress import Progress
 from recipes.start import (
@@ -69,6 +71,7 @@ class Job:
     folder: Path
     shape: ModelShape
     mesh: Mesh
+    plan: SPDPlan | None
     context: Context
     sampling: Sampling
     prompts: tuple[Prompt, ...]
@@ -102,6 +105,7 @@ def prepare(config: DictConfig) -> Job:
         folder=folder,
         shape=shape,
         mesh=mesh,
+        plan=plan_of(config, mesh, model, folder, shape),
         context=context,
         sampling=sampling,
         prompts=given_prompts(settings, source, tokenizer_of(folder), shape.positions),
@@ -160,7 +164,7 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
     ) as here:
         with Progress(shown=rank.rank == 0) as progress:
             progress.start("loading", None)
-            engine = load_engine(here, job.model, job.shape, job.folder, job.context.kernel)
+            engine = load_engine(here, job.model, job.shape, job.folder, job.context.kernel, job.plan)
             progress.start(f"prefill of {job.prompt_tokens:,} tokens, layers", job.shape.layers)
             session = Session(engine, job.context, job.sampling)
             prompts = {i: prompt.tokens for i, prompt in enumerate(job.prompts)}
@@ -175,7 +179,8 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
             if job.settings.verify:
                 progress.start("the same on one rank, layers", job.shape.layers)
                 torch.set_num_threads(threads * rank.neighbours)  # the other ranks are waiting
-                alone = load_alone(here, engine, job.model, job.folder) if rank.rank == 0 else None
+                compares = engine.rank == 0 if job.plan else rank.rank == 0
+                alone = load_alone(here, engine, job.model, job.folder) if compares else None
                 difference = logit_difference(engine, alone, prompts, made, layer_done=progress.step)
         figures = gather_figures(engine, [made.prefill_bytes, made.decode_bytes, session.cache_bytes])
     prefill_bytes, decode_bytes, cache_bytes = map(list, zip(*figures, strict=True))
@@ -219,6 +224,7 @@ def describe(job: Job, figures: dict[str, Any]) -> dict[str, Any]:
         "layout": job.context.layout,
         "sampling": vars(job.sampling),
         "dtype": job.model.dtype,
+        "spd_blocks": list(job.plan.dropped) if job.plan else [],
         **{name: value for name, value in figures.items() if name != "token_ids"},
         **provenance(),
         **({"answers": answers} if job.settings.prompts else answers[0]),
@@ -242,13 +248,14 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The lines of the table, in words."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in result["mesh"].items() if n > 1) or "one rank"
     rate, difference = result["tokens_per_s"], result["max_logit_diff"]
-    count = len(result.get("answers", [result]))
+    count, dropped = len(result.get("answers", [result])), result["spd_blocks"]
     prompts, whole = ("the prompt", "the whole prompt") if count == 1 else (f"{count} prompts", f"all {count} prompts")
     return [
         ("tokens", f"{result['tokens']:,} in {prompts}, {result['new_tokens']} new"),
         ("ranks", f"{result['ranks']} ({mesh}), {result['threads_per_rank']} thread(s) each"),
         ("strategy", f"{result['strategy']}, {result['layout']}; decode {result['decode_strategy']}"),
         ("layers, kernel", f"megatron-core {result['layers']}, {result['kernel']}"),
+        *([("reductions dropped", f"in {len(dropped)} blocks: {', '.join(map(str, dropped))}")] if dropped else []),
         ("time to first token", f"{result['ttft_s']:.2f} s ({result['prefill_tokens_per_s']:,.0f} tokens/s)"),
         ("decode", f"{rate:.1f} tokens/s" if rate else "one token at most"),
         ("KV cache per rank", in_megabytes(result["kv_cache_bytes_per_rank"])),
@@ -256,7 +263,9 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("sent per rank, decode", in_megabytes(result["decode_bytes_sent_per_rank"])),
         (
             "largest logit difference",
-            "not asked for" if difference is None else f"{difference:.1e} against one rank, over {whole}",
+            "not asked for"
+            if difference is None
+            else f"{difference:.1e} against {'tp ranks alone' if dropped else 'one rank'}, over {whole}",
         ),
     ]
 

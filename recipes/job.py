@@ -15,7 +15,9 @@ from longctx import kept
 from longctx.attention.backends import kernel_for
 from longctx.parallel.mesh import refuse_unfit
 from longctx.schema import Context, DataSettings, Mesh, ModelShape, ModelSource, Optim, Recompute, Track
+from longctx.spd.plan import SPDPlan
 from recipes.calibrate import hardware_from
+from recipes.dropping import plan_of
 from recipes.machine import provenance
 from recipes.start import section, top_level
 
@@ -64,6 +66,7 @@ class Job:
     weights: Path | None
     shape: ModelShape
     mesh: Mesh
+    plan: SPDPlan | None
     context: Context
     data: DataSettings
     test: DataSettings | None
@@ -107,6 +110,11 @@ def job_of(config: DictConfig, source: Path, changed: Mapping[str, Any], weights
     kernel_for(context.kernel, settings.device, model.dtype)
     refuse_unfit(mesh, shape)
     refuse_unsplit(mesh, shape, data)
+    plan = plan_of(config, mesh, model, source, shape)
+    if plan and plan.own_norms:
+        raise ValueError(
+            f"{source} has norms of each rank's own, which cannot be trained on: adapt it without spd.own_norms"
+        )
     evaluation = section(config, "evaluate", Evaluation)
     if context.chunk:
         raise ValueError(f"context.chunk={context.chunk} is for inference: a training step takes its sequences whole")
@@ -115,6 +123,7 @@ def job_of(config: DictConfig, source: Path, changed: Mapping[str, Any], weights
         weights=weights,
         shape=shape,
         mesh=mesh,
+        plan=plan,
         context=context,
         data=data,
         test=test if evaluation.every else None,
@@ -124,7 +133,7 @@ def job_of(config: DictConfig, source: Path, changed: Mapping[str, Any], weights
         saving=section(config, "checkpoint", Saving),
         settings=settings,
         peak_flops=hardware_from(settings.hardware).peak_flops if settings.hardware else None,
-        config={**provenance(), **_plain(config)},
+        config={**provenance(), **_plain(config), "dropped": [plan.tp, *plan.dropped] if plan else []},
         samples=first_of(data, tokenizer, mesh.dp),
     )
     if job.test:
@@ -233,6 +242,10 @@ def refuse_other_run(job: Job) -> None:
         raise ValueError(
             f"steps={job.settings.steps}, {place} is behind step {told['step']}: use more, or another folder"
         )
+    now_dropped, was_dropped = job.config["dropped"], told["config"].get("dropped", [])
+    if was_dropped != now_dropped:
+        was_so = f"mesh.tp={was_dropped[0]} spd.blocks={was_dropped[1:]}" if was_dropped else "spd=none"
+        raise ValueError(f"{place} was made with {was_so}: go on with that, or elsewhere")
     was = {"optim.zero1": told["config"]["optim"]["zero1"], "model.dtype": told["config"]["model"]["dtype"]}
     for name, now in (("optim.zero1", job.optim.zero1), ("model.dtype", job.model.dtype)):
         if was[name] != now:

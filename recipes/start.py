@@ -35,6 +35,7 @@ FREE_TEXT = (
     "turns",
     "session.save",
     "session.load",
+    "spd.sensitivity",
     "track.name",
     "track.group",
     "track.notes",

@@ -65,7 +65,8 @@ def built(here: Any, job: Job) -> Any:
     from longctx.megatron.initial import Drawn
     from longctx.megatron.training import trainable
 
-    read = weights.Weights(job.weights) if job.weights else Drawn(job.shape, job.settings.seed)
+    dropped = job.plan.dropped if job.plan else ()
+    read = weights.Weights(job.weights, dropped) if job.weights else Drawn(job.shape, job.settings.seed)
     return trainable(
         here,
         job.shape,
@@ -75,6 +76,7 @@ def built(here: Any, job: Job) -> Any:
         layers="local",
         steps=job.settings.steps,
         recompute=job.settings.recompute,
+        plan=job.plan,
     )
 
 

@@ -12,9 +12,11 @@ from longctx.infer.cache import KVCache
 from longctx.megatron import weights
 from longctx.megatron.model import GPTModel, build_model, layers_in_use
 from longctx.megatron.runtime import Runtime
+from longctx.megatron.spd_layer import SPDTransformerLayer, follow_plan
 from longctx.parallel.comm import Alone, Comm
 from longctx.parallel.ring import Strategy
 from longctx.schema import ModelShape, ModelSource
+from longctx.spd.plan import SPDPlan
 
 
 @dataclass(frozen=True)
@@ -62,23 +64,50 @@ class Engine:
         return KVCache(self.ring.size, self.ring.rank, -(-tokens // self.ring.size) + 2)
 
 
-def load_engine(here: Runtime, model: ModelSource, shape: ModelShape, folder: Path, kernel: str) -> Engine:
-    """``model``, sharded over ``here``'s mesh, with its weights read from ``folder``."""
-    layers = layers_in_use(model.layers)
-    built = _loaded(here, here.groups, model, shape, folder, layers)
+def load_engine(
+    here: Runtime,
+    model: ModelSource,
+    shape: ModelShape,
+    folder: Path,
+    kernel: str,
+    plan: SPDPlan | None = None,
+) -> Engine:
+    """``model``, sharded over ``here``'s mesh, with its weights read from ``folder``; its blocks follow ``plan``."""
+    layers = "local" if plan else layers_in_use(model.layers)
+    built = _loaded(here, here.groups, model, shape, folder, layers, plan)
     comms = (here.tp, here.ulysses, here.ring, here.context, here.answers)
     return Engine(built, shape, checked_kernel(kernel, here.device, model.dtype, shape.head_width), *comms, layers)
 
 
 def load_alone(here: Runtime, engine: Engine, model: ModelSource, folder: Path) -> Engine:
-    """The same model on this rank by itself; ``engine``'s own where it holds all of it."""
+    """The same model on this rank by itself; ``engine``'s own where it holds all of it.
+
+    With dropped reductions it is no function of a single rank: then on these tensor-parallel ranks by themselves.
+    """
     built = engine.model
+    if isinstance(built.decoder.layers[0], SPDTransformerLayer):
+        return Engine(built, engine.shape, engine.kernel, tp=engine.tp, layers=engine.layers)
     if here.mesh.tp > 1:
         built = _loaded(here, here.alone, model, engine.shape, folder, engine.layers)
     return Engine(built, engine.shape, engine.kernel, layers=engine.layers)
 
 
-def _loaded(here: Runtime, groups: Any, model: ModelSource, shape: ModelShape, folder: Path, layers: str) -> GPTModel:
-    built = build_model(shape, groups, dtype=getattr(torch, model.dtype), layers=layers, device=here.device)
-    weights.load(built, weights.Weights(folder), shape)
+def _loaded(
+    here: Runtime,
+    groups: Any,
+    model: ModelSource,
+    shape: ModelShape,
+    folder: Path,
+    layers: str,
+    plan: SPDPlan | None = None,
+) -> GPTModel:
+    dtype = getattr(torch, model.dtype)
+    built = build_model(shape, groups, dtype=dtype, layers=layers, device=here.device, plan=plan)
+    weights.load(built, weights.Weights(folder, plan.dropped if plan else ()), shape)
     return built
+
+
+def change_plan(engine: Engine, folder: Path, plan: SPDPlan) -> None:
+    """Let ``engine``, loaded with a plan from ``folder``, follow another: what its blocks drop, and their weights."""
+    follow_plan(engine.model, plan)
+    weights.load(engine.model, weights.Weights(folder, plan.dropped), engine.shape)

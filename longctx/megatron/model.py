@@ -23,9 +23,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import nn
 
 from longctx.megatron.attention import ContextParallelAttention, Pass
+from longctx.megatron.spd_layer import SPDTransformerLayer, follow_plan
 from longctx.parallel.comm import Comm
 from longctx.schema import ModelShape
 from longctx.shapes import Float, Positions, Tensor, Tokens
+from longctx.spd.plan import SPDPlan
 
 __all__ = ["GPTModel", "build_model", "hidden_states", "layers_in_use", "logits", "padded_vocabulary", "rotary_angles"]
 
@@ -57,11 +59,19 @@ def layers_in_use(asked: str) -> str:
 
 
 def build_model(
-    shape: ModelShape, groups: Any, *, dtype: torch.dtype, layers: str, device: torch.device, **options: Any
+    shape: ModelShape,
+    groups: Any,
+    *,
+    dtype: torch.dtype,
+    layers: str,
+    device: torch.device,
+    plan: SPDPlan | None = None,
+    **options: Any,
 ) -> GPTModel:
     """A GPTModel of ``shape``, sharded over ``groups`` (tp, pp), with uninitialised weights (see `weights.load`).
 
-    ``options`` are further settings of megatron-core's TransformerConfig: those of training.
+    With a ``plan`` its blocks drop reductions, and `follow_plan` may change which.  ``options`` are further settings
+    of megatron-core's TransformerConfig: those of training.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="full scope is deprecated")  # its own default
@@ -69,7 +79,8 @@ def build_model(
             "ignore", message="If you are using transformer_engine as the transformer implementation"
         )
         config = _config(shape, groups, dtype, options)
-    spec = _local_layer() if layers == "local" else _te_layer()
+    assert layers == "local" or plan is None, "recipes refuse this"
+    spec = local_layer(TransformerLayer if plan is None else SPDTransformerLayer) if layers == "local" else _te_layer()
     stages, stage = groups.pp.size(), groups.pp.rank()
     model = GPTModel(
         config,
@@ -82,6 +93,8 @@ def build_model(
         position_embedding_type="none",  # angles come from explicit positions: see `hidden_states`
         pg_collection=groups,
     )
+    if plan is not None:
+        follow_plan(model, plan)
     return model.to(device).eval()
 
 
@@ -186,7 +199,8 @@ def _keep(_: Tensor) -> None:
     """An initialiser that leaves the weight as it is."""
 
 
-def _local_layer() -> ModuleSpec:
+def local_layer(kind: type[TransformerLayer]) -> ModuleSpec:
+    """megatron-core's description of a block of ``kind``, from layers that run anywhere."""
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -202,7 +216,7 @@ def _local_layer() -> ModuleSpec:
         module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=kind,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=attention,

@@ -17,6 +17,8 @@ from longctx.parallel.comm import Alone, Comm, DistComm
 from longctx.parallel.launch import Rank
 from longctx.schema import Mesh
 
+# megatron-core's advice for GPUs, given on CPUs and without gradients too.
+_ADVICE = ("When using async grad allreduce it is recommended to set the environment variable",)
 # What torch says of the calls that megatron-core's optimizer, recompute and checkpoints make.
 _OF_ITS_OWN_CALLS = (
     "`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
@@ -85,7 +87,7 @@ def runtime(
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
     with warnings.catch_warnings():
-        for message in _OF_ITS_OWN_CALLS if training else ():
+        for message in (*_ADVICE, *(_OF_ITS_OWN_CALLS if training else ())):
             warnings.filterwarnings("ignore", message=message)
         groups = _groups(rank, mesh, here, timeout_minutes)
         if training:

@@ -18,6 +18,7 @@ from longctx.megatron.model import GPTModel, build_model, token_losses
 from longctx.megatron.runtime import Runtime
 from longctx.schema import ModelShape, Optim, Recompute
 from longctx.shapes import Float, Positions, Tensor, Tokens
+from longctx.spd.plan import SPDPlan
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,20 @@ def trainable(
     layers: str,
     steps: int,
     recompute: Recompute,
+    plan: SPDPlan | None = None,
 ) -> Trained:
-    """A model of ``shape`` over ``here``'s mesh, its weights brought by ``load``, and its optimizer for ``steps``."""
+    """A model of ``shape`` over ``here``'s mesh, its weights brought by ``load``, and its optimizer for ``steps``.
+
+    Its blocks drop reductions as ``plan`` says, and learn with that.
+    """
+    assert plan is None or not plan.own_norms, "recipes refuse this"
     net = build_model(
         shape,
         here.groups,
         dtype=dtype,
         layers=layers,
         device=here.device,
+        plan=plan,
         pipeline_model_parallel_size=here.mesh.pp,
         pipeline_dtype=dtype,
         batch_p2p_sync=False,

@@ -14,6 +14,8 @@ from longctx.pretrained import tensor_files
 from longctx.schema import ModelShape
 from longctx.shapes import Tensor
 
+DROPPED = "dropped."  # what a tensor's name begins with if it is for a block that drops a reduction
+
 
 @runtime_checkable
 class Tensors(Protocol):
@@ -29,13 +31,19 @@ class Tensors(Protocol):
 
 
 class Weights:
-    """The tensors of a safetensors folder, in one file or many, read by name; ``taken`` are those that were."""
+    """The tensors of a safetensors folder, in one file or many, read by name; ``taken`` are those that were.
 
-    def __init__(self, folder: Path) -> None:
+    Of the blocks ``dropped``, those that were made for that (`recipes.spd_adapt`), where there are such.
+    """
+
+    def __init__(self, folder: Path, dropped: Iterable[int] = ()) -> None:
         self._folder, self._files = folder, tensor_files(folder)
+        self._dropped = tuple(f"model.layers.{block}." for block in dropped)
         self.taken: set[str] = set()
 
     def __call__(self, name: str) -> Tensor:
+        if name.startswith(self._dropped) and DROPPED + name in self._files:
+            name = DROPPED + name
         if name not in self._files:
             raise ValueError(f"{self._folder} has no tensor {name}, which the model's config.json promises")
         self.taken.add(name)
@@ -47,7 +55,10 @@ class Weights:
 
     def refuse_unread(self, tied: bool, elsewhere: Iterable[str] = ()) -> None:
         """ValueError if a tensor was not taken, here or ``elsewhere``; derived ones, and a tied lm_head, may stay."""
-        left = {n for n in self._files if not n.endswith("rotary_emb.inv_freq")} - self.taken.union(elsewhere)
+        taken = self.taken.union(elsewhere)
+        left = {n for n in self._files if not n.endswith("rotary_emb.inv_freq")} - taken
+        # Of a block that may be dropped, the folder has weights for either case.
+        left -= {n for n in left if n.startswith(DROPPED) or DROPPED + n in taken}
         left -= {"lm_head.weight"} if tied else set()
         if left:
             raise ValueError(f"{self._folder} has tensors that no part of the model takes: {sorted(left)[:3]}")
