@@ -97,14 +97,14 @@ def _bytes(part: Part) -> int:
 def _write(file: Path, held: list[Part], tp: Comm) -> None:
     tensors = {}
     for part in held:
-        whole = _whole(part, tp)
+        whole = whole_of(part, tp)
         if tp.rank == 0:
             tensors[part.name] = whole.cpu()
     if tp.rank == 0:
         save_file(tensors, file, metadata={"format": "pt"})
 
 
-def _whole(part: Part, tp: Comm) -> Tensor:
+def whole_of(part: Part, tp: Comm) -> Tensor:
     """A copy of the tensor as Hugging Face has it: of all ranks, without padding."""
     mine = part.view.flatten(0, 1)
     shares = [mine] if part.sharded is None else tp.all_gather(mine, [tuple(mine.shape)] * tp.size)

@@ -144,12 +144,17 @@ def token_losses(
     hidden = model.decoder(embedded, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=one_pass)
     if not model.post_process:
         return hidden
+    return losses_of(model, hidden, targets.transpose(0, 1), vocabulary)
+
+
+def losses_of(model: GPTModel, hidden: Float[Tensor, "s b hidden"], targets: Tensor, vocabulary: int) -> Tensor:
+    """Cross-entropy [s b] of ``targets`` [s b], from final hidden states."""
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     part, _ = model.output_layer(hidden, weight=weight)
     width, tp = part.shape[-1], model.pg_collection.tp
     if padding := max(0, min(width, (tp.rank() + 1) * width - vocabulary)):
         part = torch.cat([part[..., : width - padding], part.new_full((*part.shape[:-1], padding), _NEVER)], -1)
-    return vocab_parallel_cross_entropy(part.float(), targets.transpose(0, 1).contiguous())
+    return vocab_parallel_cross_entropy(part.float(), targets.contiguous())
 
 
 def rotary_angles(shape: ModelShape, positions: Positions) -> Float[Tensor, "s 1 1 d"]:

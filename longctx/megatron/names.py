@@ -17,8 +17,10 @@ Tied, only the last of several pipeline stages has an output_layer: another copy
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from longctx.schema import ModelShape
 from longctx.shapes import Tensor
@@ -61,14 +63,25 @@ def parts(model: GPTModel, shape: ModelShape) -> Iterator[Part]:
     tp = model.pg_collection.tp.size()
     for ours, parameter in model.named_parameters():
         names = _theirs(model, ours, shape)
-        sharded = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-        for name, view in zip(names, fused_views(parameter, len(names), shape, tp), strict=True):
-            whole = [view.shape[0] * view.shape[1], *view.shape[2:]]
-            if sharded is not None:
-                whole[sharded] *= tp
-            if ours in _OUTSIDE and sharded is not None:
-                whole[0] = shape.vocabulary
-            yield Part(name, view, sharded, tuple(whole))
+        yield from _parts(parameter, names, shape, tp, shape.vocabulary if ours in _OUTSIDE else None)
+
+
+def parts_of_layer(layer: TransformerLayer, shape: ModelShape) -> Iterator[Part]:
+    """The same of one layer."""
+    for ours, parameter in layer.named_parameters():
+        names = tuple(f"model.layers.{layer.layer_number - 1}.{name}" for name in _OF_A_LAYER[ours])
+        yield from _parts(parameter, names, shape, layer.tp_group.size())
+
+
+def _parts(parameter: Any, names: Sequence[str], shape: ModelShape, tp: int, rows: int | None = None) -> Iterator[Part]:
+    """``rows``: of the whole, if they are padded to equal shares."""
+    sharded = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+    for name, view in zip(names, fused_views(parameter, len(names), shape, tp), strict=True):
+        whole = [view.shape[0] * view.shape[1], *view.shape[2:]]
+        if sharded is not None:
+            whole[sharded] *= tp
+            whole[0] = rows or whole[0]
+        yield Part(name, view, sharded, tuple(whole))
 
 
 def fused_views(parameter: Tensor, tensors: int, shape: ModelShape, tp: int) -> Sequence[Tensor]:

@@ -1,6 +1,6 @@
 """Hugging Face weights into a megatron-core model, each rank taking its part; see `names` for which is which."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -72,12 +72,18 @@ def load(model: GPTModel, read: Tensors, shape: ModelShape) -> None:
     quantised, has another shape than the model's, or is taken by no stage: a model that lacks a part would run,
     and be wrong.
     """
-    for part in parts(model, shape):
+    fill(parts(model, shape), read, model.pg_collection.tp.rank())
+    read.refuse_unread(shape.tied, set().union(*of_each_stage(read.taken, model.pg_collection.pp)))
+
+
+@torch.no_grad()
+def fill(held: Iterable[Part], read: Callable[[str], Tensor], rank: int) -> None:
+    """Copy tensor-parallel rank ``rank``'s share of each tensor into its place.  ValueError for another shape."""
+    for part in held:
         whole = read(part.name)
         if tuple(whole.shape) != part.whole:
             raise ValueError(f"{part.name}: the file has {tuple(whole.shape)}, the model {part.whole}")
-        part.view.copy_(_share(whole, part, model.pg_collection.tp.rank()).reshape(part.view.shape))
-    read.refuse_unread(shape.tied, set().union(*of_each_stage(read.taken, model.pg_collection.pp)))
+        part.view.copy_(_share(whole, part, rank).reshape(part.view.shape))
 
 
 def _share(whole: Tensor, part: Part, rank: int) -> Tensor:

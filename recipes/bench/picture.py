@@ -1,7 +1,8 @@
-"""Lines over a logarithmic axis, as an SVG file: what a table of benchmarks looks like."""
+"""Lines, and bars over a logarithmic axis, as SVG files: what a table of figures looks like."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 COLOURS = ("#2563eb", "#d97706", "#16a34a", "#9333ea", "#dc2626")
 
@@ -25,12 +26,7 @@ def lines(
 
     ``ticks`` are the values of x that are written out; powers of ten, if not given.
     """
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams |= {"svg.hashsalt": "longctx", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    plt = _plots()
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for (name, values), colour in zip(series.items(), COLOURS, strict=False):
         axes.plot(over, values, marker="o", markersize=4, label=name, color=colour)
@@ -47,6 +43,45 @@ def lines(
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(visible=True, alpha=0.25)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)  # where it covers no line
+    _save(plt, figure, out)
+
+
+def bars(
+    out: str,
+    values: Sequence[float],
+    kinds: Sequence[str],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    levels: Sequence[float] = (),
+) -> None:
+    """Draw a bar a value to ``out``, in a colour for each of ``kinds``; between the least and 0 the axis is linear."""
+    plt = _plots()
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for kind, colour in zip(sorted(set(kinds)), COLOURS, strict=False):
+        at = [i for i, one in enumerate(kinds) if one == kind]
+        axes.bar(at, [values[i] for i in at], label=kind, color=colour)
+    for level in levels:
+        axes.axhline(level, color="#6b7280", linestyle="--", linewidth=1)
+    axes.set_yscale("symlog", linthresh=max(1e-3, min(filter(None, map(abs, values)), default=1e-3)))
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(visible=True, axis="y", alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    _save(plt, figure, out)
+
+
+def _plots() -> Any:
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"svg.hashsalt": "longctx", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    return plt
+
+
+def _save(plt: Any, figure: Any, out: str) -> None:
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, metadata={"Date": None})
     plt.close(figure)

@@ -1,0 +1,20 @@
+"""Text as a model is measured and repaired with: sequences of one length."""
+
+from dataclasses import dataclass
+
+from longctx.shapes import Bool, Tensor, Tokens
+
+
+@dataclass(frozen=True)
+class Text:
+    """Sequences of one length, each attending to itself, with the targets that count where ``mask`` says so."""
+
+    tokens: Tokens
+    targets: Tokens
+    mask: Bool[Tensor, "b s"]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice) -> "Text":
+        return Text(self.tokens[rows], self.targets[rows], self.mask[rows])

@@ -1,0 +1,183 @@
+"""What each block's first reduction over tensor-parallel ranks is worth: Sync-Point-Drop's sensitivity.
+
+    python -m recipes.spd_sensitivity mesh.tp=3 out=outputs/spd
+
+Writes DIR/sensitivity.json, which other recipes take the order of blocks from, and DIR/sensitivity.svg.  The same
+command again goes on where it was interrupted.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pydantic import NonNegativeFloat, PositiveInt
+from rich.table import Table
+
+from longctx.megatron.blocks import Blocks, Text
+from longctx.parallel.launch import Rank
+from longctx.schema import Track
+from longctx.spd.plan import ranked
+from longctx.spd.sensitivity import kind_of, perplexities, scores, suffix_sums
+from recipes.bench.picture import bars
+from recipes.calibration import Subject, append_line, blocks_of, calibration_of, kept_lines, subject_of
+from recipes.machine import provenance
+from recipes.progress import Progress
+from recipes.start import console, main, on_ranks, say, section, warm_up_ranks, written
+
+WARM = ("longctx.infer.engine", "longctx.megatron.blocks", "recipes.calibration")
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Where a block begins to be sensitive, and extremely so, in perplexity."""
+
+    tau1: NonNegativeFloat
+    tau2: NonNegativeFloat
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank needs to know; ``done`` are sums that an interrupted run has left."""
+
+    subject: Subject
+    text: Text
+    chunk: PositiveInt
+    about: dict[str, Any]
+    out: Path
+    done: list[list[float]]
+    classes: Classes
+    track: Track
+    config: dict[str, Any]
+
+    @property
+    def file(self) -> Path:
+        return self.out / "sensitivity.json"
+
+
+def prepare(config: DictConfig, recipe: str = "recipes.spd_sensitivity") -> Job:
+    """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
+    subject = subject_of(config, recipe)
+    text, data = calibration_of(config, subject, config.sequences)
+    about, out = {**subject.about(text, data), "chunk": config.chunk}, Path(config.out)
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    return Job(
+        subject=subject,
+        text=text,
+        chunk=config.chunk,
+        about=about,
+        out=out,
+        done=kept_lines(out / "sums.jsonl", about),
+        classes=section(config, "classes", Classes),
+        track=section(config, "track", Track),
+        config={**provenance(), **values},
+    )
+
+
+def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
+    """One rank's part; what goes into sensitivity.json."""
+    with blocks_of(rank, job.subject) as (here, blocks), Progress(shown=rank.rank == 0) as progress:
+        return measured(here, blocks, job, progress)
+
+
+def measured(here: Any, blocks: Blocks, job: Job, progress: Progress) -> dict[str, Any]:
+    """Perplexities with the last blocks dropped, any number of them, a chunk of the text at a time.
+
+    Data-parallel ranks take every so many-th chunk.  Every rank calls this.
+    """
+    from longctx.train.track import start_tracking
+
+    first, layers = here.rank.rank == 0, job.subject.shape.layers
+    parts, part = here.mesh.dp, here.groups.dp.rank()
+    chunks = [job.text[slice(begin, begin + job.chunk)] for begin in range(0, len(job.text), job.chunk)]
+    progress.start("sensitivity, chunks of text", len(chunks), done=len(job.done))
+    if first and not job.done:
+        (job.out / "sums.jsonl").unlink(missing_ok=True)
+        append_line(job.out / "sums.jsonl", job.about)
+    sums = list(job.done)
+    for begin in range(len(sums), len(chunks), parts):
+        mine = torch.zeros(layers + 1, dtype=torch.float64)
+        if begin + part < len(chunks):
+            mine = torch.tensor(_sums(blocks, chunks[begin + part]), dtype=torch.float64)
+        of_all = here.world.all_gather(mine, [(layers + 1,)] * here.world.size)
+        for each in of_all[:: here.mesh.tp][: len(chunks) - begin]:
+            sums.append(each.tolist())
+            if first:
+                append_line(job.out / "sums.jsonl", sums[-1])
+            progress.step()
+    result = summed_up(job, sums)
+    tell = say if first else lambda _: None
+    tracker, _ = start_tracking(job.track, job.out, job.config, first=first, say=tell)
+    for block, told in enumerate(result["blocks"]):
+        tracker.log({"spd/sensitivity": told["score"], "spd/perplexity_from_here": told["perplexity"]}, block)
+    tracker.finish()
+    return result
+
+
+@torch.no_grad()
+def _sums(blocks: Blocks, text: Text) -> list[float]:
+    layers = blocks.model.decoder.layers
+
+    def run(block: int, x: Any, dropped: bool) -> Any:
+        layers[block].drop(dropped=dropped)
+        return blocks.run(layers[block], x)
+
+    return suffix_sums(blocks.embedded(text.tokens), len(layers), run, lambda x: blocks.loss(x, text))
+
+
+def summed_up(job: Job, sums: list[list[float]]) -> dict[str, Any]:
+    """What goes into sensitivity.json."""
+    tokens = int(job.text.mask.sum())
+    of_suffix = perplexities([sum(column) for column in zip(*sums, strict=True)], tokens)
+    found = scores(of_suffix)
+    taus = vars(job.classes)
+    return {
+        **job.about,
+        "tokens": tokens,
+        "perplexity": of_suffix[-1],
+        **taus,
+        "order": ranked(found),
+        "blocks": [
+            {"block": i, "score": score, "class": kind_of(score, **taus), "perplexity": of_suffix[i]}
+            for i, score in enumerate(found)
+        ],
+        **provenance(),
+    }
+
+
+def keep(job: Job, result: dict[str, Any]) -> None:
+    """Write the file and the picture."""
+    written(str(job.file), result)
+    blocks = result["blocks"]
+    bars(
+        str(job.out / "sensitivity.svg"),
+        [block["score"] for block in blocks],
+        [block["class"] for block in blocks],
+        title=f"{result['model']} at TP={result['tp']}: what each block's first reduction is worth",
+        x="block",
+        y=f"perplexity that its loss adds (without: {result['perplexity']:.1f})",
+        levels=[result["tau1"], result["tau2"]],
+    )
+
+
+def show(result: dict[str, Any]) -> None:
+    """The blocks, the most sensitive first."""
+    table = Table("block", "class", "adds to the perplexity", box=None)
+    for block in sorted(result["blocks"], key=lambda block: -block["score"]):
+        table.add_row(str(block["block"]), block["class"], f"{block['score']:+.3f}")
+    console.print(table)
+
+
+def task(config: DictConfig) -> None:
+    """Refuse what cannot be done; measure; write and show what was found."""
+    warm_up_ranks(WARM)
+    job = prepare(config)
+    result = on_ranks(job.subject.mesh, run_rank, job)
+    if result is not None:
+        keep(job, result)
+        show(result)
+
+
+if __name__ == "__main__":
+    main("spd_sensitivity", task)
