@@ -17,6 +17,7 @@ from longctx.schema import ModelShape, ModelSource, Rotary
 Say = Callable[[str], None]
 # Weights that are right on tensor-parallel ranks alone: by another name, so that transformers does not load them.
 ADAPTED = "spd.safetensors"
+DROPPED = "dropped."  # what a tensor's name begins with there if it is for a block that drops a reduction
 
 
 def locate(model: ModelSource, say: Say = lambda _: None) -> Path:

@@ -148,6 +148,38 @@ class SPD:
             raise ValueError("spd.sensitivity is an order of blocks: say with spd.budget how many drop, such as 0.5")
 
 
+BlockClass = Literal["ISB", "SB", "ESB"]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """How blocks learn to do without a reduction (arXiv 2502.20727, 4.2); configs/spd_adapt.yaml explains each field.
+
+    ``distil`` and ``group`` name classes of blocks; ``sequences`` of ``length`` tokens are learned from, ``held_out``
+    more report errors, and grouping looks at the first ``looked_at``.
+    """
+
+    distil: tuple[BlockClass, ...]
+    group: tuple[BlockClass, ...]
+    grouping: Literal["neurons", "shards", "none"]
+    inputs: Literal["teacher", "student"]
+    own_norms: bool
+    sequences: int
+    length: int
+    held_out: int
+    looked_at: int
+    epochs: int
+    batch: int
+    lr: float
+
+    def __post_init__(self) -> None:
+        for name in ("sequences", "length", "held_out", "looked_at", "epochs", "batch", "lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"repair.{name}={getattr(self, name)}: use more than 0")
+        if self.batch > self.sequences:
+            raise ValueError(f"repair.batch={self.batch} of repair.sequences={self.sequences}: take fewer a step")
+
+
 Recompute = Literal["none", "selective", "full"]
 
 

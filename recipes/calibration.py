@@ -13,13 +13,13 @@ import torch
 from omegaconf import DictConfig
 from pydantic import PositiveInt
 
-from longctx.megatron.blocks import Blocks, Text
 from longctx.parallel.launch import Rank
 from longctx.parallel.mesh import refuse_unfit, refuse_unused
 from longctx.pretrained import fingerprint, locate, shape_of, tensor_files, tokenizer_of
 from longctx.schema import DataSettings, Mesh, ModelShape, ModelSource
 from longctx.spd.plan import FILE as PLAN
 from longctx.spd.plan import SPDPlan
+from longctx.spd.text import Text
 from recipes.job import data_of, refuse_unwritable_folder
 from recipes.start import say, section, threads_for
 
@@ -101,9 +101,10 @@ def calibration_of(config: DictConfig, subject: Subject, sequences: int) -> tupl
 
 
 @contextmanager
-def blocks_of(rank: Rank, subject: Subject) -> Iterator[tuple[Any, Blocks]]:
+def blocks_of(rank: Rank, subject: Subject) -> Iterator[tuple[Any, Any]]:
     """The ranks' groups, and the model on them with nothing dropped yet."""
     from longctx.infer.engine import load_engine
+    from longctx.megatron.blocks import Blocks
     from longctx.megatron.runtime import runtime
 
     threads = threads_for(subject.threads, rank)

@@ -15,11 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import NonNegativeFloat, PositiveInt
 from rich.table import Table
 
-from longctx.megatron.blocks import Blocks, Text
 from longctx.parallel.launch import Rank
 from longctx.schema import Track
 from longctx.spd.plan import ranked
 from longctx.spd.sensitivity import kind_of, perplexities, scores, suffix_sums
+from longctx.spd.text import Text
 from recipes.bench.picture import bars
 from recipes.calibration import Subject, append_line, blocks_of, calibration_of, kept_lines, subject_of
 from recipes.machine import provenance
@@ -81,7 +81,7 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
         return measured(here, blocks, job, progress)
 
 
-def measured(here: Any, blocks: Blocks, job: Job, progress: Progress) -> dict[str, Any]:
+def measured(here: Any, blocks: Any, job: Job, progress: Progress) -> dict[str, Any]:
     """Perplexities with the last blocks dropped, any number of them, a chunk of the text at a time.
 
     Data-parallel ranks take every so many-th chunk.  Every rank calls this.
@@ -116,7 +116,7 @@ def measured(here: Any, blocks: Blocks, job: Job, progress: Progress) -> dict[st
 
 
 @torch.no_grad()
-def _sums(blocks: Blocks, text: Text) -> list[float]:
+def _sums(blocks: Any, text: Text) -> list[float]:
     layers = blocks.model.decoder.layers
 
     def run(block: int, x: Any, dropped: bool) -> Any:

@@ -10,11 +10,9 @@ from megatron.core.models.gpt import GPTModel
 from safetensors import safe_open
 
 from longctx.megatron.names import Part, parts
-from longctx.pretrained import tensor_files
+from longctx.pretrained import DROPPED, tensor_files
 from longctx.schema import ModelShape
 from longctx.shapes import Tensor
-
-DROPPED = "dropped."  # what a tensor's name begins with if it is for a block that drops a reduction
 
 
 @runtime_checkable

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import exp
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-Kind = Literal["ISB", "SB", "ESB"]
+from longctx.schema import BlockClass
+
 State = TypeVar("State")
 
 
@@ -48,6 +49,6 @@ def perplexities(sums: Sequence[float], tokens: int) -> list[float]:
     return [exp(total / tokens) for total in sums]
 
 
-def kind_of(score: float, tau1: float, tau2: float) -> Kind:
+def kind_of(score: float, tau1: float, tau2: float) -> BlockClass:
     """In-sensitive (up to ``tau1``, in perplexity), sensitive (up to ``tau2``), or extremely sensitive block."""
     return "ISB" if score <= tau1 else "SB" if score <= tau2 else "ESB"

@@ -1,0 +1,199 @@
+"""Sync-Point-Drop from end to end: blocks are classified, grouped and distilled, and a model with its plan is saved.
+
+    python -m recipes.spd_adapt mesh.tp=3 spd.budget=0.5 out=outputs/adapted
+
+The result is a folder that any recipe takes as model=DIR.  The same command again goes on behind the last block.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+
+from longctx.parallel.launch import Rank
+from longctx.schema import SPD, Repair
+from longctx.spd.folder import assemble, read_block, write_block
+from longctx.spd.plan import SavedPlan, SPDPlan, order_from, within
+from longctx.spd.text import Text
+from recipes import spd_sensitivity
+from recipes.calibration import blocks_of, calibration_of
+from recipes.progress import Progress
+from recipes.start import console, main, on_ranks, say, section, warm_up_ranks
+
+ERRORS = ("zero_shot", "grouped", "distilled")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank needs to know; ``measured`` are the sensitivities, if they are there already."""
+
+    sensitivity: spd_sensitivity.Job
+    measured: dict[str, Any] | None
+    repair: Repair
+    budget: float
+    text: Text
+
+    @property
+    def out(self) -> Path:
+        return self.sensitivity.out
+
+    def file_of(self, block: int) -> Path:
+        """Where a repaired block is kept."""
+        return self.out / "blocks" / f"{block:03d}.safetensors"
+
+
+def prepare(config: DictConfig) -> Job:
+    """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
+    spd, repair = section(config, "spd", SPD), section(config, "repair", Repair)
+    if spd.drop not in ("saved", "ranked") or spd.budget is None:
+        raise ValueError("recipes.spd_adapt drops the least sensitive blocks: say how many with spd.budget, e.g. 0.5")
+    job = spd_sensitivity.prepare(config, "recipes.spd_adapt")
+    subject = job.subject
+    if subject.model.dtype != "float32":
+        raise ValueError(f"model.dtype={subject.model.dtype}: blocks are distilled in model.dtype=float32")
+    if repair.inputs == "student" and subject.mesh.dp > 1:
+        raise ValueError(
+            f"mesh.dp={subject.mesh.dp}: with repair.inputs=student a block waits for the one before; use 1"
+        )
+    longer = OmegaConf.merge(config, {"data": {"length": repair.length}})
+    assert isinstance(longer, DictConfig)
+    text, data = calibration_of(longer, subject, repair.sequences + repair.held_out)
+    about = {**subject.about(text, data), **asdict(repair)}
+    if repair.inputs == "student":  # which blocks drop before one changes what enters it
+        about["budget"] = spd.budget
+    _refuse_other_run(job.out / "blocks" / "about.json", about)
+    return Job(job, _measured(spd, job), repair, spd.budget, text)
+
+
+def _measured(spd: SPD, job: spd_sensitivity.Job) -> dict[str, Any] | None:
+    """The sensitivities that are there: those asked for, or of an earlier start of this run."""
+    file, subject = Path(spd.sensitivity).expanduser() if spd.sensitivity else job.file, job.subject
+    if not spd.sensitivity and not file.is_file():
+        return None
+    order_from(file, subject.shape.layers, subject.mesh.tp, subject.fingerprint)  # refuses another model's
+    told: dict[str, Any] = json.loads(file.read_text())
+    return told
+
+
+def _refuse_other_run(file: Path, about: dict[str, Any]) -> None:
+    """ValueError if blocks that were repaired in another way are there."""
+    now = json.loads(json.dumps(about))
+    before = json.loads(file.read_text()) if file.is_file() else now
+    if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+        raise ValueError(
+            f"{file.parent} has blocks that were made with another {', '.join(changed)}: give another out="
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(now, indent=1) + "\n")
+
+
+def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
+    """One rank's part: measure what has not been measured, repair what has not been repaired."""
+    with blocks_of(rank, job.sensitivity.subject) as (here, blocks), Progress(shown=rank.rank == 0) as progress:
+        told = job.measured or spd_sensitivity.measured(here, blocks, job.sensitivity, progress)
+        if rank.rank == 0 and not job.measured:
+            spd_sensitivity.keep(job.sensitivity, told)
+        repair_all(here, blocks, job, told, progress)
+    return told
+
+
+def repair_all(here: Any, blocks: Any, job: Job, told: dict[str, Any], progress: Progress) -> None:
+    """Every block within the budget that is not in its file; data-parallel ranks take every so many-th.
+
+    Of all blocks the teacher's states pass by, and, if blocks are to learn from those, the student's.
+    """
+    wanted, how = sorted(within(told["order"], job.budget)), job.repair
+    mine = wanted[here.groups.dp.rank() :: here.mesh.dp]
+    steps = how.epochs * (how.sequences // how.batch)
+    with torch.no_grad():
+        teacher = student = blocks.embedded(job.text.tokens)
+    for block, layer in enumerate(blocks.model.decoder.layers[: max(mine, default=-1) + 1]):
+        now, outputs = layer, through(blocks, layer, teacher, how.batch)
+        if block in mine:
+            progress.start(f"block {block}, {mine.index(block) + 1} of {len(mine)}, steps", steps)
+            inputs = teacher if how.inputs == "teacher" else student
+            now = repaired(here, blocks, block, told["blocks"][block]["class"], inputs, outputs, job, progress)
+        if how.inputs == "student":
+            student = through(blocks, now, student, how.batch)
+        teacher = outputs
+
+
+@torch.no_grad()
+def through(blocks: Any, layer: Any, x: torch.Tensor, batch: int) -> torch.Tensor:
+    """What leaves ``layer``, of all sequences."""
+    return torch.cat([blocks.run(layer, rows) for rows in x.split(batch)])
+
+
+def repaired(
+    here: Any, blocks: Any, block: int, kind: Any, inputs: Any, outputs: Any, job: Job, progress: Progress
+) -> Any:
+    """The layer in its file, which is made if it is not there."""
+    from longctx.megatron.repair import repair
+
+    file, how = job.file_of(block), job.repair
+    if file.is_file():
+        layer = blocks.copy_of(block, own_norms=how.own_norms)
+        blocks.fill(layer, read_block(file)[0])
+        return layer
+    made = repair(blocks, block, kind, inputs, outputs, how, lambda loss: progress.step(note=f"error {loss:.2e}"))
+    tensors = blocks.tensors_of(made.layer)
+    if here.tp.rank == 0:
+        errors = {name: str(getattr(made, name)) for name in ERRORS}
+        write_block(file, tensors, {"class": kind, **errors})
+    return made.layer
+
+
+def finish(job: Job, told: dict[str, Any]) -> list[dict[str, Any]]:
+    """Put the folder together; what became of each block that may drop."""
+    subject, order = job.sensitivity.subject, tuple(told["order"])
+    dropped = within(order, job.budget)
+    rows = []
+    for block in dropped:
+        _, about = read_block(job.file_of(block))
+        rows.append({"block": block, "score": told["blocks"][block]["score"], **about})
+    plan = SPDPlan(subject.shape.layers, subject.mesh.tp, dropped, job.repair.own_norms)
+    saved = SavedPlan(plan, order, tuple(sorted(dropped)), subject.fingerprint)
+    assemble(subject.folder, [job.file_of(block) for block in sorted(dropped)], saved, job.out)
+    return rows
+
+
+def track(job: Job, rows: list[dict[str, Any]]) -> None:
+    """Errors by block, in the run's record."""
+    from longctx.train.track import start_tracking
+
+    mine = job.sensitivity
+    tracker, _ = start_tracking(mine.track, job.out, mine.config, first=True, say=say)
+    for row in sorted(rows, key=lambda row: row["block"]):
+        tracker.log({f"spd/error_{name}": float(row[name]) for name in ERRORS}, row["block"])
+    tracker.artifact(f"spd-{job.out.name}", "model", job.out)
+    tracker.finish()
+
+
+def show(job: Job, rows: list[dict[str, Any]]) -> None:
+    """Errors of the blocks, and what to do with the result."""
+    table = Table("block", "class", "sensitivity", "error zero-shot", "grouped", "distilled", box=None)
+    for row in rows:
+        errors = (f"{float(row[name]):.2e}" for name in ERRORS)
+        table.add_row(str(row["block"]), row["class"], f"{row['score']:+.3f}", *errors)
+    console.print(table)
+    tp = job.sensitivity.subject.mesh.tp
+    console.print(f"to use it: python -m recipes.generate model={job.out} mesh.tp={tp} prompt.text='Once upon a time'")
+
+
+def task(config: DictConfig) -> None:
+    """Refuse what cannot be done; measure and repair; put the result together and show it."""
+    warm_up_ranks((*spd_sensitivity.WARM, "longctx.megatron.repair"))
+    job = prepare(config)
+    told = on_ranks(job.sensitivity.subject.mesh, run_rank, job)
+    if told is not None:
+        rows = finish(job, told)
+        track(job, rows)
+        show(job, rows)
+
+
+if __name__ == "__main__":
+    main("spd_adapt", task)
