@@ -36,6 +36,7 @@ FREE_TEXT = (
     "session.save",
     "session.load",
     "spd.sensitivity",
+    "sensitivity",
     "track.name",
     "track.group",
     "track.notes",

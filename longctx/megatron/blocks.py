@@ -88,7 +88,7 @@ class Blocks:
         On a rank, a neuron sees that rank's heads instead of all.  Relative to the square of the block's output.
         ``layer`` drops its reduction.
         """
-        partials = self._partials(layer, x)
+        partials = self.partials(layer, x)
         exact, wanted = self._activations(layer, x + sum(partials)), self.run(layer, x).square().sum(-1, keepdim=True)
         weight = layer.mlp.linear_fc2.weight.square().sum(0)
         each = [(self._activations(layer, x + one) - exact).square() / wanted for one in partials]
@@ -98,8 +98,7 @@ class Blocks:
     @torch.no_grad()
     def shard_norms(self, layer: Any, x: Hidden) -> Float[Tensor, "sets shards"]:
         """Norm of each shard of the MLP's output where it sees each rank's heads (arXiv 2502.20727, Eq. 3)."""
-        down = layer.mlp.linear_fc2.weight.T
-        each = [(self._activations(layer, x + one) @ down).norm() for one in self._partials(layer, x)]
+        each = [self.mlp_of(layer, x + one).norm() for one in self.partials(layer, x)]
         mine = torch.stack(each)
         return torch.stack(self.tp.all_gather(mine, [tuple(mine.shape)] * self.tp.size), 1)
 
@@ -122,13 +121,17 @@ class Blocks:
         layer(_one_row(x), None, **known)
         return torch.cat(self.tp.all_gather(seen[0], [tuple(seen[0].shape)] * self.tp.size))
 
-    def _partials(self, layer: Any, x: Hidden) -> list[Hidden]:
-        """Every rank's part of the attention's output."""
+    def partials(self, layer: Any, x: Hidden) -> list[Hidden]:
+        """Every rank's part of the attention's output, of a ``layer`` that drops its reduction."""
         assert layer.dropped, "else it is reduced"
         normed = layer.input_layernorm(_one_row(x))
         mine, _ = layer.self_attention(normed, None, **self.attending(layer, x))
         mine = mine.reshape(x.shape)
         return self.tp.all_gather(mine, [tuple(mine.shape)] * self.tp.size)
+
+    def mlp_of(self, layer: Any, u: Hidden) -> Hidden:
+        """This rank's part of the MLP's output, where ``u`` enters its norm."""
+        return self._activations(layer, u) @ layer.mlp.linear_fc2.weight.T
 
     def _activations(self, layer: Any, u: Hidden) -> Float[Tensor, "b s neurons"]:
         """Of this rank's neurons, where ``u`` enters the MLP's norm."""

@@ -2,7 +2,7 @@
 
 import sys
 
-from recipes.bench import convergence, crossover, decode, drift, million, prefill, train
+from recipes.bench import convergence, crossover, decode, drift, million, prefill, spd_latency, spd_quality, train
 from recipes.start import console, main
 
 SUBJECTS = {
@@ -12,6 +12,8 @@ SUBJECTS = {
     "decode": (decode.task, "time from token to token, by strategy"),
     "drift": (drift.task, "error of bfloat16 attention over the number of ranks, on a real model's activations"),
     "million": (million.task, "one layer, a million cached tokens, a few new ones"),
+    "spd_quality": (spd_quality.task, "perplexity over the share of blocks that drop a reduction"),
+    "spd_latency": (spd_latency.task, "what dropped reductions save, over links of a given rate and latency"),
     "train": (train.task, "a training step on one rank and on several; attention beside its peers"),
 }
 
@@ -25,7 +27,7 @@ def run(words: list[str]) -> None:
             sys.exit(2)
         console.print("python -m recipes.bench SUBJECT key=value ...; --help behind a subject tells its settings\n")
         for name, (_, about) in SUBJECTS.items():
-            console.print(f"  {name:10} {about}")
+            console.print(f"  {name:12} {about}")
         sys.exit(0 if subject else 2)
     sys.argv[1:] = settings
     main(f"bench_{subject}", SUBJECTS[subject][0])

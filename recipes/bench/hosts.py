@@ -34,10 +34,8 @@ def refuse_hosts(hosts: int, rate: str, mesh: Mesh) -> None:
     local = "or hosts=0 for ranks on loopback"
     if rank_from_environment(os.environ) and not is_host():
         raise ValueError(f"hosts={hosts} starts ranks of its own, but a launcher has started these: use hosts=0")
-    if hosts != mesh.ring:
-        raise ValueError(
-            f"hosts={hosts}, mesh.ring={mesh.ring}: each host has one rank, use hosts={mesh.ring}, {local}"
-        )
+    if hosts != mesh.ranks:
+        raise ValueError(f"hosts={hosts}, {mesh}: each host has one rank, use hosts={mesh.ranks}, {local}")
     bits_per_s(rate)
     if os.geteuid() != 0:
         raise ValueError(f"hosts={hosts}: network namespaces need root, use sudo, {local}")
@@ -59,13 +57,13 @@ def is_host() -> bool:
     return _INSIDE in os.environ
 
 
-def run_on_hosts(hosts: int, rate: str, command: Sequence[str]) -> None:
+def run_on_hosts(hosts: int, rate: str, command: Sequence[str], latency_us: float = 0) -> None:
     """Run ``command`` in each of ``hosts`` emulated hosts, with torchrun's variables; only the first's output shows.
 
     Raises `RankFailed`, after the others have been ended, if one fails.
     """
     sys.stdout.flush()
-    with emulated_hosts(hosts, rate) as names, tempfile.TemporaryDirectory(prefix=_PREFIX) as folder:
+    with emulated_hosts(hosts, rate, latency_us) as names, tempfile.TemporaryDirectory(prefix=_PREFIX) as folder:
         said = [Path(folder, f"rank{rank}") for rank in range(hosts)]
         ranks: list[subprocess.Popen[bytes]] = []
         try:
@@ -77,28 +75,36 @@ def run_on_hosts(hosts: int, rate: str, command: Sequence[str]) -> None:
 
 
 @contextmanager
-def emulated_hosts(hosts: int, rate: str) -> Iterator[list[str]]:
+def emulated_hosts(hosts: int, rate: str, latency_us: float = 0) -> Iterator[list[str]]:
     """The names of ``hosts`` network namespaces, while the block runs: the i-th is 10.77.0.i, counted from 1, on eth0.
 
-    What a host sends passes at ``rate``, and so does what it receives.  SIGTERM leaves the block as Ctrl-C does.
+    What a host sends passes at ``rate``, and so does what it receives.  With ``latency_us``, microseconds one way, a
+    process carries the packets (see `wire`), and what is received has no rate of its own.  SIGTERM leaves the block as
+    Ctrl-C does.
     Raises ValueError, with what ip or tc said, where the kernel or the container does not allow it.
     """
     _remove_left_over()
     stem = f"{_PREFIX}{os.getpid()}"
     switch, names = f"{stem}-switch", [f"{stem}-host{host}" for host in range(1, hosts + 1)]
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    wire: subprocess.Popen[str] | None = None
     try:
-        _set_up(switch, names, rate)
+        if latency_us:
+            wire = _wired(stem, names, rate, latency_us)
+        else:
+            _set_up(switch, names, rate)
         yield names
     finally:
+        if wire and wire.stdin:
+            wire.stdin.close()
+            wire.wait()
         for name in (*names, switch):
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)  # one may not be there yet
         signal.signal(signal.SIGTERM, before)
 
 
 def _set_up(switch: str, names: Sequence[str], rate: str) -> None:
-    burst = max(int(1.2 * _MTU), int(bits_per_s(rate) / 8 * _AT_ONCE_S))
-    shaped = f"root tbf rate {rate} burst {burst} limit {_QUEUE}"
+    shaped = _shaped(rate)
     # A packet is at most one MTU: the kernel's 64 KB segments would pass in one burst.
     cut = f"mtu {_MTU} gso_max_size {_MTU} gso_max_segs 1"
     _do(f"ip netns add {switch}")
@@ -113,6 +119,30 @@ def _set_up(switch: str, names: Sequence[str], rate: str) -> None:
         _do(f"ip -n {name} link set eth0 up")
         _do(f"tc -n {name} qdisc add dev eth0 {shaped}")
         _do(f"tc -n {switch} qdisc add dev port{i} {shaped}")
+
+
+def _wired(stem: str, names: Sequence[str], rate: str, latency_us: float) -> subprocess.Popen[str]:
+    """The process that carries the packets of hosts ``names``, which are set up."""
+    for name in names:
+        _do(f"ip netns add {name}")
+    words = [stem, str(len(names)), str(latency_us * 1e-6), str(_MTU)]
+    wire = subprocess.Popen(
+        [sys.executable, "-m", "recipes.bench.wire", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert wire.stdout
+    if not wire.stdout.readline():
+        raise ValueError("no emulated hosts with latency here (is there /dev/net/tun?): use latency_us=0, or hosts=0")
+    for i, name in enumerate(names, 1):
+        _do(f"ip -n {name} addr add 10.77.0.{i}/24 dev eth0")
+        _do(f"ip -n {name} link set lo up")
+        _do(f"ip -n {name} link set eth0 up")
+        _do(f"tc -n {name} qdisc add dev eth0 {_shaped(rate)}")
+    return wire
+
+
+def _shaped(rate: str) -> str:
+    burst = max(int(1.2 * _MTU), int(bits_per_s(rate) / 8 * _AT_ONCE_S))
+    return f"root tbf rate {rate} burst {burst} limit {_QUEUE}"
 
 
 def _do(command: str) -> None:

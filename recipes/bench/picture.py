@@ -19,12 +19,13 @@ def lines(
     mark: str = "",
     levels: Sequence[float] = (),
     ticks: Sequence[float] = (),
+    log_x: bool = True,
     log_y: bool = True,
 ) -> None:
     """Draw ``series`` over ``over`` to ``out``; ``marked`` values of x, which ``mark`` explains, and ``levels`` of y
     get a dashed line.
 
-    ``ticks`` are the values of x that are written out; powers of ten, if not given.
+    ``ticks`` are the values of x that are written out; if not given, powers of ten or what fits.
     """
     plt = _plots()
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -34,7 +35,8 @@ def lines(
         axes.axvline(at, color="#6b7280", linestyle="--", linewidth=1, label=None if i else mark or None)
     for at in levels:
         axes.axhline(at, color="#6b7280", linestyle="--", linewidth=1)
-    axes.set_xscale("log")
+    if log_x:
+        axes.set_xscale("log")
     if ticks:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_xticks([], minor=True)

@@ -1,0 +1,197 @@
+"""Perplexity over the share of blocks that drop a reduction, zero-shot and repaired, on the same text in one run.
+
+python -m recipes.bench spd_quality sensitivity=outputs/spd/sensitivity.json out=outputs/quality
+"""
+
+from dataclasses import dataclass
+from math import exp
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+
+from longctx.parallel.launch import Rank
+from longctx.schema import DataSettings, TextSource
+from longctx.spd.plan import SPDPlan, order_from, saved_plan, within
+from longctx.spd.text import Text
+from recipes.bench.picture import lines
+from recipes.calibration import Subject, blocks_of, subject_of, text_of
+from recipes.machine import provenance
+from recipes.progress import Progress
+from recipes.start import console, on_ranks, warm_up_ranks, written
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A line of the picture: weights of ``folder``, blocks dropped in ``order``."""
+
+    name: str
+    folder: Path
+    order: tuple[int, ...]
+    own_norms: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank needs to know."""
+
+    subject: Subject
+    variants: tuple[Variant, ...]
+    shares: tuple[float, ...]
+    texts: dict[str, Text]
+    placement: tuple[int, ...]
+
+
+def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
+    """Mean losses (nats) by text: of each variant over the shares, and of each placement."""
+    from longctx.megatron import weights
+    from longctx.megatron.spd_layer import follow_plan
+
+    shape, tp = job.subject.shape, job.subject.mesh.tp
+    found: dict[str, Any] = {name: {"variants": {}, "placement": {}} for name in job.texts}
+    with blocks_of(rank, job.subject) as (_, blocks), Progress(shown=rank.rank == 0) as progress, torch.no_grad():
+        progress.start("perplexities", len(job.texts) * len(job.variants) * len(job.shares))
+        for variant in job.variants:
+            for share in job.shares:
+                plan = SPDPlan(shape.layers, tp, within(variant.order, share), variant.own_norms)
+                follow_plan(blocks.model, plan)
+                weights.load(blocks.model, weights.Weights(variant.folder, plan.dropped), shape)
+                for name, text in job.texts.items():
+                    of_share = found[name]["variants"].setdefault(variant.name, [])
+                    of_share.append(mean_loss(blocks, text))
+                    progress.step()
+        weights.load(blocks.model, weights.Weights(job.subject.folder), shape)
+        follow_plan(blocks.model, SPDPlan(shape.layers, tp))
+        progress.start("placements, blocks", len(job.placement) * len(job.texts))
+        for name, text in job.texts.items():
+            for block in job.placement:
+                found[name]["placement"][block] = placements(blocks, text, block)
+                progress.step()
+    return found
+
+
+def mean_loss(blocks: Any, text: Text) -> float:
+    """Nats a token, as the model's blocks are set."""
+    total = 0.0
+    for begin in range(0, len(text), 4):
+        some = text[slice(begin, begin + 4)]
+        x = blocks.embedded(some.tokens)
+        for layer in blocks.model.decoder.layers:
+            x = blocks.run(layer, x)
+        total += blocks.loss(x, some)
+    return total / int(text.mask.sum())
+
+
+def placements(blocks: Any, text: Text, block: int) -> dict[str, float]:
+    """Nats a token where ``block`` alone drops: Y and b where they belong, and where they do not (Table 1).
+
+    This model has no bias: b is the mean of the attention's output, which each rank's part is centred by, so that the
+    equations with a bias (4.1.2) are of the same block.
+    """
+    ways = ("as it should", "Y after the reduction", "b after, as it should", "b before the reduction")
+    totals = dict.fromkeys(ways, 0.0)
+    for begin in range(0, len(text), 4):
+        some = text[slice(begin, begin + 4)]
+        x = blocks.embedded(some.tokens)
+        for layer in blocks.model.decoder.layers[:block]:
+            x = blocks.run(layer, x)
+        for way, leaving in zip(ways, placed_outputs(blocks, blocks.model.decoder.layers[block], x), strict=True):
+            last = leaving
+            for layer in blocks.model.decoder.layers[block + 1 :]:
+                last = blocks.run(layer, last)
+            totals[way] += blocks.loss(last, some)
+    return {way: total / int(text.mask.sum()) for way, total in totals.items()}
+
+
+def placed_outputs(blocks: Any, layer: Any, x: Any) -> list[Any]:
+    """What leaves ``layer`` in each of the four ways; of the second, every rank has another."""
+    layer.drop(dropped=True)
+    every = blocks.partials(layer, x)
+    mine, whole = every[blocks.tp.rank], sum(every)
+    bias = whole.mean((0, 1))
+    centred = mine - mine.mean((0, 1))
+
+    def mlp(u: Any) -> Any:
+        return sum(blocks.tp.all_gather(part := blocks.mlp_of(layer, u), [tuple(part.shape)] * blocks.tp.size))
+
+    z, z_biased = mlp(x + mine), mlp(x + centred + bias)
+    layer.drop(dropped=False)
+    with_bias = x + (whole - bias) + z_biased
+    return [x + whole + z, x + z + mine, with_bias + bias, with_bias + blocks.tp.size * bias]
+
+
+def variants_of(config: DictConfig, subject: Subject) -> tuple[Variant, ...]:
+    """The lines of the picture.  Raises ValueError for an adapted model that is not of this one."""
+    layers, tp = subject.shape.layers, subject.mesh.tp
+    order = order_from(Path(config.sensitivity).expanduser(), layers, tp, subject.fingerprint)
+    found = [
+        Variant("zero-shot, least sensitive first", subject.folder, order),
+        Variant("zero-shot, first to last", subject.folder, tuple(range(layers))),
+    ]
+    for name, folder in config.adapted.items():
+        saved = saved_plan(Path(folder).expanduser())
+        if saved is None or saved.plan.tp != tp or saved.source != subject.fingerprint:
+            raise ValueError(f"adapted.{name}={folder} is not {subject.model.name} adapted for mesh.tp={tp}")
+        if missing := set(within(saved.order, max(config.shares))) - set(saved.adapted):
+            raise ValueError(f"adapted.{name}={folder} lacks block {min(missing)}: adapt it with a larger spd.budget")
+        found.append(Variant(str(name), Path(folder).expanduser(), saved.order, saved.plan.own_norms))
+    return tuple(found)
+
+
+def texts_of(config: DictConfig, subject: Subject) -> dict[str, Text]:
+    """The texts, by name."""
+    values: Any = OmegaConf.to_container(config.texts)
+    data = {
+        name: DataSettings((TextSource(**source),), config.length, epochs=1, end_token=False)
+        for name, source in values.items()
+    }
+    return {name: text_of(settings, subject, config.sequences) for name, settings in data.items()}
+
+
+def show(result: dict[str, Any]) -> None:
+    """Perplexities over the shares, a table for each text."""
+    for name, of_text in result["texts"].items():
+        table = Table(f"{name}: blocks dropped", *(f"{share:.0%}" for share in result["shares"]), box=None)
+        for variant, losses in of_text["variants"].items():
+            table.add_row(variant, *(f"{exp(loss):.2f}" for loss in losses))
+        console.print(table)
+        for block, ways in of_text["placement"].items():
+            told = ", ".join(f"{way} {exp(loss):.2f}" for way, loss in ways.items())
+            console.print(f"block {block} alone: {told}")
+
+
+def recovered(of_text: dict[str, Any], variant: str) -> list[float | None]:
+    """Of what zero-shot loses in log perplexity, the part that ``variant`` wins back, share by share."""
+    zero = of_text["variants"]["zero-shot, least sensitive first"]
+    return [
+        None if lost <= base + 1e-9 else (lost - now) / (lost - base)
+        for base, lost, now in zip([zero[0]] * len(zero), zero, of_text["variants"][variant], strict=True)
+    ]
+
+
+def task(config: DictConfig) -> None:
+    """Measure; write, draw and show."""
+    warm_up_ranks(("longctx.infer.engine", "longctx.megatron.blocks", "recipes.calibration"))
+    subject = subject_of(config, "recipes.bench spd_quality")
+    shares: list[float] = list(config.shares)
+    job = Job(subject, variants_of(config, subject), tuple(shares), texts_of(config, subject), tuple(config.placement))
+    found = on_ranks(subject.mesh, run_rank, job)
+    if found is None:
+        return
+    for of_text in found.values():
+        of_text["recovered"] = {name: recovered(of_text, name) for name in config.adapted}
+    result = {"model": subject.model.name, "tp": subject.mesh.tp, "shares": shares, "texts": found, **provenance()}
+    show(result)
+    written(str(Path(config.out, "quality.json")), result)
+    for name, of_text in found.items():
+        lines(
+            str(Path(config.out, f"{name}.svg")),
+            [100 * share for share in shares],
+            {variant: [exp(loss) for loss in losses] for variant, losses in of_text["variants"].items()},
+            title=f"{subject.model.name} at TP={subject.mesh.tp}, {name}",
+            x="blocks that drop a reduction, %",
+            y="perplexity",
+            log_x=False,
+        )

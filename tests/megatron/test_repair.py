@@ -1,0 +1,54 @@
+"""A model taken block by block: transformers' loss; grouped, the same function; repaired, a smaller error."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from longctx.parallel.launch import run_ranks
+from longctx.schema import Repair
+from tests.megatron.kinds import random_model
+from tests.megatron.repair_ranks import states
+from tests.oracle import assert_close
+
+SIZES = {"num_attention_heads": 12, "num_key_value_heads": 6, "intermediate_size": 90}
+HOW = Repair(("SB", "ESB"), ("SB", "ESB"), "neurons", "teacher", False, 96, 19, 7, 5, 2, 3, 1e-3)
+
+
+@pytest.fixture(scope="module", params=["tied llama", "qwen2, with biases", "mistral, a window in all layers"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    wider = {"hidden_size": 168} if "qwen2" in request.param else {}  # its heads' width follows from that
+    return random_model(request.param, tmp_path_factory.mktemp("model"), **SIZES, **wider)
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+@pytest.mark.parametrize("grouping", ["neurons", "shards"])
+def test_the_losses_are_those_of_transformers_and_grouping_leaves_the_function(
+    folder: Path, tp: int, grouping: str
+) -> None:
+    ranks = run_ranks(tp, states, folder, None, grouping, ())
+    draw = torch.Generator().manual_seed(31)
+    ids = torch.randint(211, (7, 20), generator=draw)
+    mask = torch.rand(7, 19, generator=draw) < 0.8
+    with torch.inference_mode():
+        logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)(ids[:, :-1]).logits
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    for rank in ranks:
+        assert rank["loss"] == pytest.approx(float(losses[mask].sum()), rel=2e-6)
+        assert rank["moved"] >= 3, "something was moved"
+        assert_close(rank["grouped"], rank["y"].double(), 2e-6)
+
+
+def test_a_repaired_block_errs_less_on_text_that_it_has_not_learned_from(folder: Path) -> None:
+    for rank in run_ranks(3, states, folder, HOW, "neurons", ()):
+        zero_shot, grouped, distilled = rank["errors"]
+        assert distilled < grouped < zero_shot
+
+
+def test_norms_are_the_same_on_every_rank_unless_they_are_its_own(folder: Path) -> None:
+    shared = [rank["norms"] for rank in run_ranks(3, states, folder, HOW, "neurons", ())]
+    own = [rank["norms"] for rank in run_ranks(3, states, folder, replace(HOW, own_norms=True), "neurons", ())]
+    assert torch.equal(shared[0], shared[1]) and torch.equal(shared[0], shared[2])
+    assert not torch.equal(own[0], own[1])
