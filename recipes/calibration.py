@@ -55,9 +55,7 @@ def subject_of(config: DictConfig, recipe: str) -> Subject:
     mesh, model = section(config, "mesh", Mesh), section(config, "model", ModelSource)
     refuse_unused(mesh, recipe, ("ulysses", "ring", "pp"))
     if mesh.tp < 2:
-        raise ValueError(
-            f"mesh.tp={mesh.tp}: {recipe} is about reductions between tensor-parallel ranks, use mesh.tp=3"
-        )
+        raise ValueError(f"mesh.tp={mesh.tp}: {recipe} is about reductions between ranks, use mesh.tp=2 or more")
     if model.layers == "te":
         raise ValueError("model.layers=te with spd has not been tested: use model.layers=local")
     refuse_unwritable_folder(config.out)

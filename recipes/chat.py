@@ -80,8 +80,8 @@ class Job:
     index: dict[str, Any] | None
     turns: tuple[UserTurn, ...] | None
     hardware: Hardware | None
-    plan: SPDPlan | None
     fingerprint: str
+    plan: SPDPlan | None = None
 
 
 def prepare(config: DictConfig) -> Job:

@@ -71,11 +71,11 @@ class Job:
     folder: Path
     shape: ModelShape
     mesh: Mesh
-    plan: SPDPlan | None
     context: Context
     sampling: Sampling
     prompts: tuple[Prompt, ...]
     settings: Settings
+    plan: SPDPlan | None = None
 
     @property
     def prompt_tokens(self) -> int:

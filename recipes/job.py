@@ -66,7 +66,6 @@ class Job:
     weights: Path | None
     shape: ModelShape
     mesh: Mesh
-    plan: SPDPlan | None
     context: Context
     data: DataSettings
     test: DataSettings | None
@@ -78,6 +77,7 @@ class Job:
     peak_flops: float | None
     config: Mapping[str, Any]
     samples: tuple[tuple[int, int, str], ...]
+    plan: SPDPlan | None = None
 
     @property
     def out(self) -> Path:

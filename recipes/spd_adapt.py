@@ -112,6 +112,7 @@ def repair_all(here: Any, blocks: Any, job: Job, told: dict[str, Any], progress:
     with torch.no_grad():
         teacher = student = blocks.embedded(job.text.tokens)
     for block, layer in enumerate(blocks.model.decoder.layers[: max(mine, default=-1) + 1]):
+        layer.drop(dropped=False)  # whatever measuring has left it as
         now, outputs = layer, through(blocks, layer, teacher, how.batch)
         if block in mine:
             progress.start(f"block {block}, {mine.index(block) + 1} of {len(mine)}, steps", steps)

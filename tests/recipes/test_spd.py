@@ -1,0 +1,167 @@
+"""recipes.spd_sensitivity and spd_adapt: from a model to one that drops reductions, interrupted and not."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from longctx.spd.plan import saved_plan
+from recipes import chat, export, generate, pretrain, spd_adapt, spd_sensitivity
+
+TEXT = ("data.length=31", "data.end_token=false", "sequences=5", "chunk=2", "threads=1")
+REPAIR = (
+    "repair.sequences=24", "repair.length=31", "repair.held_out=5", "repair.looked_at=3", "repair.epochs=2",
+    "repair.batch=3", "repair.lr=5e-5", "repair.distil=[ISB,SB,ESB]", "repair.group=[ISB,SB,ESB]",
+)  # fmt: skip
+PROMPT = ("prompt.text=It was", "max_new_tokens=5", "verify=true", "threads=1")
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the tiny model, both of whose blocks have learned to drop, one of which does."""
+    import sys
+
+    from recipes import start
+
+    out = tmp_path_factory.mktemp("adapted")
+    before, sys.argv = (
+        sys.argv,
+        ["spd_adapt", f"model={tiny}", "mesh.tp=3", "spd.budget=1", f"out={out}", *TEXT, *REPAIR],
+    )
+    try:
+        start.main("spd_adapt", spd_adapt.task)
+    finally:
+        sys.argv = before
+        from hydra.core.global_hydra import GlobalHydra
+
+        GlobalHydra.instance().clear()
+    return out
+
+
+def tensors(folder: Path) -> dict[str, list[float]]:
+    with safe_open(folder / "spd.safetensors", "pt") as file:
+        return {name: file.get_tensor(name).flatten().tolist() for name in sorted(file.keys())}
+
+
+def test_sensitivity_is_written_drawn_and_resumed(cli, tiny, tmp_path):
+    command = (f"model={tiny}", "mesh.tp=3", f"out={tmp_path}", *TEXT)
+    code, _, err = cli(spd_sensitivity, spd_sensitivity.task, *command)
+    assert code == 0, err
+    told = json.loads((tmp_path / "sensitivity.json").read_text())
+    assert [block["block"] for block in told["blocks"]] == [0, 1] and sorted(told["order"]) == [0, 1]
+    assert told["blocks"][0]["perplexity"] - told["blocks"][1]["perplexity"] == pytest.approx(
+        told["blocks"][0]["score"]
+    )
+    assert told["blocks"][1]["perplexity"] - told["perplexity"] == pytest.approx(told["blocks"][1]["score"])
+    assert "<svg" in (tmp_path / "sensitivity.svg").read_text()
+    # Interrupted in the second of three chunks, on two data-parallel ranks as well: the same.
+    sums = (tmp_path / "sums.jsonl").read_text().splitlines(keepends=True)
+    assert len(sums) == 4
+    (tmp_path / "sums.jsonl").write_text("".join(sums[:2]) + sums[2][:7])
+    (tmp_path / "sensitivity.json").unlink()
+    code, _, err = cli(spd_sensitivity, spd_sensitivity.task, *command, "mesh.dp=2")
+    assert code == 0, err
+    again = json.loads((tmp_path / "sensitivity.json").read_text())
+    assert [b["score"] for b in again["blocks"]] == pytest.approx([b["score"] for b in told["blocks"]], abs=1e-9)
+
+
+def test_an_adapted_model_is_one_that_every_recipe_takes(cli, adapted):
+    saved = saved_plan(adapted)
+    assert saved and saved.plan.dropped == (0, 1) and saved.adapted == (0, 1)
+    names = tensors(adapted)
+    assert {name for name in names if name.startswith("dropped.")} == {
+        f"dropped.{name}" for name in names if name.startswith("model.layers.")
+    }
+    texts = []
+    for more in ([], ["spd=none"], ["spd.budget=0.5"], ["mesh.ring=2"]):
+        code, out, err = cli(generate, generate.task, f"model={adapted}", "mesh.tp=3", *PROMPT, *more)
+        assert code == 0, err
+        texts.append(out)
+        dropped = {"spd=none": "", "spd.budget=0.5": "in 1 blocks"}.get("".join(more), "in 2 blocks: 0, 1")
+        assert ("reductions dropped" in err) == bool(dropped) and dropped in err
+        difference = float(re.search(r"largest logit difference +(\S+)", err)[1])
+        assert difference < 1e-5, "a ring changes nothing; with nothing dropped, tensor parallelism does not either"
+    assert texts[0] == texts[3]
+
+
+def test_what_a_block_has_learned_helps(adapted):
+    for block in (0, 1):
+        with safe_open(adapted / "blocks" / f"{block:03d}.safetensors", "pt") as file:
+            told = file.metadata()
+        assert 0 < float(told["distilled"]) < float(told["zero_shot"])
+
+
+def test_with_nothing_dropped_it_is_the_model_that_it_was_made_from(cli, tiny, adapted):
+    answers = [
+        cli(generate, generate.task, f"model={folder}", *PROMPT, *more)[1]
+        for folder, more in ((tiny, []), (adapted, ["spd=none", "mesh.tp=3"]), (adapted, ["spd=none"]))
+    ]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_a_killed_run_goes_on_behind_its_last_block_to_the_same_model(cli, tiny, adapted, tmp_path):
+    shutil.copytree(adapted, tmp_path / "out")
+    out = tmp_path / "out"
+    for file in ("config.json", "spd.safetensors", "spd_plan.json", "blocks/001.safetensors"):
+        (out / file).unlink()
+    before = (out / "blocks" / "000.safetensors").stat().st_mtime_ns
+    code, _, err = cli(
+        spd_adapt,
+        spd_adapt.task,
+        f"model={tiny}",
+        "mesh.tp=3",
+        "mesh.dp=2",
+        "spd.budget=1",
+        f"out={out}",
+        *TEXT,
+        *REPAIR,
+    )
+    assert code == 0, err
+    assert (out / "blocks" / "000.safetensors").stat().st_mtime_ns == before
+    assert tensors(out) == tensors(adapted)
+
+
+@pytest.mark.parametrize("more", [["repair.inputs=student"], ["repair.own_norms=true"], ["repair.grouping=shards"]])
+def test_other_ways_of_repair_give_a_model_too(cli, tiny, adapted, tmp_path, more):
+    sensitivity = f"spd.sensitivity={adapted}/sensitivity.json"
+    command = (f"model={tiny}", "mesh.tp=3", "spd.budget=0.5", sensitivity, f"out={tmp_path}", *TEXT, *REPAIR, *more)
+    code, _, err = cli(spd_adapt, spd_adapt.task, *command)
+    assert code == 0, err
+    assert len(saved_plan(tmp_path).adapted) == 1
+    for share in ("0.5", "1"):  # blocks that have not been adapted may drop as well
+        code, _, err = cli(generate, generate.task, f"model={tmp_path}", "mesh.tp=3", f"spd.budget={share}", *PROMPT)
+        assert code == 0, err
+
+
+def test_blocks_may_drop_in_training_and_the_run_says_so(cli, tmp_path):
+    command = ("experiment=tiny", "data.length=61", "data.batch=2", "evaluate.every=0", "threads=1", "mesh.tp=2")
+    code, _, err = cli(pretrain, pretrain.task, *command, "spd.blocks=[1,3]", "steps=2", f"out={tmp_path}")
+    assert code == 0, err
+    code, _, err = cli(pretrain, pretrain.task, *command, "steps=3", f"out={tmp_path}")
+    assert code == 2 and "was made with mesh.tp=2 spd.blocks=[1, 3]: go on with that" in err
+    code, _, err = cli(export, export.task, f"checkpoint={tmp_path}", f"to={tmp_path / 'hf'}")
+    assert code == 2 and "drops reductions of blocks [1, 3] between 2 tensor-parallel ranks" in err
+
+
+def test_what_cannot_be_done_is_refused_before_any_rank_starts(refused, tiny, adapted, tmp_path):
+    def adapt(*settings: str) -> str:
+        return refused(spd_adapt, spd_adapt.task, f"model={tiny}", f"out={tmp_path}", *TEXT, *REPAIR, *settings)
+
+    assert "use mesh.tp=2 or more" in adapt()
+    assert "(possible: 1, 3)" in adapt("mesh.tp=2")
+    assert "has no use for mesh.ring=2" in adapt("mesh.tp=3", "mesh.ring=2")
+    assert "repair.batch=30 of repair.sequences=24" in adapt("mesh.tp=3", "repair.batch=30")
+    assert "say how many with spd.budget" in adapt("mesh.tp=3", "spd.budget=null")
+    assert "not 99999" in adapt("mesh.tp=3", "sequences=99999")
+    assert "in model.dtype=float32" in adapt("mesh.tp=3", "model.dtype=bfloat16")
+    assert "with another sequences" in refused(
+        spd_adapt, spd_adapt.task, f"model={tiny}", f"out={adapted}", "mesh.tp=3", *TEXT, *REPAIR, "repair.sequences=21"
+    )
+    says = refused(generate, generate.task, f"model={adapted}", *PROMPT)
+    assert "was made for mesh.tp=3, this is mesh.tp=1: use that, or spd=none" in says
+    says = refused(chat, chat.task, f"model={tiny}", "mesh.tp=3", "spd=ranked", "turns=nowhere.jsonl")
+    assert "say with spd.budget" in says
+    assert "no function of a single rank" in refused(export, export.task, f"checkpoint={adapted}", f"to={tmp_path}/hf")
