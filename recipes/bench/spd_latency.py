@@ -107,12 +107,13 @@ def timed(here: Any, engine: Any, job: Job) -> dict[str, dict[str, float]]:
         return made
 
     made = phase("prefill", lambda: session.turn({0: job.tokens}, {0: 1}), 1)
-    token = made.tokens[0][0]
+    latest = {0: made.tokens[0][0]}
 
     def decode() -> None:
+        nonlocal latest
         for _ in range(job.settings.new_tokens):
-            session.sequences[0].tokens.append(token)
-            session.decode({0: token})
+            latest = session.decode(latest)
+            session.sequences[0].tokens.append(latest[0])
 
     phase("decode", decode, job.settings.new_tokens)
     return found

@@ -10,6 +10,7 @@ from longctx.data.batches import Batch
 from longctx.parallel.launch import Rank
 from longctx.pretrained import shape_of
 from longctx.schema import Mesh, Optim, Recompute
+from longctx.spd.plan import SPDPlan
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Run:
     masked: str = "ends"
     tokens: int = 256  # of the vocabulary
     dtype: str = "float32"
+    dropped: tuple[int, ...] = ()
 
 
 def sequences(run: Run, step: int) -> Batch:
@@ -81,6 +83,7 @@ def train(rank: Rank, run: Run) -> list[Step]:
             layers="local",
             steps=max(2, run.steps),
             recompute=run.recompute,
+            plan=SPDPlan(shape.layers, run.mesh.tp, run.dropped) if run.dropped else None,
         )
         strategy, keeping = STRATEGIES[run.strategy], run.recompute != "none"
         how = Sharding(sum(run.lengths[0]), run.layout, flash_cpu, strategy, keeping)

@@ -13,6 +13,7 @@ from longctx.pretrained import tensor_files
 from longctx.schema import Mesh, Optim
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.train.ranks import Run, Step, sequences, train
+from tests.train.spd_oracle import drop
 
 # Four packed sequences of 37 tokens: ragged documents, one alone, one of single tokens, an empty one.
 LENGTHS = ((13, 0, 22, 2), (37,), (5, 11, 20, 1), (1, 1, 1, 34))
@@ -31,6 +32,7 @@ def run(model: Path) -> Run:
 def exact(run: Run) -> tuple[float, dict[str, torch.Tensor]]:
     """Token-weighted mean loss of the first step's sequences, and its gradients by parameter."""
     net, batch, total = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float64), sequences(run, 0), 0.0
+    net = drop(net, run.dropped, run.mesh.tp)
     for tokens, targets, mask, lengths in zip(batch.tokens, batch.targets, batch.mask, batch.lengths, strict=True):
         pieces = zip(*(x.split(list(lengths)) for x in (tokens, targets, mask)), strict=True)
         for ids, wanted, counts in pieces:
@@ -141,6 +143,28 @@ def test_windows_and_biases_are_trained_as_transformers_does(windowed, mesh, tmp
     got = tensors(tmp_path / "gradients")
     for name, gradient in right.items():
         assert (got[name] - gradient).norm() <= 5e-6 * max(gradient.norm(), 1e-3), name
+
+
+SPD = [
+    (Mesh(tp=2), (1,), "none"),
+    (Mesh(tp=4), (0, 1), "selective"),
+    (Mesh(tp=2, ring=2), (0, 1), "full"),
+    (Mesh(tp=2, pp=2), (1,), "none"),
+    (Mesh(tp=2, dp=2), (0,), "selective"),
+    (Mesh(tp=2, ulysses=2), (0, 1), "none"),
+]
+
+
+@pytest.mark.parametrize(("mesh", "dropped", "recompute"), SPD, ids=str)
+def test_where_reductions_are_dropped_every_gradient_is_the_equations(run, mesh, dropped, recompute, tmp_path):
+    run = replace(run, mesh=mesh, dropped=dropped, recompute=recompute, steps=1)
+    loss, right = exact(run)
+    (step,) = run_ranks(mesh.ranks, train, run)[0]
+    assert step.loss == pytest.approx(loss, rel=1e-6)
+    run_ranks(mesh.ranks, train, replace(run, gradients=tmp_path / "gradients"))
+    got = tensors(tmp_path / "gradients")
+    for name, gradient in right.items():
+        assert (got[name] - gradient).norm() <= 2e-6 * gradient.norm(), name
 
 
 def test_bfloat16_with_float32_masters_follows(run, one_rank):
