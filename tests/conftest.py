@@ -16,6 +16,22 @@ from longctx.schema import ModelSource
 # What needs a GPU is collected where there is one.
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 CONFIGS = Path(__file__).parents[1] / "configs"
+# What ranks run, and what they import while they do: not warm, it takes each rank seconds anew.
+WARM = [
+    "longctx.infer.generate",
+    "longctx.infer.store",
+    "longctx.megatron.checkpoint",
+    "longctx.megatron.export",
+    "longctx.megatron.initial",
+    "longctx.train.step",
+    "longctx.train.track",
+    "longctx.train.meter",
+    "recipes.generate",
+    "recipes.training",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+]
 
 
 def pytest_report_header() -> str:
@@ -25,13 +41,16 @@ def pytest_report_header() -> str:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-table", action="store_true", help="write the table of longctx/attention/README.md anew")
     parser.addoption(
+        "--prompt-tokens", type=int, default=1009, help="of the prompt of the parity tests (docs/results reports 2003)"
+    )
+    parser.addoption(
         "--new-tokens", type=int, default=16, help="tokens to decode in the parity tests (docs/results reports 64)"
     )
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _warm_ranks() -> None:
-    warm_up(["longctx.infer.engine", "longctx.infer.generate", "recipes.generate"])
+    warm_up(WARM)
 
 
 @pytest.fixture(autouse=True)
