@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, settings
 
 from longctx.parallel.launch import warm_up
 from longctx.pretrained import locate
 from longctx.schema import ModelSource
+
+# How long an example takes is the machine's affair, which other tests share.
+settings.register_profile("longctx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("longctx")
 
 # What needs a GPU is collected where there is one.
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
