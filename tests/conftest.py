@@ -38,6 +38,13 @@ WARM = [
     "transformers.models.llama.modeling_llama",
 ]
 
+# Files that take minutes begin first: what is left at the end is short, and two processes end together.
+LONG = ("recipes/test_pretrain.py", "parallel/test_table.py", "infer/test_parity.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
+
 
 def pytest_report_header() -> str:
     return "CUDA: " + (torch.cuda.get_device_name() if torch.cuda.is_available() else "none here, tests/gpu left out")
