@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+# A file's tests stay in one process, in their order: they share fixtures, and warm ranks.
+TWO_AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-gpu lint format clean
 
@@ -13,7 +15,7 @@ demo: $(READY) ## a real model answers from a long real document, over 2 ranks; 
 	$(BIN)/python -m recipes.generate experiment=demo
 
 test: $(READY) ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO_AT_ONCE)
 
 test-gpu: $(READY) ## what needs a GPU, on a machine with one
 	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { echo "no CUDA device here"; exit 1; }

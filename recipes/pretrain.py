@@ -13,7 +13,15 @@ from recipes.job import job_of
 from recipes.start import main, on_ranks, say, section, warm_up_ranks
 from recipes.training import run_rank, show
 
-WARM = ["longctx.megatron.checkpoint", "longctx.train.step", "longctx.train.track", "longctx.train.meter"]
+WARM = [
+    "longctx.data.batches",
+    "longctx.megatron.checkpoint",
+    "longctx.megatron.initial",
+    "longctx.train.step",
+    "longctx.train.track",
+    "longctx.train.meter",
+    "transformers.models.auto.tokenization_auto",  # seconds, and every rank tokenises
+]
 
 
 def task(config: DictConfig) -> None:

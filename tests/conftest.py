@@ -8,14 +8,42 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, settings
 
 from longctx.parallel.launch import warm_up
 from longctx.pretrained import locate
 from longctx.schema import ModelSource
 
+# How long an example takes is the machine's affair, which other tests share.
+settings.register_profile("longctx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("longctx")
+
 # What needs a GPU is collected where there is one.
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 CONFIGS = Path(__file__).parents[1] / "configs"
+# What ranks run, and what they import while they do: not warm, it takes each rank seconds anew.
+WARM = [
+    "longctx.infer.generate",
+    "longctx.infer.store",
+    "longctx.megatron.checkpoint",
+    "longctx.megatron.export",
+    "longctx.megatron.initial",
+    "longctx.train.step",
+    "longctx.train.track",
+    "longctx.train.meter",
+    "recipes.generate",
+    "recipes.training",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+]
+
+# Files that take minutes begin first: what is left at the end is short, and two processes end together.
+LONG = ("recipes/test_pretrain.py", "parallel/test_table.py", "infer/test_parity.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
 
 
 def pytest_report_header() -> str:
@@ -25,13 +53,16 @@ def pytest_report_header() -> str:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-table", action="store_true", help="write the table of longctx/attention/README.md anew")
     parser.addoption(
+        "--prompt-tokens", type=int, default=1009, help="of the prompt of the parity tests (docs/results reports 2003)"
+    )
+    parser.addoption(
         "--new-tokens", type=int, default=16, help="tokens to decode in the parity tests (docs/results reports 64)"
     )
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _warm_ranks() -> None:
-    warm_up(["longctx.infer.engine", "longctx.infer.generate", "recipes.generate"])
+    warm_up(WARM)
 
 
 @pytest.fixture(autouse=True)

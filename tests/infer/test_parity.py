@@ -12,8 +12,6 @@ from longctx.pretrained import shape_of, tokenizer_of
 from longctx.schema import Context, Mesh, ModelSource, PromptSource, Sampling
 from recipes.generate import Job, Prompt, Settings, run_rank
 
-PROMPT = 2003  # prime: no chunk divides evenly
-
 MESHES = [
     (Mesh(), "pass_kv"),
     (Mesh(ring=2), "pass_kv"),
@@ -27,8 +25,10 @@ MESHES = [
 
 
 @pytest.fixture(scope="session")
-def prompt(smollm2: tuple[ModelSource, Path]) -> tuple[int, ...]:
-    return tuple(prompt_tokens(PromptSource(pydoc="all", tokens=PROMPT), tokenizer_of(smollm2[1]))[0])
+def prompt(smollm2: tuple[ModelSource, Path], pytestconfig: pytest.Config) -> tuple[int, ...]:
+    """A prime number of tokens by default: no chunk divides evenly."""
+    source = PromptSource(pydoc="all", tokens=pytestconfig.getoption("--prompt-tokens"))
+    return tuple(prompt_tokens(source, tokenizer_of(smollm2[1]))[0])
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +40,7 @@ def expected(smollm2: tuple[ModelSource, Path], prompt: tuple[int, ...], pytestc
 def generate_with_transformers(_: Rank, folder: Path, prompt: tuple[int, ...], new_tokens: int) -> list[int]:
     from transformers import AutoModelForCausalLM
 
+    torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     out = model.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False)
     return out[0, len(prompt) :].tolist()
@@ -56,30 +57,30 @@ def test_greedy_tokens_are_those_of_transformers(
     model, folder = smollm2
     new = len(expected)
     settings = Settings(
-        prompts=None, max_new_tokens=new, verify=False, threads=None, timeout_minutes=5, device="cpu", out=None
+        prompts=None, max_new_tokens=new, verify=False, threads=1, timeout_minutes=5, device="cpu", out=None
     )
     context, prompts = Context(strategy=strategy), (Prompt(prompt, new),)
     job = Job(model, folder, shape_of(folder), mesh, context, Sampling(), prompts, settings)
     figures = run_ranks(mesh.ranks, run_rank, job)[0]
     assert figures["token_ids"] == [expected]
-    assert figures["prefill_bytes_sent_per_rank"] == prefill_bytes(mesh, strategy)
+    assert figures["prefill_bytes_sent_per_rank"] == prefill_bytes(mesh, strategy, len(prompt))
 
 
-def prefill_bytes(mesh: Mesh, strategy: str) -> list[int]:
+def prefill_bytes(mesh: Mesh, strategy: str, prompt: int) -> list[int]:
     """Attention bytes of each context rank (arXiv 2411.01783, Table 3): 9 / 3 heads of 64 in float32, 30 layers."""
     u, n, row = mesh.ulysses, mesh.ring, 64 * 4
     hq, hk = 9 // mesh.tp // u, 3 // mesh.tp // u
     # Of the zigzag pairs of chunks the first rank takes the largest.
-    ring_rows = sorted((chunk(r, n) + chunk(2 * n - 1 - r, n) for r in range(n)), reverse=True)
+    ring_rows = sorted((chunk(prompt, r, n) + chunk(prompt, 2 * n - 1 - r, n) for r in range(n)), reverse=True)
     sent = []
     for r in range(n):
-        others = PROMPT - ring_rows[(r + 1) % n]  # every rank's block passes by, but the next one's own
+        others = prompt - ring_rows[(r + 1) % n]  # every rank's block passes by, but the next one's own
         if n == 1:
             around = 0
         elif strategy == "pass_kv":
             around = 2 * others * hk * row
         else:
-            around = others * hq * row + (PROMPT - ring_rows[r]) * hq * (row + 4)
+            around = others * hq * row + (prompt - ring_rows[r]) * hq * (row + 4)
         for member in range(u):
             rows = ring_rows[r] * (member + 1) // u - ring_rows[r] * member // u
             heads_out = (u - 1) * rows * (hq + 2 * hk) * row  # q, k, v to the other members
@@ -88,5 +89,5 @@ def prefill_bytes(mesh: Mesh, strategy: str) -> list[int]:
     return sent
 
 
-def chunk(i: int, ring: int) -> int:
-    return PROMPT * (i + 1) // (2 * ring) - PROMPT * i // (2 * ring)
+def chunk(prompt: int, i: int, ring: int) -> int:
+    return prompt * (i + 1) // (2 * ring) - prompt * i // (2 * ring)

@@ -42,6 +42,12 @@ def finished(out: Path, *settings: str) -> str:
     return err
 
 
+def ended(cli, out: Path, *settings: str) -> None:
+    """`finished`, in this process, from warm ranks: for what is not asked of its words."""
+    code, _, err = cli(pretrain, pretrain.task, "experiment=tiny", f"out={out}", *QUICK, *settings)
+    assert code == 0, err
+
+
 def killed_when(run: subprocess.Popen, enough) -> None:
     """SIGKILL for the recipe, its ranks and the writers of its checkpoints, all at once."""
     until = time.monotonic() + 120
@@ -90,12 +96,12 @@ def test_killed_at_any_moment_it_goes_on_as_if_it_had_not_been(whole, tmp_path):
         assert (loss, norm) == pytest.approx(right[1:3], rel=2e-6)  # the other mesh; nothing more
 
 
-def test_more_steps_resume_on_another_mesh(tmp_path):
+def test_more_steps_resume_on_another_mesh(cli, tmp_path):
     """Constant rate: the schedule of a longer run is the same."""
     constant = ("optim.decay=constant", "checkpoint.keep=1", "optim.zero1=true")
-    finished(tmp_path / "a", *constant, "mesh.tp=2", "mesh.dp=2", "steps=4")
+    ended(cli, tmp_path / "a", *constant, "mesh.tp=2", "mesh.dp=2", "steps=4")
     assert "going on behind step 4" in finished(tmp_path / "a", *constant, "mesh.ulysses=2", "mesh.pp=2", "steps=7")
-    finished(tmp_path / "b", *constant, "steps=7")
+    ended(cli, tmp_path / "b", *constant, "steps=7")
     for a, b in zip(curve(tmp_path / "a"), curve(tmp_path / "b"), strict=True):
         assert a == pytest.approx(b, rel=2e-6)
 
@@ -153,8 +159,8 @@ def test_text_that_ends_ends_the_run_with_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["a file cut short", "no run.json"])
-def test_a_torn_checkpoint_is_passed_over_and_named(tmp_path, damage):
-    finished(tmp_path, "checkpoint.every=2", "steps=4")
+def test_a_torn_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
+    ended(cli, tmp_path, "checkpoint.every=2", "steps=4")
     torn = tmp_path / "checkpoints" / "step-00000004"
     if damage == "no run.json":
         (torn / "run.json").unlink()
