@@ -104,14 +104,15 @@ def _common_words(random: Random, text: Text, room: int) -> tuple[str, Sequence[
 
 def _long_qa(random: Random, text: Text, room: int) -> tuple[str, Sequence[str]]:
     """A stretch of the text; the question is how one of its sentences ends."""
-    taken = _stretch(random, text, room)
-    whole = " ".join(taken)
-    for at in random.permutation(len(taken)):
-        beginning, _, last = taken[at].rstrip(".!?").rpartition(" ")
-        plain = len(beginning.split()) >= 6 and last.isalpha() and len(last) > 4 and "\n" not in beginning
-        if plain and whole.count(beginning) == 1:
-            question = f"Question: How does the sentence go on that begins so: {beginning} ...?\nAnswer: {beginning}"
-            return f"{whole}\n\n{question}", (last,)
+    for _ in range(100):
+        taken = _stretch(random, text, room)
+        whole = " ".join(taken)
+        for at in random.permutation(len(taken)):
+            beginning, _, last = taken[at].rstrip(".!?").rpartition(" ")
+            plain = len(beginning.split()) >= 6 and last.isalpha() and len(last) > 4
+            if plain and whole.count(beginning) == 1:
+                ask = f"Question: How does the sentence go on that begins so: {beginning} ...?\nAnswer: {beginning}"
+                return f"{whole}\n\n{ask}", (last,)
     raise ValueError("eval.text has no sentence of seven plain words or more: give prose, or leave long_qa out")
 
 
@@ -162,8 +163,9 @@ def rows(
         room, over = length - answer - 64, 1
         while over > 0 and room > 0:
             prompt, answers = make(np.random.default_rng([seed, length, i]), text, room)
-            over = len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) + answer - length
-            room -= max(over, 8)
+            tokens = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            over = tokens + answer - length
+            room = min(room - 8, room * (length - answer) // tokens)
         if over > 0:
             raise ValueError(f"eval.lengths={length}: too short for this task and its question; use 256 or more")
         out.append({"prompt": prompt, "answers": list(answers)})

@@ -20,7 +20,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from eval import report, responses
 from eval.ranks import Work, run_rank
 from eval.requests import Request, key
-from eval.sensitivity import with_order
+from eval.sensitivity import with_order, without_order
 from eval.variants import Variant, composed, refuse_other_model, variant_of
 from longctx.parallel.launch import rank_from_environment
 from longctx.schema import Track
@@ -53,7 +53,7 @@ class Eval:
     data: str
     include: str | None
     limit: PositiveInt | None
-    limits: Mapping[str, PositiveInt]
+    limits: Mapping[str, PositiveInt] | None
     num_fewshot: NonNegativeInt | None
     lengths: tuple[PositiveInt, ...]
     text: str
@@ -73,7 +73,7 @@ class Eval:
 
     def limit_of(self, task: str) -> int | None:
         """How many examples of ``task`` are asked; None: all."""
-        return min(filter(None, (self.limit, self.limits.get(task))), default=None)
+        return min(filter(None, (self.limit, (self.limits or {}).get(task))), default=None)
 
     @property
     def folder(self) -> Path | None:
@@ -123,11 +123,12 @@ def prepare(config: DictConfig) -> Job:
     tasks = _tasks(asked, base, asked_of)
     ask(tasks, {name: asked.limit_of(name) for name in tasks})
     lm, requests = _requests(asked, base, tasks)
-    configs = with_order(configs, base, asked.sensitivity, Path(settings.out))
-    variants = tuple(variant_of(name, one, settings.device) for name, one in configs)
+    variants = tuple(variant_of(name, without_order(one), settings.device) for name, one in configs)
     for other in variants[1:]:
         refuse_other_model(base, other)
     _refuse_other_world(variants)
+    configs = with_order(configs, base, asked.sensitivity, Path(settings.out))
+    variants = tuple(variant_of(name, one, settings.device) for name, one in configs)
     values: Any = OmegaConf.to_container(config, resolve=True)
     track = section(config, "track", Track)
     return Job(settings, asked, track, {**provenance(), **values}, variants, tasks, lm, requests)

@@ -13,6 +13,7 @@ from recipes import spd_sensitivity
 from recipes.start import on_ranks, say
 
 Named = tuple[str, DictConfig]
+_LENGTH = 512  # tokens of a sequence of text
 
 
 def with_order(configs: Sequence[Named], base: Variant, sequences: int, out: Path) -> list[Named]:
@@ -32,6 +33,11 @@ def with_order(configs: Sequence[Named], base: Variant, sequences: int, out: Pat
     return changed
 
 
+def without_order(config: DictConfig) -> DictConfig:
+    """``config`` with nothing dropped, if the order to drop it in is not known yet."""
+    return _merged(config, {"spd": {"drop": "none", "budget": None}}) if _lacks_order(config) else config
+
+
 def _merged(config: DictConfig, values: Any) -> DictConfig:
     merged = OmegaConf.merge(config, values)
     assert isinstance(merged, DictConfig)
@@ -48,6 +54,7 @@ def _lacks_order(config: DictConfig) -> bool:
 def _measured(base: Variant, tp: int, sequences: int, out: Path) -> Path:
     """The file of the order, which `recipes.spd_sensitivity` writes."""
     words = [f"mesh.tp={tp}", f"sequences={sequences}", "model=folder", f"model.dtype={base.model.dtype}"]
+    words.append(f"data.length={min(_LENGTH, base.shape.positions)}")
     config = hydra.compose("spd_sensitivity", [*words, "model.name=x", "model.source=x", "out=x"])
     values: Any = {"model": {"name": base.model.name, "source": str(base.folder)}, "out": str(out)}
     job = spd_sensitivity.prepare(_merged(config, values), "eval.run")
