@@ -49,6 +49,8 @@ def run_rank(rank: Rank, work: Work) -> bool:
         runtime(rank, work.mesh, threads=threads, timeout_minutes=work.timeout_minutes, device=work.device) as here,
         Progress(shown=first) as progress,
     ):
+        if first and work.file.exists():
+            responses.mend(work.file)  # all ranks have read it by now
         progress.start(f"{work.name}: loading", None)
         engine = load_engine(here, work.model, work.shape, work.folder, work.context.kernel, work.plan)
         progress.start(f"{work.name}: requests", len(work.requests))

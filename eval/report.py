@@ -150,10 +150,10 @@ def _cells(told: Mapping[str, Any]) -> list[str]:
 def _notes(report: Mapping[str, Any]) -> str:
     if not report["near_chance"]:
         return "Accuracy; perplexity where it says so."
-    near = ", ".join(report["near_chance"])
+    near, out = ", ".join(report["near_chance"]), set(report["near_chance"]).isdisjoint(report["averaged"])
     return (
-        f"Near chance, and left out of the average: {near}. There the baseline is not better than guessing "
-        "(one-sided exact test, 95 %), so that a difference says nothing about the variant."
+        f"Near chance{', and left out of the average' if out else ''}: {near}. There the baseline is not better "
+        "than guessing (one-sided exact test, 95 %), so that a difference says nothing about the variant."
     )
 
 

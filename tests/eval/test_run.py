@@ -97,6 +97,7 @@ def test_a_corrupt_answer_is_named_and_computed_again(cli, compared):
     _, _, err = cli(*command)
     assert f"{file}, line {at + 1} is not as it was written: what was there is computed again" in err
     assert ": 1 of " in err
+    assert "is not as it was written" not in cli(*command)[2], "the line is gone"
     job_after = json.loads((out / "report.json").read_text())
     assert job_after["average"] == job_before["average"]
 
