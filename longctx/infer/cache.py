@@ -69,10 +69,27 @@ class KVCache:
         return sum(x.numel() * x.element_size() for x in held)
 
 
+class Branch:
+    """A sequence that begins as ``stem`` did, for one pass: it reads the stem's keys and values and keeps none."""
+
+    def __init__(self, stem: KVCache) -> None:
+        self.layout = stem.layout
+        self._stem = stem
+
+    def extend(self, later: Layout) -> None:
+        """The positions that the pass adds."""
+        self.layout = self.layout.then(later)
+
+    def append(self, layer: int, k: Keys, v: Keys) -> tuple[Tensor, Tensor]:
+        """The stem's keys and values of ``layer`` and behind them this pass's, [b rows hk d]."""
+        keys, values = self._stem.layer(layer)
+        return torch.cat([keys, k], 1), torch.cat([values, v], 1)
+
+
 class Batch:
     """The caches of several sequences as one, each of them a document; one sequence's is used as it stands."""
 
-    def __init__(self, caches: Sequence[KVCache], rank: int) -> None:
+    def __init__(self, caches: Sequence[Cache], rank: int) -> None:
         self._caches, self._rank = caches, rank
         self._rows: list[Tensor] = []
 

@@ -73,6 +73,37 @@ def bars(
     _save(plt, figure, out)
 
 
+def shares(
+    out: str,
+    left: Mapping[str, Sequence[tuple[float, float]]],
+    right: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    title: str,
+    x: str,
+    y: tuple[str, str],
+) -> None:
+    """Draw lines of (share, value) to ``out``, an SVG or PNG file: those of ``left`` solid, of ``right`` dashed and
+    with their own axis.
+    """
+    plt = _plots()
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    other = axes.twinx() if right else axes
+    colours = iter(COLOURS)
+    for on, series, style in ((axes, left, "-"), (other, right, "--")):
+        for name, points in series.items():
+            at, values = zip(*sorted(points), strict=True)
+            on.plot(at, values, style, marker="o", markersize=4, label=name, color=next(colours))
+    axes.set(title=title, xlabel=x, ylabel=y[0])
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    axes.grid(visible=True, alpha=0.25)
+    if right:
+        other.set_ylabel(y[1])
+        other.set_ylim(bottom=0)
+        other.spines["right"].set_visible(True)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    _save(plt, figure, out)
+
+
 def _plots() -> Any:
     import matplotlib as mpl
 
@@ -85,5 +116,5 @@ def _plots() -> Any:
 
 def _save(plt: Any, figure: Any, out: str) -> None:
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, metadata={"Date": None})
+    figure.savefig(out, metadata={"Date": None} if out.endswith(".svg") else None)
     plt.close(figure)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longctx.attention.layout import Layout, contiguous, single, striped, zigzag
-from longctx.infer.cache import KVCache
+from longctx.infer.cache import Branch, KVCache
 
 BATCH, HEADS, WIDTH, LAYERS = 2, 3, 5, 2
 
@@ -110,3 +110,18 @@ def test_a_rank_without_rows_holds_nothing_until_its_turn_comes():
         assert cache.rows == rows
         assert torch.equal(held[0], k) and torch.equal(held[1], v)
         assert cache.bytes == 2 * rows * BATCH * HEADS * WIDTH * 4
+
+
+def test_a_branch_reads_its_stem_and_leaves_it_as_it_was():
+    stem = KVCache(1, 0)
+    stem.extend(contiguous(5, 1))
+    k, v = (torch.randn(1, 5, 3, 7) for _ in range(2))
+    stem.append(0, k, v)
+    for length in (2, 3):
+        branch = Branch(stem)
+        branch.extend(contiguous(length, 1).after(branch.layout))
+        new = [torch.randn(1, length, 3, 7) for _ in range(2)]
+        keys, values = branch.append(0, *new)
+        assert torch.equal(keys, torch.cat([k, new[0]], 1)) and torch.equal(values, torch.cat([v, new[1]], 1))
+        assert branch.layout.total == 5 + length and stem.layout.total == 5
+        assert torch.equal(stem.layer(0)[0], k)

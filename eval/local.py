@@ -1,0 +1,189 @@
+"""Benchmarks from files: which file holds which, and its rows as lm-eval's own task has them from the hub.
+
+The prompts and the metrics stay lm-eval's: only where the rows come from changes.
+"""
+
+import gzip
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Local:
+    """A benchmark: lm-eval's configuration ``of`` it, the ``file`` under the folder of data, and what a row becomes.
+
+    ``changes`` are fields of the configuration.  The rows of one that is ``sorted`` by subject are shuffled, always
+    alike, so that the first so many are of all subjects.
+    """
+
+    of: str
+    file: str
+    row: Callable[[Row], Row]
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    sorted: bool = False
+
+
+def rows_of(local: Local, path: Path) -> list[Row]:
+    """The rows of ``path`` as lm-eval's task takes them.  Raises ValueError, naming it, for one that is not so."""
+    lines = _pages(path) if path.suffix == ".raw" else _lines(path)
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(local.row(line))
+        except (KeyError, ValueError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"{path}, record {number}, is not as eval/README.md describes it ({type(error).__name__}: {error})"
+            ) from error
+    return rows
+
+
+def _lines(path: Path) -> list[Row]:
+    open_it = gzip.open if path.suffix == ".gz" else open
+    with open_it(path, "rt", encoding="utf-8") as file:
+        lines = [line for line in file if line.strip()]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{path} is not a file of JSON lines: {error}") from error
+
+
+def _pages(path: Path) -> list[Row]:
+    """WikiText's pages, each from its title (`` = Title = ``) to the next."""
+    pages: list[str] = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if not pages or re.match(r" = [^=].* = $", line):
+            pages.append("")
+        pages[-1] += line + "\n"
+    return [{"page": page} for page in pages if page.strip()]
+
+
+def _letters(row: Row, question: str) -> Row:
+    """A question with lettered choices, as ARC and OpenBookQA have them."""
+    labels = [chr(ord("A") + i) for i in range(len(row["choices"]))]
+    return {
+        question: row["query"],
+        "choices": {"text": row["choices"], "label": labels},
+        "answerKey": labels[row["gold"]],
+    }
+
+
+def _arc(row: Row) -> Row:
+    return _letters({**row, "query": row["query"].removeprefix("Question: ").rstrip("\n")}, "question")
+
+
+def _openbookqa(row: Row) -> Row:
+    return _letters(row, "question_stem")
+
+
+def _piqa(row: Row) -> Row:
+    first, second = row["choices"]
+    goal = row["query"].removeprefix("Question: ").removesuffix("\n")
+    return {"goal": goal, "sol1": first, "sol2": second, "label": row["gold"]}
+
+
+def _boolq(row: Row) -> Row:
+    passage, asks, question = row["query"].removeprefix("Passage: ").rpartition("\nQuestion: ")
+    if not asks:
+        raise ValueError("query has no question")
+    return {"passage": passage, "question": question.removesuffix("?"), "label": row["gold"]}
+
+
+def _copa(row: Row) -> Row:
+    """lm-eval joins the premise, without its full stop, and the connector by a space."""
+    premise, _, connector = row["query"].rpartition(" ")
+    asks = {"because": "cause", "therefore": "effect"}[connector]
+    first, second = row["choices"]
+    return {
+        "premise": premise.rstrip(",.") + ".",
+        "question": asks,
+        "choice1": first,
+        "choice2": second,
+        "label": row["gold"],
+    }
+
+
+def _hellaswag(row: Row) -> Row:
+    return {"query": row["query"], "choices": row["choices"], "label": row["gold"]}
+
+
+def _blank(row: Row) -> tuple[str, list[str]]:
+    """What two contexts begin with, to the last word that is the same, and how each of them ends."""
+    first, second = row["context_options"]
+    alike = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(min(first, second)))
+    before = first[: first.rfind(" ", 0, alike) + 1]
+    return before, [first[len(before) :], second[len(before) :]]
+
+
+def _winogrande(row: Row) -> Row:
+    before, (first, second) = _blank(row)
+    sentence = f"{before}_ {row['continuation']}"
+    return {"sentence": sentence, "option1": first, "option2": second, "answer": str(row["gold"] + 1)}
+
+
+def _wsc273(row: Row) -> Row:
+    before, options = _blank(row)
+    text = f"{before}_ {row['continuation']}"
+    return {"text": text, "pronoun": "_", "pronoun_loc": len(before), "options": options, "label": row["gold"]}
+
+
+def _lambada(row: Row) -> Row:
+    return {"text": f"{row['context']} {row['continuation']}"}
+
+
+def _blimp(row: Row) -> Row:
+    return {"sentence_good": row["good"], "sentence_bad": row["bad"]}
+
+
+def _mmlu(row: Row) -> Row:
+    subject = row["subject"].replace("_", " ")
+    return {"subject": subject, "question": row["question"], "choices": row["choices"], "answer": row["answer"]}
+
+
+def _truthfulqa(row: Row) -> Row:
+    return {"question": row["question"], "mc1_targets": {"choices": [row["best"], *row["incorrect"]]}}
+
+
+def _gsm8k(row: Row) -> Row:
+    return {"question": row["context"], "answer": f"{row['chain_of_thought']}\n#### {row['answer']}"}
+
+
+def _page(row: Row) -> Row:
+    return {"page": row["page"]}
+
+
+_MMLU = (
+    "The following are multiple choice questions (with answers) about {{subject}}.\n\n"
+    "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}\nAnswer:"
+)
+# What has been done by lm-eval's process_docs is done in these files.
+_DONE: Mapping[str, Any] = {"process_docs": None}
+LOCAL: Mapping[str, Local] = {
+    "arc_easy": Local("arc/arc_easy.yaml", "arc/arc_easy.jsonl", _arc),
+    "arc_challenge": Local("arc/arc_challenge.yaml", "arc/arc_challenge.jsonl", _arc),
+    "blimp": Local("blimp/_template_yaml", "blimp/blimp_1k.jsonl", _blimp, sorted=True),
+    "boolq": Local("super_glue/boolq/default.yaml", "boolq/boolq.jsonl", _boolq),
+    "copa": Local("super_glue/copa/default.yaml", "copa/copa.jsonl", _copa),
+    "gsm8k": Local("gsm8k/gsm8k.yaml", "gsm8k/gsm8k.jsonl", _gsm8k),
+    "hellaswag": Local("hellaswag/hellaswag.yaml", "hellaswag/hellaswag_val_1k.jsonl", _hellaswag, _DONE),
+    "lambada_openai": Local("lambada/lambada_openai.yaml", "lambada/lambada_openai.jsonl", _lambada),
+    "mmlu": Local(
+        "mmlu/default/_default_template_yaml", "mmlu/mmlu_test_sub.jsonl.gz", _mmlu, {"doc_to_text": _MMLU}, sorted=True
+    ),
+    "openbookqa": Local("openbookqa/openbookqa.yaml", "openbookqa/openbook_qa.jsonl", _openbookqa),
+    "piqa": Local("piqa/piqa.yaml", "piqa/piqa.jsonl", _piqa),
+    "truthfulqa_mc1": Local("truthfulqa/truthfulqa_mc1.yaml", "truthfulqa/truthfulqa.jsonl", _truthfulqa),
+    "wikitext": Local("wikitext/wikitext.yaml", "wikitext2/wiki.test.raw", _page),
+    "winogrande": Local("winogrande/default.yaml", "winogrande/winogrande.jsonl", _winogrande),
+    "wsc273": Local("wsc273/default.yaml", "winograd/winograd_wsc.jsonl", _wsc273, _DONE),
+}
+
+
+def names(of: Sequence[str] = tuple(LOCAL)) -> str:
+    """In words, for those who have to choose."""
+    return ", ".join(of)

@@ -1,0 +1,92 @@
+"""What each rank does: the same requests, answered on all ranks together, kept by the first one as they come."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval import responses
+from eval.requests import Answer, Continue, Request, Score, key
+from longctx.infer.engine import Engine
+from longctx.parallel.launch import Rank
+from longctx.schema import Context, Mesh, ModelShape, ModelSource
+from longctx.spd.plan import SPDPlan
+from recipes.progress import Progress
+from recipes.start import threads_for
+
+
+@dataclass(frozen=True)
+class Work:
+    """Requests to a model on a mesh, and the file that the answers go to: plain values, checked before any rank starts.
+
+    At most ``together`` tokens are run at once, or one question.
+    """
+
+    name: str
+    model: ModelSource
+    folder: Path
+    shape: ModelShape
+    mesh: Mesh
+    context: Context
+    plan: SPDPlan | None
+    requests: tuple[Request, ...]
+    file: Path
+    together: int
+    threads: int | None
+    device: str
+    timeout_minutes: int
+
+
+def run_rank(rank: Rank, work: Work) -> bool:
+    """One rank's part of ``work``."""
+    from longctx.infer.engine import load_engine
+    from longctx.megatron.runtime import runtime
+
+    threads = threads_for(work.threads, rank)
+    first = rank.rank == 0
+    with (
+        runtime(rank, work.mesh, threads=threads, timeout_minutes=work.timeout_minutes, device=work.device) as here,
+        Progress(shown=first) as progress,
+    ):
+        if first and work.file.exists():
+            responses.mend(work.file)  # all ranks have read it by now
+        progress.start(f"{work.name}: loading", None)
+        engine = load_engine(here, work.model, work.shape, work.folder, work.context.kernel, work.plan)
+        progress.start(f"{work.name}: requests", len(work.requests))
+        began = time.perf_counter()
+        for answers, tokens in answered(engine, work):
+            if first:
+                kept = {key(request): answer for request, answer in answers.items()}
+                responses.append(work.file, kept, tokens, time.perf_counter() - began)
+                began = time.perf_counter()
+            for _ in answers:
+                progress.step()
+    return True
+
+
+def answered(engine: Engine, work: Work) -> Iterator[tuple[Mapping[Any, Answer], int]]:
+    """Answers, some at a time, and how many tokens were run for them; the longest first."""
+    from eval.score import batches, scores, trees
+
+    asked = [request for request in work.requests if isinstance(request, Score)]
+    for batch in batches(trees(asked), work.together):
+        found: Mapping[Score, Answer] = scores(engine, work.context, batch)
+        yield found, sum(tree.tokens for tree in batch)
+    yield from _texts(engine, work, [request for request in work.requests if isinstance(request, Continue)])
+
+
+def _texts(engine: Engine, work: Work, asked: Sequence[Continue]) -> Iterator[tuple[Mapping[Any, Answer], int]]:
+    from eval.decode import texts
+    from longctx.pretrained import tokenizer_of
+
+    left = sorted(asked, key=lambda request: -len(request.tokens))
+    tokenizer: Any = tokenizer_of(work.folder) if left else None
+    while left:
+        batch: list[Continue] = []
+        total = 0
+        while left and (not batch or total + len(left[0].tokens) + left[0].most <= work.together):
+            batch.append(left.pop(0))
+            total += len(batch[-1].tokens) + batch[-1].most
+        found = texts(engine, work.context, tokenizer, batch)
+        yield dict(zip(batch, found, strict=True)), sum(len(request.tokens) for request in batch)

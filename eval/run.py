@@ -1,0 +1,257 @@
+"""A model's scores on benchmarks, on any mesh; and what a change to it costs, with statistics and a verdict.
+
+    python -m eval.run model=smollm2_135m eval.tasks=[arc_easy] eval.limit=50 mesh.ring=2 out=outputs/scores
+    python -m eval.run experiment=spd_regression eval.limit=200 out=outputs/spd
+
+Exit codes: 0 done; 3 done, and a variant of the gate is worse; 2 the command line asks for what cannot be done
+(nothing was started); 1 a rank failed.  The same command again goes on where it was interrupted.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from eval import report, responses
+from eval.ranks import Work, run_rank
+from eval.requests import Request, key
+from eval.sensitivity import with_order, without_order
+from eval.variants import Variant, composed, refuse_other_model, variant_of
+from longctx.parallel.launch import rank_from_environment
+from longctx.schema import Track
+from recipes.job import refuse_unwritable_folder
+from recipes.machine import provenance
+from recipes.start import console, main, on_ranks, say, section, top_level, warm_up_ranks
+
+WARM = ("longctx.infer.engine", "eval.score", "eval.decode", "eval.ranks")
+GATE_FAILED = 3
+_BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"  # a folder of data beside the checkout
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of configs/evaluate.yaml that are not a section of their own."""
+
+    threads: PositiveInt | None
+    device: Literal["cpu", "cuda"]
+    timeout_minutes: PositiveInt
+    adapted: str | None
+    variants: tuple[Mapping[str, Any], ...]
+    out: str
+
+
+@dataclass(frozen=True)
+class Eval:
+    """What is asked, of how many examples, and how variants are judged: section ``eval``."""
+
+    tasks: tuple[str, ...]
+    data: str
+    include: str | None
+    limit: PositiveInt | None
+    limits: Mapping[str, PositiveInt] | None
+    num_fewshot: NonNegativeInt | None
+    lengths: tuple[PositiveInt, ...]
+    text: str
+    seed: NonNegativeInt
+    longest: PositiveInt | None
+    prefix_token: NonNegativeInt | None
+    together: PositiveInt
+    allowed_drop: NonNegativeFloat
+    resamples: PositiveInt
+    gate: tuple[str, ...]
+    strict: bool
+    sensitivity: PositiveInt
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError("eval.tasks is empty: name at least one, such as eval.tasks=[arc_easy]")
+
+    def limit_of(self, task: str) -> int | None:
+        """How many examples of ``task`` are asked; None: all."""
+        return min(filter(None, (self.limit, (self.limits or {}).get(task))), default=None)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where local files are; None: the hub.  Raises ValueError if it is not there."""
+        if self.data == "hub" or (self.data == "auto" and not _BESIDE.is_dir()):
+            return None
+        folder = _BESIDE if self.data == "auto" else Path(self.data).expanduser()
+        if not folder.is_dir():
+            raise ValueError(f"eval.data={self.data} is no folder: give one as eval/README.md describes it, or hub")
+        return folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, checked before any rank starts; ``requests`` are all that every variant is asked."""
+
+    settings: Settings
+    eval: Eval
+    track: Track
+    config: Mapping[str, Any]
+    variants: tuple[Variant, ...]
+    tasks: Mapping[str, Any]
+    lm: Any
+    requests: tuple[Request, ...]
+
+    @property
+    def out(self) -> Path:
+        return Path(self.settings.out)
+
+    def file(self, variant: Variant) -> Path:
+        """Where the answers of ``variant`` are kept."""
+        return self.out / "responses" / f"{variant.digest}.jsonl"
+
+
+def prepare(config: DictConfig) -> Job:
+    """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
+    from eval.tasks import ask
+
+    settings, asked = top_level(config, Settings), section(config, "eval", Eval)
+    refuse_unwritable_folder(settings.out)
+    configs = composed(config)
+    names = [name for name, _ in configs]
+    if strangers := set(asked.gate) - set(names):
+        raise ValueError(f"eval.gate: there is no variant {min(strangers)}: there are {', '.join(names)}")
+    asked_of = asked.folder
+    base = variant_of(*configs[0], settings.device)
+    tasks = _tasks(asked, base, asked_of)
+    ask(tasks, {name: asked.limit_of(name) for name in tasks})
+    lm, requests = _requests(asked, base, tasks)
+    variants = tuple(variant_of(name, without_order(one), settings.device) for name, one in configs)
+    for other in variants[1:]:
+        refuse_other_model(base, other)
+    _refuse_other_world(variants)
+    configs = with_order(configs, base, asked.sensitivity, Path(settings.out))
+    variants = tuple(variant_of(name, one, settings.device) for name, one in configs)
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    track = section(config, "track", Track)
+    return Job(settings, asked, track, {**provenance(), **values}, variants, tasks, lm, requests)
+
+
+def _tasks(asked: Eval, base: Variant, data: Path | None) -> dict[str, Any]:
+    from eval.long import LONG, long_tasks
+    from eval.tasks import load
+    from longctx.pretrained import tokenizer_of
+
+    long = [name for name in asked.tasks if name in LONG]
+    tasks = load([name for name in asked.tasks if name not in LONG], data, asked.num_fewshot, asked.include)
+    if long:
+        most, tokenizer = base.shape.positions, tokenizer_of(base.folder)
+        tasks |= long_tasks(long, asked.lengths, asked.text, tokenizer, most, asked.limit or 50, asked.seed)
+    return tasks
+
+
+def _requests(asked: Eval, base: Variant, tasks: Mapping[str, Any]) -> tuple[Any, tuple[Request, ...]]:
+    """lm-eval's side of the model, and all that it is asked."""
+    from eval.lm import EngineLM, prefix_token_of, recorder
+    from eval.tasks import answered
+    from longctx.pretrained import tokenizer_of
+
+    if asked.longest and asked.longest > base.shape.positions:
+        raise ValueError(f"eval.longest={asked.longest:,}: the model's context is {base.shape.positions:,}")
+    requests: list[Request] = []
+    tokenizer = tokenizer_of(base.folder)
+    prefix = prefix_token_of(tokenizer, asked.prefix_token)
+    lm = EngineLM(tokenizer, asked.longest or base.shape.positions, prefix, recorder(requests))
+    answered(tasks, lm)
+    return lm, tuple(dict.fromkeys(requests))
+
+
+def _refuse_other_world(variants: Sequence[Variant]) -> None:
+    """ValueError if a launcher has started ranks, and a variant wants another number of them."""
+    here = rank_from_environment(os.environ)
+    for variant in variants:
+        if here and here.world != variant.mesh.ranks:
+            raise ValueError(
+                f"the launcher started {here.world} ranks, variant {variant.name} has {variant.mesh.ranks} "
+                f"({variant.mesh}): leave the launcher out, or give all variants as many"
+            )
+
+
+def answer(job: Job, number: int) -> responses.Kept:
+    """All answers of a variant: those that are kept, and the others by its ranks."""
+    variant = job.variants[number]
+    file, settings = job.file(variant), job.settings
+    kept = responses.read(file)
+    for where in kept.corrupt:
+        say(f"{where} is not as it was written: what was there is computed again")
+    left = tuple(request for request in job.requests if key(request) not in kept.answers)
+    which = f"{variant.name} ({number + 1} of {len(job.variants)})"
+    say(f"{which}: {len(left):,} of {len(job.requests):,} requests to answer")
+    if not left:
+        return kept
+    work = Work(
+        name=f"{number + 1}/{len(job.variants)} {variant.name}",
+        model=variant.model,
+        folder=variant.folder,
+        shape=variant.shape,
+        mesh=variant.mesh,
+        context=variant.context,
+        plan=variant.plan,
+        requests=left,
+        file=file,
+        together=job.eval.together,
+        threads=settings.threads,
+        device=settings.device,
+        timeout_minutes=settings.timeout_minutes,
+    )
+    on_ranks(variant.mesh, run_rank, work)
+    return responses.read(file)
+
+
+def scored(job: Job, variant: Variant, kept: responses.Kept) -> report.Scored:
+    """The variant's outcomes, of the answers that are ``kept``."""
+    from eval.tasks import answered, outcomes
+
+    job.lm.answer = lambda asked: [kept.answers[key(request)] for request in asked]
+    answered(job.tasks, job.lm)
+    seconds = kept.seconds or None
+    return report.Scored(
+        name=variant.name,
+        model=variant.model.name,
+        mesh=str(variant.mesh),
+        dropped=variant.dropped,
+        repaired=variant.repaired,
+        outcomes={name: outcomes(name, task) for name, task in job.tasks.items()},
+        tokens_per_s=kept.tokens / seconds if seconds else None,
+        requests_per_s=kept.requests / seconds if seconds else None,
+    )
+
+
+def finish(job: Job, found: Sequence[report.Scored]) -> dict[str, Any]:
+    """The report, written, tracked and shown."""
+    from longctx.train.track import start_tracking
+
+    judged = report.Judged(job.eval.allowed_drop, job.eval.resamples, job.eval.seed, job.eval.gate, job.eval.strict)
+    title = f"{found[0].model} on {len(job.tasks)} task(s)"
+    made = report.write(report.report_of(found, judged, {"title": title, **provenance()}), job.out)
+    tracker, _ = start_tracking(job.track, job.out, job.config, first=True, say=say)
+    report.track(made, job.out, tracker)
+    console.print(report.summary(made))
+    console.print(f"written to {job.out}/report.md, report.json")
+    return made
+
+
+def task(config: DictConfig) -> None:
+    """Refuse what cannot be done; answer, variant by variant; report; exit code 3 if the gate fails."""
+    warm_up_ranks(WARM)
+    job = prepare(config)
+    kept = [answer(job, number) for number in range(len(job.variants))]
+    here = rank_from_environment(os.environ)
+    if here and here.rank:
+        return
+    found = [scored(job, variant, of) for variant, of in zip(job.variants, kept, strict=True)]
+    made = finish(job, found)
+    if not made["gate"]["passed"]:
+        say(f"[bold red]gate failed[/]: {', '.join(made['gate']['failed'])}")
+        sys.exit(GATE_FAILED)
+
+
+if __name__ == "__main__":
+    main("evaluate", task)

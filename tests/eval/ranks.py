@@ -1,0 +1,25 @@
+"""What the ranks of the tests here run; apart from the tests, so that a rank imports no more than it needs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from eval.requests import Answer, Request
+from longctx.parallel.launch import Rank
+from longctx.schema import Context, Mesh, ModelSource
+
+
+def answers(
+    rank: Rank, mesh: Mesh, folder: Path, requests: Sequence[Request], together: int, dtype: str = "float32"
+) -> dict[Request, Answer]:
+    """The answers to ``requests``, so many tokens together."""
+    from eval.ranks import Work, answered
+    from longctx.infer.engine import load_engine
+    from longctx.megatron.runtime import runtime
+    from longctx.pretrained import shape_of
+
+    shape, model = shape_of(folder), ModelSource("test", str(folder), dtype=dtype)  # type: ignore[arg-type]
+    given = (tuple(requests), folder, together, 1, "cpu", 2)
+    work = Work("test", model, folder, shape, mesh, Context(), None, *given)
+    with runtime(rank, mesh, timeout_minutes=2) as here:
+        engine = load_engine(here, model, shape, folder, "auto")
+        return {request: answer for found, _ in answered(engine, work) for request, answer in found.items()}

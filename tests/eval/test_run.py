@@ -1,0 +1,170 @@
+"""python -m eval.run on a tiny model: what it writes, how it goes on, when it refuses, when its gate fails."""
+
+import json
+from pathlib import Path
+
+import hydra
+import pytest
+from omegaconf import OmegaConf
+
+from eval import run
+from eval.local import LOCAL
+from recipes import start
+from tests.tiny import tiny_model
+
+CHOICES = ["a stone", "a cloud", "a boat", "a song"]
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of data of our own making: two tasks of accuracy, one of perplexity."""
+    folder = tmp_path_factory.mktemp("sets")
+
+    def write(name: str, rows: list[dict]) -> None:
+        file = folder / LOCAL[name].file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write(
+        "arc_easy", [{"query": f"Question: What is number {i}?", "choices": CHOICES, "gold": i % 4} for i in range(13)]
+    )
+    write("lambada_openai", [{"context": f"Down the river went {i}", "continuation": "men"} for i in range(11)])
+    pages = folder / LOCAL["wikitext"].file
+    pages.parent.mkdir()
+    pages.write_text(" = Boats = \n \n Boats float .\n = Songs = \n \n A song is sung .\n")
+    return folder
+
+
+TASKS = "eval.tasks=[arc_easy,lambada_openai,wikitext]"
+VARIANTS = "variants=[{name:ring,mesh:{ring:2}},{name:dropped,mesh:{tp:3},spd:{drop:ranked,budget:1.0}}]"
+
+
+@pytest.fixture(scope="module")
+def compared(tiny: Path, sets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple[str, ...], Path]:
+    out = tmp_path_factory.mktemp("runs") / "compared"
+    settings = ("eval.sensitivity=1", "eval.gate=[dropped]", "eval.strict=true", "eval.resamples=200")
+    return (f"model={tiny}", TASKS, f"eval.data={sets}", *settings, VARIANTS, f"out={out}"), out
+
+
+def test_variants_are_compared_and_the_gate_fails(cli, compared):
+    """So few examples decide nothing, which is not good enough for a strict gate."""
+    command, out = compared
+    code, printed, err = cli(*command)
+    assert (code, printed) == (run.GATE_FAILED, ""), err
+    report = json.loads((out / "report.json").read_text())
+    assert list(report["tasks"]) == ["arc_easy", "lambada_openai", "wikitext"]
+    for task, n in (("arc_easy", 13), ("lambada_openai", 11)):
+        assert report["tasks"][task]["baseline"]["verdict"] is None
+        for name in ("ring", "dropped"):
+            told = report["tasks"][task][name]
+            assert told["n"] == n and told["low"] <= told["difference"] <= told["high"] and told["verdict"]
+            assert 0 <= told["accuracy"] <= 1 and 0 < told["p_mcnemar"] <= 1
+    same = report["tasks"]["arc_easy"]["ring"]
+    assert (same["lost"], same["won"], same["difference"]) == (0, 0, 0.0), "context parallelism changes no score"
+    of_text = report["tasks"]["wikitext"]
+    assert abs(of_text["ring"]["difference"]) < 1e-5 < abs(of_text["dropped"]["difference"])
+    assert of_text["ring"]["accuracy"] is None and of_text["ring"]["perplexity"] > 1
+    assert [one["dropped"] for one in report["variants"].values()] == [0.0, 0.0, 1.0]
+    assert report["gate"] == {"variants": ["dropped"], "strict": True, "failed": ["dropped"], "passed": False}
+    page = (out / "report.md").read_text()
+    assert "FAILED by dropped" in page and "![accuracy](accuracy.svg)" in page
+    assert all(f"| {task}" in page for task in report["tasks"])
+    assert "<svg" in (out / "accuracy.svg").read_text() and (out / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
+    assert "gate failed: dropped" in err and len(list((out / "responses").iterdir())) == 3
+
+
+def test_the_same_again_asks_nothing(cli, compared, monkeypatch):
+    command, out = compared
+    before = json.loads((out / "report.json").read_text())
+    monkeypatch.setattr(start, "run_ranks", lambda *_: pytest.fail("ranks were started"))
+    assert cli(*command)[0] == run.GATE_FAILED
+    after = json.loads((out / "report.json").read_text())
+    assert {name: after[name] for name in ("tasks", "average", "variants")} == {
+        name: before[name] for name in ("tasks", "average", "variants")
+    }
+    code, _, err = cli(*command, "eval.gate=[ring]", "eval.strict=false")
+    assert code == 0, err
+
+
+def test_a_corrupt_answer_is_named_and_computed_again(cli, compared):
+    command, out = compared
+    job_before = json.loads((out / "report.json").read_text())
+    file = next(file for file in (out / "responses").iterdir() if "0.0" not in file.name)
+    lines = file.read_text().splitlines()
+    at = next(i for i, line in enumerate(lines) if '"answer": [' in line)
+    lines[at] = lines[at].replace('"answer": [-', '"answer": [-9')
+    file.write_text("\n".join(lines) + "\n")
+    _, _, err = cli(*command)
+    assert f"{file}, line {at + 1} is not as it was written: what was there is computed again" in err
+    assert ": 1 of " in err
+    assert "is not as it was written" not in cli(*command)[2], "the line is gone"
+    job_after = json.loads((out / "report.json").read_text())
+    assert job_after["average"] == job_before["average"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny: Path, sets: Path, tmp_path_factory: pytest.TempPathFactory):
+    """The job of those settings; composed once, since Hydra is slow."""
+    out = tmp_path_factory.mktemp("out")
+    words = ["model=folder", f"model.source={tiny}", "model.name=tiny", f"out={out}", f"eval.data={sets}"]
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(start.CONFIGS)):
+        config = hydra.compose("evaluate", words)
+    return lambda *settings: run.prepare(OmegaConf.merge(config, OmegaConf.from_dotlist(list(settings))))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["eval.tasks=[]"], "eval.tasks is empty"),
+        (["eval.tasks=[piqa]"], "piqa.jsonl, which is not there"),
+        (["eval.data=/no/such"], "eval.data=/no/such is no folder"),
+        (["eval.limit=0"], "eval.limit=0"),
+        (["eval.longest=398"], "the model's context is 397"),
+        (["eval.tasks=[needle]", "eval.lengths=[512]"], "eval.lengths=512: the model's context is 397"),
+        (["eval.gate=[nobody]"], "there is no variant nobody: there are baseline"),
+        (["mesh.dp=2"], "eval.run has no use for mesh.dp=2"),
+        (["mesh.tp=2"], "use mesh.tp=1"),
+        (["context.chunk=5"], "context.chunk=5"),
+        (["context.strategy=auto"], "context.strategy=auto"),
+        (["variants=[{mesh: {ring: 2}}]"], "has no name"),
+        (["variants=[{name: a}, {name: a}]"], "variants: a is there twice"),
+        (["variants=[{name: a, eval: {limit: 3}}]"], "variants: a: eval is not one of model, mesh, context, spd"),
+        (["variants=[{name: a, mesh: {tp: 2}}]"], "use mesh.tp=1"),
+        (["variants=[{name: a, spd: {drop: all}}]"], "one tensor-parallel rank has no reduction to drop"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_done_is_refused_before_any_rank_starts(prepared, monkeypatch, settings, words):
+    monkeypatch.setattr(start, "run_ranks", lambda *_: pytest.fail("ranks were started"))
+    with pytest.raises(ValueError, match=r"\w") as refused:
+        prepared(*settings)
+    assert words in str(refused.value)
+
+
+def test_a_variant_of_another_model_is_refused(prepared, tmp_path):
+    other = tiny_model(tmp_path / "other", positions=397, heads=6)
+    with pytest.raises(ValueError, match=r"variant a: .*other has 24 for hidden, the baseline 36"):
+        prepared(f"variants=[{{name: a, model: {other}}}]")
+
+
+def test_a_model_that_was_repaired_for_another_is_refused(prepared, tiny, tmp_path):
+    import shutil
+
+    from longctx.spd.plan import SavedPlan, SPDPlan
+
+    shutil.copytree(tiny, tmp_path / "adapted")
+    SavedPlan(SPDPlan(2, 3, (0,)), (0, 1), (0,), "of another").write(tmp_path / "adapted")
+    with pytest.raises(ValueError, match=r"variant a, repaired: .*adapted was made from another model than tiny"):
+        prepared(
+            f"adapted={tmp_path / 'adapted'}", "mesh.tp=3", "spd.drop=none", "variants=[{name: a, spd: {drop: all}}]"
+        )
+
+
+def test_limits_are_of_each_task(prepared):
+    job = prepared("eval.tasks=[arc_easy,lambada_openai,wikitext]", "eval.limit=5", "eval.limits={wikitext: 1}")
+    assert {name: len({i.doc_id for i in task.instances}) for name, task in job.tasks.items()} == {
+        "arc_easy": 5,
+        "lambada_openai": 5,
+        "wikitext": 1,
+    }
+    assert len(job.requests) == 5 * 4 + 5 + 1
