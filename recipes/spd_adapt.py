@@ -6,6 +6,7 @@ The result is a folder that any recipe takes as model=DIR.  The same command aga
 """
 
 import json
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -140,11 +141,12 @@ def repaired(
         layer = blocks.copy_of(block, own_norms=how.own_norms)
         blocks.fill(layer, read_block(file)[0])
         return layer
+    began = time.perf_counter()
     made = repair(blocks, block, kind, inputs, outputs, how, lambda loss: progress.step(note=f"error {loss:.2e}"))
     tensors = blocks.tensors_of(made.layer)
     if here.tp.rank == 0:
         errors = {name: str(getattr(made, name)) for name in ERRORS}
-        write_block(file, tensors, {"class": kind, **errors})
+        write_block(file, tensors, {"class": kind, "seconds": f"{time.perf_counter() - began:.1f}", **errors})
     return made.layer
 
 

@@ -99,7 +99,7 @@ def measured(here: Any, blocks: Any, job: Job, progress: Progress) -> dict[str, 
     for begin in range(len(sums), len(chunks), parts):
         mine = torch.zeros(layers + 1, dtype=torch.float64)
         if begin + part < len(chunks):
-            mine = torch.tensor(_sums(blocks, chunks[begin + part]), dtype=torch.float64)
+            mine = torch.tensor(sums_of(blocks, chunks[begin + part]), dtype=torch.float64)
         of_all = here.world.all_gather(mine, [(layers + 1,)] * here.world.size)
         for each in of_all[:: here.mesh.tp][: len(chunks) - begin]:
             sums.append(each.tolist())
@@ -116,7 +116,8 @@ def measured(here: Any, blocks: Any, job: Job, progress: Progress) -> dict[str, 
 
 
 @torch.no_grad()
-def _sums(blocks: Any, text: Text) -> list[float]:
+def sums_of(blocks: Any, text: Text) -> list[float]:
+    """Sums of losses (nats), the i-th with blocks i and later dropped, the last with none."""
     layers = blocks.model.decoder.layers
 
     def run(block: int, x: Any, dropped: bool) -> Any:

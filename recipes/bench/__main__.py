@@ -2,7 +2,18 @@
 
 import sys
 
-from recipes.bench import convergence, crossover, decode, drift, million, prefill, spd_latency, spd_quality, train
+from recipes.bench import (
+    convergence,
+    crossover,
+    decode,
+    drift,
+    million,
+    prefill,
+    spd_latency,
+    spd_quality,
+    spd_sweep,
+    train,
+)
 from recipes.start import console, main
 
 SUBJECTS = {
@@ -14,6 +25,7 @@ SUBJECTS = {
     "million": (million.task, "one layer, a million cached tokens, a few new ones"),
     "spd_quality": (spd_quality.task, "perplexity over the share of blocks that drop a reduction"),
     "spd_latency": (spd_latency.task, "what dropped reductions save, over links of a given rate and latency"),
+    "spd_sweep": (spd_sweep.task, "sensitivity of all blocks, beside a plain loop over perplexities"),
     "train": (train.task, "a training step on one rank and on several; attention beside its peers"),
 }
 

@@ -1,0 +1,71 @@
+"""Seconds of a sensitivity sweep, with what enters a block kept, and as a plain loop over perplexities; side by side.
+
+python -m recipes.bench spd_sweep out=outputs/sweep
+"""
+
+import time
+from dataclasses import dataclass
+from math import exp
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from longctx.parallel.launch import Rank
+from longctx.spd.plan import SPDPlan
+from longctx.spd.sensitivity import perplexities, scores, sensitivity
+from longctx.spd.text import Text
+from recipes.bench.spd_quality import mean_loss
+from recipes.calibration import Subject, blocks_of, calibration_of, subject_of
+from recipes.machine import provenance
+from recipes.progress import Progress
+from recipes.spd_sensitivity import WARM, sums_of
+from recipes.start import console, on_ranks, warm_up_ranks, written
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank needs to know."""
+
+    subject: Subject
+    text: Text
+
+
+def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
+    """Seconds and scores of both ways."""
+    from longctx.megatron.spd_layer import follow_plan
+
+    layers, tp = job.subject.shape.layers, job.subject.mesh.tp
+    tokens = int(job.text.mask.sum())
+    with blocks_of(rank, job.subject) as (_, blocks), Progress(shown=rank.rank == 0) as progress, torch.no_grad():
+        progress.start("what enters a block is kept", None)
+        began = time.perf_counter()
+        kept = scores(perplexities(sums_of(blocks, job.text), tokens))
+        between = time.perf_counter()
+        progress.start("a pass for every block", layers + 1)
+
+        def perplexity(dropped: tuple[int, ...]) -> float:
+            follow_plan(blocks.model, SPDPlan(layers, tp, dropped))
+            progress.step()
+            return exp(mean_loss(blocks, job.text))
+
+        plain = sensitivity(layers, perplexity)
+        ended = time.perf_counter()
+    off = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(kept, plain, strict=True))
+    return {"kept_s": between - began, "plain_s": ended - between, "largest_difference": off}
+
+
+def task(config: DictConfig) -> None:
+    """Measure; write and show."""
+    warm_up_ranks(WARM)
+    subject = subject_of(config, "recipes.bench spd_sweep")
+    text, data = calibration_of(config, subject, config.sequences)
+    found = on_ranks(subject.mesh, run_rank, Job(subject, text))
+    if found is None:
+        return
+    console.print(
+        f"{found['kept_s']:.1f} s what enters kept, {found['plain_s']:.1f} s by a plain loop: "
+        f"{found['plain_s'] / found['kept_s']:.2f} times faster; scores differ by at most {found['largest_difference']:.1e}"
+    )
+    written(str(Path(config.out, "sweep.json")), {**subject.about(text, data), **found, **provenance()})
