@@ -130,12 +130,12 @@ def variants_of(config: DictConfig, subject: Subject) -> tuple[Variant, ...]:
         Variant("zero-shot, least sensitive first", subject.folder, order),
         Variant("zero-shot, first to last", subject.folder, tuple(range(layers))),
     ]
-    for name, folder in config.models.items():
+    for name, folder in ((model.called, model.folder) for model in config.models):
         saved = saved_plan(Path(folder).expanduser())
         if saved is None or saved.plan.tp != tp or saved.source != subject.fingerprint:
-            raise ValueError(f"models.{name}={folder} is not {subject.model.name} adapted for mesh.tp={tp}")
+            raise ValueError(f"models: {name}, {folder}, is not {subject.model.name} adapted for mesh.tp={tp}")
         if missing := set(within(saved.order, max(config.shares))) - set(saved.adapted):
-            raise ValueError(f"models.{name}={folder} lacks block {min(missing)}: adapt it with a larger spd.budget")
+            raise ValueError(f"models: {name}, {folder}, lacks block {min(missing)}: adapt it with a larger spd.budget")
         found.append(Variant(str(name), Path(folder).expanduser(), saved.order, saved.plan.own_norms))
     return tuple(found)
 
@@ -144,8 +144,8 @@ def texts_of(config: DictConfig, subject: Subject) -> dict[str, Text]:
     """The texts, by name."""
     values: Any = OmegaConf.to_container(config.texts)
     data = {
-        name: DataSettings((TextSource(**source),), config.length, epochs=1, end_token=False)
-        for name, source in values.items()
+        source.pop("called"): DataSettings((TextSource(**source),), config.length, epochs=1, end_token=False)
+        for source in values
     }
     return {name: text_of(settings, subject, config.sequences) for name, settings in data.items()}
 
@@ -181,7 +181,7 @@ def task(config: DictConfig) -> None:
     if found is None:
         return
     for of_text in found.values():
-        of_text["recovered"] = {name: recovered(of_text, name) for name in config.models}
+        of_text["recovered"] = {name: recovered(of_text, name) for name in (model.called for model in config.models)}
     result = {"model": subject.model.name, "tp": subject.mesh.tp, "shares": shares, "texts": found, **provenance()}
     show(result)
     written(str(Path(config.out, "quality.json")), result)

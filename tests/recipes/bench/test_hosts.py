@@ -73,6 +73,35 @@ def test_the_crossover_is_measured_over_links_of_the_asked_rate(cli, tiny, tmp_p
     assert 0.6 * 10e6 < result["hardware"]["hop"]["bytes_per_s"] < 1.05 * 10e6
 
 
+def test_latency_is_what_was_asked_for(nothing_left, capfd):
+    """A round trip over links of 3 ms one way takes 6 ms, and not much more."""
+    program = """
+port = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+if RANK == 0:
+    with socket.create_server(port) as server:
+        peer = server.accept()[0]
+        for _ in range(12):
+            peer.sendall(peer.recv(1))
+else:
+    while True:
+        try:
+            peer = socket.create_connection(port)
+            break
+        except OSError:
+            time.sleep(0.05)
+    took = []
+    for _ in range(12):
+        began = time.perf_counter()
+        peer.sendall(b"x")
+        peer.recv(1)
+        took.append(time.perf_counter() - began)
+    if not 0.006 <= min(took) < 0.012:
+        sys.exit(f"a round trip took {min(took)} s")
+"""
+    begin = "import os, signal, socket, sys, time\nRANK = int(os.environ['RANK'])\n"
+    hosts.run_on_hosts(2, "80mbit", [sys.executable, "-c", begin + program], latency_us=3000)
+
+
 TALK = """
 port = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
 if RANK == 0:

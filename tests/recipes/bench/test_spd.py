@@ -1,0 +1,68 @@
+"""The benchmarks of dropped reductions, on a tiny model: what they count, and what they refuse."""
+
+import json
+from math import exp
+
+import pytest
+
+from recipes import spd_sensitivity
+from recipes.bench import spd_latency, spd_quality, spd_sweep
+
+
+def test_latency_counts_the_reductions_that_are_left(cli, tiny, tmp_path):
+    words = [f"model={tiny}", "tokens=23", "new_tokens=2", "rounds=1", "shares=[0,0.5,1]"]
+    files = [f"out={tmp_path / 'latency.json'}", f"picture={tmp_path / 'latency.svg'}"]
+    code, _, err = cli(spd_latency, spd_latency.task, *words, *files)
+    assert code == 0, err
+    told = json.loads((tmp_path / "latency.json").read_text())
+    rows = told["rows"]
+    # Of two layers, and one of the embedding; 23 rows of 36 floats in the prefill, one in the decode.
+    assert [(row["phase"], row["calls"], row["bytes"]) for row in rows] == [
+        (phase, calls, calls * of * 36 * 4) for phase, of in (("prefill", 23), ("decode", 1)) for calls in (5, 4, 3)
+    ]
+    assert [row["predicted_reducing_saved"] for row in rows[:3]] == [0, 0.25, 0.5]
+    assert rows[0]["saved"] == 0 and told["hop_s"] > 0 and "<svg" in (tmp_path / "latency.svg").read_text()
+
+
+def test_quality_and_sweep_agree_with_the_sensitivity(cli, tiny, tmp_path):
+    text = ("data.length=31", "data.end_token=false")
+    code, _, err = cli(
+        spd_sensitivity, spd_sensitivity.task, f"model={tiny}", "mesh.tp=3", f"out={tmp_path}", *text, "sequences=2"
+    )
+    assert code == 0, err
+    told = json.loads((tmp_path / "sensitivity.json").read_text())
+    code, _, err = cli(spd_sweep, spd_sweep.task, f"model={tiny}", f"out={tmp_path}", *text)
+    assert code == 0, err
+    sweep = json.loads((tmp_path / "sweep.json").read_text())
+    assert sweep["largest_difference"] < 1e-6 and sweep["kept_s"] > 0
+    words = (
+        f"sensitivity={tmp_path}/sensitivity.json",
+        "shares=[0,0.5,1]",
+        "length=31",
+        "sequences=2",
+        "placement=[0]",
+    )
+    words = (f"model={tiny}", "texts=[{called:same,pydoc:train}]", *words, "placement=[0]", f"out={tmp_path}")
+    code, _, err = cli(spd_quality, spd_quality.task, *words)
+    assert code == 0, err
+    quality = json.loads((tmp_path / "quality.json").read_text())["texts"]["same"]
+    ranked, in_order = quality["variants"].values()
+    assert exp(ranked[0]) == pytest.approx(told["perplexity"]) and ranked[0] == in_order[0]
+    assert exp(ranked[2]) == pytest.approx(told["blocks"][0]["perplexity"]) and ranked[2] == in_order[2]
+    if told["order"][0] == 1:
+        assert exp(ranked[1]) == pytest.approx(told["blocks"][1]["perplexity"])
+    ways = quality["placement"]["0"]
+    assert ways["as it should"] == pytest.approx(in_order[1], rel=1e-6), "block 0 alone"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["hosts=2"], "hosts=2, tp=3: each host has one rank, use hosts=3"),
+        (["shares=[0.5,1]"], "the first is what others are compared with, use 0"),
+        (["mesh.tp=1"], "one rank reduces nothing, use mesh.tp=2 or more"),
+        (["mesh.ring=2"], "has no use for mesh.ring=2"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(refused, tiny, settings, words):
+    assert words in refused(spd_latency, spd_latency.task, f"model={tiny}", *settings)
