@@ -7,7 +7,7 @@ The result is a folder that any recipe takes as model=DIR.  The same command aga
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from longctx.spd.folder import assemble, read_block, write_block
 from longctx.spd.plan import SavedPlan, SPDPlan, order_from, within
 from longctx.spd.text import Text
 from recipes import spd_sensitivity
-from recipes.calibration import blocks_of, calibration_of
+from recipes.calibration import blocks_of, calibration_of, kept_lines
 from recipes.progress import Progress
 from recipes.start import console, main, on_ranks, say, section, warm_up_ranks
 
@@ -30,17 +30,27 @@ ERRORS = ("zero_shot", "grouped", "distilled")
 
 @dataclass(frozen=True)
 class Job:
-    """What every rank needs to know; ``measured`` are the sensitivities, if they are there already."""
+    """What every rank needs to know.
+
+    ``measured`` are the sensitivities, if they are there already; ``done`` what an interrupted run has left of the
+    sums that repaired blocks are ranked by.
+    """
 
     sensitivity: spd_sensitivity.Job
     measured: dict[str, Any] | None
     repair: Repair
     budget: float
     text: Text
+    done: list[list[float]]
 
     @property
     def out(self) -> Path:
         return self.sensitivity.out
+
+    @property
+    def again(self) -> Path:
+        """The sums that this share of blocks is ranked by once it is repaired."""
+        return self.out / f"sums_repaired_{self.budget:g}.jsonl"
 
     def file_of(self, block: int) -> Path:
         """Where a repaired block is kept."""
@@ -67,7 +77,8 @@ def prepare(config: DictConfig) -> Job:
     if repair.inputs == "student":  # which blocks drop before one changes what enters it
         about["budget"] = spd.budget
     _refuse_other_run(job.out / "blocks" / "about.json", about)
-    return Job(job, _measured(spd, job), repair, spd.budget, text)
+    made = Job(job, _measured(spd, job), repair, spd.budget, text, [])
+    return replace(made, done=kept_lines(made.again, job.about))
 
 
 def _measured(spd: SPD, job: spd_sensitivity.Job) -> dict[str, Any] | None:
@@ -93,13 +104,14 @@ def _refuse_other_run(file: Path, about: dict[str, Any]) -> None:
 
 
 def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
-    """One rank's part: measure what has not been measured, repair what has not been repaired."""
+    """One rank's part: measure what has not been measured, repair what has not been repaired, and rank that again."""
     with blocks_of(rank, job.sensitivity.subject) as (here, blocks), Progress(shown=rank.rank == 0) as progress:
         told = job.measured or spd_sensitivity.measured(here, blocks, job.sensitivity, progress)
         if rank.rank == 0 and not job.measured:
             spd_sensitivity.keep(job.sensitivity, told)
         repair_all(here, blocks, job, told, progress)
-    return told
+        here.world.all_gather(torch.zeros(1), [(1,)] * here.world.size)  # all blocks are in their files
+        return {"measured": told, "again": ranked_again(here, blocks, job, told, progress)}
 
 
 def repair_all(here: Any, blocks: Any, job: Job, told: dict[str, Any], progress: Progress) -> None:
@@ -109,19 +121,36 @@ def repair_all(here: Any, blocks: Any, job: Job, told: dict[str, Any], progress:
     """
     wanted, how = sorted(within(told["order"], job.budget)), job.repair
     mine = wanted[here.groups.dp.rank() :: here.mesh.dp]
+    left = [block for block in mine if not job.file_of(block).is_file()]
     steps = how.epochs * (how.sequences // how.batch)
     with torch.no_grad():
         teacher = student = blocks.embedded(job.text.tokens)
-    for block, layer in enumerate(blocks.model.decoder.layers[: max(mine, default=-1) + 1]):
+    for block, layer in enumerate(blocks.model.decoder.layers[: max(left, default=-1) + 1]):
         layer.drop(dropped=False)  # whatever measuring has left it as
         now, outputs = layer, through(blocks, layer, teacher, how.batch)
-        if block in mine:
+        if block in left:
             progress.start(f"block {block}, {mine.index(block) + 1} of {len(mine)}, steps", steps)
             inputs = teacher if how.inputs == "teacher" else student
             now = repaired(here, blocks, block, told["blocks"][block]["class"], inputs, outputs, job, progress)
+        elif block in mine:
+            now = from_file(blocks, block, job)
         if how.inputs == "student":
             student = through(blocks, now, student, how.batch)
         teacher = outputs
+
+
+def ranked_again(
+    here: Any, blocks: Any, job: Job, told: dict[str, Any], progress: Progress
+) -> list[dict[str, Any]] | None:
+    """Sensitivities of the blocks as they are now; None where one depends on which others drop."""
+    if job.repair.inputs == "student":
+        return None
+    mine = job.sensitivity
+    layers = {block: from_file(blocks, block, job) for block in within(told["order"], job.budget)}
+    progress.start("sensitivity once more, chunks of text", -(-len(mine.text) // mine.chunk), done=len(job.done))
+    sums = spd_sensitivity.swept(here, blocks, mine, job.again, job.done, progress, layers)
+    found: list[dict[str, Any]] = spd_sensitivity.summed_up(mine, sums)["blocks"]
+    return found
 
 
 @torch.no_grad()
@@ -133,31 +162,44 @@ def through(blocks: Any, layer: Any, x: torch.Tensor, batch: int) -> torch.Tenso
 def repaired(
     here: Any, blocks: Any, block: int, kind: Any, inputs: Any, outputs: Any, job: Job, progress: Progress
 ) -> Any:
-    """The layer in its file, which is made if it is not there."""
+    """The layer, which is also written to its file."""
     from longctx.megatron.repair import repair
 
-    file, how = job.file_of(block), job.repair
-    if file.is_file():
-        layer = blocks.copy_of(block, own_norms=how.own_norms)
-        blocks.fill(layer, read_block(file)[0])
-        return layer
     began = time.perf_counter()
-    made = repair(blocks, block, kind, inputs, outputs, how, lambda loss: progress.step(note=f"error {loss:.2e}"))
+    made = repair(
+        blocks, block, kind, inputs, outputs, job.repair, lambda loss: progress.step(note=f"error {loss:.2e}")
+    )
     tensors = blocks.tensors_of(made.layer)
     if here.tp.rank == 0:
         errors = {name: str(getattr(made, name)) for name in ERRORS}
-        write_block(file, tensors, {"class": kind, "seconds": f"{time.perf_counter() - began:.1f}", **errors})
+        about = {"class": kind, "seconds": f"{time.perf_counter() - began:.1f}", **errors}
+        write_block(job.file_of(block), tensors, about)
     return made.layer
 
 
-def finish(job: Job, told: dict[str, Any]) -> list[dict[str, Any]]:
-    """Put the folder together; what became of each block that may drop."""
-    subject, order = job.sensitivity.subject, tuple(told["order"])
-    dropped = within(order, job.budget)
+def from_file(blocks: Any, block: int, job: Job) -> Any:
+    """The layer in its file."""
+    layer = blocks.copy_of(block, own_norms=job.repair.own_norms)
+    blocks.fill(layer, read_block(job.file_of(block))[0])
+    return layer
+
+
+def finish(job: Job, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Put the folder together; what became of each block that may drop.
+
+    Its order begins with the repaired blocks, in the order of what is left of their sensitivity.
+    """
+    subject, told, again = job.sensitivity.subject, found["measured"], found["again"]
+    dropped = within(told["order"], job.budget)
     rows = []
     for block in dropped:
         _, about = read_block(job.file_of(block))
-        rows.append({"block": block, "score": told["blocks"][block]["score"], **about})
+        left = again[block]["score"] if again else None
+        rows.append({"block": block, "score": told["blocks"][block]["score"], "left": left, **about})
+    if again:
+        rows.sort(key=lambda row: (row["left"], row["block"]))
+    order = tuple(row["block"] for row in rows)
+    order += tuple(block for block in told["order"] if block not in order)
     plan = SPDPlan(subject.shape.layers, subject.mesh.tp, dropped, job.repair.own_norms)
     saved = SavedPlan(plan, order, tuple(sorted(dropped)), subject.fingerprint)
     assemble(subject.folder, [job.file_of(block) for block in sorted(dropped)], saved, job.out)
@@ -178,10 +220,11 @@ def track(job: Job, rows: list[dict[str, Any]]) -> None:
 
 def show(job: Job, rows: list[dict[str, Any]]) -> None:
     """Errors of the blocks, and what to do with the result."""
-    table = Table("block", "class", "sensitivity", "error zero-shot", "grouped", "distilled", box=None)
+    table = Table("block", "class", "sensitivity", "repaired", "error zero-shot", "grouped", "distilled", box=None)
     for row in rows:
         errors = (f"{float(row[name]):.2e}" for name in ERRORS)
-        table.add_row(str(row["block"]), row["class"], f"{row['score']:+.3f}", *errors)
+        left = "" if row["left"] is None else f"{row['left']:+.3f}"
+        table.add_row(str(row["block"]), row["class"], f"{row['score']:+.3f}", left, *errors)
     console.print(table)
     tp = job.sensitivity.subject.mesh.tp
     console.print(f"to use it: python -m recipes.generate model={job.out} mesh.tp={tp} prompt.text='Once upon a time'")
@@ -191,9 +234,9 @@ def task(config: DictConfig) -> None:
     """Refuse what cannot be done; measure and repair; put the result together and show it."""
     warm_up_ranks((*spd_sensitivity.WARM, "longctx.megatron.repair"))
     job = prepare(config)
-    told = on_ranks(job.sensitivity.subject.mesh, run_rank, job)
-    if told is not None:
-        rows = finish(job, told)
+    found = on_ranks(job.sensitivity.subject.mesh, run_rank, job)
+    if found is not None:
+        rows = finish(job, found)
         track(job, rows)
         show(job, rows)
 

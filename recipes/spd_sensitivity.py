@@ -6,6 +6,7 @@ Writes DIR/sensitivity.json, which other recipes take the order of blocks from, 
 command again goes on where it was interrupted.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,31 +83,12 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
 
 
 def measured(here: Any, blocks: Any, job: Job, progress: Progress) -> dict[str, Any]:
-    """Perplexities with the last blocks dropped, any number of them, a chunk of the text at a time.
-
-    Data-parallel ranks take every so many-th chunk.  Every rank calls this.
-    """
+    """What goes into sensitivity.json.  Every rank calls this."""
     from longctx.train.track import start_tracking
 
-    first, layers = here.rank.rank == 0, job.subject.shape.layers
-    parts, part = here.mesh.dp, here.groups.dp.rank()
-    chunks = [job.text[slice(begin, begin + job.chunk)] for begin in range(0, len(job.text), job.chunk)]
-    progress.start("sensitivity, chunks of text", len(chunks), done=len(job.done))
-    if first and not job.done:
-        (job.out / "sums.jsonl").unlink(missing_ok=True)
-        append_line(job.out / "sums.jsonl", job.about)
-    sums = list(job.done)
-    for begin in range(len(sums), len(chunks), parts):
-        mine = torch.zeros(layers + 1, dtype=torch.float64)
-        if begin + part < len(chunks):
-            mine = torch.tensor(sums_of(blocks, chunks[begin + part]), dtype=torch.float64)
-        of_all = here.world.all_gather(mine, [(layers + 1,)] * here.world.size)
-        for each in of_all[:: here.mesh.tp][: len(chunks) - begin]:
-            sums.append(each.tolist())
-            if first:
-                append_line(job.out / "sums.jsonl", sums[-1])
-            progress.step()
-    result = summed_up(job, sums)
+    progress.start("sensitivity, chunks of text", -(-len(job.text) // job.chunk), done=len(job.done))
+    result = summed_up(job, swept(here, blocks, job, job.out / "sums.jsonl", job.done, progress))
+    first = here.rank.rank == 0
     tell = say if first else lambda _: None
     tracker, _ = start_tracking(job.track, job.out, job.config, first=first, say=tell)
     for block, told in enumerate(result["blocks"]):
@@ -115,12 +97,50 @@ def measured(here: Any, blocks: Any, job: Job, progress: Progress) -> dict[str, 
     return result
 
 
+def swept(
+    here: Any,
+    blocks: Any,
+    job: Job,
+    file: Path,
+    done: Sequence[list[float]],
+    progress: Progress,
+    repaired: Mapping[int, Any] | None = None,
+) -> list[list[float]]:
+    """`sums_of` each chunk of the text, those that are ``done`` first; the others are added to ``file`` as they come.
+
+    Data-parallel ranks take every so many-th.
+    """
+    first, layers = here.rank.rank == 0, job.subject.shape.layers
+    parts, part, size = here.mesh.dp, here.groups.dp.rank(), job.chunk
+    if first and not done:
+        file.write_text("")
+        append_line(file, job.about)
+    sums, count = list(done), -(-len(job.text) // size)
+    for begin in range(len(sums), count, parts):
+        mine, chunk = torch.zeros(layers + 1, dtype=torch.float64), begin + part
+        if chunk < count:
+            text = job.text[slice(chunk * size, (chunk + 1) * size)]
+            mine = torch.tensor(sums_of(blocks, text, repaired), dtype=torch.float64)
+        of_all = here.world.all_gather(mine, [(layers + 1,)] * here.world.size)
+        for each in of_all[:: here.mesh.tp][: count - begin]:
+            sums.append(each.tolist())
+            if first:
+                append_line(file, sums[-1])
+            progress.step()
+    return sums
+
+
 @torch.no_grad()
-def sums_of(blocks: Any, text: Text) -> list[float]:
-    """Sums of losses (nats), the i-th with blocks i and later dropped, the last with none."""
+def sums_of(blocks: Any, text: Text, repaired: Mapping[int, Any] | None = None) -> list[float]:
+    """Sums of losses (nats), the i-th with blocks i and later dropped, the last with none.
+
+    Where they drop, the layers of ``repaired`` take their places.
+    """
     layers = blocks.model.decoder.layers
 
     def run(block: int, x: Any, dropped: bool) -> Any:
+        if dropped and repaired and block in repaired:
+            return blocks.run(repaired[block], x)
         layers[block].drop(dropped=dropped)
         return blocks.run(layers[block], x)
 

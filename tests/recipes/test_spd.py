@@ -1,6 +1,7 @@
 """recipes.spd_sensitivity and spd_adapt: from a model to one that drops reductions, interrupted and not."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -85,6 +86,18 @@ def test_an_adapted_model_is_one_that_every_recipe_takes(cli, adapted):
         difference = float(re.search(r"largest logit difference +(\S+)", err)[1])
         assert difference < 1e-5, "a ring changes nothing; with nothing dropped, tensor parallelism does not either"
     assert texts[0] == texts[3]
+
+
+def test_blocks_are_ranked_again_once_they_are_repaired(adapted):
+    lines = (adapted / "sums_repaired_1.jsonl").read_text().splitlines()
+    assert len(lines) == 4, "what it is of, and three chunks"
+    sums = [sum(column) for column in zip(*map(json.loads, lines[1:]), strict=True)]
+    of_suffix = [math.exp(total / (5 * 31)) for total in sums]
+    left = [of_suffix[block] - of_suffix[block + 1] for block in (0, 1)]
+    assert saved_plan(adapted).order == tuple(sorted((0, 1), key=lambda block: left[block]))
+    before = [json.loads(line) for line in (adapted / "sums.jsonl").read_text().splitlines()[1:]]
+    assert sum(before[i][2] for i in range(3)) == pytest.approx(sums[2]), "with nothing dropped they are the same"
+    assert sum(before[i][0] for i in range(3)) != pytest.approx(sums[0], rel=1e-9)
 
 
 def test_what_a_block_has_learned_helps(adapted):
