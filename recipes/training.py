@@ -1,6 +1,7 @@
 """What recipes.pretrain and recipes.extend share: every rank runs the same loop, and a run resumes."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -13,15 +14,17 @@ from longctx import kept
 from longctx.parallel.launch import Rank
 from recipes.job import Job
 from recipes.progress import Progress
-from recipes.start import console, say, threads_for
+from recipes.start import STOPPED, console, say, threads_for
 
 
 def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
     """One rank's part of the run, from its last checkpoint on; the figures of its end."""
     from longctx.megatron.checkpoint import Checkpoints
     from longctx.megatron.runtime import runtime
+    from longctx.train.stop import StopRequest
     from longctx.train.track import start_tracking
 
+    stop = StopRequest()
     settings, first = job.settings, rank.rank == 0
     threads, minutes = threads_for(settings.threads, rank), settings.timeout_minutes
     with (
@@ -41,20 +44,25 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
         if not behind["step"]:
             tracker.table("samples", ("tokens", "documents", "text"), job.samples, 0)
         progress.start("training, steps", settings.steps, done=behind["step"])
-        ended = {"step": behind["step"], "loss": math.nan}
+        ended = {"step": behind["step"], "loss": math.nan, "stopped": False}
         for step, figures, data, last in steps(trained, here, job, behind):
             tracker.log(figures, step)
             progress.step(note=f"loss {figures['loss']:.4f}, {figures['tokens_per_s']:,.0f} tokens/s")
-            ended = {"step": step, "loss": figures["loss"]}
-            if last or step % job.saving.every == 0:
+            stopping = not last and stop.agreed(here.world)
+            ended = {"step": step, "loss": figures["loss"], "stopped": stopping}
+            if last or stopping or step % job.saving.every == 0:
                 saved.save(trained, step, {"data": data, "run_id": run_id, "config": dict(job.config)})
             else:
                 saved.poll()
+            if stopping:
+                break
         saved.poll(wait=True)
         place = saved.latest
         tracker.artifact(f"checkpoint-{run_id}", "checkpoint", place)
         tracker.finish()
-    if ended["step"] < settings.steps:
+    if ended["stopped"]:
+        tell(f"stopped behind step {ended['step']}, as asked: the same command goes on")
+    elif ended["step"] < settings.steps:
         tell(f"the text ended behind step {ended['step']}: data.epochs={job.data.epochs}")
     return {**ended, "checkpoint": str(place)}
 
@@ -164,7 +172,7 @@ def measured(trained: Any, held_out: list[Any], here: Any, how: Any, job: Job) -
 
 
 def show(job: Job, ended: dict[str, Any]) -> None:
-    """How a run ended, and what to do with it."""
+    """How a run ended, and what to do with it; one that was asked to stop ends with exit code 75."""
     table = Table(show_header=False, box=None)
     table.add_row("step", f"{ended['step']:,} of {job.settings.steps:,}, on {job.mesh}")
     table.add_row("loss", f"{ended['loss']:.4f}")
@@ -172,3 +180,5 @@ def show(job: Job, ended: dict[str, Any]) -> None:
     table.add_row("checkpoint", ended["checkpoint"])
     table.add_row("to transformers", f"python -m recipes.export checkpoint={job.out} to={job.out}/hf")
     console.print(table)
+    if ended["stopped"]:
+        sys.exit(STOPPED)

@@ -97,10 +97,23 @@ def run_ranks(world: int, rank_main: Callable[..., Any], *args: Any) -> list[Any
         try:
             for process in processes:
                 process.start()
+            _pass_on(signal.SIGUSR1, processes)
             _wait_for_all(processes, Path(folder))
         finally:
             _end(processes)
         return [_read(Path(folder, f"result{i}")) for i in range(world)]
+
+
+def _pass_on(number: int, processes: list[ForkServerProcess]) -> None:
+    """Whoever signals the recipe means its ranks."""
+
+    def to_all(*_: Any) -> None:
+        for process in processes:
+            if process.pid and process.is_alive():
+                os.kill(process.pid, number)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(number, to_all)
 
 
 def _run_one(
@@ -112,6 +125,7 @@ def _run_one(
     # A parent that is killed cannot end its ranks: they watch it instead.
     threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks to stop: who can, listens (longctx.train.stop)
     try:
         result = rank_main(rank, *args)
         _write(Path(folder, f"result{rank.rank}"), result)

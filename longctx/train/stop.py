@@ -1,0 +1,27 @@
+"""Asked to stop, before the time is over: every rank hears of it at the same step, saves, and the run goes on later."""
+
+import signal
+from types import FrameType
+
+import torch
+
+from longctx.parallel.comm import Comm
+from longctx.shapes import Tensor
+
+SIGNAL = signal.SIGUSR1  # what Slurm sends ahead of a time limit or of pre-emption (slurm/job.sbatch)
+
+
+class StopRequest:
+    """Listens from now on; `agreed` once a step, on every rank."""
+
+    def __init__(self) -> None:
+        self._heard = False
+        signal.signal(SIGNAL, self._hear)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._heard = True
+
+    def agreed(self, world: Comm) -> bool:
+        """Whether any rank of ``world`` has been asked; the same answer on all of them."""
+        heard: Tensor = torch.tensor([int(self._heard)])
+        return any(bool(each.item()) for each in world.all_gather(heard, [(1,)] * world.size))
