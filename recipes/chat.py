@@ -27,6 +27,7 @@ from longctx.pretrained import fingerprint, locate, shape_of, tensor_files, toke
 from longctx.schema import Context, Mesh, ModelShape, ModelSource, Sampling
 from recipes.calibrate import hardware_from, measured
 from recipes.machine import provenance
+from recipes.manifest import record
 from recipes.progress import Progress
 from recipes.start import (
     console,
@@ -267,6 +268,7 @@ def task(config: DictConfig) -> None:
     """Refuse what cannot be done; run the ranks; write what the first one gives."""
     warm_up_ranks(["longctx.infer.engine", "longctx.infer.store", "longctx.infer.generate", "recipes.progress"])
     job = prepare(config)
+    record(config)
     turns = on_ranks(job.mesh, run_rank, job)
     if turns is None:
         return

@@ -25,6 +25,7 @@ from longctx.parallel.strategy import STRATEGIES
 from longctx.pretrained import locate, shape_of, tensor_files, tokenizer_of
 from longctx.schema import Context, Mesh, ModelShape, ModelSource, PromptSource, Sampling
 from recipes.machine import provenance
+from recipes.manifest import record
 from recipes.progress import Progress
 from recipes.start import (
     console,
@@ -270,6 +271,7 @@ def task(config: DictConfig) -> None:
     """Refuse what cannot be done; run the ranks; write and show what the first one gives."""
     warm_up_ranks(["longctx.infer.engine", "longctx.infer.generate", "recipes.progress"])
     job = prepare(config)
+    record(config)
     figures = on_ranks(job.mesh, run_rank, job)
     if figures is None:
         return

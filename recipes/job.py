@@ -16,7 +16,7 @@ from longctx.attention.backends import kernel_for
 from longctx.parallel.mesh import refuse_unfit
 from longctx.schema import Context, DataSettings, Mesh, ModelShape, ModelSource, Optim, Recompute, Track
 from recipes.calibrate import hardware_from
-from recipes.machine import provenance
+from recipes.machine import hardware, provenance
 from recipes.start import section, top_level
 
 BYTES_OF_A_WEIGHT = 4 + 3 * 4  # itself, and in float32 the optimizer's copy and its two moments
@@ -124,7 +124,7 @@ def job_of(config: DictConfig, source: Path, changed: Mapping[str, Any], weights
         saving=section(config, "checkpoint", Saving),
         settings=settings,
         peak_flops=hardware_from(settings.hardware).peak_flops if settings.hardware else None,
-        config={**provenance(), **_plain(config)},
+        config={**provenance(), "machine": hardware(), **_plain(config)},
         samples=first_of(data, tokenizer, mesh.dp),
     )
     if job.test:

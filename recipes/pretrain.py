@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from longctx.pretrained import locate
 from longctx.schema import ModelSource
 from recipes.job import Job, job_of
+from recipes.manifest import record
 from recipes.start import main, on_ranks, say, section, warm_up_ranks
 from recipes.training import run_rank, show
 
@@ -25,6 +26,7 @@ def task(config: DictConfig) -> None:
     """Refuse what cannot be done; run the ranks; show what the first one gives."""
     warm_up_ranks([*WARM, "recipes.training"])
     job = prepare(config)
+    record(config)
     ended = on_ranks(job.mesh, run_rank, job)
     if ended is not None:
         show(job, ended)

@@ -218,7 +218,7 @@ def _overrides(word: str) -> list[str]:
     if key != "model" or not equals:
         return [word]
     known = sorted({path.stem for path in (CONFIGS / "model").glob("*.yaml")} - {"folder", "settings"})
-    if value in known:
+    if value in (*known, "folder"):  # a folder's name is in its own setting then
         return [word]
     if Path(value).expanduser().is_dir() or value.count("/") == 1:
         name = Path(value).expanduser().name

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from longctx import kept
 from longctx.parallel.launch import Rank
+from longctx.train.stop import StopRequest
 from recipes.job import Job
 from recipes.progress import Progress
 from recipes.start import STOPPED, console, say, threads_for
@@ -21,15 +22,18 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
     """One rank's part of the run, from its last checkpoint on; the figures of its end."""
     from longctx.megatron.checkpoint import Checkpoints
     from longctx.megatron.runtime import runtime
-    from longctx.train.stop import StopRequest
     from longctx.train.track import start_tracking
 
     stop = StopRequest()
-    settings, first = job.settings, rank.rank == 0
-    threads, minutes = threads_for(settings.threads, rank), settings.timeout_minutes
+    settings, first, threads = job.settings, rank.rank == 0, threads_for(job.settings.threads, rank)
     with (
         runtime(
-            rank, job.mesh, device=settings.device, threads=threads, timeout_minutes=minutes, training=True
+            rank,
+            job.mesh,
+            device=settings.device,
+            threads=threads,
+            timeout_minutes=settings.timeout_minutes,
+            training=True,
         ) as here,
         Progress(shown=first) as progress,
     ):
@@ -44,27 +48,24 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
         if not behind["step"]:
             tracker.table("samples", ("tokens", "documents", "text"), job.samples, 0)
         progress.start("training, steps", settings.steps, done=behind["step"])
-        ended = {"step": behind["step"], "loss": math.nan, "stopped": False}
-        for step, figures, data, last in steps(trained, here, job, behind):
+        ended = {"step": behind["step"], "loss": math.nan}
+        for step, figures, data, last in steps(trained, here, job, behind, stop):
             tracker.log(figures, step)
-            progress.step(note=f"loss {figures['loss']:.4f}, {figures['tokens_per_s']:,.0f} tokens/s")
-            stopping = not last and stop.agreed(here.world)
-            ended = {"step": step, "loss": figures["loss"], "stopped": stopping}
-            if last or stopping or step % job.saving.every == 0:
+            ended = {"step": step, "loss": figures["loss"]}
+            progress.step(note=f"loss {ended['loss']:.4f}, {figures['tokens_per_s']:,.0f} tokens/s")
+            if last or step % job.saving.every == 0:
                 saved.save(trained, step, {"data": data, "run_id": run_id, "config": dict(job.config)})
             else:
                 saved.poll()
-            if stopping:
-                break
         saved.poll(wait=True)
-        place = saved.latest
-        tracker.artifact(f"checkpoint-{run_id}", "checkpoint", place)
+        tracker.artifact(f"checkpoint-{run_id}", "checkpoint", saved.latest)
         tracker.finish()
-    if ended["stopped"]:
-        tell(f"stopped behind step {ended['step']}, as asked: the same command goes on")
-    elif ended["step"] < settings.steps:
-        tell(f"the text ended behind step {ended['step']}: data.epochs={job.data.epochs}")
-    return {**ended, "checkpoint": str(place)}
+    if ended["step"] < settings.steps:
+        why = (
+            "stopped {}, as asked: the same command goes on" if stop.agreed_on else "the text ended {}: data.epochs={}"
+        )
+        tell(why.format(f"behind step {ended['step']}", job.data.epochs))
+    return {**ended, "checkpoint": str(saved.latest), "stopped": stop.agreed_on}
 
 
 def built(here: Any, job: Job) -> Any:
@@ -105,8 +106,13 @@ def resumed(trained: Any, job: Job, tell: Callable[[str], None]) -> dict[str, An
     return behind
 
 
-def steps(trained: Any, here: Any, job: Job, behind: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any], Any, bool]]:
-    """Train, step by step: its number, its figures, where the data stands behind it, and whether it is the last."""
+def steps(
+    trained: Any, here: Any, job: Job, behind: dict[str, Any], stop: StopRequest
+) -> Iterator[tuple[int, dict[str, Any], Any, bool]]:
+    """Train, step by step: its number, its figures, where the data stands behind it, and whether it is the last.
+
+    What is measured does not depend on whether the run was asked to stop there.
+    """
     from longctx.attention.backends import checked_kernel
     from longctx.data.batches import left_out, training_batches
     from longctx.parallel.strategy import STRATEGIES
@@ -134,7 +140,10 @@ def steps(trained: Any, here: Any, job: Job, behind: dict[str, Any]) -> Iterator
         figures |= {f"data/{count}": n for count, n in left_out(data).items()}
         if held_out and (last or step % job.evaluation.every == 0):
             figures |= measured(trained, held_out, here, how, job)
-        yield step, figures, data, last
+        stopping = not last and stop.agreed(here.world, here.device)
+        yield step, figures, data, last or stopping
+        if stopping:
+            return
 
 
 def with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:

@@ -36,7 +36,8 @@ def frozen(plan: Plan, work: Path) -> Path:
     for task in plan.tasks:
         task.folder.mkdir(exist_ok=True)
         OmegaConf.save(task.config, task.folder / "config.yaml", resolve=True)
-        (task.folder / "failures").unlink(missing_ok=True)
+        for left in ("failures", "failure.txt"):
+            (task.folder / left).unlink(missing_ok=True)
     script = plan.run / "job.sbatch"
     script.write_text(script_of(plan, work, commit_of(ROOT)))
     return script

@@ -1,7 +1,7 @@
 """Asked to stop, before the time is over: every rank hears of it at the same step, saves, and the run goes on later."""
 
 import signal
-from types import FrameType
+from typing import Any
 
 import torch
 
@@ -12,16 +12,17 @@ SIGNAL = signal.SIGUSR1  # what Slurm sends ahead of a time limit or of pre-empt
 
 
 class StopRequest:
-    """Listens from now on; `agreed` once a step, on every rank."""
+    """Listens from now on; ask `agreed` once a step, on every rank.  ``agreed_on`` is its last answer."""
 
     def __init__(self) -> None:
-        self._heard = False
+        self._heard = self.agreed_on = False
         signal.signal(SIGNAL, self._hear)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _hear(self, *_: Any) -> None:
         self._heard = True
 
-    def agreed(self, world: Comm) -> bool:
+    def agreed(self, world: Comm, device: torch.device) -> bool:
         """Whether any rank of ``world`` has been asked; the same answer on all of them."""
-        heard: Tensor = torch.tensor([int(self._heard)])
-        return any(bool(each.item()) for each in world.all_gather(heard, [(1,)] * world.size))
+        heard: Tensor = torch.tensor([int(self._heard)], device=device)
+        self.agreed_on = any(bool(each.item()) for each in world.all_gather(heard, [(1,)] * world.size))
+        return self.agreed_on
