@@ -33,7 +33,12 @@ def ends(run: Path) -> list[Ended]:
     for file in (run / "ranks").glob("*.end"):
         at, host, code = file.read_text().split()
         found.append(Ended(int(file.stem), float(at), host, int(code)))
-    return sorted(found, key=lambda end: (end.code <= 128, end.at))
+    return sorted(found, key=lambda end: (_guilt(end.code), end.at))
+
+
+def _guilt(code: int) -> int:
+    """Killed by something; failed; ended by srun because another had."""
+    return 2 if code == 128 + signal.SIGTERM else 0 if code > 128 else 1
 
 
 def report(run: Path, code: int) -> str:

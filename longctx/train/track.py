@@ -9,6 +9,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -223,7 +224,8 @@ class Wandb:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         if (folder / MANIFEST).is_file():
-            self._run.save(str(folder / MANIFEST), base_path=str(folder), policy="now")
+            there = shutil.copy2(folder / MANIFEST, self._run.dir)  # as it is now: the next start has another
+            self._run.save(there, base_path=self._run.dir, policy="now")
         say(f"W&B run {run_id}: {self._run.url or f'offline, in {folder}/wandb'}")
 
     def log(self, figures: Figures, step: int) -> None:

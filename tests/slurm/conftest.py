@@ -45,13 +45,13 @@ class Job:
         shown = self.cluster.says("scontrol", "show", "job", str(self.number))
         return int(shown.partition("Restarts=")[2].split()[0])
 
-    def ends(self, state: str = "COMPLETED", seconds: float = 120) -> None:
+    def ends(self, state: str = "COMPLETED", seconds: float = 500) -> None:
         """Wait for the job's end; AssertionError, with its logs, if it is another than ``state``."""
         wait_until(lambda: self.states <= set(OVER), seconds, lambda: f"job {self.number} ends: {self.logs()}")
         assert self.states == {state}, self.logs()
 
     def runs(self) -> None:
-        wait_until(lambda: self.states == {"RUNNING"}, 60, lambda: f"job {self.number} runs")
+        wait_until(lambda: self.states == {"RUNNING"}, 300, lambda: f"job {self.number} runs")
 
     def logs(self) -> str:
         """All that the job has said."""

@@ -15,9 +15,10 @@ from longctx import kept
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.conftest import Job, Submit
 
-pytestmark = pytest.mark.slurm
+# Far more than they take: other work may have the cores.
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 RUN = ("recipe=pretrain", "experiment=tiny", "data.length=61", "data.batch=2", "threads=1", "evaluate.every=0")
-TWO = ("mesh.ring=2", "nodes=2", "checkpoint.every=5", "time=9")
+TWO = ("mesh.ring=2", "nodes=2", "checkpoint.every=5", "time=30")
 STEPS = 150
 
 
@@ -32,7 +33,7 @@ def steps_done(job: Job) -> int:
 
 
 def reaches(job: Job, steps: int) -> None:
-    wait_until(lambda: steps_done(job) >= steps, 100, lambda: f"step {steps} of job {job.number}: {job.logs()}")
+    wait_until(lambda: steps_done(job) >= steps, 500, lambda: f"step {steps} of job {job.number}: {job.logs()}")
 
 
 def pid_of(job: Job, rank: int) -> int:
@@ -73,7 +74,7 @@ if not began.exists():
 
 
 def test_before_the_time_limit_a_run_is_asked_to_stop_and_queued_again(submitted, tmp_path):
-    """Slurm's own clock.  In place of the recipe something that can stop at any time, since this is about the script."""
+    """By Slurm's own clock.  What can stop at any time is in place of the recipe: this is about the script."""
     (tmp_path / "stops.py").write_text(RECIPE)
     stops = f"launcher.container={sys.executable} {tmp_path / 'stops.py'} {tmp_path / 'began'}"
     job = submitted(*RUN, "steps=1", "time=1", "warning=50", f"run={tmp_path / 'run'}", stops)
@@ -89,11 +90,11 @@ def test_a_killed_rank_and_a_signal_leave_no_mark_on_the_curve(submitted, whole,
     job = submitted(*RUN, *TWO, f"steps={STEPS}", "track=wandb", f"run={folder / 'hit'}")
     reaches(job, 7)
     os.kill(pid_of(job, 1), signal.SIGKILL)
-    wait_until(lambda: job.restarts == 1 and job.states == {"RUNNING"}, 60, job.logs)
+    wait_until(lambda: job.restarts == 1 and job.states == {"RUNNING"}, 300, job.logs)
     told = (job.run / "failure.txt").read_text()
     assert told.startswith(f"rank 1 on n2 was killed by SIGKILL; its last lines, of {job.run}/ranks/1.log:\n"), told
     assert re.search(r"^\+\d.* s: rank 0 on n1 exited with 1: .*lost rank 1", told, re.MULTILINE), told
-    wait_until(lambda: "going on behind step" in (job.run / "ranks" / "0.log").read_text(), 100, job.logs)
+    wait_until(lambda: "going on behind step" in (job.run / "ranks" / "0.log").read_text(), 500, job.logs)
     before = steps_done(job)
     reaches(job, before + 2)
     job.cluster.says("scancel", "--batch", "--signal=USR1", str(job.number))
@@ -128,7 +129,7 @@ def test_a_node_that_dies_is_replaced_and_the_run_goes_on(submitted, whole, fold
     job = submitted(*RUN, *TWO, f"steps={STEPS}", f"run={folder / 'node'}", "launcher.sbatch=['--exclude=n1']")
     reaches(job, 7)
     cluster.kill_node("n3")
-    wait_until(lambda: "down" in cluster.says("sinfo", "-h", "-n", "n3", "-o", "%T"), 60, job.logs)
+    wait_until(lambda: "down" in cluster.says("sinfo", "-h", "-n", "n3", "-o", "%T"), 300, job.logs)
     cluster.start_node("n3")
     job.ends()
     assert job.restarts >= 1 and curve(job.run) == whole
@@ -139,7 +140,7 @@ def test_a_rank_that_hangs_ends_the_job_which_says_who_waited_for_what(submitted
     reaches(job, 3)
     os.kill(pid_of(job, 1), signal.SIGSTOP)
     began = time.monotonic()
-    job.ends("FAILED", 120)
+    job.ends("FAILED")
     assert time.monotonic() - began > 50, "it was another failure"
     told = (job.run / "failure.txt").read_text()
     assert told.startswith("rank 0 on n1 exited with 1; its last lines") and re.search("lost rank 1|Timed out", told)
@@ -148,7 +149,7 @@ def test_a_rank_that_hangs_ends_the_job_which_says_who_waited_for_what(submitted
 def test_ranks_lie_on_nodes_in_the_order_of_the_mesh(submitted, tmp_path):
     """The first axis, tensor parallel, is inside of a node."""
     words = ("launcher.container=bash -c 'echo $SLURM_PROCID $(hostname)' say", f"run={tmp_path / 'run'}")
-    job = submitted(*RUN, "mesh.tp=2", "mesh.ring=2", "nodes=2", "steps=1", "time=5", *words)
+    job = submitted(*RUN, "mesh.tp=2", "mesh.ring=2", "nodes=2", "steps=1", "time=30", *words)
     job.ends()
     told = [(job.run / "ranks" / f"{rank}.log").read_text().split() for rank in range(4)]
     assert told == [["0", "n1"], ["1", "n1"], ["2", "n2"], ["3", "n2"]]
