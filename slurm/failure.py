@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LINES = 30  # of the log of the rank that failed
+NOISE = ("Set the environment variable HYDRA_FULL_ERROR", "wandb:")  # behind the last word, or no word at all
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def report(run: Path, code: int) -> str:
 
 def _last(file: Path, count: int) -> str:
     lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
-    return "\n".join(f"  {line}" for line in [line for line in lines if line.strip()][-count:])
+    told = [line for line in lines if line.strip() and not line.startswith(NOISE)]
+    return "\n".join(f"  {line}" for line in told[-count:])
 
 
 if __name__ == "__main__":

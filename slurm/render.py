@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from slurm.plan import Plan
+from slurm.settings import NOT_YET
 
 TEMPLATE = Path(__file__).with_name("job.sbatch")
 
@@ -36,6 +37,7 @@ def script_of(plan: Plan, work: Path, commit: str) -> str:
 
 def directives(plan: Plan) -> list[str]:
     """The options of sbatch."""
+    before = ":".join("JOB" if job == NOT_YET else str(job) for job in plan.settings.jobs_before)
     settings, launcher, each = plan.settings, plan.launcher, plan.ranks_per_node
     log = plan.run / "%a" / "job.log" if plan.is_array else plan.run / "job.log"
     limit = f"%{settings.parallel}" if settings.parallel else ""
@@ -51,14 +53,17 @@ def directives(plan: Plan) -> list[str]:
         "account": launcher.account,
         "qos": launcher.qos,
         "array": f"0-{len(plan.tasks) - 1}{limit}" if plan.is_array else None,
-        "dependency": ":".join(["afterok", *map(str, settings.jobs_before)]) if settings.jobs_before else None,
-        "kill-on-invalid-dep": "yes" if settings.jobs_before else None,
+        "dependency": f"afterok:{before}" if before else None,
+        "kill-on-invalid-dep": "yes" if before else None,
         "signal": f"B:USR1@{settings.warning_s}",
         "open-mode": "append",
         "output": log,
     }
     further = [option.removeprefix("--") for option in launcher.sbatch]
-    return [f"{name}={value}" for name, value in asked.items() if value is not None] + ["requeue", *further]
+    return [f"{name}={shlex.quote(str(value))}" for name, value in asked.items() if value is not None] + [
+        "requeue",
+        *further,
+    ]
 
 
 def _settings(plan: Plan) -> str:

@@ -10,6 +10,7 @@ What the recipe would refuse is refused before anything is queued.  ``dry_run=tr
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from slurm import cluster
 from slurm.freeze import frozen, refuse_unwritable_run
 from slurm.plan import Plan, forget, planned
 from slurm.render import script_of
-from slurm.settings import divided, settings_of
+from slurm.settings import NOT_YET, divided, settings_of
 
 JOB = "job.id"
 
@@ -56,8 +57,7 @@ def plans_of(words: Sequence[str]) -> list[Plan]:
     for line in steps_of(settings.pipeline):
         mine, theirs = divided(line)
         settings, launcher = settings_of([*shared, *mine])
-        # Any number will do for the job before: what is refused may be what it makes.
-        settings = replace(settings, after=settings.after or (1,)) if plans else settings
+        settings = replace(settings, after=(*settings.jobs_before, NOT_YET)) if plans else settings
         plans.append(_checked(planned(settings, launcher, theirs)))
     return plans
 
@@ -91,7 +91,7 @@ def _checked(plan: Plan) -> Plan:
 
 def _refuse_busy(run: Path) -> None:
     known = run / JOB
-    if known.is_file() and cluster.is_active(int(known.read_text())):
+    if known.is_file() and shutil.which("squeue") and cluster.is_active(int(known.read_text())):
         job = known.read_text().strip()
         raise ValueError(f"run={run} belongs to job {job}, which waits or runs: scancel {job}, or give another folder")
 
@@ -100,7 +100,8 @@ def submit(plans: Sequence[Plan]) -> list[int]:
     """Freeze and queue ``plans``, each after the one before; say where they are."""
     jobs: list[int] = []
     for plan in plans:
-        then = replace(plan, settings=replace(plan.settings, after=tuple(jobs[-1:]))) if jobs else plan
+        known = [job for job in plan.settings.jobs_before if job != NOT_YET]
+        then = replace(plan, settings=replace(plan.settings, after=(*known, *jobs[-1:])))
         script = frozen(then, Path.cwd())
         if plan.launcher.how == "local":
             _run_here(then, script)

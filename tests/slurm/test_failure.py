@@ -17,7 +17,7 @@ def ended(tmp_path):
 
 
 def test_a_killed_rank_comes_before_those_who_missed_it(ended, tmp_path):
-    ended(0, 100.0, "n1", 1, "LostPeer: lost rank 3\n")
+    ended(0, 100.0, "n1", 1, "LostPeer: lost rank 3\n\nSet the environment variable HYDRA_FULL_ERROR=1\n")
     ended(3, 100.25, "n2", 137, "step 1\nstep 2\n\n")
     lines = report(tmp_path, 143).splitlines()
     assert lines[0] == f"rank 3 on n2 was killed by SIGKILL; its last lines, of {tmp_path}/ranks/3.log:"

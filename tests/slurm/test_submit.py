@@ -69,6 +69,14 @@ def test_the_stable_command_prints_a_script(tmp_path):
     assert done.stdout.startswith("#!/bin/bash\n#SBATCH --job-name=generate\n")
 
 
+def test_a_pipeline_s_steps_come_after_one_another(script, tmp_path):
+    steps = [f"- {' '.join(TINY)} run=run", "- recipe=export checkpoint=run to=hf run=out after=7"]
+    (tmp_path / "steps.yaml").write_text("\n".join(steps))
+    first, second = script("pipeline=steps.yaml", "launcher.partition=night").split("#!/bin/bash\n")[1:]
+    assert "dependency" not in first and "#SBATCH --dependency=afterok:7:JOB\n" in second
+    assert first.count("--partition=night") == second.count("--partition=night") == 1
+
+
 def test_free_text_reaches_the_recipe_as_it_is(script):
     """What bash makes of the script's words is what was typed."""
     text = """it's "a" (long), $HOME; `x` \\ text = 1"""
@@ -157,8 +165,11 @@ def test_here_and_now_it_is_the_same_script(tmp_path, monkeypatch, capfd):
     """launcher=local: a sweep of two, of the code as it was frozen."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.chdir(tmp_path)
-    submit.main([*TINY, "launcher=local", "steps=1,2", "run=run", "evaluate.every=0", "launcher.container=env MARK=1"])
-    assert capfd.readouterr().out.startswith(f"run {tmp_path}/run\n")
+    marked = "launcher.setup=['echo print(123456789) >> $source/recipes/__init__.py']"
+    words = ("launcher=local", "steps=1,2", "run=run", "evaluate.every=0", "launcher.container=env MARK=1", marked)
+    submit.main([*TINY, *words])
+    out = capfd.readouterr().out
+    assert out.startswith(f"run {tmp_path}/run\n") and "123456789" in out, "another source was run"
     for number, steps in enumerate((1, 2)):
         lines = (tmp_path / "run" / str(number) / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
