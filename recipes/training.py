@@ -136,14 +136,17 @@ def steps(
         did = train_step(trained, batch, timed, how)
         cost = meter.end([n for lengths in batch.lengths for n in lengths])
         figures = {"loss": did.loss, "grad_norm": did.grad_norm, "tokens": did.tokens, "lr": did.rate, **cost.figures()}
-        figures["tokens_per_s"] = parts * cost.tokens / cost.seconds
-        figures |= {f"data/{count}": n for count, n in left_out(data).items()}
+        figures |= {
+            "tokens_per_s": parts * cost.tokens / cost.seconds,
+            **{f"data/{count}": n for count, n in left_out(data).items()},
+        }
         if held_out and (last or step % job.evaluation.every == 0):
             figures |= measured(trained, held_out, here, how, job)
-        stopping = not last and stop.agreed(here.world, here.device)
-        yield step, figures, data, last or stopping
-        if stopping:
-            return
+        ends = last or stop.agreed(here.world, here.device)
+        yield step, figures, data, ends
+        if ends:
+            break
+    stop.over()
 
 
 def with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:

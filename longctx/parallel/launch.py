@@ -12,7 +12,8 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
@@ -97,14 +98,15 @@ def run_ranks(world: int, rank_main: Callable[..., Any], *args: Any) -> list[Any
         try:
             for process in processes:
                 process.start()
-            _pass_on(signal.SIGUSR1, processes)
-            _wait_for_all(processes, Path(folder))
+            with _passed_on(signal.SIGUSR1, processes):
+                _wait_for_all(processes, Path(folder))
         finally:
             _end(processes)
         return [_read(Path(folder, f"result{i}")) for i in range(world)]
 
 
-def _pass_on(number: int, processes: list[ForkServerProcess]) -> None:
+@contextmanager
+def _passed_on(number: int, processes: list[ForkServerProcess]) -> Iterator[None]:
     """Whoever signals the recipe means its ranks."""
 
     def to_all(*_: Any) -> None:
@@ -112,8 +114,14 @@ def _pass_on(number: int, processes: list[ForkServerProcess]) -> None:
             if process.pid and process.is_alive():
                 os.kill(process.pid, number)
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(number, to_all)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, to_all)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def _run_one(

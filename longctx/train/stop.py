@@ -26,3 +26,10 @@ class StopRequest:
         heard: Tensor = torch.tensor([int(self._heard)], device=device)
         self.agreed_on = any(bool(each.item()) for each in world.all_gather(heard, [(1,)] * world.size))
         return self.agreed_on
+
+    def over(self) -> None:
+        """It ends by itself now, and being asked again changes nothing.
+
+        Python gives its own handlers back while it ends, and the signal would kill what it then meets.
+        """
+        signal.signal(SIGNAL, signal.SIG_IGN)

@@ -165,7 +165,7 @@ def test_here_and_now_it_is_the_same_script(tmp_path, monkeypatch, capfd):
     """launcher=local: a sweep of two, of the code as it was frozen."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.chdir(tmp_path)
-    marked = "launcher.setup=['echo print(123456789) >> $source/recipes/__init__.py']"
+    marked = "launcher.setup=['echo \"print(123456789)\" >> $source/recipes/__init__.py']"
     words = ("launcher=local", "steps=1,2", "run=run", "evaluate.every=0", "launcher.container=env MARK=1", marked)
     submit.main([*TINY, *words])
     out = capfd.readouterr().out

@@ -101,7 +101,7 @@ def test_a_killed_rank_and_a_signal_leave_no_mark_on_the_curve(submitted, whole,
     reaches(job, before + 2)
     job.cluster.says("scancel", "--batch", "--signal=USR1", str(job.number))
     job.ends()
-    assert job.restarts == 2
+    assert job.restarts == 2 and (job.run / "failures").read_text() == "1\n", "to stop as asked is no failure"
     (stopped,) = re.findall(r"stopped behind step (\d+), as asked", (job.run / "ranks" / "0.log").read_text())
     assert f"going on behind step {stopped}, from" in (job.run / "ranks" / "0.log").read_text(), "nothing is done twice"
     assert curve(job.run) == whole
