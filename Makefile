@@ -20,7 +20,7 @@ test-gpu: $(READY) ## what needs a GPU, on a machine with one
 	$(BIN)/python -m pytest tests/gpu
 
 slurm: ## a real Slurm for its tests, installed where this is root and there is apt-get; they are skipped where not
-	@command -v slurmctld slurmd munged sbatch >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+	@(for each in slurmctld slurmd munged sbatch; do command -v $$each >/dev/null || exit 1; done) || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
 		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null; } \
 		|| echo "Slurm is not here and cannot be installed: its tests are skipped"
 
