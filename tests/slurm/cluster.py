@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "unshare")
+COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "unshare", "setpriv")
 CPUS = 8  # of a node, as Slurm is told; there are no more than this machine has
 
 CONF = """\
@@ -151,7 +151,8 @@ class Cluster:
     def _daemon(self, name: str, *command: str) -> None:
         with (self.folder / "log" / f"{name}.out").open("ab") as log:
             self._daemons[name] = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment, cwd=self.folder,
+                ["setpriv", "--pdeathsig", "TERM", *command],  # not to outlive tests that are killed
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment, cwd=self.folder,
                 start_new_session=True,
             )  # fmt: skip
 
