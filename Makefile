@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 # A file's tests stay in one process, in their order: they share fixtures, and warm ranks.
 TWO_AT_ONCE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-gpu lint format clean
+.PHONY: help demo test test-gpu slurm lint format clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -14,12 +14,17 @@ help: ## what there is to make
 demo: $(READY) ## a real model answers from a long real document, over 2 ranks; figures in outputs/demo/result.json
 	$(BIN)/python -m recipes.generate experiment=demo
 
-test: $(READY) ## the whole test suite
+test: $(READY) slurm ## the whole test suite
 	$(BIN)/python -m pytest $(TWO_AT_ONCE)
 
 test-gpu: $(READY) ## what needs a GPU, on a machine with one
 	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { echo "no CUDA device here"; exit 1; }
 	$(BIN)/python -m pytest tests/gpu
+
+slurm: ## a real Slurm for its tests, installed where this is root and there is apt-get; they are skipped where not
+	@(for each in slurmctld slurmd munged sbatch; do command -v $$each >/dev/null || exit 1; done) || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null; } \
+		|| echo "Slurm is not here and cannot be installed: its tests are skipped"
 
 lint: $(READY) ## ruff, mypy, import-linter, codespell
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ from longctx.parallel.launch import rank_from_environment
 from longctx.schema import Track
 from recipes.job import refuse_unwritable_folder
 from recipes.machine import provenance
+from recipes.manifest import record
 from recipes.start import console, main, on_ranks, say, section, top_level, warm_up_ranks
 
 WARM = ("longctx.infer.engine", "eval.score", "eval.decode", "eval.ranks")
@@ -242,6 +243,7 @@ def task(config: DictConfig) -> None:
     """Refuse what cannot be done; answer, variant by variant; report; exit code 3 if the gate fails."""
     warm_up_ranks(WARM)
     job = prepare(config)
+    record(config)
     kept = [answer(job, number) for number in range(len(job.variants))]
     here = rank_from_environment(os.environ)
     if here and here.rank:

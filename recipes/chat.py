@@ -29,6 +29,7 @@ from longctx.spd.plan import SPDPlan
 from recipes.calibrate import hardware_from, measured
 from recipes.dropping import plan_of
 from recipes.machine import provenance
+from recipes.manifest import record
 from recipes.progress import Progress
 from recipes.start import (
     console,
@@ -273,6 +274,7 @@ def task(config: DictConfig) -> None:
     """Refuse what cannot be done; run the ranks; write what the first one gives."""
     warm_up_ranks(["longctx.infer.engine", "longctx.infer.store", "longctx.infer.generate", "recipes.progress"])
     job = prepare(config)
+    record(config)
     turns = on_ranks(job.mesh, run_rank, job)
     if turns is None:
         return

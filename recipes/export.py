@@ -56,13 +56,19 @@ def run_rank(rank: Rank, place: Path, described: Path, dtype: str, to: Path) -> 
         export.save(net, shape, to, described)
 
 
-def task(config: DictConfig) -> None:
-    """Refuse what cannot be done; export on one rank."""
-    warm_up_ranks(["longctx.megatron.checkpoint", "longctx.megatron.export"])
+def prepare(config: DictConfig) -> tuple[Path, Path]:
+    """The checkpoint, and the folder to write.  Raises ValueError if one is not there, or the other is."""
     settings = top_level(config, Settings)
     place, to = checkpoint_of(settings.checkpoint), Path(settings.to).expanduser()
     if to.exists():
         raise ValueError(f"to={settings.to} is there already: give a folder that is not, or move it away")
+    return place, to
+
+
+def task(config: DictConfig) -> None:
+    """Refuse what cannot be done; export on one rank."""
+    warm_up_ranks(["longctx.megatron.checkpoint", "longctx.megatron.export"])
+    place, to = prepare(config)
     told = kept.about(place)
     if dropped := told["config"].get("dropped"):
         raise ValueError(

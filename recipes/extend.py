@@ -15,7 +15,8 @@ from pydantic import PositiveFloat, PositiveInt
 
 from longctx.pretrained import locate, tensor_files
 from longctx.schema import ModelSource
-from recipes.job import job_of
+from recipes.job import Job, job_of
+from recipes.manifest import record
 from recipes.pretrain import WARM
 from recipes.start import main, on_ranks, say, section, warm_up_ranks
 from recipes.training import run_rank, show
@@ -54,13 +55,19 @@ def changed_fields(source: Path, asked: Extension) -> dict[str, Any]:
     return {**fields, "rope_parameters": rope} if rope != dict(config.rope_parameters) else fields
 
 
-def task(config: DictConfig) -> None:
-    """Refuse what cannot be done; run the ranks; show what the first one gives."""
-    warm_up_ranks([*WARM, "recipes.training"])
+def prepare(config: DictConfig) -> Job:
+    """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
     source = locate(section(config, "model", ModelSource), say)
     tensor_files(source)  # refuses a folder without weights
     changed = changed_fields(source, section(config, "extend", Extension))
-    job = job_of(config, source, changed, weights=source)
+    return job_of(config, source, changed, weights=source)
+
+
+def task(config: DictConfig) -> None:
+    """Refuse what cannot be done; run the ranks; show what the first one gives."""
+    warm_up_ranks([*WARM, "recipes.training"])
+    job = prepare(config)
+    record(config)
     ended = on_ranks(job.mesh, run_rank, job)
     if ended is not None:
         show(job, ended)

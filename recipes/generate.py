@@ -27,6 +27,7 @@ from longctx.schema import Context, Mesh, ModelShape, ModelSource, PromptSource,
 from longctx.spd.plan import SPDPlan
 from recipes.dropping import plan_of
 from recipes.machine import provenance
+from recipes.manifest import record
 from recipes.progress import Progress
 from recipes.start import (
     console,
@@ -279,6 +280,7 @@ def task(config: DictConfig) -> None:
     """Refuse what cannot be done; run the ranks; write and show what the first one gives."""
     warm_up_ranks(["longctx.infer.engine", "longctx.infer.generate", "recipes.progress"])
     job = prepare(config)
+    record(config)
     figures = on_ranks(job.mesh, run_rank, job)
     if figures is None:
         return

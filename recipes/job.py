@@ -18,7 +18,7 @@ from longctx.schema import Context, DataSettings, Mesh, ModelShape, ModelSource,
 from longctx.spd.plan import SPDPlan
 from recipes.calibrate import hardware_from
 from recipes.dropping import plan_of
-from recipes.machine import provenance
+from recipes.machine import hardware, provenance
 from recipes.start import section, top_level
 
 BYTES_OF_A_WEIGHT = 4 + 3 * 4  # itself, and in float32 the optimizer's copy and its two moments
@@ -133,7 +133,12 @@ def job_of(config: DictConfig, source: Path, changed: Mapping[str, Any], weights
         saving=section(config, "checkpoint", Saving),
         settings=settings,
         peak_flops=hardware_from(settings.hardware).peak_flops if settings.hardware else None,
-        config={**provenance(), **_plain(config), "dropped": [plan.tp, *plan.dropped] if plan else []},
+        config={
+            **provenance(),
+            "machine": hardware(),
+            **_plain(config),
+            "dropped": [plan.tp, *plan.dropped] if plan else [],
+        },
         samples=first_of(data, tokenizer, mesh.dp),
     )
     if job.test:

@@ -9,7 +9,8 @@ from omegaconf import DictConfig
 
 from longctx.pretrained import locate
 from longctx.schema import ModelSource
-from recipes.job import job_of
+from recipes.job import Job, job_of
+from recipes.manifest import record
 from recipes.start import main, on_ranks, say, section, warm_up_ranks
 from recipes.training import run_rank, show
 
@@ -24,11 +25,16 @@ WARM = [
 ]
 
 
+def prepare(config: DictConfig) -> Job:
+    """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
+    return job_of(config, locate(section(config, "model", ModelSource), say), {}, weights=None)
+
+
 def task(config: DictConfig) -> None:
     """Refuse what cannot be done; run the ranks; show what the first one gives."""
     warm_up_ranks([*WARM, "recipes.training"])
-    source = locate(section(config, "model", ModelSource), say)
-    job = job_of(config, source, {}, weights=None)
+    job = prepare(config)
+    record(config)
     ended = on_ranks(job.mesh, run_rank, job)
     if ended is not None:
         show(job, ended)

@@ -22,6 +22,7 @@ from longctx.spd.plan import SavedPlan, SPDPlan, order_from, within
 from longctx.spd.text import Text
 from recipes import spd_sensitivity
 from recipes.calibration import blocks_of, calibration_of, kept_lines
+from recipes.manifest import record
 from recipes.progress import Progress
 from recipes.start import console, main, on_ranks, say, section, warm_up_ranks
 
@@ -234,6 +235,7 @@ def task(config: DictConfig) -> None:
     """Refuse what cannot be done; measure and repair; put the result together and show it."""
     warm_up_ranks((*spd_sensitivity.WARM, "longctx.megatron.repair"))
     job = prepare(config)
+    record(config)
     found = on_ranks(job.sensitivity.subject.mesh, run_rank, job)
     if found is not None:
         rows = finish(job, found)

@@ -24,6 +24,7 @@ from longctx.spd.text import Text
 from recipes.bench.picture import bars
 from recipes.calibration import Subject, append_line, blocks_of, calibration_of, kept_lines, subject_of
 from recipes.machine import provenance
+from recipes.manifest import record
 from recipes.progress import Progress
 from recipes.start import console, main, on_ranks, say, section, warm_up_ranks, written
 
@@ -194,6 +195,7 @@ def task(config: DictConfig) -> None:
     """Refuse what cannot be done; measure; write and show what was found."""
     warm_up_ranks(WARM)
     job = prepare(config)
+    record(config)
     result = on_ranks(job.subject.mesh, run_rank, job)
     if result is not None:
         keep(job, result)

@@ -1,6 +1,7 @@
 """How a recipe starts: the command line becomes a typed configuration, an error a line and an exit code.
 
-Exit codes: 0 done; 2 the command line asks for what cannot be done (nothing was started); 1 a rank failed.
+Exit codes: 0 done; 2 the command line asks for what cannot be done (nothing was started); 1 a rank failed;
+75 asked to stop (SIGUSR1), and saved: the same command goes on.
 """
 
 import json
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
@@ -49,6 +52,7 @@ FREE_TEXT = (
     "fitted",
     "rate",
 )
+STOPPED = 75  # the exit code of a run that goes on later; EX_TEMPFAIL of sysexits.h
 Section = TypeVar("Section")
 # A file has no width: tables are not to be cut there.
 console = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else 140)
@@ -56,22 +60,51 @@ console = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sy
 
 def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
     """Compose ``configs/<config_name>.yaml`` with the command line's overrides, and run ``task`` on it."""
-    sys.argv[1:] = _reporting(lambda: _composable(config_name, sys.argv[1:]))
+    sys.argv[1:] = reporting(lambda: _composable(config_name, sys.argv[1:]))
     run = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
-    run(lambda config: _reporting(lambda: task(config)))()
+    run(lambda config: reporting(lambda: task(_with_own_out(config))))()
 
 
 def _composable(config_name: str, words: Sequence[str]) -> list[str]:
     """``words`` as Hydra takes them.  Raises ValueError, in a line, for what it would answer in twenty."""
-    overrides = [override for word in words for override in _overrides(word)]
+    overrides = as_overrides(words)
     if not any(word.startswith("-") for word in words):
-        try:
-            with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-                hydra.compose(config_name, overrides)
-        except (HydraException, OmegaConfBaseException) as error:
-            says = str(error).partition("Config search path")[0].partition("See https://")[0]
-            raise ValueError(" ".join(says.split())) from error
+        composed(config_name, overrides)
     return overrides
+
+
+def as_overrides(words: Sequence[str]) -> list[str]:
+    """``words`` of a command line in Hydra's grammar.  Raises ValueError for a model that is not known."""
+    return [override for word in words for override in _overrides(word)]
+
+
+def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """What a recipe with these ``overrides`` is given.  Raises ValueError, in a line, if they do not fit it."""
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+            return hydra.compose(config_name, list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        says = str(error).partition("Config search path")[0].partition("See https://")[0]
+        raise ValueError(" ".join(says.split())) from error
+
+
+def own_out(out: str, number: int | str) -> str:
+    """``out`` of run ``number`` of a sweep: a folder of its own in it, or, of a file, beside it."""
+    given = Path(out)
+    return str(given.parent / str(number) / given.name) if is_file_name(out) else str(given / str(number))
+
+
+def is_file_name(out: str) -> bool:
+    """Whether ``out`` names a file that recipes write, and not a run's folder."""
+    return Path(out).suffix in (".json", ".jsonl", ".yaml", ".yml", ".svg")
+
+
+def _with_own_out(config: DictConfig) -> DictConfig:
+    """``config``; in a sweep (--multirun) with an ``out`` that no other run of it writes to."""
+    here = HydraConfig.get()
+    if here.mode == RunMode.MULTIRUN and config.get("out"):
+        config.out = own_out(config.out, here.job.num)
+    return config
 
 
 def section(config: DictConfig, name: str, kind: type[Section]) -> Section:
@@ -158,7 +191,8 @@ def written(out: str, result: Mapping[str, Any]) -> None:
     console.print(f"written to {out}")
 
 
-def _reporting(work: Callable[[], Any]) -> Any:
+def reporting(work: Callable[[], Any]) -> Any:
+    """What ``work`` gives; its failures become a line and an exit code."""
     try:
         return work()
     except ValueError as error:
@@ -190,7 +224,7 @@ def _overrides(word: str) -> list[str]:
     if key != "model" or not equals:
         return [word]
     known = sorted({path.stem for path in (CONFIGS / "model").glob("*.yaml")} - {"folder", "settings"})
-    if value in known:
+    if value in (*known, "folder"):  # a folder's name is in its own setting then
         return [word]
     if Path(value).expanduser().is_dir() or value.count("/") == 1:
         name = Path(value).expanduser().name

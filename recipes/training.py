@@ -1,6 +1,7 @@
 """What recipes.pretrain and recipes.extend share: every rank runs the same loop, and a run resumes."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -11,9 +12,10 @@ from rich.table import Table
 
 from longctx import kept
 from longctx.parallel.launch import Rank
+from longctx.train.stop import StopRequest
 from recipes.job import Job
 from recipes.progress import Progress
-from recipes.start import console, say, threads_for
+from recipes.start import STOPPED, console, say, threads_for
 
 
 def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
@@ -22,11 +24,16 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
     from longctx.megatron.runtime import runtime
     from longctx.train.track import start_tracking
 
-    settings, first = job.settings, rank.rank == 0
-    threads, minutes = threads_for(settings.threads, rank), settings.timeout_minutes
+    stop = StopRequest()
+    settings, first, threads = job.settings, rank.rank == 0, threads_for(job.settings.threads, rank)
     with (
         runtime(
-            rank, job.mesh, device=settings.device, threads=threads, timeout_minutes=minutes, training=True
+            rank,
+            job.mesh,
+            device=settings.device,
+            threads=threads,
+            timeout_minutes=settings.timeout_minutes,
+            training=True,
         ) as here,
         Progress(shown=first) as progress,
     ):
@@ -42,21 +49,23 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
             tracker.table("samples", ("tokens", "documents", "text"), job.samples, 0)
         progress.start("training, steps", settings.steps, done=behind["step"])
         ended = {"step": behind["step"], "loss": math.nan}
-        for step, figures, data, last in steps(trained, here, job, behind):
+        for step, figures, data, last in steps(trained, here, job, behind, stop):
             tracker.log(figures, step)
-            progress.step(note=f"loss {figures['loss']:.4f}, {figures['tokens_per_s']:,.0f} tokens/s")
             ended = {"step": step, "loss": figures["loss"]}
+            progress.step(note=f"loss {ended['loss']:.4f}, {figures['tokens_per_s']:,.0f} tokens/s")
             if last or step % job.saving.every == 0:
                 saved.save(trained, step, {"data": data, "run_id": run_id, "config": dict(job.config)})
             else:
                 saved.poll()
         saved.poll(wait=True)
-        place = saved.latest
-        tracker.artifact(f"checkpoint-{run_id}", "checkpoint", place)
+        tracker.artifact(f"checkpoint-{run_id}", "checkpoint", saved.latest)
         tracker.finish()
     if ended["step"] < settings.steps:
-        tell(f"the text ended behind step {ended['step']}: data.epochs={job.data.epochs}")
-    return {**ended, "checkpoint": str(place)}
+        why = (
+            "stopped {}, as asked: the same command goes on" if stop.agreed_on else "the text ended {}: data.epochs={}"
+        )
+        tell(why.format(f"behind step {ended['step']}", job.data.epochs))
+    return {**ended, "checkpoint": str(saved.latest), "stopped": stop.agreed_on}
 
 
 def built(here: Any, job: Job) -> Any:
@@ -99,8 +108,13 @@ def resumed(trained: Any, job: Job, tell: Callable[[str], None]) -> dict[str, An
     return behind
 
 
-def steps(trained: Any, here: Any, job: Job, behind: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any], Any, bool]]:
-    """Train, step by step: its number, its figures, where the data stands behind it, and whether it is the last."""
+def steps(
+    trained: Any, here: Any, job: Job, behind: dict[str, Any], stop: StopRequest
+) -> Iterator[tuple[int, dict[str, Any], Any, bool]]:
+    """Train, step by step: its number, its figures, where the data stands behind it, and whether it is the last.
+
+    What is measured does not depend on whether the run was asked to stop there.
+    """
     from longctx.attention.backends import checked_kernel
     from longctx.data.batches import left_out, training_batches
     from longctx.parallel.strategy import STRATEGIES
@@ -124,11 +138,17 @@ def steps(trained: Any, here: Any, job: Job, behind: dict[str, Any]) -> Iterator
         did = train_step(trained, batch, timed, how)
         cost = meter.end([n for lengths in batch.lengths for n in lengths])
         figures = {"loss": did.loss, "grad_norm": did.grad_norm, "tokens": did.tokens, "lr": did.rate, **cost.figures()}
-        figures["tokens_per_s"] = parts * cost.tokens / cost.seconds
-        figures |= {f"data/{count}": n for count, n in left_out(data).items()}
+        figures |= {
+            "tokens_per_s": parts * cost.tokens / cost.seconds,
+            **{f"data/{count}": n for count, n in left_out(data).items()},
+        }
         if held_out and (last or step % job.evaluation.every == 0):
             figures |= measured(trained, held_out, here, how, job)
-        yield step, figures, data, last
+        ends = last or stop.agreed(here.world, here.device)
+        yield step, figures, data, ends
+        if ends:
+            break
+    stop.over()
 
 
 def with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
@@ -166,7 +186,7 @@ def measured(trained: Any, held_out: list[Any], here: Any, how: Any, job: Job) -
 
 
 def show(job: Job, ended: dict[str, Any]) -> None:
-    """How a run ended, and what to do with it."""
+    """How a run ended, and what to do with it; one that was asked to stop ends with exit code 75."""
     table = Table(show_header=False, box=None)
     table.add_row("step", f"{ended['step']:,} of {job.settings.steps:,}, on {job.mesh}")
     table.add_row("loss", f"{ended['loss']:.4f}")
@@ -174,3 +194,5 @@ def show(job: Job, ended: dict[str, Any]) -> None:
     table.add_row("checkpoint", ended["checkpoint"])
     table.add_row("to transformers", f"python -m recipes.export checkpoint={job.out} to={job.out}/hf")
     console.print(table)
+    if ended["stopped"]:
+        sys.exit(STOPPED)

@@ -26,10 +26,11 @@ def files(source: TextSource) -> tuple[Part, ...]:
 
     Raises ValueError if there are none, and for a kind of file that is not read.
     """
-    return tuple(_part(path, source) for path in _paths(str(source.path)))
+    return tuple(_part(path, source) for path in paths_of(str(source.path)))
 
 
-def _paths(given: str) -> list[Path]:
+def paths_of(given: str) -> list[Path]:
+    """The files that ``given`` is: one, those of a folder, or of a pattern.  ValueError if there are none."""
     root = Path(given).expanduser()
     if root.is_dir():
         paths = [path for path in root.rglob("*") if path.is_file() and path.name.endswith(READ)]

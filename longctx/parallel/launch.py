@@ -12,7 +12,8 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
@@ -97,10 +98,30 @@ def run_ranks(world: int, rank_main: Callable[..., Any], *args: Any) -> list[Any
         try:
             for process in processes:
                 process.start()
-            _wait_for_all(processes, Path(folder))
+            with _passed_on(signal.SIGUSR1, processes):
+                _wait_for_all(processes, Path(folder))
         finally:
             _end(processes)
         return [_read(Path(folder, f"result{i}")) for i in range(world)]
+
+
+@contextmanager
+def _passed_on(number: int, processes: list[ForkServerProcess]) -> Iterator[None]:
+    """Whoever signals the recipe means its ranks."""
+
+    def to_all(*_: Any) -> None:
+        for process in processes:
+            if process.pid and process.is_alive():
+                os.kill(process.pid, number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, to_all)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def _run_one(
@@ -112,6 +133,7 @@ def _run_one(
     # A parent that is killed cannot end its ranks: they watch it instead.
     threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks to stop: who can, listens (longctx.train.stop)
     try:
         result = rank_main(rank, *args)
         _write(Path(folder, f"result{rank.rank}"), result)

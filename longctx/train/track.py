@@ -9,6 +9,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ Say = Callable[[str], None]
 # By name; None is a figure that is not known.  A name's part before its first "/" is its group: comm, mem, eval;
 # without one it is of training.
 Figures = Mapping[str, float | None]
+MANIFEST = "manifest.json"  # in a run's folder, says what exactly was run (recipes/manifest.py)
 _UPLOAD_S = 300.0  # how long the end of a run may wait for W&B's server: what is left stays on disk, for `wandb sync`
 
 
@@ -221,6 +223,9 @@ class Wandb:
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
+        if (folder / MANIFEST).is_file():
+            there = shutil.copy2(folder / MANIFEST, self._run.dir)  # as it is now: the next start has another
+            self._run.save(there, base_path=self._run.dir, policy="now")
         say(f"W&B run {run_id}: {self._run.url or f'offline, in {folder}/wandb'}")
 
     def log(self, figures: Figures, step: int) -> None:

@@ -96,6 +96,21 @@ def test_killed_at_any_moment_it_goes_on_as_if_it_had_not_been(whole, tmp_path):
         assert (loss, norm) == pytest.approx(right[1:3], rel=2e-6)  # the other mesh; nothing more
 
 
+def test_asked_to_stop_it_saves_and_goes_on_without_doing_a_step_twice(tmp_path):
+    settings = ("steps=99", "mesh.ring=2", "checkpoint.every=1000", "evaluate.every=0")
+    run = started(tmp_path, *settings)
+    until = time.monotonic() + 120
+    while not (tmp_path / "metrics.jsonl").exists() or len(lines(tmp_path)) < 2:
+        assert run.poll() is None and time.monotonic() < until
+        time.sleep(0.01)
+    run.send_signal(signal.SIGUSR1)
+    err = run.communicate(timeout=60)[1]
+    done = len(lines(tmp_path))
+    assert run.returncode == 75 and done < 99
+    assert f"stopped behind step {done}, as asked" in err
+    assert f"going on behind step {done}" in finished(tmp_path, "steps=101", *settings[1:])
+
+
 def test_more_steps_resume_on_another_mesh(cli, tmp_path):
     """Constant rate: the schedule of a longer run is the same."""
     constant = ("optim.decay=constant", "checkpoint.keep=1", "optim.zero1=true")

@@ -255,6 +255,7 @@ def tracked(tmp_path_factory, wandb_at_home):
     checkpoint.mkdir()
     (checkpoint / "weights.bin").write_bytes(bytes(1013))
     imsave(folder / "picture.png", [[0.0, 1.0], [1.0, 0.0]])
+    (folder / "manifest.json").write_text('{"module": "recipes.first"}')
     tracker, run_id, said = start(folder, WANDB)
     for step in range(5):
         tracker.log(figures(step), step)
@@ -262,6 +263,7 @@ def tracked(tmp_path_factory, wandb_at_home):
     tracker.image("eval/picture", folder / "picture.png", 4)
     tracker.artifact(f"checkpoint-{run_id}", "checkpoint", checkpoint)
     tracker.finish()
+    (folder / "manifest.json").write_text('{"module": "recipes.second"}')
     resumed, same_id, more = start(folder, WANDB, step=3, run_id=run_id)
     for step in range(3, 7):
         resumed.log(figures(step), step)
@@ -307,6 +309,16 @@ def test_wandb_has_the_table_and_the_picture(tracked):
     (picture,) = (run / "files").glob("media/images/eval/picture_*.png")
     assert picture.read_bytes() == (folder / "picture.png").read_bytes()
     assert last["_step"] == 4 and {name.split(".")[0] for name in last} >= {"eval/answers", "eval/picture"}
+
+
+def test_wandb_has_each_start_s_manifest(tracked):
+    folder, *_, read = tracked
+    for name, run, records_of_it in zip(
+        ("first", "second"), sorted((folder / "wandb").glob("offline-run-*")), read, strict=True
+    ):
+        assert json.loads((run / "files" / "manifest.json").read_text()) == {"module": f"recipes.{name}"}
+        saved = [file["path"] for files in of_kind("files", records_of_it) for file in files["files"]]
+        assert "manifest.json" in saved, "it is synced too"
 
 
 def test_wandb_has_a_reference_to_the_checkpoint_and_no_copy(tracked):

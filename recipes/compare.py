@@ -1,0 +1,96 @@
+"""Runs side by side: the settings in which they differ, and their final figures.
+
+python -m recipes.compare DIR DIR...
+"""
+
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from longctx.train.track import MANIFEST
+from recipes.manifest import flat, folder_of, manifest_of
+from recipes.start import console, reporting
+
+# What a figure's name says of one that two runs of the same command need not share: it was measured.
+MEASURED = re.compile(r"(_s|_per_s|_bytes|_share|ttft_s|mfu|mfu_causal|_per_rank|processor|cores|command|commit|host)$")
+_ABOUT = ("commit", "command", "python", "torch", "processor", "cores")
+_LONG = 60  # characters of a value in a table
+
+
+def final_figures(run: str) -> dict[str, Any]:
+    """A run's last figures: of training its last step's, of others what is in ``out``.  ValueError for none."""
+    folder, out = folder_of(Path(run).expanduser()), Path(manifest_of(run)["out"])
+    metrics, result = folder / "metrics.jsonl", folder / out.name
+    try:
+        if metrics.is_file():
+            lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
+            return dict(json.loads(lines[-1]))
+        return flat(json.loads(result.read_text()))
+    except (OSError, IndexError, json.JSONDecodeError) as error:
+        raise ValueError(f"{run} has no figures yet: neither {metrics} nor {result} can be read") from error
+
+
+def settings_of(run: str) -> dict[str, Any]:
+    """All that was asked of a run, by name; where it writes is not of it."""
+    manifest = manifest_of(run)
+    about = {name: manifest.get(name) for name in _ABOUT}
+    data = {f"data of {Path(name).name}": value for name, value in manifest["data"].items()}
+    diff = {"diff": f"{len(manifest['diff'].splitlines())} lines" if manifest["diff"] else ""}
+    packages = {f"package {name}": version for name, version in manifest["packages"].items()}
+    hardware = {f"machine.{name}": value for name, value in flat(manifest["hardware"]).items()}
+    return {**flat(manifest["config"]), **about, **diff, **data, **packages, **hardware}
+
+
+def differing(each: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names whose values are not the same in all of ``each``."""
+    names = dict.fromkeys(name for values in each for name in values)
+    return [name for name in names if any(values.get(name) != each[0].get(name) for values in each)]
+
+
+def is_measured(name: str) -> bool:
+    """Whether two runs of one command need not agree on the figure: seconds, bytes, the machine."""
+    return bool(MEASURED.search(name))
+
+
+def agree(was: Any, now: Any, within: float) -> bool:
+    """Whether two figures are the same, numbers to ``within`` of their size."""
+    if isinstance(was, int | float) and isinstance(now, int | float):
+        return math.isclose(was, now, rel_tol=within, abs_tol=within)
+    return bool(was == now)
+
+
+def table_of(title: str, runs: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> Table:
+    """A row a name, a column a run."""
+    table = Table(title=title, title_justify="left", box=None)
+    for heading in ("", *runs):
+        table.add_column(heading, overflow="fold")
+    for name, values in rows.items():
+        table.add_row(name, *(_shown(value) for value in values))
+    return table
+
+
+def _shown(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
+    return text if len(text) <= _LONG else text[: _LONG - 3] + "..."
+
+
+def compare(runs: Sequence[str]) -> None:
+    """Print what tells ``runs`` apart, and what came out.  ValueError for what is no run."""
+    if len(runs) < 2:
+        raise ValueError(f"compare two runs or more: python -m recipes.compare DIR DIR (each with a {MANIFEST})")
+    asked, figures = [settings_of(run) for run in runs], [final_figures(run) for run in runs]
+    names = [name for name in differing(asked) if name not in ("out", "command")]
+    print_table = console.__class__(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160).print
+    print_table(table_of("settings that differ", runs, {n: [each.get(n) for each in asked] for n in names}))
+    shared = [name for name, value in figures[0].items() if not isinstance(value, list) and name not in _ABOUT]
+    print_table(table_of("final figures", runs, {name: [each.get(name) for each in figures] for name in shared}))
+
+
+if __name__ == "__main__":
+    reporting(lambda: compare(sys.argv[1:]))

@@ -1,0 +1,108 @@
+"""What exactly was run: ``manifest.json`` in the folder of a run, enough to run it again and to tell it from others."""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from longctx.data.files import paths_of
+from longctx.parallel.launch import rank_from_environment
+from longctx.train.track import MANIFEST
+from recipes.machine import ROOT, diff_of, hardware, provenance
+from recipes.start import is_file_name
+
+_WHOLE = 2**30  # bytes; of a larger file the size and both ends are hashed
+_END = 2**20
+
+
+def record(config: DictConfig) -> None:
+    """Write the manifest of the run that begins now, once however many ranks; nothing for a run without ``out``."""
+    here = rank_from_environment(os.environ)
+    if not config.get("out") or (here and here.rank):
+        return
+    out = Path(config.out).absolute()
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    about = {
+        **provenance(),
+        "module": _module(),
+        "overrides": list(HydraConfig.get().overrides.task),
+        "config": values,
+        "diff": diff_of(ROOT),
+        "packages": {found.name: found.version for found in sorted(distributions(), key=lambda one: one.name.lower())},
+        "data": {str(path): digest(path) for path in sorted(set(_read_by(values)))},
+        "seeds": {name: value for name, value in flat(values).items() if name.rpartition(".")[2] == "seed"},
+        "mesh": values.get("mesh", {}),
+        "hardware": hardware(),
+        "folder": str(Path.cwd()),
+        "out": str(out),
+        "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    partial = folder_of(out) / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps(about, indent=1) + "\n")
+    partial.replace(folder_of(out) / MANIFEST)
+
+
+def manifest_of(run: str) -> dict[str, Any]:
+    """The manifest of the run whose folder, or whose ``out``, ``run`` is.  ValueError if there is none."""
+    given = Path(run).expanduser()
+    file = folder_of(given) / MANIFEST
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{run} is no run: {file} cannot be read ({error}); give the folder of one") from error
+    return found
+
+
+def folder_of(out: Path) -> Path:
+    """The folder of a run whose ``out`` is that folder, or a file in it."""
+    return out.parent if is_file_name(str(out)) else out
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their names: ``mesh.ring``."""
+    named: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = isinstance(value, Mapping) and value
+        named |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return named
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file; of a very large one, of its size and both ends, which is said."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= _WHOLE:
+            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        head = file.read(_END)
+        file.seek(-_END, os.SEEK_END)
+        return f"ends-sha256:{hashlib.sha256(f'{size}'.encode() + head + file.read()).hexdigest()}"
+
+
+def _read_by(values: Mapping[str, Any]) -> Iterator[Path]:
+    """The files of text that a run reads: prompts, turns, and the files of its sources."""
+    data = values.get("data") or {}
+    for source in [*(data.get("sources") or []), *(data.get("test") or [])]:
+        if source.get("path"):
+            yield from (path.absolute() for path in paths_of(source["path"]))
+        elif source.get("pydoc"):
+            from pydoc_data import topics
+
+            yield Path(topics.__file__)
+    for name in (values.get("prompts"), values.get("turns"), (values.get("prompt") or {}).get("file")):
+        if name:
+            yield Path(name).expanduser().absolute()
+
+
+def _module() -> str:
+    """The module that was started as ``python -m``."""
+    spec = sys.modules["__main__"].__spec__
+    name = spec.name.removesuffix(".__main__") if spec else ""
+    return name if name.startswith(("recipes.", "eval.")) else f"recipes.{HydraConfig.get().job.config_name}"

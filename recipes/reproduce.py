@@ -1,0 +1,71 @@
+"""A run once more, as its manifest says, and whether the same comes out.
+
+    python -m recipes.reproduce DIR
+
+The new run is beside it, in DIR-again.  Exit code 1 if its final figures are others.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from longctx.parallel.launch import RankFailed
+from recipes.compare import agree, differing, final_figures, is_measured, settings_of, table_of
+from recipes.machine import ROOT
+from recipes.manifest import folder_of, manifest_of
+from recipes.start import console, is_file_name, reporting
+
+WITHIN = 1e-6  # relative: another machine sums in another order
+
+
+def again(run: str) -> str:
+    """Run it once more; the ``out`` of the new run.  ValueError for what is no run, `RankFailed` if it fails now."""
+    manifest = manifest_of(run)
+    folder = folder_of(Path(run).expanduser()).resolve()
+    beside = _free(folder)
+    out = beside / Path(manifest["out"]).name if is_file_name(manifest["out"]) else beside
+    words = [word for word in manifest["overrides"] if not word.startswith("out=")]
+    source = folder / "code" if (folder / "code").is_dir() else ROOT
+    command = [sys.executable, "-m", manifest["module"], *words, f"out={out}"]
+    environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONSAFEPATH": "1"}
+    where = manifest["folder"] if Path(manifest["folder"]).is_dir() else None
+    code = subprocess.run(command, env=environment, cwd=where, check=False).returncode
+    if code:
+        raise RankFailed(0, 1, f"ended with {code}, in {beside}", "")
+    return str(out)
+
+
+def _free(folder: Path) -> Path:
+    number, name = 1, f"{folder.name}-again"
+    while (folder.parent / name).exists():
+        number += 1
+        name = f"{folder.name}-again-{number}"
+    return folder.parent / name
+
+
+def reproduce(runs: Sequence[str]) -> None:
+    """Run ``runs`` again, one after the other, and compare; exit code 1 if one does not give the same."""
+    if not runs:
+        raise ValueError("say which run: python -m recipes.reproduce DIR")
+    same = [_reproduced(run) for run in runs]
+    if not all(same):
+        sys.exit(1)
+
+
+def _reproduced(run: str) -> bool:
+    new = again(run)
+    was, now = final_figures(run), final_figures(new)
+    if changed := [name for name in differing([settings_of(run), settings_of(new)]) if name not in ("out", "command")]:
+        console.print(f"not as it was: {', '.join(changed)}")
+    names = [name for name in was if not is_measured(name)]
+    off = [name for name in names if not agree(was[name], now.get(name), WITHIN)]
+    rows = {name: [was[name], now.get(name)] for name in (off or names) if not isinstance(was[name], list)}
+    console.print(table_of("figures that differ" if off else "the same figures", [run, str(new)], rows))
+    console.print(f"{run}: {len(names) - len(off)} of {len(names)} final figures are the same, to {WITHIN:g}")
+    return not off
+
+
+if __name__ == "__main__":
+    reporting(lambda: reproduce(sys.argv[1:]))

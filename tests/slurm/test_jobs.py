@@ -1,0 +1,84 @@
+"""Jobs on a real Slurm: what is refused with nothing queued, sweeps, dependencies, pipelines, cancelling."""
+
+import json
+import re
+import time
+
+import pytest
+
+from slurm import submit
+
+# Far more than they take: other work may have the cores.
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
+TINY = ("experiment=tiny", "data.length=61", "data.batch=2", "threads=1", "evaluate.every=0", "time=30")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["launcher.partition=night"], r"launcher\.partition=night is not of this cluster: use one of main, other"),
+        (["nodes=5", "mesh.ring=5"], r"partition main is too small for nodes=5: it has 3 nodes"),
+        (["mesh.ring=13"], r"too small for 13 ranks of a node with 1 core\(s\) each: its nodes have 8"),
+        (["launcher.gpus_per_rank=1"], r"1 ranks of a node with 1 GPU\(s\) each: its nodes have 0 GPUs"),
+        (["launcher.sbatch=['--constraint=moon']"], r"Slurm refuses: .*feature"),
+        (["launcher.memory=1000G"], r"Slurm refuses: .*configuration is not available"),
+        (["run=/proc/nobody"], r"/proc/nobody cannot be written"),
+        (["mesh.rong=2"], r"mesh\.rong"),
+        (["nodes=2"], r"nodes=2 with an even share"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_the_cluster_does_not_have_is_refused_and_nothing_is_queued(queue, tmp_path, capsys, words, says):
+    before = queue()
+    with pytest.raises(SystemExit) as leaving:
+        submit.main(["recipe=pretrain", *TINY, "steps=3", f"run={tmp_path / 'run'}", *words])
+    out, err = capsys.readouterr()
+    assert leaving.value.code == 2 and not out
+    assert err.startswith("error: ") and err.count("\n") == 1 and re.search(says, err), err
+    assert queue() == before and not (tmp_path / "run").exists()
+
+
+def test_a_sweep_is_an_array_of_runs(submitted, tmp_path):
+    job = submitted("recipe=pretrain", *TINY, "steps=1,2", f"run={tmp_path / 'sweep'}", "parallel=1")
+    job.ends()
+    for number, steps in enumerate((1, 2)):
+        folder = job.run / str(number)
+        told = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert told == list(range(1, steps + 1))
+        assert f"steps: {steps}\n" in (folder / "config.yaml").read_text()
+
+
+def test_a_pipeline_goes_step_by_step_and_a_failure_ends_it(cluster, tmp_path, capsys, queue):
+    """Of the second step nothing is there when it is queued; the third fails, and the fourth never runs."""
+    base, hf = tmp_path / "base", tmp_path / "hf"
+    (tmp_path / "pipeline.yaml").write_text(
+        f"- recipe=pretrain {' '.join(TINY)} steps=2 run={base}\n"
+        f"- recipe=export checkpoint={base} to={hf} run={tmp_path}/export\n"
+        f"- recipe=export checkpoint={base} to={hf} run={tmp_path}/again restarts=5\n"
+        f"- recipe=export checkpoint={base} to={tmp_path}/never run={tmp_path}/last\n"
+    )
+    submit.main([f"pipeline={tmp_path / 'pipeline.yaml'}"])
+    jobs = re.findall(r"^job (\d+)$", capsys.readouterr().out, re.MULTILINE)
+    assert len(jobs) == 4
+
+    def states():
+        return [cluster.says("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip() for job in jobs]
+
+    until = time.monotonic() + 900
+    while set(states()) & {"PENDING", "RUNNING", "COMPLETING"} and time.monotonic() < until:
+        time.sleep(0.2)
+    assert states() == ["COMPLETED", "COMPLETED", "FAILED", "CANCELLED"]
+    assert (hf / "model.safetensors").is_file() and not (tmp_path / "never").exists()
+    log = (tmp_path / "again" / "job.log").read_text()
+    assert "rank 0 on n1 exited with 2" in log and "is there already" in log and "refused: it would be again" in log
+
+
+def test_a_run_that_waits_or_runs_is_not_begun_again_until_it_is_cancelled(submitted, tmp_path, capsys):
+    words = ("recipe=pretrain", *TINY, "steps=99999", f"run={tmp_path / 'run'}")
+    job = submitted(*words)
+    with pytest.raises(SystemExit):
+        submit.main(words)
+    assert f"belongs to job {job.number}, which waits or runs: scancel {job.number}" in capsys.readouterr().err
+    job.runs()
+    job.cluster.says("scancel", str(job.number))
+    job.ends("CANCELLED")

@@ -1,0 +1,18 @@
+"""What the ranks of test_stop run."""
+
+import os
+
+from longctx.megatron.runtime import runtime
+from longctx.parallel.launch import Rank
+from longctx.schema import Mesh
+from longctx.train.stop import SIGNAL, StopRequest
+
+
+def asked(rank: Rank, whom: int) -> tuple[bool, bool, bool]:
+    """Whether this rank agrees to stop: before anybody is asked, after rank ``whom`` has been, and once more."""
+    with runtime(rank, Mesh(ring=rank.world)) as here:
+        stop = StopRequest()
+        before = stop.agreed(here.world, here.device)
+        if rank.rank == whom:
+            os.kill(os.getpid(), SIGNAL)
+        return before, stop.agreed(here.world, here.device), stop.agreed(here.world, here.device)
