@@ -51,6 +51,7 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
 
     shape, tp = job.subject.shape, job.subject.mesh.tp
     found: dict[str, Any] = {name: {"variants": {}, "placement": {}} for name in job.texts}
+    known: dict[Any, float] = {}
     with blocks_of(rank, job.subject) as (_, blocks), Progress(shown=rank.rank == 0) as progress, torch.no_grad():
         progress.start("perplexities", len(job.texts) * len(job.variants) * len(job.shares))
         for variant in job.variants:
@@ -59,8 +60,10 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
                 follow_plan(blocks.model, plan)
                 weights.load(blocks.model, weights.Weights(variant.folder, plan.dropped), shape)
                 for name, text in job.texts.items():
-                    of_share = found[name]["variants"].setdefault(variant.name, [])
-                    of_share.append(mean_loss(blocks, text))
+                    same = (name, plan.dropped, variant.folder if plan.dropped else None)
+                    if same not in known:
+                        known[same] = mean_loss(blocks, text)
+                    found[name]["variants"].setdefault(variant.name, []).append(known[same])
                     progress.step()
         weights.load(blocks.model, weights.Weights(job.subject.folder), shape)
         follow_plan(blocks.model, SPDPlan(shape.layers, tp))
