@@ -87,6 +87,8 @@ class EngineLM(TemplateLM):
             raise ValueError(f"{dict(settings)}: only greedy answers are compared; set do_sample: false in the task")
         until = settings.get("until") or []
         most = settings.get("max_gen_toks", settings.get("max_new_tokens", _MOST_NEW))
+        if most >= self.max_length:
+            raise ValueError(f"eval.longest={self.max_length} has no room for an answer of {most} tokens: use more")
         tokens = self.tok_encode(context)[-(self.max_length - most) :]
         return Continue(tuple(tokens), (until,) if isinstance(until, str) else tuple(filter(None, until)), most)
 

@@ -87,7 +87,7 @@ def _of_accuracy(found: Comparison, one: Scored, more: Mapping[str, Any]) -> dic
 
 
 def _of_perplexity(found: Perplexity, one: Scored) -> dict[str, Any]:
-    """Its difference is that of the logarithm of perplexity, relative: 0.01 is a hundredth more."""
+    """Its difference is relative to the baseline's: 0.01 is a hundredth more."""
     ends: dict[str, Any] = dict.fromkeys(("difference", "low", "high"))
     if one.name != "baseline":
         ends = {"difference": found.ratio - 1, "low": found.low - 1, "high": found.high - 1}

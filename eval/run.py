@@ -21,7 +21,7 @@ from eval import report, responses
 from eval.ranks import Work, run_rank
 from eval.requests import Request, key
 from eval.sensitivity import with_order, without_order
-from eval.variants import Variant, composed, refuse_other_model, variant_of
+from eval.variants import BASELINE, Variant, composed, refuse_other_model, variant_of
 from longctx.parallel.launch import rank_from_environment
 from longctx.schema import Track
 from recipes.job import refuse_unwritable_folder
@@ -119,9 +119,13 @@ def prepare(config: DictConfig) -> Job:
     names = [name for name, _ in configs]
     if strangers := set(asked.gate) - set(names):
         raise ValueError(f"eval.gate: there is no variant {min(strangers)}: there are {', '.join(names)}")
+    if BASELINE in asked.gate:
+        raise ValueError(f"eval.gate: {BASELINE} is what the others are compared with: name variants")
     asked_of = asked.folder
     base = variant_of(*configs[0], settings.device)
     tasks = _tasks(asked, base, asked_of)
+    if asked.gate and all(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in tasks.values()):
+        raise ValueError("eval.gate judges accuracy, which none of eval.tasks has: add one, or use eval.gate=[]")
     ask(tasks, {name: asked.limit_of(name) for name in tasks})
     lm, requests = _requests(asked, base, tasks)
     variants = tuple(variant_of(name, without_order(one), settings.device) for name, one in configs)

@@ -32,6 +32,7 @@ class Variant:
     mesh: Mesh
     context: Context
     plan: SPDPlan | None
+    device: str
     repaired: bool = False
 
     @property
@@ -42,7 +43,8 @@ class Variant:
     @property
     def digest(self) -> str:
         """What its answers depend on."""
-        of = [fingerprint(self.folder), self.model.dtype, str(self.mesh), vars(self.context), self.plan]
+        of: list[Any] = [fingerprint(self.folder), self.model.dtype, self.model.layers, self.device]
+        of += [str(self.mesh), vars(self.context), self.plan]
         return hashlib.sha256(repr(of).encode()).hexdigest()[:12]
 
 
@@ -104,7 +106,8 @@ def variant_of(name: str, config: DictConfig, device: str) -> Variant:
     shape = shape_of(folder)
     refuse_unfit(mesh, shape)
     plan = plan_of(config, mesh, model, folder, shape)
-    return Variant(name, model, folder, shape, mesh, context, plan, repaired=saved_plan(folder) is not None)
+    repaired = plan is not None and saved_plan(folder) is not None
+    return Variant(name, model, folder, shape, mesh, context, plan, device, repaired=repaired)
 
 
 def refuse_other_model(base: Variant, other: Variant) -> None:
@@ -114,6 +117,11 @@ def refuse_other_model(base: Variant, other: Variant) -> None:
         raise ValueError(
             f"variant {other.name}: {other.folder} was made from another model than {base.model.name}: "
             "give the baseline the one that it was made from"
+        )
+    if saved and other.plan and (bare := set(other.plan.dropped) - set(saved.adapted)):
+        raise ValueError(
+            f"variant {other.name}: block {min(bare)} of {other.folder} has not been repaired: drop fewer, or adapt it "
+            "with a larger spd.budget"
         )
     alike = ("layers", "hidden", "heads", "kv_heads", "head_width", "vocabulary")
     for name in alike:

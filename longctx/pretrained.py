@@ -60,8 +60,14 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """What tells one model's weights from another's: a digest of the configuration and of each file's head and size."""
+    """What tells one model's weights from another's: a digest of the configuration and of each file's head and size.
+
+    Of an adapted model (`longctx.spd`) of all its weights.
+    """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
+    if (folder / ADAPTED).is_file():  # its head is a block that many such models share
+        with (folder / ADAPTED).open("rb") as weights:
+            return hashlib.sha256(digest.digest() + hashlib.file_digest(weights, "sha256").digest()).hexdigest()[:16]
     for file in sorted(set(tensor_files(folder).values())):
         with file.open("rb") as weights:
             digest.update(f"{file.name} {file.stat().st_size}".encode() + weights.read(2**20))

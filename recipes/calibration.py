@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -38,11 +38,13 @@ class Subject:
 
     def about(self, text: Text, data: DataSettings) -> dict[str, Any]:
         """What a measurement depends on."""
-        digest = hashlib.sha256(text.tokens.numpy().tobytes() + text.targets.numpy().tobytes()).hexdigest()[:16]
+        parts = (part.numpy().tobytes() for part in (text.tokens, text.targets, text.mask))
+        digest = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
         return {
             "model": self.model.name,
             "fingerprint": self.fingerprint,
             "tp": self.mesh.tp,
+            "dtype": self.model.dtype,
             "sequences": len(text),
             "length": text.tokens.shape[1],
             "text": ", ".join(map(str, data.sources)),
@@ -91,11 +93,11 @@ def text_of(data: DataSettings, subject: Subject, sequences: int) -> Text:
     return whole[slice(sequences)]
 
 
-def calibration_of(config: DictConfig, subject: Subject, sequences: int) -> tuple[Text, DataSettings]:
-    """The text of ``data.sources``, read once."""
+def calibration_of(config: DictConfig, subject: Subject, sequences: int, behind: int = 0) -> tuple[Text, DataSettings]:
+    """The text of ``data.sources``, read once; what lies ``behind`` so many sequences."""
     data, _ = data_of(config)
     data = DataSettings(**{**vars(data), "epochs": 1})
-    return text_of(data, subject, sequences), data
+    return text_of(data, subject, behind + sequences)[slice(behind, None)], data
 
 
 @contextmanager
@@ -121,10 +123,18 @@ def kept_lines(file: Path, about: dict[str, Any]) -> list[Any]:
         return []
     whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
     lines = [json.loads(line) for line in whole]
-    if lines and lines[0] != about:
-        changed = [name for name in about if lines[0].get(name) != about[name]]
+    now = json.loads(json.dumps(about))
+    if lines and lines[0] != now:
+        changed = [name for name in now if lines[0].get(name) != now[name]]
         raise ValueError(f"{file.parent} has a run with another {', '.join(changed)}: give another out=")
     return lines[1:]
+
+
+def write_lines(file: Path, values: Iterable[Any]) -> None:
+    """Lines of JSON, all of them or, if we are killed, those that were there."""
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(value) + "\n" for value in values))
+    partial.replace(file)
 
 
 def append_line(file: Path, value: Any) -> None:

@@ -22,6 +22,14 @@ def plan_of(config: DictConfig, mesh: Mesh, model: ModelSource, folder: Path, sh
     return plan if plan.dropped else None
 
 
+def refuse_adapted(folder: Path, recipe: str) -> None:
+    """ValueError if the model in ``folder`` has dropped reductions, which ``recipe`` would not see."""
+    if saved_plan(folder):
+        raise ValueError(
+            f"{folder} has dropped reductions, which {recipe} does not know of: give the model it is made from"
+        )
+
+
 def planned(spd: SPD, mesh: Mesh, folder: Path, shape: ModelShape, saved: SavedPlan | None) -> SPDPlan:
     """`plan_of`, once the settings are read."""
     if spd.drop == "none":

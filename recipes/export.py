@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from longctx import kept
 from longctx.parallel.launch import Rank, run_ranks
 from longctx.schema import Mesh
+from longctx.spd.plan import FILE as PLAN
 from recipes.start import console, main, top_level, warm_up_ranks
 
 
@@ -26,7 +27,7 @@ class Settings:
 def checkpoint_of(name: str) -> Path:
     """The checkpoint that ``name`` is, or the last whole one of the run that it is.  ValueError if there is none."""
     given = Path(name).expanduser().resolve()
-    if (given / "spd_plan.json").is_file():
+    if (given / PLAN).is_file():
         raise ValueError(
             f"checkpoint={name} drops reductions between tensor-parallel ranks, which is no function of a single rank, "
             f"so transformers cannot run it: use model={name} here; with nothing dropped its function is its source's"

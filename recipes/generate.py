@@ -177,9 +177,10 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
                 token_done=lambda _: progress.step("decode, tokens", max(most.values())),
             )
             difference = None
-            if job.settings.verify:
+            if job.settings.verify and not (job.plan and job.mesh.context == 1):
                 progress.start("the same on one rank, layers", job.shape.layers)
                 torch.set_num_threads(threads * rank.neighbours)  # the other ranks are waiting
+                # Dropped reductions are no function of one rank: what compares is its tensor-parallel ranks.
                 compares = engine.rank == 0 if job.plan else rank.rank == 0
                 alone = load_alone(here, engine, job.model, job.folder) if compares else None
                 difference = logit_difference(engine, alone, prompts, made, layer_done=progress.step)
@@ -249,6 +250,8 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The lines of the table, in words."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in result["mesh"].items() if n > 1) or "one rank"
     rate, difference = result["tokens_per_s"], result["max_logit_diff"]
+    alone = result["spd_blocks"] and mesh == f"tp {result['mesh']['tp']}"
+    nothing = "nothing to compare with: the tensor-parallel ranks are alone" if alone else "not asked for"
     count, dropped = len(result.get("answers", [result])), result["spd_blocks"]
     prompts, whole = ("the prompt", "the whole prompt") if count == 1 else (f"{count} prompts", f"all {count} prompts")
     return [
@@ -264,7 +267,7 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("sent per rank, decode", in_megabytes(result["decode_bytes_sent_per_rank"])),
         (
             "largest logit difference",
-            "not asked for"
+            nothing
             if difference is None
             else f"{difference:.1e} against {'tp ranks alone' if dropped else 'one rank'}, over {whole}",
         ),

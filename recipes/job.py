@@ -113,7 +113,7 @@ def job_of(config: DictConfig, source: Path, changed: Mapping[str, Any], weights
     plan = plan_of(config, mesh, model, source, shape)
     if plan and plan.own_norms:
         raise ValueError(
-            f"{source} has norms of each rank's own, which cannot be trained on: adapt it without spd.own_norms"
+            f"{source} has norms of each rank's own, which cannot be trained on: adapt it without repair.own_norms"
         )
     evaluation = section(config, "evaluate", Evaluation)
     if context.chunk:

@@ -58,6 +58,8 @@ def manifest_of(run: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(file.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{run} is no run: {file} cannot be read ({error}); give the folder of one") from error
+    if is_file_name(run) and Path(found["out"]).name != given.name:
+        raise ValueError(f"{run}: the last run in this folder wrote {found['out']}; give every run a folder of its own")
     return found
 
 

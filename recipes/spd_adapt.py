@@ -5,8 +5,11 @@
 The result is a folder that any recipe takes as model=DIR.  The same command again goes on behind the last block.
 """
 
+import hashlib
 import json
+import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from longctx.parallel.launch import Rank
+from longctx.parallel.launch import Rank, rank_from_environment
 from longctx.schema import SPD, Repair
 from longctx.spd.folder import assemble, read_block, write_block
 from longctx.spd.plan import SavedPlan, SPDPlan, order_from, within
+from longctx.spd.sensitivity import kind_of
 from longctx.spd.text import Text
 from recipes import spd_sensitivity
-from recipes.calibration import blocks_of, calibration_of, kept_lines
+from recipes.calibration import blocks_of, calibration_of, kept_lines, write_lines
 from recipes.manifest import record
 from recipes.progress import Progress
 from recipes.start import console, main, on_ranks, say, section, warm_up_ranks
@@ -33,8 +37,9 @@ ERRORS = ("zero_shot", "grouped", "distilled")
 class Job:
     """What every rank needs to know.
 
-    ``measured`` are the sensitivities, if they are there already; ``done`` what an interrupted run has left of the
-    sums that repaired blocks are ranked by.
+    ``first`` is how sensitivities are measured, and ``measured`` what was found, if it is there already; ``text`` is
+    what blocks learn from, and ``sensitivity`` how they are ranked then, on text behind it, of which ``done`` is
+    what an interrupted run has left.
     """
 
     sensitivity: spd_sensitivity.Job
@@ -42,6 +47,8 @@ class Job:
     repair: Repair
     budget: float
     text: Text
+    first: spd_sensitivity.Job
+    about: Mapping[str, Any]
     done: list[list[float]]
 
     @property
@@ -52,6 +59,11 @@ class Job:
     def again(self) -> Path:
         """The sums that this share of blocks is ranked by once it is repaired."""
         return self.out / f"sums_repaired_{self.budget:g}.jsonl"
+
+    @property
+    def of_again(self) -> dict[str, Any]:
+        """What those sums depend on."""
+        return {"text": self.sensitivity.about, "repair": dict(self.about), "budget": self.budget}
 
     def file_of(self, block: int) -> Path:
         """Where a repaired block is kept."""
@@ -67,6 +79,8 @@ def prepare(config: DictConfig) -> Job:
     subject = job.subject
     if subject.model.dtype != "float32":
         raise ValueError(f"model.dtype={subject.model.dtype}: blocks are distilled in model.dtype=float32")
+    if job.out.resolve() == subject.folder.resolve():
+        raise ValueError(f"out={job.out} is the folder of the model itself: give another")
     if repair.inputs == "student" and subject.mesh.dp > 1:
         raise ValueError(
             f"mesh.dp={subject.mesh.dp}: with repair.inputs=student a block waits for the one before; use 1"
@@ -74,12 +88,16 @@ def prepare(config: DictConfig) -> Job:
     longer = OmegaConf.merge(config, {"data": {"length": repair.length}})
     assert isinstance(longer, DictConfig)
     text, data = calibration_of(longer, subject, repair.sequences + repair.held_out)
-    about = {**subject.about(text, data), **asdict(repair)}
+    measured = _measured(spd, job)
+    about = {**subject.about(text, data), **asdict(repair), **vars(job.classes)}
+    about["sensitivity"] = _digest(measured) if spd.sensitivity else "measured here"
     if repair.inputs == "student":  # which blocks drop before one changes what enters it
         about["budget"] = spd.budget
     _refuse_other_run(job.out / "blocks" / "about.json", about)
-    made = Job(job, _measured(spd, job), repair, spd.budget, text, [])
-    return replace(made, done=kept_lines(made.again, job.about))
+    behind = -(-(repair.sequences + repair.held_out) * repair.length // job.text.tokens.shape[1])
+    unseen, _ = calibration_of(config, subject, config.sequences, behind=behind)
+    made = Job(replace(job, text=unseen), measured, repair, spd.budget, text, job, about, [])
+    return replace(made, done=kept_lines(made.again, made.of_again))
 
 
 def _measured(spd: SPD, job: spd_sensitivity.Job) -> dict[str, Any] | None:
@@ -89,27 +107,37 @@ def _measured(spd: SPD, job: spd_sensitivity.Job) -> dict[str, Any] | None:
         return None
     order_from(file, subject.shape.layers, subject.mesh.tp, subject.fingerprint)  # refuses another model's
     told: dict[str, Any] = json.loads(file.read_text())
+    for block in told["blocks"]:
+        block["class"] = kind_of(block["score"], **vars(job.classes))
     return told
+
+
+def _digest(measured: Mapping[str, Any] | None) -> str:
+    assert measured, "a file was given"
+    return hashlib.sha256(repr([block["score"] for block in measured["blocks"]]).encode()).hexdigest()[:16]
 
 
 def _refuse_other_run(file: Path, about: dict[str, Any]) -> None:
     """ValueError if blocks that were repaired in another way are there."""
     now = json.loads(json.dumps(about))
-    before = json.loads(file.read_text()) if file.is_file() else now
+    made = file.is_file() and any(file.parent.glob("*.safetensors"))
+    before = json.loads(file.read_text()) if made else now
     if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
         raise ValueError(
             f"{file.parent} has blocks that were made with another {', '.join(changed)}: give another out="
         )
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(now, indent=1) + "\n")
+    here = rank_from_environment(os.environ)
+    if not made and not (here and here.rank):
+        write_lines(file, [now])
 
 
 def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
     """One rank's part: measure what has not been measured, repair what has not been repaired, and rank that again."""
     with blocks_of(rank, job.sensitivity.subject) as (here, blocks), Progress(shown=rank.rank == 0) as progress:
-        told = job.measured or spd_sensitivity.measured(here, blocks, job.sensitivity, progress)
+        told = job.measured or spd_sensitivity.measured(here, blocks, job.first, progress)
         if rank.rank == 0 and not job.measured:
-            spd_sensitivity.keep(job.sensitivity, told)
+            spd_sensitivity.keep(job.first, told)
         repair_all(here, blocks, job, told, progress)
         here.world.all_gather(torch.zeros(1), [(1,)] * here.world.size)  # all blocks are in their files
         return {"measured": told, "again": ranked_again(here, blocks, job, told, progress)}
@@ -149,7 +177,7 @@ def ranked_again(
     mine = job.sensitivity
     layers = {block: from_file(blocks, block, job) for block in within(told["order"], job.budget)}
     progress.start("sensitivity once more, chunks of text", -(-len(mine.text) // mine.chunk), done=len(job.done))
-    sums = spd_sensitivity.swept(here, blocks, mine, job.again, job.done, progress, layers)
+    sums = spd_sensitivity.swept(here, blocks, mine, job.again, job.of_again, job.done, progress, layers)
     found: list[dict[str, Any]] = spd_sensitivity.summed_up(mine, sums)["blocks"]
     return found
 

@@ -22,7 +22,7 @@ from longctx.spd.plan import ranked
 from longctx.spd.sensitivity import kind_of, perplexities, scores, suffix_sums
 from longctx.spd.text import Text
 from recipes.bench.picture import bars
-from recipes.calibration import Subject, append_line, blocks_of, calibration_of, kept_lines, subject_of
+from recipes.calibration import Subject, append_line, blocks_of, calibration_of, kept_lines, subject_of, write_lines
 from recipes.machine import provenance
 from recipes.manifest import record
 from recipes.progress import Progress
@@ -60,6 +60,9 @@ class Job:
 
 def prepare(config: DictConfig, recipe: str = "recipes.spd_sensitivity") -> Job:
     """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
+    for name in ("sequences", "chunk"):
+        if not isinstance(config[name], int) or config[name] < 1:
+            raise ValueError(f"{name}={config[name]}: use 1 or more")
     subject = subject_of(config, recipe)
     text, data = calibration_of(config, subject, config.sequences)
     about, out = {**subject.about(text, data), "chunk": config.chunk}, Path(config.out)
@@ -88,7 +91,7 @@ def measured(here: Any, blocks: Any, job: Job, progress: Progress) -> dict[str, 
     from longctx.train.track import start_tracking
 
     progress.start("sensitivity, chunks of text", -(-len(job.text) // job.chunk), done=len(job.done))
-    result = summed_up(job, swept(here, blocks, job, job.out / "sums.jsonl", job.done, progress))
+    result = summed_up(job, swept(here, blocks, job, job.out / "sums.jsonl", job.about, job.done, progress))
     first = here.rank.rank == 0
     tell = say if first else lambda _: None
     tracker, _ = start_tracking(job.track, job.out, job.config, first=first, say=tell)
@@ -103,19 +106,21 @@ def swept(
     blocks: Any,
     job: Job,
     file: Path,
+    about: Mapping[str, Any],
     done: Sequence[list[float]],
     progress: Progress,
     repaired: Mapping[int, Any] | None = None,
 ) -> list[list[float]]:
     """`sums_of` each chunk of the text, those that are ``done`` first; the others are added to ``file`` as they come.
 
+    Its first line is ``about``, what they depend on.
+
     Data-parallel ranks take every so many-th.
     """
     first, layers = here.rank.rank == 0, job.subject.shape.layers
     parts, part, size = here.mesh.dp, here.groups.dp.rank(), job.chunk
-    if first and not done:
-        file.write_text("")
-        append_line(file, job.about)
+    if first:
+        write_lines(file, [about, *done])  # what was torn is gone
     sums, count = list(done), -(-len(job.text) // size)
     for begin in range(len(sums), count, parts):
         mine, chunk = torch.zeros(layers + 1, dtype=torch.float64), begin + part

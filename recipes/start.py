@@ -187,7 +187,9 @@ def refuse_unwritable(out: str | None) -> None:
 def written(out: str, result: Mapping[str, Any]) -> None:
     """Write ``result`` as JSON, a line a key, and say so."""
     lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
-    Path(out).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    partial = Path(f"{out}.partial")
+    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    partial.replace(out)
     console.print(f"written to {out}")
 
 

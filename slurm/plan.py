@@ -99,11 +99,11 @@ def mesh_of(tasks: Sequence[Task]) -> Mesh:
 
 def recipe_of(name: str) -> tuple[ModuleType, str]:
     """The module of recipe ``name``, and its configuration's name.  ValueError unless it can be checked ahead."""
-    for module in (f"recipes.{name}", f"{name}.run"):
-        if re.fullmatch(r"[a-z_]+", name) and (CONFIGS / f"{name}.yaml").is_file() and _is_there(module):
-            found = import_module(module)
-            if hasattr(found, "prepare"):
-                return found, name
+    module = f"recipes.{name}"
+    if re.fullmatch(r"[a-z_]+", name) and (CONFIGS / f"{name}.yaml").is_file() and _is_there(module):
+        found = import_module(module)
+        if hasattr(found, "prepare"):
+            return found, name
     raise ValueError(f"recipe={name} cannot be submitted: use {', '.join(_recipes())}")
 
 

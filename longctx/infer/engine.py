@@ -12,7 +12,7 @@ from longctx.infer.cache import KVCache
 from longctx.megatron import weights
 from longctx.megatron.model import GPTModel, build_model, layers_in_use
 from longctx.megatron.runtime import Runtime
-from longctx.megatron.spd_layer import SPDTransformerLayer, follow_plan
+from longctx.megatron.spd_layer import SPDTransformerLayer
 from longctx.parallel.comm import Alone, Comm
 from longctx.parallel.ring import Strategy
 from longctx.schema import ModelShape, ModelSource
@@ -105,9 +105,3 @@ def _loaded(
     built = build_model(shape, groups, dtype=dtype, layers=layers, device=here.device, plan=plan)
     weights.load(built, weights.Weights(folder, plan.dropped if plan else ()), shape)
     return built
-
-
-def change_plan(engine: Engine, folder: Path, plan: SPDPlan) -> None:
-    """Let ``engine``, loaded with a plan from ``folder``, follow another: what its blocks drop, and their weights."""
-    follow_plan(engine.model, plan)
-    weights.load(engine.model, weights.Weights(folder, plan.dropped), engine.shape)

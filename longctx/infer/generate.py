@@ -22,7 +22,8 @@ def logit_difference(
 ) -> float | None:
     """Largest difference of all prompts' logits from those that ``alone``, one rank by itself, computes.
 
-    ``alone`` is given on the first rank of the world only, which returns the figure; all must call this.
+    ``alone`` is given on the first rank of the world (of a model with dropped reductions, on all its tensor-parallel
+    ranks), which returns the figure; all must call this.
     ``made`` is a session's first turn, of ``prompts``.
     """
     whole = _packed_states(engine, made)

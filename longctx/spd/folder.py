@@ -48,6 +48,7 @@ def assemble(source: Path, files: Iterable[Path], saved: SavedPlan, to: Path) ->
         write_like(source, {}, folder)
         saved.write(folder)
         save_file(tensors, folder / ADAPTED, metadata={"format": "pt"})
+        (to / "config.json").unlink(missing_ok=True)
         # config.json, by which a folder is a model, comes last.
         for made in sorted(folder.iterdir(), key=lambda made: made.name == "config.json"):
             made.replace(to / made.name)

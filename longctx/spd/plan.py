@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,6 @@ class SavedPlan:
     order: tuple[int, ...]
     adapted: tuple[int, ...]
     source: str
-
-    def with_dropped(self, blocks: Sequence[int]) -> SPDPlan:
-        """The plan of the same weights that drops ``blocks`` instead."""
-        return replace(self.plan, dropped=tuple(blocks))
 
     def write(self, folder: Path) -> None:
         """Put the plan into ``folder``."""

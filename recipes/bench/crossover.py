@@ -30,6 +30,7 @@ from longctx.schema import Mesh, ModelShape, ModelSource, PromptSource
 from recipes.bench.hosts import is_host, refuse_hosts, run_on_hosts
 from recipes.bench.picture import lines
 from recipes.calibrate import hardware_from, measured
+from recipes.dropping import refuse_adapted
 from recipes.machine import provenance
 from recipes.progress import Progress
 from recipes.start import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
@@ -183,6 +184,7 @@ def asked(config: DictConfig) -> Job:
     for name in (settings.out, settings.picture, settings.fitted):
         refuse_unwritable(name)
     folder = locate(model, say)
+    refuse_adapted(folder, "recipes.bench crossover")
     source = PromptSource(pydoc="all", tokens=settings.total)
     tokens, available = prompt_tokens(source, tokenizer_of(folder))
     if available < settings.total:

@@ -18,6 +18,7 @@ from longctx.parallel.launch import Rank
 from longctx.parallel.mesh import refuse_unfit, refuse_unused
 from longctx.pretrained import locate, shape_of
 from longctx.schema import Context, Mesh, ModelShape, ModelSource, Sampling
+from recipes.dropping import refuse_adapted
 from recipes.machine import provenance
 from recipes.progress import Progress
 from recipes.start import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
@@ -123,6 +124,7 @@ def task(config: DictConfig) -> None:
     refuse_unused(mesh, "recipes.bench decode", ("tp", "dp", "pp"))
     refuse_unwritable(settings.out)
     folder = locate(model, say)
+    refuse_adapted(folder, "recipes.bench decode")
     shape = shape_of(folder)
     refuse_unfit(mesh, shape)
     rows = on_ranks(mesh, run_rank, Job(settings, mesh, model, folder, shape))

@@ -31,6 +31,7 @@ from longctx.pretrained import locate, shape_of, tokenizer_of
 from longctx.schema import Mesh, ModelShape, ModelSource, PromptSource
 from longctx.shapes import Tensor
 from recipes.bench.picture import lines
+from recipes.dropping import refuse_adapted
 from recipes.machine import provenance
 from recipes.progress import Progress
 from recipes.start import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
@@ -277,6 +278,7 @@ def task(config: DictConfig) -> None:
 
 def _job(settings: Settings, model: ModelSource) -> Job:
     folder = locate(model, say)
+    refuse_adapted(folder, "recipes.bench drift")
     shape = shape_of(folder)
     if settings.tokens > shape.positions:
         raise ValueError(f"tokens={settings.tokens}: {model.name} was made for {shape.positions:,}; use at most that")

@@ -25,6 +25,7 @@ from longctx.parallel.mesh import refuse_unused
 from longctx.pretrained import locate, shape_of, tokenizer_of
 from longctx.schema import Mesh, ModelShape, ModelSource, PromptSource
 from longctx.shapes import Tensor
+from recipes.dropping import refuse_adapted
 from recipes.machine import provenance
 from recipes.progress import Progress
 from recipes.start import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
@@ -215,6 +216,7 @@ def task(config: DictConfig) -> None:
         raise ValueError(f"mesh.ring={mesh.ring} shares nothing: use mesh.ring=2 or more")
     refuse_unwritable(settings.out)
     folder = locate(model, say)
+    refuse_adapted(folder, "recipes.bench prefill")
     longest = PromptSource(pydoc="all", tokens=max(settings.lengths))
     tokens, available = prompt_tokens(longest, tokenizer_of(folder))
     if available < max(settings.lengths):

@@ -24,6 +24,7 @@ from longctx.schema import Context, Mesh, ModelShape, ModelSource, PromptSource,
 from longctx.spd.plan import SPDPlan, within
 from recipes.bench.hosts import bits_per_s, is_host, refuse_hosts, run_on_hosts
 from recipes.bench.picture import lines
+from recipes.dropping import refuse_adapted
 from recipes.machine import provenance
 from recipes.progress import Progress
 from recipes.start import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
@@ -195,6 +196,7 @@ def asked_for(config: DictConfig) -> Job:
     for name in (settings.out, settings.picture):
         refuse_unwritable(name)
     folder = locate(model, say)
+    refuse_adapted(folder, "recipes.bench spd_latency")
     shape = shape_of(folder)
     refuse_unfit(mesh, shape)
     tokens, _ = prompt_tokens(PromptSource(pydoc="all", tokens=settings.tokens), tokenizer_of(folder))

@@ -153,6 +153,16 @@ def texts_of(config: DictConfig, subject: Subject) -> dict[str, Text]:
     return {name: text_of(settings, subject, config.sequences) for name, settings in data.items()}
 
 
+def _refuse(config: DictConfig, subject: Subject) -> None:
+    """ValueError for what would be measured wrongly, or twice."""
+    if not config.shares or config.shares[0] != 0 or not all(0 <= share <= 1 for share in config.shares):
+        raise ValueError(f"shares={list(config.shares)}: use shares of 0 to 1, first 0, what others are compared with")
+    if wrong := [block for block in config.placement if not 0 <= block < subject.shape.layers]:
+        raise ValueError(f"placement: there is no block {wrong[0]}; the model's are 0 to {subject.shape.layers - 1}")
+    if subject.mesh.dp > 1:
+        raise ValueError(f"recipes.bench spd_quality has no use for mesh.dp={subject.mesh.dp}: use mesh.dp=1")
+
+
 def show(result: dict[str, Any]) -> None:
     """Perplexities over the shares, a table for each text."""
     for name, of_text in result["texts"].items():
@@ -179,6 +189,7 @@ def task(config: DictConfig) -> None:
     warm_up_ranks(("longctx.infer.engine", "longctx.megatron.blocks", "recipes.calibration"))
     subject = subject_of(config, "recipes.bench spd_quality")
     shares: list[float] = list(config.shares)
+    _refuse(config, subject)
     job = Job(subject, variants_of(config, subject), tuple(shares), texts_of(config, subject), tuple(config.placement))
     found = on_ranks(subject.mesh, run_rank, job)
     if found is None:

@@ -60,6 +60,8 @@ def task(config: DictConfig) -> None:
     """Measure; write and show."""
     warm_up_ranks(WARM)
     subject = subject_of(config, "recipes.bench spd_sweep")
+    if subject.mesh.dp > 1:
+        raise ValueError(f"recipes.bench spd_sweep has no use for mesh.dp={subject.mesh.dp}: use mesh.dp=1")
     text, data = calibration_of(config, subject, config.sequences)
     found = on_ranks(subject.mesh, run_rank, Job(subject, text))
     if found is None:

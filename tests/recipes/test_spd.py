@@ -22,7 +22,7 @@ PROMPT = ("prompt.text=It was", "max_new_tokens=5", "verify=true", "threads=1")
 
 @pytest.fixture(scope="module")
 def adapted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the tiny model, both of whose blocks have learned to drop, one of which does."""
+    """The folder of the tiny model, both of whose blocks have learned to drop, and do."""
     import sys
 
     from recipes import start
@@ -66,6 +66,8 @@ def test_sensitivity_is_written_drawn_and_resumed(cli, tiny, tmp_path):
     code, _, err = cli(spd_sensitivity, spd_sensitivity.task, *command, "mesh.dp=2")
     assert code == 0, err
     again = json.loads((tmp_path / "sensitivity.json").read_text())
+    code, _, err = cli(spd_sensitivity, spd_sensitivity.task, *command)
+    assert code == 0, "what was torn is gone"
     assert [b["score"] for b in again["blocks"]] == pytest.approx([b["score"] for b in told["blocks"]], abs=1e-9)
 
 
@@ -83,8 +85,11 @@ def test_an_adapted_model_is_one_that_every_recipe_takes(cli, adapted):
         texts.append(out)
         dropped = {"spd=none": "", "spd.budget=0.5": "in 1 blocks"}.get("".join(more), "in 2 blocks: 0, 1")
         assert ("reductions dropped" in err) == bool(dropped) and dropped in err
-        difference = float(re.search(r"largest logit difference +(\S+)", err)[1])
-        assert difference < 1e-5, "a ring changes nothing; with nothing dropped, tensor parallelism does not either"
+        if more in ([], ["spd.budget=0.5"]):
+            assert "nothing to compare with" in err
+        else:
+            difference = float(re.search(r"largest logit difference +(\S+)", err)[1])
+            assert difference < 1e-5, "a ring changes nothing; with nothing dropped, tensor parallelism does not either"
     assert texts[0] == texts[3]
 
 
