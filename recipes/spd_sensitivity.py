@@ -52,6 +52,7 @@ class Job:
     classes: Classes
     track: Track
     config: dict[str, Any]
+    origin: dict[str, str]
 
     @property
     def file(self) -> Path:
@@ -77,6 +78,7 @@ def prepare(config: DictConfig, recipe: str = "recipes.spd_sensitivity") -> Job:
         classes=section(config, "classes", Classes),
         track=section(config, "track", Track),
         config={**provenance(), **values},
+        origin=provenance(),  # a rank has another command line
     )
 
 
@@ -169,7 +171,7 @@ def summed_up(job: Job, sums: list[list[float]]) -> dict[str, Any]:
             {"block": i, "score": score, "class": kind_of(score, **taus), "perplexity": of_suffix[i]}
             for i, score in enumerate(found)
         ],
-        **provenance(),
+        **job.origin,
     }
 
 

@@ -95,9 +95,8 @@ def emulated_hosts(hosts: int, rate: str, latency_us: float = 0) -> Iterator[lis
             _set_up(switch, names, rate)
         yield names
     finally:
-        if wire and wire.stdin:
-            wire.stdin.close()
-            wire.wait()
+        if wire:
+            wire.communicate()  # its input ends, and so does it
         for name in (*names, switch):
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)  # one may not be there yet
         signal.signal(signal.SIGTERM, before)

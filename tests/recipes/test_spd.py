@@ -58,6 +58,7 @@ def test_sensitivity_is_written_drawn_and_resumed(cli, tiny, tmp_path):
     )
     assert told["blocks"][1]["perplexity"] - told["perplexity"] == pytest.approx(told["blocks"][1]["score"])
     assert "<svg" in (tmp_path / "sensitivity.svg").read_text()
+    assert told["command"].startswith("python -m recipes.spd_sensitivity model=")
     # Interrupted in the second of three chunks, on two data-parallel ranks as well: the same.
     sums = (tmp_path / "sums.jsonl").read_text().splitlines(keepends=True)
     assert len(sums) == 4
@@ -101,8 +102,7 @@ def test_blocks_are_ranked_again_once_they_are_repaired(adapted):
     left = [of_suffix[block] - of_suffix[block + 1] for block in (0, 1)]
     assert saved_plan(adapted).order == tuple(sorted((0, 1), key=lambda block: left[block]))
     before = [json.loads(line) for line in (adapted / "sums.jsonl").read_text().splitlines()[1:]]
-    assert sum(before[i][2] for i in range(3)) == pytest.approx(sums[2]), "with nothing dropped they are the same"
-    assert sum(before[i][0] for i in range(3)) != pytest.approx(sums[0], rel=1e-9)
+    assert sum(line[2] for line in before) != pytest.approx(sums[2]), "on text that nothing has been learned from"
 
 
 def test_what_a_block_has_learned_helps(adapted):
