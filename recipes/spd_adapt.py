@@ -2,7 +2,8 @@
 
     python -m recipes.spd_adapt mesh.tp=3 spd.budget=0.5 out=outputs/adapted
 
-The result is a folder that any recipe takes as model=DIR.  The same command again goes on behind the last block.
+The result is a folder that generate, chat, pretrain, extend and eval take as model=DIR.  The same command again goes on
+behind the last block.
 """
 
 import hashlib
