@@ -8,10 +8,9 @@ from typing import Any
 
 from eval import responses
 from eval.requests import Answer, Continue, Request, Score, key
+from eval.variants import Variant
 from longctx.infer.engine import Engine
 from longctx.parallel.launch import Rank
-from longctx.schema import Context, Mesh, ModelShape, ModelSource
-from longctx.spd.plan import SPDPlan
 from recipes.progress import Progress
 from recipes.start import threads_for
 
@@ -24,17 +23,11 @@ class Work:
     """
 
     name: str
-    model: ModelSource
-    folder: Path
-    shape: ModelShape
-    mesh: Mesh
-    context: Context
-    plan: SPDPlan | None
+    variant: Variant
     requests: tuple[Request, ...]
     file: Path
     together: int
     threads: int | None
-    device: str
     timeout_minutes: int
 
 
@@ -43,16 +36,18 @@ def run_rank(rank: Rank, work: Work) -> bool:
     from longctx.infer.engine import load_engine
     from longctx.megatron.runtime import runtime
 
-    threads = threads_for(work.threads, rank)
+    threads, variant = threads_for(work.threads, rank), work.variant
     first = rank.rank == 0
     with (
-        runtime(rank, work.mesh, threads=threads, timeout_minutes=work.timeout_minutes, device=work.device) as here,
+        runtime(
+            rank, variant.mesh, threads=threads, timeout_minutes=work.timeout_minutes, device=variant.device
+        ) as here,
         Progress(shown=first) as progress,
     ):
         if first and work.file.exists():
             responses.mend(work.file)  # all ranks have read it by now
         progress.start(f"{work.name}: loading", None)
-        engine = load_engine(here, work.model, work.shape, work.folder, work.context.kernel, work.plan)
+        engine = load_engine(here, variant.model, variant.shape, variant.folder, variant.context.kernel, variant.plan)
         progress.start(f"{work.name}: requests", len(work.requests))
         began = time.perf_counter()
         for answers, tokens in answered(engine, work):
@@ -71,7 +66,7 @@ def answered(engine: Engine, work: Work) -> Iterator[tuple[Mapping[Any, Answer],
 
     asked = [request for request in work.requests if isinstance(request, Score)]
     for batch in batches(trees(asked), work.together):
-        found: Mapping[Score, Answer] = scores(engine, work.context, batch)
+        found: Mapping[Score, Answer] = scores(engine, work.variant.context, batch)
         yield found, sum(tree.tokens for tree in batch)
     yield from _texts(engine, work, [request for request in work.requests if isinstance(request, Continue)])
 
@@ -81,12 +76,12 @@ def _texts(engine: Engine, work: Work, asked: Sequence[Continue]) -> Iterator[tu
     from longctx.pretrained import tokenizer_of
 
     left = sorted(asked, key=lambda request: -len(request.tokens))
-    tokenizer: Any = tokenizer_of(work.folder) if left else None
+    tokenizer: Any = tokenizer_of(work.variant.folder) if left else None
     while left:
         batch: list[Continue] = []
         total = 0
         while left and (not batch or total + len(left[0].tokens) + left[0].most <= work.together):
             batch.append(left.pop(0))
             total += len(batch[-1].tokens) + batch[-1].most
-        found = texts(engine, work.context, tokenizer, batch)
+        found = texts(engine, work.variant.context, tokenizer, batch)
         yield dict(zip(batch, found, strict=True)), sum(len(request.tokens) for request in batch)

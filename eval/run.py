@@ -10,7 +10,7 @@ Exit codes: 0 done; 3 done, and a variant of the gate is worse; 2 the command li
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +20,14 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from eval import report, responses
 from eval.ranks import Work, run_rank
 from eval.requests import Request, key
-from eval.sensitivity import with_order, without_order
+from eval.sensitivity import lacks_order, with_order, without_order
 from eval.variants import BASELINE, Variant, composed, refuse_other_model, variant_of
 from longctx.parallel.launch import rank_from_environment
 from longctx.schema import Track
 from recipes.job import refuse_unwritable_folder
 from recipes.machine import provenance
 from recipes.manifest import record
-from recipes.start import console, main, on_ranks, say, section, top_level, warm_up_ranks
+from recipes.start import console, is_first, main, on_ranks, say, section, top_level, warm_up_ranks
 
 WARM = ("longctx.infer.engine", "eval.score", "eval.decode", "eval.ranks")
 GATE_FAILED = 3
@@ -89,12 +89,16 @@ class Eval:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done, checked before any rank starts; ``requests`` are all that every variant is asked."""
+    """What is to be done, checked before any rank starts; ``requests`` are all that every variant is asked.
+
+    ``configs`` are the variants' settings.  Those that lack an order of blocks drop none before `ordered`.
+    """
 
     settings: Settings
     eval: Eval
     track: Track
     config: Mapping[str, Any]
+    configs: tuple[tuple[str, DictConfig], ...]
     variants: tuple[Variant, ...]
     tasks: Mapping[str, Any]
     lm: Any
@@ -132,11 +136,18 @@ def prepare(config: DictConfig) -> Job:
     for other in variants[1:]:
         refuse_other_model(base, other)
     _refuse_other_world(variants)
-    configs = with_order(configs, base, asked.sensitivity, Path(settings.out))
-    variants = tuple(variant_of(name, one, settings.device) for name, one in configs)
     values: Any = OmegaConf.to_container(config, resolve=True)
     track = section(config, "track", Track)
-    return Job(settings, asked, track, {**provenance(), **values}, variants, tasks, lm, requests)
+    return Job(settings, asked, track, {**provenance(), **values}, tuple(configs), variants, tasks, lm, requests)
+
+
+def ordered(job: Job) -> Job:
+    """``job``; blocks that variants drop in an order that nobody has given are known then.  Ranks may be started."""
+    if not any(lacks_order(config) for _, config in job.configs):
+        return job
+    configs = with_order(job.configs, job.variants[0], job.eval.sensitivity, job.out)
+    variants = tuple(variant_of(name, config, job.settings.device) for name, config in configs)
+    return replace(job, variants=variants)
 
 
 def _tasks(asked: Eval, base: Variant, data: Path | None) -> dict[str, Any]:
@@ -193,17 +204,11 @@ def answer(job: Job, number: int) -> responses.Kept:
         return kept
     work = Work(
         name=f"{number + 1}/{len(job.variants)} {variant.name}",
-        model=variant.model,
-        folder=variant.folder,
-        shape=variant.shape,
-        mesh=variant.mesh,
-        context=variant.context,
-        plan=variant.plan,
+        variant=variant,
         requests=left,
         file=file,
         together=job.eval.together,
         threads=settings.threads,
-        device=settings.device,
         timeout_minutes=settings.timeout_minutes,
     )
     on_ranks(variant.mesh, run_rank, work)
@@ -248,9 +253,9 @@ def task(config: DictConfig) -> None:
     warm_up_ranks(WARM)
     job = prepare(config)
     record(config)
+    job = ordered(job)
     kept = [answer(job, number) for number in range(len(job.variants))]
-    here = rank_from_environment(os.environ)
-    if here and here.rank:
+    if not is_first():
         return
     found = [scored(job, variant, of) for variant, of in zip(job.variants, kept, strict=True)]
     made = finish(job, found)

@@ -61,7 +61,7 @@ def composed(config: DictConfig) -> list[tuple[str, DictConfig]]:
         if base["adapted"] and change.get("spd"):
             as_saved = {name: value for name, value in change["spd"].items() if name != "sensitivity"}
             repaired = {**change, "model": base["adapted"], "spd": {"sensitivity": None, **as_saved}}
-            out.append((f"{_name(change)}, repaired", _changed(base, repaired)))
+            out.append((f"{_name(change)} repaired", _changed(base, repaired)))
     names = [name for name, _ in out]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"variants: {twice[0]} is there twice: give every variant a name of its own")

@@ -38,6 +38,8 @@ def locate(model: ModelSource, say: Say = lambda _: None) -> Path:
         return folder
     if folder.exists():
         raise ValueError(f"model={model.source}: no config.json in this folder; give a Hugging Face folder")
+    if model.source.count("/") != 1 or folder.parent.is_dir():
+        raise ValueError(f"model={model.source}: there is no such folder; give a Hugging Face folder, or a hub name")
     return _from_hub(model.source, say)
 
 

@@ -133,10 +133,18 @@ def _known(kind: type[Section], values: Any, prefix: str) -> Section:
 
 
 def on_ranks(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
-    """What rank 0 gives back from ``rank_main(rank, *args)`` on every rank of ``mesh``.
+    """What rank 0 gives back from ``rank_main(rank, *args)`` on every rank of ``mesh``; None where `is_first` is not.
 
-    Under torchrun or srun this process is one of the ranks, and gets None unless it is the first; otherwise
-    local ranks are started.  ValueError if a launcher started another number of ranks.
+    ValueError if a launcher started another number of ranks.
+    """
+    given = on_every_rank(mesh, rank_main, *args)
+    return given if is_first() else None
+
+
+def on_every_rank(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
+    """The same, where this process is one of the ranks (under torchrun or srun) giving what its own gives back.
+
+    Otherwise local ranks are started.
     """
     here = rank_from_environment(os.environ)
     if here is None:
@@ -147,11 +155,16 @@ def on_ranks(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
             f"set mesh.ring={here.world} or another mesh of {here.world}"
         )
     try:
-        given = rank_main(here, *args)
+        return rank_main(here, *args)
     except ValueError as error:
         # Not the command line's fault any more: let the launcher have the traceback.
         raise RuntimeError(f"rank {here.rank} of {here.world} failed") from error
-    return given if here.rank == 0 else None
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all ranks: it started them, or is the first that a launcher started."""
+    here = rank_from_environment(os.environ)
+    return here is None or here.rank == 0
 
 
 def warm_up_ranks(modules: Sequence[str]) -> None:
@@ -162,8 +175,7 @@ def warm_up_ranks(modules: Sequence[str]) -> None:
 
 def say(line: str) -> None:
     """Print ``line`` for the user, once however many ranks a launcher started."""
-    here = rank_from_environment(os.environ)
-    if here is None or here.rank == 0:
+    if is_first():
         console.print(line)
 
 
@@ -228,7 +240,9 @@ def _overrides(word: str) -> list[str]:
     known = sorted({path.stem for path in (CONFIGS / "model").glob("*.yaml")} - {"folder", "settings"})
     if value in (*known, "folder"):  # a folder's name is in its own setting then
         return [word]
-    if Path(value).expanduser().is_dir() or value.count("/") == 1:
+    if (
+        "/" in value or Path(value).expanduser().is_dir()
+    ):  # a folder, perhaps one that is still to be made, or a hub name
         name = Path(value).expanduser().name
         return ["model=folder", f"model.source={_quoted(value)}", f"model.name={_quoted(name)}"]
     raise ValueError(

@@ -20,6 +20,7 @@ from recipes.start import CONFIGS, as_overrides, composed, is_file_name, own_out
 from slurm.settings import Launcher, Settings, absolute
 
 _EXAMPLE = "prompt.pydoc=assert"
+_ELSEWHERE = {"eval": ("eval.run", "evaluate")}  # the recipe that is not in recipes/: its module and configuration
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,11 @@ def mesh_of(tasks: Sequence[Task]) -> Mesh:
 
 def recipe_of(name: str) -> tuple[ModuleType, str]:
     """The module of recipe ``name``, and its configuration's name.  ValueError unless it can be checked ahead."""
-    module = f"recipes.{name}"
-    if re.fullmatch(r"[a-z_]+", name) and (CONFIGS / f"{name}.yaml").is_file() and _is_there(module):
+    module, config_name = _ELSEWHERE.get(name, (f"recipes.{name}", name))
+    if re.fullmatch(r"[a-z_]+", name) and (CONFIGS / f"{config_name}.yaml").is_file() and _is_there(module):
         found = import_module(module)
         if hasattr(found, "prepare"):
-            return found, name
+            return found, config_name
     raise ValueError(f"recipe={name} cannot be submitted: use {', '.join(_recipes())}")
 
 
@@ -125,7 +126,7 @@ def _is_there(module: str) -> bool:
 def _recipes() -> list[str]:
     """Recipes that say what they would refuse: those with a ``prepare``."""
     sources = Path(str(import_module("recipes").__file__)).parent.glob("*.py")
-    return sorted(path.stem for path in sources if "\ndef prepare(" in path.read_text())
+    return sorted([*_ELSEWHERE, *(path.stem for path in sources if "\ndef prepare(" in path.read_text())])
 
 
 def swept(words: Sequence[str]) -> tuple[list[str], list[list[str]]]:

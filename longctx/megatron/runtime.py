@@ -5,12 +5,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.rendezvous import rendezvous
 
 from longctx.megatron.on_cpu import let_training_run
 from longctx.parallel.comm import Alone, Comm, DistComm
@@ -27,6 +29,8 @@ _OF_ITS_OWN_CALLS = (
     r"The \.grad attribute of a Tensor that is not a leaf",
     "When using sequence parallelism it is recommended to set the environment variable",
 )
+
+_MEETINGS: dict[str, tuple[dist.Store, Iterator[int]]] = {}
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def runtime(
         torch.cuda.set_device(here)
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",
-        init_method=rank.meet,
+        store=_fresh_store(rank, datetime.timedelta(minutes=timeout_minutes)),
         rank=rank.rank,
         world_size=rank.world,
         timeout=datetime.timedelta(minutes=timeout_minutes),
@@ -95,6 +99,17 @@ def runtime(
         yield groups
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def _fresh_store(rank: Rank, timeout: datetime.timedelta) -> dist.Store:
+    """Where ranks find each other: of ranks that a launcher started, which come here again, each time another part.
+
+    In the same one they would find the addresses of the time before.
+    """
+    if rank.meet not in _MEETINGS:
+        _MEETINGS[rank.meet] = next(rendezvous(rank.meet, rank.rank, rank.world, timeout=timeout))[0], count()
+    store, times = _MEETINGS[rank.meet]
+    return dist.PrefixStore(f"longctx/{next(times)}", store)
 
 
 def _track_generators(device: torch.device) -> None:

@@ -13,13 +13,14 @@ def answers(
 ) -> dict[Request, Answer]:
     """The answers to ``requests``, so many tokens together."""
     from eval.ranks import Work, answered
+    from eval.variants import Variant
     from longctx.infer.engine import load_engine
     from longctx.megatron.runtime import runtime
     from longctx.pretrained import shape_of
 
     shape, model = shape_of(folder), ModelSource("test", str(folder), dtype=dtype)  # type: ignore[arg-type]
-    given = (tuple(requests), folder, together, 1, "cpu", 2)
-    work = Work("test", model, folder, shape, mesh, Context(), None, *given)
+    variant = Variant("test", model, folder, shape, mesh, Context(), None, "cpu")
+    work = Work("test", variant, tuple(requests), folder, together, threads=1, timeout_minutes=2)
     with runtime(rank, mesh, timeout_minutes=2) as here:
         engine = load_engine(here, model, shape, folder, "auto")
         return {request: answer for found, _ in answered(engine, work) for request, answer in found.items()}

@@ -31,7 +31,7 @@ ALL = (
     scored("baseline", 0.0, 120, 51),
     scored("half", 0.5, 120, 60),
     scored("all", 1.0, 40, 20, -4.0),
-    scored("all, repaired", 1.0, 110, 50, repaired=True),
+    scored("all repaired", 1.0, 110, 50, repaired=True),
 )
 
 

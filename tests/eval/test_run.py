@@ -154,7 +154,7 @@ def test_a_model_that_was_repaired_for_another_is_refused(prepared, tiny, tmp_pa
 
     shutil.copytree(tiny, tmp_path / "adapted")
     SavedPlan(SPDPlan(2, 3, (0,)), (0, 1), (0,), "of another").write(tmp_path / "adapted")
-    with pytest.raises(ValueError, match=r"variant a, repaired: .*adapted was made from another model than tiny"):
+    with pytest.raises(ValueError, match=r"variant a repaired: .*adapted was made from another model than tiny"):
         prepared(
             f"adapted={tmp_path / 'adapted'}", "mesh.tp=3", "spd.drop=none", "variants=[{name: a, spd: {drop: all}}]"
         )

@@ -48,18 +48,28 @@ def test_a_sweep_is_an_array_of_runs(submitted, tmp_path):
         assert f"steps: {steps}\n" in (folder / "config.yaml").read_text()
 
 
-def test_a_pipeline_goes_step_by_step_and_a_failure_ends_it(cluster, tmp_path, capsys, queue):
-    """Of the second step nothing is there when it is queued; the third fails, and the fourth never runs."""
-    base, hf = tmp_path / "base", tmp_path / "hf"
+ADAPT = "sequences=1 data.length=61 repair.sequences=8 repair.length=61 repair.epochs=1 repair.looked_at=2"
+EVAL = "eval.tasks=[arc_easy] eval.resamples=100 eval.sensitivity=1 eval.strict=true"
+
+
+def test_a_pipeline_trains_adapts_and_judges_and_a_gate_ends_it(cluster, tmp_path, capsys):
+    """Of later steps nothing is there when they are queued; so few examples decide nothing, and the last never runs."""
+    base, hf, adapted, judged = (tmp_path / name for name in ("base", "hf", "adapted", "judged"))
+    rows = [{"query": f"What is {i}?", "choices": ["a stone", "a boat"], "gold": i % 2} for i in range(5)]
+    (tmp_path / "arc").mkdir()
+    (tmp_path / "arc" / "arc_easy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    compared = "variants=[{name:dropped,spd:{drop:ranked,budget:1.0}}] 'eval.gate=[dropped repaired]'"
+    judge = f"adapted={adapted} mesh.tp=2 spd=none {compared} {EVAL} eval.data={tmp_path}"
     (tmp_path / "pipeline.yaml").write_text(
         f"- recipe=pretrain {' '.join(TINY)} steps=2 run={base}\n"
         f"- recipe=export checkpoint={base} to={hf} run={tmp_path}/export\n"
-        f"- recipe=export checkpoint={base} to={hf} run={tmp_path}/again restarts=5\n"
+        f"- recipe=spd_adapt model={hf} mesh.tp=2 spd.budget=1.0 {ADAPT} run={adapted}\n"
+        f"- recipe=eval model={hf} {judge} run={judged}\n"
         f"- recipe=export checkpoint={base} to={tmp_path}/never run={tmp_path}/last\n"
     )
-    submit.main([f"pipeline={tmp_path / 'pipeline.yaml'}"])
+    submit.main([f"pipeline={tmp_path / 'pipeline.yaml'}", "time=30"])
     jobs = re.findall(r"^job (\d+)$", capsys.readouterr().out, re.MULTILINE)
-    assert len(jobs) == 4
+    assert len(jobs) == 5
 
     def states():
         return [cluster.says("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip() for job in jobs]
@@ -67,10 +77,25 @@ def test_a_pipeline_goes_step_by_step_and_a_failure_ends_it(cluster, tmp_path, c
     until = time.monotonic() + 900
     while set(states()) & {"PENDING", "RUNNING", "COMPLETING"} and time.monotonic() < until:
         time.sleep(0.2)
-    assert states() == ["COMPLETED", "COMPLETED", "FAILED", "CANCELLED"]
-    assert (hf / "model.safetensors").is_file() and not (tmp_path / "never").exists()
-    log = (tmp_path / "again" / "job.log").read_text()
-    assert "rank 0 on n1 exited with 2" in log and "is there already" in log and "refused: it would be again" in log
+    logs = "\n".join(file.read_text() for file in sorted(tmp_path.glob("*/**/*.log")))
+    assert states() == ["COMPLETED", "COMPLETED", "COMPLETED", "FAILED", "CANCELLED"], logs
+    report = json.loads((judged / "report.json").read_text())
+    assert list(report["variants"]) == ["baseline", "dropped", "dropped repaired"]
+    assert report["gate"] == {
+        "variants": ["dropped repaired"], "strict": True, "failed": ["dropped repaired"], "passed": False
+    }  # fmt: skip
+    assert "a gate failed" in (judged / "job.log").read_text() and not (judged / "failure.txt").exists()
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_run_that_is_refused_when_it_starts_is_not_begun_again(submitted, tmp_path):
+    """It waits for a job that makes less than it needs."""
+    first = submitted("recipe=pretrain", *TINY, "steps=1", f"run={tmp_path / 'base'}")
+    job = submitted("recipe=export", f"checkpoint={tmp_path}/other", f"to={tmp_path}/hf", f"after={first.number}",
+                    "restarts=5", f"run={tmp_path / 'export'}")  # fmt: skip
+    job.ends("FAILED")
+    log = (job.run / "job.log").read_text()
+    assert "rank 0 on n1 exited with 2" in log and "is no checkpoint" in log and "refused: it would be again" in log
 
 
 def test_a_run_that_waits_or_runs_is_not_begun_again_until_it_is_cancelled(submitted, tmp_path, capsys):

@@ -10,6 +10,7 @@ import pytest
 
 from slurm import submit
 from slurm.settings import seconds_of
+from tests.tiny import tiny_model
 
 TINY = ("recipe=pretrain", "experiment=tiny", "data.length=61", "data.batch=2", "steps=3", "threads=1")
 
@@ -67,6 +68,25 @@ def test_the_stable_command_prints_a_script(tmp_path):
     environment = {"PATH": "/usr/bin", "HOME": str(Path.home())}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("#!/bin/bash\n#SBATCH --job-name=generate\n")
+
+
+def test_benchmarks_are_a_recipe_too_and_measure_nothing_before_they_start(script, tmp_path):
+    (tmp_path / "arc").mkdir()
+    (tmp_path / "arc" / "arc_easy.jsonl").write_text('{"query": "Why?", "choices": ["so", "no"], "gold": 1}\n')
+    tiny = tiny_model(tmp_path / "tiny", positions=397)
+    dropped = "variants=[{name:dropped,spd:{drop:ranked,budget:1.0}}]"
+    words = (
+        "recipe=eval",
+        f"model={tiny}",
+        "mesh.tp=3",
+        "spd=none",
+        dropped,
+        f"eval.data={tmp_path}",
+        "eval.prefix_token=0",
+    )
+    shown = script(*words, "run=run")
+    assert "#SBATCH --ntasks-per-node=3\n" in shown and " -m eval.run " in shown
+    assert f"  out={tmp_path}/run\n" in shown
 
 
 def test_a_pipeline_s_steps_come_after_one_another(script, tmp_path):
@@ -133,7 +153,7 @@ def test_what_cannot_run_is_refused_before_anybody_is_asked(refused, words, says
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["recipe=pretend"], "recipe=pretend cannot be submitted: use chat, export, extend, generate, pretrain"),
+        (["recipe=pretend"], "recipe=pretend cannot be submitted: use chat, eval, export, extend, generate, pretrain"),
         (["nodes=2"], "say what to run: recipe="),
         (["recipe=export", "checkpoint=none", "to=there"], "checkpoint=none is no checkpoint"),
         (["pipeline=none.yaml"], "pipeline=none.yaml cannot be read"),

@@ -1,0 +1,127 @@
+"""Examples a second, beside lm-eval's own model on the same tasks, weights and threads.
+
+python -m eval.speed eval.tasks=[arc_easy,hellaswag] eval.limit=50 out=outputs/speed
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from pydantic import PositiveInt
+from rich.table import Table
+
+from eval import responses, run
+from eval.lm import recorder
+from eval.ranks import Work, run_rank
+from eval.requests import Score, key
+from eval.tasks import answered
+from longctx.parallel.launch import Rank, run_ranks
+from recipes.machine import provenance
+from recipes.start import console, main, section, threads_for, warm_up_ranks, written
+
+OURS = "ours"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Rounds, in each of which ours and lm-eval's at each of ``batches`` take turns; the median is told."""
+
+    rounds: PositiveInt
+    batches: tuple[PositiveInt, ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What lm-eval's model is asked: pairs of (context, continuation) of the model in ``folder``."""
+
+    folder: Path
+    pairs: tuple[tuple[str, str], ...]
+    prefix_token: int
+    batch: int
+    threads: int | None
+
+
+def theirs(rank: Rank, asked: Asked) -> tuple[float, list[float]]:
+    """Seconds, without loading, and log-probabilities (nats) of lm-eval's ``hf`` model."""
+    import torch
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    torch.set_num_threads(threads_for(asked.threads, rank))
+    lm = HFLM(
+        str(asked.folder), device="cpu", dtype="float32", batch_size=asked.batch, prefix_token_id=asked.prefix_token
+    )
+    instances = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(asked.pairs)]
+    began = time.perf_counter()
+    answers = lm.loglikelihood(instances, disable_tqdm=True)
+    return time.perf_counter() - began, [likely for likely, _ in answers]
+
+
+def ours(rank: Rank, work: Work) -> tuple[float, dict[str, Any]]:
+    """The same of ours; answers by the key of their request."""
+    run_rank(rank, work)
+    kept = responses.read(work.file)
+    return kept.seconds, kept.answers
+
+
+def measured(job: run.Job, task: Any, speed: Speed) -> dict[str, Any]:
+    """Seconds of every round, by contestant; the largest difference of a log-probability; examples of ``task``."""
+    requests: list[Any] = []
+    job.lm.answer = recorder(requests)
+    answered({"": task}, job.lm)
+    if not all(isinstance(request, Score) for request in requests):
+        raise ValueError("recipes time scores only: leave tasks that generate text, or whole texts, out")
+    pairs = tuple(tuple(instance.args) for instance in task.instances)
+    base, threads = job.variants[0], job.settings.threads
+    asked = Asked(base.folder, pairs, job.lm.eot_token_id, 1, threads)
+    work = Work(
+        OURS, base, tuple(dict.fromkeys(requests)), Path(), job.eval.together, threads, job.settings.timeout_minutes
+    )
+    seconds: dict[str, list[float]] = {}
+    off = 0.0
+    for _ in range(speed.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            took, answers = run_ranks(1, ours, replace(work, file=Path(folder, "answers.jsonl")))[0]
+        seconds.setdefault(OURS, []).append(took)
+        for batch in speed.batches:
+            took, likely = run_ranks(1, theirs, replace(asked, batch=batch))[0]
+            seconds.setdefault(f"hf, batch {batch}", []).append(took)
+            off = max(off, *(abs(answers[key(r)][0] - x) for r, x in zip(requests, likely, strict=True)))
+    return {"examples": len({i.doc_id for i in task.instances}), "seconds": seconds, "largest_difference": off}
+
+
+def show(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Examples a second, and how many times as many are ours."""
+    table = Table("task", "examples", *(f"{name}, a second" for name in _names(found)), "times", box=None)
+    for task, told in found.items():
+        each = [told["examples"] / statistics.median(of) for of in told["seconds"].values()]
+        times = " ".join(f"{each[0] / other:.2f}" for other in each[1:])
+        table.add_row(task, str(told["examples"]), *(f"{rate:.2f}" for rate in each), times)
+    console.print(table)
+
+
+def _names(found: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
+    return list(next(iter(found.values()))["seconds"])
+
+
+def task(config: DictConfig) -> None:
+    """Refuse what cannot be compared; measure task by task; write and show."""
+    warm_up_ranks((*run.WARM, "lm_eval.models.huggingface"))
+    speed, job = section(config, "speed", Speed), run.prepare(config)
+    if len(job.variants) > 1 or job.variants[0].mesh.ranks > 1 or job.variants[0].plan:
+        raise ValueError("lm-eval's model has one rank and no variants: leave mesh and variants out")
+    found = {}
+    for name, of in job.tasks.items():
+        console.print(f"{name}: {speed.rounds} rounds")
+        found[name] = measured(job, of, speed)
+    show(found)
+    written(str(job.out / "speed.json"), {"tasks": found, **provenance()})
+
+
+if __name__ == "__main__":
+    main("eval_speed", task)
