@@ -180,6 +180,23 @@ class Repair:
             raise ValueError(f"repair.batch={self.batch} of repair.sequences={self.sequences}: take fewer a step")
 
 
+@dataclass(frozen=True)
+class Joint:
+    """How repaired blocks then learn together: ``steps`` of ``batch`` sequences; the state is saved every so many."""
+
+    steps: int
+    batch: int
+    lr: float
+    save_every: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"joint.steps={self.steps}: use 0 for none, or more")
+        for name in ("batch", "lr", "save_every"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"joint.{name}={getattr(self, name)}: use more than 0")
+
+
 Recompute = Literal["none", "selective", "full"]
 
 

@@ -1,4 +1,4 @@
-"""Sync-Point-Drop from end to end: blocks are classified, grouped and distilled, and a model with its plan is saved.
+"""Sync-Point-Drop from end to end: blocks are classified, grouped, distilled, and a model with its plan is saved.
 
     python -m recipes.spd_adapt mesh.tp=3 spd.budget=0.5 out=outputs/adapted
 
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
+from longctx import kept
 from longctx.parallel.launch import Rank, rank_from_environment
-from longctx.schema import SPD, Repair
+from longctx.schema import SPD, Joint, Repair
 from longctx.spd.folder import assemble, read_block, write_block
 from longctx.spd.plan import SavedPlan, SPDPlan, order_from, within
 from longctx.spd.sensitivity import kind_of
 from longctx.spd.text import Text
 from recipes import spd_sensitivity
-from recipes.calibration import blocks_of, calibration_of, kept_lines, write_lines
+from recipes.calibration import Subject, blocks_of, calibration_of, kept_lines, write_lines
 from recipes.manifest import record
 from recipes.progress import Progress
 from recipes.start import console, main, on_ranks, say, section, warm_up_ranks
@@ -40,14 +41,16 @@ class Job:
 
     ``first`` is how sensitivities are measured, and ``measured`` what was found, if it is there already; ``text`` is
     what blocks learn from, and ``sensitivity`` how they are ranked then, on text behind it, of which ``done`` is
-    what an interrupted run has left.
+    what an interrupted run has left; behind that is ``joint_text``, from which they learn together.
     """
 
     sensitivity: spd_sensitivity.Job
     measured: dict[str, Any] | None
     repair: Repair
+    joint: Joint
     budget: float
     text: Text
+    joint_text: Text
     first: spd_sensitivity.Job
     about: Mapping[str, Any]
     done: list[list[float]]
@@ -66,14 +69,23 @@ class Job:
         """What those sums depend on."""
         return {"text": self.sensitivity.about, "repair": dict(self.about), "budget": self.budget}
 
+    @property
+    def of_joint(self) -> dict[str, Any]:
+        """What learning together depends on."""
+        return {**self.of_again, "joint": {**asdict(self.joint), "save_every": None}}
+
     def file_of(self, block: int) -> Path:
         """Where a repaired block is kept."""
         return self.out / "blocks" / f"{block:03d}.safetensors"
 
+    def last_file_of(self, block: int) -> Path:
+        """The same, of a block that has learned with the others, if they do."""
+        return self.out / "joint" / f"{block:03d}.safetensors" if self.joint.steps else self.file_of(block)
+
 
 def prepare(config: DictConfig) -> Job:
     """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
-    spd, repair = section(config, "spd", SPD), section(config, "repair", Repair)
+    spd, repair, joint = section(config, "spd", SPD), section(config, "repair", Repair), section(config, "joint", Joint)
     if spd.drop not in ("saved", "ranked") or spd.budget is None:
         raise ValueError("recipes.spd_adapt drops the least sensitive blocks: say how many with spd.budget, e.g. 0.5")
     job = spd_sensitivity.prepare(config, "recipes.spd_adapt")
@@ -97,8 +109,30 @@ def prepare(config: DictConfig) -> Job:
     _refuse_other_run(job.out / "blocks" / "about.json", about)
     behind = -(-(repair.sequences + repair.held_out) * repair.length // job.text.tokens.shape[1])
     unseen, _ = calibration_of(config, subject, config.sequences, behind=behind)
-    made = Job(replace(job, text=unseen), measured, repair, spd.budget, text, job, about, [])
+    joint_text = text[slice(0)]
+    if joint.steps:
+        joint_text = _joint_text(joint, longer, subject, behind + config.sequences, job.text.tokens.shape[1])
+    made = Job(replace(job, text=unseen), measured, repair, joint, spd.budget, text, joint_text, job, about, [])
+    _refuse_other_joint(made)
     return replace(made, done=kept_lines(made.again, made.of_again))
+
+
+def _joint_text(joint: Joint, config: DictConfig, subject: Subject, behind: int, length: int) -> Text:
+    """What blocks learn from together, behind so many sequences of that length."""
+    if joint.batch % subject.mesh.dp:
+        raise ValueError(f"joint.batch={joint.batch} is shared by mesh.dp={subject.mesh.dp}: use a multiple of it")
+    behind = -(-behind * length // config.data.length)
+    return calibration_of(config, subject, joint.steps * joint.batch, behind=behind)[0]
+
+
+def _refuse_other_joint(job: Job) -> None:
+    """ValueError if blocks that learn together in another way are there."""
+    place, _ = kept.latest(job.out / "joint")
+    if place is None:
+        return
+    before, now = kept.about(place), json.loads(json.dumps(job.of_joint))
+    if changed := [name for name in now if before.get(name) != now[name]]:
+        raise ValueError(f"{place} has learned with another {', '.join(changed)}: give another out=")
 
 
 def _measured(spd: SPD, job: spd_sensitivity.Job) -> dict[str, Any] | None:
@@ -141,7 +175,14 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
             spd_sensitivity.keep(job.first, told)
         repair_all(here, blocks, job, told, progress)
         here.world.all_gather(torch.zeros(1), [(1,)] * here.world.size)  # all blocks are in their files
-        return {"measured": told, "again": ranked_again(here, blocks, job, told, progress)}
+        again = ranked_again(here, blocks, job, told, progress)
+        order = dropping_order(job, told, again)
+        return {
+            "measured": told,
+            "again": again,
+            "order": order,
+            "joint": learn_together(here, blocks, job, order, progress),
+        }
 
 
 def repair_all(here: Any, blocks: Any, job: Job, told: dict[str, Any], progress: Progress) -> None:
@@ -183,6 +224,36 @@ def ranked_again(
     return found
 
 
+def dropping_order(job: Job, told: dict[str, Any], again: list[dict[str, Any]] | None) -> tuple[int, ...]:
+    """The blocks within the budget, in the order of what is left of their sensitivity, where that is known."""
+    wanted: tuple[int, ...] = within(told["order"], job.budget)
+    return tuple(sorted(wanted, key=lambda block: (again[block]["score"], block))) if again else wanted
+
+
+def learn_together(here: Any, blocks: Any, job: Job, order: Sequence[int], progress: Progress) -> list[float]:
+    """Blocks in their `last_file_of`, and the divergence (nats a token) before each step."""
+    if not job.joint.steps or not order:
+        return []
+    from longctx.megatron.joint import Together
+
+    how, part, parts = job.joint, here.groups.dp.rank(), here.mesh.dp
+    layers = {block: from_file(blocks, block, job) for block in order}
+    together = Together(blocks, layers, order, how, here.groups.dp)
+    together.resume(job.out / "joint")
+    progress.start("blocks learn together, steps", how.steps, done=together.steps)
+    while together.steps < how.steps:
+        at = together.steps * how.batch
+        loss = together.step(job.joint_text.tokens[at : at + how.batch][part::parts])
+        progress.step(note=f"divergence {loss:.3f}")
+        if together.steps % how.save_every == 0 or together.steps == how.steps:
+            together.save(job.out / "joint", job.of_joint)
+    for block, layer in layers.items():
+        tensors = blocks.tensors_of(layer)
+        if here.rank.rank == 0:
+            write_block(job.last_file_of(block), tensors, read_block(job.file_of(block))[1])
+    return together.losses
+
+
 @torch.no_grad()
 def through(blocks: Any, layer: Any, x: torch.Tensor, batch: int) -> torch.Tensor:
     """What leaves ``layer``, of all sequences."""
@@ -220,30 +291,31 @@ def finish(job: Job, found: dict[str, Any]) -> list[dict[str, Any]]:
     Its order begins with the repaired blocks, in the order of what is left of their sensitivity.
     """
     subject, told, again = job.sensitivity.subject, found["measured"], found["again"]
-    dropped = within(told["order"], job.budget)
-    rows = []
+    dropped, rows = found["order"], []
     for block in dropped:
         _, about = read_block(job.file_of(block))
         left = again[block]["score"] if again else None
         rows.append({"block": block, "score": told["blocks"][block]["score"], "left": left, **about})
-    if again:
-        rows.sort(key=lambda row: (row["left"], row["block"]))
-    order = tuple(row["block"] for row in rows)
-    order += tuple(block for block in told["order"] if block not in order)
+    order = (*dropped, *(block for block in told["order"] if block not in dropped))
     plan = SPDPlan(subject.shape.layers, subject.mesh.tp, dropped, job.repair.own_norms)
     saved = SavedPlan(plan, order, tuple(sorted(dropped)), subject.fingerprint)
-    assemble(subject.folder, [job.file_of(block) for block in sorted(dropped)], saved, job.out)
+    assemble(subject.folder, [job.last_file_of(block) for block in sorted(dropped)], saved, job.out)
     return rows
 
 
-def track(job: Job, rows: list[dict[str, Any]]) -> None:
-    """Errors by block, in the run's record."""
+def track(job: Job, rows: list[dict[str, Any]], joint: Sequence[float]) -> None:
+    """Errors by block, and divergences by step, in the run's record."""
     from longctx.train.track import start_tracking
 
     mine = job.sensitivity
     tracker, _ = start_tracking(mine.track, job.out, mine.config, first=True, say=say)
-    for row in sorted(rows, key=lambda row: row["block"]):
-        tracker.log({f"spd/error_{name}": float(row[name]) for name in ERRORS}, row["block"])
+    figures: dict[int, dict[str, float]] = {}  # of a block, and of a step of all together
+    for row in rows:
+        figures[row["block"]] = {f"spd/error_{name}": float(row[name]) for name in ERRORS}
+    for step, loss in enumerate(joint):
+        figures.setdefault(step, {})["spd/joint_divergence"] = loss
+    for number in sorted(figures):
+        tracker.log(figures[number], number)
     tracker.artifact(f"spd-{job.out.name}", "model", job.out)
     tracker.finish()
 
@@ -262,13 +334,13 @@ def show(job: Job, rows: list[dict[str, Any]]) -> None:
 
 def task(config: DictConfig) -> None:
     """Refuse what cannot be done; measure and repair; put the result together and show it."""
-    warm_up_ranks((*spd_sensitivity.WARM, "longctx.megatron.repair"))
+    warm_up_ranks((*spd_sensitivity.WARM, "longctx.megatron.repair", "longctx.megatron.joint"))
     job = prepare(config)
     record(config)
     found = on_ranks(job.sensitivity.subject.mesh, run_rank, job)
     if found is not None:
         rows = finish(job, found)
-        track(job, rows)
+        track(job, rows, found["joint"])
         show(job, rows)
 
 

@@ -1,4 +1,6 @@
-"""How likely given tokens are: of each row few numbers leave a tensor-parallel rank, not its logits."""
+"""How likely tokens are: of each row few numbers leave a tensor-parallel rank, not its logits."""
+
+from typing import Any
 
 import torch
 
@@ -16,10 +18,7 @@ def log_likelihoods(
     Every rank has the logits of its share of the ``vocabulary``; their largest, the sum of their exponentials, the
     target's and the place of the largest are all that is exchanged.
     """
-    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
-    part, _ = model.output_layer(hidden, weight=weight, runtime_gather_output=False)
-    first = tp.rank * part.shape[-1]
-    part = part[..., : max(0, vocabulary - first)].float()  # without the padding of the last rank
+    part, first = _share_of_logits(model, hidden, tp, vocabulary)
     largest, at = part.max(-1)
     exponentials = (part - largest.unsqueeze(-1)).exp().sum(-1)
     here = targets - first
@@ -31,3 +30,58 @@ def log_likelihoods(
     top, best = largest.max(0)
     total = (exponentials * (largest - top).exp()).sum(0)
     return target.amax(0) - top - total.log(), likeliest.gather(0, best.unsqueeze(0)).squeeze(0).long()
+
+
+def log_shares(
+    model: GPTModel, hidden: Float[Tensor, "s b hidden"], tp: Comm, vocabulary: int
+) -> Float[Tensor, "s b share"]:
+    """Log-probabilities (nats) of this rank's share of the ``vocabulary``.  No gradient."""
+    with torch.no_grad():
+        part, _ = _share_of_logits(model, hidden, tp, vocabulary)
+        return part - _normaliser(part, tp)
+
+
+def divergence(
+    model: GPTModel,
+    hidden: Float[Tensor, "s b hidden"],
+    wanted: Float[Tensor, "s b share"],
+    tp: Comm,
+    vocabulary: int,
+) -> Float[Tensor, "s b"]:
+    """Kullback-Leibler divergence (nats) of each row's prediction from ``wanted``, another's `log_shares`.
+
+    Every rank has all of it, and of its gradient what goes through its share.
+    """
+    part, _ = _share_of_logits(model, hidden, tp, vocabulary)
+    rows: Tensor = _Divergence.apply(part, wanted, tp)
+    return rows
+
+
+class _Divergence(torch.autograd.Function):
+    """Sum over all ranks' shares of p (log p - log q), q the softmax of logits: its gradient is q - p."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, wanted: Tensor, tp: Comm) -> Tensor:
+        got = part - _normaliser(part, tp)
+        ctx.save_for_backward(got, wanted)
+        mine = (wanted.exp() * (wanted - got)).sum(-1)
+        return torch.stack(tp.all_gather(mine, [tuple(mine.shape)] * tp.size)).sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        got, wanted = ctx.saved_tensors
+        return gradient.unsqueeze(-1) * (got.exp() - wanted.exp()), None, None
+
+
+def _share_of_logits(model: GPTModel, hidden: Tensor, tp: Comm, vocabulary: int) -> tuple[Tensor, int]:
+    """float32 logits of this rank's share of the ``vocabulary``, without padding, and the first token of the share."""
+    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+    part, _ = model.output_layer(hidden, weight=weight, runtime_gather_output=False)
+    first = tp.rank * part.shape[-1]
+    return part[..., : max(0, vocabulary - first)].float(), first
+
+
+def _normaliser(part: Tensor, tp: Comm) -> Tensor:
+    """Logarithm of the sum of all ranks' exponentials [s b 1]."""
+    mine = part.logsumexp(-1, keepdim=True)
+    return torch.stack(tp.all_gather(mine, [tuple(mine.shape)] * tp.size)).logsumexp(0)

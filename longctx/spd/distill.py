@@ -37,12 +37,17 @@ def distil(
     steps = how.epochs * (len(inputs) // how.batch)
     for step, rows in enumerate(_batches(len(inputs), how, order)):
         for group in optimizer.param_groups:
-            group["lr"] = how.lr * min(1.0, (step + 1) / _WARMUP) * (0.5 + 0.5 * cos(pi * step / steps))
+            group["lr"] = rate_at(step, steps, how.lr)
         loss = relative_error(student(inputs[rows]), outputs[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         yield float(loss.detach())
+
+
+def rate_at(step: int, steps: int, lr: float) -> float:
+    """The learning rate of a step: warmed up, then falling along a cosine."""
+    return lr * min(1.0, (step + 1) / _WARMUP) * (0.5 + 0.5 * cos(pi * step / steps))
 
 
 def _batches(sequences: int, how: Distillation, order: torch.Generator) -> Iterator[Tensor]:

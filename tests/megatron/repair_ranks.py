@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from longctx.parallel.launch import Rank
 from longctx.pretrained import shape_of
-from longctx.schema import Mesh, ModelSource, Repair
+from longctx.schema import Joint, Mesh, ModelSource, Repair
 from longctx.spd.plan import SPDPlan
 
 
@@ -50,3 +51,63 @@ def states(rank: Rank, folder: Path, how: Repair | None, grouping: str, dropped:
             out["errors"] = [made.zero_shot, made.grouped, made.distilled]
             out["norms"] = made.layer.pre_mlp_layernorm.weight.detach().clone()
     return out
+
+
+def predictions(rank: Rank, folder: Path) -> dict[str, Tensor]:
+    """Of random hidden states: all logits, the divergence from another's predictions, and its gradient."""
+    from longctx.infer.engine import load_engine
+    from longctx.megatron.likelihood import divergence, log_shares
+    from longctx.megatron.model import logits
+    from longctx.megatron.runtime import runtime
+
+    shape = shape_of(folder)
+    draw = torch.Generator().manual_seed(37)
+    got, wanted = (torch.randn(13, 1, shape.hidden, generator=draw).requires_grad_() for _ in range(2))
+    weights = torch.rand(13, 1, generator=draw)
+    with runtime(rank, Mesh(tp=rank.world), timeout_minutes=2) as here:
+        model = load_engine(here, ModelSource("test", str(folder)), shape, folder, "reference").model
+        model.requires_grad_(False)
+        shares = log_shares(model, wanted, here.tp, shape.vocabulary)
+        rows = divergence(model, got, shares, here.tp, shape.vocabulary)
+        (rows * weights).sum().backward()
+        both = [logits(model, x.detach(), here.tp, shape.vocabulary) for x in (got, wanted)]
+        return {
+            "got": both[0], "wanted": both[1], "rows": rows.detach(), "gradient": got.grad, "weights": weights
+        }  # fmt: skip
+
+
+def learned(rank: Rank, folder: Path, mesh: Mesh, at_once: bool, place: Path) -> dict[str, Any]:
+    """Losses, first gradients, tensors of blocks that learn together, saved and resumed between unless ``at_once``."""
+    from longctx.infer.engine import load_engine
+    from longctx.megatron.blocks import Blocks
+    from longctx.megatron.joint import Together
+    from longctx.megatron.runtime import runtime
+
+    shape, how = shape_of(folder), Joint(steps=5, batch=4, lr=1e-3, save_every=2)
+    tokens = torch.randint(shape.vocabulary, (4, 17), generator=torch.Generator().manual_seed(41))
+    with runtime(rank, mesh, timeout_minutes=2) as here:
+        plan = SPDPlan(shape.layers, mesh.tp)
+        engine = load_engine(here, ModelSource("test", str(folder)), shape, folder, "reference", plan)
+        blocks = Blocks(engine.model, shape, engine.kernel, engine.tp)
+
+        def begun() -> Together:
+            layers = {block: blocks.copy_of(block, own_norms=False) for block in range(shape.layers)}
+            return Together(blocks, layers, range(shape.layers), how, here.groups.dp)
+
+        together = begun()
+        mine = tokens[here.groups.dp.rank() :: mesh.dp]
+        while together.steps < how.steps:
+            together.step(mine)
+            if together.steps == 1:
+                gradients = {f"{block} {name}": weight.grad.clone() for block, layer in together.layers.items()
+                             for name, weight in layer.named_parameters() if weight.grad is not None}  # fmt: skip
+            if together.steps == 2 and not at_once:
+                together.save(place, {"told": 43})
+                together = begun()
+                together.resume(place)
+        tensors = {
+            name: tensor
+            for block in range(shape.layers)
+            for name, tensor in blocks.tensors_of(together.layers[block]).items()
+        }
+        return {"losses": together.losses, "tensors": tensors, "gradients": gradients}

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from longctx.parallel.launch import run_ranks
-from longctx.schema import Repair
+from longctx.schema import Mesh, Repair
 from tests.megatron.kinds import random_model
-from tests.megatron.repair_ranks import states
+from tests.megatron.repair_ranks import learned, predictions, states
 from tests.oracle import assert_close
 
 SIZES = {"num_attention_heads": 12, "num_key_value_heads": 6, "intermediate_size": 90}
@@ -52,3 +52,36 @@ def test_norms_are_the_same_on_every_rank_unless_they_are_its_own(folder: Path) 
     own = [rank["norms"] for rank in run_ranks(3, states, folder, replace(HOW, own_norms=True), "neurons", ())]
     assert torch.equal(shared[0], shared[1]) and torch.equal(shared[0], shared[2])
     assert not torch.equal(own[0], own[1])
+
+
+@pytest.mark.parametrize("tp", [1, 3])
+def test_the_divergence_of_shares_is_that_of_whole_predictions(folder: Path, tp: int) -> None:
+    """And so is its gradient: 211 tokens are no multiple of 3."""
+    unembedding = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).get_output_embeddings().weight
+    for rank in run_ranks(tp, predictions, folder):
+        got, wanted = rank["got"].double().requires_grad_(), rank["wanted"].double()
+        q, p = got.log_softmax(-1), wanted.log_softmax(-1)
+        rows = (p.exp() * (p - q)).sum(-1)
+        assert_close(rank["rows"], rows.detach(), 2e-6)
+        (rows * rank["weights"]).sum().backward()
+        assert_close(rank["gradient"], got.grad @ unembedding.detach(), 2e-6)
+
+
+def test_blocks_that_learn_together_predict_more_like_the_model(folder: Path, tmp_path: Path) -> None:
+    """A step drops 1, 2, ... blocks by its number, so that like is compared with like where both drop all."""
+    whole = run_ranks(3, learned, folder, Mesh(tp=3), True, tmp_path)
+    losses = whole[0]["losses"]
+    assert all(rank["losses"] == losses for rank in whole)
+    assert min(losses[2:]) < max(losses)
+
+
+def test_learning_together_is_resumed_and_shared_by_data_parallel_ranks(folder: Path, tmp_path: Path) -> None:
+    whole = run_ranks(2, learned, folder, Mesh(tp=2), True, tmp_path)[0]
+    resumed = run_ranks(2, learned, folder, Mesh(tp=2), False, tmp_path)[0]
+    shared = run_ranks(4, learned, folder, Mesh(tp=2, dp=2), False, tmp_path / "dp")[0]
+    assert resumed["losses"] == whole["losses"]
+    assert all(torch.equal(resumed["tensors"][name], tensor) for name, tensor in whole["tensors"].items())
+    # Of the first step alone: Adam makes as much of a gradient that rounding has changed as of any other.
+    assert shared["losses"][0] == pytest.approx(whole["losses"][0], rel=2e-6)
+    for name, gradient in whole["gradients"].items():
+        assert_close(shared["gradients"][name], gradient.double(), 2e-5)

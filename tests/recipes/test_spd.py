@@ -16,6 +16,7 @@ TEXT = ("data.length=31", "data.end_token=false", "sequences=5", "chunk=2", "thr
 REPAIR = (
     "repair.sequences=24", "repair.length=31", "repair.held_out=5", "repair.looked_at=3", "repair.epochs=2",
     "repair.batch=3", "repair.lr=5e-5", "repair.distil=[ISB,SB,ESB]", "repair.group=[ISB,SB,ESB]",
+    "joint.steps=3", "joint.batch=2", "joint.lr=5e-5", "joint.save_every=2",
 )  # fmt: skip
 PROMPT = ("prompt.text=It was", "max_new_tokens=5", "verify=true", "threads=1")
 

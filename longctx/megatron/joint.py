@@ -1,0 +1,115 @@
+"""Repaired blocks learn together, from what the model predicts when nothing drops.  Not in arXiv 2502.20727.
+
+Block-to-block distillation sees a block's own error only, with what enters it exact.  Here the errors of all of them
+are seen where they count, in the predictions, and may make up for each other.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longctx.kept import PARTIAL, RUN, about, latest, name_of, places
+from longctx.megatron.blocks import Blocks, Hidden
+from longctx.megatron.likelihood import divergence, log_shares
+from longctx.schema import Joint
+from longctx.shapes import Tokens
+from longctx.spd.distill import rate_at
+
+
+class Together:
+    """``layers`` by block, each of which drops its reduction, and how far they have learned.
+
+    ``order`` is that in which they may drop.  Every step another number of them does, so that the model is good with
+    fewer of them, too.  ``dp`` are data-parallel ranks, each with its part of a step's text.
+    """
+
+    def __init__(
+        self, blocks: Blocks, layers: Mapping[int, Any], order: Sequence[int], how: Joint, dp: dist.ProcessGroup
+    ) -> None:
+        self.layers, self.losses = layers, list[float]()
+        self._blocks, self._order, self._how, self._dp = blocks, order, how, dp
+        blocks.model.requires_grad_(False)
+        for layer in blocks.model.decoder.layers:
+            layer.drop(dropped=False)
+        self._parameters = [weight for block in order for weight in layers[block].parameters()]
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=how.lr, betas=(0.9, 0.99), weight_decay=0.0)
+
+    @property
+    def steps(self) -> int:
+        """How many have been done."""
+        return len(self.losses)
+
+    def step(self, tokens: Tokens) -> float:
+        """Learn from this data-parallel rank's ``tokens`` [sequences length]; mean divergence (nats a token)."""
+        blocks, how = self._blocks, self._how
+        draw = torch.Generator().manual_seed(self.steps)
+        dropped = self._order[: 1 + int(torch.randint(len(self._order), (), generator=draw))]
+        with torch.no_grad():
+            entering = blocks.embedded(tokens)
+            wanted = log_shares(blocks.model, self._final(entering, ()), blocks.tp, blocks.shape.vocabulary)
+        got = self._final(entering, dropped)
+        loss = divergence(blocks.model, got, wanted, blocks.tp, blocks.shape.vocabulary).mean() / self._dp.size()
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate_at(self.steps, how.steps, how.lr)
+        self._optimizer.zero_grad()
+        loss.backward()
+        total = loss.detach()
+        # Blocks that did not drop have no gradient, on any rank.
+        for value in (total, *(p.grad for p in self._parameters if p.grad is not None)):
+            dist.all_reduce(value, group=self._dp)
+        self._optimizer.step()
+        self.losses.append(float(total))
+        return self.losses[-1]
+
+    def _final(self, x: Hidden, dropped: Iterable[int]) -> Hidden:
+        """What enters the output layer, [rows 1 hidden]."""
+        for block, layer in enumerate(self._blocks.model.decoder.layers):
+            x = self._blocks.run(self.layers[block] if block in dropped else layer, x)
+        return self._blocks.model.decoder.final_layernorm(x.reshape(-1, 1, x.shape[-1]))
+
+    def save(self, folder: Path, told: Mapping[str, Any]) -> None:
+        """Put the state into ``folder``, in place of an earlier one, with what is ``told`` of the run."""
+        place, rank = folder / name_of(self.steps), self._blocks.tp.rank
+        coming = place.with_name(place.name + PARTIAL)
+        first = dist.get_rank() == 0
+        if first:
+            shutil.rmtree(coming, ignore_errors=True)
+            coming.mkdir(parents=True)
+        dist.barrier()
+        if self._dp.rank() == 0:
+            torch.save(
+                {"layers": self._states(), "optimizer": self._optimizer.state_dict()}, coming / f"rank-{rank}.pt"
+            )
+        dist.barrier()
+        if first:
+            sizes = {file.name: file.stat().st_size for file in coming.iterdir()}
+            (coming / RUN).write_text(json.dumps({**told, "losses": self.losses, "files": sizes}))
+            earlier = places(folder)
+            coming.rename(place)
+            for one in earlier:
+                shutil.rmtree(one)
+        dist.barrier()
+
+    def resume(self, folder: Path) -> None:
+        """Go on from the state in ``folder``, if there is one."""
+        place, _ = latest(folder)
+        if place is None:
+            return
+        state = torch.load(place / f"rank-{self._blocks.tp.rank}.pt", weights_only=True)
+        with torch.no_grad():
+            for block, layer in self.layers.items():
+                for name, weight in layer.named_parameters():
+                    weight.copy_(state["layers"][block][name])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.losses = about(place)["losses"]
+
+    def _states(self) -> dict[int, Any]:
+        return {
+            block: {name: weight.detach() for name, weight in layer.named_parameters()}
+            for block, layer in self.layers.items()
+        }
