@@ -1,13 +1,20 @@
 """python -m eval.run on a tiny model: what it writes, how it goes on, when it refuses, when its gate fails."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import hydra
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from eval import run
+from eval import run, speed
 from eval.local import LOCAL
 from recipes import start
 from tests.tiny import tiny_model
@@ -100,6 +107,46 @@ def test_a_corrupt_answer_is_named_and_computed_again(cli, compared):
     assert "is not as it was written" not in cli(*command)[2], "the line is gone"
     job_after = json.loads((out / "report.json").read_text())
     assert job_after["average"] == job_before["average"]
+
+
+def test_a_killed_run_asks_only_what_is_missing(cli, tiny, sets, tmp_path):
+    """Killed with its ranks once some answers are there; then the same outcomes as of one that was not."""
+    words = [
+        f"model={tiny}",
+        "eval.tasks=[arc_easy,lambada_openai]",
+        f"eval.data={sets}",
+        "eval.together=1",
+        "threads=1",
+    ]
+    command = [sys.executable, "-m", "eval.run", *words, f"out={tmp_path / 'killed'}"]
+    run_of = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    answers = tmp_path / "killed" / "responses"
+    until = time.monotonic() + 300
+    while not any(file.read_bytes().count(b"answer") > 3 for file in answers.glob("*")) and time.monotonic() < until:
+        time.sleep(0.01)
+    os.killpg(run_of.pid, signal.SIGKILL)
+    run_of.wait()
+    code, _, err = cli(*words, f"out={tmp_path / 'killed'}")
+    assert code == 0, err
+    left, whole = map(int, re.search(r"(\d+) of (\d+) requests to answer", err).groups())
+    assert 0 < left < whole - 3
+    assert cli(*words, f"out={tmp_path / 'whole'}")[0] == 0
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("killed", "whole")]
+    assert reports[0]["tasks"] == reports[1]["tasks"]
+
+
+def test_speed_is_told_beside_lm_evals_own_model(monkeypatch, capsys, tiny, sets, tmp_path):
+    words = [f"model={tiny}", "eval.tasks=[arc_easy]", f"eval.data={sets}", "eval.limit=3", "threads=1"]
+    monkeypatch.setattr("sys.argv", ["speed", *words, "speed.rounds=1", "speed.batches=[2]", f"out={tmp_path}"])
+    try:
+        start.main("eval_speed", speed.task)
+    finally:
+        GlobalHydra.instance().clear()
+    told = json.loads((tmp_path / "speed.json").read_text())["tasks"]["arc_easy"]
+    assert told["examples"] == 3 and list(told["seconds"]) == ["ours", "hf, batch 2"]
+    assert all(took > 0 for rounds in told["seconds"].values() for took in rounds)
+    assert told["largest_difference"] < 1e-4
+    assert "arc_easy" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -52,8 +52,11 @@ SlurmdTimeout=10
 MinJobAge=3600
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
-PartitionName=other Nodes=ALL MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
 # One's own name and hosts; then the daemon, by what follows.
 IN_NAMESPACES = 'hostname "$1"; mount --bind "$2" /etc/hosts; shift 2; exec "$@"'

@@ -16,7 +16,7 @@ TINY = ("experiment=tiny", "data.length=61", "data.batch=2", "threads=1", "evalu
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["launcher.partition=night"], r"launcher\.partition=night is not of this cluster: use one of main, other"),
+        (["launcher.partition=night"], r"launcher\.partition=night is not of this cluster: use one of main, urgent"),
         (["nodes=5", "mesh.ring=5"], r"partition main is too small for nodes=5: it has 3 nodes"),
         (["mesh.ring=13"], r"too small for 13 ranks of a node with 1 core\(s\) each: its nodes have 8"),
         (["launcher.gpus_per_rank=1"], r"1 ranks of a node with 1 GPU\(s\) each: its nodes have 0 GPUs"),

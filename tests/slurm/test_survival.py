@@ -83,6 +83,23 @@ def test_before_the_time_limit_a_run_is_asked_to_stop_and_queued_again(submitted
     assert "stopped as asked, and saved: queued again" in (job.run / "job.log").read_text()
 
 
+def test_a_run_that_gives_way_to_another_is_asked_to_stop_and_goes_on_afterwards(submitted, tmp_path):
+    """Pre-emption: a partition of higher priority takes the nodes; well before its grace time is over it has them."""
+    (tmp_path / "stops.py").write_text(RECIPE)
+    script = f"{sys.executable} {tmp_path / 'stops.py'} {tmp_path / 'began'}"
+    whole = ("nodes=3", "mesh.ring=24", "steps=1", "data.length=97", "time=30")  # all cores of all nodes
+    job = submitted(*RUN, *whole, f"run={tmp_path / 'run'}", f"launcher.container={script}")
+    wait_until((tmp_path / "began").exists, 300, job.logs)
+    urgent = submitted(
+        *RUN, *whole, f"run={tmp_path / 'urgent'}", "launcher.partition=urgent", "launcher.container=true"
+    )
+    urgent.ends()
+    job.ends()
+    assert job.restarts == 1 and not (job.run / "failures").exists()
+    log = (job.run / "job.log").read_text()
+    assert log.count("stopped as asked, and saved: queued again") == 1, log
+
+
 def test_a_killed_rank_and_a_signal_leave_no_mark_on_the_curve(submitted, whole, folder, monkeypatch):
     """First kill -9, of which the job tells who, where and what; then SIGUSR1, which saves at once.  One run of W&B."""
     for name in ("DATA", "CACHE", "CONFIG"):
