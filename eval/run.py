@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from eval import report, responses
+from eval.local import LOCAL
 from eval.ranks import Work, run_rank
 from eval.requests import Request, key
 from eval.sensitivity import lacks_order, with_order, without_order
@@ -252,7 +253,8 @@ def task(config: DictConfig) -> None:
     """Refuse what cannot be done; answer, variant by variant; report; exit code 3 if the gate fails."""
     warm_up_ranks(WARM)
     job = prepare(config)
-    record(config)
+    folder = job.eval.folder
+    record(config, [folder / LOCAL[name].file for name in job.tasks if folder and name in LOCAL])
     job = ordered(job)
     kept = [answer(job, number) for number in range(len(job.variants))]
     if not is_first():

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from longctx.data.files import paths_of
 from longctx.parallel.launch import rank_from_environment
+from longctx.pretrained import fingerprint, locate
+from longctx.schema import ModelSource
 from longctx.train.track import MANIFEST
 from recipes.machine import ROOT, diff_of, hardware, provenance
-from recipes.start import is_file_name
+from recipes.start import is_file_name, section
 
 _WHOLE = 2**30  # bytes; of a larger file the size and both ends are hashed
 _END = 2**20
 
 
-def record(config: DictConfig) -> None:
-    """Write the manifest of the run that begins now, once however many ranks; nothing for a run without ``out``."""
+def record(config: DictConfig, read: Iterable[Path] = ()) -> None:
+    """Write the manifest of the run that begins now, once however many ranks; nothing for a run without ``out``.
+
+    ``read`` are files that it reads besides those that its settings name.
+    """
     here = rank_from_environment(os.environ)
     if not config.get("out") or (here and here.rank):
         return
@@ -37,7 +42,8 @@ def record(config: DictConfig) -> None:
         "config": values,
         "diff": diff_of(ROOT),
         "packages": {found.name: found.version for found in sorted(distributions(), key=lambda one: one.name.lower())},
-        "data": {str(path): digest(path) for path in sorted(set(_read_by(values)))},
+        "model": _fingerprint(config),
+        "data": {str(path): digest(path) for path in sorted({*_read_by(values), *(path.absolute() for path in read)})},
         "seeds": {name: value for name, value in flat(values).items() if name.rpartition(".")[2] == "seed"},
         "mesh": values.get("mesh", {}),
         "hardware": hardware(),
@@ -88,8 +94,15 @@ def digest(path: Path) -> str:
         return f"ends-sha256:{hashlib.sha256(f'{size}'.encode() + head + file.read()).hexdigest()}"
 
 
+def _fingerprint(config: DictConfig) -> str | None:
+    """What tells the weights that a run begins with from others; None if it begins with none."""
+    if "model" not in config or config.model.get("config"):
+        return None
+    return fingerprint(locate(section(config, "model", ModelSource)))
+
+
 def _read_by(values: Mapping[str, Any]) -> Iterator[Path]:
-    """The files of text that a run reads: prompts, turns, and the files of its sources."""
+    """The files that a run's settings name: prompts, turns, the files of its sources, an order of blocks."""
     data = values.get("data") or {}
     for source in [*(data.get("sources") or []), *(data.get("test") or [])]:
         if source.get("path"):
@@ -98,7 +111,8 @@ def _read_by(values: Mapping[str, Any]) -> Iterator[Path]:
             from pydoc_data import topics
 
             yield Path(topics.__file__)
-    for name in (values.get("prompts"), values.get("turns"), (values.get("prompt") or {}).get("file")):
+    prompt, spd = values.get("prompt") or {}, values.get("spd") or {}
+    for name in (values.get("prompts"), values.get("turns"), prompt.get("file"), spd.get("sensitivity")):
         if name:
             yield Path(name).expanduser().absolute()
 

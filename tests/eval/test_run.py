@@ -77,6 +77,8 @@ def test_variants_are_compared_and_the_gate_fails(cli, compared):
     assert "FAILED by dropped" in page and "![accuracy](accuracy.svg)" in page
     assert all(f"| {task}" in page for task in report["tasks"])
     assert "<svg" in (out / "accuracy.svg").read_text() and (out / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
+    read = json.loads((out / "manifest.json").read_text())["data"]
+    assert [Path(name).name for name in read] == ["arc_easy.jsonl", "lambada_openai.jsonl", "wiki.test.raw"]
     assert "gate failed: dropped" in err and len(list((out / "responses").iterdir())) == 3
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from longctx.pretrained import fingerprint
 from recipes import compare, generate, manifest, reproduce, start
 
 
@@ -26,7 +27,7 @@ def run(cli, tiny, tmp_path, monkeypatch):
     return run
 
 
-def test_a_manifest_says_what_was_run(run, tmp_path):
+def test_a_manifest_says_what_was_run(run, tiny, tmp_path):
     folder = run("a", "sampling.seed=7", "mesh.ring=2")
     told = json.loads((folder / "manifest.json").read_text())
     assert told["module"] == "recipes.generate" and "prompt.file=prompt.txt" in told["command"]
@@ -34,6 +35,7 @@ def test_a_manifest_says_what_was_run(run, tmp_path):
     assert told["mesh"] == {"tp": 1, "ulysses": 1, "ring": 2, "dp": 1, "pp": 1}
     right = hashlib.sha256(b"Thirteen words").hexdigest()
     assert told["data"] == {str(tmp_path / "prompt.txt"): f"sha256:{right}"}
+    assert told["model"] == fingerprint(tiny)
     assert told["packages"]["torch"].partition("+")[0] == told["torch"].partition("+")[0]
     assert told["commit"] and told["hardware"]["memory_bytes"] > 2**28
     assert told["diff"] == "" or told["diff"].startswith(("diff ", "# not in git"))
