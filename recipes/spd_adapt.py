@@ -30,7 +30,7 @@ from recipes import spd_sensitivity
 from recipes.calibration import Subject, blocks_of, calibration_of, kept_lines, write_lines
 from recipes.manifest import record
 from recipes.progress import Progress
-from recipes.start import console, main, on_ranks, say, section, warm_up_ranks
+from recipes.start import console, main, on_ranks, section, warm_up_ranks
 
 ERRORS = ("zero_shot", "grouped", "distilled")
 
@@ -303,21 +303,14 @@ def finish(job: Job, found: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def track(job: Job, rows: list[dict[str, Any]], joint: Sequence[float]) -> None:
-    """Errors by block, and divergences by step, in the run's record."""
-    from longctx.train.track import start_tracking
-
-    mine = job.sensitivity
-    tracker, _ = start_tracking(mine.track, job.out, mine.config, first=True, say=say)
-    figures: dict[int, dict[str, float]] = {}  # of a block, and of a step of all together
+def figures_of(told: dict[str, Any], rows: list[dict[str, Any]], joint: Sequence[float]) -> dict[int, dict[str, float]]:
+    """What the run's record has of each block, and of each step that all took together."""
+    figures = spd_sensitivity.figures_of(told)
     for row in rows:
-        figures[row["block"]] = {f"spd/error_{name}": float(row[name]) for name in ERRORS}
+        figures[row["block"]] |= {f"spd/error_{name}": float(row[name]) for name in ERRORS}
     for step, loss in enumerate(joint):
         figures.setdefault(step, {})["spd/joint_divergence"] = loss
-    for number in sorted(figures):
-        tracker.log(figures[number], number)
-    tracker.artifact(f"spd-{job.out.name}", "model", job.out)
-    tracker.finish()
+    return figures
 
 
 def show(job: Job, rows: list[dict[str, Any]]) -> None:
@@ -340,7 +333,7 @@ def task(config: DictConfig) -> None:
     found = on_ranks(job.sensitivity.subject.mesh, run_rank, job)
     if found is not None:
         rows = finish(job, found)
-        track(job, rows, found["joint"])
+        spd_sensitivity.track(job.sensitivity, figures_of(found["measured"], rows, found["joint"]), job.out)
         show(job, rows)
 
 

@@ -90,17 +90,8 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
 
 def measured(here: Any, blocks: Any, job: Job, progress: Progress) -> dict[str, Any]:
     """What goes into sensitivity.json.  Every rank calls this."""
-    from longctx.train.track import start_tracking
-
     progress.start("sensitivity, chunks of text", -(-len(job.text) // job.chunk), done=len(job.done))
-    result = summed_up(job, swept(here, blocks, job, job.out / "sums.jsonl", job.about, job.done, progress))
-    first = here.rank.rank == 0
-    tell = say if first else lambda _: None
-    tracker, _ = start_tracking(job.track, job.out, job.config, first=first, say=tell)
-    for block, told in enumerate(result["blocks"]):
-        tracker.log({"spd/sensitivity": told["score"], "spd/perplexity_from_here": told["perplexity"]}, block)
-    tracker.finish()
-    return result
+    return summed_up(job, swept(here, blocks, job, job.out / "sums.jsonl", job.about, job.done, progress))
 
 
 def swept(
@@ -190,6 +181,26 @@ def keep(job: Job, result: dict[str, Any]) -> None:
     )
 
 
+def figures_of(result: dict[str, Any]) -> dict[int, dict[str, float]]:
+    """What a run's record has of each block."""
+    return {
+        block: {"spd/sensitivity": told["score"], "spd/perplexity_from_here": told["perplexity"]}
+        for block, told in enumerate(result["blocks"])
+    }
+
+
+def track(job: Job, figures: Mapping[int, Mapping[str, float]], made: Path | None = None) -> None:
+    """The run's record: ``figures`` by block, or by step; and the folder that was ``made``."""
+    from longctx.train.track import start_tracking
+
+    tracker, _ = start_tracking(job.track, job.out, job.config, first=True, say=say)
+    for number in sorted(figures):
+        tracker.log(figures[number], number)
+    if made:
+        tracker.artifact(f"spd-{made.name}", "model", made)
+    tracker.finish()
+
+
 def show(result: dict[str, Any]) -> None:
     """The blocks, the most sensitive first."""
     table = Table("block", "class", "adds to the perplexity", box=None)
@@ -206,6 +217,7 @@ def task(config: DictConfig) -> None:
     result = on_ranks(job.subject.mesh, run_rank, job)
     if result is not None:
         keep(job, result)
+        track(job, figures_of(result))
         show(result)
 
 

@@ -23,11 +23,14 @@ collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 CONFIGS = Path(__file__).parents[1] / "configs"
 # What ranks run, and what they import while they do: not warm, it takes each rank seconds anew.
 WARM = [
+    "eval.ranks",
+    "eval.score",
     "longctx.infer.generate",
     "longctx.infer.store",
     "longctx.megatron.checkpoint",
     "longctx.megatron.export",
     "longctx.megatron.initial",
+    "longctx.megatron.joint",
     "longctx.megatron.repair",
     "longctx.train.step",
     "longctx.train.track",
@@ -41,7 +44,13 @@ WARM = [
 ]
 
 # Files that take minutes begin first: what is left at the end is short, and two processes end together.
-LONG = ("recipes/test_pretrain.py", "parallel/test_table.py", "infer/test_parity.py")
+LONG = (
+    "recipes/test_pretrain.py",
+    "parallel/test_table.py",
+    "infer/test_parity.py",
+    "slurm/test_survival.py",
+    "slurm/test_jobs.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -106,6 +106,14 @@ def test_blocks_are_ranked_again_once_they_are_repaired(adapted):
     assert sum(line[2] for line in before) != pytest.approx(sums[2]), "on text that nothing has been learned from"
 
 
+def test_the_run_s_record_has_every_block_and_every_step_together(adapted):
+    lines = [json.loads(line) for line in (adapted / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    for line in lines[:2]:
+        assert {"spd/sensitivity", "spd/error_distilled", "spd/joint_divergence"} <= set(line)
+    assert set(lines[2]) == {"step", "spd/joint_divergence"} and lines[2]["spd/joint_divergence"] > 0
+
+
 def test_what_a_block_has_learned_helps(adapted):
     for block in (0, 1):
         with safe_open(adapted / "blocks" / f"{block:03d}.safetensors", "pt") as file:
