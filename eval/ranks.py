@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from eval import responses
 from eval.requests import Answer, Continue, Request, Score, key
 from eval.variants import Variant
@@ -57,6 +59,8 @@ def run_rank(rank: Rank, work: Work) -> bool:
                 began = time.perf_counter()
             for _ in answers:
                 progress.step()
+        # All is on disk before any rank that a launcher started reads it for the next variant.
+        here.world.all_gather(torch.zeros(1), [(1,)] * here.world.size)
     return True
 
 

@@ -21,10 +21,10 @@ from eval import report, responses
 from eval.local import LOCAL
 from eval.ranks import Work, run_rank
 from eval.requests import Request, key
-from eval.sensitivity import lacks_order, with_order, without_order
+from eval.sensitivity import lacks_order, order_jobs, with_order, without_order
 from eval.variants import BASELINE, Variant, composed, refuse_other_model, variant_of
 from longctx.parallel.launch import rank_from_environment
-from longctx.schema import Track
+from longctx.schema import Mesh, Track
 from recipes.job import refuse_unwritable_folder
 from recipes.machine import provenance
 from recipes.manifest import record
@@ -137,6 +137,7 @@ def prepare(config: DictConfig) -> Job:
     for other in variants[1:]:
         refuse_other_model(base, other)
     _refuse_other_world(variants)
+    order_jobs(configs, base, asked.sensitivity, Path(settings.out))  # refuses what cannot be measured
     values: Any = OmegaConf.to_container(config, resolve=True)
     track = section(config, "track", Track)
     return Job(settings, asked, track, {**provenance(), **values}, tuple(configs), variants, tasks, lm, requests)
@@ -149,6 +150,26 @@ def ordered(job: Job) -> Job:
     configs = with_order(job.configs, job.variants[0], job.eval.sensitivity, job.out)
     variants = tuple(variant_of(name, config, job.settings.device) for name, config in configs)
     return replace(job, variants=variants)
+
+
+def pinned(config: DictConfig) -> tuple[str, ...]:
+    """Settings that a job needs, because it runs another copy of the code: where the data is.
+
+    Raises ValueError if variants want other numbers of ranks than the job starts.
+    """
+    _refuse_other_sizes(composed(config))
+    folder = section(config, "eval", Eval).folder
+    return (f"eval.data={folder.resolve() if folder else 'hub'}",)
+
+
+def _refuse_other_sizes(configs: Sequence[tuple[str, DictConfig]]) -> None:
+    sizes = {name: section(one, "mesh", Mesh).ranks for name, one in configs}
+    world = sizes[BASELINE]
+    if other := [name for name in sizes if sizes[name] != world > 1]:
+        raise ValueError(
+            f"the job starts {world} ranks, variant {other[0]} has {sizes[other[0]]}: give all variants as many, "
+            "or the baseline one rank, which starts the others' by itself"
+        )
 
 
 def _tasks(asked: Eval, base: Variant, data: Path | None) -> dict[str, Any]:
@@ -254,7 +275,8 @@ def task(config: DictConfig) -> None:
     warm_up_ranks(WARM)
     job = prepare(config)
     folder = job.eval.folder
-    record(config, [folder / LOCAL[name].file for name in job.tasks if folder and name in LOCAL])
+    read = [folder / LOCAL[name].file for name in job.tasks if folder and name in LOCAL]
+    record(config, [variant.folder for variant in job.variants], read)
     job = ordered(job)
     kept = [answer(job, number) for number in range(len(job.variants))]
     if not is_first():

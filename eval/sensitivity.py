@@ -1,17 +1,17 @@
 """The order of blocks for variants that drop a share of them, measured first where nobody has given one."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from eval.variants import Variant
-from longctx.pretrained import fingerprint
+from longctx.parallel.launch import rank_from_environment
 from longctx.spd.plan import order_from, saved_plan, within
 from recipes import spd_sensitivity
-from recipes.start import is_first, on_every_rank, say
+from recipes.start import composed, is_first, on_every_rank, say
 
 Named = tuple[str, DictConfig]
 _LENGTH = 512  # tokens of a sequence of text
@@ -24,16 +24,21 @@ def with_order(configs: Sequence[Named], base: Variant, sequences: int, out: Pat
     ``out``/sensitivity-tpN/sensitivity.json; it is taken from there if it is there already.  Every rank that a
     launcher started calls this.
     """
-    orders: dict[int, tuple[int, ...]] = {}
-    changed = []
-    for name, config in configs:
-        if not lacks_order(config):
-            changed.append((name, config))
-            continue
-        tp = config.mesh.tp
-        orders[tp] = orders.get(tp) or _measured(base, tp, sequences, out / f"sensitivity-tp{tp}")
-        changed.append((name, _dropping(config, within(orders[tp], config.spd.budget))))
-    return changed
+    orders = {tp: _measured(job) for tp, job in order_jobs(configs, base, sequences, out).items()}
+
+    def complete(config: DictConfig) -> DictConfig:
+        return _dropping(config, within(orders[config.mesh.tp], config.spd.budget)) if lacks_order(config) else config
+
+    return [(name, complete(config)) for name, config in configs]
+
+
+def order_jobs(configs: Sequence[Named], base: Variant, sequences: int, out: Path) -> dict[int, spd_sensitivity.Job]:
+    """By degree of tensor parallelism, the job that measures an order that ``configs`` lack.
+
+    Raises ValueError, with what to do instead, if it cannot be measured.
+    """
+    degrees = dict.fromkeys(config.mesh.tp for _, config in configs if lacks_order(config))
+    return {tp: _order_job(base, tp, sequences, out / f"sensitivity-tp{tp}") for tp in degrees}
 
 
 def without_order(config: DictConfig) -> DictConfig:
@@ -59,17 +64,23 @@ def lacks_order(config: DictConfig) -> bool:
     return not (source and saved_plan(Path(source).expanduser()))
 
 
-def _measured(base: Variant, tp: int, sequences: int, out: Path) -> tuple[int, ...]:
-    """The order, by `recipes.spd_sensitivity`."""
-    words = [f"mesh.tp={tp}", f"sequences={sequences}", "model=folder", f"model.dtype={base.model.dtype}"]
-    words.append(f"data.length={min(_LENGTH, base.shape.positions)}")
-    config = hydra.compose("spd_sensitivity", [*words, "model.name=x", "model.source=x", "out=x"])
+def _order_job(base: Variant, tp: int, sequences: int, out: Path) -> spd_sensitivity.Job:
+    here = rank_from_environment(os.environ)
+    parts = here.world // tp if here else 1  # all ranks that a launcher has started take part
+    words = [f"mesh.tp={tp}", f"mesh.dp={parts}", f"sequences={sequences}", "model=folder"]
+    words += [f"model.dtype={base.model.dtype}", f"data.length={min(_LENGTH, base.shape.positions)}"]
+    config = composed("spd_sensitivity", [*words, "model.name=x", "model.source=x", "out=x"])
     values: Any = {"model": {"name": base.model.name, "source": str(base.folder)}, "out": str(out)}
-    job = spd_sensitivity.prepare(_merged(config, values), "eval.run")
+    return spd_sensitivity.prepare(_merged(config, values), "eval.run")
+
+
+def _measured(job: spd_sensitivity.Job) -> tuple[int, ...]:
+    """The order, by `recipes.spd_sensitivity`."""
+    subject = job.subject
     if job.file.is_file():
-        return order_from(job.file, base.shape.layers, tp, fingerprint(base.folder))
-    say(f"the order in which blocks are dropped is measured first, at mesh.tp={tp}")
-    found = on_every_rank(job.subject.mesh, spd_sensitivity.run_rank, job)
+        return order_from(job.file, subject.shape.layers, subject.mesh.tp, subject.fingerprint)
+    say(f"the order in which blocks are dropped is measured first, at mesh.tp={subject.mesh.tp}")
+    found = on_every_rank(subject.mesh, spd_sensitivity.run_rank, job)
     if is_first():
         spd_sensitivity.keep(job, found)
     return tuple(found["order"])

@@ -18,10 +18,11 @@ from rich.table import Table
 from eval import responses, run
 from eval.lm import recorder
 from eval.ranks import Work, run_rank
-from eval.requests import Score, key
+from eval.requests import key
 from eval.tasks import answered
 from longctx.parallel.launch import Rank, run_ranks
 from recipes.machine import provenance
+from recipes.manifest import record
 from recipes.start import console, main, section, threads_for, warm_up_ranks, written
 
 OURS = "ours"
@@ -37,7 +38,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Asked:
-    """What lm-eval's model is asked: pairs of (context, continuation) of the model in ``folder``."""
+    """What lm-eval's model in ``folder`` is asked: pairs of (context, continuation)."""
 
     folder: Path
     pairs: tuple[tuple[str, str], ...]
@@ -47,18 +48,18 @@ class Asked:
 
 
 def theirs(rank: Rank, asked: Asked) -> tuple[float, list[float]]:
-    """Seconds, without loading, and log-probabilities (nats) of lm-eval's ``hf`` model."""
+    """Seconds, without loading and without tokenizing, and log-probabilities (nats) of lm-eval's ``hf`` model."""
     import torch
-    from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     torch.set_num_threads(threads_for(asked.threads, rank))
     lm = HFLM(
         str(asked.folder), device="cpu", dtype="float32", batch_size=asked.batch, prefix_token_id=asked.prefix_token
     )
-    instances = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(asked.pairs)]
+    without = [asked.prefix_token]  # what lm-eval puts before a text that has no context
+    encoded = [((a, b), *(lm._encode_pair(a, b) if a else (without, lm.tok_encode(b)))) for a, b in asked.pairs]
     began = time.perf_counter()
-    answers = lm.loglikelihood(instances, disable_tqdm=True)
+    answers = lm._loglikelihood_tokens(encoded, disable_tqdm=True)
     return time.perf_counter() - began, [likely for likely, _ in answers]
 
 
@@ -74,8 +75,6 @@ def measured(job: run.Job, task: Any, speed: Speed) -> dict[str, Any]:
     requests: list[Any] = []
     job.lm.answer = recorder(requests)
     answered({"": task}, job.lm)
-    if not all(isinstance(request, Score) for request in requests):
-        raise ValueError("recipes time scores only: leave tasks that generate text, or whole texts, out")
     pairs = tuple(tuple(instance.args) for instance in task.instances)
     base, threads = job.variants[0], job.settings.threads
     asked = Asked(base.folder, pairs, job.lm.eot_token_id, 1, threads)
@@ -93,6 +92,18 @@ def measured(job: run.Job, task: Any, speed: Speed) -> dict[str, Any]:
             seconds.setdefault(f"hf, batch {batch}", []).append(took)
             off = max(off, *(abs(answers[key(r)][0] - x) for r, x in zip(requests, likely, strict=True)))
     return {"examples": len({i.doc_id for i in task.instances}), "seconds": seconds, "largest_difference": off}
+
+
+def refuse_unlike(job: run.Job) -> None:
+    """ValueError for what lm-eval's model is not given here."""
+    base = job.variants[0]
+    if len(job.variants) > 1 or base.mesh.ranks > 1 or base.plan:
+        raise ValueError("eval.speed compares one rank as it is: leave mesh, spd and variants out")
+    if base.model.dtype != "float32" or base.device != "cpu" or job.eval.longest:
+        raise ValueError("eval.speed compares in model.dtype=float32, device=cpu, eval.longest=null: use these")
+    for name, of in job.tasks.items():
+        if any(instance.request_type != "loglikelihood" for instance in of.instances):
+            raise ValueError(f"eval.speed compares scores of answers: leave {name} out of eval.tasks")
 
 
 def show(found: Mapping[str, Mapping[str, Any]]) -> None:
@@ -113,8 +124,8 @@ def task(config: DictConfig) -> None:
     """Refuse what cannot be compared; measure task by task; write and show."""
     warm_up_ranks((*run.WARM, "lm_eval.models.huggingface"))
     speed, job = section(config, "speed", Speed), run.prepare(config)
-    if len(job.variants) > 1 or job.variants[0].mesh.ranks > 1 or job.variants[0].plan:
-        raise ValueError("lm-eval's model has one rank and no variants: leave mesh and variants out")
+    refuse_unlike(job)
+    record(config, [job.variants[0].folder])
     found = {}
     for name, of in job.tasks.items():
         console.print(f"{name}: {speed.rounds} rounds")

@@ -93,10 +93,12 @@ def text_of(data: DataSettings, subject: Subject, sequences: int) -> Text:
     return whole[slice(sequences)]
 
 
-def calibration_of(config: DictConfig, subject: Subject, sequences: int, behind: int = 0) -> tuple[Text, DataSettings]:
-    """The text of ``data.sources``, read once; what lies ``behind`` so many sequences."""
+def calibration_of(
+    config: DictConfig, subject: Subject, sequences: int, behind: int = 0, *, once: bool = True
+) -> tuple[Text, DataSettings]:
+    """The text of ``data.sources``, ``once`` or again and again; what lies ``behind`` so many sequences."""
     data, _ = data_of(config)
-    data = DataSettings(**{**vars(data), "epochs": 1})
+    data = DataSettings(**{**vars(data), "epochs": 1 if once else None})
     return text_of(data, subject, behind + sequences)[slice(behind, None)], data
 
 

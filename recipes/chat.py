@@ -274,7 +274,7 @@ def task(config: DictConfig) -> None:
     """Refuse what cannot be done; run the ranks; write what the first one gives."""
     warm_up_ranks(["longctx.infer.engine", "longctx.infer.store", "longctx.infer.generate", "recipes.progress"])
     job = prepare(config)
-    record(config)
+    record(config, [job.folder])
     turns = on_ranks(job.mesh, run_rank, job)
     if turns is None:
         return

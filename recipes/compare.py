@@ -41,10 +41,11 @@ def settings_of(run: str) -> dict[str, Any]:
     manifest = manifest_of(run)
     about = {name: manifest.get(name) for name in _ABOUT}
     data = {f"data of {Path(name).name}": value for name, value in manifest["data"].items()}
+    weights = {"weights": ", ".join(manifest.get("weights", {}).values())}
     diff = {"diff": f"{len(manifest['diff'].splitlines())} lines" if manifest["diff"] else ""}
     packages = {f"package {name}": version for name, version in manifest["packages"].items()}
     hardware = {f"machine.{name}": value for name, value in flat(manifest["hardware"]).items()}
-    return {**flat(manifest["config"]), **about, **diff, **data, **packages, **hardware}
+    return {**flat(manifest["config"]), **about, **weights, **diff, **data, **packages, **hardware}
 
 
 def differing(each: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -67,7 +67,7 @@ def task(config: DictConfig) -> None:
     """Refuse what cannot be done; run the ranks; show what the first one gives."""
     warm_up_ranks([*WARM, "recipes.training"])
     job = prepare(config)
-    record(config)
+    record(config, [job.weights] if job.weights else [])
     ended = on_ranks(job.mesh, run_rank, job)
     if ended is not None:
         show(job, ended)

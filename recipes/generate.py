@@ -283,7 +283,7 @@ def task(config: DictConfig) -> None:
     """Refuse what cannot be done; run the ranks; write and show what the first one gives."""
     warm_up_ranks(["longctx.infer.engine", "longctx.infer.generate", "recipes.progress"])
     job = prepare(config)
-    record(config)
+    record(config, [job.folder])
     figures = on_ranks(job.mesh, run_rank, job)
     if figures is None:
         return

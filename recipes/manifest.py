@@ -15,20 +15,20 @@ from omegaconf import DictConfig, OmegaConf
 
 from longctx.data.files import paths_of
 from longctx.parallel.launch import rank_from_environment
-from longctx.pretrained import fingerprint, locate
-from longctx.schema import ModelSource
+from longctx.pretrained import fingerprint
 from longctx.train.track import MANIFEST
 from recipes.machine import ROOT, diff_of, hardware, provenance
-from recipes.start import is_file_name, section
+from recipes.start import is_file_name
 
 _WHOLE = 2**30  # bytes; of a larger file the size and both ends are hashed
 _END = 2**20
 
 
-def record(config: DictConfig, read: Iterable[Path] = ()) -> None:
+def record(config: DictConfig, weights: Iterable[Path] = (), read: Iterable[Path] = ()) -> None:
     """Write the manifest of the run that begins now, once however many ranks; nothing for a run without ``out``.
 
-    ``read`` are files that it reads besides those that its settings name.
+    ``weights`` are the folders of models that it begins with; ``read``, files that it reads besides those that its
+    settings name.
     """
     here = rank_from_environment(os.environ)
     if not config.get("out") or (here and here.rank):
@@ -42,7 +42,7 @@ def record(config: DictConfig, read: Iterable[Path] = ()) -> None:
         "config": values,
         "diff": diff_of(ROOT),
         "packages": {found.name: found.version for found in sorted(distributions(), key=lambda one: one.name.lower())},
-        "model": _fingerprint(config),
+        "weights": {str(folder.absolute()): fingerprint(folder) for folder in sorted(set(weights))},
         "data": {str(path): digest(path) for path in sorted({*_read_by(values), *(path.absolute() for path in read)})},
         "seeds": {name: value for name, value in flat(values).items() if name.rpartition(".")[2] == "seed"},
         "mesh": values.get("mesh", {}),
@@ -92,13 +92,6 @@ def digest(path: Path) -> str:
         head = file.read(_END)
         file.seek(-_END, os.SEEK_END)
         return f"ends-sha256:{hashlib.sha256(f'{size}'.encode() + head + file.read()).hexdigest()}"
-
-
-def _fingerprint(config: DictConfig) -> str | None:
-    """What tells the weights that a run begins with from others; None if it begins with none."""
-    if "model" not in config or config.model.get("config"):
-        return None
-    return fingerprint(locate(section(config, "model", ModelSource)))
 
 
 def _read_by(values: Mapping[str, Any]) -> Iterator[Path]:

@@ -3,7 +3,7 @@
     python -m recipes.spd_adapt mesh.tp=3 spd.budget=0.5 out=outputs/adapted
 
 The result is a folder that generate, chat, pretrain, extend and eval take as model=DIR.  The same command again goes on
-behind the last block.
+behind the last block, or behind the last saved step that blocks took together.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from recipes import spd_sensitivity
 from recipes.calibration import Subject, blocks_of, calibration_of, kept_lines, write_lines
 from recipes.manifest import record
 from recipes.progress import Progress
-from recipes.start import console, main, on_ranks, section, warm_up_ranks
+from recipes.start import console, main, on_ranks, say, section, warm_up_ranks
 
 ERRORS = ("zero_shot", "grouped", "distilled")
 
@@ -78,9 +78,14 @@ class Job:
         """Where a repaired block is kept."""
         return self.out / "blocks" / f"{block:03d}.safetensors"
 
+    @property
+    def joint_folder(self) -> Path:
+        """What this share of blocks learns together."""
+        return self.out / f"joint_{self.budget:g}"
+
     def last_file_of(self, block: int) -> Path:
         """The same, of a block that has learned with the others, if they do."""
-        return self.out / "joint" / f"{block:03d}.safetensors" if self.joint.steps else self.file_of(block)
+        return self.joint_folder / f"{block:03d}.safetensors" if self.joint.steps else self.file_of(block)
 
 
 def prepare(config: DictConfig) -> Job:
@@ -118,17 +123,17 @@ def prepare(config: DictConfig) -> Job:
 
 
 def _joint_text(joint: Joint, config: DictConfig, subject: Subject, behind: int, length: int) -> Text:
-    """What blocks learn from together, behind so many sequences of that length."""
+    """What blocks learn from together: what is behind so many sequences of that length, then all from its beginning."""
     if joint.batch % subject.mesh.dp:
         raise ValueError(f"joint.batch={joint.batch} is shared by mesh.dp={subject.mesh.dp}: use a multiple of it")
     behind = -(-behind * length // config.data.length)
-    return calibration_of(config, subject, joint.steps * joint.batch, behind=behind)[0]
+    return calibration_of(config, subject, joint.steps * joint.batch, behind=behind, once=False)[0]
 
 
 def _refuse_other_joint(job: Job) -> None:
     """ValueError if blocks that learn together in another way are there."""
-    place, _ = kept.latest(job.out / "joint")
-    if place is None:
+    place, _ = kept.latest(job.joint_folder)
+    if place is None or not job.joint.steps:
         return
     before, now = kept.about(place), json.loads(json.dumps(job.of_joint))
     if changed := [name for name in now if before.get(name) != now[name]]:
@@ -168,7 +173,7 @@ def _refuse_other_run(file: Path, about: dict[str, Any]) -> None:
 
 
 def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
-    """One rank's part: measure what has not been measured, repair what has not been repaired, and rank that again."""
+    """One rank's part: measure what has not been measured, repair block by block, rank that again, learn together."""
     with blocks_of(rank, job.sensitivity.subject) as (here, blocks), Progress(shown=rank.rank == 0) as progress:
         told = job.measured or spd_sensitivity.measured(here, blocks, job.first, progress)
         if rank.rank == 0 and not job.measured:
@@ -230,28 +235,32 @@ def dropping_order(job: Job, told: dict[str, Any], again: list[dict[str, Any]] |
     return tuple(sorted(wanted, key=lambda block: (again[block]["score"], block))) if again else wanted
 
 
-def learn_together(here: Any, blocks: Any, job: Job, order: Sequence[int], progress: Progress) -> list[float]:
-    """Blocks in their `last_file_of`, and the divergence (nats a token) before each step."""
+def learn_together(here: Any, blocks: Any, job: Job, order: Sequence[int], progress: Progress) -> dict[str, Any]:
+    """Blocks in their `last_file_of`; divergences (nats a token) of steps, and with all dropped before and after."""
     if not job.joint.steps or not order:
-        return []
+        return {"steps": [], "before": None, "after": None}
     from longctx.megatron.joint import Together
 
     how, part, parts = job.joint, here.groups.dp.rank(), here.mesh.dp
+    unseen = job.text.tokens[job.repair.sequences :]  # unless ``joint_text`` came to the text's end
     layers = {block: from_file(blocks, block, job) for block in order}
     together = Together(blocks, layers, order, how, here.groups.dp)
-    together.resume(job.out / "joint")
+    progress.start("blocks learn together", None)
+    before = together.divergence(unseen)
+    for passed in together.resume(job.joint_folder):
+        say(passed)
     progress.start("blocks learn together, steps", how.steps, done=together.steps)
     while together.steps < how.steps:
         at = together.steps * how.batch
         loss = together.step(job.joint_text.tokens[at : at + how.batch][part::parts])
         progress.step(note=f"divergence {loss:.3f}")
         if together.steps % how.save_every == 0 or together.steps == how.steps:
-            together.save(job.out / "joint", job.of_joint)
+            together.save(job.joint_folder, job.of_joint)
     for block, layer in layers.items():
         tensors = blocks.tensors_of(layer)
         if here.rank.rank == 0:
-            write_block(job.last_file_of(block), tensors, read_block(job.file_of(block))[1])
-    return together.losses
+            write_block(job.last_file_of(block), tensors, {})
+    return {"steps": together.losses, "before": before, "after": together.divergence(unseen)}
 
 
 @torch.no_grad()
@@ -313,14 +322,19 @@ def figures_of(told: dict[str, Any], rows: list[dict[str, Any]], joint: Sequence
     return figures
 
 
-def show(job: Job, rows: list[dict[str, Any]]) -> None:
-    """Errors of the blocks, and what to do with the result."""
+def show(job: Job, rows: list[dict[str, Any]], joint: Mapping[str, Any]) -> None:
+    """Errors of the blocks, what they have learned together, and what to do with the result."""
     table = Table("block", "class", "sensitivity", "repaired", "error zero-shot", "grouped", "distilled", box=None)
     for row in rows:
         errors = (f"{float(row[name]):.2e}" for name in ERRORS)
         left = "" if row["left"] is None else f"{row['left']:+.3f}"
         table.add_row(str(row["block"]), row["class"], f"{row['score']:+.3f}", left, *errors)
     console.print(table)
+    if joint["steps"]:
+        console.print(
+            f"all {len(rows)} dropped, on repair.held_out text: predictions are {joint['after']:.4f} nats a token off; "
+            f"before they learned together, {joint['before']:.4f}"
+        )
     tp = job.sensitivity.subject.mesh.tp
     console.print(f"to use it: python -m recipes.generate model={job.out} mesh.tp={tp} prompt.text='Once upon a time'")
 
@@ -329,12 +343,12 @@ def task(config: DictConfig) -> None:
     """Refuse what cannot be done; measure and repair; put the result together and show it."""
     warm_up_ranks((*spd_sensitivity.WARM, "longctx.megatron.repair", "longctx.megatron.joint"))
     job = prepare(config)
-    record(config)
+    record(config, [job.sensitivity.subject.folder])
     found = on_ranks(job.sensitivity.subject.mesh, run_rank, job)
     if found is not None:
         rows = finish(job, found)
-        spd_sensitivity.track(job.sensitivity, figures_of(found["measured"], rows, found["joint"]), job.out)
-        show(job, rows)
+        spd_sensitivity.track(job.sensitivity, figures_of(found["measured"], rows, found["joint"]["steps"]), job.out)
+        show(job, rows, found["joint"])
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ def task(config: DictConfig) -> None:
     """Refuse what cannot be done; measure; write and show what was found."""
     warm_up_ranks(WARM)
     job = prepare(config)
-    record(config)
+    record(config, [job.subject.folder])
     result = on_ranks(job.subject.mesh, run_rank, job)
     if result is not None:
         keep(job, result)

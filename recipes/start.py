@@ -9,11 +9,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -81,7 +83,9 @@ def as_overrides(words: Sequence[str]) -> list[str]:
 def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """What a recipe with these ``overrides`` is given.  Raises ValueError, in a line, if they do not fit it."""
     try:
-        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        # Inside a recipe Hydra has been told where configurations are.
+        there = GlobalHydra.instance().is_initialized()
+        with nullcontext() if there else hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
             return hydra.compose(config_name, list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         says = str(error).partition("Config search path")[0].partition("See https://")[0]

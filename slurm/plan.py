@@ -71,6 +71,7 @@ def planned(settings: Settings, launcher: Launcher, words: Sequence[str]) -> Pla
         each = ranks_per_node(mesh, settings)
         for task in tasks:
             _refuse_unprepared(module.prepare, task.config, settings)
+        pinned = module.pinned(tasks[0].config) if hasattr(module, "pinned") else ()
     except BaseException:
         forget(run, is_new)
         raise
@@ -81,7 +82,7 @@ def planned(settings: Settings, launcher: Launcher, words: Sequence[str]) -> Pla
         settings=settings,
         launcher=launcher,
         module=module.__name__,
-        words=tuple(word for word in shared if not word.startswith("out=")),
+        words=(*(word for word in shared if not word.startswith("out=")), *pinned),
         run=run,
         is_new=is_new,
         tasks=tasks,

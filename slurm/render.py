@@ -28,6 +28,7 @@ def script_of(plan: Plan, work: Path, commit: str) -> str:
         "python": shlex.quote(sys.executable),
         "command": " ".join(filter(None, [plan.launcher.container, shlex.quote(sys.executable), "-m", plan.module])),
         "restarts": str(plan.settings.restarts),
+        "gate": " | 3" if plan.module == "eval.run" else "",
     }
     text = TEMPLATE.read_text()
     for name, value in filled.items():

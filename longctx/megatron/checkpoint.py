@@ -73,11 +73,7 @@ class Checkpoints:
 
     def _settle(self, written: Path, about: dict[str, Any]) -> None:
         if _first():
-            sizes = {file.name: file.stat().st_size for file in sorted(written.iterdir())}
-            (written / RUN).write_text(json.dumps({**about, "files": sizes}, indent=1))
-            place = self._folder / name_of(about["step"])
-            shutil.rmtree(place, ignore_errors=True)
-            written.rename(place)
+            put(written, self._folder / name_of(about["step"]), about)
             self._prune(about["step"])
         dist.barrier()
 
@@ -87,6 +83,14 @@ class Checkpoints:
         whole = [place for place in there if not torn(place) and place.name <= name_of(step)]
         for place in set(there) - set(whole[-self._keep :]):
             shutil.rmtree(place)
+
+
+def put(written: Path, place: Path, about: dict[str, Any]) -> None:
+    """Move what has been ``written`` to its ``place``, with what is known ``about`` it; a torn one there goes."""
+    sizes = {file.name: file.stat().st_size for file in sorted(written.iterdir())}
+    (written / RUN).write_text(json.dumps({**about, "files": sizes}, indent=1))
+    shutil.rmtree(place, ignore_errors=True)
+    written.rename(place)
 
 
 def agreed(folder: Path) -> tuple[Path | None, list[str]]:

@@ -4,7 +4,6 @@ Block-to-block distillation sees a block's own error only, with what enters it e
 are seen where they count, in the predictions, and may make up for each other.
 """
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,11 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longctx.kept import PARTIAL, RUN, about, latest, name_of, places
+from longctx.kept import PARTIAL, about, name_of
 from longctx.megatron.blocks import Blocks, Hidden
+from longctx.megatron.checkpoint import agreed, put
 from longctx.megatron.likelihood import divergence, log_shares
 from longctx.schema import Joint
-from longctx.shapes import Tokens
+from longctx.shapes import Tensor, Tokens
 from longctx.spd.distill import rate_at
 
 
@@ -46,14 +46,10 @@ class Together:
 
     def step(self, tokens: Tokens) -> float:
         """Learn from this data-parallel rank's ``tokens`` [sequences length]; mean divergence (nats a token)."""
-        blocks, how = self._blocks, self._how
+        how = self._how
         draw = torch.Generator().manual_seed(self.steps)
         dropped = self._order[: 1 + int(torch.randint(len(self._order), (), generator=draw))]
-        with torch.no_grad():
-            entering = blocks.embedded(tokens)
-            wanted = log_shares(blocks.model, self._final(entering, ()), blocks.tp, blocks.shape.vocabulary)
-        got = self._final(entering, dropped)
-        loss = divergence(blocks.model, got, wanted, blocks.tp, blocks.shape.vocabulary).mean() / self._dp.size()
+        loss = self._divergence(tokens, dropped) / self._dp.size()
         for group in self._optimizer.param_groups:
             group["lr"] = rate_at(self.steps, how.steps, how.lr)
         self._optimizer.zero_grad()
@@ -66,6 +62,21 @@ class Together:
         self.losses.append(float(total))
         return self.losses[-1]
 
+    @torch.no_grad()
+    def divergence(self, tokens: Tokens) -> float:
+        """Mean divergence (nats a token) on ``tokens`` with all of ``layers`` dropped, some sequences at a time."""
+        parts = tokens.split(self._how.batch)
+        return sum(float(self._divergence(part, self._order)) * len(part) for part in parts) / len(tokens)
+
+    def _divergence(self, tokens: Tokens, dropped: Sequence[int]) -> Tensor:
+        blocks = self._blocks
+        with torch.no_grad():
+            entering = blocks.embedded(tokens)
+            wanted = log_shares(blocks.model, self._final(entering, ()), blocks.tp, blocks.shape.vocabulary)
+        return divergence(
+            blocks.model, self._final(entering, dropped), wanted, blocks.tp, blocks.shape.vocabulary
+        ).mean()
+
     def _final(self, x: Hidden, dropped: Iterable[int]) -> Hidden:
         """What enters the output layer, [rows 1 hidden]."""
         for block, layer in enumerate(self._blocks.model.decoder.layers):
@@ -73,10 +84,10 @@ class Together:
         return self._blocks.model.decoder.final_layernorm(x.reshape(-1, 1, x.shape[-1]))
 
     def save(self, folder: Path, told: Mapping[str, Any]) -> None:
-        """Put the state into ``folder``, in place of an earlier one, with what is ``told`` of the run."""
+        """Put the state into ``folder``, in place of all others, with what is ``told`` of the run."""
         place, rank = folder / name_of(self.steps), self._blocks.tp.rank
-        coming = place.with_name(place.name + PARTIAL)
-        first = dist.get_rank() == 0
+        coming, first = place.with_name(place.name + PARTIAL), dist.get_rank() == 0
+        others = [one for one in folder.glob("step-*") if one != place]
         if first:
             shutil.rmtree(coming, ignore_errors=True)
             coming.mkdir(parents=True)
@@ -87,26 +98,26 @@ class Together:
             )
         dist.barrier()
         if first:
-            sizes = {file.name: file.stat().st_size for file in coming.iterdir()}
-            (coming / RUN).write_text(json.dumps({**told, "losses": self.losses, "files": sizes}))
-            earlier = places(folder)
-            coming.rename(place)
-            for one in earlier:
-                shutil.rmtree(one)
+            put(coming, place, {**told, "order": list(self._order), "losses": self.losses})
+            for one in others:
+                shutil.rmtree(one, ignore_errors=True)
         dist.barrier()
 
-    def resume(self, folder: Path) -> None:
-        """Go on from the state in ``folder``, if there is one."""
-        place, _ = latest(folder)
+    def resume(self, folder: Path) -> list[str]:
+        """Go on from the state in ``folder``, if there is one; what was passed over, and why."""
+        place, passed = agreed(folder)
         if place is None:
-            return
+            return passed
+        known = about(place)
+        assert known["order"] == list(self._order), "the optimizer's state is by place in this order"
         state = torch.load(place / f"rank-{self._blocks.tp.rank}.pt", weights_only=True)
         with torch.no_grad():
             for block, layer in self.layers.items():
                 for name, weight in layer.named_parameters():
                     weight.copy_(state["layers"][block][name])
         self._optimizer.load_state_dict(state["optimizer"])
-        self.losses = about(place)["losses"]
+        self.losses = known["losses"]
+        return passed
 
     def _states(self) -> dict[int, Any]:
         return {

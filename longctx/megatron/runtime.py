@@ -104,11 +104,12 @@ def runtime(
 def _fresh_store(rank: Rank, timeout: datetime.timedelta) -> dist.Store:
     """Where ranks find each other: of ranks that a launcher started, which come here again, each time another part.
 
-    In the same one they would find the addresses of the time before.
+    In the same one they would find the addresses of the time before.  The store itself stays: rank 0 serves it.
     """
     if rank.meet not in _MEETINGS:
         _MEETINGS[rank.meet] = next(rendezvous(rank.meet, rank.rank, rank.world, timeout=timeout))[0], count()
     store, times = _MEETINGS[rank.meet]
+    store.set_timeout(timeout)
     return dist.PrefixStore(f"longctx/{next(times)}", store)
 
 

@@ -95,6 +95,7 @@ def learned(rank: Rank, folder: Path, mesh: Mesh, at_once: bool, place: Path) ->
             return Together(blocks, layers, range(shape.layers), how, here.groups.dp)
 
         together = begun()
+        before = together.divergence(tokens)
         mine = tokens[here.groups.dp.rank() :: mesh.dp]
         while together.steps < how.steps:
             together.step(mine)
@@ -110,4 +111,10 @@ def learned(rank: Rank, folder: Path, mesh: Mesh, at_once: bool, place: Path) ->
             for block in range(shape.layers)
             for name, tensor in blocks.tensors_of(together.layers[block]).items()
         }
-        return {"losses": together.losses, "tensors": tensors, "gradients": gradients}
+        return {
+            "losses": together.losses,
+            "tensors": tensors,
+            "gradients": gradients,
+            "before": before,
+            "after": together.divergence(tokens),
+        }

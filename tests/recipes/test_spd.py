@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from longctx.spd.plan import saved_plan
-from recipes import chat, export, generate, pretrain, spd_adapt, spd_sensitivity
+from recipes import chat, export, generate, pretrain, spd_adapt, spd_sensitivity, start
 
 TEXT = ("data.length=31", "data.end_token=false", "sequences=5", "chunk=2", "threads=1")
 REPAIR = (
@@ -43,8 +43,8 @@ def adapted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def tensors(folder: Path) -> dict[str, list[float]]:
-    with safe_open(folder / "spd.safetensors", "pt") as file:
+def tensors(folder: Path, name: str = "spd.safetensors") -> dict[str, list[float]]:
+    with safe_open(folder / name, "pt") as file:
         return {name: file.get_tensor(name).flatten().tolist() for name in sorted(file.keys())}
 
 
@@ -135,6 +135,9 @@ def test_a_killed_run_goes_on_behind_its_last_block_to_the_same_model(cli, tiny,
     for file in ("config.json", "spd.safetensors", "spd_plan.json", "blocks/001.safetensors"):
         (out / file).unlink()
     before = (out / "blocks" / "000.safetensors").stat().st_mtime_ns
+    # Of what all have learned together nothing is left but the last state.
+    for file in (out / "joint_1").glob("*.safetensors"):
+        file.unlink()
     code, _, err = cli(
         spd_adapt,
         spd_adapt.task,
@@ -148,7 +151,19 @@ def test_a_killed_run_goes_on_behind_its_last_block_to_the_same_model(cli, tiny,
     )
     assert code == 0, err
     assert (out / "blocks" / "000.safetensors").stat().st_mtime_ns == before
+    assert tensors(out, "blocks/001.safetensors") == tensors(adapted, "blocks/001.safetensors")
     assert tensors(out) == tensors(adapted)
+    # Another share of blocks, and none of this learning, go on from the same blocks.
+    words = (f"model={tiny}", "mesh.tp=3", f"out={out}", *TEXT, *REPAIR)
+    for more in (("spd.budget=0.5",), ("spd.budget=1", "joint.steps=0")):
+        code, _, err = cli(spd_adapt, spd_adapt.task, *words, *more)
+        assert code == 0, err
+    assert (out / "blocks" / "000.safetensors").stat().st_mtime_ns == before
+    found = tensors(out)
+    for name, tensor in tensors(out, "blocks/000.safetensors").items():
+        assert found[f"dropped.{name}"] == tensor
+    code, _, err = cli(spd_adapt, spd_adapt.task, *words, "spd.budget=1", "joint.lr=1e-3")
+    assert code == 2 and "has learned with another joint: give another out=" in err
 
 
 @pytest.mark.parametrize("more", [["repair.inputs=student"], ["repair.own_norms=true"], ["repair.grouping=shards"]])
@@ -171,6 +186,13 @@ def test_blocks_may_drop_in_training_and_the_run_says_so(cli, tmp_path):
     assert code == 2 and "was made with mesh.tp=2 spd.blocks=[1, 3]: go on with that" in err
     code, _, err = cli(export, export.task, f"checkpoint={tmp_path}", f"to={tmp_path / 'hf'}")
     assert code == 2 and "drops reductions of blocks [1, 3] between 2 tensor-parallel ranks" in err
+
+
+def test_the_shipped_settings_find_enough_text(smollm2, tmp_path):
+    """Of the documentation that every CPython has, by the tokenizer of the model that they are for."""
+    words = ("mesh.tp=3", "spd.budget=0.5", "data.sources=[{pydoc:train}]", f"out={tmp_path}")
+    job = spd_adapt.prepare(start.composed("spd_adapt", words))
+    assert len(job.joint_text) == job.joint.steps * job.joint.batch > 0
 
 
 def test_what_cannot_be_done_is_refused_before_any_rank_starts(refused, tiny, adapted, tmp_path):

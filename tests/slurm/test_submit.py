@@ -10,7 +10,7 @@ import pytest
 
 from slurm import submit
 from slurm.settings import seconds_of
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokenizer
 
 TINY = ("recipe=pretrain", "experiment=tiny", "data.length=61", "data.batch=2", "steps=3", "threads=1")
 
@@ -70,23 +70,21 @@ def test_the_stable_command_prints_a_script(tmp_path):
     assert done.stdout.startswith("#!/bin/bash\n#SBATCH --job-name=generate\n")
 
 
-def test_benchmarks_are_a_recipe_too_and_measure_nothing_before_they_start(script, tmp_path):
+def test_benchmarks_are_a_recipe_too_and_measure_nothing_before_they_start(script, refused, tmp_path, monkeypatch):
     (tmp_path / "arc").mkdir()
     (tmp_path / "arc" / "arc_easy.jsonl").write_text('{"query": "Why?", "choices": ["so", "no"], "gold": 1}\n')
     tiny = tiny_model(tmp_path / "tiny", positions=397)
+    tiny_tokenizer(eos_token="<|endoftext|>").save_pretrained(tiny)
+    monkeypatch.setenv("LONGCTX_DATA", str(tmp_path))
     dropped = "variants=[{name:dropped,spd:{drop:ranked,budget:1.0}}]"
-    words = (
-        "recipe=eval",
-        f"model={tiny}",
-        "mesh.tp=3",
-        "spd=none",
-        dropped,
-        f"eval.data={tmp_path}",
-        "eval.prefix_token=0",
-    )
-    shown = script(*words, "run=run")
+    words = ("recipe=eval", f"model={tiny}", "spd=none", dropped, "run=run")
+    shown = script(*words, "mesh.tp=3")
     assert "#SBATCH --ntasks-per-node=3\n" in shown and " -m eval.run " in shown
-    assert f"  out={tmp_path}/run\n" in shown
+    assert f"  out={tmp_path}/run\n" in shown and f"  eval.data={tmp_path}\n" in shown
+    assert "case $code in 0 | 75 | 3)" in shown
+    assert "use mesh.tp=2 or more" in refused(*words)
+    other = "variants=[{name:ring,mesh:{ring:2}}]"
+    assert "the job starts 3 ranks, variant ring has 6" in refused(*words, "mesh.tp=3", other)
 
 
 def test_a_pipeline_s_steps_come_after_one_another(script, tmp_path):
