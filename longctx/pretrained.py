@@ -38,8 +38,12 @@ def locate(model: ModelSource, say: Say = lambda _: None) -> Path:
         return folder
     if folder.exists():
         raise ValueError(f"model={model.source}: no config.json in this folder; give a Hugging Face folder")
+    # ``a/b`` may be either: where there is a folder ``a``, it is a path.
     if model.source.count("/") != 1 or folder.parent.is_dir():
-        raise ValueError(f"model={model.source}: there is no such folder; give a Hugging Face folder, or a hub name")
+        raise ValueError(
+            f"model={model.source}: there is no such folder; give a Hugging Face folder, or a hub name (from where "
+            f"there is no folder {folder.parent})"
+        )
     return _from_hub(model.source, say)
 
 
