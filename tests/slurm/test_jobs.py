@@ -84,7 +84,7 @@ def test_a_pipeline_trains_adapts_and_judges_and_a_gate_ends_it(cluster, tmp_pat
     assert report["gate"] == {
         "variants": ["dropped repaired"], "strict": True, "failed": ["dropped repaired"], "passed": False
     }  # fmt: skip
-    assert "a gate failed" in (judged / "job.log").read_text() and not (judged / "failure.txt").exists()
+    assert "the gate failed" in (judged / "job.log").read_text() and not (judged / "failure.txt").exists()
     assert not (tmp_path / "never").exists()
 
 
