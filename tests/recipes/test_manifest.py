@@ -35,7 +35,7 @@ def test_a_manifest_says_what_was_run(run, tiny, tmp_path):
     assert told["mesh"] == {"tp": 1, "ulysses": 1, "ring": 2, "dp": 1, "pp": 1}
     right = hashlib.sha256(b"Thirteen words").hexdigest()
     assert told["data"] == {str(tmp_path / "prompt.txt"): f"sha256:{right}"}
-    assert told["model"] == fingerprint(tiny)
+    assert told["weights"] == {str(tiny): fingerprint(tiny)}
     assert told["packages"]["torch"].partition("+")[0] == told["torch"].partition("+")[0]
     assert told["commit"] and told["hardware"]["memory_bytes"] > 2**28
     assert told["diff"] == "" or told["diff"].startswith(("diff ", "# not in git"))
