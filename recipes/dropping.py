@@ -5,8 +5,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from longctx.pretrained import fingerprint
-from longctx.schema import SPD, Mesh, ModelShape, ModelSource
+from longctx.schema import Mesh, ModelShape, ModelSource
 from longctx.spd.plan import SavedPlan, SPDPlan, order_from, saved_plan, within
+from longctx.spd.settings import SPD
 from recipes.start import section
 
 

@@ -6,7 +6,7 @@ Writes DIR/sensitivity.json, which other recipes take the order of blocks from, 
 command again goes on where it was interrupted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,35 +91,24 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
 def measured(here: Any, blocks: Any, job: Job, progress: Progress) -> dict[str, Any]:
     """What goes into sensitivity.json.  Every rank calls this."""
     progress.start("sensitivity, chunks of text", -(-len(job.text) // job.chunk), done=len(job.done))
-    return summed_up(job, swept(here, blocks, job, job.out / "sums.jsonl", job.about, job.done, progress))
+    return summed_up(job, swept(here, blocks, job, progress))
 
 
-def swept(
-    here: Any,
-    blocks: Any,
-    job: Job,
-    file: Path,
-    about: Mapping[str, Any],
-    done: Sequence[list[float]],
-    progress: Progress,
-    repaired: Mapping[int, Any] | None = None,
-) -> list[list[float]]:
-    """`sums_of` each chunk of the text, those that are ``done`` first; the others are added to ``file`` as they come.
-
-    Its first line is ``about``, what they depend on.
+def swept(here: Any, blocks: Any, job: Job, progress: Progress) -> list[list[float]]:
+    """`sums_of` each chunk of the text, those that are done first; the others are added to the file as they come.
 
     Data-parallel ranks take every so many-th.
     """
-    first, layers = here.rank.rank == 0, job.subject.shape.layers
+    first, layers, file = here.rank.rank == 0, job.subject.shape.layers, job.out / "sums.jsonl"
     parts, part, size = here.mesh.dp, here.groups.dp.rank(), job.chunk
     if first:
-        write_lines(file, [about, *done])  # what was torn is gone
-    sums, count = list(done), -(-len(job.text) // size)
+        write_lines(file, [job.about, *job.done])  # what was torn is gone
+    sums, count = list(job.done), -(-len(job.text) // size)
     for begin in range(len(sums), count, parts):
         mine, chunk = torch.zeros(layers + 1, dtype=torch.float64), begin + part
         if chunk < count:
             text = job.text[slice(chunk * size, (chunk + 1) * size)]
-            mine = torch.tensor(sums_of(blocks, text, repaired), dtype=torch.float64)
+            mine = torch.tensor(sums_of(blocks, text), dtype=torch.float64)
         of_all = here.world.all_gather(mine, [(layers + 1,)] * here.world.size)
         for each in of_all[:: here.mesh.tp][: count - begin]:
             sums.append(each.tolist())
@@ -130,16 +119,11 @@ def swept(
 
 
 @torch.no_grad()
-def sums_of(blocks: Any, text: Text, repaired: Mapping[int, Any] | None = None) -> list[float]:
-    """Sums of losses (nats), the i-th with blocks i and later dropped, the last with none.
-
-    Where they drop, the layers of ``repaired`` take their places.
-    """
+def sums_of(blocks: Any, text: Text) -> list[float]:
+    """Sums of losses (nats), the i-th with blocks i and later dropped, the last with none."""
     layers = blocks.model.decoder.layers
 
     def run(block: int, x: Any, dropped: bool) -> Any:
-        if dropped and repaired and block in repaired:
-            return blocks.run(repaired[block], x)
         layers[block].drop(dropped=dropped)
         return blocks.run(layers[block], x)
 

@@ -35,6 +35,7 @@ WARM = [
     "longctx.train.step",
     "longctx.train.track",
     "longctx.train.meter",
+    "recipes.adapting",
     "recipes.calibration",
     "recipes.generate",
     "recipes.training",

@@ -141,12 +141,18 @@ def test_a_config_that_is_not_json_is_refused(tmp_path):
         shape_of(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["nobody/has-this", "not a/hub name", "a/b/c"])
+@pytest.mark.parametrize("name", ["nobody/has-this", "not a/hub name"])
 def test_a_name_that_the_hub_does_not_give_is_refused(monkeypatch, tmp_path, name):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match=f"model={name} is neither a folder here nor to be had from the hub"):
         locate(ModelSource("far", source=name))
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "tests/nothing"])
+def test_a_path_to_no_folder_is_refused_and_the_hub_is_not_asked(name):
+    with pytest.raises(ValueError, match=f"model={name}: there is no such folder"):
+        locate(ModelSource("lost", source=name))
 
 
 GGUF = b"not really a model"

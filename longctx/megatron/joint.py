@@ -5,7 +5,7 @@ are seen where they count, in the predictions, and may make up for each other.
 """
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,16 @@ from longctx.kept import PARTIAL, about, name_of
 from longctx.megatron.blocks import Blocks, Hidden
 from longctx.megatron.checkpoint import agreed, put
 from longctx.megatron.likelihood import divergence, log_shares
-from longctx.schema import Joint
 from longctx.shapes import Tensor, Tokens
 from longctx.spd.distill import rate_at
+from longctx.spd.settings import Joint
 
 
 class Together:
     """``layers`` by block, each of which drops its reduction, and how far they have learned.
 
-    ``order`` is that in which they may drop.  Every step another number of them does, so that the model is good with
-    fewer of them, too.  ``dp`` are data-parallel ranks, each with its part of a step's text.
+    ``order`` is that in which they may drop.  Every other step all of them do, and else another number, so that the
+    model is good with fewer of them, too.  ``dp`` are data-parallel ranks, each with its part of a step's text.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class Together:
         """Learn from this data-parallel rank's ``tokens`` [sequences length]; mean divergence (nats a token)."""
         how = self._how
         draw = torch.Generator().manual_seed(self.steps)
-        dropped = self._order[: 1 + int(torch.randint(len(self._order), (), generator=draw))]
-        loss = self._divergence(tokens, dropped) / self._dp.size()
+        fewer = 1 + int(torch.randint(len(self._order), (), generator=draw))
+        loss = self._divergence(tokens, self._order[: fewer if self.steps % 2 else None]) / self._dp.size()
         for group in self._optimizer.param_groups:
             group["lr"] = rate_at(self.steps, how.steps, how.lr)
         self._optimizer.zero_grad()
@@ -68,18 +68,39 @@ class Together:
         parts = tokens.split(self._how.batch)
         return sum(float(self._divergence(part, self._order)) * len(part) for part in parts) / len(tokens)
 
-    def _divergence(self, tokens: Tokens, dropped: Sequence[int]) -> Tensor:
-        blocks = self._blocks
-        with torch.no_grad():
-            entering = blocks.embedded(tokens)
-            wanted = log_shares(blocks.model, self._final(entering, ()), blocks.tp, blocks.shape.vocabulary)
-        return divergence(
-            blocks.model, self._final(entering, dropped), wanted, blocks.tp, blocks.shape.vocabulary
-        ).mean()
+    @torch.no_grad()
+    def divergences_alone(self, tokens: Tokens, one_done: Callable[[], None]) -> dict[int, float]:
+        """The same where one block drops and no other, by block; ``one_done`` is called with each of some sequences."""
+        blocks, sums = self._blocks, dict.fromkeys(self._order, 0.0)
+        for part in tokens.split(self._how.batch):
+            x = blocks.embedded(part)
+            wanted = self._predictions(x)
+            for block, layer in enumerate(blocks.model.decoder.layers):
+                if block in sums:
+                    behind = blocks.run(self.layers[block], x)
+                    sums[block] += float(self._from(wanted, behind, (), block + 1)) * len(part)
+                    one_done()
+                x = blocks.run(layer, x)
+        return {block: total / len(tokens) for block, total in sums.items()}
 
-    def _final(self, x: Hidden, dropped: Iterable[int]) -> Hidden:
+    def _divergence(self, tokens: Tokens, dropped: Sequence[int]) -> Tensor:
+        entering = self._blocks.embedded(tokens)
+        return self._from(self._predictions(entering), entering, dropped)
+
+    @torch.no_grad()
+    def _predictions(self, entering: Hidden) -> Tensor:
+        """Of the model with nothing dropped, a share on each rank."""
+        blocks = self._blocks
+        return log_shares(blocks.model, self._final(entering, ()), blocks.tp, blocks.shape.vocabulary)
+
+    def _from(self, wanted: Tensor, x: Hidden, dropped: Sequence[int], begin: int = 0) -> Tensor:
+        """Mean divergence from the predictions ``wanted``, of ``x`` that enters block ``begin``."""
+        blocks, final = self._blocks, self._final(x, dropped, begin)
+        return divergence(blocks.model, final, wanted, blocks.tp, blocks.shape.vocabulary).mean()
+
+    def _final(self, x: Hidden, dropped: Sequence[int], begin: int = 0) -> Hidden:
         """What enters the output layer, [rows 1 hidden]."""
-        for block, layer in enumerate(self._blocks.model.decoder.layers):
+        for block, layer in enumerate(self._blocks.model.decoder.layers[begin:], begin):
             x = self._blocks.run(self.layers[block] if block in dropped else layer, x)
         return self._blocks.model.decoder.final_layernorm(x.reshape(-1, 1, x.shape[-1]))
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from longctx.megatron.blocks import Blocks, Hidden
-from longctx.schema import BlockClass, Repair
 from longctx.shapes import Tensor
 from longctx.spd.distill import Distillation, distil, error_of
 from longctx.spd.grouping import matched, placed, regrouped, scattered
+from longctx.spd.settings import BlockClass, Repair
 
 
 @dataclass(frozen=True)

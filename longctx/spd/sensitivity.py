@@ -5,7 +5,7 @@ from itertools import pairwise
 from math import exp
 from typing import TypeVar
 
-from longctx.schema import BlockClass
+from longctx.spd.settings import BlockClass
 
 State = TypeVar("State")
 

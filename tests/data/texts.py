@@ -10,12 +10,14 @@ from typing import Any
 import pyarrow as pa
 import torch
 from pyarrow.parquet import write_table
+from transformers import PreTrainedTokenizerFast
 
-from longctx.data.documents import Document
+from longctx.data.documents import Document, documents
 from longctx.data.stage import Stage, State
-from longctx.schema import TextSource
+from longctx.schema import DataSettings, TextSource
 
 FORMS = ["folder", "jsonl", "jsonl.gz", "parquet", "hub", "hub, streamed"]
+END = 256  # of a document, to byte_tokenizer
 
 
 def pages(count: int) -> list[str]:
@@ -48,9 +50,20 @@ def written(form: str, texts: list[str], folder: Path) -> TextSource:
     return TextSource(path=str(path))
 
 
+def reading(source: TextSource, tokenizer: PreTrainedTokenizerFast, **settings: Any) -> Stage[Document]:
+    """The documents of ``source``, once unless ``settings`` say otherwise."""
+    return documents(source, tokenizer, DataSettings(sources=(source,), length=1, **{"epochs": 1, **settings}))
+
+
 def first(stage: Stage[Any], count: int | None = None, state: State | None = None) -> list[tuple[Any, State]]:
     """The first items of ``stage`` behind ``state``, which goes through JSON as it would through a checkpoint."""
     return list(islice(stage(json.loads(json.dumps(state))), count))
+
+
+def given_texts(items: list[tuple[Document, State]], tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The texts of documents, each of which ended."""
+    assert all(document.tokens[-1] == END for document, _ in items)
+    return [tokenizer.decode(document.tokens[:-1]) for document, _ in items]
 
 
 def plain(item: Any) -> Any:

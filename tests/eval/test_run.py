@@ -131,11 +131,11 @@ def test_a_killed_run_asks_only_what_is_missing(cli, tiny, sets, tmp_path):
     run_of.wait()
     (file,) = answers.iterdir()
     lines = file.read_bytes().splitlines(keepends=True)
-    file.write_bytes(b"".join(lines[:9]) + lines[9][:7])  # as if it had been no later, in the middle of a line
+    file.write_bytes(b"".join(lines[:3]) + lines[3][:7])  # as if it had been no later, in the middle of a line
     code, _, err = cli(*words, f"out={tmp_path / 'killed'}")
     assert code == 0, err
     left, whole = map(int, re.search(r"(\d+) of (\d+) requests to answer", err).groups())
-    assert whole - 9 < left < whole
+    assert left == whole - sum(b"answer" in line for line in lines[:3]) < whole
     assert cli(*words, f"out={tmp_path / 'whole'}")[0] == 0
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("killed", "whole")]
     assert reports[0]["tasks"] == reports[1]["tasks"]

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from longctx.parallel.launch import Rank
 from longctx.pretrained import shape_of
-from longctx.schema import Joint, Mesh, ModelSource, Repair
+from longctx.schema import Mesh, ModelSource
 from longctx.spd.plan import SPDPlan
+from longctx.spd.settings import Joint, Repair
 
 
 def states(rank: Rank, folder: Path, how: Repair | None, grouping: str, dropped: tuple[int, ...]) -> dict[str, Any]:

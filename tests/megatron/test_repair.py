@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from longctx.parallel.launch import run_ranks
-from longctx.schema import Mesh, Repair
+from longctx.schema import Mesh
+from longctx.spd.settings import Repair
 from tests.megatron.kinds import random_model
 from tests.megatron.repair_ranks import learned, predictions, states
 from tests.oracle import assert_close

@@ -1,6 +1,7 @@
 """The command line becomes typed settings, and every way to fail one clear line and an exit code."""
 
 import json
+import logging
 
 import pytest
 
@@ -138,6 +139,13 @@ def test_exit_codes(cli, error, code, said):
     left, out, err = cli(generate, fails(error))
     assert (left, out) == (code, "")
     assert err.startswith(said)
+
+
+def test_a_warning_of_the_library_reaches_the_user(cli, caplog):
+    """Hydra, whose own ways of logging are left out, would silence whoever has a logger already."""
+    warn = logging.getLogger("longctx.data.documents").warning
+    assert cli(generate, lambda _: warn("a line was skipped"))[0] == 0
+    assert caplog.messages == ["a line was skipped"]
 
 
 def test_without_a_launcher_ranks_are_started_here(monkeypatch):

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from longctx.pretrained import fingerprint, shape_of
-from longctx.schema import SPD, Mesh
+from longctx.schema import Mesh
 from longctx.spd.plan import SavedPlan, SPDPlan, ranked, saved_plan, within
+from longctx.spd.settings import SPD
 from recipes.dropping import planned
 from tests.tiny import tiny_model
 

@@ -1,0 +1,169 @@
+"""What each rank does when blocks learn to drop a reduction: one by one, each to its file; then all together."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longctx.parallel.launch import Rank
+from longctx.spd.folder import read_block, write_block
+from longctx.spd.plan import within
+from longctx.spd.settings import Joint, Repair
+from longctx.spd.text import Text
+from recipes import spd_sensitivity
+from recipes.calibration import blocks_of
+from recipes.progress import Progress
+from recipes.start import say
+
+ERRORS = ("zero_shot", "grouped", "distilled")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank needs to know.
+
+    ``sensitivity`` is how sensitivities are measured, and ``measured`` what was found, if it is there already; ``text``
+    is what blocks learn from, and ``joint_text``, behind it, what they learn from together.
+    """
+
+    sensitivity: spd_sensitivity.Job
+    measured: dict[str, Any] | None
+    repair: Repair
+    joint: Joint
+    budget: float
+    text: Text
+    joint_text: Text
+    about: Mapping[str, Any]
+
+    @property
+    def out(self) -> Path:
+        return self.sensitivity.out
+
+    @property
+    def unseen(self) -> torch.Tensor:
+        """Tokens that no block has learned from, unless ``joint_text`` came to the text's end."""
+        return self.text.tokens[self.repair.sequences :]
+
+    @property
+    def of_joint(self) -> dict[str, Any]:
+        """What learning together depends on."""
+        return {**self.about, "budget": self.budget, "joint": {**asdict(self.joint), "save_every": None}}
+
+    def file_of(self, block: int) -> Path:
+        """Where a repaired block is kept."""
+        return self.out / "blocks" / f"{block:03d}.safetensors"
+
+    @property
+    def joint_folder(self) -> Path:
+        """What this share of blocks learns together."""
+        return self.out / f"joint_{self.budget:g}"
+
+    def last_file_of(self, block: int) -> Path:
+        """The same, of a block that has learned with the others, if they do."""
+        return self.joint_folder / f"{block:03d}.safetensors" if self.joint.steps else self.file_of(block)
+
+
+def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
+    """One rank's part: measure what has not been measured, repair block by block, learn together, rank what is left."""
+    with blocks_of(rank, job.sensitivity.subject) as (here, blocks), Progress(shown=rank.rank == 0) as progress:
+        told = job.measured or spd_sensitivity.measured(here, blocks, job.sensitivity, progress)
+        if rank.rank == 0 and not job.measured:
+            spd_sensitivity.keep(job.sensitivity, told)
+        repair_all(here, blocks, job, told, progress)
+        here.world.all_gather(torch.zeros(1), [(1,)] * here.world.size)  # all blocks are in their files
+        return {"measured": told, **learn_together(here, blocks, job, within(told["order"], job.budget), progress)}
+
+
+def repair_all(here: Any, blocks: Any, job: Job, told: dict[str, Any], progress: Progress) -> None:
+    """Every block within the budget that is not in its file; data-parallel ranks take every so many-th.
+
+    Of all blocks the teacher's states pass by, and, if blocks are to learn from those, the student's.
+    """
+    wanted, how = sorted(within(told["order"], job.budget)), job.repair
+    mine = wanted[here.groups.dp.rank() :: here.mesh.dp]
+    left = [block for block in mine if not job.file_of(block).is_file()]
+    steps = how.epochs * (how.sequences // how.batch)
+    with torch.no_grad():
+        teacher = student = blocks.embedded(job.text.tokens)
+    for block, layer in enumerate(blocks.model.decoder.layers[: max(left, default=-1) + 1]):
+        layer.drop(dropped=False)  # whatever measuring has left it as
+        now, outputs = layer, through(blocks, layer, teacher, how.batch)
+        if block in left:
+            progress.start(f"block {block}, {mine.index(block) + 1} of {len(mine)}, steps", steps)
+            inputs = teacher if how.inputs == "teacher" else student
+            now = repaired(here, blocks, block, told["blocks"][block]["class"], inputs, outputs, job, progress)
+        elif block in mine:
+            now = from_file(blocks, block, job)
+        if how.inputs == "student":
+            student = through(blocks, now, student, how.batch)
+        teacher = outputs
+
+
+def learn_together(here: Any, blocks: Any, job: Job, wanted: Sequence[int], progress: Progress) -> dict[str, Any]:
+    """Blocks in their `last_file_of`.  Divergences (nats a token), on unseen text but for those of ``losses``.
+
+    ``before`` and ``after`` are with all ``wanted`` blocks dropped, ``alone`` with each of them by itself.
+    """
+    from longctx.megatron.joint import Together
+
+    how, part, parts = job.joint, here.groups.dp.rank(), here.mesh.dp
+    layers = {block: from_file(blocks, block, job) for block in wanted}
+    together = Together(blocks, layers, by_error(job, wanted), how, here.groups.dp)
+    progress.start("predictions with all dropped", None)
+    before = together.divergence(job.unseen)
+    for passed in together.resume(job.joint_folder) if how.steps else ():
+        say(passed)
+    progress.start("blocks learn together, steps", how.steps, done=together.steps)
+    while together.steps < how.steps:
+        at = together.steps * how.batch
+        loss = together.step(job.joint_text.tokens[at : at + how.batch][part::parts])
+        progress.step(note=f"divergence {loss:.3f}")
+        if together.steps % how.save_every == 0 or together.steps == how.steps:
+            together.save(job.joint_folder, job.of_joint)
+    for block, layer in layers.items() if how.steps else ():
+        tensors = blocks.tensors_of(layer)
+        if here.rank.rank == 0:
+            write_block(job.last_file_of(block), tensors, {})
+    progress.start("predictions with each dropped alone", len(wanted) * -(-len(job.unseen) // how.batch))
+    alone = together.divergences_alone(job.unseen, progress.step)
+    return {"losses": together.losses, "before": before, "after": together.divergence(job.unseen), "alone": alone}
+
+
+def by_error(job: Job, wanted: Sequence[int]) -> list[int]:
+    """The same blocks, first that with the smallest error on text that it has not learned from."""
+    errors = {block: float(read_block(job.file_of(block))[1]["distilled"]) for block in wanted}
+    return sorted(wanted, key=lambda block: (errors[block], block))
+
+
+@torch.no_grad()
+def through(blocks: Any, layer: Any, x: torch.Tensor, batch: int) -> torch.Tensor:
+    """What leaves ``layer``, of all sequences."""
+    return torch.cat([blocks.run(layer, rows) for rows in x.split(batch)])
+
+
+def repaired(
+    here: Any, blocks: Any, block: int, kind: Any, inputs: Any, outputs: Any, job: Job, progress: Progress
+) -> Any:
+    """The layer, which is also written to its file."""
+    from longctx.megatron.repair import repair
+
+    began = time.perf_counter()
+    made = repair(
+        blocks, block, kind, inputs, outputs, job.repair, lambda loss: progress.step(note=f"error {loss:.2e}")
+    )
+    tensors = blocks.tensors_of(made.layer)
+    if here.tp.rank == 0:
+        errors = {name: str(getattr(made, name)) for name in ERRORS}
+        about = {"class": kind, "seconds": f"{time.perf_counter() - began:.1f}", **errors}
+        write_block(job.file_of(block), tensors, about)
+    return made.layer
+
+
+def from_file(blocks: Any, block: int, job: Job) -> Any:
+    """The layer in its file."""
+    layer = blocks.copy_of(block, own_norms=job.repair.own_norms)
+    blocks.fill(layer, read_block(job.file_of(block))[0])
+    return layer

@@ -1,0 +1,178 @@
+"""Local files: what is a text of one, and what is broken, named by its line or row, or left out."""
+
+import gzip
+
+import pyarrow as pa
+import pytest
+from pyarrow.parquet import write_table
+
+from longctx.schema import TextSource
+from tests.data.texts import assert_resumes, first, given_texts, pages, reading, written
+
+
+@pytest.mark.parametrize("form", ["txt", "txt.gz", "rst"])
+def test_a_file_of_another_kind_is_one_document(form, byte_tokenizer, tmp_path):
+    text = "\n\n".join(pages(7))
+    pack = gzip.compress if form.endswith("gz") else bytes
+    (tmp_path / f"book.{form}").write_bytes(pack(text.encode()))
+    items = first(reading(TextSource(path=str(tmp_path / f"book.{form}")), byte_tokenizer))
+    assert given_texts(items, byte_tokenizer) == [text]
+
+
+def test_a_pattern_is_the_files_that_it_matches_in_the_order_of_their_names(byte_tokenizer, tmp_path):
+    for name in ("b.md", "a.md", "c.txt", "sub"):
+        (tmp_path / name).mkdir() if name == "sub" else (tmp_path / name).write_text(name)
+    (tmp_path / "sub" / "d.md").write_text("d.md")
+    items = first(reading(TextSource(path=str(tmp_path / "**" / "*.md")), byte_tokenizer))
+    assert given_texts(items, byte_tokenizer) == ["a.md", "b.md", "d.md"]
+
+
+def test_what_editors_leave_in_files_is_no_text(byte_tokenizer, tmp_path):
+    """A byte order mark, line ends of another system, blank lines between records."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "four"}\r\n\r\n{"text": "f\xc3\xbcnf"}')
+    items = first(reading(TextSource(path=str(tmp_path)), byte_tokenizer))
+    assert given_texts(items, byte_tokenizer) == ["one\ntwo\nthree\n", "four", "fünf"]
+    assert items[-1][0].where.endswith("b.jsonl, line 3")
+
+
+BAD = {
+    "broken JSON": (b'{"text": "tw', r"is not JSON \(Unterminated string starting at, column 10\)"),
+    "no object": (b'["two"]', "is no JSON object"),
+    "missing key": (b'{"body": "two", "id": 3}', 'has no "text", it has body, id: set text_key'),
+    "number": (b'{"text": 2}', 'has a "text" of type int'),
+    "null": (b'{"text": null}', 'has a "text" of type NoneType'),
+    "not UTF-8": (b'{"text": "tw\xf6"}', r"is not UTF-8 text \(byte 12 of the line\)"),
+    "half a character": (rb'{"text": "tw\ud83d"}', "has half a surrogate pair.*character 2"),
+    "too deep": (b"[" * 100_000, r"is not JSON that can be read \(RecursionError"),
+    "too long a number": (b'{"n": ' + b"7" * 4999 + b"}", r"is not JSON that can be read \(ValueError"),
+}
+
+
+@pytest.mark.parametrize("packing", ["jsonl", "jsonl.gz"])
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_line_is_named_and_stops_the_run_or_is_left_out(bad, packing, byte_tokenizer, tmp_path, caplog):
+    line, words = BAD[bad]
+    path = tmp_path / f"a.{packing}"
+    content = b'{"text": "one"}\n' + line + b'\n{"text": "three"}\n'
+    path.write_bytes(gzip.compress(content) if packing.endswith("gz") else content)
+    source = TextSource(path=str(path))
+    run = reading(source, byte_tokenizer)(None)
+    next(run)
+    with pytest.raises(ValueError, match=rf"{path.name}, line 2 {words}.*data\.on_error=skip"):
+        next(run)
+    assert not caplog.records
+    skipping = reading(source, byte_tokenizer, on_error="skip", epochs=2)
+    items = first(skipping)
+    assert given_texts(items, byte_tokenizer) == ["one", "three"] * 2
+    assert [state["skipped"] for _, state in items] == [0, 1, 1, 2]
+    assert [record.message.partition(" ")[0] for record in caplog.records] == [f"{path},"] * 2
+    assert "line 2" in caplog.text and "skipped, as 2 of its source by now" in caplog.text
+    assert_resumes(skipping)
+
+
+def test_a_text_that_is_not_utf8_is_named_by_its_line(byte_tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo\nth\xe9 vert\n")
+    (tmp_path / "b.txt").write_bytes(b"good")
+    with pytest.raises(ValueError, match=r"a\.txt, line 3 is not UTF-8 text \(byte 10 of the file\)"):
+        first(reading(TextSource(path=str(tmp_path)), byte_tokenizer))
+    ((document, state),) = first(reading(TextSource(path=str(tmp_path)), byte_tokenizer, on_error="skip"))
+    assert document.where.endswith("b.txt") and state["skipped"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("a.jsonl.gz", lambda whole: whole[:-31], r"a\.jsonl\.gz, line \d+ is where the file breaks off \(EOFError"),
+        ("a.jsonl.gz", lambda whole: b"no gzip", r"a\.jsonl\.gz, line 1 is where the file breaks off \(BadGzipFile"),
+        ("a.txt.gz", lambda whole: whole[:-31], r"a\.txt\.gz is broken \(EOFError"),
+        (
+            "a.parquet",
+            lambda whole: b"PAR1 no parquet",
+            r"a\.parquet, row 0 is where the file breaks off \(ArrowInvalid",
+        ),
+        (
+            "a.parquet",
+            lambda whole: whole[:4] + b"\0" * 999 + whole[1003:],
+            r"a\.parquet, row 0 is where the file breaks",
+        ),
+    ],
+)
+def test_a_file_that_breaks_off_is_one_bad_record(name, damage, words, byte_tokenizer, tmp_path):
+    texts = pages(11)
+    if name.startswith("a.txt"):
+        (tmp_path / name).write_bytes(gzip.compress(texts[0].encode()))
+    else:
+        written(name.removeprefix("a."), texts, tmp_path)
+        (tmp_path / name.replace("a.", "texts.")).rename(tmp_path / name)
+    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    (tmp_path / "b.txt").write_text("good")
+    source = TextSource(path=str(tmp_path))
+    with pytest.raises(ValueError, match=words):
+        first(reading(source, byte_tokenizer))
+    skipping = reading(source, byte_tokenizer, on_error="skip", epochs=2)
+    items = first(skipping)
+    assert items[-1][0].where.endswith("b.txt") and items[-1][1]["skipped"] == 2
+    assert_resumes(skipping)
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        ({"text": pa.array(["one", None, "three"])}, r'row 1 has a "text" of type NoneType'),
+        ({"text": pa.array([b"one", b"two", b"\xff"])}, r'row 0 has a "text" of type bytes'),
+        ({"body": pa.array(["one"])}, r'has no column "text", it has body: set text_key'),
+    ],
+)
+def test_a_bad_row_is_named(column, words, byte_tokenizer, tmp_path):
+    write_table(pa.table(column), tmp_path / "a.parquet")
+    source = TextSource(path=str(tmp_path / "a.parquet"))
+    with pytest.raises(ValueError, match=r"a\.parquet.*" + words):
+        first(reading(source, byte_tokenizer))
+    skipping = reading(source, byte_tokenizer, on_error="skip")
+    if "row 1" in words:
+        assert given_texts(first(skipping), byte_tokenizer) == ["one", "three"]
+    else:
+        with pytest.raises(ValueError, match=f"no documents: 0 are empty, {len(column.get('text', [1]))} were skipped"):
+            first(skipping)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("nosuch.txt", None, "is no file, no folder, and no pattern"),
+        ("nosuch*.jsonl", None, "is no file, no folder, and no pattern"),
+        ("a.json", b"[]", "of a kind that is not read.*jsonl"),
+        ("a.jsonl.zst", b"", "of a kind that is not read"),
+        ("empty.txt", b"", "has no documents: 1 are empty, 0 were skipped"),
+        ("empty.jsonl", b"", "has no documents: 0 are empty"),
+        ("blank.jsonl", b'\n{"text": " \\n"}\n\n', "has no documents: 1 are empty"),
+        ("folder", "a.md", r"has no \.txt.* in it: name the files with a pattern"),
+        ("folder", ".hidden.txt", r"has no \.txt"),
+    ],
+)
+def test_refused_paths(name, content, words, byte_tokenizer, tmp_path):
+    if isinstance(content, str):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / content).write_text("text")
+    elif content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words) as refused:
+        first(reading(TextSource(path=str(tmp_path / name)), byte_tokenizer, epochs=None))
+    assert name in str(refused.value)
+
+
+def test_a_parquet_file_resumes_in_the_middle_of_its_row_groups(byte_tokenizer, tmp_path):
+    texts = [f"{n}" for n in range(211)]
+    write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=157)
+    run = reading(TextSource(path=str(tmp_path / "a.parquet")), byte_tokenizer)
+    items = first(run)
+    assert given_texts(items, byte_tokenizer) == texts
+    for k in range(1, 211, 13):
+        assert given_texts(first(run, state=items[k - 1][1]), byte_tokenizer) == texts[k:], k
+
+
+def test_an_empty_parquet_file_has_no_documents(byte_tokenizer, tmp_path):
+    write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="no documents"):
+        first(reading(TextSource(path=str(tmp_path / "a.parquet")), byte_tokenizer))

@@ -1,0 +1,47 @@
+"""A tracker of the tests here, what it is given to log, and what was logged, read back."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longctx.schema import Track
+from longctx.train.track import Tracker, start_tracking
+
+NONE = Track()
+WANDB = Track("wandb", project="long", group="sweep", name="first", tags=("cp", "8k"), notes="a, (note)")
+CONFIG = {"mesh": {"ring": 2, "tp": 3}, "commit": "abc123", "optim": {"lr": 3e-4}, "python": "3.11"}
+
+
+def figures(step: int) -> dict[str, float | None]:
+    return {"loss": 7.0 / (step + 1), "tokens": 11 * step, "comm/exposed_s": 0.25, "mem/peak_bytes": 2**40, "mfu": None}
+
+
+def lines(folder: Path, name: str = "metrics") -> list[dict]:
+    text = (folder / f"{name}.jsonl").read_text()
+    assert text.endswith("\n") or not text
+    return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+
+
+def start(folder: Path, track: Track = NONE, **more) -> tuple[Tracker, str | None, list[str]]:
+    said: list[str] = []
+    tracker, run_id = start_tracking(track, folder, CONFIG, first=True, say=said.append, **more)
+    return tracker, run_id, said
+
+
+def records(folder: Path) -> list[dict]:
+    """All records of the one W&B run in ``folder``, as W&B's own command reads them."""
+    (file,) = folder.glob("run-*.wandb")
+    read = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    done = subprocess.run(read, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def of_kind(kind: str, read: list[dict]) -> list[dict]:
+    return [record[kind] for record in read if record["type"] == kind]
+
+
+def history(read: list[dict]) -> list[dict]:
+    return [{"_step": row["step"]["num"], **row["item"]} for row in of_kind("history", read)]
