@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from eval import responses
 from eval.requests import Answer, Continue, Request, Score, key
 from eval.variants import Variant
 from longctx.infer.engine import Engine
 from longctx.parallel.launch import Rank
+from longctx.train.stop import StopRequest
 from recipes.progress import Progress
 from recipes.start import threads_for
 
@@ -34,10 +33,11 @@ class Work:
 
 
 def run_rank(rank: Rank, work: Work) -> bool:
-    """One rank's part of ``work``."""
+    """One rank's part of ``work``; whether it was asked to stop before the end."""
     from longctx.infer.engine import load_engine
     from longctx.megatron.runtime import runtime
 
+    stop = StopRequest()
     threads, variant = threads_for(work.threads, rank), work.variant
     first = rank.rank == 0
     with (
@@ -59,9 +59,11 @@ def run_rank(rank: Rank, work: Work) -> bool:
                 began = time.perf_counter()
             for _ in answers:
                 progress.step()
-        # All is on disk before any rank that a launcher started reads it for the next variant.
-        here.world.all_gather(torch.zeros(1), [(1,)] * here.world.size)
-    return True
+            # Also: all is on disk before any rank that a launcher started reads it for the next variant.
+            if stop.agreed(here.world, here.device):
+                break
+        stop.over()
+    return stop.agreed_on
 
 
 def answered(engine: Engine, work: Work) -> Iterator[tuple[Mapping[Any, Answer], int]]:

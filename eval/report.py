@@ -122,6 +122,9 @@ def _gate_said(report: Mapping[str, Any], rest: Sequence[str]) -> list[str]:
     said = [f"Differences are paired, with 95 % intervals; no worse means: not by more than {drop}."]
     if gate["variants"]:
         verdict = "passed" if gate["passed"] else f"FAILED by {', '.join(gate['failed'])}"
+        undecided = [name for name in gate["variants"] if report[AVERAGE][name]["verdict"] == "undecided"]
+        if undecided and gate["passed"]:
+            verdict += f", with {', '.join(undecided)} undecided (eval.strict=true fails then; more examples decide)"
         said.append(f"**Gate** ({', '.join(gate['variants'])}): {verdict}.")
     return said
 

@@ -4,7 +4,8 @@
     python -m eval.run experiment=spd_regression eval.limit=200 out=outputs/spd
 
 Exit codes: 0 done; 3 done, and a variant of the gate is worse; 2 the command line asks for what cannot be done
-(nothing was started); 1 a rank failed.  The same command again goes on where it was interrupted.
+(nothing was started); 1 a rank failed; 75 asked to stop (SIGUSR1).  The same command again goes on where it was
+interrupted.
 """
 
 import os
@@ -26,12 +27,22 @@ from eval.variants import BASELINE, Variant, composed, refuse_other_model, varia
 from longctx.parallel.launch import rank_from_environment
 from longctx.schema import Mesh, Track
 from recipes.job import refuse_unwritable_folder
-from recipes.machine import provenance
+from recipes.machine import hardware, provenance
 from recipes.manifest import record
-from recipes.start import console, is_first, main, on_ranks, say, section, top_level, warm_up_ranks
+from recipes.start import (
+    GATE_FAILED,
+    console,
+    is_first,
+    leave_stopped,
+    main,
+    on_every_rank,
+    say,
+    section,
+    top_level,
+    warm_up_ranks,
+)
 
 WARM = ("longctx.infer.engine", "eval.score", "eval.decode", "eval.ranks")
-GATE_FAILED = 3
 _BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"  # a folder of data beside the checkout
 
 
@@ -139,8 +150,18 @@ def prepare(config: DictConfig) -> Job:
     _refuse_other_world(variants)
     order_jobs(configs, base, asked.sensitivity, Path(settings.out))  # refuses what cannot be measured
     values: Any = OmegaConf.to_container(config, resolve=True)
-    track = section(config, "track", Track)
-    return Job(settings, asked, track, {**provenance(), **values}, tuple(configs), variants, tasks, lm, requests)
+    track = section(config, "track", Track).of("eval")
+    return Job(
+        settings,
+        asked,
+        track,
+        {**provenance(), "machine": hardware(), **values},
+        tuple(configs),
+        variants,
+        tasks,
+        lm,
+        requests,
+    )
 
 
 def ordered(job: Job) -> Job:
@@ -233,7 +254,8 @@ def answer(job: Job, number: int) -> responses.Kept:
         threads=settings.threads,
         timeout_minutes=settings.timeout_minutes,
     )
-    on_ranks(variant.mesh, run_rank, work)
+    if on_every_rank(variant.mesh, run_rank, work):
+        leave_stopped()
     return responses.read(file)
 
 
@@ -275,6 +297,8 @@ def task(config: DictConfig) -> None:
     warm_up_ranks(WARM)
     job = prepare(config)
     folder = job.eval.folder
+    if not folder:
+        say("benchmarks come from the hub: eval.data=DIR, or LONGCTX_DATA, names a folder of files (eval/README.md)")
     read = [folder / LOCAL[name].file for name in job.tasks if folder and name in LOCAL]
     record(config, [variant.folder for variant in job.variants], read)
     job = ordered(job)

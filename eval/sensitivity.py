@@ -11,7 +11,7 @@ from eval.variants import Variant
 from longctx.parallel.launch import rank_from_environment
 from longctx.spd.plan import order_from, saved_plan, within
 from recipes import spd_sensitivity
-from recipes.start import composed, is_first, on_every_rank, say
+from recipes.start import composed, is_first, leave_stopped, on_every_rank, say
 
 Named = tuple[str, DictConfig]
 _LENGTH = 512  # tokens of a sequence of text
@@ -81,6 +81,8 @@ def _measured(job: spd_sensitivity.Job) -> tuple[int, ...]:
         return order_from(job.file, subject.shape.layers, subject.mesh.tp, subject.fingerprint)
     say(f"the order in which blocks are dropped is measured first, at mesh.tp={subject.mesh.tp}")
     found = on_every_rank(subject.mesh, spd_sensitivity.run_rank, job)
+    if found is None:
+        leave_stopped()
     if is_first():
         spd_sensitivity.keep(job, found)
     return tuple(found["order"])

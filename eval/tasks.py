@@ -18,8 +18,11 @@ from eval.local import LOCAL, Local, names, rows_of
 from eval.outcomes import Outcomes
 
 # Outcomes of an example that are compared, the first that the task has; lm-eval's words.
-_ACCURACY = ("acc", "exact_match", "exact_match,flexible-extract")
+_ACCURACY = ("acc", "exact_match")
+_PREFERRED = "exact_match,flexible-extract"
 _PERPLEXITY = "word_perplexity"
+# Choices of uneven length, which are judged by likelihood a byte wherever these two are reported.
+_BY_LENGTH = ("arc_challenge", "hellaswag")
 
 
 def load(wanted: Sequence[str], data: Path | None, fewshot: int | None, include: str | None) -> dict[str, Any]:
@@ -101,8 +104,14 @@ def _refuse_no_shots(task: Any) -> None:
 
 
 def ask(tasks: Mapping[str, Any], limits: Mapping[str, int | None]) -> None:
-    """Make every task's requests, of its first so many examples (None: all).  Raises ValueError if there are none."""
+    """Make every task's requests, of its first so many examples (None: all).
+
+    Raises ValueError if there are none, or if their outcomes are none that can be compared.
+    """
     for name, task in tasks.items():
+        there, known = tuple(task.aggregation()), (*_ACCURACY, _PERPLEXITY)
+        if not set(there) & set(known):
+            raise ValueError(f"eval.tasks: {name} has {names(there)}, none of {names(known)}: it cannot be compared")
         try:
             with _quiet():
                 task.build_all_requests(limit=limits[name], rank=0, world_size=1)
@@ -139,13 +148,19 @@ def outcomes(name: str, task: Any) -> Outcomes:
     if _PERPLEXITY in found:
         likely, words = zip(*found[_PERPLEXITY], strict=True)
         return Outcomes(name, tuple(map(float, likely)), words=tuple(map(float, words)), others=others)
-    metric = next((metric for metric in _ACCURACY if metric in found), None)
-    if metric is None:
-        raise ValueError(f"eval.tasks: {name} has none of {names((*_ACCURACY, _PERPLEXITY))}: it cannot be compared")
+    metric = _judged_by(name, found)
     chance = None
     if task.OUTPUT_TYPE == "multiple_choice":
         chance = fmean(1 / len(instances) for instances in examples.values())
     return Outcomes(name, tuple(float(value) for value in found[metric]), chance, others=others)
+
+
+def _judged_by(name: str, found: Mapping[str, Any]) -> str:
+    """Of a task's metrics, by which filter ever, that which says whether an example was answered rightly."""
+    if name in _BY_LENGTH and "acc_norm" in found:
+        return "acc_norm"
+    first = [_PREFERRED] if _PREFERRED in found else []
+    return [*first, *(metric for metric in found if metric.partition(",")[0] in _ACCURACY)][0]
 
 
 def _total(task: Any, metric: str) -> Any:

@@ -1,7 +1,7 @@
 """The values that a run is made of: frozen dataclasses, filled from configs/; a leaf that anyone may read."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf, prod
 from typing import Any, Literal
 
@@ -96,13 +96,17 @@ class Track:
     name: str | None = None
     tags: tuple[str, ...] = ()
     notes: str | None = None
-    job_type: str = "train"
+    job_type: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 < len(self.project) <= 128 or set(self.project) & set("/\\#?%:"):
             raise ValueError(f"track.project={self.project}: use 1 to 128 characters, none of / \\ # ? % :")
         if wrong := [tag for tag in self.tags if not 0 < len(tag) <= 64]:
             raise ValueError(f"track.tags has {wrong[0]!r}: a tag has 1 to 64 characters")
+
+    def of(self, kind: str) -> "Track":
+        """This, of a job of that kind unless it says one."""
+        return self if self.job_type else replace(self, job_type=kind)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from longctx.spd.folder import read_block, write_block
 from longctx.spd.plan import within
 from longctx.spd.settings import Joint, Repair
 from longctx.spd.text import Text
+from longctx.train.stop import StopRequest
 from recipes import spd_sensitivity
 from recipes.calibration import blocks_of
 from recipes.progress import Progress
@@ -66,18 +67,27 @@ class Job:
         return self.joint_folder / f"{block:03d}.safetensors" if self.joint.steps else self.file_of(block)
 
 
-def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
-    """One rank's part: measure what has not been measured, repair block by block, learn together, rank what is left."""
+def run_rank(rank: Rank, job: Job) -> dict[str, Any] | None:
+    """One rank's part: measure what has not been measured, repair block by block, learn together, rank what is left.
+
+    None if it was asked to stop before the end.
+    """
+    stop = StopRequest()
     with blocks_of(rank, job.sensitivity.subject) as (here, blocks), Progress(shown=rank.rank == 0) as progress:
-        told = job.measured or spd_sensitivity.measured(here, blocks, job.sensitivity, progress)
+        told = job.measured or spd_sensitivity.measured(here, blocks, job.sensitivity, progress, stop)
+        if not told:
+            return None
         if rank.rank == 0 and not job.measured:
             spd_sensitivity.keep(job.sensitivity, told)
-        repair_all(here, blocks, job, told, progress)
-        here.world.all_gather(torch.zeros(1), [(1,)] * here.world.size)  # all blocks are in their files
-        return {"measured": told, **learn_together(here, blocks, job, within(told["order"], job.budget), progress)}
+        repair_all(here, blocks, job, told, progress, stop)
+        if stop.agreed(here.world, here.device):  # also: all blocks are in their files
+            return None
+        found = learn_together(here, blocks, job, within(told["order"], job.budget), progress, stop)
+    stop.over()
+    return {"measured": told, **found} if found else None
 
 
-def repair_all(here: Any, blocks: Any, job: Job, told: dict[str, Any], progress: Progress) -> None:
+def repair_all(here: Any, blocks: Any, job: Job, told: dict[str, Any], progress: Progress, stop: StopRequest) -> None:
     """Every block within the budget that is not in its file; data-parallel ranks take every so many-th.
 
     Of all blocks the teacher's states pass by, and, if blocks are to learn from those, the student's.
@@ -100,9 +110,13 @@ def repair_all(here: Any, blocks: Any, job: Job, told: dict[str, Any], progress:
         if how.inputs == "student":
             student = through(blocks, now, student, how.batch)
         teacher = outputs
+        if stop.agreed(here.tp, here.device):  # data-parallel ranks have other blocks, and hear of it behind those
+            break
 
 
-def learn_together(here: Any, blocks: Any, job: Job, wanted: Sequence[int], progress: Progress) -> dict[str, Any]:
+def learn_together(
+    here: Any, blocks: Any, job: Job, wanted: Sequence[int], progress: Progress, stop: StopRequest
+) -> dict[str, Any] | None:
     """Blocks in their `last_file_of`.  Divergences (nats a token), on unseen text but for those of ``losses``.
 
     ``before`` and ``after`` are with all ``wanted`` blocks dropped, ``alone`` with each of them by itself.
@@ -121,8 +135,11 @@ def learn_together(here: Any, blocks: Any, job: Job, wanted: Sequence[int], prog
         at = together.steps * how.batch
         loss = together.step(job.joint_text.tokens[at : at + how.batch][part::parts])
         progress.step(note=f"divergence {loss:.3f}")
-        if together.steps % how.save_every == 0 or together.steps == how.steps:
+        stops = stop.agreed(here.world, here.device)
+        if stops or together.steps % how.save_every == 0 or together.steps == how.steps:
             together.save(job.joint_folder, job.of_joint)
+        if stops:
+            return None
     for block, layer in layers.items() if how.steps else ():
         tensors = blocks.tensors_of(layer)
         if here.rank.rank == 0:

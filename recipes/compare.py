@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,13 @@ def settings_of(run: str) -> dict[str, Any]:
     """All that was asked of a run, by name; where it writes is not of it."""
     manifest = manifest_of(run)
     about = {name: manifest.get(name) for name in _ABOUT}
-    data = {f"data of {Path(name).name}": value for name, value in manifest["data"].items()}
+    data: dict[str, str] = {}
+    for path, value in manifest["data"].items():  # where a file lies is not of what was asked
+        name = f"data of {Path(path).name}"
+        data[name] = f"{data[name]}, {value}" if name in data else value
     weights = {"weights": ", ".join(manifest.get("weights", {}).values())}
-    diff = {"diff": f"{len(manifest['diff'].splitlines())} lines" if manifest["diff"] else ""}
+    lines = manifest["diff"].splitlines()
+    diff = {"diff": f"{len(lines)} lines, sha256:{sha256(repr(lines).encode()).hexdigest()[:16]}" if lines else ""}
     packages = {f"package {name}": version for name, version in manifest["packages"].items()}
     hardware = {f"machine.{name}": value for name, value in flat(manifest["hardware"]).items()}
     return {**flat(manifest["config"]), **about, **weights, **diff, **data, **packages, **hardware}
@@ -89,8 +94,9 @@ def compare(runs: Sequence[str]) -> None:
     names = [name for name in differing(asked) if name not in ("out", "command")]
     print_table = console.__class__(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160).print
     print_table(table_of("settings that differ", runs, {n: [each.get(n) for each in asked] for n in names}))
-    shared = [name for name, value in figures[0].items() if not isinstance(value, list) and name not in _ABOUT]
-    print_table(table_of("final figures", runs, {name: [each.get(name) for each in figures] for name in shared}))
+    every = {name: [each.get(name) for each in figures] for name in dict.fromkeys(n for each in figures for n in each)}
+    shown = {n: of for n, of in every.items() if n not in _ABOUT and not any(isinstance(value, list) for value in of)}
+    print_table(table_of("final figures", runs, shown))
 
 
 if __name__ == "__main__":

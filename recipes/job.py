@@ -128,7 +128,7 @@ def job_of(config: DictConfig, source: Path, changed: Mapping[str, Any], weights
         data=data,
         test=test if evaluation.every else None,
         optim=section(config, "optim", Optim),
-        track=section(config, "track", Track),
+        track=section(config, "track", Track).of("train"),
         evaluation=evaluation,
         saving=section(config, "checkpoint", Saving),
         settings=settings,

@@ -1,9 +1,12 @@
-"""One progress bar at a time, on a terminal only, on one rank only."""
+"""One progress bar at a time, on one rank only; where there is no terminal, as in a job's log, a line a minute."""
 
+import time
 from types import TracebackType
 
 from rich import progress as bars
 from rich.console import Console
+
+_EVERY_S = 60.0
 
 
 class Progress:
@@ -20,6 +23,8 @@ class Progress:
             console=console,
             disable=not (shown and console.is_terminal),
         )
+        self._lines = console if shown and not console.is_terminal else None
+        self._said = time.monotonic()
         self._phase = ""
         self._task: bars.TaskID | None = None
 
@@ -35,6 +40,17 @@ class Progress:
             self.start(phase, total)
         if self._task is not None:
             self._bar.update(self._task, advance=1, description=f"{self._phase} {note}".rstrip())
+            self._say()
+
+    def _say(self) -> None:
+        """How far it is, if nothing has been said for a minute."""
+        if self._lines is None or self._task is None or time.monotonic() < self._said + _EVERY_S:
+            return
+        self._said = time.monotonic()
+        task = self._bar.tasks[self._task]
+        left = f", {task.time_remaining:,.0f} s left" if task.time_remaining is not None else ""
+        of = f" of {task.total:,.0f}" if task.total else ""
+        self._lines.print(f"{task.description}: {task.completed:,.0f}{of}{left}", highlight=False)
 
     def stop(self) -> None:
         """Leave the line to others, as text that is being written."""

@@ -15,7 +15,7 @@ from longctx.parallel.launch import RankFailed
 from recipes.compare import agree, differing, final_figures, is_measured, settings_of, table_of
 from recipes.machine import ROOT
 from recipes.manifest import folder_of, manifest_of
-from recipes.start import console, is_file_name, reporting
+from recipes.start import GATE_FAILED, console, is_file_name, reporting
 
 WITHIN = 1e-6  # relative: another machine sums in another order
 
@@ -27,12 +27,13 @@ def again(run: str) -> str:
     beside = _free(folder)
     out = beside / Path(manifest["out"]).name if is_file_name(manifest["out"]) else beside
     words = [word for word in manifest["overrides"] if not word.startswith("out=")]
-    source = folder / "code" if (folder / "code").is_dir() else ROOT
+    # A job's code is in its run's folder; of a sweep, in the folder of all its runs.
+    source = next((at / "code" for at in (folder, folder.parent) if (at / "code" / "recipes").is_dir()), ROOT)
     command = [sys.executable, "-m", manifest["module"], *words, f"out={out}"]
     environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONSAFEPATH": "1"}
     where = manifest["folder"] if Path(manifest["folder"]).is_dir() else None
     code = subprocess.run(command, env=environment, cwd=where, check=False).returncode
-    if code:
+    if code not in (0, GATE_FAILED):
         raise RankFailed(0, 1, f"ended with {code}, in {beside}", "")
     return str(out)
 

@@ -27,7 +27,7 @@ from recipes import spd_sensitivity
 from recipes.adapting import ERRORS, Job, run_rank
 from recipes.calibration import calibration_of, write_lines
 from recipes.manifest import record
-from recipes.start import console, main, on_ranks, section, warm_up_ranks
+from recipes.start import console, is_first, leave_stopped, main, on_every_rank, section, warm_up_ranks
 
 
 def prepare(config: DictConfig) -> Job:
@@ -159,8 +159,10 @@ def task(config: DictConfig) -> None:
     warm_up_ranks((*spd_sensitivity.WARM, "longctx.megatron.repair", "longctx.megatron.joint", "recipes.adapting"))
     job = prepare(config)
     record(config, [job.sensitivity.subject.folder])
-    found = on_ranks(job.sensitivity.subject.mesh, run_rank, job)
-    if found is not None:
+    found = on_every_rank(job.sensitivity.subject.mesh, run_rank, job)
+    if found is None:
+        leave_stopped()
+    if is_first():
         rows = finish(job, found)
         spd_sensitivity.track(job.sensitivity, figures_of(found, rows), job.out)
         show(job, rows, found)

@@ -21,12 +21,13 @@ from longctx.schema import Track
 from longctx.spd.plan import ranked
 from longctx.spd.sensitivity import kind_of, perplexities, scores, suffix_sums
 from longctx.spd.text import Text
+from longctx.train.stop import StopRequest
 from recipes.bench.picture import bars
 from recipes.calibration import Subject, append_line, blocks_of, calibration_of, kept_lines, subject_of, write_lines
-from recipes.machine import provenance
+from recipes.machine import hardware, provenance
 from recipes.manifest import record
 from recipes.progress import Progress
-from recipes.start import console, main, on_ranks, say, section, warm_up_ranks, written
+from recipes.start import console, is_first, leave_stopped, main, on_every_rank, say, section, warm_up_ranks, written
 
 WARM = ("longctx.infer.engine", "longctx.megatron.blocks", "recipes.calibration")
 
@@ -76,25 +77,29 @@ def prepare(config: DictConfig, recipe: str = "recipes.spd_sensitivity") -> Job:
         out=out,
         done=kept_lines(out / "sums.jsonl", about),
         classes=section(config, "classes", Classes),
-        track=section(config, "track", Track),
-        config={**provenance(), **values},
+        track=section(config, "track", Track).of("spd"),
+        config={**provenance(), "machine": hardware(), **values},
         origin=provenance(),  # a rank has another command line
     )
 
 
-def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
-    """One rank's part; what goes into sensitivity.json."""
+def run_rank(rank: Rank, job: Job) -> dict[str, Any] | None:
+    """One rank's part; what goes into sensitivity.json, None if it was asked to stop before that is known."""
+    stop = StopRequest()
     with blocks_of(rank, job.subject) as (here, blocks), Progress(shown=rank.rank == 0) as progress:
-        return measured(here, blocks, job, progress)
+        found = measured(here, blocks, job, progress, stop)
+    stop.over()
+    return found
 
 
-def measured(here: Any, blocks: Any, job: Job, progress: Progress) -> dict[str, Any]:
-    """What goes into sensitivity.json.  Every rank calls this."""
+def measured(here: Any, blocks: Any, job: Job, progress: Progress, stop: StopRequest) -> dict[str, Any] | None:
+    """The same.  Every rank calls this."""
     progress.start("sensitivity, chunks of text", -(-len(job.text) // job.chunk), done=len(job.done))
-    return summed_up(job, swept(here, blocks, job, progress))
+    sums = swept(here, blocks, job, progress, stop)
+    return None if stop.agreed_on else summed_up(job, sums)
 
 
-def swept(here: Any, blocks: Any, job: Job, progress: Progress) -> list[list[float]]:
+def swept(here: Any, blocks: Any, job: Job, progress: Progress, stop: StopRequest) -> list[list[float]]:
     """`sums_of` each chunk of the text, those that are done first; the others are added to the file as they come.
 
     Data-parallel ranks take every so many-th.
@@ -115,6 +120,8 @@ def swept(here: Any, blocks: Any, job: Job, progress: Progress) -> list[list[flo
             if first:
                 append_line(file, sums[-1])
             progress.step()
+        if stop.agreed(here.world, here.device):
+            break
     return sums
 
 
@@ -198,8 +205,10 @@ def task(config: DictConfig) -> None:
     warm_up_ranks(WARM)
     job = prepare(config)
     record(config, [job.subject.folder])
-    result = on_ranks(job.subject.mesh, run_rank, job)
-    if result is not None:
+    result = on_every_rank(job.subject.mesh, run_rank, job)
+    if result is None:
+        leave_stopped()
+    if is_first():
         keep(job, result)
         track(job, figures_of(result))
         show(result)

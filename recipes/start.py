@@ -1,18 +1,19 @@
 """How a recipe starts: the command line becomes a typed configuration, an error a line and an exit code.
 
 Exit codes: 0 done; 2 the command line asks for what cannot be done (nothing was started); 1 a rank failed;
-75 asked to stop (SIGUSR1), and saved: the same command goes on.
+3 done, and a gate of eval failed; 75 asked to stop (SIGUSR1), and saved: the same command goes on.
 """
 
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -54,6 +55,7 @@ FREE_TEXT = (
     "fitted",
     "rate",
 )
+GATE_FAILED = 3
 STOPPED = 75  # the exit code of a run that goes on later; EX_TEMPFAIL of sysexits.h
 Section = TypeVar("Section")
 # A file has no width: tables are not to be cut there.
@@ -62,6 +64,7 @@ console = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sy
 
 def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
     """Compose ``configs/<config_name>.yaml`` with the command line's overrides, and run ``task`` on it."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks ranks to stop (longctx.train.stop); nobody is to die of it
     sys.argv[1:] = reporting(lambda: _composable(config_name, sys.argv[1:]))
     run = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
     run(lambda config: reporting(lambda: task(_with_own_out(config))))()
@@ -163,6 +166,12 @@ def on_every_rank(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
     except ValueError as error:
         # Not the command line's fault any more: let the launcher have the traceback.
         raise RuntimeError(f"rank {here.rank} of {here.world} failed") from error
+
+
+def leave_stopped() -> NoReturn:
+    """End as a run that was asked to stop (SIGUSR1), and did."""
+    say("stopped, as asked: the same command goes on")
+    sys.exit(STOPPED)
 
 
 def is_first() -> bool:

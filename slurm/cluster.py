@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,11 @@ def refuse_refused(script: Path) -> None:
 def queued(script: Path) -> int:
     """The job that ``script`` now is."""
     return int(_asked("sbatch", "--parsable", str(script)).split(";")[0])
+
+
+def cancel(jobs: Sequence[int]) -> None:
+    """End ``jobs``, or keep them from beginning."""
+    _asked("scancel", *map(str, jobs))
 
 
 def is_active(job: int) -> bool:

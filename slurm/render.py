@@ -71,8 +71,9 @@ def _settings(plan: Plan) -> str:
     alone = () if plan.is_array else plan.tasks[0].words
     lines = ["words=(", *(f"  {shlex.quote(word)}" for word in (*plan.words, *alone)), ")"]
     if plan.is_array:
-        lines.append("case $SLURM_ARRAY_TASK_ID in")
+        lines.append("case ${SLURM_ARRAY_TASK_ID:-} in")
         lines += [f"  {i}) words+=({shlex.join(task.words)}) ;;" for i, task in enumerate(plan.tasks)]
+        lines.append('  *) echo "say which run of the sweep: SLURM_ARRAY_TASK_ID=0 bash $0" >&2; exit 2 ;;')
         lines += ["esac", "run=$run/$SLURM_ARRAY_TASK_ID"]
     return "\n".join(lines)
 

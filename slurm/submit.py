@@ -106,7 +106,7 @@ def submit(plans: Sequence[Plan]) -> list[int]:
         if plan.launcher.how == "local":
             _run_here(then, script)
             continue
-        jobs.append(_queued(then, script))
+        jobs.append(_queued(then, script, jobs))
         (plan.run / JOB).write_text(f"{jobs[-1]}\n")
         print(f"job {jobs[-1]}\nrun {plan.run}", flush=True)
         log = plan.tasks[0].folder / "ranks" / "0.log"
@@ -115,12 +115,14 @@ def submit(plans: Sequence[Plan]) -> list[int]:
     return jobs
 
 
-def _queued(plan: Plan, script: Path) -> int:
-    """The job.  ValueError, and nothing queued, for what Slurm alone can refuse: accounts, limits, options."""
+def _queued(plan: Plan, script: Path, before: Sequence[int]) -> int:
+    """The job.  ValueError for what Slurm alone refuses: accounts, limits, options; those ``before`` are cancelled."""
     try:
         cluster.refuse_refused(script)
         return cluster.queued(script)
     except ValueError:
+        if before:
+            cluster.cancel(before)
         forget(plan.run, plan.is_new)
         raise
 

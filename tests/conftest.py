@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from longctx.parallel.launch import warm_up
 from longctx.pretrained import locate
 from longctx.schema import ModelSource
+from tests.tracking import torn_down
 
 # How long an example takes is the machine's affair, which other tests share.
 settings.register_profile("longctx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -95,3 +96,18 @@ def smollm2() -> tuple[ModelSource, Path]:
     model = ModelSource(**values)
     model = replace(model, cache=os.environ.get("LONGCTX_CACHE", model.cache))
     return model, locate(model, say=print)
+
+
+@pytest.fixture(scope="module")
+def wandb_at_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """W&B without an account, with all that it writes under one folder."""
+    home = tmp_path_factory.mktemp("wandb")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            patch.delenv(name)
+        patch.setenv("NETRC", str(home / "none"))
+        patch.setenv("WANDB_X_DISABLE_STATS", "true")
+        for name in ("DATA", "CACHE", "CONFIG"):
+            patch.setenv(f"WANDB_{name}_DIR", str(home / name))
+        yield
+        torn_down()

@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.rendezvous import rendezvous
 
 from longctx.megatron.on_cpu import let_training_run
-from longctx.parallel.comm import Alone, Comm, DistComm
+from longctx.parallel.comm import Alone, Comm, DistComm, naming_collectives
 from longctx.parallel.launch import Rank
 from longctx.schema import Mesh
 
@@ -70,7 +70,8 @@ def runtime(
 
     ``training`` also makes megatron-core's training machinery run where there is no CUDA.
 
-    A collective that a silent rank keeps waiting for ``timeout_minutes`` raises; a dead rank is noticed at once.
+    A collective that a silent rank keeps waiting for ``timeout_minutes`` raises; a dead rank is noticed at once.  What
+    was waited for is in the `LostPeer`.
     An error leaves the groups as they are, for the process to end with: taking them down would wait for others.
     Raises ValueError if the launcher started another number of ranks than ``mesh`` has.
     """
@@ -90,7 +91,7 @@ def runtime(
         world_size=rank.world,
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), naming_collectives():
         for message in (*_ADVICE, *(_OF_ITS_OWN_CALLS if training else ())):
             warnings.filterwarnings("ignore", message=message)
         groups = _groups(rank, mesh, here, timeout_minutes)

@@ -4,6 +4,7 @@ Shapes are not exchanged: every rank knows every layout, so the receiver says wh
 zero elements are not sent.  What is sent to others is counted in ``traffic``.
 """
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -124,6 +125,21 @@ def _noticing(peers: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise LostPeer(f"lost {peers}") from error
+
+
+@contextmanager
+def naming_collectives() -> Iterator[None]:
+    """Collectives of others' code (megatron-core's) that fail, as a `LostPeer` that says which, and of which ranks."""
+    try:
+        yield
+    except RuntimeError as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if "group" in frame.f_locals]
+        called = [frame for frame in frames if frame.f_code.co_filename == dist.distributed_c10d.__file__]
+        if not called:
+            raise
+        ranks = dist.get_process_group_ranks(called[-1].f_locals["group"])
+        who = ", ".join(map(str, ranks))
+        raise LostPeer(f"{called[-1].f_code.co_name} of ranks {who} failed: {error}") from error
 
 
 class DistComm:

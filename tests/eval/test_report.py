@@ -9,6 +9,7 @@ from eval.outcomes import Outcomes
 from eval.report import Judged, Scored, draw, markdown, report_of, track, write
 from longctx.schema import Track
 from longctx.train.track import start_tracking
+from tests.tracking import history, of_kind, records
 
 ABOUT = dict.fromkeys(("command", "commit", "processor", "cores", "python", "torch"), "x") | {"title": "tiny on tasks"}
 JUDGED = Judged(allowed_drop=0.01, resamples=500, seed=0, gate=("all",), strict=False)
@@ -92,10 +93,15 @@ def test_a_picture_wants_shares_to_draw_over(report, tmp_path):
     assert draw(few, tmp_path) == [] and not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("wandb_at_home")
 def test_it_is_tracked(tmp_path):
     made = write(report_of(ALL, JUDGED, ABOUT), tmp_path)
-    tracker, _ = start_tracking(Track(), tmp_path, {}, first=True, say=print)
+    tracker, _ = start_tracking(Track("wandb").of("eval"), tmp_path, {}, first=True, say=print)
     track(made, tmp_path, tracker)
+    read = records(next((tmp_path / "wandb").glob("offline-run-*")))
+    assert of_kind("run", read)[0]["job_type"] == "eval"
+    names = {name.removesuffix("._type") for row in history(read) for name in row if name.endswith("._type")}
+    assert names == {"eval/comparisons", "eval/accuracy"}
     (line,) = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert line["eval/all"] == 0.2 and line["eval/baseline"] == 0.6
     (table,) = (json.loads(line) for line in (tmp_path / "tables.jsonl").read_text().splitlines())

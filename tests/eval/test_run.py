@@ -98,7 +98,7 @@ def test_the_same_again_asks_nothing(cli, compared, monkeypatch):
 def test_a_corrupt_answer_is_named_and_computed_again(cli, compared):
     command, out = compared
     job_before = json.loads((out / "report.json").read_text())
-    file = next(file for file in (out / "responses").iterdir() if "0.0" not in file.name)
+    file = next((out / "responses").iterdir())
     lines = file.read_text().splitlines()
     at = next(i for i, line in enumerate(lines) if '"answer": [' in line)
     lines[at] = lines[at].replace('"answer": [-', '"answer": [-9')
@@ -111,8 +111,9 @@ def test_a_corrupt_answer_is_named_and_computed_again(cli, compared):
     assert job_after["average"] == job_before["average"]
 
 
-def test_a_killed_run_asks_only_what_is_missing(cli, tiny, sets, tmp_path):
-    """Killed with its ranks once some answers are there; then the same outcomes as of one that was not."""
+@pytest.mark.parametrize(("ending", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGUSR1, start.STOPPED)])
+def test_a_run_that_was_ended_asks_only_what_is_missing(cli, tiny, sets, tmp_path, ending, code):
+    """Killed, or asked to stop, once some answers are there; then the same outcomes as of one that was not."""
     words = [
         f"model={tiny}",
         "eval.tasks=[arc_easy,lambada_openai]",
@@ -127,13 +128,15 @@ def test_a_killed_run_asks_only_what_is_missing(cli, tiny, sets, tmp_path):
     while not any(file.read_bytes().count(b"answer") > 3 for file in answers.glob("*")):
         assert time.monotonic() < until and run_of.poll() is None, "no answers came"
         time.sleep(0.01)
-    os.killpg(run_of.pid, signal.SIGKILL)
-    run_of.wait()
+    while run_of.poll() is None:
+        os.killpg(run_of.pid, ending)
+        time.sleep(0.05)
+    assert run_of.returncode == code
     (file,) = answers.iterdir()
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:3]) + lines[3][:7])  # as if it had been no later, in the middle of a line
-    code, _, err = cli(*words, f"out={tmp_path / 'killed'}")
-    assert code == 0, err
+    went_on, _, err = cli(*words, f"out={tmp_path / 'killed'}")
+    assert went_on == 0, err
     left, whole = map(int, re.search(r"(\d+) of (\d+) requests to answer", err).groups())
     assert left == whole - sum(b"answer" in line for line in lines[:3]) < whole
     assert cli(*words, f"out={tmp_path / 'whole'}")[0] == 0
@@ -211,6 +214,14 @@ def test_a_model_that_was_repaired_for_another_is_refused(prepared, tiny, tmp_pa
         prepared(
             f"adapted={tmp_path / 'adapted'}", "mesh.tp=3", "spd.drop=none", "variants=[{name: a, spd: {drop: all}}]"
         )
+
+
+def test_the_shipped_experiment_is_one(data, smollm2, tmp_path):
+    words = ["experiment=spd_regression", "eval.limit=1", f"eval.data={data}", f"out={tmp_path}"]
+    job = run.prepare(start.composed("evaluate", words))
+    assert len(job.tasks) >= 6 and [variant.name for variant in job.variants][1:] == [
+        f"dropped {share}%" for share in (25, 50, 75, 100)
+    ]
 
 
 def test_limits_are_of_each_task(prepared):

@@ -199,6 +199,23 @@ def test_what_a_hub_does_not_give_is_refused(monkeypatch, tmp_path):
         load(["nobody"], None, None, str(tmp_path))
 
 
+def test_a_task_in_lm_evals_own_format_is_one_like_others(tmp_path):
+    """Two metrics by other names: one that says whether an answer is right is compared, the other refused at once."""
+    rows = [{"question": f"What is {i}?", "answer": f"It is {i}"} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\ntest_split: test\n"
+    common += "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+    for name, metric in (("mine", "exact_match"), ("theirs", "bleu")):
+        (tmp_path / f"{name}.yaml").write_text(f"task: {name}\n{common}metric_list: [{{metric: {metric}}}]\n")
+    tasks = load(["mine", "theirs"], None, None, str(tmp_path))
+    with pytest.raises(ValueError, match="theirs has bleu, none of acc, exact_match, word_perplexity"):
+        ask(tasks, {"mine": None, "theirs": None})
+    (right, *wrong) = tasks["mine"].instances
+    for instance, text in ((right, "It is 0"), *((one, "no") for one in wrong)):
+        instance.resps = [text]
+    assert outcomes("mine", tasks["mine"]).values == (1.0, 0.0, 0.0)
+
+
 def test_the_real_sets_are_whole(data):
     sizes = {
         "arc_easy": 2376, "arc_challenge": 1172, "blimp": 1000, "boolq": 3270, "copa": 100, "gsm8k": 1319,

@@ -4,9 +4,11 @@ import hashlib
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
+from longctx.parallel.launch import RankFailed
 from longctx.pretrained import fingerprint
 from recipes import compare, generate, manifest, reproduce, start
 
@@ -61,14 +63,26 @@ def test_a_run_is_reproduced_beside_it_and_another_answer_is_told(run, capsys):
     assert (folder.parent / "a-again-2" / "result.json").is_file()
 
 
+def test_a_run_of_a_sweep_is_reproduced_by_the_sweep_s_own_code(run, tmp_path, monkeypatch):
+    """Which lies beside its runs, as slurm.submit leaves it."""
+    folder = run("sweep/0")
+    (tmp_path / "sweep" / "code" / "recipes").mkdir(parents=True)
+    (tmp_path / "sweep" / "code" / "recipes" / "__init__.py").write_text("raise SystemExit(7)\n")
+    with pytest.raises(RankFailed, match="ended with 7"):
+        reproduce.reproduce([str(folder)])
+
+
 def test_runs_are_compared_by_what_differs(run, capsys):
     folders = [str(run("a")), str(run("b", "context=pass_q", "mesh.ring=2"))]
+    file = Path(folders[1], "result.json")
+    file.write_text(file.read_text().replace('"new_tokens"', '"only_here": 7, "new_tokens"'))
     compare.compare(folders)
     out = capsys.readouterr().out
     settings, figures = out.split("final figures")
     assert re.search(r"context\.strategy\s+pass_kv\s+pass_q", settings) and re.search(r"mesh\.ring\s+1\s+2", settings)
     assert "sampling" not in settings and "max_new_tokens" not in settings
     assert re.search(r"\bnew_tokens\s+3\s+3", figures) and "ttft_s" in figures
+    assert re.search(r"only_here\s+7", figures), "also what the first run lacks"
 
 
 def test_what_is_no_run_is_refused(tmp_path, monkeypatch, capsys):

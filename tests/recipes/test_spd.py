@@ -3,6 +3,10 @@
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ from safetensors import safe_open
 
 from longctx.spd.plan import saved_plan
 from recipes import chat, export, generate, pretrain, spd_adapt, spd_sensitivity, start
+from tests.tracking import history, of_kind, records
 
 TEXT = ("data.length=31", "data.end_token=false", "sequences=5", "chunk=2", "threads=1")
 REPAIR = (
@@ -21,7 +26,7 @@ PROMPT = ("prompt.text=It was", "max_new_tokens=5", "verify=true", "threads=1")
 
 
 @pytest.fixture(scope="module")
-def adapted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapted(tiny: Path, wandb_at_home: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the tiny model, both of whose blocks have learned to drop, and do."""
     import sys
 
@@ -30,7 +35,7 @@ def adapted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("adapted")
     before, sys.argv = (
         sys.argv,
-        ["spd_adapt", f"model={tiny}", "mesh.tp=3", "spd.budget=1", f"out={out}", *TEXT, *REPAIR],
+        ["spd_adapt", f"model={tiny}", "mesh.tp=3", "spd.budget=1", f"out={out}", "track=wandb", *TEXT, *REPAIR],
     )
     try:
         start.main("spd_adapt", spd_adapt.task)
@@ -108,6 +113,17 @@ def test_the_run_s_record_has_every_block_and_every_step_together(adapted):
     assert set(lines[2]) == {"step", "spd/joint_divergence"} and lines[2]["spd/joint_divergence"] > 0
 
 
+def test_wandb_has_the_run_and_where_the_model_is(adapted):
+    read = records(next((adapted / "wandb").glob("offline-run-*")))
+    (run, *_) = of_kind("run", read)
+    config = run["config"]["update"]
+    assert run["job_type"] == "spd" and config["machine"]["host"] and config["mesh"]["tp"] == 3
+    assert {row["_step"] for row in history(read)} == {0, 1, 2}
+    (artifact,) = [record["artifact"] for record in read if record["type"] == "artifact"]
+    refers_to = {content["ref"] for content in artifact["manifest"]["contents"]}
+    assert artifact["name"] == f"spd-{adapted.name}" and (adapted / "spd_plan.json").as_uri() in refers_to
+
+
 def test_what_a_block_has_learned_helps(adapted):
     for block in (0, 1):
         with safe_open(adapted / "blocks" / f"{block:03d}.safetensors", "pt") as file:
@@ -158,6 +174,23 @@ def test_a_killed_run_goes_on_behind_its_last_block_to_the_same_model(cli, tiny,
         assert found[f"dropped.{name}"] == tensor
     code, _, err = cli(spd_adapt, spd_adapt.task, *words, "spd.budget=1", "joint.lr=1e-3")
     assert code == 2 and "has learned with another joint: give another out=" in err
+
+
+def test_asked_to_stop_it_keeps_what_is_done_and_goes_on(cli, tiny, adapted, tmp_path):
+    """As a job's script asks: again and again, from the first repaired block on."""
+    words = (f"model={tiny}", "mesh.tp=3", "spd.budget=1", f"out={tmp_path}", *TEXT, *REPAIR)
+    shutil.copy(adapted / "sensitivity.json", tmp_path)
+    with (tmp_path / "said").open("w") as file:
+        run = subprocess.Popen([sys.executable, "-m", "recipes.spd_adapt", *words], stderr=file)
+        while run.poll() is None:
+            if any(tmp_path.glob("blocks/*.safetensors")):
+                run.send_signal(signal.SIGUSR1)
+            time.sleep(0.05)
+    said = (tmp_path / "said").read_text()
+    assert run.returncode == start.STOPPED and "stopped, as asked: the same command goes on" in said, said
+    assert not (tmp_path / "spd_plan.json").exists()
+    assert cli(spd_adapt, spd_adapt.task, *words)[0] == 0
+    assert tensors(tmp_path) == tensors(adapted)
 
 
 @pytest.mark.parametrize("more", [["repair.inputs=student"], ["repair.own_norms=true"], ["repair.grouping=shards"]])

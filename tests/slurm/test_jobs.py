@@ -7,6 +7,7 @@ import time
 import pytest
 
 from slurm import submit
+from tests.slurm.cluster import wait_until
 
 # Far more than they take: other work may have the cores.
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
@@ -86,6 +87,20 @@ def test_a_pipeline_trains_adapts_and_judges_and_a_gate_ends_it(cluster, tmp_pat
     }  # fmt: skip
     assert "the gate failed" in (judged / "job.log").read_text() and not (judged / "failure.txt").exists()
     assert not (tmp_path / "never").exists()
+
+
+def test_of_a_pipeline_whose_last_job_slurm_refuses_none_is_left(cluster, tmp_path, capsys):
+    """It is queued after the first, which is then there already."""
+    (tmp_path / "pipeline.yaml").write_text(
+        f"- recipe=pretrain {' '.join(TINY)} steps=1 run={tmp_path}/base\n"
+        f"- recipe=pretrain {' '.join(TINY)} steps=1 run={tmp_path}/next \"launcher.sbatch=['--constraint=moon']\"\n"
+    )
+    before = cluster.says("squeue", "-h", "-o", "%A")
+    with pytest.raises(SystemExit) as leaving:
+        submit.main([f"pipeline={tmp_path / 'pipeline.yaml'}"])
+    assert leaving.value.code == 2 and "Slurm refuses" in capsys.readouterr().err
+    wait_until(lambda: cluster.says("squeue", "-h", "-o", "%A") == before, 60, lambda: "the first is cancelled")
+    assert not (tmp_path / "next").exists()
 
 
 def test_a_run_that_is_refused_when_it_starts_is_not_begun_again(submitted, tmp_path):

@@ -1,6 +1,7 @@
 """slurm.submit without a cluster: the script that it would queue, and what it refuses before it asks anybody."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from recipes.machine import ROOT, commit_of, diff_of
 from slurm import submit
 from slurm.settings import seconds_of
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -112,6 +114,12 @@ def test_a_sweep_is_an_array_with_an_out_for_each(script, tmp_path):
     assert "#SBATCH --array=0-3%2\n" in shown and f"#SBATCH --output={tmp_path}/run/%a/job.log\n" in shown
     assert f"  2) words+=(optim.lr=0.0003 seed=0 out={tmp_path}/run/2) ;;\n" in shown
     assert "optim.lr" not in shown.partition("case")[0].partition("words=")[2]
+    # By hand it wants to know which.
+    (tmp_path / "job.sbatch").write_text(shown)
+    environment = {name: value for name, value in os.environ.items() if name != "SLURM_ARRAY_TASK_ID"}
+    command = ["bash", str(tmp_path / "job.sbatch")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "say which run of the sweep" in done.stderr
 
 
 def test_a_cluster_s_own_lines_are_in_the_script(script):
@@ -191,4 +199,7 @@ def test_here_and_now_it_is_the_same_script(tmp_path, monkeypatch, capfd):
     for number, steps in enumerate((1, 2)):
         lines = (tmp_path / "run" / str(number) / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
-    assert (tmp_path / "run" / "code" / "recipes" / "pretrain.py").is_file()
+    code = tmp_path / "run" / "code"
+    assert (code / "recipes" / "pretrain.py").is_file()
+    assert (code / "COMMIT").read_text().strip() == commit_of(ROOT)
+    assert (code / "dirty.diff").read_text() == diff_of(ROOT)

@@ -162,7 +162,8 @@ def test_a_rank_that_hangs_ends_the_job_which_says_who_waited_for_what(submitted
     job.ends("FAILED")
     assert time.monotonic() - began > 50, "it was another failure"
     told = (job.run / "failure.txt").read_text()
-    assert told.startswith("rank 0 on n1 exited with 1; its last lines") and re.search("lost rank 1|Timed out", told)
+    assert told.startswith("rank 0 on n1 exited with 1; its last lines")
+    assert re.search(r"LostPeer: (lost rank 1|\w+ of ranks 0, 1 failed: .*Timed out)", told), told
 
 
 def test_ranks_lie_on_nodes_in_the_order_of_the_mesh(submitted, tmp_path):

@@ -1,24 +1,8 @@
 """What the tests of W&B share."""
 
-import os
-import sys
-
 import pytest
 
-
-@pytest.fixture(scope="module")
-def wandb_at_home(tmp_path_factory):
-    """W&B without an account, with all that it writes under one folder."""
-    home = tmp_path_factory.mktemp("wandb")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("WANDB_")]:
-            patch.delenv(name)
-        patch.setenv("NETRC", str(home / "none"))
-        patch.setenv("WANDB_X_DISABLE_STATS", "true")
-        for name in ("DATA", "CACHE", "CONFIG"):
-            patch.setenv(f"WANDB_{name}_DIR", str(home / name))
-        yield
-        torn_down()
+from tests.tracking import torn_down
 
 
 @pytest.fixture
@@ -27,8 +11,3 @@ def fresh_wandb():
     torn_down()
     yield
     torn_down()
-
-
-def torn_down() -> None:
-    if "wandb" in sys.modules:
-        sys.modules["wandb"].teardown()

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from longctx.schema import Track
 from longctx.train.track import Tracker, start_tracking
 from tests.conftest import CONFIGS
-from tests.train.tracking import CONFIG, WANDB, figures, lines, start
+from tests.tracking import CONFIG, WANDB, figures, lines, start
 
 
 def test_a_line_a_step_as_soon_as_it_is_logged(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.tracking import CONFIG, WANDB, figures, history, lines, of_kind, records, start
+from tests.tracking import CONFIG, WANDB, figures, history, lines, of_kind, records, start
 
 pytestmark = pytest.mark.usefixtures("wandb_at_home")
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tests.train.tracking import WANDB, figures, history, lines, records, start
+from tests.tracking import WANDB, figures, history, lines, records, start
 
 pytestmark = pytest.mark.usefixtures("wandb_at_home")
 

@@ -11,7 +11,9 @@ from longctx.schema import Track
 from longctx.train.track import Tracker, start_tracking
 
 NONE = Track()
-WANDB = Track("wandb", project="long", group="sweep", name="first", tags=("cp", "8k"), notes="a, (note)")
+WANDB = Track(
+    "wandb", project="long", group="sweep", name="first", tags=("cp", "8k"), notes="a, (note)", job_type="train"
+)
 CONFIG = {"mesh": {"ring": 2, "tp": 3}, "commit": "abc123", "optim": {"lr": 3e-4}, "python": "3.11"}
 
 
@@ -29,6 +31,11 @@ def start(folder: Path, track: Track = NONE, **more) -> tuple[Tracker, str | Non
     said: list[str] = []
     tracker, run_id = start_tracking(track, folder, CONFIG, first=True, say=said.append, **more)
     return tracker, run_id, said
+
+
+def torn_down() -> None:
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
 
 
 def records(folder: Path) -> list[dict]:
