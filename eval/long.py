@@ -167,7 +167,7 @@ def rows(
             over = tokens + answer - length
             room = min(room - 8, room * (length - answer) // tokens)
         if over > 0:
-            raise ValueError(f"eval.lengths={length}: too short for this task and its question; use 256 or more")
+            raise ValueError(f"eval.lengths={length}: too short for this task and its question: use more")
         out.append({"prompt": prompt, "answers": list(answers)})
     return out
 

@@ -16,7 +16,6 @@ from longctx.schema import Mesh, ModelSource
 from tests.eval.ranks import answers
 
 TASKS = ("arc_easy", "blimp", "hellaswag", "lambada_openai", "mmlu", "winogrande")
-EACH = 1
 MESHES = (Mesh(), Mesh(ring=2), Mesh(tp=3))
 PREFIX = 0  # <|endoftext|>
 WINDOW = 29  # tokens, of rolling scores
@@ -32,11 +31,12 @@ def hf(smollm2: tuple[ModelSource, Path]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def tasks(data: Path) -> dict[str, Any]:
+def tasks(data: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
     """Tasks with their requests; of one of them greedy text."""
     made = load([*TASKS, "gsm8k"], data, 0, None)
     made["gsm8k"].config.generation_kwargs["max_gen_toks"] = 5
-    ask(made, dict.fromkeys(made, EACH))
+    each = request.config.getoption("--examples")
+    ask(made, dict.fromkeys(TASKS, each) | {"gsm8k": 1})
     return made
 
 

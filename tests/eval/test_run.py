@@ -14,7 +14,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from eval import run, speed
+from eval import responses, run, speed
 from eval.local import LOCAL
 from recipes import start
 from tests.tiny import tiny_model
@@ -142,6 +142,21 @@ def test_a_run_that_was_ended_asks_only_what_is_missing(cli, tiny, sets, tmp_pat
     assert cli(*words, f"out={tmp_path / 'whole'}")[0] == 0
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("killed", "whole")]
     assert reports[0]["tasks"] == reports[1]["tasks"]
+
+
+def test_long_texts_are_asked_on_every_mesh_and_with_blocks_dropped(cli, tiny, tmp_path):
+    """Text that is decoded, right or wrong by what is in it: on a ring the same, to the letter."""
+    variants = "variants=[{name:ring,mesh:{ring:2}},{name:dropped,mesh:{tp:3},spd:{drop:all}}]"
+    words = ("eval.tasks=[needle,multikey]", "eval.lengths=[397]", "eval.limit=2", "threads=1", variants)
+    code, _, err = cli(f"model={tiny}", *words, f"out={tmp_path}")
+    assert code == 0, err
+    told = json.loads((tmp_path / "report.json").read_text())["tasks"]
+    assert {name: {of: one["n"] for of, one in by.items()} for name, by in told.items()} == {
+        name: {"baseline": 2, "ring": 2, "dropped": 2} for name in ("needle_397", "multikey_397")
+    }
+    kept = [responses.read(file).answers for file in (tmp_path / "responses").iterdir()]
+    assert all(isinstance(text, str) and len(of) == 4 for of in kept for text in of.values())
+    assert len({str(sorted(of.items())) for of in kept}) == 2, "of the ring the baseline's, of dropped blocks others"
 
 
 def test_speed_is_told_beside_lm_evals_own_model(monkeypatch, capsys, tiny, sets, tmp_path):
