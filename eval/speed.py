@@ -130,8 +130,8 @@ def task(config: DictConfig) -> None:
     for name, of in job.tasks.items():
         console.print(f"{name}: {speed.rounds} rounds")
         found[name] = measured(job, of, speed)
+        written(str(job.out / "speed.json"), {"tasks": found, **provenance()})
     show(found)
-    written(str(job.out / "speed.json"), {"tasks": found, **provenance()})
 
 
 if __name__ == "__main__":
