@@ -62,9 +62,9 @@ class Job:
         """What this share of blocks learns together."""
         return self.out / f"joint_{self.budget:g}"
 
-    def last_file_of(self, block: int) -> Path:
-        """The same, of a block that has learned with the others, if they do."""
-        return self.joint_folder / f"{block:03d}.safetensors" if self.joint.steps else self.file_of(block)
+    def joint_file_of(self, block: int) -> Path:
+        """Where a block is kept that has learned with the others."""
+        return self.joint_folder / f"{block:03d}.safetensors"
 
 
 def run_rank(rank: Rank, job: Job) -> dict[str, Any] | None:
@@ -117,9 +117,10 @@ def repair_all(here: Any, blocks: Any, job: Job, told: dict[str, Any], progress:
 def learn_together(
     here: Any, blocks: Any, job: Job, wanted: Sequence[int], progress: Progress, stop: StopRequest
 ) -> dict[str, Any] | None:
-    """Blocks in their `last_file_of`.  Divergences (nats a token), on unseen text but for those of ``losses``.
+    """Blocks in their `joint_file_of`, if that ``helped``: if predictions are nearer to the model's on unseen text.
 
-    ``before`` and ``after`` are with all ``wanted`` blocks dropped, ``alone`` with each of them by itself.
+    Divergences (nats a token) ``before`` and ``after`` are with all ``wanted`` blocks dropped, ``alone`` with each of
+    them by itself as it is at last, ``losses`` of each step.
     """
     from longctx.megatron.joint import Together
 
@@ -140,13 +141,18 @@ def learn_together(
             together.save(job.joint_folder, job.of_joint)
         if stops:
             return None
-    for block, layer in layers.items() if how.steps else ():
+    after = together.divergence(job.unseen) if how.steps else before
+    helped = after < before
+    for block, layer in layers.items():
+        if not helped:
+            blocks.fill(layer, read_block(job.file_of(block))[0])
+            continue
         tensors = blocks.tensors_of(layer)
         if here.rank.rank == 0:
-            write_block(job.last_file_of(block), tensors, {})
+            write_block(job.joint_file_of(block), tensors, {})
     progress.start("predictions with each dropped alone", len(wanted) * -(-len(job.unseen) // how.batch))
     alone = together.divergences_alone(job.unseen, progress.step)
-    return {"losses": together.losses, "before": before, "after": together.divergence(job.unseen), "alone": alone}
+    return {"losses": together.losses, "before": before, "after": after, "helped": helped, "alone": alone}
 
 
 def by_error(job: Job, wanted: Sequence[int]) -> list[int]:

@@ -126,7 +126,8 @@ def finish(job: Job, found: dict[str, Any]) -> list[dict[str, Any]]:
     order = (*dropped, *(block for block in told["order"] if block not in dropped))
     plan = SPDPlan(subject.shape.layers, subject.mesh.tp, dropped, job.repair.own_norms)
     saved = SavedPlan(plan, order, tuple(sorted(dropped)), subject.fingerprint)
-    assemble(subject.folder, [job.last_file_of(block) for block in sorted(dropped)], saved, job.out)
+    file_of = job.joint_file_of if found["helped"] else job.file_of
+    assemble(subject.folder, [file_of(block) for block in sorted(dropped)], saved, job.out)
     return rows
 
 
@@ -138,6 +139,7 @@ def figures_of(found: dict[str, Any], rows: list[dict[str, Any]]) -> dict[int, d
         figures[row["block"]] |= {**errors, "spd/divergence_alone": row["alone"]}
     for step, loss in enumerate(found["losses"]):
         figures.setdefault(step, {})["spd/joint_divergence"] = loss
+    figures[max(figures)] |= {f"spd/divergence_{when}": found[when] for when in ("before", "after")}
     return figures
 
 
@@ -148,8 +150,14 @@ def show(job: Job, rows: list[dict[str, Any]], found: Mapping[str, Any]) -> None
         errors = (f"{float(row[name]):.2e}" for name in ERRORS)
         table.add_row(str(row["block"]), row["class"], f"{row['score']:+.3f}", *errors, f"{row['alone']:.5f}")
     console.print(table)
-    before = f"; before they learned together, {found['before']:.4f}" if found["losses"] else ""
-    console.print(f"all {len(rows)} dropped: predictions are {found['after']:.4f} nats a token off{before}")
+    off = "all {} dropped, on text that no block has learned from: predictions are {:.4f} nats a token off"
+    console.print(off.format(len(rows), min(found["before"], found["after"])))
+    if found["helped"]:
+        console.print(f"before blocks learned together: {found['before']:.4f}")
+    elif found["losses"]:
+        console.print(
+            f"learning together made that {found['after']:.4f}, and is left out: use a smaller joint.lr, or more text"
+        )
     tp = job.sensitivity.subject.mesh.tp
     console.print(f"to use it: python -m recipes.generate model={job.out} mesh.tp={tp} prompt.text='Once upon a time'")
 

@@ -110,7 +110,22 @@ def test_the_run_s_record_has_every_block_and_every_step_together(adapted):
     assert [line["step"] for line in lines] == [0, 1, 2]
     for line in lines[:2]:
         assert {"spd/sensitivity", "spd/error_distilled", "spd/joint_divergence"} <= set(line)
-    assert set(lines[2]) == {"step", "spd/joint_divergence"} and lines[2]["spd/joint_divergence"] > 0
+    assert lines[2]["spd/joint_divergence"] > 0 and lines[2]["spd/divergence_before"] > 0
+    # What has learned together is taken if it is the better one.
+    helped = lines[2]["spd/divergence_after"] < lines[2]["spd/divergence_before"]
+    taken = tensors(adapted, "joint_1/000.safetensors" if helped else "blocks/000.safetensors")
+    assert {name: tensors(adapted)[f"dropped.{name}"] for name in taken} == taken
+
+
+def test_what_learning_together_makes_worse_is_left_out(cli, tiny, adapted, tmp_path):
+    shutil.copytree(adapted / "blocks", tmp_path / "blocks")
+    shutil.copy(adapted / "sensitivity.json", tmp_path)
+    words = (f"model={tiny}", "mesh.tp=3", "spd.budget=1", f"out={tmp_path}", *TEXT, *REPAIR, "joint.lr=1")
+    code, _, err = cli(spd_adapt, spd_adapt.task, *words)
+    assert code == 0 and "learning together made that" in err, err
+    found = tensors(tmp_path)
+    for name, tensor in tensors(adapted, "blocks/000.safetensors").items():
+        assert found[f"dropped.{name}"] == tensor
 
 
 def test_wandb_has_the_run_and_where_the_model_is(adapted):
