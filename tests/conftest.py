@@ -71,9 +71,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--new-tokens", type=int, default=16, help="tokens to decode in the parity tests (docs/results reports 64)"
     )
-    parser.addoption(
-        "--examples", type=int, default=1, help="of each benchmark in eval/test_parity (docs/results reports 50)"
-    )
+    parser.addoption("--examples", type=int, default=1, help="of each benchmark in eval/test_parity")
 
 
 @pytest.fixture(scope="session", autouse=True)
