@@ -65,7 +65,8 @@ def theirs(rank: Rank, asked: Asked) -> tuple[float, list[float]]:
 
 def ours(rank: Rank, work: Work) -> tuple[float, dict[str, Any]]:
     """The same of ours; answers by the key of their request."""
-    run_rank(rank, work)
+    if run_rank(rank, work):
+        raise InterruptedError("asked to stop: what was timed is not the whole")
     kept = responses.read(work.file)
     return kept.seconds, kept.answers
 

@@ -150,7 +150,7 @@ def show(job: Job, rows: list[dict[str, Any]], found: Mapping[str, Any]) -> None
         errors = (f"{float(row[name]):.2e}" for name in ERRORS)
         table.add_row(str(row["block"]), row["class"], f"{row['score']:+.3f}", *errors, f"{row['alone']:.5f}")
     console.print(table)
-    off = "all {} dropped, on text that no block has learned from: predictions are {:.4f} nats a token off"
+    off = "all {} dropped, on repair.held_out text: predictions are {:.4f} nats a token off"
     console.print(off.format(len(rows), min(found["before"], found["after"])))
     if found["helped"]:
         console.print(f"before blocks learned together: {found['before']:.4f}")

@@ -118,4 +118,9 @@ def learned(rank: Rank, folder: Path, mesh: Mesh, at_once: bool, place: Path) ->
             "gradients": gradients,
             "before": before,
             "after": together.divergence(tokens),
+            "alone": together.divergences_alone(tokens, lambda: None),
+            "only": {
+                block: Together(blocks, together.layers, (block,), how, here.groups.dp).divergence(tokens)
+                for block in together.layers
+            },
         }

@@ -71,6 +71,7 @@ def test_the_divergence_of_shares_is_that_of_whole_predictions(folder: Path, tp:
 def test_blocks_that_learn_together_predict_more_like_the_model(folder: Path, tmp_path: Path) -> None:
     for rank in run_ranks(3, learned, folder, Mesh(tp=3), True, tmp_path):
         assert 0 < rank["after"] < 0.99 * rank["before"], "with all of them dropped"
+        assert rank["alone"] == pytest.approx(rank["only"], rel=1e-4) and min(rank["alone"].values()) > 0
 
 
 def test_learning_together_is_resumed_and_shared_by_data_parallel_ranks(folder: Path, tmp_path: Path) -> None:
