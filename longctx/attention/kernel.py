@@ -1,16 +1,17 @@
 """One block of attention: what a kernel is, the plain one that all others are tested against, the fold."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from longctx.attention.partial import Partial, absorb, accumulation_dtype
+from longctx.attention.partial import Partial, absorb, accumulation_dtype, joined
 from longctx.attention.tiles import Tile
 from longctx.shapes import Keys, LogSumExp, Queries, Tensor
 
 Gradients = tuple[Tensor, Tensor, Tensor]
+_ROWS_TOGETHER = 4096  # what tiles of fewer rows say is merged at once: short documents have thousands of them
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,25 @@ class Kernel:
 
 def attend_tiles(seen: Partial, q: Queries, k: Keys, v: Keys, tiles: Iterable[Tile], kernel: Kernel) -> None:
     """Fold what ``q`` sees of ``k`` and ``v`` into ``seen``, in place."""
+    for run in _side_by_side(tiles):
+        parts = []
+        for tile in run:
+            rows, keys, values = _facing(tile, q[:, tile.q], k[:, tile.k], v[:, tile.k])
+            part = kernel.forward(rows, keys, values, tile.causal)
+            parts.append(Partial(*_facing(tile, part.out, part.lse)))
+        absorb(seen, slice(run[0].q0, run[-1].q1), joined(parts))
+
+
+def _side_by_side(tiles: Iterable[Tile]) -> Iterator[list[Tile]]:
+    """Runs of tiles, each beginning at the row that the one before ends at."""
+    run: list[Tile] = []
     for tile in tiles:
-        rows, keys, values = _facing(tile, q[:, tile.q], k[:, tile.k], v[:, tile.k])
-        part = kernel.forward(rows, keys, values, tile.causal)
-        absorb(seen, tile.q, Partial(*_facing(tile, part.out, part.lse)))
+        if run and (tile.q0 != run[-1].q1 or tile.q1 - run[0].q0 > _ROWS_TOGETHER):
+            yield run
+            run = []
+        run.append(tile)
+    if run:
+        yield run
 
 
 def tile_gradients(

@@ -1,6 +1,7 @@
 """A partial attention is a value: what some of the keys say, and how much weight they carry."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,12 +63,15 @@ def absorb(seen: Partial, rows: slice, part: Partial) -> None:
     seen.lse[:, rows] = lse
 
 
+def joined(parts: Sequence[Partial]) -> Partial:
+    """Neighbouring rows as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return Partial(torch.cat([part.out for part in parts], 1), torch.cat([part.lse for part in parts], 1))
+
+
 def _weigh(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The share of ``b`` in the merged row, and the merged log-sum-exp."""
-    top = torch.maximum(a, b)
-    # Where both are -inf, subtracting -inf would make NaN: measure from 0 instead.
-    top = top.masked_fill(top == -math.inf, 0.0)
-    weight_a, weight_b = torch.exp(a - top), torch.exp(b - top)
-    total = weight_a + weight_b
-    share = torch.where(total > 0, weight_b / total, torch.zeros_like(total))
-    return share, top + torch.log(total)
+    # Of what has seen nothing (b = -inf, or a) the sigmoid is 0 (or 1); of two such, b - a would be NaN.
+    share = torch.sigmoid(b - a).masked_fill(b == -math.inf, 0.0)
+    return share, torch.logaddexp(a, b)

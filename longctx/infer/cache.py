@@ -91,7 +91,7 @@ class Batch:
 
     def __init__(self, caches: Sequence[Cache], rank: int) -> None:
         self._caches, self._rank = caches, rank
-        self._rows: list[Tensor] = []
+        self._rows: list[slice | Tensor] = []
 
     @property
     def layout(self) -> Layout:
@@ -101,7 +101,7 @@ class Batch:
         """The positions that the next pass adds, ``later``'s documents being the sequences."""
         for i, cache in enumerate(self._caches):
             cache.extend(later.document(i))
-        self._rows = [later.rows_of(self._rank, i) for i in range(len(self._caches))]
+        self._rows = [_as_slice(later.rows_of(self._rank, i)) for i in range(len(self._caches))]
 
     def append(self, layer: int, k: Keys, v: Keys) -> tuple[Tensor, Tensor]:
         """Deal this pass's rows to the sequences; all that they hold, one sequence behind the other."""
@@ -112,6 +112,12 @@ class Batch:
             held.append(cache.append(layer, k[:, rows], v[:, rows]))
         keys, values = zip(*held, strict=True)
         return torch.cat(keys, 1), torch.cat(values, 1)
+
+
+def _as_slice(rows: Tensor) -> slice | Tensor:
+    """Ascending ``rows``, if none between them is missing: what is taken by them is then not copied."""
+    first, end = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
+    return slice(first, end) if end - first == len(rows) else rows
 
 
 def _grown(x: Tensor, room: int) -> Tensor:

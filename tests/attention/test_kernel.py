@@ -1,14 +1,17 @@
 """Every kernel gives the oracle's attention of a tile, and a tile's share of the gradients of the whole."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 
 from longctx.attention import flash_cpu as flash_cpu_module
+from longctx.attention import kernel as kernel_module
 from longctx.attention.cudnn import cudnn
 from longctx.attention.flash_cpu import flash_cpu
 from longctx.attention.flash_cuda import flash_cuda
 from longctx.attention.kernel import Kernel, attend_tiles, reference, tile_gradients
-from longctx.attention.partial import Partial, nothing
+from longctx.attention.partial import Partial, absorb, nothing
 from longctx.attention.tiles import Tile
 from tests import oracle
 
@@ -184,6 +187,27 @@ def test_tiles_add_up_to_the_whole(kernel, dtype, tolerance):
     expected = *oracle.attention(q, k, v, mask), *oracle.gradients(q, k, v, mask, dout)
     for got, right in zip((whole.out, whole.lse, *grads), expected, strict=True):
         oracle.assert_close(got, right, tolerance)
+
+
+@pytest.mark.parametrize(("most", "merges"), [(4096, 2), (5, 6), (1, 8)])
+def test_what_neighbours_say_is_merged_at_once(monkeypatch, most, merges):
+    """Four short documents, each behind what is cached of it: a rectangle and a triangle each."""
+    monkeypatch.setattr(kernel_module, "_ROWS_TOGETHER", most)
+    asked = []
+    monkeypatch.setattr(kernel_module, "absorb", lambda seen, *rest: (asked.append(rest), absorb(seen, *rest)))
+    new, cached = [2, 3, 1, 5], [3, 2, 7, 1]
+    begins = list(accumulate(new, initial=0))
+    keys = list(accumulate(map(sum, zip(new, cached, strict=True)), initial=0))
+    full = [Tile(q, q + n, k, k + c) for q, n, k, c in zip(begins, new, keys, cached, strict=False)]
+    own = [Tile(q, q + n, k + c, k + c + n, causal=True) for q, n, k, c in zip(begins, new, keys, cached, strict=False)]
+    q, k, v, _ = random(6, 2, sum(new), sum(new) + sum(cached), 5)
+    seen = nothing(q)
+    attend_tiles(seen, q, k, v, [*own, *full], reference)
+    mask = oracle.visible(oracle.packed(new, cached), oracle.packed([n + c for n, c in zip(new, cached, strict=True)]))
+    out, lse = oracle.attention(q, k, v, mask)
+    oracle.assert_close(seen.out, out, 1e-12)
+    oracle.assert_close(seen.lse, lse, 1e-12)
+    assert len(asked) == merges
 
 
 @both
