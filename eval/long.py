@@ -173,21 +173,15 @@ def rows(
 
 
 def long_tasks(
-    names: Sequence[str],
-    lengths: Sequence[int],
-    source: str,
-    tokenizer: Any,
-    most: int,
-    examples: int,
-    seed: int,
+    examples: Mapping[str, int], lengths: Sequence[int], source: str, tokenizer: Any, most: int, seed: int
 ) -> dict[str, Any]:
-    """lm-eval tasks ``NAME_LENGTH``.  Raises ValueError for a length that is more than the model's ``most`` tokens."""
+    """lm-eval tasks ``NAME_LENGTH`` of so many ``examples`` of each name.  Raises ValueError for a length that is more than the model's ``most`` tokens."""
     from eval.tasks import built
 
     if over := [length for length in lengths if length > most]:
         raise ValueError(
-            f"eval.lengths={over[0]}: the model's context is {most:,}; use at most that, or give a model with a "
-            "longer one (recipes.extend: positions scaled, or a larger base)"
+            f"eval.lengths={over[0]}: the model's context is {most:,}; use at most that, or another "
+            "context (model.rope_factor=2 divides positions, or model.positions and a larger model.rope_theta)"
         )
     text, answer = read_text(source, tokenizer), 48
     config = {
@@ -199,10 +193,10 @@ def long_tasks(
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         "num_fewshot": 0,
     }
-    wanted = [(name, length) for name in names for length in lengths]
+    wanted = [(name, length) for name in examples for length in lengths]
     tasks = {}
     for name, length in wanted:
-        made = rows(LONG[name], text, tokenizer, length, answer, examples, seed)
+        made = rows(LONG[name], text, tokenizer, length, answer, examples[name], seed)
         tasks[f"{name}_{length}"] = built(f"{name}_{length}", config, made)
     return tasks
 

@@ -45,8 +45,8 @@ class Judged:
 def report_of(scored: Sequence[Scored], judged: Judged, about: Mapping[str, Any]) -> dict[str, Any]:
     """All figures, by task and variant; the first of ``scored`` is the baseline."""
     base = scored[0].outcomes
-    chance = [name for name, one in base.items() if one.chance and near_chance(one.values, one.chance)]
     right = [name for name, one in base.items() if not one.words]
+    chance = [name for name in right if near_chance(base[name].values, base[name].chance)]
     carrying = [name for name in right if name not in chance] or right
     tasks: dict[str, dict[str, Any]] = {name: {} for name in base}
     average = {}

@@ -202,7 +202,8 @@ def _tasks(asked: Eval, base: Variant, data: Path | None) -> dict[str, Any]:
     tasks = load([name for name in asked.tasks if name not in LONG], data, asked.num_fewshot, asked.include)
     if long:
         most, tokenizer = base.shape.positions, tokenizer_of(base.folder)
-        tasks |= long_tasks(long, asked.lengths, asked.text, tokenizer, most, asked.limit or 50, asked.seed)
+        examples = {name: asked.limit_of(name) or 50 for name in long}
+        tasks |= long_tasks(examples, asked.lengths, asked.text, tokenizer, most, asked.seed)
     return tasks
 
 

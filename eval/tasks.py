@@ -149,7 +149,7 @@ def outcomes(name: str, task: Any) -> Outcomes:
         likely, words = zip(*found[_PERPLEXITY], strict=True)
         return Outcomes(name, tuple(map(float, likely)), words=tuple(map(float, words)), others=others)
     metric = _judged_by(name, found)
-    chance = None
+    chance = 0.0
     if task.OUTPUT_TYPE == "multiple_choice":
         chance = fmean(1 / len(instances) for instances in examples.values())
     return Outcomes(name, tuple(float(value) for value in found[metric]), chance, others=others)

@@ -58,17 +58,17 @@ def test_common_words_are_the_most_common(text):
 )
 def test_what_cannot_be_made_is_refused(length, source, words):
     with pytest.raises(ValueError, match=words):
-        long_tasks(["needle"], [length], source, tokenizer, 4096, 2, 0)
+        long_tasks({"needle": 2}, [length], source, tokenizer, 4096, 0)
 
 
 def test_a_text_that_is_too_short_is_refused(tmp_path):
     book = tmp_path / "book.txt"
     book.write_text("The men rowed past all of the boats. " * 20)
     with pytest.raises(ValueError, match=r"eval.text has 7\d\d tokens: ask for shorter"):
-        long_tasks(["long_qa"], [1999], str(book), tokenizer, 4096, 2, 0)
+        long_tasks({"long_qa": 2}, [1999], str(book), tokenizer, 4096, 0)
 
 
 def test_they_are_tasks_like_any_other():
-    tasks = long_tasks(["needle", "tracking"], [1009, 1511], "pydoc", tokenizer, 4096, 2, 0)
+    tasks = long_tasks({"needle": 2, "tracking": 3}, [1009, 1511], "pydoc", tokenizer, 4096, 0)
     assert list(tasks) == ["needle_1009", "needle_1511", "tracking_1009", "tracking_1511"]
-    assert [len(task.eval_docs) for task in tasks.values()] == [2] * 4
+    assert [len(task.eval_docs) for task in tasks.values()] == [2, 2, 3, 3]

@@ -15,7 +15,7 @@ ABOUT = dict.fromkeys(("command", "commit", "processor", "cores", "python", "tor
 JUDGED = Judged(allowed_drop=0.01, resamples=500, seed=0, gate=("all",), strict=False)
 
 
-def outcomes(right: int, n: int = 200, chance: float | None = 0.25) -> Outcomes:
+def outcomes(right: int, n: int = 200, chance: float = 0.25) -> Outcomes:
     return Outcomes("t", (1.0,) * right + (0.0,) * (n - right), chance, others={"acc_norm": 0.5})
 
 
@@ -51,6 +51,12 @@ def test_where_all_are_near_chance_all_are_averaged():
     few = [replace(one, outcomes={"near": one.outcomes["near"]}) for one in ALL]
     made = report_of(few, JUDGED, ABOUT) | {"pictures": []}
     assert made["averaged"] == ["near"] and "Near chance: near. There" in markdown(made)
+
+
+def test_a_task_that_cannot_be_guessed_is_near_chance_where_nothing_is_right():
+    of = {"none": outcomes(0, chance=0.0), "one": outcomes(1, chance=0.0), "good": outcomes(120)}
+    made = report_of([replace(ALL[0], outcomes=of)], JUDGED, ABOUT)
+    assert made["near_chance"] == ["none"] and made["averaged"] == ["one", "good"]
 
 
 def test_figures_are_those_of_the_variant(report):

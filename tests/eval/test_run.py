@@ -240,10 +240,19 @@ def test_the_shipped_experiment_is_one(data, smollm2, tmp_path):
 
 
 def test_limits_are_of_each_task(prepared):
-    job = prepared("eval.tasks=[arc_easy,lambada_openai,wikitext]", "eval.limit=5", "eval.limits={wikitext: 1}")
+    tasks = "eval.tasks=[arc_easy,lambada_openai,wikitext,needle]"
+    job = prepared(tasks, "eval.limit=5", "eval.limits={wikitext: 1, needle: 2}", "eval.lengths=[307]")
     assert {name: len({i.doc_id for i in task.instances}) for name, task in job.tasks.items()} == {
         "arc_easy": 5,
         "lambada_openai": 5,
         "wikitext": 1,
+        "needle_307": 2,
     }
-    assert len(job.requests) == 5 * 4 + 5 + 1
+    assert len(job.requests) == 5 * 4 + 5 + 1 + 2
+
+
+def test_a_variant_may_have_another_context(prepared, tmp_path):
+    job = prepared(f"model.cache={tmp_path}", "variants=[{name: interpolated, model: {rope_factor: 2}}]")
+    base, changed = job.variants
+    assert (base.shape.positions, changed.shape.positions) == (397, 794)
+    assert changed.digest != base.digest, "answers of one are not the other's"

@@ -125,7 +125,7 @@ def test_a_row_is_asked_as_lm_eval_asks_it(name, tmp_path):
         answered({name: task}, who_knows(context + continuation))
         made = outcomes(name, task)
         assert made.values == (float(choice == right),)
-        assert made.chance == (None if name == "lambada_openai" else 1 / len(wanted))
+        assert made.chance == (0 if name == "lambada_openai" else 1 / len(wanted))
 
 
 def test_wikitext_is_pages_and_their_words(tmp_path):
@@ -142,7 +142,7 @@ def test_wikitext_is_pages_and_their_words(tmp_path):
         {"wikitext": task}, EngineLM(Letters(), 4096, 0, lambda asked: [(-float(len(a.tokens)), False) for a in asked])
     )
     made = outcomes("wikitext", task)
-    assert made.chance is None and len(made.values) == len(made.words) == 2
+    assert made.chance == 0 and len(made.values) == len(made.words) == 2
     assert made.others["word_perplexity"] == pytest.approx(np.exp(-sum(made.values) / sum(made.words)))
 
 
