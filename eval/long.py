@@ -175,7 +175,10 @@ def rows(
 def long_tasks(
     examples: Mapping[str, int], lengths: Sequence[int], source: str, tokenizer: Any, most: int, seed: int
 ) -> dict[str, Any]:
-    """lm-eval tasks ``NAME_LENGTH`` of so many ``examples`` of each name.  Raises ValueError for a length that is more than the model's ``most`` tokens."""
+    """lm-eval tasks ``NAME_LENGTH``, of each name so many ``examples``.
+
+    Raises ValueError for a length that is more than the model's ``most`` tokens.
+    """
     from eval.tasks import built
 
     if over := [length for length in lengths if length > most]:

@@ -59,6 +59,31 @@ def write_like(source: Path, changed: Mapping[str, Any], to: Path) -> None:
     (to / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def other_context(
+    source: Path, positions: int | None, rope_theta: float | None, rope_factor: float | None
+) -> dict[str, Any]:
+    """The fields of ``source``'s config.json that `ModelSource`'s fields of these names change.
+
+    Raises ValueError for a factor on a rotary embedding that is scaled already.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source)
+    rope = dict(config.rope_parameters)
+    if rope_factor and rope["rope_type"] != "default":
+        raise ValueError(
+            f"model.rope_factor={rope_factor}: this model's rotary embedding is of type {rope['rope_type']} "
+            "already; use model.rope_theta"
+        )
+    fields: dict[str, Any] = {"max_position_embeddings": positions} if positions else {}
+    if rope_factor:
+        fields.setdefault("max_position_embeddings", int(config.max_position_embeddings * rope_factor))
+        rope |= {"rope_type": "linear", "factor": rope_factor}
+    if rope_theta:
+        rope["rope_theta"] = rope_theta
+    return {**fields, "rope_parameters": rope} if rope_theta or rope_factor else fields
+
+
 def bytes_tokenizer() -> Any:
     """A transformers tokenizer: byte n of a text's UTF-8 is token n, and one more ends a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

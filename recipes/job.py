@@ -89,8 +89,8 @@ class Job:
         return self.out / "model"
 
 
-def job_of(config: DictConfig, source: Path, changed: Mapping[str, Any], weights: Path | None) -> Job:
-    """The job that ``config`` asks for: ``source``'s model, its config.json with fields ``changed``.
+def job_of(config: DictConfig, source: Path, weights: Path | None) -> Job:
+    """The job that ``config`` asks for, of ``source``'s model, beginning with ``weights`` or from scratch.
 
     Raises ValueError, with what to do instead, if it cannot be done.
     """
@@ -100,7 +100,7 @@ def job_of(config: DictConfig, source: Path, changed: Mapping[str, Any], weights
     mesh, context = section(config, "mesh", Mesh), section(config, "context", Context)
     settings, model = top_level(config, Settings), section(config, "model", ModelSource)
     refuse_unwritable_folder(settings.out)
-    described = describe(source, changed, Path(settings.out))
+    described = describe(source, Path(settings.out))
     shape, tokenizer = shape_of(described), tokenizer_of(described)
     data, test = data_of(config)
     if context.strategy not in STRATEGIES:
@@ -208,15 +208,15 @@ def refuse_unwritable_folder(out: str) -> None:
         raise ValueError(f"out={out} cannot be written ({error.strerror}): give a folder of yours") from error
 
 
-def describe(source: Path, changed: Mapping[str, Any], out: Path) -> Path:
-    """``out``/model: ``source`` without weights, fields of its config.json ``changed``.
+def describe(source: Path, out: Path) -> Path:
+    """``out``/model: ``source`` without weights.
 
     Raises ValueError if a run of another model is there.
     """
     from longctx.described import write_like
 
     with tempfile.TemporaryDirectory(dir=out, prefix=".model.") as work:
-        write_like(source, changed, Path(work, "model"))
+        write_like(source, {}, Path(work, "model"))
         wanted, there = (folder / "config.json" for folder in (Path(work, "model"), out / "model"))
         with suppress(OSError):  # it is there: made before, or just now by another rank that a launcher started
             Path(work, "model").rename(out / "model")

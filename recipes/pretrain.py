@@ -27,7 +27,7 @@ WARM = [
 
 def prepare(config: DictConfig) -> Job:
     """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
-    return job_of(config, locate(section(config, "model", ModelSource), say), {}, weights=None)
+    return job_of(config, locate(section(config, "model", ModelSource), say), weights=None)
 
 
 def task(config: DictConfig) -> None:

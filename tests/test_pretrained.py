@@ -287,6 +287,35 @@ def test_a_description_of_nothing_is_refused_and_nothing_kept(described, field, 
     assert not kept(described)
 
 
+@pytest.mark.parametrize(
+    ("asked", "positions", "rope"),
+    [
+        ({"positions": 307}, 307, None),
+        ({"rope_theta": 77777.0}, 97, {"rope_type": "default", "rope_theta": 77777.0}),
+        ({"rope_factor": 3.0}, 291, {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0}),
+        ({"rope_factor": 3.0, "positions": 211}, 211, {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0}),
+    ],
+    ids=str,
+)
+def test_of_another_context_config_is_changed_and_weights_are_links(tmp_path, asked, positions, rope):
+    plain = LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
+    source = saved(tmp_path / "source", plain)
+    save_file({"x": torch.ones(2)}, source / "model.safetensors")
+    model = ModelSource("m", source=str(source), cache=str(tmp_path / "cache"), **asked)
+    folder = locate(model)
+    expected = saved(tmp_path, LlamaConfig(**SIZES, rope_parameters=rope or plain.rope_parameters))
+    assert (shape_of(folder).positions, shape_of(folder).rotary) == (positions, shape_of(expected).rotary)
+    (weights,) = set(tensor_files(folder).values())
+    assert weights.is_symlink() and weights.resolve() == source / "model.safetensors"
+    assert locate(model) == folder and shape_of(source).positions == 97
+
+
+def test_a_rotary_embedding_is_not_scaled_twice(tmp_path):
+    source = saved(tmp_path / "source", LlamaConfig(**SIZES, rope_parameters=LLAMA3))
+    with pytest.raises(ValueError, match=r"model\.rope_factor=2\.0: .* type llama3 already; use model\.rope_theta"):
+        locate(ModelSource("m", source=str(source), cache=str(tmp_path / "cache"), rope_factor=2.0))
+
+
 def test_a_model_comes_in_one_way(described):
     with pytest.raises(ValueError, match=r"either model\.source, .*model\.wheel.*model\.config and model\.tokenizer"):
         replace(described, source="somewhere")

@@ -39,7 +39,7 @@ def task(config: DictConfig) -> None:
     for name in (config.json, config.picture):
         refuse_unwritable(name)
     plain = OmegaConf.create({str(k): v for k, v in config.items() if k not in ("json", "picture")})
-    job = job_of(plain, locate(section(config, "model", ModelSource), say), {}, weights=None)
+    job = job_of(plain, locate(section(config, "model", ModelSource), say), weights=None)
     if job.mesh.ranks == 1:
         raise ValueError("mesh is one rank, which is what it is compared with: use mesh.ring=2 or another")
     one, other = curve(replace(job, mesh=Mesh()), "one rank"), curve(job, "mesh")

@@ -148,7 +148,7 @@ def task(config: DictConfig) -> None:
     refuse_unwritable(config.json)
     own = ("rounds", "meshes", "peers", "json")
     plain = OmegaConf.create({str(k): v for k, v in config.items() if k not in own})
-    job = job_of(plain, locate(section(config, "model", ModelSource), say), {}, weights=None)
+    job = job_of(plain, locate(section(config, "model", ModelSource), say), weights=None)
     meshes = [Mesh(), *(Mesh(**mesh) for mesh in config.meshes)]
     for mesh in meshes:
         refuse_unused(mesh, "recipes.bench train", ("dp", "pp"))

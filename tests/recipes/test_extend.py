@@ -14,12 +14,13 @@ from longctx.schema import DataSettings, TextSource
 from recipes import export, extend, pretrain
 
 DATA = ("data.length=211", "data.batch=2", "data.end_token=false", "threads=1")
-LONGER = ("extend.positions=307", "extend.rope_theta=77777.0")
+LONGER = ("model.positions=307", "model.rope_theta=77777.0")
 
 
 def extended(cli, tiny, out, *settings: str) -> list[dict]:
-    command = (f"model={tiny}", f"out={out}", *DATA, *LONGER, "steps=7", "evaluate.every=7", "optim.lr=1e-2", *settings)
-    code, _, err = cli(extend, extend.task, *command)
+    learning = ("steps=7", "evaluate.every=7", "optim.lr=1e-2")
+    command = (f"model={tiny}", f"model.cache={out.parent / 'cache'}", f"out={out}", *DATA, *LONGER, *learning)
+    code, _, err = cli(extend, extend.task, *command, *settings)
     assert code == 0, err
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -52,7 +53,7 @@ def test_what_two_ranks_learned_is_what_transformers_loads(cli, tiny, tmp_path):
 
 
 def test_linear_scaling_is_written_and_trained_with(cli, tiny, tmp_path):
-    told = extended(cli, tiny, tmp_path / "run", "extend.rope_theta=null", "extend.rope_factor=3.0")
+    told = extended(cli, tiny, tmp_path / "run", "model.rope_theta=null", "model.rope_factor=3.0")
     code, _, err = cli(export, export.task, f"checkpoint={tmp_path / 'run'}", f"to={tmp_path / 'hf'}")
     assert code == 0, err
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["rope_parameters"]["factor"] == 3.0
@@ -63,8 +64,9 @@ def test_linear_scaling_is_written_and_trained_with(cli, tiny, tmp_path):
     ("settings", "words"),
     [
         (["data.length=307"], r"data\.length=307 is more than the model's context of 97"),
-        (["extend.positions=-1"], r"extend\.positions=-1"),
-        (["extend.rope_factor=2.0", "extend.rope_factor=x"], r"extend\.rope_factor=x"),
+        (["model.positions=-1"], r"model\.positions=-1: use more than 0"),
+        (["model.rope_theta=0"], r"model\.rope_theta=0\.0: use more than 0"),
+        (["model.rope_factor=x"], r"model\.rope_factor=x"),
     ],
 )
 def test_refusals(refused, tiny, tmp_path, settings, words):
