@@ -22,22 +22,19 @@ def texts(engine: Engine, context: Context, tokenizer: Any, requests: Sequence[C
         for i, token in session.decode({i: made[i][-1] for i in going}).items():
             made[i].append(token)
             session.sequences[i].tokens.append(token)
-    return [_before(_text(engine, tokenizer, made[i]), requests[i].until) for i in prompts]
+    return [_answer(engine, tokenizer, requests[i], made[i]) for i in prompts]
 
 
 def _ended(engine: Engine, tokenizer: Any, request: Continue, made: Sequence[int]) -> bool:
     if len(made) >= request.most or made[-1] in engine.shape.end_tokens:
         return True
-    text = _text(engine, tokenizer, made)
+    text = tokenizer.decode(made)  # with special tokens: what is to end it may be one
     return any(end in text for end in request.until)
 
 
-def _text(engine: Engine, tokenizer: Any, made: Sequence[int]) -> str:
+def _answer(engine: Engine, tokenizer: Any, request: Continue, made: Sequence[int]) -> str:
     ended = made[-1] in engine.shape.end_tokens
-    return str(tokenizer.decode(made[:-1] if ended else made, skip_special_tokens=True))
-
-
-def _before(text: str, until: Sequence[str]) -> str:
-    for end in until:
+    text = str(tokenizer.decode(made[:-1] if ended else made, skip_special_tokens=True))
+    for end in request.until:
         text = text.partition(end)[0]
     return text

@@ -24,7 +24,7 @@ class EngineLM(TemplateLM):
     def __init__(self, tokenizer: Any, longest: int, prefix_token: int, answer: Answerer) -> None:
         super().__init__()
         self.tokenizer, self.max_length, self.answer = tokenizer, longest, answer
-        self._prefix = prefix_token
+        self._prefix, self._begun = prefix_token, str(tokenizer.decode([prefix_token]))
 
     @property
     def eot_token_id(self) -> int:
@@ -35,7 +35,10 @@ class EngineLM(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return list(self.tokenizer(string, add_special_tokens=bool(add_special_tokens))["input_ids"])
+        """Tokens of ``string``, begun as the tokenizer begins a text unless it is begun so already, as ``hf`` does."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self._begun)
+        return list(self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return str(
@@ -68,7 +71,7 @@ class EngineLM(TemplateLM):
     def _encoded(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if context:
             return self._encode_pair(context, continuation)
-        tokens = self.tok_encode(continuation)
+        tokens = self.tok_encode(continuation, add_special_tokens=False)
         return (tokens[:1], tokens[1:]) if tokens[0] == self._prefix else ([self._prefix], tokens)
 
     def _score(self, before: Sequence[int], after: Sequence[int], question: str) -> Score:

@@ -183,8 +183,8 @@ def long_tasks(
 
     if over := [length for length in lengths if length > most]:
         raise ValueError(
-            f"eval.lengths={over[0]}: the model's context is {most:,}; use at most that, or another "
-            "context (model.rope_factor=2 divides positions, or model.positions and a larger model.rope_theta)"
+            f"eval.lengths={over[0]}: the model's context is {most:,}; use at most that, or another context "
+            "(model.positions and a larger model.rope_theta, or model.rope_factor)"
         )
     text, answer = read_text(source, tokenizer), 48
     config = {

@@ -55,7 +55,7 @@ def run_rank(rank: Rank, work: Work) -> bool:
         for answers, tokens in answered(engine, work):
             if first:
                 kept = {key(request): answer for request, answer in answers.items()}
-                responses.append(work.file, kept, tokens, time.perf_counter() - began)
+                responses.append(work.file, kept, tokens, time.perf_counter() - began if tokens else 0.0)
                 began = time.perf_counter()
             for _ in answers:
                 progress.step()
@@ -67,17 +67,21 @@ def run_rank(rank: Rank, work: Work) -> bool:
 
 
 def answered(engine: Engine, work: Work) -> Iterator[tuple[Mapping[Any, Answer], int]]:
-    """Answers, some at a time, and how many tokens were run for them; the longest first."""
+    """Answers, some at a time, and how many tokens were run for them; the longest first.
+
+    Of texts that is none: how long they become is up to the variant, and its speed is not to depend on that.
+    """
     from eval.score import batches, scores, trees
 
     asked = [request for request in work.requests if isinstance(request, Score)]
     for batch in batches(trees(asked), work.together):
         found: Mapping[Score, Answer] = scores(engine, work.variant.context, batch)
         yield found, sum(tree.tokens for tree in batch)
-    yield from _texts(engine, work, [request for request in work.requests if isinstance(request, Continue)])
+    for texts in _texts(engine, work, [request for request in work.requests if isinstance(request, Continue)]):
+        yield texts, 0
 
 
-def _texts(engine: Engine, work: Work, asked: Sequence[Continue]) -> Iterator[tuple[Mapping[Any, Answer], int]]:
+def _texts(engine: Engine, work: Work, asked: Sequence[Continue]) -> Iterator[Mapping[Any, Answer]]:
     from eval.decode import texts
     from longctx.pretrained import tokenizer_of
 
@@ -90,4 +94,4 @@ def _texts(engine: Engine, work: Work, asked: Sequence[Continue]) -> Iterator[tu
             batch.append(left.pop(0))
             total += len(batch[-1].tokens) + batch[-1].most
         found = texts(engine, work.variant.context, tokenizer, batch)
-        yield dict(zip(batch, found, strict=True)), sum(len(request.tokens) for request in batch)
+        yield dict(zip(batch, found, strict=True))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,10 @@ def report_of(scored: Sequence[Scored], judged: Judged, about: Mapping[str, Any]
                 tasks[name][one.name] = _of_accuracy(compared, one, {"metrics": dict(theirs.others)})
         if carrying:
             pairs = [(base[name].values, one.outcomes[name].values) for name in carrying]
-            average[one.name] = _of_accuracy(compare(pairs, allowed_drop=judged.allowed_drop, **how), one, {})
+            told = compare(pairs, allowed_drop=judged.allowed_drop, **how)
+            if set(carrying) <= set(chance):  # there is nothing to lose, whatever the interval says
+                told = replace(told, verdict="undecided", needed=None)
+            average[one.name] = _of_accuracy(told, one, {})
     variants = {one.name: {k: v for k, v in vars(one).items() if k not in ("name", "outcomes")} for one in scored}
     return {
         "tasks": tasks,
@@ -90,7 +93,8 @@ def _of_perplexity(found: Perplexity, one: Scored) -> dict[str, Any]:
     """Its difference is relative to the baseline's: 0.01 is a hundredth more."""
     ends: dict[str, Any] = dict.fromkeys(("difference", "low", "high"))
     if one.name != "baseline":
-        ends = {"difference": found.ratio - 1, "low": found.low - 1, "high": found.high - 1}
+        ends["difference"] = found.ratio - 1
+        ends |= {name: end - 1 for name, end in (("low", found.low), ("high", found.high)) if end is not None}
     return {"n": found.n, "accuracy": None, "perplexity": found.perplexity, **ends, "p_mcnemar": None, "verdict": None}
 
 
@@ -178,8 +182,9 @@ def _details(report: Mapping[str, Any], rest: Sequence[str]) -> str:
         for name in rest:
             told = by_variant[name]
             if told["accuracy"] is None:
-                ends = f"{told['difference']:+.1%} [{told['low']:+.1%}, {told['high']:+.1%}]"
-                rows.append([task, name, f"perplexity {told['perplexity']:.1f}", ends, "", "", ""])
+                ends = f"[{told['low']:+.1%}, {told['high']:+.1%}]" if told["low"] is not None else "(few texts)"
+                said = f"{told['difference']:+.1%} {ends}"
+                rows.append([task, name, f"perplexity {told['perplexity']:.1f}", said, "", "", ""])
             else:
                 rows.append([task, name, *_cells(told)])
     return _table(["task", "variant", "accuracy", "difference", "McNemar p", "verdict", "examples to decide"], rows)

@@ -8,230 +8,25 @@ Exit codes: 0 done; 3 done, and a variant of the gate is worse; 2 the command li
 interrupted.
 """
 
-import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from omegaconf import DictConfig
 
 from eval import report, responses
+from eval.job import Job, ordered, pinned, prepare
 from eval.local import LOCAL
 from eval.ranks import Work, run_rank
-from eval.requests import Request, key
-from eval.sensitivity import lacks_order, order_jobs, with_order, without_order
-from eval.variants import BASELINE, Variant, composed, refuse_other_model, variant_of
-from longctx.parallel.launch import rank_from_environment
-from longctx.schema import Mesh, Track
-from recipes.job import refuse_unwritable_folder
-from recipes.machine import hardware, provenance
+from eval.requests import key
+from eval.variants import Variant
+from recipes.machine import provenance
 from recipes.manifest import record
-from recipes.start import (
-    GATE_FAILED,
-    console,
-    is_first,
-    leave_stopped,
-    main,
-    on_every_rank,
-    say,
-    section,
-    top_level,
-    warm_up_ranks,
-)
+from recipes.start import GATE_FAILED, console, is_first, leave_stopped, main, on_every_rank, say, warm_up_ranks
 
+__all__ = ("pinned", "prepare", "task")  # what slurm.submit asks of a recipe
 WARM = ("longctx.infer.engine", "eval.score", "eval.decode", "eval.ranks")
-_BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"  # a folder of data beside the checkout
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of configs/evaluate.yaml that are not a section of their own."""
-
-    threads: PositiveInt | None
-    device: Literal["cpu", "cuda"]
-    timeout_minutes: PositiveInt
-    adapted: str | None
-    variants: tuple[Mapping[str, Any], ...]
-    out: str
-
-
-@dataclass(frozen=True)
-class Eval:
-    """What is asked, of how many examples, and how variants are judged: section ``eval``."""
-
-    tasks: tuple[str, ...]
-    data: str
-    include: str | None
-    limit: PositiveInt | None
-    limits: Mapping[str, PositiveInt] | None
-    num_fewshot: NonNegativeInt | None
-    lengths: tuple[PositiveInt, ...]
-    text: str
-    seed: NonNegativeInt
-    longest: PositiveInt | None
-    prefix_token: NonNegativeInt | None
-    together: PositiveInt
-    allowed_drop: NonNegativeFloat
-    resamples: PositiveInt
-    gate: tuple[str, ...]
-    strict: bool
-    sensitivity: PositiveInt
-
-    def __post_init__(self) -> None:
-        if not self.tasks:
-            raise ValueError("eval.tasks is empty: name at least one, such as eval.tasks=[arc_easy]")
-
-    def limit_of(self, task: str) -> int | None:
-        """How many examples of ``task`` are asked; None: all."""
-        return min(filter(None, (self.limit, (self.limits or {}).get(task))), default=None)
-
-    @property
-    def folder(self) -> Path | None:
-        """Where local files are; None: the hub.  Raises ValueError if it is not there."""
-        if self.data == "hub" or (self.data == "auto" and not _BESIDE.is_dir()):
-            return None
-        folder = _BESIDE if self.data == "auto" else Path(self.data).expanduser()
-        if not folder.is_dir():
-            raise ValueError(f"eval.data={self.data} is no folder: give one as eval/README.md describes it, or hub")
-        return folder
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be done, checked before any rank starts; ``requests`` are all that every variant is asked.
-
-    ``configs`` are the variants' settings.  Those that lack an order of blocks drop none before `ordered`.
-    """
-
-    settings: Settings
-    eval: Eval
-    track: Track
-    config: Mapping[str, Any]
-    configs: tuple[tuple[str, DictConfig], ...]
-    variants: tuple[Variant, ...]
-    tasks: Mapping[str, Any]
-    lm: Any
-    requests: tuple[Request, ...]
-
-    @property
-    def out(self) -> Path:
-        return Path(self.settings.out)
-
-    def file(self, variant: Variant) -> Path:
-        """Where the answers of ``variant`` are kept."""
-        return self.out / "responses" / f"{variant.digest}.jsonl"
-
-
-def prepare(config: DictConfig) -> Job:
-    """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
-    from eval.tasks import ask
-
-    settings, asked = top_level(config, Settings), section(config, "eval", Eval)
-    refuse_unwritable_folder(settings.out)
-    configs = composed(config)
-    names = [name for name, _ in configs]
-    if strangers := set(asked.gate) - set(names):
-        raise ValueError(f"eval.gate: there is no variant {min(strangers)}: there are {', '.join(names)}")
-    if BASELINE in asked.gate:
-        raise ValueError(f"eval.gate: {BASELINE} is what the others are compared with: name variants")
-    asked_of = asked.folder
-    base = variant_of(*configs[0], settings.device)
-    tasks = _tasks(asked, base, asked_of)
-    if asked.gate and all(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in tasks.values()):
-        raise ValueError("eval.gate judges accuracy, which none of eval.tasks has: add one, or use eval.gate=[]")
-    ask(tasks, {name: asked.limit_of(name) for name in tasks})
-    lm, requests = _requests(asked, base, tasks)
-    variants = tuple(variant_of(name, without_order(one), settings.device) for name, one in configs)
-    for other in variants[1:]:
-        refuse_other_model(base, other)
-    _refuse_other_world(variants)
-    order_jobs(configs, base, asked.sensitivity, Path(settings.out))  # refuses what cannot be measured
-    values: Any = OmegaConf.to_container(config, resolve=True)
-    track = section(config, "track", Track).of("eval")
-    return Job(
-        settings,
-        asked,
-        track,
-        {**provenance(), "machine": hardware(), **values},
-        tuple(configs),
-        variants,
-        tasks,
-        lm,
-        requests,
-    )
-
-
-def ordered(job: Job) -> Job:
-    """``job``; blocks that variants drop in an order that nobody has given are known then.  Ranks may be started."""
-    if not any(lacks_order(config) for _, config in job.configs):
-        return job
-    configs = with_order(job.configs, job.variants[0], job.eval.sensitivity, job.out)
-    variants = tuple(variant_of(name, config, job.settings.device) for name, config in configs)
-    return replace(job, variants=variants)
-
-
-def pinned(config: DictConfig) -> tuple[str, ...]:
-    """Settings that a job needs, because it runs another copy of the code: where the data is.
-
-    Raises ValueError if variants want other numbers of ranks than the job starts.
-    """
-    _refuse_other_sizes(composed(config))
-    folder = section(config, "eval", Eval).folder
-    return (f"eval.data={folder.resolve() if folder else 'hub'}",)
-
-
-def _refuse_other_sizes(configs: Sequence[tuple[str, DictConfig]]) -> None:
-    sizes = {name: section(one, "mesh", Mesh).ranks for name, one in configs}
-    world = sizes[BASELINE]
-    if other := [name for name in sizes if sizes[name] != world > 1]:
-        raise ValueError(
-            f"the job starts {world} ranks, variant {other[0]} has {sizes[other[0]]}: give all variants as many, "
-            "or the baseline one rank, which starts the others' by itself"
-        )
-
-
-def _tasks(asked: Eval, base: Variant, data: Path | None) -> dict[str, Any]:
-    from eval.long import LONG, long_tasks
-    from eval.tasks import load
-    from longctx.pretrained import tokenizer_of
-
-    long = [name for name in asked.tasks if name in LONG]
-    tasks = load([name for name in asked.tasks if name not in LONG], data, asked.num_fewshot, asked.include)
-    if long:
-        most, tokenizer = base.shape.positions, tokenizer_of(base.folder)
-        examples = {name: asked.limit_of(name) or 50 for name in long}
-        tasks |= long_tasks(examples, asked.lengths, asked.text, tokenizer, most, asked.seed)
-    return tasks
-
-
-def _requests(asked: Eval, base: Variant, tasks: Mapping[str, Any]) -> tuple[Any, tuple[Request, ...]]:
-    """lm-eval's side of the model, and all that it is asked."""
-    from eval.lm import EngineLM, prefix_token_of, recorder
-    from eval.tasks import answered
-    from longctx.pretrained import tokenizer_of
-
-    if asked.longest and asked.longest > base.shape.positions:
-        raise ValueError(f"eval.longest={asked.longest:,}: the model's context is {base.shape.positions:,}")
-    requests: list[Request] = []
-    tokenizer = tokenizer_of(base.folder)
-    prefix = prefix_token_of(tokenizer, asked.prefix_token)
-    lm = EngineLM(tokenizer, asked.longest or base.shape.positions, prefix, recorder(requests))
-    answered(tasks, lm)
-    return lm, tuple(dict.fromkeys(requests))
-
-
-def _refuse_other_world(variants: Sequence[Variant]) -> None:
-    """ValueError if a launcher has started ranks, and a variant wants another number of them."""
-    here = rank_from_environment(os.environ)
-    for variant in variants:
-        if here and here.world != variant.mesh.ranks:
-            raise ValueError(
-                f"the launcher started {here.world} ranks, variant {variant.name} has {variant.mesh.ranks} "
-                f"({variant.mesh}): leave the launcher out, or give all variants as many"
-            )
 
 
 def answer(job: Job, number: int) -> responses.Kept:
@@ -301,6 +96,8 @@ def task(config: DictConfig) -> None:
     if not folder:
         say("benchmarks come from the hub: eval.data=DIR, or LONGCTX_DATA, names a folder of files (eval/README.md)")
     read = [folder / LOCAL[name].file for name in job.tasks if folder and name in LOCAL]
+    if job.eval.include:
+        read += [file for file in Path(job.eval.include).expanduser().rglob("*") if file.is_file()]
     record(config, [variant.folder for variant in job.variants], read)
     job = ordered(job)
     kept = [answer(job, number) for number in range(len(job.variants))]

@@ -38,8 +38,9 @@ def load(wanted: Sequence[str], data: Path | None, fewshot: int | None, include:
     rest = [name for name in wanted if name not in tasks]
     if rest:
         tasks |= _registered(rest, include)
-    if fewshot is not None:
-        for task in tasks.values():
+    for task in tasks.values():
+        task.set_fewshot_seed(1234)  # lm-eval's own default, which only its evaluator sets: else every rank has others
+        if fewshot is not None:
             task.set_config("num_fewshot", fewshot)
             _refuse_no_shots(task)
     return tasks
@@ -56,9 +57,7 @@ def built(name: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
     whole = {**config, **splits, "task": name, "dataset_path": name, "custom_dataset": lambda **_: {"test": dataset}}
     for structure in ("tag", "group", "task_list", "dataset_name"):
         whole.pop(structure, None)
-    task = ConfigurableTask(config=whole)
-    task.set_fewshot_seed(1234)  # lm-eval's own default
-    return task
+    return ConfigurableTask(config=whole)
 
 
 def _from_file(name: str, local: Local, data: Path) -> Any:

@@ -80,7 +80,8 @@ def _changed(base: Mapping[str, Any], change: Mapping[str, Any]) -> DictConfig:
         raise ValueError(f"variants: {change['name']}: {min(unknown)} is not one of {', '.join(_SECTIONS)}")
     if isinstance(changes.get("model"), str):
         folder = Path(changes["model"]).expanduser()
-        nothing = dict.fromkeys(("wheel", "gguf", "sha256", "config", "tokenizer"))
+        its_own = ("positions", "rope_theta", "rope_factor")
+        nothing = dict.fromkeys(("wheel", "gguf", "sha256", "config", "tokenizer", *its_own))
         changes["model"] = {**nothing, "name": folder.name, "source": changes["model"]}
     merged = {name: {**base[name], **changes.get(name, {})} for name in _SECTIONS}
     merged["model"] = {name: value for name, value in merged["model"].items() if value is not None}

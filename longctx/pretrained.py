@@ -18,6 +18,7 @@ Say = Callable[[str], None]
 # Weights that are right on tensor-parallel ranks alone: by another name, so that transformers does not load them.
 ADAPTED = "spd.safetensors"
 DROPPED = "dropped."  # what a tensor's name begins with there if it is for a block that drops a reduction
+_PIECE = 4096  # bytes of a tensor that are looked at
 
 
 def locate(model: ModelSource, say: Say = lambda _: None) -> Path:
@@ -57,14 +58,14 @@ def _as_it_is(model: ModelSource, say: Say) -> Path:
 
 def _with_other_context(model: ModelSource, source: Path) -> Path:
     changed = other_context(source, model.positions, model.rope_theta, model.rope_factor)
-    there = sorted(file.resolve() for file in source.iterdir() if file.is_file())
-    about = [(source / "config.json").read_text(), *map(str, there), repr(changed)]
+    there = {file.name: file.resolve() for file in sorted(source.iterdir()) if file.is_file()}  # the hub's are links
+    about = [(source / "config.json").read_text(), repr(there), repr(changed)]
 
     def write(to: Path) -> None:
         write_like(source, changed, to)
-        for file in there:
-            if not (to / file.name).exists():
-                (to / file.name).symlink_to(file)
+        for name, file in there.items():
+            if not (to / name).exists():
+                (to / name).symlink_to(file)
 
     return _made_once(model, hashlib.sha256("\n".join(about).encode()).hexdigest(), write)
 
@@ -88,17 +89,21 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """What tells one model's weights from another's: a digest of the configuration and of each file's head and size.
+    """What tells one model's weights from another's: a digest of the configuration and of a piece of every tensor.
 
-    Of an adapted model (`longctx.spd`) of all its weights.
+    Of each tensor its beginning, middle and end: models may share all but some of them, and be far too large to read.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    if (folder / ADAPTED).is_file():  # its head is a block that many such models share
-        with (folder / ADAPTED).open("rb") as weights:
-            return hashlib.sha256(digest.digest() + hashlib.file_digest(weights, "sha256").digest()).hexdigest()[:16]
     for file in sorted(set(tensor_files(folder).values())):
         with file.open("rb") as weights:
-            digest.update(f"{file.name} {file.stat().st_size}".encode() + weights.read(2**20))
+            header = weights.read(int.from_bytes(weights.read(8), "little"))
+            digest.update(header)
+            begin = weights.tell()
+            tensors = [one["data_offsets"] for name, one in json.loads(header).items() if name != "__metadata__"]
+            for first, end in sorted(tensors):
+                for at in (first, (first + end) // 2, max(first, end - _PIECE)):
+                    weights.seek(begin + at)
+                    digest.update(weights.read(min(_PIECE, end - at)))
     return digest.hexdigest()[:16]
 
 

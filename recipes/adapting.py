@@ -45,7 +45,7 @@ class Job:
 
     @property
     def unseen(self) -> torch.Tensor:
-        """Tokens that no block has learned from, unless ``joint_text`` came to the text's end."""
+        """Tokens that no block learns from, alone or with others."""
         return self.text.tokens[self.repair.sequences :]
 
     @property

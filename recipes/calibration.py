@@ -72,8 +72,8 @@ def subject_of(config: DictConfig, recipe: str) -> Subject:
     return Subject(model, folder, fingerprint(folder), shape, mesh, config.threads, config.timeout_minutes)
 
 
-def text_of(data: DataSettings, subject: Subject, sequences: int) -> Text:
-    """The first ``sequences`` of ``data``, packed; documents in one sequence see each other.
+def text_of(data: DataSettings, subject: Subject, sequences: int, more: int = 0) -> Text:
+    """The first ``sequences`` of ``data``, packed, and up to so many ``more``; documents of one see each other.
 
     Raises ValueError if there are fewer, or if they are longer than the model's context.
     """
@@ -82,7 +82,7 @@ def text_of(data: DataSettings, subject: Subject, sequences: int) -> Text:
     if data.length > subject.shape.positions:
         raise ValueError(f"data.length={data.length:,}: the model's context is {subject.shape.positions:,}")
     found = training_batches(data, tokenizer_of(subject.folder))(None)
-    batches = [batch for batch, _ in islice(found, -(-sequences // data.batch))]
+    batches = [batch for batch, _ in islice(found, -(-(sequences + more) // data.batch))]
     if sum(len(batch.tokens) for batch in batches) < sequences:
         there = sum(len(batch.tokens) for batch in batches)
         raise ValueError(
@@ -90,16 +90,14 @@ def text_of(data: DataSettings, subject: Subject, sequences: int) -> Text:
             f"not {sequences}: use fewer or shorter ones, or more text"
         )
     whole = Text(*(torch.cat([getattr(b, part) for b in batches]) for part in ("tokens", "targets", "mask")))
-    return whole[slice(sequences)]
+    return whole[slice(sequences + more)]
 
 
-def calibration_of(
-    config: DictConfig, subject: Subject, sequences: int, behind: int = 0, *, once: bool = True
-) -> tuple[Text, DataSettings]:
-    """The text of ``data.sources``, ``once`` or again and again; what lies ``behind`` so many sequences."""
+def calibration_of(config: DictConfig, subject: Subject, sequences: int, more: int = 0) -> tuple[Text, DataSettings]:
+    """The text of ``data.sources``, as `text_of` has it, each of them once."""
     data, _ = data_of(config)
-    data = DataSettings(**{**vars(data), "epochs": 1 if once else None})
-    return text_of(data, subject, behind + sequences)[slice(behind, None)], data
+    data = DataSettings(**{**vars(data), "epochs": 1})
+    return text_of(data, subject, sequences, more), data
 
 
 @contextmanager

@@ -190,7 +190,7 @@ def refuse_unsplit(mesh: Mesh, shape: ModelShape, data: DataSettings) -> None:
     if data.length > shape.positions:
         raise ValueError(
             f"data.length={data.length:,} is more than the model's context of {shape.positions:,}: "
-            f"use at most that, or lengthen it with recipes.extend"
+            "use at most that, or another context (model.positions and a larger model.rope_theta, or model.rope_factor)"
         )
     if data.length < mesh.context:
         raise ValueError(

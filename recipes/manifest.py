@@ -95,7 +95,7 @@ def digest(path: Path) -> str:
 
 
 def _read_by(values: Mapping[str, Any]) -> Iterator[Path]:
-    """The files that a run's settings name: prompts, turns, the files of its sources, an order of blocks."""
+    """The files that a run's settings name: prompts, turns, those of its sources, long texts, orders of blocks."""
     data = values.get("data") or {}
     for source in [*(data.get("sources") or []), *(data.get("test") or [])]:
         if source.get("path"):
@@ -104,8 +104,10 @@ def _read_by(values: Mapping[str, Any]) -> Iterator[Path]:
             from pydoc_data import topics
 
             yield Path(topics.__file__)
-    prompt, spd = values.get("prompt") or {}, values.get("spd") or {}
-    for name in (values.get("prompts"), values.get("turns"), prompt.get("file"), spd.get("sensitivity")):
+    prompt, asked = values.get("prompt") or {}, values.get("eval") or {}
+    orders = [(of.get("spd") or {}).get("sensitivity") for of in (values, *(values.get("variants") or []))]
+    text = asked.get("text") if asked.get("text") != "pydoc" else None
+    for name in (values.get("prompts"), values.get("turns"), prompt.get("file"), text, *orders):
         if name:
             yield Path(name).expanduser().absolute()
 

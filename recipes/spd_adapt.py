@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def prepare(config: DictConfig) -> Job:
         )
     longer = OmegaConf.merge(config, {"data": {"length": repair.length}})
     assert isinstance(longer, DictConfig)
-    text, data = calibration_of(longer, subject, repair.sequences + repair.held_out)
+    seen = repair.sequences + repair.held_out
+    whole, data = calibration_of(longer, subject, seen, more=joint.steps * joint.batch)
+    text = whole[slice(seen)]
     measured = _measured(spd, job)
     about = {**subject.about(text, data), **asdict(repair), **vars(job.classes)}
     about["sensitivity"] = _digest(measured) if spd.sensitivity else "measured here"
@@ -58,9 +61,9 @@ def prepare(config: DictConfig) -> Job:
     _refuse_other_run(job.out / "blocks" / "about.json", about)
     if joint.batch % subject.mesh.dp:
         raise ValueError(f"joint.batch={joint.batch} is shared by mesh.dp={subject.mesh.dp}: use a multiple of it")
-    # What is left of the text, then all of it from its beginning.
-    joint_text, _ = calibration_of(longer, subject, joint.steps * joint.batch, behind=len(text), once=False)
-    made = Job(job, measured, repair, joint, spd.budget, text, joint_text, about)
+    # What is left of the text, then it all from its beginning, but for what is held out.
+    again = islice(cycle([*range(seen, len(whole)), *range(repair.sequences)]), joint.steps * joint.batch)
+    made = Job(job, measured, repair, joint, spd.budget, text, whole[list(again)], about)
     _refuse_other_joint(made)
     return made
 

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from longctx import pretrained
-from longctx.pretrained import locate, shape_of, tensor_files, tokenizer_of
+from longctx.pretrained import fingerprint, locate, shape_of, tensor_files, tokenizer_of
 from longctx.schema import ModelSource
 
 SIZES = {
@@ -125,6 +125,18 @@ def test_tensors_are_in_one_file_or_where_the_index_says(tmp_path):
     assert tensor_files(tmp_path) == dict.fromkeys("xy", tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a", "y": "b"}}')
     assert tensor_files(tmp_path) == {"x": tmp_path / "a", "y": tmp_path / "b"}
+
+
+@pytest.mark.parametrize("changed", ["first", "last"])
+@pytest.mark.parametrize("at", [0, 1500, -1])
+def test_a_fingerprint_tells_models_apart_that_share_all_but_one_tensor(tmp_path, changed, at):
+    plain = {name: torch.zeros(3001) for name in ("first", "last")}
+    other = {**plain, changed: plain[changed].index_fill(0, torch.tensor([at]), 1.0)}
+    found = []
+    for name, tensors in (("a", plain), ("b", other), ("c", plain)):
+        save_file(tensors, saved(tmp_path / name, LlamaConfig(**SIZES)) / "model.safetensors")
+        found.append(fingerprint(tmp_path / name))
+    assert found[0] == found[2] != found[1]
 
 
 def test_a_folder_is_a_model_if_it_has_a_config(tmp_path):
@@ -300,13 +312,14 @@ def test_a_description_of_nothing_is_refused_and_nothing_kept(described, field, 
 def test_of_another_context_config_is_changed_and_weights_are_links(tmp_path, asked, positions, rope):
     plain = LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
     source = saved(tmp_path / "source", plain)
-    save_file({"x": torch.ones(2)}, source / "model.safetensors")
+    save_file({"x": torch.ones(2)}, tmp_path / "blob")
+    (source / "model.safetensors").symlink_to(tmp_path / "blob")  # as in the hub's own cache
     model = ModelSource("m", source=str(source), cache=str(tmp_path / "cache"), **asked)
     folder = locate(model)
     expected = saved(tmp_path, LlamaConfig(**SIZES, rope_parameters=rope or plain.rope_parameters))
     assert (shape_of(folder).positions, shape_of(folder).rotary) == (positions, shape_of(expected).rotary)
     (weights,) = set(tensor_files(folder).values())
-    assert weights.is_symlink() and weights.resolve() == source / "model.safetensors"
+    assert weights.is_symlink() and weights.resolve() == tmp_path / "blob"
     assert locate(model) == folder and shape_of(source).positions == 97
 
 

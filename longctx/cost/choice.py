@@ -58,7 +58,8 @@ def _empirical(work: Work, on: Hardware) -> Choice:
     if on.empirical is None:
         raise ValueError(
             "context.strategy=empirical needs alpha, beta and gamma fitted to this machine: "
-            "python -m recipes.bench crossover writes them, or use context.strategy=auto"
+            "python -m recipes.bench crossover fitted=FILE.yaml writes them, for hardware=FILE.yaml; "
+            "or use context.strategy=auto"
         )
     alpha, beta, gamma = on.empirical
     h = alpha * math.log(work.new_total) + beta * math.log(work.new_total / work.total) + gamma

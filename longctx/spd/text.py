@@ -16,5 +16,5 @@ class Text:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, rows: slice) -> "Text":
+    def __getitem__(self, rows: slice | list[int]) -> "Text":
         return Text(self.tokens[rows], self.targets[rows], self.mask[rows])

@@ -65,8 +65,8 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
                         known[same] = mean_loss(blocks, text)
                     found[name]["variants"].setdefault(variant.name, []).append(known[same])
                     progress.step()
+        follow_plan(blocks.model, SPDPlan(shape.layers, tp))  # first: the last plan's norms may be each rank's own
         weights.load(blocks.model, weights.Weights(job.subject.folder), shape)
-        follow_plan(blocks.model, SPDPlan(shape.layers, tp))
         progress.start("placements, blocks", len(job.placement) * len(job.texts))
         for name, text in job.texts.items():
             for block in job.placement:

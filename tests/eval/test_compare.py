@@ -138,6 +138,12 @@ def test_near_chance(right, near):
     assert near_chance([1.0] * right + [0.0] * (101 - right), 0.25) is near
 
 
+def test_of_few_texts_a_perplexity_has_no_interval():
+    made = compare_perplexity([-30.0] * 9, [-33.0] * 9, [10.0] * 9)
+    assert (made.ratio, made.low, made.high) == (pytest.approx(np.exp(0.3)), None, None)
+    assert compare_perplexity([-30.0] * 10, [-33.0] * 10, [10.0] * 10).low == pytest.approx(made.ratio)
+
+
 def test_perplexity():
     random = np.random.default_rng(5)
     words = random.integers(50, 500, 61).astype(float)

@@ -59,6 +59,14 @@ def test_a_task_that_cannot_be_guessed_is_near_chance_where_nothing_is_right():
     assert made["near_chance"] == ["none"] and made["averaged"] == ["one", "good"]
 
 
+def test_where_there_is_nothing_to_lose_nothing_is_decided():
+    of = {"none": outcomes(0, n=1000, chance=0.0)}
+    both = [replace(one, outcomes=of) for one in ALL[:3:2]]
+    made = report_of(both, replace(JUDGED, strict=True), ABOUT)
+    assert made["average"]["all"]["verdict"] == "undecided" and made["gate"]["failed"] == ["all"]
+    assert made["tasks"]["none"]["all"]["verdict"] == "no worse", "of these answers, which are the same"
+
+
 def test_figures_are_those_of_the_variant(report):
     told = report["tasks"]["good"]["all"]
     assert (told["n"], told["accuracy"], told["lost"], told["won"], told["verdict"]) == (200, 0.2, 80, 0, "worse")

@@ -191,6 +191,8 @@ def prepared(tiny: Path, sets: Path, tmp_path_factory: pytest.TempPathFactory):
         (["eval.data=/no/such"], "eval.data=/no/such is no folder"),
         (["eval.limit=0"], "eval.limit=0"),
         (["eval.longest=398"], "the model's context is 397"),
+        (["eval.tasks=[needle]", "eval.lengths=[307]", "eval.longest=306"], "the model's context is 306"),
+        (["eval.limits={hellasawg: 3}"], "eval.limits: there is no task hellasawg among arc_easy"),
         (["eval.tasks=[needle]", "eval.lengths=[512]"], "eval.lengths=512: the model's context is 397"),
         (["eval.gate=[nobody]"], "there is no variant nobody: there are baseline"),
         (["mesh.dp=2"], "eval.run has no use for mesh.dp=2"),
@@ -249,6 +251,32 @@ def test_limits_are_of_each_task(prepared):
         "needle_307": 2,
     }
     assert len(job.requests) == 5 * 4 + 5 + 1 + 2
+
+
+def test_a_variant_whose_context_is_too_short_is_refused(prepared, tmp_path):
+    words = (
+        f"model.cache={tmp_path}",
+        "model.rope_factor=2",
+        "eval.tasks=[needle]",
+        "eval.lengths=[701]",
+        "eval.limit=1",
+    )
+    plain = "variants=[{name: plain, model: {rope_factor: null}}]"
+    with pytest.raises(ValueError, match=r"variant plain: its context is 397, .* up to [4-7]\d\d tokens"):
+        prepared(*words, plain)
+    assert prepared(*words, "variants=[{name: theta, model: {rope_theta: 7e4}}]").variants[1].shape.positions == 794
+
+
+def test_an_order_that_is_measured_on_the_baseline_is_for_no_other_model(prepared, tmp_path):
+    words = (f"model.cache={tmp_path}", "mesh.tp=3", "spd.drop=none")
+    with pytest.raises(ValueError, match=r"variant a: the order .* is measured on the baseline, and this is another"):
+        prepared(*words, "variants=[{name: a, model: {rope_factor: 2}, spd: {drop: ranked, budget: 0.5}}]")
+
+
+def test_a_variant_that_is_a_folder_has_its_own_context(prepared, tiny, tmp_path):
+    words = (f"model.cache={tmp_path}", "model.rope_theta=70000", f"variants=[{{name: plain, model: {tiny}}}]")
+    base, other = prepared(*words).variants
+    assert other.folder == tiny and base.shape.rotary != other.shape.rotary
 
 
 def test_a_variant_may_have_another_context(prepared, tmp_path):

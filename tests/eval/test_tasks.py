@@ -103,6 +103,9 @@ class Letters:
     def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) for letter in text]}
 
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(map(chr, tokens))
+
 
 def who_knows(right: str) -> EngineLM:
     """A model to which only ``right`` is likely."""
@@ -214,6 +217,23 @@ def test_a_task_in_lm_evals_own_format_is_one_like_others(tmp_path):
     for instance, text in ((right, "It is 0"), *((one, "no") for one in wrong)):
         instance.resps = [text]
     assert outcomes("mine", tasks["mine"]).values == (1.0, 0.0, 0.0)
+
+
+def test_shots_of_a_task_in_lm_evals_own_format_are_always_the_same(tmp_path):
+    """Every rank that a launcher starts draws them by itself."""
+    rows = [{"question": f"What is {i}?", "answer": f"It is {i}"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.yaml").write_text(
+        f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+        "num_fewshot: 2\nfewshot_split: test\nmetric_list: [{metric: exact_match}]\n"
+    )
+    prompts = []
+    for _ in range(2):
+        tasks = load(["mine"], None, None, str(tmp_path))
+        ask(tasks, {"mine": 5})
+        prompts.append([instance.args[0] for instance in tasks["mine"].instances])
+    assert prompts[0] == prompts[1] and prompts[0][0].count("It is") == 2
 
 
 def test_the_real_sets_are_whole(data):

@@ -113,6 +113,20 @@ def test_a_large_file_is_hashed_by_its_ends(tmp_path, monkeypatch):
     assert len(set(digests)) == 3, "another end, another size"
 
 
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"eval": {"text": "book.txt"}, "spd": {"sensitivity": None}}, ["book.txt"]),
+        ({"eval": {"text": "pydoc"}, "spd": {"sensitivity": "a.json"}}, ["a.json"]),
+        ({"variants": [{"name": "a"}, {"name": "b", "spd": {"budget": 0.5, "sensitivity": "b.json"}}]}, ["b.json"]),
+        ({"prompt": {"file": "p.txt"}, "turns": "t.jsonl", "prompts": None}, ["t.jsonl", "p.txt"]),
+    ],
+    ids=str,
+)
+def test_files_are_found_where_settings_name_them(values, named):
+    assert [path.name for path in manifest._read_by(values)] == named
+
+
 def test_the_module_is_what_was_started(monkeypatch):
     spec = type("Spec", (), {"name": "recipes.bench.__main__"})
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)

@@ -235,6 +235,8 @@ def test_the_shipped_settings_find_enough_text(smollm2, tmp_path):
     words = ("mesh.tp=3", "spd.budget=0.5", "data.sources=[{pydoc:train}]", f"out={tmp_path}")
     job = spd_adapt.prepare(start.composed("spd_adapt", words))
     assert len(job.joint_text) == job.joint.steps * job.joint.batch > 0
+    held_out, learned = ({tuple(row) for row in rows.tolist()} for rows in (job.unseen, job.joint_text.tokens))
+    assert len(held_out) == job.repair.held_out and not held_out & learned, "the text begins anew, but for these"
 
 
 def test_what_cannot_be_done_is_refused_before_any_rank_starts(refused, tiny, adapted, tmp_path):

@@ -2,9 +2,14 @@
 
 import json
 from math import exp, log
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from longctx.pretrained import fingerprint
+from longctx.spd.folder import assemble, write_block
+from longctx.spd.plan import SavedPlan, SPDPlan
 from recipes import spd_sensitivity
 from recipes.bench import spd_latency, spd_quality, spd_sweep
 
@@ -24,6 +29,16 @@ def test_latency_counts_the_reductions_that_are_left(cli, tiny, tmp_path):
     assert rows[0]["saved"] == 0 and told["hop_s"] > 0 and "<svg" in (tmp_path / "latency.svg").read_text()
 
 
+def with_norms_of_each_rank(source: Path, to: Path) -> Path:
+    """The same model, with norms of each of three ranks' own that are all the same."""
+    of_layers = {name: one for name, one in load_file(source / "model.safetensors").items() if ".layers." in name}
+    each = {name: one.repeat(3) if "layernorm" in name else one for name, one in of_layers.items()}
+    write_block(to / "blocks", each, {})
+    plan = SPDPlan(2, 3, (0, 1), own_norms=True)
+    assemble(source, [to / "blocks"], SavedPlan(plan, (0, 1), (0, 1), fingerprint(source)), to)
+    return to
+
+
 def test_quality_and_sweep_agree_with_the_sensitivity(cli, tiny, tmp_path):
     text = ("data.length=31", "data.end_token=false")
     code, _, err = cli(
@@ -35,18 +50,15 @@ def test_quality_and_sweep_agree_with_the_sensitivity(cli, tiny, tmp_path):
     assert code == 0, err
     sweep = json.loads((tmp_path / "sweep.json").read_text())
     assert sweep["largest_difference"] < 1e-6 and sweep["kept_s"] > 0
-    words = (
-        f"sensitivity={tmp_path}/sensitivity.json",
-        "shares=[0,0.5,1]",
-        "length=31",
-        "sequences=2",
-        "placement=[0]",
-    )
-    words = (f"model={tiny}", "texts=[{called:same,pydoc:train}]", *words, "placement=[0]", f"out={tmp_path}")
+    same = with_norms_of_each_rank(tiny, tmp_path / "same")
+    compared = (f"sensitivity={tmp_path}/sensitivity.json", f"models=[{{called:own norms,folder:{same}}}]")
+    on = ("shares=[0,0.5,1]", "length=31", "sequences=2", "texts=[{called:same,pydoc:train}]", "placement=[0]")
+    words = (f"model={tiny}", *compared, *on, f"out={tmp_path}")
     code, _, err = cli(spd_quality, spd_quality.task, *words)
     assert code == 0, err
     quality = json.loads((tmp_path / "quality.json").read_text())["texts"]["same"]
-    ranked, in_order = quality["variants"].values()
+    ranked, in_order, own = quality["variants"].values()
+    assert own == pytest.approx(in_order), "the same weights, in the same order"
     assert exp(ranked[0]) == pytest.approx(told["perplexity"]) and ranked[0] == in_order[0]
     assert exp(ranked[2]) == pytest.approx(told["blocks"][0]["perplexity"]) and ranked[2] == in_order[2]
     # The first to drop, alone.

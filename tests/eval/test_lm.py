@@ -1,0 +1,43 @@
+"""Requests are made as lm-eval's own model makes them, whatever the tokenizer puts before a text."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers import processors
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from eval.decode import _answer, _ended
+from eval.lm import EngineLM, recorder
+from eval.requests import Continue
+from tests.tiny import tiny_tokenizer
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["begins texts", "does not"])
+def tokenizer(request: pytest.FixtureRequest) -> Any:
+    made = tiny_tokenizer(bos_token="<s>", eos_token="</s>")
+    if request.param:
+        of = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", made.bos_token_id)])
+        made.backend_tokenizer.post_processor = of
+    return made
+
+
+@pytest.mark.parametrize("text", ["a boat", "<s>a boat", " boat"])
+def test_texts_begin_as_lm_evals_own_do(tokenizer: Any, text: str) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer)))
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, prefix_token_id=tokenizer.bos_token_id)
+    ours = EngineLM(tokenizer, 64, tokenizer.bos_token_id, recorder([]))
+    assert ours.tok_encode(text) == theirs.tok_encode(text)
+    assert ours._encoded("A man and", text) == theirs._encode_pair("A man and", text)
+    assert ours._encoded("", text) == ([tokenizer.bos_token_id], [i for i in ours.tok_encode(text) if i < 256])
+
+
+def test_a_special_token_ends_a_text_where_the_task_says_so(tokenizer: Any) -> None:
+    made = [*tokenizer("a boat", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    engine: Any = SimpleNamespace(shape=SimpleNamespace(end_tokens=()))
+    request = Continue((1,), ("</s>",), 99)
+    assert not _ended(engine, tokenizer, request, made[:-1]) and _ended(engine, tokenizer, request, made)
+    assert _answer(engine, tokenizer, request, made) == "a boat"
