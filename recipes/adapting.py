@@ -49,6 +49,11 @@ class Job:
         return self.text.tokens[self.repair.sequences :]
 
     @property
+    def passes(self) -> int:
+        """How often ``unseen`` is taken up."""
+        return -(-len(self.unseen) // self.joint.batch)
+
+    @property
     def of_joint(self) -> dict[str, Any]:
         """What learning together depends on."""
         return {**self.about, "budget": self.budget, "joint": {**asdict(self.joint), "save_every": None}}
@@ -82,7 +87,8 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any] | None:
         repair_all(here, blocks, job, told, progress, stop)
         if stop.agreed(here.world, here.device):  # also: all blocks are in their files
             return None
-        found = learn_together(here, blocks, job, within(told["order"], job.budget), progress, stop)
+        wanted = chosen(blocks, here, job, within(told["order"], job.budget), progress)
+        found = learn_together(here, blocks, job, wanted, progress, stop)
     stop.over()
     return {"measured": told, **found} if found else None
 
@@ -112,6 +118,20 @@ def repair_all(here: Any, blocks: Any, job: Job, told: dict[str, Any], progress:
         teacher = outputs
         if stop.agreed(here.tp, here.device):  # data-parallel ranks have other blocks, and hear of it behind those
             break
+
+
+def chosen(blocks: Any, here: Any, job: Job, wanted: Sequence[int], progress: Progress) -> Sequence[int]:
+    """As many blocks as are ``wanted``: of all that have been repaired, also for a larger share before, the best."""
+    from longctx.megatron.joint import Together
+
+    there = [block for block in range(blocks.shape.layers) if job.file_of(block).is_file()]
+    if len(there) == len(wanted):
+        return wanted
+    layers = {block: from_file(blocks, block, job) for block in there}
+    progress.start("predictions with each that is repaired dropped alone", len(there) * job.passes)
+    together = Together(blocks, layers, there, job.joint, here.groups.dp)
+    alone = together.divergences_alone(job.unseen, progress.step)
+    return sorted(there, key=lambda block: (alone[block], block))[: len(wanted)]
 
 
 def learn_together(
@@ -150,7 +170,7 @@ def learn_together(
         tensors = blocks.tensors_of(layer)
         if here.rank.rank == 0:
             write_block(job.joint_file_of(block), tensors, {})
-    progress.start("predictions with each dropped alone", len(wanted) * -(-len(job.unseen) // how.batch))
+    progress.start("predictions with each dropped alone", len(wanted) * job.passes)
     alone = together.divergences_alone(job.unseen, progress.step)
     return {"losses": together.losses, "before": before, "after": after, "helped": helped, "alone": alone}
 

@@ -178,15 +178,20 @@ def test_a_killed_run_goes_on_behind_its_last_block_to_the_same_model(cli, tiny,
     assert (out / "blocks" / "000.safetensors").stat().st_mtime_ns == before
     assert tensors(out, "blocks/001.safetensors") == tensors(adapted, "blocks/001.safetensors")
     assert tensors(out) == tensors(adapted)
-    # Another share of blocks, and none of this learning, go on from the same blocks.
+    # None of this learning, and another share of blocks, go on from the same blocks; of those the best are taken.
     words = (f"model={tiny}", "mesh.tp=3", f"out={out}", *TEXT, *REPAIR)
-    for more in (("spd.budget=0.5",), ("spd.budget=1", "joint.steps=0")):
-        code, _, err = cli(spd_adapt, spd_adapt.task, *words, *more)
-        assert code == 0, err
-    assert (out / "blocks" / "000.safetensors").stat().st_mtime_ns == before
+    code, _, err = cli(spd_adapt, spd_adapt.task, *words, "spd.budget=1", "joint.steps=0")
+    assert code == 0, err
     found = tensors(out)
     for name, tensor in tensors(out, "blocks/000.safetensors").items():
         assert found[f"dropped.{name}"] == tensor
+    best, worst = saved_plan(out).order
+    told = json.loads((out / "sensitivity.json").read_text())
+    (out / "sensitivity.json").write_text(json.dumps({**told, "order": [worst, best]}))
+    code, _, err = cli(spd_adapt, spd_adapt.task, *words, "spd.budget=0.5")
+    assert code == 0, err
+    assert saved_plan(out).plan.dropped == (best,)
+    assert (out / "blocks" / "000.safetensors").stat().st_mtime_ns == before
     code, _, err = cli(spd_adapt, spd_adapt.task, *words, "spd.budget=1", "joint.lr=1e-3")
     assert code == 2 and "has learned with another joint: give another out=" in err
 
