@@ -141,7 +141,8 @@ def _is_one_run_of_wandb(out: Path) -> None:
         assert config["machine"]["slurm"]["job_nodelist"] == "n[1-2]" and "recipes.pretrain" in config["command"]
         manifest = json.loads((start / "files" / "manifest.json").read_text())
         assert manifest["module"] == "recipes.pretrain" and manifest["mesh"]["ring"] == 2
-    assert set(range(steps.__len__() and min(steps), STEPS + 1)) == steps and min(steps) == 6
+    resumed = re.search(r"going on behind step (\d+)", (out / "ranks" / "0.log").read_text())
+    assert resumed and steps == set(range(int(resumed[1]) + 1, STEPS + 1)), "all since it was killed"
 
 
 def test_a_node_that_dies_is_replaced_and_the_run_goes_on(submitted, whole, folder, cluster: Cluster):
