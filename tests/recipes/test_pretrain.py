@@ -195,7 +195,7 @@ def test_a_torn_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
         (["mesh.ulysses=4"], r"mesh\.ulysses=4 .*use mesh\.ulysses="),
         (["mesh.pp=3"], r"mesh\.pp=3 does not divide 4 layers: use mesh\.pp=[24]"),
         (["mesh.dp=3"], r"data\.batch=2 sequences do not divide over 3 .*use data\.batch=3"),
-        (["data.length=9000"], r"data\.length=9,000 is more than the model's context of 4,096: .*recipes\.extend"),
+        (["data.length=9000"], r"data\.length=9,000 is more than the model's context of 4,096: .*model\.positions"),
         (["data=text", "data.sources=[{path:/nowhere/at/all}]"], "/nowhere/at/all is no file"),
         (["out=/proc/nobody/writes/here"], "out=/proc/nobody/writes/here cannot be written"),
         (["context.chunk=7"], r"context\.chunk=7 is for inference"),
