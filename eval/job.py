@@ -132,11 +132,7 @@ def prepare(config: DictConfig) -> Job:
     for other, (_, one) in zip(variants[1:], configs[1:], strict=True):
         refuse_other_model(base, other)
         _refuse_too_short(other, requests)
-        if lacks_order(one) and other.folder != base.folder:
-            raise ValueError(
-                f"variant {other.name}: the order in which blocks drop is measured on the baseline, and this is "
-                "another model: give it spd.sensitivity, of recipes.spd_sensitivity"
-            )
+        _refuse_other_order(base, other, one)
     _refuse_other_world(variants)
     order_jobs(configs, base, asked.sensitivity, Path(settings.out))  # refuses what cannot be measured
     values: Any = OmegaConf.to_container(config, resolve=True)
@@ -220,6 +216,15 @@ def _refuse_too_short(variant: Variant, requests: Sequence[Request]) -> None:
         raise ValueError(
             f"variant {variant.name}: its context is {variant.shape.positions:,}, and what the baseline is asked has "
             f"up to {longest:,} tokens: use eval.longest={variant.shape.positions}, or shorter eval.lengths"
+        )
+
+
+def _refuse_other_order(base: Variant, variant: Variant, config: DictConfig) -> None:
+    """ValueError if blocks of ``variant`` are to drop in an order that would be measured on another model."""
+    if lacks_order(config) and variant.folder != base.folder:
+        raise ValueError(
+            f"variant {variant.name}: the order in which blocks drop is measured on the baseline, and this is another "
+            "model: give it spd.sensitivity, of recipes.spd_sensitivity"
         )
 
 

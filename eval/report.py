@@ -47,7 +47,8 @@ def report_of(scored: Sequence[Scored], judged: Judged, about: Mapping[str, Any]
     base = scored[0].outcomes
     right = [name for name, one in base.items() if not one.words]
     chance = [name for name in right if near_chance(base[name].values, base[name].chance)]
-    carrying = [name for name in right if name not in chance] or right
+    carrying = [name for name in right if name not in chance]
+    averaged = carrying or right
     tasks: dict[str, dict[str, Any]] = {name: {} for name in base}
     average = {}
     how = {"resamples": judged.resamples, "seed": judged.seed}
@@ -62,17 +63,17 @@ def report_of(scored: Sequence[Scored], judged: Judged, about: Mapping[str, Any]
                 pair = [(ours.values, theirs.values)]
                 compared = compare(pair, allowed_drop=judged.allowed_drop, **how)
                 tasks[name][one.name] = _of_accuracy(compared, one, {"metrics": dict(theirs.others)})
-        if carrying:
-            pairs = [(base[name].values, one.outcomes[name].values) for name in carrying]
+        if averaged:
+            pairs = [(base[name].values, one.outcomes[name].values) for name in averaged]
             told = compare(pairs, allowed_drop=judged.allowed_drop, **how)
-            if set(carrying) <= set(chance):  # there is nothing to lose, whatever the interval says
+            if not carrying:  # there is nothing to lose, whatever the interval says
                 told = replace(told, verdict="undecided", needed=None)
             average[one.name] = _of_accuracy(told, one, {})
     variants = {one.name: {k: v for k, v in vars(one).items() if k not in ("name", "outcomes")} for one in scored}
     return {
         "tasks": tasks,
         AVERAGE: average,
-        "averaged": carrying if right else [],
+        "averaged": averaged,
         "near_chance": chance,
         "variants": variants,
         "gate": _gate(judged, average),

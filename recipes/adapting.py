@@ -87,7 +87,7 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any] | None:
         repair_all(here, blocks, job, told, progress, stop)
         if stop.agreed(here.world, here.device):  # also: all blocks are in their files
             return None
-        wanted = chosen(blocks, here, job, within(told["order"], job.budget), progress)
+        wanted = chosen(here, blocks, job, within(told["order"], job.budget), progress)
         found = learn_together(here, blocks, job, wanted, progress, stop)
     stop.over()
     return {"measured": told, **found} if found else None
@@ -120,7 +120,7 @@ def repair_all(here: Any, blocks: Any, job: Job, told: dict[str, Any], progress:
             break
 
 
-def chosen(blocks: Any, here: Any, job: Job, wanted: Sequence[int], progress: Progress) -> Sequence[int]:
+def chosen(here: Any, blocks: Any, job: Job, wanted: Sequence[int], progress: Progress) -> Sequence[int]:
     """As many blocks as are ``wanted``: of all that have been repaired, also for a larger share before, the best."""
     from longctx.megatron.joint import Together
 
