@@ -12,6 +12,7 @@ from eval.variants import Variant
 from longctx.infer.engine import Engine
 from longctx.parallel.launch import Rank
 from longctx.train.stop import StopRequest
+from recipes.machine import ROOT, commit_of
 from recipes.progress import Progress
 from recipes.start import threads_for
 
@@ -40,6 +41,7 @@ def run_rank(rank: Rank, work: Work) -> bool:
     stop = StopRequest()
     threads, variant = threads_for(work.threads, rank), work.variant
     first = rank.rank == 0
+    commit = commit_of(ROOT) if first else ""
     with (
         runtime(
             rank, variant.mesh, threads=threads, timeout_minutes=work.timeout_minutes, device=variant.device
@@ -55,7 +57,7 @@ def run_rank(rank: Rank, work: Work) -> bool:
         for answers, tokens in answered(engine, work):
             if first:
                 kept = {key(request): answer for request, answer in answers.items()}
-                responses.append(work.file, kept, tokens, time.perf_counter() - began if tokens else 0.0)
+                responses.append(work.file, kept, tokens, time.perf_counter() - began if tokens else 0.0, commit)
                 began = time.perf_counter()
             for _ in answers:
                 progress.step()

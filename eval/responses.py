@@ -15,10 +15,11 @@ from eval.requests import Answer
 class Kept:
     """What a file of answers holds, by the key of their request; and what it took: tokens run, seconds.
 
-    ``corrupt`` names the lines that are not as they were written: their answers are missing here.
+    ``commits`` are those of the sources that gave them. ``corrupt`` names the lines that are not as they were written: their answers are missing here.
     """
 
     answers: dict[str, Answer] = field(default_factory=dict)
+    commits: set[str] = field(default_factory=set)
     corrupt: list[str] = field(default_factory=list)
     requests: int = 0
     tokens: int = 0
@@ -40,15 +41,16 @@ def read(path: Path) -> Kept:
             given = entry["answer"]
             kept.answers[entry["key"]] = given if isinstance(given, str) else (given[0], given[1])
         else:
+            kept.commits.add(entry.get("commit", "unknown"))
             kept.requests += entry["requests"]
             kept.tokens += entry["tokens"]
             kept.seconds += entry["seconds"]
     return kept
 
 
-def append(path: Path, answers: Mapping[str, Answer], tokens: int, seconds: float) -> None:
+def append(path: Path, answers: Mapping[str, Answer], tokens: int, seconds: float, commit: str) -> None:
     """Add ``answers``, for which so many ``tokens`` were run in so many ``seconds``: one write, whole or torn."""
-    cost = {"requests": len(answers), "tokens": tokens, "seconds": round(seconds, 4)}
+    cost = {"requests": len(answers), "tokens": tokens, "seconds": round(seconds, 4), "commit": commit}
     entries: Sequence[Mapping[str, Any]] = [*({"key": key, "answer": x} for key, x in answers.items()), cost]
     # The file may end in the middle of a line, torn by a kill: an empty line is nothing, a torn one stays by itself.
     lines = b"\n" + b"".join(_line(entry) for entry in entries)

@@ -9,7 +9,7 @@ interrupted.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from eval.local import LOCAL
 from eval.ranks import Work, run_rank
 from eval.requests import key
 from eval.variants import Variant
-from recipes.machine import provenance
+from recipes.machine import ROOT, commit_of, provenance
 from recipes.manifest import record
 from recipes.start import GATE_FAILED, console, is_first, leave_stopped, main, on_every_rank, say, warm_up_ranks
 
@@ -36,6 +36,8 @@ def answer(job: Job, number: int) -> responses.Kept:
     kept = responses.read(file)
     for where in kept.corrupt:
         say(f"{where} is not as it was written: what was there is computed again")
+    if others := kept.commits - {commit_of(ROOT)}:
+        say(f"{file} has answers of another commit, {', '.join(sorted(others))}: another out= asks all of them anew")
     left = tuple(request for request in job.requests if key(request) not in kept.answers)
     which = f"{variant.name} ({number + 1} of {len(job.variants)})"
     say(f"{which}: {len(left):,} of {len(job.requests):,} requests to answer")
@@ -74,13 +76,14 @@ def scored(job: Job, variant: Variant, kept: responses.Kept) -> report.Scored:
     )
 
 
-def finish(job: Job, found: Sequence[report.Scored]) -> dict[str, Any]:
-    """The report, written, tracked and shown."""
+def finish(job: Job, found: Sequence[report.Scored], commits: Set[str]) -> dict[str, Any]:
+    """The report, written, tracked and shown; ``commits`` are those that its answers are of."""
     from longctx.train.track import start_tracking
 
     judged = report.Judged(job.eval.allowed_drop, job.eval.resamples, job.eval.seed, job.eval.gate, job.eval.strict)
     title = f"{found[0].model} on {len(job.tasks)} task(s)"
-    made = report.write(report.report_of(found, judged, {"title": title, **provenance()}), job.out)
+    about = {"title": title, **provenance(), "commit": ", ".join(sorted({*commits, commit_of(ROOT)}))}
+    made = report.write(report.report_of(found, judged, about), job.out)
     tracker, _ = start_tracking(job.track, job.out, job.config, first=True, say=say)
     report.track(made, job.out, tracker)
     console.print(report.summary(made))
@@ -104,7 +107,7 @@ def task(config: DictConfig) -> None:
     if not is_first():
         return
     found = [scored(job, variant, of) for variant, of in zip(job.variants, kept, strict=True)]
-    made = finish(job, found)
+    made = finish(job, found, set().union(*(of.commits for of in kept)))
     if not made["gate"]["passed"]:
         say(f"[bold red]gate failed[/]: {', '.join(made['gate']['failed'])}")
         sys.exit(GATE_FAILED)

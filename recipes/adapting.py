@@ -19,7 +19,7 @@ from recipes.calibration import blocks_of
 from recipes.progress import Progress
 from recipes.start import say
 
-ERRORS = ("zero_shot", "grouped", "distilled")
+ERRORS = ("zero_shot", "grouped", "fitted", "distilled")
 
 
 @dataclass(frozen=True)

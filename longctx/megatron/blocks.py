@@ -1,6 +1,6 @@
 """A model taken block by block, on many sequences of one length: what SPD measures and repairs blocks with."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,11 @@ from longctx.parallel.hybrid import hybrid
 from longctx.parallel.ring import pass_kv
 from longctx.schema import ModelShape
 from longctx.shapes import Float, Tensor, Tokens
+from longctx.spd.guess import LinearGuess
 from longctx.spd.text import Text
 
 Hidden = Float[Tensor, "b s hidden"]
+_TOGETHER = 8  # sequences, where many are looked at
 
 
 @dataclass(frozen=True)
@@ -82,17 +84,39 @@ class Blocks:
         fill(parts_of_layer(layer, self.shape), tensors.__getitem__, self.tp.rank)
 
     @torch.no_grad()
-    def neuron_errors(self, layer: Any, x: Hidden) -> Float[Tensor, "neurons ranks"]:
-        """Of every neuron, its mean squared error on each rank, weighted by its column of the down projection.
+    def guesses(self, layer: Any, x: Hidden) -> list[Float[Tensor, "hidden hidden"]]:
+        """Of every rank, what makes of its MLP's input the best guess of what that were with all heads, both normed.
 
-        On a rank, a neuron sees that rank's heads instead of all.  Relative to the square of the block's output.
         ``layer`` drops its reduction.
         """
-        partials = self.partials(layer, x)
-        exact, wanted = self._activations(layer, x + sum(partials)), self.run(layer, x).square().sum(-1, keepdim=True)
-        weight = layer.mlp.linear_fc2.weight.square().sum(0)
-        each = [(self._activations(layer, x + one) - exact).square() / wanted for one in partials]
-        mine = torch.stack([one.mean((0, 1)) * weight for one in each], 1)
+        guess = LinearGuess(x.shape[-1], x.device)
+        for rows in x.split(_TOGETHER):
+            partials = self.partials(layer, rows)
+            mine, whole = (self._normed(layer, rows + y) for y in (partials[self.tp.rank], sum(partials)))
+            guess.look(mine.flatten(0, 1), whole.flatten(0, 1))
+        matrix = guess.matrix()
+        return self.tp.all_gather(matrix, [tuple(matrix.shape)] * self.tp.size)
+
+    @torch.no_grad()
+    def neuron_errors(
+        self, layer: Any, x: Hidden, guesses: Sequence[Tensor] | None = None
+    ) -> Float[Tensor, "neurons ranks"]:
+        """Of every neuron, its mean squared error on each rank, weighted by its column of the down projection.
+
+        On a rank, a neuron sees that rank's heads instead of all, or what the rank ``guesses``.  Relative to the square
+        of the block's output.  ``layer`` drops its reduction.
+        """
+        weight, sums = layer.mlp.linear_fc2.weight.square().sum(0), 0
+        for rows in x.split(_TOGETHER):
+            partials = self.partials(layer, rows)
+            wanted = self.run(layer, rows).square().sum(-1, keepdim=True)
+            exact = self._activations(layer, self._normed(layer, rows + sum(partials)))
+            seen = [self._normed(layer, rows + one) for one in partials]
+            if guesses:
+                seen = [one @ guess.T for one, guess in zip(seen, guesses, strict=True)]
+            each = [(self._activations(layer, one) - exact).square() / wanted for one in seen]
+            sums = sums + torch.stack([one.sum((0, 1)) for one in each], 1)
+        mine = sums * weight[:, None] / x.shape[:2].numel()
         return torch.cat(self.tp.all_gather(mine, [tuple(mine.shape)] * self.tp.size))
 
     @torch.no_grad()
@@ -131,12 +155,16 @@ class Blocks:
 
     def mlp_of(self, layer: Any, u: Hidden) -> Hidden:
         """This rank's part of the MLP's output, where ``u`` enters its norm."""
-        return self._activations(layer, u) @ layer.mlp.linear_fc2.weight.T
+        return self._activations(layer, self._normed(layer, u)) @ layer.mlp.linear_fc2.weight.T
 
-    def _activations(self, layer: Any, u: Hidden) -> Float[Tensor, "b s neurons"]:
-        """Of this rank's neurons, where ``u`` enters the MLP's norm."""
-        both, _ = layer.mlp.linear_fc1(layer.pre_mlp_layernorm(_one_row(u)))
-        gate, up = both.reshape(*u.shape[:2], -1).chunk(2, -1)
+    def _normed(self, layer: Any, u: Hidden) -> Hidden:
+        """What enters the MLP, where ``u`` enters its norm."""
+        return layer.pre_mlp_layernorm(_one_row(u)).reshape(u.shape)
+
+    def _activations(self, layer: Any, normed: Hidden) -> Float[Tensor, "b s neurons"]:
+        """Of this rank's neurons, which ``normed`` enters."""
+        both, _ = layer.mlp.linear_fc1(_one_row(normed))
+        gate, up = both.reshape(*normed.shape[:2], -1).chunk(2, -1)
         return F.silu(gate) * up
 
 

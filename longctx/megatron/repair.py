@@ -1,6 +1,6 @@
-"""A block learns to do without its first reduction: heads and neurons grouped, then distilled (2502.20727, 4.2)."""
+"""A block learns to do without its first reduction: grouped and distilled (2502.20727, 4.2), between that fitted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ class Repaired:
     layer: Any
     zero_shot: float
     grouped: float
+    fitted: float
     distilled: float
 
 
@@ -45,38 +46,58 @@ def repair(
     def error() -> float:
         return error_of(student, inputs[held_out], outputs[held_out], how.batch)
 
-    zero_shot = grouped = error()
-    if kind in how.group and how.grouping != "none":
-        group(blocks, layer, inputs[: how.looked_at], how.grouping)
+    zero_shot = error()
+    looked_at, grouped = inputs[: how.looked_at], zero_shot
+    groups = kind in how.group and how.grouping != "none"
+    if groups:
+        spread_heads(blocks, layer, looked_at)
+    guesses = blocks.guesses(layer, looked_at) if kind in how.fit else None
+    if groups:
+        place_neurons(blocks, layer, looked_at, how.grouping, guesses)
         grouped = error()
-    distilled = grouped
+    fitted = grouped
+    if guesses:
+        fit(layer, guesses[blocks.tp.rank])
+        fitted = error()
+    distilled = fitted
     if kind in how.distil:
         course = Distillation(how.epochs, how.batch, how.lr, seed=block)
         for loss in distil(student, list(layer.parameters()), inputs[learned], outputs[learned], course):
             step_done(loss)
         distilled = error()
-    return Repaired(layer, zero_shot, grouped, distilled)
+    return Repaired(layer, zero_shot, grouped, fitted, distilled)
 
 
 @torch.no_grad()
-def group(blocks: Blocks, layer: Any, x: Hidden, grouping: str) -> None:
-    """Put ``layer``'s heads and neurons on the ranks where they miss least when they see those heads alone.
+def spread_heads(blocks: Blocks, layer: Any, x: Hidden) -> None:
+    """Put KV groups of ``layer`` that are alike on different ranks (2502.20727, Eq. 2), if a rank has more than one."""
+    shape = blocks.shape
+    if shape.kv_heads > blocks.tp.size:
+        sets = scattered(blocks.group_features(layer, x), blocks.tp.size)
+        _regroup(blocks, layer, [one for rank in sets for one in rank], range(shape.ffn))
 
-    First KV groups are spread, the alike on different ranks (Eq. 2); then the MLP's shards go to the heads that move
-    them most (Eq. 3), or each neuron by itself to where its error is least.
+
+@torch.no_grad()
+def place_neurons(
+    blocks: Blocks, layer: Any, x: Hidden, grouping: str, guesses: Sequence[Tensor] | None = None
+) -> None:
+    """Put ``layer``'s shards of the MLP to the heads that move them most (2502.20727, Eq. 3).
+
+    Or each neuron by itself where its error is least, when it sees that rank's heads alone, or what the rank guesses.
     """
-    shape, ranks = blocks.shape, blocks.tp.size
-    groups, neurons = range(shape.kv_heads), range(shape.ffn)
-    if shape.kv_heads > ranks:  # else there is one to a rank, and nothing to spread
-        sets = scattered(blocks.group_features(layer, x), ranks)
-        _regroup(blocks, layer, [one for rank in sets for one in rank], neurons)
     if grouping == "neurons":
-        order = list(placed(blocks.neuron_errors(layer, x)))
+        order = list(placed(blocks.neuron_errors(layer, x, guesses)))
     else:
-        each = shape.ffn // ranks
+        each = blocks.shape.ffn // blocks.tp.size
         shard_of = matched(blocks.shard_norms(layer, x))
         order = [shard * each + neuron for shard in shard_of for neuron in range(each)]
-    _regroup(blocks, layer, groups, order)
+    _regroup(blocks, layer, range(blocks.shape.kv_heads), order)
+
+
+@torch.no_grad()
+def fit(layer: Any, guess: Tensor) -> None:
+    """Let ``layer``'s neurons on this rank see the ``guess`` that `Blocks.guesses` has for it."""
+    layer.mlp.linear_fc1.weight.copy_(layer.mlp.linear_fc1.weight @ guess)
 
 
 def _regroup(blocks: Blocks, layer: Any, groups: Any, neurons: Any) -> None:

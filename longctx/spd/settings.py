@@ -35,12 +35,13 @@ BlockClass = Literal["ISB", "SB", "ESB"]
 class Repair:
     """How blocks learn to do without a reduction (arXiv 2502.20727, 4.2); configs/spd_adapt.yaml explains each field.
 
-    ``distil`` and ``group`` name classes of blocks; ``sequences`` of ``length`` tokens are learned from, ``held_out``
-    more report errors, and grouping looks at the first ``looked_at``.
+    ``distil``, ``group`` and ``fit`` name classes of blocks; ``sequences`` of ``length`` tokens are learned from,
+    ``held_out`` more report errors, and grouping and fitting look at the first ``looked_at``.
     """
 
     distil: tuple[BlockClass, ...]
     group: tuple[BlockClass, ...]
+    fit: tuple[BlockClass, ...]
     grouping: Literal["neurons", "shards", "none"]
     inputs: Literal["teacher", "student"]
     own_norms: bool
@@ -58,6 +59,11 @@ class Repair:
                 raise ValueError(f"repair.{name}={getattr(self, name)}: use more than 0")
         if self.batch > self.sequences:
             raise ValueError(f"repair.batch={self.batch} of repair.sequences={self.sequences}: take fewer a step")
+        if self.looked_at > self.sequences:
+            raise ValueError(
+                f"repair.looked_at={self.looked_at} of repair.sequences={self.sequences}: look at fewer, the others "
+                "are held out"
+            )
 
 
 @dataclass(frozen=True)

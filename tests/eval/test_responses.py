@@ -16,16 +16,17 @@ GIVEN = {"a": (-1.5, True), "b": "some text\nwith two lines"}
 def test_what_was_appended_is_read(tmp_path):
     file = tmp_path / "deep" / "answers.jsonl"
     assert read(file).answers == {}
-    append(file, GIVEN, tokens=31, seconds=0.5)
-    append(file, {"c": (-float("inf"), False)}, tokens=7, seconds=0.25)
+    append(file, GIVEN, tokens=31, seconds=0.5, commit="one")
+    append(file, {"c": (-float("inf"), False)}, tokens=7, seconds=0.25, commit="two")
     kept = read(file)
     assert kept.answers == GIVEN | {"c": (-float("inf"), False)}
+    assert kept.commits == {"one", "two"}
     assert (kept.requests, kept.tokens, kept.seconds, kept.corrupt) == (3, 38, 0.75, [])
 
 
 def test_a_changed_line_is_named_and_not_believed(tmp_path):
     file = tmp_path / "answers.jsonl"
-    append(file, GIVEN, 31, 0.5)
+    append(file, GIVEN, 31, 0.5, "one")
     file.write_text(file.read_text().replace("-1.5", "-2.5"))
     kept = read(file)
     assert kept.answers == {"b": GIVEN["b"]}
@@ -43,9 +44,9 @@ def test_a_line_of_something_else_is_corrupt(tmp_path):
 
 def test_a_torn_end_spoils_nothing_that_comes_after(tmp_path):
     file = tmp_path / "answers.jsonl"
-    append(file, GIVEN, 31, 0.5)
+    append(file, GIVEN, 31, 0.5, "one")
     file.write_bytes(file.read_bytes()[:-9])
-    append(file, {"c": (-2.0, False)}, 3, 0.25)
+    append(file, {"c": (-2.0, False)}, 3, 0.25, "two")
     kept = read(file)
     assert kept.answers == GIVEN | {"c": (-2.0, False)}
     assert len(kept.corrupt) == 1
@@ -53,7 +54,7 @@ def test_a_torn_end_spoils_nothing_that_comes_after(tmp_path):
 
 def keeps_on(rank: Rank, file: Path) -> None:
     for i in range(10**6):
-        append(file, {f"key {i}": (-float(i), True)}, 1, 0.0)
+        append(file, {f"key {i}": (-float(i), True)}, 1, 0.0, "one")
         if i == 50:
             os.kill(os.getpid(), signal.SIGKILL)
 

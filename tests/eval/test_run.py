@@ -95,6 +95,17 @@ def test_the_same_again_asks_nothing(cli, compared, monkeypatch):
     assert code == 0, err
 
 
+def test_answers_of_another_commit_are_named_in_the_report_too(cli, compared, monkeypatch):
+    command, out = compared
+    before = json.loads((out / "report.json").read_text())["commit"]
+    assert "of another commit" not in cli(*command)[2]
+    monkeypatch.setattr(run, "commit_of", lambda _: "000000000000")
+    _, _, err = cli(*command)
+    assert f"has answers of another commit, {before}: another out= asks all of them anew" in err
+    assert json.loads((out / "report.json").read_text())["commit"] == f"000000000000, {before}"
+    assert f"commit: 000000000000, {before}" in (out / "report.md").read_text()
+
+
 def test_a_corrupt_answer_is_named_and_computed_again(cli, compared):
     command, out = compared
     job_before = json.loads((out / "report.json").read_text())

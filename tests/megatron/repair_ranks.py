@@ -17,7 +17,7 @@ def states(rank: Rank, folder: Path, how: Repair | None, grouping: str, dropped:
     """Of a model on the ranks: losses, and block 1's output, as it is, grouped (with the reduction), and repaired."""
     from longctx.infer.engine import load_engine
     from longctx.megatron.blocks import Blocks
-    from longctx.megatron.repair import group, repair
+    from longctx.megatron.repair import place_neurons, repair, spread_heads
     from longctx.megatron.runtime import runtime
     from longctx.spd.text import Text
 
@@ -38,7 +38,8 @@ def states(rank: Rank, folder: Path, how: Repair | None, grouping: str, dropped:
             out["loss"], out["y"] = blocks.loss(y, text), y
             layer = blocks.copy_of(1, own_norms=False)
             before = blocks.tensors_of(layer)
-            group(blocks, layer, entering, grouping)
+            spread_heads(blocks, layer, entering)
+            place_neurons(blocks, layer, entering, grouping)
             layer.drop(dropped=False)
             out["grouped"] = blocks.run(layer, entering)
             after = blocks.tensors_of(layer)
@@ -49,7 +50,7 @@ def states(rank: Rank, folder: Path, how: Repair | None, grouping: str, dropped:
                 inputs = blocks.run(layers[0], blocks.embedded(more))
                 outputs = blocks.run(layers[1], inputs)
             made = repair(blocks, 1, "ESB", inputs, outputs, how)
-            out["errors"] = [made.zero_shot, made.grouped, made.distilled]
+            out["errors"] = [made.zero_shot, made.grouped, made.fitted, made.distilled]
             out["norms"] = made.layer.pre_mlp_layernorm.weight.detach().clone()
     return out
 

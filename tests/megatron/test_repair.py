@@ -15,7 +15,8 @@ from tests.megatron.repair_ranks import learned, predictions, states
 from tests.oracle import assert_close
 
 SIZES = {"num_attention_heads": 12, "num_key_value_heads": 6, "intermediate_size": 90}
-HOW = Repair(("SB", "ESB"), ("SB", "ESB"), "neurons", "teacher", False, 96, 19, 7, 5, 2, 3, 1e-3)
+HOW = Repair(("SB", "ESB"), ("SB", "ESB"), (), "neurons", "teacher", False, 96, 19, 7, 5, 2, 3, 1e-3)
+FITTED = replace(HOW, fit=("ESB",), sequences=384, looked_at=96, lr=2e-4)
 
 
 @pytest.fixture(scope="module", params=["tied llama", "qwen2, with biases", "mistral, a window in all layers"])
@@ -44,8 +45,14 @@ def test_the_losses_are_those_of_transformers_and_grouping_leaves_the_function(
 
 def test_a_repaired_block_errs_less_on_text_that_it_has_not_learned_from(folder: Path) -> None:
     for rank in run_ranks(3, states, folder, HOW, "neurons", ()):
-        zero_shot, grouped, distilled = rank["errors"]
-        assert distilled < grouped < zero_shot
+        zero_shot, grouped, fitted, distilled = rank["errors"]
+        assert distilled < fitted == grouped < zero_shot
+
+
+def test_a_fitted_block_errs_less_before_it_has_learned_anything(folder: Path) -> None:
+    for rank in run_ranks(3, states, folder, FITTED, "neurons", ()):
+        zero_shot, _, fitted, distilled = rank["errors"]
+        assert distilled < fitted < zero_shot / 3
 
 
 def test_norms_are_the_same_on_every_rank_unless_they_are_its_own(folder: Path) -> None:
