@@ -15,7 +15,8 @@ from eval.requests import Answer
 class Kept:
     """What a file of answers holds, by the key of their request; and what it took: tokens run, seconds.
 
-    ``commits`` are those of the sources that gave them. ``corrupt`` names the lines that are not as they were written: their answers are missing here.
+    ``commits`` are those of the source that gave them.  ``corrupt`` names the lines that are not as they were written:
+    their answers are missing here.
     """
 
     answers: dict[str, Answer] = field(default_factory=dict)

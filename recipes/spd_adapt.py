@@ -1,4 +1,4 @@
-"""Sync-Point-Drop from end to end: blocks are classified, grouped, fitted, distilled, and a model with its plan is saved.
+"""Sync-Point-Drop end to end: blocks classified, grouped, fitted and distilled, and a model saved with its plan.
 
     python -m recipes.spd_adapt mesh.tp=3 spd.budget=0.5 out=outputs/adapted
 
@@ -148,7 +148,8 @@ def figures_of(found: dict[str, Any], rows: list[dict[str, Any]]) -> dict[int, d
 
 def show(job: Job, rows: list[dict[str, Any]], found: Mapping[str, Any]) -> None:
     """Errors of the blocks, what they have learned together, and what to do with the result."""
-    table = Table("block", "class", "sensitivity", "error zero-shot", "grouped", "fitted", "distilled", "nats alone", box=None)
+    errors_named = ("error zero-shot", *ERRORS[1:])
+    table = Table("block", "class", "sensitivity", *errors_named, "nats alone", box=None)
     for row in rows:
         errors = (f"{float(row[name]):.2e}" for name in ERRORS)
         table.add_row(str(row["block"]), row["class"], f"{row['score']:+.3f}", *errors, f"{row['alone']:.5f}")

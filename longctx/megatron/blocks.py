@@ -106,7 +106,8 @@ class Blocks:
         On a rank, a neuron sees that rank's heads instead of all, or what the rank ``guesses``.  Relative to the square
         of the block's output.  ``layer`` drops its reduction.
         """
-        weight, sums = layer.mlp.linear_fc2.weight.square().sum(0), 0
+        weight = layer.mlp.linear_fc2.weight.square().sum(0)
+        sums = torch.zeros(len(weight), self.tp.size, device=x.device)
         for rows in x.split(_TOGETHER):
             partials = self.partials(layer, rows)
             wanted = self.run(layer, rows).square().sum(-1, keepdim=True)
@@ -115,7 +116,7 @@ class Blocks:
             if guesses:
                 seen = [one @ guess.T for one, guess in zip(seen, guesses, strict=True)]
             each = [(self._activations(layer, one) - exact).square() / wanted for one in seen]
-            sums = sums + torch.stack([one.sum((0, 1)) for one in each], 1)
+            sums += torch.stack([one.sum((0, 1)) for one in each], 1)
         mine = sums * weight[:, None] / x.shape[:2].numel()
         return torch.cat(self.tp.all_gather(mine, [tuple(mine.shape)] * self.tp.size))
 
