@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from longctx.parallel.launch import Rank
 from longctx.spd.folder import read_block, write_block
@@ -79,17 +80,23 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any] | None:
     """
     stop = StopRequest()
     with blocks_of(rank, job.sensitivity.subject) as (here, blocks), Progress(shown=rank.rank == 0) as progress:
-        told = job.measured or spd_sensitivity.measured(here, blocks, job.sensitivity, progress, stop)
-        if not told:
-            return None
-        if rank.rank == 0 and not job.measured:
-            spd_sensitivity.keep(job.sensitivity, told)
-        repair_all(here, blocks, job, told, progress, stop)
-        if stop.agreed(here.world, here.device):  # also: all blocks are in their files
-            return None
-        wanted = chosen(here, blocks, job, within(told["order"], job.budget), progress)
-        found = learn_together(here, blocks, job, wanted, progress, stop)
+        found = adapted(here, blocks, job, progress, stop)
     stop.over()
+    return found
+
+
+def adapted(here: Any, blocks: Any, job: Job, progress: Progress, stop: StopRequest) -> dict[str, Any] | None:
+    """The same, on the ranks' groups."""
+    told = job.measured or spd_sensitivity.measured(here, blocks, job.sensitivity, progress, stop)
+    if not told:
+        return None
+    if here.rank.rank == 0 and not job.measured:
+        spd_sensitivity.keep(job.sensitivity, told)
+    repair_all(here, blocks, job, told, progress, stop)
+    if stop.agreed(here.world, here.device):  # also: all blocks are in their files
+        return None
+    wanted = chosen(here, blocks, job, within(told["order"], job.budget), progress)
+    found = learn_together(here, blocks, job, wanted, progress, stop)
     return {"measured": told, **found} if found else None
 
 
@@ -98,20 +105,21 @@ def repair_all(here: Any, blocks: Any, job: Job, told: dict[str, Any], progress:
 
     Of all blocks the teacher's states pass by, and, if blocks are to learn from those, the student's.
     """
-    wanted, how = sorted(within(told["order"], job.budget)), job.repair
-    mine = wanted[here.groups.dp.rank() :: here.mesh.dp]
-    left = [block for block in mine if not job.file_of(block).is_file()]
+    wanted, how = within(told["order"], job.budget), job.repair
+    left = [block for block in sorted(wanted) if not job.file_of(block).is_file()]
+    dist.barrier()  # all have looked before any writes
+    mine = left[here.groups.dp.rank() :: here.mesh.dp]
     steps = how.epochs * (how.sequences // how.batch)
     with torch.no_grad():
         teacher = student = blocks.embedded(job.text.tokens)
-    for block, layer in enumerate(blocks.model.decoder.layers[: max(left, default=-1) + 1]):
+    for block, layer in enumerate(blocks.model.decoder.layers[: max(mine, default=-1) + 1]):
         layer.drop(dropped=False)  # whatever measuring has left it as
         now, outputs = layer, through(blocks, layer, teacher, how.batch)
-        if block in left:
+        if block in mine:
             progress.start(f"block {block}, {mine.index(block) + 1} of {len(mine)}, steps", steps)
             inputs = teacher if how.inputs == "teacher" else student
             now = repaired(here, blocks, block, told["blocks"][block]["class"], inputs, outputs, job, progress)
-        elif block in mine:
+        elif block in wanted and how.inputs == "student":
             now = from_file(blocks, block, job)
         if how.inputs == "student":
             student = through(blocks, now, student, how.batch)
@@ -150,7 +158,8 @@ def learn_together(
     progress.start("predictions with all dropped", None)
     before = together.divergence(job.unseen)
     for passed in together.resume(job.joint_folder) if how.steps else ():
-        say(passed)
+        if here.rank.rank == 0:
+            say(passed)
     progress.start("blocks learn together, steps", how.steps, done=together.steps)
     while together.steps < how.steps:
         at = together.steps * how.batch

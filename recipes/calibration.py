@@ -72,32 +72,36 @@ def subject_of(config: DictConfig, recipe: str) -> Subject:
     return Subject(model, folder, fingerprint(folder), shape, mesh, config.threads, config.timeout_minutes)
 
 
-def text_of(data: DataSettings, subject: Subject, sequences: int, more: int = 0) -> Text:
+def text_of(
+    data: DataSettings, subject: Subject, sequences: int, more: int = 0, length: str = "data.length"
+) -> Text:
     """The first ``sequences`` of ``data``, packed, and up to so many ``more``; documents of one see each other.
 
-    Raises ValueError if there are fewer, or if they are longer than the model's context.
+    Raises ValueError if there are fewer, or if they are longer than the model's context; ``length`` is the setting.
     """
     from longctx.data.batches import training_batches
 
     if data.length > subject.shape.positions:
-        raise ValueError(f"data.length={data.length:,}: the model's context is {subject.shape.positions:,}")
+        raise ValueError(f"{length}={data.length:,}: the model's context is {subject.shape.positions:,}")
     found = training_batches(data, tokenizer_of(subject.folder))(None)
     batches = [batch for batch, _ in islice(found, -(-(sequences + more) // data.batch))]
     if sum(len(batch.tokens) for batch in batches) < sequences:
         there = sum(len(batch.tokens) for batch in batches)
         raise ValueError(
-            f"{', '.join(map(str, data.sources))}: the text has {there} sequences of data.length={data.length}, "
+            f"{', '.join(map(str, data.sources))}: the text has {there} sequences of {length}={data.length}, "
             f"not {sequences}: use fewer or shorter ones, or more text"
         )
     whole = Text(*(torch.cat([getattr(b, part) for b in batches]) for part in ("tokens", "targets", "mask")))
     return whole[slice(sequences + more)]
 
 
-def calibration_of(config: DictConfig, subject: Subject, sequences: int, more: int = 0) -> tuple[Text, DataSettings]:
+def calibration_of(
+    config: DictConfig, subject: Subject, sequences: int, more: int = 0, length: str = "data.length"
+) -> tuple[Text, DataSettings]:
     """The text of ``data.sources``, as `text_of` has it, each of them once."""
     data, _ = data_of(config)
     data = DataSettings(**{**vars(data), "epochs": 1})
-    return text_of(data, subject, sequences, more), data
+    return text_of(data, subject, sequences, more, length), data
 
 
 @contextmanager

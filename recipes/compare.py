@@ -67,7 +67,7 @@ def is_measured(name: str) -> bool:
 def agree(was: Any, now: Any, within: float) -> bool:
     """Whether two figures are the same, numbers to ``within`` of their size."""
     if isinstance(was, int | float) and isinstance(now, int | float):
-        return math.isclose(was, now, rel_tol=within, abs_tol=within)
+        return math.isclose(was, now, rel_tol=within, abs_tol=1e-12)
     return bool(was == now)
 
 

@@ -51,7 +51,7 @@ def prepare(config: DictConfig) -> Job:
     longer = OmegaConf.merge(config, {"data": {"length": repair.length}})
     assert isinstance(longer, DictConfig)
     seen = repair.sequences + repair.held_out
-    whole, data = calibration_of(longer, subject, seen, more=joint.steps * joint.batch)
+    whole, data = calibration_of(longer, subject, seen, more=joint.steps * joint.batch, length="repair.length")
     text = whole[slice(seen)]
     measured = _measured(spd, job)
     about = {**subject.about(text, data), **asdict(repair), **vars(job.classes)}

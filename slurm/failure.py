@@ -23,7 +23,7 @@ class Ended:
 
     def __str__(self) -> str:
         how = f"exited with {self.code}"
-        if self.code > 128:
+        if _is_signal(self.code):
             how = f"was killed by {signal.Signals(self.code - 128).name}"
         return f"rank {self.rank} on {self.host} {how}"
 
@@ -37,9 +37,14 @@ def ends(run: Path) -> list[Ended]:
     return sorted(found, key=lambda end: (_guilt(end.code), end.at))
 
 
+def _is_signal(code: int) -> bool:
+    """Whether a shell's exit code says killed: 255 is also what a container ends with that could not start."""
+    return code - 128 in [*signal.Signals]
+
+
 def _guilt(code: int) -> int:
     """Killed by something; failed; ended by srun because another had."""
-    return 2 if code == 128 + signal.SIGTERM else 0 if code > 128 else 1
+    return 2 if code == 128 + signal.SIGTERM else 0 if _is_signal(code) else 1
 
 
 def report(run: Path, code: int) -> str:

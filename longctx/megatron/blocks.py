@@ -123,14 +123,20 @@ class Blocks:
     @torch.no_grad()
     def shard_norms(self, layer: Any, x: Hidden) -> Float[Tensor, "sets shards"]:
         """Norm of each shard of the MLP's output where it sees each rank's heads (arXiv 2502.20727, Eq. 3)."""
-        each = [self.mlp_of(layer, x + one).norm() for one in self.partials(layer, x)]
-        mine = torch.stack(each)
+        squares = torch.zeros(self.tp.size, device=x.device)
+        for rows in x.split(_TOGETHER):
+            each = [self.mlp_of(layer, rows + one) for one in self.partials(layer, rows)]
+            squares += torch.stack([one.square().sum() for one in each])
+        mine = squares.sqrt()
         return torch.stack(self.tp.all_gather(mine, [tuple(mine.shape)] * self.tp.size), 1)
 
     @torch.no_grad()
     def group_features(self, layer: Any, x: Hidden) -> Float[Tensor, "groups features"]:
-        """Of each KV group its query heads' mean attention scores, one vector (arXiv 2502.20727, 4.2.4)."""
-        seen: list[Tensor] = []
+        """Of each KV group its query heads' mean attention scores, one vector (arXiv 2502.20727, 4.2.4).
+
+        Of the first few sequences of ``x``: it has length^2 entries of each.
+        """
+        x, seen = x[:_TOGETHER], list[Tensor]()
         known, length = self.attending(layer, x), x.shape[1]
         attend = known["packed_seq_params"].attend
 

@@ -15,7 +15,10 @@ from longctx.spd.settings import BlockClass, Repair
 
 @dataclass(frozen=True)
 class Repaired:
-    """A ``layer`` that drops its reduction; its relative squared errors on text that it has not learned from."""
+    """A ``layer`` that drops its reduction; its relative squared errors on text that it has not learned from.
+
+    If it is fitted, neurons are placed for what that will leave, and ``grouped`` is the error before.
+    """
 
     layer: Any
     zero_shot: float

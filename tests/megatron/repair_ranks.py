@@ -55,6 +55,32 @@ def states(rank: Rank, folder: Path, how: Repair | None, grouping: str, dropped:
     return out
 
 
+def guessed(rank: Rank, folder: Path) -> dict[str, Any]:
+    """Of block 1: what enters the MLP with all heads and with each rank's, weights, guesses, errors of its neurons."""
+    from longctx.infer.engine import load_engine
+    from longctx.megatron.blocks import Blocks
+    from longctx.megatron.runtime import runtime
+
+    shape, tp = shape_of(folder), rank.world
+    ids = torch.randint(shape.vocabulary, (19, 23), generator=torch.Generator().manual_seed(53))
+    with runtime(rank, Mesh(tp=tp), timeout_minutes=2) as here, torch.no_grad():
+        engine = load_engine(
+            here, ModelSource("test", str(folder)), shape, folder, "reference", SPDPlan(shape.layers, tp)
+        )
+        blocks = Blocks(engine.model, shape, engine.kernel, engine.tp)
+        x = blocks.run(engine.model.decoder.layers[0], blocks.embedded(ids))
+        layer = blocks.copy_of(1, own_norms=False)
+        partials, guesses = blocks.partials(layer, x), blocks.guesses(layer, x)
+        return {
+            "normed": [layer.pre_mlp_layernorm(x + y) for y in (sum(partials), *partials)],
+            "up": layer.mlp.linear_fc1.weight.clone(),
+            "down": layer.mlp.linear_fc2.weight.clone(),
+            "leaving": blocks.run(layer, x),
+            "guesses": guesses,
+            "errors": blocks.neuron_errors(layer, x, guesses),
+        }
+
+
 def predictions(rank: Rank, folder: Path) -> dict[str, Tensor]:
     """Of random hidden states: all logits, the divergence from another's predictions, and its gradient."""
     from longctx.infer.engine import load_engine

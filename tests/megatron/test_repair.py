@@ -11,7 +11,7 @@ from longctx.parallel.launch import run_ranks
 from longctx.schema import Mesh
 from longctx.spd.settings import Repair
 from tests.megatron.kinds import random_model
-from tests.megatron.repair_ranks import learned, predictions, states
+from tests.megatron.repair_ranks import guessed, learned, predictions, states
 from tests.oracle import assert_close
 
 SIZES = {"num_attention_heads": 12, "num_key_value_heads": 6, "intermediate_size": 90}
@@ -53,6 +53,25 @@ def test_a_fitted_block_errs_less_before_it_has_learned_anything(folder: Path) -
     for rank in run_ranks(3, states, folder, FITTED, "neurons", ()):
         zero_shot, _, fitted, distilled = rank["errors"]
         assert distilled < fitted < zero_shot / 3
+
+
+def test_neurons_are_placed_by_what_is_left_once_they_are_fitted(folder: Path) -> None:
+    """Neuron by neuron, rank by rank: with the guess in the weights, where `neuron_errors` has it in what enters."""
+
+    def activations(normed: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        gate, up = (normed.double() @ weight.T).chunk(2, -1)
+        return torch.nn.functional.silu(gate) * up
+
+    ranks = run_ranks(3, guessed, folder)
+    found = []
+    for rank in ranks:
+        (whole, *seen), up = rank["normed"], rank["up"].double()
+        exact, square = activations(whole, up), rank["leaving"].double().square().sum(-1, keepdim=True)
+        off = [activations(n, up @ guess.double()) - exact for n, guess in zip(seen, rank["guesses"], strict=True)]
+        column = rank["down"].double().square().sum(0)
+        found.append(torch.stack([(each.square() / square).mean((0, 1)) * column for each in off], 1))
+        assert all(torch.equal(*pair) for pair in zip(rank["guesses"], ranks[0]["guesses"], strict=True))
+    assert_close(ranks[0]["errors"], torch.cat(found), 1e-5)
 
 
 def test_norms_are_the_same_on_every_rank_unless_they_are_its_own(folder: Path) -> None:

@@ -192,6 +192,12 @@ def test_a_killed_run_goes_on_behind_its_last_block_to_the_same_model(cli, tiny,
     assert code == 0, err
     assert saved_plan(out).plan.dropped == (best,)
     assert (out / "blocks" / "000.safetensors").stat().st_mtime_ns == before
+    # What another block has learned at this share, before it was known to be worse, is not gone on from.
+    (file,) = (out / "joint_0.5").glob("step-*/run.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "order": [worst]}))
+    code, _, err = cli(spd_adapt, spd_adapt.task, *words, "spd.budget=0.5")
+    assert code == 0, err
+    assert saved_plan(out).plan.dropped == (best,) and json.loads(file.read_text())["order"] == [best]
     code, _, err = cli(spd_adapt, spd_adapt.task, *words, "spd.budget=1", "joint.lr=1e-3")
     assert code == 2 and "has learned with another joint: give another out=" in err
 

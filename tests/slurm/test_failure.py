@@ -32,6 +32,14 @@ def test_then_whoever_ended_first(ended, tmp_path):
     assert "  line 70\n" in told and "line 69" not in told
 
 
+def test_a_code_that_is_no_signal_s_was_no_kill(ended, tmp_path):
+    """255 is a container that could not start; others' absence is missed later."""
+    ended(0, 100.0, "n1", 255, "FATAL: could not open image\n")
+    ended(1, 101.0, "n1", 137, "step 1\n")
+    told = report(tmp_path, 255)
+    assert told.startswith("rank 1 on n1 was killed by SIGKILL;") and "rank 0 on n1 exited with 255: " in told
+
+
 def test_who_was_only_ended_with_the_others_comes_last(ended, tmp_path):
     ended(0, 100.0, "n1", 143, "Terminated\n")
     ended(1, 100.5, "n1", 1, "ValueError\n")
