@@ -95,7 +95,7 @@ def job_of(config: DictConfig, source: Path, weights: Path | None) -> Job:
     Raises ValueError, with what to do instead, if it cannot be done.
     """
     from longctx.parallel.strategy import STRATEGIES
-    from longctx.pretrained import shape_of, tokenizer_of
+    from longctx.pretrained import fingerprint, shape_of, tokenizer_of
 
     mesh, context = section(config, "mesh", Mesh), section(config, "context", Context)
     settings, model = top_level(config, Settings), section(config, "model", ModelSource)
@@ -138,6 +138,7 @@ def job_of(config: DictConfig, source: Path, weights: Path | None) -> Job:
             "machine": hardware(),
             **_plain(config),
             "dropped": [plan.tp, *plan.dropped] if plan else [],
+            "begun": f"weights {fingerprint(weights)}" if weights else f"seed={settings.seed}",
         },
         samples=first_of(data, tokenizer, mesh.dp),
     )
@@ -238,7 +239,7 @@ def refuse_no_room(job: Job) -> None:
 
 
 def refuse_other_run(job: Job) -> None:
-    """ValueError if the checkpoint to go on from is further than this run goes, or has its state in another form."""
+    """ValueError if the checkpoint to go on from is further than this run goes, began otherwise, or has another form."""
     place, _ = kept.latest(job.out / "checkpoints")
     if not place:
         return
@@ -247,6 +248,8 @@ def refuse_other_run(job: Job) -> None:
         raise ValueError(
             f"steps={job.settings.steps}, {place} is behind step {told['step']}: use more, or another folder"
         )
+    if (begun := told["config"].get("begun")) != job.config["begun"]:
+        raise ValueError(f"{place} began with {begun}, this is {job.config['begun']}: give another out=")
     now_dropped, was_dropped = job.config["dropped"], told["config"].get("dropped", [])
     if was_dropped != now_dropped:
         was_so = f"mesh.tp={was_dropped[0]} spd.blocks={was_dropped[1:]}" if was_dropped else "spd=none"

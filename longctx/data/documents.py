@@ -1,5 +1,6 @@
 """Documents: the records of a source, in reading order or drawn from a window, as the tokenizer's tokens."""
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -59,6 +60,8 @@ def documents(source: TextSource, tokenizer: Any, data: DataSettings) -> Stage[D
         raise ValueError("the model's tokenizer has no end token to close documents with: set data.end_token=false")
     parts = (dataset(source),) if source.name else (topics(source.pydoc),) if source.pydoc else files(source)
 
+    about = {"files": _digest(parts), "order": _order(data)}
+
     def run(state: State | None) -> Iterator[tuple[Document, State]]:
         place = _place(state, parts, source, data)
         given = place.given
@@ -70,7 +73,7 @@ def documents(source: TextSource, tokenizer: Any, data: DataSettings) -> Stage[D
                 record = window[order[i]]
                 stands = after if i + 1 == len(window) else replace(begin, given=i + 1)
                 tokens = _tokens(record.text, tokenizer, data.end_token)
-                yield Document(tokens, record.where), _state(stands, parts, data)
+                yield Document(tokens, record.where), {**asdict(stands), "name": parts[stands.part].name, **about}
             given = 0
 
     return run
@@ -128,8 +131,9 @@ def _refuse_or_log(record: Record, place: Place, on_error: str) -> None:
     log.warning("%s; skipped, as %d of its source by now", says, place.skipped)
 
 
-def _state(place: Place, parts: tuple[Part, ...], data: DataSettings) -> State:
-    return {**asdict(place), "name": parts[place.part].name, "order": _order(data)}
+def _digest(parts: tuple[Part, ...]) -> str:
+    """Of the parts' names, which have their sizes."""
+    return hashlib.sha256(repr([part.name for part in parts]).encode()).hexdigest()[:12]
 
 
 def _order(data: DataSettings) -> list[int]:
@@ -144,6 +148,11 @@ def _place(state: State | None, parts: tuple[Part, ...], source: TextSource, dat
         raise ValueError(
             f"the state to resume from stands in {state['name']}, which {source} does not have at that place any more: "
             "bring the files back, or begin anew"
+        )
+    if state["files"] != _digest(parts):
+        raise ValueError(
+            f"the state to resume from is of {source} with other files than are there now, by name or by size: "
+            "bring them back, or begin anew"
         )
     if state["order"] != _order(data):
         shuffle, seed = state["order"]

@@ -112,6 +112,14 @@ def test_a_state_does_not_fit_other_files_or_another_order(byte_tokenizer, tmp_p
     _, state = first(reading(source, byte_tokenizer), 2)[-1]
     with pytest.raises(ValueError, match=r"needs data\.shuffle=0 data\.seed=0"):
         first(reading(source, byte_tokenizer, shuffle=3), state=state)
+    (tmp_path / "source" / "000.txt").write_text("before it")
+    with pytest.raises(ValueError, match=r"with other files than are there now, by name or by size: bring them back"):
+        first(reading(source, byte_tokenizer), state=state)
+    (tmp_path / "source" / "000.txt").write_text("one")
+    assert first(reading(source, byte_tokenizer), state=state)
+    (tmp_path / "source" / "003.txt").write_text("behind it")
+    with pytest.raises(ValueError, match=r"bring them back, or begin anew"):
+        first(reading(source, byte_tokenizer), state=state)
     (tmp_path / "source" / "001.txt").write_text("changed")
     with pytest.raises(ValueError, match=r"stands in 001\.txt \(3 bytes\), which .* does not have at that place"):
         first(reading(source, byte_tokenizer), state=state)

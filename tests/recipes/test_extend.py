@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from itertools import islice
 
 import pytest
@@ -50,6 +51,17 @@ def test_what_two_ranks_learned_is_what_transformers_loads(cli, tiny, tmp_path):
     assert (config["max_position_embeddings"], config["rope_parameters"]["rope_theta"]) == (307, 77777.0)
     assert loss_by_transformers(tmp_path / "hf") == pytest.approx(told[-1]["eval/loss"], rel=1e-5)
     assert told[-1]["eval/perplexity"] == pytest.approx(math.exp(told[-1]["eval/loss"]))
+
+
+def test_a_run_that_began_with_other_weights_is_not_gone_on_from(cli, tiny, tmp_path):
+    extended(cli, tiny, tmp_path / "run", "steps=1")
+    other = shutil.copytree(tiny, tmp_path / "other")
+    (file,) = other.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+    places = (f"model={other}", f"model.cache={tmp_path / 'cache'}", f"out={tmp_path / 'run'}")
+    code, _, err = cli(extend, extend.task, *places, *DATA, *LONGER)
+    assert code == 2
+    assert re.search(r"step-00000001 began with weights \w+, this is weights \w+: give another out=", err), err
 
 
 def test_linear_scaling_is_written_and_trained_with(cli, tiny, tmp_path):

@@ -127,6 +127,8 @@ def test_a_run_keeps_its_kind_of_optimizer_and_its_model(whole, refused):
     assert "was made with optim.zero1=false: go on with that, or elsewhere" in says
     says = refused(pretrain, pretrain.task, *settings, "model.dtype=bfloat16")
     assert "was made with model.dtype=float32" in says
+    says = refused(pretrain, pretrain.task, *settings, "seed=1")
+    assert "began with seed=0, this is seed=1: give another out=" in says
     says = refused(pretrain, pretrain.task, *settings[:-1], "steps=3")
     assert f"steps=3, {whole}/checkpoints/step-{STEPS:08} is behind step {STEPS}" in says
     says = refused(pretrain, pretrain.task, *settings, "+model.config.rms_norm_eps=1e-3")
