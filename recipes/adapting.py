@@ -157,9 +157,8 @@ def learn_together(
     together = Together(blocks, layers, by_error(job, wanted), how, here.groups.dp)
     progress.start("predictions with all dropped", None)
     before = together.divergence(job.unseen)
-    for passed in together.resume(job.joint_folder) if how.steps else ():
-        if here.rank.rank == 0:
-            say(passed)
+    if how.steps:
+        go_on(here, together, job)
     progress.start("blocks learn together, steps", how.steps, done=together.steps)
     while together.steps < how.steps:
         at = together.steps * how.batch
@@ -182,6 +181,13 @@ def learn_together(
     progress.start("predictions with each dropped alone", len(wanted) * job.passes)
     alone = together.divergences_alone(job.unseen, progress.step)
     return {"losses": together.losses, "before": before, "after": after, "helped": helped, "alone": alone}
+
+
+def go_on(here: Any, together: Any, job: Job) -> None:
+    """From the last whole state, if there is one; the first rank says what was passed over."""
+    for passed in together.resume(job.joint_folder):
+        if here.rank.rank == 0:
+            say(passed)
 
 
 def by_error(job: Job, wanted: Sequence[int]) -> list[int]:

@@ -72,9 +72,7 @@ def subject_of(config: DictConfig, recipe: str) -> Subject:
     return Subject(model, folder, fingerprint(folder), shape, mesh, config.threads, config.timeout_minutes)
 
 
-def text_of(
-    data: DataSettings, subject: Subject, sequences: int, more: int = 0, length: str = "data.length"
-) -> Text:
+def text_of(data: DataSettings, subject: Subject, sequences: int, more: int = 0, length: str = "data.length") -> Text:
     """The first ``sequences`` of ``data``, packed, and up to so many ``more``; documents of one see each other.
 
     Raises ValueError if there are fewer, or if they are longer than the model's context; ``length`` is the setting.

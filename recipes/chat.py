@@ -6,6 +6,7 @@ Without ``turns`` it asks for them.  Prints each answer and what the turn took; 
 conversation, ``session.load=DIR`` goes on with it, on any mesh.
 """
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from longctx.cost.attention import Work
 from longctx.cost.choice import RULES, choose
 from longctx.cost.hardware import Hardware
 from longctx.data.turns import UserTurn, turn_tokens, turns_from
-from longctx.parallel.launch import Rank
+from longctx.parallel.launch import Rank, rank_from_environment
 from longctx.parallel.mesh import refuse_unfit, refuse_unused
 from longctx.pretrained import fingerprint, locate, shape_of, tensor_files, tokenizer_of
 from longctx.schema import Context, Mesh, ModelShape, ModelSource, Sampling
@@ -87,7 +88,7 @@ class Job:
 
 def prepare(config: DictConfig) -> Job:
     """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
-    from longctx.infer.store import read_index
+    from longctx.infer.store import read_index, refuse_place
 
     mesh = section(config, "mesh", Mesh)
     refuse_unused(mesh, "recipes.chat", ("dp", "pp"))
@@ -101,9 +102,17 @@ def prepare(config: DictConfig) -> Job:
     shape = shape_of(folder)
     refuse_unfit(mesh, shape)
     plan = plan_of(config, mesh, model, folder, shape)
+    hardware = hardware_from(settings.hardware) if settings.hardware else None
+    if context.strategy == "empirical" and not (hardware and hardware.empirical):
+        raise ValueError(
+            "context.strategy=empirical needs a hardware file with fitted constants (recipes.bench crossover "
+            "fitted=FILE.yaml): give hardware=FILE.yaml, or use context.strategy=auto"
+        )
     # What is cached depends on what was dropped before.
     mark = fingerprint(folder) + (f", spd {list(plan.dropped)} at tp={plan.tp}" if plan else "")
-    index = read_index(Path(kept.load), mark, f"torch.{model.dtype}") if kept.load else None
+    index = read_index(placed(kept.load), mark, f"torch.{model.dtype}") if kept.load else None
+    if kept.save:
+        refuse_place(placed(kept.save))
     return Job(
         model=model,
         folder=folder,
@@ -115,16 +124,25 @@ def prepare(config: DictConfig) -> Job:
         kept=kept,
         index=index,
         turns=given_turns(settings),
-        hardware=hardware_from(settings.hardware) if settings.hardware else None,
+        hardware=hardware,
         plan=plan,
         fingerprint=mark,
     )
+
+
+def placed(folder: str) -> Path:
+    """The folder that is meant, whatever it is called."""
+    return Path(folder).expanduser().absolute()
 
 
 def given_turns(settings: Settings) -> tuple[UserTurn, ...] | None:
     """The turns of the file, or of what is piped in, a line each; None where a person types them."""
     if settings.turns:
         return turns_from(settings.turns, settings.max_new_tokens)
+    if rank_from_environment(os.environ):
+        raise ValueError(
+            "under a launcher nobody can be asked, and ranks would share what is piped in: give turns=FILE.jsonl"
+        )
     if sys.stdin.isatty():
         return None
     lines = [line.strip() for line in sys.stdin]
@@ -133,7 +151,7 @@ def given_turns(settings: Settings) -> tuple[UserTurn, ...] | None:
     return tuple(UserTurn(line, settings.max_new_tokens) for line in lines if line)
 
 
-def typed_turns(world: Any, max_new_tokens: int) -> Iterator[UserTurn]:
+def typed_turns(world: Any, max_new_tokens: int, device: torch.device) -> Iterator[UserTurn]:
     """What the person at the first rank types, told to all ranks; until an empty line or the end of input."""
     while True:
         text = b""
@@ -142,8 +160,8 @@ def typed_turns(world: Any, max_new_tokens: int) -> Iterator[UserTurn]:
             with Path("/dev/tty").open(encoding="utf-8") as terminal:
                 console.print("[bold]you[/] ", end="")
                 text = terminal.readline().strip().encode()
-        mine = torch.tensor(list(text), dtype=torch.uint8)
-        size = world.all_gather(torch.tensor([len(text)]), [(1,)] * world.size)[0]
+        mine = torch.tensor(list(text), dtype=torch.uint8, device=device)
+        size = world.all_gather(torch.tensor([len(text)], device=device), [(1,)] * world.size)[0]
         if not size:
             return
         told = world.all_gather(mine, [(int(size),), *[(0,)] * (world.size - 1)])[0]
@@ -167,14 +185,14 @@ def run_rank(rank: Rank, job: Job) -> list[dict[str, Any]]:
             choose = chooser(here, engine, job)
             session = Session(engine, job.context, job.sampling, choose, reserve=job.shape.positions)
             if job.kept.load and job.index:
-                load(session, Path(job.kept.load), job.index)
-        turns = job.turns or typed_turns(here.world, job.settings.max_new_tokens)
+                load(session, placed(job.kept.load), job.index)
+        turns = job.turns or typed_turns(here.world, job.settings.max_new_tokens, here.device)
         for number, turn in enumerate(turns, 1):
             done.append(take(session, turn, tokenizer_of(job.folder), talking=rank.rank == 0))
             if rank.rank == 0:
                 tell(number, done[-1])
         if job.kept.save:
-            save(session, Path(job.kept.save), job.fingerprint)
+            save(session, placed(job.kept.save), job.fingerprint)
     return done
 
 
@@ -233,7 +251,8 @@ def take(session: Any, turn: UserTurn, tokenizer: Any, *, talking: bool) -> dict
         "why": made.why,
         "ttft_s": made.ttft_s,
         "ttit_s": made.ttit_s,
-        "bytes_sent": sum(prefill) + sum(decode),
+        # Lists are of the context ranks; tensor-parallel ranks beside them have as many heads, and send as much.
+        "bytes_sent": (sum(prefill) + sum(decode)) * session.engine.tp.size,
         "prefill_bytes_sent_per_rank": prefill,
         "decode_bytes_sent_per_rank": decode,
         "kv_cache_bytes_per_rank": cache,

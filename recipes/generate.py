@@ -79,6 +79,11 @@ class Job:
     plan: SPDPlan | None = None
 
     @property
+    def verifies(self) -> bool:
+        """Whether logits are compared, as asked: there must be ranks that do otherwise than those compared with."""
+        return self.settings.verify and (self.mesh.context > 1 if self.plan else self.mesh.ranks > 1)
+
+    @property
     def prompt_tokens(self) -> int:
         return sum(len(prompt.tokens) for prompt in self.prompts)
 
@@ -175,15 +180,18 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
                 most,
                 layer_done=progress.step,
                 token_done=lambda _: progress.step("decode, tokens", max(most.values())),
+                keep_states=job.verifies,
             )
             difference = None
-            if job.settings.verify and not (job.plan and job.mesh.context == 1):
+            if job.verifies:
                 progress.start("the same on one rank, layers", job.shape.layers)
                 torch.set_num_threads(threads * rank.neighbours)  # the other ranks are waiting
                 # Dropped reductions are no function of one rank: what compares is its tensor-parallel ranks.
                 compares = engine.rank == 0 if job.plan else rank.rank == 0
                 alone = load_alone(here, engine, job.model, job.folder) if compares else None
-                difference = logit_difference(engine, alone, prompts, made, layer_done=progress.step)
+                difference = logit_difference(
+                    engine, alone, prompts, made, layer_done=progress.step, chunk=job.context.chunk
+                )
         figures = gather_figures(engine, [made.prefill_bytes, made.decode_bytes, session.cache_bytes])
     prefill_bytes, decode_bytes, cache_bytes = map(list, zip(*figures, strict=True))
     decoded = sum(len(tokens) - 1 for tokens in made.tokens.values() if tokens)  # the prefill gave the first ones
@@ -250,8 +258,11 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The lines of the table, in words."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in result["mesh"].items() if n > 1) or "one rank"
     rate, difference = result["tokens_per_s"], result["max_logit_diff"]
-    alone = result["spd_blocks"] and mesh == f"tp {result['mesh']['tp']}"
-    nothing = "nothing to compare with: the tensor-parallel ranks are alone" if alone else "not asked for"
+    nothing = "not asked for"
+    if result["ranks"] == 1:
+        nothing = "nothing to compare with: this is one rank"
+    elif result["spd_blocks"] and mesh == f"tp {result['mesh']['tp']}":
+        nothing = "nothing to compare with: the tensor-parallel ranks are alone"
     count, dropped = len(result.get("answers", [result])), result["spd_blocks"]
     prompts, whole = ("the prompt", "the whole prompt") if count == 1 else (f"{count} prompts", f"all {count} prompts")
     return [

@@ -239,7 +239,7 @@ def refuse_no_room(job: Job) -> None:
 
 
 def refuse_other_run(job: Job) -> None:
-    """ValueError if the checkpoint to go on from is further than this run goes, began otherwise, or has another form."""
+    """ValueError if the checkpoint to go on from is further than this run, began otherwise, or has another form."""
     place, _ = kept.latest(job.out / "checkpoints")
     if not place:
         return

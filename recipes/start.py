@@ -197,16 +197,16 @@ def threads_for(asked: int | None, rank: Rank) -> int:
     return asked or max(1, len(os.sched_getaffinity(0)) // rank.neighbours)
 
 
-def refuse_unwritable(out: str | None) -> None:
-    """ValueError unless a file can be written at ``out``; its folder is made."""
+def refuse_unwritable(out: str | None, name: str = "out") -> None:
+    """ValueError unless a file can be written at ``out``, the setting ``name``; its folder is made."""
     if out is None:
         return
     try:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"out={out} cannot be written: {error.strerror}") from error
+        raise ValueError(f"{name}={out} cannot be written: {error.strerror}") from error
     if Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK):
-        raise ValueError(f"out={out} cannot be written: give the name of a file in a folder of yours")
+        raise ValueError(f"{name}={out} cannot be written: give the name of a file in a folder of yours")
 
 
 def written(out: str, result: Mapping[str, Any]) -> None:

@@ -82,6 +82,8 @@ def _of_runs(q: Spans, k: Spans, mask: Mask) -> list[Tile]:
 
 
 def _of_spans(q: Span, k: Span, mask: Mask) -> list[Tile]:
+    if mask.before is None and (mask.after is None or k.last <= q.start + mask.after):
+        return [Tile(0, q.length, 0, k.length)]  # all of it lies behind, whatever the steps
     if q.length > 1 and k.length > 1 and q.step != k.step:
         # Different steps that interleave: row by row. Exact for any layout, fast for none.
         rows = (_of_spans(q.part(row, row + 1), k, mask) for row in range(q.length))

@@ -59,9 +59,9 @@ class Engine:
         """``strategy`` for the layers of every window: what `run_pass` takes."""
         return dict.fromkeys(self.shape.windows, strategy)
 
-    def cache(self, tokens: int) -> KVCache:
-        """An empty cache with room for this rank's share of ``tokens``."""
-        return KVCache(self.ring.size, self.ring.rank, -(-tokens // self.ring.size) + 2)
+    def cache(self, tokens: int, more: int = 0) -> KVCache:
+        """An empty cache with room for this rank's share of ``tokens``, and for so many ``more`` of its own."""
+        return KVCache(self.ring.size, self.ring.rank, -(-tokens // self.ring.size) + 2 + more)
 
 
 def load_engine(

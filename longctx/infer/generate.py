@@ -19,20 +19,22 @@ def logit_difference(
     prompts: Mapping[int, Sequence[int]],
     made: Turn,
     layer_done: LayerDone = lambda: None,
+    chunk: int | None = None,
 ) -> float | None:
     """Largest difference of all prompts' logits from those that ``alone``, one rank by itself, computes.
 
     ``alone`` is given on the first rank of the world (of a model with dropped reductions, on all its tensor-parallel
     ranks), which returns the figure; all must call this.
-    ``made`` is a session's first turn, of ``prompts``.
+    ``made`` is a session's first turn, of ``prompts``, that kept its states; ``alone`` runs ``chunk`` rows at a time.
     """
     whole = _packed_states(engine, made)
-    if engine.rank:
+    if whole is None:
         return None
     lone, largest = None, torch.zeros((), device=engine.device)
     if alone:
-        session = Session(alone, Context(), Sampling())
-        lone = _packed_states(alone, session.turn(prompts, dict.fromkeys(prompts, 0), layer_done=layer_done))
+        session = Session(alone, Context(chunk=chunk), Sampling())
+        again = session.turn(prompts, dict.fromkeys(prompts, 0), layer_done=layer_done, keep_states=True)
+        lone = _packed_states(alone, again)
     for begin in range(0, len(whole), _LOGIT_ROWS):
         rows = slice(begin, begin + _LOGIT_ROWS)
         ours = next_logits(engine, whole[rows])  # every tensor-parallel rank takes part in this one
@@ -42,13 +44,16 @@ def logit_difference(
     return float(largest) if alone else None
 
 
-def _packed_states(engine: Engine, made: Turn) -> Tensor:
-    """Hidden states of all rows that ``made`` prefilled, on every rank: one sequence behind the other."""
-    passes = []
+def _packed_states(engine: Engine, made: Turn) -> Tensor | None:
+    """Hidden states of all rows that ``made`` prefilled, on the first rank: one sequence behind the other."""
+    passes, first = [], engine.rank == 0
     for hidden, layout in made.passes:
-        shapes = [(layout.rows(rank), *hidden.shape[1:]) for rank in range(engine.ranks)]
-        passes.append(layout.unshard(engine.context.all_gather(hidden, shapes)))
-    return torch.cat(passes)
+        leaving = [hidden, *[hidden[:0]] * (engine.ranks - 1)]
+        coming = [(layout.rows(rank) if first else 0, *hidden.shape[1:]) for rank in range(engine.ranks)]
+        parts = engine.context.all_to_all(leaving, coming)
+        if first:
+            passes.append(layout.unshard(parts))
+    return torch.cat(passes) if first else None
 
 
 def gather_figures(engine: Engine, figures: Sequence[int]) -> list[list[int]]:

@@ -40,8 +40,9 @@ class Turn:
     """What a turn gave, by sequence, and what it took.
 
     ``new`` and ``cached`` count its T and P tokens; ``passes`` are the hidden states of this rank's rows of the
-    prefill, with their layouts; ``ttft_s`` runs from the start of the turn to its first tokens, ``decode_s`` from
-    there to the last, in ``steps`` steps.  Bytes are those that this rank sent to others for attention.
+    prefill, with their layouts, where they were to be kept.  ``ttft_s`` runs from the start of the turn to its first
+    tokens, ``decode_s`` from there to the last, in ``steps`` steps.  Bytes are those that this rank sent to others for
+    attention.
     """
 
     tokens: dict[int, list[int]]
@@ -95,6 +96,7 @@ class Session:
         *,
         layer_done: LayerDone = lambda: None,
         token_done: Callable[[Mapping[int, int]], None] = lambda _: None,
+        keep_states: bool = False,
     ) -> Turn:
         """Add ``prompts`` to their sequences (new ones begin), in one fused prefill, and decode them together.
 
@@ -105,10 +107,14 @@ class Session:
         before = {i: (one.cache.layout, list(one.tokens)) for i, one in self.sequences.items()}
         try:
             meet(self.engine)
-            return self._turn(prompts, max_new_tokens, layer_done, token_done)
+            return self._turn(prompts, max_new_tokens, layer_done, token_done, keep_states)
         except BaseException:
             self._restore(before)
             raise
+
+    def cache_for(self, tokens: int, decoded: int) -> KVCache:
+        """An empty cache for so many ``tokens``, and for what is then decoded, all of which one rank may get."""
+        return self.engine.cache(max(self._reserve, tokens), decoded)
 
     def drop(self, sequence: int) -> None:
         """Forget ``sequence`` and free what it cached.  Raises ValueError if there is none."""
@@ -148,14 +154,14 @@ class Session:
         max_new_tokens: Mapping[int, int],
         layer_done: LayerDone,
         token_done: Callable[[Mapping[int, int]], None],
+        keep_states: bool,
     ) -> Turn:
         sent, began = self.engine.sent, time.perf_counter()
         for i in prompts:
             if i not in self.sequences:
-                room = max(self._reserve, len(prompts[i]) + max_new_tokens[i])
-                self.sequences[i] = Conversation(self.engine.cache(room))
+                self.sequences[i] = Conversation(self.cache_for(len(prompts[i]), max_new_tokens[i]))
         with doing("prefill"):
-            turn, latest = self._prefill(prompts, layer_done)
+            turn, latest = self._prefill(prompts, layer_done, keep_states)
         turn.ttft_s, turn.prefill_bytes = time.perf_counter() - began, self.engine.sent - sent
         going = {i: token for i, token in latest.items() if max_new_tokens[i]}
         while going:
@@ -173,7 +179,9 @@ class Session:
         turn.decode_bytes = self.engine.sent - sent - turn.prefill_bytes
         return turn
 
-    def _prefill(self, prompts: Mapping[int, Sequence[int]], done: LayerDone) -> tuple[Turn, dict[int, int]]:
+    def _prefill(
+        self, prompts: Mapping[int, Sequence[int]], done: LayerDone, keep_states: bool
+    ) -> tuple[Turn, dict[int, int]]:
         """The turn so far, and the token that follows each prompt."""
         for i, prompt in prompts.items():
             self.sequences[i].tokens += prompt
@@ -190,7 +198,8 @@ class Session:
                 reasons.setdefault(strategy, why)
             layout = deal(lengths, LAYOUTS[self.context.layout], self.held).split(self.engine.ulysses.size)
             hidden = run_pass(self.engine, _packed(chunk), layout, self._batch(chunk), strategies, done)
-            turn.passes.append((hidden, layout))
+            if keep_states:
+                turn.passes.append((hidden, layout))
             following |= self._following(hidden, layout, chunk)
         turn.strategy, turn.why = " and ".join(reasons), "; ".join(reasons.values())
         return turn, following

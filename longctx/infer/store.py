@@ -1,6 +1,7 @@
 """A session on disk: saved by any ranks, restored on any others, mid-conversation."""
 
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Sequence
@@ -92,6 +93,15 @@ def _replace(folder: Path, coming: Path) -> None:
     shutil.rmtree(going, ignore_errors=True)
 
 
+def refuse_place(folder: Path) -> None:
+    """ValueError unless a session can be saved to ``folder``: a new one, an empty one, or one that has a session."""
+    if folder.exists() and not (folder.is_dir() and ((folder / _INDEX).is_file() or not any(folder.iterdir()))):
+        raise ValueError(f"session.save={folder} is there and is no session, and would be lost: give another folder")
+    near = next(parent for parent in folder.parents if parent.exists())
+    if not (near.is_dir() and os.access(near, os.W_OK)):
+        raise ValueError(f"session.save={folder} cannot be written: give a folder of yours")
+
+
 def read_index(folder: Path, model: str, dtype: str) -> dict[str, Any]:
     """The index of the session in ``folder``.
 
@@ -131,7 +141,7 @@ def load(session: Session, folder: Path, index: dict[str, Any]) -> None:
     try:
         for i, tokens in index["tokens"].items():
             cached = index["cached"][i]
-            one = Conversation(engine.cache(cached + 2), list(tokens))
+            one = Conversation(session.cache_for(cached, 2), list(tokens))
             one.cache.extend(deal([cached], LAYOUTS[session.context.layout], session.held))
             positions = one.cache.layout.positions(rank)
             for layer in range(engine.shape.layers):

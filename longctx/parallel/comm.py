@@ -120,11 +120,12 @@ class _InFlight:
 
 @contextmanager
 def _noticing(peers: str) -> Iterator[None]:
-    """What torch.distributed raises when a connection breaks, as a `LostPeer` among ``peers``."""
+    """What torch.distributed raises when a connection breaks, or stays silent, as a `LostPeer` among ``peers``."""
     try:
         yield
     except RuntimeError as error:
-        raise LostPeer(f"lost {peers}") from error
+        silent = " (silent for longer than timeout_minutes allows)" if "imed out" in str(error) else ""
+        raise LostPeer(f"lost {peers}{silent}") from error
 
 
 @contextmanager

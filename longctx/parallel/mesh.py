@@ -13,20 +13,17 @@ def refuse_unfit(mesh: Mesh, shape: ModelShape) -> None:
             f"mesh.tp={mesh.tp} does not divide {shape.heads} query heads, {shape.kv_heads} KV heads and "
             f"an FFN of {shape.ffn}: use mesh.tp={nearest} (possible: {', '.join(map(str, fit))})"
         )
-    if mesh.tp > 1 and mesh.ulysses > 1:
-        per_rank = f"with mesh.tp={mesh.tp} each rank has {shape.heads // mesh.tp} query heads"
-        try:
-            refuse_uneven_heads(shape.heads // mesh.tp, shape.kv_heads // mesh.tp, mesh.ulysses)
-        except ValueError as error:
-            raise ValueError(f"{per_rank}: {error}") from None
-    refuse_uneven_heads(shape.heads, shape.kv_heads, mesh.ulysses)
+    try:
+        refuse_uneven_heads(shape.heads // mesh.tp, shape.kv_heads // mesh.tp, mesh.ulysses)
+    except ValueError as error:
+        per_rank = f"with mesh.tp={mesh.tp} each rank has {shape.heads // mesh.tp} query heads: "
+        raise ValueError(f"{per_rank if mesh.tp > 1 else ''}{error}") from None
 
 
 def refuse_unused(mesh: Mesh, recipe: str, axes: tuple[str, ...]) -> None:
     """ValueError if ``mesh`` has ranks on ``axes``, which ``recipe`` does not use."""
     for axis in axes:
         if getattr(mesh, axis) > 1:
-            raise ValueError(
-                f"{recipe} has no use for mesh.{axis}={getattr(mesh, axis)}: use mesh.{axis}=1, and mesh.ring, "
-                "mesh.ulysses or mesh.tp to share one prompt between ranks"
-            )
+            instead = " or ".join(f"mesh.{one}" for one in ("ring", "ulysses", "tp") if one not in axes)
+            more = f", and {instead} to share one prompt between ranks" if instead else ""
+            raise ValueError(f"{recipe} has no use for mesh.{axis}={getattr(mesh, axis)}: use mesh.{axis}=1{more}")

@@ -36,8 +36,8 @@ def curve(job: Job, name: str) -> list[dict[str, Any]]:
 def task(config: DictConfig) -> None:
     """Train twice; write, draw and show how far the curves are apart."""
     warm_up_ranks([*WARM, "recipes.training"])
-    for name in (config.json, config.picture):
-        refuse_unwritable(name)
+    for name in ("json", "picture"):
+        refuse_unwritable(config[name], name)
     plain = OmegaConf.create({str(k): v for k, v in config.items() if k not in ("json", "picture")})
     job = job_of(plain, locate(section(config, "model", ModelSource), say), weights=None)
     if job.mesh.ranks == 1:

@@ -181,8 +181,8 @@ def asked(config: DictConfig) -> Job:
         raise ValueError(f"mesh.ring={mesh.ring}: nothing travels on one rank, use mesh.ring=2 or more")
     if settings.hosts:
         refuse_hosts(settings.hosts, settings.rate, mesh)
-    for name in (settings.out, settings.picture, settings.fitted):
-        refuse_unwritable(name)
+    for name in ("out", "picture", "fitted"):
+        refuse_unwritable(getattr(settings, name), name)
     folder = locate(model, say)
     refuse_adapted(folder, "recipes.bench crossover")
     source = PromptSource(pydoc="all", tokens=settings.total)

@@ -262,8 +262,8 @@ def task(config: DictConfig) -> None:
     settings, model = top_level(config, Settings), section(config, "model", ModelSource)
     if model.dtype != "bfloat16":
         raise ValueError(f"model.dtype={model.dtype}: drift is looked for in bfloat16; use model.dtype=bfloat16")
-    for file in (settings.out, settings.picture):
-        refuse_unwritable(file)
+    refuse_unwritable(settings.out)
+    refuse_unwritable(settings.picture, "picture")
     job = _job(settings, model)
     rows = on_ranks(Mesh(), run_rank, job)
     if rows is None:

@@ -88,7 +88,8 @@ def ways_of_attention(job: Job, length: int, here: Any) -> dict[str, Work]:
 
     kernel, shape = kernel_for("auto", here.device.type, job.model.dtype), job.shape
     heads = (shape.heads, shape.kv_heads, shape.kv_heads)
-    whole = [torch.randn(1, length, n, shape.head_width) for n in heads]
+    kind = getattr(torch, job.model.dtype)
+    whole = [torch.randn(1, length, n, shape.head_width, dtype=kind, device=here.device) for n in heads]
     layout = zigzag(length, here.ring.size)
     q, k, v = (layout.shard(x, here.ring.rank, 1) for x in whole)
 

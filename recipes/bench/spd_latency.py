@@ -193,8 +193,8 @@ def asked_for(config: DictConfig) -> Job:
         refuse_hosts(settings.hosts, settings.rate, mesh)
     else:
         warm_up_ranks(["longctx.infer.engine", "longctx.infer.session", "recipes.progress"])
-    for name in (settings.out, settings.picture):
-        refuse_unwritable(name)
+    refuse_unwritable(settings.out)
+    refuse_unwritable(settings.picture, "picture")
     folder = locate(model, say)
     refuse_adapted(folder, "recipes.bench spd_latency")
     shape = shape_of(folder)

@@ -145,7 +145,7 @@ def show(tokens: int, steps: list[dict[str, Any]], attention: dict[str, Any]) ->
 def task(config: DictConfig) -> None:
     """Measure; write and show what the first rank gives."""
     warm_up_ranks([*WARM, "recipes.training"])
-    refuse_unwritable(config.json)
+    refuse_unwritable(config.json, "json")
     own = ("rounds", "meshes", "peers", "json")
     plain = OmegaConf.create({str(k): v for k, v in config.items() if k not in own})
     job = job_of(plain, locate(section(config, "model", ModelSource), say), weights=None)

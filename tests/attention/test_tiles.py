@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx.attention.layout import Layout, contiguous, documents, single, striped, zigzag
+from longctx.attention.layout import Layout, Span, contiguous, documents, single, striped, zigzag
 from longctx.attention.mask import CAUSAL, Mask
 from longctx.attention.tiles import Tile, visible_tiles
 from tests import oracle
@@ -60,6 +60,13 @@ def test_tiles_are_the_mask_where_ulysses_gathers(conversation, parts, mask):
     layout = grown(conversation.layouts())
     assert_exact(layout.gathered(2), layout.gathered(2), mask)
     assert_exact(layout.split(parts), layout.split(parts), mask)
+
+
+def test_what_lies_behind_is_one_tile_whatever_its_step():
+    """New rows over an answer that was decoded round the ring: not row by row."""
+    new, answer = (Span(400, 101, 1),), (Span(305, 31, 3),)
+    assert visible_tiles(new, answer, Mask()) == (Tile(0, 101, 0, 31),)
+    assert visible_tiles(answer, new, Mask(after=200)) == (Tile(0, 31, 0, 101),)
 
 
 @pytest.mark.parametrize("before", [1, 2, 7, 31])

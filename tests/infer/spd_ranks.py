@@ -22,7 +22,7 @@ def answered(rank: Rank, mesh: Mesh, folder: Path, tokens: list[int], dropped: t
         engine = load_engine(here, ModelSource("test", str(folder)), shape, folder, "auto", plan)
         session = Session(engine, Context(), Sampling())
         with tallied() as prefill:
-            made = session.turn({0: tokens}, {0: 1})
+            made = session.turn({0: tokens}, {0: 1}, keep_states=True)
         chosen = made.tokens[0]
         with tallied() as decode:
             for _ in range(2):

@@ -111,7 +111,6 @@ def fails_once(rank: Rank, folder: Path, mesh: Mesh, step: Say, fault: str) -> l
         one, other = (loop.Session(engine, Context(), Sampling()) for _ in range(2))
         for session in (one, other):
             session.turn(step.prompts, step.max_new_tokens)
-        choose = loop.choose_token
 
         def broken(*_: Any) -> int:
             raise ArithmeticError("a fault")
@@ -125,5 +124,4 @@ def fails_once(rank: Rank, folder: Path, mesh: Mesh, step: Say, fault: str) -> l
             said = str(error)
         if fault == "in the middle":
             loop.run_replicated = kept
-        assert choose is loop.choose_token
         return [session.turn(step.prompts, step.max_new_tokens).tokens for session in (one, other)] + [said]

@@ -74,11 +74,21 @@ def test_a_mesh_that_does_not_fit_is_told_the_nearest_that_does(mesh, shape, mes
 @pytest.mark.parametrize("axis", ["dp", "pp"])
 def test_ranks_that_a_recipe_has_no_use_for(axis):
     message = (
-        f"generate has no use for mesh.{axis}=2: use mesh.{axis}=1, and mesh.ring, mesh.ulysses or mesh.tp "
+        f"generate has no use for mesh.{axis}=2: use mesh.{axis}=1, and mesh.ring or mesh.ulysses or mesh.tp "
         "to share one prompt between ranks"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         refuse_unused(Mesh(ring=3, **{axis: 2}), "generate", ("dp", "pp"))
+
+
+def test_no_axis_is_advised_that_is_refused_as_well():
+    with pytest.raises(ValueError, match=r"use mesh\.tp=1, and mesh\.ring to share one prompt between ranks$"):
+        refuse_unused(Mesh(tp=2), "prefill", ("tp", "ulysses", "dp", "pp"))
+
+
+def test_heads_are_shared_among_what_tensor_parallelism_leaves():
+    """7 of 14 query heads and one of 2 KV heads on each: seven ranks do, though 7 shares no 2 KV heads."""
+    refuse_unfit(Mesh(tp=2, ulysses=7), model(14, 2, 4864))
 
 
 def test_axes_that_a_recipe_does_use():

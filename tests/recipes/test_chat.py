@@ -135,6 +135,28 @@ def test_a_session_that_cannot_be_used_is_refused(refused, tiny, saved, turns, t
     assert contents(copy) == before
 
 
+def test_what_is_no_session_is_not_replaced(refused, tiny, turns, tmp_path, monkeypatch):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("a year")
+    monkeypatch.chdir(tmp_path / "notes")
+    for folder in (tmp_path / "notes", ".", "thesis.txt"):
+        says = refused(chat, chat.task, f"model={tiny}", f"turns={turns}", f"session.save={folder}")
+        assert "is there and is no session, and would be lost: give another folder" in says
+    assert contents(tmp_path / "notes") == {"thesis.txt": b"a year"}
+
+
+def test_under_a_launcher_turns_are_in_a_file(refused, tiny, monkeypatch):
+    of_torchrun = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in of_torchrun.items():
+        monkeypatch.setenv(name, value)
+    assert "under a launcher nobody can be asked" in refused(chat, chat.task, f"model={tiny}", "mesh.ring=2")
+
+
+def test_a_rule_that_nobody_has_fitted_is_refused_before_anything_starts(refused, tiny, turns):
+    says = refused(chat, chat.task, f"model={tiny}", f"turns={turns}", "mesh.ring=2", "context.strategy=empirical")
+    assert "needs a hardware file with fitted constants" in says
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
