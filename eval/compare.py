@@ -23,7 +23,8 @@ class Comparison:
     """A variant beside its baseline, on the same ``n`` examples.
 
     ``difference`` (variant - baseline) lies between ``low`` and ``high`` by a paired bootstrap, at 95 %.  ``lost`` and
-    ``won`` count the examples whose outcome fell and rose; ``p_mcnemar`` is the exact test that they are as many.
+    ``won`` count the examples whose outcome fell and rose; ``p_mcnemar`` is the exact test that they are as many, or
+    of several tasks, and of outcomes that are no whole numbers, the test of `_flipped`.
     ``needed`` is how many examples would decide an undecided verdict if what was seen stays as it is.
     """
 
@@ -60,6 +61,7 @@ def compare(
     low, high = _interval(differences, resamples, np.random.default_rng(seed))
     every = np.concatenate(differences)
     lost, won = int((every < 0).sum()), int((every > 0).sum())
+    plain = len(differences) == 1 and set(np.abs(every)) <= {0.0, 1.0}
     adjusted = _adjusted(differences)
     verdict = _verdict(min(low, adjusted[0]), max(high, adjusted[1]), allowed_drop)
     return Comparison(
@@ -71,7 +73,7 @@ def compare(
         high=high,
         lost=lost,
         won=won,
-        p_mcnemar=mcnemar(lost, won),
+        p_mcnemar=mcnemar(lost, won) if plain else _flipped(differences, resamples, np.random.default_rng(seed)),
         verdict=verdict,
         needed=_needed(differences, allowed_drop) if verdict == "undecided" else None,
     )
@@ -80,6 +82,19 @@ def compare(
 def mcnemar(lost: int, won: int) -> float:
     """Exact two-sided p-value that an example that changes is as likely to be lost as won (McNemar 1947)."""
     return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
+
+
+def _flipped(differences: Sequence[Numbers], resamples: int, random: np.random.Generator) -> float:
+    """Two-sided p-value that a change is as likely to be the other way round, of signs that change at random.
+
+    McNemar's test of the average that is told, in which tasks weigh the same: pooled, the largest would rule.
+    """
+    totals = np.zeros(resamples)
+    for one in differences:
+        for size, count in zip(*np.unique(np.abs(one), return_counts=True), strict=True):
+            totals += size * (2 * random.binomial(count, 0.5, resamples) - count) / len(one)
+    seen = abs(sum(one.mean() for one in differences)) * (1 - 1e-9)
+    return float(((np.abs(totals) >= seen).sum() + 1) / (resamples + 1))
 
 
 def near_chance(outcomes: Sequence[float], chance: float) -> bool:

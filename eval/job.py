@@ -17,7 +17,7 @@ from longctx.parallel.launch import rank_from_environment
 from longctx.schema import Mesh, Track
 from recipes.job import refuse_unwritable_folder
 from recipes.machine import hardware, provenance
-from recipes.start import section, top_level
+from recipes.start import say, section, top_level
 
 _BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"  # a folder of data beside the checkout
 
@@ -64,6 +64,10 @@ class Eval:
         """ValueError if ``limits`` has a name of no task; those that are not asked may have theirs."""
         from eval.long import LONG
 
+        if groups := set(self.limits or {}).intersection(self.tasks) - {*tasks, *LONG}:
+            raise ValueError(
+                f"eval.limits.{min(groups)} is of a group of tasks: use eval.limit, or name the tasks in it"
+            )
         if unknown := set(self.limits or {}) - {*tasks, *LOCAL, *LONG}:
             raise ValueError(f"eval.limits: there is no task {min(unknown)} among {', '.join(tasks)}")
 
@@ -186,6 +190,8 @@ def _tasks(asked: Eval, base: Variant, data: Path | None) -> dict[str, Any]:
 
     long = [name for name in asked.tasks if name in LONG]
     tasks = load([name for name in asked.tasks if name not in LONG], data, asked.num_fewshot, asked.include)
+    if asked.num_fewshot and (none := [name for name, task in tasks.items() if task.config.num_fewshot == 0]):
+        say(f"eval.num_fewshot: {', '.join(none)} are asked without examples, as lm-eval has them")
     if long:
         most, tokenizer = asked.longest or base.shape.positions, tokenizer_of(base.folder)
         examples = {name: asked.limit_of(name) or 50 for name in long}
@@ -206,6 +212,8 @@ def _requests(asked: Eval, base: Variant, tasks: Mapping[str, Any]) -> tuple[Any
     prefix = prefix_token_of(tokenizer, asked.prefix_token)
     lm = EngineLM(tokenizer, asked.longest or base.shape.positions, prefix, recorder(requests))
     answered(tasks, lm)
+    if lm.cut:
+        say(f"{lm.cut:,} texts are longer than {lm.max_length:,} tokens (eval.longest): they lose their beginning")
     return lm, tuple(dict.fromkeys(requests))
 
 

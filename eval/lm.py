@@ -24,6 +24,7 @@ class EngineLM(TemplateLM):
     def __init__(self, tokenizer: Any, longest: int, prefix_token: int, answer: Answerer) -> None:
         super().__init__()
         self.tokenizer, self.max_length, self.answer = tokenizer, longest, answer
+        self.cut = 0  # texts that were longer
         self._prefix, self._begun = prefix_token, str(tokenizer.decode([prefix_token]))
 
     @property
@@ -70,13 +71,23 @@ class EngineLM(TemplateLM):
 
     def _encoded(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if context:
-            return self._encode_pair(context, continuation)
+            before, after = self._encode_pair(context, continuation)
+            return before or [self._prefix], after  # a context of spaces alone belongs to what follows
         tokens = self.tok_encode(continuation, add_special_tokens=False)
-        return (tokens[:1], tokens[1:]) if tokens[0] == self._prefix else ([self._prefix], tokens)
+        return (tokens[:1], tokens[1:]) if tokens[:1] == [self._prefix] else ([self._prefix], tokens)
 
     def _score(self, before: Sequence[int], after: Sequence[int], question: str) -> Score:
-        tokens = (*before, *after)[-(self.max_length + 1) :]
-        return Score(tokens, max(1, len(tokens) - len(after)), question)
+        if not 0 < len(after) <= self.max_length:
+            raise ValueError(
+                f"{question or 'a text'} has an answer of {len(after):,} tokens, where at least one and at most "
+                f"eval.longest={self.max_length:,} can be scored: leave that example out, or allow more"
+            )
+        tokens = self._fitting((*before, *after), self.max_length + 1)
+        return Score(tokens, len(tokens) - len(after), question)
+
+    def _fitting(self, tokens: Sequence[int], most: int) -> tuple[int, ...]:
+        self.cut += len(tokens) > most
+        return tuple(tokens[-most:])
 
     def _windows(self, text: str) -> list[Score]:
         rolling = get_rolling_token_windows(
@@ -92,8 +103,8 @@ class EngineLM(TemplateLM):
         most = settings.get("max_gen_toks", settings.get("max_new_tokens", _MOST_NEW))
         if most >= self.max_length:
             raise ValueError(f"eval.longest={self.max_length} has no room for an answer of {most} tokens: use more")
-        tokens = self.tok_encode(context)[-(self.max_length - most) :]
-        return Continue(tuple(tokens), (until,) if isinstance(until, str) else tuple(filter(None, until)), most)
+        tokens = self._fitting(self.tok_encode(context), self.max_length - most)
+        return Continue(tokens, (until,) if isinstance(until, str) else tuple(filter(None, until)), most)
 
 
 def prefix_token_of(tokenizer: Any, asked: int | None) -> int:

@@ -109,7 +109,9 @@ def _copa(row: Row) -> Row:
 
 
 def _hellaswag(row: Row) -> Row:
-    return {"query": row["query"], "choices": row["choices"], "label": row["gold"]}
+    """lm-eval writes the beginning of the sentence that is to be ended with a capital, and the rest of it without."""
+    query = re.sub(r"(?<=[.!?:] )[a-z][^.!?]*$", lambda begun: begun[0].capitalize(), row["query"])
+    return {"query": query, "choices": row["choices"], "label": row["gold"]}
 
 
 def _blank(row: Row) -> tuple[str, list[str]]:
@@ -128,7 +130,8 @@ def _winogrande(row: Row) -> Row:
 
 def _wsc273(row: Row) -> Row:
     before, options = _blank(row)
-    text = f"{before}_ {row['continuation']}"
+    end = row["continuation"]
+    text = f"{before}_{'' if end.startswith('.') else ' '}{end}"
     return {"text": text, "pronoun": "_", "pronoun_loc": len(before), "options": options, "label": row["gold"]}
 
 

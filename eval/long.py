@@ -1,6 +1,7 @@
 """Tasks of long texts in the manner of RULER (arXiv 2404.06654): what has to be found lies anywhere in real text.
 
-An example depends on the seed, its number and the text alone, and is as long as asked for in tokens, answer included.
+An example depends on the seed, its number and the text alone, and is at most as long as asked for in tokens, answer
+included.
 """
 
 import re
@@ -53,7 +54,8 @@ def _multikey(random: Random, text: Text) -> Asked:
     names = _names(random, text, 4)
     numbers = [_number(random) for _ in names]
     facts = tuple(map(_fact, names, numbers))
-    return Asked(facts, f"The special number of {names[0]} is", (numbers[0],))
+    asked = int(random.integers(len(names)))  # any of them, wherever it lies
+    return Asked(facts, f"The special number of {names[asked]} is", (numbers[asked],))
 
 
 def _multivalue(random: Random, text: Text) -> Asked:

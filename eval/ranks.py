@@ -1,5 +1,6 @@
 """What each rank does: the same requests, answered on all ranks together, kept by the first one as they come."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,10 +78,20 @@ def answered(engine: Engine, work: Work) -> Iterator[tuple[Mapping[Any, Answer],
 
     asked = [request for request in work.requests if isinstance(request, Score)]
     for batch in batches(trees(asked), work.together):
-        found: Mapping[Score, Answer] = scores(engine, work.variant.context, batch)
+        found = scores(engine, work.variant.context, batch)
+        _refuse_no_numbers(work, [value for value, _ in found.values()])
         yield found, sum(tree.tokens for tree in batch)
     for texts in _texts(engine, work, [request for request in work.requests if isinstance(request, Continue)]):
         yield texts, 0
+
+
+def _refuse_no_numbers(work: Work, values: Sequence[float]) -> None:
+    """ValueError for a log-probability that is not a number: it would be told for some answer or other."""
+    if wrong := sum(map(math.isnan, values)):
+        raise ValueError(
+            f"variant {work.variant.name}: {wrong} of {len(values)} log-probabilities are not a number: "
+            f"look for infinite or missing weights in {work.variant.folder}, or use model.dtype=float32"
+        )
 
 
 def _texts(engine: Engine, work: Work, asked: Sequence[Continue]) -> Iterator[Mapping[Any, Answer]]:

@@ -19,12 +19,13 @@ _PICTURE = "accuracy"
 
 @dataclass(frozen=True)
 class Scored:
-    """A variant in words: the share of blocks that ``dropped`` a reduction, its outcomes by task, its speed."""
+    """A variant in words: the share of ``blocks`` that ``dropped`` a reduction, its outcomes by task, its speed."""
 
     name: str
     model: str
     mesh: str
     dropped: float
+    blocks: tuple[int, ...]
     repaired: bool
     outcomes: Mapping[str, Outcomes]
     tokens_per_s: float | None
@@ -112,6 +113,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts = [f"# {report['title']}", *_gate_said(report, rest), "## On average", _averages(report)]
     if report["pictures"]:
         parts.append("\n".join(f"![{Path(picture).stem}]({picture})" for picture in report["pictures"]))
+    parts += _blocks(report)
     parts += ["## By task", _notes(report), _matrix(report)]
     if rest:
         parts += ["## Every comparison", _details(report, rest)]
@@ -144,6 +146,19 @@ def _averages(report: Mapping[str, Any]) -> str:
     head = ["variant", "dropped", "mesh", "accuracy", "difference", "McNemar p", "verdict", "examples to decide"]
     tasks = ", ".join(report["averaged"]) or "no task of accuracy"
     return f"Of {tasks}, each weighing the same.\n\n" + _table([*head, "tokens/s"], rows)
+
+
+def _blocks(report: Mapping[str, Any]) -> list[str]:
+    """Which blocks drop their reduction: a repaired model has an order of its own, so that shares alike may differ."""
+    rows = [[name, ", ".join(map(str, one["blocks"]))] for name, one in report["variants"].items() if one["blocks"]]
+    if not rows:
+        return []
+    said = "Repaired models drop blocks in their own order: beside the same share as it is, other blocks may drop."
+    return [
+        "## Blocks",
+        *([said] if any(one["repaired"] for one in report["variants"].values()) else []),
+        _table(["variant", "blocks that drop"], rows),
+    ]
 
 
 def _cells(told: Mapping[str, Any]) -> list[str]:

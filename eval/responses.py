@@ -13,7 +13,7 @@ from eval.requests import Answer
 
 @dataclass
 class Kept:
-    """What a file of answers holds, by the key of their request; and what it took: tokens run, seconds.
+    """What a file of answers holds, by the key of their request; and what the ``requests`` took whose time is told.
 
     ``commits`` are those of the source that gave them.  ``corrupt`` names the lines that are not as they were written:
     their answers are missing here.
@@ -50,8 +50,11 @@ def read(path: Path) -> Kept:
 
 
 def append(path: Path, answers: Mapping[str, Answer], tokens: int, seconds: float, commit: str) -> None:
-    """Add ``answers``, for which so many ``tokens`` were run in so many ``seconds``: one write, whole or torn."""
-    cost = {"requests": len(answers), "tokens": tokens, "seconds": round(seconds, 4), "commit": commit}
+    """Add ``answers``, for which so many ``tokens`` were run in so many ``seconds``: one write, whole or torn.
+
+    Those of no tokens, texts that are generated, do not count among the requests that took that time.
+    """
+    cost = {"requests": len(answers) if tokens else 0, "tokens": tokens, "seconds": round(seconds, 4), "commit": commit}
     entries: Sequence[Mapping[str, Any]] = [*({"key": key, "answer": x} for key, x in answers.items()), cost]
     # The file may end in the middle of a line, torn by a kill: an empty line is nothing, a torn one stays by itself.
     lines = b"\n" + b"".join(_line(entry) for entry in entries)

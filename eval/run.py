@@ -3,9 +3,9 @@
     python -m eval.run model=smollm2_135m eval.tasks=[arc_easy] eval.limit=50 mesh.ring=2 out=outputs/scores
     python -m eval.run experiment=spd_regression eval.limit=200 out=outputs/spd
 
-Exit codes: 0 done; 3 done, and a variant of the gate is worse; 2 the command line asks for what cannot be done
-(nothing was started); 1 a rank failed; 75 asked to stop (SIGUSR1).  The same command again goes on where it was
-interrupted.
+Exit codes: 0 done; 3 done, and a variant of the gate is worse (eval.strict: or undecided); 2 the command line asks for
+what cannot be done (nothing was started); 1 a rank failed; 75 asked to stop (SIGUSR1).  The same command again goes on
+where it was interrupted.
 """
 
 import sys
@@ -69,6 +69,7 @@ def scored(job: Job, variant: Variant, kept: responses.Kept) -> report.Scored:
         model=variant.model.name,
         mesh=str(variant.mesh),
         dropped=variant.dropped,
+        blocks=tuple(sorted(variant.plan.dropped)) if variant.plan else (),
         repaired=variant.repaired,
         outcomes={name: outcomes(name, task) for name, task in job.tasks.items()},
         tokens_per_s=kept.tokens / seconds if seconds else None,

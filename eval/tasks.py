@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +22,7 @@ from eval.outcomes import Outcomes
 _ACCURACY = ("acc", "exact_match")
 _PREFERRED = "exact_match,flexible-extract"
 _PERPLEXITY = "word_perplexity"
-# Choices of uneven length, which are judged by likelihood a byte wherever these two are reported.
+# Choices of uneven length, which are judged by likelihood a character wherever these two are reported.
 _BY_LENGTH = ("arc_challenge", "hellaswag")
 
 
@@ -40,7 +41,7 @@ def load(wanted: Sequence[str], data: Path | None, fewshot: int | None, include:
         tasks |= _registered(rest, include)
     for task in tasks.values():
         task.set_fewshot_seed(1234)  # lm-eval's own default, which only its evaluator sets: else every rank has others
-        if fewshot is not None:
+        if fewshot is not None and task.config.num_fewshot != 0:  # lm-eval leaves those alone that say none
             task.set_config("num_fewshot", fewshot)
             _refuse_no_shots(task)
     return tasks
@@ -114,8 +115,9 @@ def ask(tasks: Mapping[str, Any], limits: Mapping[str, int | None]) -> None:
         try:
             with _quiet():
                 task.build_all_requests(limit=limits[name], rank=0, world_size=1)
-        except ValueError as error:
-            raise ValueError(f"eval.tasks: {name}: {error}") from error
+        except (ValueError, AssertionError) as error:  # samplers assert that there are as many as are to be shown
+            shots = f" with {task.config.num_fewshot} examples shown (eval.num_fewshot)" * bool(task.config.num_fewshot)
+            raise ValueError(f"eval.tasks: {name}{shots}: {error}") from error
 
 
 def answered(tasks: Mapping[str, Any], lm: EngineLM) -> None:
@@ -148,10 +150,18 @@ def outcomes(name: str, task: Any) -> Outcomes:
         likely, words = zip(*found[_PERPLEXITY], strict=True)
         return Outcomes(name, tuple(map(float, likely)), words=tuple(map(float, words)), others=others)
     metric = _judged_by(name, found)
-    chance = 0.0
-    if task.OUTPUT_TYPE == "multiple_choice":
-        chance = fmean(1 / len(instances) for instances in examples.values())
+    chance = _chance(task, list(examples.values())) if task.OUTPUT_TYPE == "multiple_choice" else 0.0
     return Outcomes(name, tuple(float(value) for value in found[metric]), chance, others=others)
+
+
+def _chance(task: Any, examples: Sequence[Sequence[Any]]) -> float:
+    """How often guessing is right; or always the same, where all questions have the same choices, if that is more."""
+    guessed = fmean(1 / len(instances) for instances in examples)
+    kinds = {tuple(one.args[1] for one in instances) for instances in examples}
+    if len(kinds) > 1 or len(examples) == 1:
+        return guessed
+    golds = Counter(str(task.doc_to_target(instances[0].doc)) for instances in examples)
+    return max(guessed, golds.most_common(1)[0][1] / len(examples))
 
 
 def _judged_by(name: str, found: Mapping[str, Any]) -> str:
@@ -163,7 +173,8 @@ def _judged_by(name: str, found: Mapping[str, Any]) -> str:
 
 
 def _total(task: Any, metric: str) -> Any:
-    return task.aggregation()[metric.partition(",")[0]]
+    """As lm-eval adds up a metric; the mean of one that does not say how."""
+    return task.aggregation().get(metric.partition(",")[0], fmean)
 
 
 @contextlib.contextmanager

@@ -45,6 +45,8 @@ class Variant:
         """What its answers depend on."""
         of: list[Any] = [fingerprint(self.folder), self.model.dtype, self.model.layers, self.device]
         of += [str(self.mesh), vars(self.context), self.plan]
+        # A generated text depends on what ends it, and on how tokens are read.
+        of += [self.shape.end_tokens, *(file.read_bytes() for file in sorted(self.folder.glob("tokenizer*")))]
         return hashlib.sha256(repr(of).encode()).hexdigest()[:12]
 
 

@@ -1,5 +1,6 @@
 """What a figure was measured on, and with which source: it means nothing without."""
 
+import hashlib
 import os
 import platform
 import shlex
@@ -44,10 +45,14 @@ _OF_A_JOB = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM
 
 
 def commit_of(source: Path) -> str:
-    """The commit of the source, ``-dirty`` if it has been changed since; a frozen copy has it in a file."""
+    """The commit of the source; a frozen copy has it in a file.
+
+    ``-dirty`` and a digest of what has been changed, if it has been since.
+    """
     if (source / "COMMIT").is_file():
         return (source / "COMMIT").read_text().strip()
-    return _git(source, "describe", "--always", "--dirty", "--abbrev=12").strip() or "not a git checkout"
+    named = _git(source, "describe", "--always", "--dirty", "--abbrev=12").strip() or "not a git checkout"
+    return f"{named}-{hashlib.sha256(diff_of(source).encode()).hexdigest()[:8]}" if named.endswith("-dirty") else named
 
 
 def diff_of(source: Path) -> str:

@@ -51,6 +51,28 @@ def test_a_model_that_is_too_bad_is_seldom_called_no_worse():
     assert verdicts.count("worse") / 1000 < 0.035
 
 
+def test_of_an_average_it_is_the_average_that_is_tested():
+    """A large task that loses does not make a gain of the average significant."""
+    made = compare([outcomes(11, 0, 2), outcomes(1000, 13, 0)])
+    assert made.difference > 0 and made.p_mcnemar > 0.1
+    made = compare([outcomes(50, 2, 30), outcomes(1000, 13, 0)])
+    assert made.p_mcnemar < 0.001
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (3, 0), (5, 2), (19, 7)])
+def test_twice_the_same_task_is_that_task(lost, won):
+    """Its p-value is of twice as many examples."""
+    one = outcomes(31, lost, won, 11)
+    assert compare([one, one], resamples=40_000).p_mcnemar == pytest.approx(mcnemar(2 * lost, 2 * won), abs=0.01)
+
+
+def test_outcomes_that_are_shares_are_weighed():
+    """Roundings that fall often do not outweigh what rises much."""
+    base = [0.5] * 60
+    other = [0.5 - 1e-7] * 45 + [0.9] * 15
+    assert compare([(base, other)]).p_mcnemar < 0.001
+
+
 def test_the_bootstrap_is_scipys():
     base, other = draw(np.random.default_rng(3), 401, 0.1, 0.04)
     made = compare([(base, other)], resamples=20_000)

@@ -32,7 +32,24 @@ def test_texts_begin_as_lm_evals_own_do(tokenizer: Any, text: str) -> None:
     ours = EngineLM(tokenizer, 64, tokenizer.bos_token_id, recorder([]))
     assert ours.tok_encode(text) == theirs.tok_encode(text)
     assert ours._encoded("A man and", text) == theirs._encode_pair("A man and", text)
+    assert ours._encoded(" ", "x")[0] == [tokenizer.bos_token_id]
     assert ours._encoded("", text) == ([tokenizer.bos_token_id], [i for i in ours.tok_encode(text) if i < 256])
+
+
+@pytest.mark.parametrize("answer", ["", "x" * 30])
+def test_an_answer_that_cannot_be_scored_whole_is_refused_by_name(tokenizer: Any, answer: str) -> None:
+    lm = EngineLM(tokenizer, 16, tokenizer.bos_token_id, recorder([]))
+    request: Any = SimpleNamespace(args=("A man", answer), task_name="boats", doc_id=7)
+    with pytest.raises(ValueError, match=r"boats 7 has an answer of (0|30|31) tokens.*eval.longest=16"):
+        lm.loglikelihood([request])
+
+
+def test_texts_that_are_cut_are_counted(tokenizer: Any) -> None:
+    asked: list[Any] = []
+    lm = EngineLM(tokenizer, 16, tokenizer.bos_token_id, recorder(asked))
+    requests: Any = [SimpleNamespace(args=("x" * n, " boat"), task_name="boats", doc_id=n) for n in (5, 40)]
+    lm.loglikelihood(requests)
+    assert lm.cut == 1 and [len(one.tokens) for one in asked][1] == 17
 
 
 def test_a_special_token_ends_a_text_where_the_task_says_so(tokenizer: Any) -> None:

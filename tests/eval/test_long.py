@@ -1,5 +1,7 @@
 """Tasks of long texts: as long as asked for, the answers in the text, and nothing by luck."""
 
+import re
+
 import pytest
 
 from eval.long import LONG, found_all, long_tasks, read_text, rows
@@ -39,6 +41,13 @@ def test_a_chain_leads_from_the_number_to_every_variable(text):
         place = max(document.find(f"VAR {name} = {value}.") for value in values)
         assert place > at, "each is told after the one that it depends on"
         values, at = {f"VAR {name}"}, place
+
+
+def test_of_several_keys_any_may_be_asked(text):
+    """Who repeats the first number that comes is right in a quarter of all cases, no more."""
+    made = rows(LONG["multikey"], text, tokenizer, LENGTH, ANSWER, 20, 0)
+    places = [re.findall(r"special number of \w+ is (\d+)", row["prompt"]).index(*row["answers"]) for row in made]
+    assert set(places) == {0, 1, 2, 3}
 
 
 def test_common_words_are_the_most_common(text):

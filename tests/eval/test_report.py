@@ -25,7 +25,8 @@ def scored(name: str, dropped: float, good: int, near: int, nats: float = -3.0, 
         "near": outcomes(near),
         "text": Outcomes("text", (nats * 100, nats * 50), words=(100.0, 50.0)),
     }
-    return Scored(name, "tiny", "tp=3", dropped, repaired, of, 100.0 / (1 + dropped), 9.0)
+    blocks = tuple(range(int(6 * dropped)))
+    return Scored(name, "tiny", "tp=3", dropped, blocks, repaired, of, 100.0 / (1 + dropped), 9.0)
 
 
 ALL = (
@@ -98,8 +99,10 @@ def test_files(tmp_path):
     page = (tmp_path / "report.md").read_text()
     assert "**Gate** (all): FAILED by all." in page and "![accuracy](accuracy.svg)" in page
     rows = [line for line in page.splitlines() if line.startswith("| all |")]
+    said, _, blocks = page[: page.index("## By task")].partition("## Blocks")
+    assert "| half | 0, 1, 2 |" in blocks and "Repaired models drop blocks in their own order" in blocks
     assert rows[0].startswith("| all | 100% | tp=3 | 0.200 | -0.400 [-0.4")
-    assert len({line.count("|") for line in page.splitlines() if line.startswith("| all")}) == 1
+    assert len({line.count("|") for line in said.splitlines() if line.startswith("| all")}) == 1
 
 
 def test_a_picture_wants_shares_to_draw_over(report, tmp_path):

@@ -1,12 +1,15 @@
 """python -m eval.run on a tiny model: what it writes, how it goes on, when it refuses, when its gate fails."""
 
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -16,6 +19,8 @@ from omegaconf import OmegaConf
 
 from eval import responses, run, speed
 from eval.local import LOCAL
+from eval.ranks import Work, _refuse_no_numbers
+from longctx.pretrained import shape_of
 from recipes import start
 from tests.tiny import tiny_model
 
@@ -262,6 +267,30 @@ def test_limits_are_of_each_task(prepared):
         "needle_307": 2,
     }
     assert len(job.requests) == 5 * 4 + 5 + 1 + 2
+
+
+def test_a_limit_of_a_group_is_refused(prepared):
+    """Its tasks have other names: it would limit nothing."""
+    asked = replace(prepared("eval.limit=1").eval, tasks=("blimp",), limits={"blimp": 5})
+    with pytest.raises(ValueError, match=r"eval.limits.blimp is of a group of tasks: use eval.limit"):
+        asked.refuse_unknown_limits(["blimp_adjunct_island", "blimp_passive_1"])
+
+
+def test_answers_depend_on_what_ends_them(prepared, tiny, tmp_path):
+    base = prepared("eval.limit=1").variants[0]
+    other = shutil.copytree(tiny, tmp_path / "other")
+    assert replace(base, folder=other).digest == base.digest
+    (other / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert replace(base, folder=other, shape=shape_of(other)).digest != base.digest
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
+    assert replace(base, folder=other).digest != base.digest
+
+
+def test_a_log_probability_that_is_no_number_is_refused(prepared, tmp_path):
+    work = Work("a", prepared("eval.limit=1").variants[0], (), tmp_path, 1, 1, 1)
+    _refuse_no_numbers(work, [-1.5, -math.inf])
+    with pytest.raises(ValueError, match=r"variant baseline: 1 of 2 log-probabilities are not a number"):
+        _refuse_no_numbers(work, [-1.5, math.nan])
 
 
 def test_a_variant_whose_context_is_too_short_is_refused(prepared, tmp_path):

@@ -39,8 +39,8 @@ ROWS = {
         0,
     ),
     "hellaswag": (
-        {"query": "Rowing: A man rows. he", "choices": FOUR, "gold": 3},
-        [("Rowing: A man rows. he", f" {choice}") for choice in FOUR],
+        {"query": "Rowing: A man rows. he", "choices": FOUR, "gold": 3},  # as lm-eval's process_docs writes it
+        [("Rowing: A man rows. He", f" {choice}") for choice in FOUR],
         3,
     ),
     "winogrande": (
@@ -158,6 +158,48 @@ def test_sorted_sets_are_mixed_always_alike(tmp_path):
         orders.append([doc["sentence_good"] for doc in task.eval_docs])
     assert orders[0] == orders[1] != [row["good"] for row in rows]
     assert sorted(orders[0]) == sorted(row["good"] for row in rows)
+
+
+def test_a_wsc_sentence_that_ends_behind_the_pronoun_keeps_its_full_stop_close(tmp_path):
+    row = {"context_options": ["Ann rowed past Ann", "Ann rowed past Eve"], "continuation": ".", "gold": 1}
+    written(tmp_path, "wsc273", [row])
+    task = load(["wsc273"], tmp_path, None, None)["wsc273"]
+    ask({"wsc273": task}, {"wsc273": None})
+    assert [one.args for one in task.instances] == [(f"Ann rowed past {word}", " .") for word in ("Ann", "Eve")]
+
+
+def test_of_the_same_choices_always_the_commonest_is_a_guess_too(tmp_path):
+    rows = [{"query": f"Passage: It is {i}.\nQuestion: is it {i}?", "gold": int(i > 0)} for i in range(5)]
+    written(tmp_path, "boolq", rows)
+    task = load(["boolq"], tmp_path, None, None)["boolq"]
+    ask({"boolq": task}, {"boolq": None})
+    answered({"boolq": task}, who_knows("yes"))
+    made = outcomes("boolq", task)
+    assert (sum(made.values), made.chance) == (4, 0.8)
+
+
+def test_a_metric_that_does_not_say_how_it_adds_up_is_the_mean(tmp_path):
+    written(tmp_path, "copa", [{"query": "It rains, therefore", "choices": ["they row.", "they sink."], "gold": 0}])
+    task = load(["copa"], tmp_path, None, None)["copa"]
+    ask({"copa": task}, {"copa": None})
+    answered({"copa": task}, who_knows("row."))
+    plain = task.process_results
+    task.process_results = lambda doc, given: plain(doc, given) | {"mine": 0.25}
+    assert outcomes("copa", task).others["mine"] == 0.25
+
+
+def test_a_task_that_says_it_shows_none_shows_none(tmp_path):
+    """As in lm-eval: TruthfulQA's prompt has its examples, BLiMP's sentences stand alone."""
+    written(tmp_path, "truthfulqa_mc1", [{"question": "What floats?", "best": "a boat", "incorrect": ["a stone"]}] * 3)
+    task = load(["truthfulqa_mc1"], tmp_path, 2, None)["truthfulqa_mc1"]
+    assert task.config.num_fewshot == 0
+
+
+def test_more_shots_than_there_are_are_refused_by_their_setting(tmp_path):
+    written(tmp_path, "copa", [{"query": "It rains, therefore", "choices": ["they row.", "they sink."], "gold": 0}] * 3)
+    task = load(["copa"], tmp_path, 100, None)["copa"]
+    with pytest.raises(ValueError, match=r"copa with 100 examples shown \(eval.num_fewshot\)"):
+        ask({"copa": task}, {"copa": None})
 
 
 def test_shots_are_shown_and_never_the_question_itself(tmp_path):
