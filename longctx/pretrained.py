@@ -134,6 +134,7 @@ def shape_of(folder: Path) -> ModelShape:
         rotary=_rotary(config),
         end_tokens=_end_tokens(folder, config),
         windows=_windows(config),
+        deviation=config.initializer_range,
     )
 
 
@@ -145,6 +146,13 @@ def tokenizer_of(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"{folder} has no tokenizer that transformers can read: {error}") from error
+
+
+def refuse_dropout(folder: Path) -> None:
+    """ValueError if config.json asks for dropout, which training here has not."""
+    dropout = json.loads((folder / "config.json").read_text()).get("attention_dropout")
+    if dropout:
+        raise ValueError(f"attention_dropout={dropout}: training here has no dropout, make it 0 in the model's config")
 
 
 def _refuse_unmapped(config: Any) -> None:

@@ -270,6 +270,7 @@ class ModelShape:
     """The shape of a Llama-architecture decoder; ``positions`` is the longest context that it was made for.
 
     ``windows``: of each layer, how many keys back a query sees, its own included; None where it sees all.
+    ``deviation`` is that of weights that are drawn to begin with.
     """
 
     layers: int
@@ -286,6 +287,7 @@ class ModelShape:
     rotary: Rotary = field(repr=False)
     end_tokens: tuple[int, ...] = ()
     windows: tuple[int | None, ...] = ()
+    deviation: float = 0.02
 
     def __post_init__(self) -> None:
         if not self.windows:

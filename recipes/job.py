@@ -95,12 +95,13 @@ def job_of(config: DictConfig, source: Path, weights: Path | None) -> Job:
     Raises ValueError, with what to do instead, if it cannot be done.
     """
     from longctx.parallel.strategy import STRATEGIES
-    from longctx.pretrained import fingerprint, shape_of, tokenizer_of
+    from longctx.pretrained import fingerprint, refuse_dropout, shape_of, tokenizer_of
 
     mesh, context = section(config, "mesh", Mesh), section(config, "context", Context)
     settings, model = top_level(config, Settings), section(config, "model", ModelSource)
     refuse_unwritable_folder(settings.out)
     described = describe(source, Path(settings.out))
+    refuse_dropout(described)
     shape, tokenizer = shape_of(described), tokenizer_of(described)
     data, test = data_of(config)
     if context.strategy not in STRATEGIES:

@@ -9,13 +9,11 @@ import torch
 from longctx.schema import ModelShape
 from longctx.shapes import Tensor
 
-_STD = 0.02
-
 
 class Drawn:
     """What `weights.Weights` is for a model that has been trained: tensors by name, here drawn from ``seed``.
 
-    Normal with a deviation of 0.02, of the two matrices that write to the residual stream 0.02 / sqrt(2 layers)
+    Normal with the shape's deviation, of the two matrices that write to the residual stream that over sqrt(2 layers)
     (GPT-2, section 2.3); norms begin at 1, biases at 0.
     """
 
@@ -33,7 +31,8 @@ class Drawn:
         digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
         draw = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-        return torch.randn(size, generator=draw) * (_STD / math.sqrt(2 * self._shape.layers) if residual else _STD)
+        deviation = self._shape.deviation / (math.sqrt(2 * self._shape.layers) if residual else 1)
+        return torch.randn(size, generator=draw) * deviation
 
     def _size(self, name: str) -> tuple[int, ...]:
         s = self._shape

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from longctx.megatron.initial import Drawn
 from longctx.megatron.names import fused_views
 from longctx.megatron.weights import Weights
 from longctx.parallel.launch import RankFailed, run_ranks
@@ -22,6 +23,15 @@ def test_a_missing_tensor_is_named(tmp_path):
     save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"has no tensor lm_head\.weight"):
         Weights(tmp_path)("lm_head.weight")
+
+
+def test_weights_are_drawn_with_the_models_own_deviation(tmp_path):
+    LlamaConfig(hidden_size=60, num_attention_heads=6, num_hidden_layers=8, initializer_range=0.07).save_pretrained(
+        tmp_path
+    )
+    drawn = Drawn(shape_of(tmp_path), seed=3)
+    assert drawn("model.layers.0.mlp.gate_proj.weight").std().item() == pytest.approx(0.07, rel=0.02)
+    assert drawn("model.layers.0.mlp.down_proj.weight").std().item() == pytest.approx(0.07 / 4, rel=0.02)
 
 
 def test_quantised_tensors_are_refused(tmp_path):

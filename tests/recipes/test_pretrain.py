@@ -200,6 +200,7 @@ def test_a_torn_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
         (["data.length=9000"], r"data\.length=9,000 is more than the model's context of 4,096: .*model\.positions"),
         (["data=text", "data.sources=[{path:/nowhere/at/all}]"], "/nowhere/at/all is no file"),
         (["out=/proc/nobody/writes/here"], "out=/proc/nobody/writes/here cannot be written"),
+        (["+model.config.attention_dropout=0.1"], r"attention_dropout=0\.1: training here has no dropout"),
         (["context.chunk=7"], r"context\.chunk=7 is for inference"),
         (["optim.warmup=5", "optim.decay_steps=5"], r"optim\.decay_steps=5 and optim\.warmup=5"),
         (["optim.clip=-1"], r"clip=-1"),
