@@ -18,9 +18,13 @@ from longctx.train.track import MANIFEST
 from recipes.manifest import flat, folder_of, manifest_of
 from recipes.start import console, reporting
 
-# What a figure's name says of one that two runs of the same command need not share: it was measured.
-MEASURED = re.compile(r"(_s|_per_s|_bytes|_share|ttft_s|mfu|mfu_causal|_per_rank|processor|cores|command|commit|host)$")
+# What a figure's name says of one that two runs of the same command need not share: it was measured, as were the
+# seconds in ``why`` a strategy was taken.
+MEASURED = re.compile(
+    r"(_s|_per_s|_bytes|_share|ttft_s|mfu|mfu_causal|_per_rank|processor|cores|command|commit|host|why)$"
+)
 _ABOUT = ("commit", "command", "python", "torch", "processor", "cores")
+_PLACES = ("out", "session.save", "command")  # where a run wrote is not of what was asked
 _LONG = 60  # characters of a value in a table
 
 
@@ -50,7 +54,8 @@ def settings_of(run: str) -> dict[str, Any]:
     diff = {"diff": f"{len(lines)} lines, sha256:{sha256(repr(lines).encode()).hexdigest()[:16]}" if lines else ""}
     packages = {f"package {name}": version for name, version in manifest["packages"].items()}
     hardware = {f"machine.{name}": value for name, value in flat(manifest["hardware"]).items()}
-    return {**flat(manifest["config"]), **about, **weights, **diff, **data, **packages, **hardware}
+    asked = {**flat(manifest["config"]), **about, **weights, **diff, **data, **packages, **hardware}
+    return {name: value for name, value in asked.items() if name not in _PLACES}
 
 
 def differing(each: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -91,9 +96,8 @@ def compare(runs: Sequence[str]) -> None:
     if len(runs) < 2:
         raise ValueError(f"compare two runs or more: python -m recipes.compare DIR DIR (each with a {MANIFEST})")
     asked, figures = [settings_of(run) for run in runs], [final_figures(run) for run in runs]
-    names = [name for name in differing(asked) if name not in ("out", "command")]
     print_table = console.__class__(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160).print
-    print_table(table_of("settings that differ", runs, {n: [each.get(n) for each in asked] for n in names}))
+    print_table(table_of("settings that differ", runs, {n: [each.get(n) for each in asked] for n in differing(asked)}))
     every = {name: [each.get(name) for each in figures] for name in dict.fromkeys(n for each in figures for n in each)}
     shown = {n: of for n, of in every.items() if n not in _ABOUT and not any(isinstance(value, list) for value in of)}
     print_table(table_of("final figures", runs, shown))

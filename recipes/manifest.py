@@ -74,13 +74,20 @@ def folder_of(out: Path) -> Path:
     return out.parent if is_file_name(str(out)) else out
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their names: ``mesh.ring``."""
+def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their names: ``mesh.ring``; those of a list of them by their number, too: ``turns.0.text``."""
     named: dict[str, Any] = {}
     for name, value in values.items():
-        inner = isinstance(value, Mapping) and value
-        named |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+        inner = _inner(value)
+        named |= flat(inner, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
     return named
+
+
+def _inner(value: Any) -> Mapping[Any, Any]:
+    """What ``value`` has by name, or by number if it is a list of what has names; nothing of any other."""
+    if isinstance(value, list) and all(isinstance(one, Mapping) for one in value):
+        return dict(enumerate(value))
+    return value if isinstance(value, Mapping) else {}
 
 
 def digest(path: Path) -> str:
