@@ -16,7 +16,7 @@ from rich.table import Table
 
 from longctx.train.track import MANIFEST
 from recipes.manifest import flat, folder_of, manifest_of
-from recipes.start import console, reporting
+from recipes.start import console, is_file_name, reporting
 
 # What a figure's name says of one that two runs of the same command need not share: it was measured, as were the
 # seconds in ``why`` a strategy was taken.
@@ -24,21 +24,37 @@ MEASURED = re.compile(
     r"(_s|_per_s|_bytes|_share|ttft_s|mfu|mfu_causal|_per_rank|processor|cores|command|commit|host|why)$"
 )
 _ABOUT = ("commit", "command", "python", "torch", "processor", "cores")
+_COURSES = ("recipes.pretrain", "recipes.extend")
 _PLACES = ("out", "session.save", "command")  # where a run wrote is not of what was asked
 _LONG = 60  # characters of a value in a table
 
 
 def final_figures(run: str) -> dict[str, Any]:
-    """A run's last figures: of training its last step's, of others what is in ``out``.  ValueError for none."""
-    folder, out = folder_of(Path(run).expanduser()), Path(manifest_of(run)["out"])
-    metrics, result = folder / "metrics.jsonl", folder / out.name
+    """What came of a run, by name: of training its last step's figures, of others all that they wrote.
+
+    ValueError for none: neither the number of a step nor what was measured says what came of it.
+    """
+    manifest, folder = manifest_of(run), folder_of(Path(run).expanduser())
+    names = [Path(manifest["out"]).name] if is_file_name(manifest["out"]) else ["report.json", "metrics.jsonl"]
+    file = next((folder / name for name in names if (folder / name).is_file()), folder / names[-1])
     try:
-        if metrics.is_file():
-            lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
-            return dict(json.loads(lines[-1]))
-        return flat(json.loads(result.read_text()))
+        text = file.read_text()
+        found = _of_lines(text, manifest["module"]) if file.name == "metrics.jsonl" else flat(json.loads(text))
     except (OSError, IndexError, json.JSONDecodeError) as error:
-        raise ValueError(f"{run} has no figures yet: neither {metrics} nor {result} can be read") from error
+        raise ValueError(f"{run} has no figures yet: {' and '.join(names)} in {folder} cannot be read") from error
+    found = {name: value for name, value in found.items() if value is not None}
+    if not [name for name in found if name != "step" and not is_measured(name)]:
+        told = ", ".join(found) or "nothing"
+        raise ValueError(f"{run} has no figures to compare: {file} has {told}; give a run that has come to its end")
+    return found
+
+
+def _of_lines(text: str, module: str) -> dict[str, Any]:
+    """The figures of ``text``'s lines, each by its step; of training, which is one course, those of the last."""
+    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    if module in _COURSES:
+        return dict(lines[-1])
+    return flat({line.pop("step"): line for line in lines})
 
 
 def settings_of(run: str) -> dict[str, Any]:

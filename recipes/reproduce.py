@@ -75,8 +75,9 @@ def reproduce(runs: Sequence[str]) -> None:
 
 
 def _reproduced(run: str) -> bool:
+    was = final_figures(run)  # refuses a run without any, before it takes its time again
     new = again(run)
-    was, now = final_figures(run), final_figures(new)
+    now = final_figures(new)
     if changed := differing([settings_of(run), settings_of(new)]):
         console.print(f"not as it was: {', '.join(changed)}")
     names = [name for name in {**was, **now} if not is_measured(name)]

@@ -76,7 +76,52 @@ def test_a_conversation_is_saved_beside_the_one_that_is_there(ran, monkeypatch, 
 
 def test_a_session_that_was_written_over_is_not_gone_on_from(ran, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce.subprocess, "run", lambda *_, **__: pytest.fail("it was run"))
-    folder = ran("talked", "turns.json", {"save": "talk", "load": str(Path(tmp_path, "x", "..", "talk"))})
+    session = {"save": "talk", "load": str(Path(tmp_path, "x", "..", "talk"))}
+    folder = ran("talked", "turns.json", session, turns_json=json.dumps({"turns": [TURN]}))
     with pytest.raises(SystemExit) as leaving:
         start.reporting(lambda: reproduce.reproduce([folder]))
     assert leaving.value.code == 2 and "saved its session over the one that it went on from" in capsys.readouterr().err
+
+
+def lines(*steps):
+    return "".join(json.dumps({"step": step, **figures}) + "\n" for step, figures in enumerate(steps))
+
+
+def test_of_an_evaluation_its_report_is_compared(ran, same):
+    """What its record of steps has is averages of accuracy, and nothing at all of perplexity."""
+
+    def evaluated(name, perplexity, seconds):
+        report = {"tasks": {"text": {"baseline": {"perplexity": perplexity, "accuracy": None}}}}
+        speed = {"variants": {"baseline": {"tokens_per_s": seconds}}}
+        return ran(name, module="eval.run", report_json=json.dumps(report | speed), metrics_jsonl=lines({}))
+
+    was = evaluated("was", 31.5, 7.0)
+    agrees, says = same(was, evaluated("now", 31.5, 9.0))
+    assert agrees and "1 of 1 final figures" in says and "tasks.text.baseline.perplexity" in says
+    agrees, says = same(was, evaluated("other", 31.6, 7.0))
+    assert not agrees and re.search(r"tasks\.text\.baseline\.perplexity\s+31\.5\s+31\.6", says)
+
+
+@pytest.mark.parametrize(("module", "same_end"), [("recipes.spd_adapt", False), ("recipes.pretrain", True)])
+def test_of_blocks_every_line_is_compared_and_of_training_the_last(ran, same, module, same_end):
+    first, last = {"spd/error_fitted": 0.5}, {"spd/error_fitted": 0.25, "spd/divergence_after": 0.125}
+    was = ran("was", module=module, metrics_jsonl=lines(first, last))
+    now = ran("now", module=module, metrics_jsonl=lines({"spd/error_fitted": 0.75}, last))
+    agrees, says = same(was, now)
+    assert agrees == same_end and ("0.spd/error_fitted" in says) != same_end
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({}, "has no figures yet: report.json and metrics.jsonl in"),
+        ({"metrics_jsonl": lines({})}, "metrics.jsonl has step; give a run that has come to its end"),
+        ({"metrics_jsonl": lines({"loss": None, "step_s": 3.0})}, "metrics.jsonl has step, step_s; give a run"),
+    ],
+    ids=["none", "a step", "seconds"],
+)
+def test_a_run_without_figures_is_not_run_again(ran, monkeypatch, files, words):
+    monkeypatch.setattr(reproduce, "again", lambda _: pytest.fail("it was run"))
+    with pytest.raises(ValueError, match=r"has no figures") as refusal:
+        reproduce.reproduce([ran("was", module="recipes.pretrain", **files)])
+    assert words in str(refusal.value)
