@@ -20,14 +20,25 @@ from longctx.parallel.mesh import refuse_unfit, refuse_unused
 from longctx.pretrained import locate, shape_of
 from longctx.schema import Mesh, ModelShape, ModelSource
 from recipes.machine import provenance
-from recipes.start import console, main, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks
+from recipes.start import (
+    console,
+    main,
+    on_ranks,
+    refuse_unwritable,
+    say,
+    section,
+    threads_for,
+    threads_here,
+    top_level,
+    warm_up_ranks,
+)
 
 
 @dataclass(frozen=True)
 class Settings:
     """The settings of configs/calibrate.yaml that are not a section of their own."""
 
-    threads: PositiveInt
+    threads: PositiveInt | None
     device: Literal["cpu", "cuda"]
     kernel: Literal["auto", "reference", "flash_cpu", "flash_cuda", "cudnn", "flash_attn"]
     out: str
@@ -35,13 +46,30 @@ class Settings:
 
 def hardware_from(name: str) -> Hardware:
     """The hardware of a file that this recipe wrote.  Raises ValueError if it is none."""
+    return hardware_of(_values(name), f"hardware={name}")
+
+
+def refuse_other_threads(hardware: str | None, asked: int | None, mesh: Mesh) -> None:
+    """ValueError if the file ``hardware`` was measured with other threads per rank than ``mesh`` has on this machine.
+
+    For where the run is: a login node has other cores.  A file that does not say is taken as it is.
+    """
+    about = _values(hardware).get("measured") if hardware else None
+    measured, threads = about.get("threads") if isinstance(about, dict) else None, threads_here(asked, mesh)
+    if measured not in (None, threads):
+        raise ValueError(
+            f"hardware={hardware} was measured with threads={measured} per rank, this run has threads={threads}: use "
+            f"the same, or measure it anew with python -m recipes.calibrate threads={threads} out=FILE.yaml"
+        )
+
+
+def _values(name: str) -> Any:
     try:
-        values = yaml.safe_load(Path(name).expanduser().read_text(encoding="utf-8"))
+        return yaml.safe_load(Path(name).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(
             f"hardware={name} cannot be read ({error}): write it with python -m recipes.calibrate out=FILE.yaml"
         ) from error
-    return hardware_of(values, f"hardware={name}")
 
 
 def measured(here: Any, shape: ModelShape, kernel: str, dtype: str) -> Hardware:
@@ -59,7 +87,7 @@ def run_rank(rank: Rank, mesh: Mesh, shape: ModelShape, dtype: str, settings: Se
     from longctx.megatron.runtime import runtime
     from longctx.parallel.probe import gemm_flops
 
-    with runtime(rank, mesh, threads=settings.threads, device=settings.device) as here:
+    with runtime(rank, mesh, threads=threads_for(settings.threads, rank), device=settings.device) as here:
         found = measured(here, shape, settings.kernel, dtype)
         return replace(found, peak_flops=gemm_flops(here.world, getattr(torch, dtype), here.device))
 
@@ -94,7 +122,9 @@ def task(config: DictConfig) -> None:
     if found is None:
         return
     show(found)
-    about = {**provenance(), "mesh": str(mesh), "model": model.name, "dtype": model.dtype}
+    # A GPU is as fast whatever the threads beside it.
+    threads = threads_here(settings.threads, mesh) if settings.device == "cpu" else None
+    about = {**provenance(), "mesh": str(mesh), "threads": threads, "model": model.name, "dtype": model.dtype}
     Path(settings.out).write_text(yaml.safe_dump({"measured": about, **asdict(found)}, sort_keys=False))
     console.print(f"written to {settings.out}")
 

@@ -27,7 +27,7 @@ from longctx.parallel.mesh import refuse_unfit, refuse_unused
 from longctx.pretrained import fingerprint, locate, shape_of, tensor_files, tokenizer_of
 from longctx.schema import Context, Mesh, ModelShape, ModelSource, Sampling
 from longctx.spd.plan import SPDPlan
-from recipes.calibrate import hardware_from, measured
+from recipes.calibrate import hardware_from, measured, refuse_other_threads
 from recipes.dropping import plan_of
 from recipes.machine import provenance
 from recipes.manifest import record
@@ -293,6 +293,7 @@ def task(config: DictConfig) -> None:
     """Refuse what cannot be done; run the ranks; write what the first one gives."""
     warm_up_ranks(["longctx.infer.engine", "longctx.infer.store", "longctx.infer.generate", "recipes.progress"])
     job = prepare(config)
+    refuse_other_threads(job.settings.hardware, job.settings.threads, job.mesh)
     record(config, [job.folder])
     turns = on_ranks(job.mesh, run_rank, job)
     if turns is None:

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from longctx.pretrained import locate
 from longctx.schema import ModelSource
+from recipes.calibrate import refuse_other_threads
 from recipes.job import Job, job_of
 from recipes.manifest import record
 from recipes.start import main, on_ranks, say, section, warm_up_ranks
@@ -34,6 +35,7 @@ def task(config: DictConfig) -> None:
     """Refuse what cannot be done; run the ranks; show what the first one gives."""
     warm_up_ranks([*WARM, "recipes.training"])
     job = prepare(config)
+    refuse_other_threads(job.settings.hardware, job.settings.threads, job.mesh)
     record(config)
     ended = on_ranks(job.mesh, run_rank, job)
     if ended is not None:

@@ -197,6 +197,11 @@ def threads_for(asked: int | None, rank: Rank) -> int:
     return asked or max(1, len(os.sched_getaffinity(0)) // rank.neighbours)
 
 
+def threads_here(asked: int | None, mesh: Mesh) -> int:
+    """`threads_for` each rank of ``mesh`` that a launcher started on this machine, or that will be started here."""
+    return threads_for(asked, rank_from_environment(os.environ) or Rank(0, mesh.ranks, 0, mesh.ranks, ""))
+
+
 def refuse_unwritable(out: str | None, name: str = "out") -> None:
     """ValueError unless a file can be written at ``out``, the setting ``name``; its folder is made."""
     if out is None:

@@ -29,13 +29,14 @@ from longctx.pretrained import locate, shape_of, tokenizer_of
 from longctx.schema import Mesh, ModelShape, ModelSource, PromptSource
 from recipes.bench.hosts import is_host, refuse_hosts, run_on_hosts
 from recipes.bench.picture import lines
-from recipes.calibrate import hardware_from, measured
+from recipes.calibrate import hardware_from, measured, refuse_other_threads
 from recipes.dropping import refuse_adapted
 from recipes.machine import provenance
 from recipes.progress import Progress
 from recipes.start import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
 
 STRATEGIES = ("pass_kv", "pass_q")
+THREADS = 1  # of a rank
 SHORT = {"pass_kv": "KV", "pass_q": "Q"}
 
 
@@ -72,7 +73,7 @@ def run_rank(rank: Rank, job: Job) -> tuple[Hardware, list[dict[str, Any]]]:
     from longctx.infer.engine import load_engine
     from longctx.megatron.runtime import runtime
 
-    with runtime(rank, job.mesh, threads=1) as here, Progress(shown=rank.rank == 0) as progress:
+    with runtime(rank, job.mesh, threads=THREADS) as here, Progress(shown=rank.rank == 0) as progress:
         engine = load_engine(here, job.model, job.shape, job.folder, "auto")
         on = job.hardware or measured(here, job.shape, "auto", job.model.dtype)
         progress.start("miss rates, prefills", len(job.settings.miss_rates) * (job.settings.rounds + 1) * 2)
@@ -190,6 +191,7 @@ def asked(config: DictConfig) -> Job:
     if available < settings.total:
         raise ValueError(f"total={settings.total}: the text has {available:,} tokens; use at most that")
     on = hardware_from(settings.hardware) if settings.hardware else None
+    refuse_other_threads(settings.hardware, THREADS, mesh)
     return Job(settings, mesh, model, folder, shape_of(folder), tuple(tokens), on)
 
 
@@ -217,7 +219,8 @@ def report(job: Job, on: Hardware, measured_rows: list[dict[str, Any]]) -> None:
     if settings.out:
         written(settings.out, {**about, "rows": rows})
     if settings.fitted:
-        file = {"measured": {**provenance(), **where}, **asdict(on)}
+        how = {"threads": THREADS, "model": job.model.name, "dtype": job.model.dtype}
+        file = {"measured": {**provenance(), **where, **how}, **asdict(on)}
         Path(settings.fitted).write_text(yaml.safe_dump(file, sort_keys=False))
     if settings.picture:
         draw(rows, job)

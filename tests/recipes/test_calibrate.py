@@ -3,7 +3,12 @@
 import pytest
 import yaml
 
-from recipes import calibrate
+from longctx.schema import Mesh
+from recipes import calibrate, chat, extend, pretrain, start
+from recipes.bench import crossover
+
+LINK = {"latency_s": 1e-6, "bytes_per_s": 1e9}
+VALUES = {"flops": 1e9, "kv_bytes_per_s": 1e9, "block_s": 0, "overlap": 1, "hop": LINK, "exchange": LINK}
 
 
 def test_what_is_written_is_read_back(cli, tiny, tmp_path):
@@ -13,7 +18,63 @@ def test_what_is_written_is_read_back(cli, tiny, tmp_path):
     on, values = calibrate.hardware_from(str(out)), yaml.safe_load(out.read_text())
     assert (on.flops, on.hop.latency_s) == (values["flops"], values["hop"]["latency_s"])
     assert on.flops > 0 and on.hop.bytes_per_s > 0 and on.empirical is None
-    assert values["measured"]["mesh"] == "ring=2"
+    about = values["measured"]
+    assert (about["mesh"], about["dtype"]) == ("ring=2", "float32")
+    assert about["threads"] == start.threads_here(None, Mesh(ring=2)), "as many as other recipes have"
+
+
+@pytest.fixture
+def eight_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8))
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """``measured(about)``: a hardware file that says so of how it was measured."""
+
+    def measured(about):
+        file = tmp_path / "hardware.yaml"
+        file.write_text(yaml.safe_dump({"measured": about, **VALUES}))
+        return str(file)
+
+    return measured
+
+
+@pytest.mark.usefixtures("eight_cores")
+@pytest.mark.parametrize(
+    ("about", "asked", "refused"),
+    [({"threads": 1}, None, True), ({"threads": 4}, 2, True), ({"threads": 4}, None, False), ({"threads": 1}, 1, False),
+     ({"threads": None}, None, False), ({"mesh": "ring=2"}, None, False), (None, None, False), ("by hand", 3, False)],
+)  # fmt: skip
+def test_a_file_of_other_threads_is_refused(measured, about, asked, refused):
+    """Two ranks on eight cores have four threads each; of a GPU, or by hand, nobody says how many."""
+    file, threads = measured(about), asked or 4
+    assert calibrate.hardware_from(file).flops == 1e9
+    if not refused:
+        calibrate.refuse_other_threads(file, asked, Mesh(ring=2))
+        return
+    words = f"threads={about['threads']} per rank, this run has threads={threads}: .*calibrate threads={threads} out="
+    with pytest.raises(ValueError, match=words):
+        calibrate.refuse_other_threads(file, asked, Mesh(ring=2))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [
+        (chat, ["turns={folder}/turns.jsonl", "mesh.ring=2", "context.strategy=auto"]),
+        (crossover, ["total=31", "mesh.ring=2"]),
+        (pretrain, ["experiment=tiny", "data.length=61", "out={folder}/run"]),
+        (extend, ["data.length=61", "data.batch=2", "data.end_token=false", "out={folder}/run"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_whoever_reads_a_file_of_other_threads_refuses_it(refused, tiny, measured, tmp_path, recipe, settings):
+    (tmp_path / "turns.jsonl").write_text('{"text": "Hello"}')
+    model = [] if recipe is pretrain else [f"model={tiny}"]
+    words = [*model, *(setting.format(folder=tmp_path) for setting in settings)]
+    says = refused(recipe, recipe.task, f"hardware={measured({'threads': 97})}", *words)
+    assert "was measured with threads=97 per rank" in says
+    assert not (tmp_path / "run" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ def test_the_files_say_the_links_and_constants_fitted_to_all_rows(job, tmp_path,
     for about, on in ((result, result["hardware"]), (file["measured"], file)):
         assert (about["hosts"], about["rate"], about["mesh"]) == (hosts, rate, "ring=3")
         assert tuple(on["empirical"]) == seen
+    assert (file["measured"]["threads"], file["measured"]["dtype"]) == (1, "float32")
     assert ("70mbit links" in Path(names["picture"]).read_text()) == bool(hosts)
 
 
