@@ -32,25 +32,30 @@ class Saved:
     """Bytes that a forward keeps for its backward: activations, each storage once, parameters not counted."""
 
     bytes: int = 0
+    in_forward: bool = True
 
     @contextmanager
     def counting(self, net: torch.nn.Module) -> Iterator[None]:
-        """Count what is saved in the block."""
+        """Count what is saved in the block until its first backward begins: the forward of one micro-batch."""
         seen = {p.untyped_storage().data_ptr() for p in net.parameters()}
 
         def keep(x: torch.Tensor) -> torch.Tensor:
             storage = x.untyped_storage()
-            if storage.data_ptr() not in seen:
+            if self.in_forward and storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
                 self.bytes += storage.nbytes()
             return x
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        def use(x: torch.Tensor) -> torch.Tensor:
+            self.in_forward = False
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, use):
             yield
 
 
 def step_on_rank(rank: Rank, job: Job, rounds: int) -> dict[str, Any]:
-    """Seconds of ``rounds`` steps, and bytes of activations of the largest rank."""
+    """Seconds of ``rounds`` steps, and bytes of activations of a micro-batch, of the largest rank."""
     from itertools import islice
 
     from longctx.attention.backends import kernel_for
@@ -62,8 +67,8 @@ def step_on_rank(rank: Rank, job: Job, rounds: int) -> dict[str, Any]:
 
     with runtime(rank, job.mesh, threads=1, training=True) as here:
         trained = built(here, job)
-        kernel, keeping = kernel_for(job.context.kernel, "cpu", job.model.dtype), job.settings.recompute != "none"
-        how = Sharding(job.data.length, job.context.layout, kernel, STRATEGIES[job.context.strategy], keeping)
+        kernel = kernel_for(job.context.kernel, "cpu", job.model.dtype)
+        how = Sharding(job.data.length, job.context.layout, kernel, STRATEGIES[job.context.strategy])
         stage, took, saved = training_batches(job.data, tokenizer_of(job.described))(None), [], Saved()
         for i, (batch, _) in enumerate(islice(stage, rounds + 1)):
             here.world.all_gather(torch.zeros(1), [(1,)] * here.world.size)
@@ -156,6 +161,8 @@ def task(config: DictConfig) -> None:
     refuse_unused(job.mesh, "recipes.bench train", ("tp", "ulysses", "ring", "dp", "pp"))  # meshes= says on what
     if job.settings.device != "cpu":
         raise ValueError(f"device={job.settings.device}: this benchmark has not been run on a GPU; use device=cpu")
+    if job.settings.recompute != "none":
+        raise ValueError(f"recompute={job.settings.recompute}: what it keeps is not counted; use recompute=none")
     there = {name: peers.installed(name) for name in config.peers}
     steps = []
     for mesh in meshes:

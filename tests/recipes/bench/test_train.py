@@ -25,6 +25,16 @@ def test_saved_counts_activations_once_and_no_parameters():
     assert saved.bytes == 4 * (3 * 7 + 3 * 5)
 
 
+def test_saved_counts_the_forward_of_one_micro_batch():
+    layer, micro = torch.nn.Linear(7, 5, bias=False), torch.randn(2, 3, 7)
+    saved, kept = Saved(), []
+    with saved.counting(layer):
+        for x in micro.unbind():
+            kept.append(layer(x.clone()))
+            (kept[-1] * kept[-1]).sum().backward()
+    assert saved.bytes == 4 * (3 * 7 + 3 * 5), "of the first, and nothing of its backward"
+
+
 def test_activations_fall_with_the_ranks(cli, tmp_path):
     command = (
         *QUICK,
@@ -61,6 +71,16 @@ def test_a_mesh_converges_as_one_rank_does(cli, tmp_path):
 def test_one_rank_has_nothing_to_be_compared_with(refused, tmp_path):
     says = refused(convergence, convergence.task, "mesh.ulysses=1", "mesh.ring=1", f"out={tmp_path}")
     assert "mesh is one rank" in says
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["recompute=full"], "recompute=full: what it keeps is not counted; use recompute=none"),
+    ],
+)
+def test_what_is_not_measured_is_refused(refused, tmp_path, settings, words):
+    assert words in refused(train, train.task, *QUICK, f"out={tmp_path}", *settings)
 
 
 def test_a_peer_that_is_not_installed_is_said_to_be_so():
