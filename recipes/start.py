@@ -120,6 +120,15 @@ def section(config: DictConfig, name: str, kind: type[Section]) -> Section:
     return _known(kind, values, f"{name}.")
 
 
+def sections(config: DictConfig, name: str, kind: type[Section]) -> tuple[Section, ...]:
+    """Each item of the list ``name`` of the configuration as a ``kind``, as `section` has one."""
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    items = values[name]
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise ValueError(f"{name}={items}: give a list, an item's settings in braces: {name}=[{{...}}]")
+    return tuple(_known(kind, item, f"{name}.{i}.") for i, item in enumerate(items))
+
+
 def top_level(config: DictConfig, kind: type[Section]) -> Section:
     """The settings outside of any section, all of which the dataclass ``kind`` names."""
     values: Any = OmegaConf.to_container(config, resolve=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.table import Table
 
 from longctx.parallel.launch import Rank
@@ -20,7 +20,22 @@ from recipes.bench.picture import lines
 from recipes.calibration import Subject, blocks_of, subject_of, text_of
 from recipes.machine import provenance
 from recipes.progress import Progress
-from recipes.start import console, on_ranks, warm_up_ranks, written
+from recipes.start import console, on_ranks, sections, warm_up_ranks, written
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedText(TextSource):
+    """An item of the setting ``texts``."""
+
+    called: str
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """An item of the setting ``models``: of recipes.spd_adapt."""
+
+    called: str
+    folder: str
 
 
 @dataclass(frozen=True)
@@ -133,22 +148,21 @@ def variants_of(config: DictConfig, subject: Subject) -> tuple[Variant, ...]:
         Variant("zero-shot, least sensitive first", subject.folder, order),
         Variant("zero-shot, first to last", subject.folder, tuple(range(layers))),
     ]
-    for name, folder in ((model.called, model.folder) for model in config.models):
+    for name, folder in ((model.called, model.folder) for model in sections(config, "models", NamedModel)):
         saved = saved_plan(Path(folder).expanduser())
         if saved is None or saved.plan.tp != tp or saved.source != subject.fingerprint:
             raise ValueError(f"models: {name}, {folder}, is not {subject.model.name} adapted for mesh.tp={tp}")
         if missing := set(within(saved.order, max(config.shares))) - set(saved.adapted):
             raise ValueError(f"models: {name}, {folder}, lacks block {min(missing)}: adapt it with a larger spd.budget")
-        found.append(Variant(str(name), Path(folder).expanduser(), saved.order, saved.plan.own_norms))
+        found.append(Variant(name, Path(folder).expanduser(), saved.order, saved.plan.own_norms))
     return tuple(found)
 
 
 def texts_of(config: DictConfig, subject: Subject) -> dict[str, Text]:
     """The texts, by name."""
-    values: Any = OmegaConf.to_container(config.texts)
     data = {
-        source.pop("called"): DataSettings((TextSource(**source),), config.length, epochs=1, end_token=False)
-        for source in values
+        source.called: DataSettings((source,), config.length, epochs=1, end_token=False)
+        for source in sections(config, "texts", NamedText)
     }
     return {name: text_of(settings, subject, config.sequences) for name, settings in data.items()}
 

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pydantic import PositiveInt
 from rich.table import Table
 
 from longctx.parallel.launch import Rank
@@ -23,8 +24,27 @@ from recipes.bench import peers
 from recipes.job import Job, job_of
 from recipes.machine import provenance
 from recipes.pretrain import WARM
-from recipes.start import console, on_ranks, refuse_unwritable, say, section, warm_up_ranks, written
+from recipes.start import (
+    console,
+    on_ranks,
+    refuse_unwritable,
+    say,
+    section,
+    sections,
+    top_level,
+    warm_up_ranks,
+    written,
+)
 from recipes.training import built
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of configs/bench_train.yaml that are not those of a training run, nor a list of meshes."""
+
+    rounds: PositiveInt
+    peers: tuple[Literal["yunchang", "ring_flash_attn"], ...]
+    json: str | None
 
 
 @dataclass
@@ -147,32 +167,54 @@ def show(tokens: int, steps: list[dict[str, Any]], attention: dict[str, Any]) ->
     console.print(table)
 
 
-def task(config: DictConfig) -> None:
-    """Measure; write and show what the first rank gives."""
-    warm_up_ranks([*WARM, "recipes.training"])
-    refuse_unwritable(config.json, "json")
-    own = ("rounds", "meshes", "peers", "json")
-    plain = OmegaConf.create({str(k): v for k, v in config.items() if k not in own})
-    job = job_of(plain, locate(section(config, "model", ModelSource), say), weights=None)
-    meshes = [Mesh(), *(Mesh(**mesh) for mesh in config.meshes)]
+def refuse_unmeasured(job: Job) -> None:
+    """ValueError for settings that one of the two tables would not follow."""
+    settings, context = job.settings, job.context
+    if settings.recompute != "none":
+        raise ValueError(f"recompute={settings.recompute}: what it keeps is not counted; use recompute=none")
+    for name, asked, measured in (
+        ("device", settings.device, "cpu"),
+        ("threads", settings.threads or 1, 1),
+        ("model.dtype", job.model.dtype, "float32"),
+        ("context.strategy", context.strategy, "pass_kv"),
+        ("context.layout", context.layout, "zigzag"),
+        ("context.kernel", "flash_cpu" if context.kernel == "auto" else context.kernel, "flash_cpu"),
+        ("data.epochs", job.data.epochs or "null", "null"),
+    ):
+        if asked != measured:
+            raise ValueError(f"{name}={asked}: this benchmark measures one only; use {name}={measured}")
+
+
+def meshes_of(config: DictConfig, job: Job) -> list[Mesh]:
+    """One rank, and the meshes beside it.  Raises ValueError for one that does not fit, or would not be used."""
+    refuse_unused(job.mesh, "recipes.bench train", ("tp", "ulysses", "ring", "dp", "pp"))  # meshes= says on what
+    meshes = sections(config, "meshes", Mesh)
     for mesh in meshes:
         refuse_unused(mesh, "recipes.bench train", ("dp", "pp"))
         refuse_unfit(mesh, job.shape)
-    refuse_unused(job.mesh, "recipes.bench train", ("tp", "ulysses", "ring", "dp", "pp"))  # meshes= says on what
-    if job.settings.device != "cpu":
-        raise ValueError(f"device={job.settings.device}: this benchmark has not been run on a GPU; use device=cpu")
-    if job.settings.recompute != "none":
-        raise ValueError(f"recompute={job.settings.recompute}: what it keeps is not counted; use recompute=none")
-    there = {name: peers.installed(name) for name in config.peers}
+    return [Mesh(), *meshes]
+
+
+def task(config: DictConfig) -> None:
+    """Measure; write and show what the first rank gives."""
+    warm_up_ranks([*WARM, "recipes.training"])
+    own = {name: config[name] for name in ("rounds", "peers", "json")}
+    asked = top_level(OmegaConf.create(own), Settings)
+    refuse_unwritable(asked.json, "json")
+    plain = OmegaConf.create({str(k): v for k, v in config.items() if k not in (*own, "meshes")})
+    job = job_of(plain, locate(section(config, "model", ModelSource), say), weights=None)
+    meshes = meshes_of(config, job)
+    refuse_unmeasured(job)
+    there = {name: peers.installed(name) for name in asked.peers}
     steps = []
     for mesh in meshes:
         say(f"steps on {mesh}")
-        measured = on_ranks(mesh, step_on_rank, replace(job, mesh=mesh), config.rounds)
+        measured = on_ranks(mesh, step_on_rank, replace(job, mesh=mesh), asked.rounds)
         steps.append({"mesh": str(mesh), **measured})
     names = tuple(name for name, version in there.items() if version)
     say(f"attention, 2 ranks: ours and {', '.join(names) or 'no peer (none is installed)'}")
-    attention = on_ranks(Mesh(ring=2), attention_on_rank, job, names, config.rounds)
+    attention = on_ranks(Mesh(ring=2), attention_on_rank, job, names, asked.rounds)
     show(job.data.length * job.data.batch, steps, attention)
-    if config.json:
+    if asked.json:
         about = {"length": job.data.length, "shape": {k: v for k, v in vars(job.shape).items() if k != "rotary"}}
-        written(config.json, {**provenance(), **about, "peers": there, "steps": steps, "attention": attention})
+        written(asked.json, {**provenance(), **about, "peers": there, "steps": steps, "attention": attention})

@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+from omegaconf import OmegaConf
 
 from longctx.parallel.launch import Rank, RankFailed
 from longctx.schema import Mesh, ModelSource, PromptSource, Sampling
@@ -28,6 +29,17 @@ def test_settings_have_their_types(compose):
     assert start.section(config, "sampling", Sampling) == Sampling(temperature=1.0)
     settings = start.top_level(config, generate.Settings)
     assert (settings.max_new_tokens, settings.verify, settings.threads, settings.out) == (64, True, 2, None)
+
+
+def test_a_list_has_a_section_an_item():
+    def meshes(given):
+        return start.sections(OmegaConf.create({"meshes": given}), "meshes", Mesh)
+
+    assert meshes([]) == ()
+    assert meshes([{"ring": 3}, {"tp": 5}]) == (Mesh(ring=3), Mesh(tp=5))
+    for given in (2, [2], {"ring": 3}):
+        with pytest.raises(ValueError, match=r"meshes=.*: give a list, an item's settings in braces"):
+            meshes(given)
 
 
 @pytest.mark.parametrize(

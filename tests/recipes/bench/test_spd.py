@@ -3,15 +3,19 @@
 import json
 from math import exp, log
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from longctx.pretrained import fingerprint
+from longctx.schema import Mesh, ModelSource
 from longctx.spd.folder import assemble, write_block
 from longctx.spd.plan import SavedPlan, SPDPlan
 from recipes import spd_sensitivity
 from recipes.bench import spd_latency, spd_quality, spd_sweep
+from recipes.calibration import Subject
 
 
 def test_latency_counts_the_reductions_that_are_left(cli, tiny, tmp_path):
@@ -79,3 +83,25 @@ def test_quality_and_sweep_agree_with_the_sensitivity(cli, tiny, tmp_path):
 )
 def test_what_cannot_be_measured_is_refused(refused, tiny, settings, words):
     assert words in refused(spd_latency, spd_latency.task, f"model={tiny}", *settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ({"path": "x"}, r"texts\.0\.called=.*: field required"),
+        ({"called": "x", "folder": "x"}, r"there is no setting texts\.0\.folder"),
+        ({"called": "x"}, "a source of data has one of path"),
+    ],
+    ids=str,
+)
+def test_a_text_that_is_not_named_or_not_known_is_refused(text, words):
+    with pytest.raises(ValueError, match=words):
+        spd_quality.texts_of(OmegaConf.create({"texts": [text]}), None)
+
+
+def test_a_repaired_model_that_is_not_named_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(spd_quality, "order_from", lambda *_: (1, 0))
+    subject = Subject(ModelSource("tiny", "tiny"), tmp_path, "", SimpleNamespace(layers=2), Mesh(tp=3), None, 30)
+    config = OmegaConf.create({"sensitivity": "order.json", "models": [{"folder": "adapted"}]})
+    with pytest.raises(ValueError, match=r"models\.0\.called=.*: field required"):
+        spd_quality.variants_of(config, subject)

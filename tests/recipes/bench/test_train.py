@@ -1,10 +1,12 @@
 """recipes.bench train and convergence: what they measure is what they say."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from longctx.schema import Context, ModelSource
 from recipes.bench import convergence, peers, train
 from recipes.bench.train import Saved
 
@@ -77,10 +79,39 @@ def test_one_rank_has_nothing_to_be_compared_with(refused, tmp_path):
     ("settings", "words"),
     [
         (["recompute=full"], "recompute=full: what it keeps is not counted; use recompute=none"),
+        (["rounds=0"], "rounds=0"),
+        (["threads=4"], "threads=4: this benchmark measures one only; use threads=1"),
+        (["meshes=[{ring:2},{rings:2}]"], "there is no setting meshes.1.rings"),
+        (["peers=[flash]"], "peers.0=flash"),
     ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
-def test_what_is_not_measured_is_refused(refused, tmp_path, settings, words):
+def test_what_cannot_be_measured_is_refused(refused, tmp_path, settings, words):
     assert words in refused(train, train.task, *QUICK, f"out={tmp_path}", *settings)
+
+
+def asked(recompute="none", threads=None, dtype="float32", epochs=None, **context):
+    """What `refuse_unmeasured` looks at, of a job."""
+    settings = SimpleNamespace(device="cpu", threads=threads, recompute=recompute)
+    of_data, model = SimpleNamespace(epochs=epochs), ModelSource("tiny", "tiny", dtype=dtype)
+    return SimpleNamespace(settings=settings, context=Context(**context), data=of_data, model=model)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"dtype": "bfloat16"}, "model.dtype=bfloat16: this benchmark measures one only; use model.dtype=float32"),
+        ({"strategy": "pass_q"}, "use context.strategy=pass_kv"),
+        ({"layout": "striped"}, "use context.layout=zigzag"),
+        ({"kernel": "reference"}, "use context.kernel=flash_cpu"),
+        ({"epochs": 1}, "use data.epochs=null"),
+    ],
+    ids=str,
+)
+def test_what_one_of_the_tables_would_not_follow_is_refused(given, words):
+    train.refuse_unmeasured(asked(threads=1, kernel="flash_cpu"))
+    with pytest.raises(ValueError, match=words):
+        train.refuse_unmeasured(asked(**given))
 
 
 def test_a_peer_that_is_not_installed_is_said_to_be_so():
