@@ -186,13 +186,15 @@ def asked(config: DictConfig) -> Job:
         refuse_unwritable(getattr(settings, name), name)
     folder = locate(model, say)
     refuse_adapted(folder, "recipes.bench crossover")
+    shape = shape_of(folder)
+    refuse_windows(model, shape)
     source = PromptSource(pydoc="all", tokens=settings.total)
     tokens, available = prompt_tokens(source, tokenizer_of(folder))
     if available < settings.total:
         raise ValueError(f"total={settings.total}: the text has {available:,} tokens; use at most that")
     on = hardware_from(settings.hardware) if settings.hardware else None
     refuse_other_threads(settings.hardware, THREADS, mesh)
-    return Job(settings, mesh, model, folder, shape_of(folder), tuple(tokens), on)
+    return Job(settings, mesh, model, folder, shape, tuple(tokens), on)
 
 
 def task(config: DictConfig) -> None:

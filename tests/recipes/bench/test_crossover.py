@@ -1,6 +1,7 @@
 """recipes.bench crossover: the empirical rule is judged by rows that it has not seen; files say what was measured."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,3 +87,13 @@ def test_the_files_say_the_links_and_constants_fitted_to_all_rows(job, tmp_path,
 
 def row_medians(row):
     return row["seconds"]["pass_kv"][0], row["seconds"]["pass_q"][2]
+
+
+def test_a_model_with_windows_is_refused(refused, tiny, tmp_path):
+    """Conversations choose for the layers of each window."""
+    folder = shutil.copytree(tiny, tmp_path / "windows")
+    config = json.loads((folder / "config.json").read_text())
+    windowed = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 31}
+    (folder / "config.json").write_text(json.dumps(config | windowed))
+    says = refused(crossover, crossover.task, f"model={folder}", "total=61")
+    assert "model=windows has layers that see 31 keys" in says and "use a model whose layers see all" in says
