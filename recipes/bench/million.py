@@ -6,6 +6,7 @@ python -m recipes.bench million
 import resource
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Annotated, Any, Literal
@@ -36,7 +37,7 @@ class Settings:
 
 
 def run_rank(rank: Rank, mesh: Mesh, shape: ModelShape, dtype: str, settings: Settings) -> list[dict[str, Any]]:
-    """Every strategy in turn; its figures: seconds of the slowest rank, bytes that this rank sent, peak memory."""
+    """Every strategy's figures: seconds of the slowest rank, bytes that this rank sent, peak memory."""
     from longctx.attention.backends import kernel_for
     from longctx.attention.layout import zigzag
     from longctx.infer.cache import KVCache
@@ -44,13 +45,13 @@ def run_rank(rank: Rank, mesh: Mesh, shape: ModelShape, dtype: str, settings: Se
     from longctx.parallel.ring import Ring
     from longctx.parallel.strategy import STRATEGIES
 
-    kind, rows = getattr(torch, dtype), []
+    kind = getattr(torch, dtype)
     with (
         runtime(rank, mesh, threads=1) as here,
         Progress(shown=rank.rank == 0) as progress,
         torch.inference_mode(),
     ):
-        progress.start("runs", len(settings.strategies) * settings.rounds)
+        progress.start("runs", len(settings.strategies) * (settings.rounds + 1))
         ring, kernel = here.ring, kernel_for("auto", here.device.type, dtype)
         cache = KVCache(ring.size, ring.rank, (settings.cached + settings.new) // ring.size + 2)
         new = zigzag(settings.new, ring.size)
@@ -60,18 +61,34 @@ def run_rank(rank: Rank, mesh: Mesh, shape: ModelShape, dtype: str, settings: Se
             per_rank = (1, layout.rows(ring.rank), shape.kv_heads, shape.head_width)
             k, v = cache.append(0, torch.randn(per_rank, dtype=kind), torch.randn(per_rank, dtype=kind))
         q = torch.randn(1, new.rows(ring.rank), shape.heads, shape.head_width, dtype=kind)
-        for name in settings.strategies:
-            took = []
-            for _ in range(settings.rounds):
-                before = ring.traffic.total
-                here.context.all_gather(torch.zeros(1), [(1,)] * here.context.size)
-                began = time.perf_counter()
-                STRATEGIES[name](q, k, v, Ring(ring, queries, cache.layout), kernel)
-                mine = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
-                sent = ring.traffic.total - before
-                took.append(float(torch.cat(here.context.all_gather(mine, [(1,)] * here.context.size)).max()))
-                progress.step()
-            rows.append({"strategy": name, "seconds": took, "bytes_sent": sent, "peak_bytes": peak_bytes()})
+
+        def run(name: str) -> tuple[float, int]:
+            before = ring.traffic.total
+            here.context.all_gather(torch.zeros(1), [(1,)] * here.context.size)
+            began = time.perf_counter()
+            STRATEGIES[name](q, k, v, Ring(ring, queries, cache.layout), kernel)
+            mine = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
+            sent = ring.traffic.total - before
+            progress.step()
+            return float(torch.cat(here.context.all_gather(mine, [(1,)] * here.context.size)).max()), sent
+
+        return in_turn(settings.strategies, settings.rounds, run)
+
+
+def in_turn(names: Sequence[str], rounds: int, run: Callable[[str], tuple[float, int]]) -> list[dict[str, Any]]:
+    """The figures of every strategy; ``run``, which gives seconds and bytes, has them in turn within each round.
+
+    A first round, as long as the others, warms up, and is not among the seconds.  The peaks are of that round, where
+    the strategies behind one have not been run yet.
+    """
+    rows: list[dict[str, Any]] = [{"strategy": name, "seconds": []} for name in names]
+    for warm in [False] + [True] * rounds:
+        for row in rows:
+            took, sent = run(row["strategy"])
+            if warm:
+                row["seconds"].append(took)
+            else:
+                row |= {"bytes_sent": sent, "peak_bytes": peak_bytes()}
     return rows
 
 

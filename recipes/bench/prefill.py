@@ -156,7 +156,7 @@ def seconds(work: Work, here: Any, *, by_all: bool) -> float:
 
 
 def run_rank(rank: Rank, job: Job) -> list[dict[str, Any]]:
-    """Every part at every length, the ways in turn within each round so that all see the same machine."""
+    """Every part at every length, each way's seconds by round."""
     from longctx.megatron.runtime import runtime
 
     measured = []
@@ -169,15 +169,26 @@ def run_rank(rank: Rank, job: Job) -> list[dict[str, Any]]:
             for length in job.settings.lengths:
                 make = ways_of_attention if part == "attention" else ways_of_model
                 ways = make(job, length, here)
-                progress.start(f"{part}, {length:,} tokens, runs", 4 * job.settings.rounds)
-                times: dict[str, list[float]] = {"one": [], "all at once": [], "silent": [], "ring": []}
-                for _ in range(job.settings.rounds):
-                    for name, taken in times.items():
-                        way = ways["one" if name == "all at once" else name]
-                        taken.append(seconds(way, here, by_all=name != "one"))
-                        progress.step()
+                progress.start(f"{part}, {length:,} tokens, runs", 4 * (job.settings.rounds + 1))
+                times = timed(ways, job.settings.rounds, here, progress.step)
                 measured.append(figures(part, length, job.mesh.ring, times))
     return measured
+
+
+def timed(ways: dict[str, Work], rounds: int, here: Any, done: Callable[[], None]) -> dict[str, list[float]]:
+    """Seconds of ``ways`` by round, in turn within each so that all see the same machine.
+
+    A first round warms up, and is left out.
+    """
+    times: dict[str, list[float]] = {"one": [], "all at once": [], "silent": [], "ring": []}
+    for warm in [False] + [True] * rounds:
+        for name, taken in times.items():
+            way = ways["one" if name == "all at once" else name]
+            took = seconds(way, here, by_all=name != "one")
+            if warm:
+                taken.append(took)
+            done()
+    return times
 
 
 def figures(part: str, length: int, ranks: int, times: dict[str, list[float]]) -> dict[str, Any]:

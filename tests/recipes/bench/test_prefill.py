@@ -21,6 +21,15 @@ def test_three_shares_multiply_to_the_efficiency():
     assert (made["part"], made["tokens"], made["ranks"], made["rounds"]) == ("attention", 8209, 3, 3)
 
 
+def test_the_ways_take_turns_and_the_first_round_is_left_out(monkeypatch):
+    ran, clock = [], iter(range(3 * 4))
+    monkeypatch.setattr(prefill, "seconds", lambda work, _, by_all: (ran.append((work(), by_all)), next(clock))[1])
+    ways = {name: lambda name=name: name for name in ("one", "ring", "silent")}
+    times = prefill.timed(ways, 2, None, lambda: None)
+    assert times == {"one": [4, 8], "all at once": [5, 9], "silent": [6, 10], "ring": [7, 11]}
+    assert ran == [("one", False), ("one", True), ("silent", True), ("ring", True)] * 3
+
+
 def test_a_silent_ring_gives_tensors_of_the_right_shape_at_once():
     silent = prefill.Silent(1, 3)
     mine = torch.ones(1, 5, 3, 7), torch.ones(1, 5, 2, 7, dtype=torch.bfloat16)
