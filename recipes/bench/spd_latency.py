@@ -199,8 +199,20 @@ def asked_for(config: DictConfig) -> Job:
     refuse_adapted(folder, "recipes.bench spd_latency")
     shape = shape_of(folder)
     refuse_unfit(mesh, shape)
-    tokens, _ = prompt_tokens(PromptSource(pydoc="all", tokens=settings.tokens), tokenizer_of(folder))
-    return Job(settings, mesh, model, folder, shape, tuple(tokens))
+    return Job(settings, mesh, model, folder, shape, prompt_of(settings, folder, shape))
+
+
+def prompt_of(settings: Settings, folder: Path, shape: ModelShape) -> tuple[int, ...]:
+    """The prompt.  Raises ValueError if the text is shorter, or if with what is decoded the model's context is."""
+    if settings.tokens + settings.new_tokens > shape.positions:
+        raise ValueError(
+            f"tokens={settings.tokens} and new_tokens={settings.new_tokens}: the model's context is "
+            f"{shape.positions:,}; use at most that together"
+        )
+    tokens, available = prompt_tokens(PromptSource(pydoc="all", tokens=settings.tokens), tokenizer_of(folder))
+    if available < settings.tokens:
+        raise ValueError(f"tokens={settings.tokens}: the text has {available:,} tokens; use at most that")
+    return tuple(tokens)
 
 
 def task(config: DictConfig) -> None:

@@ -1,6 +1,7 @@
 """The benchmarks of dropped reductions, on a tiny model: what they count, and what they refuse."""
 
 import json
+from dataclasses import replace
 from math import exp, log
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from longctx.pretrained import fingerprint
+from longctx.pretrained import fingerprint, shape_of
 from longctx.schema import Mesh, ModelSource
 from longctx.spd.folder import assemble, write_block
 from longctx.spd.plan import SavedPlan, SPDPlan
@@ -79,10 +80,18 @@ def test_quality_and_sweep_agree_with_the_sensitivity(cli, tiny, tmp_path):
         (["shares=[0.5,1]"], "the first is what others are compared with, use 0"),
         (["mesh.tp=1"], "one rank reduces nothing, use mesh.tp=2 or more"),
         (["mesh.ring=2"], "has no use for mesh.ring=2"),
+        (["tokens=90", "new_tokens=8"], "tokens=90 and new_tokens=8: the model's context is 97; use at most that"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(refused, tiny, settings, words):
     assert words in refused(spd_latency, spd_latency.task, f"model={tiny}", *settings)
+
+
+def test_a_prompt_longer_than_the_text_is_refused(tiny):
+    settings = spd_latency.Settings((0, 1), 10**6, 8, 1, 0, "100mbit", 0, None, None)
+    shape = replace(shape_of(tiny), positions=10**9)
+    with pytest.raises(ValueError, match=r"tokens=1000000: the text has [0-9,]+ tokens; use at most that"):
+        spd_latency.prompt_of(settings, tiny, shape)
 
 
 @pytest.mark.parametrize(
