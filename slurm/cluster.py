@@ -88,14 +88,23 @@ def cancel(jobs: Sequence[int]) -> None:
 
 
 def is_active(job: int) -> bool:
-    """Whether the job waits or runs."""
+    """Whether the job waits or runs.  ValueError if Slurm does not tell."""
     done = subprocess.run(["squeue", "--noheader", f"--jobs={job}"], capture_output=True, text=True, check=False)
+    if done.returncode and "invalid job id" not in done.stderr.lower():  # what it says of those that ended long ago
+        raise ValueError(
+            f"squeue does not tell whether job {job} waits or runs ({_errors(done.stderr)}): "
+            "submit again when it does, or give another folder"
+        )
     return bool(done.stdout.strip())
 
 
 def _asked(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = [line.partition("error: ")[2] or line for line in done.stderr.splitlines() if line.strip()]
-        raise ValueError(f"Slurm refuses: {'; '.join(lines)}")
+        raise ValueError(f"Slurm refuses: {_errors(done.stderr)}")
     return done.stdout
+
+
+def _errors(stderr: str) -> str:
+    """What a command of Slurm complains of, in a line."""
+    return "; ".join(line.partition("error: ")[2] or line for line in stderr.splitlines() if line.strip())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from recipes.machine import ROOT, commit_of, diff_of
-from slurm import submit
+from slurm import cluster, submit
 from slurm.settings import seconds_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -173,6 +173,43 @@ def test_what_is_nothing_to_run_is_refused(refused, words, says):
 def test_without_sbatch_it_says_what_to_do(refused, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda _: None)
     assert "there is no sbatch here: submit from a login node" in refused(*TINY, "run=run")
+
+
+@pytest.fixture
+def squeue(tmp_path, monkeypatch):
+    """``squeue(code, out, err)``: from now on that is what squeue does."""
+
+    def becomes(code: int, out: str, err: str) -> None:
+        program = tmp_path / "bin" / "squeue"
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\nprintf '%s' '{out}'\nprintf '%s' '{err}' >&2\nexit {code}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+
+    return becomes
+
+
+@pytest.mark.parametrize(
+    ("answer", "active"),
+    [
+        ((0, " 12 main train root R 0:07 1 n1", ""), True),
+        ((0, "", ""), False),
+        ((1, "", "slurm_load_jobs error: Invalid job id specified"), False),
+    ],
+    ids=str,
+)
+def test_a_job_that_squeue_does_not_list_or_know_has_ended(squeue, answer, active):
+    squeue(*answer)
+    assert cluster.is_active(12) is active
+
+
+def test_where_squeue_fails_a_run_that_has_a_job_keeps_its_code(squeue, refused, tmp_path):
+    squeue(1, "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
+    (tmp_path / "run" / "code").mkdir(parents=True)
+    (tmp_path / "run" / "job.id").write_text("12\n")
+    says = refused(*TINY, "launcher=local", "run=run")
+    assert "whether job 12 waits or runs (Unable to contact slurm controller (connect failure)): submit again" in says
+    assert (tmp_path / "run" / "code").is_dir()
 
 
 def test_what_an_earlier_job_makes_may_be_missing(script, capsys):
