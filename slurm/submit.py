@@ -54,11 +54,15 @@ def plans_of(words: Sequence[str]) -> list[Plan]:
         raise ValueError(f"{theirs[0]} belongs into a line of pipeline={settings.pipeline}")
     shared = [word for word in mine if not word.startswith("pipeline=")]
     plans: list[Plan] = []
-    for line in steps_of(settings.pipeline):
-        mine, theirs = divided(line)
-        settings, launcher = settings_of([*shared, *mine])
-        settings = replace(settings, after=(*settings.jobs_before, NOT_YET)) if plans else settings
-        plans.append(_checked(planned(settings, launcher, theirs)))
+    try:
+        for line in steps_of(settings.pipeline):
+            mine, theirs = divided(line)
+            settings, launcher = settings_of([*shared, *mine])
+            settings = replace(settings, after=(*settings.jobs_before, NOT_YET)) if plans else settings
+            plans.append(_checked(planned(settings, launcher, theirs)))
+    except BaseException:
+        _forget(plans)
+        raise
     return plans
 
 
@@ -84,9 +88,14 @@ def _checked(plan: Plan) -> Plan:
         refuse_unwritable_run(plan.run)
         _refuse_busy(plan.run)
     except ValueError:
-        forget(plan.run, plan.is_new)
+        _forget([plan])
         raise
     return plan
+
+
+def _forget(plans: Sequence[Plan]) -> None:
+    for plan in plans:
+        forget(plan.run, plan.is_new)
 
 
 def _refuse_busy(run: Path) -> None:
@@ -99,14 +108,16 @@ def _refuse_busy(run: Path) -> None:
 def submit(plans: Sequence[Plan]) -> list[int]:
     """Freeze and queue ``plans``, each after the one before; say where they are."""
     jobs: list[int] = []
+    ran: list[Path] = []
     for plan in plans:
         known = [job for job in plan.settings.jobs_before if job != NOT_YET]
         then = replace(plan, settings=replace(plan.settings, after=(*known, *jobs[-1:])))
         script = frozen(then, Path.cwd())
         if plan.launcher.how == "local":
             _run_here(then, script)
+            ran.append(plan.run)
             continue
-        jobs.append(_queued(then, script, jobs))
+        jobs.append(_queued(script, jobs, [each for each in plans if each.run not in ran]))
         (plan.run / JOB).write_text(f"{jobs[-1]}\n")
         print(f"job {jobs[-1]}\nrun {plan.run}", flush=True)
         log = plan.tasks[0].folder / "ranks" / "0.log"
@@ -115,15 +126,18 @@ def submit(plans: Sequence[Plan]) -> list[int]:
     return jobs
 
 
-def _queued(plan: Plan, script: Path, before: Sequence[int]) -> int:
-    """The job.  ValueError for what Slurm alone refuses: accounts, limits, options; those ``before`` are cancelled."""
+def _queued(script: Path, before: Sequence[int], plans: Sequence[Plan]) -> int:
+    """The job.  ValueError for what Slurm alone refuses: accounts, limits, options.
+
+    Then those ``before`` are cancelled, and nothing is left of ``plans``, which are theirs and those not yet queued.
+    """
     try:
         cluster.refuse_refused(script)
         return cluster.queued(script)
     except ValueError:
         if before:
             cluster.cancel(before)
-        forget(plan.run, plan.is_new)
+        _forget(plans)
         raise
 
 

@@ -97,6 +97,42 @@ def test_a_pipeline_s_steps_come_after_one_another(script, tmp_path):
     assert first.count("--partition=night") == second.count("--partition=night") == 1
 
 
+def test_of_a_pipeline_whose_last_step_is_refused_no_folder_is_left(refused, tmp_path):
+    (tmp_path / "kept").mkdir()
+    words = f"{' '.join(TINY)} launcher=local"
+    steps = [f"- {words} run=run", f"- {words} run=kept", "- recipe=pretend run=run2"]
+    (tmp_path / "steps.yaml").write_text("\n".join(steps))
+    assert "recipe=pretend cannot be submitted" in refused("pipeline=steps.yaml")
+    assert (tmp_path / "kept").is_dir(), "it was there before"
+
+
+def test_of_jobs_that_are_cancelled_no_folder_is_left(tmp_path, monkeypatch):
+    """The third is refused when the second waits already; the first ran here."""
+    monkeypatch.chdir(tmp_path)
+    words = f"{' '.join(TINY)} evaluate.every=0"
+    launchers = {"a": "local", "b": "slurm", "c": "slurm", "d": "slurm"}
+    steps = [f"- {words} run={name} launcher={how}" for name, how in launchers.items()]
+    (tmp_path / "steps.yaml").write_text("\n".join(steps))
+    for name in ("refuse_no_slurm", "refuse_unfit_cluster", "refuse_refused"):
+        monkeypatch.setattr(cluster, name, lambda *_: None)
+    monkeypatch.setattr(submit, "_run_here", lambda *_: None)
+    cancelled, jobs = [], iter([7])
+    monkeypatch.setattr(cluster, "cancel", cancelled.extend)
+
+    def queued(script):
+        if script.parent.name == "c":
+            raise ValueError("Slurm refuses: no")
+        return next(jobs)
+
+    monkeypatch.setattr(cluster, "queued", queued)
+    plans = submit.plans_of(["pipeline=steps.yaml"])
+    assert [(tmp_path / name).is_dir() for name in launchers] == [True] * 4
+    with pytest.raises(ValueError, match="Slurm refuses: no"):
+        submit.submit(plans)
+    assert cancelled == [7]
+    assert [(tmp_path / name).is_dir() for name in launchers] == [True, False, False, False]
+
+
 def test_free_text_reaches_the_recipe_as_it_is(script):
     """What bash makes of the script's words is what was typed."""
     text = """it's "a" (long), $HOME; `x` \\ text = 1"""
