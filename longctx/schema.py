@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import inf, prod
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,8 @@ class TextSource:
     Local files are always read as a stream.  Or ``pydoc``, the documentation that every CPython carries, a topic a
     document: every tenth topic is ``test``, the others ``train``.
     """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # an item of a list: a misspelt name would go unseen
 
     path: str | None = None
     pydoc: Literal["train", "test"] | None = None

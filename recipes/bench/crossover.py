@@ -197,6 +197,15 @@ def asked(config: DictConfig) -> Job:
     return Job(settings, mesh, model, folder, shape, tuple(tokens), on)
 
 
+def refuse_windows(model: ModelSource, shape: ModelShape) -> None:
+    """ValueError for layers with a window: recipes choose for each window, what is timed here is one for all layers."""
+    if windows := [window for window in shape.windows if window]:
+        raise ValueError(
+            f"model={model.name} has layers that see {windows[0]:,} keys, for which recipes choose apart: "
+            "use a model whose layers see all"
+        )
+
+
 def task(config: DictConfig) -> None:
     """Measure; write, draw and show what the first rank gives."""
     job = asked(config)
