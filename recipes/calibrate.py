@@ -59,7 +59,7 @@ def refuse_other_threads(hardware: str | None, asked: int | None, mesh: Mesh) ->
     if measured not in (None, threads):
         raise ValueError(
             f"hardware={hardware} was measured with threads={measured} per rank, this run has threads={threads}: use "
-            f"the same, or measure it anew with python -m recipes.calibrate threads={threads} out=FILE.yaml"
+            f"threads={measured}, or measure it anew with python -m recipes.calibrate threads={threads} out=FILE.yaml"
         )
 
 
@@ -115,6 +115,11 @@ def task(config: DictConfig) -> None:
     if mesh.ring < 2:
         raise ValueError(f"mesh.ring={mesh.ring} has no links to measure: use mesh.ring=2 or more")
     kernel_for(settings.kernel, settings.device, model.dtype)
+    if settings.device == "cpu" and (settings.threads or 0) > (own := threads_here(None, mesh)):
+        raise ValueError(
+            f"threads={settings.threads}: each rank has {own} of this machine's cores, and with more they would slow "
+            f"each other down while they are measured; use threads={own}"
+        )
     refuse_unwritable(settings.out)
     shape = shape_of(locate(model, say))
     refuse_unfit(mesh, shape)

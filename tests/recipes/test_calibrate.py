@@ -58,6 +58,12 @@ def test_a_file_of_other_threads_is_refused(measured, about, asked, refused):
         calibrate.refuse_other_threads(file, asked, Mesh(ring=2))
 
 
+@pytest.mark.usefixtures("eight_cores")
+def test_ranks_that_would_take_each_others_cores_are_not_measured(refused, tiny, tmp_path):
+    says = refused(calibrate, calibrate.task, f"model={tiny}", "threads=5", f"out={tmp_path / 'laptop.yaml'}")
+    assert "threads=5: each rank has 4 of this machine's cores" in says and "use threads=4" in says
+
+
 @pytest.mark.parametrize(
     ("recipe", "settings"),
     [
