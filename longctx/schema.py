@@ -206,7 +206,7 @@ class TextSource:
     document: every tenth topic is ``test``, the others ``train``.
     """
 
-    __pydantic_config__: ClassVar = {"extra": "forbid"}  # an item of a list: a misspelt name would go unseen
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # an item of a list, where another name would go unseen
 
     path: str | None = None
     pydoc: Literal["train", "test"] | None = None
