@@ -163,7 +163,8 @@ def test_a_run_that_was_ended_asks_only_what_is_missing(cli, tiny, sets, tmp_pat
 def test_long_texts_are_asked_on_every_mesh_and_with_blocks_dropped(cli, tiny, tmp_path):
     """Text that is decoded, right or wrong by what is in it: on a ring the same, to the letter."""
     variants = "variants=[{name:ring,mesh:{ring:2}},{name:dropped,mesh:{tp:3},spd:{drop:all}}]"
-    words = ("eval.tasks=[needle,multikey]", "eval.lengths=[397]", "eval.limit=2", "threads=1", variants)
+    # Of this seed four names are short enough for so few bytes.
+    words = ("eval.tasks=[needle,multikey]", "eval.lengths=[397]", "eval.limit=2", "eval.seed=2", "threads=1", variants)
     code, _, err = cli(f"model={tiny}", *words, f"out={tmp_path}")
     assert code == 0, err
     told = json.loads((tmp_path / "report.json").read_text())["tasks"]
