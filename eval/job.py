@@ -9,15 +9,15 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from eval.local import LOCAL
-from eval.requests import Request, Score
+from eval.answers.requests import Request, Score
+from eval.harness.local import LOCAL
 from eval.sensitivity import lacks_order, order_jobs, with_order, without_order
 from eval.variants import BASELINE, Variant, composed, refuse_other_model, variant_of
+from longctx.config import Mesh, Track
 from longctx.parallel.launch import rank_from_environment
-from longctx.schema import Mesh, Track
-from recipes.job import refuse_unwritable_folder
-from recipes.machine import hardware, provenance
-from recipes.start import say, section, top_level
+from recipes.common.cli import say, section, top_level
+from recipes.common.provenance import hardware, provenance
+from recipes.common.train_job import refuse_unwritable_folder
 
 _BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"  # a folder of data beside the checkout
 
@@ -62,7 +62,7 @@ class Eval:
 
     def refuse_unknown_limits(self, tasks: Sequence[str]) -> None:
         """ValueError if ``limits`` has a name of no task; those that are not asked may have theirs."""
-        from eval.long import LONG
+        from eval.harness.long import LONG
 
         if groups := set(self.limits or {}).intersection(self.tasks) - {*tasks, *LONG}:
             raise ValueError(
@@ -114,7 +114,7 @@ class Job:
 
 def prepare(config: DictConfig) -> Job:
     """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
-    from eval.tasks import ask
+    from eval.harness.tasks import ask
 
     settings, asked = top_level(config, Settings), section(config, "eval", Eval)
     refuse_unwritable_folder(settings.out)
@@ -184,9 +184,9 @@ def _refuse_other_sizes(configs: Sequence[tuple[str, DictConfig]]) -> None:
 
 
 def _tasks(asked: Eval, base: Variant, data: Path | None) -> dict[str, Any]:
-    from eval.long import LONG, long_tasks
-    from eval.tasks import load
-    from longctx.pretrained import tokenizer_of
+    from eval.harness.long import LONG, long_tasks
+    from eval.harness.tasks import load
+    from longctx.hf.config import tokenizer_of
 
     long = [name for name in asked.tasks if name in LONG]
     tasks = load([name for name in asked.tasks if name not in LONG], data, asked.num_fewshot, asked.include)
@@ -201,9 +201,9 @@ def _tasks(asked: Eval, base: Variant, data: Path | None) -> dict[str, Any]:
 
 def _requests(asked: Eval, base: Variant, tasks: Mapping[str, Any]) -> tuple[Any, tuple[Request, ...]]:
     """lm-eval's side of the model, and all that it is asked."""
-    from eval.lm import EngineLM, prefix_token_of, recorder
-    from eval.tasks import answered
-    from longctx.pretrained import tokenizer_of
+    from eval.harness.lm import EngineLM, prefix_token_of, recorder
+    from eval.harness.tasks import answered
+    from longctx.hf.config import tokenizer_of
 
     if asked.longest and asked.longest > base.shape.positions:
         raise ValueError(f"eval.longest={asked.longest:,}: the model's context is {base.shape.positions:,}")

@@ -15,18 +15,19 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from eval import report, responses
+from eval.answers import responses
+from eval.answers.requests import key
+from eval.answers.worker import Work, run_rank
+from eval.harness.local import LOCAL
 from eval.job import Job, ordered, pinned, prepare
-from eval.local import LOCAL
-from eval.ranks import Work, run_rank
-from eval.requests import key
+from eval.stats import report
 from eval.variants import Variant
-from recipes.machine import ROOT, commit_of, provenance
-from recipes.manifest import record
-from recipes.start import GATE_FAILED, console, is_first, leave_stopped, main, on_every_rank, say, warm_up_ranks
+from recipes.common.cli import GATE_FAILED, console, is_first, leave_stopped, main, on_every_rank, say, warm_up_ranks
+from recipes.common.manifest import record
+from recipes.common.provenance import ROOT, commit_of, provenance
 
 __all__ = ("pinned", "prepare", "task")  # what slurm.submit asks of a recipe
-WARM = ("longctx.infer.engine", "eval.score", "eval.decode", "eval.ranks")
+WARM = ("longctx.infer.engine", "eval.answers.score", "eval.answers.generate", "eval.answers.worker")
 
 
 def answer(job: Job, number: int) -> responses.Kept:
@@ -59,7 +60,7 @@ def answer(job: Job, number: int) -> responses.Kept:
 
 def scored(job: Job, variant: Variant, kept: responses.Kept) -> report.Scored:
     """The variant's outcomes, of the answers that are ``kept``."""
-    from eval.tasks import answered, outcomes
+    from eval.harness.tasks import answered, outcomes
 
     job.lm.answer = lambda asked: [kept.answers[key(request)] for request in asked]
     answered(job.tasks, job.lm)

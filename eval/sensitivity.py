@@ -11,7 +11,7 @@ from eval.variants import Variant
 from longctx.parallel.launch import rank_from_environment
 from longctx.spd.plan import order_from, saved_plan, within
 from recipes import spd_sensitivity
-from recipes.start import composed, is_first, leave_stopped, on_every_rank, say
+from recipes.common.cli import composed, is_first, leave_stopped, on_every_rank, say
 
 Named = tuple[str, DictConfig]
 _LENGTH = 512  # tokens of a sequence of text

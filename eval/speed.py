@@ -15,15 +15,16 @@ from omegaconf import DictConfig
 from pydantic import PositiveInt
 from rich.table import Table
 
-from eval import responses, run
-from eval.lm import recorder
-from eval.ranks import Work, run_rank
-from eval.requests import key
-from eval.tasks import answered
+from eval import run
+from eval.answers import responses
+from eval.answers.requests import key
+from eval.answers.worker import Work, run_rank
+from eval.harness.lm import recorder
+from eval.harness.tasks import answered
 from longctx.parallel.launch import Rank, run_ranks
-from recipes.machine import provenance
-from recipes.manifest import record
-from recipes.start import console, main, section, threads_for, warm_up_ranks, written
+from recipes.common.cli import console, main, section, threads_for, warm_up_ranks, written
+from recipes.common.manifest import record
+from recipes.common.provenance import provenance
 
 OURS = "ours"
 

@@ -9,13 +9,16 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from longctx.attention.backends import kernel_for
-from longctx.parallel.mesh import refuse_unfit, refuse_unused
+from longctx.config import Context, Mesh, ModelSource
+from longctx.hf.checkpoint import fingerprint, tensor_files
+from longctx.hf.config import shape_of, tokenizer_of
+from longctx.hf.locate import locate
+from longctx.model_shape import ModelShape
 from longctx.parallel.strategy import STRATEGIES
-from longctx.pretrained import fingerprint, locate, shape_of, tensor_files, tokenizer_of
-from longctx.schema import Context, Mesh, ModelShape, ModelSource
+from longctx.parallel.validate import refuse_unfit, refuse_unused
 from longctx.spd.plan import SPDPlan, saved_plan
-from recipes.dropping import plan_of
-from recipes.start import say, section
+from recipes.common.cli import say, section
+from recipes.common.spd_plan import plan_of
 
 BASELINE = "baseline"
 _SECTIONS = ("model", "mesh", "context", "spd")

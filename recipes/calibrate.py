@@ -14,13 +14,14 @@ from pydantic import PositiveInt
 from rich.table import Table
 
 from longctx.attention.backends import checked_kernel, kernel_for
+from longctx.config import Mesh, ModelSource
 from longctx.cost.hardware import Hardware, hardware_of
+from longctx.hf.config import shape_of
+from longctx.hf.locate import locate
+from longctx.model_shape import ModelShape
 from longctx.parallel.launch import Rank
-from longctx.parallel.mesh import refuse_unfit, refuse_unused
-from longctx.pretrained import locate, shape_of
-from longctx.schema import Mesh, ModelShape, ModelSource
-from recipes.machine import provenance
-from recipes.start import (
+from longctx.parallel.validate import refuse_unfit, refuse_unused
+from recipes.common.cli import (
     console,
     main,
     on_ranks,
@@ -32,6 +33,7 @@ from recipes.start import (
     top_level,
     warm_up_ranks,
 )
+from recipes.common.provenance import provenance
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def _values(name: str) -> Any:
 
 def measured(here: Any, shape: ModelShape, kernel: str, dtype: str) -> Hardware:
     """The constants of this ring for the heads of the model that one rank has; every rank must call it."""
-    from longctx.parallel.probe import probe
+    from longctx.parallel.measure.probe import probe
 
     share = here.mesh.tp * here.mesh.ulysses
     heads = (shape.heads // share, max(1, shape.kv_heads // share))
@@ -85,7 +87,7 @@ def measured(here: Any, shape: ModelShape, kernel: str, dtype: str) -> Hardware:
 def run_rank(rank: Rank, mesh: Mesh, shape: ModelShape, dtype: str, settings: Settings) -> Hardware:
     """One rank's part of the measurement."""
     from longctx.megatron.runtime import runtime
-    from longctx.parallel.probe import gemm_flops
+    from longctx.parallel.measure.probe import gemm_flops
 
     with runtime(rank, mesh, threads=threads_for(settings.threads, rank), device=settings.device) as here:
         found = measured(here, shape, settings.kernel, dtype)
@@ -108,7 +110,7 @@ def show(on: Hardware) -> None:
 
 def task(config: DictConfig) -> None:
     """Measure; write and show what the first rank gives."""
-    warm_up_ranks(["longctx.megatron.runtime", "longctx.parallel.probe"])
+    warm_up_ranks(["longctx.megatron.runtime", "longctx.parallel.measure.probe"])
     settings, mesh = top_level(config, Settings), section(config, "mesh", Mesh)
     model = section(config, "model", ModelSource)
     refuse_unused(mesh, "recipes.calibrate", ("dp", "pp"))

@@ -18,21 +18,20 @@ from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveInt
 
 from longctx.attention.backends import kernel_for
+from longctx.config import Context, Mesh, ModelSource, Sampling
 from longctx.cost.attention import Work
 from longctx.cost.choice import RULES, choose
 from longctx.cost.hardware import Hardware
 from longctx.data.turns import UserTurn, turn_tokens, turns_from
+from longctx.hf.checkpoint import fingerprint, tensor_files
+from longctx.hf.config import shape_of, tokenizer_of
+from longctx.hf.locate import locate
+from longctx.model_shape import ModelShape
 from longctx.parallel.launch import Rank, rank_from_environment
-from longctx.parallel.mesh import refuse_unfit, refuse_unused
-from longctx.pretrained import fingerprint, locate, shape_of, tensor_files, tokenizer_of
-from longctx.schema import Context, Mesh, ModelShape, ModelSource, Sampling
+from longctx.parallel.validate import refuse_unfit, refuse_unused
 from longctx.spd.plan import SPDPlan
 from recipes.calibrate import hardware_from, measured, refuse_other_threads
-from recipes.dropping import plan_of
-from recipes.machine import provenance
-from recipes.manifest import record
-from recipes.progress import Progress
-from recipes.start import (
+from recipes.common.cli import (
     console,
     main,
     on_ranks,
@@ -44,6 +43,10 @@ from recipes.start import (
     warm_up_ranks,
     written,
 )
+from recipes.common.manifest import record
+from recipes.common.progress import Progress
+from recipes.common.provenance import provenance
+from recipes.common.spd_plan import plan_of
 
 
 @dataclass(frozen=True)
@@ -291,7 +294,7 @@ def tell(number: int, took: dict[str, Any]) -> None:
 
 def task(config: DictConfig) -> None:
     """Refuse what cannot be done; run the ranks; write what the first one gives."""
-    warm_up_ranks(["longctx.infer.engine", "longctx.infer.store", "longctx.infer.generate", "recipes.progress"])
+    warm_up_ranks(["longctx.infer.engine", "longctx.infer.store", "longctx.infer.generate", "recipes.common.progress"])
     job = prepare(config)
     refuse_other_threads(job.settings.hardware, job.settings.threads, job.mesh)
     record(config, [job.folder])

@@ -15,8 +15,8 @@ from typing import Any
 from rich.table import Table
 
 from longctx.train.track import MANIFEST
-from recipes.manifest import flat, folder_of, manifest_of
-from recipes.start import console, is_file_name, reporting
+from recipes.common.cli import console, is_file_name, reporting
+from recipes.common.manifest import flat, folder_of, manifest_of
 
 # What a figure's name says of one that two runs of the same command need not share: it was measured, as were the
 # seconds in ``why`` a strategy was taken.

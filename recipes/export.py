@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from longctx import kept
+from longctx import checkpoint_index
+from longctx.config import Mesh
 from longctx.parallel.launch import Rank, run_ranks
-from longctx.schema import Mesh
 from longctx.spd.plan import FILE as PLAN
-from recipes.start import console, main, top_level, warm_up_ranks
+from recipes.common.cli import console, main, top_level, warm_up_ranks
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ def checkpoint_of(name: str) -> Path:
             f"checkpoint={name} drops reductions between tensor-parallel ranks, which is no function of a single rank, "
             f"so transformers cannot run it: use model={name} here; with nothing dropped its function is its source's"
         )
-    if (given / kept.RUN).is_file():
-        if wrong := kept.torn(given):
+    if (given / checkpoint_index.RUN).is_file():
+        if wrong := checkpoint_index.torn(given):
             raise ValueError(f"checkpoint={name} is torn: {wrong}; give another of the run, or the run's folder")
         return given
-    place, passed = kept.latest(given / "checkpoints")
+    place, passed = checkpoint_index.latest(given / "checkpoints")
     if not place:
         why = f" ({'; '.join(passed)})" if passed else ""
         raise ValueError(f"checkpoint={name} is no checkpoint, and no run that has one{why}: give the out= of a run")
@@ -45,10 +45,11 @@ def checkpoint_of(name: str) -> Path:
 
 def run_rank(rank: Rank, place: Path, described: Path, dtype: str, to: Path) -> None:
     """Load on one rank, write."""
-    from longctx.megatron import checkpoint, export
+    from longctx.hf.config import shape_of
+    from longctx.megatron.hf_io import export
     from longctx.megatron.model import build_model
     from longctx.megatron.runtime import runtime
-    from longctx.pretrained import shape_of
+    from longctx.megatron.training import checkpoint
 
     shape = shape_of(described)
     with runtime(rank, Mesh(), training=True) as here:
@@ -68,9 +69,9 @@ def prepare(config: DictConfig) -> tuple[Path, Path]:
 
 def task(config: DictConfig) -> None:
     """Refuse what cannot be done; export on one rank."""
-    warm_up_ranks(["longctx.megatron.checkpoint", "longctx.megatron.export"])
+    warm_up_ranks(["longctx.megatron.training.optimizer.checkpoint", "longctx.megatron.hf_io.export"])
     place, to = prepare(config)
-    told = kept.about(place)
+    told = checkpoint_index.about(place)
     if dropped := told["config"].get("dropped"):
         raise ValueError(
             f"{place} drops reductions of blocks {dropped[1:]} between {dropped[0]} tensor-parallel ranks, which is "

@@ -17,19 +17,18 @@ from pydantic import PositiveInt
 from rich.table import Table
 
 from longctx.attention.backends import kernel_for
+from longctx.config import Context, Mesh, ModelSource, PromptSource, Sampling
 from longctx.data.prompt import prompt_tokens
 from longctx.data.turns import turns_from
+from longctx.hf.checkpoint import tensor_files
+from longctx.hf.config import shape_of, tokenizer_of
+from longctx.hf.locate import locate
+from longctx.model_shape import ModelShape
 from longctx.parallel.launch import Rank
-from longctx.parallel.mesh import refuse_unfit, refuse_unused
 from longctx.parallel.strategy import STRATEGIES
-from longctx.pretrained import locate, shape_of, tensor_files, tokenizer_of
-from longctx.schema import Context, Mesh, ModelShape, ModelSource, PromptSource, Sampling
+from longctx.parallel.validate import refuse_unfit, refuse_unused
 from longctx.spd.plan import SPDPlan
-from recipes.dropping import plan_of
-from recipes.machine import provenance
-from recipes.manifest import record
-from recipes.progress import Progress
-from recipes.start import (
+from recipes.common.cli import (
     console,
     main,
     on_ranks,
@@ -41,6 +40,10 @@ from recipes.start import (
     warm_up_ranks,
     written,
 )
+from recipes.common.manifest import record
+from recipes.common.progress import Progress
+from recipes.common.provenance import provenance
+from recipes.common.spd_plan import plan_of
 
 
 @dataclass(frozen=True)
@@ -292,7 +295,7 @@ def in_megabytes(sizes: list[int]) -> str:
 
 def task(config: DictConfig) -> None:
     """Refuse what cannot be done; run the ranks; write and show what the first one gives."""
-    warm_up_ranks(["longctx.infer.engine", "longctx.infer.generate", "recipes.progress"])
+    warm_up_ranks(["longctx.infer.engine", "longctx.infer.generate", "recipes.common.progress"])
     job = prepare(config)
     record(config, [job.folder])
     figures = on_ranks(job.mesh, run_rank, job)

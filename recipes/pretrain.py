@@ -7,18 +7,18 @@ Writes ``out/metrics.jsonl``, a line a step, and checkpoints; the same command a
 
 from omegaconf import DictConfig
 
-from longctx.pretrained import locate
-from longctx.schema import ModelSource
+from longctx.config import ModelSource
+from longctx.hf.locate import locate
 from recipes.calibrate import refuse_other_threads
-from recipes.job import Job, job_of
-from recipes.manifest import record
-from recipes.start import main, on_ranks, say, section, warm_up_ranks
-from recipes.training import run_rank, show
+from recipes.common.cli import main, on_ranks, say, section, warm_up_ranks
+from recipes.common.manifest import record
+from recipes.common.train_job import Job, job_of
+from recipes.common.train_loop import run_rank, show
 
 WARM = [
     "longctx.data.batches",
-    "longctx.megatron.checkpoint",
-    "longctx.megatron.initial",
+    "longctx.megatron.training.optimizer.checkpoint",
+    "longctx.megatron.hf_io.init",
     "longctx.train.step",
     "longctx.train.track",
     "longctx.train.meter",
@@ -33,7 +33,7 @@ def prepare(config: DictConfig) -> Job:
 
 def task(config: DictConfig) -> None:
     """Refuse what cannot be done; run the ranks; show what the first one gives."""
-    warm_up_ranks([*WARM, "recipes.training"])
+    warm_up_ranks([*WARM, "recipes.common.train_loop"])
     job = prepare(config)
     refuse_other_threads(job.settings.hardware, job.settings.threads, job.mesh)
     record(config)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from longctx.parallel.launch import RankFailed
+from recipes.common.cli import GATE_FAILED, console, is_file_name, reporting
+from recipes.common.manifest import folder_of, manifest_of
+from recipes.common.provenance import ROOT
 from recipes.compare import agree, differing, final_figures, is_measured, settings_of, table_of
-from recipes.machine import ROOT
-from recipes.manifest import folder_of, manifest_of
-from recipes.start import GATE_FAILED, console, is_file_name, reporting
 
 WITHIN = 1e-6  # relative: another machine sums in another order
 

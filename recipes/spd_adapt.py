@@ -18,17 +18,17 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from longctx import kept
+from longctx import checkpoint_index
+from longctx.config import SPD, Joint, Repair
 from longctx.parallel.launch import rank_from_environment
 from longctx.spd.folder import assemble, read_block
 from longctx.spd.plan import SavedPlan, SPDPlan, order_from, within
 from longctx.spd.sensitivity import kind_of
-from longctx.spd.settings import SPD, Joint, Repair
 from recipes import spd_sensitivity
-from recipes.adapting import ERRORS, Job, run_rank
-from recipes.calibration import calibration_of, write_lines
-from recipes.manifest import record
-from recipes.start import console, is_first, leave_stopped, main, on_every_rank, section, warm_up_ranks
+from recipes.common.cli import console, is_first, leave_stopped, main, on_every_rank, section, warm_up_ranks
+from recipes.common.manifest import record
+from recipes.common.spd_loop import ERRORS, Job, run_rank
+from recipes.common.spd_text import calibration_of, write_lines
 
 
 def prepare(config: DictConfig) -> Job:
@@ -70,10 +70,10 @@ def prepare(config: DictConfig) -> Job:
 
 def _refuse_other_joint(job: Job) -> None:
     """ValueError if blocks that learn together in another way are there."""
-    place, _ = kept.latest(job.joint_folder)
+    place, _ = checkpoint_index.latest(job.joint_folder)
     if place is None or not job.joint.steps:
         return
-    before, now = kept.about(place), json.loads(json.dumps(job.of_joint))
+    before, now = checkpoint_index.about(place), json.loads(json.dumps(job.of_joint))
     if changed := [name for name in now if before.get(name) != now[name]]:
         raise ValueError(f"{place} has learned with another {', '.join(changed)}: give another out=")
 
@@ -168,7 +168,9 @@ def show(job: Job, rows: list[dict[str, Any]], found: Mapping[str, Any]) -> None
 
 def task(config: DictConfig) -> None:
     """Refuse what cannot be done; measure and repair; put the result together and show it."""
-    warm_up_ranks((*spd_sensitivity.WARM, "longctx.megatron.repair", "longctx.megatron.joint", "recipes.adapting"))
+    warm_up_ranks(
+        (*spd_sensitivity.WARM, "longctx.megatron.spd.repair", "longctx.megatron.spd.joint", "recipes.common.spd_loop")
+    )
     job = prepare(config)
     record(config, [job.sensitivity.subject.folder])
     found = on_every_rank(job.sensitivity.subject.mesh, run_rank, job)

@@ -16,20 +16,30 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import NonNegativeFloat, PositiveInt
 from rich.table import Table
 
+from longctx.config import Track
 from longctx.parallel.launch import Rank
-from longctx.schema import Track
 from longctx.spd.plan import ranked
 from longctx.spd.sensitivity import kind_of, perplexities, scores, suffix_sums
 from longctx.spd.text import Text
 from longctx.train.stop import StopRequest
-from recipes.bench.picture import bars
-from recipes.calibration import Subject, append_line, blocks_of, calibration_of, kept_lines, subject_of, write_lines
-from recipes.machine import hardware, provenance
-from recipes.manifest import record
-from recipes.progress import Progress
-from recipes.start import console, is_first, leave_stopped, main, on_every_rank, say, section, warm_up_ranks, written
+from recipes.common.cli import (
+    console,
+    is_first,
+    leave_stopped,
+    main,
+    on_every_rank,
+    say,
+    section,
+    warm_up_ranks,
+    written,
+)
+from recipes.common.manifest import record
+from recipes.common.plots import bars
+from recipes.common.progress import Progress
+from recipes.common.provenance import hardware, provenance
+from recipes.common.spd_text import Subject, append_line, blocks_of, calibration_of, kept_lines, subject_of, write_lines
 
-WARM = ("longctx.infer.engine", "longctx.megatron.blocks", "recipes.calibration")
+WARM = ("longctx.infer.engine", "longctx.megatron.spd.blocks", "recipes.common.spd_text")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from recipes.machine import ROOT, commit_of, diff_of
+from recipes.common.provenance import ROOT, commit_of, diff_of
 from slurm.plan import Plan
 from slurm.render import script_of
 

@@ -15,8 +15,8 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from longctx.schema import Mesh
-from recipes.start import CONFIGS, as_overrides, composed, is_file_name, own_out, say, section
+from longctx.config import Mesh
+from recipes.common.cli import CONFIGS, as_overrides, composed, is_file_name, own_out, say, section
 from slurm.settings import Launcher, Settings, absolute
 
 _EXAMPLE = "prompt.pydoc=assert"

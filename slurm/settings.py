@@ -9,7 +9,7 @@ from typing import Literal
 import yaml
 from pydantic import NonNegativeInt, PositiveInt
 
-from recipes.start import CONFIGS, as_overrides, composed, section, top_level
+from recipes.common.cli import CONFIGS, as_overrides, composed, section, top_level
 
 NOT_YET = 0  # the number of a pipeline's job that is not queued
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")

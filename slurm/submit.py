@@ -19,8 +19,8 @@ from pathlib import Path
 
 import yaml
 
-from recipes.machine import ROOT, commit_of
-from recipes.start import CONFIGS, console, reporting
+from recipes.common.cli import CONFIGS, console, reporting
+from recipes.common.provenance import ROOT, commit_of
 from slurm import cluster
 from slurm.freeze import frozen, refuse_unwritable_run
 from slurm.plan import Plan, forget, planned

@@ -10,9 +10,9 @@ import torch
 import yaml
 from hypothesis import HealthCheck, settings
 
+from longctx.config import ModelSource
+from longctx.hf.locate import locate
 from longctx.parallel.launch import warm_up
-from longctx.pretrained import locate
-from longctx.schema import ModelSource
 from tests.tracking import torn_down
 
 # How long an example takes is the machine's affair, which other tests share.
@@ -24,22 +24,22 @@ collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 CONFIGS = Path(__file__).parents[1] / "configs"
 # What ranks run, and what they import while they do: not warm, it takes each rank seconds anew.
 WARM = [
-    "eval.ranks",
-    "eval.score",
+    "eval.answers.worker",
+    "eval.answers.score",
     "longctx.infer.generate",
     "longctx.infer.store",
-    "longctx.megatron.checkpoint",
-    "longctx.megatron.export",
-    "longctx.megatron.initial",
-    "longctx.megatron.joint",
-    "longctx.megatron.repair",
+    "longctx.megatron.training.optimizer.checkpoint",
+    "longctx.megatron.hf_io.export",
+    "longctx.megatron.hf_io.init",
+    "longctx.megatron.spd.joint",
+    "longctx.megatron.spd.repair",
     "longctx.train.step",
     "longctx.train.track",
     "longctx.train.meter",
-    "recipes.adapting",
-    "recipes.calibration",
+    "recipes.common.spd_loop",
+    "recipes.common.spd_text",
     "recipes.generate",
-    "recipes.training",
+    "recipes.common.train_loop",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from longctx.schema import Track
+from longctx.config import Track
 from longctx.train.track import Tracker, start_tracking
 
 NONE = Track()

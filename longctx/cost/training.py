@@ -26,7 +26,7 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Decoder(Protocol):
-    """What the FLOPs of a decoder depend on; `longctx.schema.ModelShape` has it."""
+    """What the FLOPs of a decoder depend on; `longctx.config.ModelShape` has it."""
 
     @property
     def layers(self) -> int: ...

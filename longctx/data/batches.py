@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import torch
 
+from longctx.config import DataSettings
 from longctx.data.documents import documents
 from longctx.data.mixing import interleaved
 from longctx.data.packing import Packed, nothing, packed
 from longctx.data.stage import Stage, State
-from longctx.schema import DataSettings
 from longctx.shapes import Bool, Tensor, Tokens
 
 log = logging.getLogger(__name__)

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from longctx.config import DataSettings, TextSource
 from longctx.data.files import files
 from longctx.data.hub import dataset
 from longctx.data.pydoc import topics
 from longctx.data.records import Part, Position, Record
 from longctx.data.stage import Stage, State
-from longctx.schema import DataSettings, TextSource
 from longctx.shapes import Positions
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from longctx.config import TextSource
 from longctx.data.records import Part, Position, Record, in_a_line, text_of
-from longctx.schema import TextSource
 
 READ = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 REFUSED = (".json", ".csv", ".tsv", ".arrow", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst")

@@ -5,8 +5,8 @@ from copy import deepcopy
 from functools import partial
 from typing import Any
 
+from longctx.config import TextSource
 from longctx.data.records import Part, Position, Record, in_a_line, text_of
-from longctx.schema import TextSource
 
 
 def dataset(source: TextSource) -> Part:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from longctx.schema import PromptSource
+from longctx.config import PromptSource
 
 
 def prompt_tokens(source: PromptSource, tokenizer: Any) -> tuple[list[int], int]:

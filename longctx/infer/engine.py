@@ -8,14 +8,15 @@ import torch
 
 from longctx.attention.backends import checked_kernel
 from longctx.attention.kernel import Kernel
+from longctx.config import ModelSource
 from longctx.infer.cache import KVCache
-from longctx.megatron import weights
+from longctx.megatron.hf_io import load as hf_load
 from longctx.megatron.model import GPTModel, build_model, layers_in_use
 from longctx.megatron.runtime import Runtime
-from longctx.megatron.spd_layer import SPDTransformerLayer
+from longctx.megatron.spd.layer import SPDTransformerLayer
+from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Alone, Comm
 from longctx.parallel.ring import Strategy
-from longctx.schema import ModelShape, ModelSource
 from longctx.spd.plan import SPDPlan
 
 
@@ -103,5 +104,5 @@ def _loaded(
 ) -> GPTModel:
     dtype = getattr(torch, model.dtype)
     built = build_model(shape, groups, dtype=dtype, layers=layers, device=here.device, plan=plan)
-    weights.load(built, weights.Weights(folder, plan.dropped if plan else ()), shape)
+    hf_load.load(built, hf_load.Weights(folder, plan.dropped if plan else ()), shape)
     return built

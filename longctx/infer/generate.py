@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from longctx.config import Context, Sampling
 from longctx.infer.engine import Engine
 from longctx.infer.prefill import LayerDone
 from longctx.infer.session import Session, Turn, next_logits
-from longctx.schema import Context, Sampling
 from longctx.shapes import Tensor
 
 _LOGIT_ROWS = 256  # rows compared at a time: 50 MB a side for a vocabulary of 49,152

@@ -2,7 +2,7 @@
 
 import torch
 
-from longctx.schema import Sampling
+from longctx.config import Sampling
 from longctx.shapes import Float, Tensor
 
 

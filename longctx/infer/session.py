@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 
 from longctx.attention.layout import LAYOUTS, Layout, contiguous, deal
+from longctx.config import Context, Sampling
 from longctx.infer.cache import Batch, KVCache
 from longctx.infer.engine import Engine
 from longctx.infer.prefill import LayerDone, run_pass, run_replicated
@@ -15,7 +16,6 @@ from longctx.infer.sample import choose_token
 from longctx.megatron.model import logits
 from longctx.parallel.comm import doing
 from longctx.parallel.strategy import STRATEGIES
-from longctx.schema import Context, Sampling
 from longctx.shapes import Tensor
 
 # (new tokens, cached tokens) of each sequence, the layers' window -> (name of the strategy, why it was chosen)

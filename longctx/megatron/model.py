@@ -23,9 +23,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import nn
 
 from longctx.megatron.attention import ContextParallelAttention, Pass
-from longctx.megatron.spd_layer import SPDTransformerLayer, follow_plan
+from longctx.megatron.spd.layer import SPDTransformerLayer, follow_plan
+from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm
-from longctx.schema import ModelShape
 from longctx.shapes import Float, Positions, Tensor, Tokens
 from longctx.spd.plan import SPDPlan
 

@@ -14,10 +14,10 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.rendezvous import rendezvous
 
-from longctx.megatron.on_cpu import let_training_run
+from longctx.config import Mesh
+from longctx.megatron.cpu_shim import let_training_run
 from longctx.parallel.comm import Alone, Comm, DistComm, naming_collectives
 from longctx.parallel.launch import Rank
-from longctx.schema import Mesh
 
 # megatron-core's advice for GPUs, given on CPUs and without gradients too.
 _ADVICE = ("When using async grad allreduce it is recommended to set the environment variable",)

@@ -7,8 +7,8 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from longctx.described import write_like
-from longctx.pretrained import ADAPTED, DROPPED, tensor_files
+from longctx.hf.checkpoint import ADAPTED, DROPPED, tensor_files
+from longctx.hf.scratch import write_like
 from longctx.shapes import Tensor
 from longctx.spd.plan import SavedPlan
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from longctx.schema import ModelShape
+from longctx.model_shape import ModelShape
 from longctx.shapes import Float, Tensor
 
 

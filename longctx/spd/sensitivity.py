@@ -5,7 +5,7 @@ from itertools import pairwise
 from math import exp
 from typing import TypeVar
 
-from longctx.spd.settings import BlockClass
+from longctx.config import BlockClass
 
 State = TypeVar("State")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from longctx.cost.training import mfu, train_flops
-from longctx.parallel.waiting import Waiting
-from longctx.schema import ModelShape
+from longctx.model_shape import ModelShape
+from longctx.parallel.measure.comm_timer import Waiting
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Meter:
     ``ranks`` is what the documents of a step are divided by: those of one data-parallel replica, or of all replicas if
     ``end`` is told all their documents.  ``waiting`` is what the rank's `TimedComm` groups count in: what goes past
     them (megatron-core's own collectives) is not in its seconds.  ``peak_flops`` of one rank: a hardware file's,
-    `longctx.parallel.probe.gemm_flops`, or None, and then there is no MFU.
+    `longctx.parallel.measure.probe.gemm_flops`, or None, and then there is no MFU.
     """
 
     def __init__(

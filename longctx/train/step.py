@@ -14,11 +14,18 @@ from longctx.data.batches import Batch
 from longctx.megatron.attention import Pass
 from longctx.megatron.model import rotary_angles
 from longctx.megatron.runtime import Runtime
-from longctx.megatron.training import MicroBatch, Sums, Trained, clear_gradients, forward_backward, optimizer_step
+from longctx.megatron.training.optimizer import (
+    MicroBatch,
+    Sums,
+    Trained,
+    clear_gradients,
+    forward_backward,
+    optimizer_step,
+)
+from longctx.model_shape import ModelShape
 from longctx.parallel.comm import doing
 from longctx.parallel.hybrid import hybrid
 from longctx.parallel.ring import Strategy
-from longctx.schema import ModelShape
 from longctx.shapes import Tensor
 
 

@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from longctx.schema import Track
+from longctx.config import Track
 
 Say = Callable[[str], None]
 # By name; None is a figure that is not known.  A name's part before its first "/" is its group: comm, mem, eval;
 # without one it is of training.
 Figures = Mapping[str, float | None]
-MANIFEST = "manifest.json"  # in a run's folder, says what exactly was run (recipes/manifest.py)
+MANIFEST = "manifest.json"  # in a run's folder, says what exactly was run (recipes/common/manifest.py)
 _UPLOAD_S = 300.0  # how long the end of a run may wait for W&B's server: what is left stays on disk, for `wandb sync`
 
 

@@ -14,7 +14,7 @@ from recipes.bench import (
     spd_sweep,
     train,
 )
-from recipes.start import console, main
+from recipes.common.cli import console, main
 
 SUBJECTS = {
     "convergence": (convergence.task, "the loss curve of a mesh on top of one rank's"),

@@ -13,14 +13,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from longctx.pretrained import locate
-from longctx.schema import Mesh, ModelSource
-from recipes.bench.picture import lines
-from recipes.job import Job, job_of
-from recipes.machine import provenance
+from longctx.config import Mesh, ModelSource
+from longctx.hf.locate import locate
+from recipes.common.cli import console, on_ranks, refuse_unwritable, say, section, warm_up_ranks, written
+from recipes.common.plots import lines
+from recipes.common.provenance import provenance
+from recipes.common.train_job import Job, job_of
+from recipes.common.train_loop import run_rank
 from recipes.pretrain import WARM
-from recipes.start import console, on_ranks, refuse_unwritable, say, section, warm_up_ranks, written
-from recipes.training import run_rank
 
 
 def curve(job: Job, name: str) -> list[dict[str, Any]]:
@@ -35,7 +35,7 @@ def curve(job: Job, name: str) -> list[dict[str, Any]]:
 
 def task(config: DictConfig) -> None:
     """Train twice; write, draw and show how far the curves are apart."""
-    warm_up_ranks([*WARM, "recipes.training"])
+    warm_up_ranks([*WARM, "recipes.common.train_loop"])
     for name in ("json", "picture"):
         refuse_unwritable(config[name], name)
     plain = OmegaConf.create({str(k): v for k, v in config.items() if k not in ("json", "picture")})

@@ -19,21 +19,23 @@ from omegaconf import DictConfig
 from pydantic import Field, NonNegativeInt, PositiveInt
 from rich.table import Table
 
+from longctx.config import Mesh, ModelSource, PromptSource
 from longctx.cost.attention import Work
 from longctx.cost.choice import RULES, choose, fit_empirical
 from longctx.cost.hardware import Hardware
 from longctx.data.prompt import prompt_tokens
+from longctx.hf.config import shape_of, tokenizer_of
+from longctx.hf.locate import locate
+from longctx.model_shape import ModelShape
 from longctx.parallel.launch import Rank
-from longctx.parallel.mesh import refuse_unused
-from longctx.pretrained import locate, shape_of, tokenizer_of
-from longctx.schema import Mesh, ModelShape, ModelSource, PromptSource
+from longctx.parallel.validate import refuse_unused
 from recipes.bench.hosts import is_host, refuse_hosts, run_on_hosts
-from recipes.bench.picture import lines
 from recipes.calibrate import hardware_from, measured, refuse_other_threads
-from recipes.dropping import refuse_adapted
-from recipes.machine import provenance
-from recipes.progress import Progress
-from recipes.start import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
+from recipes.common.plots import lines
+from recipes.common.progress import Progress
+from recipes.common.provenance import provenance
+from recipes.common.spd_plan import refuse_adapted
 
 STRATEGIES = ("pass_kv", "pass_q")
 THREADS = 1  # of a rank
@@ -175,7 +177,14 @@ def asked(config: DictConfig) -> Job:
     """What ``config`` asks for.  Raises ValueError if it cannot be done."""
     settings, mesh = top_level(config, Settings), section(config, "mesh", Mesh)
     if not settings.hosts:
-        warm_up_ranks(["longctx.infer.engine", "longctx.infer.session", "longctx.parallel.probe", "recipes.progress"])
+        warm_up_ranks(
+            [
+                "longctx.infer.engine",
+                "longctx.infer.session",
+                "longctx.parallel.measure.probe",
+                "recipes.common.progress",
+            ]
+        )
     model = section(config, "model", ModelSource)
     refuse_unused(mesh, "recipes.bench crossover", ("tp", "ulysses", "dp", "pp"))
     if mesh.ring < 2:

@@ -14,14 +14,16 @@ from omegaconf import DictConfig
 from pydantic import Field, PositiveInt
 from rich.table import Table
 
+from longctx.config import Context, Mesh, ModelSource, Sampling
+from longctx.hf.config import shape_of
+from longctx.hf.locate import locate
+from longctx.model_shape import ModelShape
 from longctx.parallel.launch import Rank
-from longctx.parallel.mesh import refuse_unfit, refuse_unused
-from longctx.pretrained import locate, shape_of
-from longctx.schema import Context, Mesh, ModelShape, ModelSource, Sampling
-from recipes.dropping import refuse_adapted
-from recipes.machine import provenance
-from recipes.progress import Progress
-from recipes.start import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
+from longctx.parallel.validate import refuse_unfit, refuse_unused
+from recipes.common.cli import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
+from recipes.common.progress import Progress
+from recipes.common.provenance import provenance
+from recipes.common.spd_plan import refuse_adapted
 
 STRATEGIES = ("one_exchange", "pass_q", "pass_kv", "all_gather_kv")
 
@@ -118,7 +120,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def task(config: DictConfig) -> None:
     """Measure; write and show what the first rank gives."""
-    warm_up_ranks(["longctx.infer.engine", "longctx.infer.session", "recipes.progress"])
+    warm_up_ranks(["longctx.infer.engine", "longctx.infer.session", "recipes.common.progress"])
     settings, mesh = top_level(config, Settings), section(config, "mesh", Mesh)
     model = section(config, "model", ModelSource)
     refuse_unused(mesh, "recipes.bench decode", ("tp", "dp", "pp"))

@@ -22,19 +22,21 @@ from rich.table import Table
 from longctx.attention.kernel import Gradients, Kernel
 from longctx.attention.layout import zigzag
 from longctx.attention.partial import Partial
+from longctx.config import Mesh, ModelSource, PromptSource
 from longctx.data.prompt import prompt_tokens
+from longctx.hf.config import shape_of, tokenizer_of
+from longctx.hf.locate import locate
+from longctx.model_shape import ModelShape
 from longctx.parallel.launch import Rank
 from longctx.parallel.ring import Ring, Strategy, pass_kv
 from longctx.parallel.strategy import STRATEGIES, ring_attention
 from longctx.parallel.threads import run_threads
-from longctx.pretrained import locate, shape_of, tokenizer_of
-from longctx.schema import Mesh, ModelShape, ModelSource, PromptSource
 from longctx.shapes import Tensor
-from recipes.bench.picture import lines
-from recipes.dropping import refuse_adapted
-from recipes.machine import provenance
-from recipes.progress import Progress
-from recipes.start import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
+from recipes.common.plots import lines
+from recipes.common.progress import Progress
+from recipes.common.provenance import provenance
+from recipes.common.spd_plan import refuse_adapted
 
 CONTROL = "bf16 partials"
 BAR = 1.05  # times one rank's error
@@ -258,7 +260,7 @@ def draw(rows: list[dict[str, Any]], asked: Settings, title: str) -> None:
 
 def task(config: DictConfig) -> None:
     """Measure; show, write and draw."""
-    warm_up_ranks(["longctx.infer.engine", "longctx.megatron.attention", "recipes.progress"])
+    warm_up_ranks(["longctx.infer.engine", "longctx.megatron.attention", "recipes.common.progress"])
     settings, model = top_level(config, Settings), section(config, "model", ModelSource)
     if model.dtype != "bfloat16":
         raise ValueError(f"model.dtype={model.dtype}: drift is looked for in bfloat16; use model.dtype=bfloat16")

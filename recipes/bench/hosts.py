@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from longctx.config import Mesh
 from longctx.parallel.launch import RankFailed, rank_from_environment
-from longctx.schema import Mesh
 
 _RATE = re.compile(r"(\d+(?:\.\d+)?)([kmg])bit")
 _UNITS = {"k": 1e3, "m": 1e6, "g": 1e9}

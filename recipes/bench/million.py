@@ -16,13 +16,15 @@ from omegaconf import DictConfig
 from pydantic import Field, PositiveInt
 from rich.table import Table
 
+from longctx.config import Mesh, ModelSource
+from longctx.hf.config import shape_of
+from longctx.hf.locate import locate
+from longctx.model_shape import ModelShape
 from longctx.parallel.launch import Rank
-from longctx.parallel.mesh import refuse_unused
-from longctx.pretrained import locate, shape_of
-from longctx.schema import Mesh, ModelShape, ModelSource
-from recipes.machine import provenance
-from recipes.progress import Progress
-from recipes.start import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
+from longctx.parallel.validate import refuse_unused
+from recipes.common.cli import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
+from recipes.common.progress import Progress
+from recipes.common.provenance import provenance
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def peak_bytes() -> int:
 
 def task(config: DictConfig) -> None:
     """Measure; write and show what the first rank gives."""
-    warm_up_ranks(["longctx.megatron.runtime", "longctx.infer.cache", "recipes.progress"])
+    warm_up_ranks(["longctx.megatron.runtime", "longctx.infer.cache", "recipes.common.progress"])
     settings, mesh = top_level(config, Settings), section(config, "mesh", Mesh)
     model = section(config, "model", ModelSource)
     refuse_unused(mesh, "recipes.bench million", ("tp", "ulysses", "dp", "pp"))

@@ -18,17 +18,19 @@ from omegaconf import DictConfig
 from pydantic import Field, PositiveInt
 from rich.table import Table
 
+from longctx.config import Mesh, ModelSource, PromptSource
 from longctx.data.prompt import prompt_tokens
+from longctx.hf.config import shape_of, tokenizer_of
+from longctx.hf.locate import locate
+from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Arrived, Comm, Pending, Shape, Traffic
 from longctx.parallel.launch import Rank
-from longctx.parallel.mesh import refuse_unused
-from longctx.pretrained import locate, shape_of, tokenizer_of
-from longctx.schema import Mesh, ModelShape, ModelSource, PromptSource
+from longctx.parallel.validate import refuse_unused
 from longctx.shapes import Tensor
-from recipes.dropping import refuse_adapted
-from recipes.machine import provenance
-from recipes.progress import Progress
-from recipes.start import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
+from recipes.common.progress import Progress
+from recipes.common.provenance import provenance
+from recipes.common.spd_plan import refuse_adapted
 
 Work = Callable[[], None]
 
@@ -129,14 +131,14 @@ def with_few_layers(here: Any, job: Job, layers: int) -> Any:
     """The model with its first ``layers`` only, which take as long as any others, and random weights."""
     from longctx.attention.backends import kernel_for
     from longctx.infer.engine import Engine
-    from longctx.megatron import weights
-    from longctx.megatron.initial import Drawn
+    from longctx.megatron.hf_io import load as hf_load
+    from longctx.megatron.hf_io.init import Drawn
     from longctx.megatron.model import build_model
 
     shape = replace(job.shape, layers=layers, windows=job.shape.windows[:layers])
     dtype = getattr(torch, job.model.dtype)
     net = build_model(shape, here.groups, dtype=dtype, layers="local", device=here.device)
-    weights.load(net, Drawn(shape, seed=0), shape)
+    hf_load.load(net, Drawn(shape, seed=0), shape)
     comms = (here.tp, here.ulysses, here.ring, here.context, here.answers)
     return Engine(net, shape, kernel_for("auto", here.device.type, job.model.dtype), *comms)
 
@@ -220,7 +222,7 @@ def show(measured: list[dict[str, Any]]) -> None:
 
 def task(config: DictConfig) -> None:
     """Measure; write and show what the first rank gives."""
-    warm_up_ranks(["longctx.infer.engine", "longctx.infer.prefill", "recipes.progress"])
+    warm_up_ranks(["longctx.infer.engine", "longctx.infer.prefill", "recipes.common.progress"])
     settings, mesh = top_level(config, Settings), section(config, "mesh", Mesh)
     model = section(config, "model", ModelSource)
     refuse_unused(mesh, "recipes.bench", ("tp", "ulysses", "dp", "pp"))

@@ -15,19 +15,21 @@ from omegaconf import DictConfig
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from rich.table import Table
 
+from longctx.config import Context, Mesh, ModelSource, PromptSource, Sampling
 from longctx.cost.reduction import all_reduce_seconds, communication_saved, with_dropped
 from longctx.data.prompt import prompt_tokens
+from longctx.hf.config import shape_of, tokenizer_of
+from longctx.hf.locate import locate
+from longctx.model_shape import ModelShape
 from longctx.parallel.launch import Rank
-from longctx.parallel.mesh import refuse_unfit, refuse_unused
-from longctx.pretrained import locate, shape_of, tokenizer_of
-from longctx.schema import Context, Mesh, ModelShape, ModelSource, PromptSource, Sampling
+from longctx.parallel.validate import refuse_unfit, refuse_unused
 from longctx.spd.plan import SPDPlan, within
 from recipes.bench.hosts import bits_per_s, is_host, refuse_hosts, run_on_hosts
-from recipes.bench.picture import lines
-from recipes.dropping import refuse_adapted
-from recipes.machine import provenance
-from recipes.progress import Progress
-from recipes.start import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
+from recipes.common.plots import lines
+from recipes.common.progress import Progress
+from recipes.common.provenance import provenance
+from recipes.common.spd_plan import refuse_adapted
 
 PHASES = ("prefill", "decode")
 ELEMENT = 4  # bytes: float32
@@ -68,7 +70,7 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
     """Of every share and round the two times, and what of them are all-reduces; the links' own constants."""
     from longctx.infer.engine import load_engine
     from longctx.megatron.runtime import runtime
-    from longctx.megatron.spd_layer import follow_plan
+    from longctx.megatron.spd.layer import follow_plan
 
     asked, layers, tp = job.settings, job.shape.layers, job.mesh.tp
     with runtime(rank, job.mesh, threads=1) as here, Progress(shown=rank.rank == 0) as progress:
@@ -89,7 +91,7 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
 def timed(here: Any, engine: Any, job: Job) -> dict[str, dict[str, float]]:
     """Seconds of a prefill, and of a decoded token; the slowest rank's, and this one's all-reduces."""
     from longctx.infer.session import Session
-    from longctx.parallel.reductions import tallied
+    from longctx.parallel.measure.all_reduce import tallied
 
     session = Session(engine, Context(), Sampling())
     found: dict[str, dict[str, float]] = {}
@@ -122,7 +124,7 @@ def timed(here: Any, engine: Any, job: Job) -> dict[str, dict[str, float]]:
 
 def links(here: Any, job: Job) -> dict[str, float]:
     """Seconds of a hop, from the shortest all-reduce; bytes a second: the links' nominal rate, or as measured."""
-    from longctx.parallel.reductions import seconds_of_one
+    from longctx.parallel.measure.all_reduce import seconds_of_one
 
     ranks, settings = job.mesh.tp, job.settings
     short, size = seconds_of_one(here.groups.tp, 4, 20, here.device), settings.tokens * job.shape.hidden * ELEMENT
@@ -192,7 +194,7 @@ def asked_for(config: DictConfig) -> Job:
     if settings.hosts:
         refuse_hosts(settings.hosts, settings.rate, mesh)
     else:
-        warm_up_ranks(["longctx.infer.engine", "longctx.infer.session", "recipes.progress"])
+        warm_up_ranks(["longctx.infer.engine", "longctx.infer.session", "recipes.common.progress"])
     refuse_unwritable(settings.out)
     refuse_unwritable(settings.picture, "picture")
     folder = locate(model, say)

@@ -12,15 +12,15 @@ import torch
 from omegaconf import DictConfig
 from rich.table import Table
 
+from longctx.config import DataSettings, TextSource
 from longctx.parallel.launch import Rank
-from longctx.schema import DataSettings, TextSource
 from longctx.spd.plan import SPDPlan, order_from, saved_plan, within
 from longctx.spd.text import Text
-from recipes.bench.picture import lines
-from recipes.calibration import Subject, blocks_of, subject_of, text_of
-from recipes.machine import provenance
-from recipes.progress import Progress
-from recipes.start import console, on_ranks, sections, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, sections, warm_up_ranks, written
+from recipes.common.plots import lines
+from recipes.common.progress import Progress
+from recipes.common.provenance import provenance
+from recipes.common.spd_text import Subject, blocks_of, subject_of, text_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +61,8 @@ class Job:
 
 def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
     """Mean losses (nats) by text: of each variant over the shares, and of each placement."""
-    from longctx.megatron import weights
-    from longctx.megatron.spd_layer import follow_plan
+    from longctx.megatron.hf_io import load as hf_load
+    from longctx.megatron.spd.layer import follow_plan
 
     shape, tp = job.subject.shape, job.subject.mesh.tp
     found: dict[str, Any] = {name: {"variants": {}, "placement": {}} for name in job.texts}
@@ -73,7 +73,7 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
             for share in job.shares:
                 plan = SPDPlan(shape.layers, tp, within(variant.order, share), variant.own_norms)
                 follow_plan(blocks.model, plan)
-                weights.load(blocks.model, weights.Weights(variant.folder, plan.dropped), shape)
+                hf_load.load(blocks.model, hf_load.Weights(variant.folder, plan.dropped), shape)
                 for name, text in job.texts.items():
                     same = (name, plan.dropped, variant.folder if plan.dropped else None)
                     if same not in known:
@@ -81,7 +81,7 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
                     found[name]["variants"].setdefault(variant.name, []).append(known[same])
                     progress.step()
         follow_plan(blocks.model, SPDPlan(shape.layers, tp))  # first: the last plan's norms may be each rank's own
-        weights.load(blocks.model, weights.Weights(job.subject.folder), shape)
+        hf_load.load(blocks.model, hf_load.Weights(job.subject.folder), shape)
         progress.start("placements, blocks", len(job.placement) * len(job.texts))
         for name, text in job.texts.items():
             for block in job.placement:
@@ -200,7 +200,7 @@ def recovered(of_text: dict[str, Any], variant: str) -> list[float | None]:
 
 def task(config: DictConfig) -> None:
     """Measure; write, draw and show."""
-    warm_up_ranks(("longctx.infer.engine", "longctx.megatron.blocks", "recipes.calibration"))
+    warm_up_ranks(("longctx.infer.engine", "longctx.megatron.spd.blocks", "recipes.common.spd_text"))
     subject = subject_of(config, "recipes.bench spd_quality")
     shares: list[float] = list(config.shares)
     _refuse(config, subject)

@@ -17,11 +17,11 @@ from longctx.spd.plan import SPDPlan
 from longctx.spd.sensitivity import perplexities, scores, sensitivity
 from longctx.spd.text import Text
 from recipes.bench.spd_quality import mean_loss
-from recipes.calibration import Subject, blocks_of, calibration_of, subject_of
-from recipes.machine import provenance
-from recipes.progress import Progress
+from recipes.common.cli import console, on_ranks, warm_up_ranks, written
+from recipes.common.progress import Progress
+from recipes.common.provenance import provenance
+from recipes.common.spd_text import Subject, blocks_of, calibration_of, subject_of
 from recipes.spd_sensitivity import WARM, sums_of
-from recipes.start import console, on_ranks, warm_up_ranks, written
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Job:
 
 def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
     """Seconds and scores of both ways."""
-    from longctx.megatron.spd_layer import follow_plan
+    from longctx.megatron.spd.layer import follow_plan
 
     layers, tp = job.subject.shape.layers, job.subject.mesh.tp
     tokens = int(job.text.mask.sum())

@@ -16,15 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import PositiveInt
 from rich.table import Table
 
+from longctx.config import Mesh, ModelSource
+from longctx.hf.locate import locate
 from longctx.parallel.launch import Rank
-from longctx.parallel.mesh import refuse_unfit, refuse_unused
-from longctx.pretrained import locate
-from longctx.schema import Mesh, ModelSource
+from longctx.parallel.validate import refuse_unfit, refuse_unused
 from recipes.bench import peers
-from recipes.job import Job, job_of
-from recipes.machine import provenance
-from recipes.pretrain import WARM
-from recipes.start import (
+from recipes.common.cli import (
     console,
     on_ranks,
     refuse_unwritable,
@@ -35,7 +32,10 @@ from recipes.start import (
     warm_up_ranks,
     written,
 )
-from recipes.training import built
+from recipes.common.provenance import provenance
+from recipes.common.train_job import Job, job_of
+from recipes.common.train_loop import built
+from recipes.pretrain import WARM
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ def step_on_rank(rank: Rank, job: Job, rounds: int) -> dict[str, Any]:
 
     from longctx.attention.backends import kernel_for
     from longctx.data.batches import training_batches
+    from longctx.hf.config import tokenizer_of
     from longctx.megatron.runtime import runtime
     from longctx.parallel.strategy import STRATEGIES
-    from longctx.pretrained import tokenizer_of
     from longctx.train.step import Sharding, train_step
 
     with runtime(rank, job.mesh, threads=1, training=True) as here:
@@ -197,7 +197,7 @@ def meshes_of(config: DictConfig, job: Job) -> list[Mesh]:
 
 def task(config: DictConfig) -> None:
     """Measure; write and show what the first rank gives."""
-    warm_up_ranks([*WARM, "recipes.training"])
+    warm_up_ranks([*WARM, "recipes.common.train_loop"])
     own = {name: config[name] for name in ("rounds", "peers", "json")}
     asked = top_level(OmegaConf.create(own), Settings)
     refuse_unwritable(asked.json, "json")

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from longctx.cost.training import mfu, pairs, train_flops, train_flops_by_part
-from longctx.pretrained import shape_of
-from longctx.schema import ModelShape, Rotary
+from longctx.hf.config import shape_of
+from longctx.model_shape import ModelShape, Rotary
 from tests.tiny import tiny_model
 
 # The vocabulary is not in the paper: its two editions' figures fit 32,000 words, and not Llama 3's own 128,256.

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from longctx.config import DataSettings, TextSource
 from longctx.data.batches import batches, left_out, training_batches
 from longctx.data.packing import packed
-from longctx.schema import DataSettings, TextSource
 from tests.data.texts import assert_resumes, first, made, pages, written
 
 TEXTS = [[n] * (n % 11 + 1) for n in range(1, 98)]

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from longctx.pretrained import tokenizer_of
-from longctx.schema import TextSource
+from longctx.config import TextSource
+from longctx.hf.config import tokenizer_of
 from tests.data.texts import END, FORMS, assert_resumes, first, given_texts, pages, reading, written
 from tests.tiny import tiny_tokenizer
 

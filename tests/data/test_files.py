@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 from pyarrow.parquet import write_table
 
-from longctx.schema import TextSource
+from longctx.config import TextSource
 from tests.data.texts import assert_resumes, first, given_texts, pages, reading, written
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from longctx.schema import TextSource
+from longctx.config import TextSource
 from tests.data.texts import first, given_texts, reading
 
 
@@ -35,7 +35,7 @@ def test_a_stream_that_fails_later_is_named_by_its_row(byte_tokenizer, tmp_path)
 def test_a_hub_name_without_a_network_is_one_clear_line(tmp_path):
     """In a process of its own, since the hub's library reads once where the hub is, or that there is none."""
     code = (
-        "from longctx.data.hub import dataset; from longctx.schema import TextSource\n"
+        "from longctx.data.hub import dataset; from longctx.config import TextSource\n"
         "try: dataset(TextSource(name='nosuch/thing', subset='en', streaming=True))\n"
         "except ValueError as error: print(error)"
     )

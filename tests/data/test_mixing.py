@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longctx.config import DataSettings
 from longctx.data.documents import documents
 from longctx.data.mixing import interleaved
-from longctx.schema import DataSettings
 from tests.data.texts import assert_resumes, first, made, pages, written
 
 DOCUMENTS = st.lists(st.integers(1, 31).map(lambda n: [7] * n), min_size=40, max_size=40)

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from longctx.attention.layout import documents as sharded
 from longctx.attention.layout import zigzag
+from longctx.config import DataSettings
 from longctx.data.documents import documents
 from longctx.data.packing import packed
-from longctx.schema import DataSettings
 from tests.data.texts import assert_resumes, first, made, pages, plain, written
 
 TEXTS = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=23), min_size=1, max_size=13)

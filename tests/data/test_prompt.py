@@ -3,8 +3,8 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from longctx.config import PromptSource
 from longctx.data import prompt
-from longctx.schema import PromptSource
 from tests.tiny import tiny_tokenizer
 
 TEMPLATE = (

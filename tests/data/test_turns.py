@@ -3,7 +3,7 @@
 import pytest
 
 from longctx.data.turns import turn_tokens
-from longctx.pretrained import tokenizer_of
+from longctx.hf.config import tokenizer_of
 
 
 @pytest.mark.parametrize("ended", [True, False])

@@ -12,9 +12,9 @@ import torch
 from pyarrow.parquet import write_table
 from transformers import PreTrainedTokenizerFast
 
+from longctx.config import DataSettings, TextSource
 from longctx.data.documents import Document, documents
 from longctx.data.stage import Stage, State
-from longctx.schema import DataSettings, TextSource
 
 FORMS = ["folder", "jsonl", "jsonl.gz", "parquet", "hub", "hub, streamed"]
 END = 256  # of a document, to byte_tokenizer

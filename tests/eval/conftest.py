@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from recipes import start
+from recipes.common import cli as recipe_cli
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         monkeypatch.setattr("sys.orig_argv", [sys.executable, "-m", "eval.run", *argv])
         code: Any = 0
         try:
-            start.main("evaluate", run.task)
+            recipe_cli.main("evaluate", run.task)
         except SystemExit as leaving:
             code = leaving.code
         finally:

@@ -3,20 +3,20 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.requests import Answer, Request
+from eval.answers.requests import Answer, Request
+from longctx.config import Context, Mesh, ModelSource
 from longctx.parallel.launch import Rank
-from longctx.schema import Context, Mesh, ModelSource
 
 
 def answers(
     rank: Rank, mesh: Mesh, folder: Path, requests: Sequence[Request], together: int, dtype: str = "float32"
 ) -> dict[Request, Answer]:
     """The answers to ``requests``, so many tokens together."""
-    from eval.ranks import Work, answered
+    from eval.answers.worker import Work, answered
     from eval.variants import Variant
+    from longctx.hf.config import shape_of
     from longctx.infer.engine import load_engine
     from longctx.megatron.runtime import runtime
-    from longctx.pretrained import shape_of
 
     shape, model = shape_of(folder), ModelSource("test", str(folder), dtype=dtype)  # type: ignore[arg-type]
     variant = Variant("test", model, folder, shape, mesh, Context(), None, "cpu")

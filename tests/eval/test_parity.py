@@ -7,12 +7,12 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from eval.lm import EngineLM, recorder
-from eval.requests import Continue, Request, Score
-from eval.tasks import answered, ask, load, outcomes
+from eval.answers.requests import Continue, Request, Score
+from eval.harness.lm import EngineLM, recorder
+from eval.harness.tasks import answered, ask, load, outcomes
+from longctx.config import Mesh, ModelSource
+from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import run_ranks
-from longctx.pretrained import tokenizer_of
-from longctx.schema import Mesh, ModelSource
 from tests.eval.ranks import answers
 
 TASKS = ("arc_easy", "blimp", "hellaswag", "lambada_openai", "mmlu", "winogrande")

@@ -17,11 +17,12 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from eval import responses, run, speed
-from eval.local import LOCAL
-from eval.ranks import Work, _refuse_no_numbers
-from longctx.pretrained import shape_of
-from recipes import start
+from eval import run, speed
+from eval.answers import responses
+from eval.answers.worker import Work, _refuse_no_numbers
+from eval.harness.local import LOCAL
+from longctx.hf.config import shape_of
+from recipes.common import cli as recipe_cli
 from tests.tiny import tiny_model
 
 CHOICES = ["a stone", "a cloud", "a boat", "a song"]
@@ -90,7 +91,7 @@ def test_variants_are_compared_and_the_gate_fails(cli, compared):
 def test_the_same_again_asks_nothing(cli, compared, monkeypatch):
     command, out = compared
     before = json.loads((out / "report.json").read_text())
-    monkeypatch.setattr(start, "run_ranks", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr(recipe_cli, "run_ranks", lambda *_: pytest.fail("ranks were started"))
     assert cli(*command)[0] == run.GATE_FAILED
     after = json.loads((out / "report.json").read_text())
     assert {name: after[name] for name in ("tasks", "average", "variants")} == {
@@ -127,7 +128,7 @@ def test_a_corrupt_answer_is_named_and_computed_again(cli, compared):
     assert job_after["average"] == job_before["average"]
 
 
-@pytest.mark.parametrize(("ending", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGUSR1, start.STOPPED)])
+@pytest.mark.parametrize(("ending", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGUSR1, recipe_cli.STOPPED)])
 def test_a_run_that_was_ended_asks_only_what_is_missing(cli, tiny, sets, tmp_path, ending, code):
     """Killed, or asked to stop, once some answers are there; then the same outcomes as of one that was not."""
     words = [
@@ -180,7 +181,7 @@ def test_speed_is_told_beside_lm_evals_own_model(monkeypatch, capsys, tiny, sets
     words = [f"model={tiny}", "eval.tasks=[arc_easy]", f"eval.data={sets}", "eval.limit=3", "threads=1"]
     monkeypatch.setattr("sys.argv", ["speed", *words, "speed.rounds=1", "speed.batches=[2]", f"out={tmp_path}"])
     try:
-        start.main("eval_speed", speed.task)
+        recipe_cli.main("eval_speed", speed.task)
     finally:
         GlobalHydra.instance().clear()
     told = json.loads((tmp_path / "speed.json").read_text())["tasks"]["arc_easy"]
@@ -195,7 +196,7 @@ def prepared(tiny: Path, sets: Path, tmp_path_factory: pytest.TempPathFactory):
     """The job of those settings; composed once, since Hydra is slow."""
     out = tmp_path_factory.mktemp("out")
     words = ["model=folder", f"model.source={tiny}", "model.name=tiny", f"out={out}", f"eval.data={sets}"]
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(start.CONFIGS)):
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(recipe_cli.CONFIGS)):
         config = hydra.compose("evaluate", words)
     return lambda *settings: run.prepare(OmegaConf.merge(config, OmegaConf.from_dotlist(list(settings))))
 
@@ -225,7 +226,7 @@ def prepared(tiny: Path, sets: Path, tmp_path_factory: pytest.TempPathFactory):
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_what_cannot_be_done_is_refused_before_any_rank_starts(prepared, monkeypatch, settings, words):
-    monkeypatch.setattr(start, "run_ranks", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr(recipe_cli, "run_ranks", lambda *_: pytest.fail("ranks were started"))
     with pytest.raises(ValueError, match=r"\w") as refused:
         prepared(*settings)
     assert words in str(refused.value)
@@ -252,7 +253,7 @@ def test_a_model_that_was_repaired_for_another_is_refused(prepared, tiny, tmp_pa
 
 def test_the_shipped_experiment_is_one(data, smollm2, tmp_path):
     words = ["experiment=spd_regression", "eval.limit=1", f"eval.data={data}", f"out={tmp_path}"]
-    job = run.prepare(start.composed("evaluate", words))
+    job = run.prepare(recipe_cli.composed("evaluate", words))
     assert len(job.tasks) >= 6 and [variant.name for variant in job.variants][1:] == [
         f"dropped {share}%" for share in (25, 50, 75, 100)
     ]

@@ -8,12 +8,12 @@ from longctx.attention.flash_attn import installed
 from longctx.attention.layout import contiguous, documents, zigzag
 from longctx.attention.mask import BIDIRECTIONAL, CAUSAL, Mask, window
 from longctx.attention.verify import refuse_inexact
+from longctx.config import Mesh
 from longctx.parallel.launch import run_ranks
+from longctx.parallel.measure.comm_timer import Waiting
 from longctx.parallel.ring import Ring
 from longctx.parallel.strategy import STRATEGIES, ring_attention
 from longctx.parallel.threads import run_threads
-from longctx.parallel.waiting import Waiting
-from longctx.schema import Mesh
 from tests import oracle
 from tests.megatron.ranks import all_logits
 

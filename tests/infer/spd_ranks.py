@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from longctx.config import Context, Mesh, ModelSource, Sampling
+from longctx.hf.config import shape_of
 from longctx.parallel.launch import Rank
-from longctx.pretrained import shape_of
-from longctx.schema import Context, Mesh, ModelSource, Sampling
 from longctx.spd.plan import SPDPlan
 
 
@@ -14,7 +14,7 @@ def answered(rank: Rank, mesh: Mesh, folder: Path, tokens: list[int], dropped: t
     from longctx.infer.engine import load_engine
     from longctx.infer.session import Session, next_logits
     from longctx.megatron.runtime import runtime
-    from longctx.parallel.reductions import tallied
+    from longctx.parallel.measure.all_reduce import tallied
 
     shape = shape_of(folder)
     with runtime(rank, mesh, timeout_minutes=2) as here:

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longctx.config import Context, Mesh, ModelSource, Sampling
+from longctx.hf.config import shape_of
 from longctx.parallel.launch import Rank
-from longctx.pretrained import shape_of
-from longctx.schema import Context, Mesh, ModelSource, Sampling
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from longctx.config import Context, Mesh, ModelSource, PromptSource, Sampling
 from longctx.data.prompt import prompt_tokens
+from longctx.hf.config import shape_of, tokenizer_of
 from longctx.parallel.launch import Rank, run_ranks
-from longctx.pretrained import shape_of, tokenizer_of
-from longctx.schema import Context, Mesh, ModelSource, PromptSource, Sampling
 from recipes.generate import Job, Prompt, Settings, run_rank
 
 MESHES = [

@@ -6,8 +6,8 @@ from math import sqrt
 import pytest
 import torch
 
+from longctx.config import Sampling
 from longctx.infer.sample import choose_token
-from longctx.schema import Sampling
 
 PROBABILITIES = torch.tensor([0.03, 0.41, 0.07, 0.29, 0.11, 0.09])
 LOGITS = PROBABILITIES.log() + 17.0  # softmax does not see the shift

@@ -12,8 +12,8 @@ from hypothesis import Phase, assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
+from longctx.config import Context, Mesh
 from longctx.parallel.launch import run_ranks
-from longctx.schema import Context, Mesh
 from tests.infer.talk import Decode, Drop, Save, Say, Segment, Step, fails_once, play
 from tests.tiny import tiny_model
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from longctx.config import Mesh
 from longctx.parallel.launch import run_ranks
-from longctx.schema import Mesh
 from tests.infer.spd_ranks import answered
 from tests.oracle import assert_close
 from tests.tiny import tiny_model

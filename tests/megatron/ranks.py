@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from longctx.attention.layout import zigzag
+from longctx.config import Mesh, ModelSource
+from longctx.hf.config import shape_of
+from longctx.model_shape import ModelShape
 from longctx.parallel.launch import Rank
 from longctx.parallel.ring import pass_kv
-from longctx.pretrained import shape_of
-from longctx.schema import Mesh, ModelShape, ModelSource
 
 
 def all_logits(
@@ -45,9 +46,10 @@ def loaded_and_saved(
 
     With ``shape`` as a model of that, whose configuration has ``changed``.
     """
-    from longctx.megatron import export, weights
+    from longctx.megatron.cpu_shim import let_training_run
+    from longctx.megatron.hf_io import export
+    from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.model import build_model
-    from longctx.megatron.on_cpu import let_training_run
     from longctx.megatron.runtime import runtime
 
     let_training_run()  # of several stages megatron-core compares the copies of a tied embedding on the GPU
@@ -59,5 +61,5 @@ def loaded_and_saved(
             model = build_model(its, here.groups, dtype=kind, layers="local", device=here.device, **stages)
             for parameter in model.parameters():
                 parameter.data.fill_(torch.nan)
-            weights.load(model, weights.Weights(source), its)
+            hf_load.load(model, hf_load.Weights(source), its)
             export.save(model, its, to, source, changed=changed, file_size=file_size)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from longctx.config import Mesh, ModelSource
 from longctx.parallel.launch import run_ranks
-from longctx.schema import Mesh, ModelSource
 from tests.megatron.kinds import KINDS, SMALL, random_model
 from tests.megatron.ranks import all_logits
 

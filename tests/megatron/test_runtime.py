@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
+from longctx.config import Mesh
 from longctx.parallel.launch import Rank, RankFailed, run_ranks
-from longctx.schema import Mesh
 
 
 def left_alone(rank: Rank) -> None:

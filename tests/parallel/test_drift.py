@@ -14,13 +14,13 @@ from torch import Tensor
 from longctx.attention.flash_cpu import flash_cpu
 from longctx.attention.kernel import Kernel
 from longctx.attention.layout import zigzag
+from longctx.config import Mesh, ModelSource, PromptSource
 from longctx.data.prompt import prompt_tokens
+from longctx.hf.config import shape_of, tokenizer_of
 from longctx.parallel.launch import Rank, run_ranks
 from longctx.parallel.ring import Ring, Strategy
 from longctx.parallel.strategy import STRATEGIES
 from longctx.parallel.threads import run_threads
-from longctx.pretrained import shape_of, tokenizer_of
-from longctx.schema import Mesh, ModelSource, PromptSource
 from recipes.bench.drift import captured, in_bfloat16
 from tests import oracle
 

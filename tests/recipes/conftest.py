@@ -11,7 +11,8 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from recipes import generate, start
+from recipes import generate
+from recipes.common import cli as recipe_cli
 from tests.tiny import tiny_model
 
 Cli = Callable[..., tuple[Any, str, str]]
@@ -26,7 +27,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prepared(tiny: Path) -> Callable[..., generate.Job]:
     """``prepared(*settings)``: the job of recipes.generate on the tiny model; composed once, since Hydra is slow."""
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(start.CONFIGS)):
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(recipe_cli.CONFIGS)):
         config = hydra.compose("generate", ["model=folder", f"model.source={tiny}", "model.name=tiny"])
     return lambda *settings: generate.prepare(OmegaConf.merge(config, OmegaConf.from_dotlist(list(settings))))
 
@@ -46,7 +47,7 @@ def refusal(prepared: Callable[..., generate.Job]) -> Callable[..., str]:
 @pytest.fixture
 def nobody_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Starting a rank fails the test."""
-    monkeypatch.setattr(start, "run_ranks", lambda *_: pytest.fail("ranks were started"))
+    monkeypatch.setattr(recipe_cli, "run_ranks", lambda *_: pytest.fail("ranks were started"))
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         name = recipe.__name__.removeprefix("recipes.").replace(".", "_")
         code = 0
         try:
-            start.main(name, task)
+            recipe_cli.main(name, task)
         except SystemExit as leaving:
             code = leaving.code
         finally:

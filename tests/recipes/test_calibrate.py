@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from longctx.schema import Mesh
-from recipes import calibrate, chat, extend, pretrain, start
+from longctx.config import Mesh
+from recipes import calibrate, chat, extend, pretrain
 from recipes.bench import crossover
 
 LINK = {"latency_s": 1e-6, "bytes_per_s": 1e9}
@@ -20,7 +20,7 @@ def test_what_is_written_is_read_back(cli, tiny, tmp_path):
     assert on.flops > 0 and on.hop.bytes_per_s > 0 and on.empirical is None
     about = values["measured"]
     assert (about["mesh"], about["dtype"]) == ("ring=2", "float32")
-    assert about["threads"] == start.threads_here(None, Mesh(ring=2)), "as many as other recipes have"
+    assert about["threads"] == recipe_cli.threads_here(None, Mesh(ring=2)), "as many as other recipes have"
 
 
 @pytest.fixture

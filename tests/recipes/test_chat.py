@@ -99,9 +99,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def saved(tiny, tmp_path_factory) -> Path:
     """A session on disk, made without the command line."""
+    from longctx.config import Context, Mesh
+    from longctx.hf.checkpoint import fingerprint
     from longctx.parallel.launch import run_ranks
-    from longctx.pretrained import fingerprint
-    from longctx.schema import Context, Mesh
     from tests.infer.talk import Save, Say, Segment, play
 
     folder = tmp_path_factory.mktemp("saved") / "talk"

@@ -9,9 +9,9 @@ from itertools import islice
 import pytest
 import torch
 
+from longctx.config import DataSettings, TextSource
 from longctx.data.batches import training_batches
-from longctx.pretrained import tokenizer_of
-from longctx.schema import DataSettings, TextSource
+from longctx.hf.config import tokenizer_of
 from recipes import export, extend, pretrain
 
 DATA = ("data.length=211", "data.batch=2", "data.end_token=false", "threads=1")

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from longctx import kept
-from longctx.pretrained import shape_of
+from longctx import checkpoint_index
+from longctx.hf.config import shape_of
 from recipes import pretrain
 
 ROOT = Path(__file__).parents[2]
@@ -149,7 +149,7 @@ def test_wandb_follows_and_goes_on_in_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     finished(tmp_path, "track=wandb", "steps=2", "track.tags=[a,b]")
     finished(tmp_path, "track=wandb", "steps=3")
-    told = kept.about(kept.latest(tmp_path / "checkpoints")[0])
+    told = checkpoint_index.about(checkpoint_index.latest(tmp_path / "checkpoints")[0])
     starts = sorted((tmp_path / "wandb").glob(f"offline-run-*-{told['run_id']}"))
     assert len(starts) == 2, "two starts of one run"
     assert told["config"]["track"]["backend"] == "wandb"
@@ -172,7 +172,7 @@ def test_text_that_ends_ends_the_run_with_a_checkpoint(tmp_path):
     done = len(lines(tmp_path / "run"))
     assert done == 451 // (2 * 61)
     assert f"the text ended behind step {done}: data.epochs=1" in err
-    assert kept.about(kept.latest(tmp_path / "run" / "checkpoints")[0])["step"] == done
+    assert checkpoint_index.about(checkpoint_index.latest(tmp_path / "run" / "checkpoints")[0])["step"] == done
 
 
 @pytest.mark.parametrize("damage", ["a file cut short", "no run.json"])
@@ -228,6 +228,6 @@ def test_no_room_is_refused(refused, tmp_path, monkeypatch):
 
 
 def test_the_weights_of_a_model_are_counted(smollm2):
-    from recipes.job import weights_of
+    from recipes.common.train_job import weights_of
 
     assert weights_of(shape_of(smollm2[1])) == pytest.approx(134.5e6, rel=2e-3)

@@ -7,8 +7,9 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from recipes import compare, reproduce, start
-from recipes.manifest import flat
+from recipes import compare, reproduce
+from recipes.common import cli as recipe_cli
+from recipes.common.manifest import flat
 
 TURN = {"answer": "So.", "strategy": "pass_q", "why": "auto: 3 ms", "ttft_s": 0.3, "ttit_s": 0.1, "token_ids": [5, 7]}
 
@@ -79,7 +80,7 @@ def test_a_session_that_was_written_over_is_not_gone_on_from(ran, tmp_path, monk
     session = {"save": "talk", "load": str(Path(tmp_path, "x", "..", "talk"))}
     folder = ran("talked", "turns.json", session, turns_json=json.dumps({"turns": [TURN]}))
     with pytest.raises(SystemExit) as leaving:
-        start.reporting(lambda: reproduce.reproduce([folder]))
+        recipe_cli.reporting(lambda: reproduce.reproduce([folder]))
     assert leaving.value.code == 2 and "saved its session over the one that it went on from" in capsys.readouterr().err
 
 

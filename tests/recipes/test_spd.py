@@ -13,7 +13,8 @@ import pytest
 from safetensors import safe_open
 
 from longctx.spd.plan import saved_plan
-from recipes import chat, export, generate, pretrain, spd_adapt, spd_sensitivity, start
+from recipes import chat, export, generate, pretrain, spd_adapt, spd_sensitivity
+from recipes.common import cli as recipe_cli
 from tests.tracking import history, of_kind, records
 
 TEXT = ("data.length=31", "data.end_token=false", "sequences=5", "chunk=2", "threads=1")
@@ -30,7 +31,7 @@ def adapted(tiny: Path, wandb_at_home: None, tmp_path_factory: pytest.TempPathFa
     """The folder of the tiny model, both of whose blocks have learned to drop, and do."""
     import sys
 
-    from recipes import start
+    from recipes.common import cli as recipe_cli
 
     out = tmp_path_factory.mktemp("adapted")
     before, sys.argv = (
@@ -38,7 +39,7 @@ def adapted(tiny: Path, wandb_at_home: None, tmp_path_factory: pytest.TempPathFa
         ["spd_adapt", f"model={tiny}", "mesh.tp=3", "spd.budget=1", f"out={out}", "track=wandb", *TEXT, *REPAIR],
     )
     try:
-        start.main("spd_adapt", spd_adapt.task)
+        recipe_cli.main("spd_adapt", spd_adapt.task)
     finally:
         sys.argv = before
         from hydra.core.global_hydra import GlobalHydra
@@ -213,7 +214,7 @@ def test_asked_to_stop_it_keeps_what_is_done_and_goes_on(cli, tiny, adapted, tmp
                 run.send_signal(signal.SIGUSR1)
             time.sleep(0.05)
     said = (tmp_path / "said").read_text()
-    assert run.returncode == start.STOPPED and "stopped, as asked: the same command goes on" in said, said
+    assert run.returncode == recipe_cli.STOPPED and "stopped, as asked: the same command goes on" in said, said
     assert not (tmp_path / "spd_plan.json").exists()
     assert cli(spd_adapt, spd_adapt.task, *words)[0] == 0
     assert tensors(tmp_path) == tensors(adapted)
@@ -244,7 +245,7 @@ def test_blocks_may_drop_in_training_and_the_run_says_so(cli, tmp_path):
 def test_the_shipped_settings_find_enough_text(smollm2, tmp_path):
     """Of the documentation that every CPython has, by the tokenizer of the model that they are for."""
     words = ("mesh.tp=3", "spd.budget=0.5", "data.sources=[{pydoc:train}]", f"out={tmp_path}")
-    job = spd_adapt.prepare(start.composed("spd_adapt", words))
+    job = spd_adapt.prepare(recipe_cli.composed("spd_adapt", words))
     assert len(job.joint_text) == job.joint.steps * job.joint.batch > 0
     held_out, learned = ({tuple(row) for row in rows.tolist()} for rows in (job.unseen, job.joint_text.tokens))
     assert len(held_out) == job.repair.held_out and not held_out & learned, "the text begins anew, but for these"

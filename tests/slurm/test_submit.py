@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.machine import ROOT, commit_of, diff_of
+from recipes.common.provenance import ROOT, commit_of, diff_of
 from slurm import cluster, submit
 from slurm.settings import seconds_of
 from tests.tiny import tiny_model, tiny_tokenizer

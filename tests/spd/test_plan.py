@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from longctx.pretrained import fingerprint, shape_of
-from longctx.schema import Mesh
+from longctx.config import SPD, Mesh
+from longctx.hf.checkpoint import fingerprint
+from longctx.hf.config import shape_of
 from longctx.spd.plan import SavedPlan, SPDPlan, ranked, saved_plan, within
-from longctx.spd.settings import SPD
-from recipes.dropping import planned
+from recipes.common.spd_plan import planned
 from tests.tiny import tiny_model
 
 

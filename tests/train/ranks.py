@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from longctx.config import Mesh, Optim, Recompute
 from longctx.data.batches import Batch
+from longctx.hf.config import shape_of
 from longctx.parallel.launch import Rank
-from longctx.pretrained import shape_of
-from longctx.schema import Mesh, Optim, Recompute
 from longctx.spd.plan import SPDPlan
 
 
@@ -66,9 +66,10 @@ class Step:
 def train(rank: Rank, run: Run) -> list[Step]:
     """The steps of ``run``, one by one."""
     from longctx.attention.flash_cpu import flash_cpu
-    from longctx.megatron import checkpoint, weights
+    from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.runtime import runtime
-    from longctx.megatron.training import trainable
+    from longctx.megatron.training import checkpoint
+    from longctx.megatron.training.optimizer import trainable
     from longctx.parallel.strategy import STRATEGIES
     from longctx.train.step import Sharding, micro_batches, train_step
 
@@ -78,7 +79,7 @@ def train(rank: Rank, run: Run) -> list[Step]:
             here,
             shape,
             run.optim,
-            lambda net: weights.load(net, weights.Weights(run.folder), shape),
+            lambda net: hf_load.load(net, hf_load.Weights(run.folder), shape),
             dtype=getattr(torch, run.dtype),
             layers="local",
             steps=max(2, run.steps),
@@ -116,8 +117,8 @@ def train(rank: Rank, run: Run) -> list[Step]:
 
 def write_gradients(trained: Any, batches: Any, folder: Path, source: Path) -> None:
     """Gradients as a Hugging Face folder, by the table that weights are written by."""
-    from longctx.megatron import export
-    from longctx.megatron.training import clear_gradients, forward_backward
+    from longctx.megatron.hf_io import export
+    from longctx.megatron.training.optimizer import clear_gradients, forward_backward
 
     clear_gradients(trained)
     forward_backward(trained, batches)

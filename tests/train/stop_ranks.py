@@ -2,9 +2,9 @@
 
 import os
 
+from longctx.config import Mesh
 from longctx.megatron.runtime import runtime
 from longctx.parallel.launch import Rank
-from longctx.schema import Mesh
 from longctx.train.stop import SIGNAL, StopRequest
 
 

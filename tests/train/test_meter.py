@@ -12,14 +12,14 @@ from longctx.attention.kernel import reference
 from longctx.attention.layout import zigzag
 from longctx.cost.hardware import Hardware, Link, hardware_of
 from longctx.cost.training import train_flops
-from longctx.parallel import probe
+from longctx.model_shape import ModelShape, Rotary
 from longctx.parallel.comm import Alone
-from longctx.parallel.probe import gemm_flops
+from longctx.parallel.measure import probe
+from longctx.parallel.measure.comm_timer import TimedComm, Waiting
+from longctx.parallel.measure.probe import gemm_flops
 from longctx.parallel.ring import Ring
 from longctx.parallel.strategy import STRATEGIES, ring_attention
 from longctx.parallel.threads import run_threads
-from longctx.parallel.waiting import TimedComm, Waiting
-from longctx.schema import ModelShape, Rotary
 from longctx.train.meter import Meter, StepCost, peak_bytes
 from tests.parallel.problem import problem, solve
 

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from longctx.config import Mesh, Optim
+from longctx.hf.checkpoint import tensor_files
 from longctx.parallel.launch import run_ranks
-from longctx.pretrained import tensor_files
-from longctx.schema import Mesh, Optim
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.train.ranks import Run, Step, sequences, train
 from tests.train.spd_oracle import drop

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from longctx.schema import Track
+from longctx.config import Track
 from longctx.train.track import Tracker, start_tracking
 from tests.conftest import CONFIGS
 from tests.tracking import CONFIG, WANDB, figures, lines, start
@@ -76,7 +76,7 @@ def test_a_resume_that_is_killed_has_lost_nothing(tmp_path, monkeypatch):
 WRITER = """
 import sys
 from pathlib import Path
-from longctx.schema import Track
+from longctx.config import Track
 from longctx.train.track import start_tracking
 tracker, _ = start_tracking(Track(), Path(sys.argv[1]), {}, first=True, say=print)
 for step in range(10):

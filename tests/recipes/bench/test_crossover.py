@@ -9,10 +9,10 @@ import pytest
 import yaml
 from rich.console import Console
 
+from longctx.config import Mesh, ModelSource
 from longctx.cost.choice import fit_empirical
 from longctx.cost.hardware import Hardware, Link
-from longctx.pretrained import shape_of
-from longctx.schema import Mesh, ModelSource
+from longctx.hf.config import shape_of
 from recipes.bench import crossover
 
 TOTAL = 2003

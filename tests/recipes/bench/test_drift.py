@@ -8,10 +8,10 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from longctx.attention.flash_cpu import flash_cpu
+from longctx.config import Mesh, ModelSource
+from longctx.hf.config import shape_of
 from longctx.parallel.launch import Rank, run_ranks
 from longctx.parallel.strategy import STRATEGIES
-from longctx.pretrained import shape_of
-from longctx.schema import Mesh, ModelSource
 from recipes.bench import drift
 from tests import oracle
 

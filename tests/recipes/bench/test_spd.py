@@ -10,13 +10,14 @@ import pytest
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from longctx.pretrained import fingerprint, shape_of
-from longctx.schema import Mesh, ModelSource
+from longctx.config import Mesh, ModelSource
+from longctx.hf.checkpoint import fingerprint
+from longctx.hf.config import shape_of
 from longctx.spd.folder import assemble, write_block
 from longctx.spd.plan import SavedPlan, SPDPlan
 from recipes import spd_sensitivity
 from recipes.bench import spd_latency, spd_quality, spd_sweep
-from recipes.calibration import Subject
+from recipes.common.spd_text import Subject
 
 
 def test_latency_counts_the_reductions_that_are_left(cli, tiny, tmp_path):

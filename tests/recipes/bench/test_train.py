@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from longctx.schema import Context, ModelSource
+from longctx.config import Context, ModelSource
 from recipes.bench import convergence, peers, train
 from recipes.bench.train import Saved
 

@@ -1,0 +1,1 @@
+"""From answers to outcomes, comparisons and the report."""

@@ -1,0 +1,108 @@
+"""config.json as a `ModelShape`, and the folder's tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from longctx.model_shape import ModelShape, Rotary
+
+
+def shape_of(folder: Path) -> ModelShape:
+    """The `ModelShape` of a Llama-architecture folder (Llama 2/3, SmolLM2, Qwen2, Mistral).
+
+    Raises ValueError for an architecture, or a feature of one, that the mapping to megatron-core lacks.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{folder}/config.json is not a model's configuration: {error}") from error
+    _refuse_unmapped(config)
+    return ModelShape(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        ffn=config.intermediate_size,
+        vocabulary=config.vocab_size,
+        positions=config.max_position_embeddings,
+        norm_eps=config.rms_norm_eps,
+        tied=config.tie_word_embeddings,
+        qkv_bias=config.model_type == "qwen2",
+        rotary=_rotary(config),
+        end_tokens=_end_tokens(folder, config),
+        windows=_windows(config),
+        deviation=config.initializer_range,
+    )
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The transformers tokenizer of ``folder``.  Raises ValueError if it has none that can be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{folder} has no tokenizer that transformers can read: {error}") from error
+
+
+def refuse_dropout(folder: Path) -> None:
+    """ValueError if config.json asks for dropout, which training here has not."""
+    dropout = json.loads((folder / "config.json").read_text()).get("attention_dropout")
+    if dropout:
+        raise ValueError(f"attention_dropout={dropout}: training here has no dropout, make it 0 in the model's config")
+
+
+def _refuse_unmapped(config: Any) -> None:
+    known = config.model_type in ("llama", "qwen2", "mistral")
+    unmapped = {
+        f"model_type={config.model_type}": not known,
+        "attention_bias=true (a bias on the output projection)": getattr(config, "attention_bias", False)
+        and config.model_type == "llama",
+        "mlp_bias=true": getattr(config, "mlp_bias", False),
+        f"hidden_act={getattr(config, 'hidden_act', None)}": getattr(config, "hidden_act", None) != "silu",
+        "quantised weights": getattr(config, "quantization_config", None) is not None,
+        "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None) is not None,
+    }
+    for feature, present in unmapped.items():
+        if present:
+            raise ValueError(
+                f"this model has {feature}, which is not mapped to megatron-core: "
+                "use a model of type llama, qwen2 or mistral with SiLU and no other biases"
+            )
+
+
+def _windows(config: Any) -> tuple[int | None, ...]:
+    """Each layer's window: of all layers where the configuration does not tell them apart (Mistral)."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _rotary(config: Any) -> Rotary:
+    """The frequencies as transformers computes them, scaling of Llama 3.1 included."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = config.rope_parameters
+    if rope["rope_type"] not in ("default", "linear", "llama3"):
+        raise ValueError(
+            f"rope_type={rope['rope_type']} changes angles with the length or scales them: "
+            "use a model with rope_type default, linear or llama3"
+        )
+    frequencies = LlamaRotaryEmbedding(config).inv_freq.tolist()
+    return Rotary(tuple(frequencies))
+
+
+def _end_tokens(folder: Path, config: Any) -> tuple[int, ...]:
+    """The tokens that end an answer: generation_config.json's where there is one, like transformers."""
+    from transformers import GenerationConfig
+
+    ends = config.eos_token_id
+    if (folder / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(folder)
+        ends = generation.eos_token_id if generation.eos_token_id is not None else ends
+    if ends is None:
+        return ()
+    return tuple(ends) if isinstance(ends, list | tuple) else (ends,)

@@ -1,0 +1,1 @@
+"""Hugging Face tensors to and from megatron-core's parameters."""

@@ -1,0 +1,1 @@
+"""Training on megatron-core: optimizer and schedule, checkpoints."""

@@ -1,0 +1,1 @@
+"""Measurements for the cost model: links and kernels, exposed communication, all-reduces."""

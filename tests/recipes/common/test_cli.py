@@ -1,0 +1,204 @@
+"""The command line becomes typed settings, and every way to fail one clear line and an exit code."""
+
+import json
+import logging
+
+import pytest
+from omegaconf import OmegaConf
+
+from longctx.config import Mesh, ModelSource, PromptSource, Sampling
+from longctx.parallel.launch import Rank, RankFailed
+from recipes import chat, generate
+from recipes.common import cli as recipe_cli
+
+
+@pytest.fixture
+def compose(cli):
+    """The configuration that ``python -m recipes.generate argv`` runs with."""
+
+    def run(*argv, recipe=generate):
+        seen = []
+        assert cli(recipe, seen.append, *argv) == (0, "", "")
+        return seen[0]
+
+    return run
+
+
+def test_settings_have_their_types(compose):
+    config = compose("mesh.ring=3", "mesh.tp=5", "sampling.temperature=1", "threads=2")
+    assert recipe_cli.section(config, "mesh", Mesh) == Mesh(tp=5, ring=3)
+    assert recipe_cli.section(config, "sampling", Sampling) == Sampling(temperature=1.0)
+    settings = recipe_cli.top_level(config, generate.Settings)
+    assert (settings.max_new_tokens, settings.verify, settings.threads, settings.out) == (64, True, 2, None)
+
+
+def test_a_list_has_a_section_an_item():
+    def meshes(given):
+        return recipe_cli.sections(OmegaConf.create({"meshes": given}), "meshes", Mesh)
+
+    assert meshes([]) == ()
+    assert meshes([{"ring": 3}, {"tp": 5}]) == (Mesh(ring=3), Mesh(tp=5))
+    for given in (2, [2], {"ring": 3}):
+        with pytest.raises(ValueError, match=r"meshes=.*: give a list, an item's settings in braces"):
+            meshes(given)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Hello, (world) [1] {2}: a=b, it's #1 ?", 'he said "no"', '"quoted', '\\" ${x} $x \\\\"', "two\nlines C:\\"],
+)
+def test_free_text_reaches_the_configuration_as_it_is(compose, text):
+    config = compose(f"prompt.text={text}", f"out={text}")
+    assert recipe_cli.section(config, "prompt", PromptSource).text == text
+    assert recipe_cli.top_level(config, generate.Settings).out == text
+
+
+def test_a_known_model_is_a_choice_of_the_configuration(compose):
+    model = recipe_cli.section(compose("model=smollm2_135m"), "model", ModelSource)
+    assert (model.name, model.source, model.gguf) == (
+        "smollm2_135m", None, "SmolLM2-135M-Instruct.Q4_1.gguf",
+    )  # fmt: skip
+
+
+def test_a_model_may_be_described(compose):
+    config = compose("model=tiny", "model.config.num_hidden_layers=3", "+model.config.rms_norm_eps=1e-5")
+    model = recipe_cli.section(config, "model", ModelSource)
+    assert (model.name, model.source, model.tokenizer) == ("tiny", None, "bytes")
+    assert (model.config["num_hidden_layers"], model.config["rms_norm_eps"]) == (3, 1e-5)
+
+
+@pytest.mark.parametrize("recipe", [generate, chat])
+def test_a_model_without_weights_answers_nothing(refused, tmp_path, monkeypatch, recipe):
+    monkeypatch.setenv("LONGCTX_CACHE", str(tmp_path))
+    line = refused(recipe, recipe.task, "model=tiny", *["prompt.text=hello"] * (recipe is generate))
+    assert "this model has no weights yet, train it with recipes.pretrain" in line
+
+
+@pytest.mark.parametrize("name", ["a = b, [c] {d}", "it's"])
+def test_a_model_may_be_a_folder_of_any_name(compose, tmp_path, name):
+    (tmp_path / name).mkdir()
+    model = recipe_cli.section(compose(f"model={tmp_path / name}"), "model", ModelSource)
+    assert (model.name, model.source, model.wheel) == (name, str(tmp_path / name), None)
+
+
+def test_a_model_may_be_a_name_on_the_hub(compose):
+    model = recipe_cli.section(compose("model=some-one/Model-1.5B"), "model", ModelSource)
+    assert (model.name, model.source) == ("Model-1.5B", "some-one/Model-1.5B")
+
+
+def test_the_model_cache_is_the_environment_s(compose, monkeypatch, tmp_path):
+    monkeypatch.setenv("LONGCTX_CACHE", str(tmp_path))
+    assert recipe_cli.section(compose(), "model", ModelSource).cache == str(tmp_path)
+    monkeypatch.delenv("LONGCTX_CACHE")
+    assert recipe_cli.section(compose(), "model", ModelSource).cache == "~/.cache/longctx"
+
+
+def test_an_experiment_sets_what_belongs_together(compose):
+    config = compose("experiment=demo", "mesh.ring=3")
+    assert (config.prompt.tokens, config.mesh.ring) == (6000, 3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("model=nonsense", ["model=nonsense", "smollm2_135m", "Hugging Face folder"]),
+        ("mesh.rong=2", ["mesh.rong"]),
+        ("rounds=2", ["rounds"]),
+        ("+mesh.rong=2", ["mesh.rong"]),
+        ("+rounds=2", ["rounds"]),
+        ("experiment=demmo", ["experiment", "demmo", "demo"]),
+        ("context=pass_k", ["context", "pass_k", "pass_kv", "pass_q"]),
+        ("mesh.ring=two", ["mesh.ring=two", "integer"]),
+        ("mesh.ring=0", ["mesh.ring=0", "at least one rank"]),
+        ("context.strategy=pass_the_salt", ["context.strategy=pass_the_salt", "'pass_kv', 'pass_q'"]),
+        ("sampling.top_p=0", ["sampling.top_p=0", "above 0"]),
+        ("max_new_tokens=many", ["max_new_tokens=many", "integer"]),
+        ("verify=perhaps", ["verify=perhaps", "boolean"]),
+        ("threads=-1", ["threads=-1"]),
+        ("timeout_minutes=0", ["timeout_minutes=0", "greater than 0"]),
+        ("device=tpu", ["device=tpu", "'cpu' or 'cuda'"]),
+        (
+            "context.kernel=flash",
+            ["context.kernel=flash", "'auto', 'reference', 'flash_cpu', 'flash_cuda', 'cudnn' or 'flash_attn'"],
+        ),
+        ("sampling.seed=-1", ["sampling.seed=-1", "use 0 to"]),
+        ("model.source=null", ["model.source", "model.wheel"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refused_settings(refused, tiny, setting, words):
+    line = refused(generate, generate.task, f"model={tiny}", "prompt.text=hello", setting)
+    assert all(word in line for word in words), line
+
+
+def fails(error):
+    def task(_):
+        raise error
+
+    return task
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ValueError("use [2] of them"), 2, "error: use [2] of them\n"),
+        (RankFailed(3, 5, "raised E: [x]", "Traceback"), 1, "Traceback\nerror: rank 3 of 5 raised E: [x]; the other"),
+        (RankFailed(3, 5, "was killed by SIGKILL", ""), 1, "error: rank 3 of 5 was killed by SIGKILL; the other"),
+        (KeyboardInterrupt(), 130, "interrupted; all ranks have ended\n"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_exit_codes(cli, error, code, said):
+    left, out, err = cli(generate, fails(error))
+    assert (left, out) == (code, "")
+    assert err.startswith(said)
+
+
+def test_a_warning_of_the_library_reaches_the_user(cli, caplog):
+    """Hydra, whose own ways of logging are left out, would silence whoever has a logger already."""
+    warn = logging.getLogger("longctx.data.documents").warning
+    assert cli(generate, lambda _: warn("a line was skipped"))[0] == 0
+    assert caplog.messages == ["a line was skipped"]
+
+
+def test_without_a_launcher_ranks_are_started_here(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(recipe_cli, "run_ranks", lambda *given: [given, "the second's"])
+    assert recipe_cli.on_ranks(Mesh(ring=2), fails, "job") == (2, fails, "job")
+
+
+def test_under_a_launcher_this_process_is_a_rank(monkeypatch, nobody_starts):
+    given = []
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    for rank, answer in (("0", "answer"), ("1", None)):
+        monkeypatch.setenv("RANK", rank)
+        assert recipe_cli.on_ranks(Mesh(ring=3, tp=2), lambda *args: given.append(args) or "answer", "job") == answer
+    assert given == [(Rank(rank, 6, 0, 1, "env://"), "job") for rank in range(2)]
+    with pytest.raises(ValueError, match=r"started 6 ranks, the mesh has 5 \(ring=5\): set mesh.ring=6"):
+        recipe_cli.on_ranks(Mesh(ring=5), lambda *given: given, "job")
+
+
+def test_of_a_launcher_s_ranks_the_first_speaks_and_one_that_fails_raises(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        recipe_cli.say(f"from rank {rank}")
+    assert capsys.readouterr().err == "from rank 0\n"
+    with pytest.raises(RuntimeError, match="rank 0 of 2 failed"):
+        recipe_cli.on_ranks(Mesh(ring=2), lambda *_: fails(ValueError("of a rank"))(None))
+
+
+@pytest.mark.parametrize(("asked", "threads"), [(None, 2), (3, 3)])
+def test_ranks_share_the_cores_of_their_machine(monkeypatch, asked, threads):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(7))
+    assert recipe_cli.threads_for(asked, Rank(4, 6, 1, 3, "env://")) == threads
+    assert recipe_cli.threads_for(None, Rank(4, 60, 1, 30, "env://")) == 1, "more ranks than cores"
+
+
+def test_a_result_is_written_a_line_a_key(tmp_path, capsys):
+    out = tmp_path / "new" / "folder" / "result.json"
+    recipe_cli.refuse_unwritable(str(out))
+    recipe_cli.written(str(out), {"text": 'a "b"\n', "tokens": [2, 3]})
+    assert json.loads(out.read_text()) == {"text": 'a "b"\n', "tokens": [2, 3]}
+    assert len(out.read_text().splitlines()) == 4
+    assert str(out) in capsys.readouterr().err
