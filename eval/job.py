@@ -23,7 +23,7 @@ _BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"  # a folder of
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvalSettings:
     """The settings of configs/evaluate.yaml that are not a section of their own."""
 
     threads: PositiveInt | None
@@ -35,7 +35,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Eval:
+class EvalConfig:
     """What is asked, of how many examples, and how variants are judged: section ``eval``."""
 
     tasks: tuple[str, ...]
@@ -47,9 +47,9 @@ class Eval:
     lengths: tuple[PositiveInt, ...]
     text: str
     seed: NonNegativeInt
-    longest: PositiveInt | None
+    max_length: PositiveInt | None
     prefix_token: NonNegativeInt | None
-    together: PositiveInt
+    max_batch_tokens: PositiveInt
     allowed_drop: NonNegativeFloat
     resamples: PositiveInt
     gate: tuple[str, ...]
@@ -87,14 +87,14 @@ class Eval:
 
 
 @dataclass(frozen=True)
-class Job:
+class EvalJob:
     """What is to be done, checked before any rank starts; ``requests`` are all that every variant is asked.
 
     ``configs`` are the variants' settings.  Those that lack an order of blocks drop none before `ordered`.
     """
 
-    settings: Settings
-    eval: Eval
+    settings: EvalSettings
+    eval: EvalConfig
     track: Track
     config: Mapping[str, Any]
     configs: tuple[tuple[str, DictConfig], ...]
@@ -112,11 +112,11 @@ class Job:
         return self.out / "responses" / f"{variant.digest}.jsonl"
 
 
-def prepare(config: DictConfig) -> Job:
+def prepare(config: DictConfig) -> EvalJob:
     """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
     from eval.harness.tasks import ask
 
-    settings, asked = top_level(config, Settings), section(config, "eval", Eval)
+    settings, asked = top_level(config, EvalSettings), section(config, "eval", EvalConfig)
     refuse_unwritable_folder(settings.out)
     configs = composed(config)
     names = [name for name, _ in configs]
@@ -141,7 +141,7 @@ def prepare(config: DictConfig) -> Job:
     order_jobs(configs, base, asked.sensitivity, Path(settings.out))  # refuses what cannot be measured
     values: Any = OmegaConf.to_container(config, resolve=True)
     track = section(config, "track", Track).of("eval")
-    return Job(
+    return EvalJob(
         settings,
         asked,
         track,
@@ -154,7 +154,7 @@ def prepare(config: DictConfig) -> Job:
     )
 
 
-def ordered(job: Job) -> Job:
+def ordered(job: EvalJob) -> EvalJob:
     """``job``; blocks that variants drop in an order that nobody has given are known then.  Ranks may be started."""
     if not any(lacks_order(config) for _, config in job.configs):
         return job
@@ -169,7 +169,7 @@ def pinned(config: DictConfig) -> tuple[str, ...]:
     Raises ValueError if variants want other numbers of ranks than the job starts.
     """
     _refuse_other_sizes(composed(config))
-    folder = section(config, "eval", Eval).folder
+    folder = section(config, "eval", EvalConfig).folder
     return (f"eval.data={folder.resolve() if folder else 'hub'}",)
 
 
@@ -183,7 +183,7 @@ def _refuse_other_sizes(configs: Sequence[tuple[str, DictConfig]]) -> None:
         )
 
 
-def _tasks(asked: Eval, base: Variant, data: Path | None) -> dict[str, Any]:
+def _tasks(asked: EvalConfig, base: Variant, data: Path | None) -> dict[str, Any]:
     from eval.harness.long import LONG, long_tasks
     from eval.harness.tasks import load
     from longctx.hf.config import tokenizer_of
@@ -193,37 +193,37 @@ def _tasks(asked: Eval, base: Variant, data: Path | None) -> dict[str, Any]:
     if asked.num_fewshot and (none := [name for name, task in tasks.items() if task.config.num_fewshot == 0]):
         say(f"eval.num_fewshot: {', '.join(none)} are asked without examples, as lm-eval has them")
     if long:
-        most, tokenizer = asked.longest or base.shape.positions, tokenizer_of(base.folder)
+        most, tokenizer = asked.max_length or base.shape.max_positions, tokenizer_of(base.folder)
         examples = {name: asked.limit_of(name) or 50 for name in long}
         tasks |= long_tasks(examples, asked.lengths, asked.text, tokenizer, most, asked.seed)
     return tasks
 
 
-def _requests(asked: Eval, base: Variant, tasks: Mapping[str, Any]) -> tuple[Any, tuple[Request, ...]]:
+def _requests(asked: EvalConfig, base: Variant, tasks: Mapping[str, Any]) -> tuple[Any, tuple[Request, ...]]:
     """lm-eval's side of the model, and all that it is asked."""
     from eval.harness.lm import EngineLM, prefix_token_of, recorder
     from eval.harness.tasks import answered
     from longctx.hf.config import tokenizer_of
 
-    if asked.longest and asked.longest > base.shape.positions:
-        raise ValueError(f"eval.longest={asked.longest:,}: the model's context is {base.shape.positions:,}")
+    if asked.max_length and asked.max_length > base.shape.max_positions:
+        raise ValueError(f"eval.max_length={asked.max_length:,}: the model's context is {base.shape.max_positions:,}")
     requests: list[Request] = []
     tokenizer = tokenizer_of(base.folder)
     prefix = prefix_token_of(tokenizer, asked.prefix_token)
-    lm = EngineLM(tokenizer, asked.longest or base.shape.positions, prefix, recorder(requests))
+    lm = EngineLM(tokenizer, asked.max_length or base.shape.max_positions, prefix, recorder(requests))
     answered(tasks, lm)
     if lm.cut:
-        say(f"{lm.cut:,} texts are longer than {lm.max_length:,} tokens (eval.longest): they lose their beginning")
+        say(f"{lm.cut:,} texts are longer than {lm.max_length:,} tokens (eval.max_length): they lose their beginning")
     return lm, tuple(dict.fromkeys(requests))
 
 
 def _refuse_too_short(variant: Variant, requests: Sequence[Request]) -> None:
     """ValueError unless every request fits the context of ``variant``."""
     longest = max(len(one.tokens) - 1 if isinstance(one, Score) else len(one.tokens) + one.most for one in requests)
-    if longest > variant.shape.positions:
+    if longest > variant.shape.max_positions:
         raise ValueError(
-            f"variant {variant.name}: its context is {variant.shape.positions:,}, and what the baseline is asked has "
-            f"up to {longest:,} tokens: use eval.longest={variant.shape.positions}, or shorter eval.lengths"
+            f"variant {variant.name}: its context is {variant.shape.max_positions:,}, and the baseline's requests have "
+            f"up to {longest:,} tokens: use eval.max_length={variant.shape.max_positions}, or shorter eval.lengths"
         )
 
 
@@ -240,8 +240,8 @@ def _refuse_other_world(variants: Sequence[Variant]) -> None:
     """ValueError if a launcher has started ranks, and a variant wants another number of them."""
     here = rank_from_environment(os.environ)
     for variant in variants:
-        if here and here.world != variant.mesh.ranks:
+        if here and here.world_size != variant.mesh.ranks:
             raise ValueError(
-                f"the launcher started {here.world} ranks, variant {variant.name} has {variant.mesh.ranks} "
+                f"the launcher started {here.world_size} ranks, variant {variant.name} has {variant.mesh.ranks} "
                 f"({variant.mesh}): leave the launcher out, or give all variants as many"
             )

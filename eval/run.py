@@ -17,9 +17,9 @@ from omegaconf import DictConfig
 
 from eval.answers import responses
 from eval.answers.requests import key
-from eval.answers.worker import Work, run_rank
+from eval.answers.worker import EvalWork, run_rank
 from eval.harness.local import LOCAL
-from eval.job import Job, ordered, pinned, prepare
+from eval.job import EvalJob, ordered, pinned, prepare
 from eval.stats import report
 from eval.variants import Variant
 from recipes.common.cli import GATE_FAILED, console, is_first, leave_stopped, main, on_every_rank, say, warm_up_ranks
@@ -30,7 +30,7 @@ __all__ = ("pinned", "prepare", "task")  # what slurm.submit asks of a recipe
 WARM = ("longctx.infer.engine", "eval.answers.score", "eval.answers.generate", "eval.answers.worker")
 
 
-def answer(job: Job, number: int) -> responses.Kept:
+def answer(job: EvalJob, number: int) -> responses.StoredAnswers:
     """All answers of a variant: those that are kept, and the others by its ranks."""
     variant = job.variants[number]
     file, settings = job.file(variant), job.settings
@@ -44,12 +44,12 @@ def answer(job: Job, number: int) -> responses.Kept:
     say(f"{which}: {len(left):,} of {len(job.requests):,} requests to answer")
     if not left:
         return kept
-    work = Work(
+    work = EvalWork(
         name=f"{number + 1}/{len(job.variants)} {variant.name}",
         variant=variant,
         requests=left,
         file=file,
-        together=job.eval.together,
+        max_batch_tokens=job.eval.max_batch_tokens,
         threads=settings.threads,
         timeout_minutes=settings.timeout_minutes,
     )
@@ -58,14 +58,14 @@ def answer(job: Job, number: int) -> responses.Kept:
     return responses.read(file)
 
 
-def scored(job: Job, variant: Variant, kept: responses.Kept) -> report.Scored:
+def scored(job: EvalJob, variant: Variant, kept: responses.StoredAnswers) -> report.ScoredVariant:
     """The variant's outcomes, of the answers that are ``kept``."""
     from eval.harness.tasks import answered, outcomes
 
     job.lm.answer = lambda asked: [kept.answers[key(request)] for request in asked]
     answered(job.tasks, job.lm)
     seconds = kept.seconds or None
-    return report.Scored(
+    return report.ScoredVariant(
         name=variant.name,
         model=variant.model.name,
         mesh=str(variant.mesh),
@@ -78,11 +78,11 @@ def scored(job: Job, variant: Variant, kept: responses.Kept) -> report.Scored:
     )
 
 
-def finish(job: Job, found: Sequence[report.Scored], commits: Set[str]) -> dict[str, Any]:
+def finish(job: EvalJob, found: Sequence[report.ScoredVariant], commits: Set[str]) -> dict[str, Any]:
     """The report, written, tracked and shown; ``commits`` are those that its answers are of."""
     from longctx.train.track import start_tracking
 
-    judged = report.Judged(job.eval.allowed_drop, job.eval.resamples, job.eval.seed, job.eval.gate, job.eval.strict)
+    judged = report.GateRules(job.eval.allowed_drop, job.eval.resamples, job.eval.seed, job.eval.gate, job.eval.strict)
     title = f"{found[0].model} on {len(job.tasks)} task(s)"
     about = {"title": title, **provenance(), "commit": ", ".join(sorted({*commits, commit_of(ROOT)}))}
     made = report.write(report.report_of(found, judged, about), job.out)

@@ -32,7 +32,9 @@ def with_order(configs: Sequence[Named], base: Variant, sequences: int, out: Pat
     return [(name, complete(config)) for name, config in configs]
 
 
-def order_jobs(configs: Sequence[Named], base: Variant, sequences: int, out: Path) -> dict[int, spd_sensitivity.Job]:
+def order_jobs(
+    configs: Sequence[Named], base: Variant, sequences: int, out: Path
+) -> dict[int, spd_sensitivity.SensitivityJob]:
     """By degree of tensor parallelism, the job that measures an order that ``configs`` lack.
 
     Raises ValueError, with what to do instead, if it cannot be measured.
@@ -64,17 +66,17 @@ def lacks_order(config: DictConfig) -> bool:
     return not (source and saved_plan(Path(source).expanduser()))
 
 
-def _order_job(base: Variant, tp: int, sequences: int, out: Path) -> spd_sensitivity.Job:
+def _order_job(base: Variant, tp: int, sequences: int, out: Path) -> spd_sensitivity.SensitivityJob:
     here = rank_from_environment(os.environ)
-    parts = here.world // tp if here else 1  # all ranks that a launcher has started take part
+    parts = here.world_size // tp if here else 1  # all ranks that a launcher has started take part
     words = [f"mesh.tp={tp}", f"mesh.dp={parts}", f"sequences={sequences}", "model=folder"]
-    words += [f"model.dtype={base.model.dtype}", f"data.length={min(_LENGTH, base.shape.positions)}"]
+    words += [f"model.dtype={base.model.dtype}", f"data.length={min(_LENGTH, base.shape.max_positions)}"]
     config = composed("spd_sensitivity", [*words, "model.name=x", "model.source=x", "out=x"])
     values: Any = {"model": {"name": base.model.name, "source": str(base.folder)}, "out": str(out)}
     return spd_sensitivity.prepare(_merged(config, values), "eval.run")
 
 
-def _measured(job: spd_sensitivity.Job) -> tuple[int, ...]:
+def _measured(job: spd_sensitivity.SensitivityJob) -> tuple[int, ...]:
     """The order, by `recipes.spd_sensitivity`."""
     subject = job.subject
     if job.file.is_file():

@@ -18,7 +18,7 @@ from rich.table import Table
 from eval import run
 from eval.answers import responses
 from eval.answers.requests import key
-from eval.answers.worker import Work, run_rank
+from eval.answers.worker import EvalWork, run_rank
 from eval.harness.lm import recorder
 from eval.harness.tasks import answered
 from longctx.parallel.launch import Rank, run_ranks
@@ -30,7 +30,7 @@ OURS = "ours"
 
 
 @dataclass(frozen=True)
-class Speed:
+class SpeedSettings:
     """Rounds, in each of which ours and lm-eval's at each of ``batches`` take turns; the median is told."""
 
     rounds: PositiveInt
@@ -38,7 +38,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Asked:
+class SpeedRequests:
     """What lm-eval's model in ``folder`` is asked: pairs of (context, continuation)."""
 
     folder: Path
@@ -48,7 +48,7 @@ class Asked:
     threads: int | None
 
 
-def theirs(rank: Rank, asked: Asked) -> tuple[float, list[float]]:
+def theirs(rank: Rank, asked: SpeedRequests) -> tuple[float, list[float]]:
     """Seconds, without loading and without tokenizing, and log-probabilities (nats) of lm-eval's ``hf`` model."""
     import torch
     from lm_eval.models.huggingface import HFLM
@@ -64,7 +64,7 @@ def theirs(rank: Rank, asked: Asked) -> tuple[float, list[float]]:
     return time.perf_counter() - began, [likely for likely, _ in answers]
 
 
-def ours(rank: Rank, work: Work) -> tuple[float, dict[str, Any]]:
+def ours(rank: Rank, work: EvalWork) -> tuple[float, dict[str, Any]]:
     """The same of ours; answers by the key of their request."""
     if run_rank(rank, work):
         raise InterruptedError("asked to stop: what was timed is not the whole")
@@ -72,16 +72,22 @@ def ours(rank: Rank, work: Work) -> tuple[float, dict[str, Any]]:
     return kept.seconds, kept.answers
 
 
-def measured(job: run.Job, task: Any, speed: Speed) -> dict[str, Any]:
+def measured(job: run.Job, task: Any, speed: SpeedSettings) -> dict[str, Any]:
     """Seconds of every round, by contestant; the largest difference of a log-probability; examples of ``task``."""
     requests: list[Any] = []
     job.lm.answer = recorder(requests)
     answered({"": task}, job.lm)
     pairs = tuple(tuple(instance.args) for instance in task.instances)
     base, threads = job.variants[0], job.settings.threads
-    asked = Asked(base.folder, pairs, job.lm.eot_token_id, 1, threads)
-    work = Work(
-        OURS, base, tuple(dict.fromkeys(requests)), Path(), job.eval.together, threads, job.settings.timeout_minutes
+    asked = SpeedRequests(base.folder, pairs, job.lm.eot_token_id, 1, threads)
+    work = EvalWork(
+        OURS,
+        base,
+        tuple(dict.fromkeys(requests)),
+        Path(),
+        job.eval.max_batch_tokens,
+        threads,
+        job.settings.timeout_minutes,
     )
     seconds: dict[str, list[float]] = {}
     off = 0.0
@@ -101,8 +107,8 @@ def refuse_unlike(job: run.Job) -> None:
     base = job.variants[0]
     if len(job.variants) > 1 or base.mesh.ranks > 1 or base.plan:
         raise ValueError("eval.speed compares one rank as it is: leave mesh, spd and variants out")
-    if base.model.dtype != "float32" or base.device != "cpu" or job.eval.longest:
-        raise ValueError("eval.speed compares in model.dtype=float32, device=cpu, eval.longest=null: use these")
+    if base.model.dtype != "float32" or base.device != "cpu" or job.eval.max_length:
+        raise ValueError("eval.speed compares in model.dtype=float32, device=cpu, eval.max_length=null: use these")
     for name, of in job.tasks.items():
         if any(instance.request_type != "loglikelihood" for instance in of.instances):
             raise ValueError(f"eval.speed compares scores of answers: leave {name} out of eval.tasks")
@@ -125,7 +131,7 @@ def _names(found: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
 def task(config: DictConfig) -> None:
     """Refuse what cannot be compared; measure task by task; write and show."""
     warm_up_ranks((*run.WARM, "lm_eval.models.huggingface"))
-    speed, job = section(config, "speed", Speed), run.prepare(config)
+    speed, job = section(config, "speed", SpeedSettings), run.prepare(config)
     refuse_unlike(job)
     record(config, [job.variants[0].folder])
     found = {}

@@ -85,7 +85,7 @@ def _changed(base: Mapping[str, Any], change: Mapping[str, Any]) -> DictConfig:
         raise ValueError(f"variants: {change['name']}: {min(unknown)} is not one of {', '.join(_SECTIONS)}")
     if isinstance(changes.get("model"), str):
         folder = Path(changes["model"]).expanduser()
-        its_own = ("positions", "rope_theta", "rope_factor")
+        its_own = ("max_positions", "rope_theta", "rope_factor")
         nothing = dict.fromkeys(("wheel", "gguf", "sha256", "config", "tokenizer", *its_own))
         changes["model"] = {**nothing, "name": folder.name, "source": changes["model"]}
     merged = {name: {**base[name], **changes.get(name, {})} for name in _SECTIONS}
@@ -104,7 +104,7 @@ def variant_of(name: str, config: DictConfig, device: str) -> Variant:
         )
     if context.chunk:
         raise ValueError(
-            f"context.chunk={context.chunk} is for one long prompt: here eval.together says how much is run"
+            f"context.chunk={context.chunk} is for one long prompt: here eval.max_batch_tokens says how much is run"
         )
     kernel_for(context.kernel, device, model.dtype)
     folder = locate(model, say)
@@ -129,7 +129,7 @@ def refuse_other_model(base: Variant, other: Variant) -> None:
             f"variant {other.name}: block {min(bare)} of {other.folder} has not been repaired: drop fewer, or adapt it "
             "with a larger spd.budget"
         )
-    alike = ("layers", "hidden", "heads", "kv_heads", "head_width", "vocabulary")
+    alike = ("layers", "hidden", "heads", "kv_heads", "head_dim", "vocab_size")
     for name in alike:
         ours, theirs = getattr(base.shape, name), getattr(other.shape, name)
         if ours != theirs:

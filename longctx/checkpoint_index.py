@@ -22,7 +22,7 @@ def latest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint in ``folder``, if there is one; and of those that were passed over, why."""
     passed = [f"{left.name} was being written when the run ended" for left in sorted(folder.glob(f"*{PARTIAL}*"))]
     for place in reversed(places(folder)):
-        wrong = torn(place)
+        wrong = fault_of(place)
         if not wrong:
             return place, passed
         passed.append(f"{place.name} is torn: {wrong}")
@@ -35,7 +35,7 @@ def about(place: Path) -> dict[str, Any]:
     return found
 
 
-def torn(place: Path) -> str:
+def fault_of(place: Path) -> str:
     """What is wrong with the checkpoint; empty if nothing is."""
     try:
         sizes: dict[str, int] = json.loads((place / RUN).read_text())["files"]

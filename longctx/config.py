@@ -48,9 +48,9 @@ class ModelSource:
     inside it, whose SHA-256 is ``sha256``; or ``config`` and ``tokenizer``, a model without weights that is
     described in the words of Hugging Face's config.json, to be trained from scratch.
 
-    Of its context: the longest is ``positions``; ``rope_theta``, the rotary embedding's base; every position is divided
-    by ``rope_factor`` (linear interpolation, arXiv 2306.15595).  None is as the model has it, but for positions, of
-    which there are as many times more as the factor says.
+    ``max_positions`` is the longest context, ``rope_theta`` the rotary embedding's base; every position is divided by
+    ``rope_factor`` (linear interpolation, arXiv 2306.15595).  None keeps the model's value; with ``rope_factor``,
+    ``max_positions`` defaults to the model's maximum times the factor.
     """
 
     name: str
@@ -60,7 +60,7 @@ class ModelSource:
     sha256: str | None = None
     config: Mapping[str, Any] | None = None
     tokenizer: Literal["bytes"] | None = None
-    positions: int | None = None
+    max_positions: int | None = None
     rope_theta: float | None = None
     rope_factor: float | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -74,7 +74,7 @@ class ModelSource:
                 "a model has either model.source, or model.wheel, model.gguf and model.sha256, "
                 "or model.config and model.tokenizer"
             )
-        for name in ("positions", "rope_theta", "rope_factor"):
+        for name in ("max_positions", "rope_theta", "rope_factor"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"model.{name}={value}: use more than 0, or null for the model's own")
@@ -129,7 +129,7 @@ class Context:
     """
 
     strategy: Literal["pass_kv", "pass_q", "all_gather_kv", "auto", "alg1", "alg5", "empirical"] = "pass_kv"
-    decode: Literal["pass_kv", "pass_q", "all_gather_kv", "one_exchange"] = "one_exchange"
+    decode: Literal["pass_kv", "pass_q", "all_gather_kv", "gather_merge"] = "gather_merge"
     layout: Literal["zigzag", "contiguous", "striped"] = "zigzag"
     kernel: Literal["auto", "reference", "flash_cpu", "flash_cuda", "cudnn", "flash_attn"] = "auto"
     chunk: int | None = None
@@ -292,7 +292,7 @@ class Repair:
     """How blocks learn to do without a reduction (arXiv 2502.20727, 4.2); configs/spd_adapt.yaml explains each field.
 
     ``distil``, ``group`` and ``fit`` name classes of blocks; ``sequences`` of ``length`` tokens are learned from,
-    ``held_out`` more report errors, and grouping and fitting look at the first ``looked_at``.
+    ``held_out`` more report errors, and grouping and fitting look at the first ``calibration_sequences``.
     """
 
     distil: tuple[BlockClass, ...]
@@ -304,26 +304,26 @@ class Repair:
     sequences: int
     length: int
     held_out: int
-    looked_at: int
+    calibration_sequences: int
     epochs: int
     batch: int
     lr: float
 
     def __post_init__(self) -> None:
-        for name in ("sequences", "length", "held_out", "looked_at", "epochs", "batch", "lr"):
+        for name in ("sequences", "length", "held_out", "calibration_sequences", "epochs", "batch", "lr"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"repair.{name}={getattr(self, name)}: use more than 0")
         if self.batch > self.sequences:
             raise ValueError(f"repair.batch={self.batch} of repair.sequences={self.sequences}: take fewer a step")
-        if self.looked_at > self.sequences:
+        if self.calibration_sequences > self.sequences:
             raise ValueError(
-                f"repair.looked_at={self.looked_at} of repair.sequences={self.sequences}: look at fewer, the others "
-                "are held out"
+                f"repair.calibration_sequences={self.calibration_sequences} is more than "
+                f"repair.sequences={self.sequences}: use at most that many"
             )
 
 
 @dataclass(frozen=True)
-class Joint:
+class JointRepair:
     """How repaired blocks then learn together: ``steps`` of ``batch`` sequences; the state is saved every so many."""
 
     steps: int

@@ -12,27 +12,27 @@ class Rotary:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The shape of a Llama-architecture decoder; ``positions`` is the longest context that it was made for.
+    """The shape of a Llama-architecture decoder; ``max_positions`` is the longest context that it was made for.
 
     ``windows``: of each layer, how many keys back a query sees, its own included; None where it sees all.
-    ``deviation`` is that of weights that are drawn to begin with.
+    ``init_std`` is that of weights that are drawn to begin with.
     """
 
     layers: int
     hidden: int
     heads: int
     kv_heads: int
-    head_width: int
+    head_dim: int
     ffn: int
-    vocabulary: int
-    positions: int
+    vocab_size: int
+    max_positions: int
     norm_eps: float
     tied: bool
     qkv_bias: bool
     rotary: Rotary = field(repr=False)
     end_tokens: tuple[int, ...] = ()
     windows: tuple[int | None, ...] = ()
-    deviation: float = 0.02
+    init_std: float = 0.02
 
     def __post_init__(self) -> None:
         if not self.windows:

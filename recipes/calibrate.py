@@ -37,7 +37,7 @@ from recipes.common.provenance import provenance
 
 
 @dataclass(frozen=True)
-class Settings:
+class CalibrateSettings:
     """The settings of configs/calibrate.yaml that are not a section of their own."""
 
     threads: PositiveInt | None
@@ -80,11 +80,11 @@ def measured(here: Any, shape: ModelShape, kernel: str, dtype: str) -> Hardware:
 
     share = here.mesh.tp * here.mesh.ulysses
     heads = (shape.heads // share, max(1, shape.kv_heads // share))
-    block = checked_kernel(kernel, here.device, dtype, shape.head_width)
-    return probe(here.ring, block, heads, shape.head_width, getattr(torch, dtype), here.device)
+    block = checked_kernel(kernel, here.device, dtype, shape.head_dim)
+    return probe(here.ring, block, heads, shape.head_dim, getattr(torch, dtype), here.device)
 
 
-def run_rank(rank: Rank, mesh: Mesh, shape: ModelShape, dtype: str, settings: Settings) -> Hardware:
+def run_rank(rank: Rank, mesh: Mesh, shape: ModelShape, dtype: str, settings: CalibrateSettings) -> Hardware:
     """One rank's part of the measurement."""
     from longctx.megatron.runtime import runtime
     from longctx.parallel.measure.probe import gemm_flops
@@ -111,7 +111,7 @@ def show(on: Hardware) -> None:
 def task(config: DictConfig) -> None:
     """Measure; write and show what the first rank gives."""
     warm_up_ranks(["longctx.megatron.runtime", "longctx.parallel.measure.probe"])
-    settings, mesh = top_level(config, Settings), section(config, "mesh", Mesh)
+    settings, mesh = top_level(config, CalibrateSettings), section(config, "mesh", Mesh)
     model = section(config, "model", ModelSource)
     refuse_unused(mesh, "recipes.calibrate", ("dp", "pp"))
     if mesh.ring < 2:

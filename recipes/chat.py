@@ -50,7 +50,7 @@ from recipes.common.spd_plan import plan_of
 
 
 @dataclass(frozen=True)
-class Settings:
+class ChatSettings:
     """The settings of configs/chat.yaml that are not a section of their own."""
 
     turns: str | None
@@ -63,7 +63,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Kept:
+class SessionPaths:
     """Where a conversation comes from, and where it goes."""
 
     save: str | None
@@ -71,7 +71,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Job:
+class ChatJob:
     """What every rank needs to know: plain values, checked before any rank starts."""
 
     model: ModelSource
@@ -80,8 +80,8 @@ class Job:
     mesh: Mesh
     context: Context
     sampling: Sampling
-    settings: Settings
-    kept: Kept
+    settings: ChatSettings
+    kept: SessionPaths
     index: dict[str, Any] | None
     turns: tuple[UserTurn, ...] | None
     hardware: Hardware | None
@@ -89,15 +89,15 @@ class Job:
     plan: SPDPlan | None = None
 
 
-def prepare(config: DictConfig) -> Job:
+def prepare(config: DictConfig) -> ChatJob:
     """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
     from longctx.infer.store import read_index, refuse_place
 
     mesh = section(config, "mesh", Mesh)
     refuse_unused(mesh, "recipes.chat", ("dp", "pp"))
     context, sampling = section(config, "context", Context), section(config, "sampling", Sampling)
-    model, kept = section(config, "model", ModelSource), section(config, "session", Kept)
-    settings = top_level(config, Settings)
+    model, kept = section(config, "model", ModelSource), section(config, "session", SessionPaths)
+    settings = top_level(config, ChatSettings)
     kernel_for(context.kernel, settings.device, model.dtype)
     refuse_unwritable(settings.out)
     folder = locate(model, say)
@@ -116,7 +116,7 @@ def prepare(config: DictConfig) -> Job:
     index = read_index(placed(kept.load), mark, f"torch.{model.dtype}") if kept.load else None
     if kept.save:
         refuse_place(placed(kept.save))
-    return Job(
+    return ChatJob(
         model=model,
         folder=folder,
         shape=shape,
@@ -138,7 +138,7 @@ def placed(folder: str) -> Path:
     return Path(folder).expanduser().absolute()
 
 
-def given_turns(settings: Settings) -> tuple[UserTurn, ...] | None:
+def given_turns(settings: ChatSettings) -> tuple[UserTurn, ...] | None:
     """The turns of the file, or of what is piped in, a line each; None where a person types them."""
     if settings.turns:
         return turns_from(settings.turns, settings.max_new_tokens)
@@ -171,7 +171,7 @@ def typed_turns(world: Any, max_new_tokens: int, device: torch.device) -> Iterat
         yield UserTurn(bytes(told.tolist()).decode(), max_new_tokens)
 
 
-def run_rank(rank: Rank, job: Job) -> list[dict[str, Any]]:
+def run_rank(rank: Rank, job: ChatJob) -> list[dict[str, Any]]:
     """One rank's part of the conversation; its figures of every turn: those of the first rank count."""
     from longctx.infer.engine import load_engine
     from longctx.infer.session import Session
@@ -186,7 +186,7 @@ def run_rank(rank: Rank, job: Job) -> list[dict[str, Any]]:
             progress.start("loading", None)
             engine = load_engine(here, job.model, job.shape, job.folder, job.context.kernel, job.plan)
             choose = chooser(here, engine, job)
-            session = Session(engine, job.context, job.sampling, choose, reserve=job.shape.positions)
+            session = Session(engine, job.context, job.sampling, choose, reserve=job.shape.max_positions)
             if job.kept.load and job.index:
                 load(session, placed(job.kept.load), job.index)
         turns = job.turns or typed_turns(here.world, job.settings.max_new_tokens, here.device)
@@ -199,7 +199,7 @@ def run_rank(rank: Rank, job: Job) -> list[dict[str, Any]]:
     return done
 
 
-def chooser(here: Any, engine: Any, job: Job) -> Any:
+def chooser(here: Any, engine: Any, job: ChatJob) -> Any:
     """What chooses each pass' strategy: the one asked for, or a rule over this machine's measured constants."""
     rule = job.context.strategy
     if rule not in RULES:
@@ -210,7 +210,7 @@ def chooser(here: Any, engine: Any, job: Job) -> Any:
     element = getattr(torch, job.model.dtype).itemsize
 
     def choose_for(new: Sequence[int], cached: Sequence[int], window: int | None) -> tuple[str, str]:
-        work = Work(new, cached, engine.ring.size, heads, kv_heads, job.shape.head_width, element, window)
+        work = Work(new, cached, engine.ring.size, heads, kv_heads, job.shape.head_dim, element, window)
         choice = choose(rule, work, on)
         layers = f" of window {window:,}" if window else ""
         return choice.strategy, f"{rule}{layers}: {choice.why}"
@@ -224,7 +224,7 @@ def take(session: Any, turn: UserTurn, tokenizer: Any, *, talking: bool) -> dict
 
     before = session.sequences[0].tokens if session.sequences else []
     new = turn_tokens(turn.text, tokenizer, before=before, ends=session.engine.shape.end_tokens)
-    pieces = Pieces(tokenizer)
+    pieces = TokenStream(tokenizer)
     try:
         with Progress(shown=talking) as progress:
             progress.start(f"prefill of {len(new):,} tokens, layers", session.engine.shape.layers)
@@ -263,7 +263,7 @@ def take(session: Any, turn: UserTurn, tokenizer: Any, *, talking: bool) -> dict
     }
 
 
-class Pieces:
+class TokenStream:
     """Prints an answer as it comes: whole characters only, a token may end in the middle of one."""
 
     def __init__(self, tokenizer: Any) -> None:

@@ -17,7 +17,7 @@ from recipes.common.cli import console, main, top_level, warm_up_ranks
 
 
 @dataclass(frozen=True)
-class Settings:
+class ExportSettings:
     """The settings of configs/export.yaml."""
 
     checkpoint: str
@@ -33,7 +33,7 @@ def checkpoint_of(name: str) -> Path:
             f"so transformers cannot run it: use model={name} here; with nothing dropped its function is its source's"
         )
     if (given / checkpoint_index.RUN).is_file():
-        if wrong := checkpoint_index.torn(given):
+        if wrong := checkpoint_index.fault_of(given):
             raise ValueError(f"checkpoint={name} is torn: {wrong}; give another of the run, or the run's folder")
         return given
     place, passed = checkpoint_index.latest(given / "checkpoints")
@@ -60,7 +60,7 @@ def run_rank(rank: Rank, place: Path, described: Path, dtype: str, to: Path) -> 
 
 def prepare(config: DictConfig) -> tuple[Path, Path]:
     """The checkpoint, and the folder to write.  Raises ValueError if one is not there, or the other is."""
-    settings = top_level(config, Settings)
+    settings = top_level(config, ExportSettings)
     place, to = checkpoint_of(settings.checkpoint), Path(settings.to).expanduser()
     if to.exists():
         raise ValueError(f"to={settings.to} is there already: give a folder that is not, or move it away")

@@ -14,12 +14,12 @@ from longctx.hf.locate import locate
 from recipes.calibrate import refuse_other_threads
 from recipes.common.cli import main, on_ranks, say, section, warm_up_ranks
 from recipes.common.manifest import record
-from recipes.common.train_job import Job, job_of
+from recipes.common.train_job import TrainJob, job_of
 from recipes.common.train_loop import run_rank, show
 from recipes.pretrain import WARM
 
 
-def prepare(config: DictConfig) -> Job:
+def prepare(config: DictConfig) -> TrainJob:
     """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
     source = locate(section(config, "model", ModelSource), say)
     tensor_files(source)  # refuses a folder without weights

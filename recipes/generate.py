@@ -47,7 +47,7 @@ from recipes.common.spd_plan import plan_of
 
 
 @dataclass(frozen=True)
-class Settings:
+class GenerateSettings:
     """The settings of configs/generate.yaml that are not a section of their own."""
 
     prompts: str | None
@@ -68,7 +68,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Job:
+class GenerateJob:
     """What every rank needs to know: plain values, checked before any rank starts."""
 
     model: ModelSource
@@ -78,7 +78,7 @@ class Job:
     context: Context
     sampling: Sampling
     prompts: tuple[Prompt, ...]
-    settings: Settings
+    settings: GenerateSettings
     plan: SPDPlan | None = None
 
     @property
@@ -91,13 +91,13 @@ class Job:
         return sum(len(prompt.tokens) for prompt in self.prompts)
 
 
-def prepare(config: DictConfig) -> Job:
+def prepare(config: DictConfig) -> GenerateJob:
     """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
     mesh = section(config, "mesh", Mesh)
     refuse_unused(mesh, "recipes.generate", ("dp", "pp"))
     context, sampling = section(config, "context", Context), section(config, "sampling", Sampling)
     model, source = section(config, "model", ModelSource), section(config, "prompt", PromptSource)
-    settings = top_level(config, Settings)
+    settings = top_level(config, GenerateSettings)
     if context.strategy not in STRATEGIES:
         raise ValueError(
             f"context.strategy={context.strategy} chooses for every turn of a conversation: "
@@ -109,7 +109,7 @@ def prepare(config: DictConfig) -> Job:
     tensor_files(folder)  # refuses a folder without weights
     shape = shape_of(folder)
     refuse_unfit(mesh, shape)
-    job = Job(
+    job = GenerateJob(
         model=model,
         folder=folder,
         shape=shape,
@@ -117,7 +117,7 @@ def prepare(config: DictConfig) -> Job:
         plan=plan_of(config, mesh, model, folder, shape),
         context=context,
         sampling=sampling,
-        prompts=given_prompts(settings, source, tokenizer_of(folder), shape.positions),
+        prompts=given_prompts(settings, source, tokenizer_of(folder), shape.max_positions),
         settings=settings,
     )
     if job.prompt_tokens < mesh.context:
@@ -128,7 +128,7 @@ def prepare(config: DictConfig) -> Job:
     return job
 
 
-def given_prompts(settings: Settings, source: PromptSource, tokenizer: Any, most: int) -> tuple[Prompt, ...]:
+def given_prompts(settings: GenerateSettings, source: PromptSource, tokenizer: Any, most: int) -> tuple[Prompt, ...]:
     """The prompt that ``source`` describes, or those of the file, a line each, as they stand.
 
     Raises ValueError if there are none or both, or if one and its answer are longer than ``most``.
@@ -160,7 +160,7 @@ def refuse_too_long(where: str, prompt: int, new_tokens: int, most: int, advice:
         )
 
 
-def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
+def run_rank(rank: Rank, job: GenerateJob) -> dict[str, Any]:
     """One rank's part of ``job``, and its figures: those of the first rank count."""
     from longctx.infer.engine import load_alone, load_engine
     from longctx.infer.generate import gather_figures, logit_difference
@@ -188,7 +188,7 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
             difference = None
             if job.verifies:
                 progress.start("the same on one rank, layers", job.shape.layers)
-                torch.set_num_threads(threads * rank.neighbours)  # the other ranks are waiting
+                torch.set_num_threads(threads * rank.local_world_size)  # the other ranks are waiting
                 # Dropped reductions are no function of one rank: what compares is its tensor-parallel ranks.
                 compares = engine.rank == 0 if job.plan else rank.rank == 0
                 alone = load_alone(here, engine, job.model, job.folder) if compares else None
@@ -214,7 +214,7 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
     }
 
 
-def describe(job: Job, figures: dict[str, Any]) -> dict[str, Any]:
+def describe(job: GenerateJob, figures: dict[str, Any]) -> dict[str, Any]:
     """The result as it is written: what was asked, what it cost, what came out; of a batch all ``answers``."""
     tokenizer = tokenizer_of(job.folder)
     answers = [

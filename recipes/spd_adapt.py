@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from longctx import checkpoint_index
-from longctx.config import SPD, Joint, Repair
+from longctx.config import SPD, JointRepair, Repair
 from longctx.parallel.launch import rank_from_environment
 from longctx.spd.folder import assemble, read_block
 from longctx.spd.plan import SavedPlan, SPDPlan, order_from, within
@@ -27,13 +27,17 @@ from longctx.spd.sensitivity import kind_of
 from recipes import spd_sensitivity
 from recipes.common.cli import console, is_first, leave_stopped, main, on_every_rank, section, warm_up_ranks
 from recipes.common.manifest import record
-from recipes.common.spd_loop import ERRORS, Job, run_rank
+from recipes.common.spd_loop import ERRORS, AdaptJob, run_rank
 from recipes.common.spd_text import calibration_of, write_lines
 
 
-def prepare(config: DictConfig) -> Job:
+def prepare(config: DictConfig) -> AdaptJob:
     """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
-    spd, repair, joint = section(config, "spd", SPD), section(config, "repair", Repair), section(config, "joint", Joint)
+    spd, repair, joint = (
+        section(config, "spd", SPD),
+        section(config, "repair", Repair),
+        section(config, "joint", JointRepair),
+    )
     if spd.drop not in ("saved", "ranked") or spd.budget is None:
         raise ValueError("recipes.spd_adapt drops the least sensitive blocks: say how many with spd.budget, e.g. 0.5")
     job = spd_sensitivity.prepare(config, "recipes.spd_adapt")
@@ -63,12 +67,12 @@ def prepare(config: DictConfig) -> Job:
         raise ValueError(f"joint.batch={joint.batch} is shared by mesh.dp={subject.mesh.dp}: use a multiple of it")
     # What is left of the text, then it all from its beginning, but for what is held out.
     again = islice(cycle([*range(seen, len(whole)), *range(repair.sequences)]), joint.steps * joint.batch)
-    made = Job(job, measured, repair, joint, spd.budget, text, whole[list(again)], about)
+    made = AdaptJob(job, measured, repair, joint, spd.budget, text, whole[list(again)], about)
     _refuse_other_joint(made)
     return made
 
 
-def _refuse_other_joint(job: Job) -> None:
+def _refuse_other_joint(job: AdaptJob) -> None:
     """ValueError if blocks that learn together in another way are there."""
     place, _ = checkpoint_index.latest(job.joint_folder)
     if place is None or not job.joint.steps:
@@ -78,7 +82,7 @@ def _refuse_other_joint(job: Job) -> None:
         raise ValueError(f"{place} has learned with another {', '.join(changed)}: give another out=")
 
 
-def _measured(spd: SPD, job: spd_sensitivity.Job) -> dict[str, Any] | None:
+def _measured(spd: SPD, job: spd_sensitivity.SensitivityJob) -> dict[str, Any] | None:
     """The sensitivities that are there: those asked for, or of an earlier start of this run."""
     file, subject = Path(spd.sensitivity).expanduser() if spd.sensitivity else job.file, job.subject
     if not spd.sensitivity and not file.is_file():
@@ -110,7 +114,7 @@ def _refuse_other_run(file: Path, about: dict[str, Any]) -> None:
         write_lines(file, [now])
 
 
-def finish(job: Job, found: dict[str, Any]) -> list[dict[str, Any]]:
+def finish(job: AdaptJob, found: dict[str, Any]) -> list[dict[str, Any]]:
     """Put the folder together; what became of each block that may drop.
 
     Its order begins with the repaired blocks, that first which alone changes predictions least.
@@ -146,7 +150,7 @@ def figures_of(found: dict[str, Any], rows: list[dict[str, Any]]) -> dict[int, d
     return figures
 
 
-def show(job: Job, rows: list[dict[str, Any]], found: Mapping[str, Any]) -> None:
+def show(job: AdaptJob, rows: list[dict[str, Any]], found: Mapping[str, Any]) -> None:
     """Errors of the blocks, what they have learned together, and what to do with the result."""
     errors_named = ("error zero-shot", *ERRORS[1:])
     table = Table("block", "class", "sensitivity", *errors_named, "nats alone", box=None)

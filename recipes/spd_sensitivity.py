@@ -20,7 +20,7 @@ from longctx.config import Track
 from longctx.parallel.launch import Rank
 from longctx.spd.plan import ranked
 from longctx.spd.sensitivity import kind_of, perplexities, scores, suffix_sums
-from longctx.spd.text import Text
+from longctx.spd.text import PackedText
 from longctx.train.stop import StopRequest
 from recipes.common.cli import (
     console,
@@ -43,7 +43,7 @@ WARM = ("longctx.infer.engine", "longctx.megatron.spd.blocks", "recipes.common.s
 
 
 @dataclass(frozen=True)
-class Classes:
+class SensitivityThresholds:
     """Where a block begins to be sensitive, and extremely so, in perplexity."""
 
     tau1: NonNegativeFloat
@@ -51,16 +51,16 @@ class Classes:
 
 
 @dataclass(frozen=True)
-class Job:
+class SensitivityJob:
     """What every rank needs to know; ``done`` are sums that an interrupted run has left."""
 
     subject: Subject
-    text: Text
+    text: PackedText
     chunk: PositiveInt
     about: dict[str, Any]
     out: Path
     done: list[list[float]]
-    classes: Classes
+    classes: SensitivityThresholds
     track: Track
     config: dict[str, Any]
     origin: dict[str, str]
@@ -70,7 +70,7 @@ class Job:
         return self.out / "sensitivity.json"
 
 
-def prepare(config: DictConfig, recipe: str = "recipes.spd_sensitivity") -> Job:
+def prepare(config: DictConfig, recipe: str = "recipes.spd_sensitivity") -> SensitivityJob:
     """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
     for name in ("sequences", "chunk"):
         if not isinstance(config[name], int) or config[name] < 1:
@@ -79,21 +79,21 @@ def prepare(config: DictConfig, recipe: str = "recipes.spd_sensitivity") -> Job:
     text, data = calibration_of(config, subject, config.sequences)
     about, out = {**subject.about(text, data), "chunk": config.chunk}, Path(config.out)
     values: Any = OmegaConf.to_container(config, resolve=True)
-    return Job(
+    return SensitivityJob(
         subject=subject,
         text=text,
         chunk=config.chunk,
         about=about,
         out=out,
         done=kept_lines(out / "sums.jsonl", about),
-        classes=section(config, "classes", Classes),
+        classes=section(config, "classes", SensitivityThresholds),
         track=section(config, "track", Track).of("spd"),
         config={**provenance(), "machine": hardware(), **values},
         origin=provenance(),  # a rank has another command line
     )
 
 
-def run_rank(rank: Rank, job: Job) -> dict[str, Any] | None:
+def run_rank(rank: Rank, job: SensitivityJob) -> dict[str, Any] | None:
     """One rank's part; what goes into sensitivity.json, None if it was asked to stop before that is known."""
     stop = StopRequest()
     with blocks_of(rank, job.subject) as (here, blocks), Progress(shown=rank.rank == 0) as progress:
@@ -102,14 +102,16 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any] | None:
     return found
 
 
-def measured(here: Any, blocks: Any, job: Job, progress: Progress, stop: StopRequest) -> dict[str, Any] | None:
+def measured(
+    here: Any, blocks: Any, job: SensitivityJob, progress: Progress, stop: StopRequest
+) -> dict[str, Any] | None:
     """The same.  Every rank calls this."""
     progress.start("sensitivity, chunks of text", -(-len(job.text) // job.chunk), done=len(job.done))
     sums = swept(here, blocks, job, progress, stop)
     return None if stop.agreed_on else summed_up(job, sums)
 
 
-def swept(here: Any, blocks: Any, job: Job, progress: Progress, stop: StopRequest) -> list[list[float]]:
+def swept(here: Any, blocks: Any, job: SensitivityJob, progress: Progress, stop: StopRequest) -> list[list[float]]:
     """`sums_of` each chunk of the text, those that are done first; the others are added to the file as they come.
 
     Data-parallel ranks take every so many-th.
@@ -130,13 +132,13 @@ def swept(here: Any, blocks: Any, job: Job, progress: Progress, stop: StopReques
             if first:
                 append_line(file, sums[-1])
             progress.step()
-        if stop.agreed(here.world, here.device):
+        if stop.agreed_on_all_ranks(here.world, here.device):
             break
     return sums
 
 
 @torch.no_grad()
-def sums_of(blocks: Any, text: Text) -> list[float]:
+def sums_of(blocks: Any, text: PackedText) -> list[float]:
     """Sums of losses (nats), the i-th with blocks i and later dropped, the last with none."""
     layers = blocks.model.decoder.layers
 
@@ -147,7 +149,7 @@ def sums_of(blocks: Any, text: Text) -> list[float]:
     return suffix_sums(blocks.embedded(text.tokens), len(layers), run, lambda x: blocks.loss(x, text))
 
 
-def summed_up(job: Job, sums: list[list[float]]) -> dict[str, Any]:
+def summed_up(job: SensitivityJob, sums: list[list[float]]) -> dict[str, Any]:
     """What goes into sensitivity.json."""
     tokens = int(job.text.mask.sum())
     of_suffix = perplexities([sum(column) for column in zip(*sums, strict=True)], tokens)
@@ -167,7 +169,7 @@ def summed_up(job: Job, sums: list[list[float]]) -> dict[str, Any]:
     }
 
 
-def keep(job: Job, result: dict[str, Any]) -> None:
+def keep(job: SensitivityJob, result: dict[str, Any]) -> None:
     """Write the file and the picture."""
     written(str(job.file), result)
     blocks = result["blocks"]
@@ -190,7 +192,7 @@ def figures_of(result: dict[str, Any]) -> dict[int, dict[str, float]]:
     }
 
 
-def track(job: Job, figures: Mapping[int, Mapping[str, float]], made: Path | None = None) -> None:
+def track(job: SensitivityJob, figures: Mapping[int, Mapping[str, float]], made: Path | None = None) -> None:
     """The run's record: ``figures`` by block, or by step; and the folder that was ``made``."""
     from longctx.train.track import start_tracking
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slurm.plan import Plan
+from slurm.plan import JobPlan
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def refuse_no_slurm() -> None:
         )
 
 
-def refuse_unfit_cluster(plan: Plan) -> None:
+def refuse_unfit_cluster(plan: JobPlan) -> None:
     """ValueError unless the cluster has such a partition, with that many nodes, cores and GPUs."""
     there = partitions()
     asked = plan.launcher.partition

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from recipes.common.provenance import ROOT, commit_of, diff_of
-from slurm.plan import Plan
+from slurm.plan import JobPlan
 from slurm.render import script_of
 
 _CODE = (".py", ".yaml", ".sbatch")  # of what git does not know yet, what a run may import or read
@@ -24,7 +24,7 @@ def refuse_unwritable_run(run: Path) -> None:
         raise ValueError(f"run={run} cannot be written ({error.strerror}): give a folder of yours") from error
 
 
-def frozen(plan: Plan, work: Path) -> Path:
+def frozen(plan: JobPlan, work: Path) -> Path:
     """The job's script, in its folder; beside it ``code``, and for each run its ``config.yaml``."""
     code = plan.run / "code"
     shutil.rmtree(code, ignore_errors=True)

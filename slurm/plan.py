@@ -17,14 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from longctx.config import Mesh
 from recipes.common.cli import CONFIGS, as_overrides, composed, is_file_name, own_out, say, section
-from slurm.settings import Launcher, Settings, absolute
+from slurm.settings import Launcher, SubmitSettings, absolute
 
 _EXAMPLE = "prompt.pydoc=assert"
 _ELSEWHERE = {"eval": ("eval.run", "evaluate")}  # the recipe that is not in recipes/: its module and configuration
 
 
 @dataclass(frozen=True)
-class Task:
+class ArrayTask:
     """One run of the recipe: the words that are its own (a sweep's values, its ``out``), and all settings."""
 
     folder: Path
@@ -33,16 +33,16 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Plan:
+class JobPlan:
     """A job, checked: one task, or an array of them.  ``words`` are those that its tasks share."""
 
-    settings: Settings
+    settings: SubmitSettings
     launcher: Launcher
     module: str
     words: tuple[str, ...]
     run: Path
     is_new: bool  # its folder was not there before
-    tasks: tuple[Task, ...]
+    tasks: tuple[ArrayTask, ...]
     ranks_per_node: int
     gpus_per_rank: int
 
@@ -55,7 +55,7 @@ class Plan:
         return self.tasks[0].folder != self.run
 
 
-def planned(settings: Settings, launcher: Launcher, words: Sequence[str]) -> Plan:
+def planned(settings: SubmitSettings, launcher: Launcher, words: Sequence[str]) -> JobPlan:
     """The job that the recipe's ``words`` ask for.  Raises ValueError for all that the recipe would refuse, and more.
 
     Of a job that begins after others what the recipe refuses is said only: what it misses may be what they make.
@@ -78,7 +78,7 @@ def planned(settings: Settings, launcher: Launcher, words: Sequence[str]) -> Pla
     if settings.dry_run:
         forget(run, is_new)
     gpus = launcher.gpus_per_rank
-    return Plan(
+    return JobPlan(
         settings=settings,
         launcher=launcher,
         module=module.__name__,
@@ -91,7 +91,7 @@ def planned(settings: Settings, launcher: Launcher, words: Sequence[str]) -> Pla
     )
 
 
-def mesh_of(tasks: Sequence[Task]) -> Mesh:
+def mesh_of(tasks: Sequence[ArrayTask]) -> Mesh:
     """The mesh that all runs have as many ranks as; one rank where the recipe knows no mesh."""
     meshes = [section(task.config, "mesh", Mesh) if "mesh" in task.config else Mesh() for task in tasks]
     if {mesh.ranks for mesh in meshes} != {meshes[0].ranks}:
@@ -142,7 +142,7 @@ def swept(words: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     return shared, [list(each) for each in itertools.product(*values)] if values else []
 
 
-def _run_folder(settings: Settings, out: str | None) -> Path:
+def _run_folder(settings: SubmitSettings, out: str | None) -> Path:
     """The job's folder: as asked, or the recipe's ``out`` where that is a folder, or a new one."""
     if settings.run:
         return absolute(settings.run)
@@ -151,7 +151,7 @@ def _run_folder(settings: Settings, out: str | None) -> Path:
     return absolute(f"outputs/slurm/{settings.name or settings.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def _tasks(config_name: str, run: Path, shared: Sequence[str], sweeps: list[list[str]]) -> Iterator[Task]:
+def _tasks(config_name: str, run: Path, shared: Sequence[str], sweeps: list[list[str]]) -> Iterator[ArrayTask]:
     """Every run of the sweep, or the one; each with an absolute ``out``, unless the recipe has none."""
     for number, own in enumerate(sweeps or [[]]):
         config = composed(config_name, [*as_overrides(shared), *own])
@@ -163,14 +163,14 @@ def _tasks(config_name: str, run: Path, shared: Sequence[str], sweeps: list[list
             where = [f"out={_numbered(str(out), number, sweeps)}"]
         if where:
             config.out = where[0].removeprefix("out=")
-        yield Task(run / str(number) if sweeps else run, (*own, *where), config)
+        yield ArrayTask(run / str(number) if sweeps else run, (*own, *where), config)
 
 
 def _numbered(out: str, number: int, sweeps: list[list[str]]) -> str:
     return own_out(out, number) if sweeps else out
 
 
-def _refuse_unprepared(prepare: Callable[[DictConfig], Any], config: DictConfig, settings: Settings) -> None:
+def _refuse_unprepared(prepare: Callable[[DictConfig], Any], config: DictConfig, settings: SubmitSettings) -> None:
     try:
         prepare(config)
     except ValueError as refused:
@@ -179,7 +179,7 @@ def _refuse_unprepared(prepare: Callable[[DictConfig], Any], config: DictConfig,
         say(f"as things are it would be refused ({refused}); it is checked again when the jobs before it have ended")
 
 
-def ranks_per_node(mesh: Mesh, settings: Settings) -> int:
+def ranks_per_node(mesh: Mesh, settings: SubmitSettings) -> int:
     """How many ranks each node starts.  ValueError unless they fill ``mesh``, a tensor-parallel group inside a node."""
     nodes, each = settings.nodes, settings.ranks_per_node or mesh.ranks // settings.nodes
     if nodes * each != mesh.ranks:

@@ -4,13 +4,13 @@ import shlex
 import sys
 from pathlib import Path
 
-from slurm.plan import Plan
+from slurm.plan import JobPlan
 from slurm.settings import NOT_YET
 
 TEMPLATE = Path(__file__).with_name("job.sbatch")
 
 
-def script_of(plan: Plan, work: Path, commit: str) -> str:
+def script_of(plan: JobPlan, work: Path, commit: str) -> str:
     """The text of job.sbatch; ``work`` is the folder that relative paths in the settings begin from."""
     filled = {
         "directives": "\n".join(f"#SBATCH --{option}" for option in directives(plan)),
@@ -36,7 +36,7 @@ def script_of(plan: Plan, work: Path, commit: str) -> str:
     return text
 
 
-def directives(plan: Plan) -> list[str]:
+def directives(plan: JobPlan) -> list[str]:
     """The options of sbatch."""
     before = ":".join("JOB" if job == NOT_YET else str(job) for job in plan.settings.jobs_before)
     settings, launcher, each = plan.settings, plan.launcher, plan.ranks_per_node
@@ -67,7 +67,7 @@ def directives(plan: Plan) -> list[str]:
     ]
 
 
-def _settings(plan: Plan) -> str:
+def _settings(plan: JobPlan) -> str:
     alone = () if plan.is_array else plan.tasks[0].words
     lines = ["words=(", *(f"  {shlex.quote(word)}" for word in (*plan.words, *alone)), ")"]
     if plan.is_array:
@@ -78,7 +78,7 @@ def _settings(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _start(plan: Plan) -> str:
+def _start(plan: JobPlan) -> str:
     """srun with a task a rank: nodes in Slurm's order, each one's ranks in a row, so that the first axis is inside."""
     if plan.launcher.how == "local":
         return ""

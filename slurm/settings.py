@@ -33,7 +33,7 @@ class Launcher:
 
 
 @dataclass(frozen=True)
-class Settings:
+class SubmitSettings:
     """The settings of configs/submit.yaml."""
 
     recipe: str | None
@@ -88,11 +88,11 @@ def divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return mine, [word for word in words if word not in mine]
 
 
-def settings_of(words: Sequence[str]) -> tuple[Settings, Launcher]:
+def settings_of(words: Sequence[str]) -> tuple[SubmitSettings, Launcher]:
     """slurm.submit's own ``words`` as settings.  Raises ValueError, in a line, for what cannot be."""
     quoted = [_quoted(word) for word in words]
     config = composed("submit", as_overrides(quoted))
-    return top_level(config, Settings), section(config, "launcher", Launcher)
+    return top_level(config, SubmitSettings), section(config, "launcher", Launcher)
 
 
 def _quoted(word: str) -> str:

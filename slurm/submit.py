@@ -23,7 +23,7 @@ from recipes.common.cli import CONFIGS, console, reporting
 from recipes.common.provenance import ROOT, commit_of
 from slurm import cluster
 from slurm.freeze import frozen, refuse_unwritable_run
-from slurm.plan import Plan, forget, planned
+from slurm.plan import JobPlan, forget, planned
 from slurm.render import script_of
 from slurm.settings import NOT_YET, divided, settings_of
 
@@ -44,7 +44,7 @@ def main(words: Sequence[str]) -> None:
     reporting(lambda: submit(plans))
 
 
-def plans_of(words: Sequence[str]) -> list[Plan]:
+def plans_of(words: Sequence[str]) -> list[JobPlan]:
     """The jobs that ``words`` ask for, checked: one, or those of a pipeline."""
     mine, theirs = divided(words)
     settings, launcher = settings_of(mine)
@@ -53,7 +53,7 @@ def plans_of(words: Sequence[str]) -> list[Plan]:
     if theirs:
         raise ValueError(f"{theirs[0]} belongs into a line of pipeline={settings.pipeline}")
     shared = [word for word in mine if not word.startswith("pipeline=")]
-    plans: list[Plan] = []
+    plans: list[JobPlan] = []
     try:
         for line in steps_of(settings.pipeline):
             mine, theirs = divided(line)
@@ -77,7 +77,7 @@ def steps_of(file: str) -> list[list[str]]:
     return [shlex.split(line) for line in lines]
 
 
-def _checked(plan: Plan) -> Plan:
+def _checked(plan: JobPlan) -> JobPlan:
     """``plan``, unless the cluster or the job's folder refuses it."""
     if plan.settings.dry_run:
         return plan
@@ -93,7 +93,7 @@ def _checked(plan: Plan) -> Plan:
     return plan
 
 
-def _forget(plans: Sequence[Plan]) -> None:
+def _forget(plans: Sequence[JobPlan]) -> None:
     for plan in plans:
         forget(plan.run, plan.is_new)
 
@@ -105,7 +105,7 @@ def _refuse_busy(run: Path) -> None:
         raise ValueError(f"run={run} belongs to job {job}, which waits or runs: scancel {job}, or give another folder")
 
 
-def submit(plans: Sequence[Plan]) -> list[int]:
+def submit(plans: Sequence[JobPlan]) -> list[int]:
     """Freeze and queue ``plans``, each after the one before; say where they are."""
     jobs: list[int] = []
     ran: list[Path] = []
@@ -126,7 +126,7 @@ def submit(plans: Sequence[Plan]) -> list[int]:
     return jobs
 
 
-def _queued(script: Path, before: Sequence[int], plans: Sequence[Plan]) -> int:
+def _queued(script: Path, before: Sequence[int], plans: Sequence[JobPlan]) -> int:
     """The job.  ValueError for what Slurm alone refuses: accounts, limits, options.
 
     Then those ``before`` are cancelled, and nothing is left of ``plans``, which are theirs and those not yet queued.
@@ -141,7 +141,7 @@ def _queued(script: Path, before: Sequence[int], plans: Sequence[Plan]) -> int:
         raise
 
 
-def _run_here(plan: Plan, script: Path) -> None:
+def _run_here(plan: JobPlan, script: Path) -> None:
     """Every task in turn; the process ends with the first that fails."""
     print(f"run {plan.run}", flush=True)
     for number in range(len(plan.tasks)):

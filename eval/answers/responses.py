@@ -12,7 +12,7 @@ from eval.answers.requests import Answer
 
 
 @dataclass
-class Kept:
+class StoredAnswers:
     """What a file of answers holds, by the key of their request; and what the ``requests`` took whose time is told.
 
     ``commits`` are those of the source that gave them.  ``corrupt`` names the lines that are not as they were written:
@@ -27,9 +27,9 @@ class Kept:
     seconds: float = 0.0
 
 
-def read(path: Path) -> Kept:
+def read(path: Path) -> StoredAnswers:
     """The answers in ``path``, none if it is not there."""
-    kept = Kept()
+    kept = StoredAnswers()
     if not path.exists():
         return kept
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):

@@ -7,9 +7,9 @@ from itertools import accumulate
 import torch
 
 from eval.answers.requests import Score
-from longctx.attention.layout import LAYOUTS, Layout, deal
+from longctx.attention.layout import LAYOUTS, Layout, shard_balanced
 from longctx.config import Context
-from longctx.infer.cache import Batch, Branch, Cache
+from longctx.infer.cache import BatchCache, Cache, PrefixView
 from longctx.infer.engine import Engine
 from longctx.infer.prefill import run_pass
 from longctx.megatron.spd.likelihood import log_likelihoods
@@ -22,42 +22,42 @@ Wanted = tuple[int, int, int]  # document of a pass, row in it, the token that i
 
 
 @dataclass(frozen=True)
-class Tree:
-    """Requests and what has to be run for them: the ``stem`` that all begin with, and each ``branch`` that goes on.
+class PrefixGroup:
+    """Requests and what has to be run for them: the ``prefix`` that all begin with, and each ``branch`` that goes on.
 
     A request whose tokens, but for the last, are the stem has no branch: choices of one token share a single run.
     """
 
-    stem: Tokens
+    prefix: Tokens
     branches: tuple[Tokens, ...]
     requests: tuple[Score, ...]
 
     @property
     def tokens(self) -> int:
-        return len(self.stem) + sum(map(len, self.branches))
+        return len(self.prefix) + sum(map(len, self.branches))
 
 
-def trees(requests: Sequence[Score]) -> list[Tree]:
+def prefix_groups(requests: Sequence[Score]) -> list[PrefixGroup]:
     """``requests``, those of one question together where they begin alike; the longest first."""
     questions: dict[object, list[Score]] = {}
     for i, request in enumerate(dict.fromkeys(requests)):
         # Without a question, or with another first token, it shares nothing.
         alike = (request.question, request.tokens[0]) if request.question else i
         questions.setdefault(alike, []).append(request)
-    return sorted((_tree(group) for group in questions.values()), key=lambda tree: -tree.tokens)
+    return sorted((_prefix_group(group) for group in questions.values()), key=lambda tree: -tree.tokens)
 
 
-def _tree(group: Sequence[Score]) -> Tree:
+def _prefix_group(group: Sequence[Score]) -> PrefixGroup:
     inputs = sorted({request.tokens[:-1] for request in group})
     first, last = inputs[0], inputs[-1]  # of sorted ones these two have least in common
     common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     branches = tuple(run[common:] for run in inputs if len(run) > common)
-    return Tree(first[:common], branches, tuple(group))
+    return PrefixGroup(first[:common], branches, tuple(group))
 
 
-def batches(forest: Sequence[Tree], tokens: int) -> Iterator[list[Tree]]:
+def batches(forest: Sequence[PrefixGroup], tokens: int) -> Iterator[list[PrefixGroup]]:
     """Trees of at most so many ``tokens`` together, at least one."""
-    batch: list[Tree] = []
+    batch: list[PrefixGroup] = []
     for tree in forest:
         if batch and sum(one.tokens for one in batch) + tree.tokens > tokens:
             yield batch
@@ -67,13 +67,13 @@ def batches(forest: Sequence[Tree], tokens: int) -> Iterator[list[Tree]]:
         yield batch
 
 
-def scores(engine: Engine, context: Context, batch: Sequence[Tree]) -> dict[Score, tuple[float, bool]]:
+def scores(engine: Engine, context: Context, batch: Sequence[PrefixGroup]) -> dict[Score, tuple[float, bool]]:
     """The log-probability of each request's tokens, and whether each was the likeliest, on every rank.
 
     Two passes: all stems, packed; then all branches, against their stems' keys and values.  Only rows whose next token
     is asked for are unembedded.
     """
-    caches = [engine.cache(len(tree.stem)) for tree in batch]
+    caches = [engine.cache(len(tree.prefix)) for tree in batch]
     branches = [(t, branch) for t, tree in enumerate(batch) for branch in tree.branches]
     wanted: tuple[dict[Wanted, None], dict[Wanted, None]] = ({}, {})
     asked = [(t, tree, request) for t, tree in enumerate(batch) for request in tree.requests]
@@ -81,9 +81,9 @@ def scores(engine: Engine, context: Context, batch: Sequence[Tree]) -> dict[Scor
     for of_request in places.values():
         for turn, row in of_request:
             wanted[turn][row] = None
-    found = [_pass(engine, context, [tree.stem for tree in batch], caches, list(wanted[0]))]
+    found = [_pass(engine, context, [tree.prefix for tree in batch], caches, list(wanted[0]))]
     if branches:
-        forks = [Branch(caches[t]) for t, _ in branches]
+        forks = [PrefixView(caches[t]) for t, _ in branches]
         found.append(_pass(engine, context, [run for _, run in branches], forks, list(wanted[1])))
     out = {}
     for request, of_request in places.items():
@@ -92,13 +92,15 @@ def scores(engine: Engine, context: Context, batch: Sequence[Tree]) -> dict[Scor
     return out
 
 
-def _places(t: int, tree: Tree, branches: Sequence[tuple[int, Tokens]], request: Score) -> Iterator[tuple[int, Wanted]]:
+def _places(
+    t: int, tree: PrefixGroup, branches: Sequence[tuple[int, Tokens]], request: Score
+) -> Iterator[tuple[int, Wanted]]:
     """In which pass, and where, each of the tokens of ``request`` that are scored is predicted."""
-    stem, rest = len(tree.stem), request.tokens[len(tree.stem) : -1]
+    prefix, rest = len(tree.prefix), request.tokens[len(tree.prefix) : -1]
     document = branches.index((t, rest)) if rest else -1
     for at in range(request.begin - 1, len(request.tokens) - 1):
         target = request.tokens[at + 1]
-        yield (0, (t, at, target)) if at < stem else (1, (document, at - stem, target))
+        yield (0, (t, at, target)) if at < prefix else (1, (document, at - prefix, target))
 
 
 def _pass(
@@ -110,10 +112,10 @@ def _pass(
 ) -> Mapping[Wanted, tuple[float, bool]]:
     """Run ``documents``, each behind what its cache holds; what is ``wanted`` of their rows."""
     lengths = [len(run) for run in documents]
-    layout = deal(lengths, LAYOUTS[context.layout], [0] * engine.ring.size).split(engine.ulysses.size)
+    layout = shard_balanced(lengths, LAYOUTS[context.layout], [0] * engine.ring.size).split(engine.ulysses.size)
     packed = torch.tensor([token for run in documents for token in run])
     strategies = engine.everywhere(STRATEGIES[context.strategy])
-    hidden = run_pass(engine, packed, layout, Batch(caches, engine.ring.rank), strategies)
+    hidden = run_pass(engine, packed, layout, BatchCache(caches, engine.ring.rank), strategies)
     begins = list(accumulate(lengths, initial=0))
     rows = [(begins[document] + at, target) for document, at, target in wanted]
     return dict(zip(wanted, _following(engine, hidden, layout, rows), strict=True))
@@ -133,7 +135,7 @@ def _following(
     for begin in range(0, len(mine), _LOGIT_ROWS):
         at, targets = torch.tensor(mine[begin : begin + _LOGIT_ROWS], device=hidden.device).unbind(1)
         target = targets.unsqueeze(1)
-        likely, best = log_likelihoods(engine.model, hidden[at], target, engine.tp, engine.shape.vocabulary)
+        likely, best = log_likelihoods(engine.model, hidden[at], target, engine.tp, engine.shape.vocab_size)
         parts.append(torch.stack([likely[:, 0], (best == target)[:, 0].double()]))
     told = engine.context.all_gather(torch.cat(parts, 1), [(2, len(of_rank)) for of_rank in held])
     order = [i for of_rank in held for i in of_rank]

@@ -19,22 +19,22 @@ from recipes.common.provenance import ROOT, commit_of
 
 
 @dataclass(frozen=True)
-class Work:
+class EvalWork:
     """Requests to a model on a mesh, and the file that the answers go to: plain values, checked before any rank starts.
 
-    At most ``together`` tokens are run at once, or one question.
+    At most ``max_batch_tokens`` tokens are run at once, or one question.
     """
 
     name: str
     variant: Variant
     requests: tuple[Request, ...]
     file: Path
-    together: int
+    max_batch_tokens: int
     threads: int | None
     timeout_minutes: int
 
 
-def run_rank(rank: Rank, work: Work) -> bool:
+def run_rank(rank: Rank, work: EvalWork) -> bool:
     """One rank's part of ``work``; whether it was asked to stop before the end."""
     from longctx.infer.engine import load_engine
     from longctx.megatron.runtime import runtime
@@ -63,21 +63,21 @@ def run_rank(rank: Rank, work: Work) -> bool:
             for _ in answers:
                 progress.step()
             # Also: all is on disk before any rank that a launcher started reads it for the next variant.
-            if stop.agreed(here.world, here.device):
+            if stop.agreed_on_all_ranks(here.world, here.device):
                 break
         stop.over()
     return stop.agreed_on
 
 
-def answered(engine: Engine, work: Work) -> Iterator[tuple[Mapping[Any, Answer], int]]:
+def answered(engine: Engine, work: EvalWork) -> Iterator[tuple[Mapping[Any, Answer], int]]:
     """Answers, some at a time, and how many tokens were run for them; the longest first.
 
     Of texts that is none: how long they become is up to the variant, and its speed is not to depend on that.
     """
-    from eval.answers.score import batches, scores, trees
+    from eval.answers.score import batches, prefix_groups, scores
 
     asked = [request for request in work.requests if isinstance(request, Score)]
-    for batch in batches(trees(asked), work.together):
+    for batch in batches(prefix_groups(asked), work.max_batch_tokens):
         found = scores(engine, work.variant.context, batch)
         _refuse_no_numbers(work, [value for value, _ in found.values()])
         yield found, sum(tree.tokens for tree in batch)
@@ -85,7 +85,7 @@ def answered(engine: Engine, work: Work) -> Iterator[tuple[Mapping[Any, Answer],
         yield texts, 0
 
 
-def _refuse_no_numbers(work: Work, values: Sequence[float]) -> None:
+def _refuse_no_numbers(work: EvalWork, values: Sequence[float]) -> None:
     """ValueError for a log-probability that is not a number: it would be told for some answer or other."""
     if wrong := sum(map(math.isnan, values)):
         raise ValueError(
@@ -94,7 +94,7 @@ def _refuse_no_numbers(work: Work, values: Sequence[float]) -> None:
         )
 
 
-def _texts(engine: Engine, work: Work, asked: Sequence[Continue]) -> Iterator[Mapping[Any, Answer]]:
+def _texts(engine: Engine, work: EvalWork, asked: Sequence[Continue]) -> Iterator[Mapping[Any, Answer]]:
     from eval.answers.generate import texts
     from longctx.hf.config import tokenizer_of
 
@@ -103,7 +103,7 @@ def _texts(engine: Engine, work: Work, asked: Sequence[Continue]) -> Iterator[Ma
     while left:
         batch: list[Continue] = []
         total = 0
-        while left and (not batch or total + len(left[0].tokens) + left[0].most <= work.together):
+        while left and (not batch or total + len(left[0].tokens) + left[0].most <= work.max_batch_tokens):
             batch.append(left.pop(0))
             total += len(batch[-1].tokens) + batch[-1].most
         found = texts(engine, work.variant.context, tokenizer, batch)

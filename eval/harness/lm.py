@@ -80,7 +80,7 @@ class EngineLM(TemplateLM):
         if not 0 < len(after) <= self.max_length:
             raise ValueError(
                 f"{question or 'a text'} has an answer of {len(after):,} tokens, where at least one and at most "
-                f"eval.longest={self.max_length:,} can be scored: leave that example out, or allow more"
+                f"eval.max_length={self.max_length:,} can be scored: leave that example out, or allow more"
             )
         tokens = self._fitting((*before, *after), self.max_length + 1)
         return Score(tokens, len(tokens) - len(after), question)
@@ -102,7 +102,7 @@ class EngineLM(TemplateLM):
         until = settings.get("until") or []
         most = settings.get("max_gen_toks", settings.get("max_new_tokens", _MOST_NEW))
         if most >= self.max_length:
-            raise ValueError(f"eval.longest={self.max_length} has no room for an answer of {most} tokens: use more")
+            raise ValueError(f"eval.max_length={self.max_length} has no room for an answer of {most} tokens: use more")
         tokens = self._fitting(self.tok_encode(context), self.max_length - most)
         return Continue(tokens, (until,) if isinstance(until, str) else tuple(filter(None, until)), most)
 

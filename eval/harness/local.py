@@ -15,7 +15,7 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalTask:
     """A benchmark: lm-eval's configuration ``of`` it, the ``file`` under the folder of data, and what a row becomes.
 
     ``changes`` are fields of the configuration.  The rows of one that is ``sorted`` by subject are shuffled, always
@@ -29,7 +29,7 @@ class Local:
     sorted: bool = False
 
 
-def rows_of(local: Local, path: Path) -> list[Row]:
+def rows_of(local: LocalTask, path: Path) -> list[Row]:
     """The rows of ``path`` as lm-eval's task takes them.  Raises ValueError, naming it, for one that is not so."""
     lines = _pages(path) if path.suffix == ".raw" else _lines(path)
     rows = []
@@ -166,24 +166,24 @@ _MMLU = (
 )
 # What has been done by lm-eval's process_docs is done in these files.
 _DONE: Mapping[str, Any] = {"process_docs": None}
-LOCAL: Mapping[str, Local] = {
-    "arc_easy": Local("arc/arc_easy.yaml", "arc/arc_easy.jsonl", _arc),
-    "arc_challenge": Local("arc/arc_challenge.yaml", "arc/arc_challenge.jsonl", _arc),
-    "blimp": Local("blimp/_template_yaml", "blimp/blimp_1k.jsonl", _blimp, sorted=True),
-    "boolq": Local("super_glue/boolq/default.yaml", "boolq/boolq.jsonl", _boolq),
-    "copa": Local("super_glue/copa/default.yaml", "copa/copa.jsonl", _copa),
-    "gsm8k": Local("gsm8k/gsm8k.yaml", "gsm8k/gsm8k.jsonl", _gsm8k),
-    "hellaswag": Local("hellaswag/hellaswag.yaml", "hellaswag/hellaswag_val_1k.jsonl", _hellaswag, _DONE),
-    "lambada_openai": Local("lambada/lambada_openai.yaml", "lambada/lambada_openai.jsonl", _lambada),
-    "mmlu": Local(
+LOCAL: Mapping[str, LocalTask] = {
+    "arc_easy": LocalTask("arc/arc_easy.yaml", "arc/arc_easy.jsonl", _arc),
+    "arc_challenge": LocalTask("arc/arc_challenge.yaml", "arc/arc_challenge.jsonl", _arc),
+    "blimp": LocalTask("blimp/_template_yaml", "blimp/blimp_1k.jsonl", _blimp, sorted=True),
+    "boolq": LocalTask("super_glue/boolq/default.yaml", "boolq/boolq.jsonl", _boolq),
+    "copa": LocalTask("super_glue/copa/default.yaml", "copa/copa.jsonl", _copa),
+    "gsm8k": LocalTask("gsm8k/gsm8k.yaml", "gsm8k/gsm8k.jsonl", _gsm8k),
+    "hellaswag": LocalTask("hellaswag/hellaswag.yaml", "hellaswag/hellaswag_val_1k.jsonl", _hellaswag, _DONE),
+    "lambada_openai": LocalTask("lambada/lambada_openai.yaml", "lambada/lambada_openai.jsonl", _lambada),
+    "mmlu": LocalTask(
         "mmlu/default/_default_template_yaml", "mmlu/mmlu_test_sub.jsonl.gz", _mmlu, {"doc_to_text": _MMLU}, sorted=True
     ),
-    "openbookqa": Local("openbookqa/openbookqa.yaml", "openbookqa/openbook_qa.jsonl", _openbookqa),
-    "piqa": Local("piqa/piqa.yaml", "piqa/piqa.jsonl", _piqa),
-    "truthfulqa_mc1": Local("truthfulqa/truthfulqa_mc1.yaml", "truthfulqa/truthfulqa.jsonl", _truthfulqa),
-    "wikitext": Local("wikitext/wikitext.yaml", "wikitext2/wiki.test.raw", _page),
-    "winogrande": Local("winogrande/default.yaml", "winogrande/winogrande.jsonl", _winogrande),
-    "wsc273": Local("wsc273/default.yaml", "winograd/winograd_wsc.jsonl", _wsc273, _DONE),
+    "openbookqa": LocalTask("openbookqa/openbookqa.yaml", "openbookqa/openbook_qa.jsonl", _openbookqa),
+    "piqa": LocalTask("piqa/piqa.yaml", "piqa/piqa.jsonl", _piqa),
+    "truthfulqa_mc1": LocalTask("truthfulqa/truthfulqa_mc1.yaml", "truthfulqa/truthfulqa.jsonl", _truthfulqa),
+    "wikitext": LocalTask("wikitext/wikitext.yaml", "wikitext2/wiki.test.raw", _page),
+    "winogrande": LocalTask("winogrande/default.yaml", "winogrande/winogrande.jsonl", _winogrande),
+    "wsc273": LocalTask("wsc273/default.yaml", "winograd/winograd_wsc.jsonl", _wsc273, _DONE),
 }
 
 

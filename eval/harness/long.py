@@ -16,7 +16,7 @@ Random = np.random.Generator
 
 
 @dataclass(frozen=True)
-class Text:
+class LongText:
     """Real text, sentence by sentence, with how many tokens each has; ``words`` are of its long, plain ones."""
 
     sentences: tuple[str, ...]
@@ -25,7 +25,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Asked:
+class HiddenFacts:
     """What is hidden in a text (``facts``, each a sentence), what is asked behind it, and all of the right answers."""
 
     facts: tuple[str, ...]
@@ -37,7 +37,7 @@ def _number(random: Random) -> str:
     return str(random.integers(10_000, 100_000))
 
 
-def _names(random: Random, text: Text, count: int) -> list[str]:
+def _names(random: Random, text: LongText, count: int) -> list[str]:
     return [str(name) for name in random.choice(text.words, count, replace=False)]
 
 
@@ -45,35 +45,35 @@ def _fact(name: str, number: str) -> str:
     return f"The special number of {name} is {number}."
 
 
-def _needle(random: Random, text: Text) -> Asked:
+def _needle(random: Random, text: LongText) -> HiddenFacts:
     (name,), number = _names(random, text, 1), _number(random)
-    return Asked((_fact(name, number),), f"The special number of {name} is", (number,))
+    return HiddenFacts((_fact(name, number),), f"The special number of {name} is", (number,))
 
 
-def _multikey(random: Random, text: Text) -> Asked:
+def _multikey(random: Random, text: LongText) -> HiddenFacts:
     names = _names(random, text, 4)
     numbers = [_number(random) for _ in names]
     facts = tuple(map(_fact, names, numbers))
     asked = int(random.integers(len(names)))  # any of them, wherever it lies
-    return Asked(facts, f"The special number of {names[asked]} is", (numbers[asked],))
+    return HiddenFacts(facts, f"The special number of {names[asked]} is", (numbers[asked],))
 
 
-def _multivalue(random: Random, text: Text) -> Asked:
+def _multivalue(random: Random, text: LongText) -> HiddenFacts:
     (name,), numbers = _names(random, text, 1), [_number(random) for _ in range(3)]
     facts = tuple(f"One of the special numbers of {name} is {number}." for number in numbers)
-    return Asked(facts, f"The three special numbers of {name} are", tuple(numbers))
+    return HiddenFacts(facts, f"The three special numbers of {name} are", tuple(numbers))
 
 
-def _tracking(random: Random, text: Text) -> Asked:
+def _tracking(random: Random, text: LongText) -> HiddenFacts:
     names, number = [name.upper() for name in _names(random, text, 4)], _number(random)
     values = [number, *(f"VAR {name}" for name in names[:-1])]
     facts = tuple(f"VAR {name} = {value}." for name, value in zip(names, values, strict=True))
     question = f"Question: Which four variables are {number}, directly or by another one?\nAnswer: They are VAR"
-    return Asked(facts, question, tuple(names))
+    return HiddenFacts(facts, question, tuple(names))
 
 
 # What hides facts in text; the others are texts of their own.
-_HIDDEN: Mapping[str, Callable[[Random, Text], Asked]] = {
+_HIDDEN: Mapping[str, Callable[[Random, LongText], HiddenFacts]] = {
     "needle": _needle,
     "multikey": _multikey,
     "multivalue": _multivalue,
@@ -81,7 +81,9 @@ _HIDDEN: Mapping[str, Callable[[Random, Text], Asked]] = {
 }
 
 
-def _hidden(make: Callable[[Random, Text], Asked], random: Random, text: Text, room: int) -> tuple[str, Sequence[str]]:
+def _hidden(
+    make: Callable[[Random, LongText], HiddenFacts], random: Random, text: LongText, room: int
+) -> tuple[str, Sequence[str]]:
     """A stretch of the text with the facts in it, in order but for where they lie, and the question behind it."""
     asked = make(random, text)
     taken = _stretch(random, text, room)
@@ -91,7 +93,7 @@ def _hidden(make: Callable[[Random, Text], Asked], random: Random, text: Text, r
     return f"{' '.join(taken)}\n\n{asked.question}", asked.answers
 
 
-def _common_words(random: Random, text: Text, room: int) -> tuple[str, Sequence[str]]:
+def _common_words(random: Random, text: LongText, room: int) -> tuple[str, Sequence[str]]:
     """A list of words, three of which are there over and over; each entry takes about five tokens."""
     entries = max(20, room // 6)
     words = _names(random, text, min(len(text.words), 3 + entries // 2))
@@ -104,7 +106,7 @@ def _common_words(random: Random, text: Text, room: int) -> tuple[str, Sequence[
     return f"Some words are in this list more often than others.\n{lines}\n\n{question}", common
 
 
-def _long_qa(random: Random, text: Text, room: int) -> tuple[str, Sequence[str]]:
+def _long_qa(random: Random, text: LongText, room: int) -> tuple[str, Sequence[str]]:
     """A stretch of the text; the question is how one of its sentences ends."""
     for _ in range(100):
         taken = _stretch(random, text, room)
@@ -118,7 +120,7 @@ def _long_qa(random: Random, text: Text, room: int) -> tuple[str, Sequence[str]]
     raise ValueError("eval.text has no sentence of seven plain words or more: give prose, or leave long_qa out")
 
 
-def _stretch(random: Random, text: Text, room: int) -> list[str]:
+def _stretch(random: Random, text: LongText, room: int) -> list[str]:
     """Neighbouring sentences of ``room`` tokens together, or few more, from a random one on."""
     total = np.cumsum(text.tokens)
     starts = np.flatnonzero(total[-1] - total >= room)
@@ -129,7 +131,7 @@ def _stretch(random: Random, text: Text, room: int) -> list[str]:
     return list(text.sentences[first + 1 : end])
 
 
-Make = Callable[[Random, Text, int], tuple[str, Sequence[str]]]
+Make = Callable[[Random, LongText, int], tuple[str, Sequence[str]]]
 LONG: Mapping[str, Make] = {
     **{name: lambda *given, make=make: _hidden(make, *given) for name, make in _HIDDEN.items()},
     "common_words": _common_words,
@@ -137,7 +139,7 @@ LONG: Mapping[str, Make] = {
 }
 
 
-def read_text(source: str, tokenizer: Any) -> Text:
+def read_text(source: str, tokenizer: Any) -> LongText:
     """The text of a file, or of the documentation that CPython ships.  Raises ValueError if it is not there."""
     from longctx.config import PromptSource
     from longctx.data.prompt import prompt_tokens
@@ -153,11 +155,11 @@ def read_text(source: str, tokenizer: Any) -> Text:
     sentences = [one for one in sentences if one]
     counts = [len(ids) for ids in tokenizer([f" {one}" for one in sentences], add_special_tokens=False)["input_ids"]]
     words = sorted(set(re.findall(r"\b[a-z]{5,9}\b", whole)))
-    return Text(tuple(sentences), tuple(counts), tuple(words))
+    return LongText(tuple(sentences), tuple(counts), tuple(words))
 
 
 def rows(
-    make: Make, text: Text, tokenizer: Any, length: int, answer: int, examples: int, seed: int
+    make: Make, text: LongText, tokenizer: Any, length: int, answer: int, examples: int, seed: int
 ) -> list[dict[str, Any]]:
     """So many examples of at most ``length`` tokens, ``answer`` of them left for the answer."""
     out = []
@@ -186,7 +188,7 @@ def long_tasks(
     if over := [length for length in lengths if length > most]:
         raise ValueError(
             f"eval.lengths={over[0]}: the model's context is {most:,}; use at most that, or another context "
-            "(model.positions and a larger model.rope_theta, or model.rope_factor)"
+            "(model.max_positions and a larger model.rope_theta, or model.rope_factor)"
         )
     text, answer = read_text(source, tokenizer), 48
     config = {

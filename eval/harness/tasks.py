@@ -15,7 +15,7 @@ from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
 from eval.harness.lm import EngineLM
-from eval.harness.local import LOCAL, Local, names, rows_of
+from eval.harness.local import LOCAL, LocalTask, names, rows_of
 from eval.stats.outcomes import Outcomes
 
 # Outcomes of an example that are compared, the first that the task has; lm-eval's words.
@@ -61,7 +61,7 @@ def built(name: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
     return ConfigurableTask(config=whole)
 
 
-def _from_file(name: str, local: Local, data: Path) -> Any:
+def _from_file(name: str, local: LocalTask, data: Path) -> Any:
     from lm_eval.tasks._yaml_loader import load_yaml  # the public way indexes 14,000 files first
 
     path = data / local.file

@@ -18,7 +18,7 @@ _PICTURE = "accuracy"
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredVariant:
     """A variant in words: the share of ``blocks`` that ``dropped`` a reduction, its outcomes by task, its speed."""
 
     name: str
@@ -33,7 +33,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Judged:
+class GateRules:
     """How variants are judged: ``gate`` are those that must not be worse; nor undecided, if it is ``strict``."""
 
     allowed_drop: float
@@ -43,7 +43,7 @@ class Judged:
     strict: bool
 
 
-def report_of(scored: Sequence[Scored], judged: Judged, about: Mapping[str, Any]) -> dict[str, Any]:
+def report_of(scored: Sequence[ScoredVariant], judged: GateRules, about: Mapping[str, Any]) -> dict[str, Any]:
     """All figures, by task and variant; the first of ``scored`` is the baseline."""
     base = scored[0].outcomes
     right = [name for name, one in base.items() if not one.words]
@@ -83,7 +83,7 @@ def report_of(scored: Sequence[Scored], judged: Judged, about: Mapping[str, Any]
     }
 
 
-def _of_accuracy(found: Comparison, one: Scored, more: Mapping[str, Any]) -> dict[str, Any]:
+def _of_accuracy(found: Comparison, one: ScoredVariant, more: Mapping[str, Any]) -> dict[str, Any]:
     told = {name: value for name, value in asdict(found).items() if name != "baseline"}
     if one.name == "baseline":
         nothing = ("difference", "low", "high", "lost", "won", "p_mcnemar", "verdict", "needed")
@@ -91,7 +91,7 @@ def _of_accuracy(found: Comparison, one: Scored, more: Mapping[str, Any]) -> dic
     return {**told, **more}
 
 
-def _of_perplexity(found: Perplexity, one: Scored) -> dict[str, Any]:
+def _of_perplexity(found: Perplexity, one: ScoredVariant) -> dict[str, Any]:
     """Its difference is relative to the baseline's: 0.01 is a hundredth more."""
     ends: dict[str, Any] = dict.fromkeys(("difference", "low", "high"))
     if one.name != "baseline":
@@ -100,7 +100,7 @@ def _of_perplexity(found: Perplexity, one: Scored) -> dict[str, Any]:
     return {"n": found.n, "accuracy": None, "perplexity": found.perplexity, **ends, "p_mcnemar": None, "verdict": None}
 
 
-def _gate(judged: Judged, average: Mapping[str, Any]) -> dict[str, Any]:
+def _gate(judged: GateRules, average: Mapping[str, Any]) -> dict[str, Any]:
     """Whether all variants that it is about are good enough, and which are not."""
     refused = ("worse", "undecided") if judged.strict else ("worse",)
     failed = [name for name in judged.gate if name in average and average[name]["verdict"] in refused]

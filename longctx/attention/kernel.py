@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from longctx.attention.partial import Partial, absorb, accumulation_dtype, joined
+from longctx.attention.partial import Partial, accumulation_dtype, concat_rows, merge_
 from longctx.attention.tiles import Tile
 from longctx.shapes import Keys, LogSumExp, Queries, Tensor
 
@@ -61,7 +61,7 @@ def attend_tiles(seen: Partial, q: Queries, k: Keys, v: Keys, tiles: Iterable[Ti
             rows, keys, values = _facing(tile, q[:, tile.q], k[:, tile.k], v[:, tile.k])
             part = kernel.forward(rows, keys, values, tile.causal)
             parts.append(Partial(*_facing(tile, part.out, part.lse)))
-        absorb(seen, slice(run[0].q0, run[-1].q1), joined(parts))
+        merge_(seen, slice(run[0].q0, run[-1].q1), concat_rows(parts))
 
 
 def _side_by_side(tiles: Iterable[Tile]) -> Iterator[list[Tile]]:

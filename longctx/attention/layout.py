@@ -175,7 +175,7 @@ def side_by_side(sequences: Sequence[Layout]) -> Layout:
     )
 
 
-def deal(lengths: Sequence[int], within: Callable[[int, int], Layout], held: Sequence[int]) -> Layout:
+def shard_balanced(lengths: Sequence[int], within: Callable[[int, int], Layout], held: Sequence[int]) -> Layout:
     """New rows of some sequences, each sharded by ``within``, so that what the ranks hold stays even.
 
     ``held[r]`` are the rows that rank r holds already.  Larger shares go to the ranks that got least in this

@@ -27,7 +27,7 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def nothing(q: Queries) -> Partial:
+def empty_partial(q: Queries) -> Partial:
     """The partial attention of ``q`` over no keys: the unit of `merge`."""
     dtype = accumulation_dtype(q)
     return Partial(
@@ -46,24 +46,24 @@ def sink(logits: Float[Tensor, " hq"], like: Partial) -> Partial:
 
 
 def merge(a: Partial, b: Partial) -> Partial:
-    """The attention over the keys of both; associative, commutative, with `nothing` as its unit.
+    """The attention over the keys of both; associative, commutative, with `empty_partial` as its unit.
 
     arXiv 2411.01783, Eq. 4: each side weighs exp(lse - lse_max).  Exact for rows that either side, or
     neither, has seen: peers' ``logsigmoid`` form gives NaN there.
     """
     both = Partial(a.out.clone(), a.lse.clone())
-    absorb(both, slice(None), b)
+    merge_(both, slice(None), b)
     return both
 
 
-def absorb(seen: Partial, rows: slice, part: Partial) -> None:
+def merge_(seen: Partial, rows: slice, part: Partial) -> None:
     """`merge` ``part`` into ``rows`` of ``seen``, in place: ``seen`` belongs to the caller's loop."""
     share, lse = _weigh(seen.lse[:, rows], part.lse)
     seen.out[:, rows].lerp_(part.out, share.unsqueeze(-1))
     seen.lse[:, rows] = lse
 
 
-def joined(parts: Sequence[Partial]) -> Partial:
+def concat_rows(parts: Sequence[Partial]) -> Partial:
     """Neighbouring rows as one."""
     if len(parts) == 1:
         return parts[0]

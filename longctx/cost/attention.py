@@ -21,7 +21,7 @@ class Work:
     ranks: int
     heads: int
     kv_heads: int
-    head_width: int
+    head_dim: int
     element_bytes: int
     window: int | None = None  # keys that a query sees at most, its own included
 
@@ -38,18 +38,18 @@ class Work:
     @property
     def kv_block_bytes(self) -> float:
         """Keys and values that a rank holds: 2 (T + P) / N H_KV D_H e."""
-        return 2 * self.total / self.ranks * self.kv_heads * self.head_width * self.element_bytes
+        return 2 * self.total / self.ranks * self.kv_heads * self.head_dim * self.element_bytes
 
     @property
     def q_block_bytes(self) -> float:
         """Queries that a rank holds: T / N H_Q D_H e."""
-        return self.new_total / self.ranks * self.heads * self.head_width * self.element_bytes
+        return self.new_total / self.ranks * self.heads * self.head_dim * self.element_bytes
 
     @property
     def answer_bytes(self) -> float:
         """A rank's answers to all but its own queries: (N - 1) T / N H_Q (D_H + 1) float32."""
         rows = (self.ranks - 1) * self.new_total / self.ranks
-        return rows * self.heads * (self.head_width + 1) * _ANSWER_BYTES
+        return rows * self.heads * (self.head_dim + 1) * _ANSWER_BYTES
 
     @property
     def flops(self) -> float:
@@ -61,7 +61,7 @@ class Work:
         for t, p in zip(self.new, self.cached, strict=True):
             early = t if self.window is None else min(t, max(0, self.window - p))
             pairs += early * p + early * (early + 1) / 2 + (t - early) * (self.window or 0)
-        return 4 * self.head_width * self.heads * pairs
+        return 4 * self.head_dim * self.heads * pairs
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,11 @@ class Decoder(Protocol):
     @property
     def kv_heads(self) -> int: ...
     @property
-    def head_width(self) -> int: ...
+    def head_dim(self) -> int: ...
     @property
     def ffn(self) -> int: ...
     @property
-    def vocabulary(self) -> int: ...
+    def vocab_size(self) -> int: ...
     @property
     def windows(self) -> tuple[int | None, ...]: ...
 
@@ -57,10 +57,10 @@ def train_flops_by_part(shape: Decoder, lengths: Sequence[int], causal: bool) ->
     heads = 2 * shape.heads + 2 * shape.kv_heads
     seen = sum(pairs(length, window, causal) for window in shape.windows for length in lengths)
     return {
-        "projections": 6 * tokens * shape.layers * shape.hidden * heads * shape.head_width,
-        "scores": 12 * shape.heads * shape.head_width * seen,
+        "projections": 6 * tokens * shape.layers * shape.hidden * heads * shape.head_dim,
+        "scores": 12 * shape.heads * shape.head_dim * seen,
         "ffn": 6 * tokens * shape.layers * 3 * shape.hidden * shape.ffn,
-        "head": 6 * tokens * shape.hidden * shape.vocabulary,
+        "head": 6 * tokens * shape.hidden * shape.vocab_size,
     }
 
 

@@ -10,7 +10,7 @@ import torch
 from longctx.config import DataSettings
 from longctx.data.documents import documents
 from longctx.data.mixing import interleaved
-from longctx.data.packing import Packed, nothing, packed
+from longctx.data.packing import Packed, empty_packed, packed
 from longctx.data.stage import Stage, State
 from longctx.shapes import Bool, Tensor, Tokens
 
@@ -65,7 +65,7 @@ def batches(
                 yield _stacked(rows, part, parts), behind
                 rows = []
         if rows and last == "pad":
-            yield _stacked([*rows, *[nothing(len(rows[0].tokens))] * (size - len(rows))], part, parts), behind
+            yield _stacked([*rows, *[empty_packed(len(rows[0].tokens))] * (size - len(rows))], part, parts), behind
         elif rows:
             log.warning("the last %d sequences do not fill a batch of %d: dropped", len(rows), size)
 

@@ -13,7 +13,7 @@ from longctx.config import DataSettings, TextSource
 from longctx.data.files import files
 from longctx.data.hub import dataset
 from longctx.data.pydoc import topics
-from longctx.data.records import Part, Position, Record
+from longctx.data.records import Position, Record, SourceFile
 from longctx.data.stage import Stage, State
 from longctx.shapes import Positions
 
@@ -87,7 +87,7 @@ def _tokens(text: str, tokenizer: Any, end_token: bool) -> Positions:
 
 
 def _windows(
-    parts: tuple[Part, ...], place: Place, source: TextSource, data: DataSettings
+    parts: tuple[SourceFile, ...], place: Place, source: TextSource, data: DataSettings
 ) -> Iterator[tuple[list[Record], Place, Place]]:
     """Windows of records, each with the places where it begins and ends; a record each without a shuffle."""
     begin, window = place, []
@@ -102,7 +102,7 @@ def _windows(
 
 
 def _good(
-    parts: tuple[Part, ...], place: Place, source: TextSource, data: DataSettings
+    parts: tuple[SourceFile, ...], place: Place, source: TextSource, data: DataSettings
 ) -> Iterator[tuple[Record | None, Place]]:
     """Every record that has text, with the place behind it; None at the end of an epoch, with the next one's place."""
     while data.epochs is None or place.epoch < data.epochs:
@@ -131,7 +131,7 @@ def _refuse_or_log(record: Record, place: Place, on_error: str) -> None:
     log.warning("%s; skipped, as %d of its source by now", says, place.skipped)
 
 
-def _digest(parts: tuple[Part, ...]) -> str:
+def _digest(parts: tuple[SourceFile, ...]) -> str:
     """Of the parts' names, which have their sizes."""
     return hashlib.sha256(repr([part.name for part in parts]).encode()).hexdigest()[:12]
 
@@ -140,7 +140,7 @@ def _order(data: DataSettings) -> list[int]:
     return [data.shuffle, data.seed] if data.shuffle else [0, 0]
 
 
-def _place(state: State | None, parts: tuple[Part, ...], source: TextSource, data: DataSettings) -> Place:
+def _place(state: State | None, parts: tuple[SourceFile, ...], source: TextSource, data: DataSettings) -> Place:
     if state is None:
         return Place()
     place = Place(**{field.name: state[field.name] for field in fields(Place)})

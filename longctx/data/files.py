@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.config import TextSource
-from longctx.data.records import Part, Position, Record, in_a_line, text_of
+from longctx.data.records import Position, Record, SourceFile, in_a_line, text_of
 
 READ = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 REFUSED = (".json", ".csv", ".tsv", ".arrow", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst")
@@ -21,7 +21,7 @@ BROKEN = (EOFError, gzip.BadGzipFile, zlib.error)
 END = -1  # behind all of a file; nobody resumes from where one broke off, since no document follows in it
 
 
-def files(source: TextSource) -> tuple[Part, ...]:
+def files(source: TextSource) -> tuple[SourceFile, ...]:
     """The files of ``source.path``, in the order of their paths.
 
     Raises ValueError if there are none, and for a kind of file that is not read.
@@ -45,16 +45,16 @@ def paths_of(given: str) -> list[Path]:
     return sorted(paths)
 
 
-def _part(path: Path, source: TextSource) -> Part:
+def _part(path: Path, source: TextSource) -> SourceFile:
     name = path.name.lower()
     title = f"{path.name} ({path.stat().st_size} bytes)"  # a state does not fit a file that has changed
     if name.endswith(REFUSED):
         raise ValueError(f"{path} is of a kind that is not read: use a text file, or one of {', '.join(READ)}")
     if name.endswith(".parquet"):
-        return Part(title, partial(_table, path, source.text_key))
+        return SourceFile(title, partial(_table, path, source.text_key))
     if name.endswith((".jsonl", ".jsonl.gz")):
-        return Part(title, partial(_lines, path, source.text_key))
-    return Part(title, partial(_whole, path))
+        return SourceFile(title, partial(_lines, path, source.text_key))
+    return SourceFile(title, partial(_whole, path))
 
 
 def _opened(path: Path) -> gzip.GzipFile | BufferedReader:

@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 from longctx.config import TextSource
-from longctx.data.records import Part, Position, Record, in_a_line, text_of
+from longctx.data.records import Position, Record, SourceFile, in_a_line, text_of
 
 
-def dataset(source: TextSource) -> Part:
+def dataset(source: TextSource) -> SourceFile:
     """The dataset that ``source`` names.
 
     Raises ValueError if it cannot be had, from the hub or from the cache of what came from there before, and if
@@ -27,7 +27,7 @@ def dataset(source: TextSource) -> Part:
     columns = rows.column_names
     if columns and source.text_key not in columns:
         raise ValueError(f'{source} has no column "{source.text_key}": set text_key to one of {", ".join(columns)}')
-    return Part(f"{source} {source.revision or ''}".strip(), partial(_rows, rows, source))
+    return SourceFile(f"{source} {source.revision or ''}".strip(), partial(_rows, rows, source))
 
 
 def _rows(rows: Any, source: TextSource, at: Position) -> Iterator[tuple[Record, Position]]:

@@ -56,14 +56,14 @@ def packed(documents: Stage[Document], length: int, last: Literal["drop", "pad"]
                     pieces, missing = [], length
             before, used = after, 0
         if pieces and last == "pad":
-            yield _joined([*pieces, nothing(missing)]), {"documents": before, "used": 0}
+            yield _joined([*pieces, empty_packed(missing)]), {"documents": before, "used": 0}
         elif pieces:
             log.warning("the last %d tokens do not fill a sequence of %d: dropped", length - missing, length)
 
     return run
 
 
-def nothing(length: int) -> Packed:
+def empty_packed(length: int) -> Packed:
     """A sequence of padding."""
     zeros = torch.zeros(length, dtype=torch.long)
     return Packed(zeros, zeros, zeros.bool(), (length,), length)

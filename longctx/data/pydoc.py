@@ -4,17 +4,17 @@ import platform
 from collections.abc import Iterator
 from functools import partial
 
-from longctx.data.records import Part, Position, Record
+from longctx.data.records import Position, Record, SourceFile
 
 _HELD_OUT = 10  # every so many-th topic is for testing
 
 
-def topics(split: str) -> Part:
+def topics(split: str) -> SourceFile:
     """A topic a document, of ``split`` train or test, in the order of their names; positions are counted from 0."""
     from pydoc_data.topics import topics as texts
 
     names = [name for i, name in enumerate(sorted(texts)) if (i % _HELD_OUT == _HELD_OUT - 1) == (split == "test")]
-    return Part(f"pydoc:{split} of Python {platform.python_version()}", partial(_texts, names, texts))
+    return SourceFile(f"pydoc:{split} of Python {platform.python_version()}", partial(_texts, names, texts))
 
 
 def _texts(names: list[str], texts: dict[str, str], at: Position) -> Iterator[tuple[Record, Position]]:

@@ -18,7 +18,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Part:
+class SourceFile:
     """A file, or a whole dataset: ``read`` gives its records from a position on, each with the position behind it."""
 
     name: str

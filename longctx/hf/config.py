@@ -24,17 +24,17 @@ def shape_of(folder: Path) -> ModelShape:
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         ffn=config.intermediate_size,
-        vocabulary=config.vocab_size,
-        positions=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
         norm_eps=config.rms_norm_eps,
         tied=config.tie_word_embeddings,
         qkv_bias=config.model_type == "qwen2",
         rotary=_rotary(config),
         end_tokens=_end_tokens(folder, config),
         windows=_windows(config),
-        deviation=config.initializer_range,
+        init_std=config.initializer_range,
     )
 
 

@@ -25,7 +25,7 @@ def locate(model: ModelSource, say: Say = lambda _: None) -> Path:
     checksum is not the expected one.
     """
     folder = _as_it_is(model, say)
-    if model.positions or model.rope_theta or model.rope_factor:
+    if model.max_positions or model.rope_theta or model.rope_factor:
         return _with_other_context(model, folder)
     return folder
 
@@ -53,7 +53,7 @@ def _as_it_is(model: ModelSource, say: Say) -> Path:
 
 
 def _with_other_context(model: ModelSource, source: Path) -> Path:
-    changed = other_context(source, model.positions, model.rope_theta, model.rope_factor)
+    changed = other_context(source, model.max_positions, model.rope_theta, model.rope_factor)
     there = {file.name: file.resolve() for file in sorted(source.iterdir()) if file.is_file()}  # the hub's are links
     about = [(source / "config.json").read_text(), repr(there), repr(changed)]
 

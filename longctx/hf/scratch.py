@@ -60,7 +60,7 @@ def write_like(source: Path, changed: Mapping[str, Any], to: Path) -> None:
 
 
 def other_context(
-    source: Path, positions: int | None, rope_theta: float | None, rope_factor: float | None
+    source: Path, max_positions: int | None, rope_theta: float | None, rope_factor: float | None
 ) -> dict[str, Any]:
     """The fields of ``source``'s config.json that `ModelSource`'s fields of these names change.
 
@@ -75,7 +75,7 @@ def other_context(
             f"model.rope_factor={rope_factor}: this model's rotary embedding is of type {rope['rope_type']} "
             "already; use model.rope_theta"
         )
-    fields: dict[str, Any] = {"max_position_embeddings": positions} if positions else {}
+    fields: dict[str, Any] = {"max_position_embeddings": max_positions} if max_positions else {}
     if rope_factor:
         fields.setdefault("max_position_embeddings", int(config.max_position_embeddings * rope_factor))
         rope |= {"rope_type": "linear", "factor": rope_factor}

@@ -69,12 +69,12 @@ class KVCache:
         return sum(x.numel() * x.element_size() for x in held)
 
 
-class Branch:
-    """A sequence that begins as ``stem`` did, for one pass: it reads the stem's keys and values and keeps none."""
+class PrefixView:
+    """A sequence that begins as ``prefix`` did, for one pass: it reads the stem's keys and values and keeps none."""
 
-    def __init__(self, stem: KVCache) -> None:
-        self.layout = stem.layout
-        self._stem = stem
+    def __init__(self, prefix: KVCache) -> None:
+        self.layout = prefix.layout
+        self._prefix = prefix
 
     def extend(self, later: Layout) -> None:
         """The positions that the pass adds."""
@@ -82,11 +82,11 @@ class Branch:
 
     def append(self, layer: int, k: Keys, v: Keys) -> tuple[Tensor, Tensor]:
         """The stem's keys and values of ``layer`` and behind them this pass's, [b rows hk d]."""
-        keys, values = self._stem.layer(layer)
+        keys, values = self._prefix.layer(layer)
         return torch.cat([keys, k], 1), torch.cat([values, v], 1)
 
 
-class Batch:
+class BatchCache:
     """The caches of several sequences as one, each of them a document; one sequence's is used as it stands."""
 
     def __init__(self, caches: Sequence[Cache], rank: int) -> None:

@@ -15,7 +15,7 @@ from longctx.megatron.model import GPTModel, build_model, layers_in_use
 from longctx.megatron.runtime import Runtime
 from longctx.megatron.spd.layer import SPDTransformerLayer
 from longctx.model_shape import ModelShape
-from longctx.parallel.comm import Alone, Comm
+from longctx.parallel.comm import Comm, SingleRankComm
 from longctx.parallel.ring import Strategy
 from longctx.spd.plan import SPDPlan
 
@@ -32,11 +32,11 @@ class Engine:
     model: GPTModel
     shape: ModelShape
     kernel: Kernel
-    tp: Comm = field(default_factory=Alone)
-    ulysses: Comm = field(default_factory=Alone)
-    ring: Comm = field(default_factory=Alone)
-    context: Comm = field(default_factory=Alone)
-    answers: Comm = field(default_factory=Alone)
+    tp: Comm = field(default_factory=SingleRankComm)
+    ulysses: Comm = field(default_factory=SingleRankComm)
+    ring: Comm = field(default_factory=SingleRankComm)
+    context: Comm = field(default_factory=SingleRankComm)
+    answers: Comm = field(default_factory=SingleRankComm)
     layers: str = "local"
 
     @property
@@ -77,7 +77,7 @@ def load_engine(
     layers = "local" if plan else layers_in_use(model.layers)
     built = _loaded(here, here.groups, model, shape, folder, layers, plan)
     comms = (here.tp, here.ulysses, here.ring, here.context, here.answers)
-    return Engine(built, shape, checked_kernel(kernel, here.device, model.dtype, shape.head_width), *comms, layers)
+    return Engine(built, shape, checked_kernel(kernel, here.device, model.dtype, shape.head_dim), *comms, layers)
 
 
 def load_alone(here: Runtime, engine: Engine, model: ModelSource, folder: Path) -> Engine:

@@ -10,14 +10,14 @@ import torch
 from longctx.attention.kernel import attend_tiles
 from longctx.attention.layout import Layout
 from longctx.attention.mask import causal_within
-from longctx.attention.partial import nothing
+from longctx.attention.partial import empty_partial
 from longctx.attention.tiles import visible_tiles
 from longctx.infer.cache import Cache
 from longctx.infer.engine import Engine
 from longctx.megatron.attention import Pass
 from longctx.megatron.model import hidden_states, rotary_angles
 from longctx.parallel.comm import doing
-from longctx.parallel.ring import Ring, Strategy, one_exchange
+from longctx.parallel.ring import Ring, Strategy, gather_merge
 from longctx.parallel.strategy import ring_attention
 from longctx.parallel.ulysses import over_heads, share_of_heads
 from longctx.shapes import Float, Positions, Tensor
@@ -85,10 +85,10 @@ def run_replicated(
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (share_of_heads(x, degree, member) for x in (q, k, v))
         held = cache.append(layer, k[:, cached_here], v[:, cached_here])
-        seen = nothing(q)
+        seen = empty_partial(q)
         attend_tiles(seen, q, *held, tiles[engine.shape.windows[layer]], engine.kernel)
         with doing(f"layer {layer}"):
-            out = one_exchange(seen, engine.answers, degree).to(q.dtype)
+            out = gather_merge(seen, engine.answers, degree).to(q.dtype)
         done()
         return out
 

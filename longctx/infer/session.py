@@ -7,9 +7,9 @@ from itertools import accumulate
 
 import torch
 
-from longctx.attention.layout import LAYOUTS, Layout, contiguous, deal
+from longctx.attention.layout import LAYOUTS, Layout, contiguous, shard_balanced
 from longctx.config import Context, Sampling
-from longctx.infer.cache import Batch, KVCache
+from longctx.infer.cache import BatchCache, KVCache
 from longctx.infer.engine import Engine
 from longctx.infer.prefill import LayerDone, run_pass, run_replicated
 from longctx.infer.sample import choose_token
@@ -79,7 +79,7 @@ class Session:
         self._reserve = reserve
 
     @property
-    def held(self) -> list[int]:
+    def rows_per_rank(self) -> list[int]:
         """Rows of all sequences that each ring rank caches."""
         caches = [one.cache.layout for one in self.sequences.values()]
         return [sum(layout.rows(rank) for layout in caches) for rank in range(self.engine.ring.size)]
@@ -106,7 +106,7 @@ class Session:
         self._refuse(prompts, max_new_tokens)
         before = {i: (one.cache.layout, list(one.tokens)) for i, one in self.sequences.items()}
         try:
-            meet(self.engine)
+            barrier(self.engine)
             return self._turn(prompts, max_new_tokens, layer_done, token_done, keep_states)
         except BaseException:
             self._restore(before)
@@ -125,7 +125,7 @@ class Session:
     def _refuse(self, prompts: Mapping[int, Sequence[int]], max_new_tokens: Mapping[int, int]) -> None:
         if not prompts:
             raise ValueError("a turn needs a prompt: give at least one sequence some tokens")
-        most = self.engine.shape.positions
+        most = self.engine.shape.max_positions
         for i, prompt in prompts.items():
             there = len(self.sequences[i].tokens) if i in self.sequences else 0
             if not prompt:
@@ -196,7 +196,9 @@ class Session:
                 strategy, why = self._choose(lengths, cached, window)
                 strategies[window] = STRATEGIES[strategy]
                 reasons.setdefault(strategy, why)
-            layout = deal(lengths, LAYOUTS[self.context.layout], self.held).split(self.engine.ulysses.size)
+            layout = shard_balanced(lengths, LAYOUTS[self.context.layout], self.rows_per_rank).split(
+                self.engine.ulysses.size
+            )
             hidden = run_pass(self.engine, _packed(chunk), layout, self._batch(chunk), strategies, done)
             if keep_states:
                 turn.passes.append((hidden, layout))
@@ -207,8 +209,8 @@ class Session:
     def decode(self, latest: Mapping[int, int]) -> dict[int, int]:
         """The token that follows ``latest``, the last of each sequence's tokens: one step of all together (Alg. 4)."""
         chunk = {i: [token] for i, token in latest.items()}
-        ring = deal([1] * len(chunk), contiguous, self.held)
-        if self.context.decode == "one_exchange":
+        ring = shard_balanced([1] * len(chunk), contiguous, self.rows_per_rank)
+        if self.context.decode == "gather_merge":
             hidden = run_replicated(self.engine, _packed(chunk), ring, self._batch(chunk))
             layout = ring.on_one_rank().held_by(0, self.engine.ranks)  # all have the rows, the first one speaks
         else:
@@ -217,8 +219,8 @@ class Session:
             hidden = run_pass(self.engine, _packed(chunk), layout, self._batch(chunk), strategies)
         return self._following(hidden, layout, chunk)
 
-    def _batch(self, chunk: Chunk) -> Batch:
-        return Batch([self.sequences[i].cache for i in chunk], self.engine.ring.rank)
+    def _batch(self, chunk: Chunk) -> BatchCache:
+        return BatchCache([self.sequences[i].cache for i in chunk], self.engine.ring.rank)
 
     def _following(self, hidden: Tensor, layout: Layout, chunk: Chunk) -> dict[int, int]:
         """The token that follows each sequence whose last token was in this pass; its row's rank tells the others."""
@@ -227,26 +229,26 @@ class Session:
             if self.sequences[i].cached == len(self.sequences[i].tokens):
                 lasts[row - 1] = (i, self.sequences[i].cached - 1)
         rows = [layout.index(rank).tolist() for rank in range(engine.ranks)]
-        held = [[row for row in of_rank if row in lasts] for of_rank in rows]
+        rows_per_rank = [[row for row in of_rank if row in lasts] for of_rank in rows]
         chosen = []
-        for row in held[engine.rank]:
+        for row in rows_per_rank[engine.rank]:
             at = rows[engine.rank].index(row)
             i, position = lasts[row]
             sampling = replace(self.sampling, seed=(self.sampling.seed + i) % 2**32)
             chosen.append(choose_token(next_logits(engine, hidden[at : at + 1])[0, 0], sampling, position))
         mine = torch.tensor(chosen, dtype=torch.long, device=hidden.device)
-        told = torch.cat(engine.context.all_gather(mine, [(len(of_rank),) for of_rank in held])).tolist()
-        by_row = dict(zip([row for of_rank in held for row in of_rank], told, strict=True))
+        told = torch.cat(engine.context.all_gather(mine, [(len(of_rank),) for of_rank in rows_per_rank])).tolist()
+        by_row = dict(zip([row for of_rank in rows_per_rank for row in of_rank], told, strict=True))
         return {i: by_row[row] for row, (i, _) in lasts.items()}
 
 
 @torch.inference_mode()
 def next_logits(engine: Engine, hidden: Tensor) -> Tensor:
     """float32 logits [s b v] of the rows of ``hidden``; every tensor-parallel rank takes part."""
-    return logits(engine.model, hidden, engine.tp, engine.shape.vocabulary)
+    return logits(engine.model, hidden, engine.tp, engine.shape.vocab_size)
 
 
-def meet(engine: Engine) -> None:
+def barrier(engine: Engine) -> None:
     """Wait for the others, so that a clock started next does not count what they did before."""
     engine.context.all_gather(torch.zeros(1, device=engine.device), [(1,)] * engine.ranks)
 

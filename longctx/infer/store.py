@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from longctx.attention.layout import LAYOUTS, deal
+from longctx.attention.layout import LAYOUTS, shard_balanced
 from longctx.infer.session import Conversation, Session
 from longctx.shapes import Tensor
 
@@ -142,7 +142,7 @@ def load(session: Session, folder: Path, index: dict[str, Any]) -> None:
         for i, tokens in index["tokens"].items():
             cached = index["cached"][i]
             one = Conversation(session.cache_for(cached, 2), list(tokens))
-            one.cache.extend(deal([cached], LAYOUTS[session.context.layout], session.held))
+            one.cache.extend(shard_balanced([cached], LAYOUTS[session.context.layout], session.rows_per_rank))
             positions = one.cache.layout.positions(rank)
             for layer in range(engine.shape.layers):
                 kinds = (_rows(folder, index, f"{i}.{layer}.{kind}", i, positions, heads) for kind in "kv")

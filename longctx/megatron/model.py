@@ -29,7 +29,7 @@ from longctx.parallel.comm import Comm
 from longctx.shapes import Float, Positions, Tensor, Tokens
 from longctx.spd.plan import SPDPlan
 
-__all__ = ["GPTModel", "build_model", "hidden_states", "layers_in_use", "logits", "padded_vocabulary", "rotary_angles"]
+__all__ = ["GPTModel", "build_model", "hidden_states", "layers_in_use", "logits", "padded_vocab_size", "rotary_angles"]
 
 
 _NEVER = -1e9  # the logit of a token that does not exist: its probability is 0 in any precision
@@ -87,8 +87,8 @@ def build_model(
         TransformerBlockSubmodules(layer_specs=[spec] * (shape.layers // stages), layer_norm=RMSNorm),
         pre_process=stage == 0,
         post_process=stage == stages - 1,
-        vocab_size=padded_vocabulary(shape, groups.tp.size()),
-        max_sequence_length=shape.positions,
+        vocab_size=padded_vocab_size(shape, groups.tp.size()),
+        max_sequence_length=shape.max_positions,
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="none",  # angles come from explicit positions: see `hidden_states`
         pg_collection=groups,
@@ -98,9 +98,9 @@ def build_model(
     return model.to(device).eval()
 
 
-def padded_vocabulary(shape: ModelShape, tp: int) -> int:
+def padded_vocab_size(shape: ModelShape, tp: int) -> int:
     """The vocabulary, rounded up so that every rank has the same number of rows."""
-    return -(-shape.vocabulary // tp) * tp
+    return -(-shape.vocab_size // tp) * tp
 
 
 def hidden_states(
@@ -125,16 +125,16 @@ def _without_rows(model: GPTModel, one_pass: Pass) -> Float[Tensor, "0 1 hidden"
     return like.new_empty(0, 1, config.hidden_size)
 
 
-def logits(model: GPTModel, hidden: Float[Tensor, "s b hidden"], tp: Comm, vocabulary: int) -> Float[Tensor, "s b v"]:
-    """float32 logits of the ``vocabulary`` (padding dropped), on every rank of ``tp``, the model's own group."""
+def logits(model: GPTModel, hidden: Float[Tensor, "s b hidden"], tp: Comm, vocab_size: int) -> Float[Tensor, "s b v"]:
+    """float32 logits of the ``vocab_size`` (padding dropped), on every rank of ``tp``, the model's own group."""
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     # megatron-core's own gather allocates on a CUDA device, always.
     part, _ = model.output_layer(hidden, weight=weight, runtime_gather_output=False)
-    return torch.cat(tp.all_gather(part, [tuple(part.shape)] * tp.size), -1)[..., :vocabulary].float()
+    return torch.cat(tp.all_gather(part, [tuple(part.shape)] * tp.size), -1)[..., :vocab_size].float()
 
 
 def token_losses(
-    model: GPTModel, tokens: Tokens, targets: Tokens, angles: Float[Tensor, "s 1 1 d"], one_pass: Pass, vocabulary: int
+    model: GPTModel, tokens: Tokens, targets: Tokens, angles: Float[Tensor, "s 1 1 d"], one_pass: Pass, vocab_size: int
 ) -> Tensor:
     """Cross-entropy [s b] of each row's target (nats, float32); of any but the last pipeline stage, its hidden states.
 
@@ -144,15 +144,15 @@ def token_losses(
     hidden = model.decoder(embedded, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=one_pass)
     if not model.post_process:
         return hidden
-    return losses_of(model, hidden, targets.transpose(0, 1), vocabulary)
+    return losses_of(model, hidden, targets.transpose(0, 1), vocab_size)
 
 
-def losses_of(model: GPTModel, hidden: Float[Tensor, "s b hidden"], targets: Tensor, vocabulary: int) -> Tensor:
+def losses_of(model: GPTModel, hidden: Float[Tensor, "s b hidden"], targets: Tensor, vocab_size: int) -> Tensor:
     """Cross-entropy [s b] of ``targets`` [s b], from final hidden states."""
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     part, _ = model.output_layer(hidden, weight=weight)
     width, tp = part.shape[-1], model.pg_collection.tp
-    if padding := max(0, min(width, (tp.rank() + 1) * width - vocabulary)):
+    if padding := max(0, min(width, (tp.rank() + 1) * width - vocab_size)):
         part = torch.cat([part[..., : width - padding], part.new_full((*part.shape[:-1], padding), _NEVER)], -1)
     return vocab_parallel_cross_entropy(part.float(), targets.contiguous())
 
@@ -170,7 +170,7 @@ def _config(shape: ModelShape, groups: Any, dtype: torch.dtype, options: Mapping
         hidden_size=shape.hidden,
         num_attention_heads=shape.heads,
         num_query_groups=shape.kv_heads,
-        kv_channels=shape.head_width,
+        kv_channels=shape.head_dim,
         ffn_hidden_size=shape.ffn,
         layernorm_epsilon=shape.norm_eps,
         normalization="RMSNorm",

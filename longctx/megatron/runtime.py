@@ -16,7 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from longctx.config import Mesh
 from longctx.megatron.cpu_shim import let_training_run
-from longctx.parallel.comm import Alone, Comm, DistComm, naming_collectives
+from longctx.parallel.comm import Comm, DistComm, SingleRankComm, naming_collectives
 from longctx.parallel.launch import Rank
 
 # megatron-core's advice for GPUs, given on CPUs and without gradients too.
@@ -75,20 +75,20 @@ def runtime(
     An error leaves the groups as they are, for the process to end with: taking them down would wait for others.
     Raises ValueError if the launcher started another number of ranks than ``mesh`` has.
     """
-    if rank.world != mesh.ranks:
-        raise ValueError(f"{rank.world} ranks were started, the mesh has {mesh.ranks} ({mesh})")
+    if rank.world_size != mesh.ranks:
+        raise ValueError(f"{rank.world_size} ranks were started, the mesh has {mesh.ranks} ({mesh})")
     torch.set_num_threads(threads)
     if training:
         let_training_run()
     here = torch.device("cpu")
     if device == "cuda":
-        here = torch.device("cuda", rank.local % torch.cuda.device_count())
+        here = torch.device("cuda", rank.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(here)
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",
         store=_fresh_store(rank, datetime.timedelta(minutes=timeout_minutes)),
         rank=rank.rank,
-        world_size=rank.world,
+        world_size=rank.world_size,
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
     with warnings.catch_warnings(), naming_collectives():
@@ -107,9 +107,12 @@ def _fresh_store(rank: Rank, timeout: datetime.timedelta) -> dist.Store:
 
     In the same one they would find the addresses of the time before.  The store itself stays: rank 0 serves it.
     """
-    if rank.meet not in _MEETINGS:
-        _MEETINGS[rank.meet] = next(rendezvous(rank.meet, rank.rank, rank.world, timeout=timeout))[0], count()
-    store, times = _MEETINGS[rank.meet]
+    if rank.init_method not in _MEETINGS:
+        _MEETINGS[rank.init_method] = (
+            next(rendezvous(rank.init_method, rank.rank, rank.world_size, timeout=timeout))[0],
+            count(),
+        )
+    store, times = _MEETINGS[rank.init_method]
     store.set_timeout(timeout)
     return dist.PrefixStore(f"longctx/{next(times)}", store)
 
@@ -142,4 +145,4 @@ def _groups(rank: Rank, mesh: Mesh, device: torch.device, timeout_minutes: int) 
 
 
 def _comm(group: dist.ProcessGroup) -> Comm:
-    return DistComm(group) if group.size() > 1 else Alone()
+    return DistComm(group) if group.size() > 1 else SingleRankComm()

@@ -76,7 +76,7 @@ class Comm(Protocol):
 
 
 @dataclass(frozen=True)
-class Arrived:
+class CompletedPending:
     """A `Pending` whose tensors are here."""
 
     tensors: tuple[Tensor, ...]
@@ -86,7 +86,7 @@ class Arrived:
 
 
 @dataclass
-class Alone:
+class SingleRankComm:
     """A group of one, which has nobody to talk to."""
 
     rank: int = 0

@@ -28,21 +28,21 @@ _GATHER_S = 3.0  # how long to listen for other failures before saying which cam
 class Rank:
     """Where a process stands among its fellows, and where they meet (a torch.distributed init URL).
 
-    ``local`` and ``neighbours`` count the processes of this machine alone.
+    ``local_rank`` and ``local_world_size`` count the processes of this machine alone.
     """
 
     rank: int
-    world: int
-    local: int
-    neighbours: int
-    meet: str
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    init_method: str
 
 
 class RankFailed(RuntimeError):
     """A rank died or raised; the others have been ended.  ``rank`` is the one that failed first."""
 
-    def __init__(self, rank: int, world: int, reason: str, details: str) -> None:
-        super().__init__(f"rank {rank} of {world} {reason}; the other ranks were ended")
+    def __init__(self, rank: int, world_size: int, reason: str, details: str) -> None:
+        super().__init__(f"rank {rank} of {world_size} {reason}; the other ranks were ended")
         self.rank, self.details = rank, details
 
 
@@ -55,14 +55,14 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank | None:
     if e.get("WORLD_SIZE") == "1" or e.get("SLURM_STEP_NUM_TASKS") == "1":
         return None
     if "RANK" in e and "WORLD_SIZE" in e:
-        local = int(e.get("LOCAL_RANK", 0)), int(e.get("LOCAL_WORLD_SIZE", 1))
-        return Rank(int(e["RANK"]), int(e["WORLD_SIZE"]), *local, "env://")
+        local_rank = int(e.get("LOCAL_RANK", 0)), int(e.get("LOCAL_WORLD_SIZE", 1))
+        return Rank(int(e["RANK"]), int(e["WORLD_SIZE"]), *local_rank, "env://")
     if "SLURM_STEP_NODELIST" in e and "SLURM_PROCID" in e:
         host = _first_host(e["SLURM_STEP_NODELIST"])
         port = 20000 + int(e["SLURM_JOB_ID"]) % 20000  # every rank can work it out, and jobs differ
-        local = int(e["SLURM_LOCALID"]), int(e["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0])
-        world = int(e["SLURM_STEP_NUM_TASKS"])
-        return Rank(int(e["SLURM_PROCID"]), world, *local, f"tcp://{host}:{port}")
+        local_rank = int(e["SLURM_LOCALID"]), int(e["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0])
+        world_size = int(e["SLURM_STEP_NUM_TASKS"])
+        return Rank(int(e["SLURM_PROCID"]), world_size, *local_rank, f"tcp://{host}:{port}")
     return None
 
 
@@ -79,8 +79,8 @@ def warm_up(modules: Sequence[str]) -> None:
     forkserver.ensure_running()
 
 
-def run_ranks(world: int, rank_main: Callable[..., Any], *args: Any) -> list[Any]:
-    """``rank_main(Rank, *args)`` in ``world`` processes; their results by rank (None where there is none).
+def run_ranks(world_size: int, rank_main: Callable[..., Any], *args: Any) -> list[Any]:
+    """``rank_main(Rank, *args)`` in ``world_size`` processes; their results by rank (None where there is none).
 
     ``rank_main`` must be importable by name.  Raises `RankFailed`, after every other rank has been ended, if
     one raises, exits or is killed.  If this process dies, so do the ranks.
@@ -90,10 +90,16 @@ def run_ranks(world: int, rank_main: Callable[..., Any], *args: Any) -> list[Any
         processes = [
             context.Process(
                 target=_run_one,
-                args=(Rank(i, world, i, world, f"file://{folder}/store"), folder, warnings.filters, rank_main, args),
+                args=(
+                    Rank(i, world_size, i, world_size, f"file://{folder}/store"),
+                    folder,
+                    warnings.filters,
+                    rank_main,
+                    args,
+                ),
                 name=f"rank {i}",
             )
-            for i in range(world)
+            for i in range(world_size)
         ]
         try:
             for process in processes:
@@ -102,7 +108,7 @@ def run_ranks(world: int, rank_main: Callable[..., Any], *args: Any) -> list[Any
                 _wait_for_all(processes, Path(folder))
         finally:
             _end(processes)
-        return [_read(Path(folder, f"result{i}")) for i in range(world)]
+        return [_read(Path(folder, f"result{i}")) for i in range(world_size)]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from longctx.attention.kernel import Gradients, Kernel, attend_tiles, tile_gradients
 from longctx.attention.layout import Layout
 from longctx.attention.mask import CAUSAL, Mask
-from longctx.attention.partial import Partial, absorb, nothing
+from longctx.attention.partial import Partial, empty_partial, merge_
 from longctx.attention.tiles import Tile, visible_tiles
 from longctx.parallel.comm import Comm, Shape, doing
 from longctx.shapes import Keys, Queries, Tensor
@@ -85,7 +85,7 @@ def pass_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial
     Bytes sent per rank: keys and values of every rank but the next one, which are the ones that pass by; under a
     window those of as many as are needed.
     """
-    seen = nothing(q)
+    seen = empty_partial(q)
     for owner, (k_o, v_o) in rotate(ring.comm, ring.keys, k, v, hops=ring.hops_of_keys):
         attend_tiles(seen, q, k_o, v_o, ring.tiles(ring.comm.rank, owner), kernel)
         del k_o, v_o
@@ -99,12 +99,12 @@ def pass_q(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
     row of d values and its log-sum-exp per head, in float32.  Who has no key for them sends no answer.
     """
     comm = ring.comm
-    whole = nothing(q)
+    whole = empty_partial(q)
     none: Shape = (q.shape[0], 0, q.shape[2], q.shape[3] + 1)
     answers = [whole.out.new_empty(none)] * comm.size
     for owner, (q_o,) in rotate(comm, ring.queries, q, hops=ring.hops_of_queries):
         if tiles := ring.tiles(owner, comm.rank):
-            seen = nothing(q_o)
+            seen = empty_partial(q_o)
             attend_tiles(seen, q_o, k, v, tiles, kernel)
             answers[owner] = torch.cat([seen.out, seen.lse.unsqueeze(-1)], -1)
         del q_o
@@ -112,7 +112,7 @@ def pass_q(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
     with doing("answers coming home"):
         answers = comm.all_to_all(answers, coming)
     for answer in answers:
-        absorb(whole, slice(0, answer.shape[1]), Partial(answer[..., :-1], answer[..., -1]))
+        merge_(whole, slice(0, answer.shape[1]), Partial(answer[..., :-1], answer[..., -1]))
     return whole
 
 
@@ -122,7 +122,7 @@ def all_gather_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> P
     The bytes of `pass_kv` and one exchange instead of N - 1 hops, but nothing to compute while they travel,
     and every rank's block is alive.  Bytes sent per rank: its own keys and values, to each of the others.
     """
-    comm, seen = ring.comm, nothing(q)
+    comm, seen = ring.comm, empty_partial(q)
     both = torch.cat([k, v], -1)
     shapes = [_with_rows(both, ring.keys.rows(owner)) for owner in range(comm.size)]
     with doing("gathering keys and values"):
@@ -133,7 +133,7 @@ def all_gather_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> P
     return seen
 
 
-def one_exchange(seen: Partial, comm: Comm, ulysses: int) -> Queries:
+def gather_merge(seen: Partial, comm: Comm, ulysses: int) -> Queries:
     """The whole answer of queries that every rank holds, from each rank's ``seen`` [b s hq/U d], in one exchange.
 
     Rank = ring rank * ``ulysses`` + ulysses rank; the ulysses ranks have seen other heads, the ring ranks other
@@ -145,9 +145,9 @@ def one_exchange(seen: Partial, comm: Comm, ulysses: int) -> Queries:
         parts = comm.all_gather(mine, [tuple(mine.shape)] * comm.size)
     heads = []
     for member in range(ulysses):
-        whole = nothing(seen.out)
+        whole = empty_partial(seen.out)
         for part in parts[member::ulysses]:
-            absorb(whole, slice(None), Partial(part[..., :-1], part[..., -1]))
+            merge_(whole, slice(None), Partial(part[..., :-1], part[..., -1]))
         heads.append(whole.out)
     return torch.cat(heads, 2)
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from longctx.attention.kernel import Kernel
-from longctx.attention.partial import Partial, absorb, sink
+from longctx.attention.partial import Partial, merge_, sink
 from longctx.parallel.ring import Ring, Strategy, all_gather_kv, pass_kv, pass_q, ring_gradients
 from longctx.parallel.ulysses import Attention
 from longctx.shapes import Float, Keys, Queries, Tensor
@@ -47,7 +47,7 @@ def _answer(
 ) -> Partial:
     whole = strategy(q, k, v, ring, kernel)
     if sinks is not None:
-        absorb(whole, slice(None), sink(sinks, whole))
+        merge_(whole, slice(None), sink(sinks, whole))
     return whole
 
 

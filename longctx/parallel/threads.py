@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from longctx.parallel.comm import Alone, Comm, Pending, Shape, Traffic
+from longctx.parallel.comm import Comm, Pending, Shape, SingleRankComm, Traffic
 from longctx.shapes import Tensor
 
 Result = TypeVar("Result")
@@ -24,7 +24,7 @@ class ThreadWorld:
     def group(self, rank: int, members: Sequence[int] | None = None) -> Comm:
         """The group of ``members`` (all, if not given), seen from the world's rank ``rank``."""
         members = range(self.size) if members is None else members
-        return ThreadComm(self, rank, tuple(members)) if len(members) > 1 else Alone()
+        return ThreadComm(self, rank, tuple(members)) if len(members) > 1 else SingleRankComm()
 
     def send(self, source: int, to: int, tensors: tuple[Tensor, ...]) -> None:
         self._boxes[source, to].put(tuple(x.clone() for x in tensors))

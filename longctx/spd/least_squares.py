@@ -11,13 +11,13 @@ from longctx.shapes import Float, Tensor
 _RIDGE = 0.1
 
 
-class LinearGuess:
+class LeastSquares:
     """Least squares from what is ``seen`` to what is ``wanted``, some rows at a time."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._seen, self._both = (torch.zeros(width, width, dtype=torch.double, device=device) for _ in range(2))
 
-    def look(self, seen: Float[Tensor, "rows width"], wanted: Float[Tensor, "rows width"]) -> None:
+    def update(self, seen: Float[Tensor, "rows width"], wanted: Float[Tensor, "rows width"]) -> None:
         """Take these rows in, too."""
         self._seen += seen.T @ seen
         self._both += wanted.T @ seen

@@ -6,7 +6,7 @@ from longctx.shapes import Bool, Tensor, Tokens
 
 
 @dataclass(frozen=True)
-class Text:
+class PackedText:
     """Sequences of one length, each attending to itself, with the targets that count where ``mask`` says so."""
 
     tokens: Tokens
@@ -16,5 +16,5 @@ class Text:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, rows: slice | list[int]) -> "Text":
-        return Text(self.tokens[rows], self.targets[rows], self.mask[rows])
+    def __getitem__(self, rows: slice | list[int]) -> "PackedText":
+        return PackedText(self.tokens[rows], self.targets[rows], self.mask[rows])

@@ -9,7 +9,7 @@ import torch
 
 from longctx.cost.training import mfu, train_flops
 from longctx.model_shape import ModelShape
-from longctx.parallel.measure.comm_timer import Waiting
+from longctx.parallel.measure.comm_timer import ExposedCommTimer
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,12 @@ class Meter:
     """
 
     def __init__(
-        self, shape: ModelShape, ranks: int, device: torch.device, waiting: Waiting, peak_flops: float | None = None
+        self,
+        shape: ModelShape,
+        ranks: int,
+        device: torch.device,
+        waiting: ExposedCommTimer,
+        peak_flops: float | None = None,
     ) -> None:
         self.shape, self.ranks, self.device, self.waiting, self.peak_flops = shape, ranks, device, waiting, peak_flops
         self._began: float | None = None

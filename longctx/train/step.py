@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from longctx.attention.kernel import Kernel
-from longctx.attention.layout import LAYOUTS, Layout, deal
+from longctx.attention.layout import LAYOUTS, Layout, shard_balanced
 from longctx.attention.mask import causal_within
 from longctx.attention.partial import Partial
 from longctx.data.batches import Batch
@@ -15,9 +15,9 @@ from longctx.megatron.attention import Pass
 from longctx.megatron.model import rotary_angles
 from longctx.megatron.runtime import Runtime
 from longctx.megatron.training.optimizer import (
+    LossSums,
     MicroBatch,
-    Sums,
-    Trained,
+    TrainState,
     clear_gradients,
     forward_backward,
     optimizer_step,
@@ -41,7 +41,7 @@ class Sharding:
 
 
 @dataclass(frozen=True)
-class Figures:
+class StepResult:
     """What a step gave: mean loss (nats a token), norm of its gradient before clipping, tokens that counted, rate."""
 
     loss: float
@@ -50,17 +50,17 @@ class Figures:
     rate: float
 
 
-def train_step(trained: Trained, batch: Batch, here: Runtime, how: Sharding) -> Figures:
+def train_step(trained: TrainState, batch: Batch, here: Runtime, how: Sharding) -> StepResult:
     """Change the weights by ``batch``, this data-parallel rank's part of it.  Every rank calls this."""
     clear_gradients(trained)
     sums = forward_backward(trained, micro_batches(batch, here, trained.shape, how))
     assert sum(sums.tokens) == batch.counted, f"ranks count {sum(sums.tokens)} tokens, the batch has {batch.counted}"
     norm, rate = optimizer_step(trained)
-    return Figures(sums.mean, norm, sum(sums.tokens), rate)
+    return StepResult(sums.mean, norm, sum(sums.tokens), rate)
 
 
 @torch.no_grad()
-def evaluate(trained: Trained, batches: Sequence[Batch], here: Runtime, how: Sharding, buckets: int = 1) -> Sums:
+def evaluate(trained: TrainState, batches: Sequence[Batch], here: Runtime, how: Sharding, buckets: int = 1) -> LossSums:
     """Sums over ``batches``, by ``buckets`` of the position in the document; nothing is changed."""
     trained.model.eval()
     still = replace(how, keeping=False)
@@ -79,7 +79,7 @@ def micro_batches(batch: Batch, here: Runtime, shape: ModelShape, how: Sharding,
 def rows_per_rank(length: int, here: Runtime) -> int:
     """Rows that every rank is filled up to, so that pipeline stages know what comes: enough for any documents.
 
-    `deal` keeps ranks within two rows of even; under sequence parallelism tensor-parallel ranks share them.
+    `shard_balanced` keeps ranks within two rows of even; under sequence parallelism tensor-parallel ranks share them.
     """
     most, tp = -(-length // here.mesh.context) + 2, here.mesh.tp
     return -(-most // tp) * tp
@@ -96,7 +96,7 @@ def _micro_batch(
     buckets: int,
 ) -> MicroBatch:
     ring, ulysses = here.ring, here.ulysses
-    layout = deal(lengths, LAYOUTS[how.layout], [0] * ring.size).split(ulysses.size)
+    layout = shard_balanced(lengths, LAYOUTS[how.layout], [0] * ring.size).split(ulysses.size)
     rank = ring.rank * ulysses.size + ulysses.rank
     rows = rows_per_rank(how.length, here)
     index = layout.index(rank)

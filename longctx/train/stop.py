@@ -12,7 +12,7 @@ SIGNAL = signal.SIGUSR1  # what Slurm sends ahead of a time limit or of pre-empt
 
 
 class StopRequest:
-    """Listens from now on; ask `agreed` once a step, on every rank.  ``agreed_on`` is its last answer."""
+    """Listens from now on; ask `agreed_on_all_ranks` once a step, on every rank.  ``agreed_on`` is its last answer."""
 
     def __init__(self) -> None:
         self._heard = self.agreed_on = False
@@ -21,7 +21,7 @@ class StopRequest:
     def _hear(self, *_: Any) -> None:
         self._heard = True
 
-    def agreed(self, world: Comm, device: torch.device) -> bool:
+    def agreed_on_all_ranks(self, world: Comm, device: torch.device) -> bool:
         """Whether any rank of ``world`` has been asked; the same answer on all of them."""
         heard: Tensor = torch.tensor([int(self._heard)], device=device)
         self.agreed_on = any(bool(each.item()) for each in world.all_gather(heard, [(1,)] * world.size))

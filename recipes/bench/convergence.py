@@ -18,12 +18,12 @@ from longctx.hf.locate import locate
 from recipes.common.cli import console, on_ranks, refuse_unwritable, say, section, warm_up_ranks, written
 from recipes.common.plots import lines
 from recipes.common.provenance import provenance
-from recipes.common.train_job import Job, job_of
+from recipes.common.train_job import TrainJob, job_of
 from recipes.common.train_loop import run_rank
 from recipes.pretrain import WARM
 
 
-def curve(job: Job, name: str) -> list[dict[str, Any]]:
+def curve(job: TrainJob, name: str) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl of a run of ``job`` in a folder of its own, made anew."""
     out = job.out / name
     shutil.rmtree(out, ignore_errors=True)

@@ -43,7 +43,7 @@ SHORT = {"pass_kv": "KV", "pass_q": "Q"}
 
 
 @dataclass(frozen=True)
-class Settings:
+class CrossoverSettings:
     """The settings of configs/bench_crossover.yaml that are not a section of their own."""
 
     total: Annotated[int, Field(ge=16)]
@@ -58,10 +58,10 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Job:
+class CrossoverJob:
     """What every rank needs to know."""
 
-    settings: Settings
+    settings: CrossoverSettings
     mesh: Mesh
     model: ModelSource
     folder: Path
@@ -70,7 +70,7 @@ class Job:
     hardware: Hardware | None
 
 
-def run_rank(rank: Rank, job: Job) -> tuple[Hardware, list[dict[str, Any]]]:
+def run_rank(rank: Rank, job: CrossoverJob) -> tuple[Hardware, list[dict[str, Any]]]:
     """The machine's constants, then every row: the strategies in turn within each round."""
     from longctx.infer.engine import load_engine
     from longctx.megatron.runtime import runtime
@@ -87,11 +87,11 @@ def run_rank(rank: Rank, job: Job) -> tuple[Hardware, list[dict[str, Any]]]:
     return on, rows
 
 
-def timed(engine: Any, tokens: torch.Tensor, settings: Settings, progress: Progress) -> dict[str, list[float]]:
+def timed(engine: Any, tokens: torch.Tensor, settings: CrossoverSettings, progress: Progress) -> dict[str, list[float]]:
     """Seconds from the tokens to the next one's logits, of the slowest rank, by strategy and round."""
     from longctx.attention.layout import zigzag
     from longctx.infer.prefill import run_pass
-    from longctx.infer.session import meet, next_logits
+    from longctx.infer.session import barrier, next_logits
     from longctx.parallel import strategy
 
     cache = filled(engine, settings.total - len(tokens), settings.total)
@@ -99,7 +99,7 @@ def timed(engine: Any, tokens: torch.Tensor, settings: Settings, progress: Progr
     times: dict[str, list[float]] = {name: [] for name in STRATEGIES}
     for warm in [False] + [True] * settings.rounds:
         for name, taken in times.items():
-            meet(engine)
+            barrier(engine)
             began = time.perf_counter()
             hidden = run_pass(engine, tokens, layout, cache, engine.everywhere(strategy.STRATEGIES[name]))
             next_logits(engine, hidden[-1:])
@@ -118,14 +118,14 @@ def filled(engine: Any, cached: int, room: int) -> Any:
 
     cache = engine.cache(room)
     cache.extend(zigzag(cached, engine.ring.size))
-    shape = (1, cache.rows, engine.shape.kv_heads, engine.shape.head_width)
+    shape = (1, cache.rows, engine.shape.kv_heads, engine.shape.head_dim)
     dtype = next(engine.model.parameters()).dtype
     for layer in range(engine.shape.layers):
         cache.append(layer, torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype))
     return cache
 
 
-def judged(rows: list[dict[str, Any]], job: Job, on: Hardware) -> list[dict[str, Any]]:
+def judged(rows: list[dict[str, Any]], job: CrossoverJob, on: Hardware) -> list[dict[str, Any]]:
     """``rows`` with their medians, and what each rule takes and loses to the better strategy.
 
     The empirical rule is fitted to the other rows; where these have no crossover, it says nothing.
@@ -134,11 +134,11 @@ def judged(rows: list[dict[str, Any]], job: Job, on: Hardware) -> list[dict[str,
     return [judged_row(row, job, replace(on, empirical=fitted(rest))) for row, rest in zip(rows, others, strict=True)]
 
 
-def judged_row(row: dict[str, Any], job: Job, on: Hardware) -> dict[str, Any]:
+def judged_row(row: dict[str, Any], job: CrossoverJob, on: Hardware) -> dict[str, Any]:
     """``row`` with its medians, and what each rule that has its constants in ``on`` takes and loses."""
     took = {name: median(seconds) for name, seconds in row["seconds"].items()}
     shape, element = job.shape, getattr(torch, job.model.dtype).itemsize
-    heads = (shape.heads, shape.kv_heads, shape.head_width)
+    heads = (shape.heads, shape.kv_heads, shape.head_dim)
     work = Work((row["new"],), (row["cached"],), job.mesh.ring, *heads, element)
     rules = {}
     for rule in RULES:
@@ -173,9 +173,9 @@ def show(rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def asked(config: DictConfig) -> Job:
+def asked(config: DictConfig) -> CrossoverJob:
     """What ``config`` asks for.  Raises ValueError if it cannot be done."""
-    settings, mesh = top_level(config, Settings), section(config, "mesh", Mesh)
+    settings, mesh = top_level(config, CrossoverSettings), section(config, "mesh", Mesh)
     if not settings.hosts:
         warm_up_ranks(
             [
@@ -203,7 +203,7 @@ def asked(config: DictConfig) -> Job:
         raise ValueError(f"total={settings.total}: the text has {available:,} tokens; use at most that")
     on = hardware_from(settings.hardware) if settings.hardware else None
     refuse_other_threads(settings.hardware, THREADS, mesh)
-    return Job(settings, mesh, model, folder, shape, tuple(tokens), on)
+    return CrossoverJob(settings, mesh, model, folder, shape, tuple(tokens), on)
 
 
 def refuse_windows(model: ModelSource, shape: ModelShape) -> None:
@@ -226,7 +226,7 @@ def task(config: DictConfig) -> None:
         report(job, *given)
 
 
-def report(job: Job, on: Hardware, measured_rows: list[dict[str, Any]]) -> None:
+def report(job: CrossoverJob, on: Hardware, measured_rows: list[dict[str, Any]]) -> None:
     """Judge the rules by ``measured_rows``; show, write and draw."""
     settings, constants = job.settings, fitted(measured_rows)
     if constants is None:
@@ -246,7 +246,7 @@ def report(job: Job, on: Hardware, measured_rows: list[dict[str, Any]]) -> None:
         draw(rows, job)
 
 
-def draw(rows: list[dict[str, Any]], job: Job) -> None:
+def draw(rows: list[dict[str, Any]], job: CrossoverJob) -> None:
     """TTFT over the miss rate, both strategies, with the crossings marked."""
     rates = [row["miss_rate"] for row in rows]
     kv, q = ([row[name] * 1e3 for row in rows] for name in STRATEGIES)

@@ -25,11 +25,11 @@ from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
 from recipes.common.spd_plan import refuse_adapted
 
-STRATEGIES = ("one_exchange", "pass_q", "pass_kv", "all_gather_kv")
+STRATEGIES = ("gather_merge", "pass_q", "pass_kv", "all_gather_kv")
 
 
 @dataclass(frozen=True)
-class Settings:
+class DecodeSettings:
     """The settings of configs/bench_decode.yaml that are not a section of their own."""
 
     cached: PositiveInt
@@ -40,17 +40,17 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Job:
+class DecodeJob:
     """What every rank needs to know."""
 
-    settings: Settings
+    settings: DecodeSettings
     mesh: Mesh
     model: ModelSource
     folder: Path
     shape: ModelShape
 
 
-def run_rank(rank: Rank, job: Job) -> list[dict[str, Any]]:
+def run_rank(rank: Rank, job: DecodeJob) -> list[dict[str, Any]]:
     """Seconds a step by way and round, and the bytes that this rank sent a step, for every batch."""
     from longctx.infer.engine import load_alone, load_engine
     from longctx.megatron.runtime import runtime
@@ -59,7 +59,7 @@ def run_rank(rank: Rank, job: Job) -> list[dict[str, Any]]:
     with runtime(rank, job.mesh, threads=1) as here, Progress(shown=rank.rank == 0) as progress:
         engine = load_engine(here, job.model, job.shape, job.folder, "auto")
         alone = load_alone(here, engine, job.model, job.folder)
-        ways = {name: (engine, name) for name in STRATEGIES} | {"one rank": (alone, "one_exchange")}
+        ways = {name: (engine, name) for name in STRATEGIES} | {"one rank": (alone, "gather_merge")}
         rows = []
         for batch in asked.batch:
             progress.start(f"batch of {batch}, runs", len(ways) * (asked.rounds + 1))
@@ -87,7 +87,7 @@ def steps(session: Any, tokens: int, batch: int, sent: dict[str, int], way: str)
     return (time.perf_counter() - began) / tokens
 
 
-def filled(engine: Any, strategy: Any, asked: Settings, batch: int) -> Any:
+def filled(engine: Any, strategy: Any, asked: DecodeSettings, batch: int) -> Any:
     """A session of ``batch`` sequences whose caches hold random rows."""
     from longctx.attention.layout import zigzag
     from longctx.infer.session import Conversation, Session
@@ -97,7 +97,7 @@ def filled(engine: Any, strategy: Any, asked: Settings, batch: int) -> Any:
         cache = engine.cache(asked.cached + (asked.rounds + 1) * asked.tokens)
         cache.extend(zigzag(asked.cached, engine.ring.size))
         heads = max(1, engine.shape.kv_heads // engine.tp.size // engine.ulysses.size)
-        shape = (1, cache.rows, heads, engine.shape.head_width)
+        shape = (1, cache.rows, heads, engine.shape.head_dim)
         dtype = next(engine.model.parameters()).dtype
         for layer in range(engine.shape.layers):
             cache.append(layer, torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype))
@@ -121,7 +121,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 def task(config: DictConfig) -> None:
     """Measure; write and show what the first rank gives."""
     warm_up_ranks(["longctx.infer.engine", "longctx.infer.session", "recipes.common.progress"])
-    settings, mesh = top_level(config, Settings), section(config, "mesh", Mesh)
+    settings, mesh = top_level(config, DecodeSettings), section(config, "mesh", Mesh)
     model = section(config, "model", ModelSource)
     refuse_unused(mesh, "recipes.bench decode", ("tp", "dp", "pp"))
     refuse_unwritable(settings.out)
@@ -129,7 +129,7 @@ def task(config: DictConfig) -> None:
     refuse_adapted(folder, "recipes.bench decode")
     shape = shape_of(folder)
     refuse_unfit(mesh, shape)
-    rows = on_ranks(mesh, run_rank, Job(settings, mesh, model, folder, shape))
+    rows = on_ranks(mesh, run_rank, DecodeJob(settings, mesh, model, folder, shape))
     if rows is None:
         return
     show(rows)

@@ -45,7 +45,7 @@ Errors = dict[str, list[float]]  # relative to float64, by number of ranks
 
 
 @dataclass(frozen=True)
-class Settings:
+class DriftSettings:
     """The settings of configs/bench_drift.yaml that are not a section of their own."""
 
     tokens: PositiveInt
@@ -63,10 +63,10 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Job:
+class DriftJob:
     """What the rank that runs the model needs to know."""
 
-    settings: Settings
+    settings: DriftSettings
     model: ModelSource
     folder: Path
     shape: ModelShape
@@ -149,7 +149,7 @@ def captured(engine: Any, tokens: Tensor, layers: Sequence[int]) -> dict[int, In
     return kept
 
 
-def run_rank(rank: Rank, job: Job) -> list[dict[str, Any]]:
+def run_rank(rank: Rank, job: DriftJob) -> list[dict[str, Any]]:
     """Run the model, then measure each layer."""
     from longctx.infer.engine import load_engine
     from longctx.megatron.runtime import runtime
@@ -225,7 +225,7 @@ def table(rows: list[dict[str, Any]], kind: str, counts: Sequence[int]) -> Table
     return made
 
 
-def show(rows: list[dict[str, Any]], asked: Settings) -> None:
+def show(rows: list[dict[str, Any]], asked: DriftSettings) -> None:
     """What one rank's error is, then the tables, then whether the bar is held."""
     ones = [row["errors"]["pass_kv"][0] for row in rows]
     sums = max(taken for row in rows for way in STRATEGIES for taken in row["unrounded"][way])
@@ -244,7 +244,7 @@ def show(rows: list[dict[str, Any]], asked: Settings) -> None:
     console.print(f"\n{'no drift' if ratio <= BAR else 'DRIFT'}: at most {ratio:.6f} (layer {layer}), the bar is {BAR}")
 
 
-def draw(rows: list[dict[str, Any]], asked: Settings, title: str) -> None:
+def draw(rows: list[dict[str, Any]], asked: DriftSettings, title: str) -> None:
     """Ratio over the number of ranks, of the strategies together and of the control."""
     series: dict[str, list[float]] = {}
     for name, ways in ((CONTROL, (CONTROL,)), ("float32 partials (ours)", tuple(STRATEGIES))):
@@ -261,7 +261,7 @@ def draw(rows: list[dict[str, Any]], asked: Settings, title: str) -> None:
 def task(config: DictConfig) -> None:
     """Measure; show, write and draw."""
     warm_up_ranks(["longctx.infer.engine", "longctx.megatron.attention", "recipes.common.progress"])
-    settings, model = top_level(config, Settings), section(config, "model", ModelSource)
+    settings, model = top_level(config, DriftSettings), section(config, "model", ModelSource)
     if model.dtype != "bfloat16":
         raise ValueError(f"model.dtype={model.dtype}: drift is looked for in bfloat16; use model.dtype=bfloat16")
     refuse_unwritable(settings.out)
@@ -278,16 +278,18 @@ def task(config: DictConfig) -> None:
         draw(rows, settings, f"{model.name}, bfloat16, {settings.tokens:,} tokens, {len(rows)} layers")
 
 
-def _job(settings: Settings, model: ModelSource) -> Job:
+def _job(settings: DriftSettings, model: ModelSource) -> DriftJob:
     folder = locate(model, say)
     refuse_adapted(folder, "recipes.bench drift")
     shape = shape_of(folder)
-    if settings.tokens > shape.positions:
-        raise ValueError(f"tokens={settings.tokens}: {model.name} was made for {shape.positions:,}; use at most that")
+    if settings.tokens > shape.max_positions:
+        raise ValueError(
+            f"tokens={settings.tokens}: {model.name} was made for {shape.max_positions:,}; use at most that"
+        )
     layers = settings.layers or tuple(range(shape.layers))
     if max(layers) >= shape.layers:
         raise ValueError(f"layers={max(layers)}: {model.name} has layers 0 to {shape.layers - 1}")
     tokens, available = prompt_tokens(PromptSource(pydoc="all", tokens=settings.tokens), tokenizer_of(folder))
     if available < settings.tokens:
         raise ValueError(f"tokens={settings.tokens}: the text has {available:,} tokens; use at most that")
-    return Job(settings, model, folder, shape, tuple(tokens), layers)
+    return DriftJob(settings, model, folder, shape, tuple(tokens), layers)

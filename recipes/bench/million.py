@@ -28,7 +28,7 @@ from recipes.common.provenance import provenance
 
 
 @dataclass(frozen=True)
-class Settings:
+class MillionSettings:
     """The settings of configs/bench_million.yaml that are not a section of their own."""
 
     cached: PositiveInt
@@ -38,7 +38,7 @@ class Settings:
     out: str | None
 
 
-def run_rank(rank: Rank, mesh: Mesh, shape: ModelShape, dtype: str, settings: Settings) -> list[dict[str, Any]]:
+def run_rank(rank: Rank, mesh: Mesh, shape: ModelShape, dtype: str, settings: MillionSettings) -> list[dict[str, Any]]:
     """Every strategy's figures: seconds of the slowest rank, bytes that this rank sent, peak memory."""
     from longctx.attention.backends import kernel_for
     from longctx.attention.layout import zigzag
@@ -60,9 +60,9 @@ def run_rank(rank: Rank, mesh: Mesh, shape: ModelShape, dtype: str, settings: Se
         queries = new.after(zigzag(settings.cached, ring.size))
         for layout in (zigzag(settings.cached, ring.size), new):
             cache.extend(layout.after(cache.layout))
-            per_rank = (1, layout.rows(ring.rank), shape.kv_heads, shape.head_width)
+            per_rank = (1, layout.rows(ring.rank), shape.kv_heads, shape.head_dim)
             k, v = cache.append(0, torch.randn(per_rank, dtype=kind), torch.randn(per_rank, dtype=kind))
-        q = torch.randn(1, new.rows(ring.rank), shape.heads, shape.head_width, dtype=kind)
+        q = torch.randn(1, new.rows(ring.rank), shape.heads, shape.head_dim, dtype=kind)
 
         def run(name: str) -> tuple[float, int]:
             before = ring.traffic.total
@@ -103,7 +103,7 @@ def peak_bytes() -> int:
 def task(config: DictConfig) -> None:
     """Measure; write and show what the first rank gives."""
     warm_up_ranks(["longctx.megatron.runtime", "longctx.infer.cache", "recipes.common.progress"])
-    settings, mesh = top_level(config, Settings), section(config, "mesh", Mesh)
+    settings, mesh = top_level(config, MillionSettings), section(config, "mesh", Mesh)
     model = section(config, "model", ModelSource)
     refuse_unused(mesh, "recipes.bench million", ("tp", "ulysses", "dp", "pp"))
     refuse_unwritable(settings.out)

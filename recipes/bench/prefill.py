@@ -23,7 +23,7 @@ from longctx.data.prompt import prompt_tokens
 from longctx.hf.config import shape_of, tokenizer_of
 from longctx.hf.locate import locate
 from longctx.model_shape import ModelShape
-from longctx.parallel.comm import Arrived, Comm, Pending, Shape, Traffic
+from longctx.parallel.comm import Comm, CompletedPending, Pending, Shape, Traffic
 from longctx.parallel.launch import Rank
 from longctx.parallel.validate import refuse_unused
 from longctx.shapes import Tensor
@@ -36,7 +36,7 @@ Work = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Settings:
+class PrefillSettings:
     """The settings of configs/bench_prefill.yaml that are not a section of their own."""
 
     parts: tuple[Literal["attention", "model"], ...]
@@ -47,10 +47,10 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Job:
+class PrefillJob:
     """What every rank needs to know."""
 
-    settings: Settings
+    settings: PrefillSettings
     mesh: Mesh
     model: ModelSource
     folder: Path
@@ -59,7 +59,7 @@ class Job:
 
 
 @dataclass
-class Silent:
+class NullComm:
     """A ring whose neighbours' tensors are there at once: what remains is the price of computing in blocks."""
 
     rank: int
@@ -69,7 +69,7 @@ class Silent:
 
     def shift(self, *mine: Tensor, coming: Sequence[Shape]) -> Pending:
         """Tensors of the right shapes; the values do not change how long it takes."""
-        return Arrived(
+        return CompletedPending(
             tuple(self._there.setdefault(tuple(s), x.new_zeros(s)) for x, s in zip(mine, coming, strict=True))
         )
 
@@ -82,7 +82,7 @@ class Silent:
         raise AssertionError((mine, shapes))
 
 
-def ways_of_attention(job: Job, length: int, here: Any) -> dict[str, Work]:
+def attention_variants(job: PrefillJob, length: int, here: Any) -> dict[str, Work]:
     """Causal attention of one layer of the model: by one kernel call, by the ring, by the silent ring."""
     from longctx.attention.backends import kernel_for
     from longctx.attention.layout import zigzag
@@ -91,7 +91,7 @@ def ways_of_attention(job: Job, length: int, here: Any) -> dict[str, Work]:
     kernel, shape = kernel_for("auto", here.device.type, job.model.dtype), job.shape
     heads = (shape.heads, shape.kv_heads, shape.kv_heads)
     kind = getattr(torch, job.model.dtype)
-    whole = [torch.randn(1, length, n, shape.head_width, dtype=kind, device=here.device) for n in heads]
+    whole = [torch.randn(1, length, n, shape.head_dim, dtype=kind, device=here.device) for n in heads]
     layout = zigzag(length, here.ring.size)
     q, k, v = (layout.shard(x, here.ring.rank, 1) for x in whole)
 
@@ -101,11 +101,11 @@ def ways_of_attention(job: Job, length: int, here: Any) -> dict[str, Work]:
     return {
         "one": lambda: _done(kernel.forward(whole[0], whole[1], whole[2], True)),
         "ring": around(here.ring),
-        "silent": around(Silent(here.ring.rank, here.ring.size)),
+        "silent": around(NullComm(here.ring.rank, here.ring.size)),
     }
 
 
-def ways_of_model(job: Job, length: int, here: Any) -> dict[str, Work]:
+def model_variants(job: PrefillJob, length: int, here: Any) -> dict[str, Work]:
     """Prefill of the whole model: by one rank, by the ring, by the silent ring."""
     from longctx.attention.layout import contiguous, zigzag
     from longctx.infer.engine import Engine, load_alone, load_engine
@@ -117,7 +117,7 @@ def ways_of_model(job: Job, length: int, here: Any) -> dict[str, Work]:
     else:
         engine = load_engine(here, job.model, job.shape, job.folder, "auto")
     alone = load_alone(here, engine, job.model, job.folder)
-    silent = replace(engine, ring=Silent(here.ring.rank, here.ring.size))
+    silent = replace(engine, ring=NullComm(here.ring.rank, here.ring.size))
     tokens = torch.tensor(job.tokens[:length])
 
     def prefill(on: Engine) -> Work:
@@ -127,18 +127,18 @@ def ways_of_model(job: Job, length: int, here: Any) -> dict[str, Work]:
     return {"one": prefill(alone), "ring": prefill(engine), "silent": prefill(silent)}
 
 
-def with_few_layers(here: Any, job: Job, layers: int) -> Any:
+def with_few_layers(here: Any, job: PrefillJob, layers: int) -> Any:
     """The model with its first ``layers`` only, which take as long as any others, and random weights."""
     from longctx.attention.backends import kernel_for
     from longctx.infer.engine import Engine
     from longctx.megatron.hf_io import load as hf_load
-    from longctx.megatron.hf_io.init import Drawn
+    from longctx.megatron.hf_io.init import RandomInit
     from longctx.megatron.model import build_model
 
     shape = replace(job.shape, layers=layers, windows=job.shape.windows[:layers])
     dtype = getattr(torch, job.model.dtype)
     net = build_model(shape, here.groups, dtype=dtype, layers="local", device=here.device)
-    hf_load.load(net, Drawn(shape, seed=0), shape)
+    hf_load.load(net, RandomInit(shape, seed=0), shape)
     comms = (here.tp, here.ulysses, here.ring, here.context, here.answers)
     return Engine(net, shape, kernel_for("auto", here.device.type, job.model.dtype), *comms)
 
@@ -157,7 +157,7 @@ def seconds(work: Work, here: Any, *, by_all: bool) -> float:
     return float(torch.cat(here.context.all_gather(took, [(1,)] * here.context.size)).max())
 
 
-def run_rank(rank: Rank, job: Job) -> list[dict[str, Any]]:
+def run_rank(rank: Rank, job: PrefillJob) -> list[dict[str, Any]]:
     """Every part at every length, each way's seconds by round."""
     from longctx.megatron.runtime import runtime
 
@@ -169,7 +169,7 @@ def run_rank(rank: Rank, job: Job) -> list[dict[str, Any]]:
     ):
         for part in job.settings.parts:
             for length in job.settings.lengths:
-                make = ways_of_attention if part == "attention" else ways_of_model
+                make = attention_variants if part == "attention" else model_variants
                 ways = make(job, length, here)
                 progress.start(f"{part}, {length:,} tokens, runs", 4 * (job.settings.rounds + 1))
                 times = timed(ways, job.settings.rounds, here, progress.step)
@@ -223,7 +223,7 @@ def show(measured: list[dict[str, Any]]) -> None:
 def task(config: DictConfig) -> None:
     """Measure; write and show what the first rank gives."""
     warm_up_ranks(["longctx.infer.engine", "longctx.infer.prefill", "recipes.common.progress"])
-    settings, mesh = top_level(config, Settings), section(config, "mesh", Mesh)
+    settings, mesh = top_level(config, PrefillSettings), section(config, "mesh", Mesh)
     model = section(config, "model", ModelSource)
     refuse_unused(mesh, "recipes.bench", ("tp", "ulysses", "dp", "pp"))
     if mesh.ring < 2:
@@ -238,7 +238,7 @@ def task(config: DictConfig) -> None:
     shape = shape_of(folder)
     if settings.layers and settings.layers > shape.layers:
         raise ValueError(f"layers={settings.layers}: the model has {shape.layers}; use at most that, or null for all")
-    job = Job(settings, mesh, model, folder, shape, tuple(tokens))
+    job = PrefillJob(settings, mesh, model, folder, shape, tuple(tokens))
     measured = on_ranks(mesh, run_rank, job)
     if measured is None:
         return

@@ -36,7 +36,7 @@ ELEMENT = 4  # bytes: float32
 
 
 @dataclass(frozen=True)
-class Settings:
+class LatencySettings:
     """The settings of configs/bench_spd_latency.yaml that are not a section of their own."""
 
     shares: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=2)]
@@ -55,10 +55,10 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Job:
+class LatencyJob:
     """What every rank needs to know."""
 
-    settings: Settings
+    settings: LatencySettings
     mesh: Mesh
     model: ModelSource
     folder: Path
@@ -66,7 +66,7 @@ class Job:
     tokens: tuple[int, ...]
 
 
-def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
+def run_rank(rank: Rank, job: LatencyJob) -> dict[str, Any]:
     """Of every share and round the two times, and what of them are all-reduces; the links' own constants."""
     from longctx.infer.engine import load_engine
     from longctx.megatron.runtime import runtime
@@ -88,7 +88,7 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
     return {"rows": rows, **constants}
 
 
-def timed(here: Any, engine: Any, job: Job) -> dict[str, dict[str, float]]:
+def timed(here: Any, engine: Any, job: LatencyJob) -> dict[str, dict[str, float]]:
     """Seconds of a prefill, and of a decoded token; the slowest rank's, and this one's all-reduces."""
     from longctx.infer.session import Session
     from longctx.parallel.measure.all_reduce import tallied
@@ -122,7 +122,7 @@ def timed(here: Any, engine: Any, job: Job) -> dict[str, dict[str, float]]:
     return found
 
 
-def links(here: Any, job: Job) -> dict[str, float]:
+def links(here: Any, job: LatencyJob) -> dict[str, float]:
     """Seconds of a hop, from the shortest all-reduce; bytes a second: the links' nominal rate, or as measured."""
     from longctx.parallel.measure.all_reduce import seconds_of_one
 
@@ -135,7 +135,7 @@ def links(here: Any, job: Job) -> dict[str, float]:
     return {"hop_s": hop, "bytes_per_s": 2 * (ranks - 1) / ranks * size / max(1e-9, long - short)}
 
 
-def judged(found: dict[str, Any], job: Job) -> list[dict[str, Any]]:
+def judged(found: dict[str, Any], job: LatencyJob) -> list[dict[str, Any]]:
     """A row for every phase and share: medians, what is saved, and what bytes and hops predict."""
     layers, out = job.shape.layers, []
     for phase in PHASES:
@@ -182,9 +182,9 @@ def show(rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def asked_for(config: DictConfig) -> Job:
+def asked_for(config: DictConfig) -> LatencyJob:
     """What ``config`` asks for.  Raises ValueError if it cannot be done."""
-    settings, mesh = top_level(config, Settings), section(config, "mesh", Mesh)
+    settings, mesh = top_level(config, LatencySettings), section(config, "mesh", Mesh)
     model = section(config, "model", ModelSource)
     refuse_unused(mesh, "recipes.bench spd_latency", ("ulysses", "ring", "dp", "pp"))
     if mesh.tp < 2:
@@ -201,15 +201,15 @@ def asked_for(config: DictConfig) -> Job:
     refuse_adapted(folder, "recipes.bench spd_latency")
     shape = shape_of(folder)
     refuse_unfit(mesh, shape)
-    return Job(settings, mesh, model, folder, shape, prompt_of(settings, folder, shape))
+    return LatencyJob(settings, mesh, model, folder, shape, prompt_of(settings, folder, shape))
 
 
-def prompt_of(settings: Settings, folder: Path, shape: ModelShape) -> tuple[int, ...]:
+def prompt_of(settings: LatencySettings, folder: Path, shape: ModelShape) -> tuple[int, ...]:
     """The prompt.  Raises ValueError if the text is shorter, or if with what is decoded the model's context is."""
-    if settings.tokens + settings.new_tokens > shape.positions:
+    if settings.tokens + settings.new_tokens > shape.max_positions:
         raise ValueError(
             f"tokens={settings.tokens} and new_tokens={settings.new_tokens}: the model's context is "
-            f"{shape.positions:,}; use at most that together"
+            f"{shape.max_positions:,}; use at most that together"
         )
     tokens, available = prompt_tokens(PromptSource(pydoc="all", tokens=settings.tokens), tokenizer_of(folder))
     if available < settings.tokens:
@@ -239,7 +239,7 @@ def task(config: DictConfig) -> None:
         draw(rows, job, f"{link['rate']}, {settings.latency_us:g} us" if settings.hosts else "loopback")
 
 
-def draw(rows: list[dict[str, Any]], job: Job, link: str) -> None:
+def draw(rows: list[dict[str, Any]], job: LatencyJob, link: str) -> None:
     """What is saved over the share of dropped blocks, beside the prediction."""
     shares = [100 * row["share"] for row in rows if row["phase"] == "prefill"]
     series = {}

@@ -15,7 +15,7 @@ from rich.table import Table
 from longctx.config import DataSettings, TextSource
 from longctx.parallel.launch import Rank
 from longctx.spd.plan import SPDPlan, order_from, saved_plan, within
-from longctx.spd.text import Text
+from longctx.spd.text import PackedText
 from recipes.common.cli import console, on_ranks, sections, warm_up_ranks, written
 from recipes.common.plots import lines
 from recipes.common.progress import Progress
@@ -27,19 +27,19 @@ from recipes.common.spd_text import Subject, blocks_of, subject_of, text_of
 class NamedText(TextSource):
     """An item of the setting ``texts``."""
 
-    called: str
+    label: str
 
 
 @dataclass(frozen=True)
 class NamedModel:
     """An item of the setting ``models``: of recipes.spd_adapt."""
 
-    called: str
+    label: str
     folder: str
 
 
 @dataclass(frozen=True)
-class Variant:
+class QualityVariant:
     """A line of the picture: weights of ``folder``, blocks dropped in ``order``."""
 
     name: str
@@ -49,17 +49,17 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Job:
+class QualityJob:
     """What every rank needs to know."""
 
     subject: Subject
-    variants: tuple[Variant, ...]
+    variants: tuple[QualityVariant, ...]
     shares: tuple[float, ...]
-    texts: dict[str, Text]
+    texts: dict[str, PackedText]
     placement: tuple[int, ...]
 
 
-def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
+def run_rank(rank: Rank, job: QualityJob) -> dict[str, Any]:
     """Mean losses (nats) by text: of each variant over the shares, and of each placement."""
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.spd.layer import follow_plan
@@ -90,7 +90,7 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
     return found
 
 
-def mean_loss(blocks: Any, text: Text) -> float:
+def mean_loss(blocks: Any, text: PackedText) -> float:
     """Nats a token, as the model's blocks are set."""
     total = 0.0
     for begin in range(0, len(text), 4):
@@ -102,7 +102,7 @@ def mean_loss(blocks: Any, text: Text) -> float:
     return total / int(text.mask.sum())
 
 
-def placements(blocks: Any, text: Text, block: int) -> dict[str, float]:
+def placements(blocks: Any, text: PackedText, block: int) -> dict[str, float]:
     """Nats a token where ``block`` alone drops: Y and b where they belong, and where they do not (Table 1).
 
     This model has no bias: b is the mean of the attention's output, which each rank's part is centred by, so that the
@@ -140,28 +140,28 @@ def placed_outputs(blocks: Any, layer: Any, x: Any) -> list[Any]:
     return [x + whole + z, x + z + mine, with_bias + bias, with_bias + blocks.tp.size * bias]
 
 
-def variants_of(config: DictConfig, subject: Subject) -> tuple[Variant, ...]:
+def variants_of(config: DictConfig, subject: Subject) -> tuple[QualityVariant, ...]:
     """The lines of the picture.  Raises ValueError for an adapted model that is not of this one."""
     layers, tp = subject.shape.layers, subject.mesh.tp
     order = order_from(Path(config.sensitivity).expanduser(), layers, tp, subject.fingerprint)
     found = [
-        Variant("zero-shot, least sensitive first", subject.folder, order),
-        Variant("zero-shot, first to last", subject.folder, tuple(range(layers))),
+        QualityVariant("zero-shot, least sensitive first", subject.folder, order),
+        QualityVariant("zero-shot, first to last", subject.folder, tuple(range(layers))),
     ]
-    for name, folder in ((model.called, model.folder) for model in sections(config, "models", NamedModel)):
+    for name, folder in ((model.label, model.folder) for model in sections(config, "models", NamedModel)):
         saved = saved_plan(Path(folder).expanduser())
         if saved is None or saved.plan.tp != tp or saved.source != subject.fingerprint:
             raise ValueError(f"models: {name}, {folder}, is not {subject.model.name} adapted for mesh.tp={tp}")
         if missing := set(within(saved.order, max(config.shares))) - set(saved.adapted):
             raise ValueError(f"models: {name}, {folder}, lacks block {min(missing)}: adapt it with a larger spd.budget")
-        found.append(Variant(name, Path(folder).expanduser(), saved.order, saved.plan.own_norms))
+        found.append(QualityVariant(name, Path(folder).expanduser(), saved.order, saved.plan.own_norms))
     return tuple(found)
 
 
-def texts_of(config: DictConfig, subject: Subject) -> dict[str, Text]:
+def texts_of(config: DictConfig, subject: Subject) -> dict[str, PackedText]:
     """The texts, by name."""
     data = {
-        source.called: DataSettings((source,), config.length, epochs=1, end_token=False)
+        source.label: DataSettings((source,), config.length, epochs=1, end_token=False)
         for source in sections(config, "texts", NamedText)
     }
     return {name: text_of(settings, subject, config.sequences) for name, settings in data.items()}
@@ -204,12 +204,14 @@ def task(config: DictConfig) -> None:
     subject = subject_of(config, "recipes.bench spd_quality")
     shares: list[float] = list(config.shares)
     _refuse(config, subject)
-    job = Job(subject, variants_of(config, subject), tuple(shares), texts_of(config, subject), tuple(config.placement))
+    job = QualityJob(
+        subject, variants_of(config, subject), tuple(shares), texts_of(config, subject), tuple(config.placement)
+    )
     found = on_ranks(subject.mesh, run_rank, job)
     if found is None:
         return
     for of_text in found.values():
-        of_text["recovered"] = {name: recovered(of_text, name) for name in (model.called for model in config.models)}
+        of_text["recovered"] = {name: recovered(of_text, name) for name in (model.label for model in config.models)}
     result = {"model": subject.model.name, "tp": subject.mesh.tp, "shares": shares, "texts": found, **provenance()}
     show(result)
     written(str(Path(config.out, "quality.json")), result)

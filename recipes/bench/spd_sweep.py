@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from longctx.parallel.launch import Rank
 from longctx.spd.plan import SPDPlan
 from longctx.spd.sensitivity import perplexities, scores, sensitivity
-from longctx.spd.text import Text
+from longctx.spd.text import PackedText
 from recipes.bench.spd_quality import mean_loss
 from recipes.common.cli import console, on_ranks, warm_up_ranks, written
 from recipes.common.progress import Progress
@@ -25,14 +25,14 @@ from recipes.spd_sensitivity import WARM, sums_of
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepJob:
     """What every rank needs to know."""
 
     subject: Subject
-    text: Text
+    text: PackedText
 
 
-def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
+def run_rank(rank: Rank, job: SweepJob) -> dict[str, Any]:
     """Seconds and scores of both ways."""
     from longctx.megatron.spd.layer import follow_plan
 
@@ -63,7 +63,7 @@ def task(config: DictConfig) -> None:
     if subject.mesh.dp > 1:
         raise ValueError(f"recipes.bench spd_sweep has no use for mesh.dp={subject.mesh.dp}: use mesh.dp=1")
     text, data = calibration_of(config, subject, config.sequences)
-    found = on_ranks(subject.mesh, run_rank, Job(subject, text))
+    found = on_ranks(subject.mesh, run_rank, SweepJob(subject, text))
     if found is None:
         return
     faster, off = found["plain_s"] / found["kept_s"], found["largest_difference"]

@@ -33,13 +33,13 @@ from recipes.common.cli import (
     written,
 )
 from recipes.common.provenance import provenance
-from recipes.common.train_job import Job, job_of
+from recipes.common.train_job import TrainJob, job_of
 from recipes.common.train_loop import built
 from recipes.pretrain import WARM
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainBenchSettings:
     """The settings of configs/bench_train.yaml that are not those of a training run, nor a list of meshes."""
 
     rounds: PositiveInt
@@ -48,7 +48,7 @@ class Settings:
 
 
 @dataclass
-class Saved:
+class SavedActivations:
     """Bytes that a forward keeps for its backward: activations, each storage once, parameters not counted."""
 
     bytes: int = 0
@@ -74,7 +74,7 @@ class Saved:
             yield
 
 
-def step_on_rank(rank: Rank, job: Job, rounds: int) -> dict[str, Any]:
+def step_on_rank(rank: Rank, job: TrainJob, rounds: int) -> dict[str, Any]:
     """Seconds of ``rounds`` steps, and bytes of activations of a micro-batch, of the largest rank."""
     from itertools import islice
 
@@ -89,7 +89,7 @@ def step_on_rank(rank: Rank, job: Job, rounds: int) -> dict[str, Any]:
         trained = built(here, job)
         kernel = kernel_for(job.context.kernel, "cpu", job.model.dtype)
         how = Sharding(job.data.length, job.context.layout, kernel, STRATEGIES[job.context.strategy])
-        stage, took, saved = training_batches(job.data, tokenizer_of(job.described))(None), [], Saved()
+        stage, took, saved = training_batches(job.data, tokenizer_of(job.described))(None), [], SavedActivations()
         for i, (batch, _) in enumerate(islice(stage, rounds + 1)):
             here.world.all_gather(torch.zeros(1), [(1,)] * here.world.size)
             began = time.perf_counter()
@@ -103,7 +103,7 @@ def step_on_rank(rank: Rank, job: Job, rounds: int) -> dict[str, Any]:
     return {"seconds": took, "activation_bytes": int(most)}
 
 
-def attention_on_rank(rank: Rank, job: Job, names: tuple[str, ...], rounds: int) -> dict[str, Any]:
+def attention_on_rank(rank: Rank, job: TrainJob, names: tuple[str, ...], rounds: int) -> dict[str, Any]:
     """Seconds of a layer's attention, forward and backward, by way; the ways in turn within each round."""
     from longctx.attention.flash_cpu import flash_cpu
     from longctx.attention.layout import zigzag
@@ -114,10 +114,10 @@ def attention_on_rank(rank: Rank, job: Job, names: tuple[str, ...], rounds: int)
     shape, length = job.shape, job.data.length
     ways: dict[str, Any] = {}
     refused: dict[str, str] = {}
-    with runtime(rank, Mesh(ring=rank.world), threads=1) as here:
+    with runtime(rank, Mesh(ring=rank.world_size), threads=1) as here:
         layout = zigzag(length, here.ring.size)
         rows = layout.rows(here.ring.rank)
-        q, k, v = (torch.randn(1, rows, n, shape.head_width) for n in (shape.heads, shape.kv_heads, shape.kv_heads))
+        q, k, v = (torch.randn(1, rows, n, shape.head_dim) for n in (shape.heads, shape.kv_heads, shape.kv_heads))
         ours = {"ours, pass-KV ring": (here.ulysses, here.ring), "ours, Ulysses": (here.ring, here.ulysses)}
         for way, groups in ours.items():
             ways[way] = hybrid(*groups, layout).attention(flash_cpu, STRATEGIES["pass_kv"])
@@ -167,7 +167,7 @@ def show(tokens: int, steps: list[dict[str, Any]], attention: dict[str, Any]) ->
     console.print(table)
 
 
-def refuse_unmeasured(job: Job) -> None:
+def refuse_unmeasured(job: TrainJob) -> None:
     """ValueError for settings that one of the two tables would not follow."""
     settings, context = job.settings, job.context
     if settings.recompute != "none":
@@ -185,7 +185,7 @@ def refuse_unmeasured(job: Job) -> None:
             raise ValueError(f"{name}={asked}: this benchmark measures one only; use {name}={measured}")
 
 
-def meshes_of(config: DictConfig, job: Job) -> list[Mesh]:
+def meshes_of(config: DictConfig, job: TrainJob) -> list[Mesh]:
     """One rank, and the meshes beside it.  Raises ValueError for one that does not fit, or would not be used."""
     refuse_unused(job.mesh, "recipes.bench train", ("tp", "ulysses", "ring", "dp", "pp"))  # meshes= says on what
     meshes = sections(config, "meshes", Mesh)
@@ -199,7 +199,7 @@ def task(config: DictConfig) -> None:
     """Measure; write and show what the first rank gives."""
     warm_up_ranks([*WARM, "recipes.common.train_loop"])
     own = {name: config[name] for name in ("rounds", "peers", "json")}
-    asked = top_level(OmegaConf.create(own), Settings)
+    asked = top_level(OmegaConf.create(own), TrainBenchSettings)
     refuse_unwritable(asked.json, "json")
     plain = OmegaConf.create({str(k): v for k, v in config.items() if k not in (*own, "meshes")})
     job = job_of(plain, locate(section(config, "model", ModelSource), say), weights=None)

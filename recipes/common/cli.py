@@ -165,16 +165,16 @@ def on_every_rank(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
     here = rank_from_environment(os.environ)
     if here is None:
         return run_ranks(mesh.ranks, rank_main, *args)[0]
-    if here.world != mesh.ranks:
+    if here.world_size != mesh.ranks:
         raise ValueError(
-            f"the launcher started {here.world} ranks, the mesh has {mesh.ranks} ({mesh}): "
-            f"set mesh.ring={here.world} or another mesh of {here.world}"
+            f"the launcher started {here.world_size} ranks, the mesh has {mesh.ranks} ({mesh}): "
+            f"set mesh.ring={here.world_size} or another mesh of {here.world_size}"
         )
     try:
         return rank_main(here, *args)
     except ValueError as error:
         # Not the command line's fault any more: let the launcher have the traceback.
-        raise RuntimeError(f"rank {here.rank} of {here.world} failed") from error
+        raise RuntimeError(f"rank {here.rank} of {here.world_size} failed") from error
 
 
 def leave_stopped() -> NoReturn:
@@ -203,7 +203,7 @@ def say(line: str) -> None:
 
 def threads_for(asked: int | None, rank: Rank) -> int:
     """Threads of a rank: as asked for, or the cores that this machine's ranks share."""
-    return asked or max(1, len(os.sched_getaffinity(0)) // rank.neighbours)
+    return asked or max(1, len(os.sched_getaffinity(0)) // rank.local_world_size)
 
 
 def threads_here(asked: int | None, mesh: Mesh) -> int:

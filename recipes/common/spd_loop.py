@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longctx.config import Joint, Repair
+from longctx.config import JointRepair, Repair
 from longctx.parallel.launch import Rank
 from longctx.spd.folder import read_block, write_block
 from longctx.spd.plan import within
-from longctx.spd.text import Text
+from longctx.spd.text import PackedText
 from longctx.train.stop import StopRequest
 from recipes import spd_sensitivity
 from recipes.common.cli import say
@@ -24,20 +24,20 @@ ERRORS = ("zero_shot", "grouped", "fitted", "distilled")
 
 
 @dataclass(frozen=True)
-class Job:
+class AdaptJob:
     """What every rank needs to know.
 
     ``sensitivity`` is how sensitivities are measured, and ``measured`` what was found, if it is there already; ``text``
     is what blocks learn from, and ``joint_text``, behind it, what they learn from together.
     """
 
-    sensitivity: spd_sensitivity.Job
+    sensitivity: spd_sensitivity.SensitivityJob
     measured: dict[str, Any] | None
     repair: Repair
-    joint: Joint
+    joint: JointRepair
     budget: float
-    text: Text
-    joint_text: Text
+    text: PackedText
+    joint_text: PackedText
     about: Mapping[str, Any]
 
     @property
@@ -73,7 +73,7 @@ class Job:
         return self.joint_folder / f"{block:03d}.safetensors"
 
 
-def run_rank(rank: Rank, job: Job) -> dict[str, Any] | None:
+def run_rank(rank: Rank, job: AdaptJob) -> dict[str, Any] | None:
     """One rank's part: measure what has not been measured, repair block by block, learn together, rank what is left.
 
     None if it was asked to stop before the end.
@@ -85,7 +85,7 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any] | None:
     return found
 
 
-def adapted(here: Any, blocks: Any, job: Job, progress: Progress, stop: StopRequest) -> dict[str, Any] | None:
+def adapted(here: Any, blocks: Any, job: AdaptJob, progress: Progress, stop: StopRequest) -> dict[str, Any] | None:
     """The same, on the ranks' groups."""
     told = job.measured or spd_sensitivity.measured(here, blocks, job.sensitivity, progress, stop)
     if not told:
@@ -93,14 +93,16 @@ def adapted(here: Any, blocks: Any, job: Job, progress: Progress, stop: StopRequ
     if here.rank.rank == 0 and not job.measured:
         spd_sensitivity.keep(job.sensitivity, told)
     repair_all(here, blocks, job, told, progress, stop)
-    if stop.agreed(here.world, here.device):  # also: all blocks are in their files
+    if stop.agreed_on_all_ranks(here.world, here.device):  # also: all blocks are in their files
         return None
     wanted = chosen(here, blocks, job, within(told["order"], job.budget), progress)
     found = learn_together(here, blocks, job, wanted, progress, stop)
     return {"measured": told, **found} if found else None
 
 
-def repair_all(here: Any, blocks: Any, job: Job, told: dict[str, Any], progress: Progress, stop: StopRequest) -> None:
+def repair_all(
+    here: Any, blocks: Any, job: AdaptJob, told: dict[str, Any], progress: Progress, stop: StopRequest
+) -> None:
     """Every block within the budget that is not in its file; data-parallel ranks take every so many-th.
 
     Of all blocks the teacher's states pass by, and, if blocks are to learn from those, the student's.
@@ -124,37 +126,39 @@ def repair_all(here: Any, blocks: Any, job: Job, told: dict[str, Any], progress:
         if how.inputs == "student":
             student = through(blocks, now, student, how.batch)
         teacher = outputs
-        if stop.agreed(here.tp, here.device):  # data-parallel ranks have other blocks, and hear of it behind those
+        if stop.agreed_on_all_ranks(
+            here.tp, here.device
+        ):  # data-parallel ranks have other blocks, and hear of it behind those
             break
 
 
-def chosen(here: Any, blocks: Any, job: Job, wanted: Sequence[int], progress: Progress) -> Sequence[int]:
+def chosen(here: Any, blocks: Any, job: AdaptJob, wanted: Sequence[int], progress: Progress) -> Sequence[int]:
     """As many blocks as are ``wanted``: of all that have been repaired, also for a larger share before, the best."""
-    from longctx.megatron.spd.joint import Together
+    from longctx.megatron.spd.joint import JointDistillation
 
     there = [block for block in range(blocks.shape.layers) if job.file_of(block).is_file()]
     if len(there) == len(wanted):
         return wanted
     layers = {block: from_file(blocks, block, job) for block in there}
     progress.start("predictions with each that is repaired dropped alone", len(there) * job.passes)
-    together = Together(blocks, layers, there, job.joint, here.groups.dp)
+    together = JointDistillation(blocks, layers, there, job.joint, here.groups.dp)
     alone = together.divergences_alone(job.unseen, progress.step)
     return sorted(there, key=lambda block: (alone[block], block))[: len(wanted)]
 
 
 def learn_together(
-    here: Any, blocks: Any, job: Job, wanted: Sequence[int], progress: Progress, stop: StopRequest
+    here: Any, blocks: Any, job: AdaptJob, wanted: Sequence[int], progress: Progress, stop: StopRequest
 ) -> dict[str, Any] | None:
     """Blocks in their `joint_file_of`, if that ``helped``: if predictions are nearer to the model's on unseen text.
 
     Divergences (nats a token) ``before`` and ``after`` are with all ``wanted`` blocks dropped, ``alone`` with each of
     them by itself as it is at last, ``losses`` of each step.
     """
-    from longctx.megatron.spd.joint import Together
+    from longctx.megatron.spd.joint import JointDistillation
 
     how, part, parts = job.joint, here.groups.dp.rank(), here.mesh.dp
     layers = {block: from_file(blocks, block, job) for block in wanted}
-    together = Together(blocks, layers, by_error(job, wanted), how, here.groups.dp)
+    together = JointDistillation(blocks, layers, by_error(job, wanted), how, here.groups.dp)
     progress.start("predictions with all dropped", None)
     before = together.divergence(job.unseen)
     if how.steps:
@@ -164,7 +168,7 @@ def learn_together(
         at = together.steps * how.batch
         loss = together.step(job.joint_text.tokens[at : at + how.batch][part::parts])
         progress.step(note=f"divergence {loss:.3f}")
-        stops = stop.agreed(here.world, here.device)
+        stops = stop.agreed_on_all_ranks(here.world, here.device)
         if stops or together.steps % how.save_every == 0 or together.steps == how.steps:
             together.save(job.joint_folder, job.of_joint)
         if stops:
@@ -183,14 +187,14 @@ def learn_together(
     return {"losses": together.losses, "before": before, "after": after, "helped": helped, "alone": alone}
 
 
-def go_on(here: Any, together: Any, job: Job) -> None:
+def go_on(here: Any, together: Any, job: AdaptJob) -> None:
     """From the last whole state, if there is one; the first rank says what was passed over."""
     for passed in together.resume(job.joint_folder):
         if here.rank.rank == 0:
             say(passed)
 
 
-def by_error(job: Job, wanted: Sequence[int]) -> list[int]:
+def by_error(job: AdaptJob, wanted: Sequence[int]) -> list[int]:
     """The same blocks, first that with the smallest error on text that it has not learned from."""
     errors = {block: float(read_block(job.file_of(block))[1]["distilled"]) for block in wanted}
     return sorted(wanted, key=lambda block: (errors[block], block))
@@ -203,7 +207,7 @@ def through(blocks: Any, layer: Any, x: torch.Tensor, batch: int) -> torch.Tenso
 
 
 def repaired(
-    here: Any, blocks: Any, block: int, kind: Any, inputs: Any, outputs: Any, job: Job, progress: Progress
+    here: Any, blocks: Any, block: int, kind: Any, inputs: Any, outputs: Any, job: AdaptJob, progress: Progress
 ) -> Any:
     """The layer, which is also written to its file."""
     from longctx.megatron.spd.repair import repair
@@ -220,7 +224,7 @@ def repaired(
     return made.layer
 
 
-def from_file(blocks: Any, block: int, job: Job) -> Any:
+def from_file(blocks: Any, block: int, job: AdaptJob) -> Any:
     """The layer in its file."""
     layer = blocks.copy_of(block, own_norms=job.repair.own_norms)
     blocks.fill(layer, read_block(job.file_of(block))[0])

@@ -22,7 +22,7 @@ from longctx.parallel.launch import Rank
 from longctx.parallel.validate import refuse_unfit, refuse_unused
 from longctx.spd.plan import FILE as PLAN
 from longctx.spd.plan import SPDPlan
-from longctx.spd.text import Text
+from longctx.spd.text import PackedText
 from recipes.common.cli import say, section, threads_for
 from recipes.common.train_job import data_of, refuse_unwritable_folder
 
@@ -39,7 +39,7 @@ class Subject:
     threads: PositiveInt | None
     timeout_minutes: PositiveInt
 
-    def about(self, text: Text, data: DataSettings) -> dict[str, Any]:
+    def about(self, text: PackedText, data: DataSettings) -> dict[str, Any]:
         """What a measurement depends on."""
         parts = (part.numpy().tobytes() for part in (text.tokens, text.targets, text.mask))
         digest = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
@@ -75,15 +75,17 @@ def subject_of(config: DictConfig, recipe: str) -> Subject:
     return Subject(model, folder, fingerprint(folder), shape, mesh, config.threads, config.timeout_minutes)
 
 
-def text_of(data: DataSettings, subject: Subject, sequences: int, more: int = 0, length: str = "data.length") -> Text:
+def text_of(
+    data: DataSettings, subject: Subject, sequences: int, more: int = 0, length: str = "data.length"
+) -> PackedText:
     """The first ``sequences`` of ``data``, packed, and up to so many ``more``; documents of one see each other.
 
     Raises ValueError if there are fewer, or if they are longer than the model's context; ``length`` is the setting.
     """
     from longctx.data.batches import training_batches
 
-    if data.length > subject.shape.positions:
-        raise ValueError(f"{length}={data.length:,}: the model's context is {subject.shape.positions:,}")
+    if data.length > subject.shape.max_positions:
+        raise ValueError(f"{length}={data.length:,}: the model's context is {subject.shape.max_positions:,}")
     found = training_batches(data, tokenizer_of(subject.folder))(None)
     batches = [batch for batch, _ in islice(found, -(-(sequences + more) // data.batch))]
     if sum(len(batch.tokens) for batch in batches) < sequences:
@@ -92,13 +94,13 @@ def text_of(data: DataSettings, subject: Subject, sequences: int, more: int = 0,
             f"{', '.join(map(str, data.sources))}: the text has {there} sequences of {length}={data.length}, "
             f"not {sequences}: use fewer or shorter ones, or more text"
         )
-    whole = Text(*(torch.cat([getattr(b, part) for b in batches]) for part in ("tokens", "targets", "mask")))
+    whole = PackedText(*(torch.cat([getattr(b, part) for b in batches]) for part in ("tokens", "targets", "mask")))
     return whole[slice(sequences + more)]
 
 
 def calibration_of(
     config: DictConfig, subject: Subject, sequences: int, more: int = 0, length: str = "data.length"
-) -> tuple[Text, DataSettings]:
+) -> tuple[PackedText, DataSettings]:
     """The text of ``data.sources``, as `text_of` has it, each of them once."""
     data, _ = data_of(config)
     data = DataSettings(**{**vars(data), "epochs": 1})

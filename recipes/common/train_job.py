@@ -26,7 +26,7 @@ BYTES_OF_A_WEIGHT = 4 + 3 * 4  # itself, and in float32 the optimizer's copy and
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainSettings:
     """The settings of configs/pretrain.yaml and extend.yaml that are not a section of their own."""
 
     steps: PositiveInt
@@ -57,7 +57,7 @@ class Saving:
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainJob:
     """What every rank needs to know: plain values, checked before any rank starts.
 
     ``weights`` is the folder of what it begins with, None from scratch; `described` has configuration and tokenizer.
@@ -74,7 +74,7 @@ class Job:
     track: Track
     evaluation: Evaluation
     saving: Saving
-    settings: Settings
+    settings: TrainSettings
     peak_flops: float | None
     config: Mapping[str, Any]
     samples: tuple[tuple[int, int, str], ...]
@@ -90,7 +90,7 @@ class Job:
         return self.out / "model"
 
 
-def job_of(config: DictConfig, source: Path, weights: Path | None) -> Job:
+def job_of(config: DictConfig, source: Path, weights: Path | None) -> TrainJob:
     """The job that ``config`` asks for, of ``source``'s model, beginning with ``weights`` or from scratch.
 
     Raises ValueError, with what to do instead, if it cannot be done.
@@ -100,7 +100,7 @@ def job_of(config: DictConfig, source: Path, weights: Path | None) -> Job:
     from longctx.parallel.strategy import STRATEGIES
 
     mesh, context = section(config, "mesh", Mesh), section(config, "context", Context)
-    settings, model = top_level(config, Settings), section(config, "model", ModelSource)
+    settings, model = top_level(config, TrainSettings), section(config, "model", ModelSource)
     refuse_unwritable_folder(settings.out)
     described = describe(source, Path(settings.out))
     refuse_dropout(described)
@@ -121,7 +121,7 @@ def job_of(config: DictConfig, source: Path, weights: Path | None) -> Job:
     evaluation = section(config, "evaluate", Evaluation)
     if context.chunk:
         raise ValueError(f"context.chunk={context.chunk} is for inference: a training step takes its sequences whole")
-    job = Job(
+    job = TrainJob(
         model=model,
         weights=weights,
         shape=shape,
@@ -191,10 +191,11 @@ def refuse_unsplit(mesh: Mesh, shape: ModelShape, data: DataSettings) -> None:
         fit = [n for n in range(1, shape.layers + 1) if shape.layers % n == 0]
         nearest = min(fit, key=lambda n: (abs(n - mesh.pp), n))
         raise ValueError(f"mesh.pp={mesh.pp} does not divide {shape.layers} layers: use mesh.pp={nearest}")
-    if data.length > shape.positions:
+    if data.length > shape.max_positions:
         raise ValueError(
-            f"data.length={data.length:,} is more than the model's context of {shape.positions:,}: "
-            "use at most that, or another context (model.positions and a larger model.rope_theta, or model.rope_factor)"
+            f"data.length={data.length:,} is more than the model's context of {shape.max_positions:,}: "
+            "use at most that, or another context (model.max_positions and a larger model.rope_theta, or "
+            "model.rope_factor)"
         )
     if data.length < mesh.context:
         raise ValueError(
@@ -230,7 +231,7 @@ def describe(source: Path, out: Path) -> Path:
     return out / "model"
 
 
-def refuse_no_room(job: Job) -> None:
+def refuse_no_room(job: TrainJob) -> None:
     """ValueError unless ``out`` has room for the checkpoints that will be there at once, beside those that are."""
     there = len(checkpoint_index.places(job.out / "checkpoints"))
     needed = weights_of(job.shape) * BYTES_OF_A_WEIGHT * max(1, job.saving.keep + 1 - there)
@@ -241,7 +242,7 @@ def refuse_no_room(job: Job) -> None:
         )
 
 
-def refuse_other_run(job: Job) -> None:
+def refuse_other_run(job: TrainJob) -> None:
     """ValueError if the checkpoint to go on from is further than this run, began otherwise, or has another form."""
     place, _ = checkpoint_index.latest(job.out / "checkpoints")
     if not place:
@@ -265,5 +266,5 @@ def refuse_other_run(job: Job) -> None:
 
 def weights_of(shape: ModelShape) -> int:
     """Weights of a model of ``shape``, to within its norms and biases."""
-    heads = 2 * (shape.heads + shape.kv_heads) * shape.head_width
-    return shape.layers * shape.hidden * (heads + 3 * shape.ffn) + (2 - shape.tied) * shape.vocabulary * shape.hidden
+    heads = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
+    return shape.layers * shape.hidden * (heads + 3 * shape.ffn) + (2 - shape.tied) * shape.vocab_size * shape.hidden

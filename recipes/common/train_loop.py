@@ -15,10 +15,10 @@ from longctx.parallel.launch import Rank
 from longctx.train.stop import StopRequest
 from recipes.common.cli import STOPPED, console, say, threads_for
 from recipes.common.progress import Progress
-from recipes.common.train_job import Job
+from recipes.common.train_job import TrainJob
 
 
-def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
+def run_rank(rank: Rank, job: TrainJob) -> dict[str, Any]:
     """One rank's part of the run, from its last checkpoint on; the figures of its end."""
     from longctx.megatron.runtime import runtime
     from longctx.megatron.training.checkpoint import Checkpoints
@@ -68,15 +68,15 @@ def run_rank(rank: Rank, job: Job) -> dict[str, Any]:
     return {**ended, "checkpoint": str(saved.latest), "stopped": stop.agreed_on}
 
 
-def built(here: Any, job: Job) -> Any:
+def built(here: Any, job: TrainJob) -> Any:
     """The model on its ranks with its first weights, and its optimizer."""
     from longctx.megatron.hf_io import load as hf_load
-    from longctx.megatron.hf_io.init import Drawn
-    from longctx.megatron.training.optimizer import trainable
+    from longctx.megatron.hf_io.init import RandomInit
+    from longctx.megatron.training.optimizer import build_train_state
 
     dropped = job.plan.dropped if job.plan else ()
-    read = hf_load.Weights(job.weights, dropped) if job.weights else Drawn(job.shape, job.settings.seed)
-    return trainable(
+    read = hf_load.Weights(job.weights, dropped) if job.weights else RandomInit(job.shape, job.settings.seed)
+    return build_train_state(
         here,
         job.shape,
         job.optim,
@@ -89,14 +89,14 @@ def built(here: Any, job: Job) -> Any:
     )
 
 
-def resumed(trained: Any, job: Job, tell: Callable[[str], None]) -> dict[str, Any]:
+def resumed(trained: Any, job: TrainJob, tell: Callable[[str], None]) -> dict[str, Any]:
     """What was written with the last whole checkpoint, which ``trained`` then is; of a new run, where it begins.
 
     ``next`` is the step from which on its record is written anew: of a new run the samples, before the first step, too.
     """
     from longctx.megatron.training import checkpoint
 
-    place, passed = checkpoint.agreed(job.out / "checkpoints")
+    place, passed = checkpoint.agreed_on_all_ranks(job.out / "checkpoints")
     for why in passed:
         tell(f"passed over: {why}")
     if not place:
@@ -109,7 +109,7 @@ def resumed(trained: Any, job: Job, tell: Callable[[str], None]) -> dict[str, An
 
 
 def steps(
-    trained: Any, here: Any, job: Job, behind: dict[str, Any], stop: StopRequest
+    trained: Any, here: Any, job: TrainJob, behind: dict[str, Any], stop: StopRequest
 ) -> Iterator[tuple[int, dict[str, Any], Any, bool]]:
     """Train, step by step: its number, its figures, where the data stands behind it, and whether it is the last.
 
@@ -118,16 +118,16 @@ def steps(
     from longctx.attention.backends import checked_kernel
     from longctx.data.batches import left_out, training_batches
     from longctx.hf.config import tokenizer_of
-    from longctx.parallel.measure.comm_timer import TimedComm, Waiting
+    from longctx.parallel.measure.comm_timer import ExposedCommTimer, TimedComm
     from longctx.parallel.strategy import STRATEGIES
     from longctx.train.meter import Meter
     from longctx.train.step import Sharding, train_step
 
     part, parts, settings = here.groups.dp.rank(), here.groups.dp.size(), job.settings
-    kernel = checked_kernel(job.context.kernel, here.device, job.model.dtype, job.shape.head_width)
+    kernel = checked_kernel(job.context.kernel, here.device, job.model.dtype, job.shape.head_dim)
     strategy, keeping = STRATEGIES[job.context.strategy], settings.recompute != "none"
     how = Sharding(job.data.length, job.context.layout, kernel, strategy, keeping)
-    waiting = Waiting()
+    waiting = ExposedCommTimer()
     timed = replace(here, ulysses=TimedComm(here.ulysses, waiting), ring=TimedComm(here.ring, waiting))
     meter = Meter(job.shape, job.mesh.ranks // parts, here.device, waiting, job.peak_flops)
     held_out = _held_out(job, part, parts)
@@ -144,7 +144,7 @@ def steps(
         }
         if held_out and (last or step % job.evaluation.every == 0):
             figures |= measured(trained, held_out, here, how, job)
-        ends = last or stop.agreed(here.world, here.device)
+        ends = last or stop.agreed_on_all_ranks(here.world, here.device)
         yield step, figures, data, ends
         if ends:
             break
@@ -162,7 +162,7 @@ def with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
         yield item, True
 
 
-def _held_out(job: Job, part: int, parts: int) -> list[Any]:
+def _held_out(job: TrainJob, part: int, parts: int) -> list[Any]:
     from longctx.data.batches import training_batches
     from longctx.hf.config import tokenizer_of
 
@@ -172,7 +172,7 @@ def _held_out(job: Job, part: int, parts: int) -> list[Any]:
     return [batch for batch, _ in islice(batches, job.evaluation.batches)]
 
 
-def measured(trained: Any, held_out: list[Any], here: Any, how: Any, job: Job) -> dict[str, float | None]:
+def measured(trained: Any, held_out: list[Any], here: Any, how: Any, job: TrainJob) -> dict[str, float | None]:
     """Loss and perplexity of held-out text, over all of it and by position in the document."""
     from longctx.train.step import evaluate
 
@@ -185,7 +185,7 @@ def measured(trained: Any, held_out: list[Any], here: Any, how: Any, job: Job) -
     return {"eval/loss": sums.mean, "eval/perplexity": math.exp(sums.mean), **by_position}
 
 
-def show(job: Job, ended: dict[str, Any]) -> None:
+def show(job: TrainJob, ended: dict[str, Any]) -> None:
     """How a run ended, and what to do with it; one that was asked to stop ends with exit code 75."""
     table = Table(show_header=False, box=None)
     table.add_row("step", f"{ended['step']:,} of {job.settings.steps:,}, on {job.mesh}")

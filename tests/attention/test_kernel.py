@@ -11,7 +11,7 @@ from longctx.attention.cudnn import cudnn
 from longctx.attention.flash_cpu import flash_cpu
 from longctx.attention.flash_cuda import flash_cuda
 from longctx.attention.kernel import Kernel, attend_tiles, reference, tile_gradients
-from longctx.attention.partial import Partial, absorb, nothing
+from longctx.attention.partial import Partial, empty_partial, merge_
 from longctx.attention.tiles import Tile
 from tests import oracle
 
@@ -180,7 +180,7 @@ def test_tiles_add_up_to_the_whole(kernel, dtype, tolerance):
     """Each tile's backward takes out and lse of the whole softmax, so that their shares are just summed."""
     q, k, v, dout = random(6, 2, 36, 67, 7, dtype)
     mask = oracle.visible(oracle.packed([36], [31]), oracle.packed([67]))
-    whole = nothing(q)
+    whole = empty_partial(q)
     for tiles in (TILES[3:], TILES[:3]):  # in any order
         attend_tiles(whole, q, k, v, tiles, kernel)
     grads = tile_gradients(dout, q, k, v, whole, TILES, kernel)
@@ -194,14 +194,14 @@ def test_what_neighbours_say_is_merged_at_once(monkeypatch, most, merges):
     """Four short documents, each behind what is cached of it: a rectangle and a triangle each."""
     monkeypatch.setattr(kernel_module, "_ROWS_TOGETHER", most)
     asked = []
-    monkeypatch.setattr(kernel_module, "absorb", lambda seen, *rest: (asked.append(rest), absorb(seen, *rest)))
+    monkeypatch.setattr(kernel_module, "absorb", lambda seen, *rest: (asked.append(rest), merge_(seen, *rest)))
     new, cached = [2, 3, 1, 5], [3, 2, 7, 1]
     begins = list(accumulate(new, initial=0))
     keys = list(accumulate(map(sum, zip(new, cached, strict=True)), initial=0))
     full = [Tile(q, q + n, k, k + c) for q, n, k, c in zip(begins, new, keys, cached, strict=False)]
     own = [Tile(q, q + n, k + c, k + c + n, causal=True) for q, n, k, c in zip(begins, new, keys, cached, strict=False)]
     q, k, v, _ = random(6, 2, sum(new), sum(new) + sum(cached), 5)
-    seen = nothing(q)
+    seen = empty_partial(q)
     attend_tiles(seen, q, k, v, [*own, *full], reference)
     mask = oracle.visible(oracle.packed(new, cached), oracle.packed([n + c for n, c in zip(new, cached, strict=True)]))
     out, lse = oracle.attention(q, k, v, mask)
@@ -213,7 +213,7 @@ def test_what_neighbours_say_is_merged_at_once(monkeypatch, most, merges):
 @both
 def test_rows_that_no_tile_names_are_left_alone(kernel):
     q, k, v, dout = random(6, 2, 5, 7, 5)
-    seen = nothing(q)
+    seen = empty_partial(q)
     attend_tiles(seen, q, k, v, [Tile(1, 3, 2, 4, causal=True)], kernel)
     assert (seen.lse[:, [0, 3, 4]] == -torch.inf).all()
     assert torch.isfinite(seen.lse[:, 1:3]).all()

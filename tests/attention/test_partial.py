@@ -6,7 +6,7 @@ from functools import reduce
 import pytest
 import torch
 
-from longctx.attention.partial import Partial, absorb, accumulation_dtype, merge, nothing
+from longctx.attention.partial import Partial, accumulation_dtype, empty_partial, merge, merge_
 from tests import oracle
 
 B, S, HQ, HK, D = 2, 5, 6, 3, 7
@@ -49,7 +49,7 @@ def test_merge_is_associative_and_commutative(thirds):
 
 def test_nothing_is_the_unit_of_merge(thirds):
     a = thirds[0]
-    for merged in (merge(a, nothing(a.out)), merge(nothing(a.out), a)):
+    for merged in (merge(a, empty_partial(a.out)), merge(empty_partial(a.out), a)):
         assert torch.equal(merged.out, a.out)
         assert torch.equal(merged.lse, a.lse)
 
@@ -84,7 +84,7 @@ def test_absorb_is_merge_on_some_rows(thirds):
     part = Partial(b.out[:, rows], b.lse[:, rows])
     expected = merge(Partial(a.out[:, rows], a.lse[:, rows]), part)
     seen = Partial(a.out.clone(), a.lse.clone())
-    absorb(seen, rows, part)
+    merge_(seen, rows, part)
     assert torch.equal(seen.out, torch.cat([a.out[:, :1], expected.out, a.out[:, 4:]], 1))
     assert torch.equal(seen.lse, torch.cat([a.lse[:, :1], expected.lse, a.lse[:, 4:]], 1))
 
@@ -100,7 +100,7 @@ def test_absorb_is_merge_on_some_rows(thirds):
 )
 def test_softmax_state_is_kept_in_float32_or_better(given, kept):
     q = torch.zeros(B, S, HQ, D, dtype=given)
-    start = nothing(q)
+    start = empty_partial(q)
     assert accumulation_dtype(q) == start.out.dtype == start.lse.dtype == kept
     assert start.out.shape == q.shape
     assert (start.lse == -math.inf).all()

@@ -24,7 +24,7 @@ TABLE_4 = [
 
 def work(t: int, p: int, ranks: int = 4) -> Work:
     """One GPU of eight: 16 query heads, 1 KV head of 128, bf16."""
-    return Work((t,), (p,), ranks, heads=16, kv_heads=1, head_width=128, element_bytes=2)
+    return Work((t,), (p,), ranks, heads=16, kv_heads=1, head_dim=128, element_bytes=2)
 
 
 def gpu(tflops: float, gigabytes: float, exchange_gigabytes: float = 23.0) -> Hardware:

@@ -39,7 +39,7 @@ def test_difference_of_the_strategies_at_ten_percent():
     ("t", "p", "window"), [(7, 11, None), (7, 11, 3), (7, 11, 13), (23, 0, 5), (1, 0, 1), (5, 2, 99)]
 )
 def test_flops_count_the_pairs_of_the_mask(t, p, window):
-    one = Work((t, 3), (p, 0), 2, heads=6, kv_heads=2, head_width=5, element_bytes=4, window=window)
+    one = Work((t, 3), (p, 0), 2, heads=6, kv_heads=2, head_dim=5, element_bytes=4, window=window)
     pairs = sum(min(window or 999, position + 1) for t, p in ((t, p), (3, 0)) for position in range(p, p + t))
     assert one.flops == 4 * 5 * 6 * pairs
 
@@ -50,7 +50,7 @@ few = st.lists(st.tuples(st.integers(1, 97), st.integers(0, 97)), min_size=1, ma
 @given(few, st.integers(2, 7), st.sampled_from([(9, 3), (8, 1), (5, 5)]))
 def test_bytes_are_those_of_even_shares(sequences, ranks, heads):
     new, cached = zip(*sequences, strict=True)
-    one = Work(new, cached, ranks, *heads, head_width=11, element_bytes=2)
+    one = Work(new, cached, ranks, *heads, head_dim=11, element_bytes=2)
     keys = sum(2 * (t + p) * heads[1] * 11 * 2 for t, p in sequences) / ranks
     queries = sum(t * heads[0] for t in new) / ranks
     sent = {name: cost(one, ACHIEVED).bytes_sent for name, cost in COSTS.items()}

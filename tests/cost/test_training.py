@@ -58,7 +58,7 @@ def test_mfu_of_llama3_8b(thousands, teraflops, seconds, percent, percent_causal
 
 def test_weights_of_llama3_8b():
     """Its 8,030,261,248 parameters, less the embedding (a look-up) and 65 norms."""
-    parts = train_flops_by_part(replace(LLAMA3_8B, vocabulary=128256), [1], causal=True)
+    parts = train_flops_by_part(replace(LLAMA3_8B, vocab_size=128256), [1], causal=True)
     weights = 8_030_261_248 - 128256 * 4096 - 65 * 4096
     assert sum(parts.values()) - parts["scores"] == 6 * weights
 

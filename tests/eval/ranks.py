@@ -12,7 +12,7 @@ def answers(
     rank: Rank, mesh: Mesh, folder: Path, requests: Sequence[Request], together: int, dtype: str = "float32"
 ) -> dict[Request, Answer]:
     """The answers to ``requests``, so many tokens together."""
-    from eval.answers.worker import Work, answered
+    from eval.answers.worker import EvalWork, answered
     from eval.variants import Variant
     from longctx.hf.config import shape_of
     from longctx.infer.engine import load_engine
@@ -20,7 +20,7 @@ def answers(
 
     shape, model = shape_of(folder), ModelSource("test", str(folder), dtype=dtype)  # type: ignore[arg-type]
     variant = Variant("test", model, folder, shape, mesh, Context(), None, "cpu")
-    work = Work("test", variant, tuple(requests), folder, together, threads=1, timeout_minutes=2)
+    work = EvalWork("test", variant, tuple(requests), folder, together, threads=1, timeout_minutes=2)
     with runtime(rank, mesh, timeout_minutes=2) as here:
         engine = load_engine(here, model, shape, folder, "auto")
         return {request: answer for found, _ in answered(engine, work) for request, answer in found.items()}

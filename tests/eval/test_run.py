@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from eval import run, speed
 from eval.answers import responses
-from eval.answers.worker import Work, _refuse_no_numbers
+from eval.answers.worker import EvalWork, _refuse_no_numbers
 from eval.harness.local import LOCAL
 from longctx.hf.config import shape_of
 from recipes.common import cli as recipe_cli
@@ -135,7 +135,7 @@ def test_a_run_that_was_ended_asks_only_what_is_missing(cli, tiny, sets, tmp_pat
         f"model={tiny}",
         "eval.tasks=[arc_easy,lambada_openai]",
         f"eval.data={sets}",
-        "eval.together=1",
+        "eval.max_batch_tokens=1",
         "threads=1",
     ]
     command = [sys.executable, "-m", "eval.run", *words, f"out={tmp_path / 'killed'}"]
@@ -208,8 +208,8 @@ def prepared(tiny: Path, sets: Path, tmp_path_factory: pytest.TempPathFactory):
         (["eval.tasks=[piqa]"], "piqa.jsonl, which is not there"),
         (["eval.data=/no/such"], "eval.data=/no/such is no folder"),
         (["eval.limit=0"], "eval.limit=0"),
-        (["eval.longest=398"], "the model's context is 397"),
-        (["eval.tasks=[needle]", "eval.lengths=[307]", "eval.longest=306"], "the model's context is 306"),
+        (["eval.max_length=398"], "the model's context is 397"),
+        (["eval.tasks=[needle]", "eval.lengths=[307]", "eval.max_length=306"], "the model's context is 306"),
         (["eval.limits={hellasawg: 3}"], "eval.limits: there is no task hellasawg among arc_easy"),
         (["eval.tasks=[needle]", "eval.lengths=[512]"], "eval.lengths=512: the model's context is 397"),
         (["eval.gate=[nobody]"], "there is no variant nobody: there are baseline"),
@@ -289,7 +289,7 @@ def test_answers_depend_on_what_ends_them(prepared, tiny, tmp_path):
 
 
 def test_a_log_probability_that_is_no_number_is_refused(prepared, tmp_path):
-    work = Work("a", prepared("eval.limit=1").variants[0], (), tmp_path, 1, 1, 1)
+    work = EvalWork("a", prepared("eval.limit=1").variants[0], (), tmp_path, 1, 1, 1)
     _refuse_no_numbers(work, [-1.5, -math.inf])
     with pytest.raises(ValueError, match=r"variant baseline: 1 of 2 log-probabilities are not a number"):
         _refuse_no_numbers(work, [-1.5, math.nan])
@@ -306,7 +306,7 @@ def test_a_variant_whose_context_is_too_short_is_refused(prepared, tmp_path):
     plain = "variants=[{name: plain, model: {rope_factor: null}}]"
     with pytest.raises(ValueError, match=r"variant plain: its context is 397, .* up to [4-7]\d\d tokens"):
         prepared(*words, plain)
-    assert prepared(*words, "variants=[{name: theta, model: {rope_theta: 7e4}}]").variants[1].shape.positions == 794
+    assert prepared(*words, "variants=[{name: theta, model: {rope_theta: 7e4}}]").variants[1].shape.max_positions == 794
 
 
 def test_an_order_that_is_measured_on_the_baseline_is_for_no_other_model(prepared, tmp_path):
@@ -324,5 +324,5 @@ def test_a_variant_that_is_a_folder_has_its_own_context(prepared, tiny, tmp_path
 def test_a_variant_may_have_another_context(prepared, tmp_path):
     job = prepared(f"model.cache={tmp_path}", "variants=[{name: interpolated, model: {rope_factor: 2}}]")
     base, changed = job.variants
-    assert (base.shape.positions, changed.shape.positions) == (397, 794)
+    assert (base.shape.max_positions, changed.shape.max_positions) == (397, 794)
     assert changed.digest != base.digest, "answers of one are not the other's"

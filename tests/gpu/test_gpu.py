@@ -10,7 +10,7 @@ from longctx.attention.mask import BIDIRECTIONAL, CAUSAL, Mask, window
 from longctx.attention.verify import refuse_inexact
 from longctx.config import Mesh
 from longctx.parallel.launch import run_ranks
-from longctx.parallel.measure.comm_timer import Waiting
+from longctx.parallel.measure.comm_timer import ExposedCommTimer
 from longctx.parallel.ring import Ring
 from longctx.parallel.strategy import STRATEGIES, ring_attention
 from longctx.parallel.threads import run_threads
@@ -75,7 +75,7 @@ def test_a_models_logits_are_those_of_a_cpu(name, smollm2):
 def test_what_a_stream_waits_is_measured_and_what_it_computes_is_not():
     """The process has long gone on when the stream waits: only its events can tell."""
     device, cycles = torch.device("cuda"), 10**8
-    waiting, other = Waiting(), torch.cuda.Stream()
+    waiting, other = ExposedCommTimer(), torch.cuda.Stream()
     torch.cuda._sleep(cycles)  # computing before the wait
     with torch.cuda.stream(other):
         torch.cuda._sleep(4 * cycles)  # what comes from another rank

@@ -46,14 +46,14 @@ def saved(folder: Path, config: PreTrainedConfig) -> Path:
 
 def test_the_shape_of_a_llama(tmp_path):
     shape = shape_of(saved(tmp_path, LlamaConfig(**SIZES, head_dim=14, tie_word_embeddings=True)))
-    assert (shape.layers, shape.hidden, shape.ffn, shape.vocabulary, shape.positions) == (5, 60, 59, 307, 97)
-    assert (shape.heads, shape.kv_heads, shape.head_width) == (6, 2, 14)
+    assert (shape.layers, shape.hidden, shape.ffn, shape.vocab_size, shape.max_positions) == (5, 60, 59, 307, 97)
+    assert (shape.heads, shape.kv_heads, shape.head_dim) == (6, 2, 14)
     assert (shape.norm_eps, shape.tied, shape.qkv_bias, shape.end_tokens) == (3e-5, True, False, (13,))
 
 
 def test_the_shape_of_a_qwen2(tmp_path):
     shape = shape_of(saved(tmp_path, Qwen2Config(**SIZES)))
-    assert (shape.heads, shape.kv_heads, shape.head_width) == (6, 2, 60 // 6)
+    assert (shape.heads, shape.kv_heads, shape.head_dim) == (6, 2, 60 // 6)
     assert (shape.tied, shape.qkv_bias) == (False, True)
 
 

@@ -24,7 +24,7 @@ def described(tmp_path):
 def test_a_described_model_is_a_folder_without_weights(described):
     folder = locate(described)
     shape = shape_of(folder)
-    assert (shape.layers, shape.hidden, shape.ffn, shape.vocabulary, shape.positions) == (5, 60, 59, 307, 97)
+    assert (shape.layers, shape.hidden, shape.ffn, shape.vocab_size, shape.max_positions) == (5, 60, 59, 307, 97)
     assert (shape.tied, shape.end_tokens) == (True, (256,))
     assert AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).config.architectures == [
         "LlamaForCausalLM"
@@ -71,10 +71,14 @@ def test_a_description_of_nothing_is_refused_and_nothing_kept(described, field, 
 @pytest.mark.parametrize(
     ("asked", "positions", "rope"),
     [
-        ({"positions": 307}, 307, None),
+        ({"max_positions": 307}, 307, None),
         ({"rope_theta": 77777.0}, 97, {"rope_type": "default", "rope_theta": 77777.0}),
         ({"rope_factor": 3.0}, 291, {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0}),
-        ({"rope_factor": 3.0, "positions": 211}, 211, {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0}),
+        (
+            {"rope_factor": 3.0, "max_positions": 211},
+            211,
+            {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0},
+        ),
     ],
     ids=str,
 )
@@ -86,10 +90,10 @@ def test_of_another_context_config_is_changed_and_weights_are_links(tmp_path, as
     model = ModelSource("m", source=str(source), cache=str(tmp_path / "cache"), **asked)
     folder = locate(model)
     expected = saved(tmp_path, LlamaConfig(**SIZES, rope_parameters=rope or plain.rope_parameters))
-    assert (shape_of(folder).positions, shape_of(folder).rotary) == (positions, shape_of(expected).rotary)
+    assert (shape_of(folder).max_positions, shape_of(folder).rotary) == (positions, shape_of(expected).rotary)
     (weights,) = set(tensor_files(folder).values())
     assert weights.is_symlink() and weights.resolve() == tmp_path / "blob"
-    assert locate(model) == folder and shape_of(source).positions == 97
+    assert locate(model) == folder and shape_of(source).max_positions == 97
 
 
 def test_a_rotary_embedding_is_not_scaled_twice(tmp_path):

@@ -84,7 +84,7 @@ def play(rank: Rank, folder: Path, segment: Segment, load_from: Path | None) -> 
                 made = session.turn(step.prompts, step.max_new_tokens)
                 seen.tokens.append(made.tokens)
                 seen.bytes.append((made.prefill_bytes, made.decode_bytes))
-                seen.held.append(session.held)
+                seen.held.append(session.rows_per_rank)
     return seen
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longctx.attention.layout import Layout, contiguous, single, striped, zigzag
-from longctx.infer.cache import Branch, KVCache
+from longctx.infer.cache import KVCache, PrefixView
 
 BATCH, HEADS, WIDTH, LAYERS = 2, 3, 5, 2
 
@@ -118,7 +118,7 @@ def test_a_branch_reads_its_stem_and_leaves_it_as_it_was():
     k, v = (torch.randn(1, 5, 3, 7) for _ in range(2))
     stem.append(0, k, v)
     for length in (2, 3):
-        branch = Branch(stem)
+        branch = PrefixView(stem)
         branch.extend(contiguous(length, 1).after(branch.layout))
         new = [torch.randn(1, length, 3, 7) for _ in range(2)]
         keys, values = branch.append(0, *new)

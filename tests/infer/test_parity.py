@@ -10,7 +10,7 @@ from longctx.config import Context, Mesh, ModelSource, PromptSource, Sampling
 from longctx.data.prompt import prompt_tokens
 from longctx.hf.config import shape_of, tokenizer_of
 from longctx.parallel.launch import Rank, run_ranks
-from recipes.generate import Job, Prompt, Settings, run_rank
+from recipes.generate import GenerateJob, GenerateSettings, Prompt, run_rank
 
 MESHES = [
     (Mesh(), "pass_kv"),
@@ -56,11 +56,11 @@ def test_greedy_tokens_are_those_of_transformers(
 ) -> None:
     model, folder = smollm2
     new = len(expected)
-    settings = Settings(
+    settings = GenerateSettings(
         prompts=None, max_new_tokens=new, verify=False, threads=1, timeout_minutes=5, device="cpu", out=None
     )
     context, prompts = Context(strategy=strategy), (Prompt(prompt, new),)
-    job = Job(model, folder, shape_of(folder), mesh, context, Sampling(), prompts, settings)
+    job = GenerateJob(model, folder, shape_of(folder), mesh, context, Sampling(), prompts, settings)
     figures = run_ranks(mesh.ranks, run_rank, job)[0]
     assert figures["token_ids"] == [expected]
     assert figures["prefill_bytes_sent_per_rank"] == prefill_bytes(mesh, strategy, len(prompt))

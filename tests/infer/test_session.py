@@ -33,11 +33,11 @@ MESHES = [
 CONTEXTS = [
     Context(strategy=strategy, decode=decode, layout=layout, chunk=chunk)
     for strategy, decode, layout, chunk in [
-        ("pass_kv", "one_exchange", "zigzag", None),
+        ("pass_kv", "gather_merge", "zigzag", None),
         ("pass_q", "pass_q", "zigzag", 7),
         ("all_gather_kv", "pass_kv", "striped", None),
         ("pass_kv", "all_gather_kv", "contiguous", 5),
-        ("pass_q", "one_exchange", "striped", 1),
+        ("pass_q", "gather_merge", "striped", 1),
     ]
 ]
 

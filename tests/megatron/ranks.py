@@ -28,7 +28,7 @@ def all_logits(
         layout = zigzag(len(tokens), mesh.ring).split(mesh.ulysses)
         hidden = run_pass(engine, torch.tensor(tokens), layout, engine.cache(len(tokens)), engine.everywhere(pass_kv))
         with torch.inference_mode():
-            mine = logits(engine.model, hidden, engine.tp, engine.shape.vocabulary)
+            mine = logits(engine.model, hidden, engine.tp, engine.shape.vocab_size)
         shapes = [(layout.rows(r), *mine.shape[1:]) for r in range(engine.ranks)]
         whole = layout.unshard(here.context.all_gather(mine, shapes))[:, 0]
     return whole.clone() if rank.rank == 0 else None

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from longctx.attention.kernel import reference
 from longctx.attention.layout import zigzag
-from longctx.parallel.comm import Alone, Comm, DistComm, Traffic
+from longctx.parallel.comm import Comm, DistComm, SingleRankComm, Traffic
 from longctx.parallel.launch import Rank, run_ranks
 from longctx.parallel.ring import Ring
 from longctx.parallel.strategy import STRATEGIES, ring_attention
@@ -78,11 +78,11 @@ def exercise(comm: Comm) -> Done:
 def rank_main(rank: Rank) -> tuple[Done, Any]:
     """In a process of its own: the exercises over all ranks, and a shift within a group of the last two."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rank.meet, rank=rank.rank, world_size=rank.world)
+    dist.init_process_group("gloo", init_method=rank.init_method, rank=rank.rank, world_size=rank.world_size)
     try:
         done = exercise(DistComm(dist.group.WORLD))
-        pair = dist.new_group([rank.world - 2, rank.world - 1])
-        inside = rank.rank >= rank.world - 2
+        pair = dist.new_group([rank.world_size - 2, rank.world_size - 1])
+        inside = rank.rank >= rank.world_size - 2
         return done, within_a_pair(DistComm(pair)) if inside else None
     finally:
         dist.destroy_process_group()
@@ -163,7 +163,7 @@ def test_what_is_counted_is_what_others_get():
 
 
 def test_alone_there_is_nobody_to_talk_to():
-    comm, x = Alone(), torch.arange(3)
+    comm, x = SingleRankComm(), torch.arange(3)
     with pytest.raises(AssertionError, match="a ring of one communicates nothing"):
         comm.shift(x, coming=[(3,)])
     assert comm.all_to_all([x], [(3,)]) == [x]

@@ -20,7 +20,7 @@ GLOO_S = 200  # how long a collective would wait that nobody ends
 
 
 def answers(rank: Rank, word: str) -> tuple[str, int, int, int]:
-    return word * rank.rank, rank.world, rank.local, rank.neighbours
+    return word * rank.rank, rank.world_size, rank.local_rank, rank.local_world_size
 
 
 def said(folder: str, name: str, value: float) -> None:
@@ -35,7 +35,7 @@ def meets(rank: Rank, folder: str, ends: str, last: int) -> int:
     import torch.distributed as dist
 
     said(folder, f"pid{rank.rank}", os.getpid())
-    spec = {"init_method": rank.meet, "rank": rank.rank, "world_size": rank.world}
+    spec = {"init_method": rank.init_method, "rank": rank.rank, "world_size": rank.world_size}
     dist.init_process_group("gloo", timeout=timedelta(seconds=GLOO_S), **spec)
     total = torch.tensor([rank.rank])
     dist.all_reduce(total)

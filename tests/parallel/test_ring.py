@@ -7,12 +7,12 @@ import torch
 
 from longctx.attention.flash_cpu import flash_cpu
 from longctx.attention.kernel import Kernel, attend_tiles, reference
-from longctx.attention.layout import Layout, contiguous, deal, documents, single, striped, zigzag
+from longctx.attention.layout import Layout, contiguous, documents, shard_balanced, single, striped, zigzag
 from longctx.attention.mask import Mask
-from longctx.attention.partial import nothing
+from longctx.attention.partial import empty_partial
 from longctx.attention.tiles import visible_tiles
 from longctx.parallel.comm import Comm, Pending
-from longctx.parallel.ring import Ring, one_exchange, rotate
+from longctx.parallel.ring import Ring, gather_merge, rotate
 from longctx.parallel.strategy import STRATEGIES, ring_attention
 from longctx.parallel.threads import ThreadComm, ThreadWorld, run_threads
 from longctx.parallel.ulysses import share_of_heads
@@ -188,7 +188,7 @@ def test_a_ring_of_one_sends_nothing(strategy):
 @pytest.mark.parametrize(("ulysses", "ring"), [(1, 1), (1, 3), (3, 1), (2, 3)])
 @pytest.mark.parametrize("heads", [(6, 6), (6, 1)], ids=str)
 def test_answers_that_meet_are_exact_and_send_a_row_per_head(ulysses, ring, heads):
-    """`one_exchange`: rows that all ranks hold, over keys that the ring shares and heads that Ulysses does."""
+    """`gather_merge`: rows that all ranks hold, over keys that the ring shares and heads that Ulysses does."""
     keys, queries = documents([19, 11], ring), documents([2, 1], 1).after(documents([17, 10], 1))
     task, size = problem(queries, keys, heads=heads), ulysses * ring
 
@@ -196,9 +196,9 @@ def test_answers_that_meet_are_exact_and_send_a_row_per_head(ulysses, ring, head
         comm, at, member = world.group(rank), rank // ulysses, rank % ulysses
         q = share_of_heads(task.q, ulysses, member)
         k, v = (share_of_heads(keys.shard(x, at, 1), ulysses, member) for x in (task.k, task.v))
-        seen = nothing(q)
+        seen = empty_partial(q)
         attend_tiles(seen, q, k, v, visible_tiles(queries.ranks[0], keys.ranks[at]), reference)
-        return one_exchange(seen, comm, ulysses), comm.traffic.total
+        return gather_merge(seen, comm, ulysses), comm.traffic.total
 
     for out, sent in run_threads(size, rank_main):
         oracle.assert_close(out, task.exact()[0], 1e-10)
@@ -213,7 +213,7 @@ def test_three_turns_of_a_ragged_batch(strategy, heads, ranks):
     turns, held = [[29, 1, 13], [5, 17, 0], [2, 0, 23]], [0] * ranks
     cache = None
     for lengths in turns:
-        dealt = deal(lengths, zigzag, held)
+        dealt = shard_balanced(lengths, zigzag, held)
         queries = dealt.after(cache) if cache else dealt
         cache = cache.then(queries) if cache else queries
         held = [cache.rows(rank) for rank in range(ranks)]

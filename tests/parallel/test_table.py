@@ -16,10 +16,10 @@ from longctx.attention.backends import KERNELS, kernel_for
 from longctx.attention.kernel import Kernel, attend_tiles
 from longctx.attention.layout import Layout, contiguous, documents, zigzag
 from longctx.attention.mask import BIDIRECTIONAL, CAUSAL, Mask, window
-from longctx.attention.partial import nothing
+from longctx.attention.partial import empty_partial
 from longctx.attention.tiles import visible_tiles
 from longctx.parallel.comm import Comm
-from longctx.parallel.ring import Ring, one_exchange
+from longctx.parallel.ring import Ring, gather_merge
 from longctx.parallel.strategy import STRATEGIES, ring_attention
 from longctx.parallel.threads import ThreadWorld, run_threads
 from longctx.parallel.ulysses import over_heads, share_of_heads
@@ -90,14 +90,14 @@ def solved(way: str, masked: Masked, task: Problem, kernel: Kernel, sinks: Tenso
 
 
 def met(mask: Mask, task: Problem, kernel: Kernel, comm: Comm, at: int, ulysses: int) -> Tensor:
-    """The last rows' answer, all of it on every rank: see `one_exchange`."""
+    """The last rows' answer, all of it on every rank: see `gather_merge`."""
     keys = task.keys.gathered(ulysses)
     q = share_of_heads(task.q, ulysses, comm.rank % ulysses)
     k, v = (share_of_heads(keys.shard(x, at, 1), ulysses, comm.rank % ulysses) for x in (task.k, task.v))
-    seen = nothing(q)
+    seen = empty_partial(q)
     tiles = visible_tiles(task.queries.on_one_rank().ranks[0], keys.ranks[at], mask)
     attend_tiles(seen, q, k, v, tiles, kernel)
-    return one_exchange(seen, comm, ulysses)
+    return gather_merge(seen, comm, ulysses)
 
 
 def with_sinks(task: Problem, mask: Tensor, sinks: Tensor) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ import torch
 
 from longctx.attention.kernel import reference
 from longctx.attention.layout import Layout, documents, striped, zigzag
-from longctx.parallel.comm import Alone, Comm, Traffic
+from longctx.parallel.comm import Comm, SingleRankComm, Traffic
 from longctx.parallel.ring import Ring, pass_kv, pass_q
 from longctx.parallel.strategy import ring_attention
 from longctx.parallel.threads import run_threads
@@ -105,7 +105,7 @@ def test_a_group_of_one_adds_nothing():
     def inner(q, k, v):
         return q
 
-    assert over_heads(Alone(), [7], inner) is inner
+    assert over_heads(SingleRankComm(), [7], inner) is inner
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def prepared(tiny: Path) -> Callable[..., generate.Job]:
+def prepared(tiny: Path) -> Callable[..., generate.GenerateJob]:
     """``prepared(*settings)``: the job of recipes.generate on the tiny model; composed once, since Hydra is slow."""
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(recipe_cli.CONFIGS)):
         config = hydra.compose("generate", ["model=folder", f"model.source={tiny}", "model.name=tiny"])
@@ -33,7 +33,7 @@ def prepared(tiny: Path) -> Callable[..., generate.Job]:
 
 
 @pytest.fixture
-def refusal(prepared: Callable[..., generate.Job]) -> Callable[..., str]:
+def refusal(prepared: Callable[..., generate.GenerateJob]) -> Callable[..., str]:
     """What recipes.generate refuses a job with those settings with; `refused` is the same from the command line on."""
 
     def run(*settings: str) -> str:

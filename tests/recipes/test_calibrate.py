@@ -6,6 +6,7 @@ import yaml
 from longctx.config import Mesh
 from recipes import calibrate, chat, extend, pretrain
 from recipes.bench import crossover
+from recipes.common import cli as recipe_cli
 
 LINK = {"latency_s": 1e-6, "bytes_per_s": 1e9}
 VALUES = {"flops": 1e9, "kv_bytes_per_s": 1e9, "block_s": 0, "overlap": 1, "hop": LINK, "exchange": LINK}

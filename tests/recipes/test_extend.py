@@ -15,7 +15,7 @@ from longctx.hf.config import tokenizer_of
 from recipes import export, extend, pretrain
 
 DATA = ("data.length=211", "data.batch=2", "data.end_token=false", "threads=1")
-LONGER = ("model.positions=307", "model.rope_theta=77777.0")
+LONGER = ("model.max_positions=307", "model.rope_theta=77777.0")
 
 
 def extended(cli, tiny, out, *settings: str) -> list[dict]:
@@ -76,7 +76,7 @@ def test_linear_scaling_is_written_and_trained_with(cli, tiny, tmp_path):
     ("settings", "words"),
     [
         (["data.length=307"], r"data\.length=307 is more than the model's context of 97"),
-        (["model.positions=-1"], r"model\.positions=-1: use more than 0"),
+        (["model.max_positions=-1"], r"model\.max_positions=-1: use more than 0"),
         (["model.rope_theta=0"], r"model\.rope_theta=0\.0: use more than 0"),
         (["model.rope_factor=x"], r"model\.rope_factor=x"),
     ],

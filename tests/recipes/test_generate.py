@@ -103,7 +103,7 @@ def test_another_number_of_ranks_than_the_launcher_s_is_refused(refused, tiny, m
 
 def test_the_longest_that_fits_is_not_refused(prepared):
     job = prepared(PROMPT, "max_new_tokens=68", "mesh.ring=29", "mesh.tp=3")
-    assert (job.mesh.ranks, job.prompt_tokens, job.shape.positions) == (3 * 29, 29, 97)
+    assert (job.mesh.ranks, job.prompt_tokens, job.shape.max_positions) == (3 * 29, 29, 97)
 
 
 def test_the_advice_for_a_long_document_fills_the_context(refusal, prepared, tiny, tmp_path):
@@ -152,12 +152,12 @@ def test_the_same_tokens_with_and_without_torchrun(tiny, tmp_path):
     assert (again["token_ids"], again["text"]) == (result["token_ids"], result["text"])
 
 
-def killed_in(phase: str, rank: Rank, job: generate.Job):
+def killed_in(phase: str, rank: Rank, job: generate.GenerateJob):
     """`run_rank`, but rank 1 is killed in layer 1 of the prefill or of a decoded token, and the others wait for it."""
     from longctx.infer import prefill
 
     Path(job.folder, f"pid{rank.rank}").write_text(str(os.getpid()))
-    name = "over_heads" if phase == "prefill" else "one_exchange"
+    name = "over_heads" if phase == "prefill" else "gather_merge"
     calls, there = count(), getattr(prefill, name)
 
     def until_killed(*given, **named):

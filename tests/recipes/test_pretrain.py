@@ -197,7 +197,7 @@ def test_a_torn_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
         (["mesh.ulysses=4"], r"mesh\.ulysses=4 .*use mesh\.ulysses="),
         (["mesh.pp=3"], r"mesh\.pp=3 does not divide 4 layers: use mesh\.pp=[24]"),
         (["mesh.dp=3"], r"data\.batch=2 sequences do not divide over 3 .*use data\.batch=3"),
-        (["data.length=9000"], r"data\.length=9,000 is more than the model's context of 4,096: .*model\.positions"),
+        (["data.length=9000"], r"data\.length=9,000 is more than the model's context of 4,096: .*model\.max_positions"),
         (["data=text", "data.sources=[{path:/nowhere/at/all}]"], "/nowhere/at/all is no file"),
         (["data=text", "data.sources=[{path:README.md,share:3}]"], r"data\.sources\.0\.share=3: unexpected"),
         (["out=/proc/nobody/writes/here"], "out=/proc/nobody/writes/here cannot be written"),

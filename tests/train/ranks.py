@@ -69,13 +69,13 @@ def train(rank: Rank, run: Run) -> list[Step]:
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.runtime import runtime
     from longctx.megatron.training import checkpoint
-    from longctx.megatron.training.optimizer import trainable
+    from longctx.megatron.training.optimizer import build_train_state
     from longctx.parallel.strategy import STRATEGIES
     from longctx.train.step import Sharding, micro_batches, train_step
 
     shape = shape_of(run.folder)
     with runtime(rank, run.mesh, timeout_minutes=2, training=True) as here:
-        trained = trainable(
+        trained = build_train_state(
             here,
             shape,
             run.optim,
@@ -103,7 +103,7 @@ def train(rank: Rank, run: Run) -> list[Step]:
             with torch.no_grad():
                 for parameter in trained.net.parameters():
                     parameter.zero_()  # what is not loaded shows
-            checkpoint.load(checkpoint.agreed(run.checkpoints)[0], trained)
+            checkpoint.load(checkpoint.agreed_on_all_ranks(run.checkpoints)[0], trained)
         out = []
         for step in range(run.begin, run.steps):
             did = train_step(trained, batch(step), here, how)

@@ -10,9 +10,13 @@ from longctx.train.stop import SIGNAL, StopRequest
 
 def asked(rank: Rank, whom: int) -> tuple[bool, bool, bool]:
     """Whether this rank agrees to stop: before anybody is asked, after rank ``whom`` has been, and once more."""
-    with runtime(rank, Mesh(ring=rank.world)) as here:
+    with runtime(rank, Mesh(ring=rank.world_size)) as here:
         stop = StopRequest()
-        before = stop.agreed(here.world, here.device)
+        before = stop.agreed_on_all_ranks(here.world, here.device)
         if rank.rank == whom:
             os.kill(os.getpid(), SIGNAL)
-        return before, stop.agreed(here.world, here.device), stop.agreed(here.world, here.device)
+        return (
+            before,
+            stop.agreed_on_all_ranks(here.world, here.device),
+            stop.agreed_on_all_ranks(here.world, here.device),
+        )

@@ -13,9 +13,9 @@ from longctx.attention.layout import zigzag
 from longctx.cost.hardware import Hardware, Link, hardware_of
 from longctx.cost.training import train_flops
 from longctx.model_shape import ModelShape, Rotary
-from longctx.parallel.comm import Alone
+from longctx.parallel.comm import SingleRankComm
 from longctx.parallel.measure import probe
-from longctx.parallel.measure.comm_timer import TimedComm, Waiting
+from longctx.parallel.measure.comm_timer import ExposedCommTimer, TimedComm
 from longctx.parallel.measure.probe import gemm_flops
 from longctx.parallel.ring import Ring
 from longctx.parallel.strategy import STRATEGIES, ring_attention
@@ -60,7 +60,7 @@ def test_no_peak_is_guessed():
 
 
 def test_a_step_is_measured_from_begin_to_end():
-    meter = Meter(SHAPE, 2, CPU, waiting := Waiting(), peak_flops=1e9)
+    meter = Meter(SHAPE, 2, CPU, waiting := ExposedCommTimer(), peak_flops=1e9)
     with waiting.during("shift", CPU):
         time.sleep(1.1)  # before the step: an evaluation, a checkpoint
     meter.begin()
@@ -81,7 +81,7 @@ def test_exposed_communication_of_a_real_step():
     task = problem(zigzag(37, 3))
 
     def main(world, rank):
-        comm = TimedComm(world.group(rank), waiting := Waiting())
+        comm = TimedComm(world.group(rank), waiting := ExposedCommTimer())
         meter = Meter(SHAPE, 3, CPU, waiting)
         comm.all_gather(torch.zeros(1), [(1,)] * 3)
         meter.begin()
@@ -120,7 +120,7 @@ def test_a_measured_peak_is_of_the_product_that_was_timed(monkeypatch):
         return 0.5
 
     monkeypatch.setattr(probe, "_slowest", slowest)
-    assert gemm_flops(Alone(), torch.float32, CPU) == counted[0] / 0.5
+    assert gemm_flops(SingleRankComm(), torch.float32, CPU) == counted[0] / 0.5
 
 
 def test_a_hardware_file_may_know_the_peak():

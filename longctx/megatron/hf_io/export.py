@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from longctx.hf.config import shape_of
 from longctx.hf.scratch import write_like
 from longctx.megatron.hf_io.load import of_each_stage
-from longctx.megatron.hf_io.names import EMBEDDING, Part, parts
+from longctx.megatron.hf_io.names import EMBEDDING, TensorView, tensor_views
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm, DistComm
 from longctx.shapes import Tensor
@@ -81,20 +81,20 @@ def _refuse_other_shape(folder: Path, shape: ModelShape) -> None:
         )
 
 
-def _files(model: GPTModel, shape: ModelShape, size: str) -> list[list[Part]]:
+def _files(model: GPTModel, shape: ModelShape, size: str) -> list[list[TensorView]]:
     """What goes into each file of this stage.  The first stage's copy of a tied embedding is the one written."""
-    held = {part.name: part for part in parts(model, shape) if model.pre_process or part.name != EMBEDDING}
+    held = {part.name: part for part in tensor_views(model, shape) if model.pre_process or part.name != EMBEDDING}
     plan = split_state_dict_into_shards_factory(
         held, get_storage_size=_bytes, filename_pattern="{suffix}", max_shard_size=size
     )
     return [[held[name] for name in names] for names in plan.filename_to_tensors.values()]
 
 
-def _bytes(part: Part) -> int:
+def _bytes(part: TensorView) -> int:
     return prod(part.whole) * part.view.element_size()
 
 
-def _write(file: Path, held: list[Part], tp: Comm) -> None:
+def _write(file: Path, held: list[TensorView], tp: Comm) -> None:
     tensors = {}
     for part in held:
         whole = whole_of(part, tp)
@@ -104,7 +104,7 @@ def _write(file: Path, held: list[Part], tp: Comm) -> None:
         save_file(tensors, file, metadata={"format": "pt"})
 
 
-def whole_of(part: Part, tp: Comm) -> Tensor:
+def whole_of(part: TensorView, tp: Comm) -> Tensor:
     """A copy of the tensor as Hugging Face has it: of all ranks, without padding."""
     mine = part.view.flatten(0, 1)
     shares = [mine] if part.sharded is None else tp.all_gather(mine, [tuple(mine.shape)] * tp.size)

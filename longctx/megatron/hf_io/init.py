@@ -10,7 +10,7 @@ from longctx.model_shape import ModelShape
 from longctx.shapes import Tensor
 
 
-class Drawn:
+class RandomInit:
     """What `weights.Weights` is for a model that has been trained: tensors by name, here drawn from ``seed``.
 
     Normal with the shape's deviation, of the two matrices that write to the residual stream that over sqrt(2 layers)
@@ -31,16 +31,16 @@ class Drawn:
         digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
         draw = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-        deviation = self._shape.deviation / (math.sqrt(2 * self._shape.layers) if residual else 1)
+        deviation = self._shape.init_std / (math.sqrt(2 * self._shape.layers) if residual else 1)
         return torch.randn(size, generator=draw) * deviation
 
     def _size(self, name: str) -> tuple[int, ...]:
         s = self._shape
-        q, kv = s.heads * s.head_width, s.kv_heads * s.head_width
+        q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
         kind = name.split(".")[-2]
         matrices = {
-            "embed_tokens": (s.vocabulary, s.hidden),
-            "lm_head": (s.vocabulary, s.hidden),
+            "embed_tokens": (s.vocab_size, s.hidden),
+            "lm_head": (s.vocab_size, s.hidden),
             "q_proj": (q, s.hidden),
             "k_proj": (kv, s.hidden),
             "v_proj": (kv, s.hidden),

@@ -10,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from safetensors import safe_open
 
 from longctx.hf.checkpoint import DROPPED, tensor_files
-from longctx.megatron.hf_io.names import Part, parts
+from longctx.megatron.hf_io.names import TensorView, tensor_views
 from longctx.model_shape import ModelShape
 from longctx.shapes import Tensor
 
@@ -70,12 +70,12 @@ def load(model: GPTModel, read: Tensors, shape: ModelShape) -> None:
     quantised, has another shape than the model's, or is taken by no stage: a model that lacks a part would run,
     and be wrong.
     """
-    fill(parts(model, shape), read, model.pg_collection.tp.rank())
+    fill(tensor_views(model, shape), read, model.pg_collection.tp.rank())
     read.refuse_unread(shape.tied, set().union(*of_each_stage(read.taken, model.pg_collection.pp)))
 
 
 @torch.no_grad()
-def fill(held: Iterable[Part], read: Callable[[str], Tensor], rank: int) -> None:
+def fill(held: Iterable[TensorView], read: Callable[[str], Tensor], rank: int) -> None:
     """Copy tensor-parallel rank ``rank``'s share of each tensor into its place.  ValueError for another shape."""
     for part in held:
         whole = read(part.name)
@@ -84,7 +84,7 @@ def fill(held: Iterable[Part], read: Callable[[str], Tensor], rank: int) -> None
         part.view.copy_(_share(whole, part, rank).reshape(part.view.shape))
 
 
-def _share(whole: Tensor, part: Part, rank: int) -> Tensor:
+def _share(whole: Tensor, part: TensorView, rank: int) -> Tensor:
     """Tensor-parallel rank ``rank``'s share of ``whole``, zeros where it is padded."""
     if part.sharded is None:
         return whole

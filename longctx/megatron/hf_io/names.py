@@ -45,7 +45,7 @@ _OF_A_LAYER = {
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorView:
     """Where Hugging Face's tensor ``name`` lies in a parameter of this rank: ``view`` [groups rows ...] of it.
 
     ``sharded`` is the dim along which tensor-parallel ranks share the tensor (None: each has it whole), and
@@ -58,22 +58,24 @@ class Part:
     whole: tuple[int, ...]
 
 
-def parts(model: GPTModel, shape: ModelShape) -> Iterator[Part]:
+def tensor_views(model: GPTModel, shape: ModelShape) -> Iterator[TensorView]:
     """Every Hugging Face tensor of which this rank has a share; layers are counted over all pipeline stages."""
     tp = model.pg_collection.tp.size()
     for ours, parameter in model.named_parameters():
         names = _theirs(model, ours, shape)
-        yield from _parts(parameter, names, shape, tp, shape.vocabulary if ours in _OUTSIDE else None)
+        yield from _tensor_views(parameter, names, shape, tp, shape.vocab_size if ours in _OUTSIDE else None)
 
 
-def parts_of_layer(layer: TransformerLayer, shape: ModelShape) -> Iterator[Part]:
+def tensor_views_of_layer(layer: TransformerLayer, shape: ModelShape) -> Iterator[TensorView]:
     """The same of one layer."""
     for ours, parameter in layer.named_parameters():
         names = tuple(f"model.layers.{layer.layer_number - 1}.{name}" for name in _OF_A_LAYER[ours])
-        yield from _parts(parameter, names, shape, layer.tp_group.size())
+        yield from _tensor_views(parameter, names, shape, layer.tp_group.size())
 
 
-def _parts(parameter: Any, names: Sequence[str], shape: ModelShape, tp: int, rows: int | None = None) -> Iterator[Part]:
+def _tensor_views(
+    parameter: Any, names: Sequence[str], shape: ModelShape, tp: int, rows: int | None = None
+) -> Iterator[TensorView]:
     """``rows``: of the whole, if they are padded to equal shares."""
     sharded = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
     for name, view in zip(names, fused_views(parameter, len(names), shape, tp), strict=True):
@@ -81,7 +83,7 @@ def _parts(parameter: Any, names: Sequence[str], shape: ModelShape, tp: int, row
         if sharded is not None:
             whole[sharded] *= tp
             whole[0] = rows or whole[0]
-        yield Part(name, view, sharded, tuple(whole))
+        yield TensorView(name, view, sharded, tuple(whole))
 
 
 def fused_views(parameter: Tensor, tensors: int, shape: ModelShape, tp: int) -> Sequence[Tensor]:

@@ -15,16 +15,16 @@ from longctx.attention.mask import causal_within
 from longctx.megatron.attention import Pass
 from longctx.megatron.hf_io.export import whole_of
 from longctx.megatron.hf_io.load import fill
-from longctx.megatron.hf_io.names import parts_of_layer
+from longctx.megatron.hf_io.names import tensor_views_of_layer
 from longctx.megatron.model import local_layer, losses_of, rotary_angles
 from longctx.megatron.spd.layer import SPDTransformerLayer
 from longctx.model_shape import ModelShape
-from longctx.parallel.comm import Alone, Comm
+from longctx.parallel.comm import Comm, SingleRankComm
 from longctx.parallel.hybrid import hybrid
 from longctx.parallel.ring import pass_kv
 from longctx.shapes import Float, Tensor, Tokens
-from longctx.spd.least_squares import LinearGuess
-from longctx.spd.text import Text
+from longctx.spd.least_squares import LeastSquares
+from longctx.spd.text import PackedText
 
 Hidden = Float[Tensor, "b s hidden"]
 _TOGETHER = 8  # sequences, where many are looked at
@@ -52,16 +52,18 @@ class Blocks:
         """What a layer wants to know besides its input, if that is ``x``."""
         sequences, length, _ = x.shape
         mask = causal_within(self.shape.windows[layer.layer_number - 1])
-        shared = hybrid(Alone(), Alone(), documents([length] * sequences, 1), mask).attention(self.kernel, pass_kv)
+        shared = hybrid(SingleRankComm(), SingleRankComm(), documents([length] * sequences, 1), mask).attention(
+            self.kernel, pass_kv
+        )
         angles = rotary_angles(self.shape, torch.arange(length, device=x.device).repeat(sequences))
         return {"rotary_pos_emb": angles, "packed_seq_params": Pass(attend=lambda _, q, k, v: shared(q, k, v))}
 
-    def loss(self, x: Hidden, text: Text) -> float:
+    def loss(self, x: Hidden, text: PackedText) -> float:
         """Sum of the cross-entropies (nats) of ``text``'s targets, from what leaves the last block."""
         total = 0.0
         for rows, targets, mask in zip(x, text.targets, text.mask, strict=True):
             final = self.model.decoder.final_layernorm(_one_row(rows[None]))
-            losses = losses_of(self.model, final, targets[:, None], self.shape.vocabulary)[:, 0]
+            losses = losses_of(self.model, final, targets[:, None], self.shape.vocab_size)[:, 0]
             total += float((losses * mask).double().sum())
         return total
 
@@ -77,11 +79,11 @@ class Blocks:
     def tensors_of(self, layer: Any) -> dict[str, Tensor]:
         """``layer``'s weights as Hugging Face has them, whole, on every rank; norms of ranks' own one by one."""
         with torch.no_grad():
-            return {part.name: whole_of(part, self.tp).clone() for part in parts_of_layer(layer, self.shape)}
+            return {part.name: whole_of(part, self.tp).clone() for part in tensor_views_of_layer(layer, self.shape)}
 
     def fill(self, layer: Any, tensors: Mapping[str, Tensor]) -> None:
         """The other way."""
-        fill(parts_of_layer(layer, self.shape), tensors.__getitem__, self.tp.rank)
+        fill(tensor_views_of_layer(layer, self.shape), tensors.__getitem__, self.tp.rank)
 
     @torch.no_grad()
     def guesses(self, layer: Any, x: Hidden) -> list[Float[Tensor, "hidden hidden"]]:
@@ -89,11 +91,11 @@ class Blocks:
 
         ``layer`` drops its reduction.
         """
-        guess = LinearGuess(x.shape[-1], x.device)
+        guess = LeastSquares(x.shape[-1], x.device)
         for rows in x.split(_TOGETHER):
             partials = self.partials(layer, rows)
             mine, whole = (self._normed(layer, rows + y) for y in (partials[self.tp.rank], sum(partials)))
-            guess.look(mine.flatten(0, 1), whole.flatten(0, 1))
+            guess.update(mine.flatten(0, 1), whole.flatten(0, 1))
         matrix = guess.matrix()
         return self.tp.all_gather(matrix, [tuple(matrix.shape)] * self.tp.size)
 
@@ -144,7 +146,7 @@ class Blocks:
             later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
             keys = k[0].unflatten(0, (-1, length))
             queries = q[0].unflatten(0, (-1, length)).unflatten(2, (k.shape[2], -1))
-            scores = torch.einsum("bqghd,bkgd->gbhqk", queries, keys) / self.shape.head_width**0.5
+            scores = torch.einsum("bqghd,bkgd->gbhqk", queries, keys) / self.shape.head_dim**0.5
             seen.append(scores.masked_fill(later, -torch.inf).softmax(-1).mean(2).flatten(1))
             return attend(number, q, k, v)
 

@@ -13,15 +13,15 @@ import torch
 import torch.distributed as dist
 
 from longctx.checkpoint_index import PARTIAL, about, name_of
-from longctx.config import Joint
+from longctx.config import JointRepair
 from longctx.megatron.spd.blocks import Blocks, Hidden
 from longctx.megatron.spd.likelihood import divergence, log_shares
-from longctx.megatron.training.checkpoint import agreed, put
+from longctx.megatron.training.checkpoint import agreed_on_all_ranks, commit
 from longctx.shapes import Tensor, Tokens
 from longctx.spd.distill import rate_at
 
 
-class Together:
+class JointDistillation:
     """``layers`` by block, each of which drops its reduction, and how far they have learned.
 
     ``order`` is that in which they may drop.  Every other step all of them do, and else another number, so that the
@@ -29,7 +29,7 @@ class Together:
     """
 
     def __init__(
-        self, blocks: Blocks, layers: Mapping[int, Any], order: Sequence[int], how: Joint, dp: dist.ProcessGroup
+        self, blocks: Blocks, layers: Mapping[int, Any], order: Sequence[int], how: JointRepair, dp: dist.ProcessGroup
     ) -> None:
         self.layers, self.losses = layers, list[float]()
         self._blocks, self._order, self._how, self._dp = blocks, order, how, dp
@@ -91,12 +91,12 @@ class Together:
     def _predictions(self, entering: Hidden) -> Tensor:
         """Of the model with nothing dropped, a share on each rank."""
         blocks = self._blocks
-        return log_shares(blocks.model, self._final(entering, ()), blocks.tp, blocks.shape.vocabulary)
+        return log_shares(blocks.model, self._final(entering, ()), blocks.tp, blocks.shape.vocab_size)
 
     def _from(self, wanted: Tensor, x: Hidden, dropped: Sequence[int], begin: int = 0) -> Tensor:
         """Mean divergence from the predictions ``wanted``, of ``x`` that enters block ``begin``."""
         blocks, final = self._blocks, self._final(x, dropped, begin)
-        return divergence(blocks.model, final, wanted, blocks.tp, blocks.shape.vocabulary).mean()
+        return divergence(blocks.model, final, wanted, blocks.tp, blocks.shape.vocab_size).mean()
 
     def _final(self, x: Hidden, dropped: Sequence[int], begin: int = 0) -> Hidden:
         """What enters the output layer, [rows 1 hidden]."""
@@ -119,14 +119,14 @@ class Together:
             )
         dist.barrier()
         if first:
-            put(coming, place, {**told, "order": list(self._order), "losses": self.losses})
+            commit(coming, place, {**told, "order": list(self._order), "losses": self.losses})
             for one in others:
                 shutil.rmtree(one, ignore_errors=True)
         dist.barrier()
 
     def resume(self, folder: Path) -> list[str]:
         """Go on from the state in ``folder``, if there is one; what was passed over, and why."""
-        place, passed = agreed(folder)
+        place, passed = agreed_on_all_ranks(folder)
         if place is None:
             return passed
         known = about(place)

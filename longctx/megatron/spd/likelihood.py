@@ -11,14 +11,14 @@ from longctx.shapes import Float, Int, Tensor
 
 @torch.inference_mode()
 def log_likelihoods(
-    model: GPTModel, hidden: Float[Tensor, "s b hidden"], targets: Int[Tensor, "s b"], tp: Comm, vocabulary: int
+    model: GPTModel, hidden: Float[Tensor, "s b hidden"], targets: Int[Tensor, "s b"], tp: Comm, vocab_size: int
 ) -> tuple[Float[Tensor, "s b"], Int[Tensor, "s b"]]:
     """Log-probability (nats, float64) of each row's target, and the likeliest token, on every rank of ``tp``.
 
-    Every rank has the logits of its share of the ``vocabulary``; their largest, the sum of their exponentials, the
+    Every rank has the logits of its share of the ``vocab_size``; their largest, the sum of their exponentials, the
     target's and the place of the largest are all that is exchanged.
     """
-    part, first = _share_of_logits(model, hidden, tp, vocabulary)
+    part, first = _share_of_logits(model, hidden, tp, vocab_size)
     largest, at = part.max(-1)
     exponentials = (part - largest.unsqueeze(-1)).exp().sum(-1)
     here = targets - first
@@ -33,11 +33,11 @@ def log_likelihoods(
 
 
 def log_shares(
-    model: GPTModel, hidden: Float[Tensor, "s b hidden"], tp: Comm, vocabulary: int
+    model: GPTModel, hidden: Float[Tensor, "s b hidden"], tp: Comm, vocab_size: int
 ) -> Float[Tensor, "s b share"]:
-    """Log-probabilities (nats) of this rank's share of the ``vocabulary``.  No gradient."""
+    """Log-probabilities (nats) of this rank's share of the ``vocab_size``.  No gradient."""
     with torch.no_grad():
-        part, _ = _share_of_logits(model, hidden, tp, vocabulary)
+        part, _ = _share_of_logits(model, hidden, tp, vocab_size)
         return part - _normaliser(part, tp)
 
 
@@ -46,13 +46,13 @@ def divergence(
     hidden: Float[Tensor, "s b hidden"],
     wanted: Float[Tensor, "s b share"],
     tp: Comm,
-    vocabulary: int,
+    vocab_size: int,
 ) -> Float[Tensor, "s b"]:
     """Kullback-Leibler divergence (nats) of each row's prediction from ``wanted``, another's `log_shares`.
 
     Every rank has all of it, and of its gradient what goes through its share.
     """
-    part, _ = _share_of_logits(model, hidden, tp, vocabulary)
+    part, _ = _share_of_logits(model, hidden, tp, vocab_size)
     rows: Tensor = _Divergence.apply(part, wanted, tp)
     return rows
 
@@ -73,8 +73,8 @@ class _Divergence(torch.autograd.Function):
         return gradient.unsqueeze(-1) * (got.exp() - wanted.exp()), None, None
 
 
-def _share_of_logits(model: GPTModel, hidden: Tensor, tp: Comm, vocabulary: int) -> tuple[Tensor, int]:
-    """float32 logits of this rank's share of the ``vocabulary``, without padding, and the first token of the share."""
+def _share_of_logits(model: GPTModel, hidden: Tensor, tp: Comm, vocab_size: int) -> tuple[Tensor, int]:
+    """float32 logits of this rank's share of the ``vocab_size``, without padding, and the first token of the share."""
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     part, _ = model.output_layer(hidden, weight=weight, runtime_gather_output=False)
     first = tp.rank * part.shape[-1]

@@ -50,13 +50,13 @@ def repair(
         return error_of(student, inputs[held_out], outputs[held_out], how.batch)
 
     zero_shot = error()
-    looked_at, grouped = inputs[: how.looked_at], zero_shot
+    calibration_sequences, grouped = inputs[: how.calibration_sequences], zero_shot
     groups = kind in how.group and how.grouping != "none"
     if groups:
-        spread_heads(blocks, layer, looked_at)
-    guesses = blocks.guesses(layer, looked_at) if kind in how.fit else None
+        spread_heads(blocks, layer, calibration_sequences)
+    guesses = blocks.guesses(layer, calibration_sequences) if kind in how.fit else None
     if groups:
-        place_neurons(blocks, layer, looked_at, how.grouping, guesses)
+        place_neurons(blocks, layer, calibration_sequences, how.grouping, guesses)
         grouped = error()
     fitted = grouped
     if guesses:

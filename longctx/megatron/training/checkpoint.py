@@ -18,9 +18,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from longctx.checkpoint_index import PARTIAL, RUN, latest, name_of, places, torn
+from longctx.checkpoint_index import PARTIAL, RUN, fault_of, latest, name_of, places
 from longctx.megatron.model import GPTModel
-from longctx.megatron.training.optimizer import Trained, follow
+from longctx.megatron.training.optimizer import TrainState, follow
 from longctx.shapes import Tensor
 
 # Optimizer state by parameter, not by bucket: only then may the mesh change in between.
@@ -44,7 +44,7 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)
         dist.barrier()
 
-    def save(self, trained: Trained, step: int, about: dict[str, Any]) -> None:
+    def save(self, trained: TrainState, step: int, about: dict[str, Any]) -> None:
         """Begin to write the state after ``step`` steps, and ``about`` (JSON) with it."""
         self.poll(wait=True)
         filesystem_async._results_queue = _Mailbox()
@@ -73,19 +73,19 @@ class Checkpoints:
 
     def _settle(self, written: Path, about: dict[str, Any]) -> None:
         if _first():
-            put(written, self._folder / name_of(about["step"]), about)
+            commit(written, self._folder / name_of(about["step"]), about)
             self._prune(about["step"])
         dist.barrier()
 
     def _prune(self, step: int) -> None:
         """Keep the last whole ones; what lies ahead of ``step`` is of a course that was not taken."""
         there = places(self._folder)
-        whole = [place for place in there if not torn(place) and place.name <= name_of(step)]
+        whole = [place for place in there if not fault_of(place) and place.name <= name_of(step)]
         for place in set(there) - set(whole[-self._keep :]):
             shutil.rmtree(place)
 
 
-def put(written: Path, place: Path, about: dict[str, Any]) -> None:
+def commit(written: Path, place: Path, about: dict[str, Any]) -> None:
     """Move what has been ``written`` to its ``place``, with what is known ``about`` it; a torn one there goes."""
     sizes = {file.name: file.stat().st_size for file in sorted(written.iterdir())}
     (written / RUN).write_text(json.dumps({**about, "files": sizes}, indent=1))
@@ -93,18 +93,18 @@ def put(written: Path, place: Path, about: dict[str, Any]) -> None:
     written.rename(place)
 
 
-def agreed(folder: Path) -> tuple[Path | None, list[str]]:
+def agreed_on_all_ranks(folder: Path) -> tuple[Path | None, list[str]]:
     """`latest` as the first rank sees it, on every rank, so that none goes another way.
 
     Raises ValueError on a rank that cannot see it: the folder must be of all machines.
     """
     place, passed = _told(latest(folder) if _first() else None)
-    if place and torn(place):
+    if place and fault_of(place):
         raise ValueError(f"{place} is not whole on this machine: out= must be a folder that all machines share")
     return place, passed
 
 
-def load(place: Path, trained: Trained) -> None:
+def load(place: Path, trained: TrainState) -> None:
     """Weights, optimizer and schedule of the checkpoint, whatever mesh it was written on.  Every rank calls this."""
     for optimizer in getattr(trained.optimizer, "chained_optimizers", [trained.optimizer]):
         _make_loadable(optimizer)
@@ -123,7 +123,7 @@ def load_weights(place: Path, net: GPTModel) -> None:
     net.load_state_dict(found["model"])
 
 
-def _state(trained: Trained, *, loading: bool) -> dict[str, Any]:
+def _state(trained: TrainState, *, loading: bool) -> dict[str, Any]:
     model = {"model": trained.net.sharded_state_dict(metadata=dict(_METADATA))}
     optimizer = trained.optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(_METADATA))
     return {**model, "optimizer": optimizer, "schedule": trained.schedule.state_dict()}
@@ -174,7 +174,7 @@ class _Mailbox:
         self._file = Path(name)
         os.close(handle)
 
-    def put(self, message: Any) -> None:
+    def commit(self, message: Any) -> None:
         self._file.write_bytes(pickle.dumps(message))
 
     def get_nowait(self) -> Any:

@@ -38,7 +38,7 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainState:
     """A model with what trains it: ``model`` is its gradient buffers around ``net``, this pipeline stage's layers."""
 
     model: DistributedDataParallel
@@ -51,7 +51,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Sums:
+class LossSums:
     """Over all ranks and micro-batches, by bucket: of the losses (nats), and of the tokens that count."""
 
     losses: tuple[float, ...]
@@ -75,7 +75,7 @@ _RECOMPUTE: Mapping[Recompute, Mapping[str, Any]] = {
 }
 
 
-def trainable(
+def build_train_state(
     here: Runtime,
     shape: ModelShape,
     optim: Optim,
@@ -86,7 +86,7 @@ def trainable(
     steps: int,
     recompute: Recompute,
     plan: SPDPlan | None = None,
-) -> Trained:
+) -> TrainState:
     """A model of ``shape`` over ``here``'s mesh, its weights brought by ``load``, and its optimizer for ``steps``.
 
     Its blocks drop reductions as ``plan`` says, and learn with that.
@@ -118,10 +118,10 @@ def trainable(
     )
     net.config.no_sync_func = model.no_sync
     optimizer = get_megatron_optimizer(_optimizer_config(optim, dtype), [model])
-    return Trained(model, net, optimizer, _schedule(optimizer, optim, steps), optim, shape, here.groups)
+    return TrainState(model, net, optimizer, _schedule(optimizer, optim, steps), optim, shape, here.groups)
 
 
-def follow(trained: Trained) -> None:
+def follow(trained: TrainState) -> None:
     """Let the settings of this run rule, not those of the checkpoint that has just been loaded."""
     optim = trained.optim
     for group in trained.optimizer.param_groups:
@@ -165,7 +165,9 @@ def _schedule(optimizer: Any, optim: Optim, steps: int) -> OptimizerParamSchedul
     )
 
 
-def forward_backward(trained: Trained, batches: Iterable[MicroBatch], *, learn: bool = True, buckets: int = 1) -> Sums:
+def forward_backward(
+    trained: TrainState, batches: Iterable[MicroBatch], *, learn: bool = True, buckets: int = 1
+) -> LossSums:
     """The sums over ``batches``, as many on every rank; with ``learn`` also the gradients of their mean."""
     batches = list(batches)
     run = get_forward_backward_func()
@@ -183,14 +185,14 @@ def forward_backward(trained: Trained, batches: Iterable[MicroBatch], *, learn: 
     both = last.to(batches[0].mask.device)
     dist.all_reduce(both, group=trained.groups.dp_cp)
     dist.all_reduce(both, group=trained.groups.pp)  # only the last stage has something
-    return Sums(tuple(both[0].tolist()), tuple(int(n) for n in both[1]))
+    return LossSums(tuple(both[0].tolist()), tuple(int(n) for n in both[1]))
 
 
 def _forward_step(
-    trained: Trained, buckets: int, batches: Any, _: MegatronModule
+    trained: TrainState, buckets: int, batches: Any, _: MegatronModule
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
     one: MicroBatch = next(batches)
-    vocabulary = trained.shape.vocabulary
+    vocabulary = trained.shape.vocab_size
     out = token_losses(trained.net, one.tokens, one.targets, one.angles, one.one_pass, vocabulary)
     return out, partial(_summed, one, buckets)
 
@@ -203,7 +205,7 @@ def _summed(one: MicroBatch, buckets: int, losses: Tensor) -> tuple[Tensor, Tens
     return counted.sum(), one.mask.sum().int(), sums
 
 
-def optimizer_step(trained: Trained) -> tuple[float, float]:
+def optimizer_step(trained: TrainState) -> tuple[float, float]:
     """Change the weights; the norm of the gradients before clipping, and the learning rate that was used."""
     rate = trained.optimizer.param_groups[0]["lr"]
     done, norm, _ = trained.optimizer.step()
@@ -212,7 +214,7 @@ def optimizer_step(trained: Trained) -> tuple[float, float]:
     return float(norm), float(rate)
 
 
-def clear_gradients(trained: Trained) -> None:
+def clear_gradients(trained: TrainState) -> None:
     """Before the first micro-batch of a step."""
     trained.model.zero_grad_buffer()
     trained.optimizer.zero_grad()

@@ -15,7 +15,7 @@ from longctx.shapes import Tensor
 
 
 @dataclass
-class Waiting:
+class ExposedCommTimer:
     """Seconds that a rank has waited for others, by operation, in all the groups that count here (`TimedComm`).
 
     A GPU's stream waits, not the process that has queued its work: there the seconds between two events are
@@ -52,9 +52,9 @@ class Waiting:
 
 
 @dataclass(frozen=True)
-class _Awaited:
+class _TimedPending:
     pending: Pending
-    waiting: Waiting
+    waiting: ExposedCommTimer
     device: torch.device  # not the tensors: they may go as soon as they have left
 
     def wait(self) -> tuple[Tensor, ...]:
@@ -65,7 +65,7 @@ class _Awaited:
 class TimedComm:
     """``comm``, with the seconds that its rank waits counted in ``waiting``."""
 
-    def __init__(self, comm: Comm, waiting: Waiting) -> None:
+    def __init__(self, comm: Comm, waiting: ExposedCommTimer) -> None:
         self.comm, self.waiting = comm, waiting
         self.rank, self.size = comm.rank, comm.size
 
@@ -78,7 +78,7 @@ class TimedComm:
         self.comm.traffic = traffic
 
     def shift(self, *mine: Tensor, coming: Sequence[Shape]) -> Pending:
-        return _Awaited(self.comm.shift(*mine, coming=coming), self.waiting, mine[0].device)
+        return _TimedPending(self.comm.shift(*mine, coming=coming), self.waiting, mine[0].device)
 
     def all_to_all(self, parts: Sequence[Tensor], coming: Sequence[Shape]) -> list[Tensor]:
         with self.waiting.during("all_to_all", parts[0].device):

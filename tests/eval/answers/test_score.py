@@ -5,11 +5,11 @@ import random
 import pytest
 
 from eval.answers.requests import Score
-from eval.answers.score import _places, batches, trees
+from eval.answers.score import _places, batches, prefix_groups
 
 
 def runs_of(asked):
-    return [(tree.stem, tree.branches) for tree in trees(asked)]
+    return [(tree.prefix, tree.branches) for tree in prefix_groups(asked)]
 
 
 def test_choices_share_their_question():
@@ -47,19 +47,19 @@ def test_every_scored_token_is_predicted_behind_those_before_it():
         for _ in range(draw.randint(1, 6)):
             tokens = (*stem, *(draw.randrange(3) for _ in range(draw.randint(1, 5))))
             asked.append(Score(tokens, draw.randint(1, len(tokens) - 1), "q"))
-        (tree,) = trees(asked)
+        (tree,) = prefix_groups(asked)
         branches = [(0, run) for run in tree.branches]
         for request in tree.requests:
             places = list(_places(0, tree, branches, request))
             assert len(places) == len(request.tokens) - request.begin
             for at, (turn, (document, row, target)) in enumerate(places, request.begin):
-                run = tree.stem[: row + 1] if turn == 0 else tree.stem + tree.branches[document][: row + 1]
+                run = tree.prefix[: row + 1] if turn == 0 else tree.prefix + tree.branches[document][: row + 1]
                 assert (*run, target) == request.tokens[: at + 1]
 
 
 @pytest.mark.parametrize("together", [1, 7, 10, 1000])
 def test_batches_hold_so_many_tokens_or_one_question(together):
-    forest = trees([Score(tuple(range(i, i + n)), 1, f"q{i}") for i, n in enumerate((3, 9, 5, 2, 7, 2))])
+    forest = prefix_groups([Score(tuple(range(i, i + n)), 1, f"q{i}") for i, n in enumerate((3, 9, 5, 2, 7, 2))])
     made = list(batches(forest, together))
     assert [tree for batch in made for tree in batch] == forest
     assert [tree.tokens for tree in forest] == [8, 6, 4, 2, 1, 1]

@@ -40,7 +40,7 @@ def test_texts_begin_as_lm_evals_own_do(tokenizer: Any, text: str) -> None:
 def test_an_answer_that_cannot_be_scored_whole_is_refused_by_name(tokenizer: Any, answer: str) -> None:
     lm = EngineLM(tokenizer, 16, tokenizer.bos_token_id, recorder([]))
     request: Any = SimpleNamespace(args=("A man", answer), task_name="boats", doc_id=7)
-    with pytest.raises(ValueError, match=r"boats 7 has an answer of (0|30|31) tokens.*eval.longest=16"):
+    with pytest.raises(ValueError, match=r"boats 7 has an answer of (0|30|31) tokens.*eval.max_length=16"):
         lm.loglikelihood([request])
 
 

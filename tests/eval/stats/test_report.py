@@ -6,27 +6,29 @@ from dataclasses import replace
 import pytest
 
 from eval.stats.outcomes import Outcomes
-from eval.stats.report import Judged, Scored, draw, markdown, report_of, track, write
+from eval.stats.report import GateRules, ScoredVariant, draw, markdown, report_of, track, write
 from longctx.config import Track
 from longctx.train.track import start_tracking
 from tests.tracking import history, of_kind, records
 
 ABOUT = dict.fromkeys(("command", "commit", "processor", "cores", "python", "torch"), "x") | {"title": "tiny on tasks"}
-JUDGED = Judged(allowed_drop=0.01, resamples=500, seed=0, gate=("all",), strict=False)
+JUDGED = GateRules(allowed_drop=0.01, resamples=500, seed=0, gate=("all",), strict=False)
 
 
 def outcomes(right: int, n: int = 200, chance: float = 0.25) -> Outcomes:
     return Outcomes("t", (1.0,) * right + (0.0,) * (n - right), chance, others={"acc_norm": 0.5})
 
 
-def scored(name: str, dropped: float, good: int, near: int, nats: float = -3.0, repaired: bool = False) -> Scored:
+def scored(
+    name: str, dropped: float, good: int, near: int, nats: float = -3.0, repaired: bool = False
+) -> ScoredVariant:
     of = {
         "good": outcomes(good),
         "near": outcomes(near),
         "text": Outcomes("text", (nats * 100, nats * 50), words=(100.0, 50.0)),
     }
     blocks = tuple(range(int(6 * dropped)))
-    return Scored(name, "tiny", "tp=3", dropped, blocks, repaired, of, 100.0 / (1 + dropped), 9.0)
+    return ScoredVariant(name, "tiny", "tp=3", dropped, blocks, repaired, of, 100.0 / (1 + dropped), 9.0)
 
 
 ALL = (

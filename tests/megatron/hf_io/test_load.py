@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from longctx.config import Mesh
 from longctx.hf.config import shape_of, tokenizer_of
-from longctx.megatron.hf_io.init import Drawn
+from longctx.megatron.hf_io.init import RandomInit
 from longctx.megatron.hf_io.load import Weights
 from longctx.megatron.hf_io.names import fused_views
 from longctx.model_shape import ModelShape, Rotary
@@ -30,7 +30,7 @@ def test_weights_are_drawn_with_the_models_own_deviation(tmp_path):
     LlamaConfig(hidden_size=60, num_attention_heads=6, num_hidden_layers=8, initializer_range=0.07).save_pretrained(
         tmp_path
     )
-    drawn = Drawn(shape_of(tmp_path), seed=3)
+    drawn = RandomInit(shape_of(tmp_path), seed=3)
     assert drawn("model.layers.0.mlp.gate_proj.weight").std().item() == pytest.approx(0.07, rel=0.02)
     assert drawn("model.layers.0.mlp.down_proj.weight").std().item() == pytest.approx(0.07 / 4, rel=0.02)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.config import Joint, Mesh, ModelSource, Repair
+from longctx.config import JointRepair, Mesh, ModelSource, Repair
 from longctx.hf.config import shape_of
 from longctx.parallel.launch import Rank
 from longctx.spd.plan import SPDPlan
@@ -18,12 +18,12 @@ def states(rank: Rank, folder: Path, how: Repair | None, grouping: str, dropped:
     from longctx.megatron.runtime import runtime
     from longctx.megatron.spd.blocks import Blocks
     from longctx.megatron.spd.repair import place_neurons, repair, spread_heads
-    from longctx.spd.text import Text
+    from longctx.spd.text import PackedText
 
-    shape, tp = shape_of(folder), rank.world
+    shape, tp = shape_of(folder), rank.world_size
     draw = torch.Generator().manual_seed(31)
-    ids = torch.randint(shape.vocabulary, (7, 20), generator=draw)
-    text = Text(ids[:, :-1], ids[:, 1:], torch.rand(7, 19, generator=draw) < 0.8)
+    ids = torch.randint(shape.vocab_size, (7, 20), generator=draw)
+    text = PackedText(ids[:, :-1], ids[:, 1:], torch.rand(7, 19, generator=draw) < 0.8)
     out: dict[str, Any] = {}
     with runtime(rank, Mesh(tp=tp), timeout_minutes=2) as here:
         plan = SPDPlan(shape.layers, tp, dropped)
@@ -45,7 +45,7 @@ def states(rank: Rank, folder: Path, how: Repair | None, grouping: str, dropped:
             out["moved"] = sum(not torch.equal(before[name], after[name]) for name in before)
         if how:
             with torch.no_grad():
-                more = torch.randint(shape.vocabulary, (how.sequences + how.held_out, how.length), generator=draw)
+                more = torch.randint(shape.vocab_size, (how.sequences + how.held_out, how.length), generator=draw)
                 inputs = blocks.run(layers[0], blocks.embedded(more))
                 outputs = blocks.run(layers[1], inputs)
             made = repair(blocks, 1, "ESB", inputs, outputs, how)
@@ -60,8 +60,8 @@ def guessed(rank: Rank, folder: Path) -> dict[str, Any]:
     from longctx.megatron.runtime import runtime
     from longctx.megatron.spd.blocks import Blocks
 
-    shape, tp = shape_of(folder), rank.world
-    ids = torch.randint(shape.vocabulary, (19, 23), generator=torch.Generator().manual_seed(53))
+    shape, tp = shape_of(folder), rank.world_size
+    ids = torch.randint(shape.vocab_size, (19, 23), generator=torch.Generator().manual_seed(53))
     with runtime(rank, Mesh(tp=tp), timeout_minutes=2) as here, torch.no_grad():
         engine = load_engine(
             here, ModelSource("test", str(folder)), shape, folder, "reference", SPDPlan(shape.layers, tp)
@@ -91,13 +91,13 @@ def predictions(rank: Rank, folder: Path) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(37)
     got, wanted = (torch.randn(13, 1, shape.hidden, generator=draw).requires_grad_() for _ in range(2))
     weights = torch.rand(13, 1, generator=draw)
-    with runtime(rank, Mesh(tp=rank.world), timeout_minutes=2) as here:
+    with runtime(rank, Mesh(tp=rank.world_size), timeout_minutes=2) as here:
         model = load_engine(here, ModelSource("test", str(folder)), shape, folder, "reference").model
         model.requires_grad_(False)
-        shares = log_shares(model, wanted, here.tp, shape.vocabulary)
-        rows = divergence(model, got, shares, here.tp, shape.vocabulary)
+        shares = log_shares(model, wanted, here.tp, shape.vocab_size)
+        rows = divergence(model, got, shares, here.tp, shape.vocab_size)
         (rows * weights).sum().backward()
-        both = [logits(model, x.detach(), here.tp, shape.vocabulary) for x in (got, wanted)]
+        both = [logits(model, x.detach(), here.tp, shape.vocab_size) for x in (got, wanted)]
         return {
             "got": both[0], "wanted": both[1], "rows": rows.detach(), "gradient": got.grad, "weights": weights
         }  # fmt: skip
@@ -108,18 +108,18 @@ def learned(rank: Rank, folder: Path, mesh: Mesh, at_once: bool, place: Path) ->
     from longctx.infer.engine import load_engine
     from longctx.megatron.runtime import runtime
     from longctx.megatron.spd.blocks import Blocks
-    from longctx.megatron.spd.joint import Together
+    from longctx.megatron.spd.joint import JointDistillation
 
-    shape, how = shape_of(folder), Joint(steps=5, batch=4, lr=1e-3, save_every=2)
-    tokens = torch.randint(shape.vocabulary, (4, 17), generator=torch.Generator().manual_seed(41))
+    shape, how = shape_of(folder), JointRepair(steps=5, batch=4, lr=1e-3, save_every=2)
+    tokens = torch.randint(shape.vocab_size, (4, 17), generator=torch.Generator().manual_seed(41))
     with runtime(rank, mesh, timeout_minutes=2) as here:
         plan = SPDPlan(shape.layers, mesh.tp)
         engine = load_engine(here, ModelSource("test", str(folder)), shape, folder, "reference", plan)
         blocks = Blocks(engine.model, shape, engine.kernel, engine.tp)
 
-        def begun() -> Together:
+        def begun() -> JointDistillation:
             layers = {block: blocks.copy_of(block, own_norms=False) for block in range(shape.layers)}
-            return Together(blocks, layers, range(shape.layers), how, here.groups.dp)
+            return JointDistillation(blocks, layers, range(shape.layers), how, here.groups.dp)
 
         together = begun()
         before = together.divergence(tokens)
@@ -146,7 +146,7 @@ def learned(rank: Rank, folder: Path, mesh: Mesh, at_once: bool, place: Path) ->
             "after": together.divergence(tokens),
             "alone": together.divergences_alone(tokens, lambda: None),
             "only": {
-                block: Together(blocks, together.layers, (block,), how, here.groups.dp).divergence(tokens)
+                block: JointDistillation(blocks, together.layers, (block,), how, here.groups.dp).divergence(tokens)
                 for block in together.layers
             },
         }

@@ -124,7 +124,7 @@ def one_layer(
     from longctx.megatron.attention import Pass
     from longctx.megatron.runtime import runtime
     from longctx.megatron.spd.layer import SPDTransformerLayer
-    from longctx.parallel.comm import Alone
+    from longctx.parallel.comm import SingleRankComm
     from longctx.parallel.hybrid import hybrid
     from longctx.parallel.ring import pass_kv
 
@@ -135,7 +135,7 @@ def one_layer(
         )  # fmt: skip
         if kind != "stock":
             layer.drop(dropped=kind == "dropped", own_norms=own_norms)
-        attend = hybrid(Alone(), Alone(), zigzag(S, 1)).attention(reference, pass_kv)
+        attend = hybrid(SingleRankComm(), SingleRankComm(), zigzag(S, 1)).attention(reference, pass_kv)
         draw = torch.Generator().manual_seed(29)
         x, given = torch.randn(2, S, B, HIDDEN, generator=draw, dtype=torch.float64)
         sharing = sequence_parallel and tp > 1

@@ -15,7 +15,7 @@ from tests.oracle import assert_close
 
 SIZES = {"num_attention_heads": 12, "num_key_value_heads": 6, "intermediate_size": 90}
 HOW = Repair(("SB", "ESB"), ("SB", "ESB"), (), "neurons", "teacher", False, 96, 19, 7, 5, 2, 3, 1e-3)
-FITTED = replace(HOW, fit=("ESB",), sequences=384, looked_at=96, lr=2e-4)
+FITTED = replace(HOW, fit=("ESB",), sequences=384, calibration_sequences=96, lr=2e-4)
 
 
 @pytest.fixture(scope="module", params=["tied llama", "qwen2, with biases", "mistral, a window in all layers"])

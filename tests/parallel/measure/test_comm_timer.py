@@ -6,22 +6,22 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longctx.parallel.comm import Alone, Comm, DistComm
+from longctx.parallel.comm import Comm, DistComm, SingleRankComm
 from longctx.parallel.launch import Rank, run_ranks
-from longctx.parallel.measure.comm_timer import TimedComm, Waiting
+from longctx.parallel.measure.comm_timer import ExposedCommTimer, TimedComm
 from longctx.parallel.threads import run_threads
 from tests.parallel.test_comm import EXERCISES, Done, exercise
 
 
 def both_ways(comm: Comm) -> tuple[Done, Done, dict[str, float]]:
     """Every exercise of a `Comm`, bare and measured, and the seconds."""
-    waiting = Waiting()
+    waiting = ExposedCommTimer()
     return exercise(comm), exercise(TimedComm(comm, waiting)), waiting.taken()
 
 
 def rank_main(rank: Rank) -> tuple[Done, Done, dict[str, float]]:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rank.meet, rank=rank.rank, world_size=rank.world)
+    dist.init_process_group("gloo", init_method=rank.init_method, rank=rank.rank, world_size=rank.world_size)
     try:
         return both_ways(DistComm(dist.group.WORLD))
     finally:
@@ -53,7 +53,7 @@ OPERATIONS = {
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_whoever_comes_first_waits(operation):
     def main(world, rank):
-        comm, waiting = world.group(rank), Waiting()
+        comm, waiting = world.group(rank), ExposedCommTimer()
         comm.all_gather(torch.zeros(3), [(3,), (3,)])  # both are here
         if rank == 1:
             time.sleep(0.5)
@@ -67,7 +67,7 @@ def test_whoever_comes_first_waits(operation):
 
 def test_what_comes_while_a_rank_computes_is_not_waited_for():
     def main(world, rank):
-        comm, waiting = world.group(rank), Waiting()
+        comm, waiting = world.group(rank), ExposedCommTimer()
         coming = TimedComm(comm, waiting).shift(torch.zeros(3), coming=[(3,)])
         time.sleep(0.7)
         coming.wait()
@@ -77,9 +77,9 @@ def test_what_comes_while_a_rank_computes_is_not_waited_for():
 
 
 def test_groups_count_together_and_what_was_taken_is_gone():
-    waiting = Waiting()
+    waiting = ExposedCommTimer()
     for _ in range(2):
-        TimedComm(Alone(), waiting).all_gather(torch.zeros(3), [(3,)])
+        TimedComm(SingleRankComm(), waiting).all_gather(torch.zeros(3), [(3,)])
         with waiting.during("shift", torch.device("cpu")):
             time.sleep(0.1)
     assert waiting.taken()["shift"] >= 0.2
@@ -105,7 +105,7 @@ def test_on_a_gpu_the_streams_events_are_read(monkeypatch):
             return end.at - self.at
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    waiting = Waiting()
+    waiting = ExposedCommTimer()
     for _ in range(2):
         with waiting.during("shift", torch.device("cuda")):
             time.sleep(0.1)

@@ -31,9 +31,9 @@ def job(tiny):
     def made(**given):
         files = {"hardware": None, "out": None, "picture": None, "fitted": None}
         numbers = {"total": TOTAL, "miss_rates": (1.0,), "rounds": 3, "hosts": 0, "rate": "70mbit"}
-        settings = crossover.Settings(**{**files, **numbers, **given})
+        settings = crossover.CrossoverSettings(**{**files, **numbers, **given})
         model = ModelSource("tiny", source=str(tiny))
-        return crossover.Job(settings, Mesh(ring=3), model, tiny, shape_of(tiny), (), None)
+        return crossover.CrossoverJob(settings, Mesh(ring=3), model, tiny, shape_of(tiny), (), None)
 
     return made
 

@@ -101,7 +101,7 @@ def rows_of(ratios: dict[int, float]) -> list[dict]:
     ],
 )
 def test_the_worst_layer_is_named_and_judged(ratios, verdict, capsys):
-    drift.show(rows_of(ratios), drift.Settings(9, None, (1, 3), (1, 3), None, None))
+    drift.show(rows_of(ratios), drift.DriftSettings(9, None, (1, 3), (1, 3), None, None))
     assert verdict in capsys.readouterr().err
 
 

@@ -57,8 +57,8 @@ def test_quality_and_sweep_agree_with_the_sensitivity(cli, tiny, tmp_path):
     sweep = json.loads((tmp_path / "sweep.json").read_text())
     assert sweep["largest_difference"] < 1e-6 and sweep["kept_s"] > 0
     same = with_norms_of_each_rank(tiny, tmp_path / "same")
-    compared = (f"sensitivity={tmp_path}/sensitivity.json", f"models=[{{called:own norms,folder:{same}}}]")
-    on = ("shares=[0,0.5,1]", "length=31", "sequences=2", "texts=[{called:same,pydoc:train}]", "placement=[0]")
+    compared = (f"sensitivity={tmp_path}/sensitivity.json", f"models=[{{label:own norms,folder:{same}}}]")
+    on = ("shares=[0,0.5,1]", "length=31", "sequences=2", "texts=[{label:same,pydoc:train}]", "placement=[0]")
     words = (f"model={tiny}", *compared, *on, f"out={tmp_path}")
     code, _, err = cli(spd_quality, spd_quality.task, *words)
     assert code == 0, err
@@ -89,8 +89,8 @@ def test_what_cannot_be_measured_is_refused(refused, tiny, settings, words):
 
 
 def test_a_prompt_longer_than_the_text_is_refused(tiny):
-    settings = spd_latency.Settings((0, 1), 10**6, 8, 1, 0, "100mbit", 0, None, None)
-    shape = replace(shape_of(tiny), positions=10**9)
+    settings = spd_latency.LatencySettings((0, 1), 10**6, 8, 1, 0, "100mbit", 0, None, None)
+    shape = replace(shape_of(tiny), max_positions=10**9)
     with pytest.raises(ValueError, match=r"tokens=1000000: the text has [0-9,]+ tokens; use at most that"):
         spd_latency.prompt_of(settings, tiny, shape)
 
@@ -98,9 +98,9 @@ def test_a_prompt_longer_than_the_text_is_refused(tiny):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ({"path": "x"}, r"texts\.0\.called=.*: field required"),
-        ({"called": "x", "folder": "x"}, r"there is no setting texts\.0\.folder"),
-        ({"called": "x"}, "a source of data has one of path"),
+        ({"path": "x"}, r"texts\.0\.label=.*: field required"),
+        ({"label": "x", "folder": "x"}, r"there is no setting texts\.0\.folder"),
+        ({"label": "x"}, "a source of data has one of path"),
     ],
     ids=str,
 )
@@ -113,5 +113,5 @@ def test_a_repaired_model_that_is_not_named_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(spd_quality, "order_from", lambda *_: (1, 0))
     subject = Subject(ModelSource("tiny", "tiny"), tmp_path, "", SimpleNamespace(layers=2), Mesh(tp=3), None, 30)
     config = OmegaConf.create({"sensitivity": "order.json", "models": [{"folder": "adapted"}]})
-    with pytest.raises(ValueError, match=r"models\.0\.called=.*: field required"):
+    with pytest.raises(ValueError, match=r"models\.0\.label=.*: field required"):
         spd_quality.variants_of(config, subject)

@@ -8,7 +8,7 @@ import torch
 
 from longctx.config import Context, ModelSource
 from recipes.bench import convergence, peers, train
-from recipes.bench.train import Saved
+from recipes.bench.train import SavedActivations
 
 QUICK = (
     "data.length=256",
@@ -20,7 +20,7 @@ QUICK = (
 
 def test_saved_counts_activations_once_and_no_parameters():
     layer, x = torch.nn.Linear(7, 5, bias=False), torch.randn(3, 7, requires_grad=True)
-    saved = Saved()
+    saved = SavedActivations()
     with saved.counting(layer):
         y = layer(x)  # keeps x, and its weight
         (y * y).sum()  # keeps y, twice
@@ -29,7 +29,7 @@ def test_saved_counts_activations_once_and_no_parameters():
 
 def test_saved_counts_the_forward_of_one_micro_batch():
     layer, micro = torch.nn.Linear(7, 5, bias=False), torch.randn(2, 3, 7)
-    saved, kept = Saved(), []
+    saved, kept = SavedActivations(), []
     with saved.counting(layer):
         for x in micro.unbind():
             kept.append(layer(x.clone()))

@@ -28,7 +28,7 @@ def test_settings_have_their_types(compose):
     config = compose("mesh.ring=3", "mesh.tp=5", "sampling.temperature=1", "threads=2")
     assert recipe_cli.section(config, "mesh", Mesh) == Mesh(tp=5, ring=3)
     assert recipe_cli.section(config, "sampling", Sampling) == Sampling(temperature=1.0)
-    settings = recipe_cli.top_level(config, generate.Settings)
+    settings = recipe_cli.top_level(config, generate.GenerateSettings)
     assert (settings.max_new_tokens, settings.verify, settings.threads, settings.out) == (64, True, 2, None)
 
 
@@ -50,7 +50,7 @@ def test_a_list_has_a_section_an_item():
 def test_free_text_reaches_the_configuration_as_it_is(compose, text):
     config = compose(f"prompt.text={text}", f"out={text}")
     assert recipe_cli.section(config, "prompt", PromptSource).text == text
-    assert recipe_cli.top_level(config, generate.Settings).out == text
+    assert recipe_cli.top_level(config, generate.GenerateSettings).out == text
 
 
 def test_a_known_model_is_a_choice_of_the_configuration(compose):
