@@ -78,7 +78,7 @@ def _share_of_logits(model: GPTModel, hidden: Tensor, tp: Comm, vocab_size: int)
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
     part, _ = model.output_layer(hidden, weight=weight, runtime_gather_output=False)
     first = tp.rank * part.shape[-1]
-    return part[..., : max(0, vocabulary - first)].float(), first
+    return part[..., : max(0, vocab_size - first)].float(), first
 
 
 def _normaliser(part: Tensor, tp: Comm) -> Tensor:
