@@ -36,7 +36,7 @@ def checkpoint_of(name: str) -> Path:
         if wrong := checkpoint_index.fault_of(given):
             raise ValueError(f"checkpoint={name} is torn: {wrong}; give another of the run, or the run's folder")
         return given
-    place, passed = checkpoint_index.latest(given / "checkpoints")
+    place, passed = checkpoint_index.latest_whole(given / "checkpoints")
     if not place:
         why = f" ({'; '.join(passed)})" if passed else ""
         raise ValueError(f"checkpoint={name} is no checkpoint, and no run that has one{why}: give the out= of a run")
@@ -71,7 +71,7 @@ def task(config: DictConfig) -> None:
     """Refuse what cannot be done; export on one rank."""
     warm_up_ranks(["longctx.megatron.training.optimizer.checkpoint", "longctx.megatron.hf_io.export"])
     place, to = prepare(config)
-    told = checkpoint_index.about(place)
+    told = checkpoint_index.read_metadata(place)
     if dropped := told["config"].get("dropped"):
         raise ValueError(
             f"{place} drops reductions of blocks {dropped[1:]} between {dropped[0]} tensor-parallel ranks, which is "

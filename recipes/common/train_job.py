@@ -218,10 +218,10 @@ def describe(source: Path, out: Path) -> Path:
 
     Raises ValueError if a run of another model is there.
     """
-    from longctx.hf.scratch import write_like
+    from longctx.hf.scratch import write_folder_like
 
     with tempfile.TemporaryDirectory(dir=out, prefix=".model.") as work:
-        write_like(source, {}, Path(work, "model"))
+        write_folder_like(source, {}, Path(work, "model"))
         wanted, there = (folder / "config.json" for folder in (Path(work, "model"), out / "model"))
         with suppress(OSError):  # it is there: made before, or just now by another rank that a launcher started
             Path(work, "model").rename(out / "model")
@@ -233,7 +233,7 @@ def describe(source: Path, out: Path) -> Path:
 
 def refuse_no_room(job: TrainJob) -> None:
     """ValueError unless ``out`` has room for the checkpoints that will be there at once, beside those that are."""
-    there = len(checkpoint_index.places(job.out / "checkpoints"))
+    there = len(checkpoint_index.checkpoint_folders(job.out / "checkpoints"))
     needed = weights_of(job.shape) * BYTES_OF_A_WEIGHT * max(1, job.saving.keep + 1 - there)
     if (free := shutil.disk_usage(job.out).free) < needed:
         raise ValueError(
@@ -244,10 +244,10 @@ def refuse_no_room(job: TrainJob) -> None:
 
 def refuse_other_run(job: TrainJob) -> None:
     """ValueError if the checkpoint to go on from is further than this run, began otherwise, or has another form."""
-    place, _ = checkpoint_index.latest(job.out / "checkpoints")
+    place, _ = checkpoint_index.latest_whole(job.out / "checkpoints")
     if not place:
         return
-    told = checkpoint_index.about(place)
+    told = checkpoint_index.read_metadata(place)
     if told["step"] > job.settings.steps:
         raise ValueError(
             f"steps={job.settings.steps}, {place} is behind step {told['step']}: use more, or another folder"

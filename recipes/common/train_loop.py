@@ -102,7 +102,7 @@ def resumed(trained: Any, job: TrainJob, tell: Callable[[str], None]) -> dict[st
     if not place:
         return {"step": 0, "next": 0, "data": None, "run_id": None}
     checkpoint.load(place, trained)
-    behind = checkpoint_index.about(place)
+    behind = checkpoint_index.read_metadata(place)
     behind["next"] = behind["step"] + 1
     tell(f"going on behind step {behind['step']}, from {place}")
     return behind

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longctx.checkpoint_index import PARTIAL, about, name_of
+from longctx.checkpoint_index import PARTIAL, folder_name, read_metadata
 from longctx.config import JointRepair
 from longctx.megatron.spd.blocks import Blocks, Hidden
 from longctx.megatron.spd.likelihood import divergence, log_shares
@@ -106,7 +106,7 @@ class JointDistillation:
 
     def save(self, folder: Path, told: Mapping[str, Any]) -> None:
         """Put the state into ``folder``, in place of all others, with what is ``told`` of the run."""
-        place, rank = folder / name_of(self.steps), self._blocks.tp.rank
+        place, rank = folder / folder_name(self.steps), self._blocks.tp.rank
         coming, first = place.with_name(place.name + PARTIAL), dist.get_rank() == 0
         others = [one for one in folder.glob("step-*") if one != place]
         if first:
@@ -129,7 +129,7 @@ class JointDistillation:
         place, passed = agreed_on_all_ranks(folder)
         if place is None:
             return passed
-        known = about(place)
+        known = read_metadata(place)
         if known["order"] != list(self._order):
             return [*passed, f"{place} is of blocks {known['order']}, not {list(self._order)}: they begin anew"]
         state = torch.load(place / f"rank-{self._blocks.tp.rank}.pt", weights_only=True)

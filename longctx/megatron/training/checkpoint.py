@@ -18,7 +18,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from longctx.checkpoint_index import PARTIAL, RUN, fault_of, latest, name_of, places
+from longctx.checkpoint_index import PARTIAL, RUN, checkpoint_folders, fault_of, folder_name, latest_whole
 from longctx.megatron.model import GPTModel
 from longctx.megatron.training.optimizer import TrainState, follow
 from longctx.shapes import Tensor
@@ -49,7 +49,7 @@ class Checkpoints:
         self.poll(wait=True)
         filesystem_async._results_queue = _Mailbox()
         # Its own name: a writer of a killed attempt may be at work still.
-        partial_folder = self._folder / f"{name_of(step)}{PARTIAL}-{self._attempt}"
+        partial_folder = self._folder / f"{folder_name(step)}{PARTIAL}-{self._attempt}"
         if _first():
             partial_folder.mkdir()
         dist.barrier()
@@ -63,7 +63,7 @@ class Checkpoints:
     @property
     def latest(self) -> Path:
         """The newest that is in its place; ask when there is one."""
-        place, _ = latest(self._folder)
+        place, _ = latest_whole(self._folder)
         assert place, "nothing has been saved"
         return place
 
@@ -73,14 +73,14 @@ class Checkpoints:
 
     def _settle(self, written: Path, about: dict[str, Any]) -> None:
         if _first():
-            commit(written, self._folder / name_of(about["step"]), about)
+            commit(written, self._folder / folder_name(about["step"]), about)
             self._prune(about["step"])
         dist.barrier()
 
     def _prune(self, step: int) -> None:
         """Keep the last whole ones; what lies ahead of ``step`` is of a course that was not taken."""
-        there = places(self._folder)
-        whole = [place for place in there if not fault_of(place) and place.name <= name_of(step)]
+        there = checkpoint_folders(self._folder)
+        whole = [place for place in there if not fault_of(place) and place.name <= folder_name(step)]
         for place in set(there) - set(whole[-self._keep :]):
             shutil.rmtree(place)
 
@@ -94,11 +94,11 @@ def commit(written: Path, place: Path, about: dict[str, Any]) -> None:
 
 
 def agreed_on_all_ranks(folder: Path) -> tuple[Path | None, list[str]]:
-    """`latest` as the first rank sees it, on every rank, so that none goes another way.
+    """`latest_whole` as the first rank sees it, on every rank, so that none goes another way.
 
     Raises ValueError on a rank that cannot see it: the folder must be of all machines.
     """
-    place, passed = _told(latest(folder) if _first() else None)
+    place, passed = _told(latest_whole(folder) if _first() else None)
     if place and fault_of(place):
         raise ValueError(f"{place} is not whole on this machine: out= must be a folder that all machines share")
     return place, passed

@@ -79,9 +79,9 @@ def test_what_is_torn_or_lies_ahead_does_not_push_out_what_is_written(run, tmp_p
     (tmp_path / "step-00000003.partial-1234abc7").mkdir()
     run_ranks(1, train, replace(run, steps=2, checkpoints=tmp_path, save_at=2))
     assert [place.name for place in tmp_path.iterdir()] == ["step-00000002"]
-    place, passed = checkpoint_index.latest(tmp_path)
+    place, passed = checkpoint_index.latest_whole(tmp_path)
     assert (place, passed) == (tmp_path / "step-00000002", [])
-    assert checkpoint_index.about(place)["told"] == "something"
+    assert checkpoint_index.read_metadata(place)["told"] == "something"
 
 
 def test_a_checkpoint_that_was_being_written_is_named_once(tmp_path):
@@ -89,7 +89,7 @@ def test_a_checkpoint_that_was_being_written_is_named_once(tmp_path):
         partial = tmp_path / f"step-00000003.partial-{hexadecimal}"
         partial.mkdir()
         (partial / "run.json").write_text('{"step": 3, "files": {}}')  # killed between this and the renaming
-    place, passed = checkpoint_index.latest(tmp_path)
+    place, passed = checkpoint_index.latest_whole(tmp_path)
     assert place is None
     assert sorted(passed) == [
         f"step-00000003.partial-{hexadecimal} was being written when the run ended"
