@@ -9,8 +9,8 @@ import torch
 from longctx.config import BlockClass, Repair
 from longctx.megatron.spd.blocks import Blocks, Hidden
 from longctx.shapes import Tensor
-from longctx.spd.distill import Distillation, distil, error_of
-from longctx.spd.grouping import matched, placed, regrouped, scattered
+from longctx.spd.distill import Distillation, distill, error_of
+from longctx.spd.grouping import assign_heads, assign_neurons, assign_shards, reorder_block
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def repair(
     distilled = fitted
     if kind in how.distil:
         course = Distillation(how.epochs, how.batch, how.lr, seed=block)
-        for loss in distil(student, list(layer.parameters()), inputs[learned], outputs[learned], course):
+        for loss in distill(student, list(layer.parameters()), inputs[learned], outputs[learned], course):
             step_done(loss)
         distilled = error()
     return Repaired(layer, zero_shot, grouped, fitted, distilled)
@@ -76,7 +76,7 @@ def spread_heads(blocks: Blocks, layer: Any, x: Hidden) -> None:
     """Put KV groups of ``layer`` that are alike on different ranks (2502.20727, Eq. 2), if a rank has more than one."""
     shape = blocks.shape
     if shape.kv_heads > blocks.tp.size:
-        sets = scattered(blocks.group_features(layer, x), blocks.tp.size)
+        sets = assign_heads(blocks.group_features(layer, x), blocks.tp.size)
         _regroup(blocks, layer, [one for rank in sets for one in rank], range(shape.ffn))
 
 
@@ -89,10 +89,10 @@ def place_neurons(
     Or each neuron by itself where its error is least, when it sees that rank's heads alone, or what the rank guesses.
     """
     if grouping == "neurons":
-        order = list(placed(blocks.neuron_errors(layer, x, guesses)))
+        order = list(assign_neurons(blocks.neuron_errors(layer, x, guesses)))
     else:
         each = blocks.shape.ffn // blocks.tp.size
-        shard_of = matched(blocks.shard_norms(layer, x))
+        shard_of = assign_shards(blocks.shard_norms(layer, x))
         order = [shard * each + neuron for shard in shard_of for neuron in range(each)]
     _regroup(blocks, layer, range(blocks.shape.kv_heads), order)
 
@@ -104,4 +104,4 @@ def fit(layer: Any, guess: Tensor) -> None:
 
 
 def _regroup(blocks: Blocks, layer: Any, groups: Any, neurons: Any) -> None:
-    blocks.fill(layer, regrouped(blocks.tensors_of(layer), blocks.shape, groups, neurons))
+    blocks.fill(layer, reorder_block(blocks.tensors_of(layer), blocks.shape, groups, neurons))
