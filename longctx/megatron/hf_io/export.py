@@ -14,7 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from safetensors.torch import save_file
 
 from longctx.hf.config import shape_of
-from longctx.hf.scratch import write_like
+from longctx.hf.scratch import write_folder_like
 from longctx.megatron.hf_io.load import of_each_stage
 from longctx.megatron.hf_io.names import EMBEDDING, TensorView, tensor_views
 from longctx.model_shape import ModelShape
@@ -37,7 +37,7 @@ def save(
     Every rank calls this, with a model that is the whole or a pipeline stage; of data-parallel replicas the first
     is written.  The folder is there, whole, when the first rank returns, and until then nothing is.  Files hold at
     most ``file_size`` (a larger tensor has one to itself), and that much is gathered at a time.  The configuration
-    is ``source``'s, but for the dtype and the fields ``changed`` (see `write_like`).
+    is ``source``'s, but for the dtype and the fields ``changed`` (see `write_folder_like`).
 
     Raises ValueError if ``folder`` is there already, or if that configuration is not of a model of ``shape``.
     """
@@ -53,7 +53,7 @@ def save(
     if first:
         shutil.rmtree(coming, ignore_errors=True)
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        write_like(source, {"dtype": dtype, **(changed or {})}, coming)
+        write_folder_like(source, {"dtype": dtype, **(changed or {})}, coming)
         _refuse_other_shape(coming, shape)
     files = _files(model, shape, file_size)
     counts = of_each_stage(len(files), stages)  # and nobody writes before the folder is there
