@@ -54,9 +54,9 @@ def documents(source: TextSource, tokenizer: Any, data: DataSettings) -> Stage[D
     the window, so every epoch has another order.  Windows do not cross epochs.  The resume state is the beginning of a
     window: to resume is to read the window again.
 
-    Raises ValueError for everything that `files` and `dataset` refuse, for an end token that the tokenizer lacks, and
-    for a state of other files or another order.  While it runs, raises ValueError for a faulty record (unless
-    ``data.on_error`` is skip) and for a source without documents.
+    Raises ValueError as `files` and `dataset` do, and if the tokenizer lacks the end token.  While it runs, raises
+    ValueError for a state of other files or another order, for a faulty record (unless ``data.on_error`` is skip), and
+    for a source without documents.
     """
     if data.end_token and tokenizer.eos_token_id is None:
         raise ValueError("the model's tokenizer has no end token to close documents with: set data.end_token=false")

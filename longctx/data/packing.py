@@ -35,8 +35,9 @@ def pack(documents: Stage[Document], length: int, last: Literal["drop", "pad"] =
 
     For example, documents [1 2 3 4 5] and [6 7] with length 4 give [1 2 3 4] and [5 6 7 ...].  The rest of a cut
     document is a document in the next sequence: it starts at position 0 and does not see the first part.  The last
-    target of the first part is the first token of the rest (4 predicts 5), so every token but a document's first is
-    a target once.  An incomplete last sequence is dropped and logged (``last="drop"``), or padded (``last="pad"``).
+    target of the first part is the first token of the rest (4 predicts 5).  Every token but a document's first is
+    therefore a target once.  An incomplete last sequence is dropped and logged (``last="drop"``), or padded
+    (``last="pad"``).
 
     Raises ValueError, while it runs, if the cut document of a resume state has become shorter.
     """

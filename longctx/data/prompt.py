@@ -10,7 +10,8 @@ def prompt_tokens(source: PromptSource, tokenizer: Any) -> tuple[list[int], int]
     """Token ids of the prompt that ``source`` describes, and the number of tokens of its text without the template.
 
     ``source.tokens`` cuts the text, not the question.  Raises ValueError for a file that is missing, empty or not
-    UTF-8, an empty prompt, none or more than one source, and a question to a model without a chat template.
+    UTF-8, and for an empty prompt.  Raises ValueError unless there is exactly one source, and for a question to a model
+    without a chat template.
     """
     text = _text(source)
     if source.question is None:

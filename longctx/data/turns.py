@@ -27,7 +27,7 @@ def turns_from(name: str, max_new_tokens: int, setting: str = "turns") -> tuple[
         text = Path(name).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{setting}={name} cannot be read: {error}; give a JSONL file") from error
-    # Not splitlines(), which would also split at separators such as U+2028 inside a JSON string.
+    # Not splitlines(), which would also split at separators like U+2028 inside a JSON string.
     lines = [(line, f"{setting}={name}, line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(

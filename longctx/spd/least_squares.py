@@ -25,9 +25,9 @@ class LeastSquares:
     def matrix(self, ridge: float = _RIDGE) -> Float[Tensor, "width width"]:
         """Return the matrix M, in float32, for which M ``seen`` is closest to ``wanted`` in squared error.
 
-        The ridge pulls M towards the identity I, so that M leaves rarely seen directions unchanged.  It adds the
-        squared norm of M - I, times ``ridge`` times the squares of ``seen`` (summed over rows, averaged over channels),
-        to the summed squared error.
+        The ridge pulls M towards the identity I, so that M leaves rarely seen directions unchanged.  It adds
+        c |M - I|^2 to the summed squared error; c is ``ridge`` times the squares of ``seen``, summed over rows and
+        averaged over channels.
         """
         identity = torch.eye(len(self._seen), dtype=torch.double, device=self._seen.device)
         penalty = ridge * self._seen.diagonal().mean() * identity

@@ -81,7 +81,7 @@ def test_what_is_torn_or_lies_ahead_does_not_push_out_what_is_written(run, tmp_p
     assert [place.name for place in tmp_path.iterdir()] == ["step-00000002"]
     place, passed = checkpoint_index.latest_whole(tmp_path)
     assert (place, passed) == (tmp_path / "step-00000002", [])
-    assert checkpoint_index.read_metadata(place)["told"] == "something"
+    assert checkpoint_index.read_metadata(place)["note"] == "something"
 
 
 def test_a_checkpoint_that_was_being_written_is_named_once(tmp_path):
