@@ -139,6 +139,24 @@ class Context:
             raise ValueError(f"context.chunk={self.chunk}: prefill at least one token at a time, or null for all")
 
 
+@dataclass(frozen=True)
+class Run:
+    """Where ranks run: CPU threads per rank (None: the machine's cores, shared evenly), device, and patience.
+
+    ``timeout_minutes`` is how long a rank waits for a silent one before the run fails.
+    """
+
+    threads: int | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
+    timeout_minutes: int = 30
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "timeout_minutes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"run.{name}={value}: use 1 or more")
+
+
 Recompute = Literal["none", "selective", "full"]
 
 

@@ -13,7 +13,8 @@ from longctx import checkpoint_index
 from longctx.config import Mesh
 from longctx.parallel.launch import Rank, run_ranks
 from longctx.spd.plan import FILE as PLAN
-from recipes.common.cli import console, main, top_level, warm_up_ranks
+from recipes.common.cli import console, main, warm_up_ranks
+from recipes.common.settings import top_level
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def prepare(config: DictConfig) -> tuple[Path, Path]:
 
 def task(config: DictConfig) -> None:
     """Refuse what cannot be done; export on one rank."""
-    warm_up_ranks(["longctx.megatron.training.optimizer.checkpoint", "longctx.megatron.hf_io.export"])
+    warm_up_ranks(["longctx.megatron.training.checkpoint", "longctx.megatron.hf_io.export"])
     place, to = prepare(config)
     told = checkpoint_index.about(place)
     if dropped := told["config"].get("dropped"):

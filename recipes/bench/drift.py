@@ -32,10 +32,11 @@ from longctx.parallel.ring import Ring, Strategy, pass_kv
 from longctx.parallel.strategy import STRATEGIES, ring_attention
 from longctx.parallel.threads import run_threads
 from longctx.shapes import Tensor
-from recipes.common.cli import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, written
 from recipes.common.plots import lines
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
+from recipes.common.settings import section, top_level
 from recipes.common.spd_plan import refuse_adapted
 
 CONTROL = "bf16 partials"

@@ -27,9 +27,10 @@ from longctx.parallel.comm import Comm, CompletedPending, Pending, Shape, Traffi
 from longctx.parallel.launch import Rank
 from longctx.parallel.validate import refuse_unused
 from longctx.shapes import Tensor
-from recipes.common.cli import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, written
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
+from recipes.common.settings import section, top_level
 from recipes.common.spd_plan import refuse_adapted
 
 Work = Callable[[], None]

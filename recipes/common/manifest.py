@@ -52,6 +52,7 @@ def record(config: DictConfig, weights: Iterable[Path] = (), read: Iterable[Path
         "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     partial = folder_of(out) / f"{MANIFEST}.partial"
+    partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text(json.dumps(about, indent=1) + "\n")
     partial.replace(folder_of(out) / MANIFEST)
 

@@ -13,30 +13,19 @@ from rich.table import Table
 from longctx import checkpoint_index
 from longctx.parallel.launch import Rank
 from longctx.train.stop import StopRequest
-from recipes.common.cli import STOPPED, console, say, threads_for
+from recipes.common.cli import STOPPED, console, say
 from recipes.common.progress import Progress
 from recipes.common.train_job import TrainJob
 
 
 def run_rank(rank: Rank, job: TrainJob) -> dict[str, Any]:
     """One rank's part of the run, from its last checkpoint on; the figures of its end."""
-    from longctx.megatron.runtime import runtime
     from longctx.megatron.training.checkpoint import Checkpoints
     from longctx.train.track import start_tracking
 
     stop = StopRequest()
-    settings, first, threads = job.settings, rank.rank == 0, threads_for(job.settings.threads, rank)
-    with (
-        runtime(
-            rank,
-            job.mesh,
-            device=settings.device,
-            threads=threads,
-            timeout_minutes=settings.timeout_minutes,
-            training=True,
-        ) as here,
-        Progress(shown=first) as progress,
-    ):
+    settings, first = job.settings, rank.rank == 0
+    with job.target.runtime(rank, training=True) as here, Progress(shown=first) as progress:
         progress.start("loading", None)
         trained = built(here, job)
         tell = say if first else lambda _: None
@@ -74,18 +63,18 @@ def built(here: Any, job: TrainJob) -> Any:
     from longctx.megatron.hf_io.init import RandomInit
     from longctx.megatron.training.optimizer import build_train_state
 
-    dropped = job.plan.dropped if job.plan else ()
-    read = hf_load.Weights(job.weights, dropped) if job.weights else RandomInit(job.shape, job.settings.seed)
+    dropped = job.target.plan.dropped if job.target.plan else ()
+    read = hf_load.Weights(job.weights, dropped) if job.weights else RandomInit(job.target.shape, job.settings.seed)
     return build_train_state(
         here,
-        job.shape,
+        job.target.shape,
         job.optim,
-        lambda net: hf_load.load(net, read, job.shape),
-        dtype=getattr(torch, job.model.dtype),
+        lambda net: hf_load.load(net, read, job.target.shape),
+        dtype=getattr(torch, job.target.model.dtype),
         layers="local",
         steps=job.settings.steps,
         recompute=job.settings.recompute,
-        plan=job.plan,
+        plan=job.target.plan,
     )
 
 
@@ -124,14 +113,14 @@ def steps(
     from longctx.train.step import Sharding, train_step
 
     part, parts, settings = here.groups.dp.rank(), here.groups.dp.size(), job.settings
-    kernel = checked_kernel(job.context.kernel, here.device, job.model.dtype, job.shape.head_dim)
-    strategy, keeping = STRATEGIES[job.context.strategy], settings.recompute != "none"
-    how = Sharding(job.data.length, job.context.layout, kernel, strategy, keeping)
+    kernel = checked_kernel(job.target.context.kernel, here.device, job.target.model.dtype, job.target.shape.head_dim)
+    strategy, keeping = STRATEGIES[job.target.context.strategy], settings.recompute != "none"
+    how = Sharding(job.data.length, job.target.context.layout, kernel, strategy, keeping)
     waiting = ExposedCommTimer()
     timed = replace(here, ulysses=TimedComm(here.ulysses, waiting), ring=TimedComm(here.ring, waiting))
-    meter = Meter(job.shape, job.mesh.ranks // parts, here.device, waiting, job.peak_flops)
+    meter = Meter(job.target.shape, job.target.mesh.ranks // parts, here.device, waiting, job.peak_flops)
     held_out = _held_out(job, part, parts)
-    batches = training_batches(job.data, tokenizer_of(job.described), part, parts)(behind["data"])
+    batches = training_batches(job.data, tokenizer_of(job.target.folder), part, parts)(behind["data"])
     to_come = with_last(islice(batches, settings.steps - behind["step"]))
     for step, ((batch, data), last) in enumerate(to_come, behind["step"] + 1):
         meter.begin()
@@ -168,7 +157,7 @@ def _held_out(job: TrainJob, part: int, parts: int) -> list[Any]:
 
     if not job.test:
         return []
-    batches: Iterator[Any] = training_batches(job.test, tokenizer_of(job.described), part, parts)(None)
+    batches: Iterator[Any] = training_batches(job.test, tokenizer_of(job.target.folder), part, parts)(None)
     return [batch for batch, _ in islice(batches, job.evaluation.batches)]
 
 
@@ -188,7 +177,7 @@ def measured(trained: Any, held_out: list[Any], here: Any, how: Any, job: TrainJ
 def show(job: TrainJob, ended: dict[str, Any]) -> None:
     """How a run ended, and what to do with it; one that was asked to stop ends with exit code 75."""
     table = Table(show_header=False, box=None)
-    table.add_row("step", f"{ended['step']:,} of {job.settings.steps:,}, on {job.mesh}")
+    table.add_row("step", f"{ended['step']:,} of {job.settings.steps:,}, on {job.target.mesh}")
     table.add_row("loss", f"{ended['loss']:.4f}")
     table.add_row("figures", str(job.out / "metrics.jsonl"))
     table.add_row("checkpoint", ended["checkpoint"])

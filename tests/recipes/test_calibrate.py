@@ -54,15 +54,17 @@ def test_a_file_of_other_threads_is_refused(measured, about, asked, refused):
     if not refused:
         calibrate.refuse_other_threads(file, asked, Mesh(ring=2))
         return
-    words = f"threads={about['threads']} per rank, this run has threads={threads}: .*calibrate threads={threads} out="
+    words = (
+        f"run.threads={about['threads']} per rank, this run has threads={threads}: .*calibrate threads={threads} out="
+    )
     with pytest.raises(ValueError, match=words):
         calibrate.refuse_other_threads(file, asked, Mesh(ring=2))
 
 
 @pytest.mark.usefixtures("eight_cores")
 def test_ranks_that_would_take_each_others_cores_are_not_measured(refused, tiny, tmp_path):
-    says = refused(calibrate, calibrate.task, f"model={tiny}", "threads=5", f"out={tmp_path / 'laptop.yaml'}")
-    assert "threads=5: each rank has 4 of this machine's cores" in says and "use threads=4" in says
+    says = refused(calibrate, calibrate.task, f"model={tiny}", "run.threads=5", f"out={tmp_path / 'laptop.yaml'}")
+    assert "run.threads=5: each rank has 4 of this machine's cores" in says and "use threads=4" in says
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def test_ranks_that_would_take_each_others_cores_are_not_measured(refused, tiny,
     [
         (chat, ["turns={folder}/turns.jsonl", "mesh.ring=2", "context.strategy=auto"]),
         (crossover, ["total=31", "mesh.ring=2"]),
-        (pretrain, ["experiment=tiny", "data.length=61", "out={folder}/run"]),
+        (pretrain, ["experiment=pretrain/tiny", "data.length=61", "out={folder}/run"]),
         (extend, ["data.length=61", "data.batch=2", "data.end_token=false", "out={folder}/run"]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -17,7 +17,7 @@ from longctx.hf.config import shape_of
 from recipes import pretrain
 
 ROOT = Path(__file__).parents[2]
-QUICK = ("data.length=61", "data.batch=2", "threads=1", "evaluate.every=5", "evaluate.batches=1")
+QUICK = ("data.length=61", "data.batch=2", "run.threads=1", "evaluate.every=5", "evaluate.batches=1")
 STEPS = 13
 
 
@@ -30,7 +30,7 @@ def curve(out: Path) -> list[tuple[int, float, float, int]]:
 
 
 def started(out: Path, *settings: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "recipes.pretrain", "experiment=tiny", f"out={out}", *QUICK, *settings]
+    command = [sys.executable, "-m", "recipes.pretrain", "experiment=pretrain/tiny", f"out={out}", *QUICK, *settings]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -44,7 +44,7 @@ def finished(out: Path, *settings: str) -> str:
 
 def ended(cli, out: Path, *settings: str) -> None:
     """`finished`, in this process, from warm ranks: for what is not asked of its words."""
-    code, _, err = cli(pretrain, pretrain.task, "experiment=tiny", f"out={out}", *QUICK, *settings)
+    code, _, err = cli(pretrain, pretrain.task, "experiment=pretrain/tiny", f"out={out}", *QUICK, *settings)
     assert code == 0, err
 
 
@@ -122,7 +122,7 @@ def test_more_steps_resume_on_another_mesh(cli, tmp_path):
 
 
 def test_a_run_keeps_its_kind_of_optimizer_and_its_model(whole, refused):
-    settings = ("experiment=tiny", f"out={whole}", *QUICK, "steps=99")
+    settings = ("experiment=pretrain/tiny", f"out={whole}", *QUICK, "steps=99")
     says = refused(pretrain, pretrain.task, *settings, "optim.zero1=true")
     assert "was made with optim.zero1=false: go on with that, or elsewhere" in says
     says = refused(pretrain, pretrain.task, *settings, "model.dtype=bfloat16")
@@ -138,7 +138,7 @@ def test_a_run_keeps_its_kind_of_optimizer_and_its_model(whole, refused):
 def test_under_torchrun_it_is_the_same_run(whole, tmp_path):
     """Both ranks check the command line, and make the run's folder, at once."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "recipes.pretrain"]
-    settings = ["experiment=tiny", "mesh.ring=2", f"out={tmp_path}", *QUICK, "steps=2"]
+    settings = ["experiment=pretrain/tiny", "mesh.ring=2", f"out={tmp_path}", *QUICK, "steps=2"]
     run = subprocess.run([*launch, *settings], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("step-00000002") == 1, "one rank speaks"
@@ -208,7 +208,7 @@ def test_a_torn_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
         (["data.epochs=1", "data.batch=9999"], "the text does not fill a batch"),
         (["context.strategy=auto"], r"context\.strategy=auto is for inference"),
         (["optim.min_lr=1"], r"optim\.min_lr=1\.0 and optim\.lr"),
-        (["device=cuda"], r"context\.kernel=auto: no fast kernel has been run on cuda"),
+        (["run.device=cuda"], r"context\.kernel=auto: no fast kernel has been run on cuda"),
         (["recompute=some"], "recompute=some"),
         (["hardware=/nowhere.yaml"], "hardware=/nowhere.yaml cannot be read"),
     ],
@@ -217,13 +217,13 @@ def test_a_torn_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
 def test_misconfiguration_is_refused_before_any_rank_starts(refused, tmp_path, settings, words):
     import re
 
-    says = refused(pretrain, pretrain.task, "experiment=tiny", f"out={tmp_path}", *QUICK, *settings)
+    says = refused(pretrain, pretrain.task, "experiment=pretrain/tiny", f"out={tmp_path}", *QUICK, *settings)
     assert re.search(words, says), says
 
 
 def test_no_room_is_refused(refused, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**6))
-    says = refused(pretrain, pretrain.task, "experiment=tiny", f"out={tmp_path}")
+    says = refused(pretrain, pretrain.task, "experiment=pretrain/tiny", f"out={tmp_path}")
     assert "has 0.00 GB free, the checkpoints that will be there at once take 0.02 more: use another disk" in says
 
 

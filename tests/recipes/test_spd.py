@@ -17,13 +17,13 @@ from recipes import chat, export, generate, pretrain, spd_adapt, spd_sensitivity
 from recipes.common import cli as recipe_cli
 from tests.tracking import history, of_kind, records
 
-TEXT = ("data.length=31", "data.end_token=false", "sequences=5", "chunk=2", "threads=1")
+TEXT = ("data.length=31", "data.end_token=false", "sequences=5", "chunk=2", "run.threads=1")
 REPAIR = (
     "repair.sequences=24", "repair.length=31", "repair.held_out=5", "repair.looked_at=3", "repair.epochs=2",
     "repair.batch=3", "repair.lr=5e-5", "repair.distil=[ISB,SB,ESB]", "repair.group=[ISB,SB,ESB]",
     "joint.steps=3", "joint.batch=2", "joint.lr=5e-5", "joint.save_every=2",
 )  # fmt: skip
-PROMPT = ("prompt.text=It was", "max_new_tokens=5", "verify=true", "threads=1")
+PROMPT = ("prompt.text=It was", "max_new_tokens=5", "verify=true", "run.threads=1")
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,14 @@ def test_other_ways_of_repair_give_a_model_too(cli, tiny, adapted, tmp_path, mor
 
 
 def test_blocks_may_drop_in_training_and_the_run_says_so(cli, tmp_path):
-    command = ("experiment=tiny", "data.length=61", "data.batch=2", "evaluate.every=0", "threads=1", "mesh.tp=2")
+    command = (
+        "experiment=pretrain/tiny",
+        "data.length=61",
+        "data.batch=2",
+        "evaluate.every=0",
+        "run.threads=1",
+        "mesh.tp=2",
+    )
     code, _, err = cli(pretrain, pretrain.task, *command, "spd.blocks=[1,3]", "steps=2", f"out={tmp_path}")
     assert code == 0, err
     code, _, err = cli(pretrain, pretrain.task, *command, "steps=3", f"out={tmp_path}")

@@ -17,7 +17,14 @@ from tests.slurm.conftest import Job, Submit
 
 # Far more than they take: other work may have the cores.
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
-RUN = ("recipe=pretrain", "experiment=tiny", "data.length=61", "data.batch=2", "threads=1", "evaluate.every=0")
+RUN = (
+    "recipe=pretrain",
+    "experiment=pretrain/tiny",
+    "data.length=61",
+    "data.batch=2",
+    "run.threads=1",
+    "evaluate.every=0",
+)
 TWO = ("mesh.ring=2", "nodes=2", "checkpoint.every=5", "time=30")
 STEPS = 150
 
@@ -156,7 +163,7 @@ def test_a_node_that_dies_is_replaced_and_the_run_goes_on(submitted, whole, fold
 
 
 def test_a_rank_that_hangs_ends_the_job_which_says_who_waited_for_what(submitted, folder):
-    job = submitted(*RUN, *TWO, "steps=99999", "timeout_minutes=1", "restarts=0", f"run={folder / 'hung'}")
+    job = submitted(*RUN, *TWO, "steps=99999", "run.timeout_minutes=1", "restarts=0", f"run={folder / 'hung'}")
     reaches(job, 3)
     os.kill(pid_of(job, 1), signal.SIGSTOP)
     began = time.monotonic()
