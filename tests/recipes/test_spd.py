@@ -214,7 +214,7 @@ def test_asked_to_stop_it_keeps_what_is_done_and_goes_on(cli, tiny, adapted, tmp
                 run.send_signal(signal.SIGUSR1)
             time.sleep(0.05)
     said = (tmp_path / "said").read_text()
-    assert run.returncode == recipe_cli.STOPPED and "stopped, as asked: the same command goes on" in said, said
+    assert run.returncode == recipe_cli.STOPPED and "stopped, as asked: the same command resumes" in said, said
     assert not (tmp_path / "spd_plan.json").exists()
     assert cli(spd_adapt, spd_adapt.task, *words)[0] == 0
     assert tensors(tmp_path) == tensors(adapted)
