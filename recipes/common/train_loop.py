@@ -98,11 +98,14 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
         tracker.artifact(f"checkpoint-{run_id}", "checkpoint", checkpoints.latest)
         tracker.finish()
     if last_step < settings.steps:
-        if stop.agreed_on:
-            report(f"stopped after step {last_step}, as asked: the same command resumes")
-        else:
-            report(f"the text ended after step {last_step}: data.epochs={job.data.epochs}")
+        report(_why_early(job, last_step, stop))
     return RunResult(last_step, loss, str(checkpoints.latest), stop.agreed_on)
+
+
+def _why_early(job: TrainJob, step: int, stop: StopRequest) -> str:
+    if stop.agreed_on:
+        return f"stopped after step {step}, as asked: the same command resumes"
+    return f"the text ended after step {step}: data.epochs={job.data.epochs}"
 
 
 def build_state(runtime: Runtime, job: TrainJob) -> TrainState:

@@ -124,13 +124,13 @@ def test_more_steps_resume_on_another_mesh(cli, tmp_path):
 def test_a_run_keeps_its_kind_of_optimizer_and_its_model(whole, refused):
     settings = ("experiment=pretrain/tiny", f"out={whole}", *QUICK, "steps=99")
     says = refused(pretrain, pretrain.task, *settings, "optim.zero1=true")
-    assert "was made with optim.zero1=false: go on with that, or elsewhere" in says
+    assert "was made with optim.zero1=false: use that, or another out=" in says
     says = refused(pretrain, pretrain.task, *settings, "model.dtype=bfloat16")
     assert "was made with model.dtype=float32" in says
     says = refused(pretrain, pretrain.task, *settings, "seed=1")
     assert "began with seed=0, this is seed=1: give another out=" in says
     says = refused(pretrain, pretrain.task, *settings[:-1], "steps=3")
-    assert f"steps=3, {whole}/checkpoints/step-{STEPS:08} is behind step {STEPS}" in says
+    assert f"steps=3, {whole}/checkpoints/step-{STEPS:08} is after step {STEPS}" in says
     says = refused(pretrain, pretrain.task, *settings, "+model.config.rms_norm_eps=1e-3")
     assert "has a run of another model" in says
 
