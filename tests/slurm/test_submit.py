@@ -14,7 +14,7 @@ from slurm import cluster, submit
 from slurm.settings import seconds_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
-TINY = ("recipe=pretrain", "experiment=tiny", "data.length=61", "data.batch=2", "steps=3", "threads=1")
+TINY = ("recipe=pretrain", "experiment=pretrain/tiny", "data.length=61", "data.batch=2", "steps=3", "run.threads=1")
 
 
 @pytest.fixture
