@@ -55,6 +55,10 @@ def token_ids(file):
     return json.loads(file.read_text())["token_ids"]
 
 
+def read_lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 @pytest.mark.parametrize("mesh", ["mesh.ring=2", "mesh.tp=2"])
 def test_session_resumes(cli, saved, mesh):
     words = ("threads=1", "turns=inputs/more_turns.jsonl", "session.load=chat/session", "out=turns.json")
@@ -87,10 +91,10 @@ def test_session_of_an_adapted_model_resumes(cli, saved):
     ],
 )
 def test_training_resumes(cli, saved, run, words):
-    before = [json.loads(line) for line in (saved / run / "metrics.jsonl").open()][:4]
+    before = read_lines(saved / run / "metrics.jsonl")[:4]
     code, _, err = cli(pretrain, pretrain.task, *TRAIN, *words, "steps=6", f"out={run}")
     assert code == 0, err
-    lines = {line["step"]: line for line in map(json.loads, (saved / run / "metrics.jsonl").open())}
+    lines = {line["step"]: line for line in read_lines(saved / run / "metrics.jsonl")}
     assert [lines[step] for step in range(1, 5)] == before, "steps before the checkpoint are not trained again"
     for step in (5, 6):
         for name, value in EXPECTED[run]["to_step_8_ring2"][str(step)].items():
