@@ -111,7 +111,8 @@ class Layout:
 
     def then(self, later: "Layout") -> "Layout":
         """Return this layout extended by the next turn, ``later``, whose positions continue it (see `after`)."""
-        assert later.size == self.size and later.begins == self.ends, "this is not the next turn"
+        assert later.size == self.size, f"a layout over {later.size} ranks cannot extend one over {self.size}"
+        assert later.begins == self.ends, f"not the next turn: it begins at {later.begins}, not at {self.ends}"
         return Layout(
             tuple(a + b for a, b in zip(self.lengths, later.lengths, strict=True)),
             tuple(_merge_spans((*old, *new), self.size) for old, new in zip(self.ranks, later.ranks, strict=True)),
