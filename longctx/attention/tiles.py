@@ -57,7 +57,7 @@ class Tile:
 
 
 def visible_tiles(q: Spans, k: Spans, mask: Mask = CAUSAL) -> tuple[Tile, ...]:
-    """Return the tiles that cover each pair of a query and a key that ``mask`` allows, once and nothing else.
+    """Return tiles that cover exactly the pairs of a query and a key that ``mask`` allows, each pair once.
 
     ``q`` and ``k`` are the spans of the rank that holds the queries and of the rank that holds the keys.  A query sees
     keys of its own document only.  A document of three tokens on two ranks:
@@ -143,7 +143,7 @@ def _tile_band(sq: int, sk: int, low: int, high: int) -> list[Tile]:
 
 
 def _tile_edges(a: int, b: int, sk: int, low: int | None, high: int | None) -> Iterator[Tile]:
-    """Yield the tiles of rows ``a`` to ``b`` (exclusive) of a band; None: no edge, the keys' border limits the rows."""
+    """Yield the tiles of rows ``a`` to ``b`` (exclusive) of a band; an edge of None is the border of the matrix."""
     if b - a == 1:
         yield Tile(a, b, 0 if low is None else a + low, sk if high is None else a + high + 1)
         return
@@ -171,7 +171,7 @@ def _merge_adjacent(
     begin: Callable[[Tile], int],
     end: Callable[[Tile], int],
 ) -> list[Tile]:
-    """Merge rectangles of equal ``key`` that meet: one's ``end`` is the next one's ``begin``."""
+    """Merge rectangles that have the same ``key`` and touch: the ``end`` of one is the ``begin`` of the next."""
     out: list[Tile] = []
     for tile in sorted(tiles, key=lambda t: (key(t), begin(t))):
         if out and key(out[-1]) == key(tile) and end(out[-1]) == begin(tile):

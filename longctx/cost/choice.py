@@ -40,9 +40,8 @@ def overlap_threshold(work: Work, hardware: Hardware) -> float:
 
     N C H_KV e / (2 H_Q BW) for C FLOP/s and a bandwidth of BW (arXiv 2411.01783, Eq. 2).
     """
-    return (
-        work.ranks * hardware.flops * work.kv_heads * work.element_bytes / (2 * work.heads * hardware.hop.bytes_per_s)
-    )
+    denominator = 2 * work.heads * hardware.hop.bytes_per_s
+    return work.ranks * hardware.flops * work.kv_heads * work.element_bytes / denominator
 
 
 def _alg1(work: Work, hardware: Hardware) -> Choice:
@@ -91,12 +90,12 @@ def fit_empirical(points: Sequence[tuple[int, int, float, float]]) -> tuple[floa
     |ln(seconds by pass-Q / seconds by pass-KV)|, so that near ties have little influence.  A small ridge penalty keeps
     the fit of separable points finite.
 
-    Raises ValueError if one strategy was faster at every point: there is no boundary to fit.
+    Raises ValueError if one strategy was at least as fast at every point: there is no boundary to fit.
     """
     # 1. Targets and weights: positive gains are points at which pass-KV was faster.
     gains = [math.log(q / kv) for _, _, kv, q in points]
     if not any(gain > 0 for gain in gains) or not any(gain < 0 for gain in gains):
-        raise ValueError("one strategy is faster at every point; measure more points on both sides of the crossover")
+        raise ValueError("one strategy is at least as fast at every point; measure on both sides of the crossover")
     # 2. Features, centred: ln T, ln of the miss rate, 1.
     rows = [(math.log(t), math.log(t / (t + p)), 1.0) for t, p, _, _ in points]
     means = [sum(row[i] for row in rows) / len(rows) for i in range(2)]
