@@ -1,7 +1,7 @@
 """Reference for the tests: dense float64 attention, from positions and document ids.
 
-It shares no code with longctx.  The mask is a boolean matrix of all queries by all keys, KV heads are copied for the
-query heads that share them, and autograd computes the gradients.
+It shares no code with longctx.  The mask is a boolean matrix of all queries by all keys.  KV heads are copied for
+the query heads that share them.  Autograd computes the gradients.
 """
 
 import math

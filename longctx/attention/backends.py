@@ -16,8 +16,8 @@ KERNELS = {kernel.name: kernel for kernel in (reference, flash_cpu, flash_cuda, 
 def kernel_for(name: str, device: str, dtype: str) -> Kernel:
     """Return the kernel called ``name``; ``auto`` is the fastest for ``device`` (cpu, cuda) and ``dtype``.
 
-    Raises ValueError if the kernel does not take the device or dtype, if its package is not installed, and for
-    ``auto`` on a device on which no fast kernel has been run yet.
+    Raises ValueError if the kernel does not take the device or dtype, or if its package is not installed.  ``auto``
+    raises ValueError on a device on which no fast kernel has been run yet.
     """
     if name == "auto" and device != "cpu":
         raise ValueError(

@@ -44,8 +44,8 @@ class Kernel:
 
         ``q`` is [b sq hq d], ``k`` and ``v`` are [b sk hk d]; the shapes are checked here.
 
-        Raises ValueError for a dtype, device or head dimension that the kernel does not accept, for heads of different
-        dimensions, and for a number of query heads that is not a multiple of the KV heads.
+        Raises ValueError for a dtype, device or head dimension that the kernel does not accept.  Heads of different
+        dimensions are refused, and so are query heads that are not a multiple of the KV heads.
         """
         if q.dtype not in self.dtypes or q.device.type not in self.devices:
             dtypes = " or ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)

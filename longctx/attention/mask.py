@@ -9,7 +9,7 @@ class Mask:
 
     ``Mask(before=1, after=0)`` in a document of three tokens: query 0 sees key 0, query 1 keys 0 and 1, query 2 keys 1
     and 2.  None is no bound: ``Mask(None, 0)``, the default, is causal.  Documents belong to the `Layout`: under every
-    mask, a query sees keys of its own document only.
+    mask, a query sees only keys of its document.
 
     Raises ValueError for a negative bound, which would hide a query's own key.
     """

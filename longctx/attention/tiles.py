@@ -60,7 +60,7 @@ def visible_tiles(q: Spans, k: Spans, mask: Mask = CAUSAL) -> tuple[Tile, ...]:
     """Return tiles that cover exactly the pairs of a query and a key that ``mask`` allows, each pair once.
 
     ``q`` and ``k`` are the spans of the rank that holds the queries and of the rank that holds the keys.  A query sees
-    keys of its own document only.  A document of three tokens on two ranks:
+    only keys of its document.  A document of three tokens on two ranks:
 
     >>> from longctx.attention.layout import zigzag
     >>> last, first_two = zigzag(3, 2).ranks  # rank 0 holds position 2, rank 1 positions 0 and 1

@@ -1,9 +1,9 @@
 """Model FLOPs of a training step, and model FLOPs utilisation (MFU).
 
 Only matrix products count, with 2 FLOPs for a multiplication and its addition.  Each weight is used once per token in
-the forward and twice in the backward (gradients of its input and of itself): 6 FLOPs per weight and token.  For T
-tokens, L layers, hidden size H, n query and m KV heads of dimension d, a SwiGLU FFN of F (three matrices) and a
-vocabulary of V:
+the forward and twice in the backward (gradients of its input and of itself): 6 FLOPs per weight and token.  The symbols
+are T tokens, L layers, hidden size H, n query and m KV heads of dimension d, FFN size F and vocabulary size V.  The FFN
+is a SwiGLU, with three matrices:
 
     projections   6 T L (2 H n d + 2 H m d)       queries and output, keys and values
     ffn           6 T L 3 H F
