@@ -214,7 +214,7 @@ def test_auto_refuses_kernels_not_yet_run_on_a_gpu(kernel, message):
         (
             (6, 2),
             lambda q, k, v: (q.int(), k, v),
-            "not torch.int32 on cpu: use context.kernel=reference",
+            "not torch.int32 on cpu; use context.kernel=reference",
         ),
     ],
 )
