@@ -57,7 +57,7 @@ def test_the_ring_is_exact(name, dtype, strategy, heads, layout, mask):
         out.backward(mine[3])
         return [x.detach().cpu() for x in (out, *(leaf.grad for leaf in leaves))]
 
-    packed = oracle.packed(rows.lengths)
+    packed = oracle.pack_rows(rows.lengths)
     seen = oracle.visible(packed, packed, mask.before, mask.after)
     exact = (oracle.attention(q, k, v, seen)[0], *oracle.gradients(q, k, v, seen, dout))
     for parts, right in zip(zip(*run_threads(ranks, rank_main), strict=True), exact, strict=True):
