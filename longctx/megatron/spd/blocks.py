@@ -13,7 +13,7 @@ from longctx.attention.kernel import Kernel
 from longctx.attention.layout import documents
 from longctx.attention.mask import causal_within
 from longctx.megatron.attention import Pass
-from longctx.megatron.hf_io.export import whole_of
+from longctx.megatron.hf_io.export import gather_whole
 from longctx.megatron.hf_io.load import fill
 from longctx.megatron.hf_io.names import tensor_views_of_layer
 from longctx.megatron.model import local_layer, losses_of, rotary_angles
@@ -79,7 +79,7 @@ class Blocks:
     def tensors_of(self, layer: Any) -> dict[str, Tensor]:
         """``layer``'s weights as Hugging Face has them, whole, on every rank; norms of ranks' own one by one."""
         with torch.no_grad():
-            return {part.name: whole_of(part, self.tp).clone() for part in tensor_views_of_layer(layer, self.shape)}
+            return {part.name: gather_whole(part, self.tp).clone() for part in tensor_views_of_layer(layer, self.shape)}
 
     def fill(self, layer: Any, tensors: Mapping[str, Tensor]) -> None:
         """The other way."""
