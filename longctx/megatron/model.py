@@ -126,8 +126,9 @@ def _run_without_rows(model: GPTModel, attention_pass: Pass) -> Float[Tensor, "0
     Other ranks attend to the keys that this rank caches, so it takes part in their exchanges.  It skips the
     projections, because megatron-core's linear layers cannot take zero rows.
     """
-    config, weight = model.config, next(model.parameters())
     assert attention_pass.attend
+    weight: Tensor = next(model.parameters())
+    config = model.config
     tp, head_dim = config.tensor_model_parallel_size, config.kv_channels
     q, k = (
         weight.new_empty(1, 0, heads // tp, head_dim) for heads in (config.num_attention_heads, config.num_query_groups)

@@ -87,7 +87,7 @@ def test_packed_documents_do_not_meet_and_layers_have_windows_of_their_own():
 
 def test_torch_counts_the_same(tmp_path):
     """A real forward and backward of a Llama, attention written out: every product of matrices, and no other."""
-    folder, tokens = tiny_model(tmp_path, positions=64), 31
+    folder, tokens = tiny_model(tmp_path, max_positions=64), 31
     model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager")
     ids = torch.randint(0, 256, (1, tokens))
     with FlopCounterMode(display=False) as counter:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import nn
 
 from longctx.shapes import Float, Tensor
 from longctx.spd.plan import SPDPlan
@@ -75,15 +76,17 @@ class SPDTransformerLayer(TransformerLayer):
 
         With sequence parallelism, forward also gathers the rows of all ranks.
         """
-        if self.config.sequence_parallel:
-            return tensor_parallel.gather_from_sequence_parallel_region(x, group=self.tp_group)
-        return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.tp_group)
+        gather = tensor_parallel.gather_from_sequence_parallel_region
+        enter = gather if self.config.sequence_parallel else tensor_parallel.copy_to_tensor_model_parallel_region
+        entered: Tensor = enter(x, group=self.tp_group)
+        return entered
 
     def _reduce(self, x: Tensor) -> Tensor:
         """Sum ``x`` over ranks.  With sequence parallelism, each rank receives its rows of the sum only."""
-        if self.config.sequence_parallel:
-            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(x, group=self.tp_group)
-        return tensor_parallel.reduce_from_tensor_model_parallel_region(x, group=self.tp_group)
+        scatter = tensor_parallel.reduce_scatter_to_sequence_parallel_region
+        reduce = scatter if self.config.sequence_parallel else tensor_parallel.reduce_from_tensor_model_parallel_region
+        reduced: Tensor = reduce(x, group=self.tp_group)
+        return reduced
 
     def _replicated(self, weight: Tensor) -> Tensor:
         """Return a replicated ``weight`` for computation that differs by rank; its gradient is summed over ranks.
@@ -92,9 +95,10 @@ class SPDTransformerLayer(TransformerLayer):
         """
         if self.config.sequence_parallel:
             return weight
-        return tensor_parallel.copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
+        copied: Tensor = tensor_parallel.copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
+        return copied
 
-    def _norm(self, norm: Any, x: Tensor) -> Tensor:
+    def _norm(self, norm: nn.RMSNorm, x: Tensor) -> Tensor:
         weight = norm.weight if self.own_norms else self._replicated(norm.weight)
         return F.rms_norm(x, norm.normalized_shape, weight, norm.eps)
 
