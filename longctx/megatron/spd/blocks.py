@@ -136,8 +136,8 @@ class Blocks:
 
         The error is that of the neuron's activation with rank r's heads only, against all heads.  With ``maps``, the
         neuron reads rank r's least-squares prediction M_r norm(x + P_r) instead of norm(x + P_r).
-        It is weighted by the squared norm of the neuron's column in the down projection, and relative per row to the
-        squared norm of the block's output.  ``layer`` drops its reduction.
+        It is weighted by the squared norm of the neuron's column in the down projection.  Per row, it is relative to
+        the squared norm of the block's output.  ``layer`` drops its reduction.
         """
         weight = layer.mlp.linear_fc2.weight.square().sum(0)
         sums = torch.zeros(len(weight), self.tp.size, device=x.device)

@@ -160,8 +160,10 @@ def _from_first_rank(value: Any) -> Any:
 def _make_loadable(optimizer: Any) -> None:
     """Make megatron-core's distributed optimizer load into torch's AdamW, which it otherwise fails to do.
 
-    megatron-core 1) expects optimizer state before the first step, 2) looks up AdamW's ``step`` in a parameter's saved
-    tensors, which lack it, and 3) gives all parameters one shared ``step`` tensor, which each update would increment.
+    megatron-core's loading has three faults.
+    1) It expects optimizer state before the first step.
+    2) It looks up AdamW's ``step`` in a parameter's saved tensors, which lack it.
+    3) It gives all parameters one shared ``step`` tensor, which every parameter's update would increment.
     Other optimizers are left unchanged.
     """
     adamw = optimizer.optimizer
@@ -185,6 +187,7 @@ def _make_loadable(optimizer: Any) -> None:
 class _ResultFile:
     """A one-message queue in a temporary file, through which a forked writer reports to the rank that forked it.
 
+    It has the two methods of `queue.Queue` that megatron-core calls; their names must stay.
     megatron-core's own queue spawns a server process, which takes seconds to start and outlives a killed rank.
     """
 
@@ -193,7 +196,7 @@ class _ResultFile:
         self._file = Path(name)
         os.close(handle)
 
-    def commit(self, message: Any) -> None:
+    def put(self, message: Any) -> None:
         self._file.write_bytes(pickle.dumps(message))
 
     def get_nowait(self) -> Any:
