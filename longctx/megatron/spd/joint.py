@@ -4,8 +4,9 @@
     student   x -> layer 0 -> block 1 -> ... -> logits        a set of blocks replaced by their repaired layers
     loss      KL(teacher || student), mean over tokens (nats)
 
-Repair trains each block by itself, on exact inputs.  Here the blocks train together, so that a layer sees the errors of
-the layers before it and can compensate for them.  Not in arXiv 2502.20727.
+Repair trains each block by itself and minimises the error of that block's output.  Here the layers train together and
+minimise the error of the predictions, so that a layer can compensate for the errors of others.  This step is not in
+arXiv 2502.20727.
 """
 
 import shutil

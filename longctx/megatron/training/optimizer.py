@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
 from longctx.config import Optim, Recompute
@@ -51,7 +52,7 @@ class TrainState:
     schedule: OptimizerParamScheduler
     optim: Optim
     shape: ModelShape
-    groups: Any
+    groups: ProcessGroupCollection
 
 
 @dataclass(frozen=True)
