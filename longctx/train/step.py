@@ -131,7 +131,7 @@ def _micro_batch(
         mask=pad(mask[index].float()),
         bucket=pad(positions * buckets // sharding.length),
         angles=rotary_angles(shape, pad(positions)),
-        one_pass=_attention_pass(layout, len(index), runtime, shape, sharding),
+        attention_pass=_attention_pass(layout, len(index), runtime, shape, sharding),
     )
 
 

@@ -35,7 +35,7 @@ def test_real_pages_follow_the_weights(byte_tokenizer, tmp_path):
     texts = pages(41)
     groups, weights = [texts[:5], texts[5:18], texts[18:]], [5, 2, 1]
     sources = [write_source("jsonl", group, tmp_path / f"{i}") for i, group in enumerate(groups)]
-    data = DataSettings(tuple(sources), length=1)
+    data = DataSettings(tuple(sources), length=1, batch=1)
     mixed = interleave([documents(source, byte_tokenizer, data) for source in sources], weights)
     longest = [max(len(text.encode()) + 1 for text in group) for group in groups]
     for _, state in take(mixed, 199)[10:]:

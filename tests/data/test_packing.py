@@ -74,7 +74,7 @@ def test_state_of_a_document_that_became_shorter_is_refused():
 def test_real_pages_shard_by_document(byte_tokenizer, tmp_path):
     """Ranks hold a sequence's rows by document, with positions that restart at 0 in each document."""
     source = write_source("jsonl", pages(17), tmp_path / "source")
-    data = DataSettings((source,), length=1009, epochs=1)
+    data = DataSettings((source,), length=1009, batch=1, epochs=1)
     stage = pack(documents(source, byte_tokenizer, data), data.length)
     sequences = [item for item, _ in take(stage)]
     assert len(sequences) > 5 and max(len(item.lengths) for item in sequences) > 2

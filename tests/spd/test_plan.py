@@ -16,7 +16,7 @@ from tests.tiny import tiny_model
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a model of 2 blocks."""
-    return tiny_model(tmp_path_factory.mktemp("model"), positions=64)
+    return tiny_model(tmp_path_factory.mktemp("model"), max_positions=64)
 
 
 def dropped_blocks(folder: Path, tp: int = 3, **spd: object) -> tuple[int, ...]:
@@ -57,7 +57,7 @@ def test_sensitivity_file_gives_the_order_for_its_model_and_degree_only(folder: 
 
 
 def test_adapted_folder_gives_dropped_blocks_and_their_order(tmp_path: Path) -> None:
-    folder = tiny_model(tmp_path / "model", positions=64)
+    folder = tiny_model(tmp_path / "model", max_positions=64)
     saved = SavedPlan(SPDPlan(2, 3, (1,), own_norms=True), (1, 0), (1,), "source")
     saved.write(folder)
     assert saved_plan(folder) == saved
