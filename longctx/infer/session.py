@@ -1,7 +1,7 @@
 """A conversation whose keys and values stay sharded over ranks between turns; of any number of sequences."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -163,18 +163,19 @@ class Session:
         with doing("prefill"):
             turn, latest = self._prefill(prompts, layer_done, keep_states)
         turn.ttft_s, turn.prefill_bytes = time.perf_counter() - began, self.engine.sent - sent
-        going = {i: token for i, token in latest.items() if max_new_tokens[i]}
-        while going:
-            for i, token in going.items():
+        latest = {i: token for i, token in latest.items() if max_new_tokens[i]}
+        self._append(latest)
+        while latest:
+            for i, token in latest.items():
                 turn.tokens[i].append(token)
-                self.sequences[i].tokens.append(token)
-            token_done(going)
+            token_done(latest)
             ends = self.engine.shape.end_tokens
-            going = {i: t for i, t in going.items() if t not in ends and len(turn.tokens[i]) < max_new_tokens[i]}
-            if going:
-                turn.steps += 1
-                with doing(f"decode, step {turn.steps}"):
-                    going = self.decode(going)
+            going = [i for i, t in latest.items() if t not in ends and len(turn.tokens[i]) < max_new_tokens[i]]
+            if not going:
+                break
+            turn.steps += 1
+            with doing(f"decode, step {turn.steps}"):
+                latest = self.decode(going)
         turn.decode_s = time.perf_counter() - began - turn.ttft_s
         turn.decode_bytes = self.engine.sent - sent - turn.prefill_bytes
         return turn
@@ -206,9 +207,14 @@ class Session:
         turn.strategy, turn.why = " and ".join(reasons), "; ".join(reasons.values())
         return turn, following
 
-    def decode(self, latest: Mapping[int, int]) -> dict[int, int]:
-        """The token that follows ``latest``, the last of each sequence's tokens: one step of all together (Alg. 4)."""
-        chunk = {i: [token] for i, token in latest.items()}
+    def decode(self, sequences: Collection[int]) -> dict[int, int]:
+        """Decode the next token of each of ``sequences`` in one step (Alg. 4), append it and return it by sequence.
+
+        The step feeds each sequence's last token, which must not be cached yet: the one that a turn or the
+        previous call appended.
+        """
+        chunk = {i: self.sequences[i].tokens[-1:] for i in sequences}
+        assert all(len(self.sequences[i].tokens) == self.sequences[i].cached + 1 for i in chunk), "nothing to feed"
         ring = shard_balanced([1] * len(chunk), contiguous, self.rows_per_rank)
         if self.context.decode == "gather_merge":
             hidden = run_replicated(self.engine, _packed(chunk), ring, self._batch(chunk))
@@ -217,7 +223,13 @@ class Session:
             layout = ring.split(self.engine.ulysses.size)
             strategies = self.engine.everywhere(STRATEGIES[self.context.decode])
             hidden = run_pass(self.engine, _packed(chunk), layout, self._batch(chunk), strategies)
-        return self._following(hidden, layout, chunk)
+        following = self._following(hidden, layout, chunk)
+        self._append(following)
+        return following
+
+    def _append(self, tokens: Mapping[int, int]) -> None:
+        for i, token in tokens.items():
+            self.sequences[i].tokens.append(token)
 
     def _batch(self, chunk: Chunk) -> BatchCache:
         return BatchCache([self.sequences[i].cache for i in chunk], self.engine.ring.rank)

@@ -109,14 +109,11 @@ def timed(here: Any, engine: Any, job: LatencyJob) -> dict[str, dict[str, float]
         found[name] = {"seconds": seconds, "reducing": reducing, "calls": calls, "bytes": size}
         return made
 
-    made = phase("prefill", lambda: session.turn({0: job.tokens}, {0: 1}), 1)
-    latest = {0: made.tokens[0][0]}
+    phase("prefill", lambda: session.turn({0: job.tokens}, {0: 1}), 1)
 
     def decode() -> None:
-        nonlocal latest
         for _ in range(job.settings.new_tokens):
-            latest = session.decode(latest)
-            session.sequences[0].tokens.append(latest[0])
+            session.decode([0])
 
     phase("decode", decode, job.settings.new_tokens)
     return found

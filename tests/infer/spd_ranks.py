@@ -26,8 +26,7 @@ def answered(rank: Rank, mesh: Mesh, folder: Path, tokens: list[int], dropped: t
         chosen = made.tokens[0]
         with tallied() as decode:
             for _ in range(2):
-                chosen.append(session.decode({0: chosen[-1]})[0])
-                session.sequences[0].tokens.append(chosen[-1])
+                chosen.append(session.decode([0])[0])
         hidden, layout = made.passes[0]
         shapes = [(layout.rows(r), *hidden.shape[1:]) for r in range(engine.ranks)]
         whole = layout.unshard(here.context.all_gather(hidden, shapes))

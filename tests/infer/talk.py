@@ -90,13 +90,11 @@ def play(rank: Rank, folder: Path, segment: Segment, load_from: Path | None) -> 
 
 def decoded(session: Any, step: Decode) -> dict[int, list[int]]:
     """The tokens that ``step`` adds."""
-    latest = {i: session.sequences[i].tokens[-1] for i in step.sequences}
-    made: dict[int, list[int]] = {i: [] for i in latest}
+    made: dict[int, list[int]] = {i: [] for i in step.sequences}
     for _ in range(step.steps):
-        latest = session.decode(latest)
-        for i, token in latest.items():
-            session.sequences[i].tokens.append(token)
+        for i, token in session.decode(step.sequences).items():
             made[i].append(token)
+    assert all(session.sequences[i].tokens[-step.steps :] == tokens for i, tokens in made.items())
     return made
 
 
