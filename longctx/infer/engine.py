@@ -20,13 +20,16 @@ from longctx.parallel.ring import Strategy
 from longctx.spd.plan import SPDPlan
 
 
+ATTENTION = "attention"  # the purpose that attention's exchanges over the context group are counted as
+
+
 @dataclass(frozen=True)
 class Engine:
     """A model, and the ranks that share its sequence: ulysses x ring, rank = ring rank * U + ulysses rank.
 
-    ``context`` is both together, for what the ranks tell each other; ``answers`` the same ranks once more, for
-    attention's own exchanges, so that its traffic counts those alone.  ``layers`` says whose layers it is made
-    of: megatron-core's ``local`` ones or Transformer Engine's (``te``).
+    ``context`` is the group of both together; its traffic counts attention's exchanges apart from control
+    messages.  ``layers`` says whose layers it is made of: megatron-core's ``local`` ones or Transformer Engine's
+    (``te``).
     """
 
     model: GPTModel
@@ -36,7 +39,6 @@ class Engine:
     ulysses: Comm = field(default_factory=SingleRankComm)
     ring: Comm = field(default_factory=SingleRankComm)
     context: Comm = field(default_factory=SingleRankComm)
-    answers: Comm = field(default_factory=SingleRankComm)
     layers: str = "local"
 
     @property
@@ -54,7 +56,8 @@ class Engine:
     @property
     def sent(self) -> int:
         """Bytes that this rank has sent to others for attention."""
-        return sum(comm.traffic.total for comm in (self.ulysses, self.ring, self.answers))
+        merged = self.context.traffic.purposes.get(ATTENTION, 0)
+        return self.ulysses.traffic.total + self.ring.traffic.total + merged
 
     def everywhere(self, strategy: Strategy) -> dict[int | None, Strategy]:
         """``strategy`` for the layers of every window: what `run_pass` takes."""
@@ -76,7 +79,7 @@ def load_engine(
     """``model``, sharded over ``here``'s mesh, with its weights read from ``folder``; its blocks follow ``plan``."""
     layers = "local" if plan else layers_in_use(model.layers)
     built = _loaded(here, here.groups, model, shape, folder, layers, plan)
-    comms = (here.tp, here.ulysses, here.ring, here.context, here.answers)
+    comms = (here.tp, here.ulysses, here.ring, here.context)
     return Engine(built, shape, checked_kernel(kernel, here.device, model.dtype, shape.head_dim), *comms, layers)
 
 

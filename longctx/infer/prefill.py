@@ -13,7 +13,7 @@ from longctx.attention.mask import causal_within
 from longctx.attention.partial import empty_partial
 from longctx.attention.tiles import visible_tiles
 from longctx.infer.cache import Cache
-from longctx.infer.engine import Engine
+from longctx.infer.engine import ATTENTION, Engine
 from longctx.megatron.attention import Pass
 from longctx.megatron.model import hidden_states, rotary_angles
 from longctx.parallel.comm import doing
@@ -87,8 +87,8 @@ def run_replicated(
         held = cache.append(layer, k[:, cached_here], v[:, cached_here])
         seen = empty_partial(q)
         attend_tiles(seen, q, *held, tiles[engine.shape.windows[layer]], engine.kernel)
-        with doing(f"layer {layer}"):
-            out = gather_merge(seen, engine.answers, degree).to(q.dtype)
+        with doing(f"layer {layer}"), engine.context.traffic.counted_as(ATTENTION):
+            out = gather_merge(seen, engine.context, degree).to(q.dtype)
         done()
         return out
 

@@ -38,8 +38,7 @@ class Runtime:
     """A rank among its groups.
 
     ``tp`` shares each layer's weights; ``ulysses`` and ``ring`` share the sequence, ``context`` is both together
-    (rank = ring rank * ulysses size + ulysses rank), and ``answers`` the same once more, to count attention's own
-    exchanges apart from what ranks tell each other; ``world`` are all ranks.  ``groups`` are megatron-core's,
+    (rank = ring rank * ulysses size + ulysses rank); ``world`` are all ranks.  ``groups`` are megatron-core's,
     ``alone`` the same kind for this rank by itself.
     """
 
@@ -52,7 +51,6 @@ class Runtime:
     ulysses: Comm
     ring: Comm
     context: Comm
-    answers: Comm
     world: Comm
 
 
@@ -140,7 +138,7 @@ def _groups(rank: Rank, mesh: Mesh, device: torch.device, timeout_minutes: int) 
     own = dist.new_group([rank.rank], use_local_synchronization=True)
     # A model that runs on this rank by itself asks for these groups only.
     alone = ProcessGroupCollection(tp=own, cp=own, pp=own, embd=own, ep=own, tp_cp=own)
-    comms = (_comm(group) for group in (groups.tp, ulysses, ring, groups.cp, groups.cp, everybody))
+    comms = (_comm(group) for group in (groups.tp, ulysses, ring, groups.cp, everybody))
     return Runtime(rank, mesh, device, groups, alone, *comms)
 
 

@@ -32,15 +32,31 @@ def doing(what: str) -> Iterator[None]:
 
 @dataclass
 class Traffic:
-    """What a rank has sent to others: bytes and messages, by operation."""
+    """Bytes and messages that a rank has sent to other ranks, by operation.
+
+    ``purposes`` counts the bytes that were sent inside `counted_as` once more, by its argument.
+    """
 
     bytes: dict[str, int] = field(default_factory=dict)
     messages: dict[str, int] = field(default_factory=dict)
+    purposes: dict[str, int] = field(default_factory=dict)
+    _purpose: str | None = field(default=None, repr=False, compare=False)
+
+    @contextmanager
+    def counted_as(self, purpose: str) -> Iterator[None]:
+        """Count the bytes that are sent inside the block under ``purpose`` too."""
+        self._purpose, before = purpose, self._purpose
+        try:
+            yield
+        finally:
+            self._purpose = before
 
     def count(self, operation: str, sent: Sequence[Tensor]) -> None:
         sizes = [x.numel() * x.element_size() for x in sent if x.numel()]
         self.bytes[operation] = self.bytes.get(operation, 0) + sum(sizes)
         self.messages[operation] = self.messages.get(operation, 0) + len(sizes)
+        if self._purpose is not None:
+            self.purposes[self._purpose] = self.purposes.get(self._purpose, 0) + sum(sizes)
 
     @property
     def total(self) -> int:

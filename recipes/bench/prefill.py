@@ -139,7 +139,7 @@ def with_few_layers(here: Any, job: PrefillJob, layers: int) -> Any:
     dtype = getattr(torch, job.model.dtype)
     net = build_model(shape, here.groups, dtype=dtype, layers="local", device=here.device)
     hf_load.load(net, RandomInit(shape, seed=0), shape)
-    comms = (here.tp, here.ulysses, here.ring, here.context, here.answers)
+    comms = (here.tp, here.ulysses, here.ring, here.context)
     return Engine(net, shape, kernel_for("auto", here.device.type, job.model.dtype), *comms)
 
 

@@ -162,6 +162,18 @@ def test_what_is_counted_is_what_others_get():
     assert traffic.total == 66
 
 
+def test_bytes_of_a_purpose_are_counted_under_it_too():
+    traffic = Traffic()
+    with traffic.counted_as("attention"):
+        traffic.count("all_to_all", [torch.zeros(3)])
+        with traffic.counted_as("logits"):
+            traffic.count("shift", [torch.zeros(1)])
+        traffic.count("all_to_all", [torch.zeros(2)])
+    traffic.count("all_to_all", [torch.zeros(5)])
+    assert traffic.bytes == {"all_to_all": 40, "shift": 4}
+    assert traffic.purposes == {"attention": 20, "logits": 4}
+
+
 def test_alone_there_is_nobody_to_talk_to():
     comm, x = SingleRankComm(), torch.arange(3)
     with pytest.raises(AssertionError, match="a ring of one communicates nothing"):
