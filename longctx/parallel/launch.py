@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -55,15 +56,28 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank | None:
     if e.get("WORLD_SIZE") == "1" or e.get("SLURM_STEP_NUM_TASKS") == "1":
         return None
     if "RANK" in e and "WORLD_SIZE" in e:
-        local_rank = int(e.get("LOCAL_RANK", 0)), int(e.get("LOCAL_WORLD_SIZE", 1))
-        return Rank(int(e["RANK"]), int(e["WORLD_SIZE"]), *local_rank, "env://")
+        local_rank, local_world_size = int(e.get("LOCAL_RANK", 0)), int(e.get("LOCAL_WORLD_SIZE", 1))
+        return Rank(int(e["RANK"]), int(e["WORLD_SIZE"]), local_rank, local_world_size, "env://")
     if "SLURM_STEP_NODELIST" in e and "SLURM_PROCID" in e:
         host = _first_host(e["SLURM_STEP_NODELIST"])
-        port = 20000 + int(e["SLURM_JOB_ID"]) % 20000  # every rank can work it out, and jobs differ
-        local_rank = int(e["SLURM_LOCALID"]), int(e["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0])
-        world_size = int(e["SLURM_STEP_NUM_TASKS"])
-        return Rank(int(e["SLURM_PROCID"]), world_size, *local_rank, f"tcp://{host}:{port}")
+        port = 20000 + int(e["SLURM_JOB_ID"]) % 20000  # the same on every rank of a job, another for another job
+        # Tasks per node, run-length encoded: "2(x3)" or "3,3".  The first count stands for every node.
+        local_world_size = int(e["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0])
+        rank, world_size, local_rank = (
+            int(e[name]) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        )
+        return Rank(rank, world_size, local_rank, local_world_size, f"tcp://{host}:{port}")
     return None
+
+
+@cache
+def current_rank() -> Rank | None:
+    """Return `rank_from_environment` of this process's environment, read at the first call.
+
+    Later calls return the same value without asking ``scontrol`` again.  Tests that change the environment call
+    ``current_rank.cache_clear()``.
+    """
+    return rank_from_environment(os.environ)
 
 
 def _first_host(nodes: str) -> str:

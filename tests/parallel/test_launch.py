@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from longctx.parallel import launch
-from longctx.parallel.launch import Rank, RankFailed, rank_from_environment, run_ranks
+from longctx.parallel.launch import Rank, RankFailed, current_rank, rank_from_environment, run_ranks
 
 ROOT = Path(__file__).parents[2]
 SOON_S = 20.0  # from the failure to the report
@@ -197,3 +197,18 @@ def test_srun_started_this_process(monkeypatch, tasks_per_node, neighbours):
         "SLURM_STEP_TASKS_PER_NODE": tasks_per_node,
     }
     assert rank_from_environment(srun) == Rank(5, 6, 1, neighbours, "tcp://n17:21003")
+
+
+def test_current_rank_reads_the_environment_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(launch, "rank_from_environment", lambda environment: calls.append(environment["RANK"]))
+    monkeypatch.setenv("RANK", "5")
+    current_rank.cache_clear()
+    try:
+        assert [current_rank(), current_rank()] == [None, None]
+        assert calls == ["5"]
+        current_rank.cache_clear()
+        current_rank()
+        assert calls == ["5", "5"]
+    finally:
+        current_rank.cache_clear()
