@@ -16,7 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from longctx.config import Mesh
 from longctx.megatron.cpu_shim import let_training_run
-from longctx.parallel.comm import Comm, DistComm, SingleRankComm, naming_collectives
+from longctx.parallel.comm import Comm, DistComm, SingleRankComm, name_failed_collectives
 from longctx.parallel.launch import Rank
 
 # megatron-core's advice for GPUs, given on CPUs and without gradients too.
@@ -89,7 +89,7 @@ def runtime(
         world_size=rank.world_size,
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
-    with warnings.catch_warnings(), naming_collectives():
+    with warnings.catch_warnings(), name_failed_collectives():
         for message in (*_ADVICE, *(_OF_ITS_OWN_CALLS if training else ())):
             warnings.filterwarnings("ignore", message=message)
         groups = _groups(rank, mesh, here, timeout_minutes)

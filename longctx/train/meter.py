@@ -67,7 +67,7 @@ class Meter:
     def begin(self) -> None:
         """The step begins now; nothing before it counts."""
         self._synchronize()
-        self.waiting.taken()
+        self.waiting.pop_seconds()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self._began = time.perf_counter()
@@ -85,7 +85,7 @@ class Meter:
             flops_causal=train_flops(self.shape, lengths, causal=True),
             peak_flops=self.peak_flops,
             peak_bytes=peak_bytes(self.device),
-            waited=self.waiting.taken(),
+            waited=self.waiting.pop_seconds(),
         )
 
     def _synchronize(self) -> None:

@@ -86,4 +86,4 @@ def test_what_a_stream_waits_is_measured_and_what_it_computes_is_not():
     torch.cuda._sleep(cycles)
     ended.record()
     ended.synchronize()
-    assert waiting.taken()["shift"] == pytest.approx(3 * began.elapsed_time(ended) / 1e3, rel=0.2)
+    assert waiting.pop_seconds()["shift"] == pytest.approx(3 * began.elapsed_time(ended) / 1e3, rel=0.2)

@@ -14,17 +14,17 @@ def answered(rank: Rank, mesh: Mesh, folder: Path, tokens: list[int], dropped: t
     from longctx.infer.engine import load_engine
     from longctx.infer.session import Session, next_logits
     from longctx.megatron.runtime import runtime
-    from longctx.parallel.measure.all_reduce import tallied
+    from longctx.parallel.measure.all_reduce import count_all_reduces
 
     shape = shape_of(folder)
     with runtime(rank, mesh, timeout_minutes=2) as here:
         plan = SPDPlan(shape.layers, mesh.tp, dropped)
         engine = load_engine(here, ModelSource("test", str(folder)), shape, folder, "auto", plan)
         session = Session(engine, Context(), Sampling())
-        with tallied() as prefill:
+        with count_all_reduces() as prefill:
             made = session.turn({0: tokens}, {0: 1}, keep_states=True)
         chosen = made.tokens[0]
-        with tallied() as decode:
+        with count_all_reduces() as decode:
             for _ in range(2):
                 chosen.append(session.decode([0])[0])
         hidden, layout = made.passes[0]
