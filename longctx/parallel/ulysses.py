@@ -33,7 +33,8 @@ def over_heads(ulysses: Comm, rows: Sequence[int], inner: Attention) -> Attentio
         packed = torch.cat([heads for share in shares for heads in share], 2)
         all_rows = _GatherRows.apply(packed, ulysses, tuple(rows))
         heads_per_member = [x.shape[2] // ulysses.size for x in (q, k, v)]
-        return _ScatterRows.apply(inner(*all_rows.split(heads_per_member, 2)), ulysses, tuple(rows))
+        out: Tensor = _ScatterRows.apply(inner(*all_rows.split(heads_per_member, 2)), ulysses, tuple(rows))
+        return out
 
     return attention
 
