@@ -81,7 +81,7 @@ def load_engine(
 ) -> Engine:
     """Load ``model`` from ``folder``, sharded over the mesh of ``runtime``; ``plan`` drops its reductions.
 
-    Raises ValueError if ``kernel`` does not take the device, dtype or head width, or if a tensor is missing or left
+    Raises ValueError if ``kernel`` does not take the device, dtype or head dimension, or if a tensor is missing or left
     over in ``folder``.
     """
     layers = "local" if plan else layers_in_use(model.layers)

@@ -54,8 +54,8 @@ def _gather_states(engine: Engine, turn: Turn) -> Float[Tensor, "s b hidden"] | 
     passes, first = [], engine.rank == 0
     for hidden, layout in turn.passes:
         parts_to_send = [hidden, *[hidden[:0]] * (engine.ranks - 1)]
-        coming = [(layout.rows(rank) if first else 0, *hidden.shape[1:]) for rank in range(engine.ranks)]
-        parts = engine.context.all_to_all(parts_to_send, coming)
+        shapes = [(layout.rows(rank) if first else 0, *hidden.shape[1:]) for rank in range(engine.ranks)]
+        parts = engine.context.all_to_all(parts_to_send, shapes)
         if first:
             passes.append(layout.unshard(parts))
     return torch.cat(passes) if first else None

@@ -29,14 +29,14 @@ def save(session: Session, folder: Path, model: str) -> None:
     """
     # 1. A new folder beside the old one.
     engine = session.engine
-    coming = folder.with_name(folder.name + ".coming")
+    new_folder = folder.with_name(folder.name + ".coming")
     if engine.rank == 0 and engine.tp.rank == 0:
-        shutil.rmtree(coming, ignore_errors=True)
-        coming.mkdir(parents=True)
+        shutil.rmtree(new_folder, ignore_errors=True)
+        new_folder.mkdir(parents=True)
     _gather_numbers(session, [0])  # a barrier: the folder exists
 
     # 2. Every rank's file, and on the first rank the index.
-    written = _gather_numbers(session, [engine.ring.rank, kv_heads(session)[0], *_write_rows(session, coming)])
+    written = _gather_numbers(session, [engine.ring.rank, kv_heads(session)[0], *_write_rows(session, new_folder)])
     if engine.rank == 0 and engine.tp.rank == 0:
         index = {
             "version": _VERSION,
@@ -50,8 +50,8 @@ def save(session: Session, folder: Path, model: str) -> None:
                 if size
             },
         }
-        (coming / _INDEX).write_text(json.dumps(index))
-        _replace(folder, coming)
+        (new_folder / _INDEX).write_text(json.dumps(index))
+        _replace(folder, new_folder)
     _gather_numbers(session, [0])  # a barrier: the session is saved
 
 
@@ -91,14 +91,14 @@ def _checksum(file: Path) -> int:
     return crc
 
 
-def _replace(folder: Path, coming: Path) -> None:
-    """Rename ``coming`` to ``folder``, and delete the old content only after that."""
-    going = folder.with_name(folder.name + ".going")
-    shutil.rmtree(going, ignore_errors=True)
+def _replace(folder: Path, new_folder: Path) -> None:
+    """Rename ``new_folder`` to ``folder``, and delete the old content only after that."""
+    old_folder = folder.with_name(folder.name + ".going")
+    shutil.rmtree(old_folder, ignore_errors=True)
     if folder.exists():
-        folder.rename(going)
-    coming.replace(folder)
-    shutil.rmtree(going, ignore_errors=True)
+        folder.rename(old_folder)
+    new_folder.replace(folder)
+    shutil.rmtree(old_folder, ignore_errors=True)
 
 
 def refuse_place(folder: Path) -> None:

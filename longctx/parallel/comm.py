@@ -85,15 +85,15 @@ class Comm(Protocol):
     size: int
     traffic: Traffic
 
-    def shift(self, *mine: Tensor, coming: Sequence[Shape]) -> Pending:
-        """Start sending ``mine`` to the next rank, and receiving the previous rank's tensors of shapes ``coming``.
+    def shift(self, *mine: Tensor, shapes: Sequence[Shape]) -> Pending:
+        """Start sending ``mine`` to the next rank and receiving the previous rank's tensors, which have ``shapes``.
 
         Raises `LostPeer` if a neighbour has gone.
         """
         ...
 
-    def all_to_all(self, parts: Sequence[Tensor], coming: Sequence[Shape]) -> list[Tensor]:
-        """Send ``parts[i]`` to rank i and return what each rank sent, in rank order; ``coming[i]`` is its shape.
+    def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        """Send ``parts[i]`` to rank i and return what each rank sent, in rank order; ``shapes[i]`` is its shape.
 
         Raises `LostPeer` if a rank has gone.
         """
@@ -126,11 +126,11 @@ class SingleRankComm:
     size: int = 1
     traffic: Traffic = field(default_factory=Traffic)
 
-    def shift(self, *mine: Tensor, coming: Sequence[Shape]) -> Pending:
+    def shift(self, *mine: Tensor, shapes: Sequence[Shape]) -> Pending:
         """Fail: a ring of one has no hops."""
         raise AssertionError("a ring of one communicates nothing")
 
-    def all_to_all(self, parts: Sequence[Tensor], coming: Sequence[Shape]) -> list[Tensor]:
+    def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
         """Return the rank's own part."""
         return list(parts)
 
@@ -191,10 +191,10 @@ class DistComm:
         self.size: int = group.size()
         self.traffic = Traffic()
 
-    def shift(self, *mine: Tensor, coming: Sequence[Shape]) -> Pending:
-        """Start sending ``mine`` to the next rank, and receiving the previous rank's tensors of shapes ``coming``."""
+    def shift(self, *mine: Tensor, shapes: Sequence[Shape]) -> Pending:
+        """Start sending ``mine`` to the next rank and receiving the previous rank's tensors, which have ``shapes``."""
         sent = tuple(x.contiguous() for x in mine)
-        received = tuple(x.new_empty(shape) for x, shape in zip(mine, coming, strict=True))
+        received = tuple(x.new_empty(shape) for x, shape in zip(mine, shapes, strict=True))
         self.traffic.count("shift", sent)
         following, previous = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         ops = [self._p2p(dist.irecv, x, previous) for x in received if x.numel()]
@@ -217,14 +217,14 @@ class DistComm:
     def _p2p(self, op: Callable[..., Any], x: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(op, x, group=self.group, group_peer=peer)
 
-    def all_to_all(self, parts: Sequence[Tensor], coming: Sequence[Shape]) -> list[Tensor]:
-        """Send ``parts[i]`` to rank i and return what each rank sent, in rank order; ``coming[i]`` is its shape."""
+    def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        """Send ``parts[i]`` to rank i and return what each rank sent, in rank order; ``shapes[i]`` is its shape."""
         # Point-to-point messages, not the backend's all-to-all: gloo's takes twice as long for uneven parts on a
         # slow link, and both backends need the parts packed into one tensor first.
         others = [other for other in range(self.size) if other != self.rank]
         sent = {other: parts[other].contiguous() for other in others if parts[other].numel()}
         self.traffic.count("all_to_all", list(sent.values()))
-        received = [x.new_empty(shape) for x, shape in zip(parts, coming, strict=True)]
+        received = [x.new_empty(shape) for x, shape in zip(parts, shapes, strict=True)]
         received[self.rank] = parts[self.rank]
         ops = [self._p2p(dist.irecv, received[other], other) for other in others if received[other].numel()]
         ops += [self._p2p(dist.isend, x, other) for other, x in sent.items()]

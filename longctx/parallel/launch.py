@@ -90,7 +90,7 @@ def _first_host(nodes: str) -> str:
 
 
 def warm_up(modules: Sequence[str]) -> None:
-    """Start the server process that local ranks are forked from, and import ``modules`` there once.
+    """Start the server process that local ranks are forked from, and import ``modules`` in it once.
 
     Returns at once, while the imports run.  Call it early, before the work that they should overlap.
     """

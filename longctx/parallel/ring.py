@@ -75,7 +75,7 @@ def rotate(
         shapes = [_with_rows(x, layout.rows(previous)) for x in mine]
         hop = f"hop {step + 1} of {hops} of the ring"
         with doing(hop):
-            pending = comm.shift(*current, coming=shapes)
+            pending = comm.shift(*current, shapes=shapes)
         yield (comm.rank - step) % comm.size, current
         with doing(hop):
             current = pending.wait()
@@ -118,9 +118,9 @@ def pass_q(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
         del q_o
 
     # 2. Return the partials to the ranks that own the queries, and merge.
-    coming = [_with_rows(partials[0], q.shape[1] if ring.tiles(comm.rank, other) else 0) for other in range(comm.size)]
+    shapes = [_with_rows(partials[0], q.shape[1] if ring.tiles(comm.rank, other) else 0) for other in range(comm.size)]
     with doing("returning partial results"):
-        partials = comm.all_to_all(partials, coming)
+        partials = comm.all_to_all(partials, shapes)
     for packed in partials:
         merge_(merged, slice(0, packed.shape[1]), _unpack(packed))
     return merged
@@ -194,7 +194,7 @@ def ring_gradients(
             dk, dv = dk + dk_before, dv + dv_before
         if comm.size > 1:
             following = ring.keys.rows((owner - 1) % comm.size)
-            sums = comm.shift(dk, dv, coming=[_with_rows(k, following)] * 2)
+            sums = comm.shift(dk, dv, shapes=[_with_rows(k, following)] * 2)
     if sums:
         dk, dv = sums.wait()
     return dq, dk, dv

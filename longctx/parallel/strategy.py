@@ -26,7 +26,7 @@ def ring_attention(
     the logits of the heads' attention sinks (see `partial.sink`); their gradient covers this rank's rows only.
 
     ``saved_forward`` is for activation recomputation: a forward without gradients appends its result, and the
-    recomputation with gradients takes it from there.  The ring therefore runs once (selective checkpoint++ of
+    recomputation with gradients pops it.  The ring therefore runs once (selective checkpoint++ of
     arXiv 2406.18485).
 
     The returned function raises ValueError for inputs that ``kernel`` has not been tested exact on.

@@ -40,12 +40,12 @@ class _ThreadPending:
     world: ThreadWorld
     source: int
     to: int
-    coming: tuple[Shape, ...]
+    shapes: tuple[Shape, ...]
 
     def wait(self) -> tuple[Tensor, ...]:
         """Wait for the tensors, which must have the expected shapes."""
         tensors = self.world.receive(self.source, self.to)
-        assert tuple(tuple(x.shape) for x in tensors) == self.coming, "the receiver expected other shapes"
+        assert tuple(tuple(x.shape) for x in tensors) == self.shapes, "the receiver expected other shapes"
         return tensors
 
 
@@ -57,21 +57,21 @@ class ThreadComm:
         self.rank, self.size = members.index(rank), len(members)
         self.traffic = Traffic()
 
-    def shift(self, *mine: Tensor, coming: Sequence[Shape]) -> Pending:
-        """Send ``mine`` to the next rank and receive the previous rank's tensors, of shapes ``coming``."""
+    def shift(self, *mine: Tensor, shapes: Sequence[Shape]) -> Pending:
+        """Send ``mine`` to the next rank and receive the previous rank's tensors, which have ``shapes``."""
         self.traffic.count("shift", mine)
         self.world.send(self.members[self.rank], self.members[(self.rank + 1) % self.size], mine)
-        return self._pending(self.rank - 1, tuple(map(tuple, coming)))
+        return self._pending(self.rank - 1, tuple(map(tuple, shapes)))
 
-    def _pending(self, source: int, coming: tuple[Shape, ...]) -> _ThreadPending:
-        return _ThreadPending(self.world, self.members[source % self.size], self.members[self.rank], coming)
+    def _pending(self, source: int, shapes: tuple[Shape, ...]) -> _ThreadPending:
+        return _ThreadPending(self.world, self.members[source % self.size], self.members[self.rank], shapes)
 
-    def all_to_all(self, parts: Sequence[Tensor], coming: Sequence[Shape]) -> list[Tensor]:
-        """Send ``parts[i]`` to rank i and return what each rank sent, in rank order; ``coming[i]`` is its shape."""
+    def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        """Send ``parts[i]`` to rank i and return what each rank sent, in rank order; ``shapes[i]`` is its shape."""
         self.traffic.count("all_to_all", [x for i, x in enumerate(parts) if i != self.rank])
         for member, part in zip(self.members, parts, strict=True):
             self.world.send(self.members[self.rank], member, (part,))
-        return [self._pending(i, (tuple(shape),)).wait()[0] for i, shape in enumerate(coming)]
+        return [self._pending(i, (tuple(shape),)).wait()[0] for i, shape in enumerate(shapes)]
 
     def all_gather(self, mine: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
         """Return every rank's ``mine``, in rank order; ``shapes[i]`` is the shape of rank i's tensor."""

@@ -79,14 +79,14 @@ class TimedComm:
     def traffic(self, traffic: Traffic) -> None:
         self.comm.traffic = traffic
 
-    def shift(self, *mine: Tensor, coming: Sequence[Shape]) -> Pending:
+    def shift(self, *mine: Tensor, shapes: Sequence[Shape]) -> Pending:
         """Start a shift of ``comm``; the wait for it counts as "shift"."""
-        return _TimedPending(self.comm.shift(*mine, coming=coming), self.timer, mine[0].device)
+        return _TimedPending(self.comm.shift(*mine, shapes=shapes), self.timer, mine[0].device)
 
-    def all_to_all(self, parts: Sequence[Tensor], coming: Sequence[Shape]) -> list[Tensor]:
+    def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
         """Run an all-to-all of ``comm``, all of which counts as waiting."""
         with self.timer.during("all_to_all", parts[0].device):
-            return self.comm.all_to_all(parts, coming)
+            return self.comm.all_to_all(parts, shapes)
 
     def all_gather(self, mine: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
         """Run an all-gather of ``comm``, all of which counts as waiting."""

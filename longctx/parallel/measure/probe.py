@@ -56,7 +56,7 @@ def probe(
     hop = _link(*(seconds(_hop(ring, size, device)) for size in (_SMALL, _LARGE)))
     exchange = _link(*(seconds(_exchange(ring, size, device)) for size in (_SMALL, _LARGE)))
     # 3. Overlap: send a message that takes as long as the block, alone and during the block.  On a link that is too
-    # fast to measure, such a message would fill the memory, so its size is limited.
+    # fast to measure, that message would fill the memory, so its size is limited.
     size = int(min(max(_SMALL, (wide_s - hop.latency_s) * hop.bytes_per_s), 8 * _LARGE))
     send = _hop(ring, size, device)
     alone_s, both_s = seconds(send), seconds(_hop(ring, size, device, meanwhile=wide))
@@ -88,7 +88,7 @@ def _hop(
     message = torch.zeros(size, dtype=torch.uint8, device=device)
 
     def send() -> object:
-        pending = ring.shift(message, coming=[(size,)])
+        pending = ring.shift(message, shapes=[(size,)])
         meanwhile()
         return pending.wait()
 
