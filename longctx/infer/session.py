@@ -128,7 +128,7 @@ class Session:
     def drop(self, sequence: int) -> None:
         """Remove ``sequence`` and free its cache.  Raises ValueError for an unknown number."""
         if sequence not in self.sequences:
-            raise ValueError(f"sequence {sequence} is not in the session; use one of {sorted(self.sequences)}.")
+            raise ValueError(f"sequence {sequence} is not in the session, which has {sorted(self.sequences) or 'none'}.")
         del self.sequences[sequence]
 
     def _refuse(self, prompts: Mapping[int, Sequence[int]], max_new_tokens: Mapping[int, int]) -> None:
