@@ -13,7 +13,7 @@ help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(READY) ## a real model answers from a long real document, over 2 ranks; figures in outputs/demo/result.json
-	$(BIN)/python -m recipes.generate experiment=demo
+	$(BIN)/python -m recipes.generate experiment=generate/demo
 
 test: $(READY) slurm ## the whole test suite
 	$(BIN)/python -m pytest $(AT_ONCE)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -12,12 +12,12 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from eval.answers.requests import Request, Score
 from eval.harness.local import LOCAL
 from eval.sensitivity import lacks_order, order_jobs, with_order, without_order
-from eval.variants import BASELINE, Variant, composed, refuse_other_model, variant_of
+from eval.variants import BASELINE, Variant, composed, refuse_other_model, resolve_variant
 from longctx.config import Mesh, Track
 from longctx.parallel.launch import rank_from_environment
-from recipes.common.cli import say, section, top_level
+from recipes.common.cli import refuse_unwritable_folder, say
 from recipes.common.provenance import hardware, provenance
-from recipes.common.train_job import refuse_unwritable_folder
+from recipes.common.settings import section, top_level
 
 _BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"  # a folder of data beside the checkout
 
@@ -26,12 +26,9 @@ _BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"  # a folder of
 class EvalSettings:
     """The settings of configs/evaluate.yaml that are not a section of their own."""
 
-    threads: PositiveInt | None
-    device: Literal["cpu", "cuda"]
-    timeout_minutes: PositiveInt
-    adapted: str | None
-    variants: tuple[Mapping[str, Any], ...]
     out: str
+    adapted: str | None = None
+    variants: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,14 +122,14 @@ def prepare(config: DictConfig) -> EvalJob:
     if BASELINE in asked.gate:
         raise ValueError(f"eval.gate: {BASELINE} is what the others are compared with: name variants")
     asked_of = asked.folder
-    base = variant_of(*configs[0], settings.device)
+    base = resolve_variant(*configs[0])
     tasks = _tasks(asked, base, asked_of)
     if asked.gate and all(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in tasks.values()):
         raise ValueError("eval.gate judges accuracy, which none of eval.tasks has: add one, or use eval.gate=[]")
     asked.refuse_unknown_limits([*tasks, *asked.tasks])
     ask(tasks, {name: asked.limit_of(name) for name in tasks})
     lm, requests = _requests(asked, base, tasks)
-    variants = tuple(variant_of(name, without_order(one), settings.device) for name, one in configs)
+    variants = tuple(resolve_variant(name, without_order(one)) for name, one in configs)
     for other, (_, one) in zip(variants[1:], configs[1:], strict=True):
         refuse_other_model(base, other)
         _refuse_too_short(other, requests)
@@ -159,7 +156,7 @@ def ordered(job: EvalJob) -> EvalJob:
     if not any(lacks_order(config) for _, config in job.configs):
         return job
     configs = with_order(job.configs, job.variants[0], job.eval.sensitivity, job.out)
-    variants = tuple(variant_of(name, config, job.settings.device) for name, config in configs)
+    variants = tuple(resolve_variant(name, config) for name, config in configs)
     return replace(job, variants=variants)
 
 
@@ -193,7 +190,7 @@ def _tasks(asked: EvalConfig, base: Variant, data: Path | None) -> dict[str, Any
     if asked.num_fewshot and (none := [name for name, task in tasks.items() if task.config.num_fewshot == 0]):
         say(f"eval.num_fewshot: {', '.join(none)} are asked without examples, as lm-eval has them")
     if long:
-        most, tokenizer = asked.max_length or base.shape.max_positions, tokenizer_of(base.folder)
+        most, tokenizer = asked.max_length or base.target.shape.max_positions, tokenizer_of(base.target.folder)
         examples = {name: asked.limit_of(name) or 50 for name in long}
         tasks |= long_tasks(examples, asked.lengths, asked.text, tokenizer, most, asked.seed)
     return tasks
@@ -205,12 +202,14 @@ def _requests(asked: EvalConfig, base: Variant, tasks: Mapping[str, Any]) -> tup
     from eval.harness.tasks import answered
     from longctx.hf.config import tokenizer_of
 
-    if asked.max_length and asked.max_length > base.shape.max_positions:
-        raise ValueError(f"eval.max_length={asked.max_length:,}: the model's context is {base.shape.max_positions:,}")
+    if asked.max_length and asked.max_length > base.target.shape.max_positions:
+        raise ValueError(
+            f"eval.max_length={asked.max_length:,}: the model's context is {base.target.shape.max_positions:,}"
+        )
     requests: list[Request] = []
-    tokenizer = tokenizer_of(base.folder)
+    tokenizer = tokenizer_of(base.target.folder)
     prefix = prefix_token_of(tokenizer, asked.prefix_token)
-    lm = EngineLM(tokenizer, asked.max_length or base.shape.max_positions, prefix, recorder(requests))
+    lm = EngineLM(tokenizer, asked.max_length or base.target.shape.max_positions, prefix, recorder(requests))
     answered(tasks, lm)
     if lm.cut:
         say(f"{lm.cut:,} texts are longer than {lm.max_length:,} tokens (eval.max_length): they lose their beginning")
@@ -220,16 +219,17 @@ def _requests(asked: EvalConfig, base: Variant, tasks: Mapping[str, Any]) -> tup
 def _refuse_too_short(variant: Variant, requests: Sequence[Request]) -> None:
     """ValueError unless every request fits the context of ``variant``."""
     longest = max(len(one.tokens) - 1 if isinstance(one, Score) else len(one.tokens) + one.most for one in requests)
-    if longest > variant.shape.max_positions:
+    context = variant.target.shape.max_positions
+    if longest > context:
         raise ValueError(
-            f"variant {variant.name}: its context is {variant.shape.max_positions:,}, and the baseline's requests have "
-            f"up to {longest:,} tokens: use eval.max_length={variant.shape.max_positions}, or shorter eval.lengths"
+            f"variant {variant.name}: its context is {context:,}, and the baseline's requests have "
+            f"up to {longest:,} tokens: use eval.max_length={context}, or shorter eval.lengths"
         )
 
 
 def _refuse_other_order(base: Variant, variant: Variant, config: DictConfig) -> None:
     """ValueError if blocks of ``variant`` are to drop in an order that would be measured on another model."""
-    if lacks_order(config) and variant.folder != base.folder:
+    if lacks_order(config) and variant.target.folder != base.target.folder:
         raise ValueError(
             f"variant {variant.name}: the order in which blocks drop is measured on the baseline, and this is another "
             "model: give it spd.sensitivity, of recipes.spd_sensitivity"
@@ -240,8 +240,8 @@ def _refuse_other_world(variants: Sequence[Variant]) -> None:
     """ValueError if a launcher has started ranks, and a variant wants another number of them."""
     here = rank_from_environment(os.environ)
     for variant in variants:
-        if here and here.world_size != variant.mesh.ranks:
+        if here and here.world_size != variant.target.mesh.ranks:
             raise ValueError(
-                f"the launcher started {here.world_size} ranks, variant {variant.name} has {variant.mesh.ranks} "
-                f"({variant.mesh}): leave the launcher out, or give all variants as many"
+                f"the launcher started {here.world_size} ranks, variant {variant.name} has {variant.target.mesh.ranks} "
+                f"({variant.target.mesh}): leave the launcher out, or give all variants as many"
             )

@@ -1,7 +1,7 @@
 """A model's scores on benchmarks, on any mesh; and what a change to it costs, with statistics and a verdict.
 
     python -m eval.run model=smollm2_135m eval.tasks=[arc_easy] eval.limit=50 mesh.ring=2 out=outputs/scores
-    python -m eval.run experiment=spd_regression eval.limit=200 out=outputs/spd
+    python -m eval.run experiment=evaluate/spd_regression eval.limit=200 out=outputs/spd
 
 Exit codes: 0 done; 3 done, and a variant of the gate is worse (eval.strict: or undecided); 2 the command line asks for
 what cannot be done (nothing was started); 1 a rank failed; 75 asked to stop (SIGUSR1).  The same command again goes on
@@ -33,7 +33,7 @@ WARM = ("longctx.infer.engine", "eval.answers.score", "eval.answers.generate", "
 def answer(job: EvalJob, number: int) -> responses.StoredAnswers:
     """All answers of a variant: those that are kept, and the others by its ranks."""
     variant = job.variants[number]
-    file, settings = job.file(variant), job.settings
+    file = job.file(variant)
     kept = responses.read(file)
     for where in kept.corrupt:
         say(f"{where} is not as it was written: what was there is computed again")
@@ -50,10 +50,8 @@ def answer(job: EvalJob, number: int) -> responses.StoredAnswers:
         requests=left,
         file=file,
         max_batch_tokens=job.eval.max_batch_tokens,
-        threads=settings.threads,
-        timeout_minutes=settings.timeout_minutes,
     )
-    if on_every_rank(variant.mesh, run_rank, work):
+    if on_every_rank(variant.target.mesh, run_rank, work):
         leave_stopped()
     return responses.read(file)
 
@@ -67,10 +65,10 @@ def scored(job: EvalJob, variant: Variant, kept: responses.StoredAnswers) -> rep
     seconds = kept.seconds or None
     return report.ScoredVariant(
         name=variant.name,
-        model=variant.model.name,
-        mesh=str(variant.mesh),
+        model=variant.target.model.name,
+        mesh=str(variant.target.mesh),
         dropped=variant.dropped,
-        blocks=tuple(sorted(variant.plan.dropped)) if variant.plan else (),
+        blocks=tuple(sorted(variant.target.plan.dropped)) if variant.target.plan else (),
         repaired=variant.repaired,
         outcomes={name: outcomes(name, task) for name, task in job.tasks.items()},
         tokens_per_s=kept.tokens / seconds if seconds else None,
@@ -103,7 +101,7 @@ def task(config: DictConfig) -> None:
     read = [folder / LOCAL[name].file for name in job.tasks if folder and name in LOCAL]
     if job.eval.include:
         read += [file for file in Path(job.eval.include).expanduser().rglob("*") if file.is_file()]
-    record(config, [variant.folder for variant in job.variants], read)
+    record(config, [variant.target.folder for variant in job.variants], read)
     job = ordered(job)
     kept = [answer(job, number) for number in range(len(job.variants))]
     if not is_first():

@@ -70,19 +70,19 @@ def _order_job(base: Variant, tp: int, sequences: int, out: Path) -> spd_sensiti
     here = rank_from_environment(os.environ)
     parts = here.world_size // tp if here else 1  # all ranks that a launcher has started take part
     words = [f"mesh.tp={tp}", f"mesh.dp={parts}", f"sequences={sequences}", "model=folder"]
-    words += [f"model.dtype={base.model.dtype}", f"data.length={min(_LENGTH, base.shape.max_positions)}"]
+    words += [f"model.dtype={base.target.model.dtype}", f"data.length={min(_LENGTH, base.target.shape.max_positions)}"]
     config = composed("spd_sensitivity", [*words, "model.name=x", "model.source=x", "out=x"])
-    values: Any = {"model": {"name": base.model.name, "source": str(base.folder)}, "out": str(out)}
+    values: Any = {"model": {"name": base.target.model.name, "source": str(base.target.folder)}, "out": str(out)}
     return spd_sensitivity.prepare(_merged(config, values), "eval.run")
 
 
 def _measured(job: spd_sensitivity.SensitivityJob) -> tuple[int, ...]:
     """The order, by `recipes.spd_sensitivity`."""
-    subject = job.subject
+    target = job.target
     if job.file.is_file():
-        return order_from(job.file, subject.shape.layers, subject.mesh.tp, subject.fingerprint)
-    say(f"the order in which blocks are dropped is measured first, at mesh.tp={subject.mesh.tp}")
-    found = on_every_rank(subject.mesh, spd_sensitivity.run_rank, job)
+        return order_from(job.file, target.shape.layers, target.mesh.tp, target.fingerprint)
+    say(f"the order in which blocks are dropped is measured first, at mesh.tp={target.mesh.tp}")
+    found = on_every_rank(target.mesh, spd_sensitivity.run_rank, job)
     if found is None:
         leave_stopped()
     if is_first():

@@ -21,10 +21,12 @@ from eval.answers.requests import key
 from eval.answers.worker import EvalWork, run_rank
 from eval.harness.lm import recorder
 from eval.harness.tasks import answered
+from eval.job import EvalJob
 from longctx.parallel.launch import Rank, run_ranks
-from recipes.common.cli import console, main, section, threads_for, warm_up_ranks, written
+from recipes.common.cli import console, main, threads_for, warm_up_ranks, write_result
 from recipes.common.manifest import record
 from recipes.common.provenance import provenance
+from recipes.common.settings import section
 
 OURS = "ours"
 
@@ -72,22 +74,20 @@ def ours(rank: Rank, work: EvalWork) -> tuple[float, dict[str, Any]]:
     return kept.seconds, kept.answers
 
 
-def measured(job: run.Job, task: Any, speed: SpeedSettings) -> dict[str, Any]:
+def measured(job: EvalJob, task: Any, speed: SpeedSettings) -> dict[str, Any]:
     """Seconds of every round, by contestant; the largest difference of a log-probability; examples of ``task``."""
     requests: list[Any] = []
     job.lm.answer = recorder(requests)
     answered({"": task}, job.lm)
     pairs = tuple(tuple(instance.args) for instance in task.instances)
-    base, threads = job.variants[0], job.settings.threads
-    asked = SpeedRequests(base.folder, pairs, job.lm.eot_token_id, 1, threads)
+    base = job.variants[0]
+    asked = SpeedRequests(base.target.folder, pairs, job.lm.eot_token_id, 1, base.target.run.threads)
     work = EvalWork(
         OURS,
         base,
         tuple(dict.fromkeys(requests)),
         Path(),
         job.eval.max_batch_tokens,
-        threads,
-        job.settings.timeout_minutes,
     )
     seconds: dict[str, list[float]] = {}
     off = 0.0
@@ -102,13 +102,13 @@ def measured(job: run.Job, task: Any, speed: SpeedSettings) -> dict[str, Any]:
     return {"examples": len({i.doc_id for i in task.instances}), "seconds": seconds, "largest_difference": off}
 
 
-def refuse_unlike(job: run.Job) -> None:
+def refuse_unlike(job: EvalJob) -> None:
     """ValueError for what lm-eval's model is not given here."""
     base = job.variants[0]
-    if len(job.variants) > 1 or base.mesh.ranks > 1 or base.plan:
+    if len(job.variants) > 1 or base.target.mesh.ranks > 1 or base.target.plan:
         raise ValueError("eval.speed compares one rank as it is: leave mesh, spd and variants out")
-    if base.model.dtype != "float32" or base.device != "cpu" or job.eval.max_length:
-        raise ValueError("eval.speed compares in model.dtype=float32, device=cpu, eval.max_length=null: use these")
+    if base.target.model.dtype != "float32" or base.target.run.device != "cpu" or job.eval.max_length:
+        raise ValueError("eval.speed compares in model.dtype=float32, run.device=cpu, eval.max_length=null: use these")
     for name, of in job.tasks.items():
         if any(instance.request_type != "loglikelihood" for instance in of.instances):
             raise ValueError(f"eval.speed compares scores of answers: leave {name} out of eval.tasks")
@@ -133,12 +133,12 @@ def task(config: DictConfig) -> None:
     warm_up_ranks((*run.WARM, "lm_eval.models.huggingface"))
     speed, job = section(config, "speed", SpeedSettings), run.prepare(config)
     refuse_unlike(job)
-    record(config, [job.variants[0].folder])
+    record(config, [job.variants[0].target.folder])
     found = {}
     for name, of in job.tasks.items():
         console.print(f"{name}: {speed.rounds} rounds")
         found[name] = measured(job, of, speed)
-        written(str(job.out / "speed.json"), {"tasks": found, **provenance()})
+        write_result(str(job.out / "speed.json"), {"tasks": found, **provenance()})
     show(found)
 
 

@@ -8,17 +8,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from longctx.attention.backends import kernel_for
-from longctx.config import Context, Mesh, ModelSource
-from longctx.hf.checkpoint import fingerprint, tensor_files
-from longctx.hf.config import shape_of, tokenizer_of
-from longctx.hf.locate import locate
-from longctx.model_shape import ModelShape
-from longctx.parallel.strategy import STRATEGIES
-from longctx.parallel.validate import refuse_unfit, refuse_unused
-from longctx.spd.plan import SPDPlan, saved_plan
-from recipes.common.cli import say, section
-from recipes.common.spd_plan import plan_of
+from longctx.hf.config import tokenizer_of
+from longctx.spd.plan import saved_plan
+from recipes.common.cli import say
+from recipes.common.renamed import rename_item
+from recipes.common.target import Target, resolve_target
 
 BASELINE = "baseline"
 _SECTIONS = ("model", "mesh", "context", "spd")
@@ -26,31 +20,26 @@ _SECTIONS = ("model", "mesh", "context", "spd")
 
 @dataclass(frozen=True)
 class Variant:
-    """A model on a mesh; ``plan`` says which blocks drop a reduction.  The first of all is the baseline."""
+    """A named target to compare; the first of all is the baseline.  ``repaired``: its blocks learned to drop."""
 
     name: str
-    model: ModelSource
-    folder: Path
-    shape: ModelShape
-    mesh: Mesh
-    context: Context
-    plan: SPDPlan | None
-    device: str
+    target: Target
     repaired: bool = False
 
     @property
     def dropped(self) -> float:
-        """The share of blocks that drop their reduction."""
-        return self.plan.share if self.plan else 0.0
+        """Share of blocks that drop their reduction."""
+        return self.target.plan.share if self.target.plan else 0.0
 
     @property
     def digest(self) -> str:
-        """What its answers depend on."""
-        of: list[Any] = [fingerprint(self.folder), self.model.dtype, self.model.layers, self.device]
-        of += [str(self.mesh), vars(self.context), self.plan]
+        """Digest of all that the variant's answers depend on."""
+        target = self.target
+        inputs: list[Any] = [target.fingerprint, target.model.dtype, target.model.layers, target.run.device]
+        inputs += [str(target.mesh), vars(target.context), target.plan]
         # A generated text depends on what ends it, and on how tokens are read.
-        of += [self.shape.end_tokens, *(file.read_bytes() for file in sorted(self.folder.glob("tokenizer*")))]
-        return hashlib.sha256(repr(of).encode()).hexdigest()[:12]
+        inputs += [target.shape.end_tokens, *(file.read_bytes() for file in sorted(target.folder.glob("tokenizer*")))]
+        return hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
 
 
 def composed(config: DictConfig) -> list[tuple[str, DictConfig]]:
@@ -61,7 +50,8 @@ def composed(config: DictConfig) -> list[tuple[str, DictConfig]]:
     """
     base: Any = OmegaConf.to_container(config, resolve=True)
     out = [(BASELINE, OmegaConf.create(base))]
-    for change in base["variants"]:
+    for given in base["variants"]:
+        change = rename_item("variants", given, say)
         out.append((_name(change), _changed(base, change)))
         if base["adapted"] and change.get("spd"):
             as_saved = {name: value for name, value in change["spd"].items() if name != "sensitivity"}
@@ -93,49 +83,40 @@ def _changed(base: Mapping[str, Any], change: Mapping[str, Any]) -> DictConfig:
     return OmegaConf.create({**base, **merged})
 
 
-def variant_of(name: str, config: DictConfig, device: str) -> Variant:
-    """The variant that ``config`` describes.  Raises ValueError, with what to do instead, if it cannot be run."""
-    mesh, context = section(config, "mesh", Mesh), section(config, "context", Context)
-    refuse_unused(mesh, "eval.run", ("dp", "pp"))
-    model = section(config, "model", ModelSource)
-    if context.strategy not in STRATEGIES:
+def resolve_variant(name: str, config: DictConfig) -> Variant:
+    """Return the variant that ``config`` describes.  Raises ValueError, with what to set instead, if it cannot run."""
+    target = resolve_target(config, "eval.run", unused_axes=("dp", "pp"))
+    if target.context.chunk:
         raise ValueError(
-            f"context.strategy={context.strategy} is for conversations: use one of {', '.join(STRATEGIES)}"
+            f"context.chunk={target.context.chunk} is for one long prompt: use context.chunk=null; "
+            "eval.max_batch_tokens bounds how many tokens are run at once"
         )
-    if context.chunk:
-        raise ValueError(
-            f"context.chunk={context.chunk} is for one long prompt: here eval.max_batch_tokens says how much is run"
-        )
-    kernel_for(context.kernel, device, model.dtype)
-    folder = locate(model, say)
-    tensor_files(folder)  # refuses a folder without weights
-    shape = shape_of(folder)
-    refuse_unfit(mesh, shape)
-    plan = plan_of(config, mesh, model, folder, shape)
-    repaired = plan is not None and saved_plan(folder) is not None
-    return Variant(name, model, folder, shape, mesh, context, plan, device, repaired=repaired)
+    return Variant(name, target, repaired=target.plan is not None and saved_plan(target.folder) is not None)
 
 
 def refuse_other_model(base: Variant, other: Variant) -> None:
     """ValueError unless ``other`` reads the same tokens and was made from ``base``'s model, or is of its shape."""
-    saved = saved_plan(other.folder)
-    if saved and saved.source not in (fingerprint(base.folder), getattr(saved_plan(base.folder), "source", None)):
+    saved = saved_plan(other.target.folder)
+    if saved and saved.source not in (base.target.fingerprint, getattr(saved_plan(base.target.folder), "source", None)):
         raise ValueError(
-            f"variant {other.name}: {other.folder} was made from another model than {base.model.name}: "
+            f"variant {other.name}: {other.target.folder} was made from another model than {base.target.model.name}: "
             "give the baseline the one that it was made from"
         )
-    if saved and other.plan and (bare := set(other.plan.dropped) - set(saved.adapted)):
+    if saved and other.target.plan and (bare := set(other.target.plan.dropped) - set(saved.adapted)):
         raise ValueError(
-            f"variant {other.name}: block {min(bare)} of {other.folder} has not been repaired: drop fewer, or adapt it "
-            "with a larger spd.budget"
+            f"variant {other.name}: block {min(bare)} of {other.target.folder} has not been repaired: drop fewer, or "
+            "adapt it with a larger spd.budget"
         )
     alike = ("layers", "hidden", "heads", "kv_heads", "head_dim", "vocab_size")
     for name in alike:
-        ours, theirs = getattr(base.shape, name), getattr(other.shape, name)
+        ours, theirs = getattr(base.target.shape, name), getattr(other.target.shape, name)
         if ours != theirs:
             raise ValueError(
-                f"variant {other.name}: {other.folder} has {theirs} for {name}, the baseline {ours}: "
+                f"variant {other.name}: {other.target.folder} has {theirs} for {name}, the baseline {ours}: "
                 "compare variants of one model"
             )
-    if other.folder != base.folder and tokenizer_of(base.folder).get_vocab() != tokenizer_of(other.folder).get_vocab():
-        raise ValueError(f"variant {other.name}: {other.folder} has another tokenizer than the baseline")
+    if (
+        other.target.folder != base.target.folder
+        and tokenizer_of(base.target.folder).get_vocab() != tokenizer_of(other.target.folder).get_vocab()
+    ):
+        raise ValueError(f"variant {other.name}: {other.target.folder} has another tokenizer than the baseline")

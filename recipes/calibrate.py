@@ -1,101 +1,60 @@
-"""What this machine's kernel and links do, in under a minute: the hardware file of ``context.strategy=auto``.
+"""Measure this machine's kernel and links, in under a minute: the hardware file of ``context.strategy=auto``.
 
 python -m recipes.calibrate out=laptop.yaml
 """
 
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import yaml
 from omegaconf import DictConfig
-from pydantic import PositiveInt
 from rich.table import Table
 
 from longctx.attention.backends import checked_kernel, kernel_for
-from longctx.config import Mesh, ModelSource
-from longctx.cost.hardware import Hardware, hardware_of
-from longctx.hf.config import shape_of
-from longctx.hf.locate import locate
-from longctx.model_shape import ModelShape
+from longctx.cost.hardware import Hardware
 from longctx.parallel.launch import Rank
-from longctx.parallel.validate import refuse_unfit, refuse_unused
-from recipes.common.cli import (
-    console,
-    main,
-    on_ranks,
-    refuse_unwritable,
-    say,
-    section,
-    threads_for,
-    threads_here,
-    top_level,
-    warm_up_ranks,
-)
+from recipes.common.cli import console, main, on_ranks, refuse_unwritable, threads_here, warm_up_ranks
 from recipes.common.provenance import provenance
+from recipes.common.settings import top_level
+from recipes.common.target import Target, resolve_target
+
+if TYPE_CHECKING:
+    from longctx.megatron.runtime import Runtime
 
 
 @dataclass(frozen=True)
 class CalibrateSettings:
-    """The settings of configs/calibrate.yaml that are not a section of their own."""
+    """Settings of configs/calibrate.yaml outside any section."""
 
-    threads: PositiveInt | None
-    device: Literal["cpu", "cuda"]
-    kernel: Literal["auto", "reference", "flash_cpu", "flash_cuda", "cudnn", "flash_attn"]
     out: str
+    kernel: Literal["auto", "reference", "flash_cpu", "flash_cuda", "cudnn", "flash_attn"] = "auto"
 
 
-def hardware_from(name: str) -> Hardware:
-    """The hardware of a file that this recipe wrote.  Raises ValueError if it is none."""
-    return hardware_of(_values(name), f"hardware={name}")
-
-
-def refuse_other_threads(hardware: str | None, asked: int | None, mesh: Mesh) -> None:
-    """ValueError if the file ``hardware`` was measured with other threads per rank than ``mesh`` has on this machine.
-
-    For where the run is: a login node has other cores.  A file that does not say is taken as it is.
-    """
-    about = _values(hardware).get("measured") if hardware else None
-    measured, threads = about.get("threads") if isinstance(about, dict) else None, threads_here(asked, mesh)
-    if measured not in (None, threads):
-        raise ValueError(
-            f"hardware={hardware} was measured with threads={measured} per rank, this run has threads={threads}: use "
-            f"threads={measured}, or measure it anew with python -m recipes.calibrate threads={threads} out=FILE.yaml"
-        )
-
-
-def _values(name: str) -> Any:
-    try:
-        return yaml.safe_load(Path(name).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"hardware={name} cannot be read ({error}): write it with python -m recipes.calibrate out=FILE.yaml"
-        ) from error
-
-
-def measured(here: Any, shape: ModelShape, kernel: str, dtype: str) -> Hardware:
-    """The constants of this ring for the heads of the model that one rank has; every rank must call it."""
+def measure_ring(runtime: Runtime, target: Target) -> Hardware:
+    """Measure the ring and one rank's kernel, with the heads that one rank holds; every rank must call it."""
     from longctx.parallel.measure.probe import probe
 
-    share = here.mesh.tp * here.mesh.ulysses
+    shape, share = target.shape, target.mesh.tp * target.mesh.ulysses
     heads = (shape.heads // share, max(1, shape.kv_heads // share))
-    block = checked_kernel(kernel, here.device, dtype, shape.head_dim)
-    return probe(here.ring, block, heads, shape.head_dim, getattr(torch, dtype), here.device)
+    kernel = checked_kernel(target.context.kernel, runtime.device, target.model.dtype, shape.head_dim)
+    return probe(runtime.ring, kernel, heads, shape.head_dim, getattr(torch, target.model.dtype), runtime.device)
 
 
-def run_rank(rank: Rank, mesh: Mesh, shape: ModelShape, dtype: str, settings: CalibrateSettings) -> Hardware:
-    """One rank's part of the measurement."""
-    from longctx.megatron.runtime import runtime
+def run_rank(rank: Rank, target: Target) -> Hardware:
+    """Measure this rank's part: ring, kernel, and matrix products."""
     from longctx.parallel.measure.probe import gemm_flops
 
-    with runtime(rank, mesh, threads=threads_for(settings.threads, rank), device=settings.device) as here:
-        found = measured(here, shape, settings.kernel, dtype)
-        return replace(found, peak_flops=gemm_flops(here.world, getattr(torch, dtype), here.device))
+    with target.runtime(rank) as runtime:
+        peak = gemm_flops(runtime.world, getattr(torch, target.model.dtype), runtime.device)
+        return replace(measure_ring(runtime, target), peak_flops=peak)
 
 
 def show(on: Hardware) -> None:
-    """The constants, in the units that people think in."""
+    """Print the constants in common units."""
     table = Table(show_header=False, box=None)
     table.add_row("attention, wide blocks", f"{on.flops / 1e9:,.1f} GFLOP/s a rank")
     table.add_row("keys and values, few rows", f"{on.kv_bytes_per_s / 1e9:,.2f} GB/s a rank")
@@ -108,31 +67,44 @@ def show(on: Hardware) -> None:
     console.print(table)
 
 
-def task(config: DictConfig) -> None:
-    """Measure; write and show what the first rank gives."""
-    warm_up_ranks(["longctx.megatron.runtime", "longctx.parallel.measure.probe"])
-    settings, mesh = top_level(config, CalibrateSettings), section(config, "mesh", Mesh)
-    model = section(config, "model", ModelSource)
-    refuse_unused(mesh, "recipes.calibrate", ("dp", "pp"))
+def resolve_calibration(config: DictConfig) -> tuple[Target, CalibrateSettings]:
+    """Return the target to measure.  Raises ValueError, with what to set instead, if it has nothing to measure."""
+    settings = top_level(config, CalibrateSettings)
+    target = resolve_target(config, "recipes.calibrate", unused_axes=("dp", "pp"), needs_weights=False)
+    target = replace(target, context=replace(target.context, kernel=settings.kernel))
+    run, mesh = target.run, target.mesh
     if mesh.ring < 2:
         raise ValueError(f"mesh.ring={mesh.ring} has no links to measure: use mesh.ring=2 or more")
-    kernel_for(settings.kernel, settings.device, model.dtype)
-    if settings.device == "cpu" and (settings.threads or 0) > (own := threads_here(None, mesh)):
+    kernel_for(settings.kernel, run.device, target.model.dtype)
+    if run.device == "cpu" and (run.threads or 0) > (own := threads_here(None, mesh)):
         raise ValueError(
-            f"threads={settings.threads}: each rank has {own} of this machine's cores, and with more they would slow "
-            f"each other down while they are measured; use threads={own}"
+            f"run.threads={run.threads}: each rank has {own} of this machine's cores, and more threads would slow "
+            f"the ranks down while they are measured; use run.threads={own}"
         )
     refuse_unwritable(settings.out)
-    shape = shape_of(locate(model, say))
-    refuse_unfit(mesh, shape)
-    found = on_ranks(mesh, run_rank, mesh, shape, model.dtype, settings)
-    if found is None:
+    return target, settings
+
+
+def task(config: DictConfig) -> None:
+    """Measure, then write and show the constants of the first rank."""
+    warm_up_ranks(["longctx.megatron.runtime", "longctx.parallel.measure.probe"])
+    target, settings = resolve_calibration(config)
+    result = on_ranks(target.mesh, run_rank, target)
+    if result is None:
         return
-    show(found)
-    # A GPU is as fast whatever the threads beside it.
-    threads = threads_here(settings.threads, mesh) if settings.device == "cpu" else None
-    about = {**provenance(), "mesh": str(mesh), "threads": threads, "model": model.name, "dtype": model.dtype}
-    Path(settings.out).write_text(yaml.safe_dump({"measured": about, **asdict(found)}, sort_keys=False))
+    show(result)
+    # Threads do not change a GPU's speed.
+    threads = threads_here(target.run.threads, target.mesh) if target.run.device == "cpu" else None
+    metadata = {
+        **provenance(),
+        "mesh": str(target.mesh),
+        "threads": threads,
+        "model": target.model.name,
+        "dtype": target.model.dtype,
+    }
+    out = Path(settings.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(yaml.safe_dump({"measured": metadata, **asdict(result)}, sort_keys=False))
     console.print(f"written to {settings.out}")
 
 

@@ -1,165 +1,133 @@
-"""A conversation with a real model, whose keys and values stay sharded over ranks from turn to turn.
+"""Hold a conversation whose keys and values stay sharded over ranks from turn to turn.
 
     python -m recipes.chat mesh.ring=2 turns=turns.jsonl out=turns.json
 
-Without ``turns`` it asks for them.  Prints each answer and what the turn took; ``session.save=DIR`` keeps the
-conversation, ``session.load=DIR`` goes on with it, on any mesh.
+Without ``turns`` it asks for them.  Prints each answer and the cost of the turn; ``session.save=DIR`` keeps the
+conversation, ``session.load=DIR`` resumes it, on any mesh.
 """
+
+from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import PositiveInt
 
-from longctx.attention.backends import kernel_for
-from longctx.config import Context, Mesh, ModelSource, Sampling
+from longctx.config import Sampling
 from longctx.cost.attention import Work
 from longctx.cost.choice import RULES, choose
 from longctx.cost.hardware import Hardware
 from longctx.data.turns import UserTurn, turn_tokens, turns_from
-from longctx.hf.checkpoint import fingerprint, tensor_files
-from longctx.hf.config import shape_of, tokenizer_of
-from longctx.hf.locate import locate
-from longctx.model_shape import ModelShape
+from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank, rank_from_environment
-from longctx.parallel.validate import refuse_unfit, refuse_unused
-from longctx.spd.plan import SPDPlan
-from recipes.calibrate import hardware_from, measured, refuse_other_threads
-from recipes.common.cli import (
-    console,
-    main,
-    on_ranks,
-    refuse_unwritable,
-    say,
-    section,
-    threads_for,
-    top_level,
-    warm_up_ranks,
-    written,
-)
+from recipes.calibrate import measure_ring
+from recipes.common.cli import console, main, on_ranks, refuse_unwritable, warm_up_ranks, write_result
+from recipes.common.hardware_file import read_hardware, refuse_other_threads
 from recipes.common.manifest import record
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
-from recipes.common.spd_plan import plan_of
+from recipes.common.settings import section, top_level
+from recipes.common.target import Target, resolve_target
+
+if TYPE_CHECKING:
+    from longctx.infer.engine import Engine
+    from longctx.infer.session import Chooser, Session
+    from longctx.megatron.runtime import Runtime
+    from longctx.parallel.comm import Comm
 
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """The settings of configs/chat.yaml that are not a section of their own."""
+    """Settings of configs/chat.yaml outside any section."""
 
-    turns: str | None
-    max_new_tokens: NonNegativeInt
-    hardware: str | None
-    threads: PositiveInt | None
-    device: Literal["cpu", "cuda"]
-    timeout_minutes: PositiveInt
-    out: str | None
+    turns: str | None = None
+    max_new_tokens: PositiveInt = 64
+    hardware: str | None = None
+    out: str | None = None
 
 
 @dataclass(frozen=True)
 class SessionPaths:
-    """Where a conversation comes from, and where it goes."""
+    """Folders to save the session to after the last turn, and to resume it from."""
 
-    save: str | None
-    load: str | None
+    save: str | None = None
+    load: str | None = None
 
 
 @dataclass(frozen=True)
 class ChatJob:
-    """What every rank needs to know: plain values, checked before any rank starts."""
+    """The inputs of every rank: plain values, checked before any rank starts.
 
-    model: ModelSource
-    folder: Path
-    shape: ModelShape
-    mesh: Mesh
-    context: Context
+    ``index`` describes the saved session to resume; ``fingerprint`` ties a session to the model and its dropped blocks.
+    """
+
+    target: Target
     sampling: Sampling
     settings: ChatSettings
-    kept: SessionPaths
+    session: SessionPaths
     index: dict[str, Any] | None
     turns: tuple[UserTurn, ...] | None
     hardware: Hardware | None
     fingerprint: str
-    plan: SPDPlan | None = None
 
 
 def prepare(config: DictConfig) -> ChatJob:
-    """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
+    """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
     from longctx.infer.store import read_index, refuse_place
 
-    mesh = section(config, "mesh", Mesh)
-    refuse_unused(mesh, "recipes.chat", ("dp", "pp"))
-    context, sampling = section(config, "context", Context), section(config, "sampling", Sampling)
-    model, kept = section(config, "model", ModelSource), section(config, "session", SessionPaths)
-    settings = top_level(config, ChatSettings)
-    kernel_for(context.kernel, settings.device, model.dtype)
+    target = resolve_target(config, "recipes.chat", unused_axes=("dp", "pp"), strategy_by_turn=True)
+    settings, session = top_level(config, ChatSettings), section(config, "session", SessionPaths)
     refuse_unwritable(settings.out)
-    folder = locate(model, say)
-    tensor_files(folder)  # refuses a folder without weights
-    shape = shape_of(folder)
-    refuse_unfit(mesh, shape)
-    plan = plan_of(config, mesh, model, folder, shape)
-    hardware = hardware_from(settings.hardware) if settings.hardware else None
-    if context.strategy == "empirical" and not (hardware and hardware.empirical):
+    hardware = read_hardware(settings.hardware) if settings.hardware else None
+    if target.context.strategy == "empirical" and not (hardware and hardware.empirical):
         raise ValueError(
             "context.strategy=empirical needs a hardware file with fitted constants (recipes.bench crossover "
             "fitted=FILE.yaml): give hardware=FILE.yaml, or use context.strategy=auto"
         )
-    # What is cached depends on what was dropped before.
-    mark = fingerprint(folder) + (f", spd {list(plan.dropped)} at tp={plan.tp}" if plan else "")
-    index = read_index(placed(kept.load), mark, f"torch.{model.dtype}") if kept.load else None
-    if kept.save:
-        refuse_place(placed(kept.save))
-    return ChatJob(
-        model=model,
-        folder=folder,
-        shape=shape,
-        mesh=mesh,
-        context=context,
-        sampling=sampling,
-        settings=settings,
-        kept=kept,
-        index=index,
-        turns=given_turns(settings),
-        hardware=hardware,
-        plan=plan,
-        fingerprint=mark,
-    )
+    # Cached keys and values depend on the blocks that dropped their reduction.
+    plan = target.plan
+    mark = target.fingerprint + (f", spd {list(plan.dropped)} at tp={plan.tp}" if plan else "")
+    index = read_index(absolute(session.load), mark, f"torch.{target.model.dtype}") if session.load else None
+    if session.save:
+        refuse_place(absolute(session.save))
+    sampling = section(config, "sampling", Sampling)
+    return ChatJob(target, sampling, settings, session, index, read_turns(settings), hardware, mark)
 
 
-def placed(folder: str) -> Path:
-    """The folder that is meant, whatever it is called."""
+def absolute(folder: str) -> Path:
+    """Return the absolute path of ``folder``."""
     return Path(folder).expanduser().absolute()
 
 
-def given_turns(settings: ChatSettings) -> tuple[UserTurn, ...] | None:
-    """The turns of the file, or of what is piped in, a line each; None where a person types them."""
+def read_turns(settings: ChatSettings) -> tuple[UserTurn, ...] | None:
+    """Return the turns of the file, or of piped input, one per line; None if a person types them.
+
+    Raises ValueError if there is neither a file, nor piped input, nor a terminal.
+    """
     if settings.turns:
         return turns_from(settings.turns, settings.max_new_tokens)
     if rank_from_environment(os.environ):
-        raise ValueError(
-            "under a launcher nobody can be asked, and ranks would share what is piped in: give turns=FILE.jsonl"
-        )
+        raise ValueError("under a launcher turns cannot be typed or piped in: give turns=FILE.jsonl")
     if sys.stdin.isatty():
         return None
     lines = [line.strip() for line in sys.stdin]
     if not any(lines):
-        raise ValueError("nobody is there to chat: give turns=FILE.jsonl, or run it in a terminal")
+        raise ValueError("there are no turns and no terminal to type them in: give turns=FILE.jsonl")
     return tuple(UserTurn(line, settings.max_new_tokens) for line in lines if line)
 
 
-def typed_turns(world: Any, max_new_tokens: int, device: torch.device) -> Iterator[UserTurn]:
-    """What the person at the first rank types, told to all ranks; until an empty line or the end of input."""
+def typed_turns(world: Comm, max_new_tokens: int, device: torch.device) -> Iterator[UserTurn]:
+    """Yield on every rank what is typed at the first one, until an empty line or the end of input."""
     while True:
         text = b""
         if world.rank == 0:
-            # A rank's own standard input is closed; the terminal is still there.
+            # A rank's own standard input is closed; the terminal is still available.
             with Path("/dev/tty").open(encoding="utf-8") as terminal:
                 console.print("[bold]you[/] ", end="")
                 text = terminal.readline().strip().encode()
@@ -167,110 +135,110 @@ def typed_turns(world: Any, max_new_tokens: int, device: torch.device) -> Iterat
         size = world.all_gather(torch.tensor([len(text)], device=device), [(1,)] * world.size)[0]
         if not size:
             return
-        told = world.all_gather(mine, [(int(size),), *[(0,)] * (world.size - 1)])[0]
-        yield UserTurn(bytes(told.tolist()).decode(), max_new_tokens)
+        typed = world.all_gather(mine, [(int(size),), *[(0,)] * (world.size - 1)])[0]
+        yield UserTurn(bytes(typed.tolist()).decode(), max_new_tokens)
 
 
 def run_rank(rank: Rank, job: ChatJob) -> list[dict[str, Any]]:
-    """One rank's part of the conversation; its figures of every turn: those of the first rank count."""
-    from longctx.infer.engine import load_engine
+    """Hold the conversation on one rank; return the figures of every turn (the first rank's count)."""
     from longctx.infer.session import Session
     from longctx.infer.store import load, save
-    from longctx.megatron.runtime import runtime
 
-    threads = threads_for(job.settings.threads, rank)
-    device, minutes = job.settings.device, job.settings.timeout_minutes
-    done = []
-    with runtime(rank, job.mesh, device=device, threads=threads, timeout_minutes=minutes) as here:
+    target, turn_figures = job.target, []
+    with target.runtime(rank) as runtime:
+        # 1. Load the model, and the session to resume.
         with Progress(shown=rank.rank == 0) as progress:
             progress.start("loading", None)
-            engine = load_engine(here, job.model, job.shape, job.folder, job.context.kernel, job.plan)
-            choose = chooser(here, engine, job)
-            session = Session(engine, job.context, job.sampling, choose, reserve=job.shape.max_positions)
-            if job.kept.load and job.index:
-                load(session, placed(job.kept.load), job.index)
-        turns = job.turns or typed_turns(here.world, job.settings.max_new_tokens, here.device)
+            engine = target.load_engine(runtime)
+            session = Session(
+                engine,
+                target.context,
+                job.sampling,
+                make_chooser(runtime, engine, job),
+                reserve=target.shape.max_positions,
+            )
+            if job.session.load and job.index:
+                load(session, absolute(job.session.load), job.index)
+        # 2. Take the turns, one after another.
+        turns = job.turns or typed_turns(runtime.world, job.settings.max_new_tokens, runtime.device)
         for number, turn in enumerate(turns, 1):
-            done.append(take(session, turn, tokenizer_of(job.folder), talking=rank.rank == 0))
+            turn_figures.append(take_turn(session, turn, tokenizer_of(target.folder), shown=rank.rank == 0))
             if rank.rank == 0:
-                tell(number, done[-1])
-        if job.kept.save:
-            save(session, placed(job.kept.save), job.fingerprint)
-    return done
+                show_turn(number, turn_figures[-1])
+        # 3. Save the session.
+        if job.session.save:
+            save(session, absolute(job.session.save), job.fingerprint)
+    return turn_figures
 
 
-def chooser(here: Any, engine: Any, job: ChatJob) -> Any:
-    """What chooses each pass' strategy: the one asked for, or a rule over this machine's measured constants."""
-    rule = job.context.strategy
+def make_chooser(runtime: Runtime, engine: Engine, job: ChatJob) -> Chooser:
+    """Return the function that chooses each pass' strategy: the one set, or a rule over measured constants."""
+    target = job.target
+    rule = target.context.strategy
     if rule not in RULES:
         return lambda *_: (rule, "as asked")
-    on = job.hardware or measured(here, job.shape, job.context.kernel, job.model.dtype)
-    share = job.mesh.tp * job.mesh.ulysses
-    heads, kv_heads = job.shape.heads // share, max(1, job.shape.kv_heads // share)
-    element = getattr(torch, job.model.dtype).itemsize
+    hardware = job.hardware or measure_ring(runtime, target)
+    share = target.mesh.tp * target.mesh.ulysses
+    heads, kv_heads = target.shape.heads // share, max(1, target.shape.kv_heads // share)
+    element_bytes = getattr(torch, target.model.dtype).itemsize
 
     def choose_for(new: Sequence[int], cached: Sequence[int], window: int | None) -> tuple[str, str]:
-        work = Work(new, cached, engine.ring.size, heads, kv_heads, job.shape.head_dim, element, window)
-        choice = choose(rule, work, on)
+        work = Work(new, cached, engine.ring.size, heads, kv_heads, target.shape.head_dim, element_bytes, window)
+        choice = choose(rule, work, hardware)
         layers = f" of window {window:,}" if window else ""
         return choice.strategy, f"{rule}{layers}: {choice.why}"
 
     return choose_for
 
 
-def take(session: Any, turn: UserTurn, tokenizer: Any, *, talking: bool) -> dict[str, Any]:
-    """One turn of the conversation, and its figures; a turn that is refused leaves it as it was, and says why."""
+def take_turn(session: Session, turn: UserTurn, tokenizer: Any, *, shown: bool) -> dict[str, Any]:
+    """Take one turn and return its figures; a refused turn leaves the session unchanged and states why."""
     from longctx.infer.generate import gather_figures
 
     before = session.sequences[0].tokens if session.sequences else []
     new = turn_tokens(turn.text, tokenizer, before=before, ends=session.engine.shape.end_tokens)
-    pieces = TokenStream(tokenizer)
+    stream = TokenStream(tokenizer)
     try:
-        with Progress(shown=talking) as progress:
+        with Progress(shown=shown) as progress:
             progress.start(f"prefill of {len(new):,} tokens, layers", session.engine.shape.layers)
 
-            def heard(tokens: Mapping[int, int]) -> None:
+            def print_token(tokens: Mapping[int, int]) -> None:
                 progress.stop()
-                if talking:
-                    pieces.add(tokens[0])
+                if shown:
+                    stream.add(tokens[0])
 
-            made = session.turn(
-                {0: new},
-                {0: turn.max_new_tokens},
-                layer_done=progress.step,
-                token_done=heard,
-            )
+            result = session.turn({0: new}, {0: turn.max_new_tokens}, layer_done=progress.step, token_done=print_token)
     except ValueError as error:
         return {"text": turn.text, "error": str(error), "token_ids": []}
-    figures = gather_figures(session.engine, [made.prefill_bytes, made.decode_bytes, session.cache_bytes])
+    figures = gather_figures(session.engine, [result.prefill_bytes, result.decode_bytes, session.cache_bytes])
     prefill, decode, cache = map(list, zip(*figures, strict=True))
     return {
         "text": turn.text,
-        "answer": tokenizer.decode(made.tokens[0], skip_special_tokens=True),
-        "new": made.new,
-        "cached": made.cached,
-        "miss_rate": made.new / (made.new + made.cached),
-        "strategy": made.strategy,
-        "why": made.why,
-        "ttft_s": made.ttft_s,
-        "ttit_s": made.ttit_s,
-        # Lists are of the context ranks; tensor-parallel ranks beside them have as many heads, and send as much.
+        "answer": tokenizer.decode(result.tokens[0], skip_special_tokens=True),
+        "new": result.new,
+        "cached": result.cached,
+        "miss_rate": result.new / (result.new + result.cached),
+        "strategy": result.strategy,
+        "why": result.why,
+        "ttft_s": result.ttft_s,
+        "ttit_s": result.ttit_s,
+        # Lists are of the context ranks; every tensor-parallel rank has as many heads, and sends as much.
         "bytes_sent": (sum(prefill) + sum(decode)) * session.engine.tp.size,
         "prefill_bytes_sent_per_rank": prefill,
         "decode_bytes_sent_per_rank": decode,
         "kv_cache_bytes_per_rank": cache,
-        "token_ids": made.tokens[0],
+        "token_ids": result.tokens[0],
     }
 
 
 class TokenStream:
-    """Prints an answer as it comes: whole characters only, a token may end in the middle of one."""
+    """Prints an answer token by token, holding back bytes until they make whole characters."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self._tokens, self._shown = tokenizer, list[int](), 0
 
     def add(self, token: int) -> None:
-        """Print what ``token`` adds to the text."""
+        """Print the text that ``token`` completes."""
         self._tokens.append(token)
         text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -278,32 +246,33 @@ class TokenStream:
             self._shown = len(text)
 
 
-def tell(number: int, took: dict[str, Any]) -> None:
-    """The figures of a turn, in two lines."""
-    if "error" in took:
-        console.print(f"[bold red]turn {number} was refused[/]: {took['error']}")
+def show_turn(number: int, figures: Mapping[str, Any]) -> None:
+    """Print the figures of a turn in two lines, or why it was refused."""
+    if "error" in figures:
+        console.print(f"[bold red]turn {number} was refused[/]: {figures['error']}")
         return
     print(flush=True)
-    between = f", TTIT {took['ttit_s'] * 1e3:.0f} ms" if took["ttit_s"] else ""
+    ttit = f", TTIT {figures['ttit_s'] * 1e3:.0f} ms" if figures["ttit_s"] else ""
     console.print(
-        f"[dim]turn {number}: T {took['new']:,} new, P {took['cached']:,} cached (miss rate "
-        f"{took['miss_rate']:.1%}), {took['strategy']} ({took['why']})\n"
-        f"TTFT {took['ttft_s']:.2f} s{between}, sent {took['bytes_sent'] / 1e6:,.2f} MB[/]"
+        f"[dim]turn {number}: T {figures['new']:,} new, P {figures['cached']:,} cached (miss rate "
+        f"{figures['miss_rate']:.1%}), {figures['strategy']} ({figures['why']})\n"
+        f"TTFT {figures['ttft_s']:.2f} s{ttit}, sent {figures['bytes_sent'] / 1e6:,.2f} MB[/]"
     )
 
 
 def task(config: DictConfig) -> None:
-    """Refuse what cannot be done; run the ranks; write what the first one gives."""
+    """Check the configuration, run the ranks, then write the first rank's figures."""
     warm_up_ranks(["longctx.infer.engine", "longctx.infer.store", "longctx.infer.generate", "recipes.common.progress"])
     job = prepare(config)
-    refuse_other_threads(job.settings.hardware, job.settings.threads, job.mesh)
-    record(config, [job.folder])
-    turns = on_ranks(job.mesh, run_rank, job)
+    target = job.target
+    refuse_other_threads(job.settings.hardware, target.run.threads, target.mesh)
+    record(config, [target.folder])
+    turns = on_ranks(target.mesh, run_rank, job)
     if turns is None:
         return
     if job.settings.out:
-        about = {"model": job.model.name, "mesh": vars(job.mesh), "context": vars(job.context)}
-        written(job.settings.out, {**about, **provenance(), "turns": turns})
+        metadata = {"model": target.model.name, "mesh": vars(target.mesh), "context": vars(target.context)}
+        write_result(job.settings.out, {**metadata, **provenance(), "turns": turns})
     if refused := [number for number, turn in enumerate(turns, 1) if "error" in turn]:
         console.print(f"refused: turn {', '.join(map(str, refused))} of {len(turns)}")
         sys.exit(1)

@@ -1,43 +1,42 @@
-"""A model from scratch, on any mesh.
+"""Train a model from scratch, on any mesh.
 
-    python -m recipes.pretrain experiment=tiny mesh.ring=2 steps=20 out=outputs/tiny
+    python -m recipes.pretrain experiment=pretrain/tiny mesh.ring=2 steps=20 out=outputs/tiny
 
-Writes ``out/metrics.jsonl``, a line a step, and checkpoints; the same command again goes on behind the last one.
+Writes ``out/metrics.jsonl``, one line per step, and checkpoints; the same command again resumes after the last one.
 """
 
 from omegaconf import DictConfig
 
-from longctx.config import ModelSource
-from longctx.hf.locate import locate
-from recipes.calibrate import refuse_other_threads
-from recipes.common.cli import main, on_ranks, say, section, warm_up_ranks
+from recipes.common.cli import main, on_ranks, warm_up_ranks
+from recipes.common.hardware_file import refuse_other_threads
 from recipes.common.manifest import record
-from recipes.common.train_job import TrainJob, job_of
+from recipes.common.train_job import TrainJob, begin_run, resolve_train_job
 from recipes.common.train_loop import run_rank, show
 
 WARM = [
     "longctx.data.batches",
-    "longctx.megatron.training.optimizer.checkpoint",
+    "longctx.megatron.training.checkpoint",
     "longctx.megatron.hf_io.init",
     "longctx.train.step",
     "longctx.train.track",
     "longctx.train.meter",
-    "transformers.models.auto.tokenization_auto",  # seconds, and every rank tokenises
+    "transformers.models.auto.tokenization_auto",  # takes seconds to import, and every rank tokenizes
 ]
 
 
 def prepare(config: DictConfig) -> TrainJob:
-    """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
-    return job_of(config, locate(section(config, "model", ModelSource), say), weights=None)
+    """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
+    return resolve_train_job(config, "recipes.pretrain", from_scratch=True)
 
 
 def task(config: DictConfig) -> None:
-    """Refuse what cannot be done; run the ranks; show what the first one gives."""
+    """Check the configuration, train on all ranks, and show how the run ended."""
     warm_up_ranks([*WARM, "recipes.common.train_loop"])
     job = prepare(config)
-    refuse_other_threads(job.settings.hardware, job.settings.threads, job.mesh)
+    refuse_other_threads(job.settings.hardware, job.target.run.threads, job.target.mesh)
+    begin_run(job)
     record(config)
-    ended = on_ranks(job.mesh, run_rank, job)
+    ended = on_ranks(job.target.mesh, run_rank, job)
     if ended is not None:
         show(job, ended)
 

@@ -25,10 +25,11 @@ from longctx.spd.folder import assemble, read_block
 from longctx.spd.plan import SavedPlan, SPDPlan, order_from, within
 from longctx.spd.sensitivity import kind_of
 from recipes import spd_sensitivity
-from recipes.common.cli import console, is_first, leave_stopped, main, on_every_rank, section, warm_up_ranks
+from recipes.common.cli import console, is_first, leave_stopped, main, on_every_rank, warm_up_ranks
 from recipes.common.manifest import record
+from recipes.common.settings import section
 from recipes.common.spd_loop import ERRORS, AdaptJob, run_rank
-from recipes.common.spd_text import calibration_of, write_lines
+from recipes.common.spd_text import calibration_of, measurement_metadata, write_lines
 
 
 def prepare(config: DictConfig) -> AdaptJob:
@@ -41,30 +42,30 @@ def prepare(config: DictConfig) -> AdaptJob:
     if spd.drop not in ("saved", "ranked") or spd.budget is None:
         raise ValueError("recipes.spd_adapt drops the least sensitive blocks: say how many with spd.budget, e.g. 0.5")
     job = spd_sensitivity.prepare(config, "recipes.spd_adapt")
-    subject = job.subject
-    if not within(range(subject.shape.layers), spd.budget):
-        raise ValueError(f"spd.budget={spd.budget} of {subject.shape.layers} blocks is none: use more")
-    if subject.model.dtype != "float32":
-        raise ValueError(f"model.dtype={subject.model.dtype}: blocks are distilled in model.dtype=float32")
-    if job.out.resolve() == subject.folder.resolve():
+    target = job.target
+    if not within(range(target.shape.layers), spd.budget):
+        raise ValueError(f"spd.budget={spd.budget} of {target.shape.layers} blocks is none: use more")
+    if target.model.dtype != "float32":
+        raise ValueError(f"model.dtype={target.model.dtype}: blocks are distilled in model.dtype=float32")
+    if job.out.resolve() == target.folder.resolve():
         raise ValueError(f"out={job.out} is the folder of the model itself: give another")
-    if repair.inputs == "student" and subject.mesh.dp > 1:
+    if repair.inputs == "student" and target.mesh.dp > 1:
         raise ValueError(
-            f"mesh.dp={subject.mesh.dp}: with repair.inputs=student a block waits for the one before; use 1"
+            f"mesh.dp={target.mesh.dp}: with repair.inputs=student a block waits for the one before; use 1"
         )
     longer = OmegaConf.merge(config, {"data": {"length": repair.length}})
     assert isinstance(longer, DictConfig)
     seen = repair.sequences + repair.held_out
-    whole, data = calibration_of(longer, subject, seen, more=joint.steps * joint.batch, length="repair.length")
+    whole, data = calibration_of(longer, target, seen, more=joint.steps * joint.batch, length="repair.length")
     text = whole[slice(seen)]
     measured = _measured(spd, job)
-    about = {**subject.about(text, data), **asdict(repair), **vars(job.classes)}
+    about = {**measurement_metadata(target, text, data), **asdict(repair), **vars(job.classes)}
     about["sensitivity"] = _digest(measured) if spd.sensitivity else "measured here"
     if repair.inputs == "student":  # which blocks drop before one changes what enters it
         about["budget"] = spd.budget
     _refuse_other_run(job.out / "blocks" / "about.json", about)
-    if joint.batch % subject.mesh.dp:
-        raise ValueError(f"joint.batch={joint.batch} is shared by mesh.dp={subject.mesh.dp}: use a multiple of it")
+    if joint.batch % target.mesh.dp:
+        raise ValueError(f"joint.batch={joint.batch} is shared by mesh.dp={target.mesh.dp}: use a multiple of it")
     # What is left of the text, then it all from its beginning, but for what is held out.
     again = islice(cycle([*range(seen, len(whole)), *range(repair.sequences)]), joint.steps * joint.batch)
     made = AdaptJob(job, measured, repair, joint, spd.budget, text, whole[list(again)], about)
@@ -84,10 +85,10 @@ def _refuse_other_joint(job: AdaptJob) -> None:
 
 def _measured(spd: SPD, job: spd_sensitivity.SensitivityJob) -> dict[str, Any] | None:
     """The sensitivities that are there: those asked for, or of an earlier start of this run."""
-    file, subject = Path(spd.sensitivity).expanduser() if spd.sensitivity else job.file, job.subject
+    file, target = Path(spd.sensitivity).expanduser() if spd.sensitivity else job.file, job.target
     if not spd.sensitivity and not file.is_file():
         return None
-    order_from(file, subject.shape.layers, subject.mesh.tp, subject.fingerprint)  # refuses another model's
+    order_from(file, target.shape.layers, target.mesh.tp, target.fingerprint)  # refuses another model's
     told: dict[str, Any] = json.loads(file.read_text())
     for block in told["blocks"]:
         block["class"] = kind_of(block["score"], **vars(job.classes))
@@ -119,7 +120,7 @@ def finish(job: AdaptJob, found: dict[str, Any]) -> list[dict[str, Any]]:
 
     Its order begins with the repaired blocks, that first which alone changes predictions least.
     """
-    subject, told, alone = job.sensitivity.subject, found["measured"], found["alone"]
+    target, told, alone = job.sensitivity.target, found["measured"], found["alone"]
     dropped = tuple(sorted(alone, key=lambda block: (alone[block], block)))
     rows = [
         {
@@ -131,10 +132,10 @@ def finish(job: AdaptJob, found: dict[str, Any]) -> list[dict[str, Any]]:
         for block in dropped
     ]
     order = (*dropped, *(block for block in told["order"] if block not in dropped))
-    plan = SPDPlan(subject.shape.layers, subject.mesh.tp, dropped, job.repair.own_norms)
-    saved = SavedPlan(plan, order, tuple(sorted(dropped)), subject.fingerprint)
+    plan = SPDPlan(target.shape.layers, target.mesh.tp, dropped, job.repair.own_norms)
+    saved = SavedPlan(plan, order, tuple(sorted(dropped)), target.fingerprint)
     file_of = job.joint_file_of if found["helped"] else job.file_of
-    assemble(subject.folder, [file_of(block) for block in sorted(dropped)], saved, job.out)
+    assemble(target.folder, [file_of(block) for block in sorted(dropped)], saved, job.out)
     return rows
 
 
@@ -166,7 +167,7 @@ def show(job: AdaptJob, rows: list[dict[str, Any]], found: Mapping[str, Any]) ->
         console.print(
             f"learning together made that {found['after']:.4f}, and is left out: use a smaller joint.lr, or more text"
         )
-    tp = job.sensitivity.subject.mesh.tp
+    tp = job.sensitivity.target.mesh.tp
     console.print(f"to use it: python -m recipes.generate model={job.out} mesh.tp={tp} prompt.text='Once upon a time'")
 
 
@@ -176,8 +177,8 @@ def task(config: DictConfig) -> None:
         (*spd_sensitivity.WARM, "longctx.megatron.spd.repair", "longctx.megatron.spd.joint", "recipes.common.spd_loop")
     )
     job = prepare(config)
-    record(config, [job.sensitivity.subject.folder])
-    found = on_every_rank(job.sensitivity.subject.mesh, run_rank, job)
+    record(config, [job.sensitivity.target.folder])
+    found = on_every_rank(job.sensitivity.target.mesh, run_rank, job)
     if found is None:
         leave_stopped()
     if is_first():

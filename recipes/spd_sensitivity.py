@@ -22,22 +22,22 @@ from longctx.spd.plan import ranked
 from longctx.spd.sensitivity import kind_of, perplexities, scores, suffix_sums
 from longctx.spd.text import PackedText
 from longctx.train.stop import StopRequest
-from recipes.common.cli import (
-    console,
-    is_first,
-    leave_stopped,
-    main,
-    on_every_rank,
-    say,
-    section,
-    warm_up_ranks,
-    written,
-)
+from recipes.common.cli import console, is_first, leave_stopped, main, on_every_rank, say, warm_up_ranks, write_result
 from recipes.common.manifest import record
 from recipes.common.plots import bars
 from recipes.common.progress import Progress
 from recipes.common.provenance import hardware, provenance
-from recipes.common.spd_text import Subject, append_line, blocks_of, calibration_of, kept_lines, subject_of, write_lines
+from recipes.common.settings import section
+from recipes.common.spd_text import (
+    append_line,
+    calibration_of,
+    kept_lines,
+    load_blocks,
+    measurement_metadata,
+    resolve_spd_target,
+    write_lines,
+)
+from recipes.common.target import Target
 
 WARM = ("longctx.infer.engine", "longctx.megatron.spd.blocks", "recipes.common.spd_text")
 
@@ -54,7 +54,7 @@ class SensitivityThresholds:
 class SensitivityJob:
     """What every rank needs to know; ``done`` are sums that an interrupted run has left."""
 
-    subject: Subject
+    target: Target
     text: PackedText
     chunk: PositiveInt
     about: dict[str, Any]
@@ -75,12 +75,12 @@ def prepare(config: DictConfig, recipe: str = "recipes.spd_sensitivity") -> Sens
     for name in ("sequences", "chunk"):
         if not isinstance(config[name], int) or config[name] < 1:
             raise ValueError(f"{name}={config[name]}: use 1 or more")
-    subject = subject_of(config, recipe)
-    text, data = calibration_of(config, subject, config.sequences)
-    about, out = {**subject.about(text, data), "chunk": config.chunk}, Path(config.out)
+    target = resolve_spd_target(config, recipe)
+    text, data = calibration_of(config, target, config.sequences)
+    about, out = {**measurement_metadata(target, text, data), "chunk": config.chunk}, Path(config.out)
     values: Any = OmegaConf.to_container(config, resolve=True)
     return SensitivityJob(
-        subject=subject,
+        target=target,
         text=text,
         chunk=config.chunk,
         about=about,
@@ -96,7 +96,7 @@ def prepare(config: DictConfig, recipe: str = "recipes.spd_sensitivity") -> Sens
 def run_rank(rank: Rank, job: SensitivityJob) -> dict[str, Any] | None:
     """One rank's part; what goes into sensitivity.json, None if it was asked to stop before that is known."""
     stop = StopRequest()
-    with blocks_of(rank, job.subject) as (here, blocks), Progress(shown=rank.rank == 0) as progress:
+    with load_blocks(rank, job.target) as (here, blocks), Progress(shown=rank.rank == 0) as progress:
         found = measured(here, blocks, job, progress, stop)
     stop.over()
     return found
@@ -116,7 +116,7 @@ def swept(here: Any, blocks: Any, job: SensitivityJob, progress: Progress, stop:
 
     Data-parallel ranks take every so many-th.
     """
-    first, layers, file = here.rank.rank == 0, job.subject.shape.layers, job.out / "sums.jsonl"
+    first, layers, file = here.rank.rank == 0, job.target.shape.layers, job.out / "sums.jsonl"
     parts, part, size = here.mesh.dp, here.groups.dp.rank(), job.chunk
     if first:
         write_lines(file, [job.about, *job.done])  # what was torn is gone
@@ -146,7 +146,7 @@ def sums_of(blocks: Any, text: PackedText) -> list[float]:
         layers[block].drop(dropped=dropped)
         return blocks.run(layers[block], x)
 
-    return suffix_sums(blocks.embedded(text.tokens), len(layers), run, lambda x: blocks.loss(x, text))
+    return suffix_sums(blocks.embed(text.tokens), len(layers), run, lambda x: blocks.loss(x, text))
 
 
 def summed_up(job: SensitivityJob, sums: list[list[float]]) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def summed_up(job: SensitivityJob, sums: list[list[float]]) -> dict[str, Any]:
 
 def keep(job: SensitivityJob, result: dict[str, Any]) -> None:
     """Write the file and the picture."""
-    written(str(job.file), result)
+    write_result(str(job.file), result)
     blocks = result["blocks"]
     bars(
         str(job.out / "sensitivity.svg"),
@@ -216,8 +216,8 @@ def task(config: DictConfig) -> None:
     """Refuse what cannot be done; measure; write and show what was found."""
     warm_up_ranks(WARM)
     job = prepare(config)
-    record(config, [job.subject.folder])
-    result = on_every_rank(job.subject.mesh, run_rank, job)
+    record(config, [job.target.folder])
+    result = on_every_rank(job.target.mesh, run_rank, job)
     if result is None:
         leave_stopped()
     if is_first():

@@ -16,7 +16,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from longctx.config import Mesh
-from recipes.common.cli import CONFIGS, as_overrides, composed, is_file_name, own_out, say, section
+from recipes.common.cli import composed, is_file_name, own_out, say
+from recipes.common.overrides import CONFIGS, as_overrides
+from recipes.common.settings import section
 from slurm.settings import Launcher, SubmitSettings, absolute
 
 _EXAMPLE = "prompt.pydoc=assert"
@@ -61,7 +63,7 @@ def planned(settings: SubmitSettings, launcher: Launcher, words: Sequence[str]) 
     Of a job that begins after others what the recipe refuses is said only: what it misses may be what they make.
     """
     module, config_name = recipe_of(str(settings.recipe))
-    shared, sweeps = swept(_with_example(config_name, words))
+    shared, sweeps = swept(config_name, _with_example(config_name, words))
     given = dict(word.partition("=")[::2] for word in words)
     run = _run_folder(settings, given.get("out"))
     is_new = not run.exists()
@@ -87,7 +89,7 @@ def planned(settings: SubmitSettings, launcher: Launcher, words: Sequence[str]) 
         is_new=is_new,
         tasks=tasks,
         ranks_per_node=each,
-        gpus_per_rank=int(tasks[0].config.get("device") == "cuda") if gpus is None else gpus,
+        gpus_per_rank=int(tasks[0].config.get("run", {}).get("device") == "cuda") if gpus is None else gpus,
     )
 
 
@@ -130,11 +132,11 @@ def _recipes() -> list[str]:
     return sorted([*_ELSEWHERE, *(path.stem for path in sources if "\ndef prepare(" in path.read_text())])
 
 
-def swept(words: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+def swept(config_name: str, words: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Those of ``words`` that all runs share; and for each run of the sweep (``lr=1,2``) its own, [] if it is none."""
     shared, values = [], []
     for word in words:
-        parsed = OverridesParser.create().parse_overrides(as_overrides([word]))
+        parsed = OverridesParser.create().parse_overrides(as_overrides(config_name, [word], say, sweep=True))
         if parsed[0].is_sweep_override():
             values.append([f"{parsed[0].key_or_group}={value}" for value in parsed[0].sweep_string_iterator()])
         else:
@@ -154,7 +156,7 @@ def _run_folder(settings: SubmitSettings, out: str | None) -> Path:
 def _tasks(config_name: str, run: Path, shared: Sequence[str], sweeps: list[list[str]]) -> Iterator[ArrayTask]:
     """Every run of the sweep, or the one; each with an absolute ``out``, unless the recipe has none."""
     for number, own in enumerate(sweeps or [[]]):
-        config = composed(config_name, [*as_overrides(shared), *own])
+        config = composed(config_name, [*as_overrides(config_name, shared, say), *own])
         where: list[str] = []
         if OmegaConf.is_missing(config, "out"):  # it needs a folder
             where = [f"out={_numbered(str(run), number, sweeps)}"]

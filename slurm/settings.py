@@ -9,7 +9,9 @@ from typing import Literal
 import yaml
 from pydantic import NonNegativeInt, PositiveInt
 
-from recipes.common.cli import CONFIGS, as_overrides, composed, section, top_level
+from recipes.common.cli import composed, say
+from recipes.common.overrides import CONFIGS, as_overrides
+from recipes.common.settings import section, top_level
 
 NOT_YET = 0  # the number of a pipeline's job that is not queued
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
@@ -91,7 +93,7 @@ def divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def settings_of(words: Sequence[str]) -> tuple[SubmitSettings, Launcher]:
     """slurm.submit's own ``words`` as settings.  Raises ValueError, in a line, for what cannot be."""
     quoted = [_quoted(word) for word in words]
-    config = composed("submit", as_overrides(quoted))
+    config = composed("submit", as_overrides("submit", quoted, say))
     return top_level(config, SubmitSettings), section(config, "launcher", Launcher)
 
 

@@ -1,7 +1,7 @@
 """A recipe as a job of a Slurm cluster: the settings of both on one command line.
 
-    python -m slurm.submit recipe=pretrain experiment=tiny mesh.ring=4 nodes=2 time=04:00:00
-    python -m slurm.submit recipe=pretrain experiment=tiny optim.lr=1e-3,3e-4      # a sweep: an array of jobs
+    python -m slurm.submit recipe=pretrain experiment=pretrain/tiny mesh.ring=4 nodes=2 time=04:00:00
+    python -m slurm.submit recipe=pretrain experiment=pretrain/tiny optim.lr=1e-3,3e-4      # a sweep: an array of jobs
     python -m slurm.submit recipe=export checkpoint=outputs/tiny to=outputs/hf after=12
     python -m slurm.submit pipeline=FILE.yaml
 
@@ -19,7 +19,8 @@ from pathlib import Path
 
 import yaml
 
-from recipes.common.cli import CONFIGS, console, reporting
+from recipes.common.cli import console, reporting
+from recipes.common.overrides import CONFIGS
 from recipes.common.provenance import ROOT, commit_of
 from slurm import cluster
 from slurm.freeze import frozen, refuse_unwritable_run
@@ -73,7 +74,9 @@ def steps_of(file: str) -> list[list[str]]:
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"pipeline={file} cannot be read: {error}") from error
     if not isinstance(lines, list) or not lines or not all(isinstance(line, str) for line in lines):
-        raise ValueError(f"pipeline={file} is not a list of command lines: - recipe=pretrain experiment=tiny ...")
+        raise ValueError(
+            f"pipeline={file} is not a list of command lines: - recipe=pretrain experiment=pretrain/tiny ..."
+        )
     return [shlex.split(line) for line in lines]
 
 

@@ -28,7 +28,7 @@ WARM = [
     "eval.answers.score",
     "longctx.infer.generate",
     "longctx.infer.store",
-    "longctx.megatron.training.optimizer.checkpoint",
+    "longctx.megatron.training.checkpoint",
     "longctx.megatron.hf_io.export",
     "longctx.megatron.hf_io.init",
     "longctx.megatron.spd.joint",

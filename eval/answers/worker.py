@@ -13,7 +13,6 @@ from eval.variants import Variant
 from longctx.infer.engine import Engine
 from longctx.parallel.launch import Rank
 from longctx.train.stop import StopRequest
-from recipes.common.cli import threads_for
 from recipes.common.progress import Progress
 from recipes.common.provenance import ROOT, commit_of
 
@@ -30,29 +29,17 @@ class EvalWork:
     requests: tuple[Request, ...]
     file: Path
     max_batch_tokens: int
-    threads: int | None
-    timeout_minutes: int
 
 
 def run_rank(rank: Rank, work: EvalWork) -> bool:
     """One rank's part of ``work``; whether it was asked to stop before the end."""
-    from longctx.infer.engine import load_engine
-    from longctx.megatron.runtime import runtime
-
-    stop = StopRequest()
-    threads, variant = threads_for(work.threads, rank), work.variant
-    first = rank.rank == 0
+    stop, target, first = StopRequest(), work.variant.target, rank.rank == 0
     commit = commit_of(ROOT) if first else ""
-    with (
-        runtime(
-            rank, variant.mesh, threads=threads, timeout_minutes=work.timeout_minutes, device=variant.device
-        ) as here,
-        Progress(shown=first) as progress,
-    ):
+    with target.runtime(rank) as here, Progress(shown=first) as progress:
         if first and work.file.exists():
             responses.mend(work.file)  # all ranks have read it by now
         progress.start(f"{work.name}: loading", None)
-        engine = load_engine(here, variant.model, variant.shape, variant.folder, variant.context.kernel, variant.plan)
+        engine = target.load_engine(here)
         progress.start(f"{work.name}: requests", len(work.requests))
         began = time.perf_counter()
         for answers, tokens in answered(engine, work):
@@ -78,7 +65,7 @@ def answered(engine: Engine, work: EvalWork) -> Iterator[tuple[Mapping[Any, Answ
 
     asked = [request for request in work.requests if isinstance(request, Score)]
     for batch in batches(prefix_groups(asked), work.max_batch_tokens):
-        found = scores(engine, work.variant.context, batch)
+        found = scores(engine, work.variant.target.context, batch)
         _refuse_no_numbers(work, [value for value, _ in found.values()])
         yield found, sum(tree.tokens for tree in batch)
     for texts in _texts(engine, work, [request for request in work.requests if isinstance(request, Continue)]):
@@ -90,7 +77,7 @@ def _refuse_no_numbers(work: EvalWork, values: Sequence[float]) -> None:
     if wrong := sum(map(math.isnan, values)):
         raise ValueError(
             f"variant {work.variant.name}: {wrong} of {len(values)} log-probabilities are not a number: "
-            f"look for infinite or missing weights in {work.variant.folder}, or use model.dtype=float32"
+            f"look for infinite or missing weights in {work.variant.target.folder}, or use model.dtype=float32"
         )
 
 
@@ -99,12 +86,12 @@ def _texts(engine: Engine, work: EvalWork, asked: Sequence[Continue]) -> Iterato
     from longctx.hf.config import tokenizer_of
 
     left = sorted(asked, key=lambda request: -len(request.tokens))
-    tokenizer: Any = tokenizer_of(work.variant.folder) if left else None
+    tokenizer: Any = tokenizer_of(work.variant.target.folder) if left else None
     while left:
         batch: list[Continue] = []
         total = 0
         while left and (not batch or total + len(left[0].tokens) + left[0].most <= work.max_batch_tokens):
             batch.append(left.pop(0))
             total += len(batch[-1].tokens) + batch[-1].most
-        found = texts(engine, work.variant.context, tokenizer, batch)
+        found = texts(engine, work.variant.target.context, tokenizer, batch)
         yield dict(zip(batch, found, strict=True))

@@ -46,7 +46,7 @@ def run_pass(
     """
     # 1. Queries and cached keys as layouts over the ring.
     layout = layout.after(cache.layout)
-    queries = layout.gathered(engine.ulysses.size)
+    queries = layout.gather(engine.ulysses.size)
     cache.extend(queries)
     ring_attention_by_window = {
         window: ring_attention(

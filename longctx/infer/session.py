@@ -128,7 +128,7 @@ class Session:
     def drop(self, sequence: int) -> None:
         """Remove ``sequence`` and free its cache.  Raises ValueError for an unknown number."""
         if sequence not in self.sequences:
-            raise ValueError(f"sequence {sequence} is not in the session, which has {sorted(self.sequences) or 'none'}.")
+            raise ValueError(f"sequence {sequence} is not in the session; it has {sorted(self.sequences) or 'none'}.")
         del self.sequences[sequence]
 
     def _refuse(self, prompts: Mapping[int, Sequence[int]], max_new_tokens: Mapping[int, int]) -> None:
@@ -242,7 +242,7 @@ class Session:
         over_ring = shard_balanced([1] * len(chunk), contiguous, self.rows_per_rank)
         if self.context.decode == "gather_merge":
             hidden = run_replicated(self.engine, pack_tokens(chunk), over_ring, self._batch(chunk))
-            layout = over_ring.on_one_rank().held_by(0, self.engine.ranks)  # all have the rows, the first one samples
+            layout = over_ring.on_one_rank().place_on(0, self.engine.ranks)  # all have the rows, the first one samples
         else:
             layout = over_ring.split(self.engine.ulysses.size)
             strategies = self.engine.everywhere(STRATEGIES[self.context.decode])

@@ -33,5 +33,5 @@ class Hybrid:
 def hybrid(ulysses: Comm, ring: Comm, layout: Layout, mask: Mask = CAUSAL) -> Hybrid:
     """Return the `Hybrid` of a self-attention whose rows ``layout`` shards over ulysses x ring ranks."""
     rows = tuple(layout.rows(ring.rank * ulysses.size + member) for member in range(ulysses.size))
-    over_ring = layout.gathered(ulysses.size)
+    over_ring = layout.gather(ulysses.size)
     return Hybrid(ulysses, Ring(ring, over_ring, over_ring, mask), rows)

@@ -13,12 +13,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from longctx.config import Mesh, ModelSource
-from longctx.hf.locate import locate
-from recipes.common.cli import console, on_ranks, refuse_unwritable, say, section, warm_up_ranks, written
+from longctx.config import Mesh
+from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
 from recipes.common.plots import lines
 from recipes.common.provenance import provenance
-from recipes.common.train_job import TrainJob, job_of
+from recipes.common.train_job import TrainJob, begin_run, resolve_train_job
 from recipes.common.train_loop import run_rank
 from recipes.pretrain import WARM
 
@@ -27,9 +26,10 @@ def curve(job: TrainJob, name: str) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl of a run of ``job`` in a folder of its own, made anew."""
     out = job.out / name
     shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(job.described, out / "model")
-    say(f"{name}: {job.mesh}")
-    on_ranks(job.mesh, run_rank, replace(job, settings=replace(job.settings, out=str(out))))
+    run = replace(job, settings=replace(job.settings, out=str(out)))
+    begin_run(run)
+    say(f"{name}: {job.target.mesh}")
+    on_ranks(job.target.mesh, run_rank, run)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -39,25 +39,25 @@ def task(config: DictConfig) -> None:
     for name in ("json", "picture"):
         refuse_unwritable(config[name], name)
     plain = OmegaConf.create({str(k): v for k, v in config.items() if k not in ("json", "picture")})
-    job = job_of(plain, locate(section(config, "model", ModelSource), say), weights=None)
-    if job.mesh.ranks == 1:
+    job = resolve_train_job(plain, "recipes.bench convergence", from_scratch=True)
+    if job.target.mesh.ranks == 1:
         raise ValueError("mesh is one rank, which is what it is compared with: use mesh.ring=2 or another")
-    one, other = curve(replace(job, mesh=Mesh()), "one rank"), curve(job, "mesh")
+    one, other = curve(replace(job, target=replace(job.target, mesh=Mesh())), "one rank"), curve(job, "mesh")
     losses = [[line["loss"] for line in lines_of] for lines_of in (one, other)]
     apart = max(abs(a - b) for a, b in zip(*losses, strict=True))
     norms = max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(one, other, strict=True))
     console.print(f"{len(one)} steps on one rank: loss {losses[0][0]:.3f} to {losses[0][-1]:.3f}")
-    console.print(f"on {job.mesh}: at most {apart:.1e} away; norms of gradients, {norms:.1e} of themselves")
-    about = {**provenance(), "model": job.model.name, "mesh": str(job.mesh), "steps": len(one)}
+    console.print(f"on {job.target.mesh}: at most {apart:.1e} away; norms of gradients, {norms:.1e} of themselves")
+    about = {**provenance(), "model": job.target.model.name, "mesh": str(job.target.mesh), "steps": len(one)}
     if config.json:
         curves = {"one_rank": losses[0], "mesh_loss": losses[1]}
-        written(config.json, {**about, "largest_difference": apart, "largest_norm_difference": norms, **curves})
+        write_result(config.json, {**about, "largest_difference": apart, "largest_norm_difference": norms, **curves})
     if config.picture:
-        title = f"{len(one)} steps on one rank and on {job.mesh}: at most {apart:.1e} nats apart"
+        title = f"{len(one)} steps on one rank and on {job.target.mesh}: at most {apart:.1e} nats apart"
         lines(
             config.picture,
             [line["step"] for line in one],
-            {"one rank": losses[0], str(job.mesh): losses[1]},
+            {"one rank": losses[0], str(job.target.mesh): losses[1]},
             title=title,
             x="step",
             y="loss, nats a token",

@@ -19,26 +19,29 @@ from omegaconf import DictConfig
 from pydantic import Field, NonNegativeInt, PositiveInt
 from rich.table import Table
 
-from longctx.config import Mesh, ModelSource, PromptSource
+from longctx.config import ModelSource, PromptSource
 from longctx.cost.attention import Work
 from longctx.cost.choice import RULES, choose, fit_empirical
 from longctx.cost.hardware import Hardware
 from longctx.data.prompt import prompt_tokens
-from longctx.hf.config import shape_of, tokenizer_of
-from longctx.hf.locate import locate
+from longctx.hf.config import tokenizer_of
 from longctx.model_shape import ModelShape
 from longctx.parallel.launch import Rank
-from longctx.parallel.validate import refuse_unused
 from recipes.bench.hosts import is_host, refuse_hosts, run_on_hosts
-from recipes.calibrate import hardware_from, measured, refuse_other_threads
-from recipes.common.cli import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
+from recipes.calibrate import measure_ring
+from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, write_result
+from recipes.common.hardware_file import read_hardware, refuse_other_threads
 from recipes.common.plots import lines
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
-from recipes.common.spd_plan import refuse_adapted
+from recipes.common.settings import top_level
+from recipes.common.target import Target, resolve_target
 
 STRATEGIES = ("pass_kv", "pass_q")
 THREADS = 1  # of a rank
+WARM = (
+    "longctx.infer.engine", "longctx.infer.session", "longctx.parallel.measure.probe", "recipes.common.progress",
+)  # fmt: skip
 SHORT = {"pass_kv": "KV", "pass_q": "Q"}
 
 
@@ -62,22 +65,16 @@ class CrossoverJob:
     """What every rank needs to know."""
 
     settings: CrossoverSettings
-    mesh: Mesh
-    model: ModelSource
-    folder: Path
-    shape: ModelShape
+    target: Target
     tokens: tuple[int, ...]
     hardware: Hardware | None
 
 
 def run_rank(rank: Rank, job: CrossoverJob) -> tuple[Hardware, list[dict[str, Any]]]:
     """The machine's constants, then every row: the strategies in turn within each round."""
-    from longctx.infer.engine import load_engine
-    from longctx.megatron.runtime import runtime
-
-    with runtime(rank, job.mesh, threads=THREADS) as here, Progress(shown=rank.rank == 0) as progress:
-        engine = load_engine(here, job.model, job.shape, job.folder, "auto")
-        on = job.hardware or measured(here, job.shape, "auto", job.model.dtype)
+    with job.target.runtime(rank) as here, Progress(shown=rank.rank == 0) as progress:
+        engine = job.target.load_engine(here)
+        on = job.hardware or measure_ring(here, job.target)
         progress.start("miss rates, prefills", len(job.settings.miss_rates) * (job.settings.rounds + 1) * 2)
         rows = []
         for rate in job.settings.miss_rates:
@@ -137,9 +134,9 @@ def judged(rows: list[dict[str, Any]], job: CrossoverJob, on: Hardware) -> list[
 def judged_row(row: dict[str, Any], job: CrossoverJob, on: Hardware) -> dict[str, Any]:
     """``row`` with its medians, and what each rule that has its constants in ``on`` takes and loses."""
     took = {name: median(seconds) for name, seconds in row["seconds"].items()}
-    shape, element = job.shape, getattr(torch, job.model.dtype).itemsize
+    shape, element = job.target.shape, getattr(torch, job.target.model.dtype).itemsize
     heads = (shape.heads, shape.kv_heads, shape.head_dim)
-    work = Work((row["new"],), (row["cached"],), job.mesh.ring, *heads, element)
+    work = Work((row["new"],), (row["cached"],), job.target.mesh.ring, *heads, element)
     rules = {}
     for rule in RULES:
         if rule == "empirical" and not on.empirical:
@@ -173,55 +170,44 @@ def show(rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def asked(config: DictConfig) -> CrossoverJob:
-    """What ``config`` asks for.  Raises ValueError if it cannot be done."""
-    settings, mesh = top_level(config, CrossoverSettings), section(config, "mesh", Mesh)
+def prepare_crossover(config: DictConfig) -> CrossoverJob:
+    """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
+    settings = top_level(config, CrossoverSettings)
     if not settings.hosts:
-        warm_up_ranks(
-            [
-                "longctx.infer.engine",
-                "longctx.infer.session",
-                "longctx.parallel.measure.probe",
-                "recipes.common.progress",
-            ]
-        )
-    model = section(config, "model", ModelSource)
-    refuse_unused(mesh, "recipes.bench crossover", ("tp", "ulysses", "dp", "pp"))
-    if mesh.ring < 2:
-        raise ValueError(f"mesh.ring={mesh.ring}: nothing travels on one rank, use mesh.ring=2 or more")
+        warm_up_ranks(WARM)
+    target = resolve_target(config, "recipes.bench crossover", unused_axes=("tp", "ulysses", "dp", "pp"), spd="refuse")
+    if target.mesh.ring < 2:
+        raise ValueError(f"mesh.ring={target.mesh.ring}: nothing travels on one rank, use mesh.ring=2 or more")
     if settings.hosts:
-        refuse_hosts(settings.hosts, settings.rate, mesh)
+        refuse_hosts(settings.hosts, settings.rate, target.mesh)
     for name in ("out", "picture", "fitted"):
         refuse_unwritable(getattr(settings, name), name)
-    folder = locate(model, say)
-    refuse_adapted(folder, "recipes.bench crossover")
-    shape = shape_of(folder)
-    refuse_windows(model, shape)
+    refuse_windows(target.model, target.shape)
     source = PromptSource(pydoc="all", tokens=settings.total)
-    tokens, available = prompt_tokens(source, tokenizer_of(folder))
+    tokens, available = prompt_tokens(source, tokenizer_of(target.folder))
     if available < settings.total:
         raise ValueError(f"total={settings.total}: the text has {available:,} tokens; use at most that")
-    on = hardware_from(settings.hardware) if settings.hardware else None
-    refuse_other_threads(settings.hardware, THREADS, mesh)
-    return CrossoverJob(settings, mesh, model, folder, shape, tuple(tokens), on)
+    hardware = read_hardware(settings.hardware) if settings.hardware else None
+    refuse_other_threads(settings.hardware, THREADS, target.mesh)
+    return CrossoverJob(settings, target, tuple(tokens), hardware)
 
 
 def refuse_windows(model: ModelSource, shape: ModelShape) -> None:
-    """ValueError for layers with a window: recipes choose for each window, what is timed here is one for all layers."""
+    """Raise ValueError for layers with a window: recipes choose for each window, and one strategy is timed here."""
     if windows := [window for window in shape.windows if window]:
         raise ValueError(
-            f"model={model.name} has layers that see {windows[0]:,} keys, for which recipes choose apart: "
-            "use a model whose layers see all"
+            f"model={model.name} has layers that see {windows[0]:,} keys, and recipes choose a strategy for them "
+            "separately: use a model whose layers see all keys"
         )
 
 
 def task(config: DictConfig) -> None:
     """Measure; write, draw and show what the first rank gives."""
-    job = asked(config)
+    job = prepare_crossover(config)
     if job.settings.hosts and not is_host():
         run_on_hosts(job.settings.hosts, job.settings.rate, [sys.executable, *sys.orig_argv[1:]])
         return
-    given = on_ranks(job.mesh, run_rank, job)
+    given = on_ranks(job.target.mesh, run_rank, job)
     if given is not None:
         report(job, *given)
 
@@ -234,12 +220,12 @@ def report(job: CrossoverJob, on: Hardware, measured_rows: list[dict[str, Any]])
     rows = judged(measured_rows, job, on)
     show(rows)
     on = replace(on, empirical=constants or on.empirical)
-    where = {"mesh": str(job.mesh), "hosts": settings.hosts, "rate": settings.rate if settings.hosts else None}
-    about = {**provenance(), "model": job.model.name, **where, "total": settings.total, "hardware": asdict(on)}
+    where = {"mesh": str(job.target.mesh), "hosts": settings.hosts, "rate": settings.rate if settings.hosts else None}
+    about = {**provenance(), "model": job.target.model.name, **where, "total": settings.total, "hardware": asdict(on)}
     if settings.out:
-        written(settings.out, {**about, "rows": rows})
+        write_result(settings.out, {**about, "rows": rows})
     if settings.fitted:
-        how = {"threads": THREADS, "model": job.model.name, "dtype": job.model.dtype}
+        how = {"threads": THREADS, "model": job.target.model.name, "dtype": job.target.model.dtype}
         file = {"measured": {**provenance(), **where, **how}, **asdict(on)}
         Path(settings.fitted).write_text(yaml.safe_dump(file, sort_keys=False))
     if settings.picture:
@@ -258,7 +244,7 @@ def draw(rows: list[dict[str, Any]], job: CrossoverJob) -> None:
         str(job.settings.picture),
         rates,
         {"pass-KV": kv, "pass-Q": q},
-        title=f"{job.model.name}, {job.settings.total:,} tokens of context, {job.mesh}{links}",
+        title=f"{job.target.model.name}, {job.settings.total:,} tokens of context, {job.target.mesh}{links}",
         x="miss rate T / (T + P)",
         y="time to first token, ms",
         marked=crossings,

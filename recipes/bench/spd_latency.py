@@ -16,7 +16,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from rich.table import Table
 
 from longctx.config import Context, Mesh, ModelSource, PromptSource, Sampling
-from longctx.cost.reduction import all_reduce_seconds, communication_saved, with_dropped
+from longctx.cost.reduction import all_reduce_seconds, communication_saved, spd_forward_seconds
 from longctx.data.prompt import prompt_tokens
 from longctx.hf.config import shape_of, tokenizer_of
 from longctx.hf.locate import locate
@@ -25,10 +25,11 @@ from longctx.parallel.launch import Rank
 from longctx.parallel.validate import refuse_unfit, refuse_unused
 from longctx.spd.plan import SPDPlan, within
 from recipes.bench.hosts import bits_per_s, is_host, refuse_hosts, run_on_hosts
-from recipes.common.cli import console, on_ranks, refuse_unwritable, say, section, top_level, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
 from recipes.common.plots import lines
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
+from recipes.common.settings import section, top_level
 from recipes.common.spd_plan import refuse_adapted
 
 PHASES = ("prefill", "decode")
@@ -143,7 +144,7 @@ def judged(found: dict[str, Any], job: LatencyJob) -> list[dict[str, Any]]:
             now = {key: median(each[phase][key] for each in rounds) for key in rounds[0][phase]}
             base = base or now
             blocks = len(within(range(layers), share)) / layers
-            predicted = with_dropped(base["seconds"], layers, blocks, one)
+            predicted = spd_forward_seconds(base["seconds"], layers, blocks, one)
             out.append(
                 {
                     "phase": phase,
@@ -231,7 +232,7 @@ def task(config: DictConfig) -> None:
     constants = {name: found[name] for name in ("hop_s", "bytes_per_s")}
     about = {"model": job.model.name, "mesh": str(job.mesh), "hosts": settings.hosts, **link, **constants}
     if settings.out:
-        written(settings.out, {**about, "tokens": settings.tokens, **provenance(), "rows": rows})
+        write_result(settings.out, {**about, "tokens": settings.tokens, **provenance(), "rows": rows})
     if settings.picture:
         draw(rows, job, f"{link['rate']}, {settings.latency_us:g} us" if settings.hosts else "loopback")
 

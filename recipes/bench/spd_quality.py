@@ -16,11 +16,13 @@ from longctx.config import DataSettings, TextSource
 from longctx.parallel.launch import Rank
 from longctx.spd.plan import SPDPlan, order_from, saved_plan, within
 from longctx.spd.text import PackedText
-from recipes.common.cli import console, on_ranks, sections, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
 from recipes.common.plots import lines
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
-from recipes.common.spd_text import Subject, blocks_of, subject_of, text_of
+from recipes.common.settings import sections
+from recipes.common.spd_text import load_blocks, resolve_spd_target, text_of
+from recipes.common.target import Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class QualityVariant:
 class QualityJob:
     """What every rank needs to know."""
 
-    subject: Subject
+    target: Target
     variants: tuple[QualityVariant, ...]
     shares: tuple[float, ...]
     texts: dict[str, PackedText]
@@ -64,10 +66,10 @@ def run_rank(rank: Rank, job: QualityJob) -> dict[str, Any]:
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.spd.layer import follow_plan
 
-    shape, tp = job.subject.shape, job.subject.mesh.tp
+    shape, tp = job.target.shape, job.target.mesh.tp
     found: dict[str, Any] = {name: {"variants": {}, "placement": {}} for name in job.texts}
     known: dict[Any, float] = {}
-    with blocks_of(rank, job.subject) as (_, blocks), Progress(shown=rank.rank == 0) as progress, torch.no_grad():
+    with load_blocks(rank, job.target) as (_, blocks), Progress(shown=rank.rank == 0) as progress, torch.no_grad():
         progress.start("perplexities", len(job.texts) * len(job.variants) * len(job.shares))
         for variant in job.variants:
             for share in job.shares:
@@ -81,7 +83,7 @@ def run_rank(rank: Rank, job: QualityJob) -> dict[str, Any]:
                     found[name]["variants"].setdefault(variant.name, []).append(known[same])
                     progress.step()
         follow_plan(blocks.model, SPDPlan(shape.layers, tp))  # first: the last plan's norms may be each rank's own
-        hf_load.load(blocks.model, hf_load.Weights(job.subject.folder), shape)
+        hf_load.load(blocks.model, hf_load.Weights(job.target.folder), shape)
         progress.start("placements, blocks", len(job.placement) * len(job.texts))
         for name, text in job.texts.items():
             for block in job.placement:
@@ -95,7 +97,7 @@ def mean_loss(blocks: Any, text: PackedText) -> float:
     total = 0.0
     for begin in range(0, len(text), 4):
         some = text[slice(begin, begin + 4)]
-        x = blocks.embedded(some.tokens)
+        x = blocks.embed(some.tokens)
         for layer in blocks.model.decoder.layers:
             x = blocks.run(layer, x)
         total += blocks.loss(x, some)
@@ -112,7 +114,7 @@ def placements(blocks: Any, text: PackedText, block: int) -> dict[str, float]:
     totals = dict.fromkeys(ways, 0.0)
     for begin in range(0, len(text), 4):
         some = text[slice(begin, begin + 4)]
-        x = blocks.embedded(some.tokens)
+        x = blocks.embed(some.tokens)
         for layer in blocks.model.decoder.layers[:block]:
             x = blocks.run(layer, x)
         for way, leaving in zip(ways, placed_outputs(blocks, blocks.model.decoder.layers[block], x), strict=True):
@@ -140,41 +142,41 @@ def placed_outputs(blocks: Any, layer: Any, x: Any) -> list[Any]:
     return [x + whole + z, x + z + mine, with_bias + bias, with_bias + blocks.tp.size * bias]
 
 
-def variants_of(config: DictConfig, subject: Subject) -> tuple[QualityVariant, ...]:
+def variants_of(config: DictConfig, target: Target) -> tuple[QualityVariant, ...]:
     """The lines of the picture.  Raises ValueError for an adapted model that is not of this one."""
-    layers, tp = subject.shape.layers, subject.mesh.tp
-    order = order_from(Path(config.sensitivity).expanduser(), layers, tp, subject.fingerprint)
+    layers, tp = target.shape.layers, target.mesh.tp
+    order = order_from(Path(config.sensitivity).expanduser(), layers, tp, target.fingerprint)
     found = [
-        QualityVariant("zero-shot, least sensitive first", subject.folder, order),
-        QualityVariant("zero-shot, first to last", subject.folder, tuple(range(layers))),
+        QualityVariant("zero-shot, least sensitive first", target.folder, order),
+        QualityVariant("zero-shot, first to last", target.folder, tuple(range(layers))),
     ]
     for name, folder in ((model.label, model.folder) for model in sections(config, "models", NamedModel)):
         saved = saved_plan(Path(folder).expanduser())
-        if saved is None or saved.plan.tp != tp or saved.source != subject.fingerprint:
-            raise ValueError(f"models: {name}, {folder}, is not {subject.model.name} adapted for mesh.tp={tp}")
+        if saved is None or saved.plan.tp != tp or saved.source != target.fingerprint:
+            raise ValueError(f"models: {name}, {folder}, is not {target.model.name} adapted for mesh.tp={tp}")
         if missing := set(within(saved.order, max(config.shares))) - set(saved.adapted):
             raise ValueError(f"models: {name}, {folder}, lacks block {min(missing)}: adapt it with a larger spd.budget")
         found.append(QualityVariant(name, Path(folder).expanduser(), saved.order, saved.plan.own_norms))
     return tuple(found)
 
 
-def texts_of(config: DictConfig, subject: Subject) -> dict[str, PackedText]:
+def texts_of(config: DictConfig, target: Target) -> dict[str, PackedText]:
     """The texts, by name."""
     data = {
         source.label: DataSettings((source,), config.length, epochs=1, end_token=False)
         for source in sections(config, "texts", NamedText)
     }
-    return {name: text_of(settings, subject, config.sequences) for name, settings in data.items()}
+    return {name: text_of(settings, target, config.sequences) for name, settings in data.items()}
 
 
-def _refuse(config: DictConfig, subject: Subject) -> None:
+def _refuse(config: DictConfig, target: Target) -> None:
     """ValueError for what would be measured wrongly, or twice."""
     if not config.shares or config.shares[0] != 0 or not all(0 <= share <= 1 for share in config.shares):
         raise ValueError(f"shares={list(config.shares)}: use shares of 0 to 1, first 0, what others are compared with")
-    if wrong := [block for block in config.placement if not 0 <= block < subject.shape.layers]:
-        raise ValueError(f"placement: there is no block {wrong[0]}; the model's are 0 to {subject.shape.layers - 1}")
-    if subject.mesh.dp > 1:
-        raise ValueError(f"recipes.bench spd_quality has no use for mesh.dp={subject.mesh.dp}: use mesh.dp=1")
+    if wrong := [block for block in config.placement if not 0 <= block < target.shape.layers]:
+        raise ValueError(f"placement: there is no block {wrong[0]}; the model's are 0 to {target.shape.layers - 1}")
+    if target.mesh.dp > 1:
+        raise ValueError(f"recipes.bench spd_quality has no use for mesh.dp={target.mesh.dp}: use mesh.dp=1")
 
 
 def show(result: dict[str, Any]) -> None:
@@ -201,26 +203,26 @@ def recovered(of_text: dict[str, Any], variant: str) -> list[float | None]:
 def task(config: DictConfig) -> None:
     """Measure; write, draw and show."""
     warm_up_ranks(("longctx.infer.engine", "longctx.megatron.spd.blocks", "recipes.common.spd_text"))
-    subject = subject_of(config, "recipes.bench spd_quality")
+    target = resolve_spd_target(config, "recipes.bench spd_quality")
     shares: list[float] = list(config.shares)
-    _refuse(config, subject)
+    _refuse(config, target)
     job = QualityJob(
-        subject, variants_of(config, subject), tuple(shares), texts_of(config, subject), tuple(config.placement)
+        target, variants_of(config, target), tuple(shares), texts_of(config, target), tuple(config.placement)
     )
-    found = on_ranks(subject.mesh, run_rank, job)
+    found = on_ranks(target.mesh, run_rank, job)
     if found is None:
         return
     for of_text in found.values():
         of_text["recovered"] = {name: recovered(of_text, name) for name in (model.label for model in config.models)}
-    result = {"model": subject.model.name, "tp": subject.mesh.tp, "shares": shares, "texts": found, **provenance()}
+    result = {"model": target.model.name, "tp": target.mesh.tp, "shares": shares, "texts": found, **provenance()}
     show(result)
-    written(str(Path(config.out, "quality.json")), result)
+    write_result(str(Path(config.out, "quality.json")), result)
     for name, of_text in found.items():
         lines(
             str(Path(config.out, f"{name}.svg")),
             [100 * share for share in shares],
             {variant: [exp(loss) for loss in losses] for variant, losses in of_text["variants"].items()},
-            title=f"{subject.model.name} at TP={subject.mesh.tp}, {name}",
+            title=f"{target.model.name} at TP={target.mesh.tp}, {name}",
             x="blocks that drop a reduction, %",
             y="perplexity",
             log_x=False,

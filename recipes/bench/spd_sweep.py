@@ -17,10 +17,11 @@ from longctx.spd.plan import SPDPlan
 from longctx.spd.sensitivity import perplexities, scores, sensitivity
 from longctx.spd.text import PackedText
 from recipes.bench.spd_quality import mean_loss
-from recipes.common.cli import console, on_ranks, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
-from recipes.common.spd_text import Subject, blocks_of, calibration_of, subject_of
+from recipes.common.spd_text import calibration_of, load_blocks, measurement_metadata, resolve_spd_target
+from recipes.common.target import Target
 from recipes.spd_sensitivity import WARM, sums_of
 
 
@@ -28,7 +29,7 @@ from recipes.spd_sensitivity import WARM, sums_of
 class SweepJob:
     """What every rank needs to know."""
 
-    subject: Subject
+    target: Target
     text: PackedText
 
 
@@ -36,9 +37,9 @@ def run_rank(rank: Rank, job: SweepJob) -> dict[str, Any]:
     """Seconds and scores of both ways."""
     from longctx.megatron.spd.layer import follow_plan
 
-    layers, tp = job.subject.shape.layers, job.subject.mesh.tp
+    layers, tp = job.target.shape.layers, job.target.mesh.tp
     tokens = int(job.text.mask.sum())
-    with blocks_of(rank, job.subject) as (_, blocks), Progress(shown=rank.rank == 0) as progress, torch.no_grad():
+    with load_blocks(rank, job.target) as (_, blocks), Progress(shown=rank.rank == 0) as progress, torch.no_grad():
         progress.start("what enters a block is kept", None)
         began = time.perf_counter()
         kept = scores(perplexities(sums_of(blocks, job.text), tokens))
@@ -59,11 +60,11 @@ def run_rank(rank: Rank, job: SweepJob) -> dict[str, Any]:
 def task(config: DictConfig) -> None:
     """Measure; write and show."""
     warm_up_ranks(WARM)
-    subject = subject_of(config, "recipes.bench spd_sweep")
-    if subject.mesh.dp > 1:
-        raise ValueError(f"recipes.bench spd_sweep has no use for mesh.dp={subject.mesh.dp}: use mesh.dp=1")
-    text, data = calibration_of(config, subject, config.sequences)
-    found = on_ranks(subject.mesh, run_rank, SweepJob(subject, text))
+    target = resolve_spd_target(config, "recipes.bench spd_sweep")
+    if target.mesh.dp > 1:
+        raise ValueError(f"recipes.bench spd_sweep has no use for mesh.dp={target.mesh.dp}: use mesh.dp=1")
+    text, data = calibration_of(config, target, config.sequences)
+    found = on_ranks(target.mesh, run_rank, SweepJob(target, text))
     if found is None:
         return
     faster, off = found["plain_s"] / found["kept_s"], found["largest_difference"]
@@ -71,4 +72,6 @@ def task(config: DictConfig) -> None:
         f"{found['kept_s']:.1f} s with what enters a block kept, {found['plain_s']:.1f} s by a plain loop: "
         f"{faster:.2f} times faster; scores differ by at most {off:.1e}"
     )
-    written(str(Path(config.out, "sweep.json")), {**subject.about(text, data), **found, **provenance()})
+    write_result(
+        str(Path(config.out, "sweep.json")), {**measurement_metadata(target, text, data), **found, **provenance()}
+    )

@@ -16,25 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import PositiveInt
 from rich.table import Table
 
-from longctx.config import Mesh, ModelSource
-from longctx.hf.locate import locate
+from longctx.config import Mesh
 from longctx.parallel.launch import Rank
 from longctx.parallel.validate import refuse_unfit, refuse_unused
 from recipes.bench import peers
-from recipes.common.cli import (
-    console,
-    on_ranks,
-    refuse_unwritable,
-    say,
-    section,
-    sections,
-    top_level,
-    warm_up_ranks,
-    written,
-)
+from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
 from recipes.common.provenance import provenance
-from recipes.common.train_job import TrainJob, job_of
-from recipes.common.train_loop import built
+from recipes.common.settings import sections, top_level
+from recipes.common.train_job import TrainJob, resolve_train_job
+from recipes.common.train_loop import build_state
 from recipes.pretrain import WARM
 
 
@@ -85,11 +75,11 @@ def step_on_rank(rank: Rank, job: TrainJob, rounds: int) -> dict[str, Any]:
     from longctx.parallel.strategy import STRATEGIES
     from longctx.train.step import Sharding, train_step
 
-    with runtime(rank, job.mesh, threads=1, training=True) as here:
-        trained = built(here, job)
-        kernel = kernel_for(job.context.kernel, "cpu", job.model.dtype)
-        how = Sharding(job.data.length, job.context.layout, kernel, STRATEGIES[job.context.strategy])
-        stage, took, saved = training_batches(job.data, tokenizer_of(job.described))(None), [], SavedActivations()
+    with runtime(rank, job.target.mesh, threads=1, training=True) as here:
+        trained = build_state(here, job)
+        kernel = kernel_for(job.target.context.kernel, "cpu", job.target.model.dtype)
+        how = Sharding(job.data.length, job.target.context.layout, kernel, STRATEGIES[job.target.context.strategy])
+        stage, took, saved = training_batches(job.data, tokenizer_of(job.target.folder))(None), [], SavedActivations()
         for i, (batch, _) in enumerate(islice(stage, rounds + 1)):
             here.world.all_gather(torch.zeros(1), [(1,)] * here.world.size)
             began = time.perf_counter()
@@ -111,7 +101,7 @@ def attention_on_rank(rank: Rank, job: TrainJob, names: tuple[str, ...], rounds:
     from longctx.parallel.hybrid import hybrid
     from longctx.parallel.strategy import STRATEGIES
 
-    shape, length = job.shape, job.data.length
+    shape, length = job.target.shape, job.data.length
     ways: dict[str, Any] = {}
     refused: dict[str, str] = {}
     with runtime(rank, Mesh(ring=rank.world_size), threads=1) as here:
@@ -169,13 +159,13 @@ def show(tokens: int, steps: list[dict[str, Any]], attention: dict[str, Any]) ->
 
 def refuse_unmeasured(job: TrainJob) -> None:
     """ValueError for settings that one of the two tables would not follow."""
-    settings, context = job.settings, job.context
+    settings, context = job.settings, job.target.context
     if settings.recompute != "none":
         raise ValueError(f"recompute={settings.recompute}: what it keeps is not counted; use recompute=none")
     for name, asked, measured in (
-        ("device", settings.device, "cpu"),
-        ("threads", settings.threads or 1, 1),
-        ("model.dtype", job.model.dtype, "float32"),
+        ("run.device", job.target.run.device, "cpu"),
+        ("run.threads", job.target.run.threads or 1, 1),
+        ("model.dtype", job.target.model.dtype, "float32"),
         ("context.strategy", context.strategy, "pass_kv"),
         ("context.layout", context.layout, "zigzag"),
         ("context.kernel", "flash_cpu" if context.kernel == "auto" else context.kernel, "flash_cpu"),
@@ -187,11 +177,11 @@ def refuse_unmeasured(job: TrainJob) -> None:
 
 def meshes_of(config: DictConfig, job: TrainJob) -> list[Mesh]:
     """One rank, and the meshes beside it.  Raises ValueError for one that does not fit, or would not be used."""
-    refuse_unused(job.mesh, "recipes.bench train", ("tp", "ulysses", "ring", "dp", "pp"))  # meshes= says on what
+    refuse_unused(job.target.mesh, "recipes.bench train", ("tp", "ulysses", "ring", "dp", "pp"))  # meshes= says on what
     meshes = sections(config, "meshes", Mesh)
     for mesh in meshes:
         refuse_unused(mesh, "recipes.bench train", ("dp", "pp"))
-        refuse_unfit(mesh, job.shape)
+        refuse_unfit(mesh, job.target.shape)
     return [Mesh(), *meshes]
 
 
@@ -202,19 +192,19 @@ def task(config: DictConfig) -> None:
     asked = top_level(OmegaConf.create(own), TrainBenchSettings)
     refuse_unwritable(asked.json, "json")
     plain = OmegaConf.create({str(k): v for k, v in config.items() if k not in (*own, "meshes")})
-    job = job_of(plain, locate(section(config, "model", ModelSource), say), weights=None)
+    job = resolve_train_job(plain, "recipes.bench train", from_scratch=True)
     meshes = meshes_of(config, job)
     refuse_unmeasured(job)
     there = {name: peers.installed(name) for name in asked.peers}
     steps = []
     for mesh in meshes:
         say(f"steps on {mesh}")
-        measured = on_ranks(mesh, step_on_rank, replace(job, mesh=mesh), asked.rounds)
+        measured = on_ranks(mesh, step_on_rank, replace(job, target=replace(job.target, mesh=mesh)), asked.rounds)
         steps.append({"mesh": str(mesh), **measured})
     names = tuple(name for name, version in there.items() if version)
     say(f"attention, 2 ranks: ours and {', '.join(names) or 'no peer (none is installed)'}")
     attention = on_ranks(Mesh(ring=2), attention_on_rank, job, names, asked.rounds)
     show(job.data.length * job.data.batch, steps, attention)
     if asked.json:
-        about = {"length": job.data.length, "shape": {k: v for k, v in vars(job.shape).items() if k != "rotary"}}
-        written(asked.json, {**provenance(), **about, "peers": there, "steps": steps, "attention": attention})
+        about = {"length": job.data.length, "shape": {k: v for k, v in vars(job.target.shape).items() if k != "rotary"}}
+        write_result(asked.json, {**provenance(), **about, "peers": there, "steps": steps, "attention": attention})

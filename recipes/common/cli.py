@@ -1,102 +1,78 @@
-"""How a recipe starts: the command line becomes a typed configuration, an error a line and an exit code.
+"""The start of a recipe: compose the configuration, run the task on its ranks, turn errors into exit codes.
 
-Exit codes: 0 done; 2 the command line asks for what cannot be done (nothing was started); 1 a rank failed;
-3 done, and a gate of eval failed; 75 asked to stop (SIGUSR1), and saved: the same command goes on.
+Exit codes: 0 done; 1 a rank failed; 2 the command line was refused (nothing was started); 3 done, but an evaluation's
+gate failed; 75 stopped on request (SIGUSR1) after saving: the same command resumes.
 """
 
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from longctx.config import Mesh
 from longctx.parallel.launch import Rank, RankFailed, rank_from_environment, run_ranks, warm_up
+from recipes.common.help import help_of
+from recipes.common.overrides import CONFIGS, as_overrides
+from recipes.common.renamed import rename_settings
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-# Settings that take any text, which Hydra would read as its own syntax: commas, parentheses, quotes.
-FREE_TEXT = (
-    "prompt.text",
-    "prompt.question",
-    "prompt.file",
-    "prompts",
-    "out",
-    "to",
-    "checkpoint",
-    "turns",
-    "session.save",
-    "session.load",
-    "spd.sensitivity",
-    "sensitivity",
-    "eval.data",
-    "eval.include",
-    "eval.text",
-    "adapted",
-    "track.name",
-    "track.group",
-    "track.notes",
-    "hardware",
-    "picture",
-    "fitted",
-    "rate",
-)
 GATE_FAILED = 3
-STOPPED = 75  # the exit code of a run that goes on later; EX_TEMPFAIL of sysexits.h
-Section = TypeVar("Section")
-# A file has no width: tables are not to be cut there.
+STOPPED = 75  # stopped on request, to be resumed; EX_TEMPFAIL of sysexits.h
+# Tables must not be cut where stderr is a file.
 console = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else 140)
 
 
 def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
     """Compose ``configs/<config_name>.yaml`` with the command line's overrides, and run ``task`` on it."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks ranks to stop (longctx.train.stop); nobody is to die of it
-    sys.argv[1:] = reporting(lambda: _composable(config_name, sys.argv[1:]))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to stop, which ranks handle (longctx.train.stop)
+    words = sys.argv[1:]
+    if {"-h", "--help"} & set(words):
+        print(help_of(config_name))
+        return
+    sys.argv[1:] = reporting(lambda: _checked_overrides(config_name, words))
     run = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
-    run(lambda config: reporting(lambda: task(_with_own_out(config))))()
+    run(lambda config: reporting(lambda: task(_with_own_out(rename_settings(config, say), words))))()
 
 
-def _composable(config_name: str, words: Sequence[str]) -> list[str]:
-    """``words`` as Hydra takes them.  Raises ValueError, in a line, for what it would answer in twenty."""
-    overrides = as_overrides(words)
+def _checked_overrides(config_name: str, words: Sequence[str]) -> list[str]:
+    """``words`` as Hydra takes them.  Raises ValueError, in one line, where Hydra would print twenty."""
+    overrides = as_overrides(config_name, words, say, sweep=is_multirun(words))
     if not any(word.startswith("-") for word in words):
         composed(config_name, overrides)
     return overrides
 
 
-def as_overrides(words: Sequence[str]) -> list[str]:
-    """``words`` of a command line in Hydra's grammar.  Raises ValueError for a model that is not known."""
-    return [override for word in words for override in _overrides(word)]
+def is_multirun(words: Sequence[str]) -> bool:
+    """Whether the command line asks for Hydra's multirun."""
+    return bool({"-m", "--multirun"} & set(words))
 
 
 def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """What a recipe with these ``overrides`` is given.  Raises ValueError, in a line, if they do not fit it."""
+    """Return the configuration of a recipe with ``overrides``.  Raises ValueError, in one line, if they do not fit."""
     try:
-        # Inside a recipe Hydra has been told where configurations are.
-        there = GlobalHydra.instance().is_initialized()
-        with nullcontext() if there else hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        # Inside a recipe Hydra knows already where configurations are.
+        initialized = GlobalHydra.instance().is_initialized()
+        with nullcontext() if initialized else hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
             return hydra.compose(config_name, list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        says = str(error).partition("Config search path")[0].partition("See https://")[0]
-        raise ValueError(" ".join(says.split())) from error
+        message = str(error).partition("Config search path")[0].partition("See https://")[0]
+        raise ValueError(" ".join(message.split())) from error
 
 
 def own_out(out: str, number: int | str) -> str:
-    """``out`` of run ``number`` of a sweep: a folder of its own in it, or, of a file, beside it."""
+    """Return the ``out`` of run ``number`` of a sweep: ``out``/NUMBER, or for a file, NUMBER/file beside it."""
     given = Path(out)
     return str(given.parent / str(number) / given.name) if is_file_name(out) else str(given / str(number))
 
@@ -106,62 +82,26 @@ def is_file_name(out: str) -> bool:
     return Path(out).suffix in (".json", ".jsonl", ".yaml", ".yml", ".svg")
 
 
-def _with_own_out(config: DictConfig) -> DictConfig:
-    """``config``; in a sweep (--multirun) with an ``out`` that no other run of it writes to."""
-    here = HydraConfig.get()
-    if here.mode == RunMode.MULTIRUN and config.get("out"):
-        config.out = own_out(config.out, here.job.num)
+def _with_own_out(config: DictConfig, words: Sequence[str]) -> DictConfig:
+    """Give each run of a sweep (--multirun) a separate ``out``, unless the sweep lists them."""
+    hydra_config = HydraConfig.get()
+    has_own = any(word.startswith("out=") and "," in word for word in words)
+    if hydra_config.mode == RunMode.MULTIRUN and config.get("out") and not has_own:
+        config.out = own_out(config.out, hydra_config.job.num)
     return config
 
 
-def section(config: DictConfig, name: str, kind: type[Section]) -> Section:
-    """Section ``name`` of the configuration as a ``kind`` (a dataclass), every value checked for its type."""
-    values: Any = OmegaConf.to_container(config[name], resolve=True)
-    return _known(kind, values, f"{name}.")
-
-
-def sections(config: DictConfig, name: str, kind: type[Section]) -> tuple[Section, ...]:
-    """Each item of the list ``name`` of the configuration as a ``kind``, as `section` has one."""
-    values: Any = OmegaConf.to_container(config, resolve=True)
-    items = values[name]
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise ValueError(f"{name}={items}: give a list, an item's settings in braces: {name}=[{{...}}]")
-    return tuple(_known(kind, item, f"{name}.{i}.") for i, item in enumerate(items))
-
-
-def top_level(config: DictConfig, kind: type[Section]) -> Section:
-    """The settings outside of any section, all of which the dataclass ``kind`` names."""
-    values: Any = OmegaConf.to_container(config, resolve=True)
-    return _known(kind, {name: value for name, value in values.items() if not isinstance(value, dict)}, "")
-
-
-def _known(kind: type[Section], values: Any, prefix: str) -> Section:
-    if unknown := set(values) - {field.name for field in fields(cast(Any, kind))}:
-        raise ValueError(f"there is no setting {prefix}{min(unknown)}")
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as invalid:
-        first = invalid.errors()[0]
-        if "error" in first.get("ctx", {}):
-            raise ValueError(str(first["ctx"]["error"])) from None  # what __post_init__ of ``kind`` refused
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{prefix}{where}={first['input']}: {first['msg'].lower()}") from None
-
-
 def on_ranks(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
-    """What rank 0 gives back from ``rank_main(rank, *args)`` on every rank of ``mesh``; None where `is_first` is not.
+    """Run ``rank_main(rank, *args)`` on every rank of ``mesh``; return the first rank's result, None on other ranks.
 
-    ValueError if a launcher started another number of ranks.
+    Raises ValueError if a launcher started another number of ranks than ``mesh`` has.
     """
-    given = on_every_rank(mesh, rank_main, *args)
-    return given if is_first() else None
+    result = on_every_rank(mesh, rank_main, *args)
+    return result if is_first() else None
 
 
 def on_every_rank(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
-    """The same, where this process is one of the ranks (under torchrun or srun) giving what its own gives back.
-
-    Otherwise local ranks are started.
-    """
+    """Like `on_ranks`, but under torchrun or srun every process returns the result of its own rank."""
     here = rank_from_environment(os.environ)
     if here is None:
         return run_ranks(mesh.ranks, rank_main, *args)[0]
@@ -173,74 +113,88 @@ def on_every_rank(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
     try:
         return rank_main(here, *args)
     except ValueError as error:
-        # Not the command line's fault any more: let the launcher have the traceback.
+        # The command line was accepted, so this is a failure: give the launcher the traceback.
         raise RuntimeError(f"rank {here.rank} of {here.world_size} failed") from error
 
 
 def leave_stopped() -> NoReturn:
-    """End as a run that was asked to stop (SIGUSR1), and did."""
-    say("stopped, as asked: the same command goes on")
+    """Exit as a run that stopped on request (SIGUSR1)."""
+    say("stopped, as asked: the same command resumes")
     sys.exit(STOPPED)
 
 
 def is_first() -> bool:
-    """Whether this process speaks for all ranks: it started them, or is the first that a launcher started."""
+    """Return True if this process prints and writes for all ranks: it starts them, or is a launcher's first rank."""
     here = rank_from_environment(os.environ)
     return here is None or here.rank == 0
 
 
 def warm_up_ranks(modules: Sequence[str]) -> None:
-    """Import ``modules`` ahead for local ranks, unless a launcher has started the ranks already."""
+    """Import ``modules`` ahead for local ranks; do nothing if a launcher has started the ranks."""
     if rank_from_environment(os.environ) is None:
         warm_up(modules)
 
 
 def say(line: str) -> None:
-    """Print ``line`` for the user, once however many ranks a launcher started."""
+    """Print ``line`` to the user from the first rank only."""
     if is_first():
         console.print(line)
 
 
-def threads_for(asked: int | None, rank: Rank) -> int:
-    """Threads of a rank: as asked for, or the cores that this machine's ranks share."""
-    return asked or max(1, len(os.sched_getaffinity(0)) // rank.local_world_size)
+def threads_for(threads: int | None, rank: Rank) -> int:
+    """Return the CPU threads of ``rank``: ``threads``, or an even share of this machine's cores."""
+    return threads or max(1, len(os.sched_getaffinity(0)) // rank.local_world_size)
 
 
-def threads_here(asked: int | None, mesh: Mesh) -> int:
-    """`threads_for` each rank of ``mesh`` that a launcher started on this machine, or that will be started here."""
-    return threads_for(asked, rank_from_environment(os.environ) or Rank(0, mesh.ranks, 0, mesh.ranks, ""))
+def threads_here(threads: int | None, mesh: Mesh) -> int:
+    """Return `threads_for` a rank of ``mesh`` on this machine, whether a launcher started it or a recipe will."""
+    return threads_for(threads, rank_from_environment(os.environ) or Rank(0, mesh.ranks, 0, mesh.ranks, ""))
 
 
 def refuse_unwritable(out: str | None, name: str = "out") -> None:
-    """ValueError unless a file can be written at ``out``, the setting ``name``; its folder is made."""
+    """Raise ValueError unless a file can be written at ``out``, the setting ``name``; writes nothing."""
     if out is None:
         return
-    try:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{name}={out} cannot be written: {error.strerror}") from error
-    if Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK):
+    parent = nearest_existing(Path(out).expanduser().parent)
+    if not parent.is_dir():
+        raise ValueError(f"{name}={out} cannot be written: {parent} is a file")
+    if Path(out).is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"{name}={out} cannot be written: give the name of a file in a folder of yours")
 
 
-def written(out: str, result: Mapping[str, Any]) -> None:
-    """Write ``result`` as JSON, a line a key, and say so."""
+def refuse_unwritable_folder(out: str, name: str = "out") -> None:
+    """Raise ValueError unless ``out``, the setting ``name``, is a writable folder or can be made; writes nothing."""
+    existing = nearest_existing(Path(out).expanduser())
+    if not existing.is_dir():
+        raise ValueError(f"{name}={out} cannot be written ({existing} is a file): give a folder of yours")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"{name}={out} cannot be written ({existing} is read-only): give a folder of yours")
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return ``path``, or the nearest of its parents that exists."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
+
+
+def write_result(out: str, result: Mapping[str, Any]) -> None:
+    """Write ``result`` to ``out`` as JSON, one line per key."""
     lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
     partial = Path(f"{out}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     partial.replace(out)
     console.print(f"written to {out}")
 
 
 def reporting(work: Callable[[], Any]) -> Any:
-    """What ``work`` gives; its failures become a line and an exit code."""
+    """Return the result of ``work``; turn its failures into one line and an exit code."""
     try:
         return work()
     except ValueError as error:
         console.print(f"[bold red]error[/]: {_escaped(error)}", soft_wrap=True)
         sys.exit(2)
     except RankFailed as failed:
-        console.show_cursor()  # the rank that drew the progress bar did not live to do it
+        console.show_cursor()  # the rank that hid it for its progress bar has died
         if failed.details:
             console.print(failed.details, markup=False, soft_wrap=True)
         console.print(f"[bold red]error[/]: {_escaped(failed)}", soft_wrap=True)
@@ -255,32 +209,3 @@ def _escaped(error: Exception) -> str:
     from rich.markup import escape
 
     return escape(" ".join(str(error).split()))
-
-
-def _overrides(word: str) -> list[str]:
-    """What Hydra's grammar would not take as it stands: free text, and ``model=`` a folder or a hub name."""
-    key, equals, value = word.partition("=")
-    if key in FREE_TEXT and value not in ("", "null"):
-        return [f"{key}={_quoted(value)}"]
-    if key != "model" or not equals:
-        return [word]
-    known = sorted({path.stem for path in (CONFIGS / "model").glob("*.yaml")} - {"folder", "settings"})
-    if value in (*known, "folder"):  # a folder's name is in its own setting then
-        return [word]
-    if (
-        "/" in value or Path(value).expanduser().is_dir()
-    ):  # a folder, perhaps one that is still to be made, or a hub name
-        name = Path(value).expanduser().name
-        return ["model=folder", f"model.source={_quoted(value)}", f"model.name={_quoted(name)}"]
-    raise ValueError(
-        f"model={value} is unknown: use {', '.join(known)}, "
-        "the path of a Hugging Face folder, or a hub name like HuggingFaceTB/SmolLM2-135M"
-    )
-
-
-def _quoted(text: str) -> str:
-    """``text`` in Hydra's double quotes, where a backslash counts only before a quote; no interpolation."""
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        return text
-    escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text)
-    return '"' + escaped.replace("${", r"\${") + '"'

@@ -18,7 +18,7 @@ from longctx.train.stop import StopRequest
 from recipes import spd_sensitivity
 from recipes.common.cli import say
 from recipes.common.progress import Progress
-from recipes.common.spd_text import blocks_of
+from recipes.common.spd_text import load_blocks
 
 ERRORS = ("zero_shot", "grouped", "fitted", "distilled")
 
@@ -79,7 +79,7 @@ def run_rank(rank: Rank, job: AdaptJob) -> dict[str, Any] | None:
     None if it was asked to stop before the end.
     """
     stop = StopRequest()
-    with blocks_of(rank, job.sensitivity.subject) as (here, blocks), Progress(shown=rank.rank == 0) as progress:
+    with load_blocks(rank, job.sensitivity.target) as (here, blocks), Progress(shown=rank.rank == 0) as progress:
         found = adapted(here, blocks, job, progress, stop)
     stop.over()
     return found
@@ -113,7 +113,7 @@ def repair_all(
     mine = left[here.groups.dp.rank() :: here.mesh.dp]
     steps = how.epochs * (how.sequences // how.batch)
     with torch.no_grad():
-        teacher = student = blocks.embedded(job.text.tokens)
+        teacher = student = blocks.embed(job.text.tokens)
     for block, layer in enumerate(blocks.model.decoder.layers[: max(mine, default=-1) + 1]):
         layer.drop(dropped=False)  # whatever measuring has left it as
         now, outputs = layer, through(blocks, layer, teacher, how.batch)

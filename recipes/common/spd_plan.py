@@ -8,7 +8,7 @@ from longctx.config import SPD, Mesh, ModelSource
 from longctx.hf.checkpoint import fingerprint
 from longctx.model_shape import ModelShape
 from longctx.spd.plan import SavedPlan, SPDPlan, order_from, saved_plan, within
-from recipes.common.cli import section
+from recipes.common.settings import section
 
 
 def plan_of(config: DictConfig, mesh: Mesh, model: ModelSource, folder: Path, shape: ModelShape) -> SPDPlan | None:

@@ -1,82 +1,73 @@
 """What the recipes of Sync-Point-Drop share: a model on tensor-parallel ranks, and text to look at it with."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
-from pydantic import PositiveInt
 
 from longctx.config import DataSettings, Mesh, ModelSource
-from longctx.hf.checkpoint import fingerprint, tensor_files
-from longctx.hf.config import shape_of, tokenizer_of
-from longctx.hf.locate import locate
-from longctx.model_shape import ModelShape
+from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank
-from longctx.parallel.validate import refuse_unfit, refuse_unused
 from longctx.spd.plan import FILE as PLAN
 from longctx.spd.plan import SPDPlan
 from longctx.spd.text import PackedText
-from recipes.common.cli import say, section, threads_for
-from recipes.common.train_job import data_of, refuse_unwritable_folder
+from recipes.common.cli import refuse_unwritable_folder
+from recipes.common.settings import section
+from recipes.common.target import Target, resolve_target
+from recipes.common.train_job import data_of
+
+if TYPE_CHECKING:
+    from longctx.megatron.runtime import Runtime
+    from longctx.megatron.spd.blocks import Blocks
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A model, where it runs, and the text: plain values, checked before any rank starts."""
-
-    model: ModelSource
-    folder: Path
-    fingerprint: str
-    shape: ModelShape
-    mesh: Mesh
-    threads: PositiveInt | None
-    timeout_minutes: PositiveInt
-
-    def about(self, text: PackedText, data: DataSettings) -> dict[str, Any]:
-        """What a measurement depends on."""
-        parts = (part.numpy().tobytes() for part in (text.tokens, text.targets, text.mask))
-        digest = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
-        return {
-            "model": self.model.name,
-            "fingerprint": self.fingerprint,
-            "tp": self.mesh.tp,
-            "dtype": self.model.dtype,
-            "sequences": len(text),
-            "length": text.tokens.shape[1],
-            "text": ", ".join(map(str, data.sources)),
-            "text_sha256": digest,
-        }
+def measurement_metadata(target: Target, text: PackedText, data: DataSettings) -> dict[str, Any]:
+    """Return what a measurement on ``text`` depends on: model, degree, dtype, and the text itself."""
+    buffers = (part.numpy().tobytes() for part in (text.tokens, text.targets, text.mask))
+    digest = hashlib.sha256(b"".join(buffers)).hexdigest()[:16]
+    return {
+        "model": target.model.name,
+        "fingerprint": target.fingerprint,
+        "tp": target.mesh.tp,
+        "dtype": target.model.dtype,
+        "sequences": len(text),
+        "length": text.tokens.shape[1],
+        "text": ", ".join(map(str, data.sources)),
+        "text_sha256": digest,
+    }
 
 
-def subject_of(config: DictConfig, recipe: str) -> Subject:
-    """The subject that ``config`` names.  Raises ValueError if it is not one, or has no reduction to drop."""
+def resolve_spd_target(config: DictConfig, recipe: str) -> Target:
+    """Return the model to measure or repair, on tensor-parallel ranks; raises ValueError as `resolve_target` does.
+
+    Refused as well: a single rank, which has no reduction to drop, and a model that has a plan already.
+    """
     mesh, model = section(config, "mesh", Mesh), section(config, "model", ModelSource)
-    refuse_unused(mesh, recipe, ("ulysses", "ring", "pp"))
     if mesh.tp < 2:
         raise ValueError(f"mesh.tp={mesh.tp}: {recipe} is about reductions between ranks, use mesh.tp=2 or more")
     if model.layers == "te":
         raise ValueError("model.layers=te with spd has not been tested: use model.layers=local")
     refuse_unwritable_folder(config.out)
-    folder = locate(model, say)
-    tensor_files(folder)  # refuses a folder without weights
-    if (folder / PLAN).is_file():
+    target = resolve_target(config, recipe, unused_axes=("ulysses", "ring", "pp"), spd="ignore")
+    if target.run.device != "cpu":
+        raise ValueError(f"run.device={target.run.device}: {recipe} has been tested on CPU only, use run.device=cpu")
+    if (target.folder / PLAN).is_file():
         raise ValueError(
-            f"model={model.name} has a plan of dropped reductions already: give the model it was made from"
+            f"model={target.model.name} has a plan of dropped reductions already: give the model it was made from"
         )
-    shape = shape_of(folder)
-    refuse_unfit(mesh, shape)
-    return Subject(model, folder, fingerprint(folder), shape, mesh, config.threads, config.timeout_minutes)
+    return target
 
 
 def text_of(
-    data: DataSettings, subject: Subject, sequences: int, more: int = 0, length: str = "data.length"
+    data: DataSettings, target: Target, sequences: int, more: int = 0, length: str = "data.length"
 ) -> PackedText:
     """The first ``sequences`` of ``data``, packed, and up to so many ``more``; documents of one see each other.
 
@@ -84,9 +75,9 @@ def text_of(
     """
     from longctx.data.batches import training_batches
 
-    if data.length > subject.shape.max_positions:
-        raise ValueError(f"{length}={data.length:,}: the model's context is {subject.shape.max_positions:,}")
-    found = training_batches(data, tokenizer_of(subject.folder))(None)
+    if data.length > target.shape.max_positions:
+        raise ValueError(f"{length}={data.length:,}: the model's context is {target.shape.max_positions:,}")
+    found = training_batches(data, tokenizer_of(target.folder))(None)
     batches = [batch for batch, _ in islice(found, -(-(sequences + more) // data.batch))]
     if sum(len(batch.tokens) for batch in batches) < sequences:
         there = sum(len(batch.tokens) for batch in batches)
@@ -99,26 +90,22 @@ def text_of(
 
 
 def calibration_of(
-    config: DictConfig, subject: Subject, sequences: int, more: int = 0, length: str = "data.length"
+    config: DictConfig, target: Target, sequences: int, more: int = 0, length: str = "data.length"
 ) -> tuple[PackedText, DataSettings]:
     """The text of ``data.sources``, as `text_of` has it, each of them once."""
     data, _ = data_of(config)
     data = DataSettings(**{**vars(data), "epochs": 1})
-    return text_of(data, subject, sequences, more, length), data
+    return text_of(data, target, sequences, more, length), data
 
 
 @contextmanager
-def blocks_of(rank: Rank, subject: Subject) -> Iterator[tuple[Any, Any]]:
-    """The ranks' groups, and the model on them with nothing dropped yet."""
-    from longctx.infer.engine import load_engine
-    from longctx.megatron.runtime import runtime
+def load_blocks(rank: Rank, target: Target) -> Iterator[tuple[Runtime, Blocks]]:
+    """The ranks' process groups, and the model on them block by block, with no reduction dropped yet."""
     from longctx.megatron.spd.blocks import Blocks
 
-    threads = threads_for(subject.threads, rank)
-    with runtime(rank, subject.mesh, threads=threads, timeout_minutes=subject.timeout_minutes) as here:
-        plan = SPDPlan(subject.shape.layers, subject.mesh.tp)
-        engine = load_engine(here, subject.model, subject.shape, subject.folder, "auto", plan)
-        yield here, Blocks(engine.model, subject.shape, engine.kernel, engine.tp)
+    with target.runtime(rank) as runtime:
+        engine = target.load_engine(runtime, SPDPlan(target.shape.layers, target.mesh.tp))
+        yield runtime, Blocks(engine.model, target.shape, engine.kernel, engine.tp)
 
 
 def kept_lines(file: Path, about: dict[str, Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What a training run is asked to do, checked before any rank starts."""
+"""The job of a training run, checked before any rank starts."""
 
 import shutil
 import tempfile
@@ -6,68 +6,61 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import NonNegativeInt, PositiveInt
 
 from longctx import checkpoint_index
-from longctx.attention.backends import kernel_for
-from longctx.config import Context, DataSettings, Mesh, ModelSource, Optim, Recompute, Track
+from longctx.config import DataSettings, Mesh, Optim, Recompute, Track
 from longctx.model_shape import ModelShape
-from longctx.parallel.validate import refuse_unfit
-from longctx.spd.plan import SPDPlan
-from recipes.calibrate import hardware_from
-from recipes.common.cli import section, top_level
+from recipes.common.cli import nearest_existing, refuse_unwritable_folder
+from recipes.common.hardware_file import read_hardware
 from recipes.common.provenance import hardware, provenance
-from recipes.common.spd_plan import plan_of
+from recipes.common.settings import as_dict, section, top_level
+from recipes.common.target import Target, resolve_target
 
-BYTES_OF_A_WEIGHT = 4 + 3 * 4  # itself, and in float32 the optimizer's copy and its two moments
+BYTES_PER_WEIGHT = 4 + 3 * 4  # the weight; in float32, the optimizer's copy and its two moments
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The settings of configs/pretrain.yaml and extend.yaml that are not a section of their own."""
+    """Settings of configs/pretrain.yaml and extend.yaml outside any section."""
 
-    steps: PositiveInt
-    seed: NonNegativeInt
-    recompute: Recompute
-    hardware: str | None
-    threads: PositiveInt | None
-    device: Literal["cpu", "cuda"]
-    timeout_minutes: PositiveInt
     out: str
+    steps: PositiveInt = 100
+    seed: NonNegativeInt = 0
+    recompute: Recompute = "none"
+    hardware: str | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How often held-out text is measured, and on how much of it."""
+    """Evaluation on held-out text: every ``every`` steps (0: never), on ``batches``, by ``buckets`` of position."""
 
-    every: NonNegativeInt
-    batches: PositiveInt
-    buckets: PositiveInt
+    every: NonNegativeInt = 50
+    batches: PositiveInt = 2
+    buckets: PositiveInt = 4
 
 
 @dataclass(frozen=True)
 class Saving:
-    """How often a checkpoint is made, and how many stay."""
+    """Checkpoints: one every ``every`` steps, the last ``keep`` kept."""
 
-    every: PositiveInt
-    keep: PositiveInt
+    every: PositiveInt = 50
+    keep: PositiveInt = 2
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What every rank needs to know: plain values, checked before any rank starts.
+    """The inputs of every rank: plain values, checked before any rank starts.
 
-    ``weights`` is the folder of what it begins with, None from scratch; `described` has configuration and tokenizer.
+    ``weights`` is the folder of the weights to begin with, None to draw them; ``target.folder`` has configuration and
+    tokenizer.  ``test`` is the text to evaluate on; ``samples`` show the first sequences as the model sees them.
     """
 
-    model: ModelSource
+    target: Target
     weights: Path | None
-    shape: ModelShape
-    mesh: Mesh
-    context: Context
     data: DataSettings
     test: DataSettings | None
     optim: Optim
@@ -78,56 +71,46 @@ class TrainJob:
     peak_flops: float | None
     config: Mapping[str, Any]
     samples: tuple[tuple[int, int, str], ...]
-    plan: SPDPlan | None = None
 
     @property
     def out(self) -> Path:
+        """Folder of the run."""
         return Path(self.settings.out)
 
     @property
-    def described(self) -> Path:
-        """A Hugging Face folder without weights, of what is trained here; what an export begins with."""
+    def scratch(self) -> Path:
+        """Hugging Face folder of the trained model without weights, written by `begin_run`."""
         return self.out / "model"
 
 
-def job_of(config: DictConfig, source: Path, weights: Path | None) -> TrainJob:
-    """The job that ``config`` asks for, of ``source``'s model, beginning with ``weights`` or from scratch.
+def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool) -> TrainJob:
+    """Return the training job that ``config`` asks for, with drawn weights or the model's own; writes nothing.
 
-    Raises ValueError, with what to do instead, if it cannot be done.
+    Raises ValueError, with what to set instead, if it cannot be run.
     """
-    from longctx.hf.checkpoint import fingerprint
-    from longctx.hf.config import refuse_dropout, shape_of, tokenizer_of
-    from longctx.parallel.strategy import STRATEGIES
+    from longctx.hf.config import refuse_dropout, tokenizer_of
 
-    mesh, context = section(config, "mesh", Mesh), section(config, "context", Context)
-    settings, model = top_level(config, TrainSettings), section(config, "model", ModelSource)
+    # 1. The model, its mesh and how it runs.
+    settings = top_level(config, TrainSettings)
     refuse_unwritable_folder(settings.out)
-    described = describe(source, Path(settings.out))
-    refuse_dropout(described)
-    shape, tokenizer = shape_of(described), tokenizer_of(described)
+    target = resolve_target(config, recipe, needs_weights=not from_scratch)
+    _refuse_untrainable(target)
+    refuse_dropout(target.folder)
+    # 2. The text.
+    tokenizer = tokenizer_of(target.folder)
     data, test = data_of(config)
-    if context.strategy not in STRATEGIES:
-        raise ValueError(f"context.strategy={context.strategy} is for inference: use one of {', '.join(STRATEGIES)}")
-    if model.layers == "te":
-        raise ValueError("model.layers=te has not been tested in training: use model.layers=local")
-    kernel_for(context.kernel, settings.device, model.dtype)
-    refuse_unfit(mesh, shape)
-    refuse_unsplit(mesh, shape, data)
-    plan = plan_of(config, mesh, model, source, shape)
-    if plan and plan.own_norms:
-        raise ValueError(
-            f"{source} has norms of each rank's own, which cannot be trained on: adapt it without repair.own_norms"
-        )
+    refuse_unsplit(target.mesh, target.shape, data)
     evaluation = section(config, "evaluate", Evaluation)
-    if context.chunk:
-        raise ValueError(f"context.chunk={context.chunk} is for inference: a training step takes its sequences whole")
+    samples = first_of(data, tokenizer, target.mesh.dp)
+    if test and evaluation.every:
+        first_of(test, tokenizer, target.mesh.dp)
+    # 3. The run, and whether its folder holds one that it can resume.
+    weights = None if from_scratch else target.folder
+    begun = f"weights {target.fingerprint}" if weights else f"seed={settings.seed}"
+    dropped = [target.plan.tp, *target.plan.dropped] if target.plan else []
     job = TrainJob(
-        model=model,
+        target=target,
         weights=weights,
-        shape=shape,
-        mesh=mesh,
-        plan=plan,
-        context=context,
         data=data,
         test=test if evaluation.every else None,
         optim=section(config, "optim", Optim),
@@ -135,31 +118,38 @@ def job_of(config: DictConfig, source: Path, weights: Path | None) -> TrainJob:
         evaluation=evaluation,
         saving=section(config, "checkpoint", Saving),
         settings=settings,
-        peak_flops=hardware_from(settings.hardware).peak_flops if settings.hardware else None,
-        config={
-            **provenance(),
-            "machine": hardware(),
-            **_plain(config),
-            "dropped": [plan.tp, *plan.dropped] if plan else [],
-            "begun": f"weights {fingerprint(weights)}" if weights else f"seed={settings.seed}",
-        },
-        samples=first_of(data, tokenizer, mesh.dp),
+        peak_flops=read_hardware(settings.hardware).peak_flops if settings.hardware else None,
+        config={**provenance(), "machine": hardware(), **as_dict(config), "dropped": dropped, "begun": begun},
+        samples=samples,
     )
-    if job.test:
-        first_of(job.test, tokenizer, mesh.dp)
     refuse_no_room(job)
+    refuse_other_model(job)
     refuse_other_run(job)
     return job
 
 
-def first_of(data: DataSettings, tokenizer: Any, dp: int) -> tuple[tuple[int, int, str], ...]:
-    """The first sequences as the model sees them: so many tokens, of so many documents, how the text begins.
+def _refuse_untrainable(target: Target) -> None:
+    if target.model.layers == "te":
+        raise ValueError("model.layers=te has not been tested in training: use model.layers=local")
+    if target.plan and target.plan.own_norms:
+        raise ValueError(
+            f"{target.folder} has separate norms per rank (repair.own_norms), which training does not support: "
+            "adapt it without repair.own_norms"
+        )
+    if target.context.chunk:
+        raise ValueError(
+            f"context.chunk={target.context.chunk} is for inference: a training step takes whole sequences; use null"
+        )
 
-    Raises ValueError for files that are not there or cannot be read, and for text that does not fill one batch.
+
+def first_of(data: DataSettings, tokenizer: Any, dp: int) -> tuple[tuple[int, int, str], ...]:
+    """Return the first sequences as the model sees them: number of tokens, number of documents, how the text begins.
+
+    Raises ValueError for files that are missing or cannot be read, and for text that does not fill one batch.
     """
     from longctx.data.batches import training_batches
 
-    training_batches(data, tokenizer, 0, dp)  # refuses ranks that would not be even
+    training_batches(data, tokenizer, 0, dp)  # raises unless data-parallel ranks get equal shares
     first = next(training_batches(data, tokenizer)(None), None)
     if first is None:
         raise ValueError(
@@ -171,8 +161,8 @@ def first_of(data: DataSettings, tokenizer: Any, dp: int) -> tuple[tuple[int, in
 
 
 def data_of(config: DictConfig) -> tuple[DataSettings, DataSettings | None]:
-    """What is trained on, and what is measured on, if anything is."""
-    plain = OmegaConf.create({"data": {k: v for k, v in _plain(config)["data"].items() if k != "test"}})
+    """Return the training text, and the text to evaluate on, if there is one."""
+    plain = OmegaConf.create({"data": {k: v for k, v in as_dict(config)["data"].items() if k != "test"}})
     data, test = section(plain, "data", DataSettings), OmegaConf.to_container(config.data.test, resolve=True)
     if not test:
         return data, None
@@ -180,13 +170,8 @@ def data_of(config: DictConfig) -> tuple[DataSettings, DataSettings | None]:
     return data, replace(section(held_out, "data", DataSettings), end_token=data.end_token)
 
 
-def _plain(config: DictConfig) -> dict[str, Any]:
-    values: Any = OmegaConf.to_container(config, resolve=True)
-    return {str(name): value for name, value in values.items()}
-
-
 def refuse_unsplit(mesh: Mesh, shape: ModelShape, data: DataSettings) -> None:
-    """ValueError unless stages get as many layers each, ranks as many sequences, and sequences fit model and mesh."""
+    """Raise ValueError unless pipeline stages get equal numbers of layers, and sequences fit the model and the mesh."""
     if shape.layers % mesh.pp:
         fit = [n for n in range(1, shape.layers + 1) if shape.layers % n == 0]
         nearest = min(fit, key=lambda n: (abs(n - mesh.pp), n))
@@ -203,68 +188,64 @@ def refuse_unsplit(mesh: Mesh, shape: ModelShape, data: DataSettings) -> None:
         )
 
 
-def refuse_unwritable_folder(out: str) -> None:
-    """ValueError unless the folder ``out`` can be written; it is made."""
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise ValueError(f"out={out} cannot be written ({error.strerror}): give a folder of yours") from error
-
-
-def describe(source: Path, out: Path) -> Path:
-    """``out``/model: ``source`` without weights.
-
-    Raises ValueError if a run of another model is there.
-    """
+def begin_run(job: TrainJob) -> None:
+    """Make the run's folder, and in it ``model``: the target's configuration and tokenizer without weights."""
     from longctx.hf.scratch import write_like
 
-    with tempfile.TemporaryDirectory(dir=out, prefix=".model.") as work:
-        write_like(source, {}, Path(work, "model"))
-        wanted, there = (folder / "config.json" for folder in (Path(work, "model"), out / "model"))
-        with suppress(OSError):  # it is there: made before, or just now by another rank that a launcher started
-            Path(work, "model").rename(out / "model")
-            return out / "model"
-        if there.read_text() != wanted.read_text():
-            raise ValueError(f"out={out} has a run of another model, or of another context: give another folder")
-    return out / "model"
+    job.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=job.out, prefix=".model.") as work:
+        write_like(job.target.folder, {}, Path(work, "model"))
+        with suppress(OSError):  # already made, by an earlier start or by another rank of a launcher
+            Path(work, "model").rename(job.scratch)
+
+
+def refuse_other_model(job: TrainJob) -> None:
+    """Raise ValueError if the run's folder holds a run of another model."""
+    from longctx.hf.scratch import write_like
+
+    existing = job.scratch / "config.json"
+    if not existing.is_file():
+        return
+    with tempfile.TemporaryDirectory() as work:
+        write_like(job.target.folder, {}, Path(work, "model"))
+        if existing.read_text() != Path(work, "model", "config.json").read_text():
+            raise ValueError(f"out={job.out} has a run of another model, or of another context: give another folder")
 
 
 def refuse_no_room(job: TrainJob) -> None:
-    """ValueError unless ``out`` has room for the checkpoints that will be there at once, beside those that are."""
-    there = len(checkpoint_index.places(job.out / "checkpoints"))
-    needed = weights_of(job.shape) * BYTES_OF_A_WEIGHT * max(1, job.saving.keep + 1 - there)
-    if (free := shutil.disk_usage(job.out).free) < needed:
+    """Raise ValueError unless the disk has room for the checkpoints that the run will keep at once."""
+    existing = len(checkpoint_index.places(job.out / "checkpoints"))
+    needed = weights_of(job.target.shape) * BYTES_PER_WEIGHT * max(1, job.saving.keep + 1 - existing)
+    if (free := shutil.disk_usage(nearest_existing(job.out)).free) < needed:
         raise ValueError(
-            f"out={job.out} has {free / 1e9:.2f} GB free, the checkpoints that will be there at once take "
+            f"out={job.out} has {free / 1e9:.2f} GB free, the checkpoints that are kept at once take "
             f"{needed / 1e9:.2f} more: use another disk, or a lower checkpoint.keep"
         )
 
 
 def refuse_other_run(job: TrainJob) -> None:
-    """ValueError if the checkpoint to go on from is further than this run, began otherwise, or has another form."""
+    """Raise ValueError if the last checkpoint is beyond this run's steps, or is of a run with other settings."""
     place, _ = checkpoint_index.latest(job.out / "checkpoints")
     if not place:
         return
-    told = checkpoint_index.about(place)
-    if told["step"] > job.settings.steps:
+    metadata = checkpoint_index.about(place)
+    if metadata["step"] > job.settings.steps:
         raise ValueError(
-            f"steps={job.settings.steps}, {place} is behind step {told['step']}: use more, or another folder"
+            f"steps={job.settings.steps}, {place} is after step {metadata['step']}: use more steps, or another folder"
         )
-    if (begun := told["config"].get("begun")) != job.config["begun"]:
+    if (begun := metadata["config"].get("begun")) != job.config["begun"]:
         raise ValueError(f"{place} began with {begun}, this is {job.config['begun']}: give another out=")
-    now_dropped, was_dropped = job.config["dropped"], told["config"].get("dropped", [])
+    now_dropped, was_dropped = job.config["dropped"], metadata["config"].get("dropped", [])
     if was_dropped != now_dropped:
         was_so = f"mesh.tp={was_dropped[0]} spd.blocks={was_dropped[1:]}" if was_dropped else "spd=none"
-        raise ValueError(f"{place} was made with {was_so}: go on with that, or elsewhere")
-    was = {"optim.zero1": told["config"]["optim"]["zero1"], "model.dtype": told["config"]["model"]["dtype"]}
-    for name, now in (("optim.zero1", job.optim.zero1), ("model.dtype", job.model.dtype)):
+        raise ValueError(f"{place} was made with {was_so}: use that, or another out=")
+    was = {"optim.zero1": metadata["config"]["optim"]["zero1"], "model.dtype": metadata["config"]["model"]["dtype"]}
+    for name, now in (("optim.zero1", job.optim.zero1), ("model.dtype", job.target.model.dtype)):
         if was[name] != now:
-            raise ValueError(f"{place} was made with {name}={str(was[name]).lower()}: go on with that, or elsewhere")
+            raise ValueError(f"{place} was made with {name}={str(was[name]).lower()}: use that, or another out=")
 
 
 def weights_of(shape: ModelShape) -> int:
-    """Weights of a model of ``shape``, to within its norms and biases."""
+    """Return the number of weights of a model of ``shape``, without norms and biases."""
     heads = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
     return shape.layers * shape.hidden * (heads + 3 * shape.ffn) + (2 - shape.tied) * shape.vocab_size * shape.hidden

@@ -23,6 +23,7 @@ from eval.answers.worker import EvalWork, _refuse_no_numbers
 from eval.harness.local import LOCAL
 from longctx.hf.config import shape_of
 from recipes.common import cli as recipe_cli
+from recipes.common import overrides
 from tests.tiny import tiny_model
 
 CHOICES = ["a stone", "a cloud", "a boat", "a song"]
@@ -136,7 +137,7 @@ def test_a_run_that_was_ended_asks_only_what_is_missing(cli, tiny, sets, tmp_pat
         "eval.tasks=[arc_easy,lambada_openai]",
         f"eval.data={sets}",
         "eval.max_batch_tokens=1",
-        "threads=1",
+        "run.threads=1",
     ]
     command = [sys.executable, "-m", "eval.run", *words, f"out={tmp_path / 'killed'}"]
     run_of = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -165,7 +166,14 @@ def test_long_texts_are_asked_on_every_mesh_and_with_blocks_dropped(cli, tiny, t
     """Text that is decoded, right or wrong by what is in it: on a ring the same, to the letter."""
     variants = "variants=[{name:ring,mesh:{ring:2}},{name:dropped,mesh:{tp:3},spd:{drop:all}}]"
     # Of this seed four names are short enough for so few bytes.
-    words = ("eval.tasks=[needle,multikey]", "eval.lengths=[397]", "eval.limit=2", "eval.seed=2", "threads=1", variants)
+    words = (
+        "eval.tasks=[needle,multikey]",
+        "eval.lengths=[397]",
+        "eval.limit=2",
+        "eval.seed=2",
+        "run.threads=1",
+        variants,
+    )
     code, _, err = cli(f"model={tiny}", *words, f"out={tmp_path}")
     assert code == 0, err
     told = json.loads((tmp_path / "report.json").read_text())["tasks"]
@@ -178,7 +186,7 @@ def test_long_texts_are_asked_on_every_mesh_and_with_blocks_dropped(cli, tiny, t
 
 
 def test_speed_is_told_beside_lm_evals_own_model(monkeypatch, capsys, tiny, sets, tmp_path):
-    words = [f"model={tiny}", "eval.tasks=[arc_easy]", f"eval.data={sets}", "eval.limit=3", "threads=1"]
+    words = [f"model={tiny}", "eval.tasks=[arc_easy]", f"eval.data={sets}", "eval.limit=3", "run.threads=1"]
     monkeypatch.setattr("sys.argv", ["speed", *words, "speed.rounds=1", "speed.batches=[2]", f"out={tmp_path}"])
     try:
         recipe_cli.main("eval_speed", speed.task)
@@ -196,7 +204,7 @@ def prepared(tiny: Path, sets: Path, tmp_path_factory: pytest.TempPathFactory):
     """The job of those settings; composed once, since Hydra is slow."""
     out = tmp_path_factory.mktemp("out")
     words = ["model=folder", f"model.source={tiny}", "model.name=tiny", f"out={out}", f"eval.data={sets}"]
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(recipe_cli.CONFIGS)):
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(overrides.CONFIGS)):
         config = hydra.compose("evaluate", words)
     return lambda *settings: run.prepare(OmegaConf.merge(config, OmegaConf.from_dotlist(list(settings))))
 
@@ -233,7 +241,7 @@ def test_what_cannot_be_done_is_refused_before_any_rank_starts(prepared, monkeyp
 
 
 def test_a_variant_of_another_model_is_refused(prepared, tmp_path):
-    other = tiny_model(tmp_path / "other", positions=397, heads=6)
+    other = tiny_model(tmp_path / "other", max_positions=397, heads=6)
     with pytest.raises(ValueError, match=r"variant a: .*other has 24 for hidden, the baseline 36"):
         prepared(f"variants=[{{name: a, model: {other}}}]")
 
@@ -252,7 +260,7 @@ def test_a_model_that_was_repaired_for_another_is_refused(prepared, tiny, tmp_pa
 
 
 def test_the_shipped_experiment_is_one(data, smollm2, tmp_path):
-    words = ["experiment=spd_regression", "eval.limit=1", f"eval.data={data}", f"out={tmp_path}"]
+    words = ["experiment=evaluate/spd_regression", "eval.limit=1", f"eval.data={data}", f"out={tmp_path}"]
     job = run.prepare(recipe_cli.composed("evaluate", words))
     assert len(job.tasks) >= 6 and [variant.name for variant in job.variants][1:] == [
         f"dropped {share}%" for share in (25, 50, 75, 100)
@@ -306,7 +314,10 @@ def test_a_variant_whose_context_is_too_short_is_refused(prepared, tmp_path):
     plain = "variants=[{name: plain, model: {rope_factor: null}}]"
     with pytest.raises(ValueError, match=r"variant plain: its context is 397, .* up to [4-7]\d\d tokens"):
         prepared(*words, plain)
-    assert prepared(*words, "variants=[{name: theta, model: {rope_theta: 7e4}}]").variants[1].shape.max_positions == 794
+    assert (
+        prepared(*words, "variants=[{name: theta, model: {rope_theta: 7e4}}]").variants[1].target.shape.max_positions
+        == 794
+    )
 
 
 def test_an_order_that_is_measured_on_the_baseline_is_for_no_other_model(prepared, tmp_path):
@@ -318,11 +329,11 @@ def test_an_order_that_is_measured_on_the_baseline_is_for_no_other_model(prepare
 def test_a_variant_that_is_a_folder_has_its_own_context(prepared, tiny, tmp_path):
     words = (f"model.cache={tmp_path}", "model.rope_theta=70000", f"variants=[{{name: plain, model: {tiny}}}]")
     base, other = prepared(*words).variants
-    assert other.folder == tiny and base.shape.rotary != other.shape.rotary
+    assert other.target.folder == tiny and base.target.shape.rotary != other.target.shape.rotary
 
 
 def test_a_variant_may_have_another_context(prepared, tmp_path):
     job = prepared(f"model.cache={tmp_path}", "variants=[{name: interpolated, model: {rope_factor: 2}}]")
     base, changed = job.variants
-    assert (base.shape.max_positions, changed.shape.max_positions) == (397, 794)
+    assert (base.target.shape.max_positions, changed.target.shape.max_positions) == (397, 794)
     assert changed.digest != base.digest, "answers of one are not the other's"

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from recipes import generate
 from recipes.common import cli as recipe_cli
+from recipes.common import overrides
 from tests.tiny import tiny_model
 
 Cli = Callable[..., tuple[Any, str, str]]
@@ -21,13 +22,13 @@ Cli = Callable[..., tuple[Any, str, str]]
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a Llama of 9 query and 3 KV heads, 97 positions, no end token; a token a byte."""
-    return tiny_model(tmp_path_factory.mktemp("models") / "tiny", positions=97)
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_positions=97)
 
 
 @pytest.fixture(scope="session")
 def prepared(tiny: Path) -> Callable[..., generate.GenerateJob]:
     """``prepared(*settings)``: the job of recipes.generate on the tiny model; composed once, since Hydra is slow."""
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(recipe_cli.CONFIGS)):
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(overrides.CONFIGS)):
         config = hydra.compose("generate", ["model=folder", f"model.source={tiny}", "model.name=tiny"])
     return lambda *settings: generate.prepare(OmegaConf.merge(config, OmegaConf.from_dotlist(list(settings))))
 
@@ -60,7 +61,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         monkeypatch.setattr("sys.argv", [str(recipe.__file__), *argv])
         module = recipe.__name__.replace("recipes.bench.", "recipes.bench ").split()
         monkeypatch.setattr("sys.orig_argv", [sys.executable, "-m", *module, *argv])
-        name = recipe.__name__.removeprefix("recipes.").replace(".", "_")
+        name = recipe.__name__.removeprefix("recipes.").replace(".", "/")
         code = 0
         try:
             recipe_cli.main(name, task)

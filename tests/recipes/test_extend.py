@@ -14,7 +14,7 @@ from longctx.data.batches import training_batches
 from longctx.hf.config import tokenizer_of
 from recipes import export, extend, pretrain
 
-DATA = ("data.length=211", "data.batch=2", "data.end_token=false", "threads=1")
+DATA = ("data.length=211", "data.batch=2", "data.end_token=false", "run.threads=1")
 LONGER = ("model.max_positions=307", "model.rope_theta=77777.0")
 
 
@@ -93,12 +93,19 @@ def test_a_model_without_weights_is_for_pretraining(refused, tmp_path):
 
 def test_an_export_needs_a_checkpoint(refused, tmp_path):
     says = refused(export, export.task, f"checkpoint={tmp_path}", f"to={tmp_path / 'hf'}")
-    assert "is no checkpoint, and no run that has one: give the out= of a run" in says
+    assert "is neither a checkpoint nor a run with one: give the out= of a run" in says
 
 
 def test_an_export_does_not_write_over_a_folder(cli, tmp_path):
-    settings = ("experiment=tiny", f"out={tmp_path}", "data.length=61", "steps=1", "evaluate.every=0", "threads=1")
+    settings = (
+        "experiment=pretrain/tiny",
+        f"out={tmp_path}",
+        "data.length=61",
+        "steps=1",
+        "evaluate.every=0",
+        "run.threads=1",
+    )
     assert cli(pretrain, pretrain.task, *settings)[0] == 0
     code, _, err = cli(export, export.task, f"checkpoint={tmp_path}", f"to={tmp_path / 'model'}")
     assert code == 2
-    assert "is there already" in err
+    assert "exists already" in err

@@ -17,7 +17,7 @@ from longctx.hf.config import shape_of
 from recipes import pretrain
 
 ROOT = Path(__file__).parents[2]
-QUICK = ("data.length=61", "data.batch=2", "threads=1", "evaluate.every=5", "evaluate.batches=1")
+QUICK = ("data.length=61", "data.batch=2", "run.threads=1", "evaluate.every=5", "evaluate.batches=1")
 STEPS = 13
 
 
@@ -30,7 +30,7 @@ def curve(out: Path) -> list[tuple[int, float, float, int]]:
 
 
 def started(out: Path, *settings: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "recipes.pretrain", "experiment=tiny", f"out={out}", *QUICK, *settings]
+    command = [sys.executable, "-m", "recipes.pretrain", "experiment=pretrain/tiny", f"out={out}", *QUICK, *settings]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -44,7 +44,7 @@ def finished(out: Path, *settings: str) -> str:
 
 def ended(cli, out: Path, *settings: str) -> None:
     """`finished`, in this process, from warm ranks: for what is not asked of its words."""
-    code, _, err = cli(pretrain, pretrain.task, "experiment=tiny", f"out={out}", *QUICK, *settings)
+    code, _, err = cli(pretrain, pretrain.task, "experiment=pretrain/tiny", f"out={out}", *QUICK, *settings)
     assert code == 0, err
 
 
@@ -90,7 +90,7 @@ def test_killed_at_any_moment_it_goes_on_as_if_it_had_not_been(whole, tmp_path):
     for moment in ("step", "save", "step", "save"):
         run, most = started(out, *settings), steps_done() + draw.randint(2, 4)
         killed_when(run, in_a_save if moment == "save" else lambda most=most: steps_done() >= min(most, STEPS - 1))
-    assert "going on behind step" in finished(out, *settings)
+    assert "resuming after step" in finished(out, *settings)
     for (step, loss, norm, tokens), right in zip(curve(out), curve(whole), strict=True):
         assert (step, tokens) == (right[0], right[3])
         assert (loss, norm) == pytest.approx(right[1:3], rel=2e-6)  # the other mesh; nothing more
@@ -107,30 +107,30 @@ def test_asked_to_stop_it_saves_and_goes_on_without_doing_a_step_twice(tmp_path)
     err = run.communicate(timeout=60)[1]
     done = len(lines(tmp_path))
     assert run.returncode == 75 and done < 99
-    assert f"stopped behind step {done}, as asked" in err
-    assert f"going on behind step {done}" in finished(tmp_path, "steps=101", *settings[1:])
+    assert f"stopped after step {done}, as asked" in err
+    assert f"resuming after step {done}" in finished(tmp_path, "steps=101", *settings[1:])
 
 
 def test_more_steps_resume_on_another_mesh(cli, tmp_path):
     """Constant rate: the schedule of a longer run is the same."""
     constant = ("optim.decay=constant", "checkpoint.keep=1", "optim.zero1=true")
     ended(cli, tmp_path / "a", *constant, "mesh.tp=2", "mesh.dp=2", "steps=4")
-    assert "going on behind step 4" in finished(tmp_path / "a", *constant, "mesh.ulysses=2", "mesh.pp=2", "steps=7")
+    assert "resuming after step 4" in finished(tmp_path / "a", *constant, "mesh.ulysses=2", "mesh.pp=2", "steps=7")
     ended(cli, tmp_path / "b", *constant, "steps=7")
     for a, b in zip(curve(tmp_path / "a"), curve(tmp_path / "b"), strict=True):
         assert a == pytest.approx(b, rel=2e-6)
 
 
 def test_a_run_keeps_its_kind_of_optimizer_and_its_model(whole, refused):
-    settings = ("experiment=tiny", f"out={whole}", *QUICK, "steps=99")
+    settings = ("experiment=pretrain/tiny", f"out={whole}", *QUICK, "steps=99")
     says = refused(pretrain, pretrain.task, *settings, "optim.zero1=true")
-    assert "was made with optim.zero1=false: go on with that, or elsewhere" in says
+    assert "was made with optim.zero1=false: use that, or another out=" in says
     says = refused(pretrain, pretrain.task, *settings, "model.dtype=bfloat16")
     assert "was made with model.dtype=float32" in says
     says = refused(pretrain, pretrain.task, *settings, "seed=1")
     assert "began with seed=0, this is seed=1: give another out=" in says
     says = refused(pretrain, pretrain.task, *settings[:-1], "steps=3")
-    assert f"steps=3, {whole}/checkpoints/step-{STEPS:08} is behind step {STEPS}" in says
+    assert f"steps=3, {whole}/checkpoints/step-{STEPS:08} is after step {STEPS}" in says
     says = refused(pretrain, pretrain.task, *settings, "+model.config.rms_norm_eps=1e-3")
     assert "has a run of another model" in says
 
@@ -138,7 +138,7 @@ def test_a_run_keeps_its_kind_of_optimizer_and_its_model(whole, refused):
 def test_under_torchrun_it_is_the_same_run(whole, tmp_path):
     """Both ranks check the command line, and make the run's folder, at once."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "recipes.pretrain"]
-    settings = ["experiment=tiny", "mesh.ring=2", f"out={tmp_path}", *QUICK, "steps=2"]
+    settings = ["experiment=pretrain/tiny", "mesh.ring=2", f"out={tmp_path}", *QUICK, "steps=2"]
     run = subprocess.run([*launch, *settings], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("step-00000002") == 1, "one rank speaks"
@@ -186,7 +186,7 @@ def test_a_torn_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
         largest.write_bytes(largest.read_bytes()[:-1])
     err = finished(tmp_path, "checkpoint.every=2", "steps=5")
     assert err.count("passed over: step-00000004 is torn") == 1
-    assert "going on behind step 2" in err
+    assert "resuming after step 2" in err
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
 
 
@@ -208,7 +208,7 @@ def test_a_torn_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
         (["data.epochs=1", "data.batch=9999"], "the text does not fill a batch"),
         (["context.strategy=auto"], r"context\.strategy=auto is for inference"),
         (["optim.min_lr=1"], r"optim\.min_lr=1\.0 and optim\.lr"),
-        (["device=cuda"], r"context\.kernel=auto: no fast kernel has been run on cuda"),
+        (["run.device=cuda"], r"context\.kernel=auto: no fast kernel has been run on cuda"),
         (["recompute=some"], "recompute=some"),
         (["hardware=/nowhere.yaml"], "hardware=/nowhere.yaml cannot be read"),
     ],
@@ -217,13 +217,13 @@ def test_a_torn_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
 def test_misconfiguration_is_refused_before_any_rank_starts(refused, tmp_path, settings, words):
     import re
 
-    says = refused(pretrain, pretrain.task, "experiment=tiny", f"out={tmp_path}", *QUICK, *settings)
+    says = refused(pretrain, pretrain.task, "experiment=pretrain/tiny", f"out={tmp_path}", *QUICK, *settings)
     assert re.search(words, says), says
 
 
 def test_no_room_is_refused(refused, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**6))
-    says = refused(pretrain, pretrain.task, "experiment=tiny", f"out={tmp_path}")
+    says = refused(pretrain, pretrain.task, "experiment=pretrain/tiny", f"out={tmp_path}")
     assert "has 0.00 GB free, the checkpoints that will be there at once take 0.02 more: use another disk" in says
 
 

@@ -10,7 +10,7 @@ PROMPT = ("model=smollm2_135m", "prompt.text=The capital of France, (they say) i
 
 
 def test_four_ranks_on_two_nodes_give_the_text_of_one(submitted, tmp_path):
-    shared = ("recipe=generate", *PROMPT, "time=30", "threads=1")
+    shared = ("recipe=generate", *PROMPT, "time=30", "run.threads=1")
     four = submitted(*shared, "nodes=2", "ranks_per_node=2", "mesh.ring=4", f"run={tmp_path / 'two (2) nodes'}")
     one = submitted(*shared, f"run={tmp_path / 'one'}", "verify=false")
     four.ends()

@@ -11,7 +11,7 @@ from tests.slurm.cluster import wait_until
 
 # Far more than they take: other work may have the cores.
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
-TINY = ("experiment=tiny", "data.length=61", "data.batch=2", "threads=1", "evaluate.every=0", "time=30")
+TINY = ("experiment=pretrain/tiny", "data.length=61", "data.batch=2", "run.threads=1", "evaluate.every=0", "time=30")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,14 @@ import pytest
 from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
-SWEEP = ("experiment=tiny", "data.length=61", "data.batch=2", "threads=1", "evaluate.every=0", "optim.lr=1e-3,2e-3")
+SWEEP = (
+    "experiment=pretrain/tiny",
+    "data.length=61",
+    "data.batch=2",
+    "run.threads=1",
+    "evaluate.every=0",
+    "optim.lr=1e-3,2e-3",
+)
 
 
 def multirun(folder: Path, *words: str) -> None:

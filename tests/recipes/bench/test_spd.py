@@ -17,7 +17,7 @@ from longctx.spd.folder import assemble, write_block
 from longctx.spd.plan import SavedPlan, SPDPlan
 from recipes import spd_sensitivity
 from recipes.bench import spd_latency, spd_quality, spd_sweep
-from recipes.common.spd_text import Subject
+from recipes.common.spd_text import Target
 
 
 def test_latency_counts_the_reductions_that_are_left(cli, tiny, tmp_path):
@@ -111,7 +111,7 @@ def test_a_text_that_is_not_named_or_not_known_is_refused(text, words):
 
 def test_a_repaired_model_that_is_not_named_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(spd_quality, "order_from", lambda *_: (1, 0))
-    subject = Subject(ModelSource("tiny", "tiny"), tmp_path, "", SimpleNamespace(layers=2), Mesh(tp=3), None, 30)
+    subject = Target(ModelSource("tiny", "tiny"), tmp_path, "", SimpleNamespace(layers=2), Mesh(tp=3), None, 30)
     config = OmegaConf.create({"sensitivity": "order.json", "models": [{"folder": "adapted"}]})
     with pytest.raises(ValueError, match=r"models\.0\.label=.*: field required"):
         spd_quality.variants_of(config, subject)

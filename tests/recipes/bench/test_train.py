@@ -80,7 +80,7 @@ def test_one_rank_has_nothing_to_be_compared_with(refused, tmp_path):
     [
         (["recompute=full"], "recompute=full: what it keeps is not counted; use recompute=none"),
         (["rounds=0"], "rounds=0"),
-        (["threads=4"], "threads=4: this benchmark measures one only; use threads=1"),
+        (["run.threads=4"], "run.threads=4: this benchmark measures one only; use threads=1"),
         (["meshes=[{ring:2},{rings:2}]"], "there is no setting meshes.1.rings"),
         (["peers=[flash]"], "peers.0=flash"),
     ],

@@ -6,10 +6,11 @@ import logging
 import pytest
 from omegaconf import OmegaConf
 
-from longctx.config import Mesh, ModelSource, PromptSource, Sampling
+from longctx.config import Mesh, ModelSource, PromptSource, Run, Sampling
 from longctx.parallel.launch import Rank, RankFailed
 from recipes import chat, generate
 from recipes.common import cli as recipe_cli
+from recipes.common import settings
 
 
 @pytest.fixture
@@ -25,16 +26,16 @@ def compose(cli):
 
 
 def test_settings_have_their_types(compose):
-    config = compose("mesh.ring=3", "mesh.tp=5", "sampling.temperature=1", "threads=2")
-    assert recipe_cli.section(config, "mesh", Mesh) == Mesh(tp=5, ring=3)
-    assert recipe_cli.section(config, "sampling", Sampling) == Sampling(temperature=1.0)
-    settings = recipe_cli.top_level(config, generate.GenerateSettings)
-    assert (settings.max_new_tokens, settings.verify, settings.threads, settings.out) == (64, True, 2, None)
+    config = compose("mesh.ring=3", "mesh.tp=5", "sampling.temperature=1", "run.threads=2")
+    assert settings.section(config, "mesh", Mesh) == Mesh(tp=5, ring=3)
+    assert settings.section(config, "sampling", Sampling) == Sampling(temperature=1.0)
+    run, top = settings.section(config, "run", Run), settings.top_level(config, generate.GenerateSettings)
+    assert (top.max_new_tokens, top.verify, run.threads, top.out) == (64, True, 2, None)
 
 
 def test_a_list_has_a_section_an_item():
     def meshes(given):
-        return recipe_cli.sections(OmegaConf.create({"meshes": given}), "meshes", Mesh)
+        return settings.sections(OmegaConf.create({"meshes": given}), "meshes", Mesh)
 
     assert meshes([]) == ()
     assert meshes([{"ring": 3}, {"tp": 5}]) == (Mesh(ring=3), Mesh(tp=5))
@@ -48,13 +49,13 @@ def test_a_list_has_a_section_an_item():
     ["Hello, (world) [1] {2}: a=b, it's #1 ?", 'he said "no"', '"quoted', '\\" ${x} $x \\\\"', "two\nlines C:\\"],
 )
 def test_free_text_reaches_the_configuration_as_it_is(compose, text):
-    config = compose(f"prompt.text={text}", f"out={text}")
-    assert recipe_cli.section(config, "prompt", PromptSource).text == text
-    assert recipe_cli.top_level(config, generate.GenerateSettings).out == text
+    config = compose(f"prompt.text={text}", f"prompt.question={text}")
+    prompt = settings.section(config, "prompt", PromptSource)
+    assert prompt.text == prompt.question == text
 
 
 def test_a_known_model_is_a_choice_of_the_configuration(compose):
-    model = recipe_cli.section(compose("model=smollm2_135m"), "model", ModelSource)
+    model = settings.section(compose("model=smollm2_135m"), "model", ModelSource)
     assert (model.name, model.source, model.gguf) == (
         "smollm2_135m", None, "SmolLM2-135M-Instruct.Q4_1.gguf",
     )  # fmt: skip
@@ -62,7 +63,7 @@ def test_a_known_model_is_a_choice_of_the_configuration(compose):
 
 def test_a_model_may_be_described(compose):
     config = compose("model=tiny", "model.config.num_hidden_layers=3", "+model.config.rms_norm_eps=1e-5")
-    model = recipe_cli.section(config, "model", ModelSource)
+    model = settings.section(config, "model", ModelSource)
     assert (model.name, model.source, model.tokenizer) == ("tiny", None, "bytes")
     assert (model.config["num_hidden_layers"], model.config["rms_norm_eps"]) == (3, 1e-5)
 
@@ -77,24 +78,24 @@ def test_a_model_without_weights_answers_nothing(refused, tmp_path, monkeypatch,
 @pytest.mark.parametrize("name", ["a = b, [c] {d}", "it's"])
 def test_a_model_may_be_a_folder_of_any_name(compose, tmp_path, name):
     (tmp_path / name).mkdir()
-    model = recipe_cli.section(compose(f"model={tmp_path / name}"), "model", ModelSource)
+    model = settings.section(compose(f"model={tmp_path / name}"), "model", ModelSource)
     assert (model.name, model.source, model.wheel) == (name, str(tmp_path / name), None)
 
 
 def test_a_model_may_be_a_name_on_the_hub(compose):
-    model = recipe_cli.section(compose("model=some-one/Model-1.5B"), "model", ModelSource)
+    model = settings.section(compose("model=some-one/Model-1.5B"), "model", ModelSource)
     assert (model.name, model.source) == ("Model-1.5B", "some-one/Model-1.5B")
 
 
 def test_the_model_cache_is_the_environment_s(compose, monkeypatch, tmp_path):
     monkeypatch.setenv("LONGCTX_CACHE", str(tmp_path))
-    assert recipe_cli.section(compose(), "model", ModelSource).cache == str(tmp_path)
+    assert settings.section(compose(), "model", ModelSource).cache == str(tmp_path)
     monkeypatch.delenv("LONGCTX_CACHE")
-    assert recipe_cli.section(compose(), "model", ModelSource).cache == "~/.cache/longctx"
+    assert settings.section(compose(), "model", ModelSource).cache == "~/.cache/longctx"
 
 
 def test_an_experiment_sets_what_belongs_together(compose):
-    config = compose("experiment=demo", "mesh.ring=3")
+    config = compose("experiment=generate/demo", "mesh.ring=3")
     assert (config.prompt.tokens, config.mesh.ring) == (6000, 3)
 
 
@@ -106,7 +107,8 @@ def test_an_experiment_sets_what_belongs_together(compose):
         ("rounds=2", ["rounds"]),
         ("+mesh.rong=2", ["mesh.rong"]),
         ("+rounds=2", ["rounds"]),
-        ("experiment=demmo", ["experiment", "demmo", "demo"]),
+        ("experiment=generate/demmo", ["experiment=generate/demmo", "generate/demo"]),
+        ("experiment=pretrain/tiny", ["experiment=pretrain/tiny does not fit generate", "generate/demo"]),
         ("context=pass_k", ["context", "pass_k", "pass_kv", "pass_q"]),
         ("mesh.ring=two", ["mesh.ring=two", "integer"]),
         ("mesh.ring=0", ["mesh.ring=0", "at least one rank"]),
@@ -114,9 +116,9 @@ def test_an_experiment_sets_what_belongs_together(compose):
         ("sampling.top_p=0", ["sampling.top_p=0", "above 0"]),
         ("max_new_tokens=many", ["max_new_tokens=many", "integer"]),
         ("verify=perhaps", ["verify=perhaps", "boolean"]),
-        ("threads=-1", ["threads=-1"]),
-        ("timeout_minutes=0", ["timeout_minutes=0", "greater than 0"]),
-        ("device=tpu", ["device=tpu", "'cpu' or 'cuda'"]),
+        ("run.threads=-1", ["run.threads=-1"]),
+        ("run.timeout_minutes=0", ["run.timeout_minutes=0", "use 1 or more"]),
+        ("run.device=tpu", ["run.device=tpu", "'cpu' or 'cuda'"]),
         (
             "context.kernel=flash",
             ["context.kernel=flash", "'auto', 'reference', 'flash_cpu', 'flash_cuda', 'cudnn' or 'flash_attn'"],
@@ -198,7 +200,7 @@ def test_ranks_share_the_cores_of_their_machine(monkeypatch, asked, threads):
 def test_a_result_is_written_a_line_a_key(tmp_path, capsys):
     out = tmp_path / "new" / "folder" / "result.json"
     recipe_cli.refuse_unwritable(str(out))
-    recipe_cli.written(str(out), {"text": 'a "b"\n', "tokens": [2, 3]})
+    recipe_cli.write_result(str(out), {"text": 'a "b"\n', "tokens": [2, 3]})
     assert json.loads(out.read_text()) == {"text": 'a "b"\n', "tokens": [2, 3]}
     assert len(out.read_text().splitlines()) == 4
     assert str(out) in capsys.readouterr().err

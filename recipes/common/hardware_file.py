@@ -1,0 +1,40 @@
+"""Hardware files: the constants of a machine, written by recipes.calibrate and read by other recipes."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from longctx.config import Mesh
+from longctx.cost.hardware import Hardware, hardware_of
+from recipes.common.cli import threads_here
+
+
+def read_hardware(name: str) -> Hardware:
+    """Return the constants in the file ``name``.  Raises ValueError if recipes.calibrate did not write it."""
+    return hardware_of(_values(name), f"hardware={name}")
+
+
+def refuse_other_threads(hardware: str | None, threads: int | None, mesh: Mesh) -> None:
+    """Raise ValueError if the file ``hardware`` was measured with other threads per rank than a run on ``mesh`` uses.
+
+    Call it where the run is: a login node has other cores.  A file that states no threads is accepted.
+    """
+    metadata = _values(hardware).get("measured") if hardware else None
+    measured = metadata.get("threads") if isinstance(metadata, dict) else None
+    used = threads_here(threads, mesh)
+    if measured not in (None, used):
+        raise ValueError(
+            f"hardware={hardware} was measured with run.threads={measured} per rank, this run uses run.threads={used}: "
+            f"use run.threads={measured}, or measure again with "
+            f"python -m recipes.calibrate run.threads={used} out=FILE.yaml"
+        )
+
+
+def _values(name: str) -> Any:
+    try:
+        return yaml.safe_load(Path(name).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"hardware={name} cannot be read ({error}): write it with python -m recipes.calibrate out=FILE.yaml"
+        ) from error

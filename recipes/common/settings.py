@@ -1,0 +1,54 @@
+"""Sections of the composed configuration as dataclasses, every value checked for its type."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, TypeVar, cast
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import TypeAdapter, ValidationError
+
+from recipes.common.renamed import Say, rename_item
+
+Section = TypeVar("Section")
+
+
+def section(config: DictConfig, name: str, kind: type[Section]) -> Section:
+    """Return section ``name`` of the configuration as a ``kind``, a dataclass.
+
+    Raises ValueError, with the setting's full name, for an unknown setting or a value of another type.
+    """
+    values: Any = OmegaConf.to_container(config[name], resolve=True)
+    return _validated(kind, values, f"{name}.")
+
+
+def sections(config: DictConfig, name: str, kind: type[Section], say: Say = lambda _: None) -> tuple[Section, ...]:
+    """Return each item of the list ``name`` as a ``kind``; raises ValueError as `section` does."""
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    items = values[name]
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise ValueError(f"{name}={items}: give a list, an item's settings in braces: {name}=[{{...}}]")
+    return tuple(_validated(kind, rename_item(name, item, say), f"{name}.{i}.") for i, item in enumerate(items))
+
+
+def top_level(config: DictConfig, kind: type[Section]) -> Section:
+    """Return the settings outside any section as a ``kind``, which must name all of them."""
+    return _validated(kind, {name: value for name, value in as_dict(config).items() if not isinstance(value, dict)}, "")
+
+
+def as_dict(config: DictConfig) -> dict[str, Any]:
+    """Return the configuration as plain values, interpolations resolved."""
+    values: Mapping[Any, Any] = cast(Any, OmegaConf.to_container(config, resolve=True))
+    return {str(name): value for name, value in values.items()}
+
+
+def _validated(kind: type[Section], values: Any, prefix: str) -> Section:
+    if unknown := set(values) - {field.name for field in fields(cast(Any, kind))}:
+        raise ValueError(f"there is no setting {prefix}{min(unknown)}")
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as invalid:
+        first = invalid.errors()[0]
+        if "error" in first.get("ctx", {}):
+            raise ValueError(str(first["ctx"]["error"])) from None  # raised by __post_init__ of ``kind``
+        name = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{prefix}{name}={first['input']}: {first['msg'].lower()}") from None

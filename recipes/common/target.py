@@ -1,0 +1,122 @@
+"""The target of a recipe: a model, its mesh and how it runs, resolved from the configuration and checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from omegaconf import DictConfig
+
+from longctx.attention.backends import kernel_for
+from longctx.config import Context, Mesh, ModelSource, Run
+from longctx.hf.checkpoint import fingerprint, tensor_files
+from longctx.hf.config import shape_of
+from longctx.hf.locate import locate
+from longctx.model_shape import ModelShape
+from longctx.parallel.launch import Rank
+from longctx.parallel.strategy import STRATEGIES
+from longctx.parallel.validate import refuse_unfit, refuse_unused
+from longctx.spd.plan import SPDPlan
+from recipes.common.cli import say, threads_for
+from recipes.common.settings import section
+from recipes.common.spd_plan import plan_of, refuse_adapted
+
+if TYPE_CHECKING:
+    from longctx.infer.engine import Engine
+    from longctx.megatron.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model and where it runs: plain values, checked before any rank starts.
+
+    ``folder`` holds its config.json, tokenizer and weights; ``plan`` says which blocks drop a reduction (None: none).
+    """
+
+    model: ModelSource
+    folder: Path
+    shape: ModelShape
+    mesh: Mesh
+    context: Context
+    run: Run
+    plan: SPDPlan | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the model's weights and configuration."""
+        return fingerprint(self.folder)
+
+    def threads(self, rank: Rank) -> int:
+        """CPU threads of ``rank``."""
+        return threads_for(self.run.threads, rank)
+
+    @contextmanager
+    def runtime(self, rank: Rank, *, training: bool = False) -> Iterator[Runtime]:
+        """Set up the process groups of the mesh on ``rank`` for the length of the block; every rank must enter it."""
+        from longctx.megatron.runtime import runtime
+
+        with runtime(
+            rank,
+            self.mesh,
+            threads=self.threads(rank),
+            timeout_minutes=self.run.timeout_minutes,
+            device=self.run.device,
+            training=training,
+        ) as groups:
+            yield groups
+
+    def load_engine(self, runtime: Runtime, plan: SPDPlan | None = None) -> Engine:
+        """The model, loaded on the ranks of ``runtime``; its blocks follow ``plan``, or the target's own plan."""
+        from longctx.infer.engine import load_engine
+
+        return load_engine(
+            runtime, self.model, self.shape, self.folder, self.context.kernel, self.plan if plan is None else plan
+        )
+
+
+def resolve_target(
+    config: DictConfig,
+    recipe: str,
+    *,
+    unused_axes: Sequence[str] = (),
+    needs_weights: bool = True,
+    strategy_by_turn: bool = False,
+    spd: Literal["follow", "refuse", "ignore"] = "follow",
+) -> Target:
+    """Return the target that ``config`` names.
+
+    ``unused_axes`` of the mesh must be 1; ``needs_weights`` refuses a folder without any; ``strategy_by_turn``
+    allows ``context.strategy=auto`` and the other rules;
+    ``spd`` says whether the plan of dropped reductions is followed, refused or ignored.  Writes only the model cache.
+
+    Raises ValueError, with what to set instead, for a model, mesh, kernel, strategy or plan that ``recipe`` cannot run.
+    """
+    mesh, model = section(config, "mesh", Mesh), section(config, "model", ModelSource)
+    context = section(config, "context", Context) if "context" in config else Context()
+    run = section(config, "run", Run) if "run" in config else Run(threads=1)
+    refuse_unused(mesh, recipe, tuple(unused_axes))
+    if not strategy_by_turn:
+        refuse_strategy_by_turn(context, recipe)
+    kernel_for(context.kernel, run.device, model.dtype)
+    folder = locate(model, say)
+    if needs_weights:
+        tensor_files(folder)  # raises for a folder without weights
+    shape = shape_of(folder)
+    refuse_unfit(mesh, shape)
+    if spd == "refuse":
+        refuse_adapted(folder, recipe)
+    plan = plan_of(config, mesh, model, folder, shape) if spd == "follow" and "spd" in config else None
+    return Target(model, folder, shape, mesh, context, run, plan)
+
+
+def refuse_strategy_by_turn(context: Context, recipe: str) -> None:
+    """Raise ValueError unless ``context.strategy`` names one strategy, not a rule that chooses one for each turn."""
+    if context.strategy not in STRATEGIES:
+        raise ValueError(
+            f"context.strategy={context.strategy} chooses a strategy for each turn of a conversation: {recipe} takes "
+            f"one of {', '.join(STRATEGIES)} (recipes.chat takes {context.strategy})"
+        )
