@@ -69,7 +69,7 @@ class Meter:
     def begin(self) -> None:
         """Start measuring a step: reset the timer of communication and, on a GPU, peak memory."""
         self._synchronize()
-        self.comm_timer.taken()
+        self.comm_timer.pop_seconds()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self._began = time.perf_counter()
@@ -87,7 +87,7 @@ class Meter:
             flops_causal=train_flops(self.shape, lengths, causal=True),
             peak_flops=self.peak_flops,
             peak_bytes=peak_bytes(self.device),
-            exposed_s=self.comm_timer.taken(),
+            exposed_s=self.comm_timer.pop_seconds(),
         )
 
     def _synchronize(self) -> None:
