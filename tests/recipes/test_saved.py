@@ -101,7 +101,7 @@ def test_training_resumes(cli, saved, run, words):
             assert lines[step][name] == pytest.approx(value, rel=1e-6), (step, name)
 
 
-def test_training_with_other_settings_is_refused(cli, saved, nobody_starts):
+def test_training_with_other_settings_is_refused(cli, saved, no_ranks_start):
     words = ("model.config.num_hidden_layers=2", "mesh.ring=2", "optim.zero1=true", "steps=6", "out=train_ring")
     code, _, err = cli(pretrain, pretrain.task, *TRAIN, *words)
     assert code == 2 and "was made with optim.zero1=false: use that" in err, err
@@ -163,7 +163,7 @@ def test_repaired_blocks_are_not_repaired_again(cli, saved):
     assert {state: state.stat().st_mtime_ns for state in states} == written
 
 
-def test_stored_answers_are_found(saved, monkeypatch, capsys, nobody_starts):
+def test_stored_answers_are_found(saved, monkeypatch, capsys, no_ranks_start):
     words = ["model=model", "eval.tasks=[arc_easy,lambada_openai,wikitext]", "eval.data=inputs/sets"]
     words += ["eval.resamples=200", VARIANTS, "threads=1", "out=eval"]
     before = json.loads((saved / "eval" / "report.json").read_text())

@@ -169,7 +169,7 @@ def test_without_a_launcher_ranks_are_started_here(monkeypatch):
     assert recipe_cli.on_ranks(Mesh(ring=2), fails, "job") == (2, fails, "job")
 
 
-def test_under_a_launcher_this_process_is_a_rank(monkeypatch, nobody_starts):
+def test_under_a_launcher_this_process_is_a_rank(monkeypatch, no_ranks_start):
     given = []
     monkeypatch.setenv("WORLD_SIZE", "6")
     for rank, answer in (("0", "answer"), ("1", None)):
