@@ -13,10 +13,14 @@ TEXT = ("data=text", "data.sources=[{path:inputs/train.txt}]", "data.length=31",
 SPD = ("model=model", "mesh.tp=2", *TEXT, "data.end_token=false", "sequences=5")
 JOBS = {
     "generate": (generate.prepare, "generate", ("model=model", "prompt.text=The river", "out=out/result.json")),
-    "generate, a batch": (generate.prepare, "generate", ("model=model", "prompts=inputs/prompts.jsonl", "out=out/a.json")),
+    "generate, a batch": (
+        generate.prepare, "generate",
+        ("model=model", "prompts=inputs/prompts.jsonl", "out=out/answers.json"),
+    ),
     "chat": (
         chat.prepare, "chat",
-        ("model=model", "turns=inputs/turns.jsonl", "session.load=session", "session.save=out/talk", "out=out/turns.json"),
+        ("model=model", "turns=inputs/turns.jsonl", "session.load=session", "session.save=out/talk",
+         "out=out/turns.json"),
     ),
     "pretrain": (pretrain.prepare, "pretrain", ("model=tiny", *TEXT, "evaluate.every=0", "out=out")),
     "extend": (

@@ -1,5 +1,6 @@
 """``--help`` of every configuration: its examples compose, and its choices and settings have a line each."""
 
+import itertools
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -58,7 +59,7 @@ def comments_in_help(text: str) -> dict[str, str]:
 def examples(name: str) -> list[tuple[str, list[str]]]:
     """Return the module and the words of each ``python -m`` and ``torchrun`` example in the help of ``name``."""
     lines = [line.strip() for line in help_of(name).splitlines()]
-    commands = [shlex.split(line) for line in lines if re.match(r"(python|torchrun) .*-m ", line)]
+    commands = [shlex.split(line, comments=True) for line in lines if re.match(r"(python|torchrun) .*-m ", line)]
     after_m = [command[command.index("-m") + 1 :] for command in commands]
     return [(module, words) for module, *words in after_m]
 
@@ -96,12 +97,10 @@ def test_every_example_composes(name):
     for module, words in examples(name):
         if module == "slurm.submit":
             check_submission(words)
-            continue
-        config_name = CONFIG_OF_MODULE.get(module, module.removeprefix("recipes."))
-        if module == "recipes.bench":
-            subject, *words = words
-            config_name = f"bench/{subject}"
-        check_composes(config_name, words)
+        elif module == "recipes.bench":
+            check_composes(f"bench/{words[0]}", words[1:])
+        else:
+            check_composes(CONFIG_OF_MODULE.get(module, module.removeprefix("recipes.")), words)
 
 
 def check_composes(config_name: str, words: list[str]) -> None:
@@ -111,17 +110,26 @@ def check_composes(config_name: str, words: list[str]) -> None:
 
 
 def check_submission(words: list[str]) -> None:
-    """Fail unless slurm.submit accepts its words of ``words``, and the recipe the others."""
-    own = set(OmegaConf.load(CONFIGS / "submit.yaml")) - {"defaults", "hydra"} | {"launcher"}
-    is_own = [word.partition("=")[0].partition(".")[0] in own for word in words]
-    settings = dict(word.split("=", 1) for word, mine in zip(words, is_own, strict=True) if mine)
-    if recipe := settings.get("recipe"):
-        name = {"eval": "evaluate"}.get(recipe, recipe)
-        check_composes(name, [word for word, mine in zip(words, is_own, strict=True) if not mine])
-    assert bool(recipe) != bool(settings.get("pipeline")), f"{words}: one of recipe= and pipeline="
+    """Fail unless slurm.submit accepts its settings in ``words``, and the recipe each run of the others."""
+    from slurm.settings import read_settings, split_words
+
+    own, others = split_words(words)
+    settings, _ = read_settings(own)
+    if settings.recipe:
+        check_composes("submit", own)
+        # A sweep lists a setting's values; a submission without ``out`` gets one.
+        runs = itertools.product(*([f"{key}={one}" for one in values.split(",")] for key, values in pairs(others)))
+        for run in runs:
+            given_out = [] if any(word.startswith("out=") for word in run) else ["out=a"]
+            check_composes({"eval": "evaluate"}.get(settings.recipe, settings.recipe), [*run, *given_out])
 
 
-def test_words_of_help_do_not_run_the_recipe(cli, capsys):
+def pairs(words: list[str]) -> list[tuple[str, str]]:
+    """Return key and value of each word ``key=value``."""
+    return [(key, value) for key, _, value in (word.partition("=") for word in words)]
+
+
+def test_asking_for_help_does_not_run_the_recipe(cli):
     for word in ("--help", "-h"):
         code, out, err = cli(generate, lambda _: pytest.fail("the recipe ran"), "mesh.ring=2", word)
         assert (code, out, err) == (0, help_of("generate") + "\n", "")

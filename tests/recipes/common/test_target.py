@@ -111,7 +111,7 @@ def test_config_without_groups_of_context_run_and_plan_resolves(models, config_o
         # The model and its context.
         (["model=models/empty"], {}, "model=models/empty", "give a Hugging Face folder"),
         (["model=models/none"], {}, "model=models/none", "give a Hugging Face folder"),
-        (["model=models/weightless"], {}, "models/weightless", "give"),
+        (["model=models/weightless"], {}, "models/weightless", "train it with recipes.pretrain"),
         (["model=tiny"], {}, "has no weights yet", "train it with recipes.pretrain"),
         (["model.max_positions=0"], {}, "model.max_positions=0", "use more than 0, or null"),
         (["model.rope_factor=-1"], {}, "model.rope_factor=-1.0", "use more than 0, or null"),
@@ -125,7 +125,7 @@ def test_config_without_groups_of_context_run_and_plan_resolves(models, config_o
         (["run.threads=0"], {}, "run.threads=0", "use 1 or more"),
         (["run.timeout_minutes=0"], {}, "run.timeout_minutes=0", "use 1 or more"),
         # Blocks that drop a reduction.
-        (["spd.blocks=[2]", "mesh.tp=3"], {}, "there is no block 2", "0 to 1"),
+        (["spd.blocks=[2]", "mesh.tp=3"], {}, "has no block 2", "0 to 1"),
         (["spd=ranked", "mesh.tp=3"], {}, "spd=ranked", "spd.budget=0.5"),
         (["spd=ranked", "spd.budget=0.5", "mesh.tp=3"], {}, "spd.budget=0.5", "spd.sensitivity=DIR/sensitivity.json"),
         (["spd.budget=2"], {}, "spd.budget=2", "0"),
