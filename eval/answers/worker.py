@@ -67,9 +67,9 @@ def answer_requests(engine: Engine, work: EvalWork) -> Iterator[tuple[Mapping[Re
 
     to_score = [request for request in work.requests if isinstance(request, Score)]
     for batch in make_batches(group_by_prefix(to_score), work.max_batch_tokens):
-        answers = score_batch(engine, work.variant.target.context, batch)
-        refuse_nan(work, [value for value, _ in answers.values()])
-        yield dict(answers), sum(group.tokens for group in batch)
+        scores = score_batch(engine, work.variant.target.context, batch)
+        refuse_nan(work, [value for value, _ in scores.values()])
+        yield {**scores}, sum(group.tokens for group in batch)
     for texts in _continue_in_batches(engine, work, [one for one in work.requests if isinstance(one, Continue)]):
         yield texts, 0
 

@@ -1,4 +1,4 @@
-"""Benchmarks by name: lm-eval's tasks over local files or the hub, their requests, and the outcomes of their answers."""
+"""Benchmarks by name: lm-eval's tasks over local files or the hub, their requests, and the outcomes of examples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import lm_eval.tasks
 import numpy as np
 from datasets import Dataset
 from lm_eval.api.instance import Instance
-from lm_eval.api.task import ConfigurableTask
+from lm_eval.api.task import ConfigurableTask as Task
 
 from eval.harness.local import LOCAL, LocalTask, join_names, read_rows
 from eval.stats.outcomes import Outcomes
@@ -23,7 +23,6 @@ from eval.stats.outcomes import Outcomes
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
-Task = ConfigurableTask
 # Metrics that say whether an example was answered correctly, in lm-eval's names; the first that a task has is used.
 _ACCURACY = ("acc", "exact_match")
 _PREFERRED = "exact_match,flexible-extract"
@@ -68,7 +67,7 @@ def make_task(name: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, 
     merged = {**config, **splits, "task": name, "dataset_path": name, "custom_dataset": lambda **_: {"test": dataset}}
     for structure in ("tag", "group", "task_list", "dataset_name"):
         merged.pop(structure, None)
-    return ConfigurableTask(config=merged)
+    return Task(config=merged)
 
 
 def _load_local(name: str, local: LocalTask, data: Path) -> Task:

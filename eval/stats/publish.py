@@ -23,8 +23,9 @@ def draw(report: Report, out: Path) -> tuple[str, ...]:
     accuracy: dict[str, list[tuple[float, float]]] = {}
     latency: dict[str, list[tuple[float, float]]] = {}
     for variant in variants:
-        # The baseline, which drops nothing, begins both lines.
-        kinds = ["as it is", "repaired"] if not variant.dropped else ["repaired" if variant.repaired else "as it is"]
+        kinds = ["repaired" if variant.repaired else "not repaired"]
+        if not variant.dropped:  # the first point of both lines
+            kinds = ["not repaired", "repaired"]
         value = report.average[variant.name]["accuracy"]
         assert value is not None
         for kind in kinds:
@@ -47,7 +48,6 @@ def draw(report: Report, out: Path) -> tuple[str, ...]:
 
 def write(report: Report, out: Path) -> Report:
     """Write pictures, report.json and report.md to the folder ``out``; return the report with its pictures' names."""
-    out.mkdir(parents=True, exist_ok=True)
     report = replace(report, pictures=draw(report, out))
     (out / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n")
     (out / "report.md").write_text(markdown(report))

@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 from eval.stats.compare import Comparison, Perplexity, Verdict, compare, compare_perplexity, is_near_chance
-from eval.stats.outcomes import Outcomes
+from eval.stats.outcomes import BASELINE, Outcomes
 
 AVERAGE = "average"
-BASELINE = "baseline"
 
 
 @dataclass(frozen=True)
