@@ -14,8 +14,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from eval.answers.requests import Request, Score
 from eval.harness.local import LOCAL
 from eval.sensitivity import drop_none_yet, fill_in_orders, lacks_order, make_order_jobs
-from eval.stats.outcomes import BASELINE
-from eval.variants import Variant, compose_variants, refuse_other_model, resolve_variant
+from eval.variants import BASELINE, Variant, compose_variants, refuse_other_model, resolve_variant
 from longctx.config import Mesh, Track
 from longctx.parallel.launch import rank_from_environment
 from recipes.common.cli import refuse_unwritable_folder, say

@@ -8,7 +8,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from eval.stats.outcomes import BASELINE
 from longctx.hf.config import tokenizer_of
 from longctx.spd.plan import saved_plan
 from recipes.common.cli import say
@@ -16,6 +15,7 @@ from recipes.common.renamed import rename_item
 from recipes.common.settings import as_dict
 from recipes.common.target import Target, resolve_target
 
+BASELINE = "baseline"
 _SECTIONS = ("model", "mesh", "context", "spd")
 # A digest is the name of a file of answers.  Values that have been renamed since are hashed by their first name.
 _FIRST_NAMES = {"gather_merge": "one_exchange"}

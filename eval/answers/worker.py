@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from longctx.parallel.launch import Rank
 from longctx.train.stop import StopRequest
 from recipes.common.progress import Progress
 from recipes.common.provenance import ROOT, commit_of
+
+Answered = Sequence[tuple[Request, Answer]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def run_rank(rank: Rank, work: EvalWork) -> bool:
         begin = time.perf_counter()
         for answers, tokens in answer_requests(engine, work):
             if is_first:
-                by_key = {key(request): answer for request, answer in answers.items()}
+                by_key = {key(request): answer for request, answer in answers}
                 responses.append(work.file, by_key, tokens, time.perf_counter() - begin if tokens else 0.0, commit)
                 begin = time.perf_counter()
             for _ in answers:
@@ -58,7 +60,7 @@ def run_rank(rank: Rank, work: EvalWork) -> bool:
     return stop.agreed_on
 
 
-def answer_requests(engine: Engine, work: EvalWork) -> Iterator[tuple[Mapping[Request, Answer], int]]:
+def answer_requests(engine: Engine, work: EvalWork) -> Iterator[tuple[Answered, int]]:
     """Yield answers in batches, the longest requests first, and the tokens that were run for each batch.
 
     Generated text reports 0 tokens: its length varies by variant and would distort throughput.
@@ -69,7 +71,7 @@ def answer_requests(engine: Engine, work: EvalWork) -> Iterator[tuple[Mapping[Re
     for batch in make_batches(group_by_prefix(to_score), work.max_batch_tokens):
         scores = score_batch(engine, work.variant.target.context, batch)
         refuse_nan(work, [value for value, _ in scores.values()])
-        yield {**scores}, sum(group.tokens for group in batch)
+        yield list(scores.items()), sum(group.tokens for group in batch)
     for texts in _continue_in_batches(engine, work, [one for one in work.requests if isinstance(one, Continue)]):
         yield texts, 0
 
@@ -83,9 +85,7 @@ def refuse_nan(work: EvalWork, values: Sequence[float]) -> None:
         )
 
 
-def _continue_in_batches(
-    engine: Engine, work: EvalWork, requests: Sequence[Continue]
-) -> Iterator[Mapping[Request, Answer]]:
+def _continue_in_batches(engine: Engine, work: EvalWork, requests: Sequence[Continue]) -> Iterator[Answered]:
     """Yield the texts of ``requests`` in batches, the longest prompts first."""
     from eval.answers.generate import generate_texts
     from longctx.hf.config import tokenizer_of
@@ -99,7 +99,7 @@ def _continue_in_batches(
             batch.append(remaining.pop(0))
             total += _room(batch[-1])
         texts = generate_texts(engine, work.variant.target.context, tokenizer, batch)
-        yield dict(zip(batch, texts, strict=True))
+        yield list(zip(batch, texts, strict=True))
 
 
 def _room(request: Continue) -> int:

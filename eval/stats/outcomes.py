@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-BASELINE = "baseline"  # name of the first variant, which the others are compared with
-
 
 @dataclass(frozen=True)
 class Outcomes:

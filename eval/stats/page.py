@@ -5,8 +5,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from eval.stats.outcomes import BASELINE
 from eval.stats.report import AVERAGE, Figures, Report
+from eval.variants import BASELINE
 
 _COMPARED = ["accuracy", "difference", "McNemar p", "verdict", "examples to decide"]
 

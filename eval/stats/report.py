@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 from eval.stats.compare import Comparison, Perplexity, Verdict, compare, compare_perplexity, is_near_chance
-from eval.stats.outcomes import BASELINE, Outcomes
+from eval.stats.outcomes import Outcomes
+from eval.variants import BASELINE
 
 AVERAGE = "average"
 
