@@ -25,7 +25,7 @@ from eval.harness.lm import make_recorder
 from eval.harness.tasks import answer_tasks
 from eval.job import EvalJob
 from longctx.parallel.launch import Rank, run_ranks
-from recipes.common.cli import console, main, threads_for, warm_up_ranks, written
+from recipes.common.cli import console, main, threads_for, warm_up_ranks, write_result
 from recipes.common.manifest import record
 from recipes.common.provenance import provenance
 from recipes.common.settings import section
@@ -172,7 +172,7 @@ def task(config: DictConfig) -> None:
         console.print(f"{name}: {settings.rounds} rounds")
         speeds[name] = measure_task(job, one, settings)
         figures = {task_name: vars(speed) for task_name, speed in speeds.items()}
-        written(str(job.out / "speed.json"), {"tasks": figures, **provenance()})
+        write_result(str(job.out / "speed.json"), {"tasks": figures, **provenance()})
     show(speeds)
 
 

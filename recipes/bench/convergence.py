@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from longctx.config import Mesh
-from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
 from recipes.common.plots import lines
 from recipes.common.provenance import provenance
 from recipes.common.train_job import TrainJob, begin_run, resolve_train_job
@@ -51,7 +51,7 @@ def task(config: DictConfig) -> None:
     about = {**provenance(), "model": job.target.model.name, "mesh": str(job.target.mesh), "steps": len(one)}
     if config.json:
         curves = {"one_rank": losses[0], "mesh_loss": losses[1]}
-        written(config.json, {**about, "largest_difference": apart, "largest_norm_difference": norms, **curves})
+        write_result(config.json, {**about, "largest_difference": apart, "largest_norm_difference": norms, **curves})
     if config.picture:
         title = f"{len(one)} steps on one rank and on {job.target.mesh}: at most {apart:.1e} nats apart"
         lines(

@@ -29,7 +29,7 @@ from longctx.model_shape import ModelShape
 from longctx.parallel.launch import Rank
 from recipes.bench.hosts import is_host, refuse_hosts, run_on_hosts
 from recipes.calibrate import measure_ring
-from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, write_result
 from recipes.common.hardware_file import read_hardware, refuse_other_threads
 from recipes.common.plots import lines
 from recipes.common.progress import Progress
@@ -223,7 +223,7 @@ def report(job: CrossoverJob, on: Hardware, measured_rows: list[dict[str, Any]])
     where = {"mesh": str(job.target.mesh), "hosts": settings.hosts, "rate": settings.rate if settings.hosts else None}
     about = {**provenance(), "model": job.target.model.name, **where, "total": settings.total, "hardware": asdict(on)}
     if settings.out:
-        written(settings.out, {**about, "rows": rows})
+        write_result(settings.out, {**about, "rows": rows})
     if settings.fitted:
         how = {"threads": THREADS, "model": job.target.model.name, "dtype": job.target.model.dtype}
         file = {"measured": {**provenance(), **where, **how}, **asdict(on)}

@@ -32,7 +32,7 @@ from longctx.parallel.ring import Ring, Strategy, pass_kv
 from longctx.parallel.strategy import STRATEGIES, ring_attention
 from longctx.parallel.threads import run_threads
 from longctx.shapes import Tensor
-from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
 from recipes.common.plots import lines
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
@@ -274,7 +274,7 @@ def task(config: DictConfig) -> None:
     show(rows, settings)
     if settings.out:
         about = {"model": model.name, "tokens": settings.tokens, "ranks": settings.ranks}
-        written(settings.out, {**provenance(), **about, "gradient_ranks": settings.gradient_ranks, "rows": rows})
+        write_result(settings.out, {**provenance(), **about, "gradient_ranks": settings.gradient_ranks, "rows": rows})
     if settings.picture:
         draw(rows, settings, f"{model.name}, bfloat16, {settings.tokens:,} tokens, {len(rows)} layers")
 

@@ -22,7 +22,7 @@ from longctx.hf.locate import locate
 from longctx.model_shape import ModelShape
 from longctx.parallel.launch import Rank
 from longctx.parallel.validate import refuse_unused
-from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
 from recipes.common.settings import section, top_level
@@ -122,4 +122,4 @@ def task(config: DictConfig) -> None:
     if settings.out:
         about = {"model": model.name, "mesh": str(mesh), "dtype": model.dtype, "heads": [shape.heads, shape.kv_heads]}
         sizes_asked = {"cached": settings.cached, "new": settings.new}
-        written(settings.out, {**provenance(), **about, **sizes_asked, "rows": rows})
+        write_result(settings.out, {**provenance(), **about, **sizes_asked, "rows": rows})

@@ -27,7 +27,7 @@ from longctx.parallel.comm import Comm, CompletedPending, Pending, Shape, Traffi
 from longctx.parallel.launch import Rank
 from longctx.parallel.validate import refuse_unused
 from longctx.shapes import Tensor
-from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
 from recipes.common.settings import section, top_level
@@ -245,4 +245,4 @@ def task(config: DictConfig) -> None:
         return
     show(measured)
     if settings.out:
-        written(settings.out, {**provenance(), "layers": settings.layers or shape.layers, "measured": measured})
+        write_result(settings.out, {**provenance(), "layers": settings.layers or shape.layers, "measured": measured})

@@ -25,7 +25,7 @@ from longctx.parallel.launch import Rank
 from longctx.parallel.validate import refuse_unfit, refuse_unused
 from longctx.spd.plan import SPDPlan, within
 from recipes.bench.hosts import bits_per_s, is_host, refuse_hosts, run_on_hosts
-from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
 from recipes.common.plots import lines
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
@@ -235,7 +235,7 @@ def task(config: DictConfig) -> None:
     constants = {name: found[name] for name in ("hop_s", "bytes_per_s")}
     about = {"model": job.model.name, "mesh": str(job.mesh), "hosts": settings.hosts, **link, **constants}
     if settings.out:
-        written(settings.out, {**about, "tokens": settings.tokens, **provenance(), "rows": rows})
+        write_result(settings.out, {**about, "tokens": settings.tokens, **provenance(), "rows": rows})
     if settings.picture:
         draw(rows, job, f"{link['rate']}, {settings.latency_us:g} us" if settings.hosts else "loopback")
 

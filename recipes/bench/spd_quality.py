@@ -16,7 +16,7 @@ from longctx.config import DataSettings, TextSource
 from longctx.parallel.launch import Rank
 from longctx.spd.plan import SPDPlan, order_from, saved_plan, within
 from longctx.spd.text import PackedText
-from recipes.common.cli import console, on_ranks, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
 from recipes.common.plots import lines
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
@@ -216,7 +216,7 @@ def task(config: DictConfig) -> None:
         of_text["recovered"] = {name: recovered(of_text, name) for name in (model.label for model in config.models)}
     result = {"model": target.model.name, "tp": target.mesh.tp, "shares": shares, "texts": found, **provenance()}
     show(result)
-    written(str(Path(config.out, "quality.json")), result)
+    write_result(str(Path(config.out, "quality.json")), result)
     for name, of_text in found.items():
         lines(
             str(Path(config.out, f"{name}.svg")),

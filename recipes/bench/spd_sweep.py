@@ -17,7 +17,7 @@ from longctx.spd.plan import SPDPlan
 from longctx.spd.sensitivity import perplexities, scores, sensitivity
 from longctx.spd.text import PackedText
 from recipes.bench.spd_quality import mean_loss
-from recipes.common.cli import console, on_ranks, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
 from recipes.common.spd_text import calibration_of, load_blocks, measurement_metadata, resolve_spd_target
@@ -72,4 +72,6 @@ def task(config: DictConfig) -> None:
         f"{found['kept_s']:.1f} s with what enters a block kept, {found['plain_s']:.1f} s by a plain loop: "
         f"{faster:.2f} times faster; scores differ by at most {off:.1e}"
     )
-    written(str(Path(config.out, "sweep.json")), {**measurement_metadata(target, text, data), **found, **provenance()})
+    write_result(
+        str(Path(config.out, "sweep.json")), {**measurement_metadata(target, text, data), **found, **provenance()}
+    )

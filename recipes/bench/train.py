@@ -20,11 +20,11 @@ from longctx.config import Mesh
 from longctx.parallel.launch import Rank
 from longctx.parallel.validate import refuse_unfit, refuse_unused
 from recipes.bench import peers
-from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
 from recipes.common.provenance import provenance
 from recipes.common.settings import sections, top_level
 from recipes.common.train_job import TrainJob, resolve_train_job
-from recipes.common.train_loop import built
+from recipes.common.train_loop import build_state
 from recipes.pretrain import WARM
 
 
@@ -76,7 +76,7 @@ def step_on_rank(rank: Rank, job: TrainJob, rounds: int) -> dict[str, Any]:
     from longctx.train.step import Sharding, train_step
 
     with runtime(rank, job.target.mesh, threads=1, training=True) as here:
-        trained = built(here, job)
+        trained = build_state(here, job)
         kernel = kernel_for(job.target.context.kernel, "cpu", job.target.model.dtype)
         how = Sharding(job.data.length, job.target.context.layout, kernel, STRATEGIES[job.target.context.strategy])
         stage, took, saved = training_batches(job.data, tokenizer_of(job.target.folder))(None), [], SavedActivations()
@@ -207,4 +207,4 @@ def task(config: DictConfig) -> None:
     show(job.data.length * job.data.batch, steps, attention)
     if asked.json:
         about = {"length": job.data.length, "shape": {k: v for k, v in vars(job.target.shape).items() if k != "rotary"}}
-        written(asked.json, {**provenance(), **about, "peers": there, "steps": steps, "attention": attention})
+        write_result(asked.json, {**provenance(), **about, "peers": there, "steps": steps, "attention": attention})
