@@ -84,6 +84,7 @@ def _read_or_measure(job: spd_sensitivity.SensitivityJob) -> tuple[int, ...]:
     if job.file.is_file():
         return order_from(job.file, target.shape.layers, target.mesh.tp, target.fingerprint)
     say(f"measuring the order in which blocks are dropped, at mesh.tp={target.mesh.tp}")
+    job.out.mkdir(parents=True, exist_ok=True)
     sensitivity = on_every_rank(target.mesh, spd_sensitivity.run_rank, job)
     if sensitivity is None:
         leave_stopped()
