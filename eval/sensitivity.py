@@ -86,5 +86,5 @@ def _measured(job: spd_sensitivity.SensitivityJob) -> tuple[int, ...]:
     if found is None:
         leave_stopped()
     if is_first():
-        spd_sensitivity.keep(job, found)
-    return tuple(found["order"])
+        spd_sensitivity.write_sensitivity(job, found)
+    return found.order

@@ -9,7 +9,7 @@ from longctx.config import SPD, Mesh
 from longctx.hf.checkpoint import fingerprint
 from longctx.hf.config import shape_of
 from longctx.spd.plan import SavedPlan, SPDPlan, ranked, saved_plan, within
-from recipes.common.spd_plan import planned
+from recipes.common.spd_plan import choose_plan
 from tests.tiny import tiny_model
 
 
@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def asked(folder: Path, tp: int = 3, **spd: object) -> tuple[int, ...]:
-    return planned(SPD(**spd), Mesh(tp=tp), folder, shape_of(folder), saved_plan(folder)).dropped
+    return choose_plan(SPD(**spd), Mesh(tp=tp), folder, shape_of(folder), saved_plan(folder)).dropped
 
 
 def test_a_share_of_blocks_is_the_nearest_whole_number_of_the_least_sensitive() -> None:
@@ -61,7 +61,7 @@ def test_a_model_s_folder_says_what_drops_and_in_which_order(tmp_path: Path) -> 
     saved.write(folder)
     assert saved_plan(folder) == saved
     assert asked(folder) == (1,) and asked(folder, budget=1) == (0, 1) and asked(folder, drop="none") == ()
-    with pytest.raises(ValueError, match=r"made for mesh\.tp=3, this is mesh\.tp=1: use that, or spd=none"):
+    with pytest.raises(ValueError, match=r"made for mesh\.tp=3, this is mesh\.tp=1: use mesh\.tp=3, or spd=none"):
         asked(folder, tp=1)
     (folder / "spd_plan.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a plan"):
@@ -75,7 +75,7 @@ def test_a_model_s_folder_says_what_drops_and_in_which_order(tmp_path: Path) -> 
         ({"blocks": (0,), "budget": 0.5}, r"leave spd\.budget"),
         ({"budget": 1.5}, "from 0 to 1"),
         ({"budget": 0.5}, r"measure it with .*recipes\.spd_sensitivity mesh\.tp=3"),
-        ({"drop": "ranked"}, r"say with spd\.budget"),
+        ({"drop": "ranked"}, r"set spd\.budget"),
         ({"drop": "all", "budget": 0.5}, "use spd=ranked"),
         ({"sensitivity": "x"}, r"say with spd\.budget"),
     ],
