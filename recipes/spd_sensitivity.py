@@ -61,8 +61,8 @@ class SensitivityThresholds:
 class SensitivityJob:
     """The inputs of every rank: plain values, checked before any rank starts.
 
-    ``done`` are the sums of losses that an interrupted run left, by chunk of ``chunk`` sequences.  ``about`` records what
-    the sums depend on, ``origin`` the command and the machine.
+    ``done`` are the sums of losses that an interrupted run left, one list per chunk of ``chunk`` sequences.  ``about``
+    records what the sums depend on, ``origin`` the command and the machine.
     """
 
     target: Target
