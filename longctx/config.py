@@ -258,8 +258,8 @@ class DataSettings:
     """
 
     sources: tuple[TextSource, ...]
-    length: int
-    batch: int = 1
+    length: int = 1024
+    batch: int = 4
     epochs: int | None = None
     shuffle: int = 0
     seed: int = 0

@@ -203,7 +203,7 @@ def sum_losses(blocks: Blocks, text: PackedText) -> list[float]:
         layers[block].drop(dropped=dropped)
         return blocks.run(layers[block], x)
 
-    return suffix_sums(blocks.embedded(text.tokens), len(layers), run, lambda x: blocks.loss(x, text))
+    return suffix_sums(blocks.embed(text.tokens), len(layers), run, lambda x: blocks.loss(x, text))
 
 
 def write_sensitivity(job: SensitivityJob, sensitivities: Sensitivities) -> None:

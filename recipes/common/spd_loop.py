@@ -163,7 +163,7 @@ class Adaptation:
         mine = missing[runtime.groups.dp.rank() :: runtime.mesh.dp]
         # 2. Run through the blocks, and repair this rank's.
         with torch.no_grad():
-            teacher = student = blocks.embedded(job.text.tokens)
+            teacher = student = blocks.embed(job.text.tokens)
         for block, layer in enumerate(blocks.model.decoder.layers[: max(mine, default=-1) + 1]):
             layer.drop(dropped=False)  # measuring sensitivity leaves blocks dropped
             outputs, successor = self._forward(layer, teacher), layer
