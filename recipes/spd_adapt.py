@@ -209,7 +209,7 @@ def refuse_other_run(job: AdaptJob) -> None:
 
 
 def has_blocks(job: AdaptJob) -> bool:
-    """Whether ``out`` has a repaired block."""
+    """Return True if ``out`` has a repaired block."""
     return any(job.about_file.parent.glob("*.safetensors"))
 
 

@@ -43,7 +43,7 @@ class BlockRun:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the first rank, which writes the files that all ranks share."""
+        """True on the first rank, which writes the files that all ranks share."""
         return self.runtime.rank.rank == 0
 
     def agree_to_stop(self) -> bool:
@@ -75,7 +75,7 @@ class RepairJob:
     """The inputs of `Adaptation`: plain values, checked before any rank starts.
 
     ``text`` has repair.sequences + repair.held_out sequences; ``joint_text``, for joint distillation, has joint.steps x
-    joint.batch.  ``about`` records what repaired blocks depend on.  A finished step leaves these files in ``out``:
+    joint.batch.  ``about`` records what repaired blocks depend on.  Files in ``out``:
 
         blocks/about.json, blocks/BBB.safetensors          repaired block BBB
         joint_SHARE/step-*/, joint_SHARE/BBB.safetensors   the same after joint distillation, for spd.budget=SHARE
@@ -127,7 +127,8 @@ class JointResult:
     """Effect of joint distillation: mean KL divergences (nats per token) from the model with nothing dropped.
 
     ``losses`` are those of each step.  ``before`` and ``after`` are measured on held-out text with all blocks of the
-    budget dropped, ``alone`` with one block dropped (by block), after the result was taken or discarded.
+    budget dropped.  ``alone`` has one value per block: with that block alone dropped, after the result was taken or
+    discarded.
     """
 
     losses: list[float]
@@ -137,7 +138,7 @@ class JointResult:
 
     @property
     def helped(self) -> bool:
-        """Whether predictions came closer to the model's; otherwise the repaired blocks are used unchanged."""
+        """True if predictions came closer to the model's; otherwise the repaired blocks are used unchanged."""
         return self.after < self.before
 
 
