@@ -2,7 +2,7 @@
 
     python -m recipes.spd_adapt mesh.tp=3 spd.budget=0.5 out=outputs/adapted
 
-1. Measure the sensitivity of every block         `measure_sensitivity`           DIR/sensitivity.json
+1. Measure the sensitivity of every block         `measure_sensitivities`         DIR/sensitivity.json
 2. Rank blocks: spd.budget=0.5 drops the least sensitive half
 3. Repair these block by block                    `Adaptation.repair_blocks`      DIR/blocks/
 4. Distil them jointly                            `Adaptation.distill_jointly`    DIR/joint_0.5/
@@ -39,7 +39,7 @@ from recipes.spd_sensitivity import (
     Sensitivities,
     SensitivityJob,
     changed_keys,
-    measure_sensitivity,
+    measure_sensitivities,
     write_lines,
     write_sensitivity,
 )
@@ -52,7 +52,7 @@ def run_rank(rank: Rank, job: AdaptJob) -> AdaptResult | None:
     with start_block_run(rank, job.target) as run:
         adaptation = Adaptation(run, job)
         # 1. Measure the sensitivity of every block, unless a file has it.
-        sensitivities = job.sensitivities or measure_sensitivity(run, job.sensitivity)
+        sensitivities = job.sensitivities or measure_sensitivities(run, job.sensitivity)
         if sensitivities is None:
             return None
         if run.is_first and not job.sensitivities:

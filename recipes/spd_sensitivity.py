@@ -147,10 +147,10 @@ def prepare(config: DictConfig, recipe: str = "recipes.spd_sensitivity") -> Sens
 def run_rank(rank: Rank, job: SensitivityJob) -> Sensitivities | None:
     """Measure on one rank; None if the run was asked to stop."""
     with start_block_run(rank, job.target) as run:
-        return measure_sensitivity(run, job)
+        return measure_sensitivities(run, job)
 
 
-def measure_sensitivity(run: BlockRun, job: SensitivityJob) -> Sensitivities | None:
+def measure_sensitivities(run: BlockRun, job: SensitivityJob) -> Sensitivities | None:
     """Return the sensitivities of all blocks on the text; None if the run was asked to stop.  Every rank calls this."""
     run.progress.start("sensitivity, chunks of text", job.chunks, done=len(job.done))
     sums = sum_chunks(run, job)
