@@ -89,5 +89,5 @@ def _read_or_measure(job: spd_sensitivity.SensitivityJob) -> tuple[int, ...]:
     if sensitivity is None:
         leave_stopped()
     if is_first():
-        spd_sensitivity.keep(job, sensitivity)
-    return tuple(sensitivity["order"])
+        spd_sensitivity.write_sensitivity(job, sensitivity)
+    return sensitivity.order
