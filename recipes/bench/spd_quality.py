@@ -21,7 +21,8 @@ from recipes.common.plots import lines
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
 from recipes.common.settings import sections
-from recipes.common.spd_text import load_blocks, resolve_spd_target, text_of
+from recipes.common.spd_loop import load_blocks
+from recipes.common.spd_text import resolve_spd_target, text_of
 from recipes.common.target import Target
 
 
@@ -202,7 +203,7 @@ def recovered(of_text: dict[str, Any], variant: str) -> list[float | None]:
 
 def task(config: DictConfig) -> None:
     """Measure; write, draw and show."""
-    warm_up_ranks(("longctx.infer.engine", "longctx.megatron.spd.blocks", "recipes.common.spd_text"))
+    warm_up_ranks(("longctx.infer.engine", "longctx.megatron.spd.blocks", "recipes.common.spd_loop"))
     target = resolve_spd_target(config, "recipes.bench spd_quality")
     shares: list[float] = list(config.shares)
     _refuse(config, target)

@@ -20,9 +20,10 @@ from recipes.bench.spd_quality import mean_loss
 from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
-from recipes.common.spd_text import calibration_of, load_blocks, measurement_metadata, resolve_spd_target
+from recipes.common.spd_loop import load_blocks
+from recipes.common.spd_text import calibration_of, measurement_metadata, resolve_spd_target
 from recipes.common.target import Target
-from recipes.spd_sensitivity import WARM, sums_of
+from recipes.spd_sensitivity import WARM, sum_losses
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def run_rank(rank: Rank, job: SweepJob) -> dict[str, Any]:
     with load_blocks(rank, job.target) as (_, blocks), Progress(shown=rank.rank == 0) as progress, torch.no_grad():
         progress.start("what enters a block is kept", None)
         began = time.perf_counter()
-        kept = scores(perplexities(sums_of(blocks, job.text), tokens))
+        kept = scores(perplexities(sum_losses(blocks, job.text), tokens))
         between = time.perf_counter()
         progress.start("a pass for every block", layers + 1)
 
