@@ -118,15 +118,15 @@ def check_submission(words: list[str]) -> None:
     if settings.recipe:
         check_composes("submit", own)
         # A sweep lists a setting's values; a submission without ``out`` gets one.
-        runs = itertools.product(*([f"{key}={one}" for one in values.split(",")] for key, values in pairs(others)))
-        for run in runs:
-            given_out = [] if any(word.startswith("out=") for word in run) else ["out=a"]
-            check_composes({"eval": "evaluate"}.get(settings.recipe, settings.recipe), [*run, *given_out])
+        for run in itertools.product(*map(swept, others)):
+            default_out = [] if any(word.startswith("out=") for word in run) else ["out=a"]
+            check_composes({"eval": "evaluate"}.get(settings.recipe, settings.recipe), [*run, *default_out])
 
 
-def pairs(words: list[str]) -> list[tuple[str, str]]:
-    """Return key and value of each word ``key=value``."""
-    return [(key, value) for key, _, value in (word.partition("=") for word in words)]
+def swept(word: str) -> list[str]:
+    """Return a sweep's word of each run: ``a=1,2`` gives ``a=1`` and ``a=2``; a list in brackets is one value."""
+    key, _, values = word.partition("=")
+    return [f"{key}={value}" for value in values.split(",")] if not set("[{'\"") & set(values) else [word]
 
 
 def test_asking_for_help_does_not_run_the_recipe(cli):
