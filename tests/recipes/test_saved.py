@@ -1,4 +1,4 @@
-"""Files that version 0.1 wrote load with today's code, by the settings' names of then."""
+"""Files that version 0.1 wrote load with the current code, with the names that settings had in version 0.1."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ VARIANTS = (
 
 @pytest.fixture
 def saved(tmp_path, monkeypatch):
-    """A copy of the saved files, as the current folder; checkpoints' models are of today's transformers."""
+    """A copy of the saved files as the current folder; their config.json states the installed transformers version."""
     folder = tmp_path / "v0_1"
     shutil.copytree(SAVED, folder)
     for config in folder.glob("train_*/model/config.json"):
@@ -192,22 +192,22 @@ def test_manifests_are_compared_and_reproduced(saved, capsys):
     assert "final figures are the same" in capsys.readouterr().err
 
 
-def test_every_old_setting_is_known():
-    """Each setting of version 0.1 is still there, or `renamed` has its new name."""
+def test_every_old_setting_is_accepted():
+    """Each setting of version 0.1 still exists, or `renamed` has its new name."""
     recipe = ""
     missing = []
     known: set[str] = set()
     for line in (SAVED / "settings.txt").read_text().splitlines():
         if line.startswith("#"):
             recipe = line.lstrip("# ")
-            known = settings_now(recipe)
+            known = current_settings(recipe)
         elif line and known and SETTINGS.get(line, line) not in known and line != "texts.0.called":  # see `ITEMS`
             missing.append(f"{recipe}: {line}")
     assert not missing, missing
 
 
-def settings_now(recipe):
-    """The settings of ``recipe`` today; empty for slurm's own, which is not composed by Hydra."""
+def current_settings(recipe):
+    """Return the settings of ``recipe``; none for slurm.submit, which Hydra does not compose."""
     name = recipe.replace("bench_", "bench/") if recipe.startswith("bench_") else recipe
     if not (CONFIGS / f"{name}.yaml").is_file() or name == "submit":
         return set()
