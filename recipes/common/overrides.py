@@ -14,8 +14,13 @@ PATHS = (
     "prompt.file", "prompts", "out", "to", "checkpoint", "turns", "session.save", "session.load", "spd.sensitivity",
     "sensitivity", "eval.data", "eval.include", "eval.text", "adapted", "hardware", "picture", "fitted",
 )  # fmt: skip
-# Configuration -> folders of configs/experiment that fit it, if these are not the folder of its name.
-EXPERIMENTS = {"extend": ("extend", "pretrain"), "eval_speed": ("evaluate",)}
+# A file with another configuration's name -> the experiments that fit it.
+EXPERIMENTS = {
+    "extend": ("extend", "pretrain"),
+    "eval_speed": ("evaluate",),
+    "bench/convergence": ("pretrain",),
+    "bench/train": ("pretrain",),
+}
 
 
 def as_overrides(config_name: str, words: Sequence[str], say: Say, *, sweep: bool = False) -> list[str]:
