@@ -117,10 +117,12 @@ def check_submission(words: list[str]) -> None:
     settings, _ = read_settings(own)
     if settings.recipe:
         check_composes("submit", own)
+        name = {"eval": "evaluate"}.get(settings.recipe, settings.recipe)
         # A sweep lists a setting's values; a submission without ``out`` gets one.
+        has_out = "out" not in set(composed(name, [])) or any(word.startswith("out=") for word in others)
+        default_out = [] if has_out else ["out=a"]
         for run in itertools.product(*map(swept, others)):
-            default_out = [] if any(word.startswith("out=") for word in run) else ["out=a"]
-            check_composes({"eval": "evaluate"}.get(settings.recipe, settings.recipe), [*run, *default_out])
+            check_composes(name, [*run, *default_out])
 
 
 def swept(word: str) -> list[str]:

@@ -126,13 +126,18 @@ def test_config_without_groups_of_context_run_and_plan_resolves(models, config_o
         (["run.timeout_minutes=0"], {}, "run.timeout_minutes=0", "use 1 or more"),
         # Blocks that drop a reduction.
         (["spd.blocks=[2]", "mesh.tp=3"], {}, "has no block 2", "0 to 1"),
-        (["spd=ranked", "mesh.tp=3"], {}, "spd=ranked", "spd.budget=0.5"),
+        (["spd=ranked", "mesh.tp=3"], {}, "spd=ranked", "set spd.budget, such as 0.5"),
         (["spd=ranked", "spd.budget=0.5", "mesh.tp=3"], {}, "spd.budget=0.5", "spd.sensitivity=DIR/sensitivity.json"),
         (["spd.budget=2"], {}, "spd.budget=2", "0"),
         (["spd=all", "spd.budget=0.5"], {}, "spd=all", "use spd=ranked"),
         (["spd=all", "mesh.tp=3", "model.layers=te"], {}, "model.layers=te", "use model.layers=local"),
         ([ADAPTED], {}, "mesh.tp=2", "spd=none"),
-        ([ADAPTED, "mesh.tp=2"], {"spd": "refuse"}, "models/adapted", "give the model it is made from"),
+        (
+            [ADAPTED, "mesh.tp=2"],
+            {"spd": "refuse"},
+            "models/adapted drops reductions",
+            "use the model that it was made from",
+        ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, list) else "",
 )
