@@ -101,7 +101,7 @@ def on_ranks(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
 
 
 def on_every_rank(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
-    """Like `on_ranks`, but under torchrun or srun every process returns the result of its own rank."""
+    """Like `on_ranks`, but under torchrun or srun every process returns the result of its rank."""
     rank = current_rank()
     if rank is None:
         return run_ranks(mesh.ranks, rank_main, *args)[0]

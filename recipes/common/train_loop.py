@@ -81,7 +81,7 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
         )
         if not start.step:
             tracker.table("samples", ("tokens", "documents", "text"), job.samples, 0)
-        # 3. Train; save every so many steps and at the end.
+        # 3. Train; save at regular steps and at the end.
         progress.start("training, steps", settings.steps, done=start.step)
         last_step, loss = start.step, math.nan
         for done in train_steps(state, runtime, job, start, stop):
