@@ -24,7 +24,7 @@ from longctx.spd.text import PackedText
 from longctx.train.stop import StopRequest
 from recipes.common.cli import console, is_first, leave_stopped, main, on_every_rank, say, warm_up_ranks, written
 from recipes.common.manifest import record
-from recipes.common.plots import bars
+from recipes.common.plots import draw_bars
 from recipes.common.progress import Progress
 from recipes.common.provenance import hardware, provenance
 from recipes.common.settings import section
@@ -173,7 +173,7 @@ def keep(job: SensitivityJob, result: dict[str, Any]) -> None:
     """Write the file and the picture."""
     written(str(job.file), result)
     blocks = result["blocks"]
-    bars(
+    draw_bars(
         str(job.out / "sensitivity.svg"),
         [block["score"] for block in blocks],
         [block["class"] for block in blocks],

@@ -11,7 +11,7 @@ from rich.table import Table
 from eval.stats.compare import Comparison, Perplexity, compare, compare_perplexity, near_chance
 from eval.stats.outcomes import Outcomes
 from longctx.train.track import Tracker
-from recipes.common.plots import shares
+from recipes.common.plots import draw_shares
 
 AVERAGE = "average"
 _PICTURE = "accuracy"
@@ -228,7 +228,7 @@ def draw(report: Mapping[str, Any], out: Path) -> list[str]:
     accuracy = {kind: points for kind, points in accuracy.items() if len(points) > 1}
     files = [f"{_PICTURE}.svg", f"{_PICTURE}.png"]
     for file in files:
-        shares(
+        draw_shares(
             str(out / file),
             accuracy,
             latency,

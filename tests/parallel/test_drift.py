@@ -21,7 +21,7 @@ from longctx.parallel.launch import Rank, run_ranks
 from longctx.parallel.ring import Ring, Strategy
 from longctx.parallel.strategy import STRATEGIES
 from longctx.parallel.threads import run_threads
-from recipes.bench.drift import captured, in_bfloat16
+from recipes.bench.drift import capture_inputs, in_bfloat16
 from tests import oracle
 
 ROWS, HEADS, WIDTH = 769, (6, 2), 64
@@ -83,7 +83,7 @@ def read(rank: Rank, model: ModelSource, folder: Path, tokens: list[int]) -> dic
 
     with runtime(rank, Mesh()) as here:
         engine = load_engine(here, model, shape_of(folder), folder, "auto")
-        return captured(engine, torch.tensor(tokens), LAYERS)
+        return capture_inputs(engine, torch.tensor(tokens), LAYERS)
 
 
 @pytest.fixture(scope="module")
