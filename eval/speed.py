@@ -23,7 +23,7 @@ from eval.harness.lm import recorder
 from eval.harness.tasks import answered
 from eval.job import EvalJob
 from longctx.parallel.launch import Rank, run_ranks
-from recipes.common.cli import console, main, threads_for, warm_up_ranks, written
+from recipes.common.cli import console, main, threads_for, warm_up_ranks, write_result
 from recipes.common.manifest import record
 from recipes.common.provenance import provenance
 from recipes.common.settings import section
@@ -138,7 +138,7 @@ def task(config: DictConfig) -> None:
     for name, of in job.tasks.items():
         console.print(f"{name}: {speed.rounds} rounds")
         found[name] = measured(job, of, speed)
-        written(str(job.out / "speed.json"), {"tasks": found, **provenance()})
+        write_result(str(job.out / "speed.json"), {"tasks": found, **provenance()})
     show(found)
 
 

@@ -1,4 +1,4 @@
-"""The values that a run is made of: frozen dataclasses, filled from configs/; a leaf that anyone may read."""
+"""Sections of a run's configuration: frozen dataclasses with their defaults, shown and chosen in configs/."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks along each axis; fastest-varying first, as arXiv 2405.07719, Tip 7 orders them by bandwidth."""
+    """Number of ranks along each axis, fastest-varying first (arXiv 2405.07719, Tip 7)."""
 
     tp: int = 1
     ulysses: int = 1
@@ -19,20 +19,21 @@ class Mesh:
     def __post_init__(self) -> None:
         for axis, ranks in vars(self).items():
             if ranks < 1:
-                raise ValueError(f"mesh.{axis}={ranks}: an axis has at least one rank")
+                raise ValueError(f"mesh.{axis}={ranks}: use at least one rank")
 
     @property
     def ranks(self) -> int:
+        """Ranks in all."""
         return prod(vars(self).values())
 
     @property
     def sequence_parallel(self) -> bool:
-        """In training, tensor-parallel ranks share by rows what lies between their matrices: it costs nothing."""
+        """Whether training shards activations between tensor-parallel layers by rows: always, at no extra traffic."""
         return self.tp > 1
 
     @property
     def context(self) -> int:
-        """Ranks that share one sequence."""
+        """Number of ranks that share one sequence."""
         return self.ulysses * self.ring
 
     def __str__(self) -> str:
@@ -42,11 +43,11 @@ class Mesh:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where weights and tokenizer come from.
+    """Source of a model's weights, configuration and tokenizer; one of three.
 
-    ``source``, a Hugging Face folder or hub name; or ``wheel`` and ``gguf``, a PyPI requirement and the GGUF file
-    inside it, whose SHA-256 is ``sha256``; or ``config`` and ``tokenizer``, a model without weights that is
-    described in the words of Hugging Face's config.json, to be trained from scratch.
+    ``source`` is a Hugging Face folder or hub name.  ``wheel`` and ``gguf`` are a PyPI requirement and the GGUF file
+    inside it, with its SHA-256.  ``config`` (fields of config.json) and ``tokenizer`` make a model without weights, to
+    be trained from scratch.
 
     ``max_positions`` is the longest context, ``rope_theta`` the rotary embedding's base; every position is divided by
     ``rope_factor`` (linear interpolation, arXiv 2306.15595).  None keeps the model's value; with ``rope_factor``,
@@ -68,8 +69,8 @@ class ModelSource:
     cache: str = "~/.cache/longctx"
 
     def __post_init__(self) -> None:
-        ways = (self.source, self.wheel and self.gguf and self.sha256, self.config and self.tokenizer)
-        if sum(map(bool, ways)) != 1:
+        sources = (self.source, self.wheel and self.gguf and self.sha256, self.config and self.tokenizer)
+        if sum(map(bool, sources)) != 1:
             raise ValueError(
                 "a model has either model.source, or model.wheel, model.gguf and model.sha256, "
                 "or model.config and model.tokenizer"
@@ -82,12 +83,10 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class PromptSource:
-    """The prompt: a file, a text, or a topic of the documentation that CPython ships (``all`` for the whole).
+    """The prompt's text: a file, the text itself, or a topic of CPython's documentation (``all`` for the whole).
 
-    It is cut only if ``tokens`` says so.
-
-    With ``question`` the text is a document, and both go through the model's chat template; without, the
-    text is the prompt as it stands.
+    ``tokens`` cuts the text; None refuses a text that is too long.  With ``question``, the text is a document and both
+    go through the model's chat template; otherwise the text is the prompt.
     """
 
     file: str | None = None
@@ -99,7 +98,7 @@ class PromptSource:
 
 @dataclass(frozen=True)
 class Track:
-    """Where a run's figures go besides its ``metrics.jsonl``, which is always written, and what it is called there."""
+    """Tracking of a run's figures besides its ``metrics.jsonl``, which is always written."""
 
     backend: Literal["none", "wandb"] = "none"
     project: str = "longctx"
@@ -116,16 +115,17 @@ class Track:
             raise ValueError(f"track.tags has {wrong[0]!r}: a tag has 1 to 64 characters")
 
     def of(self, kind: str) -> "Track":
-        """This, of a job of that kind unless it says one."""
+        """Return a copy with ``job_type=kind``, unless one is set."""
         return self if self.job_type else replace(self, job_type=kind)
 
 
 @dataclass(frozen=True)
 class Context:
-    """How the sequence is shared between ranks, and what travels.
+    """How context-parallel ranks share a sequence, and which tensors they exchange.
 
-    ``strategy`` is the prefill's: by name, or chosen for each turn by a rule (`longctx.cost`): ``auto`` is the
-    cost model's, the others those of arXiv 2411.01783.  ``chunk`` tokens are prefilled at a time.
+    ``strategy`` is that of prefill: a name, or a rule that chooses one for each turn (``auto`` uses the cost model,
+    ``alg1``, ``alg5`` and ``empirical`` are those of arXiv 2411.01783).  ``chunk`` is the largest number of tokens in
+    one prefill pass; None prefills all at once.
     """
 
     strategy: Literal["pass_kv", "pass_q", "all_gather_kv", "auto", "alg1", "alg5", "empirical"] = "pass_kv"
@@ -162,10 +162,10 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW, warmed up over ``warmup`` steps, then decayed to ``min_lr`` over ``decay_steps`` (the run's, if null).
+    """AdamW with a learning rate that warms up over ``warmup`` steps, then decays to ``min_lr`` by ``decay_steps``.
 
-    ``clip`` bounds the gradient's norm (0: not); ``zero1`` shards the optimizer's state over data-parallel and
-    context-parallel ranks (megatron-core's distributed optimizer).
+    ``decay_steps=None`` means the steps of the run.  ``clip`` bounds the gradient's norm (0: no bound).  ``zero1``
+    shards the optimizer's state over data- and context-parallel ranks (megatron-core's distributed optimizer).
     """
 
     lr: float = 1e-3
@@ -186,8 +186,8 @@ class Optim:
             raise ValueError(f"optim.warmup={self.warmup}: use 0 steps or more")
         if self.decay_steps is not None and self.decay_steps <= self.warmup:
             raise ValueError(
-                f"optim.decay_steps={self.decay_steps} and optim.warmup={self.warmup}: it falls after the warm-up; "
-                "use more of the first, or null for the steps of the run"
+                f"optim.decay_steps={self.decay_steps} is not after optim.warmup={self.warmup}: "
+                "use a larger optim.decay_steps, or null for the steps of the run"
             )
         if not all(0 <= beta < 1 for beta in self.betas) or self.eps <= 0 or self.clip < 0:
             raise ValueError(
@@ -198,7 +198,7 @@ class Optim:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature 0 is greedy.  The draw depends on ``seed`` and the token's position, not on the mesh."""
+    """How tokens are chosen: temperature 0 is greedy; a draw depends on ``seed`` and position, not on the mesh."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -215,16 +215,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TextSource:
-    """Where documents come from, and their share of all tokens (``weight``, relative to the other sources').
+    """Source of documents; ``weight`` is its share of all tokens, relative to the other sources.
 
-    Either ``path``, a file, a folder or a pattern of files: a document a line of .jsonl or a row of .parquet, any
-    other file is one document (a folder's .txt files; .gz of each but parquet).  Or ``name``, a dataset of the
-    Hugging Face hub: its ``subset`` and ``revision``, fetched whole first or, ``streaming``, as it is read.
-    Local files are always read as a stream.  Or ``pydoc``, the documentation that every CPython carries, a topic a
-    document: every tenth topic is ``test``, the others ``train``.
+    One of three.  ``path``: a file, folder or pattern; a line of .jsonl or a row of .parquet is a document, any other
+    file is one document (in a folder, its .txt files); all but parquet may be .gz.  ``name``: a dataset of the Hugging
+    Face hub with its ``subset`` and ``revision``, downloaded first or read as a stream (``streaming``).  ``pydoc``: the
+    documentation that CPython ships, one topic per document; every tenth topic is ``test``, the others ``train``.
     """
 
-    __pydantic_config__: ClassVar = {"extra": "forbid"}  # an item of a list, where another name would go unseen
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # in a list, Hydra does not check names
 
     path: str | None = None
     pydoc: Literal["train", "test"] | None = None
@@ -238,9 +237,9 @@ class TextSource:
 
     def __post_init__(self) -> None:
         if sum(map(bool, (self.path, self.name, self.pydoc))) != 1:
-            raise ValueError("a source of data has one of path (file, folder or pattern), name (of the hub), pydoc")
+            raise ValueError("a source of data has one of path (file, folder or pattern), name (on the hub), pydoc")
         if not 0 < self.weight < inf:
-            raise ValueError(f"{self}: weight={self.weight}; give a number above 0, or leave the source out")
+            raise ValueError(f"{self}: weight={self.weight}; use a number above 0, or remove the source")
 
     def __str__(self) -> str:
         if self.pydoc:
@@ -250,12 +249,12 @@ class TextSource:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What a model is trained or measured on: documents, packed into sequences of ``length``, ``batch`` at a time.
+    """Text to train or measure on: documents packed into sequences of ``length`` tokens, ``batch`` per step.
 
-    ``epochs`` null repeats for ever.  ``shuffle`` is how many documents of a source are held and given in random
-    order, those of the next window after them; 0 is reading order.  ``end_token`` closes every document.
-    ``last`` is what becomes of an incomplete last sequence and batch, where epochs end: dropped, or filled up with
-    tokens that do not count.  ``on_error`` is what becomes of a record that is no text: the run's end, or the record's.
+    ``epochs=None`` repeats the text without end.  ``shuffle`` is the window, in documents of a source, that is read and
+    permuted; 0 keeps the reading order.  ``end_token`` ends every document.  ``last`` drops an incomplete last sequence
+    and batch, or pads them with tokens that do not count.  ``on_error`` stops the run at a record without text, or
+    skips the record.
     """
 
     sources: tuple[TextSource, ...]
@@ -270,7 +269,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise ValueError("data.sources is empty: give it at least one source, with a path or a name")
+            raise ValueError("data.sources is empty: give at least one source, with a path, a name or pydoc")
         least = {"length": 1, "batch": 1, "epochs": 1, "shuffle": 0, "seed": 0}
         for name, value in least.items():
             given = getattr(self, name)
@@ -280,10 +279,10 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class SPD:
-    """Which blocks drop their first reduction over tensor-parallel ranks (`longctx.spd`).
+    """Blocks that drop their first reduction over tensor-parallel ranks (`longctx.spd`).
 
-    ``saved``, those that the model's folder says; ``ranked``, of the order in ``sensitivity``, else of that folder,
-    the first ``budget`` (a share of all); or ``blocks``, counted from 0.
+    ``drop``: ``saved`` takes those of the model's folder; ``ranked`` the least sensitive ``budget`` (a share of all
+    blocks), in the order of the file ``sensitivity`` or of the model's folder.  ``blocks`` lists them, counted from 0.
     """
 
     drop: Literal["saved", "none", "all", "ranked"] = "saved"
@@ -293,13 +292,15 @@ class SPD:
 
     def __post_init__(self) -> None:
         if self.blocks is not None and (self.budget is not None or self.drop != "saved"):
-            raise ValueError("spd.blocks says which blocks drop: leave spd.budget and spd=none|all|ranked out")
+            raise ValueError("spd.blocks lists the blocks that drop: leave out spd.budget and spd=none|all|ranked")
         if self.drop in ("none", "all") and (self.budget is not None or self.sensitivity):
-            raise ValueError(f"spd={self.drop} has no use for spd.budget or spd.sensitivity: use spd=ranked")
+            raise ValueError(f"spd={self.drop} does not take spd.budget or spd.sensitivity: use spd=ranked")
         if self.budget is not None and not 0 <= self.budget <= 1:
             raise ValueError(f"spd.budget={self.budget}: use a share of the blocks, from 0 to 1")
         if self.sensitivity and self.budget is None:
-            raise ValueError("spd.sensitivity is an order of blocks: say with spd.budget how many drop, such as 0.5")
+            raise ValueError(
+                "spd.sensitivity gives an order of blocks: set spd.budget, such as 0.5, for the share that drops"
+            )
 
 
 BlockClass = Literal["ISB", "SB", "ESB"]
@@ -307,10 +308,10 @@ BlockClass = Literal["ISB", "SB", "ESB"]
 
 @dataclass(frozen=True)
 class Repair:
-    """How blocks learn to do without a reduction (arXiv 2502.20727, 4.2); configs/spd_adapt.yaml explains each field.
+    """Block-to-block repair of dropped reductions (arXiv 2502.20727, 4.2); configs/spd_adapt.yaml explains each field.
 
-    ``distil``, ``group`` and ``fit`` name classes of blocks; ``sequences`` of ``length`` tokens are learned from,
-    ``held_out`` more report errors, and grouping and fitting look at the first ``calibration_sequences``.
+    ``distil``, ``group`` and ``fit`` name classes of blocks.  Blocks learn from ``sequences`` of ``length`` tokens;
+    ``held_out`` more report errors; grouping and fitting use the first ``calibration_sequences``.
     """
 
     distil: tuple[BlockClass, ...]
@@ -332,7 +333,7 @@ class Repair:
             if getattr(self, name) <= 0:
                 raise ValueError(f"repair.{name}={getattr(self, name)}: use more than 0")
         if self.batch > self.sequences:
-            raise ValueError(f"repair.batch={self.batch} of repair.sequences={self.sequences}: take fewer a step")
+            raise ValueError(f"repair.batch={self.batch} of repair.sequences={self.sequences}: use a smaller batch")
         if self.calibration_sequences > self.sequences:
             raise ValueError(
                 f"repair.calibration_sequences={self.calibration_sequences} is more than "
@@ -342,7 +343,7 @@ class Repair:
 
 @dataclass(frozen=True)
 class JointRepair:
-    """How repaired blocks then learn together: ``steps`` of ``batch`` sequences; the state is saved every so many."""
+    """Joint distillation of repaired blocks: ``steps`` of ``batch`` sequences, saved every ``save_every`` steps."""
 
     steps: int
     batch: int

@@ -1,4 +1,4 @@
-"""What this machine's kernel and links do, in under a minute: the hardware file of ``context.strategy=auto``.
+"""Measure this machine's kernel and links, in under a minute: the hardware file of ``context.strategy=auto``.
 
 python -m recipes.calibrate out=laptop.yaml
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CalibrateSettings:
-    """The settings of configs/calibrate.yaml that are not a section of their own."""
+    """Settings of configs/calibrate.yaml outside any section."""
 
     out: str
     kernel: Literal["auto", "reference", "flash_cpu", "flash_cuda", "cudnn", "flash_attn"] = "auto"
@@ -54,7 +54,7 @@ def run_rank(rank: Rank, target: Target) -> Hardware:
 
 
 def show(on: Hardware) -> None:
-    """The constants, in the units that people think in."""
+    """Print the constants in common units."""
     table = Table(show_header=False, box=None)
     table.add_row("attention, wide blocks", f"{on.flops / 1e9:,.1f} GFLOP/s a rank")
     table.add_row("keys and values, few rows", f"{on.kv_bytes_per_s / 1e9:,.2f} GB/s a rank")

@@ -27,7 +27,7 @@ from longctx.data.turns import UserTurn, turn_tokens, turns_from
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank, rank_from_environment
 from recipes.calibrate import measure_ring
-from recipes.common.cli import console, main, on_ranks, refuse_unwritable, warm_up_ranks, written
+from recipes.common.cli import console, main, on_ranks, refuse_unwritable, warm_up_ranks, write_result
 from recipes.common.hardware_file import read_hardware, refuse_other_threads
 from recipes.common.manifest import record
 from recipes.common.progress import Progress
@@ -272,7 +272,7 @@ def task(config: DictConfig) -> None:
         return
     if job.settings.out:
         metadata = {"model": target.model.name, "mesh": vars(target.mesh), "context": vars(target.context)}
-        written(job.settings.out, {**metadata, **provenance(), "turns": turns})
+        write_result(job.settings.out, {**metadata, **provenance(), "turns": turns})
     if refused := [number for number, turn in enumerate(turns, 1) if "error" in turn]:
         console.print(f"refused: turn {', '.join(map(str, refused))} of {len(turns)}")
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""A checkpoint of a run, made on any mesh, becomes a Hugging Face folder that transformers loads.
+"""Export a checkpoint, written on any mesh, to a Hugging Face folder that transformers loads.
 
 python -m recipes.export checkpoint=outputs/tiny to=outputs/tiny/hf
 """
@@ -19,68 +19,69 @@ from recipes.common.settings import top_level
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """The settings of configs/export.yaml."""
+    """Settings of configs/export.yaml."""
 
     checkpoint: str
     to: str
 
 
 def checkpoint_of(name: str) -> Path:
-    """The checkpoint that ``name`` is, or the last whole one of the run that it is.  ValueError if there is none."""
+    """Return the checkpoint ``name``, or the last whole one of the run ``name``.  Raises ValueError if none is."""
     given = Path(name).expanduser().resolve()
     if (given / PLAN).is_file():
         raise ValueError(
-            f"checkpoint={name} drops reductions between tensor-parallel ranks, which is no function of a single rank, "
-            f"so transformers cannot run it: use model={name} here; with nothing dropped its function is its source's"
+            f"checkpoint={name} drops reductions between tensor-parallel ranks, so its output depends on the mesh and "
+            f"transformers cannot run it: use model={name} here, or export the model it was adapted from"
         )
     if (given / checkpoint_index.RUN).is_file():
         if wrong := checkpoint_index.fault_of(given):
-            raise ValueError(f"checkpoint={name} is torn: {wrong}; give another of the run, or the run's folder")
+            raise ValueError(f"checkpoint={name} is corrupt: {wrong}; give another checkpoint, or the run's folder")
         return given
     place, passed = checkpoint_index.latest(given / "checkpoints")
     if not place:
         why = f" ({'; '.join(passed)})" if passed else ""
-        raise ValueError(f"checkpoint={name} is no checkpoint, and no run that has one{why}: give the out= of a run")
+        raise ValueError(f"checkpoint={name} is neither a checkpoint nor a run with one{why}: give the out= of a run")
     return place
 
 
-def run_rank(rank: Rank, place: Path, described: Path, dtype: str, to: Path) -> None:
-    """Load on one rank, write."""
+def run_rank(rank: Rank, checkpoint_folder: Path, scratch: Path, dtype: str, to: Path) -> None:
+    """Load the checkpoint on one rank and write it."""
     from longctx.hf.config import shape_of
     from longctx.megatron.hf_io import export
     from longctx.megatron.model import build_model
     from longctx.megatron.runtime import runtime
     from longctx.megatron.training import checkpoint
 
-    shape = shape_of(described)
-    with runtime(rank, Mesh(), training=True) as here:
-        net = build_model(shape, here.groups, dtype=getattr(torch, dtype), layers="local", device=torch.device("cpu"))
-        checkpoint.load_weights(place, net)
-        export.save(net, shape, to, described)
+    shape = shape_of(scratch)
+    with runtime(rank, Mesh(), training=True) as groups:
+        net = build_model(shape, groups.groups, dtype=getattr(torch, dtype), layers="local", device=torch.device("cpu"))
+        checkpoint.load_weights(checkpoint_folder, net)
+        export.save(net, shape, to, scratch)
 
 
 def prepare(config: DictConfig) -> tuple[Path, Path]:
-    """The checkpoint, and the folder to write.  Raises ValueError if one is not there, or the other is."""
+    """Return the checkpoint to read and the folder to write.  Raises ValueError if the folder exists already."""
     settings = top_level(config, ExportSettings)
     place, to = checkpoint_of(settings.checkpoint), Path(settings.to).expanduser()
     if to.exists():
-        raise ValueError(f"to={settings.to} is there already: give a folder that is not, or move it away")
+        raise ValueError(f"to={settings.to} exists already: give a new folder, or move this one away")
     return place, to
 
 
 def task(config: DictConfig) -> None:
-    """Refuse what cannot be done; export on one rank."""
+    """Check the configuration, then export on one rank."""
     warm_up_ranks(["longctx.megatron.training.checkpoint", "longctx.megatron.hf_io.export"])
     place, to = prepare(config)
-    told = checkpoint_index.about(place)
-    if dropped := told["config"].get("dropped"):
+    metadata = checkpoint_index.about(place)
+    if dropped := metadata["config"].get("dropped"):
         raise ValueError(
-            f"{place} drops reductions of blocks {dropped[1:]} between {dropped[0]} tensor-parallel ranks, which is "
-            "no function of a single rank, so transformers cannot run it: train with spd=none for a model to export"
+            f"{place} drops reductions of blocks {dropped[1:]} between {dropped[0]} tensor-parallel ranks, so its "
+            "output depends on the mesh and transformers cannot run it: train with spd=none for a model to export"
         )
-    run_ranks(1, run_rank, place, place.parents[1] / "model", told["config"]["model"]["dtype"], to)
+    run_ranks(1, run_rank, place, place.parents[1] / "model", metadata["config"]["model"]["dtype"], to)
     console.print(
-        f"step {told['step']} of {place.parents[1]} written to {to}: AutoModelForCausalLM.from_pretrained({str(to)!r})"
+        f"step {metadata['step']} of {place.parents[1]} written to {to}: "
+        f"AutoModelForCausalLM.from_pretrained({str(to)!r})"
     )
 
 

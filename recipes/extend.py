@@ -1,9 +1,9 @@
-"""A model goes on learning, at a longer context.
+"""Train a model further, at a longer context.
 
     python -m recipes.extend mesh.ring=2 data=text data.sources=[{path:books/}] out=outputs/longer
 
-Weights from Hugging Face or GGUF, the base or the scale of the rotary embedding changed, packed long documents.
-The same command again goes on behind the last checkpoint; recipes.export writes what transformers loads.
+Starts from Hugging Face or GGUF weights, with the base or the scale of the rotary embedding changed, on packed long
+documents.  The same command again resumes after the last checkpoint; recipes.export writes a folder for transformers.
 """
 
 from omegaconf import DictConfig
@@ -17,12 +17,12 @@ from recipes.pretrain import WARM
 
 
 def prepare(config: DictConfig) -> TrainJob:
-    """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
+    """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
     return resolve_train_job(config, "recipes.extend", from_scratch=False)
 
 
 def task(config: DictConfig) -> None:
-    """Refuse what cannot be done; run the ranks; show what the first one gives."""
+    """Check the configuration, train on all ranks, and show how the run ended."""
     warm_up_ranks([*WARM, "recipes.common.train_loop"])
     job = prepare(config)
     refuse_other_threads(job.settings.hardware, job.target.run.threads, job.target.mesh)

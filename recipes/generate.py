@@ -22,7 +22,7 @@ from longctx.data.prompt import prompt_tokens
 from longctx.data.turns import turns_from
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank
-from recipes.common.cli import console, main, on_ranks, refuse_unwritable, warm_up_ranks, written
+from recipes.common.cli import console, main, on_ranks, refuse_unwritable, warm_up_ranks, write_result
 from recipes.common.manifest import record
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
@@ -302,7 +302,7 @@ def task(config: DictConfig) -> None:
     result = describe(job, figures)
     show(result)
     if job.settings.out:
-        written(job.settings.out, result)
+        write_result(job.settings.out, result)
 
 
 if __name__ == "__main__":

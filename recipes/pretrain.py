@@ -1,8 +1,8 @@
-"""A model from scratch, on any mesh.
+"""Train a model from scratch, on any mesh.
 
     python -m recipes.pretrain experiment=pretrain/tiny mesh.ring=2 steps=20 out=outputs/tiny
 
-Writes ``out/metrics.jsonl``, a line a step, and checkpoints; the same command again goes on behind the last one.
+Writes ``out/metrics.jsonl``, one line per step, and checkpoints; the same command again resumes after the last one.
 """
 
 from omegaconf import DictConfig
@@ -20,17 +20,17 @@ WARM = [
     "longctx.train.step",
     "longctx.train.track",
     "longctx.train.meter",
-    "transformers.models.auto.tokenization_auto",  # seconds, and every rank tokenises
+    "transformers.models.auto.tokenization_auto",  # takes seconds to import, and every rank tokenizes
 ]
 
 
 def prepare(config: DictConfig) -> TrainJob:
-    """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
+    """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
     return resolve_train_job(config, "recipes.pretrain", from_scratch=True)
 
 
 def task(config: DictConfig) -> None:
-    """Refuse what cannot be done; run the ranks; show what the first one gives."""
+    """Check the configuration, train on all ranks, and show how the run ended."""
     warm_up_ranks([*WARM, "recipes.common.train_loop"])
     job = prepare(config)
     refuse_other_threads(job.settings.hardware, job.target.run.threads, job.target.mesh)

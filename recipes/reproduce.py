@@ -1,9 +1,9 @@
-"""A run once more, as its manifest says, and whether the same comes out.
+"""Run a run again, as its manifest states, and compare the results.
 
     python -m recipes.reproduce DIR
 
-The new run is beside it, in DIR-again, as is the session that a conversation saves.  Exit code 1 if its final figures
-are others.
+The new run, and the session that a conversation saves, are written to DIR-again.  Exit code 1 if the final figures
+differ.
 """
 
 import os
@@ -19,19 +19,19 @@ from recipes.common.manifest import folder_of, manifest_of
 from recipes.common.provenance import ROOT
 from recipes.compare import agree, differing, final_figures, is_measured, settings_of, table_of
 
-WITHIN = 1e-6  # relative: another machine sums in another order
+WITHIN = 1e-6  # relative: another machine sums in a different order
 
 
-def again(run: str) -> str:
-    """Run it once more; the ``out`` of the new run.  ValueError for what is no run, `RankFailed` if it fails now."""
+def run_again(run: str) -> str:
+    """Run ``run`` again and return the new ``out``.  Raises ValueError if it is not a run, `RankFailed` if it fails."""
     manifest = manifest_of(run)
     folder = folder_of(Path(run).expanduser()).resolve()
     beside = _free(folder)
     out = beside / Path(manifest["out"]).name if is_file_name(manifest["out"]) else beside
     words = [word for word in manifest["overrides"] if not word.startswith("out=")]
-    # A job's code is in its run's folder; of a sweep, in the folder of all its runs.
+    # A Slurm job keeps its code in the run's folder; a sweep keeps it in the folder above.
     source = next((at / "code" for at in (folder, folder.parent) if (at / "code" / "recipes").is_dir()), ROOT)
-    command = [sys.executable, "-m", manifest["module"], *words, f"out={out}", *_own_session(run, manifest, beside)]
+    command = [sys.executable, "-m", manifest["module"], *words, f"out={out}", *_session_beside(run, manifest, beside)]
     environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONSAFEPATH": "1"}
     where = manifest["folder"] if Path(manifest["folder"]).is_dir() else None
     code = subprocess.run(command, env=environment, cwd=where, check=False).returncode
@@ -40,19 +40,21 @@ def again(run: str) -> str:
     return str(out)
 
 
-def _own_session(run: str, manifest: Mapping[str, Any], beside: Path) -> list[str]:
-    """The setting that saves a conversation ``beside`` and not over its session; none where none was saved.
+def _session_beside(run: str, manifest: Mapping[str, Any], beside: Path) -> list[str]:
+    """Return the setting that saves a conversation's session in ``beside``, if the run saved one.
 
-    Raises ValueError if the session that it went on from is no more.
+    Raises ValueError if the run overwrote the session that it resumed.
     """
-    kept = manifest["config"].get("session") or {}
-    if not kept.get("save"):
+    session = manifest["config"].get("session") or {}
+    if not session.get("save"):
         return []
-    load, save = (Path(manifest["folder"], Path(kept[name] or "").expanduser()).resolve() for name in ("load", "save"))
-    if kept["load"] and load == save:
+    load, save = (
+        Path(manifest["folder"], Path(session[name] or "").expanduser()).resolve() for name in ("load", "save")
+    )
+    if session["load"] and load == save:
         raise ValueError(
-            f"{run} saved its session over the one that it went on from, session.load={kept['load']}, which cannot be "
-            "gone on from again: give a run that is to be reproduced another session.save"
+            f"{run} saved its session over the one that it resumed, session.load={session['load']}, which "
+            "is lost: give runs that are to be reproduced another session.save"
         )
     return [f"session.save={beside / 'session'}"]
 
@@ -66,20 +68,20 @@ def _free(folder: Path) -> Path:
 
 
 def reproduce(runs: Sequence[str]) -> None:
-    """Run ``runs`` again, one after the other, and compare; exit code 1 if one does not give the same."""
+    """Run each of ``runs`` again and compare; exit with code 1 if the results of one differ."""
     if not runs:
-        raise ValueError("say which run: python -m recipes.reproduce DIR")
-    same = [_reproduced(run) for run in runs]
+        raise ValueError("give a run: python -m recipes.reproduce DIR")
+    same = [_reproduce(run) for run in runs]
     if not all(same):
         sys.exit(1)
 
 
-def _reproduced(run: str) -> bool:
-    was = final_figures(run)  # refuses a run without any, before it takes its time again
-    new = again(run)
+def _reproduce(run: str) -> bool:
+    was = final_figures(run)  # raises for a run without figures before it is run again
+    new = run_again(run)
     now = final_figures(new)
     if changed := differing([settings_of(run), settings_of(new)]):
-        console.print(f"not as it was: {', '.join(changed)}")
+        console.print(f"changed since: {', '.join(changed)}")
     names = [name for name in {**was, **now} if not is_measured(name)]
     off = [name for name in names if not agree(was.get(name), now.get(name), WITHIN)]
     shown = off or [name for name in names if not isinstance(was.get(name), list)]

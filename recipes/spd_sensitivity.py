@@ -22,7 +22,7 @@ from longctx.spd.plan import ranked
 from longctx.spd.sensitivity import kind_of, perplexities, scores, suffix_sums
 from longctx.spd.text import PackedText
 from longctx.train.stop import StopRequest
-from recipes.common.cli import console, is_first, leave_stopped, main, on_every_rank, say, warm_up_ranks, written
+from recipes.common.cli import console, is_first, leave_stopped, main, on_every_rank, say, warm_up_ranks, write_result
 from recipes.common.manifest import record
 from recipes.common.plots import draw_bars
 from recipes.common.progress import Progress
@@ -171,7 +171,7 @@ def summed_up(job: SensitivityJob, sums: list[list[float]]) -> dict[str, Any]:
 
 def keep(job: SensitivityJob, result: dict[str, Any]) -> None:
     """Write the file and the picture."""
-    written(str(job.file), result)
+    write_result(str(job.file), result)
     blocks = result["blocks"]
     draw_bars(
         str(job.out / "sensitivity.svg"),

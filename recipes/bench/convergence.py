@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from omegaconf import DictConfig, OmegaConf
 
 from longctx.config import Mesh
-from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
 from recipes.common.plots import draw_lines
 from recipes.common.provenance import provenance
 from recipes.common.settings import top_level
@@ -96,7 +96,7 @@ def task(config: DictConfig) -> None:
             "one_rank": one_rank.losses,
             "mesh_loss": on_mesh.losses,
         }
-        written(settings.json, result)
+        write_result(settings.json, result)
     if settings.picture:
         draw_lines(
             settings.picture,

@@ -28,7 +28,7 @@ from longctx.parallel.launch import Rank
 from recipes.bench.hosts import is_host, refuse_hosts, run_on_hosts
 from recipes.bench.timing import make_random_cache, measure_in_rounds, read_tokens, time_on_ranks
 from recipes.calibrate import measure_ring
-from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, write_result
 from recipes.common.hardware_file import read_hardware, refuse_other_threads
 from recipes.common.plots import draw_lines
 from recipes.common.progress import Progress
@@ -253,7 +253,7 @@ def report(job: CrossoverJob, hardware: Hardware, times: Sequence[MissRateTimes]
     links = {"mesh": str(target.mesh), "hosts": settings.hosts, "rate": settings.rate if settings.hosts else None}
     if settings.out:
         inputs = {"model": target.model.name, **links, "total": settings.total, "hardware": asdict(hardware)}
-        written(settings.out, {**provenance(), **inputs, "rows": [asdict(row) for row in rows]})
+        write_result(settings.out, {**provenance(), **inputs, "rows": [asdict(row) for row in rows]})
     if settings.fitted:
         measured = {"threads": target.run.threads, "model": target.model.name, "dtype": target.model.dtype}
         file = {"measured": {**provenance(), **links, **measured}, **asdict(hardware)}

@@ -17,7 +17,7 @@ from rich.table import Table
 from longctx.config import Context, Sampling
 from longctx.parallel.launch import Rank
 from recipes.bench.timing import barrier, make_random_cache, measure_in_rounds, measure_seconds
-from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, write_result
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
 from recipes.common.settings import top_level
@@ -170,4 +170,4 @@ def task(config: DictConfig) -> None:
     show(times)
     if job.settings.out:
         inputs = {"model": job.target.model.name, "mesh": str(job.target.mesh), "cached": job.settings.cached}
-        written(job.settings.out, {**provenance(), **inputs, "rows": [asdict(of_batch) for of_batch in times]})
+        write_result(job.settings.out, {**provenance(), **inputs, "rows": [asdict(of_batch) for of_batch in times]})

@@ -30,7 +30,7 @@ from longctx.parallel.strategy import STRATEGIES, ring_attention
 from longctx.parallel.threads import ThreadWorld, run_threads
 from longctx.shapes import Keys, Queries, Tensor
 from recipes.bench.timing import read_tokens, refuse_beyond_model
-from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, write_result
 from recipes.common.plots import draw_lines
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
@@ -291,7 +291,7 @@ def task(config: DictConfig) -> None:
     if settings.out:
         inputs = {"model": name, "tokens": settings.tokens, "ranks": settings.ranks}
         table_rows = [asdict(each) for each in layers]
-        written(settings.out, {**provenance(), **inputs, "gradient_ranks": settings.gradient_ranks, "rows": table_rows})
+        write_result(settings.out, {**provenance(), **inputs, "gradient_ranks": settings.gradient_ranks, "rows": table_rows})
     if settings.picture:
         title = f"{name}, bfloat16, {settings.tokens:,} tokens, {len(layers)} layers"
         draw(layers, settings, title, settings.picture)

@@ -20,7 +20,7 @@ from rich.table import Table
 from longctx.attention.layout import zigzag
 from longctx.parallel.launch import Rank
 from recipes.bench.timing import append_random_rows, measure_in_rounds, time_on_ranks
-from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, write_result
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
 from recipes.common.settings import top_level
@@ -168,4 +168,4 @@ def task(config: DictConfig) -> None:
             "cached": settings.cached,
             "new": settings.new,
         }
-        written(settings.out, {**provenance(), **inputs, "rows": [asdict(each) for each in times]})
+        write_result(settings.out, {**provenance(), **inputs, "rows": [asdict(each) for each in times]})

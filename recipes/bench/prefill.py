@@ -24,7 +24,7 @@ from longctx.parallel.comm import Comm, CompletedPending, Pending, Shape, Traffi
 from longctx.parallel.launch import Rank
 from longctx.shapes import Tensor
 from recipes.bench.timing import measure_in_rounds, read_tokens, time_on_ranks
-from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, write_result
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
 from recipes.common.settings import top_level
@@ -246,4 +246,4 @@ def task(config: DictConfig) -> None:
     if job.settings.out:
         layers = job.settings.layers or job.target.shape.layers
         measured = [asdict(each) for each in figures]
-        written(job.settings.out, {**provenance(), "layers": layers, "measured": measured})
+        write_result(job.settings.out, {**provenance(), "layers": layers, "measured": measured})

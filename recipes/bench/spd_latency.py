@@ -28,7 +28,7 @@ from recipes.bench.timing import (
     read_tokens,
     refuse_beyond_model,
 )
-from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, write_result
 from recipes.common.plots import draw_lines
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
@@ -278,7 +278,7 @@ def report(job: LatencyJob, times: LatencyTimes) -> None:
     if settings.out:
         inputs = {"model": target.model.name, "mesh": str(target.mesh), "hosts": settings.hosts, **nominal}
         result = {**inputs, **asdict(times.links), "tokens": settings.tokens, **provenance()}
-        written(settings.out, {**result, "rows": [asdict(row) for row in rows]})
+        write_result(settings.out, {**result, "rows": [asdict(row) for row in rows]})
     if settings.picture:
         links = f"{settings.rate}, {settings.latency_us:g} us" if settings.hosts else "loopback"
         draw(rows, job, links, settings.picture)

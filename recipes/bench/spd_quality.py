@@ -20,7 +20,7 @@ from longctx.parallel.launch import Rank
 from longctx.shapes import Float, Tensor
 from longctx.spd.plan import SPDPlan, order_from, saved_plan, within
 from longctx.spd.text import PackedText
-from recipes.common.cli import console, on_ranks, say, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, say, warm_up_ranks, write_result
 from recipes.common.plots import draw_lines
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
@@ -292,5 +292,5 @@ def task(config: DictConfig) -> None:
     }
     show(losses, job.settings.shares)
     inputs = {"model": job.target.model.name, "tp": job.target.mesh.tp, "shares": job.settings.shares}
-    written(str(Path(job.settings.out, "quality.json")), {**inputs, "texts": texts, **provenance()})
+    write_result(str(Path(job.settings.out, "quality.json")), {**inputs, "texts": texts, **provenance()})
     draw(losses, job)

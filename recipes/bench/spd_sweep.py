@@ -22,7 +22,7 @@ from longctx.spd.sensitivity import perplexities, scores, sensitivity
 from longctx.spd.text import PackedText
 from recipes.bench.spd_quality import mean_loss
 from recipes.bench.timing import measure_seconds
-from recipes.common.cli import console, on_ranks, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
 from recipes.common.settings import top_level
@@ -111,4 +111,4 @@ def task(config: DictConfig) -> None:
         f"{times.plain_s / times.kept_s:.2f} times faster; scores differ by at most {times.largest_difference:.1e}"
     )
     metadata = measurement_metadata(job.target, job.text, job.data)
-    written(str(Path(job.settings.out, "sweep.json")), {**metadata, **asdict(times), **provenance()})
+    write_result(str(Path(job.settings.out, "sweep.json")), {**metadata, **asdict(times), **provenance()})

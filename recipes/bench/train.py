@@ -23,11 +23,11 @@ from longctx.parallel.validate import refuse_unfit, refuse_unused
 from longctx.shapes import Tensor
 from recipes.bench import peers
 from recipes.bench.timing import barrier, gather_numbers, measure_in_rounds, measure_seconds, time_on_ranks
-from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, written
+from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
 from recipes.common.provenance import provenance
 from recipes.common.settings import sections, top_level
 from recipes.common.train_job import TrainJob, resolve_train_job
-from recipes.common.train_loop import built
+from recipes.common.train_loop import build_state
 from recipes.pretrain import WARM
 
 RECIPE = "recipes.bench train"
@@ -147,7 +147,7 @@ def time_steps(rank: Rank, job: TrainJob, rounds: int) -> StepTimes:
 
     target, context = job.target, job.target.context
     with target.runtime(rank, training=True) as runtime:
-        trained, saved = built(runtime, job), SavedActivations()
+        trained, saved = build_state(runtime, job), SavedActivations()
         kernel = kernel_for(context.kernel, "cpu", target.model.dtype)
         sharding = Sharding(job.data.length, context.layout, kernel, STRATEGIES[context.strategy])
         batches = training_batches(job.data, tokenizer_of(target.folder))(None)
@@ -251,4 +251,4 @@ def task(config: DictConfig) -> None:
             "steps": [{"mesh": mesh, **asdict(each)} for mesh, each in steps],
             "attention": asdict(attention),
         }
-        written(settings.json, result)
+        write_result(settings.json, result)

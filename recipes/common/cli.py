@@ -1,7 +1,7 @@
-"""How a recipe starts: the command line becomes a typed configuration, an error a line and an exit code.
+"""The start of a recipe: compose the configuration, run the task on its ranks, turn errors into exit codes.
 
-Exit codes: 0 done; 2 the command line asks for what cannot be done (nothing was started); 1 a rank failed;
-3 done, and a gate of eval failed; 75 asked to stop (SIGUSR1), and saved: the same command goes on.
+Exit codes: 0 done; 1 a rank failed; 2 the command line was refused (nothing was started); 3 done, but an evaluation's
+gate failed; 75 stopped on request (SIGUSR1) after saving: the same command resumes.
 """
 
 import json
@@ -29,8 +29,8 @@ from recipes.common.overrides import CONFIGS, as_overrides
 from recipes.common.renamed import rename_settings
 
 GATE_FAILED = 3
-STOPPED = 75  # the exit code of a run that goes on later; EX_TEMPFAIL of sysexits.h
-# A file has no width: tables are not to be cut there.
+STOPPED = 75  # stopped on request, to be resumed; EX_TEMPFAIL of sysexits.h
+# Tables must not be cut where stderr is a file.
 console = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else 140)
 
 
@@ -72,7 +72,7 @@ def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def own_out(out: str, number: int | str) -> str:
-    """``out`` of run ``number`` of a sweep: a folder of its own in it, or, of a file, beside it."""
+    """Return the ``out`` of run ``number`` of a sweep: ``out``/NUMBER, or for a file, NUMBER/file beside it."""
     given = Path(out)
     return str(given.parent / str(number) / given.name) if is_file_name(out) else str(given / str(number))
 
@@ -83,7 +83,7 @@ def is_file_name(out: str) -> bool:
 
 
 def _with_own_out(config: DictConfig, words: Sequence[str]) -> DictConfig:
-    """``config``; in a sweep (--multirun) with an ``out`` that no other run of it writes to."""
+    """Give each run of a sweep (--multirun) a separate ``out``, unless the sweep lists them."""
     hydra_config = HydraConfig.get()
     has_own = any(word.startswith("out=") and "," in word for word in words)
     if hydra_config.mode == RunMode.MULTIRUN and config.get("out") and not has_own:
@@ -92,19 +92,16 @@ def _with_own_out(config: DictConfig, words: Sequence[str]) -> DictConfig:
 
 
 def on_ranks(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
-    """What rank 0 gives back from ``rank_main(rank, *args)`` on every rank of ``mesh``; None where `is_first` is not.
+    """Run ``rank_main(rank, *args)`` on every rank of ``mesh``; return the first rank's result, None on other ranks.
 
-    ValueError if a launcher started another number of ranks.
+    Raises ValueError if a launcher started another number of ranks than ``mesh`` has.
     """
-    given = on_every_rank(mesh, rank_main, *args)
-    return given if is_first() else None
+    result = on_every_rank(mesh, rank_main, *args)
+    return result if is_first() else None
 
 
 def on_every_rank(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
-    """The same, where this process is one of the ranks (under torchrun or srun) giving what its own gives back.
-
-    Otherwise local ranks are started.
-    """
+    """Like `on_ranks`, but under torchrun or srun every process returns the result of its own rank."""
     here = rank_from_environment(os.environ)
     if here is None:
         return run_ranks(mesh.ranks, rank_main, *args)[0]
@@ -116,42 +113,42 @@ def on_every_rank(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
     try:
         return rank_main(here, *args)
     except ValueError as error:
-        # Not the command line's fault any more: let the launcher have the traceback.
+        # The command line was accepted, so this is a failure: give the launcher the traceback.
         raise RuntimeError(f"rank {here.rank} of {here.world_size} failed") from error
 
 
 def leave_stopped() -> NoReturn:
-    """End as a run that was asked to stop (SIGUSR1), and did."""
-    say("stopped, as asked: the same command goes on")
+    """Exit as a run that stopped on request (SIGUSR1)."""
+    say("stopped, as asked: the same command resumes")
     sys.exit(STOPPED)
 
 
 def is_first() -> bool:
-    """Whether this process speaks for all ranks: it started them, or is the first that a launcher started."""
+    """Return True if this process prints and writes for all ranks: it starts them, or is a launcher's first rank."""
     here = rank_from_environment(os.environ)
     return here is None or here.rank == 0
 
 
 def warm_up_ranks(modules: Sequence[str]) -> None:
-    """Import ``modules`` ahead for local ranks, unless a launcher has started the ranks already."""
+    """Import ``modules`` ahead for local ranks; do nothing if a launcher has started the ranks."""
     if rank_from_environment(os.environ) is None:
         warm_up(modules)
 
 
 def say(line: str) -> None:
-    """Print ``line`` for the user, once however many ranks a launcher started."""
+    """Print ``line`` to the user from the first rank only."""
     if is_first():
         console.print(line)
 
 
-def threads_for(asked: int | None, rank: Rank) -> int:
-    """Threads of a rank: as asked for, or the cores that this machine's ranks share."""
-    return asked or max(1, len(os.sched_getaffinity(0)) // rank.local_world_size)
+def threads_for(threads: int | None, rank: Rank) -> int:
+    """Return the CPU threads of ``rank``: ``threads``, or an even share of this machine's cores."""
+    return threads or max(1, len(os.sched_getaffinity(0)) // rank.local_world_size)
 
 
-def threads_here(asked: int | None, mesh: Mesh) -> int:
-    """`threads_for` each rank of ``mesh`` that a launcher started on this machine, or that will be started here."""
-    return threads_for(asked, rank_from_environment(os.environ) or Rank(0, mesh.ranks, 0, mesh.ranks, ""))
+def threads_here(threads: int | None, mesh: Mesh) -> int:
+    """Return `threads_for` a rank of ``mesh`` on this machine, whether a launcher started it or a recipe will."""
+    return threads_for(threads, rank_from_environment(os.environ) or Rank(0, mesh.ranks, 0, mesh.ranks, ""))
 
 
 def refuse_unwritable(out: str | None, name: str = "out") -> None:
@@ -179,8 +176,8 @@ def nearest_existing(path: Path) -> Path:
     return next(each for each in (path, *path.absolute().parents) if each.exists())
 
 
-def written(out: str, result: Mapping[str, Any]) -> None:
-    """Write ``result`` as JSON, a line a key, and say so."""
+def write_result(out: str, result: Mapping[str, Any]) -> None:
+    """Write ``result`` to ``out`` as JSON, one line per key."""
     lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
     partial = Path(f"{out}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -190,14 +187,14 @@ def written(out: str, result: Mapping[str, Any]) -> None:
 
 
 def reporting(work: Callable[[], Any]) -> Any:
-    """What ``work`` gives; its failures become a line and an exit code."""
+    """Return the result of ``work``; turn its failures into one line and an exit code."""
     try:
         return work()
     except ValueError as error:
         console.print(f"[bold red]error[/]: {_escaped(error)}", soft_wrap=True)
         sys.exit(2)
     except RankFailed as failed:
-        console.show_cursor()  # the rank that drew the progress bar did not live to do it
+        console.show_cursor()  # the rank that hid it for its progress bar has died
         if failed.details:
             console.print(failed.details, markup=False, soft_wrap=True)
         console.print(f"[bold red]error[/]: {_escaped(failed)}", soft_wrap=True)

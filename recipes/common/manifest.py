@@ -1,4 +1,4 @@
-"""What exactly was run: ``manifest.json`` in the folder of a run, enough to run it again and to tell it from others."""
+"""``manifest.json`` in a run's folder: all that is needed to run it again and to tell it from other runs."""
 
 import hashlib
 import json
@@ -20,15 +20,14 @@ from longctx.train.track import MANIFEST
 from recipes.common.cli import is_file_name
 from recipes.common.provenance import ROOT, diff_of, hardware, provenance
 
-_WHOLE = 2**30  # bytes; of a larger file the size and both ends are hashed
-_END = 2**20
+_MAX_HASHED = 2**30  # bytes; a larger file is identified by its size and both ends
+_END = 2**20  # bytes
 
 
 def record(config: DictConfig, weights: Iterable[Path] = (), read: Iterable[Path] = ()) -> None:
-    """Write the manifest of the run that begins now, once however many ranks; nothing for a run without ``out``.
+    """Write the manifest of the run that begins now, from the first rank; a run without ``out`` has none.
 
-    ``weights`` are the folders of models that it begins with; ``read``, files that it reads besides those that its
-    settings name.
+    ``weights`` are the folders of the models it starts from; ``read`` are files that it reads and no setting names.
     """
     here = rank_from_environment(os.environ)
     if not config.get("out") or (here and here.rank):
@@ -58,25 +57,25 @@ def record(config: DictConfig, weights: Iterable[Path] = (), read: Iterable[Path
 
 
 def manifest_of(run: str) -> dict[str, Any]:
-    """The manifest of the run whose folder, or whose ``out``, ``run`` is.  ValueError if there is none."""
+    """Return the manifest of a run, given its folder or its ``out``.  Raises ValueError if there is none."""
     given = Path(run).expanduser()
     file = folder_of(given) / MANIFEST
     try:
         found: dict[str, Any] = json.loads(file.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{run} is no run: {file} cannot be read ({error}); give the folder of one") from error
+        raise ValueError(f"{run} is not a run: {file} cannot be read ({error}); give a run's folder") from error
     if is_file_name(run) and Path(found["out"]).name != given.name:
         raise ValueError(f"{run}: the last run in this folder wrote {found['out']}; give every run a folder of its own")
     return found
 
 
 def folder_of(out: Path) -> Path:
-    """The folder of a run whose ``out`` is that folder, or a file in it."""
+    """Return the folder of a run, whose ``out`` is that folder or a file in it."""
     return out.parent if is_file_name(str(out)) else out
 
 
 def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their names: ``mesh.ring``; those of a list of them by their number, too: ``turns.0.text``."""
+    """Return nested settings by dotted names: ``mesh.ring``; items of lists by number as well: ``turns.0.text``."""
     named: dict[str, Any] = {}
     for name, value in values.items():
         inner = _inner(value)
@@ -85,17 +84,17 @@ def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _inner(value: Any) -> Mapping[Any, Any]:
-    """What ``value`` has by name, or by number if it is a list of what has names; nothing of any other."""
+    """Return the children of ``value`` by name, or by number for a list of mappings; empty for a plain value."""
     if isinstance(value, list) and all(isinstance(one, Mapping) for one in value):
         return dict(enumerate(value))
     return value if isinstance(value, Mapping) else {}
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file; of a very large one, of its size and both ends, which is said."""
+    """Return ``sha256:`` and the digest of a file, or ``ends-sha256:`` and that of a large file's size and ends."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        if size <= _WHOLE:
+        if size <= _MAX_HASHED:
             return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
         head = file.read(_END)
         file.seek(-_END, os.SEEK_END)
@@ -103,7 +102,7 @@ def digest(path: Path) -> str:
 
 
 def _read_by(values: Mapping[str, Any]) -> Iterator[Path]:
-    """The files that a run's settings name: prompts, turns, those of its sources, long texts, orders of blocks."""
+    """Yield the files that a run's settings name: prompts, turns, data, long texts, sensitivity files."""
     data = values.get("data") or {}
     for source in [*(data.get("sources") or []), *(data.get("test") or [])]:
         if source.get("path"):
@@ -121,7 +120,7 @@ def _read_by(values: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def _module() -> str:
-    """The module that was started as ``python -m``."""
+    """Return the module that ``python -m`` started."""
     spec = sys.modules["__main__"].__spec__
     name = spec.name.removesuffix(".__main__") if spec else ""
     return name if name.startswith(("recipes.", "eval.")) else f"recipes.{HydraConfig.get().job.config_name}"

@@ -1,4 +1,4 @@
-"""What a figure was measured on, and with which source: it means nothing without."""
+"""Provenance of a figure: command, commit, machine and versions."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def provenance() -> dict[str, str]:
-    """Command, commit, processor, cores and versions of this run."""
+    """Return the command, commit, processor, cores and versions of this run."""
     return {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "commit": commit_of(ROOT),
@@ -28,9 +28,9 @@ def provenance() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine that a run's first rank is on, and its job where Slurm started it."""
+    """Return the machine of the run's first rank, and its Slurm job if there is one."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    slurm = {name.removeprefix("SLURM_").lower(): os.environ[name] for name in _OF_A_JOB if name in os.environ}
+    slurm = {name.removeprefix("SLURM_").lower(): os.environ[name] for name in _JOB_VARIABLES if name in os.environ}
     return {
         "host": socket.gethostname(),
         "processor": _processor(),
@@ -41,22 +41,28 @@ def hardware() -> dict[str, Any]:
     }
 
 
-_OF_A_JOB = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_PARTITION")
+_JOB_VARIABLES = (
+    "SLURM_JOB_ID",
+    "SLURM_ARRAY_JOB_ID",
+    "SLURM_ARRAY_TASK_ID",
+    "SLURM_JOB_NODELIST",
+    "SLURM_JOB_PARTITION",
+)
 
 
 def commit_of(source: Path) -> str:
-    """The commit of the source; a frozen copy has it in a file.
+    """Return the commit of ``source``, with ``-dirty`` and a digest of the changes if there are any.
 
-    ``-dirty`` and a digest of what has been changed, if it has been since.
+    A frozen copy, which has no git folder, keeps its commit in the file COMMIT.
     """
     if (source / "COMMIT").is_file():
         return (source / "COMMIT").read_text().strip()
-    named = _git(source, "describe", "--always", "--dirty", "--abbrev=12").strip() or "not a git checkout"
-    return f"{named}-{hashlib.sha256(diff_of(source).encode()).hexdigest()[:8]}" if named.endswith("-dirty") else named
+    name = _git(source, "describe", "--always", "--dirty", "--abbrev=12").strip() or "not a git checkout"
+    return f"{name}-{hashlib.sha256(diff_of(source).encode()).hexdigest()[:8]}" if name.endswith("-dirty") else name
 
 
 def diff_of(source: Path) -> str:
-    """What has been changed of the source since its commit, as a patch; and files that git does not know, by name."""
+    """Return the uncommitted changes of ``source`` as a patch, followed by the names of untracked files."""
     if (source / "COMMIT").is_file():
         return (source / "dirty.diff").read_text()
     new = _git(source, "ls-files", "--others", "--exclude-standard")
@@ -64,12 +70,11 @@ def diff_of(source: Path) -> str:
 
 
 def _git(source: Path, *words: str) -> str:
-    done = subprocess.run(["git", "-C", str(source), *words], capture_output=True, text=True, check=False)
-    return done.stdout
+    return subprocess.run(["git", "-C", str(source), *words], capture_output=True, text=True, check=False).stdout
 
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    named = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
-    return ", ".join(sorted(named)) or platform.processor() or platform.machine()
+    names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
+    return ", ".join(sorted(names)) or platform.processor() or platform.machine()

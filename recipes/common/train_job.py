@@ -1,4 +1,4 @@
-"""What a training run is asked to do, checked before any rank starts."""
+"""The job of a training run, checked before any rank starts."""
 
 import shutil
 import tempfile
@@ -20,7 +20,7 @@ from recipes.common.provenance import hardware, provenance
 from recipes.common.settings import as_dict, section, top_level
 from recipes.common.target import Target, resolve_target
 
-BYTES_OF_A_WEIGHT = 4 + 3 * 4  # itself, and in float32 the optimizer's copy and its two moments
+BYTES_PER_WEIGHT = 4 + 3 * 4  # the weight; in float32, the optimizer's copy and its two moments
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,19 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How often held-out text is measured, and on how much of it."""
+    """Evaluation on held-out text: every ``every`` steps (0: never), on ``batches``, by ``buckets`` of position."""
 
-    every: NonNegativeInt
-    batches: PositiveInt
-    buckets: PositiveInt
+    every: NonNegativeInt = 50
+    batches: PositiveInt = 2
+    buckets: PositiveInt = 4
 
 
 @dataclass(frozen=True)
 class Saving:
-    """How often a checkpoint is made, and how many stay."""
+    """Checkpoints: one every ``every`` steps, the last ``keep`` kept."""
 
-    every: PositiveInt
-    keep: PositiveInt
+    every: PositiveInt = 50
+    keep: PositiveInt = 2
 
 
 @dataclass(frozen=True)
@@ -143,13 +143,13 @@ def _refuse_untrainable(target: Target) -> None:
 
 
 def first_of(data: DataSettings, tokenizer: Any, dp: int) -> tuple[tuple[int, int, str], ...]:
-    """The first sequences as the model sees them: so many tokens, of so many documents, how the text begins.
+    """Return the first sequences as the model sees them: number of tokens, number of documents, how the text begins.
 
-    Raises ValueError for files that are not there or cannot be read, and for text that does not fill one batch.
+    Raises ValueError for files that are missing or cannot be read, and for text that does not fill one batch.
     """
     from longctx.data.batches import training_batches
 
-    training_batches(data, tokenizer, 0, dp)  # refuses ranks that would not be even
+    training_batches(data, tokenizer, 0, dp)  # raises unless data-parallel ranks get equal shares
     first = next(training_batches(data, tokenizer)(None), None)
     if first is None:
         raise ValueError(
@@ -161,7 +161,7 @@ def first_of(data: DataSettings, tokenizer: Any, dp: int) -> tuple[tuple[int, in
 
 
 def data_of(config: DictConfig) -> tuple[DataSettings, DataSettings | None]:
-    """What is trained on, and what is measured on, if anything is."""
+    """Return the training text, and the text to evaluate on, if there is one."""
     plain = OmegaConf.create({"data": {k: v for k, v in as_dict(config)["data"].items() if k != "test"}})
     data, test = section(plain, "data", DataSettings), OmegaConf.to_container(config.data.test, resolve=True)
     if not test:
@@ -171,7 +171,7 @@ def data_of(config: DictConfig) -> tuple[DataSettings, DataSettings | None]:
 
 
 def refuse_unsplit(mesh: Mesh, shape: ModelShape, data: DataSettings) -> None:
-    """ValueError unless stages get as many layers each, ranks as many sequences, and sequences fit model and mesh."""
+    """Raise ValueError unless pipeline stages get equal numbers of layers, and sequences fit the model and the mesh."""
     if shape.layers % mesh.pp:
         fit = [n for n in range(1, shape.layers + 1) if shape.layers % n == 0]
         nearest = min(fit, key=lambda n: (abs(n - mesh.pp), n))
@@ -213,39 +213,39 @@ def refuse_other_model(job: TrainJob) -> None:
 
 
 def refuse_no_room(job: TrainJob) -> None:
-    """ValueError unless ``out`` has room for the checkpoints that will be there at once, beside those that are."""
-    there = len(checkpoint_index.places(job.out / "checkpoints"))
-    needed = weights_of(job.target.shape) * BYTES_OF_A_WEIGHT * max(1, job.saving.keep + 1 - there)
+    """Raise ValueError unless the disk has room for the checkpoints that the run will keep at once."""
+    existing = len(checkpoint_index.places(job.out / "checkpoints"))
+    needed = weights_of(job.target.shape) * BYTES_PER_WEIGHT * max(1, job.saving.keep + 1 - existing)
     if (free := shutil.disk_usage(nearest_existing(job.out)).free) < needed:
         raise ValueError(
-            f"out={job.out} has {free / 1e9:.2f} GB free, the checkpoints that will be there at once take "
+            f"out={job.out} has {free / 1e9:.2f} GB free, the checkpoints that are kept at once take "
             f"{needed / 1e9:.2f} more: use another disk, or a lower checkpoint.keep"
         )
 
 
 def refuse_other_run(job: TrainJob) -> None:
-    """ValueError if the checkpoint to go on from is further than this run, began otherwise, or has another form."""
+    """Raise ValueError if the last checkpoint is beyond this run's steps, or is of a run with other settings."""
     place, _ = checkpoint_index.latest(job.out / "checkpoints")
     if not place:
         return
-    told = checkpoint_index.about(place)
-    if told["step"] > job.settings.steps:
+    metadata = checkpoint_index.about(place)
+    if metadata["step"] > job.settings.steps:
         raise ValueError(
-            f"steps={job.settings.steps}, {place} is behind step {told['step']}: use more, or another folder"
+            f"steps={job.settings.steps}, {place} is after step {metadata['step']}: use more steps, or another folder"
         )
-    if (begun := told["config"].get("begun")) != job.config["begun"]:
+    if (begun := metadata["config"].get("begun")) != job.config["begun"]:
         raise ValueError(f"{place} began with {begun}, this is {job.config['begun']}: give another out=")
-    now_dropped, was_dropped = job.config["dropped"], told["config"].get("dropped", [])
+    now_dropped, was_dropped = job.config["dropped"], metadata["config"].get("dropped", [])
     if was_dropped != now_dropped:
         was_so = f"mesh.tp={was_dropped[0]} spd.blocks={was_dropped[1:]}" if was_dropped else "spd=none"
-        raise ValueError(f"{place} was made with {was_so}: go on with that, or elsewhere")
-    was = {"optim.zero1": told["config"]["optim"]["zero1"], "model.dtype": told["config"]["model"]["dtype"]}
+        raise ValueError(f"{place} was made with {was_so}: use that, or another out=")
+    was = {"optim.zero1": metadata["config"]["optim"]["zero1"], "model.dtype": metadata["config"]["model"]["dtype"]}
     for name, now in (("optim.zero1", job.optim.zero1), ("model.dtype", job.target.model.dtype)):
         if was[name] != now:
-            raise ValueError(f"{place} was made with {name}={str(was[name]).lower()}: go on with that, or elsewhere")
+            raise ValueError(f"{place} was made with {name}={str(was[name]).lower()}: use that, or another out=")
 
 
 def weights_of(shape: ModelShape) -> int:
-    """Weights of a model of ``shape``, to within its norms and biases."""
+    """Return the number of weights of a model of ``shape``, without norms and biases."""
     heads = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
     return shape.layers * shape.hidden * (heads + 3 * shape.ffn) + (2 - shape.tied) * shape.vocab_size * shape.hidden

@@ -1,11 +1,13 @@
-"""What recipes.pretrain and recipes.extend share: every rank runs the same loop, and a run resumes."""
+"""The training loop of recipes.pretrain and recipes.extend: every rank runs it, from the last checkpoint on."""
+
+from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich.table import Table
@@ -17,156 +19,217 @@ from recipes.common.cli import STOPPED, console, say
 from recipes.common.progress import Progress
 from recipes.common.train_job import TrainJob
 
+if TYPE_CHECKING:
+    from longctx.data.batches import Batch
+    from longctx.megatron.runtime import Runtime
+    from longctx.megatron.training.optimizer import TrainState
+    from longctx.train.meter import Meter
+    from longctx.train.step import Sharding
 
-def run_rank(rank: Rank, job: TrainJob) -> dict[str, Any]:
-    """One rank's part of the run, from its last checkpoint on; the figures of its end."""
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: after ``step`` steps, with the data's resume state and the id of the run's record.
+
+    Records from ``first_record`` on are written anew; a new run rewrites record 0, its samples, as well.
+    """
+
+    step: int = 0
+    first_record: int = 0
+    data: Any = None
+    run_id: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainedStep:
+    """One step of the run: its figures, the data's resume state after it, and whether it ends the run."""
+
+    step: int
+    figures: dict[str, float | None]
+    data: Any
+    ends_run: bool
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The end of a run: its last step and loss (nats a token), its checkpoint, and whether it was asked to stop."""
+
+    step: int
+    loss: float
+    checkpoint: str
+    stopped: bool
+
+
+def run_rank(rank: Rank, job: TrainJob) -> RunResult:
+    """Train on one rank, from the last checkpoint on; return how the run ended (the first rank's result counts)."""
     from longctx.megatron.training.checkpoint import Checkpoints
     from longctx.train.track import start_tracking
 
-    stop = StopRequest()
-    settings, first = job.settings, rank.rank == 0
-    with job.target.runtime(rank, training=True) as here, Progress(shown=first) as progress:
+    stop, settings, first = StopRequest(), job.settings, rank.rank == 0
+    report = say if first else lambda _: None
+    with job.target.runtime(rank, training=True) as runtime, Progress(shown=first) as progress:
+        # 1. Build the model and its optimizer, and load the last checkpoint.
         progress.start("loading", None)
-        trained = built(here, job)
-        tell = say if first else lambda _: None
-        behind = resumed(trained, job, tell)
-        saved = Checkpoints(job.out / "checkpoints", job.saving.keep)
+        state = build_state(runtime, job)
+        start = resume(state, job, report)
+        checkpoints = Checkpoints(job.out / "checkpoints", job.saving.keep)
+        # 2. Open the run's record.
         tracker, run_id = start_tracking(
-            job.track, job.out, job.config, first=first, say=tell, step=behind["next"], run_id=behind["run_id"]
+            job.track, job.out, job.config, first=first, say=report, step=start.first_record, run_id=start.run_id
         )
-        if not behind["step"]:
+        if not start.step:
             tracker.table("samples", ("tokens", "documents", "text"), job.samples, 0)
-        progress.start("training, steps", settings.steps, done=behind["step"])
-        ended = {"step": behind["step"], "loss": math.nan}
-        for step, figures, data, last in steps(trained, here, job, behind, stop):
-            tracker.log(figures, step)
-            ended = {"step": step, "loss": figures["loss"]}
-            progress.step(note=f"loss {ended['loss']:.4f}, {figures['tokens_per_s']:,.0f} tokens/s")
-            if last or step % job.saving.every == 0:
-                saved.save(trained, step, {"data": data, "run_id": run_id, "config": dict(job.config)})
+        # 3. Train; save every so many steps and at the end.
+        progress.start("training, steps", settings.steps, done=start.step)
+        last_step, loss = start.step, math.nan
+        for done in train_steps(state, runtime, job, start, stop):
+            tracker.log(done.figures, done.step)
+            last_step, loss = done.step, float(done.figures["loss"] or 0.0)
+            progress.step(note=f"loss {loss:.4f}, {done.figures['tokens_per_s']:,.0f} tokens/s")
+            if done.ends_run or done.step % job.saving.every == 0:
+                metadata = {"data": done.data, "run_id": run_id, "config": dict(job.config)}
+                checkpoints.save(state, done.step, metadata)
             else:
-                saved.poll()
-        saved.poll(wait=True)
-        tracker.artifact(f"checkpoint-{run_id}", "checkpoint", saved.latest)
+                checkpoints.poll()
+        # 4. Wait for the last checkpoint, and close the record.
+        checkpoints.poll(wait=True)
+        tracker.artifact(f"checkpoint-{run_id}", "checkpoint", checkpoints.latest)
         tracker.finish()
-    if ended["step"] < settings.steps:
-        why = (
-            "stopped {}, as asked: the same command goes on" if stop.agreed_on else "the text ended {}: data.epochs={}"
-        )
-        tell(why.format(f"behind step {ended['step']}", job.data.epochs))
-    return {**ended, "checkpoint": str(saved.latest), "stopped": stop.agreed_on}
+    if last_step < settings.steps:
+        report(_why_early(job, last_step, stop))
+    return RunResult(last_step, loss, str(checkpoints.latest), stop.agreed_on)
 
 
-def built(here: Any, job: TrainJob) -> Any:
-    """The model on its ranks with its first weights, and its optimizer."""
+def _why_early(job: TrainJob, step: int, stop: StopRequest) -> str:
+    if stop.agreed_on:
+        return f"stopped after step {step}, as asked: the same command resumes"
+    return f"the text ended after step {step}: data.epochs={job.data.epochs}"
+
+
+def build_state(runtime: Runtime, job: TrainJob) -> TrainState:
+    """Return the model on its ranks, with the weights it begins with, and its optimizer."""
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.hf_io.init import RandomInit
     from longctx.megatron.training.optimizer import build_train_state
 
-    dropped = job.target.plan.dropped if job.target.plan else ()
-    read = hf_load.Weights(job.weights, dropped) if job.weights else RandomInit(job.target.shape, job.settings.seed)
+    target = job.target
+    dropped = target.plan.dropped if target.plan else ()
+    read = hf_load.Weights(job.weights, dropped) if job.weights else RandomInit(target.shape, job.settings.seed)
     return build_train_state(
-        here,
-        job.target.shape,
+        runtime,
+        target.shape,
         job.optim,
-        lambda net: hf_load.load(net, read, job.target.shape),
-        dtype=getattr(torch, job.target.model.dtype),
+        lambda net: hf_load.load(net, read, target.shape),
+        dtype=getattr(torch, target.model.dtype),
         layers="local",
         steps=job.settings.steps,
         recompute=job.settings.recompute,
-        plan=job.target.plan,
+        plan=target.plan,
     )
 
 
-def resumed(trained: Any, job: TrainJob, tell: Callable[[str], None]) -> dict[str, Any]:
-    """What was written with the last whole checkpoint, which ``trained`` then is; of a new run, where it begins.
-
-    ``next`` is the step from which on its record is written anew: of a new run the samples, before the first step, too.
-    """
+def resume(state: TrainState, job: TrainJob, report: Callable[[str], None]) -> Start:
+    """Load the last whole checkpoint into ``state`` and return where it left off; a new run starts at step 0."""
     from longctx.megatron.training import checkpoint
 
-    place, passed = checkpoint.agreed_on_all_ranks(job.out / "checkpoints")
-    for why in passed:
-        tell(f"passed over: {why}")
-    if not place:
-        return {"step": 0, "next": 0, "data": None, "run_id": None}
-    checkpoint.load(place, trained)
-    behind = checkpoint_index.about(place)
-    behind["next"] = behind["step"] + 1
-    tell(f"going on behind step {behind['step']}, from {place}")
-    return behind
+    folder, passed_over = checkpoint.agreed_on_all_ranks(job.out / "checkpoints")
+    for reason in passed_over:
+        report(f"passed over: {reason}")
+    if not folder:
+        return Start()
+    checkpoint.load(folder, state)
+    metadata = checkpoint_index.about(folder)
+    report(f"resuming after step {metadata['step']}, from {folder}")
+    return Start(metadata["step"], metadata["step"] + 1, metadata["data"], metadata["run_id"])
 
 
-def steps(
-    trained: Any, here: Any, job: TrainJob, behind: dict[str, Any], stop: StopRequest
-) -> Iterator[tuple[int, dict[str, Any], Any, bool]]:
-    """Train, step by step: its number, its figures, where the data stands behind it, and whether it is the last.
-
-    What is measured does not depend on whether the run was asked to stop there.
-    """
+def train_steps(
+    state: TrainState, runtime: Runtime, job: TrainJob, start: Start, stop: StopRequest
+) -> Iterator[TrainedStep]:
+    """Train, one step at a time.  A step's figures do not depend on whether the run is then asked to stop."""
     from longctx.attention.backends import checked_kernel
     from longctx.data.batches import left_out, training_batches
     from longctx.hf.config import tokenizer_of
     from longctx.parallel.measure.comm_timer import ExposedCommTimer, TimedComm
     from longctx.parallel.strategy import STRATEGIES
     from longctx.train.meter import Meter
-    from longctx.train.step import Sharding, train_step
+    from longctx.train.step import Sharding
 
-    part, parts, settings = here.groups.dp.rank(), here.groups.dp.size(), job.settings
-    kernel = checked_kernel(job.target.context.kernel, here.device, job.target.model.dtype, job.target.shape.head_dim)
-    strategy, keeping = STRATEGIES[job.target.context.strategy], settings.recompute != "none"
-    how = Sharding(job.data.length, job.target.context.layout, kernel, strategy, keeping)
-    waiting = ExposedCommTimer()
-    timed = replace(here, ulysses=TimedComm(here.ulysses, waiting), ring=TimedComm(here.ring, waiting))
-    meter = Meter(job.target.shape, job.target.mesh.ranks // parts, here.device, waiting, job.peak_flops)
-    held_out = _held_out(job, part, parts)
-    batches = training_batches(job.data, tokenizer_of(job.target.folder), part, parts)(behind["data"])
-    to_come = with_last(islice(batches, settings.steps - behind["step"]))
-    for step, ((batch, data), last) in enumerate(to_come, behind["step"] + 1):
-        meter.begin()
-        did = train_step(trained, batch, timed, how)
-        cost = meter.end([n for lengths in batch.lengths for n in lengths])
-        figures = {"loss": did.loss, "grad_norm": did.grad_norm, "tokens": did.tokens, "lr": did.rate, **cost.figures()}
-        figures |= {
-            "tokens_per_s": parts * cost.tokens / cost.seconds,
-            **{f"data/{count}": n for count, n in left_out(data).items()},
-        }
-        if held_out and (last or step % job.evaluation.every == 0):
-            figures |= measured(trained, held_out, here, how, job)
-        ends = last or stop.agreed_on_all_ranks(here.world, here.device)
-        yield step, figures, data, ends
-        if ends:
+    target, settings = job.target, job.settings
+    dp_rank, dp_size = runtime.groups.dp.rank(), runtime.groups.dp.size()
+    # 1. How sequences are sharded and attended to, and the clock of exposed communication.
+    kernel = checked_kernel(target.context.kernel, runtime.device, target.model.dtype, target.shape.head_dim)
+    strategy, keeps_answers = STRATEGIES[target.context.strategy], settings.recompute != "none"
+    sharding = Sharding(job.data.length, target.context.layout, kernel, strategy, keeps_answers)
+    timer = ExposedCommTimer()
+    timed = replace(runtime, ulysses=TimedComm(runtime.ulysses, timer), ring=TimedComm(runtime.ring, timer))
+    meter = Meter(target.shape, target.mesh.ranks // dp_size, runtime.device, timer, job.peak_flops)
+    # 2. The text.
+    held_out = _held_out(job, dp_rank, dp_size)
+    batches = training_batches(job.data, tokenizer_of(target.folder), dp_rank, dp_size)(start.data)
+    remaining = mark_last(islice(batches, settings.steps - start.step))
+    # 3. Step by step.
+    for step, ((batch, data), is_last) in enumerate(remaining, start.step + 1):
+        figures = _train_one(state, batch, timed, sharding, meter, dp_size)
+        figures |= {f"data/{name}": count for name, count in left_out(data).items()}
+        if held_out and (is_last or step % job.evaluation.every == 0):
+            figures |= evaluate_held_out(state, held_out, runtime, sharding, job)
+        ends_run = is_last or stop.agreed_on_all_ranks(runtime.world, runtime.device)
+        yield TrainedStep(step, figures, data, ends_run)
+        if ends_run:
             break
     stop.over()
 
 
-def with_last(items: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-    """Each of ``items``, and whether nothing follows."""
-    before: list[Any] = []
+def _train_one(
+    state: TrainState,
+    batch: Batch,
+    runtime: Runtime,
+    sharding: Sharding,
+    meter: Meter,
+    dp_size: int,
+) -> dict[str, float | None]:
+    from longctx.train.step import train_step
+
+    meter.begin()
+    result = train_step(state, batch, runtime, sharding)
+    cost = meter.end([n for lengths in batch.lengths for n in lengths])
+    figures = {"loss": result.loss, "grad_norm": result.grad_norm, "tokens": result.tokens, "lr": result.rate}
+    return {**figures, **cost.figures(), "tokens_per_s": dp_size * cost.tokens / cost.seconds}
+
+
+def mark_last(items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
+    """Yield each of ``items`` and whether it is the last."""
+    waiting: list[Item] = []
     for item in items:
-        if before:
-            yield before.pop(), False
-        before.append(item)
-    for item in before:
+        if waiting:
+            yield waiting.pop(), False
+        waiting.append(item)
+    for item in waiting:
         yield item, True
 
 
-def _held_out(job: TrainJob, part: int, parts: int) -> list[Any]:
+def _held_out(job: TrainJob, dp_rank: int, dp_size: int) -> list[Batch]:
     from longctx.data.batches import training_batches
     from longctx.hf.config import tokenizer_of
 
     if not job.test:
         return []
-    batches: Iterator[Any] = training_batches(job.test, tokenizer_of(job.target.folder), part, parts)(None)
+    batches = training_batches(job.test, tokenizer_of(job.target.folder), dp_rank, dp_size)(None)
     return [batch for batch, _ in islice(batches, job.evaluation.batches)]
 
 
-def measured(trained: Any, held_out: list[Any], here: Any, how: Any, job: TrainJob) -> dict[str, float | None]:
-    """Loss and perplexity of held-out text, over all of it and by position in the document."""
+def evaluate_held_out(
+    state: TrainState, held_out: list[Batch], runtime: Runtime, sharding: Sharding, job: TrainJob
+) -> dict[str, float | None]:
+    """Return loss and perplexity of held-out text: over all of it, and by the position in the document."""
     from longctx.train.step import evaluate
 
-    sums = evaluate(trained, held_out, here, how, job.evaluation.buckets)
-    edges = [job.data.length * (i + 1) // job.evaluation.buckets for i in range(job.evaluation.buckets)]
+    buckets = job.evaluation.buckets
+    sums = evaluate(state, held_out, runtime, sharding, buckets)
+    edges = [job.data.length * (i + 1) // buckets for i in range(buckets)]
     by_position = {
         f"eval/perplexity_to_{edge}": None if loss is None else math.exp(loss)
         for edge, loss in zip(edges, sums.means, strict=True)
@@ -174,14 +237,14 @@ def measured(trained: Any, held_out: list[Any], here: Any, how: Any, job: TrainJ
     return {"eval/loss": sums.mean, "eval/perplexity": math.exp(sums.mean), **by_position}
 
 
-def show(job: TrainJob, ended: dict[str, Any]) -> None:
-    """How a run ended, and what to do with it; one that was asked to stop ends with exit code 75."""
+def show(job: TrainJob, result: RunResult) -> None:
+    """Print how the run ended and how to export it; exit with code 75 if it was asked to stop."""
     table = Table(show_header=False, box=None)
-    table.add_row("step", f"{ended['step']:,} of {job.settings.steps:,}, on {job.target.mesh}")
-    table.add_row("loss", f"{ended['loss']:.4f}")
+    table.add_row("step", f"{result.step:,} of {job.settings.steps:,}, on {job.target.mesh}")
+    table.add_row("loss", f"{result.loss:.4f}")
     table.add_row("figures", str(job.out / "metrics.jsonl"))
-    table.add_row("checkpoint", ended["checkpoint"])
+    table.add_row("checkpoint", result.checkpoint)
     table.add_row("to transformers", f"python -m recipes.export checkpoint={job.out} to={job.out}/hf")
     console.print(table)
-    if ended["stopped"]:
+    if result.stopped:
         sys.exit(STOPPED)

@@ -61,7 +61,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         monkeypatch.setattr("sys.argv", [str(recipe.__file__), *argv])
         module = recipe.__name__.replace("recipes.bench.", "recipes.bench ").split()
         monkeypatch.setattr("sys.orig_argv", [sys.executable, "-m", *module, *argv])
-        name = recipe.__name__.removeprefix("recipes.").replace(".", "_")
+        name = recipe.__name__.removeprefix("recipes.").replace(".", "/")
         code = 0
         try:
             recipe_cli.main(name, task)

@@ -7,6 +7,7 @@ from longctx.config import Mesh
 from recipes import calibrate, chat, extend, pretrain
 from recipes.bench import crossover
 from recipes.common import cli as recipe_cli
+from recipes.common import hardware_file
 
 LINK = {"latency_s": 1e-6, "bytes_per_s": 1e9}
 VALUES = {"flops": 1e9, "kv_bytes_per_s": 1e9, "block_s": 0, "overlap": 1, "hop": LINK, "exchange": LINK}
@@ -16,7 +17,7 @@ def test_what_is_written_is_read_back(cli, tiny, tmp_path):
     out = tmp_path / "here.yaml"
     code, _, err = cli(calibrate, calibrate.task, f"model={tiny}", f"out={out}")
     assert code == 0 and "GFLOP/s a rank" in err, err
-    on, values = calibrate.hardware_from(str(out)), yaml.safe_load(out.read_text())
+    on, values = hardware_file.read_hardware(str(out)), yaml.safe_load(out.read_text())
     assert (on.flops, on.hop.latency_s) == (values["flops"], values["hop"]["latency_s"])
     assert on.flops > 0 and on.hop.bytes_per_s > 0 and on.empirical is None
     about = values["measured"]
@@ -50,21 +51,19 @@ def measured(tmp_path):
 def test_a_file_of_other_threads_is_refused(measured, about, asked, refused):
     """Two ranks on eight cores have four threads each; of a GPU, or by hand, nobody says how many."""
     file, threads = measured(about), asked or 4
-    assert calibrate.hardware_from(file).flops == 1e9
+    assert hardware_file.read_hardware(file).flops == 1e9
     if not refused:
-        calibrate.refuse_other_threads(file, asked, Mesh(ring=2))
+        hardware_file.refuse_other_threads(file, asked, Mesh(ring=2))
         return
-    words = (
-        f"run.threads={about['threads']} per rank, this run has threads={threads}: .*calibrate threads={threads} out="
-    )
+    words = f"run.threads={about['threads']} per rank, .* run.threads={threads}: .*calibrate run.threads={threads} out="
     with pytest.raises(ValueError, match=words):
-        calibrate.refuse_other_threads(file, asked, Mesh(ring=2))
+        hardware_file.refuse_other_threads(file, asked, Mesh(ring=2))
 
 
 @pytest.mark.usefixtures("eight_cores")
 def test_ranks_that_would_take_each_others_cores_are_not_measured(refused, tiny, tmp_path):
     says = refused(calibrate, calibrate.task, f"model={tiny}", "run.threads=5", f"out={tmp_path / 'laptop.yaml'}")
-    assert "run.threads=5: each rank has 4 of this machine's cores" in says and "use threads=4" in says
+    assert "run.threads=5: each rank has 4 of this machine's cores" in says and "use run.threads=4" in says
 
 
 @pytest.mark.parametrize(
@@ -82,7 +81,7 @@ def test_whoever_reads_a_file_of_other_threads_refuses_it(refused, tiny, measure
     model = [] if recipe is pretrain else [f"model={tiny}"]
     words = [*model, *(setting.format(folder=tmp_path) for setting in settings)]
     says = refused(recipe, recipe.task, f"hardware={measured({'threads': 97})}", *words)
-    assert "was measured with threads=97 per rank" in says
+    assert "was measured with run.threads=97 per rank" in says
     assert not (tmp_path / "run" / "manifest.json").exists()
 
 
@@ -99,7 +98,7 @@ def test_a_file_that_is_none_is_refused(tmp_path, text, words):
     file = tmp_path / "broken.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match=r"recipes\.calibrate") as refusal:
-        calibrate.hardware_from(str(file))
+        hardware_file.read_hardware(str(file))
     assert words in str(refusal.value)
 
 

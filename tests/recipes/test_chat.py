@@ -149,7 +149,7 @@ def test_under_a_launcher_turns_are_in_a_file(refused, tiny, monkeypatch):
     of_torchrun = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for name, value in of_torchrun.items():
         monkeypatch.setenv(name, value)
-    assert "under a launcher nobody can be asked" in refused(chat, chat.task, f"model={tiny}", "mesh.ring=2")
+    assert "under a launcher turns cannot be typed" in refused(chat, chat.task, f"model={tiny}", "mesh.ring=2")
 
 
 def test_a_rule_that_nobody_has_fitted_is_refused_before_anything_starts(refused, tiny, turns):

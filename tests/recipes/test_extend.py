@@ -93,7 +93,7 @@ def test_a_model_without_weights_is_for_pretraining(refused, tmp_path):
 
 def test_an_export_needs_a_checkpoint(refused, tmp_path):
     says = refused(export, export.task, f"checkpoint={tmp_path}", f"to={tmp_path / 'hf'}")
-    assert "is no checkpoint, and no run that has one: give the out= of a run" in says
+    assert "is neither a checkpoint nor a run with one: give the out= of a run" in says
 
 
 def test_an_export_does_not_write_over_a_folder(cli, tmp_path):
@@ -108,4 +108,4 @@ def test_an_export_does_not_write_over_a_folder(cli, tmp_path):
     assert cli(pretrain, pretrain.task, *settings)[0] == 0
     code, _, err = cli(export, export.task, f"checkpoint={tmp_path}", f"to={tmp_path / 'model'}")
     assert code == 2
-    assert "is there already" in err
+    assert "exists already" in err

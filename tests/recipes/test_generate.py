@@ -29,7 +29,7 @@ PROMPT = "prompt.text='The quick brown fox, as ever.'"  # 29 tokens, of a byte e
             r"mesh\.ulysses=2 .*9 query heads.*3 KV heads.*use mesh\.ulysses=[13] \(possible: 1, 3, 9\)",
         ),
         ("mesh.tp=3 mesh.ulysses=9", r"mesh\.tp=3.*each rank has 3 query heads.*1 KV heads.*use mesh\.ulysses=3"),
-        ("context.strategy=auto", r"context\.strategy=auto chooses for every turn.*use recipes\.chat"),
+        ("context.strategy=auto", r"context\.strategy=auto .* recipes\.generate takes one of pass_kv.*recipes\.chat"),
         ("context.chunk=0", r"context\.chunk=0: prefill at least one token"),
         ("mesh.dp=2", r"mesh\.dp=2.*use mesh\.dp=1.*mesh\.ring"),
         ("mesh.pp=2", r"mesh\.pp=2.*use mesh\.pp=1.*mesh\.ring"),
@@ -103,7 +103,7 @@ def test_another_number_of_ranks_than_the_launcher_s_is_refused(refused, tiny, m
 
 def test_the_longest_that_fits_is_not_refused(prepared):
     job = prepared(PROMPT, "max_new_tokens=68", "mesh.ring=29", "mesh.tp=3")
-    assert (job.mesh.ranks, job.prompt_tokens, job.shape.max_positions) == (3 * 29, 29, 97)
+    assert (job.target.mesh.ranks, job.prompt_tokens, job.target.shape.max_positions) == (3 * 29, 29, 97)
 
 
 def test_the_advice_for_a_long_document_fills_the_context(refusal, prepared, tiny, tmp_path):
@@ -156,13 +156,13 @@ def killed_in(phase: str, rank: Rank, job: generate.GenerateJob):
     """`run_rank`, but rank 1 is killed in layer 1 of the prefill or of a decoded token, and the others wait for it."""
     from longctx.infer import prefill
 
-    Path(job.folder, f"pid{rank.rank}").write_text(str(os.getpid()))
+    Path(job.target.folder, f"pid{rank.rank}").write_text(str(os.getpid()))
     name = "over_heads" if phase == "prefill" else "gather_merge"
     calls, there = count(), getattr(prefill, name)
 
     def until_killed(*given, **named):
         if rank.rank == 1 and next(calls) == (1 if phase == "prefill" else 3):
-            Path(job.folder, "killed_at").write_text(str(time.time()))
+            Path(job.target.folder, "killed_at").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
         return there(*given, **named)
 

@@ -90,7 +90,7 @@ def test_killed_at_any_moment_it_goes_on_as_if_it_had_not_been(whole, tmp_path):
     for moment in ("step", "save", "step", "save"):
         run, most = started(out, *settings), steps_done() + draw.randint(2, 4)
         killed_when(run, in_a_save if moment == "save" else lambda most=most: steps_done() >= min(most, STEPS - 1))
-    assert "going on behind step" in finished(out, *settings)
+    assert "resuming after step" in finished(out, *settings)
     for (step, loss, norm, tokens), right in zip(curve(out), curve(whole), strict=True):
         assert (step, tokens) == (right[0], right[3])
         assert (loss, norm) == pytest.approx(right[1:3], rel=2e-6)  # the other mesh; nothing more
@@ -107,15 +107,15 @@ def test_asked_to_stop_it_saves_and_goes_on_without_doing_a_step_twice(tmp_path)
     err = run.communicate(timeout=60)[1]
     done = len(lines(tmp_path))
     assert run.returncode == 75 and done < 99
-    assert f"stopped behind step {done}, as asked" in err
-    assert f"going on behind step {done}" in finished(tmp_path, "steps=101", *settings[1:])
+    assert f"stopped after step {done}, as asked" in err
+    assert f"resuming after step {done}" in finished(tmp_path, "steps=101", *settings[1:])
 
 
 def test_more_steps_resume_on_another_mesh(cli, tmp_path):
     """Constant rate: the schedule of a longer run is the same."""
     constant = ("optim.decay=constant", "checkpoint.keep=1", "optim.zero1=true")
     ended(cli, tmp_path / "a", *constant, "mesh.tp=2", "mesh.dp=2", "steps=4")
-    assert "going on behind step 4" in finished(tmp_path / "a", *constant, "mesh.ulysses=2", "mesh.pp=2", "steps=7")
+    assert "resuming after step 4" in finished(tmp_path / "a", *constant, "mesh.ulysses=2", "mesh.pp=2", "steps=7")
     ended(cli, tmp_path / "b", *constant, "steps=7")
     for a, b in zip(curve(tmp_path / "a"), curve(tmp_path / "b"), strict=True):
         assert a == pytest.approx(b, rel=2e-6)
@@ -124,13 +124,13 @@ def test_more_steps_resume_on_another_mesh(cli, tmp_path):
 def test_a_run_keeps_its_kind_of_optimizer_and_its_model(whole, refused):
     settings = ("experiment=pretrain/tiny", f"out={whole}", *QUICK, "steps=99")
     says = refused(pretrain, pretrain.task, *settings, "optim.zero1=true")
-    assert "was made with optim.zero1=false: go on with that, or elsewhere" in says
+    assert "was made with optim.zero1=false: use that, or another out=" in says
     says = refused(pretrain, pretrain.task, *settings, "model.dtype=bfloat16")
     assert "was made with model.dtype=float32" in says
     says = refused(pretrain, pretrain.task, *settings, "seed=1")
     assert "began with seed=0, this is seed=1: give another out=" in says
     says = refused(pretrain, pretrain.task, *settings[:-1], "steps=3")
-    assert f"steps=3, {whole}/checkpoints/step-{STEPS:08} is behind step {STEPS}" in says
+    assert f"steps=3, {whole}/checkpoints/step-{STEPS:08} is after step {STEPS}" in says
     says = refused(pretrain, pretrain.task, *settings, "+model.config.rms_norm_eps=1e-3")
     assert "has a run of another model" in says
 
@@ -186,7 +186,7 @@ def test_a_torn_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
         largest.write_bytes(largest.read_bytes()[:-1])
     err = finished(tmp_path, "checkpoint.every=2", "steps=5")
     assert err.count("passed over: step-00000004 is torn") == 1
-    assert "going on behind step 2" in err
+    assert "resuming after step 2" in err
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
 
 

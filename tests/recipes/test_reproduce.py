@@ -71,7 +71,7 @@ def test_a_conversation_is_saved_beside_the_one_that_is_there(ran, monkeypatch, 
     done = CompletedProcess((), 0)
     monkeypatch.setattr(reproduce.subprocess, "run", lambda words, **_: given.append(words) or done)
     beside = ran("talked", "turns.json", {"save": "talk", "load": load}) + "-again"
-    assert reproduce.again(beside.removesuffix("-again")) == f"{beside}/turns.json"
+    assert reproduce.run_again(beside.removesuffix("-again")) == f"{beside}/turns.json"
     assert given[0][-2:] == [f"out={beside}/turns.json", f"session.save={beside}/session"]
 
 

@@ -214,7 +214,7 @@ def test_asked_to_stop_it_keeps_what_is_done_and_goes_on(cli, tiny, adapted, tmp
                 run.send_signal(signal.SIGUSR1)
             time.sleep(0.05)
     said = (tmp_path / "said").read_text()
-    assert run.returncode == recipe_cli.STOPPED and "stopped, as asked: the same command goes on" in said, said
+    assert run.returncode == recipe_cli.STOPPED and "stopped, as asked: the same command resumes" in said, said
     assert not (tmp_path / "spd_plan.json").exists()
     assert cli(spd_adapt, spd_adapt.task, *words)[0] == 0
     assert tensors(tmp_path) == tensors(adapted)
@@ -244,7 +244,7 @@ def test_blocks_may_drop_in_training_and_the_run_says_so(cli, tmp_path):
     code, _, err = cli(pretrain, pretrain.task, *command, "spd.blocks=[1,3]", "steps=2", f"out={tmp_path}")
     assert code == 0, err
     code, _, err = cli(pretrain, pretrain.task, *command, "steps=3", f"out={tmp_path}")
-    assert code == 2 and "was made with mesh.tp=2 spd.blocks=[1, 3]: go on with that" in err
+    assert code == 2 and "was made with mesh.tp=2 spd.blocks=[1, 3]: use that" in err
     code, _, err = cli(export, export.task, f"checkpoint={tmp_path}", f"to={tmp_path / 'hf'}")
     assert code == 2 and "drops reductions of blocks [1, 3] between 2 tensor-parallel ranks" in err
 
@@ -278,4 +278,4 @@ def test_what_cannot_be_done_is_refused_before_any_rank_starts(refused, tiny, ad
     assert "was made for mesh.tp=3, this is mesh.tp=1: use that, or spd=none" in says
     says = refused(chat, chat.task, f"model={tiny}", "mesh.tp=3", "spd=ranked", "turns=nowhere.jsonl")
     assert "say with spd.budget" in says
-    assert "no function of a single rank" in refused(export, export.task, f"checkpoint={adapted}", f"to={tmp_path}/hf")
+    assert "transformers cannot run it" in refused(export, export.task, f"checkpoint={adapted}", f"to={tmp_path}/hf")

@@ -120,14 +120,14 @@ def test_a_killed_rank_and_a_signal_leave_no_mark_on_the_curve(submitted, whole,
     # Ended with it, if it could not say so soon enough.
     missed = r"^\+\d.* s: rank 0 on n1 (exited with 1: .*(lost rank 1|of ranks 0, 1 failed)|was killed by SIGTERM: )"
     assert re.search(missed, told, re.MULTILINE), told
-    wait_until(lambda: "going on behind step" in (job.run / "ranks" / "0.log").read_text(), 500, job.logs)
+    wait_until(lambda: "resuming after step" in (job.run / "ranks" / "0.log").read_text(), 500, job.logs)
     before = steps_done(job)
     reaches(job, before + 2)
     job.cluster.says("scancel", "--batch", "--signal=USR1", str(job.number))
     job.ends()
     assert job.restarts == 2 and (job.run / "failures").read_text() == "1\n", "to stop as asked is no failure"
-    (stopped,) = re.findall(r"stopped behind step (\d+), as asked", (job.run / "ranks" / "0.log").read_text())
-    assert f"going on behind step {stopped}, from" in (job.run / "ranks" / "0.log").read_text(), "nothing is done twice"
+    (stopped,) = re.findall(r"stopped after step (\d+), as asked", (job.run / "ranks" / "0.log").read_text())
+    assert f"resuming after step {stopped}, from" in (job.run / "ranks" / "0.log").read_text(), "nothing is done twice"
     assert curve(job.run) == whole
     _is_one_run_of_wandb(job.run)
 
@@ -148,7 +148,7 @@ def _is_one_run_of_wandb(out: Path) -> None:
         assert config["machine"]["slurm"]["job_nodelist"] == "n[1-2]" and "recipes.pretrain" in config["command"]
         manifest = json.loads((start / "files" / "manifest.json").read_text())
         assert manifest["module"] == "recipes.pretrain" and manifest["mesh"]["ring"] == 2
-    resumed = re.search(r"going on behind step (\d+)", (out / "ranks" / "0.log").read_text())
+    resumed = re.search(r"resuming after step (\d+)", (out / "ranks" / "0.log").read_text())
     assert resumed and steps == set(range(int(resumed[1]) + 1, STEPS + 1)), "all since it was killed"
 
 

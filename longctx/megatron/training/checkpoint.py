@@ -174,7 +174,7 @@ class _Mailbox:
         self._file = Path(name)
         os.close(handle)
 
-    def commit(self, message: Any) -> None:
+    def put(self, message: Any) -> None:
         self._file.write_bytes(pickle.dumps(message))
 
     def get_nowait(self) -> Any:

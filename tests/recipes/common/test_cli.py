@@ -200,7 +200,7 @@ def test_ranks_share_the_cores_of_their_machine(monkeypatch, asked, threads):
 def test_a_result_is_written_a_line_a_key(tmp_path, capsys):
     out = tmp_path / "new" / "folder" / "result.json"
     recipe_cli.refuse_unwritable(str(out))
-    recipe_cli.written(str(out), {"text": 'a "b"\n', "tokens": [2, 3]})
+    recipe_cli.write_result(str(out), {"text": 'a "b"\n', "tokens": [2, 3]})
     assert json.loads(out.read_text()) == {"text": 'a "b"\n', "tokens": [2, 3]}
     assert len(out.read_text().splitlines()) == 4
     assert str(out) in capsys.readouterr().err

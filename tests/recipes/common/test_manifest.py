@@ -88,7 +88,7 @@ def test_runs_are_compared_by_what_differs(run, capsys):
 
 
 def test_what_is_no_run_is_refused(tmp_path, monkeypatch, capsys):
-    with pytest.raises(ValueError, match=r"is no run: .*manifest\.json cannot be read"):
+    with pytest.raises(ValueError, match=r"is not a run: .*manifest\.json cannot be read"):
         reproduce.reproduce([str(tmp_path)])
     with pytest.raises(SystemExit) as leaving:
         recipe_cli.reporting(lambda: compare.compare([str(tmp_path)]))
