@@ -289,9 +289,9 @@ def task(config: DictConfig) -> None:
     settings, name = job.settings, job.target.model.name
     show(layers, settings)
     if settings.out:
-        inputs = {"model": name, "tokens": settings.tokens, "ranks": settings.ranks}
-        table_rows = [asdict(each) for each in layers]
-        write_result(settings.out, {**provenance(), **inputs, "gradient_ranks": settings.gradient_ranks, "rows": table_rows})
+        inputs: dict[str, Any] = {"model": name, "tokens": settings.tokens, "ranks": settings.ranks}
+        inputs["gradient_ranks"] = settings.gradient_ranks
+        write_result(settings.out, {**provenance(), **inputs, "rows": [asdict(each) for each in layers]})
     if settings.picture:
         title = f"{name}, bfloat16, {settings.tokens:,} tokens, {len(layers)} layers"
         draw(layers, settings, title, settings.picture)
