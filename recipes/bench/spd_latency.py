@@ -16,7 +16,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from rich.table import Table
 
 from longctx.config import Context, Sampling
-from longctx.cost.reduction import all_reduce_seconds, communication_saved, with_dropped
+from longctx.cost.reduction import all_reduce_seconds, communication_saved, spd_forward_seconds
 from longctx.parallel.launch import Rank
 from longctx.spd.plan import SPDPlan, within
 from recipes.bench.hosts import bits_per_s, is_host, refuse_hosts, run_on_hosts
@@ -217,7 +217,7 @@ def compare_shares(times: LatencyTimes, job: LatencyJob) -> list[LatencyRow]:
         base = medians[0]
         for share, rounds, cost in zip(job.settings.shares, times.by_share, medians, strict=True):
             dropped = len(within(range(layers), share)) / layers
-            predicted = with_dropped(base.seconds, layers, dropped, reduction_s)
+            predicted = spd_forward_seconds(base.seconds, layers, dropped, reduction_s)
             table_rows.append(
                 LatencyRow(
                     phase=phase,

@@ -146,7 +146,7 @@ def resolve_variants(
 
 def read_texts(texts: tuple[NamedText, ...], target: Target, settings: QualitySettings) -> dict[str, PackedText]:
     """Return the packed sequences of each text, by its label.  Raises ValueError as `text_of` does."""
-    data = {text.label: DataSettings((text,), settings.length, epochs=1, end_token=False) for text in texts}
+    data = {text.label: DataSettings((text,), settings.length, batch=1, epochs=1, end_token=False) for text in texts}
     return {label: text_of(source, target, settings.sequences) for label, source in data.items()}
 
 
@@ -189,7 +189,7 @@ def mean_loss(blocks: Blocks, text: PackedText) -> float:
     total = 0.0
     for begin in range(0, len(text), BATCH):
         batch = text[slice(begin, begin + BATCH)]
-        x = blocks.embedded(batch.tokens)
+        x = blocks.embed(batch.tokens)
         for layer in blocks.model.decoder.layers:
             x = blocks.run(layer, x)
         total += blocks.loss(x, batch)
@@ -206,7 +206,7 @@ def placement_losses(blocks: Blocks, text: PackedText, block: int) -> dict[str, 
     totals = dict.fromkeys(PLACEMENTS, 0.0)
     for begin in range(0, len(text), BATCH):
         batch = text[slice(begin, begin + BATCH)]
-        x = blocks.embedded(batch.tokens)
+        x = blocks.embed(batch.tokens)
         for layer in blocks.model.decoder.layers[:block]:
             x = blocks.run(layer, x)
         outputs = placed_outputs(blocks, blocks.model.decoder.layers[block], x)

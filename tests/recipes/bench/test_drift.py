@@ -53,7 +53,7 @@ def test_captured_inputs_are_those_of_transformers(tiny):
 
 
 def test_exact_attention_and_its_gradients_match_the_oracle():
-    qkv, rows = inputs(23), oracle.packed([23])
+    qkv, rows = inputs(23), oracle.pack_rows([23])
     mask, dout = oracle.visible(rows, rows), torch.randn(2, 23, 6, 5)
     oracle.assert_close(drift.exact(*qkv), oracle.attention(*qkv, mask)[0], 1e-12)
     for x, reference in zip(drift.exact_gradients(qkv, dout), oracle.gradients(*qkv, mask, dout), strict=True):
