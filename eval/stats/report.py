@@ -75,7 +75,7 @@ class GateResult:
 
     @property
     def passed(self) -> bool:
-        """Whether no variant failed."""
+        """True if no variant failed."""
         return not self.failed
 
 
