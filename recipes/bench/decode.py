@@ -54,7 +54,7 @@ class DecodeJob:
 
 
 @dataclass(frozen=True)
-class StepCost:
+class DecodeCost:
     """Seconds of a decode step, and bytes that this rank sent in it."""
 
     seconds: float
@@ -105,7 +105,7 @@ def time_batch(
     """Time decode steps of ``batch`` sequences by each variant; rank 0 decodes alone while the others wait."""
     sessions = {name: start_session(*variant, settings, batch) for name, variant in variants.items()}
 
-    def measure(variant: str) -> StepCost | None:
+    def measure(variant: str) -> DecodeCost | None:
         barrier(runtime.context)
         if variant == ONE_RANK and runtime.rank.rank:
             return None
@@ -133,7 +133,7 @@ def start_session(engine: Engine, context: Context, settings: DecodeSettings, ba
     return session
 
 
-def decode_steps(session: Session, tokens: int, batch: int) -> StepCost:
+def decode_steps(session: Session, tokens: int, batch: int) -> DecodeCost:
     """Decode ``tokens`` tokens of each sequence and return the cost per step."""
     sent = session.engine.sent
 
@@ -142,7 +142,7 @@ def decode_steps(session: Session, tokens: int, batch: int) -> StepCost:
             session.decode(range(batch))
 
     seconds = measure_seconds(decode)
-    return StepCost(seconds / tokens, (session.engine.sent - sent) // tokens)
+    return DecodeCost(seconds / tokens, (session.engine.sent - sent) // tokens)
 
 
 def show(times: list[BatchTimes]) -> None:
