@@ -1,21 +1,27 @@
-"""The shape of a decoder: what config.json says, as plain numbers; a leaf that any room may read."""
+"""The dimensions of a decoder, as in config.json.  Imports nothing, so that every package may import it."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary embedding: one frequency (radians a position) for each pair of channels."""
+    """Rotary position embedding: one frequency, in radians per position, for each pair of channels."""
 
     frequencies: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The shape of a Llama-architecture decoder; ``max_positions`` is the longest context that it was made for.
+    """The dimensions and options of a Llama-architecture decoder.
 
-    ``windows``: of each layer, how many keys back a query sees, its own included; None where it sees all.
-    ``init_std`` is that of weights that are drawn to begin with.
+    * ``ffn``: the hidden size of the SwiGLU feed-forward network.
+    * ``max_positions``: the longest sequence that the model was trained for, in tokens.
+    * ``tied``: the output head shares the weights of the embedding.
+    * ``qkv_bias``: the query, key and value projections have a bias.
+    * ``end_tokens``: ids of the tokens that end generation.
+    * ``windows``: per layer, the number of keys that a query sees at most, its own included; None for all earlier
+      keys.  Empty means None for every layer.
+    * ``init_std``: standard deviation of the initial weights in training from scratch.
     """
 
     layers: int
@@ -37,4 +43,4 @@ class ModelShape:
     def __post_init__(self) -> None:
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.layers)
-        assert len(self.windows) == self.layers, "a window, or None, for each layer"
+        assert len(self.windows) == self.layers, "windows needs an entry (a number or None) for each layer"

@@ -1,7 +1,7 @@
-"""The letters that every tensor signature is written in.
+"""Tensor types with named axes, for signatures.  Tests check them at every call (jaxtyping with beartype).
 
-``b`` batch, ``s`` rows that this rank holds, ``sq`` / ``sk`` rows of queries / keys where they differ,
-``hq`` / ``hk`` query / KV heads, ``d`` width of a head.  Tests execute them (jaxtyping with beartype).
+``b`` batch; ``s`` rows that this rank holds, ``sq`` / ``sk`` rows of queries / keys if they differ; ``hq`` / ``hk``
+query heads / KV heads; ``d`` head dimension.
 """
 
 from jaxtyping import Bool, Float, Int

@@ -17,6 +17,7 @@ from rich.table import Table
 from longctx.train.track import MANIFEST
 from recipes.common.cli import console, is_file_name, reporting
 from recipes.common.manifest import flat, folder_of, manifest_of
+from recipes.common.renamed import rename_flat
 
 # Names of measured figures, which two runs of one command need not share; ``why`` a strategy was taken cites seconds.
 MEASURED = re.compile(
@@ -41,7 +42,7 @@ def final_figures(run: str) -> dict[str, Any]:
         found = _of_lines(text, manifest["module"]) if file.name == "metrics.jsonl" else flat(json.loads(text))
     except (OSError, IndexError, json.JSONDecodeError) as error:
         raise ValueError(f"{run} has no figures yet: {' and '.join(names)} in {folder} cannot be read") from error
-    found = {name: value for name, value in found.items() if value is not None}
+    found = rename_flat({name: value for name, value in found.items() if value is not None})
     if not [name for name in found if name != "step" and not is_measured(name)]:
         names_found = ", ".join(found) or "nothing"
         raise ValueError(f"{run} has no figures to compare: {file} has {names_found}; give a run that has ended")
@@ -69,7 +70,7 @@ def settings_of(run: str) -> dict[str, Any]:
     diff = {"diff": f"{len(lines)} lines, sha256:{sha256(repr(lines).encode()).hexdigest()[:16]}" if lines else ""}
     packages = {f"package {name}": version for name, version in manifest["packages"].items()}
     hardware = {f"machine.{name}": value for name, value in flat(manifest["hardware"]).items()}
-    asked = {**flat(manifest["config"]), **about, **weights, **diff, **data, **packages, **hardware}
+    asked = {**rename_flat(flat(manifest["config"])), **about, **weights, **diff, **data, **packages, **hardware}
     return {name: value for name, value in asked.items() if name not in _OUTPUTS}
 
 

@@ -146,7 +146,7 @@ def sums_of(blocks: Any, text: PackedText) -> list[float]:
         layers[block].drop(dropped=dropped)
         return blocks.run(layers[block], x)
 
-    return suffix_sums(blocks.embedded(text.tokens), len(layers), run, lambda x: blocks.loss(x, text))
+    return suffix_sums(blocks.embed(text.tokens), len(layers), run, lambda x: blocks.loss(x, text))
 
 
 def summed_up(job: SensitivityJob, sums: list[list[float]]) -> dict[str, Any]:

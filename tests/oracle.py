@@ -1,7 +1,7 @@
-"""Dense attention in float64, written from positions and document ids: what all others are held to.
+"""Reference for the tests: dense float64 attention, from positions and document ids.
 
-It shares no code with longctx.  The mask is a boolean matrix of all queries by all keys, KV heads are copied
-for the query heads that share them, and gradients are autograd's.
+It shares no code with longctx.  The mask is a boolean matrix of all queries by all keys.  KV heads are copied for
+the query heads that share them.  Autograd computes the gradients.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """Of each row, its position in its document and which document that is."""
+    """The position of each row in its document, and the index of this document."""
 
     positions: Tensor
     documents: Tensor
@@ -23,8 +23,8 @@ class Rows:
         return Rows(self.positions[index], self.documents[index])
 
 
-def packed(lengths: Sequence[int], begins: Sequence[int] | None = None) -> Rows:
-    """The rows of whole documents, one behind the other; document i begins at position ``begins[i]``."""
+def pack_rows(lengths: Sequence[int], begins: Sequence[int] | None = None) -> Rows:
+    """Return the rows of packed documents, one after the other; document i begins at position ``begins[i]``."""
     begins = begins or [0] * len(lengths)
     positions = [begin + row for begin, n in zip(begins, lengths, strict=True) for row in range(n)]
     documents = [i for i, n in enumerate(lengths) for _ in range(n)]
@@ -32,18 +32,18 @@ def packed(lengths: Sequence[int], begins: Sequence[int] | None = None) -> Rows:
 
 
 def visible(q: Rows, k: Rows, before: int | None = None, after: int | None = 0) -> Tensor:
-    """Bool [sq, sk]: a query sees the keys of its own document, from ``before`` behind it to ``after`` ahead of it."""
-    seen = q.documents[:, None] == k.documents[None, :]
+    """Return the bool mask [sq, sk]: a query sees keys of its document up to ``before`` earlier and ``after`` later."""
+    mask = q.documents[:, None] == k.documents[None, :]
     ahead = k.positions[None, :] - q.positions[:, None]
     if before is not None:
-        seen = seen & (ahead >= -before)
+        mask = mask & (ahead >= -before)
     if after is not None:
-        seen = seen & (ahead <= after)
-    return seen
+        mask = mask & (ahead <= after)
+    return mask
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(out [b sq hq d], lse [b sq hq]) in float64 of q [b sq hq d], k and v [b sk hk d], mask [sq, sk]."""
+    """Return out [b sq hq d] and lse [b sq hq] in float64, for q [b sq hq d], k and v [b sk hk d], mask [sq, sk]."""
     q, k, v = q.double(), k.double(), v.double()
     sharing = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(sharing, 2), v.repeat_interleave(sharing, 2)
@@ -54,20 +54,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Te
 
 
 def gradients(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
-    """(dq, dk, dv) in float64."""
+    """Return (dq, dk, dv) in float64."""
     leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
     out, _ = attention(*leaves, mask)
     return torch.autograd.grad(out, leaves, dout.double())
 
 
-def assert_close(got: Tensor, exact: Tensor, tolerance: float) -> None:
-    """The norm of the difference is at most ``tolerance`` of the exact norm.
+def assert_close(actual: Tensor, exact: Tensor, tolerance: float) -> None:
+    """Assert that the norm of the difference is at most ``tolerance`` times the exact norm, or times 1 if that is less.
 
-    Of 1, where that is less: inputs are of unit scale.  A gradient that is 0 throughout (of rows that see one key
-    only) is what is left when terms of unit scale cancel, an element each: there it is of the norm of those.
+    Inputs have unit scale.  A gradient that is 0 everywhere (rows that see a single key) is the remainder of terms of
+    unit scale that cancel, one per element.  Its scale is therefore the norm of a tensor of ones of its shape.
     """
-    assert got.shape == exact.shape, f"shape {tuple(got.shape)} instead of {tuple(exact.shape)}"
+    assert actual.shape == exact.shape, f"shape {tuple(actual.shape)} instead of {tuple(exact.shape)}"
     cancelled = 0.0 if exact.any() else exact.numel() ** 0.5
     allowed = tolerance * max(exact.norm().item(), cancelled, 1.0)
-    error = (got.double() - exact).norm().item()
-    assert error <= allowed, f"off by {error:.2e}, allowed {allowed:.2e}"  # also if error is NaN
+    error = (actual.double() - exact).norm().item()
+    assert error <= allowed, f"off by {error:.2e}, allowed {allowed:.2e}"  # fails for NaN, too

@@ -1,1 +1,1 @@
-"""The mathematics of attention in pieces: torch only; no ranks, no configuration, no environment."""
+"""The mathematics of block-wise attention. Uses torch only: no ranks, no configuration, no environment."""

@@ -1,4 +1,4 @@
-"""The block kernels by name, and which of them a device takes."""
+"""Attention kernels by name, and the choice of one for a device and dtype."""
 
 import torch
 
@@ -13,28 +13,39 @@ from longctx.attention.verify import refuse_inexact
 KERNELS = {kernel.name: kernel for kernel in (reference, flash_cpu, flash_cuda, cudnn, flash_attn)}
 
 
-def kernel_for(asked: str, device: str, dtype: str) -> Kernel:
-    """The kernel called ``asked``, or with ``auto`` the fastest for ``device`` (cpu, cuda) and ``dtype``.
+def kernel_for(name: str, device: str, dtype: str) -> Kernel:
+    """Return the kernel called ``name``; ``auto`` is the fastest for ``device`` (cpu, cuda) and ``dtype``.
 
-    Raises ValueError where it does not take them, and for ``auto`` where none has been run yet.
+    Raises ValueError if the kernel does not take the device or dtype, or if its package is not installed.  ``auto``
+    raises ValueError on a device on which no fast kernel has been run yet.
     """
-    if asked == "auto" and device != "cpu":
+    if name == "auto" and device != "cpu":
         raise ValueError(
-            f"context.kernel=auto: no fast kernel has been run on {device} yet; name one, context.kernel=flash_cuda "
-            "(it is checked against float64 on this device before it is used) or reference, or use device=cpu"
+            f"context.kernel=auto: no fast kernel has been run on {device} yet; use context.kernel=flash_cuda (checked "
+            "against float64 on this device before use), context.kernel=reference or device=cpu"
         )
-    kernel = KERNELS["flash_cpu" if asked == "auto" else asked]
-    if device not in kernel.devices or getattr(torch, dtype) not in kernel.dtypes:
-        fit = [name for name, one in KERNELS.items() if device in one.devices and getattr(torch, dtype) in one.dtypes]
-        raise ValueError(f"context.kernel={asked} does not take {dtype} on {device}: use {' or '.join(fit)}")
+    kernel = KERNELS["flash_cpu" if name == "auto" else name]
+    if not _takes(kernel, device, dtype):
+        fitting = [other for other, candidate in KERNELS.items() if _takes(candidate, device, dtype)]
+        raise ValueError(f"context.kernel={name} does not take {dtype} on {device}; use {' or '.join(fitting)}")
     if kernel is flash_attn and not package.installed:
-        raise ValueError("context.kernel=flash_attn needs the flash-attn package: use context.kernel=flash_cuda")
+        raise ValueError(
+            "context.kernel=flash_attn needs the flash-attn package, which is not installed; "
+            "use context.kernel=flash_cuda"
+        )
     return kernel
 
 
-def checked_kernel(asked: str, device: torch.device, dtype: str, width: int) -> Kernel:
-    """`kernel_for`, which on anything but a CPU has shown on this very ``device`` that it is exact for this width."""
-    kernel = kernel_for(asked, device.type, dtype)
+def _takes(kernel: Kernel, device: str, dtype: str) -> bool:
+    return device in kernel.devices and getattr(torch, dtype) in kernel.dtypes
+
+
+def checked_kernel(name: str, device: torch.device, dtype: str, head_dim: int) -> Kernel:
+    """Return `kernel_for` the arguments, verified on ``device`` for heads of ``head_dim`` unless it is a CPU.
+
+    Raises ValueError as `kernel_for` does, and if the kernel is inexact on this device (`refuse_inexact`).
+    """
+    kernel = kernel_for(name, device.type, dtype)
     if device.type != "cpu":
-        refuse_inexact(kernel, device, getattr(torch, dtype), width)
+        refuse_inexact(kernel, device, getattr(torch, dtype), head_dim)
     return kernel

@@ -1,4 +1,4 @@
-"""The flash-attn package's attention, where it is installed: the one file that imports it."""
+"""Kernel ``flash_attn``: the optional flash-attn package.  No other file imports it."""
 
 import importlib.util
 
@@ -38,5 +38,10 @@ def _flash_backward(
 
 
 flash_attn = Kernel(
-    "flash_attn", _flash_forward, _flash_backward, (torch.bfloat16, torch.float16), ("cuda",), width_step=8
+    "flash_attn",
+    _flash_forward,
+    _flash_backward,
+    dtypes=(torch.bfloat16, torch.float16),
+    devices=("cuda",),
+    head_dim_multiple=8,
 )

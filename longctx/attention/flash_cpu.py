@@ -1,4 +1,4 @@
-"""The flash attention that torch ships for CPUs, through the ops that give and take the log-sum-exp."""
+"""Kernel ``flash_cpu``: flash attention as shipped with torch for CPUs, by the ops that expose the log-sum-exp."""
 
 import torch
 
@@ -9,8 +9,8 @@ from longctx.shapes import Keys, LogSumExp, Queries, Tensor
 _forward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# Below this many rows the query heads that share a KV head are stacked as rows of one head, so that keys
-# are read once per KV head instead of once per query head: twice as fast for one row, even at 32.
+# For fewer query rows than this, the query heads that share a KV head are stacked as rows of one head.  Keys are then
+# read once per KV head instead of once per query head: twice as fast for one row, equally fast at 32.
 _FOLD_BELOW = 32
 
 
@@ -18,16 +18,16 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2)  # b s h d <-> b h s d, as a view
 
 
-def _readable(x: Tensor) -> Tensor:
-    """``x`` as the op can read it: any strides but that of the last axis, which it takes to be 1 unasked."""
+def _as_op_input(x: Tensor) -> Tensor:
+    """Return ``x`` as [b h s d] with a last-axis stride of 1, which the op assumes without a check."""
     return _heads_first(x if x.stride(-1) == 1 else x.contiguous())
 
 
 def _flash_forward(q: Queries, k: Keys, v: Keys, causal: bool) -> Partial:
-    # The op dies with SIGFPE on empty inputs: never let one through.
+    # The op ends the process with SIGFPE on empty inputs.
     assert q.shape[1] and k.shape[1], "an empty tile reached the kernel"
-    # bf16 inputs are computed in float32: without AMX it is faster, and the op sums bf16 gradients in bf16.
-    q, k, v = (_readable(x.to(accumulation_dtype(q))) for x in (q, k, v))
+    # Half precision is computed in float32: for bf16 it is faster without AMX, and the op sums bf16 gradients in bf16.
+    q, k, v = (_as_op_input(x.to(accumulation_dtype(q))) for x in (q, k, v))
     b, hq, sq, d = q.shape
     hk = k.shape[1]
     if not causal and hq != hk and sq < _FOLD_BELOW:
@@ -43,7 +43,7 @@ def _flash_backward(
 ) -> Gradients:
     assert q.shape[1] and k.shape[1], "an empty tile reached the kernel"
     dtype = accumulation_dtype(q)
-    dout, q, k, v, out = (_readable(x.to(dtype)) for x in (dout, q, k, v, out))
+    dout, q, k, v, out = (_as_op_input(x.to(dtype)) for x in (dout, q, k, v, out))
     dq, dk, dv = _backward_op(dout, q, k, v, out, lse.transpose(1, 2), 0.0, causal)
     return _heads_first(dq), _heads_first(dk), _heads_first(dv)
 

@@ -1,4 +1,4 @@
-"""FlashAttention-2 as torch ships it for CUDA, through the ops that give and take the log-sum-exp."""
+"""Kernel ``flash_cuda``: FlashAttention-2 as shipped with torch for CUDA, by the ops that expose the log-sum-exp."""
 
 import torch
 
@@ -12,7 +12,7 @@ _backward_op = torch.ops.aten._flash_attention_backward
 
 def _flash_forward(q: Queries, k: Keys, v: Keys, causal: bool) -> Partial:
     assert q.shape[1] and k.shape[1], "an empty tile reached the kernel"
-    rows = (None, None, q.shape[1], k.shape[1])  # no packed sequences
+    rows = (None, None, q.shape[1], k.shape[1])  # no cumulative lengths: sequences are not packed
     out, lse, *_ = _forward_op(q.contiguous(), k.contiguous(), v.contiguous(), *rows, 0.0, causal, False)
     return Partial(out.float(), lse.transpose(1, 2))  # b h s -> b s h
 
@@ -35,5 +35,5 @@ flash_cuda = Kernel(
     _flash_backward,
     dtypes=(torch.bfloat16, torch.float16),
     devices=("cuda",),
-    width_step=8,
+    head_dim_multiple=8,
 )

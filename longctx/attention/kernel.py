@@ -1,4 +1,4 @@
-"""One block of attention: what a kernel is, the plain one that all others are tested against, the fold."""
+"""Block attention: the interface of a kernel, the reference kernel, and the accumulation over tiles."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -8,22 +8,28 @@ import torch
 
 from longctx.attention.partial import Partial, accumulation_dtype, concat_rows, merge_
 from longctx.attention.tiles import Tile
-from longctx.shapes import Keys, LogSumExp, Queries, Tensor
+from longctx.shapes import Float, Keys, LogSumExp, Queries, Tensor
 
-Gradients = tuple[Tensor, Tensor, Tensor]
-_ROWS_TOGETHER = 4096  # what tiles of fewer rows say is merged at once: short documents have thousands of them
+Gradients = tuple[Queries, Keys, Keys]  # (dq, dk, dv)
+# Partials of adjacent tiles are merged at once, up to this many rows: short documents have thousands of small tiles.
+_MAX_MERGED_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A backend for one tile: a full rectangle, or (``causal``) a square lower triangle.
+    """An attention backend for one tile: a full rectangle, or a square lower triangle (``causal``).
 
-    ``forward(q, k, v, causal)`` gives the `Partial`; ``backward(dout, q, k, v, out, lse, causal)`` this
-    tile's share of (dq, dk, dv) in the accumulation dtype, from ``out`` and ``lse`` of the *whole* softmax:
-    exp(score - lse) is then already the global probability, so that no block needs another's.
-    A kernel whose library marks unseen rows otherwise (+inf, 0) must say -inf.  No tile is empty, and no row of
-    one is fully masked: `visible_tiles` sees to both.  ``dtypes``, ``devices`` and widths of a head that are
-    multiples of ``width_step`` are what it takes; anything else is refused.
+    ``forward(q, k, v, causal)`` returns the tile's `Partial`.  It must give -inf as the log-sum-exp of a row that sees
+    no key, also if its library uses another mark (+inf, 0).
+
+    ``backward(dout, q, k, v, out, lse, causal)`` returns the tile's contribution to (dq, dk, dv), in the accumulation
+    dtype.  ``out`` and ``lse`` are those of the softmax over *all* keys.  exp(score - lse) is then the probability in
+    the whole softmax, so that tiles are independent of each other.
+
+    `visible_tiles` guarantees that no tile is empty and that no row of a tile is fully masked.
+
+    The kernel accepts ``dtypes``, ``devices`` and head dimensions that are multiples of ``head_dim_multiple``.
+    `refuse_untested` refuses all other inputs.
     """
 
     name: str
@@ -31,74 +37,83 @@ class Kernel:
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool], Gradients]
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     devices: tuple[str, ...] = ("cpu", "cuda")
-    width_step: int = 1
+    head_dim_multiple: int = 1
 
     def refuse_untested(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """ValueError, naming the nearest that works, for inputs that this kernel has not been tested exact on."""
+        """Refuse inputs on which this kernel has not been tested to be exact.
+
+        ``q`` is [b sq hq d], ``k`` and ``v`` are [b sk hk d]; the shapes are checked here.
+
+        Raises ValueError for a dtype, device or head dimension that the kernel does not accept.  Heads of different
+        dimensions are refused, and so are query heads that are not a multiple of the KV heads.
+        """
         if q.dtype not in self.dtypes or q.device.type not in self.devices:
-            takes = " or ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+            dtypes = " or ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
             raise ValueError(
-                f"kernel {self.name} takes {takes} on {' or '.join(self.devices)}, not {q.dtype} on {q.device.type}: "
-                "use context.kernel=reference, or model.dtype and device as it takes them"
+                f"kernel {self.name} takes {dtypes} on {' or '.join(self.devices)}, not {q.dtype} on {q.device.type}; "
+                "use context.kernel=reference, or set model.dtype and device to these"
             )
-        if q.shape[3] % self.width_step:
+        if q.shape[3] % self.head_dim_multiple:
             raise ValueError(
-                f"kernel {self.name} takes heads of a multiple of {self.width_step}, not {q.shape[3]}: "
-                "use context.kernel=reference"
+                f"kernel {self.name} takes head dimensions that are multiples of {self.head_dim_multiple}, "
+                f"not {q.shape[3]}; use context.kernel=reference"
             )
         if k.shape != v.shape or k.shape[3] != q.shape[3] or q.shape[2] % k.shape[2]:
             raise ValueError(
-                f"{q.shape[2]} query heads of {q.shape[3]} over {k.shape[2]} KV heads of {k.shape[3]} and values "
-                f"{tuple(v.shape)}: use heads of one width, and query heads that are a multiple of the KV heads"
+                f"{q.shape[2]} query heads of dimension {q.shape[3]}, {k.shape[2]} KV heads of dimension {k.shape[3]} "
+                f"and values of shape {tuple(v.shape)} do not fit together; "
+                "use one head dimension for all, and a number of query heads that is a multiple of the KV heads"
             )
 
 
-def attend_tiles(seen: Partial, q: Queries, k: Keys, v: Keys, tiles: Iterable[Tile], kernel: Kernel) -> None:
-    """Fold what ``q`` sees of ``k`` and ``v`` into ``seen``, in place."""
-    for run in _side_by_side(tiles):
+def attend_tiles(total: Partial, q: Queries, k: Keys, v: Keys, tiles: Iterable[Tile], kernel: Kernel) -> None:
+    """Merge the attention of ``q`` over the keys in ``tiles`` into ``total``, in place."""
+    for group in _group_adjacent(tiles):
         parts = []
-        for tile in run:
-            rows, keys, values = _facing(tile, q[:, tile.q], k[:, tile.k], v[:, tile.k])
-            part = kernel.forward(rows, keys, values, tile.causal)
-            parts.append(Partial(*_facing(tile, part.out, part.lse)))
-        merge_(seen, slice(run[0].q0, run[-1].q1), concat_rows(parts))
+        for tile in group:
+            q_rows, k_rows, v_rows = _orient(tile, q[:, tile.q], k[:, tile.k], v[:, tile.k])
+            part = kernel.forward(q_rows, k_rows, v_rows, tile.causal)
+            parts.append(Partial(*_orient(tile, part.out, part.lse)))
+        merge_(total, slice(group[0].q0, group[-1].q1), concat_rows(parts))
 
 
-def _side_by_side(tiles: Iterable[Tile]) -> Iterator[list[Tile]]:
-    """Runs of tiles, each beginning at the row that the one before ends at."""
-    run: list[Tile] = []
+def _group_adjacent(tiles: Iterable[Tile]) -> Iterator[list[Tile]]:
+    """Yield groups of tiles whose query rows are adjacent, of at most ``_MAX_MERGED_ROWS`` rows or a single tile."""
+    group: list[Tile] = []
     for tile in tiles:
-        if run and (tile.q0 != run[-1].q1 or tile.q1 - run[0].q0 > _ROWS_TOGETHER):
-            yield run
-            run = []
-        run.append(tile)
-    if run:
-        yield run
+        if group and (tile.q0 != group[-1].q1 or tile.q1 - group[0].q0 > _MAX_MERGED_ROWS):
+            yield group
+            group = []
+        group.append(tile)
+    if group:
+        yield group
 
 
 def tile_gradients(
     dout: Queries, q: Queries, k: Keys, v: Keys, whole: Partial, tiles: Iterable[Tile], kernel: Kernel
 ) -> Gradients:
-    """These tiles' share of (dq, dk, dv); ``whole`` is the attention over all keys of all ranks."""
+    """Return the contribution of ``tiles`` to (dq, dk, dv), in the accumulation dtype.
+
+    ``whole`` is the attention of ``q`` over all keys of all ranks.
+    """
     dtype = accumulation_dtype(q)
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
     for tile in tiles:
-        a, b = tile.q, tile.k
-        dout_a, q_a, out_a, lse_a = _facing(tile, dout[:, a], q[:, a], whole.out[:, a], whole.lse[:, a])
-        k_b, v_b = _facing(tile, k[:, b], v[:, b])
-        grads = _facing(tile, *kernel.backward(dout_a, q_a, k_b, v_b, out_a, lse_a, tile.causal))
-        for total, grad, rows in zip((dq, dk, dv), grads, (a, b, b), strict=True):
+        dout_t, q_t, out_t, lse_t = _orient(tile, *(x[:, tile.q] for x in (dout, q, whole.out, whole.lse)))
+        k_t, v_t = _orient(tile, k[:, tile.k], v[:, tile.k])
+        grads = _orient(tile, *kernel.backward(dout_t, q_t, k_t, v_t, out_t, lse_t, tile.causal))
+        for total, grad, rows in zip((dq, dk, dv), grads, (tile.q, tile.k, tile.k), strict=True):
             total[:, rows] += grad
     return dq, dk, dv
 
 
-def _facing(tile: Tile, *rows: Tensor) -> list[Tensor]:
-    """``rows`` (dim 1) in the order in which ``tile`` is a lower triangle; applied twice, as they were."""
+def _orient(tile: Tile, *rows: Tensor) -> list[Tensor]:
+    """Reverse ``rows`` along dim 1 if ``tile`` is mirrored, which makes it a lower triangle; its own inverse."""
     return [x.flip(1) if tile.mirrored else x for x in rows]
 
 
-def _scores(q: Queries, k: Keys, causal: bool) -> Tensor:
-    """Scaled scores [b hk g sq sk]; the g = hq / hk query heads that share a KV head stand together."""
+def _scores(q: Queries, k: Keys, causal: bool) -> Float[Tensor, "b hk g sq sk"]:
+    """Return the scaled scores, with the g = hq / hk query heads that share a KV head in one axis."""
     b, sq, _, d = q.shape
     grouped = q.view(b, sq, k.shape[2], -1, d)
     scores = torch.einsum("bqhgd,bkhd->bhgqk", grouped, k) / math.sqrt(d)
@@ -124,6 +139,7 @@ def _reference_backward(
     grouped = (b, sq, k.shape[2], -1)
     rows_last = (0, 2, 3, 1)  # b sq hk g -> b hk g sq
     probability = torch.exp(_scores(q, k, causal) - lse.reshape(grouped).permute(rows_last).unsqueeze(-1))
+    # Backward of the softmax: dscores = probability * (dprobability - delta).
     delta = (dout * out).sum(-1).reshape(grouped).permute(rows_last).unsqueeze(-1)
     dout = dout.view(*grouped, d)
     dv = torch.einsum("bhgqk,bqhgd->bkhd", probability, dout)

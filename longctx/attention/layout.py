@@ -1,4 +1,4 @@
-"""A sharding is a value: which positions of which document each rank holds, in the order of its rows."""
+"""Sequence sharding as a value: the positions of each document that each rank holds, in the order of its rows."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,11 @@ from longctx.shapes import Positions, Tensor
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Consecutive rows at positions ``start``, ``start + step``, ... of one document."""
+    """Consecutive rows of one rank, at evenly spaced positions of one document.
+
+    ``Span(4, 3, step=2)`` is three rows, at positions 4, 6 and 8 of document 0.  A row is one token that a rank
+    holds.  A position counts tokens from the beginning of their document.
+    """
 
     start: int
     length: int
@@ -20,10 +24,11 @@ class Span:
 
     @property
     def last(self) -> int:
+        """Position of the last row."""
         return self.start + (self.length - 1) * self.step
 
     def part(self, first: int, end: int) -> "Span":
-        """Rows ``first`` to ``end`` (exclusive) of this span."""
+        """Return rows ``first`` to ``end`` (exclusive) of this span."""
         return replace(self, start=self.start + first * self.step, length=end - first)
 
 
@@ -32,10 +37,22 @@ Spans = tuple[Span, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """Who holds what: ``ranks[r]`` are the spans of rank r; ``lengths`` the documents' lengths.
+    """An assignment of every position of every document to exactly one rank.
 
-    Every position of every document is held by exactly one rank.  A single sequence is one document.
-    A later turn's positions begin where the earlier ones ended: at ``begins`` (0 if not given).
+    A document of three tokens on two ranks, in zigzag order.  Rank 0 holds position 2, rank 1 positions 0 and 1:
+
+    >>> layout = zigzag(3, 2)
+    >>> [layout.positions(rank).tolist() for rank in range(2)]
+    [[2], [0, 1]]
+    >>> layout.ranks[1]
+    (Span(start=0, length=2, step=1, document=0),)
+
+    ``ranks[r]`` are the spans of rank r, in the order of its rows.  ``lengths[i]`` is the number of tokens of document
+    i in this layout; a single sequence is one document.  ``begins[i]`` is the position of the first of them.  It is 0
+    by default; in a later turn of a conversation it is the position after the earlier turns.
+
+    A *packed* tensor holds the rows of all documents: one document after the other, each in order of position.
+    `shard` takes one rank's rows out of a packed tensor, and `unshard` is the inverse.
     """
 
     lengths: tuple[int, ...]
@@ -45,197 +62,227 @@ class Layout:
     def __post_init__(self) -> None:
         if not self.begins:
             object.__setattr__(self, "begins", (0,) * len(self.lengths))
-        held = sum(self.rows(rank) for rank in range(self.size))
-        assert held == self.total, f"{held} rows are held, the documents have {self.total}"
+        rows = sum(self.rows(rank) for rank in range(self.size))
+        assert rows == self.total, f"the ranks hold {rows} rows, but the documents have {self.total}"
 
     @property
     def size(self) -> int:
+        """Number of ranks."""
         return len(self.ranks)
 
     @property
     def total(self) -> int:
-        """Rows of all documents, packed one behind the other."""
+        """Number of rows of all documents: the length of a packed tensor."""
         return sum(self.lengths)
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The position that follows each document's last."""
+        """For each document, the position after its last token."""
         return tuple(a + n for a, n in zip(self.begins, self.lengths, strict=True))
 
     def rows(self, rank: int) -> int:
+        """Return the number of rows that ``rank`` holds."""
         return sum(span.length for span in self.ranks[rank])
 
     def positions(self, rank: int) -> Positions:
-        """Position within its document of each row of ``rank``: what rotary angles are made from."""
-        return _concatenated(_range(span, 0) for span in self.ranks[rank])
+        """Return the position of each row of ``rank`` within its document, as rotary embeddings need it."""
+        return _concat(_list_positions(span, 0) for span in self.ranks[rank])
 
     def index(self, rank: int) -> Positions:
-        """Where each row of ``rank`` lies in the packed sequence of all documents."""
+        """Return the index of each row of ``rank`` in a packed tensor."""
         packed = list(accumulate(self.lengths, initial=0))
-        offsets = [at - begin for at, begin in zip(packed, self.begins, strict=False)]
-        return _concatenated(_range(span, offsets[span.document]) for span in self.ranks[rank])
+        offsets = [first - begin for first, begin in zip(packed, self.begins, strict=False)]
+        return _concat(_list_positions(span, offsets[span.document]) for span in self.ranks[rank])
 
     def shard(self, x: Tensor, rank: int, dim: int = 0) -> Tensor:
-        """The rows of the packed ``x`` that ``rank`` holds."""
+        """Return the rows of ``rank`` from the packed tensor ``x``, whose rows are in ``dim``."""
         return x.index_select(dim, self.index(rank).to(x.device))
 
     def unshard(self, parts: Sequence[Tensor], dim: int = 0) -> Tensor:
-        """The packed tensor from every rank's rows."""
+        """Return the packed tensor, given each rank's rows: the inverse of `shard`."""
         order = torch.cat([self.index(rank) for rank in range(self.size)]).argsort()
         return torch.cat(list(parts), dim).index_select(dim, order.to(parts[0].device))
 
     def after(self, earlier: "Layout") -> "Layout":
-        """The same sharding of the positions that follow ``earlier``'s, document by document."""
+        """Return the same sharding with the positions of each document continuing where ``earlier`` ends."""
         ends = earlier.ends
         ranks = (tuple(replace(s, start=s.start + ends[s.document]) for s in spans) for spans in self.ranks)
         return Layout(self.lengths, tuple(ranks), ends)
 
     def then(self, later: "Layout") -> "Layout":
-        """This layout, grown by a turn whose positions follow it (see `after`)."""
-        assert later.size == self.size and later.begins == self.ends, "this is not the next turn"
+        """Return this layout extended by the next turn, ``later``, whose positions continue it (see `after`)."""
+        assert later.size == self.size, f"a layout over {later.size} ranks cannot extend one over {self.size}"
+        assert later.begins == self.ends, f"not the next turn: it begins at {later.begins}, not at {self.ends}"
         return Layout(
             tuple(a + b for a, b in zip(self.lengths, later.lengths, strict=True)),
-            tuple(_joined((*old, *new), self.size) for old, new in zip(self.ranks, later.ranks, strict=True)),
+            tuple(_merge_spans((*old, *new), self.size) for old, new in zip(self.ranks, later.ranks, strict=True)),
             self.begins,
         )
 
     def split(self, parts: int) -> "Layout":
-        """Each rank's rows cut into ``parts`` runs of even length, for ranks ``r * parts + part``."""
+        """Cut each rank's rows into ``parts`` near-equal runs; run i of rank r goes to rank ``r * parts + i``."""
         ranks = []
         for rank in range(self.size):
             cuts = [self.rows(rank) * part // parts for part in range(parts + 1)]
-            ranks += [_cut(self.ranks[rank], *ends) for ends in pairwise(cuts)]
+            ranks += [_slice_rows(self.ranks[rank], *ends) for ends in pairwise(cuts)]
         return Layout(self.lengths, tuple(ranks), self.begins)
 
     def on_one_rank(self) -> "Layout":
-        """The same documents, all held by one rank."""
-        each = zip(self.begins, self.lengths, strict=True)
-        spans = (Span(begin, n, document=d) for d, (begin, n) in enumerate(each) if n)
+        """Return a layout of the same documents on a single rank, in packed order."""
+        extents = zip(self.begins, self.lengths, strict=True)
+        spans = (Span(begin, n, document=d) for d, (begin, n) in enumerate(extents) if n)
         return Layout(self.lengths, (tuple(spans),), self.begins)
 
-    def held_by(self, rank: int, size: int) -> "Layout":
-        """This layout of one rank, as ``rank``'s of ``size`` ranks of which the others have nothing."""
+    def place_on(self, rank: int, size: int) -> "Layout":
+        """Return this single-rank layout as a layout over ``size`` ranks: ``rank`` holds all rows, the others none."""
         return Layout(self.lengths, tuple(self.ranks[0] if r == rank else () for r in range(size)), self.begins)
 
     def document(self, document: int) -> "Layout":
-        """One of the documents, by itself."""
+        """Return the layout of one document alone, over the same ranks."""
         ranks = (tuple(replace(s, document=0) for s in spans if s.document == document) for spans in self.ranks)
         return Layout((self.lengths[document],), tuple(ranks), (self.begins[document],))
 
     def rows_of(self, rank: int, document: int) -> Positions:
-        """Which of the rows of ``rank`` are of ``document``."""
+        """Return the indices of the rows of ``document`` among the rows of ``rank``."""
         firsts = accumulate((span.length for span in self.ranks[rank]), initial=0)
-        held = zip(firsts, self.ranks[rank], strict=False)
-        return _concatenated(torch.arange(a, a + s.length) for a, s in held if s.document == document)
+        spans = zip(firsts, self.ranks[rank], strict=False)
+        return _concat(torch.arange(first, first + s.length) for first, s in spans if s.document == document)
 
-    def gathered(self, parts: int) -> "Layout":
-        """The layout over groups of ``parts`` neighbours, each holding its members' rows in turn."""
+    def gather(self, parts: int) -> "Layout":
+        """Concatenate the rows of every ``parts`` consecutive ranks into one; undoes `split`."""
         groups = [self.ranks[i : i + parts] for i in range(0, self.size, parts)]
-        joined = (_joined([s for spans in group for s in spans], self.size // parts) for group in groups)
-        return Layout(self.lengths, tuple(joined), self.begins)
+        ranks = (_merge_spans([s for spans in group for s in spans], self.size // parts) for group in groups)
+        return Layout(self.lengths, tuple(ranks), self.begins)
+
+
+Sharding = Callable[[int, int], Layout]  # (length, size) -> layout of one document of that length over ``size`` ranks
 
 
 def contiguous(length: int, size: int) -> Layout:
-    """Rank r holds the r-th of ``size`` equal runs.  Causal work is uneven: the last rank has most."""
-    return _from_chunks(length, size, size, lambda rank: (rank,))
+    """Return the layout in which rank r holds the r-th of ``size`` near-equal runs.  The last has most causal work.
+
+    >>> [contiguous(3, 2).positions(rank).tolist() for rank in range(2)]
+    [[0], [1, 2]]
+    """
+    return _assign_chunks(length, size, size, lambda rank: (rank,))
 
 
 def zigzag(length: int, size: int) -> Layout:
-    """Rank r holds chunks r and 2*size-1-r of 2*size: causal work is even (arXiv 2411.01783, 3.5.1).
+    """Return the layout in which rank r holds chunks r and ``2 * size - 1 - r`` of ``2 * size`` chunks.
 
-    Any length will do; where it does not divide, chunks differ by one row, and may be empty.
+    Causal work is even across ranks (arXiv 2411.01783, 3.5.1).  Any length is allowed: if ``2 * size`` does not divide
+    it, chunk lengths differ by one, and chunks of a short document may be empty.
+
+    >>> [zigzag(8, 2).positions(rank).tolist() for rank in range(2)]
+    [[0, 1, 6, 7], [2, 3, 4, 5]]
     """
-    return _from_chunks(length, size, 2 * size, lambda rank: (rank, 2 * size - 1 - rank))
+    return _assign_chunks(length, size, 2 * size, lambda rank: (rank, 2 * size - 1 - rank))
 
 
 def striped(length: int, size: int) -> Layout:
-    """Rank r holds positions r, r + size, r + 2*size, ..."""
+    """Return the layout in which rank r holds positions r, r + size, r + 2 * size, ...
+
+    >>> [striped(3, 2).positions(rank).tolist() for rank in range(2)]
+    [[0, 2], [1]]
+    """
     counts = [len(range(rank, length, size)) for rank in range(size)]
     return Layout((length,), tuple((Span(rank, n, size),) if n else () for rank, n in enumerate(counts)))
 
 
-LAYOUTS: dict[str, Callable[[int, int], Layout]] = {"zigzag": zigzag, "contiguous": contiguous, "striped": striped}
+LAYOUTS: dict[str, Sharding] = {"zigzag": zigzag, "contiguous": contiguous, "striped": striped}
 
 
-def documents(lengths: Sequence[int], size: int, within: Callable[[int, int], Layout] = zigzag) -> Layout:
-    """Packed documents that do not see each other, each one sharded on its own by ``within``."""
+def documents(lengths: Sequence[int], size: int, within: Sharding = zigzag) -> Layout:
+    """Return the layout of packed documents, each sharded separately by ``within``.
+
+    Tokens attend within their own document only.  Documents of three and two tokens on two ranks:
+
+    >>> layout = documents([3, 2], 2)
+    >>> [layout.positions(rank).tolist() for rank in range(2)]
+    [[2, 1], [0, 1, 0]]
+    >>> [layout.index(rank).tolist() for rank in range(2)]  # in the packed tensor of five rows
+    [[2, 4], [0, 1, 3]]
+    """
     return side_by_side([within(length, size) for length in lengths])
 
 
 def side_by_side(sequences: Sequence[Layout]) -> Layout:
-    """Sequences of one document each, over the same ranks, as the documents of one layout."""
+    """Return one layout whose documents are ``sequences``: layouts of one document each, over the same ranks."""
     size = sequences[0].size
-    return Layout(
-        tuple(one.lengths[0] for one in sequences),
-        tuple(
-            tuple(replace(s, document=d) for d, one in enumerate(sequences) for s in one.ranks[rank])
-            for rank in range(size)
-        ),
-        tuple(one.begins[0] for one in sequences),
+    ranks = (
+        tuple(replace(s, document=d) for d, one in enumerate(sequences) for s in one.ranks[rank])
+        for rank in range(size)
     )
+    lengths, begins = (one.lengths[0] for one in sequences), (one.begins[0] for one in sequences)
+    return Layout(tuple(lengths), tuple(ranks), tuple(begins))
 
 
-def shard_balanced(lengths: Sequence[int], within: Callable[[int, int], Layout], held: Sequence[int]) -> Layout:
-    """New rows of some sequences, each sharded by ``within``, so that what the ranks hold stays even.
+def shard_balanced(lengths: Sequence[int], within: Sharding, rows_per_rank: Sequence[int]) -> Layout:
+    """Shard new rows of several sequences so that the total rows per rank, old and new, stay even.
 
-    ``held[r]`` are the rows that rank r holds already.  Larger shares go to the ranks that got least in this
-    deal, and of those to the ones that hold least: single tokens are dealt in turn, to each rank as many
-    (arXiv 2411.01783, 3.6), and cached rows stay within a chunk of even over any number of turns.
+    Rank 0 caches two rows, rank 1 three.  Of three new tokens, the larger share goes to rank 0:
+
+    >>> layout = shard_balanced([3], contiguous, rows_per_rank=[2, 3])
+    >>> [layout.positions(rank).tolist() for rank in range(2)]
+    [[1, 2], [0]]
+
+    ``within`` cuts each sequence into one share per rank; rank r already holds ``rows_per_rank[r]`` rows.  Sequences
+    are assigned one at a time.  Larger shares go to the ranks that have received the fewest rows in this call; ties go
+    to the rank with the fewest rows in total, then to the lowest rank.  Single tokens are thus assigned round-robin
+    (arXiv 2411.01783, 3.6), and cached rows stay within one chunk of an even split over any number of turns.
     """
-    size, dealt, out = len(held), [0] * len(held), []
+    size, layouts = len(rows_per_rank), []
+    received = [0] * size  # in this call
     for length in lengths:
         plain = within(length, size)
-        shares = sorted(range(size), key=lambda rank: -plain.rows(rank))
-        takers = sorted(range(size), key=lambda rank: (dealt[rank], held[rank] + dealt[rank], rank))
+        shares = sorted(range(size), key=lambda share: -plain.rows(share))
+        takers = sorted(range(size), key=lambda rank: (received[rank], rows_per_rank[rank] + received[rank], rank))
         ranks: list[Spans] = [()] * size
         for taker, share in zip(takers, shares, strict=True):
             ranks[taker] = plain.ranks[share]
-            dealt[taker] += plain.rows(share)
-        out.append(Layout(plain.lengths, tuple(ranks)))
-    return side_by_side(out)
+            received[taker] += plain.rows(share)
+        layouts.append(Layout(plain.lengths, tuple(ranks)))
+    return side_by_side(layouts)
 
 
 def empty(size: int) -> Layout:
-    """No rows yet: where a cache begins."""
+    """Return the layout of one document without rows: the initial state of a cache."""
     return Layout((0,), ((),) * size)
 
 
 def single(size: int, owner: int) -> Layout:
-    """One row, held by ``owner``: a decoded token."""
+    """Return the layout of one row on rank ``owner``: a decoded token."""
     return Layout((1,), tuple((Span(0, 1),) if rank == owner else () for rank in range(size)))
 
 
-def _from_chunks(length: int, size: int, chunks: int, of_rank: Callable[[int], Iterable[int]]) -> Layout:
+def _assign_chunks(length: int, size: int, chunks: int, chunks_of: Callable[[int], Iterable[int]]) -> Layout:
+    """Cut one document into ``chunks`` near-equal chunks; rank r holds those with the numbers ``chunks_of(r)``."""
     cuts = [length * chunk // chunks for chunk in range(chunks + 1)]
     spans = [Span(a, b - a) for a, b in pairwise(cuts)]
-    return Layout(
-        (length,),
-        tuple(_joined([spans[chunk] for chunk in of_rank(rank)], size) for rank in range(size)),
-    )
+    ranks = (_merge_spans([spans[chunk] for chunk in chunks_of(rank)], size) for rank in range(size))
+    return Layout((length,), tuple(ranks))
 
 
-def _joined(spans: Iterable[Span], size: int) -> Spans:
-    """The same rows in as few spans as possible, so that few tiles meet.
+def _merge_spans(spans: Iterable[Span], size: int) -> Spans:
+    """Return the same rows in as few spans as possible: fewer spans give fewer tiles.
 
-    Two single rows ``size`` apart become one span of that step: tokens that are decoded in turn.
+    Merged spans have step 1, or ``size``: tokens decoded round-robin over ``size`` ranks.  Empty spans are dropped.
     """
     out: list[Span] = []
-    for span in spans:
-        before = out[-1] if out else None
-        if not span.length:
-            continue
-        if before and before.document == span.document:
-            gap = span.start - before.last
-            step = before.step if before.length > 1 else gap
+    for span in (span for span in spans if span.length):
+        previous = out[-1] if out else None
+        if previous and previous.document == span.document:
+            gap = span.start - previous.last
+            step = previous.step if previous.length > 1 else gap
             if gap == step and step in (1, size) and (span.length == 1 or span.step == step):
-                out[-1] = Span(before.start, before.length + span.length, step, before.document)
+                out[-1] = Span(previous.start, previous.length + span.length, step, previous.document)
                 continue
         out.append(span)
     return tuple(out)
 
 
-def _cut(spans: Spans, first: int, end: int) -> Spans:
-    """Rows ``first`` to ``end`` (exclusive) of the rows of all spans."""
+def _slice_rows(spans: Spans, first: int, end: int) -> Spans:
+    """Return rows ``first`` to ``end`` (exclusive), counted over all ``spans``."""
     out, begin = [], 0
     for span in spans:
         a, b = max(first - begin, 0), min(end - begin, span.length)
@@ -245,9 +292,9 @@ def _cut(spans: Spans, first: int, end: int) -> Spans:
     return tuple(out)
 
 
-def _range(span: Span, offset: int) -> Tensor:
+def _list_positions(span: Span, offset: int) -> Positions:
     return torch.arange(span.start, span.start + span.length * span.step, span.step) + offset
 
 
-def _concatenated(pieces: Iterable[Tensor]) -> Tensor:
+def _concat(pieces: Iterable[Tensor]) -> Positions:
     return torch.cat([torch.zeros(0, dtype=torch.long), *pieces])

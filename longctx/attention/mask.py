@@ -1,13 +1,17 @@
-"""A mask is a value: how far behind and ahead of its own position a query sees, within its document."""
+"""Attention masks as values: how many positions before and after its own a query sees, within its document."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """A query at position p sees the keys of its document from ``p - before`` to ``p + after``.
+    """A band around the diagonal: a query at position p sees positions ``p - before`` to ``p + after``.
 
-    None is no bound.  Documents are of the layout, not of the mask: no mask lets one look into another.
+    ``Mask(before=1, after=0)`` in a document of three tokens: query 0 sees key 0, query 1 keys 0 and 1, query 2 keys 1
+    and 2.  None is no bound: ``Mask(None, 0)``, the default, is causal.  Documents belong to the `Layout`: under every
+    mask, a query sees only keys of its document.
+
+    Raises ValueError for a negative bound, which would hide a query's own key.
     """
 
     before: int | None = None
@@ -15,7 +19,9 @@ class Mask:
 
     def __post_init__(self) -> None:
         if min(self.before or 0, self.after or 0) < 0:
-            raise ValueError(f"a mask of {self.before} before and {self.after} after hides a query's own key: use 0 up")
+            raise ValueError(
+                f"a mask of before={self.before}, after={self.after} hides a query's own key; use bounds of 0 or more"
+            )
 
     def __str__(self) -> str:
         names = {CAUSAL: "causal", BIDIRECTIONAL: "bidirectional"}
@@ -27,10 +33,13 @@ BIDIRECTIONAL = Mask(None, None)
 
 
 def window(size: int) -> Mask:
-    """Causal, and the last ``size`` keys only, a query's own included: ``sliding_window`` of Hugging Face models."""
+    """Return the causal mask of a query's own key and the ``size - 1`` keys before it.
+
+    ``size`` is ``sliding_window`` of Hugging Face models.
+    """
     return Mask(size - 1)
 
 
 def causal_within(size: int | None) -> Mask:
-    """`window` of ``size``, or plain causal for None."""
+    """Return `window` of ``size``, or the plain causal mask for None."""
     return CAUSAL if size is None else window(size)

@@ -1,4 +1,4 @@
-"""A partial attention is a value: what some of the keys say, and how much weight they carry."""
+"""Partial attention as a value: the attention over some of the keys, and the weight that these keys carry."""
 
 import math
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from longctx.shapes import Float, LogSumExp, Queries, Tensor
 
 @dataclass(frozen=True)
 class Partial:
-    """Attention over some keys, normalised over those keys alone.
+    """Attention over a subset of the keys, normalised over this subset alone.
 
-    ``out`` [b s h d] is their weighted mean of values; ``lse`` [b s h] the natural logarithm of the sum of
-    ``exp(q.k / sqrt(d))`` over them, -inf where a row has met no key.  Both are float32, or float64 when the
-    inputs are: partial results travel and add up in that precision whatever the model's dtype.
+    ``out`` [b s h d] is the weighted mean of the subset's values.  ``lse`` [b s h] is the natural logarithm of the sum
+    of ``exp(q.k / sqrt(d))`` over the subset: -inf, with an ``out`` of 0, for a row that sees none of its keys.  Both
+    are float64 for float64 inputs and float32 otherwise: partials are sent and merged in this precision.
     """
 
     out: Queries
@@ -23,12 +23,12 @@ class Partial:
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that softmax state and gradient sums of ``x`` are kept in."""
+    """Return the dtype of softmax state and gradient sums for inputs like ``x``: float32, or float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def empty_partial(q: Queries) -> Partial:
-    """The partial attention of ``q`` over no keys: the unit of `merge`."""
+    """Return the partial attention of ``q`` over no keys: the identity of `merge`."""
     dtype = accumulation_dtype(q)
     return Partial(
         torch.zeros(q.shape, dtype=dtype, device=q.device),
@@ -37,41 +37,43 @@ def empty_partial(q: Queries) -> Partial:
 
 
 def sink(logits: Float[Tensor, " hq"], like: Partial) -> Partial:
-    """A key of value 0 that every row sees, scored by its head's logit: attention sinks, as gpt-oss learns them.
+    """Return the partial of attention sinks: one key of value 0 per head, scored ``logits`` by every row of ``like``.
 
-    `merge` it once, on the rank whose rows they are: the weight that it draws is taken from all other keys.
+    gpt-oss learns these logits.  `merge` the sink once, on the rank that holds the rows: it takes weight from all
+    other keys.
     """
     lse = logits.to(like.lse.dtype).expand(like.lse.shape)
     return Partial(torch.zeros_like(like.out), lse)
 
 
 def merge(a: Partial, b: Partial) -> Partial:
-    """The attention over the keys of both; associative, commutative, with `empty_partial` as its unit.
+    """Return the attention over the keys of both ``a`` and ``b``, which must be disjoint sets of keys.
 
-    arXiv 2411.01783, Eq. 4: each side weighs exp(lse - lse_max).  Exact for rows that either side, or
-    neither, has seen: peers' ``logsigmoid`` form gives NaN there.
+    The merge is associative and commutative, with `empty_partial` as its identity.  Each side has the weight
+    exp(lse - lse_max) (arXiv 2411.01783, Eq. 4).  It is exact also for rows that only one side has seen, or neither.
+    The form with ``logsigmoid``, common elsewhere, gives NaN for some of these rows.
     """
-    both = Partial(a.out.clone(), a.lse.clone())
-    merge_(both, slice(None), b)
-    return both
+    merged = Partial(a.out.clone(), a.lse.clone())
+    merge_(merged, slice(None), b)
+    return merged
 
 
-def merge_(seen: Partial, rows: slice, part: Partial) -> None:
-    """`merge` ``part`` into ``rows`` of ``seen``, in place: ``seen`` belongs to the caller's loop."""
-    share, lse = _weigh(seen.lse[:, rows], part.lse)
-    seen.out[:, rows].lerp_(part.out, share.unsqueeze(-1))
-    seen.lse[:, rows] = lse
+def merge_(total: Partial, rows: slice, part: Partial) -> None:
+    """`merge` ``part`` into ``rows`` of ``total``, in place."""
+    share, lse = _weigh(total.lse[:, rows], part.lse)
+    total.out[:, rows].lerp_(part.out, share.unsqueeze(-1))
+    total.lse[:, rows] = lse
 
 
 def concat_rows(parts: Sequence[Partial]) -> Partial:
-    """Neighbouring rows as one."""
+    """Concatenate partials of different rows along the rows (dim 1)."""
     if len(parts) == 1:
         return parts[0]
     return Partial(torch.cat([part.out for part in parts], 1), torch.cat([part.lse for part in parts], 1))
 
 
 def _weigh(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The share of ``b`` in the merged row, and the merged log-sum-exp."""
-    # Of what has seen nothing (b = -inf, or a) the sigmoid is 0 (or 1); of two such, b - a would be NaN.
+    """Return the weight of ``b`` in the merged row, in 0 to 1, and the merged log-sum-exp."""
+    # The sigmoid is 1 if a is -inf, and 0 if b is. If both are, b - a is NaN: the mask makes the share 0.
     share = torch.sigmoid(b - a).masked_fill(b == -math.inf, 0.0)
     return share, torch.logaddexp(a, b)

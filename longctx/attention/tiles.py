@@ -1,8 +1,8 @@
-"""Where queries meet keys: two sets of spans in, the rectangles and triangles of the score matrix out.
+"""The parts of the score matrix that a mask leaves visible, as rectangles and triangles that any kernel can compute.
 
-Every ring step of every layout, mask and turn over a cache is a list of tiles of two shapes only: a full
-rectangle, or a square triangle with its diagonal.  All attention kernels agree on those two, whichever corner
-their causal mask is aligned to, and no row of a tile is ever fully masked.
+For every layout, mask and cached turn, a ring step is a list of tiles of two shapes: a full rectangle, or a square
+triangle with its diagonal.  All attention kernels agree on these two, although they align a causal mask to different
+corners of a non-square block.  No row of a tile is fully masked.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,9 +15,17 @@ from longctx.attention.mask import CAUSAL, Mask
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Local rows ``q0:q1`` of the queries see rows ``k0:k1`` of the keys; all, or (``causal``) the lower triangle.
+    """A block of scores: rows ``q0:q1`` of one rank's queries against rows ``k0:k1`` of one rank's keys.
 
-    A ``mirrored`` triangle is the upper one, the far edge of a window: with rows and keys read backwards, a lower one.
+    The three kinds, with three rows of queries against three of keys (x: computed)::
+
+        full      causal=True      causal=True, mirrored=True
+        x x x     x . .            x x x
+        x x x     x x .            . x x
+        x x x     x x x            . . x
+
+    Causal tiles are square.  A mirrored one lies at the far edge of a window; with its rows and keys in reverse order
+    it is a plain causal tile, so that kernels need no case for it.
     """
 
     q0: int
@@ -29,35 +37,51 @@ class Tile:
 
     @property
     def q(self) -> slice:
+        """Rows of the queries."""
         return slice(self.q0, self.q1)
 
     @property
     def k(self) -> slice:
+        """Rows of the keys."""
         return slice(self.k0, self.k1)
 
     @property
     def pairs(self) -> int:
-        """Scores that this tile computes."""
+        """Number of scores that this tile computes."""
         rows = self.q1 - self.q0
         return rows * (rows + 1) // 2 if self.causal else rows * (self.k1 - self.k0)
 
-    def moved(self, q: int, k: int) -> "Tile":
+    def shift(self, q: int, k: int) -> "Tile":
+        """Return this tile ``q`` query rows and ``k`` key rows further on."""
         return replace(self, q0=self.q0 + q, q1=self.q1 + q, k0=self.k0 + k, k1=self.k1 + k)
 
 
 def visible_tiles(q: Spans, k: Spans, mask: Mask = CAUSAL) -> tuple[Tile, ...]:
-    """The tiles in which a query sees a key of its document that ``mask`` allows."""
+    """Return tiles that cover exactly the pairs of a query and a key that ``mask`` allows, each pair once.
+
+    ``q`` and ``k`` are the spans of the rank that holds the queries and of the rank that holds the keys.  A query sees
+    only keys of its document.  A document of three tokens on two ranks:
+
+    >>> from longctx.attention.layout import zigzag
+    >>> last, first_two = zigzag(3, 2).ranks  # rank 0 holds position 2, rank 1 positions 0 and 1
+    >>> visible_tiles(last, first_two)  # the last query sees both earlier keys
+    (Tile(q0=0, q1=1, k0=0, k1=2, causal=False, mirrored=False),)
+    >>> visible_tiles(first_two, first_two)  # a triangle: row 0 sees key 0, row 1 sees both
+    (Tile(q0=0, q1=2, k0=0, k1=2, causal=True, mirrored=False),)
+    >>> visible_tiles(first_two, last)  # the earlier queries do not see the last key
+    ()
+    """
     tiles: list[Tile] = []
-    for q0, q_spans in _runs(q):
-        for k0, k_spans in _runs(k):
+    for q0, q_spans in _group_by_document(q):
+        for k0, k_spans in _group_by_document(k):
             if q_spans[0].document != k_spans[0].document:
                 continue
-            tiles += [tile.moved(q0, k0) for tile in _of_runs(q_spans, k_spans, mask)]
-    return tuple(_coalesced(tiles))
+            tiles += [tile.shift(q0, k0) for tile in _tile_document(q_spans, k_spans, mask)]
+    return tuple(_merge_rectangles(tiles))
 
 
-def _runs(spans: Spans) -> Iterator[tuple[int, Spans]]:
-    """Neighbouring spans of one document, with the row that they begin at."""
+def _group_by_document(spans: Spans) -> Iterator[tuple[int, Spans]]:
+    """Yield (first row, spans) of each run of consecutive spans of one document."""
     begin = 0
     for _, group in groupby(spans, key=lambda span: span.document):
         run = tuple(group)
@@ -65,41 +89,44 @@ def _runs(spans: Spans) -> Iterator[tuple[int, Spans]]:
         begin += sum(span.length for span in run)
 
 
-def _of_runs(q: Spans, k: Spans, mask: Mask) -> list[Tile]:
+def _tile_document(q: Spans, k: Spans, mask: Mask) -> list[Tile]:
+    """Return the tiles of spans of one document; rows count from the first span of ``q`` and of ``k``."""
     ascending = all(a.last < b.start for a, b in pairwise(q))
     if mask == CAUSAL and q == k and ascending:
-        # The same rows in order: row i sees rows 0..i, however far apart their positions lie.
+        # The same rows in ascending order: row i sees rows 0 to i, whatever their positions are.
         rows = sum(span.length for span in q)
         return [Tile(0, rows, 0, rows, causal=True)]
     tiles, q0 = [], 0
     for a in q:
         k0 = 0
         for b in k:
-            tiles += [tile.moved(q0, k0) for tile in _of_spans(a, b, mask)]
+            tiles += [tile.shift(q0, k0) for tile in _tile_spans(a, b, mask)]
             k0 += b.length
         q0 += a.length
     return tiles
 
 
-def _of_spans(q: Span, k: Span, mask: Mask) -> list[Tile]:
+def _tile_spans(q: Span, k: Span, mask: Mask) -> list[Tile]:
+    """Return the tiles of one span of queries against one span of keys."""
     if mask.before is None and (mask.after is None or k.last <= q.start + mask.after):
-        return [Tile(0, q.length, 0, k.length)]  # all of it lies behind, whatever the steps
+        return [Tile(0, q.length, 0, k.length)]  # every query sees every key, whatever the steps are
     if q.length > 1 and k.length > 1 and q.step != k.step:
-        # Different steps that interleave: row by row. Exact for any layout, fast for none.
-        rows = (_of_spans(q.part(row, row + 1), k, mask) for row in range(q.length))
-        return [tile.moved(row, 0) for row, tiles in enumerate(rows) for tile in tiles]
+        # Interleaved spans of different steps are cut row by row: exact, but many small tiles.
+        rows = (_tile_spans(q.part(row, row + 1), k, mask) for row in range(q.length))
+        return [tile.shift(row, 0) for row, tiles in enumerate(rows) for tile in tiles]
     step = k.step if q.length == 1 else q.step
-    ahead, all_rows = q.start - k.start, q.length + k.length
-    low = -all_rows if mask.before is None else -((mask.before - ahead) // step)
-    high = all_rows if mask.after is None else (ahead + mask.after) // step
-    return _band(q.length, k.length, low, high)
+    # From positions to rows: query row i sees key rows i + low to i + high.
+    offset, unbounded = q.start - k.start, q.length + k.length
+    low = -unbounded if mask.before is None else -((mask.before - offset) // step)
+    high = unbounded if mask.after is None else (offset + mask.after) // step
+    return _tile_band(q.length, k.length, low, high)
 
 
-def _band(sq: int, sk: int, low: int, high: int) -> list[Tile]:
-    """Row i sees those of the keys i + low to i + high that exist.
+def _tile_band(sq: int, sk: int, low: int, high: int) -> list[Tile]:
+    """Return the tiles of a band of ``sq`` rows: row i sees keys i + ``low`` to i + ``high``, within 0 to ``sk`` - 1.
 
-    Rows from ``-low`` on leave keys behind, and have a triangle on that edge; those before ``sk - high`` have keys
-    ahead of them, and one on this edge; between the triangles lies a rectangle.
+    The band has a lower edge from row ``-low`` on, and an upper edge before row ``sk - high``.  Elsewhere the border
+    of the matrix limits it.  Each edge takes a triangle; a rectangle fills the space between.
     """
     first, end = max(0, -high), min(sq, sk - low)
     if low > high or first >= end:
@@ -107,16 +134,16 @@ def _band(sq: int, sk: int, low: int, high: int) -> list[Tile]:
     cuts = sorted({first, end, *(row for row in (-low, sk - high) if first < row < end)})
     tiles: list[Tile] = []
     for begin, stop in pairwise(cuts):
-        far, near = begin >= -low, begin < sk - high
-        # Two triangles of more rows than the band is wide would overlap.
-        rows = max(1, high - low) if far and near else stop - begin
+        has_lower, has_upper = begin >= -low, begin < sk - high
+        # With both edges, triangles of more rows than ``high - low`` would overlap.
+        rows = max(1, high - low) if has_lower and has_upper else stop - begin
         for a in range(begin, stop, rows):
-            tiles += _edges(a, min(a + rows, stop), sk, low if far else None, high if near else None)
+            tiles += _tile_edges(a, min(a + rows, stop), sk, low if has_lower else None, high if has_upper else None)
     return tiles
 
 
-def _edges(a: int, b: int, sk: int, low: int | None, high: int | None) -> Iterator[Tile]:
-    """Rows a to b (exclusive) of a band, whose edges, where they have one, meet no border."""
+def _tile_edges(a: int, b: int, sk: int, low: int | None, high: int | None) -> Iterator[Tile]:
+    """Yield the tiles of rows ``a`` to ``b`` (exclusive) of a band; an edge of None is the border of the matrix."""
     if b - a == 1:
         yield Tile(a, b, 0 if low is None else a + low, sk if high is None else a + high + 1)
         return
@@ -129,21 +156,22 @@ def _edges(a: int, b: int, sk: int, low: int | None, high: int | None) -> Iterat
         yield Tile(a, b, left, right)
 
 
-def _coalesced(tiles: list[Tile]) -> list[Tile]:
-    """Rectangles that share an edge become one: fewer, larger kernel calls."""
+def _merge_rectangles(tiles: list[Tile]) -> list[Tile]:
+    """Merge rectangles that share an edge: fewer, larger kernel calls."""
     triangles = [tile for tile in tiles if tile.causal]
     full = [tile for tile in tiles if not tile.causal]
-    full = _fused(full, key=lambda t: (t.q0, t.q1), begin=lambda t: t.k0, end=lambda t: t.k1)
-    full = _fused(full, key=lambda t: (t.k0, t.k1), begin=lambda t: t.q0, end=lambda t: t.q1)
+    full = _merge_adjacent(full, key=lambda t: (t.q0, t.q1), begin=lambda t: t.k0, end=lambda t: t.k1)
+    full = _merge_adjacent(full, key=lambda t: (t.k0, t.k1), begin=lambda t: t.q0, end=lambda t: t.q1)
     return triangles + full
 
 
-def _fused(
+def _merge_adjacent(
     tiles: list[Tile],
     key: Callable[[Tile], tuple[int, int]],
     begin: Callable[[Tile], int],
     end: Callable[[Tile], int],
 ) -> list[Tile]:
+    """Merge rectangles that have the same ``key`` and touch: the ``end`` of one is the ``begin`` of the next."""
     out: list[Tile] = []
     for tile in sorted(tiles, key=lambda t: (key(t), begin(t))):
         if out and key(out[-1]) == key(tile) and end(out[-1]) == begin(tile):

@@ -1,33 +1,35 @@
-"""A kernel shows what it can do before it is used: on this very device, against plain float64."""
+"""Verification of a kernel on the device that will run it, against float64 arithmetic."""
 
 import torch
 
 from longctx.attention.kernel import Kernel, reference
 
-# Rows, keys, whether causal; past one block of any kernel, and lengths that no block divides.
+# (rows, keys, causal): longer than one block of any kernel, and lengths that no block size divides.
 _TILES = ((257, 257, True), (67, 389, False), (1, 131, False), (389, 3, False))
-_HEADS = ((3, 3), (6, 2), (8, 1))
-# Of a half precision: a kernel may round what it gives, and what it works with, once each.
-_ALLOWED = {torch.float64: 1e-10, torch.float32: 2e-6} | {
+_HEADS = ((3, 3), (6, 2), (8, 1))  # (query heads, KV heads)
+# Relative errors. A half-precision kernel may round its output once and its intermediate values once.
+_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6} | {
     dtype: 2 * torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16)
 }
-_ALLOWED_LSE = 1e-4  # which is float32 whatever the inputs are: rounded to less, it would grow with every merge
+# The log-sum-exp is float32 for every input dtype: if a kernel rounded it further, each merge would add to the error.
+_LSE_TOLERANCE = 1e-4
 
 
-def refuse_inexact(kernel: Kernel, device: torch.device, dtype: torch.dtype, width: int = 64) -> None:
-    """ValueError, with the error that was measured, unless ``kernel`` is exact on ``device`` for ``dtype``.
+def refuse_inexact(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> None:
+    """Verify that ``kernel`` is exact on ``device`` for ``dtype`` and heads of ``head_dim``.
 
-    ``width`` is of the heads.
+    Forward, log-sum-exp and gradients are compared with float64 arithmetic on the same device: on full and triangular
+    tiles, with and without shared KV heads.
 
-    Forward, log-sum-exp and gradients of full and triangular tiles and of shared KV heads, against float64
-    arithmetic on the same device.
+    Raises ValueError, with the measured error, if the kernel is inexact.
     """
     for (sq, sk, causal), (hq, hk) in ((tile, heads) for tile in _TILES for heads in _HEADS):
-        worst, lse = _errors(kernel, sq, sk, causal, hq, hk, width, device, dtype)
-        if not (worst <= _ALLOWED[dtype] and lse <= min(_ALLOWED_LSE, _ALLOWED[dtype])):  # also if one is NaN
+        worst, lse = _errors(kernel, sq, sk, causal, hq, hk, head_dim, device, dtype)
+        # Written so that NaN fails, too.
+        if not (worst <= _TOLERANCE[dtype] and lse <= min(_LSE_TOLERANCE, _TOLERANCE[dtype])):
             raise ValueError(
                 f"kernel {kernel.name} is off by {worst:.1e} ({lse:.1e} in its log-sum-exp) on {device} in {dtype} "
-                f"({sq} rows, {sk} keys, {hq} heads of {width} over {hk}{', causal' if causal else ''}): "
+                f"({sq} rows, {sk} keys, {hq} heads of {head_dim} over {hk}{', causal' if causal else ''}); "
                 "use context.kernel=reference"
             )
 
@@ -39,18 +41,18 @@ def _errors(
     causal: bool,
     hq: int,
     hk: int,
-    width: int,
+    head_dim: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[float, float]:
-    """The largest error of out, dq, dk and dv, each in its norm, and that of lse; NaN if one is NaN."""
-    draw = torch.Generator().manual_seed(sq * sk)
+    """Return the largest relative error among out, dq, dk and dv, and that of lse; NaN if any value is NaN."""
+    generator = torch.Generator().manual_seed(sq * sk)
     shapes = ((sq, hq), (sk, hk), (sk, hk), (sq, hq))
-    q, k, v, dout = (torch.randn(1, n, h, width, generator=draw).to(device, dtype) for n, h in shapes)
+    q, k, v, dout = (torch.randn(1, n, h, head_dim, generator=generator).to(device, dtype) for n, h in shapes)
     part = kernel.forward(q, k, v, causal)
-    got = (part.lse, part.out, *kernel.backward(dout, q, k, v, part.out, part.lse, causal))
+    actual = (part.lse, part.out, *kernel.backward(dout, q, k, v, part.out, part.lse, causal))
     q, k, v, dout = (x.double() for x in (q, k, v, dout))
     exact = reference.forward(q, k, v, causal)
-    right = (exact.lse, exact.out, *reference.backward(dout, q, k, v, exact.out, exact.lse, causal))
-    errors = [(a.double() - b).norm() / b.norm() for a, b in zip(got, right, strict=True)]
+    expected = (exact.lse, exact.out, *reference.backward(dout, q, k, v, exact.out, exact.lse, causal))
+    errors = [(a.double() - b).norm() / b.norm() for a, b in zip(actual, expected, strict=True)]
     return float(torch.stack(errors[1:]).max()), float(errors[0])

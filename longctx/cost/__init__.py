@@ -1,1 +1,1 @@
-"""Seconds and bytes: arithmetic only, the same for the planner, the choice at run time and the reports."""
+"""Cost models in seconds, bytes and FLOPs: arithmetic only, shared by planning, run-time choice and reports."""

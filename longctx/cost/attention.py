@@ -1,7 +1,8 @@
-"""What one layer's attention costs a rank, by strategy: seconds and bytes.
+"""Seconds and bytes per rank of one layer's attention, for each strategy.
 
-Symbols of arXiv 2411.01783, Table 1: T new and P cached tokens, N ranks, H_Q and H_KV heads and D_H, their width,
-all of one rank, after tensor parallelism and Ulysses have divided the heads.
+The symbols are those of arXiv 2411.01783, Table 1: T new tokens, P cached tokens, N ranks, H_Q query heads, H_KV
+KV heads, and head dimension D_H; e is the bytes per element.  Heads are counted per rank, after tensor parallelism and
+Ulysses have divided them.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,12 +10,17 @@ from dataclasses import dataclass
 
 from longctx.cost.hardware import Hardware
 
-_ANSWER_BYTES = 4  # answers travel in float32, and so does their log-sum-exp
+_PARTIAL_ELEMENT_BYTES = 4  # partial outputs and their log-sum-exps are sent in float32
 
 
 @dataclass(frozen=True)
 class Work:
-    """Sequences of ``new`` and ``cached`` tokens, attended to together by a ring of ``ranks``."""
+    """The attention of one layer over a batch of sequences, on a ring of ``ranks``.
+
+    Sequence i has ``new[i]`` new tokens, which attend to its ``cached[i]`` cached tokens and causally to each other.
+    ``heads`` and ``kv_heads`` are those of one rank.  ``window`` is the number of keys that a query sees at most, its
+    own included; None is no window.
+    """
 
     new: Sequence[int]
     cached: Sequence[int]
@@ -23,39 +29,40 @@ class Work:
     kv_heads: int
     head_dim: int
     element_bytes: int
-    window: int | None = None  # keys that a query sees at most, its own included
+    window: int | None = None
 
     @property
     def new_total(self) -> int:
-        """T of all sequences."""
+        """T, summed over the sequences."""
         return sum(self.new)
 
     @property
     def total(self) -> int:
-        """T + P of all sequences."""
+        """T + P, summed over the sequences."""
         return sum(self.new) + sum(self.cached)
 
     @property
     def kv_block_bytes(self) -> float:
-        """Keys and values that a rank holds: 2 (T + P) / N H_KV D_H e."""
+        """Bytes of the keys and values that a rank holds: 2 (T + P) / N H_KV D_H e."""
         return 2 * self.total / self.ranks * self.kv_heads * self.head_dim * self.element_bytes
 
     @property
     def q_block_bytes(self) -> float:
-        """Queries that a rank holds: T / N H_Q D_H e."""
+        """Bytes of the queries that a rank holds: T / N H_Q D_H e."""
         return self.new_total / self.ranks * self.heads * self.head_dim * self.element_bytes
 
     @property
-    def answer_bytes(self) -> float:
-        """A rank's answers to all but its own queries: (N - 1) T / N H_Q (D_H + 1) float32."""
+    def partial_bytes(self) -> float:
+        """Bytes of a rank's partial outputs for the other ranks' queries: (N - 1) T / N H_Q (D_H + 1) in float32."""
         rows = (self.ranks - 1) * self.new_total / self.ranks
-        return rows * self.heads * (self.head_dim + 1) * _ANSWER_BYTES
+        return rows * self.heads * (self.head_dim + 1) * _PARTIAL_ELEMENT_BYTES
 
     @property
     def flops(self) -> float:
-        """FLOPs of all ranks: 4 D_H H_Q for each (query, key) that see each other; T P + T^2 / 2 of them.
+        """FLOPs of all ranks: 4 D_H H_Q per visible (query, key) pair.
 
-        Under a window of w keys only the first w - P new queries see all that there are; each later one sees w.
+        There are T P + T (T + 1) / 2 pairs.  With a window of w keys, the first w - P new queries see all earlier keys;
+        each later one sees w keys.
         """
         pairs = 0.0
         for t, p in zip(self.new, self.cached, strict=True):
@@ -66,50 +73,56 @@ class Work:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one layer's attention; of those, ``exposed_s`` are communication that nothing hides."""
+    """Cost of one layer's attention on one rank.
+
+    ``seconds`` is the total; ``exposed_s`` is the part of it in communication that no computation hides.
+    """
 
     seconds: float
     exposed_s: float
     bytes_sent: float
 
 
-def block_seconds(work: Work, on: Hardware) -> float:
-    """Seconds of one of a rank's N blocks.
+def block_seconds(work: Work, hardware: Hardware) -> float:
+    """Return the seconds of one of a rank's N blocks: its queries against one rank's keys.
 
-    The pairs are even over ranks and steps (zigzag), so a block is 1/N^2 of all.  Either the arithmetic bounds it,
-    or, for few rows, reading the block's keys and values does.
+    Zigzag spreads the pairs evenly over ranks and steps, so a block has 1 / N^2 of them.  Its time is bounded by the
+    arithmetic or, for few rows, by reading the block's keys and values.
     """
-    arithmetic = work.flops / work.ranks**2 / on.flops
-    return on.block_s + max(arithmetic, work.kv_block_bytes / on.kv_bytes_per_s)
+    arithmetic = work.flops / work.ranks**2 / hardware.flops
+    return hardware.block_s + max(arithmetic, work.kv_block_bytes / hardware.kv_bytes_per_s)
 
 
-def _step(compute_s: float, send_s: float, on: Hardware) -> float:
-    """Two times, a max: what is computed while a message is on its way hides it, as far as the machine can."""
+def _step(compute_s: float, send_s: float, hardware: Hardware) -> float:
+    """Return the seconds of computing and sending at the same time, which overlap by the hardware's ``overlap``."""
     longer, shorter = max(compute_s, send_s), min(compute_s, send_s)
-    return longer + (1 - on.overlap) * shorter
+    return longer + (1 - hardware.overlap) * shorter
 
 
-def pass_kv_cost(work: Work, on: Hardware) -> Cost:
-    """Pass-KV (Alg. 2): N - 1 steps that compute a block while the next comes, and the last block."""
-    block, send = block_seconds(work, on), on.hop.seconds(work.kv_block_bytes)
+def pass_kv_cost(work: Work, hardware: Hardware) -> Cost:
+    """Return the cost of pass-KV (Alg. 2): N - 1 steps that compute a block and receive the next, and a last block."""
+    block, send = block_seconds(work, hardware), hardware.hop.seconds(work.kv_block_bytes)
     hops = work.ranks - 1
-    seconds = hops * _step(block, send, on) + block
+    seconds = hops * _step(block, send, hardware) + block
     return Cost(seconds, seconds - work.ranks * block, hops * work.kv_block_bytes)
 
 
-def pass_q_cost(work: Work, on: Hardware) -> Cost:
-    """Pass-Q (Alg. 3): the same with queries for keys and values, then the answers, which nothing hides."""
-    block, send = block_seconds(work, on), on.hop.seconds(work.q_block_bytes)
+def pass_q_cost(work: Work, hardware: Hardware) -> Cost:
+    """Return the cost of pass-Q (Alg. 3): N - 1 steps that send queries, a last block, and an exposed all-to-all.
+
+    The all-to-all returns the partial outputs to the ranks of their queries.
+    """
+    block, send = block_seconds(work, hardware), hardware.hop.seconds(work.q_block_bytes)
     hops = work.ranks - 1
-    seconds = hops * _step(block, send, on) + block + on.exchange.seconds(work.answer_bytes)
-    return Cost(seconds, seconds - work.ranks * block, hops * work.q_block_bytes + work.answer_bytes)
+    seconds = hops * _step(block, send, hardware) + block + hardware.exchange.seconds(work.partial_bytes)
+    return Cost(seconds, seconds - work.ranks * block, hops * work.q_block_bytes + work.partial_bytes)
 
 
-def all_gather_kv_cost(work: Work, on: Hardware) -> Cost:
-    """All keys and values in one exchange, which nothing hides, then all blocks."""
+def all_gather_kv_cost(work: Work, hardware: Hardware) -> Cost:
+    """Return the cost of an exposed all-gather of keys and values, followed by all N blocks."""
     size = (work.ranks - 1) * work.kv_block_bytes
-    gather = on.exchange.seconds(size)
-    return Cost(gather + work.ranks * block_seconds(work, on), gather, size)
+    gather = hardware.exchange.seconds(size)
+    return Cost(gather + work.ranks * block_seconds(work, hardware), gather, size)
 
 
 COSTS: dict[str, Callable[[Work, Hardware], Cost]] = {

@@ -1,4 +1,4 @@
-"""Pass-KV or pass-Q: an argmin over the cost model, and the paper's three rules beside it for comparison."""
+"""The choice between pass-KV and pass-Q: the cheaper one by the cost model, or one of the paper's three rules."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,58 +10,66 @@ from longctx.cost.hardware import Hardware
 
 @dataclass(frozen=True)
 class Choice:
-    """A strategy, and why in a line."""
+    """A strategy (pass_kv or pass_q), and the reason for it in one line for the user."""
 
     strategy: str
     why: str
 
 
-def choose(rule: str, work: Work, on: Hardware) -> Choice:
-    """The strategy that ``rule`` (auto, alg1, alg5, empirical) takes for ``work``.
+def choose(rule: str, work: Work, hardware: Hardware) -> Choice:
+    """Return the strategy that ``rule`` selects for ``work``.
 
-    Raises ValueError for ``empirical`` on hardware that nobody has fitted it to.
+    ``auto`` compares the modelled seconds.  ``alg1``, ``alg5`` and ``empirical`` are the rules of arXiv 2411.01783:
+    Algorithms 1 and 5, and the fitted boundary of Appendix D.
+
+    Raises ValueError for ``empirical`` if ``hardware`` has no fitted constants.
     """
     if work.ranks == 1:
-        return Choice("pass_kv", "one ring rank: nothing travels")
-    return RULES[rule](work, on)
+        return Choice("pass_kv", "one ring rank: nothing is sent")
+    return RULES[rule](work, hardware)
 
 
-def _auto(work: Work, on: Hardware) -> Choice:
-    kv, q = pass_kv_cost(work, on).seconds, pass_q_cost(work, on).seconds
-    says = f"a layer takes {kv * 1e3:.3g} ms by pass-KV, {q * 1e3:.3g} by pass-Q"
-    return Choice("pass_kv" if kv <= q else "pass_q", says)
+def _auto(work: Work, hardware: Hardware) -> Choice:
+    kv, q = pass_kv_cost(work, hardware).seconds, pass_q_cost(work, hardware).seconds
+    reason = f"a layer takes {kv * 1e3:.3g} ms by pass-KV, {q * 1e3:.3g} ms by pass-Q"
+    return Choice("pass_kv" if kv <= q else "pass_q", reason)
 
 
-def kv_hidden_from(work: Work, on: Hardware) -> float:
-    """The T from which a pass-KV ring hides behind its compute (Eq. 2): N C H_KV e / (2 H_Q BW)."""
-    return work.ranks * on.flops * work.kv_heads * work.element_bytes / (2 * work.heads * on.hop.bytes_per_s)
+def overlap_threshold(work: Work, hardware: Hardware) -> float:
+    """Return the number of new tokens T from which computation hides a pass-KV ring's communication.
+
+    N C H_KV e / (2 H_Q BW) for C FLOP/s and a bandwidth of BW (arXiv 2411.01783, Eq. 2).
+    """
+    denominator = 2 * work.heads * hardware.hop.bytes_per_s
+    return work.ranks * hardware.flops * work.kv_heads * work.element_bytes / denominator
 
 
-def _alg1(work: Work, on: Hardware) -> Choice:
-    return _by_threshold(work, on, 2 * work.kv_heads / work.heads)
+def _alg1(work: Work, hardware: Hardware) -> Choice:
+    return _by_threshold(work, hardware, 2 * work.kv_heads / work.heads)
 
 
-def _alg5(work: Work, on: Hardware) -> Choice:
-    # Eq. 5: where pass-KV is exposed, pass-Q must also earn its all-to-all.
-    paid = 4 * work.new_total * on.hop.bytes_per_s / (work.ranks * on.flops * work.element_bytes)
-    return _by_threshold(work, on, 2 * work.kv_heads / work.heads - paid)
+def _alg5(work: Work, hardware: Hardware) -> Choice:
+    # Eq. 5 lowers the threshold of Alg. 1 by the cost of pass-Q's all-to-all.
+    all_to_all = 4 * work.new_total * hardware.hop.bytes_per_s / (work.ranks * hardware.flops * work.element_bytes)
+    return _by_threshold(work, hardware, 2 * work.kv_heads / work.heads - all_to_all)
 
 
-def _by_threshold(work: Work, on: Hardware, miss_rate: float) -> Choice:
-    hidden, miss = kv_hidden_from(work, on), work.new_total / work.total
+def _by_threshold(work: Work, hardware: Hardware, miss_rate: float) -> Choice:
+    """Choose pass-KV if T reaches `overlap_threshold`, or if the miss rate T / (T + P) reaches ``miss_rate``."""
+    hidden, miss = overlap_threshold(work, hardware), work.new_total / work.total
     kv = work.new_total >= hidden or miss >= miss_rate
-    says = f"T {work.new_total:,} against {hidden:,.0f}, miss rate {miss:.2%} against {miss_rate:.2%}"
-    return Choice("pass_kv" if kv else "pass_q", says)
+    reason = f"T {work.new_total:,} (threshold {hidden:,.0f}), miss rate {miss:.2%} (threshold {miss_rate:.2%})"
+    return Choice("pass_kv" if kv else "pass_q", reason)
 
 
-def _empirical(work: Work, on: Hardware) -> Choice:
-    if on.empirical is None:
+def _empirical(work: Work, hardware: Hardware) -> Choice:
+    if hardware.empirical is None:
         raise ValueError(
-            "context.strategy=empirical needs alpha, beta and gamma fitted to this machine: "
-            "python -m recipes.bench crossover fitted=FILE.yaml writes them, for hardware=FILE.yaml; "
+            "context.strategy=empirical needs alpha, beta and gamma fitted to this machine; "
+            "run python -m recipes.bench crossover fitted=FILE.yaml and set hardware=FILE.yaml, "
             "or use context.strategy=auto"
         )
-    alpha, beta, gamma = on.empirical
+    alpha, beta, gamma = hardware.empirical
     h = alpha * math.log(work.new_total) + beta * math.log(work.new_total / work.total) + gamma
     return Choice("pass_kv" if h > 0 else "pass_q", f"h(T, P) = {h:.3g}")
 
@@ -75,19 +83,25 @@ RULES: dict[str, Callable[[Work, Hardware], Choice]] = {
 
 
 def fit_empirical(points: Sequence[tuple[int, int, float, float]]) -> tuple[float, float, float]:
-    """(alpha, beta, gamma) of h = alpha ln T + beta ln(T / (T + P)) + gamma (App. D) for (T, P, s by KV, s by Q).
+    """Fit (alpha, beta, gamma) of the boundary h = alpha ln T + beta ln(T / (T + P)) + gamma between the strategies.
 
-    Logistic regression of "pass-KV was faster", each point weighing by how much was at stake,
-    |ln(s by Q / s by KV)|, so that ties do not pull; by gradient ascent, a small ridge keeping separable points
-    finite.  Raises ValueError where one strategy won everywhere: there is no boundary to fit.
+    ``points`` are (T, P, seconds by pass-KV, seconds by pass-Q).  Pass-KV is chosen if h > 0 (arXiv 2411.01783,
+    App. D).  The fit is a logistic regression of "pass-KV was faster", by gradient ascent.  The weight of a point is
+    |ln(seconds by pass-Q / seconds by pass-KV)|, so that near ties have little influence.  A small ridge penalty keeps
+    the fit of separable points finite.
+
+    Raises ValueError if one strategy was at least as fast at every point: there is no boundary to fit.
     """
+    # 1. Targets and weights: positive gains are points at which pass-KV was faster.
     gains = [math.log(q / kv) for _, _, kv, q in points]
     if not any(gain > 0 for gain in gains) or not any(gain < 0 for gain in gains):
-        raise ValueError("one strategy won every row: measure further to either side of the crossover")
+        raise ValueError("one strategy is at least as fast at every point; measure on both sides of the crossover")
+    # 2. Features, centred: ln T, ln of the miss rate, 1.
     rows = [(math.log(t), math.log(t / (t + p)), 1.0) for t, p, _, _ in points]
     means = [sum(row[i] for row in rows) / len(rows) for i in range(2)]
     centred = [(a - means[0], b - means[1], 1.0) for a, b, _ in rows]
     weights, scale = [0.0, 0.0, 0.0], max(map(abs, gains))
+    # 3. Gradient ascent on the penalised log-likelihood; h is clipped to keep exp finite.
     for _ in range(20_000):
         slope = [-1e-3 * w for w in weights]
         for row, gain in zip(centred, gains, strict=True):
@@ -95,5 +109,6 @@ def fit_empirical(points: Sequence[tuple[int, int, float, float]]) -> tuple[floa
             residual = (1.0 if gain > 0 else 0.0) - 1 / (1 + math.exp(-max(-50.0, min(50.0, h))))
             slope = [s + abs(gain) / scale * residual * x for s, x in zip(slope, row, strict=True)]
         weights = [w + 0.2 * s / len(points) for w, s in zip(weights, slope, strict=True)]
-    alpha, beta, at_means = weights
-    return alpha, beta, at_means - alpha * means[0] - beta * means[1]
+    # 4. Undo the centring.
+    alpha, beta, centred_gamma = weights
+    return alpha, beta, centred_gamma - alpha * means[0] - beta * means[1]

@@ -1,4 +1,4 @@
-"""What a machine can do, in the few numbers that the costs need; measured by ``python -m recipes.calibrate``."""
+"""The performance figures of a machine that the cost models use; ``python -m recipes.calibrate`` measures them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,26 +6,31 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Link:
-    """A message of n bytes takes ``latency_s`` + n / ``bytes_per_s`` seconds."""
+    """A communication link: a message of n bytes takes ``latency_s`` + n / ``bytes_per_s`` seconds."""
 
     latency_s: float
     bytes_per_s: float
 
     def seconds(self, size: float) -> float:
-        """Seconds that ``size`` bytes take; nothing is sent if there is nothing to send."""
+        """Return the seconds of a message of ``size`` bytes; 0 for an empty message, which is not sent."""
         return self.latency_s + size / self.bytes_per_s if size else 0.0
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One rank's kernel and its links.
+    """Performance of one rank's attention kernel and links.  Rates are per second, times in seconds.
 
-    ``flops``: attention FLOP/s of wide blocks; ``kv_bytes_per_s``: how fast few query rows read keys and values;
-    ``block_s``: what one more block costs, whatever its size; ``hop``: to the next rank of the ring;
-    ``exchange``: an all-to-all, by the bytes that a rank sends; ``overlap``: the share of the shorter of computing
-    and sending that is really hidden behind the longer (1 on links that need no core).
-    ``empirical``: (alpha, beta, gamma) of arXiv 2411.01783, App. D, if they were fitted.
-    ``peak_flops``: FLOP/s of matrix products in the dtype of training that MFU is a share of, if somebody knows it.
+    * ``flops``: attention FLOP/s on large blocks.
+    * ``kv_bytes_per_s``: the rate of reading keys and values with few query rows.
+    * ``block_s``: the fixed overhead of one more block.
+    * ``hop``: the link to the next rank of the ring.
+    * ``exchange``: an all-to-all or all-gather, as a link for the bytes that one rank sends.
+    * ``overlap``: when a rank computes and sends at once, the share of the shorter time that is hidden.  It is 1 for
+      links that need no CPU core.
+    * ``empirical``: the fitted (alpha, beta, gamma) of arXiv 2411.01783, App. D; None if they were not fitted.
+    * ``peak_flops``: peak FLOP/s of matrix products in the training dtype, the denominator of MFU; None if unknown.
+
+    Raises ValueError for a rate that is not positive, and for an ``overlap`` outside 0 to 1.
     """
 
     flops: float
@@ -39,15 +44,19 @@ class Hardware:
 
     def __post_init__(self) -> None:
         for name in ("flops", "kv_bytes_per_s", "peak_flops"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"hardware {name}={getattr(self, name)}: a rate is more than 0")
+            rate = getattr(self, name)
+            if rate is not None and rate <= 0:
+                raise ValueError(f"hardware {name}={rate} is not a rate; use a number above 0")
         if not 0 <= self.overlap <= 1:
-            raise ValueError(f"hardware overlap={self.overlap}: a share, from 0 to 1")
+            raise ValueError(f"hardware overlap={self.overlap} is not a share; use a number from 0 to 1")
 
 
-def hardware_of(values: Any, where: str) -> Hardware:
-    """The hardware that a file's ``values`` describe.  Raises ValueError, naming the field and the fix."""
-    fix = "measure it anew with python -m recipes.calibrate out=FILE.yaml"
+def hardware_of(values: Any, source: str) -> Hardware:
+    """Return the `Hardware` in the parsed YAML ``values``; ``source`` names the file in errors.
+
+    Raises ValueError, with the field and the fix, for a missing field or a value of the wrong type or range.
+    """
+    fix = "measure again with python -m recipes.calibrate out=FILE.yaml"
     try:
         hop, exchange = (Link(**{k: float(v) for k, v in values[name].items()}) for name in ("hop", "exchange"))
         flops, kv, block_s, overlap = (float(values[x]) for x in ("flops", "kv_bytes_per_s", "block_s", "overlap"))
@@ -58,6 +67,6 @@ def hardware_of(values: Any, where: str) -> Hardware:
         peak = values.get("peak_flops")
         return Hardware(flops, kv, block_s, hop, exchange, overlap, empirical, None if peak is None else float(peak))
     except KeyError as missing:
-        raise ValueError(f"{where} does not say {missing}: {fix}") from missing
+        raise ValueError(f"{source} has no field {missing}; {fix}") from missing
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{where} is no hardware file ({error}): {fix}") from error
+        raise ValueError(f"{source} is not a hardware file ({error}); {fix}") from error

@@ -1,23 +1,24 @@
-"""The FLOPs that a step of training asks for, whoever computes them: what MFU divides by.
+"""Model FLOPs of a training step, and model FLOPs utilisation (MFU).
 
-Only products of matrices are counted, 2 FLOPs for a multiplication and its addition.  A weight meets each token
-once in the forward and twice in the backward (the gradients of its input and of itself): 6 FLOPs a weight and token.
-So, for T tokens, L layers, H hidden, n query and m KV heads of width d, an FFN of F (SwiGLU: three matrices), V words:
+Only matrix products count, with 2 FLOPs for a multiplication and its addition.  Each weight is used once per token in
+the forward and twice in the backward (gradients of its input and of itself): 6 FLOPs per weight and token.  The symbols
+are T tokens, L layers, hidden size H, n query and m KV heads of dimension d, FFN size F and vocabulary size V.  The FFN
+is a SwiGLU, with three matrices:
 
     projections   6 T L (2 H n d + 2 H m d)       queries and output, keys and values
     ffn           6 T L 3 H F
-    head          6 T H V                         the embedding is a look-up, and costs nothing
+    head          6 T H V                         the embedding is a look-up without FLOPs
 
-A pair of a query and a key that meet takes d multiplications for its score and d for its share of the answer, in each
-of n heads: 4 n d FLOPs forward, 12 n d with the backward.  The pairs of a document of s tokens are s^2 without causal
-halving and s (s + 1) / 2 with it; documents that are packed together do not meet.  Under a window of w keys a query
-meets w of them, and causally the first w queries fewer:
+A visible pair of a query and a key takes d multiplications for its score and d for its value, in each of n heads:
+4 n d FLOPs forward, 12 n d with the backward.  A document of s tokens has s^2 pairs without causal halving and
+s (s + 1) / 2 with it.  Tokens of different packed documents form no pairs.  With a window of w keys, a query has w
+pairs; with causal halving the first w queries have fewer:
 
     scores        12 n d sum over layers and documents of  s min(s, w)  or  e (e + 1) / 2 + (s - e) w, e = min(s, w)
 
-Without halving this is `num_floating_point_operations` of Megatron-LM, by which arXiv 2405.07719 reports 86 % MFU in
-its first edition; its fifth halves projections and scores together, and reports 47 % for the same steps.  What is
-computed twice (activation recomputation, the scores in a flash backward) is not asked for, and not counted.
+Without halving this equals `num_floating_point_operations` of Megatron-LM.  With that count, arXiv 2405.07719 reports
+86 % MFU in its first version.  Its fifth version halves projections and scores together and reports 47 % for the same
+steps.  Recomputation (of activations, or of the scores in a flash backward) is not counted.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Decoder(Protocol):
-    """What the FLOPs of a decoder depend on; `longctx.config.ModelShape` has it."""
+    """The dimensions that determine a decoder's FLOPs; `longctx.model_shape.ModelShape` provides them."""
 
     @property
     def layers(self) -> int: ...
@@ -47,25 +48,31 @@ class Decoder(Protocol):
 
 
 def train_flops(shape: Decoder, lengths: Sequence[int], causal: bool) -> int:
-    """FLOPs of one forward and backward over packed documents of ``lengths`` tokens, with causal halving or without."""
+    """Return the FLOPs of one forward and backward over packed documents of ``lengths`` tokens.
+
+    ``causal`` counts visible pairs only (causal halving); otherwise all pairs within documents and windows count.
+    """
     return sum(train_flops_by_part(shape, lengths, causal).values())
 
 
 def train_flops_by_part(shape: Decoder, lengths: Sequence[int], causal: bool) -> dict[str, int]:
-    """`train_flops`, by what takes them: projections, scores, ffn, head."""
+    """Return `train_flops` split into "projections", "scores", "ffn" and "head"."""
     tokens = sum(lengths)
     heads = 2 * shape.heads + 2 * shape.kv_heads
-    seen = sum(pairs(length, window, causal) for window in shape.windows for length in lengths)
+    pairs = sum(count_pairs(length, window, causal) for window in shape.windows for length in lengths)
     return {
         "projections": 6 * tokens * shape.layers * shape.hidden * heads * shape.head_dim,
-        "scores": 12 * shape.heads * shape.head_dim * seen,
+        "scores": 12 * shape.heads * shape.head_dim * pairs,
         "ffn": 6 * tokens * shape.layers * 3 * shape.hidden * shape.ffn,
         "head": 6 * tokens * shape.hidden * shape.vocab_size,
     }
 
 
-def pairs(length: int, window: int | None, causal: bool) -> int:
-    """Pairs of a query and a key of one document that meet, where a query sees at most ``window`` keys."""
+def count_pairs(length: int, window: int | None, causal: bool) -> int:
+    """Count the (query, key) pairs of a document of ``length`` tokens, where a query sees at most ``window`` keys.
+
+    None is no window.  With ``causal``, a query sees no later keys.
+    """
     early = length if window is None else min(length, window)
     if not causal:
         return length * early
@@ -73,5 +80,5 @@ def pairs(length: int, window: int | None, causal: bool) -> int:
 
 
 def mfu(flops: float, seconds: float, ranks: int, peak_flops: float | None) -> float | None:
-    """The share of ``ranks`` machines' peak that ``flops`` in ``seconds`` are; None where no peak is known."""
+    """Return model FLOPs utilisation: achieved FLOP/s over the peak of ``ranks`` ranks; None if no peak is known."""
     return None if peak_flops is None else flops / (seconds * ranks * peak_flops)

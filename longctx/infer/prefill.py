@@ -41,7 +41,7 @@ def run_pass(
     layer's attention.
     """
     layout = layout.after(cache.layout)
-    queries = layout.gathered(engine.ulysses.size)
+    queries = layout.gather(engine.ulysses.size)
     cache.extend(queries)
     inner = {
         window: ring_attention(

@@ -212,7 +212,7 @@ class Session:
         ring = shard_balanced([1] * len(chunk), contiguous, self.rows_per_rank)
         if self.context.decode == "gather_merge":
             hidden = run_replicated(self.engine, _packed(chunk), ring, self._batch(chunk))
-            layout = ring.on_one_rank().held_by(0, self.engine.ranks)  # all have the rows, the first one speaks
+            layout = ring.on_one_rank().place_on(0, self.engine.ranks)  # all have the rows, the first one speaks
         else:
             layout = ring.split(self.engine.ulysses.size)
             strategies = self.engine.everywhere(STRATEGIES[self.context.decode])

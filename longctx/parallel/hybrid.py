@@ -31,5 +31,5 @@ class Hybrid:
 def hybrid(ulysses: Comm, ring: Comm, layout: Layout, mask: Mask = CAUSAL) -> Hybrid:
     """The rows that ``layout`` deals to ulysses x ring ranks, seen from one of them."""
     rows = tuple(layout.rows(ring.rank * ulysses.size + member) for member in range(ulysses.size))
-    around = layout.gathered(ulysses.size)
+    around = layout.gather(ulysses.size)
     return Hybrid(ulysses, Ring(ring, around, around, mask), rows)

@@ -113,7 +113,7 @@ def _micro_batch(
         mask=filled(mask[index].float()),
         bucket=filled(positions * buckets // how.length),
         angles=rotary_angles(shape, filled(positions)),
-        one_pass=_pass(layout, len(index), here, shape, how),
+        attention_pass=_pass(layout, len(index), here, shape, how),
     )
 
 

@@ -16,7 +16,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from rich.table import Table
 
 from longctx.config import Context, Mesh, ModelSource, PromptSource, Sampling
-from longctx.cost.reduction import all_reduce_seconds, communication_saved, with_dropped
+from longctx.cost.reduction import all_reduce_seconds, communication_saved, spd_forward_seconds
 from longctx.data.prompt import prompt_tokens
 from longctx.hf.config import shape_of, tokenizer_of
 from longctx.hf.locate import locate
@@ -147,7 +147,7 @@ def judged(found: dict[str, Any], job: LatencyJob) -> list[dict[str, Any]]:
             now = {key: median(each[phase][key] for each in rounds) for key in rounds[0][phase]}
             base = base or now
             blocks = len(within(range(layers), share)) / layers
-            predicted = with_dropped(base["seconds"], layers, blocks, one)
+            predicted = spd_forward_seconds(base["seconds"], layers, blocks, one)
             out.append(
                 {
                     "phase": phase,

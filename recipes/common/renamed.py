@@ -58,6 +58,15 @@ def rename_settings(config: DictConfig, say: Say) -> DictConfig:
     return config
 
 
+def rename_flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` of a saved manifest or result, by dotted name, with the names and values that are in use now."""
+    renamed = {}
+    for name, value in values.items():
+        old_values = {**VALUES, "decode_strategy": VALUES["context.decode"]}.get(name, {})
+        renamed[SETTINGS.get(name, name)] = old_values.get(value, value) if isinstance(value, str) else value
+    return renamed
+
+
 def rename_item(setting: str, item: Mapping[str, Any], say: Say) -> dict[str, Any]:
     """``item`` of the list ``setting`` (``variants``, ``texts``, ``models``) with the names that are in use now."""
     renamed: dict[str, Any] = {}

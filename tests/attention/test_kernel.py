@@ -1,4 +1,4 @@
-"""Every kernel gives the oracle's attention of a tile, and a tile's share of the gradients of the whole."""
+"""Kernels compute the oracle's attention of a tile, and the tile's contribution to the gradients."""
 
 from itertools import accumulate
 
@@ -23,7 +23,7 @@ both = pytest.mark.parametrize("kernel", [reference, flash_cpu], ids=lambda kern
 heads = pytest.mark.parametrize(("hq", "hk"), [(3, 3), (6, 2), (4, 1), (8, 1), (10, 5)])
 
 B = 2
-# Below and above flash_cpu's fold at 32 rows, and past one block of its kernel.
+# Below and above flash_cpu's limit for stacked heads (32 rows), and longer than one block of its kernel.
 SHAPES = [
     # sq, sk, d, causal
     (1, 1, 5, True),
@@ -39,17 +39,17 @@ SHAPES = [
 shapes = pytest.mark.parametrize(("sq", "sk", "d", "causal"), SHAPES)
 
 
-def random(hq, hk, sq, sk, d, dtype=torch.float64):
-    """q, k, v, dout."""
+def random_inputs(hq, hk, sq, sk, d, dtype=torch.float64):
+    """Return random q, k, v and dout."""
     torch.manual_seed(0)
     rows_heads = ((sq, hq), (sk, hk), (sk, hk), (sq, hq))
     return [torch.randn(B, rows, heads, d, dtype=torch.float64).to(dtype) for rows, heads in rows_heads]
 
 
 def mask_of(sq: int, sk: int, causal: bool) -> torch.Tensor:
-    """Of a square on the diagonal, or of queries behind all keys."""
+    """Return the causal mask of a square on the diagonal, or that of queries after all keys."""
     begin = 0 if causal else sk
-    return oracle.visible(oracle.packed([sq], [begin]), oracle.packed([sk]))
+    return oracle.visible(oracle.pack_rows([sq], [begin]), oracle.pack_rows([sk]))
 
 
 def backward(kernel: Kernel, q, k, v, dout, causal: bool):
@@ -60,95 +60,95 @@ def backward(kernel: Kernel, q, k, v, dout, causal: bool):
 @exact
 @heads
 @shapes
-def test_forward_and_backward(kernel, dtype, tolerance, hq, hk, sq, sk, d, causal):
-    q, k, v, dout = random(hq, hk, sq, sk, d, dtype)
+def test_forward_and_backward_match_the_oracle(kernel, dtype, tolerance, hq, hk, sq, sk, d, causal):
+    q, k, v, dout = random_inputs(hq, hk, sq, sk, d, dtype)
     mask = mask_of(sq, sk, causal)
     part = kernel.forward(q, k, v, causal)
     grads = kernel.backward(dout, q, k, v, part.out, part.lse, causal)
     expected = *oracle.attention(q, k, v, mask), *oracle.gradients(q, k, v, mask, dout)
-    for got, right in zip((part.out, part.lse, *grads), expected, strict=True):
-        assert got.dtype == dtype
-        oracle.assert_close(got, right, tolerance)
+    for actual, exact in zip((part.out, part.lse, *grads), expected, strict=True):
+        assert actual.dtype == dtype
+        oracle.assert_close(actual, exact, tolerance)
 
 
 @both
 @heads
 @pytest.mark.parametrize("causal", [False, True])
 def test_bf16_inputs_are_computed_in_float32(kernel, hq, hk, causal):
-    """As good as if the inputs had been upcast before; only what is handed over is bf16."""
-    q, k, v, dout = random(hq, hk, 31, 31, 7, torch.bfloat16)
+    """The error is that of float32 inputs: only the inputs themselves are bf16."""
+    q, k, v, dout = random_inputs(hq, hk, 31, 31, 7, torch.bfloat16)
     mask = mask_of(31, 31, causal)
     part = kernel.forward(q, k, v, causal)
     grads = kernel.backward(dout, q, k, v, part.out, part.lse, causal)
     expected = *oracle.attention(q, k, v, mask), *oracle.gradients(q, k, v, mask, dout)
-    for got, right in zip((part.out, part.lse, *grads), expected, strict=True):
-        assert got.dtype == torch.float32
-        oracle.assert_close(got, right, 2e-6)
+    for actual, exact in zip((part.out, part.lse, *grads), expected, strict=True):
+        assert actual.dtype == torch.float32
+        oracle.assert_close(actual, exact, 2e-6)
 
 
 def head_major(x: torch.Tensor) -> torch.Tensor:
-    """Stored [b h s d], as caches often are."""
+    """Return ``x`` stored as [b h s d], as caches often are."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def every_other_head(x: torch.Tensor) -> torch.Tensor:
-    """A part of a larger tensor, as the splits of a fused QKV projection are."""
+    """Return ``x`` as a view of a larger tensor, as the splits of a fused QKV projection are."""
     return torch.stack([x, torch.full_like(x, torch.nan)], 3).flatten(2, 3)[:, :, ::2]
 
 
 def every_other_channel(x: torch.Tensor) -> torch.Tensor:
-    """The last axis is strided too."""
+    """Return ``x`` with a strided last axis."""
     return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
 
 
 @both
-@pytest.mark.parametrize("stored", [head_major, every_other_head, every_other_channel])
+@pytest.mark.parametrize("store", [head_major, every_other_head, every_other_channel])
 @pytest.mark.parametrize(("sq", "causal"), [(37, True), (37, False), (7, False)])
-def test_inputs_may_be_strided(kernel, stored, sq, causal):
-    """The same numbers however they lie in memory; a kernel that reads past them meets NaN."""
-    plain = random(6, 2, sq, 37, 7)
-    strided = [stored(x) for x in plain]
+def test_strided_inputs_give_the_same_result(kernel, store, sq, causal):
+    """The memory between the elements holds NaN, so that a kernel that reads it fails."""
+    plain = random_inputs(6, 2, sq, 37, 7)
+    strided = [store(x) for x in plain]
     assert not any(x.is_contiguous() for x in strided)
-    mine, theirs = kernel.forward(*strided[:3], causal), kernel.forward(*plain[:3], causal)
-    oracle.assert_close(mine.out, theirs.out, 1e-12)
-    oracle.assert_close(mine.lse, theirs.lse, 1e-12)
+    actual, expected = kernel.forward(*strided[:3], causal), kernel.forward(*plain[:3], causal)
+    oracle.assert_close(actual.out, expected.out, 1e-12)
+    oracle.assert_close(actual.lse, expected.lse, 1e-12)
     q, k, v, dout = strided
-    mine = kernel.backward(dout, q, k, v, stored(theirs.out), theirs.lse, causal)
-    for got, right in zip(mine, backward(kernel, *plain, causal), strict=True):
-        oracle.assert_close(got, right, 1e-12)
+    grads = kernel.backward(dout, q, k, v, store(expected.out), expected.lse, causal)
+    for actual, exact in zip(grads, backward(kernel, *plain, causal), strict=True):
+        oracle.assert_close(actual, exact, 1e-12)
 
 
 @both
-def test_a_gradient_may_be_expanded(kernel):
-    """``out.sum().backward()`` hands over one number with strides of 0."""
-    q, k, v, dout = random(6, 2, 37, 37, 7)
+def test_expanded_dout_gives_exact_gradients(kernel):
+    """``out.sum().backward()`` passes one number with strides of 0."""
+    q, k, v, dout = random_inputs(6, 2, 37, 37, 7)
     one = torch.ones((), dtype=dout.dtype).expand(dout.shape)
-    exact = oracle.gradients(q, k, v, mask_of(37, 37, True), one)
-    for got, right in zip(backward(kernel, q, k, v, one, True), exact, strict=True):
-        oracle.assert_close(got, right, 1e-10)
+    expected = oracle.gradients(q, k, v, mask_of(37, 37, True), one)
+    for actual, exact in zip(backward(kernel, q, k, v, one, True), expected, strict=True):
+        oracle.assert_close(actual, exact, 1e-10)
 
 
 @pytest.mark.parametrize(
-    ("rows", "causal", "folded"), [(1, False, True), (31, False, True), (32, False, False), (31, True, False)]
+    ("rows", "causal", "stacked"), [(1, False, True), (31, False, True), (32, False, False), (31, True, False)]
 )
-def test_few_rows_of_shared_heads_are_folded(monkeypatch, rows, causal, folded):
-    """Keys are read once per KV head: the heads that share one become rows.  A triangle cannot be folded so."""
-    op, asked = flash_cpu_module._forward_op, []
+def test_few_rows_stack_heads_that_share_keys(monkeypatch, rows, causal, stacked):
+    """Keys are read once per KV head: the query heads that share one become rows.  Causal tiles cannot be stacked."""
+    op, shapes_of_q = flash_cpu_module._forward_op, []
 
     def spy(q, *rest):
-        asked.append(tuple(q.shape))
+        shapes_of_q.append(tuple(q.shape))
         return op(q, *rest)
 
     monkeypatch.setattr(flash_cpu_module, "_forward_op", spy)
-    q, k, v, _ = random(6, 2, rows, rows, 5)
+    q, k, v, _ = random_inputs(6, 2, rows, rows, 5)
     out = flash_cpu.forward(q, k, v, causal).out
-    assert asked == [(B, 2, 3 * rows, 5) if folded else (B, 6, rows, 5)]
+    assert shapes_of_q == [(B, 2, 3 * rows, 5) if stacked else (B, 6, rows, 5)]
     oracle.assert_close(out, oracle.attention(q, k, v, mask_of(rows, rows, causal))[0], 1e-10)
 
 
-def test_an_empty_tile_is_refused():
-    """The op ends the process on one: SIGFPE."""
-    q, k, v, dout = random(6, 2, 3, 0, 5)
+def test_empty_tile_fails_an_assertion():
+    """The op would end the process with SIGFPE."""
+    q, k, v, dout = random_inputs(6, 2, 3, 0, 5)
     with pytest.raises(AssertionError, match="empty tile"):
         flash_cpu.forward(q, k, v, False)
     with pytest.raises(AssertionError, match="empty tile"):
@@ -156,16 +156,16 @@ def test_an_empty_tile_is_refused():
 
 
 @pytest.mark.parametrize("kernel", [flash_cuda, cudnn], ids=lambda kernel: kernel.name)
-def test_a_gpus_ops_take_what_they_are_given(kernel):
-    """Shapes and signatures only, on tensors without numbers: tests/gpu has the rest."""
-    q, k, v, dout = (x.to("meta") for x in random(6, 2, 37, 37, 64, torch.bfloat16))
+def test_gpu_ops_accept_the_arguments(kernel):
+    """Checks shapes and signatures only, on meta tensors; tests/gpu checks the values."""
+    q, k, v, dout = (x.to("meta") for x in random_inputs(6, 2, 37, 37, 64, torch.bfloat16))
     part = kernel.forward(q, k, v, True)
     assert (part.out.shape, part.lse.shape) == (q.shape, q.shape[:-1])
     grads = kernel.backward(dout, q, k, v, part.out, part.lse, True)
     assert [(x.shape, x.dtype) for x in grads] == [(x.shape, torch.float32) for x in (q, k, v)]
 
 
-# 67 rows of which the last 36 are the queries: a cached prefix in two pieces, and the new rows in two.
+# 67 keys, whose last 36 rows are the queries: a cached prefix in two pieces, and the new rows in two.
 TILES = (
     Tile(0, 36, 0, 13),
     Tile(0, 36, 13, 31),
@@ -176,48 +176,50 @@ TILES = (
 
 
 @exact
-def test_tiles_add_up_to_the_whole(kernel, dtype, tolerance):
-    """Each tile's backward takes out and lse of the whole softmax, so that their shares are just summed."""
-    q, k, v, dout = random(6, 2, 36, 67, 7, dtype)
-    mask = oracle.visible(oracle.packed([36], [31]), oracle.packed([67]))
+def test_tiles_sum_to_the_whole_attention(kernel, dtype, tolerance):
+    """Each tile's backward takes out and lse of the whole softmax, so that the gradients are plain sums."""
+    q, k, v, dout = random_inputs(6, 2, 36, 67, 7, dtype)
+    mask = oracle.visible(oracle.pack_rows([36], [31]), oracle.pack_rows([67]))
     whole = empty_partial(q)
     for tiles in (TILES[3:], TILES[:3]):  # in any order
         attend_tiles(whole, q, k, v, tiles, kernel)
     grads = tile_gradients(dout, q, k, v, whole, TILES, kernel)
     expected = *oracle.attention(q, k, v, mask), *oracle.gradients(q, k, v, mask, dout)
-    for got, right in zip((whole.out, whole.lse, *grads), expected, strict=True):
-        oracle.assert_close(got, right, tolerance)
+    for actual, exact in zip((whole.out, whole.lse, *grads), expected, strict=True):
+        oracle.assert_close(actual, exact, tolerance)
 
 
-@pytest.mark.parametrize(("most", "merges"), [(4096, 2), (5, 6), (1, 8)])
-def test_what_neighbours_say_is_merged_at_once(monkeypatch, most, merges):
-    """Four short documents, each behind what is cached of it: a rectangle and a triangle each."""
-    monkeypatch.setattr(kernel_module, "_ROWS_TOGETHER", most)
-    asked = []
-    monkeypatch.setattr(kernel_module, "absorb", lambda seen, *rest: (asked.append(rest), merge_(seen, *rest)))
+@pytest.mark.parametrize(("max_rows", "merges"), [(4096, 2), (5, 6), (1, 8)])
+def test_partials_of_adjacent_tiles_are_merged_at_once(monkeypatch, max_rows, merges):
+    """Four short documents, each with cached rows: a rectangle and a triangle each."""
+    monkeypatch.setattr(kernel_module, "_MAX_MERGED_ROWS", max_rows)
+    calls = []
+    monkeypatch.setattr(kernel_module, "merge_", lambda total, *rest: (calls.append(rest), merge_(total, *rest)))
     new, cached = [2, 3, 1, 5], [3, 2, 7, 1]
     begins = list(accumulate(new, initial=0))
     keys = list(accumulate(map(sum, zip(new, cached, strict=True)), initial=0))
     full = [Tile(q, q + n, k, k + c) for q, n, k, c in zip(begins, new, keys, cached, strict=False)]
     own = [Tile(q, q + n, k + c, k + c + n, causal=True) for q, n, k, c in zip(begins, new, keys, cached, strict=False)]
-    q, k, v, _ = random(6, 2, sum(new), sum(new) + sum(cached), 5)
-    seen = empty_partial(q)
-    attend_tiles(seen, q, k, v, [*own, *full], reference)
-    mask = oracle.visible(oracle.packed(new, cached), oracle.packed([n + c for n, c in zip(new, cached, strict=True)]))
+    q, k, v, _ = random_inputs(6, 2, sum(new), sum(new) + sum(cached), 5)
+    total = empty_partial(q)
+    attend_tiles(total, q, k, v, [*own, *full], reference)
+    mask = oracle.visible(
+        oracle.pack_rows(new, cached), oracle.pack_rows([n + c for n, c in zip(new, cached, strict=True)])
+    )
     out, lse = oracle.attention(q, k, v, mask)
-    oracle.assert_close(seen.out, out, 1e-12)
-    oracle.assert_close(seen.lse, lse, 1e-12)
-    assert len(asked) == merges
+    oracle.assert_close(total.out, out, 1e-12)
+    oracle.assert_close(total.lse, lse, 1e-12)
+    assert len(calls) == merges
 
 
 @both
-def test_rows_that_no_tile_names_are_left_alone(kernel):
-    q, k, v, dout = random(6, 2, 5, 7, 5)
-    seen = empty_partial(q)
-    attend_tiles(seen, q, k, v, [Tile(1, 3, 2, 4, causal=True)], kernel)
-    assert (seen.lse[:, [0, 3, 4]] == -torch.inf).all()
-    assert torch.isfinite(seen.lse[:, 1:3]).all()
-    whole = Partial(seen.out, seen.lse.nan_to_num(neginf=0.0))
+def test_rows_outside_all_tiles_are_unchanged(kernel):
+    q, k, v, dout = random_inputs(6, 2, 5, 7, 5)
+    total = empty_partial(q)
+    attend_tiles(total, q, k, v, [Tile(1, 3, 2, 4, causal=True)], kernel)
+    assert (total.lse[:, [0, 3, 4]] == -torch.inf).all()
+    assert torch.isfinite(total.lse[:, 1:3]).all()
+    whole = Partial(total.out, total.lse.nan_to_num(neginf=0.0))
     dq, dk, dv = tile_gradients(dout, q, k, v, whole, [Tile(1, 3, 2, 4, causal=True)], kernel)
     for grad, touched in ((dq, [1, 2]), (dk, [2, 3]), (dv, [2, 3])):
         rows = grad.abs().sum((0, 2, 3)).nonzero().flatten().tolist()

@@ -1,4 +1,4 @@
-"""Layouts: every position is held once, and the tensors that are cut by them come back whole."""
+"""Layouts: exactly one rank holds each position, and `unshard` restores what `shard` cut."""
 
 from itertools import chain, pairwise
 
@@ -30,26 +30,26 @@ def all_rows(layout: Layout) -> list[list[int]]:
         (single(3, 1), [[], [0], []]),
     ],
 )
-def test_who_holds_which_positions(layout, positions):
+def test_positions_of_each_rank(layout, positions):
     assert [layout.positions(rank).tolist() for rank in range(layout.size)] == positions
 
 
 @few
 @given(conversations())
-def test_every_row_is_held_once_and_knows_its_position(conversation):
+def test_one_rank_holds_each_row_and_positions_match(conversation):
     turns = conversation.layouts()
     for layout in (turns[0], grown(turns), turns[-1].after(grown(turns))):
         assert sorted(chain(*all_rows(layout))) == list(range(layout.total))
-        truth = oracle.packed(layout.lengths, layout.begins)
+        expected = oracle.pack_rows(layout.lengths, layout.begins)
         for rank in range(layout.size):
             index = layout.index(rank)
             assert layout.rows(rank) == len(index)
-            assert torch.equal(layout.positions(rank), truth.positions[index])
+            assert torch.equal(layout.positions(rank), expected.positions[index])
 
 
 @few
 @given(conversations())
-def test_shards_of_a_tensor_come_back_whole(conversation):
+def test_unshard_inverts_shard(conversation):
     layout = grown(conversation.layouts())
     for dim in (0, 1):
         x = torch.arange(layout.total * 3).view(-1, 3).movedim(0, dim)
@@ -60,16 +60,16 @@ def test_shards_of_a_tensor_come_back_whole(conversation):
 
 @few
 @given(sizes, lengths)
-def test_ranks_hold_about_as_many_rows(size, length):
-    """Contiguous and striped differ by one row at most, zigzag's two chunks by one each: zigzag(4, 5) does."""
-    for within, most in ((contiguous, 1), (striped, 1), (zigzag, 2)):
+def test_row_counts_of_ranks_are_even(size, length):
+    """They differ by one row at most, in zigzag by two (one for each chunk of a rank), as in zigzag(4, 5)."""
+    for within, max_difference in ((contiguous, 1), (striped, 1), (zigzag, 2)):
         rows = [within(length, size).rows(rank) for rank in range(size)]
-        assert max(rows) - min(rows) <= most
+        assert max(rows) - min(rows) <= max_difference
 
 
 @few
 @given(conversations(), st.integers(1, 4))
-def test_split_and_gathered_keep_the_rows_and_their_order(conversation, parts):
+def test_split_and_gather_keep_the_order_of_rows(conversation, parts):
     layout = grown(conversation.layouts())
     split = layout.split(parts)
     assert split.size == layout.size * parts
@@ -78,21 +78,21 @@ def test_split_and_gathered_keep_the_rows_and_their_order(conversation, parts):
         assert torch.equal(torch.cat([split.index(member) for member in members]), layout.index(rank))
         rows = [split.rows(member) for member in members]
         assert max(rows) - min(rows) <= 1
-    assert all_rows(split.gathered(parts)) == all_rows(layout)
+    assert all_rows(split.gather(parts)) == all_rows(layout)
 
 
 @few
 @given(conversations(size=st.sampled_from([2, 4, 6])))
-def test_gathered_neighbours_hold_each_ones_rows_in_turn(conversation):
-    """Also where no `split` came before: zigzag over all ranks, gathered for Ulysses."""
+def test_gather_concatenates_rows_of_consecutive_ranks(conversation):
+    """Also without an earlier `split`: zigzag over all ranks, gathered for Ulysses."""
     layout = grown(conversation.layouts())
     rows = all_rows(layout)
-    assert all_rows(layout.gathered(2)) == [a + b for a, b in zip(rows[::2], rows[1::2], strict=True)]
+    assert all_rows(layout.gather(2)) == [a + b for a, b in zip(rows[::2], rows[1::2], strict=True)]
 
 
 @few
 @given(conversations())
-def test_a_grown_layout_holds_each_turns_rows_behind_the_earlier_ones(conversation):
+def test_then_appends_rows_of_later_turns(conversation):
     cache, *turns = conversation.layouts()
     for turn in turns:
         later = turn.after(cache)
@@ -100,20 +100,20 @@ def test_a_grown_layout_holds_each_turns_rows_behind_the_earlier_ones(conversati
         both = cache.then(later)
         assert both.ends == later.ends
         for rank in range(cache.size):
-            rows = [rows for layout in (cache, later) for rows in _named(layout, rank)]
-            assert list(_named(both, rank)) == rows
+            rows = [row for layout in (cache, later) for row in _document_positions(layout, rank)]
+            assert _document_positions(both, rank) == rows
         cache = both
 
 
-def _named(layout: Layout, rank: int) -> list[tuple[int, int]]:
-    """(document, position) of each row."""
-    rows = oracle.packed(layout.lengths, layout.begins)[layout.index(rank)]
+def _document_positions(layout: Layout, rank: int) -> list[tuple[int, int]]:
+    """Return (document, position) of each row."""
+    rows = oracle.pack_rows(layout.lengths, layout.begins)[layout.index(rank)]
     return list(zip(rows.documents.tolist(), rows.positions.tolist(), strict=True))
 
 
 @few
 @given(sizes, lengths, names)
-def test_nothing_yet_then_a_turn_is_that_turn(size, length, name):
+def test_empty_layout_then_a_turn_equals_the_turn(size, length, name):
     turn = WITHIN[name](length, size)
     assert all_rows(empty(size).then(turn.after(empty(size)))) == all_rows(turn)
 
@@ -121,9 +121,9 @@ def test_nothing_yet_then_a_turn_is_that_turn(size, length, name):
 @few
 @given(sizes, lengths, names)
 def test_decoded_tokens_stay_few_spans(size, length, name):
-    """Dealt in turn they are one span of step ``size``: beside the prompt's two, and one token that touches them.
+    """Round-robin tokens are one span of step ``size``, next to the prompt's two and one token that touches them.
 
-    Otherwise every decoded token would meet every other in a tile of its own.
+    Separate spans would give a tile for each pair of decoded tokens.
     """
     cache = WITHIN[name](length, size)
     for position in range(length, length + 6 * size):
@@ -132,25 +132,25 @@ def test_decoded_tokens_stay_few_spans(size, length, name):
     assert max(len(spans) for spans in cache.ranks) <= 4
 
 
-def test_spans_that_follow_each_other_are_one():
+def test_consecutive_spans_are_merged():
     first, *later = [zigzag(6, 1), contiguous(5, 1), single(1, 0)]
     assert grown([first, *later]).ranks == ((Span(0, 12),),)
 
 
-def test_a_row_that_is_lost_or_held_twice_is_our_mistake():
-    with pytest.raises(AssertionError, match="5 rows are held, the documents have 6"):
+def test_lost_row_fails_an_assertion():
+    with pytest.raises(AssertionError, match="the ranks hold 5 rows, but the documents have 6"):
         Layout((6,), ((Span(0, 3),), (Span(3, 2),)))
 
 
-def test_only_the_next_turn_can_follow():
+def test_then_refuses_layouts_that_do_not_continue():
     first, second = zigzag(7, 2), zigzag(5, 2)
     with pytest.raises(AssertionError, match="not the next turn"):
         first.then(second)
-    with pytest.raises(AssertionError, match="not the next turn"):
+    with pytest.raises(AssertionError, match="over 3 ranks cannot extend one over 2"):
         first.then(zigzag(5, 3).after(first))
 
 
-def test_a_span_counts_in_its_step():
+def test_span_last_and_part_use_the_step():
     span = Span(start=4, length=5, step=3)
     assert span.last == 16
     assert span.part(1, 3) == Span(7, 2, 3)

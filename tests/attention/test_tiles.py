@@ -1,4 +1,4 @@
-"""Tiles cover exactly what the mask allows, each pair once, in shapes that all kernels agree on."""
+"""Tiles cover exactly the pairs that the mask allows, each once, in shapes on which all kernels agree."""
 
 import pytest
 import torch
@@ -13,16 +13,16 @@ from tests.turns import conversations, few, grown, lengths, sizes
 
 
 def coverage(tiles: tuple[Tile, ...], sq: int, sk: int) -> torch.Tensor:
-    """How often each pair is computed; asserts the shapes that kernels rely on."""
+    """Return how often each pair is computed, after asserting the shapes that kernels rely on."""
     counts = torch.zeros(sq, sk, dtype=torch.long)
     for tile in tiles:
         rows, columns = tile.q1 - tile.q0, tile.k1 - tile.k0
         assert rows > 0 and columns > 0, f"{tile} is empty"
         inside = min(tile.q0, tile.k0) >= 0 and tile.q1 <= sq and tile.k1 <= sk
-        assert inside, f"{tile} reaches out"
-        assert rows == columns or not tile.causal, f"{tile} is no square"
+        assert inside, f"{tile} exceeds the matrix"
+        assert rows == columns or not tile.causal, f"{tile} is not square"
         block = torch.ones(rows, columns, dtype=torch.long)
-        assert tile.causal or not tile.mirrored, f"{tile} has no two halves"
+        assert tile.causal or not tile.mirrored, f"{tile} is mirrored but not causal"
         counts[tile.q, tile.k] += block if not tile.causal else block.triu() if tile.mirrored else block.tril()
     assert sum(tile.pairs for tile in tiles) == counts.sum()
     return counts
@@ -32,20 +32,20 @@ masks = st.one_of(st.just(CAUSAL), st.builds(Mask, *[st.one_of(st.none(), st.int
 
 
 def assert_exact(queries: Layout, keys: Layout, mask: Mask = CAUSAL) -> None:
-    """Of each two ranks the tiles are the mask; rows are looked up by position, not by tile code."""
-    q_rows = oracle.packed(queries.lengths, queries.begins)
-    k_rows = oracle.packed(keys.lengths, keys.begins)
+    """Assert for each pair of ranks that the tiles cover the oracle's mask, which is made from positions alone."""
+    q_rows = oracle.pack_rows(queries.lengths, queries.begins)
+    k_rows = oracle.pack_rows(keys.lengths, keys.begins)
     for q in range(queries.size):
         for k in range(keys.size):
-            seen = oracle.visible(q_rows[queries.index(q)], k_rows[keys.index(k)], mask.before, mask.after)
+            mask_of_ranks = oracle.visible(q_rows[queries.index(q)], k_rows[keys.index(k)], mask.before, mask.after)
             tiles = visible_tiles(queries.ranks[q], keys.ranks[k], mask)
-            assert torch.equal(coverage(tiles, *seen.shape), seen.long()), f"rank {q} over rank {k}"
+            assert torch.equal(coverage(tiles, *mask_of_ranks.shape), mask_of_ranks.long()), f"rank {q} over rank {k}"
 
 
 @few
 @given(conversations(), masks)
-def test_tiles_are_the_mask_of_turns_over_the_cache(conversation, mask):
-    """The last turn over itself and all that came before; and all over all."""
+def test_tiles_cover_the_mask_of_turns_over_a_cache(conversation, mask):
+    """The last turn over the whole cache, and the whole cache over itself."""
     turns = conversation.layouts()
     cache = grown(turns)
     last = turns[-1].after(grown(turns[:-1])) if turns[1:] else cache
@@ -55,37 +55,37 @@ def test_tiles_are_the_mask_of_turns_over_the_cache(conversation, mask):
 
 @few
 @given(conversations(size=st.sampled_from([2, 4])), st.integers(1, 3), masks)
-def test_tiles_are_the_mask_where_ulysses_gathers(conversation, parts, mask):
-    """Members' rows in turn need not ascend, and a split cuts spans anywhere."""
+def test_tiles_cover_the_mask_after_gather_and_split(conversation, parts, mask):
+    """Gathered rows need not have ascending positions, and a split cuts spans anywhere."""
     layout = grown(conversation.layouts())
-    assert_exact(layout.gathered(2), layout.gathered(2), mask)
+    assert_exact(layout.gather(2), layout.gather(2), mask)
     assert_exact(layout.split(parts), layout.split(parts), mask)
 
 
-def test_what_lies_behind_is_one_tile_whatever_its_step():
-    """New rows over an answer that was decoded round the ring: not row by row."""
+def test_fully_visible_spans_of_different_steps_are_one_tile():
+    """New rows over an answer that was decoded round-robin are not cut row by row."""
     new, answer = (Span(400, 101, 1),), (Span(305, 31, 3),)
     assert visible_tiles(new, answer, Mask()) == (Tile(0, 101, 0, 31),)
     assert visible_tiles(answer, new, Mask(after=200)) == (Tile(0, 31, 0, 101),)
 
 
 @pytest.mark.parametrize("before", [1, 2, 7, 31])
-def test_a_window_costs_what_it_shows(before):
-    """A band is cut into few tiles, and none of them computes a pair that the window hides."""
+def test_window_tiles_compute_no_hidden_pair(before):
+    """A band is cut into few tiles, and none of them computes a pair outside the window."""
     (spans,) = contiguous(101, 1).ranks
     tiles = visible_tiles(spans, spans, Mask(before))
     assert sum(tile.pairs for tile in tiles) == sum(min(row, before) + 1 for row in range(101))
     assert len(tiles) <= 3 * (101 // before + 1)
 
 
-def test_a_mask_that_hides_a_querys_own_key_is_refused():
-    with pytest.raises(ValueError, match="a mask of 3 before and -1 after"):
+def test_mask_that_hides_own_key_is_refused():
+    with pytest.raises(ValueError, match="before=3, after=-1 hides a query's own key; use bounds of 0 or more"):
         Mask(3, -1)
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_tiles_are_the_mask_of_a_conversation(size):
-    """A prompt, an answer of decoded tokens, the next prompt, and packed documents that go on."""
+def test_tiles_cover_the_mask_of_a_conversation(size):
+    """A prompt, an answer of decoded tokens, the next prompt; and packed documents over several turns."""
     prompt, answer = zigzag(29, size), [single(size, i % size) for i in range(29, 29 + 3 * size + 1)]
     for later in ([prompt, *answer, zigzag(17, size)], [prompt, striped(13, size), zigzag(7, size)]):
         assert_exact(later[-1].after(grown(later[:-1])), grown(later))
@@ -96,8 +96,8 @@ def test_tiles_are_the_mask_of_a_conversation(size):
 
 @few
 @given(conversations())
-def test_the_future_is_never_computed(conversation):
-    """Not even as a masked tile: no ring step of a causal turn costs a kernel call for nothing."""
+def test_causal_queries_have_no_tiles_over_later_keys(conversation):
+    """No kernel call of a causal turn is masked as a whole."""
     turns = conversation.layouts()
     cache = grown(turns)
     later = turns[-1].after(cache)
@@ -107,8 +107,8 @@ def test_the_future_is_never_computed(conversation):
 
 @few
 @given(sizes, lengths)
-def test_zigzag_is_a_triangle_at_home_and_a_rectangle_elsewhere(size, length):
-    """The two chunks of a rank make two tiles or three in a plain count: fewer, larger kernel calls."""
+def test_zigzag_has_one_tile_per_pair_of_ranks(size, length):
+    """A triangle over a rank's own keys, a rectangle over others'; unmerged, its two chunks give two or three tiles."""
     layout = zigzag(length, size)
     for q in range(size):
         for k in range(size):
@@ -124,8 +124,8 @@ def test_zigzag_is_a_triangle_at_home_and_a_rectangle_elsewhere(size, length):
 
 @few
 @given(sizes, lengths)
-def test_striped_is_a_triangle_and_at_most_one_row_beside_it(size, length):
-    """Interleaved rows of one step are not taken row by row."""
+def test_striped_has_a_triangle_and_at_most_one_single_row_tile(size, length):
+    """Interleaved spans of the same step are not cut row by row."""
     layout = striped(length, size)
     for q in range(size):
         for k in range(size):
@@ -138,7 +138,7 @@ def test_striped_is_a_triangle_and_at_most_one_row_beside_it(size, length):
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.parametrize("chunk", [1, 2, 7])
 def test_zigzag_work_is_even(size, chunk):
-    """Where 2 * size divides the length, to the last pair (arXiv 2411.01783, 3.5.1)."""
+    """All ranks compute equally many pairs if 2 * size divides the length (arXiv 2411.01783, 3.5.1)."""
     length = 2 * size * chunk
     layout = zigzag(length, size)
     pairs = [

@@ -1,4 +1,4 @@
-"""A kernel that is off in any of the ways that libraries are off is refused on the device where it is."""
+"""Verification refuses kernels with the errors that attention libraries are known to make."""
 
 from dataclasses import replace
 
@@ -15,59 +15,61 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("kernel", [reference, flash_cpu], ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_an_exact_kernel_passes(kernel, dtype):
+def test_exact_kernel_passes(kernel, dtype):
     refuse_inexact(kernel, CPU, dtype)
 
 
-def off(**changed) -> Kernel:
-    return replace(flash_cpu, name="off", **changed)
+def wrong_kernel(**changes) -> Kernel:
+    return replace(flash_cpu, name="wrong", **changes)
 
 
-def rounded_between(q, k, v, causal):
-    """What travels is float32, rounded to bfloat16: the error grows with every merge."""
+def round_lse_to_bfloat16(q, k, v, causal):
+    """Return float32 values that were rounded to bfloat16: the error grows with every merge."""
     part = flash_cpu.forward(q, k, v, causal)
     return Partial(part.out, part.lse.bfloat16().float())
 
 
-def test_a_log_sum_exp_in_half_precision_is_refused():
+def test_half_precision_lse_is_refused():
     with pytest.raises(ValueError, match="in its log-sum-exp"):
-        refuse_inexact(off(forward=rounded_between), CPU, torch.bfloat16)
+        refuse_inexact(wrong_kernel(forward=round_lse_to_bfloat16), CPU, torch.bfloat16)
 
 
-@pytest.mark.parametrize("width", [8, 80, 128])
-def test_it_is_checked_at_the_width_of_the_model(width):
-    refuse_inexact(flash_cpu, CPU, torch.bfloat16, width)
+@pytest.mark.parametrize("head_dim", [8, 80, 128])
+def test_verifies_at_the_model_head_dim(head_dim):
+    refuse_inexact(flash_cpu, CPU, torch.bfloat16, head_dim)
 
 
-def in_base_two(q, k, v, causal):
+def lse_in_base_two(q, k, v, causal):
     part = flash_cpu.forward(q, k, v, causal)
     return Partial(part.out, part.lse / torch.log(torch.tensor(2.0)))
 
 
-def unmasked(q, k, v, causal):
+def ignore_mask(q, k, v, causal):
     return flash_cpu.forward(q, k, v, False)
 
 
-def of_the_wrong_heads(q, k, v, causal):
+def swap_kv_heads(q, k, v, causal):
     return flash_cpu.forward(q, k.flip(2), v.flip(2), causal)
 
 
-def summed_twice(*given):
-    dq, dk, dv = flash_cpu.backward(*given)
+def double_dk(*inputs):
+    dq, dk, dv = flash_cpu.backward(*inputs)
     return dq, 2 * dk, dv
 
 
-def not_a_number(*given):
-    return tuple(x * torch.nan for x in flash_cpu.backward(*given))
+def return_nan(*inputs):
+    return tuple(x * torch.nan for x in flash_cpu.backward(*inputs))
 
 
-@pytest.mark.parametrize("forward", [in_base_two, unmasked, of_the_wrong_heads])
-def test_a_wrong_forward_is_refused(forward):
-    with pytest.raises(ValueError, match=r"off is off by .* on cpu in torch\.float32 .*use context\.kernel=reference"):
-        refuse_inexact(off(forward=forward), CPU, torch.float32)
+@pytest.mark.parametrize("forward", [lse_in_base_two, ignore_mask, swap_kv_heads])
+def test_wrong_forward_is_refused(forward):
+    with pytest.raises(
+        ValueError, match=r"wrong is off by .* on cpu in torch\.float32 .*use context\.kernel=reference"
+    ):
+        refuse_inexact(wrong_kernel(forward=forward), CPU, torch.float32)
 
 
-@pytest.mark.parametrize("backward", [summed_twice, not_a_number])
-def test_a_wrong_backward_is_refused(backward):
-    with pytest.raises(ValueError, match="kernel off is off by"):
-        refuse_inexact(off(backward=backward), CPU, torch.bfloat16)
+@pytest.mark.parametrize("backward", [double_dk, return_nan])
+def test_wrong_backward_is_refused(backward):
+    with pytest.raises(ValueError, match="kernel wrong is off by"):
+        refuse_inexact(wrong_kernel(backward=backward), CPU, torch.bfloat16)

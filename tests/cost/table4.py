@@ -1,4 +1,4 @@
-"""Published figures of arXiv 2411.01783: Llama-3 405B on 4 hosts of 8 H100."""
+"""Published measurements of arXiv 2411.01783: Llama 3 405B on 4 hosts of 8 H100."""
 
 from longctx.cost.attention import Work
 from longctx.cost.hardware import Hardware, Link
@@ -23,11 +23,12 @@ TABLE_4 = [
 
 
 def work(t: int, p: int, ranks: int = 4) -> Work:
-    """One GPU of eight: 16 query heads, 1 KV head of 128, bf16."""
+    """Return the work of one GPU of eight: 16 query heads and 1 KV head of dimension 128, in bf16."""
     return Work((t,), (p,), ranks, heads=16, kv_heads=1, head_dim=128, element_bytes=2)
 
 
 def gpu(tflops: float, gigabytes: float, exchange_gigabytes: float = 23.0) -> Hardware:
+    """Return a GPU of these TFLOP/s, and GB/s of the ring's hop and of the all-to-all."""
     link = Link(0.0, gigabytes * 1e9)
     exchange = Link(0.0, exchange_gigabytes * 1e9)
     return Hardware(tflops * 1e12, 1.5e12, 0.0, link, exchange, overlap=1.0)

@@ -1,4 +1,4 @@
-"""The costs against published figures (arXiv 2411.01783, Tables 4 and 5) and against sums written out."""
+"""Attention costs against published figures (arXiv 2411.01783, Tables 4 and 5) and explicit sums."""
 
 import pytest
 from hypothesis import given
@@ -8,31 +8,31 @@ from longctx.cost.attention import COSTS, Work, block_seconds, pass_kv_cost, pas
 from tests.cost.table4 import ACHIEVED, gpu, work
 
 
-@pytest.mark.parametrize(("t", "q_mb", "answers_mb"), [(3200, 3.28, 9.83), (12800, 13.11, 39.3)])
-def test_message_sizes_of_405b(t, q_mb, answers_mb):
+@pytest.mark.parametrize(("t", "q_mb", "partials_mb"), [(3200, 3.28, 9.83), (12800, 13.11, 39.3)])
+def test_message_sizes_of_405b(t, q_mb, partials_mb):
     one = work(t, 128000 - t)
     assert one.kv_block_bytes == pytest.approx(16.38e6, rel=1e-3)
     assert one.q_block_bytes == pytest.approx(q_mb * 1e6, rel=2e-3)
-    # The paper sends answers in 16 bits, we in 32, and a log-sum-exp a head with them.
-    assert one.answer_bytes == pytest.approx(2 * answers_mb * 1e6 * 129 / 128, rel=2e-3)
+    # The paper sends partial outputs in 16 bits.  We send 32 bits, and one log-sum-exp per head.
+    assert one.partial_bytes == pytest.approx(2 * partials_mb * 1e6 * 129 / 128, rel=2e-3)
 
 
 @pytest.mark.parametrize(("t", "microseconds"), [(3200, 414), (12800, 1608)])
-def test_block_of_table_5(t, microseconds):
-    # 2 % to 7 % of the pairs are masked, which a kernel does not save entirely.
+def test_block_seconds_of_table_5(t, microseconds):
+    # 2 % to 7 % of the pairs are masked, of which a kernel saves only a part.
     assert block_seconds(work(t, 128000 - t), ACHIEVED) == pytest.approx(microseconds * 1e-6, rel=0.07)
 
 
-def test_send_receive_of_table_5():
+def test_send_receive_seconds_of_table_5():
     assert ACHIEVED.hop.seconds(work(3200, 124800).kv_block_bytes) == pytest.approx(627e-6, rel=0.02)
 
 
-def test_difference_of_the_strategies_at_ten_percent():
-    """Table 4's 124.6 ms over 126 layers, with answers in 16 bits at the 38.4 GB/s that Table 5 implies."""
+def test_difference_of_strategies_at_miss_rate_of_ten_percent():
+    """Table 4: 124.6 ms over 126 layers.  Its partial outputs are 16-bit; Table 5 implies 38.4 GB/s for them."""
     one = work(12800, 115200)
-    on = gpu(515, 26, exchange_gigabytes=38.4 * 2)
-    by = 126 * (pass_q_cost(one, on).seconds - pass_kv_cost(one, on).seconds)
-    assert by == pytest.approx(0.1246, rel=0.06)
+    hardware = gpu(515, 26, exchange_gigabytes=38.4 * 2)
+    difference = 126 * (pass_q_cost(one, hardware).seconds - pass_kv_cost(one, hardware).seconds)
+    assert difference == pytest.approx(0.1246, rel=0.06)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ few = st.lists(st.tuples(st.integers(1, 97), st.integers(0, 97)), min_size=1, ma
 
 
 @given(few, st.integers(2, 7), st.sampled_from([(9, 3), (8, 1), (5, 5)]))
-def test_bytes_are_those_of_even_shares(sequences, ranks, heads):
+def test_bytes_sent_match_even_shares(sequences, ranks, heads):
     new, cached = zip(*sequences, strict=True)
     one = Work(new, cached, ranks, *heads, head_dim=11, element_bytes=2)
     keys = sum(2 * (t + p) * heads[1] * 11 * 2 for t, p in sequences) / ranks

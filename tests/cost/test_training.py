@@ -1,4 +1,4 @@
-"""FLOPs of training against published figures (arXiv 2405.07719, Llama 3), and against what torch counts."""
+"""Training FLOPs against published figures (arXiv 2405.07719, Llama 3) and against torch's counter."""
 
 from dataclasses import replace
 
@@ -7,16 +7,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from longctx.cost.training import mfu, pairs, train_flops, train_flops_by_part
+from longctx.cost.training import count_pairs, mfu, train_flops, train_flops_by_part
 from longctx.hf.config import shape_of
 from longctx.model_shape import ModelShape, Rotary
 from tests.tiny import tiny_model
 
-# The vocabulary is not in the paper: its two editions' figures fit 32,000 words, and not Llama 3's own 128,256.
+# The paper does not give the vocabulary size: the figures of its versions fit 32,000, not Llama 3's 128,256.
 LLAMA3_8B = ModelShape(32, 4096, 32, 8, 128, 14336, 32000, 8192, 1e-5, False, False, Rotary(()))
 A100 = 312e12
 GPUS = 16
-# Thousands of tokens; TFLOP/s of a GPU in the first edition of arXiv 2405.07719, and in the fifth (Tables 6 and 7).
+# Ki tokens; TFLOP/s per GPU in versions 1 and 5 of arXiv 2405.07719 (Tables 6 and 7).
 TABLES_6_AND_7 = [
     *((64, *row) for row in [(220.3, 136.31), (222.2, 137.48), (209.2, 129.44), (196.9, 121.83), (209.7, 129.75)]),
     *((64, *row) for row in [(197.9, 122.45), (141.7, 87.67), (144.4, 89.35), (198.1, 122.57), (163.8, 101.35)]),
@@ -32,8 +32,8 @@ TABLES_6_AND_7 = [
 
 
 @pytest.mark.parametrize(("thousands", "first", "fifth"), TABLES_6_AND_7)
-def test_one_edition_follows_from_the_other(thousands, first, fifth):
-    """The fifth edition halves projections and scores: the same steps, fewer FLOPs."""
+def test_version_5_figures_follow_from_version_1(thousands, first, fifth):
+    """Version 5 halves projections and scores: the same steps with fewer FLOPs."""
     parts = train_flops_by_part(LLAMA3_8B, [thousands * 1024], causal=False)
     fewer = sum(parts.values()) - (parts["projections"] + parts["scores"]) / 2
     assert first * fewer / sum(parts.values()) == pytest.approx(fifth, rel=6e-5)
@@ -44,9 +44,9 @@ def test_one_edition_follows_from_the_other(thousands, first, fifth):
     [(64, 222.2, 2.69, 71, 46), (208, 269.8, 18.63, 86, 48)],
 )
 def test_mfu_of_llama3_8b(thousands, teraflops, seconds, percent, percent_causal):
-    """What a step takes at the published rate, and the published 71 % and 86 %.
+    """The seconds of a step at the published rate, and the published MFU of 71 % and 86 %.
 
-    Where the fifth edition has 44 % and 47 %, halving the pairs alone gives 46 % and 48 %.
+    Version 5 has 44 % and 47 %; halving only the scores gives 46 % and 48 %.
     """
     lengths = [thousands * 1024]
     whole, halved = (train_flops(LLAMA3_8B, lengths, causal) for causal in (False, True))
@@ -57,7 +57,7 @@ def test_mfu_of_llama3_8b(thousands, teraflops, seconds, percent, percent_causal
 
 
 def test_weights_of_llama3_8b():
-    """Its 8,030,261,248 parameters, less the embedding (a look-up) and 65 norms."""
+    """8,030,261,248 parameters, without the embedding (a look-up) and 65 norms."""
     parts = train_flops_by_part(replace(LLAMA3_8B, vocab_size=128256), [1], causal=True)
     weights = 8_030_261_248 - 128256 * 4096 - 65 * 4096
     assert sum(parts.values()) - parts["scores"] == 6 * weights
@@ -70,24 +70,24 @@ def test_a_million_tokens_of_405b():
 
 
 @pytest.mark.parametrize(("length", "window"), [(1, None), (13, None), (13, 5), (13, 13), (13, 17), (13, 1)])
-def test_pairs_are_those_of_the_mask(length, window):
+def test_count_pairs_matches_the_mask(length, window):
     last = [max(0, query + 1 - (window or length)) for query in range(length)]
-    assert pairs(length, window, causal=True) == sum(query + 1 - first for query, first in enumerate(last))
-    assert pairs(length, window, causal=False) == length * min(length, window or length)
+    assert count_pairs(length, window, causal=True) == sum(query + 1 - first for query, first in enumerate(last))
+    assert count_pairs(length, window, causal=False) == length * min(length, window or length)
 
 
-def test_packed_documents_do_not_meet_and_layers_have_windows_of_their_own():
+def test_scores_count_documents_and_layer_windows_separately():
     shape = replace(LLAMA3_8B, layers=3, windows=(None, 5, 11))
     scores = train_flops_by_part(shape, [7, 13], causal=True)["scores"]
-    seen = (28 + 91) + (15 + 2 * 5 + 15 + 8 * 5) + (28 + 66 + 2 * 11)
-    assert scores == 12 * 32 * 128 * seen
+    pairs = (28 + 91) + (15 + 2 * 5 + 15 + 8 * 5) + (28 + 66 + 2 * 11)
+    assert scores == 12 * 32 * 128 * pairs
     apart = [train_flops(shape, [length], causal=True) for length in (7, 13)]
     assert train_flops(shape, [7, 13], causal=True) == sum(apart)
 
 
-def test_torch_counts_the_same(tmp_path):
-    """A real forward and backward of a Llama, attention written out: every product of matrices, and no other."""
-    folder, tokens = tiny_model(tmp_path, positions=64), 31
+def test_torch_flop_counter_agrees(tmp_path):
+    """A forward and backward of a Llama with eager attention: the counter counts matrix products only."""
+    folder, tokens = tiny_model(tmp_path, max_positions=64), 31
     model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager")
     ids = torch.randint(0, 256, (1, tokens))
     with FlopCounterMode(display=False) as counter:

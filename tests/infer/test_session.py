@@ -53,7 +53,7 @@ def some(sequences: Iterable[int]) -> st.SearchStrategy[list[int]]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("session") / "tiny", positions=POSITIONS)
+    return tiny_model(tmp_path_factory.mktemp("session") / "tiny", max_positions=POSITIONS)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ TOKENS = [(7 * i * i + 3 * i) % 256 for i in range(23)]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights large enough for what is dropped to be seen in the tokens."""
-    folder = tiny_model(tmp_path_factory.mktemp("model"), positions=97)
+    folder = tiny_model(tmp_path_factory.mktemp("model"), max_positions=97)
     net = AutoModelForCausalLM.from_pretrained(folder)
     for parameter in net.model.layers.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

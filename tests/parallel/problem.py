@@ -37,7 +37,7 @@ class Problem:
     def exact(self) -> tuple[Tensor, ...]:
         """out, dq, dk, dv."""
         mask = oracle.visible(
-            oracle.packed(self.queries.lengths, self.queries.begins), oracle.packed(self.keys.lengths)
+            oracle.pack_rows(self.queries.lengths, self.queries.begins), oracle.pack_rows(self.keys.lengths)
         )
         out, _ = oracle.attention(self.q, self.k, self.v, mask)
         return out, *oracle.gradients(self.q, self.k, self.v, mask, self.dout)

@@ -47,7 +47,7 @@ def exact() -> Tensor:
 
 
 def dense(of: Inputs) -> Tensor:
-    rows = oracle.packed([of[0].shape[1]])
+    rows = oracle.pack_rows([of[0].shape[1]])
     return oracle.attention(*of, oracle.visible(rows, rows))[0]
 
 

@@ -164,7 +164,7 @@ def test_a_window_ends_the_ring_when_nobody_needs_more(ranks, before, hops):
             ring = Ring(comm, layout, layout, Mask(before))
             return strategy(*task.of(rank)[:3], ring, reference), comm.traffic
 
-        rows = oracle.packed(layout.lengths)
+        rows = oracle.pack_rows(layout.lengths)
         right, _ = oracle.attention(task.q, task.k, task.v, oracle.visible(rows, rows, before))
         seen, traffic = zip(*run_threads(ranks, rank_main), strict=True)
         oracle.assert_close(layout.unshard([part.out for part in seen], 1), right, 1e-10)
@@ -306,7 +306,7 @@ def test_four_buffers_in_the_backward():
 @all_ranks
 def test_attended_pairs_are_the_masks(name, ranks):
     layout = LAYOUTS[name](ranks)
-    rows = oracle.packed(layout.lengths)
+    rows = oracle.pack_rows(layout.lengths)
     mask = oracle.visible(rows, rows)
     ring = Ring(ThreadWorld(ranks).group(0), layout, layout)
     assert list(attended_pairs(ring)) == [int(mask[layout.index(rank)].sum()) for rank in range(ranks)]

@@ -35,7 +35,7 @@ def hybrid(task: Problem, u: int, n: int, strategy=pass_kv) -> tuple[list[list[t
         ulysses = world.group(rank, range(first, first + u))
         ring = world.group(rank, range(member, u * n, u))
         rows = [task.queries.rows(r) for r in range(first, first + u)]
-        gathered = task.queries.gathered(u)
+        gathered = task.queries.gather(u)
         inner = ring_attention(Ring(ring, gathered, gathered), reference, strategy)
         return solve(over_heads(ulysses, rows, inner), task, rank, lambda: ulysses.traffic)
 

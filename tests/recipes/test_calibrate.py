@@ -89,9 +89,9 @@ def test_whoever_reads_a_file_of_other_threads_refuses_it(refused, tiny, measure
     ("text", "words"),
     [
         ("[1, 2", "cannot be read"),
-        ("{}", "does not say 'hop'"),
-        ("3", "is no hardware file"),
-        ("{hop: {latency_s: x, bytes_per_s: 1}, exchange: {}}", "is no hardware file"),
+        ("{}", "has no field 'hop'"),
+        ("3", "is not a hardware file"),
+        ("{hop: {latency_s: x, bytes_per_s: 1}, exchange: {}}", "is not a hardware file"),
     ],
 )
 def test_a_file_that_is_none_is_refused(tmp_path, text, words):

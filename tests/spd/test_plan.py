@@ -16,7 +16,7 @@ from tests.tiny import tiny_model
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a model of 2 blocks."""
-    return tiny_model(tmp_path_factory.mktemp("model"), positions=64)
+    return tiny_model(tmp_path_factory.mktemp("model"), max_positions=64)
 
 
 def asked(folder: Path, tp: int = 3, **spd: object) -> tuple[int, ...]:
@@ -56,7 +56,7 @@ def test_an_order_is_read_from_a_sensitivity_file_of_this_model_and_degree(folde
 
 
 def test_a_model_s_folder_says_what_drops_and_in_which_order(tmp_path: Path) -> None:
-    folder = tiny_model(tmp_path / "model", positions=64)
+    folder = tiny_model(tmp_path / "model", max_positions=64)
     saved = SavedPlan(SPDPlan(2, 3, (1,), own_norms=True), (1, 0), (1,), "source")
     saved.write(folder)
     assert saved_plan(folder) == saved

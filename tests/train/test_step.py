@@ -21,7 +21,7 @@ LENGTHS = ((13, 0, 22, 2), (37,), (5, 11, 20, 1), (1, 1, 1, 34))
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("train") / "tiny", positions=97, heads=8, kv_heads=4, ffn=52)
+    return tiny_model(tmp_path_factory.mktemp("train") / "tiny", max_positions=97, heads=8, kv_heads=4, ffn=52)
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def test_what_a_layer_is_handed_is_what_transformers_hands_it(tiny):
 
 
 def test_dense_attention_and_its_gradients_are_the_oracles():
-    of, rows = inputs(23), oracle.packed([23])
+    of, rows = inputs(23), oracle.pack_rows([23])
     mask, dout = oracle.visible(rows, rows), torch.randn(2, 23, 6, 5)
     oracle.assert_close(drift.exact(*of), oracle.attention(*of, mask)[0], 1e-12)
     for got, right in zip(drift.exact_gradients(of, dout), oracle.gradients(*of, mask, dout), strict=True):
