@@ -163,7 +163,7 @@ def variants_of(config: DictConfig, target: Target) -> tuple[QualityVariant, ...
 def texts_of(config: DictConfig, target: Target) -> dict[str, PackedText]:
     """The texts, by name."""
     data = {
-        source.label: DataSettings((source,), config.length, epochs=1, end_token=False)
+        source.label: DataSettings((source,), config.length, batch=1, epochs=1, end_token=False)
         for source in sections(config, "texts", NamedText)
     }
     return {name: text_of(settings, target, config.sequences) for name, settings in data.items()}

@@ -40,7 +40,7 @@ def test_real_pages_in_the_shares_asked_for(byte_tokenizer, tmp_path):
     texts = pages(41)
     groups, weights = [texts[:5], texts[5:18], texts[18:]], [5, 2, 1]
     sources = [written("jsonl", group, tmp_path / f"{i}") for i, group in enumerate(groups)]
-    data = DataSettings(tuple(sources), length=1)
+    data = DataSettings(tuple(sources), length=1, batch=1)
     mixed = interleaved([documents(source, byte_tokenizer, data) for source in sources], weights)
     longest = [max(len(text.encode()) + 1 for text in group) for group in groups]
     for _, state in first(mixed, 199)[10:]:

@@ -74,7 +74,7 @@ def test_a_state_does_not_fit_a_shorter_document():
 def test_real_pages_shard_by_their_lengths(byte_tokenizer, tmp_path):
     """What a rank gets of a sequence: its rows, with positions that begin anew in each document."""
     source = written("jsonl", pages(17), tmp_path / "source")
-    data = DataSettings((source,), length=1009, epochs=1)
+    data = DataSettings((source,), length=1009, batch=1, epochs=1)
     stage = packed(documents(source, byte_tokenizer, data), data.length)
     sequences = [item for item, _ in first(stage)]
     assert len(sequences) > 5 and max(len(item.lengths) for item in sequences) > 2
