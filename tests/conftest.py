@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from longctx.config import ModelSource
 from longctx.hf.locate import locate
 from longctx.parallel.launch import warm_up
-from tests.tracking import torn_down
+from tests.tracking import tear_down_wandb
 
 # No deadline: other tests share the machine.
 settings.register_profile("longctx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -119,4 +119,4 @@ def wandb_at_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name in ("DATA", "CACHE", "CONFIG"):
             patch.setenv(f"WANDB_{name}_DIR", str(home / name))
         yield
-        torn_down()
+        tear_down_wandb()
