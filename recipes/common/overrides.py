@@ -15,7 +15,12 @@ PATHS = (
     "sensitivity", "eval.data", "eval.include", "eval.text", "adapted", "hardware", "picture", "fitted",
 )  # fmt: skip
 # A file with another configuration's name -> the experiments that fit it.
-EXPERIMENTS = {"extend": ("extend", "pretrain"), "eval_speed": ("evaluate",)}
+EXPERIMENTS = {
+    "extend": ("extend", "pretrain"),
+    "eval_speed": ("evaluate",),
+    "bench/convergence": ("pretrain",),
+    "bench/train": ("pretrain",),
+}
 
 
 def as_overrides(config_name: str, words: Sequence[str], say: Say, *, sweep: bool = False) -> list[str]:

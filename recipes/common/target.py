@@ -95,7 +95,8 @@ def resolve_target(
 
     Raises ValueError, with what to set instead, for a model, mesh, kernel, strategy or plan that ``recipe`` cannot run.
     """
-    mesh, model = section(config, "mesh", Mesh), section(config, "model", ModelSource)
+    mesh = section(config, "mesh", Mesh) if "mesh" in config else Mesh()
+    model = section(config, "model", ModelSource)
     context = section(config, "context", Context) if "context" in config else Context()
     run = section(config, "run", Run) if "run" in config else Run(threads=1)
     refuse_unused(mesh, recipe, tuple(unused_axes))

@@ -21,7 +21,8 @@ from longctx.parallel.launch import Rank, run_ranks
 from longctx.parallel.ring import Ring, Strategy
 from longctx.parallel.strategy import STRATEGIES
 from longctx.parallel.threads import run_threads
-from recipes.bench.drift import captured, in_bfloat16
+from recipes.bench.drift import capture_inputs as capture_layers
+from recipes.bench.drift import in_bfloat16
 from tests import oracle
 
 ROWS, HEADS, WIDTH = 769, (6, 2), 64
@@ -83,7 +84,7 @@ def capture_inputs(rank: Rank, model: ModelSource, folder: Path, tokens: list[in
 
     with open_runtime(rank, Mesh()) as runtime:
         engine = load_engine(runtime, model, shape_of(folder), folder, "auto")
-        return captured(engine, torch.tensor(tokens), LAYERS)
+        return capture_layers(engine, torch.tensor(tokens), LAYERS)
 
 
 @pytest.fixture(scope="module")

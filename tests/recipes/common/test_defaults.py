@@ -34,12 +34,16 @@ GROUPS = {
     "track/none": Track,
 }
 TOP_LEVEL = {
+    "bench/convergence": "recipes.bench.convergence.ConvergenceSettings",
     "bench/crossover": "recipes.bench.crossover.CrossoverSettings",
     "bench/decode": "recipes.bench.decode.DecodeSettings",
     "bench/drift": "recipes.bench.drift.DriftSettings",
     "bench/million": "recipes.bench.million.MillionSettings",
     "bench/prefill": "recipes.bench.prefill.PrefillSettings",
     "bench/spd_latency": "recipes.bench.spd_latency.LatencySettings",
+    "bench/spd_quality": "recipes.bench.spd_quality.QualitySettings",
+    "bench/spd_sweep": "recipes.bench.spd_sweep.SweepSettings",
+    "bench/train": "recipes.bench.train.TrainBenchSettings",
     "calibrate": "recipes.calibrate.CalibrateSettings",
     "chat": "recipes.chat.ChatSettings",
     "evaluate": "eval.job.EvalSettings",
