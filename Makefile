@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 # because many tests wait: for a cluster, a time limit, a rank that is to be missed.
 AT_ONCE := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-gpu slurm lint format clean
+.PHONY: help demo test test-gpu slurm lint format docs clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,9 @@ lint: $(READY) ## ruff, mypy, import-linter, codespell
 format: $(READY) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY) ## pages of the public API, from its docstrings, in outputs/docs
+	$(BIN)/python -m docs.build_api outputs/docs
 
 clean: ## remove the environment and what runs have written
 	rm -rf $(VENV) outputs
