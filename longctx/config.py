@@ -258,8 +258,8 @@ class DataSettings:
     """
 
     sources: tuple[TextSource, ...]
-    length: int
-    batch: int = 1
+    length: int = 1024
+    batch: int = 4
     epochs: int | None = None
     shuffle: int = 0
     seed: int = 0
@@ -314,19 +314,19 @@ class Repair:
     ``held_out`` more report errors; grouping and fitting use the first ``calibration_sequences``.
     """
 
-    distil: tuple[BlockClass, ...]
-    group: tuple[BlockClass, ...]
-    fit: tuple[BlockClass, ...]
-    grouping: Literal["neurons", "shards", "none"]
-    inputs: Literal["teacher", "student"]
-    own_norms: bool
-    sequences: int
-    length: int
-    held_out: int
-    calibration_sequences: int
-    epochs: int
-    batch: int
-    lr: float
+    distil: tuple[BlockClass, ...] = ("ISB", "SB", "ESB")
+    group: tuple[BlockClass, ...] = ("ISB", "SB", "ESB")
+    fit: tuple[BlockClass, ...] = ("ISB", "SB", "ESB")
+    grouping: Literal["neurons", "shards", "none"] = "neurons"
+    inputs: Literal["teacher", "student"] = "teacher"
+    own_norms: bool = False
+    sequences: int = 256
+    length: int = 256
+    held_out: int = 16
+    calibration_sequences: int = 128
+    epochs: int = 2
+    batch: int = 4
+    lr: float = 1e-3
 
     def __post_init__(self) -> None:
         for name in ("sequences", "length", "held_out", "calibration_sequences", "epochs", "batch", "lr"):
@@ -345,10 +345,10 @@ class Repair:
 class JointRepair:
     """Joint distillation of repaired blocks: ``steps`` of ``batch`` sequences, saved every ``save_every`` steps."""
 
-    steps: int
-    batch: int
-    lr: float
-    save_every: int
+    steps: int = 64
+    batch: int = 8
+    lr: float = 1e-4
+    save_every: int = 16
 
     def __post_init__(self) -> None:
         if self.steps < 0:

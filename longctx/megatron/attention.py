@@ -1,4 +1,7 @@
-"""Our attention in megatron-core's layers: a change of axes, and nothing that knows ranks or caches."""
+"""The core attention of megatron-core's layers, replaced by a call to the attention of the current `Pass`.
+
+The module changes the order of axes only.  It knows neither ranks nor caches; the `Pass` does.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +18,12 @@ LayerAttention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass
 class Pass(PackedSeqParams):
-    """One pass through the model: ``attend(layer, q, k, v) -> out``, all [b s h d], layers counted from 0.
+    """One pass through the model, with the attention function that its layers call.
 
-    megatron-core hands `PackedSeqParams` to every layer's attention untouched, also across pipeline stages;
-    ``qkv_format`` "sbhd" keeps its own code on the plain path.
+    ``attend(layer, q, k, v)`` returns the attention output.  All four tensors are [b s h d]; layers count from 0.
+
+    megatron-core hands a `PackedSeqParams` unchanged to the attention of every layer, on every pipeline stage.
+    ``qkv_format`` "sbhd" keeps megatron-core on its code path for unpacked sequences.
     """
 
     qkv_format: str = "sbhd"
@@ -26,7 +31,10 @@ class Pass(PackedSeqParams):
 
 
 class ContextParallelAttention(MegatronModule):
-    """The core attention of a layer spec: hands (q, k, v) of its layer to the `Pass` that it is in."""
+    """Core attention for a layer spec: passes q, k and v of its layer to the current `Pass`.
+
+    Raises ValueError for cross-attention, a softmax scale other than 1/sqrt(d), or attention dropout.
+    """
 
     def __init__(
         self,
@@ -41,7 +49,11 @@ class ContextParallelAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         if softmax_scale is not None or attention_type != "self" or config.attention_dropout:
-            raise ValueError("context-parallel attention is self-attention scaled by 1/sqrt(d), without dropout")
+            raise ValueError(
+                f"context-parallel attention does not support attention_type={attention_type}, "
+                f"softmax_scale={softmax_scale}, attention_dropout={config.attention_dropout}; "
+                "use self-attention scaled by 1/sqrt(d), without dropout"
+            )
         self.layer = layer_number - 1
 
     def forward(
@@ -54,8 +66,8 @@ class ContextParallelAttention(MegatronModule):
         attention_bias: None = None,
         packed_seq_params: Pass | None = None,
     ) -> Float[Tensor, "s b hidden"]:
-        assert isinstance(packed_seq_params, Pass) and packed_seq_params.attend, "a model runs inside a Pass"
-        assert attention_mask is None and attention_bias is None, "the layout is the mask"
+        assert isinstance(packed_seq_params, Pass) and packed_seq_params.attend, "the model runs with a Pass"
+        assert attention_mask is None and attention_bias is None, "the layout determines the mask"
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         out = packed_seq_params.attend(self.layer, q, k, v)
         return out.transpose(0, 1).reshape(query.shape[0], query.shape[1], -1)

@@ -1,4 +1,4 @@
-"""A megatron-core `GPTModel` of a given shape, and the two halves of running it: hidden states, logits."""
+"""Build a megatron-core `GPTModel` from a `ModelShape`; run its decoder (hidden states) and output layer (logits)."""
 
 import importlib.util
 import warnings
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -26,41 +27,42 @@ from longctx.megatron.attention import ContextParallelAttention, Pass
 from longctx.megatron.spd.layer import SPDTransformerLayer, follow_plan
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm
-from longctx.shapes import Float, Positions, Tensor, Tokens
+from longctx.shapes import Float, Int, Positions, Tensor, Tokens
 from longctx.spd.plan import SPDPlan
 
 __all__ = ["GPTModel", "build_model", "hidden_states", "layers_in_use", "logits", "padded_vocab_size", "rotary_angles"]
 
 
-_NEVER = -1e9  # the logit of a token that does not exist: its probability is 0 in any precision
+_PADDING_LOGIT = -1e9  # gives the padding of the vocabulary probability 0 in every dtype
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm with megatron-core's signature; unlike its own wrapper it allows sequence parallelism."""
+    """torch's RMSNorm with megatron-core's signature.  megatron-core's wrapper rejects sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        # megatron-core's finalize_model_grads sums the gradient over TP ranks by this mark.
+        # By this attribute megatron-core's finalize_model_grads finds the gradients to sum over tensor-parallel ranks.
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
 
-def layers_in_use(asked: str) -> str:
-    """``local`` or ``te``: the layers that ``model.layers=asked`` takes on this machine.
+def layers_in_use(requested: str) -> str:
+    """Return ``local`` or ``te``: the layers that ``model.layers=requested`` selects on this machine.
 
-    ``auto`` takes Transformer Engine's where it is installed and there is CUDA.  Raises ValueError for ``te``
-    without it.
+    ``auto`` selects ``te`` (Transformer Engine) if it is installed and CUDA is available, otherwise ``local``.
+
+    Raises ValueError for ``te`` if Transformer Engine or CUDA is missing.
     """
-    there = importlib.util.find_spec("transformer_engine_torch") is not None and torch.cuda.is_available()
-    if asked == "te" and not there:
+    te_available = importlib.util.find_spec("transformer_engine_torch") is not None and torch.cuda.is_available()
+    if requested == "te" and not te_available:
         raise ValueError(
             "model.layers=te needs Transformer Engine and CUDA: pip install 'longctx[gpu]', or use model.layers=local"
         )
-    return "te" if there and asked != "local" else "local"
+    return "te" if te_available and requested != "local" else "local"
 
 
 def build_model(
     shape: ModelShape,
-    groups: Any,
+    groups: ProcessGroupCollection,
     *,
     dtype: torch.dtype,
     layers: str,
@@ -68,19 +70,21 @@ def build_model(
     plan: SPDPlan | None = None,
     **options: Any,
 ) -> GPTModel:
-    """A GPTModel of ``shape``, sharded over ``groups`` (tp, pp), with uninitialised weights (see `weights.load`).
+    """Return a GPTModel of ``shape`` with uninitialised weights, in eval mode; `hf_io.load.load` fills it.
 
-    With a ``plan`` its blocks drop reductions, and `follow_plan` may change which.  ``options`` are further settings
-    of megatron-core's TransformerConfig: those of training.
+    Weights are sharded over ``groups.tp``, layers over ``groups.pp``.  With a ``plan`` every layer is an
+    `SPDTransformerLayer` and the plan's blocks drop a reduction; `follow_plan` can later apply another plan.
+    ``options`` are further fields of megatron-core's TransformerConfig, for training.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="full scope is deprecated")  # its own default
+        warnings.filterwarnings("ignore", message="full scope is deprecated")  # megatron-core sets it by default
         warnings.filterwarnings(
             "ignore", message="If you are using transformer_engine as the transformer implementation"
         )
         config = _config(shape, groups, dtype, options)
-    assert layers == "local" or plan is None, "recipes refuse this"
-    spec = local_layer(TransformerLayer if plan is None else SPDTransformerLayer) if layers == "local" else _te_layer()
+    assert layers == "local" or plan is None, "recipes reject a plan with Transformer Engine layers"
+    layer_class = TransformerLayer if plan is None else SPDTransformerLayer
+    spec = local_layer_spec(layer_class) if layers == "local" else _te_layer_spec()
     stages, stage = groups.pp.size(), groups.pp.rank()
     model = GPTModel(
         config,
@@ -90,7 +94,7 @@ def build_model(
         vocab_size=padded_vocab_size(shape, groups.tp.size()),
         max_sequence_length=shape.max_positions,
         share_embeddings_and_output_weights=shape.tied,
-        position_embedding_type="none",  # angles come from explicit positions: see `hidden_states`
+        position_embedding_type="none",  # `hidden_states` takes angles of explicit positions
         pg_collection=groups,
     )
     if plan is not None:
@@ -99,72 +103,104 @@ def build_model(
 
 
 def padded_vocab_size(shape: ModelShape, tp: int) -> int:
-    """The vocabulary, rounded up so that every rank has the same number of rows."""
+    """Return the vocabulary size rounded up to a multiple of ``tp``, so that every rank holds equally many rows."""
     return -(-shape.vocab_size // tp) * tp
 
 
 def hidden_states(
-    model: GPTModel, tokens: Tokens, angles: Float[Tensor, "s 1 1 d"], one_pass: Pass
+    model: GPTModel, tokens: Tokens, angles: Float[Tensor, "s 1 1 d"], attention_pass: Pass
 ) -> Float[Tensor, "s b hidden"]:
-    """Final hidden states of this rank's rows, before the output layer."""
+    """Return the final hidden states of this rank's rows, which enter the output layer."""
     if not tokens.shape[1]:
-        return _without_rows(model, one_pass)
+        return _run_without_rows(model, attention_pass)
     embedded = model.embedding(tokens, None)
-    return model.decoder(embedded, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=one_pass)
+    hidden: Tensor = model.decoder(
+        embedded, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=attention_pass
+    )
+    return hidden
 
 
-def _without_rows(model: GPTModel, one_pass: Pass) -> Float[Tensor, "0 1 hidden"]:
-    """A rank without rows has nothing to project (megatron-core cannot, either), but its keys are asked for."""
-    config, like = model.config, next(model.parameters())
-    assert one_pass.attend
-    width = config.kv_channels
-    tp = config.tensor_model_parallel_size
-    q, k = (like.new_empty(1, 0, n // tp, width) for n in (config.num_attention_heads, config.num_query_groups))
+def _run_without_rows(model: GPTModel, attention_pass: Pass) -> Float[Tensor, "0 1 hidden"]:
+    """Call every layer's attention with zero rows, on a rank that holds none of the new tokens.
+
+    Other ranks attend to the keys that this rank caches, so it takes part in their exchanges.  It skips the
+    projections, because megatron-core's linear layers cannot take zero rows.
+    """
+    assert attention_pass.attend
+    weight: Tensor = next(model.parameters())
+    config = model.config
+    tp, head_dim = config.tensor_model_parallel_size, config.kv_channels
+    q, k = (
+        weight.new_empty(1, 0, heads // tp, head_dim) for heads in (config.num_attention_heads, config.num_query_groups)
+    )
     for layer in range(config.num_layers):
-        one_pass.attend(layer, q, k, k)
-    return like.new_empty(0, 1, config.hidden_size)
+        attention_pass.attend(layer, q, k, k)
+    return weight.new_empty(0, 1, config.hidden_size)
 
 
 def logits(model: GPTModel, hidden: Float[Tensor, "s b hidden"], tp: Comm, vocab_size: int) -> Float[Tensor, "s b v"]:
-    """float32 logits of the ``vocab_size`` (padding dropped), on every rank of ``tp``, the model's own group."""
-    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
-    # megatron-core's own gather allocates on a CUDA device, always.
-    part, _ = model.output_layer(hidden, weight=weight, runtime_gather_output=False)
-    return torch.cat(tp.all_gather(part, [tuple(part.shape)] * tp.size), -1)[..., :vocab_size].float()
+    """Return float32 logits of all ``vocab_size`` tokens, without padding, on every rank of ``tp``.
+
+    ``tp`` is the model's tensor-parallel group.
+    """
+    # megatron-core's gather always allocates on a CUDA device, so a `Comm` gathers the shards.
+    shard, _ = model.output_layer(hidden, weight=tied_weight(model), runtime_gather_output=False)
+    return torch.cat(tp.all_gather(shard, [tuple(shard.shape)] * tp.size), -1)[..., :vocab_size].float()
 
 
 def token_losses(
-    model: GPTModel, tokens: Tokens, targets: Tokens, angles: Float[Tensor, "s 1 1 d"], one_pass: Pass, vocab_size: int
-) -> Tensor:
-    """Cross-entropy [s b] of each row's target (nats, float32); of any but the last pipeline stage, its hidden states.
+    model: GPTModel,
+    tokens: Tokens,
+    targets: Tokens,
+    angles: Float[Tensor, "s 1 1 d"],
+    attention_pass: Pass,
+    vocab_size: int,
+) -> Float[Tensor, "s b"] | Float[Tensor, "rows b hidden"]:
+    """Return the cross-entropy [s b] of each row's target (nats, float32).
 
-    The padding of the vocabulary takes no part, so that any tensor-parallel degree has the same loss.
+    A pipeline stage before the last returns its hidden states [rows b hidden] instead.
+    The padding of the vocabulary is masked, so that every tensor-parallel degree gives the same loss.
     """
     embedded = model.embedding(tokens, None) if model.pre_process else None
-    hidden = model.decoder(embedded, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=one_pass)
+    hidden: Tensor = model.decoder(
+        embedded, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=attention_pass
+    )
     if not model.post_process:
         return hidden
     return losses_of(model, hidden, targets.transpose(0, 1), vocab_size)
 
 
-def losses_of(model: GPTModel, hidden: Float[Tensor, "s b hidden"], targets: Tensor, vocab_size: int) -> Tensor:
-    """Cross-entropy [s b] of ``targets`` [s b], from final hidden states."""
-    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
-    part, _ = model.output_layer(hidden, weight=weight)
-    width, tp = part.shape[-1], model.pg_collection.tp
+def losses_of(
+    model: GPTModel, hidden: Float[Tensor, "rows b hidden"], targets: Int[Tensor, "s b"], vocab_size: int
+) -> Float[Tensor, "s b"]:
+    """Return the cross-entropy of ``targets`` (nats, float32), given the final hidden states.
+
+    Under sequence parallelism this rank's ``hidden`` has s / tp rows; otherwise rows = s.
+    """
+    shard, _ = model.output_layer(hidden, weight=tied_weight(model))
+    width, tp = shard.shape[-1], model.pg_collection.tp
     if padding := max(0, min(width, (tp.rank() + 1) * width - vocab_size)):
-        part = torch.cat([part[..., : width - padding], part.new_full((*part.shape[:-1], padding), _NEVER)], -1)
-    return vocab_parallel_cross_entropy(part.float(), targets.contiguous())
+        masked = shard.new_full((*shard.shape[:-1], padding), _PADDING_LOGIT)
+        shard = torch.cat([shard[..., : width - padding], masked], -1)
+    losses: Tensor = vocab_parallel_cross_entropy(shard.float(), targets.contiguous())
+    return losses
+
+
+def tied_weight(model: GPTModel) -> Tensor | None:
+    """Return the embedding's weight if the output layer shares it; None lets the output layer use its own."""
+    return model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
 
 
 def rotary_angles(shape: ModelShape, positions: Positions) -> Float[Tensor, "s 1 1 d"]:
-    """Angles (radians) of explicit positions, so that any layout and any restart of positions will do."""
+    """Return the rotary angles (radians) of explicit ``positions``, which may have any order and restart anywhere."""
     frequencies = torch.tensor(shape.rotary.frequencies, dtype=torch.float32, device=positions.device)
     half = positions.float().unsqueeze(-1) * frequencies
     return torch.cat([half, half], -1)[:, None, None, :]
 
 
-def _config(shape: ModelShape, groups: Any, dtype: torch.dtype, options: Mapping[str, Any]) -> TransformerConfig:
+def _config(
+    shape: ModelShape, groups: ProcessGroupCollection, dtype: torch.dtype, options: Mapping[str, Any]
+) -> TransformerConfig:
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -184,12 +220,12 @@ def _config(shape: ModelShape, groups: Any, dtype: torch.dtype, options: Mapping
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=groups.tp.size(),
         context_parallel_size=groups.cp.size(),
-        # Weights are loaded: drawing them would only cost time. perform_initialization=False would also
-        # drop the marks that say how a parameter is sharded.
+        # Loading overwrites all weights, so the init functions leave them uninitialised to save time.
+        # perform_initialization=False would also omit the attributes that record how a parameter is sharded.
         use_cpu_initialization=True,
-        init_method=_keep,
-        output_layer_init_method=_keep,
-        # Every fusion wants CUDA, Transformer Engine, Apex or a compiler.
+        init_method=_leave_uninitialised,
+        output_layer_init_method=_leave_uninitialised,
+        # Every fusion needs CUDA, Transformer Engine, Apex or a compiler.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -200,12 +236,12 @@ def _config(shape: ModelShape, groups: Any, dtype: torch.dtype, options: Mapping
     )
 
 
-def _keep(_: Tensor) -> None:
-    """An initialiser that leaves the weight as it is."""
+def _leave_uninitialised(_: Tensor) -> None:
+    """Initialise nothing; a weight's init function for megatron-core."""
 
 
-def local_layer(kind: type[TransformerLayer]) -> ModuleSpec:
-    """megatron-core's description of a block of ``kind``, from layers that run anywhere."""
+def local_layer_spec(layer_class: type[TransformerLayer]) -> ModuleSpec:
+    """Return the spec of a decoder block of ``layer_class`` whose modules run on CPU and GPU."""
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -221,7 +257,7 @@ def local_layer(kind: type[TransformerLayer]) -> ModuleSpec:
         module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     )
     return ModuleSpec(
-        module=kind,
+        module=layer_class,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=attention,
@@ -233,7 +269,7 @@ def local_layer(kind: type[TransformerLayer]) -> ModuleSpec:
     )
 
 
-def _te_layer() -> ModuleSpec:
+def _te_layer_spec() -> ModuleSpec:
     spec = get_gpt_layer_with_transformer_engine_spec()
     spec.submodules.self_attention.submodules.core_attention = ContextParallelAttention
     return spec

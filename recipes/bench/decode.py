@@ -79,11 +79,9 @@ def run_rank(rank: Rank, job: DecodeJob) -> list[dict[str, Any]]:
 
 def steps(session: Any, tokens: int, batch: int, sent: dict[str, int], way: str) -> float:
     """Seconds a step, of ``tokens`` steps."""
-    latest, before, began = dict.fromkeys(range(batch), 1), session.engine.sent, time.perf_counter()
+    before, began = session.engine.sent, time.perf_counter()
     for _ in range(tokens):
-        for i, token in latest.items():
-            session.sequences[i].tokens.append(token)
-        latest = session.decode(latest)
+        session.decode(range(batch))
     sent[way] = (session.engine.sent - before) // tokens
     return (time.perf_counter() - began) / tokens
 
@@ -102,7 +100,7 @@ def filled(engine: Any, strategy: Any, asked: DecodeSettings, batch: int) -> Any
         dtype = next(engine.model.parameters()).dtype
         for layer in range(engine.shape.layers):
             cache.append(layer, torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype))
-        session.sequences[i] = Conversation(cache, [0] * asked.cached)
+        session.sequences[i] = Conversation(cache, [0] * asked.cached + [1])
     return session
 
 

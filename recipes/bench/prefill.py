@@ -68,15 +68,15 @@ class NullComm:
     traffic: Traffic = field(default_factory=Traffic)
     _there: dict[Shape, Tensor] = field(default_factory=dict)
 
-    def shift(self, *mine: Tensor, coming: Sequence[Shape]) -> Pending:
+    def shift(self, *mine: Tensor, shapes: Sequence[Shape]) -> Pending:
         """Tensors of the right shapes; the values do not change how long it takes."""
         return CompletedPending(
-            tuple(self._there.setdefault(tuple(s), x.new_zeros(s)) for x, s in zip(mine, coming, strict=True))
+            tuple(self._there.setdefault(tuple(s), x.new_zeros(s)) for x, s in zip(mine, shapes, strict=True))
         )
 
-    def all_to_all(self, parts: Sequence[Tensor], coming: Sequence[Shape]) -> list[Tensor]:
+    def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
         """Not timed in silence: pass-KV exchanges nothing but shifts."""
-        raise AssertionError((parts, coming))
+        raise AssertionError((parts, shapes))
 
     def all_gather(self, mine: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
         """Not timed in silence: pass-KV exchanges nothing but shifts."""
@@ -140,7 +140,7 @@ def with_few_layers(here: Any, job: PrefillJob, layers: int) -> Any:
     dtype = getattr(torch, job.model.dtype)
     net = build_model(shape, here.groups, dtype=dtype, layers="local", device=here.device)
     hf_load.load(net, RandomInit(shape, seed=0), shape)
-    comms = (here.tp, here.ulysses, here.ring, here.context, here.answers)
+    comms = (here.tp, here.ulysses, here.ring, here.context)
     return Engine(net, shape, kernel_for("auto", here.device.type, job.model.dtype), *comms)
 
 

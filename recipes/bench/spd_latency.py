@@ -92,14 +92,14 @@ def run_rank(rank: Rank, job: LatencyJob) -> dict[str, Any]:
 def timed(here: Any, engine: Any, job: LatencyJob) -> dict[str, dict[str, float]]:
     """Seconds of a prefill, and of a decoded token; the slowest rank's, and this one's all-reduces."""
     from longctx.infer.session import Session
-    from longctx.parallel.measure.all_reduce import tallied
+    from longctx.parallel.measure.all_reduce import count_all_reduces
 
     session = Session(engine, Context(), Sampling())
     found: dict[str, dict[str, float]] = {}
 
     def phase(name: str, work: Any, steps: int) -> Any:
         here.world.all_gather(torch.zeros(1), [(1,)] * here.world.size)  # all begin at once
-        with tallied() as tally:
+        with count_all_reduces() as tally:
             began = time.perf_counter()
             made = work()
             mine = torch.tensor([time.perf_counter() - began, tally.seconds], dtype=torch.float64) / steps
@@ -110,14 +110,11 @@ def timed(here: Any, engine: Any, job: LatencyJob) -> dict[str, dict[str, float]
         found[name] = {"seconds": seconds, "reducing": reducing, "calls": calls, "bytes": size}
         return made
 
-    made = phase("prefill", lambda: session.turn({0: job.tokens}, {0: 1}), 1)
-    latest = {0: made.tokens[0][0]}
+    phase("prefill", lambda: session.turn({0: job.tokens}, {0: 1}), 1)
 
     def decode() -> None:
-        nonlocal latest
         for _ in range(job.settings.new_tokens):
-            latest = session.decode(latest)
-            session.sequences[0].tokens.append(latest[0])
+            session.decode([0])
 
     phase("decode", decode, job.settings.new_tokens)
     return found
@@ -125,14 +122,14 @@ def timed(here: Any, engine: Any, job: LatencyJob) -> dict[str, dict[str, float]
 
 def links(here: Any, job: LatencyJob) -> dict[str, float]:
     """Seconds of a hop, from the shortest all-reduce; bytes a second: the links' nominal rate, or as measured."""
-    from longctx.parallel.measure.all_reduce import seconds_of_one
+    from longctx.parallel.measure.all_reduce import time_all_reduce
 
     ranks, settings = job.mesh.tp, job.settings
-    short, size = seconds_of_one(here.groups.tp, 4, 20, here.device), settings.tokens * job.shape.hidden * ELEMENT
+    short, size = time_all_reduce(here.groups.tp, 4, 20, here.device), settings.tokens * job.shape.hidden * ELEMENT
     hop = short / (2 * (ranks - 1))
     if settings.hosts:
         return {"hop_s": hop, "bytes_per_s": bits_per_s(settings.rate) / 8}
-    long = seconds_of_one(here.groups.tp, size, 20, here.device)
+    long = time_all_reduce(here.groups.tp, size, 20, here.device)
     return {"hop_s": hop, "bytes_per_s": 2 * (ranks - 1) / ranks * size / max(1e-9, long - short)}
 
 

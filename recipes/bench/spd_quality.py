@@ -97,7 +97,7 @@ def mean_loss(blocks: Any, text: PackedText) -> float:
     total = 0.0
     for begin in range(0, len(text), 4):
         some = text[slice(begin, begin + 4)]
-        x = blocks.embedded(some.tokens)
+        x = blocks.embed(some.tokens)
         for layer in blocks.model.decoder.layers:
             x = blocks.run(layer, x)
         total += blocks.loss(x, some)
@@ -114,7 +114,7 @@ def placements(blocks: Any, text: PackedText, block: int) -> dict[str, float]:
     totals = dict.fromkeys(ways, 0.0)
     for begin in range(0, len(text), 4):
         some = text[slice(begin, begin + 4)]
-        x = blocks.embedded(some.tokens)
+        x = blocks.embed(some.tokens)
         for layer in blocks.model.decoder.layers[:block]:
             x = blocks.run(layer, x)
         for way, leaving in zip(ways, placed_outputs(blocks, blocks.model.decoder.layers[block], x), strict=True):
@@ -163,7 +163,7 @@ def variants_of(config: DictConfig, target: Target) -> tuple[QualityVariant, ...
 def texts_of(config: DictConfig, target: Target) -> dict[str, PackedText]:
     """The texts, by name."""
     data = {
-        source.label: DataSettings((source,), config.length, epochs=1, end_token=False)
+        source.label: DataSettings((source,), config.length, batch=1, epochs=1, end_token=False)
         for source in sections(config, "texts", NamedText)
     }
     return {name: text_of(settings, target, config.sequences) for name, settings in data.items()}

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from longctx.parallel.launch import Rank
 from longctx.spd.plan import SPDPlan
-from longctx.spd.sensitivity import perplexities, scores, sensitivity
+from longctx.spd.sensitivity import measure_sensitivity, perplexities, scores
 from longctx.spd.text import PackedText
 from recipes.bench.spd_quality import mean_loss
 from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
@@ -51,7 +51,7 @@ def run_rank(rank: Rank, job: SweepJob) -> dict[str, Any]:
             progress.step()
             return exp(mean_loss(blocks, job.text))
 
-        plain = sensitivity(layers, perplexity)
+        plain = measure_sensitivity(layers, perplexity)
         ended = time.perf_counter()
     off = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(kept, plain, strict=True))
     return {"kept_s": between - began, "plain_s": ended - between, "largest_difference": off}

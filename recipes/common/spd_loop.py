@@ -113,7 +113,7 @@ def repair_all(
     mine = left[here.groups.dp.rank() :: here.mesh.dp]
     steps = how.epochs * (how.sequences // how.batch)
     with torch.no_grad():
-        teacher = student = blocks.embedded(job.text.tokens)
+        teacher = student = blocks.embed(job.text.tokens)
     for block, layer in enumerate(blocks.model.decoder.layers[: max(mine, default=-1) + 1]):
         layer.drop(dropped=False)  # whatever measuring has left it as
         now, outputs = layer, through(blocks, layer, teacher, how.batch)

@@ -87,7 +87,7 @@ def test_scores_count_documents_and_layer_windows_separately():
 
 def test_torch_flop_counter_agrees(tmp_path):
     """A forward and backward of a Llama with eager attention: the counter counts matrix products only."""
-    folder, tokens = tiny_model(tmp_path, positions=64), 31
+    folder, tokens = tiny_model(tmp_path, max_positions=64), 31
     model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager")
     ids = torch.randint(0, 256, (1, tokens))
     with FlopCounterMode(display=False) as counter:

@@ -241,7 +241,7 @@ def test_what_cannot_be_done_is_refused_before_any_rank_starts(prepared, monkeyp
 
 
 def test_a_variant_of_another_model_is_refused(prepared, tmp_path):
-    other = tiny_model(tmp_path / "other", positions=397, heads=6)
+    other = tiny_model(tmp_path / "other", max_positions=397, heads=6)
     with pytest.raises(ValueError, match=r"variant a: .*other has 24 for hidden, the baseline 36"):
         prepared(f"variants=[{{name: a, model: {other}}}]")
 

@@ -1,4 +1,4 @@
-"""A small random model of each kind that is mapped to megatron-core."""
+"""Small random models, one of each kind that longctx maps to megatron-core."""
 
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,16 @@ KINDS = {
 }
 
 
-def random_model(kind: str, folder: Path, dtype: torch.dtype = torch.float32, **other: Any) -> Path:
-    """``folder``, with a model of ``kind``, or of ``other`` sizes, in several files as large ones come."""
+def random_model(kind: str, folder: Path, dtype: torch.dtype = torch.float32, **changed: Any) -> Path:
+    """Write a random model of ``kind`` to ``folder``, in several files as large models have; return ``folder``.
+
+    ``changed`` replaces fields of the kind's configuration.
+    """
     torch.manual_seed(11)
-    fields = KINDS[kind].to_dict() | other
-    fields.pop("layer_types", None)  # worked out anew, for the number of layers
+    fields = KINDS[kind].to_dict() | changed
+    fields.pop("layer_types", None)  # derived from the number of layers
     model = AutoModelForCausalLM.from_config(type(KINDS[kind])(**fields)).to(dtype)
-    for parameter in model.parameters():  # biases and norms too: what is left at its default is not tested
+    for parameter in model.parameters():  # biases and norms too, because default values would hide errors
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder, max_shard_size="50KB")
     return folder

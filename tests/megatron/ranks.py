@@ -1,4 +1,4 @@
-"""What the ranks of the tests here run; apart from the tests, so that a rank imports no more than it needs."""
+"""Functions that the ranks of these tests run, in a module of few imports so that ranks start fast."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,24 +17,24 @@ from longctx.parallel.ring import pass_kv
 def all_logits(
     rank: Rank, mesh: Mesh, folder: Path, tokens: list[int], dtype: Any, device: str = "cpu", kernel: str = "auto"
 ) -> torch.Tensor | None:
-    """Logits [s v] of every position, on the first rank."""
+    """Return the logits [s v] of every position on the first rank, and None on the others."""
     from longctx.infer.engine import load_engine
     from longctx.infer.prefill import run_pass
+    from longctx.megatron import runtime as runtime_module
     from longctx.megatron.model import logits
-    from longctx.megatron.runtime import runtime
 
-    with runtime(rank, mesh, timeout_minutes=2, device=device) as here:
-        engine = load_engine(here, ModelSource("test", str(folder), dtype=dtype), shape_of(folder), folder, kernel)
+    with runtime_module.runtime(rank, mesh, timeout_minutes=2, device=device) as runtime:
+        engine = load_engine(runtime, ModelSource("test", str(folder), dtype=dtype), shape_of(folder), folder, kernel)
         layout = zigzag(len(tokens), mesh.ring).split(mesh.ulysses)
         hidden = run_pass(engine, torch.tensor(tokens), layout, engine.cache(len(tokens)), engine.everywhere(pass_kv))
         with torch.inference_mode():
-            mine = logits(engine.model, hidden, engine.tp, engine.shape.vocab_size)
-        shapes = [(layout.rows(r), *mine.shape[1:]) for r in range(engine.ranks)]
-        whole = layout.unshard(here.context.all_gather(mine, shapes))[:, 0]
-    return whole.clone() if rank.rank == 0 else None
+            local = logits(engine.model, hidden, engine.tp, engine.shape.vocab_size)
+        shapes = [(layout.rows(r), *local.shape[1:]) for r in range(engine.ranks)]
+        gathered = layout.unshard(runtime.context.all_gather(local, shapes))[:, 0]
+    return gathered.clone() if rank.rank == 0 else None
 
 
-def loaded_and_saved(
+def load_and_save(
     rank: Rank,
     mesh: Mesh,
     folders: Sequence[tuple[Path, Path, str]],
@@ -42,24 +42,26 @@ def loaded_and_saved(
     changed: Mapping[str, Any] | None = None,
     file_size: str = "75KB",
 ) -> None:
-    """Loads each (folder, other folder, dtype)'s weights over ``mesh`` and saves them in the other folder.
+    """For each (source, destination, dtype) in ``folders``, load the source on ``mesh`` and save it to the destination.
 
-    With ``shape`` as a model of that, whose configuration has ``changed``.
+    With ``shape``, the model has that shape instead of the source's, and config.json has the fields ``changed``.
     """
+    from longctx.megatron import runtime as runtime_module
     from longctx.megatron.cpu_shim import let_training_run
     from longctx.megatron.hf_io import export
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.model import build_model
-    from longctx.megatron.runtime import runtime
 
-    let_training_run()  # of several stages megatron-core compares the copies of a tied embedding on the GPU
-    with runtime(rank, mesh, timeout_minutes=2) as here:
+    let_training_run()  # with several stages, megatron-core compares the copies of a tied embedding on the GPU
+    with runtime_module.runtime(rank, mesh, timeout_minutes=2) as runtime:
         for source, to, dtype in folders:
-            its = shape or shape_of(source)
-            kind = getattr(torch, dtype)
-            stages = {"pipeline_model_parallel_size": mesh.pp, "pipeline_dtype": kind}
-            model = build_model(its, here.groups, dtype=kind, layers="local", device=here.device, **stages)
+            model_shape = shape or shape_of(source)
+            torch_dtype = getattr(torch, dtype)
+            stages = {"pipeline_model_parallel_size": mesh.pp, "pipeline_dtype": torch_dtype}
+            model = build_model(
+                model_shape, runtime.groups, dtype=torch_dtype, layers="local", device=runtime.device, **stages
+            )
             for parameter in model.parameters():
                 parameter.data.fill_(torch.nan)
-            hf_load.load(model, hf_load.Weights(source), its)
-            export.save(model, its, to, source, changed=changed, file_size=file_size)
+            hf_load.load(model, hf_load.Weights(source), model_shape)
+            export.save(model, model_shape, to, source, changed=changed, file_size=file_size)

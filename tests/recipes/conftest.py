@@ -22,7 +22,7 @@ Cli = Callable[..., tuple[Any, str, str]]
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a Llama of 9 query and 3 KV heads, 97 positions, no end token; a token a byte."""
-    return tiny_model(tmp_path_factory.mktemp("models") / "tiny", positions=97)
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_positions=97)
 
 
 @pytest.fixture(scope="session")

@@ -138,7 +138,7 @@ def test_killed_rank_and_requested_stop_leave_the_curve_unchanged(submit_job, un
 
 def check_single_wandb_run(out: Path) -> None:
     """Check W&B's offline files: three starts under one id, all steps, settings and manifest."""
-    run_id = checkpoint_index.about(checkpoint_index.latest(out / "checkpoints")[0])["run_id"]
+    run_id = checkpoint_index.read_metadata(checkpoint_index.latest_whole(out / "checkpoints")[0])["run_id"]
     starts = sorted((out / "wandb").glob(f"offline-run-*-{run_id}"))
     assert len(starts) == 3 == len(list((out / "wandb").glob("offline-run-*")))
     steps = set()

@@ -1,4 +1,4 @@
-"""A megatron-core model back into a Hugging Face folder, which transformers, and `weights.load`, can read."""
+"""Save a megatron-core model as a Hugging Face folder, which transformers and `load.Weights` can read."""
 
 import json
 import shutil
@@ -14,8 +14,8 @@ from megatron.core.models.gpt import GPTModel
 from safetensors.torch import save_file
 
 from longctx.hf.config import shape_of
-from longctx.hf.scratch import write_like
-from longctx.megatron.hf_io.load import of_each_stage
+from longctx.hf.scratch import write_folder_like
+from longctx.megatron.hf_io.load import gather_from_stages
 from longctx.megatron.hf_io.names import EMBEDDING, TensorView, tensor_views
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm, DistComm
@@ -32,14 +32,16 @@ def save(
     changed: Mapping[str, Any] | None = None,
     file_size: str = "5GB",
 ) -> None:
-    """Write ``model``, of ``shape``, to ``folder``: safetensors, config.json, and ``source``'s tokenizer files.
+    """Write ``model`` of ``shape`` to ``folder``: safetensors, config.json, and the tokenizer files of ``source``.
 
-    Every rank calls this, with a model that is the whole or a pipeline stage; of data-parallel replicas the first
-    is written.  The folder is there, whole, when the first rank returns, and until then nothing is.  Files hold at
-    most ``file_size`` (a larger tensor has one to itself), and that much is gathered at a time.  The configuration
-    is ``source``'s, but for the dtype and the fields ``changed`` (see `write_like`).
+    Every rank calls this with its model, which is the whole or a pipeline stage.  Only the first data-parallel replica
+    is written.  ``folder`` appears complete, by a rename, when the first rank returns; before that it does not exist.
 
-    Raises ValueError if ``folder`` is there already, or if that configuration is not of a model of ``shape``.
+    A file holds at most ``file_size``, except that a larger tensor has a file to itself.  At most one file's tensors
+    are gathered at a time.  config.json is that of ``source`` with the model's dtype and the fields in ``changed``
+    (see `write_folder_like`).
+
+    Raises ValueError if ``folder`` exists, or if the resulting config.json does not describe a model of ``shape``.
     """
     groups = model.pg_collection
     replicas = getattr(groups, "dp_cp", None)
@@ -47,65 +49,74 @@ def save(
         return
     tp, stages = DistComm(groups.tp), groups.pp
     first = tp.rank == 0 and stages.rank() == 0
-    coming = folder.with_name(folder.name + ".coming")
+    partial_folder = folder.with_name(folder.name + ".coming")
+
+    # 1. The first rank writes the configuration and the tokenizer, and checks them against the model.
     if first and folder.exists():
-        raise ValueError(f"{folder} is there already: give a folder that is not, or move it away")
+        raise ValueError(f"{folder} already exists; choose another folder, or move it away")
     if first:
-        shutil.rmtree(coming, ignore_errors=True)
+        shutil.rmtree(partial_folder, ignore_errors=True)
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        write_like(source, {"dtype": dtype, **(changed or {})}, coming)
-        _refuse_other_shape(coming, shape)
-    files = _files(model, shape, file_size)
-    counts = of_each_stage(len(files), stages)  # and nobody writes before the folder is there
+        write_folder_like(source, {"dtype": dtype, **(changed or {})}, partial_folder)
+        _refuse_other_shape(partial_folder, shape)
+
+    # 2. Every stage writes its files.  The exchange of counts is also a barrier: the folder exists after it.
+    files = _files_of_stage(model, shape, file_size)
+    counts = gather_from_stages(len(files), stages)
     before, total = sum(counts[: stages.rank()]), sum(counts)
-    where: dict[str, str] = {}
-    for i, held in enumerate(files, before + 1):
+    weight_map: dict[str, str] = {}
+    for i, views in enumerate(files, before + 1):
         name = "model.safetensors" if total == 1 else f"model-{i:05d}-of-{total:05d}.safetensors"
-        _write(coming / name, held, tp)
-        where |= dict.fromkeys((part.name for part in held), name)
-    size = sum(_bytes(part) for held in files for part in held)
-    maps, sizes = zip(*of_each_stage((where, size), stages), strict=True)  # and all is written
+        _write(partial_folder / name, views, tp)
+        weight_map |= dict.fromkeys((view.name for view in views), name)
+    size = sum(_bytes(view) for views in files for view in views)
+
+    # 3. After this barrier all files are written; the first rank adds the index and moves the folder into place.
+    maps, sizes = zip(*gather_from_stages((weight_map, size), stages), strict=True)
     if first:
         if total > 1:
             index = {"metadata": {"total_size": sum(sizes)}, "weight_map": {k: v for m in maps for k, v in m.items()}}
-            (coming / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        coming.rename(folder)
+            (partial_folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        partial_folder.rename(folder)
 
 
 def _refuse_other_shape(folder: Path, shape: ModelShape) -> None:
+    """Raise ValueError if ``folder``/config.json describes another shape than ``shape``."""
     written = shape_of(folder)
     if wrong := [x.name for x in fields(shape) if getattr(shape, x.name) != getattr(written, x.name)]:
         raise ValueError(
-            f"{folder}/config.json, the source's with what was said to be changed, is not that of the model: "
-            f"{', '.join(wrong)} differ; name every field that was changed"
+            f"{folder}/config.json does not describe the model to be saved: {', '.join(wrong)} differ; "
+            "pass every field that differs from the source's config.json in `changed`"
         )
 
 
-def _files(model: GPTModel, shape: ModelShape, size: str) -> list[list[TensorView]]:
-    """What goes into each file of this stage.  The first stage's copy of a tied embedding is the one written."""
-    held = {part.name: part for part in tensor_views(model, shape) if model.pre_process or part.name != EMBEDDING}
+def _files_of_stage(model: GPTModel, shape: ModelShape, file_size: str) -> list[list[TensorView]]:
+    """Return the tensors of each file of this stage.  The first stage writes a tied embedding; the last skips it."""
+    views = {view.name: view for view in tensor_views(model, shape) if model.pre_process or view.name != EMBEDDING}
     plan = split_state_dict_into_shards_factory(
-        held, get_storage_size=_bytes, filename_pattern="{suffix}", max_shard_size=size
+        views, get_storage_size=_bytes, filename_pattern="{suffix}", max_shard_size=file_size
     )
-    return [[held[name] for name in names] for names in plan.filename_to_tensors.values()]
+    return [[views[name] for name in names] for names in plan.filename_to_tensors.values()]
 
 
-def _bytes(part: TensorView) -> int:
-    return prod(part.whole) * part.view.element_size()
+def _bytes(view: TensorView) -> int:
+    """Return the size of the whole tensor in bytes."""
+    return prod(view.full_shape) * view.view.element_size()
 
 
-def _write(file: Path, held: list[TensorView], tp: Comm) -> None:
+def _write(file: Path, views: list[TensorView], tp: Comm) -> None:
+    """Gather the tensors of one file over ``tp``; its first rank writes them."""
     tensors = {}
-    for part in held:
-        whole = whole_of(part, tp)
+    for view in views:
+        tensor = gather_whole(view, tp)
         if tp.rank == 0:
-            tensors[part.name] = whole.cpu()
+            tensors[view.name] = tensor.cpu()
     if tp.rank == 0:
         save_file(tensors, file, metadata={"format": "pt"})
 
 
-def whole_of(part: TensorView, tp: Comm) -> Tensor:
-    """A copy of the tensor as Hugging Face has it: of all ranks, without padding."""
-    mine = part.view.flatten(0, 1)
-    shares = [mine] if part.sharded is None else tp.all_gather(mine, [tuple(mine.shape)] * tp.size)
-    return torch.cat(shares, part.sharded or 0)[: part.whole[0]]
+def gather_whole(view: TensorView, tp: Comm) -> Tensor:
+    """Return a copy of the whole Hugging Face tensor, without padding, on every rank of ``tp``."""
+    local = view.view.flatten(0, 1)
+    shards = [local] if view.shard_dim is None else tp.all_gather(local, [tuple(local.shape)] * tp.size)
+    return torch.cat(shards, view.shard_dim or 0)[: view.full_shape[0]]

@@ -1,4 +1,4 @@
-"""Weights to begin from: each Hugging Face tensor is drawn by its name, so that all meshes begin with one model."""
+"""Initial weights for training from scratch, drawn by tensor name so that every mesh starts from the same model."""
 
 import hashlib
 import math
@@ -7,37 +7,39 @@ from collections.abc import Iterable
 import torch
 
 from longctx.model_shape import ModelShape
-from longctx.shapes import Tensor
+from longctx.shapes import Float, Tensor
 
 
 class RandomInit:
-    """What `weights.Weights` is for a model that has been trained: tensors by name, here drawn from ``seed``.
+    """Random Hugging Face tensors of a model of ``shape``, by name; a `load.TensorSource` like `load.Weights`.
 
-    Normal with the shape's deviation, of the two matrices that write to the residual stream that over sqrt(2 layers)
-    (GPT-2, section 2.3); norms begin at 1, biases at 0.
+    Matrices are normal with standard deviation ``shape.init_std``.  The two that write to the residual stream (o_proj,
+    down_proj) have it divided by sqrt(2 * layers) (GPT-2, section 2.3).  Norms start at 1 and biases at 0.
+
+    A tensor depends on ``seed`` and its name only, not on the mesh or on the order of the calls.
     """
 
     def __init__(self, shape: ModelShape, seed: int) -> None:
         self._shape, self._seed = shape, seed
-        self.taken: set[str] = set()
+        self.read_names: set[str] = set()
 
-    def __call__(self, name: str) -> Tensor:
-        self.taken.add(name)
+    def __call__(self, name: str) -> Float[Tensor, "..."]:
+        self.read_names.add(name)
         size = self._size(name)
         if name.endswith("norm.weight"):
             return torch.ones(size)
         if name.endswith(".bias"):
             return torch.zeros(size)
         digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
-        draw = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-        deviation = self._shape.init_std / (math.sqrt(2 * self._shape.layers) if residual else 1)
-        return torch.randn(size, generator=draw) * deviation
+        std = self._shape.init_std / (math.sqrt(2 * self._shape.layers) if residual else 1)
+        return torch.randn(size, generator=generator) * std
 
     def _size(self, name: str) -> tuple[int, ...]:
         s = self._shape
         q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
-        kind = name.split(".")[-2]
+        module = name.split(".")[-2]
         matrices = {
             "embed_tokens": (s.vocab_size, s.hidden),
             "lm_head": (s.vocab_size, s.hidden),
@@ -49,8 +51,8 @@ class RandomInit:
             "up_proj": (s.ffn, s.hidden),
             "down_proj": (s.hidden, s.ffn),
         }
-        size = matrices.get(kind, (s.hidden,))  # all others are norms
+        size = matrices.get(module, (s.hidden,))  # all other modules are norms
         return size[:1] if name.endswith(".bias") else size
 
     def refuse_unread(self, tied: bool, elsewhere: Iterable[str] = ()) -> None:
-        """Nothing is left over of what is made on demand."""
+        """Accept every model: tensors are made on request, so none can be left unread."""

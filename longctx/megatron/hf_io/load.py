@@ -1,8 +1,8 @@
-"""Hugging Face weights into a megatron-core model, each rank taking its part; see `names` for which is which."""
+"""Load Hugging Face weights into a megatron-core model; each rank copies its shard.  `names` maps the tensors."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -12,39 +12,47 @@ from safetensors import safe_open
 from longctx.hf.checkpoint import DROPPED, tensor_files
 from longctx.megatron.hf_io.names import TensorView, tensor_views
 from longctx.model_shape import ModelShape
-from longctx.shapes import Tensor
+from longctx.shapes import Float, Tensor
+
+Value = TypeVar("Value")
 
 
 @runtime_checkable
-class Tensors(Protocol):
-    """Hugging Face tensors by name; ``taken`` are the names that were asked for."""
+class TensorSource(Protocol):
+    """Hugging Face tensors by name.  ``read_names`` are the names requested so far."""
 
-    taken: set[str]
+    read_names: set[str]
 
     def __call__(self, name: str) -> Tensor: ...
 
     def refuse_unread(self, tied: bool, elsewhere: Iterable[str] = ()) -> None:
-        """ValueError if a tensor that is there was not taken, here or ``elsewhere``."""
+        """Raise ValueError if a tensor of the source is neither in ``read_names`` nor in ``elsewhere``."""
         ...
 
 
 class Weights:
-    """The tensors of a safetensors folder, in one file or many, read by name; ``taken`` are those that were.
+    """The tensors of a safetensors folder (one file, or several with an index), read by name.
 
-    Of the blocks ``dropped``, those that were made for that (`recipes.spd_adapt`), where there are such.
+    For a block in ``dropped``, tensors adapted to a dropped reduction are read if the folder has them, otherwise the
+    original ones.  recipes.spd_adapt writes the adapted tensors under "dropped." + name.
+    ``read_names`` are the names in the files that were read so far.
     """
 
     def __init__(self, folder: Path, dropped: Iterable[int] = ()) -> None:
         self._folder, self._files = folder, tensor_files(folder)
         self._dropped = tuple(f"model.layers.{block}." for block in dropped)
-        self.taken: set[str] = set()
+        self.read_names: set[str] = set()
 
-    def __call__(self, name: str) -> Tensor:
+    def __call__(self, name: str) -> Float[Tensor, "..."]:
+        """Return the tensor ``name``.  Raises ValueError if it is missing or quantised."""
         if name.startswith(self._dropped) and DROPPED + name in self._files:
             name = DROPPED + name
         if name not in self._files:
-            raise ValueError(f"{self._folder} has no tensor {name}, which the model's config.json promises")
-        self.taken.add(name)
+            raise ValueError(
+                f"{self._folder} has no tensor {name}, which the model's config.json requires; "
+                "use a complete checkpoint"
+            )
+        self.read_names.add(name)
         with safe_open(self._files[name], "pt") as file:
             tensor: Tensor = file.get_tensor(name)
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
@@ -52,52 +60,65 @@ class Weights:
         return tensor
 
     def refuse_unread(self, tied: bool, elsewhere: Iterable[str] = ()) -> None:
-        """ValueError if a tensor was not taken, here or ``elsewhere``; derived ones, and a tied lm_head, may stay."""
-        taken = self.taken.union(elsewhere)
-        left = {n for n in self._files if not n.endswith("rotary_emb.inv_freq")} - taken
-        # Of a block that may be dropped, the folder has weights for either case.
-        left -= {n for n in left if n.startswith(DROPPED) or DROPPED + n in taken}
-        left -= {"lm_head.weight"} if tied else set()
-        if left:
-            raise ValueError(f"{self._folder} has tensors that no part of the model takes: {sorted(left)[:3]}")
+        """Raise ValueError if a tensor was read neither here nor ``elsewhere`` (names that other stages read).
+
+        Rotary frequencies may stay unread, since they are derived, and so may lm_head.weight of a ``tied`` model.
+        """
+        read = self.read_names.union(elsewhere)
+        unread = {name for name in self._files if not name.endswith("rotary_emb.inv_freq")} - read
+        # A block that may drop its reduction has two sets of weights in the folder, and one of them is read.
+        unread -= {name for name in unread if name.startswith(DROPPED) or DROPPED + name in read}
+        unread -= {"lm_head.weight"} if tied else set()
+        if unread:
+            raise ValueError(
+                f"{self._folder} has tensors that no part of the model takes: {sorted(unread)[:3]}; "
+                "use a checkpoint of the architecture that its config.json names"
+            )
 
 
 @torch.no_grad()
-def load(model: GPTModel, read: Tensors, shape: ModelShape) -> None:
-    """Fill every parameter of ``model``, the whole or a pipeline stage, from Hugging Face tensors.
+def load(model: GPTModel, read: TensorSource, shape: ModelShape) -> None:
+    """Fill every parameter of ``model``, a whole model or a pipeline stage, with Hugging Face tensors.
 
-    Every rank of the model's tensor and pipeline groups calls this.  Raises ValueError if a tensor is missing, is
-    quantised, has another shape than the model's, or is taken by no stage: a model that lacks a part would run,
-    and be wrong.
+    Every rank of the model's tensor and pipeline groups calls this.
+
+    Raises ValueError if a tensor is missing, quantised, of another shape than the model's, or read by no stage.  A
+    model that lacks a tensor of its checkpoint would run and give wrong results.
     """
     fill(tensor_views(model, shape), read, model.pg_collection.tp.rank())
-    read.refuse_unread(shape.tied, set().union(*of_each_stage(read.taken, model.pg_collection.pp)))
+    read.refuse_unread(shape.tied, set().union(*gather_from_stages(read.read_names, model.pg_collection.pp)))
 
 
 @torch.no_grad()
-def fill(held: Iterable[TensorView], read: Callable[[str], Tensor], rank: int) -> None:
-    """Copy tensor-parallel rank ``rank``'s share of each tensor into its place.  ValueError for another shape."""
-    for part in held:
-        whole = read(part.name)
-        if tuple(whole.shape) != part.whole:
-            raise ValueError(f"{part.name}: the file has {tuple(whole.shape)}, the model {part.whole}")
-        part.view.copy_(_share(whole, part, rank).reshape(part.view.shape))
+def fill(targets: Iterable[TensorView], read: Callable[[str], Tensor], tp_rank: int) -> None:
+    """Copy tensor-parallel rank ``tp_rank``'s shard of each tensor into its view.
+
+    Raises ValueError if a tensor has another shape than the model's.
+    """
+    for target in targets:
+        tensor = read(target.name)
+        if tuple(tensor.shape) != target.full_shape:
+            raise ValueError(
+                f"{target.name}: the checkpoint has shape {tuple(tensor.shape)}, the model {target.full_shape}; "
+                "use the config.json that belongs to the checkpoint"
+            )
+        target.view.copy_(_shard_of(tensor, target, tp_rank).reshape(target.view.shape))
 
 
-def _share(whole: Tensor, part: TensorView, rank: int) -> Tensor:
-    """Tensor-parallel rank ``rank``'s share of ``whole``, zeros where it is padded."""
-    if part.sharded is None:
-        return whole
-    groups, rows, *rest = part.view.shape
-    length = (groups * rows, *rest)[part.sharded]
-    _, share, _ = whole.tensor_split([rank * length, (rank + 1) * length], part.sharded)
-    missing = length - share.shape[part.sharded]
-    # Only the vocabulary's rows are padded.
-    return torch.cat([share, share.new_zeros(missing, *rest)]) if missing else share
+def _shard_of(tensor: Tensor, target: TensorView, tp_rank: int) -> Tensor:
+    """Return tensor-parallel rank ``tp_rank``'s shard of ``tensor``, with zeros where it is padded."""
+    if target.shard_dim is None:
+        return tensor
+    groups, rows, *rest = target.view.shape
+    length = (groups * rows, *rest)[target.shard_dim]
+    _, shard, _ = tensor.tensor_split([tp_rank * length, (tp_rank + 1) * length], target.shard_dim)
+    missing = length - shard.shape[target.shard_dim]
+    # Padding occurs only in the rows of the vocabulary, so dim 0 is extended.
+    return torch.cat([shard, shard.new_zeros(missing, *rest)]) if missing else shard
 
 
-def of_each_stage(value: Any, stages: dist.ProcessGroup) -> list[Any]:
-    """Every pipeline stage's ``value``; nobody has them before all have come."""
-    of_each: list[Any] = [None] * stages.size()
-    dist.all_gather_object(of_each, value, group=stages)
-    return of_each
+def gather_from_stages(value: Value, stages: dist.ProcessGroup) -> list[Value]:
+    """Return every pipeline stage's ``value``, by stage.  It is also a barrier: all stages call before any returns."""
+    values: list[Any] = [None] * stages.size()
+    dist.all_gather_object(values, value, group=stages)
+    return values

@@ -1,18 +1,19 @@
-"""Hugging Face's tensors as parts of a megatron-core model's parameters: the one table that load and save go by.
+"""The table of Hugging Face tensors in a megatron-core model's parameters; loading and saving both read it.
 
-| megatron-core                    | Hugging Face                        | how                                  |
+| megatron-core                    | Hugging Face                        | layout in the parameter              |
 |----------------------------------|-------------------------------------|--------------------------------------|
-| embedding.word_embeddings.weight | model.embed_tokens.weight           | rows sharded, padded to equal shares |
-| self_attention.linear_qkv        | q_proj, k_proj, v_proj              | per group: its queries, key, value   |
+| embedding.word_embeddings.weight | model.embed_tokens.weight           | rows sharded, padded to equal shards |
+| self_attention.linear_qkv        | q_proj, k_proj, v_proj              | per KV group: queries, key, value    |
 | self_attention.linear_proj       | o_proj                              | columns sharded                      |
-| mlp.linear_fc1                   | gate_proj, up_proj                  | per rank: its gate rows, its up rows |
+| mlp.linear_fc1                   | gate_proj, up_proj                  | per rank: gate rows, up rows         |
 | mlp.linear_fc2                   | down_proj                           | columns sharded                      |
-| input_layernorm                  | input_layernorm                     | whole; TE: linear_qkv.layer_norm     |
-| pre_mlp_layernorm                | post_attention_layernorm            | whole; TE: linear_fc1.layer_norm     |
-| decoder.final_layernorm          | model.norm                          | whole                                |
+| input_layernorm                  | input_layernorm                     | replicated; TE: linear_qkv.layer_norm|
+| pre_mlp_layernorm                | post_attention_layernorm            | replicated; TE: linear_fc1.layer_norm|
+| decoder.final_layernorm          | model.norm                          | replicated                           |
 | output_layer                     | lm_head (absent when tied)          | like the embedding                   |
 
-Tied, only the last of several pipeline stages has an output_layer: another copy of the embedding.
+TE marks where Transformer Engine's layers hold the norm.  With tied embeddings and several pipeline stages, the last
+stage has an output_layer that is a second copy of the embedding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,15 +24,15 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from longctx.model_shape import ModelShape
-from longctx.shapes import Tensor
+from longctx.shapes import Float, Tensor
 
 EMBEDDING = "model.embed_tokens.weight"
-_OUTSIDE = {
+_MODEL_NAMES = {
     "embedding.word_embeddings.weight": EMBEDDING,
     "decoder.final_layernorm.weight": "model.norm.weight",
     "output_layer.weight": "lm_head.weight",
 }
-_OF_A_LAYER = {
+_LAYER_NAMES = {
     "input_layernorm.weight": ("input_layernorm.weight",),
     "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight",),
     "self_attention.linear_qkv.weight": tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
@@ -46,58 +47,71 @@ _OF_A_LAYER = {
 
 @dataclass(frozen=True)
 class TensorView:
-    """Where Hugging Face's tensor ``name`` lies in a parameter of this rank: ``view`` [groups rows ...] of it.
+    """This rank's share of the Hugging Face tensor ``name``, as a view into a parameter.
 
-    ``sharded`` is the dim along which tensor-parallel ranks share the tensor (None: each has it whole), and
-    ``whole`` its shape without padding.
+    ``view`` is [groups rows ...].  ``shard_dim`` is the dim of the tensor that tensor-parallel ranks shard, or None if
+    every rank holds the whole tensor.  ``full_shape`` is the shape of the whole tensor without padding.
     """
 
     name: str
     view: Tensor
-    sharded: int | None
-    whole: tuple[int, ...]
+    shard_dim: int | None
+    full_shape: tuple[int, ...]
 
 
 def tensor_views(model: GPTModel, shape: ModelShape) -> Iterator[TensorView]:
-    """Every Hugging Face tensor of which this rank has a share; layers are counted over all pipeline stages."""
+    """Yield a view of every Hugging Face tensor that this rank holds a share of.
+
+    Tensor names count layers over all pipeline stages.
+    """
     tp = model.pg_collection.tp.size()
-    for ours, parameter in model.named_parameters():
-        names = _theirs(model, ours, shape)
-        yield from _tensor_views(parameter, names, shape, tp, shape.vocab_size if ours in _OUTSIDE else None)
+    for name, parameter in model.named_parameters():
+        hf_names = _hf_names(model, name, shape)
+        yield from _views_of(parameter, hf_names, shape, tp, shape.vocab_size if name in _MODEL_NAMES else None)
 
 
 def tensor_views_of_layer(layer: TransformerLayer, shape: ModelShape) -> Iterator[TensorView]:
-    """The same of one layer."""
-    for ours, parameter in layer.named_parameters():
-        names = tuple(f"model.layers.{layer.layer_number - 1}.{name}" for name in _OF_A_LAYER[ours])
-        yield from _tensor_views(parameter, names, shape, layer.tp_group.size())
+    """Yield a view of every Hugging Face tensor of one decoder layer that this rank holds a share of."""
+    for name, parameter in layer.named_parameters():
+        hf_names = tuple(f"model.layers.{layer.layer_number - 1}.{hf_name}" for hf_name in _LAYER_NAMES[name])
+        yield from _views_of(parameter, hf_names, shape, layer.tp_group.size())
 
 
-def _tensor_views(
-    parameter: Any, names: Sequence[str], shape: ModelShape, tp: int, rows: int | None = None
+def _views_of(
+    parameter: Any, hf_names: Sequence[str], shape: ModelShape, tp: int, full_rows: int | None = None
 ) -> Iterator[TensorView]:
-    """``rows``: of the whole, if they are padded to equal shares."""
-    sharded = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-    for name, view in zip(names, fused_views(parameter, len(names), shape, tp), strict=True):
-        whole = [view.shape[0] * view.shape[1], *view.shape[2:]]
-        if sharded is not None:
-            whole[sharded] *= tp
-            whole[0] = rows or whole[0]
-        yield TensorView(name, view, sharded, tuple(whole))
+    """Yield the views of one parameter, which has megatron-core's sharding attributes.
+
+    ``full_rows`` is the unpadded row count of a tensor with padded shards.
+    """
+    shard_dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+    for hf_name, view in zip(hf_names, fused_views(parameter, len(hf_names), shape, tp), strict=True):
+        full_shape = [view.shape[0] * view.shape[1], *view.shape[2:]]
+        if shard_dim is not None:
+            full_shape[shard_dim] *= tp
+            full_shape[0] = full_rows or full_shape[0]
+        yield TensorView(hf_name, view, shard_dim, tuple(full_shape))
 
 
-def fused_views(parameter: Tensor, tensors: int, shape: ModelShape, tp: int) -> Sequence[Tensor]:
-    """Views [groups rows ...] of the ``tensors`` that ``parameter`` holds: three are q, k and v, which alternate."""
+def fused_views(
+    parameter: Float[Tensor, "rows ..."], tensors: int, shape: ModelShape, tp: int
+) -> Sequence[Float[Tensor, "groups _ ..."]]:
+    """Return views [groups rows ...] of the ``tensors`` fused in ``parameter``.
+
+    Three tensors are q, k and v, which alternate by KV group.  Two (gate, up) or one lie in a single group.
+    """
     groups = shape.kv_heads // tp if tensors == 3 else 1
     shares = (shape.heads // shape.kv_heads, 1, 1) if tensors == 3 else (1,) * tensors
     grouped = parameter.unflatten(0, (groups, -1))
     rows = grouped.shape[1] // sum(shares)
-    return grouped.split([rows * share for share in shares], 1)
+    views: Sequence[Tensor] = grouped.split([rows * share for share in shares], 1)
+    return views
 
 
-def _theirs(model: GPTModel, ours: str, shape: ModelShape) -> tuple[str, ...]:
-    if ours in _OUTSIDE:
-        return (EMBEDDING if shape.tied and ours == "output_layer.weight" else _OUTSIDE[ours],)
-    _, _, here, rest = ours.split(".", 3)
-    layer = model.decoder.layers[int(here)].layer_number - 1
-    return tuple(f"model.layers.{layer}.{name}" for name in _OF_A_LAYER[rest])
+def _hf_names(model: GPTModel, name: str, shape: ModelShape) -> tuple[str, ...]:
+    """Return the Hugging Face names of the tensors in megatron-core's parameter ``name``."""
+    if name in _MODEL_NAMES:
+        return (EMBEDDING if shape.tied and name == "output_layer.weight" else _MODEL_NAMES[name],)
+    _, _, index_in_stage, name_in_layer = name.split(".", 3)
+    layer = model.decoder.layers[int(index_in_stage)].layer_number - 1
+    return tuple(f"model.layers.{layer}.{hf_name}" for hf_name in _LAYER_NAMES[name_in_layer])

@@ -1,1 +1,1 @@
-"""Sync-Point-Drop on megatron-core's layers: the block, its repair, its measurements."""
+"""Sync-Point-Drop on megatron-core's layers: the block with one reduction, its repair, and its measurements."""

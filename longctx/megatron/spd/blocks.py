@@ -1,4 +1,18 @@
-"""A model taken block by block, on many sequences of one length: what SPD measures and repairs blocks with."""
+"""A model's decoder blocks run one at a time, on many sequences of one length; SPD measures and repairs blocks with it.
+
+Hidden states are [b s hidden], with the same values on every tensor-parallel rank r of N.  For a block with input x,
+in the notation of `layer`:
+
+    P_r             rank r's partial attention output                     `partials`
+    norm(x + P_r)   input of rank r's MLP if the block drops              (SPD block)
+    norm(x + sum P) input of the MLP if it does not                       (stock block; no output bias)
+
+From these come the three measurements that repair needs:
+
+    M_r             least-squares map from norm(x + P_r) to norm(x + sum P)     `linear_maps`
+    E[n, r]         error of neuron n if rank r computes it                     `neuron_errors`
+    S[r, t]         norm of MLP shard t's output if it sees rank r's heads      `shard_norms` (Eq. 3)
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +27,10 @@ from longctx.attention.kernel import Kernel
 from longctx.attention.layout import documents
 from longctx.attention.mask import causal_within
 from longctx.megatron.attention import Pass
-from longctx.megatron.hf_io.export import whole_of
+from longctx.megatron.hf_io.export import gather_whole
 from longctx.megatron.hf_io.load import fill
 from longctx.megatron.hf_io.names import tensor_views_of_layer
-from longctx.megatron.model import local_layer, losses_of, rotary_angles
+from longctx.megatron.model import local_layer_spec, losses_of, rotary_angles
 from longctx.megatron.spd.layer import SPDTransformerLayer
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm, SingleRankComm
@@ -27,39 +41,45 @@ from longctx.spd.least_squares import LeastSquares
 from longctx.spd.text import PackedText
 
 Hidden = Float[Tensor, "b s hidden"]
-_TOGETHER = 8  # sequences, where many are looked at
+LinearMap = Float[Tensor, "hidden hidden"]
+_BATCH = 8  # sequences that a measurement runs at once
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """``model`` was built with a plan, whole on the tensor-parallel ranks of ``tp``; states are on every one."""
+    """The blocks of ``model`` on the tensor-parallel ranks of ``tp``, with attention by ``kernel``.
+
+    ``model`` was built with a plan (see `build_model`) and without pipeline stages.  Every rank makes the same calls
+    with the same hidden states.
+    """
 
     model: GPTModel
     shape: ModelShape
     kernel: Kernel
     tp: Comm
 
-    def embedded(self, tokens: Tokens) -> Hidden:
-        """What enters the first block."""
-        return self.model.embedding(tokens.reshape(1, -1), None).reshape(*tokens.shape, -1)
+    def embed(self, tokens: Tokens) -> Hidden:
+        """Return the input of the first block."""
+        embedded: Tensor = self.model.embedding(tokens.reshape(1, -1), None)
+        return embedded.reshape(*tokens.shape, -1)
 
-    def run(self, layer: Any, x: Hidden) -> Hidden:
-        """What leaves ``layer``, one of the model's or a `copy_of` one, each sequence attending to itself."""
-        out, _ = layer(_one_row(x), None, **self.attending(layer, x))
+    def run(self, layer: SPDTransformerLayer, x: Hidden) -> Hidden:
+        """Return the output of ``layer``, a block of the model or a `copy_of` one.  Each sequence attends to itself."""
+        out: Tensor
+        out, _ = layer(_one_row(x), None, **self._attention_kwargs(layer, x))
         return out.reshape(x.shape)
 
-    def attending(self, layer: Any, x: Hidden) -> dict[str, Any]:
-        """What a layer wants to know besides its input, if that is ``x``."""
+    def _attention_kwargs(self, layer: SPDTransformerLayer, x: Hidden) -> dict[str, Any]:
+        """Return the rotary angles and the `Pass` that ``layer`` needs for the input ``x``."""
         sequences, length, _ = x.shape
         mask = causal_within(self.shape.windows[layer.layer_number - 1])
-        shared = hybrid(SingleRankComm(), SingleRankComm(), documents([length] * sequences, 1), mask).attention(
-            self.kernel, pass_kv
-        )
+        packed = hybrid(SingleRankComm(), SingleRankComm(), documents([length] * sequences, 1), mask)
+        attention = packed.attention(self.kernel, pass_kv)
         angles = rotary_angles(self.shape, torch.arange(length, device=x.device).repeat(sequences))
-        return {"rotary_pos_emb": angles, "packed_seq_params": Pass(attend=lambda _, q, k, v: shared(q, k, v))}
+        return {"rotary_pos_emb": angles, "packed_seq_params": Pass(attend=lambda _, q, k, v: attention(q, k, v))}
 
     def loss(self, x: Hidden, text: PackedText) -> float:
-        """Sum of the cross-entropies (nats) of ``text``'s targets, from what leaves the last block."""
+        """Return the summed cross-entropy (nats) of ``text``'s counted targets; ``x`` is the last block's output."""
         total = 0.0
         for rows, targets, mask in zip(x, text.targets, text.mask, strict=True):
             final = self.model.decoder.final_layernorm(_one_row(rows[None]))
@@ -67,116 +87,135 @@ class Blocks:
             total += float((losses * mask).double().sum())
         return total
 
-    def copy_of(self, block: int, *, own_norms: bool) -> Any:
-        """A layer like block ``block``, with weights of its own, that drops its reduction and can be trained."""
-        theirs = self.model.decoder.layers[block]
-        spec = local_layer(SPDTransformerLayer)
-        mine = build_module(spec, config=theirs.config, layer_number=block + 1, pg_collection=self.model.pg_collection)
-        mine.to(next(theirs.parameters()).device).load_state_dict(theirs.state_dict())
-        mine.drop(dropped=True, own_norms=own_norms)
-        return mine.train()
+    def copy_of(self, block: int, *, own_norms: bool) -> SPDTransformerLayer:
+        """Return a trainable copy of block ``block`` that drops its reduction."""
+        original = self.model.decoder.layers[block]
+        spec = local_layer_spec(SPDTransformerLayer)
+        layer: SPDTransformerLayer = build_module(
+            spec, config=original.config, layer_number=block + 1, pg_collection=self.model.pg_collection
+        )
+        layer.to(next(original.parameters()).device).load_state_dict(original.state_dict())
+        layer.drop(dropped=True, own_norms=own_norms)
+        layer.train()
+        return layer
 
-    def tensors_of(self, layer: Any) -> dict[str, Tensor]:
-        """``layer``'s weights as Hugging Face has them, whole, on every rank; norms of ranks' own one by one."""
+    def tensors_of(self, layer: SPDTransformerLayer) -> dict[str, Tensor]:
+        """Return ``layer``'s weights as whole Hugging Face tensors, by name, on every rank.
+
+        Norms that differ by rank are concatenated along dim 0.
+        """
         with torch.no_grad():
-            return {part.name: whole_of(part, self.tp).clone() for part in tensor_views_of_layer(layer, self.shape)}
+            return {view.name: gather_whole(view, self.tp).clone() for view in tensor_views_of_layer(layer, self.shape)}
 
-    def fill(self, layer: Any, tensors: Mapping[str, Tensor]) -> None:
-        """The other way."""
+    def fill(self, layer: SPDTransformerLayer, tensors: Mapping[str, Tensor]) -> None:
+        """Load Hugging Face tensors into ``layer``; inverse of `tensors_of`.
+
+        Raises ValueError if a tensor has another shape than the layer's.
+        """
         fill(tensor_views_of_layer(layer, self.shape), tensors.__getitem__, self.tp.rank)
 
     @torch.no_grad()
-    def guesses(self, layer: Any, x: Hidden) -> list[Float[Tensor, "hidden hidden"]]:
-        """Of every rank, what makes of its MLP's input the best guess of what that were with all heads, both normed.
+    def linear_maps(self, layer: SPDTransformerLayer, x: Hidden) -> list[LinearMap]:
+        """Return M_r of every rank r: the linear map that best predicts norm(x + sum P) from norm(x + P_r).
 
-        ``layer`` drops its reduction.
+        ``layer`` drops its reduction.  The fit is least squares over all rows of ``x`` (see `LeastSquares`).
         """
-        guess = LeastSquares(x.shape[-1], x.device)
-        for rows in x.split(_TOGETHER):
+        fit = LeastSquares(x.shape[-1], x.device)
+        for rows in x.split(_BATCH):
             partials = self.partials(layer, rows)
-            mine, whole = (self._normed(layer, rows + y) for y in (partials[self.tp.rank], sum(partials)))
-            guess.update(mine.flatten(0, 1), whole.flatten(0, 1))
-        matrix = guess.matrix()
+            own, full = (self._mlp_input(layer, rows + y) for y in (partials[self.tp.rank], sum(partials)))
+            fit.update(own.flatten(0, 1), full.flatten(0, 1))
+        matrix = fit.matrix()
         return self.tp.all_gather(matrix, [tuple(matrix.shape)] * self.tp.size)
 
     @torch.no_grad()
     def neuron_errors(
-        self, layer: Any, x: Hidden, guesses: Sequence[Tensor] | None = None
+        self, layer: SPDTransformerLayer, x: Hidden, maps: Sequence[LinearMap] | None = None
     ) -> Float[Tensor, "neurons ranks"]:
-        """Of every neuron, its mean squared error on each rank, weighted by its column of the down projection.
+        """Return the mean squared error of every MLP neuron if it were computed on each rank.
 
-        On a rank, a neuron sees that rank's heads instead of all, or what the rank ``guesses``.  Relative to the square
-        of the block's output.  ``layer`` drops its reduction.
+        The error is that of the neuron's activation with rank r's heads only, against all heads.  With ``maps``, the
+        neuron reads rank r's least-squares prediction M_r norm(x + P_r) instead of norm(x + P_r).
+        It is weighted by the squared norm of the neuron's column in the down projection.  Per row, it is relative to
+        the squared norm of the block's output.  ``layer`` drops its reduction.
         """
         weight = layer.mlp.linear_fc2.weight.square().sum(0)
         sums = torch.zeros(len(weight), self.tp.size, device=x.device)
-        for rows in x.split(_TOGETHER):
+        for rows in x.split(_BATCH):
             partials = self.partials(layer, rows)
-            wanted = self.run(layer, rows).square().sum(-1, keepdim=True)
-            exact = self._activations(layer, self._normed(layer, rows + sum(partials)))
-            seen = [self._normed(layer, rows + one) for one in partials]
-            if guesses:
-                seen = [one @ guess.T for one, guess in zip(seen, guesses, strict=True)]
-            each = [(self._activations(layer, one) - exact).square() / wanted for one in seen]
-            sums += torch.stack([one.sum((0, 1)) for one in each], 1)
-        mine = sums * weight[:, None] / x.shape[:2].numel()
-        return torch.cat(self.tp.all_gather(mine, [tuple(mine.shape)] * self.tp.size))
+            scale = self.run(layer, rows).square().sum(-1, keepdim=True)
+            exact = self._activations(layer, self._mlp_input(layer, rows + sum(partials)))
+            inputs = [self._mlp_input(layer, rows + partial) for partial in partials]
+            if maps:
+                inputs = [y @ linear_map.T for y, linear_map in zip(inputs, maps, strict=True)]
+            errors = [(self._activations(layer, y) - exact).square() / scale for y in inputs]
+            sums += torch.stack([error.sum((0, 1)) for error in errors], 1)
+        local = sums * weight[:, None] / x.shape[:2].numel()
+        return torch.cat(self.tp.all_gather(local, [tuple(local.shape)] * self.tp.size))
 
     @torch.no_grad()
-    def shard_norms(self, layer: Any, x: Hidden) -> Float[Tensor, "sets shards"]:
-        """Norm of each shard of the MLP's output where it sees each rank's heads (arXiv 2502.20727, Eq. 3)."""
-        squares = torch.zeros(self.tp.size, device=x.device)
-        for rows in x.split(_TOGETHER):
-            each = [self.mlp_of(layer, rows + one) for one in self.partials(layer, rows)]
-            squares += torch.stack([one.square().sum() for one in each])
-        mine = squares.sqrt()
-        return torch.stack(self.tp.all_gather(mine, [tuple(mine.shape)] * self.tp.size), 1)
+    def shard_norms(self, layer: SPDTransformerLayer, x: Hidden) -> Float[Tensor, "sets shards"]:
+        """Return the norm of every MLP shard's output if it sees each rank's set of heads (arXiv 2502.20727, Eq. 3).
 
-    @torch.no_grad()
-    def group_features(self, layer: Any, x: Hidden) -> Float[Tensor, "groups features"]:
-        """Of each KV group its query heads' mean attention scores, one vector (arXiv 2502.20727, 4.2.4).
-
-        Of the first few sequences of ``x``: it has length^2 entries of each.
+        ``layer`` drops its reduction.
         """
-        x, seen = x[:_TOGETHER], list[Tensor]()
-        known, length = self.attending(layer, x), x.shape[1]
-        attend = known["packed_seq_params"].attend
+        squares = torch.zeros(self.tp.size, device=x.device)
+        for rows in x.split(_BATCH):
+            outputs = [self.mlp_of(layer, rows + partial) for partial in self.partials(layer, rows)]
+            squares += torch.stack([output.square().sum() for output in outputs])
+        local = squares.sqrt()
+        return torch.stack(self.tp.all_gather(local, [tuple(local.shape)] * self.tp.size), 1)
 
-        def looking(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    @torch.no_grad()
+    def group_features(self, layer: SPDTransformerLayer, x: Hidden) -> Float[Tensor, "groups features"]:
+        """Return one vector per KV group: attention scores averaged over the group's query heads (2502.20727, 4.2.4).
+
+        A vector has one entry for each sequence, query and key.  That is length^2 entries a sequence, so only the
+        first few sequences of ``x`` are used.
+        """
+        x, features = x[:_BATCH], list[Tensor]()
+        kwargs, length = self._attention_kwargs(layer, x), x.shape[1]
+        attend = kwargs["packed_seq_params"].attend
+
+        def record_scores(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
             keys = k[0].unflatten(0, (-1, length))
             queries = q[0].unflatten(0, (-1, length)).unflatten(2, (k.shape[2], -1))
             scores = torch.einsum("bqghd,bkgd->gbhqk", queries, keys) / self.shape.head_dim**0.5
-            seen.append(scores.masked_fill(later, -torch.inf).softmax(-1).mean(2).flatten(1))
-            return attend(number, q, k, v)
+            features.append(scores.masked_fill(future, -torch.inf).softmax(-1).mean(2).flatten(1))
+            out: Tensor = attend(number, q, k, v)
+            return out
 
-        known["packed_seq_params"] = Pass(attend=looking)
-        layer(_one_row(x), None, **known)
-        return torch.cat(self.tp.all_gather(seen[0], [tuple(seen[0].shape)] * self.tp.size))
+        kwargs["packed_seq_params"] = Pass(attend=record_scores)
+        layer(_one_row(x), None, **kwargs)
+        return torch.cat(self.tp.all_gather(features[0], [tuple(features[0].shape)] * self.tp.size))
 
-    def partials(self, layer: Any, x: Hidden) -> list[Hidden]:
-        """Every rank's part of the attention's output, of a ``layer`` that drops its reduction."""
-        assert layer.dropped, "else it is reduced"
+    def partials(self, layer: SPDTransformerLayer, x: Hidden) -> list[Hidden]:
+        """Return P_r of every rank r: the partial attention outputs of ``layer``, which drops its reduction."""
+        assert layer.dropped, "a layer that does not drop returns the reduced output"
         normed = layer.input_layernorm(_one_row(x))
-        mine, _ = layer.self_attention(normed, None, **self.attending(layer, x))
-        mine = mine.reshape(x.shape)
-        return self.tp.all_gather(mine, [tuple(mine.shape)] * self.tp.size)
+        local, _ = layer.self_attention(normed, None, **self._attention_kwargs(layer, x))
+        local = local.reshape(x.shape)
+        return self.tp.all_gather(local, [tuple(local.shape)] * self.tp.size)
 
-    def mlp_of(self, layer: Any, u: Hidden) -> Hidden:
-        """This rank's part of the MLP's output, where ``u`` enters its norm."""
-        return self._activations(layer, self._normed(layer, u)) @ layer.mlp.linear_fc2.weight.T
+    def mlp_of(self, layer: SPDTransformerLayer, u: Hidden) -> Hidden:
+        """Return this rank's partial MLP output for ``u``, the residual stream before the MLP's norm."""
+        out: Tensor = self._activations(layer, self._mlp_input(layer, u)) @ layer.mlp.linear_fc2.weight.T
+        return out
 
-    def _normed(self, layer: Any, u: Hidden) -> Hidden:
-        """What enters the MLP, where ``u`` enters its norm."""
-        return layer.pre_mlp_layernorm(_one_row(u)).reshape(u.shape)
+    def _mlp_input(self, layer: SPDTransformerLayer, u: Hidden) -> Hidden:
+        """Return norm(u), the MLP's input for the residual stream ``u``."""
+        normed: Tensor = layer.pre_mlp_layernorm(_one_row(u))
+        return normed.reshape(u.shape)
 
-    def _activations(self, layer: Any, normed: Hidden) -> Float[Tensor, "b s neurons"]:
-        """Of this rank's neurons, which ``normed`` enters."""
+    def _activations(self, layer: SPDTransformerLayer, normed: Hidden) -> Float[Tensor, "b s neurons"]:
+        """Return the activations of this rank's neurons, silu(gate) * up, for the MLP input ``normed``."""
+        both: Tensor
         both, _ = layer.mlp.linear_fc1(_one_row(normed))
         gate, up = both.reshape(*normed.shape[:2], -1).chunk(2, -1)
         return F.silu(gate) * up
 
 
 def _one_row(x: Hidden) -> Float[Tensor, "rows 1 hidden"]:
-    """Sequences one behind the other, as megatron-core has them."""
+    """Concatenate the sequences along one dim, as megatron-core's layers take packed sequences."""
     return x.reshape(-1, 1, x.shape[-1])

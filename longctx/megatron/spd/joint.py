@@ -1,7 +1,12 @@
-"""Repaired blocks learn together, from what the model predicts when nothing drops.  Not in arXiv 2502.20727.
+"""Joint distillation of all repaired blocks, from the predictions of the model with nothing dropped.
 
-Block-to-block distillation sees a block's own error only, with what enters it exact.  Here the errors of all of them
-are seen where they count, in the predictions, and may make up for each other.
+    teacher   x -> block 0 -> block 1 -> ... -> logits        no block drops, weights frozen
+    student   x -> layer 0 -> block 1 -> ... -> logits        a set of blocks replaced by their repaired layers
+    loss      KL(teacher || student), mean over tokens (nats)
+
+Repair trains each block by itself and minimises the error of that block's output.  Here the layers train together and
+minimise the error of the predictions, so that a layer can compensate for the errors of others.  This step is not in
+arXiv 2502.20727.
 """
 
 import shutil
@@ -12,50 +17,59 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longctx.checkpoint_index import PARTIAL, about, name_of
+from longctx.checkpoint_index import PARTIAL, folder_name, read_metadata
 from longctx.config import JointRepair
 from longctx.megatron.spd.blocks import Blocks, Hidden
-from longctx.megatron.spd.likelihood import divergence, log_shares
+from longctx.megatron.spd.layer import SPDTransformerLayer
+from longctx.megatron.spd.likelihood import kl_divergence, log_prob_shard
 from longctx.megatron.training.checkpoint import agreed_on_all_ranks, commit
-from longctx.shapes import Tensor, Tokens
+from longctx.shapes import Float, Tensor, Tokens
 from longctx.spd.distill import rate_at
 
 
 class JointDistillation:
-    """``layers`` by block, each of which drops its reduction, and how far they have learned.
+    """Trains ``layers`` (by block index), repaired layers that drop their reduction, towards the full model.
 
-    ``order`` is that in which they may drop.  Every other step all of them do, and else another number, so that the
-    model is good with fewer of them, too.  ``dp`` are data-parallel ranks, each with its part of a step's text.
+    ``order`` lists the blocks in the order in which a plan drops them.  Steps 0, 2, 4, ... drop all of them.
+    Steps 1, 3, 5, ... drop the first k for a random k, so that the model also improves with fewer blocks dropped.
+    ``dp`` is the data-parallel group; each of its ranks trains on its share of a step's sequences.
+    ``losses`` has the loss of each step done.
     """
 
     def __init__(
-        self, blocks: Blocks, layers: Mapping[int, Any], order: Sequence[int], how: JointRepair, dp: dist.ProcessGroup
+        self,
+        blocks: Blocks,
+        layers: Mapping[int, SPDTransformerLayer],
+        order: Sequence[int],
+        settings: JointRepair,
+        dp: dist.ProcessGroup,
     ) -> None:
         self.layers, self.losses = layers, list[float]()
-        self._blocks, self._order, self._how, self._dp = blocks, order, how, dp
+        self._blocks, self._order, self._settings, self._dp = blocks, order, settings, dp
         blocks.model.requires_grad_(False)
         for layer in blocks.model.decoder.layers:
             layer.drop(dropped=False)
         self._parameters = [weight for block in order for weight in layers[block].parameters()]
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=how.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
 
     @property
     def steps(self) -> int:
-        """How many have been done."""
+        """Number of steps done."""
         return len(self.losses)
 
     def step(self, tokens: Tokens) -> float:
-        """Learn from this data-parallel rank's ``tokens`` [sequences length]; mean divergence (nats a token)."""
-        how = self._how
-        draw = torch.Generator().manual_seed(self.steps)
-        fewer = 1 + int(torch.randint(len(self._order), (), generator=draw))
-        loss = self._divergence(tokens, self._order[: fewer if self.steps % 2 else None]) / self._dp.size()
+        """Train on this data-parallel rank's ``tokens``; return the mean divergence (nats per token) of all ranks."""
+        settings = self._settings
+        generator = torch.Generator().manual_seed(self.steps)
+        fewer = 1 + int(torch.randint(len(self._order), (), generator=generator))
+        dropped = self._order[: fewer if self.steps % 2 else None]
+        loss = self._mean_divergence(tokens, dropped) / self._dp.size()
         for group in self._optimizer.param_groups:
-            group["lr"] = rate_at(self.steps, how.steps, how.lr)
+            group["lr"] = rate_at(self.steps, settings.steps, settings.lr)
         self._optimizer.zero_grad()
         loss.backward()
         total = loss.detach()
-        # Blocks that did not drop have no gradient, on any rank.
+        # Layers that did not take part have no gradient, on any rank.
         for value in (total, *(p.grad for p in self._parameters if p.grad is not None)):
             dist.all_reduce(value, group=self._dp)
         self._optimizer.step()
@@ -64,84 +78,100 @@ class JointDistillation:
 
     @torch.no_grad()
     def divergence(self, tokens: Tokens) -> float:
-        """Mean divergence (nats a token) on ``tokens`` with all of ``layers`` dropped, some sequences at a time."""
-        parts = tokens.split(self._how.batch)
-        return sum(float(self._divergence(part, self._order)) * len(part) for part in parts) / len(tokens)
+        """Return the mean divergence (nats per token) on ``tokens`` with all blocks of ``order`` dropped."""
+        batches = tokens.split(self._settings.batch)
+        return sum(float(self._mean_divergence(batch, self._order)) * len(batch) for batch in batches) / len(tokens)
 
     @torch.no_grad()
     def divergences_alone(self, tokens: Tokens, one_done: Callable[[], None]) -> dict[int, float]:
-        """The same where one block drops and no other, by block; ``one_done`` is called with each of some sequences."""
+        """Return, for each block of ``order``, the mean divergence (nats per token) with only that block dropped.
+
+        ``one_done`` is called after each block of each batch.
+        """
         blocks, sums = self._blocks, dict.fromkeys(self._order, 0.0)
-        for part in tokens.split(self._how.batch):
-            x = blocks.embedded(part)
-            wanted = self._predictions(x)
+        for batch in tokens.split(self._settings.batch):
+            x = blocks.embed(batch)
+            teacher = self._teacher(x)
             for block, layer in enumerate(blocks.model.decoder.layers):
                 if block in sums:
-                    behind = blocks.run(self.layers[block], x)
-                    sums[block] += float(self._from(wanted, behind, (), block + 1)) * len(part)
+                    out = blocks.run(self.layers[block], x)
+                    sums[block] += float(self._mean_divergence_from(teacher, out, (), block + 1)) * len(batch)
                     one_done()
                 x = blocks.run(layer, x)
         return {block: total / len(tokens) for block, total in sums.items()}
 
-    def _divergence(self, tokens: Tokens, dropped: Sequence[int]) -> Tensor:
-        entering = self._blocks.embedded(tokens)
-        return self._from(self._predictions(entering), entering, dropped)
+    def _mean_divergence(self, tokens: Tokens, dropped: Sequence[int]) -> Float[Tensor, ""]:
+        embedded = self._blocks.embed(tokens)
+        return self._mean_divergence_from(self._teacher(embedded), embedded, dropped)
 
     @torch.no_grad()
-    def _predictions(self, entering: Hidden) -> Tensor:
-        """Of the model with nothing dropped, a share on each rank."""
+    def _teacher(self, embedded: Hidden) -> Float[Tensor, "rows 1 shard"]:
+        """Return the log-probabilities of the model with nothing dropped, for this rank's shard of the vocabulary."""
         blocks = self._blocks
-        return log_shares(blocks.model, self._final(entering, ()), blocks.tp, blocks.shape.vocab_size)
+        return log_prob_shard(blocks.model, self._final(embedded, ()), blocks.tp, blocks.shape.vocab_size)
 
-    def _from(self, wanted: Tensor, x: Hidden, dropped: Sequence[int], begin: int = 0) -> Tensor:
-        """Mean divergence from the predictions ``wanted``, of ``x`` that enters block ``begin``."""
-        blocks, final = self._blocks, self._final(x, dropped, begin)
-        return divergence(blocks.model, final, wanted, blocks.tp, blocks.shape.vocab_size).mean()
+    def _mean_divergence_from(
+        self, teacher: Float[Tensor, "rows 1 shard"], x: Hidden, dropped: Sequence[int], first: int = 0
+    ) -> Float[Tensor, ""]:
+        """Return the mean divergence from ``teacher`` of the model that runs from block ``first`` on input ``x``."""
+        blocks, final = self._blocks, self._final(x, dropped, first)
+        return kl_divergence(blocks.model, final, teacher, blocks.tp, blocks.shape.vocab_size).mean()
 
-    def _final(self, x: Hidden, dropped: Sequence[int], begin: int = 0) -> Hidden:
-        """What enters the output layer, [rows 1 hidden]."""
-        for block, layer in enumerate(self._blocks.model.decoder.layers[begin:], begin):
+    def _final(self, x: Hidden, dropped: Sequence[int], first: int = 0) -> Float[Tensor, "rows 1 hidden"]:
+        """Run the blocks from ``first`` on, ``dropped`` ones by their layers, and the final norm."""
+        for block, layer in enumerate(self._blocks.model.decoder.layers[first:], first):
             x = self._blocks.run(self.layers[block] if block in dropped else layer, x)
-        return self._blocks.model.decoder.final_layernorm(x.reshape(-1, 1, x.shape[-1]))
+        final: Tensor = self._blocks.model.decoder.final_layernorm(x.reshape(-1, 1, x.shape[-1]))
+        return final
 
-    def save(self, folder: Path, told: Mapping[str, Any]) -> None:
-        """Put the state into ``folder``, in place of all others, with what is ``told`` of the run."""
-        place, rank = folder / name_of(self.steps), self._blocks.tp.rank
-        coming, first = place.with_name(place.name + PARTIAL), dist.get_rank() == 0
-        others = [one for one in folder.glob("step-*") if one != place]
+    def save(self, folder: Path, metadata: Mapping[str, Any]) -> None:
+        """Write the state to ``folder``/step-* with ``metadata``, then remove all earlier states there.
+
+        Every rank calls this.  The first data-parallel replica writes, one file a tensor-parallel rank.
+        """
+        place, rank = folder / folder_name(self.steps), self._blocks.tp.rank
+        partial_folder, first = place.with_name(place.name + PARTIAL), dist.get_rank() == 0
+        earlier = [state for state in folder.glob("step-*") if state != place]
         if first:
-            shutil.rmtree(coming, ignore_errors=True)
-            coming.mkdir(parents=True)
-        dist.barrier()
+            shutil.rmtree(partial_folder, ignore_errors=True)
+            partial_folder.mkdir(parents=True)
+        dist.barrier()  # the folder exists
         if self._dp.rank() == 0:
             torch.save(
-                {"layers": self._states(), "optimizer": self._optimizer.state_dict()}, coming / f"rank-{rank}.pt"
+                {"layers": self._weights(), "optimizer": self._optimizer.state_dict()},
+                partial_folder / f"rank-{rank}.pt",
             )
-        dist.barrier()
+        dist.barrier()  # all ranks have written
         if first:
-            commit(coming, place, {**told, "order": list(self._order), "losses": self.losses})
-            for one in others:
-                shutil.rmtree(one, ignore_errors=True)
+            commit(partial_folder, place, {**metadata, "order": list(self._order), "losses": self.losses})
+            for state in earlier:
+                shutil.rmtree(state, ignore_errors=True)
         dist.barrier()
 
     def resume(self, folder: Path) -> list[str]:
-        """Go on from the state in ``folder``, if there is one; what was passed over, and why."""
-        place, passed = agreed_on_all_ranks(folder)
+        """Load the newest complete state in ``folder``, if it is of the same blocks in the same order.
+
+        Returns a message for each state that was skipped, with the reason.
+        """
+        place, skipped = agreed_on_all_ranks(folder)
         if place is None:
-            return passed
-        known = about(place)
-        if known["order"] != list(self._order):
-            return [*passed, f"{place} is of blocks {known['order']}, not {list(self._order)}: they begin anew"]
+            return skipped
+        metadata = read_metadata(place)
+        if metadata["order"] != list(self._order):
+            return [
+                *skipped,
+                f"{place} has blocks {metadata['order']} and this run {list(self._order)}; joint training restarts",
+            ]
         state = torch.load(place / f"rank-{self._blocks.tp.rank}.pt", weights_only=True)
         with torch.no_grad():
             for block, layer in self.layers.items():
                 for name, weight in layer.named_parameters():
                     weight.copy_(state["layers"][block][name])
         self._optimizer.load_state_dict(state["optimizer"])
-        self.losses = known["losses"]
-        return passed
+        self.losses = metadata["losses"]
+        return skipped
 
-    def _states(self) -> dict[int, Any]:
+    def _weights(self) -> dict[int, dict[str, Tensor]]:
         return {
             block: {name: weight.detach() for name, weight in layer.named_parameters()}
             for block, layer in self.layers.items()

@@ -1,4 +1,21 @@
-"""A decoder block that reduces once instead of twice over tensor-parallel ranks (Sync-Point-Drop, arXiv 2502.20727)."""
+"""A decoder block with one tensor-parallel reduction instead of two (Sync-Point-Drop, SPD, arXiv 2502.20727).
+
+Notation: N tensor-parallel ranks.  Rank r has the heads Attn_r and the neurons MLP_r.  P_r = Attn_r(norm(x)) is its
+partial attention output, without bias.  b and b_mlp are the biases of the two output projections.
+
+Stock block, two reductions:
+
+    u   = x + sum_r P_r + b                        all ranks have the same u
+    out = u + sum_r MLP_r(norm(u)) + b_mlp
+
+SPD block, the first reduction dropped (4.1.1 without biases, 4.1.2 with):
+
+    u_r = x + P_r + b                              rank r sees its own heads only
+    out = x + sum_r (P_r + MLP_r(norm(u_r))) + b + b_mlp
+
+The attention output is not lost: the one remaining reduction adds all P_r to the residual stream.  The approximation is
+that MLP_r reads u_r instead of u.
+"""
 
 from typing import Any
 
@@ -6,34 +23,34 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import nn
 
 from longctx.shapes import Float, Tensor
 from longctx.spd.plan import SPDPlan
 
 
 class SPDTransformerLayer(TransformerLayer):
-    """megatron-core's layer, or, where ``dropped``, of rank r, with P the bias-free product of its own heads:
+    """megatron-core's decoder layer with a switch: while ``dropped``, it runs the SPD block of the module docstring.
 
-        u_r = x + P_r + b          out = x + all_reduce(P_r + MLP_r(norm(u_r))) + b + b_mlp
+    With sequence parallelism, the SPD block gathers x once and scatters the sum once, instead of twice each.
+    The parameters, and so the checkpoints, are those of the stock layer.
 
-    Under sequence parallelism x is gathered once, and the sum scattered once.  Parameters, and so checkpoints, are
-    the stock layer's.  ``own_norms``: the norms' weights are this rank's alone, and so are their gradients.
-
-    Source: arXiv 2502.20727, 4.1.1 (without biases) and 4.1.2 (with).
+    With ``own_norms``, each tensor-parallel rank trains norm weights that differ from the other ranks'.
     """
 
     dropped = False
     own_norms = False
 
     def drop(self, *, dropped: bool, own_norms: bool = False) -> None:
-        """From now on leave the first reduction out, or do not."""
+        """Switch the first reduction off (``dropped``) or back on, from the next forward pass on."""
         assert not self.config.hidden_dropout, "dropout between the two halves is not part of the equations"
         self.dropped, self.own_norms = dropped, dropped and own_norms
         attention, mlp = self.self_attention, self.mlp
         for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
-            linear.explicit_expert_comm = dropped  # megatron-core's word for: the caller communicates
+            linear.explicit_expert_comm = dropped  # megatron-core's flag for "the caller communicates"
         for norm in (self.input_layernorm, self.pre_mlp_layernorm):
-            # What sums a replicated weight's gradient over ranks, and what tells `names` how a weight is shared.
+            # megatron-core sums a weight's gradient over ranks if sequence_parallel is set.  `names` reads the other
+            # two attributes: a norm per rank is saved as a tensor sharded along dim 0.
             norm.weight.sequence_parallel = self.config.sequence_parallel and not self.own_norms
             norm.weight.tensor_model_parallel, norm.weight.partition_dim = self.own_norms, 0
 
@@ -43,41 +60,51 @@ class SPDTransformerLayer(TransformerLayer):
     def _forward_dropped(
         self, hidden_states: Float[Tensor, "s b hidden"], attention_mask: None = None, **kwargs: Any
     ) -> tuple[Float[Tensor, "s b hidden"], None]:
-        known = {name: kwargs[name] for name in ("rotary_pos_emb", "packed_seq_params") if name in kwargs}
-        x = self._entered(hidden_states)
-        partial, bias = self.self_attention(self._normed(self.input_layernorm, x), attention_mask, **known)
+        attention_kwargs = {name: kwargs[name] for name in ("rotary_pos_emb", "packed_seq_params") if name in kwargs}
+        x = self._enter_region(hidden_states)
+        partial, bias = self.self_attention(self._norm(self.input_layernorm, x), attention_mask, **attention_kwargs)
         u = x + partial if bias is None else x + partial + self._replicated(bias)
-        normed = self._normed(self.pre_mlp_layernorm, u)
+        normed = self._norm(self.pre_mlp_layernorm, u)
         z, mlp_bias = tensor_parallel.checkpoint(self.mlp, False, normed) if self.recompute_mlp else self.mlp(normed)
-        out = hidden_states + self._summed(partial + z)
+        out = hidden_states + self._reduce(partial + z)
         for b in (bias, mlp_bias):
             out = out if b is None else out + b
         return out, None
 
-    def _entered(self, x: Tensor) -> Tensor:
-        """``x`` for computing that differs by rank: its gradient is summed over them."""
-        if self.config.sequence_parallel:
-            return tensor_parallel.gather_from_sequence_parallel_region(x, group=self.tp_group)
-        return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.tp_group)
+    def _enter_region(self, x: Tensor) -> Tensor:
+        """Return ``x`` for computation that differs by rank; backward sums its gradient over ranks.
 
-    def _summed(self, x: Tensor) -> Tensor:
-        if self.config.sequence_parallel:
-            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(x, group=self.tp_group)
-        return tensor_parallel.reduce_from_tensor_model_parallel_region(x, group=self.tp_group)
+        With sequence parallelism, forward also gathers the rows of all ranks.
+        """
+        gather = tensor_parallel.gather_from_sequence_parallel_region
+        enter = gather if self.config.sequence_parallel else tensor_parallel.copy_to_tensor_model_parallel_region
+        entered: Tensor = enter(x, group=self.tp_group)
+        return entered
+
+    def _reduce(self, x: Tensor) -> Tensor:
+        """Sum ``x`` over ranks.  With sequence parallelism, each rank receives its rows of the sum only."""
+        scatter = tensor_parallel.reduce_scatter_to_sequence_parallel_region
+        reduce = scatter if self.config.sequence_parallel else tensor_parallel.reduce_from_tensor_model_parallel_region
+        reduced: Tensor = reduce(x, group=self.tp_group)
+        return reduced
 
     def _replicated(self, weight: Tensor) -> Tensor:
-        """A weight that every rank has, in computing that differs by rank; by its mark megatron-core may sum later."""
+        """Return a replicated ``weight`` for computation that differs by rank; its gradient is summed over ranks.
+
+        With sequence parallelism megatron-core sums it after backward, by the weight's sequence_parallel attribute.
+        """
         if self.config.sequence_parallel:
             return weight
-        return tensor_parallel.copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
+        copied: Tensor = tensor_parallel.copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
+        return copied
 
-    def _normed(self, norm: Any, x: Tensor) -> Tensor:
+    def _norm(self, norm: nn.RMSNorm, x: Tensor) -> Tensor:
         weight = norm.weight if self.own_norms else self._replicated(norm.weight)
         return F.rms_norm(x, norm.normalized_shape, weight, norm.eps)
 
 
 def follow_plan(model: GPTModel, plan: SPDPlan) -> None:
-    """Let ``model``'s blocks (those of its pipeline stage) drop their reductions as ``plan`` says, from now on."""
-    assert plan.tp == model.pg_collection.tp.size(), f"a plan for {plan.tp} ranks"
+    """Switch each block of ``model`` to what ``plan`` says; on a pipeline stage, the stage's blocks."""
+    assert plan.tp == model.pg_collection.tp.size(), f"the plan is for tp={plan.tp}"
     for layer in model.decoder.layers:
         layer.drop(dropped=layer.layer_number - 1 in plan.dropped, own_norms=plan.own_norms)

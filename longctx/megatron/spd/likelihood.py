@@ -1,10 +1,13 @@
-"""How likely tokens are: of each row few numbers leave a tensor-parallel rank, not its logits."""
+"""Log-likelihoods and divergences from vocabulary-parallel logits.
+
+Ranks exchange a few numbers per row; the logits stay where they are.
+"""
 
 from typing import Any
 
 import torch
 
-from longctx.megatron.model import GPTModel
+from longctx.megatron.model import GPTModel, tied_weight
 from longctx.parallel.comm import Comm
 from longctx.shapes import Float, Int, Tensor
 
@@ -13,75 +16,78 @@ from longctx.shapes import Float, Int, Tensor
 def log_likelihoods(
     model: GPTModel, hidden: Float[Tensor, "s b hidden"], targets: Int[Tensor, "s b"], tp: Comm, vocab_size: int
 ) -> tuple[Float[Tensor, "s b"], Int[Tensor, "s b"]]:
-    """Log-probability (nats, float64) of each row's target, and the likeliest token, on every rank of ``tp``.
+    """Return each row's log-probability of its target (nats, float64) and its most likely token, on every rank.
 
-    Every rank has the logits of its share of the ``vocab_size``; their largest, the sum of their exponentials, the
-    target's and the place of the largest are all that is exchanged.
+    Each rank computes the logits of its shard of the vocabulary.  Per row, ranks exchange four numbers: the shard's
+    largest logit, the token that has it, the sum of exponentials, and the target's logit (-inf in other shards).
     """
-    part, first = _share_of_logits(model, hidden, tp, vocab_size)
-    largest, at = part.max(-1)
-    exponentials = (part - largest.unsqueeze(-1)).exp().sum(-1)
-    here = targets - first
-    held = (here >= 0) & (here < part.shape[-1])
-    target = part.gather(-1, here.clamp(0, part.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
-    target = target.masked_fill(~held, -torch.inf)
-    mine = torch.stack([x.double() for x in (largest, exponentials, target, at + first)])
-    largest, exponentials, target, likeliest = torch.stack(tp.all_gather(mine, [tuple(mine.shape)] * tp.size), 1)
-    top, best = largest.max(0)
+    # 1. Per shard: the largest logit, and the sum of exponentials relative to it.
+    shard, first = _logits_shard(model, hidden, tp, vocab_size)
+    largest, argmax = shard.max(-1)
+    exponentials = (shard - largest.unsqueeze(-1)).exp().sum(-1)
+    # 2. The target's logit, on the one rank whose shard has the target.
+    index = targets - first
+    in_shard = (index >= 0) & (index < shard.shape[-1])
+    target = shard.gather(-1, index.clamp(0, shard.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
+    target = target.masked_fill(~in_shard, -torch.inf)
+    # 3. Combine the shards of all ranks, stacked along dim 0.
+    local = torch.stack([x.double() for x in (largest, exponentials, target, argmax + first)])
+    largest, exponentials, target, likeliest = torch.stack(tp.all_gather(local, [tuple(local.shape)] * tp.size), 1)
+    top, best_rank = largest.max(0)
     total = (exponentials * (largest - top).exp()).sum(0)
-    return target.amax(0) - top - total.log(), likeliest.gather(0, best.unsqueeze(0)).squeeze(0).long()
+    return target.amax(0) - top - total.log(), likeliest.gather(0, best_rank.unsqueeze(0)).squeeze(0).long()
 
 
-def log_shares(
+def log_prob_shard(
     model: GPTModel, hidden: Float[Tensor, "s b hidden"], tp: Comm, vocab_size: int
-) -> Float[Tensor, "s b share"]:
-    """Log-probabilities (nats) of this rank's share of the ``vocab_size``.  No gradient."""
+) -> Float[Tensor, "s b shard"]:
+    """Return the log-probabilities (nats) of the tokens in this rank's shard of the vocabulary.  No gradient."""
     with torch.no_grad():
-        part, _ = _share_of_logits(model, hidden, tp, vocab_size)
-        return part - _normaliser(part, tp)
+        shard, _ = _logits_shard(model, hidden, tp, vocab_size)
+        return shard - _log_normaliser(shard, tp)
 
 
-def divergence(
+def kl_divergence(
     model: GPTModel,
     hidden: Float[Tensor, "s b hidden"],
-    wanted: Float[Tensor, "s b share"],
+    teacher: Float[Tensor, "s b shard"],
     tp: Comm,
     vocab_size: int,
 ) -> Float[Tensor, "s b"]:
-    """Kullback-Leibler divergence (nats) of each row's prediction from ``wanted``, another's `log_shares`.
+    """Return KL(teacher || model) of each row's prediction (nats), on every rank.
 
-    Every rank has all of it, and of its gradient what goes through its share.
+    ``teacher`` is a `log_prob_shard`; the model's predictions come from ``hidden``.  The gradient reaches ``hidden``
+    through this rank's shard of the logits only.
     """
-    part, _ = _share_of_logits(model, hidden, tp, vocab_size)
-    rows: Tensor = _Divergence.apply(part, wanted, tp)
+    shard, _ = _logits_shard(model, hidden, tp, vocab_size)
+    rows: Tensor = _KLDivergence.apply(shard, teacher, tp)
     return rows
 
 
-class _Divergence(torch.autograd.Function):
-    """Sum over all ranks' shares of p (log p - log q), q the softmax of logits: its gradient is q - p."""
+class _KLDivergence(torch.autograd.Function):
+    """Sum over all shards of p (log p - log q) with q = softmax(logits); the gradient of the logits is q - p."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, wanted: Tensor, tp: Comm) -> Tensor:
-        got = part - _normaliser(part, tp)
-        ctx.save_for_backward(got, wanted)
-        mine = (wanted.exp() * (wanted - got)).sum(-1)
-        return torch.stack(tp.all_gather(mine, [tuple(mine.shape)] * tp.size)).sum(0)
+    def forward(ctx: Any, shard: Tensor, teacher: Tensor, tp: Comm) -> Tensor:
+        log_q = shard - _log_normaliser(shard, tp)
+        ctx.save_for_backward(log_q, teacher)
+        local = (teacher.exp() * (teacher - log_q)).sum(-1)
+        return torch.stack(tp.all_gather(local, [tuple(local.shape)] * tp.size)).sum(0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        got, wanted = ctx.saved_tensors
-        return gradient.unsqueeze(-1) * (got.exp() - wanted.exp()), None, None
+        log_q, teacher = ctx.saved_tensors
+        return gradient.unsqueeze(-1) * (log_q.exp() - teacher.exp()), None, None
 
 
-def _share_of_logits(model: GPTModel, hidden: Tensor, tp: Comm, vocab_size: int) -> tuple[Tensor, int]:
-    """float32 logits of this rank's share of the ``vocab_size``, without padding, and the first token of the share."""
-    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
-    part, _ = model.output_layer(hidden, weight=weight, runtime_gather_output=False)
-    first = tp.rank * part.shape[-1]
-    return part[..., : max(0, vocab_size - first)].float(), first
+def _logits_shard(model: GPTModel, hidden: Tensor, tp: Comm, vocab_size: int) -> tuple[Tensor, int]:
+    """Return float32 logits of this rank's shard of the vocabulary, without padding, and the shard's first token."""
+    shard, _ = model.output_layer(hidden, weight=tied_weight(model), runtime_gather_output=False)
+    first = tp.rank * shard.shape[-1]
+    return shard[..., : max(0, vocab_size - first)].float(), first
 
 
-def _normaliser(part: Tensor, tp: Comm) -> Tensor:
-    """Logarithm of the sum of all ranks' exponentials [s b 1]."""
-    mine = part.logsumexp(-1, keepdim=True)
-    return torch.stack(tp.all_gather(mine, [tuple(mine.shape)] * tp.size)).logsumexp(0)
+def _log_normaliser(shard: Tensor, tp: Comm) -> Tensor:
+    """Return log sum exp [s b 1] over the logits of all shards."""
+    local = shard.logsumexp(-1, keepdim=True)
+    return torch.stack(tp.all_gather(local, [tuple(local.shape)] * tp.size)).logsumexp(0)

@@ -1,26 +1,45 @@
-"""A block learns to do without its first reduction: grouped and distilled (2502.20727, 4.2), between that fitted."""
+"""Repair of one block that drops its first reduction (arXiv 2502.20727, 4.2): group, fit, distil.
+
+A dropped block is worse because rank r's MLP reads norm(x + P_r) instead of norm(x + sum P) (see `layer`).
+
+Before (dropped, zero-shot):   out = x + sum_r (P_r + MLP_r(norm(x + P_r)))
+After:                         out = x + sum_r (P'_r + MLP'_r(norm(x + P'_r)))
+
+with the same architecture and communication, and other weights:
+
+    group heads     P'_r: KV groups with similar attention go to different ranks (Eq. 2), so that each rank's heads
+                    resemble the whole set.  sum_r P'_r = sum_r P_r.
+    group neurons   MLP'_r: each MLP shard (Eq. 3), or each neuron, goes to the rank where its error is least.
+    fit             W -> W M_r in MLP'_r's first matrix: it then reads the least-squares prediction
+                    M_r norm(x + P'_r) of norm(x + sum P).  Not in the paper.
+    distil          gradient steps on all weights of the block, towards the stock block's output (4.2.3).
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from longctx.config import BlockClass, Repair
-from longctx.megatron.spd.blocks import Blocks, Hidden
+from longctx.megatron.spd.blocks import Blocks, Hidden, LinearMap
+from longctx.megatron.spd.layer import SPDTransformerLayer
 from longctx.shapes import Tensor
-from longctx.spd.distill import Distillation, distil, error_of
-from longctx.spd.grouping import matched, placed, regrouped, scattered
+from longctx.spd.distill import Distillation, distill, error_of
+from longctx.spd.grouping import assign_heads, assign_neurons, assign_shards, reorder_block
 
 
 @dataclass(frozen=True)
-class Repaired:
-    """A ``layer`` that drops its reduction; its relative squared errors on text that it has not learned from.
+class RepairResult:
+    """A repaired ``layer``, which drops its reduction, and its error after each step of `repair`.
 
-    If it is fitted, neurons are placed for what that will leave, and ``grouped`` is the error before.
+    Errors are relative squared errors on held-out sequences: ``zero_shot`` before any repair, then after grouping,
+    after fitting, and after distillation.  A step that is left out repeats the error before it.
+
+    In a block that is fitted, neurons are placed by the errors that remain after fitting.  ``grouped`` is still
+    measured before fitting.
     """
 
-    layer: Any
+    layer: SPDTransformerLayer
     zero_shot: float
     grouped: float
     fitted: float
@@ -30,78 +49,95 @@ class Repaired:
 def repair(
     blocks: Blocks,
     block: int,
-    kind: BlockClass,
+    block_class: BlockClass,
     inputs: Hidden,
     outputs: Hidden,
-    how: Repair,
+    settings: Repair,
     step_done: Callable[[float], None] = lambda _: None,
-) -> Repaired:
-    """Block ``block``, repaired as is due to its ``kind``, so that from ``inputs`` it gives about ``outputs``.
+) -> RepairResult:
+    """Repair a copy of block ``block`` so that, with its reduction dropped, it maps ``inputs`` close to ``outputs``.
 
-    Every tensor-parallel rank calls this, with the same states.
+    ``settings`` lists the steps for the block's ``block_class``.  The first ``settings.sequences`` of ``inputs`` are
+    for training, the rest are held out.  ``step_done`` is called with the loss of each distillation step.
+    Every tensor-parallel rank calls this, with the same hidden states.
     """
-    layer = blocks.copy_of(block, own_norms=how.own_norms)
-    learned, held_out = slice(how.sequences), slice(how.sequences, None)
+    training, held_out = slice(settings.sequences), slice(settings.sequences, None)
+    calibration_inputs = inputs[: settings.calibration_sequences]
+    grouping = settings.grouping if block_class in settings.group else "none"
 
     def student(x: Tensor) -> Tensor:
         return blocks.run(layer, x)
 
     def error() -> float:
-        return error_of(student, inputs[held_out], outputs[held_out], how.batch)
+        return error_of(student, inputs[held_out], outputs[held_out], settings.batch)
 
+    # 1. Copy the block and drop its reduction.
+    layer = blocks.copy_of(block, own_norms=settings.own_norms)
     zero_shot = error()
-    calibration_sequences, grouped = inputs[: how.calibration_sequences], zero_shot
-    groups = kind in how.group and how.grouping != "none"
-    if groups:
-        spread_heads(blocks, layer, calibration_sequences)
-    guesses = blocks.guesses(layer, calibration_sequences) if kind in how.fit else None
-    if groups:
-        place_neurons(blocks, layer, calibration_sequences, how.grouping, guesses)
-        grouped = error()
-    fitted = grouped
-    if guesses:
-        fit(layer, guesses[blocks.tp.rank])
-        fitted = error()
+    # 2. Group heads (Eq. 2).
+    if grouping != "none":
+        spread_heads(blocks, layer, calibration_inputs)
+    # 3. Compute the least-squares maps.  They depend on the heads, and the neurons' errors in step 4 depend on them.
+    maps = blocks.linear_maps(layer, calibration_inputs) if block_class in settings.fit else None
+    # 4. Group neurons (Eq. 3, or neuron by neuron).
+    if grouping != "none":
+        place_neurons(blocks, layer, calibration_inputs, grouping, maps)
+    grouped = error() if grouping != "none" else zero_shot
+    # 5. Fit: fold this rank's map into the MLP's weights.
+    if maps:
+        fold_linear_map(layer, maps[blocks.tp.rank])
+    fitted = error() if maps else grouped
+    # 6. Distil (4.2.3).
     distilled = fitted
-    if kind in how.distil:
-        course = Distillation(how.epochs, how.batch, how.lr, seed=block)
-        for loss in distil(student, list(layer.parameters()), inputs[learned], outputs[learned], course):
+    if block_class in settings.distil:
+        distillation = Distillation(settings.epochs, settings.batch, settings.lr, seed=block)
+        for loss in distill(student, list(layer.parameters()), inputs[training], outputs[training], distillation):
             step_done(loss)
         distilled = error()
-    return Repaired(layer, zero_shot, grouped, fitted, distilled)
+    return RepairResult(layer, zero_shot, grouped, fitted, distilled)
 
 
 @torch.no_grad()
-def spread_heads(blocks: Blocks, layer: Any, x: Hidden) -> None:
-    """Put KV groups of ``layer`` that are alike on different ranks (2502.20727, Eq. 2), if a rank has more than one."""
+def spread_heads(blocks: Blocks, layer: SPDTransformerLayer, x: Hidden) -> None:
+    """Move KV groups of ``layer`` with similar attention on ``x`` to different ranks (arXiv 2502.20727, Eq. 2).
+
+    Does nothing if a rank has a single KV group.
+    """
     shape = blocks.shape
     if shape.kv_heads > blocks.tp.size:
-        sets = scattered(blocks.group_features(layer, x), blocks.tp.size)
-        _regroup(blocks, layer, [one for rank in sets for one in rank], range(shape.ffn))
+        sets = assign_heads(blocks.group_features(layer, x), blocks.tp.size)
+        _reorder(blocks, layer, [group for rank_groups in sets for group in rank_groups], range(shape.ffn))
 
 
 @torch.no_grad()
 def place_neurons(
-    blocks: Blocks, layer: Any, x: Hidden, grouping: str, guesses: Sequence[Tensor] | None = None
+    blocks: Blocks,
+    layer: SPDTransformerLayer,
+    x: Hidden,
+    grouping: str,
+    maps: Sequence[LinearMap] | None = None,
 ) -> None:
-    """Put ``layer``'s shards of the MLP to the heads that move them most (2502.20727, Eq. 3).
+    """Assign the MLP neurons of ``layer`` to ranks, by their behaviour on ``x``.
 
-    Or each neuron by itself where its error is least, when it sees that rank's heads alone, or what the rank guesses.
+    ``grouping`` "shards" moves whole shards to the heads that give them the largest outputs (arXiv 2502.20727, Eq. 3).
+    "neurons" assigns each neuron by itself so that the summed error is least (see `Blocks.neuron_errors`); with
+    ``maps``, the error that remains when neurons read the least-squares prediction.
     """
     if grouping == "neurons":
-        order = list(placed(blocks.neuron_errors(layer, x, guesses)))
+        order = list(assign_neurons(blocks.neuron_errors(layer, x, maps)))
     else:
-        each = blocks.shape.ffn // blocks.tp.size
-        shard_of = matched(blocks.shard_norms(layer, x))
-        order = [shard * each + neuron for shard in shard_of for neuron in range(each)]
-    _regroup(blocks, layer, range(blocks.shape.kv_heads), order)
+        neurons = blocks.shape.ffn // blocks.tp.size
+        shard_of_rank = assign_shards(blocks.shard_norms(layer, x))
+        order = [shard * neurons + neuron for shard in shard_of_rank for neuron in range(neurons)]
+    _reorder(blocks, layer, range(blocks.shape.kv_heads), order)
 
 
 @torch.no_grad()
-def fit(layer: Any, guess: Tensor) -> None:
-    """Let ``layer``'s neurons on this rank see the ``guess`` that `Blocks.guesses` has for it."""
-    layer.mlp.linear_fc1.weight.copy_(layer.mlp.linear_fc1.weight @ guess)
+def fold_linear_map(layer: SPDTransformerLayer, linear_map: LinearMap) -> None:
+    """Fold ``linear_map`` into the MLP's first matrix, W -> W M, so that the neurons read M times their input."""
+    layer.mlp.linear_fc1.weight.copy_(layer.mlp.linear_fc1.weight @ linear_map)
 
 
-def _regroup(blocks: Blocks, layer: Any, groups: Any, neurons: Any) -> None:
-    blocks.fill(layer, regrouped(blocks.tensors_of(layer), blocks.shape, groups, neurons))
+def _reorder(blocks: Blocks, layer: SPDTransformerLayer, groups: Sequence[int], neurons: Sequence[int]) -> None:
+    """Put KV groups and neurons of ``layer`` in another order; ranks take equal shares of the order."""
+    blocks.fill(layer, reorder_block(blocks.tensors_of(layer), blocks.shape, groups, neurons))

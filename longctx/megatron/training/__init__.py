@@ -1,1 +1,1 @@
-"""Training on megatron-core: optimizer and schedule, checkpoints."""
+"""Training with megatron-core: optimizer and learning-rate schedule, forward and backward pass, checkpoints."""

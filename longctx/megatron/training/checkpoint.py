@@ -1,4 +1,7 @@
-"""A training run on disk: megatron-core's distributed checkpoints, whole or not there, for any mesh to go on from."""
+"""Checkpoints of a training run, in megatron-core's distributed format.
+
+A checkpoint is complete or absent, and a run can resume from it on any mesh.
+"""
 
 import json
 import os
@@ -18,155 +21,174 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from longctx.checkpoint_index import PARTIAL, RUN, fault_of, latest, name_of, places
+from longctx.checkpoint_index import PARTIAL, RUN, checkpoint_folders, fault_of, folder_name, latest_whole
 from longctx.megatron.model import GPTModel
-from longctx.megatron.training.optimizer import TrainState, follow
+from longctx.megatron.training.optimizer import TrainState, apply_optim_settings
 from longctx.shapes import Tensor
 
-# Optimizer state by parameter, not by bucket: only then may the mesh change in between.
+# Optimizer state is saved per parameter, not per bucket, so that another mesh can load it.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 class Checkpoints:
-    """``folder/step-00000020`` and so on, of which the last ``keep`` stay.  Every rank makes the same calls.
+    """Writes checkpoints ``folder``/step-00000020 etc. and keeps the last ``keep``.  Every rank makes the same calls.
 
-    A checkpoint is written beside its place by forked processes, which have the weights as they were, while training
-    goes on; `poll` moves it to its place once all ranks have written.  What a killed run left half-written is removed.
+    Writing is asynchronous.  Forked processes write a snapshot of the state to a partial folder while training
+    continues.  Once all ranks have written, `poll` renames the partial folder to its final name.
+    The constructor removes partial folders that a killed run left.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder, self._keep = folder, keep
-        self._writing = AsyncCallsQueue(persistent=False)
-        self._attempt = _told(uuid.uuid4().hex[:8])
-        if _first():
+        self._queue = AsyncCallsQueue(persistent=False)
+        self._attempt = _from_first_rank(uuid.uuid4().hex[:8])
+        if _is_first_rank():
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob(f"step-*{PARTIAL}*"):
-                shutil.rmtree(left, ignore_errors=True)
+            for partial_folder in folder.glob(f"step-*{PARTIAL}*"):
+                shutil.rmtree(partial_folder, ignore_errors=True)
         dist.barrier()
 
-    def save(self, trained: TrainState, step: int, about: dict[str, Any]) -> None:
-        """Begin to write the state after ``step`` steps, and ``about`` (JSON) with it."""
+    def save(self, train_state: TrainState, step: int, metadata: dict[str, Any]) -> None:
+        """Start to write the state after ``step`` steps, with ``metadata`` (JSON) in its run.json.
+
+        Waits until the checkpoint before it is complete.
+        """
         self.poll(wait=True)
-        filesystem_async._results_queue = _Mailbox()
-        # Its own name: a writer of a killed attempt may be at work still.
-        partial_folder = self._folder / f"{name_of(step)}{PARTIAL}-{self._attempt}"
-        if _first():
+        filesystem_async._results_queue = _ResultFile()
+        # The name contains this attempt's id, because a writer of a killed attempt may still be running.
+        partial_folder = self._folder / f"{folder_name(step)}{PARTIAL}-{self._attempt}"
+        if _is_first_rank():
             partial_folder.mkdir()
         dist.barrier()
-        state = {**_state(trained, loading=False), "rng": torch.get_rng_state()}
+        state = {**_sharded_state(train_state, loading=False), "rng": torch.get_rng_state()}
         request = dist_checkpointing.save(
             state, str(partial_folder), async_sharded_save=True, content_metadata=dict(_METADATA)
         )
-        request.add_finalize_fn(partial(self._settle, partial_folder, {"step": step, **about}))
-        self._writing.schedule_async_request(request)
+        request.add_finalize_fn(partial(self._finalize, partial_folder, {"step": step, **metadata}))
+        self._queue.schedule_async_request(request)
 
     @property
     def latest(self) -> Path:
-        """The newest that is in its place; ask when there is one."""
-        place, _ = latest(self._folder)
-        assert place, "nothing has been saved"
-        return place
+        """The newest complete checkpoint; at least one must exist."""
+        checkpoint, _ = latest_whole(self._folder)
+        assert checkpoint, "nothing has been saved"
+        return checkpoint
 
     def poll(self, *, wait: bool = False) -> None:
-        """Put in its place what has been written; with ``wait``, all that is being written."""
-        self._writing.maybe_finalize_async_calls(blocking=wait)
+        """Complete checkpoints that all ranks have written; with ``wait``, first wait for those being written."""
+        self._queue.maybe_finalize_async_calls(blocking=wait)
 
-    def _settle(self, written: Path, about: dict[str, Any]) -> None:
-        if _first():
-            commit(written, self._folder / name_of(about["step"]), about)
-            self._prune(about["step"])
+    def _finalize(self, partial_folder: Path, metadata: dict[str, Any]) -> None:
+        if _is_first_rank():
+            commit(partial_folder, self._folder / folder_name(metadata["step"]), metadata)
+            self._prune(metadata["step"])
         dist.barrier()
 
     def _prune(self, step: int) -> None:
-        """Keep the last whole ones; what lies ahead of ``step`` is of a course that was not taken."""
-        there = places(self._folder)
-        whole = [place for place in there if not fault_of(place) and place.name <= name_of(step)]
-        for place in set(there) - set(whole[-self._keep :]):
+        """Keep the last complete checkpoints up to ``step`` and remove all others.
+
+        Later ones come from a run that was continued from an earlier checkpoint instead of from them.
+        """
+        existing = checkpoint_folders(self._folder)
+        complete = [place for place in existing if not fault_of(place) and place.name <= folder_name(step)]
+        for place in set(existing) - set(complete[-self._keep :]):
             shutil.rmtree(place)
 
 
-def commit(written: Path, place: Path, about: dict[str, Any]) -> None:
-    """Move what has been ``written`` to its ``place``, with what is known ``about`` it; a torn one there goes."""
-    sizes = {file.name: file.stat().st_size for file in sorted(written.iterdir())}
-    (written / RUN).write_text(json.dumps({**about, "files": sizes}, indent=1))
+def commit(partial_folder: Path, place: Path, metadata: dict[str, Any]) -> None:
+    """Complete a checkpoint: write run.json (``metadata`` and file sizes), then rename ``partial_folder`` to ``place``.
+
+    A corrupt checkpoint at ``place`` is replaced.
+    """
+    sizes = {file.name: file.stat().st_size for file in sorted(partial_folder.iterdir())}
+    (partial_folder / RUN).write_text(json.dumps({**metadata, "files": sizes}, indent=1))
     shutil.rmtree(place, ignore_errors=True)
-    written.rename(place)
+    partial_folder.rename(place)
 
 
 def agreed_on_all_ranks(folder: Path) -> tuple[Path | None, list[str]]:
-    """`latest` as the first rank sees it, on every rank, so that none goes another way.
+    """Return `latest_whole` as the first rank sees it, on every rank, so that all resume from the same checkpoint.
 
-    Raises ValueError on a rank that cannot see it: the folder must be of all machines.
+    Raises ValueError on a rank whose file system lacks the checkpoint: all machines must share the folder.
     """
-    place, passed = _told(latest(folder) if _first() else None)
+    place, skipped = _from_first_rank(latest_whole(folder) if _is_first_rank() else None)
     if place and fault_of(place):
-        raise ValueError(f"{place} is not whole on this machine: out= must be a folder that all machines share")
-    return place, passed
+        raise ValueError(f"{place} is incomplete on this machine; set out= to a folder that all machines share")
+    return place, skipped
 
 
-def load(place: Path, trained: TrainState) -> None:
-    """Weights, optimizer and schedule of the checkpoint, whatever mesh it was written on.  Every rank calls this."""
-    for optimizer in getattr(trained.optimizer, "chained_optimizers", [trained.optimizer]):
+def load(place: Path, train_state: TrainState) -> None:
+    """Load weights, optimizer, schedule and random state from the checkpoint at ``place``, in place.
+
+    The mesh may differ from the one that wrote it.  This run's optimizer settings replace the saved ones.
+    Every rank calls this.
+    """
+    for optimizer in getattr(train_state.optimizer, "chained_optimizers", [train_state.optimizer]):
         _make_loadable(optimizer)
-    state = {**_state(trained, loading=True), "rng": torch.get_rng_state()}
-    found = dist_checkpointing.load(state, str(place))
-    trained.net.load_state_dict(found["model"])
-    trained.optimizer.load_state_dict(found["optimizer"])
-    trained.schedule.load_state_dict(found["schedule"])
-    follow(trained)
-    torch.set_rng_state(found["rng"])
+    state = {**_sharded_state(train_state, loading=True), "rng": torch.get_rng_state()}
+    result = dist_checkpointing.load(state, str(place))
+    train_state.net.load_state_dict(result["model"])
+    train_state.optimizer.load_state_dict(result["optimizer"])
+    train_state.schedule.load_state_dict(result["schedule"])
+    apply_optim_settings(train_state)
+    torch.set_rng_state(result["rng"])
 
 
 def load_weights(place: Path, net: GPTModel) -> None:
-    """The weights alone."""
-    found = dist_checkpointing.load({"model": net.sharded_state_dict(metadata=dict(_METADATA))}, str(place))
-    net.load_state_dict(found["model"])
+    """Load only the weights of the checkpoint at ``place`` into ``net``.  Every rank calls this."""
+    result = dist_checkpointing.load({"model": net.sharded_state_dict(metadata=dict(_METADATA))}, str(place))
+    net.load_state_dict(result["model"])
 
 
-def _state(trained: TrainState, *, loading: bool) -> dict[str, Any]:
-    model = {"model": trained.net.sharded_state_dict(metadata=dict(_METADATA))}
-    optimizer = trained.optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(_METADATA))
-    return {**model, "optimizer": optimizer, "schedule": trained.schedule.state_dict()}
+def _sharded_state(train_state: TrainState, *, loading: bool) -> dict[str, Any]:
+    model = {"model": train_state.net.sharded_state_dict(metadata=dict(_METADATA))}
+    optimizer = train_state.optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(_METADATA))
+    return {**model, "optimizer": optimizer, "schedule": train_state.schedule.state_dict()}
 
 
-def _first() -> bool:
+def _is_first_rank() -> bool:
     return dist.get_rank() == 0
 
 
-def _told(said: Any) -> Any:
-    """What the first rank has ``said``."""
-    words = [said]
-    dist.broadcast_object_list(words, src=0)
-    return words[0]
+def _from_first_rank(value: Any) -> Any:
+    """Return the first rank's ``value`` on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def _make_loadable(optimizer: Any) -> None:
-    """Mend what keeps megatron-core's distributed optimizer from loading into torch's own AdamW.
+    """Make megatron-core's distributed optimizer load into torch's AdamW, which it otherwise fails to do.
 
-    It expects a state where there has been no step, has no place for AdamW's ``step``, and would give all
-    parameters one and the same tensor of it, which each of them then counts up.
+    megatron-core's loading has three faults.
+    1) It expects optimizer state before the first step.
+    2) It looks up AdamW's ``step`` in a parameter's saved tensors, which lack it.
+    3) It gives all parameters one shared ``step`` tensor, which every parameter's update would increment.
+    Other optimizers are left unchanged.
     """
-    inner = optimizer.optimizer
-    if not hasattr(optimizer, "model_param_group_index_map") or not isinstance(inner, torch.optim.AdamW):
+    adamw = optimizer.optimizer
+    if not hasattr(optimizer, "model_param_group_index_map") or not isinstance(adamw, torch.optim.AdamW):
         return
-    for parameter in (p for group in inner.param_groups for p in group["params"]):
+    # 1) Create the state that the first step would create.
+    for parameter in (p for group in adamw.param_groups for p in group["params"]):
         moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        inner.state[parameter] = {"step": torch.tensor(0.0), **moments}
-    theirs: Callable[[Any, dict[str, Tensor]], None] = optimizer._set_main_param_and_optimizer_states
+        adamw.state[parameter] = {"step": torch.tensor(0.0), **moments}
+    original: Callable[[Any, dict[str, Tensor]], None] = optimizer._set_main_param_and_optimizer_states
 
-    def with_own_step(parameter: Any, tensors: dict[str, Tensor]) -> None:
-        group, at = optimizer.model_param_group_index_map[parameter]
-        state = inner.state[inner.param_groups[group]["params"][at]]
-        state["step"] = state["step"].clone()
-        theirs(parameter, {**tensors, "step": state["step"]})
+    def set_with_separate_step(parameter: Any, tensors: dict[str, Tensor]) -> None:
+        group, index = optimizer.model_param_group_index_map[parameter]
+        state = adamw.state[adamw.param_groups[group]["params"][index]]
+        state["step"] = state["step"].clone()  # 3)
+        original(parameter, {**tensors, "step": state["step"]})  # 2)
 
-    optimizer._set_main_param_and_optimizer_states = with_own_step
+    optimizer._set_main_param_and_optimizer_states = set_with_separate_step
 
 
-class _Mailbox:
-    """What the forked writer tells the rank that forked it, by a file.
+class _ResultFile:
+    """A one-message queue in a temporary file, through which a forked writer reports to the rank that forked it.
 
-    megatron-core's own spawns a server process, which takes seconds and outlives a rank that is killed.
+    It has the two methods of `queue.Queue` that megatron-core calls; their names must stay.
+    megatron-core's own queue spawns a server process, which takes seconds to start and outlives a killed rank.
     """
 
     def __init__(self) -> None:
@@ -178,8 +200,8 @@ class _Mailbox:
         self._file.write_bytes(pickle.dumps(message))
 
     def get_nowait(self) -> Any:
-        told = self._file.read_bytes()
+        content = self._file.read_bytes()
         self._file.unlink()
-        if not told:
+        if not content:
             raise queue.Empty
-        return pickle.loads(told)
+        return pickle.loads(content)

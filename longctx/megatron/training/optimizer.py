@@ -1,6 +1,6 @@
-"""megatron-core's training machinery, assembled: gradient buffers, optimizer, schedule, pipeline."""
+"""Training with megatron-core: gradient buffers, optimizer, learning-rate schedule, and pipelined passes."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
 from longctx.config import Optim, Recompute
@@ -18,15 +19,16 @@ from longctx.megatron.attention import Pass
 from longctx.megatron.model import GPTModel, build_model, token_losses
 from longctx.megatron.runtime import Runtime
 from longctx.model_shape import ModelShape
-from longctx.shapes import Float, Positions, Tensor, Tokens
+from longctx.shapes import Float, Int, Positions, Tensor, Tokens
 from longctx.spd.plan import SPDPlan
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """This rank's rows of one packed sequence, filled up to as many on every rank.
+    """This rank's rows of one packed sequence, padded so that every rank has equally many.
 
-    ``mask`` is 0 where none counts; ``bucket`` says which of the sums a row belongs to.
+    ``mask`` is 1 for rows whose target counts in the loss, otherwise 0 (padding included).  ``bucket`` is the index of
+    the sum that a row's loss is added to.  ``angles`` are the rotary angles of the rows' positions.
     """
 
     tokens: Tokens
@@ -34,12 +36,15 @@ class MicroBatch:
     mask: Float[Tensor, " s"]
     bucket: Positions
     angles: Float[Tensor, "s 1 1 d"]
-    one_pass: Pass
+    attention_pass: Pass
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """A model with what trains it: ``model`` is its gradient buffers around ``net``, this pipeline stage's layers."""
+    """A model in training, with its optimizer and learning-rate schedule.
+
+    ``net`` has the layers of this pipeline stage.  ``model`` wraps ``net`` with gradient buffers.
+    """
 
     model: DistributedDataParallel
     net: GPTModel
@@ -47,25 +52,25 @@ class TrainState:
     schedule: OptimizerParamScheduler
     optim: Optim
     shape: ModelShape
-    groups: Any
+    groups: ProcessGroupCollection
 
 
 @dataclass(frozen=True)
 class LossSums:
-    """Over all ranks and micro-batches, by bucket: of the losses (nats), and of the tokens that count."""
+    """Per bucket, the sum of losses (nats) and the number of counted tokens, over all ranks and micro-batches."""
 
     losses: tuple[float, ...]
     tokens: tuple[int, ...]
 
     @property
     def mean(self) -> float:
-        """Nats a token, over all buckets; 0 where no token counts."""
+        """Mean loss (nats per token) over all buckets; 0 if no token counts."""
         return sum(self.losses) / max(1, sum(self.tokens))
 
     @property
     def means(self) -> tuple[float | None, ...]:
-        """The same, bucket by bucket."""
-        return tuple(a / n if n else None for a, n in zip(self.losses, self.tokens, strict=True))
+        """Mean loss (nats per token) of each bucket; None for a bucket without tokens."""
+        return tuple(loss / n if n else None for loss, n in zip(self.losses, self.tokens, strict=True))
 
 
 _RECOMPUTE: Mapping[Recompute, Mapping[str, Any]] = {
@@ -76,7 +81,7 @@ _RECOMPUTE: Mapping[Recompute, Mapping[str, Any]] = {
 
 
 def build_train_state(
-    here: Runtime,
+    runtime: Runtime,
     shape: ModelShape,
     optim: Optim,
     load: Callable[[GPTModel], None],
@@ -87,28 +92,31 @@ def build_train_state(
     recompute: Recompute,
     plan: SPDPlan | None = None,
 ) -> TrainState:
-    """A model of ``shape`` over ``here``'s mesh, its weights brought by ``load``, and its optimizer for ``steps``.
+    """Build a model of ``shape`` on ``runtime``'s mesh, fill it with ``load``, and set up training for ``steps`` steps.
 
-    Its blocks drop reductions as ``plan`` says, and learn with that.
+    With a ``plan`` its blocks drop a reduction, in the forward and in the backward pass.
     """
-    assert plan is None or not plan.own_norms, "recipes refuse this"
+    assert plan is None or not plan.own_norms, "recipes reject per-rank norms in training"
+    # 1. The model, with the fields of megatron-core's TransformerConfig that training needs.
     net = build_model(
         shape,
-        here.groups,
+        runtime.groups,
         dtype=dtype,
         layers=layers,
-        device=here.device,
+        device=runtime.device,
         plan=plan,
-        pipeline_model_parallel_size=here.mesh.pp,
+        pipeline_model_parallel_size=runtime.mesh.pp,
         pipeline_dtype=dtype,
         batch_p2p_sync=False,
-        sequence_parallel=here.mesh.sequence_parallel,
-        # The token-weighted loss of any mesh is one rank's: sums are divided by the number of all tokens at the end.
+        sequence_parallel=runtime.mesh.sequence_parallel,
+        # Gradients are summed over all ranks and divided by the total number of tokens at the end, so that the
+        # token-weighted loss is the same on every mesh.
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
         **_RECOMPUTE[recompute],
     ).train()
     load(net)
+    # 2. Gradient buffers, which reduce over data-parallel and context-parallel ranks.
     model = DistributedDataParallel(
         net.config,
         DistributedDataParallelConfig(
@@ -117,16 +125,17 @@ def build_train_state(
         net,
     )
     net.config.no_sync_func = model.no_sync
+    # 3. Optimizer and schedule.
     optimizer = get_megatron_optimizer(_optimizer_config(optim, dtype), [model])
-    return TrainState(model, net, optimizer, _schedule(optimizer, optim, steps), optim, shape, here.groups)
+    return TrainState(model, net, optimizer, _schedule(optimizer, optim, steps), optim, shape, runtime.groups)
 
 
-def follow(trained: TrainState) -> None:
-    """Let the settings of this run rule, not those of the checkpoint that has just been loaded."""
-    optim = trained.optim
-    for group in trained.optimizer.param_groups:
+def apply_optim_settings(train_state: TrainState) -> None:
+    """Apply this run's optimizer settings, replacing those of a checkpoint that has just been loaded."""
+    optim = train_state.optim
+    for group in train_state.optimizer.param_groups:
         group |= {"max_lr": optim.lr, "min_lr": optim.min_lr, "betas": tuple(optim.betas), "eps": optim.eps}
-    trained.schedule.step(increment=0)
+    train_state.schedule.step(increment=0)
 
 
 def _optimizer_config(optim: Optim, dtype: torch.dtype) -> OptimizerConfig:
@@ -146,10 +155,10 @@ def _optimizer_config(optim: Optim, dtype: torch.dtype) -> OptimizerConfig:
 
 
 def _schedule(optimizer: Any, optim: Optim, steps: int) -> OptimizerParamScheduler:
-    decay = max(optim.decay_steps or steps, optim.warmup + 1)  # a run may end in its warm-up
+    decay = max(optim.decay_steps or steps, optim.warmup + 1)  # a run may end during its warm-up
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=optim.lr / max(1, optim.warmup),  # a first step at rate 0 would be none
+        init_lr=optim.lr / max(1, optim.warmup),  # the first step has this rate; at rate 0 it would change nothing
         max_lr=optim.lr,
         min_lr=optim.min_lr,
         lr_warmup_steps=optim.warmup,
@@ -159,62 +168,72 @@ def _schedule(optimizer: Any, optim: Optim, steps: int) -> OptimizerParamSchedul
         end_wd=optim.weight_decay,
         wd_incr_steps=decay,
         wd_incr_style="constant",
-        # A run that goes on follows its present settings, not those in the checkpoint (see `follow`).
+        # A resumed run uses its own settings, not those in the checkpoint (see `apply_optim_settings`).
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
 
 
 def forward_backward(
-    trained: TrainState, batches: Iterable[MicroBatch], *, learn: bool = True, buckets: int = 1
+    train_state: TrainState, batches: Iterable[MicroBatch], *, learn: bool = True, buckets: int = 1
 ) -> LossSums:
-    """The sums over ``batches``, as many on every rank; with ``learn`` also the gradients of their mean."""
+    """Run the micro-batches ``batches``, equally many on every rank, and return their loss sums.
+
+    With ``learn``, also compute the gradients of the mean loss; otherwise run forward only.
+    """
     batches = list(batches)
     run = get_forward_backward_func()
-    rows, config = batches[0].tokens.shape[1], trained.net.config
+    rows, config = batches[0].tokens.shape[1], train_state.net.config
     reports = run(
-        forward_step_func=partial(_forward_step, trained, buckets),
+        forward_step_func=partial(_forward_step, train_state, buckets),
         data_iterator=iter(batches),
-        model=trained.model,
+        model=train_state.model,
         num_microbatches=len(batches),
-        seq_length=rows * config.context_parallel_size,  # from which it takes the shape that stages hand on
+        seq_length=rows * config.context_parallel_size,  # determines the shape of tensors sent between stages
         micro_batch_size=1,
         forward_only=not learn,
     )
-    last = torch.stack(reports).sum(0) if reports else torch.zeros(2, buckets, dtype=torch.float64)
-    both = last.to(batches[0].mask.device)
-    dist.all_reduce(both, group=trained.groups.dp_cp)
-    dist.all_reduce(both, group=trained.groups.pp)  # only the last stage has something
-    return LossSums(tuple(both[0].tolist()), tuple(int(n) for n in both[1]))
+    # Only the last stage has reports; the others contribute zeros to the sums.
+    sums = torch.stack(reports).sum(0) if reports else torch.zeros(2, buckets, dtype=torch.float64)
+    sums = sums.to(batches[0].mask.device)
+    dist.all_reduce(sums, group=train_state.groups.dp_cp)
+    dist.all_reduce(sums, group=train_state.groups.pp)
+    return LossSums(tuple(sums[0].tolist()), tuple(int(n) for n in sums[1]))
 
 
 def _forward_step(
-    trained: TrainState, buckets: int, batches: Any, _: MegatronModule
+    train_state: TrainState, buckets: int, batches: Iterator[MicroBatch], _: MegatronModule
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    one: MicroBatch = next(batches)
-    vocabulary = trained.shape.vocab_size
-    out = token_losses(trained.net, one.tokens, one.targets, one.angles, one.one_pass, vocabulary)
-    return out, partial(_summed, one, buckets)
+    """Run the next micro-batch; return the stage's output and the function that megatron-core applies to the loss."""
+    batch = next(batches)
+    vocab_size = train_state.shape.vocab_size
+    out = token_losses(train_state.net, batch.tokens, batch.targets, batch.angles, batch.attention_pass, vocab_size)
+    return out, partial(_loss_and_report, batch, buckets)
 
 
-def _summed(one: MicroBatch, buckets: int, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """megatron-core's three: what to differentiate, how many tokens it is of, what to report."""
-    counted = losses[:, 0] * one.mask
-    report = torch.stack([counted.detach(), one.mask]).double()
-    sums = report.new_zeros(2, buckets).index_add(1, one.bucket, report)
-    return counted.sum(), one.mask.sum().int(), sums
+def _loss_and_report(
+    batch: MicroBatch, buckets: int, losses: Float[Tensor, "s 1"]
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""], Float[Tensor, "2 buckets"]]:
+    """Return what megatron-core expects of a loss function: the loss to differentiate, its token count, a report.
+
+    The report has the sums of losses and of counted tokens per bucket (float64).
+    """
+    counted = losses[:, 0] * batch.mask
+    report = torch.stack([counted.detach(), batch.mask]).double()
+    sums = report.new_zeros(2, buckets).index_add(1, batch.bucket, report)
+    return counted.sum(), batch.mask.sum().int(), sums
 
 
-def optimizer_step(trained: TrainState) -> tuple[float, float]:
-    """Change the weights; the norm of the gradients before clipping, and the learning rate that was used."""
-    rate = trained.optimizer.param_groups[0]["lr"]
-    done, norm, _ = trained.optimizer.step()
-    assert done, "only a scaled fp16 loss lets a step be left out"
-    trained.schedule.step(increment=1)
+def optimizer_step(train_state: TrainState) -> tuple[float, float]:
+    """Update the weights; return the gradient norm before clipping and the learning rate of this step."""
+    rate = train_state.optimizer.param_groups[0]["lr"]
+    done, norm, _ = train_state.optimizer.step()
+    assert done, "only a loss scaled for fp16 lets the optimizer skip a step"
+    train_state.schedule.step(increment=1)
     return float(norm), float(rate)
 
 
-def clear_gradients(trained: TrainState) -> None:
-    """Before the first micro-batch of a step."""
-    trained.model.zero_grad_buffer()
-    trained.optimizer.zero_grad()
+def clear_gradients(train_state: TrainState) -> None:
+    """Set all gradients to zero.  Call it before the first micro-batch of a step."""
+    train_state.model.zero_grad_buffer()
+    train_state.optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""What a folder of tensors must hold, and how they are told apart: loading a wrong one would run, and be wrong."""
+"""Loading and saving Hugging Face folders: round trips are byte-equal, and folders that do not fit are refused."""
 
 import itertools
 import json
@@ -17,31 +17,31 @@ from longctx.megatron.hf_io.names import fused_views
 from longctx.model_shape import ModelShape, Rotary
 from longctx.parallel.launch import RankFailed, run_ranks
 from tests.megatron.kinds import KINDS, random_model
-from tests.megatron.ranks import loaded_and_saved
+from tests.megatron.ranks import load_and_save
 
 
-def test_a_missing_tensor_is_named(tmp_path):
+def test_missing_tensor_is_named_in_the_error(tmp_path):
     save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"has no tensor lm_head\.weight"):
         Weights(tmp_path)("lm_head.weight")
 
 
-def test_weights_are_drawn_with_the_models_own_deviation(tmp_path):
+def test_random_init_has_the_models_init_std(tmp_path):
     LlamaConfig(hidden_size=60, num_attention_heads=6, num_hidden_layers=8, initializer_range=0.07).save_pretrained(
         tmp_path
     )
-    drawn = RandomInit(shape_of(tmp_path), seed=3)
-    assert drawn("model.layers.0.mlp.gate_proj.weight").std().item() == pytest.approx(0.07, rel=0.02)
-    assert drawn("model.layers.0.mlp.down_proj.weight").std().item() == pytest.approx(0.07 / 4, rel=0.02)
+    init = RandomInit(shape_of(tmp_path), seed=3)
+    assert init("model.layers.0.mlp.gate_proj.weight").std().item() == pytest.approx(0.07, rel=0.02)
+    assert init("model.layers.0.mlp.down_proj.weight").std().item() == pytest.approx(0.07 / 4, rel=0.02)
 
 
-def test_quantised_tensors_are_refused(tmp_path):
+def test_quantised_tensor_is_refused(tmp_path):
     save_file({"w": torch.ones(3).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"w is torch\.float8_e4m3fn: use an unquantised checkpoint"):
         Weights(tmp_path)("w")
 
 
-def test_tensors_that_nothing_reads_are_refused(tmp_path):
+def test_unread_tensors_are_refused(tmp_path):
     names = ["read", "model.layers.0.self_attn.q_norm.weight", "model.rotary_emb.inv_freq", "lm_head.weight"]
     save_file({name: torch.ones(3) for name in names}, tmp_path / "model.safetensors")
     weights = Weights(tmp_path)
@@ -52,7 +52,7 @@ def test_tensors_that_nothing_reads_are_refused(tmp_path):
         weights.refuse_unread(tied=False)
 
 
-def test_what_another_stage_read_is_not_left_over(tmp_path):
+def test_tensor_read_by_another_stage_is_accepted(tmp_path):
     save_file({name: torch.ones(3) for name in ("here", "there")}, tmp_path / "model.safetensors")
     weights = Weights(tmp_path)
     weights("here")
@@ -62,8 +62,8 @@ def test_what_another_stage_read_is_not_left_over(tmp_path):
 
 
 @pytest.mark.parametrize("tp", [1, 3])
-def test_qkv_is_fused_group_by_group(tp):
-    """Three groups of two query heads, heads of 5: each group's queries, then its key, then its value."""
+def test_fused_qkv_alternates_by_kv_group(tp):
+    """3 KV groups of 2 query heads with head_dim 5: per group 10 rows of queries, 5 of the key, 5 of the value."""
     shape = ModelShape(1, 30, 6, 3, 5, 7, 11, 13, 1e-5, True, True, Rotary(()))
     fused = torch.arange(3 // tp * 4 * 5 * 30.0).view(-1, 30)
     q, k, v = (view.flatten(0, 1) for view in fused_views(fused, 3, shape, tp))
@@ -78,24 +78,24 @@ SIZES = {"num_hidden_layers": 4, "num_key_value_heads": 3, "intermediate_size": 
 TOKENIZER = {"tokenizer.json": "{}", "generation_config.json": '{"eos_token_id": 7}', "merges.txt": "a b"}
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """What the folder's files hold, each tensor in one of them."""
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of the folder's files by name; no tensor is in two files."""
     files = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
-    every = {name: x for file in files for name, x in file.items()}
-    assert len(every) == sum(map(len, files))
-    return every
+    tensors = {name: x for file in files for name, x in file.items()}
+    assert len(tensors) == sum(map(len, files))
+    return tensors
 
 
 def assert_same_model(saved: Path, source: Path) -> None:
-    """Byte-equal tensors, the same configuration, and a folder that transformers takes whole."""
-    ours, theirs = tensors(saved), tensors(source)
+    """Assert byte-equal tensors and equal configurations, and that transformers loads every tensor of ``saved``."""
+    ours, theirs = read_tensors(saved), read_tensors(source)
     assert ours.keys() == theirs.keys()
     for name, x in theirs.items():
         assert ours[name].dtype == x.dtype and ours[name].shape == x.shape, name
         assert torch.equal(ours[name].view(torch.uint8), x.view(torch.uint8)), name
     assert json.loads((saved / "config.json").read_text()) == json.loads((source / "config.json").read_text())
-    model, how = AutoModelForCausalLM.from_pretrained(saved, dtype="auto", output_loading_info=True)
-    assert not any(how.values()), how
+    model, loading_info = AutoModelForCausalLM.from_pretrained(saved, dtype="auto", output_loading_info=True)
+    assert not any(loading_info.values()), loading_info
     assert model.dtype == next(iter(theirs.values())).dtype
 
 
@@ -104,8 +104,8 @@ def assert_same_model(saved: Path, source: Path) -> None:
     [(Mesh(), 2), (Mesh(tp=2), 2), (Mesh(tp=3), 3), (Mesh(pp=2), 2), (Mesh(tp=3, pp=2), 3), (Mesh(dp=2, ring=2), 2)],
     ids=str,
 )
-def test_what_is_saved_is_what_was_loaded(tmp_path, mesh, kv_heads):
-    """Of every kind, in two dtypes; a vocabulary that no degree divides, an FFN that only tp=3 does."""
+def test_saved_folder_equals_loaded_folder(tmp_path, mesh, kv_heads):
+    """Every kind of model in two dtypes, with a vocabulary that neither tp=2 nor tp=3 divides."""
     folders = []
     sizes = SIZES | {"num_key_value_heads": kv_heads, "intermediate_size": 87 if mesh.tp == 3 else 86}
     for kind, dtype in itertools.product(KINDS, ("float32", "bfloat16")):
@@ -113,7 +113,7 @@ def test_what_is_saved_is_what_was_loaded(tmp_path, mesh, kv_heads):
         for name, text in TOKENIZER.items():
             (source / name).write_text(text)
         folders.append((source, tmp_path / "saved" / source.name, dtype))
-    run_ranks(mesh.ranks, loaded_and_saved, mesh, folders)
+    run_ranks(mesh.ranks, load_and_save, mesh, folders)
     for source, saved, _ in folders:
         assert_same_model(saved, source)
         assert {name: (saved / name).read_text() for name in TOKENIZER} == TOKENIZER
@@ -122,15 +122,15 @@ def test_what_is_saved_is_what_was_loaded(tmp_path, mesh, kv_heads):
     assert {path.name for path in (tmp_path / "saved").iterdir()} == {source.name for source, _, _ in folders}
 
 
-def test_smollm2_comes_back_in_one_file(tmp_path, smollm2):
+def test_smollm2_round_trip_in_one_file(tmp_path, smollm2):
     source, saved = smollm2[1], tmp_path / "saved"
-    run_ranks(3, loaded_and_saved, Mesh(tp=3), [(source, saved, "float32")], None, None, "5GB")
+    run_ranks(3, load_and_save, Mesh(tp=3), [(source, saved, "float32")], None, None, "5GB")
     assert {file.name for file in saved.iterdir()} == {file.name for file in source.iterdir()}
     assert_same_model(saved, source)
     ours, theirs = tokenizer_of(saved), tokenizer_of(source)
     assert ours("Größe, 3.14\n").input_ids == theirs("Größe, 3.14\n").input_ids
     assert ours.chat_template == theirs.chat_template
-    (saved / "model.safetensors").unlink()  # half a gigabyte that pytest would keep
+    (saved / "model.safetensors").unlink()  # pytest would keep half a gigabyte
 
 
 LONGER = {"max_position_embeddings": 4099, "rope_parameters": {"rope_type": "default", "rope_theta": 3e6}}
@@ -138,7 +138,7 @@ LONGER = {"max_position_embeddings": 4099, "rope_parameters": {"rope_type": "def
 
 @pytest.fixture
 def old_llama(tmp_path):
-    """A folder with the names of older transformers: rope_theta and torch_dtype by themselves."""
+    """A folder whose config.json has the fields of older transformers: top-level rope_theta and torch_dtype."""
     source = random_model("tied llama", tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     del config["rope_parameters"], config["dtype"]
@@ -147,11 +147,11 @@ def old_llama(tmp_path):
     return source
 
 
-def test_a_longer_context_is_written_as_it_was_trained(tmp_path, old_llama):
+def test_longer_context_is_saved_in_config(tmp_path, old_llama):
     trained = tmp_path / "trained"
     AutoConfig.from_pretrained(old_llama, **LONGER).save_pretrained(trained)
     shape, saved = shape_of(trained), tmp_path / "saved"
-    run_ranks(1, loaded_and_saved, Mesh(), [(old_llama, saved, "bfloat16")], shape, LONGER)
+    run_ranks(1, load_and_save, Mesh(), [(old_llama, saved, "bfloat16")], shape, LONGER)
     config = json.loads((saved / "config.json").read_text())
     assert (config["dtype"], config["note"]) == ("bfloat16", "kept") and "torch_dtype" not in config
     model = AutoModelForCausalLM.from_pretrained(saved, dtype="auto")
@@ -161,27 +161,29 @@ def test_a_longer_context_is_written_as_it_was_trained(tmp_path, old_llama):
 
 
 @pytest.mark.parametrize("changed", [{"max_position_embeddings": 4099}, {"max_position_embedding": 4099}])
-def test_a_configuration_of_another_model_is_not_written(tmp_path, old_llama, changed):
-    """A field not told of, or misspelt, leaves a folder that would run, and be another model."""
+def test_config_that_does_not_match_the_model_is_not_saved(tmp_path, old_llama, changed):
+    """A changed field that is left out or misspelt would describe another model, which would run and be wrong."""
     trained = tmp_path / "trained"
     AutoConfig.from_pretrained(old_llama, **LONGER).save_pretrained(trained)
-    job = ([(old_llama, tmp_path / "saved", "float32")], shape_of(trained), changed)
-    with pytest.raises(RankFailed, match=r"is not that of the model: (positions, )?rotary differ"):
-        run_ranks(1, loaded_and_saved, Mesh(), *job)
+    arguments = ([(old_llama, tmp_path / "saved", "float32")], shape_of(trained), changed)
+    with pytest.raises(
+        RankFailed, match=r"config.json does not describe the model to be saved: (max_positions, )?rotary differ"
+    ):
+        run_ranks(1, load_and_save, Mesh(), *arguments)
     assert not (tmp_path / "saved").exists()
 
 
-def test_a_folder_that_is_there_is_left_alone(tmp_path, old_llama):
+def test_existing_folder_is_not_overwritten(tmp_path, old_llama):
     before = {file.name: file.read_bytes() for file in old_llama.iterdir()}
-    with pytest.raises(RankFailed, match="is there already: give a folder that is not"):
-        run_ranks(1, loaded_and_saved, Mesh(), [(old_llama, old_llama, "float32")])
+    with pytest.raises(RankFailed, match="already exists; choose another folder"):
+        run_ranks(1, load_and_save, Mesh(), [(old_llama, old_llama, "float32")])
     assert {file.name: file.read_bytes() for file in old_llama.iterdir()} == before
 
 
-def test_a_tensor_that_no_stage_takes_is_refused(tmp_path, old_llama):
+def test_tensor_that_no_stage_reads_is_refused(tmp_path, old_llama):
     save_file({"model.layers.2.mlp.up_proj.weight": torch.ones(3)}, old_llama / "model-more.safetensors")
     index = json.loads((old_llama / "model.safetensors.index.json").read_text())
     index["weight_map"]["model.layers.2.mlp.up_proj.weight"] = "model-more.safetensors"
     (old_llama / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(RankFailed, match=r"no part of the model takes: \['model.layers.2.mlp.up_proj.weight'\]"):
-        run_ranks(2, loaded_and_saved, Mesh(pp=2), [(old_llama, tmp_path / "saved", "float32")])
+        run_ranks(2, load_and_save, Mesh(pp=2), [(old_llama, tmp_path / "saved", "float32")])
