@@ -37,7 +37,7 @@ def checkpoint_of(name: str) -> Path:
         if wrong := checkpoint_index.fault_of(given):
             raise ValueError(f"checkpoint={name} is corrupt: {wrong}; give another checkpoint, or the run's folder")
         return given
-    place, passed = checkpoint_index.latest(given / "checkpoints")
+    place, passed = checkpoint_index.latest_whole(given / "checkpoints")
     if not place:
         why = f" ({'; '.join(passed)})" if passed else ""
         raise ValueError(f"checkpoint={name} is neither a checkpoint nor a run with one{why}: give the out= of a run")
@@ -72,7 +72,7 @@ def task(config: DictConfig) -> None:
     """Check the configuration, then export on one rank."""
     warm_up_ranks(["longctx.megatron.training.checkpoint", "longctx.megatron.hf_io.export"])
     place, to = prepare(config)
-    metadata = checkpoint_index.about(place)
+    metadata = checkpoint_index.read_metadata(place)
     if dropped := metadata["config"].get("dropped"):
         raise ValueError(
             f"{place} drops reductions of blocks {dropped[1:]} between {dropped[0]} tensor-parallel ranks, so its "

@@ -75,10 +75,10 @@ def prepare(config: DictConfig) -> AdaptJob:
 
 def _refuse_other_joint(job: AdaptJob) -> None:
     """ValueError if blocks that learn together in another way are there."""
-    place, _ = checkpoint_index.latest(job.joint_folder)
+    place, _ = checkpoint_index.latest_whole(job.joint_folder)
     if place is None or not job.joint.steps:
         return
-    before, now = checkpoint_index.about(place), json.loads(json.dumps(job.of_joint))
+    before, now = checkpoint_index.read_metadata(place), json.loads(json.dumps(job.of_joint))
     if changed := [name for name in now if before.get(name) != now[name]]:
         raise ValueError(f"{place} has learned with another {', '.join(changed)}: give another out=")
 

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from longctx.config import Track
 from longctx.parallel.launch import Rank
-from longctx.spd.plan import ranked
+from longctx.spd.plan import rank_blocks
 from longctx.spd.sensitivity import kind_of, perplexities, scores, suffix_sums
 from longctx.spd.text import PackedText
 from longctx.train.stop import StopRequest
@@ -160,7 +160,7 @@ def summed_up(job: SensitivityJob, sums: list[list[float]]) -> dict[str, Any]:
         "tokens": tokens,
         "perplexity": of_suffix[-1],
         **taus,
-        "order": ranked(found),
+        "order": rank_blocks(found),
         "blocks": [
             {"block": i, "score": score, "class": kind_of(score, **taus), "perplexity": of_suffix[i]}
             for i, score in enumerate(found)

@@ -1,6 +1,7 @@
 """What tests share: one real model, fetched once; ranks forked from one warm process."""
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +14,16 @@ from hypothesis import HealthCheck, settings
 from longctx.config import ModelSource
 from longctx.hf.locate import locate
 from longctx.parallel.launch import warm_up
-from tests.tracking import torn_down
+from tests.tracking import tear_down_wandb
 
-# How long an example takes is the machine's affair, which other tests share.
+# No deadline: other tests share the machine.
 settings.register_profile("longctx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("longctx")
 
-# What needs a GPU is collected where there is one.
+# tests/gpu is collected only on a machine with a GPU.
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 CONFIGS = Path(__file__).parents[1] / "configs"
-# What ranks run, and what they import while they do: not warm, it takes each rank seconds anew.
+# Modules that ranks import; the server that they are forked from imports them once.
 WARM = [
     "eval.answers.worker",
     "eval.answers.score",
@@ -45,7 +46,7 @@ WARM = [
     "transformers.models.llama.modeling_llama",
 ]
 
-# Files that take minutes begin first: what is left at the end is short, and two processes end together.
+# Files that take minutes start first, so that all processes end at about the same time.
 LONG = (
     "recipes/test_pretrain.py",
     "parallel/test_table.py",
@@ -55,6 +56,13 @@ LONG = (
 )
 
 
+def pytest_configure() -> None:
+    """A shell's background jobs ignore SIGINT, and so would every process that a test starts and interrupts."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(trylast=True)  # after pytest-random-order
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
 
@@ -111,4 +119,4 @@ def wandb_at_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name in ("DATA", "CACHE", "CONFIG"):
             patch.setenv(f"WANDB_{name}_DIR", str(home / name))
         yield
-        torn_down()
+        tear_down_wandb()

@@ -1,4 +1,4 @@
-"""A tracker of the tests here, what it is given to log, and what was logged, read back."""
+"""Start a tracker, log sample figures, and read back what was logged (JSON lines and W&B records)."""
 
 import json
 import subprocess
@@ -22,28 +22,31 @@ def figures(step: int) -> dict[str, float | None]:
 
 
 def lines(folder: Path, name: str = "metrics") -> list[dict]:
+    """The objects of ``folder``/``name``.jsonl; fails on NaN and infinity, which JSON lacks."""
     text = (folder / f"{name}.jsonl").read_text()
     assert text.endswith("\n") or not text
     return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
 
 
 def start(folder: Path, track: Track = NONE, **more) -> tuple[Tracker, str | None, list[str]]:
-    said: list[str] = []
-    tracker, run_id = start_tracking(track, folder, CONFIG, first=True, say=said.append, **more)
-    return tracker, run_id, said
+    """A tracker on the first rank, its run id, and the list that its messages are appended to."""
+    messages: list[str] = []
+    tracker, run_id = start_tracking(track, folder, CONFIG, first=True, say=messages.append, **more)
+    return tracker, run_id, messages
 
 
-def torn_down() -> None:
+def tear_down_wandb() -> None:
+    """Close W&B in this process, if it is imported; its next start reads the environment again."""
     if "wandb" in sys.modules:
         sys.modules["wandb"].teardown()
 
 
 def records(folder: Path) -> list[dict]:
-    """All records of the one W&B run in ``folder``, as W&B's own command reads them."""
+    """All records of the single W&B run in ``folder``, as read by W&B's own command."""
     (file,) = folder.glob("run-*.wandb")
-    read = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    done = subprocess.run(read, capture_output=True, text=True, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 def of_kind(kind: str, read: list[dict]) -> list[dict]:

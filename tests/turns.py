@@ -1,7 +1,7 @@
-"""Hypothesis strategies for layouts: the turns of a conversation, in numbers, and the cache that they grow.
+"""Hypothesis strategies for layouts: the turns of a conversation as numbers, and the cache layout after them.
 
-Strategies draw numbers only, and layouts are built inside the tests: there beartype checks longctx's
-signatures, which draws from ``random``, and Hypothesis forbids that inside strategies.
+The strategies draw numbers only, and the tests build the layouts from them.  In tests beartype checks longctx's
+signatures and draws from ``random`` to do so, which Hypothesis forbids inside strategies.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ WITHIN = {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}
 few = settings(max_examples=50, deadline=None)
 
 sizes = st.integers(1, 5)
-lengths = st.integers(0, 17)  # 0, fewer than ranks, and lengths that do not divide
+lengths = st.integers(0, 17)  # includes 0, fewer rows than ranks, and lengths that the ranks do not divide
 names = st.sampled_from(list(WITHIN))
 
 
 @dataclass(frozen=True)
 class Turn:
-    """Documents of these lengths, each sharded by the layout of that name; or one token of rank ``owner``."""
+    """Documents of ``lengths``, each sharded by the layout ``name``; name "token" is one decoded token of ``owner``."""
 
     name: str = "token"
     lengths: tuple[int, ...] = (1,)
@@ -37,7 +37,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns over the same documents and ranks, each sharded in its own way."""
+    """Turns over the same documents and the same ``size`` ranks; each turn has a layout name."""
 
     size: int
     turns: tuple[Turn, ...]
@@ -47,17 +47,17 @@ class Conversation:
 
 
 @st.composite
-def conversations(draw: st.DrawFn, most: int = 3, size: st.SearchStrategy[int] = sizes) -> Conversation:
-    """Of one sequence, with decoded tokens among the turns, or of two or three documents."""
+def conversations(draw: st.DrawFn, max_turns: int = 3, size: st.SearchStrategy[int] = sizes) -> Conversation:
+    """Draw a conversation of one document, with decoded tokens among its turns, or of two or three documents."""
     count = draw(st.integers(1, 3))
-    together = st.builds(Turn, names, st.tuples(*[lengths] * count))
+    turn = st.builds(Turn, names, st.tuples(*[lengths] * count))
     token = st.builds(Turn, owner=st.integers(0, 4))
-    one = st.one_of(together, token) if count == 1 else together
-    return Conversation(draw(size), tuple(draw(st.lists(one, min_size=1, max_size=most))))
+    one = st.one_of(turn, token) if count == 1 else turn
+    return Conversation(draw(size), tuple(draw(st.lists(one, min_size=1, max_size=max_turns))))
 
 
 def grown(turns: Sequence[Layout]) -> Layout:
-    """The cache after all those turns."""
+    """Return the cache layout after ``turns``."""
     cache, *rest = turns
     for turn in rest:
         cache = cache.then(turn.after(cache))

@@ -19,9 +19,8 @@ def texts(engine: Engine, context: Context, tokenizer: Any, requests: Sequence[C
     while going := [i for i in going if not _ended(engine, tokenizer, requests[i], made[i])]:
         for i in set(session.sequences) - set(going):
             session.drop(i)
-        for i, token in session.decode({i: made[i][-1] for i in going}).items():
+        for i, token in session.decode(going).items():
             made[i].append(token)
-            session.sequences[i].tokens.append(token)
     return [_answer(engine, tokenizer, requests[i], made[i]) for i in prompts]
 
 

@@ -1,1 +1,1 @@
-"""Text in: prompts now; documents, packing and batches for training."""
+"""Text input: prompts and conversation turns; documents, packing and batches for training."""

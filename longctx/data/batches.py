@@ -1,4 +1,4 @@
-"""Batches: consecutive sequences, of which each data-parallel rank takes every so many-th; the room's front door."""
+"""Training batches: consecutive packed sequences, of which a data-parallel rank takes every dp-th."""
 
 import logging
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ import torch
 
 from longctx.config import DataSettings
 from longctx.data.documents import documents
-from longctx.data.mixing import interleaved
-from longctx.data.packing import Packed, empty_packed, packed
+from longctx.data.mixing import interleave
+from longctx.data.packing import PackedSequence, pack, padding_sequence
 from longctx.data.stage import Stage, State
 from longctx.shapes import Bool, Tensor, Tokens
 
@@ -19,10 +19,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences one above the other, each with the ``lengths`` of its documents (see `Packed`).
+    """A data-parallel rank's sequences, stacked; ``lengths[i]`` are the document pieces of sequence i.
 
-    ``counted`` are the targets with a loss in the whole batch, all parts of it: what sums of losses are divided
-    by, however the batch is shared between ranks.
+    ``tokens``, ``targets`` and ``mask`` are as in `PackedSequence`.  ``counted`` is the number of targets with a loss
+    in the whole batch, over all data-parallel ranks.  Sums of losses are divided by it, so that the loss does not
+    depend on how ranks share the batch.
     """
 
     tokens: Tokens
@@ -32,48 +33,57 @@ class Batch:
     counted: int
 
 
-def training_batches(data: DataSettings, tokenizer: Any, part: int = 0, parts: int = 1) -> Stage[Batch]:
-    """What ``data`` describes, from files to batches: see `documents`, `interleaved`, `packed`, `batches`."""
+def training_batches(data: DataSettings, tokenizer: Any, dp_rank: int = 0, dp_size: int = 1) -> Stage[Batch]:
+    """The whole pipeline for ``data``, from files to batches: `documents`, `interleave`, `pack`, `batches`.
+
+    Raises ValueError as these do.
+    """
     sources = [documents(source, tokenizer, data) for source in data.sources]
-    mixed = interleaved(sources, [source.weight for source in data.sources])
-    return batches(packed(mixed, data.length, data.last), data.batch, part, parts, data.last)
+    mixed = interleave(sources, [source.weight for source in data.sources])
+    return batches(pack(mixed, data.length, data.last), data.batch, dp_rank, dp_size, data.last)
 
 
 def batches(
-    sequences: Stage[Packed], size: int, part: int = 0, parts: int = 1, last: Literal["drop", "pad"] = "drop"
+    sequences: Stage[PackedSequence],
+    size: int,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    last: Literal["drop", "pad"] = "drop",
 ) -> Stage[Batch]:
-    """Batches of ``size`` consecutive sequences; of each the rows that are ``part`` of ``parts``: every parts-th.
+    """Batches of ``size`` consecutive sequences; each has the rows dp_rank, dp_rank + dp_size, ... of these.
 
-    Every part reads everything, so that batches and states are the same however many parts there are, and a run
-    may go on with another number.  An incomplete last batch is dropped and logged, or filled with padding.
+    Every data-parallel rank reads all sequences.  Batches and states are therefore the same for any ``dp_size``, and a
+    run may resume with another one.  An incomplete last batch is dropped and logged (``last="drop"``), or filled with
+    padding (``last="pad"``).
 
-    Raises ValueError if the parts would not be even.
+    Raises ValueError if ``dp_size`` does not divide ``size``.
     """
-    if size % parts:
+    if size % dp_size:
         raise ValueError(
-            f"data.batch={size} sequences do not divide over {parts} data-parallel ranks: "
-            f"use data.batch={size + -size % parts}, or another mesh.dp"
+            f"data.batch={size} sequences do not divide over {dp_size} data-parallel ranks: "
+            f"use data.batch={size + -size % dp_size}, or another mesh.dp"
         )
-    assert 0 <= part < parts, f"part {part} of {parts}"
+    assert 0 <= dp_rank < dp_size, f"data-parallel rank {dp_rank} of {dp_size}"
 
     def run(state: State | None) -> Iterator[tuple[Batch, State]]:
-        rows: list[Packed] = []
-        behind: State = {}
-        for sequence, behind in sequences(state):
+        rows: list[PackedSequence] = []
+        resume_state: State = {}
+        for sequence, resume_state in sequences(state):
             rows.append(sequence)
             if len(rows) == size:
-                yield _stacked(rows, part, parts), behind
+                yield _stack(rows, dp_rank, dp_size), resume_state
                 rows = []
         if rows and last == "pad":
-            yield _stacked([*rows, *[empty_packed(len(rows[0].tokens))] * (size - len(rows))], part, parts), behind
+            rows += [padding_sequence(len(rows[0].tokens))] * (size - len(rows))
+            yield _stack(rows, dp_rank, dp_size), resume_state
         elif rows:
             log.warning("the last %d sequences do not fill a batch of %d: dropped", len(rows), size)
 
     return run
 
 
-def _stacked(rows: list[Packed], part: int, parts: int) -> Batch:
-    mine = rows[part::parts]
+def _stack(rows: list[PackedSequence], dp_rank: int, dp_size: int) -> Batch:
+    mine = rows[dp_rank::dp_size]
     return Batch(
         torch.stack([row.tokens for row in mine]),
         torch.stack([row.targets for row in mine]),
@@ -84,7 +94,7 @@ def _stacked(rows: list[Packed], part: int, parts: int) -> Batch:
 
 
 def left_out(state: State) -> dict[str, int]:
-    """How many records a state of `training_batches` has left out so far: those that were empty, and no text."""
+    """Numbers of records left out up to a state of `training_batches`: ``empty`` ones, and ``skipped`` faulty ones."""
     documents = state["documents"] or {"sources": []}  # None while the very first document is being cut
     sources = [source for source in documents["sources"] if source]
     return {count: sum(source[count] for source in sources) for count in ("empty", "skipped")}

@@ -1,4 +1,4 @@
-"""Documents: the records of a source, in reading order or drawn from a window, as the tokenizer's tokens."""
+"""Documents of a source as tokens, in reading order or shuffled within windows; reading resumes after any document."""
 
 import hashlib
 import logging
@@ -22,18 +22,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Document:
-    """The tokens of a document, its end token among them, and ``where`` it stands."""
+    """The tokens of a document, its end token included, and ``where`` it comes from (file and line, for messages)."""
 
     tokens: Positions
     where: str
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a source stands, which is its state: at the position ``at`` of a part, of an epoch.
+class ResumePoint:
+    """Resume point of a source: offset ``at`` in file ``part`` (counted from 0) of ``epoch``.
 
-    There a window of documents begins, of which ``given`` have been given.  ``documents`` are those before it,
-    ``empty`` and ``skipped`` what was left out.
+    A window of documents begins at this offset, and ``given`` of its documents have been yielded.  ``documents`` is the
+    number of documents before the window; ``empty`` and ``skipped`` count the records left out so far.  The field names
+    are keys of saved checkpoints.
     """
 
     epoch: int = 0
@@ -46,52 +47,57 @@ class Place:
 
 
 def documents(source: TextSource, tokenizer: Any, data: DataSettings) -> Stage[Document]:
-    """The documents of ``source``, ``data.epochs`` times, each as ``tokenizer`` has it and closed by its end token.
+    """The documents of ``source``, ``data.epochs`` times, tokenized by ``tokenizer`` and closed by its end token.
 
-    Empty ones are left out and counted.  With ``data.shuffle`` the source is read in windows of so many documents,
-    each given in an order drawn from the seed and from what came before, so that every epoch has its own; a window
-    ends with its epoch.  A state is where a window begins: to resume is to read it again.
+    Documents without text are left out and counted.  With ``data.shuffle`` = n, the source is read in windows of n
+    documents, and each window is shuffled.  The order depends on ``data.seed`` and on the number of documents before
+    the window, so every epoch has another order.  Windows do not cross epochs.  The resume state is the beginning of a
+    window: to resume is to read the window again.
 
-    Raises ValueError for what `files` and `dataset` refuse, for an end token that the tokenizer lacks, for a state
-    of other files or another order; while it runs, for a record that is no text (unless ``data.on_error`` is skip)
-    and for a source without documents.
+    Raises ValueError as `files` and `dataset` do, and if the tokenizer lacks the end token.  While it runs, raises
+    ValueError for a state of other files or another order, for a faulty record (unless ``data.on_error`` is skip), and
+    for a source without documents.
     """
     if data.end_token and tokenizer.eos_token_id is None:
         raise ValueError("the model's tokenizer has no end token to close documents with: set data.end_token=false")
-    parts = (dataset(source),) if source.name else (topics(source.pydoc),) if source.pydoc else files(source)
-
-    about = {"files": _digest(parts), "order": _order(data)}
+    if source.name:
+        source_files: tuple[SourceFile, ...] = (dataset(source),)
+    else:
+        source_files = (topics(source.pydoc),) if source.pydoc else files(source)
+    identity = {"files": _digest(source_files), "order": _order(data)}
 
     def run(state: State | None) -> Iterator[tuple[Document, State]]:
-        place = _place(state, parts, source, data)
-        given = place.given
-        for window, begin, after in _windows(parts, replace(place, given=0), source, data):
+        point = _resume_point(state, source_files, source, data)
+        given = point.given
+        for window, begin, after in _windows(source_files, replace(point, given=0), source, data):
             order = list(range(len(window)))
             if data.shuffle:
                 Random(f"{data.seed} {begin.documents}").shuffle(order)  # noqa: S311 (no secret)
             for i in range(given, len(window)):
                 record = window[order[i]]
-                stands = after if i + 1 == len(window) else replace(begin, given=i + 1)
-                tokens = _tokens(record.text, tokenizer, data.end_token)
-                yield Document(tokens, record.where), {**asdict(stands), "name": parts[stands.part].name, **about}
+                resume = after if i + 1 == len(window) else replace(begin, given=i + 1)
+                tokens = _tokenize(record.text, tokenizer, data.end_token)
+                name = source_files[resume.part].name
+                yield Document(tokens, record.where), {**asdict(resume), "name": name, **identity}
             given = 0
 
     return run
 
 
-def _tokens(text: str, tokenizer: Any, end_token: bool) -> Positions:
-    ids = list(tokenizer(text, verbose=False)["input_ids"])  # verbose: that a document is longer than a context
+def _tokenize(text: str, tokenizer: Any, end_token: bool) -> Positions:
+    # verbose=False: no warning about documents longer than the model's context.
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
     if end_token and ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
     return torch.tensor(ids, dtype=torch.long)
 
 
 def _windows(
-    parts: tuple[SourceFile, ...], place: Place, source: TextSource, data: DataSettings
-) -> Iterator[tuple[list[Record], Place, Place]]:
-    """Windows of records, each with the places where it begins and ends; a record each without a shuffle."""
-    begin, window = place, []
-    for record, after in _good(parts, place, source, data):
+    source_files: tuple[SourceFile, ...], point: ResumePoint, source: TextSource, data: DataSettings
+) -> Iterator[tuple[list[Record], ResumePoint, ResumePoint]]:
+    """Yield windows of records (without shuffle, of one record), each with the resume points at its begin and end."""
+    begin, window = point, []
+    for record, after in _records_with_text(source_files, point, source, data):
         if record:
             window.append(record)
         if window and (record is None or len(window) == max(data.shuffle, 1)):
@@ -101,60 +107,70 @@ def _windows(
             begin = after
 
 
-def _good(
-    parts: tuple[SourceFile, ...], place: Place, source: TextSource, data: DataSettings
-) -> Iterator[tuple[Record | None, Place]]:
-    """Every record that has text, with the place behind it; None at the end of an epoch, with the next one's place."""
-    while data.epochs is None or place.epoch < data.epochs:
-        first, at = place.part, place.at
-        for i, part in enumerate(parts[first:], first):
-            for record, behind in part.read(at if i == first else None):
-                place = replace(place, part=i, at=behind)
-                if record.wrong:
-                    place = replace(place, skipped=place.skipped + 1)
-                    _refuse_or_log(record, place, data.on_error)
+def _records_with_text(
+    source_files: tuple[SourceFile, ...], point: ResumePoint, source: TextSource, data: DataSettings
+) -> Iterator[tuple[Record | None, ResumePoint]]:
+    """Yield every record that has text, with the resume point after it.
+
+    At the end of an epoch, yield None with the resume point at the beginning of the next epoch.
+    """
+    while data.epochs is None or point.epoch < data.epochs:
+        first, at = point.part, point.at
+        for i, file in enumerate(source_files[first:], first):
+            for record, next_position in file.read(at if i == first else None):
+                point = replace(point, part=i, at=next_position)
+                if record.fault:
+                    point = replace(point, skipped=point.skipped + 1)
+                    _refuse_or_log(record, point, data.on_error)
                 elif not record.text.strip():
-                    place = replace(place, empty=place.empty + 1)
+                    point = replace(point, empty=point.empty + 1)
                 else:
-                    place = replace(place, documents=place.documents + 1)
-                    yield record, place
-        if not place.documents:
-            raise ValueError(f"{source} has no documents: {place.empty} are empty, {place.skipped} were skipped")
-        place = replace(place, epoch=place.epoch + 1, part=0, at=None)
-        yield None, place
+                    point = replace(point, documents=point.documents + 1)
+                    yield record, point
+        if not point.documents:
+            raise ValueError(
+                f"{source} has no documents: {point.empty} are empty, {point.skipped} were skipped; give text"
+            )
+        point = replace(point, epoch=point.epoch + 1, part=0, at=None)
+        yield None, point
 
 
-def _refuse_or_log(record: Record, place: Place, on_error: str) -> None:
-    says = f"{record.where} {record.wrong}"
+def _refuse_or_log(record: Record, point: ResumePoint, on_error: str) -> None:
+    message = f"{record.where} {record.fault}"
     if on_error == "stop":
-        raise ValueError(f"{says}; mend it, or set data.on_error=skip")
-    log.warning("%s; skipped, as %d of its source by now", says, place.skipped)
+        raise ValueError(f"{message}; repair it, or set data.on_error=skip")
+    log.warning("%s; skipped, %d of this source so far", message, point.skipped)
 
 
-def _digest(parts: tuple[SourceFile, ...]) -> str:
-    """Of the parts' names, which have their sizes."""
-    return hashlib.sha256(repr([part.name for part in parts]).encode()).hexdigest()[:12]
+def _digest(source_files: tuple[SourceFile, ...]) -> str:
+    """Digest of the files' names, which include their sizes."""
+    return hashlib.sha256(repr([file.name for file in source_files]).encode()).hexdigest()[:12]
 
 
 def _order(data: DataSettings) -> list[int]:
     return [data.shuffle, data.seed] if data.shuffle else [0, 0]
 
 
-def _place(state: State | None, parts: tuple[SourceFile, ...], source: TextSource, data: DataSettings) -> Place:
+def _resume_point(
+    state: State | None, source_files: tuple[SourceFile, ...], source: TextSource, data: DataSettings
+) -> ResumePoint:
+    """The resume point in ``state`` (the beginning if None); raises ValueError if files or order have changed."""
     if state is None:
-        return Place()
-    place = Place(**{field.name: state[field.name] for field in fields(Place)})
-    if place.part >= len(parts) or state["name"] != parts[place.part].name:
+        return ResumePoint()
+    point = ResumePoint(**{field.name: state[field.name] for field in fields(ResumePoint)})
+    if point.part >= len(source_files) or state["name"] != source_files[point.part].name:
         raise ValueError(
-            f"the state to resume from stands in {state['name']}, which {source} does not have at that place any more: "
-            "bring the files back, or begin anew"
+            f"the run stopped in {state['name']}, which {source} no longer has at that place: "
+            "restore the files, or start a new run"
         )
-    if state["files"] != _digest(parts):
+    if state["files"] != _digest(source_files):
         raise ValueError(
-            f"the state to resume from is of {source} with other files than are there now, by name or by size: "
-            "bring them back, or begin anew"
+            f"the files of {source} have changed in name or size since the run stopped: "
+            "restore them, or start a new run"
         )
     if state["order"] != _order(data):
         shuffle, seed = state["order"]
-        raise ValueError(f"the state to resume from needs data.shuffle={shuffle} data.seed={seed}, or begin anew")
-    return place
+        raise ValueError(
+            f"the state to resume from needs data.shuffle={shuffle} data.seed={seed}: use these, or start a new run"
+        )
+    return point

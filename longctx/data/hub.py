@@ -1,4 +1,4 @@
-"""A dataset of the Hugging Face hub as a part of a source: fetched whole, or streamed; resumed at a row."""
+"""Read a dataset of the Hugging Face hub, downloaded or streamed, row by row; reading resumes at a row."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -6,46 +6,49 @@ from functools import partial
 from typing import Any
 
 from longctx.config import TextSource
-from longctx.data.records import Position, Record, SourceFile, in_a_line, text_of
+from longctx.data.records import Position, Record, SourceFile, error_line, text_of
 
 
 def dataset(source: TextSource) -> SourceFile:
-    """The dataset that ``source`` names.
+    """The dataset that ``source`` names, one document a row.
 
-    Raises ValueError if it cannot be had, from the hub or from the cache of what came from there before, and if
-    it has no column ``text_key``.
+    Raises ValueError if neither the hub nor the local cache of earlier downloads has it, and if it has no column
+    ``text_key``.
     """
     import datasets
 
-    wanted = {"name": source.subset, "revision": source.revision, "split": source.split}
+    selection = {"name": source.subset, "revision": source.revision, "split": source.split}
     try:
-        rows: Any = datasets.load_dataset(source.name, streaming=source.streaming, **wanted)
-    except Exception as error:  # of any library below, down to HTTP
+        rows: Any = datasets.load_dataset(source.name, streaming=source.streaming, **selection)
+    except Exception as error:  # any library below may fail, down to HTTP
         raise ValueError(
-            f"the dataset {source} cannot be had ({in_a_line(error)}): give a hub name that can be reached, or a path"
+            f"the dataset {source} cannot be loaded ({error_line(error)}): "
+            "give a hub name that can be reached, or a path"
         ) from error
     columns = rows.column_names
     if columns and source.text_key not in columns:
         raise ValueError(f'{source} has no column "{source.text_key}": set text_key to one of {", ".join(columns)}')
-    return SourceFile(f"{source} {source.revision or ''}".strip(), partial(_rows, rows, source))
+    return SourceFile(f"{source} {source.revision or ''}".strip(), partial(_read_rows, rows, source))
 
 
-def _rows(rows: Any, source: TextSource, at: Position) -> Iterator[tuple[Record, Position]]:
-    """Its rows.  Positions are [row, where ``datasets`` says that it stands], the latter of a stream."""
-    row, stands = at or (0, None)
+def _read_rows(rows: Any, source: TextSource, at: Position) -> Iterator[tuple[Record, Position]]:
+    """Yield the dataset's rows.  Positions are [row, state]; state is the ``datasets`` state of a stream, or None."""
+    row, stream_state = at or (0, None)
     if source.streaming:
-        rows = deepcopy(rows)  # which remembers where it stands
-        if stands:
-            rows.load_state_dict(stands)
+        rows = deepcopy(rows)  # a stream object keeps its own position
+        if stream_state:
+            rows.load_state_dict(stream_state)
     else:
         rows = rows.select(range(row, len(rows)))
-    each = iter(rows)
+    remaining = iter(rows)
     while True:
         where = f"dataset {source}, row {row}"
         try:
-            values = next(each, None)
+            values = next(remaining, None)
         except Exception as error:
-            raise ValueError(f"{where} cannot be read ({in_a_line(error)}): is the hub still reachable?") from error
+            raise ValueError(
+                f"{where} cannot be read ({error_line(error)}): check that the hub is still reachable"
+            ) from error
         if values is None:
             return
         row += 1

@@ -1,4 +1,4 @@
-"""Sources mixed by weight: whose turn it is follows from the tokens that each has given, not from a draw."""
+"""Mix sources by weight: the tokens that each has given so far decide which source is next, not a random draw."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,11 +6,14 @@ from longctx.data.documents import Document
 from longctx.data.stage import Stage, State
 
 
-def interleaved(sources: Sequence[Stage[Document]], weights: Sequence[float]) -> Stage[Document]:
-    """Documents of all ``sources``, so that their tokens are in proportion to ``weights``.
+def interleave(sources: Sequence[Stage[Document]], weights: Sequence[float]) -> Stage[Document]:
+    """Documents of all ``sources``, with their numbers of tokens in proportion to ``weights``.
 
-    Next is the source with the least tokens for its weight, the first of equals.  No source is then ever ahead of
-    its share by more than its own last document.  One that has ended leaves the others to their weights.
+    The next document comes from the source with the fewest tokens relative to its weight, the first of equals.  A
+    source is therefore never ahead of its share by more than its last document.  When a source ends, the others
+    continue in proportion to their weights.
+
+    Raises ValueError, while it runs, for a resume state of another number of sources.
     """
     assert len(sources) == len(weights), "a weight for each source"
 
@@ -18,7 +21,10 @@ def interleaved(sources: Sequence[Stage[Document]], weights: Sequence[float]) ->
         states = list(state["sources"]) if state else [None] * len(sources)
         tokens = list(state["tokens"]) if state else [0] * len(sources)
         if len(states) != len(sources):
-            raise ValueError(f"the state to resume from is of {len(states)} sources, data.sources has {len(sources)}")
+            raise ValueError(
+                f"the state to resume from is of {len(states)} sources, data.sources has {len(sources)}: use the same "
+                "sources, or start a new run"
+            )
         live = {i: source(states[i]) for i, source in enumerate(sources)}
         while live:
             turn = min(live, key=lambda i: tokens[i] / weights[i])

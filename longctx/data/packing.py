@@ -1,4 +1,4 @@
-"""Packing: documents cut and joined into sequences of one length, without padding between them."""
+"""Packing: cut documents and join them into sequences of one length, without padding between documents."""
 
 import logging
 from collections.abc import Iterator
@@ -15,11 +15,12 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A sequence of pieces of documents, ``lengths`` tokens each: what `longctx.attention.layout.documents` shards.
+class PackedSequence:
+    """A training sequence of pieces of documents; piece i has ``lengths[i]`` tokens.
 
-    ``targets`` are the tokens that follow; where ``mask`` is False none does, as behind a document's last token,
-    and the target is 0.  The last ``padding`` tokens are of no document; they are a piece of their own.
+    ``targets`` are the next tokens.  ``mask`` is False where no next token exists, as after a document's last token;
+    the target is 0 there.  `longctx.attention.layout.documents` shards a sequence by its ``lengths``.  The last
+    ``padding`` tokens belong to no document; they are a piece themselves.
     """
 
     tokens: Positions
@@ -29,56 +30,64 @@ class Packed:
     padding: int = 0
 
 
-def packed(documents: Stage[Document], length: int, last: Literal["drop", "pad"] = "drop") -> Stage[Packed]:
-    """The documents' tokens in sequences of ``length``: each token is an input once.
+def pack(documents: Stage[Document], length: int, last: Literal["drop", "pad"] = "drop") -> Stage[PackedSequence]:
+    """Sequences of ``length`` tokens from the tokens of ``documents``, in order; each token is an input once.
 
-    A document that does not fit goes on in the next sequence, as a document from position 0 there: it does not see
-    what came before.  The target of its last token here is its first one there, so that each token of a document
-    but the first is a target once, too.  An incomplete last sequence is dropped and logged, or padded.
+    For example, documents [1 2 3 4 5] and [6 7] with length 4 give [1 2 3 4] and [5 6 7 ...].  The rest of a cut
+    document is a document in the next sequence: it starts at position 0 and does not see the first part.  The last
+    target of the first part is the first token of the rest (4 predicts 5).  Every token but a document's first is
+    therefore a target once.  An incomplete last sequence is dropped and logged (``last="drop"``), or padded
+    (``last="pad"``).
+
+    Raises ValueError, while it runs, if the cut document of a resume state has become shorter.
     """
 
-    def run(state: State | None) -> Iterator[tuple[Packed, State]]:
+    def run(state: State | None) -> Iterator[tuple[PackedSequence, State]]:
         before, used = (state["documents"], state["used"]) if state else (None, 0)
-        pieces: list[Packed] = []
+        pieces: list[PackedSequence] = []
         missing = length
         for document, after in documents(before):
             tokens = document.tokens
             if used and used >= len(tokens):
-                raise ValueError(f"{document.where} is shorter than when the state to resume from was made: begin anew")
+                raise ValueError(
+                    f"{document.where} is shorter than when the state to resume from was made: "
+                    "restore the file, or start a new run"
+                )
             while used < len(tokens):
                 pieces.append(_piece(tokens, used, min(used + missing, len(tokens))))
                 used += len(pieces[-1].tokens)
                 missing -= len(pieces[-1].tokens)
                 if not missing:
-                    whole = used == len(tokens)
-                    stands = {"documents": after, "used": 0} if whole else {"documents": before, "used": used}
-                    yield _joined(pieces), stands
+                    # A cut document is tokenized again on resume, hence the state before it and its used tokens.
+                    cut = used < len(tokens)
+                    resume = {"documents": before, "used": used} if cut else {"documents": after, "used": 0}
+                    yield _concatenate(pieces), resume
                     pieces, missing = [], length
             before, used = after, 0
         if pieces and last == "pad":
-            yield _joined([*pieces, empty_packed(missing)]), {"documents": before, "used": 0}
+            yield _concatenate([*pieces, padding_sequence(missing)]), {"documents": before, "used": 0}
         elif pieces:
             log.warning("the last %d tokens do not fill a sequence of %d: dropped", length - missing, length)
 
     return run
 
 
-def empty_packed(length: int) -> Packed:
-    """A sequence of padding."""
+def padding_sequence(length: int) -> PackedSequence:
+    """A sequence of ``length`` padding tokens, none of which counts in the loss."""
     zeros = torch.zeros(length, dtype=torch.long)
-    return Packed(zeros, zeros, zeros.bool(), (length,), length)
+    return PackedSequence(zeros, zeros, zeros.bool(), (length,), length)
 
 
-def _piece(tokens: Positions, first: int, end: int) -> Packed:
+def _piece(tokens: Positions, first: int, end: int) -> PackedSequence:
     targets = tokens[first + 1 : end + 1]
     known = len(targets)
     targets = torch.cat([targets, tokens.new_zeros(end - first - known)])
     mask = torch.arange(end - first) < known
-    return Packed(tokens[first:end], targets, mask, (end - first,))
+    return PackedSequence(tokens[first:end], targets, mask, (end - first,))
 
 
-def _joined(pieces: list[Packed]) -> Packed:
-    return Packed(
+def _concatenate(pieces: list[PackedSequence]) -> PackedSequence:
+    return PackedSequence(
         torch.cat([piece.tokens for piece in pieces]),
         torch.cat([piece.targets for piece in pieces]),
         torch.cat([piece.mask for piece in pieces]),

@@ -1,4 +1,4 @@
-"""A prompt: real text from a file, the command line or CPython's own documentation, as token ids."""
+"""Tokenize a prompt: text from a file, from the command line, or from the documentation that CPython ships."""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +7,11 @@ from longctx.config import PromptSource
 
 
 def prompt_tokens(source: PromptSource, tokenizer: Any) -> tuple[list[int], int]:
-    """Token ids of the prompt that ``source`` describes, and how many of them are its text, before any template.
+    """Token ids of the prompt that ``source`` describes, and the number of tokens of its text without the template.
 
-    Raises ValueError for a missing or empty file, one that is not UTF-8 text, an empty prompt, none or two
-    sources, and a question put to a model without a chat template.
+    ``source.tokens`` cuts the text, not the question.  Raises ValueError for a file that is missing, empty or not
+    UTF-8, and for an empty prompt.  Raises ValueError unless there is exactly one source, and for a question to a model
+    without a chat template.
     """
     text = _text(source)
     if source.question is None:
@@ -35,14 +36,14 @@ def _text(source: PromptSource) -> str:
             "give prompt.file=FILE, prompt.text='...' or prompt.pydoc=all"
         )
     if source.tokens is not None and source.tokens < 1:
-        raise ValueError(f"prompt.tokens={source.tokens}: keep at least one token")
+        raise ValueError(f"prompt.tokens={source.tokens}: keep at least one token, use 1 or more")
     text = source.text
     if source.file is not None:
         text = _read(source.file)
     if source.pydoc is not None:
         text = _pydoc(source.pydoc)
     if not text or not text.strip():
-        raise ValueError("the prompt is empty: give it some text")
+        raise ValueError("the prompt is empty: give some text with prompt.file, prompt.text or prompt.pydoc")
     return text
 
 
@@ -52,11 +53,11 @@ def _read(name: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"prompt.file={name} is not UTF-8 text (byte {error.start}): give a text file") from error
     except OSError as error:
-        raise ValueError(f"prompt.file={name} cannot be read: {error.strerror}") from error
+        raise ValueError(f"prompt.file={name} cannot be read: {error.strerror}; give a text file") from error
 
 
 def _pydoc(topic: str) -> str:
-    """A topic of the language reference, which every CPython carries; or ``all``, about 460 KB of prose."""
+    """A topic of the language reference that ships with CPython; ``all`` topics together are about 460 KB of prose."""
     from pydoc_data.topics import topics
 
     if topic == "all":

@@ -1,4 +1,4 @@
-"""A stage of data is a function: from a state to an iterator of (item, the state that follows it)."""
+"""Types of the data pipeline: a stage maps a resume state to an iterator of (item, next resume state)."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 
 State = dict[str, Any]
-"""Where a stage stands behind an item: small, JSON, and all that it takes to go on with the next item."""
+"""Resume state after an item: a small JSON object, sufficient to continue with the next item."""
 
 Stage = Callable[[State | None], Iterator[tuple[Item, State]]]
-"""Called with None it begins, with an item's state it goes on exactly behind that item."""
+"""Starts from the beginning when called with None, and directly after an item when called with that item's state."""

@@ -1,4 +1,4 @@
-"""config.json as a `ModelShape`, and the folder's tokenizer."""
+"""Read a Hugging Face folder: config.json as a `ModelShape`, and the tokenizer."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,8 @@ from longctx.model_shape import ModelShape, Rotary
 def shape_of(folder: Path) -> ModelShape:
     """The `ModelShape` of a Llama-architecture folder (Llama 2/3, SmolLM2, Qwen2, Mistral).
 
-    Raises ValueError for an architecture, or a feature of one, that the mapping to megatron-core lacks.
+    Raises ValueError if config.json cannot be read, and for an architecture or a feature that is not mapped to
+    megatron-core.
     """
     from transformers import AutoConfig
 
@@ -39,7 +40,7 @@ def shape_of(folder: Path) -> ModelShape:
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """The transformers tokenizer of ``folder``.  Raises ValueError if it has none that can be read."""
+    """The transformers tokenizer of ``folder``.  Raises ValueError if transformers cannot read one."""
     from transformers import AutoTokenizer
 
     try:
@@ -49,13 +50,14 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 def refuse_dropout(folder: Path) -> None:
-    """ValueError if config.json asks for dropout, which training here has not."""
+    """Raise ValueError if config.json sets attention dropout, which training does not implement."""
     dropout = json.loads((folder / "config.json").read_text()).get("attention_dropout")
     if dropout:
-        raise ValueError(f"attention_dropout={dropout}: training here has no dropout, make it 0 in the model's config")
+        raise ValueError(f"attention_dropout={dropout}: training here has no dropout, set it to 0 in config.json")
 
 
 def _refuse_unmapped(config: Any) -> None:
+    """Raise ValueError for the first feature of ``config`` that the megatron-core model does not implement."""
     known = config.model_type in ("llama", "qwen2", "mistral")
     unmapped = {
         f"model_type={config.model_type}": not known,
@@ -75,20 +77,20 @@ def _refuse_unmapped(config: Any) -> None:
 
 
 def _windows(config: Any) -> tuple[int | None, ...]:
-    """Each layer's window: of all layers where the configuration does not tell them apart (Mistral)."""
+    """Sliding window of each layer (None: all keys); without layer_types (Mistral), all layers have the same."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _rotary(config: Any) -> Rotary:
-    """The frequencies as transformers computes them, scaling of Llama 3.1 included."""
+    """Rotary frequencies as transformers computes them, including linear scaling and that of Llama 3.1."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     rope = config.rope_parameters
     if rope["rope_type"] not in ("default", "linear", "llama3"):
         raise ValueError(
-            f"rope_type={rope['rope_type']} changes angles with the length or scales them: "
+            f"rope_type={rope['rope_type']} scales angles or changes them with the length, which is not implemented: "
             "use a model with rope_type default, linear or llama3"
         )
     frequencies = LlamaRotaryEmbedding(config).inv_freq.tolist()
@@ -96,7 +98,7 @@ def _rotary(config: Any) -> Rotary:
 
 
 def _end_tokens(folder: Path, config: Any) -> tuple[int, ...]:
-    """The tokens that end an answer: generation_config.json's where there is one, like transformers."""
+    """Tokens that end an answer; as in transformers, generation_config.json overrides config.json."""
     from transformers import GenerationConfig
 
     ends = config.eos_token_id

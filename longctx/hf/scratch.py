@@ -1,4 +1,7 @@
-"""Folders without weights, for models that are trained: config and tokenizer, as described or as another model's."""
+"""Write Hugging Face folders without weights: config.json and tokenizer files for a model to be trained.
+
+A folder is made from scratch, from settings, or copied from an existing model with some config fields changed.
+"""
 
 import json
 import shutil
@@ -7,64 +10,70 @@ from pathlib import Path
 from typing import Any
 
 END = "<|endoftext|>"
-# What a folder holds besides its weights and config.json: the tokenizer's files and generation's settings.
+# Files that are copied besides config.json: those of the tokenizer, and the settings of generation.
 _COPIED = (
     "tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "chat_template.*", "generation_config.json",
 )  # fmt: skip
 
 
-def write_described(config: Mapping[str, Any], to: Path) -> None:
-    """A Hugging Face folder without weights: ``config``, in the words of its config.json, and a tokenizer of bytes.
+def write_scratch_folder(config: Mapping[str, Any], to: Path) -> None:
+    """Write the folder ``to`` from ``config``, which has the keys of a config.json, with a byte tokenizer.
 
-    Raises ValueError if transformers knows no such model type, lacks one of the fields, cannot make a model
-    of them, or if the vocabulary is smaller than the tokenizer's.
+    Raises ValueError if transformers does not know the model type or a field, or cannot build a model of them, and if
+    the vocabulary is smaller than the tokenizer's 257 tokens.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    # 1) Check the names, before transformers silently keeps an unknown field.
     fields = dict(config)
-    kind = fields.pop("model_type", None)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ValueError(f"model.config.model_type={kind} is no language model of transformers: use llama")
-    if unknown := set(fields) - set(AutoConfig.for_model(kind).to_dict()):
-        raise ValueError(f"model.config.{min(unknown)}: a model of type {kind} has no such field")
+    model_type = fields.pop("model_type", None)
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"model.config.model_type={model_type} is no language model of transformers: use llama")
+    if unknown := set(fields) - set(AutoConfig.for_model(model_type).to_dict()):
+        raise ValueError(f"model.config.{min(unknown)}: a model of type {model_type} has no such field")
+    # 2) Build the config.  Llama's default special tokens are ordinary bytes of this tokenizer, so override them.
     tokenizer = bytes_tokenizer()
-    # Left to itself a Llama's text begins and ends with what are bytes here.
-    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    special_tokens = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
     try:
-        described = AutoConfig.for_model(kind, **ends | fields)
+        built = AutoConfig.for_model(model_type, **special_tokens | fields)
     except (StrictDataclassError, TypeError, ArithmeticError) as error:
-        raise ValueError(f"model.config describes no model of type {kind}: {error}") from error
-    if described.vocab_size < len(tokenizer):
+        raise ValueError(f"model.config describes no model of type {model_type}: {error}") from error
+    if built.vocab_size < len(tokenizer):
         raise ValueError(
-            f"model.config.vocab_size={described.vocab_size}: the tokenizer has {len(tokenizer)} tokens; "
+            f"model.config.vocab_size={built.vocab_size}: the tokenizer has {len(tokenizer)} tokens; "
             "use that many, or more"
         )
-    described.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]
+    # 3) Write both.
+    built.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
     tokenizer.save_pretrained(to)
-    described.save_pretrained(to)
+    built.save_pretrained(to)
 
 
-def write_like(source: Path, changed: Mapping[str, Any], to: Path) -> None:
-    """The folder ``to``: tokenizer and generation files of ``source``, and its config.json with fields ``changed``."""
+def write_folder_like(source: Path, changed: Mapping[str, Any], to: Path) -> None:
+    """Create the folder ``to`` with the tokenizer and generation files of ``source``, and its config.json.
+
+    The fields in ``changed`` replace those of the source's config.json.  Weights are not copied.
+    """
     to.mkdir(parents=True)
     for file in {file for pattern in _COPIED for file in source.glob(pattern) if file.is_file()}:
         shutil.copyfile(file, to / file.name)
     config = json.loads((source / "config.json").read_text())
-    # Names of older transformers, which would win over today's.
+    # Field names of older transformers versions would override today's.
     old = ["torch_dtype"] * ("dtype" in changed) + ["rope_theta", "rope_scaling"] * ("rope_parameters" in changed)
     config = {name: value for name, value in config.items() if name not in old} | dict(changed)
     (to / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def other_context(
+def config_for_context(
     source: Path, max_positions: int | None, rope_theta: float | None, rope_factor: float | None
 ) -> dict[str, Any]:
-    """The fields of ``source``'s config.json that `ModelSource`'s fields of these names change.
+    """The fields of ``source``'s config.json that change for another maximum length or rotary embedding.
 
-    Raises ValueError for a factor on a rotary embedding that is scaled already.
+    None keeps the model's value.  With ``rope_factor``, ``max_positions`` defaults to the model's maximum times the
+    factor.  Raises ValueError for a factor on a rotary embedding that is already scaled.
     """
     from transformers import AutoConfig
 
@@ -85,18 +94,18 @@ def other_context(
 
 
 def bytes_tokenizer() -> Any:
-    """A transformers tokenizer: byte n of a text's UTF-8 is token n, and one more ends a text."""
+    """A transformers tokenizer of 257 tokens: token n is byte n of the text's UTF-8, token 256 ends a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    of_bytes = Tokenizer(models.BPE({letter: n for n, letter in enumerate(_letters())}, []))
-    of_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    of_bytes.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=of_bytes, eos_token=END, clean_up_tokenization_spaces=False)
+    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(_byte_letters())}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, clean_up_tokenization_spaces=False)
 
 
-def _letters() -> list[str]:
-    """What stands for each byte in byte-level tokenizers: Latin-1 where that can be seen, else letters beyond it."""
-    seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    beyond = iter(range(256, 512))
-    return [chr(n if n in seen else next(beyond)) for n in range(256)]
+def _byte_letters() -> list[str]:
+    """The letter that stands for each byte in byte-level tokenizers: printable Latin-1, otherwise from U+0100 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    substitutes = iter(range(256, 512))
+    return [chr(n if n in printable else next(substitutes)) for n in range(256)]

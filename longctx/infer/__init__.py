@@ -1,1 +1,1 @@
-"""Inference: a sharded KV cache, prefill, decoding."""
+"""Inference: the sharded KV cache, prefill, decoding, and sessions of several turns."""

@@ -1,4 +1,4 @@
-"""A loaded model on its ranks: what every inference recipe builds first."""
+"""The `Engine`: a loaded model on its ranks, with the groups that share its sequence."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +19,16 @@ from longctx.parallel.comm import Comm, SingleRankComm
 from longctx.parallel.ring import Strategy
 from longctx.spd.plan import SPDPlan
 
+ATTENTION = "attention"  # purpose under which the context group counts attention's exchanges
+
 
 @dataclass(frozen=True)
 class Engine:
-    """A model, and the ranks that share its sequence: ulysses x ring, rank = ring rank * U + ulysses rank.
+    """A loaded model and the ranks that share its sequence: ulysses x ring, rank = ring rank * U + ulysses rank.
 
-    ``context`` is both together, for what the ranks tell each other; ``answers`` the same ranks once more, for
-    attention's own exchanges, so that its traffic counts those alone.  ``layers`` says whose layers it is made
-    of: megatron-core's ``local`` ones or Transformer Engine's (``te``).
+    ``context`` is the group of these ranks.  It carries control messages and, counted apart as `ATTENTION`, the
+    exchanges of tree decoding.  ``layers`` is the implementation of the model's layers: "local" for megatron-core's,
+    "te" for Transformer Engine's.
     """
 
     model: GPTModel
@@ -36,65 +38,74 @@ class Engine:
     ulysses: Comm = field(default_factory=SingleRankComm)
     ring: Comm = field(default_factory=SingleRankComm)
     context: Comm = field(default_factory=SingleRankComm)
-    answers: Comm = field(default_factory=SingleRankComm)
     layers: str = "local"
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Device of the model's parameters."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def rank(self) -> int:
+        """This rank among those that share the sequence."""
         return self.ring.rank * self.ulysses.size + self.ulysses.rank
 
     @property
     def ranks(self) -> int:
+        """Number of ranks that share the sequence."""
         return self.ring.size * self.ulysses.size
 
     @property
     def sent(self) -> int:
         """Bytes that this rank has sent to others for attention."""
-        return sum(comm.traffic.total for comm in (self.ulysses, self.ring, self.answers))
+        merged = self.context.traffic.purposes.get(ATTENTION, 0)
+        return self.ulysses.traffic.total + self.ring.traffic.total + merged
 
     def everywhere(self, strategy: Strategy) -> dict[int | None, Strategy]:
-        """``strategy`` for the layers of every window: what `run_pass` takes."""
+        """Return ``strategy`` for the layers of every window, as `run_pass` takes it."""
         return dict.fromkeys(self.shape.windows, strategy)
 
     def cache(self, tokens: int, more: int = 0) -> KVCache:
-        """An empty cache with room for this rank's share of ``tokens``, and for so many ``more`` of its own."""
+        """Return an empty cache with room for this rank's share of ``tokens``, plus ``more`` rows."""
         return KVCache(self.ring.size, self.ring.rank, -(-tokens // self.ring.size) + 2 + more)
 
 
 def load_engine(
-    here: Runtime,
+    runtime: Runtime,
     model: ModelSource,
     shape: ModelShape,
     folder: Path,
     kernel: str,
     plan: SPDPlan | None = None,
 ) -> Engine:
-    """``model``, sharded over ``here``'s mesh, with its weights read from ``folder``; its blocks follow ``plan``."""
-    layers = "local" if plan else layers_in_use(model.layers)
-    built = _loaded(here, here.groups, model, shape, folder, layers, plan)
-    comms = (here.tp, here.ulysses, here.ring, here.context, here.answers)
-    return Engine(built, shape, checked_kernel(kernel, here.device, model.dtype, shape.head_dim), *comms, layers)
+    """Load ``model`` from ``folder``, sharded over the mesh of ``runtime``; ``plan`` drops its reductions.
 
-
-def load_alone(here: Runtime, engine: Engine, model: ModelSource, folder: Path) -> Engine:
-    """The same model on this rank by itself; ``engine``'s own where it holds all of it.
-
-    With dropped reductions it is no function of a single rank: then on these tensor-parallel ranks by themselves.
+    Raises ValueError if ``kernel`` does not take the device, dtype or head dimension, or if a tensor is missing or left
+    over in ``folder``.
     """
-    built = engine.model
-    if isinstance(built.decoder.layers[0], SPDTransformerLayer):
-        return Engine(built, engine.shape, engine.kernel, tp=engine.tp, layers=engine.layers)
-    if here.mesh.tp > 1:
-        built = _loaded(here, here.alone, model, engine.shape, folder, engine.layers)
-    return Engine(built, engine.shape, engine.kernel, layers=engine.layers)
+    layers = "local" if plan else layers_in_use(model.layers)
+    net = _load_model(runtime, runtime.groups, model, shape, folder, layers, plan)
+    comms = (runtime.tp, runtime.ulysses, runtime.ring, runtime.context)
+    return Engine(net, shape, checked_kernel(kernel, runtime.device, model.dtype, shape.head_dim), *comms, layers)
 
 
-def _loaded(
-    here: Runtime,
+def load_alone(runtime: Runtime, engine: Engine, model: ModelSource, folder: Path) -> Engine:
+    """Return the same model on this rank alone, to compare with.
+
+    Without tensor parallelism it reuses the weights of ``engine``.  A model with dropped reductions depends on its
+    tensor-parallel degree, so it runs on this rank's tensor-parallel group, without context parallelism.
+    """
+    net = engine.model
+    if isinstance(net.decoder.layers[0], SPDTransformerLayer):
+        return Engine(net, engine.shape, engine.kernel, tp=engine.tp, layers=engine.layers)
+    if runtime.mesh.tp > 1:
+        net = _load_model(runtime, runtime.alone, model, engine.shape, folder, engine.layers)
+    return Engine(net, engine.shape, engine.kernel, layers=engine.layers)
+
+
+def _load_model(
+    runtime: Runtime,
     groups: Any,
     model: ModelSource,
     shape: ModelShape,
@@ -103,6 +114,6 @@ def _loaded(
     plan: SPDPlan | None = None,
 ) -> GPTModel:
     dtype = getattr(torch, model.dtype)
-    built = build_model(shape, groups, dtype=dtype, layers=layers, device=here.device, plan=plan)
-    hf_load.load(built, hf_load.Weights(folder, plan.dropped if plan else ()), shape)
-    return built
+    net = build_model(shape, groups, dtype=dtype, layers=layers, device=runtime.device, plan=plan)
+    hf_load.load(net, hf_load.Weights(folder, plan.dropped if plan else ()), shape)
+    return net

@@ -1,4 +1,4 @@
-"""What one-shot generation adds to a session: its prompts' logits against one rank's, and all ranks' figures."""
+"""Checks of a one-shot generation: the prompts' logits against those of one rank, and figures of all ranks."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,55 +8,60 @@ from longctx.config import Context, Sampling
 from longctx.infer.engine import Engine
 from longctx.infer.prefill import LayerDone
 from longctx.infer.session import Session, Turn, next_logits
-from longctx.shapes import Tensor
+from longctx.shapes import Float, Tensor
 
-_LOGIT_ROWS = 256  # rows compared at a time: 50 MB a side for a vocabulary of 49,152
+_LOGIT_ROWS = 256  # rows compared at a time: 50 MB of logits per model for a vocabulary of 49,152
 
 
 def logit_difference(
     engine: Engine,
     alone: Engine | None,
     prompts: Mapping[int, Sequence[int]],
-    made: Turn,
+    turn: Turn,
     layer_done: LayerDone = lambda: None,
     chunk: int | None = None,
 ) -> float | None:
-    """Largest difference of all prompts' logits from those that ``alone``, one rank by itself, computes.
+    """Return the largest absolute difference of all prompts' logits from those of ``alone``, the model on one rank.
 
-    ``alone`` is given on the first rank of the world (of a model with dropped reductions, on all its tensor-parallel
-    ranks), which returns the figure; all must call this.
-    ``made`` is a session's first turn, of ``prompts``, that kept its states; ``alone`` runs ``chunk`` rows at a time.
+    ``turn`` is the first turn of a session, over ``prompts``, run with ``keep_states``.  All ranks must call this.
+    ``alone`` is set on the first rank of the world only, which returns the difference; the others return None.  With
+    dropped reductions it is set on all ranks of the first tensor-parallel group.  ``alone`` prefills ``chunk`` rows at
+    a time.
     """
-    whole = _packed_states(engine, made)
-    if whole is None:
+    states = _gather_states(engine, turn)
+    if states is None:
         return None
-    lone, largest = None, torch.zeros((), device=engine.device)
+
+    # 1. The same prompts on one rank.
+    states_alone, largest = None, torch.zeros((), device=engine.device)
     if alone:
         session = Session(alone, Context(chunk=chunk), Sampling())
-        again = session.turn(prompts, dict.fromkeys(prompts, 0), layer_done=layer_done, keep_states=True)
-        lone = _packed_states(alone, again)
-    for begin in range(0, len(whole), _LOGIT_ROWS):
+        turn_alone = session.turn(prompts, dict.fromkeys(prompts, 0), layer_done=layer_done, keep_states=True)
+        states_alone = _gather_states(alone, turn_alone)
+
+    # 2. Compare logits, a block of rows at a time.
+    for begin in range(0, len(states), _LOGIT_ROWS):
         rows = slice(begin, begin + _LOGIT_ROWS)
-        ours = next_logits(engine, whole[rows])  # every tensor-parallel rank takes part in this one
-        if alone and lone is not None:
+        sharded = next_logits(engine, states[rows])  # all tensor-parallel ranks take part
+        if alone and states_alone is not None:
             # torch's maximum keeps a NaN, where Python's max may drop it.
-            largest = torch.maximum(largest, (ours - next_logits(alone, lone[rows])).abs().max())
+            largest = torch.maximum(largest, (sharded - next_logits(alone, states_alone[rows])).abs().max())
     return float(largest) if alone else None
 
 
-def _packed_states(engine: Engine, made: Turn) -> Tensor | None:
-    """Hidden states of all rows that ``made`` prefilled, on the first rank: one sequence behind the other."""
+def _gather_states(engine: Engine, turn: Turn) -> Float[Tensor, "s b hidden"] | None:
+    """Return the prefilled rows' hidden states on the first rank, packed by pass and sequence; None on the others."""
     passes, first = [], engine.rank == 0
-    for hidden, layout in made.passes:
-        leaving = [hidden, *[hidden[:0]] * (engine.ranks - 1)]
-        coming = [(layout.rows(rank) if first else 0, *hidden.shape[1:]) for rank in range(engine.ranks)]
-        parts = engine.context.all_to_all(leaving, coming)
+    for hidden, layout in turn.passes:
+        parts_to_send = [hidden, *[hidden[:0]] * (engine.ranks - 1)]
+        shapes = [(layout.rows(rank) if first else 0, *hidden.shape[1:]) for rank in range(engine.ranks)]
+        parts = engine.context.all_to_all(parts_to_send, shapes)
         if first:
             passes.append(layout.unshard(parts))
     return torch.cat(passes) if first else None
 
 
 def gather_figures(engine: Engine, figures: Sequence[int]) -> list[list[int]]:
-    """Every context rank's ``figures``, on every rank."""
+    """Return the ``figures`` of every context rank, in rank order, on every rank."""
     mine = torch.tensor(figures, dtype=torch.long, device=engine.device)
     return [x.tolist() for x in engine.context.all_gather(mine, [(len(figures),)] * engine.ranks)]

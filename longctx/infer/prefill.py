@@ -1,9 +1,9 @@
-"""One pass over new tokens against a sharded cache: a prompt's prefill, a later turn's, or one decoded token.
+"""One pass over new tokens with a sharded cache: the prefill of a prompt or of a later turn, or one decoded token.
 
-They differ in the layout of the new tokens alone: of a decoded token one rank has a row and the others none.
+The three differ only in the layout of the new tokens: one rank has the row of a decoded token, the others have none.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -13,88 +13,124 @@ from longctx.attention.mask import causal_within
 from longctx.attention.partial import empty_partial
 from longctx.attention.tiles import visible_tiles
 from longctx.infer.cache import Cache
-from longctx.infer.engine import Engine
+from longctx.infer.engine import ATTENTION, Engine
 from longctx.megatron.attention import Pass
 from longctx.megatron.model import hidden_states, rotary_angles
 from longctx.parallel.comm import doing
 from longctx.parallel.ring import Ring, Strategy, gather_merge
 from longctx.parallel.strategy import ring_attention
 from longctx.parallel.ulysses import over_heads, share_of_heads
-from longctx.shapes import Float, Positions, Tensor
+from longctx.shapes import Float, Int, Positions, Tensor
 
 LayerDone = Callable[[], None]
+Chunk = dict[int, list[int]]  # the new tokens of one pass, by sequence
 
 
 @torch.inference_mode()
 def run_pass(
     engine: Engine,
-    tokens: Tensor,
+    tokens: Int[Tensor, " total"],
     layout: Layout,
     cache: Cache,
     strategies: Mapping[int | None, Strategy],
     done: LayerDone = lambda: None,
 ) -> Float[Tensor, "s b hidden"]:
-    """Final hidden states of this rank's rows of ``tokens`` [total]; ``cache`` grows by all of them.
+    """Run the model over ``tokens`` [total] and return the final hidden states of this rank's rows.
 
-    ``layout`` deals the new tokens to ulysses x ring ranks, its documents being ``cache``'s sequences; positions
-    continue where they end.  ``strategies`` has one for the layers of each window.  ``done`` is called after each
-    layer's attention.
+    ``layout`` shards the new tokens over the ulysses x ring ranks.  Its documents are the sequences of ``cache``, and
+    their positions follow the cached ones.  ``cache`` grows by all new tokens.  ``strategies`` has the strategy for the
+    layers of each window.  ``done`` is called after each layer's attention.
+
+    Raises ValueError for inputs that the engine's kernel has not been tested exact on, or if the Ulysses degree does
+    not fit the heads.
     """
+    # 1. Queries and cached keys as layouts over the ring.
     layout = layout.after(cache.layout)
     queries = layout.gather(engine.ulysses.size)
     cache.extend(queries)
-    inner = {
+    ring_attention_by_window = {
         window: ring_attention(
             Ring(engine.ring, queries, cache.layout, causal_within(window)), engine.kernel, strategies[window]
         )
         for window in set(engine.shape.windows)
     }
+
+    # 2. Each layer attends over the cache, within Ulysses' exchange of heads for rows.
     first = engine.rank - engine.ulysses.rank
     rows = [layout.rows(first + member) for member in range(engine.ulysses.size)]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         def over_cache(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return inner[engine.shape.windows[layer]](q, *cache.append(layer, k, v))
+            return ring_attention_by_window[engine.shape.windows[layer]](q, *cache.append(layer, k, v))
 
         with doing(f"layer {layer}"):
             out = over_heads(engine.ulysses, rows, over_cache)(q, k, v)
         done()
         return out
 
-    mine = layout.shard(tokens, engine.rank)
-    return _hidden(engine, mine, layout.positions(engine.rank), Pass(attend=attend))
+    local_tokens = layout.shard(tokens, engine.rank)
+    return _hidden(engine, local_tokens, layout.positions(engine.rank), Pass(attend=attend))
 
 
 @torch.inference_mode()
 def run_replicated(
-    engine: Engine, tokens: Tensor, layout: Layout, cache: Cache, done: LayerDone = lambda: None
+    engine: Engine, tokens: Int[Tensor, " total"], layout: Layout, cache: Cache, done: LayerDone = lambda: None
 ) -> Float[Tensor, "s b hidden"]:
-    """Final hidden states of all ``tokens`` [total], on every rank, with one exchange a layer.
+    """Run the model over ``tokens`` [total] on every rank, with one exchange a layer, and return all hidden states.
 
-    For few rows: every rank projects them all, looks at the keys that it caches, and the answers meet (tree
-    attention's idea, arXiv 2408.04093).  ``layout`` says which ring rank caches which of them.
+    For few rows (tree attention, arXiv 2408.04093): every rank projects all rows and attends to the keys that it
+    caches, and one all-gather merges the partial results.  ``layout`` says which ring rank caches which rows.
     """
     layout = layout.after(cache.layout)
     cache.extend(layout)
     all_rows = layout.on_one_rank()
     queries, keys = all_rows.ranks[0], cache.layout.ranks[engine.ring.rank]
     tiles = {window: visible_tiles(queries, keys, causal_within(window)) for window in set(engine.shape.windows)}
-    cached_here = layout.index(engine.ring.rank).to(engine.device)
+    rows_to_cache = layout.index(engine.ring.rank).to(engine.device)
     degree, member = engine.ulysses.size, engine.ulysses.rank
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (share_of_heads(x, degree, member) for x in (q, k, v))
-        held = cache.append(layer, k[:, cached_here], v[:, cached_here])
-        seen = empty_partial(q)
-        attend_tiles(seen, q, *held, tiles[engine.shape.windows[layer]], engine.kernel)
-        with doing(f"layer {layer}"):
-            out = gather_merge(seen, engine.answers, degree).to(q.dtype)
+        keys_and_values = cache.append(layer, k[:, rows_to_cache], v[:, rows_to_cache])
+        partial = empty_partial(q)
+        attend_tiles(partial, q, *keys_and_values, tiles[engine.shape.windows[layer]], engine.kernel)
+        with doing(f"layer {layer}"), engine.context.traffic.counted_as(ATTENTION):
+            out = gather_merge(partial, engine.context, degree).to(q.dtype)
         done()
         return out
 
     return _hidden(engine, tokens, all_rows.positions(0), Pass(attend=attend))
 
 
-def _hidden(engine: Engine, tokens: Tensor, positions: Positions, one_pass: Pass) -> Float[Tensor, "s b hidden"]:
+def _hidden(
+    engine: Engine, tokens: Int[Tensor, " s"], positions: Positions, one_pass: Pass
+) -> Float[Tensor, "s b hidden"]:
     angles = rotary_angles(engine.shape, positions.to(engine.device))
     return hidden_states(engine.model, tokens.to(engine.device).unsqueeze(0), angles, one_pass)
+
+
+def split_into_chunks(new: Mapping[int, list[int]], max_tokens: int | None) -> Iterator[Chunk]:
+    """Yield all new tokens in order, ``max_tokens`` at a time (None: all at once), to bound activation memory.
+
+    Example: 5 tokens of sequence 0 and 2 of sequence 1, 4 at a time: first 4 of 0, then 1 of 0 with 2 of 1.
+    """
+    chunk: Chunk = {}
+    for i, tokens in new.items():
+        remaining = tokens
+        while remaining:
+            room = len(remaining) if max_tokens is None else max_tokens - _total(chunk)
+            chunk[i], remaining = remaining[:room], remaining[room:]
+            if max_tokens is not None and _total(chunk) == max_tokens:
+                yield chunk
+                chunk = {}
+    if chunk:
+        yield chunk
+
+
+def pack_tokens(chunk: Chunk) -> Int[Tensor, " total"]:
+    """Concatenate the tokens of all sequences in ``chunk``."""
+    return torch.tensor([token for tokens in chunk.values() for token in tokens])
+
+
+def _total(chunk: Mapping[int, Sequence[int]]) -> int:
+    return sum(map(len, chunk.values()))

@@ -1,9 +1,9 @@
-"""A conversation whose keys and values stay sharded over ranks between turns; of any number of sequences."""
+"""A session: conversations of several sequences, whose keys and values stay sharded over ranks between turns."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 
@@ -11,38 +11,40 @@ from longctx.attention.layout import LAYOUTS, Layout, contiguous, shard_balanced
 from longctx.config import Context, Sampling
 from longctx.infer.cache import BatchCache, KVCache
 from longctx.infer.engine import Engine
-from longctx.infer.prefill import LayerDone, run_pass, run_replicated
+from longctx.infer.prefill import Chunk, LayerDone, pack_tokens, run_pass, run_replicated, split_into_chunks
 from longctx.infer.sample import choose_token
 from longctx.megatron.model import logits
 from longctx.parallel.comm import doing
+from longctx.parallel.ring import Strategy
 from longctx.parallel.strategy import STRATEGIES
-from longctx.shapes import Tensor
+from longctx.shapes import Float, Tensor
 
-# (new tokens, cached tokens) of each sequence, the layers' window -> (name of the strategy, why it was chosen)
+# (new tokens by sequence, cached tokens by sequence, the layers' window) -> (strategy's name, reason for the choice)
 Chooser = Callable[[Sequence[int], Sequence[int], int | None], tuple[str, str]]
-Chunk = dict[int, list[int]]  # the tokens that sequences get in one pass
 
 
 @dataclass
 class Conversation:
-    """One sequence: all its tokens, and its cache, which may lack the last one that was decoded."""
+    """One sequence: all its tokens, and its cache, which lacks the last token if that was decoded."""
 
     cache: KVCache
     tokens: list[int] = field(default_factory=list)
 
     @property
     def cached(self) -> int:
+        """Number of cached tokens, over all ranks."""
         return self.cache.layout.total
 
 
 @dataclass
 class Turn:
-    """What a turn gave, by sequence, and what it took.
+    """Result of a turn: the decoded ``tokens`` by sequence, and its costs.
 
-    ``new`` and ``cached`` count its T and P tokens; ``passes`` are the hidden states of this rank's rows of the
-    prefill, with their layouts, where they were to be kept.  ``ttft_s`` runs from the start of the turn to its first
-    tokens, ``decode_s`` from there to the last, in ``steps`` steps.  Bytes are those that this rank sent to others for
-    attention.
+    ``new`` and ``cached`` are the prefilled tokens (T) and the tokens cached before (P), over all sequences.
+    ``strategy`` and ``why`` are the prefill's strategy and the reason for it.  ``ttft_s`` is the seconds from the start
+    of the turn to its first tokens, ``decode_s`` from there to the last ones, in ``steps`` steps.  Bytes are those that
+    this rank sent to others for attention.  ``passes`` are the hidden states of this rank's prefilled rows with their
+    layouts, if the turn was to keep them.
     """
 
     tokens: dict[int, list[int]]
@@ -59,15 +61,16 @@ class Turn:
 
     @property
     def ttit_s(self) -> float | None:
-        """Seconds from one token to the next; None where there was only one."""
+        """Seconds from one token to the next; None if the turn had no decode step."""
         return self.decode_s / self.steps if self.steps else None
 
 
 class Session:
-    """Sequences by number, all ranks of ``engine`` holding their share of each one's keys and values.
+    """Sequences by number, whose keys and values are sharded over the ranks of ``engine``.
 
-    Each turn's new tokens are sharded on their own, whatever the cached ones look like (arXiv 2411.01783, 3.5.1);
-    ``reserve`` tokens of room are made at once for a sequence.  Every rank must make the same calls.
+    Each turn's new tokens are sharded without regard to the cached ones (arXiv 2411.01783, 3.5.1).  ``choose`` picks
+    the strategy of each prefill; by default it is ``context.strategy``.  A new sequence's cache has room for at least
+    ``reserve`` tokens.  All ranks must make the same calls in the same order.
     """
 
     def __init__(
@@ -81,13 +84,13 @@ class Session:
     @property
     def rows_per_rank(self) -> list[int]:
         """Rows of all sequences that each ring rank caches."""
-        caches = [one.cache.layout for one in self.sequences.values()]
-        return [sum(layout.rows(rank) for layout in caches) for rank in range(self.engine.ring.size)]
+        layouts = [sequence.cache.layout for sequence in self.sequences.values()]
+        return [sum(layout.rows(rank) for layout in layouts) for rank in range(self.engine.ring.size)]
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of keys and values that this rank holds."""
-        return sum(one.cache.bytes for one in self.sequences.values())
+        """Bytes of keys and values that this rank caches."""
+        return sum(sequence.cache.bytes for sequence in self.sequences.values())
 
     def turn(
         self,
@@ -98,13 +101,19 @@ class Session:
         token_done: Callable[[Mapping[int, int]], None] = lambda _: None,
         keep_states: bool = False,
     ) -> Turn:
-        """Add ``prompts`` to their sequences (new ones begin), in one fused prefill, and decode them together.
+        """Append ``prompts`` to their sequences in one fused prefill, and decode the sequences together.
 
-        A sequence ends at its ``max_new_tokens``, or behind an end token.  If the turn fails, the session is as
-        it was before.  Raises ValueError for an empty prompt, a negative number, or more than the model's context.
+        A prompt of an unknown number starts a new sequence.  Decoding of a sequence stops at its ``max_new_tokens`` or
+        after an end token.  ``layer_done`` is called after each layer's attention in the prefill, ``token_done`` with
+        each step's tokens by sequence.  ``keep_states`` fills `Turn.passes`.
+
+        If the turn fails, the session is restored to its state before the turn.
+
+        Raises ValueError for no prompts, an empty prompt, negative ``max_new_tokens``, or more tokens than the model's
+        maximum.
         """
         self._refuse(prompts, max_new_tokens)
-        before = {i: (one.cache.layout, list(one.tokens)) for i, one in self.sequences.items()}
+        before = {i: (sequence.cache.layout, list(sequence.tokens)) for i, sequence in self.sequences.items()}
         try:
             barrier(self.engine)
             return self._turn(prompts, max_new_tokens, layer_done, token_done, keep_states)
@@ -113,33 +122,34 @@ class Session:
             raise
 
     def cache_for(self, tokens: int, decoded: int) -> KVCache:
-        """An empty cache for so many ``tokens``, and for what is then decoded, all of which one rank may get."""
+        """Return an empty cache for ``tokens`` prefilled tokens, plus ``decoded`` rows on every rank."""
         return self.engine.cache(max(self._reserve, tokens), decoded)
 
     def drop(self, sequence: int) -> None:
-        """Forget ``sequence`` and free what it cached.  Raises ValueError if there is none."""
+        """Remove ``sequence`` and free its cache.  Raises ValueError for an unknown number."""
         if sequence not in self.sequences:
-            raise ValueError(f"there is no sequence {sequence}: the session has {sorted(self.sequences) or 'none'}")
+            raise ValueError(f"sequence {sequence} is not in the session; it has {sorted(self.sequences) or 'none'}.")
         del self.sequences[sequence]
 
     def _refuse(self, prompts: Mapping[int, Sequence[int]], max_new_tokens: Mapping[int, int]) -> None:
         if not prompts:
-            raise ValueError("a turn needs a prompt: give at least one sequence some tokens")
-        most = self.engine.shape.max_positions
+            raise ValueError("The turn has no prompts; give at least one sequence some tokens.")
+        max_positions = self.engine.shape.max_positions
         for i, prompt in prompts.items():
-            there = len(self.sequences[i].tokens) if i in self.sequences else 0
+            so_far = len(self.sequences[i].tokens) if i in self.sequences else 0
             if not prompt:
-                raise ValueError(f"the prompt of sequence {i} is empty: give it some tokens")
+                raise ValueError(f"The prompt of sequence {i} is empty; give it some tokens.")
             if max_new_tokens[i] < 0:
-                raise ValueError(f"max_new_tokens={max_new_tokens[i]} of sequence {i}: use 0 or more")
-            if (total := there + len(prompt) + max_new_tokens[i]) > most:
+                raise ValueError(f"max_new_tokens={max_new_tokens[i]} of sequence {i} is negative; use 0 or more.")
+            if (total := so_far + len(prompt) + max_new_tokens[i]) > max_positions:
                 raise ValueError(
-                    f"sequence {i} would have {total:,} tokens ({there:,} so far, {len(prompt):,} new, "
-                    f"max_new_tokens={max_new_tokens[i]}), the model's context is {most:,}: "
-                    "ask for less, or begin a new session"
+                    f"sequence {i} would have {total:,} tokens ({so_far:,} so far, {len(prompt):,} new, "
+                    f"max_new_tokens={max_new_tokens[i]}), but the model's context is {max_positions:,}; "
+                    "use a shorter prompt or fewer max_new_tokens, or start a new session."
                 )
 
     def _restore(self, before: Mapping[int, tuple[Layout, list[int]]]) -> None:
+        """Remove the sequences that are not in ``before`` and rewind the others to its layouts and tokens."""
         for i in list(self.sequences):
             if i not in before:
                 del self.sequences[i]
@@ -156,6 +166,7 @@ class Session:
         token_done: Callable[[Mapping[int, int]], None],
         keep_states: bool,
     ) -> Turn:
+        # 1. Prefill, which gives the first tokens.
         sent, began = self.engine.sent, time.perf_counter()
         for i in prompts:
             if i not in self.sequences:
@@ -163,18 +174,21 @@ class Session:
         with doing("prefill"):
             turn, latest = self._prefill(prompts, layer_done, keep_states)
         turn.ttft_s, turn.prefill_bytes = time.perf_counter() - began, self.engine.sent - sent
-        going = {i: token for i, token in latest.items() if max_new_tokens[i]}
-        while going:
-            for i, token in going.items():
+
+        # 2. Decode, until every sequence has reached its limit or an end token.
+        latest = {i: token for i, token in latest.items() if max_new_tokens[i]}
+        self._append(latest)
+        while latest:
+            for i, token in latest.items():
                 turn.tokens[i].append(token)
-                self.sequences[i].tokens.append(token)
-            token_done(going)
+            token_done(latest)
             ends = self.engine.shape.end_tokens
-            going = {i: t for i, t in going.items() if t not in ends and len(turn.tokens[i]) < max_new_tokens[i]}
-            if going:
-                turn.steps += 1
-                with doing(f"decode, step {turn.steps}"):
-                    going = self.decode(going)
+            active = [i for i, t in latest.items() if t not in ends and len(turn.tokens[i]) < max_new_tokens[i]]
+            if not active:
+                break
+            turn.steps += 1
+            with doing(f"decode, step {turn.steps}"):
+                latest = self.decode(active)
         turn.decode_s = time.perf_counter() - began - turn.ttft_s
         turn.decode_bytes = self.engine.sent - sent - turn.prefill_bytes
         return turn
@@ -182,95 +196,102 @@ class Session:
     def _prefill(
         self, prompts: Mapping[int, Sequence[int]], done: LayerDone, keep_states: bool
     ) -> tuple[Turn, dict[int, int]]:
-        """The turn so far, and the token that follows each prompt."""
+        """Prefill the prompts in chunks; return the turn so far and the token that follows each prompt."""
+        # 1. The new tokens: the prompt, and before it the last decoded token if it is not cached.
         for i, prompt in prompts.items():
             self.sequences[i].tokens += prompt
         new = {i: self.sequences[i].tokens[self.sequences[i].cached :] for i in prompts}
-        turn = Turn({i: [] for i in prompts}, _total(new), sum(self.sequences[i].cached for i in prompts))
-        reasons: dict[str, str] = {}
+        turn = Turn(
+            {i: [] for i in prompts}, sum(map(len, new.values())), sum(self.sequences[i].cached for i in prompts)
+        )
+        reasons: dict[str, str] = {}  # by strategy
         following: dict[int, int] = {}
-        for chunk in _chunks(new, self.context.chunk):
+
+        # 2. A pass for each chunk, with strategies chosen for its numbers of tokens.
+        for chunk in split_into_chunks(new, self.context.chunk):
             lengths = [len(tokens) for tokens in chunk.values()]
-            cached, strategies = [self.sequences[i].cached for i in chunk], {}
-            for window in sorted(set(self.engine.shape.windows), key=lambda w: w or 0):
-                strategy, why = self._choose(lengths, cached, window)
-                strategies[window] = STRATEGIES[strategy]
-                reasons.setdefault(strategy, why)
-            layout = shard_balanced(lengths, LAYOUTS[self.context.layout], self.rows_per_rank).split(
-                self.engine.ulysses.size
-            )
-            hidden = run_pass(self.engine, _packed(chunk), layout, self._batch(chunk), strategies, done)
+            strategies = self._choose_strategies(lengths, [self.sequences[i].cached for i in chunk], reasons)
+            over_ring = shard_balanced(lengths, LAYOUTS[self.context.layout], self.rows_per_rank)
+            layout = over_ring.split(self.engine.ulysses.size)
+            hidden = run_pass(self.engine, pack_tokens(chunk), layout, self._batch(chunk), strategies, done)
             if keep_states:
                 turn.passes.append((hidden, layout))
-            following |= self._following(hidden, layout, chunk)
+            following |= self._next_tokens(hidden, layout, chunk)
         turn.strategy, turn.why = " and ".join(reasons), "; ".join(reasons.values())
         return turn, following
 
-    def decode(self, latest: Mapping[int, int]) -> dict[int, int]:
-        """The token that follows ``latest``, the last of each sequence's tokens: one step of all together (Alg. 4)."""
-        chunk = {i: [token] for i, token in latest.items()}
-        ring = shard_balanced([1] * len(chunk), contiguous, self.rows_per_rank)
+    def _choose_strategies(
+        self, lengths: Sequence[int], cached: Sequence[int], reasons: dict[str, str]
+    ) -> dict[int | None, Strategy]:
+        """Choose a strategy for the layers of each window; add each new choice and its reason to ``reasons``."""
+        strategies = {}
+        for window in sorted(set(self.engine.shape.windows), key=lambda w: w or 0):
+            strategy, why = self._choose(lengths, cached, window)
+            strategies[window] = STRATEGIES[strategy]
+            reasons.setdefault(strategy, why)
+        return strategies
+
+    def decode(self, sequences: Collection[int]) -> dict[int, int]:
+        """Decode the next token of each of ``sequences`` in one step (Alg. 4), append it and return it by sequence.
+
+        The step feeds each sequence's last token, which must not be cached yet: the one that a turn or the
+        previous call appended.
+        """
+        chunk = {i: self.sequences[i].tokens[-1:] for i in sequences}
+        assert all(len(self.sequences[i].tokens) == self.sequences[i].cached + 1 for i in chunk), "nothing to feed"
+        over_ring = shard_balanced([1] * len(chunk), contiguous, self.rows_per_rank)
         if self.context.decode == "gather_merge":
-            hidden = run_replicated(self.engine, _packed(chunk), ring, self._batch(chunk))
-            layout = ring.on_one_rank().place_on(0, self.engine.ranks)  # all have the rows, the first one speaks
+            hidden = run_replicated(self.engine, pack_tokens(chunk), over_ring, self._batch(chunk))
+            layout = over_ring.on_one_rank().place_on(0, self.engine.ranks)  # all have the rows, the first one samples
         else:
-            layout = ring.split(self.engine.ulysses.size)
+            layout = over_ring.split(self.engine.ulysses.size)
             strategies = self.engine.everywhere(STRATEGIES[self.context.decode])
-            hidden = run_pass(self.engine, _packed(chunk), layout, self._batch(chunk), strategies)
-        return self._following(hidden, layout, chunk)
+            hidden = run_pass(self.engine, pack_tokens(chunk), layout, self._batch(chunk), strategies)
+        following = self._next_tokens(hidden, layout, chunk)
+        self._append(following)
+        return following
+
+    def _append(self, tokens: Mapping[int, int]) -> None:
+        for i, token in tokens.items():
+            self.sequences[i].tokens.append(token)
 
     def _batch(self, chunk: Chunk) -> BatchCache:
         return BatchCache([self.sequences[i].cache for i in chunk], self.engine.ring.rank)
 
-    def _following(self, hidden: Tensor, layout: Layout, chunk: Chunk) -> dict[int, int]:
-        """The token that follows each sequence whose last token was in this pass; its row's rank tells the others."""
-        engine, lasts = self.engine, {}
-        for i, row in zip(chunk, accumulate(map(len, chunk.values())), strict=True):
+    def _next_tokens(self, hidden: Float[Tensor, "s b hidden"], layout: Layout, chunk: Chunk) -> dict[int, int]:
+        """Choose the token that follows each sequence whose last token was in this pass; the same on all ranks."""
+        engine = self.engine
+
+        # 1. The packed row of each such sequence's last token, and the ranks that hold these rows.
+        last_rows: dict[int, tuple[int, int]] = {}  # row -> (sequence, position)
+        for i, end in zip(chunk, accumulate(map(len, chunk.values())), strict=True):
             if self.sequences[i].cached == len(self.sequences[i].tokens):
-                lasts[row - 1] = (i, self.sequences[i].cached - 1)
+                last_rows[end - 1] = (i, self.sequences[i].cached - 1)
         rows = [layout.index(rank).tolist() for rank in range(engine.ranks)]
-        rows_per_rank = [[row for row in of_rank if row in lasts] for of_rank in rows]
-        chosen = []
-        for row in rows_per_rank[engine.rank]:
+        last_rows_by_rank = [[row for row in rank_rows if row in last_rows] for rank_rows in rows]
+
+        # 2. Each rank samples from the logits of its rows.
+        sampled = []
+        for row in last_rows_by_rank[engine.rank]:
             at = rows[engine.rank].index(row)
-            i, position = lasts[row]
+            i, position = last_rows[row]
             sampling = replace(self.sampling, seed=(self.sampling.seed + i) % 2**32)
-            chosen.append(choose_token(next_logits(engine, hidden[at : at + 1])[0, 0], sampling, position))
-        mine = torch.tensor(chosen, dtype=torch.long, device=hidden.device)
-        told = torch.cat(engine.context.all_gather(mine, [(len(of_rank),) for of_rank in rows_per_rank])).tolist()
-        by_row = dict(zip([row for of_rank in rows_per_rank for row in of_rank], told, strict=True))
-        return {i: by_row[row] for row, (i, _) in lasts.items()}
+            sampled.append(choose_token(next_logits(engine, hidden[at : at + 1])[0, 0], sampling, position))
+
+        # 3. All ranks get all tokens.
+        local = torch.tensor(sampled, dtype=torch.long, device=hidden.device)
+        shapes = [(len(rank_rows),) for rank_rows in last_rows_by_rank]
+        tokens = torch.cat(engine.context.all_gather(local, shapes)).tolist()
+        token_of = dict(zip(chain.from_iterable(last_rows_by_rank), tokens, strict=True))
+        return {i: token_of[row] for row, (i, _) in last_rows.items()}
 
 
 @torch.inference_mode()
-def next_logits(engine: Engine, hidden: Tensor) -> Tensor:
-    """float32 logits [s b v] of the rows of ``hidden``; every tensor-parallel rank takes part."""
+def next_logits(engine: Engine, hidden: Float[Tensor, "s b hidden"]) -> Float[Tensor, "s b v"]:
+    """Compute the float32 logits of the rows of ``hidden``; all tensor-parallel ranks must call this."""
     return logits(engine.model, hidden, engine.tp, engine.shape.vocab_size)
 
 
 def barrier(engine: Engine) -> None:
-    """Wait for the others, so that a clock started next does not count what they did before."""
+    """Wait for all ranks of the context group, so that a clock started next excludes their earlier work."""
     engine.context.all_gather(torch.zeros(1, device=engine.device), [(1,)] * engine.ranks)
-
-
-def _chunks(new: Mapping[int, list[int]], most: int | None) -> Iterator[Chunk]:
-    """All new tokens at once, or ``most`` at a time, in order, so that their activations fit."""
-    chunk: Chunk = {}
-    for i, tokens in new.items():
-        left = tokens
-        while left:
-            room = len(left) if most is None else most - _total(chunk)
-            chunk[i], left = left[:room], left[room:]
-            if most is not None and _total(chunk) == most:
-                yield chunk
-                chunk = {}
-    if chunk:
-        yield chunk
-
-
-def _total(chunk: Mapping[int, Sequence[int]]) -> int:
-    return sum(map(len, chunk.values()))
-
-
-def _packed(chunk: Chunk) -> Tensor:
-    return torch.tensor([token for tokens in chunk.values() for token in tokens])

@@ -1,4 +1,4 @@
-"""A session on disk: saved by any ranks, restored on any others, mid-conversation."""
+"""Sessions on disk: saved from any mesh and restored on any other, between two turns."""
 
 import json
 import os
@@ -18,175 +18,200 @@ from longctx.shapes import Tensor
 
 _VERSION = 2
 _INDEX = "session.json"
-_PIECE = 2**20  # bytes
+_READ_BYTES = 2**20
 
 
 def save(session: Session, folder: Path, model: str) -> None:
-    """Write ``session`` to ``folder``: an index, and a safetensors file of each rank's rows and heads.
+    """Write ``session`` to ``folder``: an index, and a safetensors file for each set of rows and KV heads.
 
-    ``model`` identifies the weights.  Every rank calls this; what was in ``folder`` before is replaced only when
-    all is written.
+    ``model`` identifies the weights.  All ranks must call this.  The old content of ``folder`` is replaced once
+    everything is written.
     """
+    # 1. A new folder beside the old one.
     engine = session.engine
-    coming = folder.with_name(folder.name + ".coming")
+    new_folder = folder.with_name(folder.name + ".coming")
     if engine.rank == 0 and engine.tp.rank == 0:
-        shutil.rmtree(coming, ignore_errors=True)
-        coming.mkdir(parents=True)
-    _all_ranks(session, [0])
-    written = _all_ranks(session, [engine.ring.rank, kv_heads(session)[0], *_write_rows(session, coming)])
+        shutil.rmtree(new_folder, ignore_errors=True)
+        new_folder.mkdir(parents=True)
+    _gather_numbers(session, [0])  # a barrier: the folder exists
+
+    # 2. Every rank's file, and on the first rank the index.
+    written = _gather_numbers(session, [engine.ring.rank, kv_heads(session)[0], *_write_rows(session, new_folder)])
     if engine.rank == 0 and engine.tp.rank == 0:
         index = {
             "version": _VERSION,
             "model": model,
             "dtype": str(next(engine.model.parameters()).dtype),
-            "tokens": {i: one.tokens for i, one in session.sequences.items()},
-            "cached": {i: one.cached for i, one in session.sequences.items()},
-            "files": {_name(*of): {"size": size, "crc32": crc} for *of, size, crc in written if size},
+            "tokens": {i: sequence.tokens for i, sequence in session.sequences.items()},
+            "cached": {i: sequence.cached for i, sequence in session.sequences.items()},
+            "files": {
+                _file_name(*rank_and_head): {"size": size, "crc32": crc}
+                for *rank_and_head, size, crc in written
+                if size
+            },
         }
-        (coming / _INDEX).write_text(json.dumps(index))
-        _replace(folder, coming)
-    _all_ranks(session, [0])
+        (new_folder / _INDEX).write_text(json.dumps(index))
+        _replace(folder, new_folder)
+    _gather_numbers(session, [0])  # a barrier: the session is saved
 
 
 def _write_rows(session: Session, folder: Path) -> tuple[int, int]:
-    """Write this rank's rows and heads to ``folder``; the bytes of the file and their checksum.
+    """Write this rank's rows and heads to ``folder`` and return the file's bytes and checksum.
 
-    Of members that cache the same KV head the first one writes; the others have no bytes.
+    If several Ulysses ranks cache the same KV head, only the first writes it; the others return (0, 0).
     """
     engine = session.engine
     if engine.ulysses.rank % max(1, engine.ulysses.size * engine.tp.size // engine.shape.kv_heads):
         return 0, 0
     tensors = {}
-    for i, one in session.sequences.items():
-        tensors[f"{i}.positions"] = one.cache.layout.positions(engine.ring.rank)
+    for i, sequence in session.sequences.items():
+        tensors[f"{i}.positions"] = sequence.cache.layout.positions(engine.ring.rank)
         for layer in range(engine.shape.layers):
-            keys, values = one.cache.layer(layer)
+            keys, values = sequence.cache.layer(layer)
             tensors |= {f"{i}.{layer}.k": keys[0].contiguous(), f"{i}.{layer}.v": values[0].contiguous()}
-    file = folder / _name(engine.ring.rank, kv_heads(session)[0])
+    file = folder / _file_name(engine.ring.rank, kv_heads(session)[0])
     save_file(tensors, file)
     return file.stat().st_size, _checksum(file)
 
 
-def _name(ring_rank: int, first_head: int) -> str:
+def _file_name(ring_rank: int, first_head: int) -> str:
     return f"ring{ring_rank}-heads{first_head}.safetensors"
 
 
 def _checksum(file: Path) -> int:
-    """CRC-32 of a file, read a piece at a time.
+    """Return the CRC-32 of a file.
 
-    It is there against accidents: it tells of a flipped byte for sure, of any other change but for one in four
-    billion, and is faster than disks are.  Whoever would forge a file could write the index as well.
+    It detects accidents: every flipped byte, and any other change except for one in four billion.  It is faster than
+    disks.  It does not detect forgery, since a forger can write the index too.
     """
     crc = 0
-    with file.open("rb") as pieces:
-        while piece := pieces.read(_PIECE):
-            crc = zlib.crc32(piece, crc)
+    with file.open("rb") as stream:
+        while data := stream.read(_READ_BYTES):
+            crc = zlib.crc32(data, crc)
     return crc
 
 
-def _replace(folder: Path, coming: Path) -> None:
-    going = folder.with_name(folder.name + ".going")
-    shutil.rmtree(going, ignore_errors=True)
+def _replace(folder: Path, new_folder: Path) -> None:
+    """Rename ``new_folder`` to ``folder``, and delete the old content only after that."""
+    old_folder = folder.with_name(folder.name + ".going")
+    shutil.rmtree(old_folder, ignore_errors=True)
     if folder.exists():
-        folder.rename(going)
-    coming.replace(folder)
-    shutil.rmtree(going, ignore_errors=True)
+        folder.rename(old_folder)
+    new_folder.replace(folder)
+    shutil.rmtree(old_folder, ignore_errors=True)
 
 
 def refuse_place(folder: Path) -> None:
-    """ValueError unless a session can be saved to ``folder``: a new one, an empty one, or one that has a session."""
+    """Raise ValueError unless ``folder`` is writable and is new, empty or a saved session."""
     if folder.exists() and not (folder.is_dir() and ((folder / _INDEX).is_file() or not any(folder.iterdir()))):
-        raise ValueError(f"session.save={folder} is there and is no session, and would be lost: give another folder")
-    near = next(parent for parent in folder.parents if parent.exists())
-    if not (near.is_dir() and os.access(near, os.W_OK)):
-        raise ValueError(f"session.save={folder} cannot be written: give a folder of yours")
+        raise ValueError(
+            f"session.save={folder} exists and is not a session; saving would delete it. Use another folder."
+        )
+    parent = next(parent for parent in folder.parents if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ValueError(f"session.save={folder} cannot be written; use a folder that you may write to.")
 
 
 def read_index(folder: Path, model: str, dtype: str) -> dict[str, Any]:
-    """The index of the session in ``folder``.
+    """Read the index of the session in ``folder`` and check the session's files against it.
 
-    Raises ValueError, saying what to do, if there is none, if a file of it is not as it was written, or if it is
-    of another model or dtype.
+    Raises ValueError if ``folder`` holds no session, if a file is missing or has changed since it was written, or if
+    the session is of another version, model or dtype.
     """
     try:
-        index = json.loads((folder / _INDEX).read_text())
-        version, of, kept_as, files = (index[name] for name in ("version", "model", "dtype", "files"))
+        index: dict[str, Any] = json.loads((folder / _INDEX).read_text())
+        version, saved_model, saved_dtype, files = (index[name] for name in ("version", "model", "dtype", "files"))
     except FileNotFoundError as error:
-        raise ValueError(f"session.load={folder} holds no session: give a folder that session.save wrote") from error
+        raise ValueError(f"session.load={folder} holds no session; use a folder that session.save wrote.") from error
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"session.load={folder}: {_INDEX} is torn ({error}): save the session again") from error
+        raise ValueError(f"session.load={folder}: {_INDEX} is corrupt ({error}); save the session again.") from error
     if version != _VERSION:
-        raise ValueError(f"session.load={folder} is of version {version}, this is {_VERSION}: save the session again")
-    if of != model:
-        raise ValueError(f"session.load={folder} is of another model ({of}, not {model}): use the one it was made with")
-    if kept_as != dtype:
-        raise ValueError(f"session.load={folder} is in {kept_as}, not {dtype}: set model.dtype to that")
-    for name, kept in files.items():
-        if fault := _fault(folder / name, **kept):
-            raise ValueError(f"session.load={folder}: {name} {fault}: save the session again")
+        raise ValueError(
+            f"session.load={folder} is of version {version}, this code reads {_VERSION}; save the session again."
+        )
+    if saved_model != model:
+        raise ValueError(
+            f"session.load={folder} is of another model ({saved_model}, not {model}); use the model it was saved with."
+        )
+    if saved_dtype != dtype:
+        name = saved_dtype.removeprefix("torch.")
+        raise ValueError(f"session.load={folder} is in {saved_dtype}, not {dtype}; set model.dtype={name}.")
+    for name, written in files.items():
+        if fault := _fault(folder / name, **written):
+            raise ValueError(f"session.load={folder}: {name} {fault}; save the session again.")
     return index
 
 
 def _fault(file: Path, size: int, crc32: int) -> str:
-    """What is wrong with a file that had so many bytes and that checksum; nothing if it still has."""
+    """Describe how ``file`` differs from one of ``size`` bytes and checksum ``crc32``; empty if it does not."""
     if not file.is_file() or file.stat().st_size != size:
-        return "is missing or torn"
+        return "is missing or truncated"
     return "" if _checksum(file) == crc32 else "has changed since it was saved"
 
 
 def load(session: Session, folder: Path, index: dict[str, Any]) -> None:
-    """Fill ``session`` with what ``folder`` holds, sharded over its ranks, however many there were before."""
+    """Add the sequences of ``folder`` to ``session``, sharded over its ranks, whatever mesh saved them.
+
+    Raises ValueError if a file cannot be read.
+    """
     engine = session.engine
     heads, rank = kv_heads(session), engine.ring.rank
     try:
         for i, tokens in index["tokens"].items():
             cached = index["cached"][i]
-            one = Conversation(session.cache_for(cached, 2), list(tokens))
-            one.cache.extend(shard_balanced([cached], LAYOUTS[session.context.layout], session.rows_per_rank))
-            positions = one.cache.layout.positions(rank)
+            sequence = Conversation(session.cache_for(cached, 2), list(tokens))
+            sequence.cache.extend(shard_balanced([cached], LAYOUTS[session.context.layout], session.rows_per_rank))
+            positions = sequence.cache.layout.positions(rank)
             for layer in range(engine.shape.layers):
-                kinds = (_rows(folder, index, f"{i}.{layer}.{kind}", i, positions, heads) for kind in "kv")
-                one.cache.append(layer, *(x.to(engine.device) for x in kinds))
-            session.sequences[int(i)] = one
+                keys_and_values = (
+                    _read_rows(folder, index, f"{i}.{layer}.{kind}", i, positions, heads) for kind in "kv"
+                )
+                sequence.cache.append(layer, *(x.to(engine.device) for x in keys_and_values))
+            session.sequences[int(i)] = sequence
     except SafetensorError as error:
-        raise ValueError(f"session.load={folder} is torn ({error}): save the session again") from error
+        raise ValueError(f"session.load={folder} is corrupt ({error}); save the session again.") from error
 
 
 def kv_heads(session: Session) -> range:
-    """The model's KV heads that this rank caches."""
+    """Return the range of the model's KV heads that this rank caches."""
     engine = session.engine
     per_tp, degree = engine.shape.kv_heads // engine.tp.size, engine.ulysses.size
     first = engine.tp.rank * per_tp + engine.ulysses.rank * per_tp // degree
     return range(first, first + max(1, per_tp // degree))
 
 
-def _rows(folder: Path, index: dict[str, Any], name: str, i: str, positions: Tensor, heads: Sequence[int]) -> Tensor:
-    """Keys or values [1 rows heads d] at ``positions``, from whichever files have them."""
+def _read_rows(
+    folder: Path, index: dict[str, Any], name: str, i: str, positions: Tensor, heads: Sequence[int]
+) -> Tensor:
+    """Read keys or values, [1 rows heads d], of sequence ``i`` at ``positions``, from all files that have some."""
     out: Tensor | None = None
     for file in index["files"]:
         begin = int(file.partition("heads")[2].partition(".")[0])
+        # 1. The heads that the file and this rank have in common.
         with safe_open(folder / file, "pt") as tensors:
-            there = tensors.get_tensor(f"{i}.positions")
-            kept = tensors.get_slice(name)
-            shape = kept.get_shape()
-            common = [head for head in heads if begin <= head < begin + shape[1]]
+            file_positions = tensors.get_tensor(f"{i}.positions")
+            stored = tensors.get_slice(name)
+            _, file_heads, head_dim = stored.get_shape()
+            common = [head for head in heads if begin <= head < begin + file_heads]
             if not common:
                 continue
-            held = kept[:, common[0] - begin : common[-1] + 1 - begin]
+            file_rows = stored[:, common[0] - begin : common[-1] + 1 - begin]
         if out is None:
-            out = held.new_empty(1, len(positions), len(heads), shape[2])
-        found = torch.isin(positions, there)
-        order = there.argsort()
-        rows = order[torch.searchsorted(there[order], positions[found])]
-        out[0, found.nonzero().flatten(), common[0] - heads[0] : common[-1] + 1 - heads[0]] = held[rows]
+            out = file_rows.new_empty(1, len(positions), len(heads), head_dim)
+
+        # 2. Of these, the rows at this rank's positions.
+        in_file = torch.isin(positions, file_positions)
+        order = file_positions.argsort()
+        rows = order[torch.searchsorted(file_positions[order], positions[in_file])]
+        out[0, in_file.nonzero().flatten(), common[0] - heads[0] : common[-1] + 1 - heads[0]] = file_rows[rows]
     assert out is not None, "no file has these heads"
     return out
 
 
-def _all_ranks(session: Session, mine: list[int]) -> list[list[int]]:
-    """Every rank's ``mine``, of as many numbers each, once all ranks have come to this line."""
+def _gather_numbers(session: Session, local: list[int]) -> list[list[int]]:
+    """Return every rank's ``local`` numbers, as many on each rank; also a barrier for all ranks."""
     engine = session.engine
-    numbers = torch.tensor([mine], device=engine.device)
+    numbers = torch.tensor([local], device=engine.device)
     for comm in (engine.tp, engine.context):
         numbers = torch.cat(comm.all_gather(numbers, [tuple(numbers.shape)] * comm.size))
     return numbers.tolist()

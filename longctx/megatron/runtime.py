@@ -1,4 +1,4 @@
-"""One place that starts and stops process groups."""
+"""Process groups of a rank: created, used and destroyed in one context manager."""
 
 import datetime
 import warnings
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,13 +15,13 @@ from torch.distributed.rendezvous import rendezvous
 
 from longctx.config import Mesh
 from longctx.megatron.cpu_shim import let_training_run
-from longctx.parallel.comm import Comm, DistComm, SingleRankComm, naming_collectives
+from longctx.parallel.comm import Comm, DistComm, SingleRankComm, name_failed_collectives
 from longctx.parallel.launch import Rank
 
-# megatron-core's advice for GPUs, given on CPUs and without gradients too.
+# megatron-core's advice for GPUs, which it also gives on CPUs and without gradients.
 _ADVICE = ("When using async grad allreduce it is recommended to set the environment variable",)
-# What torch says of the calls that megatron-core's optimizer, recompute and checkpoints make.
-_OF_ITS_OWN_CALLS = (
+# torch's warnings about calls that megatron-core's optimizer, recomputation and checkpoints make.
+_TRAINING_WARNINGS = (
     "`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
     "`load_state_dict` is deprecated",
     "Please use DTensor instead",
@@ -30,34 +29,33 @@ _OF_ITS_OWN_CALLS = (
     "When using sequence parallelism it is recommended to set the environment variable",
 )
 
-_MEETINGS: dict[str, tuple[dist.Store, Iterator[int]]] = {}
+# By init method: the store at which the ranks meet, and the numbers of the process groups that used it.
+_STORES: dict[str, tuple[dist.Store, Iterator[int]]] = {}
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A rank among its groups.
+    """A rank with its device and its groups.
 
-    ``tp`` shares each layer's weights; ``ulysses`` and ``ring`` share the sequence, ``context`` is both together
-    (rank = ring rank * ulysses size + ulysses rank), and ``answers`` the same once more, to count attention's own
-    exchanges apart from what ranks tell each other; ``world`` are all ranks.  ``groups`` are megatron-core's,
-    ``alone`` the same kind for this rank by itself.
+    The ranks of ``tp`` share each layer's weights.  The ranks of ``ulysses`` and ``ring`` share the sequence, and
+    ``context`` is the group of both (rank = ring rank * ulysses size + ulysses rank).  ``world`` is all ranks.
+    ``groups`` is megatron-core's `ProcessGroupCollection` of the mesh, and ``alone`` one of this rank only.
     """
 
     rank: Rank
     mesh: Mesh
     device: torch.device
-    groups: Any
-    alone: Any
+    groups: ProcessGroupCollection
+    alone: ProcessGroupCollection
     tp: Comm
     ulysses: Comm
     ring: Comm
     context: Comm
-    answers: Comm
     world: Comm
 
 
 @contextmanager
-def runtime(
+def open_runtime(
     rank: Rank,
     mesh: Mesh,
     *,
@@ -66,24 +64,32 @@ def runtime(
     timeout_minutes: int = 30,
     training: bool = False,
 ) -> Iterator[Runtime]:
-    """Process groups of ``mesh`` while the block runs: gloo for ``device`` cpu, NCCL for cuda.
+    """Create the process groups of ``mesh`` for the block, and destroy them after it.
 
-    ``training`` also makes megatron-core's training machinery run where there is no CUDA.
+    ``device`` is "cpu" (gloo) or "cuda" (NCCL; local ranks take the GPUs in turn).  ``threads`` are torch's.
+    ``training`` also makes megatron-core's training code run on machines without CUDA.
 
-    A collective that a silent rank keeps waiting for ``timeout_minutes`` raises; a dead rank is noticed at once.  What
-    was waited for is in the `LostPeer`.
-    An error leaves the groups as they are, for the process to end with: taking them down would wait for others.
-    Raises ValueError if the launcher started another number of ranks than ``mesh`` has.
+    A collective raises `LostPeer` at once if a rank has died, and after ``timeout_minutes`` if a rank does not answer.
+    After an error the groups are not destroyed, because that would wait for the other ranks; the process must end.
+
+    Raises ValueError if the number of started ranks is not the mesh's.
     """
     if rank.world_size != mesh.ranks:
-        raise ValueError(f"{rank.world_size} ranks were started, the mesh has {mesh.ranks} ({mesh})")
+        raise ValueError(
+            f"{rank.world_size} ranks were started, but the mesh has {mesh.ranks} ({mesh}); "
+            f"start {mesh.ranks} ranks, or use a mesh of {rank.world_size}."
+        )
+
+    # 1. The device, and megatron-core's training code on CPUs.
     torch.set_num_threads(threads)
     if training:
         let_training_run()
-    here = torch.device("cpu")
+    torch_device = torch.device("cpu")
     if device == "cuda":
-        here = torch.device("cuda", rank.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(here)
+        torch_device = torch.device("cuda", rank.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(torch_device)
+
+    # 2. The group of all ranks.
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",
         store=_fresh_store(rank, datetime.timedelta(minutes=timeout_minutes)),
@@ -91,41 +97,50 @@ def runtime(
         world_size=rank.world_size,
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
-    with warnings.catch_warnings(), naming_collectives():
-        for message in (*_ADVICE, *(_OF_ITS_OWN_CALLS if training else ())):
+
+    # 3. The mesh's groups, for the block.
+    with warnings.catch_warnings(), name_failed_collectives():
+        for message in (*_ADVICE, *(_TRAINING_WARNINGS if training else ())):
             warnings.filterwarnings("ignore", message=message)
-        groups = _groups(rank, mesh, here, timeout_minutes)
+        rank_runtime = _create_groups(rank, mesh, torch_device, timeout_minutes)
         if training:
-            _track_generators(here)
-        yield groups
+            _track_generators(torch_device)
+        yield rank_runtime
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
 
-def _fresh_store(rank: Rank, timeout: datetime.timedelta) -> dist.Store:
-    """Where ranks find each other: of ranks that a launcher started, which come here again, each time another part.
+runtime = open_runtime
 
-    In the same one they would find the addresses of the time before.  The store itself stays: rank 0 serves it.
+
+def _fresh_store(rank: Rank, timeout: datetime.timedelta) -> dist.Store:
+    """Return a key-value store at which the ranks exchange addresses, with a key prefix that is new at each call.
+
+    Launched ranks create process groups repeatedly.  Under the same keys they would find the addresses of earlier
+    groups.  The store itself stays open, because rank 0 serves it.
     """
-    if rank.init_method not in _MEETINGS:
-        _MEETINGS[rank.init_method] = (
+    if rank.init_method not in _STORES:
+        _STORES[rank.init_method] = (
             next(rendezvous(rank.init_method, rank.rank, rank.world_size, timeout=timeout))[0],
             count(),
         )
-    store, times = _MEETINGS[rank.init_method]
+    store, numbers = _STORES[rank.init_method]
     store.set_timeout(timeout)
-    return dist.PrefixStore(f"longctx/{next(times)}", store)
+    return dist.PrefixStore(f"longctx/{next(numbers)}", store)
 
 
 def _track_generators(device: torch.device) -> None:
-    """What megatron-core's tensor-parallel layers ask for, though nothing is drawn here: there is no dropout."""
+    """Initialise the random states that megatron-core's tensor-parallel layers require.
+
+    Nothing is drawn from them, because there is no dropout.
+    """
     if device.type == "cuda":
         tensor_parallel.model_parallel_cuda_manual_seed(0)
     else:
         tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
 
 
-def _groups(rank: Rank, mesh: Mesh, device: torch.device, timeout_minutes: int) -> Runtime:
+def _create_groups(rank: Rank, mesh: Mesh, device: torch.device, timeout_minutes: int) -> Runtime:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=mesh.tp,
         pipeline_model_parallel_size=mesh.pp,
@@ -135,12 +150,12 @@ def _groups(rank: Rank, mesh: Mesh, device: torch.device, timeout_minutes: int) 
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     ulysses, ring = parallel_state.get_hierarchical_context_parallel_groups()
-    everybody = dist.group.WORLD
-    assert everybody is not None
+    world = dist.group.WORLD
+    assert world is not None
     own = dist.new_group([rank.rank], use_local_synchronization=True)
-    # A model that runs on this rank by itself asks for these groups only.
+    # The groups that a model on a single rank uses.
     alone = ProcessGroupCollection(tp=own, cp=own, pp=own, embd=own, ep=own, tp_cp=own)
-    comms = (_comm(group) for group in (groups.tp, ulysses, ring, groups.cp, groups.cp, everybody))
+    comms = (_comm(group) for group in (groups.tp, ulysses, ring, groups.cp, world))
     return Runtime(rank, mesh, device, groups, alone, *comms)
 
 

@@ -1,1 +1,1 @@
-"""Who talks to whom: groups of ranks as values, the ring, Ulysses, and the strategies built from them."""
+"""Communication: groups of ranks, ring attention, Ulysses, their composition, and the launch of ranks."""

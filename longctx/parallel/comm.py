@@ -1,7 +1,7 @@
-"""A group of ranks is a value: `Comm`, on torch.distributed (gloo, NCCL) or on nobody at all.
+"""`Comm`, a group of ranks as seen from one of them: over torch.distributed (gloo, NCCL), or of a single rank.
 
-Shapes are not exchanged: every rank knows every layout, so the receiver says what will come.  Tensors of
-zero elements are not sent.  What is sent to others is counted in ``traffic``.
+Ranks do not exchange shapes: every rank knows every layout, so the receiver states the shapes that will arrive.
+Tensors of zero elements are not sent.  ``traffic`` counts what a rank sends to other ranks.
 """
 
 import traceback
@@ -18,12 +18,15 @@ Shape = tuple[int, ...]
 
 
 class LostPeer(ConnectionError):
-    """Another rank of the group has gone; says which, and what was being done (`doing`) when it was missed."""
+    """A rank of the group ended or stopped answering.
+
+    The message names the rank, or the two that it can be, and what this rank was `doing` when it noticed.
+    """
 
 
 @contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Add ``what`` to the words of a `LostPeer` that is raised inside."""
+    """Append ``what`` to the message of a `LostPeer` that is raised inside the block."""
     try:
         yield
     except LostPeer as lost:
@@ -32,115 +35,151 @@ def doing(what: str) -> Iterator[None]:
 
 @dataclass
 class Traffic:
-    """What a rank has sent to others: bytes and messages, by operation."""
+    """Bytes and messages that a rank has sent to other ranks, by operation.
+
+    ``purposes`` counts the bytes that were sent inside `counted_as` once more, by its argument.
+    """
 
     bytes: dict[str, int] = field(default_factory=dict)
     messages: dict[str, int] = field(default_factory=dict)
+    purposes: dict[str, int] = field(default_factory=dict)
+    _purpose: str | None = field(default=None, repr=False, compare=False)
+
+    @contextmanager
+    def counted_as(self, purpose: str) -> Iterator[None]:
+        """Count the bytes that are sent inside the block under ``purpose`` too."""
+        self._purpose, before = purpose, self._purpose
+        try:
+            yield
+        finally:
+            self._purpose = before
 
     def count(self, operation: str, sent: Sequence[Tensor]) -> None:
+        """Count the tensors ``sent`` to other ranks; an empty tensor is no message."""
         sizes = [x.numel() * x.element_size() for x in sent if x.numel()]
         self.bytes[operation] = self.bytes.get(operation, 0) + sum(sizes)
         self.messages[operation] = self.messages.get(operation, 0) + len(sizes)
+        if self._purpose is not None:
+            self.purposes[self._purpose] = self.purposes.get(self._purpose, 0) + sum(sizes)
 
     @property
     def total(self) -> int:
+        """Bytes of all operations."""
         return sum(self.bytes.values())
 
 
 @runtime_checkable
 class Pending(Protocol):
-    """Tensors on their way; what travels is read-only until ``wait`` has returned."""
+    """Tensors in flight.  Do not write to the tensors that were sent before ``wait`` has returned."""
 
-    def wait(self) -> tuple[Tensor, ...]: ...
+    def wait(self) -> tuple[Tensor, ...]:
+        """Wait for the received tensors and return them.  Raises `LostPeer` if a neighbour has gone."""
+        ...
 
 
 @runtime_checkable
 class Comm(Protocol):
-    """A group of ranks, seen from one of them."""
+    """A group of ranks, seen from one of them: ``rank`` of ``size``.  All members make the same calls in order."""
 
     rank: int
     size: int
     traffic: Traffic
 
-    def shift(self, *mine: Tensor, coming: Sequence[Shape]) -> Pending:
-        """Send ``mine`` to the next rank; the previous rank's tensors, of shapes ``coming``, come in."""
+    def shift(self, *mine: Tensor, shapes: Sequence[Shape]) -> Pending:
+        """Start sending ``mine`` to the next rank and receiving the previous rank's tensors, which have ``shapes``.
+
+        Raises `LostPeer` if a neighbour has gone.
+        """
         ...
 
-    def all_to_all(self, parts: Sequence[Tensor], coming: Sequence[Shape]) -> list[Tensor]:
-        """Send ``parts[i]`` to rank i; entry i of the answer is what rank i sent here."""
+    def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        """Send ``parts[i]`` to rank i and return what each rank sent, in rank order; ``shapes[i]`` is its shape.
+
+        Raises `LostPeer` if a rank has gone.
+        """
         ...
 
     def all_gather(self, mine: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
-        """Everybody's tensor; ``shapes[i]`` is that of rank i."""
+        """Return every rank's ``mine``, in rank order; ``shapes[i]`` is the shape of rank i's tensor.
+
+        Raises `LostPeer` if a rank has gone.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class CompletedPending:
-    """A `Pending` whose tensors are here."""
+    """A `Pending` whose tensors have already arrived."""
 
     tensors: tuple[Tensor, ...]
 
     def wait(self) -> tuple[Tensor, ...]:
+        """Return the tensors at once."""
         return self.tensors
 
 
 @dataclass
 class SingleRankComm:
-    """A group of one, which has nobody to talk to."""
+    """A group of one rank, which sends nothing."""
 
     rank: int = 0
     size: int = 1
     traffic: Traffic = field(default_factory=Traffic)
 
-    def shift(self, *mine: Tensor, coming: Sequence[Shape]) -> Pending:
+    def shift(self, *mine: Tensor, shapes: Sequence[Shape]) -> Pending:
+        """Fail: a ring of one has no hops."""
         raise AssertionError("a ring of one communicates nothing")
 
-    def all_to_all(self, parts: Sequence[Tensor], coming: Sequence[Shape]) -> list[Tensor]:
+    def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        """Return the rank's own part."""
         return list(parts)
 
     def all_gather(self, mine: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+        """Return the rank's own tensor."""
         return [mine]
 
 
 @dataclass(frozen=True)
 class _InFlight:
     works: Sequence[dist.Work]
-    coming: tuple[Tensor, ...]
-    # The backend reads these until it is done: dropping them early would free their memory under it.
-    leaving: tuple[Tensor, ...]
-    neighbours: str
+    received: tuple[Tensor, ...]
+    # The backend reads the sent tensors until the work is done.  This reference keeps their memory alive.
+    sent: tuple[Tensor, ...]
+    peers: str
 
     def wait(self) -> tuple[Tensor, ...]:
-        with _noticing(self.neighbours):
+        with _raise_lost_peer(self.peers):
             for work in self.works:
                 work.wait()
-        return self.coming
+        return self.received
 
 
 @contextmanager
-def _noticing(peers: str) -> Iterator[None]:
-    """What torch.distributed raises when a connection breaks, or stays silent, as a `LostPeer` among ``peers``."""
+def _raise_lost_peer(peers: str) -> Iterator[None]:
+    """Turn torch.distributed's error for a broken or timed-out connection into a `LostPeer` that names ``peers``."""
     try:
         yield
     except RuntimeError as error:
-        silent = " (silent for longer than timeout_minutes allows)" if "imed out" in str(error) else ""
+        silent = " (no answer within timeout_minutes)" if "imed out" in str(error) else ""
         raise LostPeer(f"lost {peers}{silent}") from error
 
 
 @contextmanager
-def naming_collectives() -> Iterator[None]:
-    """Collectives of others' code (megatron-core's) that fail, as a `LostPeer` that says which, and of which ranks."""
+def name_failed_collectives() -> Iterator[None]:
+    """Turn the failure of a torch.distributed collective inside the block into a `LostPeer`.
+
+    For collectives that other code calls (megatron-core's).  The message names the collective and its ranks,
+    which come from the traceback: the innermost torch.distributed frame with a ``group``.
+    """
     try:
         yield
     except RuntimeError as error:
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if "group" in frame.f_locals]
-        called = [frame for frame in frames if frame.f_code.co_filename == dist.distributed_c10d.__file__]
-        if not called:
+        collectives = [frame for frame in frames if frame.f_code.co_filename == dist.distributed_c10d.__file__]
+        if not collectives:
             raise
-        ranks = dist.get_process_group_ranks(called[-1].f_locals["group"])
-        who = ", ".join(map(str, ranks))
-        raise LostPeer(f"{called[-1].f_code.co_name} of ranks {who} failed: {error}") from error
+        ranks = ", ".join(map(str, dist.get_process_group_ranks(collectives[-1].f_locals["group"])))
+        raise LostPeer(f"{collectives[-1].f_code.co_name} of ranks {ranks} failed: {error}") from error
 
 
 class DistComm:
@@ -152,41 +191,46 @@ class DistComm:
         self.size: int = group.size()
         self.traffic = Traffic()
 
-    def shift(self, *mine: Tensor, coming: Sequence[Shape]) -> Pending:
-        leaving = tuple(x.contiguous() for x in mine)
-        arriving = tuple(x.new_empty(shape) for x, shape in zip(mine, coming, strict=True))
-        self.traffic.count("shift", leaving)
+    def shift(self, *mine: Tensor, shapes: Sequence[Shape]) -> Pending:
+        """Start sending ``mine`` to the next rank and receiving the previous rank's tensors, which have ``shapes``."""
+        sent = tuple(x.contiguous() for x in mine)
+        received = tuple(x.new_empty(shape) for x, shape in zip(mine, shapes, strict=True))
+        self.traffic.count("shift", sent)
         following, previous = (self.rank + 1) % self.size, (self.rank - 1) % self.size
-        ops = [self._p2p(dist.irecv, x, previous) for x in arriving if x.numel()]
-        ops += [self._p2p(dist.isend, x, following) for x in leaving if x.numel()]
-        neighbours = self._named({previous, following})
-        with _noticing(neighbours):
-            works = dist.batch_isend_irecv(ops) if ops else []
-        return _InFlight(works, arriving, leaving, neighbours)
+        ops = [self._p2p(dist.irecv, x, previous) for x in received if x.numel()]
+        ops += [self._p2p(dist.isend, x, following) for x in sent if x.numel()]
+        return self._start(ops, received, sent, {previous, following})
 
-    def _named(self, members: set[int]) -> str:
-        """Members as the ranks that the user knows: those of the world."""
+    def _start(
+        self, ops: list[dist.P2POp], received: tuple[Tensor, ...], sent: tuple[Tensor, ...], peers: set[int]
+    ) -> _InFlight:
+        names = self._world_ranks(peers)
+        with _raise_lost_peer(names):
+            works = dist.batch_isend_irecv(ops) if ops else []
+        return _InFlight(works, received, sent, names)
+
+    def _world_ranks(self, members: set[int]) -> str:
+        """Name group members by their world ranks, which are the ones that users see: "rank 2 or 5"."""
         ranks = sorted(dist.get_global_rank(self.group, member) for member in members)
         return f"rank {' or '.join(map(str, ranks))}"
 
     def _p2p(self, op: Callable[..., Any], x: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(op, x, group=self.group, group_peer=peer)
 
-    def all_to_all(self, parts: Sequence[Tensor], coming: Sequence[Shape]) -> list[Tensor]:
-        # Messages from rank to rank, in place of the backend's own: gloo's all-to-all of uneven parts takes twice as
-        # long on a slow link, and both would have the parts packed into one tensor first.
+    def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        """Send ``parts[i]`` to rank i and return what each rank sent, in rank order; ``shapes[i]`` is its shape."""
+        # Point-to-point messages, not the backend's all-to-all: gloo's takes twice as long for uneven parts on a
+        # slow link, and both backends need the parts packed into one tensor first.
         others = [other for other in range(self.size) if other != self.rank]
-        leaving = {other: parts[other].contiguous() for other in others if parts[other].numel()}
-        self.traffic.count("all_to_all", list(leaving.values()))
-        arriving = [x.new_empty(shape) for x, shape in zip(parts, coming, strict=True)]
-        arriving[self.rank] = parts[self.rank]
-        ops = [self._p2p(dist.irecv, arriving[other], other) for other in others if arriving[other].numel()]
-        ops += [self._p2p(dist.isend, x, other) for other, x in leaving.items()]
-        neighbours = self._named(set(others))
-        with _noticing(neighbours):
-            works = dist.batch_isend_irecv(ops) if ops else []
-        return list(_InFlight(works, tuple(arriving), tuple(leaving.values()), neighbours).wait())
+        sent = {other: parts[other].contiguous() for other in others if parts[other].numel()}
+        self.traffic.count("all_to_all", list(sent.values()))
+        received = [x.new_empty(shape) for x, shape in zip(parts, shapes, strict=True)]
+        received[self.rank] = parts[self.rank]
+        ops = [self._p2p(dist.irecv, received[other], other) for other in others if received[other].numel()]
+        ops += [self._p2p(dist.isend, x, other) for other, x in sent.items()]
+        return list(self._start(ops, tuple(received), tuple(sent.values()), set(others)).wait())
 
     def all_gather(self, mine: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
-        # gloo's own all-gather refuses parts of different length; the bytes are the same this way.
+        """Return every rank's ``mine``, in rank order; ``shapes[i]`` is the shape of rank i's tensor."""
+        # gloo's all-gather refuses tensors of different length.  Sending to each rank costs the same bytes.
         return self.all_to_all([mine] * self.size, shapes)

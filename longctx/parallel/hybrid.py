@@ -1,4 +1,4 @@
-"""Ulysses x ring over a layout, composed: what the layers of a sharded model attend with."""
+"""Hybrid Ulysses x ring attention over a layout: the attention of the layers of a sharded model."""
 
 from dataclasses import dataclass
 
@@ -14,22 +14,24 @@ from longctx.parallel.ulysses import Attention, over_heads
 
 @dataclass(frozen=True)
 class Hybrid:
-    """A sequence shared by ulysses x ring ranks; ``rows`` are those of this Ulysses group's members.
+    """A sequence that is sharded over ulysses x ring ranks (arXiv 2405.07719, Alg. 1), seen from one of them.
 
-    Source: arXiv 2405.07719, Alg. 1.  Rank = ring rank * U + ulysses rank.
+    ``rows[u]`` is the number of rows of member u of this rank's Ulysses group.  Rank = ring rank * ulysses size +
+    ulysses rank.
     """
 
     ulysses: Comm
     ring: Ring
     rows: tuple[int, ...]
 
-    def attention(self, kernel: Kernel, strategy: Strategy, kept: list[Partial] | None = None) -> Attention:
-        """Differentiable attention over the shared sequence; ``kept`` is `ring_attention`'s."""
-        return over_heads(self.ulysses, self.rows, ring_attention(self.ring, kernel, strategy, kept=kept))
+    def attention(self, kernel: Kernel, strategy: Strategy, saved_forward: list[Partial] | None = None) -> Attention:
+        """Return differentiable attention over the whole sequence; see `ring_attention` for ``saved_forward``."""
+        inner = ring_attention(self.ring, kernel, strategy, saved_forward=saved_forward)
+        return over_heads(self.ulysses, self.rows, inner)
 
 
 def hybrid(ulysses: Comm, ring: Comm, layout: Layout, mask: Mask = CAUSAL) -> Hybrid:
-    """The rows that ``layout`` deals to ulysses x ring ranks, seen from one of them."""
+    """Return the `Hybrid` of a self-attention whose rows ``layout`` shards over ulysses x ring ranks."""
     rows = tuple(layout.rows(ring.rank * ulysses.size + member) for member in range(ulysses.size))
-    around = layout.gather(ulysses.size)
-    return Hybrid(ulysses, Ring(ring, around, around, mask), rows)
+    over_ring = layout.gather(ulysses.size)
+    return Hybrid(ulysses, Ring(ring, over_ring, over_ring, mask), rows)

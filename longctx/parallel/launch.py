@@ -1,4 +1,4 @@
-"""How ranks come to be: started here, one process each, all ended as soon as one fails; or by a launcher."""
+"""Start ranks as local processes and end all of them when one fails; or find the rank that a launcher assigned."""
 
 import math
 import multiprocessing as mp
@@ -15,20 +15,21 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 _GRACE_S = 5.0  # between SIGTERM and SIGKILL
-_GATHER_S = 3.0  # how long to listen for other failures before saying which came first
+_GATHER_S = 3.0  # from the first failure: other ranks that fail by then are compared to name the first
 
 
 @dataclass(frozen=True)
 class Rank:
-    """Where a process stands among its fellows, and where they meet (a torch.distributed init URL).
+    """Rank of a process: ``rank`` of ``world_size``, and ``local_rank`` of the ``local_world_size`` on its machine.
 
-    ``local_rank`` and ``local_world_size`` count the processes of this machine alone.
+    ``init_method`` is torch.distributed's URL at which the ranks find each other.
     """
 
     rank: int
@@ -39,7 +40,10 @@ class Rank:
 
 
 class RankFailed(RuntimeError):
-    """A rank died or raised; the others have been ended.  ``rank`` is the one that failed first."""
+    """A rank raised, exited or was killed, and the other ranks have been ended.
+
+    ``rank`` is the rank that failed first.  ``details`` is its traceback, empty if it left none.
+    """
 
     def __init__(self, rank: int, world_size: int, reason: str, details: str) -> None:
         super().__init__(f"rank {rank} of {world_size} {reason}; the other ranks were ended")
@@ -47,23 +51,37 @@ class RankFailed(RuntimeError):
 
 
 def rank_from_environment(environment: Mapping[str, str]) -> Rank | None:
-    """This process's place if torchrun or srun started it, as its environment tells; None if nobody did.
+    """Return the rank that torchrun or srun assigned in ``environment``; None without a launcher.
 
-    A launcher that started one process only leaves it alone: it may start local ranks of its own.
+    None also if the launcher started a single process, which may then start local ranks itself.  Under srun this
+    calls ``scontrol`` for the first host's name, and raises `subprocess.CalledProcessError` if that fails.
     """
     e = environment
     if e.get("WORLD_SIZE") == "1" or e.get("SLURM_STEP_NUM_TASKS") == "1":
         return None
     if "RANK" in e and "WORLD_SIZE" in e:
-        local_rank = int(e.get("LOCAL_RANK", 0)), int(e.get("LOCAL_WORLD_SIZE", 1))
-        return Rank(int(e["RANK"]), int(e["WORLD_SIZE"]), *local_rank, "env://")
+        local_rank, local_world_size = int(e.get("LOCAL_RANK", 0)), int(e.get("LOCAL_WORLD_SIZE", 1))
+        return Rank(int(e["RANK"]), int(e["WORLD_SIZE"]), local_rank, local_world_size, "env://")
     if "SLURM_STEP_NODELIST" in e and "SLURM_PROCID" in e:
         host = _first_host(e["SLURM_STEP_NODELIST"])
-        port = 20000 + int(e["SLURM_JOB_ID"]) % 20000  # every rank can work it out, and jobs differ
-        local_rank = int(e["SLURM_LOCALID"]), int(e["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0])
-        world_size = int(e["SLURM_STEP_NUM_TASKS"])
-        return Rank(int(e["SLURM_PROCID"]), world_size, *local_rank, f"tcp://{host}:{port}")
+        port = 20000 + int(e["SLURM_JOB_ID"]) % 20000  # the same on every rank of a job, another for another job
+        # Tasks per node, run-length encoded: "2(x3)" or "3,3".  The first count stands for every node.
+        local_world_size = int(e["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0])
+        rank, world_size, local_rank = (
+            int(e[name]) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        )
+        return Rank(rank, world_size, local_rank, local_world_size, f"tcp://{host}:{port}")
     return None
+
+
+@cache
+def current_rank() -> Rank | None:
+    """Return `rank_from_environment` of this process's environment, read at the first call.
+
+    Later calls return the same value without asking ``scontrol`` again.  Tests that change the environment call
+    ``current_rank.cache_clear()``.
+    """
+    return rank_from_environment(os.environ)
 
 
 def _first_host(nodes: str) -> str:
@@ -72,7 +90,10 @@ def _first_host(nodes: str) -> str:
 
 
 def warm_up(modules: Sequence[str]) -> None:
-    """Import ``modules`` once, in the process that all ranks are forked from.  Call it early: it returns at once."""
+    """Start the server process that local ranks are forked from, and import ``modules`` in it once.
+
+    Returns at once, while the imports run.  Call it early, before the work that they should overlap.
+    """
     mp.set_forkserver_preload(list(modules))
     from multiprocessing import forkserver
 
@@ -80,10 +101,13 @@ def warm_up(modules: Sequence[str]) -> None:
 
 
 def run_ranks(world_size: int, rank_main: Callable[..., Any], *args: Any) -> list[Any]:
-    """``rank_main(Rank, *args)`` in ``world_size`` processes; their results by rank (None where there is none).
+    """Run ``rank_main(Rank, *args)`` in ``world_size`` local processes and return the results in rank order.
 
-    ``rank_main`` must be importable by name.  Raises `RankFailed`, after every other rank has been ended, if
-    one raises, exits or is killed.  If this process dies, so do the ranks.
+    ``rank_main`` must be importable by name, and its arguments and results picklable.  A SIGUSR1 to this process is
+    forwarded to the ranks.  If this process dies, the ranks end too.
+
+    Raises `RankFailed` if a rank raises, exits with another code than 0 or is killed; all other ranks have been ended
+    by then.
     """
     context = mp.get_context("forkserver")
     with tempfile.TemporaryDirectory(prefix="longctx-") as folder:
@@ -104,7 +128,7 @@ def run_ranks(world_size: int, rank_main: Callable[..., Any], *args: Any) -> lis
         try:
             for process in processes:
                 process.start()
-            with _passed_on(signal.SIGUSR1, processes):
+            with _forward_signal(signal.SIGUSR1, processes):
                 _wait_for_all(processes, Path(folder))
         finally:
             _end(processes)
@@ -112,10 +136,10 @@ def run_ranks(world_size: int, rank_main: Callable[..., Any], *args: Any) -> lis
 
 
 @contextmanager
-def _passed_on(number: int, processes: list[ForkServerProcess]) -> Iterator[None]:
-    """Whoever signals the recipe means its ranks."""
+def _forward_signal(number: int, processes: list[ForkServerProcess]) -> Iterator[None]:
+    """Forward signal ``number`` to all ranks during the block; only the main thread can, others do nothing."""
 
-    def to_all(*_: Any) -> None:
+    def forward(*_: Any) -> None:
         for process in processes:
             if process.pid and process.is_alive():
                 os.kill(process.pid, number)
@@ -123,7 +147,7 @@ def _passed_on(number: int, processes: list[ForkServerProcess]) -> Iterator[None
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(number, to_all)
+    before = signal.signal(number, forward)
     try:
         yield
     finally:
@@ -133,13 +157,14 @@ def _passed_on(number: int, processes: list[ForkServerProcess]) -> Iterator[None
 def _run_one(
     rank: Rank, folder: str, warning_filters: Any, rank_main: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
+    """Run one rank in its process: write its result or its error to ``folder``, then exit."""
     warnings.filters = warning_filters  # a rank warns, or raises, as its parent would
     parent = mp.parent_process()
     assert parent is not None
-    # A parent that is killed cannot end its ranks: they watch it instead.
+    # A killed parent cannot end its ranks, so each rank watches the parent.
     threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks to stop: who can, listens (longctx.train.stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to stop; longctx.train.stop installs a handler
     try:
         result = rank_main(rank, *args)
         _write(Path(folder, f"result{rank.rank}"), result)
@@ -153,7 +178,7 @@ def _run_one(
 def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    # Without the interpreter's own ending, in which a lost peer's background threads can hang.
+    # Skip the interpreter's shutdown: background threads that wait for a lost peer can hang in it.
     os._exit(code)
 
 
@@ -163,6 +188,7 @@ def _die_with(sentinel: int) -> None:
 
 
 def _wait_for_all(processes: list[ForkServerProcess], folder: Path) -> None:
+    """Wait until all ranks have ended.  Raises `RankFailed` `_GATHER_S` seconds after the first failure."""
     waiting: dict[Any, int] = {process.sentinel: i for i, process in enumerate(processes)}
     failed: list[int] = []  # in the order in which they ended
     until = math.inf
@@ -177,19 +203,24 @@ def _wait_for_all(processes: list[ForkServerProcess], folder: Path) -> None:
 
 
 def _first_failure(processes: list[ForkServerProcess], failed: list[int], folder: Path) -> RankFailed:
-    """A rank that was killed left no word and comes first; then whoever raised first."""
+    """Return the failure to report: the first rank that ended without an error file, else the earliest error.
+
+    A rank without an error file was killed or exited.  The others then raised because they lost it.
+    """
     silent = [i for i in failed if not Path(folder, f"error{i}").exists()]
     if silent:
         code = processes[silent[0]].exitcode or 0
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-        missed = [f"rank {i} {error[0]}" for i in failed if (error := _read(Path(folder, f"error{i}")))]
-        return RankFailed(silent[0], len(processes), " (".join([how, *missed[:1]]) + ")" * bool(missed), "")
+        reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        consequences = [f"rank {i} {error[0]}" for i in failed if (error := _read(Path(folder, f"error{i}")))]
+        reason += f" ({consequences[0]})" if consequences else ""
+        return RankFailed(silent[0], len(processes), reason, "")
     errors = {i: _read(Path(folder, f"error{i}")) for i in failed}
     first = min(errors, key=lambda i: errors[i][2])
     return RankFailed(first, len(processes), errors[first][0], errors[first][1])
 
 
 def _end(processes: list[ForkServerProcess]) -> None:
+    """Send SIGTERM to all ranks, and SIGKILL to those that have not ended `_GRACE_S` seconds later."""
     started = [process for process in processes if process.pid]
     for process in started:
         process.terminate()
@@ -202,6 +233,7 @@ def _end(processes: list[ForkServerProcess]) -> None:
 
 
 def _write(path: Path, value: Any) -> None:
+    """Pickle ``value`` to ``path`` in one step: readers see the whole file or none."""
     partial = path.with_suffix(".partial")
     partial.write_bytes(pickle.dumps(value))
     partial.rename(path)

@@ -1,4 +1,4 @@
-"""The ring: every rank's tensors in turn, and what is computed while the next are on their way."""
+"""Ring attention: each rank computes on one rank's tensors while the next rank's tensors are in flight."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from longctx.shapes import Keys, Queries, Tensor
 
 @dataclass(frozen=True)
 class Ring:
-    """A group of ranks, which rows of the queries and of the keys each of them holds, and which of them meet."""
+    """A group of ranks with the layouts of the queries and the keys over them, and the mask between the two."""
 
     comm: Comm
     queries: Layout
@@ -26,26 +26,30 @@ class Ring:
     _tiles: dict[tuple[int, int], tuple[Tile, ...]] = field(default_factory=dict, repr=False, compare=False)
 
     def tiles(self, q_rank: int, k_rank: int) -> tuple[Tile, ...]:
-        """Where the queries of one rank meet the keys of another; worked out once, however many layers ask."""
+        """Return the tiles that are visible between the queries of ``q_rank`` and the keys of ``k_rank``.
+
+        Each pair is computed once and then shared by all layers.
+        """
         pair = q_rank, k_rank
         if pair not in self._tiles:
             self._tiles[pair] = visible_tiles(self.queries.ranks[q_rank], self.keys.ranks[k_rank], self.mask)
         return self._tiles[pair]
 
     @cached_property
-    def hops_of_keys(self) -> int:
-        """Hops after which no rank needs the keys that would come next: N - 1, or fewer under a window."""
+    def key_hops(self) -> int:
+        """Hops that keys must travel to reach every query that sees them: N - 1, or fewer under a window."""
         return self._hops(self.tiles)
 
     @cached_property
-    def hops_of_queries(self) -> int:
-        """Hops after which no rank has keys for the queries that would come next."""
+    def query_hops(self) -> int:
+        """Hops that queries must travel to reach every key that they see."""
         return self._hops(lambda rank, owner: self.tiles(owner, rank))
 
-    def _hops(self, needed: Callable[[int, int], tuple[Tile, ...]]) -> int:
+    def _hops(self, tiles_between: Callable[[int, int], tuple[Tile, ...]]) -> int:
+        """Return the largest number of hops after which a (rank, owner) pair still has tiles."""
         size = self.comm.size
-        far = (hops for hops in range(size - 1, 0, -1) for rank in range(size) if needed(rank, (rank - hops) % size))
-        return next(far, 0)
+        used = (n for n in range(size - 1, 0, -1) for rank in range(size) if tiles_between(rank, (rank - n) % size))
+        return next(used, 0)
 
 
 Strategy = Callable[[Queries, Keys, Keys, Ring, Kernel], Partial]
@@ -58,107 +62,123 @@ def _with_rows(x: Tensor, rows: int) -> Shape:
 def rotate(
     comm: Comm, layout: Layout, *mine: Tensor, hops: int | None = None
 ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Every rank's tensors in turn, with their owner, our own first; the next are on their way while we work.
+    """Yield (owner, tensors) for every rank, this rank first, while the next rank's tensors are in flight.
 
-    Owners hold as many rows (dim 1) as ``layout`` says.  After ``hops``, the same on every rank, it ends.  Two
-    buffers, what is held and what is coming: drop what was yielded (``del``) before asking for more, or it lives on
-    as a third.
+    Example: on rank 2 of 4 the owners are 2, 1, 0, 3.  ``layout`` gives each owner's number of rows (dim 1).
+    ``hops`` (N - 1 if None, the same on every rank) ends the rotation early.  Two buffers are alive, the current one
+    and the one in flight.  Delete what was yielded (``del``) before the next iteration, or it stays alive as a third.
     """
-    held = mine
+    current = mine
     hops = comm.size - 1 if hops is None else hops
     for step in range(hops):
         previous = (comm.rank - step - 1) % comm.size
         shapes = [_with_rows(x, layout.rows(previous)) for x in mine]
         hop = f"hop {step + 1} of {hops} of the ring"
         with doing(hop):
-            coming = comm.shift(*held, coming=shapes)
-        yield (comm.rank - step) % comm.size, held
+            pending = comm.shift(*current, shapes=shapes)
+        yield (comm.rank - step) % comm.size, current
         with doing(hop):
-            held = coming.wait()
-        del coming  # it keeps what has left alive, too
-    yield (comm.rank - hops) % comm.size, held
+            current = pending.wait()
+        del pending  # it also keeps the tensors alive that were sent
+    yield (comm.rank - hops) % comm.size, current
 
 
 def pass_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
-    """Queries stay, keys and values go round (arXiv 2411.01783, Alg. 2).
+    """Ring attention in which queries stay and keys and values rotate (arXiv 2411.01783, Alg. 2).
 
-    Bytes sent per rank: keys and values of every rank but the next one, which are the ones that pass by; under a
-    window those of as many as are needed.
+    Bytes sent per rank: the keys and values of every rank but the next one; under a window, of the `Ring.key_hops`
+    ranks whose blocks pass through this rank.
     """
-    seen = empty_partial(q)
-    for owner, (k_o, v_o) in rotate(ring.comm, ring.keys, k, v, hops=ring.hops_of_keys):
-        attend_tiles(seen, q, k_o, v_o, ring.tiles(ring.comm.rank, owner), kernel)
+    partial = empty_partial(q)
+    for owner, (k_o, v_o) in rotate(ring.comm, ring.keys, k, v, hops=ring.key_hops):
+        attend_tiles(partial, q, k_o, v_o, ring.tiles(ring.comm.rank, owner), kernel)
         del k_o, v_o
-    return seen
+    return partial
 
 
 def pass_q(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
-    """Keys and values stay, queries go round; their answers come home in one exchange (Alg. 3).
+    """Ring attention in which keys and values stay and queries rotate (arXiv 2411.01783, Alg. 3).
 
-    Bytes sent per rank: queries of every rank but the next one, and the answers to all but its own, each a
-    row of d values and its log-sum-exp per head, in float32.  Who has no key for them sends no answer.
+    One all-to-all returns the partial results to the queries' ranks.  Bytes sent per rank: the queries of every rank
+    but the next one, and the partials of all other ranks' queries: d values and one log-sum-exp per row and head,
+    in the accumulation dtype (float32, or float64 for float64 inputs).  A rank without keys for a block of queries
+    sends no partial for it.
     """
     comm = ring.comm
-    whole = empty_partial(q)
-    none: Shape = (q.shape[0], 0, q.shape[2], q.shape[3] + 1)
-    answers = [whole.out.new_empty(none)] * comm.size
-    for owner, (q_o,) in rotate(comm, ring.queries, q, hops=ring.hops_of_queries):
+    merged = empty_partial(q)
+
+    # 1. Attend to this rank's keys with every rank's queries.
+    no_rows: Shape = (q.shape[0], 0, q.shape[2], q.shape[3] + 1)
+    partials = [merged.out.new_empty(no_rows)] * comm.size
+    for owner, (q_o,) in rotate(comm, ring.queries, q, hops=ring.query_hops):
         if tiles := ring.tiles(owner, comm.rank):
-            seen = empty_partial(q_o)
-            attend_tiles(seen, q_o, k, v, tiles, kernel)
-            answers[owner] = torch.cat([seen.out, seen.lse.unsqueeze(-1)], -1)
+            partial = empty_partial(q_o)
+            attend_tiles(partial, q_o, k, v, tiles, kernel)
+            partials[owner] = _pack(partial)
         del q_o
-    coming = [_with_rows(answers[0], q.shape[1] if ring.tiles(comm.rank, other) else 0) for other in range(comm.size)]
-    with doing("answers coming home"):
-        answers = comm.all_to_all(answers, coming)
-    for answer in answers:
-        merge_(whole, slice(0, answer.shape[1]), Partial(answer[..., :-1], answer[..., -1]))
-    return whole
+
+    # 2. Return the partials to the ranks that own the queries, and merge.
+    shapes = [_with_rows(partials[0], q.shape[1] if ring.tiles(comm.rank, other) else 0) for other in range(comm.size)]
+    with doing("returning partial results"):
+        partials = comm.all_to_all(partials, shapes)
+    for packed in partials:
+        merge_(merged, slice(0, packed.shape[1]), _unpack(packed))
+    return merged
+
+
+def _pack(partial: Partial) -> Tensor:
+    """Pack ``out`` [b s h d] and ``lse`` [b s h] into one tensor [b s h d+1], which travels as one message."""
+    return torch.cat([partial.out, partial.lse.unsqueeze(-1)], -1)
+
+
+def _unpack(packed: Tensor) -> Partial:
+    return Partial(packed[..., :-1], packed[..., -1])
 
 
 def all_gather_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
-    """Queries stay, all keys and values come at once (Llama 3's training, 2411.01783 section 3.5.2).
+    """Attention over all keys and values after one all-gather (Llama 3's training; arXiv 2411.01783, 3.5.2).
 
-    The bytes of `pass_kv` and one exchange instead of N - 1 hops, but nothing to compute while they travel,
-    and every rank's block is alive.  Bytes sent per rank: its own keys and values, to each of the others.
+    It sends the bytes of `pass_kv` in one exchange instead of N - 1 hops.  No computation hides the exchange, and the
+    blocks of all ranks are in memory at once.  Bytes sent per rank: its keys and values, to each other rank.
     """
-    comm, seen = ring.comm, empty_partial(q)
+    comm, partial = ring.comm, empty_partial(q)
     both = torch.cat([k, v], -1)
     shapes = [_with_rows(both, ring.keys.rows(owner)) for owner in range(comm.size)]
     with doing("gathering keys and values"):
         gathered = comm.all_gather(both, shapes)
     for owner, block in enumerate(gathered):
         k_o, v_o = block.chunk(2, -1)
-        attend_tiles(seen, q, k_o, v_o, ring.tiles(comm.rank, owner), kernel)
-    return seen
+        attend_tiles(partial, q, k_o, v_o, ring.tiles(comm.rank, owner), kernel)
+    return partial
 
 
-def gather_merge(seen: Partial, comm: Comm, ulysses: int) -> Queries:
-    """The whole answer of queries that every rank holds, from each rank's ``seen`` [b s hq/U d], in one exchange.
+def gather_merge(partial: Partial, comm: Comm, ulysses: int) -> Queries:
+    """Merge all ranks' partials of the same query rows with one all-gather (tree decoding).
 
-    Rank = ring rank * ``ulysses`` + ulysses rank; the ulysses ranks have seen other heads, the ring ranks other
-    keys.  Every rank merges the same parts in the same order.  Bytes sent per rank: a row of d values and its
-    log-sum-exp per head, in float32, to each of the others.
+    Every rank passes its ``partial`` [b s hq/U d] of the same rows and gets the attention output [b s hq d], with
+    U = ``ulysses``.  Rank = ring rank * U + ulysses rank: Ulysses ranks hold different heads, ring ranks different
+    keys.  All ranks merge the same partials in the same order.  Bytes sent per rank: d values and one log-sum-exp per
+    row and head, in the accumulation dtype, to each other rank.
     """
-    mine = torch.cat([seen.out, seen.lse.unsqueeze(-1)], -1)
-    with doing("answers meeting"):
-        parts = comm.all_gather(mine, [tuple(mine.shape)] * comm.size)
+    mine = _pack(partial)
+    with doing("merging partial results"):
+        gathered = comm.all_gather(mine, [tuple(mine.shape)] * comm.size)
     heads = []
     for member in range(ulysses):
-        whole = empty_partial(seen.out)
-        for part in parts[member::ulysses]:
-            merge_(whole, slice(None), Partial(part[..., :-1], part[..., -1]))
-        heads.append(whole.out)
+        merged = empty_partial(partial.out)
+        for packed in gathered[member::ulysses]:
+            merge_(merged, slice(None), _unpack(packed))
+        heads.append(merged.out)
     return torch.cat(heads, 2)
 
 
 def ring_gradients(
     dout: Queries, q: Queries, k: Keys, v: Keys, whole: Partial, ring: Ring, kernel: Kernel
 ) -> Gradients:
-    """(dq, dk, dv) in the accumulation dtype, whichever of the strategies made ``whole``.
+    """Return (dq, dk, dv) of this rank's rows, in the accumulation dtype, for any strategy's forward.
 
-    Keys and values go round again, and the sums of their gradients follow one step behind, so that they
-    arrive at home complete after the last step.
+    ``whole`` is the forward's result.  Keys and values rotate again.  The sums of their gradients follow one hop later,
+    and the last hop brings each sum, complete, to the rank that owns the keys.
     """
     comm = ring.comm
     dq = torch.zeros_like(whole.out)
@@ -174,7 +194,7 @@ def ring_gradients(
             dk, dv = dk + dk_before, dv + dv_before
         if comm.size > 1:
             following = ring.keys.rows((owner - 1) % comm.size)
-            sums = comm.shift(dk, dv, coming=[_with_rows(k, following)] * 2)
+            sums = comm.shift(dk, dv, shapes=[_with_rows(k, following)] * 2)
     if sums:
         dk, dv = sums.wait()
     return dq, dk, dv

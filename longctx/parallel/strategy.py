@@ -1,4 +1,4 @@
-"""The strategies by name, and the differentiable attention that any of them makes."""
+"""The ring strategies by name, and differentiable attention with any of them."""
 
 from typing import Any
 
@@ -18,50 +18,54 @@ def ring_attention(
     kernel: Kernel,
     strategy: Strategy,
     sinks: Float[Tensor, " hq"] | None = None,
-    kept: list[Partial] | None = None,
+    saved_forward: list[Partial] | None = None,
 ) -> Attention:
-    """Differentiable attention (q, k, v) -> out [b sq hq d] in q's dtype, over a ring of ranks.
+    """Return differentiable attention (q, k, v) -> out [b sq hq d], in q's dtype, over a ring of ranks.
 
-    Gradients do not care what travelled in the forward: one backward serves all strategies.  ``sinks`` are the
-    logits of the heads' attention sinks (see `partial.sink`); their gradient is that of this rank's rows.
-    ``kept`` is for recomputed activations: a forward without gradients leaves its answer there, and the recompute
-    with gradients takes it, so that the ring never runs twice (selective checkpoint++ of arXiv 2406.18485).
-    Raises ValueError for inputs that ``kernel`` has not been tested exact on.
+    All strategies share one backward, because gradients do not depend on what travelled in the forward.  ``sinks`` are
+    the logits of the heads' attention sinks (see `partial.sink`); their gradient covers this rank's rows only.
+
+    ``saved_forward`` is for activation recomputation: a forward without gradients appends its result, and the
+    recomputation with gradients pops it.  The ring therefore runs once (selective checkpoint++ of
+    arXiv 2406.18485).
+
+    The returned function raises ValueError for inputs that ``kernel`` has not been tested exact on.
     """
 
     def attention(q: Queries, k: Keys, v: Keys) -> Queries:
         kernel.refuse_untested(q, k, v)
-        answer = kept.pop() if kept and torch.is_grad_enabled() else None
-        if answer is None:
-            answer = _answer(q, k, v, sinks, ring, kernel, strategy)
-            if kept is not None and not torch.is_grad_enabled():
-                kept.append(answer)
-        return _RingAttention.apply(q, k, v, sinks, answer, ring, kernel)
+        partial = saved_forward.pop() if saved_forward and torch.is_grad_enabled() else None
+        if partial is None:
+            partial = _forward(q, k, v, sinks, ring, kernel, strategy)
+            if saved_forward is not None and not torch.is_grad_enabled():
+                saved_forward.append(partial)
+        out: Tensor = _RingAttention.apply(q, k, v, sinks, partial, ring, kernel)
+        return out
 
     return attention
 
 
 @torch.no_grad()
-def _answer(
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, ring: Ring, kernel: Kernel, strategy: Strategy
 ) -> Partial:
-    whole = strategy(q, k, v, ring, kernel)
+    partial = strategy(q, k, v, ring, kernel)
     if sinks is not None:
-        merge_(whole, slice(None), sink(sinks, whole))
-    return whole
+        merge_(partial, slice(None), sink(sinks, partial))
+    return partial
 
 
 class _RingAttention(torch.autograd.Function):
-    """The answer as it is; the backward is the ring's."""
+    """Autograd node whose forward returns a computed result and whose backward is `ring_gradients`."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, answer: Partial, ring: Ring, kernel: Kernel
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, partial: Partial, ring: Ring, kernel: Kernel
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, sinks, answer.out, answer.lse)
+        ctx.save_for_backward(q, k, v, sinks, partial.out, partial.lse)
         ctx.ring, ctx.kernel = ring, kernel
-        # A copy: what a checkpointed forward has kept must not be what others may write into.
-        return answer.out.to(q.dtype, copy=True)
+        # A copy: callers may write to the output, and a recomputed layer still needs the saved result.
+        return partial.out.to(q.dtype, copy=True)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -69,7 +73,7 @@ class _RingAttention(torch.autograd.Function):
         grads = ring_gradients(dout, q, k, v, Partial(out, lse), ctx.ring, ctx.kernel)
         dsinks = None
         if sinks is not None:
-            # A sink's value is 0: all it does to a row is to take exp(sink - lse) of its weight.
+            # A sink's value is 0.  It takes the share exp(sink - lse) of a row's softmax weight and adds nothing.
             delta = (dout.to(out.dtype) * out).sum(-1)
             dsinks = -(torch.exp(sinks.to(lse.dtype) - lse) * delta).sum((0, 1)).to(sinks.dtype)
         return *(g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), dsinks, None, None, None

@@ -1,4 +1,4 @@
-"""Does this mesh fit this model?  Answered before any rank starts, with the nearest mesh that does."""
+"""Checks of a mesh against a model and a recipe, made before any rank starts."""
 
 from longctx.config import Mesh
 from longctx.model_shape import ModelShape
@@ -6,13 +6,13 @@ from longctx.parallel.ulysses import refuse_uneven_heads
 
 
 def refuse_unfit(mesh: Mesh, shape: ModelShape) -> None:
-    """ValueError, naming the nearest degree that works, unless ``mesh`` can shard a model of ``shape``."""
+    """Raise ValueError, naming the nearest degree that fits, unless ``mesh`` can shard a model of ``shape``."""
     if shape.kv_heads % mesh.tp or shape.heads % mesh.tp or shape.ffn % mesh.tp:
         fit = [n for n in range(1, shape.kv_heads + 1) if not (shape.kv_heads % n or shape.heads % n or shape.ffn % n)]
         nearest = min(fit, key=lambda n: (abs(n - mesh.tp), n))
         raise ValueError(
-            f"mesh.tp={mesh.tp} does not divide {shape.heads} query heads, {shape.kv_heads} KV heads and "
-            f"an FFN of {shape.ffn}: use mesh.tp={nearest} (possible: {', '.join(map(str, fit))})"
+            f"mesh.tp={mesh.tp} does not divide the model's {shape.heads} query heads, {shape.kv_heads} KV heads and "
+            f"FFN width {shape.ffn}; use mesh.tp={nearest} (possible: {', '.join(map(str, fit))})."
         )
     try:
         refuse_uneven_heads(shape.heads // mesh.tp, shape.kv_heads // mesh.tp, mesh.ulysses)
@@ -22,9 +22,9 @@ def refuse_unfit(mesh: Mesh, shape: ModelShape) -> None:
 
 
 def refuse_unused(mesh: Mesh, recipe: str, axes: tuple[str, ...]) -> None:
-    """ValueError if ``mesh`` has ranks on ``axes``, which ``recipe`` does not use."""
+    """Raise ValueError if ``mesh`` has more than one rank on any of ``axes``, which ``recipe`` does not use."""
     for axis in axes:
         if getattr(mesh, axis) > 1:
-            instead = " or ".join(f"mesh.{one}" for one in ("ring", "ulysses", "tp") if one not in axes)
-            more = f", and {instead} to share one prompt between ranks" if instead else ""
-            raise ValueError(f"{recipe} has no use for mesh.{axis}={getattr(mesh, axis)}: use mesh.{axis}=1{more}")
+            usable = " or ".join(f"mesh.{other}" for other in ("ring", "ulysses", "tp") if other not in axes)
+            advice = f", and {usable} to share one prompt between ranks" if usable else ""
+            raise ValueError(f"{recipe} has no use for mesh.{axis}={getattr(mesh, axis)}; use mesh.{axis}=1{advice}.")

@@ -1,1 +1,1 @@
-"""Sync-Point-Drop (arXiv 2502.20727): which blocks leave out a reduction, what that costs, how it is repaired."""
+"""Sync-Point-Drop (arXiv 2502.20727): choose blocks that skip a reduction, measure the cost, repair the weights."""

@@ -1,4 +1,4 @@
-"""Block-to-block distillation: a block that drops its reduction learns the output of the one that does not."""
+"""Block-to-block distillation: a block that drops its reduction learns the output of the block that keeps it."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,10 @@ Block = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Distillation:
-    """``epochs`` over the sequences, ``batch`` of them a step, at a rate that falls from ``lr`` along a cosine."""
+    """Training settings: ``epochs`` over the sequences, ``batch`` sequences a step, peak learning rate ``lr``.
+
+    The learning rate is warmed up and then falls along a cosine (`rate_at`).  ``seed`` orders the sequences.
+    """
 
     epochs: int
     batch: int
@@ -23,21 +26,23 @@ class Distillation:
     seed: int = 0
 
 
-def distil(
-    student: Block, parameters: Sequence[nn.Parameter], inputs: Tensor, outputs: Tensor, how: Distillation
+def distill(
+    student: Block, parameters: Sequence[nn.Parameter], inputs: Tensor, outputs: Tensor, settings: Distillation
 ) -> Iterator[float]:
-    """Train ``parameters``, step by step, until ``student(inputs)`` is close to ``outputs``; the loss of each step.
+    """Train ``parameters`` so that ``student(inputs)`` approximates ``outputs``; yield the loss of each step.
 
-    ``inputs`` and ``outputs`` are [sequences length hidden]; the student is given [batch length hidden].
-    Source: arXiv 2502.20727, 4.2.3.  The loss is `relative_error`, where the paper has the mean squared error: some
-    tokens of a Llama are a thousand times larger than others, and would be all that counts.
+    ``inputs`` and ``outputs`` are [sequences length hidden]; the student receives [batch length hidden].  An epoch
+    leaves out the sequences that do not fill a batch.
+
+    Source: arXiv 2502.20727, 4.2.3.  The loss is `relative_error` instead of the paper's mean squared error: a few
+    tokens of a Llama are a thousand times larger than the others and would dominate the mean squared error.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=how.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    order = torch.Generator().manual_seed(how.seed)
-    steps = how.epochs * (len(inputs) // how.batch)
-    for step, rows in enumerate(_batches(len(inputs), how, order)):
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    order = torch.Generator().manual_seed(settings.seed)
+    steps = settings.epochs * (len(inputs) // settings.batch)
+    for step, rows in enumerate(_batches(len(inputs), settings, order)):
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, steps, how.lr)
+            group["lr"] = rate_at(step, steps, settings.lr)
         loss = relative_error(student(inputs[rows]), outputs[rows])
         optimizer.zero_grad()
         loss.backward()
@@ -46,24 +51,24 @@ def distil(
 
 
 def rate_at(step: int, steps: int, lr: float) -> float:
-    """The learning rate of a step: warmed up, then falling along a cosine."""
+    """Learning rate at ``step`` of ``steps``: linear warmup over 10 steps times a cosine from ``lr`` to 0."""
     return lr * min(1.0, (step + 1) / _WARMUP) * (0.5 + 0.5 * cos(pi * step / steps))
 
 
-def _batches(sequences: int, how: Distillation, order: torch.Generator) -> Iterator[Tensor]:
-    for _ in range(how.epochs):
+def _batches(sequences: int, settings: Distillation, order: torch.Generator) -> Iterator[Tensor]:
+    for _ in range(settings.epochs):
         shuffled = torch.randperm(sequences, generator=order)
-        for begin in range(0, sequences - how.batch + 1, how.batch):
-            yield shuffled[begin : begin + how.batch]
+        for begin in range(0, sequences - settings.batch + 1, settings.batch):
+            yield shuffled[begin : begin + settings.batch]
 
 
-def relative_error(got: Float[Tensor, "b s hidden"], wanted: Float[Tensor, "b s hidden"]) -> Float[Tensor, ""]:
-    """Mean over tokens of the squared error, relative to the token's own square."""
-    return ((got - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
+def relative_error(predicted: Float[Tensor, "b s hidden"], target: Float[Tensor, "b s hidden"]) -> Float[Tensor, ""]:
+    """Mean over tokens of the squared error of a token divided by the squared norm of its target."""
+    return ((predicted - target).square().sum(-1) / target.square().sum(-1)).mean()
 
 
 @torch.no_grad()
 def error_of(block: Block, inputs: Tensor, outputs: Tensor, batch: int) -> float:
-    """`relative_error` over all sequences."""
+    """`relative_error` of ``block(inputs)`` to ``outputs``, both [sequences length hidden], ``batch`` at a time."""
     pairs: Iterable[tuple[Tensor, Tensor]] = zip(inputs.split(batch), outputs.split(batch), strict=True)
     return sum(float(relative_error(block(x), y)) * len(x) for x, y in pairs) / len(inputs)

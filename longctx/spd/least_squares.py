@@ -1,34 +1,36 @@
-"""What a rank does not see, guessed: the linear map from what it sees to what it would see, were nothing dropped.
+"""Per rank, the linear map that best predicts the full-attention MLP input from that rank's own heads.
 
-Not in arXiv 2502.20727.  A linear layer that reads the guess can have it in its own weights: W (M x) = (W M) x.
+Not in arXiv 2502.20727.  A linear layer W that reads the prediction M x absorbs it at no cost: W (M x) = (W M) x.
 """
 
 import torch
 
 from longctx.shapes import Float, Tensor
 
-# Of the mean square of what is seen: a hundredth to a tenth gave blocks of SmolLM2 the same error, to 3 percent.
+# As a fraction of the mean square of the observed inputs.  On blocks of SmolLM2, 0.01 to 0.1 gave errors within 3 %.
 _RIDGE = 0.1
 
 
 class LeastSquares:
-    """Least squares from what is ``seen`` to what is ``wanted``, some rows at a time."""
+    """Ridge regression from ``seen`` to ``wanted`` rows of ``width`` numbers, accumulated batch by batch."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._seen, self._both = (torch.zeros(width, width, dtype=torch.double, device=device) for _ in range(2))
 
     def update(self, seen: Float[Tensor, "rows width"], wanted: Float[Tensor, "rows width"]) -> None:
-        """Take these rows in, too."""
+        """Add these rows to the sums."""
         self._seen += seen.T @ seen
         self._both += wanted.T @ seen
 
     def matrix(self, ridge: float = _RIDGE) -> Float[Tensor, "width width"]:
-        """The M with the least squared error of M seen from wanted.
+        """Return the matrix M, in float32, for which M ``seen`` is closest to ``wanted`` in squared error.
 
-        Directions in which little is seen stay as they are: ``ridge`` times the mean square of what is seen is added
-        for every square of M - 1.
+        The ridge pulls M towards the identity I, so that M leaves rarely seen directions unchanged.  It adds
+        c |M - I|^2 to the summed squared error; c is ``ridge`` times the squares of ``seen``, summed over rows and
+        averaged over channels.
         """
-        one = torch.eye(len(self._seen), dtype=torch.double, device=self._seen.device)
-        stay = ridge * self._seen.diagonal().mean() * one
-        # M (seen + stay) = both + stay, whose left factor is symmetric.
-        return torch.linalg.solve(self._seen + stay, (self._both + stay).T).T.float()
+        identity = torch.eye(len(self._seen), dtype=torch.double, device=self._seen.device)
+        penalty = ridge * self._seen.diagonal().mean() * identity
+        # M (seen + penalty) = both + penalty, solved transposed: the symmetric factor stands on the left then.
+        solution: Tensor = torch.linalg.solve(self._seen + penalty, (self._both + penalty).T)
+        return solution.T.float()

@@ -1,4 +1,4 @@
-"""Which blocks drop their first reduction: a value, saved beside the weights that were made for it."""
+"""The set of blocks that drop their first reduction, saved beside the weights that were repaired for it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,12 @@ FILE = "spd_plan.json"
 
 @dataclass(frozen=True)
 class SPDPlan:
-    """``dropped`` are the blocks, counted from 0, whose attention output is not reduced over ``tp`` ranks.
+    """Blocks that skip the all-reduce of their attention output over ``tp`` tensor-parallel ranks.
 
-    ``own_norms``: in dropped blocks each rank has norm weights of its own.
+    ``dropped`` are block numbers, counted from 0, of a model of ``layers`` blocks; they are sorted and made unique.
+    ``own_norms``: in dropped blocks, norm weights differ from rank to rank.
+
+    Raises ValueError for a block that the model lacks, and for dropped blocks with ``tp`` below 2.
     """
 
     layers: int
@@ -24,7 +27,7 @@ class SPDPlan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "dropped", tuple(sorted(set(self.dropped))))
         if wrong := [block for block in self.dropped if not 0 <= block < self.layers]:
-            raise ValueError(f"spd: there is no block {wrong[0]}; the model's are 0 to {self.layers - 1}")
+            raise ValueError(f"spd: the model has no block {wrong[0]}; use blocks 0 to {self.layers - 1}")
         if self.dropped and self.tp < 2:
             raise ValueError(
                 "spd: one tensor-parallel rank has no reduction to drop; use mesh.tp=2 or more, or spd=none"
@@ -32,7 +35,7 @@ class SPDPlan:
 
     @property
     def share(self) -> float:
-        """Of all blocks, how many drop."""
+        """Fraction of all blocks that drop, 0 to 1."""
         return len(self.dropped) / self.layers
 
     def __str__(self) -> str:
@@ -43,8 +46,8 @@ class SPDPlan:
 class SavedPlan:
     """A plan in a model's folder.
 
-    ``order``, all blocks as they are to be dropped, first the least sensitive; ``adapted`` those that have other
-    weights where dropped; ``source``, what the model was made from.
+    ``order`` lists all blocks, the first to drop (least sensitive) first.  ``adapted`` are the blocks that have
+    repaired weights.  ``source`` is the fingerprint of the model that was adapted.
     """
 
     plan: SPDPlan
@@ -53,53 +56,66 @@ class SavedPlan:
     source: str
 
     def write(self, folder: Path) -> None:
-        """Put the plan into ``folder``."""
+        """Write the plan to ``folder``/spd_plan.json."""
         (folder / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
 def saved_plan(folder: Path) -> SavedPlan | None:
-    """The plan in ``folder``, if there is one.  Raises ValueError if it cannot be read."""
+    """The plan in ``folder``, or None without one.  Raises ValueError if the file cannot be read as a plan."""
     if not (folder / FILE).is_file():
         return None
     try:
-        told = json.loads((folder / FILE).read_text())
-        plan = {**told["plan"], "dropped": tuple(told["plan"]["dropped"])}
-        return SavedPlan(SPDPlan(**plan), tuple(told["order"]), tuple(told["adapted"]), told["source"])
+        values = json.loads((folder / FILE).read_text())
+        plan = {**values["plan"], "dropped": tuple(values["plan"]["dropped"])}
+        return SavedPlan(SPDPlan(**plan), tuple(values["order"]), tuple(values["adapted"]), values["source"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder / FILE} is not a plan ({error}): adapt the model again with recipes.spd_adapt"
         ) from error
 
 
-def ranked(scores: Sequence[float]) -> tuple[int, ...]:
-    """All blocks, the least sensitive first (arXiv 2502.20727, 4.2.1)."""
+def rank_blocks(scores: Sequence[float]) -> tuple[int, ...]:
+    """All blocks in the order of their ``scores``, the least sensitive first (arXiv 2502.20727, 4.2.1)."""
     return tuple(sorted(range(len(scores)), key=lambda block: (scores[block], block)))
 
 
 def within(order: Sequence[int], budget: float) -> tuple[int, ...]:
-    """The first of ``order``, ``budget`` of them as a share of all, to the nearest whole block."""
+    """The first blocks of ``order``: the share ``budget`` (0 to 1) of all, rounded to the nearest whole block."""
     return tuple(order[: int(budget * len(order) + 0.5)])
 
 
 def order_from(file: Path, layers: int, tp: int, fingerprint: str) -> tuple[int, ...]:
-    """The order that the sensitivity.json ``file`` gives.  ValueError if it is of another model or tp degree."""
-    told = read_sensitivity(file)
-    if told["tp"] != tp:
-        raise ValueError(f"{file} was measured at mesh.tp={told['tp']}, this is mesh.tp={tp}: measure it again at that")
-    if told["fingerprint"] != fingerprint or len(told["blocks"]) != layers:
-        raise ValueError(f"{file} was measured on another model ({told['model']}): use that, or measure it on this one")
-    return ranked([block["score"] for block in told["blocks"]])
+    """The block order of a sensitivity.json ``file``, least sensitive first.
+
+    Raises ValueError if the file cannot be read, or was measured on another model or another degree of tensor
+    parallelism.
+    """
+    measured = read_sensitivity(file)
+    if measured["tp"] != tp:
+        raise ValueError(
+            f"{file} was measured at mesh.tp={measured['tp']}, this is mesh.tp={tp}: use that mesh, or measure again "
+            "with recipes.spd_sensitivity"
+        )
+    if measured["fingerprint"] != fingerprint or len(measured["blocks"]) != layers:
+        raise ValueError(
+            f"{file} was measured on another model ({measured['model']}): use that model, or measure this one with "
+            "recipes.spd_sensitivity"
+        )
+    return rank_blocks([block["score"] for block in measured["blocks"]])
 
 
 def read_sensitivity(file: Path) -> Mapping[str, Any]:
-    """What recipes.spd_sensitivity wrote to ``file``.  Raises ValueError if it is not that."""
+    """The contents of a sensitivity.json, as recipes.spd_sensitivity writes it.
+
+    Raises ValueError if ``file`` cannot be read or lacks the keys that `order_from` needs.
+    """
     try:
-        told: dict[str, Any] = json.loads(file.read_text())
-        told["tp"], told["fingerprint"], told["model"], [block["score"] for block in told["blocks"]]
+        measured: dict[str, Any] = json.loads(file.read_text())
+        measured["tp"], measured["fingerprint"], measured["model"], [block["score"] for block in measured["blocks"]]
     except OSError as error:
         raise ValueError(
             f"spd.sensitivity={file} cannot be read ({error.strerror}): give a file of recipes.spd_sensitivity"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"spd.sensitivity={file} is not a file of recipes.spd_sensitivity ({error})") from error
-    return told
+    return measured

@@ -1,4 +1,4 @@
-"""How sensitive each block is to losing its first reduction, and which kind of block that makes it."""
+"""Measure how much perplexity rises when a block drops its first reduction, and classify the block by that."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -10,27 +10,28 @@ from longctx.config import BlockClass
 State = TypeVar("State")
 
 
-def sensitivity(blocks: int, perplexity: Callable[[tuple[int, ...]], float]) -> list[float]:
-    """Of each block, what dropping it adds to the perplexity if all later ones drop already.
+def measure_sensitivity(blocks: int, perplexity: Callable[[tuple[int, ...]], float]) -> list[float]:
+    """For each block, the perplexity that dropping it adds when all later blocks drop already.
 
-    ``perplexity(dropped)`` is asked ``blocks`` + 1 times.  Source: arXiv 2502.20727, Algorithm 1.
+    ``perplexity(dropped)`` is called ``blocks`` + 1 times.  Source: arXiv 2502.20727, Algorithm 1.
     """
     of_suffix = [perplexity(tuple(range(first, blocks))) for first in range(blocks + 1)]
     return scores(of_suffix)
 
 
 def scores(of_suffix: Sequence[float]) -> list[float]:
-    """The same from perplexities: the i-th with blocks i and later dropped, the last with none."""
-    return [here - behind for here, behind in pairwise(of_suffix)]
+    """Sensitivities from perplexities: entry i of ``of_suffix`` has blocks i and later dropped, the last entry none."""
+    return [with_block - without_block for with_block, without_block in pairwise(of_suffix)]
 
 
 def suffix_sums(
     entering: State, blocks: int, run: Callable[[int, State, bool], State], loss: Callable[[State], float]
 ) -> list[float]:
-    """``loss`` of the state behind all blocks, the i-th with blocks i and later dropped, the last with none.
+    """``loss`` of the model's output for every suffix of dropped blocks: entry i drops blocks i and later.
 
-    ``run(block, state, dropped)`` is asked half as often as by `sensitivity`: what enters a block is the same
-    however many later ones drop, and is kept (``blocks`` + 1 states at once).
+    The last entry drops none.  ``run(block, state, dropped)`` is called half as often as by `measure_sensitivity`.  The
+    state that enters a block does not depend on later dropped blocks, so it is computed once and kept; at most
+    ``blocks`` + 1 states exist at once.
     """
     states = [entering]
     for block in range(blocks):
@@ -45,7 +46,7 @@ def suffix_sums(
 
 
 def perplexities(sums: Sequence[float], tokens: int) -> list[float]:
-    """Of sums of losses (nats) over ``tokens`` tokens."""
+    """Perplexities from ``sums`` of losses (nats), each over ``tokens`` tokens."""
     return [exp(total / tokens) for total in sums]
 
 

@@ -1,4 +1,4 @@
-"""Text as a model is measured and repaired with: sequences of one length."""
+"""Text for measuring and repairing a model: token sequences of one length."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,10 @@ from longctx.shapes import Bool, Tensor, Tokens
 
 @dataclass(frozen=True)
 class PackedText:
-    """Sequences of one length, each attending to itself, with the targets that count where ``mask`` says so."""
+    """Sequences of one length, [sequences length], that attend only to themselves.
+
+    ``targets`` are the next tokens; a target counts in the loss where ``mask`` is True.
+    """
 
     tokens: Tokens
     targets: Tokens

@@ -1,1 +1,1 @@
-"""Training: micro-batches of a mesh, the step, what is kept of it."""
+"""Training: shard batches over a mesh, run steps, measure them, track their figures, and stop early on request."""

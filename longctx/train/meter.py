@@ -1,4 +1,4 @@
-"""What a step of training cost: seconds, the share of the machine that they used, memory, and waiting for others."""
+"""Measure a training step: seconds, model FLOPs utilization (MFU), peak memory, and exposed communication."""
 
 import resource
 import time
@@ -14,10 +14,11 @@ from longctx.parallel.measure.comm_timer import ExposedCommTimer
 
 @dataclass(frozen=True)
 class StepCost:
-    """A step of ``tokens`` that ``ranks`` shared, as one of them saw it.
+    """Cost of a step on one of the ``ranks`` that shared its ``tokens``.
 
-    ``flops`` of all of them, without causal halving, and ``flops_causal`` with it; ``peak_flops`` of one, or None;
-    ``waited``: its seconds of exposed communication, by operation.
+    ``flops`` are the FLOPs of all ``ranks`` without causal halving, ``flops_causal`` with it.  ``peak_flops`` is the
+    peak rate of one rank in FLOP/s, or None if it is not known.  ``peak_bytes`` is this rank's `peak_bytes`.
+    ``exposed_s`` has this rank's seconds of exposed communication by operation.
     """
 
     seconds: float
@@ -27,11 +28,11 @@ class StepCost:
     flops_causal: float
     peak_flops: float | None
     peak_bytes: int
-    waited: dict[str, float]
+    exposed_s: dict[str, float]
 
     def figures(self) -> dict[str, float | None]:
-        """The figures that a tracker logs, grouped; MFU is None where no peak is known."""
-        exposed = sum(self.waited.values())
+        """Figures for a tracker, by name; both MFUs are None if the peak rate is not known."""
+        exposed = sum(self.exposed_s.values())
         return {
             "step_s": self.seconds,
             "tokens_per_s": self.tokens / self.seconds,
@@ -40,17 +41,17 @@ class StepCost:
             "mem/peak_bytes": self.peak_bytes,
             "comm/exposed_s": exposed,
             "comm/exposed_share": exposed / self.seconds,
-            **{f"comm/{operation}_s": seconds for operation, seconds in self.waited.items()},
+            **{f"comm/{operation}_s": seconds for operation, seconds in self.exposed_s.items()},
         }
 
 
 class Meter:
-    """Measures steps of a model of ``shape``, from ``begin`` to ``end``, on one of the ``ranks`` that share them.
+    """Measures steps of a model of ``shape`` on one rank, each between ``begin`` and ``end``.
 
-    ``ranks`` is what the documents of a step are divided by: those of one data-parallel replica, or of all replicas if
-    ``end`` is told all their documents.  ``waiting`` is what the rank's `TimedComm` groups count in: what goes past
-    them (megatron-core's own collectives) is not in its seconds.  ``peak_flops`` of one rank: a hardware file's,
-    `longctx.parallel.measure.probe.gemm_flops`, or None, and then there is no MFU.
+    ``ranks`` is the number of ranks that share the documents given to ``end``: those of one data-parallel replica, or
+    of all replicas if ``end`` gets the documents of all.  ``comm_timer`` is the timer of the rank's `TimedComm` groups;
+    communication that bypasses them (megatron-core's own collectives) is not counted.  ``peak_flops`` is one rank's
+    peak rate in FLOP/s, from a hardware file or `longctx.parallel.measure.probe.gemm_flops`; None means no MFU.
     """
 
     def __init__(
@@ -58,23 +59,24 @@ class Meter:
         shape: ModelShape,
         ranks: int,
         device: torch.device,
-        waiting: ExposedCommTimer,
+        comm_timer: ExposedCommTimer,
         peak_flops: float | None = None,
     ) -> None:
-        self.shape, self.ranks, self.device, self.waiting, self.peak_flops = shape, ranks, device, waiting, peak_flops
+        self.shape, self.ranks, self.device, self.peak_flops = shape, ranks, device, peak_flops
+        self.comm_timer = comm_timer
         self._began: float | None = None
 
     def begin(self) -> None:
-        """The step begins now; nothing before it counts."""
+        """Start measuring a step: reset the timer of communication and, on a GPU, peak memory."""
         self._synchronize()
-        self.waiting.taken()
+        self.comm_timer.pop_seconds()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self._began = time.perf_counter()
 
     def end(self, lengths: Sequence[int]) -> StepCost:
-        """What the step cost, which trained on documents of ``lengths`` tokens (of all its micro-batches)."""
-        assert self._began is not None, "a step begins before it ends"
+        """Return the cost of the step, whose micro-batches held documents of ``lengths`` tokens."""
+        assert self._began is not None, "begin() comes before end()"
         self._synchronize()
         seconds, self._began = time.perf_counter() - self._began, None
         return StepCost(
@@ -85,7 +87,7 @@ class Meter:
             flops_causal=train_flops(self.shape, lengths, causal=True),
             peak_flops=self.peak_flops,
             peak_bytes=peak_bytes(self.device),
-            waited=self.waiting.taken(),
+            exposed_s=self.comm_timer.pop_seconds(),
         )
 
     def _synchronize(self) -> None:
@@ -94,7 +96,7 @@ class Meter:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory in use at once: on a GPU by tensors since the step began, on a CPU by the process in its life."""
+    """Peak memory in bytes: on a GPU, of tensors since `Meter.begin`; on a CPU, of the process since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KiB on Linux

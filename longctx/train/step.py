@@ -1,4 +1,4 @@
-"""A step of training on a mesh: packed sequences are sharded by document; loss and gradient are one rank's."""
+"""Training step on a mesh: shards packed sequences by document; loss and gradient equal those of a single rank."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,18 +31,22 @@ from longctx.shapes import Tensor
 
 @dataclass(frozen=True)
 class Sharding:
-    """How sequences of ``length`` are shared and attended to; ``keeping``: a recompute does not run the ring again."""
+    """How ranks share sequences of ``length`` tokens and compute attention over them.
+
+    ``layout`` is a key of `LAYOUTS`.  With ``keep_partials``, each layer's attention result is kept, so that activation
+    recomputation in the backward does not run the ring again.
+    """
 
     length: int
     layout: str
     kernel: Kernel
     strategy: Strategy
-    keeping: bool = False
+    keep_partials: bool = False
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave: mean loss (nats a token), norm of its gradient before clipping, tokens that counted, rate."""
+    """Mean loss (nats a token), gradient norm before clipping, number of targets that counted, and learning rate."""
 
     loss: float
     grad_norm: float
@@ -50,39 +54,51 @@ class StepResult:
     rate: float
 
 
-def train_step(trained: TrainState, batch: Batch, here: Runtime, how: Sharding) -> StepResult:
-    """Change the weights by ``batch``, this data-parallel rank's part of it.  Every rank calls this."""
+def train_step(trained: TrainState, batch: Batch, runtime: Runtime, sharding: Sharding) -> StepResult:
+    """Run forward, backward and an optimizer step on ``batch``, this data-parallel rank's sequences.
+
+    Every rank calls this.  Asserts that all ranks together have counted the targets of the whole batch.
+    """
     clear_gradients(trained)
-    sums = forward_backward(trained, micro_batches(batch, here, trained.shape, how))
+    sums = forward_backward(trained, micro_batches(batch, runtime, trained.shape, sharding))
     assert sum(sums.tokens) == batch.counted, f"ranks count {sum(sums.tokens)} tokens, the batch has {batch.counted}"
     norm, rate = optimizer_step(trained)
     return StepResult(sums.mean, norm, sum(sums.tokens), rate)
 
 
 @torch.no_grad()
-def evaluate(trained: TrainState, batches: Sequence[Batch], here: Runtime, how: Sharding, buckets: int = 1) -> LossSums:
-    """Sums over ``batches``, by ``buckets`` of the position in the document; nothing is changed."""
+def evaluate(
+    trained: TrainState, batches: Sequence[Batch], runtime: Runtime, sharding: Sharding, buckets: int = 1
+) -> LossSums:
+    """Sums of losses over ``batches`` without changing the model, in ``buckets`` by position in the document.
+
+    Bucket i has the positions from i to i + 1 times ``sharding.length`` / ``buckets``.
+    """
     trained.model.eval()
-    still = replace(how, keeping=False)
-    micro = [one for batch in batches for one in micro_batches(batch, here, trained.shape, still, buckets)]
+    sharding = replace(sharding, keep_partials=False)
+    micro = [one for batch in batches for one in micro_batches(batch, runtime, trained.shape, sharding, buckets)]
     sums = forward_backward(trained, micro, learn=False, buckets=buckets)
     trained.model.train()
     return sums
 
 
-def micro_batches(batch: Batch, here: Runtime, shape: ModelShape, how: Sharding, buckets: int = 1) -> list[MicroBatch]:
-    """This rank's rows of each sequence of ``batch``."""
+def micro_batches(
+    batch: Batch, runtime: Runtime, shape: ModelShape, sharding: Sharding, buckets: int = 1
+) -> list[MicroBatch]:
+    """One micro-batch per sequence of ``batch``, with this context rank's rows of it."""
     sequences = zip(batch.tokens, batch.targets, batch.mask, batch.lengths, strict=True)
-    return [_micro_batch(*sequence, here, shape, how, buckets) for sequence in sequences]
+    return [_micro_batch(*sequence, runtime, shape, sharding, buckets) for sequence in sequences]
 
 
-def rows_per_rank(length: int, here: Runtime) -> int:
-    """Rows that every rank is filled up to, so that pipeline stages know what comes: enough for any documents.
+def rows_per_rank(length: int, runtime: Runtime) -> int:
+    """Rows that every rank is padded to: enough for a sequence of ``length`` with any document boundaries.
 
-    `shard_balanced` keeps ranks within two rows of even; under sequence parallelism tensor-parallel ranks share them.
+    A fixed number, because pipeline stages need to know the shape that they receive.  `shard_balanced` gives a rank at
+    most two rows more than an even share.  Tensor-parallel ranks split the rows under sequence parallelism, so ``tp``
+    divides the number.
     """
-    most, tp = -(-length // here.mesh.context) + 2, here.mesh.tp
-    return -(-most // tp) * tp
+    max_rows, tp = -(-length // runtime.mesh.context) + 2, runtime.mesh.tp
+    return -(-max_rows // tp) * tp
 
 
 def _micro_batch(
@@ -90,41 +106,43 @@ def _micro_batch(
     targets: Tensor,
     mask: Tensor,
     lengths: tuple[int, ...],
-    here: Runtime,
+    runtime: Runtime,
     shape: ModelShape,
-    how: Sharding,
+    sharding: Sharding,
     buckets: int,
 ) -> MicroBatch:
-    ring, ulysses = here.ring, here.ulysses
-    layout = shard_balanced(lengths, LAYOUTS[how.layout], [0] * ring.size).split(ulysses.size)
+    # 1) Which positions of the sequence this rank holds, and the padding up to the common number of rows.
+    ring, ulysses = runtime.ring, runtime.ulysses
+    layout = shard_balanced(lengths, LAYOUTS[sharding.layout], [0] * ring.size).split(ulysses.size)
     rank = ring.rank * ulysses.size + ulysses.rank
-    rows = rows_per_rank(how.length, here)
+    rows = rows_per_rank(sharding.length, runtime)
     index = layout.index(rank)
     missing = rows - len(index)
     assert missing >= 0, f"{len(index)} rows on a rank, room for {rows}"
 
-    def filled(x: Tensor) -> Tensor:
-        return F.pad(x, (0, missing)).to(here.device)
+    def pad(x: Tensor) -> Tensor:
+        return F.pad(x, (0, missing)).to(runtime.device)
 
+    # 2) The rank's rows; padding has mask 0, so it does not count in the loss.
     positions = layout.positions(rank)
     return MicroBatch(
-        tokens=filled(tokens[index]).unsqueeze(0),
-        targets=filled(targets[index]).unsqueeze(0),
-        mask=filled(mask[index].float()),
-        bucket=filled(positions * buckets // how.length),
-        angles=rotary_angles(shape, filled(positions)),
-        attention_pass=_pass(layout, len(index), here, shape, how),
+        tokens=pad(tokens[index]).unsqueeze(0),
+        targets=pad(targets[index]).unsqueeze(0),
+        mask=pad(mask[index].float()),
+        bucket=pad(positions * buckets // sharding.length),
+        angles=rotary_angles(shape, pad(positions)),
+        attention_pass=_attention_pass(layout, len(index), runtime, shape, sharding),
     )
 
 
-def _pass(layout: Layout, rows: int, here: Runtime, shape: ModelShape, how: Sharding) -> Pass:
-    """Attention over the real rows; of those that fill up nothing is asked, and their answer is 0."""
-    kept: dict[int, list[Partial]] = {layer: [] for layer in range(shape.layers)}
-    shared = {w: hybrid(here.ulysses, here.ring, layout, causal_within(w)) for w in set(shape.windows)}
+def _attention_pass(layout: Layout, rows: int, runtime: Runtime, shape: ModelShape, sharding: Sharding) -> Pass:
+    """Attention over this rank's first ``rows`` rows; the rows after them are padding, and their output is 0."""
+    partials: dict[int, list[Partial]] = {layer: [] for layer in range(shape.layers)}
+    by_window = {w: hybrid(runtime.ulysses, runtime.ring, layout, causal_within(w)) for w in set(shape.windows)}
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keep = kept[layer] if how.keeping else None
-        attention = shared[shape.windows[layer]].attention(how.kernel, how.strategy, keep)
+        keep = partials[layer] if sharding.keep_partials else None
+        attention = by_window[shape.windows[layer]].attention(sharding.kernel, sharding.strategy, keep)
         with doing(f"layer {layer}"):
             out = attention(q[:, :rows], k[:, :rows], v[:, :rows])
         return F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - rows))

@@ -1,4 +1,4 @@
-"""Asked to stop, before the time is over: every rank hears of it at the same step, saves, and the run goes on later."""
+"""Stop a run early on a signal: all ranks agree at the same step, so that the run can save and resume later."""
 
 import signal
 from typing import Any
@@ -12,24 +12,27 @@ SIGNAL = signal.SIGUSR1  # what Slurm sends ahead of a time limit or of pre-empt
 
 
 class StopRequest:
-    """Listens from now on; ask `agreed_on_all_ranks` once a step, on every rank.  ``agreed_on`` is its last answer."""
+    """Records `SIGNAL` from the moment it is created.
+
+    Call `agreed_on_all_ranks` once a step, on every rank.  ``agreed_on`` is the result of the last call.
+    """
 
     def __init__(self) -> None:
-        self._heard = self.agreed_on = False
-        signal.signal(SIGNAL, self._hear)
+        self._received = self.agreed_on = False
+        signal.signal(SIGNAL, self._receive)
 
-    def _hear(self, *_: Any) -> None:
-        self._heard = True
+    def _receive(self, *_: Any) -> None:
+        self._received = True
 
     def agreed_on_all_ranks(self, world: Comm, device: torch.device) -> bool:
-        """Whether any rank of ``world`` has been asked; the same answer on all of them."""
-        heard: Tensor = torch.tensor([int(self._heard)], device=device)
-        self.agreed_on = any(bool(each.item()) for each in world.all_gather(heard, [(1,)] * world.size))
+        """Return True, on every rank of ``world``, once any of them has received the signal (an all-gather)."""
+        received: Tensor = torch.tensor([int(self._received)], device=device)
+        self.agreed_on = any(bool(each.item()) for each in world.all_gather(received, [(1,)] * world.size))
         return self.agreed_on
 
     def over(self) -> None:
-        """It ends by itself now, and being asked again changes nothing.
+        """Ignore the signal from now on, because the run is about to end by itself.
 
-        Python gives its own handlers back while it ends, and the signal would kill what it then meets.
+        At exit, Python restores the default handlers, and a late signal would kill the process.
         """
         signal.signal(SIGNAL, signal.SIG_IGN)

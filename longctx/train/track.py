@@ -1,7 +1,7 @@
-"""What a run says of itself: figures by step, tables, pictures, checkpoints.
+"""Track a run: its figures by step, tables, pictures and checkpoints, in JSON lines and optionally in W&B.
 
-JSON lines are always written, W&B beside them when asked.  Only the first rank tracks.  A tracker that fails never
-stops a run: it is named once, and the others go on.
+JSON lines are always written.  Only the first rank tracks.  A tracker that fails never stops a run: its error is
+reported once, and the other trackers continue.
 """
 
 import errno
@@ -18,35 +18,35 @@ from typing import Any, Protocol, runtime_checkable
 from longctx.config import Track
 
 Say = Callable[[str], None]
-# By name; None is a figure that is not known.  A name's part before its first "/" is its group: comm, mem, eval;
-# without one it is of training.
+# Values by name; None is a value that is not known.  "comm/exposed_s" is in the group comm (others are mem and eval);
+# a name without "/" is in the group train.
 Figures = Mapping[str, float | None]
-MANIFEST = "manifest.json"  # in a run's folder, says what exactly was run (recipes/common/manifest.py)
-_UPLOAD_S = 300.0  # how long the end of a run may wait for W&B's server: what is left stays on disk, for `wandb sync`
+MANIFEST = "manifest.json"  # in a run's folder: command, settings, source (recipes/common/manifest.py)
+_UPLOAD_S = 300.0  # maximum wait for W&B's server at the end; the rest stays on disk, for `wandb sync`
 
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Where a run's figures go.  Steps grow: whoever has more to say of one says it in the same ``log``."""
+    """A destination of a run's figures.  Steps increase from call to call; ``log`` is called once a step."""
 
     def log(self, figures: Figures, step: int) -> None:
-        """All figures of ``step``."""
+        """Record all figures of ``step``."""
         ...
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        """A table of ``step``; not of one before the last that was logged."""
+        """Record a table of ``step``, which is not before the last logged step."""
         ...
 
     def image(self, name: str, path: Path, step: int) -> None:
-        """A picture's file, of ``step``."""
+        """Record the picture in the file ``path`` for ``step``."""
         ...
 
     def artifact(self, name: str, kind: str, folder: Path) -> None:
-        """A reference to ``folder`` (a checkpoint): nothing is copied.  Do not reuse a folder for other contents."""
+        """Record a reference to ``folder`` (a checkpoint) without copying it; its contents must not change later."""
         ...
 
     def finish(self) -> None:
-        """The run has ended well."""
+        """Close the tracker of a run that has ended well."""
         ...
 
 
@@ -60,11 +60,11 @@ def start_tracking(
     step: int = 0,
     run_id: str | None = None,
 ) -> tuple[Tracker, str | None]:
-    """A tracker that goes on from ``step``, and the run's id, to be kept beside the step and given when it resumes.
+    """Return a tracker that continues from ``step``, and the run's id, which the caller saves and passes on resume.
 
-    ``folder/metrics.jsonl`` forgets what it has of ``step`` and later, and then reads as if the run had never been
-    interrupted: step 0 starts it anew.  ``config`` is all that one needs to do the run again.  Ranks that are not the
-    ``first`` get a tracker that does nothing, and ``run_id`` as they gave it.
+    ``folder/metrics.jsonl`` loses its lines of ``step`` and later, and then reads as if the run had not been
+    interrupted; step 0 empties it.  ``config`` holds the settings that reproduce the run.  Only the ``first`` rank
+    tracks: the others get a tracker that does nothing, and ``run_id`` unchanged.  ``say`` receives messages.
 
     Raises ValueError if ``folder`` cannot be written.
     """
@@ -74,17 +74,20 @@ def start_tracking(
     try:
         trackers: dict[str, Tracker] = {"metrics.jsonl": JsonLines(folder, step)}
     except OSError as error:
-        raise ValueError(f"{folder} cannot be written ({error.strerror}): give the run a folder of yours") from error
+        raise ValueError(f"{folder} cannot be written ({error.strerror}): give the run a writable folder") from error
     if track.backend == "wandb":
         try:
             trackers["wandb"] = Wandb(track, folder, config, run_id, say)
         except Exception as error:
-            say(_failed("wandb", error))
+            say(_failure_line("wandb", error))
     return Tracking(trackers, say), run_id
 
 
 class Tracking:
-    """Every one of ``trackers`` in turn; one that fails is named once and asked again the next time."""
+    """Calls each of ``trackers`` in turn.
+
+    The first error of a tracker is reported through ``say``; the tracker is called again the next time.
+    """
 
     def __init__(self, trackers: Mapping[str, Tracker], say: Say) -> None:
         self._trackers, self._say = trackers, say
@@ -92,7 +95,7 @@ class Tracking:
         self._last = -1
 
     def log(self, figures: Figures, step: int) -> None:
-        assert step > self._last, f"step {step} after {self._last}: a step is logged once, with all that is known of it"
+        assert step > self._last, f"step {step} after {self._last}: a step is logged once, with all of its figures"
         assert "step" not in figures, "the step is not among the figures"
         self._last = step
         self._each(lambda tracker: tracker.log(figures, step))
@@ -109,37 +112,38 @@ class Tracking:
     def finish(self) -> None:
         self._each(lambda tracker: tracker.finish())
 
-    def _each(self, tell: Callable[[Tracker], None]) -> None:
+    def _each(self, call: Callable[[Tracker], None]) -> None:
         for name, tracker in self._trackers.items():
             try:
-                tell(tracker)
+                call(tracker)
             except Exception as error:
                 if name not in self._failed:
-                    self._say(_failed(name, error))
+                    self._say(_failure_line(name, error))
                 self._failed.add(name)
 
 
-def _failed(name: str, error: Exception) -> str:
-    says = " ".join(str(error).split())
-    return f"{name} failed ({type(error).__name__}: {says}); the run goes on, and does not say this again"
+def _failure_line(name: str, error: Exception) -> str:
+    message = " ".join(str(error).split())
+    return f"{name} failed ({type(error).__name__}: {message}); the run continues, and does not report this again"
 
 
 class JsonLines:
-    """A line a step in ``metrics.jsonl``, a line a table in ``tables.jsonl``; pictures and checkpoints are files as is.
+    """Writes one line per step to ``metrics.jsonl``, and one per table to ``tables.jsonl``.
 
-    A line is one write: whole in the file as soon as ``log`` returns, or not there.  JSON has no number for what is
-    not finite: it is "nan", "inf" or "-inf" there, which ``float`` reads.
+    Pictures and checkpoints are files already, and are not recorded.  A line is one write: when ``log`` returns, it is
+    whole in the file, or absent after an error.  JSON has no numbers that are not finite; they are the strings "nan",
+    "inf" and "-inf", which ``float`` reads.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._metrics, self._tables = (_continued(folder / f"{name}.jsonl", step) for name in ("metrics", "tables"))
+        self._metrics, self._tables = (_keep_before(folder / f"{name}.jsonl", step) for name in ("metrics", "tables"))
 
     def log(self, figures: Figures, step: int) -> None:
-        _append(self._metrics, {"step": step, **{name: _plain(value) for name, value in figures.items()}})
+        _append(self._metrics, {"step": step, **{name: _to_json(value) for name, value in figures.items()}})
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        plain = [[_plain(cell) for cell in row] for row in rows]
+        plain = [[_to_json(cell) for cell in row] for row in rows]
         _append(self._tables, {"step": step, "table": name, "columns": list(columns), "rows": plain})
 
     def image(self, name: str, path: Path, step: int) -> None: ...
@@ -149,21 +153,21 @@ class JsonLines:
     def finish(self) -> None: ...
 
 
-def _continued(path: Path, step: int) -> Path:
-    """``path`` with its whole lines of steps before ``step`` alone; or as it was, if we are killed."""
+def _keep_before(path: Path, step: int) -> Path:
+    """Keep only the whole lines of ``path`` from before ``step``; a process killed meanwhile leaves it unchanged."""
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as kept:
+    with partial.open("wb") as output:
         if path.exists():
             with path.open("rb") as lines:
-                kept.writelines(line for line in lines if _is_before(line, step))
-        kept.flush()
-        os.fsync(kept.fileno())
+                output.writelines(line for line in lines if _is_before(line, step))
+        output.flush()
+        os.fsync(output.fileno())
     partial.replace(path)
     return path
 
 
 def _is_before(line: bytes, step: int) -> bool:
-    """Whether ``line`` is whole, and of a step before ``step``."""
+    """Return True if ``line`` is whole and belongs to a step before ``step``."""
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] < step
     except (ValueError, KeyError, TypeError):
@@ -171,7 +175,7 @@ def _is_before(line: bytes, step: int) -> bool:
 
 
 def _append(path: Path, values: Mapping[str, Any]) -> None:
-    """One more line; OSError, and none of it, if there is no room for the whole."""
+    """Append one line.  Raises OSError, and leaves nothing of the line, if the disk has no room for all of it."""
     line = json.dumps(values, allow_nan=False).encode() + b"\n"
     with path.open("ab", buffering=0) as file:
         end = file.tell()
@@ -183,8 +187,8 @@ def _append(path: Path, values: Mapping[str, Any]) -> None:
             raise
 
 
-def _plain(value: Any) -> Any:
-    """``value`` as JSON has it; what is neither text, a whole number nor nothing is asked for its float."""
+def _to_json(value: Any) -> Any:
+    """Convert ``value`` for JSON: text, integers and None unchanged, everything else as a float."""
     if value is None or isinstance(value, str | int):
         return value
     number = float(value)
@@ -192,17 +196,17 @@ def _plain(value: Any) -> Any:
 
 
 class Wandb:
-    """A W&B run in ``folder/wandb``: online if there is an API key, else offline; WANDB_MODE may ask for less.
+    """A W&B run in ``folder/wandb``: online if an API key exists, otherwise offline; WANDB_MODE may restrict that.
 
-    A run that resumes passes the steps that it does again a second time; online, W&B keeps the first.  Offline each
-    start has a folder of its own under the one id, which ``wandb sync`` joins.
+    A resumed run logs repeated steps a second time; online, W&B keeps the first values.  Offline, each start writes a
+    separate folder under the same id, and ``wandb sync`` joins them.
     """
 
     def __init__(self, track: Track, folder: Path, config: Mapping[str, Any], run_id: str, say: Say) -> None:
         import wandb
 
         (folder / "wandb").mkdir(exist_ok=True)
-        # Without room W&B would move to a temporary folder, or lose records in a process of its own, without a word.
+        # On a full disk W&B silently moves to a temporary folder or loses records in its own process, so try first.
         with tempfile.TemporaryFile(dir=folder / "wandb") as probe:
             probe.write(bytes(4096))
         self._wandb = wandb
@@ -224,20 +228,20 @@ class Wandb:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         if (folder / MANIFEST).is_file():
-            there = shutil.copy2(folder / MANIFEST, self._run.dir)  # as it is now: the next start has another
-            self._run.save(there, base_path=self._run.dir, policy="now")
+            copy = shutil.copy2(folder / MANIFEST, self._run.dir)  # a copy, because the next start replaces the file
+            self._run.save(copy, base_path=self._run.dir, policy="now")
         say(f"W&B run {run_id}: {self._run.url or f'offline, in {folder}/wandb'}")
 
     def log(self, figures: Figures, step: int) -> None:
-        known = {_grouped(name): value for name, value in figures.items() if value is not None}
+        known = {_with_group(name): value for name, value in figures.items() if value is not None}
         self._run.log({"step": step, **known}, step=step)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
         table = self._wandb.Table(columns=list(columns), data=[list(row) for row in rows])
-        self._run.log({"step": step, _grouped(name): table}, step=step)
+        self._run.log({"step": step, _with_group(name): table}, step=step)
 
     def image(self, name: str, path: Path, step: int) -> None:
-        self._run.log({"step": step, _grouped(name): self._wandb.Image(str(path))}, step=step)
+        self._run.log({"step": step, _with_group(name): self._wandb.Image(str(path))}, step=step)
 
     def artifact(self, name: str, kind: str, folder: Path) -> None:
         artifact = self._wandb.Artifact(name, kind)
@@ -248,11 +252,11 @@ class Wandb:
         self._run.finish()
 
 
-def _grouped(name: str) -> str:
+def _with_group(name: str) -> str:
     return name if "/" in name else f"train/{name}"
 
 
 def _mode(wandb: Any) -> Any:
-    """What WANDB_MODE says; offline instead of online where there is no key, since W&B would stop and ask for one."""
+    """The mode that WANDB_MODE sets; online becomes offline without an API key, since W&B would prompt for one."""
     mode = wandb.setup().settings.mode
     return "offline" if mode == "online" and not wandb.login(verify=False, prompt=False) else mode

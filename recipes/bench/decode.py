@@ -127,21 +127,19 @@ def start_session(engine: Engine, context: Context, settings: DecodeSettings, ba
     session = Session(engine, context, Sampling())
     reserve = settings.cached + (settings.rounds + 1) * settings.tokens
     for i in range(batch):
-        session.sequences[i] = Conversation(make_random_cache(engine, settings.cached, reserve), [0] * settings.cached)
+        session.sequences[i] = Conversation(
+            make_random_cache(engine, settings.cached, reserve), [0] * settings.cached + [1]
+        )
     return session
 
 
 def decode_steps(session: Session, tokens: int, batch: int) -> StepCost:
     """Decode ``tokens`` tokens of each sequence and return the cost per step."""
     sent = session.engine.sent
-    latest = dict.fromkeys(range(batch), 1)
 
     def decode() -> None:
-        nonlocal latest
         for _ in range(tokens):
-            for i, token in latest.items():
-                session.sequences[i].tokens.append(token)
-            latest = session.decode(latest)
+            session.decode(range(batch))
 
     seconds = measure_seconds(decode)
     return StepCost(seconds / tokens, (session.engine.sent - sent) // tokens)

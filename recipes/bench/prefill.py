@@ -87,15 +87,15 @@ class NullComm:
     traffic: Traffic = field(default_factory=Traffic)
     _received: dict[Shape, Tensor] = field(default_factory=dict)
 
-    def shift(self, *mine: Tensor, coming: Sequence[Shape]) -> Pending:
-        """Return zeros of the shapes ``coming``; the values do not change how long attention takes."""
+    def shift(self, *mine: Tensor, shapes: Sequence[Shape]) -> Pending:
+        """Return zeros of the shapes ``shapes``; the values do not change how long attention takes."""
         return CompletedPending(
-            tuple(self._received.setdefault(tuple(s), x.new_zeros(s)) for x, s in zip(mine, coming, strict=True))
+            tuple(self._received.setdefault(tuple(s), x.new_zeros(s)) for x, s in zip(mine, shapes, strict=True))
         )
 
-    def all_to_all(self, parts: Sequence[Tensor], coming: Sequence[Shape]) -> list[Tensor]:
+    def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
         """Raise AssertionError: pass-KV communicates by `shift` alone."""
-        raise AssertionError((parts, coming))
+        raise AssertionError((parts, shapes))
 
     def all_gather(self, mine: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
         """Raise AssertionError: pass-KV communicates by `shift` alone."""
@@ -191,7 +191,7 @@ def build_shallow_engine(runtime: Runtime, target: Target, layers: int) -> Engin
     dtype = getattr(torch, target.model.dtype)
     net = build_model(shape, runtime.groups, dtype=dtype, layers="local", device=runtime.device)
     hf_load.load(net, RandomInit(shape, seed=0), shape)
-    comms = (runtime.tp, runtime.ulysses, runtime.ring, runtime.context, runtime.answers)
+    comms = (runtime.tp, runtime.ulysses, runtime.ring, runtime.context)
     return Engine(net, shape, kernel_for("auto", runtime.device.type, target.model.dtype), *comms)
 
 

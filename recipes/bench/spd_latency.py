@@ -162,15 +162,13 @@ def time_phases(runtime: Runtime, engine: Engine, job: LatencyJob) -> dict[str, 
     from longctx.infer.session import Session
 
     session = Session(engine, Context(), Sampling())
-    latest: dict[int, int] = {}
 
     def prefill() -> None:
-        latest[0] = session.turn({0: job.tokens}, {0: 1}).tokens[0][0]
+        session.turn({0: job.tokens}, {0: 1})
 
     def decode() -> None:
         for _ in range(job.settings.new_tokens):
-            latest.update(session.decode(latest))
-            session.sequences[0].tokens.append(latest[0])
+            session.decode([0])
 
     prefill_cost = measure_phase(runtime, prefill, 1)
     return {"prefill": prefill_cost, "decode": measure_phase(runtime, decode, job.settings.new_tokens)}
@@ -178,10 +176,10 @@ def time_phases(runtime: Runtime, engine: Engine, job: LatencyJob) -> dict[str, 
 
 def measure_phase(runtime: Runtime, work: Callable[[], None], steps: int) -> PhaseCost:
     """Start ``work``, of ``steps`` equal steps, on all ranks at once and return the cost per step."""
-    from longctx.parallel.measure.all_reduce import tallied
+    from longctx.parallel.measure.all_reduce import count_all_reduces
 
     barrier(runtime.world)
-    with tallied() as tally:
+    with count_all_reduces() as tally:
         elapsed = measure_seconds(work)
     seconds, reducing = gather_numbers(runtime.world, elapsed / steps, tally.seconds / steps)
     return PhaseCost(max(seconds), min(reducing), tally.calls / steps, tally.bytes / steps)
@@ -192,15 +190,15 @@ def measure_links(runtime: Runtime, job: LatencyJob) -> Links:
 
     The bandwidth of emulated links is their nominal rate.
     """
-    from longctx.parallel.measure.all_reduce import seconds_of_one
+    from longctx.parallel.measure.all_reduce import time_all_reduce
 
     ranks, settings = job.target.mesh.tp, job.settings
     size = settings.tokens * job.target.shape.hidden * ELEMENT
-    short = seconds_of_one(runtime.groups.tp, 4, 20, runtime.device)
+    short = time_all_reduce(runtime.groups.tp, 4, 20, runtime.device)
     hop_s = short / (2 * (ranks - 1))
     if settings.hosts:
         return Links(hop_s, bits_per_s(settings.rate) / 8)
-    long = seconds_of_one(runtime.groups.tp, size, 20, runtime.device)
+    long = time_all_reduce(runtime.groups.tp, size, 20, runtime.device)
     return Links(hop_s, 2 * (ranks - 1) / ranks * size / max(1e-9, long - short))
 
 

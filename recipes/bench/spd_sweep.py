@@ -18,7 +18,7 @@ from pydantic import PositiveInt
 from longctx.config import DataSettings
 from longctx.parallel.launch import Rank
 from longctx.spd.plan import SPDPlan
-from longctx.spd.sensitivity import perplexities, scores, sensitivity
+from longctx.spd.sensitivity import measure_sensitivity, perplexities, scores
 from longctx.spd.text import PackedText
 from recipes.bench.spd_quality import mean_loss
 from recipes.bench.timing import measure_seconds
@@ -89,7 +89,7 @@ def run_rank(rank: Rank, job: SweepJob) -> SweepTimes:
             results["kept"] = scores(perplexities(sums_of(blocks, job.text), tokens))
 
         def measure_plain() -> None:
-            results["plain"] = sensitivity(layers, perplexity)
+            results["plain"] = measure_sensitivity(layers, perplexity)
 
         progress.start("each block's input kept", None)
         kept_s = measure_seconds(measure_kept)

@@ -13,8 +13,7 @@ _WIDTH = 24
 def help_of(config_name: str) -> str:
     """Return the help text of the recipe whose configuration is ``config_name``."""
     text = _file(config_name).read_text()
-    about = yaml.safe_load(text)["hydra"]["help"]["template"].strip()
-    parts = [about, "Choices, as group=name; the default is marked *:", *_groups(config_name)]
+    parts = [yaml.safe_load(text)["hydra"]["help"]["template"].strip(), "", "Choices, as group=name; the default is marked *:", *_groups(config_name)]
     parts += ["Settings, as key=value:", *_settings(config_name)]
     return "\n".join(parts) + "\n"
 

@@ -190,31 +190,31 @@ def refuse_unsplit(mesh: Mesh, shape: ModelShape, data: DataSettings) -> None:
 
 def begin_run(job: TrainJob) -> None:
     """Make the run's folder, and in it ``model``: the target's configuration and tokenizer without weights."""
-    from longctx.hf.scratch import write_like
+    from longctx.hf.scratch import write_folder_like
 
     job.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=job.out, prefix=".model.") as work:
-        write_like(job.target.folder, {}, Path(work, "model"))
+        write_folder_like(job.target.folder, {}, Path(work, "model"))
         with suppress(OSError):  # already made, by an earlier start or by another rank of a launcher
             Path(work, "model").rename(job.scratch)
 
 
 def refuse_other_model(job: TrainJob) -> None:
     """Raise ValueError if the run's folder holds a run of another model."""
-    from longctx.hf.scratch import write_like
+    from longctx.hf.scratch import write_folder_like
 
     existing = job.scratch / "config.json"
     if not existing.is_file():
         return
     with tempfile.TemporaryDirectory() as work:
-        write_like(job.target.folder, {}, Path(work, "model"))
+        write_folder_like(job.target.folder, {}, Path(work, "model"))
         if existing.read_text() != Path(work, "model", "config.json").read_text():
             raise ValueError(f"out={job.out} has a run of another model, or of another context: give another folder")
 
 
 def refuse_no_room(job: TrainJob) -> None:
     """Raise ValueError unless the disk has room for the checkpoints that the run will keep at once."""
-    existing = len(checkpoint_index.places(job.out / "checkpoints"))
+    existing = len(checkpoint_index.checkpoint_folders(job.out / "checkpoints"))
     needed = weights_of(job.target.shape) * BYTES_PER_WEIGHT * max(1, job.saving.keep + 1 - existing)
     if (free := shutil.disk_usage(nearest_existing(job.out)).free) < needed:
         raise ValueError(
@@ -225,10 +225,10 @@ def refuse_no_room(job: TrainJob) -> None:
 
 def refuse_other_run(job: TrainJob) -> None:
     """Raise ValueError if the last checkpoint is beyond this run's steps, or is of a run with other settings."""
-    place, _ = checkpoint_index.latest(job.out / "checkpoints")
+    place, _ = checkpoint_index.latest_whole(job.out / "checkpoints")
     if not place:
         return
-    metadata = checkpoint_index.about(place)
+    metadata = checkpoint_index.read_metadata(place)
     if metadata["step"] > job.settings.steps:
         raise ValueError(
             f"steps={job.settings.steps}, {place} is after step {metadata['step']}: use more steps, or another folder"

@@ -140,7 +140,7 @@ def resume(state: TrainState, job: TrainJob, report: Callable[[str], None]) -> S
     if not folder:
         return Start()
     checkpoint.load(folder, state)
-    metadata = checkpoint_index.about(folder)
+    metadata = checkpoint_index.read_metadata(folder)
     report(f"resuming after step {metadata['step']}, from {folder}")
     return Start(metadata["step"], metadata["step"] + 1, metadata["data"], metadata["run_id"])
 

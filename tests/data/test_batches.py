@@ -1,4 +1,4 @@
-"""Batches are the same sequences in the same order, however many data-parallel ranks share them."""
+"""Batches contain the same sequences in the same order for any number of data-parallel ranks."""
 
 import json
 
@@ -7,95 +7,93 @@ import torch
 
 from longctx.config import DataSettings, TextSource
 from longctx.data.batches import batches, left_out, training_batches
-from longctx.data.packing import packed
-from tests.data.texts import assert_resumes, first, made, pages, written
+from longctx.data.packing import pack
+from tests.data.texts import assert_resumes, pages, stage_of, take, write_source
 
 TEXTS = [[n] * (n % 11 + 1) for n in range(1, 98)]
 
 
-def rows_of(parts, stage_of, count=None, state=None):
-    """The rows of each batch in order, put together from all its parts; and the states, which must be equal."""
-    each = [first(stage_of(part, parts), count, state) for part in range(parts)]
+def rows_of(dp_size, stage, count=None, state=None):
+    """For each batch: its rows in order, collected from all ranks, its count, and its state, equal on all ranks."""
+    per_rank = [take(stage(rank, dp_size), count, state) for rank in range(dp_size)]
     out = []
-    for shares in zip(*each, strict=True):
-        assert all(behind == shares[0][1] for _, behind in shares)
+    for shares in zip(*per_rank, strict=True):
+        assert all(after == shares[0][1] for _, after in shares)
         assert len({batch.counted for batch, _ in shares}) == 1
-        rows = [None] * parts * len(shares[0][0].lengths)
-        for part, (batch, _) in enumerate(shares):
+        rows = [None] * dp_size * len(shares[0][0].lengths)
+        for rank, (batch, _) in enumerate(shares):
             whole = zip(batch.tokens.tolist(), batch.targets.tolist(), batch.mask.tolist(), batch.lengths, strict=True)
-            rows[part::parts] = list(whole)
+            rows[rank::dp_size] = list(whole)
         out.append((rows, shares[0][0].counted, shares[0][1]))
     return out
 
 
 @pytest.mark.parametrize("last", ["drop", "pad"])
-@pytest.mark.parametrize("parts", [2, 3])
-def test_any_number_of_ranks_gives_the_same_batches(parts, last):
-    def stage(part, parts):
-        return batches(packed(made(*TEXTS), 7, last), 6, part, parts, last)
+@pytest.mark.parametrize("dp_size", [2, 3])
+def test_batches_are_the_same_for_any_number_of_ranks(dp_size, last):
+    def stage(dp_rank, dp_size):
+        return batches(pack(stage_of(*TEXTS), 7, last), 6, dp_rank, dp_size, last)
 
     whole = rows_of(1, stage)
     assert len(whole) == 13 + (last == "pad")
-    assert rows_of(parts, stage) == whole
+    assert rows_of(dp_size, stage) == whole
     for k in (1, 5, 12):
-        assert rows_of(parts, stage, state=whole[k - 1][2]) == whole[k:], "resumed by another number of ranks"
+        assert rows_of(dp_size, stage, state=whole[k - 1][2]) == whole[k:], "resumed with another number of ranks"
 
 
-def test_a_batch_counts_the_targets_that_have_a_loss_in_all_its_parts():
-    stages = [batches(packed(made(*TEXTS), 7, "pad"), 6, part, 3, "pad") for part in range(3)]
+def test_counted_is_the_number_of_targets_on_all_ranks():
+    stages = [batches(pack(stage_of(*TEXTS), 7, "pad"), 6, rank, 3, "pad") for rank in range(3)]
     counted = 0
-    for shares in zip(*(first(stage) for stage in stages), strict=True):
+    for shares in zip(*(take(stage) for stage in stages), strict=True):
         assert sum(int(batch.mask.sum()) for batch, _ in shares) == shares[0][0].counted
         counted += shares[0][0].counted
-    assert counted == sum(len(text) - 1 for text in TEXTS), "every token but the first of its document"
+    assert counted == sum(len(text) - 1 for text in TEXTS), "every token but the first of each document"
 
 
-def test_the_last_batch_is_filled_with_what_does_not_count_or_dropped(caplog):
-    texts = made([1] * 7, [2] * 7, [3] * 5)
-    ((padded, _),) = first(batches(packed(texts, 7, "pad"), 5, last="pad"))
+def test_last_batch_is_padded_or_dropped(caplog):
+    texts = stage_of([1] * 7, [2] * 7, [3] * 5)
+    ((padded, _),) = take(batches(pack(texts, 7, "pad"), 5, last="pad"))
     assert padded.tokens[:, 0].tolist() == [1, 2, 3, 0, 0]
     assert padded.lengths == ((7,), (7,), (5, 2), (7,), (7,))
     assert padded.mask.sum(1).tolist() == [6, 6, 4, 0, 0] and padded.counted == 16
-    assert first(batches(packed(texts, 7), 5)) == []
+    assert take(batches(pack(texts, 7), 5)) == []
     assert "the last 2 sequences do not fill a batch of 5: dropped" in caplog.text
 
 
-def test_uneven_parts_are_refused():
+def test_batch_that_ranks_cannot_share_evenly_is_refused():
     with pytest.raises(ValueError, match=r"data\.batch=7 .* 3 data-parallel ranks: use data\.batch=9, or another mesh"):
-        batches(packed(made(*TEXTS), 7), 7, 0, 3)
+        batches(pack(stage_of(*TEXTS), 7), 7, 0, 3)
 
 
 @pytest.mark.parametrize("shuffle", [0, 5])
-def test_a_run_on_real_pages_resumes_behind_every_batch(shuffle, byte_tokenizer, tmp_path):
-    """Three sources of three kinds, one with a broken line and one with an empty text, repeated for ever."""
+def test_run_on_real_pages_resumes_after_every_batch(shuffle, byte_tokenizer, tmp_path):
+    """Three endless sources of different kinds, one with a broken line and one with an empty text."""
     texts = pages(19)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts[:7]) + '{"text": \n')
     sources = (
         TextSource(path=str(tmp_path / "a.jsonl"), weight=3),
-        written("parquet", [*texts[7:12], ""], tmp_path / "b"),
-        written("hub, streamed", texts[12:], tmp_path / "c"),
+        write_source("parquet", [*texts[7:12], ""], tmp_path / "b"),
+        write_source("hub, streamed", texts[12:], tmp_path / "c"),
     )
     data = DataSettings(sources, length=997, batch=2, shuffle=shuffle, on_error="skip")
     stage = training_batches(data, byte_tokenizer)
     assert_resumes(stage, 7)
-    items = first(stage, 31)
+    items = take(stage, 31)
     assert all(batch.tokens.shape == (2, 997) for batch, _ in items)
     (skipped, empty) = (left_out(items[-1][1])[name] for name in ("skipped", "empty"))
     assert skipped == items[-1][1]["documents"]["sources"][0]["epoch"] > 2
     assert empty == items[-1][1]["documents"]["sources"][1]["epoch"] > 0
-    for part in range(2):
-        for (mine, _), (whole, _) in zip(
-            first(training_batches(data, byte_tokenizer, part, 2), 5), items, strict=False
-        ):
-            assert torch.equal(mine.tokens, whole.tokens[part::2])
+    for rank in range(2):
+        for (mine, _), (whole, _) in zip(take(training_batches(data, byte_tokenizer, rank, 2), 5), items, strict=False):
+            assert torch.equal(mine.tokens, whole.tokens[rank::2])
 
 
-def test_every_token_of_every_page_once_an_epoch(byte_tokenizer, tmp_path):
+def test_every_page_is_read_once_an_epoch(byte_tokenizer, tmp_path):
     texts = pages(19)
-    sources = (written("folder", texts[:9], tmp_path / "a"), written("jsonl.gz", texts[9:], tmp_path / "b"))
+    sources = (write_source("folder", texts[:9], tmp_path / "a"), write_source("jsonl.gz", texts[9:], tmp_path / "b"))
     data = DataSettings(sources, length=499, batch=3, epochs=1, last="pad")
     pieces: list[int] = []
-    for batch, _ in first(training_batches(data, byte_tokenizer)):
+    for batch, _ in take(training_batches(data, byte_tokenizer)):
         for row, lengths in zip(batch.tokens.tolist(), batch.lengths, strict=True):
             assert sum(lengths) == len(row) == 499
             pieces += row
@@ -105,7 +103,7 @@ def test_every_token_of_every_page_once_an_epoch(byte_tokenizer, tmp_path):
     given = byte_tokenizer.decode(pieces).split(byte_tokenizer.decode([end]))
     assert given.pop() == ""
     assert sorted(given) == sorted(texts)
-    assert [text for text in given if text in texts[:9]] == texts[:9], "each source in its own order"
+    assert [text for text in given if text in texts[:9]] == texts[:9], "each source keeps its order"
     assert [text for text in given if text in texts[9:]] == texts[9:]
 
 
@@ -120,7 +118,7 @@ def test_every_token_of_every_page_once_an_epoch(byte_tokenizer, tmp_path):
         ({"seed": -1}, r"data\.seed=-1: use 0"),
     ],
 )
-def test_refused_settings(change, words):
+def test_invalid_settings_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
         DataSettings(**{"sources": (TextSource(path="a.txt"),), "length": 1, **change})
 
@@ -135,6 +133,6 @@ def test_refused_settings(change, words):
         ({"name": "a", "weight": float("inf")}, "weight=inf"),
     ],
 )
-def test_refused_sources(source, words):
+def test_invalid_sources_are_refused(source, words):
     with pytest.raises(ValueError, match=words):
         TextSource(**source)

@@ -1,4 +1,4 @@
-"""Documents: every text of a source, once an epoch, as the tokenizer has it; resumed behind any of them."""
+"""Documents: every text of a source once an epoch, tokenized; runs resume after any document."""
 
 import json
 
@@ -8,78 +8,78 @@ from hypothesis import strategies as st
 
 from longctx.config import TextSource
 from longctx.hf.config import tokenizer_of
-from tests.data.texts import END, FORMS, assert_resumes, first, given_texts, pages, reading, written
+from tests.data.texts import END, FORMS, assert_resumes, given_texts, pages, read_documents, take, write_source
 from tests.tiny import tiny_tokenizer
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_source_gives_its_texts_in_order(form, byte_tokenizer, tmp_path):
+def test_source_yields_its_texts_in_order(form, byte_tokenizer, tmp_path):
     texts = pages(23)
     assert sum(map(len, texts)) > 10_000
-    items = first(reading(written(form, texts, tmp_path / "source"), byte_tokenizer))
+    items = take(read_documents(write_source(form, texts, tmp_path / "source"), byte_tokenizer))
     assert given_texts(items, byte_tokenizer) == texts
-    places = [document.where for document, _ in items]
-    assert len(set(places)) == 23, "where a document stands, for whoever looks for it"
+    locations = [document.where for document, _ in items]
+    assert len(set(locations)) == 23, "every document has its own location"
 
 
 @pytest.mark.parametrize("shuffle", [0, 5])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_run_resumes_behind_every_document(form, shuffle, byte_tokenizer, tmp_path):
+def test_run_resumes_after_every_document(form, shuffle, byte_tokenizer, tmp_path):
     texts = [*pages(7), "", "  \n"]
-    source = written(form, texts, tmp_path / "source")
-    assert_resumes(reading(source, byte_tokenizer, shuffle=shuffle, epochs=2))
-    endless = reading(source, byte_tokenizer, shuffle=shuffle, epochs=None)
+    source = write_source(form, texts, tmp_path / "source")
+    assert_resumes(read_documents(source, byte_tokenizer, shuffle=shuffle, epochs=2))
+    endless = read_documents(source, byte_tokenizer, shuffle=shuffle, epochs=None)
     assert_resumes(endless, 17)
-    _, state = first(endless, 17)[-1]
+    _, state = take(endless, 17)[-1]
     assert (state["epoch"], state["empty"], state["documents"] + state["given"]) == (2, 4, 17)
 
 
-def test_tokens_are_those_of_the_tokenizer_on_all_documents(smollm2, tmp_path):
+def test_tokens_equal_those_of_the_tokenizer_on_the_joined_texts(smollm2, tmp_path):
     tokenizer = tokenizer_of(smollm2[1])
     texts = pages(37)
-    items = first(reading(written("jsonl", texts, tmp_path / "source"), tokenizer))
+    items = take(read_documents(write_source("jsonl", texts, tmp_path / "source"), tokenizer))
     whole = tokenizer(tokenizer.eos_token.join([*texts, ""]), verbose=False)["input_ids"]
     assert [token for document, _ in items for token in document.tokens.tolist()] == list(whole)
-    without = first(reading(written("jsonl", texts, tmp_path / "source"), tokenizer, end_token=False))
+    without = take(read_documents(write_source("jsonl", texts, tmp_path / "source"), tokenizer, end_token=False))
     assert [token for document, _ in without for token in document.tokens.tolist()] == [
         token for token in whole if token != tokenizer.eos_token_id
     ]
 
 
-def test_an_end_that_the_tokenizer_sets_itself_is_not_doubled(byte_tokenizer, tmp_path):
-    source = written("jsonl", ["one", "two<end>"], tmp_path / "source")
-    assert [document.tokens.tolist()[-2:] for document, _ in first(reading(source, byte_tokenizer))] == [
+def test_end_token_is_not_doubled(byte_tokenizer, tmp_path):
+    source = write_source("jsonl", ["one", "two<end>"], tmp_path / "source")
+    assert [document.tokens.tolist()[-2:] for document, _ in take(read_documents(source, byte_tokenizer))] == [
         [byte_tokenizer.convert_tokens_to_ids("e"), END],
         [byte_tokenizer.convert_tokens_to_ids("o"), END],
     ]
 
 
-def test_a_tokenizer_without_an_end_is_refused_unless_none_is_wanted(tmp_path):
-    source = written("jsonl", ["one"], tmp_path / "source")
+def test_tokenizer_without_end_token_is_refused_unless_disabled(tmp_path):
+    source = write_source("jsonl", ["one"], tmp_path / "source")
     with pytest.raises(ValueError, match=r"no end token.*data\.end_token=false"):
-        reading(source, tiny_tokenizer())
-    ((document, _),) = first(reading(source, tiny_tokenizer(), end_token=False))
+        read_documents(source, tiny_tokenizer())
+    ((document, _),) = take(read_documents(source, tiny_tokenizer(), end_token=False))
     assert len(document.tokens) == 3
 
 
 @settings(deadline=None, max_examples=31, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(count=st.integers(1, 19), window=st.integers(1, 23), seed=st.integers(0, 99))
-def test_a_shuffle_gives_every_document_once_an_epoch_near_its_place(count, window, seed, byte_tokenizer, tmp_path):
-    source = written("jsonl", [f"{n}" for n in range(count)], tmp_path / "source")
-    run = reading(source, byte_tokenizer, shuffle=window, seed=seed, epochs=3)
-    given = [int(text) for text in given_texts(first(run), byte_tokenizer)]
+def test_shuffle_permutes_the_documents_of_each_window(count, window, seed, byte_tokenizer, tmp_path):
+    source = write_source("jsonl", [f"{n}" for n in range(count)], tmp_path / "source")
+    run = read_documents(source, byte_tokenizer, shuffle=window, seed=seed, epochs=3)
+    given = [int(text) for text in given_texts(take(run), byte_tokenizer)]
     assert len(given) == 3 * count
     for epoch in (given[:count], given[count : 2 * count], given[2 * count :]):
         assert sorted(epoch) == list(range(count))
-        assert all(n // window == at // window for at, n in enumerate(epoch)), "a window's documents, then the next's"
+        assert all(n // window == at // window for at, n in enumerate(epoch)), "window by window"
 
 
-def test_a_shuffle_is_that_of_its_seed_and_another_every_epoch_and_window(byte_tokenizer, tmp_path):
-    source = written("jsonl", [f"{n}" for n in range(22)], tmp_path / "source")
+def test_shuffle_differs_by_seed_epoch_and_window(byte_tokenizer, tmp_path):
+    source = write_source("jsonl", [f"{n}" for n in range(22)], tmp_path / "source")
 
     def order(seed):
-        run = reading(source, byte_tokenizer, shuffle=11, seed=seed, epochs=2)
-        return [int(text) % 11 for text in given_texts(first(run), byte_tokenizer)]
+        run = read_documents(source, byte_tokenizer, shuffle=11, seed=seed, epochs=2)
+        return [int(text) % 11 for text in given_texts(take(run), byte_tokenizer)]
 
     seventh = order(7)
     windows = {tuple(seventh[i : i + 11]) for i in range(0, 44, 11)}
@@ -89,48 +89,48 @@ def test_a_shuffle_is_that_of_its_seed_and_another_every_epoch_and_window(byte_t
 
 @settings(deadline=None, max_examples=31, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kinds=st.lists(st.sampled_from(["good", "empty", "bad"]), min_size=1, max_size=7), window=st.integers(0, 3))
-def test_what_is_left_out_is_counted_and_does_not_shift_a_resumed_run(kinds, window, byte_tokenizer, tmp_path):
+def test_left_out_records_are_counted_and_do_not_shift_a_resumed_run(kinds, window, byte_tokenizer, tmp_path):
     lines = {"good": '{{"text": "{}"}}', "empty": '{{"text": ""}}', "bad": '{{"text": {}'}
     content = "\n".join(lines[kind].format(n) for n, kind in enumerate(kinds))
     (tmp_path / "a.jsonl").write_text(content)
     source = TextSource(path=str(tmp_path / "a.jsonl"))
-    run = reading(source, byte_tokenizer, on_error="skip", shuffle=window, epochs=None)
+    run = read_documents(source, byte_tokenizer, on_error="skip", shuffle=window, epochs=None)
     good = [str(n) for n, kind in enumerate(kinds) if kind == "good"]
     if not good:
         with pytest.raises(ValueError, match=f"{kinds.count('empty')} are empty, {kinds.count('bad')} were skipped"):
-            first(run, 1)
+            take(run, 1)
         return
-    items = first(run, 3 * len(good) + 1)
+    items = take(run, 3 * len(good) + 1)
     assert sorted(given_texts(items[:-1], byte_tokenizer)) == sorted(good * 3)
     counts = {"empty": kinds.count("empty"), "skipped": kinds.count("bad")}
     assert all(3 * n <= items[-1][1][count] <= 4 * n for count, n in counts.items())
     assert_resumes(run, 2 * len(good) + 1)
 
 
-def test_a_state_does_not_fit_other_files_or_another_order(byte_tokenizer, tmp_path):
-    source = written("folder", ["one", "two", "three"], tmp_path / "source")
-    _, state = first(reading(source, byte_tokenizer), 2)[-1]
+def test_state_of_other_files_or_another_order_is_refused(byte_tokenizer, tmp_path):
+    source = write_source("folder", ["one", "two", "three"], tmp_path / "source")
+    _, state = take(read_documents(source, byte_tokenizer), 2)[-1]
     with pytest.raises(ValueError, match=r"needs data\.shuffle=0 data\.seed=0"):
-        first(reading(source, byte_tokenizer, shuffle=3), state=state)
-    (tmp_path / "source" / "000.txt").write_text("before it")
-    with pytest.raises(ValueError, match=r"with other files than are there now, by name or by size: bring them back"):
-        first(reading(source, byte_tokenizer), state=state)
+        take(read_documents(source, byte_tokenizer, shuffle=3), state=state)
+    (tmp_path / "source" / "000.txt").write_text("write_source before")
+    with pytest.raises(ValueError, match=r"files of .* have changed in name or size .*: restore them"):
+        take(read_documents(source, byte_tokenizer), state=state)
     (tmp_path / "source" / "000.txt").write_text("one")
-    assert first(reading(source, byte_tokenizer), state=state)
-    (tmp_path / "source" / "003.txt").write_text("behind it")
-    with pytest.raises(ValueError, match=r"bring them back, or begin anew"):
-        first(reading(source, byte_tokenizer), state=state)
+    assert take(read_documents(source, byte_tokenizer), state=state)
+    (tmp_path / "source" / "003.txt").write_text("write_source after")
+    with pytest.raises(ValueError, match=r"restore them, or start a new run"):
+        take(read_documents(source, byte_tokenizer), state=state)
     (tmp_path / "source" / "001.txt").write_text("changed")
-    with pytest.raises(ValueError, match=r"stands in 001\.txt \(3 bytes\), which .* does not have at that place"):
-        first(reading(source, byte_tokenizer), state=state)
+    with pytest.raises(ValueError, match=r"stopped in 001\.txt \(3 bytes\), which .* no longer has at that place"):
+        take(read_documents(source, byte_tokenizer), state=state)
     (tmp_path / "source" / "001.txt").unlink()
     (tmp_path / "source" / "002.txt").unlink()
-    with pytest.raises(ValueError, match="bring the files back"):
-        first(reading(source, byte_tokenizer), state=state)
+    with pytest.raises(ValueError, match="restore the files"):
+        take(read_documents(source, byte_tokenizer), state=state)
 
 
-def test_a_state_is_small_however_far_the_run(byte_tokenizer, tmp_path):
+def test_state_stays_small_in_a_long_run(byte_tokenizer, tmp_path):
     for form in FORMS:
-        source = written(form, pages(13), tmp_path / form)
-        _, state = first(reading(source, byte_tokenizer, epochs=None, shuffle=5), 101)[-1]
+        source = write_source(form, pages(13), tmp_path / form)
+        _, state = take(read_documents(source, byte_tokenizer, epochs=None, shuffle=5), 101)[-1]
         assert len(json.dumps(state)) < 700, form

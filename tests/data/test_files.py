@@ -1,4 +1,4 @@
-"""Local files: what is a text of one, and what is broken, named by its line or row, or left out."""
+"""Local files: their texts, and faulty records, which are named by line or row or skipped."""
 
 import gzip
 
@@ -7,31 +7,31 @@ import pytest
 from pyarrow.parquet import write_table
 
 from longctx.config import TextSource
-from tests.data.texts import assert_resumes, first, given_texts, pages, reading, written
+from tests.data.texts import assert_resumes, given_texts, pages, read_documents, take, write_source
 
 
 @pytest.mark.parametrize("form", ["txt", "txt.gz", "rst"])
-def test_a_file_of_another_kind_is_one_document(form, byte_tokenizer, tmp_path):
+def test_other_text_file_is_one_document(form, byte_tokenizer, tmp_path):
     text = "\n\n".join(pages(7))
     pack = gzip.compress if form.endswith("gz") else bytes
     (tmp_path / f"book.{form}").write_bytes(pack(text.encode()))
-    items = first(reading(TextSource(path=str(tmp_path / f"book.{form}")), byte_tokenizer))
+    items = take(read_documents(TextSource(path=str(tmp_path / f"book.{form}")), byte_tokenizer))
     assert given_texts(items, byte_tokenizer) == [text]
 
 
-def test_a_pattern_is_the_files_that_it_matches_in_the_order_of_their_names(byte_tokenizer, tmp_path):
+def test_pattern_reads_its_matches_in_the_order_of_their_names(byte_tokenizer, tmp_path):
     for name in ("b.md", "a.md", "c.txt", "sub"):
         (tmp_path / name).mkdir() if name == "sub" else (tmp_path / name).write_text(name)
     (tmp_path / "sub" / "d.md").write_text("d.md")
-    items = first(reading(TextSource(path=str(tmp_path / "**" / "*.md")), byte_tokenizer))
+    items = take(read_documents(TextSource(path=str(tmp_path / "**" / "*.md")), byte_tokenizer))
     assert given_texts(items, byte_tokenizer) == ["a.md", "b.md", "d.md"]
 
 
-def test_what_editors_leave_in_files_is_no_text(byte_tokenizer, tmp_path):
-    """A byte order mark, line ends of another system, blank lines between records."""
+def test_byte_order_marks_line_ends_and_blank_lines_are_removed(byte_tokenizer, tmp_path):
+    """Byte order marks, line ends of other systems, and blank lines between records."""
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "four"}\r\n\r\n{"text": "f\xc3\xbcnf"}')
-    items = first(reading(TextSource(path=str(tmp_path)), byte_tokenizer))
+    items = take(read_documents(TextSource(path=str(tmp_path)), byte_tokenizer))
     assert given_texts(items, byte_tokenizer) == ["one\ntwo\nthree\n", "four", "fünf"]
     assert items[-1][0].where.endswith("b.jsonl, line 3")
 
@@ -51,32 +51,32 @@ BAD = {
 
 @pytest.mark.parametrize("packing", ["jsonl", "jsonl.gz"])
 @pytest.mark.parametrize("bad", BAD)
-def test_a_bad_line_is_named_and_stops_the_run_or_is_left_out(bad, packing, byte_tokenizer, tmp_path, caplog):
+def test_faulty_line_stops_the_run_by_name_or_is_skipped(bad, packing, byte_tokenizer, tmp_path, caplog):
     line, words = BAD[bad]
     path = tmp_path / f"a.{packing}"
     content = b'{"text": "one"}\n' + line + b'\n{"text": "three"}\n'
     path.write_bytes(gzip.compress(content) if packing.endswith("gz") else content)
     source = TextSource(path=str(path))
-    run = reading(source, byte_tokenizer)(None)
+    run = read_documents(source, byte_tokenizer)(None)
     next(run)
     with pytest.raises(ValueError, match=rf"{path.name}, line 2 {words}.*data\.on_error=skip"):
         next(run)
     assert not caplog.records
-    skipping = reading(source, byte_tokenizer, on_error="skip", epochs=2)
-    items = first(skipping)
+    skipping = read_documents(source, byte_tokenizer, on_error="skip", epochs=2)
+    items = take(skipping)
     assert given_texts(items, byte_tokenizer) == ["one", "three"] * 2
     assert [state["skipped"] for _, state in items] == [0, 1, 1, 2]
     assert [record.message.partition(" ")[0] for record in caplog.records] == [f"{path},"] * 2
-    assert "line 2" in caplog.text and "skipped, as 2 of its source by now" in caplog.text
+    assert "line 2" in caplog.text and "skipped, 2 of this source so far" in caplog.text
     assert_resumes(skipping)
 
 
-def test_a_text_that_is_not_utf8_is_named_by_its_line(byte_tokenizer, tmp_path):
+def test_line_that_is_not_utf8_is_named(byte_tokenizer, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\ntwo\nth\xe9 vert\n")
     (tmp_path / "b.txt").write_bytes(b"good")
     with pytest.raises(ValueError, match=r"a\.txt, line 3 is not UTF-8 text \(byte 10 of the file\)"):
-        first(reading(TextSource(path=str(tmp_path)), byte_tokenizer))
-    ((document, state),) = first(reading(TextSource(path=str(tmp_path)), byte_tokenizer, on_error="skip"))
+        take(read_documents(TextSource(path=str(tmp_path)), byte_tokenizer))
+    ((document, state),) = take(read_documents(TextSource(path=str(tmp_path)), byte_tokenizer, on_error="skip"))
     assert document.where.endswith("b.txt") and state["skipped"] == 1
 
 
@@ -98,20 +98,20 @@ def test_a_text_that_is_not_utf8_is_named_by_its_line(byte_tokenizer, tmp_path):
         ),
     ],
 )
-def test_a_file_that_breaks_off_is_one_bad_record(name, damage, words, byte_tokenizer, tmp_path):
+def test_truncated_file_is_one_faulty_record(name, damage, words, byte_tokenizer, tmp_path):
     texts = pages(11)
     if name.startswith("a.txt"):
         (tmp_path / name).write_bytes(gzip.compress(texts[0].encode()))
     else:
-        written(name.removeprefix("a."), texts, tmp_path)
+        write_source(name.removeprefix("a."), texts, tmp_path)
         (tmp_path / name.replace("a.", "texts.")).rename(tmp_path / name)
     (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
     (tmp_path / "b.txt").write_text("good")
     source = TextSource(path=str(tmp_path))
     with pytest.raises(ValueError, match=words):
-        first(reading(source, byte_tokenizer))
-    skipping = reading(source, byte_tokenizer, on_error="skip", epochs=2)
-    items = first(skipping)
+        take(read_documents(source, byte_tokenizer))
+    skipping = read_documents(source, byte_tokenizer, on_error="skip", epochs=2)
+    items = take(skipping)
     assert items[-1][0].where.endswith("b.txt") and items[-1][1]["skipped"] == 2
     assert_resumes(skipping)
 
@@ -124,17 +124,17 @@ def test_a_file_that_breaks_off_is_one_bad_record(name, damage, words, byte_toke
         ({"body": pa.array(["one"])}, r'has no column "text", it has body: set text_key'),
     ],
 )
-def test_a_bad_row_is_named(column, words, byte_tokenizer, tmp_path):
+def test_faulty_row_is_named(column, words, byte_tokenizer, tmp_path):
     write_table(pa.table(column), tmp_path / "a.parquet")
     source = TextSource(path=str(tmp_path / "a.parquet"))
     with pytest.raises(ValueError, match=r"a\.parquet.*" + words):
-        first(reading(source, byte_tokenizer))
-    skipping = reading(source, byte_tokenizer, on_error="skip")
+        take(read_documents(source, byte_tokenizer))
+    skipping = read_documents(source, byte_tokenizer, on_error="skip")
     if "row 1" in words:
-        assert given_texts(first(skipping), byte_tokenizer) == ["one", "three"]
+        assert given_texts(take(skipping), byte_tokenizer) == ["one", "three"]
     else:
         with pytest.raises(ValueError, match=f"no documents: 0 are empty, {len(column.get('text', [1]))} were skipped"):
-            first(skipping)
+            take(skipping)
 
 
 @pytest.mark.parametrize(
@@ -142,37 +142,37 @@ def test_a_bad_row_is_named(column, words, byte_tokenizer, tmp_path):
     [
         ("nosuch.txt", None, "is no file, no folder, and no pattern"),
         ("nosuch*.jsonl", None, "is no file, no folder, and no pattern"),
-        ("a.json", b"[]", "of a kind that is not read.*jsonl"),
-        ("a.jsonl.zst", b"", "of a kind that is not read"),
+        ("a.json", b"[]", "of a kind that is not supported.*use .*jsonl"),
+        ("a.jsonl.zst", b"", "of a kind that is not supported"),
         ("empty.txt", b"", "has no documents: 1 are empty, 0 were skipped"),
         ("empty.jsonl", b"", "has no documents: 0 are empty"),
         ("blank.jsonl", b'\n{"text": " \\n"}\n\n', "has no documents: 1 are empty"),
-        ("folder", "a.md", r"has no \.txt.* in it: name the files with a pattern"),
+        ("folder", "a.md", r"has no \.txt.*: name the files with a pattern"),
         ("folder", ".hidden.txt", r"has no \.txt"),
     ],
 )
-def test_refused_paths(name, content, words, byte_tokenizer, tmp_path):
+def test_invalid_paths_are_refused(name, content, words, byte_tokenizer, tmp_path):
     if isinstance(content, str):
         (tmp_path / name).mkdir()
         (tmp_path / name / content).write_text("text")
     elif content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=words) as refused:
-        first(reading(TextSource(path=str(tmp_path / name)), byte_tokenizer, epochs=None))
+        take(read_documents(TextSource(path=str(tmp_path / name)), byte_tokenizer, epochs=None))
     assert name in str(refused.value)
 
 
-def test_a_parquet_file_resumes_in_the_middle_of_its_row_groups(byte_tokenizer, tmp_path):
+def test_parquet_file_resumes_inside_a_row_group(byte_tokenizer, tmp_path):
     texts = [f"{n}" for n in range(211)]
     write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=157)
-    run = reading(TextSource(path=str(tmp_path / "a.parquet")), byte_tokenizer)
-    items = first(run)
+    run = read_documents(TextSource(path=str(tmp_path / "a.parquet")), byte_tokenizer)
+    items = take(run)
     assert given_texts(items, byte_tokenizer) == texts
     for k in range(1, 211, 13):
-        assert given_texts(first(run, state=items[k - 1][1]), byte_tokenizer) == texts[k:], k
+        assert given_texts(take(run, state=items[k - 1][1]), byte_tokenizer) == texts[k:], k
 
 
-def test_an_empty_parquet_file_has_no_documents(byte_tokenizer, tmp_path):
+def test_empty_parquet_file_has_no_documents(byte_tokenizer, tmp_path):
     write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="no documents"):
-        first(reading(TextSource(path=str(tmp_path / "a.parquet")), byte_tokenizer))
+        take(read_documents(TextSource(path=str(tmp_path / "a.parquet")), byte_tokenizer))

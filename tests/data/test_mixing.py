@@ -1,4 +1,4 @@
-"""Sources are mixed in proportion to their weights, to within a document, and without a draw."""
+"""Sources are mixed in proportion to their weights, to within a document, without random draws."""
 
 import pytest
 from hypothesis import given, settings
@@ -6,22 +6,17 @@ from hypothesis import strategies as st
 
 from longctx.config import DataSettings
 from longctx.data.documents import documents
-from longctx.data.mixing import interleaved
-from tests.data.texts import assert_resumes, first, made, pages, written
+from longctx.data.mixing import interleave
+from tests.data.texts import assert_resumes, pages, stage_of, take, write_source
 
 DOCUMENTS = st.lists(st.integers(1, 31).map(lambda n: [7] * n), min_size=40, max_size=40)
 
 
-def source_of(document, sources):
-    """Which of the sources, each of whose documents has tokens of its own, gave a document."""
-    return next(i for i, mine in enumerate(sources) if document.tokens[0] in mine)
-
-
 @settings(deadline=None)
 @given(st.lists(st.tuples(DOCUMENTS, st.floats(0.01, 100)), min_size=2, max_size=5))
-def test_no_source_is_ahead_of_its_share_by_more_than_its_last_document(sources):
+def test_source_is_ahead_of_its_share_by_at_most_its_last_document(sources):
     weights = [weight for _, weight in sources]
-    mixed = interleaved([made(*texts) for texts, _ in sources], weights)
+    mixed = interleave([stage_of(*texts) for texts, _ in sources], weights)
     before = [0] * len(sources)
     for document, state in mixed(None):
         tokens = state["tokens"]
@@ -35,15 +30,15 @@ def test_no_source_is_ahead_of_its_share_by_more_than_its_last_document(sources)
     pytest.fail("no source has ended")
 
 
-def test_real_pages_in_the_shares_asked_for(byte_tokenizer, tmp_path):
-    """Documents of very different lengths; every source repeats for ever."""
+def test_real_pages_follow_the_weights(byte_tokenizer, tmp_path):
+    """Documents of very different lengths, from endless sources."""
     texts = pages(41)
     groups, weights = [texts[:5], texts[5:18], texts[18:]], [5, 2, 1]
-    sources = [written("jsonl", group, tmp_path / f"{i}") for i, group in enumerate(groups)]
+    sources = [write_source("jsonl", group, tmp_path / f"{i}") for i, group in enumerate(groups)]
     data = DataSettings(tuple(sources), length=1, batch=1)
-    mixed = interleaved([documents(source, byte_tokenizer, data) for source in sources], weights)
+    mixed = interleave([documents(source, byte_tokenizer, data) for source in sources], weights)
     longest = [max(len(text.encode()) + 1 for text in group) for group in groups]
-    for _, state in first(mixed, 199)[10:]:
+    for _, state in take(mixed, 199)[10:]:
         tokens = state["tokens"]
         for i, weight in enumerate(weights):
             assert abs(tokens[i] - weight / 8 * sum(tokens)) <= max(longest), state
@@ -51,16 +46,16 @@ def test_real_pages_in_the_shares_asked_for(byte_tokenizer, tmp_path):
     assert_resumes(mixed, 23)
 
 
-def test_one_that_has_ended_leaves_the_others_to_their_weights():
-    mixed = interleaved([made([1]), made(*[[2]] * 60), made(*[[3]] * 20)], [10, 3, 1])
-    given = [int(document.tokens) for document, _ in first(mixed)]
-    assert sorted(given) == [1] + [2] * 60 + [3] * 20, "everything is given, once"
+def test_other_sources_keep_their_weights_when_one_ends():
+    mixed = interleave([stage_of([1]), stage_of(*[[2]] * 60), stage_of(*[[3]] * 20)], [10, 3, 1])
+    given = [int(document.tokens) for document, _ in take(mixed)]
+    assert sorted(given) == [1] + [2] * 60 + [3] * 20, "every document once"
     for k in range(1, 81):
         assert abs(given[:k].count(2) - 3 * given[:k].count(3)) <= 3
     assert_resumes(mixed)
 
 
-def test_a_state_of_other_sources_is_refused():
-    _, state = first(interleaved([made([1]), made([2])], [1, 1]), 1)[0]
+def test_state_of_another_number_of_sources_is_refused():
+    _, state = take(interleave([stage_of([1]), stage_of([2])], [1, 1]), 1)[0]
     with pytest.raises(ValueError, match=r"is of 2 sources, data\.sources has 1"):
-        first(interleaved([made([1])], [1]), state=state)
+        take(interleave([stage_of([1])], [1]), state=state)

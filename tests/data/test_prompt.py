@@ -1,4 +1,4 @@
-"""A prompt is exactly the text that was asked for, or refused with what to do instead."""
+"""A prompt is exactly the requested text, or an error that says what to set instead."""
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -15,7 +15,7 @@ DOCUMENT = "Thé quick brown fox\njumps  over 13 lazy dogs."
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte."""
+    """A tokenizer with one token per byte and a chat template."""
     return tiny_tokenizer(chat_template=TEMPLATE)
 
 
@@ -23,46 +23,46 @@ def prompt_tokens(source, tokenizer):
     return prompt.prompt_tokens(source, tokenizer)[0]
 
 
-def test_text_is_tokenized_as_it_stands(tokenizer):
+def test_text_is_tokenized_unchanged(tokenizer):
     ids = prompt_tokens(PromptSource(text=DOCUMENT), tokenizer)
     assert len(ids) == len(DOCUMENT.encode())
     assert tokenizer.decode(ids) == DOCUMENT
 
 
-def test_a_file_gives_the_same_as_its_text(tokenizer, tmp_path):
+def test_file_gives_the_same_tokens_as_its_text(tokenizer, tmp_path):
     (tmp_path / "book.txt").write_bytes(DOCUMENT.encode())
     from_file = prompt_tokens(PromptSource(file=str(tmp_path / "book.txt")), tokenizer)
     assert from_file == prompt_tokens(PromptSource(text=DOCUMENT), tokenizer)
 
 
-@pytest.mark.parametrize(("asked", "kept"), [(1, 1), (17, 17), (1009, len(DOCUMENT.encode()))])
-def test_cutting_keeps_that_many_tokens(tokenizer, asked, kept):
+@pytest.mark.parametrize(("requested", "expected"), [(1, 1), (17, 17), (1009, len(DOCUMENT.encode()))])
+def test_cut_prompt_has_the_requested_number_of_tokens(tokenizer, requested, expected):
     whole = prompt_tokens(PromptSource(text=DOCUMENT), tokenizer)
-    assert prompt_tokens(PromptSource(text=DOCUMENT, tokens=asked), tokenizer) == whole[:kept]
+    assert prompt_tokens(PromptSource(text=DOCUMENT, tokens=requested), tokenizer) == whole[:expected]
 
 
-def test_a_question_and_its_document_go_through_the_chat_template(tokenizer):
+def test_question_and_document_pass_the_chat_template(tokenizer):
     ids = prompt_tokens(PromptSource(text=DOCUMENT, question="Who jumps?"), tokenizer)
     assert tokenizer.decode(ids) == f"<user>{DOCUMENT}\n\nWho jumps?<bot>"
 
 
-def test_cutting_a_document_leaves_the_question_whole(tokenizer):
+def test_cutting_a_document_keeps_the_whole_question(tokenizer):
     ids = prompt_tokens(PromptSource(text=DOCUMENT, question="Who jumps?", tokens=17), tokenizer)
     assert tokenizer.decode(ids) == f"<user>{DOCUMENT.encode()[:17].decode()}\n\nWho jumps?<bot>"
 
 
 @pytest.mark.parametrize(
-    ("tokens", "of_text"), [(None, len(DOCUMENT.encode())), (17, 17), (1009, len(DOCUMENT.encode()))]
+    ("tokens", "text_tokens"), [(None, len(DOCUMENT.encode())), (17, 17), (1009, len(DOCUMENT.encode()))]
 )
 @pytest.mark.parametrize("question", [None, "Who jumps?"])
-def test_how_much_of_a_prompt_is_its_text(tokenizer, question, tokens, of_text):
+def test_number_of_text_tokens_excludes_the_template(tokenizer, question, tokens, text_tokens):
     source = PromptSource(text=DOCUMENT, question=question, tokens=tokens)
-    ids, text = prompt.prompt_tokens(source, tokenizer)
+    ids, counted = prompt.prompt_tokens(source, tokenizer)
     template = len(f"<user>\n\n{question}<bot>") if question else 0
-    assert (text, len(ids)) == (of_text, of_text + template)
+    assert (counted, len(ids)) == (text_tokens, text_tokens + template)
 
 
-def test_the_documentation_of_python_is_long_and_a_topic_part_of_it(tokenizer):
+def test_pydoc_topic_is_part_of_the_long_documentation(tokenizer):
     ids = prompt_tokens(PromptSource(pydoc="all"), tokenizer)
     assert len(ids) > 300_000, "bytes"
     assert prompt_tokens(PromptSource(pydoc="all", tokens=101), tokenizer) == ids[:101]
@@ -84,7 +84,7 @@ def test_the_documentation_of_python_is_long_and_a_topic_part_of_it(tokenizer):
         (PromptSource(text="a", tokens=-3), "prompt.tokens=-3"),
     ],
 )
-def test_refused_settings(tokenizer, source, words):
+def test_invalid_settings_are_refused(tokenizer, source, words):
     with pytest.raises(ValueError, match=words):
         prompt_tokens(source, tokenizer)
 
@@ -100,7 +100,7 @@ def test_refused_settings(tokenizer, source, words):
         (b" \n\n", "empty"),
     ],
 )
-def test_refused_files(tokenizer, tmp_path, content, words):
+def test_invalid_files_are_refused(tokenizer, tmp_path, content, words):
     path = tmp_path / "given"
     if content == "directory":
         path.mkdir()
@@ -110,7 +110,7 @@ def test_refused_files(tokenizer, tmp_path, content, words):
         prompt_tokens(PromptSource(file=str(path)), tokenizer)
 
 
-def test_a_question_to_a_model_without_a_chat_template_is_refused(tokenizer):
+def test_question_without_a_chat_template_is_refused(tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match=r"chat template.*instruct"):
         prompt_tokens(PromptSource(text=DOCUMENT, question="Who?"), tokenizer)

@@ -1,4 +1,4 @@
-"""A conversation's words, as the model's chat template puts them: what is new of a turn continues what was."""
+"""Tokens of conversation turns: appended turn by turn, they equal the chat template of the whole conversation."""
 
 import pytest
 
@@ -7,8 +7,8 @@ from longctx.hf.config import tokenizer_of
 
 
 @pytest.mark.parametrize("ended", [True, False])
-def test_turns_add_up_to_the_template(smollm2, ended):
-    """Whether the answer ended by itself, or was cut at its number of tokens."""
+def test_turns_concatenate_to_the_whole_template(smollm2, ended):
+    """The answer ended with its end token, or was cut at the maximum number of tokens."""
     tokenizer = tokenizer_of(smollm2[1])
     ends = (tokenizer.eos_token_id,)
     first = turn_tokens("What is a debugger?", tokenizer, before=[], ends=ends)

@@ -86,4 +86,4 @@ def test_timer_counts_waiting_of_the_stream_and_not_computing():
     torch.cuda._sleep(cycles)
     end.record()
     end.synchronize()
-    assert timer.taken()["shift"] == pytest.approx(3 * start.elapsed_time(end) / 1e3, rel=0.2)
+    assert timer.pop_seconds()["shift"] == pytest.approx(3 * start.elapsed_time(end) / 1e3, rel=0.2)

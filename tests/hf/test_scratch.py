@@ -1,4 +1,4 @@
-"""Folders that are described, not fetched; and models whose context is to be another."""
+"""Folders without weights, written from settings; and folders with another context that link to the weights."""
 
 from dataclasses import replace
 
@@ -11,18 +11,18 @@ from longctx.config import ModelSource
 from longctx.hf.checkpoint import tensor_files
 from longctx.hf.config import shape_of, tokenizer_of
 from longctx.hf.locate import locate
-from tests.hf.test_locate import LLAMA3, SIZES, kept, saved
+from tests.hf.test_locate import LLAMA3, SIZES, cached_folders, save_config
 
 
 @pytest.fixture
-def described(tmp_path):
+def scratch(tmp_path):
     config = {"model_type": "llama", **SIZES, "tie_word_embeddings": True}
     del config["eos_token_id"]
     return ModelSource("new", config=config, tokenizer="bytes", cache=str(tmp_path / "cache"))
 
 
-def test_a_described_model_is_a_folder_without_weights(described):
-    folder = locate(described)
+def test_scratch_model_is_a_folder_without_weights(scratch):
+    folder = locate(scratch)
     shape = shape_of(folder)
     assert (shape.layers, shape.hidden, shape.ffn, shape.vocab_size, shape.max_positions) == (5, 60, 59, 307, 97)
     assert (shape.tied, shape.end_tokens) == (True, (256,))
@@ -33,8 +33,8 @@ def test_a_described_model_is_a_folder_without_weights(described):
         tensor_files(folder)
 
 
-def test_a_described_models_tokens_are_bytes(described):
-    tokenizer = tokenizer_of(locate(described))
+def test_tokens_of_a_scratch_model_are_bytes(scratch):
+    tokenizer = tokenizer_of(locate(scratch))
     assert (len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id) == (257, 256, None)
     for text in (bytes(range(128)).decode(), "".join(map(chr, range(128, 0x900, 7))), " isn't  it?\r\n\n", "􏿿"):
         assert tokenizer(text)["input_ids"] == list(text.encode())
@@ -42,13 +42,13 @@ def test_a_described_models_tokens_are_bytes(described):
     assert tokenizer("a<|endoftext|>b")["input_ids"] == [97, 256, 98]
 
 
-def test_a_description_has_one_folder_and_another_another(described, monkeypatch):
-    first = locate(described)
-    made = (first / "config.json").stat()
-    turned = replace(described, config=dict(reversed(described.config.items())))
-    assert locate(turned) == first and (first / "config.json").stat() == made, "made once, in whatever order told"
-    assert locate(replace(described, config=described.config | {"num_hidden_layers": 3})) != first
-    assert len(kept(described)) == 2
+def test_each_config_has_its_own_folder_in_any_field_order(scratch, monkeypatch):
+    first = locate(scratch)
+    written = (first / "config.json").stat()
+    reordered = replace(scratch, config=dict(reversed(scratch.config.items())))
+    assert locate(reordered) == first and (first / "config.json").stat() == written, "written once"
+    assert locate(replace(scratch, config=scratch.config | {"num_hidden_layers": 3})) != first
+    assert len(cached_folders(scratch)) == 2
 
 
 @pytest.mark.parametrize(
@@ -62,14 +62,14 @@ def test_a_description_has_one_folder_and_another_another(described, monkeypatch
     ],
     ids=str,
 )
-def test_a_description_of_nothing_is_refused_and_nothing_kept(described, field, words):
+def test_invalid_config_is_refused_and_leaves_no_folder(scratch, field, words):
     with pytest.raises(ValueError, match=f"(?s){words}"):
-        locate(replace(described, config=described.config | field))
-    assert not kept(described)
+        locate(replace(scratch, config=scratch.config | field))
+    assert not cached_folders(scratch)
 
 
 @pytest.mark.parametrize(
-    ("asked", "positions", "rope"),
+    ("changes", "positions", "rope"),
     [
         ({"max_positions": 307}, 307, None),
         ({"rope_theta": 77777.0}, 97, {"rope_type": "default", "rope_theta": 77777.0}),
@@ -82,28 +82,28 @@ def test_a_description_of_nothing_is_refused_and_nothing_kept(described, field, 
     ],
     ids=str,
 )
-def test_of_another_context_config_is_changed_and_weights_are_links(tmp_path, asked, positions, rope):
+def test_changed_context_links_weights_and_edits_config(tmp_path, changes, positions, rope):
     plain = LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
-    source = saved(tmp_path / "source", plain)
+    source = save_config(tmp_path / "source", plain)
     save_file({"x": torch.ones(2)}, tmp_path / "blob")
     (source / "model.safetensors").symlink_to(tmp_path / "blob")  # as in the hub's own cache
-    model = ModelSource("m", source=str(source), cache=str(tmp_path / "cache"), **asked)
+    model = ModelSource("m", source=str(source), cache=str(tmp_path / "cache"), **changes)
     folder = locate(model)
-    expected = saved(tmp_path, LlamaConfig(**SIZES, rope_parameters=rope or plain.rope_parameters))
+    expected = save_config(tmp_path, LlamaConfig(**SIZES, rope_parameters=rope or plain.rope_parameters))
     assert (shape_of(folder).max_positions, shape_of(folder).rotary) == (positions, shape_of(expected).rotary)
     (weights,) = set(tensor_files(folder).values())
     assert weights.is_symlink() and weights.resolve() == tmp_path / "blob"
     assert locate(model) == folder and shape_of(source).max_positions == 97
 
 
-def test_a_rotary_embedding_is_not_scaled_twice(tmp_path):
-    source = saved(tmp_path / "source", LlamaConfig(**SIZES, rope_parameters=LLAMA3))
+def test_scaled_rotary_embedding_is_not_scaled_again(tmp_path):
+    source = save_config(tmp_path / "source", LlamaConfig(**SIZES, rope_parameters=LLAMA3))
     with pytest.raises(ValueError, match=r"model\.rope_factor=2\.0: .* type llama3 already; use model\.rope_theta"):
         locate(ModelSource("m", source=str(source), cache=str(tmp_path / "cache"), rope_factor=2.0))
 
 
-def test_a_model_comes_in_one_way(described):
+def test_model_has_exactly_one_source(scratch):
     with pytest.raises(ValueError, match=r"either model\.source, .*model\.wheel.*model\.config and model\.tokenizer"):
-        replace(described, source="somewhere")
+        replace(scratch, source="somewhere")
     with pytest.raises(ValueError, match="either"):
-        replace(described, tokenizer=None)
+        replace(scratch, tokenizer=None)

@@ -1,4 +1,4 @@
-"""What the ranks of test_spd.py run."""
+"""Rank functions of test_spd.py."""
 
 from pathlib import Path
 from typing import Any
@@ -9,31 +9,32 @@ from longctx.parallel.launch import Rank
 from longctx.spd.plan import SPDPlan
 
 
-def answered(rank: Rank, mesh: Mesh, folder: Path, tokens: list[int], dropped: tuple[int, ...]) -> dict[str, Any]:
-    """A prompt's logits and three decoded tokens, and the all-reduces of either."""
+def generate_and_count(
+    rank: Rank, mesh: Mesh, folder: Path, tokens: list[int], dropped: tuple[int, ...]
+) -> dict[str, Any]:
+    """Return a prompt's logits and three tokens, and (calls, bytes) of the all-reduces in prefill and decode."""
     from longctx.infer.engine import load_engine
     from longctx.infer.session import Session, next_logits
-    from longctx.megatron.runtime import runtime
-    from longctx.parallel.measure.all_reduce import tallied
+    from longctx.megatron.runtime import open_runtime
+    from longctx.parallel.measure.all_reduce import count_all_reduces
 
     shape = shape_of(folder)
-    with runtime(rank, mesh, timeout_minutes=2) as here:
+    with open_runtime(rank, mesh, timeout_minutes=2) as runtime:
         plan = SPDPlan(shape.layers, mesh.tp, dropped)
-        engine = load_engine(here, ModelSource("test", str(folder)), shape, folder, "auto", plan)
+        engine = load_engine(runtime, ModelSource("test", str(folder)), shape, folder, "auto", plan)
         session = Session(engine, Context(), Sampling())
-        with tallied() as prefill:
-            made = session.turn({0: tokens}, {0: 1}, keep_states=True)
-        chosen = made.tokens[0]
-        with tallied() as decode:
+        with count_all_reduces() as prefill:
+            turn = session.turn({0: tokens}, {0: 1}, keep_states=True)
+        tokens_out = turn.tokens[0]
+        with count_all_reduces() as decode:
             for _ in range(2):
-                chosen.append(session.decode({0: chosen[-1]})[0])
-                session.sequences[0].tokens.append(chosen[-1])
-        hidden, layout = made.passes[0]
+                tokens_out.append(session.decode([0])[0])
+        hidden, layout = turn.passes[0]
         shapes = [(layout.rows(r), *hidden.shape[1:]) for r in range(engine.ranks)]
-        whole = layout.unshard(here.context.all_gather(hidden, shapes))
+        whole = layout.unshard(runtime.context.all_gather(hidden, shapes))
         return {
             "logits": next_logits(engine, whole)[:, 0],
-            "tokens": chosen,
+            "tokens": tokens_out,
             "prefill": (prefill.calls, prefill.bytes),
             "decode": (decode.calls, decode.bytes),
             "rows": layout.rows(engine.rank),

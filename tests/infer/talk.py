@@ -1,4 +1,7 @@
-"""Traces of a session, and the ranks that play them; apart from the tests, so that a rank imports little."""
+"""Scripts of a session, and the rank functions that run them.
+
+They are in a module of their own so that ranks do not import the tests' dependencies.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +14,7 @@ from longctx.parallel.launch import Rank
 
 @dataclass(frozen=True)
 class Say:
-    """A turn of some sequences together: their prompts, and how many tokens each decodes."""
+    """A turn of several sequences: their prompts, and how many tokens each decodes."""
 
     prompts: dict[int, list[int]]
     max_new_tokens: dict[int, int]
@@ -19,7 +22,7 @@ class Say:
 
 @dataclass(frozen=True)
 class Decode:
-    """Go on with the answers of some sequences, by so many tokens: those whose last token was decoded."""
+    """Decode ``steps`` more tokens of ``sequences``, whose last tokens were decoded."""
 
     sequences: tuple[int, ...]
     steps: int
@@ -27,14 +30,14 @@ class Decode:
 
 @dataclass(frozen=True)
 class Drop:
-    """Forget a sequence."""
+    """Remove a sequence."""
 
     sequence: int
 
 
 @dataclass(frozen=True)
 class Save:
-    """Write the session to a folder."""
+    """Save the session to a folder."""
 
     folder: Path
 
@@ -44,7 +47,7 @@ Step = Say | Decode | Drop | Save
 
 @dataclass(frozen=True)
 class Segment:
-    """What happens on one mesh, from a start or a restore on."""
+    """Steps on one mesh, after a start or a restore."""
 
     mesh: Mesh
     context: Context
@@ -52,25 +55,25 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a rank saw: tokens by step; of turns bytes (prefill, decode), and the rows held by each ring rank after."""
+class Record:
+    """Results on one rank: tokens by step; by turn, (prefill, decode) bytes and the ring ranks' rows after it."""
 
     tokens: list[dict[int, list[int]]]
     bytes: list[tuple[int, int]]
-    held: list[list[int]]
+    rows: list[list[int]]
 
 
-def play(rank: Rank, folder: Path, segment: Segment, load_from: Path | None) -> Seen:
-    """A rank's part of ``segment``."""
+def play(rank: Rank, folder: Path, segment: Segment, load_from: Path | None) -> Record:
+    """Run ``segment`` on one rank, from the session saved in ``load_from`` if given."""
     from longctx.infer.engine import load_engine
     from longctx.infer.session import Session
     from longctx.infer.store import load, read_index, save
-    from longctx.megatron.runtime import runtime
+    from longctx.megatron.runtime import open_runtime
 
-    seen = Seen([], [], [])
-    with runtime(rank, segment.mesh, timeout_minutes=2) as here:
+    record = Record([], [], [])
+    with open_runtime(rank, segment.mesh, timeout_minutes=2) as runtime:
         model = ModelSource("test", str(folder))
-        session = Session(load_engine(here, model, shape_of(folder), folder, "auto"), segment.context, Sampling())
+        session = Session(load_engine(runtime, model, shape_of(folder), folder, "auto"), segment.context, Sampling())
         if load_from:
             load(session, load_from, read_index(load_from, "test", "torch.float32"))
         for step in segment.steps:
@@ -79,49 +82,50 @@ def play(rank: Rank, folder: Path, segment: Segment, load_from: Path | None) -> 
             elif isinstance(step, Save):
                 save(session, step.folder, "test")
             elif isinstance(step, Decode):
-                seen.tokens.append(decoded(session, step))
+                record.tokens.append(decode_step(session, step))
             else:
-                made = session.turn(step.prompts, step.max_new_tokens)
-                seen.tokens.append(made.tokens)
-                seen.bytes.append((made.prefill_bytes, made.decode_bytes))
-                seen.held.append(session.rows_per_rank)
-    return seen
+                turn = session.turn(step.prompts, step.max_new_tokens)
+                record.tokens.append(turn.tokens)
+                record.bytes.append((turn.prefill_bytes, turn.decode_bytes))
+                record.rows.append(session.rows_per_rank)
+    return record
 
 
-def decoded(session: Any, step: Decode) -> dict[int, list[int]]:
-    """The tokens that ``step`` adds."""
-    latest = {i: session.sequences[i].tokens[-1] for i in step.sequences}
-    made: dict[int, list[int]] = {i: [] for i in latest}
+def decode_step(session: Any, step: Decode) -> dict[int, list[int]]:
+    """Run ``step`` and return the tokens that it adds to each sequence."""
+    made: dict[int, list[int]] = {i: [] for i in step.sequences}
     for _ in range(step.steps):
-        latest = session.decode(latest)
-        for i, token in latest.items():
-            session.sequences[i].tokens.append(token)
+        for i, token in session.decode(step.sequences).items():
             made[i].append(token)
+    assert all(session.sequences[i].tokens[-step.steps :] == tokens for i, tokens in made.items())
     return made
 
 
-def fails_once(rank: Rank, folder: Path, mesh: Mesh, step: Say, fault: str) -> list[Any]:
-    """``step``, a turn that fails, ``step`` again: tokens before and after, and what the failed one raised."""
-    from longctx.infer import session as loop
-    from longctx.infer.engine import load_engine
-    from longctx.megatron.runtime import runtime
+def run_failing_turn(rank: Rank, folder: Path, mesh: Mesh, step: Say, fault: str) -> list[Any]:
+    """Run ``step`` in two sessions, a failing turn in the first one, then ``step`` again in both.
 
-    with runtime(rank, mesh, timeout_minutes=2) as here:
-        engine = load_engine(here, ModelSource("test", str(folder)), shape_of(folder), folder, "auto")
-        one, other = (loop.Session(engine, Context(), Sampling()) for _ in range(2))
-        for session in (one, other):
+    Returns the tokens of the second ``step`` by session, and the message of the failed turn.
+    """
+    from longctx.infer import session as session_module
+    from longctx.infer.engine import load_engine
+    from longctx.megatron.runtime import open_runtime
+
+    with open_runtime(rank, mesh, timeout_minutes=2) as runtime:
+        engine = load_engine(runtime, ModelSource("test", str(folder)), shape_of(folder), folder, "auto")
+        failing, control = (session_module.Session(engine, Context(), Sampling()) for _ in range(2))
+        for session in (failing, control):
             session.turn(step.prompts, step.max_new_tokens)
 
-        def broken(*_: Any) -> int:
+        def fail(*_: Any) -> int:
             raise ArithmeticError("a fault")
 
-        said = ""
+        message = ""
         if fault == "in the middle":
-            loop.run_replicated, kept = lambda *_: broken(), loop.run_replicated
+            session_module.run_replicated, original = fail, session_module.run_replicated
         try:
-            one.turn({0: [1] * (9999 if fault == "too long" else 5), 7: [2, 3]}, {0: 2, 7: 2})
+            failing.turn({0: [1] * (9999 if fault == "too long" else 5), 7: [2, 3]}, {0: 2, 7: 2})
         except (ValueError, ArithmeticError) as error:
-            said = str(error)
+            message = str(error)
         if fault == "in the middle":
-            loop.run_replicated = kept
-        return [session.turn(step.prompts, step.max_new_tokens).tokens for session in (one, other)] + [said]
+            session_module.run_replicated = original
+        return [session.turn(step.prompts, step.max_new_tokens).tokens for session in (failing, control)] + [message]

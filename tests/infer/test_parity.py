@@ -1,4 +1,4 @@
-"""The main claim on a real model and real text: the same greedy tokens as transformers, on every mesh."""
+"""Parity on a real model and real text: greedy tokens equal those of transformers, on every mesh."""
 
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,14 @@ MESHES = [
 
 @pytest.fixture(scope="session")
 def prompt(smollm2: tuple[ModelSource, Path], pytestconfig: pytest.Config) -> tuple[int, ...]:
-    """A prime number of tokens by default: no chunk divides evenly."""
+    """A prompt of a prime number of tokens by default, so that no chunk divides evenly."""
     source = PromptSource(pydoc="all", tokens=pytestconfig.getoption("--prompt-tokens"))
     return tuple(prompt_tokens(source, tokenizer_of(smollm2[1]))[0])
 
 
 @pytest.fixture(scope="session")
 def expected(smollm2: tuple[ModelSource, Path], prompt: tuple[int, ...], pytestconfig: pytest.Config) -> list[int]:
-    """What transformers' own generate gives for the same float32 weights."""
+    """Greedy tokens of transformers' generate with the same float32 weights."""
     return run_ranks(1, generate_with_transformers, smollm2[1], prompt, pytestconfig.getoption("--new-tokens"))[0]
 
 
@@ -47,7 +47,7 @@ def generate_with_transformers(_: Rank, folder: Path, prompt: tuple[int, ...], n
 
 
 @pytest.mark.parametrize(("mesh", "strategy"), MESHES, ids=str)
-def test_greedy_tokens_are_those_of_transformers(
+def test_greedy_tokens_equal_transformers(
     mesh: Mesh,
     strategy: Any,
     smollm2: tuple[ModelSource, Path],
@@ -67,25 +67,25 @@ def test_greedy_tokens_are_those_of_transformers(
 
 
 def prefill_bytes(mesh: Mesh, strategy: str, prompt: int) -> list[int]:
-    """Attention bytes of each context rank (arXiv 2411.01783, Table 3): 9 / 3 heads of 64 in float32, 30 layers."""
+    """Return each context rank's attention bytes (arXiv 2411.01783, Table 3): 9 / 3 heads of 64, float32, 30 layers."""
     u, n, row = mesh.ulysses, mesh.ring, 64 * 4
     hq, hk = 9 // mesh.tp // u, 3 // mesh.tp // u
-    # Of the zigzag pairs of chunks the first rank takes the largest.
+    # The first rank takes the largest zigzag pair of chunks.
     ring_rows = sorted((chunk(prompt, r, n) + chunk(prompt, 2 * n - 1 - r, n) for r in range(n)), reverse=True)
     sent = []
     for r in range(n):
-        others = prompt - ring_rows[(r + 1) % n]  # every rank's block passes by, but the next one's own
+        others = prompt - ring_rows[(r + 1) % n]  # every rank's block passes through, except for the next rank's
         if n == 1:
-            around = 0
+            over_ring = 0
         elif strategy == "pass_kv":
-            around = 2 * others * hk * row
+            over_ring = 2 * others * hk * row
         else:
-            around = others * hq * row + (prompt - ring_rows[r]) * hq * (row + 4)
+            over_ring = others * hq * row + (prompt - ring_rows[r]) * hq * (row + 4)
         for member in range(u):
             rows = ring_rows[r] * (member + 1) // u - ring_rows[r] * member // u
-            heads_out = (u - 1) * rows * (hq + 2 * hk) * row  # q, k, v to the other members
-            heads_back = (ring_rows[r] - rows) * hq * row  # their rows of the answer
-            sent.append(30 * (around + heads_out + heads_back))
+            to_members = (u - 1) * rows * (hq + 2 * hk) * row  # q, k, v to the other members
+            back_to_members = (ring_rows[r] - rows) * hq * row  # their rows of the output
+            sent.append(30 * (over_ring + to_members + back_to_members))
     return sent
 
 

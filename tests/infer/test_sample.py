@@ -1,4 +1,4 @@
-"""A token is drawn as its probability says, from the nucleus alone, and the same one on every rank."""
+"""Sampled tokens follow their probabilities, come from the nucleus, and are the same on every rank."""
 
 from collections import Counter
 from math import sqrt
@@ -10,36 +10,36 @@ from longctx.config import Sampling
 from longctx.infer.sample import choose_token
 
 PROBABILITIES = torch.tensor([0.03, 0.41, 0.07, 0.29, 0.11, 0.09])
-LOGITS = PROBABILITIES.log() + 17.0  # softmax does not see the shift
+LOGITS = PROBABILITIES.log() + 17.0  # softmax ignores the shift
 DRAWS = 1009
 
 
-def drawn(sampling: Sampling, logits: torch.Tensor = LOGITS) -> Counter[int]:
+def count_draws(sampling: Sampling, logits: torch.Tensor = LOGITS) -> Counter[int]:
     return Counter(choose_token(logits, sampling, position) for position in range(DRAWS))
 
 
 def assert_follows(counts: Counter[int], probabilities: torch.Tensor) -> None:
-    """Each count within five standard deviations of what it should be; never drawn where that is 0."""
+    """Assert that each count is within five standard deviations of its expectation, and 0 for probability 0."""
     for token, p in enumerate(probabilities.tolist()):
         assert abs(counts[token] - DRAWS * p) <= 5 * sqrt(DRAWS * p * (1 - p)), f"token {token}"
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.1])
-def test_greedy_takes_the_likeliest(top_p):
-    assert set(drawn(Sampling(temperature=0.0, top_p=top_p))) == {1}
+def test_greedy_takes_the_most_likely_token(top_p):
+    assert set(count_draws(Sampling(temperature=0.0, top_p=top_p))) == {1}
 
 
 @pytest.mark.parametrize("seed", [0, 7])
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_draws_follow_the_probabilities(temperature, seed):
     expected = PROBABILITIES.double() ** (1 / temperature)
-    assert_follows(drawn(Sampling(temperature, seed=seed)), expected / expected.sum())
+    assert_follows(count_draws(Sampling(temperature, seed=seed)), expected / expected.sum())
 
 
 @pytest.mark.parametrize(
     ("top_p", "nucleus"),
     [
-        (0.001, [1]),  # the likeliest alone passes it, and stays
+        (0.001, [1]),  # the most likely token exceeds top_p alone, and stays
         (0.40, [1]),
         (0.42, [1, 3]),
         (0.75, [1, 3, 4]),
@@ -47,35 +47,35 @@ def test_draws_follow_the_probabilities(temperature, seed):
         (0.98, [1, 3, 4, 5, 2, 0]),
     ],
 )
-def test_the_nucleus_is_the_fewest_likeliest_that_reach_top_p(top_p, nucleus):
+def test_nucleus_is_the_fewest_most_likely_tokens_that_reach_top_p(top_p, nucleus):
     expected = torch.zeros_like(PROBABILITIES)
     expected[nucleus] = PROBABILITIES[nucleus] / PROBABILITIES[nucleus].sum()
-    assert_follows(drawn(Sampling(1.0, top_p)), expected)
+    assert_follows(count_draws(Sampling(1.0, top_p)), expected)
 
 
-def test_the_nucleus_is_cut_after_the_temperature():
+def test_temperature_applies_before_the_nucleus_cut():
     hot = LOGITS * 3
-    assert set(drawn(Sampling(1.0, 0.6), hot)) == {1}
-    assert set(drawn(Sampling(3.0, 0.6), hot)) == {1, 3}
+    assert set(count_draws(Sampling(1.0, 0.6), hot)) == {1}
+    assert set(count_draws(Sampling(3.0, 0.6), hot)) == {1, 3}
 
 
-def test_seed_and_position_alone_determine_the_draw():
+def test_only_seed_and_position_determine_the_draw():
     torch.manual_seed(1)
     flat, sampling = torch.zeros(997), Sampling(1.0, seed=5)
     first = [choose_token(flat, sampling, position) for position in range(13)]
     torch.manual_seed(2)
     again = [choose_token(flat, sampling, position) for position in reversed(range(13))]
     assert first == again[::-1]
-    assert len(set(first)) > 1, "another position, another draw"
+    assert len(set(first)) > 1, "draws do not depend on the position"
     assert first != [choose_token(flat, Sampling(1.0, seed=6), position) for position in range(13)]
 
 
-def test_drawing_leaves_the_global_generator_alone():
+def test_sampling_does_not_touch_the_global_generator():
     state = torch.get_rng_state()
     choose_token(LOGITS, Sampling(1.0), 3)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_any_precision_of_logits_will_do(dtype):
+def test_any_dtype_of_logits_works(dtype):
     assert choose_token(torch.tensor([-40.0, 40.0, -40.0], dtype=dtype), Sampling(1.0), 3) == 1

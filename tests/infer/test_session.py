@@ -1,4 +1,4 @@
-"""Sessions of several sequences, on any mesh, through saves and restores: the tokens of transformers."""
+"""Sessions of several sequences decode the tokens of transformers, on any mesh and through saves and restores."""
 
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -14,11 +14,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from longctx.config import Context, Mesh
 from longctx.parallel.launch import run_ranks
-from tests.infer.talk import Decode, Drop, Save, Say, Segment, Step, fails_once, play
+from tests.infer.talk import Decode, Drop, Save, Say, Segment, Step, play, run_failing_turn
 from tests.tiny import tiny_model
 
 POSITIONS = 499
-LEAST, MOST = 11, 17  # turns between restores
+LAYERS, HEADS, HEAD_DIM = 2, 9, 4  # of tests/tiny.py
+MIN_TURNS, MAX_TURNS = 11, 17  # between restores
 MESHES = [
     Mesh(),
     Mesh(ring=2),
@@ -48,6 +49,7 @@ counts = st.sampled_from([0, 1, 3, 5])
 
 
 def some(sequences: Iterable[int]) -> st.SearchStrategy[list[int]]:
+    """Draw one to three of ``sequences``."""
     return st.lists(st.sampled_from(sorted(sequences)), min_size=1, max_size=3, unique=True)
 
 
@@ -57,113 +59,119 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lone(model: Path) -> Any:
-    """The same model, transformers' own."""
+def reference(model: Path) -> Any:
+    """The same model in transformers."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 
 
 @torch.inference_mode()
-def check(lone: Any, said: dict[int, list[int]], steps: Sequence[Step], seen: Sequence[dict[int, list[int]]]) -> None:
-    """What was ``seen`` decoded is what transformers decodes, greedily, from all tokens of a sequence at once.
+def check(
+    reference: Any, tokens: dict[int, list[int]], steps: Sequence[Step], decoded: Sequence[dict[int, list[int]]]
+) -> None:
+    """Assert that the tokens ``decoded`` in ``steps`` are those of transformers' greedy decoding.
 
-    ``said`` are the tokens of each sequence so far; it takes part in the steps.
+    ``tokens`` are the tokens of each sequence before the steps; they are updated by the steps.
     """
-    told = iter(seen)
+    results = iter(decoded)
     for step in steps:
         if isinstance(step, Drop):
-            del said[step.sequence]
+            del tokens[step.sequence]
         if isinstance(step, Save | Drop):
             continue
         new = step.prompts if isinstance(step, Say) else {i: [] for i in step.sequences}
-        most = step.max_new_tokens if isinstance(step, Say) else dict.fromkeys(step.sequences, step.steps)
-        made = next(told)
-        assert made.keys() == new.keys()
+        limits = step.max_new_tokens if isinstance(step, Say) else dict.fromkeys(step.sequences, step.steps)
+        result = next(results)
+        assert result.keys() == new.keys()
         for i, prompt in new.items():
-            before = said.get(i, []) + prompt
-            said[i] = before + made[i]
-            # Of tokens that are right so far the model gives the next one: a token that is not is the first to differ.
-            follows = lone(torch.tensor([said[i]])).logits[0].argmax(-1).tolist()
-            assert made[i] == follows[len(before) - 1 :][: most[i]], f"sequence {i}, behind {len(before)} tokens"
-    assert next(told, None) is None
+            before = tokens.get(i, []) + prompt
+            tokens[i] = before + result[i]
+            # One forward pass predicts the token after each prefix, so the first wrong token is the first difference.
+            following = reference(torch.tensor([tokens[i]])).logits[0].argmax(-1).tolist()
+            assert result[i] == following[len(before) - 1 :][: limits[i]], f"sequence {i}, after {len(before)} tokens"
+    assert next(results, None) is None
 
 
 def while_not_due(holds: Callable[["Course"], Any]) -> Any:
+    """Precondition of a rule: ``holds``, and the segment has fewer than `MAX_TURNS` turns."""
     return precondition(lambda self: not self.due and holds(self))
 
 
 class Course(RuleBasedStateMachine):
-    """A session's course through turns, saves and restores; rules collect its steps, ranks play them.
+    """A random course of turns, saves and restores of a session.  Rules collect steps, and ranks then run them.
 
-    They are played, on one mesh, when the session is restored on another, and at the end.  A restore goes back to
-    what was saved last; it is due after ``MOST`` turns, and not to be had before ``LEAST``, as ranks take seconds
-    to start.  Hypothesis forbids some rules to each course: one that cannot be restored is given up, and another made.
+    The steps of a segment run on one mesh, when the session is restored on another mesh and at the end.  A restore
+    returns to the last save.  It can happen after `MIN_TURNS` turns, and no other rule applies after `MAX_TURNS`,
+    because ranks take seconds to start.  Hypothesis disables some rules in each course; a course that therefore cannot
+    be restored ends early, and another one starts.
     """
 
-    def __init__(self, folder: Path, lone: Any, scratch: Path, turns: list[int]) -> None:
+    def __init__(self, folder: Path, reference: Any, scratch: Path, turns: list[int]) -> None:
         super().__init__()
-        self.folder, self.lone, self.kept, self.turns = folder, lone, scratch / "talk", turns
+        self.folder, self.reference, self.saved_to, self.turns = folder, reference, scratch / "talk", turns
         self.turns.append(0)
         self.steps: list[Step] = []
         self.load_from: Path | None = None
-        self.said: dict[int, list[int]] = {}  # before the steps
-        self.there: dict[int, tuple[int, bool]] = {}  # after them: length, and whether the last token was decoded
-        self.saved: tuple[int, dict[int, tuple[int, bool]]] | None = None  # steps before it, and what was there
+        self.tokens: dict[int, list[int]] = {}  # by sequence, before the steps
+        # By sequence, after the steps: length, and whether the last token was decoded.
+        self.existing: dict[int, tuple[int, bool]] = {}
+        # At the last save: number of steps before it, and `existing`.
+        self.saved: tuple[int, dict[int, tuple[int, bool]]] | None = None
 
     @initialize(order=st.permutations(MESHES), context=contexts)
     def begin(self, order: list[Mesh], context: Context) -> None:
-        assume(order != MESHES)  # Hypothesis' first course says the same one byte all the time
+        assume(order != MESHES)  # Hypothesis' first course repeats one byte in all prompts
         self.meshes, self.context = cycle(order), context
         self.mesh = next(self.meshes)
 
     def turn(self, prompts: dict[int, bytes], counts: dict[int, int]) -> None:
-        lengths = {i: self.there.get(i, (0, False))[0] + len(prompts[i]) + counts[i] for i in prompts}
+        lengths = {i: self.existing.get(i, (0, False))[0] + len(prompts[i]) + counts[i] for i in prompts}
         fit = [i for i in prompts if lengths[i] <= POSITIONS]
         if fit:
             self.steps.append(Say({i: list(prompts[i]) for i in fit}, {i: counts[i] for i in fit}))
-            self.there |= {i: (lengths[i], counts[i] > 0) for i in fit}
+            self.existing |= {i: (lengths[i], counts[i] > 0) for i in fit}
 
-    @while_not_due(lambda self: len(self.there) < 4)
+    @while_not_due(lambda self: len(self.existing) < 4)
     @rule(prompt=prompts, count=counts)
     def add(self, prompt: bytes, count: int) -> None:
-        new = next(i for i in range(5) if i not in self.there)
+        new = next(i for i in range(5) if i not in self.existing)
         self.turn({new: prompt}, {new: count})
 
-    @while_not_due(lambda self: self.there)
+    @while_not_due(lambda self: self.existing)
     @rule(data=st.data())
     def say(self, data: st.DataObject) -> None:
-        who = data.draw(some(self.there))
-        self.turn({i: data.draw(prompts) for i in who}, {i: data.draw(counts) for i in who})
+        drawn = data.draw(some(self.existing))
+        self.turn({i: data.draw(prompts) for i in drawn}, {i: data.draw(counts) for i in drawn})
 
-    @while_not_due(lambda self: self.open)
+    @while_not_due(lambda self: self.decodable)
     @rule(data=st.data(), steps=st.integers(1, 3))
     def decode(self, data: st.DataObject, steps: int) -> None:
-        who = data.draw(some(self.open))
-        self.steps.append(Decode(tuple(who), steps))
-        self.there |= {i: (self.there[i][0] + steps, True) for i in who}
+        drawn = data.draw(some(self.decodable))
+        self.steps.append(Decode(tuple(drawn), steps))
+        self.existing |= {i: (self.existing[i][0] + steps, True) for i in drawn}
 
     @property
-    def open(self) -> list[int]:
-        """Sequences whose answer can go on."""
-        return [i for i, (length, open_) in self.there.items() if open_ and length + 3 <= POSITIONS]
+    def decodable(self) -> list[int]:
+        """Sequences whose last token was decoded and that have room for three more."""
+        return [i for i, (length, was_decoded) in self.existing.items() if was_decoded and length + 3 <= POSITIONS]
 
-    @while_not_due(lambda self: len(self.there) > 2)
+    @while_not_due(lambda self: len(self.existing) > 2)
     @rule(data=st.data())
     def drop(self, data: st.DataObject) -> None:
-        gone = data.draw(st.sampled_from(sorted(self.there)))
-        self.steps.append(Drop(gone))
-        del self.there[gone]
+        sequence = data.draw(st.sampled_from(sorted(self.existing)))
+        self.steps.append(Drop(sequence))
+        del self.existing[sequence]
 
     @precondition(lambda self: self.turns_since(self.cut) >= 3)
     @rule()
     def save(self) -> None:
-        self.steps.append(Save(self.kept))
-        self.saved = len(self.steps), dict(self.there)
+        self.steps.append(Save(self.saved_to))
+        self.saved = len(self.steps), dict(self.existing)
 
     @property
     def cut(self) -> int:
-        """Steps before what was saved last."""
+        """Number of steps before the last save."""
         return self.saved[0] if self.saved else 0
 
     def turns_since(self, step: int) -> int:
@@ -171,24 +179,25 @@ class Course(RuleBasedStateMachine):
 
     @property
     def due(self) -> bool:
-        return self.turns_since(0) >= MOST
+        return self.turns_since(0) >= MAX_TURNS
 
-    @precondition(lambda self: self.cut and self.turns_since(0) >= LEAST)
+    @precondition(lambda self: self.cut and self.turns_since(0) >= MIN_TURNS)
     @rule(context=contexts)
     def restore_elsewhere(self, context: Context) -> None:
         assert self.saved
         self.play()
-        self.mesh, self.context, self.load_from = next(self.meshes), context, self.kept
-        self.said, self.there, self.saved = self.said_then, dict(self.saved[1]), (0, self.saved[1])
+        self.mesh, self.context, self.load_from = next(self.meshes), context, self.saved_to
+        self.tokens, self.existing, self.saved = self.tokens_at_save, dict(self.saved[1]), (0, self.saved[1])
 
     def play(self) -> None:
-        steps, self.steps = tuple(self.steps), []  # whatever comes, they are not played again
+        """Run the collected steps on ranks, and check their tokens up to the last save and after it."""
+        steps, self.steps = tuple(self.steps), []  # after a failure they must not run again
         segment = Segment(self.mesh, self.context, steps)
-        seen = run_ranks(self.mesh.ranks, play, self.folder, segment, self.load_from)[0]
+        record = run_ranks(self.mesh.ranks, play, self.folder, segment, self.load_from)[0]
         first = sum(isinstance(step, Say | Decode) for step in steps[: self.cut])
-        check(self.lone, self.said, steps[: self.cut], seen.tokens[:first])
-        self.said_then = dict(self.said)
-        check(self.lone, self.said, steps[self.cut :], seen.tokens[first:])
+        check(self.reference, self.tokens, steps[: self.cut], record.tokens[:first])
+        self.tokens_at_save = dict(self.tokens)
+        check(self.reference, self.tokens, steps[self.cut :], record.tokens[first:])
         self.turns[-1] += sum(isinstance(step, Say) for step in steps)
 
     def teardown(self) -> None:
@@ -196,36 +205,43 @@ class Course(RuleBasedStateMachine):
             self.play()
 
 
-def test_any_course_of_a_session_is_that_of_transformers(model, lone, tmp_path_factory):
+def test_random_courses_decode_the_tokens_of_transformers(model, reference, tmp_path_factory):
     turns: list[int] = []
     few = settings(
         max_examples=2, stateful_step_count=89, derandomize=True, deadline=None, phases=[Phase.generate], database=None
     )
-    run_state_machine_as_test(lambda: Course(model, lone, tmp_path_factory.mktemp("course"), turns), settings=few)
-    assert max(turns) >= 40, "no course was long"
+    run_state_machine_as_test(lambda: Course(model, reference, tmp_path_factory.mktemp("course"), turns), settings=few)
+    assert max(turns) >= 40, "all courses were short"
 
 
 @pytest.mark.parametrize("context", CONTEXTS, ids=lambda c: f"{c.strategy}-{c.decode}-{c.layout}-{c.chunk}")
 @pytest.mark.parametrize("mesh", [Mesh(ring=3), Mesh(ring=2, ulysses=3)], ids=str)
-def test_three_turns_of_a_ragged_batch(model, lone, mesh, context):
-    """Every strategy of prefill and decode; cached rows stay even."""
+def test_three_turns_of_a_ragged_batch(model, reference, mesh, context):
+    """Every strategy of prefill and decode: exact tokens, balanced cached rows, and the bytes of `gather_merge`."""
     draw = random.Random(1)
     lengths = [{0: 37, 1: 1, 2: 13}, {1: 29}, {0: 2, 2: 17}]
     steps = [
         Say({i: [draw.randrange(256) for _ in range(n)] for i, n in turn.items()}, {i: 3 + i for i in turn})
         for turn in lengths
     ]
-    seen = run_ranks(mesh.ranks, play, model, Segment(mesh, context, tuple(steps)), None)
-    check(lone, {}, steps, seen[0].tokens)
-    assert all(one.tokens == seen[0].tokens for one in seen)
+    records = run_ranks(mesh.ranks, play, model, Segment(mesh, context, tuple(steps)), None)
+    check(reference, {}, steps, records[0].tokens)
+    assert all(record.tokens == records[0].tokens for record in records)
     if context.chunk is None:
-        for held in seen[0].held:
-            assert max(held) - min(held) <= 37 // (2 * mesh.ring) + 1, "more than a chunk from even"
+        for rows in records[0].rows:
+            assert max(rows) - min(rows) <= 37 // (2 * mesh.ring) + 1, "ranks differ by more than a chunk"
+    if context.decode == "gather_merge":
+        for turn, (_, decode_bytes) in zip(records[0].tokens, records[0].bytes, strict=True):
+            rows = sum(len(tokens) - 1 for tokens in turn.values())  # the prefill gives each first token
+            row_bytes = HEADS // mesh.ulysses * (HEAD_DIM + 1) * 4
+            assert decode_bytes == (mesh.ranks - 1) * LAYERS * rows * row_bytes
 
 
-@pytest.mark.parametrize(("fault", "words"), [("too long", "the model's context is 499"), ("in the middle", "a fault")])
-def test_a_turn_that_fails_leaves_the_session_as_it_was(model, fault, words):
+@pytest.mark.parametrize(
+    ("fault", "message"), [("too long", "the model's context is 499"), ("in the middle", "a fault")]
+)
+def test_failed_turn_restores_the_session(model, fault, message):
     step = Say({0: [5, 6, 7, 8, 9, 10, 11], 3: [1, 2, 3]}, {0: 3, 3: 4})
-    for one, other, said in run_ranks(2, fails_once, model, Mesh(ring=2), step, fault):
-        assert one == other
-        assert words in said
+    for failing, control, error in run_ranks(2, run_failing_turn, model, Mesh(ring=2), step, fault):
+        assert failing == control
+        assert message in error

@@ -1,4 +1,4 @@
-"""A model with dropped reductions: the equations' logits and tokens on any mesh; all-reduces and bytes, counted."""
+"""Models with dropped reductions match the equations' logits and tokens on any mesh, with the expected all-reduces."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from longctx.config import Mesh
 from longctx.parallel.launch import run_ranks
-from tests.infer.spd_ranks import answered
+from tests.infer.spd_ranks import generate_and_count
 from tests.oracle import assert_close
 from tests.tiny import tiny_model
 from tests.train.spd_oracle import drop
@@ -19,7 +19,7 @@ TOKENS = [(7 * i * i + 3 * i) % 256 for i in range(23)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights large enough for what is dropped to be seen in the tokens."""
+    """A model with weights so large that dropped reductions change the tokens."""
     folder = tiny_model(tmp_path_factory.mktemp("model"), max_positions=97)
     net = AutoModelForCausalLM.from_pretrained(folder)
     for parameter in net.model.layers.parameters():
@@ -30,18 +30,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("dropped", [(), (0,), (1,), (0, 1)], ids=str)
 @pytest.mark.parametrize("mesh", [Mesh(tp=3), Mesh(tp=3, ring=2)], ids=str)
-def test_logits_and_tokens_are_the_equations_and_reductions_are_counted(
-    folder: Path, mesh: Mesh, dropped: tuple[int, ...]
-) -> None:
+def test_logits_tokens_and_all_reduces_match_the_equations(folder: Path, mesh: Mesh, dropped: tuple[int, ...]) -> None:
     net = drop(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64), dropped, mesh.tp)
     with torch.inference_mode():
         ids = torch.tensor([TOKENS])
         exact = net(ids).logits[0]
         for _ in range(3):
             ids = torch.cat([ids, net(ids).logits[:, -1:].argmax(-1)], 1)
-    for rank in run_ranks(mesh.ranks, answered, mesh, folder, TOKENS, dropped):
+    for rank in run_ranks(mesh.ranks, generate_and_count, mesh, folder, TOKENS, dropped):
         assert_close(rank["logits"], exact, 2e-6)
         assert rank["tokens"] == ids[0, len(TOKENS) :].tolist()
-        calls = 2 * LAYERS - len(dropped) + 1  # and the embedding's
+        calls = 2 * LAYERS - len(dropped) + 1  # one more for the embedding
         assert rank["prefill"] == (calls, calls * rank["rows"] * HIDDEN * 4)
         assert rank["decode"] == (2 * calls, 2 * calls * HIDDEN * 4), "two tokens, of one row each"

@@ -1,4 +1,4 @@
-"""A problem that ranks share: packed tensors, each rank's rows of them, and the oracle's answer."""
+"""An attention problem that is sharded over ranks: packed tensors, each rank's rows, and the oracle's result."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ B = 2
 
 @dataclass(frozen=True)
 class Problem:
-    """q and dout packed by ``queries``, k and v by ``keys``."""
+    """Packed tensors [b s h d]: ``queries`` is the layout of q and dout, ``keys`` of k and v."""
 
     queries: Layout
     keys: Layout
@@ -27,7 +27,7 @@ class Problem:
     dout: Tensor
 
     def of(self, rank: int) -> list[Tensor]:
-        """q, k, v, dout of a rank's rows; the first three want gradients."""
+        """Return q, k, v and dout of a rank's rows; q, k and v require gradients."""
         sharded = zip(
             (self.q, self.k, self.v, self.dout), (self.queries, self.keys, self.keys, self.queries), strict=True
         )
@@ -35,7 +35,7 @@ class Problem:
         return [*(x.requires_grad_() for x in (q, k, v)), dout]
 
     def exact(self) -> tuple[Tensor, ...]:
-        """out, dq, dk, dv."""
+        """Return the oracle's packed out, dq, dk and dv."""
         mask = oracle.visible(
             oracle.pack_rows(self.queries.lengths, self.queries.begins), oracle.pack_rows(self.keys.lengths)
         )
@@ -43,16 +43,17 @@ class Problem:
         return out, *oracle.gradients(self.q, self.k, self.v, mask, self.dout)
 
     def assert_solved(self, results: Sequence[Sequence[Tensor]], tolerance: float) -> None:
-        """``results[rank]`` are its rows of out, dq, dk and dv."""
+        """Assert that ``results[rank]``, a rank's rows of out, dq, dk and dv, are the oracle's."""
         layouts = (self.queries, self.queries, self.keys, self.keys)
-        for parts, layout, right in zip(zip(*results, strict=True), layouts, self.exact(), strict=True):
-            oracle.assert_close(layout.unshard(parts, dim=1), right, tolerance)
+        for parts, layout, exact in zip(zip(*results, strict=True), layouts, self.exact(), strict=True):
+            oracle.assert_close(layout.unshard(parts, dim=1), exact, tolerance)
 
 
 def problem(
     queries: Layout, keys: Layout | None = None, heads=(6, 2), d: int = 5, dtype: torch.dtype = torch.float64
 ) -> Problem:
-    generator = torch.Generator().manual_seed(0)  # its own: threads that are ranks may build the same problem
+    """Return a random problem; ranks that are threads build the same one."""
+    generator = torch.Generator().manual_seed(0)  # not the global one, which threads share
     keys = keys or queries
     (hq, hk), sq, sk = heads, queries.total, keys.total
     shapes = ((B, sq, hq, d), (B, sk, hk, d), (B, sk, hk, d), (B, sq, hq, d))
@@ -63,7 +64,7 @@ def problem(
 def solve(
     attention: Attention, problem: Problem, rank: int, traffic: Callable[[], Traffic]
 ) -> tuple[list[Tensor], list[Traffic]]:
-    """Out and gradients of this rank's rows; and what was sent until the end of the forward, and of all."""
+    """Return this rank's rows of out, dq, dk and dv, and the traffic after the forward and after the backward."""
     q, k, v, dout = problem.of(rank)
     out = attention(q, k, v)
     forward = Traffic(dict(traffic().bytes), dict(traffic().messages))
@@ -74,11 +75,11 @@ def solve(
 def on_threads(
     problem: Problem, attention_on: Callable[[Comm], Attention]
 ) -> tuple[list[list[Tensor]], list[list[Traffic]]]:
-    """`solve` on a thread for each rank: the answers and the traffic, by rank."""
+    """Run `solve` on one thread per rank; return the results and the traffic, by rank."""
 
     def rank_main(world, rank):
         comm = world.group(rank)
         return solve(attention_on(comm), problem, rank, lambda: comm.traffic)
 
-    answers, traffic = zip(*run_threads(problem.queries.size, rank_main), strict=True)
-    return list(answers), list(traffic)
+    results, traffic = zip(*run_threads(problem.queries.size, rank_main), strict=True)
+    return list(results), list(traffic)

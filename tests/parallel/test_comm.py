@@ -1,4 +1,4 @@
-"""Processes over gloo give what threads give, and send the same bytes."""
+"""`Comm` over gloo processes gives the results of `Comm` over threads and sends the same bytes."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -21,37 +21,37 @@ from tests.parallel.problem import Problem, problem, solve
 WORLDS = pytest.mark.parametrize("world", [2, 3])
 
 
-def parts_of(rank: int, world: int) -> list[torch.Tensor]:
-    """What rank sends to each: uneven, of different shapes, and nothing at all to some."""
+def parts_from(rank: int, world: int) -> list[torch.Tensor]:
+    """Return the tensors that ``rank`` sends to each rank: of different shapes, some of them empty."""
     return [torch.full((rank, to + 1, 2 * to), 10.0 * rank + to) for to in range(world)]
 
 
 def shift(comm: Comm) -> list[torch.Tensor]:
-    """Two tensors to the next rank, rows by rank: one is a view, and one is empty on the last rank."""
+    """Send two tensors to the next rank: a view of uneven rows, and one that is empty on the last rank."""
     rows = [5, 1, 2]
     previous, last = (comm.rank - 1) % comm.size, comm.size - 1
     x = torch.arange(rows[comm.rank] * 3.0).view(3, -1).T + 100 * comm.rank
     y = torch.full((2, 0 if comm.rank == last else 4), comm.rank, dtype=torch.bfloat16)
-    coming = [(rows[previous], 3), (2, 0 if previous == last else 4)]
-    return list(comm.shift(x, y, coming=coming).wait())
+    shapes = [(rows[previous], 3), (2, 0 if previous == last else 4)]
+    return list(comm.shift(x, y, shapes=shapes).wait())
 
 
 def all_to_all(comm: Comm) -> list[torch.Tensor]:
-    coming = [tuple(parts_of(source, comm.size)[comm.rank].shape) for source in range(comm.size)]
-    return comm.all_to_all(parts_of(comm.rank, comm.size), coming)
+    shapes = [tuple(parts_from(source, comm.size)[comm.rank].shape) for source in range(comm.size)]
+    return comm.all_to_all(parts_from(comm.rank, comm.size), shapes)
 
 
 def all_gather(comm: Comm) -> list[torch.Tensor]:
-    mine = torch.arange(comm.rank * 2).view(2, -1) + 7 * comm.rank  # nothing on rank 0
+    mine = torch.arange(comm.rank * 2).view(2, -1) + 7 * comm.rank  # empty on rank 0
     return comm.all_gather(mine, [(2, rank) for rank in range(comm.size)])
 
 
-def task_of(world: int) -> Problem:
+def task_for(world: int) -> Problem:
     return problem(zigzag(37, world))
 
 
 def attend(comm: Comm, strategy: str) -> list[torch.Tensor]:
-    task = task_of(comm.size)
+    task = task_for(comm.size)
     ring = Ring(comm, task.queries, task.keys)
     return solve(ring_attention(ring, reference, STRATEGIES[strategy]), task, comm.rank, lambda: comm.traffic)[0]
 
@@ -63,51 +63,52 @@ EXERCISES: dict[str, Callable[[Comm], list[torch.Tensor]]] = {
     **{name: partial(attend, strategy=name) for name in STRATEGIES},
 }
 
-Done = dict[str, tuple[list[torch.Tensor], Traffic]]
+Results = dict[str, tuple[list[torch.Tensor], Traffic]]
 
 
-def exercise(comm: Comm) -> Done:
-    """Every exercise in turn, each with its own traffic."""
-    done = {}
+def exercise(comm: Comm) -> Results:
+    """Run every exercise and return its tensors and its traffic."""
+    results = {}
     for name, run in EXERCISES.items():
         comm.traffic = Traffic()
-        done[name] = (run(comm), comm.traffic)
-    return done
+        results[name] = (run(comm), comm.traffic)
+    return results
 
 
-def rank_main(rank: Rank) -> tuple[Done, Any]:
-    """In a process of its own: the exercises over all ranks, and a shift within a group of the last two."""
+def rank_main(rank: Rank) -> tuple[Results, Any]:
+    """Run the exercises over all ranks, and `exchange_in_pair` within the group of the last two."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rank.init_method, rank=rank.rank, world_size=rank.world_size)
     try:
-        done = exercise(DistComm(dist.group.WORLD))
+        results = exercise(DistComm(dist.group.WORLD))
         pair = dist.new_group([rank.world_size - 2, rank.world_size - 1])
-        inside = rank.rank >= rank.world_size - 2
-        return done, within_a_pair(DistComm(pair)) if inside else None
+        is_member = rank.rank >= rank.world_size - 2
+        return results, exchange_in_pair(DistComm(pair)) if is_member else None
     finally:
         dist.destroy_process_group()
 
 
-def within_a_pair(comm: Comm) -> tuple[int, int, list[float], list[float]]:
+def exchange_in_pair(comm: Comm) -> tuple[int, int, list[float], list[float]]:
+    """Return the rank in the group, its size, and the results of a shift and an all-gather."""
     mine = torch.tensor([float(comm.rank)])
-    (shifted,) = comm.shift(mine, coming=[(1,)]).wait()
+    (shifted,) = comm.shift(mine, shapes=[(1,)]).wait()
     gathered = comm.all_gather(mine, [(1,), (1,)])
     return comm.rank, comm.size, shifted.tolist(), torch.cat(gathered).tolist()
 
 
 @cache
-def on_processes(world: int) -> list[tuple[Done, Any]]:
+def on_processes(world: int) -> list[tuple[Results, Any]]:
     return run_ranks(world, rank_main)
 
 
 @cache
-def on_threads(world: int) -> list[Done]:
-    return run_threads(world, lambda here, rank: exercise(here.group(rank)))
+def on_threads(world: int) -> list[Results]:
+    return run_threads(world, lambda threads, rank: exercise(threads.group(rank)))
 
 
 @WORLDS
 @pytest.mark.parametrize("name", EXERCISES)
-def test_processes_do_what_threads_do(world, name):
+def test_processes_match_threads(world, name):
     for (processes, _), threads in zip(on_processes(world), on_threads(world), strict=True):
         (got, sent), (expected, expected_sent) = processes[name], threads[name]
         assert len(got) == len(expected)
@@ -120,24 +121,24 @@ def test_processes_do_what_threads_do(world, name):
 @WORLDS
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_attention_over_processes_is_exact(world, strategy):
-    task_of(world).assert_solved([done[strategy][0] for done, _ in on_processes(world)], 1e-10)
+    task_for(world).assert_solved([results[strategy][0] for results, _ in on_processes(world)], 1e-10)
 
 
 @WORLDS
-def test_all_to_all_sorts_by_sender(world):
-    """Against what was sent, not against the threads."""
-    for rank, (done, _) in enumerate(on_processes(world)):
+def test_all_to_all_returns_tensors_in_rank_order(world):
+    """Compared with the tensors that were sent, not with the threads' results."""
+    for rank, (results, _) in enumerate(on_processes(world)):
         for source, (got, sent) in enumerate(
-            zip(done["all_to_all"][0], (parts_of(source, world)[rank] for source in range(world)), strict=True)
+            zip(results["all_to_all"][0], (parts_from(source, world)[rank] for source in range(world)), strict=True)
         ):
             assert torch.equal(got, sent), f"rank {source} to rank {rank}"
 
 
 @WORLDS
-def test_shift_and_all_gather_bring_the_others_tensors(world):
-    for rank, (done, _) in enumerate(on_processes(world)):
+def test_shift_and_all_gather_receive_the_other_ranks_tensors(world):
+    for rank, (results, _) in enumerate(on_processes(world)):
         previous = (rank - 1) % world
-        (x, y), gathered = done["shift"][0], done["all_gather"][0]
+        (x, y), gathered = results["shift"][0], results["all_gather"][0]
         assert x[0].tolist() == [100 * previous + i * len(x) for i in range(3)]
         assert y.shape == (2, 0 if previous == world - 1 else 4)
         assert (y == previous).all()
@@ -146,50 +147,62 @@ def test_shift_and_all_gather_bring_the_others_tensors(world):
         ]
 
 
-def test_a_groups_ranks_are_not_the_worlds():
-    """Peers are named within the group: of three ranks, the last two are 0 and 1 of theirs."""
+def test_ranks_are_counted_within_the_group():
+    """In the group of the last two of three ranks, these are ranks 0 and 1."""
     results = [pair for _, pair in on_processes(3)]
     assert results == [None, (0, 2, [1.0], [0.0, 1.0]), (1, 2, [0.0], [0.0, 1.0])]
 
 
-def test_what_is_counted_is_what_others_get():
+def test_traffic_counts_bytes_and_messages_by_operation():
     traffic = Traffic()
     traffic.count("shift", [torch.zeros(3, 5, dtype=torch.bfloat16), torch.zeros(2, 0), torch.zeros(7)])
     traffic.count("shift", [torch.zeros(0)])
     traffic.count("all_to_all", [torch.zeros(1, dtype=torch.float64)])
     assert traffic.bytes == {"shift": 3 * 5 * 2 + 7 * 4, "all_to_all": 8}
-    assert traffic.messages == {"shift": 2, "all_to_all": 1}  # nothing is no message
+    assert traffic.messages == {"shift": 2, "all_to_all": 1}  # an empty tensor is no message
     assert traffic.total == 66
 
 
-def test_alone_there_is_nobody_to_talk_to():
+def test_counted_as_also_counts_bytes_by_purpose():
+    traffic = Traffic()
+    with traffic.counted_as("attention"):
+        traffic.count("all_to_all", [torch.zeros(3)])
+        with traffic.counted_as("logits"):
+            traffic.count("shift", [torch.zeros(1)])
+        traffic.count("all_to_all", [torch.zeros(2)])
+    traffic.count("all_to_all", [torch.zeros(5)])
+    assert traffic.bytes == {"all_to_all": 40, "shift": 4}
+    assert traffic.purposes == {"attention": 20, "logits": 4}
+
+
+def test_single_rank_comm_sends_nothing():
     comm, x = SingleRankComm(), torch.arange(3)
     with pytest.raises(AssertionError, match="a ring of one communicates nothing"):
-        comm.shift(x, coming=[(3,)])
+        comm.shift(x, shapes=[(3,)])
     assert comm.all_to_all([x], [(3,)]) == [x]
     assert comm.all_gather(x, [(3,)]) == [x]
     assert comm.traffic == Traffic()
 
 
-def test_threads_notice_a_receiver_that_expects_other_shapes():
-    """On gloo that would be a hang or garbage."""
+def test_thread_comm_refuses_unexpected_shapes():
+    """Over gloo, wrong shapes would hang or corrupt data."""
 
     def main(world, rank):
         with pytest.raises(AssertionError, match="expected other shapes"):
-            world.group(rank).shift(torch.zeros(3), coming=[(4,)]).wait()
+            world.group(rank).shift(torch.zeros(3), shapes=[(4,)]).wait()
         return rank
 
     assert run_threads(2, main) == [0, 1]
 
 
-def test_what_travels_between_threads_is_a_copy():
-    """The sender may write to its tensor after ``wait``; the receiver's must not change."""
+def test_thread_comm_sends_copies():
+    """The sender may write to its tensor after ``wait``; the receiver's tensor must not change."""
 
     def main(world, rank):
         comm, x = world.group(rank), torch.full((1,), rank)
-        (got,) = comm.shift(x, coming=[(1,)]).wait()
+        (got,) = comm.shift(x, shapes=[(1,)]).wait()
         x += 10
-        comm.all_gather(x, [(1,), (1,)])  # both have written by now
+        comm.all_gather(x, [(1,), (1,)])  # a barrier: both have written by now
         return got.item()
 
     assert run_threads(2, main) == [1, 0]

@@ -1,6 +1,6 @@
-"""The drift certificate: in bfloat16 more ranks do not add error, because what adds up between hops is float32.
+"""Numerical drift: in bfloat16, more ranks do not add error, because the partials between hops are float32.
 
-On random inputs, and on what a real model feeds its attention over real text.
+The inputs are random tensors, and the attention inputs of a real model over real text.
 """
 
 from dataclasses import replace
@@ -21,14 +21,14 @@ from longctx.parallel.launch import Rank, run_ranks
 from longctx.parallel.ring import Ring, Strategy
 from longctx.parallel.strategy import STRATEGIES
 from longctx.parallel.threads import run_threads
-from recipes.bench.drift import capture_inputs, in_bfloat16
+from recipes.bench.drift import capture_attention_inputs, in_bfloat16
 from tests import oracle
 
 ROWS, HEADS, WIDTH = 769, (6, 2), 64
 RANKS = [1, 2, 3, 4, 8, 16, 32]
-AIM = 1.05
+MAX_RATIO = 1.05  # error of many ranks, relative to the error of one
 
-TOKENS = 1021  # prime, as ROWS is: no rank has an even share
+TOKENS = 1021  # prime like ROWS, so that the ranks' shares are uneven
 LAYERS = [0, 15, 29]  # of 30
 
 Inputs = tuple[Tensor, ...]
@@ -42,7 +42,7 @@ def inputs() -> Inputs:
 
 
 @cache
-def exact() -> Tensor:
+def exact_output() -> Tensor:
     return dense(inputs())
 
 
@@ -51,8 +51,8 @@ def dense(of: Inputs) -> Tensor:
     return oracle.attention(*of, oracle.visible(rows, rows))[0]
 
 
-def error(of: Inputs, right: Tensor, strategy: Strategy, ranks: int, kernel: Kernel) -> float:
-    """Of the whole output, in the model's dtype, relative to float64."""
+def relative_error(of: Inputs, exact: Tensor, strategy: Strategy, ranks: int, kernel: Kernel) -> float:
+    """Return the error of the whole output in bfloat16, relative to ``exact`` in float64."""
     layout = zigzag(of[0].shape[1], ranks)
 
     def rank_main(world, rank):
@@ -60,57 +60,57 @@ def error(of: Inputs, right: Tensor, strategy: Strategy, ranks: int, kernel: Ker
         return strategy(q, k, v, Ring(world.group(rank), layout, layout), kernel).out
 
     out = layout.unshard(run_threads(ranks, rank_main), 1)
-    return float((out.bfloat16().double() - right).norm() / right.norm())
+    return float((out.bfloat16().double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("ranks", RANKS)
 def test_error_does_not_grow_with_ranks(strategy, ranks):
-    one = error(inputs(), exact(), STRATEGIES["pass_kv"], 1, flash_cpu)
-    assert error(inputs(), exact(), STRATEGIES[strategy], ranks, flash_cpu) <= AIM * one
+    one = relative_error(inputs(), exact_output(), STRATEGIES["pass_kv"], 1, flash_cpu)
+    assert relative_error(inputs(), exact_output(), STRATEGIES[strategy], ranks, flash_cpu) <= MAX_RATIO * one
 
 
-def test_it_does_where_partials_are_kept_in_bfloat16():
-    """The certificate can be refused."""
-    one = error(inputs(), exact(), STRATEGIES["pass_kv"], 1, flash_cpu)
-    assert error(inputs(), exact(), STRATEGIES["pass_kv"], 8, in_bfloat16(flash_cpu)) > AIM * one
+def test_error_grows_with_bfloat16_partials():
+    """The test above can fail."""
+    one = relative_error(inputs(), exact_output(), STRATEGIES["pass_kv"], 1, flash_cpu)
+    assert relative_error(inputs(), exact_output(), STRATEGIES["pass_kv"], 8, in_bfloat16(flash_cpu)) > MAX_RATIO * one
 
 
-def read(rank: Rank, model: ModelSource, folder: Path, tokens: list[int]) -> dict[int, Inputs]:
-    """What `LAYERS` hand their attention: queries and keys after rotary, values, in bfloat16."""
+def capture_inputs(rank: Rank, model: ModelSource, folder: Path, tokens: list[int]) -> dict[int, Inputs]:
+    """Return the attention inputs of `LAYERS` in bfloat16: queries and keys after rotary embedding, and values."""
     from longctx.infer.engine import load_engine
-    from longctx.megatron.runtime import runtime
+    from longctx.megatron.runtime import open_runtime
 
-    with runtime(rank, Mesh()) as here:
-        engine = load_engine(here, model, shape_of(folder), folder, "auto")
-        return capture_inputs(engine, torch.tensor(tokens), LAYERS)
+    with open_runtime(rank, Mesh()) as runtime:
+        engine = load_engine(runtime, model, shape_of(folder), folder, "auto")
+        return capture_attention_inputs(engine, torch.tensor(tokens), LAYERS)
 
 
 @pytest.fixture(scope="module")
 def activations(smollm2: tuple[ModelSource, Path]) -> dict[int, tuple[Inputs, Tensor, float]]:
-    """By layer: what the model hands it over Python's language reference, the exact answer, one rank's error."""
+    """By layer: its attention inputs over Python's language reference, the exact output, and the error of one rank."""
     model, folder = smollm2
     tokens, _ = prompt_tokens(PromptSource(pydoc="all", tokens=TOKENS), tokenizer_of(folder))
-    kept = run_ranks(1, read, replace(model, dtype="bfloat16"), folder, tokens)[0]
-    found = {}
-    for layer, of in kept.items():
+    inputs_by_layer = run_ranks(1, capture_inputs, replace(model, dtype="bfloat16"), folder, tokens)[0]
+    result = {}
+    for layer, of in inputs_by_layer.items():
         assert [(x.dtype, tuple(x.shape[1:])) for x in of] == [
             (torch.bfloat16, (TOKENS, heads, 64)) for heads in (9, 3, 3)
         ]
-        right = dense(of)
-        found[layer] = (of, right, error(of, right, STRATEGIES["pass_kv"], 1, flash_cpu))
-    return found
+        exact = dense(of)
+        result[layer] = (of, exact, relative_error(of, exact, STRATEGIES["pass_kv"], 1, flash_cpu))
+    return result
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_error_does_not_grow_with_ranks_on_a_real_models_activations(activations, layer, strategy):
-    of, right, one = activations[layer]
-    errors = {ranks: error(of, right, STRATEGIES[strategy], ranks, flash_cpu) for ranks in (1, 2, 8, 32)}
-    assert max(errors.values()) <= AIM * one, errors
+    of, exact, one = activations[layer]
+    errors = {ranks: relative_error(of, exact, STRATEGIES[strategy], ranks, flash_cpu) for ranks in (1, 2, 8, 32)}
+    assert max(errors.values()) <= MAX_RATIO * one, errors
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_it_does_on_a_real_models_activations_where_partials_are_kept_in_bfloat16(activations, layer):
-    of, right, one = activations[layer]
-    assert error(of, right, STRATEGIES["pass_kv"], 2, in_bfloat16(flash_cpu)) > AIM * one
+def test_error_grows_on_a_real_models_activations_with_bfloat16_partials(activations, layer):
+    of, exact, one = activations[layer]
+    assert relative_error(of, exact, STRATEGIES["pass_kv"], 2, in_bfloat16(flash_cpu)) > MAX_RATIO * one

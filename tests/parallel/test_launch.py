@@ -1,4 +1,4 @@
-"""Ranks give results or one clear failure; whatever happens, none of them is left behind."""
+"""Ranks return results or raise one clear failure, and no rank survives the call."""
 
 import os
 import signal
@@ -12,36 +12,36 @@ from pathlib import Path
 import pytest
 
 from longctx.parallel import launch
-from longctx.parallel.launch import Rank, RankFailed, rank_from_environment, run_ranks
+from longctx.parallel.launch import Rank, RankFailed, current_rank, rank_from_environment, run_ranks
 
 ROOT = Path(__file__).parents[2]
-SOON_S = 20.0  # from the failure to the report
-GLOO_S = 200  # how long a collective would wait that nobody ends
+REPORT_S = 20.0  # limit from the failure to the report
+GLOO_S = 200  # timeout of a collective: ranks that are not ended would wait this long
 
 
-def answers(rank: Rank, word: str) -> tuple[str, int, int, int]:
+def describe_rank(rank: Rank, word: str) -> tuple[str, int, int, int]:
     return word * rank.rank, rank.world_size, rank.local_rank, rank.local_world_size
 
 
-def said(folder: str, name: str, value: float) -> None:
+def write_value(folder: str, name: str, value: float) -> None:
     Path(folder, name).write_text(str(value))
 
 
-def meets(rank: Rank, folder: str, ends: str, last: int) -> int:
-    """Leave a process id, meet the others in an all-reduce; then rank ``last`` ends while they wait for it."""
+def all_reduce_twice(rank: Rank, folder: str, ending: str, last: int) -> int:
+    """Write the process id, and all-reduce twice; before the second time rank ``last`` runs ``ENDINGS[ending]``."""
     from datetime import timedelta
 
     import torch
     import torch.distributed as dist
 
-    said(folder, f"pid{rank.rank}", os.getpid())
+    write_value(folder, f"pid{rank.rank}", os.getpid())
     spec = {"init_method": rank.init_method, "rank": rank.rank, "world_size": rank.world_size}
     dist.init_process_group("gloo", timeout=timedelta(seconds=GLOO_S), **spec)
     total = torch.tensor([rank.rank])
     dist.all_reduce(total)
     if rank.rank == last:
-        said(folder, "failed_at", time.time())
-        ENDS[ends]()
+        write_value(folder, "failed_at", time.time())
+        ENDINGS[ending]()
     dist.all_reduce(total)
     dist.destroy_process_group()
     return int(total)
@@ -58,7 +58,7 @@ def unpicklable() -> None:
     raise Local("made here")
 
 
-ENDS = {
+ENDINGS = {
     "well": lambda: None,
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "exits": lambda: os._exit(3),
@@ -68,121 +68,125 @@ ENDS = {
 }
 
 
-def waits(rank: Rank, folder: str, on_sigterm: signal.Handlers = signal.SIG_IGN) -> None:
-    """Say that we are there to the named pipe ``born``, and wait for ever, deaf to SIGTERM or not."""
+def wait_forever(rank: Rank, folder: str, on_sigterm: signal.Handlers = signal.SIG_IGN) -> None:
+    """Write the process id to the named pipe ``started``, and wait for ever with handler ``on_sigterm``."""
     signal.signal(signal.SIGTERM, on_sigterm)
-    said(folder, f"pid{rank.rank}", os.getpid())
-    with Path(folder, "born").open("w") as born:
-        born.write(f"{os.getpid()}\n")
+    write_value(folder, f"pid{rank.rank}", os.getpid())
+    with Path(folder, "started").open("w") as started:
+        started.write(f"{os.getpid()}\n")
     while True:
         signal.pause()
 
 
-def fails_beside_one_that_waits(rank: Rank, folder: str, on_sigterm: signal.Handlers) -> None:
+def fail_while_others_wait(rank: Rank, folder: str, on_sigterm: signal.Handlers) -> None:
+    """Rank 0 raises once another rank has started; the others wait for ever."""
     if rank.rank:
-        waits(rank, folder, on_sigterm)
-    with Path(folder, "born").open() as born:
-        born.readline()
-    said(folder, "failed_at", time.time())
+        wait_forever(rank, folder, on_sigterm)
+    with Path(folder, "started").open() as started:
+        started.readline()
+    write_value(folder, "failed_at", time.time())
     raises()
 
 
 def alive(folder: Path) -> list[str]:
+    """Return the process ids in ``folder`` that still run."""
     return [pid for pid in (file.read_text() for file in folder.glob("pid*")) if Path("/proc", pid).exists()]
 
 
-def ended(pid: int, within_s: float) -> bool:
-    """Whether process ``pid``, of whatever parent, ends in time."""
+def ends_within(pid: int, seconds: float) -> bool:
+    """Return True if process ``pid`` ends within ``seconds``; it need not be a child."""
     try:
-        watched = os.pidfd_open(pid)
+        process = os.pidfd_open(pid)
     except ProcessLookupError:
         return True
     try:
-        return bool(wait([watched], within_s))
+        return bool(wait([process], seconds))
     finally:
-        os.close(watched)
+        os.close(process)
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_results_come_by_rank(world):
-    assert run_ranks(world, answers, "ab") == [("ab" * i, world, i, world) for i in range(world)]
+def test_results_are_in_rank_order(world):
+    assert run_ranks(world, describe_rank, "ab") == [("ab" * i, world, i, world) for i in range(world)]
 
 
-def test_ranks_meet(tmp_path):
-    assert run_ranks(3, meets, str(tmp_path), "well", 0) == [9] * 3
+def test_ranks_find_each_other(tmp_path):
+    assert run_ranks(3, all_reduce_twice, str(tmp_path), "well", 0) == [9] * 3
     assert len(list(tmp_path.glob("pid*"))) == 3 and not alive(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("ends", "words", "details"),
+    ("ending", "message", "details"),
     [
         ("killed", r"rank 1 of 3 was killed by SIGKILL \(rank [02] raised .*\); the other ranks were ended", ""),
         ("exits", r"rank 1 of 3 exited with 3 \(rank [02] raised .*\); the other ranks were ended", ""),
         ("raises", "rank 1 of 3 raised LookupError: no such layer", "in raises"),
         ("unpicklable", "rank 1 of 3 raised Local: made here", "in unpicklable"),
-        ("leaves", "rank 1 of 3 raised SystemExit: enough", "in meets"),
+        ("leaves", "rank 1 of 3 raised SystemExit: enough", "in all_reduce_twice"),
     ],
 )
-def test_the_rank_that_fails_is_named_and_the_waiting_ones_end(tmp_path, ends, words, details):
-    with pytest.raises(RankFailed, match=words) as failed:
-        run_ranks(3, meets, str(tmp_path), ends, 1)
-    assert time.time() - float((tmp_path / "failed_at").read_text()) < SOON_S
+def test_failed_rank_is_named_and_waiting_ranks_are_ended(tmp_path, ending, message, details):
+    with pytest.raises(RankFailed, match=message) as failed:
+        run_ranks(3, all_reduce_twice, str(tmp_path), ending, 1)
+    assert time.time() - float((tmp_path / "failed_at").read_text()) < REPORT_S
     assert failed.value.rank == 1
     assert details in failed.value.details
     assert len(list(tmp_path.glob("pid*"))) == 3 and not alive(tmp_path)
 
 
-@pytest.mark.parametrize(("on_sigterm", "grace_s"), [(signal.SIG_DFL, 2 * SOON_S), (signal.SIG_IGN, 0.5)])
-def test_a_rank_that_waits_is_asked_to_end_and_then_killed(tmp_path, monkeypatch, on_sigterm, grace_s):
+@pytest.mark.parametrize(("on_sigterm", "grace_s"), [(signal.SIG_DFL, 2 * REPORT_S), (signal.SIG_IGN, 0.5)])
+def test_waiting_rank_gets_sigterm_and_then_sigkill(tmp_path, monkeypatch, on_sigterm, grace_s):
     monkeypatch.setattr(launch, "_GRACE_S", grace_s)
-    os.mkfifo(tmp_path / "born")
+    os.mkfifo(tmp_path / "started")
     with pytest.raises(RankFailed, match="rank 0 of 2 raised LookupError"):
-        run_ranks(2, fails_beside_one_that_waits, str(tmp_path), on_sigterm)
-    assert time.time() - float((tmp_path / "failed_at").read_text()) < SOON_S
+        run_ranks(2, fail_while_others_wait, str(tmp_path), on_sigterm)
+    assert time.time() - float((tmp_path / "failed_at").read_text()) < REPORT_S
     assert (tmp_path / "pid1").exists() and not alive(tmp_path)
 
 
 @pytest.fixture
 def scratch():
-    """What a killed process leaves behind goes here; of a short name, for the sockets in it."""
+    """A folder for files that a killed process leaves, with a short name because its sockets' paths are limited."""
     with tempfile.TemporaryDirectory(prefix="killed-", ignore_cleanup_errors=True) as folder:
         yield folder
 
 
-def test_when_the_parent_is_killed_its_ranks_end(tmp_path, scratch):
-    os.mkfifo(tmp_path / "born")
-    script = f"from tests.parallel.test_launch import run_ranks, waits; run_ranks(2, waits, {str(tmp_path)!r})"
+def test_ranks_end_when_their_parent_is_killed(tmp_path, scratch):
+    os.mkfifo(tmp_path / "started")
+    script = (
+        f"from tests.parallel.test_launch import run_ranks, wait_forever; run_ranks(2, wait_forever, {str(tmp_path)!r})"
+    )
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"TMPDIR": scratch})
     try:
-        # Open for writing too, so that it does not end between one rank's word and the next.
-        with os.fdopen(os.open(tmp_path / "born", os.O_RDWR)) as born:
-            pids = [int(born.readline()) for _ in range(2)]
+        # Open for writing too, so that the pipe does not end between the two ranks' lines.
+        with os.fdopen(os.open(tmp_path / "started", os.O_RDWR)) as started:
+            pids = [int(started.readline()) for _ in range(2)]
     finally:
         parent.kill()
         parent.wait()
-    for pid in (left := [pid for pid in pids if not ended(pid, SOON_S)]):
+    for pid in (survivors := [pid for pid in pids if not ends_within(pid, REPORT_S)]):
         os.kill(pid, signal.SIGKILL)
-    assert not left
+    assert not survivors
 
 
-def test_nobody_started_this_process():
+def test_no_launcher_gives_no_rank():
     assert rank_from_environment({}) is None
     assert rank_from_environment({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}) is None, "a batch script, not a step"
 
 
-@pytest.mark.parametrize("alone", [{"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_STEP_NUM_TASKS": "1"}])
-def test_a_launcher_of_one_process_leaves_it_alone(alone):
-    assert rank_from_environment({"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n17", **alone}) is None
+@pytest.mark.parametrize("one_process", [{"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_STEP_NUM_TASKS": "1"}])
+def test_launcher_of_a_single_process_gives_no_rank(one_process):
+    assert rank_from_environment({"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n17", **one_process}) is None
 
 
-def test_torchrun_started_this_process():
+def test_rank_from_torchrun():
     torchrun = {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3"}
     assert rank_from_environment(torchrun) == Rank(5, 7, 1, 3, "env://")
     assert rank_from_environment({"RANK": "5", "WORLD_SIZE": "7"}) == Rank(5, 7, 0, 1, "env://")
 
 
-@pytest.mark.parametrize(("tasks_per_node", "neighbours"), [("2(x3)", 2), ("3,3", 3), ("6", 6)])
-def test_srun_started_this_process(monkeypatch, tasks_per_node, neighbours):
+@pytest.mark.parametrize(("tasks_per_node", "local_world_size"), [("2(x3)", 2), ("3,3", 3), ("6", 6)])
+def test_rank_from_srun(monkeypatch, tasks_per_node, local_world_size):
     def scontrol(command, **_):
         assert command == ["scontrol", "show", "hostnames", "n[17-19]"]
         return subprocess.CompletedProcess(command, 0, "n17\nn18\nn19\n", "")
@@ -196,4 +200,19 @@ def test_srun_started_this_process(monkeypatch, tasks_per_node, neighbours):
         "SLURM_STEP_NUM_TASKS": "6",
         "SLURM_STEP_TASKS_PER_NODE": tasks_per_node,
     }
-    assert rank_from_environment(srun) == Rank(5, 6, 1, neighbours, "tcp://n17:21003")
+    assert rank_from_environment(srun) == Rank(5, 6, 1, local_world_size, "tcp://n17:21003")
+
+
+def test_current_rank_reads_the_environment_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(launch, "rank_from_environment", lambda environment: calls.append(environment["RANK"]))
+    monkeypatch.setenv("RANK", "5")
+    current_rank.cache_clear()
+    try:
+        assert [current_rank(), current_rank()] == [None, None]
+        assert calls == ["5"]
+        current_rank.cache_clear()
+        current_rank()
+        assert calls == ["5", "5"]
+    finally:
+        current_rank.cache_clear()

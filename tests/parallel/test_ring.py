@@ -1,4 +1,4 @@
-"""The ring on threads: exact for every strategy, layout and number of ranks, and with the bytes of the papers."""
+"""Ring attention on threads: exact for every strategy, layout and number of ranks, with the bytes of the papers."""
 
 import weakref
 
@@ -21,13 +21,13 @@ from tests.parallel.problem import B, Problem, on_threads, problem, solve
 from tests.turns import grown
 
 RANKS = [1, 2, 3, 4, 5]
-# Each number of ranks, and each way of sharing KV heads, with two of the other.
+# Each number of ranks with one or two (query, KV) head counts, and each head count with at least two numbers of ranks.
 GROUPS = [*((n, (6, 2)) for n in RANKS), (3, (3, 3)), (4, (3, 3)), (2, (4, 1)), (5, (4, 1))]
 LAYOUTS = {
     "contiguous": lambda size: contiguous(23, size),
     "zigzag": lambda size: zigzag(37, size),
     "zigzag, even": lambda size: zigzag(6 * size, size),
-    "zigzag, 1 row": lambda size: zigzag(1, size),  # the other ranks have none
+    "zigzag, 1 row": lambda size: zigzag(1, size),  # the other ranks have no rows
     "striped": lambda size: striped(31, size),
     "documents": lambda size: documents([7, 0, 1, 13], size),
     "striped documents": lambda size: documents([1, 6, 0], size, striped),
@@ -39,13 +39,13 @@ all_ranks = pytest.mark.parametrize("ranks", RANKS)
 
 
 def attended_pairs(ring: Ring) -> list[int]:
-    """Scores that each rank computes: how even the work is."""
+    """Return the number of scores that each rank computes."""
     size = ring.comm.size
     return [sum(tile.pairs for k in range(size) for tile in ring.tiles(q, k)) for q in range(size)]
 
 
-def solved(task: Problem, strategy: str, kernel: Kernel = reference):
-    """Each rank's answers and traffic."""
+def solve_on_ring(task: Problem, strategy: str, kernel: Kernel = reference):
+    """Return each rank's results and traffic."""
 
     def attention_on(comm: Comm):
         return ring_attention(Ring(comm, task.queries, task.keys), kernel, STRATEGIES[strategy])
@@ -58,8 +58,8 @@ def solved(task: Problem, strategy: str, kernel: Kernel = reference):
 @pytest.mark.parametrize(("ranks", "heads"), GROUPS, ids=str)
 def test_forward_and_backward(strategy, name, ranks, heads):
     task = problem(LAYOUTS[name](ranks), heads=heads)
-    answers, _ = solved(task, strategy)
-    task.assert_solved(answers, 1e-10)
+    results, _ = solve_on_ring(task, strategy)
+    task.assert_solved(results, 1e-10)
 
 
 @strategies
@@ -67,41 +67,42 @@ def test_forward_and_backward(strategy, name, ranks, heads):
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_flash_cpu_in_float32(strategy, name, ranks):
     task = problem(LAYOUTS[name](ranks), dtype=torch.float32)
-    answers, _ = solved(task, strategy, flash_cpu)
-    task.assert_solved(answers, 2e-6)
+    results, _ = solve_on_ring(task, strategy, flash_cpu)
+    task.assert_solved(results, 2e-6)
 
 
-def tokens(first: int, count: int, size: int) -> list[Layout]:
+def decoded_tokens(first: int, count: int, size: int) -> list[Layout]:
+    """Return the layouts of ``count`` decoded tokens from position ``first``, which the ranks own in turn."""
     return [single(size, position % size) for position in range(first, first + count)]
 
 
 CONVERSATIONS = {
     "a second prompt": lambda n: [zigzag(19, n), zigzag(11, n)],
-    "a decoded token": lambda n: [zigzag(19, n), *tokens(19, 1, n)],
-    "the eighth token": lambda n: [zigzag(19, n), *tokens(19, 8, n)],
-    "a prompt behind an answer": lambda n: [zigzag(19, n), *tokens(19, 7, n), striped(13, n)],
+    "a decoded token": lambda n: [zigzag(19, n), *decoded_tokens(19, 1, n)],
+    "the eighth token": lambda n: [zigzag(19, n), *decoded_tokens(19, 8, n)],
+    "a prompt after an answer": lambda n: [zigzag(19, n), *decoded_tokens(19, 7, n), striped(13, n)],
     "chunked prefill": lambda n: [contiguous(7, n), zigzag(7, n), zigzag(5, n)],
-    "documents go on": lambda n: [documents([7, 0, 5], n), documents([3, 11, 0], n, striped)],
+    "documents continue": lambda n: [documents([7, 0, 5], n), documents([3, 11, 0], n, striped)],
 }
 
 
 @strategies
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_a_later_turn_over_the_cache(strategy, name, ranks):
+def test_later_turn_over_the_cache(strategy, name, ranks):
     *earlier, last = CONVERSATIONS[name](ranks)
     queries = last.after(grown(earlier))
     task = problem(queries, grown(earlier).then(queries))
-    answers, _ = solved(task, strategy)
-    task.assert_solved(answers, 1e-10)
+    results, _ = solve_on_ring(task, strategy)
+    task.assert_solved(results, 1e-10)
 
 
-# What each rank sends, by operation: arXiv 2411.01783, Table 3 and section 3.5, for rows that need not be even.
-# ``kv`` and ``q`` are the rows that ranks hold, ``e`` the bytes of an element, ``acc`` of an accumulated one.
+# Bytes and messages that each rank sends, by operation: arXiv 2411.01783, Table 3 and section 3.5, for uneven rows.
+# ``kv`` and ``q`` are rows by rank, ``e`` the bytes of an element, ``acc`` the bytes in the accumulation dtype.
 
 
-def passing_by(rows: list[int], rank: int) -> list[int]:
-    """The blocks that this rank sends on: all but the next rank's own, which arrives there last."""
+def forwarded_rows(rows: list[int], rank: int) -> list[int]:
+    """Return the rows of the blocks that ``rank`` sends: all blocks except for the next rank's."""
     return [n for owner, n in enumerate(rows) if owner != (rank + 1) % len(rows)]
 
 
@@ -111,12 +112,12 @@ def messages(rows: list[int]) -> int:
 
 def forward_traffic(strategy, rank, q, kv, hq, hk, d, e, acc):
     if strategy == "pass_kv":
-        sent = passing_by(kv, rank)
+        sent = forwarded_rows(kv, rank)
         return {"shift": 2 * sum(sent) * B * hk * d * e}, {"shift": 2 * messages(sent)}
     if strategy == "all_gather_kv":
-        away = len(kv) - 1
-        return {"all_to_all": away * 2 * kv[rank] * B * hk * d * e}, {"all_to_all": away * (kv[rank] > 0)}
-    sent, others = passing_by(q, rank), [n for owner, n in enumerate(q) if owner != rank]
+        others = len(kv) - 1
+        return {"all_to_all": others * 2 * kv[rank] * B * hk * d * e}, {"all_to_all": others * (kv[rank] > 0)}
+    sent, others = forwarded_rows(q, rank), [n for owner, n in enumerate(q) if owner != rank]
     return (
         {"shift": sum(sent) * B * hq * d * e, "all_to_all": sum(others) * B * hq * (d + 1) * acc},
         {"shift": messages(sent), "all_to_all": messages(others)},
@@ -124,8 +125,8 @@ def forward_traffic(strategy, rank, q, kv, hq, hk, d, e, acc):
 
 
 def backward_traffic(rank, kv, hk, d, e, acc):
-    """Keys and values again, and one step behind them the sums of every owner's two gradients."""
-    sent = passing_by(kv, rank)
+    """Keys and values again, and one hop later the sums of every owner's two gradients."""
+    sent = forwarded_rows(kv, rank)
     width = 2 * B * hk * d
     return sum(sent) * width * e + sum(kv) * width * acc, 2 * messages(sent) + 2 * messages(kv)
 
@@ -142,7 +143,7 @@ def test_bytes_and_messages(strategy, name, ranks, dtype, e, acc):
     layout = LAYOUTS[name](ranks)
     queries = layout if len(layout.lengths) > 1 else layout.after(earlier)
     keys = layout if len(layout.lengths) > 1 else earlier.then(queries)
-    _, traffic = solved(problem(queries, keys, (hq, hk), d, dtype), strategy)
+    _, traffic = solve_on_ring(problem(queries, keys, (hq, hk), d, dtype), strategy)
     q, kv = ([layout.rows(r) for r in range(ranks)] for layout in (queries, keys))
     for rank, (forward, total) in enumerate(traffic):
         expected = forward_traffic(strategy, rank, q, kv, hq, hk, d, e, acc)
@@ -153,8 +154,11 @@ def test_bytes_and_messages(strategy, name, ranks, dtype, e, acc):
 
 
 @pytest.mark.parametrize(("ranks", "before", "hops"), [(5, 3, 1), (5, 11, 2), (5, 0, 0), (2, 999, 1)])
-def test_a_window_ends_the_ring_when_nobody_needs_more(ranks, before, hops):
-    """Contiguous blocks of 7 rows: pass-KV sends a block a hop, pass-Q as many, and answers of whom it reached."""
+def test_window_ends_the_ring_after_the_last_needed_hop(ranks, before, hops):
+    """Contiguous blocks of 7 rows: pass-KV sends one block of keys and values a hop.
+
+    Pass-Q sends one block of queries a hop and then the partials of the queries that see this rank's keys.
+    """
     layout = contiguous(7 * ranks, ranks)
     task, (hq, hk), d = problem(layout), (6, 2), 5
     for name in ("pass_kv", "pass_q"):
@@ -165,40 +169,40 @@ def test_a_window_ends_the_ring_when_nobody_needs_more(ranks, before, hops):
             return strategy(*task.of(rank)[:3], ring, reference), comm.traffic
 
         rows = oracle.pack_rows(layout.lengths)
-        right, _ = oracle.attention(task.q, task.k, task.v, oracle.visible(rows, rows, before))
-        seen, traffic = zip(*run_threads(ranks, rank_main), strict=True)
-        oracle.assert_close(layout.unshard([part.out for part in seen], 1), right, 1e-10)
+        exact, _ = oracle.attention(task.q, task.k, task.v, oracle.visible(rows, rows, before))
+        partials, traffic = zip(*run_threads(ranks, rank_main), strict=True)
+        oracle.assert_close(layout.unshard([partial.out for partial in partials], 1), exact, 1e-10)
         for rank, sent in enumerate(traffic):
-            # Keys reach those behind them: the queries that this rank answers are of the ranks ahead.
-            answered = min(hops, ranks - 1 - rank)
             block = 7 * B * 8 * d
-            around = hops * block * (2 * hk if name == "pass_kv" else hq)
-            home = answered * 7 * B * 8 * hq * (d + 1) if name == "pass_q" else 0
-            if name == "pass_q":  # queries go round to the ranks ahead of them, the long way
-                around = (ranks - 1) * block * hq if hops else 0
-            assert sent.total == around + home
+            if name == "pass_kv":
+                assert sent.total == hops * block * 2 * hk
+                continue
+            # Queries see the keys of lower ranks, which they reach last: all hops are needed if any is.
+            rotation = (ranks - 1) * block * hq if hops else 0
+            higher_ranks = min(hops, ranks - 1 - rank)  # whose queries see this rank's keys
+            assert sent.total == rotation + higher_ranks * 7 * B * 8 * hq * (d + 1)
 
 
 @strategies
-def test_a_ring_of_one_sends_nothing(strategy):
-    _, [[_, total]] = solved(problem(zigzag(7, 1)), strategy)
+def test_ring_of_one_sends_nothing(strategy):
+    _, [[_, total]] = solve_on_ring(problem(zigzag(7, 1)), strategy)
     assert (total.bytes, total.messages, total.total) == ({}, {}, 0)
 
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(1, 1), (1, 3), (3, 1), (2, 3)])
 @pytest.mark.parametrize("heads", [(6, 6), (6, 1)], ids=str)
-def test_answers_that_meet_are_exact_and_send_a_row_per_head(ulysses, ring, heads):
-    """`gather_merge`: rows that all ranks hold, over keys that the ring shares and heads that Ulysses does."""
+def test_gather_merge_is_exact_and_sends_one_row_per_head(ulysses, ring, heads):
+    """Query rows that all ranks hold, over keys sharded by the ring and heads sharded by Ulysses."""
     keys, queries = documents([19, 11], ring), documents([2, 1], 1).after(documents([17, 10], 1))
     task, size = problem(queries, keys, heads=heads), ulysses * ring
 
     def rank_main(world, rank):
-        comm, at, member = world.group(rank), rank // ulysses, rank % ulysses
+        comm, ring_rank, member = world.group(rank), rank // ulysses, rank % ulysses
         q = share_of_heads(task.q, ulysses, member)
-        k, v = (share_of_heads(keys.shard(x, at, 1), ulysses, member) for x in (task.k, task.v))
-        seen = empty_partial(q)
-        attend_tiles(seen, q, k, v, visible_tiles(queries.ranks[0], keys.ranks[at]), reference)
-        return gather_merge(seen, comm, ulysses), comm.traffic.total
+        k, v = (share_of_heads(keys.shard(x, ring_rank, 1), ulysses, member) for x in (task.k, task.v))
+        partial = empty_partial(q)
+        attend_tiles(partial, q, k, v, visible_tiles(queries.ranks[0], keys.ranks[ring_rank]), reference)
+        return gather_merge(partial, comm, ulysses), comm.traffic.total
 
     for out, sent in run_threads(size, rank_main):
         oracle.assert_close(out, task.exact()[0], 1e-10)
@@ -209,27 +213,27 @@ def test_answers_that_meet_are_exact_and_send_a_row_per_head(ulysses, ring, head
 @pytest.mark.parametrize("heads", [(8, 8), (6, 2), (8, 2), (8, 1)], ids=str)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
 def test_three_turns_of_a_ragged_batch(strategy, heads, ranks):
-    """The grid of the claim: N, GQA ratios 1, 3, 4 and 8, sequences of different T and P, dealt turn by turn."""
-    turns, held = [[29, 1, 13], [5, 17, 0], [2, 0, 23]], [0] * ranks
+    """Numbers of ranks x GQA ratios 1, 3, 4 and 8; sequences of different T and P, balanced turn by turn."""
+    turns, cached = [[29, 1, 13], [5, 17, 0], [2, 0, 23]], [0] * ranks
     cache = None
     for lengths in turns:
-        dealt = shard_balanced(lengths, zigzag, held)
-        queries = dealt.after(cache) if cache else dealt
+        layout = shard_balanced(lengths, zigzag, cached)
+        queries = layout.after(cache) if cache else layout
         cache = cache.then(queries) if cache else queries
-        held = [cache.rows(rank) for rank in range(ranks)]
+        cached = [cache.rows(rank) for rank in range(ranks)]
         task = problem(queries, cache, heads=heads)
-        answers, _ = solved(task, strategy)
-        task.assert_solved(answers, 1e-10)
-        assert max(held) - min(held) <= 29 // (2 * ranks) + 1
+        results, _ = solve_on_ring(task, strategy)
+        task.assert_solved(results, 1e-10)
+        assert max(cached) - min(cached) <= 29 // (2 * ranks) + 1
 
 
 @all_ranks
-def test_rotate_yields_every_owner_once_its_own_first(ranks):
+def test_rotate_yields_every_owner_once_and_its_own_first(ranks):
     layout = contiguous(3 * ranks - 1, ranks)
 
     def rank_main(world, rank):
-        mine = torch.full((1, layout.rows(rank)), rank)
-        return [(owner, x.tolist()) for owner, (x,) in rotate(world.group(rank), layout, mine)]
+        local = torch.full((1, layout.rows(rank)), rank)
+        return [(owner, x.tolist()) for owner, (x,) in rotate(world.group(rank), layout, local)]
 
     for rank, turns in enumerate(run_threads(ranks, rank_main)):
         owners = [(rank - step) % ranks for step in range(ranks)]
@@ -237,39 +241,39 @@ def test_rotate_yields_every_owner_once_its_own_first(ranks):
 
 
 class Preallocating(ThreadComm):
-    """Its receives have their memory from the start, as torch.distributed's do, and those alive are counted."""
+    """A `ThreadComm` that allocates a block when its receive is posted, as torch.distributed does, and counts them."""
 
     def __init__(self, world: ThreadWorld, rank: int) -> None:
         super().__init__(world, rank, tuple(range(world.size)))
         self.blocks: list[list[weakref.ref]] = []
-        self.most = 0
+        self.max_alive = 0
 
-    def shift(self, *mine, coming) -> Pending:
-        arriving = tuple(x.new_empty(shape) for x, shape in zip(mine, coming, strict=True))
-        self.blocks.append([weakref.ref(x) for x in arriving])
-        self.most = max(self.most, self.alive)
-        return _Posted(super().shift(*mine, coming=coming), arriving, mine)
+    def shift(self, *mine, shapes) -> Pending:
+        received = tuple(x.new_empty(shape) for x, shape in zip(mine, shapes, strict=True))
+        self.blocks.append([weakref.ref(x) for x in received])
+        self.max_alive = max(self.max_alive, self.alive)
+        return _PostedReceive(super().shift(*mine, shapes=shapes), received, mine)
 
     @property
     def alive(self) -> int:
         return sum(any(ref() is not None for ref in block) for block in self.blocks)
 
 
-class _Posted:
-    def __init__(self, pending: Pending, arriving, leaving) -> None:
-        self.pending, self.arriving = pending, arriving
-        self.leaving = leaving  # as `DistComm`, whose backend reads them until they have left
+class _PostedReceive:
+    def __init__(self, pending: Pending, received, sent) -> None:
+        self.pending, self.received = pending, received
+        self.sent = sent  # kept alive as in `DistComm`, whose backend reads them until they have been sent
 
     def wait(self):
-        for here, sent in zip(self.arriving, self.pending.wait(), strict=True):
-            here.copy_(sent)
-        return self.arriving
+        for buffer, tensor in zip(self.received, self.pending.wait(), strict=True):
+            buffer.copy_(tensor)
+        return self.received
 
 
 @pytest.mark.parametrize("strategy", ["pass_kv", "pass_q"])
 @pytest.mark.parametrize("ranks", [2, 3, 5])
-def test_two_buffers_whatever_the_number_of_ranks(strategy, ranks):
-    """While a block is worked on: that one, and the next, which must already be on its way (overlap)."""
+def test_two_buffers_for_any_number_of_ranks(strategy, ranks):
+    """During the computation on a block, that block and the next are alive; the next is in flight (overlap)."""
     task = problem(zigzag(8 * ranks, ranks))
 
     def rank_main(world, rank):
@@ -282,11 +286,11 @@ def test_two_buffers_whatever_the_number_of_ranks(strategy, ranks):
         ring = Ring(comm, task.queries, task.keys)
         with torch.no_grad():
             STRATEGIES[strategy](*task.of(rank)[:3], ring, Kernel("counting", forward, reference.backward))
-        return alive, comm.most
+        return alive, comm.max_alive
 
-    for alive, most in run_threads(ranks, rank_main):  # one tile a step; its own block is nobody's copy
+    for alive, max_alive in run_threads(ranks, rank_main):  # one tile a step; a rank's own block is no received one
         assert alive == [1] + [2] * (ranks - 2) + [1]
-        assert most == min(2, ranks - 1), "a third lived when the next receive was posted"
+        assert max_alive == min(2, ranks - 1), "a third block was alive when a receive was posted"
 
 
 def test_four_buffers_in_the_backward():
@@ -297,14 +301,14 @@ def test_four_buffers_in_the_backward():
         comm = Preallocating(world, rank)
         ring = Ring(comm, task.queries, task.keys)
         solve(ring_attention(ring, reference, STRATEGIES["pass_kv"]), task, rank, lambda: comm.traffic)
-        return comm.most
+        return comm.max_alive
 
     assert max(run_threads(5, rank_main)) <= 4
 
 
 @all_layouts
 @all_ranks
-def test_attended_pairs_are_the_masks(name, ranks):
+def test_attended_pairs_equal_the_masks(name, ranks):
     layout = LAYOUTS[name](ranks)
     rows = oracle.pack_rows(layout.lengths)
     mask = oracle.visible(rows, rows)

@@ -116,13 +116,13 @@ def saved(tiny, tmp_path_factory) -> Path:
     ("how", "words"),
     [
         ("none", "holds no session"),
-        ("torn index", "session.json is torn"),
-        ("torn part", "is missing or torn"),
+        ("torn index", "session.json is corrupt"),
+        ("torn part", "is missing or truncated"),
         ("flipped byte", "-heads0.safetensors has changed since it was saved"),
-        ("part gone", "is missing or torn"),
+        ("part gone", "is missing or truncated"),
         ("model=0123", "is of another model (0123, not"),
         ("version=7", "is of version 7"),
-        ("dtype=torch.bfloat16", "set model.dtype to that"),
+        ("dtype=torch.bfloat16", "set model.dtype=bfloat16"),
     ],
 )
 def test_a_session_that_cannot_be_used_is_refused(refused, tiny, saved, turns, tmp_path, how, words):
@@ -141,7 +141,7 @@ def test_what_is_no_session_is_not_replaced(refused, tiny, turns, tmp_path, monk
     monkeypatch.chdir(tmp_path / "notes")
     for folder in (tmp_path / "notes", ".", "thesis.txt"):
         says = refused(chat, chat.task, f"model={tiny}", f"turns={turns}", f"session.save={folder}")
-        assert "is there and is no session, and would be lost: give another folder" in says
+        assert "exists and is not a session; saving would delete it. Use another folder" in says
     assert contents(tmp_path / "notes") == {"thesis.txt": b"a year"}
 
 

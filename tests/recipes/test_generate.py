@@ -176,7 +176,7 @@ def killed_in(phase: str, rank: Rank, job: generate.GenerateJob):
         # In a ring of three a rank that is alone in waiting for the dead one notices first, and its other neighbour
         # then: which of them is a matter of milliseconds.
         ("prefill", r"rank [02] raised LostPeer: lost rank \d or \d, hop \d of 2 of the ring, layer 1, prefill"),
-        ("decode", r"rank [02] raised LostPeer: lost rank \d or \d, answers meeting, layer 1, decode, step 2"),
+        ("decode", r"rank [02] raised LostPeer: lost rank \d or \d, merging partial results, layer 1, decode, step 2"),
     ],
 )
 def test_when_a_rank_is_killed_the_command_ends_and_names_it(cli, tiny, tmp_path, monkeypatch, phase, missed):

@@ -149,7 +149,7 @@ def test_wandb_follows_and_goes_on_in_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     finished(tmp_path, "track=wandb", "steps=2", "track.tags=[a,b]")
     finished(tmp_path, "track=wandb", "steps=3")
-    told = checkpoint_index.about(checkpoint_index.latest(tmp_path / "checkpoints")[0])
+    told = checkpoint_index.read_metadata(checkpoint_index.latest_whole(tmp_path / "checkpoints")[0])
     starts = sorted((tmp_path / "wandb").glob(f"offline-run-*-{told['run_id']}"))
     assert len(starts) == 2, "two starts of one run"
     assert told["config"]["track"]["backend"] == "wandb"
@@ -172,7 +172,8 @@ def test_text_that_ends_ends_the_run_with_a_checkpoint(tmp_path):
     done = len(lines(tmp_path / "run"))
     assert done == 451 // (2 * 61)
     assert f"the text ended behind step {done}: data.epochs=1" in err
-    assert checkpoint_index.about(checkpoint_index.latest(tmp_path / "run" / "checkpoints")[0])["step"] == done
+    latest, _ = checkpoint_index.latest_whole(tmp_path / "run" / "checkpoints")
+    assert checkpoint_index.read_metadata(latest)["step"] == done
 
 
 @pytest.mark.parametrize("damage", ["a file cut short", "no run.json"])
@@ -185,7 +186,7 @@ def test_a_torn_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
         largest = max(torn.glob("*.distcp"), key=lambda file: file.stat().st_size)
         largest.write_bytes(largest.read_bytes()[:-1])
     err = finished(tmp_path, "checkpoint.every=2", "steps=5")
-    assert err.count("passed over: step-00000004 is torn") == 1
+    assert err.count("passed over: step-00000004 is corrupt") == 1
     assert "resuming after step 2" in err
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
 

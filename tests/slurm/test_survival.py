@@ -134,7 +134,7 @@ def test_a_killed_rank_and_a_signal_leave_no_mark_on_the_curve(submitted, whole,
 
 def _is_one_run_of_wandb(out: Path) -> None:
     """What its offline files have: three starts under one id, every step, and what exactly was run."""
-    run_id = checkpoint_index.about(checkpoint_index.latest(out / "checkpoints")[0])["run_id"]
+    run_id = checkpoint_index.read_metadata(checkpoint_index.latest_whole(out / "checkpoints")[0])["run_id"]
     starts = sorted((out / "wandb").glob(f"offline-run-*-{run_id}"))
     assert len(starts) == 3 == len(list((out / "wandb").glob("offline-run-*")))
     steps = set()

@@ -1,44 +1,44 @@
-"""Distillation of one block, from and to tensors."""
+"""Distillation of one block on tensors, with a linear student and teacher."""
 
 import pytest
 import torch
 
-from longctx.spd.distill import Distillation, distil, error_of, relative_error
+from longctx.spd.distill import Distillation, distill, error_of, relative_error
 
 
 def problem() -> tuple[torch.nn.Linear, torch.Tensor, torch.Tensor]:
-    """A linear student whose teacher is another linear map."""
+    """A linear student, inputs, and the outputs of a linear teacher."""
     torch.manual_seed(5)
     student, teacher = (torch.nn.Linear(7, 5, dtype=torch.float64) for _ in range(2))
     inputs = torch.randn(13, 11, 7, dtype=torch.float64)
     return student, inputs, teacher(inputs).detach()
 
 
-def test_a_student_comes_to_do_what_its_teacher_does() -> None:
+def test_student_learns_the_teachers_outputs() -> None:
     student, inputs, outputs = problem()
     before = error_of(student, inputs, outputs, 4)
-    losses = list(distil(student, list(student.parameters()), inputs, outputs, Distillation(80, 4, 0.05)))
-    assert len(losses) == 80 * 3, "an incomplete batch is left out"
+    losses = list(distill(student, list(student.parameters()), inputs, outputs, Distillation(80, 4, 0.05)))
+    assert len(losses) == 80 * 3, "one sequence of 13 does not fill a batch of 4 and is left out"
     assert error_of(student, inputs, outputs, 4) < 1e-3 * before
 
 
-def test_a_token_s_error_counts_relative_to_its_own_size() -> None:
+def test_error_of_a_token_is_relative_to_its_norm() -> None:
     wanted = torch.tensor([[[3.0, 4.0], [300.0, 400.0]]])
     assert float(relative_error(wanted * 1.1, wanted)) == pytest.approx(0.01)
     assert float(relative_error(wanted + torch.tensor([[[5.0, 0.0], [0.0, 0.0]]]), wanted)) == pytest.approx(0.5)
 
 
-def test_the_error_of_all_is_the_mean_over_sequences_however_they_are_split() -> None:
+def test_error_is_the_mean_over_sequences_for_any_batch_size() -> None:
     student, inputs, outputs = problem()
     whole = float(relative_error(student(inputs), outputs).detach())
     assert error_of(student, inputs, outputs, 4) == pytest.approx(whole) == error_of(student, inputs, outputs, 13)
 
 
-def test_the_same_seed_gives_the_same_course() -> None:
-    courses = []
+def test_same_seed_gives_the_same_losses() -> None:
+    losses = []
     for seed in (3, 3, 4):
         student, inputs, outputs = problem()
-        courses.append(
-            list(distil(student, list(student.parameters()), inputs, outputs, Distillation(2, 4, 0.01, seed)))
+        losses.append(
+            list(distill(student, list(student.parameters()), inputs, outputs, Distillation(2, 4, 0.01, seed)))
         )
-    assert courses[0] == courses[1] != courses[2]
+    assert losses[0] == losses[1] != losses[2]

@@ -1,4 +1,4 @@
-"""Which rank gets which heads and neurons: against all partitions, matchings and placements of small cases."""
+"""Assignments of heads, shards and neurons to ranks, compared with all alternatives of small cases."""
 
 from itertools import combinations, permutations
 
@@ -7,46 +7,48 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.spd.grouping import matched, placed, scattered
+from longctx.spd.grouping import assign_heads, assign_neurons, assign_shards
 
 
 def inside(features: torch.Tensor, sets: object) -> float:
-    return sum(float((features[a] - features[b]).norm()) for one in sets for a, b in combinations(one, 2))
+    """Sum of distances between heads of the same set."""
+    return sum(float((features[a] - features[b]).norm()) for heads in sets for a, b in combinations(heads, 2))
 
 
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=30, deadline=None)
-def test_no_exchange_would_bring_more_distance_inside(seed: int) -> None:
+def test_no_exchange_of_two_heads_adds_distance_inside_the_sets(seed: int) -> None:
     features = torch.randn(9, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    sets = scattered(features, 3)
-    assert sorted(head for one in sets for head in one) == list(range(9)) and [len(one) for one in sets] == [3, 3, 3]
-    found = inside(features, sets)
+    sets = assign_heads(features, 3)
+    assert sorted(head for heads in sets for head in heads) == list(range(9))
+    assert [len(heads) for heads in sets] == [3, 3, 3]
+    distance = inside(features, sets)
     for one, other in combinations(range(3), 2):
         for a in sets[one]:
             for b in sets[other]:
-                swapped = [[{a: b, b: a}.get(head, head) for head in each] for each in sets]
-                assert inside(features, swapped) <= found + 1e-9
+                swapped = [[{a: b, b: a}.get(head, head) for head in heads] for heads in sets]
+                assert inside(features, swapped) <= distance + 1e-9
 
 
-def test_heads_that_do_the_same_go_to_different_ranks() -> None:
+def test_similar_heads_go_to_different_ranks() -> None:
     alike = torch.tensor([[0.0], [0.01], [10.0], [10.01], [20.0], [20.01]])
-    for one in scattered(alike, 2):
-        assert sorted(head // 2 for head in one) == [0, 1, 2]
+    for heads in assign_heads(alike, 2):
+        assert sorted(head // 2 for head in heads) == [0, 1, 2]
 
 
-def test_shards_go_to_the_heads_that_move_them_most() -> None:
+def test_shards_maximize_the_sum_of_norms() -> None:
     norms = torch.rand(4, 4, generator=torch.Generator().manual_seed(3))
     best = max(permutations(range(4)), key=lambda shards: sum(float(norms[s, m]) for s, m in enumerate(shards)))
-    assert matched(norms) == best
+    assert assign_shards(norms) == best
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_neurons_go_to_where_they_miss_least_as_many_on_every_rank(seed: int) -> None:
+def test_neurons_minimize_the_sum_of_errors_with_equal_counts(seed: int) -> None:
     errors = torch.rand(6, 3, generator=torch.Generator().manual_seed(seed))
-    order = placed(errors)
+    order = assign_neurons(errors)
     assert sorted(order) == list(range(6))
 
-    def cost(of: tuple[int, ...]) -> float:
-        return sum(float(errors[neuron, seat // 2]) for seat, neuron in enumerate(of))
+    def cost(order: tuple[int, ...]) -> float:
+        return sum(float(errors[neuron, seat // 2]) for seat, neuron in enumerate(order))
 
     assert cost(order) == pytest.approx(min(map(cost, permutations(range(6)))))

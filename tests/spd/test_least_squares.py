@@ -1,4 +1,4 @@
-"""The linear guess against least squares by orthogonal factors, in float64, with the ridge as rows of their own."""
+"""`LeastSquares` compared with torch.linalg.lstsq in float64, where the ridge is given as additional rows."""
 
 import torch
 
@@ -8,22 +8,23 @@ from tests.oracle import assert_close
 WIDTH, ROWS, RIDGE = 13, 97, 0.07
 
 
-def test_it_is_the_least_squares_solution_whatever_the_rows_come_in() -> None:
+def test_matrix_is_the_least_squares_solution_for_any_split_of_rows() -> None:
     draw = torch.Generator().manual_seed(43)
     seen = torch.randn(ROWS, WIDTH, generator=draw) * torch.rand(WIDTH, generator=draw)
     wanted = seen @ torch.randn(WIDTH, WIDTH, generator=draw) + torch.randn(ROWS, WIDTH, generator=draw)
-    guess = LeastSquares(WIDTH, seen.device)
+    regression = LeastSquares(WIDTH, seen.device)
     for rows in (slice(31), slice(31, 32), slice(32, None)):
-        guess.update(seen[rows], wanted[rows])
-    stay = (RIDGE * seen.double().square().mean(0).sum() * ROWS / WIDTH).sqrt() * torch.eye(WIDTH, dtype=torch.double)
-    both = [torch.cat([rows.double(), stay]) for rows in (seen, wanted)]
-    assert_close(guess.matrix(RIDGE), torch.linalg.lstsq(*both).solution.T, 2e-6)
+        regression.update(seen[rows], wanted[rows])
+    penalty = RIDGE * seen.double().square().mean(0).sum() * ROWS / WIDTH
+    ridge_rows = penalty.sqrt() * torch.eye(WIDTH, dtype=torch.double)
+    both = [torch.cat([rows.double(), ridge_rows]) for rows in (seen, wanted)]
+    assert_close(regression.matrix(RIDGE), torch.linalg.lstsq(*both).solution.T, 2e-6)
 
 
-def test_what_is_never_seen_stays_as_it_is() -> None:
+def test_direction_that_is_never_seen_stays_unchanged() -> None:
     seen = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(47))
     seen[:, 5] = 0
-    guess = LeastSquares(WIDTH, seen.device)
-    guess.update(seen, 3 * seen)
-    column = guess.matrix(RIDGE)[:, 5]
+    regression = LeastSquares(WIDTH, seen.device)
+    regression.update(seen, 3 * seen)
+    column = regression.matrix(RIDGE)[:, 5]
     assert_close(column, torch.eye(WIDTH, dtype=torch.double)[5], 1e-6)

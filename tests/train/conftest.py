@@ -1,13 +1,13 @@
-"""What the tests of W&B share."""
+"""Fixture of the W&B tests."""
 
 import pytest
 
-from tests.tracking import torn_down
+from tests.tracking import tear_down_wandb
 
 
 @pytest.fixture
 def fresh_wandb():
-    """W&B reads its environment once: here anew, before the test and after it."""
-    torn_down()
+    """Make W&B, which reads its environment once, read it again in the test and after the test."""
+    tear_down_wandb()
     yield
-    torn_down()
+    tear_down_wandb()

@@ -1,4 +1,4 @@
-"""What the ranks of the tests here run; apart from the tests, so that a rank imports no more than it needs."""
+"""Training runs on ranks for the tests; in a separate module, so that a rank imports only what it needs."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +17,9 @@ from longctx.spd.plan import SPDPlan
 class Run:
     """Steps ``begin`` to ``steps`` on a mesh, with sequences whose documents have these ``lengths``.
 
-    From the weights of ``folder``, or, where ``begin`` is not 0, from the last checkpoint of ``checkpoints``, where a
-    checkpoint is made behind step ``save_at``.  The first step's gradients go to ``gradients``, a Hugging Face folder.
+    Starts from the weights of ``folder``, or, if ``begin`` is not 0, from the latest checkpoint in ``checkpoints``.  A
+    checkpoint is saved after step ``save_at``.  If ``gradients`` is set, the run only writes the first step's gradients
+    there, as a Hugging Face folder.  ``tokens`` is the number of token ids to draw from.
     """
 
     mesh: Mesh
@@ -34,13 +35,16 @@ class Run:
     strategy: str = "pass_kv"
     layout: str = "zigzag"
     masked: str = "ends"
-    tokens: int = 256  # of the vocabulary
+    tokens: int = 256  # token ids to draw from
     dtype: str = "float32"
     dropped: tuple[int, ...] = ()
 
 
 def sequences(run: Run, step: int) -> Batch:
-    """Random tokens; documents' last targets do not count, and of ``masked`` "a rank's" none of a whole sequence's."""
+    """Random tokens; a fifth of the targets and the last target of each document do not count.
+
+    With ``masked`` "a rank's", no target of every second sequence counts.
+    """
     draw = torch.Generator().manual_seed(17 + step)
     length = sum(run.lengths[0])
     tokens = torch.randint(run.tokens, (len(run.lengths), length + 1), generator=draw)
@@ -55,7 +59,7 @@ def sequences(run: Run, step: int) -> Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step gave."""
+    """`StepResult` as a picklable value that leaves the rank."""
 
     loss: float
     norm: float
@@ -64,19 +68,19 @@ class Step:
 
 
 def train(rank: Rank, run: Run) -> list[Step]:
-    """The steps of ``run``, one by one."""
+    """Run the steps of ``run`` on this rank; the result of each."""
     from longctx.attention.flash_cpu import flash_cpu
     from longctx.megatron.hf_io import load as hf_load
-    from longctx.megatron.runtime import runtime
+    from longctx.megatron.runtime import runtime as start_runtime
     from longctx.megatron.training import checkpoint
     from longctx.megatron.training.optimizer import build_train_state
     from longctx.parallel.strategy import STRATEGIES
     from longctx.train.step import Sharding, micro_batches, train_step
 
     shape = shape_of(run.folder)
-    with runtime(rank, run.mesh, timeout_minutes=2, training=True) as here:
+    with start_runtime(rank, run.mesh, timeout_minutes=2, training=True) as runtime:
         trained = build_train_state(
-            here,
+            runtime,
             shape,
             run.optim,
             lambda net: hf_load.load(net, hf_load.Weights(run.folder), shape),
@@ -86,37 +90,37 @@ def train(rank: Rank, run: Run) -> list[Step]:
             recompute=run.recompute,
             plan=SPDPlan(shape.layers, run.mesh.tp, run.dropped) if run.dropped else None,
         )
-        strategy, keeping = STRATEGIES[run.strategy], run.recompute != "none"
-        how = Sharding(sum(run.lengths[0]), run.layout, flash_cpu, strategy, keeping)
-        part, parts = here.groups.dp.rank(), here.groups.dp.size()
+        strategy, keep_partials = STRATEGIES[run.strategy], run.recompute != "none"
+        sharding = Sharding(sum(run.lengths[0]), run.layout, flash_cpu, strategy, keep_partials)
+        dp_rank, dp_size = runtime.groups.dp.rank(), runtime.groups.dp.size()
 
         def batch(step: int) -> Batch:
             whole = sequences(run, step)
-            mine = [x[part::parts] for x in (whole.tokens, whole.targets, whole.mask, whole.lengths)]
+            mine = [x[dp_rank::dp_size] for x in (whole.tokens, whole.targets, whole.mask, whole.lengths)]
             return Batch(*mine, whole.counted)
 
         if run.gradients:
-            write_gradients(trained, micro_batches(batch(0), here, shape, how), run.gradients, run.folder)
+            write_gradients(trained, micro_batches(batch(0), runtime, shape, sharding), run.gradients, run.folder)
             return []
         saved = checkpoint.Checkpoints(run.checkpoints, keep=1) if run.checkpoints else None
         if run.begin:
             with torch.no_grad():
                 for parameter in trained.net.parameters():
-                    parameter.zero_()  # what is not loaded shows
+                    parameter.zero_()  # a parameter that is not loaded would stay 0
             checkpoint.load(checkpoint.agreed_on_all_ranks(run.checkpoints)[0], trained)
         out = []
         for step in range(run.begin, run.steps):
-            did = train_step(trained, batch(step), here, how)
-            out.append(Step(did.loss, did.grad_norm, did.tokens, did.rate))
+            result = train_step(trained, batch(step), runtime, sharding)
+            out.append(Step(result.loss, result.grad_norm, result.tokens, result.rate))
             if saved and step + 1 == run.save_at:
-                saved.save(trained, run.save_at, {"told": "something"})
+                saved.save(trained, run.save_at, {"note": "something"})
         if saved:
             saved.poll(wait=True)
     return out
 
 
 def write_gradients(trained: Any, batches: Any, folder: Path, source: Path) -> None:
-    """Gradients as a Hugging Face folder, by the table that weights are written by."""
+    """Write gradients as a Hugging Face folder, with the table of names that export uses for weights."""
     from longctx.megatron.hf_io import export
     from longctx.megatron.training.optimizer import clear_gradients, forward_backward
 

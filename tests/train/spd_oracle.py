@@ -1,4 +1,4 @@
-"""transformers' Llama with blocks that leave a reduction between tensor-parallel ranks out, in one process."""
+"""SPD oracle: transformers' Llama in one process, with blocks that drop their first tensor-parallel reduction."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def drop(net: Any, blocks: Iterable[int], tp: int) -> Any:
-    """``net``, whose ``blocks`` now follow the equations of arXiv 2502.20727, 4.1.1, for ``tp`` ranks."""
+    """Make ``blocks`` of ``net`` compute the equations of arXiv 2502.20727, 4.1.1, for ``tp`` ranks; return ``net``."""
     for block in blocks:
         layer = net.model.layers[block]
         layer.forward = partial(_dropped, layer, tp)

@@ -1,4 +1,4 @@
-"""A step's figures against sums written out, and against what the machine says."""
+"""A step's figures compared with explicit sums and with values measured by other means."""
 
 import time
 from dataclasses import replace
@@ -33,7 +33,7 @@ COST = StepCost(
     flops_causal=160.0,
     peak_flops=50.0,
     peak_bytes=1009,
-    waited={"shift": 0.5, "all_to_all": 0.1},
+    exposed_s={"shift": 0.5, "all_to_all": 0.1},
 )
 
 
@@ -53,36 +53,36 @@ def test_figures_of_a_step():
     )
 
 
-def test_no_peak_is_guessed():
+def test_mfu_is_none_without_a_peak_rate():
     figures = replace(COST, peak_flops=None).figures()
     assert figures["mfu"] is None and figures["mfu_causal"] is None
     assert figures["tokens_per_s"] == 5.5
 
 
-def test_a_step_is_measured_from_begin_to_end():
-    meter = Meter(SHAPE, 2, CPU, waiting := ExposedCommTimer(), peak_flops=1e9)
-    with waiting.during("shift", CPU):
-        time.sleep(1.1)  # before the step: an evaluation, a checkpoint
+def test_step_is_measured_from_begin_to_end():
+    meter = Meter(SHAPE, 2, CPU, comm_timer := ExposedCommTimer(), peak_flops=1e9)
+    with comm_timer.during("shift", CPU):
+        time.sleep(1.1)  # before the step, as an evaluation or a checkpoint
     meter.begin()
-    with waiting.during("all_gather", CPU):
+    with comm_timer.during("all_gather", CPU):
         time.sleep(0.2)
     time.sleep(0.1)
     cost = meter.end([17, 5])
-    assert cost.waited.keys() == {"all_gather"} and 0.2 <= cost.waited["all_gather"] < cost.seconds
+    assert cost.exposed_s.keys() == {"all_gather"} and 0.2 <= cost.exposed_s["all_gather"] < cost.seconds
     assert 0.3 <= cost.seconds < 1.1
     assert (cost.tokens, cost.ranks, cost.peak_flops) == (22, 2, 1e9)
     assert (cost.flops, cost.flops_causal) == tuple(train_flops(SHAPE, [17, 5], causal) for causal in (False, True))
-    with pytest.raises(AssertionError, match="begins before it ends"):
+    with pytest.raises(AssertionError, match=r"begin\(\) comes before end\(\)"):
         meter.end([17, 5])
 
 
 def test_exposed_communication_of_a_real_step():
-    """Attention forward and backward on three threads, of which one computes much longer than the others."""
+    """Attention forward and backward on three threads, one of which starts half a second late."""
     task = problem(zigzag(37, 3))
 
     def main(world, rank):
-        comm = TimedComm(world.group(rank), waiting := ExposedCommTimer())
-        meter = Meter(SHAPE, 3, CPU, waiting)
+        comm = TimedComm(world.group(rank), comm_timer := ExposedCommTimer())
+        meter = Meter(SHAPE, 3, CPU, comm_timer)
         comm.all_gather(torch.zeros(1), [(1,)] * 3)
         meter.begin()
         if rank == 1:
@@ -94,12 +94,12 @@ def test_exposed_communication_of_a_real_step():
     answers, costs = zip(*run_threads(3, main), strict=True)
     task.assert_solved(answers, 1e-10)
     exposed = [cost.figures()["comm/exposed_s"] for cost in costs]
-    assert exposed[2] > 0.4  # its neighbour kept it waiting
+    assert exposed[2] > 0.4  # waits for its neighbor
     assert exposed[1] < exposed[2] - 0.2
     assert all(0 < cost.figures()["comm/exposed_share"] < 1 for cost in costs)
 
 
-def test_peak_memory_of_a_cpu_is_the_process():
+def test_peak_memory_on_cpu_is_that_of_the_process():
     before = peak_bytes(CPU)
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
     more = torch.ones(before - resident + 97 * 2**20, dtype=torch.uint8)
@@ -108,7 +108,7 @@ def test_peak_memory_of_a_cpu_is_the_process():
     assert peak_bytes(CPU) > before + 90 * 2**20
 
 
-def test_a_measured_peak_is_of_the_product_that_was_timed(monkeypatch):
+def test_measured_peak_is_the_flops_of_the_timed_product(monkeypatch):
     ranks = run_threads(2, lambda world, rank: gemm_flops(world.group(rank), torch.float32, CPU))
     assert ranks[0] == ranks[1] > 0
     counted = []
@@ -123,7 +123,7 @@ def test_a_measured_peak_is_of_the_product_that_was_timed(monkeypatch):
     assert gemm_flops(SingleRankComm(), torch.float32, CPU) == counted[0] / 0.5
 
 
-def test_a_hardware_file_may_know_the_peak():
+def test_hardware_file_may_set_the_peak():
     link = {"latency_s": 1e-6, "bytes_per_s": 1e9}
     values = {"flops": 1e9, "kv_bytes_per_s": 1e9, "block_s": 0, "overlap": 1, "hop": link, "exchange": link}
     assert hardware_of(values, "hardware=x").peak_flops is None

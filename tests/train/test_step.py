@@ -1,4 +1,4 @@
-"""Loss and gradient of any mesh are one rank's, and those of transformers in float64, document by document."""
+"""Loss and gradient of any mesh equal those of one rank, and of transformers in float64 document by document."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from tests.train.ranks import Run, Step, sequences, train
 from tests.train.spd_oracle import drop
 
-# Four packed sequences of 37 tokens: ragged documents, one alone, one of single tokens, an empty one.
+# Four packed sequences of 37 tokens: ragged documents, a single one, documents of one token, and an empty one.
 LENGTHS = ((13, 0, 22, 2), (37,), (5, 11, 20, 1), (1, 1, 1, 34))
 
 
@@ -30,7 +30,7 @@ def run(model: Path) -> Run:
 
 
 def exact(run: Run) -> tuple[float, dict[str, torch.Tensor]]:
-    """Token-weighted mean loss of the first step's sequences, and its gradients by parameter."""
+    """Token-weighted mean loss of the first step's sequences and its gradients by parameter, from transformers."""
     net, batch, total = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float64), sequences(run, 0), 0.0
     net = drop(net, run.dropped, run.mesh.tp)
     for tokens, targets, mask, lengths in zip(batch.tokens, batch.targets, batch.mask, batch.lengths, strict=True):
@@ -45,7 +45,7 @@ def exact(run: Run) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def assert_steps_are(run: Run, others: list[Step]) -> None:
-    """Loss and norm of the gradient to 1e-6, step by step, on the first rank and on the last."""
+    """Assert loss and gradient norm to 1e-6, step by step, on the first and the last rank."""
     ranks = run_ranks(run.mesh.ranks, train, run)
     for got in (ranks[0], ranks[-1]):
         for step, right in zip(got, others, strict=True):
@@ -60,7 +60,7 @@ def one_rank(run: Run) -> list[Step]:
 
 
 @pytest.mark.parametrize("masked", ["ends", "a rank's"])
-def test_one_rank_is_transformers(run, masked):
+def test_one_rank_equals_transformers(run, masked):
     run = replace(run, masked=masked, steps=1)
     (step,) = run_ranks(1, train, run)[0]
     loss, gradients = exact(run)
@@ -90,40 +90,40 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize(("mesh", "how"), MESHES, ids=str)
-def test_every_mesh_is_one_rank(run, one_rank, mesh, how):
-    """Two steps: the second has been changed by the first's gradients, whoever had them."""
-    assert_steps_are(replace(run, mesh=mesh, **how), one_rank)
+@pytest.mark.parametrize(("mesh", "settings"), MESHES, ids=str)
+def test_every_mesh_equals_one_rank(run, one_rank, mesh, settings):
+    """Two steps: the second step's loss depends on the first step's gradients of all ranks."""
+    assert_steps_are(replace(run, mesh=mesh, **settings), one_rank)
 
 
 @pytest.mark.parametrize("mesh", [Mesh(ring=2), Mesh(dp=2), Mesh(ulysses=2, dp=2)], ids=str)
-def test_a_sequence_in_which_nothing_counts_changes_nothing(run, mesh):
-    """With dp=2 it is all that one rank has."""
+def test_sequence_without_counted_targets_keeps_meshes_equal(run, mesh):
+    """With dp=2, one rank has only sequences in which nothing counts."""
     masked = replace(run, masked="a rank's")
     assert_steps_are(replace(masked, mesh=mesh), run_ranks(1, train, masked)[0])
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a Hugging Face folder; pipeline stages write a file each."""
+    """All tensors of a Hugging Face folder, which has one file per pipeline stage."""
     files = [load_file(file) for file in set(tensor_files(folder).values())]
     return {name: tensor for file in files for name, tensor in file.items()}
 
 
 @pytest.mark.parametrize("mesh", [Mesh(), Mesh(tp=2, ring=2), Mesh(tp=2, pp=2), Mesh(ulysses=2, dp=2)], ids=str)
-def test_every_gradient_is_that_of_transformers(run, mesh, tmp_path):
-    """Parameter by parameter, gathered from all ranks: a norm would not see two of them change places."""
+def test_every_gradient_equals_that_of_transformers(run, mesh, tmp_path):
+    """Parameter by parameter, gathered from all ranks: a norm would not detect two swapped parameters."""
     run_ranks(mesh.ranks, train, replace(run, mesh=mesh, gradients=tmp_path / "gradients"))
     _, right = exact(run)
     got = tensors(tmp_path / "gradients")
     assert set(got) == set(right)
-    # megatron-core divides the sums by the number of tokens when it finalizes them, as here.
+    # megatron-core divides gradient sums by the number of tokens when it finalizes them, as `exact` does.
     for name, gradient in right.items():
         assert (got[name] - gradient).norm() <= 2e-6 * gradient.norm(), name
 
 
 @pytest.fixture(scope="module")
 def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen2, with biases and a window in its second layer."""
+    """A Qwen2 model with biases and a sliding window in its second layer."""
     from tests.megatron.kinds import KINDS
 
     torch.manual_seed(11)
@@ -135,8 +135,8 @@ def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("mesh", [Mesh(), Mesh(pp=2), Mesh(tp=2), Mesh(ulysses=2, ring=2)], ids=str)
-def test_windows_and_biases_are_trained_as_transformers_does(windowed, mesh, tmp_path):
-    """A document longer than the window; pipeline stages count their layers from the first."""
+def test_windows_and_biases_have_the_gradients_of_transformers(windowed, mesh, tmp_path):
+    """Documents longer than the window; a pipeline stage's layer numbers continue those of the previous stage."""
     run = Run(mesh, windowed, ((151, 22), (173,)), tokens=211)
     run_ranks(mesh.ranks, train, replace(run, gradients=tmp_path / "gradients"))
     _, right = exact(run)
@@ -156,7 +156,7 @@ SPD = [
 
 
 @pytest.mark.parametrize(("mesh", "dropped", "recompute"), SPD, ids=str)
-def test_where_reductions_are_dropped_every_gradient_is_the_equations(run, mesh, dropped, recompute, tmp_path):
+def test_gradients_with_dropped_reductions_equal_the_equations(run, mesh, dropped, recompute, tmp_path):
     run = replace(run, mesh=mesh, dropped=dropped, recompute=recompute, steps=1)
     loss, right = exact(run)
     (step,) = run_ranks(mesh.ranks, train, run)[0]
@@ -167,7 +167,7 @@ def test_where_reductions_are_dropped_every_gradient_is_the_equations(run, mesh,
         assert (got[name] - gradient).norm() <= 2e-6 * gradient.norm(), name
 
 
-def test_bfloat16_with_float32_masters_follows(run, one_rank):
+def test_bfloat16_with_float32_masters_stays_close_to_float32(run, one_rank):
     for mesh in (Mesh(), Mesh(ring=2), Mesh(tp=2, dp=2)):
         got = run_ranks(mesh.ranks, train, replace(run, mesh=mesh, dtype="bfloat16"))[0]
         for step, right in zip(got, one_rank, strict=True):

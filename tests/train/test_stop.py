@@ -1,4 +1,4 @@
-"""One rank is asked to stop, and all of them agree at the same step."""
+"""One rank receives the stop signal, and all ranks agree to stop at the same step."""
 
 import subprocess
 import sys
@@ -6,12 +6,12 @@ import sys
 import pytest
 
 from longctx.parallel.launch import run_ranks
-from tests.train.stop_ranks import asked
+from tests.train.stop_ranks import agreements
 
 
-@pytest.mark.parametrize(("ranks", "whom"), [(3, 1), (1, 0)])
-def test_all_ranks_hear_of_it_at_the_same_step(ranks, whom):
-    assert run_ranks(ranks, asked, whom) == [(False, True, True)] * ranks
+@pytest.mark.parametrize(("ranks", "signaled"), [(3, 1), (1, 0)])
+def test_all_ranks_agree_at_the_same_step(ranks, signaled):
+    assert run_ranks(ranks, agreements, signaled) == [(False, True, True)] * ranks
 
 
 ENDS = """
@@ -19,7 +19,7 @@ import os, sys
 from longctx.train.stop import SIGNAL, StopRequest
 class Last:
     def __del__(self, kill=os.kill, me=os.getpid(), signal=SIGNAL):
-        kill(me, signal)  # when Python has given its own handlers back
+        kill(me, signal)  # after Python has restored the default handlers
 stop = StopRequest()
 sys.stop_test = Last()
 if sys.argv[1] == "over":
@@ -27,7 +27,7 @@ if sys.argv[1] == "over":
 """
 
 
-@pytest.mark.parametrize(("says", "code"), [("over", 0), ("listens", -10)])
-def test_who_is_asked_again_while_python_ends_is_not_killed(says, code):
-    """Slurm's script asks again and again; without `over` the signal kills."""
-    assert subprocess.run([sys.executable, "-c", ENDS, says], check=False).returncode == code
+@pytest.mark.parametrize(("mode", "code"), [("over", 0), ("listens", -10)])
+def test_signal_during_exit_kills_unless_ignored(mode, code):
+    """Slurm's script repeats the signal; without `over` it kills the process at exit."""
+    assert subprocess.run([sys.executable, "-c", ENDS, mode], check=False).returncode == code

@@ -1,4 +1,4 @@
-"""What was logged is read back from its JSON lines, though the run is resumed, killed, or out of disk."""
+"""Logged figures are read back from the JSON lines of runs that are resumed, killed, or out of disk space."""
 
 import math
 import os
@@ -19,8 +19,8 @@ from tests.conftest import CONFIGS
 from tests.tracking import CONFIG, WANDB, figures, lines, start
 
 
-def test_a_line_a_step_as_soon_as_it_is_logged(tmp_path):
-    tracker, run_id, said = start(tmp_path)
+def test_line_of_a_step_is_whole_when_log_returns(tmp_path):
+    tracker, run_id, messages = start(tmp_path)
     for step in (0, 1, 5):
         tracker.log(figures(step), step)
         assert lines(tmp_path)[-1] == {"step": step, **figures(step)}
@@ -29,10 +29,10 @@ def test_a_line_a_step_as_soon_as_it_is_logged(tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 5]
     table = {"table": "eval/answers", "columns": ["question", "right"], "rows": [["a, b?", True], ["c", "inf"]]}
     assert lines(tmp_path, "tables") == [{"step": 5, **table}]
-    assert run_id and not said
+    assert run_id and not messages
 
 
-def test_what_is_not_finite_is_still_json(tmp_path):
+def test_values_that_are_not_finite_are_json_strings(tmp_path):
     tracker, *_ = start(tmp_path)
     tracker.log({"loss": math.nan, "grad_norm": math.inf, "least": -math.inf}, 0)
     (line,) = lines(tmp_path)
@@ -40,22 +40,22 @@ def test_what_is_not_finite_is_still_json(tmp_path):
     assert math.isnan(float(line["loss"])) and float(line["least"]) == -math.inf
 
 
-def test_a_resumed_run_reads_as_if_never_interrupted(tmp_path):
+def test_resumed_run_reads_as_if_never_interrupted(tmp_path):
     whole, *_ = start(tmp_path / "whole")
     for step in range(13):
         whole.log(figures(step), step)
         whole.table("t", ["x"], [[step]], step)
     for begin, end in ((0, 7), (5, 6), (6, 13)):
-        part, *_ = start(tmp_path / "parts", step=begin)
+        interrupted, *_ = start(tmp_path / "parts", step=begin)
         for step in range(begin, end):
-            part.log(figures(step), step)
-            part.table("t", ["x"], [[step]], step)
+            interrupted.log(figures(step), step)
+            interrupted.table("t", ["x"], [[step]], step)
     for name in ("metrics.jsonl", "tables.jsonl"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["metrics.jsonl", "tables.jsonl"]
 
 
-def test_a_resume_that_is_killed_has_lost_nothing(tmp_path, monkeypatch):
+def test_killed_resume_loses_nothing(tmp_path, monkeypatch):
     tracker, *_ = start(tmp_path)
     for step in range(5):
         tracker.log(figures(step), step)
@@ -84,8 +84,8 @@ for step in range(10):
 """
 
 
-def killed_while_it_writes(folder: Path) -> bool:
-    """Start a process that writes long lines, and kill -9 it while one is half in the file; False if we were late."""
+def kill_while_writing(folder: Path) -> bool:
+    """Kill -9 a process while half of a long line is in the file; False if the kill came too late."""
     path, length = folder / "metrics.jsonl", len('{"step": 0, "": 1.0}\n') + 2**25
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(folder)])
     try:
@@ -101,8 +101,8 @@ def killed_while_it_writes(folder: Path) -> bool:
         return writer.returncode == -signal.SIGKILL and file.read() != b"\n"
 
 
-def test_a_line_that_a_kill_has_torn_is_gone_when_the_run_resumes(tmp_path):
-    assert any(killed_while_it_writes(tmp_path) for _ in range(9)), "no line was ever torn"
+def test_partial_line_of_a_kill_is_removed_on_resume(tmp_path):
+    assert any(kill_while_writing(tmp_path) for _ in range(9)), "no kill hit a partial line"
     whole = (tmp_path / "metrics.jsonl").read_bytes().count(b"\n")
     assert whole >= 1
     tracker, *_ = start(tmp_path, step=whole)
@@ -114,7 +114,7 @@ def test_a_line_that_a_kill_has_torn_is_gone_when_the_run_resumes(tmp_path):
 @pytest.mark.parametrize(
     "broken", [b'{"step": 2', b'{"step": 2, "loss": 1.0}', b"\0\0\0\n", b"[2]\n", b'"step"\n', b'{"loss": 1}\n']
 )
-def test_what_is_no_whole_line_is_gone_when_the_run_resumes(tmp_path, broken):
+def test_invalid_line_is_removed_on_resume(tmp_path, broken):
     tracker, *_ = start(tmp_path)
     for step in range(2):
         tracker.log(figures(step), step)
@@ -125,8 +125,8 @@ def test_what_is_no_whole_line_is_gone_when_the_run_resumes(tmp_path, broken):
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 5]
 
 
-def test_a_disk_that_is_full_stops_no_run_and_tears_no_line(tmp_path):
-    tracker, _, said = start(tmp_path)
+def test_full_disk_stops_no_run_and_leaves_no_partial_line(tmp_path):
+    tracker, _, messages = start(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     long = "x" * 2**23
     try:
@@ -137,12 +137,12 @@ def test_a_disk_that_is_full_stops_no_run_and_tears_no_line(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     tracker.log(figures(3), 3)
     assert [line["step"] for line in lines(tmp_path)] == [0, 3]
-    assert len(said) == 1 and said[0].startswith("metrics.jsonl failed (OSError: ")
+    assert len(messages) == 1 and messages[0].startswith("metrics.jsonl failed (OSError: ")
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+def test_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="give the run a folder of yours"):
+    with pytest.raises(ValueError, match="give the run a writable folder"):
         start(tmp_path / "file")
 
 
@@ -157,7 +157,7 @@ def test_only_the_first_rank_tracks(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_step_is_logged_once(tmp_path):
+def test_step_is_logged_once(tmp_path):
     tracker, *_ = start(tmp_path)
     tracker.log(figures(3), 3)
     with pytest.raises(AssertionError, match="a step is logged once"):
@@ -166,7 +166,7 @@ def test_a_step_is_logged_once(tmp_path):
         tracker.log({"step": 4}, 4)
 
 
-def test_configs_are_the_dataclass():
+def test_configs_match_the_dataclass():
     none, wandb = (yaml.safe_load((CONFIGS / "track" / f"{name}.yaml").read_text()) for name in ("none", "wandb"))
     assert wandb.pop("defaults") == ["none", "_self_"]
     assert TypeAdapter(Track).validate_python(none) == Track()
@@ -177,6 +177,6 @@ def test_configs_are_the_dataclass():
     ("values", "words"),
     [({"project": "a/b"}, "none of"), ({"project": ""}, "1 to 128"), ({"tags": ("a" * 65,)}, "1 to 64 characters")],
 )
-def test_what_wandb_would_refuse_is_refused_at_once(values, words):
+def test_settings_that_wandb_would_refuse_are_refused(values, words):
     with pytest.raises(ValueError, match=words):
         Track(**values)

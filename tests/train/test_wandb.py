@@ -1,4 +1,4 @@
-"""What W&B has of a run is read back from its own offline files by its own reader."""
+"""Runs in W&B, read back from its offline files with its own reader."""
 
 import base64
 import hashlib
@@ -15,14 +15,14 @@ from tests.tracking import CONFIG, WANDB, figures, history, lines, of_kind, reco
 pytestmark = pytest.mark.usefixtures("wandb_at_home")
 
 
-def test_wandb_is_imported_when_it_is_asked_for_only():
+def test_wandb_is_imported_only_on_demand():
     program = "import sys, longctx.train.track; sys.exit('wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory, wandb_at_home):
-    """A run of steps 0 to 4 and one that resumes it from step 3: the folder, the id, what was said, W&B's records."""
+    """A run of steps 0 to 4, resumed from step 3: its folder, id, messages, and the W&B records of both starts."""
     from matplotlib.image import imsave
 
     folder = tmp_path_factory.mktemp("run")
@@ -31,7 +31,7 @@ def tracked(tmp_path_factory, wandb_at_home):
     (checkpoint / "weights.bin").write_bytes(bytes(1013))
     imsave(folder / "picture.png", [[0.0, 1.0], [1.0, 0.0]])
     (folder / "manifest.json").write_text('{"module": "recipes.first"}')
-    tracker, run_id, said = start(folder, WANDB)
+    tracker, run_id, messages = start(folder, WANDB)
     for step in range(5):
         tracker.log(figures(step), step)
     tracker.table("eval/answers", ["question", "right"], [["a, b?", 1], ["c", 0]], 4)
@@ -45,21 +45,21 @@ def tracked(tmp_path_factory, wandb_at_home):
     resumed.finish()
     assert same_id == run_id
     runs = sorted((folder / "wandb").glob("offline-run-*"))
-    return folder, run_id, said + more, [records(run) for run in runs]
+    return folder, run_id, messages + more, [records(run) for run in runs]
 
 
-def test_wandb_has_the_run_and_its_configuration(tracked):
-    folder, run_id, said, (first, _) = tracked
+def test_wandb_records_the_run_and_its_configuration(tracked):
+    folder, run_id, messages, (first, _) = tracked
     run, *_ = of_kind("run", first)
     config = run.pop("config")["update"]
     assert {name: config[name] for name in CONFIG} == CONFIG
     expected = {"project": "long", "run_group": "sweep", "display_name": "first", "notes": "a, (note)"}
     expected |= {"run_id": run_id, "job_type": "train", "tags": ["cp", "8k"]}
     assert {name: run[name] for name in expected} == expected
-    assert said == [f"W&B run {run_id}: offline, in {folder}/wandb"] * 2
+    assert messages == [f"W&B run {run_id}: offline, in {folder}/wandb"] * 2
 
 
-def test_wandb_has_the_curves_by_group_over_the_step(tracked):
+def test_wandb_records_figures_by_group_and_step(tracked):
     *_, (first, _) = tracked
     rows = history(first)
     assert [(row["_step"], row["step"]) for row in rows] == [(step, step) for step in range(5)]
@@ -74,7 +74,7 @@ def test_wandb_has_the_curves_by_group_over_the_step(tracked):
     }
 
 
-def test_wandb_has_the_table_and_the_picture(tracked):
+def test_wandb_records_the_table_and_the_picture(tracked):
     folder, *_, (first, _) = tracked
     (run, *_) = sorted((folder / "wandb").glob("offline-run-*"))
     last = history(first)[-1]
@@ -86,25 +86,25 @@ def test_wandb_has_the_table_and_the_picture(tracked):
     assert last["_step"] == 4 and {name.split(".")[0] for name in last} >= {"eval/answers", "eval/picture"}
 
 
-def test_wandb_has_each_start_s_manifest(tracked):
+def test_wandb_records_the_manifest_of_each_start(tracked):
     folder, *_, read = tracked
     for name, run, records_of_it in zip(
         ("first", "second"), sorted((folder / "wandb").glob("offline-run-*")), read, strict=True
     ):
         assert json.loads((run / "files" / "manifest.json").read_text()) == {"module": f"recipes.{name}"}
         saved = [file["path"] for files in of_kind("files", records_of_it) for file in files["files"]]
-        assert "manifest.json" in saved, "it is synced too"
+        assert "manifest.json" in saved, "the manifest is synced too"
 
 
-def test_wandb_has_a_reference_to_the_checkpoint_and_no_copy(tracked):
+def test_wandb_records_a_reference_to_the_checkpoint_without_copy(tracked):
     folder, run_id, _, (first, _) = tracked
     (artifact,) = [a for a in of_kind("artifact", first) if a["type"] == "checkpoint"]
     (content,) = artifact["manifest"]["contents"]
     assert artifact["name"] == f"checkpoint-{run_id}"
     assert content["ref"] == (folder / "checkpoint-5" / "weights.bin").as_uri()
     assert content["path"] == "weights.bin" and "local_path" not in content
-    read_through = base64.b64encode(hashlib.md5(bytes(1013)).digest()).decode()
-    assert content["digest"] != read_through  # gigabytes are not read either
+    content_digest = base64.b64encode(hashlib.md5(bytes(1013)).digest()).decode()
+    assert content["digest"] != content_digest  # the checkpoint is not even read
     stored = [os.environ[f"WANDB_{name}_DIR"] for name in ("DATA", "CACHE")] + [folder / "wandb"]
     assert not [path for root in stored for path in Path(root).rglob("*") if path.is_file() and _is_copy(path)]
 
@@ -113,7 +113,7 @@ def _is_copy(path: Path) -> bool:
     return path.read_bytes() == bytes(1013)
 
 
-def test_wandb_resumes_the_same_id_with_the_steps_going_on(tracked):
+def test_wandb_resumes_under_the_same_id(tracked):
     folder, run_id, _, (_, second) = tracked
     run, *_ = of_kind("run", second)
     assert run["run_id"] == run_id

@@ -14,7 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from safetensors.torch import save_file
 
 from longctx.hf.config import shape_of
-from longctx.hf.scratch import write_like
+from longctx.hf.scratch import write_folder_like
 from longctx.megatron.hf_io.load import gather_from_stages
 from longctx.megatron.hf_io.names import EMBEDDING, TensorView, tensor_views
 from longctx.model_shape import ModelShape
@@ -39,7 +39,7 @@ def save(
 
     A file holds at most ``file_size``, except that a larger tensor has a file to itself.  At most one file's tensors
     are gathered at a time.  config.json is that of ``source`` with the model's dtype and the fields in ``changed``
-    (see `write_like`).
+    (see `write_folder_like`).
 
     Raises ValueError if ``folder`` exists, or if the resulting config.json does not describe a model of ``shape``.
     """
@@ -57,7 +57,7 @@ def save(
     if first:
         shutil.rmtree(partial_folder, ignore_errors=True)
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        write_like(source, {"dtype": dtype, **(changed or {})}, partial_folder)
+        write_folder_like(source, {"dtype": dtype, **(changed or {})}, partial_folder)
         _refuse_other_shape(partial_folder, shape)
 
     # 2. Every stage writes its files.  The exchange of counts is also a barrier: the folder exists after it.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longctx.checkpoint_index import PARTIAL, about, name_of
+from longctx.checkpoint_index import PARTIAL, folder_name, read_metadata
 from longctx.config import JointRepair
 from longctx.megatron.spd.blocks import Blocks, Hidden
 from longctx.megatron.spd.layer import SPDTransformerLayer
@@ -129,7 +129,7 @@ class JointDistillation:
 
         Every rank calls this.  The first data-parallel replica writes, one file a tensor-parallel rank.
         """
-        place, rank = folder / name_of(self.steps), self._blocks.tp.rank
+        place, rank = folder / folder_name(self.steps), self._blocks.tp.rank
         partial_folder, first = place.with_name(place.name + PARTIAL), dist.get_rank() == 0
         earlier = [state for state in folder.glob("step-*") if state != place]
         if first:
@@ -156,7 +156,7 @@ class JointDistillation:
         place, skipped = agreed_on_all_ranks(folder)
         if place is None:
             return skipped
-        metadata = about(place)
+        metadata = read_metadata(place)
         if metadata["order"] != list(self._order):
             return [
                 *skipped,

@@ -24,8 +24,8 @@ from longctx.config import BlockClass, Repair
 from longctx.megatron.spd.blocks import Blocks, Hidden, LinearMap
 from longctx.megatron.spd.layer import SPDTransformerLayer
 from longctx.shapes import Tensor
-from longctx.spd.distill import Distillation, distil, error_of
-from longctx.spd.grouping import matched, placed, regrouped, scattered
+from longctx.spd.distill import Distillation, distill, error_of
+from longctx.spd.grouping import assign_heads, assign_neurons, assign_shards, reorder_block
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def repair(
     distilled = fitted
     if block_class in settings.distil:
         distillation = Distillation(settings.epochs, settings.batch, settings.lr, seed=block)
-        for loss in distil(student, list(layer.parameters()), inputs[training], outputs[training], distillation):
+        for loss in distill(student, list(layer.parameters()), inputs[training], outputs[training], distillation):
             step_done(loss)
         distilled = error()
     return RepairResult(layer, zero_shot, grouped, fitted, distilled)
@@ -105,7 +105,7 @@ def spread_heads(blocks: Blocks, layer: SPDTransformerLayer, x: Hidden) -> None:
     """
     shape = blocks.shape
     if shape.kv_heads > blocks.tp.size:
-        sets = scattered(blocks.group_features(layer, x), blocks.tp.size)
+        sets = assign_heads(blocks.group_features(layer, x), blocks.tp.size)
         _reorder(blocks, layer, [group for rank_groups in sets for group in rank_groups], range(shape.ffn))
 
 
@@ -124,10 +124,10 @@ def place_neurons(
     ``maps``, the error that remains when neurons read the least-squares prediction.
     """
     if grouping == "neurons":
-        order = list(placed(blocks.neuron_errors(layer, x, maps)))
+        order = list(assign_neurons(blocks.neuron_errors(layer, x, maps)))
     else:
         neurons = blocks.shape.ffn // blocks.tp.size
-        shard_of_rank = matched(blocks.shard_norms(layer, x))
+        shard_of_rank = assign_shards(blocks.shard_norms(layer, x))
         order = [shard * neurons + neuron for shard in shard_of_rank for neuron in range(neurons)]
     _reorder(blocks, layer, range(blocks.shape.kv_heads), order)
 
@@ -140,4 +140,4 @@ def fold_linear_map(layer: SPDTransformerLayer, linear_map: LinearMap) -> None:
 
 def _reorder(blocks: Blocks, layer: SPDTransformerLayer, groups: Sequence[int], neurons: Sequence[int]) -> None:
     """Put KV groups and neurons of ``layer`` in another order; ranks take equal shares of the order."""
-    blocks.fill(layer, regrouped(blocks.tensors_of(layer), blocks.shape, groups, neurons))
+    blocks.fill(layer, reorder_block(blocks.tensors_of(layer), blocks.shape, groups, neurons))

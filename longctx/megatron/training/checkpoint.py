@@ -21,7 +21,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-from longctx.checkpoint_index import PARTIAL, RUN, fault_of, latest, name_of, places
+from longctx.checkpoint_index import PARTIAL, RUN, checkpoint_folders, fault_of, folder_name, latest_whole
 from longctx.megatron.model import GPTModel
 from longctx.megatron.training.optimizer import TrainState, apply_optim_settings
 from longctx.shapes import Tensor
@@ -56,7 +56,7 @@ class Checkpoints:
         self.poll(wait=True)
         filesystem_async._results_queue = _ResultFile()
         # The name contains this attempt's id, because a writer of a killed attempt may still be running.
-        partial_folder = self._folder / f"{name_of(step)}{PARTIAL}-{self._attempt}"
+        partial_folder = self._folder / f"{folder_name(step)}{PARTIAL}-{self._attempt}"
         if _is_first_rank():
             partial_folder.mkdir()
         dist.barrier()
@@ -70,7 +70,7 @@ class Checkpoints:
     @property
     def latest(self) -> Path:
         """The newest complete checkpoint; at least one must exist."""
-        checkpoint, _ = latest(self._folder)
+        checkpoint, _ = latest_whole(self._folder)
         assert checkpoint, "nothing has been saved"
         return checkpoint
 
@@ -80,7 +80,7 @@ class Checkpoints:
 
     def _finalize(self, partial_folder: Path, metadata: dict[str, Any]) -> None:
         if _is_first_rank():
-            commit(partial_folder, self._folder / name_of(metadata["step"]), metadata)
+            commit(partial_folder, self._folder / folder_name(metadata["step"]), metadata)
             self._prune(metadata["step"])
         dist.barrier()
 
@@ -89,8 +89,8 @@ class Checkpoints:
 
         Later ones come from a run that was continued from an earlier checkpoint instead of from them.
         """
-        existing = places(self._folder)
-        complete = [place for place in existing if not fault_of(place) and place.name <= name_of(step)]
+        existing = checkpoint_folders(self._folder)
+        complete = [place for place in existing if not fault_of(place) and place.name <= folder_name(step)]
         for place in set(existing) - set(complete[-self._keep :]):
             shutil.rmtree(place)
 
@@ -107,11 +107,11 @@ def commit(partial_folder: Path, place: Path, metadata: dict[str, Any]) -> None:
 
 
 def agreed_on_all_ranks(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return `latest` as the first rank sees it, on every rank, so that all resume from the same checkpoint.
+    """Return `latest_whole` as the first rank sees it, on every rank, so that all resume from the same checkpoint.
 
     Raises ValueError on a rank whose file system lacks the checkpoint: all machines must share the folder.
     """
-    place, skipped = _from_first_rank(latest(folder) if _is_first_rank() else None)
+    place, skipped = _from_first_rank(latest_whole(folder) if _is_first_rank() else None)
     if place and fault_of(place):
         raise ValueError(f"{place} is incomplete on this machine; set out= to a folder that all machines share")
     return place, skipped

@@ -1,4 +1,4 @@
-"""What the all-reduces of a block of code cost, calls, bytes and seconds: those of megatron-core's layers."""
+"""Calls, bytes and seconds of the all-reduces that megatron-core's layers make in a block of code."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 @dataclass
 class Tally:
-    """Of this rank: all-reduces, bytes of their tensors, and seconds in them (waiting for other ranks included)."""
+    """All-reduces of this rank: calls, bytes of their tensors, and seconds including the wait for other ranks."""
 
     calls: int = 0
     bytes: int = 0
@@ -20,17 +20,20 @@ class Tally:
 
 
 @contextmanager
-def tallied() -> Iterator[Tally]:
-    """A tally of the all-reduces that are made while the block runs; of gloo's, which return when they are done."""
+def count_all_reduces() -> Iterator[Tally]:
+    """Count this rank's all-reduces while the block runs.
+
+    For gloo, whose all-reduces return when they are done; others would return before their seconds have passed.
+    """
     tally, real = Tally(), dist.all_reduce
 
     def counting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         began = time.perf_counter()
-        done = real(tensor, *args, **kwargs)
+        result = real(tensor, *args, **kwargs)
         tally.calls += 1
         tally.bytes += tensor.nbytes
         tally.seconds += time.perf_counter() - began
-        return done
+        return result
 
     dist.all_reduce = counting
     try:
@@ -39,13 +42,13 @@ def tallied() -> Iterator[Tally]:
         dist.all_reduce = real
 
 
-def seconds_of_one(group: dist.ProcessGroup, size: int, times: int, device: torch.device) -> float:
-    """Of an all-reduce of ``size`` bytes over ``group``, the least of ``times``."""
+def time_all_reduce(group: dist.ProcessGroup, size: int, rounds: int, device: torch.device) -> float:
+    """Return the seconds of a float32 all-reduce of ``size`` bytes over ``group``: the least of ``rounds``."""
     x = torch.zeros(max(1, size // 4), device=device)
-    taken = []
-    for _ in range(times):
+    seconds = []
+    for _ in range(rounds):
         dist.barrier(group)
         began = time.perf_counter()
         dist.all_reduce(x, group=group)
-        taken.append(time.perf_counter() - began)
-    return min(taken)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)

@@ -1,6 +1,6 @@
-"""How long a rank waits for others: a `Comm` that measures it, and changes nothing else.
+"""Exposed communication: the seconds that a rank waits for others, measured by a wrapper around its `Comm`.
 
-What is on its way while a rank computes costs nothing; what it then still waits for is exposed.
+Communication that computation hides costs no time.  The rest, for which the rank waits, is exposed.
 """
 
 import time
@@ -16,10 +16,10 @@ from longctx.shapes import Tensor
 
 @dataclass
 class ExposedCommTimer:
-    """Seconds that a rank has waited for others, by operation, in all the groups that count here (`TimedComm`).
+    """Seconds that a rank waits for others, by operation, summed over all `TimedComm` groups that share the timer.
 
-    A GPU's stream waits, not the process that has queued its work: there the seconds between two events are
-    counted, from when the stream is done with what was queued before until it goes on.
+    On a GPU the stream waits and not the process, so the seconds between two events on the stream count: from the end
+    of the work that was queued before the wait to the end of the wait.
     """
 
     _seconds: dict[str, float] = field(default_factory=dict)
@@ -27,7 +27,7 @@ class ExposedCommTimer:
 
     @contextmanager
     def during(self, operation: str, device: torch.device) -> Iterator[None]:
-        """Count the seconds that ``device`` waits in the block."""
+        """Add the seconds that ``device`` waits in the block to ``operation``."""
         if device.type == "cuda":
             began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             began.record()
@@ -39,8 +39,8 @@ class ExposedCommTimer:
             yield
             self._count(operation, time.perf_counter() - start)
 
-    def taken(self) -> dict[str, float]:
-        """The seconds by operation since the last call; on a GPU it waits for what has been queued."""
+    def pop_seconds(self) -> dict[str, float]:
+        """Return the seconds by operation since the last call, and reset them; on a GPU wait for the queued events."""
         for operation, began, ended in self._events:
             ended.synchronize()
             self._count(operation, began.elapsed_time(ended) / 1e3)
@@ -54,36 +54,41 @@ class ExposedCommTimer:
 @dataclass(frozen=True)
 class _TimedPending:
     pending: Pending
-    waiting: ExposedCommTimer
-    device: torch.device  # not the tensors: they may go as soon as they have left
+    timer: ExposedCommTimer
+    device: torch.device  # and not the sent tensors, which may be freed once they have been sent
 
     def wait(self) -> tuple[Tensor, ...]:
-        with self.waiting.during("shift", self.device):
+        """Wait for the tensors and count the seconds."""
+        with self.timer.during("shift", self.device):
             return self.pending.wait()
 
 
 class TimedComm:
-    """``comm``, with the seconds that its rank waits counted in ``waiting``."""
+    """A `Comm` that forwards every call to ``comm`` and counts the seconds of waiting in ``timer``."""
 
-    def __init__(self, comm: Comm, waiting: ExposedCommTimer) -> None:
-        self.comm, self.waiting = comm, waiting
+    def __init__(self, comm: Comm, timer: ExposedCommTimer) -> None:
+        self.comm, self.timer = comm, timer
         self.rank, self.size = comm.rank, comm.size
 
     @property
     def traffic(self) -> Traffic:
+        """The traffic of ``comm``."""
         return self.comm.traffic
 
     @traffic.setter
     def traffic(self, traffic: Traffic) -> None:
         self.comm.traffic = traffic
 
-    def shift(self, *mine: Tensor, coming: Sequence[Shape]) -> Pending:
-        return _TimedPending(self.comm.shift(*mine, coming=coming), self.waiting, mine[0].device)
+    def shift(self, *mine: Tensor, shapes: Sequence[Shape]) -> Pending:
+        """Start a shift of ``comm``; the wait for it counts as "shift"."""
+        return _TimedPending(self.comm.shift(*mine, shapes=shapes), self.timer, mine[0].device)
 
-    def all_to_all(self, parts: Sequence[Tensor], coming: Sequence[Shape]) -> list[Tensor]:
-        with self.waiting.during("all_to_all", parts[0].device):
-            return self.comm.all_to_all(parts, coming)
+    def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        """Run an all-to-all of ``comm``, all of which counts as waiting."""
+        with self.timer.during("all_to_all", parts[0].device):
+            return self.comm.all_to_all(parts, shapes)
 
     def all_gather(self, mine: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
-        with self.waiting.during("all_gather", mine.device):
+        """Run an all-gather of ``comm``, all of which counts as waiting."""
+        with self.timer.during("all_gather", mine.device):
             return self.comm.all_gather(mine, shapes)

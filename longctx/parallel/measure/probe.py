@@ -1,4 +1,4 @@
-"""What this machine's kernel and links do, measured by all ranks of a ring at once, for `longctx.cost`."""
+"""Measure the attention kernel and the links of a machine, on all ranks of a ring at once, for `longctx.cost`."""
 
 import time
 from collections.abc import Callable
@@ -12,21 +12,24 @@ from longctx.parallel.comm import Comm
 from longctx.shapes import Tensor
 
 _ROUNDS = 5
-_WIDE, _FEW, _SHORT = 1024, 4, 16  # query rows of a wide block, of one that only reads keys; keys of a short one
+_WIDE = 1024  # query rows and keys of a compute-bound block
+_FEW = 4  # query rows of a block whose time goes into reading keys
+_SHORT = 16  # keys of a block that costs no more than its launch
 _LONG = 8192  # keys that do not fit a core's cache
 _SMALL, _LARGE = 2**10, 2**21  # bytes of a message
-_SIDE = {"cpu": 1024, "cuda": 8192}  # of a matrix that keeps the device busy
-_FASTEST = 1e12  # bytes/s: what noise may make of a link is no faster than memory
+_SIDE = {"cpu": 1024, "cuda": 8192}  # rows and columns of a matrix that keeps the device busy
+_FASTEST = 1e12  # bytes/s, the speed of memory: measurement noise must not make a link faster
 _FREE = Link(0.0, float("inf"))
 
 
 @torch.inference_mode()
 def probe(
-    ring: Comm, kernel: Kernel, heads: tuple[int, int], width: int, dtype: torch.dtype, device: torch.device
+    ring: Comm, kernel: Kernel, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> Hardware:
-    """The constants of this ring for ``heads`` (query, KV) of ``width``; the same numbers on every rank.
+    """Measure the `Hardware` constants of this ring; every rank returns the same numbers.
 
-    All ranks compute and send at once, as they will at work, and the slowest counts.  Takes a few seconds.
+    ``heads`` are a rank's (query, KV) heads.  All ranks compute and send at the same time, as in a real run, and the
+    slowest rank counts.  Takes a few seconds.
     """
 
     def seconds(work: Callable[[], object]) -> float:
@@ -34,24 +37,26 @@ def probe(
 
     def block(rows: int, keys: int) -> Callable[[], object]:
         q, k, v = (
-            torch.randn(1, n, h, width, dtype=dtype, device=device)
+            torch.randn(1, n, h, head_dim, dtype=dtype, device=device)
             for n, h in ((rows, heads[0]), (keys, heads[1]), (keys, heads[1]))
         )
         return lambda: kernel.forward(q, k, v, False)
 
+    # 1. The kernel: launch cost, FLOP/s and bytes of keys and values per second.
     block_s = seconds(block(1, _SHORT))
     wide = block(_WIDE, _WIDE)
     wide_s = seconds(wide)
     read_s = seconds(block(_FEW, _LONG))
-    read = 2 * _LONG * heads[1] * width * dtype.itemsize
-    flops = 4 * _WIDE**2 * heads[0] * width / max(wide_s - block_s, 1e-9)
+    read = 2 * _LONG * heads[1] * head_dim * dtype.itemsize
+    flops = 4 * _WIDE**2 * heads[0] * head_dim / max(wide_s - block_s, 1e-9)
     kv_bytes_per_s = read / max(read_s - block_s, 1e-9)
     if ring.size == 1:
         return Hardware(flops, kv_bytes_per_s, block_s, _FREE, _FREE, overlap=1.0)
+    # 2. The links: a hop of the ring, and an all-to-all.
     hop = _link(*(seconds(_hop(ring, size, device)) for size in (_SMALL, _LARGE)))
     exchange = _link(*(seconds(_exchange(ring, size, device)) for size in (_SMALL, _LARGE)))
-    # A message that takes as long as the block: what both together take tells how much is hidden.
-    # No more than a few large ones, though: on a link too fast to measure that would be all memory.
+    # 3. Overlap: send a message that takes as long as the block, alone and during the block.  On a link that is too
+    # fast to measure, that message would fill the memory, so its size is limited.
     size = int(min(max(_SMALL, (wide_s - hop.latency_s) * hop.bytes_per_s), 8 * _LARGE))
     send = _hop(ring, size, device)
     alone_s, both_s = seconds(send), seconds(_hop(ring, size, device, meanwhile=wide))
@@ -61,9 +66,9 @@ def probe(
 
 @torch.inference_mode()
 def gemm_flops(world: Comm, dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a rank's large square matrix products while all ranks of ``world`` compute one: a peak that was seen.
+    """Measure the FLOP/s of a rank's large square matrix product while all ranks of ``world`` compute one.
 
-    The same number on every rank, which all must ask.  A data sheet promises more.
+    All ranks must call this, and all return the slowest rank's number.  It is a measured peak, below the data sheet's.
     """
     side = _SIDE[device.type]
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
@@ -71,7 +76,7 @@ def gemm_flops(world: Comm, dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _link(small_s: float, large_s: float) -> Link:
-    """The line through two measured messages."""
+    """Fit latency and bytes/s to the seconds of a message of `_SMALL` and one of `_LARGE` bytes."""
     per_byte = max((large_s - small_s) / (_LARGE - _SMALL), 1 / _FASTEST)
     return Link(max(0.0, small_s - per_byte * _SMALL), 1 / per_byte)
 
@@ -79,35 +84,36 @@ def _link(small_s: float, large_s: float) -> Link:
 def _hop(
     ring: Comm, size: int, device: torch.device, meanwhile: Callable[[], object] = lambda: None
 ) -> Callable[[], object]:
+    """Return a hop of ``size`` bytes, with ``meanwhile`` computed while they are in flight."""
     message = torch.zeros(size, dtype=torch.uint8, device=device)
 
     def send() -> object:
-        coming = ring.shift(message, coming=[(size,)])
+        pending = ring.shift(message, shapes=[(size,)])
         meanwhile()
-        return coming.wait()
+        return pending.wait()
 
     return send
 
 
 def _exchange(ring: Comm, size: int, device: torch.device) -> Callable[[], object]:
-    """An all-to-all in which each rank sends ``size`` bytes."""
+    """Return an all-to-all in which each rank sends ``size`` bytes."""
     part = torch.zeros(max(1, size // (ring.size - 1)), dtype=torch.uint8, device=device)
     return lambda: ring.all_to_all([part] * ring.size, [tuple(part.shape)] * ring.size)
 
 
 def _slowest(ring: Comm, work: Callable[[], object], device: torch.device) -> float:
-    """Median over rounds of the slowest rank's seconds; the first round only warms up."""
-    taken = []
+    """Return the median over rounds of the slowest rank's seconds; the first round only warms up."""
+    slowest = []
     for _ in range(1 + _ROUNDS):
-        _told(ring, 0.0, device)
+        _gather_seconds(ring, 0.0, device)  # a barrier
         began = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        taken.append(float(_told(ring, time.perf_counter() - began, device).max()))
-    return median(taken[1:])
+        slowest.append(float(_gather_seconds(ring, time.perf_counter() - began, device).max()))
+    return median(slowest[1:])
 
 
-def _told(ring: Comm, seconds: float, device: torch.device) -> Tensor:
+def _gather_seconds(ring: Comm, seconds: float, device: torch.device) -> Tensor:
     mine = torch.tensor([seconds], dtype=torch.float64, device=device)
     return torch.cat(ring.all_gather(mine, [(1,)] * ring.size))

@@ -79,9 +79,9 @@ def test_corrupt_and_later_checkpoints_do_not_count_towards_keep(run, tmp_path):
     (tmp_path / "step-00000003.partial-1234abc7").mkdir()
     run_ranks(1, train, replace(run, steps=2, checkpoints=tmp_path, save_at=2))
     assert [place.name for place in tmp_path.iterdir()] == ["step-00000002"]
-    place, skipped = checkpoint_index.latest(tmp_path)
+    place, skipped = checkpoint_index.latest_whole(tmp_path)
     assert (place, skipped) == (tmp_path / "step-00000002", [])
-    assert checkpoint_index.about(place)["told"] == "something"
+    assert checkpoint_index.read_metadata(place)["note"] == "something"
 
 
 def test_partial_checkpoint_is_reported_once(tmp_path):
@@ -89,7 +89,7 @@ def test_partial_checkpoint_is_reported_once(tmp_path):
         partial = tmp_path / f"step-00000003.partial-{hexadecimal}"
         partial.mkdir()
         (partial / "run.json").write_text('{"step": 3, "files": {}}')  # killed before the rename
-    place, skipped = checkpoint_index.latest(tmp_path)
+    place, skipped = checkpoint_index.latest_whole(tmp_path)
     assert place is None
     assert len(skipped) == 2
     for message, hexadecimal in zip(sorted(skipped), ("1234abc7", "deadbeef"), strict=True):

@@ -1,4 +1,4 @@
-"""A measured `Comm` gives and sends what the one inside does, and knows how long its rank waited."""
+"""`TimedComm` gives the results and the traffic of the `Comm` inside, and measures how long its rank waits."""
 
 import time
 
@@ -10,84 +10,86 @@ from longctx.parallel.comm import Comm, DistComm, SingleRankComm
 from longctx.parallel.launch import Rank, run_ranks
 from longctx.parallel.measure.comm_timer import ExposedCommTimer, TimedComm
 from longctx.parallel.threads import run_threads
-from tests.parallel.test_comm import EXERCISES, Done, exercise
+from tests.parallel.test_comm import EXERCISES, Results, exercise
 
 
-def both_ways(comm: Comm) -> tuple[Done, Done, dict[str, float]]:
-    """Every exercise of a `Comm`, bare and measured, and the seconds."""
-    waiting = ExposedCommTimer()
-    return exercise(comm), exercise(TimedComm(comm, waiting)), waiting.taken()
+def run_plain_and_timed(comm: Comm) -> tuple[Results, Results, dict[str, float]]:
+    """Run every exercise on ``comm`` and on a `TimedComm` around it; also return the seconds of timer."""
+    timer = ExposedCommTimer()
+    return exercise(comm), exercise(TimedComm(comm, timer)), timer.pop_seconds()
 
 
-def rank_main(rank: Rank) -> tuple[Done, Done, dict[str, float]]:
+def rank_main(rank: Rank) -> tuple[Results, Results, dict[str, float]]:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rank.init_method, rank=rank.rank, world_size=rank.world_size)
     try:
-        return both_ways(DistComm(dist.group.WORLD))
+        return run_plain_and_timed(DistComm(dist.group.WORLD))
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("on", ["threads", "processes"])
-def test_nothing_changes_but_that_it_is_measured(on):
+def test_timing_changes_neither_results_nor_traffic(on):
     results = (
-        run_threads(3, lambda world, rank: both_ways(world.group(rank))) if on == "threads" else run_ranks(3, rank_main)
+        run_threads(3, lambda world, rank: run_plain_and_timed(world.group(rank)))
+        if on == "threads"
+        else run_ranks(3, rank_main)
     )
-    assert all(sum(bare[name][1].total for bare, _, _ in results) for name in EXERCISES)
-    for bare, measured, seconds in results:
+    assert all(sum(plain[name][1].total for plain, _, _ in results) for name in EXERCISES)
+    for plain, timed, seconds in results:
         assert set(seconds) == {"shift", "all_to_all", "all_gather"}
-        assert all(taken > 0 for taken in seconds.values())
+        assert all(waited > 0 for waited in seconds.values())
         for name in EXERCISES:
-            (expected, sent), (got, sent_measured) = bare[name], measured[name]
-            assert sent_measured == sent, name
+            (expected, sent), (got, sent_timed) = plain[name], timed[name]
+            assert sent_timed == sent, name
             assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)), name
 
 
 OPERATIONS = {
-    "shift": lambda comm, x: comm.shift(x, coming=[(3,)]).wait(),
+    "shift": lambda comm, x: comm.shift(x, shapes=[(3,)]).wait(),
     "all_to_all": lambda comm, x: comm.all_to_all([x, x], [(3,), (3,)]),
     "all_gather": lambda comm, x: comm.all_gather(x, [(3,), (3,)]),
 }
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_whoever_comes_first_waits(operation):
+def test_the_early_rank_waits(operation):
     def main(world, rank):
-        comm, waiting = world.group(rank), ExposedCommTimer()
-        comm.all_gather(torch.zeros(3), [(3,), (3,)])  # both are here
+        comm, timer = world.group(rank), ExposedCommTimer()
+        comm.all_gather(torch.zeros(3), [(3,), (3,)])  # a barrier
         if rank == 1:
             time.sleep(0.5)
-        OPERATIONS[operation](TimedComm(comm, waiting), torch.zeros(3))
-        return waiting.taken()
+        OPERATIONS[operation](TimedComm(comm, timer), torch.zeros(3))
+        return timer.pop_seconds()
 
     early, late = run_threads(2, main)
     assert set(early) == set(late) == {operation}
     assert early[operation] > 0.4 and late[operation] < early[operation] - 0.2
 
 
-def test_what_comes_while_a_rank_computes_is_not_waited_for():
+def test_hidden_communication_is_not_counted():
     def main(world, rank):
-        comm, waiting = world.group(rank), ExposedCommTimer()
-        coming = TimedComm(comm, waiting).shift(torch.zeros(3), coming=[(3,)])
+        comm, timer = world.group(rank), ExposedCommTimer()
+        pending = TimedComm(comm, timer).shift(torch.zeros(3), shapes=[(3,)])
         time.sleep(0.7)
-        coming.wait()
-        return waiting.taken()
+        pending.wait()
+        return timer.pop_seconds()
 
     assert all(seconds["shift"] < 0.35 for seconds in run_threads(2, main))
 
 
-def test_groups_count_together_and_what_was_taken_is_gone():
-    waiting = ExposedCommTimer()
+def test_groups_share_a_timer_and_pop_seconds_resets_it():
+    timer = ExposedCommTimer()
     for _ in range(2):
-        TimedComm(SingleRankComm(), waiting).all_gather(torch.zeros(3), [(3,)])
-        with waiting.during("shift", torch.device("cpu")):
+        TimedComm(SingleRankComm(), timer).all_gather(torch.zeros(3), [(3,)])
+        with timer.during("shift", torch.device("cpu")):
             time.sleep(0.1)
-    assert waiting.taken()["shift"] >= 0.2
-    assert waiting.taken() == {}
+    assert timer.pop_seconds()["shift"] >= 0.2
+    assert timer.pop_seconds() == {}
 
 
-def test_on_a_gpu_the_streams_events_are_read(monkeypatch):
-    """What the process does between the events does not matter; tests/gpu has the real ones."""
+def test_on_a_gpu_the_time_between_events_counts(monkeypatch):
+    """The process's own time between the events does not count.  tests/gpu has the test with real events."""
     clock = iter([5.0, 12.0, 20.0, 23.0])
 
     class Event:
@@ -105,9 +107,9 @@ def test_on_a_gpu_the_streams_events_are_read(monkeypatch):
             return end.at - self.at
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    waiting = ExposedCommTimer()
+    timer = ExposedCommTimer()
     for _ in range(2):
-        with waiting.during("shift", torch.device("cuda")):
+        with timer.during("shift", torch.device("cuda")):
             time.sleep(0.1)
-    assert waiting.taken() == {"shift": pytest.approx((7 + 3) * 1e-3)}
-    assert waiting.taken() == {}
+    assert timer.pop_seconds() == {"shift": pytest.approx((7 + 3) * 1e-3)}
+    assert timer.pop_seconds() == {}

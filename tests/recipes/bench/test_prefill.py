@@ -38,7 +38,7 @@ def test_variants_take_turns_and_the_first_round_is_left_out(monkeypatch):
 def test_the_silent_ring_returns_tensors_of_the_expected_shapes_at_once():
     silent = prefill.NullComm(1, 3)
     mine = torch.ones(1, 5, 3, 7), torch.ones(1, 5, 2, 7, dtype=torch.bfloat16)
-    k, v = silent.shift(*mine, coming=[(1, 4, 3, 7), (1, 4, 2, 7)]).wait()
+    k, v = silent.shift(*mine, shapes=[(1, 4, 3, 7), (1, 4, 2, 7)]).wait()
     assert (k.shape, v.shape) == ((1, 4, 3, 7), (1, 4, 2, 7))
     assert (k.dtype, v.dtype) == (torch.float32, torch.bfloat16)
     assert silent.traffic.total == 0
