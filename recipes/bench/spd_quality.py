@@ -25,7 +25,8 @@ from recipes.common.plots import draw_lines
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
 from recipes.common.settings import sections, top_level
-from recipes.common.spd_text import load_blocks, resolve_spd_target, text_of
+from recipes.common.spd_loop import load_blocks
+from recipes.common.spd_text import resolve_spd_target, text_of
 from recipes.common.target import Target
 
 if TYPE_CHECKING:
@@ -281,7 +282,7 @@ def draw(losses: dict[str, TextLosses], job: QualityJob) -> None:
 
 def task(config: DictConfig) -> None:
     """Run the ranks, then show, write and draw the losses."""
-    warm_up_ranks(("longctx.infer.engine", "longctx.megatron.spd.blocks", "recipes.common.spd_text"))
+    warm_up_ranks(("longctx.infer.engine", "longctx.megatron.spd.blocks", "recipes.common.spd_loop"))
     job = prepare(config)
     losses: dict[str, TextLosses] | None = on_ranks(job.target.mesh, run_rank, job)
     if losses is None:

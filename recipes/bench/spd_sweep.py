@@ -26,9 +26,10 @@ from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
 from recipes.common.settings import top_level
-from recipes.common.spd_text import calibration_of, load_blocks, measurement_metadata, resolve_spd_target
+from recipes.common.spd_loop import load_blocks
+from recipes.common.spd_text import calibration_of, measurement_metadata, resolve_spd_target
 from recipes.common.target import Target
-from recipes.spd_sensitivity import WARM, sums_of
+from recipes.spd_sensitivity import WARM, sum_losses
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def run_rank(rank: Rank, job: SweepJob) -> SweepTimes:
             return exp(mean_loss(blocks, job.text))
 
         def measure_kept() -> None:
-            results["kept"] = scores(perplexities(sums_of(blocks, job.text), tokens))
+            results["kept"] = scores(perplexities(sum_losses(blocks, job.text), tokens))
 
         def measure_plain() -> None:
             results["plain"] = measure_sensitivity(layers, perplexity)
