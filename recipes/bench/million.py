@@ -128,8 +128,8 @@ def time_strategies(
         return _Round(*attend(name), peak_bytes())
 
     return [
-        StrategyTimes(name, [each.seconds for each in of.timed], of.warm_up.bytes_sent, of.warm_up.peak_bytes)
-        for name, of in zip(names, measure_in_rounds(names, rounds, measure), strict=True)
+        StrategyTimes(name, [each.seconds for each in r.timed], r.warm_up.bytes_sent, r.warm_up.peak_bytes)
+        for name, r in zip(names, measure_in_rounds(names, rounds, measure), strict=True)
     ]
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Hidden = Float[Tensor, "b s hidden"]
 RANKED = "zero-shot, least sensitive first"
 IN_ORDER = "zero-shot, first to last"
-# Where Y (the attention's reduced output) and b (its bias) are added: before or after the MLP's reduction.
+# Y is a rank's partial attention output, b the attention's bias; each is added before or after the MLP's reduction.
 PLACEMENTS = ("as it should", "Y after the reduction", "b after, as it should", "b before the reduction")
 BATCH = 4  # sequences per pass
 

@@ -26,7 +26,7 @@ Figure = TypeVar("Figure")
 
 @dataclass(frozen=True)
 class Rounds(Generic[Figure]):
-    """Figures of one variant: that of the warm-up round, which is not reported, and one per ``timed`` round."""
+    """Figures of one variant: that of the warm-up round, whose seconds are not reported, and one per timed round."""
 
     warm_up: Figure
     timed: list[Figure]
