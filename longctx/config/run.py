@@ -1,4 +1,4 @@
-"""Where and how a run computes: mesh, context parallelism, ranks, sampling, tracking."""
+"""Sections of how a run computes: mesh, context parallelism, ranks, sampling, tracking."""
 
 from dataclasses import dataclass, replace
 from math import prod
@@ -27,7 +27,7 @@ class Mesh:
 
     @property
     def sequence_parallel(self) -> bool:
-        """Whether training shards activations between tensor-parallel layers by rows: always, at no extra traffic."""
+        """True if training shards activations between tensor-parallel layers by rows: always, at no extra traffic."""
         return self.tp > 1
 
     @property
@@ -62,9 +62,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Run:
-    """Where ranks run: CPU threads per rank (None: the machine's cores, shared evenly), device, and patience.
+    """Threads, device and timeout of the ranks.
 
-    ``timeout_minutes`` is how long a rank waits for a silent one before the run fails.
+    ``threads`` are CPU threads per rank (None: an even share of the machine's cores).  ``timeout_minutes`` is how long a
+    rank waits for a silent one before the run fails.
     """
 
     threads: int | None = None

@@ -257,6 +257,7 @@ def report(job: CrossoverJob, hardware: Hardware, times: Sequence[MissRateTimes]
     if settings.fitted:
         measured = {"threads": target.run.threads, "model": target.model.name, "dtype": target.model.dtype}
         file = {"measured": {**provenance(), **links, **measured}, **asdict(hardware)}
+        Path(settings.fitted).parent.mkdir(parents=True, exist_ok=True)
         Path(settings.fitted).write_text(yaml.safe_dump(file, sort_keys=False))
     if settings.picture:
         draw(rows, job, settings.picture)
