@@ -129,7 +129,7 @@ def start_session(engine: Engine, context: Context, settings: DecodeSettings, ba
     for i in range(batch):
         session.sequences[i] = Conversation(
             make_random_cache(engine, settings.cached, reserve), [0] * settings.cached + [1]
-        )  # one token to feed
+        )
     return session
 
 

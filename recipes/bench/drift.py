@@ -106,7 +106,7 @@ def run_rank(rank: Rank, job: DriftJob) -> list[LayerErrors]:
     with job.target.runtime(rank) as runtime, Progress(shown=rank.rank == 0) as progress:
         progress.start(f"{model.name} reads {settings.tokens:,} tokens", None)
         engine = job.target.load_engine(runtime)
-        inputs_by_layer = capture_inputs(engine, torch.tensor(job.tokens), job.layers)
+        inputs_by_layer = capture_attention_inputs(engine, torch.tensor(job.tokens), job.layers)
         runs = len(settings.ranks) * (len(STRATEGIES) + 1) + len(settings.gradient_ranks)
         progress.start(f"{len(inputs_by_layer)} layers, runs", len(inputs_by_layer) * runs)
         for layer, inputs in inputs_by_layer.items():
@@ -117,7 +117,7 @@ def run_rank(rank: Rank, job: DriftJob) -> list[LayerErrors]:
 
 
 @torch.no_grad()
-def capture_inputs(engine: Engine, tokens: Tensor, layers: Sequence[int]) -> dict[int, Inputs]:
+def capture_attention_inputs(engine: Engine, tokens: Tensor, layers: Sequence[int]) -> dict[int, Inputs]:
     """Return the attention inputs of each of ``layers`` while the model reads ``tokens`` [s] on this rank alone."""
     from longctx.megatron.attention import Pass
     from longctx.megatron.model import hidden_states, rotary_angles

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from longctx.config import Mesh
-from longctx.parallel.launch import RankFailed, rank_from_environment
+from longctx.parallel.launch import RankFailed, current_rank
 
 _RATE = re.compile(r"(\d+(?:\.\d+)?)([kmg])bit")
 _UNITS = {"k": 1e3, "m": 1e6, "g": 1e9}
@@ -33,7 +33,7 @@ _INSIDE = "LONGCTX_EMULATED_HOST"  # environment variable of a rank: the namespa
 def refuse_hosts(hosts: int, rate: str, mesh: Mesh) -> None:
     """Raise ValueError unless ``hosts`` emulated hosts with links of ``rate`` can run one rank of ``mesh`` each."""
     local = "or hosts=0 for ranks on loopback"
-    if rank_from_environment(os.environ) and not is_host():
+    if current_rank() and not is_host():
         raise ValueError(f"hosts={hosts} starts its ranks itself, but a launcher has started these: use hosts=0")
     if hosts != mesh.ranks:
         raise ValueError(f"hosts={hosts}, {mesh}: each host has one rank, use hosts={mesh.ranks}, {local}")

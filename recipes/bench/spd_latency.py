@@ -162,15 +162,13 @@ def time_phases(runtime: Runtime, engine: Engine, job: LatencyJob) -> dict[str, 
     from longctx.infer.session import Session
 
     session = Session(engine, Context(), Sampling())
-    latest: dict[int, int] = {}
 
     def prefill() -> None:
-        latest[0] = session.turn({0: job.tokens}, {0: 1}).tokens[0][0]
+        session.turn({0: job.tokens}, {0: 1})
 
     def decode() -> None:
         for _ in range(job.settings.new_tokens):
-            latest.update(session.decode(latest))
-            session.sequences[0].tokens.append(latest[0])
+            session.decode([0])
 
     prefill_cost = measure_phase(runtime, prefill, 1)
     return {"prefill": prefill_cost, "decode": measure_phase(runtime, decode, job.settings.new_tokens)}

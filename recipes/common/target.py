@@ -57,9 +57,9 @@ class Target:
     @contextmanager
     def runtime(self, rank: Rank, *, training: bool = False) -> Iterator[Runtime]:
         """Set up the process groups of the mesh on ``rank`` until the block ends; every rank must enter it."""
-        from longctx.megatron.runtime import runtime
+        from longctx.megatron.runtime import open_runtime
 
-        with runtime(
+        with open_runtime(
             rank,
             self.mesh,
             threads=self.threads(rank),

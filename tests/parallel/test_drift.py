@@ -21,8 +21,7 @@ from longctx.parallel.launch import Rank, run_ranks
 from longctx.parallel.ring import Ring, Strategy
 from longctx.parallel.strategy import STRATEGIES
 from longctx.parallel.threads import run_threads
-from recipes.bench.drift import capture_inputs as capture_layers
-from recipes.bench.drift import in_bfloat16
+from recipes.bench.drift import capture_attention_inputs, in_bfloat16
 from tests import oracle
 
 ROWS, HEADS, WIDTH = 769, (6, 2), 64
@@ -84,7 +83,7 @@ def capture_inputs(rank: Rank, model: ModelSource, folder: Path, tokens: list[in
 
     with open_runtime(rank, Mesh()) as runtime:
         engine = load_engine(runtime, model, shape_of(folder), folder, "auto")
-        return capture_layers(engine, torch.tensor(tokens), LAYERS)
+        return capture_attention_inputs(engine, torch.tensor(tokens), LAYERS)
 
 
 @pytest.fixture(scope="module")

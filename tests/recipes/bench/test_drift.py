@@ -25,11 +25,11 @@ def inputs(rows: int, d: int = 5) -> drift.Inputs:
 
 def capture(rank: Rank, folder: Path) -> dict[int, drift.Inputs]:
     from longctx.infer.engine import load_engine
-    from longctx.megatron.runtime import runtime
+    from longctx.megatron.runtime import open_runtime
 
-    with runtime(rank, Mesh()) as groups:
-        engine = load_engine(groups, ModelSource("tiny", str(folder)), shape_of(folder), folder, "auto")
-        return drift.capture_inputs(engine, torch.tensor(TOKENS), [1])
+    with open_runtime(rank, Mesh()) as runtime:
+        engine = load_engine(runtime, ModelSource("tiny", str(folder)), shape_of(folder), folder, "auto")
+        return drift.capture_attention_inputs(engine, torch.tensor(TOKENS), [1])
 
 
 def test_captured_inputs_are_those_of_transformers(tiny):
