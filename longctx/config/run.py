@@ -64,8 +64,8 @@ class Context:
 class Run:
     """Threads, device and timeout of the ranks.
 
-    ``threads`` are CPU threads per rank (None: an even share of the machine's cores).  ``timeout_minutes`` is how long a
-    rank waits for a silent one before the run fails.
+    ``threads`` are CPU threads per rank (None: an even share of the machine's cores).  ``timeout_minutes`` is how long
+    a rank waits for a silent one before the run fails.
     """
 
     threads: int | None = None

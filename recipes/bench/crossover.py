@@ -139,7 +139,7 @@ def refuse_windows(target: Target) -> None:
 
 def run_rank(rank: Rank, job: CrossoverJob) -> tuple[Hardware, list[MissRateTimes]]:
     """Return the machine's constants, and the times at every miss rate."""
-    settings, rows = job.settings, []
+    settings, table_rows = job.settings, []
     with job.target.runtime(rank) as runtime, Progress(shown=rank.rank == 0) as progress:
         engine = job.target.load_engine(runtime)
         hardware = job.hardware or measure_ring(runtime, job.target)
@@ -147,8 +147,8 @@ def run_rank(rank: Rank, job: CrossoverJob) -> tuple[Hardware, list[MissRateTime
         for rate in settings.miss_rates:
             new = max(1, round(rate * settings.total))
             times = time_strategies(engine, torch.tensor(job.tokens[:new]), settings, progress.step)
-            rows.append(MissRateTimes(new, settings.total - new, times))
-    return hardware, rows
+            table_rows.append(MissRateTimes(new, settings.total - new, times))
+    return hardware, table_rows
 
 
 def time_strategies(
@@ -224,13 +224,13 @@ def fit_rule(times: Sequence[MissRateTimes]) -> tuple[float, float, float] | Non
         return None
 
 
-def show(rows: list[MissRateRow]) -> None:
+def show(table_rows: list[MissRateRow]) -> None:
     """Print both strategies' TTFT, and each rule's choice and loss, as a table."""
-    rules = [rule for rule in RULES if any(rule in row.rules for row in rows)]
+    rules = [rule for rule in RULES if any(rule in row.rules for row in table_rows)]
     table = Table(box=None)
     for column in ("T", "P", "miss", "KV ms", "Q ms", "KV/Q-1", *rules):
         table.add_column(column, justify="right")
-    for row in rows:
+    for row in table_rows:
         verdicts = [row.rules.get(rule) for rule in rules]
         choices = [f"{ABBREVIATIONS[verdict.takes]} {verdict.loses:+.1%}" if verdict else "" for verdict in verdicts]
         sizes = (f"{row.new:,}", f"{row.cached:,}", f"{row.miss_rate:.1%}")
@@ -246,35 +246,35 @@ def report(job: CrossoverJob, hardware: Hardware, times: Sequence[MissRateTimes]
     constants = fit_rule(times)
     if constants is None:
         console.print("no empirical rule: one strategy won every row; add miss_rates on either side of the crossover")
-    rows = judge_rules(times, job, hardware)
-    show(rows)
+    table_rows = judge_rules(times, job, hardware)
+    show(table_rows)
     hardware = replace(hardware, empirical=constants or hardware.empirical)
     # 2. Write and draw.
     links = {"mesh": str(target.mesh), "hosts": settings.hosts, "rate": settings.rate if settings.hosts else None}
     if settings.out:
         inputs = {"model": target.model.name, **links, "total": settings.total, "hardware": asdict(hardware)}
-        write_result(settings.out, {**provenance(), **inputs, "rows": [asdict(row) for row in rows]})
+        write_result(settings.out, {**provenance(), **inputs, "rows": [asdict(row) for row in table_rows]})
     if settings.fitted:
         measured = {"threads": target.run.threads, "model": target.model.name, "dtype": target.model.dtype}
         file = {"measured": {**provenance(), **links, **measured}, **asdict(hardware)}
         Path(settings.fitted).parent.mkdir(parents=True, exist_ok=True)
         Path(settings.fitted).write_text(yaml.safe_dump(file, sort_keys=False))
     if settings.picture:
-        draw(rows, job, settings.picture)
+        draw(table_rows, job, settings.picture)
 
 
-def draw(rows: list[MissRateRow], job: CrossoverJob, picture: str) -> None:
+def draw(table_rows: list[MissRateRow], job: CrossoverJob, picture: str) -> None:
     """Draw the TTFT of both strategies over the miss rate, with their crossings marked, to the file ``picture``."""
-    rates, faster = [row.miss_rate for row in rows], [row.pass_kv < row.pass_q for row in rows]
+    rates, faster = [row.miss_rate for row in table_rows], [row.pass_kv < row.pass_q for row in table_rows]
     links = f", {job.settings.rate} links" if job.settings.hosts else ""
     draw_lines(
         picture,
         rates,
-        {"pass-KV": [row.pass_kv * 1e3 for row in rows], "pass-Q": [row.pass_q * 1e3 for row in rows]},
+        {"pass-KV": [row.pass_kv * 1e3 for row in table_rows], "pass-Q": [row.pass_q * 1e3 for row in table_rows]},
         title=f"{job.target.model.name}, {job.settings.total:,} tokens of context, {job.target.mesh}{links}",
         x="miss rate T / (T + P)",
         y="time to first token, ms",
-        marked=[(rates[i] * rates[i + 1]) ** 0.5 for i in range(len(rows) - 1) if faster[i] != faster[i + 1]],
+        marked=[(rates[i] * rates[i + 1]) ** 0.5 for i in range(len(table_rows) - 1) if faster[i] != faster[i + 1]],
         marked_label="crossover, between the rows on either side",
     )
     console.print(f"drawn to {picture}")

@@ -237,27 +237,27 @@ def median_cost(costs: list[PhaseCost]) -> PhaseCost:
     return PhaseCost(*(median(getattr(cost, name) for cost in costs) for name in vars(costs[0])))
 
 
-def show(rows: list[LatencyRow]) -> None:
+def show(table_rows: list[LatencyRow]) -> None:
     """Print times and savings of each phase and share as a table."""
     columns = ("phase", "dropped", "ms", "saved", "predicted", "all-reduces", "their ms", "saved", "p/2")
     table = Table(*columns, box=None)
-    for row in rows:
+    for row in table_rows:
         times = (f"{row.seconds * 1e3:,.1f}", f"{row.saved:.1%}", f"{row.predicted_saved:.1%}")
         reductions = (f"{row.calls:.0f}", f"{row.reducing * 1e3:,.1f}", f"{row.reducing_saved:.1%}")
         table.add_row(row.phase, f"{row.share:.0%}", *times, *reductions, f"{row.predicted_reducing_saved:.1%}")
     console.print(table)
 
 
-def draw(rows: list[LatencyRow], job: LatencyJob, links: str, picture: str) -> None:
+def draw(table_rows: list[LatencyRow], job: LatencyJob, links: str, picture: str) -> None:
     """Draw measured and predicted savings of both phases over the share of dropped blocks to the file ``picture``."""
     series = {}
     for phase in PHASES:
-        of_phase = [row for row in rows if row.phase == phase]
+        of_phase = [row for row in table_rows if row.phase == phase]
         series[f"{phase}, measured"] = [100 * row.saved for row in of_phase]
         series[f"{phase}, from bytes and hops"] = [100 * row.predicted_saved for row in of_phase]
     draw_lines(
         picture,
-        [100 * row.share for row in rows if row.phase == "prefill"],
+        [100 * row.share for row in table_rows if row.phase == "prefill"],
         series,
         title=f"{job.target.model.name} at TP={job.target.mesh.tp}, {links}: time saved",
         x="blocks that drop a reduction, %",
@@ -270,16 +270,16 @@ def draw(rows: list[LatencyRow], job: LatencyJob, links: str, picture: str) -> N
 def report(job: LatencyJob, times: LatencyTimes) -> None:
     """Show, write and draw the savings."""
     settings, target = job.settings, job.target
-    rows = compare_shares(times, job)
-    show(rows)
+    table_rows = compare_shares(times, job)
+    show(table_rows)
     nominal = {"rate": settings.rate, "latency_us": settings.latency_us} if settings.hosts else {"rate": "loopback"}
     if settings.out:
         inputs = {"model": target.model.name, "mesh": str(target.mesh), "hosts": settings.hosts, **nominal}
         result = {**inputs, **asdict(times.links), "tokens": settings.tokens, **provenance()}
-        write_result(settings.out, {**result, "rows": [asdict(row) for row in rows]})
+        write_result(settings.out, {**result, "rows": [asdict(row) for row in table_rows]})
     if settings.picture:
         links = f"{settings.rate}, {settings.latency_us:g} us" if settings.hosts else "loopback"
-        draw(rows, job, links, settings.picture)
+        draw(table_rows, job, links, settings.picture)
 
 
 def task(config: DictConfig) -> None:

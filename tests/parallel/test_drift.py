@@ -29,7 +29,7 @@ RANKS = [1, 2, 3, 4, 8, 16, 32]
 MAX_RATIO = 1.05  # error of many ranks, relative to the error of one
 
 TOKENS = 1021  # prime like ROWS, so that the ranks' shares are uneven
-LAYERS = [0, 15, 29]  # of 30
+LAYERS = [0, 15, 29]  # the model has 30
 
 Inputs = tuple[Tensor, ...]
 
