@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from eval.harness.local import LOCAL
 from eval.sensitivity import drop_none_yet, fill_in_orders, lacks_order, make_order_jobs
 from eval.variants import BASELINE, Variant, compose_variants, refuse_other_model, resolve_variant
 from longctx.config import Mesh, Track
-from longctx.parallel.launch import rank_from_environment
+from longctx.parallel.launch import current_rank
 from recipes.common.cli import refuse_unwritable_folder, say
 from recipes.common.provenance import hardware, provenance
 from recipes.common.settings import as_dict, section, top_level
@@ -267,7 +266,7 @@ def _refuse_other_order(base: Variant, variant: Variant, config: DictConfig) -> 
 
 def _refuse_other_world(variants: Sequence[Variant]) -> None:
     """Raise ValueError if a launcher started the ranks, and a variant has another number of them."""
-    rank = rank_from_environment(os.environ)
+    rank = current_rank()
     for variant in variants if rank else ():
         mesh = variant.target.mesh
         if rank and rank.world_size != mesh.ranks:

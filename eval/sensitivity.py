@@ -1,13 +1,12 @@
 """The order of blocks for variants that drop a share of them, measured before the evaluation if none is given."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from eval.variants import Variant
-from longctx.parallel.launch import rank_from_environment
+from longctx.parallel.launch import current_rank
 from longctx.spd.plan import order_from, saved_plan, within
 from recipes import spd_sensitivity
 from recipes.common.cli import composed, is_first, leave_stopped, on_every_rank, say
@@ -68,7 +67,7 @@ def _merge(config: DictConfig, values: dict[str, object]) -> DictConfig:
 
 def _make_order_job(base: Variant, tp: int, sequences: int, out: Path) -> spd_sensitivity.SensitivityJob:
     model, folder, shape = base.target.model, base.target.folder, base.target.shape
-    rank = rank_from_environment(os.environ)
+    rank = current_rank()
     dp = rank.world_size // tp if rank else 1  # all ranks that a launcher started take part
     words = [f"mesh.tp={tp}", f"mesh.dp={dp}", f"sequences={sequences}", "model=folder"]
     words += [f"model.dtype={model.dtype}", f"data.length={min(_LENGTH, shape.max_positions)}"]

@@ -94,12 +94,12 @@ def agree(was: Any, now: Any, within: float) -> bool:
     return bool(was == now)
 
 
-def table_of(title: str, runs: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> Table:
+def table_of(title: str, runs: Sequence[str], table_rows: Mapping[str, Sequence[Any]]) -> Table:
     """Return a table with a row per name and a column per run."""
     table = Table(title=title, title_justify="left", box=None)
     for heading in ("", *runs):
         table.add_column(heading, overflow="fold")
-    for name, values in rows.items():
+    for name, values in table_rows.items():
         table.add_row(name, *(_shown(value) for value in values))
     return table
 

@@ -52,11 +52,11 @@ def run_rank(rank: Rank, checkpoint_folder: Path, scratch: Path, dtype: str, to:
     from longctx.hf.config import shape_of
     from longctx.megatron.hf_io import export
     from longctx.megatron.model import build_model
-    from longctx.megatron.runtime import runtime
+    from longctx.megatron.runtime import open_runtime
     from longctx.megatron.training import checkpoint
 
     shape = shape_of(scratch)
-    with runtime(rank, Mesh(), training=True) as groups:
+    with open_runtime(rank, Mesh(), training=True) as groups:
         net = build_model(shape, groups.groups, dtype=getattr(torch, dtype), layers="local", device=torch.device("cpu"))
         checkpoint.load_weights(checkpoint_folder, net)
         export.save(net, shape, to, scratch)

@@ -85,8 +85,8 @@ def _reproduce(run: str) -> bool:
     names = [name for name in {**was, **now} if not is_measured(name)]
     differ = [name for name in names if not agree(was.get(name), now.get(name), WITHIN)]
     shown = differ or [name for name in names if not isinstance(was.get(name), list)]
-    rows = {name: [was.get(name), now.get(name)] for name in shown}
-    console.print(table_of("figures that differ" if differ else "the same figures", [run, str(new)], rows))
+    table_rows = {name: [was.get(name), now.get(name)] for name in shown}
+    console.print(table_of("figures that differ" if differ else "the same figures", [run, str(new)], table_rows))
     console.print(f"{run}: {len(names) - len(differ)} of {len(names)} final figures are the same, to {WITHIN:g}")
     return not differ
 

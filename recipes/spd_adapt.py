@@ -202,7 +202,9 @@ def refuse_other_run(job: AdaptJob) -> None:
     if place and job.joint.steps:
         # The state's metadata also has the order of blocks, losses and file sizes, which may differ.
         changed = [
-            key for key in changed_keys(checkpoint_index.read_metadata(place), job.about_joint) if key in job.about_joint
+            key
+            for key in changed_keys(checkpoint_index.read_metadata(place), job.about_joint)
+            if key in job.about_joint
         ]
         if changed:
             raise ValueError(f"{place} was trained with another {', '.join(changed)}: use another out=")

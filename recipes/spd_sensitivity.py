@@ -26,7 +26,7 @@ from longctx.spd.sensitivity import kind_of, perplexities, scores, suffix_sums
 from longctx.spd.text import PackedText
 from recipes.common.cli import console, is_first, leave_stopped, main, on_every_rank, say, warm_up_ranks, write_result
 from recipes.common.manifest import record
-from recipes.common.plots import bars
+from recipes.common.plots import draw_bars
 from recipes.common.provenance import hardware, provenance
 from recipes.common.settings import as_dict, section, top_level
 from recipes.common.spd_loop import BlockRun, start_block_run
@@ -222,7 +222,7 @@ def write_sensitivity(job: SensitivityJob, sensitivities: Sensitivities) -> None
         **job.origin,
     }
     write_result(str(job.file), values)
-    bars(
+    draw_bars(
         str(job.out / "sensitivity.svg"),
         [block.score for block in blocks],
         [block.block_class for block in blocks],

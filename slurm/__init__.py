@@ -1,1 +1,1 @@
-"""From a command line to a job of a cluster: what is asked is checked, frozen, rendered and queued."""
+"""Submit a recipe to a Slurm cluster: check its settings, freeze the source, write the job script, queue it."""

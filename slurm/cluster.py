@@ -1,4 +1,4 @@
-"""What Slurm is asked, by its own commands."""
+"""Queries to Slurm through its own commands: partitions, queueing, cancelling, the state of a job."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ from slurm.plan import JobPlan
 
 @dataclass(frozen=True)
 class Partition:
-    """What a partition has: nodes, and of the best of them cores and GPUs."""
+    """A partition: its number of nodes, and the cores and GPUs of its largest nodes."""
 
     name: str
     default: bool
@@ -21,7 +21,7 @@ class Partition:
 
 
 def refuse_no_slurm() -> None:
-    """ValueError where there is no Slurm to ask."""
+    """Raise ValueError if this machine has no Slurm commands."""
     if not shutil.which("sbatch"):
         raise ValueError(
             "there is no sbatch here: submit from a login node of the cluster; or use launcher=local to run here, "
@@ -30,75 +30,84 @@ def refuse_no_slurm() -> None:
 
 
 def refuse_unfit_cluster(plan: JobPlan) -> None:
-    """ValueError unless the cluster has such a partition, with that many nodes, cores and GPUs."""
-    there = partitions()
-    asked = plan.launcher.partition
-    fitting = [each for each in there if each.name == asked or (asked is None and each.default)]
-    if not fitting:
-        names = ", ".join(each.name for each in there)
-        raise ValueError(f"launcher.partition={asked} is not of this cluster: use one of {names}")
-    (partition,) = fitting
+    """Raise ValueError unless the cluster has the partition, with enough nodes, cores and GPUs for ``plan``."""
+    partition = _partition_of(plan.launcher.partition)
     ranks, cpus = plan.ranks_per_node, plan.launcher.cpus_per_rank or 1
-    for wanted, have, what in (
+    for needed, available, message in (
         (plan.settings.nodes, partition.nodes, f"nodes={plan.settings.nodes}: it has {{}} nodes, use fewer"),
         (ranks * plan.gpus_per_rank, partition.gpus, f"{ranks} ranks of a node with {plan.gpus_per_rank} GPU(s) each: "
          "its nodes have {} GPUs, use more nodes"),
         (ranks * cpus, partition.cpus, f"{ranks} ranks of a node with {cpus} core(s) each: its nodes have {{}} cores, "
          "use more nodes"),
     ):  # fmt: skip
-        if wanted > have:
-            raise ValueError(f"partition {partition.name} is too small for {what.format(have)}")
+        if needed > available:
+            raise ValueError(f"partition {partition.name} is too small for {message.format(available)}")
+
+
+def _partition_of(name: str | None) -> Partition:
+    """The partition ``name``, or the cluster's default.  Raises ValueError if it does not exist."""
+    existing = partitions()
+    for partition in existing:
+        if partition.default if name is None else partition.name == name:
+            return partition
+    missing = "no default partition" if name is None else "no such partition"
+    names = ", ".join(partition.name for partition in existing)
+    raise ValueError(f"launcher.partition={name or 'null'}: the cluster has {missing}; use one of {names}")
 
 
 def partitions() -> list[Partition]:
-    """The cluster's partitions.  ValueError if it does not answer."""
-    found: dict[str, Partition] = {}
-    for line in _asked("sinfo", "--noheader", "--format=%P|%D|%c|%G").splitlines():
-        name, nodes, cpus, gres = line.split("|")
-        plain, before = name.rstrip("*"), found.get(name.rstrip("*"))
-        found[plain] = Partition(
-            plain,
-            name.endswith("*"),
-            int(nodes) + (before.nodes if before else 0),
-            max(int(cpus.rstrip("+")), before.cpus if before else 0),
-            max(_gpus(gres), before.gpus if before else 0),
+    """Return the cluster's partitions.  Raises ValueError if sinfo fails."""
+    by_name: dict[str, Partition] = {}
+    # A partition with nodes of several kinds has a line for each kind.
+    for line in _run("sinfo", "--noheader", "--format=%P|%D|%c|%G").splitlines():
+        marked, nodes, cpus, gres = line.split("|")
+        name = marked.rstrip("*")
+        earlier = by_name.get(name, Partition(name, marked.endswith("*"), 0, 0, 0))
+        by_name[name] = Partition(
+            name,
+            earlier.default,
+            earlier.nodes + int(nodes),
+            max(earlier.cpus, int(cpus.rstrip("+"))),
+            max(earlier.gpus, _gpus(gres)),
         )
-    return list(found.values())
+    return list(by_name.values())
 
 
 def _gpus(gres: str) -> int:
-    """The GPUs of sinfo's ``gpu:h100:8(S:0-1),nvme:1``."""
-    each = [part.partition("(")[0].split(":") for part in gres.split(",") if part.startswith("gpu")]
-    return sum(int(words[-1]) for words in each if words[-1].isdigit())
+    """The number of GPUs in sinfo's ``gpu:h100:8(S:0-1),nvme:1``: 8."""
+    resources = [item.partition("(")[0].split(":") for item in gres.split(",") if item.startswith("gpu")]
+    return sum(int(fields[-1]) for fields in resources if fields[-1].isdigit())
 
 
-def refuse_refused(script: Path) -> None:
-    """ValueError if sbatch would refuse the script; nothing is queued."""
-    _asked("sbatch", "--test-only", str(script))
+def refuse_rejected_script(script: Path) -> None:
+    """Raise ValueError if sbatch would reject ``script``; queues nothing."""
+    _run("sbatch", "--test-only", str(script))
 
 
-def queued(script: Path) -> int:
-    """The job that ``script`` now is."""
-    return int(_asked("sbatch", "--parsable", str(script)).split(";")[0])
+def queue(script: Path) -> int:
+    """Queue ``script`` and return the job's number.  Raises ValueError if sbatch rejects it."""
+    return int(_run("sbatch", "--parsable", str(script)).split(";")[0])
 
 
 def cancel(jobs: Sequence[int]) -> None:
-    """End ``jobs``, or keep them from beginning."""
-    _asked("scancel", *map(str, jobs))
+    """Cancel ``jobs``, whether they wait or run."""
+    _run("scancel", *map(str, jobs))
 
 
 def is_active(job: int) -> bool:
-    """Whether the job waits or runs.  ValueError if Slurm does not tell."""
+    """Return True if ``job`` waits or runs.  Raises ValueError if squeue fails."""
     done = subprocess.run(["squeue", "--noheader", f"--jobs={job}"], capture_output=True, text=True, check=False)
-    if done.returncode and "invalid job id" not in done.stderr.lower():  # what it says of those that ended long ago
+    # Slurm forgets a job some time after its end, and then calls its number invalid.
+    if done.returncode and "invalid job id" not in done.stderr.lower():
         raise ValueError(
-            f"squeue does not tell whether job {job} waits or runs ({_errors(done.stderr)}): "
-            "submit again when it does, or give another folder"
+            f"squeue cannot say whether job {job} waits or runs ({_errors(done.stderr)}): "
+            "submit again when it can, or use another folder"
         )
     return bool(done.stdout.strip())
 
 
-def _asked(*command: str) -> str:
+def _run(*command: str) -> str:
+    """The output of a Slurm command.  Raises ValueError, with its errors, if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"Slurm refuses: {_errors(done.stderr)}")
@@ -106,5 +115,5 @@ def _asked(*command: str) -> str:
 
 
 def _errors(stderr: str) -> str:
-    """What a command of Slurm complains of, in a line."""
+    """The errors that a Slurm command printed, in one line."""
     return "; ".join(line.partition("error: ")[2] or line for line in stderr.splitlines() if line.strip())

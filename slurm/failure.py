@@ -1,4 +1,4 @@
-"""Who failed first, where, and its last words: for a job's failure.txt.
+"""The report of a failed job: the rank that failed first, its host and its last log lines.
 
 python -m slurm.failure DIR CODE
 """
@@ -8,13 +8,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-LINES = 30  # of the log of the rank that failed
-NOISE = ("Set the environment variable HYDRA_FULL_ERROR", "wandb:")  # behind the last word, or no word at all
+LINES = 30  # log lines to show of the rank that failed first
+NOISE = ("Set the environment variable HYDRA_FULL_ERROR", "wandb:")  # lines that often follow the actual error
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a rank ended that did not end well: when (seconds since 1970), on which host, with which code."""
+class RankExit:
+    """A rank that failed: time ``at`` in seconds since 1970, ``host``, and the shell's exit ``code``."""
 
     rank: int
     at: float
@@ -22,52 +22,56 @@ class Ended:
     code: int
 
     def __str__(self) -> str:
-        how = f"exited with {self.code}"
+        cause = f"exited with {self.code}"
         if _is_signal(self.code):
-            how = f"was killed by {signal.Signals(self.code - 128).name}"
-        return f"rank {self.rank} on {self.host} {how}"
+            cause = f"was killed by {signal.Signals(self.code - 128).name}"
+        return f"rank {self.rank} on {self.host} {cause}"
 
 
-def ends(run: Path) -> list[Ended]:
-    """The ranks that left word, the one to blame first: a killed one left no other word, then whoever ended first."""
-    found = []
+def read_exits(run: Path) -> list[RankExit]:
+    """Return the failed ranks that left a file ``ranks/N.end`` in ``run``, the likely cause of the failure first.
+
+    Killed ranks come first, then failed ranks, then those that SIGTERM ended; within each, earlier exits come first.
+    """
+    exits = []
     for file in (run / "ranks").glob("*.end"):
         at, host, code = file.read_text().split()
-        found.append(Ended(int(file.stem), float(at), host, int(code)))
-    return sorted(found, key=lambda end: (_guilt(end.code), end.at))
+        exits.append(RankExit(int(file.stem), float(at), host, int(code)))
+    return sorted(exits, key=lambda exit_: (_blame_order(exit_.code), exit_.at))
 
 
 def _is_signal(code: int) -> bool:
-    """Whether a shell's exit code says killed: 255 is also what a container ends with that could not start."""
+    """Return True if a shell's exit code means killed by a signal; 255 does not (a container that cannot start)."""
     return code - 128 in [*signal.Signals]
 
 
-def _guilt(code: int) -> int:
-    """Killed by something; failed; ended by srun because another had."""
+def _blame_order(code: int) -> int:
+    """0 for a killed rank, 1 for a failed one, 2 for SIGTERM, which srun sends to the others after a failure."""
     return 2 if code == 128 + signal.SIGTERM else 0 if _is_signal(code) else 1
 
 
 def report(run: Path, code: int) -> str:
-    """The failure in one place."""
-    failed = ends(run)
-    said = _last(run / "srun.log", LINES)
-    if not failed:
-        return f"the job ended with {code}, and no rank left word; Slurm said:\n{said}"
-    first, *others = failed
+    """Return the text of failure.txt for a job in folder ``run`` that exited with ``code``."""
+    exits = read_exits(run)
+    slurm_output = _last_lines(run / "srun.log", LINES)
+    if not exits:
+        return f"the job exited with {code}, and no rank recorded how it failed; Slurm's output:\n{slurm_output}"
+    first, *others = exits
     lines = [
-        f"{first}; its last lines, of {run}/ranks/{first.rank}.log:",
-        _last(run / "ranks" / f"{first.rank}.log", LINES),
+        f"{first}; last lines of {run}/ranks/{first.rank}.log:",
+        _last_lines(run / "ranks" / f"{first.rank}.log", LINES),
     ]
-    lines += [
-        f"{end.at - first.at:+.1f} s: {end}: {_last(run / 'ranks' / f'{end.rank}.log', 1).strip()}" for end in others
-    ]
-    return "\n".join([*lines, f"Slurm said:\n{said}" if said else ""])
+    for other in others:
+        last_line = _last_lines(run / "ranks" / f"{other.rank}.log", 1).strip()
+        lines.append(f"{other.at - first.at:+.1f} s: {other}: {last_line}")
+    return "\n".join([*lines, f"Slurm's output:\n{slurm_output}" if slurm_output else ""])
 
 
-def _last(file: Path, count: int) -> str:
+def _last_lines(file: Path, count: int) -> str:
+    """The last ``count`` lines of ``file``, indented, without empty lines and `NOISE`; empty if there is no file."""
     lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
-    told = [line for line in lines if line.strip() and not line.startswith(NOISE)]
-    return "\n".join(f"  {line}" for line in told[-count:])
+    shown = [line for line in lines if line.strip() and not line.startswith(NOISE)]
+    return "\n".join(f"  {line}" for line in shown[-count:])
 
 
 if __name__ == "__main__":

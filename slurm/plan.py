@@ -1,33 +1,47 @@
-"""What will be queued: recipe, settings, ranks, folders; all that can be refused is refused here."""
+"""The plan of a job: recipe, settings, ranks and folders, checked before anything is written or queued."""
 
 import itertools
 import re
-import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from longctx.config import Mesh
-from recipes.common.cli import composed, is_file_name, own_out, say
-from recipes.common.overrides import CONFIGS, as_overrides
+from recipes.common.cli import composed, is_file_name, nearest_existing, own_out, say
+from recipes.common.overrides import CONFIGS, as_overrides, quote
+from recipes.common.renamed import rename_override, rename_settings
 from recipes.common.settings import section
 from slurm.settings import Launcher, SubmitSettings, absolute
 
 _EXAMPLE = "prompt.pydoc=assert"
-_ELSEWHERE = {"eval": ("eval.run", "evaluate")}  # the recipe that is not in recipes/: its module and configuration
+_OUTSIDE_RECIPES = {"eval": ("eval.run", "evaluate")}  # recipe -> module and configuration
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe that can be submitted.
+
+    ``prepare`` raises ValueError for settings that the recipe refuses.  ``pinned`` returns settings to fix when the job
+    is queued, such as the folder of benchmark files.
+    """
+
+    module: str
+    config_name: str
+    prepare: Callable[[DictConfig], object]
+    pinned: Callable[[DictConfig], Sequence[str]]
 
 
 @dataclass(frozen=True)
 class ArrayTask:
-    """One run of the recipe: the words that are its own (a sweep's values, its ``out``), and all settings."""
+    """One run of the recipe: ``folder`` for its logs, ``words`` that only this run has, and its whole ``config``."""
 
     folder: Path
     words: tuple[str, ...]
@@ -36,169 +50,216 @@ class ArrayTask:
 
 @dataclass(frozen=True)
 class JobPlan:
-    """A job, checked: one task, or an array of them.  ``words`` are those that its tasks share."""
+    """A checked job: one run, or an array with a task for each run of a sweep.
+
+    ``words`` are the recipe's settings that all tasks share; ``folder`` is the job's folder, made by `freeze_job`.
+    """
 
     settings: SubmitSettings
     launcher: Launcher
     module: str
     words: tuple[str, ...]
-    run: Path
-    is_new: bool  # its folder was not there before
+    folder: Path
     tasks: tuple[ArrayTask, ...]
     ranks_per_node: int
     gpus_per_rank: int
 
     @property
     def name(self) -> str:
+        """Name of the job in Slurm's queue."""
         return self.settings.name or str(self.settings.recipe)
 
     @property
     def is_array(self) -> bool:
-        return self.tasks[0].folder != self.run
+        """Return True if the job is a sweep."""
+        return self.tasks[0].folder != self.folder
 
 
-def planned(settings: SubmitSettings, launcher: Launcher, words: Sequence[str]) -> JobPlan:
-    """The job that the recipe's ``words`` ask for.  Raises ValueError for all that the recipe would refuse, and more.
+def plan_job(settings: SubmitSettings, launcher: Launcher, words: Sequence[str]) -> JobPlan:
+    """Return the job that runs ``settings.recipe`` with ``words``, the recipe's own settings; writes nothing.
 
-    Of a job that begins after others what the recipe refuses is said only: what it misses may be what they make.
+    Raises ValueError for settings that the recipe refuses, a mesh that does not fit the nodes, and a folder that cannot
+    be written.  For a job with ``after`` the recipe's refusal is only printed, because the jobs before it may make what
+    is missing.
     """
-    module, config_name = recipe_of(str(settings.recipe))
-    shared, sweeps = swept(config_name, _with_example(config_name, words))
-    given = dict(word.partition("=")[::2] for word in words)
-    run = _run_folder(settings, given.get("out"))
-    is_new = not run.exists()
-    try:
-        tasks = tuple(_tasks(config_name, run, shared, sweeps))
-        mesh = mesh_of(tasks)
-        each = ranks_per_node(mesh, settings)
-        for task in tasks:
-            _refuse_unprepared(module.prepare, task.config, settings)
-        pinned = module.pinned(tasks[0].config) if hasattr(module, "pinned") else ()
-    except BaseException:
-        forget(run, is_new)
-        raise
-    if settings.dry_run:
-        forget(run, is_new)
-    gpus = launcher.gpus_per_rank
+    # 1. The runs of the recipe, and the job's folder.
+    recipe = recipe_of(str(settings.recipe))
+    words = [rename_override(word, say) for word in _with_example(recipe.config_name, words)]
+    shared, sweep = split_sweep(recipe.config_name, words)
+    folder = _job_folder(settings, recipe.config_name, shared)
+    if not settings.dry_run:
+        _refuse_unwritable(folder)
+    tasks = tuple(_tasks(recipe.config_name, folder, shared, sweep))
+    _refuse_shared_out(tasks)
+    # 2. Their ranks on the nodes.
+    ranks = ranks_per_node(mesh_of(tasks), settings)
+    # 3. The recipe's own checks.
+    for task in tasks:
+        _refuse_unprepared(recipe, task.config, settings)
     return JobPlan(
         settings=settings,
         launcher=launcher,
-        module=module.__name__,
-        words=(*(word for word in shared if not word.startswith("out=")), *pinned),
-        run=run,
-        is_new=is_new,
+        module=recipe.module,
+        words=(*(word for word in shared if not word.startswith("out=")), *recipe.pinned(tasks[0].config)),
+        folder=folder,
         tasks=tasks,
-        ranks_per_node=each,
-        gpus_per_rank=int(tasks[0].config.get("run", {}).get("device") == "cuda") if gpus is None else gpus,
+        ranks_per_node=ranks,
+        gpus_per_rank=_gpus_per_rank(launcher, tasks[0].config),
     )
 
 
-def mesh_of(tasks: Sequence[ArrayTask]) -> Mesh:
-    """The mesh that all runs have as many ranks as; one rank where the recipe knows no mesh."""
-    meshes = [section(task.config, "mesh", Mesh) if "mesh" in task.config else Mesh() for task in tasks]
-    if {mesh.ranks for mesh in meshes} != {meshes[0].ranks}:
-        raise ValueError("a sweep's runs have the same number of ranks: submit meshes of other sizes by themselves")
-    return max(meshes, key=lambda mesh: mesh.tp)
+def _refuse_unwritable(folder: Path) -> None:
+    """Raise ValueError unless ``folder`` is writable or can be made; leaves nothing there.
+
+    It opens a temporary file, because permission bits do not decide on network file systems and in /proc.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=nearest_existing(folder)):
+            pass
+    except OSError as error:
+        raise ValueError(f"folder={folder} cannot be written ({error.strerror}): give a folder of yours") from error
 
 
-def recipe_of(name: str) -> tuple[ModuleType, str]:
-    """The module of recipe ``name``, and its configuration's name.  ValueError unless it can be checked ahead."""
-    module, config_name = _ELSEWHERE.get(name, (f"recipes.{name}", name))
-    if re.fullmatch(r"[a-z_]+", name) and (CONFIGS / f"{config_name}.yaml").is_file() and _is_there(module):
-        found = import_module(module)
-        if hasattr(found, "prepare"):
-            return found, config_name
-    raise ValueError(f"recipe={name} cannot be submitted: use {', '.join(_recipes())}")
+def recipe_of(name: str) -> Recipe:
+    """Return the recipe ``name``.  Raises ValueError if it does not exist or has no ``prepare`` to check it with."""
+    module, config_name = _OUTSIDE_RECIPES.get(name, (f"recipes.{name}", name))
+    if re.fullmatch(r"[a-z_]+", name) and (CONFIGS / f"{config_name}.yaml").is_file() and _exists(module):
+        imported = import_module(module)
+        if hasattr(imported, "prepare"):
+            return Recipe(module, config_name, imported.prepare, getattr(imported, "pinned", lambda _: ()))
+    raise ValueError(f"recipe={name} cannot be submitted: use {', '.join(_recipe_names())}")
 
 
-def _with_example(recipe: str, words: Sequence[str]) -> list[str]:
-    """``words``; of recipe=generate, where they have no prompt, with one: a first job to try a cluster with."""
-    if recipe != "generate" or any(re.match(r"prompt|experiment", word) for word in words):
-        return list(words)
-    say(f"no prompt is given: {_EXAMPLE}")
-    return [*words, _EXAMPLE]
-
-
-def _is_there(module: str) -> bool:
+def _exists(module: str) -> bool:
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:
         return False
 
 
-def _recipes() -> list[str]:
-    """Recipes that say what they would refuse: those with a ``prepare``."""
+def _recipe_names() -> list[str]:
+    """Names of the recipes that define ``prepare``, found without importing them."""
     sources = Path(str(import_module("recipes").__file__)).parent.glob("*.py")
-    return sorted([*_ELSEWHERE, *(path.stem for path in sources if "\ndef prepare(" in path.read_text())])
+    return sorted([*_OUTSIDE_RECIPES, *(path.stem for path in sources if "\ndef prepare(" in path.read_text())])
 
 
-def swept(config_name: str, words: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Those of ``words`` that all runs share; and for each run of the sweep (``lr=1,2``) its own, [] if it is none."""
+def _with_example(config_name: str, words: Sequence[str]) -> list[str]:
+    """``words``, with an example prompt for recipe=generate without one, so that a first job needs no text."""
+    if config_name != "generate" or any(re.match(r"prompt|experiment", word) for word in words):
+        return list(words)
+    say(f"no prompt is given: {_EXAMPLE}")
+    return [*words, _EXAMPLE]
+
+
+def split_sweep(config_name: str, words: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Split ``words`` into those that all runs share, and a list of words for each run of a sweep ([] without one).
+
+    ``steps=7 optim.lr=1,2`` gives ``["steps=7"]`` and ``[["optim.lr=1"], ["optim.lr=2"]]``.  Several swept settings
+    give all combinations, the last one varying fastest.
+    """
     shared, values = [], []
     for word in words:
-        parsed = OverridesParser.create().parse_overrides(as_overrides(config_name, [word], say, sweep=True))
-        if parsed[0].is_sweep_override():
-            values.append([f"{parsed[0].key_or_group}={value}" for value in parsed[0].sweep_string_iterator()])
+        override = _parse(config_name, word)
+        if override.is_sweep_override():
+            values.append([f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()])
         else:
             shared.append(word)
-    return shared, [list(each) for each in itertools.product(*values)] if values else []
+    return shared, [list(combination) for combination in itertools.product(*values)] if values else []
 
 
-def _run_folder(settings: SubmitSettings, out: str | None) -> Path:
-    """The job's folder: as asked, or the recipe's ``out`` where that is a folder, or a new one."""
-    if settings.run:
-        return absolute(settings.run)
-    if out and not is_file_name(out):
-        return absolute(out)
+def _parse(config_name: str, word: str) -> Override:
+    """Parse ``word`` as Hydra does; of ``model=PATH``, which becomes several overrides, the first."""
+    return OverridesParser.create().parse_overrides(as_overrides(config_name, [word], say, sweep=True))[0]
+
+
+def _job_folder(settings: SubmitSettings, config_name: str, shared: Sequence[str]) -> Path:
+    """The job's folder: ``folder``, the recipe's ``out`` if that is one folder, or a new one below outputs/slurm."""
+    if settings.folder:
+        return absolute(settings.folder)
+    for word in shared:
+        out = _parse(config_name, word).value() if word.startswith("out=") else None
+        if out and not is_file_name(str(out)):
+            return absolute(str(out))
     return absolute(f"outputs/slurm/{settings.name or settings.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def _tasks(config_name: str, run: Path, shared: Sequence[str], sweeps: list[list[str]]) -> Iterator[ArrayTask]:
-    """Every run of the sweep, or the one; each with an absolute ``out``, unless the recipe has none."""
-    for number, own in enumerate(sweeps or [[]]):
+def _tasks(
+    config_name: str, folder: Path, shared: Sequence[str], sweep: Sequence[Sequence[str]]
+) -> Iterator[ArrayTask]:
+    """Yield every run of the sweep, or the only run.
+
+    ``out`` becomes absolute.  A recipe that needs a folder gets the job's; one without ``out=FILE`` writes result.json.
+    In a sweep each run's number is added to ``out``, unless the sweep lists an ``out`` for each run.
+    """
+    for number, own in enumerate(sweep or [[]]):
         config = composed(config_name, [*as_overrides(config_name, shared, say), *own])
-        where: list[str] = []
-        if OmegaConf.is_missing(config, "out"):  # it needs a folder
-            where = [f"out={_numbered(str(run), number, sweeps)}"]
+        rename_settings(config, (lambda _: None) if number else say)  # an experiment's old names, printed once
+        words = [word for word in own if not word.startswith("out=")]
+        out: str | None = None
+        if OmegaConf.is_missing(config, "out"):
+            out = str(folder)
         elif "out" in config:
-            out = absolute(config.out) if config.out else run / "result.json"
-            where = [f"out={_numbered(str(out), number, sweeps)}"]
-        if where:
-            config.out = where[0].removeprefix("out=")
-        yield ArrayTask(run / str(number) if sweeps else run, (*own, *where), config)
+            out = str(absolute(config.out) if config.out else folder / "result.json")
+        if out:
+            config.out = own_out(out, number) if sweep and len(words) == len(own) else out
+            words.append(f"out={quote(config.out) if ',' in config.out else config.out}")
+        yield ArrayTask(folder / str(number) if sweep else folder, tuple(words), config)
 
 
-def _numbered(out: str, number: int, sweeps: list[list[str]]) -> str:
-    return own_out(out, number) if sweeps else out
+def _refuse_shared_out(tasks: Sequence[ArrayTask]) -> None:
+    """Raise ValueError if two runs of a sweep would write to the same ``out``."""
+    outs = [task.config.out for task in tasks if "out" in task.config]
+    if shared := [out for out in outs if outs.count(out) > 1]:
+        raise ValueError(
+            f"out={shared[0]} is the out of {outs.count(shared[0])} runs of the sweep: give one folder, in which each "
+            "run gets a folder by its number, or submit each out separately"
+        )
 
 
-def _refuse_unprepared(prepare: Callable[[DictConfig], Any], config: DictConfig, settings: SubmitSettings) -> None:
-    try:
-        prepare(config)
-    except ValueError as refused:
-        if not settings.jobs_before:
-            raise
-        say(f"as things are it would be refused ({refused}); it is checked again when the jobs before it have ended")
+def mesh_of(tasks: Sequence[ArrayTask]) -> Mesh:
+    """Return the mesh with the largest tp of all runs; a recipe without a mesh runs on one rank.
+
+    Raises ValueError if the runs have different numbers of ranks.
+    """
+    meshes = [section(task.config, "mesh", Mesh) if "mesh" in task.config else Mesh() for task in tasks]
+    if len(sizes := {mesh.ranks for mesh in meshes}) > 1:
+        raise ValueError(
+            f"the sweep's runs have {' and '.join(map(str, sorted(sizes)))} ranks, and must all have the same number "
+            "of ranks: submit meshes of different sizes separately"
+        )
+    return max(meshes, key=lambda mesh: mesh.tp)
 
 
 def ranks_per_node(mesh: Mesh, settings: SubmitSettings) -> int:
-    """How many ranks each node starts.  ValueError unless they fill ``mesh``, a tensor-parallel group inside a node."""
-    nodes, each = settings.nodes, settings.ranks_per_node or mesh.ranks // settings.nodes
-    if nodes * each != mesh.ranks:
-        asked = f"ranks_per_node={each}" if settings.ranks_per_node else "an even share of the mesh on each"
+    """Return the number of ranks that each node starts.
+
+    Raises ValueError unless the nodes hold exactly the ranks of ``mesh``, with each tensor-parallel group on one node.
+    """
+    nodes, ranks = settings.nodes, settings.ranks_per_node or mesh.ranks // settings.nodes
+    fix = f"change one of them, or use a mesh of {nodes * max(1, ranks)} ranks"
+    if settings.ranks_per_node and nodes * ranks != mesh.ranks:
+        raise ValueError(f"nodes={nodes} x ranks_per_node={ranks} is not the mesh's {mesh.ranks} ranks ({mesh}): {fix}")
+    if nodes * ranks != mesh.ranks:
+        raise ValueError(f"nodes={nodes} does not divide the mesh's {mesh.ranks} ranks ({mesh}): {fix}")
+    if ranks % mesh.tp:
         raise ValueError(
-            f"nodes={nodes} with {asked} do not make the mesh's {mesh.ranks} ranks ({mesh}): use as many nodes and "
-            f"ranks as it has, or a mesh of {nodes * max(1, each)}"
+            f"mesh.tp={mesh.tp} does not divide the {ranks} rank(s) of a node: tensor-parallel ranks exchange data in "
+            "every layer and must share a node; use a smaller mesh.tp or a larger ranks_per_node"
         )
-    if each % mesh.tp:
-        raise ValueError(
-            f"mesh.tp={mesh.tp} does not fit a node of {each} ranks: tensor-parallel ranks talk in every layer, and "
-            "stay on one node; use a lower mesh.tp, or more ranks_per_node"
-        )
-    return each
+    return ranks
 
 
-def forget(run: Path, is_new: bool) -> None:
-    """Leave no trace of a job that is not queued, where there was none before."""
-    if is_new:
-        shutil.rmtree(run, ignore_errors=True)
+def _refuse_unprepared(recipe: Recipe, config: DictConfig, settings: SubmitSettings) -> None:
+    """Raise ValueError if the recipe refuses ``config``; for a job that waits for others print it only."""
+    try:
+        recipe.prepare(config)
+    except ValueError as refused:
+        if not settings.jobs_before:
+            raise
+        say(f"the recipe refuses this now ({refused}); it checks again after the jobs before it")
+
+
+def _gpus_per_rank(launcher: Launcher, config: DictConfig) -> int:
+    if launcher.gpus_per_rank is not None:
+        return launcher.gpus_per_rank
+    return int(OmegaConf.select(config, "run.device") == "cuda")

@@ -1,4 +1,4 @@
-"""What slurm.submit is asked: its own settings, and those of the recipe."""
+"""Settings of slurm.submit, and how they are told apart from the recipe's on one command line."""
 
 import re
 from collections.abc import Sequence
@@ -10,50 +10,61 @@ import yaml
 from pydantic import NonNegativeInt, PositiveInt
 
 from recipes.common.cli import composed, say
-from recipes.common.overrides import CONFIGS, as_overrides
+from recipes.common.overrides import CONFIGS, as_overrides, choices, quote
 from recipes.common.settings import section, top_level
 
-NOT_YET = 0  # the number of a pipeline's job that is not queued
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
+NOT_QUEUED = 0  # stands for the number of a pipeline's previous job before that job is queued
+_FREE_TEXT = ("folder", "pipeline", "name", "time", "launcher.container")
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """How a cluster wants to be asked: configs/launcher."""
+    """Settings of configs/launcher: sbatch and srun options of one cluster.
 
-    how: Literal["slurm", "local"]
-    partition: str | None
-    account: str | None
-    qos: str | None
-    memory: str | None
-    cpus_per_rank: PositiveInt | None
-    gpus_per_rank: NonNegativeInt | None
-    sbatch: tuple[str, ...]
-    srun: tuple[str, ...]
-    setup: tuple[str, ...]
-    container: str | None
+    ``how=local`` runs the job script on this machine without Slurm.  ``memory`` is per node, in Slurm's notation.
+    ``gpus_per_rank=None`` means one with ``run.device=cuda`` and none otherwise.  ``setup`` are shell lines that run
+    before the ranks start; ``container`` are words in front of ``python``.
+    """
+
+    how: Literal["slurm", "local"] = "slurm"
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    memory: str | None = None
+    cpus_per_rank: PositiveInt | None = None
+    gpus_per_rank: NonNegativeInt | None = None
+    sbatch: tuple[str, ...] = ()
+    srun: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()
+    container: str | None = None
 
 
 @dataclass(frozen=True)
 class SubmitSettings:
-    """The settings of configs/submit.yaml."""
+    """Settings of configs/submit.yaml outside ``launcher``; exactly one of ``recipe`` and ``pipeline`` is given.
 
-    recipe: str | None
-    pipeline: str | None
-    nodes: PositiveInt
-    ranks_per_node: PositiveInt | None
-    time: str | PositiveInt
-    name: str | None
-    run: str | None
-    after: PositiveInt | tuple[PositiveInt, ...] | None
-    parallel: PositiveInt | None
-    restarts: NonNegativeInt
-    warning: PositiveInt | None
-    dry_run: bool
+    ``folder`` is the job's folder.  ``after`` are numbers of jobs that must succeed first.  ``parallel`` is the number
+    of a sweep's jobs that run at a time.  ``restarts`` counts failures, not requested stops.  ``warning`` is in seconds
+    before the time limit.
+    """
+
+    recipe: str | None = None
+    pipeline: str | None = None
+    nodes: PositiveInt = 1
+    ranks_per_node: PositiveInt | None = None
+    time: str | PositiveInt = "01:00:00"
+    name: str | None = None
+    folder: str | None = None
+    after: PositiveInt | tuple[PositiveInt, ...] | None = None
+    parallel: PositiveInt | None = None
+    restarts: NonNegativeInt = 2
+    warning: PositiveInt | None = None
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         if bool(self.recipe) == bool(self.pipeline):
-            raise ValueError("say what to run: recipe=generate, recipe=pretrain, ..., or pipeline=FILE.yaml")
+            raise ValueError("give one of recipe=NAME (recipe=generate, recipe=pretrain, ...) and pipeline=FILE.yaml")
         if not seconds_of(str(self.time)):
             raise ValueError(f"time={self.time}: use minutes, hours:minutes:seconds or days-hours:minutes:seconds")
         if self.warning and self.warning >= seconds_of(str(self.time)):
@@ -61,53 +72,70 @@ class SubmitSettings:
 
     @property
     def jobs_before(self) -> tuple[int, ...]:
-        """The jobs that must have ended well."""
+        """Numbers of the jobs that must succeed before this one starts."""
         return self.after if isinstance(self.after, tuple) else (self.after,) if self.after else ()
 
     @property
     def warning_s(self) -> int:
-        """Seconds before the time limit at which a run is asked to stop."""
+        """Seconds before the time limit at which the ranks get SIGUSR1."""
         return self.warning or min(120, seconds_of(str(self.time)) // 4)
 
 
 def seconds_of(time: str) -> int:
-    """Slurm's way to write a time, in seconds; 0 if it is none."""
-    found = _TIME.fullmatch(time)
-    if not found:
+    """Return the seconds of ``time`` in Slurm's notation ("1-02:00:00", "30"), 0 if it cannot be read.
+
+    After ``days-`` the fields are hours, minutes and seconds, and missing ones are at the end.  Without days one field
+    is minutes, two are minutes and seconds, three are hours, minutes and seconds (sbatch(1), ``--time``).
+    """
+    match = _TIME.fullmatch(time)
+    if not match:
         return 0
-    parts = [int(part) for part in found["parts"].split(":")]
-    if found["days"]:  # days-hours:minutes:seconds, what is missing is at the end
-        hours, minutes, seconds = (*parts, 0, 0)[:3]
-    else:  # minutes, minutes:seconds, hours:minutes:seconds
-        hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
-    return ((int(found["days"] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    values = [int(value) for value in match["fields"].split(":")]
+    if match["days"]:
+        hours, minutes, seconds = (*values, 0, 0)[:3]
+    else:
+        hours, minutes, seconds = {1: [0, *values, 0], 2: [0, *values], 3: values}[len(values)]
+    return ((int(match["days"] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of slurm.submit itself, and the recipe's."""
-    own = set(yaml.safe_load((CONFIGS / "submit.yaml").read_text())) - {"defaults"} | {"launcher"}
-    mine = [word for word in words if word.lstrip("+~").partition("=")[0].partition(".")[0] in own]
-    return mine, [word for word in words if word not in mine]
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into the words of slurm.submit and those of the recipe.
+
+    ``nodes=2`` and ``launcher.qos=low`` are slurm.submit's; ``run.threads=2`` and ``run=gpu`` are the recipe's.
+    """
+    own = set(yaml.safe_load((CONFIGS / "submit.yaml").read_text())) - {"defaults", "hydra"} | {"launcher"}
+    words = [_rename_folder(word) for word in words]
+    is_own = [word.lstrip("+~").partition("=")[0].partition(".")[0] in own for word in words]
+    return (
+        [word for word, mine in zip(words, is_own, strict=True) if mine],
+        [word for word, mine in zip(words, is_own, strict=True) if not mine],
+    )
 
 
-def settings_of(words: Sequence[str]) -> tuple[SubmitSettings, Launcher]:
-    """slurm.submit's own ``words`` as settings.  Raises ValueError, in a line, for what cannot be."""
-    quoted = [_quoted(word) for word in words]
-    config = composed("submit", as_overrides("submit", quoted, say))
+def _rename_folder(word: str) -> str:
+    """``run=DIR``, the old name of ``folder=DIR``, renamed; ``run=gpu`` is a choice of the recipe's group `run`."""
+    key, equals, value = word.partition("=")
+    if key != "run" or not equals or set(value.split(",")) <= set(choices("run")):
+        return word
+    say(f"run={value} is an old name: use folder={value}")
+    return f"folder={value}"
+
+
+def read_settings(words: Sequence[str]) -> tuple[SubmitSettings, Launcher]:
+    """Return the settings that ``words``, those of slurm.submit, ask for.
+
+    Raises ValueError, in one line, for an unknown setting and a value that is not allowed.
+    """
+    config = composed("submit", as_overrides("submit", [_quote_free_text(word) for word in words], say))
     return top_level(config, SubmitSettings), section(config, "launcher", Launcher)
 
 
-def _quoted(word: str) -> str:
-    """Free text, in quotes: paths and names may have commas and spaces."""
+def _quote_free_text(word: str) -> str:
+    """``word`` with its value in quotes if it may hold commas, spaces and parentheses, which Hydra would interpret."""
     key, _, value = word.partition("=")
-    free = key in ("run", "pipeline", "name", "time", "launcher.container") and value not in ("", "null")
-    return f"{key}={_in_quotes(value)}" if free else word
-
-
-def _in_quotes(value: str) -> str:
-    return value if value[:1] in ("'", '"') else "'" + value.replace("'", "\\'") + "'"
+    return f"{key}={quote(value)}" if key in _FREE_TEXT and value not in ("", "null") else word
 
 
 def absolute(path: str) -> Path:
-    """``path`` as every node finds it."""
+    """Return ``path`` as an absolute path, which does not depend on the working directory of a node."""
     return Path(path).expanduser().resolve()

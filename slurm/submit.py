@@ -1,11 +1,10 @@
-"""A recipe as a job of a Slurm cluster: the settings of both on one command line.
+"""Submit a recipe to a Slurm cluster; the settings of both are on one command line.
 
     python -m slurm.submit recipe=pretrain experiment=pretrain/tiny mesh.ring=4 nodes=2 time=04:00:00
-    python -m slurm.submit recipe=pretrain experiment=pretrain/tiny optim.lr=1e-3,3e-4      # a sweep: an array of jobs
-    python -m slurm.submit recipe=export checkpoint=outputs/tiny to=outputs/hf after=12
     python -m slurm.submit pipeline=FILE.yaml
 
-What the recipe would refuse is refused before anything is queued.  ``dry_run=true`` prints the script.
+Settings that the recipe refuses are refused before anything is queued.  Exit codes: 0 queued; 2 refused.  Standard
+output has a line ``job NUMBER`` and a line ``run FOLDER`` for each job.
 """
 
 import os
@@ -20,24 +19,23 @@ from pathlib import Path
 import yaml
 
 from recipes.common.cli import console, reporting
-from recipes.common.overrides import CONFIGS
+from recipes.common.help import help_of
 from recipes.common.provenance import ROOT, commit_of
 from slurm import cluster
-from slurm.freeze import frozen, refuse_unwritable_run
-from slurm.plan import JobPlan, forget, planned
+from slurm.freeze import freeze_job
+from slurm.plan import JobPlan, plan_job
 from slurm.render import script_of
-from slurm.settings import NOT_YET, divided, settings_of
+from slurm.settings import NOT_QUEUED, read_settings, split_words
 
-JOB = "job.id"
+JOB = "job.id"  # file in the job's folder with the number of its last job
 
 
 def main(words: Sequence[str]) -> None:
-    """Do what the command line asks; exit code 2, and a line, for what cannot be done."""
+    """Check and queue what the command line asks for; with ``dry_run=true`` print the scripts instead."""
     if not words or {"-h", "--help"} & set(words):
-        print(__doc__, (CONFIGS / "submit.yaml").read_text(), sep="\n")
-        print((CONFIGS / "launcher" / "slurm.yaml").read_text())
+        print(help_of("submit"))
         return
-    plans = reporting(lambda: plans_of(words))
+    plans = reporting(lambda: make_plans(words))
     if plans[0].settings.dry_run:
         for plan in plans:
             print(script_of(plan, Path.cwd(), commit_of(ROOT)))
@@ -45,30 +43,38 @@ def main(words: Sequence[str]) -> None:
     reporting(lambda: submit(plans))
 
 
-def plans_of(words: Sequence[str]) -> list[JobPlan]:
-    """The jobs that ``words`` ask for, checked: one, or those of a pipeline."""
-    mine, theirs = divided(words)
-    settings, launcher = settings_of(mine)
+def make_plans(words: Sequence[str]) -> list[JobPlan]:
+    """Return the checked job that ``words`` ask for, or the jobs of a pipeline; writes nothing.
+
+    Raises ValueError for whatever the recipe, the cluster or the job's folder refuses.
+    """
+    own, recipe_words = split_words(words)
+    settings, launcher = read_settings(own)
     if not settings.pipeline:
-        return [_checked(planned(settings, launcher, theirs))]
-    if theirs:
-        raise ValueError(f"{theirs[0]} belongs into a line of pipeline={settings.pipeline}")
-    shared = [word for word in mine if not word.startswith("pipeline=")]
-    plans: list[JobPlan] = []
-    try:
-        for line in steps_of(settings.pipeline):
-            mine, theirs = divided(line)
-            settings, launcher = settings_of([*shared, *mine])
-            settings = replace(settings, after=(*settings.jobs_before, NOT_YET)) if plans else settings
-            plans.append(_checked(planned(settings, launcher, theirs)))
-    except BaseException:
-        _forget(plans)
-        raise
+        plans = [plan_job(settings, launcher, recipe_words)]
+    elif recipe_words:
+        raise ValueError(f"{recipe_words[0]} belongs into a line of pipeline={settings.pipeline}")
+    else:
+        plans = _pipeline_plans(settings.pipeline, [word for word in own if not word.startswith("pipeline=")])
+    for plan in plans:
+        if not plan.settings.dry_run:
+            _refuse_unready(plan)
     return plans
 
 
-def steps_of(file: str) -> list[list[str]]:
-    """The command lines of a pipeline.  ValueError if ``file`` has none."""
+def _pipeline_plans(file: str, shared: Sequence[str]) -> list[JobPlan]:
+    """The jobs of a pipeline, each after the one before; ``shared`` are slurm.submit's settings for all of them."""
+    plans: list[JobPlan] = []
+    for line in read_pipeline(file):
+        own, recipe_words = split_words(line)
+        settings, launcher = read_settings([*shared, *own])
+        settings = replace(settings, after=(*settings.jobs_before, NOT_QUEUED)) if plans else settings
+        plans.append(plan_job(settings, launcher, recipe_words))
+    return plans
+
+
+def read_pipeline(file: str) -> list[list[str]]:
+    """Return the command lines of a pipeline.  Raises ValueError if ``file`` is not a YAML list of them."""
     try:
         lines = yaml.safe_load(Path(file).expanduser().read_text())
     except (OSError, yaml.YAMLError) as error:
@@ -80,73 +86,65 @@ def steps_of(file: str) -> list[list[str]]:
     return [shlex.split(line) for line in lines]
 
 
-def _checked(plan: JobPlan) -> JobPlan:
-    """``plan``, unless the cluster or the job's folder refuses it."""
-    if plan.settings.dry_run:
-        return plan
-    try:
-        if plan.launcher.how == "slurm":
-            cluster.refuse_no_slurm()
-            cluster.refuse_unfit_cluster(plan)
-        refuse_unwritable_run(plan.run)
-        _refuse_busy(plan.run)
-    except ValueError:
-        _forget([plan])
-        raise
-    return plan
-
-
-def _forget(plans: Sequence[JobPlan]) -> None:
-    for plan in plans:
-        forget(plan.run, plan.is_new)
-
-
-def _refuse_busy(run: Path) -> None:
-    known = run / JOB
-    if known.is_file() and shutil.which("squeue") and cluster.is_active(int(known.read_text())):
-        job = known.read_text().strip()
-        raise ValueError(f"run={run} belongs to job {job}, which waits or runs: scancel {job}, or give another folder")
+def _refuse_unready(plan: JobPlan) -> None:
+    """Raise ValueError if the cluster is too small for ``plan``, or its folder belongs to a job that waits or runs."""
+    if plan.launcher.how == "slurm":
+        cluster.refuse_no_slurm()
+        cluster.refuse_unfit_cluster(plan)
+    file = plan.folder / JOB
+    if file.is_file() and shutil.which("squeue") and cluster.is_active(int(file.read_text())):
+        job = file.read_text().strip()
+        raise ValueError(
+            f"folder={plan.folder} belongs to job {job}, which waits or runs: scancel {job}, or use another folder"
+        )
 
 
 def submit(plans: Sequence[JobPlan]) -> list[int]:
-    """Freeze and queue ``plans``, each after the one before; say where they are."""
+    """Freeze and queue ``plans``, each after the one before, and print the jobs' numbers and folders.
+
+    Returns the numbers.  Raises ValueError if Slurm rejects one of them, for an account, a limit or an option; then the
+    jobs queued before are cancelled, and the folders that they made are deleted.
+    """
     jobs: list[int] = []
-    ran: list[Path] = []
-    for plan in plans:
-        known = [job for job in plan.settings.jobs_before if job != NOT_YET]
-        then = replace(plan, settings=replace(plan.settings, after=(*known, *jobs[-1:])))
-        script = frozen(then, Path.cwd())
+    made: list[Path] = []  # folders that queued jobs did not have before
+    for checked in plans:
+        # 1. Write the folder, with the previous job's number in the script.
+        known = [job for job in checked.settings.jobs_before if job != NOT_QUEUED]
+        plan = replace(checked, settings=replace(checked.settings, after=(*known, *jobs[-1:])))
+        is_new = not plan.folder.exists()
+        script = freeze_job(plan, Path.cwd())
+        # 2. Run or queue it.
         if plan.launcher.how == "local":
-            _run_here(then, script)
-            ran.append(plan.run)
+            _run_locally(plan, script)
             continue
-        jobs.append(_queued(script, jobs, [each for each in plans if each.run not in ran]))
-        (plan.run / JOB).write_text(f"{jobs[-1]}\n")
-        print(f"job {jobs[-1]}\nrun {plan.run}", flush=True)
-        log = plan.tasks[0].folder / "ranks" / "0.log"
-        console.print(f"watch  squeue --job {jobs[-1]}; tail -F {plan.tasks[0].folder}/job.log {log}")
+        if is_new:
+            made.append(plan.folder)
+        jobs.append(_queue(script, jobs, made))
+        (plan.folder / JOB).write_text(f"{jobs[-1]}\n")
+        # 3. Print where it is.
+        print(f"job {jobs[-1]}\nrun {plan.folder}", flush=True)
+        first = plan.tasks[0].folder
+        console.print(f"watch  squeue --job {jobs[-1]}; tail -F {first}/job.log {first / 'ranks' / '0.log'}")
         console.print(f"cancel scancel {jobs[-1]}")
     return jobs
 
 
-def _queued(script: Path, before: Sequence[int], plans: Sequence[JobPlan]) -> int:
-    """The job.  ValueError for what Slurm alone refuses: accounts, limits, options.
-
-    Then those ``before`` are cancelled, and nothing is left of ``plans``, which are theirs and those not yet queued.
-    """
+def _queue(script: Path, earlier: Sequence[int], made: Sequence[Path]) -> int:
+    """Queue ``script``; if Slurm rejects it, cancel the ``earlier`` jobs and delete the folders ``made`` for them."""
     try:
-        cluster.refuse_refused(script)
-        return cluster.queued(script)
+        cluster.refuse_rejected_script(script)
+        return cluster.queue(script)
     except ValueError:
-        if before:
-            cluster.cancel(before)
-        _forget(plans)
+        if earlier:
+            cluster.cancel(earlier)
+        for folder in made:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def _run_here(plan: JobPlan, script: Path) -> None:
-    """Every task in turn; the process ends with the first that fails."""
-    print(f"run {plan.run}", flush=True)
+def _run_locally(plan: JobPlan, script: Path) -> None:
+    """Run the tasks one after the other; exit with the code of the first that fails."""
+    print(f"run {plan.folder}", flush=True)
     for number in range(len(plan.tasks)):
         environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(number)}
         code = subprocess.run(["bash", str(script)], env=environment, check=False).returncode

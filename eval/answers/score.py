@@ -58,7 +58,7 @@ def group_by_prefix(requests: Sequence[Score]) -> list[PrefixGroup]:
 
 def _make_group(requests: Sequence[Score]) -> PrefixGroup:
     inputs = sorted({request.tokens[:-1] for request in requests})
-    first, last = inputs[0], inputs[-1]  # of sorted inputs, the first and the last have the shortest common prefix
+    first, last = inputs[0], inputs[-1]  # the first and last sorted inputs share the shortest prefix
     common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     branches = tuple(one[common:] for one in inputs if len(one) > common)
     return PrefixGroup(first[:common], branches, tuple(requests))
@@ -146,13 +146,13 @@ def _gather_log_probs(
 
     Each rank computes those of the rows that it holds; one all-gather gives them to all.
     """
-    # 1. Which entries of ``rows`` each rank holds, and where this rank's are in ``hidden``.
-    held, mine = [], []
+    # 1. The entries of ``rows`` that each rank holds, and the places of this rank's in ``hidden``.
+    entries_per_rank, mine = [], []
     for rank in range(engine.ranks):
         local_rows = {row: at for at, row in enumerate(layout.index(rank).tolist())}
-        held.append([i for i, (row, _) in enumerate(rows) if row in local_rows])
+        entries_per_rank.append([i for i, (row, _) in enumerate(rows) if row in local_rows])
         if rank == engine.rank:
-            mine = [(local_rows[rows[i][0]], rows[i][1]) for i in held[-1]]
+            mine = [(local_rows[rows[i][0]], rows[i][1]) for i in entries_per_rank[-1]]
     # 2. Unembed this rank's rows, some at a time.
     parts = [torch.zeros(2, 0, dtype=torch.double, device=hidden.device)]
     for begin in range(0, len(mine), _LOGIT_ROWS):
@@ -161,7 +161,7 @@ def _gather_log_probs(
         log_probs, likeliest = log_likelihoods(engine.model, hidden[at], target, engine.tp, engine.shape.vocab_size)
         parts.append(torch.stack([log_probs[:, 0], (likeliest == target)[:, 0].double()]))
     # 3. Gather from all ranks, and put into the order of ``rows``.
-    gathered = engine.context.all_gather(torch.cat(parts, 1), [(2, len(of_rank)) for of_rank in held])
-    order = [i for of_rank in held for i in of_rank]
+    gathered = engine.context.all_gather(torch.cat(parts, 1), [(2, len(of_rank)) for of_rank in entries_per_rank])
+    order = [i for of_rank in entries_per_rank for i in of_rank]
     by_row = dict(zip(order, torch.cat(gathered, 1).T.tolist(), strict=True))
     return [(by_row[i][0], bool(by_row[i][1])) for i in range(len(rows))]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Scores for requests to score, texts for requests to continue; lm-eval mixes the two in no call.
 Answerer = Callable[[Sequence[Request]], Sequence[Any]]
-_DEFAULT_NEW_TOKENS = 256  # of a generated answer where the task gives no limit: lm-eval's default
+_DEFAULT_NEW_TOKENS = 256  # limit of a generated answer if the task gives none: lm-eval's default
 _TEXT_SEPARATOR = "<|endoftext|>"
 
 

@@ -23,6 +23,7 @@ from eval.stats.outcomes import Outcomes
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
+__all__ = ("Task", "answer_tasks", "build_requests", "collect_outcomes", "load_tasks", "make_task")
 # Metrics that say whether an example was answered correctly, in lm-eval's names; the first that a task has is used.
 _ACCURACY = ("acc", "exact_match")
 _PREFERRED = "exact_match,flexible-extract"

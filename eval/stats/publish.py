@@ -7,7 +7,7 @@ from pathlib import Path
 from eval.stats.page import markdown
 from eval.stats.report import AVERAGE, Report
 from longctx.train.track import Tracker
-from recipes.common.plots import shares
+from recipes.common.plots import draw_shares
 
 _PICTURE = "accuracy"
 
@@ -35,7 +35,7 @@ def draw(report: Report, out: Path) -> tuple[str, ...]:
     accuracy = {kind: points for kind, points in accuracy.items() if len(points) > 1}
     files = (f"{_PICTURE}.svg", f"{_PICTURE}.png")
     for file in files:
-        shares(
+        draw_shares(
             str(out / file),
             accuracy,
             latency,

@@ -75,7 +75,7 @@ class GateResult:
 
     @property
     def passed(self) -> bool:
-        """Whether no variant failed."""
+        """True if no variant failed."""
         return not self.failed
 
 
@@ -155,8 +155,8 @@ def _compare_accuracy(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], 
 
 def _accuracy_figures(compared: Comparison, variant: ScoredVariant) -> Figures:
     if variant.name == BASELINE:
-        nothing = Figures(difference=None, low=None, high=None, lost=None, won=None)
-        return {"n": compared.n, "accuracy": compared.accuracy, **nothing, **_NO_VERDICT, "needed": None}
+        no_difference = Figures(difference=None, low=None, high=None, lost=None, won=None)
+        return {"n": compared.n, "accuracy": compared.accuracy, **no_difference, **_NO_VERDICT, "needed": None}
     return {
         "n": compared.n,
         "accuracy": compared.accuracy,

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -152,23 +153,22 @@ def threads_here(threads: int | None, mesh: Mesh) -> int:
 
 
 def refuse_unwritable(out: str | None, name: str = "out") -> None:
-    """Raise ValueError unless a file can be written at ``out``, the setting ``name``; writes nothing."""
+    """Raise ValueError unless a file can be written at ``out``, the setting ``name``; leaves no trace."""
     if out is None:
         return
-    parent = nearest_existing(Path(out).expanduser().parent)
-    if not parent.is_dir():
-        raise ValueError(f"{name}={out} cannot be written: {parent} is a file")
-    if Path(out).is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"{name}={out} cannot be written: give the name of a file in a writable folder")
+    if Path(out).is_dir():
+        raise ValueError(f"{name}={out} cannot be written: give the name of a file in a folder of yours")
+    refuse_unwritable_folder(str(Path(out).expanduser().parent), name)
 
 
 def refuse_unwritable_folder(out: str, name: str = "out") -> None:
-    """Raise ValueError unless ``out``, the setting ``name``, is a writable folder or can be made; writes nothing."""
+    """Raise ValueError unless ``out``, the setting ``name``, is a writable folder or can be made; leaves no trace."""
     existing = nearest_existing(Path(out).expanduser())
-    if not existing.is_dir():
-        raise ValueError(f"{name}={out} cannot be written ({existing} is a file): give another folder")
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"{name}={out} cannot be written ({existing} is read-only): give another folder")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name}={out} cannot be written ({error.strerror}): give a folder of yours") from error
 
 
 def nearest_existing(path: Path) -> Path:

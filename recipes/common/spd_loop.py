@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from longctx.megatron.spd.joint import JointDistillation
     from longctx.megatron.spd.layer import SPDTransformerLayer
 
-ERRORS = ("zero_shot", "grouped", "fitted", "distilled")  # of a block, in the order in which repair measures them
+ERRORS = ("zero_shot", "grouped", "fitted", "distilled")  # a block's errors, in the order in which repair measures them
 
 
 @dataclass(frozen=True)

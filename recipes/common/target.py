@@ -57,9 +57,9 @@ class Target:
     @contextmanager
     def runtime(self, rank: Rank, *, training: bool = False) -> Iterator[Runtime]:
         """Set up the process groups of the mesh on ``rank`` until the block ends; every rank must enter it."""
-        from longctx.megatron.runtime import runtime
+        from longctx.megatron.runtime import open_runtime
 
-        with runtime(
+        with open_runtime(
             rank,
             self.mesh,
             threads=self.threads(rank),
@@ -94,7 +94,8 @@ def resolve_target(
 
     Raises ValueError, with what to set instead, for a model, mesh, kernel, strategy or plan that ``recipe`` cannot run.
     """
-    mesh, model = section(config, "mesh", Mesh), section(config, "model", ModelSource)
+    mesh = section(config, "mesh", Mesh) if "mesh" in config else Mesh()
+    model = section(config, "model", ModelSource)
     context = section(config, "context", Context) if "context" in config else Context()
     run = section(config, "run", Run) if "run" in config else Run(threads=1)
     refuse_unused(mesh, recipe, tuple(unused_axes))

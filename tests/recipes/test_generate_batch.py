@@ -20,7 +20,7 @@ LENGTHS = [29, 5, 10, 50, 1]  # bytes; 95 in all
 
 @pytest.fixture
 def batch(tmp_path):
-    """A file of prompts, with empty lines, and a Unicode line separator inside one of the strings."""
+    """A file of prompts, with empty lines, and a Unicode line separator in one of the strings; its name has a comma."""
     file = tmp_path / "a batch, of sorts.jsonl"
     file.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in BATCH))
     return file
@@ -46,7 +46,7 @@ def each_alone(prepared):
 )
 def test_batch_gives_each_prompt_the_tokens_that_it_gets_alone(cli, tiny, tmp_path, batch, each_alone, settings):
     out = tmp_path / "out.json"
-    words = (f"model={tiny}", f"prompts={batch}", "max_new_tokens=7", f"out={out}", *settings.split())
+    words = (f"model={tiny}", f"prompts='{batch}'", "max_new_tokens=7", f"out={out}", *settings.split())
     code, printed, err = cli(generate, generate.task, *words)
     assert code == 0, err
     result = json.loads(out.read_text())

@@ -29,7 +29,7 @@ PROMPT = ("prompt.text=It was", "max_new_tokens=5", "verify=true", "run.threads=
 
 
 @pytest.fixture(scope="module")
-def adapted(tiny: Path, wandb_at_home: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapted_folder(tiny: Path, wandb_at_home: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the adapted tiny model; both of its blocks are repaired and drop."""
     out = tmp_path_factory.mktemp("adapted")
     words = [f"model={tiny}", "mesh.tp=3", "spd.budget=1", f"out={out}", "track=wandb", *TEXT, *REPAIR]
@@ -73,16 +73,16 @@ def test_sensitivity_writes_json_and_picture_and_resumes(cli, tiny, tmp_path):
     assert [b["score"] for b in again["blocks"]] == pytest.approx([b["score"] for b in result["blocks"]], abs=1e-9)
 
 
-def test_generate_runs_an_adapted_model_with_any_share_dropped(cli, adapted):
-    saved = saved_plan(adapted)
+def test_generate_runs_an_adapted_model_with_any_share_dropped(cli, adapted_folder):
+    saved = saved_plan(adapted_folder)
     assert saved and saved.plan.dropped == (0, 1) and saved.adapted == (0, 1)
-    names = tensors(adapted)
+    names = tensors(adapted_folder)
     assert {name for name in names if name.startswith("dropped.")} == {
         f"dropped.{name}" for name in names if name.startswith("model.layers.")
     }
     texts = []
     for more in ([], ["spd=none"], ["spd.budget=0.5"], ["mesh.ring=2"]):
-        code, out, err = cli(generate, generate.task, f"model={adapted}", "mesh.tp=3", *PROMPT, *more)
+        code, out, err = cli(generate, generate.task, f"model={adapted_folder}", "mesh.tp=3", *PROMPT, *more)
         assert code == 0, err
         texts.append(out)
         dropped = {"spd=none": "", "spd.budget=0.5": "in 1 blocks"}.get("".join(more), "in 2 blocks: 0, 1")
@@ -95,63 +95,63 @@ def test_generate_runs_an_adapted_model_with_any_share_dropped(cli, adapted):
     assert texts[0] == texts[3]
 
 
-def test_saved_order_drops_the_block_of_least_divergence_first(adapted):
-    lines = [json.loads(line) for line in (adapted / "metrics.jsonl").read_text().splitlines()]
+def test_saved_order_drops_the_block_of_least_divergence_first(adapted_folder):
+    lines = [json.loads(line) for line in (adapted_folder / "metrics.jsonl").read_text().splitlines()]
     alone = [line["spd/divergence_alone"] for line in lines[:2]]
-    assert min(alone) > 0 and saved_plan(adapted).order == tuple(sorted((0, 1), key=lambda block: alone[block]))
+    assert min(alone) > 0 and saved_plan(adapted_folder).order == tuple(sorted((0, 1), key=lambda block: alone[block]))
 
 
-def test_record_has_a_line_per_block_and_joint_step(adapted):
-    lines = [json.loads(line) for line in (adapted / "metrics.jsonl").read_text().splitlines()]
+def test_record_has_a_line_per_block_and_joint_step(adapted_folder):
+    lines = [json.loads(line) for line in (adapted_folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
     for line in lines[:2]:
         assert {"spd/sensitivity", "spd/error_distilled", "spd/joint_divergence"} <= set(line)
     assert lines[2]["spd/joint_divergence"] > 0 and lines[2]["spd/divergence_before"] > 0
     # The result of joint distillation is used only if it is better.
     helped = lines[2]["spd/divergence_after"] < lines[2]["spd/divergence_before"]
-    used = tensors(adapted, "joint_1/000.safetensors" if helped else "blocks/000.safetensors")
-    assert {name: tensors(adapted)[f"dropped.{name}"] for name in used} == used
+    used = tensors(adapted_folder, "joint_1/000.safetensors" if helped else "blocks/000.safetensors")
+    assert {name: tensors(adapted_folder)[f"dropped.{name}"] for name in used} == used
 
 
-def test_joint_distillation_that_makes_predictions_worse_is_discarded(cli, tiny, adapted, tmp_path):
-    shutil.copytree(adapted / "blocks", tmp_path / "blocks")
-    shutil.copy(adapted / "sensitivity.json", tmp_path)
+def test_joint_distillation_that_makes_predictions_worse_is_discarded(cli, tiny, adapted_folder, tmp_path):
+    shutil.copytree(adapted_folder / "blocks", tmp_path / "blocks")
+    shutil.copy(adapted_folder / "sensitivity.json", tmp_path)
     words = (f"model={tiny}", "mesh.tp=3", "spd.budget=1", f"out={tmp_path}", *TEXT, *REPAIR, "joint.lr=1")
     code, _, err = cli(spd_adapt, spd_adapt.task, *words)
     assert code == 0 and "joint distillation was discarded" in err, err
     saved = tensors(tmp_path)
-    for name, tensor in tensors(adapted, "blocks/000.safetensors").items():
+    for name, tensor in tensors(adapted_folder, "blocks/000.safetensors").items():
         assert saved[f"dropped.{name}"] == tensor
 
 
-def test_wandb_run_has_settings_figures_and_a_reference_to_the_model(adapted):
-    read = records(next((adapted / "wandb").glob("offline-run-*")))
+def test_wandb_run_has_settings_figures_and_a_reference_to_the_model(adapted_folder):
+    read = records(next((adapted_folder / "wandb").glob("offline-run-*")))
     (run, *_) = of_kind("run", read)
     config = run["config"]["update"]
     assert run["job_type"] == "spd" and config["machine"]["host"] and config["mesh"]["tp"] == 3
     assert {row["_step"] for row in history(read)} == {0, 1, 2}
     (artifact,) = [record["artifact"] for record in read if record["type"] == "artifact"]
     refers_to = {content["ref"] for content in artifact["manifest"]["contents"]}
-    assert artifact["name"] == f"spd-{adapted.name}" and (adapted / "spd_plan.json").as_uri() in refers_to
+    assert artifact["name"] == f"spd-{adapted_folder.name}" and (adapted_folder / "spd_plan.json").as_uri() in refers_to
 
 
-def test_distillation_reduces_the_error_of_every_block(adapted):
+def test_distillation_reduces_the_error_of_every_block(adapted_folder):
     for block in (0, 1):
-        with safe_open(adapted / "blocks" / f"{block:03d}.safetensors", "pt") as file:
+        with safe_open(adapted_folder / "blocks" / f"{block:03d}.safetensors", "pt") as file:
             metadata = file.metadata()
         assert 0 < float(metadata["distilled"]) < float(metadata["zero_shot"])
 
 
-def test_adapted_model_with_nothing_dropped_answers_as_the_original(cli, tiny, adapted):
+def test_adapted_model_with_nothing_dropped_answers_as_the_original(cli, tiny, adapted_folder):
     answers = [
         cli(generate, generate.task, f"model={folder}", *PROMPT, *more)[1]
-        for folder, more in ((tiny, []), (adapted, ["spd=none", "mesh.tp=3"]), (adapted, ["spd=none"]))
+        for folder, more in ((tiny, []), (adapted_folder, ["spd=none", "mesh.tp=3"]), (adapted_folder, ["spd=none"]))
     ]
     assert answers[0] == answers[1] == answers[2]
 
 
-def test_killed_run_resumes_after_its_last_block_and_state(cli, tiny, adapted, tmp_path):
-    shutil.copytree(adapted, tmp_path / "out")
+def test_killed_run_resumes_after_its_last_block_and_state(cli, tiny, adapted_folder, tmp_path):
+    shutil.copytree(adapted_folder, tmp_path / "out")
     out = tmp_path / "out"
     for file in ("config.json", "spd.safetensors", "spd_plan.json", "blocks/001.safetensors"):
         (out / file).unlink()
@@ -172,8 +172,8 @@ def test_killed_run_resumes_after_its_last_block_and_state(cli, tiny, adapted, t
     )
     assert code == 0, err
     assert (out / "blocks" / "000.safetensors").stat().st_mtime_ns == before
-    assert tensors(out, "blocks/001.safetensors") == tensors(adapted, "blocks/001.safetensors")
-    assert tensors(out) == tensors(adapted)
+    assert tensors(out, "blocks/001.safetensors") == tensors(adapted_folder, "blocks/001.safetensors")
+    assert tensors(out) == tensors(adapted_folder)
     # 2. A run without joint distillation uses the same repaired blocks.
     words = (f"model={tiny}", "mesh.tp=3", f"out={out}", *TEXT, *REPAIR)
     code, _, err = cli(spd_adapt, spd_adapt.task, *words, "spd.budget=1", "joint.steps=0")
@@ -200,10 +200,10 @@ def test_killed_run_resumes_after_its_last_block_and_state(cli, tiny, adapted, t
     assert code == 2 and "with another joint: use another out=" in err
 
 
-def test_run_asked_to_stop_exits_75_and_resumes_to_the_same_model(cli, tiny, adapted, tmp_path):
+def test_run_asked_to_stop_exits_75_and_resumes_to_the_same_model(cli, tiny, adapted_folder, tmp_path):
     """A job script repeats the signal; here from the first repaired block on."""
     words = (f"model={tiny}", "mesh.tp=3", "spd.budget=1", f"out={tmp_path}", *TEXT, *REPAIR)
-    shutil.copy(adapted / "sensitivity.json", tmp_path)
+    shutil.copy(adapted_folder / "sensitivity.json", tmp_path)
     with (tmp_path / "said").open("w") as file:
         run = subprocess.Popen([sys.executable, "-m", "recipes.spd_adapt", *words], stderr=file)
         while run.poll() is None:
@@ -214,12 +214,12 @@ def test_run_asked_to_stop_exits_75_and_resumes_to_the_same_model(cli, tiny, ada
     assert run.returncode == recipe_cli.STOPPED and "stopped, as asked: the same command resumes" in said, said
     assert not (tmp_path / "spd_plan.json").exists()
     assert cli(spd_adapt, spd_adapt.task, *words)[0] == 0
-    assert tensors(tmp_path) == tensors(adapted)
+    assert tensors(tmp_path) == tensors(adapted_folder)
 
 
 @pytest.mark.parametrize("more", [["repair.inputs=student"], ["repair.own_norms=true"], ["repair.grouping=shards"]])
-def test_other_repair_settings_give_a_model_that_runs(cli, tiny, adapted, tmp_path, more):
-    sensitivity = f"spd.sensitivity={adapted}/sensitivity.json"
+def test_other_repair_settings_give_a_model_that_runs(cli, tiny, adapted_folder, tmp_path, more):
+    sensitivity = f"spd.sensitivity={adapted_folder}/sensitivity.json"
     command = (f"model={tiny}", "mesh.tp=3", "spd.budget=0.5", sensitivity, f"out={tmp_path}", *TEXT, *REPAIR, *more)
     code, _, err = cli(spd_adapt, spd_adapt.task, *command)
     assert code == 0, err
@@ -262,20 +262,20 @@ def files_below(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_checking_writes_nothing(tiny, adapted, tmp_path):
+def test_checking_writes_nothing(tiny, adapted_folder, tmp_path):
     words = (f"model={tiny}", "mesh.tp=3", "spd.budget=1", *TEXT, *REPAIR)
-    before = files_below(adapted)
-    for out in (tmp_path / "new", adapted):
+    before = files_below(adapted_folder)
+    for out in (tmp_path / "new", adapted_folder):
         job = spd_adapt.prepare(
             recipe_cli.composed("spd_adapt", as_overrides("spd_adapt", [*words, f"out={out}"], print))
         )
         assert job.out == out
-    assert not (tmp_path / "new").exists() and files_below(adapted) == before
+    assert not (tmp_path / "new").exists() and files_below(adapted_folder) == before
 
 
-def test_states_with_the_old_key_looked_at_are_resumed(cli, tiny, adapted, tmp_path):
+def test_states_with_the_old_key_looked_at_are_resumed(cli, tiny, adapted_folder, tmp_path):
     out = tmp_path / "out"
-    shutil.copytree(adapted, out)
+    shutil.copytree(adapted_folder, out)
     (state,) = (out / "joint_1").glob("step-*/run.json")
     for file in (out / "blocks" / "about.json", state):
         values = json.loads(file.read_text())
@@ -286,12 +286,12 @@ def test_states_with_the_old_key_looked_at_are_resumed(cli, tiny, adapted, tmp_p
     words = (f"model={tiny}", "mesh.tp=3", "spd.budget=1", f"out={out}", *TEXT, *REPAIR)
     code, _, err = cli(spd_adapt, spd_adapt.task, *words)
     assert code == 0, err
-    assert tensors(out) == tensors(adapted) and before.items() <= files_below(out).items()
+    assert tensors(out) == tensors(adapted_folder) and before.items() <= files_below(out).items()
     code, _, err = cli(spd_adapt, spd_adapt.task, *words, "repair.calibration_sequences=4")
     assert code == 2 and "with another calibration_sequences: use another out=" in err
 
 
-def test_unfit_settings_are_refused_before_any_rank_starts(refused, tiny, adapted, tmp_path):
+def test_unfit_settings_are_refused_before_any_rank_starts(refused, tiny, adapted_folder, tmp_path):
     def adapt(*settings: str) -> str:
         return refused(spd_adapt, spd_adapt.task, f"model={tiny}", f"out={tmp_path}", *TEXT, *REPAIR, *settings)
 
@@ -307,10 +307,19 @@ def test_unfit_settings_are_refused_before_any_rank_starts(refused, tiny, adapte
     assert "not 99999" in adapt("mesh.tp=3", "sequences=99999")
     assert "use model.dtype=float32" in adapt("mesh.tp=3", "model.dtype=bfloat16")
     assert "with another sequences" in refused(
-        spd_adapt, spd_adapt.task, f"model={tiny}", f"out={adapted}", "mesh.tp=3", *TEXT, *REPAIR, "repair.sequences=21"
+        spd_adapt,
+        spd_adapt.task,
+        f"model={tiny}",
+        f"out={adapted_folder}",
+        "mesh.tp=3",
+        *TEXT,
+        *REPAIR,
+        "repair.sequences=21",
     )
-    says = refused(generate, generate.task, f"model={adapted}", *PROMPT)
+    says = refused(generate, generate.task, f"model={adapted_folder}", *PROMPT)
     assert "was made for mesh.tp=3, this is mesh.tp=1: use mesh.tp=3, or spd=none" in says
     says = refused(chat, chat.task, f"model={tiny}", "mesh.tp=3", "spd=ranked", "turns=nowhere.jsonl")
     assert "set spd.budget" in says
-    assert "transformers cannot run it" in refused(export, export.task, f"checkpoint={adapted}", f"to={tmp_path}/hf")
+    assert "transformers cannot run it" in refused(
+        export, export.task, f"checkpoint={adapted_folder}", f"to={tmp_path}/hf"
+    )

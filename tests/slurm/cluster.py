@@ -1,7 +1,7 @@
-"""A Slurm cluster of this machine alone: its own munged, slurmctld and slurmds in a folder, and wholly gone afterwards.
+"""A Slurm cluster on this machine for tests: munged, slurmctld and slurmds in one folder, all ended afterwards.
 
-Nothing under /etc or /var is written, and nothing is installed.  Every slurmd runs in mount and UTS namespaces of its
-own, so that `hostname` says n1, n2, ... and these names are found inside of jobs.
+Nothing under /etc or /var is written, and nothing is installed.  Every slurmd has separate mount and UTS namespaces, so
+that `hostname` prints n1, n2, ... and jobs can resolve these names.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "unshare", "setpriv")
-CPUS = 8  # of a node, as Slurm is told; there are no more than this machine has
+CPUS = 8  # per node in slurm.conf, whatever this machine has
 
 CONF = """\
 ClusterName=local
@@ -26,7 +26,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job waits as long as a credential lives before it starts again: 120 seconds, if nobody says so.
+# A requeued job starts again only after the lifetime of a credential, which is 120 seconds by default.
 AuthInfo=socket={folder}/munge.sock,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
@@ -58,20 +58,20 @@ SlurmctldParameters=preempt_send_user_signal
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
-# One's own name and hosts; then the daemon, by what follows.
+# Shell script for a namespace: set the host name $1, mount $2 as /etc/hosts, then run the remaining arguments.
 IN_NAMESPACES = 'hostname "$1"; mount --bind "$2" /etc/hosts; shift 2; exec "$@"'
 
 
-def missing() -> str:
-    """Why no cluster can be had here; empty if one can."""
+def why_unavailable() -> str:
+    """Return why no cluster can run on this machine, or an empty string."""
     if os.geteuid():
-        return "Slurm's daemons need root here"
-    lacking = [name for name in COMMANDS if not shutil.which(name)]
-    return f"not installed: {', '.join(lacking)} (make slurm installs them)" if lacking else ""
+        return "Slurm's daemons need root"
+    missing = [name for name in COMMANDS if not shutil.which(name)]
+    return f"not installed: {', '.join(missing)} (make slurm installs them)" if missing else ""
 
 
 def wait_until(holds: Callable[[], object], seconds: float, what: Callable[[], str]) -> None:
-    """AssertionError, saying ``what``, if it does not hold in time."""
+    """Wait until ``holds()``; raises AssertionError with the message ``what()`` after ``seconds``."""
     until = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < until, f"not after {seconds} s: {what()}"
@@ -79,7 +79,7 @@ def wait_until(holds: Callable[[], object], seconds: float, what: Callable[[], s
 
 
 class Cluster:
-    """A running cluster of ``nodes`` nodes in ``folder``; ``stop`` it."""
+    """A running cluster of ``nodes`` nodes, n1, n2, ..., with its files in ``folder``; end it with `stop`."""
 
     def __init__(self, folder: Path, nodes: int) -> None:
         self.folder, self.nodes = folder, [f"n{i + 1}" for i in range(nodes)]
@@ -94,34 +94,36 @@ class Cluster:
         self._daemon("slurmctld", "slurmctld", "-D", "-i")
         for node in self.nodes:
             self.start_node(node)
-        wait_until(lambda: "UP" in self.says("scontrol", "ping"), 30, lambda: f"slurmctld, see {folder}/log")
+        wait_until(lambda: "UP" in self.output("scontrol", "ping"), 30, lambda: f"slurmctld, see {folder}/log")
         wait_until(lambda: self.idle() == nodes, 60, lambda: f"idle nodes, see {folder}/log")
 
-    def says(self, *command: str) -> str:
-        """What a command of Slurm prints."""
+    def output(self, *command: str) -> str:
+        """Return what a Slurm command prints."""
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False).stdout
 
     def idle(self) -> int:
-        return sum(map(int, self.says("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D").split()))
+        """Return the number of idle nodes."""
+        return sum(map(int, self.output("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D").split()))
 
     def start_node(self, node: str) -> None:
+        """Start the slurmd of ``node``."""
         named = [node, str(self.folder / "hosts")]
         self._daemon(
             node, "unshare", "--mount", "--uts", "sh", "-ec", IN_NAMESPACES, "sh", *named, "slurmd", "-D", "-N", node
         )
 
     def kill_node(self, node: str) -> None:
-        """The node is gone at once: its slurmd, and all that runs on it."""
+        """Kill the slurmd of ``node`` and all processes of jobs on it."""
         self._daemons[node].kill()
         self._daemons.pop(node).wait()
-        for pid in self._of_jobs(f"SLURMD_NODENAME={node}"):
+        for pid in self.processes(f"SLURMD_NODENAME={node}"):
             _kill(pid)
 
     def stop(self) -> None:
-        """No process of the cluster, or of a job of it, is left."""
-        self.says("scancel", "--full", "--user=root")
+        """Cancel all jobs, then end all daemons and remaining processes of jobs."""
+        self.output("scancel", "--full", "--user=root")
         until = time.monotonic() + 15
-        while self.says("squeue", "-h").strip() and time.monotonic() < until:
+        while self.output("squeue", "-h").strip() and time.monotonic() < until:
             time.sleep(0.1)
         for daemon in reversed(self._daemons.values()):
             daemon.terminate()
@@ -131,16 +133,13 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        for pid in self.left():
+        for pid in self.processes():
             _kill(pid)
-        wait_until(lambda: not self.left(), 10, lambda: f"the end of processes {self.left()}")
+        wait_until(lambda: not self.processes(), 10, lambda: f"the end of processes {self.processes()}")
 
-    def left(self) -> list[int]:
-        """Processes whose environment is this cluster's."""
-        return self._of_jobs("")
-
-    def _of_jobs(self, variable: str) -> list[int]:
-        found = []
+    def processes(self, variable: str = "") -> list[int]:
+        """Return the ids of the cluster's processes; only those with ``variable`` (NAME=VALUE) in their environment."""
+        pids = []
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 environment = (process / "environ").read_bytes().decode(errors="replace").split("\0")
@@ -148,25 +147,25 @@ class Cluster:
                 continue
             is_ours = f"SLURM_CONF={self.conf}" in environment and int(process.name) != os.getpid()
             if is_ours and (not variable or variable in environment):
-                found.append(int(process.name))
-        return found
+                pids.append(int(process.name))
+        return pids
 
     def _daemon(self, name: str, *command: str) -> None:
         with (self.folder / "log" / f"{name}.out").open("ab") as log:
             self._daemons[name] = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "TERM", *command],  # not to outlive tests that are killed
+                ["setpriv", "--pdeathsig", "TERM", *command],  # ends with the tests, also if they are killed
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment, cwd=self.folder,
                 start_new_session=True,
             )  # fmt: skip
 
     def _start_munged(self) -> None:
-        key, own = self.folder / "munge.key", [f"--{name}={self.folder}/munge.{name.split('-')[0]}"
-            for name in ("pid-file", "log-file", "seed-file")]  # fmt: skip
+        key, names = self.folder / "munge.key", ("pid-file", "log-file", "seed-file")
+        files = [f"--{name}={self.folder}/munge.{name.split('-')[0]}" for name in names]
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
         socket_file = self.folder / "munge.sock"
         self._daemon(
-            "munged", "munged", "--foreground", "--force", f"--socket={socket_file}", f"--key-file={key}", *own
+            "munged", "munged", "--foreground", "--force", f"--socket={socket_file}", f"--key-file={key}", *files
         )
         wait_until(socket_file.exists, 30, lambda: "munged")
 
@@ -175,17 +174,17 @@ class Cluster:
         port, *ports = free_ports(1 + len(self.nodes))
         lines = [CONF.format(host=host, port=port, folder=self.folder)]
         hosts = ["127.0.0.1 localhost", f"127.0.0.1 {host}"]
-        for number, (node, its_port) in enumerate(zip(self.nodes, ports, strict=True), 1):
+        for number, (node, node_port) in enumerate(zip(self.nodes, ports, strict=True), 1):
             address = f"127.77.0.{number}"
             cores = f"CPUs={CPUS} Boards=1 SocketsPerBoard=1 CoresPerSocket={CPUS} ThreadsPerCore=1 RealMemory=4000"
-            lines.append(f"NodeName={node} NodeHostname={node} NodeAddr={address} Port={its_port} {cores}")
+            lines.append(f"NodeName={node} NodeHostname={node} NodeAddr={address} Port={node_port} {cores}")
             hosts.append(f"{address} {node}")
         (self.folder / "hosts").write_text("\n".join(hosts) + "\n")
         self.conf.write_text("\n".join(lines) + "\n")
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens at."""
+    """Return ``count`` free TCP ports."""
     sockets = [socket.socket() for _ in range(count)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""One real Slurm for all tests here, or the reason why there is none."""
+"""One real Slurm for all tests of this folder; they are skipped where there can be none."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -7,71 +7,73 @@ from pathlib import Path
 import pytest
 
 from slurm import submit
-from tests.slurm.cluster import Cluster, missing, wait_until
+from tests.slurm.cluster import Cluster, wait_until, why_unavailable
 
-Submit = Callable[..., "Job"]
+SubmitJob = Callable[..., "Job"]
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Three nodes."""
-    if why := missing():
-        pytest.skip(why)
+    """A cluster of three nodes."""
+    if reason := why_unavailable():
+        pytest.skip(reason)
     cluster = Cluster(tmp_path_factory.mktemp("slurm") / "cluster", nodes=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLURM_CONF", str(cluster.conf))
         patch.setenv("WANDB_MODE", "offline")
         yield cluster
         cluster.stop()
-        assert not cluster.left()
+        assert not cluster.processes()
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job that was submitted."""
+    """A submitted job and its folder."""
 
     number: int
-    run: Path
+    folder: Path
     cluster: Cluster
 
     @property
     def states(self) -> set[str]:
-        """The job's state, or those of its tasks."""
-        return set(self.cluster.says("squeue", "-h", "-t", "all", "-j", str(self.number), "-o", "%T").split())
+        """The job's state, or the states of an array's tasks."""
+        return set(self.cluster.output("squeue", "-h", "-t", "all", "-j", str(self.number), "-o", "%T").split())
 
     @property
     def restarts(self) -> int:
-        shown = self.cluster.says("scontrol", "show", "job", str(self.number))
+        """Number of times that Slurm has restarted the job."""
+        shown = self.cluster.output("scontrol", "show", "job", str(self.number))
         return int(shown.partition("Restarts=")[2].split()[0])
 
-    def ends(self, state: str = "COMPLETED", seconds: float = 500) -> None:
-        """Wait for the job's end; AssertionError, with its logs, if it is another than ``state``."""
+    def wait_for_end(self, state: str = "COMPLETED", seconds: float = 500) -> None:
+        """Wait for the job's end.  Raises AssertionError, with its logs, if it does not end in ``state``."""
         wait_until(lambda: self.states <= set(OVER), seconds, lambda: f"job {self.number} ends: {self.logs()}")
         assert self.states == {state}, self.logs()
 
-    def runs(self) -> None:
+    def wait_for_start(self) -> None:
+        """Wait until the job runs."""
         wait_until(lambda: self.states == {"RUNNING"}, 300, lambda: f"job {self.number} runs")
 
     def logs(self) -> str:
-        """All that the job has said."""
-        return "\n".join(f"--- {file}\n{file.read_text()}" for file in sorted(self.run.rglob("*.log")))
+        """Return the contents of all log files in the job's folder."""
+        return "\n".join(f"--- {file}\n{file.read_text()}" for file in sorted(self.folder.rglob("*.log")))
 
 
 @pytest.fixture
-def submitted(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> Submit:
-    """``submitted(*words)``: what python -m slurm.submit prints, as a job."""
+def submit_job(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> SubmitJob:
+    """``submit_job(*words)`` runs python -m slurm.submit and returns the job that it prints."""
 
-    def run(*words: str) -> Job:
+    def submit_words(*words: str) -> Job:
         capsys.readouterr()
         submit.main(words)
-        told = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
-        return Job(int(told["job"]), Path(told["run"]), cluster)
+        printed = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
+        return Job(int(printed["job"]), Path(printed["run"]), cluster)
 
-    return run
+    return submit_words
 
 
 @pytest.fixture
-def queue(cluster: Cluster) -> Callable[[], list[str]]:
-    """Every job that there ever was."""
-    return lambda: cluster.says("squeue", "-h", "-t", "all", "-o", "%A").split()
+def all_jobs(cluster: Cluster) -> Callable[[], list[str]]:
+    """``all_jobs()`` returns the numbers of all jobs so far, ended ones included."""
+    return lambda: cluster.output("squeue", "-h", "-t", "all", "-o", "%A").split()

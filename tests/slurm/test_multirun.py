@@ -1,4 +1,4 @@
-"""Hydra's own multirun: each run has a folder of its own, here and on a cluster."""
+"""Hydra's own multirun: each run has a separate folder, on this machine and on a cluster."""
 
 import json
 import os
@@ -21,8 +21,8 @@ SWEEP = (
 )
 
 
-def multirun(folder: Path, *words: str) -> None:
-    """Two runs of two steps; each must have written its own figures."""
+def check_multirun(folder: Path, *words: str) -> None:
+    """Run a sweep of two runs of two steps, and check the metrics and the manifest that each has written."""
     command = [sys.executable, "-m", "recipes.pretrain", "-m", *SWEEP, "steps=2", f"out={folder / 'run'}", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -36,12 +36,12 @@ def multirun(folder: Path, *words: str) -> None:
 
 
 @pytest.mark.timeout(1800)
-def test_here_one_after_the_other(tmp_path):
-    multirun(tmp_path)
+def test_multirun_on_this_machine(tmp_path):
+    check_multirun(tmp_path)
 
 
 @pytest.mark.slurm
 @pytest.mark.timeout(1800)
-def test_on_a_cluster_two_nodes_each(cluster: Cluster, tmp_path):
+def test_multirun_on_a_cluster_with_two_nodes_each(cluster: Cluster, tmp_path):
     two = ("mesh.ring=2", "hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=1")
-    multirun(tmp_path, "hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=30", *two)
+    check_multirun(tmp_path, "hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=30", *two)

@@ -1,4 +1,4 @@
-"""slurm.submit without a cluster: the script that it would queue, and what it refuses before it asks anybody."""
+"""slurm.submit without a cluster: the job script, refusals before anything is queued, and launcher=local."""
 
 import json
 import os
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from recipes.common.cli import composed
+from recipes.common.overrides import as_overrides
 from recipes.common.provenance import ROOT, commit_of, diff_of
 from slurm import cluster, submit
-from slurm.settings import seconds_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TINY = ("recipe=pretrain", "experiment=pretrain/tiny", "data.length=61", "data.batch=2", "steps=3", "run.threads=1")
@@ -19,17 +20,17 @@ TINY = ("recipe=pretrain", "experiment=pretrain/tiny", "data.length=61", "data.b
 
 @pytest.fixture
 def refused(capsys, tmp_path, monkeypatch):
-    """The one line that a command line is refused with; no trace is left of it."""
+    """``refused(*words)`` returns the one line with which the command line is refused; it must leave no file."""
     monkeypatch.chdir(tmp_path)
 
     def run(*words: str) -> str:
-        before = sorted(tmp_path.rglob("run*"))
+        before = sorted(tmp_path.rglob("*"))
         with pytest.raises(SystemExit) as leaving:
             submit.main(words)
         out, err = capsys.readouterr()
         assert leaving.value.code == 2 and not out
         assert err.startswith("error: ") and err.count("\n") == 1, err
-        assert sorted(tmp_path.rglob("run*")) == before
+        assert sorted(tmp_path.rglob("*")) == before
         return err
 
     return run
@@ -37,23 +38,24 @@ def refused(capsys, tmp_path, monkeypatch):
 
 @pytest.fixture
 def script(capsys, tmp_path, monkeypatch):
-    """The script of a command line, whose syntax bash finds good."""
+    """``script(*words)`` returns the job script of a command line; bash accepts it, and nothing is written."""
     monkeypatch.chdir(tmp_path)
 
     def run(*words: str) -> str:
+        before = sorted(tmp_path.rglob("*"))
         submit.main([*words, "dry_run=true"])
         shown = capsys.readouterr().out
         subprocess.run(["bash", "-n"], input=shown, text=True, check=True)
-        assert not (tmp_path / "run").exists(), "a dry run leaves nothing behind"
+        assert sorted(tmp_path.rglob("*")) == before
         return shown
 
     return run
 
 
-def test_the_script_says_what_runs_where(script, tmp_path):
-    shown = script(*TINY, "mesh.ring=4", "nodes=2", "time=1-02:00:00", "run=run", "after=12", "name=mine")
-    told = dict(re.findall(r"^#SBATCH --([a-z-]+)=(.*)$", shown, re.MULTILINE))
-    assert told == {
+def test_script_has_the_resources_and_the_command(script, tmp_path):
+    shown = script(*TINY, "mesh.ring=4", "nodes=2", "time=1-02:00:00", "folder=run", "after=12", "name=mine")
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(.*)$", shown, re.MULTILINE))
+    assert options == {
         "job-name": "mine", "nodes": "2", "ntasks-per-node": "2", "time": "1-02:00:00", "signal": "B:USR1@120",
         "open-mode": "append", "output": f"{tmp_path}/run/job.log", "dependency": "afterok:12",
         "kill-on-invalid-dep": "yes",
@@ -63,8 +65,8 @@ def test_the_script_says_what_runs_where(script, tmp_path):
     assert "--nodes=2 --ntasks-per-node=2 --distribution=block" in shown and "-m recipes.pretrain" in shown
 
 
-def test_the_stable_command_prints_a_script(tmp_path):
-    """As it is typed, where there is no Slurm."""
+def test_dry_run_prints_a_script_without_slurm(tmp_path):
+    """The command is run as a user types it."""
     words = "recipe=generate model=smollm2_135m nodes=2 ranks_per_node=2 mesh.ring=4 time=00:10:00 dry_run=true"
     command = [sys.executable, "-m", "slurm.submit", *words.split()]
     environment = {"PATH": "/usr/bin", "HOME": str(Path.home())}
@@ -72,14 +74,14 @@ def test_the_stable_command_prints_a_script(tmp_path):
     assert done.stdout.startswith("#!/bin/bash\n#SBATCH --job-name=generate\n")
 
 
-def test_benchmarks_are_a_recipe_too_and_measure_nothing_before_they_start(script, refused, tmp_path, monkeypatch):
+def test_recipe_eval_is_submitted_and_checked(script, refused, tmp_path, monkeypatch):
     (tmp_path / "arc").mkdir()
     (tmp_path / "arc" / "arc_easy.jsonl").write_text('{"query": "Why?", "choices": ["so", "no"], "gold": 1}\n')
     tiny = tiny_model(tmp_path / "tiny", max_positions=397)
     tiny_tokenizer(eos_token="<|endoftext|>").save_pretrained(tiny)
     monkeypatch.setenv("LONGCTX_DATA", str(tmp_path))
     dropped = "variants=[{name:dropped,spd:{drop:ranked,budget:1.0}}]"
-    words = ("recipe=eval", f"model={tiny}", "spd=none", dropped, "run=run")
+    words = ("recipe=eval", f"model={tiny}", "spd=none", dropped, "folder=run")
     shown = script(*words, "mesh.tp=3")
     assert "#SBATCH --ntasks-per-node=3\n" in shown and " -m eval.run " in shown
     assert f"  out={tmp_path}/run\n" in shown and f"  eval.data={tmp_path}\n" in shown
@@ -89,77 +91,114 @@ def test_benchmarks_are_a_recipe_too_and_measure_nothing_before_they_start(scrip
     assert "the job starts 3 ranks, variant ring has 6" in refused(*words, "mesh.tp=3", other)
 
 
-def test_a_pipeline_s_steps_come_after_one_another(script, tmp_path):
-    steps = [f"- {' '.join(TINY)} run=run", "- recipe=export checkpoint=run to=hf run=out after=7"]
+def test_pipeline_jobs_depend_on_the_one_before(script, tmp_path):
+    steps = [f"- {' '.join(TINY)} folder=run", "- recipe=export checkpoint=run to=hf folder=out after=7"]
     (tmp_path / "steps.yaml").write_text("\n".join(steps))
     first, second = script("pipeline=steps.yaml", "launcher.partition=night").split("#!/bin/bash\n")[1:]
     assert "dependency" not in first and "#SBATCH --dependency=afterok:7:JOB\n" in second
     assert first.count("--partition=night") == second.count("--partition=night") == 1
 
 
-def test_of_a_pipeline_whose_last_step_is_refused_no_folder_is_left(refused, tmp_path):
+def test_refused_pipeline_leaves_no_folder(refused, tmp_path):
     (tmp_path / "kept").mkdir()
     words = f"{' '.join(TINY)} launcher=local"
-    steps = [f"- {words} run=run", f"- {words} run=kept", "- recipe=pretend run=run2"]
+    steps = [f"- {words} folder=run", f"- {words} folder=kept", "- recipe=pretend folder=run2"]
     (tmp_path / "steps.yaml").write_text("\n".join(steps))
     assert "recipe=pretend cannot be submitted" in refused("pipeline=steps.yaml")
-    assert (tmp_path / "kept").is_dir(), "it was there before"
+    assert (tmp_path / "kept").is_dir(), "it existed before"
 
 
-def test_of_jobs_that_are_cancelled_no_folder_is_left(tmp_path, monkeypatch):
-    """The third is refused when the second waits already; the first ran here."""
+def test_rejected_pipeline_cancels_jobs_and_deletes_their_folders(tmp_path, monkeypatch):
+    """Slurm rejects the third when the second is queued already; the first ran here and keeps its folder."""
     monkeypatch.chdir(tmp_path)
     words = f"{' '.join(TINY)} evaluate.every=0"
     launchers = {"a": "local", "b": "slurm", "c": "slurm", "d": "slurm"}
-    steps = [f"- {words} run={name} launcher={how}" for name, how in launchers.items()]
+    steps = [f"- {words} folder={name} launcher={launcher}" for name, launcher in launchers.items()]
     (tmp_path / "steps.yaml").write_text("\n".join(steps))
-    for name in ("refuse_no_slurm", "refuse_unfit_cluster", "refuse_refused"):
+    for name in ("refuse_no_slurm", "refuse_unfit_cluster", "refuse_rejected_script"):
         monkeypatch.setattr(cluster, name, lambda *_: None)
-    monkeypatch.setattr(submit, "_run_here", lambda *_: None)
+    monkeypatch.setattr(submit, "_run_locally", lambda *_: None)
     cancelled, jobs = [], iter([7])
     monkeypatch.setattr(cluster, "cancel", cancelled.extend)
 
-    def queued(script):
+    def queue(script):
         if script.parent.name == "c":
             raise ValueError("Slurm refuses: no")
         return next(jobs)
 
-    monkeypatch.setattr(cluster, "queued", queued)
-    plans = submit.plans_of(["pipeline=steps.yaml"])
-    assert [(tmp_path / name).is_dir() for name in launchers] == [True] * 4
+    monkeypatch.setattr(cluster, "queue", queue)
+    plans = submit.make_plans(["pipeline=steps.yaml"])
+    assert [(tmp_path / name).is_dir() for name in launchers] == [False] * 4
     with pytest.raises(ValueError, match="Slurm refuses: no"):
         submit.submit(plans)
     assert cancelled == [7]
     assert [(tmp_path / name).is_dir() for name in launchers] == [True, False, False, False]
 
 
-def test_free_text_reaches_the_recipe_as_it_is(script):
-    """What bash makes of the script's words is what was typed."""
+def test_free_text_reaches_the_recipe_unchanged(script, tmp_path):
+    """bash and then Hydra read the script's words as what was typed; an out with a comma is one path, no sweep."""
     text = """it's "a" (long), $HOME; `x` \\ text = 1"""
-    shown = script("recipe=generate", "model=smollm2_135m", f"prompt.text={text}", "run=run, (1) 'a'")
+    shown = script("recipe=generate", "model=smollm2_135m", f"prompt.text={text}", "folder=run, (1) 'a'")
     (words,) = re.findall(r"^words=\(.*?^\)$", shown, re.MULTILINE | re.DOTALL)
     done = subprocess.run(
         ["bash", "-c", words + '\nprintf "%s\\n" "${words[@]}"'], capture_output=True, text=True, check=True
     )
-    assert f"prompt.text={text}" in done.stdout.splitlines()
-    assert done.stdout.splitlines()[-1].endswith("/run, (1) 'a'/result.json")
+    config = composed("generate", as_overrides("generate", done.stdout.splitlines(), print))
+    assert config.prompt.text == text and config.out == f"{tmp_path}/run, (1) 'a'/result.json"
 
 
-def test_a_sweep_is_an_array_with_an_out_for_each(script, tmp_path):
-    shown = script(*TINY, "optim.lr=1e-3,3e-4", "seed=0,1", "run=run", "parallel=2")
+def test_sweep_is_an_array_with_an_out_for_each_run(script, tmp_path):
+    shown = script(*TINY, "optim.lr=1e-3,3e-4", "seed=0,1", "folder=run", "parallel=2")
     assert "#SBATCH --array=0-3%2\n" in shown and f"#SBATCH --output={tmp_path}/run/%a/job.log\n" in shown
     assert f"  2) words+=(optim.lr=0.0003 seed=0 out={tmp_path}/run/2) ;;\n" in shown
     assert "optim.lr" not in shown.partition("case")[0].partition("words=")[2]
-    # By hand it wants to know which.
+    # Started by hand, the script needs the number of a run.
     (tmp_path / "job.sbatch").write_text(shown)
     environment = {name: value for name, value in os.environ.items() if name != "SLURM_ARRAY_TASK_ID"}
     command = ["bash", str(tmp_path / "job.sbatch")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "say which run of the sweep" in done.stderr
+    assert done.returncode == 2 and "set the run of the sweep: SLURM_ARRAY_TASK_ID=0" in done.stderr
 
 
-def test_a_cluster_s_own_lines_are_in_the_script(script):
-    shown = script(*TINY, "launcher=example_cluster", "run=run", "launcher.container=apptainer exec image.sif",
+def test_sweep_may_list_the_out_of_each_run(script, tmp_path):
+    shown = script(*TINY, "out=a b,c", "optim.lr=1e-3", "folder=run")
+    assert f"#SBATCH --output={tmp_path}/run/%a/job.log\n" in shown
+    assert f"  0) words+=('out={tmp_path}/a b') ;;\n  1) words+=(out={tmp_path}/c) ;;\n" in shown
+    assert "out=" not in shown.partition("case")[0].partition("words=")[2]
+
+
+def test_sweep_of_out_gets_a_new_folder_for_its_logs(script, tmp_path):
+    shown = script(*TINY, "out=a,b")
+    (folder,) = re.findall(r"^run=(.*)$", shown, re.MULTILINE)[:1]
+    assert folder.startswith(f"{tmp_path}/outputs/slurm/pretrain-")
+
+
+def test_quoted_out_with_a_comma_is_one_folder(script, tmp_path):
+    shown = script(*TINY, "out='a,b'")
+    assert f"\nrun={tmp_path}/a,b\n" in shown and f"\n  'out=\"{tmp_path}/a,b\"'\n" in shown
+
+
+def test_old_name_of_folder_is_accepted_and_run_threads_reaches_the_recipe(script, tmp_path, capsys):
+    submit.main([*TINY, "run=run", "run.timeout_minutes=7", "dry_run=true"])
+    old, said = capsys.readouterr()
+    assert said == "run=run is an old name: use folder=run\n"
+    assert "\n  run.threads=1\n  run.timeout_minutes=7\n" in old
+    assert old == script(*TINY, "folder=run", "run.timeout_minutes=7")
+
+
+def test_old_names_in_a_sweep_are_printed_once(script, capsys):
+    submit.main([*TINY, "threads=1", "seed=0,1", "folder=run", "dry_run=true"])
+    assert capsys.readouterr().err == "threads=1 is an old name: use run.threads=1\n"
+
+
+def test_help_lists_settings_and_launchers(capsys):
+    submit.main(["--help"])
+    shown = capsys.readouterr().out
+    assert "folder: null # the job's folder" in shown and re.search(r"\* launcher=slurm +sbatch, and srun", shown)
+
+
+def test_launcher_settings_are_in_the_script(script):
+    shown = script(*TINY, "launcher=example_cluster", "folder=run", "launcher.container=apptainer exec image.sif",
                    "launcher.srun=['--container-image=a b']")  # fmt: skip
     for line in ("partition=h100", "account=long-context", "qos=normal", "mem=512G", "gpus-per-node=1", "exclusive"):
         assert f"#SBATCH --{line}\n" in shown
@@ -169,12 +208,12 @@ def test_a_cluster_s_own_lines_are_in_the_script(script):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
-        (["mesh.ring=4", "nodes=3"], r"nodes=3 with an even share .* do not make the mesh's 4 ranks \(ring=4\)"),
-        (["mesh.ring=4", "nodes=2", "ranks_per_node=4"], r"nodes=2 with ranks_per_node=4 .*a mesh of 8"),
-        (["mesh.tp=2", "nodes=2"], r"mesh\.tp=2 does not fit a node of 1 ranks"),
-        (["mesh.tp=4"], r"mesh\.tp=4 does not divide"),  # the recipe's own
+        (["mesh.ring=4", "nodes=3"], r"nodes=3 does not divide the mesh's 4 ranks \(ring=4\): .*a mesh of 3"),
+        (["mesh.ring=4", "nodes=2", "ranks_per_node=4"], r"nodes=2 x ranks_per_node=4 is not .*a mesh of 8"),
+        (["mesh.tp=2", "nodes=2"], r"mesh\.tp=2 does not divide the 1 rank\(s\) of a node: .*smaller mesh\.tp"),
+        (["mesh.tp=4"], r"mesh\.tp=4 does not divide"),  # refused by the recipe
         (["mesh.rong=4"], r"mesh\.rong"),
         (["nods=2"], r"nods"),
         (["launcher.partitoin=x"], r"partitoin"),
@@ -182,47 +221,49 @@ def test_a_cluster_s_own_lines_are_in_the_script(script):
         (["time=soon"], r"time=soon: use minutes"),
         (["time=1", "warning=60"], r"warning=60 is not before the end"),
         (["data=text", "data.sources=[{path:/nowhere}]"], "/nowhere is no file"),
-        (["run=/proc/nobody"], "cannot be written"),
+        (["folder=/proc/nobody"], "folder=/proc/nobody cannot be written"),
         (["restarts=-1"], "restarts=-1"),
-        (["mesh.ring=1,2", "ranks_per_node=1"], "the same number of ranks"),
+        (["mesh.ring=1,2", "ranks_per_node=1"], r"runs have 1 and 2 ranks, .*submit .* separately"),
+        (["out=a,b", "seed=0,1"], r"out=\S*/a is the out of 2 runs of the sweep: give one folder"),
+        (["out=a,a"], r"out=\S*/a is the out of 2 runs of the sweep"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_run_is_refused_before_anybody_is_asked(refused, words, says):
-    assert re.search(says, refused(*TINY, "run=run", *words))
+def test_impossible_job_is_refused_before_slurm_is_asked(refused, words, message):
+    assert re.search(message, refused(*TINY, "folder=run", *words))
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["recipe=pretend"], "recipe=pretend cannot be submitted: use chat, eval, export, extend, generate, pretrain"),
-        (["nodes=2"], "say what to run: recipe="),
-        (["recipe=export", "checkpoint=none", "to=there"], "checkpoint=none is no checkpoint"),
+        (["nodes=2"], "give one of recipe=NAME"),
+        (["recipe=export", "checkpoint=none", "to=there"], "checkpoint=none is neither a checkpoint"),
         (["pipeline=none.yaml"], "pipeline=none.yaml cannot be read"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_is_nothing_to_run_is_refused(refused, words, says):
-    assert says in refused(*words)
+def test_missing_recipe_or_input_is_refused(refused, words, message):
+    assert message in refused(*words)
 
 
-def test_without_sbatch_it_says_what_to_do(refused, monkeypatch):
+def test_refusal_without_sbatch_names_the_alternatives(refused, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda _: None)
-    assert "there is no sbatch here: submit from a login node" in refused(*TINY, "run=run")
+    assert "there is no sbatch here: submit from a login node" in refused(*TINY, "folder=run")
 
 
 @pytest.fixture
 def squeue(tmp_path, monkeypatch):
-    """``squeue(code, out, err)``: from now on that is what squeue does."""
+    """``squeue(code, out, err)`` puts a squeue on PATH that prints ``out`` and ``err`` and exits with ``code``."""
 
-    def becomes(code: int, out: str, err: str) -> None:
+    def install(code: int, out: str, err: str) -> None:
         program = tmp_path / "bin" / "squeue"
         program.parent.mkdir(exist_ok=True)
         program.write_text(f"#!/bin/sh\nprintf '%s' '{out}'\nprintf '%s' '{err}' >&2\nexit {code}\n")
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
 
-    return becomes
+    return install
 
 
 @pytest.mark.parametrize(
@@ -234,41 +275,35 @@ def squeue(tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_a_job_that_squeue_does_not_list_or_know_has_ended(squeue, answer, active):
+def test_job_that_squeue_does_not_list_or_know_has_ended(squeue, answer, active):
     squeue(*answer)
     assert cluster.is_active(12) is active
 
 
-def test_where_squeue_fails_a_run_that_has_a_job_keeps_its_code(squeue, refused, tmp_path):
+def test_failing_squeue_refuses_a_folder_with_a_job_and_keeps_its_code(squeue, refused, tmp_path):
     squeue(1, "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
     (tmp_path / "run" / "code").mkdir(parents=True)
     (tmp_path / "run" / "job.id").write_text("12\n")
-    says = refused(*TINY, "launcher=local", "run=run")
-    assert "whether job 12 waits or runs (Unable to contact slurm controller (connect failure)): submit again" in says
+    message = refused(*TINY, "launcher=local", "folder=run")
+    assert (
+        "whether job 12 waits or runs (Unable to contact slurm controller (connect failure)): submit again" in message
+    )
     assert (tmp_path / "run" / "code").is_dir()
 
 
-def test_what_an_earlier_job_makes_may_be_missing(script, capsys):
+def test_input_that_an_earlier_job_makes_may_be_missing(script):
     assert "--dependency=afterok:12:13" in script("recipe=export", "checkpoint=none", "to=there", "after=[12,13]")
 
 
-@pytest.mark.parametrize(
-    ("time", "seconds"),
-    [("7", 420), ("7:05", 425), ("01:02:03", 3723), ("2-3", 183600), ("2-03:04", 183840), ("1-0:0:1", 86401), ("x", 0)],
-)
-def test_times_are_slurm_s(time, seconds):
-    assert seconds_of(time) == seconds
-
-
-def test_here_and_now_it_is_the_same_script(tmp_path, monkeypatch, capfd):
-    """launcher=local: a sweep of two, of the code as it was frozen."""
+def test_launcher_local_runs_the_same_script(tmp_path, monkeypatch, capfd):
+    """A sweep of two runs uses the frozen copy of the source, which a line of setup marks."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.chdir(tmp_path)
     marked = "launcher.setup=['echo \"print(123456789)\" >> $source/recipes/__init__.py']"
-    words = ("launcher=local", "steps=1,2", "run=run", "evaluate.every=0", "launcher.container=env MARK=1", marked)
+    words = ("launcher=local", "steps=1,2", "folder=run", "evaluate.every=0", "launcher.container=env MARK=1", marked)
     submit.main([*TINY, *words])
     out = capfd.readouterr().out
-    assert out.startswith(f"run {tmp_path}/run\n") and "123456789" in out, "another source was run"
+    assert out.startswith(f"run {tmp_path}/run\n") and "123456789" in out, "it ran another copy of the source"
     for number, steps in enumerate((1, 2)):
         lines = (tmp_path / "run" / str(number) / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))

@@ -1,4 +1,4 @@
-"""Runs that are interrupted in every way that a cluster has, and go on as if they had not been."""
+"""Runs that a cluster interrupts in every way it can; each resumes, and its curve is that of an undisturbed run."""
 
 import json
 import os
@@ -13,9 +13,9 @@ import pytest
 
 from longctx import checkpoint_index
 from tests.slurm.cluster import Cluster, wait_until
-from tests.slurm.conftest import Job, Submit
+from tests.slurm.conftest import Job, SubmitJob
 
-# Far more than they take: other work may have the cores.
+# The time limit is far above what the tests need, because other work may occupy the cores.
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 RUN = (
     "recipe=pretrain",
@@ -30,21 +30,24 @@ STEPS = 150
 
 
 def curve(out: Path) -> list[tuple[int, float, float, int]]:
+    """Return step, loss, gradient norm and tokens of every line of metrics.jsonl."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line["loss"], line["grad_norm"], line["tokens"]) for line in lines]
 
 
 def steps_done(job: Job) -> int:
-    file = job.run / "metrics.jsonl"
+    """Return the number of steps in the job's metrics.jsonl."""
+    file = job.folder / "metrics.jsonl"
     return file.read_text().count("\n") if file.exists() else 0
 
 
-def reaches(job: Job, steps: int) -> None:
+def wait_for_step(job: Job, steps: int) -> None:
+    """Wait until the job has done ``steps`` steps."""
     wait_until(lambda: steps_done(job) >= steps, 500, lambda: f"step {steps} of job {job.number}: {job.logs()}")
 
 
 def pid_of(job: Job, rank: int) -> int:
-    """The process of the job's rank."""
+    """Return the process id of a rank of the job."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             environment = (process / "environ").read_bytes().decode(errors="replace").split("\0")
@@ -53,7 +56,7 @@ def pid_of(job: Job, rank: int) -> int:
             continue
         if {f"SLURM_JOB_ID={job.number}", f"SLURM_PROCID={rank}"} <= set(environment) and command[1:2] == ["-m"]:
             return int(process.name)
-    raise AssertionError(f"rank {rank} of job {job.number} is not there: {job.logs()}")
+    raise AssertionError(f"rank {rank} of job {job.number} does not run: {job.logs()}")
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +65,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def whole(submitted: Submit, folder: Path) -> list[tuple[int, float, float, int]]:
-    """The curve of a run that nobody interrupts."""
+def undisturbed(submit_job: SubmitJob, folder: Path) -> list[tuple[int, float, float, int]]:
+    """The curve of a run without interruptions, made once for all tests."""
     if not (folder / "whole").exists():
-        submitted(*RUN, *TWO, f"steps={STEPS}", f"run={folder / 'whole'}").ends()
+        submit_job(*RUN, *TWO, f"steps={STEPS}", f"folder={folder / 'whole'}").wait_for_end()
     return curve(folder / "whole")
 
 
@@ -80,65 +83,66 @@ if not began.exists():
 """
 
 
-def test_before_the_time_limit_a_run_is_asked_to_stop_and_queued_again(submitted, tmp_path):
-    """By Slurm's own clock.  What can stop at any time is in place of the recipe: this is about the script."""
+def test_run_stops_before_its_time_limit_and_is_requeued(submit_job, tmp_path):
+    """Slurm sends the signal.  A script that stops at once replaces the recipe, because this tests the job script."""
     (tmp_path / "stops.py").write_text(RECIPE)
     stops = f"launcher.container={sys.executable} {tmp_path / 'stops.py'} {tmp_path / 'began'}"
-    job = submitted(*RUN, "steps=1", "time=1", "warning=50", f"run={tmp_path / 'run'}", stops)
-    job.ends()
+    job = submit_job(*RUN, "steps=1", "time=1", "warning=50", f"folder={tmp_path / 'run'}", stops)
+    job.wait_for_end()
     assert job.restarts == 1
-    assert "stopped as asked, and saved: queued again" in (job.run / "job.log").read_text()
+    assert "stopped on request after saving: requeued" in (job.folder / "job.log").read_text()
 
 
-def test_a_run_that_gives_way_to_another_is_asked_to_stop_and_goes_on_afterwards(submitted, tmp_path):
-    """Pre-emption: a partition of higher priority takes the nodes; well before its grace time is over it has them."""
+def test_preempted_run_stops_and_is_requeued(submit_job, tmp_path):
+    """A job in a partition of higher priority takes the nodes, and gets them well before the grace time is over."""
     (tmp_path / "stops.py").write_text(RECIPE)
     script = f"{sys.executable} {tmp_path / 'stops.py'} {tmp_path / 'began'}"
-    whole = ("nodes=3", "mesh.ring=24", "steps=1", "data.length=97", "time=30")  # all cores of all nodes
-    job = submitted(*RUN, *whole, f"run={tmp_path / 'run'}", f"launcher.container={script}")
+    all_cores = ("nodes=3", "mesh.ring=24", "steps=1", "data.length=97", "time=30")
+    job = submit_job(*RUN, *all_cores, f"folder={tmp_path / 'run'}", f"launcher.container={script}")
     wait_until((tmp_path / "began").exists, 300, job.logs)
-    urgent = submitted(
-        *RUN, *whole, f"run={tmp_path / 'urgent'}", "launcher.partition=urgent", "launcher.container=true"
+    urgent = submit_job(
+        *RUN, *all_cores, f"folder={tmp_path / 'urgent'}", "launcher.partition=urgent", "launcher.container=true"
     )
-    urgent.ends()
-    job.ends()
-    assert job.restarts == 1 and not (job.run / "failures").exists()
-    log = (job.run / "job.log").read_text()
-    assert log.count("stopped as asked, and saved: queued again") == 1, log
+    urgent.wait_for_end()
+    job.wait_for_end()
+    assert job.restarts == 1 and not (job.folder / "failures").exists()
+    log = (job.folder / "job.log").read_text()
+    assert log.count("stopped on request after saving: requeued") == 1, log
 
 
-def test_a_killed_rank_and_a_signal_leave_no_mark_on_the_curve(submitted, whole, folder, monkeypatch):
-    """First kill -9, of which the job tells who, where and what; then SIGUSR1, which saves at once.  One run of W&B."""
+def test_killed_rank_and_requested_stop_leave_the_curve_unchanged(submit_job, undisturbed, folder, monkeypatch):
+    """First SIGKILL, which failure.txt reports; then SIGUSR1, which saves at once.  All starts are one run of W&B."""
     for name in ("DATA", "CACHE", "CONFIG"):
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(folder / "wandb"))
-    job = submitted(*RUN, *TWO, f"steps={STEPS}", "track=wandb", f"run={folder / 'hit'}")
-    reaches(job, 7)
+    job = submit_job(*RUN, *TWO, f"steps={STEPS}", "track=wandb", f"folder={folder / 'hit'}")
+    wait_for_step(job, 7)
     os.kill(pid_of(job, 1), signal.SIGKILL)
     wait_until(lambda: job.restarts == 1 and job.states == {"RUNNING"}, 300, job.logs)
-    told = (job.run / "failure.txt").read_text()
-    assert told.startswith(f"rank 1 on n2 was killed by SIGKILL; its last lines, of {job.run}/ranks/1.log:\n"), told
-    # Ended with it, if it could not say so soon enough.
-    missed = r"^\+\d.* s: rank 0 on n1 (exited with 1: .*(lost rank 1|of ranks 0, 1 failed)|was killed by SIGTERM: )"
-    assert re.search(missed, told, re.MULTILINE), told
-    wait_until(lambda: "resuming after step" in (job.run / "ranks" / "0.log").read_text(), 500, job.logs)
+    failure = (job.folder / "failure.txt").read_text()
+    assert failure.startswith(f"rank 1 on n2 was killed by SIGKILL; last lines of {job.folder}/ranks/1.log:\n"), failure
+    # The other rank reports the loss, or srun ends it with SIGTERM before it can.
+    lost = r"^\+\d.* s: rank 0 on n1 (exited with 1: .*(lost rank 1|of ranks 0, 1 failed)|was killed by SIGTERM: )"
+    assert re.search(lost, failure, re.MULTILINE), failure
+    wait_until(lambda: "resuming after step" in (job.folder / "ranks" / "0.log").read_text(), 500, job.logs)
     before = steps_done(job)
-    reaches(job, before + 2)
-    job.cluster.says("scancel", "--batch", "--signal=USR1", str(job.number))
-    job.ends()
-    assert job.restarts == 2 and (job.run / "failures").read_text() == "1\n", "to stop as asked is no failure"
-    (stopped,) = re.findall(r"stopped after step (\d+), as asked", (job.run / "ranks" / "0.log").read_text())
-    assert f"resuming after step {stopped}, from" in (job.run / "ranks" / "0.log").read_text(), "nothing is done twice"
-    assert curve(job.run) == whole
-    _is_one_run_of_wandb(job.run)
+    wait_for_step(job, before + 2)
+    job.cluster.output("scancel", "--batch", "--signal=USR1", str(job.number))
+    job.wait_for_end()
+    assert job.restarts == 2 and (job.folder / "failures").read_text() == "1\n", "a requested stop is no failure"
+    log = (job.folder / "ranks" / "0.log").read_text()
+    (stopped,) = re.findall(r"stopped after step (\d+), as asked", log)
+    assert f"resuming after step {stopped}, from" in log, "no step is done twice"
+    assert curve(job.folder) == undisturbed
+    check_single_wandb_run(job.folder)
 
 
-def _is_one_run_of_wandb(out: Path) -> None:
-    """What its offline files have: three starts under one id, every step, and what exactly was run."""
+def check_single_wandb_run(out: Path) -> None:
+    """Check W&B's offline files: three starts under one id, all steps, settings and manifest."""
     run_id = checkpoint_index.read_metadata(checkpoint_index.latest_whole(out / "checkpoints")[0])["run_id"]
     starts = sorted((out / "wandb").glob(f"offline-run-*-{run_id}"))
     assert len(starts) == 3 == len(list((out / "wandb").glob("offline-run-*")))
     steps = set()
-    for start in starts[1:]:  # the first was killed
+    for start in starts[1:]:  # SIGKILL left the first one incomplete
         read = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(next(start.glob("*.wandb")))]
         lines = subprocess.run(read, capture_output=True, text=True, check=True).stdout.splitlines()
         records = [json.loads(line) for line in lines]
@@ -149,35 +153,35 @@ def _is_one_run_of_wandb(out: Path) -> None:
         manifest = json.loads((start / "files" / "manifest.json").read_text())
         assert manifest["module"] == "recipes.pretrain" and manifest["mesh"]["ring"] == 2
     resumed = re.search(r"resuming after step (\d+)", (out / "ranks" / "0.log").read_text())
-    assert resumed and steps == set(range(int(resumed[1]) + 1, STEPS + 1)), "all since it was killed"
+    assert resumed and steps == set(range(int(resumed[1]) + 1, STEPS + 1)), "all steps after the kill"
 
 
-def test_a_node_that_dies_is_replaced_and_the_run_goes_on(submitted, whole, folder, cluster: Cluster):
-    job = submitted(*RUN, *TWO, f"steps={STEPS}", f"run={folder / 'node'}", "launcher.sbatch=['--exclude=n1']")
-    reaches(job, 7)
+def test_run_resumes_on_another_node_after_a_node_dies(submit_job, undisturbed, folder, cluster: Cluster):
+    job = submit_job(*RUN, *TWO, f"steps={STEPS}", f"folder={folder / 'node'}", "launcher.sbatch=['--exclude=n1']")
+    wait_for_step(job, 7)
     cluster.kill_node("n3")
-    wait_until(lambda: "down" in cluster.says("sinfo", "-h", "-n", "n3", "-o", "%T"), 300, job.logs)
+    wait_until(lambda: "down" in cluster.output("sinfo", "-h", "-n", "n3", "-o", "%T"), 300, job.logs)
     cluster.start_node("n3")
-    job.ends()
-    assert job.restarts >= 1 and curve(job.run) == whole
+    job.wait_for_end()
+    assert job.restarts >= 1 and curve(job.folder) == undisturbed
 
 
-def test_a_rank_that_hangs_ends_the_job_which_says_who_waited_for_what(submitted, folder):
-    job = submitted(*RUN, *TWO, "steps=99999", "run.timeout_minutes=1", "restarts=0", f"run={folder / 'hung'}")
-    reaches(job, 3)
+def test_hanging_rank_fails_the_job_with_the_exchange_it_hung_in(submit_job, folder):
+    job = submit_job(*RUN, *TWO, "steps=99999", "run.timeout_minutes=1", "restarts=0", f"folder={folder / 'hung'}")
+    wait_for_step(job, 3)
     os.kill(pid_of(job, 1), signal.SIGSTOP)
     began = time.monotonic()
-    job.ends("FAILED")
-    assert time.monotonic() - began > 50, "it was another failure"
-    told = (job.run / "failure.txt").read_text()
-    assert told.startswith("rank 0 on n1 exited with 1; its last lines")
-    assert re.search(r"LostPeer: (lost rank 1|\w+ of ranks 0, 1 failed: .*Timed out)", told), told
+    job.wait_for_end("FAILED")
+    assert time.monotonic() - began > 50, "it failed for another reason"
+    failure = (job.folder / "failure.txt").read_text()
+    assert failure.startswith("rank 0 on n1 exited with 1; last lines of")
+    assert re.search(r"LostPeer: (lost rank 1|\w+ of ranks 0, 1 failed: .*Timed out)", failure), failure
 
 
-def test_ranks_lie_on_nodes_in_the_order_of_the_mesh(submitted, tmp_path):
-    """The first axis, tensor parallel, is inside of a node."""
-    words = ("launcher.container=bash -c 'echo $SLURM_PROCID $(hostname)' say", f"run={tmp_path / 'run'}")
-    job = submitted(*RUN, "mesh.tp=2", "mesh.ring=2", "nodes=2", "steps=1", "time=30", *words)
-    job.ends()
-    told = [(job.run / "ranks" / f"{rank}.log").read_text().split() for rank in range(4)]
-    assert told == [["0", "n1"], ["1", "n1"], ["2", "n2"], ["3", "n2"]]
+def test_ranks_are_placed_on_nodes_in_the_order_of_the_mesh(submit_job, tmp_path):
+    """The ranks of the first axis, tensor parallel, share a node."""
+    words = ("launcher.container=bash -c 'echo $SLURM_PROCID $(hostname)' say", f"folder={tmp_path / 'run'}")
+    job = submit_job(*RUN, "mesh.tp=2", "mesh.ring=2", "nodes=2", "steps=1", "time=30", *words)
+    job.wait_for_end()
+    hosts = [(job.folder / "ranks" / f"{rank}.log").read_text().split() for rank in range(4)]
+    assert hosts == [["0", "n1"], ["1", "n1"], ["2", "n2"], ["3", "n2"]]

@@ -74,7 +74,7 @@ def test_adapted_folder_gives_dropped_blocks_and_their_order(tmp_path: Path) -> 
     ("spd", "words"),
     [
         ({"blocks": (2,)}, "no block 2; use blocks 0 to 1"),
-        ({"blocks": (0,), "budget": 0.5}, r"leave spd\.budget"),
+        ({"blocks": (0,), "budget": 0.5}, r"leave out spd\.budget"),
         ({"budget": 1.5}, "from 0 to 1"),
         ({"budget": 0.5}, r"measure it with .*recipes\.spd_sensitivity mesh\.tp=3"),
         ({"drop": "ranked"}, r"set spd\.budget"),

@@ -102,9 +102,8 @@ def test_files_have_every_figure(tmp_path):
     report = write(make_report(VARIANTS, RULES, ORIGIN), tmp_path)
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved == json.loads(json.dumps(report.as_dict()))
-    assert list(saved)[:8] == [
-        "tasks", "average", "averaged", "near_chance", "variants", "gate", "allowed_drop", "title"
-    ]  # fmt: skip
+    assert list(saved)[:7] == ["tasks", "average", "averaged", "near_chance", "variants", "gate", "allowed_drop"]
+    assert {name: saved[name] for name in ORIGIN} == ORIGIN and saved["pictures"] == ["accuracy.svg"]
     assert saved["gate"] == {"variants": ["all"], "strict": False, "failed": ["all"], "passed": False}
     assert saved["variants"]["half"]["blocks"] == [0, 1, 2] and "outcomes" not in saved["variants"]["half"]
     page = (tmp_path / "report.md").read_text()

@@ -121,11 +121,11 @@ def check_submission(words: list[str]) -> None:
         # A sweep lists a setting's values; a submission without ``out`` gets one.
         has_out = "out" not in set(composed(name, [])) or any(word.startswith("out=") for word in others)
         default_out = [] if has_out else ["out=a"]
-        for run in itertools.product(*map(swept, others)):
+        for run in itertools.product(*map(expand_sweep, others)):
             check_composes(name, [*run, *default_out])
 
 
-def swept(word: str) -> list[str]:
+def expand_sweep(word: str) -> list[str]:
     """Return a sweep's word of each run: ``a=1,2`` gives ``a=1`` and ``a=2``; a list in brackets is one value."""
     key, _, values = word.partition("=")
     return [f"{key}={value}" for value in values.split(",")] if not set("[{'\"") & set(values) else [word]

@@ -105,7 +105,7 @@ def test_figures_of_the_machine_need_not_agree(name, measured):
 
 
 def test_large_file_is_hashed_by_its_size_and_both_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest, "_WHOLE", 10)
+    monkeypatch.setattr(manifest, "_MAX_HASHED", 10)
     monkeypatch.setattr(manifest, "_END", 3)
     file, digests = tmp_path / "file", []
     for content in (b"abc-middle-xyz", b"abc-MIDDLE-xyz", b"abc-middle-xyZ", b"abc-middle--xyz"):
