@@ -238,7 +238,7 @@ def _refuse_other_sizes(configs: Sequence[tuple[str, DictConfig]]) -> None:
     if others := [name for name in sizes if sizes[name] != world > 1]:
         raise ValueError(
             f"the job starts {world} ranks, variant {others[0]} has {sizes[others[0]]}: give all variants {world}, "
-            "or give the baseline one rank, which then starts the ranks of the variants"
+            "or give the baseline a mesh of one rank; the job then starts each variant's own ranks"
         )
 
 

@@ -45,7 +45,7 @@ def measure_ring(runtime: Runtime, target: Target) -> Hardware:
 
 
 def run_rank(rank: Rank, target: Target) -> Hardware:
-    """Measure links, kernel and matrix products on one rank; the first rank's result counts."""
+    """Measure links, kernel and matrix products on one rank; the caller uses the first rank's result."""
     from longctx.parallel.measure.probe import gemm_flops
 
     with target.runtime(rank) as runtime:

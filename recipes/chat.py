@@ -140,7 +140,10 @@ def typed_turns(world: Comm, max_new_tokens: int, device: torch.device) -> Itera
 
 
 def run_rank(rank: Rank, job: ChatJob) -> list[dict[str, Any]]:
-    """Hold the conversation on one rank and return the figures of every turn; the first rank's count."""
+    """Hold the conversation on one rank and return the figures of every turn.
+
+    The caller uses those of the first rank.
+    """
     from longctx.infer.session import Session
     from longctx.infer.store import load, save
 

@@ -30,7 +30,7 @@ _MAX_CELL = 60  # characters
 
 
 def final_figures(run: str) -> dict[str, Any]:
-    """Return a run's final figures by name: the last step of training, or all figures of another recipe.
+    """Return a run's final figures by name: those of the last step for a training run, all for any other recipe.
 
     Raises ValueError if there are none but step numbers and measurements of the machine.
     """

@@ -26,7 +26,7 @@ class ExportSettings:
 
 
 def checkpoint_of(name: str) -> Path:
-    """Return the checkpoint ``name``, or the last whole one of the run ``name``.
+    """Return the folder of a checkpoint; ``name`` is that folder, or a run's folder (last whole one).
 
     Raises ValueError if there is none, and for an adapted model, which transformers cannot run.
     """

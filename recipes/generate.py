@@ -108,8 +108,8 @@ def prepare(config: DictConfig) -> GenerateJob:
     job = GenerateJob(target, section(config, "sampling", Sampling), prompts, settings)
     if job.prompt_tokens < target.mesh.context:
         raise ValueError(
-            f"mesh.ulysses x mesh.ring = {target.mesh.context} ranks for a prompt of {job.prompt_tokens} tokens: "
-            f"use at most {job.prompt_tokens} ranks, or a longer prompt"
+            f"mesh.ulysses x mesh.ring = {target.mesh.context} ranks are more than the {job.prompt_tokens} prompt "
+            f"tokens: use at most {job.prompt_tokens} ranks, or more text"
         )
     return job
 
@@ -154,7 +154,7 @@ def refuse_too_long(name: str, prompt: int, new_tokens: int, max_positions: int,
 
 
 def run_rank(rank: Rank, job: GenerateJob) -> GenerateFigures:
-    """Prefill, decode and verify on one rank; the first rank's figures count."""
+    """Prefill, decode and verify on one rank; the caller uses the first rank's figures."""
     from longctx.infer.generate import gather_figures
     from longctx.infer.session import Session
 
@@ -198,7 +198,7 @@ def run_rank(rank: Rank, job: GenerateJob) -> GenerateFigures:
 def _verify(
     rank: Rank, runtime: Runtime, engine: Engine, job: GenerateJob, turn: Turn, progress: Progress
 ) -> float | None:
-    """Return the largest logit difference from one rank, or with dropped reductions from one tensor-parallel group."""
+    """Return the largest logit difference against a run on one rank; if blocks drop, on one tensor-parallel group."""
     from longctx.infer.engine import load_alone
     from longctx.infer.generate import logit_difference
 

@@ -162,7 +162,9 @@ def refuse_unfit_target(target: Target, out: Path, budget: float, repair: Repair
     if not within(range(layers), budget):
         raise ValueError(f"spd.budget={budget} of {layers} blocks drops none: use {0.5 / layers:.2g} or more")
     if target.model.dtype != "float32":
-        raise ValueError(f"model.dtype={target.model.dtype} is not supported in distillation: use model.dtype=float32")
+        raise ValueError(
+            f"model.dtype={target.model.dtype} is not supported: recipes.spd_adapt needs model.dtype=float32"
+        )
     if out.resolve() == target.folder.resolve():
         raise ValueError(f"out={out} is the folder of the model to adapt: use another out=")
     if repair.inputs == "student" and dp > 1:
@@ -216,15 +218,16 @@ def has_blocks(job: AdaptJob) -> bool:
 
 
 def begin(job: AdaptJob) -> None:
-    """Make the run's folder, and record what repaired blocks depend on, unless an earlier start has repaired some."""
+    """Make the run's folder and record what repaired blocks depend on; keep the record of blocks repaired before."""
     if is_first() and not (job.about_file.is_file() and has_blocks(job)):
         write_lines(job.about_file, [job.about])
 
 
 def save(job: AdaptJob, result: AdaptResult) -> list[DroppedBlock]:
-    """Write the adapted model to ``out``; return its dropped blocks in the order in which a smaller budget drops them.
+    """Write the adapted model to ``out``, and return the repaired blocks in the order in which they drop.
 
-    That order begins with the repaired blocks, by their divergence alone; the others follow by sensitivity.
+    First comes the block whose dropping by itself changes predictions least.  In the saved order the remaining blocks
+    follow, the least sensitive first.
     """
     target, joint = job.target, result.joint
     order = sorted(joint.alone, key=lambda block: (joint.alone[block], block))

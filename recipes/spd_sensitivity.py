@@ -42,7 +42,7 @@ _RENAMED = {"looked_at": "calibration_sequences"}  # keys of saved records: old 
 
 @dataclass(frozen=True)
 class SensitivitySettings:
-    """Settings of configs/spd_sensitivity.yaml outside any section; recipes.spd_adapt has the same."""
+    """Settings of configs/spd_sensitivity.yaml outside any section; recipes.spd_adapt has the same settings."""
 
     out: str
     sequences: PositiveInt = 16
@@ -168,7 +168,7 @@ def measure_sensitivities(run: BlockRun, job: SensitivityJob) -> Sensitivities |
 def sum_chunks(run: BlockRun, job: SensitivityJob) -> list[list[float]]:
     """Return `sum_losses` of each chunk of the text, and append those not done yet to DIR/sums.jsonl.
 
-    With mesh.dp=2, data-parallel rank 0 takes chunks 0, 2, 4, ... and rank 1 the others, if none is done.
+    With mesh.dp=2 and no chunk done yet, data-parallel rank 0 takes chunks 0, 2, 4, ... and rank 1 takes 1, 3, 5, ...
     """
     runtime, width, file = run.runtime, job.target.shape.layers + 1, job.out / "sums.jsonl"
     dp_rank, dp_size = runtime.groups.dp.rank(), runtime.mesh.dp

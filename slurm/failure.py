@@ -41,7 +41,7 @@ def read_exits(run: Path) -> list[RankExit]:
 
 
 def _is_signal(code: int) -> bool:
-    """Return True if a shell's exit code means killed by a signal; 255 does not (a container that cannot start)."""
+    """Return True if a shell's exit code means killed by a signal; 255 (a container cannot start) does not."""
     return code - 128 in [*signal.Signals]
 
 

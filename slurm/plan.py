@@ -211,8 +211,8 @@ def _refuse_shared_out(tasks: Sequence[ArrayTask]) -> None:
     outs = [task.config.out for task in tasks if "out" in task.config]
     if shared := [out for out in outs if outs.count(out) > 1]:
         raise ValueError(
-            f"out={shared[0]} is the out of {outs.count(shared[0])} runs of the sweep: give one folder, in which each "
-            "run gets a folder by its number, or submit each out separately"
+            f"the sweep lists out={shared[0]}, which {outs.count(shared[0])} runs would write to: give a single "
+            "out=DIR, in which each run gets a numbered folder, or submit each out separately"
         )
 
 

@@ -39,7 +39,7 @@ def script_of(plan: JobPlan, work: Path, commit: str) -> str:
 
 
 def sbatch_options(plan: JobPlan) -> list[str]:
-    """Return the options of sbatch as ``name=value``, quoted for the shell; a job not queued yet is called JOB."""
+    """Return the options of sbatch as ``name=value``, quoted for the shell; JOB is the id of a job not queued yet."""
     before = ":".join("JOB" if job == NOT_QUEUED else str(job) for job in plan.settings.jobs_before)
     settings, launcher, ranks = plan.settings, plan.launcher, plan.ranks_per_node
     log = plan.folder / "%a" / "job.log" if plan.is_array else plan.folder / "job.log"

@@ -44,7 +44,7 @@ class Launcher:
 class SubmitSettings:
     """Settings of configs/submit.yaml outside ``launcher``; exactly one of ``recipe`` and ``pipeline`` is given.
 
-    ``folder`` is the job's folder.  ``after`` are numbers of jobs that must succeed first.  ``parallel`` is the number
+    ``folder`` is the job's folder.  ``after`` are ids of jobs that must succeed first.  ``parallel`` is the number
     of a sweep's jobs that run at a time.  ``restarts`` counts failures, not requested stops.  ``warning`` is in seconds
     before the time limit.
     """

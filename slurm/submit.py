@@ -53,7 +53,7 @@ def make_plans(words: Sequence[str]) -> list[JobPlan]:
     if not settings.pipeline:
         plans = [plan_job(settings, launcher, recipe_words)]
     elif recipe_words:
-        raise ValueError(f"{recipe_words[0]} belongs into a line of pipeline={settings.pipeline}")
+        raise ValueError(f"{recipe_words[0]} belongs in a line of pipeline={settings.pipeline}")
     else:
         plans = _pipeline_plans(settings.pipeline, [word for word in own if not word.startswith("pipeline=")])
     for plan in plans:

@@ -193,5 +193,5 @@ LOCAL: Mapping[str, LocalTask] = {
 
 
 def join_names(names: Sequence[str] = tuple(LOCAL)) -> str:
-    """Return ``names`` as a list in words, for messages."""
+    """Return ``names`` joined by commas, for messages."""
     return ", ".join(names)

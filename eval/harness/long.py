@@ -27,7 +27,7 @@ Random = np.random.Generator
 
 @dataclass(frozen=True)
 class LongText:
-    """Real text by sentence, and the ``tokens`` of each; ``words`` are its plain words of 5 to 9 letters, sorted."""
+    """Real text by sentence, the number of tokens of each, and its plain words of 5 to 9 letters, sorted."""
 
     sentences: tuple[str, ...]
     tokens: tuple[int, ...]
@@ -242,6 +242,6 @@ def make_long_tasks(
 
 
 def score_answer(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Return 1 if the generated text contains each answer of ``doc`` as a whole word, else 0."""
+    """Return ``{"exact_match": 1.0}`` if the text contains each answer of ``doc`` as a whole word, else 0.0."""
     text = results[0]
     return {"exact_match": float(all(re.search(rf"\b{re.escape(answer)}\b", text) for answer in doc["answers"]))}

@@ -154,7 +154,7 @@ def _percentile_interval(values: Numbers) -> tuple[float, float]:
 def _resample_means(rows: Numbers, resamples: int, random: np.random.Generator) -> Numbers:
     """Return column means, [resamples columns], of ``rows`` drawn with replacement, as many as there are.
 
-    Equal rows are drawn together by a multinomial count: outcomes of right and wrong have only three differences.
+    Equal rows are drawn together by a multinomial count: differences of right/wrong outcomes are only -1, 0 and 1.
     """
     kinds, counts = np.unique(rows, axis=0, return_counts=True)
     out = np.empty((resamples, rows.shape[1]))

@@ -17,12 +17,13 @@ def kernel_for(name: str, device: str, dtype: str) -> Kernel:
     """Return the kernel called ``name``; ``auto`` is the fastest for ``device`` (cpu, cuda) and ``dtype``.
 
     Raises ValueError if the kernel does not take the device or dtype, or if its package is not installed.  ``auto``
-    raises ValueError on a device on which no fast kernel has been run yet.
+    raises ValueError on any other device, where the kernel must be named.
     """
     if name == "auto" and device != "cpu":
         raise ValueError(
-            f"context.kernel=auto: no fast kernel has been run on {device} yet; use context.kernel=flash_cuda (checked "
-            "against float64 on this device before use), context.kernel=reference or device=cpu"
+            f"context.kernel=auto chooses no kernel on {device}, where none has been tested; use "
+            "context.kernel=flash_cuda (checked against float64 on this device before use), context.kernel=reference "
+            "or run.device=cpu"
         )
     kernel = KERNELS["flash_cpu" if name == "auto" else name]
     if not _takes(kernel, device, dtype):

@@ -37,8 +37,9 @@ BlockClass = Literal["ISB", "SB", "ESB"]
 class Repair:
     """Block-to-block repair of dropped reductions (arXiv 2502.20727, 4.2); configs/spd_adapt.yaml explains each field.
 
-    ``distil``, ``group`` and ``fit`` name classes of blocks.  Blocks learn from ``sequences`` of ``length`` tokens;
-    ``held_out`` more report errors; grouping and fitting use the first ``calibration_sequences``.
+    ``distil``, ``group`` and ``fit`` name classes of blocks.  Blocks learn from ``sequences`` of ``length`` tokens.
+    Errors are measured on ``held_out`` further sequences.  Grouping and fitting use the first
+    ``calibration_sequences``.
     """
 
     distil: tuple[BlockClass, ...] = ("ISB", "SB", "ESB")
@@ -60,7 +61,9 @@ class Repair:
             if getattr(self, name) <= 0:
                 raise ValueError(f"repair.{name}={getattr(self, name)}: use more than 0")
         if self.batch > self.sequences:
-            raise ValueError(f"repair.batch={self.batch} of repair.sequences={self.sequences}: use a smaller batch")
+            raise ValueError(
+                f"repair.batch={self.batch} is more than repair.sequences={self.sequences}: use a smaller batch"
+            )
         if self.calibration_sequences > self.sequences:
             raise ValueError(
                 f"repair.calibration_sequences={self.calibration_sequences} is more than "

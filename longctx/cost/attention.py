@@ -94,7 +94,10 @@ def block_seconds(work: Work, hardware: Hardware) -> float:
 
 
 def _step(compute_s: float, send_s: float, hardware: Hardware) -> float:
-    """Return the seconds of computing and sending at the same time, which overlap by the hardware's ``overlap``."""
+    """Return the seconds of computing and sending at once: the longer, plus the part of the shorter that is not hidden.
+
+    ``hardware.overlap`` is the fraction of the shorter one that is hidden.
+    """
     longer, shorter = max(compute_s, send_s), min(compute_s, send_s)
     return longer + (1 - hardware.overlap) * shorter
 

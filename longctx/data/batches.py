@@ -50,7 +50,7 @@ def batches(
     dp_size: int = 1,
     last: Literal["drop", "pad"] = "drop",
 ) -> Stage[Batch]:
-    """Batches of ``size`` consecutive sequences; each has the rows dp_rank, dp_rank + dp_size, ... of these.
+    """Batches of ``size`` consecutive sequences; this rank gets sequences dp_rank, dp_rank + dp_size, ... of each.
 
     Every data-parallel rank reads all sequences.  Batches and states are therefore the same for any ``dp_size``, and a
     run may resume with another one.  An incomplete last batch is dropped and logged (``last="drop"``), or filled with

@@ -51,7 +51,7 @@ def _resolve_source(model: ModelSource, say: Say) -> Path:
     if model.source.count("/") != 1 or folder.parent.is_dir():
         raise ValueError(
             f"model={model.source}: there is no such folder; give a Hugging Face folder, or a hub name ORG/MODEL "
-            f"where no folder {folder.parent} exists"
+            f"(read as a path if a folder {folder.parent} exists)"
         )
     return _fetch_from_hub(model.source, say)
 

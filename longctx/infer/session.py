@@ -66,9 +66,10 @@ class Turn:
 
 
 class Session:
-    """Sequences by number, whose keys and values are sharded over the ranks of ``engine``.
+    """Sequences by id, whose keys and values are sharded over the ranks of ``engine``.
 
-    Each turn's new tokens are sharded without regard to the cached ones (arXiv 2411.01783, 3.5.1).  ``choose`` picks
+    Each turn's new tokens are sharded by themselves (arXiv 2411.01783, 3.5.1); ranks that hold fewer rows get the
+    larger shares.  ``choose`` picks
     the strategy of each prefill; by default it is ``context.strategy``.  A new sequence's cache has room for at least
     ``reserve`` tokens.  All ranks must make the same calls in the same order.
     """
@@ -103,7 +104,7 @@ class Session:
     ) -> Turn:
         """Append ``prompts`` to their sequences in one fused prefill, and decode the sequences together.
 
-        A prompt of an unknown number starts a new sequence.  Decoding of a sequence stops at its ``max_new_tokens`` or
+        A prompt whose sequence id is new starts a sequence.  Decoding of a sequence stops at its ``max_new_tokens`` or
         after an end token.  ``layer_done`` is called after each layer's attention in the prefill, ``token_done`` with
         each step's tokens by sequence.  ``keep_states`` fills `Turn.passes`.
 

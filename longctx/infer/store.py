@@ -81,8 +81,8 @@ def _file_name(ring_rank: int, first_head: int) -> str:
 def _checksum(file: Path) -> int:
     """Return the CRC-32 of a file.
 
-    It detects accidents: every flipped byte, and any other change except for one in four billion.  It is faster than
-    disks.  It does not detect forgery, since a forger can write the index too.
+    It detects accidents: any single flipped byte for certain, other changes with a miss rate of 2^-32.  It runs faster
+    than a disk reads.  It does not detect forgery, since a forger can write the index too.
     """
     crc = 0
     with file.open("rb") as stream:
@@ -124,10 +124,13 @@ def read_index(folder: Path, model: str, dtype: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ValueError(f"session.load={folder} holds no session; use a folder that session.save wrote.") from error
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"session.load={folder}: {_INDEX} is corrupt ({error}); save the session again.") from error
+        raise ValueError(
+            f"session.load={folder}: {_INDEX} is corrupt ({error}); start the conversation again."
+        ) from error
     if version != _VERSION:
         raise ValueError(
-            f"session.load={folder} is of version {version}, this code reads {_VERSION}; save the session again."
+            f"session.load={folder} is of version {version}, this code reads {_VERSION}; resume it with the code "
+            "that saved it."
         )
     if saved_model != model:
         raise ValueError(
@@ -138,7 +141,7 @@ def read_index(folder: Path, model: str, dtype: str) -> dict[str, Any]:
         raise ValueError(f"session.load={folder} is in {saved_dtype}, not {dtype}; set model.dtype={name}.")
     for name, written in files.items():
         if fault := _fault(folder / name, **written):
-            raise ValueError(f"session.load={folder}: {name} {fault}; save the session again.")
+            raise ValueError(f"session.load={folder}: {name} {fault}; start the conversation again.")
     return index
 
 
@@ -169,7 +172,7 @@ def load(session: Session, folder: Path, index: dict[str, Any]) -> None:
                 sequence.cache.append(layer, *(x.to(engine.device) for x in keys_and_values))
             session.sequences[int(i)] = sequence
     except SafetensorError as error:
-        raise ValueError(f"session.load={folder} is corrupt ({error}); save the session again.") from error
+        raise ValueError(f"session.load={folder} is corrupt ({error}); start the conversation again.") from error
 
 
 def kv_heads(session: Session) -> range:
@@ -209,7 +212,7 @@ def _read_rows(
 
 
 def _gather_numbers(session: Session, local: list[int]) -> list[list[int]]:
-    """Return every rank's ``local`` numbers, as many on each rank; also a barrier for all ranks."""
+    """Return every rank's ``local`` numbers; all ranks pass equally many.  Also a barrier for all ranks."""
     engine = session.engine
     numbers = torch.tensor([local], device=engine.device)
     for comm in (engine.tp, engine.context):

@@ -17,7 +17,7 @@ from longctx.shapes import Keys, Queries, Tensor
 
 @dataclass(frozen=True)
 class Ring:
-    """A group of ranks with the layouts of the queries and the keys over them, and the mask between the two."""
+    """A ring of ranks, the layouts by which queries and keys are sharded over it, and the mask."""
 
     comm: Comm
     queries: Layout
@@ -86,8 +86,8 @@ def rotate(
 def pass_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
     """Ring attention in which queries stay and keys and values rotate (arXiv 2411.01783, Alg. 2).
 
-    Bytes sent per rank: the keys and values of every rank but the next one; under a window, of the `Ring.key_hops`
-    ranks whose blocks pass through this rank.
+    Each rank sends N - 1 blocks of keys and values: those of all ranks but the next one.  Under a window it sends
+    `Ring.key_hops` blocks.
     """
     partial = empty_partial(q)
     for owner, (k_o, v_o) in rotate(ring.comm, ring.keys, k, v, hops=ring.key_hops):

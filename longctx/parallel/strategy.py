@@ -29,7 +29,7 @@ def ring_attention(
     recomputation with gradients pops it.  The ring therefore runs once (selective checkpoint++ of
     arXiv 2406.18485).
 
-    The returned function raises ValueError for inputs that ``kernel`` has not been tested exact on.
+    The returned function raises ValueError for inputs on which ``kernel`` has not been tested to be exact.
     """
 
     def attention(q: Queries, k: Keys, v: Keys) -> Queries:

@@ -53,7 +53,7 @@ def assign_shards(norms: Float[Tensor, "sets shards"]) -> tuple[int, ...]:
 
 
 def assign_neurons(errors: Float[Tensor, "neurons ranks"]) -> tuple[int, ...]:
-    """Order of neurons, equally many for each rank in turn, that minimizes the sum of their ``errors`` on their ranks.
+    """Assign equally many neurons to each rank so that the sum of their ``errors`` is least; return them rank by rank.
 
     Not in the paper, which moves whole shards of the MLP: an MLP is the sum of its neurons in any order.
     """

@@ -29,9 +29,9 @@ def suffix_sums(
 ) -> list[float]:
     """``loss`` of the model's output for every suffix of dropped blocks: entry i drops blocks i and later.
 
-    The last entry drops none.  ``run(block, state, dropped)`` is called half as often as by `measure_sensitivity`.  The
-    state that enters a block does not depend on later dropped blocks, so it is computed once and kept; at most
-    ``blocks`` + 1 states exist at once.
+    The last entry drops none.  ``run(block, state, dropped)`` runs one block; it is called about half as often as by
+    one full forward pass per suffix.  The state that enters a block does not depend on later dropped blocks, so it is
+    computed once and kept; at most ``blocks`` + 1 states exist at once.
     """
     states = [entering]
     for block in range(blocks):

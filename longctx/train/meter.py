@@ -17,7 +17,7 @@ class StepCost:
     """Cost of a step on one of the ``ranks`` that shared its ``tokens``.
 
     ``flops`` are the FLOPs of all ``ranks`` without causal halving, ``flops_causal`` with it.  ``peak_flops`` is the
-    peak rate of one rank in FLOP/s, or None if it is not known.  ``peak_bytes`` is this rank's `peak_bytes`.
+    peak rate of one rank in FLOP/s, or None if it is not known.  ``peak_bytes`` is this rank's peak memory.
     ``exposed_s`` has this rank's seconds of exposed communication by operation.
     """
 

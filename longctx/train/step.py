@@ -72,7 +72,7 @@ def evaluate(
 ) -> LossSums:
     """Sums of losses over ``batches`` without changing the model, in ``buckets`` by position in the document.
 
-    Bucket i has the positions from i to i + 1 times ``sharding.length`` / ``buckets``.
+    Bucket i has the positions from i * w up to (i + 1) * w, where w = ``sharding.length`` / ``buckets``.
     """
     trained.model.eval()
     sharding = replace(sharding, keep_partials=False)

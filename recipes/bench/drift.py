@@ -62,7 +62,7 @@ class DriftSettings:
         for name in ("ranks", "gradient_ranks"):
             counts = getattr(self, name)
             if counts and counts[0] != 1:
-                raise ValueError(f"{name}={list(counts)}: begin with 1, to which the others are compared")
+                raise ValueError(f"{name}={list(counts)}: start with 1 rank, the baseline")
 
 
 @dataclass(frozen=True)

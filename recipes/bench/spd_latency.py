@@ -59,7 +59,7 @@ class LatencySettings:
 
     def __post_init__(self) -> None:
         if self.shares[0] != 0:
-            raise ValueError(f"shares={list(self.shares)}: the first is what others are compared with, use 0")
+            raise ValueError(f"shares={list(self.shares)}: start with 0, the baseline")
 
 
 @dataclass(frozen=True)

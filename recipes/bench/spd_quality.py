@@ -69,7 +69,7 @@ class QualitySettings:
 
     def __post_init__(self) -> None:
         if self.shares[0] != 0:
-            raise ValueError(f"shares={list(self.shares)}: the first is what others are compared with, use 0")
+            raise ValueError(f"shares={list(self.shares)}: start with 0, the baseline")
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,9 @@ def resolve_variants(
         folder, name = Path(model.folder).expanduser(), f"models: {model.label}, {model.folder}"
         saved = saved_plan(folder)
         if saved is None or saved.plan.tp != tp or saved.source != target.fingerprint:
-            raise ValueError(f"{name}, is not {target.model.name} adapted for mesh.tp={tp}: use recipes.spd_adapt")
+            raise ValueError(
+                f"{name} was not made from {target.model.name} for mesh.tp={tp}: make it with recipes.spd_adapt"
+            )
         if missing := set(within(saved.order, max(settings.shares))) - set(saved.adapted):
             raise ValueError(f"{name}, lacks block {min(missing)}: adapt it with a larger spd.budget")
         variants.append(QualityVariant(model.label, folder, saved.order, saved.plan.own_norms))

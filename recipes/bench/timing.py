@@ -98,7 +98,7 @@ def append_random_rows(
 
 
 def make_random_cache(engine: Engine, tokens: int, reserve: int) -> KVCache:
-    """Return a cache of ``tokens`` random tokens, sharded zigzag over the ring, with room for ``reserve`` tokens."""
+    """Return a cache of random keys and values for ``tokens`` positions, sharded zigzag, with room for ``reserve``."""
     cache, shape = engine.cache(reserve), engine.shape
     append_random_rows(
         cache,
@@ -118,7 +118,7 @@ def read_tokens(target: Target, setting: str, tokens: int) -> tuple[int, ...]:
     """
     ids, available = prompt_tokens(PromptSource(pydoc="all", tokens=tokens), tokenizer_of(target.folder))
     if available < tokens:
-        raise ValueError(f"{setting}={tokens}: the text has {available:,} tokens; use at most that")
+        raise ValueError(f"{setting}={tokens}: Python's documentation has {available:,} tokens; use at most that")
     return tuple(ids)
 
 

@@ -109,7 +109,7 @@ def on_every_rank(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
     if rank.world_size != mesh.ranks:
         raise ValueError(
             f"the launcher started {rank.world_size} ranks, the mesh has {mesh.ranks} ({mesh}): "
-            f"set mesh.ring={rank.world_size} or another mesh of {rank.world_size} ranks"
+            f"set mesh axes whose product is {rank.world_size}"
         )
     try:
         return rank_main(rank, *args)

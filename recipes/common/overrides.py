@@ -26,8 +26,8 @@ EXPERIMENTS = {
 def as_overrides(config_name: str, words: Sequence[str], say: Say, *, sweep: bool = False) -> list[str]:
     """Return ``words`` in Hydra's grammar; in a ``sweep`` a comma in a path separates the values of two runs.
 
-    Raises ValueError for an unknown model, a base of a group, an experiment of another recipe, and a comma in a path
-    outside a sweep.
+    Raises ValueError for an unknown model, a file whose name starts with ``_`` (others extend it), an experiment of a
+    different recipe, and a comma in a path outside a sweep.
     """
     renamed = [rename_override(word, say) for word in words]
     return [override for word in renamed for override in _overrides(config_name, word, sweep)]
@@ -70,7 +70,7 @@ def _overrides(config_name: str, word: str, sweep: bool) -> list[str]:
     if key == "experiment":
         return [f"experiment={_experiment(config_name, value)}"]
     if (CONFIGS / key).is_dir() and value.startswith("_"):
-        raise ValueError(f"{key}={value} is a base of the other choices: use {', '.join(choices(key))}")
+        raise ValueError(f"{key}={value} only holds defaults for the other choices: use {', '.join(choices(key))}")
     return [word]
 
 

@@ -92,7 +92,7 @@ class RepairJob:
 
     @property
     def held_out_tokens(self) -> Tokens:
-        """Tokens [repair.held_out, repair.length] from which no block learns."""
+        """Held-out tokens, repair.held_out sequences of repair.length tokens; no block learns from them."""
         return self.text.tokens[self.repair.sequences :]
 
     @property
@@ -153,8 +153,8 @@ class Adaptation:
         """Repair every block of ``classes`` that has no file yet; return False if the run was asked to stop.
 
         With mesh.dp=2, data-parallel rank 0 repairs the 1st, 3rd, 5th, ... of them and rank 1 the others.  The hidden
-        states of the model with nothing dropped (teacher) run through all blocks up to the last one to repair.  With
-        repair.inputs=student, those of the model with repaired blocks dropped do so as well.
+        states of the model with nothing dropped (teacher) are computed block by block, up to the last block to repair.
+        With repair.inputs=student, a second set is computed as well, with the repaired blocks dropped.
         """
         run, job, settings = self.run, self.job, self.job.repair
         runtime, blocks = run.runtime, run.blocks
@@ -185,7 +185,7 @@ class Adaptation:
         return not run.agree_to_stop()
 
     def select_blocks(self, blocks: Sequence[int]) -> Sequence[int]:
-        """Return the best of all repaired blocks, as many as ``blocks`` has: those that change predictions least alone.
+        """Return as many repaired blocks as ``blocks`` has: those that change predictions least when only one drops.
 
         An earlier run with a larger spd.budget may have repaired more than ``blocks``.
         """

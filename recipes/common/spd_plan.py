@@ -23,7 +23,7 @@ def plan_of(config: DictConfig, mesh: Mesh, model: ModelSource, folder: Path, sh
 
 
 def refuse_adapted(folder: Path, recipe: str) -> None:
-    """Raise ValueError if the model in ``folder`` drops reductions, since ``recipe`` would reduce them."""
+    """Raise ValueError if the model in ``folder`` drops reductions, which ``recipe`` does not support."""
     if saved_plan(folder):
         raise ValueError(
             f"{folder} drops reductions, and {recipe} does not support that: use the model that it was made from"

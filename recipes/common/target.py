@@ -90,7 +90,8 @@ def resolve_target(
     """Return the target that ``config`` names.  Writes nothing but the model cache.
 
     ``unused_axes`` of the mesh must be 1.  ``needs_weights`` refuses a folder without weights.  ``strategy_by_turn``
-    allows ``context.strategy=auto`` and the other rules.  ``spd`` follows, refuses or ignores dropped reductions.
+    allows ``context.strategy=auto`` and the other rules.  ``spd`` says whether a plan of
+    dropped reductions is followed, refused or ignored.
 
     Raises ValueError, with what to set instead, for a model, mesh, kernel, strategy or plan that ``recipe`` cannot run.
     """

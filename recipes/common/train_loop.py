@@ -33,7 +33,7 @@ Item = TypeVar("Item")
 class Start:
     """Resume point of a run: the steps done, the data's resume state and the id of the run's record.
 
-    Records from ``first_record`` on are written anew; a new run rewrites record 0, its samples, as well.
+    Records before ``first_record`` are kept.  A new run starts at record 0, which holds the samples.
     """
 
     step: int = 0

@@ -33,8 +33,8 @@ PROMPT = "prompt.text='The quick brown fox, as ever.'"  # 29 tokens, of a byte e
         ("context.chunk=0", r"context\.chunk=0: prefill at least one token"),
         ("mesh.dp=2", r"mesh\.dp=2.*use mesh\.dp=1.*mesh\.ring"),
         ("mesh.pp=2", r"mesh\.pp=2.*use mesh\.pp=1.*mesh\.ring"),
-        ("mesh.ring=30", "30 ranks for a prompt of 29 tokens: use at most 29 ranks"),
-        ("mesh.ring=11 mesh.ulysses=3", "33 ranks for a prompt of 29 tokens"),
+        ("mesh.ring=30", "30 ranks are more than the 29 prompt tokens: use at most 29 ranks"),
+        ("mesh.ring=11 mesh.ulysses=3", "33 ranks are more than the 29 prompt tokens"),
         ("max_new_tokens=0", "max_new_tokens=0: input should be greater than 0"),
         ("max_new_tokens=97", "max_new_tokens=97 fills the model's context of 97: ask for fewer"),
         ("max_new_tokens=69", r"29 tokens, and with max_new_tokens=69 .*context of 97: .*prompt\.tokens=28"),
@@ -98,7 +98,7 @@ def test_mesh_of_another_size_than_the_launcher_s_is_refused(refused, tiny, monk
         generate.task(config)
 
     line = refused(generate, task, f"model={tiny}", PROMPT, "mesh.ring=3", "max_new_tokens=5")
-    assert "the launcher started 5 ranks, the mesh has 3 (ring=3): set mesh.ring=5" in line
+    assert "the launcher started 5 ranks, the mesh has 3 (ring=3): set mesh axes whose product is 5" in line
 
 
 def test_longest_prompt_and_answer_that_fit_are_accepted(prepared):

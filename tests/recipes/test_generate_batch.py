@@ -86,7 +86,11 @@ def test_batch_is_sent_once_and_cached_once(prepared, batch):
             r"line 2: .* context of 97: cut its text to 95 tokens$",
         ),
         ('{"text": "a", "max_new_tokens": 97}', "", r"line 2: max_new_tokens=97 fills the model's context of 97"),
-        ('{"text": "abc"}', "mesh.ring=2 mesh.ulysses=3", "6 ranks for a prompt of 3 tokens: use at most 3 ranks"),
+        (
+            '{"text": "abc"}',
+            "mesh.ring=2 mesh.ulysses=3",
+            "6 ranks are more than the 3 prompt tokens: use at most 3 ranks",
+        ),
         ('{"text": "a"}', "prompt.text=b", r"prompts=\S+ and prompt\.text are both given: use one"),
         ('{"text": "a"}', "prompt.tokens=5", r"and prompt\.tokens are both given"),
         ('{"text": "a"}', "prompts=/nowhere.jsonl", r"prompts=/nowhere\.jsonl cannot be read"),

@@ -224,8 +224,8 @@ def test_launcher_settings_are_in_the_script(script):
         (["folder=/proc/nobody"], "folder=/proc/nobody cannot be written"),
         (["restarts=-1"], "restarts=-1"),
         (["mesh.ring=1,2", "ranks_per_node=1"], r"runs have 1 and 2 ranks, .*submit .* separately"),
-        (["out=a,b", "seed=0,1"], r"out=\S*/a is the out of 2 runs of the sweep: give one folder"),
-        (["out=a,a"], r"out=\S*/a is the out of 2 runs of the sweep"),
+        (["out=a,b", "seed=0,1"], r"out=\S*/a, which 2 runs would write to: give a single out=DIR"),
+        (["out=a,a"], r"out=\S*/a, which 2 runs would write to"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -87,7 +87,7 @@ class Checkpoints:
     def _prune(self, step: int) -> None:
         """Keep the last complete checkpoints up to ``step`` and remove all others.
 
-        Later ones come from a run that was continued from an earlier checkpoint instead of from them.
+        Later ones are stale: the run was resumed from an earlier checkpoint.
         """
         existing = checkpoint_folders(self._folder)
         complete = [place for place in existing if not fault_of(place) and place.name <= folder_name(step)]

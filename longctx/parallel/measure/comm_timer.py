@@ -18,8 +18,8 @@ from longctx.shapes import Tensor
 class ExposedCommTimer:
     """Seconds that a rank waits for others, by operation, summed over all `TimedComm` groups that share the timer.
 
-    On a GPU the stream waits and not the process, so the seconds between two events on the stream count: from the end
-    of the work that was queued before the wait to the end of the wait.
+    On a GPU the stream waits and not the process.  The time is therefore taken between two events on the stream: from
+    the end of the work that was queued before the wait to the end of the wait.
     """
 
     _seconds: dict[str, float] = field(default_factory=dict)

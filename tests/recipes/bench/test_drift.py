@@ -117,8 +117,8 @@ def test_a_tiny_model_is_measured_written_and_drawn(cli, tiny, tmp_path):
     ("settings", "words"),
     [
         (["model.dtype=float32"], "use model.dtype=bfloat16"),
-        (["ranks=[2,8]"], "ranks=[2, 8]: begin with 1"),
-        (["gradient_ranks=[2]"], "gradient_ranks=[2]: begin with 1"),
+        (["ranks=[2,8]"], "ranks=[2, 8]: start with 1 rank"),
+        (["gradient_ranks=[2]"], "gradient_ranks=[2]: start with 1 rank"),
         (["ranks=[]"], "ranks="),
         (["layers=[]"], "layers="),
         (["tokens=97", "layers=[0,2]"], "layers=2: tiny has layers 0 to 1"),

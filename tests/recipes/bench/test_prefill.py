@@ -73,7 +73,7 @@ def test_both_parts_are_measured_and_written(cli, tiny, tmp_path, layers):
         (["rounds=0"], "rounds=0"),
         (["lengths=[]"], "lengths="),
         (["lengths=[0]"], "lengths.0=0"),
-        (["lengths=[9,1000000]"], "lengths=1000000: the text has"),
+        (["lengths=[9,1000000]"], "lengths=1000000: Python's documentation has"),
         (["layers=3"], "layers=3: the model has 2"),
         (["out=/dev/null/a.json"], "out=/dev/null/a.json cannot be written"),
     ],

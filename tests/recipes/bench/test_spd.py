@@ -78,7 +78,7 @@ def test_quality_and_sweep_agree_with_the_sensitivity(cli, tiny, tmp_path):
     ("settings", "words"),
     [
         (["hosts=2"], "hosts=2, tp=3: each host has one rank, use hosts=3"),
-        (["shares=[0.5,1]"], "the first is what others are compared with, use 0"),
+        (["shares=[0.5,1]"], "start with 0, the baseline"),
         (["mesh.tp=1"], "mesh.tp=1: one rank has no reduction to drop, use mesh.tp=2 or more"),
         (["mesh.ring=2"], "has no use for mesh.ring=2"),
         (["tokens=90", "new_tokens=8"], "tokens=90 and new_tokens=8: tiny has 97 positions; use at most 97 tokens"),
@@ -93,7 +93,9 @@ def test_a_prompt_longer_than_the_text_is_refused(tiny, monkeypatch):
     config.tokens = 10**6
     endless = replace(shape_of(tiny), max_positions=10**9)
     monkeypatch.setattr(target, "shape_of", lambda _: endless)
-    with pytest.raises(ValueError, match=r"tokens=1000000: the text has [0-9,]+ tokens; use at most that"):
+    with pytest.raises(
+        ValueError, match=r"tokens=1000000: Python's documentation has [0-9,]+ tokens; use at most that"
+    ):
         spd_latency.prepare(config)
 
 
@@ -104,7 +106,7 @@ def test_a_prompt_longer_than_the_text_is_refused(tiny, monkeypatch):
         (["texts=[{label:x,folder:x}]"], "there is no setting texts.0.folder"),
         (["texts=[{label:x}]"], "a source of data has one of path"),
         (["models=[{folder:adapted}]"], "models.0.label="),
-        (["shares=[0.5,1]"], "shares=[0.5, 1.0]: the first is what others are compared with, use 0"),
+        (["shares=[0.5,1]"], "shares=[0.5, 1.0]: start with 0, the baseline"),
         (["placement=[0,2]"], "placement=[0, 2]: there is no block 2; use blocks 0 to 1"),
         (["mesh.dp=2"], "has no use for mesh.dp=2: use mesh.dp=1"),
     ],

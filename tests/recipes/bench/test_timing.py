@@ -91,7 +91,7 @@ def test_text_is_cut_to_the_tokens_asked_for(target):
 
 
 def test_a_text_that_is_too_short_is_refused(target):
-    with pytest.raises(ValueError, match=r"total=1000000: the text has [0-9,]+ tokens; use at most that"):
+    with pytest.raises(ValueError, match=r"total=1000000: Python's documentation has [0-9,]+ tokens; use at most that"):
         timing.read_tokens(target, "total", 10**6)
 
 
