@@ -1,13 +1,14 @@
-# Two commands do all of their own set-up: make demo, make test.
+# make demo and make test set up their environment themselves.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-# A file's tests stay in one process, in their order: they share fixtures, and warm ranks. Three at once on two cores,
-# because many tests wait: for a cluster, a time limit, a rank that is to be missed.
-AT_ONCE := --numprocesses 3 --dist loadfile --no-loadscope-reorder
+# A file's tests stay in one process, because they share fixtures and warm ranks; their order is random, the same for a
+# SEED. Three processes on two cores, because many tests wait: for a cluster, a time limit, a rank that is gone.
+SEED ?= 1
+AT_ONCE := --numprocesses 3 --dist loadfile --no-loadscope-reorder --random-order --random-order-seed=$(SEED)
 
-.PHONY: help demo test test-gpu slurm lint format clean
+.PHONY: help demo test test-fast test-gpu slurm lint format docs clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,6 +18,9 @@ demo: $(READY) ## a real model answers from a long real document, over 2 ranks; 
 
 test: $(READY) slurm ## the whole test suite
 	$(BIN)/python -m pytest $(AT_ONCE)
+
+test-fast: $(READY) ## the tests that take seconds: without those marked slow or slurm
+	$(BIN)/python -m pytest $(AT_ONCE) -m "not slow and not slurm"
 
 test-gpu: $(READY) ## what needs a GPU, on a machine with one
 	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { echo "no CUDA device here"; exit 1; }
@@ -37,6 +41,9 @@ lint: $(READY) ## ruff, mypy, import-linter, codespell
 format: $(READY) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY) ## pages of the public API, from its docstrings, in outputs/docs
+	$(BIN)/python -m docs.build_api outputs/docs
 
 clean: ## remove the environment and what runs have written
 	rm -rf $(VENV) outputs

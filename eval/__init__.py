@@ -1,1 +1,1 @@
-"""What a change to a model costs in accuracy: benchmarks, paired comparisons, a report."""
+"""Accuracy of a model and of its variants: benchmarks, paired comparisons, a report."""

@@ -1,224 +1,252 @@
-"""What eval is asked to do, checked before any rank starts: models, tasks, requests."""
+"""An evaluation as it was requested: models, tasks and requests, all checked before any rank starts."""
 
-import os
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from eval.answers.requests import Request, Score
 from eval.harness.local import LOCAL
-from eval.sensitivity import lacks_order, order_jobs, with_order, without_order
-from eval.variants import BASELINE, Variant, composed, refuse_other_model, resolve_variant
+from eval.sensitivity import drop_none_yet, fill_in_orders, lacks_order, make_order_jobs
+from eval.variants import BASELINE, Variant, compose_variants, refuse_other_model, resolve_variant
 from longctx.config import Mesh, Track
-from longctx.parallel.launch import rank_from_environment
+from longctx.parallel.launch import current_rank
 from recipes.common.cli import refuse_unwritable_folder, say
 from recipes.common.provenance import hardware, provenance
-from recipes.common.settings import section, top_level
+from recipes.common.settings import as_dict, section, top_level
 
-_BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"  # a folder of data beside the checkout
+if TYPE_CHECKING:
+    from eval.harness.lm import EngineLM
+    from eval.harness.tasks import Task
+
+_DEFAULT_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # next to the checkout
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """The settings of configs/evaluate.yaml that are not a section of their own."""
+    """Settings of configs/evaluate.yaml outside any section."""
 
     out: str
     adapted: str | None = None
-    variants: tuple[Mapping[str, Any], ...] = ()
+    variants: tuple[Mapping[str, object], ...] = ()
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is asked, of how many examples, and how variants are judged: section ``eval``."""
+    """Section ``eval``: tasks, examples, and the rules of the verdicts; configs/evaluate.yaml explains each field."""
 
-    tasks: tuple[str, ...]
-    data: str
-    include: str | None
-    limit: PositiveInt | None
-    limits: Mapping[str, PositiveInt] | None
-    num_fewshot: NonNegativeInt | None
-    lengths: tuple[PositiveInt, ...]
-    text: str
-    seed: NonNegativeInt
-    max_length: PositiveInt | None
-    prefix_token: NonNegativeInt | None
-    max_batch_tokens: PositiveInt
-    allowed_drop: NonNegativeFloat
-    resamples: PositiveInt
-    gate: tuple[str, ...]
-    strict: bool
-    sensitivity: PositiveInt
+    tasks: tuple[str, ...] = ("arc_easy",)
+    data: str = "auto"
+    include: str | None = None
+    limit: PositiveInt | None = None
+    limits: Mapping[str, PositiveInt] | None = None
+    num_fewshot: NonNegativeInt | None = None
+    lengths: tuple[PositiveInt, ...] = (1024,)
+    text: str = "pydoc"
+    seed: NonNegativeInt = 0
+    max_length: PositiveInt | None = None
+    prefix_token: NonNegativeInt | None = None
+    max_batch_tokens: PositiveInt = 2048
+    allowed_drop: NonNegativeFloat = 0.01
+    resamples: PositiveInt = 10_000
+    gate: tuple[str, ...] = ()
+    strict: bool = False
+    sensitivity: PositiveInt = 4
 
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ValueError("eval.tasks is empty: name at least one, such as eval.tasks=[arc_easy]")
 
-    def refuse_unknown_limits(self, tasks: Sequence[str]) -> None:
-        """ValueError if ``limits`` has a name of no task; those that are not asked may have theirs."""
-        from eval.harness.long import LONG
-
-        if groups := set(self.limits or {}).intersection(self.tasks) - {*tasks, *LONG}:
-            raise ValueError(
-                f"eval.limits.{min(groups)} is of a group of tasks: use eval.limit, or name the tasks in it"
-            )
-        if unknown := set(self.limits or {}) - {*tasks, *LOCAL, *LONG}:
-            raise ValueError(f"eval.limits: there is no task {min(unknown)} among {', '.join(tasks)}")
-
-    def limit_of(self, task: str) -> int | None:
-        """How many examples of ``task`` are asked; None: all."""
-        return min(filter(None, (self.limit, (self.limits or {}).get(task))), default=None)
-
     @property
     def folder(self) -> Path | None:
-        """Where local files are; None: the hub.  Raises ValueError if it is not there."""
-        if self.data == "hub" or (self.data == "auto" and not _BESIDE.is_dir()):
+        """Folder of the tasks' files, or None for the hub.
+
+        ``data=auto`` is the folder shared/data next to the checkout, if it exists, else the hub.
+        Raises ValueError for another folder that does not exist.
+        """
+        if self.data == "hub" or (self.data == "auto" and not _DEFAULT_DATA.is_dir()):
             return None
-        folder = _BESIDE if self.data == "auto" else Path(self.data).expanduser()
+        folder = _DEFAULT_DATA if self.data == "auto" else Path(self.data).expanduser()
         if not folder.is_dir():
             raise ValueError(f"eval.data={self.data} is no folder: give one as eval/README.md describes it, or hub")
         return folder
 
+    def limit_of(self, task: str) -> int | None:
+        """Return the number of examples of ``task``; None for all."""
+        return min(filter(None, (self.limit, (self.limits or {}).get(task))), default=None)
+
+    def refuse_unknown_limits(self, tasks: Sequence[str]) -> None:
+        """Raise ValueError if ``limits`` names neither one of ``tasks`` nor another known task."""
+        from eval.harness.long import LONG
+
+        names = set(self.limits or {})
+        if groups := names.intersection(self.tasks) - {*tasks, *LONG}:
+            raise ValueError(f"eval.limits.{min(groups)} is a group of tasks: use eval.limit, or limit the tasks in it")
+        if unknown := names - {*tasks, *LOCAL, *LONG}:
+            raise ValueError(f"eval.limits: there is no task {min(unknown)} among {', '.join(tasks)}")
+
 
 @dataclass(frozen=True)
 class EvalJob:
-    """What is to be done, checked before any rank starts; ``requests`` are all that every variant is asked.
+    """The inputs of an evaluation.
 
-    ``configs`` are the variants' settings.  Those that lack an order of blocks drop none before `ordered`.
+    ``configs`` are the variants' names and whole configurations, the baseline's first; ``variants`` are the same,
+    resolved.  A variant that lacks an order of blocks drops none until `with_measured_orders`.
+    Every variant answers ``requests``; ``lm`` turns answers into those of ``tasks``.  ``config`` goes to the tracker.
     """
 
     settings: EvalSettings
     eval: EvalConfig
     track: Track
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     configs: tuple[tuple[str, DictConfig], ...]
     variants: tuple[Variant, ...]
-    tasks: Mapping[str, Any]
-    lm: Any
+    tasks: Mapping[str, Task]
+    lm: EngineLM
     requests: tuple[Request, ...]
 
     @property
     def out(self) -> Path:
+        """Folder of the report and of the stored answers."""
         return Path(self.settings.out)
 
     def file(self, variant: Variant) -> Path:
-        """Where the answers of ``variant`` are kept."""
+        """Return the file of the answers of ``variant``."""
         return self.out / "responses" / f"{variant.digest}.jsonl"
 
 
 def prepare(config: DictConfig) -> EvalJob:
-    """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
-    from eval.harness.tasks import ask
+    """Return the job that ``config`` asks for; writes nothing but the model cache.
 
-    settings, asked = top_level(config, EvalSettings), section(config, "eval", EvalConfig)
+    Raises ValueError, with what to set instead, if it cannot be run.
+    """
+    # 1. The settings, and the names of the variants.
+    settings, evaluation = top_level(config, EvalSettings), section(config, "eval", EvalConfig)
     refuse_unwritable_folder(settings.out)
-    configs = composed(config)
-    names = [name for name, _ in configs]
-    if strangers := set(asked.gate) - set(names):
-        raise ValueError(f"eval.gate: there is no variant {min(strangers)}: there are {', '.join(names)}")
-    if BASELINE in asked.gate:
-        raise ValueError(f"eval.gate: {BASELINE} is what the others are compared with: name variants")
-    asked_of = asked.folder
+    configs = compose_variants(config)
+    _refuse_unknown_gate(evaluation, [name for name, _ in configs])
+    # 2. The baseline, and the tasks and requests that it is asked.
+    data = evaluation.folder
     base = resolve_variant(*configs[0])
-    tasks = _tasks(asked, base, asked_of)
-    if asked.gate and all(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in tasks.values()):
-        raise ValueError("eval.gate judges accuracy, which none of eval.tasks has: add one, or use eval.gate=[]")
-    asked.refuse_unknown_limits([*tasks, *asked.tasks])
-    ask(tasks, {name: asked.limit_of(name) for name in tasks})
-    lm, requests = _requests(asked, base, tasks)
-    variants = tuple(resolve_variant(name, without_order(one)) for name, one in configs)
-    for other, (_, one) in zip(variants[1:], configs[1:], strict=True):
-        refuse_other_model(base, other)
-        _refuse_too_short(other, requests)
-        _refuse_other_order(base, other, one)
+    tasks = _load_tasks(evaluation, base, data)
+    lm, requests = _record_requests(evaluation, base, tasks)
+    # 3. The variants, which answer the same requests.
+    variants = tuple(resolve_variant(name, drop_none_yet(one)) for name, one in configs)
+    for variant, (_, one) in zip(variants[1:], configs[1:], strict=True):
+        refuse_other_model(base, variant)
+        _refuse_too_short(variant, requests)
+        _refuse_other_order(base, variant, one)
     _refuse_other_world(variants)
-    order_jobs(configs, base, asked.sensitivity, Path(settings.out))  # refuses what cannot be measured
-    values: Any = OmegaConf.to_container(config, resolve=True)
-    track = section(config, "track", Track).of("eval")
+    # 4. The orders of blocks to measure: only checked here.
+    make_order_jobs(configs, base, evaluation.sensitivity, Path(settings.out))
     return EvalJob(
-        settings,
-        asked,
-        track,
-        {**provenance(), "machine": hardware(), **values},
-        tuple(configs),
-        variants,
-        tasks,
-        lm,
-        requests,
+        settings=settings,
+        eval=evaluation,
+        track=section(config, "track", Track).of("eval"),
+        config={**provenance(), "machine": hardware(), **as_dict(config)},
+        configs=tuple(configs),
+        variants=variants,
+        tasks=tasks,
+        lm=lm,
+        requests=requests,
     )
 
 
-def ordered(job: EvalJob) -> EvalJob:
-    """``job``; blocks that variants drop in an order that nobody has given are known then.  Ranks may be started."""
+def with_measured_orders(job: EvalJob) -> EvalJob:
+    """Return ``job`` with the blocks to drop where a variant lacked their order; starts ranks to measure it."""
     if not any(lacks_order(config) for _, config in job.configs):
         return job
-    configs = with_order(job.configs, job.variants[0], job.eval.sensitivity, job.out)
-    variants = tuple(resolve_variant(name, config) for name, config in configs)
-    return replace(job, variants=variants)
+    configs = fill_in_orders(job.configs, job.variants[0], job.eval.sensitivity, job.out)
+    return replace(job, variants=tuple(resolve_variant(name, config) for name, config in configs))
 
 
 def pinned(config: DictConfig) -> tuple[str, ...]:
-    """Settings that a job needs, because it runs another copy of the code: where the data is.
+    """Return the settings that a Slurm job must be given, because it runs a copy of the code: the folder of data.
 
-    Raises ValueError if variants want other numbers of ranks than the job starts.
+    Raises ValueError if a variant has another number of ranks than the job starts.
     """
-    _refuse_other_sizes(composed(config))
+    _refuse_other_sizes(compose_variants(config))
     folder = section(config, "eval", EvalConfig).folder
     return (f"eval.data={folder.resolve() if folder else 'hub'}",)
+
+
+def _load_tasks(evaluation: EvalConfig, base: Variant, data: Path | None) -> dict[str, Task]:
+    """Return the tasks with their requests built, those of long texts last."""
+    from eval.harness.long import LONG, make_long_tasks
+    from eval.harness.tasks import build_requests, load_tasks
+    from longctx.hf.config import tokenizer_of
+
+    # 1. Benchmarks of files and of the hub.
+    benchmarks = [name for name in evaluation.tasks if name not in LONG]
+    tasks = load_tasks(benchmarks, data, evaluation.num_fewshot, evaluation.include)
+    no_shots = [name for name, task in tasks.items() if task.config.num_fewshot == 0]
+    if evaluation.num_fewshot and no_shots:
+        say(f"eval.num_fewshot: {', '.join(no_shots)} show no examples, as lm-eval configures them")
+    # 2. Tasks of long texts.
+    if examples := {name: evaluation.limit_of(name) for name in evaluation.tasks if name in LONG}:
+        max_length = evaluation.max_length or base.target.shape.max_positions
+        tokenizer = tokenizer_of(base.target.folder)
+        tasks |= make_long_tasks(examples, evaluation.lengths, evaluation.text, tokenizer, max_length, evaluation.seed)
+    # 3. Their requests.
+    if evaluation.gate and all(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in tasks.values()):
+        raise ValueError("eval.gate judges accuracy, which none of eval.tasks has: add one, or use eval.gate=[]")
+    evaluation.refuse_unknown_limits([*tasks, *evaluation.tasks])
+    build_requests(tasks, {name: evaluation.limit_of(name) for name in tasks})
+    return tasks
+
+
+def _record_requests(
+    evaluation: EvalConfig, base: Variant, tasks: Mapping[str, Task]
+) -> tuple[EngineLM, tuple[Request, ...]]:
+    """Return lm-eval's interface to the model, and all that the tasks ask of it, each request once."""
+    from eval.harness.lm import EngineLM, choose_prefix_token, make_recorder
+    from eval.harness.tasks import answer_tasks
+    from longctx.hf.config import tokenizer_of
+
+    max_positions = base.target.shape.max_positions
+    max_length = evaluation.max_length or max_positions
+    if max_length > max_positions:
+        raise ValueError(
+            f"eval.max_length={max_length:,}: the model's context is {max_positions:,}; use at most that, "
+            "or null for all of it"
+        )
+    requests: list[Request] = []
+    tokenizer = tokenizer_of(base.target.folder)
+    prefix = choose_prefix_token(tokenizer, evaluation.prefix_token)
+    lm = EngineLM(tokenizer, max_length, prefix, make_recorder(requests))
+    answer_tasks(tasks, lm)
+    if lm.cut:
+        say(f"{lm.cut:,} texts are longer than {lm.max_length:,} tokens (eval.max_length): their beginning is cut off")
+    return lm, tuple(dict.fromkeys(requests))
+
+
+def _refuse_unknown_gate(evaluation: EvalConfig, names: Sequence[str]) -> None:
+    if unknown := set(evaluation.gate) - set(names):
+        raise ValueError(f"eval.gate: there is no variant {min(unknown)}: use some of {', '.join(names[1:]) or 'none'}")
+    if BASELINE in evaluation.gate:
+        raise ValueError(f"eval.gate: {BASELINE} is what variants are compared with: name variants")
 
 
 def _refuse_other_sizes(configs: Sequence[tuple[str, DictConfig]]) -> None:
     sizes = {name: section(one, "mesh", Mesh).ranks for name, one in configs}
     world = sizes[BASELINE]
-    if other := [name for name in sizes if sizes[name] != world > 1]:
+    if others := [name for name in sizes if sizes[name] != world > 1]:
         raise ValueError(
-            f"the job starts {world} ranks, variant {other[0]} has {sizes[other[0]]}: give all variants as many, "
-            "or the baseline one rank, which starts the others' by itself"
+            f"the job starts {world} ranks, variant {others[0]} has {sizes[others[0]]}: give all variants {world}, "
+            "or give the baseline one rank, which then starts the ranks of the variants"
         )
-
-
-def _tasks(asked: EvalConfig, base: Variant, data: Path | None) -> dict[str, Any]:
-    from eval.harness.long import LONG, long_tasks
-    from eval.harness.tasks import load
-    from longctx.hf.config import tokenizer_of
-
-    long = [name for name in asked.tasks if name in LONG]
-    tasks = load([name for name in asked.tasks if name not in LONG], data, asked.num_fewshot, asked.include)
-    if asked.num_fewshot and (none := [name for name, task in tasks.items() if task.config.num_fewshot == 0]):
-        say(f"eval.num_fewshot: {', '.join(none)} are asked without examples, as lm-eval has them")
-    if long:
-        most, tokenizer = asked.max_length or base.target.shape.max_positions, tokenizer_of(base.target.folder)
-        examples = {name: asked.limit_of(name) or 50 for name in long}
-        tasks |= long_tasks(examples, asked.lengths, asked.text, tokenizer, most, asked.seed)
-    return tasks
-
-
-def _requests(asked: EvalConfig, base: Variant, tasks: Mapping[str, Any]) -> tuple[Any, tuple[Request, ...]]:
-    """lm-eval's side of the model, and all that it is asked."""
-    from eval.harness.lm import EngineLM, prefix_token_of, recorder
-    from eval.harness.tasks import answered
-    from longctx.hf.config import tokenizer_of
-
-    if asked.max_length and asked.max_length > base.target.shape.max_positions:
-        raise ValueError(
-            f"eval.max_length={asked.max_length:,}: the model's context is {base.target.shape.max_positions:,}"
-        )
-    requests: list[Request] = []
-    tokenizer = tokenizer_of(base.target.folder)
-    prefix = prefix_token_of(tokenizer, asked.prefix_token)
-    lm = EngineLM(tokenizer, asked.max_length or base.target.shape.max_positions, prefix, recorder(requests))
-    answered(tasks, lm)
-    if lm.cut:
-        say(f"{lm.cut:,} texts are longer than {lm.max_length:,} tokens (eval.max_length): they lose their beginning")
-    return lm, tuple(dict.fromkeys(requests))
 
 
 def _refuse_too_short(variant: Variant, requests: Sequence[Request]) -> None:
-    """ValueError unless every request fits the context of ``variant``."""
-    longest = max(len(one.tokens) - 1 if isinstance(one, Score) else len(one.tokens) + one.most for one in requests)
+    """Raise ValueError unless every request fits the context of ``variant``."""
+    longest = max(
+        len(one.tokens) - 1 if isinstance(one, Score) else len(one.tokens) + one.max_new_tokens for one in requests
+    )
     context = variant.target.shape.max_positions
     if longest > context:
         raise ValueError(
@@ -228,20 +256,21 @@ def _refuse_too_short(variant: Variant, requests: Sequence[Request]) -> None:
 
 
 def _refuse_other_order(base: Variant, variant: Variant, config: DictConfig) -> None:
-    """ValueError if blocks of ``variant`` are to drop in an order that would be measured on another model."""
+    """Raise ValueError if ``variant`` lacks an order of blocks and is not the model on which it is measured."""
     if lacks_order(config) and variant.target.folder != base.target.folder:
         raise ValueError(
-            f"variant {variant.name}: the order in which blocks drop is measured on the baseline, and this is another "
-            "model: give it spd.sensitivity, of recipes.spd_sensitivity"
+            f"variant {variant.name}: the order in which blocks drop is measured on the baseline, which is another "
+            "model: give this variant spd.sensitivity, a file of recipes.spd_sensitivity"
         )
 
 
 def _refuse_other_world(variants: Sequence[Variant]) -> None:
-    """ValueError if a launcher has started ranks, and a variant wants another number of them."""
-    here = rank_from_environment(os.environ)
-    for variant in variants:
-        if here and here.world_size != variant.target.mesh.ranks:
+    """Raise ValueError if a launcher started the ranks, and a variant has another number of them."""
+    rank = current_rank()
+    for variant in variants if rank else ():
+        mesh = variant.target.mesh
+        if rank and rank.world_size != mesh.ranks:
             raise ValueError(
-                f"the launcher started {here.world_size} ranks, variant {variant.name} has {variant.target.mesh.ranks} "
-                f"({variant.target.mesh}): leave the launcher out, or give all variants as many"
+                f"the launcher started {rank.world_size} ranks, variant {variant.name} has {mesh.ranks} ({mesh}): "
+                f"start without a launcher, or give all variants {rank.world_size} ranks"
             )

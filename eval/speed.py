@@ -1,7 +1,9 @@
-"""Examples a second, beside lm-eval's own model on the same tasks, weights and threads.
+"""Measure examples per second beside lm-eval's own model, on the same tasks, weights and threads.
 
 python -m eval.speed eval.tasks=[arc_easy,hellaswag] eval.limit=50 out=outputs/speed
 """
+
+from __future__ import annotations
 
 import statistics
 import tempfile
@@ -9,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 from pydantic import PositiveInt
@@ -17,10 +19,10 @@ from rich.table import Table
 
 from eval import run
 from eval.answers import responses
-from eval.answers.requests import key
+from eval.answers.requests import Answer, Request, key
 from eval.answers.worker import EvalWork, run_rank
-from eval.harness.lm import recorder
-from eval.harness.tasks import answered
+from eval.harness.lm import make_recorder
+from eval.harness.tasks import answer_tasks
 from eval.job import EvalJob
 from longctx.parallel.launch import Rank, run_ranks
 from recipes.common.cli import console, main, threads_for, warm_up_ranks, write_result
@@ -28,20 +30,23 @@ from recipes.common.manifest import record
 from recipes.common.provenance import provenance
 from recipes.common.settings import section
 
+if TYPE_CHECKING:
+    from eval.harness.tasks import Task
+
 OURS = "ours"
 
 
 @dataclass(frozen=True)
 class SpeedSettings:
-    """Rounds, in each of which ours and lm-eval's at each of ``batches`` take turns; the median is told."""
+    """Section ``speed``: in each round, ours and lm-eval's model at each of ``batches`` take turns."""
 
-    rounds: PositiveInt
-    batches: tuple[PositiveInt, ...]
+    rounds: PositiveInt = 3
+    batches: tuple[PositiveInt, ...] = (1, 8)
 
 
 @dataclass(frozen=True)
-class SpeedRequests:
-    """What lm-eval's model in ``folder`` is asked: pairs of (context, continuation)."""
+class HFWork:
+    """The input of lm-eval's model in ``folder``: ``pairs`` of context and continuation, ``batch`` at a time."""
 
     folder: Path
     pairs: tuple[tuple[str, str], ...]
@@ -50,96 +55,125 @@ class SpeedRequests:
     threads: int | None
 
 
-def theirs(rank: Rank, asked: SpeedRequests) -> tuple[float, list[float]]:
-    """Seconds, without loading and without tokenizing, and log-probabilities (nats) of lm-eval's ``hf`` model."""
+@dataclass(frozen=True)
+class HFTiming:
+    """Seconds without loading and tokenizing, and the log-probability of each pair (nats)."""
+
+    seconds: float
+    log_probs: list[float]
+
+
+@dataclass(frozen=True)
+class EngineTiming:
+    """Seconds without loading, and the answers by the key of their request."""
+
+    seconds: float
+    answers: Mapping[str, Answer]
+
+
+@dataclass(frozen=True)
+class TaskSpeed:
+    """Seconds of every round, by model; ``largest_difference`` is between log-probabilities (nats)."""
+
+    examples: int
+    seconds: Mapping[str, Sequence[float]]
+    largest_difference: float
+
+
+def time_hf(rank: Rank, work: HFWork) -> HFTiming:
+    """Time lm-eval's ``hf`` model on one rank."""
     import torch
     from lm_eval.models.huggingface import HFLM
 
-    torch.set_num_threads(threads_for(asked.threads, rank))
-    lm = HFLM(
-        str(asked.folder), device="cpu", dtype="float32", batch_size=asked.batch, prefix_token_id=asked.prefix_token
-    )
-    without = [asked.prefix_token]  # what lm-eval puts before a text that has no context
-    encoded = [((a, b), *(lm._encode_pair(a, b) if a else (without, lm.tok_encode(b)))) for a, b in asked.pairs]
-    began = time.perf_counter()
+    torch.set_num_threads(threads_for(work.threads, rank))
+    lm = HFLM(str(work.folder), device="cpu", dtype="float32", batch_size=work.batch, prefix_token_id=work.prefix_token)
+    no_context = [work.prefix_token]
+    encoded = [((a, b), *(lm._encode_pair(a, b) if a else (no_context, lm.tok_encode(b)))) for a, b in work.pairs]
+    begin = time.perf_counter()
     answers = lm._loglikelihood_tokens(encoded, disable_tqdm=True)
-    return time.perf_counter() - began, [likely for likely, _ in answers]
+    return HFTiming(time.perf_counter() - begin, [log_prob for log_prob, _ in answers])
 
 
-def ours(rank: Rank, work: EvalWork) -> tuple[float, dict[str, Any]]:
-    """The same of ours; answers by the key of their request."""
+def time_engine(rank: Rank, work: EvalWork) -> EngineTiming:
+    """Time our model on one rank.  Raises InterruptedError if it was asked to stop before the end."""
     if run_rank(rank, work):
-        raise InterruptedError("asked to stop: what was timed is not the whole")
-    kept = responses.read(work.file)
-    return kept.seconds, kept.answers
+        raise InterruptedError("asked to stop before all requests were timed")
+    stored = responses.read(work.file)
+    return EngineTiming(stored.seconds, stored.answers)
 
 
-def measured(job: EvalJob, task: Any, speed: SpeedSettings) -> dict[str, Any]:
-    """Seconds of every round, by contestant; the largest difference of a log-probability; examples of ``task``."""
-    requests: list[Any] = []
-    job.lm.answer = recorder(requests)
-    answered({"": task}, job.lm)
-    pairs = tuple(tuple(instance.args) for instance in task.instances)
+def measure_task(job: EvalJob, task: Task, speed: SpeedSettings) -> TaskSpeed:
+    """Time all models on ``task``, in turns, and compare their log-probabilities."""
+    # 1. The same requests for both: ours in tokens, lm-eval's as text.
+    requests: list[Request] = []
+    job.lm.answer = make_recorder(requests)
+    answer_tasks({"": task}, job.lm)
     base = job.variants[0]
-    asked = SpeedRequests(base.target.folder, pairs, job.lm.eot_token_id, 1, base.target.run.threads)
-    work = EvalWork(
-        OURS,
-        base,
-        tuple(dict.fromkeys(requests)),
-        Path(),
-        job.eval.max_batch_tokens,
-    )
+    pairs = tuple(tuple(instance.args) for instance in task.instances)
+    hf_work = HFWork(base.target.folder, pairs, job.lm.eot_token_id, 1, base.target.run.threads)
+    work = EvalWork(OURS, base, tuple(dict.fromkeys(requests)), Path(), job.eval.max_batch_tokens)
+    # 2. Rounds.
     seconds: dict[str, list[float]] = {}
-    off = 0.0
+    difference = 0.0
     for _ in range(speed.rounds):
         with tempfile.TemporaryDirectory() as folder:
-            took, answers = run_ranks(1, ours, replace(work, file=Path(folder, "answers.jsonl")))[0]
-        seconds.setdefault(OURS, []).append(took)
+            engine = run_ranks(1, time_engine, replace(work, file=Path(folder, "answers.jsonl")))[0]
+        seconds.setdefault(OURS, []).append(engine.seconds)
         for batch in speed.batches:
-            took, likely = run_ranks(1, theirs, replace(asked, batch=batch))[0]
-            seconds.setdefault(f"hf, batch {batch}", []).append(took)
-            off = max(off, *(abs(answers[key(r)][0] - x) for r, x in zip(requests, likely, strict=True)))
-    return {"examples": len({i.doc_id for i in task.instances}), "seconds": seconds, "largest_difference": off}
+            hf = run_ranks(1, time_hf, replace(hf_work, batch=batch))[0]
+            seconds.setdefault(f"hf, batch {batch}", []).append(hf.seconds)
+            difference = max(difference, _largest_difference(requests, engine, hf))
+    return TaskSpeed(len({instance.doc_id for instance in task.instances}), seconds, difference)
+
+
+def _largest_difference(requests: Sequence[Request], engine: EngineTiming, hf: HFTiming) -> float:
+    """Return the largest difference of log-probabilities (nats) over the requests."""
+    differences = []
+    for request, log_prob in zip(requests, hf.log_probs, strict=True):
+        answer = engine.answers[key(request)]
+        assert not isinstance(answer, str), "a score"
+        differences.append(abs(answer[0] - log_prob))
+    return max(differences)
 
 
 def refuse_unlike(job: EvalJob) -> None:
-    """ValueError for what lm-eval's model is not given here."""
-    base = job.variants[0]
-    if len(job.variants) > 1 or base.target.mesh.ranks > 1 or base.target.plan:
-        raise ValueError("eval.speed compares one rank as it is: leave mesh, spd and variants out")
-    if base.target.model.dtype != "float32" or base.target.run.device != "cpu" or job.eval.max_length:
+    """Raise ValueError for settings that lm-eval's model does not get, and for tasks of generated text."""
+    target = job.variants[0].target
+    if len(job.variants) > 1 or target.mesh.ranks > 1 or target.plan:
+        raise ValueError(
+            "eval.speed compares one rank without dropped reductions: leave mesh, spd and variants at their defaults"
+        )
+    if target.model.dtype != "float32" or target.run.device != "cpu" or job.eval.max_length:
         raise ValueError("eval.speed compares in model.dtype=float32, run.device=cpu, eval.max_length=null: use these")
-    for name, of in job.tasks.items():
-        if any(instance.request_type != "loglikelihood" for instance in of.instances):
+    for name, task in job.tasks.items():
+        if any(instance.request_type != "loglikelihood" for instance in task.instances):
             raise ValueError(f"eval.speed compares scores of answers: leave {name} out of eval.tasks")
 
 
-def show(found: Mapping[str, Mapping[str, Any]]) -> None:
-    """Examples a second, and how many times as many are ours."""
-    table = Table("task", "examples", *(f"{name}, a second" for name in _names(found)), "times", box=None)
-    for task, told in found.items():
-        each = [told["examples"] / statistics.median(of) for of in told["seconds"].values()]
-        times = " ".join(f"{each[0] / other:.2f}" for other in each[1:])
-        table.add_row(task, str(told["examples"]), *(f"{rate:.2f}" for rate in each), times)
+def show(speeds: Mapping[str, TaskSpeed]) -> None:
+    """Print examples per second by median, and the ratio of ours to each other model."""
+    names = list(next(iter(speeds.values())).seconds)
+    table = Table("task", "examples", *(f"{name}, per second" for name in names), "ratio", box=None)
+    for task, speed in speeds.items():
+        rates = [speed.examples / statistics.median(seconds) for seconds in speed.seconds.values()]
+        ratios = " ".join(f"{rates[0] / rate:.2f}" for rate in rates[1:])
+        table.add_row(task, str(speed.examples), *(f"{rate:.2f}" for rate in rates), ratios)
     console.print(table)
 
 
-def _names(found: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
-    return list(next(iter(found.values()))["seconds"])
-
-
 def task(config: DictConfig) -> None:
-    """Refuse what cannot be compared; measure task by task; write and show."""
+    """Check the configuration, measure task by task, then write and show the figures."""
     warm_up_ranks((*run.WARM, "lm_eval.models.huggingface"))
-    speed, job = section(config, "speed", SpeedSettings), run.prepare(config)
+    settings, job = section(config, "speed", SpeedSettings), run.prepare(config)
     refuse_unlike(job)
     record(config, [job.variants[0].target.folder])
-    found = {}
-    for name, of in job.tasks.items():
-        console.print(f"{name}: {speed.rounds} rounds")
-        found[name] = measured(job, of, speed)
-        write_result(str(job.out / "speed.json"), {"tasks": found, **provenance()})
-    show(found)
+    speeds: dict[str, TaskSpeed] = {}
+    for name, one in job.tasks.items():
+        console.print(f"{name}: {settings.rounds} rounds")
+        speeds[name] = measure_task(job, one, settings)
+        figures = {task_name: vars(speed) for task_name, speed in speeds.items()}
+        write_result(str(job.out / "speed.json"), {"tasks": figures, **provenance()})
+    show(speeds)
 
 
 if __name__ == "__main__":

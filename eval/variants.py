@@ -1,4 +1,4 @@
-"""The models that are compared: the baseline, and what each variant changes of it."""
+"""The models to compare: the baseline, and variants with some of its settings changed."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,15 +12,22 @@ from longctx.hf.config import tokenizer_of
 from longctx.spd.plan import saved_plan
 from recipes.common.cli import say
 from recipes.common.renamed import rename_item
+from recipes.common.settings import as_dict
 from recipes.common.target import Target, resolve_target
 
 BASELINE = "baseline"
 _SECTIONS = ("model", "mesh", "context", "spd")
+# A digest is the name of a file of answers.  Values that have been renamed since are hashed by their first name.
+_FIRST_NAMES = {"gather_merge": "one_exchange"}
+Values = Mapping[str, Any]  # a composed configuration, or a part of one, as plain values
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A named target to compare; the first of all is the baseline.  ``repaired``: its blocks learned to drop."""
+    """A named target to compare; the first of all is the baseline.
+
+    ``repaired``: the model's folder was adapted to the reductions that it drops.
+    """
 
     name: str
     target: Target
@@ -33,51 +40,61 @@ class Variant:
 
     @property
     def digest(self) -> str:
-        """Digest of all that the variant's answers depend on."""
+        """Digest of everything that the variant's answers depend on; the file of its answers is called so.
+
+        The same settings must give the same digest in every release: with another one, stored answers are not found
+        and all are computed again.  Model, mesh, context, plan, end tokens and tokenizer files are hashed.
+        """
         target = self.target
-        inputs: list[Any] = [target.fingerprint, target.model.dtype, target.model.layers, target.run.device]
-        inputs += [str(target.mesh), vars(target.context), target.plan]
-        # A generated text depends on what ends it, and on how tokens are read.
+        context = vars(target.context) | {"decode": _FIRST_NAMES.get(target.context.decode, target.context.decode)}
+        inputs: list[object] = [target.fingerprint, target.model.dtype, target.model.layers, target.run.device]
+        inputs += [str(target.mesh), context, target.plan]
+        # A generated text depends on the tokens that end it, and on how text is tokenized.
         inputs += [target.shape.end_tokens, *(file.read_bytes() for file in sorted(target.folder.glob("tokenizer*")))]
         return hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
 
 
-def composed(config: DictConfig) -> list[tuple[str, DictConfig]]:
-    """The configuration of the baseline, and of each of ``variants``: the same with some settings changed.
+def compose_variants(config: DictConfig) -> list[tuple[str, DictConfig]]:
+    """Return name and whole configuration of the baseline and of each item of ``variants``.
 
-    With ``adapted`` each variant that drops blocks comes once more, as the model in that folder.
-    Raises ValueError for a change of what is no setting of a model, and for a name that comes twice.
+    Example: ``variants=[{name: ring, mesh: {ring: 2}}]`` gives the baseline, and the same with mesh.ring=2.
+    With ``adapted``, each variant that sets ``spd`` comes once more, as "NAME repaired": the model in that folder.
+    Raises ValueError for an item without a name, a setting that is not the model's, and a name that is used twice.
     """
-    base: Any = OmegaConf.to_container(config, resolve=True)
-    out = [(BASELINE, OmegaConf.create(base))]
-    for given in base["variants"]:
-        change = rename_item("variants", given, say)
-        out.append((_name(change), _changed(base, change)))
+    base = as_dict(config)
+    variants = [(BASELINE, OmegaConf.create(base))]
+    for item in base["variants"]:
+        change = rename_item("variants", item, say)
+        name = _name(change)
+        variants.append((name, _apply(base, change)))
         if base["adapted"] and change.get("spd"):
-            as_saved = {name: value for name, value in change["spd"].items() if name != "sensitivity"}
-            repaired = {**change, "model": base["adapted"], "spd": {"sensitivity": None, **as_saved}}
-            out.append((f"{_name(change)} repaired", _changed(base, repaired)))
-    names = [name for name, _ in out]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"variants: {twice[0]} is there twice: give every variant a name of its own")
-    return out
+            # The adapted folder has an order of blocks; the variant's file belongs to the model without repair.
+            spd = {key: value for key, value in change["spd"].items() if key != "sensitivity"}
+            repaired = {**change, "model": base["adapted"], "spd": {"sensitivity": None, **spd}}
+            variants.append((f"{name} repaired", _apply(base, repaired)))
+    names = [name for name, _ in variants]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"variants: the name {repeated[0]} is used twice: give each variant another name")
+    return variants
 
 
-def _name(change: Mapping[str, Any]) -> str:
+def _name(change: Values) -> str:
     if not isinstance(change.get("name"), str):
-        raise ValueError(f"variants: {dict(change)} has no name")
+        raise ValueError(f"variants: {dict(change)} has no name: add one, such as name: ring")
     return str(change["name"])
 
 
-def _changed(base: Mapping[str, Any], change: Mapping[str, Any]) -> DictConfig:
+def _apply(base: Values, change: Values) -> DictConfig:
+    """Return the configuration ``base`` with the sections of ``change`` merged into it."""
     changes = {name: value for name, value in change.items() if name != "name"}
     if unknown := set(changes) - set(_SECTIONS):
         raise ValueError(f"variants: {change['name']}: {min(unknown)} is not one of {', '.join(_SECTIONS)}")
     if isinstance(changes.get("model"), str):
+        # Another folder: nothing of the baseline's source, nor of its changed context, applies to it.
         folder = Path(changes["model"]).expanduser()
-        its_own = ("max_positions", "rope_theta", "rope_factor")
-        nothing = dict.fromkeys(("wheel", "gguf", "sha256", "config", "tokenizer", *its_own))
-        changes["model"] = {**nothing, "name": folder.name, "source": changes["model"]}
+        context = ("max_positions", "rope_theta", "rope_factor")
+        cleared = dict.fromkeys(("wheel", "gguf", "sha256", "config", "tokenizer", *context))
+        changes["model"] = {**cleared, "name": folder.name, "source": changes["model"]}
     merged = {name: {**base[name], **changes.get(name, {})} for name in _SECTIONS}
     merged["model"] = {name: value for name, value in merged["model"].items() if value is not None}
     return OmegaConf.create({**base, **merged})
@@ -94,29 +111,34 @@ def resolve_variant(name: str, config: DictConfig) -> Variant:
     return Variant(name, target, repaired=target.plan is not None and saved_plan(target.folder) is not None)
 
 
-def refuse_other_model(base: Variant, other: Variant) -> None:
-    """ValueError unless ``other`` reads the same tokens and was made from ``base``'s model, or is of its shape."""
-    saved = saved_plan(other.target.folder)
-    if saved and saved.source not in (base.target.fingerprint, getattr(saved_plan(base.target.folder), "source", None)):
+def refuse_other_model(baseline: Variant, variant: Variant) -> None:
+    """Raise ValueError unless ``variant`` has the baseline's shape and tokenizer.
+
+    An adapted folder must have been made from the baseline's model, and be repaired for all blocks that it drops.
+    """
+    base, other, name = baseline.target, variant.target, variant.name
+    # 1. Adapted folders.
+    saved, saved_base = saved_plan(other.folder), saved_plan(base.folder)
+    if saved and saved.source not in (base.fingerprint, saved_base.source if saved_base else None):
         raise ValueError(
-            f"variant {other.name}: {other.target.folder} was made from another model than {base.target.model.name}: "
-            "give the baseline the one that it was made from"
+            f"variant {name}: {other.folder} was made from another model than {base.model.name}: "
+            "use the model that it was made from as the baseline"
         )
-    if saved and other.target.plan and (bare := set(other.target.plan.dropped) - set(saved.adapted)):
+    if saved and other.plan and (unrepaired := set(other.plan.dropped) - set(saved.adapted)):
         raise ValueError(
-            f"variant {other.name}: block {min(bare)} of {other.target.folder} has not been repaired: drop fewer, or "
-            "adapt it with a larger spd.budget"
+            f"variant {name}: block {min(unrepaired)} of {other.folder} has not been repaired: use a smaller "
+            "spd.budget, or adapt it with a larger one"
         )
-    alike = ("layers", "hidden", "heads", "kv_heads", "head_dim", "vocab_size")
-    for name in alike:
-        ours, theirs = getattr(base.target.shape, name), getattr(other.target.shape, name)
-        if ours != theirs:
+    # 2. Shape.
+    for dimension in ("layers", "hidden", "heads", "kv_heads", "head_dim", "vocab_size"):
+        expected, value = getattr(base.shape, dimension), getattr(other.shape, dimension)
+        if value != expected:
             raise ValueError(
-                f"variant {other.name}: {other.target.folder} has {theirs} for {name}, the baseline {ours}: "
+                f"variant {name}: {other.folder} has {value} for {dimension}, the baseline {expected}: "
                 "compare variants of one model"
             )
-    if (
-        other.target.folder != base.target.folder
-        and tokenizer_of(base.target.folder).get_vocab() != tokenizer_of(other.target.folder).get_vocab()
-    ):
-        raise ValueError(f"variant {other.name}: {other.target.folder} has another tokenizer than the baseline")
+    # 3. Tokenizer: variants answer the baseline's requests, which are token ids.
+    if other.folder != base.folder and tokenizer_of(base.folder).get_vocab() != tokenizer_of(other.folder).get_vocab():
+        raise ValueError(
+            f"variant {name}: {other.folder} has another tokenizer than the baseline: compare variants of one model"
+        )

@@ -1,3 +1,3 @@
 """Long-context transformers on megatron-core: exact context parallelism that runs anywhere."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

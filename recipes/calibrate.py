@@ -1,4 +1,4 @@
-"""Measure this machine's kernel and links, in under a minute: the hardware file of ``context.strategy=auto``.
+"""Measure this machine's attention kernel and links in under a minute, for ``context.strategy=auto``.
 
 python -m recipes.calibrate out=laptop.yaml
 """
@@ -45,7 +45,7 @@ def measure_ring(runtime: Runtime, target: Target) -> Hardware:
 
 
 def run_rank(rank: Rank, target: Target) -> Hardware:
-    """Measure this rank's part: ring, kernel, and matrix products."""
+    """Measure links, kernel and matrix products on one rank; the first rank's result counts."""
     from longctx.parallel.measure.probe import gemm_flops
 
     with target.runtime(rank) as runtime:
@@ -53,17 +53,17 @@ def run_rank(rank: Rank, target: Target) -> Hardware:
         return replace(measure_ring(runtime, target), peak_flops=peak)
 
 
-def show(on: Hardware) -> None:
-    """Print the constants in common units."""
+def show(constants: Hardware) -> None:
+    """Print the constants of a hardware file in common units."""
     table = Table(show_header=False, box=None)
-    table.add_row("attention, wide blocks", f"{on.flops / 1e9:,.1f} GFLOP/s a rank")
-    table.add_row("keys and values, few rows", f"{on.kv_bytes_per_s / 1e9:,.2f} GB/s a rank")
-    table.add_row("one more block", f"{on.block_s * 1e6:,.0f} us")
-    if on.peak_flops:
-        table.add_row("products of matrices (MFU's peak)", f"{on.peak_flops / 1e9:,.1f} GFLOP/s a rank")
-    for name, link in (("a hop of the ring", on.hop), ("an all-to-all", on.exchange)):
+    table.add_row("attention, wide blocks", f"{constants.flops / 1e9:,.1f} GFLOP/s a rank")
+    table.add_row("keys and values, few rows", f"{constants.kv_bytes_per_s / 1e9:,.2f} GB/s a rank")
+    table.add_row("launch of one more block", f"{constants.block_s * 1e6:,.0f} us")
+    if constants.peak_flops:
+        table.add_row("matrix products (peak for MFU)", f"{constants.peak_flops / 1e9:,.1f} GFLOP/s a rank")
+    for name, link in (("one hop of the ring", constants.hop), ("one all-to-all", constants.exchange)):
         table.add_row(name, f"{link.latency_s * 1e6:,.0f} us + {link.bytes_per_s / 1e9:,.2f} GB/s")
-    table.add_row("hidden of the shorter", f"{on.overlap:.0%}")
+    table.add_row("overlap of compute and communication", f"{constants.overlap:.0%}")
     console.print(table)
 
 
@@ -76,17 +76,17 @@ def resolve_calibration(config: DictConfig) -> tuple[Target, CalibrateSettings]:
     if mesh.ring < 2:
         raise ValueError(f"mesh.ring={mesh.ring} has no links to measure: use mesh.ring=2 or more")
     kernel_for(settings.kernel, run.device, target.model.dtype)
-    if run.device == "cpu" and (run.threads or 0) > (own := threads_here(None, mesh)):
+    if run.device == "cpu" and (run.threads or 0) > (share := threads_here(None, mesh)):
         raise ValueError(
-            f"run.threads={run.threads}: each rank has {own} of this machine's cores, and more threads would slow "
-            f"the ranks down while they are measured; use run.threads={own}"
+            f"run.threads={run.threads}: each rank has {share} of this machine's cores, and more threads would slow "
+            f"the ranks down while they are measured; use run.threads={share}"
         )
     refuse_unwritable(settings.out)
     return target, settings
 
 
 def task(config: DictConfig) -> None:
-    """Measure, then write and show the constants of the first rank."""
+    """Measure on all ranks, then write and show the constants of the first rank."""
     warm_up_ranks(["longctx.megatron.runtime", "longctx.parallel.measure.probe"])
     target, settings = resolve_calibration(config)
     result = on_ranks(target.mesh, run_rank, target)

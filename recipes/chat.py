@@ -2,13 +2,12 @@
 
     python -m recipes.chat mesh.ring=2 turns=turns.jsonl out=turns.json
 
-Without ``turns`` it asks for them.  Prints each answer and the cost of the turn; ``session.save=DIR`` keeps the
-conversation, ``session.load=DIR`` resumes it, on any mesh.
+Without ``turns`` it reads them from the terminal or from piped input.  Prints each answer and the cost of the turn.
+``session.save=DIR`` saves the conversation; ``session.load=DIR`` resumes it, on any mesh.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from longctx.cost.choice import RULES, choose
 from longctx.cost.hardware import Hardware
 from longctx.data.turns import UserTurn, turn_tokens, turns_from
 from longctx.hf.config import tokenizer_of
-from longctx.parallel.launch import Rank, rank_from_environment
+from longctx.parallel.launch import Rank, current_rank
 from recipes.calibrate import measure_ring
 from recipes.common.cli import console, main, on_ranks, refuse_unwritable, warm_up_ranks, write_result
 from recipes.common.hardware_file import read_hardware, refuse_other_threads
@@ -62,9 +61,10 @@ class SessionPaths:
 
 @dataclass(frozen=True)
 class ChatJob:
-    """The inputs of every rank: plain values, checked before any rank starts.
+    """Inputs of every rank: plain values, checked before any rank starts.
 
-    ``index`` describes the saved session to resume; ``fingerprint`` ties a session to the model and its dropped blocks.
+    ``index`` describes the saved session to resume.  ``turns`` is None if a person types them.  ``fingerprint`` ties a
+    session to the model and its dropped blocks.
     """
 
     target: Target
@@ -92,12 +92,12 @@ def prepare(config: DictConfig) -> ChatJob:
         )
     # Cached keys and values depend on the blocks that dropped their reduction.
     plan = target.plan
-    mark = target.fingerprint + (f", spd {list(plan.dropped)} at tp={plan.tp}" if plan else "")
-    index = read_index(absolute(session.load), mark, f"torch.{target.model.dtype}") if session.load else None
+    session_model = target.fingerprint + (f", spd {list(plan.dropped)} at tp={plan.tp}" if plan else "")
+    index = read_index(absolute(session.load), session_model, f"torch.{target.model.dtype}") if session.load else None
     if session.save:
         refuse_place(absolute(session.save))
     sampling = section(config, "sampling", Sampling)
-    return ChatJob(target, sampling, settings, session, index, read_turns(settings), hardware, mark)
+    return ChatJob(target, sampling, settings, session, index, read_turns(settings), hardware, session_model)
 
 
 def absolute(folder: str) -> Path:
@@ -112,7 +112,7 @@ def read_turns(settings: ChatSettings) -> tuple[UserTurn, ...] | None:
     """
     if settings.turns:
         return turns_from(settings.turns, settings.max_new_tokens)
-    if rank_from_environment(os.environ):
+    if current_rank():
         raise ValueError("under a launcher turns cannot be typed or piped in: give turns=FILE.jsonl")
     if sys.stdin.isatty():
         return None
@@ -123,7 +123,7 @@ def read_turns(settings: ChatSettings) -> tuple[UserTurn, ...] | None:
 
 
 def typed_turns(world: Comm, max_new_tokens: int, device: torch.device) -> Iterator[UserTurn]:
-    """Yield on every rank what is typed at the first one, until an empty line or the end of input."""
+    """Yield on every rank the turns typed at the first rank, until an empty line or the end of input."""
     while True:
         text = b""
         if world.rank == 0:
@@ -131,16 +131,16 @@ def typed_turns(world: Comm, max_new_tokens: int, device: torch.device) -> Itera
             with Path("/dev/tty").open(encoding="utf-8") as terminal:
                 console.print("[bold]you[/] ", end="")
                 text = terminal.readline().strip().encode()
-        mine = torch.tensor(list(text), dtype=torch.uint8, device=device)
+        own_bytes = torch.tensor(list(text), dtype=torch.uint8, device=device)
         size = world.all_gather(torch.tensor([len(text)], device=device), [(1,)] * world.size)[0]
         if not size:
             return
-        typed = world.all_gather(mine, [(int(size),), *[(0,)] * (world.size - 1)])[0]
+        typed = world.all_gather(own_bytes, [(int(size),), *[(0,)] * (world.size - 1)])[0]
         yield UserTurn(bytes(typed.tolist()).decode(), max_new_tokens)
 
 
 def run_rank(rank: Rank, job: ChatJob) -> list[dict[str, Any]]:
-    """Hold the conversation on one rank; return the figures of every turn (the first rank's count)."""
+    """Hold the conversation on one rank and return the figures of every turn; the first rank's count."""
     from longctx.infer.session import Session
     from longctx.infer.store import load, save
 
@@ -172,7 +172,7 @@ def run_rank(rank: Rank, job: ChatJob) -> list[dict[str, Any]]:
 
 
 def make_chooser(runtime: Runtime, engine: Engine, job: ChatJob) -> Chooser:
-    """Return the function that chooses each pass' strategy: the one set, or a rule over measured constants."""
+    """Return a function that chooses the strategy of each pass: a fixed one, or a rule over measured constants."""
     target = job.target
     rule = target.context.strategy
     if rule not in RULES:
@@ -222,7 +222,7 @@ def take_turn(session: Session, turn: UserTurn, tokenizer: Any, *, shown: bool) 
         "why": result.why,
         "ttft_s": result.ttft_s,
         "ttit_s": result.ttit_s,
-        # Lists are of the context ranks; every tensor-parallel rank has as many heads, and sends as much.
+        # Lists are over the context ranks; all tensor-parallel ranks have as many heads and send as many bytes.
         "bytes_sent": (sum(prefill) + sum(decode)) * session.engine.tp.size,
         "prefill_bytes_sent_per_rank": prefill,
         "decode_bytes_sent_per_rank": decode,
@@ -232,7 +232,7 @@ def take_turn(session: Session, turn: UserTurn, tokenizer: Any, *, shown: bool) 
 
 
 class TokenStream:
-    """Prints an answer token by token, holding back bytes until they make whole characters."""
+    """Print an answer token by token; the bytes of an incomplete character wait for the rest."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self._tokens, self._shown = tokenizer, list[int](), 0
@@ -247,7 +247,7 @@ class TokenStream:
 
 
 def show_turn(number: int, figures: Mapping[str, Any]) -> None:
-    """Print the figures of a turn in two lines, or why it was refused."""
+    """Print the figures of a turn in two lines, or the reason why it was refused."""
     if "error" in figures:
         console.print(f"[bold red]turn {number} was refused[/]: {figures['error']}")
         return

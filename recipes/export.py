@@ -26,34 +26,37 @@ class ExportSettings:
 
 
 def checkpoint_of(name: str) -> Path:
-    """Return the checkpoint ``name``, or the last whole one of the run ``name``.  Raises ValueError if none is."""
-    given = Path(name).expanduser().resolve()
-    if (given / PLAN).is_file():
+    """Return the checkpoint ``name``, or the last whole one of the run ``name``.
+
+    Raises ValueError if there is none, and for an adapted model, which transformers cannot run.
+    """
+    folder = Path(name).expanduser().resolve()
+    if (folder / PLAN).is_file():
         raise ValueError(
             f"checkpoint={name} drops reductions between tensor-parallel ranks, so its output depends on the mesh and "
             f"transformers cannot run it: use model={name} here, or export the model it was adapted from"
         )
-    if (given / checkpoint_index.RUN).is_file():
-        if wrong := checkpoint_index.fault_of(given):
+    if (folder / checkpoint_index.RUN).is_file():
+        if wrong := checkpoint_index.fault_of(folder):
             raise ValueError(f"checkpoint={name} is corrupt: {wrong}; give another checkpoint, or the run's folder")
-        return given
-    place, passed = checkpoint_index.latest_whole(given / "checkpoints")
+        return folder
+    place, passed_over = checkpoint_index.latest_whole(folder / "checkpoints")
     if not place:
-        why = f" ({'; '.join(passed)})" if passed else ""
+        why = f" ({'; '.join(passed_over)})" if passed_over else ""
         raise ValueError(f"checkpoint={name} is neither a checkpoint nor a run with one{why}: give the out= of a run")
     return place
 
 
 def run_rank(rank: Rank, checkpoint_folder: Path, scratch: Path, dtype: str, to: Path) -> None:
-    """Load the checkpoint on one rank and write it."""
+    """Load the checkpoint on one rank and write the folder ``to``."""
     from longctx.hf.config import shape_of
     from longctx.megatron.hf_io import export
     from longctx.megatron.model import build_model
-    from longctx.megatron.runtime import runtime
+    from longctx.megatron.runtime import open_runtime
     from longctx.megatron.training import checkpoint
 
     shape = shape_of(scratch)
-    with runtime(rank, Mesh(), training=True) as groups:
+    with open_runtime(rank, Mesh(), training=True) as groups:
         net = build_model(shape, groups.groups, dtype=getattr(torch, dtype), layers="local", device=torch.device("cpu"))
         checkpoint.load_weights(checkpoint_folder, net)
         export.save(net, shape, to, scratch)

@@ -2,8 +2,9 @@
 
     python -m recipes.extend mesh.ring=2 data=text data.sources=[{path:books/}] out=outputs/longer
 
-Starts from Hugging Face or GGUF weights, with the base or the scale of the rotary embedding changed, on packed long
-documents.  The same command again resumes after the last checkpoint; recipes.export writes a folder for transformers.
+Starts from Hugging Face or GGUF weights, changes the base or the scale of the rotary embedding, and trains on packed
+long documents.  The same command again resumes after the last checkpoint.  recipes.export writes the result as a folder
+that transformers loads.
 """
 
 from omegaconf import DictConfig
@@ -22,15 +23,15 @@ def prepare(config: DictConfig) -> TrainJob:
 
 
 def task(config: DictConfig) -> None:
-    """Check the configuration, train on all ranks, and show how the run ended."""
+    """Check the configuration, train on all ranks, and show the last figures."""
     warm_up_ranks([*WARM, "recipes.common.train_loop"])
     job = prepare(config)
     refuse_other_threads(job.settings.hardware, job.target.run.threads, job.target.mesh)
     begin_run(job)
     record(config, [job.weights] if job.weights else [])
-    ended = on_ranks(job.target.mesh, run_rank, job)
-    if ended is not None:
-        show(job, ended)
+    result = on_ranks(job.target.mesh, run_rank, job)
+    if result is not None:
+        show(job, result)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class GenerateJob:
-    """The inputs of every rank: plain values, checked before any rank starts."""
+    """Inputs of every rank: plain values, checked before any rank starts."""
 
     target: Target
     sampling: Sampling
@@ -64,7 +64,7 @@ class GenerateJob:
 
     @property
     def verifies(self) -> bool:
-        """Whether to compare logits with fewer ranks: ``verify`` is set, and there are ranks to leave out.
+        """True if logits are compared with those of fewer ranks: ``verify`` is set and there are ranks to leave out.
 
         With dropped reductions the tensor-parallel ranks stay, since one rank alone computes another function.
         """
@@ -73,13 +73,17 @@ class GenerateJob:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
+        """Number of tokens of all prompts together."""
         return sum(len(prompt.tokens) for prompt in self.prompts)
 
 
 @dataclass(frozen=True)
 class GenerateFigures:
-    """Answers and measurements of a run; lists per rank are in the order of the context ranks."""
+    """Answers and measurements of a run.  Lists per rank are in the order of the context ranks, in bytes.
+
+    ``ttft_s`` is the time to first token, ``ttit_s`` the time from token to token (None: at most one token).
+    ``max_logit_diff`` is the largest difference from fewer ranks (None: not compared).
+    """
 
     token_ids: list[list[int]]
     ttft_s: float
@@ -134,7 +138,7 @@ def read_prompts(
 
 
 def refuse_too_long(name: str, prompt: int, new_tokens: int, max_positions: int, advice: str, text_tokens: int) -> None:
-    """Raise ValueError if ``prompt`` and ``new_tokens`` exceed ``max_positions``; ``advice`` says where to cut.
+    """Raise ValueError if ``prompt`` and ``new_tokens`` exceed ``max_positions``; ``advice`` says how to shorten it.
 
     ``text_tokens`` of the prompt are text that may be cut; the rest is the chat template and the question.
     """
@@ -194,7 +198,7 @@ def run_rank(rank: Rank, job: GenerateJob) -> GenerateFigures:
 def _verify(
     rank: Rank, runtime: Runtime, engine: Engine, job: GenerateJob, turn: Turn, progress: Progress
 ) -> float | None:
-    """Largest logit difference over all prompts against one rank, or its tensor-parallel ranks if blocks drop."""
+    """Return the largest logit difference from one rank, or with dropped reductions from one tensor-parallel group."""
     from longctx.infer.engine import load_alone
     from longctx.infer.generate import logit_difference
 
@@ -208,7 +212,7 @@ def _verify(
 
 
 def describe(job: GenerateJob, figures: GenerateFigures) -> dict[str, Any]:
-    """Return the result as it is written: settings, figures, and the answer; for a batch, all ``answers``."""
+    """Return the result to write: settings, figures, and the answer; for a batch, the list ``answers``."""
     target = job.target
     tokenizer = tokenizer_of(target.folder)
     answers = [
@@ -239,7 +243,7 @@ def describe(job: GenerateJob, figures: GenerateFigures) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the text of each answer, and the figures as a table."""
+    """Print the text of each answer, and a table of the figures."""
     answers = result.get("answers", [result])
     for number, answer in enumerate(answers, 1):
         console.rule("answer" if len(answers) == 1 else f"answer {number}")
@@ -252,7 +256,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def table_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the lines of the figures table: a name and its value in words."""
+    """Return the rows of the figures table: a name and its value in words."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in result["mesh"].items() if n > 1) or "one rank"
     prompts = len(result.get("answers", [result]))
     rate, dropped = result["tokens_per_s"], result["spd_blocks"]
@@ -276,10 +280,10 @@ def _difference_in_words(result: dict[str, Any], mesh: str, prompts: int) -> str
         reference = "tp ranks alone" if result["spd_blocks"] else "one rank"
         return f"{result['max_logit_diff']:.1e} against {reference}, over {_count(prompts, 'the whole prompt')}"
     if result["ranks"] == 1:
-        return "nothing to compare with: this is one rank"
+        return "nothing to compare with: the mesh is one rank"
     if result["spd_blocks"] and mesh == f"tp {result['mesh']['tp']}":
-        return "nothing to compare with: the tensor-parallel ranks are alone"
-    return "not asked for"
+        return "nothing to compare with: the mesh is one tensor-parallel group"
+    return "not compared (verify=false)"
 
 
 def _count(prompts: int, singular: str) -> str:

@@ -30,15 +30,15 @@ def prepare(config: DictConfig) -> TrainJob:
 
 
 def task(config: DictConfig) -> None:
-    """Check the configuration, train on all ranks, and show how the run ended."""
+    """Check the configuration, train on all ranks, and show the last figures."""
     warm_up_ranks([*WARM, "recipes.common.train_loop"])
     job = prepare(config)
     refuse_other_threads(job.settings.hardware, job.target.run.threads, job.target.mesh)
     begin_run(job)
     record(config)
-    ended = on_ranks(job.target.mesh, run_rank, job)
-    if ended is not None:
-        show(job, ended)
+    result = on_ranks(job.target.mesh, run_rank, job)
+    if result is not None:
+        show(job, result)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Run a run again, as its manifest states, and compare the results.
+"""Repeat a run with the command of its manifest, and compare the results.
 
     python -m recipes.reproduce DIR
 
-The new run, and the session that a conversation saves, are written to DIR-again.  Exit code 1 if the final figures
-differ.
+The new run, and the session that a conversation saves, are written to DIR-again.  The exit code is 1 if the final
+figures differ.
 """
 
 import os
@@ -17,7 +17,7 @@ from longctx.parallel.launch import RankFailed
 from recipes.common.cli import GATE_FAILED, console, is_file_name, reporting
 from recipes.common.manifest import folder_of, manifest_of
 from recipes.common.provenance import ROOT
-from recipes.compare import agree, differing, final_figures, is_measured, settings_of, table_of
+from recipes.compare import agree, differing_names, final_figures, is_measured, settings_of, table_of
 
 WITHIN = 1e-6  # relative: another machine sums in a different order
 
@@ -26,15 +26,15 @@ def run_again(run: str) -> str:
     """Run ``run`` again and return the new ``out``.  Raises ValueError if it is not a run, `RankFailed` if it fails."""
     manifest = manifest_of(run)
     folder = folder_of(Path(run).expanduser()).resolve()
-    beside = _free(folder)
+    beside = _unused_folder(folder)
     out = beside / Path(manifest["out"]).name if is_file_name(manifest["out"]) else beside
     words = [word for word in manifest["overrides"] if not word.startswith("out=")]
     # A Slurm job keeps its code in the run's folder; a sweep keeps it in the folder above.
     source = next((at / "code" for at in (folder, folder.parent) if (at / "code" / "recipes").is_dir()), ROOT)
     command = [sys.executable, "-m", manifest["module"], *words, f"out={out}", *_session_beside(run, manifest, beside)]
     environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONSAFEPATH": "1"}
-    where = manifest["folder"] if Path(manifest["folder"]).is_dir() else None
-    code = subprocess.run(command, env=environment, cwd=where, check=False).returncode
+    cwd = manifest["folder"] if Path(manifest["folder"]).is_dir() else None
+    code = subprocess.run(command, env=environment, cwd=cwd, check=False).returncode
     if code not in (0, GATE_FAILED):
         raise RankFailed(0, 1, f"ended with {code}, in {beside}", "")
     return str(out)
@@ -59,7 +59,7 @@ def _session_beside(run: str, manifest: Mapping[str, Any], beside: Path) -> list
     return [f"session.save={beside / 'session'}"]
 
 
-def _free(folder: Path) -> Path:
+def _unused_folder(folder: Path) -> Path:
     number, name = 1, f"{folder.name}-again"
     while (folder.parent / name).exists():
         number += 1
@@ -68,7 +68,7 @@ def _free(folder: Path) -> Path:
 
 
 def reproduce(runs: Sequence[str]) -> None:
-    """Run each of ``runs`` again and compare; exit with code 1 if the results of one differ."""
+    """Run each of ``runs`` again and compare; exit with code 1 if the results of any of them differ."""
     if not runs:
         raise ValueError("give a run: python -m recipes.reproduce DIR")
     same = [_reproduce(run) for run in runs]
@@ -80,15 +80,15 @@ def _reproduce(run: str) -> bool:
     was = final_figures(run)  # raises for a run without figures before it is run again
     new = run_again(run)
     now = final_figures(new)
-    if changed := differing([settings_of(run), settings_of(new)]):
+    if changed := differing_names([settings_of(run), settings_of(new)]):
         console.print(f"changed since: {', '.join(changed)}")
     names = [name for name in {**was, **now} if not is_measured(name)]
-    off = [name for name in names if not agree(was.get(name), now.get(name), WITHIN)]
-    shown = off or [name for name in names if not isinstance(was.get(name), list)]
-    rows = {name: [was.get(name), now.get(name)] for name in shown}
-    console.print(table_of("figures that differ" if off else "the same figures", [run, str(new)], rows))
-    console.print(f"{run}: {len(names) - len(off)} of {len(names)} final figures are the same, to {WITHIN:g}")
-    return not off
+    differ = [name for name in names if not agree(was.get(name), now.get(name), WITHIN)]
+    shown = differ or [name for name in names if not isinstance(was.get(name), list)]
+    table_rows = {name: [was.get(name), now.get(name)] for name in shown}
+    console.print(table_of("figures that differ" if differ else "the same figures", [run, str(new)], table_rows))
+    console.print(f"{run}: {len(names) - len(differ)} of {len(names)} final figures are the same, to {WITHIN:g}")
+    return not differ
 
 
 if __name__ == "__main__":

@@ -1,190 +1,282 @@
-"""Sync-Point-Drop end to end: blocks classified, grouped, fitted and distilled, and a model saved with its plan.
+"""Adapt a model to Sync-Point-Drop: blocks that skip their first reduction over tensor-parallel ranks are repaired.
 
     python -m recipes.spd_adapt mesh.tp=3 spd.budget=0.5 out=outputs/adapted
 
-The result is a folder that generate, chat, pretrain, extend and eval take as model=DIR.  The same command again goes on
-behind the last block, or behind the last saved step that blocks took together.
+1. Measure the sensitivity of every block         `measure_sensitivities`         DIR/sensitivity.json
+2. Rank blocks: spd.budget=0.5 drops the least sensitive half
+3. Repair these block by block                    `Adaptation.repair_blocks`      DIR/blocks/
+4. Distil them jointly                            `Adaptation.distill_jointly`    DIR/joint_0.5/
+5. Save the model and its plan                    `save`                          DIR
+
+`run_rank` takes steps 1 to 4 on every rank, `task` step 5 in the first process.  generate, chat, pretrain, extend and
+eval then take model=DIR.  The same command again resumes after the last file of DIR.  Source: arXiv 2502.20727.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from longctx import checkpoint_index
 from longctx.config import SPD, JointRepair, Repair
-from longctx.parallel.launch import rank_from_environment
+from longctx.parallel.launch import Rank
 from longctx.spd.folder import assemble, read_block
 from longctx.spd.plan import SavedPlan, SPDPlan, order_from, within
-from longctx.spd.sensitivity import kind_of
 from recipes import spd_sensitivity
 from recipes.common.cli import console, is_first, leave_stopped, main, on_every_rank, warm_up_ranks
 from recipes.common.manifest import record
 from recipes.common.settings import section
-from recipes.common.spd_loop import ERRORS, AdaptJob, run_rank
-from recipes.common.spd_text import calibration_of, measurement_metadata, write_lines
+from recipes.common.spd_loop import ERRORS, Adaptation, JointResult, RepairJob, start_block_run
+from recipes.common.spd_text import calibration_of, measurement_metadata
+from recipes.common.target import Target
+from recipes.spd_sensitivity import (
+    Sensitivities,
+    SensitivityJob,
+    changed_keys,
+    measure_sensitivities,
+    write_lines,
+    write_sensitivity,
+)
+
+WARM = (*spd_sensitivity.WARM, "longctx.megatron.spd.repair", "longctx.megatron.spd.joint", "recipes.spd_sensitivity")
 
 
-def prepare(config: DictConfig) -> AdaptJob:
-    """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
-    spd, repair, joint = (
-        section(config, "spd", SPD),
-        section(config, "repair", Repair),
-        section(config, "joint", JointRepair),
-    )
-    if spd.drop not in ("saved", "ranked") or spd.budget is None:
-        raise ValueError("recipes.spd_adapt drops the least sensitive blocks: say how many with spd.budget, e.g. 0.5")
-    job = spd_sensitivity.prepare(config, "recipes.spd_adapt")
-    target = job.target
-    if not within(range(target.shape.layers), spd.budget):
-        raise ValueError(f"spd.budget={spd.budget} of {target.shape.layers} blocks is none: use more")
-    if target.model.dtype != "float32":
-        raise ValueError(f"model.dtype={target.model.dtype}: blocks are distilled in model.dtype=float32")
-    if job.out.resolve() == target.folder.resolve():
-        raise ValueError(f"out={job.out} is the folder of the model itself: give another")
-    if repair.inputs == "student" and target.mesh.dp > 1:
-        raise ValueError(
-            f"mesh.dp={target.mesh.dp}: with repair.inputs=student a block waits for the one before; use 1"
-        )
-    longer = OmegaConf.merge(config, {"data": {"length": repair.length}})
-    assert isinstance(longer, DictConfig)
-    seen = repair.sequences + repair.held_out
-    whole, data = calibration_of(longer, target, seen, more=joint.steps * joint.batch, length="repair.length")
-    text = whole[slice(seen)]
-    measured = _measured(spd, job)
-    about = {**measurement_metadata(target, text, data), **asdict(repair), **vars(job.classes)}
-    about["sensitivity"] = _digest(measured) if spd.sensitivity else "measured here"
-    if repair.inputs == "student":  # which blocks drop before one changes what enters it
-        about["budget"] = spd.budget
-    _refuse_other_run(job.out / "blocks" / "about.json", about)
-    if joint.batch % target.mesh.dp:
-        raise ValueError(f"joint.batch={joint.batch} is shared by mesh.dp={target.mesh.dp}: use a multiple of it")
-    # What is left of the text, then it all from its beginning, but for what is held out.
-    again = islice(cycle([*range(seen, len(whole)), *range(repair.sequences)]), joint.steps * joint.batch)
-    made = AdaptJob(job, measured, repair, joint, spd.budget, text, whole[list(again)], about)
-    _refuse_other_joint(made)
-    return made
-
-
-def _refuse_other_joint(job: AdaptJob) -> None:
-    """ValueError if blocks that learn together in another way are there."""
-    place, _ = checkpoint_index.latest_whole(job.joint_folder)
-    if place is None or not job.joint.steps:
-        return
-    before, now = checkpoint_index.read_metadata(place), json.loads(json.dumps(job.of_joint))
-    if changed := [name for name in now if before.get(name) != now[name]]:
-        raise ValueError(f"{place} has learned with another {', '.join(changed)}: give another out=")
-
-
-def _measured(spd: SPD, job: spd_sensitivity.SensitivityJob) -> dict[str, Any] | None:
-    """The sensitivities that are there: those asked for, or of an earlier start of this run."""
-    file, target = Path(spd.sensitivity).expanduser() if spd.sensitivity else job.file, job.target
-    if not spd.sensitivity and not file.is_file():
-        return None
-    order_from(file, target.shape.layers, target.mesh.tp, target.fingerprint)  # refuses another model's
-    told: dict[str, Any] = json.loads(file.read_text())
-    for block in told["blocks"]:
-        block["class"] = kind_of(block["score"], **vars(job.classes))
-    return told
-
-
-def _digest(measured: Mapping[str, Any] | None) -> str:
-    assert measured, "a file was given"
-    return hashlib.sha256(repr([block["score"] for block in measured["blocks"]]).encode()).hexdigest()[:16]
-
-
-def _refuse_other_run(file: Path, about: dict[str, Any]) -> None:
-    """ValueError if blocks that were repaired in another way are there."""
-    now = json.loads(json.dumps(about))
-    made = file.is_file() and any(file.parent.glob("*.safetensors"))
-    before = json.loads(file.read_text()) if made else now
-    if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
-        raise ValueError(
-            f"{file.parent} has blocks that were made with another {', '.join(changed)}: give another out="
-        )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    here = rank_from_environment(os.environ)
-    if not made and not (here and here.rank):
-        write_lines(file, [now])
-
-
-def finish(job: AdaptJob, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Put the folder together; what became of each block that may drop.
-
-    Its order begins with the repaired blocks, that first which alone changes predictions least.
-    """
-    target, told, alone = job.sensitivity.target, found["measured"], found["alone"]
-    dropped = tuple(sorted(alone, key=lambda block: (alone[block], block)))
-    rows = [
-        {
-            "block": block,
-            "score": told["blocks"][block]["score"],
-            "alone": alone[block],
-            **read_block(job.file_of(block))[1],
-        }
-        for block in dropped
-    ]
-    order = (*dropped, *(block for block in told["order"] if block not in dropped))
-    plan = SPDPlan(target.shape.layers, target.mesh.tp, dropped, job.repair.own_norms)
-    saved = SavedPlan(plan, order, tuple(sorted(dropped)), target.fingerprint)
-    file_of = job.joint_file_of if found["helped"] else job.file_of
-    assemble(target.folder, [file_of(block) for block in sorted(dropped)], saved, job.out)
-    return rows
-
-
-def figures_of(found: dict[str, Any], rows: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
-    """What the run's record has of each block, and of each step that all took together."""
-    figures = spd_sensitivity.figures_of(found["measured"])
-    for row in rows:
-        errors = {f"spd/error_{name}": float(row[name]) for name in ERRORS}
-        figures[row["block"]] |= {**errors, "spd/divergence_alone": row["alone"]}
-    for step, loss in enumerate(found["losses"]):
-        figures.setdefault(step, {})["spd/joint_divergence"] = loss
-    figures[max(figures)] |= {f"spd/divergence_{when}": found[when] for when in ("before", "after")}
-    return figures
-
-
-def show(job: AdaptJob, rows: list[dict[str, Any]], found: Mapping[str, Any]) -> None:
-    """Errors of the blocks, what they have learned together, and what to do with the result."""
-    errors_named = ("error zero-shot", *ERRORS[1:])
-    table = Table("block", "class", "sensitivity", *errors_named, "nats alone", box=None)
-    for row in rows:
-        errors = (f"{float(row[name]):.2e}" for name in ERRORS)
-        table.add_row(str(row["block"]), row["class"], f"{row['score']:+.3f}", *errors, f"{row['alone']:.5f}")
-    console.print(table)
-    off = "all {} dropped, on repair.held_out text: predictions are {:.4f} nats a token off"
-    console.print(off.format(len(rows), min(found["before"], found["after"])))
-    if found["helped"]:
-        console.print(f"before blocks learned together: {found['before']:.4f}")
-    elif found["losses"]:
-        console.print(
-            f"learning together made that {found['after']:.4f}, and is left out: use a smaller joint.lr, or more text"
-        )
-    tp = job.sensitivity.target.mesh.tp
-    console.print(f"to use it: python -m recipes.generate model={job.out} mesh.tp={tp} prompt.text='Once upon a time'")
+def run_rank(rank: Rank, job: AdaptJob) -> AdaptResult | None:
+    """Adapt the model on one rank, steps 1 to 4; None if the run was asked to stop."""
+    with start_block_run(rank, job.target) as run:
+        adaptation = Adaptation(run, job)
+        # 1. Measure the sensitivity of every block, unless a file has it.
+        sensitivities = job.sensitivities or measure_sensitivities(run, job.sensitivity)
+        if sensitivities is None:
+            return None
+        if run.is_first and not job.sensitivities:
+            write_sensitivity(job.sensitivity, sensitivities)
+        # 2. Rank blocks: those of the budget drop, the least sensitive first.
+        blocks = within(sensitivities.order, job.budget)
+        # 3. Repair these block by block.
+        if not adaptation.repair_blocks({block: sensitivities.blocks[block].block_class for block in blocks}):
+            return None
+        # 4. Distil the best of all repaired blocks jointly.
+        joint = adaptation.distill_jointly(adaptation.select_blocks(blocks))
+    return AdaptResult(sensitivities, joint) if joint else None
 
 
 def task(config: DictConfig) -> None:
-    """Refuse what cannot be done; measure and repair; put the result together and show it."""
-    warm_up_ranks(
-        (*spd_sensitivity.WARM, "longctx.megatron.spd.repair", "longctx.megatron.spd.joint", "recipes.common.spd_loop")
-    )
+    """Check the configuration, take steps 1 to 4 on the ranks, then save the model and show the result."""
+    warm_up_ranks(WARM)
     job = prepare(config)
-    record(config, [job.sensitivity.target.folder])
-    found = on_every_rank(job.sensitivity.target.mesh, run_rank, job)
-    if found is None:
+    begin(job)
+    record(config, [job.target.folder])
+    result = on_every_rank(job.target.mesh, run_rank, job)
+    if result is None:
         leave_stopped()
     if is_first():
-        rows = finish(job, found)
-        spd_sensitivity.track(job.sensitivity, figures_of(found, rows), job.out)
-        show(job, rows, found)
+        # 5. Save the model and its plan.
+        dropped = save(job, result)
+        spd_sensitivity.track(job.sensitivity, figures_of(result, dropped), job.out)
+        show(job, result, dropped)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptJob(RepairJob):
+    """The inputs of every rank; ``sensitivities`` is None if they are to be measured, by the job ``sensitivity``."""
+
+    sensitivity: SensitivityJob
+    sensitivities: Sensitivities | None
+
+
+@dataclass(frozen=True)
+class AdaptResult:
+    """Results of steps 1 to 4: ``joint.alone`` has the blocks that drop."""
+
+    sensitivities: Sensitivities
+    joint: JointResult
+
+
+@dataclass(frozen=True)
+class DroppedBlock:
+    """A block that drops its reduction: its class and sensitivity, and how well it was repaired.
+
+    ``errors`` are relative squared errors of the block's output (`ERRORS`).  ``divergence`` (nats per token) is that of
+    predictions on held-out text where this block alone drops.
+    """
+
+    block: int
+    block_class: str
+    score: float
+    errors: dict[str, float]
+    divergence: float
+
+
+def prepare(config: DictConfig) -> AdaptJob:
+    """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
+    # 1. Settings, model and mesh.
+    spd, repair = section(config, "spd", SPD), section(config, "repair", Repair)
+    joint = section(config, "joint", JointRepair)
+    if spd.drop not in ("saved", "ranked") or spd.budget is None:
+        raise ValueError(
+            f"spd={spd.drop} with spd.budget={spd.budget}: recipes.spd_adapt drops a share of the blocks, the least "
+            "sensitive first; use spd=saved with spd.budget=0.5 or another share"
+        )
+    sensitivity = spd_sensitivity.prepare(config, "recipes.spd_adapt")
+    target, out = sensitivity.target, sensitivity.out
+    refuse_unfit_target(target, out, spd.budget, repair, joint)
+    # 2. Text.  Joint distillation reads on where repair stopped, then starts again, without the held-out sequences.
+    repair_config = OmegaConf.merge(config, {"data": {"length": repair.length}})
+    assert isinstance(repair_config, DictConfig)
+    first_joint, joint_count = repair.sequences + repair.held_out, joint.steps * joint.batch
+    text, data = calibration_of(repair_config, target, first_joint, joint_count, "repair.length")
+    joint_rows = islice(cycle([*range(first_joint, len(text)), *range(repair.sequences)]), joint_count)
+    repair_text, joint_text = text[slice(first_joint)], text[list(joint_rows)]
+    # 3. The record that a resumed run must match.
+    sensitivities = read_sensitivities(spd, sensitivity)
+    about = {**measurement_metadata(target, repair_text, data), **asdict(repair), **vars(sensitivity.classes)}
+    about["sensitivity"] = digest(sensitivities) if spd.sensitivity and sensitivities else "measured here"
+    if repair.inputs == "student":  # a block's inputs then depend on which blocks drop before it
+        about["budget"] = spd.budget
+    job = AdaptJob(
+        target=target,
+        out=out,
+        budget=spd.budget,
+        repair=repair,
+        joint=joint,
+        text=repair_text,
+        joint_text=joint_text,
+        about=about,
+        sensitivity=sensitivity,
+        sensitivities=sensitivities,
+    )
+    refuse_other_run(job)
+    return job
+
+
+def refuse_unfit_target(target: Target, out: Path, budget: float, repair: Repair, joint: JointRepair) -> None:
+    """Raise ValueError, with what to set instead, for a model, mesh or folder that cannot be adapted."""
+    layers, dp = target.shape.layers, target.mesh.dp
+    if not within(range(layers), budget):
+        raise ValueError(f"spd.budget={budget} of {layers} blocks drops none: use {0.5 / layers:.2g} or more")
+    if target.model.dtype != "float32":
+        raise ValueError(f"model.dtype={target.model.dtype} is not supported in distillation: use model.dtype=float32")
+    if out.resolve() == target.folder.resolve():
+        raise ValueError(f"out={out} is the folder of the model to adapt: use another out=")
+    if repair.inputs == "student" and dp > 1:
+        raise ValueError(f"mesh.dp={dp}: with repair.inputs=student a block waits for the one before; use mesh.dp=1")
+    if joint.batch % dp:
+        raise ValueError(
+            f"joint.batch={joint.batch} is not a multiple of mesh.dp={dp}: use joint.batch={-(-joint.batch // dp) * dp}"
+        )
+
+
+def read_sensitivities(spd: SPD, job: SensitivityJob) -> Sensitivities | None:
+    """Return the sensitivities in spd.sensitivity, or in the ``out`` of an earlier start of this run; None without.
+
+    Raises ValueError for a file of another model or tensor-parallel degree.
+    """
+    file, target = Path(spd.sensitivity).expanduser() if spd.sensitivity else job.file, job.target
+    if not spd.sensitivity and not file.is_file():
+        return None
+    order_from(file, target.shape.layers, target.mesh.tp, target.fingerprint)
+    return Sensitivities.read(file, job.classes)
+
+
+def digest(sensitivities: Sensitivities) -> str:
+    """Return the SHA-256 of the scores, 16 hexadecimal digits."""
+    return hashlib.sha256(repr([block.score for block in sensitivities.blocks]).encode()).hexdigest()[:16]
+
+
+def refuse_other_run(job: AdaptJob) -> None:
+    """Raise ValueError if ``out`` has blocks, or a state of joint distillation, that were made with other settings."""
+    if has_blocks(job) and job.about_file.is_file():
+        before = json.loads(job.about_file.read_text())
+        if changed := changed_keys(before, job.about):
+            raise ValueError(
+                f"{job.about_file.parent} has blocks made with another {', '.join(changed)}: use another out="
+            )
+    place, _ = checkpoint_index.latest_whole(job.joint_folder)
+    if place and job.joint.steps:
+        # The state's metadata also has the order of blocks, losses and file sizes, which may differ.
+        changed = [
+            key
+            for key in changed_keys(checkpoint_index.read_metadata(place), job.about_joint)
+            if key in job.about_joint
+        ]
+        if changed:
+            raise ValueError(f"{place} was trained with another {', '.join(changed)}: use another out=")
+
+
+def has_blocks(job: AdaptJob) -> bool:
+    """Return True if ``out`` has a repaired block."""
+    return any(job.about_file.parent.glob("*.safetensors"))
+
+
+def begin(job: AdaptJob) -> None:
+    """Make the run's folder, and record what repaired blocks depend on, unless an earlier start has repaired some."""
+    if is_first() and not (job.about_file.is_file() and has_blocks(job)):
+        write_lines(job.about_file, [job.about])
+
+
+def save(job: AdaptJob, result: AdaptResult) -> list[DroppedBlock]:
+    """Write the adapted model to ``out``; return its dropped blocks in the order in which a smaller budget drops them.
+
+    That order begins with the repaired blocks, by their divergence alone; the others follow by sensitivity.
+    """
+    target, joint = job.target, result.joint
+    order = sorted(joint.alone, key=lambda block: (joint.alone[block], block))
+    rest = [block for block in result.sensitivities.order if block not in joint.alone]
+    plan = SPDPlan(target.shape.layers, target.mesh.tp, tuple(order), job.repair.own_norms)
+    saved = SavedPlan(plan, (*order, *rest), plan.dropped, target.fingerprint)
+    file_of = job.joint_block_file if joint.helped else job.block_file
+    assemble(target.folder, [file_of(block) for block in plan.dropped], saved, job.out)
+    return [_dropped_block(job, result, block) for block in order]
+
+
+def _dropped_block(job: AdaptJob, result: AdaptResult, block: int) -> DroppedBlock:
+    metadata = read_block(job.block_file(block))[1]
+    errors = {name: float(metadata[name]) for name in ERRORS}
+    score = result.sensitivities.blocks[block].score
+    return DroppedBlock(block, metadata["class"], score, errors, result.joint.alone[block])
+
+
+def figures_of(result: AdaptResult, dropped: list[DroppedBlock]) -> dict[int, dict[str, float]]:
+    """Return the figures of the run's record, by block and by step of joint distillation."""
+    figures, joint = result.sensitivities.figures(), result.joint
+    for block in dropped:
+        errors = {f"spd/error_{name}": error for name, error in block.errors.items()}
+        figures[block.block] |= {**errors, "spd/divergence_alone": block.divergence}
+    for step, loss in enumerate(joint.losses):
+        figures.setdefault(step, {})["spd/joint_divergence"] = loss
+    figures[max(figures)] |= {"spd/divergence_before": joint.before, "spd/divergence_after": joint.after}
+    return figures
+
+
+def show(job: AdaptJob, result: AdaptResult, dropped: list[DroppedBlock]) -> None:
+    """Print the errors of the dropped blocks, the effect of joint distillation, and a command that uses the model."""
+    table = Table("block", "class", "sensitivity", *(f"error {name}" for name in ERRORS), "nats alone", box=None)
+    for block in dropped:
+        errors = (f"{error:.2e}" for error in block.errors.values())
+        table.add_row(str(block.block), block.block_class, f"{block.score:+.3f}", *errors, f"{block.divergence:.5f}")
+    console.print(table)
+    joint = result.joint
+    console.print(
+        f"divergence on repair.held_out text with all {len(dropped)} blocks dropped: "
+        f"{min(joint.before, joint.after):.4f} nats per token"
+    )
+    if joint.helped:
+        console.print(f"before joint distillation: {joint.before:.4f}")
+    elif joint.losses:
+        console.print(
+            f"joint distillation was discarded, since it gave {joint.after:.4f}: use a smaller joint.lr, or more text"
+        )
+    mesh = job.target.mesh
+    console.print(
+        f"to use it: python -m recipes.generate model={job.out} mesh.tp={mesh.tp} prompt.text='Once upon a time'"
+    )
 
 
 if __name__ == "__main__":

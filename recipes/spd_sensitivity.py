@@ -1,58 +1,69 @@
-"""What each block's first reduction over tensor-parallel ranks is worth: Sync-Point-Drop's sensitivity.
+"""Measure the sensitivity of each block to dropping its first reduction over tensor-parallel ranks (Sync-Point-Drop).
 
     python -m recipes.spd_sensitivity mesh.tp=3 out=outputs/spd
 
-Writes DIR/sensitivity.json, which other recipes take the order of blocks from, and DIR/sensitivity.svg.  The same
-command again goes on where it was interrupted.
+Writes DIR/sensitivity.json, from which other recipes take the order in which blocks drop, and DIR/sensitivity.svg.
+The same command again resumes.  Source: arXiv 2502.20727, Algorithm 1.
 """
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pydantic import NonNegativeFloat, PositiveInt
 from rich.table import Table
 
-from longctx.config import Track
+from longctx.config import BlockClass, Track
 from longctx.parallel.launch import Rank
 from longctx.spd.plan import rank_blocks
 from longctx.spd.sensitivity import kind_of, perplexities, scores, suffix_sums
 from longctx.spd.text import PackedText
-from longctx.train.stop import StopRequest
 from recipes.common.cli import console, is_first, leave_stopped, main, on_every_rank, say, warm_up_ranks, write_result
 from recipes.common.manifest import record
-from recipes.common.plots import bars
-from recipes.common.progress import Progress
+from recipes.common.plots import draw_bars
 from recipes.common.provenance import hardware, provenance
-from recipes.common.settings import section
-from recipes.common.spd_text import (
-    append_line,
-    calibration_of,
-    kept_lines,
-    load_blocks,
-    measurement_metadata,
-    resolve_spd_target,
-    write_lines,
-)
+from recipes.common.settings import as_dict, section, top_level
+from recipes.common.spd_loop import BlockRun, start_block_run
+from recipes.common.spd_text import calibration_of, measurement_metadata, resolve_spd_target
 from recipes.common.target import Target
 
-WARM = ("longctx.infer.engine", "longctx.megatron.spd.blocks", "recipes.common.spd_text")
+if TYPE_CHECKING:
+    from longctx.megatron.spd.blocks import Blocks, Hidden
+
+WARM = ("longctx.infer.engine", "longctx.megatron.spd.blocks", "recipes.common.spd_loop")
+_RENAMED = {"looked_at": "calibration_sequences"}  # keys of saved records: old name -> new name
+
+
+@dataclass(frozen=True)
+class SensitivitySettings:
+    """Settings of configs/spd_sensitivity.yaml outside any section; recipes.spd_adapt has the same."""
+
+    out: str
+    sequences: PositiveInt = 16
+    chunk: PositiveInt = 4
 
 
 @dataclass(frozen=True)
 class SensitivityThresholds:
-    """Where a block begins to be sensitive, and extremely so, in perplexity."""
+    """Highest scores, in perplexity, of an in-sensitive block (``tau1``) and of a sensitive one (``tau2``)."""
 
-    tau1: NonNegativeFloat
-    tau2: NonNegativeFloat
+    tau1: NonNegativeFloat = 0.05
+    tau2: NonNegativeFloat = 10.0
 
 
 @dataclass(frozen=True)
 class SensitivityJob:
-    """What every rank needs to know; ``done`` are sums that an interrupted run has left."""
+    """The inputs of every rank: plain values, checked before any rank starts.
+
+    ``done`` are the sums of losses that an interrupted run left, one list per chunk of ``chunk`` sequences.  ``about``
+    records what the sums depend on, ``origin`` the command and the machine.
+    """
 
     target: Target
     text: PackedText
@@ -69,161 +80,219 @@ class SensitivityJob:
     def file(self) -> Path:
         return self.out / "sensitivity.json"
 
+    @property
+    def chunks(self) -> int:
+        """Number of chunks of the text."""
+        return -(-len(self.text) // self.chunk)
+
+
+@dataclass(frozen=True)
+class BlockSensitivity:
+    """Perplexity with a block and all later ones dropped, and ``score``, the part that dropping this block adds."""
+
+    score: float
+    block_class: BlockClass
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """Sensitivities of all ``blocks``, by block number; ``perplexity`` is that of the model with nothing dropped.
+
+    ``order`` lists all blocks, the least sensitive first.
+    """
+
+    perplexity: float
+    order: tuple[int, ...]
+    blocks: tuple[BlockSensitivity, ...]
+
+    @staticmethod
+    def read(file: Path, thresholds: SensitivityThresholds) -> Sensitivities:
+        """Read a sensitivity.json that `order_from` accepts; ``thresholds`` of this run classify its blocks."""
+        values = json.loads(file.read_text())
+        blocks = (
+            BlockSensitivity(block["score"], kind_of(block["score"], **vars(thresholds)), block["perplexity"])
+            for block in values["blocks"]
+        )
+        return Sensitivities(values["perplexity"], tuple(values["order"]), tuple(blocks))
+
+    def figures(self) -> dict[int, dict[str, float]]:
+        """Return the figures of each block for the run's record."""
+        return {
+            number: {"spd/sensitivity": block.score, "spd/perplexity_from_here": block.perplexity}
+            for number, block in enumerate(self.blocks)
+        }
+
 
 def prepare(config: DictConfig, recipe: str = "recipes.spd_sensitivity") -> SensitivityJob:
-    """The job that ``config`` asks for.  Raises ValueError, with what to do instead, if it cannot be done."""
-    for name in ("sequences", "chunk"):
-        if not isinstance(config[name], int) or config[name] < 1:
-            raise ValueError(f"{name}={config[name]}: use 1 or more")
-    target = resolve_spd_target(config, recipe)
-    text, data = calibration_of(config, target, config.sequences)
-    about, out = {**measurement_metadata(target, text, data), "chunk": config.chunk}, Path(config.out)
-    values: Any = OmegaConf.to_container(config, resolve=True)
+    """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
+    settings = top_level(config, SensitivitySettings)
+    target, out = resolve_spd_target(config, recipe), Path(settings.out)
+    text, data = calibration_of(config, target, settings.sequences)
+    about = {**measurement_metadata(target, text, data), "chunk": settings.chunk}
     return SensitivityJob(
         target=target,
         text=text,
-        chunk=config.chunk,
+        chunk=settings.chunk,
         about=about,
         out=out,
-        done=kept_lines(out / "sums.jsonl", about),
+        done=read_lines(out / "sums.jsonl", about),
         classes=section(config, "classes", SensitivityThresholds),
         track=section(config, "track", Track).of("spd"),
-        config={**provenance(), "machine": hardware(), **values},
-        origin=provenance(),  # a rank has another command line
+        config={**provenance(), "machine": hardware(), **as_dict(config)},
+        origin=provenance(),  # taken here because a rank's process has another command line
     )
 
 
-def run_rank(rank: Rank, job: SensitivityJob) -> dict[str, Any] | None:
-    """One rank's part; what goes into sensitivity.json, None if it was asked to stop before that is known."""
-    stop = StopRequest()
-    with load_blocks(rank, job.target) as (here, blocks), Progress(shown=rank.rank == 0) as progress:
-        found = measured(here, blocks, job, progress, stop)
-    stop.over()
-    return found
+def run_rank(rank: Rank, job: SensitivityJob) -> Sensitivities | None:
+    """Measure on one rank; None if the run was asked to stop."""
+    with start_block_run(rank, job.target) as run:
+        return measure_sensitivities(run, job)
 
 
-def measured(
-    here: Any, blocks: Any, job: SensitivityJob, progress: Progress, stop: StopRequest
-) -> dict[str, Any] | None:
-    """The same.  Every rank calls this."""
-    progress.start("sensitivity, chunks of text", -(-len(job.text) // job.chunk), done=len(job.done))
-    sums = swept(here, blocks, job, progress, stop)
-    return None if stop.agreed_on else summed_up(job, sums)
+def measure_sensitivities(run: BlockRun, job: SensitivityJob) -> Sensitivities | None:
+    """Return the sensitivities of all blocks on the text; None if the run was asked to stop.  Every rank calls this."""
+    run.progress.start("sensitivity, chunks of text", job.chunks, done=len(job.done))
+    sums = sum_chunks(run, job)
+    if run.stop.agreed_on:
+        return None
+    of_suffix = perplexities([sum(column) for column in zip(*sums, strict=True)], int(job.text.mask.sum()))
+    block_scores = scores(of_suffix)
+    blocks = (
+        BlockSensitivity(score, kind_of(score, **vars(job.classes)), perplexity)
+        for score, perplexity in zip(block_scores, of_suffix, strict=False)
+    )
+    return Sensitivities(of_suffix[-1], rank_blocks(block_scores), tuple(blocks))
 
 
-def swept(here: Any, blocks: Any, job: SensitivityJob, progress: Progress, stop: StopRequest) -> list[list[float]]:
-    """`sums_of` each chunk of the text, those that are done first; the others are added to the file as they come.
+def sum_chunks(run: BlockRun, job: SensitivityJob) -> list[list[float]]:
+    """Return `sum_losses` of each chunk of the text, and append those not done yet to DIR/sums.jsonl.
 
-    Data-parallel ranks take every so many-th.
+    With mesh.dp=2, data-parallel rank 0 takes chunks 0, 2, 4, ... and rank 1 the others, if none is done.
     """
-    first, layers, file = here.rank.rank == 0, job.target.shape.layers, job.out / "sums.jsonl"
-    parts, part, size = here.mesh.dp, here.groups.dp.rank(), job.chunk
-    if first:
-        write_lines(file, [job.about, *job.done])  # what was torn is gone
-    sums, count = list(job.done), -(-len(job.text) // size)
-    for begin in range(len(sums), count, parts):
-        mine, chunk = torch.zeros(layers + 1, dtype=torch.float64), begin + part
-        if chunk < count:
-            text = job.text[slice(chunk * size, (chunk + 1) * size)]
-            mine = torch.tensor(sums_of(blocks, text), dtype=torch.float64)
-        of_all = here.world.all_gather(mine, [(layers + 1,)] * here.world.size)
-        for each in of_all[:: here.mesh.tp][: count - begin]:
-            sums.append(each.tolist())
-            if first:
-                append_line(file, sums[-1])
-            progress.step()
-        if stop.agreed_on_all_ranks(here.world, here.device):
+    runtime, width, file = run.runtime, job.target.shape.layers + 1, job.out / "sums.jsonl"
+    dp_rank, dp_size = runtime.groups.dp.rank(), runtime.mesh.dp
+    sums = list(job.done)
+    if run.is_first:
+        write_lines(file, [job.about, *sums])  # without a half-written last line
+    for first in range(len(sums), job.chunks, dp_size):
+        # 1. Measure this data-parallel rank's chunk, if the text has one for it.
+        chunk, mine = first + dp_rank, torch.zeros(width, dtype=torch.float64)
+        if chunk < job.chunks:
+            text = job.text[slice(chunk * job.chunk, (chunk + 1) * job.chunk)]
+            mine = torch.tensor(sum_losses(run.blocks, text), dtype=torch.float64)
+        # 2. Gather the sums; all tensor-parallel ranks of a data-parallel rank have the same.
+        gathered = runtime.world.all_gather(mine, [(width,)] * runtime.world.size)
+        for chunk_sums in gathered[:: runtime.mesh.tp][: job.chunks - first]:
+            sums.append(chunk_sums.tolist())
+            if run.is_first:
+                with file.open("a") as lines:
+                    lines.write(json.dumps(sums[-1]) + "\n")
+            run.progress.step()
+        if run.agree_to_stop():
             break
     return sums
 
 
 @torch.no_grad()
-def sums_of(blocks: Any, text: PackedText) -> list[float]:
-    """Sums of losses (nats), the i-th with blocks i and later dropped, the last with none."""
+def sum_losses(blocks: Blocks, text: PackedText) -> list[float]:
+    """Return sums of losses (nats) over ``text``: entry i with blocks i and later dropped, the last with none."""
     layers = blocks.model.decoder.layers
 
-    def run(block: int, x: Any, dropped: bool) -> Any:
+    def run(block: int, x: Hidden, dropped: bool) -> Hidden:
         layers[block].drop(dropped=dropped)
         return blocks.run(layers[block], x)
 
     return suffix_sums(blocks.embed(text.tokens), len(layers), run, lambda x: blocks.loss(x, text))
 
 
-def summed_up(job: SensitivityJob, sums: list[list[float]]) -> dict[str, Any]:
-    """What goes into sensitivity.json."""
-    tokens = int(job.text.mask.sum())
-    of_suffix = perplexities([sum(column) for column in zip(*sums, strict=True)], tokens)
-    found = scores(of_suffix)
-    taus = vars(job.classes)
-    return {
+def write_sensitivity(job: SensitivityJob, sensitivities: Sensitivities) -> None:
+    """Write DIR/sensitivity.json, and draw DIR/sensitivity.svg."""
+    blocks = sensitivities.blocks
+    values = {
         **job.about,
-        "tokens": tokens,
-        "perplexity": of_suffix[-1],
-        **taus,
-        "order": rank_blocks(found),
+        "tokens": int(job.text.mask.sum()),
+        "perplexity": sensitivities.perplexity,
+        **vars(job.classes),
+        "order": sensitivities.order,
         "blocks": [
-            {"block": i, "score": score, "class": kind_of(score, **taus), "perplexity": of_suffix[i]}
-            for i, score in enumerate(found)
+            {"block": number, "score": block.score, "class": block.block_class, "perplexity": block.perplexity}
+            for number, block in enumerate(blocks)
         ],
         **job.origin,
     }
-
-
-def keep(job: SensitivityJob, result: dict[str, Any]) -> None:
-    """Write the file and the picture."""
-    write_result(str(job.file), result)
-    blocks = result["blocks"]
-    bars(
+    write_result(str(job.file), values)
+    draw_bars(
         str(job.out / "sensitivity.svg"),
-        [block["score"] for block in blocks],
-        [block["class"] for block in blocks],
-        title=f"{result['model']} at TP={result['tp']}: what each block's first reduction is worth",
+        [block.score for block in blocks],
+        [block.block_class for block in blocks],
+        title=f"{job.target.model.name} at TP={job.target.mesh.tp}: sensitivity of each block's first reduction",
         x="block",
-        y=f"perplexity that its loss adds (without: {result['perplexity']:.1f})",
-        levels=[result["tau1"], result["tau2"]],
+        y=f"perplexity added by dropping it (none dropped: {sensitivities.perplexity:.1f})",
+        levels=[job.classes.tau1, job.classes.tau2],
     )
 
 
-def figures_of(result: dict[str, Any]) -> dict[int, dict[str, float]]:
-    """What a run's record has of each block."""
-    return {
-        block: {"spd/sensitivity": told["score"], "spd/perplexity_from_here": told["perplexity"]}
-        for block, told in enumerate(result["blocks"])
-    }
-
-
-def track(job: SensitivityJob, figures: Mapping[int, Mapping[str, float]], made: Path | None = None) -> None:
-    """The run's record: ``figures`` by block, or by step; and the folder that was ``made``."""
+def track(job: SensitivityJob, figures: Mapping[int, Mapping[str, float]], model: Path | None = None) -> None:
+    """Write the run's record: ``figures`` by block or step, and the folder of the adapted ``model``, if any."""
     from longctx.train.track import start_tracking
 
     tracker, _ = start_tracking(job.track, job.out, job.config, first=True, say=say)
     for number in sorted(figures):
         tracker.log(figures[number], number)
-    if made:
-        tracker.artifact(f"spd-{made.name}", "model", made)
+    if model:
+        tracker.artifact(f"spd-{model.name}", "model", model)
     tracker.finish()
 
 
-def show(result: dict[str, Any]) -> None:
-    """The blocks, the most sensitive first."""
-    table = Table("block", "class", "adds to the perplexity", box=None)
-    for block in sorted(result["blocks"], key=lambda block: -block["score"]):
-        table.add_row(str(block["block"]), block["class"], f"{block['score']:+.3f}")
+def show(sensitivities: Sensitivities) -> None:
+    """Print the blocks, the most sensitive first."""
+    table = Table("block", "class", "perplexity added", box=None)
+    for number, block in sorted(enumerate(sensitivities.blocks), key=lambda item: -item[1].score):
+        table.add_row(str(number), block.block_class, f"{block.score:+.3f}")
     console.print(table)
 
 
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the keys whose values differ between a saved record and that of this run, old key names translated."""
+    before = {_RENAMED.get(key, key): value for key, value in before.items()}
+    now = json.loads(json.dumps(now))
+    return [key for key in {**before, **now} if before.get(key) != now.get(key)]
+
+
+def read_lines(file: Path, about: Mapping[str, Any]) -> list[Any]:
+    """Return the values of a JSON lines ``file`` after its first line, the record of the run that wrote it.
+
+    A half-written last line is ignored.  Raises ValueError if the record differs from ``about``.
+    """
+    if not file.is_file():
+        return []
+    lines = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    if lines and (changed := changed_keys(lines[0], about)):
+        raise ValueError(f"{file.parent} has a run with another {', '.join(changed)}: use another out=")
+    return lines[1:]
+
+
+def write_lines(file: Path, values: Iterable[Any]) -> None:
+    """Write ``values`` as JSON lines, making the folder; a run that is killed leaves the earlier file unchanged."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(value) + "\n" for value in values))
+    partial.replace(file)
+
+
 def task(config: DictConfig) -> None:
-    """Refuse what cannot be done; measure; write and show what was found."""
+    """Check the configuration, measure on the ranks, then write and show the result."""
     warm_up_ranks(WARM)
     job = prepare(config)
     record(config, [job.target.folder])
-    result = on_every_rank(job.target.mesh, run_rank, job)
-    if result is None:
+    sensitivities = on_every_rank(job.target.mesh, run_rank, job)
+    if sensitivities is None:
         leave_stopped()
     if is_first():
-        keep(job, result)
-        track(job, figures_of(result))
-        show(result)
+        write_sensitivity(job, sensitivities)
+        track(job, sensitivities.figures())
+        show(sensitivities)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def freeze_job(plan: JobPlan, work: Path) -> Path:
     for task in plan.tasks:
         task.folder.mkdir(exist_ok=True)
         OmegaConf.save(task.config, task.folder / "config.yaml", resolve=True)
-        for name in ("failures", "failure.txt"):  # of an earlier job in the same folder
+        for name in ("failures", "failure.txt"):  # left by an earlier job in the same folder
             (task.folder / name).unlink(missing_ok=True)
     script = plan.folder / "job.sbatch"
     script.write_text(script_of(plan, work, commit_of(ROOT)))

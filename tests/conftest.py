@@ -1,4 +1,4 @@
-"""What tests share: one real model, fetched once; ranks forked from one warm process."""
+"""Settings and fixtures of all tests: one real model, fetched once; ranks forked from one warm process."""
 
 import os
 import signal
@@ -13,17 +13,17 @@ from hypothesis import HealthCheck, settings
 
 from longctx.config import ModelSource
 from longctx.hf.locate import locate
-from longctx.parallel.launch import warm_up
+from longctx.parallel.launch import current_rank, warm_up
 from tests.tracking import tear_down_wandb
 
-# No deadline: other tests share the machine.
+# No deadline for an example: other tests share the machine.
 settings.register_profile("longctx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("longctx")
 
 # tests/gpu is collected only on a machine with a GPU.
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 CONFIGS = Path(__file__).parents[1] / "configs"
-# Modules that ranks import; the server that they are forked from imports them once.
+# Modules that ranks import. The server that ranks are forked from imports them once.
 WARM = [
     "eval.answers.worker",
     "eval.answers.score",
@@ -46,7 +46,7 @@ WARM = [
     "transformers.models.llama.modeling_llama",
 ]
 
-# Files that take minutes start first, so that all processes end at about the same time.
+# Files that take minutes. They start first, so that parallel processes end at about the same time.
 LONG = (
     "recipes/test_pretrain.py",
     "parallel/test_table.py",
@@ -57,29 +57,30 @@ LONG = (
 
 
 def pytest_configure() -> None:
-    """A shell's background jobs ignore SIGINT, and so would every process that a test starts and interrupts."""
+    """Handle SIGINT, which a shell's background job ignores; processes that a test starts and interrupts inherit it."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(trylast=True)  # after pytest-random-order
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Move the files of `LONG` to the front."""
     items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
 
 
 def pytest_report_header() -> str:
-    return "CUDA: " + (torch.cuda.get_device_name() if torch.cuda.is_available() else "none here, tests/gpu left out")
+    return "CUDA: " + (torch.cuda.get_device_name() if torch.cuda.is_available() else "none, tests/gpu is left out")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-table", action="store_true", help="write the table of longctx/attention/README.md anew")
     parser.addoption(
-        "--prompt-tokens", type=int, default=1009, help="of the prompt of the parity tests (docs/results reports 2003)"
+        "--prompt-tokens", type=int, default=1009, help="prompt tokens in the parity tests (docs/results reports 2003)"
     )
     parser.addoption(
         "--new-tokens", type=int, default=16, help="tokens to decode in the parity tests (docs/results reports 64)"
     )
-    parser.addoption("--examples", type=int, default=1, help="of each benchmark in eval/test_parity")
+    parser.addoption("--examples", type=int, default=1, help="examples of each benchmark in eval/test_parity")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -88,13 +89,21 @@ def _warm_ranks() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _same_numbers_every_time() -> Iterator[None]:
-    """Seeded; and one torch thread, since ranks as threads share the cores already."""
+def _deterministic_numbers() -> Iterator[None]:
+    """Seed torch; use one torch thread, since ranks that are threads share the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(7)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher() -> Iterator[None]:
+    """Forget the rank that a previous test's environment gave this process."""
+    current_rank.cache_clear()
+    yield
+    current_rank.cache_clear()
 
 
 @pytest.fixture(scope="session")
@@ -109,7 +118,7 @@ def smollm2() -> tuple[ModelSource, Path]:
 
 @pytest.fixture(scope="module")
 def wandb_at_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """W&B without an account, with all that it writes under one folder."""
+    """Use W&B without an account; everything that it writes is below one temporary folder."""
     home = tmp_path_factory.mktemp("wandb")
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("WANDB_")]:

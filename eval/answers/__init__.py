@@ -1,1 +1,1 @@
-"""Requests and their answers: scored, generated, stored."""
+"""Requests to a model and their answers: scored, generated, stored."""

@@ -1,39 +1,52 @@
-"""Greedy texts behind many prompts at once, up to a text that ends them; every rank makes the same calls."""
+"""Greedy continuation of many prompts at once; every rank makes the same calls."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from eval.answers.requests import Continue
 from longctx.config import Context, Sampling
 from longctx.infer.engine import Engine
 from longctx.infer.session import Session
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def texts(engine: Engine, context: Context, tokenizer: Any, requests: Sequence[Continue]) -> list[str]:
-    """What the model goes on with behind each prompt, without the text that ended it."""
+
+def generate_texts(
+    engine: Engine, context: Context, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Continue]
+) -> list[str]:
+    """Return the continuation of each prompt, without the text that ended it."""
+    # 1. Prefill all prompts in one pass; it gives every first token.
     session = Session(engine, context, Sampling())
     prompts = {i: request.tokens for i, request in enumerate(requests)}
     first = session.turn(prompts, dict.fromkeys(prompts, 1))
-    made = {i: first.tokens[i] for i in prompts}
-    going = list(prompts)
-    while going := [i for i in going if not _ended(engine, tokenizer, requests[i], made[i])]:
-        for i in set(session.sequences) - set(going):
+    new_tokens = {i: first.tokens[i] for i in prompts}
+    # 2. Decode a token at a time; drop the sequences that have ended.
+    running = list(prompts)
+    while running := [i for i in running if not has_ended(engine, tokenizer, requests[i], new_tokens[i])]:
+        for i in set(session.sequences) - set(running):
             session.drop(i)
-        for i, token in session.decode(going).items():
-            made[i].append(token)
-    return [_answer(engine, tokenizer, requests[i], made[i]) for i in prompts]
+        for i, token in session.decode(running).items():
+            new_tokens[i].append(token)
+    return [decode_answer(engine, tokenizer, requests[i], new_tokens[i]) for i in prompts]
 
 
-def _ended(engine: Engine, tokenizer: Any, request: Continue, made: Sequence[int]) -> bool:
-    if len(made) >= request.most or made[-1] in engine.shape.end_tokens:
+def has_ended(engine: Engine, tokenizer: PreTrainedTokenizerBase, request: Continue, new_tokens: Sequence[int]) -> bool:
+    """Return whether ``new_tokens`` reach the request's limit, an end token, or a text of ``until``."""
+    if len(new_tokens) >= request.max_new_tokens or new_tokens[-1] in engine.shape.end_tokens:
         return True
-    text = tokenizer.decode(made)  # with special tokens: what is to end it may be one
+    text = tokenizer.decode(new_tokens)  # with special tokens, since ``until`` may name one
     return any(end in text for end in request.until)
 
 
-def _answer(engine: Engine, tokenizer: Any, request: Continue, made: Sequence[int]) -> str:
-    ended = made[-1] in engine.shape.end_tokens
-    text = str(tokenizer.decode(made[:-1] if ended else made, skip_special_tokens=True))
+def decode_answer(
+    engine: Engine, tokenizer: PreTrainedTokenizerBase, request: Continue, new_tokens: Sequence[int]
+) -> str:
+    """Return the text of ``new_tokens``, cut before an end token and before the first text of ``until``."""
+    has_end_token = new_tokens[-1] in engine.shape.end_tokens
+    text = str(tokenizer.decode(new_tokens[:-1] if has_end_token else new_tokens, skip_special_tokens=True))
     for end in request.until:
         text = text.partition(end)[0]
     return text

@@ -1,4 +1,4 @@
-"""What a model is asked, and how a question is told from others: plain values that travel to ranks and to disk."""
+"""Requests to a model: plain values that travel to the ranks, and the keys that their answers are stored under."""
 
 import hashlib
 import json
@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Score:
-    """How likely ``tokens[begin:]`` are behind those before: answered by (log-probability in nats, all likeliest).
+    """Ask for the log-probability of ``tokens[begin:]`` given the tokens before them.
 
-    What is asked of one ``question``, an example's choices, is computed together, and what they have in common once.
+    The answer is (sum of log-probabilities in nats, whether every token was the most likely one).
+    Example: tokens (5, 6, 7, 8) with begin 2 ask for log p(7 | 5 6) + log p(8 | 5 6 7).
+    The choices of one example have the same ``question``: their common prefix is computed once.
     """
 
     tokens: tuple[int, ...]
@@ -17,19 +19,22 @@ class Score:
     question: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        assert 0 < self.begin < len(self.tokens), "something is scored, and something comes before it"
+        assert 0 < self.begin < len(self.tokens), "score at least one token, after at least one other"
 
 
 @dataclass(frozen=True)
 class Continue:
-    """The greedy text behind ``tokens``: up to one of ``until``, an end token, or ``most`` tokens."""
+    """Ask for the greedy continuation of ``tokens``.
+
+    It ends before the first text in ``until``, at an end token, or after ``max_new_tokens`` tokens.
+    """
 
     tokens: tuple[int, ...]
     until: tuple[str, ...]
-    most: int
+    max_new_tokens: int
 
     def __post_init__(self) -> None:
-        assert self.tokens and self.most > 0, "a prompt, and at least one token"
+        assert self.tokens and self.max_new_tokens > 0, "give a prompt, and ask for at least one token"
 
 
 Request = Score | Continue
@@ -37,6 +42,9 @@ Answer = tuple[float, bool] | str
 
 
 def key(request: Request) -> str:
-    """What the answer of ``request`` is kept under: all that it depends on but the model."""
-    asked = [request.tokens, request.begin] if isinstance(request, Score) else list(vars(request).values())
-    return hashlib.sha256(json.dumps([type(request).__name__, *asked]).encode()).hexdigest()[:32]
+    """Digest of everything in ``request`` that its answer depends on; ``question`` does not count.
+
+    Stored answers are found by it, so it must not change: it hashes class names and field values, not field names.
+    """
+    values = [request.tokens, request.begin] if isinstance(request, Score) else list(vars(request).values())
+    return hashlib.sha256(json.dumps([type(request).__name__, *values]).encode()).hexdigest()[:32]

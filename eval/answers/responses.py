@@ -1,4 +1,4 @@
-"""Answers on disk: a JSON line each, appended as they come, so that whoever is killed loses none that was given."""
+"""Answers on disk, one JSON line each, appended as they come: a killed run loses no answer that was written."""
 
 import json
 import os
@@ -13,10 +13,11 @@ from eval.answers.requests import Answer
 
 @dataclass
 class StoredAnswers:
-    """What a file of answers holds, by the key of their request; and what the ``requests`` took whose time is told.
+    """The content of a file of answers.
 
-    ``commits`` are those of the source that gave them.  ``corrupt`` names the lines that are not as they were written:
-    their answers are missing here.
+    ``answers``: by the key of their request.  ``commits``: of the source code that computed them.
+    ``corrupt``: names of lines whose checksum does not match; ``answers`` lacks theirs.
+    ``requests`` were answered with ``tokens`` in ``seconds``; generated texts count in none of the three.
     """
 
     answers: dict[str, Answer] = field(default_factory=dict)
@@ -28,36 +29,36 @@ class StoredAnswers:
 
 
 def read(path: Path) -> StoredAnswers:
-    """The answers in ``path``, none if it is not there."""
-    kept = StoredAnswers()
+    """Return the answers in ``path``; none if it does not exist."""
+    stored = StoredAnswers()
     if not path.exists():
-        return kept
+        return stored
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line:
             continue
-        entry = _sound(line)
+        entry = _parse_line(line)
         if entry is None:
-            kept.corrupt.append(f"{path}, line {number}")
+            stored.corrupt.append(f"{path}, line {number}")
         elif "key" in entry:
-            given = entry["answer"]
-            kept.answers[entry["key"]] = given if isinstance(given, str) else (given[0], given[1])
+            answer = entry["answer"]
+            stored.answers[entry["key"]] = answer if isinstance(answer, str) else (answer[0], answer[1])
         else:
-            kept.commits.add(entry.get("commit", "unknown"))
-            kept.requests += entry["requests"]
-            kept.tokens += entry["tokens"]
-            kept.seconds += entry["seconds"]
-    return kept
+            stored.commits.add(entry.get("commit", "unknown"))
+            stored.requests += entry["requests"]
+            stored.tokens += entry["tokens"]
+            stored.seconds += entry["seconds"]
+    return stored
 
 
 def append(path: Path, answers: Mapping[str, Answer], tokens: int, seconds: float, commit: str) -> None:
-    """Add ``answers``, for which so many ``tokens`` were run in so many ``seconds``: one write, whole or torn.
+    """Add ``answers`` by key, and the ``tokens`` and ``seconds`` that they cost, in one write.
 
-    Those of no tokens, texts that are generated, do not count among the requests that took that time.
+    With ``tokens`` 0 (generated texts), the answers do not count among the timed requests.
     """
     cost = {"requests": len(answers) if tokens else 0, "tokens": tokens, "seconds": round(seconds, 4), "commit": commit}
     entries: Sequence[Mapping[str, Any]] = [*({"key": key, "answer": x} for key, x in answers.items()), cost]
-    # The file may end in the middle of a line, torn by a kill: an empty line is nothing, a torn one stays by itself.
-    lines = b"\n" + b"".join(_line(entry) for entry in entries)
+    # A killed run may have left half a line at the end: the leading newline keeps it apart from what follows.
+    lines = b"\n" + b"".join(_format_line(entry) for entry in entries)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -67,21 +68,22 @@ def append(path: Path, answers: Mapping[str, Answer], tokens: int, seconds: floa
         os.close(file)
 
 
-def mend(path: Path) -> None:
-    """Leave out the lines that are not as they were written; or leave all as it is, if we are killed."""
+def remove_corrupt_lines(path: Path) -> None:
+    """Rewrite ``path`` without corrupt lines; the file is replaced at once, so that a kill leaves it unchanged."""
     partial = path.with_suffix(".partial")
-    lines = [line for line in path.read_bytes().split(b"\n") if line and _sound(line) is not None]
+    lines = [line for line in path.read_bytes().split(b"\n") if line and _parse_line(line) is not None]
     partial.write_bytes(b"".join(line + b"\n" for line in lines))
     partial.replace(path)
 
 
-def _line(entry: Mapping[str, Any]) -> bytes:
+def _format_line(entry: Mapping[str, Any]) -> bytes:
+    """Return ``entry`` as a JSON line with its checksum."""
     text = json.dumps(entry)
     return json.dumps({**entry, "crc32": zlib.crc32(text.encode())}).encode() + b"\n"
 
 
-def _sound(line: bytes) -> dict[str, Any] | None:
-    """The entry of a line that is as it was written; None of any other."""
+def _parse_line(line: bytes) -> dict[str, Any] | None:
+    """Return the entry of a line, or None if the line is no JSON object or its checksum does not match."""
     try:
         entry: dict[str, Any] = json.loads(line)
         checksum = entry.pop("crc32")

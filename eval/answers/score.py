@@ -1,4 +1,8 @@
-"""Log-probabilities of many continuations at once, on whatever mesh the model runs; every rank makes the same calls."""
+"""Log-probabilities of many continuations at once, on any mesh; every rank makes the same calls.
+
+Example: a question of 100 tokens with four choices of 5 tokens takes 100 + 4 x 4 rows, not 4 x 104.
+The prefix is run once, then the choices attend to its keys and values; the last token of a choice predicts nothing.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,130 +18,150 @@ from longctx.infer.engine import Engine
 from longctx.infer.prefill import run_pass
 from longctx.megatron.spd.likelihood import log_likelihoods
 from longctx.parallel.strategy import STRATEGIES
-from longctx.shapes import Tensor
+from longctx.shapes import Float, Tensor
 
 _LOGIT_ROWS = 256  # rows unembedded at a time: 50 MB for a vocabulary of 49,152
-Tokens = tuple[int, ...]
-Wanted = tuple[int, int, int]  # document of a pass, row in it, the token that is to follow
+TokenIds = tuple[int, ...]
+Prediction = tuple[int, int, int]  # document in a pass, row in the document, the token to predict there
+LogProb = tuple[float, bool]  # nats, and whether the token was the most likely one
 
 
 @dataclass(frozen=True)
 class PrefixGroup:
-    """Requests and what has to be run for them: the ``prefix`` that all begin with, and each ``branch`` that goes on.
+    """Requests that begin with the same ``prefix``, and the ``branches`` that continue it.
 
-    A request whose tokens, but for the last, are the stem has no branch: choices of one token share a single run.
+    Example: inputs (1 2 3 4) and (1 2 3 6) give the prefix (1 2 3) and the branches (4) and (6).
+    An input is a request's tokens without the last.  An input equal to the prefix needs no branch.
     """
 
-    prefix: Tokens
-    branches: tuple[Tokens, ...]
+    prefix: TokenIds
+    branches: tuple[TokenIds, ...]
     requests: tuple[Score, ...]
 
     @property
     def tokens(self) -> int:
+        """Tokens to run for all requests of the group."""
         return len(self.prefix) + sum(map(len, self.branches))
 
 
-def prefix_groups(requests: Sequence[Score]) -> list[PrefixGroup]:
-    """``requests``, those of one question together where they begin alike; the longest first."""
+def group_by_prefix(requests: Sequence[Score]) -> list[PrefixGroup]:
+    """Group the requests of a question that have the same first token; the largest group first.
+
+    A request without a question forms its own group.
+    """
     questions: dict[object, list[Score]] = {}
     for i, request in enumerate(dict.fromkeys(requests)):
-        # Without a question, or with another first token, it shares nothing.
-        alike = (request.question, request.tokens[0]) if request.question else i
-        questions.setdefault(alike, []).append(request)
-    return sorted((_prefix_group(group) for group in questions.values()), key=lambda tree: -tree.tokens)
+        group = (request.question, request.tokens[0]) if request.question else i
+        questions.setdefault(group, []).append(request)
+    return sorted((_make_group(group) for group in questions.values()), key=lambda group: -group.tokens)
 
 
-def _prefix_group(group: Sequence[Score]) -> PrefixGroup:
-    inputs = sorted({request.tokens[:-1] for request in group})
-    first, last = inputs[0], inputs[-1]  # of sorted ones these two have least in common
+def _make_group(requests: Sequence[Score]) -> PrefixGroup:
+    inputs = sorted({request.tokens[:-1] for request in requests})
+    first, last = inputs[0], inputs[-1]  # the first and last sorted inputs share the shortest prefix
     common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    branches = tuple(run[common:] for run in inputs if len(run) > common)
-    return PrefixGroup(first[:common], branches, tuple(group))
+    branches = tuple(one[common:] for one in inputs if len(one) > common)
+    return PrefixGroup(first[:common], branches, tuple(requests))
 
 
-def batches(forest: Sequence[PrefixGroup], tokens: int) -> Iterator[list[PrefixGroup]]:
-    """Trees of at most so many ``tokens`` together, at least one."""
+def make_batches(groups: Sequence[PrefixGroup], max_tokens: int) -> Iterator[list[PrefixGroup]]:
+    """Yield consecutive groups of at most ``max_tokens`` tokens together, or one larger group alone."""
     batch: list[PrefixGroup] = []
-    for tree in forest:
-        if batch and sum(one.tokens for one in batch) + tree.tokens > tokens:
+    for group in groups:
+        if batch and sum(one.tokens for one in batch) + group.tokens > max_tokens:
             yield batch
             batch = []
-        batch.append(tree)
+        batch.append(group)
     if batch:
         yield batch
 
 
-def scores(engine: Engine, context: Context, batch: Sequence[PrefixGroup]) -> dict[Score, tuple[float, bool]]:
-    """The log-probability of each request's tokens, and whether each was the likeliest, on every rank.
+def score_batch(engine: Engine, context: Context, batch: Sequence[PrefixGroup]) -> dict[Score, LogProb]:
+    """Return the answer of each request in ``batch``, on every rank.
 
-    Two passes: all stems, packed; then all branches, against their stems' keys and values.  Only rows whose next token
-    is asked for are unembedded.
+    Two passes: all prefixes, packed; then all branches, each attending to its prefix' keys and values.
+    Only rows whose prediction is scored are unembedded.
     """
-    caches = [engine.cache(len(tree.prefix)) for tree in batch]
-    branches = [(t, branch) for t, tree in enumerate(batch) for branch in tree.branches]
-    wanted: tuple[dict[Wanted, None], dict[Wanted, None]] = ({}, {})
-    asked = [(t, tree, request) for t, tree in enumerate(batch) for request in tree.requests]
-    places = {request: list(_places(t, tree, branches, request)) for t, tree, request in asked}
-    for of_request in places.values():
-        for turn, row in of_request:
-            wanted[turn][row] = None
-    found = [_pass(engine, context, [tree.prefix for tree in batch], caches, list(wanted[0]))]
+    # 1. For each pass, list the predictions to score, each once, in a fixed order.
+    branches = [(g, branch) for g, group in enumerate(batch) for branch in group.branches]
+    predictions = {
+        request: list(locate_predictions(g, group, branches, request))
+        for g, group in enumerate(batch)
+        for request in group.requests
+    }
+    wanted: tuple[dict[Prediction, None], dict[Prediction, None]] = ({}, {})
+    for of_request in predictions.values():
+        for pass_number, prediction in of_request:
+            wanted[pass_number][prediction] = None
+    # 2. Run the prefixes, then the branches.
+    caches = [engine.cache(len(group.prefix)) for group in batch]
+    log_probs = [_run_and_score(engine, context, [group.prefix for group in batch], caches, list(wanted[0]))]
     if branches:
-        forks = [PrefixView(caches[t]) for t, _ in branches]
-        found.append(_pass(engine, context, [run for _, run in branches], forks, list(wanted[1])))
-    out = {}
-    for request, of_request in places.items():
-        each = [found[turn][row] for turn, row in of_request]
-        out[request] = sum(value for value, _ in each), all(likeliest for _, likeliest in each)
-    return out
+        views = [PrefixView(caches[g]) for g, _ in branches]
+        log_probs.append(_run_and_score(engine, context, [one for _, one in branches], views, list(wanted[1])))
+    # 3. Add up the tokens of each request.
+    answers = {}
+    for request, of_request in predictions.items():
+        tokens = [log_probs[pass_number][prediction] for pass_number, prediction in of_request]
+        answers[request] = sum(value for value, _ in tokens), all(is_likeliest for _, is_likeliest in tokens)
+    return answers
 
 
-def _places(
-    t: int, tree: PrefixGroup, branches: Sequence[tuple[int, Tokens]], request: Score
-) -> Iterator[tuple[int, Wanted]]:
-    """In which pass, and where, each of the tokens of ``request`` that are scored is predicted."""
-    prefix, rest = len(tree.prefix), request.tokens[len(tree.prefix) : -1]
-    document = branches.index((t, rest)) if rest else -1
+def locate_predictions(
+    number: int, group: PrefixGroup, branches: Sequence[tuple[int, TokenIds]], request: Score
+) -> Iterator[tuple[int, Prediction]]:
+    """Yield, for each scored token of ``request``, the pass (0: prefixes, 1: branches) and row that predict it.
+
+    ``group`` is the ``number``-th of its batch; ``branches`` are those of the whole batch, with their group's number.
+    """
+    prefix, rest = len(group.prefix), request.tokens[len(group.prefix) : -1]
+    document = branches.index((number, rest)) if rest else -1
     for at in range(request.begin - 1, len(request.tokens) - 1):
         target = request.tokens[at + 1]
-        yield (0, (t, at, target)) if at < prefix else (1, (document, at - prefix, target))
+        yield (0, (number, at, target)) if at < prefix else (1, (document, at - prefix, target))
 
 
-def _pass(
+def _run_and_score(
     engine: Engine,
     context: Context,
-    documents: Sequence[Tokens],
+    documents: Sequence[TokenIds],
     caches: Sequence[Cache],
-    wanted: Sequence[Wanted],
-) -> Mapping[Wanted, tuple[float, bool]]:
-    """Run ``documents``, each behind what its cache holds; what is ``wanted`` of their rows."""
-    lengths = [len(run) for run in documents]
+    wanted: Sequence[Prediction],
+) -> Mapping[Prediction, LogProb]:
+    """Run ``documents``, packed, each after the content of its cache; return the predictions in ``wanted``."""
+    lengths = [len(document) for document in documents]
     layout = shard_balanced(lengths, LAYOUTS[context.layout], [0] * engine.ring.size).split(engine.ulysses.size)
-    packed = torch.tensor([token for run in documents for token in run])
+    packed = torch.tensor([token for document in documents for token in document])
     strategies = engine.everywhere(STRATEGIES[context.strategy])
     hidden = run_pass(engine, packed, layout, BatchCache(caches, engine.ring.rank), strategies)
     begins = list(accumulate(lengths, initial=0))
     rows = [(begins[document] + at, target) for document, at, target in wanted]
-    return dict(zip(wanted, _following(engine, hidden, layout, rows), strict=True))
+    return dict(zip(wanted, _gather_log_probs(engine, hidden, layout, rows), strict=True))
 
 
-def _following(
-    engine: Engine, hidden: Tensor, layout: Layout, rows: Sequence[tuple[int, int]]
-) -> list[tuple[float, bool]]:
-    """Of each (packed row, token) how likely the token is behind it; each rank sees to its own rows, and all tell."""
-    held, mine = [], []
+def _gather_log_probs(
+    engine: Engine, hidden: Float[Tensor, "s b hidden"], layout: Layout, rows: Sequence[tuple[int, int]]
+) -> list[LogProb]:
+    """Return the log-probability of each (packed row, next token) in ``rows``, on every rank.
+
+    Each rank computes those of the rows that it holds; one all-gather gives them to all.
+    """
+    # 1. The entries of ``rows`` that each rank holds, and the places of this rank's in ``hidden``.
+    entries_per_rank, mine = [], []
     for rank in range(engine.ranks):
-        places = {row: at for at, row in enumerate(layout.index(rank).tolist())}
-        held.append([i for i, (row, _) in enumerate(rows) if row in places])
+        local_rows = {row: at for at, row in enumerate(layout.index(rank).tolist())}
+        entries_per_rank.append([i for i, (row, _) in enumerate(rows) if row in local_rows])
         if rank == engine.rank:
-            mine = [(places[rows[i][0]], rows[i][1]) for i in held[-1]]
+            mine = [(local_rows[rows[i][0]], rows[i][1]) for i in entries_per_rank[-1]]
+    # 2. Unembed this rank's rows, some at a time.
     parts = [torch.zeros(2, 0, dtype=torch.double, device=hidden.device)]
     for begin in range(0, len(mine), _LOGIT_ROWS):
         at, targets = torch.tensor(mine[begin : begin + _LOGIT_ROWS], device=hidden.device).unbind(1)
         target = targets.unsqueeze(1)
-        likely, best = log_likelihoods(engine.model, hidden[at], target, engine.tp, engine.shape.vocab_size)
-        parts.append(torch.stack([likely[:, 0], (best == target)[:, 0].double()]))
-    told = engine.context.all_gather(torch.cat(parts, 1), [(2, len(of_rank)) for of_rank in held])
-    order = [i for of_rank in held for i in of_rank]
-    by_row = dict(zip(order, torch.cat(told, 1).T.tolist(), strict=True))
+        log_probs, likeliest = log_likelihoods(engine.model, hidden[at], target, engine.tp, engine.shape.vocab_size)
+        parts.append(torch.stack([log_probs[:, 0], (likeliest == target)[:, 0].double()]))
+    # 3. Gather from all ranks, and put into the order of ``rows``.
+    gathered = engine.context.all_gather(torch.cat(parts, 1), [(2, len(of_rank)) for of_rank in entries_per_rank])
+    order = [i for of_rank in entries_per_rank for i in of_rank]
+    by_row = dict(zip(order, torch.cat(gathered, 1).T.tolist(), strict=True))
     return [(by_row[i][0], bool(by_row[i][1])) for i in range(len(rows))]

@@ -1,11 +1,10 @@
-"""What each rank does: the same requests, answered on all ranks together, kept by the first one as they come."""
+"""The ranks' part of an evaluation: all ranks answer the same requests together, the first one stores the answers."""
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from eval.answers import responses
 from eval.answers.requests import Answer, Continue, Request, Score, key
@@ -16,12 +15,15 @@ from longctx.train.stop import StopRequest
 from recipes.common.progress import Progress
 from recipes.common.provenance import ROOT, commit_of
 
+Answered = Sequence[tuple[Request, Answer]]
+
 
 @dataclass(frozen=True)
 class EvalWork:
-    """Requests to a model on a mesh, and the file that the answers go to: plain values, checked before any rank starts.
+    """The inputs of every rank: plain values, checked before any rank starts.
 
-    At most ``max_batch_tokens`` tokens are run at once, or one question.
+    ``name`` is shown as progress; answers are appended to ``file``.
+    At most ``max_batch_tokens`` tokens are run at once, or one question if it is longer.
     """
 
     name: str
@@ -32,66 +34,74 @@ class EvalWork:
 
 
 def run_rank(rank: Rank, work: EvalWork) -> bool:
-    """One rank's part of ``work``; whether it was asked to stop before the end."""
-    stop, target, first = StopRequest(), work.variant.target, rank.rank == 0
-    commit = commit_of(ROOT) if first else ""
-    with target.runtime(rank) as here, Progress(shown=first) as progress:
-        if first and work.file.exists():
-            responses.mend(work.file)  # all ranks have read it by now
+    """Answer the requests on one rank; return whether it was asked to stop before the end."""
+    stop, target, is_first = StopRequest(), work.variant.target, rank.rank == 0
+    commit = commit_of(ROOT) if is_first else ""
+    with target.runtime(rank) as runtime, Progress(shown=is_first) as progress:
+        # 1. Load the model.  Every rank has read the stored answers by now: the file may be rewritten.
+        if is_first and work.file.exists():
+            responses.remove_corrupt_lines(work.file)
         progress.start(f"{work.name}: loading", None)
-        engine = target.load_engine(here)
+        engine = target.load_engine(runtime)
+        # 2. Answer batch by batch; the time of generated texts is not recorded.
         progress.start(f"{work.name}: requests", len(work.requests))
-        began = time.perf_counter()
-        for answers, tokens in answered(engine, work):
-            if first:
-                kept = {key(request): answer for request, answer in answers.items()}
-                responses.append(work.file, kept, tokens, time.perf_counter() - began if tokens else 0.0, commit)
-                began = time.perf_counter()
+        begin = time.perf_counter()
+        for answers, tokens in answer_requests(engine, work):
+            if is_first:
+                by_key = {key(request): answer for request, answer in answers}
+                responses.append(work.file, by_key, tokens, time.perf_counter() - begin if tokens else 0.0, commit)
+                begin = time.perf_counter()
             for _ in answers:
                 progress.step()
-            # Also: all is on disk before any rank that a launcher started reads it for the next variant.
-            if stop.agreed_on_all_ranks(here.world, here.device):
+            # This exchange also makes all ranks wait until the answers are on disk: launched ranks read them next.
+            if stop.agreed_on_all_ranks(runtime.world, runtime.device):
                 break
         stop.over()
     return stop.agreed_on
 
 
-def answered(engine: Engine, work: EvalWork) -> Iterator[tuple[Mapping[Any, Answer], int]]:
-    """Answers, some at a time, and how many tokens were run for them; the longest first.
+def answer_requests(engine: Engine, work: EvalWork) -> Iterator[tuple[Answered, int]]:
+    """Yield answers in batches, the longest requests first, and the tokens that were run for each batch.
 
-    Of texts that is none: how long they become is up to the variant, and its speed is not to depend on that.
+    Generated text reports 0 tokens: its length varies by variant and would distort throughput.
     """
-    from eval.answers.score import batches, prefix_groups, scores
+    from eval.answers.score import group_by_prefix, make_batches, score_batch
 
-    asked = [request for request in work.requests if isinstance(request, Score)]
-    for batch in batches(prefix_groups(asked), work.max_batch_tokens):
-        found = scores(engine, work.variant.target.context, batch)
-        _refuse_no_numbers(work, [value for value, _ in found.values()])
-        yield found, sum(tree.tokens for tree in batch)
-    for texts in _texts(engine, work, [request for request in work.requests if isinstance(request, Continue)]):
+    to_score = [request for request in work.requests if isinstance(request, Score)]
+    for batch in make_batches(group_by_prefix(to_score), work.max_batch_tokens):
+        scores = score_batch(engine, work.variant.target.context, batch)
+        refuse_nan(work, [value for value, _ in scores.values()])
+        yield list(scores.items()), sum(group.tokens for group in batch)
+    for texts in _continue_in_batches(engine, work, [one for one in work.requests if isinstance(one, Continue)]):
         yield texts, 0
 
 
-def _refuse_no_numbers(work: EvalWork, values: Sequence[float]) -> None:
-    """ValueError for a log-probability that is not a number: it would be told for some answer or other."""
-    if wrong := sum(map(math.isnan, values)):
+def refuse_nan(work: EvalWork, values: Sequence[float]) -> None:
+    """Raise ValueError if a log-probability is NaN: it would be counted as a wrong or a right answer."""
+    if count := sum(map(math.isnan, values)):
         raise ValueError(
-            f"variant {work.variant.name}: {wrong} of {len(values)} log-probabilities are not a number: "
+            f"variant {work.variant.name}: {count} of {len(values)} log-probabilities are not a number: "
             f"look for infinite or missing weights in {work.variant.target.folder}, or use model.dtype=float32"
         )
 
 
-def _texts(engine: Engine, work: EvalWork, asked: Sequence[Continue]) -> Iterator[Mapping[Any, Answer]]:
-    from eval.answers.generate import texts
+def _continue_in_batches(engine: Engine, work: EvalWork, requests: Sequence[Continue]) -> Iterator[Answered]:
+    """Yield the texts of ``requests`` in batches, the longest prompts first."""
+    from eval.answers.generate import generate_texts
     from longctx.hf.config import tokenizer_of
 
-    left = sorted(asked, key=lambda request: -len(request.tokens))
-    tokenizer: Any = tokenizer_of(work.variant.target.folder) if left else None
-    while left:
+    remaining = sorted(requests, key=lambda request: -len(request.tokens))
+    tokenizer = tokenizer_of(work.variant.target.folder) if remaining else None
+    while remaining:
         batch: list[Continue] = []
         total = 0
-        while left and (not batch or total + len(left[0].tokens) + left[0].most <= work.max_batch_tokens):
-            batch.append(left.pop(0))
-            total += len(batch[-1].tokens) + batch[-1].most
-        found = texts(engine, work.variant.target.context, tokenizer, batch)
-        yield dict(zip(batch, found, strict=True))
+        while remaining and (not batch or total + _room(remaining[0]) <= work.max_batch_tokens):
+            batch.append(remaining.pop(0))
+            total += _room(batch[-1])
+        texts = generate_texts(engine, work.variant.target.context, tokenizer, batch)
+        yield list(zip(batch, texts, strict=True))
+
+
+def _room(request: Continue) -> int:
+    """Tokens of the prompt and of the longest answer."""
+    return len(request.tokens) + request.max_new_tokens

@@ -1,1 +1,1 @@
-"""lm-evaluation-harness: its model interface, its tasks over local files and long texts."""
+"""lm-evaluation-harness: its model interface, its tasks over local files, tasks of long texts."""

@@ -1,6 +1,6 @@
-"""Benchmarks from files: which file holds which, and its rows as lm-eval's own task has them from the hub.
+"""Benchmarks from files: the file of each task, and the conversion of its records to the rows of lm-eval's task.
 
-The prompts and the metrics stay lm-eval's: only where the rows come from changes.
+Prompts and metrics stay lm-eval's; only the rows come from another place.
 """
 
 import gzip
@@ -16,26 +16,31 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class LocalTask:
-    """A benchmark: lm-eval's configuration ``of`` it, the ``file`` under the folder of data, and what a row becomes.
+    """A benchmark whose rows come from a file.
 
-    ``changes`` are fields of the configuration.  The rows of one that is ``sorted`` by subject are shuffled, always
-    alike, so that the first so many are of all subjects.
+    ``config_file`` is lm-eval's configuration of the task, relative to its folder of tasks; ``changes`` override
+    fields of it.  ``file`` is relative to the folder of data.  ``convert`` turns a record of the file into a row.
+    With ``sorted``, the file is sorted by subject: its rows are shuffled with a fixed seed, so that the first rows
+    cover all subjects.
     """
 
-    of: str
+    config_file: str
     file: str
-    row: Callable[[Row], Row]
+    convert: Callable[[Row], Row]
     changes: Mapping[str, Any] = field(default_factory=dict)
     sorted: bool = False
 
 
-def rows_of(local: LocalTask, path: Path) -> list[Row]:
-    """The rows of ``path`` as lm-eval's task takes them.  Raises ValueError, naming it, for one that is not so."""
-    lines = _pages(path) if path.suffix == ".raw" else _lines(path)
+def read_rows(task: LocalTask, path: Path) -> list[Row]:
+    """Return the rows of ``path`` as lm-eval's task takes them.
+
+    Raises ValueError, with the number of the record, for one that lacks a field or has another form.
+    """
+    records = _read_pages(path) if path.suffix == ".raw" else _read_json_lines(path)
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, record in enumerate(records, 1):
         try:
-            rows.append(local.row(line))
+            rows.append(task.convert(record))
         except (KeyError, ValueError, IndexError, TypeError) as error:
             raise ValueError(
                 f"{path}, record {number}, is not as eval/README.md describes it ({type(error).__name__}: {error})"
@@ -43,9 +48,9 @@ def rows_of(local: LocalTask, path: Path) -> list[Row]:
     return rows
 
 
-def _lines(path: Path) -> list[Row]:
-    open_it = gzip.open if path.suffix == ".gz" else open
-    with open_it(path, "rt", encoding="utf-8") as file:
+def _read_json_lines(path: Path) -> list[Row]:
+    open_file = gzip.open if path.suffix == ".gz" else open
+    with open_file(path, "rt", encoding="utf-8") as file:
         lines = [line for line in file if line.strip()]
     try:
         return [json.loads(line) for line in lines]
@@ -53,8 +58,8 @@ def _lines(path: Path) -> list[Row]:
         raise ValueError(f"{path} is not a file of JSON lines: {error}") from error
 
 
-def _pages(path: Path) -> list[Row]:
-    """WikiText's pages, each from its title (`` = Title = ``) to the next."""
+def _read_pages(path: Path) -> list[Row]:
+    """Return WikiText's pages, each from its title (`` = Title = ``) to the next."""
     pages: list[str] = []
     for line in path.read_text(encoding="utf-8").split("\n"):
         if not pages or re.match(r" = [^=].* = $", line):
@@ -64,7 +69,7 @@ def _pages(path: Path) -> list[Row]:
 
 
 def _letters(row: Row, question: str) -> Row:
-    """A question with lettered choices, as ARC and OpenBookQA have them."""
+    """Return a row of ARC or OpenBookQA: the choices have letters; ``question`` is the field of the question."""
     labels = [chr(ord("A") + i) for i in range(len(row["choices"]))]
     return {
         question: row["query"],
@@ -88,20 +93,20 @@ def _piqa(row: Row) -> Row:
 
 
 def _boolq(row: Row) -> Row:
-    passage, asks, question = row["query"].removeprefix("Passage: ").rpartition("\nQuestion: ")
-    if not asks:
+    passage, separator, question = row["query"].removeprefix("Passage: ").rpartition("\nQuestion: ")
+    if not separator:
         raise ValueError("query has no question")
     return {"passage": passage, "question": question.removesuffix("?"), "label": row["gold"]}
 
 
 def _copa(row: Row) -> Row:
-    """lm-eval joins the premise, without its full stop, and the connector by a space."""
+    """Undo lm-eval's prompt, which joins the premise, without its full stop, and the connector by a space."""
     premise, _, connector = row["query"].rpartition(" ")
-    asks = {"because": "cause", "therefore": "effect"}[connector]
+    relation = {"because": "cause", "therefore": "effect"}[connector]
     first, second = row["choices"]
     return {
         "premise": premise.rstrip(",.") + ".",
-        "question": asks,
+        "question": relation,
         "choice1": first,
         "choice2": second,
         "label": row["gold"],
@@ -109,16 +114,16 @@ def _copa(row: Row) -> Row:
 
 
 def _hellaswag(row: Row) -> Row:
-    """lm-eval writes the beginning of the sentence that is to be ended with a capital, and the rest of it without."""
-    query = re.sub(r"(?<=[.!?:] )[a-z][^.!?]*$", lambda begun: begun[0].capitalize(), row["query"])
+    """Capitalise the first letter of the unfinished sentence and lower the others, as lm-eval does."""
+    query = re.sub(r"(?<=[.!?:] )[a-z][^.!?]*$", lambda match: match[0].capitalize(), row["query"])
     return {"query": query, "choices": row["choices"], "label": row["gold"]}
 
 
 def _blank(row: Row) -> tuple[str, list[str]]:
-    """What two contexts begin with, to the last word that is the same, and how each of them ends."""
+    """Return the words that the two contexts have in common at the beginning, and the rest of each."""
     first, second = row["context_options"]
-    alike = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(min(first, second)))
-    before = first[: first.rfind(" ", 0, alike) + 1]
+    common = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(min(first, second)))
+    before = first[: first.rfind(" ", 0, common) + 1]
     return before, [first[len(before) :], second[len(before) :]]
 
 
@@ -164,8 +169,8 @@ _MMLU = (
     "The following are multiple choice questions (with answers) about {{subject}}.\n\n"
     "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}\nAnswer:"
 )
-# What has been done by lm-eval's process_docs is done in these files.
-_DONE: Mapping[str, Any] = {"process_docs": None}
+# lm-eval's process_docs has been applied to the rows of these files already.
+_PROCESSED: Mapping[str, Any] = {"process_docs": None}
 LOCAL: Mapping[str, LocalTask] = {
     "arc_easy": LocalTask("arc/arc_easy.yaml", "arc/arc_easy.jsonl", _arc),
     "arc_challenge": LocalTask("arc/arc_challenge.yaml", "arc/arc_challenge.jsonl", _arc),
@@ -173,7 +178,7 @@ LOCAL: Mapping[str, LocalTask] = {
     "boolq": LocalTask("super_glue/boolq/default.yaml", "boolq/boolq.jsonl", _boolq),
     "copa": LocalTask("super_glue/copa/default.yaml", "copa/copa.jsonl", _copa),
     "gsm8k": LocalTask("gsm8k/gsm8k.yaml", "gsm8k/gsm8k.jsonl", _gsm8k),
-    "hellaswag": LocalTask("hellaswag/hellaswag.yaml", "hellaswag/hellaswag_val_1k.jsonl", _hellaswag, _DONE),
+    "hellaswag": LocalTask("hellaswag/hellaswag.yaml", "hellaswag/hellaswag_val_1k.jsonl", _hellaswag, _PROCESSED),
     "lambada_openai": LocalTask("lambada/lambada_openai.yaml", "lambada/lambada_openai.jsonl", _lambada),
     "mmlu": LocalTask(
         "mmlu/default/_default_template_yaml", "mmlu/mmlu_test_sub.jsonl.gz", _mmlu, {"doc_to_text": _MMLU}, sorted=True
@@ -183,10 +188,10 @@ LOCAL: Mapping[str, LocalTask] = {
     "truthfulqa_mc1": LocalTask("truthfulqa/truthfulqa_mc1.yaml", "truthfulqa/truthfulqa.jsonl", _truthfulqa),
     "wikitext": LocalTask("wikitext/wikitext.yaml", "wikitext2/wiki.test.raw", _page),
     "winogrande": LocalTask("winogrande/default.yaml", "winogrande/winogrande.jsonl", _winogrande),
-    "wsc273": LocalTask("wsc273/default.yaml", "winograd/winograd_wsc.jsonl", _wsc273, _DONE),
+    "wsc273": LocalTask("wsc273/default.yaml", "winograd/winograd_wsc.jsonl", _wsc273, _PROCESSED),
 }
 
 
-def names(of: Sequence[str] = tuple(LOCAL)) -> str:
-    """In words, for those who have to choose."""
-    return ", ".join(of)
+def join_names(names: Sequence[str] = tuple(LOCAL)) -> str:
+    """Return ``names`` as a list in words, for messages."""
+    return ", ".join(names)

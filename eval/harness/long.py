@@ -1,23 +1,33 @@
-"""Tasks of long texts in the manner of RULER (arXiv 2404.06654): what has to be found lies anywhere in real text.
+"""Tasks of long texts in the manner of RULER (arXiv 2404.06654): find facts that lie anywhere in real text.
 
-An example depends on the seed, its number and the text alone, and is at most as long as asked for in tokens, answer
-included.
+An example depends on the seed, the length, its number and the text alone.  Prompt and answer together have at most the
+requested number of tokens.
 """
+
+from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from eval.harness.tasks import Task
+
+_DEFAULT_EXAMPLES = 50
+_ANSWER_TOKENS = 48
+_QUESTION_TOKENS = 64  # first estimate of what facts and question take of the length
 Random = np.random.Generator
 
 
 @dataclass(frozen=True)
 class LongText:
-    """Real text, sentence by sentence, with how many tokens each has; ``words`` are of its long, plain ones."""
+    """Real text by sentence, and the ``tokens`` of each; ``words`` are its plain words of 5 to 9 letters, sorted."""
 
     sentences: tuple[str, ...]
     tokens: tuple[int, ...]
@@ -26,7 +36,7 @@ class LongText:
 
 @dataclass(frozen=True)
 class HiddenFacts:
-    """What is hidden in a text (``facts``, each a sentence), what is asked behind it, and all of the right answers."""
+    """Sentences to hide in a text, the question to ask after it, and all words that a correct answer contains."""
 
     facts: tuple[str, ...]
     question: str
@@ -54,8 +64,8 @@ def _multikey(random: Random, text: LongText) -> HiddenFacts:
     names = _names(random, text, 4)
     numbers = [_number(random) for _ in names]
     facts = tuple(map(_fact, names, numbers))
-    asked = int(random.integers(len(names)))  # any of them, wherever it lies
-    return HiddenFacts(facts, f"The special number of {names[asked]} is", (numbers[asked],))
+    chosen = int(random.integers(len(names)))
+    return HiddenFacts(facts, f"The special number of {names[chosen]} is", (numbers[chosen],))
 
 
 def _multivalue(random: Random, text: LongText) -> HiddenFacts:
@@ -72,7 +82,7 @@ def _tracking(random: Random, text: LongText) -> HiddenFacts:
     return HiddenFacts(facts, question, tuple(names))
 
 
-# What hides facts in text; the others are texts of their own.
+# Tasks that hide facts in a stretch of the text.
 _HIDDEN: Mapping[str, Callable[[Random, LongText], HiddenFacts]] = {
     "needle": _needle,
     "multikey": _multikey,
@@ -81,21 +91,21 @@ _HIDDEN: Mapping[str, Callable[[Random, LongText], HiddenFacts]] = {
 }
 
 
-def _hidden(
+def _hide_in_text(
     make: Callable[[Random, LongText], HiddenFacts], random: Random, text: LongText, room: int
 ) -> tuple[str, Sequence[str]]:
-    """A stretch of the text with the facts in it, in order but for where they lie, and the question behind it."""
-    asked = make(random, text)
-    taken = _stretch(random, text, room)
-    places = sorted(random.integers(0, len(taken) + 1, len(asked.facts)).tolist(), reverse=True)
-    for place, fact in zip(places, reversed(asked.facts), strict=True):
-        taken.insert(place, fact)
-    return f"{' '.join(taken)}\n\n{asked.question}", asked.answers
+    """Insert facts, in their order, at random places of a stretch of the text; the question follows it."""
+    hidden = make(random, text)
+    sentences = _choose_stretch(random, text, room)
+    places = sorted(random.integers(0, len(sentences) + 1, len(hidden.facts)).tolist(), reverse=True)
+    for place, fact in zip(places, reversed(hidden.facts), strict=True):
+        sentences.insert(place, fact)
+    return f"{' '.join(sentences)}\n\n{hidden.question}", hidden.answers
 
 
 def _common_words(random: Random, text: LongText, room: int) -> tuple[str, Sequence[str]]:
-    """A list of words, three of which are there over and over; each entry takes about five tokens."""
-    entries = max(20, room // 6)
+    """Make a list of words in which three are repeated most often; the question is which."""
+    entries = max(20, room // 6)  # an entry takes about five tokens
     words = _names(random, text, min(len(text.words), 3 + entries // 2))
     common, rare = words[:3], words[3:]
     listed = [common[i % 3] for i in range(entries // 2)]
@@ -107,21 +117,26 @@ def _common_words(random: Random, text: LongText, room: int) -> tuple[str, Seque
 
 
 def _long_qa(random: Random, text: LongText, room: int) -> tuple[str, Sequence[str]]:
-    """A stretch of the text; the question is how one of its sentences ends."""
+    """Take a stretch of the text; the question is how one of its sentences ends."""
     for _ in range(100):
-        taken = _stretch(random, text, room)
-        whole = " ".join(taken)
-        for at in random.permutation(len(taken)):
-            beginning, _, last = taken[at].rstrip(".!?").rpartition(" ")
-            plain = len(beginning.split()) >= 6 and last.isalpha() and len(last) > 4
-            if plain and whole.count(beginning) == 1:
-                ask = f"Question: How does the sentence go on that begins so: {beginning} ...?\nAnswer: {beginning}"
-                return f"{whole}\n\n{ask}", (last,)
+        sentences = _choose_stretch(random, text, room)
+        whole = " ".join(sentences)
+        for at in random.permutation(len(sentences)):
+            beginning, _, last = sentences[at].rstrip(".!?").rpartition(" ")
+            is_plain = len(beginning.split()) >= 6 and last.isalpha() and len(last) > 4
+            if is_plain and whole.count(beginning) == 1:
+                question = (
+                    f"Question: How does the sentence go on that begins so: {beginning} ...?\nAnswer: {beginning}"
+                )
+                return f"{whole}\n\n{question}", (last,)
     raise ValueError("eval.text has no sentence of seven plain words or more: give prose, or leave long_qa out")
 
 
-def _stretch(random: Random, text: LongText, room: int) -> list[str]:
-    """Neighbouring sentences of ``room`` tokens together, or few more, from a random one on."""
+def _choose_stretch(random: Random, text: LongText, room: int) -> list[str]:
+    """Return consecutive sentences from a random one on, of ``room`` tokens together or slightly more.
+
+    Raises ValueError if the text is shorter than that.
+    """
     total = np.cumsum(text.tokens)
     starts = np.flatnonzero(total[-1] - total >= room)
     if not len(starts):
@@ -131,16 +146,19 @@ def _stretch(random: Random, text: LongText, room: int) -> list[str]:
     return list(text.sentences[first + 1 : end])
 
 
-Make = Callable[[Random, LongText, int], tuple[str, Sequence[str]]]
-LONG: Mapping[str, Make] = {
-    **{name: lambda *given, make=make: _hidden(make, *given) for name, make in _HIDDEN.items()},
+MakeExample = Callable[[Random, LongText, int], tuple[str, Sequence[str]]]  # room in tokens -> prompt, answers
+LONG: Mapping[str, MakeExample] = {
+    **{name: lambda *args, make=make: _hide_in_text(make, *args) for name, make in _HIDDEN.items()},
     "common_words": _common_words,
     "long_qa": _long_qa,
 }
 
 
-def read_text(source: str, tokenizer: Any) -> LongText:
-    """The text of a file, or of the documentation that CPython ships.  Raises ValueError if it is not there."""
+def read_text(source: str, tokenizer: PreTrainedTokenizerBase) -> LongText:
+    """Return the text of a file, or of the documentation that CPython ships if ``source`` is pydoc.
+
+    Raises ValueError for a file that cannot be read or is no text.
+    """
     from longctx.config import PromptSource
     from longctx.data.prompt import prompt_tokens
 
@@ -149,7 +167,7 @@ def read_text(source: str, tokenizer: Any) -> LongText:
 
         whole = "\n\n".join(topics[name] for name in sorted(topics))
     else:
-        prompt_tokens(PromptSource(file=source, tokens=1), tokenizer)  # refuses what is no text, in words of its own
+        prompt_tokens(PromptSource(file=source, tokens=1), tokenizer)  # raises for what is no text
         whole = Path(source).expanduser().read_text(encoding="utf-8")
     sentences = [" ".join(one.split()) for one in re.split(r"(?<=[.!?])\s+|\n\s*\n", whole)]
     sentences = [one for one in sentences if one]
@@ -158,56 +176,72 @@ def read_text(source: str, tokenizer: Any) -> LongText:
     return LongText(tuple(sentences), tuple(counts), tuple(words))
 
 
-def rows(
-    make: Make, text: LongText, tokenizer: Any, length: int, answer: int, examples: int, seed: int
+def make_examples(
+    make: MakeExample,
+    text: LongText,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    answer_tokens: int,
+    examples: int,
+    seed: int,
 ) -> list[dict[str, Any]]:
-    """So many examples of at most ``length`` tokens, ``answer`` of them left for the answer."""
-    out = []
+    """Return rows of ``prompt`` and ``answers``; a prompt has at most ``length - answer_tokens`` tokens.
+
+    Raises ValueError if ``length`` is too short for the question.
+    """
+    rows = []
     for i in range(examples):
-        room, over = length - answer - 64, 1
-        while over > 0 and room > 0:
+        room, excess = length - answer_tokens - _QUESTION_TOKENS, 1
+        # Make the same example again with less text, until it fits.
+        while excess > 0 and room > 0:
             prompt, answers = make(np.random.default_rng([seed, length, i]), text, room)
             tokens = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-            over = tokens + answer - length
-            room = min(room - 8, room * (length - answer) // tokens)
-        if over > 0:
+            excess = tokens + answer_tokens - length
+            room = min(room - 8, room * (length - answer_tokens) // tokens)
+        if excess > 0:
             raise ValueError(f"eval.lengths={length}: too short for this task and its question: use more")
-        out.append({"prompt": prompt, "answers": list(answers)})
-    return out
+        rows.append({"prompt": prompt, "answers": list(answers)})
+    return rows
 
 
-def long_tasks(
-    examples: Mapping[str, int], lengths: Sequence[int], source: str, tokenizer: Any, most: int, seed: int
-) -> dict[str, Any]:
-    """lm-eval tasks ``NAME_LENGTH``, of each name so many ``examples``.
+def make_long_tasks(
+    examples: Mapping[str, int | None],
+    lengths: Sequence[int],
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    seed: int,
+) -> dict[str, Task]:
+    """Return lm-eval tasks named ``NAME_LENGTH``, with ``examples[NAME]`` examples each (None: 50).
 
-    Raises ValueError for a length that is more than the model's ``most`` tokens.
+    Raises ValueError for a length of more than ``max_length`` tokens, and as `read_text` and `make_examples` do.
     """
-    from eval.harness.tasks import built
+    from eval.harness.tasks import make_task
 
-    if over := [length for length in lengths if length > most]:
+    if too_long := [length for length in lengths if length > max_length]:
         raise ValueError(
-            f"eval.lengths={over[0]}: the model's context is {most:,}; use at most that, or another context "
+            f"eval.lengths={too_long[0]}: the model's context is {max_length:,}; use at most that, or another context "
             "(model.max_positions and a larger model.rope_theta, or model.rope_factor)"
         )
-    text, answer = read_text(source, tokenizer), 48
+    text = read_text(source, tokenizer)
     config = {
         "output_type": "generate_until",
         "doc_to_text": "{{prompt}}",
         "doc_to_target": "{{answers | join(', ')}}",
-        "generation_kwargs": {"until": ["\n"], "max_gen_toks": answer, "do_sample": False},
-        "process_results": found_all,
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": _ANSWER_TOKENS, "do_sample": False},
+        "process_results": score_answer,
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         "num_fewshot": 0,
     }
-    wanted = [(name, length) for name in examples for length in lengths]
     tasks = {}
-    for name, length in wanted:
-        made = rows(LONG[name], text, tokenizer, length, answer, examples[name], seed)
-        tasks[f"{name}_{length}"] = built(f"{name}_{length}", config, made)
+    for name, count in examples.items():
+        for length in lengths:
+            rows = make_examples(LONG[name], text, tokenizer, length, _ANSWER_TOKENS, count or _DEFAULT_EXAMPLES, seed)
+            tasks[f"{name}_{length}"] = make_task(f"{name}_{length}", config, rows)
     return tasks
 
 
-def found_all(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Right if each of the answers, as it stands, is in what the model says."""
-    return {"exact_match": float(all(re.search(rf"\b{re.escape(answer)}\b", results[0]) for answer in doc["answers"]))}
+def score_answer(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Return 1 if the generated text contains each answer of ``doc`` as a whole word, else 0."""
+    text = results[0]
+    return {"exact_match": float(all(re.search(rf"\b{re.escape(answer)}\b", text) for answer in doc["answers"]))}

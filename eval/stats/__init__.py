@@ -1,1 +1,1 @@
-"""From answers to outcomes, comparisons and the report."""
+"""Outcomes of answers, paired comparisons and the report."""

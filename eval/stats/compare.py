@@ -1,4 +1,4 @@
-"""Is a changed model worse?  Statistics of paired outcomes: arithmetic only, it knows no models."""
+"""Paired comparison of a variant with its baseline: arithmetic on outcomes only, independent of models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,18 +14,19 @@ Numbers = NDArray[np.float64]
 Verdict = Literal["no worse", "worse", "undecided"]
 LEVEL = 0.95
 _Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-_FEWEST_TEXTS = 10  # of fewer, resampled, the middle 95 % hold the truth in far less than 95 %
-_MOST_NEEDED = 10**8  # examples: nobody has more, and a difference at the very limit would ask for any number
+_MIN_TEXTS = 10  # with fewer texts, a bootstrap interval covers the truth in far less than 95 % of all cases
+_MAX_NEEDED = 10**8  # examples; a difference very close to the limit would need arbitrarily many
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant beside its baseline, on the same ``n`` examples.
+    """Accuracy of a variant and of its baseline on the same ``n`` examples.
 
-    ``difference`` (variant - baseline) lies between ``low`` and ``high`` by a paired bootstrap, at 95 %.  ``lost`` and
-    ``won`` count the examples whose outcome fell and rose; ``p_mcnemar`` is the exact test that they are as many, or
-    of several tasks, and of outcomes that are no whole numbers, the test of `_flipped`.
-    ``needed`` is how many examples would decide an undecided verdict if what was seen stays as it is.
+    ``difference`` is variant - baseline; ``low`` and ``high`` are its 95 % interval by paired bootstrap.
+    ``lost`` and ``won`` count the examples whose outcome fell and rose.
+    ``p_mcnemar`` tests that both are equally likely: McNemar's exact test for one task of right and wrong answers,
+    else a sign-flip test of the average.
+    ``needed``: if the verdict is undecided, how many examples like these would decide it; None if no number would.
     """
 
     n: int
@@ -48,24 +49,28 @@ def compare(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Comparison:
-    """The average over ``tasks``, each the outcomes (0 to 1) of baseline and variant on the same examples in order.
+    """Compare accuracies averaged over ``tasks``, each a pair (baseline, variant) of outcomes from 0 to 1.
 
-    Each task weighs the same, and is resampled by itself.  The verdict is of non-inferiority: ``no worse`` if a drop
-    of ``allowed_drop`` is outside the interval, ``worse`` if all of the interval is below it.  To be either it
-    has to be so by the adjusted interval (see `_adjusted`) as well: the bootstrap of outcomes that never differ is a
-    point, however few they are.
+    The outcomes of a pair are of the same examples in the same order.  Each task has the same weight, and is
+    resampled by itself.  The verdict is a test of non-inferiority: ``no worse`` if the whole interval lies above
+    -``allowed_drop``, ``worse`` if it lies below.  Bonett and Price's interval must agree, because the bootstrap of
+    outcomes that never differ is a single point, however few examples there are.
     """
     paired = [(np.asarray(base, float), np.asarray(other, float)) for base, other in tasks]
     assert paired and all(len(base) == len(other) > 0 for base, other in paired), "the same examples, at least one"
+    # 1. The interval of the difference.
     differences = [other - base for base, other in paired]
-    low, high = _interval(differences, resamples, np.random.default_rng(seed))
-    every = np.concatenate(differences)
-    lost, won = int((every < 0).sum()), int((every > 0).sum())
-    plain = len(differences) == 1 and set(np.abs(every)) <= {0.0, 1.0}
-    adjusted = _adjusted(differences)
-    verdict = _verdict(min(low, adjusted[0]), max(high, adjusted[1]), allowed_drop)
+    low, high = _bootstrap_interval(differences, resamples, np.random.default_rng(seed))
+    # 2. The test that losing and winning are equally likely.
+    pooled = np.concatenate(differences)
+    lost, won = int((pooled < 0).sum()), int((pooled > 0).sum())
+    is_binary = len(differences) == 1 and set(np.abs(pooled)) <= {0.0, 1.0}
+    p_value = mcnemar(lost, won) if is_binary else _sign_flip(differences, resamples, np.random.default_rng(seed))
+    # 3. The verdict, by the wider ends of both intervals.
+    adjusted = _bonett_price_interval(differences)
+    verdict = _decide(min(low, adjusted[0]), max(high, adjusted[1]), allowed_drop)
     return Comparison(
-        n=len(every),
+        n=len(pooled),
         baseline=float(np.mean([base.mean() for base, _ in paired])),
         accuracy=float(np.mean([other.mean() for _, other in paired])),
         difference=float(np.mean([one.mean() for one in differences])),
@@ -73,38 +78,41 @@ def compare(
         high=high,
         lost=lost,
         won=won,
-        p_mcnemar=mcnemar(lost, won) if plain else _flipped(differences, resamples, np.random.default_rng(seed)),
+        p_mcnemar=p_value,
         verdict=verdict,
-        needed=_needed(differences, allowed_drop) if verdict == "undecided" else None,
+        needed=_examples_needed(differences, allowed_drop) if verdict == "undecided" else None,
     )
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Exact two-sided p-value that an example that changes is as likely to be lost as won (McNemar 1947)."""
+    """Return the exact two-sided p-value of McNemar's test (1947): a changed example is equally likely lost or won."""
     return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 
-def _flipped(differences: Sequence[Numbers], resamples: int, random: np.random.Generator) -> float:
-    """Two-sided p-value that a change is as likely to be the other way round, of signs that change at random.
+def _sign_flip(differences: Sequence[Numbers], resamples: int, random: np.random.Generator) -> float:
+    """Two-sided sign-flip permutation test of the mean difference, in which tasks have the same weight.
 
-    McNemar's test of the average that is told, in which tasks weigh the same: pooled, the largest would rule.
+    McNemar's test on pooled examples would give the largest task the most weight.
     """
     totals = np.zeros(resamples)
     for one in differences:
         for size, count in zip(*np.unique(np.abs(one), return_counts=True), strict=True):
             totals += size * (2 * random.binomial(count, 0.5, resamples) - count) / len(one)
-    seen = abs(sum(one.mean() for one in differences)) * (1 - 1e-9)
-    return float(((np.abs(totals) >= seen).sum() + 1) / (resamples + 1))
+    observed = abs(sum(one.mean() for one in differences)) * (1 - 1e-9)
+    return float(((np.abs(totals) >= observed).sum() + 1) / (resamples + 1))
 
 
-def near_chance(outcomes: Sequence[float], chance: float) -> bool:
-    """Whether guessing, right in ``chance`` of all cases, would do as well: at 95 %, one-sided and exact."""
+def is_near_chance(outcomes: Sequence[float], chance: float) -> bool:
+    """Return whether the accuracy is not better than ``chance`` by a one-sided exact binomial test at 95 %."""
     return bool(binomtest(round(sum(outcomes)), len(outcomes), chance, "greater").pvalue > 1 - LEVEL)
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexities on the same ``n`` texts; ``ratio`` (variant / baseline) is from ``low`` to ``high``, at 95 %."""
+    """Perplexities per word on the same ``n`` texts.
+
+    ``ratio`` is variant / baseline; ``low`` and ``high`` are its 95 % interval, None for fewer than ten texts.
+    """
 
     n: int
     baseline: float
@@ -117,75 +125,78 @@ class Perplexity:
 def compare_perplexity(
     base: Sequence[float], other: Sequence[float], words: Sequence[float], *, resamples: int = 10_000, seed: int = 0
 ) -> Perplexity:
-    """Of texts of so many ``words``, their log-likelihoods (nats) by baseline and variant.
+    """Compare log-likelihoods (nats) of the same texts by baseline and variant; ``words`` are the texts' lengths.
 
-    Texts are resampled for the ends of the interval, which are None where there are too few of them for that.
+    The interval is a bootstrap over texts.
     """
-    rows = np.stack([np.asarray(x, float) for x in (base, other, words)], 1)
-    a, b, total = rows.mean(0)
+    texts = np.stack([np.asarray(x, float) for x in (base, other, words)], 1)
+    a, b, total = texts.mean(0)
     low = high = None
-    if len(rows) >= _FEWEST_TEXTS:
-        sums = _resampled(rows, resamples, np.random.default_rng(seed))
-        low, high = (exp(end) for end in _middle((sums[:, 0] - sums[:, 1]) / sums[:, 2]))
-    return Perplexity(len(rows), exp(-a / total), exp(-b / total), exp((a - b) / total), low, high)
+    if len(texts) >= _MIN_TEXTS:
+        means = _resample_means(texts, resamples, np.random.default_rng(seed))
+        low, high = (exp(end) for end in _percentile_interval((means[:, 0] - means[:, 1]) / means[:, 2]))
+    return Perplexity(len(texts), exp(-a / total), exp(-b / total), exp((a - b) / total), low, high)
 
 
-def _interval(differences: Sequence[Numbers], resamples: int, random: np.random.Generator) -> tuple[float, float]:
-    """The middle 95 % of the average of resampled tasks' mean differences."""
-    means = [_resampled(one[:, None], resamples, random)[:, 0] for one in differences]
-    return _middle(np.mean(means, 0))
+def _bootstrap_interval(
+    differences: Sequence[Numbers], resamples: int, random: np.random.Generator
+) -> tuple[float, float]:
+    """Return the 95 % percentile interval of the mean difference, averaged over tasks."""
+    means = [_resample_means(one[:, None], resamples, random)[:, 0] for one in differences]
+    return _percentile_interval(np.mean(means, 0))
 
 
-def _middle(values: Numbers) -> tuple[float, float]:
+def _percentile_interval(values: Numbers) -> tuple[float, float]:
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
-def _resampled(rows: Numbers, resamples: int, random: np.random.Generator) -> Numbers:
-    """Means [resamples columns] of as many rows as there are, drawn with replacement.
+def _resample_means(rows: Numbers, resamples: int, random: np.random.Generator) -> Numbers:
+    """Return column means, [resamples columns], of ``rows`` drawn with replacement, as many as there are.
 
-    Equal rows are drawn together, how often is one multinomial number: a task of right and wrong has three kinds.
+    Equal rows are drawn together by a multinomial count: outcomes of right and wrong have only three differences.
     """
     kinds, counts = np.unique(rows, axis=0, return_counts=True)
     out = np.empty((resamples, rows.shape[1]))
-    at_a_time = max(1, 10**7 // len(kinds))
-    for begin in range(0, resamples, at_a_time):
-        part = out[begin : begin + at_a_time]
+    batch = max(1, 10**7 // len(kinds))  # resamples at a time, to bound memory
+    for begin in range(0, resamples, batch):
+        part = out[begin : begin + batch]
         part[:] = random.multinomial(len(rows), counts / len(rows), len(part)) @ kinds / len(rows)
     return out
 
 
-def _adjusted(differences: Sequence[Numbers], times: float = 1.0) -> tuple[float, float]:
-    """The ends of Bonett and Price's interval (J. Educ. Behav. Stat. 37(4), 2012), which is never a point.
+def _bonett_price_interval(differences: Sequence[Numbers], scale: float = 1.0) -> tuple[float, float]:
+    """Return Bonett and Price's adjusted interval (J. Educ. Behav. Stat. 37(4), 2012), which is never a point.
 
-    Each task has one more example lost and one more won.  ``times`` is as if all examples were there so often.
+    Each task gets one more lost and one more won example.  ``scale`` multiplies the number of examples of each kind.
     """
     means, variances = [], []
     for one in differences:
-        n = times * len(one) + 2
-        means.append(times * one.sum() / n)
-        variances.append(((times * (one**2).sum() + 2) / n - means[-1] ** 2) / n)
+        n = scale * len(one) + 2
+        means.append(scale * one.sum() / n)
+        variances.append(((scale * (one**2).sum() + 2) / n - means[-1] ** 2) / n)
     half = _Z * np.sqrt(sum(variances)) / len(means)
     return float(np.mean(means) - half), float(np.mean(means) + half)
 
 
-def _verdict(low: float, high: float, allowed_drop: float) -> Verdict:
+def _decide(low: float, high: float, allowed_drop: float) -> Verdict:
     if low > -allowed_drop:
         return "no worse"
     return "worse" if high < -allowed_drop else "undecided"
 
 
-def _needed(differences: Sequence[Numbers], allowed_drop: float) -> int | None:
-    """Examples that decide, if there are more of the kind that was seen; None if there would never be enough."""
+def _examples_needed(differences: Sequence[Numbers], allowed_drop: float) -> int | None:
+    """Return how many examples decide if the shares of lost and won stay the same; None if more than 10^8."""
     n = sum(map(len, differences))
 
-    def decides(times: float) -> bool:
-        return _verdict(*_adjusted(differences, times), allowed_drop) != "undecided"
+    def decides(scale: float) -> bool:
+        return _decide(*_bonett_price_interval(differences, scale), allowed_drop) != "undecided"
 
+    # Double until it decides, then bisect to the example.
     few, many = 1.0, 2.0
     while not decides(many):
         few, many = many, 2 * many
-        if many * n > _MOST_NEEDED:
+        if many * n > _MAX_NEEDED:
             return None
     while (many - few) * n > 1:
         middle = (few + many) / 2

@@ -1,4 +1,4 @@
-"""What became of a task's examples: plain values, for statistics and reports."""
+"""The outcomes of a task's examples: plain values, for statistics and reports."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Outcomes:
-    """Each example was right (1) or wrong (0); guessing is right in ``chance`` of all cases, which of texts is none.
+    """Outcomes of a task, in the order of its examples.
 
-    Of a task of perplexity ``values`` are the log-likelihoods of its texts, which have so many ``words``.  ``others``
-    are all of lm-eval's metrics, over all examples.
+    For accuracy, ``values`` are 1 (correct) or 0, or a share between; ``chance`` is the accuracy of guessing (0 for
+    generated text).  For perplexity, ``values`` are log-likelihoods of texts (nats) and ``words`` their lengths in
+    words.  ``others`` are all of lm-eval's metrics, over all examples.
     """
 
     task: str

@@ -55,8 +55,8 @@ def documents(source: TextSource, tokenizer: Any, data: DataSettings) -> Stage[D
     window: to resume is to read the window again.
 
     Raises ValueError as `files` and `dataset` do, and if the tokenizer lacks the end token.  While it runs, raises
-    ValueError for a state of other files or another order, for a faulty record (unless ``data.on_error`` is skip), and
-    for a source without documents.
+    ValueError for a state of other files or another order, and for a source without documents.  A faulty record raises
+    ValueError unless ``data.on_error`` is skip.
     """
     if data.end_token and tokenizer.eos_token_id is None:
         raise ValueError("the model's tokenizer has no end token to close documents with: set data.end_token=false")

@@ -20,8 +20,8 @@ _COPIED = (
 def write_scratch_folder(config: Mapping[str, Any], to: Path) -> None:
     """Write the folder ``to`` from ``config``, which has the keys of a config.json, with a byte tokenizer.
 
-    Raises ValueError if transformers does not know the model type or a field, or cannot build a model of them, and if
-    the vocabulary is smaller than the tokenizer's 257 tokens.
+    Raises ValueError if transformers does not know the model type or a field, or cannot build a model of them.  Raises
+    ValueError if the vocabulary is smaller than the tokenizer's 257 tokens.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig

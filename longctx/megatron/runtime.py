@@ -110,9 +110,6 @@ def open_runtime(
     dist.destroy_process_group()
 
 
-runtime = open_runtime
-
-
 def _fresh_store(rank: Rank, timeout: datetime.timedelta) -> dist.Store:
     """Return a key-value store at which the ranks exchange addresses, with a key prefix that is new at each call.
 

@@ -160,7 +160,7 @@ def _raise_lost_peer(peers: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        silent = " (no answer within timeout_minutes)" if "imed out" in str(error) else ""
+        silent = " (no answer within run.timeout_minutes)" if "imed out" in str(error) else ""
         raise LostPeer(f"lost {peers}{silent}") from error
 
 

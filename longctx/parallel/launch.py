@@ -65,8 +65,7 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank | None:
     if "SLURM_STEP_NODELIST" in e and "SLURM_PROCID" in e:
         host = _first_host(e["SLURM_STEP_NODELIST"])
         port = 20000 + int(e["SLURM_JOB_ID"]) % 20000  # the same on every rank of a job, another for another job
-        # Tasks per node, run-length encoded: "2(x3)" or "3,3".  The first count stands for every node.
-        local_world_size = int(e["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0])
+        local_world_size = _tasks_of_node(e["SLURM_STEP_TASKS_PER_NODE"], int(e.get("SLURM_NODEID", 0)))
         rank, world_size, local_rank = (
             int(e[name]) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         )
@@ -82,6 +81,15 @@ def current_rank() -> Rank | None:
     ``current_rank.cache_clear()``.
     """
     return rank_from_environment(os.environ)
+
+
+def _tasks_of_node(tasks_per_node: str, node: int) -> int:
+    """Return the tasks of ``node`` of Slurm's run-length encoded list: node 3 of "2(x3),1" has 1."""
+    counts: list[int] = []
+    for run in tasks_per_node.split(","):
+        tasks, _, nodes = run.rstrip(")").partition("(x")
+        counts += [int(tasks)] * int(nodes or 1)
+    return counts[node]
 
 
 def _first_host(nodes: str) -> str:

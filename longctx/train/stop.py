@@ -8,7 +8,7 @@ import torch
 from longctx.parallel.comm import Comm
 from longctx.shapes import Tensor
 
-SIGNAL = signal.SIGUSR1  # what Slurm sends ahead of a time limit or of pre-emption (slurm/job.sbatch)
+SIGNAL = signal.SIGUSR1  # Slurm sends it before a time limit or pre-emption (slurm/job.sbatch)
 
 
 class StopRequest:

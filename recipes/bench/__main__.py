@@ -1,4 +1,4 @@
-"""``python -m recipes.bench SUBJECT settings...``: what is measured is the first word."""
+"""Run a benchmark: ``python -m recipes.bench SUBJECT key=value ...``."""
 
 import sys
 
@@ -17,33 +17,37 @@ from recipes.bench import (
 from recipes.common.cli import console, main
 
 SUBJECTS = {
-    "convergence": (convergence.task, "the loss curve of a mesh on top of one rank's"),
-    "prefill": (prefill.task, "parallel efficiency, and where the rest goes"),
-    "crossover": (crossover.task, "TTFT over the miss rate: pass-KV, pass-Q, and what auto takes"),
-    "decode": (decode.task, "time from token to token, by strategy"),
+    "convergence": (convergence.task, "loss curves of the same training run on one rank and on a mesh"),
+    "crossover": (crossover.task, "time to first token over the miss rate, by pass-KV and pass-Q; choice of each rule"),
+    "decode": (decode.task, "time to incremental token (TTIT), by decode strategy"),
     "drift": (drift.task, "error of bfloat16 attention over the number of ranks, on a real model's activations"),
-    "million": (million.task, "one layer, a million cached tokens, a few new ones"),
+    "million": (million.task, "attention of one layer: a few new tokens over a million cached ones"),
+    "prefill": (prefill.task, "parallel efficiency of attention and of the whole model, and its three factors"),
+    "spd_latency": (spd_latency.task, "time saved by dropped reductions, over links of a given rate and latency"),
     "spd_quality": (spd_quality.task, "perplexity over the share of blocks that drop a reduction"),
-    "spd_latency": (spd_latency.task, "what dropped reductions save, over links of a given rate and latency"),
-    "spd_sweep": (spd_sweep.task, "sensitivity of all blocks, beside a plain loop over perplexities"),
-    "train": (train.task, "a training step on one rank and on several; attention beside its peers"),
+    "spd_sweep": (spd_sweep.task, "seconds of a sensitivity measurement, against a plain loop over perplexities"),
+    "train": (train.task, "a training step on one rank and on several; attention beside other projects' rings"),
 }
 
 
-def run(words: list[str]) -> None:
-    """Run the subject that ``words`` begin with; exit code 2, naming the subjects, if there is none."""
+def run_benchmark(words: list[str]) -> None:
+    """Run the benchmark that the first of ``words`` names, with the others as settings.
+
+    Without a subject, or with --help, the subjects are listed.  Exits with code 2 for a missing or unknown subject.
+    """
     subject, *settings = words or [""]
-    if subject not in SUBJECTS:
-        if subject and subject not in ("--help", "-h"):
-            console.print(f"[bold red]error[/]: there is no benchmark {subject}: use {', '.join(SUBJECTS)}")
-            sys.exit(2)
-        console.print("python -m recipes.bench SUBJECT key=value ...; --help behind a subject tells its settings\n")
-        for name, (_, about) in SUBJECTS.items():
-            console.print(f"  {name:12} {about}")
-        sys.exit(0 if subject else 2)
-    sys.argv[1:] = settings
-    main(f"bench_{subject}", SUBJECTS[subject][0])
+    if subject in SUBJECTS:
+        sys.argv[1:] = settings
+        main(f"bench/{subject}", SUBJECTS[subject][0])
+        return
+    if subject not in ("", "--help", "-h"):
+        console.print(f"[bold red]error[/]: {subject} is not a benchmark; use {', '.join(SUBJECTS)}")
+        sys.exit(2)
+    console.print("python -m recipes.bench SUBJECT key=value ...; SUBJECT --help lists the subject's settings\n")
+    for name, (_, description) in SUBJECTS.items():
+        console.print(f"  {name:12} {description}")
+    sys.exit(0 if subject else 2)
 
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    run_benchmark(sys.argv[1:])

@@ -1,66 +1,110 @@
-"""The loss curve of a mesh on top of one rank's: the same model, the same text, the same steps.
+"""Loss curves of one rank and of a mesh: the same model, text and steps (arXiv 2405.07719, section 5.5).
 
     python -m recipes.bench convergence json=curves.json picture=curves.svg
 
-What arXiv 2405.07719 shows in its section 5.5, here with the largest difference in numbers.
+Reports the largest difference of the losses, and the largest relative difference of the gradient norms.
 """
+
+from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 from omegaconf import DictConfig, OmegaConf
 
 from longctx.config import Mesh
 from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
-from recipes.common.plots import lines
+from recipes.common.plots import draw_lines
 from recipes.common.provenance import provenance
+from recipes.common.settings import top_level
 from recipes.common.train_job import TrainJob, begin_run, resolve_train_job
 from recipes.common.train_loop import run_rank
 from recipes.pretrain import WARM
 
 
-def curve(job: TrainJob, name: str) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl of a run of ``job`` in a folder of its own, made anew."""
+@dataclass(frozen=True)
+class ConvergenceSettings:
+    """Settings of configs/bench/convergence.yaml that a training run does not have."""
+
+    json: str | None = None
+    picture: str | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss (nats per token) and gradient norm of a run at each of ``steps``."""
+
+    steps: list[int]
+    losses: list[float]
+    grad_norms: list[float]
+
+
+def prepare(config: DictConfig) -> tuple[TrainJob, ConvergenceSettings]:
+    """Return the training job and the settings.  Raises ValueError, with what to set instead, if it cannot be run."""
+    names = ("json", "picture")
+    settings = top_level(OmegaConf.create({name: config[name] for name in names}), ConvergenceSettings)
+    for name in names:
+        refuse_unwritable(getattr(settings, name), name)
+    training = OmegaConf.create({str(name): value for name, value in config.items() if name not in names})
+    job = resolve_train_job(training, "recipes.bench convergence", from_scratch=True)
+    if job.target.mesh.ranks == 1:
+        raise ValueError("mesh is one rank, the run that others are compared with: use mesh.ring=2 or another mesh")
+    return job, settings
+
+
+def train_from_scratch(job: TrainJob, name: str) -> Curve:
+    """Train ``job`` from its first step in the folder ``name`` of its ``out``, which is emptied first."""
     out = job.out / name
     shutil.rmtree(out, ignore_errors=True)
     run = replace(job, settings=replace(job.settings, out=str(out)))
     begin_run(run)
     say(f"{name}: {job.target.mesh}")
     on_ranks(job.target.mesh, run_rank, run)
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return Curve(
+        *([record[key] for record in records] for key in ("step", "loss", "grad_norm"))  # each line is a step
+    )
 
 
 def task(config: DictConfig) -> None:
-    """Train twice; write, draw and show how far the curves are apart."""
+    """Train on one rank and on the mesh; print, write and draw the difference of the curves."""
     warm_up_ranks([*WARM, "recipes.common.train_loop"])
-    for name in ("json", "picture"):
-        refuse_unwritable(config[name], name)
-    plain = OmegaConf.create({str(k): v for k, v in config.items() if k not in ("json", "picture")})
-    job = resolve_train_job(plain, "recipes.bench convergence", from_scratch=True)
-    if job.target.mesh.ranks == 1:
-        raise ValueError("mesh is one rank, which is what it is compared with: use mesh.ring=2 or another")
-    one, other = curve(replace(job, target=replace(job.target, mesh=Mesh())), "one rank"), curve(job, "mesh")
-    losses = [[line["loss"] for line in lines_of] for lines_of in (one, other)]
-    apart = max(abs(a - b) for a, b in zip(*losses, strict=True))
-    norms = max(abs(a["grad_norm"] / b["grad_norm"] - 1) for a, b in zip(one, other, strict=True))
-    console.print(f"{len(one)} steps on one rank: loss {losses[0][0]:.3f} to {losses[0][-1]:.3f}")
-    console.print(f"on {job.target.mesh}: at most {apart:.1e} away; norms of gradients, {norms:.1e} of themselves")
-    about = {**provenance(), "model": job.target.model.name, "mesh": str(job.target.mesh), "steps": len(one)}
-    if config.json:
-        curves = {"one_rank": losses[0], "mesh_loss": losses[1]}
-        write_result(config.json, {**about, "largest_difference": apart, "largest_norm_difference": norms, **curves})
-    if config.picture:
-        title = f"{len(one)} steps on one rank and on {job.target.mesh}: at most {apart:.1e} nats apart"
-        lines(
-            config.picture,
-            [line["step"] for line in one],
-            {"one rank": losses[0], str(job.target.mesh): losses[1]},
-            title=title,
+    job, settings = prepare(config)
+    # 1. Train twice.
+    mesh = job.target.mesh
+    one_rank = train_from_scratch(replace(job, target=replace(job.target, mesh=Mesh())), "one rank")
+    on_mesh = train_from_scratch(job, "mesh")
+    # 2. Compare step by step.
+    steps = len(one_rank.steps)
+    difference = max(abs(a - b) for a, b in zip(one_rank.losses, on_mesh.losses, strict=True))
+    norm_difference = max(abs(a / b - 1) for a, b in zip(one_rank.grad_norms, on_mesh.grad_norms, strict=True))
+    console.print(f"{steps} steps on one rank: loss {one_rank.losses[0]:.3f} to {one_rank.losses[-1]:.3f}")
+    console.print(
+        f"on {mesh}: losses differ by at most {difference:.1e} nats, gradient norms by at most {norm_difference:.1e} "
+        "of their value"
+    )
+    # 3. Write and draw.
+    if settings.json:
+        result = {
+            **provenance(),
+            "model": job.target.model.name,
+            "mesh": str(mesh),
+            "steps": steps,
+            "largest_difference": difference,
+            "largest_norm_difference": norm_difference,
+            "one_rank": one_rank.losses,
+            "mesh_loss": on_mesh.losses,
+        }
+        write_result(settings.json, result)
+    if settings.picture:
+        draw_lines(
+            settings.picture,
+            one_rank.steps,
+            {"one rank": one_rank.losses, str(mesh): on_mesh.losses},
+            title=f"{steps} steps on one rank and on {mesh}: at most {difference:.1e} nats apart",
             x="step",
             y="loss, nats a token",
             log_y=False,
         )
-        console.print(f"drawn in {Path(config.picture)}")
+        console.print(f"drawn to {settings.picture}")

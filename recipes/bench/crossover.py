@@ -1,17 +1,19 @@
-"""Time to first token over the miss rate T / (T + P): pass-KV and pass-Q side by side, and what each rule takes.
+"""Time to first token (TTFT) over the miss rate T / (T + P): pass-KV and pass-Q side by side, and each rule's choice.
 
     python -m recipes.bench crossover out=crossover.json picture=crossover.svg
     python -m recipes.bench crossover hosts=4 mesh.ring=4 rate=100mbit
 
-The grid of arXiv 2411.01783, Table 4, with the whole model, on whatever links the ranks have, or on emulated ones.
+The grid of arXiv 2411.01783, Table 4, with the whole model, over the ranks' own links or over emulated ones.
 """
 
+from __future__ import annotations
+
 import sys
-import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import yaml
@@ -19,50 +21,51 @@ from omegaconf import DictConfig
 from pydantic import Field, NonNegativeInt, PositiveInt
 from rich.table import Table
 
-from longctx.config import ModelSource, PromptSource
 from longctx.cost.attention import Work
 from longctx.cost.choice import RULES, choose, fit_empirical
 from longctx.cost.hardware import Hardware
-from longctx.data.prompt import prompt_tokens
-from longctx.hf.config import tokenizer_of
-from longctx.model_shape import ModelShape
 from longctx.parallel.launch import Rank
 from recipes.bench.hosts import is_host, refuse_hosts, run_on_hosts
+from recipes.bench.timing import make_random_cache, measure_in_rounds, read_tokens, time_on_ranks
 from recipes.calibrate import measure_ring
 from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, write_result
 from recipes.common.hardware_file import read_hardware, refuse_other_threads
-from recipes.common.plots import lines
+from recipes.common.plots import draw_lines
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
 from recipes.common.settings import top_level
 from recipes.common.target import Target, resolve_target
 
+if TYPE_CHECKING:
+    from longctx.infer.engine import Engine
+
 STRATEGIES = ("pass_kv", "pass_q")
-THREADS = 1  # of a rank
 WARM = (
     "longctx.infer.engine", "longctx.infer.session", "longctx.parallel.measure.probe", "recipes.common.progress",
 )  # fmt: skip
-SHORT = {"pass_kv": "KV", "pass_q": "Q"}
+ABBREVIATIONS = {"pass_kv": "KV", "pass_q": "Q"}
 
 
 @dataclass(frozen=True)
 class CrossoverSettings:
-    """The settings of configs/bench_crossover.yaml that are not a section of their own."""
+    """Settings of configs/bench/crossover.yaml outside any section."""
 
-    total: Annotated[int, Field(ge=16)]
-    miss_rates: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
-    rounds: PositiveInt
-    hosts: NonNegativeInt
-    rate: str
-    hardware: str | None
-    out: str | None
-    picture: str | None
-    fitted: str | None
+    total: Annotated[int, Field(ge=16)] = 4096
+    miss_rates: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (
+        0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0,
+    )  # fmt: skip
+    rounds: PositiveInt = 5
+    hosts: NonNegativeInt = 0
+    rate: str = "100mbit"
+    hardware: str | None = None
+    out: str | None = None
+    picture: str | None = None
+    fitted: str | None = None
 
 
 @dataclass(frozen=True)
 class CrossoverJob:
-    """What every rank needs to know."""
+    """The inputs of every rank; without ``hardware`` the ranks measure its constants first."""
 
     settings: CrossoverSettings
     target: Target
@@ -70,184 +73,221 @@ class CrossoverJob:
     hardware: Hardware | None
 
 
-def run_rank(rank: Rank, job: CrossoverJob) -> tuple[Hardware, list[dict[str, Any]]]:
-    """The machine's constants, then every row: the strategies in turn within each round."""
-    with job.target.runtime(rank) as here, Progress(shown=rank.rank == 0) as progress:
-        engine = job.target.load_engine(here)
-        on = job.hardware or measure_ring(here, job.target)
-        progress.start("miss rates, prefills", len(job.settings.miss_rates) * (job.settings.rounds + 1) * 2)
-        rows = []
-        for rate in job.settings.miss_rates:
-            new = max(1, round(rate * job.settings.total))
-            times = timed(engine, torch.tensor(job.tokens[:new]), job.settings, progress)
-            rows.append({"new": new, "cached": job.settings.total - new, "seconds": times})
-    return on, rows
+@dataclass(frozen=True)
+class MissRateTimes:
+    """The slowest rank's seconds of ``new`` tokens over ``cached`` ones, by strategy and round."""
+
+    new: int
+    cached: int
+    seconds: dict[str, list[float]]
+
+    @property
+    def medians(self) -> dict[str, float]:
+        """Median seconds by strategy."""
+        return {name: median(seconds) for name, seconds in self.seconds.items()}
 
 
-def timed(engine: Any, tokens: torch.Tensor, settings: CrossoverSettings, progress: Progress) -> dict[str, list[float]]:
-    """Seconds from the tokens to the next one's logits, of the slowest rank, by strategy and round."""
+@dataclass(frozen=True)
+class RuleVerdict:
+    """The strategy that a rule takes, and the relative time it loses to the faster strategy (0: none)."""
+
+    takes: str
+    loses: float
+
+
+@dataclass(frozen=True)
+class MissRateRow:
+    """A row of the result: `MissRateTimes`, median seconds of both strategies, and the verdict on each rule."""
+
+    new: int
+    cached: int
+    seconds: dict[str, list[float]]
+    pass_kv: float
+    pass_q: float
+    miss_rate: float
+    rules: dict[str, RuleVerdict]
+
+
+def prepare(config: DictConfig) -> CrossoverJob:
+    """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
+    settings = top_level(config, CrossoverSettings)
+    target = resolve_target(config, "recipes.bench crossover", unused_axes=("tp", "ulysses", "dp", "pp"), spd="refuse")
+    if target.mesh.ring < 2:
+        raise ValueError(f"mesh.ring={target.mesh.ring}: one rank has no transfers to time, use mesh.ring=2 or more")
+    if settings.hosts:
+        refuse_hosts(settings.hosts, settings.rate, target.mesh)
+    for name in ("out", "picture", "fitted"):
+        refuse_unwritable(getattr(settings, name), name)
+    refuse_windows(target)
+    tokens = read_tokens(target, "total", settings.total)
+    hardware = read_hardware(settings.hardware) if settings.hardware else None
+    refuse_other_threads(settings.hardware, target.run.threads, target.mesh)
+    return CrossoverJob(settings, target, tokens, hardware)
+
+
+def refuse_windows(target: Target) -> None:
+    """Raise ValueError for a model with sliding windows: this benchmark times one strategy for all layers.
+
+    Other recipes choose a strategy for each window separately.
+    """
+    if windows := [window for window in target.shape.windows if window]:
+        raise ValueError(
+            f"model={target.model.name} has layers with a window of {windows[0]:,} keys, for which recipes choose a "
+            "strategy separately: use a model whose layers see all keys"
+        )
+
+
+def run_rank(rank: Rank, job: CrossoverJob) -> tuple[Hardware, list[MissRateTimes]]:
+    """Return the machine's constants, and the times at every miss rate."""
+    settings, table_rows = job.settings, []
+    with job.target.runtime(rank) as runtime, Progress(shown=rank.rank == 0) as progress:
+        engine = job.target.load_engine(runtime)
+        hardware = job.hardware or measure_ring(runtime, job.target)
+        progress.start("miss rates, prefills", len(settings.miss_rates) * (settings.rounds + 1) * len(STRATEGIES))
+        for rate in settings.miss_rates:
+            new = max(1, round(rate * settings.total))
+            times = time_strategies(engine, torch.tensor(job.tokens[:new]), settings, progress.step)
+            table_rows.append(MissRateTimes(new, settings.total - new, times))
+    return hardware, table_rows
+
+
+def time_strategies(
+    engine: Engine, tokens: torch.Tensor, settings: CrossoverSettings, done: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Return the TTFT of ``tokens`` [total] by strategy and round: the slowest rank's seconds to the next logits."""
     from longctx.attention.layout import zigzag
     from longctx.infer.prefill import run_pass
-    from longctx.infer.session import barrier, next_logits
+    from longctx.infer.session import next_logits
     from longctx.parallel import strategy
 
-    cache = filled(engine, settings.total - len(tokens), settings.total)
+    cache = make_random_cache(engine, settings.total - len(tokens), settings.total)
     before, layout = cache.layout, zigzag(len(tokens), engine.ring.size)
-    times: dict[str, list[float]] = {name: [] for name in STRATEGIES}
-    for warm in [False] + [True] * settings.rounds:
-        for name, taken in times.items():
-            barrier(engine)
-            began = time.perf_counter()
+
+    def measure(name: str) -> float:
+        def prefill() -> None:
             hidden = run_pass(engine, tokens, layout, cache, engine.everywhere(strategy.STRATEGIES[name]))
             next_logits(engine, hidden[-1:])
-            mine = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
-            told = torch.cat(engine.context.all_gather(mine, [(1,)] * engine.ranks))
-            cache.rewind(before)
-            progress.step()
-            if warm:
-                taken.append(float(told.max()))
-    return times
+
+        seconds = time_on_ranks(engine.context, prefill)
+        cache.rewind(before)
+        return seconds
+
+    times = measure_in_rounds(STRATEGIES, settings.rounds, measure, done)
+    return {name: of_strategy.timed for name, of_strategy in zip(STRATEGIES, times, strict=True)}
 
 
-def filled(engine: Any, cached: int, room: int) -> Any:
-    """A cache of ``cached`` random rows."""
-    from longctx.attention.layout import zigzag
+def judge_rules(times: Sequence[MissRateTimes], job: CrossoverJob, hardware: Hardware) -> list[MissRateRow]:
+    """Return a row for each of ``times``, with the verdict on each rule.
 
-    cache = engine.cache(room)
-    cache.extend(zigzag(cached, engine.ring.size))
-    shape = (1, cache.rows, engine.shape.kv_heads, engine.shape.head_dim)
-    dtype = next(engine.model.parameters()).dtype
-    for layer in range(engine.shape.layers):
-        cache.append(layer, torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype))
-    return cache
-
-
-def judged(rows: list[dict[str, Any]], job: CrossoverJob, on: Hardware) -> list[dict[str, Any]]:
-    """``rows`` with their medians, and what each rule takes and loses to the better strategy.
-
-    The empirical rule is fitted to the other rows; where these have no crossover, it says nothing.
+    A row's empirical rule is fitted to the other rows; where they have no crossover, the row has no empirical verdict.
     """
-    others = ([*rows[:i], *rows[i + 1 :]] for i in range(len(rows)))
-    return [judged_row(row, job, replace(on, empirical=fitted(rest))) for row, rest in zip(rows, others, strict=True)]
+    others = ([*times[:i], *times[i + 1 :]] for i in range(len(times)))
+    return [
+        judge_row(each, job, replace(hardware, empirical=fit_rule(rest)))
+        for each, rest in zip(times, others, strict=True)
+    ]
 
 
-def judged_row(row: dict[str, Any], job: CrossoverJob, on: Hardware) -> dict[str, Any]:
-    """``row`` with its medians, and what each rule that has its constants in ``on`` takes and loses."""
-    took = {name: median(seconds) for name, seconds in row["seconds"].items()}
-    shape, element = job.target.shape, getattr(torch, job.target.model.dtype).itemsize
-    heads = (shape.heads, shape.kv_heads, shape.head_dim)
-    work = Work((row["new"],), (row["cached"],), job.target.mesh.ring, *heads, element)
+def judge_row(times: MissRateTimes, job: CrossoverJob, hardware: Hardware) -> MissRateRow:
+    """Return a row with the verdict on each rule whose constants ``hardware`` has."""
+    medians, shape = times.medians, job.target.shape
+    work = Work(
+        (times.new,),
+        (times.cached,),
+        job.target.mesh.ring,
+        shape.heads,
+        shape.kv_heads,
+        shape.head_dim,
+        getattr(torch, job.target.model.dtype).itemsize,
+    )
     rules = {}
     for rule in RULES:
-        if rule == "empirical" and not on.empirical:
+        if rule == "empirical" and not hardware.empirical:
             continue
-        taken = choose(rule, work, on).strategy
-        rules[rule] = {"takes": taken, "loses": took[taken] / min(took.values()) - 1}
-    return {**row, **took, "miss_rate": row["new"] / job.settings.total, "rules": rules}
+        strategy = choose(rule, work, hardware).strategy
+        rules[rule] = RuleVerdict(strategy, medians[strategy] / min(medians.values()) - 1)
+    return MissRateRow(
+        **vars(times),
+        pass_kv=medians["pass_kv"],
+        pass_q=medians["pass_q"],
+        miss_rate=times.new / job.settings.total,
+        rules=rules,
+    )
 
 
-def fitted(rows: list[dict[str, Any]]) -> tuple[float, float, float] | None:
-    """The empirical rule's constants for ``rows``; None where these have no crossover to fit."""
-    points = [(row["new"], row["cached"], *(median(row["seconds"][name]) for name in STRATEGIES)) for row in rows]
+def fit_rule(times: Sequence[MissRateTimes]) -> tuple[float, float, float] | None:
+    """Return alpha, beta and gamma of the empirical rule; None if one strategy is the faster in all of ``times``."""
+    points = [(each.new, each.cached, each.medians["pass_kv"], each.medians["pass_q"]) for each in times]
     try:
         return fit_empirical(points)
     except ValueError:
         return None
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """Both strategies' TTFT, and the rules, as a table."""
-    rules = [rule for rule in RULES if any(rule in row["rules"] for row in rows)]
+def show(table_rows: list[MissRateRow]) -> None:
+    """Print both strategies' TTFT, and each rule's choice and loss, as a table."""
+    rules = [rule for rule in RULES if any(rule in row.rules for row in table_rows)]
     table = Table(box=None)
     for column in ("T", "P", "miss", "KV ms", "Q ms", "KV/Q-1", *rules):
         table.add_column(column, justify="right")
-    for row in rows:
-        kv, q = row["pass_kv"], row["pass_q"]
-        says = [row["rules"].get(rule) for rule in rules]
-        taken = [f"{SHORT[said['takes']]} {said['loses']:+.1%}" if said else "" for said in says]
-        sizes = (f"{row['new']:,}", f"{row['cached']:,}", f"{row['miss_rate']:.1%}")
-        table.add_row(*sizes, f"{kv * 1e3:,.1f}", f"{q * 1e3:,.1f}", f"{kv / q - 1:+.1%}", *taken)
+    for row in table_rows:
+        verdicts = [row.rules.get(rule) for rule in rules]
+        choices = [f"{ABBREVIATIONS[verdict.takes]} {verdict.loses:+.1%}" if verdict else "" for verdict in verdicts]
+        sizes = (f"{row.new:,}", f"{row.cached:,}", f"{row.miss_rate:.1%}")
+        times = (f"{row.pass_kv * 1e3:,.1f}", f"{row.pass_q * 1e3:,.1f}", f"{row.pass_kv / row.pass_q - 1:+.1%}")
+        table.add_row(*sizes, *times, *choices)
     console.print(table)
 
 
-def prepare_crossover(config: DictConfig) -> CrossoverJob:
-    """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
-    settings = top_level(config, CrossoverSettings)
-    if not settings.hosts:
-        warm_up_ranks(WARM)
-    target = resolve_target(config, "recipes.bench crossover", unused_axes=("tp", "ulysses", "dp", "pp"), spd="refuse")
-    if target.mesh.ring < 2:
-        raise ValueError(f"mesh.ring={target.mesh.ring}: nothing travels on one rank, use mesh.ring=2 or more")
-    if settings.hosts:
-        refuse_hosts(settings.hosts, settings.rate, target.mesh)
-    for name in ("out", "picture", "fitted"):
-        refuse_unwritable(getattr(settings, name), name)
-    refuse_windows(target.model, target.shape)
-    source = PromptSource(pydoc="all", tokens=settings.total)
-    tokens, available = prompt_tokens(source, tokenizer_of(target.folder))
-    if available < settings.total:
-        raise ValueError(f"total={settings.total}: the text has {available:,} tokens; use at most that")
-    hardware = read_hardware(settings.hardware) if settings.hardware else None
-    refuse_other_threads(settings.hardware, THREADS, target.mesh)
-    return CrossoverJob(settings, target, tuple(tokens), hardware)
-
-
-def refuse_windows(model: ModelSource, shape: ModelShape) -> None:
-    """Raise ValueError for layers with a window: recipes choose for each window, and one strategy is timed here."""
-    if windows := [window for window in shape.windows if window]:
-        raise ValueError(
-            f"model={model.name} has layers that see {windows[0]:,} keys, and recipes choose a strategy for them "
-            "separately: use a model whose layers see all keys"
-        )
-
-
-def task(config: DictConfig) -> None:
-    """Measure; write, draw and show what the first rank gives."""
-    job = prepare_crossover(config)
-    if job.settings.hosts and not is_host():
-        run_on_hosts(job.settings.hosts, job.settings.rate, [sys.executable, *sys.orig_argv[1:]])
-        return
-    given = on_ranks(job.target.mesh, run_rank, job)
-    if given is not None:
-        report(job, *given)
-
-
-def report(job: CrossoverJob, on: Hardware, measured_rows: list[dict[str, Any]]) -> None:
-    """Judge the rules by ``measured_rows``; show, write and draw."""
-    settings, constants = job.settings, fitted(measured_rows)
+def report(job: CrossoverJob, hardware: Hardware, times: Sequence[MissRateTimes]) -> None:
+    """Judge the rules by ``times``; show, write and draw the rows, and write the file of fitted constants."""
+    settings, target = job.settings, job.target
+    # 1. Judge each row by the others, and fit the constants of the files to all rows.
+    constants = fit_rule(times)
     if constants is None:
-        console.print("no empirical rule: one strategy won every row, measure further to either side of the crossover")
-    rows = judged(measured_rows, job, on)
-    show(rows)
-    on = replace(on, empirical=constants or on.empirical)
-    where = {"mesh": str(job.target.mesh), "hosts": settings.hosts, "rate": settings.rate if settings.hosts else None}
-    about = {**provenance(), "model": job.target.model.name, **where, "total": settings.total, "hardware": asdict(on)}
+        console.print("no empirical rule: one strategy won every row; add miss_rates on either side of the crossover")
+    table_rows = judge_rules(times, job, hardware)
+    show(table_rows)
+    hardware = replace(hardware, empirical=constants or hardware.empirical)
+    # 2. Write and draw.
+    links = {"mesh": str(target.mesh), "hosts": settings.hosts, "rate": settings.rate if settings.hosts else None}
     if settings.out:
-        write_result(settings.out, {**about, "rows": rows})
+        inputs = {"model": target.model.name, **links, "total": settings.total, "hardware": asdict(hardware)}
+        write_result(settings.out, {**provenance(), **inputs, "rows": [asdict(row) for row in table_rows]})
     if settings.fitted:
-        how = {"threads": THREADS, "model": job.target.model.name, "dtype": job.target.model.dtype}
-        file = {"measured": {**provenance(), **where, **how}, **asdict(on)}
+        measured = {"threads": target.run.threads, "model": target.model.name, "dtype": target.model.dtype}
+        file = {"measured": {**provenance(), **links, **measured}, **asdict(hardware)}
+        Path(settings.fitted).parent.mkdir(parents=True, exist_ok=True)
         Path(settings.fitted).write_text(yaml.safe_dump(file, sort_keys=False))
     if settings.picture:
-        draw(rows, job)
+        draw(table_rows, job, settings.picture)
 
 
-def draw(rows: list[dict[str, Any]], job: CrossoverJob) -> None:
-    """TTFT over the miss rate, both strategies, with the crossings marked."""
-    rates = [row["miss_rate"] for row in rows]
-    kv, q = ([row[name] * 1e3 for row in rows] for name in STRATEGIES)
-    crossings = [
-        (rates[i] * rates[i + 1]) ** 0.5 for i in range(len(rows) - 1) if (kv[i] < q[i]) != (kv[i + 1] < q[i + 1])
-    ]
+def draw(table_rows: list[MissRateRow], job: CrossoverJob, picture: str) -> None:
+    """Draw the TTFT of both strategies over the miss rate, with their crossings marked, to the file ``picture``."""
+    rates, faster = [row.miss_rate for row in table_rows], [row.pass_kv < row.pass_q for row in table_rows]
     links = f", {job.settings.rate} links" if job.settings.hosts else ""
-    lines(
-        str(job.settings.picture),
+    draw_lines(
+        picture,
         rates,
-        {"pass-KV": kv, "pass-Q": q},
+        {"pass-KV": [row.pass_kv * 1e3 for row in table_rows], "pass-Q": [row.pass_q * 1e3 for row in table_rows]},
         title=f"{job.target.model.name}, {job.settings.total:,} tokens of context, {job.target.mesh}{links}",
         x="miss rate T / (T + P)",
         y="time to first token, ms",
-        marked=crossings,
-        mark="they cross between the rows beside it",
+        marked=[(rates[i] * rates[i + 1]) ** 0.5 for i in range(len(table_rows) - 1) if faster[i] != faster[i + 1]],
+        marked_label="crossover, between the rows on either side",
     )
-    console.print(f"drawn to {job.settings.picture}")
+    console.print(f"drawn to {picture}")
+
+
+def task(config: DictConfig) -> None:
+    """Run the ranks, then report the first rank's times; with ``hosts``, start an emulated host per rank first."""
+    if not config.hosts:
+        warm_up_ranks(WARM)
+    job = prepare(config)
+    if job.settings.hosts and not is_host():
+        run_on_hosts(job.settings.hosts, job.settings.rate, [sys.executable, *sys.orig_argv[1:]])
+        return
+    result: tuple[Hardware, list[MissRateTimes]] | None = on_ranks(job.target.mesh, run_rank, job)
+    if result is not None:
+        report(job, *result)

@@ -1,137 +1,171 @@
-"""Time from token to token over a sharded cache, by each decode strategy and by one rank, side by side in one run.
+"""Time to incremental token (TTIT) over a sharded cache: each decode strategy and one rank, side by side in one run.
 
 python -m recipes.bench decode
 """
 
-import time
-from dataclasses import dataclass
-from pathlib import Path
-from statistics import median
-from typing import Annotated, Any
+from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Literal
+
 from omegaconf import DictConfig
 from pydantic import Field, PositiveInt
 from rich.table import Table
 
-from longctx.config import Context, Mesh, ModelSource, Sampling
-from longctx.hf.config import shape_of
-from longctx.hf.locate import locate
-from longctx.model_shape import ModelShape
+from longctx.config import Context, Sampling
 from longctx.parallel.launch import Rank
-from longctx.parallel.validate import refuse_unfit, refuse_unused
-from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
+from recipes.bench.timing import barrier, make_random_cache, measure_in_rounds, measure_seconds
+from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, write_result
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
-from recipes.common.settings import section, top_level
-from recipes.common.spd_plan import refuse_adapted
+from recipes.common.settings import top_level
+from recipes.common.target import Target, resolve_target
 
-STRATEGIES = ("gather_merge", "pass_q", "pass_kv", "all_gather_kv")
+if TYPE_CHECKING:
+    from longctx.infer.engine import Engine
+    from longctx.infer.session import Session
+    from longctx.megatron.runtime import Runtime
+
+STRATEGIES: tuple[Literal["gather_merge", "pass_q", "pass_kv", "all_gather_kv"], ...] = (
+    "gather_merge", "pass_q", "pass_kv", "all_gather_kv",
+)  # fmt: skip
+ONE_RANK = "one rank"
 
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """The settings of configs/bench_decode.yaml that are not a section of their own."""
+    """Settings of configs/bench/decode.yaml outside any section."""
 
-    cached: PositiveInt
-    batch: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
-    tokens: PositiveInt
-    rounds: PositiveInt
-    out: str | None
+    cached: PositiveInt = 4096
+    batch: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 4)
+    tokens: PositiveInt = 8
+    rounds: PositiveInt = 3
+    out: str | None = None
 
 
 @dataclass(frozen=True)
 class DecodeJob:
-    """What every rank needs to know."""
+    """The inputs of every rank."""
 
     settings: DecodeSettings
-    mesh: Mesh
-    model: ModelSource
-    folder: Path
-    shape: ModelShape
+    target: Target
 
 
-def run_rank(rank: Rank, job: DecodeJob) -> list[dict[str, Any]]:
-    """Seconds a step by way and round, and the bytes that this rank sent a step, for every batch."""
-    from longctx.infer.engine import load_alone, load_engine
-    from longctx.megatron.runtime import runtime
+@dataclass(frozen=True)
+class DecodeCost:
+    """Seconds of a decode step, and bytes that this rank sent in it."""
 
-    asked = job.settings
-    with runtime(rank, job.mesh, threads=1) as here, Progress(shown=rank.rank == 0) as progress:
-        engine = load_engine(here, job.model, job.shape, job.folder, "auto")
-        alone = load_alone(here, engine, job.model, job.folder)
-        ways = {name: (engine, name) for name in STRATEGIES} | {"one rank": (alone, "gather_merge")}
-        rows = []
-        for batch in asked.batch:
-            progress.start(f"batch of {batch}, runs", len(ways) * (asked.rounds + 1))
-            sessions = {way: filled(on, name, asked, batch) for way, (on, name) in ways.items()}
-            seconds: dict[str, list[float]] = {way: [] for way in ways}
-            sent: dict[str, int] = {}
-            for _ in range(asked.rounds + 1):
-                for way, session in sessions.items():
-                    here.context.all_gather(torch.zeros(1), [(1,)] * here.context.size)
-                    if way != "one rank" or rank.rank == 0:
-                        seconds[way].append(steps(session, asked.tokens, batch, sent, way))
-                    progress.step()
-            rows.append({"batch": batch, "seconds": {w: s[1:] for w, s in seconds.items()}, "bytes_sent": sent})
-    return rows
+    seconds: float
+    bytes_sent: int
 
 
-def steps(session: Any, tokens: int, batch: int, sent: dict[str, int], way: str) -> float:
-    """Seconds a step, of ``tokens`` steps."""
-    before, began = session.engine.sent, time.perf_counter()
-    for _ in range(tokens):
-        session.decode(range(batch))
-    sent[way] = (session.engine.sent - before) // tokens
-    return (time.perf_counter() - began) / tokens
+@dataclass(frozen=True)
+class BatchTimes:
+    """Seconds per step by variant and round, and this rank's bytes per step in the last round, for one batch size."""
+
+    batch: int
+    seconds: dict[str, list[float]]
+    bytes_sent: dict[str, int]
 
 
-def filled(engine: Any, strategy: Any, asked: DecodeSettings, batch: int) -> Any:
-    """A session of ``batch`` sequences whose caches hold random rows."""
-    from longctx.attention.layout import zigzag
+def prepare(config: DictConfig) -> DecodeJob:
+    """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
+    settings = top_level(config, DecodeSettings)
+    refuse_unwritable(settings.out)
+    return DecodeJob(
+        settings, resolve_target(config, "recipes.bench decode", unused_axes=("tp", "dp", "pp"), spd="refuse")
+    )
+
+
+def run_rank(rank: Rank, job: DecodeJob) -> list[BatchTimes]:
+    """Time every batch size on one rank; the first rank's times are reported."""
+    from longctx.infer.engine import load_alone
+
+    settings, target = job.settings, job.target
+    with target.runtime(rank) as runtime, Progress(shown=rank.rank == 0) as progress:
+        engine = target.load_engine(runtime)
+        alone = load_alone(runtime, engine, target.model, target.folder)
+        variants = {name: (engine, Context(decode=name)) for name in STRATEGIES} | {ONE_RANK: (alone, Context())}
+        times = []
+        for batch in settings.batch:
+            progress.start(f"batch of {batch}, runs", len(variants) * (settings.rounds + 1))
+            times.append(time_batch(runtime, variants, settings, batch, progress.step))
+    return times
+
+
+def time_batch(
+    runtime: Runtime,
+    variants: Mapping[str, tuple[Engine, Context]],
+    settings: DecodeSettings,
+    batch: int,
+    done: Callable[[], None],
+) -> BatchTimes:
+    """Time decode steps of ``batch`` sequences by each variant; rank 0 decodes alone while the others wait."""
+    sessions = {name: start_session(*variant, settings, batch) for name, variant in variants.items()}
+
+    def measure(variant: str) -> DecodeCost | None:
+        barrier(runtime.context)
+        if variant == ONE_RANK and runtime.rank.rank:
+            return None
+        return decode_steps(sessions[variant], settings.tokens, batch)
+
+    rounds = measure_in_rounds(list(sessions), settings.rounds, measure, done)
+    costs = {name: [cost for cost in each.timed if cost] for name, each in zip(sessions, rounds, strict=True)}
+    return BatchTimes(
+        batch=batch,
+        seconds={name: [cost.seconds for cost in each] for name, each in costs.items()},
+        bytes_sent={name: each[-1].bytes_sent for name, each in costs.items() if each},
+    )
+
+
+def start_session(engine: Engine, context: Context, settings: DecodeSettings, batch: int) -> Session:
+    """Return a session of ``batch`` sequences whose caches hold random rows, with room for all tokens to decode."""
     from longctx.infer.session import Conversation, Session
 
-    session = Session(engine, Context(decode=strategy), Sampling())
+    session = Session(engine, context, Sampling())
+    reserve = settings.cached + (settings.rounds + 1) * settings.tokens
     for i in range(batch):
-        cache = engine.cache(asked.cached + (asked.rounds + 1) * asked.tokens)
-        cache.extend(zigzag(asked.cached, engine.ring.size))
-        heads = max(1, engine.shape.kv_heads // engine.tp.size // engine.ulysses.size)
-        shape = (1, cache.rows, heads, engine.shape.head_dim)
-        dtype = next(engine.model.parameters()).dtype
-        for layer in range(engine.shape.layers):
-            cache.append(layer, torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype))
-        session.sequences[i] = Conversation(cache, [0] * asked.cached + [1])
+        session.sequences[i] = Conversation(
+            make_random_cache(engine, settings.cached, reserve), [0] * settings.cached + [1]
+        )
     return session
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """Milliseconds a step and bytes, as a table."""
+def decode_steps(session: Session, tokens: int, batch: int) -> DecodeCost:
+    """Decode ``tokens`` tokens of each sequence and return the cost per step."""
+    sent = session.engine.sent
+
+    def decode() -> None:
+        for _ in range(tokens):
+            session.decode(range(batch))
+
+    seconds = measure_seconds(decode)
+    return DecodeCost(seconds / tokens, (session.engine.sent - sent) // tokens)
+
+
+def show(times: list[BatchTimes]) -> None:
+    """Print milliseconds and bytes per step as a table."""
     table = Table(box=None)
     for column in ("batch", "strategy", "TTIT ms", "of one rank's", "sent a step, rank 0"):
         table.add_column(column, justify="left" if column == "strategy" else "right")
-    for row in rows:
-        took = {way: median(seconds) for way, seconds in row["seconds"].items()}
-        for way, seconds in took.items():
-            ratio, sent = f"{seconds / took['one rank']:.2f}", f"{row['bytes_sent'][way]:,} B"
-            table.add_row(str(row["batch"]), way, f"{seconds * 1e3:.1f}", ratio, sent)
+    for of_batch in times:
+        medians = {variant: median(seconds) for variant, seconds in of_batch.seconds.items()}
+        for variant, seconds in medians.items():
+            ratio, sent = f"{seconds / medians[ONE_RANK]:.2f}", f"{of_batch.bytes_sent[variant]:,} B"
+            table.add_row(str(of_batch.batch), variant, f"{seconds * 1e3:.1f}", ratio, sent)
     console.print(table)
 
 
 def task(config: DictConfig) -> None:
-    """Measure; write and show what the first rank gives."""
+    """Run the ranks, then show and write the first rank's times."""
     warm_up_ranks(["longctx.infer.engine", "longctx.infer.session", "recipes.common.progress"])
-    settings, mesh = top_level(config, DecodeSettings), section(config, "mesh", Mesh)
-    model = section(config, "model", ModelSource)
-    refuse_unused(mesh, "recipes.bench decode", ("tp", "dp", "pp"))
-    refuse_unwritable(settings.out)
-    folder = locate(model, say)
-    refuse_adapted(folder, "recipes.bench decode")
-    shape = shape_of(folder)
-    refuse_unfit(mesh, shape)
-    rows = on_ranks(mesh, run_rank, DecodeJob(settings, mesh, model, folder, shape))
-    if rows is None:
+    job = prepare(config)
+    times: list[BatchTimes] | None = on_ranks(job.target.mesh, run_rank, job)
+    if times is None:
         return
-    show(rows)
-    if settings.out:
-        about = {"model": model.name, "mesh": str(mesh), "cached": settings.cached}
-        write_result(settings.out, {**provenance(), **about, "rows": rows})
+    show(times)
+    if job.settings.out:
+        inputs = {"model": job.target.model.name, "mesh": str(job.target.mesh), "cached": job.settings.cached}
+        write_result(job.settings.out, {**provenance(), **inputs, "rows": [asdict(of_batch) for of_batch in times]})

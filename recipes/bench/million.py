@@ -1,125 +1,171 @@
-"""One layer's attention of a few new tokens over a million cached ones: seconds, bytes sent, memory.
+"""Attention of one layer: a few new tokens over a million cached ones; seconds, bytes sent and memory.
 
 python -m recipes.bench million
 """
 
+from __future__ import annotations
+
 import resource
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from omegaconf import DictConfig
 from pydantic import Field, PositiveInt
 from rich.table import Table
 
-from longctx.config import Mesh, ModelSource
-from longctx.hf.config import shape_of
-from longctx.hf.locate import locate
-from longctx.model_shape import ModelShape
+from longctx.attention.layout import zigzag
 from longctx.parallel.launch import Rank
-from longctx.parallel.validate import refuse_unused
-from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
+from recipes.bench.timing import append_random_rows, measure_in_rounds, time_on_ranks
+from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, write_result
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
-from recipes.common.settings import section, top_level
+from recipes.common.settings import top_level
+from recipes.common.target import Target, resolve_target
+
+if TYPE_CHECKING:
+    from longctx.infer.cache import KVCache
+    from longctx.megatron.runtime import Runtime
 
 
 @dataclass(frozen=True)
 class MillionSettings:
-    """The settings of configs/bench_million.yaml that are not a section of their own."""
+    """Settings of configs/bench/million.yaml outside any section."""
 
-    cached: PositiveInt
-    new: PositiveInt
-    strategies: Annotated[tuple[Literal["pass_q", "pass_kv", "all_gather_kv"], ...], Field(min_length=1)]
-    rounds: PositiveInt
-    out: str | None
+    cached: PositiveInt = 1_000_000
+    new: PositiveInt = 128
+    strategies: Annotated[tuple[Literal["pass_q", "pass_kv", "all_gather_kv"], ...], Field(min_length=1)] = (
+        "pass_q", "pass_kv",
+    )  # fmt: skip
+    rounds: PositiveInt = 3
+    out: str | None = None
 
 
-def run_rank(rank: Rank, mesh: Mesh, shape: ModelShape, dtype: str, settings: MillionSettings) -> list[dict[str, Any]]:
-    """Every strategy's figures: seconds of the slowest rank, bytes that this rank sent, peak memory."""
+@dataclass(frozen=True)
+class MillionJob:
+    """The inputs of every rank."""
+
+    settings: MillionSettings
+    target: Target
+
+
+@dataclass(frozen=True)
+class StrategyTimes:
+    """The slowest rank's seconds by round; bytes that this rank sent in a round, and its peak memory.
+
+    ``peak_bytes`` is read after the strategy's warm-up round, before any strategy listed later has run.
+    """
+
+    strategy: str
+    seconds: list[float]
+    bytes_sent: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class _Round:
+    seconds: float
+    bytes_sent: int
+    peak_bytes: int
+
+
+def prepare(config: DictConfig) -> MillionJob:
+    """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
+    settings = top_level(config, MillionSettings)
+    refuse_unwritable(settings.out)
+    unused = ("tp", "ulysses", "dp", "pp")
+    target = resolve_target(config, "recipes.bench million", unused_axes=unused, needs_weights=False, spd="ignore")
+    return MillionJob(settings, target)
+
+
+def run_rank(rank: Rank, job: MillionJob) -> list[StrategyTimes]:
+    """Time every strategy on one rank; the first rank's bytes and memory are reported."""
     from longctx.attention.backends import kernel_for
-    from longctx.attention.layout import zigzag
     from longctx.infer.cache import KVCache
-    from longctx.megatron.runtime import runtime
     from longctx.parallel.ring import Ring
     from longctx.parallel.strategy import STRATEGIES
 
-    kind = getattr(torch, dtype)
-    with (
-        runtime(rank, mesh, threads=1) as here,
-        Progress(shown=rank.rank == 0) as progress,
-        torch.inference_mode(),
-    ):
+    settings, shape, dtype = job.settings, job.target.shape, job.target.model.dtype
+    with job.target.runtime(rank) as runtime, Progress(shown=rank.rank == 0) as progress, torch.inference_mode():
         progress.start("runs", len(settings.strategies) * (settings.rounds + 1))
-        ring, kernel = here.ring, kernel_for("auto", here.device.type, dtype)
+        ring, kernel = runtime.ring, kernel_for("auto", runtime.device.type, dtype)
+        # 1. Random keys and values of all tokens, and queries of the new ones.
         cache = KVCache(ring.size, ring.rank, (settings.cached + settings.new) // ring.size + 2)
-        new = zigzag(settings.new, ring.size)
-        queries = new.after(zigzag(settings.cached, ring.size))
-        for layout in (zigzag(settings.cached, ring.size), new):
-            cache.extend(layout.after(cache.layout))
-            per_rank = (1, layout.rows(ring.rank), shape.kv_heads, shape.head_dim)
-            k, v = cache.append(0, torch.randn(per_rank, dtype=kind), torch.randn(per_rank, dtype=kind))
-        q = torch.randn(1, new.rows(ring.rank), shape.heads, shape.head_dim, dtype=kind)
+        queries = zigzag(settings.new, ring.size).after(zigzag(settings.cached, ring.size))
+        fill(cache, job, runtime)
+        k, v = cache.layer(0)
+        rows = queries.rows(ring.rank)
+        q = torch.randn(1, rows, shape.heads, shape.head_dim, dtype=getattr(torch, dtype))
 
-        def run(name: str) -> tuple[float, int]:
-            before = ring.traffic.total
-            here.context.all_gather(torch.zeros(1), [(1,)] * here.context.size)
-            began = time.perf_counter()
-            STRATEGIES[name](q, k, v, Ring(ring, queries, cache.layout), kernel)
-            mine = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
-            sent = ring.traffic.total - before
+        # 2. Attention by each strategy in turn.
+        def attend(name: str) -> tuple[float, int]:
+            sent = ring.traffic.total
+            around = Ring(ring, queries, cache.layout)
+            seconds = time_on_ranks(runtime.context, lambda: STRATEGIES[name](q, k, v, around, kernel))
             progress.step()
-            return float(torch.cat(here.context.all_gather(mine, [(1,)] * here.context.size)).max()), sent
+            return seconds, ring.traffic.total - sent
 
-        return in_turn(settings.strategies, settings.rounds, run)
+        return time_strategies(settings.strategies, settings.rounds, attend)
 
 
-def in_turn(names: Sequence[str], rounds: int, run: Callable[[str], tuple[float, int]]) -> list[dict[str, Any]]:
-    """The figures of every strategy; ``run``, which gives seconds and bytes, has them in turn within each round.
+def fill(cache: KVCache, job: MillionJob, runtime: Runtime) -> None:
+    """Append random keys and values of the cached tokens, then of the new ones, to ``cache``."""
+    shape, dtype = job.target.shape, getattr(torch, job.target.model.dtype)
+    for tokens in (job.settings.cached, job.settings.new):
+        layout = zigzag(tokens, runtime.ring.size)
+        append_random_rows(cache, layout, layers=1, kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype=dtype)
 
-    A first round, as long as the others, warms up, and is not among the seconds.  The peaks are of that round, where
-    the strategies behind one have not been run yet.
-    """
-    rows: list[dict[str, Any]] = [{"strategy": name, "seconds": []} for name in names]
-    for warm in [False] + [True] * rounds:
-        for row in rows:
-            took, sent = run(row["strategy"])
-            if warm:
-                row["seconds"].append(took)
-            else:
-                row |= {"bytes_sent": sent, "peak_bytes": peak_bytes()}
-    return rows
+
+def time_strategies(
+    names: Sequence[str], rounds: int, attend: Callable[[str], tuple[float, int]]
+) -> list[StrategyTimes]:
+    """Time the strategies ``names`` in turn within each round; ``attend`` runs one, returns its seconds and bytes."""
+
+    def measure(name: str) -> _Round:
+        return _Round(*attend(name), peak_bytes())
+
+    return [
+        StrategyTimes(name, [each.seconds for each in r.timed], r.warm_up.bytes_sent, r.warm_up.peak_bytes)
+        for name, r in zip(names, measure_in_rounds(names, rounds, measure), strict=True)
+    ]
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had, so far."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    """Return the largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
-def task(config: DictConfig) -> None:
-    """Measure; write and show what the first rank gives."""
-    warm_up_ranks(["longctx.megatron.runtime", "longctx.infer.cache", "recipes.common.progress"])
-    settings, mesh = top_level(config, MillionSettings), section(config, "mesh", Mesh)
-    model = section(config, "model", ModelSource)
-    refuse_unused(mesh, "recipes.bench million", ("tp", "ulysses", "dp", "pp"))
-    refuse_unwritable(settings.out)
-    shape = shape_of(locate(model, say))
-    rows = on_ranks(mesh, run_rank, mesh, shape, model.dtype, settings)
-    if rows is None:
-        return
+def show(times: list[StrategyTimes]) -> None:
+    """Print median seconds, bytes sent and memory of each strategy as a table."""
     table = Table(box=None)
     for column in ("strategy", "seconds", "sent, rank 0", "peak memory so far, rank 0"):
         table.add_column(column, justify="left" if column == "strategy" else "right")
-    for row in rows:
-        sizes = (f"{row[name] / 1e6:,.1f} MB" for name in ("bytes_sent", "peak_bytes"))
-        table.add_row(row["strategy"], f"{median(row['seconds']):.3f}", *sizes)
+    for each in times:
+        sizes = (f"{size / 1e6:,.1f} MB" for size in (each.bytes_sent, each.peak_bytes))
+        table.add_row(each.strategy, f"{median(each.seconds):.3f}", *sizes)
     console.print(table)
+
+
+def task(config: DictConfig) -> None:
+    """Run the ranks, then show and write the first rank's times."""
+    warm_up_ranks(["longctx.megatron.runtime", "longctx.infer.cache", "recipes.common.progress"])
+    job = prepare(config)
+    times: list[StrategyTimes] | None = on_ranks(job.target.mesh, run_rank, job)
+    if times is None:
+        return
+    show(times)
+    settings, target = job.settings, job.target
     if settings.out:
-        about = {"model": model.name, "mesh": str(mesh), "dtype": model.dtype, "heads": [shape.heads, shape.kv_heads]}
-        sizes_asked = {"cached": settings.cached, "new": settings.new}
-        write_result(settings.out, {**provenance(), **about, **sizes_asked, "rows": rows})
+        inputs = {
+            "model": target.model.name,
+            "mesh": str(target.mesh),
+            "dtype": target.model.dtype,
+            "heads": [target.shape.heads, target.shape.kv_heads],
+            "cached": settings.cached,
+            "new": settings.new,
+        }
+        write_result(settings.out, {**provenance(), **inputs, "rows": [asdict(each) for each in times]})

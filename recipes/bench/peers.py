@@ -1,7 +1,7 @@
-"""Other projects' rings on this machine's kernel: yunchang and ring-flash-attn, where they are installed.
+"""Ring attention of other projects on the same kernel as ours: yunchang and ring-flash-attn, where installed.
 
-Both call the flash-attn package, which needs CUDA.  On a CPU a stand-in of two functions takes its place, over the
-same kernel that ours runs on, so that what differs is the algorithm.
+Both call the flash-attn package, which needs CUDA.  On a CPU, a stand-in package with the two functions that they call
+runs the kernel that our rings run on, so the algorithms alone differ.
 """
 
 import importlib
@@ -15,33 +15,33 @@ from typing import Any
 from longctx.attention.flash_cpu import flash_cpu
 from longctx.shapes import Tensor
 
-_WAYS = ("forward", "backward")
 Ring = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def installed(name: str) -> str | None:
-    """The version of the peer's package, if it is installed."""
+def installed_version(name: str) -> str | None:
+    """Return the version of the package ``name``; None if it is not installed."""
     return importlib.metadata.version(name) if importlib.util.find_spec(name) else None
 
 
 def zigzag_ring(name: str, ranks: int, rank: int) -> Ring:
-    """The peer's causal attention over zigzag shards [b s h d] of the world's ranks."""
-    _stand_in()
+    """Return causal attention of the peer ``name`` over zigzag shards [b s h d] of all ``ranks`` ranks."""
+    _install_stand_in()
     if name == "yunchang":
         yunchang = importlib.import_module("yunchang")
         yunchang.set_seq_parallel_pg(1, ranks, rank, ranks)
         kind = importlib.import_module("yunchang.kernels").AttnType.FA
         layer = yunchang.LongContextAttention(ring_impl_type="zigzag", attn_type=kind)
         return lambda q, k, v: layer(q, k, v, causal=True)
-    adapters = ModuleType("ring_flash_attn.adapters")  # to an older transformers; they are imported, and not called
+    # Its adapters import parts of an older transformers.  They are imported and never called: use an empty module.
+    adapters = ModuleType("ring_flash_attn.adapters")
     adapters.__getattr__ = lambda _: None  # type: ignore[method-assign]
     sys.modules.setdefault("ring_flash_attn.adapters", adapters)
     ring: Any = importlib.import_module("ring_flash_attn.zigzag_ring_flash_attn")
     return lambda q, k, v: ring.zigzag_ring_flash_attn_func(q, k, v, causal=True)
 
 
-def _stand_in() -> None:
-    """A module ``flash_attn`` with the two functions that rings call, unless the real one is there."""
+def _install_stand_in() -> None:
+    """Register a module ``flash_attn`` with the two functions that the rings call, unless the package is installed."""
     if importlib.util.find_spec("flash_attn") or "flash_attn" in sys.modules:
         return
     package, interface = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
@@ -66,22 +66,22 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor, None, None]:
     assert not dropout_p and (not causal or q.shape[1] == k.shape[1])
-    part = flash_cpu.forward(q, k, v, causal)
-    return part.out.to(q.dtype), part.lse.transpose(1, 2).contiguous(), None, None
+    partial = flash_cpu.forward(q, k, v, causal)
+    return partial.out.to(q.dtype), partial.lse.transpose(1, 2).contiguous(), None, None
 
 
 def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     dropout_p: float, softmax_scale: float, causal: bool, *_: Any, **__: Any,
 ) -> Tensor:  # fmt: skip
-    grads = flash_cpu.backward(dout, q, k, v, out, softmax_lse.transpose(1, 2), causal)
-    for into, grad in zip((dq, dk, dv), grads, strict=True):
-        into.copy_(grad)
+    gradients = flash_cpu.backward(dout, q, k, v, out, softmax_lse.transpose(1, 2), causal)
+    for target, gradient in zip((dq, dk, dv), gradients, strict=True):
+        target.copy_(gradient)
     return softmax_lse
 
 
-def tried(make: Callable[[], Ring], q: Tensor, k: Tensor, v: Tensor) -> tuple[Ring | None, str]:
-    """The peer's ring, if it runs forward and backward here; else why it does not."""
+def try_ring(make: Callable[[], Ring], q: Tensor, k: Tensor, v: Tensor) -> tuple[Ring | None, str]:
+    """Return the ring that ``make`` gives if it runs forward and backward on ``q``, ``k``, ``v``; else the reason."""
     try:
         ring = make()
         ring(*(x.detach().clone().requires_grad_() for x in (q, k, v))).sum().backward()

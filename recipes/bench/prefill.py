@@ -1,248 +1,249 @@
-"""What sharding costs: the same work on one rank and on two, side by side in one run.
+"""Parallel efficiency of prefill: the same work on one rank and on N, side by side in one run.
 
     python -m recipes.bench prefill
 
-Efficiency is t(one rank) / (N * t(N ranks)), one thread a rank.  Three shares multiply to it and say where the
-rest goes: the machine (N busy ranks slow each other down, with nothing to do with us), the blocks (the ring's
-tiles are smaller than one large call, and are merged), and communication.
+Efficiency is t(one rank) / (N * t(N ranks)), with one thread per rank.  It is the product of three factors:
+
+* machine: t(one rank alone) / t(one rank's work on N busy ranks).  Busy cores slow each other down.
+* blocks: the ring computes smaller tiles than one large kernel call, and merges them.
+* communication: the time that the ring's transfers add.
 """
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from omegaconf import DictConfig
 from pydantic import Field, PositiveInt
 from rich.table import Table
 
-from longctx.config import Mesh, ModelSource, PromptSource
-from longctx.data.prompt import prompt_tokens
-from longctx.hf.config import shape_of, tokenizer_of
-from longctx.hf.locate import locate
-from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm, CompletedPending, Pending, Shape, Traffic
 from longctx.parallel.launch import Rank
-from longctx.parallel.validate import refuse_unused
 from longctx.shapes import Tensor
-from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
+from recipes.bench.timing import measure_in_rounds, read_tokens, time_on_ranks
+from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, write_result
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
-from recipes.common.settings import section, top_level
-from recipes.common.spd_plan import refuse_adapted
+from recipes.common.settings import top_level
+from recipes.common.target import Target, resolve_target
 
-Work = Callable[[], None]
+if TYPE_CHECKING:
+    from longctx.infer.engine import Engine
+    from longctx.megatron.runtime import Runtime
+
+Work = Callable[[], object]
+Part = Literal["attention", "model"]
+# The timed variants in their order: one rank alone, its work on all ranks at once, a ring without transfers, the ring.
+VARIANTS = ("one", "all at once", "silent", "ring")
 
 
 @dataclass(frozen=True)
 class PrefillSettings:
-    """The settings of configs/bench_prefill.yaml that are not a section of their own."""
+    """Settings of configs/bench/prefill.yaml outside any section."""
 
-    parts: tuple[Literal["attention", "model"], ...]
-    lengths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
-    rounds: PositiveInt
-    layers: PositiveInt | None
-    out: str | None
+    parts: tuple[Part, ...] = ("attention", "model")
+    lengths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (8192, 16384)
+    rounds: PositiveInt = 3
+    layers: PositiveInt | None = None
+    out: str | None = None
 
 
 @dataclass(frozen=True)
 class PrefillJob:
-    """What every rank needs to know."""
+    """The inputs of every rank; ``tokens`` is the longest prompt."""
 
     settings: PrefillSettings
-    mesh: Mesh
-    model: ModelSource
-    folder: Path
-    shape: ModelShape
+    target: Target
     tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Efficiency of one part of the work at one length, its three factors, and ``seconds`` by variant and round."""
+
+    part: str
+    tokens: int
+    ranks: int
+    rounds: int
+    efficiency: float
+    machine: float
+    blocks: float
+    communication: float
+    seconds: dict[str, list[float]]
 
 
 @dataclass
 class NullComm:
-    """A ring whose neighbours' tensors are there at once: what remains is the price of computing in blocks."""
+    """A ring of ``size`` ranks without transfers: `shift` returns at once, with zeros of the expected shapes.
+
+    The difference to one kernel call is the cost of computing in blocks.
+    """
 
     rank: int
     size: int
     traffic: Traffic = field(default_factory=Traffic)
-    _there: dict[Shape, Tensor] = field(default_factory=dict)
+    _received: dict[Shape, Tensor] = field(default_factory=dict)
 
     def shift(self, *mine: Tensor, shapes: Sequence[Shape]) -> Pending:
-        """Tensors of the right shapes; the values do not change how long it takes."""
+        """Return zeros of the shapes ``shapes``; the values do not change how long attention takes."""
         return CompletedPending(
-            tuple(self._there.setdefault(tuple(s), x.new_zeros(s)) for x, s in zip(mine, shapes, strict=True))
+            tuple(self._received.setdefault(tuple(s), x.new_zeros(s)) for x, s in zip(mine, shapes, strict=True))
         )
 
     def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
-        """Not timed in silence: pass-KV exchanges nothing but shifts."""
+        """Raise AssertionError: pass-KV communicates by `shift` alone."""
         raise AssertionError((parts, shapes))
 
     def all_gather(self, mine: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
-        """Not timed in silence: pass-KV exchanges nothing but shifts."""
+        """Raise AssertionError: pass-KV communicates by `shift` alone."""
         raise AssertionError((mine, shapes))
 
 
-def attention_variants(job: PrefillJob, length: int, here: Any) -> dict[str, Work]:
-    """Causal attention of one layer of the model: by one kernel call, by the ring, by the silent ring."""
+def prepare(config: DictConfig) -> PrefillJob:
+    """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
+    settings = top_level(config, PrefillSettings)
+    refuse_unwritable(settings.out)
+    target = resolve_target(
+        config,
+        "recipes.bench prefill",
+        unused_axes=("tp", "ulysses", "dp", "pp"),
+        needs_weights="model" in settings.parts and not settings.layers,
+        spd="refuse",
+    )
+    if target.mesh.ring < 2:
+        raise ValueError(f"mesh.ring={target.mesh.ring} shards nothing: use mesh.ring=2 or more")
+    layers = target.shape.layers
+    if settings.layers and settings.layers > layers:
+        raise ValueError(f"layers={settings.layers}: the model has {layers}; use at most that, or null for all")
+    return PrefillJob(settings, target, read_tokens(target, "lengths", max(settings.lengths)))
+
+
+def run_rank(rank: Rank, job: PrefillJob) -> list[Efficiency]:
+    """Time every part of the work at every length; all ranks return the same figures."""
+    settings, figures = job.settings, []
+    with job.target.runtime(rank) as runtime, Progress(shown=rank.rank == 0) as progress, torch.inference_mode():
+        for part in settings.parts:
+            for length in settings.lengths:
+                works = (attention_works if part == "attention" else model_works)(job, length, runtime)
+                progress.start(f"{part}, {length:,} tokens, runs", len(VARIANTS) * (settings.rounds + 1))
+                times = time_variants(works, settings.rounds, runtime.context, progress.step)
+                figures.append(compute_efficiency(part, length, job.target.mesh.ring, times))
+    return figures
+
+
+def attention_works(job: PrefillJob, length: int, runtime: Runtime) -> dict[str, Work]:
+    """Return causal attention of one layer as work: by one kernel call, the ring, and a ring without transfers."""
     from longctx.attention.backends import kernel_for
     from longctx.attention.layout import zigzag
     from longctx.parallel.ring import Ring, pass_kv
 
-    kernel, shape = kernel_for("auto", here.device.type, job.model.dtype), job.shape
-    heads = (shape.heads, shape.kv_heads, shape.kv_heads)
-    kind = getattr(torch, job.model.dtype)
-    whole = [torch.randn(1, length, n, shape.head_dim, dtype=kind, device=here.device) for n in heads]
-    layout = zigzag(length, here.ring.size)
-    q, k, v = (layout.shard(x, here.ring.rank, 1) for x in whole)
+    shape, model, ring = job.target.shape, job.target.model, runtime.ring
+    kernel = kernel_for("auto", runtime.device.type, model.dtype)
+    whole_q, whole_k, whole_v = (
+        torch.randn(1, length, heads, shape.head_dim, dtype=getattr(torch, model.dtype), device=runtime.device)
+        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
+    )
+    layout = zigzag(length, ring.size)
+    q, k, v = (layout.shard(x, ring.rank, 1) for x in (whole_q, whole_k, whole_v))
 
-    def around(comm: Comm) -> Work:
-        return lambda: _done(pass_kv(q, k, v, Ring(comm, layout, layout), kernel))
+    def attend_on(comm: Comm) -> Work:
+        return lambda: pass_kv(q, k, v, Ring(comm, layout, layout), kernel)
 
     return {
-        "one": lambda: _done(kernel.forward(whole[0], whole[1], whole[2], True)),
-        "ring": around(here.ring),
-        "silent": around(NullComm(here.ring.rank, here.ring.size)),
+        "one": lambda: kernel.forward(whole_q, whole_k, whole_v, True),
+        "ring": attend_on(ring),
+        "silent": attend_on(NullComm(ring.rank, ring.size)),
     }
 
 
-def model_variants(job: PrefillJob, length: int, here: Any) -> dict[str, Work]:
-    """Prefill of the whole model: by one rank, by the ring, by the silent ring."""
+def model_works(job: PrefillJob, length: int, runtime: Runtime) -> dict[str, Work]:
+    """Return prefill of the whole model as work: by one rank, the ring, and a ring without transfers."""
     from longctx.attention.layout import contiguous, zigzag
-    from longctx.infer.engine import Engine, load_alone, load_engine
+    from longctx.infer.engine import load_alone
     from longctx.infer.prefill import run_pass
     from longctx.parallel.ring import pass_kv
 
-    if job.settings.layers:
-        engine = with_few_layers(here, job, job.settings.layers)
-    else:
-        engine = load_engine(here, job.model, job.shape, job.folder, "auto")
-    alone = load_alone(here, engine, job.model, job.folder)
-    silent = replace(engine, ring=NullComm(here.ring.rank, here.ring.size))
+    target, layers = job.target, job.settings.layers
+    engine = build_shallow_engine(runtime, target, layers) if layers else target.load_engine(runtime)
+    alone = load_alone(runtime, engine, target.model, target.folder)
+    silent = replace(engine, ring=NullComm(runtime.ring.rank, runtime.ring.size))
     tokens = torch.tensor(job.tokens[:length])
 
-    def prefill(on: Engine) -> Work:
-        layout = zigzag(length, on.ring.size) if on.ring.size > 1 else contiguous(length, 1)
-        return lambda: _done(run_pass(on, tokens, layout, on.cache(length), on.everywhere(pass_kv)))
+    def prefill_on(engine: Engine) -> Work:
+        layout = zigzag(length, engine.ring.size) if engine.ring.size > 1 else contiguous(length, 1)
+        return lambda: run_pass(engine, tokens, layout, engine.cache(length), engine.everywhere(pass_kv))
 
-    return {"one": prefill(alone), "ring": prefill(engine), "silent": prefill(silent)}
+    return {"one": prefill_on(alone), "ring": prefill_on(engine), "silent": prefill_on(silent)}
 
 
-def with_few_layers(here: Any, job: PrefillJob, layers: int) -> Any:
-    """The model with its first ``layers`` only, which take as long as any others, and random weights."""
+def build_shallow_engine(runtime: Runtime, target: Target, layers: int) -> Engine:
+    """Return the model with its first ``layers`` only, and random weights; all layers take the same time."""
     from longctx.attention.backends import kernel_for
     from longctx.infer.engine import Engine
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.hf_io.init import RandomInit
     from longctx.megatron.model import build_model
 
-    shape = replace(job.shape, layers=layers, windows=job.shape.windows[:layers])
-    dtype = getattr(torch, job.model.dtype)
-    net = build_model(shape, here.groups, dtype=dtype, layers="local", device=here.device)
+    shape = replace(target.shape, layers=layers, windows=target.shape.windows[:layers])
+    dtype = getattr(torch, target.model.dtype)
+    net = build_model(shape, runtime.groups, dtype=dtype, layers="local", device=runtime.device)
     hf_load.load(net, RandomInit(shape, seed=0), shape)
-    comms = (here.tp, here.ulysses, here.ring, here.context)
-    return Engine(net, shape, kernel_for("auto", here.device.type, job.model.dtype), *comms)
+    comms = (runtime.tp, runtime.ulysses, runtime.ring, runtime.context)
+    return Engine(net, shape, kernel_for("auto", runtime.device.type, target.model.dtype), *comms)
 
 
-def _done(_: object) -> None:
-    """The result is not looked at here: tests do that."""
+def time_variants(
+    works: Mapping[str, Work], rounds: int, group: Comm, done: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Return the seconds of each of `VARIANTS` by round; "all at once" is the work of "one" on every rank."""
+
+    def measure(variant: str) -> float:
+        work = works["one" if variant == "all at once" else variant]
+        return time_on_ranks(group, work, only_first=variant == "one")
+
+    times = measure_in_rounds(VARIANTS, rounds, measure, done)
+    return {variant: of_variant.timed for variant, of_variant in zip(VARIANTS, times, strict=True)}
 
 
-def seconds(work: Work, here: Any, *, by_all: bool) -> float:
-    """Wall seconds of ``work`` on every rank (the slowest counts), or on the first while the others wait."""
-    here.context.all_gather(torch.zeros(1), [(1,)] * here.context.size)  # wait for the others
-    began = time.perf_counter()
-    if by_all or here.context.rank == 0:
-        work()
-    took = torch.tensor([time.perf_counter() - began])
-    return float(torch.cat(here.context.all_gather(took, [(1,)] * here.context.size)).max())
+def compute_efficiency(part: str, length: int, ranks: int, times: dict[str, list[float]]) -> Efficiency:
+    """Return the efficiency and its factors from each variant's fastest round: other work only makes a round slower."""
+    fastest = {variant: min(seconds) for variant, seconds in times.items()}
+    return Efficiency(
+        part=part,
+        tokens=length,
+        ranks=ranks,
+        rounds=len(times["one"]),
+        efficiency=fastest["one"] / (ranks * fastest["ring"]),
+        machine=fastest["one"] / fastest["all at once"],
+        blocks=fastest["all at once"] / (ranks * fastest["silent"]),
+        communication=fastest["silent"] / fastest["ring"],
+        seconds=times,
+    )
 
 
-def run_rank(rank: Rank, job: PrefillJob) -> list[dict[str, Any]]:
-    """Every part at every length, each way's seconds by round."""
-    from longctx.megatron.runtime import runtime
-
-    measured = []
-    with (
-        runtime(rank, job.mesh, threads=1) as here,
-        Progress(shown=rank.rank == 0) as progress,
-        torch.inference_mode(),
-    ):
-        for part in job.settings.parts:
-            for length in job.settings.lengths:
-                make = attention_variants if part == "attention" else model_variants
-                ways = make(job, length, here)
-                progress.start(f"{part}, {length:,} tokens, runs", 4 * (job.settings.rounds + 1))
-                times = timed(ways, job.settings.rounds, here, progress.step)
-                measured.append(figures(part, length, job.mesh.ring, times))
-    return measured
-
-
-def timed(ways: dict[str, Work], rounds: int, here: Any, done: Callable[[], None]) -> dict[str, list[float]]:
-    """Seconds of ``ways`` by round, in turn within each so that all see the same machine.
-
-    A first round warms up, and is left out.
-    """
-    times: dict[str, list[float]] = {"one": [], "all at once": [], "silent": [], "ring": []}
-    for warm in [False] + [True] * rounds:
-        for name, taken in times.items():
-            way = ways["one" if name == "all at once" else name]
-            took = seconds(way, here, by_all=name != "one")
-            if warm:
-                taken.append(took)
-            done()
-    return times
-
-
-def figures(part: str, length: int, ranks: int, times: dict[str, list[float]]) -> dict[str, Any]:
-    """Efficiency and its three shares, from the fastest of each way's times: only other work makes a run slower."""
-    took = {name: min(taken) for name, taken in times.items()}
-    return {
-        "part": part,
-        "tokens": length,
-        "ranks": ranks,
-        "rounds": len(times["one"]),
-        "efficiency": took["one"] / (ranks * took["ring"]),
-        "machine": took["one"] / took["all at once"],
-        "blocks": took["all at once"] / (ranks * took["silent"]),
-        "communication": took["silent"] / took["ring"],
-        "seconds": times,
-    }
-
-
-def show(measured: list[dict[str, Any]]) -> None:
-    """The efficiencies as a table."""
+def show(figures: list[Efficiency]) -> None:
+    """Print the efficiencies and their factors as a table."""
     table = Table(box=None)
     for column in ("part", "tokens", "efficiency", "= machine", "x blocks", "x communication"):
         table.add_column(column, justify="left" if column == "part" else "right")
-    for row in measured:
-        shares = [f"{row[name]:.3f}" for name in ("efficiency", "machine", "blocks", "communication")]
-        table.add_row(row["part"], f"{row['tokens']:,}", *shares)
+    for each in figures:
+        factors = (each.efficiency, each.machine, each.blocks, each.communication)
+        table.add_row(each.part, f"{each.tokens:,}", *(f"{factor:.3f}" for factor in factors))
     console.print(table)
 
 
 def task(config: DictConfig) -> None:
-    """Measure; write and show what the first rank gives."""
+    """Run the ranks, then show and write the efficiencies."""
     warm_up_ranks(["longctx.infer.engine", "longctx.infer.prefill", "recipes.common.progress"])
-    settings, mesh = top_level(config, PrefillSettings), section(config, "mesh", Mesh)
-    model = section(config, "model", ModelSource)
-    refuse_unused(mesh, "recipes.bench", ("tp", "ulysses", "dp", "pp"))
-    if mesh.ring < 2:
-        raise ValueError(f"mesh.ring={mesh.ring} shares nothing: use mesh.ring=2 or more")
-    refuse_unwritable(settings.out)
-    folder = locate(model, say)
-    refuse_adapted(folder, "recipes.bench prefill")
-    longest = PromptSource(pydoc="all", tokens=max(settings.lengths))
-    tokens, available = prompt_tokens(longest, tokenizer_of(folder))
-    if available < max(settings.lengths):
-        raise ValueError(f"lengths={max(settings.lengths)}: the text has {available:,} tokens; use at most that")
-    shape = shape_of(folder)
-    if settings.layers and settings.layers > shape.layers:
-        raise ValueError(f"layers={settings.layers}: the model has {shape.layers}; use at most that, or null for all")
-    job = PrefillJob(settings, mesh, model, folder, shape, tuple(tokens))
-    measured = on_ranks(mesh, run_rank, job)
-    if measured is None:
+    job = prepare(config)
+    figures: list[Efficiency] | None = on_ranks(job.target.mesh, run_rank, job)
+    if figures is None:
         return
-    show(measured)
-    if settings.out:
-        write_result(settings.out, {**provenance(), "layers": settings.layers or shape.layers, "measured": measured})
+    show(figures)
+    if job.settings.out:
+        layers = job.settings.layers or job.target.shape.layers
+        measured = [asdict(each) for each in figures]
+        write_result(job.settings.out, {**provenance(), "layers": layers, "measured": measured})

@@ -1,54 +1,61 @@
-"""What dropped reductions save: time to first token, and from token to token, over the share of blocks that drop one.
+"""Time saved by dropped reductions: TTFT and time per decoded token over the share of blocks that drop one.
 
 python -m recipes.bench spd_latency hosts=3 rate=100mbit latency_us=500
 """
 
-import sys
-import time
-from dataclasses import dataclass
-from pathlib import Path
-from statistics import median
-from typing import Annotated, Any
+from __future__ import annotations
 
-import torch
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Annotated
+
 from omegaconf import DictConfig
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from rich.table import Table
 
-from longctx.config import Context, Mesh, ModelSource, PromptSource, Sampling
+from longctx.config import Context, Sampling
 from longctx.cost.reduction import all_reduce_seconds, communication_saved, spd_forward_seconds
-from longctx.data.prompt import prompt_tokens
-from longctx.hf.config import shape_of, tokenizer_of
-from longctx.hf.locate import locate
-from longctx.model_shape import ModelShape
 from longctx.parallel.launch import Rank
-from longctx.parallel.validate import refuse_unfit, refuse_unused
 from longctx.spd.plan import SPDPlan, within
 from recipes.bench.hosts import bits_per_s, is_host, refuse_hosts, run_on_hosts
-from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
-from recipes.common.plots import lines
+from recipes.bench.timing import (
+    barrier,
+    gather_numbers,
+    measure_in_rounds,
+    measure_seconds,
+    read_tokens,
+    refuse_beyond_model,
+)
+from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, write_result
+from recipes.common.plots import draw_lines
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
-from recipes.common.settings import section, top_level
-from recipes.common.spd_plan import refuse_adapted
+from recipes.common.settings import top_level
+from recipes.common.target import Target, resolve_target
+
+if TYPE_CHECKING:
+    from longctx.infer.engine import Engine
+    from longctx.megatron.runtime import Runtime
 
 PHASES = ("prefill", "decode")
-ELEMENT = 4  # bytes: float32
+ELEMENT = 4  # bytes of a float32
 
 
 @dataclass(frozen=True)
 class LatencySettings:
-    """The settings of configs/bench_spd_latency.yaml that are not a section of their own."""
+    """Settings of configs/bench/spd_latency.yaml outside any section; the first of ``shares`` is 0."""
 
-    shares: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=2)]
-    tokens: PositiveInt
-    new_tokens: PositiveInt
-    rounds: PositiveInt
-    hosts: NonNegativeInt
-    rate: str
-    latency_us: NonNegativeFloat
-    out: str | None
-    picture: str | None
+    shares: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=2)] = (0, 0.5, 0.7, 1)
+    tokens: PositiveInt = 128
+    new_tokens: PositiveInt = 8
+    rounds: PositiveInt = 5
+    hosts: NonNegativeInt = 0
+    rate: str = "100mbit"
+    latency_us: NonNegativeFloat = 0
+    out: str | None = None
+    picture: str | None = None
 
     def __post_init__(self) -> None:
         if self.shares[0] != 0:
@@ -57,201 +64,233 @@ class LatencySettings:
 
 @dataclass(frozen=True)
 class LatencyJob:
-    """What every rank needs to know."""
+    """The inputs of every rank; ``tokens`` is the prompt."""
 
     settings: LatencySettings
-    mesh: Mesh
-    model: ModelSource
-    folder: Path
-    shape: ModelShape
+    target: Target
     tokens: tuple[int, ...]
 
 
-def run_rank(rank: Rank, job: LatencyJob) -> dict[str, Any]:
-    """Of every share and round the two times, and what of them are all-reduces; the links' own constants."""
-    from longctx.infer.engine import load_engine
-    from longctx.megatron.runtime import runtime
+@dataclass(frozen=True)
+class PhaseCost:
+    """Cost of a prefill, or of one decoded token: the slowest rank's ``seconds``, and this rank's all-reduces.
+
+    ``reducing`` is the least time that any rank spent in all-reduces.  A rank that arrives early also waits inside
+    them, so the rank that arrives last shows how long the reductions themselves take.
+    """
+
+    seconds: float
+    reducing: float
+    calls: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Links:
+    """Constants of the links between ranks: seconds of a hop, and bytes per second."""
+
+    hop_s: float
+    bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class LatencyTimes:
+    """Costs by share and round, each by phase, and the links' constants."""
+
+    by_share: list[list[dict[str, PhaseCost]]]
+    links: Links
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """A row of the result: medians of a phase with a share of blocks dropped, and relative savings against share 0.
+
+    ``rounds`` are the seconds by round.  The ``predicted_`` savings follow from bytes and hops.
+    """
+
+    phase: str
+    share: float
+    seconds: float
+    reducing: float
+    calls: float
+    bytes: float
+    rounds: list[float]
+    saved: float
+    predicted_saved: float
+    reducing_saved: float
+    predicted_reducing_saved: float
+    bytes_saved: float
+
+
+def prepare(config: DictConfig) -> LatencyJob:
+    """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
+    settings = top_level(config, LatencySettings)
+    unused = ("ulysses", "ring", "dp", "pp")
+    target = resolve_target(config, "recipes.bench spd_latency", unused_axes=unused, spd="refuse")
+    mesh, dtype = target.mesh, target.model.dtype
+    if mesh.tp < 2:
+        raise ValueError(f"mesh.tp={mesh.tp}: one rank has no reduction to drop, use mesh.tp=2 or more")
+    if dtype != "float32":
+        raise ValueError(f"model.dtype={dtype}: bytes are counted for float32 only; use model.dtype=float32")
+    if settings.hosts:
+        refuse_hosts(settings.hosts, settings.rate, mesh)
+    refuse_unwritable(settings.out)
+    refuse_unwritable(settings.picture, "picture")
+    refuse_beyond_model(target, tokens=settings.tokens, new_tokens=settings.new_tokens)
+    return LatencyJob(settings, target, read_tokens(target, "tokens", settings.tokens))
+
+
+def run_rank(rank: Rank, job: LatencyJob) -> LatencyTimes:
+    """Time both phases at every share on one rank; the first rank's all-reduces are reported."""
     from longctx.megatron.spd.layer import follow_plan
 
-    asked, layers, tp = job.settings, job.shape.layers, job.mesh.tp
-    with runtime(rank, job.mesh, threads=1) as here, Progress(shown=rank.rank == 0) as progress:
-        engine = load_engine(here, job.model, job.shape, job.folder, "auto", SPDPlan(layers, tp))
-        progress.start("shares, runs", len(asked.shares) * (asked.rounds + 1))
-        rows: list[list[dict[str, Any]]] = [[] for _ in asked.shares]
-        for warm in [False] + [True] * asked.rounds:
-            for row, share in zip(rows, asked.shares, strict=True):
-                follow_plan(engine.model, SPDPlan(layers, tp, within(range(layers), share)))
-                took = timed(here, engine, job)
-                if warm:
-                    row.append(took)
-                progress.step()
-        constants = links(here, job)
-    return {"rows": rows, **constants}
+    settings, layers, tp = job.settings, job.target.shape.layers, job.target.mesh.tp
+    with job.target.runtime(rank) as runtime, Progress(shown=rank.rank == 0) as progress:
+        engine = job.target.load_engine(runtime, SPDPlan(layers, tp))
+        progress.start("shares, runs", len(settings.shares) * (settings.rounds + 1))
+
+        def measure(share: float) -> dict[str, PhaseCost]:
+            follow_plan(engine.model, SPDPlan(layers, tp, within(range(layers), share)))
+            return time_phases(runtime, engine, job)
+
+        of_shares = measure_in_rounds(settings.shares, settings.rounds, measure, progress.step)
+        return LatencyTimes([of_share.timed for of_share in of_shares], measure_links(runtime, job))
 
 
-def timed(here: Any, engine: Any, job: LatencyJob) -> dict[str, dict[str, float]]:
-    """Seconds of a prefill, and of a decoded token; the slowest rank's, and this one's all-reduces."""
+def time_phases(runtime: Runtime, engine: Engine, job: LatencyJob) -> dict[str, PhaseCost]:
+    """Return the cost of the prompt's prefill, and of each token decoded after it."""
     from longctx.infer.session import Session
-    from longctx.parallel.measure.all_reduce import count_all_reduces
 
     session = Session(engine, Context(), Sampling())
-    found: dict[str, dict[str, float]] = {}
 
-    def phase(name: str, work: Any, steps: int) -> Any:
-        here.world.all_gather(torch.zeros(1), [(1,)] * here.world.size)  # all begin at once
-        with count_all_reduces() as tally:
-            began = time.perf_counter()
-            made = work()
-            mine = torch.tensor([time.perf_counter() - began, tally.seconds], dtype=torch.float64) / steps
-        slowest = torch.stack(here.world.all_gather(mine, [(2,)] * here.world.size))
-        # A rank that comes early waits inside; the last to come is the one that tells how long a reduction takes.
-        seconds, reducing = float(slowest[:, 0].max()), float(slowest[:, 1].min())
-        calls, size = tally.calls / steps, tally.bytes / steps
-        found[name] = {"seconds": seconds, "reducing": reducing, "calls": calls, "bytes": size}
-        return made
-
-    phase("prefill", lambda: session.turn({0: job.tokens}, {0: 1}), 1)
+    def prefill() -> None:
+        session.turn({0: job.tokens}, {0: 1})
 
     def decode() -> None:
         for _ in range(job.settings.new_tokens):
             session.decode([0])
 
-    phase("decode", decode, job.settings.new_tokens)
-    return found
+    prefill_cost = measure_phase(runtime, prefill, 1)
+    return {"prefill": prefill_cost, "decode": measure_phase(runtime, decode, job.settings.new_tokens)}
 
 
-def links(here: Any, job: LatencyJob) -> dict[str, float]:
-    """Seconds of a hop, from the shortest all-reduce; bytes a second: the links' nominal rate, or as measured."""
+def measure_phase(runtime: Runtime, work: Callable[[], None], steps: int) -> PhaseCost:
+    """Start ``work``, of ``steps`` equal steps, on all ranks at once and return the cost per step."""
+    from longctx.parallel.measure.all_reduce import count_all_reduces
+
+    barrier(runtime.world)
+    with count_all_reduces() as tally:
+        elapsed = measure_seconds(work)
+    seconds, reducing = gather_numbers(runtime.world, elapsed / steps, tally.seconds / steps)
+    return PhaseCost(max(seconds), min(reducing), tally.calls / steps, tally.bytes / steps)
+
+
+def measure_links(runtime: Runtime, job: LatencyJob) -> Links:
+    """Measure a hop by the shortest all-reduce, and the bandwidth by one of a prefill's size.
+
+    The bandwidth of emulated links is their nominal rate.
+    """
     from longctx.parallel.measure.all_reduce import time_all_reduce
 
-    ranks, settings = job.mesh.tp, job.settings
-    short, size = time_all_reduce(here.groups.tp, 4, 20, here.device), settings.tokens * job.shape.hidden * ELEMENT
-    hop = short / (2 * (ranks - 1))
+    ranks, settings = job.target.mesh.tp, job.settings
+    size = settings.tokens * job.target.shape.hidden * ELEMENT
+    short = time_all_reduce(runtime.groups.tp, 4, 20, runtime.device)
+    hop_s = short / (2 * (ranks - 1))
     if settings.hosts:
-        return {"hop_s": hop, "bytes_per_s": bits_per_s(settings.rate) / 8}
-    long = time_all_reduce(here.groups.tp, size, 20, here.device)
-    return {"hop_s": hop, "bytes_per_s": 2 * (ranks - 1) / ranks * size / max(1e-9, long - short)}
+        return Links(hop_s, bits_per_s(settings.rate) / 8)
+    long = time_all_reduce(runtime.groups.tp, size, 20, runtime.device)
+    return Links(hop_s, 2 * (ranks - 1) / ranks * size / max(1e-9, long - short))
 
 
-def judged(found: dict[str, Any], job: LatencyJob) -> list[dict[str, Any]]:
-    """A row for every phase and share: medians, what is saved, and what bytes and hops predict."""
-    layers, out = job.shape.layers, []
+def compare_shares(times: LatencyTimes, job: LatencyJob) -> list[LatencyRow]:
+    """Return a row for every phase and share: medians, savings against no dropped block, and predicted savings."""
+    target, table_rows = job.target, []
+    layers, links = target.shape.layers, times.links
     for phase in PHASES:
-        rows = job.settings.tokens if phase == "prefill" else 1
-        one = all_reduce_seconds(rows * job.shape.hidden * ELEMENT, job.mesh.tp, found["hop_s"], found["bytes_per_s"])
-        base: dict[str, float] = {}
-        for share, rounds in zip(job.settings.shares, found["rows"], strict=True):
-            now = {key: median(each[phase][key] for each in rounds) for key in rounds[0][phase]}
-            base = base or now
-            blocks = len(within(range(layers), share)) / layers
-            predicted = spd_forward_seconds(base["seconds"], layers, blocks, one)
-            out.append(
-                {
-                    "phase": phase,
-                    "share": blocks,
-                    **now,
-                    "rounds": [each[phase]["seconds"] for each in rounds],
-                    "saved": 1 - now["seconds"] / base["seconds"],
-                    "predicted_saved": 1 - predicted / base["seconds"],
-                    "reducing_saved": 1 - now["reducing"] / base["reducing"],
-                    "predicted_reducing_saved": communication_saved(blocks),
-                    "bytes_saved": 1 - now["bytes"] / base["bytes"],
-                }
+        # 1. The cost model's all-reduce of this phase.
+        size = (job.settings.tokens if phase == "prefill" else 1) * target.shape.hidden * ELEMENT
+        reduction_s = all_reduce_seconds(size, target.mesh.tp, links.hop_s, links.bytes_per_s)
+        # 2. Every share against the first, which drops nothing.
+        medians = [median_cost([costs[phase] for costs in rounds]) for rounds in times.by_share]
+        base = medians[0]
+        for share, rounds, cost in zip(job.settings.shares, times.by_share, medians, strict=True):
+            dropped = len(within(range(layers), share)) / layers
+            predicted = spd_forward_seconds(base.seconds, layers, dropped, reduction_s)
+            table_rows.append(
+                LatencyRow(
+                    phase=phase,
+                    share=dropped,
+                    **vars(cost),
+                    rounds=[costs[phase].seconds for costs in rounds],
+                    saved=1 - cost.seconds / base.seconds,
+                    predicted_saved=1 - predicted / base.seconds,
+                    reducing_saved=1 - cost.reducing / base.reducing,
+                    predicted_reducing_saved=communication_saved(dropped),
+                    bytes_saved=1 - cost.bytes / base.bytes,
+                )
             )
-    return out
+    return table_rows
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """The rows as a table."""
+def median_cost(costs: list[PhaseCost]) -> PhaseCost:
+    """Return the median of each field of ``costs``."""
+    return PhaseCost(*(median(getattr(cost, name) for cost in costs) for name in vars(costs[0])))
+
+
+def show(table_rows: list[LatencyRow]) -> None:
+    """Print times and savings of each phase and share as a table."""
     columns = ("phase", "dropped", "ms", "saved", "predicted", "all-reduces", "their ms", "saved", "p/2")
     table = Table(*columns, box=None)
-    for row in rows:
-        table.add_row(
-            row["phase"],
-            f"{row['share']:.0%}",
-            f"{row['seconds'] * 1e3:,.1f}",
-            f"{row['saved']:.1%}",
-            f"{row['predicted_saved']:.1%}",
-            f"{row['calls']:.0f}",
-            f"{row['reducing'] * 1e3:,.1f}",
-            f"{row['reducing_saved']:.1%}",
-            f"{row['predicted_reducing_saved']:.1%}",
-        )
+    for row in table_rows:
+        times = (f"{row.seconds * 1e3:,.1f}", f"{row.saved:.1%}", f"{row.predicted_saved:.1%}")
+        reductions = (f"{row.calls:.0f}", f"{row.reducing * 1e3:,.1f}", f"{row.reducing_saved:.1%}")
+        table.add_row(row.phase, f"{row.share:.0%}", *times, *reductions, f"{row.predicted_reducing_saved:.1%}")
     console.print(table)
 
 
-def asked_for(config: DictConfig) -> LatencyJob:
-    """What ``config`` asks for.  Raises ValueError if it cannot be done."""
-    settings, mesh = top_level(config, LatencySettings), section(config, "mesh", Mesh)
-    model = section(config, "model", ModelSource)
-    refuse_unused(mesh, "recipes.bench spd_latency", ("ulysses", "ring", "dp", "pp"))
-    if mesh.tp < 2:
-        raise ValueError(f"mesh.tp={mesh.tp}: one rank reduces nothing, use mesh.tp=2 or more")
-    if model.dtype != "float32":
-        raise ValueError(f"model.dtype={model.dtype}: bytes are counted in model.dtype=float32")
-    if settings.hosts:
-        refuse_hosts(settings.hosts, settings.rate, mesh)
-    else:
-        warm_up_ranks(["longctx.infer.engine", "longctx.infer.session", "recipes.common.progress"])
-    refuse_unwritable(settings.out)
-    refuse_unwritable(settings.picture, "picture")
-    folder = locate(model, say)
-    refuse_adapted(folder, "recipes.bench spd_latency")
-    shape = shape_of(folder)
-    refuse_unfit(mesh, shape)
-    return LatencyJob(settings, mesh, model, folder, shape, prompt_of(settings, folder, shape))
-
-
-def prompt_of(settings: LatencySettings, folder: Path, shape: ModelShape) -> tuple[int, ...]:
-    """The prompt.  Raises ValueError if the text is shorter, or if with what is decoded the model's context is."""
-    if settings.tokens + settings.new_tokens > shape.max_positions:
-        raise ValueError(
-            f"tokens={settings.tokens} and new_tokens={settings.new_tokens}: the model's context is "
-            f"{shape.max_positions:,}; use at most that together"
-        )
-    tokens, available = prompt_tokens(PromptSource(pydoc="all", tokens=settings.tokens), tokenizer_of(folder))
-    if available < settings.tokens:
-        raise ValueError(f"tokens={settings.tokens}: the text has {available:,} tokens; use at most that")
-    return tuple(tokens)
-
-
-def task(config: DictConfig) -> None:
-    """Measure; write, draw and show what the first rank gives."""
-    job = asked_for(config)
-    settings = job.settings
-    if settings.hosts and not is_host():
-        command = [sys.executable, *sys.orig_argv[1:]]
-        run_on_hosts(settings.hosts, settings.rate, command, settings.latency_us)
-        return
-    found = on_ranks(job.mesh, run_rank, job)
-    if found is None:
-        return
-    rows = judged(found, job)
-    show(rows)
-    link = {"rate": settings.rate, "latency_us": settings.latency_us} if settings.hosts else {"rate": "loopback"}
-    constants = {name: found[name] for name in ("hop_s", "bytes_per_s")}
-    about = {"model": job.model.name, "mesh": str(job.mesh), "hosts": settings.hosts, **link, **constants}
-    if settings.out:
-        write_result(settings.out, {**about, "tokens": settings.tokens, **provenance(), "rows": rows})
-    if settings.picture:
-        draw(rows, job, f"{link['rate']}, {settings.latency_us:g} us" if settings.hosts else "loopback")
-
-
-def draw(rows: list[dict[str, Any]], job: LatencyJob, link: str) -> None:
-    """What is saved over the share of dropped blocks, beside the prediction."""
-    shares = [100 * row["share"] for row in rows if row["phase"] == "prefill"]
+def draw(table_rows: list[LatencyRow], job: LatencyJob, links: str, picture: str) -> None:
+    """Draw measured and predicted savings of both phases over the share of dropped blocks to the file ``picture``."""
     series = {}
     for phase in PHASES:
-        of_phase = [row for row in rows if row["phase"] == phase]
-        series[f"{phase}, measured"] = [100 * row["saved"] for row in of_phase]
-        series[f"{phase}, from bytes and hops"] = [100 * row["predicted_saved"] for row in of_phase]
-    lines(
-        str(job.settings.picture),
-        shares,
+        of_phase = [row for row in table_rows if row.phase == phase]
+        series[f"{phase}, measured"] = [100 * row.saved for row in of_phase]
+        series[f"{phase}, from bytes and hops"] = [100 * row.predicted_saved for row in of_phase]
+    draw_lines(
+        picture,
+        [100 * row.share for row in table_rows if row.phase == "prefill"],
         series,
-        title=f"{job.model.name} at TP={job.mesh.tp}, {link}: time saved",
+        title=f"{job.target.model.name} at TP={job.target.mesh.tp}, {links}: time saved",
         x="blocks that drop a reduction, %",
         y="time saved, %",
         log_x=False,
         log_y=False,
     )
+
+
+def report(job: LatencyJob, times: LatencyTimes) -> None:
+    """Show, write and draw the savings."""
+    settings, target = job.settings, job.target
+    table_rows = compare_shares(times, job)
+    show(table_rows)
+    nominal = {"rate": settings.rate, "latency_us": settings.latency_us} if settings.hosts else {"rate": "loopback"}
+    if settings.out:
+        inputs = {"model": target.model.name, "mesh": str(target.mesh), "hosts": settings.hosts, **nominal}
+        result = {**inputs, **asdict(times.links), "tokens": settings.tokens, **provenance()}
+        write_result(settings.out, {**result, "rows": [asdict(row) for row in table_rows]})
+    if settings.picture:
+        links = f"{settings.rate}, {settings.latency_us:g} us" if settings.hosts else "loopback"
+        draw(table_rows, job, links, settings.picture)
+
+
+def task(config: DictConfig) -> None:
+    """Run the ranks, then report the first rank's times; with ``hosts``, start an emulated host per rank first."""
+    if not config.hosts:
+        warm_up_ranks(["longctx.infer.engine", "longctx.infer.session", "recipes.common.progress"])
+    job = prepare(config)
+    settings = job.settings
+    if settings.hosts and not is_host():
+        run_on_hosts(settings.hosts, settings.rate, [sys.executable, *sys.orig_argv[1:]], settings.latency_us)
+        return
+    times: LatencyTimes | None = on_ranks(job.target.mesh, run_rank, job)
+    if times is not None:
+        report(job, times)

@@ -3,46 +3,78 @@
 python -m recipes.bench spd_quality sensitivity=outputs/spd/sensitivity.json out=outputs/quality
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
 from math import exp
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from pydantic import Field, PositiveInt
 from rich.table import Table
 
 from longctx.config import DataSettings, TextSource
 from longctx.parallel.launch import Rank
+from longctx.shapes import Float, Tensor
 from longctx.spd.plan import SPDPlan, order_from, saved_plan, within
 from longctx.spd.text import PackedText
-from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
-from recipes.common.plots import lines
+from recipes.common.cli import console, on_ranks, say, warm_up_ranks, write_result
+from recipes.common.plots import draw_lines
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
-from recipes.common.settings import sections
-from recipes.common.spd_text import load_blocks, resolve_spd_target, text_of
+from recipes.common.settings import sections, top_level
+from recipes.common.spd_loop import load_blocks
+from recipes.common.spd_text import resolve_spd_target, text_of
 from recipes.common.target import Target
+
+if TYPE_CHECKING:
+    from longctx.megatron.spd.blocks import Blocks
+    from longctx.megatron.spd.layer import SPDTransformerLayer
+
+Hidden = Float[Tensor, "b s hidden"]
+RANKED = "zero-shot, least sensitive first"
+IN_ORDER = "zero-shot, first to last"
+# Y is a rank's partial attention output, b the attention's bias; each is added before or after the MLP's reduction.
+PLACEMENTS = ("as it should", "Y after the reduction", "b after, as it should", "b before the reduction")
+BATCH = 4  # sequences per pass
 
 
 @dataclass(frozen=True, kw_only=True)
 class NamedText(TextSource):
-    """An item of the setting ``texts``."""
+    """An item of the setting ``texts``; ``label`` names its results and its picture."""
 
     label: str
 
 
 @dataclass(frozen=True)
 class NamedModel:
-    """An item of the setting ``models``: of recipes.spd_adapt."""
+    """An item of the setting ``models``: a folder written by recipes.spd_adapt."""
 
     label: str
     folder: str
 
 
 @dataclass(frozen=True)
+class QualitySettings:
+    """Settings of configs/bench/spd_quality.yaml outside any section, other than the lists ``models`` and ``texts``."""
+
+    sensitivity: str
+    out: str
+    shares: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1)] = (0, 0.25, 0.5, 0.75, 1)
+    length: PositiveInt = 256
+    sequences: PositiveInt = 8
+    placement: tuple[int, ...] = (0, 1)
+
+    def __post_init__(self) -> None:
+        if self.shares[0] != 0:
+            raise ValueError(f"shares={list(self.shares)}: the first is what others are compared with, use 0")
+
+
+@dataclass(frozen=True)
 class QualityVariant:
-    """A line of the picture: weights of ``folder``, blocks dropped in ``order``."""
+    """A line of the picture: the weights in ``folder``, with blocks dropped in ``order``."""
 
     name: str
     folder: Path
@@ -52,178 +84,214 @@ class QualityVariant:
 
 @dataclass(frozen=True)
 class QualityJob:
-    """What every rank needs to know."""
+    """The inputs of every rank; ``texts`` by label."""
 
+    settings: QualitySettings
     target: Target
     variants: tuple[QualityVariant, ...]
-    shares: tuple[float, ...]
     texts: dict[str, PackedText]
-    placement: tuple[int, ...]
+
+    @property
+    def repaired(self) -> list[str]:
+        """Names of the variants that are repaired models."""
+        return [variant.name for variant in self.variants if variant.name not in (RANKED, IN_ORDER)]
 
 
-def run_rank(rank: Rank, job: QualityJob) -> dict[str, Any]:
-    """Mean losses (nats) by text: of each variant over the shares, and of each placement."""
+@dataclass(frozen=True)
+class TextLosses:
+    """Mean losses (nats per token) on one text: by variant for each share, and by block for each of `PLACEMENTS`."""
+
+    variants: dict[str, list[float]]
+    placement: dict[int, dict[str, float]]
+
+
+def prepare(config: DictConfig) -> QualityJob:
+    """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
+    lists = ("models", "texts")
+    plain = OmegaConf.create({str(name): value for name, value in config.items() if name not in lists})
+    settings = top_level(plain, QualitySettings)
+    target = resolve_spd_target(config, "recipes.bench spd_quality")
+    last = target.shape.layers - 1
+    if wrong := [block for block in settings.placement if not 0 <= block <= last]:
+        raise ValueError(f"placement={list(settings.placement)}: there is no block {wrong[0]}; use blocks 0 to {last}")
+    if target.mesh.dp > 1:
+        raise ValueError(f"recipes.bench spd_quality has no use for mesh.dp={target.mesh.dp}: use mesh.dp=1")
+    models = sections(config, "models", NamedModel, say)
+    texts = read_texts(sections(config, "texts", NamedText, say), target, settings)
+    return QualityJob(settings, target, resolve_variants(models, target, settings), texts)
+
+
+def resolve_variants(
+    models: tuple[NamedModel, ...], target: Target, settings: QualitySettings
+) -> tuple[QualityVariant, ...]:
+    """Return both zero-shot variants and one per repaired model.
+
+    Raises ValueError for a model that was not adapted from the target at its mesh.tp, or that lacks blocks to drop.
+    """
+    layers, tp = target.shape.layers, target.mesh.tp
+    order = order_from(Path(settings.sensitivity).expanduser(), layers, tp, target.fingerprint)
+    variants = [
+        QualityVariant(RANKED, target.folder, order),
+        QualityVariant(IN_ORDER, target.folder, tuple(range(layers))),
+    ]
+    for model in models:
+        folder, name = Path(model.folder).expanduser(), f"models: {model.label}, {model.folder}"
+        saved = saved_plan(folder)
+        if saved is None or saved.plan.tp != tp or saved.source != target.fingerprint:
+            raise ValueError(f"{name}, is not {target.model.name} adapted for mesh.tp={tp}: use recipes.spd_adapt")
+        if missing := set(within(saved.order, max(settings.shares))) - set(saved.adapted):
+            raise ValueError(f"{name}, lacks block {min(missing)}: adapt it with a larger spd.budget")
+        variants.append(QualityVariant(model.label, folder, saved.order, saved.plan.own_norms))
+    return tuple(variants)
+
+
+def read_texts(texts: tuple[NamedText, ...], target: Target, settings: QualitySettings) -> dict[str, PackedText]:
+    """Return the packed sequences of each text, by its label.  Raises ValueError as `text_of` does."""
+    data = {text.label: DataSettings((text,), settings.length, batch=1, epochs=1, end_token=False) for text in texts}
+    return {label: text_of(source, target, settings.sequences) for label, source in data.items()}
+
+
+def run_rank(rank: Rank, job: QualityJob) -> dict[str, TextLosses]:
+    """Return the losses of each text, by its label: of all variants and shares, and of all placements."""
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.spd.layer import follow_plan
 
-    shape, tp = job.target.shape, job.target.mesh.tp
-    found: dict[str, Any] = {name: {"variants": {}, "placement": {}} for name in job.texts}
-    known: dict[Any, float] = {}
+    shape, tp, settings = job.target.shape, job.target.mesh.tp, job.settings
+    losses = {label: TextLosses({}, {}) for label in job.texts}
+    known: dict[tuple[str, tuple[int, ...], Path | None], float] = {}
     with load_blocks(rank, job.target) as (_, blocks), Progress(shown=rank.rank == 0) as progress, torch.no_grad():
-        progress.start("perplexities", len(job.texts) * len(job.variants) * len(job.shares))
+        # 1. Variants: load the weights that go with the plan, unless the loss of the same weights is known.
+        progress.start("perplexities", len(job.texts) * len(job.variants) * len(settings.shares))
         for variant in job.variants:
-            for share in job.shares:
+            for share in settings.shares:
                 plan = SPDPlan(shape.layers, tp, within(variant.order, share), variant.own_norms)
                 follow_plan(blocks.model, plan)
                 hf_load.load(blocks.model, hf_load.Weights(variant.folder, plan.dropped), shape)
-                for name, text in job.texts.items():
-                    same = (name, plan.dropped, variant.folder if plan.dropped else None)
-                    if same not in known:
-                        known[same] = mean_loss(blocks, text)
-                    found[name]["variants"].setdefault(variant.name, []).append(known[same])
+                for label, text in job.texts.items():
+                    # Without dropped blocks every folder holds the same weights.
+                    key = (label, plan.dropped, variant.folder if plan.dropped else None)
+                    if key not in known:
+                        known[key] = mean_loss(blocks, text)
+                    losses[label].variants.setdefault(variant.name, []).append(known[key])
                     progress.step()
-        follow_plan(blocks.model, SPDPlan(shape.layers, tp))  # first: the last plan's norms may be each rank's own
+        # 2. Placements: the model's own weights.  Follow its plan first, since the last plan may have norms per rank.
+        follow_plan(blocks.model, SPDPlan(shape.layers, tp))
         hf_load.load(blocks.model, hf_load.Weights(job.target.folder), shape)
-        progress.start("placements, blocks", len(job.placement) * len(job.texts))
-        for name, text in job.texts.items():
-            for block in job.placement:
-                found[name]["placement"][block] = placements(blocks, text, block)
+        progress.start("placements, blocks", len(settings.placement) * len(job.texts))
+        for label, text in job.texts.items():
+            for block in settings.placement:
+                losses[label].placement[block] = placement_losses(blocks, text, block)
                 progress.step()
-    return found
+    return losses
 
 
-def mean_loss(blocks: Any, text: PackedText) -> float:
-    """Nats a token, as the model's blocks are set."""
+def mean_loss(blocks: Blocks, text: PackedText) -> float:
+    """Return the mean loss of ``text`` in nats per token, with the blocks' current plan."""
     total = 0.0
-    for begin in range(0, len(text), 4):
-        some = text[slice(begin, begin + 4)]
-        x = blocks.embed(some.tokens)
+    for begin in range(0, len(text), BATCH):
+        batch = text[slice(begin, begin + BATCH)]
+        x = blocks.embed(batch.tokens)
         for layer in blocks.model.decoder.layers:
             x = blocks.run(layer, x)
-        total += blocks.loss(x, some)
+        total += blocks.loss(x, batch)
     return total / int(text.mask.sum())
 
 
-def placements(blocks: Any, text: PackedText, block: int) -> dict[str, float]:
-    """Nats a token where ``block`` alone drops: Y and b where they belong, and where they do not (Table 1).
+def placement_losses(blocks: Blocks, text: PackedText, block: int) -> dict[str, float]:
+    """Return the mean loss (nats per token) with ``block`` alone dropping, for each of `PLACEMENTS`.
 
-    This model has no bias: b is the mean of the attention's output, which each rank's part is centred by, so that the
-    equations with a bias (4.1.2) are of the same block.
+    Source: arXiv 2502.20727, Table 1.  The model has no bias, so the mean of the attention's output serves as b:
+    each rank's partial output is centred by its own mean, which makes the equations with a bias (4.1.2) describe the
+    same block.
     """
-    ways = ("as it should", "Y after the reduction", "b after, as it should", "b before the reduction")
-    totals = dict.fromkeys(ways, 0.0)
-    for begin in range(0, len(text), 4):
-        some = text[slice(begin, begin + 4)]
-        x = blocks.embed(some.tokens)
+    totals = dict.fromkeys(PLACEMENTS, 0.0)
+    for begin in range(0, len(text), BATCH):
+        batch = text[slice(begin, begin + BATCH)]
+        x = blocks.embed(batch.tokens)
         for layer in blocks.model.decoder.layers[:block]:
             x = blocks.run(layer, x)
-        for way, leaving in zip(ways, placed_outputs(blocks, blocks.model.decoder.layers[block], x), strict=True):
-            last = leaving
+        outputs = placed_outputs(blocks, blocks.model.decoder.layers[block], x)
+        for placement, output in zip(PLACEMENTS, outputs, strict=True):
+            last = output
             for layer in blocks.model.decoder.layers[block + 1 :]:
                 last = blocks.run(layer, last)
-            totals[way] += blocks.loss(last, some)
-    return {way: total / int(text.mask.sum()) for way, total in totals.items()}
+            totals[placement] += blocks.loss(last, batch)
+    return {placement: total / int(text.mask.sum()) for placement, total in totals.items()}
 
 
-def placed_outputs(blocks: Any, layer: Any, x: Any) -> list[Any]:
-    """What leaves ``layer`` in each of the four ways; of the second, every rank has another."""
+def placed_outputs(blocks: Blocks, layer: SPDTransformerLayer, x: Hidden) -> list[Hidden]:
+    """Return the output of ``layer`` for each of `PLACEMENTS`; that of the second differs between ranks."""
+    # 1. This rank's attention output, the reduced one, and a bias taken from its mean.
     layer.drop(dropped=True)
-    every = blocks.partials(layer, x)
-    mine, whole = every[blocks.tp.rank], sum(every)
+    partials = blocks.partials(layer, x)
+    mine, whole = partials[blocks.tp.rank], torch.stack(partials).sum(0)
     bias = whole.mean((0, 1))
     centred = mine - mine.mean((0, 1))
 
-    def mlp(u: Any) -> Any:
-        return sum(blocks.tp.all_gather(part := blocks.mlp_of(layer, u), [tuple(part.shape)] * blocks.tp.size))
+    # 2. The MLP's reduced output, without and with the bias in its input.
+    def mlp(u: Hidden) -> Any:
+        part = blocks.mlp_of(layer, u)
+        return sum(blocks.tp.all_gather(part, [tuple(part.shape)] * blocks.tp.size))
 
     z, z_biased = mlp(x + mine), mlp(x + centred + bias)
     layer.drop(dropped=False)
+    # 3. The four sums.  A bias added before the reduction is summed over all ranks.
     with_bias = x + (whole - bias) + z_biased
     return [x + whole + z, x + z + mine, with_bias + bias, with_bias + blocks.tp.size * bias]
 
 
-def variants_of(config: DictConfig, target: Target) -> tuple[QualityVariant, ...]:
-    """The lines of the picture.  Raises ValueError for an adapted model that is not of this one."""
-    layers, tp = target.shape.layers, target.mesh.tp
-    order = order_from(Path(config.sensitivity).expanduser(), layers, tp, target.fingerprint)
-    found = [
-        QualityVariant("zero-shot, least sensitive first", target.folder, order),
-        QualityVariant("zero-shot, first to last", target.folder, tuple(range(layers))),
-    ]
-    for name, folder in ((model.label, model.folder) for model in sections(config, "models", NamedModel)):
-        saved = saved_plan(Path(folder).expanduser())
-        if saved is None or saved.plan.tp != tp or saved.source != target.fingerprint:
-            raise ValueError(f"models: {name}, {folder}, is not {target.model.name} adapted for mesh.tp={tp}")
-        if missing := set(within(saved.order, max(config.shares))) - set(saved.adapted):
-            raise ValueError(f"models: {name}, {folder}, lacks block {min(missing)}: adapt it with a larger spd.budget")
-        found.append(QualityVariant(name, Path(folder).expanduser(), saved.order, saved.plan.own_norms))
-    return tuple(found)
+def compute_recovery(losses: TextLosses, variant: str) -> list[float | None]:
+    """Return, for each share, how much of zero-shot's added log perplexity ``variant`` recovers (1: all of it).
 
-
-def texts_of(config: DictConfig, target: Target) -> dict[str, PackedText]:
-    """The texts, by name."""
-    data = {
-        source.label: DataSettings((source,), config.length, batch=1, epochs=1, end_token=False)
-        for source in sections(config, "texts", NamedText)
-    }
-    return {name: text_of(settings, target, config.sequences) for name, settings in data.items()}
-
-
-def _refuse(config: DictConfig, target: Target) -> None:
-    """ValueError for what would be measured wrongly, or twice."""
-    if not config.shares or config.shares[0] != 0 or not all(0 <= share <= 1 for share in config.shares):
-        raise ValueError(f"shares={list(config.shares)}: use shares of 0 to 1, first 0, what others are compared with")
-    if wrong := [block for block in config.placement if not 0 <= block < target.shape.layers]:
-        raise ValueError(f"placement: there is no block {wrong[0]}; the model's are 0 to {target.shape.layers - 1}")
-    if target.mesh.dp > 1:
-        raise ValueError(f"recipes.bench spd_quality has no use for mesh.dp={target.mesh.dp}: use mesh.dp=1")
-
-
-def show(result: dict[str, Any]) -> None:
-    """Perplexities over the shares, a table for each text."""
-    for name, of_text in result["texts"].items():
-        table = Table(f"{name}: blocks dropped", *(f"{share:.0%}" for share in result["shares"]), box=None)
-        for variant, losses in of_text["variants"].items():
-            table.add_row(variant, *(f"{exp(loss):.2f}" for loss in losses))
-        console.print(table)
-        for block, ways in of_text["placement"].items():
-            told = ", ".join(f"{way} {exp(loss):.2f}" for way, loss in ways.items())
-            console.print(f"block {block} alone: {told}")
-
-
-def recovered(of_text: dict[str, Any], variant: str) -> list[float | None]:
-    """Of what zero-shot loses in log perplexity, the part that ``variant`` wins back, share by share."""
-    zero = of_text["variants"]["zero-shot, least sensitive first"]
+    None where zero-shot adds nothing.
+    """
+    zero_shot = losses.variants[RANKED]
+    base = zero_shot[0]
     return [
         None if lost <= base + 1e-9 else (lost - now) / (lost - base)
-        for base, lost, now in zip([zero[0]] * len(zero), zero, of_text["variants"][variant], strict=True)
+        for lost, now in zip(zero_shot, losses.variants[variant], strict=True)
     ]
 
 
-def task(config: DictConfig) -> None:
-    """Measure; write, draw and show."""
-    warm_up_ranks(("longctx.infer.engine", "longctx.megatron.spd.blocks", "recipes.common.spd_text"))
-    target = resolve_spd_target(config, "recipes.bench spd_quality")
-    shares: list[float] = list(config.shares)
-    _refuse(config, target)
-    job = QualityJob(
-        target, variants_of(config, target), tuple(shares), texts_of(config, target), tuple(config.placement)
-    )
-    found = on_ranks(target.mesh, run_rank, job)
-    if found is None:
-        return
-    for of_text in found.values():
-        of_text["recovered"] = {name: recovered(of_text, name) for name in (model.label for model in config.models)}
-    result = {"model": target.model.name, "tp": target.mesh.tp, "shares": shares, "texts": found, **provenance()}
-    show(result)
-    write_result(str(Path(config.out, "quality.json")), result)
-    for name, of_text in found.items():
-        lines(
-            str(Path(config.out, f"{name}.svg")),
-            [100 * share for share in shares],
-            {variant: [exp(loss) for loss in losses] for variant, losses in of_text["variants"].items()},
-            title=f"{target.model.name} at TP={target.mesh.tp}, {name}",
+def show(losses: dict[str, TextLosses], shares: tuple[float, ...]) -> None:
+    """Print a table of perplexities over the shares for each text, and the perplexities of the placements."""
+    for label, of_text in losses.items():
+        table = Table(f"{label}: blocks dropped", *(f"{share:.0%}" for share in shares), box=None)
+        for variant, of_shares in of_text.variants.items():
+            table.add_row(variant, *(f"{exp(loss):.2f}" for loss in of_shares))
+        console.print(table)
+        for block, of_placements in of_text.placement.items():
+            words = ", ".join(f"{placement} {exp(loss):.2f}" for placement, loss in of_placements.items())
+            console.print(f"block {block} alone: {words}")
+
+
+def draw(losses: dict[str, TextLosses], job: QualityJob) -> None:
+    """Draw perplexity over the share of dropped blocks, one picture per text."""
+    target, settings = job.target, job.settings
+    for label, of_text in losses.items():
+        draw_lines(
+            str(Path(settings.out, f"{label}.svg")),
+            [100 * share for share in settings.shares],
+            {variant: [exp(loss) for loss in of_shares] for variant, of_shares in of_text.variants.items()},
+            title=f"{target.model.name} at TP={target.mesh.tp}, {label}",
             x="blocks that drop a reduction, %",
             y="perplexity",
             log_x=False,
         )
+
+
+def task(config: DictConfig) -> None:
+    """Run the ranks, then show, write and draw the losses."""
+    warm_up_ranks(("longctx.infer.engine", "longctx.megatron.spd.blocks", "recipes.common.spd_loop"))
+    job = prepare(config)
+    losses: dict[str, TextLosses] | None = on_ranks(job.target.mesh, run_rank, job)
+    if losses is None:
+        return
+    texts = {
+        label: {**asdict(of_text), "recovered": {name: compute_recovery(of_text, name) for name in job.repaired}}
+        for label, of_text in losses.items()
+    }
+    show(losses, job.settings.shares)
+    inputs = {"model": job.target.model.name, "tp": job.target.mesh.tp, "shares": job.settings.shares}
+    write_result(str(Path(job.settings.out, "quality.json")), {**inputs, "texts": texts, **provenance()})
+    draw(losses, job)

@@ -1,77 +1,115 @@
-"""Seconds of a sensitivity sweep, with what enters a block kept, and as a plain loop over perplexities; side by side.
+"""Seconds of a sensitivity measurement, by reusing each block's input and by a plain loop over perplexities.
 
-python -m recipes.bench spd_sweep out=outputs/sweep
+    python -m recipes.bench spd_sweep out=outputs/sweep
+
+Both give the same scores.  The plain loop runs the whole model once per block (arXiv 2502.20727, Algorithm 1).
 """
 
-import time
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
 from math import exp
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from pydantic import PositiveInt
 
+from longctx.config import DataSettings
 from longctx.parallel.launch import Rank
 from longctx.spd.plan import SPDPlan
 from longctx.spd.sensitivity import measure_sensitivity, perplexities, scores
 from longctx.spd.text import PackedText
 from recipes.bench.spd_quality import mean_loss
+from recipes.bench.timing import measure_seconds
 from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
-from recipes.common.spd_text import calibration_of, load_blocks, measurement_metadata, resolve_spd_target
+from recipes.common.settings import top_level
+from recipes.common.spd_loop import load_blocks
+from recipes.common.spd_text import calibration_of, measurement_metadata, resolve_spd_target
 from recipes.common.target import Target
-from recipes.spd_sensitivity import WARM, sums_of
+from recipes.spd_sensitivity import WARM, sum_losses
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """Settings of configs/bench/spd_sweep.yaml outside any section."""
+
+    out: str
+    sequences: PositiveInt = 2
 
 
 @dataclass(frozen=True)
 class SweepJob:
-    """What every rank needs to know."""
+    """The inputs of every rank; ``data`` is where ``text`` comes from."""
 
+    settings: SweepSettings
     target: Target
     text: PackedText
+    data: DataSettings
 
 
-def run_rank(rank: Rank, job: SweepJob) -> dict[str, Any]:
-    """Seconds and scores of both ways."""
+@dataclass(frozen=True)
+class SweepTimes:
+    """Seconds with block inputs kept and of the plain loop, and the largest difference of their scores.
+
+    The difference is relative to the plain loop's score where that exceeds 1.
+    """
+
+    kept_s: float
+    plain_s: float
+    largest_difference: float
+
+
+def prepare(config: DictConfig) -> SweepJob:
+    """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
+    settings = top_level(config, SweepSettings)
+    target = resolve_spd_target(config, "recipes.bench spd_sweep")
+    if target.mesh.dp > 1:
+        raise ValueError(f"recipes.bench spd_sweep has no use for mesh.dp={target.mesh.dp}: use mesh.dp=1")
+    text, data = calibration_of(config, target, settings.sequences)
+    return SweepJob(settings, target, text, data)
+
+
+def run_rank(rank: Rank, job: SweepJob) -> SweepTimes:
+    """Measure the sensitivity of all blocks by both methods on one rank."""
     from longctx.megatron.spd.layer import follow_plan
 
     layers, tp = job.target.shape.layers, job.target.mesh.tp
     tokens = int(job.text.mask.sum())
+    results: dict[str, list[float]] = {}
     with load_blocks(rank, job.target) as (_, blocks), Progress(shown=rank.rank == 0) as progress, torch.no_grad():
-        progress.start("what enters a block is kept", None)
-        began = time.perf_counter()
-        kept = scores(perplexities(sums_of(blocks, job.text), tokens))
-        between = time.perf_counter()
-        progress.start("a pass for every block", layers + 1)
 
         def perplexity(dropped: tuple[int, ...]) -> float:
             follow_plan(blocks.model, SPDPlan(layers, tp, dropped))
             progress.step()
             return exp(mean_loss(blocks, job.text))
 
-        plain = measure_sensitivity(layers, perplexity)
-        ended = time.perf_counter()
-    off = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(kept, plain, strict=True))
-    return {"kept_s": between - began, "plain_s": ended - between, "largest_difference": off}
+        def measure_kept() -> None:
+            results["kept"] = scores(perplexities(sum_losses(blocks, job.text), tokens))
+
+        def measure_plain() -> None:
+            results["plain"] = measure_sensitivity(layers, perplexity)
+
+        progress.start("each block's input kept", None)
+        kept_s = measure_seconds(measure_kept)
+        progress.start("one pass per block", layers + 1)
+        plain_s = measure_seconds(measure_plain)
+    difference = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(results["kept"], results["plain"], strict=True))
+    return SweepTimes(kept_s, plain_s, difference)
 
 
 def task(config: DictConfig) -> None:
-    """Measure; write and show."""
+    """Run the ranks, then show and write the first rank's times."""
     warm_up_ranks(WARM)
-    target = resolve_spd_target(config, "recipes.bench spd_sweep")
-    if target.mesh.dp > 1:
-        raise ValueError(f"recipes.bench spd_sweep has no use for mesh.dp={target.mesh.dp}: use mesh.dp=1")
-    text, data = calibration_of(config, target, config.sequences)
-    found = on_ranks(target.mesh, run_rank, SweepJob(target, text))
-    if found is None:
+    job = prepare(config)
+    times: SweepTimes | None = on_ranks(job.target.mesh, run_rank, job)
+    if times is None:
         return
-    faster, off = found["plain_s"] / found["kept_s"], found["largest_difference"]
     console.print(
-        f"{found['kept_s']:.1f} s with what enters a block kept, {found['plain_s']:.1f} s by a plain loop: "
-        f"{faster:.2f} times faster; scores differ by at most {off:.1e}"
+        f"{times.kept_s:.1f} s with each block's input kept, {times.plain_s:.1f} s by a plain loop: "
+        f"{times.plain_s / times.kept_s:.2f} times faster; scores differ by at most {times.largest_difference:.1e}"
     )
-    write_result(
-        str(Path(config.out, "sweep.json")), {**measurement_metadata(target, text, data), **found, **provenance()}
-    )
+    metadata = measurement_metadata(job.target, job.text, job.data)
+    write_result(str(Path(job.settings.out, "sweep.json")), {**metadata, **asdict(times), **provenance()})

@@ -1,7 +1,7 @@
-"""A wire with latency between emulated hosts, for kernels without tc's netem: a process that carries every packet.
+"""Latency between emulated hosts on kernels without tc's netem: a process that forwards every packet with a delay.
 
-Started by `hosts`, which ends it by closing its standard input.  A packet read from one host's TUN device is written
-to that of its destination ``latency`` seconds later; rates are tc's business, on the devices themselves.
+`hosts` starts the process and ends it by closing its standard input.  A packet read from one host's TUN device is
+written to the TUN device of its destination ``latency_s`` seconds later.  tc limits the rate, on the devices.
 """
 
 import fcntl
@@ -15,46 +15,52 @@ from collections import deque
 from contextlib import suppress
 
 _SET_INTERFACE = 0x400454CA  # TUNSETIFF
-_PLAIN_IP = 0x0001 | 0x1000  # IFF_TUN | IFF_NO_PI
-_PACKET = 65536
+_PLAIN_IP = 0x0001 | 0x1000  # IFF_TUN | IFF_NO_PI: IP packets without a header from the driver
+_MAX_PACKET = 65536  # bytes
 
 
-def main(stem: str, hosts: int, latency_s: float, mtu: int) -> None:
-    """Make a device for each host, move it into its namespace as eth0, say so, and carry packets until input ends."""
+def main(prefix: str, hosts: int, latency_s: float, mtu: int) -> None:
+    """Make a TUN device for each host, move it into the host's namespace as eth0, and forward packets.
+
+    The namespaces are ``prefix``-host1, -host2 and so on.  Prints "ready" before the first packet; returns when
+    standard input ends.
+    """
     ports: dict[int, int] = {}
     for host in range(1, hosts + 1):
-        name, where = f"lcx{os.getpid()}.{host}", f"{stem}-host{host}"
+        name, namespace = f"lcx{os.getpid()}.{host}", f"{prefix}-host{host}"
         ports[host] = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
         fcntl.ioctl(ports[host], _SET_INTERFACE, struct.pack("16sH22x", name.encode(), _PLAIN_IP))
         for command in (
-            f"ip link set {name} netns {where}",
-            f"ip -n {where} link set {name} name eth0",
-            f"ip -n {where} link set eth0 mtu {mtu} txqueuelen 1000",
+            f"ip link set {name} netns {namespace}",
+            f"ip -n {namespace} link set {name} name eth0",
+            f"ip -n {namespace} link set eth0 mtu {mtu} txqueuelen 1000",
         ):
             subprocess.run(command.split(), check=True)
-    with suppress(PermissionError):  # else the wire waits behind busy ranks, and its latency is longer than asked for
+    # With a real-time priority, busy ranks cannot delay the packets beyond the latency.
+    with suppress(PermissionError):
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     print("ready", flush=True)
-    carry(ports, latency_s)
+    forward_packets(ports, latency_s)
 
 
-def carry(ports: dict[int, int], latency_s: float) -> None:
-    """Packets between ``ports``, devices by the last byte of their address, until standard input ends."""
-    on_the_way: deque[tuple[float, int, bytes]] = deque()  # all take as long: first in, first out
+def forward_packets(ports: dict[int, int], latency_s: float) -> None:
+    """Forward packets between ``ports``, device files by the last byte of their address, until standard input ends."""
+    # (due time, destination, packet); all packets have the same delay, so they leave in the order of their arrival.
+    pending: deque[tuple[float, int, bytes]] = deque()
     while True:
-        wait = max(0.0, on_the_way[0][0] - time.perf_counter()) if on_the_way else None
+        wait = max(0.0, pending[0][0] - time.perf_counter()) if pending else None
         readable, _, _ = select.select([sys.stdin, *ports.values()], [], [], wait)
         if sys.stdin in readable:
             return
-        for port in (one for one in ports.values() if one in readable):
+        for port in (port for port in ports.values() if port in readable):
             with suppress(BlockingIOError):
                 while True:
-                    packet = os.read(port, _PACKET)
-                    if packet[0] >> 4 == 4 and packet[19] in ports:  # IPv4, and the last byte of where it goes
-                        on_the_way.append((time.perf_counter() + latency_s, ports[packet[19]], packet))
-        while on_the_way and on_the_way[0][0] <= time.perf_counter():
-            _, port, packet = on_the_way.popleft()
-            with suppress(OSError):  # a full queue drops, as networks do
+                    packet = os.read(port, _MAX_PACKET)
+                    if packet[0] >> 4 == 4 and packet[19] in ports:  # IPv4; the last byte of its destination
+                        pending.append((time.perf_counter() + latency_s, ports[packet[19]], packet))
+        while pending and pending[0][0] <= time.perf_counter():
+            _, port, packet = pending.popleft()
+            with suppress(OSError):  # a full queue drops the packet, as a network would
                 os.write(port, packet)
 
 

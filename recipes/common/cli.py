@@ -1,13 +1,14 @@
-"""The start of a recipe: compose the configuration, run the task on its ranks, turn errors into exit codes.
+"""Entry of every recipe: compose the configuration, run the task on its ranks, turn errors into exit codes.
 
-Exit codes: 0 done; 1 a rank failed; 2 the command line was refused (nothing was started); 3 done, but an evaluation's
-gate failed; 75 stopped on request (SIGUSR1) after saving: the same command resumes.
+Exit codes: 0 success; 1 a rank failed; 2 the command line was refused before any rank started; 3 success, but an
+evaluation's gate failed; 75 stopped on request (SIGUSR1) after saving: the same command resumes.
 """
 
 import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,31 +24,31 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from longctx.config import Mesh
-from longctx.parallel.launch import Rank, RankFailed, rank_from_environment, run_ranks, warm_up
+from longctx.parallel.launch import Rank, RankFailed, current_rank, run_ranks, warm_up
 from recipes.common.help import help_of
-from recipes.common.overrides import CONFIGS, as_overrides
+from recipes.common.overrides import CONFIGS, as_overrides, lists_values
 from recipes.common.renamed import rename_settings
 
 GATE_FAILED = 3
 STOPPED = 75  # stopped on request, to be resumed; EX_TEMPFAIL of sysexits.h
-# Tables must not be cut where stderr is a file.
+# A fixed width, so that tables are not cut when stderr is a file.
 console = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else 140)
 
 
 def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
     """Compose ``configs/<config_name>.yaml`` with the command line's overrides, and run ``task`` on it."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to stop, which ranks handle (longctx.train.stop)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to stop, which the ranks handle (longctx.train.stop)
     words = sys.argv[1:]
     if {"-h", "--help"} & set(words):
         print(help_of(config_name))
         return
-    sys.argv[1:] = reporting(lambda: _checked_overrides(config_name, words))
+    sys.argv[1:] = reporting(lambda: _check_overrides(config_name, words))
     run = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
-    run(lambda config: reporting(lambda: task(_with_own_out(rename_settings(config, say), words))))()
+    run(lambda config: reporting(lambda: task(_with_numbered_out(rename_settings(config, say), words))))()
 
 
-def _checked_overrides(config_name: str, words: Sequence[str]) -> list[str]:
-    """``words`` as Hydra takes them.  Raises ValueError, in one line, where Hydra would print twenty."""
+def _check_overrides(config_name: str, words: Sequence[str]) -> list[str]:
+    """Return ``words`` in Hydra's grammar.  Raises ValueError, in one line, for an error that Hydra reports in many."""
     overrides = as_overrides(config_name, words, say, sweep=is_multirun(words))
     if not any(word.startswith("-") for word in words):
         composed(config_name, overrides)
@@ -55,14 +56,14 @@ def _checked_overrides(config_name: str, words: Sequence[str]) -> list[str]:
 
 
 def is_multirun(words: Sequence[str]) -> bool:
-    """Whether the command line asks for Hydra's multirun."""
+    """Return True if the command line asks for Hydra's multirun."""
     return bool({"-m", "--multirun"} & set(words))
 
 
 def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """Return the configuration of a recipe with ``overrides``.  Raises ValueError, in one line, if they do not fit."""
     try:
-        # Inside a recipe Hydra knows already where configurations are.
+        # A running recipe has initialized Hydra already.
         initialized = GlobalHydra.instance().is_initialized()
         with nullcontext() if initialized else hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
             return hydra.compose(config_name, list(overrides))
@@ -72,21 +73,21 @@ def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def own_out(out: str, number: int | str) -> str:
-    """Return the ``out`` of run ``number`` of a sweep: ``out``/NUMBER, or for a file, NUMBER/file beside it."""
-    given = Path(out)
-    return str(given.parent / str(number) / given.name) if is_file_name(out) else str(given / str(number))
+    """Return the ``out`` of run ``number`` of a sweep: ``a`` becomes ``a/3``, ``a/x.json`` becomes ``a/3/x.json``."""
+    path = Path(out)
+    return str(path.parent / str(number) / path.name) if is_file_name(out) else str(path / str(number))
 
 
 def is_file_name(out: str) -> bool:
-    """Whether ``out`` names a file that recipes write, and not a run's folder."""
+    """Return True if ``out`` names a file that recipes write, False for a run's folder."""
     return Path(out).suffix in (".json", ".jsonl", ".yaml", ".yml", ".svg")
 
 
-def _with_own_out(config: DictConfig, words: Sequence[str]) -> DictConfig:
+def _with_numbered_out(config: DictConfig, words: Sequence[str]) -> DictConfig:
     """Give each run of a sweep (--multirun) a separate ``out``, unless the sweep lists them."""
     hydra_config = HydraConfig.get()
-    has_own = any(word.startswith("out=") and "," in word for word in words)
-    if hydra_config.mode == RunMode.MULTIRUN and config.get("out") and not has_own:
+    are_listed = any(word.startswith("out=") and lists_values(word.removeprefix("out=")) for word in words)
+    if hydra_config.mode == RunMode.MULTIRUN and config.get("out") and not are_listed:
         config.out = own_out(config.out, hydra_config.job.num)
     return config
 
@@ -102,19 +103,19 @@ def on_ranks(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
 
 def on_every_rank(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
     """Like `on_ranks`, but under torchrun or srun every process returns the result of its own rank."""
-    here = rank_from_environment(os.environ)
-    if here is None:
+    rank = current_rank()
+    if rank is None:
         return run_ranks(mesh.ranks, rank_main, *args)[0]
-    if here.world_size != mesh.ranks:
+    if rank.world_size != mesh.ranks:
         raise ValueError(
-            f"the launcher started {here.world_size} ranks, the mesh has {mesh.ranks} ({mesh}): "
-            f"set mesh.ring={here.world_size} or another mesh of {here.world_size}"
+            f"the launcher started {rank.world_size} ranks, the mesh has {mesh.ranks} ({mesh}): "
+            f"set mesh.ring={rank.world_size} or another mesh of {rank.world_size} ranks"
         )
     try:
-        return rank_main(here, *args)
+        return rank_main(rank, *args)
     except ValueError as error:
         # The command line was accepted, so this is a failure: give the launcher the traceback.
-        raise RuntimeError(f"rank {here.rank} of {here.world_size} failed") from error
+        raise RuntimeError(f"rank {rank.rank} of {rank.world_size} failed") from error
 
 
 def leave_stopped() -> NoReturn:
@@ -125,13 +126,13 @@ def leave_stopped() -> NoReturn:
 
 def is_first() -> bool:
     """Return True if this process prints and writes for all ranks: it starts them, or is a launcher's first rank."""
-    here = rank_from_environment(os.environ)
-    return here is None or here.rank == 0
+    rank = current_rank()
+    return rank is None or rank.rank == 0
 
 
 def warm_up_ranks(modules: Sequence[str]) -> None:
-    """Import ``modules`` ahead for local ranks; do nothing if a launcher has started the ranks."""
-    if rank_from_environment(os.environ) is None:
+    """Import ``modules`` in advance for local ranks; do nothing if a launcher has started the ranks."""
+    if current_rank() is None:
         warm_up(modules)
 
 
@@ -147,33 +148,32 @@ def threads_for(threads: int | None, rank: Rank) -> int:
 
 
 def threads_here(threads: int | None, mesh: Mesh) -> int:
-    """Return `threads_for` a rank of ``mesh`` on this machine, whether a launcher started it or a recipe will."""
-    return threads_for(threads, rank_from_environment(os.environ) or Rank(0, mesh.ranks, 0, mesh.ranks, ""))
+    """Return the CPU threads of a rank of ``mesh`` on this machine, started by a launcher or by a recipe."""
+    return threads_for(threads, current_rank() or Rank(0, mesh.ranks, 0, mesh.ranks, ""))
 
 
 def refuse_unwritable(out: str | None, name: str = "out") -> None:
-    """Raise ValueError unless a file can be written at ``out``, the setting ``name``; writes nothing."""
+    """Raise ValueError unless a file can be written at ``out``, the setting ``name``; leaves no trace."""
     if out is None:
         return
-    parent = nearest_existing(Path(out).expanduser().parent)
-    if not parent.is_dir():
-        raise ValueError(f"{name}={out} cannot be written: {parent} is a file")
-    if Path(out).is_dir() or not os.access(parent, os.W_OK):
+    if Path(out).is_dir():
         raise ValueError(f"{name}={out} cannot be written: give the name of a file in a folder of yours")
+    refuse_unwritable_folder(str(Path(out).expanduser().parent), name)
 
 
 def refuse_unwritable_folder(out: str, name: str = "out") -> None:
-    """Raise ValueError unless ``out``, the setting ``name``, is a writable folder or can be made; writes nothing."""
+    """Raise ValueError unless ``out``, the setting ``name``, is a writable folder or can be made; leaves no trace."""
     existing = nearest_existing(Path(out).expanduser())
-    if not existing.is_dir():
-        raise ValueError(f"{name}={out} cannot be written ({existing} is a file): give a folder of yours")
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"{name}={out} cannot be written ({existing} is read-only): give a folder of yours")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name}={out} cannot be written ({error.strerror}): give a folder of yours") from error
 
 
 def nearest_existing(path: Path) -> Path:
     """Return ``path``, or the nearest of its parents that exists."""
-    return next(each for each in (path, *path.absolute().parents) if each.exists())
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
 def write_result(out: str, result: Mapping[str, Any]) -> None:
@@ -187,7 +187,7 @@ def write_result(out: str, result: Mapping[str, Any]) -> None:
 
 
 def reporting(work: Callable[[], Any]) -> Any:
-    """Return the result of ``work``; turn its failures into one line and an exit code."""
+    """Return the result of ``work()``; if it raises, print the error in one line and exit with the error's code."""
     try:
         return work()
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Hardware files: the constants of a machine, written by recipes.calibrate and read by other recipes."""
+"""Hardware files: constants of a machine, written by recipes.calibrate and read by other recipes."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ def read_hardware(name: str) -> Hardware:
 def refuse_other_threads(hardware: str | None, threads: int | None, mesh: Mesh) -> None:
     """Raise ValueError if the file ``hardware`` was measured with other threads per rank than a run on ``mesh`` uses.
 
-    Call it where the run is: a login node has other cores.  A file that states no threads is accepted.
+    Call it on the machine of the run, since a login node has other cores.  A file that states no threads is accepted.
     """
     metadata = _values(hardware).get("measured") if hardware else None
     measured = metadata.get("threads") if isinstance(metadata, dict) else None

@@ -1,4 +1,4 @@
-"""``--help`` of a recipe, written from its YAML: examples, choices with a line each, settings with their comments."""
+"""``--help`` of a recipe, from its YAML files: examples, choices with a line each, settings with their comments."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,8 @@ _WIDTH = 24
 def help_of(config_name: str) -> str:
     """Return the help text of the recipe whose configuration is ``config_name``."""
     text = _file(config_name).read_text()
-    parts = [yaml.safe_load(text)["hydra"]["help"]["template"].strip(), "", "Choices, as group=name; the default is marked *:", *_groups(config_name)]
+    parts = [yaml.safe_load(text)["hydra"]["help"]["template"].strip(), ""]
+    parts += ["Choices, as group=name; the default is marked *:", *_groups(config_name)]
     parts += ["Settings, as key=value:", *_settings(config_name)]
     return "\n".join(parts) + "\n"
 
@@ -23,7 +24,7 @@ def _file(config_name: str) -> Path:
 
 
 def _lineage(config_name: str) -> list[str]:
-    """``config_name`` and the primary configurations that it extends, the nearest first."""
+    """Return ``config_name`` and the recipes' configurations that it extends, the nearest first."""
     lineage = [config_name]
     for entry in _defaults(config_name):
         if isinstance(entry, str) and entry.strip("/") not in ("_self_", "recipe"):
@@ -37,7 +38,7 @@ def _defaults(config_name: str) -> list[str | dict[str, str | None]]:
 
 
 def _chosen(config_name: str) -> dict[str, str | None]:
-    """Each config group of the recipe and its default choice."""
+    """Return each configuration group of the recipe with its default choice."""
     chosen: dict[str, str | None] = {}
     for name in reversed(_lineage(config_name)):
         for entry in _defaults(name):
@@ -62,7 +63,7 @@ def _groups(config_name: str) -> list[str]:
 
 
 def _first_line(file: Path) -> str:
-    """The first comment of a YAML file that is not a directive."""
+    """Return the first comment of a YAML file that is not a directive, or an empty line."""
     for line in file.read_text().splitlines():
         if line.startswith("#") and not line.startswith("# @package"):
             return line.lstrip("# ").rstrip()
@@ -70,7 +71,7 @@ def _first_line(file: Path) -> str:
 
 
 def _settings(config_name: str) -> list[str]:
-    """The settings of the recipe and of its groups, with the comments of their files."""
+    """Return the settings of the recipe and of its groups, with the comments of their files."""
     lines: list[str] = []
     for name in _lineage(config_name):
         lines += _body(_file(name), "")
@@ -81,15 +82,15 @@ def _settings(config_name: str) -> list[str]:
 
 
 def _bases(group: str, choice: str) -> list[Path]:
-    """The file of a choice, after those that it is based on."""
+    """Return the files that a choice is based on, then its own file."""
     file = CONFIGS / group / f"{choice}.yaml"
     defaults = (yaml.safe_load(file.read_text()) or {}).get("defaults", [])
-    based_on = [entry for entry in defaults if isinstance(entry, str) and entry != "_self_"]
-    return [path for entry in based_on for path in _bases(group, entry)] + [file]
+    bases = [entry for entry in defaults if isinstance(entry, str) and entry != "_self_"]
+    return [path for entry in bases for path in _bases(group, entry)] + [file]
 
 
 def _body(file: Path, indent: str) -> list[str]:
-    """The lines of a YAML file without its defaults list, Hydra's own section, and the comment that opens it."""
+    """Return the lines of a YAML file without its opening comment, its defaults list and Hydra's section."""
     text = re.sub(r"(?m)^defaults:\n(?:  .*\n)+", "", file.read_text())
     text = re.sub(r"(?ms)^hydra:\n.*", "", text)
     lines = text.splitlines()

@@ -1,4 +1,4 @@
-"""``manifest.json`` in a run's folder: all that is needed to run it again and to tell it from other runs."""
+"""``manifest.json`` in a run's folder: what is needed to run it again and to compare it with other runs."""
 
 import hashlib
 import json
@@ -15,32 +15,33 @@ from omegaconf import DictConfig, OmegaConf
 
 from longctx.data.files import paths_of
 from longctx.hf.checkpoint import fingerprint
-from longctx.parallel.launch import rank_from_environment
+from longctx.parallel.launch import current_rank
 from longctx.train.track import MANIFEST
 from recipes.common.cli import is_file_name
 from recipes.common.provenance import ROOT, diff_of, hardware, provenance
 
-_MAX_HASHED = 2**30  # bytes; a larger file is identified by its size and both ends
-_END = 2**20  # bytes
+_MAX_HASHED = 2**30  # bytes; a larger file is identified by its size, its first and its last bytes
+_END = 2**20  # bytes at either end
 
 
 def record(config: DictConfig, weights: Iterable[Path] = (), read: Iterable[Path] = ()) -> None:
-    """Write the manifest of the run that begins now, from the first rank; a run without ``out`` has none.
+    """Write the manifest of the run that begins now, on the first rank; a run without ``out`` gets none.
 
-    ``weights`` are the folders of the models it starts from; ``read`` are files that it reads and no setting names.
+    ``weights`` are the folders of the models that the run starts from.  ``read`` are files that it reads although no
+    setting names them.
     """
-    here = rank_from_environment(os.environ)
-    if not config.get("out") or (here and here.rank):
+    rank = current_rank()
+    if not config.get("out") or (rank and rank.rank):
         return
     out = Path(config.out).absolute()
     values: Any = OmegaConf.to_container(config, resolve=True)
-    about = {
+    manifest = {
         **provenance(),
         "module": _module(),
         "overrides": list(HydraConfig.get().overrides.task),
         "config": values,
         "diff": diff_of(ROOT),
-        "packages": {found.name: found.version for found in sorted(distributions(), key=lambda one: one.name.lower())},
+        "packages": {each.name: each.version for each in sorted(distributions(), key=lambda one: one.name.lower())},
         "weights": {str(folder.absolute()): fingerprint(folder) for folder in sorted(set(weights))},
         "data": {str(path): digest(path) for path in sorted({*_read_by(values), *(path.absolute() for path in read)})},
         "seeds": {name: value for name, value in flat(values).items() if name.rpartition(".")[2] == "seed"},
@@ -52,21 +53,21 @@ def record(config: DictConfig, weights: Iterable[Path] = (), read: Iterable[Path
     }
     partial = folder_of(out) / f"{MANIFEST}.partial"
     partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(about, indent=1) + "\n")
+    partial.write_text(json.dumps(manifest, indent=1) + "\n")
     partial.replace(folder_of(out) / MANIFEST)
 
 
 def manifest_of(run: str) -> dict[str, Any]:
     """Return the manifest of a run, given its folder or its ``out``.  Raises ValueError if there is none."""
-    given = Path(run).expanduser()
-    file = folder_of(given) / MANIFEST
+    path = Path(run).expanduser()
+    file = folder_of(path) / MANIFEST
     try:
-        found: dict[str, Any] = json.loads(file.read_text())
+        manifest: dict[str, Any] = json.loads(file.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{run} is not a run: {file} cannot be read ({error}); give a run's folder") from error
-    if is_file_name(run) and Path(found["out"]).name != given.name:
-        raise ValueError(f"{run}: the last run in this folder wrote {found['out']}; give every run a folder of its own")
-    return found
+    if is_file_name(run) and Path(manifest["out"]).name != path.name:
+        raise ValueError(f"{run}: the last run in this folder wrote {manifest['out']}; give each run another folder")
+    return manifest
 
 
 def folder_of(out: Path) -> Path:
@@ -75,15 +76,15 @@ def folder_of(out: Path) -> Path:
 
 
 def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted names: ``mesh.ring``; items of lists by number as well: ``turns.0.text``."""
-    named: dict[str, Any] = {}
+    """Return nested settings by dotted names: ``mesh.ring``; items of lists of mappings by number: ``turns.0.text``."""
+    by_name: dict[str, Any] = {}
     for name, value in values.items():
-        inner = _inner(value)
-        named |= flat(inner, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return named
+        children = _children(value)
+        by_name |= flat(children, f"{prefix}{name}.") if children else {f"{prefix}{name}": value}
+    return by_name
 
 
-def _inner(value: Any) -> Mapping[Any, Any]:
+def _children(value: Any) -> Mapping[Any, Any]:
     """Return the children of ``value`` by name, or by number for a list of mappings; empty for a plain value."""
     if isinstance(value, list) and all(isinstance(one, Mapping) for one in value):
         return dict(enumerate(value))
@@ -91,7 +92,7 @@ def _inner(value: Any) -> Mapping[Any, Any]:
 
 
 def digest(path: Path) -> str:
-    """Return ``sha256:`` and the digest of a file, or ``ends-sha256:`` and that of a large file's size and ends."""
+    """Return ``sha256:`` and the digest of a file; for a large file, ``ends-sha256:`` and that of its size and ends."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if size <= _MAX_HASHED:
@@ -111,9 +112,9 @@ def _read_by(values: Mapping[str, Any]) -> Iterator[Path]:
             from pydoc_data import topics
 
             yield Path(topics.__file__)
-    prompt, asked = values.get("prompt") or {}, values.get("eval") or {}
-    orders = [(of.get("spd") or {}).get("sensitivity") for of in (values, *(values.get("variants") or []))]
-    text = asked.get("text") if asked.get("text") != "pydoc" else None
+    prompt, evaluation = values.get("prompt") or {}, values.get("eval") or {}
+    orders = [(each.get("spd") or {}).get("sensitivity") for each in (values, *(values.get("variants") or []))]
+    text = evaluation.get("text") if evaluation.get("text") != "pydoc" else None
     for name in (values.get("prompts"), values.get("turns"), prompt.get("file"), text, *orders):
         if name:
             yield Path(name).expanduser().absolute()

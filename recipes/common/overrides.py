@@ -1,4 +1,4 @@
-"""The command line's words as Hydra overrides: free text quoted, models by path or name, old names renamed."""
+"""Words of a command line as Hydra overrides: free text is quoted, models go by path or name, old names are renamed."""
 
 import re
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from recipes.common.renamed import Say, rename_override
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-# Settings that hold any text; Hydra would read commas, parentheses and quotes in them as its own syntax.
+# Settings that hold any text, in which Hydra would read commas, parentheses and quotes as its syntax.
 FREE_TEXT = ("prompt.text", "prompt.question", "track.name", "track.group", "track.notes", "rate")
 # Settings that hold one path. A comma separates the values of a sweep.
 PATHS = (
@@ -15,36 +15,45 @@ PATHS = (
     "sensitivity", "eval.data", "eval.include", "eval.text", "adapted", "hardware", "picture", "fitted",
 )  # fmt: skip
 # A file with another configuration's name -> the experiments that fit it.
-EXPERIMENTS = {"extend": ("extend", "pretrain"), "eval_speed": ("evaluate",)}
+EXPERIMENTS = {
+    "extend": ("extend", "pretrain"),
+    "eval_speed": ("evaluate",),
+    "bench/convergence": ("pretrain",),
+    "bench/train": ("pretrain",),
+}
 
 
 def as_overrides(config_name: str, words: Sequence[str], say: Say, *, sweep: bool = False) -> list[str]:
-    """``words`` of a command line in Hydra's grammar; with ``sweep``, commas in paths separate the runs' values.
+    """Return ``words`` in Hydra's grammar; in a ``sweep`` a comma in a path separates the values of two runs.
 
-    Raises ValueError for an unknown model, an experiment of another recipe, and a comma in a path without a sweep.
+    Raises ValueError for an unknown model, a base of a group, an experiment of another recipe, and a comma in a path
+    outside a sweep.
     """
     renamed = [rename_override(word, say) for word in words]
     return [override for word in renamed for override in _overrides(config_name, word, sweep)]
 
 
 def choices(group: str) -> list[str]:
-    """The names that ``group=NAME`` takes: the files of its folder, without bases."""
+    """Return the names that ``group=NAME`` accepts: the files of its folder, without bases."""
     files = sorted((CONFIGS / group).rglob("*.yaml"))
     names = [file.relative_to(CONFIGS / group).with_suffix("").as_posix() for file in files]
     return [name for name in names if not name.startswith("_")]
 
 
 def experiments_of(config_name: str) -> list[str]:
-    """The experiments that fit the configuration ``config_name``."""
+    """Return the experiments that fit the configuration ``config_name``."""
     fitting = EXPERIMENTS.get(config_name, (config_name,))
     return [name for name in choices("experiment") if name.startswith(tuple(f"{folder}/" for folder in fitting))]
 
 
 def quote(text: str) -> str:
-    """``text`` in Hydra's double quotes, where a backslash counts only before a quote; no interpolation."""
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+    """Return ``text`` in double quotes, so that Hydra reads it unchanged; text in quotes is returned as it is.
+
+    In Hydra's quotes ``${`` begins an interpolation, and a backslash is special only before a quote.
+    """
+    if _is_quoted(text):
         return text
-    escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text)
+    escaped = re.sub(r'(\\*)("|$)', lambda match: match[1] * 2 + ('\\"' if match[2] else ""), text)
     return '"' + escaped.replace("${", r"\${") + '"'
 
 
@@ -61,23 +70,31 @@ def _overrides(config_name: str, word: str, sweep: bool) -> list[str]:
     if key == "experiment":
         return [f"experiment={_experiment(config_name, value)}"]
     if (CONFIGS / key).is_dir() and value.startswith("_"):
-        raise ValueError(f"{key}={value} is a base of the others: use {', '.join(choices(key))}")
+        raise ValueError(f"{key}={value} is a base of the other choices: use {', '.join(choices(key))}")
     return [word]
 
 
+def _is_quoted(text: str) -> bool:
+    return len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+
+
+def lists_values(value: str) -> bool:
+    """Return True if ``value`` of a path lists the values of a sweep: it has a comma outside quotes."""
+    return "," in value and not _is_quoted(value)
+
+
 def _path(key: str, value: str, sweep: bool) -> str:
-    is_quoted = value[:1] in "'\"" and value[-1:] == value[:1]
-    if "," not in value or is_quoted:
+    if not lists_values(value):
         return quote(value)
     if not sweep:
         raise ValueError(
             f"{key}={value} lists several values: add --multirun for a sweep, or quote it: {key}='\"{value}\"'"
         )
-    return ",".join(quote(one) for one in value.split(","))
+    return ",".join(quote(path) for path in value.split(","))
 
 
 def _model(value: str) -> list[str]:
-    """A model of configs/model, a folder (perhaps not made yet) or a hub name."""
+    """Return the overrides that choose a model: a name in configs/model, a path (perhaps not made yet), a hub name."""
     known = choices("model")
     if value in known:
         return [f"model={value}"]
@@ -93,6 +110,6 @@ def _model(value: str) -> list[str]:
 def _experiment(config_name: str, value: str) -> str:
     fitting = experiments_of(config_name)
     if value not in fitting:
-        one_of = ", ".join(fitting) or "none: there is no experiment for this recipe"
-        raise ValueError(f"experiment={value} does not fit {config_name}: use {one_of}")
+        advice = f"use {', '.join(fitting)}" if fitting else "this recipe has no experiments, leave it out"
+        raise ValueError(f"experiment={value} does not fit {config_name}: {advice}")
     return value

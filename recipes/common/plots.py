@@ -1,40 +1,45 @@
-"""Lines, and bars over a logarithmic axis, as SVG files: what a table of figures looks like."""
+"""Pictures of result tables as SVG files: lines, and bars on a logarithmic axis."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = ("#2563eb", "#d97706", "#16a34a", "#9333ea", "#dc2626")
 
 
-def lines(
+def draw_lines(
     out: str,
-    over: Sequence[float],
+    x_values: Sequence[float],
     series: Mapping[str, Sequence[float]],
     *,
     title: str,
     x: str,
     y: str,
     marked: Sequence[float] = (),
-    mark: str = "",
+    marked_label: str = "",
     levels: Sequence[float] = (),
     ticks: Sequence[float] = (),
     log_x: bool = True,
     log_y: bool = True,
 ) -> None:
-    """Draw ``series`` over ``over`` to ``out``; ``marked`` values of x, which ``mark`` explains, and ``levels`` of y
-    get a dashed line.
+    """Draw each of ``series`` over ``x_values`` to the file ``out``; ``x`` and ``y`` label the axes.
 
-    ``ticks`` are the values of x that are written out; if not given, powers of ten or what fits.
+    Dashed lines mark the values ``marked`` of x, which the legend explains by ``marked_label``, and ``levels`` of y.
+    ``ticks`` are the values of x that get a label; the default is powers of ten, or as many values as fit.
     """
-    plt = _plots()
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = _new_figure()
     for (name, values), colour in zip(series.items(), COLOURS, strict=False):
-        axes.plot(over, values, marker="o", markersize=4, label=name, color=colour)
-    for i, at in enumerate(marked):
-        axes.axvline(at, color="#6b7280", linestyle="--", linewidth=1, label=None if i else mark or None)
-    for at in levels:
-        axes.axhline(at, color="#6b7280", linestyle="--", linewidth=1)
+        axes.plot(x_values, values, marker="o", markersize=4, label=name, color=colour)
+    for i, value in enumerate(marked):
+        axes.axvline(value, color="#6b7280", linestyle="--", linewidth=1, label=None if i else marked_label or None)
+    for value in levels:
+        axes.axhline(value, color="#6b7280", linestyle="--", linewidth=1)
     if log_x:
         axes.set_xscale("log")
     if ticks:
@@ -44,11 +49,11 @@ def lines(
         axes.set_yscale("log")
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(visible=True, alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # where it covers no line
-    _save(plt, figure, out)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # outside the axes, where it covers no line
+    _save(figure, out)
 
 
-def bars(
+def draw_bars(
     out: str,
     values: Sequence[float],
     kinds: Sequence[str],
@@ -58,22 +63,24 @@ def bars(
     y: str,
     levels: Sequence[float] = (),
 ) -> None:
-    """Draw a bar a value to ``out``, in a colour for each of ``kinds``; between the least and 0 the axis is linear."""
-    plt = _plots()
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    """Draw one bar per value to the file ``out``, with a colour for each of ``kinds`` and dashed lines at ``levels``.
+
+    The y axis is logarithmic, and linear from 0 to the smallest magnitude among ``values``.
+    """
+    figure, axes = _new_figure()
     for kind, colour in zip(sorted(set(kinds)), COLOURS, strict=False):
-        at = [i for i, one in enumerate(kinds) if one == kind]
-        axes.bar(at, [values[i] for i in at], label=kind, color=colour)
+        of_kind = [i for i, one in enumerate(kinds) if one == kind]
+        axes.bar(of_kind, [values[i] for i in of_kind], label=kind, color=colour)
     for level in levels:
         axes.axhline(level, color="#6b7280", linestyle="--", linewidth=1)
     axes.set_yscale("symlog", linthresh=max(1e-3, min(filter(None, map(abs, values)), default=1e-3)))
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(visible=True, axis="y", alpha=0.25)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    _save(plt, figure, out)
+    _save(figure, out)
 
 
-def shares(
+def draw_shares(
     out: str,
     left: Mapping[str, Sequence[tuple[float, float]]],
     right: Mapping[str, Sequence[tuple[float, float]]],
@@ -82,39 +89,43 @@ def shares(
     x: str,
     y: tuple[str, str],
 ) -> None:
-    """Draw lines of (share, value) to ``out``, an SVG or PNG file: those of ``left`` solid, of ``right`` dashed and
-    with their own axis.
+    """Draw lines of (share, value) points to the file ``out``, an SVG or PNG file.
+
+    Lines of ``left`` are solid; those of ``right`` are dashed and have the right-hand y axis.  ``y`` labels both axes.
     """
-    plt = _plots()
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    other = axes.twinx() if right else axes
+    figure, axes = _new_figure()
+    right_axes = axes.twinx() if right else axes
     colours = iter(COLOURS)
-    for on, series, style in ((axes, left, "-"), (other, right, "--")):
+    for side, series, style in ((axes, left, "-"), (right_axes, right, "--")):
         for name, points in series.items():
-            at, values = zip(*sorted(points), strict=True)
-            on.plot(at, values, style, marker="o", markersize=4, label=name, color=next(colours))
+            share, values = zip(*sorted(points), strict=True)
+            side.plot(share, values, style, marker="o", markersize=4, label=name, color=next(colours))
     axes.set(title=title, xlabel=x, ylabel=y[0])
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.grid(visible=True, alpha=0.25)
     if right:
-        other.set_ylabel(y[1])
-        other.set_ylim(bottom=0)
-        other.spines["right"].set_visible(True)
+        right_axes.set_ylabel(y[1])
+        right_axes.set_ylim(bottom=0)
+        right_axes.spines["right"].set_visible(True)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    _save(plt, figure, out)
+    _save(figure, out)
 
 
-def _plots() -> Any:
+def _new_figure() -> tuple[Figure, Axes]:
+    """Return an empty figure; the same data gives the same SVG file, byte for byte."""
     import matplotlib as mpl
 
     mpl.use("svg")
     import matplotlib.pyplot as plt
 
     plt.rcParams |= {"svg.hashsalt": "longctx", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    return plt
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    return figure, axes
 
 
-def _save(plt: Any, figure: Any, out: str) -> None:
+def _save(figure: Figure, out: str) -> None:
+    import matplotlib.pyplot as plt
+
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, metadata={"Date": None} if out.endswith(".svg") else None)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""Progress of the first rank: a bar with the time remaining, or without a terminal one line per minute."""
+"""Progress of the first rank: on a terminal a bar with the remaining time, elsewhere one line per minute."""
 
 import time
 from types import TracebackType
@@ -10,7 +10,10 @@ _EVERY_S = 60.0
 
 
 class Progress:
-    """Progress through phases: ``start`` one, then ``step`` through it; a phase of unknown length shows activity."""
+    """Progress through phases: ``start`` begins one, each ``step`` advances it.
+
+    A phase of unknown length shows that it is active.  ``shown=False`` prints nothing.
+    """
 
     def __init__(self, *, shown: bool) -> None:
         console = Console(stderr=True)
@@ -29,13 +32,13 @@ class Progress:
         self._task: bars.TaskID | None = None
 
     def start(self, phase: str, total: int | None, done: int = 0) -> None:
-        """Begin ``phase`` of ``total`` steps (None: unknown), ``done`` of which are behind; ends the phase before."""
+        """Begin ``phase`` of ``total`` steps (None: unknown) after ``done`` of them; ends the previous phase."""
         if self._task is not None:
             self._bar.stop_task(self._task)
         self._phase, self._task = phase, self._bar.add_task(phase, total=total, completed=done)
 
     def step(self, phase: str | None = None, total: int | None = None, note: str = "") -> None:
-        """Advance by one step, in ``phase`` if given (started at first use); ``note`` is shown beside it."""
+        """Advance by one step; start ``phase`` first if it is not the current one.  ``note`` is shown beside it."""
         if phase and phase != self._phase:
             self.start(phase, total)
         if self._task is not None:
@@ -43,7 +46,7 @@ class Progress:
             self._print_line()
 
     def _print_line(self) -> None:
-        """Print one line of progress, if the last one is a minute old."""
+        """Print one line of progress, if the last one was printed a minute ago."""
         if self._lines is None or self._task is None or time.monotonic() < self._last_line + _EVERY_S:
             return
         self._last_line = time.monotonic()

@@ -51,9 +51,9 @@ _JOB_VARIABLES = (
 
 
 def commit_of(source: Path) -> str:
-    """Return the commit of ``source``, with ``-dirty`` and a digest of the changes if there are any.
+    """Return the commit of ``source``, with ``-dirty`` and a digest of its uncommitted changes, if any.
 
-    A frozen copy, which has no git folder, keeps its commit in the file COMMIT.
+    A frozen copy has no git folder; its commit is in the file COMMIT.
     """
     if (source / "COMMIT").is_file():
         return (source / "COMMIT").read_text().strip()

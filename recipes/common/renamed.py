@@ -1,5 +1,6 @@
 """Old names of settings, accepted for one release: each use prints one line that gives the new name."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,9 +26,12 @@ ITEMS = {"texts": {"called": "label"}, "models": {"called": "label"}}
 
 Say = Callable[[str], None]
 
+# The dotted name of a list item's setting, such as texts.0.label.
+_ITEM = re.compile(r"(?P<prefix>(?P<setting>\w+)\.\d+\.)(?P<key>.+)")
+
 
 def rename_override(word: str, say: Say) -> str:
-    """``word``, a ``key=value`` of the command line, with the key and value that are in use now."""
+    """Return ``word``, a ``key=value`` of the command line, with the current names of its key and value."""
     key, equals, value = word.partition("=")
     if not equals:
         return word
@@ -40,15 +44,15 @@ def rename_override(word: str, say: Say) -> str:
 
 
 def rename_settings(config: DictConfig, say: Say) -> DictConfig:
-    """``config`` with old names, such as those of a user's own experiment file, replaced in place."""
+    """Replace old names in ``config``, such as those in a user's experiment file, in place; return ``config``."""
     with open_dict(config):
         for old, new in SETTINGS.items():
-            if OmegaConf.select(config, old, throw_on_missing=False) is None:
-                continue
             section, _, key = old.rpartition(".")
             holder = OmegaConf.select(config, section) if section else config
+            if not isinstance(holder, DictConfig) or key not in holder:
+                continue
             value = holder.pop(key)
-            say(f"{old}={value} is an old name: use {new}={value}")
+            say(f"{old}={_as_word(value)} is an old name: use {new}={_as_word(value)}")
             OmegaConf.update(config, new, value)
         for name, values in VALUES.items():
             value = OmegaConf.select(config, name, throw_on_missing=False)
@@ -58,17 +62,28 @@ def rename_settings(config: DictConfig, say: Say) -> DictConfig:
     return config
 
 
+def _as_word(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
 def rename_flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` of a saved manifest or result, by dotted name, with the names and values that are in use now."""
+    """Return ``values`` of a saved manifest or result, by dotted name, with their current names and values.
+
+    ``texts.0.called`` becomes ``texts.0.label``; ``variants.0.context.decode`` has the values of ``context.decode``.
+    """
     renamed = {}
     for name, value in values.items():
-        old_values = {**VALUES, "decode_strategy": VALUES["context.decode"]}.get(name, {})
-        renamed[SETTINGS.get(name, name)] = old_values.get(value, value) if isinstance(value, str) else value
+        item = _ITEM.fullmatch(name)
+        prefix, key = (item["prefix"], item["key"]) if item else ("", name)
+        old_keys = {**SETTINGS, **ITEMS.get(item["setting"], {})} if item else SETTINGS
+        old_values = {**VALUES, "decode_strategy": VALUES["context.decode"]}.get(key, {})
+        new_value = old_values.get(value, value) if isinstance(value, str) else value
+        renamed[prefix + old_keys.get(key, key)] = new_value
     return renamed
 
 
 def rename_item(setting: str, item: Mapping[str, Any], say: Say) -> dict[str, Any]:
-    """``item`` of the list ``setting`` (``variants``, ``texts``, ``models``) with the names that are in use now."""
+    """Return ``item`` of the list ``setting`` (``variants``, ``texts``, ``models``) with current names and values."""
     renamed: dict[str, Any] = {}
     for key, value in item.items():
         name = ITEMS.get(setting, {}).get(key, key)

@@ -1,4 +1,4 @@
-"""Sections of the composed configuration as dataclasses, every value checked for its type."""
+"""Sections of the composed configuration as dataclasses; the type of every value is checked."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
+from recipes.common.cli import say
 from recipes.common.renamed import Say, rename_item
 
 Section = TypeVar("Section")
@@ -18,21 +19,24 @@ def section(config: DictConfig, name: str, kind: type[Section]) -> Section:
     Raises ValueError, with the setting's full name, for an unknown setting or a value of another type.
     """
     values: Any = OmegaConf.to_container(config[name], resolve=True)
-    return _validated(kind, values, f"{name}.")
+    return _validate(kind, values, f"{name}.")
 
 
-def sections(config: DictConfig, name: str, kind: type[Section], say: Say = lambda _: None) -> tuple[Section, ...]:
-    """Return each item of the list ``name`` as a ``kind``; raises ValueError as `section` does."""
+def sections(config: DictConfig, name: str, kind: type[Section], say: Say = say) -> tuple[Section, ...]:
+    """Return each item of the list ``name`` as a ``kind``; ``say`` gets a line for each old name.
+
+    Raises ValueError, with the setting's full name, if ``name`` is not a list of such items.
+    """
     values: Any = OmegaConf.to_container(config, resolve=True)
     items = values[name]
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise ValueError(f"{name}={items}: give a list, an item's settings in braces: {name}=[{{...}}]")
-    return tuple(_validated(kind, rename_item(name, item, say), f"{name}.{i}.") for i, item in enumerate(items))
+        raise ValueError(f"{name}={items}: give a list with each item's settings in braces: {name}=[{{...}}]")
+    return tuple(_validate(kind, rename_item(name, item, say), f"{name}.{i}.") for i, item in enumerate(items))
 
 
 def top_level(config: DictConfig, kind: type[Section]) -> Section:
     """Return the settings outside any section as a ``kind``, which must name all of them."""
-    return _validated(kind, {name: value for name, value in as_dict(config).items() if not isinstance(value, dict)}, "")
+    return _validate(kind, {name: value for name, value in as_dict(config).items() if not isinstance(value, dict)}, "")
 
 
 def as_dict(config: DictConfig) -> dict[str, Any]:
@@ -41,7 +45,7 @@ def as_dict(config: DictConfig) -> dict[str, Any]:
     return {str(name): value for name, value in values.items()}
 
 
-def _validated(kind: type[Section], values: Any, prefix: str) -> Section:
+def _validate(kind: type[Section], values: Any, prefix: str) -> Section:
     if unknown := set(values) - {field.name for field in fields(cast(Any, kind))}:
         raise ValueError(f"there is no setting {prefix}{min(unknown)}")
     try:

@@ -1,231 +1,284 @@
-"""What each rank does when blocks learn to drop a reduction: one by one, each to its file; then all together."""
+"""Loops of the Sync-Point-Drop recipes on the ranks: a model taken block by block, repair, joint distillation."""
+
+from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from longctx.config import JointRepair, Repair
+from longctx.config import BlockClass, JointRepair, Repair
 from longctx.parallel.launch import Rank
+from longctx.shapes import Float, Tensor, Tokens
 from longctx.spd.folder import read_block, write_block
-from longctx.spd.plan import within
+from longctx.spd.plan import SPDPlan
 from longctx.spd.text import PackedText
 from longctx.train.stop import StopRequest
-from recipes import spd_sensitivity
 from recipes.common.cli import say
 from recipes.common.progress import Progress
-from recipes.common.spd_text import load_blocks
+from recipes.common.target import Target
 
-ERRORS = ("zero_shot", "grouped", "fitted", "distilled")
+if TYPE_CHECKING:
+    from longctx.megatron.runtime import Runtime
+    from longctx.megatron.spd.blocks import Blocks, Hidden
+    from longctx.megatron.spd.joint import JointDistillation
+    from longctx.megatron.spd.layer import SPDTransformerLayer
+
+ERRORS = ("zero_shot", "grouped", "fitted", "distilled")  # a block's errors, in the order in which repair measures them
 
 
 @dataclass(frozen=True)
-class AdaptJob:
-    """What every rank needs to know.
+class BlockRun:
+    """One rank of a run that takes a model block by block: process groups, model, progress bar, request to stop."""
 
-    ``sensitivity`` is how sensitivities are measured, and ``measured`` what was found, if it is there already; ``text``
-    is what blocks learn from, and ``joint_text``, behind it, what they learn from together.
+    runtime: Runtime
+    blocks: Blocks
+    progress: Progress
+    stop: StopRequest
+
+    @property
+    def is_first(self) -> bool:
+        """True on the first rank, which writes the files that all ranks share."""
+        return self.runtime.rank.rank == 0
+
+    def agree_to_stop(self) -> bool:
+        """Return True on every rank if any rank was asked to stop; every rank must call it."""
+        return self.stop.agreed_on_all_ranks(self.runtime.world, self.runtime.device)
+
+
+@contextmanager
+def load_blocks(rank: Rank, target: Target) -> Iterator[tuple[Runtime, Blocks]]:
+    """Set up the process groups and load the model, with no reduction dropped; every rank must enter it."""
+    from longctx.megatron.spd.blocks import Blocks
+
+    with target.runtime(rank) as runtime:
+        engine = target.load_engine(runtime, SPDPlan(target.shape.layers, target.mesh.tp))
+        yield runtime, Blocks(engine.model, target.shape, engine.kernel, engine.tp)
+
+
+@contextmanager
+def start_block_run(rank: Rank, target: Target) -> Iterator[BlockRun]:
+    """Listen for a request to stop, show progress on the first rank, and `load_blocks`."""
+    stop = StopRequest()
+    with load_blocks(rank, target) as (runtime, blocks), Progress(shown=rank.rank == 0) as progress:
+        yield BlockRun(runtime, blocks, progress, stop)
+    stop.over()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairJob:
+    """The inputs of `Adaptation`: plain values, checked before any rank starts.
+
+    ``text`` has repair.sequences + repair.held_out sequences; ``joint_text``, for joint distillation, has joint.steps x
+    joint.batch.  ``about`` records what repaired blocks depend on.  Files in ``out``:
+
+        blocks/about.json, blocks/BBB.safetensors          repaired block BBB
+        joint_SHARE/step-*/, joint_SHARE/BBB.safetensors   the same after joint distillation, for spd.budget=SHARE
     """
 
-    sensitivity: spd_sensitivity.SensitivityJob
-    measured: dict[str, Any] | None
+    target: Target
+    out: Path
+    budget: float
     repair: Repair
     joint: JointRepair
-    budget: float
     text: PackedText
     joint_text: PackedText
     about: Mapping[str, Any]
 
     @property
-    def out(self) -> Path:
-        return self.sensitivity.out
-
-    @property
-    def unseen(self) -> torch.Tensor:
-        """Tokens that no block learns from, alone or with others."""
+    def held_out_tokens(self) -> Tokens:
+        """Tokens [repair.held_out, repair.length] from which no block learns."""
         return self.text.tokens[self.repair.sequences :]
 
     @property
-    def passes(self) -> int:
-        """How often ``unseen`` is taken up."""
-        return -(-len(self.unseen) // self.joint.batch)
+    def held_out_batches(self) -> int:
+        """Number of batches of the held-out tokens, joint.batch sequences each."""
+        return -(-len(self.held_out_tokens) // self.joint.batch)
 
     @property
-    def of_joint(self) -> dict[str, Any]:
-        """What learning together depends on."""
+    def about_joint(self) -> dict[str, Any]:
+        """Record of what the state of joint distillation depends on."""
         return {**self.about, "budget": self.budget, "joint": {**asdict(self.joint), "save_every": None}}
 
-    def file_of(self, block: int) -> Path:
-        """Where a repaired block is kept."""
-        return self.out / "blocks" / f"{block:03d}.safetensors"
+    @property
+    def about_file(self) -> Path:
+        return self.out / "blocks" / "about.json"
 
     @property
     def joint_folder(self) -> Path:
-        """What this share of blocks learns together."""
         return self.out / f"joint_{self.budget:g}"
 
-    def joint_file_of(self, block: int) -> Path:
-        """Where a block is kept that has learned with the others."""
+    def block_file(self, block: int) -> Path:
+        """File of a repaired block."""
+        return self.out / "blocks" / f"{block:03d}.safetensors"
+
+    def joint_block_file(self, block: int) -> Path:
+        """File of a block after joint distillation."""
         return self.joint_folder / f"{block:03d}.safetensors"
 
 
-def run_rank(rank: Rank, job: AdaptJob) -> dict[str, Any] | None:
-    """One rank's part: measure what has not been measured, repair block by block, learn together, rank what is left.
+@dataclass(frozen=True)
+class JointResult:
+    """Effect of joint distillation: mean KL divergences (nats per token) from the model with nothing dropped.
 
-    None if it was asked to stop before the end.
+    ``losses`` are those of each step.  ``before`` and ``after`` are measured on held-out text with all blocks of the
+    budget dropped.  ``alone`` has one value per block: with that block alone dropped, after the result was taken or
+    discarded.
     """
-    stop = StopRequest()
-    with load_blocks(rank, job.sensitivity.target) as (here, blocks), Progress(shown=rank.rank == 0) as progress:
-        found = adapted(here, blocks, job, progress, stop)
-    stop.over()
-    return found
+
+    losses: list[float]
+    before: float
+    after: float
+    alone: dict[int, float]
+
+    @property
+    def helped(self) -> bool:
+        """True if predictions came closer to the model's; otherwise the repaired blocks are used unchanged."""
+        return self.after < self.before
 
 
-def adapted(here: Any, blocks: Any, job: AdaptJob, progress: Progress, stop: StopRequest) -> dict[str, Any] | None:
-    """The same, on the ranks' groups."""
-    told = job.measured or spd_sensitivity.measured(here, blocks, job.sensitivity, progress, stop)
-    if not told:
-        return None
-    if here.rank.rank == 0 and not job.measured:
-        spd_sensitivity.keep(job.sensitivity, told)
-    repair_all(here, blocks, job, told, progress, stop)
-    if stop.agreed_on_all_ranks(here.world, here.device):  # also: all blocks are in their files
-        return None
-    wanted = chosen(here, blocks, job, within(told["order"], job.budget), progress)
-    found = learn_together(here, blocks, job, wanted, progress, stop)
-    return {"measured": told, **found} if found else None
+@dataclass(frozen=True)
+class Adaptation:
+    """Repair of a model's blocks on one rank, then their joint distillation.  Every rank makes the same calls."""
 
+    run: BlockRun
+    job: RepairJob
 
-def repair_all(
-    here: Any, blocks: Any, job: AdaptJob, told: dict[str, Any], progress: Progress, stop: StopRequest
-) -> None:
-    """Every block within the budget that is not in its file; data-parallel ranks take every so many-th.
+    def repair_blocks(self, classes: Mapping[int, BlockClass]) -> bool:
+        """Repair every block of ``classes`` that has no file yet; return False if the run was asked to stop.
 
-    Of all blocks the teacher's states pass by, and, if blocks are to learn from those, the student's.
-    """
-    wanted, how = within(told["order"], job.budget), job.repair
-    left = [block for block in sorted(wanted) if not job.file_of(block).is_file()]
-    dist.barrier()  # all have looked before any writes
-    mine = left[here.groups.dp.rank() :: here.mesh.dp]
-    steps = how.epochs * (how.sequences // how.batch)
-    with torch.no_grad():
-        teacher = student = blocks.embed(job.text.tokens)
-    for block, layer in enumerate(blocks.model.decoder.layers[: max(mine, default=-1) + 1]):
-        layer.drop(dropped=False)  # whatever measuring has left it as
-        now, outputs = layer, through(blocks, layer, teacher, how.batch)
-        if block in mine:
-            progress.start(f"block {block}, {mine.index(block) + 1} of {len(mine)}, steps", steps)
-            inputs = teacher if how.inputs == "teacher" else student
-            now = repaired(here, blocks, block, told["blocks"][block]["class"], inputs, outputs, job, progress)
-        elif block in wanted and how.inputs == "student":
-            now = from_file(blocks, block, job)
-        if how.inputs == "student":
-            student = through(blocks, now, student, how.batch)
-        teacher = outputs
-        if stop.agreed_on_all_ranks(
-            here.tp, here.device
-        ):  # data-parallel ranks have other blocks, and hear of it behind those
-            break
+        With mesh.dp=2, data-parallel rank 0 repairs the 1st, 3rd, 5th, ... of them and rank 1 the others.  The hidden
+        states of the model with nothing dropped (teacher) run through all blocks up to the last one to repair.  With
+        repair.inputs=student, those of the model with repaired blocks dropped do so as well.
+        """
+        run, job, settings = self.run, self.job, self.job.repair
+        runtime, blocks = run.runtime, run.blocks
+        # 1. Divide the blocks without a file among data-parallel ranks.
+        missing = [block for block in sorted(classes) if not job.block_file(block).is_file()]
+        dist.barrier()  # no rank writes a file before all ranks have looked
+        mine = missing[runtime.groups.dp.rank() :: runtime.mesh.dp]
+        # 2. Run through the blocks, and repair this rank's.
+        with torch.no_grad():
+            teacher = student = blocks.embed(job.text.tokens)
+        for block, layer in enumerate(blocks.model.decoder.layers[: max(mine, default=-1) + 1]):
+            layer.drop(dropped=False)  # measuring sensitivity leaves blocks dropped
+            outputs, successor = self._forward(layer, teacher), layer
+            if block in mine:
+                steps = settings.epochs * (settings.sequences // settings.batch)
+                run.progress.start(f"repair of block {block}, {mine.index(block) + 1} of {len(mine)}, steps", steps)
+                inputs = teacher if settings.inputs == "teacher" else student
+                successor = self._repair(block, classes[block], inputs, outputs)
+            elif block in classes and settings.inputs == "student":
+                successor = self._load_repaired(block)
+            if settings.inputs == "student":
+                student = self._forward(successor, student)
+            teacher = outputs
+            # Data-parallel ranks are at different blocks, so only the tensor-parallel ranks agree here.
+            if run.stop.agreed_on_all_ranks(runtime.tp, runtime.device):
+                break
+        # 3. Wait until all files are written, and agree on whether to stop.
+        return not run.agree_to_stop()
 
+    def select_blocks(self, blocks: Sequence[int]) -> Sequence[int]:
+        """Return the best of all repaired blocks, as many as ``blocks`` has: those that change predictions least alone.
 
-def chosen(here: Any, blocks: Any, job: AdaptJob, wanted: Sequence[int], progress: Progress) -> Sequence[int]:
-    """As many blocks as are ``wanted``: of all that have been repaired, also for a larger share before, the best."""
-    from longctx.megatron.spd.joint import JointDistillation
+        An earlier run with a larger spd.budget may have repaired more than ``blocks``.
+        """
+        from longctx.megatron.spd.joint import JointDistillation
 
-    there = [block for block in range(blocks.shape.layers) if job.file_of(block).is_file()]
-    if len(there) == len(wanted):
-        return wanted
-    layers = {block: from_file(blocks, block, job) for block in there}
-    progress.start("predictions with each that is repaired dropped alone", len(there) * job.passes)
-    together = JointDistillation(blocks, layers, there, job.joint, here.groups.dp)
-    alone = together.divergences_alone(job.unseen, progress.step)
-    return sorted(there, key=lambda block: (alone[block], block))[: len(wanted)]
+        run, job = self.run, self.job
+        repaired = [block for block in range(job.target.shape.layers) if job.block_file(block).is_file()]
+        if len(repaired) == len(blocks):
+            return blocks
+        run.progress.start("divergence with one repaired block dropped", len(repaired) * job.held_out_batches)
+        layers = {block: self._load_repaired(block) for block in repaired}
+        distillation = JointDistillation(run.blocks, layers, repaired, job.joint, run.runtime.groups.dp)
+        alone = distillation.divergences_alone(job.held_out_tokens, run.progress.step)
+        return sorted(repaired, key=lambda block: (alone[block], block))[: len(blocks)]
 
+    def distill_jointly(self, blocks: Sequence[int]) -> JointResult | None:
+        """Distil repaired ``blocks`` together; write them to their `joint_block_file` if that helped.
 
-def learn_together(
-    here: Any, blocks: Any, job: AdaptJob, wanted: Sequence[int], progress: Progress, stop: StopRequest
-) -> dict[str, Any] | None:
-    """Blocks in their `joint_file_of`, if that ``helped``: if predictions are nearer to the model's on unseen text.
+        Resumes from the last saved state.  Returns None if the run was asked to stop.
+        """
+        from longctx.megatron.spd.joint import JointDistillation
 
-    Divergences (nats a token) ``before`` and ``after`` are with all ``wanted`` blocks dropped, ``alone`` with each of
-    them by itself as it is at last, ``losses`` of each step.
-    """
-    from longctx.megatron.spd.joint import JointDistillation
+        run, job = self.run, self.job
+        # 1. Load the repaired blocks, in the order of their errors on held-out text, and measure where they start.
+        layers = {block: self._load_repaired(block) for block in blocks}
+        errors = {block: float(read_block(job.block_file(block))[1]["distilled"]) for block in blocks}
+        order = sorted(blocks, key=lambda block: (errors[block], block))
+        distillation = JointDistillation(run.blocks, layers, order, job.joint, run.runtime.groups.dp)
+        run.progress.start("divergence with all blocks dropped", None)
+        before = after = distillation.divergence(job.held_out_tokens)
+        # 2. Train.
+        if job.joint.steps:
+            if not self._train(distillation):
+                return None
+            after = distillation.divergence(job.held_out_tokens)
+        # 3. Write the result, or go back to the repaired blocks.
+        for block, layer in layers.items():
+            if after < before:
+                tensors = run.blocks.tensors_of(layer)
+                if run.is_first:
+                    write_block(job.joint_block_file(block), tensors, {})
+            else:
+                run.blocks.fill(layer, read_block(job.block_file(block))[0])
+        # 4. Measure each block alone.
+        run.progress.start("divergence with one block dropped", len(blocks) * job.held_out_batches)
+        alone = distillation.divergences_alone(job.held_out_tokens, run.progress.step)
+        return JointResult(distillation.losses, before, after, alone)
 
-    how, part, parts = job.joint, here.groups.dp.rank(), here.mesh.dp
-    layers = {block: from_file(blocks, block, job) for block in wanted}
-    together = JointDistillation(blocks, layers, by_error(job, wanted), how, here.groups.dp)
-    progress.start("predictions with all dropped", None)
-    before = together.divergence(job.unseen)
-    if how.steps:
-        go_on(here, together, job)
-    progress.start("blocks learn together, steps", how.steps, done=together.steps)
-    while together.steps < how.steps:
-        at = together.steps * how.batch
-        loss = together.step(job.joint_text.tokens[at : at + how.batch][part::parts])
-        progress.step(note=f"divergence {loss:.3f}")
-        stops = stop.agreed_on_all_ranks(here.world, here.device)
-        if stops or together.steps % how.save_every == 0 or together.steps == how.steps:
-            together.save(job.joint_folder, job.of_joint)
-        if stops:
-            return None
-    after = together.divergence(job.unseen) if how.steps else before
-    helped = after < before
-    for block, layer in layers.items():
-        if not helped:
-            blocks.fill(layer, read_block(job.file_of(block))[0])
-            continue
-        tensors = blocks.tensors_of(layer)
-        if here.rank.rank == 0:
-            write_block(job.joint_file_of(block), tensors, {})
-    progress.start("predictions with each dropped alone", len(wanted) * job.passes)
-    alone = together.divergences_alone(job.unseen, progress.step)
-    return {"losses": together.losses, "before": before, "after": after, "helped": helped, "alone": alone}
+    def _train(self, distillation: JointDistillation) -> bool:
+        """Take the steps that remain; return False if the run was asked to stop, after saving the state."""
+        run, job, settings = self.run, self.job, self.job.joint
+        for skipped in distillation.resume(job.joint_folder):
+            if run.is_first:
+                say(skipped)
+        run.progress.start("joint distillation, steps", settings.steps, done=distillation.steps)
+        while distillation.steps < settings.steps:
+            first = distillation.steps * settings.batch
+            batch = job.joint_text.tokens[first : first + settings.batch]
+            loss = distillation.step(batch[run.runtime.groups.dp.rank() :: run.runtime.mesh.dp])
+            run.progress.step(note=f"divergence {loss:.3f}")
+            stops, done = run.agree_to_stop(), distillation.steps
+            if stops or done % settings.save_every == 0 or done == settings.steps:
+                distillation.save(job.joint_folder, job.about_joint)
+            if stops:
+                return False
+        return True
 
+    def _repair(self, block: int, block_class: BlockClass, inputs: Hidden, outputs: Hidden) -> SPDTransformerLayer:
+        """Return the repaired copy of a block, and write it to its file with its class, seconds and errors."""
+        from longctx.megatron.spd.repair import repair
 
-def go_on(here: Any, together: Any, job: AdaptJob) -> None:
-    """From the last whole state, if there is one; the first rank says what was passed over."""
-    for passed in together.resume(job.joint_folder):
-        if here.rank.rank == 0:
-            say(passed)
+        run, began = self.run, time.perf_counter()
 
+        def report(loss: float) -> None:
+            run.progress.step(note=f"error {loss:.2e}")
 
-def by_error(job: AdaptJob, wanted: Sequence[int]) -> list[int]:
-    """The same blocks, first that with the smallest error on text that it has not learned from."""
-    errors = {block: float(read_block(job.file_of(block))[1]["distilled"]) for block in wanted}
-    return sorted(wanted, key=lambda block: (errors[block], block))
+        result = repair(run.blocks, block, block_class, inputs, outputs, self.job.repair, report)
+        tensors = run.blocks.tensors_of(result.layer)
+        if run.runtime.tp.rank == 0:
+            errors = {name: str(getattr(result, name)) for name in ERRORS}
+            metadata = {"class": block_class, "seconds": f"{time.perf_counter() - began:.1f}", **errors}
+            write_block(self.job.block_file(block), tensors, metadata)
+        layer: SPDTransformerLayer = result.layer
+        return layer
 
+    def _load_repaired(self, block: int) -> SPDTransformerLayer:
+        """Return the layer in the block's file."""
+        blocks = self.run.blocks
+        layer: SPDTransformerLayer = blocks.copy_of(block, own_norms=self.job.repair.own_norms)
+        blocks.fill(layer, read_block(self.job.block_file(block))[0])
+        return layer
 
-@torch.no_grad()
-def through(blocks: Any, layer: Any, x: torch.Tensor, batch: int) -> torch.Tensor:
-    """What leaves ``layer``, of all sequences."""
-    return torch.cat([blocks.run(layer, rows) for rows in x.split(batch)])
-
-
-def repaired(
-    here: Any, blocks: Any, block: int, kind: Any, inputs: Any, outputs: Any, job: AdaptJob, progress: Progress
-) -> Any:
-    """The layer, which is also written to its file."""
-    from longctx.megatron.spd.repair import repair
-
-    began = time.perf_counter()
-    made = repair(
-        blocks, block, kind, inputs, outputs, job.repair, lambda loss: progress.step(note=f"error {loss:.2e}")
-    )
-    tensors = blocks.tensors_of(made.layer)
-    if here.tp.rank == 0:
-        errors = {name: str(getattr(made, name)) for name in ERRORS}
-        about = {"class": kind, "seconds": f"{time.perf_counter() - began:.1f}", **errors}
-        write_block(job.file_of(block), tensors, about)
-    return made.layer
-
-
-def from_file(blocks: Any, block: int, job: AdaptJob) -> Any:
-    """The layer in its file."""
-    layer = blocks.copy_of(block, own_norms=job.repair.own_norms)
-    blocks.fill(layer, read_block(job.file_of(block))[0])
-    return layer
+    @torch.no_grad()
+    def _forward(self, layer: SPDTransformerLayer, x: Float[Tensor, "b s hidden"]) -> Float[Tensor, "b s hidden"]:
+        """Return the outputs of ``layer`` for all sequences, repair.batch at a time."""
+        return torch.cat([self.run.blocks.run(layer, rows) for rows in x.split(self.job.repair.batch)])

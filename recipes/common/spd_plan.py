@@ -1,4 +1,4 @@
-"""Which blocks drop their first reduction: what the command line and the model's folder say, checked together."""
+"""Choice of the blocks that drop their first reduction, from the settings ``spd`` and the model's folder."""
 
 from pathlib import Path
 
@@ -12,50 +12,55 @@ from recipes.common.settings import section
 
 
 def plan_of(config: DictConfig, mesh: Mesh, model: ModelSource, folder: Path, shape: ModelShape) -> SPDPlan | None:
-    """The plan that ``config`` asks for with the model in ``folder``; None if no block drops and none could.
+    """Return the plan that ``config`` asks for with the model in ``folder``, or None if no block drops.
 
-    Raises ValueError, with what to do instead, for a plan that is not of this model, mesh or kind of layers.
+    Raises ValueError, with what to set instead, for a plan that does not fit the model, the mesh or ``model.layers``.
     """
-    spd, saved = section(config, "spd", SPD), saved_plan(folder)
-    plan = planned(spd, mesh, folder, shape, saved)
+    plan = choose_plan(section(config, "spd", SPD), mesh, folder, shape, saved_plan(folder))
     if plan.dropped and model.layers == "te":
-        raise ValueError("model.layers=te with spd has not been tested: use model.layers=local")
+        raise ValueError("model.layers=te is not tested with dropped reductions: use model.layers=local, or spd=none")
     return plan if plan.dropped else None
 
 
 def refuse_adapted(folder: Path, recipe: str) -> None:
-    """ValueError if the model in ``folder`` has dropped reductions, which ``recipe`` would not see."""
+    """Raise ValueError if the model in ``folder`` drops reductions, since ``recipe`` would reduce them."""
     if saved_plan(folder):
         raise ValueError(
-            f"{folder} has dropped reductions, which {recipe} does not know of: give the model it is made from"
+            f"{folder} drops reductions, and {recipe} does not support that: use the model that it was made from"
         )
 
 
-def planned(spd: SPD, mesh: Mesh, folder: Path, shape: ModelShape, saved: SavedPlan | None) -> SPDPlan:
-    """`plan_of`, once the settings are read."""
-    if spd.drop == "none":
-        return SPDPlan(shape.layers, mesh.tp)
-    if spd.drop == "saved" and spd.blocks is None and spd.budget is None and saved is None:
+def choose_plan(spd: SPD, mesh: Mesh, folder: Path, shape: ModelShape, saved: SavedPlan | None) -> SPDPlan:
+    """Return the plan that the settings ``spd`` ask for; ``saved`` is the plan in the model's ``folder``.
+
+    Raises ValueError, with what to set instead, if the saved plan has another tensor-parallel degree, if the settings
+    need an order of blocks that is not known, or if a listed block does not exist.
+    """
+    is_saved_plan = spd.drop == "saved" and spd.blocks is None and spd.budget is None
+    if spd.drop == "none" or (is_saved_plan and saved is None):
         return SPDPlan(shape.layers, mesh.tp)
     if saved and saved.plan.tp != mesh.tp:
         raise ValueError(
-            f"{folder} was made for mesh.tp={saved.plan.tp}, this is mesh.tp={mesh.tp}: use that, "
+            f"{folder} was made for mesh.tp={saved.plan.tp}, this is mesh.tp={mesh.tp}: use mesh.tp={saved.plan.tp}, "
             "or spd=none for the model without dropped reductions"
         )
-    plan = saved.plan if saved else SPDPlan(shape.layers, mesh.tp)
-    return SPDPlan(shape.layers, mesh.tp, _blocks(spd, mesh, folder, shape, saved), plan.own_norms)
+    own_norms = saved.plan.own_norms if saved else False
+    return SPDPlan(shape.layers, mesh.tp, _dropped_blocks(spd, mesh, folder, shape, saved), own_norms)
 
 
-def _blocks(spd: SPD, mesh: Mesh, folder: Path, shape: ModelShape, saved: SavedPlan | None) -> tuple[int, ...]:
+def _dropped_blocks(spd: SPD, mesh: Mesh, folder: Path, shape: ModelShape, saved: SavedPlan | None) -> tuple[int, ...]:
+    # 1. Blocks that the settings list, or all of them.
     if spd.blocks is not None:
         return spd.blocks
     if spd.drop == "all":
         return tuple(range(shape.layers))
+    # 2. Blocks of the saved plan.
     if spd.budget is None:
         if spd.drop == "ranked":
-            raise ValueError("spd=ranked: say with spd.budget which share of the blocks drops, such as spd.budget=0.5")
+            raise ValueError("spd=ranked: set spd.budget, such as 0.5, to the share of the blocks that drops")
         assert saved
         return saved.plan.dropped
+    # 3. The first blocks of an order, from a sensitivity.json or from the saved plan.
     if spd.sensitivity:
         source = saved.source if saved else fingerprint(folder)
         return within(order_from(Path(spd.sensitivity).expanduser(), shape.layers, mesh.tp, source), spd.budget)
@@ -63,6 +68,6 @@ def _blocks(spd: SPD, mesh: Mesh, folder: Path, shape: ModelShape, saved: SavedP
         raise ValueError(
             f"spd.budget={spd.budget} needs an order of blocks: measure it with "
             f"`python -m recipes.spd_sensitivity mesh.tp={mesh.tp} out=DIR`, "
-            "and give spd.sensitivity=DIR/sensitivity.json"
+            "and set spd.sensitivity=DIR/sensitivity.json"
         )
     return within(saved.order, spd.budget)

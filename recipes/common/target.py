@@ -1,4 +1,4 @@
-"""The target of a recipe: a model, its mesh and how it runs, resolved from the configuration and checked once."""
+"""Target of a recipe: a model, its mesh and how it runs, resolved from the configuration and checked once."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """A model and where it runs: plain values, checked before any rank starts.
+    """A model and the mesh it runs on: plain values, checked before any rank starts.
 
-    ``folder`` holds its config.json, tokenizer and weights; ``plan`` says which blocks drop a reduction (None: none).
+    ``folder`` holds its config.json, tokenizer and weights.  ``plan`` lists blocks that drop a reduction (None: none).
     """
 
     model: ModelSource
@@ -47,19 +47,19 @@ class Target:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the model's weights and configuration."""
+        """Digest of the model's weights and configuration; computed on first use."""
         return fingerprint(self.folder)
 
     def threads(self, rank: Rank) -> int:
-        """CPU threads of ``rank``."""
+        """Return the CPU threads of ``rank``."""
         return threads_for(self.run.threads, rank)
 
     @contextmanager
     def runtime(self, rank: Rank, *, training: bool = False) -> Iterator[Runtime]:
-        """Set up the process groups of the mesh on ``rank`` for the length of the block; every rank must enter it."""
-        from longctx.megatron.runtime import runtime
+        """Set up the process groups of the mesh on ``rank`` until the block ends; every rank must enter it."""
+        from longctx.megatron.runtime import open_runtime
 
-        with runtime(
+        with open_runtime(
             rank,
             self.mesh,
             threads=self.threads(rank),
@@ -70,7 +70,7 @@ class Target:
             yield groups
 
     def load_engine(self, runtime: Runtime, plan: SPDPlan | None = None) -> Engine:
-        """The model, loaded on the ranks of ``runtime``; its blocks follow ``plan``, or the target's own plan."""
+        """Load the model on the ranks of ``runtime``; its blocks follow ``plan`` (None: the target's plan)."""
         from longctx.infer.engine import load_engine
 
         return load_engine(
@@ -87,15 +87,15 @@ def resolve_target(
     strategy_by_turn: bool = False,
     spd: Literal["follow", "refuse", "ignore"] = "follow",
 ) -> Target:
-    """Return the target that ``config`` names.
+    """Return the target that ``config`` names.  Writes nothing but the model cache.
 
-    ``unused_axes`` of the mesh must be 1; ``needs_weights`` refuses a folder without any; ``strategy_by_turn``
-    allows ``context.strategy=auto`` and the other rules;
-    ``spd`` says whether the plan of dropped reductions is followed, refused or ignored.  Writes only the model cache.
+    ``unused_axes`` of the mesh must be 1.  ``needs_weights`` refuses a folder without weights.  ``strategy_by_turn``
+    allows ``context.strategy=auto`` and the other rules.  ``spd`` follows, refuses or ignores dropped reductions.
 
     Raises ValueError, with what to set instead, for a model, mesh, kernel, strategy or plan that ``recipe`` cannot run.
     """
-    mesh, model = section(config, "mesh", Mesh), section(config, "model", ModelSource)
+    mesh = section(config, "mesh", Mesh) if "mesh" in config else Mesh()
+    model = section(config, "model", ModelSource)
     context = section(config, "context", Context) if "context" in config else Context()
     run = section(config, "run", Run) if "run" in config else Run(threads=1)
     refuse_unused(mesh, recipe, tuple(unused_axes))

@@ -1,4 +1,4 @@
-"""The job of a training run, checked before any rank starts."""
+"""Job of a training run, checked before any rank starts."""
 
 import shutil
 import tempfile
@@ -53,10 +53,11 @@ class Saving:
 
 @dataclass(frozen=True)
 class TrainJob:
-    """The inputs of every rank: plain values, checked before any rank starts.
+    """Inputs of every rank: plain values, checked before any rank starts.
 
-    ``weights`` is the folder of the weights to begin with, None to draw them; ``target.folder`` has configuration and
-    tokenizer.  ``test`` is the text to evaluate on; ``samples`` show the first sequences as the model sees them.
+    ``weights`` is the folder of the initial weights, None to draw them at random; ``target.folder`` has configuration
+    and tokenizer.  ``test`` is the text to evaluate on (None: no evaluation).  ``samples`` show the first sequences as
+    the model sees them: tokens, documents, start of the text.  ``peak_flops`` is a rank's, for MFU.
     """
 
     target: Target
@@ -74,7 +75,7 @@ class TrainJob:
 
     @property
     def out(self) -> Path:
-        """Folder of the run."""
+        """Folder of the run, the setting ``out``."""
         return Path(self.settings.out)
 
     @property
@@ -84,7 +85,7 @@ class TrainJob:
 
 
 def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool) -> TrainJob:
-    """Return the training job that ``config`` asks for, with drawn weights or the model's own; writes nothing.
+    """Return the training job that ``config`` asks for; ``from_scratch`` draws the weights.  Writes nothing.
 
     Raises ValueError, with what to set instead, if it cannot be run.
     """
@@ -101,10 +102,10 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool) ->
     data, test = data_of(config)
     refuse_unsplit(target.mesh, target.shape, data)
     evaluation = section(config, "evaluate", Evaluation)
-    samples = first_of(data, tokenizer, target.mesh.dp)
+    samples = first_sequences(data, tokenizer, target.mesh.dp)
     if test and evaluation.every:
-        first_of(test, tokenizer, target.mesh.dp)
-    # 3. The run, and whether its folder holds one that it can resume.
+        first_sequences(test, tokenizer, target.mesh.dp)
+    # 3. The run; if its folder holds a run already, it must be one that this job can resume.
     weights = None if from_scratch else target.folder
     begun = f"weights {target.fingerprint}" if weights else f"seed={settings.seed}"
     dropped = [target.plan.tp, *target.plan.dropped] if target.plan else []
@@ -142,8 +143,8 @@ def _refuse_untrainable(target: Target) -> None:
         )
 
 
-def first_of(data: DataSettings, tokenizer: Any, dp: int) -> tuple[tuple[int, int, str], ...]:
-    """Return the first sequences as the model sees them: number of tokens, number of documents, how the text begins.
+def first_sequences(data: DataSettings, tokenizer: Any, dp: int) -> tuple[tuple[int, int, str], ...]:
+    """Return the first batch's sequences, each as its number of tokens, of documents, and the start of its text.
 
     Raises ValueError for files that are missing or cannot be read, and for text that does not fill one batch.
     """
@@ -219,7 +220,7 @@ def refuse_no_room(job: TrainJob) -> None:
     if (free := shutil.disk_usage(nearest_existing(job.out)).free) < needed:
         raise ValueError(
             f"out={job.out} has {free / 1e9:.2f} GB free, the checkpoints that are kept at once take "
-            f"{needed / 1e9:.2f} more: use another disk, or a lower checkpoint.keep"
+            f"{needed / 1e9:.2f} GB more: use another disk, or a lower checkpoint.keep"
         )
 
 

@@ -1,4 +1,4 @@
-"""The training loop of recipes.pretrain and recipes.extend: every rank runs it, from the last checkpoint on."""
+"""Training loop of recipes.pretrain and recipes.extend: every rank runs it, from the last checkpoint on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts: after ``step`` steps, with the data's resume state and the id of the run's record.
+    """Resume point of a run: the steps done, the data's resume state and the id of the run's record.
 
     Records from ``first_record`` on are written anew; a new run rewrites record 0, its samples, as well.
     """
@@ -44,7 +44,7 @@ class Start:
 
 @dataclass(frozen=True)
 class TrainedStep:
-    """One step of the run: its figures, the data's resume state after it, and whether it ends the run."""
+    """One step of the run: its number, its figures and the data's resume state after it; the last one ends the run."""
 
     step: int
     figures: dict[str, float | None]
@@ -54,7 +54,7 @@ class TrainedStep:
 
 @dataclass(frozen=True)
 class RunResult:
-    """The end of a run: its last step and loss (nats a token), its checkpoint, and whether it was asked to stop."""
+    """Result of a run: last step and its loss (nats a token), folder of the checkpoint; ``stopped``: by request."""
 
     step: int
     loss: float
@@ -63,7 +63,7 @@ class RunResult:
 
 
 def run_rank(rank: Rank, job: TrainJob) -> RunResult:
-    """Train on one rank, from the last checkpoint on; return how the run ended (the first rank's result counts)."""
+    """Train on one rank, from the last checkpoint on; the first rank's result counts."""
     from longctx.megatron.training.checkpoint import Checkpoints
     from longctx.train.track import start_tracking
 
@@ -98,18 +98,18 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
         tracker.artifact(f"checkpoint-{run_id}", "checkpoint", checkpoints.latest)
         tracker.finish()
     if last_step < settings.steps:
-        report(_why_early(job, last_step, stop))
+        report(_reason_to_end(job, last_step, stop))
     return RunResult(last_step, loss, str(checkpoints.latest), stop.agreed_on)
 
 
-def _why_early(job: TrainJob, step: int, stop: StopRequest) -> str:
+def _reason_to_end(job: TrainJob, step: int, stop: StopRequest) -> str:
     if stop.agreed_on:
         return f"stopped after step {step}, as asked: the same command resumes"
     return f"the text ended after step {step}: data.epochs={job.data.epochs}"
 
 
 def build_state(runtime: Runtime, job: TrainJob) -> TrainState:
-    """Return the model on its ranks, with the weights it begins with, and its optimizer."""
+    """Return the model on its ranks, with its initial weights, and its optimizer."""
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.hf_io.init import RandomInit
     from longctx.megatron.training.optimizer import build_train_state
@@ -131,7 +131,7 @@ def build_state(runtime: Runtime, job: TrainJob) -> TrainState:
 
 
 def resume(state: TrainState, job: TrainJob, report: Callable[[str], None]) -> Start:
-    """Load the last whole checkpoint into ``state`` and return where it left off; a new run starts at step 0."""
+    """Load the last whole checkpoint into ``state`` and return its resume point; a new run starts at step 0."""
     from longctx.megatron.training import checkpoint
 
     folder, passed_over = checkpoint.agreed_on_all_ranks(job.out / "checkpoints")
@@ -148,7 +148,7 @@ def resume(state: TrainState, job: TrainJob, report: Callable[[str], None]) -> S
 def train_steps(
     state: TrainState, runtime: Runtime, job: TrainJob, start: Start, stop: StopRequest
 ) -> Iterator[TrainedStep]:
-    """Train, one step at a time.  A step's figures do not depend on whether the run is then asked to stop."""
+    """Train, one step at a time, and yield each step.  A request to stop does not change the figures of a step."""
     from longctx.attention.backends import checked_kernel
     from longctx.data.batches import left_out, training_batches
     from longctx.hf.config import tokenizer_of
@@ -201,13 +201,13 @@ def _train_one(
 
 
 def mark_last(items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
-    """Yield each of ``items`` and whether it is the last."""
-    waiting: list[Item] = []
+    """Yield each of ``items`` with True if it is the last, else False."""
+    pending: list[Item] = []
     for item in items:
-        if waiting:
-            yield waiting.pop(), False
-        waiting.append(item)
-    for item in waiting:
+        if pending:
+            yield pending.pop(), False
+        pending.append(item)
+    for item in pending:
         yield item, True
 
 
@@ -224,7 +224,7 @@ def _held_out(job: TrainJob, dp_rank: int, dp_size: int) -> list[Batch]:
 def evaluate_held_out(
     state: TrainState, held_out: list[Batch], runtime: Runtime, sharding: Sharding, job: TrainJob
 ) -> dict[str, float | None]:
-    """Return loss and perplexity of held-out text: over all of it, and by the position in the document."""
+    """Return loss (nats a token) and perplexity of held-out text: over all of it, and by position in the document."""
     from longctx.train.step import evaluate
 
     buckets = job.evaluation.buckets
@@ -238,7 +238,7 @@ def evaluate_held_out(
 
 
 def show(job: TrainJob, result: RunResult) -> None:
-    """Print how the run ended and how to export it; exit with code 75 if it was asked to stop."""
+    """Print the run's last figures and how to export it; exit with code 75 if it was asked to stop."""
     table = Table(show_header=False, box=None)
     table.add_row("step", f"{result.step:,} of {job.settings.steps:,}, on {job.target.mesh}")
     table.add_row("loss", f"{result.loss:.4f}")

@@ -110,7 +110,7 @@ def test_every_page_is_read_once_an_epoch(byte_tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"sources": ()}, r"data\.sources is empty: give it"),
+        ({"sources": ()}, r"data\.sources is empty: give at least one source"),
         ({"length": 0}, r"data\.length=0: use 1 or more"),
         ({"batch": 0}, r"data\.batch=0: use 1"),
         ({"epochs": 0}, r"data\.epochs=0: use 1"),
@@ -128,7 +128,7 @@ def test_invalid_settings_are_refused(change, words):
     [
         ({}, r"one of path .*, name .*, pydoc"),
         ({"path": "a.txt", "name": "a"}, "one of path"),
-        ({"path": "a.txt", "weight": 0}, "a.txt: weight=0; give a number above 0"),
+        ({"path": "a.txt", "weight": 0}, "a.txt: weight=0; use a number above 0"),
         ({"name": "a", "weight": float("nan")}, "a:train: weight=nan"),
         ({"name": "a", "weight": float("inf")}, "weight=inf"),
     ],

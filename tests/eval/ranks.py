@@ -1,26 +1,25 @@
-"""What the ranks of the tests here run; apart from the tests, so that a rank imports no more than it needs."""
+"""Functions that the tests' ranks run; apart from the tests, so that a rank imports little."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from eval.answers.requests import Answer, Request
-from longctx.config import Context, Mesh, ModelSource
+from longctx.config import Context, Mesh, ModelSource, Run
 from longctx.parallel.launch import Rank
 
 
-def answers(
-    rank: Rank, mesh: Mesh, folder: Path, requests: Sequence[Request], together: int, dtype: str = "float32"
+def answer_on_rank(
+    rank: Rank, mesh: Mesh, folder: Path, requests: Sequence[Request], max_batch_tokens: int
 ) -> dict[Request, Answer]:
-    """The answers to ``requests``, so many tokens together."""
-    from eval.answers.worker import EvalWork, answered
+    """Return the answers to ``requests`` of the model in ``folder``, at most ``max_batch_tokens`` at a time."""
+    from eval.answers.worker import EvalWork, answer_requests
     from eval.variants import Variant
     from longctx.hf.config import shape_of
-    from longctx.infer.engine import load_engine
-    from longctx.megatron.runtime import runtime
+    from recipes.common.target import Target
 
-    shape, model = shape_of(folder), ModelSource("test", str(folder), dtype=dtype)  # type: ignore[arg-type]
-    variant = Variant("test", model, folder, shape, mesh, Context(), None, "cpu")
-    work = EvalWork("test", variant, tuple(requests), folder, together, threads=1, timeout_minutes=2)
-    with runtime(rank, mesh, timeout_minutes=2) as here:
-        engine = load_engine(here, model, shape, folder, "auto")
-        return {request: answer for found, _ in answered(engine, work) for request, answer in found.items()}
+    run = Run(threads=1, timeout_minutes=2)
+    target = Target(ModelSource("test", str(folder)), folder, shape_of(folder), mesh, Context(), run)
+    work = EvalWork("test", Variant("test", target), tuple(requests), folder, max_batch_tokens)
+    with target.runtime(rank) as runtime:
+        engine = target.load_engine(runtime)
+        return {request: answer for batch, _ in answer_requests(engine, work) for request, answer in batch}

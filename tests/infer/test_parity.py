@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from longctx.config import Context, Mesh, ModelSource, PromptSource, Sampling
+from longctx.config import Context, Mesh, ModelSource, PromptSource, Run, Sampling
 from longctx.data.prompt import prompt_tokens
 from longctx.hf.config import shape_of, tokenizer_of
 from longctx.parallel.launch import Rank, run_ranks
+from recipes.common.target import Target
 from recipes.generate import GenerateJob, GenerateSettings, Prompt, run_rank
 
 MESHES = [
@@ -56,14 +57,14 @@ def test_greedy_tokens_equal_transformers(
 ) -> None:
     model, folder = smollm2
     new = len(expected)
-    settings = GenerateSettings(
-        prompts=None, max_new_tokens=new, verify=False, threads=1, timeout_minutes=5, device="cpu", out=None
+    target = Target(
+        model, folder, shape_of(folder), mesh, Context(strategy=strategy), Run(threads=1, timeout_minutes=5)
     )
-    context, prompts = Context(strategy=strategy), (Prompt(prompt, new),)
-    job = GenerateJob(model, folder, shape_of(folder), mesh, context, Sampling(), prompts, settings)
+    settings = GenerateSettings(max_new_tokens=new, verify=False)
+    job = GenerateJob(target, Sampling(), (Prompt(prompt, new),), settings)
     figures = run_ranks(mesh.ranks, run_rank, job)[0]
-    assert figures["token_ids"] == [expected]
-    assert figures["prefill_bytes_sent_per_rank"] == prefill_bytes(mesh, strategy, len(prompt))
+    assert figures.token_ids == [expected]
+    assert figures.prefill_bytes_sent_per_rank == prefill_bytes(mesh, strategy, len(prompt))
 
 
 def prefill_bytes(mesh: Mesh, strategy: str, prompt: int) -> list[int]:

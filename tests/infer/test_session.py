@@ -18,7 +18,7 @@ from tests.infer.talk import Decode, Drop, Save, Say, Segment, Step, play, run_f
 from tests.tiny import tiny_model
 
 POSITIONS = 499
-LAYERS, HEADS, HEAD_DIM = 2, 9, 4  # of tests/tiny.py
+LAYERS, HEADS, HEAD_DIM = 2, 9, 4  # the model of tests/tiny.py
 MIN_TURNS, MAX_TURNS = 11, 17  # between restores
 MESHES = [
     Mesh(),

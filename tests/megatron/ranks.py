@@ -20,10 +20,10 @@ def all_logits(
     """Return the logits [s v] of every position on the first rank, and None on the others."""
     from longctx.infer.engine import load_engine
     from longctx.infer.prefill import run_pass
-    from longctx.megatron import runtime as runtime_module
     from longctx.megatron.model import logits
+    from longctx.megatron.runtime import open_runtime
 
-    with runtime_module.runtime(rank, mesh, timeout_minutes=2, device=device) as runtime:
+    with open_runtime(rank, mesh, timeout_minutes=2, device=device) as runtime:
         engine = load_engine(runtime, ModelSource("test", str(folder), dtype=dtype), shape_of(folder), folder, kernel)
         layout = zigzag(len(tokens), mesh.ring).split(mesh.ulysses)
         hidden = run_pass(engine, torch.tensor(tokens), layout, engine.cache(len(tokens)), engine.everywhere(pass_kv))
@@ -46,14 +46,14 @@ def load_and_save(
 
     With ``shape``, the model has that shape instead of the source's, and config.json has the fields ``changed``.
     """
-    from longctx.megatron import runtime as runtime_module
     from longctx.megatron.cpu_shim import let_training_run
     from longctx.megatron.hf_io import export
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.model import build_model
+    from longctx.megatron.runtime import open_runtime
 
     let_training_run()  # with several stages, megatron-core compares the copies of a tied embedding on the GPU
-    with runtime_module.runtime(rank, mesh, timeout_minutes=2) as runtime:
+    with open_runtime(rank, mesh, timeout_minutes=2) as runtime:
         for source, to, dtype in folders:
             model_shape = shape or shape_of(source)
             torch_dtype = getattr(torch, dtype)

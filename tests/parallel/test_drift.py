@@ -21,7 +21,7 @@ from longctx.parallel.launch import Rank, run_ranks
 from longctx.parallel.ring import Ring, Strategy
 from longctx.parallel.strategy import STRATEGIES
 from longctx.parallel.threads import run_threads
-from recipes.bench.drift import captured, in_bfloat16
+from recipes.bench.drift import capture_attention_inputs, in_bfloat16
 from tests import oracle
 
 ROWS, HEADS, WIDTH = 769, (6, 2), 64
@@ -29,7 +29,7 @@ RANKS = [1, 2, 3, 4, 8, 16, 32]
 MAX_RATIO = 1.05  # error of many ranks, relative to the error of one
 
 TOKENS = 1021  # prime like ROWS, so that the ranks' shares are uneven
-LAYERS = [0, 15, 29]  # of 30
+LAYERS = [0, 15, 29]  # the model has 30
 
 Inputs = tuple[Tensor, ...]
 
@@ -83,7 +83,7 @@ def capture_inputs(rank: Rank, model: ModelSource, folder: Path, tokens: list[in
 
     with open_runtime(rank, Mesh()) as runtime:
         engine = load_engine(runtime, model, shape_of(folder), folder, "auto")
-        return captured(engine, torch.tensor(tokens), LAYERS)
+        return capture_attention_inputs(engine, torch.tensor(tokens), LAYERS)
 
 
 @pytest.fixture(scope="module")

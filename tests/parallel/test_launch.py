@@ -185,8 +185,11 @@ def test_rank_from_torchrun():
     assert rank_from_environment({"RANK": "5", "WORLD_SIZE": "7"}) == Rank(5, 7, 0, 1, "env://")
 
 
-@pytest.mark.parametrize(("tasks_per_node", "local_world_size"), [("2(x3)", 2), ("3,3", 3), ("6", 6)])
-def test_rank_from_srun(monkeypatch, tasks_per_node, local_world_size):
+@pytest.mark.parametrize(
+    ("tasks_per_node", "node", "local_world_size"),
+    [("2(x3)", 2, 2), ("3,3", 1, 3), ("6", 0, 6), ("2(x2),1,3", 2, 1), ("2(x2),1,3", 3, 3)],
+)
+def test_rank_from_srun(monkeypatch, tasks_per_node, node, local_world_size):
     def scontrol(command, **_):
         assert command == ["scontrol", "show", "hostnames", "n[17-19]"]
         return subprocess.CompletedProcess(command, 0, "n17\nn18\nn19\n", "")
@@ -196,6 +199,7 @@ def test_rank_from_srun(monkeypatch, tasks_per_node, local_world_size):
         "SLURM_JOB_ID": "41003",
         "SLURM_PROCID": "5",
         "SLURM_LOCALID": "1",
+        "SLURM_NODEID": str(node),
         "SLURM_STEP_NODELIST": "n[17-19]",
         "SLURM_STEP_NUM_TASKS": "6",
         "SLURM_STEP_TASKS_PER_NODE": tasks_per_node,

@@ -1,4 +1,4 @@
-"""Recipes run in this process on a tiny random model; what they print, and how they leave, is what a user sees."""
+"""Recipes run in this process on a tiny random model; tests read what they print and their exit codes, as users do."""
 
 import sys
 from collections.abc import Callable
@@ -9,19 +9,22 @@ from typing import Any
 import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from longctx.parallel.launch import current_rank
 from recipes import generate
 from recipes.common import cli as recipe_cli
 from recipes.common import overrides
 from tests.tiny import tiny_model
 
 Cli = Callable[..., tuple[Any, str, str]]
+SAVED = Path(__file__).parents[1] / "saved" / "v0_1"  # small models, sessions and runs that version 0.1 wrote
+LAUNCHERS = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS")
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a Llama of 9 query and 3 KV heads, 97 positions, no end token; a token a byte."""
+    """Folder of a Llama with 9 query heads, 3 KV heads, 97 positions, one token per byte and no end token."""
     return tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_positions=97)
 
 
@@ -35,7 +38,7 @@ def prepared(tiny: Path) -> Callable[..., generate.GenerateJob]:
 
 @pytest.fixture
 def refusal(prepared: Callable[..., generate.GenerateJob]) -> Callable[..., str]:
-    """What recipes.generate refuses a job with those settings with; `refused` is the same from the command line on."""
+    """``refusal(*settings)``: the message with which recipes.generate refuses them; faster than `refused`."""
 
     def run(*settings: str) -> str:
         with pytest.raises(ValueError, match=r"\w") as refused:
@@ -46,15 +49,49 @@ def refusal(prepared: Callable[..., generate.GenerateJob]) -> Callable[..., str]
 
 
 @pytest.fixture
-def nobody_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def config_of() -> Callable[..., DictConfig]:
+    """``config_of(name, *words)``: the configuration that the command line ``words`` of recipe ``name`` composes."""
+
+    def compose(name: str, *words: str) -> DictConfig:
+        return recipe_cli.composed(name, overrides.as_overrides(name, words, pytest.fail))
+
+    return compose
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path) -> Callable[[], dict[str, tuple[int, bytes]]]:
+    """``snapshot()``: each path below ``tmp_path`` with its time of change and content, without the model cache."""
+
+    def read() -> dict[str, tuple[int, bytes]]:
+        paths = [path for path in tmp_path.rglob("*") if "cache" not in path.relative_to(tmp_path).parts]
+        contents = {path: path.read_bytes() if path.is_file() else b"" for path in paths}
+        return {str(path): (path.stat().st_mtime_ns, content) for path, content in contents.items()}
+
+    return read
+
+
+@pytest.fixture
+def no_ranks_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Starting a rank fails the test."""
     monkeypatch.setattr(recipe_cli, "run_ranks", lambda *_: pytest.fail("ranks were started"))
 
 
 @pytest.fixture
+def under_torchrun(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """``under_torchrun(rank, world_size)``: make this process a rank that torchrun started."""
+
+    def launch(rank: int, world_size: int) -> None:
+        for name, value in (("RANK", rank), ("WORLD_SIZE", world_size)):
+            monkeypatch.setenv(name, str(value))
+        current_rank.cache_clear()
+
+    return launch
+
+
+@pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """``cli(recipe, task, *argv)``: run ``python -m recipe argv``; exit code, stdout, stderr."""
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS"):
+    """``cli(recipe, task, *argv)``: run ``python -m recipe argv`` in this process; exit code, stdout, stderr."""
+    for name in LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
 
     def run(recipe: ModuleType, task: Callable[..., None], *argv: str) -> tuple[Any, str, str]:
@@ -62,11 +99,11 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         module = recipe.__name__.replace("recipes.bench.", "recipes.bench ").split()
         monkeypatch.setattr("sys.orig_argv", [sys.executable, "-m", *module, *argv])
         name = recipe.__name__.removeprefix("recipes.").replace(".", "/")
-        code = 0
+        code: Any = 0
         try:
             recipe_cli.main(name, task)
-        except SystemExit as leaving:
-            code = leaving.code
+        except SystemExit as exited:
+            code = exited.code
         finally:
             GlobalHydra.instance().clear()
         return code, *capsys.readouterr()
@@ -75,8 +112,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.fixture
-def refused(cli: Cli, nobody_starts: None) -> Callable[..., str]:
-    """What a recipe says when it refuses its command line: one line, with exit code 2 and no rank started."""
+def refused(cli: Cli, no_ranks_start: None) -> Callable[..., str]:
+    """``refused(recipe, task, *argv)``: the one line that refuses the command line, with exit code 2 and no rank."""
 
     def run(*command: Any) -> str:
         code, out, err = cli(*command)

@@ -1,4 +1,4 @@
-"""recipes.calibrate writes a hardware file that is read back as it was measured."""
+"""recipes.calibrate writes a hardware file; recipes read it, and refuse one measured with other threads."""
 
 import pytest
 import yaml
@@ -13,57 +13,59 @@ LINK = {"latency_s": 1e-6, "bytes_per_s": 1e9}
 VALUES = {"flops": 1e9, "kv_bytes_per_s": 1e9, "block_s": 0, "overlap": 1, "hop": LINK, "exchange": LINK}
 
 
-def test_what_is_written_is_read_back(cli, tiny, tmp_path):
-    out = tmp_path / "here.yaml"
+def test_written_file_is_read_back(cli, tiny, tmp_path):
+    out = tmp_path / "laptop.yaml"
     code, _, err = cli(calibrate, calibrate.task, f"model={tiny}", f"out={out}")
     assert code == 0 and "GFLOP/s a rank" in err, err
-    on, values = hardware_file.read_hardware(str(out)), yaml.safe_load(out.read_text())
-    assert (on.flops, on.hop.latency_s) == (values["flops"], values["hop"]["latency_s"])
-    assert on.flops > 0 and on.hop.bytes_per_s > 0 and on.empirical is None
-    about = values["measured"]
-    assert (about["mesh"], about["dtype"]) == ("ring=2", "float32")
-    assert about["threads"] == recipe_cli.threads_here(None, Mesh(ring=2)), "as many as other recipes have"
+    constants, values = hardware_file.read_hardware(str(out)), yaml.safe_load(out.read_text())
+    assert (constants.flops, constants.hop.latency_s) == (values["flops"], values["hop"]["latency_s"])
+    assert constants.flops > 0 and constants.hop.bytes_per_s > 0 and constants.empirical is None
+    metadata = values["measured"]
+    assert (metadata["mesh"], metadata["dtype"]) == ("ring=2", "float32")
+    assert metadata["threads"] == recipe_cli.threads_here(None, Mesh(ring=2)), "as many as in other recipes"
 
 
 @pytest.fixture
 def eight_cores(monkeypatch):
+    """A machine with eight cores."""
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8))
 
 
 @pytest.fixture
-def measured(tmp_path):
-    """``measured(about)``: a hardware file that says so of how it was measured."""
+def write_file(tmp_path):
+    """``write_file(metadata)``: a hardware file with that ``measured`` section."""
 
-    def measured(about):
+    def write_file(metadata):
         file = tmp_path / "hardware.yaml"
-        file.write_text(yaml.safe_dump({"measured": about, **VALUES}))
+        file.write_text(yaml.safe_dump({"measured": metadata, **VALUES}))
         return str(file)
 
-    return measured
+    return write_file
 
 
 @pytest.mark.usefixtures("eight_cores")
 @pytest.mark.parametrize(
-    ("about", "asked", "refused"),
+    ("metadata", "setting", "is_refused"),
     [({"threads": 1}, None, True), ({"threads": 4}, 2, True), ({"threads": 4}, None, False), ({"threads": 1}, 1, False),
      ({"threads": None}, None, False), ({"mesh": "ring=2"}, None, False), (None, None, False), ("by hand", 3, False)],
 )  # fmt: skip
-def test_a_file_of_other_threads_is_refused(measured, about, asked, refused):
-    """Two ranks on eight cores have four threads each; of a GPU, or by hand, nobody says how many."""
-    file, threads = measured(about), asked or 4
+def test_file_of_other_threads_is_refused(write_file, metadata, setting, is_refused):
+    """Two ranks on eight cores have four threads each; a GPU's file, and one written by hand, state no threads."""
+    file, threads = write_file(metadata), setting or 4
     assert hardware_file.read_hardware(file).flops == 1e9
-    if not refused:
-        hardware_file.refuse_other_threads(file, asked, Mesh(ring=2))
+    if not is_refused:
+        hardware_file.refuse_other_threads(file, setting, Mesh(ring=2))
         return
-    words = f"run.threads={about['threads']} per rank, .* run.threads={threads}: .*calibrate run.threads={threads} out="
+    was = metadata["threads"]
+    words = f"run.threads={was} per rank, .* run.threads={threads}: .*calibrate run.threads={threads} out="
     with pytest.raises(ValueError, match=words):
-        hardware_file.refuse_other_threads(file, asked, Mesh(ring=2))
+        hardware_file.refuse_other_threads(file, setting, Mesh(ring=2))
 
 
 @pytest.mark.usefixtures("eight_cores")
-def test_ranks_that_would_take_each_others_cores_are_not_measured(refused, tiny, tmp_path):
-    says = refused(calibrate, calibrate.task, f"model={tiny}", "run.threads=5", f"out={tmp_path / 'laptop.yaml'}")
-    assert "run.threads=5: each rank has 4 of this machine's cores" in says and "use run.threads=4" in says
+def test_more_threads_than_cores_are_refused(refused, tiny, tmp_path):
+    line = refused(calibrate, calibrate.task, f"model={tiny}", "run.threads=5", f"out={tmp_path / 'laptop.yaml'}")
+    assert "run.threads=5: each rank has 4 of this machine's cores" in line and "use run.threads=4" in line
 
 
 @pytest.mark.parametrize(
@@ -76,12 +78,12 @@ def test_ranks_that_would_take_each_others_cores_are_not_measured(refused, tiny,
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_whoever_reads_a_file_of_other_threads_refuses_it(refused, tiny, measured, tmp_path, recipe, settings):
+def test_every_reader_refuses_a_file_of_other_threads(refused, tiny, write_file, tmp_path, recipe, settings):
     (tmp_path / "turns.jsonl").write_text('{"text": "Hello"}')
     model = [] if recipe is pretrain else [f"model={tiny}"]
     words = [*model, *(setting.format(folder=tmp_path) for setting in settings)]
-    says = refused(recipe, recipe.task, f"hardware={measured({'threads': 97})}", *words)
-    assert "was measured with run.threads=97 per rank" in says
+    line = refused(recipe, recipe.task, f"hardware={write_file({'threads': 97})}", *words)
+    assert "was measured with run.threads=97 per rank" in line
     assert not (tmp_path / "run" / "manifest.json").exists()
 
 
@@ -94,7 +96,7 @@ def test_whoever_reads_a_file_of_other_threads_refuses_it(refused, tiny, measure
         ("{hop: {latency_s: x, bytes_per_s: 1}, exchange: {}}", "is not a hardware file"),
     ],
 )
-def test_a_file_that_is_none_is_refused(tmp_path, text, words):
+def test_file_that_calibrate_did_not_write_is_refused(tmp_path, text, words):
     file = tmp_path / "broken.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match=r"recipes\.calibrate") as refusal:
@@ -106,5 +108,5 @@ def test_a_file_that_is_none_is_refused(tmp_path, text, words):
     ("settings", "words"),
     [(["mesh.ring=1", "out=a.yaml"], "no links to measure"), (["mesh.dp=2", "out=a.yaml"], "no use for mesh.dp=2")],
 )
-def test_what_cannot_be_measured_is_refused(refused, tiny, settings, words):
+def test_mesh_without_links_or_with_unused_axes_is_refused(refused, tiny, settings, words):
     assert words in refused(calibrate, calibrate.task, f"model={tiny}", *settings)

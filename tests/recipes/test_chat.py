@@ -1,4 +1,4 @@
-"""recipes.chat: the same conversation on any mesh and through a save; bad input is refused and loses nothing."""
+"""recipes.chat: a conversation is the same on any mesh and across a save; bad input is refused and loses nothing."""
 
 import json
 import shutil
@@ -17,88 +17,92 @@ TURNS = [
 
 @pytest.fixture
 def turns(tmp_path: Path) -> Path:
+    """A file with the three turns of `TURNS`, and an empty line, which is not a turn."""
     file = tmp_path / "turns.jsonl"
     file.write_text("\n".join(map(json.dumps, TURNS)) + "\n\n")
     return file
 
 
-def talked(cli, tiny, tmp_path, *settings) -> list[dict]:
+def converse(cli, tiny, tmp_path, *settings) -> list[dict]:
+    """Run recipes.chat and return the figures of each turn."""
     out = tmp_path / "out.json"
     code, _, err = cli(chat, chat.task, f"model={tiny}", f"out={out}", *settings)
     assert code == 0, err
     return json.loads(out.read_text())["turns"]
 
 
-def tokens(talk: list[dict]) -> list[list[int]]:
-    return [turn["token_ids"] for turn in talk]
+def tokens(figures: list[dict]) -> list[list[int]]:
+    return [turn["token_ids"] for turn in figures]
 
 
-def test_every_mesh_and_strategy_says_the_same(cli, tiny, turns, tmp_path):
-    alone = talked(cli, tiny, tmp_path, f"turns={turns}")
-    assert [(t["new"], t["cached"]) for t in alone] == [(11, 0), (9 + 1, 13), (3, 23)]
-    assert [len(t["token_ids"]) for t in alone] == [3, 0, 5]
-    assert alone[0]["ttit_s"] > 0 and alone[1]["ttit_s"] is None
+def test_answers_are_the_same_on_every_mesh_and_strategy(cli, tiny, turns, tmp_path):
+    one_rank = converse(cli, tiny, tmp_path, f"turns={turns}")
+    assert [(t["new"], t["cached"]) for t in one_rank] == [(11, 0), (9 + 1, 13), (3, 23)]
+    assert [len(t["token_ids"]) for t in one_rank] == [3, 0, 5]
+    assert one_rank[0]["ttit_s"] > 0 and one_rank[1]["ttit_s"] is None
     for settings in (
         ["mesh.ring=2", "context.strategy=auto"],
         ["mesh.ring=2", "mesh.ulysses=3", "context.strategy=pass_q", "context.chunk=4"],
     ):
-        talk = talked(cli, tiny, tmp_path, f"turns={turns}", *settings)
-        assert tokens(talk) == tokens(alone)
-        assert all(turn["bytes_sent"] > 0 for turn in talk)
-    assert all(turn["why"] == "as asked" for turn in talk)
+        figures = converse(cli, tiny, tmp_path, f"turns={turns}", *settings)
+        assert tokens(figures) == tokens(one_rank)
+        assert all(turn["bytes_sent"] > 0 for turn in figures)
+    assert all(turn["why"] == "as asked" for turn in figures)
 
 
-def test_a_saved_session_goes_on_elsewhere(cli, tiny, tmp_path, turns):
-    whole = talked(cli, tiny, tmp_path, f"turns={turns}")
-    kept, gone_on = tmp_path / "talk", []
-    # Nine ranks share three KV heads: of those that have the same one, one writes.
+def test_saved_session_resumes_on_another_mesh(cli, tiny, tmp_path, turns):
+    whole = converse(cli, tiny, tmp_path, f"turns={turns}")
+    session, figures = tmp_path / "talk", []
+    # Nine ranks share three KV heads; one of the three ranks with the same head writes it.
     for turn, mesh in zip(TURNS, ("mesh.ring=2", "mesh.ulysses=9", "mesh.tp=3"), strict=True):
         file = tmp_path / "turn.jsonl"
         file.write_text(json.dumps(turn))
-        load = [f"session.load={kept}"] if gone_on else []
-        gone_on += talked(cli, tiny, tmp_path, f"turns={file}", mesh, f"session.save={kept}", *load)
-    assert tokens(gone_on) == tokens(whole)
+        load = [f"session.load={session}"] if figures else []
+        figures += converse(cli, tiny, tmp_path, f"turns={file}", mesh, f"session.save={session}", *load)
+    assert tokens(figures) == tokens(whole)
 
 
-def test_a_turn_over_the_context_is_refused_and_the_next_goes_on(cli, tiny, tmp_path):
+def test_turn_over_the_context_is_refused_and_the_next_is_answered(cli, tiny, tmp_path):
     file, out = tmp_path / "turns.jsonl", tmp_path / "out.json"
     file.write_text("\n".join(map(json.dumps, [TURNS[0], {"text": "x" * 90}, TURNS[2]])))
     code, _, err = cli(chat, chat.task, f"model={tiny}", f"out={out}", f"turns={file}", "mesh.ring=2")
     assert code == 1 and "refused: turn 2 of 3" in err
-    talk = json.loads(out.read_text())["turns"]
-    assert "the model's context is 97" in talk[1]["error"]
+    figures = json.loads(out.read_text())["turns"]
+    assert "the model's context is 97" in figures[1]["error"]
     file.write_text("\n".join(map(json.dumps, [TURNS[0], TURNS[2]])))
-    assert [tokens(talk)[0], tokens(talk)[2]] == tokens(talked(cli, tiny, tmp_path, f"turns={file}"))
+    assert [tokens(figures)[0], tokens(figures)[2]] == tokens(converse(cli, tiny, tmp_path, f"turns={file}"))
 
 
-def break_session(folder: Path, how: str) -> None:
+def damage_session(folder: Path, damage: str) -> None:
+    """Damage a saved session; ``damage`` is one of the names below, or ``key=value`` to write to its index."""
     index = folder / "session.json"
     values = json.loads(index.read_text())
     part = next(folder.glob("*.safetensors"))
-    if how == "none":
+    if damage == "none":
         shutil.rmtree(folder)
-    elif how == "torn index":
+    elif damage == "cut index":
         index.write_text(index.read_text()[:40])
-    elif how == "torn part":
+    elif damage == "cut part":
         part.write_bytes(part.read_bytes()[:-100])
-    elif how == "flipped byte":
+    elif damage == "flipped byte":
         content = bytearray(part.read_bytes())
         content[len(content) // 2] ^= 1
         part.write_bytes(content)
-    elif how == "part gone":
+    elif damage == "part gone":
         part.unlink()
     else:
-        key, value = how.split("=")
+        key, value = damage.split("=")
         index.write_text(json.dumps(values | {key: value}))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of each file in ``folder``."""
     return {file.name: file.read_bytes() for file in folder.glob("*")}
 
 
 @pytest.fixture(scope="module")
 def saved(tiny, tmp_path_factory) -> Path:
-    """A session on disk, made without the command line."""
+    """Folder of a saved session, written without the command line."""
     from longctx.config import Context, Mesh
     from longctx.hf.checkpoint import fingerprint
     from longctx.parallel.launch import run_ranks
@@ -113,11 +117,11 @@ def saved(tiny, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("how", "words"),
+    ("damage", "words"),
     [
         ("none", "holds no session"),
-        ("torn index", "session.json is corrupt"),
-        ("torn part", "is missing or truncated"),
+        ("cut index", "session.json is corrupt"),
+        ("cut part", "is missing or truncated"),
         ("flipped byte", "-heads0.safetensors has changed since it was saved"),
         ("part gone", "is missing or truncated"),
         ("model=0123", "is of another model (0123, not"),
@@ -125,36 +129,34 @@ def saved(tiny, tmp_path_factory) -> Path:
         ("dtype=torch.bfloat16", "set model.dtype=bfloat16"),
     ],
 )
-def test_a_session_that_cannot_be_used_is_refused(refused, tiny, saved, turns, tmp_path, how, words):
+def test_unusable_session_is_refused_and_left_unchanged(refused, tiny, saved, turns, tmp_path, damage, words):
     copy = tmp_path / "talk"
     shutil.copytree(saved, copy)
-    break_session(copy, how)
+    damage_session(copy, damage)
     before = contents(copy)
-    given = (f"model={tiny}", f"turns={turns}", f"session.load={copy}", f"session.save={copy}")
-    assert words in refused(chat, chat.task, *given)
+    settings = (f"model={tiny}", f"turns={turns}", f"session.load={copy}", f"session.save={copy}")
+    assert words in refused(chat, chat.task, *settings)
     assert contents(copy) == before
 
 
-def test_what_is_no_session_is_not_replaced(refused, tiny, turns, tmp_path, monkeypatch):
+def test_folder_without_a_session_is_not_replaced(refused, tiny, turns, tmp_path, monkeypatch):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("a year")
     monkeypatch.chdir(tmp_path / "notes")
     for folder in (tmp_path / "notes", ".", "thesis.txt"):
-        says = refused(chat, chat.task, f"model={tiny}", f"turns={turns}", f"session.save={folder}")
-        assert "exists and is not a session; saving would delete it. Use another folder" in says
+        line = refused(chat, chat.task, f"model={tiny}", f"turns={turns}", f"session.save={folder}")
+        assert "exists and is not a session; saving would delete it. Use another folder" in line
     assert contents(tmp_path / "notes") == {"thesis.txt": b"a year"}
 
 
-def test_under_a_launcher_turns_are_in_a_file(refused, tiny, monkeypatch):
-    of_torchrun = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    for name, value in of_torchrun.items():
-        monkeypatch.setenv(name, value)
+def test_under_a_launcher_turns_must_be_in_a_file(refused, tiny, under_torchrun):
+    under_torchrun(0, 2)
     assert "under a launcher turns cannot be typed" in refused(chat, chat.task, f"model={tiny}", "mesh.ring=2")
 
 
-def test_a_rule_that_nobody_has_fitted_is_refused_before_anything_starts(refused, tiny, turns):
-    says = refused(chat, chat.task, f"model={tiny}", f"turns={turns}", "mesh.ring=2", "context.strategy=empirical")
-    assert "needs a hardware file with fitted constants" in says
+def test_empirical_rule_without_fitted_constants_is_refused(refused, tiny, turns):
+    line = refused(chat, chat.task, f"model={tiny}", f"turns={turns}", "mesh.ring=2", "context.strategy=empirical")
+    assert "needs a hardware file with fitted constants" in line
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,7 @@ def test_a_rule_that_nobody_has_fitted_is_refused_before_anything_starts(refused
         ('{"text": "a", "tokens": 3}', 'has an unknown "tokens"'),
     ],
 )
-def test_turns_that_make_no_sense_are_refused(refused, tiny, tmp_path, line, words):
+def test_malformed_turns_are_refused(refused, tiny, tmp_path, line, words):
     file = tmp_path / "turns.jsonl"
     file.write_text(line)
     assert words in refused(chat, chat.task, f"model={tiny}", f"turns={file}")
@@ -186,5 +188,5 @@ def test_turns_that_make_no_sense_are_refused(refused, tiny, tmp_path, line, wor
         ("session.keep=x", "keep"),
     ],
 )
-def test_what_cannot_be_done_is_refused(refused, tiny, turns, setting, words):
+def test_wrong_settings_are_refused(refused, tiny, turns, setting, words):
     assert words in refused(chat, chat.task, f"model={tiny}", f"turns={turns}", setting)

@@ -1,4 +1,4 @@
-"""recipes.extend and recipes.export: a model at a longer context, trained by two ranks, is what transformers loads."""
+"""recipes.extend and recipes.export: transformers loads the model that two ranks trained at a longer context."""
 
 import json
 import math
@@ -18,16 +18,17 @@ DATA = ("data.length=211", "data.batch=2", "data.end_token=false", "run.threads=
 LONGER = ("model.max_positions=307", "model.rope_theta=77777.0")
 
 
-def extended(cli, tiny, out, *settings: str) -> list[dict]:
-    learning = ("steps=7", "evaluate.every=7", "optim.lr=1e-2")
-    command = (f"model={tiny}", f"model.cache={out.parent / 'cache'}", f"out={out}", *DATA, *LONGER, *learning)
+def run_extend(cli, tiny, out, *settings: str) -> list[dict]:
+    """Train the tiny model at a longer context and return the figures of each step."""
+    training = ("steps=7", "evaluate.every=7", "optim.lr=1e-2")
+    command = (f"model={tiny}", f"model.cache={out.parent / 'cache'}", f"out={out}", *DATA, *LONGER, *training)
     code, _, err = cli(extend, extend.task, *command, *settings)
     assert code == 0, err
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def loss_by_transformers(folder) -> float:
-    """Mean over the documents of the held-out batches, each by itself."""
+    """Mean loss over the documents of the held-out batches, each run separately by transformers."""
     from transformers import AutoModelForCausalLM
 
     net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -35,26 +36,26 @@ def loss_by_transformers(folder) -> float:
     total, count = 0.0, 0
     for batch, _ in islice(training_batches(data, tokenizer_of(folder))(None), 2):
         for tokens, targets, mask, lengths in zip(batch.tokens, batch.targets, batch.mask, batch.lengths, strict=True):
-            for ids, wanted, counts in zip(*(x.split(list(lengths)) for x in (tokens, targets, mask)), strict=True):
+            for ids, expected, counts in zip(*(x.split(list(lengths)) for x in (tokens, targets, mask)), strict=True):
                 with torch.no_grad():
-                    losses = torch.nn.functional.cross_entropy(net(ids[None]).logits[0], wanted, reduction="none")
+                    losses = torch.nn.functional.cross_entropy(net(ids[None]).logits[0], expected, reduction="none")
                 total, count = total + float((losses * counts).sum()), count + int(counts.sum())
     return total / count
 
 
-def test_what_two_ranks_learned_is_what_transformers_loads(cli, tiny, tmp_path):
-    told = extended(cli, tiny, tmp_path / "run", "mesh.ring=2")
-    assert told[-1]["loss"] < told[0]["loss"] - 0.1
+def test_transformers_loads_what_two_ranks_trained(cli, tiny, tmp_path):
+    steps = run_extend(cli, tiny, tmp_path / "run", "mesh.ring=2")
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
     code, _, err = cli(export, export.task, f"checkpoint={tmp_path / 'run'}", f"to={tmp_path / 'hf'}")
     assert code == 0, err
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (config["max_position_embeddings"], config["rope_parameters"]["rope_theta"]) == (307, 77777.0)
-    assert loss_by_transformers(tmp_path / "hf") == pytest.approx(told[-1]["eval/loss"], rel=1e-5)
-    assert told[-1]["eval/perplexity"] == pytest.approx(math.exp(told[-1]["eval/loss"]))
+    assert loss_by_transformers(tmp_path / "hf") == pytest.approx(steps[-1]["eval/loss"], rel=1e-5)
+    assert steps[-1]["eval/perplexity"] == pytest.approx(math.exp(steps[-1]["eval/loss"]))
 
 
-def test_a_run_that_began_with_other_weights_is_not_gone_on_from(cli, tiny, tmp_path):
-    extended(cli, tiny, tmp_path / "run", "steps=1")
+def test_run_that_began_with_other_weights_is_not_resumed(cli, tiny, tmp_path):
+    run_extend(cli, tiny, tmp_path / "run", "steps=1")
     other = shutil.copytree(tiny, tmp_path / "other")
     (file,) = other.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
@@ -64,12 +65,12 @@ def test_a_run_that_began_with_other_weights_is_not_gone_on_from(cli, tiny, tmp_
     assert re.search(r"step-00000001 began with weights \w+, this is weights \w+: give another out=", err), err
 
 
-def test_linear_scaling_is_written_and_trained_with(cli, tiny, tmp_path):
-    told = extended(cli, tiny, tmp_path / "run", "model.rope_theta=null", "model.rope_factor=3.0")
+def test_linear_scaling_is_trained_with_and_exported(cli, tiny, tmp_path):
+    steps = run_extend(cli, tiny, tmp_path / "run", "model.rope_theta=null", "model.rope_factor=3.0")
     code, _, err = cli(export, export.task, f"checkpoint={tmp_path / 'run'}", f"to={tmp_path / 'hf'}")
     assert code == 0, err
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["rope_parameters"]["factor"] == 3.0
-    assert loss_by_transformers(tmp_path / "hf") == pytest.approx(told[-1]["eval/loss"], rel=1e-5)
+    assert loss_by_transformers(tmp_path / "hf") == pytest.approx(steps[-1]["eval/loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -81,22 +82,22 @@ def test_linear_scaling_is_written_and_trained_with(cli, tiny, tmp_path):
         (["model.rope_factor=x"], r"model\.rope_factor=x"),
     ],
 )
-def test_refusals(refused, tiny, tmp_path, settings, words):
-    says = refused(extend, extend.task, f"model={tiny}", f"out={tmp_path}", *DATA, *settings)
-    assert re.search(words, says), says
+def test_wrong_settings_are_refused(refused, tiny, tmp_path, settings, words):
+    line = refused(extend, extend.task, f"model={tiny}", f"out={tmp_path}", *DATA, *settings)
+    assert re.search(words, line), line
 
 
-def test_a_model_without_weights_is_for_pretraining(refused, tmp_path):
-    says = refused(extend, extend.task, "model=tiny", f"out={tmp_path}", *DATA)
-    assert "this model has no weights yet, train it with recipes.pretrain" in says
+def test_model_without_weights_is_refused(refused, tmp_path):
+    line = refused(extend, extend.task, "model=tiny", f"out={tmp_path}", *DATA)
+    assert "this model has no weights yet, train it with recipes.pretrain" in line
 
 
-def test_an_export_needs_a_checkpoint(refused, tmp_path):
-    says = refused(export, export.task, f"checkpoint={tmp_path}", f"to={tmp_path / 'hf'}")
-    assert "is neither a checkpoint nor a run with one: give the out= of a run" in says
+def test_export_without_a_checkpoint_is_refused(refused, tmp_path):
+    line = refused(export, export.task, f"checkpoint={tmp_path}", f"to={tmp_path / 'hf'}")
+    assert "is neither a checkpoint nor a run with one: give the out= of a run" in line
 
 
-def test_an_export_does_not_write_over_a_folder(cli, tmp_path):
+def test_export_does_not_overwrite_a_folder(cli, tmp_path):
     settings = (
         "experiment=pretrain/tiny",
         f"out={tmp_path}",

@@ -1,4 +1,4 @@
-"""recipes.generate: refuses what cannot be done before any rank starts; else the same tokens, however started."""
+"""recipes.generate: wrong settings are refused before any rank starts; every launcher gives the same tokens."""
 
 import json
 import os
@@ -46,7 +46,7 @@ PROMPT = "prompt.text='The quick brown fox, as ever.'"  # 29 tokens, of a byte e
     ],
     ids=lambda value: value.replace(" ", ",") if value.count(" ") < 2 else "",
 )
-def test_what_cannot_be_done_is_refused(refusal, settings, words):
+def test_wrong_settings_are_refused(refusal, settings, words):
     assert re.search(words, refusal(PROMPT, "max_new_tokens=5", *settings.split()))
 
 
@@ -60,54 +60,54 @@ def test_what_cannot_be_done_is_refused(refusal, settings, words):
     ],
     ids=["missing", "not text", "empty", "too long"],
 )
-def test_a_prompt_that_cannot_be_used_is_refused(refusal, tmp_path, content, words):
+def test_unusable_prompt_is_refused(refusal, tmp_path, content, words):
     file = tmp_path / "book.txt"
     if content is not None:
         file.write_bytes(content)
     assert re.search(words, refusal(f"prompt.file={file}", "max_new_tokens=5"))
 
 
-def test_a_prompt_is_needed(refusal):
+def test_missing_prompt_is_refused(refusal):
     assert "give prompt.file=FILE, prompt.text='...' or prompt.pydoc=all" in refusal()
 
 
-def test_a_folder_that_is_no_model_is_refused(refused, tmp_path):
+def test_folder_without_a_model_is_refused(refused, tmp_path):
     line = refused(generate, generate.task, f"model={tmp_path}", PROMPT)
     assert f"model={tmp_path}: no config.json in this folder" in line
 
 
-def linked(model: Path, folder: Path, without: str = "") -> None:
+def link_files(model: Path, folder: Path, without: str = "") -> None:
+    """Link the files of ``model``, except the one called ``without``, into ``folder``."""
     for file in model.iterdir():
         if file.name != without:
             (folder / file.name).symlink_to(file)
 
 
 @pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json"])
-def test_a_model_without_weights_or_tokenizer_is_refused(refused, tiny, tmp_path, missing):
-    linked(tiny, tmp_path, without=missing)
+def test_model_without_weights_or_tokenizer_is_refused(refused, tiny, tmp_path, missing):
+    link_files(tiny, tmp_path, without=missing)
     line = refused(generate, generate.task, f"model={tmp_path}", PROMPT)
     assert str(tmp_path) in line and missing.split(".")[0] in line
 
 
-def test_another_number_of_ranks_than_the_launcher_s_is_refused(refused, tiny, monkeypatch):
+def test_mesh_of_another_size_than_the_launcher_s_is_refused(refused, tiny, monkeypatch, under_torchrun):
     monkeypatch.setattr(generate, "run_rank", lambda *_: pytest.fail("this rank began"))
 
     def task(config):
-        monkeypatch.setenv("RANK", "1")
-        monkeypatch.setenv("WORLD_SIZE", "5")
+        under_torchrun(1, 5)
         generate.task(config)
 
     line = refused(generate, task, f"model={tiny}", PROMPT, "mesh.ring=3", "max_new_tokens=5")
     assert "the launcher started 5 ranks, the mesh has 3 (ring=3): set mesh.ring=5" in line
 
 
-def test_the_longest_that_fits_is_not_refused(prepared):
+def test_longest_prompt_and_answer_that_fit_are_accepted(prepared):
     job = prepared(PROMPT, "max_new_tokens=68", "mesh.ring=29", "mesh.tp=3")
     assert (job.target.mesh.ranks, job.prompt_tokens, job.target.shape.max_positions) == (3 * 29, 29, 97)
 
 
-def test_the_advice_for_a_long_document_fills_the_context(refusal, prepared, tiny, tmp_path):
-    linked(tiny, tmp_path)
+def test_advised_prompt_length_fills_the_context(refusal, prepared, tiny, tmp_path):
+    link_files(tiny, tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}-->")
     settings = (f"model.source={tmp_path}", f"prompt.text={'x' * 101}", "prompt.question=Why?", "max_new_tokens=11")
     advice = re.search(r"prompt\.tokens=\d+", refusal(*settings))[0]
@@ -120,72 +120,73 @@ KEYS = {
 }  # fmt: skip
 
 
-def finished(*command):
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done
+def run_python(*command):
+    """Run ``python command...`` and return the finished process; fail unless its exit code is 0."""
+    process = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    return process
 
 
-def test_the_same_tokens_with_and_without_torchrun(tiny, tmp_path):
+def test_tokens_are_the_same_with_and_without_torchrun(tiny, tmp_path):
     settings = [f"model={tiny}", PROMPT, "mesh.ring=2", "max_new_tokens=5"]
-    plain, under = tmp_path / "plain.json", tmp_path / "under.json"
-    done = finished("-m", "recipes.generate", *settings, f"out={plain}")
+    plain, launched = tmp_path / "plain.json", tmp_path / "launched.json"
+    process = run_python("-m", "recipes.generate", *settings, f"out={plain}")
     result = json.loads(plain.read_text())
     assert result.keys() >= KEYS
     assert (result["tokens"], result["ranks"], result["strategy"]) == (29, 2, "pass_kv")
     assert len(result["token_ids"]) == 5
-    assert done.stdout == result["text"] + "\n"
-    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
+    assert process.stdout == result["text"] + "\n"
+    assert "Warning" not in process.stderr and "Traceback" not in process.stderr
     assert 0 <= result["max_logit_diff"] < 1e-5
     assert result["ttft_s"] > 0 and result["tokens_per_s"] > 0
     row = 2 * 2 * 3 * 4 * 4  # layers; keys and values; heads; width; bytes
-    # Zigzag gives 15 and 14 of 29; tokens 29 to 32 take turns from rank 29 % 2; the last token is not run.
+    # Zigzag gives the ranks 15 and 14 of 29 tokens. Tokens 29 to 32 alternate from rank 29 % 2 on. The last token is
+    # not run.
     assert result["prefill_bytes_sent_per_rank"] == [15 * row, 14 * row]
     assert result["kv_cache_bytes_per_rank"] == [17 * row, 16 * row]
     assert all(sent > 0 for sent in result["decode_bytes_sent_per_rank"])
 
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = finished(*torchrun, "-m", "recipes.generate", *settings, f"out={under}")
-    assert done.stdout == result["text"] + "\n", "one of the ranks answers"
-    again = json.loads(under.read_text())
+    process = run_python(*torchrun, "-m", "recipes.generate", *settings, f"out={launched}")
+    assert process.stdout == result["text"] + "\n", "only one rank prints"
+    again = json.loads(launched.read_text())
     assert 0 <= again["max_logit_diff"] < 1e-5
     assert (again["token_ids"], again["text"]) == (result["token_ids"], result["text"])
 
 
-def killed_in(phase: str, rank: Rank, job: generate.GenerateJob):
-    """`run_rank`, but rank 1 is killed in layer 1 of the prefill or of a decoded token, and the others wait for it."""
+def run_and_kill(phase: str, rank: Rank, job: generate.GenerateJob):
+    """Run `generate.run_rank`; kill rank 1 in layer 1 of the prefill or of a decoded token, while the others wait."""
     from longctx.infer import prefill
 
     Path(job.target.folder, f"pid{rank.rank}").write_text(str(os.getpid()))
     name = "over_heads" if phase == "prefill" else "gather_merge"
-    calls, there = count(), getattr(prefill, name)
+    calls, original = count(), getattr(prefill, name)
 
-    def until_killed(*given, **named):
+    def run_until_killed(*args, **kwargs):
         if rank.rank == 1 and next(calls) == (1 if phase == "prefill" else 3):
             Path(job.target.folder, "killed_at").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
-        return there(*given, **named)
+        return original(*args, **kwargs)
 
-    setattr(prefill, name, until_killed)  # in this rank's process alone
+    setattr(prefill, name, run_until_killed)  # in this rank's process only
     return generate.run_rank(rank, job)
 
 
 @pytest.mark.parametrize(
-    ("phase", "missed"),
+    ("phase", "observed"),
     [
-        # In a ring of three a rank that is alone in waiting for the dead one notices first, and its other neighbour
-        # then: which of them is a matter of milliseconds.
+        # In a ring of three both other ranks lose a peer; which of them reports it first differs from run to run.
         ("prefill", r"rank [02] raised LostPeer: lost rank \d or \d, hop \d of 2 of the ring, layer 1, prefill"),
         ("decode", r"rank [02] raised LostPeer: lost rank \d or \d, merging partial results, layer 1, decode, step 2"),
     ],
 )
-def test_when_a_rank_is_killed_the_command_ends_and_names_it(cli, tiny, tmp_path, monkeypatch, phase, missed):
-    linked(tiny, tmp_path)
-    monkeypatch.setattr(generate, "run_rank", partial(killed_in, phase))
+def test_command_ends_and_names_the_killed_rank(cli, tiny, tmp_path, monkeypatch, phase, observed):
+    link_files(tiny, tmp_path)
+    monkeypatch.setattr(generate, "run_rank", partial(run_and_kill, phase))
     settings = (PROMPT, "mesh.ring=3", "max_new_tokens=7", "verify=false")
     code, out, err = cli(generate, generate.task, f"model={tmp_path}", *settings)
     assert time.time() - float((tmp_path / "killed_at").read_text()) < 20
     assert (code, out) == (1, "")
-    assert re.fullmatch(rf"error: rank 1 of 3 was killed by SIGKILL \({missed}\); the other ranks were ended\n", err)
+    assert re.fullmatch(rf"error: rank 1 of 3 was killed by SIGKILL \({observed}\); the other ranks were ended\n", err)
     pids = [file.read_text() for file in tmp_path.glob("pid*")]
     assert len(pids) == 3 and not [pid for pid in pids if Path("/proc", pid).exists()]

@@ -1,4 +1,4 @@
-"""recipes.generate prompts=FILE: a batch's answers are those of each prompt alone; a line that cannot be is named."""
+"""recipes.generate prompts=FILE: a batch gives each prompt the answer that it gets alone; bad lines are refused."""
 
 import json
 import re
@@ -20,7 +20,7 @@ LENGTHS = [29, 5, 10, 50, 1]  # bytes; 95 in all
 
 @pytest.fixture
 def batch(tmp_path):
-    """A file of prompts; a separator that JSON allows in strings does not end a line, an empty line is none."""
+    """A file of prompts, with empty lines, and a Unicode line separator inside one of the strings."""
     file = tmp_path / "a batch, of sorts.jsonl"
     file.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in BATCH))
     return file
@@ -28,12 +28,12 @@ def batch(tmp_path):
 
 @pytest.fixture(scope="module")
 def each_alone(prepared):
-    """Token ids of each prompt of the batch when it is run by itself, on one rank."""
+    """Token ids of each prompt of the batch when it is run alone, on one rank."""
     settings = [
         (f"prompt.text='{line['text']}'", f"max_new_tokens={line.get('max_new_tokens') or 7}") for line in BATCH
     ]
-    ids = [run_ranks(1, generate.run_rank, prepared(*one, "verify=false"))[0]["token_ids"][0] for one in settings]
-    return [made[: line.get("max_new_tokens", 7)] for made, line in zip(ids, BATCH, strict=True)]
+    ids = [run_ranks(1, generate.run_rank, prepared(*one, "verify=false"))[0].token_ids[0] for one in settings]
+    return [tokens[: line.get("max_new_tokens", 7)] for tokens, line in zip(ids, BATCH, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -44,10 +44,10 @@ def each_alone(prepared):
         "mesh.tp=3 mesh.ring=2 context.chunk=13",
     ],
 )
-def test_a_batch_gives_each_prompt_the_tokens_that_it_gets_alone(cli, tiny, tmp_path, batch, each_alone, settings):
+def test_batch_gives_each_prompt_the_tokens_that_it_gets_alone(cli, tiny, tmp_path, batch, each_alone, settings):
     out = tmp_path / "out.json"
-    given = (f"model={tiny}", f"prompts={batch}", "max_new_tokens=7", f"out={out}", *settings.split())
-    code, printed, err = cli(generate, generate.task, *given)
+    words = (f"model={tiny}", f"prompts={batch}", "max_new_tokens=7", f"out={out}", *settings.split())
+    code, printed, err = cli(generate, generate.task, *words)
     assert code == 0, err
     result = json.loads(out.read_text())
     answers = result["answers"]
@@ -58,18 +58,18 @@ def test_a_batch_gives_each_prompt_the_tokens_that_it_gets_alone(cli, tiny, tmp_
     assert (result["tokens"], result["new_tokens"]) == (95, 5 + 7 + 0 + 11 + 1)
     assert 0 <= result["max_logit_diff"] < 1e-5
     assert result["ttit_s"] > 0
-    # 10 steps behind the first tokens: 4 + 6 + 10 tokens.
+    # 10 steps after the first tokens give 4 + 6 + 10 tokens.
     assert result["tokens_per_s"] == pytest.approx(20 / (10 * result["ttit_s"]))
     assert "95 in 5 prompts, 24 new" in err and "against one rank, over all 5 prompts" in err
 
 
-def test_a_batch_travels_once_and_is_cached_once(prepared, batch):
+def test_batch_is_sent_once_and_cached_once(prepared, batch):
     job = prepared(f"prompts={batch}", "max_new_tokens=7", "mesh.ring=2", "verify=false")
     figures = run_ranks(2, generate.run_rank, job)[0]
     row = 2 * 2 * 3 * 4 * 4  # layers; keys and values; heads; width; bytes
-    # Of 29, 5 and 1 the larger shares are dealt to whoever has got less; 50 and 10 divide.
-    assert figures["prefill_bytes_sent_per_rank"] == [48 * row, 47 * row]
-    assert sum(figures["kv_cache_bytes_per_rank"]) == (95 + 4 + 6 + 10) * row  # an answer's last token is not run
+    # 50 and 10 tokens divide evenly. The larger shares of 29, 5 and 1 go to the rank with fewer tokens so far.
+    assert figures.prefill_bytes_sent_per_rank == [48 * row, 47 * row]
+    assert sum(figures.kv_cache_bytes_per_rank) == (95 + 4 + 6 + 10) * row  # an answer's last token is not run
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_batch_travels_once_and_is_cached_once(prepared, batch):
         ('{"text": "a"}', "prompts=/nowhere.jsonl", r"prompts=/nowhere\.jsonl cannot be read"),
     ],
 )
-def test_a_batch_that_cannot_be_run_is_refused(refusal, tmp_path, line, settings, words):
+def test_bad_line_of_a_batch_is_refused_by_its_number(refusal, tmp_path, line, settings, words):
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n" + line)
     assert re.search(words, refusal(f"prompts={file}", "max_new_tokens=5", *settings.split()))

@@ -1,4 +1,4 @@
-"""recipes.pretrain: a run that is killed at any moment goes on as if it had not been; bad settings are refused."""
+"""recipes.pretrain: a run that is killed resumes with the same losses; wrong settings are refused."""
 
 import json
 import os
@@ -22,38 +22,41 @@ STEPS = 13
 
 
 def lines(out: Path) -> list[dict]:
+    """Return the figures of each step."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def curve(out: Path) -> list[tuple[int, float, float, int]]:
+    """Return step, loss, norm of the gradient and number of tokens of each step."""
     return [(line["step"], line["loss"], line["grad_norm"], line["tokens"]) for line in lines(out)]
 
 
-def started(out: Path, *settings: str) -> subprocess.Popen:
+def start(out: Path, *settings: str) -> subprocess.Popen:
+    """Start a run in a process group that can be killed as a whole."""
     command = [sys.executable, "-m", "recipes.pretrain", "experiment=pretrain/tiny", f"out={out}", *QUICK, *settings]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def finished(out: Path, *settings: str) -> str:
-    """What a run says on standard error that comes to its end."""
-    run = started(out, *settings)
+def run_to_end(out: Path, *settings: str) -> str:
+    """Run to the end in another process and return standard error."""
+    run = start(out, *settings)
     err = run.communicate(timeout=120)[1]
     assert run.returncode == 0, err
     return err
 
 
-def ended(cli, out: Path, *settings: str) -> None:
-    """`finished`, in this process, from warm ranks: for what is not asked of its words."""
+def run_here(cli, out: Path, *settings: str) -> None:
+    """Run to the end in this process with warm ranks, which is faster than `run_to_end`."""
     code, _, err = cli(pretrain, pretrain.task, "experiment=pretrain/tiny", f"out={out}", *QUICK, *settings)
     assert code == 0, err
 
 
-def killed_when(run: subprocess.Popen, enough) -> None:
-    """SIGKILL for the recipe, its ranks and the writers of its checkpoints, all at once."""
-    until = time.monotonic() + 120
-    while not enough():
-        assert run.poll() is None, f"it ended by itself: {run.stderr.read()}"
-        assert time.monotonic() < until, "it never got there"
+def kill_when(run: subprocess.Popen, condition) -> None:
+    """Kill the recipe, its ranks and the writers of its checkpoints at once, as soon as ``condition()`` holds."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert run.poll() is None, f"the run ended: {run.stderr.read()}"
+        assert time.monotonic() < deadline, "the condition was never met"
         time.sleep(0.01)
     os.killpg(run.pid, signal.SIGKILL)
     run.communicate()
@@ -61,107 +64,107 @@ def killed_when(run: subprocess.Popen, enough) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A run that nobody interrupts."""
+    """Folder of a run that was not interrupted."""
     out = tmp_path_factory.mktemp("whole")
-    finished(out, f"steps={STEPS}")
+    run_to_end(out, f"steps={STEPS}")
     return out
 
 
-def test_a_run_learns_and_says_what_it_did(whole):
-    told = lines(whole)
-    assert [line["step"] for line in told] == list(range(1, STEPS + 1))
-    assert told[-1]["loss"] < told[0]["loss"] - 0.2
-    assert all(line["tokens_per_s"] > 0 and line["mem/peak_bytes"] > 0 and line["mfu"] is None for line in told)
-    assert [line["step"] for line in told if "eval/perplexity" in line] == [5, 10, STEPS]
+def test_run_learns_and_records_every_step(whole):
+    steps = lines(whole)
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.2
+    assert all(line["tokens_per_s"] > 0 and line["mem/peak_bytes"] > 0 and line["mfu"] is None for line in steps)
+    assert [line["step"] for line in steps if "eval/perplexity" in line] == [5, 10, STEPS]
     assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == [f"step-{STEPS:08}"]
 
 
-def test_killed_at_any_moment_it_goes_on_as_if_it_had_not_been(whole, tmp_path):
-    """At random steps, and twice while a checkpoint is being written."""
+def test_killed_run_resumes_with_the_losses_of_an_uninterrupted_one(whole, tmp_path):
+    """It is killed after random steps, and twice while a checkpoint is being written."""
     out, draw = tmp_path / "run", random.Random(11)
     settings = (f"steps={STEPS}", "checkpoint.every=2", "mesh.ring=2")
 
     def steps_done() -> int:
         return (out / "metrics.jsonl").read_text().count("\n") if (out / "metrics.jsonl").exists() else 0
 
-    def in_a_save() -> bool:
+    def is_saving() -> bool:
         return any((out / "checkpoints").glob("*.partial*"))
 
     for moment in ("step", "save", "step", "save"):
-        run, most = started(out, *settings), steps_done() + draw.randint(2, 4)
-        killed_when(run, in_a_save if moment == "save" else lambda most=most: steps_done() >= min(most, STEPS - 1))
-    assert "resuming after step" in finished(out, *settings)
-    for (step, loss, norm, tokens), right in zip(curve(out), curve(whole), strict=True):
-        assert (step, tokens) == (right[0], right[3])
-        assert (loss, norm) == pytest.approx(right[1:3], rel=2e-6)  # the other mesh; nothing more
+        run, step = start(out, *settings), min(steps_done() + draw.randint(2, 4), STEPS - 1)
+        kill_when(run, is_saving if moment == "save" else lambda step=step: steps_done() >= step)
+    assert "resuming after step" in run_to_end(out, *settings)
+    for (step, loss, norm, tokens), expected in zip(curve(out), curve(whole), strict=True):
+        assert (step, tokens) == (expected[0], expected[3])
+        assert (loss, norm) == pytest.approx(expected[1:3], rel=2e-6)  # rounding on another mesh
 
 
-def test_asked_to_stop_it_saves_and_goes_on_without_doing_a_step_twice(tmp_path):
+def test_run_that_is_asked_to_stop_saves_and_resumes_after_the_same_step(tmp_path):
     settings = ("steps=99", "mesh.ring=2", "checkpoint.every=1000", "evaluate.every=0")
-    run = started(tmp_path, *settings)
-    until = time.monotonic() + 120
+    run = start(tmp_path, *settings)
+    deadline = time.monotonic() + 120
     while not (tmp_path / "metrics.jsonl").exists() or len(lines(tmp_path)) < 2:
-        assert run.poll() is None and time.monotonic() < until
+        assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     run.send_signal(signal.SIGUSR1)
     err = run.communicate(timeout=60)[1]
     done = len(lines(tmp_path))
     assert run.returncode == 75 and done < 99
     assert f"stopped after step {done}, as asked" in err
-    assert f"resuming after step {done}" in finished(tmp_path, "steps=101", *settings[1:])
+    assert f"resuming after step {done}" in run_to_end(tmp_path, "steps=101", *settings[1:])
 
 
 def test_more_steps_resume_on_another_mesh(cli, tmp_path):
-    """Constant rate: the schedule of a longer run is the same."""
+    """The learning rate is constant, so that a longer run has the same schedule."""
     constant = ("optim.decay=constant", "checkpoint.keep=1", "optim.zero1=true")
-    ended(cli, tmp_path / "a", *constant, "mesh.tp=2", "mesh.dp=2", "steps=4")
-    assert "resuming after step 4" in finished(tmp_path / "a", *constant, "mesh.ulysses=2", "mesh.pp=2", "steps=7")
-    ended(cli, tmp_path / "b", *constant, "steps=7")
+    run_here(cli, tmp_path / "a", *constant, "mesh.tp=2", "mesh.dp=2", "steps=4")
+    assert "resuming after step 4" in run_to_end(tmp_path / "a", *constant, "mesh.ulysses=2", "mesh.pp=2", "steps=7")
+    run_here(cli, tmp_path / "b", *constant, "steps=7")
     for a, b in zip(curve(tmp_path / "a"), curve(tmp_path / "b"), strict=True):
         assert a == pytest.approx(b, rel=2e-6)
 
 
-def test_a_run_keeps_its_kind_of_optimizer_and_its_model(whole, refused):
+def test_run_with_another_optimizer_model_or_seed_is_not_resumed(whole, refused):
     settings = ("experiment=pretrain/tiny", f"out={whole}", *QUICK, "steps=99")
-    says = refused(pretrain, pretrain.task, *settings, "optim.zero1=true")
-    assert "was made with optim.zero1=false: use that, or another out=" in says
-    says = refused(pretrain, pretrain.task, *settings, "model.dtype=bfloat16")
-    assert "was made with model.dtype=float32" in says
-    says = refused(pretrain, pretrain.task, *settings, "seed=1")
-    assert "began with seed=0, this is seed=1: give another out=" in says
-    says = refused(pretrain, pretrain.task, *settings[:-1], "steps=3")
-    assert f"steps=3, {whole}/checkpoints/step-{STEPS:08} is after step {STEPS}" in says
-    says = refused(pretrain, pretrain.task, *settings, "+model.config.rms_norm_eps=1e-3")
-    assert "has a run of another model" in says
+    line = refused(pretrain, pretrain.task, *settings, "optim.zero1=true")
+    assert "was made with optim.zero1=false: use that, or another out=" in line
+    line = refused(pretrain, pretrain.task, *settings, "model.dtype=bfloat16")
+    assert "was made with model.dtype=float32" in line
+    line = refused(pretrain, pretrain.task, *settings, "seed=1")
+    assert "began with seed=0, this is seed=1: give another out=" in line
+    line = refused(pretrain, pretrain.task, *settings[:-1], "steps=3")
+    assert f"steps=3, {whole}/checkpoints/step-{STEPS:08} is after step {STEPS}" in line
+    line = refused(pretrain, pretrain.task, *settings, "+model.config.rms_norm_eps=1e-3")
+    assert "has a run of another model" in line
 
 
-def test_under_torchrun_it_is_the_same_run(whole, tmp_path):
-    """Both ranks check the command line, and make the run's folder, at once."""
+def test_run_under_torchrun(whole, tmp_path):
+    """Both ranks check the command line and make the run's folder at the same time."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "recipes.pretrain"]
     settings = ["experiment=pretrain/tiny", "mesh.ring=2", f"out={tmp_path}", *QUICK, "steps=2"]
     run = subprocess.run([*launch, *settings], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
-    assert run.stderr.count("step-00000002") == 1, "one rank speaks"
+    assert run.stderr.count("step-00000002") == 1, "only one rank prints"
     assert [line[0] for line in curve(tmp_path)] == [1, 2]
 
 
-def test_wandb_follows_and_goes_on_in_the_same_run(tmp_path, monkeypatch):
+def test_resumed_run_continues_the_same_wandb_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    finished(tmp_path, "track=wandb", "steps=2", "track.tags=[a,b]")
-    finished(tmp_path, "track=wandb", "steps=3")
-    told = checkpoint_index.read_metadata(checkpoint_index.latest_whole(tmp_path / "checkpoints")[0])
-    starts = sorted((tmp_path / "wandb").glob(f"offline-run-*-{told['run_id']}"))
+    run_to_end(tmp_path, "track=wandb", "steps=2", "track.tags=[a,b]")
+    run_to_end(tmp_path, "track=wandb", "steps=3")
+    metadata = checkpoint_index.read_metadata(checkpoint_index.latest_whole(tmp_path / "checkpoints")[0])
+    starts = sorted((tmp_path / "wandb").glob(f"offline-run-*-{metadata['run_id']}"))
     assert len(starts) == 2, "two starts of one run"
-    assert told["config"]["track"]["backend"] == "wandb"
-    assert {"commit", "command", "processor"} <= set(told["config"])
+    assert metadata["config"]["track"]["backend"] == "wandb"
+    assert {"commit", "command", "processor"} <= set(metadata["config"])
     samples = [json.loads(line) for line in (tmp_path / "tables.jsonl").read_text().splitlines()]
-    assert [table["table"] for table in samples] == ["samples"], "told once, at the beginning"
+    assert [table["table"] for table in samples] == ["samples"], "samples are written once, at the first start"
 
 
-def test_text_that_ends_ends_the_run_with_a_checkpoint(tmp_path):
+def test_run_ends_with_a_checkpoint_when_its_text_ends(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("A short text, of which there is no more. " * 11)
-    err = finished(
+    err = run_to_end(
         tmp_path / "run",
         "data=text",
         f"data.sources=[{{path:{text}}}]",
@@ -171,21 +174,21 @@ def test_text_that_ends_ends_the_run_with_a_checkpoint(tmp_path):
     )
     done = len(lines(tmp_path / "run"))
     assert done == 451 // (2 * 61)
-    assert f"the text ended behind step {done}: data.epochs=1" in err
+    assert f"the text ended after step {done}: data.epochs=1" in err
     latest, _ = checkpoint_index.latest_whole(tmp_path / "run" / "checkpoints")
     assert checkpoint_index.read_metadata(latest)["step"] == done
 
 
 @pytest.mark.parametrize("damage", ["a file cut short", "no run.json"])
-def test_a_torn_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
-    ended(cli, tmp_path, "checkpoint.every=2", "steps=4")
-    torn = tmp_path / "checkpoints" / "step-00000004"
+def test_corrupt_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
+    run_here(cli, tmp_path, "checkpoint.every=2", "steps=4")
+    corrupt = tmp_path / "checkpoints" / "step-00000004"
     if damage == "no run.json":
-        (torn / "run.json").unlink()
+        (corrupt / "run.json").unlink()
     else:
-        largest = max(torn.glob("*.distcp"), key=lambda file: file.stat().st_size)
+        largest = max(corrupt.glob("*.distcp"), key=lambda file: file.stat().st_size)
         largest.write_bytes(largest.read_bytes()[:-1])
-    err = finished(tmp_path, "checkpoint.every=2", "steps=5")
+    err = run_to_end(tmp_path, "checkpoint.every=2", "steps=5")
     assert err.count("passed over: step-00000004 is corrupt") == 1
     assert "resuming after step 2" in err
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
@@ -204,10 +207,10 @@ def test_a_torn_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
         (["out=/proc/nobody/writes/here"], "out=/proc/nobody/writes/here cannot be written"),
         (["+model.config.attention_dropout=0.1"], r"attention_dropout=0\.1: training here has no dropout"),
         (["context.chunk=7"], r"context\.chunk=7 is for inference"),
-        (["optim.warmup=5", "optim.decay_steps=5"], r"optim\.decay_steps=5 and optim\.warmup=5"),
+        (["optim.warmup=5", "optim.decay_steps=5"], r"optim\.decay_steps=5 is not after optim\.warmup=5"),
         (["optim.clip=-1"], r"clip=-1"),
         (["data.epochs=1", "data.batch=9999"], "the text does not fill a batch"),
-        (["context.strategy=auto"], r"context\.strategy=auto is for inference"),
+        (["context.strategy=auto"], r"context\.strategy=auto .* recipes\.pretrain takes one of pass_kv"),
         (["optim.min_lr=1"], r"optim\.min_lr=1\.0 and optim\.lr"),
         (["run.device=cuda"], r"context\.kernel=auto: no fast kernel has been run on cuda"),
         (["recompute=some"], "recompute=some"),
@@ -215,20 +218,20 @@ def test_a_torn_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_misconfiguration_is_refused_before_any_rank_starts(refused, tmp_path, settings, words):
+def test_wrong_settings_are_refused_before_any_rank_starts(refused, tmp_path, settings, words):
     import re
 
-    says = refused(pretrain, pretrain.task, "experiment=pretrain/tiny", f"out={tmp_path}", *QUICK, *settings)
-    assert re.search(words, says), says
+    line = refused(pretrain, pretrain.task, "experiment=pretrain/tiny", f"out={tmp_path}", *QUICK, *settings)
+    assert re.search(words, line), line
 
 
-def test_no_room_is_refused(refused, tmp_path, monkeypatch):
+def test_full_disk_is_refused(refused, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**6))
-    says = refused(pretrain, pretrain.task, "experiment=pretrain/tiny", f"out={tmp_path}")
-    assert "has 0.00 GB free, the checkpoints that will be there at once take 0.02 more: use another disk" in says
+    line = refused(pretrain, pretrain.task, "experiment=pretrain/tiny", f"out={tmp_path}")
+    assert "has 0.00 GB free, the checkpoints that are kept at once take 0.02 GB more: use another disk" in line
 
 
-def test_the_weights_of_a_model_are_counted(smollm2):
+def test_number_of_weights_of_a_model(smollm2):
     from recipes.common.train_job import weights_of
 
     assert weights_of(shape_of(smollm2[1])) == pytest.approx(134.5e6, rel=2e-3)

@@ -1,4 +1,4 @@
-"""Files that version 0.1 wrote load with today's code, by the settings' names of then."""
+"""Files that version 0.1 wrote load with the current code, with the names that settings had in version 0.1."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ VARIANTS = (
 
 @pytest.fixture
 def saved(tmp_path, monkeypatch):
-    """A copy of the saved files, as the current folder; checkpoints' models are of today's transformers."""
+    """A copy of the saved files as the current folder; their config.json states the installed transformers version."""
     folder = tmp_path / "v0_1"
     shutil.copytree(SAVED, folder)
     for config in folder.glob("train_*/model/config.json"):
@@ -101,7 +101,7 @@ def test_training_resumes(cli, saved, run, words):
             assert lines[step][name] == pytest.approx(value, rel=1e-6), (step, name)
 
 
-def test_training_with_other_settings_is_refused(cli, saved, nobody_starts):
+def test_training_with_other_settings_is_refused(cli, saved, no_ranks_start):
     words = ("model.config.num_hidden_layers=2", "mesh.ring=2", "optim.zero1=true", "steps=6", "out=train_ring")
     code, _, err = cli(pretrain, pretrain.task, *TRAIN, *words)
     assert code == 2 and "was made with optim.zero1=false: use that" in err, err
@@ -163,7 +163,7 @@ def test_repaired_blocks_are_not_repaired_again(cli, saved):
     assert {state: state.stat().st_mtime_ns for state in states} == written
 
 
-def test_stored_answers_are_found(saved, monkeypatch, capsys, nobody_starts):
+def test_stored_answers_are_found(saved, monkeypatch, capsys, no_ranks_start):
     words = ["model=model", "eval.tasks=[arc_easy,lambada_openai,wikitext]", "eval.data=inputs/sets"]
     words += ["eval.resamples=200", VARIANTS, "threads=1", "out=eval"]
     before = json.loads((saved / "eval" / "report.json").read_text())
@@ -192,22 +192,22 @@ def test_manifests_are_compared_and_reproduced(saved, capsys):
     assert "final figures are the same" in capsys.readouterr().err
 
 
-def test_every_old_setting_is_known():
-    """Each setting of version 0.1 is still there, or `renamed` has its new name."""
+def test_every_old_setting_is_accepted():
+    """Each setting of version 0.1 still exists, or `renamed` has its new name."""
     recipe = ""
     missing = []
     known: set[str] = set()
     for line in (SAVED / "settings.txt").read_text().splitlines():
         if line.startswith("#"):
             recipe = line.lstrip("# ")
-            known = settings_now(recipe)
+            known = current_settings(recipe)
         elif line and known and SETTINGS.get(line, line) not in known and line != "texts.0.called":  # see `ITEMS`
             missing.append(f"{recipe}: {line}")
     assert not missing, missing
 
 
-def settings_now(recipe):
-    """The settings of ``recipe`` today; empty for slurm's own, which is not composed by Hydra."""
+def current_settings(recipe):
+    """Return the settings of ``recipe``; none for slurm.submit, which Hydra does not compose."""
     name = recipe.replace("bench_", "bench/") if recipe.startswith("bench_") else recipe
     if not (CONFIGS / f"{name}.yaml").is_file() or name == "submit":
         return set()

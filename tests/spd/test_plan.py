@@ -9,7 +9,7 @@ from longctx.config import SPD, Mesh
 from longctx.hf.checkpoint import fingerprint
 from longctx.hf.config import shape_of
 from longctx.spd.plan import SavedPlan, SPDPlan, rank_blocks, saved_plan, within
-from recipes.common.spd_plan import planned
+from recipes.common.spd_plan import choose_plan
 from tests.tiny import tiny_model
 
 
@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def dropped_blocks(folder: Path, tp: int = 3, **spd: object) -> tuple[int, ...]:
-    return planned(SPD(**spd), Mesh(tp=tp), folder, shape_of(folder), saved_plan(folder)).dropped
+    return choose_plan(SPD(**spd), Mesh(tp=tp), folder, shape_of(folder), saved_plan(folder)).dropped
 
 
 def test_share_of_blocks_rounds_to_the_nearest_whole_number() -> None:
@@ -74,12 +74,12 @@ def test_adapted_folder_gives_dropped_blocks_and_their_order(tmp_path: Path) -> 
     ("spd", "words"),
     [
         ({"blocks": (2,)}, "no block 2; use blocks 0 to 1"),
-        ({"blocks": (0,), "budget": 0.5}, r"leave spd\.budget"),
+        ({"blocks": (0,), "budget": 0.5}, r"leave out spd\.budget"),
         ({"budget": 1.5}, "from 0 to 1"),
         ({"budget": 0.5}, r"measure it with .*recipes\.spd_sensitivity mesh\.tp=3"),
-        ({"drop": "ranked"}, r"say with spd\.budget"),
+        ({"drop": "ranked"}, r"set spd\.budget"),
         ({"drop": "all", "budget": 0.5}, "use spd=ranked"),
-        ({"sensitivity": "x"}, r"say with spd\.budget"),
+        ({"sensitivity": "x"}, r"set spd\.budget"),
     ],
 )
 def test_contradictory_settings_are_refused(folder: Path, spd: dict[str, object], words: str) -> None:

@@ -71,14 +71,14 @@ def train(rank: Rank, run: Run) -> list[Step]:
     """Run the steps of ``run`` on this rank; the result of each."""
     from longctx.attention.flash_cpu import flash_cpu
     from longctx.megatron.hf_io import load as hf_load
-    from longctx.megatron.runtime import runtime as start_runtime
+    from longctx.megatron.runtime import open_runtime
     from longctx.megatron.training import checkpoint
     from longctx.megatron.training.optimizer import build_train_state
     from longctx.parallel.strategy import STRATEGIES
     from longctx.train.step import Sharding, micro_batches, train_step
 
     shape = shape_of(run.folder)
-    with start_runtime(rank, run.mesh, timeout_minutes=2, training=True) as runtime:
+    with open_runtime(rank, run.mesh, timeout_minutes=2, training=True) as runtime:
         trained = build_train_state(
             runtime,
             shape,

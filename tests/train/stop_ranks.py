@@ -3,14 +3,14 @@
 import os
 
 from longctx.config import Mesh
-from longctx.megatron.runtime import runtime as start_runtime
+from longctx.megatron.runtime import open_runtime
 from longctx.parallel.launch import Rank
 from longctx.train.stop import SIGNAL, StopRequest
 
 
 def agreements(rank: Rank, signaled: int) -> tuple[bool, bool, bool]:
     """Three results of `agreed_on_all_ranks`: before rank ``signaled`` gets the signal, after it, and once more."""
-    with start_runtime(rank, Mesh(ring=rank.world_size)) as runtime:
+    with open_runtime(rank, Mesh(ring=rank.world_size)) as runtime:
         stop = StopRequest()
         before = stop.agreed_on_all_ranks(runtime.world, runtime.device)
         if rank.rank == signaled:

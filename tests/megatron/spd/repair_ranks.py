@@ -21,7 +21,7 @@ def run_repair(
     of tensors ``moved`` by regrouping; with ``settings``, the ``errors`` of the repair and the MLP's ``norms``.
     """
     from longctx.infer.engine import load_engine
-    from longctx.megatron import runtime as runtime_module
+    from longctx.megatron.runtime import open_runtime
     from longctx.megatron.spd.blocks import Blocks
     from longctx.megatron.spd.repair import place_neurons, repair, spread_heads
     from longctx.spd.text import PackedText
@@ -31,7 +31,7 @@ def run_repair(
     ids = torch.randint(shape.vocab_size, (7, 20), generator=draw)
     text = PackedText(ids[:, :-1], ids[:, 1:], torch.rand(7, 19, generator=draw) < 0.8)
     out: dict[str, Any] = {}
-    with runtime_module.runtime(rank, Mesh(tp=tp), timeout_minutes=2) as runtime:
+    with open_runtime(rank, Mesh(tp=tp), timeout_minutes=2) as runtime:
         plan = SPDPlan(shape.layers, tp, dropped)
         engine = load_engine(runtime, ModelSource("test", str(folder)), shape, folder, "reference", plan)
         blocks = Blocks(engine.model, shape, engine.kernel, engine.tp)
@@ -68,12 +68,12 @@ def measure_neuron_errors(rank: Rank, folder: Path) -> dict[str, Any]:
     ``normed`` lists the MLP's input with all heads, then with each rank's heads.
     """
     from longctx.infer.engine import load_engine
-    from longctx.megatron import runtime as runtime_module
+    from longctx.megatron.runtime import open_runtime
     from longctx.megatron.spd.blocks import Blocks
 
     shape, tp = shape_of(folder), rank.world_size
     ids = torch.randint(shape.vocab_size, (19, 23), generator=torch.Generator().manual_seed(53))
-    with runtime_module.runtime(rank, Mesh(tp=tp), timeout_minutes=2) as runtime, torch.no_grad():
+    with open_runtime(rank, Mesh(tp=tp), timeout_minutes=2) as runtime, torch.no_grad():
         engine = load_engine(
             runtime, ModelSource("test", str(folder)), shape, folder, "reference", SPDPlan(shape.layers, tp)
         )
@@ -94,15 +94,15 @@ def measure_neuron_errors(rank: Rank, folder: Path) -> dict[str, Any]:
 def measure_divergence(rank: Rank, folder: Path) -> dict[str, Tensor]:
     """Return two random hidden states' logits, the divergence between their predictions, and its gradient."""
     from longctx.infer.engine import load_engine
-    from longctx.megatron import runtime as runtime_module
     from longctx.megatron.model import logits
+    from longctx.megatron.runtime import open_runtime
     from longctx.megatron.spd.likelihood import kl_divergence, log_prob_shard
 
     shape = shape_of(folder)
     draw = torch.Generator().manual_seed(37)
     student, teacher = (torch.randn(13, 1, shape.hidden, generator=draw).requires_grad_() for _ in range(2))
     weights = torch.rand(13, 1, generator=draw)
-    with runtime_module.runtime(rank, Mesh(tp=rank.world_size), timeout_minutes=2) as runtime:
+    with open_runtime(rank, Mesh(tp=rank.world_size), timeout_minutes=2) as runtime:
         model = load_engine(runtime, ModelSource("test", str(folder)), shape, folder, "reference").model
         model.requires_grad_(False)
         shard = log_prob_shard(model, teacher, runtime.tp, shape.vocab_size)
@@ -117,13 +117,13 @@ def measure_divergence(rank: Rank, folder: Path) -> dict[str, Tensor]:
 def train_jointly(rank: Rank, folder: Path, mesh: Mesh, at_once: bool, place: Path) -> dict[str, Any]:
     """Train all blocks jointly for 5 steps, with a save and a resume after step 2 unless ``at_once``."""
     from longctx.infer.engine import load_engine
-    from longctx.megatron import runtime as runtime_module
+    from longctx.megatron.runtime import open_runtime
     from longctx.megatron.spd.blocks import Blocks
     from longctx.megatron.spd.joint import JointDistillation
 
     shape, settings = shape_of(folder), JointRepair(steps=5, batch=4, lr=1e-3, save_every=2)
     tokens = torch.randint(shape.vocab_size, (4, 17), generator=torch.Generator().manual_seed(41))
-    with runtime_module.runtime(rank, mesh, timeout_minutes=2) as runtime:
+    with open_runtime(rank, mesh, timeout_minutes=2) as runtime:
         plan = SPDPlan(shape.layers, mesh.tp)
         engine = load_engine(runtime, ModelSource("test", str(folder)), shape, folder, "reference", plan)
         blocks = Blocks(engine.model, shape, engine.kernel, engine.tp)

@@ -128,14 +128,14 @@ def run_layer(
 
     from longctx.attention.kernel import reference
     from longctx.attention.layout import zigzag
-    from longctx.megatron import runtime as runtime_module
     from longctx.megatron.attention import Pass
+    from longctx.megatron.runtime import open_runtime
     from longctx.megatron.spd.layer import SPDTransformerLayer
     from longctx.parallel.comm import SingleRankComm
     from longctx.parallel.hybrid import hybrid
     from longctx.parallel.ring import pass_kv
 
-    with runtime_module.runtime(rank, Mesh(tp=tp), timeout_minutes=2, training=True) as runtime:
+    with open_runtime(rank, Mesh(tp=tp), timeout_minutes=2, training=True) as runtime:
         layer = build_layer(
             TransformerLayer if kind == "stock" else SPDTransformerLayer,
             runtime, biases=biases, sequence_parallel=sequence_parallel,

@@ -1,4 +1,4 @@
-"""recipes.bench drift: what a layer is handed, what it is held to, and what is said of it."""
+"""recipes.bench drift: the captured attention inputs, the float64 reference, the errors and the verdict."""
 
 import json
 from pathlib import Path
@@ -23,73 +23,67 @@ def inputs(rows: int, d: int = 5) -> drift.Inputs:
     return q, k, v
 
 
-def read(rank: Rank, folder: Path) -> dict[int, drift.Inputs]:
+def capture(rank: Rank, folder: Path) -> dict[int, drift.Inputs]:
     from longctx.infer.engine import load_engine
-    from longctx.megatron.runtime import runtime
+    from longctx.megatron.runtime import open_runtime
 
-    with runtime(rank, Mesh()) as here:
-        engine = load_engine(here, ModelSource("tiny", str(folder)), shape_of(folder), folder, "auto")
-        return drift.captured(engine, torch.tensor(TOKENS), [1])
+    with open_runtime(rank, Mesh()) as runtime:
+        engine = load_engine(runtime, ModelSource("tiny", str(folder)), shape_of(folder), folder, "auto")
+        return drift.capture_attention_inputs(engine, torch.tensor(TOKENS), [1])
 
 
-def test_what_a_layer_is_handed_is_what_transformers_hands_it(tiny):
-    """Of the last layer: it is right only if the ones before attended right."""
-    handed = []
+def test_captured_inputs_are_those_of_transformers(tiny):
+    """The last layer's inputs match only if attention in the layers before it does."""
+    references = []
 
-    def keeping(module, query, key, value, mask, scaling, **_):
-        handed.append((query, key, value))
+    def keep(module, query, key, value, mask, scaling, **_):
+        references.append((query, key, value))
         keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
 
-    AttentionInterface.register("keeping", keeping)
-    model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="keeping", dtype=torch.float32)
+    AttentionInterface.register("keep", keep)
+    model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="keep", dtype=torch.float32)
     with torch.no_grad():
         model(torch.tensor([TOKENS]))
-    kept = run_ranks(1, read, tiny)[0]
-    assert list(kept) == [1]
-    for got, right in zip(kept[1], handed[1], strict=True):
-        oracle.assert_close(got, right.transpose(1, 2).double(), 1e-5)
+    captured = run_ranks(1, capture, tiny)[0]
+    assert list(captured) == [1]
+    for x, reference in zip(captured[1], references[1], strict=True):
+        oracle.assert_close(x, reference.transpose(1, 2).double(), 1e-5)
 
 
-def test_dense_attention_and_its_gradients_are_the_oracles():
-    of, rows = inputs(23), oracle.pack_rows([23])
+def test_exact_attention_and_its_gradients_match_the_oracle():
+    qkv, rows = inputs(23), oracle.pack_rows([23])
     mask, dout = oracle.visible(rows, rows), torch.randn(2, 23, 6, 5)
-    oracle.assert_close(drift.exact(*of), oracle.attention(*of, mask)[0], 1e-12)
-    for got, right in zip(drift.exact_gradients(of, dout), oracle.gradients(*of, mask, dout), strict=True):
-        oracle.assert_close(got, right, 1e-12)
+    oracle.assert_close(drift.exact(*qkv), oracle.attention(*qkv, mask)[0], 1e-12)
+    for x, reference in zip(drift.exact_gradients(qkv, dout), oracle.gradients(*qkv, mask, dout), strict=True):
+        oracle.assert_close(x, reference, 1e-12)
 
 
-def test_errors_of_every_way_and_number_of_ranks():
-    of, runs = inputs(101), []
-    made = drift.output_errors(of, (1, 3), flash_cpu, lambda: runs.append(1))
-    errors, unrounded = made["errors"], made["unrounded"]
+def test_errors_of_every_strategy_and_number_of_ranks():
+    qkv, runs = inputs(101), []
+    errors, unrounded = drift.output_errors(qkv, (1, 3), flash_cpu, lambda: runs.append(1))
     assert list(errors) == list(unrounded) == [*STRATEGIES, drift.CONTROL]
-    for way in STRATEGIES:
-        assert all(1e-3 < taken < 2**-9 for taken in errors[way]), "bfloat16 is 2**-9 off, at most"
-        assert all(0 < taken < 1e-6 for taken in unrounded[way])
+    for name in STRATEGIES:
+        assert all(1e-3 < error < 2**-9 for error in errors[name]), "bfloat16 is 2**-9 off, at most"
+        assert all(0 < error < 1e-6 for error in unrounded[name])
     assert errors[drift.CONTROL][1] > drift.BAR * errors[drift.CONTROL][0], "the control drifts"
-    gradients = drift.gradient_errors(of, 0, (1, 3), flash_cpu, lambda: runs.append(1))
+    gradients = drift.gradient_errors(qkv, 0, (1, 3), flash_cpu, lambda: runs.append(1))
     assert list(gradients) == ["dq", "dk", "dv"]
-    assert all(1e-3 < taken < 2**-9 for way in gradients.values() for taken in way)
+    assert all(1e-3 < error < 2**-9 for of_ranks in gradients.values() for error in of_ranks)
     assert len(runs) == 2 * len(errors) + 2
 
 
-def rows_of(ratios: dict[int, float]) -> list[dict]:
-    """Layers whose error on three ranks is as many times one rank's, by whatever way."""
+def layers_with(ratios: dict[int, float]) -> list[drift.LayerErrors]:
+    """Layers whose error on three ranks is the given multiple of one rank's, for every strategy."""
 
-    def twice(error: float, ways: tuple[str, ...]) -> dict[str, list[float]]:
-        return {way: [1e-3, error * 1e-3] for way in ways}
+    def errors(ratio: float, names: tuple[str, ...]) -> drift.Errors:
+        return {name: [1e-3, ratio * 1e-3] for name in names}
 
-    ways = (*STRATEGIES, drift.CONTROL)
+    names = (*STRATEGIES, drift.CONTROL)
     return [
-        {
-            "layer": layer,
-            "errors": twice(r, ways),
-            "unrounded": twice(r, ways),
-            "gradients": twice(1.0, ("dq", "dk", "dv")),
-        }
-        for layer, r in ratios.items()
+        drift.LayerErrors(layer, errors(ratio, names), errors(ratio, names), errors(1.0, ("dq", "dk", "dv")))
+        for layer, ratio in ratios.items()
     ]
 
 
@@ -100,8 +94,8 @@ def rows_of(ratios: dict[int, float]) -> list[dict]:
         ({0: 1.01, 5: 0.9, 7: 1.06}, "DRIFT: at most 1.060000 (layer 7)"),
     ],
 )
-def test_the_worst_layer_is_named_and_judged(ratios, verdict, capsys):
-    drift.show(rows_of(ratios), drift.DriftSettings(9, None, (1, 3), (1, 3), None, None))
+def test_the_verdict_names_the_worst_layer(ratios, verdict, capsys):
+    drift.show(layers_with(ratios), drift.DriftSettings(9, None, (1, 3), (1, 3), None, None))
     assert verdict in capsys.readouterr().err
 
 
@@ -113,7 +107,8 @@ def test_a_tiny_model_is_measured_written_and_drawn(cli, tiny, tmp_path):
     result = json.loads(out.read_text())
     assert (result["model"], result["tokens"], result["ranks"]) == ("tiny", 61, [1, 3])
     assert [row["layer"] for row in result["rows"]] == [1]
-    assert [len(taken) for taken in result["rows"][0]["errors"].values()] == [2] * 4
+    assert [len(errors) for errors in result["rows"][0]["errors"].values()] == [2] * 4
+    assert list(result["rows"][0]) == ["layer", "errors", "unrounded", "gradients"]
     assert "no drift" in err and "processor" in result
     assert "<svg" in picture.read_text()
 
@@ -129,7 +124,7 @@ def test_a_tiny_model_is_measured_written_and_drawn(cli, tiny, tmp_path):
         (["tokens=97", "layers=[0,2]"], "layers=2: tiny has layers 0 to 1"),
         (["layers=[-1]"], "layers.0=-1"),
         (["tokens=0"], "tokens=0"),
-        (["tokens=98"], "tokens=98: tiny was made for 97"),
+        (["tokens=98"], "tokens=98: tiny has 97 positions; use at most 97"),
         (["picture=/dev/null/a.svg"], "/dev/null/a.svg cannot be written"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",

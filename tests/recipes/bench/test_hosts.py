@@ -1,4 +1,4 @@
-"""Emulated hosts: links as slow as asked for, refusals before anything starts, and nothing left behind."""
+"""Emulated hosts: links have the requested rate and latency, bad settings are refused, and nothing is left over."""
 
 import json
 import os
@@ -21,24 +21,24 @@ def output(command):
 
 def state():
     """This process's namespaces, and the machine's own links and queueing disciplines."""
-    mine = [name for name in output("ip netns list").split() if name.startswith(f"longctx-{os.getpid()}-")]
-    return mine, output("ip -brief link"), output("tc qdisc show")
+    own = [name for name in output("ip netns list").split() if name.startswith(f"longctx-{os.getpid()}-")]
+    return own, output("ip -brief link"), output("tc qdisc show")
 
 
 @pytest.fixture(scope="module")
 def namespaces():
-    """Skips where a machine has no namespaces to give, or no shaped links in them."""
+    """Skip the test on a machine without network namespaces, or without rate limits in them."""
     if os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("tc")):
         pytest.skip("emulated hosts need root, and ip and tc (iproute2)")
     name = f"longctx-test{os.getpid()}"
-    made = [
+    commands = [
         f"ip netns add {name}",
         f"ip -n {name} link add bridge type bridge",
         f"ip -n {name} link add one type veth peer name two",
         f"tc -n {name} qdisc add dev one root tbf rate 1mbit burst 10000 limit 10000",
     ]
     try:
-        for command in made:
+        for command in commands:
             output(command)
     except subprocess.CalledProcessError as refused:
         pytest.skip(f"no emulated hosts here: `{command}` says {refused.stderr.strip()}")
@@ -47,22 +47,22 @@ def namespaces():
 
 
 @pytest.fixture
-def nothing_left(namespaces, monkeypatch):
-    """The test leaves no namespace, link or rank behind."""
-    before, started, ranks = state(), hosts._started, []
-    monkeypatch.setattr(hosts, "_started", lambda *args: ranks.append(started(*args)) or ranks[-1])
+def no_leftovers(namespaces, monkeypatch):
+    """Check after the test that it left no namespace, link or running rank."""
+    before, start_rank, ranks = state(), hosts._start_rank, []
+    monkeypatch.setattr(hosts, "_start_rank", lambda *args: ranks.append(start_rank(*args)) or ranks[-1])
     yield
     assert state() == before
     assert all(rank.returncode is not None for rank in ranks), "a rank still runs"
 
 
-def on_hosts(count, rate, program):
+def on_hosts(count, rate, program, latency_us=0):
     """Run a Python ``program`` on emulated hosts; RANK is defined in it."""
     begin = "import os, signal, socket, sys, time\nRANK = int(os.environ['RANK'])\n"
-    hosts.run_on_hosts(count, rate, [sys.executable, "-c", begin + program])
+    hosts.run_on_hosts(count, rate, [sys.executable, "-c", begin + program], latency_us)
 
 
-def test_the_crossover_is_measured_over_links_of_the_asked_rate(cli, tiny, tmp_path, nothing_left):
+def test_crossover_is_measured_over_links_of_the_requested_rate(cli, tiny, tmp_path, no_leftovers):
     out = tmp_path / "crossover.json"
     words = [f"model={tiny}", "hosts=2", "rate=80mbit", "total=61", "miss_rates=[0.3]", "rounds=1", f"out={out}"]
     code, _, err = cli(crossover, crossover.task, *words)
@@ -73,8 +73,8 @@ def test_the_crossover_is_measured_over_links_of_the_asked_rate(cli, tiny, tmp_p
     assert 0.6 * 10e6 < result["hardware"]["hop"]["bytes_per_s"] < 1.05 * 10e6
 
 
-def test_latency_is_what_was_asked_for(nothing_left, capfd):
-    """A round trip over links of 3 ms one way takes 6 ms, and not much more."""
+def test_links_have_the_requested_latency(no_leftovers, capfd):
+    """A round trip over links of 3 ms one way takes 6 ms to 12 ms."""
     program = """
 port = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
 if RANK == 0:
@@ -89,17 +89,16 @@ else:
             break
         except OSError:
             time.sleep(0.05)
-    took = []
+    seconds = []
     for _ in range(12):
         began = time.perf_counter()
         peer.sendall(b"x")
         peer.recv(1)
-        took.append(time.perf_counter() - began)
-    if not 0.006 <= min(took) < 0.012:
-        sys.exit(f"a round trip took {min(took)} s")
+        seconds.append(time.perf_counter() - began)
+    if not 0.006 <= min(seconds) < 0.012:
+        sys.exit(f"a round trip took {min(seconds)} s")
 """
-    begin = "import os, signal, socket, sys, time\nRANK = int(os.environ['RANK'])\n"
-    hosts.run_on_hosts(2, "80mbit", [sys.executable, "-c", begin + program], latency_us=3000)
+    on_hosts(2, "80mbit", program, latency_us=3000)
 
 
 TALK = """
@@ -109,7 +108,7 @@ if RANK == 0:
         peers = [server.accept()[0] for _ in range(2)]
     began = time.monotonic()
     for peer in peers:
-        peer.sendall(bytes(TOLD))
+        peer.sendall(bytes(SENT))
         peer.shutdown(socket.SHUT_WR)
     for peer in peers:
         while peer.recv(2**16): pass
@@ -120,44 +119,44 @@ else:
         except ConnectionRefusedError: time.sleep(0.01)
         else: break
     while peer.recv(2**16): pass
-    peer.sendall(bytes(ANSWERED))
+    peer.sendall(bytes(RETURNED))
 """
 
 
-@pytest.mark.parametrize(("told", "answered"), [(500_000, 1), (1, 500_000)], ids=["sends", "receives"])
-def test_what_a_host_sends_to_two_others_or_receives_from_them_shares_its_link(nothing_left, capfd, told, answered):
-    on_hosts(3, "20mbit", TALK.replace("TOLD", str(told)).replace("ANSWERED", str(answered)))
+@pytest.mark.parametrize(("sent", "returned"), [(500_000, 1), (1, 500_000)], ids=["sends", "receives"])
+def test_traffic_with_two_other_hosts_shares_one_link(no_leftovers, capfd, sent, returned):
+    on_hosts(3, "20mbit", TALK.replace("SENT", str(sent)).replace("RETURNED", str(returned)))
     seconds = float(capfd.readouterr().out.removeprefix("seconds"))
     assert seconds > 0.9 * 2 * 500_000 * 8 / 20e6
 
 
 @pytest.mark.parametrize(
-    ("ending", "how"),
+    ("ending", "reason"),
     [("print('its last words'); sys.exit(3)", "exited with 3"), ("os.kill(os.getpid(), 9)", "was killed by SIGKILL")],
 )
-def test_a_rank_that_fails_ends_the_others(nothing_left, capfd, ending, how):
+def test_a_rank_that_fails_ends_the_others(no_leftovers, capfd, ending, reason):
     began = time.monotonic()
-    with pytest.raises(RankFailed, match=f"rank 1 of 2 {how}; the other ranks were ended") as failed:
+    with pytest.raises(RankFailed, match=f"rank 1 of 2 {reason}; the other ranks were ended") as failed:
         on_hosts(2, "10mbit", f"print('of', RANK, flush=True)\nif RANK: {ending}\ntime.sleep(60)")
     assert time.monotonic() - began < 30
     assert ("its last words" in failed.value.details) == ("last" in ending)
     assert capfd.readouterr().out in ("", "of 0\n"), "the first rank's output only"
 
 
-@pytest.mark.parametrize(("sent", "raised"), [("SIGINT", KeyboardInterrupt), ("SIGTERM", SystemExit)])
-def test_an_interrupted_run_ends_its_ranks(nothing_left, sent, raised):
-    with pytest.raises(raised):
-        on_hosts(2, "10mbit", f"if RANK: os.kill(os.getppid(), signal.{sent})\ntime.sleep(60)")
+@pytest.mark.parametrize(("number", "error"), [("SIGINT", KeyboardInterrupt), ("SIGTERM", SystemExit)])
+def test_an_interrupted_run_ends_its_ranks(no_leftovers, number, error):
+    with pytest.raises(error):
+        on_hosts(2, "10mbit", f"if RANK: os.kill(os.getppid(), signal.{number})\ntime.sleep(60)")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_what_ip_refuses_is_undone_and_said(nothing_left, monkeypatch):
+def test_a_failing_ip_command_is_reported_and_undone(no_leftovers, monkeypatch):
     monkeypatch.setattr(hosts, "_MTU", -1)
     with pytest.raises(ValueError, match=r"use hosts=0: `ip -n \S+ link add .*` says .*mtu"):
         hosts.run_on_hosts(2, "10mbit", [sys.executable, "-c", "raise SystemExit"])
 
 
-def test_what_a_killed_run_left_is_removed_by_the_next(nothing_left):
+def test_the_next_run_removes_the_namespaces_of_a_killed_one(no_leftovers):
     ended = subprocess.Popen(["true"])
     ended.wait()
     dead, alive = [f"longctx-{ended.pid}-switch", f"longctx-{ended.pid}-host2"], f"longctx-{os.getppid()}-host1"
@@ -165,15 +164,15 @@ def test_what_a_killed_run_left_is_removed_by_the_next(nothing_left):
         output(f"ip netns add {name}")
     try:
         with hosts.emulated_hosts(1, "10mbit") as names:
-            there = set(output("ip netns list").split())
+            existing = set(output("ip netns list").split())
     finally:
         output(f"ip netns del {alive}")
-    assert there >= {alive, *names} and not there & set(dead)
+    assert existing >= {alive, *names} and not existing & set(dead)
 
 
 @pytest.fixture
 def says(refused, tiny, monkeypatch):
-    """What the crossover says when it refuses ``settings``, with no host started."""
+    """``says(*settings)``: the message with which crossover refuses ``settings``, before any host starts."""
     monkeypatch.setattr(crossover, "run_on_hosts", lambda *_: pytest.fail("hosts were started"))
     monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setattr("shutil.which", lambda name: f"/sbin/{name}")
@@ -183,18 +182,18 @@ def says(refused, tiny, monkeypatch):
 @pytest.mark.parametrize(
     "environment", [{"WORLD_SIZE": "1"}, {"SLURM_STEP_NUM_TASKS": "1"}, {"TORCHELASTIC_RUN_ID": "7"}]
 )
-def test_a_rank_hears_of_no_other_launcher(environment):
-    kept = hosts._without_launchers({"HOME": "/root", **environment})
-    assert kept.pop("HOME") == "/root" and kept in ({}, {"WORLD_SIZE": "1"})
+def test_ranks_do_not_inherit_the_variables_of_a_launcher(environment):
+    inherited = hosts._without_launchers({"HOME": "/root", **environment})
+    assert inherited.pop("HOME") == "/root" and inherited in ({}, {"WORLD_SIZE": "1"})
 
 
-@pytest.mark.parametrize(("rate", "means"), [("100mbit", 1e8), ("1gbit", 1e9), ("2.5gbit", 2.5e9), ("7kbit", 7e3)])
-def test_rates_mean_what_tc_means(rate, means):
-    assert hosts.bits_per_s(rate) == means
+@pytest.mark.parametrize(("rate", "bits"), [("100mbit", 1e8), ("1gbit", 1e9), ("2.5gbit", 2.5e9), ("7kbit", 7e3)])
+def test_rates_are_read_in_units_of_tc(rate, bits):
+    assert hosts.bits_per_s(rate) == bits
 
 
 @pytest.mark.parametrize("rate", ["100", "100 mbit", "100Mb/s", "0mbit", "-1mbit", "1e9bit", "50%", "mbit", "10mbit 5"])
-def test_a_rate_that_is_none_is_refused(rate):
+def test_a_malformed_rate_is_refused(rate):
     with pytest.raises(ValueError, match=re.escape(f"rate={rate}: use a number and kbit, mbit or gbit")):
         hosts.bits_per_s(rate)
 
@@ -203,13 +202,13 @@ def test_a_rate_that_is_none_is_refused(rate):
     ("settings", "words"),
     [
         (["hosts=3"], "hosts=3, ring=2: each host has one rank, use hosts=2, or hosts=0"),
-        (["hosts=1", "mesh.ring=1"], "nothing travels on one rank"),
+        (["hosts=1", "mesh.ring=1"], "mesh.ring=1: one rank has no transfers to time"),
         (["hosts=-1"], "hosts=-1"),
         (["hosts=2", "rate=100"], "rate=100: use a number and kbit, mbit or gbit, such as rate=100mbit"),
         (["hosts=2", "rate=10 mbit"], "rate=10 mbit: use a number"),
     ],
 )
-def test_hosts_and_rates_that_cannot_be_are_refused(says, settings, words):
+def test_bad_hosts_and_rates_are_refused(says, settings, words):
     assert words in says(*settings)
 
 
@@ -221,7 +220,7 @@ def test_a_user_who_is_not_root_is_refused(says, monkeypatch):
 @pytest.mark.parametrize("tool", ["ip", "tc"])
 def test_a_machine_without_ip_or_tc_is_refused(says, monkeypatch, tool):
     monkeypatch.setattr("shutil.which", lambda name: None if name == tool else f"/sbin/{name}")
-    assert f"there is no {tool} in PATH, install iproute2" in says("hosts=2")
+    assert f"{tool} is not in PATH, install iproute2" in says("hosts=2")
 
 
 def test_ranks_of_a_launcher_are_refused(says, monkeypatch):

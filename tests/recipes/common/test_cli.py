@@ -1,4 +1,4 @@
-"""The command line becomes typed settings, and every way to fail one clear line and an exit code."""
+"""The command line becomes typed settings; each kind of failure becomes one line and an exit code."""
 
 import json
 import logging
@@ -15,12 +15,12 @@ from recipes.common import settings
 
 @pytest.fixture
 def compose(cli):
-    """The configuration that ``python -m recipes.generate argv`` runs with."""
+    """``compose(*argv)``: the configuration that ``python -m recipes.generate argv`` runs with."""
 
     def run(*argv, recipe=generate):
-        seen = []
-        assert cli(recipe, seen.append, *argv) == (0, "", "")
-        return seen[0]
+        configs = []
+        assert cli(recipe, configs.append, *argv) == (0, "", "")
+        return configs[0]
 
     return run
 
@@ -33,35 +33,35 @@ def test_settings_have_their_types(compose):
     assert (top.max_new_tokens, top.verify, run.threads, top.out) == (64, True, 2, None)
 
 
-def test_a_list_has_a_section_an_item():
-    def meshes(given):
-        return settings.sections(OmegaConf.create({"meshes": given}), "meshes", Mesh)
+def test_each_item_of_a_list_is_a_section():
+    def meshes(items):
+        return settings.sections(OmegaConf.create({"meshes": items}), "meshes", Mesh)
 
     assert meshes([]) == ()
     assert meshes([{"ring": 3}, {"tp": 5}]) == (Mesh(ring=3), Mesh(tp=5))
-    for given in (2, [2], {"ring": 3}):
-        with pytest.raises(ValueError, match=r"meshes=.*: give a list, an item's settings in braces"):
-            meshes(given)
+    for items in (2, [2], {"ring": 3}):
+        with pytest.raises(ValueError, match=r"meshes=.*: give a list .* in braces: meshes=\[\{...\}\]"):
+            meshes(items)
 
 
 @pytest.mark.parametrize(
     "text",
     ["Hello, (world) [1] {2}: a=b, it's #1 ?", 'he said "no"', '"quoted', '\\" ${x} $x \\\\"', "two\nlines C:\\"],
 )
-def test_free_text_reaches_the_configuration_as_it_is(compose, text):
+def test_free_text_reaches_the_configuration_unchanged(compose, text):
     config = compose(f"prompt.text={text}", f"prompt.question={text}")
     prompt = settings.section(config, "prompt", PromptSource)
     assert prompt.text == prompt.question == text
 
 
-def test_a_known_model_is_a_choice_of_the_configuration(compose):
+def test_model_of_the_configuration_is_chosen_by_name(compose):
     model = settings.section(compose("model=smollm2_135m"), "model", ModelSource)
     assert (model.name, model.source, model.gguf) == (
         "smollm2_135m", None, "SmolLM2-135M-Instruct.Q4_1.gguf",
     )  # fmt: skip
 
 
-def test_a_model_may_be_described(compose):
+def test_model_can_be_changed_field_by_field(compose):
     config = compose("model=tiny", "model.config.num_hidden_layers=3", "+model.config.rms_norm_eps=1e-5")
     model = settings.section(config, "model", ModelSource)
     assert (model.name, model.source, model.tokenizer) == ("tiny", None, "bytes")
@@ -69,32 +69,32 @@ def test_a_model_may_be_described(compose):
 
 
 @pytest.mark.parametrize("recipe", [generate, chat])
-def test_a_model_without_weights_answers_nothing(refused, tmp_path, monkeypatch, recipe):
+def test_model_without_weights_is_refused(refused, tmp_path, monkeypatch, recipe):
     monkeypatch.setenv("LONGCTX_CACHE", str(tmp_path))
     line = refused(recipe, recipe.task, "model=tiny", *["prompt.text=hello"] * (recipe is generate))
     assert "this model has no weights yet, train it with recipes.pretrain" in line
 
 
 @pytest.mark.parametrize("name", ["a = b, [c] {d}", "it's"])
-def test_a_model_may_be_a_folder_of_any_name(compose, tmp_path, name):
+def test_model_can_be_a_folder_of_any_name(compose, tmp_path, name):
     (tmp_path / name).mkdir()
     model = settings.section(compose(f"model={tmp_path / name}"), "model", ModelSource)
     assert (model.name, model.source, model.wheel) == (name, str(tmp_path / name), None)
 
 
-def test_a_model_may_be_a_name_on_the_hub(compose):
+def test_model_can_be_a_name_on_the_hub(compose):
     model = settings.section(compose("model=some-one/Model-1.5B"), "model", ModelSource)
     assert (model.name, model.source) == ("Model-1.5B", "some-one/Model-1.5B")
 
 
-def test_the_model_cache_is_the_environment_s(compose, monkeypatch, tmp_path):
+def test_model_cache_is_read_from_the_environment(compose, monkeypatch, tmp_path):
     monkeypatch.setenv("LONGCTX_CACHE", str(tmp_path))
     assert settings.section(compose(), "model", ModelSource).cache == str(tmp_path)
     monkeypatch.delenv("LONGCTX_CACHE")
     assert settings.section(compose(), "model", ModelSource).cache == "~/.cache/longctx"
 
 
-def test_an_experiment_sets_what_belongs_together(compose):
+def test_experiment_sets_several_settings(compose):
     config = compose("experiment=generate/demo", "mesh.ring=3")
     assert (config.prompt.tokens, config.mesh.ring) == (6000, 3)
 
@@ -128,12 +128,14 @@ def test_an_experiment_sets_what_belongs_together(compose):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_refused_settings(refused, tiny, setting, words):
+def test_wrong_settings_are_refused_by_name(refused, tiny, setting, words):
     line = refused(generate, generate.task, f"model={tiny}", "prompt.text=hello", setting)
     assert all(word in line for word in words), line
 
 
-def fails(error):
+def raising(error):
+    """Return a task that raises ``error``."""
+
     def task(_):
         raise error
 
@@ -141,7 +143,7 @@ def fails(error):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "printed"),
     [
         (ValueError("use [2] of them"), 2, "error: use [2] of them\n"),
         (RankFailed(3, 5, "raised E: [x]", "Traceback"), 1, "Traceback\nerror: rank 3 of 5 raised E: [x]; the other"),
@@ -150,54 +152,63 @@ def fails(error):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-def test_exit_codes(cli, error, code, said):
-    left, out, err = cli(generate, fails(error))
-    assert (left, out) == (code, "")
-    assert err.startswith(said)
+def test_each_kind_of_error_has_an_exit_code(cli, error, code, printed):
+    exit_code, out, err = cli(generate, raising(error))
+    assert (exit_code, out) == (code, "")
+    assert err.startswith(printed)
 
 
-def test_a_warning_of_the_library_reaches_the_user(cli, caplog):
-    """Hydra, whose own ways of logging are left out, would silence whoever has a logger already."""
+def test_warning_of_the_library_reaches_the_user(cli, caplog):
+    """Hydra's logging, which is switched off, would disable loggers that exist before it is configured."""
     warn = logging.getLogger("longctx.data.documents").warning
     assert cli(generate, lambda _: warn("a line was skipped"))[0] == 0
     assert caplog.messages == ["a line was skipped"]
 
 
-def test_without_a_launcher_ranks_are_started_here(monkeypatch):
+def rank_main(*args):
+    """Return the arguments."""
+    return args
+
+
+def test_without_a_launcher_local_ranks_are_started(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(recipe_cli, "run_ranks", lambda *given: [given, "the second's"])
-    assert recipe_cli.on_ranks(Mesh(ring=2), fails, "job") == (2, fails, "job")
+    monkeypatch.setattr(recipe_cli, "run_ranks", lambda *args: [args, "the second rank's"])
+    assert recipe_cli.on_ranks(Mesh(ring=2), rank_main, "job") == (2, rank_main, "job")
 
 
-def test_under_a_launcher_this_process_is_a_rank(monkeypatch, nobody_starts):
-    given = []
-    monkeypatch.setenv("WORLD_SIZE", "6")
-    for rank, answer in (("0", "answer"), ("1", None)):
-        monkeypatch.setenv("RANK", rank)
-        assert recipe_cli.on_ranks(Mesh(ring=3, tp=2), lambda *args: given.append(args) or "answer", "job") == answer
-    assert given == [(Rank(rank, 6, 0, 1, "env://"), "job") for rank in range(2)]
+def test_under_a_launcher_this_process_is_a_rank(under_torchrun, no_ranks_start):
+    """The first rank returns its result, the others return None."""
+    calls = []
+    for rank, answer in ((0, "answer"), (1, None)):
+        under_torchrun(rank, 6)
+        assert recipe_cli.on_ranks(Mesh(ring=3, tp=2), lambda *args: calls.append(args) or "answer", "job") == answer
+    assert calls == [(Rank(rank, 6, 0, 1, "env://"), "job") for rank in range(2)]
     with pytest.raises(ValueError, match=r"started 6 ranks, the mesh has 5 \(ring=5\): set mesh.ring=6"):
-        recipe_cli.on_ranks(Mesh(ring=5), lambda *given: given, "job")
+        recipe_cli.on_ranks(Mesh(ring=5), rank_main, "job")
 
 
-def test_of_a_launcher_s_ranks_the_first_speaks_and_one_that_fails_raises(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("1", "0"):
-        monkeypatch.setenv("RANK", rank)
+def test_only_the_first_of_a_launcher_s_ranks_prints(under_torchrun, capsys):
+    for rank in (1, 0):
+        under_torchrun(rank, 2)
         recipe_cli.say(f"from rank {rank}")
     assert capsys.readouterr().err == "from rank 0\n"
+
+
+def test_failing_rank_of_a_launcher_raises(under_torchrun):
+    """The launcher gets a traceback, and not the one line of a refused command line."""
+    under_torchrun(0, 2)
     with pytest.raises(RuntimeError, match="rank 0 of 2 failed"):
-        recipe_cli.on_ranks(Mesh(ring=2), lambda *_: fails(ValueError("of a rank"))(None))
+        recipe_cli.on_ranks(Mesh(ring=2), lambda *_: raising(ValueError("of a rank"))(None))
 
 
-@pytest.mark.parametrize(("asked", "threads"), [(None, 2), (3, 3)])
-def test_ranks_share_the_cores_of_their_machine(monkeypatch, asked, threads):
+@pytest.mark.parametrize(("setting", "threads"), [(None, 2), (3, 3)])
+def test_ranks_share_the_cores_of_their_machine(monkeypatch, setting, threads):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(7))
-    assert recipe_cli.threads_for(asked, Rank(4, 6, 1, 3, "env://")) == threads
+    assert recipe_cli.threads_for(setting, Rank(4, 6, 1, 3, "env://")) == threads
     assert recipe_cli.threads_for(None, Rank(4, 60, 1, 30, "env://")) == 1, "more ranks than cores"
 
 
-def test_a_result_is_written_a_line_a_key(tmp_path, capsys):
+def test_result_is_written_with_one_line_per_key(tmp_path, capsys):
     out = tmp_path / "new" / "folder" / "result.json"
     recipe_cli.refuse_unwritable(str(out))
     recipe_cli.write_result(str(out), {"text": 'a "b"\n', "tokens": [2, 3]})

@@ -1,6 +1,6 @@
-"""Defaults have one source: what the YAML files of configs/ show equals the defaults of the dataclasses."""
+"""Defaults have one source: the values in the YAML files of configs/ equal the defaults of the dataclasses."""
 
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from importlib import import_module
 
 import pytest
@@ -22,9 +22,11 @@ from longctx.config import (
 )
 from recipes.common.overrides import CONFIGS
 
+# File -> dataclass: the default choice of each group.
 GROUPS = {
     "context/pass_kv": Context,
     "data/_base": DataSettings,
+    "launcher/slurm": "slurm.settings.Launcher",
     "mesh/one_rank": Mesh,
     "model/_base": ModelSource,
     "optim/adamw": Optim,
@@ -33,23 +35,31 @@ GROUPS = {
     "spd/saved": SPD,
     "track/none": Track,
 }
+# File -> dataclass of its settings outside any section.
 TOP_LEVEL = {
+    "bench/convergence": "recipes.bench.convergence.ConvergenceSettings",
     "bench/crossover": "recipes.bench.crossover.CrossoverSettings",
     "bench/decode": "recipes.bench.decode.DecodeSettings",
     "bench/drift": "recipes.bench.drift.DriftSettings",
     "bench/million": "recipes.bench.million.MillionSettings",
     "bench/prefill": "recipes.bench.prefill.PrefillSettings",
     "bench/spd_latency": "recipes.bench.spd_latency.LatencySettings",
+    "bench/spd_quality": "recipes.bench.spd_quality.QualitySettings",
+    "bench/spd_sweep": "recipes.bench.spd_sweep.SweepSettings",
+    "bench/train": "recipes.bench.train.TrainBenchSettings",
     "calibrate": "recipes.calibrate.CalibrateSettings",
     "chat": "recipes.chat.ChatSettings",
     "evaluate": "eval.job.EvalSettings",
     "export": "recipes.export.ExportSettings",
     "generate": "recipes.generate.GenerateSettings",
     "pretrain": "recipes.common.train_job.TrainSettings",
+    "spd_sensitivity": "recipes.spd_sensitivity.SensitivitySettings",
     "submit": "slurm.settings.SubmitSettings",
 }
+# File and section -> dataclass.
 SECTIONS = {
     ("chat", "session"): "recipes.chat.SessionPaths",
+    ("eval_speed", "speed"): "eval.speed.SpeedSettings",
     ("evaluate", "eval"): "eval.job.EvalConfig",
     ("generate", "prompt"): PromptSource,
     ("pretrain", "evaluate"): "recipes.common.train_job.Evaluation",
@@ -58,49 +68,82 @@ SECTIONS = {
     ("spd_adapt", "joint"): JointRepair,
     ("spd_sensitivity", "classes"): "recipes.spd_sensitivity.SensitivityThresholds",
 }
+# Settings that the choices of a group set, not its base: every model has a source, every text its files.
+SET_BY_CHOICES = {
+    "model/_base": {"name", "source", "wheel", "gguf", "sha256", "config", "tokenizer"},
+    "data/_base": {"sources"},
+}
 FROM_ENVIRONMENT = {("model/_base", "cache"), ("evaluate", "data")}  # ${oc.env:...}
+# Configurations that change values of another one: their own values are not defaults.
+EXTENDING = {"eval_speed", "extend", "spd_adapt"}
+HYDRA_ONLY = {"recipe"}
 
 
 def read(name):
+    """Return the settings in a file of configs/, without the defaults list and Hydra's own section."""
     values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
     return {key: value for key, value in values.items() if key not in ("defaults", "hydra")}
 
 
+def import_class(kind):
+    """Return the class ``kind``, which may be a dotted name."""
+    if not isinstance(kind, str):
+        return kind
+    module, _, attribute = kind.rpartition(".")
+    return getattr(import_module(module), attribute)
+
+
+def default_of(field: Field):
+    """Return the default of a dataclass' field as the YAML writes it; ``???`` for a required field."""
+    value = field.default_factory() if field.default_factory is not MISSING else field.default
+    value = list(value) if isinstance(value, tuple) else value
+    return "???" if value is MISSING else value
+
+
 def differences(name, values, kind):
-    """Settings whose YAML value is not the dataclass' default; a required setting has none, and ``???`` or nothing."""
-    if isinstance(kind, str):
-        module, _, attribute = kind.rpartition(".")
-        kind = getattr(import_module(module), attribute)
-    off = []
+    """Return a line for each field of ``kind`` whose YAML value differs from its default, or is missing."""
+    kind, lines = import_class(kind), []
+    exempt = SET_BY_CHOICES.get(name, set())
     for field in fields(kind):
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
-        shown = values.get(field.name, "???")
-        if (name, field.name) in FROM_ENVIRONMENT:
+        if field.name in exempt or (name, field.name) in FROM_ENVIRONMENT:
             continue
-        expected = "???" if default is MISSING else default
-        expected = list(expected) if isinstance(expected, tuple) else expected
-        number = isinstance(expected, int | float) and not isinstance(expected, bool)
-        if (float(shown) if number and shown != "???" else shown) != expected:
-            off.append(f"{name}: {field.name} is {shown} in the YAML, {expected} in {kind.__name__}")
-    return off
+        default, value = default_of(field), values.get(field.name, "???")
+        if isinstance(default, float) and isinstance(value, str | int):
+            value = float(value)  # YAML reads 1e-3 as text
+        if value != default:
+            lines.append(f"{name}: {field.name} is {value} in the YAML, {default} in {kind.__name__}")
+    return lines
 
 
 @pytest.mark.parametrize(("name", "kind"), GROUPS.items(), ids=GROUPS)
-def test_groups(name, kind):
-    values, required = (
-        read(name),
-        {"model/_base": {"name", "source"}, "data/_base": {"sources", "length"}}.get(name, set()),
-    )
-    off = differences(name, values, kind)
-    assert not [line for line in off if not any(f": {field} is" in line for field in set_by_choices.get(name, ()))], off
+def test_group_has_the_defaults_of_its_dataclass(name, kind):
+    assert not differences(name, read(name), kind)
+
+
+@pytest.mark.parametrize("name", SET_BY_CHOICES)
+def test_choices_set_what_the_base_leaves_out(name):
+    """A field is exempt only if it exists and some choice of the group sets it."""
+    group = name.partition("/")[0]
+    choices = [read(f"{group}/{file.stem}") for file in (CONFIGS / group).glob("[!_]*.yaml")]
+    assert {field.name for field in fields(GROUPS[name])} >= SET_BY_CHOICES[name]
+    for field in SET_BY_CHOICES[name]:
+        assert any(field in choice for choice in choices), field
 
 
 @pytest.mark.parametrize(("name", "kind"), TOP_LEVEL.items(), ids=TOP_LEVEL)
-def test_settings_outside_sections(name, kind):
+def test_recipe_has_the_defaults_of_its_dataclass(name, kind):
     assert not differences(name, read(name), kind)
 
 
 @pytest.mark.parametrize(("place", "kind"), SECTIONS.items(), ids=[".".join(place) for place in SECTIONS])
-def test_sections_of_a_recipe(place, kind):
+def test_section_has_the_defaults_of_its_dataclass(place, kind):
     name, section = place
     assert not differences(name, read(name)[section], kind)
+
+
+def test_every_configuration_is_compared():
+    recipes = {file.relative_to(CONFIGS).with_suffix("").as_posix() for file in CONFIGS.glob("*.yaml")}
+    benches = {f"bench/{file.stem}" for file in (CONFIGS / "bench").glob("*.yaml")}
+    assert recipes | benches == {*TOP_LEVEL} | EXTENDING | HYDRA_ONLY
+    groups = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()} - {"bench", "experiment"}
+    assert groups == {name.partition("/")[0] for name in GROUPS}

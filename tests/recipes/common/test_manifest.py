@@ -1,4 +1,4 @@
-"""What exactly was run is written down, can be run again, and is told from other runs."""
+"""A manifest records what was run; a run can be repeated from it, and compared with other runs."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from recipes.common import manifest
 
 @pytest.fixture
 def run(cli, tiny, tmp_path, monkeypatch):
-    """``run(name, *settings)``: the folder of a run of recipes.generate."""
+    """``run(name, *settings)``: run recipes.generate and return the folder of the run."""
     (tmp_path / "prompt.txt").write_text("Thirteen words")
     monkeypatch.chdir(tmp_path)
 
@@ -31,42 +31,42 @@ def run(cli, tiny, tmp_path, monkeypatch):
     return run
 
 
-def test_a_manifest_says_what_was_run(run, tiny, tmp_path):
+def test_manifest_records_settings_inputs_and_machine(run, tiny, tmp_path):
     folder = run("a", "sampling.seed=7", "mesh.ring=2")
-    told = json.loads((folder / "manifest.json").read_text())
-    assert told["module"] == "recipes.generate" and "prompt.file=prompt.txt" in told["command"]
-    assert told["config"]["sampling"]["seed"] == 7 and told["seeds"] == {"sampling.seed": 7}
-    assert told["mesh"] == {"tp": 1, "ulysses": 1, "ring": 2, "dp": 1, "pp": 1}
-    right = hashlib.sha256(b"Thirteen words").hexdigest()
-    assert told["data"] == {str(tmp_path / "prompt.txt"): f"sha256:{right}"}
-    assert told["weights"] == {str(tiny): fingerprint(tiny)}
-    assert told["packages"]["torch"].partition("+")[0] == told["torch"].partition("+")[0]
-    assert told["commit"] and told["hardware"]["memory_bytes"] > 2**28
-    assert told["diff"] == "" or told["diff"].startswith(("diff ", "# not in git"))
+    manifest_values = json.loads((folder / "manifest.json").read_text())
+    assert manifest_values["module"] == "recipes.generate" and "prompt.file=prompt.txt" in manifest_values["command"]
+    assert manifest_values["config"]["sampling"]["seed"] == 7 and manifest_values["seeds"] == {"sampling.seed": 7}
+    assert manifest_values["mesh"] == {"tp": 1, "ulysses": 1, "ring": 2, "dp": 1, "pp": 1}
+    expected = hashlib.sha256(b"Thirteen words").hexdigest()
+    assert manifest_values["data"] == {str(tmp_path / "prompt.txt"): f"sha256:{expected}"}
+    assert manifest_values["weights"] == {str(tiny): fingerprint(tiny)}
+    assert manifest_values["packages"]["torch"].partition("+")[0] == manifest_values["torch"].partition("+")[0]
+    assert manifest_values["commit"] and manifest_values["hardware"]["memory_bytes"] > 2**28
+    assert manifest_values["diff"] == "" or manifest_values["diff"].startswith(("diff ", "# not in git"))
 
 
-def test_a_run_without_out_writes_none(cli, tiny, tmp_path, monkeypatch):
+def test_run_without_out_writes_no_manifest(cli, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli(generate, generate.task, f"model={tiny}", "prompt.text=a b", "max_new_tokens=1")[0] == 0
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_is_reproduced_beside_it_and_another_answer_is_told(run, capsys):
-    """Paths are relative to where it was run; what it writes now is beside what it wrote then."""
+def test_reproduced_run_is_written_beside_it_and_a_difference_is_printed(run, capsys):
+    """The run's paths are relative to the folder that it ran in."""
     folder = run("a")
     reproduce.reproduce([str(folder)])
     assert re.search(r"(\d+) of \1 final figures are the same", capsys.readouterr().err)
     result = folder / "result.json"
     result.write_text(result.read_text().replace('"new_tokens": 3', '"new_tokens": 4'))
-    with pytest.raises(SystemExit) as leaving:
+    with pytest.raises(SystemExit) as exited:
         reproduce.reproduce([str(folder)])
-    assert leaving.value.code == 1
+    assert exited.value.code == 1
     assert re.search(r"new_tokens\s+4\s+3", capsys.readouterr().err)
     assert (folder.parent / "a-again-2" / "result.json").is_file()
 
 
-def test_a_run_of_a_sweep_is_reproduced_by_the_sweep_s_own_code(run, tmp_path, monkeypatch):
-    """Which lies beside its runs, as slurm.submit leaves it."""
+def test_run_of_a_sweep_is_reproduced_with_the_code_of_the_sweep(run, tmp_path, monkeypatch):
+    """slurm.submit leaves the code in the sweep's folder, beside the runs."""
     folder = run("sweep/0")
     (tmp_path / "sweep" / "code" / "recipes").mkdir(parents=True)
     (tmp_path / "sweep" / "code" / "recipes" / "__init__.py").write_text("raise SystemExit(7)\n")
@@ -74,7 +74,7 @@ def test_a_run_of_a_sweep_is_reproduced_by_the_sweep_s_own_code(run, tmp_path, m
         reproduce.reproduce([str(folder)])
 
 
-def test_runs_are_compared_by_what_differs(run, capsys):
+def test_comparison_shows_settings_that_differ_and_final_figures(run, capsys):
     folders = [str(run("a")), str(run("b", "context=pass_q", "mesh.ring=2"))]
     file = Path(folders[1], "result.json")
     file.write_text(file.read_text().replace('"new_tokens"', '"only_here": 7, "new_tokens"'))
@@ -84,15 +84,15 @@ def test_runs_are_compared_by_what_differs(run, capsys):
     assert re.search(r"context\.strategy\s+pass_kv\s+pass_q", settings) and re.search(r"mesh\.ring\s+1\s+2", settings)
     assert "sampling" not in settings and "max_new_tokens" not in settings
     assert re.search(r"\bnew_tokens\s+3\s+3", figures) and "ttft_s" in figures
-    assert re.search(r"only_here\s+7", figures), "also what the first run lacks"
+    assert re.search(r"only_here\s+7", figures), "a figure that the first run lacks"
 
 
-def test_what_is_no_run_is_refused(tmp_path, monkeypatch, capsys):
+def test_folder_without_a_run_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"is not a run: .*manifest\.json cannot be read"):
         reproduce.reproduce([str(tmp_path)])
-    with pytest.raises(SystemExit) as leaving:
+    with pytest.raises(SystemExit) as exited:
         recipe_cli.reporting(lambda: compare.compare([str(tmp_path)]))
-    assert leaving.value.code == 2 and "compare two runs or more" in capsys.readouterr().err
+    assert exited.value.code == 2 and "compare two runs or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -100,11 +100,11 @@ def test_what_is_no_run_is_refused(tmp_path, monkeypatch, capsys):
     [("step_s", True), ("mem/peak_bytes", True), ("tokens_per_s", True), ("mfu", True), ("loss", False),
      ("eval/perplexity_to_61", False), ("tokens", False), ("token_ids", False), ("lr", False)],
 )  # fmt: skip
-def test_seconds_and_bytes_are_not_asked_to_be_the_same(name, measured):
+def test_figures_of_the_machine_need_not_agree(name, measured):
     assert compare.is_measured(name) == measured
 
 
-def test_a_large_file_is_hashed_by_its_ends(tmp_path, monkeypatch):
+def test_large_file_is_hashed_by_its_size_and_both_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "_WHOLE", 10)
     monkeypatch.setattr(manifest, "_END", 3)
     file, digests = tmp_path / "file", []
@@ -116,7 +116,7 @@ def test_a_large_file_is_hashed_by_its_ends(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("values", "named"),
+    ("values", "names"),
     [
         ({"eval": {"text": "book.txt"}, "spd": {"sensitivity": None}}, ["book.txt"]),
         ({"eval": {"text": "pydoc"}, "spd": {"sensitivity": "a.json"}}, ["a.json"]),
@@ -125,11 +125,11 @@ def test_a_large_file_is_hashed_by_its_ends(tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_files_are_found_where_settings_name_them(values, named):
-    assert [path.name for path in manifest._read_by(values)] == named
+def test_files_that_settings_name_are_found(values, names):
+    assert [path.name for path in manifest._read_by(values)] == names
 
 
-def test_the_module_is_what_was_started(monkeypatch):
+def test_module_is_the_one_that_python_started(monkeypatch):
     spec = type("Spec", (), {"name": "recipes.bench.__main__"})
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     assert manifest._module() == "recipes.bench"

@@ -1,0 +1,69 @@
+"""Files of a report: report.json for programs, report.md for people, a picture; and the same figures for W&B."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from eval.stats.page import markdown
+from eval.stats.report import AVERAGE, Report
+from longctx.train.track import Tracker
+from recipes.common.plots import draw_shares
+
+_PICTURE = "accuracy"
+
+
+def draw(report: Report, out: Path) -> tuple[str, ...]:
+    """Draw average accuracy and milliseconds per token over the share of dropped blocks, as SVG and PNG in ``out``.
+
+    Returns the names of the pictures for report.md; draws nothing unless two variants differ in that share.
+    """
+    variants = [variant for name, variant in report.variants.items() if name in report.average]
+    if len({variant.dropped for variant in variants}) < 2:
+        return ()
+    accuracy: dict[str, list[tuple[float, float]]] = {}
+    latency: dict[str, list[tuple[float, float]]] = {}
+    for variant in variants:
+        kinds = ["repaired" if variant.repaired else "not repaired"]
+        if not variant.dropped:  # the first point of both lines
+            kinds = ["not repaired", "repaired"]
+        value = report.average[variant.name]["accuracy"]
+        assert value is not None
+        for kind in kinds:
+            accuracy.setdefault(kind, []).append((variant.dropped, value))
+        if variant.tokens_per_s and not variant.repaired:
+            latency.setdefault("time", []).append((variant.dropped, 1000 / variant.tokens_per_s))
+    accuracy = {kind: points for kind, points in accuracy.items() if len(points) > 1}
+    files = (f"{_PICTURE}.svg", f"{_PICTURE}.png")
+    for file in files:
+        draw_shares(
+            str(out / file),
+            accuracy,
+            latency,
+            title=report.origin["title"],
+            x="blocks that drop their first reduction",
+            y=("average accuracy", "milliseconds per token"),
+        )
+    return files[:1]
+
+
+def write(report: Report, out: Path) -> Report:
+    """Write pictures, report.json and report.md to the folder ``out``; return the report with its pictures' names."""
+    report = replace(report, pictures=draw(report, out))
+    (out / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+    (out / "report.md").write_text(markdown(report))
+    return report
+
+
+def track(report: Report, out: Path, tracker: Tracker) -> None:
+    """Give the tracker a figure per variant, a table of all comparisons, and the picture."""
+    columns = ["task", "variant", "n", "accuracy", "perplexity", "difference", "low", "high", "p_mcnemar", "verdict"]
+    table_rows = [
+        [task, name, *(figures.get(column) for column in columns[2:-1]), figures["verdict"] or ""]
+        for task, by_variant in {**report.tasks, AVERAGE: report.average}.items()
+        for name, figures in by_variant.items()
+    ]
+    tracker.log({f"eval/{name}": figures["accuracy"] for name, figures in report.average.items()}, 0)
+    tracker.table("eval/comparisons", columns, table_rows, 0)
+    if report.pictures:
+        tracker.image(f"eval/{_PICTURE}", out / f"{_PICTURE}.png", 0)
+    tracker.finish()

@@ -1,0 +1,24 @@
+"""Sections of a run's configuration: frozen dataclasses with their defaults, shown and chosen in configs/."""
+
+from longctx.config.model import ModelSource, PromptSource
+from longctx.config.run import Context, Mesh, Run, Sampling, Track
+from longctx.config.spd import SPD, BlockClass, JointRepair, Repair
+from longctx.config.training import DataSettings, Optim, Recompute, TextSource
+
+__all__ = [
+    "SPD",
+    "BlockClass",
+    "Context",
+    "DataSettings",
+    "JointRepair",
+    "Mesh",
+    "ModelSource",
+    "Optim",
+    "PromptSource",
+    "Recompute",
+    "Repair",
+    "Run",
+    "Sampling",
+    "TextSource",
+    "Track",
+]

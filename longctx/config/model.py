@@ -1,0 +1,60 @@
+"""The model of a run, and its prompt."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Source of a model's weights, configuration and tokenizer; one of three.
+
+    ``source`` is a Hugging Face folder or hub name.  ``wheel`` and ``gguf`` are a PyPI requirement and the GGUF file
+    inside it, with its SHA-256.  ``config`` (fields of config.json) and ``tokenizer`` make a model without weights, to
+    be trained from scratch.
+
+    ``max_positions`` is the longest context, ``rope_theta`` the rotary embedding's base; every position is divided by
+    ``rope_factor`` (linear interpolation, arXiv 2306.15595).  None keeps the model's value; with ``rope_factor``,
+    ``max_positions`` defaults to the model's maximum times the factor.
+    """
+
+    name: str
+    source: str | None = None
+    wheel: str | None = None
+    gguf: str | None = None
+    sha256: str | None = None
+    config: Mapping[str, Any] | None = None
+    tokenizer: Literal["bytes"] | None = None
+    max_positions: int | None = None
+    rope_theta: float | None = None
+    rope_factor: float | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    layers: Literal["auto", "local", "te"] = "auto"
+    cache: str = "~/.cache/longctx"
+
+    def __post_init__(self) -> None:
+        sources = (self.source, self.wheel and self.gguf and self.sha256, self.config and self.tokenizer)
+        if sum(map(bool, sources)) != 1:
+            raise ValueError(
+                "a model has either model.source, or model.wheel, model.gguf and model.sha256, "
+                "or model.config and model.tokenizer"
+            )
+        for name in ("max_positions", "rope_theta", "rope_factor"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"model.{name}={value}: use more than 0, or null for the model's own")
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """The prompt's text: a file, the text itself, or a topic of CPython's documentation (``all`` for the whole).
+
+    ``tokens`` cuts the text; None refuses a text that is too long.  With ``question``, the text is a document and both
+    go through the model's chat template; otherwise the text is the prompt.
+    """
+
+    file: str | None = None
+    text: str | None = None
+    pydoc: str | None = None
+    question: str | None = None
+    tokens: int | None = None

@@ -1,0 +1,108 @@
+"""Text to train on, and the optimizer."""
+
+from dataclasses import dataclass
+from math import inf
+from typing import ClassVar, Literal
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Source of documents; ``weight`` is its share of all tokens, relative to the other sources.
+
+    One of three.  ``path``: a file, folder or pattern; a line of .jsonl or a row of .parquet is a document, any other
+    file is one document (in a folder, its .txt files); all but parquet may be .gz.  ``name``: a dataset of the Hugging
+    Face hub with its ``subset`` and ``revision``, downloaded first or read as a stream (``streaming``).  ``pydoc``: the
+    documentation that CPython ships, one topic per document; every tenth topic is ``test``, the others ``train``.
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # in a list, Hydra does not check names
+
+    path: str | None = None
+    pydoc: Literal["train", "test"] | None = None
+    name: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    text_key: str = "text"
+    streaming: bool = False
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if sum(map(bool, (self.path, self.name, self.pydoc))) != 1:
+            raise ValueError("a source of data has one of path (file, folder or pattern), name (on the hub), pydoc")
+        if not 0 < self.weight < inf:
+            raise ValueError(f"{self}: weight={self.weight}; use a number above 0, or remove the source")
+
+    def __str__(self) -> str:
+        if self.pydoc:
+            return f"pydoc:{self.pydoc}"
+        return str(self.path or ":".join(filter(None, [self.name, self.subset, self.split])))
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Text to train or measure on: documents packed into sequences of ``length`` tokens, ``batch`` per step.
+
+    ``epochs=None`` repeats the text without end.  ``shuffle`` is the window, in documents of a source, that is read and
+    permuted; 0 keeps the reading order.  ``end_token`` ends every document.  ``last`` drops an incomplete last sequence
+    and batch, or pads them with tokens that do not count.  ``on_error`` stops the run at a record without text, or
+    skips the record.
+    """
+
+    sources: tuple[TextSource, ...]
+    length: int = 1024
+    batch: int = 4
+    epochs: int | None = None
+    shuffle: int = 0
+    seed: int = 0
+    end_token: bool = True
+    last: Literal["drop", "pad"] = "drop"
+    on_error: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("data.sources is empty: give at least one source, with a path, a name or pydoc")
+        least = {"length": 1, "batch": 1, "epochs": 1, "shuffle": 0, "seed": 0}
+        for name, value in least.items():
+            given = getattr(self, name)
+            if given is not None and given < value:
+                raise ValueError(f"data.{name}={given}: use {value} or more")
+
+
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW with a learning rate that warms up over ``warmup`` steps, then decays to ``min_lr`` by ``decay_steps``.
+
+    ``decay_steps=None`` means the steps of the run.  ``clip`` bounds the gradient's norm (0: no bound).  ``zero1``
+    shards the optimizer's state over data- and context-parallel ranks (megatron-core's distributed optimizer).
+    """
+
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    warmup: int = 10
+    decay_steps: int | None = None
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    clip: float = 1.0
+    zero1: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"optim.min_lr={self.min_lr} and optim.lr={self.lr}: use 0 <= min_lr <= lr")
+        if self.warmup < 0:
+            raise ValueError(f"optim.warmup={self.warmup}: use 0 steps or more")
+        if self.decay_steps is not None and self.decay_steps <= self.warmup:
+            raise ValueError(
+                f"optim.decay_steps={self.decay_steps} is not after optim.warmup={self.warmup}: "
+                "use a larger optim.decay_steps, or null for the steps of the run"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas) or self.eps <= 0 or self.clip < 0:
+            raise ValueError(
+                f"optim.betas={list(self.betas)}, eps={self.eps}, clip={self.clip}: "
+                "use betas from 0 to below 1, eps above 0, clip 0 or more"
+            )

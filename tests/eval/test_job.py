@@ -1,0 +1,121 @@
+"""Checks before any rank starts: what is refused, what each task is limited to, and that nothing is written."""
+
+from pathlib import Path
+
+import pytest
+
+from eval.job import EvalConfig, EvalSettings, pinned
+from eval.speed import SpeedSettings
+from recipes.common import cli as recipe_cli
+from recipes.common.settings import section
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["eval.tasks=[]"], "eval.tasks is empty"),
+        (["eval.tasks=[piqa]"], "piqa.jsonl, which is not there"),
+        (["eval.data=/no/such"], "eval.data=/no/such is no folder"),
+        (["eval.limit=0"], "eval.limit=0"),
+        (["eval.max_length=398"], "the model's context is 397"),
+        (["eval.tasks=[needle]", "eval.lengths=[307]", "eval.max_length=306"], "the model's context is 306"),
+        (["eval.limits={hellasawg: 3}"], "eval.limits: there is no task hellasawg among arc_easy"),
+        (["eval.tasks=[needle]", "eval.lengths=[512]"], "eval.lengths=512: the model's context is 397"),
+        (["eval.gate=[nobody]"], "eval.gate: there is no variant nobody"),
+        (["eval.gate=[baseline]"], "eval.gate: baseline is what variants are compared with"),
+        (["eval.gate=[a]", "eval.tasks=[wikitext]", "variants=[{name: a}]"], "eval.gate judges accuracy"),
+        (["mesh.dp=2"], "eval.run has no use for mesh.dp=2"),
+        (["mesh.tp=2"], "use mesh.tp=1"),
+        (["context.chunk=5"], "use context.chunk=null"),
+        (["context.strategy=auto"], "context.strategy=auto"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_settings_that_cannot_run_are_refused_before_any_rank_starts(prepared, monkeypatch, settings, words):
+    monkeypatch.setattr(recipe_cli, "run_ranks", lambda *_: pytest.fail("ranks were started"))
+    with pytest.raises(ValueError, match=r"\w") as refused:
+        prepared(*settings)
+    assert words in str(refused.value)
+
+
+def test_checking_writes_nothing(prepared, tmp_path):
+    """Not even where an order of blocks will be measured, whose folder is below ``out``."""
+    order = "variants=[{name: a, mesh: {tp: 3}, spd: {drop: ranked, budget: 0.5}}]"
+    job = prepared(f"out={tmp_path}/deep/run", order)
+    assert job.out == Path(tmp_path, "deep", "run") and not list(tmp_path.iterdir())
+    assert [variant.target.plan for variant in job.variants] == [None, None], "no block drops before it is measured"
+
+
+def test_variant_with_too_short_a_context_is_refused(prepared, tmp_path):
+    words = (
+        f"model.cache={tmp_path}",
+        "model.rope_factor=2",
+        "eval.tasks=[needle]",
+        "eval.lengths=[701]",
+        "eval.limit=1",
+    )
+    plain = "variants=[{name: plain, model: {rope_factor: null}}]"
+    with pytest.raises(ValueError, match=r"variant plain: its context is 397, .* up to [4-7]\d\d tokens"):
+        prepared(*words, plain)
+    longer = prepared(*words, "variants=[{name: theta, model: {rope_theta: 7e4}}]").variants[1]
+    assert longer.target.shape.max_positions == 794
+
+
+def test_variant_of_another_model_needs_an_order_of_its_own(prepared, tmp_path):
+    words = (f"model.cache={tmp_path}", "mesh.tp=3", "spd.drop=none")
+    with pytest.raises(ValueError, match=r"variant a: the order .* is measured on the baseline, .* spd.sensitivity"):
+        prepared(*words, "variants=[{name: a, model: {rope_factor: 2}, spd: {drop: ranked, budget: 0.5}}]")
+
+
+def test_launcher_with_another_number_of_ranks_is_refused(prepared, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29999")
+    with pytest.raises(ValueError, match=r"the launcher started 2 ranks, variant a has 3 \(ring=3\)"):
+        prepared("mesh.ring=2", "variants=[{name: a, mesh: {ring: 3}}]")
+
+
+def test_limits_apply_to_each_task(prepared):
+    tasks = "eval.tasks=[arc_easy,lambada_openai,wikitext,needle]"
+    job = prepared(tasks, "eval.limit=5", "eval.limits={wikitext: 1, needle: 2}", "eval.lengths=[307]")
+    assert {name: len({i.doc_id for i in task.instances}) for name, task in job.tasks.items()} == {
+        "arc_easy": 5,
+        "lambada_openai": 5,
+        "wikitext": 1,
+        "needle_307": 2,
+    }
+    assert len(job.requests) == 5 * 4 + 5 + 1 + 2
+
+
+def test_limit_of_a_group_is_refused():
+    """The tasks of a group have other names: a limit of the group would limit nothing."""
+    evaluation = EvalConfig(tasks=("blimp",), limits={"blimp": 5})
+    with pytest.raises(ValueError, match=r"eval.limits.blimp is a group of tasks: use eval.limit"):
+        evaluation.refuse_unknown_limits(["blimp_adjunct_island", "blimp_passive_1"])
+
+
+def test_slurm_job_gets_the_folder_of_data_and_one_number_of_ranks(base_config, sets):
+    assert pinned(base_config) == (f"eval.data={sets.resolve()}",)
+    config = base_config.copy()
+    config.mesh.ring, config.variants = 2, [{"name": "a", "mesh": {"ring": 3}}]
+    with pytest.raises(ValueError, match="the job starts 2 ranks, variant a has 3: give all variants 2"):
+        pinned(config)
+
+
+def test_shipped_experiment_can_run(data, smollm2, tmp_path):
+    words = ["experiment=evaluate/spd_regression", "eval.limit=1", f"eval.data={data}", f"out={tmp_path}"]
+    from eval.run import prepare
+
+    job = prepare(recipe_cli.composed("evaluate", words))
+    assert len(job.tasks) >= 6 and [variant.name for variant in job.variants][1:] == [
+        f"dropped {share}%" for share in (25, 50, 75, 100)
+    ]
+
+
+def test_defaults_are_those_of_the_configuration(base_config, monkeypatch):
+    monkeypatch.delenv("LONGCTX_DATA", raising=False)
+    config = recipe_cli.composed("eval_speed", ["out=x"])
+    assert section(config, "eval", EvalConfig) == EvalConfig()
+    assert section(config, "speed", SpeedSettings) == SpeedSettings()
+    assert recipe_cli.composed("evaluate", ["out=x"]).variants == list(EvalSettings("x").variants)

@@ -1,0 +1,117 @@
+"""Variants: which stored answers are theirs, which settings they may change, and which models they may be."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from eval.variants import Variant
+from longctx.config import Context, Mesh, ModelSource, Run
+from longctx.hf.config import shape_of
+from longctx.model_shape import ModelShape, Rotary
+from longctx.spd.plan import SavedPlan, SPDPlan
+from recipes.common.target import Target
+from tests.tiny import tiny_model
+
+SHAPE = ModelShape(2, 6, 3, 3, 2, 7, 11, 13, 1e-5, False, False, Rotary((1.0,)), end_tokens=(7, 9))
+# Digests that commit ef86d62, the first release, gives to the same settings of `fixed_folder`.
+FIRST_RELEASE = [
+    (Mesh(), Context(), None, "4500018c5677"),
+    (Mesh(ring=2, ulysses=3), Context(strategy="pass_q", layout="striped"), None, "f092fe779999"),
+    (Mesh(ring=2), Context(decode="pass_q"), None, "a08d4e93c408"),
+    (Mesh(tp=3), Context(), SPDPlan(2, 3, (1,), own_norms=True), "5ecd823302b3"),
+]
+
+
+def fixed_folder(folder: Path) -> Path:
+    """Write a folder of fixed bytes: a configuration, one tensor, a tokenizer."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}).encode()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(range(12)))
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    (folder / "tokenizer_config.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(("mesh", "context", "plan", "digest"), FIRST_RELEASE)
+def test_digest_is_that_of_the_first_release(mesh, context, plan, digest, tmp_path):
+    """With another digest, every answer that a user has stored would be computed again."""
+    folder = fixed_folder(tmp_path)
+    target = Target(ModelSource("fixed", str(folder)), folder, SHAPE, mesh, context, Run(threads=3), plan)
+    assert Variant("any name", target).digest == digest
+
+
+def test_digest_depends_on_end_tokens_and_tokenizer(prepared, tiny, tmp_path):
+    def moved(target: Target, **changes: object) -> Variant:
+        return Variant("other", replace(target, folder=other, **changes))
+
+    base = prepared("eval.limit=1").variants[0]
+    other = shutil.copytree(tiny, tmp_path / "other")
+    assert moved(base.target).digest == base.digest
+    (other / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert moved(base.target, shape=shape_of(other)).digest != base.digest
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
+    assert moved(base.target).digest != base.digest
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("variants=[{mesh: {ring: 2}}]", "has no name"),
+        ("variants=[{name: a}, {name: a}]", "variants: the name a is used twice"),
+        ("variants=[{name: a, eval: {limit: 3}}]", "variants: a: eval is not one of model, mesh, context, spd"),
+        ("variants=[{name: a, mesh: {tp: 2}}]", "use mesh.tp=1"),
+        ("variants=[{name: a, spd: {drop: all}}]", "one tensor-parallel rank has no reduction to drop"),
+    ],
+)
+def test_variant_that_cannot_run_is_refused(prepared, setting, words):
+    with pytest.raises(ValueError, match=r"\w") as refused:
+        prepared(setting)
+    assert words in str(refused.value)
+
+
+def test_variant_of_another_model_is_refused(prepared, tmp_path):
+    other = tiny_model(tmp_path / "other", max_positions=397, heads=6)
+    with pytest.raises(ValueError, match=r"variant a: .*other has 24 for hidden, the baseline 36"):
+        prepared(f"variants=[{{name: a, model: {other}}}]")
+
+
+def test_model_repaired_for_another_is_refused(prepared, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "adapted")
+    SavedPlan(SPDPlan(2, 3, (0,)), (0, 1), (0,), "of another").write(tmp_path / "adapted")
+    with pytest.raises(ValueError, match=r"variant a repaired: .*adapted was made from another model than tiny"):
+        prepared(
+            f"adapted={tmp_path / 'adapted'}", "mesh.tp=3", "spd.drop=none", "variants=[{name: a, spd: {drop: all}}]"
+        )
+
+
+def test_variant_that_drops_an_unrepaired_block_is_refused(prepared, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "adapted")
+    source = prepared("eval.limit=1").variants[0].target.fingerprint
+    SavedPlan(SPDPlan(2, 3, (0,)), (0, 1), (0,), source).write(tmp_path / "adapted")
+    with pytest.raises(ValueError, match=r"variant a repaired: block 1 of .*adapted has not been repaired: .*budget"):
+        prepared(
+            f"adapted={tmp_path / 'adapted'}", "mesh.tp=3", "spd.drop=none", "variants=[{name: a, spd: {drop: all}}]"
+        )
+
+
+def test_variant_in_another_folder_has_its_own_context(prepared, tiny, tmp_path):
+    words = (f"model.cache={tmp_path}", "model.rope_theta=70000", f"variants=[{{name: plain, model: {tiny}}}]")
+    base, other = prepared(*words).variants
+    assert other.target.folder == tiny and base.target.shape.rotary != other.target.shape.rotary
+
+
+def test_variant_may_have_a_longer_context(prepared, tmp_path):
+    job = prepared(f"model.cache={tmp_path}", "variants=[{name: interpolated, model: {rope_factor: 2}}]")
+    base, longer = job.variants
+    assert (base.target.shape.max_positions, longer.target.shape.max_positions) == (397, 794)
+    assert longer.digest != base.digest, "the two have different answers"
+
+
+def test_variant_takes_old_names_of_settings(prepared, tmp_path):
+    """``positions`` was the name of ``max_positions``, ``one_exchange`` that of ``gather_merge``."""
+    variants = "variants=[{name: a, model: {positions: 794, rope_theta: 7e4}, context: {decode: one_exchange}}]"
+    target = prepared(f"model.cache={tmp_path}", variants).variants[1].target
+    assert (target.shape.max_positions, target.context.decode) == (794, "gather_merge")

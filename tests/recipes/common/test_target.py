@@ -1,0 +1,148 @@
+"""`resolve_target`: a model, its mesh and how it runs are checked once; refusals name the setting and the fix."""
+
+import re
+import shutil
+
+import pytest
+from omegaconf import OmegaConf
+
+from longctx.config import Mesh, Run
+from longctx.hf.checkpoint import fingerprint
+from longctx.parallel.launch import Rank
+from recipes.common.target import refuse_strategy_by_turn, resolve_target
+from tests.recipes.conftest import SAVED
+
+
+@pytest.fixture
+def models(tmp_path, tiny, monkeypatch):
+    """The current folder, with models of three kinds: plain, adapted for two tensor-parallel ranks, without weights."""
+    shutil.copytree(tiny, tmp_path / "models" / "plain")
+    shutil.copytree(SAVED / "spd_adapted", tmp_path / "models" / "adapted")
+    shutil.copytree(tiny, tmp_path / "models" / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "models" / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LONGCTX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def resolve(models, config_of, snapshot):
+    """``resolve(*words, **rules)``: the target that recipes.generate's ``words`` name; nothing may be written."""
+
+    def resolve(*words, **rules):
+        config = config_of("generate", *words)
+        before = snapshot()
+        try:
+            return resolve_target(config, "recipes.test", **rules)
+        finally:
+            assert snapshot() == before, "resolving wrote a file, or made a folder"
+
+    return resolve
+
+
+PLAIN, ADAPTED = "model=models/plain", "model=models/adapted"
+
+
+def test_target_has_the_settings_that_were_resolved(resolve, models):
+    target = resolve(PLAIN, "mesh.tp=3", "mesh.ring=2", "context.strategy=pass_q", "run.threads=5")
+    assert (target.model.name, target.folder.resolve()) == ("plain", models / "plain")
+    assert (target.shape.heads, target.shape.kv_heads, target.shape.max_positions) == (9, 3, 97)
+    assert (target.mesh, target.context.strategy, target.run) == (Mesh(tp=3, ring=2), "pass_q", Run(threads=5))
+    assert target.plan is None and target.fingerprint == fingerprint(models / "plain")
+    assert target.threads(Rank(4, 6, 1, 3, "env://")) == 5
+
+
+def test_ranks_share_the_cores_unless_threads_are_set(resolve, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(7))
+    assert resolve(PLAIN).threads(Rank(4, 6, 1, 3, "env://")) == 2
+
+
+def test_changed_context_is_in_the_shape(resolve):
+    assert resolve(PLAIN, "model.max_positions=307", "model.rope_theta=5e4").shape.max_positions == 307
+
+
+def test_model_without_weights_resolves_where_none_are_needed(resolve):
+    assert resolve("model=models/weightless", needs_weights=False).shape.heads == 9
+    assert resolve("model=tiny", needs_weights=False).shape.vocab_size == 257
+
+
+def test_rule_for_turns_resolves_where_it_is_allowed(resolve):
+    assert resolve(PLAIN, "context.strategy=auto", strategy_by_turn=True).context.strategy == "auto"
+
+
+@pytest.mark.parametrize(
+    ("words", "spd", "dropped"),
+    [
+        (["spd.blocks=[1]"], "follow", (1,)),
+        (["spd=all"], "follow", (0, 1)),
+        (["spd=all"], "ignore", None),
+        (["spd=none"], "follow", None),
+        ([], "refuse", None),
+    ],
+)
+def test_plan_follows_the_settings_unless_it_is_ignored(resolve, words, spd, dropped):
+    plan = resolve(PLAIN, "mesh.tp=3", *words, spd=spd).plan
+    assert (plan.dropped if plan else None) == dropped
+    assert plan is None or (plan.tp, plan.layers) == (3, 2)
+
+
+def test_plan_of_an_adapted_folder_is_followed(resolve):
+    assert resolve(ADAPTED, "mesh.tp=2").plan.dropped == (1,)
+    assert resolve(ADAPTED, "mesh.tp=2", "spd=none").plan is None
+
+
+def test_config_without_groups_of_context_run_and_plan_resolves(models, config_of):
+    """Some recipes have no choices of context or of blocks."""
+    config = config_of("generate", PLAIN)
+    sections = {name: config[name] for name in ("model", "mesh")}
+    target = resolve_target(OmegaConf.create(sections), "recipes.test")
+    assert (target.context.strategy, target.run.device, target.plan) == ("pass_kv", "cpu", None)
+
+
+@pytest.mark.parametrize(
+    ("words", "rules", "key", "fix"),
+    [
+        # The mesh.
+        (["mesh.ring=0"], {}, "mesh.ring=0", "use at least one rank"),
+        (["mesh.dp=2"], {"unused_axes": ("dp", "pp")}, "recipes.test has no use for mesh.dp=2", "use mesh.dp=1"),
+        (["mesh.pp=3"], {"unused_axes": ("dp", "pp")}, "recipes.test has no use for mesh.pp=3", "use mesh.pp=1"),
+        (["mesh.tp=2"], {}, "mesh.tp=2", "use mesh.tp=1"),
+        (["mesh.ulysses=2"], {}, "mesh.ulysses=2", "use mesh.ulysses=1"),
+        # The model and its context.
+        (["model=models/empty"], {}, "model=models/empty", "give a Hugging Face folder"),
+        (["model=models/none"], {}, "model=models/none", "give a Hugging Face folder"),
+        (["model=models/weightless"], {}, "models/weightless", "train it with recipes.pretrain"),
+        (["model=tiny"], {}, "has no weights yet", "train it with recipes.pretrain"),
+        (["model.max_positions=0"], {}, "model.max_positions=0", "use more than 0, or null"),
+        (["model.rope_factor=-1"], {}, "model.rope_factor=-1.0", "use more than 0, or null"),
+        (["model.dtype=float16"], {}, "model.dtype=float16", "'float32' or 'bfloat16'"),
+        # How it runs.
+        (["context.strategy=auto"], {}, "context.strategy=auto", "one of pass_kv, pass_q, all_gather_kv"),
+        (["context.strategy=alg1"], {}, "context.strategy=alg1", "recipes.chat takes alg1"),
+        (["context.kernel=flash_cuda"], {}, "context.kernel=flash_cuda", "use reference or flash_cpu"),
+        (["run.device=cuda"], {}, "context.kernel=auto", "use context.kernel=flash_cuda"),
+        (["context.chunk=0"], {}, "context.chunk=0", "or null for all"),
+        (["run.threads=0"], {}, "run.threads=0", "use 1 or more"),
+        (["run.timeout_minutes=0"], {}, "run.timeout_minutes=0", "use 1 or more"),
+        # Blocks that drop a reduction.
+        (["spd.blocks=[2]", "mesh.tp=3"], {}, "has no block 2", "0 to 1"),
+        (["spd=ranked", "mesh.tp=3"], {}, "spd=ranked", "spd.budget=0.5"),
+        (["spd=ranked", "spd.budget=0.5", "mesh.tp=3"], {}, "spd.budget=0.5", "spd.sensitivity=DIR/sensitivity.json"),
+        (["spd.budget=2"], {}, "spd.budget=2", "0"),
+        (["spd=all", "spd.budget=0.5"], {}, "spd=all", "use spd=ranked"),
+        (["spd=all", "mesh.tp=3", "model.layers=te"], {}, "model.layers=te", "use model.layers=local"),
+        ([ADAPTED], {}, "mesh.tp=2", "spd=none"),
+        ([ADAPTED, "mesh.tp=2"], {"spd": "refuse"}, "models/adapted", "give the model it is made from"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, list) else "",
+)
+def test_refusals_name_the_setting_and_the_fix(resolve, words, rules, key, fix):
+    words = words if any(word.startswith("model=") for word in words) else [PLAIN, *words]
+    with pytest.raises(ValueError, match=re.escape(key)) as refusal:
+        resolve(*words, **rules)
+    assert fix in str(refusal.value), refusal.value
+
+
+@pytest.mark.parametrize("strategy", ["pass_kv", "pass_q", "all_gather_kv"])
+def test_named_strategies_are_not_refused(resolve, strategy):
+    refuse_strategy_by_turn(resolve(PLAIN, f"context.strategy={strategy}").context, "recipes.test")

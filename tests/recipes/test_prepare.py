@@ -1,0 +1,87 @@
+"""`prepare` of every recipe only checks: it makes no folder and writes no file, the model cache excepted."""
+
+import json
+import shutil
+
+import pytest
+
+from eval import run as eval_run
+from recipes import chat, export, extend, generate, pretrain, spd_adapt, spd_sensitivity
+from tests.recipes.conftest import SAVED
+
+TEXT = ("data=text", "data.sources=[{path:inputs/train.txt}]", "data.length=31", "data.batch=1")
+SPD = ("model=model", "mesh.tp=2", *TEXT, "data.end_token=false", "sequences=5")
+JOBS = {
+    "generate": (generate.prepare, "generate", ("model=model", "prompt.text=The river", "out=out/result.json")),
+    "generate, a batch": (
+        generate.prepare, "generate",
+        ("model=model", "prompts=inputs/prompts.jsonl", "out=out/answers.json"),
+    ),
+    "chat": (
+        chat.prepare, "chat",
+        ("model=model", "turns=inputs/turns.jsonl", "session.load=session", "session.save=out/talk",
+         "out=out/turns.json"),
+    ),
+    "pretrain": (pretrain.prepare, "pretrain", ("model=tiny", *TEXT, "evaluate.every=0", "out=out")),
+    "extend": (
+        extend.prepare, "extend",
+        ("model=model", "model.max_positions=401", "model.rope_theta=5e4", *TEXT, "evaluate.every=0", "out=out"),
+    ),
+    "spd_sensitivity": (spd_sensitivity.prepare, "spd_sensitivity", (*SPD, "out=out")),
+    "spd_adapt": (
+        spd_adapt.prepare, "spd_adapt",
+        (*SPD, "repair.sequences=24", "repair.length=31", "repair.held_out=5", "repair.calibration_sequences=3",
+         "repair.batch=3", "joint.steps=3", "joint.batch=2", "out=out"),
+    ),
+    "eval": (
+        eval_run.prepare, "evaluate",
+        ("model=model", "eval.tasks=[arc_easy]", "eval.data=inputs/sets", "eval.limit=2",
+         "variants=[{name:ring,mesh:{ring:2}}]", "out=out"),
+    ),
+    "export": (export.prepare, "export", ("checkpoint=train_ring", "to=out/hf")),
+}  # fmt: skip
+
+
+@pytest.fixture
+def inputs(tmp_path, monkeypatch):
+    """The current folder, with a model of version 0.1, its saved session and checkpoint, and texts."""
+    for name in ("model", "inputs", "train_ring"):
+        shutil.copytree(SAVED / name, tmp_path / name)
+    shutil.copytree(SAVED / "chat" / "session", tmp_path / "session")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LONGCTX_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("out_exists", [False, True], ids=["out is missing", "out exists"])
+@pytest.mark.parametrize(("prepare", "name", "words"), JOBS.values(), ids=JOBS)
+def test_prepare_writes_nothing(inputs, config_of, snapshot, out_exists, prepare, name, words):
+    if out_exists:
+        (inputs / "out").mkdir()
+        (inputs / "out" / "notes.json").write_text(json.dumps({"written": "by the user"}))
+    config = config_of(name, *words)
+    before = snapshot()
+    assert prepare(config), "a job"
+    assert snapshot() == before
+    assert (inputs / "out").exists() == out_exists
+
+
+@pytest.mark.parametrize("name", ["generate", "pretrain", "spd_sensitivity", "eval"])
+def test_prepare_accepts_an_out_below_folders_that_do_not_exist(inputs, config_of, snapshot, name):
+    prepare, config_name, words = JOBS[name]
+    out = "a/b/result.json" if name == "generate" else "a/b"
+    config = config_of(config_name, *[word for word in words if not word.startswith("out=")], f"out={out}")
+    before = snapshot()
+    assert prepare(config), "a job"
+    assert snapshot() == before
+
+
+@pytest.mark.parametrize("name", ["generate", "chat", "pretrain", "extend", "spd_sensitivity", "spd_adapt", "eval"])
+def test_refused_prepare_writes_nothing(inputs, config_of, snapshot, name):
+    """The mesh is refused after the settings of the run have been read."""
+    prepare, config_name, words = JOBS[name]
+    config = config_of(config_name, *[word for word in words if not word.startswith("mesh.")], "mesh.tp=3")
+    before = snapshot()
+    with pytest.raises(ValueError, match=r"mesh\.tp=3"):
+        prepare(config)
+    assert snapshot() == before
