@@ -168,7 +168,7 @@ def split_sweep(config_name: str, words: Sequence[str]) -> tuple[list[str], list
 
 
 def _parse(config_name: str, word: str) -> Override:
-    """Parse ``word`` as Hydra does; of ``model=PATH``, which becomes several overrides, the first."""
+    """Return the Hydra override of ``word``; the first one for ``model=PATH``, which becomes several."""
     return OverridesParser.create().parse_overrides(as_overrides(config_name, [word], say, sweep=True))[0]
 
 
@@ -188,8 +188,9 @@ def _tasks(
 ) -> Iterator[ArrayTask]:
     """Yield every run of the sweep, or the only run.
 
-    ``out`` becomes absolute.  A recipe that needs a folder gets the job's; one without ``out=FILE`` writes result.json.
-    In a sweep each run's number is added to ``out``, unless the sweep lists an ``out`` for each run.
+    ``out`` becomes absolute.  If it is not given, it is the job's folder for a recipe that writes a folder, and
+    result.json in the job's folder for a recipe that writes a file.  In a sweep each run's number is added to ``out``,
+    unless the sweep lists an ``out`` for each run.
     """
     for number, own in enumerate(sweep or [[]]):
         config = composed(config_name, [*as_overrides(config_name, shared, say), *own])
@@ -236,11 +237,12 @@ def ranks_per_node(mesh: Mesh, settings: SubmitSettings) -> int:
     Raises ValueError unless the nodes hold exactly the ranks of ``mesh``, with each tensor-parallel group on one node.
     """
     nodes, ranks = settings.nodes, settings.ranks_per_node or mesh.ranks // settings.nodes
-    fix = f"change one of them, or use a mesh of {nodes * max(1, ranks)} ranks"
-    if settings.ranks_per_node and nodes * ranks != mesh.ranks:
-        raise ValueError(f"nodes={nodes} x ranks_per_node={ranks} is not the mesh's {mesh.ranks} ranks ({mesh}): {fix}")
     if nodes * ranks != mesh.ranks:
-        raise ValueError(f"nodes={nodes} does not divide the mesh's {mesh.ranks} ranks ({mesh}): {fix}")
+        wrong = f"x ranks_per_node={ranks} is not" if settings.ranks_per_node else "does not divide"
+        raise ValueError(
+            f"nodes={nodes} {wrong} the mesh's {mesh.ranks} ranks ({mesh}): change nodes or ranks_per_node, or use a "
+            f"mesh of {nodes * max(1, ranks)} ranks"
+        )
     if ranks % mesh.tp:
         raise ValueError(
             f"mesh.tp={mesh.tp} does not divide the {ranks} rank(s) of a node: tensor-parallel ranks exchange data in "
