@@ -158,17 +158,20 @@ def refuse_unwritable(out: str | None, name: str = "out") -> None:
         return
     if Path(out).is_dir():
         raise ValueError(f"{name}={out} cannot be written: give the name of a file in a folder of yours")
-    refuse_unwritable_folder(str(Path(out).expanduser().parent), name)
+    _refuse_read_only(Path(out).expanduser().parent, f"{name}={out}")
 
 
 def refuse_unwritable_folder(out: str, name: str = "out") -> None:
     """Raise ValueError unless ``out``, the setting ``name``, is a writable folder or can be made; leaves no trace."""
-    existing = nearest_existing(Path(out).expanduser())
+    _refuse_read_only(Path(out).expanduser(), f"{name}={out}")
+
+
+def _refuse_read_only(folder: Path, setting: str) -> None:
     try:
-        with tempfile.TemporaryFile(dir=existing):
+        with tempfile.TemporaryFile(dir=nearest_existing(folder)):
             pass
     except OSError as error:
-        raise ValueError(f"{name}={out} cannot be written ({error.strerror}): give a folder of yours") from error
+        raise ValueError(f"{setting} cannot be written ({error.strerror}): give a folder of yours") from error
 
 
 def nearest_existing(path: Path) -> Path:
