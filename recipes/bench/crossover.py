@@ -152,7 +152,7 @@ def run_rank(rank: Rank, job: CrossoverJob) -> tuple[Hardware, list[MissRateTime
 
 
 def time_strategies(
-    engine: Engine, tokens: torch.Tensor, settings: CrossoverSettings, done: Callable[[], None]
+    engine: Engine, tokens: Int[Tensor, " new"], settings: CrossoverSettings, done: Callable[[], None]
 ) -> dict[str, list[float]]:
     """Return the TTFT of ``tokens`` [total] by strategy and round: the slowest rank's seconds to the next logits."""
     from longctx.attention.layout import zigzag
@@ -288,6 +288,6 @@ def task(config: DictConfig) -> None:
     if job.settings.hosts and not is_host():
         run_on_hosts(job.settings.hosts, job.settings.rate, [sys.executable, *sys.orig_argv[1:]])
         return
-    result: tuple[Hardware, list[MissRateTimes]] | None = on_ranks(job.target.mesh, run_rank, job)
+    result = on_ranks(job.target.mesh, run_rank, job)
     if result is not None:
         report(job, *result)

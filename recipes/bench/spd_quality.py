@@ -284,7 +284,7 @@ def task(config: DictConfig) -> None:
     """Run the ranks, then show, write and draw the losses."""
     warm_up_ranks(("longctx.infer.engine", "longctx.megatron.spd.blocks", "recipes.common.spd_loop"))
     job = prepare(config)
-    losses: dict[str, TextLosses] | None = on_ranks(job.target.mesh, run_rank, job)
+    losses = on_ranks(job.target.mesh, run_rank, job)
     if losses is None:
         return
     texts = {
