@@ -25,6 +25,7 @@ from longctx.cost.attention import Work
 from longctx.cost.choice import RULES, choose, fit_empirical
 from longctx.cost.hardware import Hardware
 from longctx.parallel.launch import Rank
+from longctx.shapes import Int, Tensor
 from recipes.bench.hosts import is_host, refuse_hosts, run_on_hosts
 from recipes.bench.timing import make_random_cache, measure_in_rounds, read_tokens, time_on_ranks
 from recipes.calibrate import measure_ring
@@ -154,7 +155,7 @@ def run_rank(rank: Rank, job: CrossoverJob) -> tuple[Hardware, list[MissRateTime
 def time_strategies(
     engine: Engine, tokens: Int[Tensor, " new"], settings: CrossoverSettings, done: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Return the TTFT of ``tokens`` [total] by strategy and round: the slowest rank's seconds to the next logits."""
+    """Return the TTFT of ``tokens`` by strategy and round: the slowest rank's seconds to the next logits."""
     from longctx.attention.layout import zigzag
     from longctx.infer.prefill import run_pass
     from longctx.infer.session import next_logits

@@ -21,10 +21,7 @@ def section(config: DictConfig, name: str, kind: type[Section]) -> Section:
 
     Raises ValueError, with the setting's full name, for an unknown setting or a value of another type.
     """
-    values = OmegaConf.to_container(config[name], resolve=True)
-    if not isinstance(values, dict):
-        raise ValueError(f"{name}={values}: give its settings, {name}.SETTING=VALUE")
-    return _validate(kind, values, f"{name}.")
+    return _validate(kind, as_dict(config[name]), f"{name}.")
 
 
 def sections(config: DictConfig, name: str, kind: type[Section], say: Say = say) -> tuple[Section, ...]:
@@ -32,9 +29,7 @@ def sections(config: DictConfig, name: str, kind: type[Section], say: Say = say)
 
     Raises ValueError, with the setting's full name, if ``name`` is not a list of such items.
     """
-    items = as_dict(config)[name]
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise ValueError(f"{name}={items}: give a list with each item's settings in braces: {name}=[{{...}}]")
+    items = mappings_at(as_dict(config), name)
     return tuple(_validate(kind, rename_item(name, item, say), f"{name}.{i}.") for i, item in enumerate(items))
 
 
@@ -51,15 +46,27 @@ def as_dict(config: DictConfig) -> dict[str, object]:
 
 
 def mapping_at(values: Mapping[str, object], name: str) -> Mapping[str, object]:
-    """Return the section ``name`` of plain ``values``, empty if there is none or it is no section."""
-    section = values.get(name)
-    return section if isinstance(section, Mapping) else {}
+    """Return the section ``name`` of plain ``values``, empty if it is missing or null.
+
+    Raises ValueError if it is no section.
+    """
+    section = values.get(name) or {}
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{name}={section}: give its settings in braces: {name}={{...}}")
+    return section
 
 
 def mappings_at(values: Mapping[str, object], name: str) -> list[Mapping[str, object]]:
-    """Return the sections that the list ``name`` of plain ``values`` has, empty if there is no such list."""
+    """Return the items of the list ``name`` of plain ``values``, each with settings, empty if it is missing or null.
+
+    Raises ValueError if it is no list of such items.
+    """
     items = values.get(name)
-    return [item for item in items if isinstance(item, Mapping)] if isinstance(items, list) else []
+    if items is None:
+        return []
+    if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
+        raise ValueError(f"{name}={items}: give a list with each item's settings in braces: {name}=[{{...}}]")
+    return items
 
 
 def _validate(kind: type[Section], values: Mapping[str, object], prefix: str) -> Section:
