@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -12,14 +11,14 @@ from longctx.hf.config import tokenizer_of
 from longctx.spd.plan import saved_plan
 from recipes.common.cli import say
 from recipes.common.renamed import rename_item
-from recipes.common.settings import as_dict
+from recipes.common.settings import as_dict, mapping_at, mappings_at
 from recipes.common.target import Target, resolve_target
 
 BASELINE = "baseline"
 _SECTIONS = ("model", "mesh", "context", "spd")
 # A digest is the name of a file of answers.  Values that have been renamed since are hashed by their first name.
 _FIRST_NAMES = {"gather_merge": "one_exchange"}
-Values = Mapping[str, Any]  # a composed configuration, or a part of one, as plain values
+Values = Mapping[str, object]  # a composed configuration, or a part of one, as plain values
 
 
 @dataclass(frozen=True)
@@ -63,13 +62,13 @@ def compose_variants(config: DictConfig) -> list[tuple[str, DictConfig]]:
     """
     base = as_dict(config)
     variants = [(BASELINE, OmegaConf.create(base))]
-    for item in base["variants"]:
+    for item in mappings_at(base, "variants"):
         change = rename_item("variants", item, say)
         name = _name(change)
         variants.append((name, _apply(base, change)))
         if base["adapted"] and change.get("spd"):
             # The adapted folder has an order of blocks; the variant's file belongs to the model without repair.
-            spd = {key: value for key, value in change["spd"].items() if key != "sensitivity"}
+            spd = {key: value for key, value in mapping_at(change, "spd").items() if key != "sensitivity"}
             repaired = {**change, "model": base["adapted"], "spd": {"sensitivity": None, **spd}}
             variants.append((f"{name} repaired", _apply(base, repaired)))
     names = [name for name, _ in variants]
@@ -89,13 +88,13 @@ def _apply(base: Values, change: Values) -> DictConfig:
     changes = {name: value for name, value in change.items() if name != "name"}
     if unknown := set(changes) - set(_SECTIONS):
         raise ValueError(f"variants: {change['name']}: {min(unknown)} is not one of {', '.join(_SECTIONS)}")
-    if isinstance(changes.get("model"), str):
+    if isinstance(source := changes.get("model"), str):
         # Another folder: nothing of the baseline's source, nor of its changed context, applies to it.
-        folder = Path(changes["model"]).expanduser()
+        folder = Path(source).expanduser()
         context = ("max_positions", "rope_theta", "rope_factor")
         cleared = dict.fromkeys(("wheel", "gguf", "sha256", "config", "tokenizer", *context))
-        changes["model"] = {**cleared, "name": folder.name, "source": changes["model"]}
-    merged = {name: {**base[name], **changes.get(name, {})} for name in _SECTIONS}
+        changes["model"] = {**cleared, "name": folder.name, "source": source}
+    merged = {name: {**mapping_at(base, name), **mapping_at(changes, name)} for name in _SECTIONS}
     merged["model"] = {name: value for name, value in merged["model"].items() if value is not None}
     return OmegaConf.create({**base, **merged})
 

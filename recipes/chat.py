@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from omegaconf import DictConfig
@@ -29,14 +29,17 @@ from recipes.calibrate import measure_ring
 from recipes.common.cli import console, main, on_ranks, refuse_unwritable, warm_up_ranks, write_result
 from recipes.common.hardware_file import read_hardware, refuse_other_threads
 from recipes.common.manifest import record
-from recipes.common.progress import Progress
+from recipes.common.progress import Progress, TokenStream
 from recipes.common.provenance import provenance
 from recipes.common.settings import section, top_level
 from recipes.common.target import Target, resolve_target
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from longctx.infer.engine import Engine
     from longctx.infer.session import Chooser, Session
+    from longctx.infer.store import SessionIndex
     from longctx.megatron.runtime import Runtime
     from longctx.parallel.comm import Comm
 
@@ -71,10 +74,34 @@ class ChatJob:
     sampling: Sampling
     settings: ChatSettings
     session: SessionPaths
-    index: dict[str, Any] | None
+    index: SessionIndex | None
     turns: tuple[UserTurn, ...] | None
     hardware: Hardware | None
     fingerprint: str
+
+
+class TurnFigures(TypedDict, total=False):
+    """Figures of a turn, as written to ``out``; a refused turn has its ``text``, the ``error`` and no tokens.
+
+    ``new`` and ``cached`` count tokens, ``miss_rate`` is new / (new + cached).  ``ttit_s`` is None without a decode
+    step.  Lists are over the context ranks, in bytes; ``bytes_sent`` is the sum over all ranks.
+    """
+
+    text: str
+    error: str
+    answer: str
+    new: int
+    cached: int
+    miss_rate: float
+    strategy: str
+    why: str
+    ttft_s: float
+    ttit_s: float | None
+    bytes_sent: int
+    prefill_bytes_sent_per_rank: list[int]
+    decode_bytes_sent_per_rank: list[int]
+    kv_cache_bytes_per_rank: list[int]
+    token_ids: list[int]
 
 
 def prepare(config: DictConfig) -> ChatJob:
@@ -139,7 +166,7 @@ def typed_turns(world: Comm, max_new_tokens: int, device: torch.device) -> Itera
         yield UserTurn(bytes(typed.tolist()).decode(), max_new_tokens)
 
 
-def run_rank(rank: Rank, job: ChatJob) -> list[dict[str, Any]]:
+def run_rank(rank: Rank, job: ChatJob) -> list[TurnFigures]:
     """Hold the conversation on one rank and return the figures of every turn.
 
     The caller uses those of the first rank.
@@ -147,7 +174,7 @@ def run_rank(rank: Rank, job: ChatJob) -> list[dict[str, Any]]:
     from longctx.infer.session import Session
     from longctx.infer.store import load, save
 
-    target, turn_figures = job.target, []
+    target, turn_figures = job.target, list[TurnFigures]()
     with target.runtime(rank) as runtime:
         # 1. Load the model, and the session to resume.
         with Progress(shown=rank.rank == 0) as progress:
@@ -194,7 +221,7 @@ def make_chooser(runtime: Runtime, engine: Engine, job: ChatJob) -> Chooser:
     return choose_for
 
 
-def take_turn(session: Session, turn: UserTurn, tokenizer: Any, *, shown: bool) -> dict[str, Any]:
+def take_turn(session: Session, turn: UserTurn, tokenizer: PreTrainedTokenizerBase, *, shown: bool) -> TurnFigures:
     """Take one turn and return its figures; a refused turn leaves the session unchanged and states why."""
     from longctx.infer.generate import gather_figures
 
@@ -225,7 +252,7 @@ def take_turn(session: Session, turn: UserTurn, tokenizer: Any, *, shown: bool) 
         "why": result.why,
         "ttft_s": result.ttft_s,
         "ttit_s": result.ttit_s,
-        # Lists are over the context ranks; all tensor-parallel ranks have as many heads and send as many bytes.
+        # All tensor-parallel ranks of a context rank have as many heads and send as many bytes.
         "bytes_sent": (sum(prefill) + sum(decode)) * session.engine.tp.size,
         "prefill_bytes_sent_per_rank": prefill,
         "decode_bytes_sent_per_rank": decode,
@@ -234,22 +261,7 @@ def take_turn(session: Session, turn: UserTurn, tokenizer: Any, *, shown: bool) 
     }
 
 
-class TokenStream:
-    """Print an answer token by token; the bytes of an incomplete character wait for the rest."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer, self._tokens, self._shown = tokenizer, list[int](), 0
-
-    def add(self, token: int) -> None:
-        """Print the text that ``token`` completes."""
-        self._tokens.append(token)
-        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[self._shown :], end="", flush=True)
-            self._shown = len(text)
-
-
-def show_turn(number: int, figures: Mapping[str, Any]) -> None:
+def show_turn(number: int, figures: TurnFigures) -> None:
     """Print the figures of a turn in two lines, or the reason why it was refused."""
     if "error" in figures:
         console.print(f"[bold red]turn {number} was refused[/]: {figures['error']}")

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -29,7 +28,7 @@ _OUTPUTS = ("out", "session.save", "command")  # places that the results are wri
 _MAX_CELL = 60  # characters
 
 
-def final_figures(run: str) -> dict[str, Any]:
+def final_figures(run: str) -> dict[str, object]:
     """Return a run's final figures by name: those of the last step for a training run, all for any other recipe.
 
     Raises ValueError if there are none but step numbers and measurements of the machine.
@@ -51,15 +50,15 @@ def final_figures(run: str) -> dict[str, Any]:
     return figures
 
 
-def _figures_of_lines(text: str, module: str) -> dict[str, Any]:
+def _figures_of_lines(text: str, module: str) -> dict[str, object]:
     """Return the figures of JSON lines: the last line of a training run, or all lines, named by their step."""
-    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    lines: list[dict[str, object]] = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
     if module in _TRAINING_RECIPES:
-        return dict(lines[-1])
-    return flat({line.pop("step"): line for line in lines})
+        return lines[-1]
+    return flat({str(line.pop("step")): line for line in lines})
 
 
-def settings_of(run: str) -> dict[str, Any]:
+def settings_of(run: str) -> dict[str, object]:
     """Return all settings and inputs of a run by name, without its output paths."""
     manifest = manifest_of(run)
     versions = {name: manifest.get(name) for name in _PROVENANCE}
@@ -76,7 +75,7 @@ def settings_of(run: str) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in _OUTPUTS}
 
 
-def differing_names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+def differing_names(runs: Sequence[Mapping[str, object]]) -> list[str]:
     """Return the names whose values differ between ``runs``."""
     names = dict.fromkeys(name for values in runs for name in values)
     return [name for name in names if any(values.get(name) != runs[0].get(name) for values in runs)]
@@ -87,14 +86,14 @@ def is_measured(name: str) -> bool:
     return bool(MEASURED.search(name))
 
 
-def agree(was: Any, now: Any, within: float) -> bool:
+def agree(was: object, now: object, within: float) -> bool:
     """Return True if two figures are equal, numbers to the relative tolerance ``within``."""
     if isinstance(was, int | float) and isinstance(now, int | float):
         return math.isclose(was, now, rel_tol=within, abs_tol=1e-12)
-    return bool(was == now)
+    return was == now
 
 
-def table_of(title: str, runs: Sequence[str], table_rows: Mapping[str, Sequence[Any]]) -> Table:
+def table_of(title: str, runs: Sequence[str], rows: Mapping[str, Sequence[object]]) -> Table:
     """Return a table with a row per name and a column per run."""
     table = Table(title=title, title_justify="left", box=None)
     for heading in ("", *runs):
@@ -104,7 +103,7 @@ def table_of(title: str, runs: Sequence[str], table_rows: Mapping[str, Sequence[
     return table
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
     return text if len(text) <= _MAX_CELL else text[: _MAX_CELL - 3] + "..."
 

@@ -9,8 +9,9 @@ torchrun or srun, this process is one of the launcher's ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from omegaconf import DictConfig
@@ -18,13 +19,12 @@ from pydantic import PositiveInt
 from rich.table import Table
 
 from longctx.config import PromptSource, Sampling
-from longctx.data.prompt import prompt_tokens
-from longctx.data.turns import turns_from
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank
 from recipes.common.cli import console, main, on_ranks, refuse_unwritable, warm_up_ranks, write_result
 from recipes.common.manifest import record
 from recipes.common.progress import Progress
+from recipes.common.prompts import Prompt, read_prompts
 from recipes.common.provenance import provenance
 from recipes.common.settings import section, top_level
 from recipes.common.target import Target, resolve_target
@@ -43,14 +43,6 @@ class GenerateSettings:
     max_new_tokens: PositiveInt = 64
     verify: bool = True
     out: str | None = None
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids of a prompt, and the largest number of tokens of its answer."""
-
-    tokens: tuple[int, ...]
-    max_new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -99,12 +91,22 @@ class GenerateFigures:
     threads_per_rank: int
 
 
+class Answer(TypedDict):
+    """A prompt's answer as written to ``out``: its text, the prompt's length, and the tokens of both."""
+
+    text: str
+    prompt_tokens: int
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+
+
 def prepare(config: DictConfig) -> GenerateJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
     target = resolve_target(config, "recipes.generate", unused_axes=("dp", "pp"))
     settings, source = top_level(config, GenerateSettings), section(config, "prompt", PromptSource)
     refuse_unwritable(settings.out)
-    prompts = read_prompts(settings, source, tokenizer_of(target.folder), target.shape.max_positions)
+    tokenizer = tokenizer_of(target.folder)
+    prompts = read_prompts(settings.prompts, source, tokenizer, settings.max_new_tokens, target.shape.max_positions)
     job = GenerateJob(target, section(config, "sampling", Sampling), prompts, settings)
     if job.prompt_tokens < target.mesh.context:
         raise ValueError(
@@ -112,45 +114,6 @@ def prepare(config: DictConfig) -> GenerateJob:
             f"tokens: use at most {job.prompt_tokens} ranks, or more text"
         )
     return job
-
-
-def read_prompts(
-    settings: GenerateSettings, source: PromptSource, tokenizer: Any, max_positions: int
-) -> tuple[Prompt, ...]:
-    """Return the prompt that ``source`` describes, or one per line of the file ``prompts``.
-
-    Raises ValueError if both or neither are given, or if a prompt and its answer exceed ``max_positions`` tokens.
-    """
-    if settings.prompts is None:
-        tokens, text = prompt_tokens(source, tokenizer)
-        advice = "cut its text with prompt.tokens={}"
-        refuse_too_long("", len(tokens), settings.max_new_tokens, max_positions, advice, text)
-        return (Prompt(tuple(tokens), settings.max_new_tokens),)
-    if also := [name for name, value in vars(source).items() if value is not None]:
-        raise ValueError(f"prompts={settings.prompts} and prompt.{also[0]} are both given: use one of them")
-    prompts = []
-    for turn in turns_from(settings.prompts, settings.max_new_tokens, "prompts"):
-        tokens, text = prompt_tokens(PromptSource(text=turn.text), tokenizer)
-        advice = "cut its text to {} tokens"
-        refuse_too_long(f"{turn.where}: ", len(tokens), turn.max_new_tokens, max_positions, advice, text)
-        prompts.append(Prompt(tuple(tokens), turn.max_new_tokens))
-    return tuple(prompts)
-
-
-def refuse_too_long(name: str, prompt: int, new_tokens: int, max_positions: int, advice: str, text_tokens: int) -> None:
-    """Raise ValueError if ``prompt`` and ``new_tokens`` exceed ``max_positions``; ``advice`` says how to shorten it.
-
-    ``text_tokens`` of the prompt are text that may be cut; the rest is the chat template and the question.
-    """
-    if new_tokens >= max_positions:
-        raise ValueError(
-            f"{name}max_new_tokens={new_tokens} fills the model's context of {max_positions:,}: ask for fewer"
-        )
-    if (over := prompt + new_tokens - max_positions) > 0:
-        raise ValueError(
-            f"{name}the prompt has {prompt:,} tokens, and with max_new_tokens={new_tokens} that is {over:,} more than "
-            f"the model's context of {max_positions:,}: {advice.format(max(1, text_tokens - over))}"
-        )
 
 
 def run_rank(rank: Rank, job: GenerateJob) -> GenerateFigures:
@@ -211,11 +174,10 @@ def _verify(
     return logit_difference(engine, alone, prompts, turn, layer_done=progress.step, chunk=target.context.chunk)
 
 
-def describe(job: GenerateJob, figures: GenerateFigures) -> dict[str, Any]:
-    """Return the result to write: settings, figures, and the answer; for a batch, the list ``answers``."""
-    target = job.target
-    tokenizer = tokenizer_of(target.folder)
-    answers = [
+def decode_answers(job: GenerateJob, figures: GenerateFigures) -> list[Answer]:
+    """Return the answer of each prompt."""
+    tokenizer = tokenizer_of(job.target.folder)
+    return [
         {
             "text": tokenizer.decode(token_ids, skip_special_tokens=True),
             "prompt_tokens": len(prompt.tokens),
@@ -224,6 +186,11 @@ def describe(job: GenerateJob, figures: GenerateFigures) -> dict[str, Any]:
         }
         for prompt, token_ids in zip(job.prompts, figures.token_ids, strict=True)
     ]
+
+
+def describe(job: GenerateJob, figures: GenerateFigures, answers: Sequence[Answer]) -> dict[str, object]:
+    """Return the result to write: settings, figures, and the answer; for a batch, the list ``answers``."""
+    target = job.target
     return {
         "model": target.model.name,
         "tokens": job.prompt_tokens,
@@ -242,46 +209,47 @@ def describe(job: GenerateJob, figures: GenerateFigures) -> dict[str, Any]:
     }
 
 
-def show(result: dict[str, Any]) -> None:
+def show(job: GenerateJob, figures: GenerateFigures, answers: Sequence[Answer]) -> None:
     """Print the text of each answer, and a table of the figures."""
-    answers = result.get("answers", [result])
     for number, answer in enumerate(answers, 1):
         console.rule("answer" if len(answers) == 1 else f"answer {number}")
         print(answer["text"], flush=True)
     console.rule("figures")
     table = Table(show_header=False, box=None)
-    for name, value in table_rows(result):
+    for name, value in table_rows(job, figures):
         table.add_row(name, value)
     console.print(table)
 
 
-def table_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+def table_rows(job: GenerateJob, figures: GenerateFigures) -> list[tuple[str, str]]:
     """Return the rows of the figures table: a name and its value in words."""
-    mesh = " x ".join(f"{axis} {n}" for axis, n in result["mesh"].items() if n > 1) or "one rank"
-    prompts = len(result.get("answers", [result]))
-    rate, dropped = result["tokens_per_s"], result["spd_blocks"]
+    target, context, prompts = job.target, job.target.context, len(job.prompts)
+    axes = " x ".join(f"{axis} {n}" for axis, n in vars(target.mesh).items() if n > 1) or "one rank"
+    rate, dropped = figures.tokens_per_s, target.plan.dropped if target.plan else ()
+    new_tokens = sum(map(len, figures.token_ids))
     return [
-        ("tokens", f"{result['tokens']:,} in {_count(prompts, 'the prompt')}, {result['new_tokens']} new"),
-        ("ranks", f"{result['ranks']} ({mesh}), {result['threads_per_rank']} thread(s) each"),
-        ("strategy", f"{result['strategy']}, {result['layout']}; decode {result['decode_strategy']}"),
-        ("layers, kernel", f"megatron-core {result['layers']}, {result['kernel']}"),
+        ("tokens", f"{job.prompt_tokens:,} in {_count(prompts, 'the prompt')}, {new_tokens} new"),
+        ("ranks", f"{target.mesh.ranks} ({axes}), {figures.threads_per_rank} thread(s) each"),
+        ("strategy", f"{context.strategy}, {context.layout}; decode {context.decode}"),
+        ("layers, kernel", f"megatron-core {figures.layers}, {figures.kernel}"),
         *([("reductions dropped", f"in {len(dropped)} blocks: {', '.join(map(str, dropped))}")] if dropped else []),
-        ("time to first token", f"{result['ttft_s']:.2f} s ({result['prefill_tokens_per_s']:,.0f} tokens/s)"),
+        ("time to first token", f"{figures.ttft_s:.2f} s ({figures.prefill_tokens_per_s:,.0f} tokens/s)"),
         ("decode", f"{rate:.1f} tokens/s" if rate else "one token at most"),
-        ("KV cache per rank", in_megabytes(result["kv_cache_bytes_per_rank"])),
-        ("sent per rank, prefill", in_megabytes(result["prefill_bytes_sent_per_rank"])),
-        ("sent per rank, decode", in_megabytes(result["decode_bytes_sent_per_rank"])),
-        ("largest logit difference", _difference_in_words(result, mesh, prompts)),
+        ("KV cache per rank", in_megabytes(figures.kv_cache_bytes_per_rank)),
+        ("sent per rank, prefill", in_megabytes(figures.prefill_bytes_sent_per_rank)),
+        ("sent per rank, decode", in_megabytes(figures.decode_bytes_sent_per_rank)),
+        ("largest logit difference", _difference_in_words(job, figures.max_logit_diff)),
     ]
 
 
-def _difference_in_words(result: dict[str, Any], mesh: str, prompts: int) -> str:
-    if result["max_logit_diff"] is not None:
-        reference = "tp ranks alone" if result["spd_blocks"] else "one rank"
-        return f"{result['max_logit_diff']:.1e} against {reference}, over {_count(prompts, 'the whole prompt')}"
-    if result["ranks"] == 1:
+def _difference_in_words(job: GenerateJob, difference: float | None) -> str:
+    mesh, drops = job.target.mesh, bool(job.target.plan and job.target.plan.dropped)
+    if difference is not None:
+        reference = "tp ranks alone" if drops else "one rank"
+        return f"{difference:.1e} against {reference}, over {_count(len(job.prompts), 'the whole prompt')}"
+    if mesh.ranks == 1:
         return "nothing to compare with: the mesh is one rank"
-    if result["spd_blocks"] and mesh == f"tp {result['mesh']['tp']}":
+    if drops and mesh.ranks == mesh.tp:
         return "nothing to compare with: the mesh is one tensor-parallel group"
     return "not compared (verify=false)"
 
@@ -303,10 +271,10 @@ def task(config: DictConfig) -> None:
     figures = on_ranks(job.target.mesh, run_rank, job)
     if figures is None:
         return
-    result = describe(job, figures)
-    show(result)
+    answers = decode_answers(job, figures)
+    show(job, figures, answers)
     if job.settings.out:
-        write_result(job.settings.out, result)
+        write_result(job.settings.out, describe(job, figures, answers))
 
 
 if __name__ == "__main__":

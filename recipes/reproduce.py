@@ -9,14 +9,14 @@ figures differ.
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from longctx.parallel.launch import RankFailed
 from recipes.common.cli import GATE_FAILED, console, is_file_name, reporting
-from recipes.common.manifest import folder_of, manifest_of
+from recipes.common.manifest import Manifest, folder_of, manifest_of
 from recipes.common.provenance import ROOT
+from recipes.common.settings import mapping_at
 from recipes.compare import agree, differing_names, final_figures, is_measured, settings_of, table_of
 
 WITHIN = 1e-6  # relative: another machine sums in a different order
@@ -40,16 +40,16 @@ def run_again(run: str) -> str:
     return str(out)
 
 
-def _session_beside(run: str, manifest: Mapping[str, Any], beside: Path) -> list[str]:
+def _session_beside(run: str, manifest: Manifest, beside: Path) -> list[str]:
     """Return the setting that saves a conversation's session in ``beside``, if the run saved one.
 
     Raises ValueError if the run overwrote the session that it resumed.
     """
-    session = manifest["config"].get("session") or {}
+    session = mapping_at(manifest["config"], "session")
     if not session.get("save"):
         return []
     load, save = (
-        Path(manifest["folder"], Path(session[name] or "").expanduser()).resolve() for name in ("load", "save")
+        Path(manifest["folder"], Path(str(session[name] or "")).expanduser()).resolve() for name in ("load", "save")
     )
     if session["load"] and load == save:
         raise ValueError(

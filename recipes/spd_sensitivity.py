@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from omegaconf import DictConfig
@@ -68,12 +68,12 @@ class SensitivityJob:
     target: Target
     text: PackedText
     chunk: PositiveInt
-    about: dict[str, Any]
+    about: dict[str, object]
     out: Path
     done: list[list[float]]
     classes: SensitivityThresholds
     track: Track
-    config: dict[str, Any]
+    config: dict[str, object]
     origin: dict[str, str]
 
     @property
@@ -253,15 +253,15 @@ def show(sensitivities: Sensitivities) -> None:
     console.print(table)
 
 
-def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def changed_keys(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     """Return the keys whose values differ between a saved record and that of this run, old key names translated."""
     before = {_RENAMED.get(key, key): value for key, value in before.items()}
     now = json.loads(json.dumps(now))
     return [key for key in {**before, **now} if before.get(key) != now.get(key)]
 
 
-def read_lines(file: Path, about: Mapping[str, Any]) -> list[Any]:
-    """Return the values of a JSON lines ``file`` after its first line, the record of the run that wrote it.
+def read_lines(file: Path, about: Mapping[str, object]) -> list[list[float]]:
+    """Return the sums in a JSON lines ``file`` after its first line, the record of the run that wrote it.
 
     A half-written last line is ignored.  Raises ValueError if the record differs from ``about``.
     """
@@ -273,7 +273,7 @@ def read_lines(file: Path, about: Mapping[str, Any]) -> list[Any]:
     return lines[1:]
 
 
-def write_lines(file: Path, values: Iterable[Any]) -> None:
+def write_lines(file: Path, values: Iterable[object]) -> None:
     """Write ``values`` as JSON lines, making the folder; a run that is killed leaves the earlier file unchanged."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")

@@ -3,12 +3,27 @@
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from eval.answers.requests import Answer
+
+
+class Entry(TypedDict, total=False):
+    """A line of the file: an ``answer`` by its request's ``key``, or the cost of the answers before it.
+
+    A written line has the checksum ``crc32`` of the others.
+    """
+
+    key: str
+    answer: Answer
+    requests: int
+    tokens: int
+    seconds: float
+    commit: str
+    crc32: int
 
 
 @dataclass
@@ -55,10 +70,15 @@ def append(path: Path, answers: Mapping[str, Answer], tokens: int, seconds: floa
 
     With ``tokens`` 0 (generated texts), the answers do not count among the timed requests.
     """
-    cost = {"requests": len(answers) if tokens else 0, "tokens": tokens, "seconds": round(seconds, 4), "commit": commit}
-    entries: Sequence[Mapping[str, Any]] = [*({"key": key, "answer": x} for key, x in answers.items()), cost]
+    cost: Entry = {
+        "requests": len(answers) if tokens else 0,
+        "tokens": tokens,
+        "seconds": round(seconds, 4),
+        "commit": commit,
+    }
+    entries: list[Entry] = [{"key": key, "answer": answer} for key, answer in answers.items()]
     # A killed run may have left half a line at the end: the leading newline keeps it apart from what follows.
-    lines = b"\n" + b"".join(_format_line(entry) for entry in entries)
+    lines = b"\n" + b"".join(_format_line(entry) for entry in [*entries, cost])
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -76,16 +96,16 @@ def remove_corrupt_lines(path: Path) -> None:
     partial.replace(path)
 
 
-def _format_line(entry: Mapping[str, Any]) -> bytes:
+def _format_line(entry: Entry) -> bytes:
     """Return ``entry`` as a JSON line with its checksum."""
     text = json.dumps(entry)
     return json.dumps({**entry, "crc32": zlib.crc32(text.encode())}).encode() + b"\n"
 
 
-def _parse_line(line: bytes) -> dict[str, Any] | None:
+def _parse_line(line: bytes) -> Entry | None:
     """Return the entry of a line, or None if the line is no JSON object or its checksum does not match."""
     try:
-        entry: dict[str, Any] = json.loads(line)
+        entry: Entry = json.loads(line)
         checksum = entry.pop("crc32")
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

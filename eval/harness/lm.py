@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 Answerer = Callable[[Sequence[Request]], Sequence[Any]]
 _DEFAULT_NEW_TOKENS = 256  # limit of a generated answer if the task gives none: lm-eval's default
 _TEXT_SEPARATOR = "<|endoftext|>"
+
+
+class GenerationSettings(TypedDict, total=False):
+    """Settings of a generated answer that are read, in lm-eval's names; ``until`` are the texts that end it."""
+
+    do_sample: bool
+    temperature: float
+    until: str | list[str] | None
+    max_gen_toks: int
+    max_new_tokens: int
 
 
 class EngineLM(TemplateLM):
@@ -112,7 +122,7 @@ class EngineLM(TemplateLM):
         pairs = [make_disjoint_window(window) for window in rolling]
         return [self._make_score(before, after, "") for before, after in pairs]
 
-    def _make_continue(self, context: str, settings: Mapping[str, Any]) -> Continue:
+    def _make_continue(self, context: str, settings: GenerationSettings) -> Continue:
         if settings.get("do_sample") or settings.get("temperature"):
             raise ValueError(f"{dict(settings)}: only greedy answers are compared; set do_sample: false in the task")
         until = settings.get("until") or []

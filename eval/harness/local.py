@@ -9,9 +9,33 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-Row = Mapping[str, Any]
+Row = Mapping[str, object]  # an example in the form that lm-eval's task takes
+
+
+class Record(TypedDict, total=False):
+    """A record of a file; each benchmark's records have some of these fields.
+
+    ``gold`` is the number of the correct choice.  ``answer`` is that number too (MMLU), or the answer (GSM8K).
+    ``best`` is the correct answer, ``incorrect`` are the others (TruthfulQA).
+    """
+
+    query: str
+    choices: list[str]
+    gold: int
+    context: str
+    continuation: str
+    context_options: list[str]
+    good: str
+    bad: str
+    subject: str
+    question: str
+    answer: int | str
+    best: str
+    incorrect: list[str]
+    chain_of_thought: str
+    page: str
 
 
 @dataclass(frozen=True)
@@ -26,8 +50,8 @@ class LocalTask:
 
     config_file: str
     file: str
-    convert: Callable[[Row], Row]
-    changes: Mapping[str, Any] = field(default_factory=dict)
+    convert: Callable[[Record], Row]
+    changes: Mapping[str, object] = field(default_factory=dict)
     sorted: bool = False
 
 
@@ -48,7 +72,7 @@ def read_rows(task: LocalTask, path: Path) -> list[Row]:
     return rows
 
 
-def _read_json_lines(path: Path) -> list[Row]:
+def _read_json_lines(path: Path) -> list[Record]:
     open_file = gzip.open if path.suffix == ".gz" else open
     with open_file(path, "rt", encoding="utf-8") as file:
         lines = [line for line in file if line.strip()]
@@ -58,7 +82,7 @@ def _read_json_lines(path: Path) -> list[Row]:
         raise ValueError(f"{path} is not a file of JSON lines: {error}") from error
 
 
-def _read_pages(path: Path) -> list[Row]:
+def _read_pages(path: Path) -> list[Record]:
     """Return WikiText's pages, each from its title (`` = Title = ``) to the next."""
     pages: list[str] = []
     for line in path.read_text(encoding="utf-8").split("\n"):
@@ -68,7 +92,7 @@ def _read_pages(path: Path) -> list[Row]:
     return [{"page": page} for page in pages if page.strip()]
 
 
-def _letters(row: Row, question: str) -> Row:
+def _letters(row: Record, question: str) -> Row:
     """Return a row of ARC or OpenBookQA: the choices have letters; ``question`` is the field of the question."""
     labels = [chr(ord("A") + i) for i in range(len(row["choices"]))]
     return {
@@ -78,28 +102,28 @@ def _letters(row: Row, question: str) -> Row:
     }
 
 
-def _arc(row: Row) -> Row:
+def _arc(row: Record) -> Row:
     return _letters({**row, "query": row["query"].removeprefix("Question: ").rstrip("\n")}, "question")
 
 
-def _openbookqa(row: Row) -> Row:
+def _openbookqa(row: Record) -> Row:
     return _letters(row, "question_stem")
 
 
-def _piqa(row: Row) -> Row:
+def _piqa(row: Record) -> Row:
     first, second = row["choices"]
     goal = row["query"].removeprefix("Question: ").removesuffix("\n")
     return {"goal": goal, "sol1": first, "sol2": second, "label": row["gold"]}
 
 
-def _boolq(row: Row) -> Row:
+def _boolq(row: Record) -> Row:
     passage, separator, question = row["query"].removeprefix("Passage: ").rpartition("\nQuestion: ")
     if not separator:
         raise ValueError("query has no question")
     return {"passage": passage, "question": question.removesuffix("?"), "label": row["gold"]}
 
 
-def _copa(row: Row) -> Row:
+def _copa(row: Record) -> Row:
     """Undo lm-eval's prompt, which joins the premise, without its full stop, and the connector by a space."""
     premise, _, connector = row["query"].rpartition(" ")
     relation = {"because": "cause", "therefore": "effect"}[connector]
@@ -113,13 +137,13 @@ def _copa(row: Row) -> Row:
     }
 
 
-def _hellaswag(row: Row) -> Row:
+def _hellaswag(row: Record) -> Row:
     """Capitalise the first letter of the unfinished sentence and lower the others, as lm-eval does."""
     query = re.sub(r"(?<=[.!?:] )[a-z][^.!?]*$", lambda match: match[0].capitalize(), row["query"])
     return {"query": query, "choices": row["choices"], "label": row["gold"]}
 
 
-def _blank(row: Row) -> tuple[str, list[str]]:
+def _blank(row: Record) -> tuple[str, list[str]]:
     """Return the words that the two contexts have in common at the beginning, and the rest of each."""
     first, second = row["context_options"]
     common = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(min(first, second)))
@@ -127,41 +151,41 @@ def _blank(row: Row) -> tuple[str, list[str]]:
     return before, [first[len(before) :], second[len(before) :]]
 
 
-def _winogrande(row: Row) -> Row:
+def _winogrande(row: Record) -> Row:
     before, (first, second) = _blank(row)
     sentence = f"{before}_ {row['continuation']}"
     return {"sentence": sentence, "option1": first, "option2": second, "answer": str(row["gold"] + 1)}
 
 
-def _wsc273(row: Row) -> Row:
+def _wsc273(row: Record) -> Row:
     before, options = _blank(row)
     end = row["continuation"]
     text = f"{before}_{'' if end.startswith('.') else ' '}{end}"
     return {"text": text, "pronoun": "_", "pronoun_loc": len(before), "options": options, "label": row["gold"]}
 
 
-def _lambada(row: Row) -> Row:
+def _lambada(row: Record) -> Row:
     return {"text": f"{row['context']} {row['continuation']}"}
 
 
-def _blimp(row: Row) -> Row:
+def _blimp(row: Record) -> Row:
     return {"sentence_good": row["good"], "sentence_bad": row["bad"]}
 
 
-def _mmlu(row: Row) -> Row:
+def _mmlu(row: Record) -> Row:
     subject = row["subject"].replace("_", " ")
     return {"subject": subject, "question": row["question"], "choices": row["choices"], "answer": row["answer"]}
 
 
-def _truthfulqa(row: Row) -> Row:
+def _truthfulqa(row: Record) -> Row:
     return {"question": row["question"], "mc1_targets": {"choices": [row["best"], *row["incorrect"]]}}
 
 
-def _gsm8k(row: Row) -> Row:
+def _gsm8k(row: Record) -> Row:
     return {"question": row["context"], "answer": f"{row['chain_of_thought']}\n#### {row['answer']}"}
 
 
-def _page(row: Row) -> Row:
+def _page(row: Record) -> Row:
     return {"page": row["page"]}
 
 
@@ -170,7 +194,7 @@ _MMLU = (
     "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}\nAnswer:"
 )
 # lm-eval's process_docs has been applied to the rows of these files already.
-_PROCESSED: Mapping[str, Any] = {"process_docs": None}
+_PROCESSED: Mapping[str, object] = {"process_docs": None}
 LOCAL: Mapping[str, LocalTask] = {
     "arc_easy": LocalTask("arc/arc_easy.yaml", "arc/arc_easy.jsonl", _arc),
     "arc_challenge": LocalTask("arc/arc_challenge.yaml", "arc/arc_challenge.jsonl", _arc),

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -41,6 +41,13 @@ class HiddenFacts:
     facts: tuple[str, ...]
     question: str
     answers: tuple[str, ...]
+
+
+class LongExample(TypedDict):
+    """An example: the ``prompt``, and all words that a correct answer contains."""
+
+    prompt: str
+    answers: list[str]
 
 
 def _number(random: Random) -> str:
@@ -184,12 +191,12 @@ def make_examples(
     answer_tokens: int,
     examples: int,
     seed: int,
-) -> list[dict[str, Any]]:
-    """Return rows of ``prompt`` and ``answers``; a prompt has at most ``length - answer_tokens`` tokens.
+) -> list[LongExample]:
+    """Return rows for lm-eval; a prompt has at most ``length - answer_tokens`` tokens.
 
     Raises ValueError if ``length`` is too short for the question.
     """
-    rows = []
+    rows: list[LongExample] = []
     for i in range(examples):
         room, excess = length - answer_tokens - _QUESTION_TOKENS, 1
         # Make the same example again with less text, until it fits.
@@ -241,7 +248,7 @@ def make_long_tasks(
     return tasks
 
 
-def score_answer(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+def score_answer(doc: LongExample, results: Sequence[str]) -> dict[str, float]:
     """Return ``{"exact_match": 1.0}`` if the text contains each answer of ``doc`` as a whole word, else 0.0."""
     text = results[0]
     return {"exact_match": float(all(re.search(rf"\b{re.escape(answer)}\b", text) for answer in doc["answers"]))}

@@ -57,7 +57,7 @@ def load_tasks(names: Sequence[str], data: Path | None, fewshot: int | None, inc
     return tasks
 
 
-def make_task(name: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Task:
+def make_task(name: str, config: Mapping[str, object], rows: Sequence[Mapping[str, object]]) -> Task:
     """Return an lm-eval task of ``config`` over ``rows``.  Raises ValueError if there are no rows."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it prints long advice for every task
     if not rows:

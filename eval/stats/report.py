@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from eval.stats.compare import Comparison, Perplexity, Verdict, compare, compare_perplexity, is_near_chance
 from eval.stats.outcomes import Outcomes
@@ -97,7 +97,7 @@ class Report:
     origin: Mapping[str, str]
     pictures: tuple[str, ...] = ()
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the content of report.json."""
         about_variants = {
             name: {key: value for key, value in vars(variant).items() if key not in ("name", "outcomes")}

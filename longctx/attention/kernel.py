@@ -8,7 +8,7 @@ import torch
 
 from longctx.attention.partial import Partial, accumulation_dtype, concat_rows, merge_
 from longctx.attention.tiles import Tile
-from longctx.shapes import Float, Keys, LogSumExp, Queries, Tensor
+from longctx.shapes import Float, Keys, LogSumExp, Queries, Shaped, Tensor
 
 Gradients = tuple[Queries, Keys, Keys]  # (dq, dk, dv)
 # Partials of adjacent tiles are merged at once, up to this many rows: short documents have thousands of small tiles.
@@ -39,10 +39,13 @@ class Kernel:
     devices: tuple[str, ...] = ("cpu", "cuda")
     head_dim_multiple: int = 1
 
-    def refuse_untested(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def refuse_untested(
+        self,
+        q: Shaped[Tensor, "b sq hq dq"],
+        k: Shaped[Tensor, "b sk hk dk"],
+        v: Shaped[Tensor, "b sv hv dv"],
+    ) -> None:
         """Refuse inputs on which this kernel has not been tested to be exact.
-
-        ``q`` is [b sq hq d], ``k`` and ``v`` are [b sk hk d]; the shapes are checked here.
 
         Raises ValueError for a dtype, device or head dimension that the kernel does not accept.  Heads of different
         dimensions are refused, and so are query heads that are not a multiple of the KV heads.

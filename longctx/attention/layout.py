@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from longctx.shapes import Positions, Tensor
+from longctx.shapes import AnyShape, Positions, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +94,11 @@ class Layout:
         offsets = [first - begin for first, begin in zip(packed, self.begins, strict=False)]
         return _concat(_list_positions(span, offsets[span.document]) for span in self.ranks[rank])
 
-    def shard(self, x: Tensor, rank: int, dim: int = 0) -> Tensor:
+    def shard(self, x: AnyShape, rank: int, dim: int = 0) -> AnyShape:
         """Return the rows of ``rank`` from the packed tensor ``x``, whose rows are in ``dim``."""
         return x.index_select(dim, self.index(rank).to(x.device))
 
-    def unshard(self, parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    def unshard(self, parts: Sequence[AnyShape], dim: int = 0) -> AnyShape:
         """Return the packed tensor, given each rank's rows: the inverse of `shard`."""
         order = torch.cat([self.index(rank) for rank in range(self.size)]).argsort()
         return torch.cat(list(parts), dim).index_select(dim, order.to(parts[0].device))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from longctx.shapes import Float, LogSumExp, Queries, Tensor
+from longctx.shapes import AnyShape, Float, LogSumExp, Queries, Tensor
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Partial:
     lse: LogSumExp
 
 
-def accumulation_dtype(x: Tensor) -> torch.dtype:
+def accumulation_dtype(x: AnyShape) -> torch.dtype:
     """Return the dtype of softmax state and gradient sums for inputs like ``x``: float32, or float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 

@@ -6,7 +6,7 @@ import shutil
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,28 @@ from longctx.shapes import Tensor
 _VERSION = 2
 _INDEX = "session.json"
 _READ_BYTES = 2**20
+
+
+class FileState(TypedDict):
+    """Bytes and CRC-32 of a file, as written."""
+
+    size: int
+    crc32: int
+
+
+class SessionIndex(TypedDict):
+    """Content of a saved session's index.
+
+    ``model`` identifies the weights.  ``tokens`` and ``cached`` have each sequence's token ids and number of cached
+    tokens, by its number.  ``files`` has every safetensors file of the folder by name.
+    """
+
+    version: int
+    model: str
+    dtype: str
+    tokens: dict[str, list[int]]
+    cached: dict[str, int]
+    files: dict[str, FileState]
 
 
 def save(session: Session, folder: Path, model: str) -> None:
@@ -112,15 +134,16 @@ def refuse_place(folder: Path) -> None:
         raise ValueError(f"session.save={folder} cannot be written; use a folder that you may write to.")
 
 
-def read_index(folder: Path, model: str, dtype: str) -> dict[str, Any]:
+def read_index(folder: Path, model: str, dtype: str) -> SessionIndex:
     """Read the index of the session in ``folder`` and check the session's files against it.
 
     Raises ValueError if ``folder`` holds no session, if a file is missing or has changed since it was written, or if
     the session is of another version, model or dtype.
     """
     try:
-        index: dict[str, Any] = json.loads((folder / _INDEX).read_text())
-        version, saved_model, saved_dtype, files = (index[name] for name in ("version", "model", "dtype", "files"))
+        index: SessionIndex = json.loads((folder / _INDEX).read_text())
+        version, saved_model = index["version"], index["model"]
+        saved_dtype, files = index["dtype"], index["files"]
     except FileNotFoundError as error:
         raise ValueError(f"session.load={folder} holds no session; use a folder that session.save wrote.") from error
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
@@ -152,7 +175,7 @@ def _fault(file: Path, size: int, crc32: int) -> str:
     return "" if _checksum(file) == crc32 else "has changed since it was saved"
 
 
-def load(session: Session, folder: Path, index: dict[str, Any]) -> None:
+def load(session: Session, folder: Path, index: SessionIndex) -> None:
     """Add the sequences of ``folder`` to ``session``, sharded over its ranks, whatever mesh saved them.
 
     Raises ValueError if a file cannot be read.
@@ -183,9 +206,7 @@ def kv_heads(session: Session) -> range:
     return range(first, first + max(1, per_tp // degree))
 
 
-def _read_rows(
-    folder: Path, index: dict[str, Any], name: str, i: str, positions: Tensor, heads: Sequence[int]
-) -> Tensor:
+def _read_rows(folder: Path, index: SessionIndex, name: str, i: str, positions: Tensor, heads: Sequence[int]) -> Tensor:
     """Read keys or values, [1 rows heads d], of sequence ``i`` at ``positions``, from all files that have some."""
     out: Tensor | None = None
     for file in index["files"]:

@@ -73,4 +73,4 @@ def let_training_run() -> None:
         setattr(module, "get_rng_state", lambda *_, **__: torch.get_rng_state())  # noqa: B010
         setattr(module, "set_rng_state", lambda state, *_, **__: torch.set_rng_state(state))  # noqa: B010
     _active.append(_CudaToCpu())
-    _active[0].__enter__()
+    _active[0].__enter__()  # type: ignore[no-untyped-call]

@@ -186,7 +186,7 @@ def losses_of(
     return losses
 
 
-def tied_weight(model: GPTModel) -> Tensor | None:
+def tied_weight(model: GPTModel) -> Float[Tensor, "vocab hidden"] | None:
     """Return the embedding's weight if the output layer shares it; None lets the output layer use its own."""
     return model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch.distributed as dist
 
-from longctx.shapes import Tensor
+from longctx.shapes import AnyShape
 
 Shape = tuple[int, ...]
 
@@ -54,7 +54,7 @@ class Traffic:
         finally:
             self._purpose = before
 
-    def count(self, operation: str, sent: Sequence[Tensor]) -> None:
+    def count(self, operation: str, sent: Sequence[AnyShape]) -> None:
         """Count the tensors ``sent`` to other ranks; an empty tensor is no message."""
         sizes = [x.numel() * x.element_size() for x in sent if x.numel()]
         self.bytes[operation] = self.bytes.get(operation, 0) + sum(sizes)
@@ -72,7 +72,7 @@ class Traffic:
 class Pending(Protocol):
     """Tensors in flight.  Do not write to the tensors that were sent before ``wait`` has returned."""
 
-    def wait(self) -> tuple[Tensor, ...]:
+    def wait(self) -> tuple[AnyShape, ...]:
         """Wait for the received tensors and return them.  Raises `LostPeer` if a neighbour has gone."""
         ...
 
@@ -85,21 +85,21 @@ class Comm(Protocol):
     size: int
     traffic: Traffic
 
-    def shift(self, *mine: Tensor, shapes: Sequence[Shape]) -> Pending:
+    def shift(self, *mine: AnyShape, shapes: Sequence[Shape]) -> Pending:
         """Start sending ``mine`` to the next rank and receiving the previous rank's tensors, which have ``shapes``.
 
         Raises `LostPeer` if a neighbour has gone.
         """
         ...
 
-    def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+    def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape]) -> list[AnyShape]:
         """Send ``parts[i]`` to rank i and return what each rank sent, in rank order; ``shapes[i]`` is its shape.
 
         Raises `LostPeer` if a rank has gone.
         """
         ...
 
-    def all_gather(self, mine: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+    def all_gather(self, mine: AnyShape, shapes: Sequence[Shape]) -> list[AnyShape]:
         """Return every rank's ``mine``, in rank order; ``shapes[i]`` is the shape of rank i's tensor.
 
         Raises `LostPeer` if a rank has gone.
@@ -111,9 +111,9 @@ class Comm(Protocol):
 class CompletedPending:
     """A `Pending` whose tensors have already arrived."""
 
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[AnyShape, ...]
 
-    def wait(self) -> tuple[Tensor, ...]:
+    def wait(self) -> tuple[AnyShape, ...]:
         """Return the tensors at once."""
         return self.tensors
 
@@ -126,15 +126,15 @@ class SingleRankComm:
     size: int = 1
     traffic: Traffic = field(default_factory=Traffic)
 
-    def shift(self, *mine: Tensor, shapes: Sequence[Shape]) -> Pending:
+    def shift(self, *mine: AnyShape, shapes: Sequence[Shape]) -> Pending:
         """Fail: a ring of one has no hops."""
         raise AssertionError("a ring of one communicates nothing")
 
-    def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+    def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape]) -> list[AnyShape]:
         """Return the rank's own part."""
         return list(parts)
 
-    def all_gather(self, mine: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+    def all_gather(self, mine: AnyShape, shapes: Sequence[Shape]) -> list[AnyShape]:
         """Return the rank's own tensor."""
         return [mine]
 
@@ -142,12 +142,12 @@ class SingleRankComm:
 @dataclass(frozen=True)
 class _InFlight:
     works: Sequence[dist.Work]
-    received: tuple[Tensor, ...]
+    received: tuple[AnyShape, ...]
     # The backend reads the sent tensors until the work is done.  This reference keeps their memory alive.
-    sent: tuple[Tensor, ...]
+    sent: tuple[AnyShape, ...]
     peers: str
 
-    def wait(self) -> tuple[Tensor, ...]:
+    def wait(self) -> tuple[AnyShape, ...]:
         with _raise_lost_peer(self.peers):
             for work in self.works:
                 work.wait()
@@ -191,7 +191,7 @@ class DistComm:
         self.size: int = group.size()
         self.traffic = Traffic()
 
-    def shift(self, *mine: Tensor, shapes: Sequence[Shape]) -> Pending:
+    def shift(self, *mine: AnyShape, shapes: Sequence[Shape]) -> Pending:
         """Start sending ``mine`` to the next rank and receiving the previous rank's tensors, which have ``shapes``."""
         sent = tuple(x.contiguous() for x in mine)
         received = tuple(x.new_empty(shape) for x, shape in zip(mine, shapes, strict=True))
@@ -202,7 +202,7 @@ class DistComm:
         return self._start(ops, received, sent, {previous, following})
 
     def _start(
-        self, ops: list[dist.P2POp], received: tuple[Tensor, ...], sent: tuple[Tensor, ...], peers: set[int]
+        self, ops: list[dist.P2POp], received: tuple[AnyShape, ...], sent: tuple[AnyShape, ...], peers: set[int]
     ) -> _InFlight:
         names = self._world_ranks(peers)
         with _raise_lost_peer(names):
@@ -214,10 +214,10 @@ class DistComm:
         ranks = sorted(dist.get_global_rank(self.group, member) for member in members)
         return f"rank {' or '.join(map(str, ranks))}"
 
-    def _p2p(self, op: Callable[..., Any], x: Tensor, peer: int) -> dist.P2POp:
+    def _p2p(self, op: Callable[..., Any], x: AnyShape, peer: int) -> dist.P2POp:
         return dist.P2POp(op, x, group=self.group, group_peer=peer)
 
-    def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+    def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape]) -> list[AnyShape]:
         """Send ``parts[i]`` to rank i and return what each rank sent, in rank order; ``shapes[i]`` is its shape."""
         # Point-to-point messages, not the backend's all-to-all: gloo's takes twice as long for uneven parts on a
         # slow link, and both backends need the parts packed into one tensor first.
@@ -230,7 +230,7 @@ class DistComm:
         ops += [self._p2p(dist.isend, x, other) for other, x in sent.items()]
         return list(self._start(ops, tuple(received), tuple(sent.values()), set(others)).wait())
 
-    def all_gather(self, mine: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+    def all_gather(self, mine: AnyShape, shapes: Sequence[Shape]) -> list[AnyShape]:
         """Return every rank's ``mine``, in rank order; ``shapes[i]`` is the shape of rank i's tensor."""
         # gloo's all-gather refuses tensors of different length.  Sending to each rank costs the same bytes.
         return self.all_to_all([mine] * self.size, shapes)

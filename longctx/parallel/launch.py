@@ -19,7 +19,10 @@ from functools import cache
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
+
+Result = TypeVar("Result")
+Args = TypeVarTuple("Args")
 
 _GRACE_S = 5.0  # between SIGTERM and SIGKILL
 _GATHER_S = 3.0  # from the first failure: other ranks that fail by then are compared to name the first
@@ -108,7 +111,7 @@ def warm_up(modules: Sequence[str]) -> None:
     forkserver.ensure_running()
 
 
-def run_ranks(world_size: int, rank_main: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(world_size: int, rank_main: Callable[[Rank, *Args], Result], *args: *Args) -> list[Result]:
     """Run ``rank_main(Rank, *args)`` in ``world_size`` local processes and return the results in rank order.
 
     ``rank_main`` must be importable by name, and its arguments and results picklable.  A SIGUSR1 to this process is
@@ -147,7 +150,7 @@ def run_ranks(world_size: int, rank_main: Callable[..., Any], *args: Any) -> lis
 def _forward_signal(number: int, processes: list[ForkServerProcess]) -> Iterator[None]:
     """Forward signal ``number`` to all ranks during the block; only the main thread can, others do nothing."""
 
-    def forward(*_: Any) -> None:
+    def forward(*_: object) -> None:
         for process in processes:
             if process.pid and process.is_alive():
                 os.kill(process.pid, number)
@@ -163,7 +166,7 @@ def _forward_signal(number: int, processes: list[ForkServerProcess]) -> Iterator
 
 
 def _run_one(
-    rank: Rank, folder: str, warning_filters: Any, rank_main: Callable[..., Any], args: tuple[Any, ...]
+    rank: Rank, folder: str, warning_filters: Any, rank_main: Callable[[Rank, *Args], object], args: tuple[*Args]
 ) -> None:
     """Run one rank in its process: write its result or its error to ``folder``, then exit."""
     warnings.filters = warning_filters  # a rank warns, or raises, as its parent would
@@ -240,7 +243,7 @@ def _end(processes: list[ForkServerProcess]) -> None:
             process.join()
 
 
-def _write(path: Path, value: Any) -> None:
+def _write(path: Path, value: object) -> None:
     """Pickle ``value`` to ``path`` in one step: readers see the whole file or none."""
     partial = path.with_suffix(".partial")
     partial.write_bytes(pickle.dumps(value))

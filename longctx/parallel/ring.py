@@ -12,7 +12,7 @@ from longctx.attention.mask import CAUSAL, Mask
 from longctx.attention.partial import Partial, empty_partial, merge_
 from longctx.attention.tiles import Tile, visible_tiles
 from longctx.parallel.comm import Comm, Shape, doing
-from longctx.shapes import Keys, Queries, Tensor
+from longctx.shapes import Keys, Queries, Shaped, Tensor
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def _with_rows(x: Tensor, rows: int) -> Shape:
 
 
 def rotate(
-    comm: Comm, layout: Layout, *mine: Tensor, hops: int | None = None
-) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    comm: Comm, layout: Layout, *mine: Shaped[Tensor, "b _ ..."], hops: int | None = None
+) -> Iterator[tuple[int, tuple[Shaped[Tensor, "b _ ..."], ...]]]:
     """Yield (owner, tensors) for every rank, this rank first, while the next rank's tensors are in flight.
 
     Example: on rank 2 of 4 the owners are 2, 1, 0, 3.  ``layout`` gives each owner's number of rows (dim 1).

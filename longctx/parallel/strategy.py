@@ -39,7 +39,7 @@ def ring_attention(
             partial = _forward(q, k, v, sinks, ring, kernel, strategy)
             if saved_forward is not None and not torch.is_grad_enabled():
                 saved_forward.append(partial)
-        out: Tensor = _RingAttention.apply(q, k, v, sinks, partial, ring, kernel)
+        out: Tensor = _RingAttention.apply(q, k, v, sinks, partial, ring, kernel)  # type: ignore[no-untyped-call]
         return out
 
     return attention

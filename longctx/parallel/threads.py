@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from longctx.parallel.comm import Comm, Pending, Shape, SingleRankComm, Traffic
-from longctx.shapes import Tensor
+from longctx.shapes import AnyShape
 
 Result = TypeVar("Result")
 _TIMEOUT_S = 60  # a rank that waits longer waits for a rank that has failed
@@ -19,18 +19,18 @@ class ThreadWorld:
     def __init__(self, size: int) -> None:
         self.size = size
         ranks = range(size)
-        self._boxes = {(a, b): queue.SimpleQueue[tuple[Tensor, ...]]() for a in ranks for b in ranks}
+        self._boxes = {(a, b): queue.SimpleQueue[tuple[AnyShape, ...]]() for a in ranks for b in ranks}
 
     def group(self, rank: int, members: Sequence[int] | None = None) -> Comm:
         """Return the group of ``members`` (None: all ranks), seen from world rank ``rank``."""
         members = range(self.size) if members is None else members
         return ThreadComm(self, rank, tuple(members)) if len(members) > 1 else SingleRankComm()
 
-    def send(self, source: int, to: int, tensors: tuple[Tensor, ...]) -> None:
+    def send(self, source: int, to: int, tensors: tuple[AnyShape, ...]) -> None:
         """Queue copies of ``tensors`` from rank ``source`` for rank ``to``."""
         self._boxes[source, to].put(tuple(x.clone() for x in tensors))
 
-    def receive(self, source: int, to: int) -> tuple[Tensor, ...]:
+    def receive(self, source: int, to: int) -> tuple[AnyShape, ...]:
         """Wait for the next tensors from ``source`` to ``to``.  Raises `queue.Empty` after 60 seconds."""
         return self._boxes[source, to].get(timeout=_TIMEOUT_S)
 
@@ -42,7 +42,7 @@ class _ThreadPending:
     to: int
     shapes: tuple[Shape, ...]
 
-    def wait(self) -> tuple[Tensor, ...]:
+    def wait(self) -> tuple[AnyShape, ...]:
         """Wait for the tensors, which must have the expected shapes."""
         tensors = self.world.receive(self.source, self.to)
         assert tuple(tuple(x.shape) for x in tensors) == self.shapes, "the receiver expected other shapes"
@@ -57,7 +57,7 @@ class ThreadComm:
         self.rank, self.size = members.index(rank), len(members)
         self.traffic = Traffic()
 
-    def shift(self, *mine: Tensor, shapes: Sequence[Shape]) -> Pending:
+    def shift(self, *mine: AnyShape, shapes: Sequence[Shape]) -> Pending:
         """Send ``mine`` to the next rank and receive the previous rank's tensors, which have ``shapes``."""
         self.traffic.count("shift", mine)
         self.world.send(self.members[self.rank], self.members[(self.rank + 1) % self.size], mine)
@@ -66,14 +66,14 @@ class ThreadComm:
     def _pending(self, source: int, shapes: tuple[Shape, ...]) -> _ThreadPending:
         return _ThreadPending(self.world, self.members[source % self.size], self.members[self.rank], shapes)
 
-    def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+    def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape]) -> list[AnyShape]:
         """Send ``parts[i]`` to rank i and return what each rank sent, in rank order; ``shapes[i]`` is its shape."""
         self.traffic.count("all_to_all", [x for i, x in enumerate(parts) if i != self.rank])
         for member, part in zip(self.members, parts, strict=True):
             self.world.send(self.members[self.rank], member, (part,))
         return [self._pending(i, (tuple(shape),)).wait()[0] for i, shape in enumerate(shapes)]
 
-    def all_gather(self, mine: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+    def all_gather(self, mine: AnyShape, shapes: Sequence[Shape]) -> list[AnyShape]:
         """Return every rank's ``mine``, in rank order; ``shapes[i]`` is the shape of rank i's tensor."""
         return self.all_to_all([mine] * self.size, shapes)
 

@@ -31,9 +31,9 @@ def over_heads(ulysses: Comm, rows: Sequence[int], inner: Attention) -> Attentio
         # Each member's query, key and value heads travel together, in one message to it.
         shares = zip(*(x.chunk(ulysses.size, 2) for x in (q, k, v)), strict=True)
         packed = torch.cat([heads for share in shares for heads in share], 2)
-        all_rows = _GatherRows.apply(packed, ulysses, tuple(rows))
+        all_rows = _GatherRows.apply(packed, ulysses, tuple(rows))  # type: ignore[no-untyped-call]
         heads_per_member = [x.shape[2] // ulysses.size for x in (q, k, v)]
-        out: Tensor = _ScatterRows.apply(inner(*all_rows.split(heads_per_member, 2)), ulysses, tuple(rows))
+        out: Tensor = _ScatterRows.apply(inner(*all_rows.split(heads_per_member, 2)), ulysses, tuple(rows))  # type: ignore[no-untyped-call]
         return out
 
     return attention

@@ -27,12 +27,15 @@ class Distillation:
 
 
 def distill(
-    student: Block, parameters: Sequence[nn.Parameter], inputs: Tensor, outputs: Tensor, settings: Distillation
+    student: Block,
+    parameters: Sequence[nn.Parameter],
+    inputs: Float[Tensor, "sequences length hidden"],
+    outputs: Float[Tensor, "sequences length hidden"],
+    settings: Distillation,
 ) -> Iterator[float]:
     """Train ``parameters`` so that ``student(inputs)`` approximates ``outputs``; yield the loss of each step.
 
-    ``inputs`` and ``outputs`` are [sequences length hidden]; the student receives [batch length hidden].  An epoch
-    leaves out the sequences that do not fill a batch.
+    The student receives [batch length hidden].  An epoch leaves out the sequences that do not fill a batch.
 
     Source: arXiv 2502.20727, 4.2.3.  The loss is `relative_error` instead of the paper's mean squared error: a few
     tokens of a Llama are a thousand times larger than the others and would dominate the mean squared error.
@@ -68,7 +71,12 @@ def relative_error(predicted: Float[Tensor, "b s hidden"], target: Float[Tensor,
 
 
 @torch.no_grad()
-def error_of(block: Block, inputs: Tensor, outputs: Tensor, batch: int) -> float:
-    """`relative_error` of ``block(inputs)`` to ``outputs``, both [sequences length hidden], ``batch`` at a time."""
+def error_of(
+    block: Block,
+    inputs: Float[Tensor, "sequences length hidden"],
+    outputs: Float[Tensor, "sequences length hidden"],
+    batch: int,
+) -> float:
+    """`relative_error` of ``block(inputs)`` to ``outputs``, ``batch`` sequences at a time."""
     pairs: Iterable[tuple[Tensor, Tensor]] = zip(inputs.split(batch), outputs.split(batch), strict=True)
     return sum(float(relative_error(block(x), y)) * len(x) for x, y in pairs) / len(inputs)

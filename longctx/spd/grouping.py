@@ -79,7 +79,8 @@ def reorder_block(
     def reorder(module: str, tensor: Tensor) -> Tensor:
         if module in group_dims:
             dim = group_dims[module]
-            return tensor.unflatten(dim, (shape.kv_heads, -1)).index_select(dim, group_order).flatten(dim, dim + 1)
+            grouped: Tensor = tensor.unflatten(dim, (shape.kv_heads, -1))
+            return grouped.index_select(dim, group_order).flatten(dim, dim + 1)
         return tensor.index_select(neuron_dims[module], neuron_order) if module in neuron_dims else tensor
 
     return {name: reorder(name.split(".")[-2], tensor) for name, tensor in tensors.items()}

@@ -25,6 +25,7 @@ from longctx.cost.attention import Work
 from longctx.cost.choice import RULES, choose, fit_empirical
 from longctx.cost.hardware import Hardware
 from longctx.parallel.launch import Rank
+from longctx.shapes import Int, Tensor
 from recipes.bench.hosts import is_host, refuse_hosts, run_on_hosts
 from recipes.bench.timing import make_random_cache, measure_in_rounds, read_tokens, time_on_ranks
 from recipes.calibrate import measure_ring
@@ -152,9 +153,9 @@ def run_rank(rank: Rank, job: CrossoverJob) -> tuple[Hardware, list[MissRateTime
 
 
 def time_strategies(
-    engine: Engine, tokens: torch.Tensor, settings: CrossoverSettings, done: Callable[[], None]
+    engine: Engine, tokens: Int[Tensor, " new"], settings: CrossoverSettings, done: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Return the TTFT of ``tokens`` [total] by strategy and round: the slowest rank's seconds to the next logits."""
+    """Return the TTFT of ``tokens`` by strategy and round: the slowest rank's seconds to the next logits."""
     from longctx.attention.layout import zigzag
     from longctx.infer.prefill import run_pass
     from longctx.infer.session import next_logits
@@ -288,6 +289,6 @@ def task(config: DictConfig) -> None:
     if job.settings.hosts and not is_host():
         run_on_hosts(job.settings.hosts, job.settings.rate, [sys.executable, *sys.orig_argv[1:]])
         return
-    result: tuple[Hardware, list[MissRateTimes]] | None = on_ranks(job.target.mesh, run_rank, job)
+    result = on_ranks(job.target.mesh, run_rank, job)
     if result is not None:
         report(job, *result)

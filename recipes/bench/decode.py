@@ -162,7 +162,7 @@ def task(config: DictConfig) -> None:
     """Run the ranks, then show and write the first rank's times."""
     warm_up_ranks(["longctx.infer.engine", "longctx.infer.session", "recipes.common.progress"])
     job = prepare(config)
-    times: list[BatchTimes] | None = on_ranks(job.target.mesh, run_rank, job)
+    times = on_ranks(job.target.mesh, run_rank, job)
     if times is None:
         return
     show(times)

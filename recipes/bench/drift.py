@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from omegaconf import DictConfig
@@ -28,7 +28,7 @@ from longctx.parallel.launch import Rank
 from longctx.parallel.ring import Ring, Strategy, pass_kv
 from longctx.parallel.strategy import STRATEGIES, ring_attention
 from longctx.parallel.threads import ThreadWorld, run_threads
-from longctx.shapes import Keys, Queries, Tensor
+from longctx.shapes import AnyShape, Int, Keys, Queries, Tensor
 from recipes.bench.timing import read_tokens, refuse_beyond_model
 from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, write_result
 from recipes.common.plots import draw_lines
@@ -117,8 +117,8 @@ def run_rank(rank: Rank, job: DriftJob) -> list[LayerErrors]:
 
 
 @torch.no_grad()
-def capture_attention_inputs(engine: Engine, tokens: Tensor, layers: Sequence[int]) -> dict[int, Inputs]:
-    """Return the attention inputs of each of ``layers`` while the model reads ``tokens`` [s] on this rank alone."""
+def capture_attention_inputs(engine: Engine, tokens: Int[Tensor, " s"], layers: Sequence[int]) -> dict[int, Inputs]:
+    """Return the attention inputs of each of ``layers`` while the model reads ``tokens`` on this rank alone."""
     from longctx.megatron.attention import Pass
     from longctx.megatron.model import hidden_states, rotary_angles
 
@@ -180,14 +180,14 @@ def gradients_on_threads(inputs: Inputs, dout: Queries, ranks: int, kernel: Kern
 def in_bfloat16(kernel: Kernel) -> Kernel:
     """Return ``kernel`` with its partial attentions rounded to bfloat16, as if they were sent and merged in it."""
 
-    def forward(*args: Any) -> Partial:
-        partial = kernel.forward(*args)
+    def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Partial:
+        partial = kernel.forward(q, k, v, causal)
         return Partial(partial.out.bfloat16().float(), partial.lse.bfloat16().float())
 
     return replace(kernel, forward=forward)
 
 
-def relative_error(x: Tensor, reference: Tensor) -> float:
+def relative_error(x: AnyShape, reference: AnyShape) -> float:
     """Return the norm of ``x - reference``, relative to the norm of ``reference``."""
     return float((x.double() - reference).norm() / reference.norm())
 
@@ -283,13 +283,13 @@ def task(config: DictConfig) -> None:
     """Measure on one rank; show, write and draw the errors."""
     warm_up_ranks(["longctx.infer.engine", "longctx.megatron.attention", "recipes.common.progress"])
     job = prepare(config)
-    layers: list[LayerErrors] | None = on_ranks(job.target.mesh, run_rank, job)
+    layers = on_ranks(job.target.mesh, run_rank, job)
     if layers is None:
         return
     settings, name = job.settings, job.target.model.name
     show(layers, settings)
     if settings.out:
-        inputs: dict[str, Any] = {"model": name, "tokens": settings.tokens, "ranks": settings.ranks}
+        inputs: dict[str, object] = {"model": name, "tokens": settings.tokens, "ranks": settings.ranks}
         inputs["gradient_ranks"] = settings.gradient_ranks
         write_result(settings.out, {**provenance(), **inputs, "rows": [asdict(each) for each in layers]})
     if settings.picture:

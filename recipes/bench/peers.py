@@ -10,10 +10,9 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 from longctx.attention.flash_cpu import flash_cpu
-from longctx.shapes import Tensor
+from longctx.shapes import Keys, Queries, Tensor
 
 Ring = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -36,7 +35,7 @@ def zigzag_ring(name: str, ranks: int, rank: int) -> Ring:
     adapters = ModuleType("ring_flash_attn.adapters")
     adapters.__getattr__ = lambda _: None  # type: ignore[method-assign]
     sys.modules.setdefault("ring_flash_attn.adapters", adapters)
-    ring: Any = importlib.import_module("ring_flash_attn.zigzag_ring_flash_attn")
+    ring = importlib.import_module("ring_flash_attn.zigzag_ring_flash_attn")
     return lambda q, k, v: ring.zigzag_ring_flash_attn_func(q, k, v, causal=True)
 
 
@@ -63,7 +62,7 @@ def _install_stand_in() -> None:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool, *_: Any, **__: Any
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool, *_: object, **__: object
 ) -> tuple[Tensor, Tensor, None, None]:
     assert not dropout_p and (not causal or q.shape[1] == k.shape[1])
     partial = flash_cpu.forward(q, k, v, causal)
@@ -72,7 +71,7 @@ def _forward(
 
 def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    dropout_p: float, softmax_scale: float, causal: bool, *_: Any, **__: Any,
+    dropout_p: float, softmax_scale: float, causal: bool, *_: object, **__: object,
 ) -> Tensor:  # fmt: skip
     gradients = flash_cpu.backward(dout, q, k, v, out, softmax_lse.transpose(1, 2), causal)
     for target, gradient in zip((dq, dk, dv), gradients, strict=True):
@@ -80,7 +79,7 @@ def _backward(
     return softmax_lse
 
 
-def try_ring(make: Callable[[], Ring], q: Tensor, k: Tensor, v: Tensor) -> tuple[Ring | None, str]:
+def try_ring(make: Callable[[], Ring], q: Queries, k: Keys, v: Keys) -> tuple[Ring | None, str]:
     """Return the ring that ``make`` gives if it runs forward and backward on ``q``, ``k``, ``v``; else the reason."""
     try:
         ring = make()

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from longctx.parallel.comm import Comm, CompletedPending, Pending, Shape, Traffic
 from longctx.parallel.launch import Rank
-from longctx.shapes import Tensor
+from longctx.shapes import AnyShape
 from recipes.bench.timing import measure_in_rounds, read_tokens, time_on_ranks
 from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, write_result
 from recipes.common.progress import Progress
@@ -85,19 +85,19 @@ class NullComm:
     rank: int
     size: int
     traffic: Traffic = field(default_factory=Traffic)
-    _received: dict[Shape, Tensor] = field(default_factory=dict)
+    _received: dict[Shape, AnyShape] = field(default_factory=dict)
 
-    def shift(self, *mine: Tensor, shapes: Sequence[Shape]) -> Pending:
+    def shift(self, *mine: AnyShape, shapes: Sequence[Shape]) -> Pending:
         """Return zeros of the shapes ``shapes``; the values do not change how long attention takes."""
         return CompletedPending(
             tuple(self._received.setdefault(tuple(s), x.new_zeros(s)) for x, s in zip(mine, shapes, strict=True))
         )
 
-    def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+    def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape]) -> list[AnyShape]:
         """Raise AssertionError: pass-KV communicates by `shift` alone."""
         raise AssertionError((parts, shapes))
 
-    def all_gather(self, mine: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+    def all_gather(self, mine: AnyShape, shapes: Sequence[Shape]) -> list[AnyShape]:
         """Raise AssertionError: pass-KV communicates by `shift` alone."""
         raise AssertionError((mine, shapes))
 
@@ -239,7 +239,7 @@ def task(config: DictConfig) -> None:
     """Run the ranks, then show and write the efficiencies."""
     warm_up_ranks(["longctx.infer.engine", "longctx.infer.prefill", "recipes.common.progress"])
     job = prepare(config)
-    figures: list[Efficiency] | None = on_ranks(job.target.mesh, run_rank, job)
+    figures = on_ranks(job.target.mesh, run_rank, job)
     if figures is None:
         return
     show(figures)

@@ -291,6 +291,6 @@ def task(config: DictConfig) -> None:
     if settings.hosts and not is_host():
         run_on_hosts(settings.hosts, settings.rate, [sys.executable, *sys.orig_argv[1:]], settings.latency_us)
         return
-    times: LatencyTimes | None = on_ranks(job.target.mesh, run_rank, job)
+    times = on_ranks(job.target.mesh, run_rank, job)
     if times is not None:
         report(job, times)

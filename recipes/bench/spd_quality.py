@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from math import exp
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -231,9 +231,10 @@ def placed_outputs(blocks: Blocks, layer: SPDTransformerLayer, x: Hidden) -> lis
     centred = mine - mine.mean((0, 1))
 
     # 2. The MLP's reduced output, without and with the bias in its input.
-    def mlp(u: Hidden) -> Any:
+    def mlp(u: Hidden) -> Hidden:
         part = blocks.mlp_of(layer, u)
-        return sum(blocks.tp.all_gather(part, [tuple(part.shape)] * blocks.tp.size))
+        first, *others = blocks.tp.all_gather(part, [tuple(part.shape)] * blocks.tp.size)
+        return sum(others, start=first)
 
     z, z_biased = mlp(x + mine), mlp(x + centred + bias)
     layer.drop(dropped=False)
@@ -286,7 +287,7 @@ def task(config: DictConfig) -> None:
     """Run the ranks, then show, write and draw the losses."""
     warm_up_ranks(("longctx.infer.engine", "longctx.megatron.spd.blocks", "recipes.common.spd_loop"))
     job = prepare(config)
-    losses: dict[str, TextLosses] | None = on_ranks(job.target.mesh, run_rank, job)
+    losses = on_ranks(job.target.mesh, run_rank, job)
     if losses is None:
         return
     texts = {

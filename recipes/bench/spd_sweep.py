@@ -104,7 +104,7 @@ def task(config: DictConfig) -> None:
     """Run the ranks, then show and write the first rank's times."""
     warm_up_ranks(WARM)
     job = prepare(config)
-    times: SweepTimes | None = on_ranks(job.target.mesh, run_rank, job)
+    times = on_ranks(job.target.mesh, run_rank, job)
     if times is None:
         return
     console.print(

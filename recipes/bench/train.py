@@ -233,12 +233,15 @@ def task(config: DictConfig) -> None:
     for mesh in job.meshes:
         say(f"steps on {mesh}")
         on_mesh = replace(training, target=replace(training.target, mesh=mesh))
-        steps.append((str(mesh), on_ranks(mesh, time_steps, on_mesh, settings.rounds)))
+        if (times := on_ranks(mesh, time_steps, on_mesh, settings.rounds)) is not None:
+            steps.append((str(mesh), times))
     # 2. Attention of one layer.
     versions = {name: peers.installed_version(name) for name in settings.peers}
     names = tuple(name for name, version in versions.items() if version)
     say(f"attention, 2 ranks: ours and {', '.join(names) or 'no peer (none is installed)'}")
     attention = on_ranks(Mesh(ring=2), time_attention, training, names, settings.rounds)
+    if attention is None:
+        return
     # 3. The results.
     show(training.data.length * training.data.batch, steps, attention)
     if settings.json:

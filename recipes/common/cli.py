@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, TypeVar, TypeVarTuple
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -28,6 +28,9 @@ from longctx.parallel.launch import Rank, RankFailed, current_rank, run_ranks, w
 from recipes.common.help import help_of
 from recipes.common.overrides import CONFIGS, as_overrides, lists_values
 from recipes.common.renamed import rename_settings
+
+Result = TypeVar("Result")
+Args = TypeVarTuple("Args")
 
 GATE_FAILED = 3
 STOPPED = 75  # stopped on request, to be resumed; EX_TEMPFAIL of sysexits.h
@@ -92,7 +95,7 @@ def _with_numbered_out(config: DictConfig, words: Sequence[str]) -> DictConfig:
     return config
 
 
-def on_ranks(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
+def on_ranks(mesh: Mesh, rank_main: Callable[[Rank, *Args], Result], *args: *Args) -> Result | None:
     """Run ``rank_main(rank, *args)`` on every rank of ``mesh``; return the first rank's result, None on other ranks.
 
     Raises ValueError if a launcher started another number of ranks than ``mesh`` has.
@@ -101,8 +104,8 @@ def on_ranks(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
     return result if is_first() else None
 
 
-def on_every_rank(mesh: Mesh, rank_main: Callable[..., Any], *args: Any) -> Any:
-    """Like `on_ranks`, but under torchrun or srun every process returns the result of its rank."""
+def on_every_rank(mesh: Mesh, rank_main: Callable[[Rank, *Args], Result], *args: *Args) -> Result:
+    """Like `on_ranks`, but under torchrun or srun every process returns the result of its own rank."""
     rank = current_rank()
     if rank is None:
         return run_ranks(mesh.ranks, rank_main, *args)[0]
@@ -179,7 +182,7 @@ def nearest_existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
-def write_result(out: str, result: Mapping[str, Any]) -> None:
+def write_result(out: str, result: Mapping[str, object]) -> None:
     """Write ``result`` to ``out`` as JSON, one line per key."""
     lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
     partial = Path(f"{out}.partial")
@@ -189,7 +192,7 @@ def write_result(out: str, result: Mapping[str, Any]) -> None:
     console.print(f"written to {out}")
 
 
-def reporting(work: Callable[[], Any]) -> Any:
+def reporting(work: Callable[[], Result]) -> Result:
     """Return the result of ``work()``; if it raises, print the error in one line and exit with the error's code."""
     try:
         return work()

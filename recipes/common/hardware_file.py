@@ -1,7 +1,7 @@
 """Hardware files: constants of a machine, written by recipes.calibrate and read by other recipes."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -20,8 +20,9 @@ def refuse_other_threads(hardware: str | None, threads: int | None, mesh: Mesh) 
 
     Call it on the machine of the run, since a login node has other cores.  A file that states no threads is accepted.
     """
-    metadata = _values(hardware).get("measured") if hardware else None
-    measured = metadata.get("threads") if isinstance(metadata, dict) else None
+    values = _values(hardware) if hardware else None
+    metadata = values.get("measured") if isinstance(values, Mapping) else None
+    measured = metadata.get("threads") if isinstance(metadata, Mapping) else None
     used = threads_here(threads, mesh)
     if measured not in (None, used):
         raise ValueError(
@@ -31,7 +32,7 @@ def refuse_other_threads(hardware: str | None, threads: int | None, mesh: Mesh) 
         )
 
 
-def _values(name: str) -> Any:
+def _values(name: str) -> object:
     try:
         return yaml.safe_load(Path(name).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

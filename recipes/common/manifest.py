@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from longctx.data.files import paths_of
 from longctx.hf.checkpoint import fingerprint
@@ -19,9 +19,39 @@ from longctx.parallel.launch import current_rank
 from longctx.train.track import MANIFEST
 from recipes.common.cli import is_file_name
 from recipes.common.provenance import ROOT, diff_of, hardware, provenance
+from recipes.common.settings import as_dict, mapping_at, mappings_at
 
 _MAX_HASHED = 2**30  # bytes; a larger file is identified by its size, its first and its last bytes
 _END = 2**20  # bytes at either end
+
+
+class Manifest(TypedDict, total=False):
+    """Content of manifest.json: the command, its settings, and what the run depended on.
+
+    ``config`` is the whole composed configuration.  ``weights`` and ``data`` map the paths of model folders and of
+    files to their digests, ``packages`` names to versions.  ``diff`` has the uncommitted changes of the source code.
+    ``folder`` is the working directory; ``out`` is absolute.
+    """
+
+    command: str
+    commit: str
+    processor: str
+    cores: str
+    python: str
+    torch: str
+    module: str
+    overrides: list[str]
+    config: dict[str, object]
+    diff: str
+    packages: dict[str, str]
+    weights: dict[str, str]
+    data: dict[str, str]
+    seeds: dict[str, int]
+    mesh: dict[str, int]
+    hardware: dict[str, object]
+    folder: str
+    out: str
+    began: str
 
 
 def record(config: DictConfig, weights: Iterable[Path] = (), read: Iterable[Path] = ()) -> None:
@@ -34,7 +64,7 @@ def record(config: DictConfig, weights: Iterable[Path] = (), read: Iterable[Path
     if not config.get("out") or (rank and rank.rank):
         return
     out = Path(config.out).absolute()
-    values: Any = OmegaConf.to_container(config, resolve=True)
+    values = as_dict(config)
     manifest = {
         **provenance(),
         "module": _module(),
@@ -57,12 +87,12 @@ def record(config: DictConfig, weights: Iterable[Path] = (), read: Iterable[Path
     partial.replace(folder_of(out) / MANIFEST)
 
 
-def manifest_of(run: str) -> dict[str, Any]:
+def manifest_of(run: str) -> Manifest:
     """Return the manifest of a run, given its folder or its ``out``.  Raises ValueError if there is none."""
     path = Path(run).expanduser()
     file = folder_of(path) / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(file.read_text())
+        manifest: Manifest = json.loads(file.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{run} is not a run: {file} cannot be read ({error}); give a run's folder") from error
     if is_file_name(run) and Path(manifest["out"]).name != path.name:
@@ -75,19 +105,19 @@ def folder_of(out: Path) -> Path:
     return out.parent if is_file_name(str(out)) else out
 
 
-def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Return nested settings by dotted names: ``mesh.ring``; items of lists of mappings by number: ``turns.0.text``."""
-    by_name: dict[str, Any] = {}
+    by_name: dict[str, object] = {}
     for name, value in values.items():
         children = _children(value)
         by_name |= flat(children, f"{prefix}{name}.") if children else {f"{prefix}{name}": value}
     return by_name
 
 
-def _children(value: Any) -> Mapping[Any, Any]:
+def _children(value: object) -> Mapping[str, object]:
     """Return the children of ``value`` by name, or by number for a list of mappings; empty for a plain value."""
     if isinstance(value, list) and all(isinstance(one, Mapping) for one in value):
-        return dict(enumerate(value))
+        return {str(number): one for number, one in enumerate(value)}
     return value if isinstance(value, Mapping) else {}
 
 
@@ -102,22 +132,22 @@ def digest(path: Path) -> str:
         return f"ends-sha256:{hashlib.sha256(f'{size}'.encode() + head + file.read()).hexdigest()}"
 
 
-def _read_by(values: Mapping[str, Any]) -> Iterator[Path]:
+def _read_by(values: Mapping[str, object]) -> Iterator[Path]:
     """Yield the files that a run's settings name: prompts, turns, data, long texts, sensitivity files."""
-    data = values.get("data") or {}
-    for source in [*(data.get("sources") or []), *(data.get("test") or [])]:
-        if source.get("path"):
-            yield from (path.absolute() for path in paths_of(source["path"]))
+    data = mapping_at(values, "data")
+    for source in [*mappings_at(data, "sources"), *mappings_at(data, "test")]:
+        if path := source.get("path"):
+            yield from (file.absolute() for file in paths_of(str(path)))
         elif source.get("pydoc"):
             from pydoc_data import topics
 
             yield Path(topics.__file__)
-    prompt, evaluation = values.get("prompt") or {}, values.get("eval") or {}
-    orders = [(each.get("spd") or {}).get("sensitivity") for each in (values, *(values.get("variants") or []))]
+    prompt, evaluation = mapping_at(values, "prompt"), mapping_at(values, "eval")
+    orders = [mapping_at(each, "spd").get("sensitivity") for each in (values, *mappings_at(values, "variants"))]
     text = evaluation.get("text") if evaluation.get("text") != "pydoc" else None
     for name in (values.get("prompts"), values.get("turns"), prompt.get("file"), text, *orders):
         if name:
-            yield Path(name).expanduser().absolute()
+            yield Path(str(name)).expanduser().absolute()
 
 
 def _module() -> str:

@@ -1,10 +1,17 @@
-"""Progress of the first rank: on a terminal a bar with the remaining time, elsewhere one line per minute."""
+"""Progress of the first rank, and its answer as it is decoded.
+
+Progress is a bar with the remaining time on a terminal, and one line per minute elsewhere.
+"""
 
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich import progress as bars
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _EVERY_S = 60.0
 
@@ -67,3 +74,18 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+
+class TokenStream:
+    """Print an answer token by token; the bytes of an incomplete character wait for the rest."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer, self._tokens, self._shown = tokenizer, list[int](), 0
+
+    def add(self, token: int) -> None:
+        """Print the text that ``token`` completes."""
+        self._tokens.append(token)
+        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[self._shown :], end="", flush=True)
+            self._shown = len(text)

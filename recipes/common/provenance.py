@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,7 +26,7 @@ def provenance() -> dict[str, str]:
     }
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> dict[str, object]:
     """Return the machine of the run's first rank, and its Slurm job if there is one."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     slurm = {name.removeprefix("SLURM_").lower(): os.environ[name] for name in _JOB_VARIABLES if name in os.environ}

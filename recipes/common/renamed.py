@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -62,11 +61,11 @@ def rename_settings(config: DictConfig, say: Say) -> DictConfig:
     return config
 
 
-def _as_word(value: Any) -> str:
+def _as_word(value: object) -> str:
     return "null" if value is None else str(value)
 
 
-def rename_flat(values: Mapping[str, Any]) -> dict[str, Any]:
+def rename_flat(values: Mapping[str, object]) -> dict[str, object]:
     """Return ``values`` of a saved manifest or result, by dotted name, with their current names and values.
 
     ``texts.0.called`` becomes ``texts.0.label``; ``variants.0.context.decode`` has the values of ``context.decode``.
@@ -82,14 +81,15 @@ def rename_flat(values: Mapping[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def rename_item(setting: str, item: Mapping[str, Any], say: Say) -> dict[str, Any]:
+def rename_item(setting: str, item: Mapping[str, object], say: Say) -> dict[str, object]:
     """Return ``item`` of the list ``setting`` (``variants``, ``texts``, ``models``) with current names and values."""
-    renamed: dict[str, Any] = {}
+    renamed: dict[str, object] = {}
     for key, value in item.items():
         name = ITEMS.get(setting, {}).get(key, key)
         if name != key:
             say(f"{setting}: {key} is an old name: use {name}")
         renamed[name] = value
     nested = OmegaConf.create({key: value for key, value in renamed.items() if isinstance(value, Mapping)})
-    plain: Any = OmegaConf.to_container(rename_settings(nested, say))
-    return renamed | plain
+    plain = OmegaConf.to_container(rename_settings(nested, say))
+    assert isinstance(plain, dict)
+    return renamed | {str(key): value for key, value in plain.items()}

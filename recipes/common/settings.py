@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
@@ -10,7 +10,10 @@ from pydantic import TypeAdapter, ValidationError
 from recipes.common.cli import say
 from recipes.common.renamed import Say, rename_item
 
-Section = TypeVar("Section")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Section = TypeVar("Section", bound="DataclassInstance")
 
 
 def section(config: DictConfig, name: str, kind: type[Section]) -> Section:
@@ -18,8 +21,7 @@ def section(config: DictConfig, name: str, kind: type[Section]) -> Section:
 
     Raises ValueError, with the setting's full name, for an unknown setting or a value of another type.
     """
-    values: Any = OmegaConf.to_container(config[name], resolve=True)
-    return _validate(kind, values, f"{name}.")
+    return _validate(kind, as_dict(config[name]), f"{name}.")
 
 
 def sections(config: DictConfig, name: str, kind: type[Section], say: Say = say) -> tuple[Section, ...]:
@@ -27,10 +29,7 @@ def sections(config: DictConfig, name: str, kind: type[Section], say: Say = say)
 
     Raises ValueError, with the setting's full name, if ``name`` is not a list of such items.
     """
-    values: Any = OmegaConf.to_container(config, resolve=True)
-    items = values[name]
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise ValueError(f"{name}={items}: give a list with each item's settings in braces: {name}=[{{...}}]")
+    items = mappings_at(as_dict(config), name)
     return tuple(_validate(kind, rename_item(name, item, say), f"{name}.{i}.") for i, item in enumerate(items))
 
 
@@ -39,14 +38,39 @@ def top_level(config: DictConfig, kind: type[Section]) -> Section:
     return _validate(kind, {name: value for name, value in as_dict(config).items() if not isinstance(value, dict)}, "")
 
 
-def as_dict(config: DictConfig) -> dict[str, Any]:
+def as_dict(config: DictConfig) -> dict[str, object]:
     """Return the configuration as plain values, interpolations resolved."""
-    values: Mapping[Any, Any] = cast(Any, OmegaConf.to_container(config, resolve=True))
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)
     return {str(name): value for name, value in values.items()}
 
 
-def _validate(kind: type[Section], values: Any, prefix: str) -> Section:
-    if unknown := set(values) - {field.name for field in fields(cast(Any, kind))}:
+def mapping_at(values: Mapping[str, object], name: str) -> Mapping[str, object]:
+    """Return the section ``name`` of plain ``values``, empty if it is missing or null.
+
+    Raises ValueError if it is no section.
+    """
+    section = values.get(name) or {}
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{name}={section}: give its settings in braces: {name}={{...}}")
+    return section
+
+
+def mappings_at(values: Mapping[str, object], name: str) -> list[Mapping[str, object]]:
+    """Return the items of the list ``name`` of plain ``values``, each with settings, empty if it is missing or null.
+
+    Raises ValueError if it is no list of such items.
+    """
+    items = values.get(name)
+    if items is None:
+        return []
+    if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
+        raise ValueError(f"{name}={items}: give a list with each item's settings in braces: {name}=[{{...}}]")
+    return items
+
+
+def _validate(kind: type[Section], values: Mapping[str, object], prefix: str) -> Section:
+    if unknown := set(values) - {field.name for field in fields(kind)}:
         raise ValueError(f"there is no setting {prefix}{min(unknown)}")
     try:
         return TypeAdapter(kind).validate_python(values)

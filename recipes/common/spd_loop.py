@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -88,7 +88,7 @@ class RepairJob:
     joint: JointRepair
     text: PackedText
     joint_text: PackedText
-    about: Mapping[str, Any]
+    about: Mapping[str, object]
 
     @property
     def held_out_tokens(self) -> Tokens:
@@ -101,7 +101,7 @@ class RepairJob:
         return -(-len(self.held_out_tokens) // self.joint.batch)
 
     @property
-    def about_joint(self) -> dict[str, Any]:
+    def about_joint(self) -> dict[str, object]:
         """Record of what the state of joint distillation depends on."""
         return {**self.about, "budget": self.budget, "joint": {**asdict(self.joint), "save_every": None}}
 

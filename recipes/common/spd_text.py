@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from itertools import islice
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -87,7 +86,7 @@ def text_of(
     return text[slice(sequences + more)]
 
 
-def measurement_metadata(target: Target, text: PackedText, data: DataSettings) -> dict[str, Any]:
+def measurement_metadata(target: Target, text: PackedText, data: DataSettings) -> dict[str, object]:
     """Return what a measurement on ``text`` depends on: model, tensor-parallel degree, dtype and the text itself."""
     buffers = (tensor.numpy().tobytes() for tensor in (text.tokens, text.targets, text.mask))
     return {

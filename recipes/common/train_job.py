@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import NonNegativeInt, PositiveInt
@@ -19,6 +19,9 @@ from recipes.common.hardware_file import read_hardware
 from recipes.common.provenance import hardware, provenance
 from recipes.common.settings import as_dict, section, top_level
 from recipes.common.target import Target, resolve_target
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BYTES_PER_WEIGHT = 4 + 3 * 4  # the weight; in float32, the optimizer's copy and its two moments
 
@@ -70,7 +73,7 @@ class TrainJob:
     saving: Saving
     settings: TrainSettings
     peak_flops: float | None
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     samples: tuple[tuple[int, int, str], ...]
 
     @property
@@ -143,7 +146,9 @@ def _refuse_untrainable(target: Target) -> None:
         )
 
 
-def first_sequences(data: DataSettings, tokenizer: Any, dp: int) -> tuple[tuple[int, int, str], ...]:
+def first_sequences(
+    data: DataSettings, tokenizer: "PreTrainedTokenizerBase", dp: int
+) -> tuple[tuple[int, int, str], ...]:
     """Return the first batch's sequences, each as its number of tokens, of documents, and the start of its text.
 
     Raises ValueError for files that are missing or cannot be read, and for text that does not fill one batch.
@@ -163,7 +168,7 @@ def first_sequences(data: DataSettings, tokenizer: Any, dp: int) -> tuple[tuple[
 
 def data_of(config: DictConfig) -> tuple[DataSettings, DataSettings | None]:
     """Return the training text, and the text to evaluate on, if there is one."""
-    plain = OmegaConf.create({"data": {k: v for k, v in as_dict(config)["data"].items() if k != "test"}})
+    plain = OmegaConf.create({"data": {k: v for k, v in as_dict(config.data).items() if k != "test"}})
     data, test = section(plain, "data", DataSettings), OmegaConf.to_container(config.data.test, resolve=True)
     if not test:
         return data, None

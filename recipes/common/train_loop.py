@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from rich.table import Table
@@ -21,6 +21,7 @@ from recipes.common.train_job import TrainJob
 
 if TYPE_CHECKING:
     from longctx.data.batches import Batch
+    from longctx.data.stage import State
     from longctx.megatron.runtime import Runtime
     from longctx.megatron.training.optimizer import TrainState
     from longctx.train.meter import Meter
@@ -38,7 +39,7 @@ class Start:
 
     step: int = 0
     first_record: int = 0
-    data: Any = None
+    data: State | None = None
     run_id: str | None = None
 
 
@@ -48,7 +49,7 @@ class TrainedStep:
 
     step: int
     figures: dict[str, float | None]
-    data: Any
+    data: State
     ends_run: bool
 
 

@@ -19,7 +19,7 @@ from longctx.megatron.hf_io.load import gather_from_stages
 from longctx.megatron.hf_io.names import EMBEDDING, TensorView, tensor_views
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm, DistComm
-from longctx.shapes import Tensor
+from longctx.shapes import Float, Tensor
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def _write(file: Path, views: list[TensorView], tp: Comm) -> None:
         save_file(tensors, file, metadata={"format": "pt"})
 
 
-def gather_whole(view: TensorView, tp: Comm) -> Tensor:
+def gather_whole(view: TensorView, tp: Comm) -> Float[Tensor, "rows ..."]:
     """Return a copy of the whole Hugging Face tensor, without padding, on every rank of ``tp``."""
     local = view.view.flatten(0, 1)
     shards = [local] if view.shard_dim is None else tp.all_gather(local, [tuple(local.shape)] * tp.size)

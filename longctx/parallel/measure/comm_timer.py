@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from longctx.parallel.comm import Comm, Pending, Shape, Traffic
-from longctx.shapes import Tensor
+from longctx.shapes import AnyShape
 
 
 @dataclass
@@ -57,7 +57,7 @@ class _TimedPending:
     timer: ExposedCommTimer
     device: torch.device  # and not the sent tensors, which may be freed once they have been sent
 
-    def wait(self) -> tuple[Tensor, ...]:
+    def wait(self) -> tuple[AnyShape, ...]:
         """Wait for the tensors and count the seconds."""
         with self.timer.during("shift", self.device):
             return self.pending.wait()
@@ -79,16 +79,16 @@ class TimedComm:
     def traffic(self, traffic: Traffic) -> None:
         self.comm.traffic = traffic
 
-    def shift(self, *mine: Tensor, shapes: Sequence[Shape]) -> Pending:
+    def shift(self, *mine: AnyShape, shapes: Sequence[Shape]) -> Pending:
         """Start a shift of ``comm``; the wait for it counts as "shift"."""
         return _TimedPending(self.comm.shift(*mine, shapes=shapes), self.timer, mine[0].device)
 
-    def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+    def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape]) -> list[AnyShape]:
         """Run an all-to-all of ``comm``, all of which counts as waiting."""
         with self.timer.during("all_to_all", parts[0].device):
             return self.comm.all_to_all(parts, shapes)
 
-    def all_gather(self, mine: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+    def all_gather(self, mine: AnyShape, shapes: Sequence[Shape]) -> list[AnyShape]:
         """Run an all-gather of ``comm``, all of which counts as waiting."""
         with self.timer.during("all_gather", mine.device):
             return self.comm.all_gather(mine, shapes)

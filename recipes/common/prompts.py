@@ -1,0 +1,64 @@
+"""Prompts of recipes.generate: one that its settings describe, or a file of many.  Each fits the model with its answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from longctx.config import PromptSource
+from longctx.data.prompt import prompt_tokens
+from longctx.data.turns import turns_from
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of a prompt, and the largest number of tokens of its answer."""
+
+    tokens: tuple[int, ...]
+    max_new_tokens: int
+
+
+def read_prompts(
+    file: str | None,
+    source: PromptSource,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    max_positions: int,
+) -> tuple[Prompt, ...]:
+    """Return the prompt that ``source`` describes, or one per line of ``file``, the setting ``prompts``.
+
+    Raises ValueError if both or neither are given, or if a prompt and its answer exceed ``max_positions`` tokens.
+    """
+    if file is None:
+        tokens, text = prompt_tokens(source, tokenizer)
+        advice = "cut its text with prompt.tokens={}"
+        refuse_too_long("", len(tokens), max_new_tokens, max_positions, advice, text)
+        return (Prompt(tuple(tokens), max_new_tokens),)
+    if also := [name for name, value in vars(source).items() if value is not None]:
+        raise ValueError(f"prompts={file} and prompt.{also[0]} are both given: use one of them")
+    prompts = []
+    for turn in turns_from(file, max_new_tokens, "prompts"):
+        tokens, text = prompt_tokens(PromptSource(text=turn.text), tokenizer)
+        advice = "cut its text to {} tokens"
+        refuse_too_long(f"{turn.where}: ", len(tokens), turn.max_new_tokens, max_positions, advice, text)
+        prompts.append(Prompt(tuple(tokens), turn.max_new_tokens))
+    return tuple(prompts)
+
+
+def refuse_too_long(name: str, prompt: int, new_tokens: int, max_positions: int, advice: str, text_tokens: int) -> None:
+    """Raise ValueError if ``prompt`` and ``new_tokens`` exceed ``max_positions``; ``advice`` says how to shorten it.
+
+    ``text_tokens`` of the prompt are text that may be cut; the rest is the chat template and the question.
+    """
+    if new_tokens >= max_positions:
+        raise ValueError(
+            f"{name}max_new_tokens={new_tokens} fills the model's context of {max_positions:,}: ask for fewer"
+        )
+    if (over := prompt + new_tokens - max_positions) > 0:
+        raise ValueError(
+            f"{name}the prompt has {prompt:,} tokens, and with max_new_tokens={new_tokens} that is {over:,} more than "
+            f"the model's context of {max_positions:,}: {advice.format(max(1, text_tokens - over))}"
+        )
