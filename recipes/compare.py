@@ -93,7 +93,7 @@ def agree(was: object, now: object, within: float) -> bool:
     return was == now
 
 
-def table_of(title: str, runs: Sequence[str], rows: Mapping[str, Sequence[object]]) -> Table:
+def table_of(title: str, runs: Sequence[str], table_rows: Mapping[str, Sequence[object]]) -> Table:
     """Return a table with a row per name and a column per run."""
     table = Table(title=title, title_justify="left", box=None)
     for heading in ("", *runs):

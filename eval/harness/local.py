@@ -14,7 +14,7 @@ from typing import TypedDict
 Row = Mapping[str, object]  # an example in the form that lm-eval's task takes
 
 
-class Record(TypedDict, total=False):
+class TaskRecord(TypedDict, total=False):
     """A record of a file; each benchmark's records have some of these fields.
 
     ``gold`` is the number of the correct choice.  ``answer`` is that number too (MMLU), or the answer (GSM8K).
@@ -50,7 +50,7 @@ class LocalTask:
 
     config_file: str
     file: str
-    convert: Callable[[Record], Row]
+    convert: Callable[[TaskRecord], Row]
     changes: Mapping[str, object] = field(default_factory=dict)
     sorted: bool = False
 
@@ -72,7 +72,7 @@ def read_rows(task: LocalTask, path: Path) -> list[Row]:
     return rows
 
 
-def _read_json_lines(path: Path) -> list[Record]:
+def _read_json_lines(path: Path) -> list[TaskRecord]:
     open_file = gzip.open if path.suffix == ".gz" else open
     with open_file(path, "rt", encoding="utf-8") as file:
         lines = [line for line in file if line.strip()]
@@ -82,7 +82,7 @@ def _read_json_lines(path: Path) -> list[Record]:
         raise ValueError(f"{path} is not a file of JSON lines: {error}") from error
 
 
-def _read_pages(path: Path) -> list[Record]:
+def _read_pages(path: Path) -> list[TaskRecord]:
     """Return WikiText's pages, each from its title (`` = Title = ``) to the next."""
     pages: list[str] = []
     for line in path.read_text(encoding="utf-8").split("\n"):
@@ -92,7 +92,7 @@ def _read_pages(path: Path) -> list[Record]:
     return [{"page": page} for page in pages if page.strip()]
 
 
-def _letters(row: Record, question: str) -> Row:
+def _letters(row: TaskRecord, question: str) -> Row:
     """Return a row of ARC or OpenBookQA: the choices have letters; ``question`` is the field of the question."""
     labels = [chr(ord("A") + i) for i in range(len(row["choices"]))]
     return {
@@ -102,28 +102,28 @@ def _letters(row: Record, question: str) -> Row:
     }
 
 
-def _arc(row: Record) -> Row:
+def _arc(row: TaskRecord) -> Row:
     return _letters({**row, "query": row["query"].removeprefix("Question: ").rstrip("\n")}, "question")
 
 
-def _openbookqa(row: Record) -> Row:
+def _openbookqa(row: TaskRecord) -> Row:
     return _letters(row, "question_stem")
 
 
-def _piqa(row: Record) -> Row:
+def _piqa(row: TaskRecord) -> Row:
     first, second = row["choices"]
     goal = row["query"].removeprefix("Question: ").removesuffix("\n")
     return {"goal": goal, "sol1": first, "sol2": second, "label": row["gold"]}
 
 
-def _boolq(row: Record) -> Row:
+def _boolq(row: TaskRecord) -> Row:
     passage, separator, question = row["query"].removeprefix("Passage: ").rpartition("\nQuestion: ")
     if not separator:
         raise ValueError("query has no question")
     return {"passage": passage, "question": question.removesuffix("?"), "label": row["gold"]}
 
 
-def _copa(row: Record) -> Row:
+def _copa(row: TaskRecord) -> Row:
     """Undo lm-eval's prompt, which joins the premise, without its full stop, and the connector by a space."""
     premise, _, connector = row["query"].rpartition(" ")
     relation = {"because": "cause", "therefore": "effect"}[connector]
@@ -137,13 +137,13 @@ def _copa(row: Record) -> Row:
     }
 
 
-def _hellaswag(row: Record) -> Row:
+def _hellaswag(row: TaskRecord) -> Row:
     """Capitalise the first letter of the unfinished sentence and lower the others, as lm-eval does."""
     query = re.sub(r"(?<=[.!?:] )[a-z][^.!?]*$", lambda match: match[0].capitalize(), row["query"])
     return {"query": query, "choices": row["choices"], "label": row["gold"]}
 
 
-def _blank(row: Record) -> tuple[str, list[str]]:
+def _blank(row: TaskRecord) -> tuple[str, list[str]]:
     """Return the words that the two contexts have in common at the beginning, and the rest of each."""
     first, second = row["context_options"]
     common = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(min(first, second)))
@@ -151,41 +151,41 @@ def _blank(row: Record) -> tuple[str, list[str]]:
     return before, [first[len(before) :], second[len(before) :]]
 
 
-def _winogrande(row: Record) -> Row:
+def _winogrande(row: TaskRecord) -> Row:
     before, (first, second) = _blank(row)
     sentence = f"{before}_ {row['continuation']}"
     return {"sentence": sentence, "option1": first, "option2": second, "answer": str(row["gold"] + 1)}
 
 
-def _wsc273(row: Record) -> Row:
+def _wsc273(row: TaskRecord) -> Row:
     before, options = _blank(row)
     end = row["continuation"]
     text = f"{before}_{'' if end.startswith('.') else ' '}{end}"
     return {"text": text, "pronoun": "_", "pronoun_loc": len(before), "options": options, "label": row["gold"]}
 
 
-def _lambada(row: Record) -> Row:
+def _lambada(row: TaskRecord) -> Row:
     return {"text": f"{row['context']} {row['continuation']}"}
 
 
-def _blimp(row: Record) -> Row:
+def _blimp(row: TaskRecord) -> Row:
     return {"sentence_good": row["good"], "sentence_bad": row["bad"]}
 
 
-def _mmlu(row: Record) -> Row:
+def _mmlu(row: TaskRecord) -> Row:
     subject = row["subject"].replace("_", " ")
     return {"subject": subject, "question": row["question"], "choices": row["choices"], "answer": row["answer"]}
 
 
-def _truthfulqa(row: Record) -> Row:
+def _truthfulqa(row: TaskRecord) -> Row:
     return {"question": row["question"], "mc1_targets": {"choices": [row["best"], *row["incorrect"]]}}
 
 
-def _gsm8k(row: Record) -> Row:
+def _gsm8k(row: TaskRecord) -> Row:
     return {"question": row["context"], "answer": f"{row['chain_of_thought']}\n#### {row['answer']}"}
 
 
-def _page(row: Record) -> Row:
+def _page(row: TaskRecord) -> Row:
     return {"page": row["page"]}
 
 

@@ -1,4 +1,4 @@
-"""Prompts of recipes.generate: one that its settings describe, or a file of many.  Each fits the model with its answer."""
+"""Prompts of recipes.generate: the one that its settings describe, or a file of many, each checked to fit the model."""
 
 from __future__ import annotations
 
