@@ -59,7 +59,7 @@ def answer_variant(job: EvalJob, number: int) -> responses.StoredAnswers:
 
 
 def score_variant(job: EvalJob, variant: Variant, stored: responses.StoredAnswers) -> ScoredVariant:
-    """Return the outcomes of ``variant`` by lm-eval's metrics, from its ``stored`` answers."""
+    """Return ``variant`` with its outcomes by lm-eval's metrics, from its ``stored`` answers."""
     from eval.harness.tasks import answer_tasks, collect_outcomes
 
     job.lm.answer = lambda requests: [stored.answers[key(request)] for request in requests]

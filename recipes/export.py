@@ -63,7 +63,10 @@ def run_rank(rank: Rank, checkpoint_folder: Path, scratch: Path, dtype: str, to:
 
 
 def prepare(config: DictConfig) -> tuple[Path, Path]:
-    """Return the checkpoint to read and the folder to write.  Raises ValueError if the folder exists already."""
+    """Return the checkpoint to read and the folder to write.
+
+    Raises ValueError for a checkpoint that cannot be exported, and if the folder exists already.
+    """
     settings = top_level(config, ExportSettings)
     place, to = checkpoint_of(settings.checkpoint), Path(settings.to).expanduser()
     if to.exists():

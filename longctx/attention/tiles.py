@@ -143,7 +143,10 @@ def _tile_band(sq: int, sk: int, low: int, high: int) -> list[Tile]:
 
 
 def _tile_edges(a: int, b: int, sk: int, low: int | None, high: int | None) -> Iterator[Tile]:
-    """Yield the tiles of rows ``a`` to ``b`` (exclusive) of a band; an edge of None is the border of the matrix."""
+    """Yield the tiles of rows ``a`` to ``b`` (exclusive), where row i sees keys i + ``low`` to i + ``high``.
+
+    An edge of None is the border of the matrix.  With both edges, there are at most ``high - low`` rows, or one.
+    """
     if b - a == 1:
         yield Tile(a, b, 0 if low is None else a + low, sk if high is None else a + high + 1)
         return

@@ -58,7 +58,7 @@ class ThreadComm:
         self.traffic = Traffic()
 
     def shift(self, *mine: AnyShape, shapes: Sequence[Shape]) -> Pending:
-        """Send ``mine`` to the next rank and receive the previous rank's tensors, which have ``shapes``."""
+        """Start sending ``mine`` to the next rank and receiving the previous rank's tensors, which have ``shapes``."""
         self.traffic.count("shift", mine)
         self.world.send(self.members[self.rank], self.members[(self.rank + 1) % self.size], mine)
         return self._pending(self.rank - 1, tuple(map(tuple, shapes)))

@@ -188,7 +188,7 @@ def _append(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _to_json(value: Any) -> Any:
-    """Convert ``value`` for JSON: text, integers and None unchanged, everything else as a float."""
+    """Convert ``value`` for JSON: text, integers and None unchanged, finite numbers as floats, nan and inf as text."""
     if value is None or isinstance(value, str | int):
         return value
     number = float(value)

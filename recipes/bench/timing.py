@@ -69,7 +69,7 @@ def gather_numbers(group: Comm, *numbers: float) -> list[list[float]]:
 
 
 def measure_seconds(work: Callable[[], object]) -> float:
-    """Return the wall-clock seconds of ``work`` on this rank."""
+    """Return the wall-clock seconds of ``work`` on this rank's CPU; a GPU is not synchronized."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began

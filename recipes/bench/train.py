@@ -138,7 +138,10 @@ def refuse_unmeasured(job: TrainJob) -> None:
 
 
 def time_steps(rank: Rank, job: TrainJob, rounds: int) -> StepTimes:
-    """Time ``rounds`` training steps on one rank, after a first one whose activations are counted."""
+    """Time ``rounds`` training steps on ``job``'s mesh, after a warm-up step whose activation bytes are counted.
+
+    Every rank calls this; it returns this rank's seconds, and the bytes of the rank that has the most.
+    """
     from longctx.attention.backends import kernel_for
     from longctx.data.batches import training_batches
     from longctx.hf.config import tokenizer_of

@@ -49,7 +49,7 @@ def resolve_spd_target(config: DictConfig, recipe: str) -> Target:
 def calibration_of(
     config: DictConfig, target: Target, sequences: int, more: int = 0, length_setting: str = "data.length"
 ) -> tuple[PackedText, DataSettings]:
-    """Return `text_of` the section ``data``, in one pass over its sources, and the section itself."""
+    """Return `text_of` the section ``data`` with ``epochs=1``, and that section.  Arguments and errors: `text_of`'s."""
     data, _ = data_of(config)
     data = replace(data, epochs=1)
     return text_of(data, target, sequences, more, length_setting), data
