@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from longctx.config import Mesh
@@ -123,7 +124,7 @@ def _fresh_store(rank: Rank, timeout: datetime.timedelta) -> dist.Store:
         )
     store, numbers = _STORES[rank.init_method]
     store.set_timeout(timeout)
-    return dist.PrefixStore(f"longctx/{next(numbers)}", store)
+    return PrefixStore(f"longctx/{next(numbers)}", store)
 
 
 def _track_generators(device: torch.device) -> None:

@@ -29,13 +29,13 @@ class Distillation:
 def distill(
     student: Block,
     parameters: Sequence[nn.Parameter],
-    inputs: Float[Tensor, "sequences length hidden"],
-    outputs: Float[Tensor, "sequences length hidden"],
+    inputs: Float[Tensor, "sequences length d_in"],
+    outputs: Float[Tensor, "sequences length d_out"],
     settings: Distillation,
 ) -> Iterator[float]:
     """Train ``parameters`` so that ``student(inputs)`` approximates ``outputs``; yield the loss of each step.
 
-    The student receives [batch length hidden].  An epoch leaves out the sequences that do not fill a batch.
+    The student receives [batch length d_in]; in a transformer, d_in and d_out are both its hidden size.  An epoch leaves out the sequences that do not fill a batch.
 
     Source: arXiv 2502.20727, 4.2.3.  The loss is `relative_error` instead of the paper's mean squared error: a few
     tokens of a Llama are a thousand times larger than the others and would dominate the mean squared error.
@@ -73,8 +73,8 @@ def relative_error(predicted: Float[Tensor, "b s hidden"], target: Float[Tensor,
 @torch.no_grad()
 def error_of(
     block: Block,
-    inputs: Float[Tensor, "sequences length hidden"],
-    outputs: Float[Tensor, "sequences length hidden"],
+    inputs: Float[Tensor, "sequences length d_in"],
+    outputs: Float[Tensor, "sequences length d_out"],
     batch: int,
 ) -> float:
     """`relative_error` of ``block(inputs)`` to ``outputs``, ``batch`` sequences at a time."""

@@ -69,7 +69,8 @@ def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
         # A running recipe has initialized Hydra already.
         initialized = GlobalHydra.instance().is_initialized()
         with nullcontext() if initialized else hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-            return hydra.compose(config_name, list(overrides))
+            config: DictConfig = hydra.compose(config_name, list(overrides))
+            return config
     except (HydraException, OmegaConfBaseException) as error:
         message = str(error).partition("Config search path")[0].partition("See https://")[0]
         raise ValueError(" ".join(message.split())) from error
