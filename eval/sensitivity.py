@@ -9,7 +9,7 @@ from eval.variants import Variant
 from longctx.parallel.launch import current_rank
 from longctx.spd.plan import order_from, saved_plan, within
 from recipes import spd_sensitivity
-from recipes.common.cli import composed, is_first, leave_stopped, on_every_rank, say
+from recipes.common.cli import compose_config, is_first, leave_stopped, on_every_rank, say
 
 Named = tuple[str, DictConfig]
 _LENGTH = 512  # tokens of a sequence of text
@@ -72,7 +72,7 @@ def _make_order_job(base: Variant, tp: int, sequences: int, out: Path) -> spd_se
     words = [f"mesh.tp={tp}", f"mesh.dp={dp}", f"sequences={sequences}", "model=folder"]
     words += [f"model.dtype={model.dtype}", f"data.length={min(_LENGTH, shape.max_positions)}"]
     # Paths are merged in: Hydra would read commas and brackets in them as its syntax.
-    config = composed("spd_sensitivity", [*words, "model.name=x", "model.source=x", "out=x"])
+    config = compose_config("spd_sensitivity", [*words, "model.name=x", "model.source=x", "out=x"])
     paths: dict[str, object] = {"model": {"name": model.name, "source": str(folder)}, "out": str(out)}
     return spd_sensitivity.prepare(_merge(config, paths), "eval.run")
 

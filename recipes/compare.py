@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.table import Table
 
 from longctx.train.track import MANIFEST
-from recipes.common.cli import console, is_file_name, reporting
+from recipes.common.cli import console, exit_on_error, is_file_name
 from recipes.common.manifest import flat, folder_of, manifest_of
 from recipes.common.renamed import rename_flat
 
@@ -123,4 +123,4 @@ def compare(runs: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    reporting(lambda: compare(sys.argv[1:]))
+    exit_on_error(lambda: compare(sys.argv[1:]))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from longctx.parallel.launch import RankFailed
-from recipes.common.cli import GATE_FAILED, console, is_file_name, reporting
+from recipes.common.cli import GATE_FAILED, console, exit_on_error, is_file_name
 from recipes.common.manifest import Manifest, folder_of, manifest_of
 from recipes.common.provenance import ROOT
 from recipes.common.settings import mapping_at
@@ -92,4 +92,4 @@ def _reproduce(run: str) -> bool:
 
 
 if __name__ == "__main__":
-    reporting(lambda: reproduce(sys.argv[1:]))
+    exit_on_error(lambda: reproduce(sys.argv[1:]))

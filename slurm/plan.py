@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from longctx.config import Mesh
-from recipes.common.cli import composed, is_file_name, nearest_existing, own_out, say
+from recipes.common.cli import compose_config, is_file_name, nearest_existing, numbered_out, say
 from recipes.common.overrides import CONFIGS, as_overrides, quote
 from recipes.common.renamed import rename_override, rename_settings
 from recipes.common.settings import section
@@ -117,7 +117,7 @@ def _refuse_unwritable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=nearest_existing(folder)):
             pass
     except OSError as error:
-        raise ValueError(f"folder={folder} cannot be written ({error.strerror}): give a folder of yours") from error
+        raise ValueError(f"folder={folder} cannot be written ({error.strerror}): give a writable folder") from error
 
 
 def recipe_of(name: str) -> Recipe:
@@ -193,7 +193,7 @@ def _tasks(
     unless the sweep lists an ``out`` for each run.
     """
     for number, own in enumerate(sweep or [[]]):
-        config = composed(config_name, [*as_overrides(config_name, shared, say), *own])
+        config = compose_config(config_name, [*as_overrides(config_name, shared, say), *own])
         rename_settings(config, (lambda _: None) if number else say)  # an experiment's old names, printed once
         words = [word for word in own if not word.startswith("out=")]
         out: str | None = None
@@ -202,7 +202,7 @@ def _tasks(
         elif "out" in config:
             out = str(absolute(config.out) if config.out else folder / "result.json")
         if out:
-            config.out = own_out(out, number) if sweep and len(words) == len(own) else out
+            config.out = numbered_out(out, number) if sweep and len(words) == len(own) else out
             words.append(f"out={quote(config.out) if ',' in config.out else config.out}")
         yield ArrayTask(folder / str(number) if sweep else folder, tuple(words), config)
 

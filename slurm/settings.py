@@ -9,7 +9,7 @@ from typing import Literal
 import yaml
 from pydantic import NonNegativeInt, PositiveInt
 
-from recipes.common.cli import composed, say
+from recipes.common.cli import compose_config, say
 from recipes.common.overrides import CONFIGS, as_overrides, choices, quote
 from recipes.common.settings import section, top_level
 
@@ -126,7 +126,7 @@ def read_settings(words: Sequence[str]) -> tuple[SubmitSettings, Launcher]:
 
     Raises ValueError, in one line, for an unknown setting and a value that is not allowed.
     """
-    config = composed("submit", as_overrides("submit", [_quote_free_text(word) for word in words], say))
+    config = compose_config("submit", as_overrides("submit", [_quote_free_text(word) for word in words], say))
     return top_level(config, SubmitSettings), section(config, "launcher", Launcher)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from recipes.common.cli import console, reporting
+from recipes.common.cli import console, exit_on_error
 from recipes.common.help import help_of
 from recipes.common.provenance import ROOT, commit_of
 from slurm import cluster
@@ -35,12 +35,12 @@ def main(words: Sequence[str]) -> None:
     if not words or {"-h", "--help"} & set(words):
         print(help_of("submit"))
         return
-    plans = reporting(lambda: make_plans(words))
+    plans = exit_on_error(lambda: make_plans(words))
     if plans[0].settings.dry_run:
         for plan in plans:
             print(script_of(plan, Path.cwd(), commit_of(ROOT)))
         return
-    reporting(lambda: submit(plans))
+    exit_on_error(lambda: submit(plans))
 
 
 def make_plans(words: Sequence[str]) -> list[JobPlan]:

@@ -45,16 +45,16 @@ def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
     if {"-h", "--help"} & set(words):
         print(help_of(config_name))
         return
-    sys.argv[1:] = reporting(lambda: _check_overrides(config_name, words))
+    sys.argv[1:] = exit_on_error(lambda: _check_overrides(config_name, words))
     run = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
-    run(lambda config: reporting(lambda: task(_with_numbered_out(rename_settings(config, say), words))))()
+    run(lambda config: exit_on_error(lambda: task(_with_numbered_out(rename_settings(config, say), words))))()
 
 
 def _check_overrides(config_name: str, words: Sequence[str]) -> list[str]:
     """Return ``words`` in Hydra's grammar.  Raises ValueError, in one line, for an error that Hydra reports in many."""
     overrides = as_overrides(config_name, words, say, sweep=is_multirun(words))
     if not any(word.startswith("-") for word in words):
-        composed(config_name, overrides)
+        compose_config(config_name, overrides)
     return overrides
 
 
@@ -63,7 +63,7 @@ def is_multirun(words: Sequence[str]) -> bool:
     return bool({"-m", "--multirun"} & set(words))
 
 
-def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
+def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """Return the configuration of a recipe with ``overrides``.  Raises ValueError, in one line, if they do not fit."""
     try:
         # A running recipe has initialized Hydra already.
@@ -76,7 +76,7 @@ def composed(config_name: str, overrides: Sequence[str]) -> DictConfig:
         raise ValueError(" ".join(message.split())) from error
 
 
-def own_out(out: str, number: int | str) -> str:
+def numbered_out(out: str, number: int | str) -> str:
     """Return the ``out`` of run ``number`` of a sweep: ``a`` becomes ``a/3``, ``a/x.json`` becomes ``a/3/x.json``."""
     path = Path(out)
     return str(path.parent / str(number) / path.name) if is_file_name(out) else str(path / str(number))
@@ -92,7 +92,7 @@ def _with_numbered_out(config: DictConfig, words: Sequence[str]) -> DictConfig:
     hydra_config = HydraConfig.get()
     are_listed = any(word.startswith("out=") and lists_values(word.removeprefix("out=")) for word in words)
     if hydra_config.mode == RunMode.MULTIRUN and config.get("out") and not are_listed:
-        config.out = own_out(config.out, hydra_config.job.num)
+        config.out = numbered_out(config.out, hydra_config.job.num)
     return config
 
 
@@ -161,7 +161,7 @@ def refuse_unwritable(out: str | None, name: str = "out") -> None:
     if out is None:
         return
     if Path(out).is_dir():
-        raise ValueError(f"{name}={out} cannot be written: give the name of a file in a folder of yours")
+        raise ValueError(f"{name}={out} cannot be written: give the name of a file in a writable folder")
     _refuse_read_only(Path(out).expanduser().parent, f"{name}={out}")
 
 
@@ -175,7 +175,7 @@ def _refuse_read_only(folder: Path, setting: str) -> None:
         with tempfile.TemporaryFile(dir=nearest_existing(folder)):
             pass
     except OSError as error:
-        raise ValueError(f"{setting} cannot be written ({error.strerror}): give a folder of yours") from error
+        raise ValueError(f"{setting} cannot be written ({error.strerror}): give a writable folder") from error
 
 
 def nearest_existing(path: Path) -> Path:
@@ -193,7 +193,7 @@ def write_result(out: str, result: Mapping[str, object]) -> None:
     console.print(f"written to {out}")
 
 
-def reporting(work: Callable[[], Result]) -> Result:
+def exit_on_error(work: Callable[[], Result]) -> Result:
     """Return the result of ``work()``; if it raises, print the error in one line and exit with the error's code."""
     try:
         return work()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import longctx
-from recipes.common.cli import composed
+from recipes.common.cli import compose_config
 from recipes.common.overrides import as_overrides
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +111,7 @@ def test_commands_use_settings_that_exist_and_have_their_new_names(page: str, co
     if configuration.startswith("bench_"):
         configuration = f"bench/{configuration.removeprefix('bench_')}"
     old_names: list[str] = []
-    composed(configuration, as_overrides(configuration, words, old_names.append))
+    compose_config(configuration, as_overrides(configuration, words, old_names.append))
     assert not old_names, page
 
 

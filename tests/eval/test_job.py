@@ -107,7 +107,7 @@ def test_shipped_experiment_can_run(data, smollm2, tmp_path):
     words = ["experiment=evaluate/spd_regression", "eval.limit=1", f"eval.data={data}", f"out={tmp_path}"]
     from eval.run import prepare
 
-    job = prepare(recipe_cli.composed("evaluate", words))
+    job = prepare(recipe_cli.compose_config("evaluate", words))
     assert len(job.tasks) >= 6 and [variant.name for variant in job.variants][1:] == [
         f"dropped {share}%" for share in (25, 50, 75, 100)
     ]
@@ -115,7 +115,7 @@ def test_shipped_experiment_can_run(data, smollm2, tmp_path):
 
 def test_defaults_are_those_of_the_configuration(base_config, monkeypatch):
     monkeypatch.delenv("LONGCTX_DATA", raising=False)
-    config = recipe_cli.composed("eval_speed", ["out=x"])
+    config = recipe_cli.compose_config("eval_speed", ["out=x"])
     assert section(config, "eval", EvalConfig) == EvalConfig()
     assert section(config, "speed", SpeedSettings) == SpeedSettings()
-    assert recipe_cli.composed("evaluate", ["out=x"]).variants == list(EvalSettings("x").variants)
+    assert recipe_cli.compose_config("evaluate", ["out=x"]).variants == list(EvalSettings("x").variants)

@@ -53,7 +53,7 @@ def config_of() -> Callable[..., DictConfig]:
     """``config_of(name, *words)``: the configuration that the command line ``words`` of recipe ``name`` composes."""
 
     def compose(name: str, *words: str) -> DictConfig:
-        return recipe_cli.composed(name, overrides.as_overrides(name, words, pytest.fail))
+        return recipe_cli.compose_config(name, overrides.as_overrides(name, words, pytest.fail))
 
     return compose
 

@@ -84,7 +84,7 @@ def test_run_that_overwrote_the_session_it_resumed_is_refused(write_run, tmp_pat
     session = {"save": "talk", "load": str(Path(tmp_path, "x", "..", "talk"))}
     folder = write_run("talked", "turns.json", session, turns_json=json.dumps({"turns": [TURN]}))
     with pytest.raises(SystemExit) as exited:
-        recipe_cli.reporting(lambda: reproduce.reproduce([folder]))
+        recipe_cli.exit_on_error(lambda: reproduce.reproduce([folder]))
     assert exited.value.code == 2 and "saved its session over the one that it resumed" in capsys.readouterr().err
 
 

@@ -249,7 +249,7 @@ def test_training_drops_blocks_and_refuses_to_resume_without_them(cli, tmp_path)
 def test_default_settings_find_enough_text_and_hold_some_out(smollm2, tmp_path):
     """The default text, CPython's documentation, by the default model's tokenizer."""
     words = ("mesh.tp=3", "spd.budget=0.5", "data.sources=[{pydoc:train}]", f"out={tmp_path}")
-    job = spd_adapt.prepare(recipe_cli.composed("spd_adapt", words))
+    job = spd_adapt.prepare(recipe_cli.compose_config("spd_adapt", words))
     assert len(job.joint_text) == job.joint.steps * job.joint.batch > 0
     held_out, learned = ({tuple(row) for row in rows.tolist()} for rows in (job.held_out_tokens, job.joint_text.tokens))
     assert len(held_out) == job.repair.held_out and not held_out & learned, (
@@ -267,7 +267,7 @@ def test_checking_writes_nothing(tiny, adapted_folder, tmp_path):
     before = files_below(adapted_folder)
     for out in (tmp_path / "new", adapted_folder):
         job = spd_adapt.prepare(
-            recipe_cli.composed("spd_adapt", as_overrides("spd_adapt", [*words, f"out={out}"], print))
+            recipe_cli.compose_config("spd_adapt", as_overrides("spd_adapt", [*words, f"out={out}"], print))
         )
         assert job.out == out
     assert not (tmp_path / "new").exists() and files_below(adapted_folder) == before

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.common.cli import composed
+from recipes.common.cli import compose_config
 from recipes.common.overrides import as_overrides
 from recipes.common.provenance import ROOT, commit_of, diff_of
 from slurm import cluster, submit
@@ -143,7 +143,7 @@ def test_free_text_reaches_the_recipe_unchanged(script, tmp_path):
     done = subprocess.run(
         ["bash", "-c", words + '\nprintf "%s\\n" "${words[@]}"'], capture_output=True, text=True, check=True
     )
-    config = composed("generate", as_overrides("generate", done.stdout.splitlines(), print))
+    config = compose_config("generate", as_overrides("generate", done.stdout.splitlines(), print))
     assert config.prompt.text == text and config.out == f"{tmp_path}/run, (1) 'a'/result.json"
 
 

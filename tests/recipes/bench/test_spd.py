@@ -15,7 +15,7 @@ from longctx.spd.plan import SavedPlan, SPDPlan
 from recipes import spd_sensitivity
 from recipes.bench import spd_latency, spd_quality, spd_sweep
 from recipes.common import target
-from recipes.common.cli import composed
+from recipes.common.cli import compose_config
 
 
 def test_latency_counts_the_remaining_reductions(cli, tiny, tmp_path):
@@ -89,7 +89,7 @@ def test_what_cannot_be_measured_is_refused(refused, tiny, settings, words):
 
 
 def test_a_prompt_longer_than_the_text_is_refused(tiny, monkeypatch):
-    config = composed("bench/spd_latency", ["model=folder", f"model.source={tiny}", "model.name=tiny"])
+    config = compose_config("bench/spd_latency", ["model=folder", f"model.source={tiny}", "model.name=tiny"])
     config.tokens = 10**6
     endless = replace(shape_of(tiny), max_positions=10**9)
     monkeypatch.setattr(target, "shape_of", lambda _: endless)

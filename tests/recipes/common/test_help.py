@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from recipes import generate
-from recipes.common.cli import composed
+from recipes.common.cli import compose_config
 from recipes.common.help import help_of
 from recipes.common.overrides import CONFIGS, as_overrides, choices, experiments_of
 
@@ -86,7 +86,7 @@ def test_help_has_a_line_for_every_choice(name):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_help_has_a_comment_for_every_setting(name):
-    settings = OmegaConf.to_container(composed(name, []), resolve=False)
+    settings = OmegaConf.to_container(compose_config(name, []), resolve=False)
     comments = comments_in_help(help_of(name))
     assert not [setting for setting in leaves(settings) if not comments.get(setting)]
 
@@ -106,7 +106,7 @@ def test_every_example_composes(name):
 def check_composes(config_name: str, words: list[str]) -> None:
     """Fail unless ``words`` compose with the configuration, name no old setting, and set all required ones."""
     overrides = as_overrides(config_name, words, lambda line: pytest.fail(f"{words}: {line}"))
-    OmegaConf.to_container(composed(config_name, overrides), resolve=True, throw_on_missing=True)
+    OmegaConf.to_container(compose_config(config_name, overrides), resolve=True, throw_on_missing=True)
 
 
 def check_submission(words: list[str]) -> None:
@@ -119,7 +119,7 @@ def check_submission(words: list[str]) -> None:
         check_composes("submit", own)
         name = {"eval": "evaluate"}.get(settings.recipe, settings.recipe)
         # A sweep lists a setting's values; a submission without ``out`` gets one.
-        has_out = "out" not in set(composed(name, [])) or any(word.startswith("out=") for word in others)
+        has_out = "out" not in set(compose_config(name, [])) or any(word.startswith("out=") for word in others)
         default_out = [] if has_out else ["out=a"]
         for run in itertools.product(*map(expand_sweep, others)):
             check_composes(name, [*run, *default_out])

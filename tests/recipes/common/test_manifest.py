@@ -91,7 +91,7 @@ def test_folder_without_a_run_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"is not a run: .*manifest\.json cannot be read"):
         reproduce.reproduce([str(tmp_path)])
     with pytest.raises(SystemExit) as exited:
-        recipe_cli.reporting(lambda: compare.compare([str(tmp_path)]))
+        recipe_cli.exit_on_error(lambda: compare.compare([str(tmp_path)]))
     assert exited.value.code == 2 and "compare two runs or more" in capsys.readouterr().err
 
 
