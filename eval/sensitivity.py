@@ -24,7 +24,7 @@ def lacks_order(config: DictConfig) -> bool:
 
 
 def drop_none_yet(config: DictConfig) -> DictConfig:
-    """Return ``config`` with no block dropped if it drops ranked blocks whose order is not known yet, else unchanged."""
+    """Return ``config`` with no block dropped if the order of its ranked blocks is not known yet, else unchanged."""
     return _with_blocks(config, ()) if lacks_order(config) else config
 
 

@@ -129,8 +129,8 @@ def _records_with_text(
                     yield record, point
         if not point.documents:
             raise ValueError(
-                f"{source} has no documents: {point.empty} records are empty, {point.skipped} could not be read (skipped "
-                "by data.on_error=skip); give text, or check text_key"
+                f"{source} has no documents: {point.empty} records are empty, {point.skipped} could not be read "
+                "(data.on_error=skip); give text, or check text_key"
             )
         point = replace(point, epoch=point.epoch + 1, part=0, at=None)
         yield None, point
