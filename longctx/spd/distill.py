@@ -35,7 +35,8 @@ def distill(
 ) -> Iterator[float]:
     """Train ``parameters`` so that ``student(inputs)`` approximates ``outputs``; yield the loss of each step.
 
-    The student receives [batch length d_in]; in a transformer, d_in and d_out are both its hidden size.  An epoch leaves out the sequences that do not fill a batch.
+    The student receives [batch length d_in]; in a transformer, d_in and d_out are both its hidden size.  An epoch
+    leaves out the sequences that do not fill a batch.
 
     Source: arXiv 2502.20727, 4.2.3.  The loss is `relative_error` instead of the paper's mean squared error: a few
     tokens of a Llama are a thousand times larger than the others and would dominate the mean squared error.

@@ -97,7 +97,8 @@ def test_left_out_records_are_counted_and_do_not_shift_a_resumed_run(kinds, wind
     run = read_documents(source, byte_tokenizer, on_error="skip", shuffle=window, epochs=None)
     good = [str(n) for n, kind in enumerate(kinds) if kind == "good"]
     if not good:
-        with pytest.raises(ValueError, match=f"{kinds.count('empty')} are empty, {kinds.count('bad')} were skipped"):
+        words = f"{kinds.count('empty')} records are empty, {kinds.count('bad')} could not be read"
+        with pytest.raises(ValueError, match=words):
             take(run, 1)
         return
     items = take(run, 3 * len(good) + 1)

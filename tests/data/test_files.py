@@ -133,7 +133,8 @@ def test_faulty_row_is_named(column, words, byte_tokenizer, tmp_path):
     if "row 1" in words:
         assert given_texts(take(skipping), byte_tokenizer) == ["one", "three"]
     else:
-        with pytest.raises(ValueError, match=f"no documents: 0 are empty, {len(column.get('text', [1]))} were skipped"):
+        words = f"no documents: 0 records are empty, {len(column.get('text', [1]))} could not be read"
+        with pytest.raises(ValueError, match=words):
             take(skipping)
 
 
@@ -144,7 +145,7 @@ def test_faulty_row_is_named(column, words, byte_tokenizer, tmp_path):
         ("nosuch*.jsonl", None, "is no file, no folder, and no pattern"),
         ("a.json", b"[]", "of a kind that is not supported.*use .*jsonl"),
         ("a.jsonl.zst", b"", "of a kind that is not supported"),
-        ("empty.txt", b"", "has no documents: 1 are empty, 0 were skipped"),
+        ("empty.txt", b"", "has no documents: 1 records are empty, 0 could not be read"),
         ("empty.jsonl", b"", "has no documents: 0 are empty"),
         ("blank.jsonl", b'\n{"text": " \\n"}\n\n', "has no documents: 1 are empty"),
         ("folder", "a.md", r"has no \.txt.*: name the files with a pattern"),
