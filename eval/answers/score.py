@@ -110,9 +110,10 @@ def score_batch(engine: Engine, context: Context, batch: Sequence[PrefixGroup]) 
 def locate_predictions(
     number: int, group: PrefixGroup, branches: Sequence[tuple[int, TokenIds]], request: Score
 ) -> Iterator[tuple[int, Prediction]]:
-    """Yield, for each scored token of ``request``, the pass (0: prefixes, 1: branches) and row that predict it.
+    """Yield, for each scored token of ``request``, its pass (0: prefixes, 1: branches) and its `Prediction` there.
 
-    ``group`` is the ``number``-th of its batch; ``branches`` are those of the whole batch, with their group's number.
+    ``group`` is number ``number`` of its batch.  ``branches`` lists the branches of all groups, each with the number of
+    its group.
     """
     prefix, rest = len(group.prefix), request.tokens[len(group.prefix) : -1]
     document = branches.index((number, rest)) if rest else -1

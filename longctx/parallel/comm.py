@@ -131,11 +131,11 @@ class SingleRankComm:
         raise AssertionError("a ring of one communicates nothing")
 
     def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape]) -> list[AnyShape]:
-        """Return the rank's own part."""
+        """Return a list of one: the rank's own part."""
         return list(parts)
 
     def all_gather(self, mine: AnyShape, shapes: Sequence[Shape]) -> list[AnyShape]:
-        """Return the rank's own tensor."""
+        """Return a list of one: the rank's own tensor."""
         return [mine]
 
 

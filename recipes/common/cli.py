@@ -160,8 +160,8 @@ def refuse_unwritable(out: str | None, name: str = "out") -> None:
     """Raise ValueError unless a file can be written at ``out``, the setting ``name``; leaves no trace."""
     if out is None:
         return
-    if Path(out).is_dir():
-        raise ValueError(f"{name}={out} cannot be written: give the name of a file in a writable folder")
+    if Path(out).expanduser().is_dir():
+        raise ValueError(f"{name}={out} is a folder: give the name of a file, such as {name}={out}/result.json")
     _refuse_read_only(Path(out).expanduser().parent, f"{name}={out}")
 
 

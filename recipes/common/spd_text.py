@@ -20,7 +20,7 @@ from recipes.common.train_job import data_of
 
 
 def resolve_spd_target(config: DictConfig, recipe: str) -> Target:
-    """Return the model to measure or repair, and its tensor-parallel ranks; writes nothing.
+    """Return the model to measure or repair, and its tensor-parallel ranks.  Writes nothing but the model cache.
 
     Raises ValueError, with what to set instead, where `resolve_target` does, and for
 

@@ -42,7 +42,7 @@ PROMPT = "prompt.text='The quick brown fox, as ever.'"  # 29 tokens, of a byte e
         ("prompt.question=Who?", r"prompt\.question needs a model with a chat template"),
         ("prompt.pydoc=assert", "one source, not text and pydoc"),
         ("out=/dev/null/result.json", "out=/dev/null/result.json cannot be written"),
-        ("out=/dev", "out=/dev cannot be written: give the name of a file"),
+        ("out=/dev", "out=/dev is a folder: give the name of a file"),
     ],
     ids=lambda value: value.replace(" ", ",") if value.count(" ") < 2 else "",
 )

@@ -43,7 +43,10 @@ def count_all_reduces() -> Iterator[Tally]:
 
 
 def time_all_reduce(group: dist.ProcessGroup, size: int, rounds: int, device: torch.device) -> float:
-    """Return the seconds of a float32 all-reduce of ``size`` bytes over ``group``: the least of ``rounds``."""
+    """Return the seconds of a float32 all-reduce of ``size`` bytes over ``group``: the least of ``rounds``.
+
+    For gloo, whose all-reduces return when they are done; a GPU is not synchronized.
+    """
     x = torch.zeros(max(1, size // 4), device=device)
     seconds = []
     for _ in range(rounds):
