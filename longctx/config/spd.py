@@ -8,8 +8,8 @@ from typing import Literal
 class SPD:
     """Blocks that drop their first reduction over tensor-parallel ranks (`longctx.spd`).
 
-    ``drop="saved"`` takes the blocks of the model's folder.  ``budget``, a share of all blocks, takes the least sensitive
-    instead, in the order of the file ``sensitivity`` or of the model's folder; ``drop="ranked"`` requires it.
+    ``drop="saved"`` takes the blocks of the model's folder.  ``budget``, a share of all blocks, takes the least
+    sensitive instead, in the order of the file ``sensitivity`` or of the model's folder; ``drop="ranked"`` requires it.
     ``blocks`` lists blocks, counted from 0, and allows neither ``budget`` nor another ``drop``.
     """
 

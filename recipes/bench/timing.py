@@ -98,7 +98,7 @@ def append_random_rows(
 
 
 def make_random_cache(engine: Engine, tokens: int, reserve: int) -> KVCache:
-    """Return a cache of random keys and values of ``tokens`` positions, sharded zigzag; it has room for ``reserve`` in all."""
+    """Return a cache of random keys and values of ``tokens`` positions, sharded zigzag; ``reserve`` is its capacity."""
     cache, shape = engine.cache(reserve), engine.shape
     append_random_rows(
         cache,
