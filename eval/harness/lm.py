@@ -125,7 +125,7 @@ class EngineLM(TemplateLM):
     def _make_continue(self, context: str, settings: GenerationSettings) -> Continue:
         if settings.get("do_sample") or settings.get("temperature"):
             raise ValueError(
-                f"{dict(settings)}: only greedy answers are compared; set do_sample: false and temperature: 0 in the task"
+                f"{dict(settings)}: only greedy answers are compared; set do_sample: false, temperature: 0 in the task"
             )
         until = settings.get("until") or []
         new_tokens = settings.get("max_gen_toks", settings.get("max_new_tokens", _DEFAULT_NEW_TOKENS))
