@@ -62,10 +62,47 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Files that start many ranks, other processes or a real model: `make test-fast` leaves them out.
+SLOW = (
+    *LONG,
+    "docs/test_api.py",
+    "docs/test_tour.py",
+    "eval/test_parity.py",
+    "eval/test_run.py",
+    "eval/test_speed.py",
+    "eval/harness/test_tasks.py",
+    "infer/test_session.py",
+    "infer/test_spd.py",
+    "megatron/hf_io/test_load.py",
+    "megatron/spd/test_layer.py",
+    "megatron/spd/test_repair.py",
+    "megatron/test_logits.py",
+    "megatron/training/test_checkpoint.py",
+    "parallel/test_drift.py",
+    "parallel/test_launch.py",
+    "recipes/common/test_manifest.py",
+    "recipes/test_calibrate.py",
+    "recipes/test_chat.py",
+    "recipes/test_extend.py",
+    "recipes/test_generate.py",
+    "recipes/test_generate_batch.py",
+    "recipes/test_saved.py",
+    "recipes/test_spd.py",
+    "slurm/test_submit.py",
+    "train/test_step.py",
+    "train/test_wandb.py",
+    "train/test_wandb_fails.py",
+)
+
+
 @pytest.hookimpl(trylast=True)  # after pytest-random-order
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Move the files of `LONG` to the front."""
+    """Move the files of `LONG` to the front, and mark those of `SLOW` and of tests/recipes/bench."""
     items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
+    for item in items:
+        path = item.path.as_posix()
+        if path.endswith(SLOW) or "/recipes/bench/" in path:
+            item.add_marker("slow")
 
 
 def pytest_report_header() -> str:

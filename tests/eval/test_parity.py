@@ -76,8 +76,10 @@ def test_scores_and_texts_equal_lm_evals(tasks: Any, ours: Any, hf: Any) -> None
             assert collect_outcomes(name, task).values == expected[name]
 
 
-def test_rolling_scores_over_several_windows_equal_lm_evals(ours: Any, hf: Any) -> None:
-    hf._max_length = WINDOW
+def test_rolling_scores_over_several_windows_equal_lm_evals(
+    ours: Any, hf: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf, "_max_length", WINDOW)
     expected = hf.loglikelihood_rolling([rolling_request()], disable_tqdm=True)
     for mesh in MESHES:
         lm = lm_on(mesh, ours, hf.tokenizer, WINDOW)
