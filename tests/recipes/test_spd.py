@@ -305,7 +305,7 @@ def test_unfit_settings_are_refused_before_any_rank_starts(refused, tiny, adapte
         "mesh.tp=3", "mesh.dp=2", "joint.batch=3", "spd.budget=1"
     )
     assert "not 99999" in adapt("mesh.tp=3", "sequences=99999")
-    assert "use model.dtype=float32" in adapt("mesh.tp=3", "model.dtype=bfloat16")
+    assert "recipes.spd_adapt needs model.dtype=float32" in adapt("mesh.tp=3", "model.dtype=bfloat16")
     assert "with another sequences" in refused(
         spd_adapt,
         spd_adapt.task,
