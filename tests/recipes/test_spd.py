@@ -1,4 +1,4 @@
-"""recipes.spd_sensitivity and recipes.spd_adapt on a tiny model: results, resumption, refusals."""
+"""recipes.spd_adapt on a tiny model: results, resumption, refusals."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from safetensors import safe_open
 
 from longctx.spd.plan import saved_plan
-from recipes import chat, export, generate, pretrain, spd_adapt, spd_sensitivity
+from recipes import chat, export, generate, pretrain, spd_adapt
 from recipes.common import cli as recipe_cli
 from recipes.common.overrides import as_overrides
 from tests.tracking import history, of_kind, records
@@ -46,31 +46,6 @@ def tensors(folder: Path, name: str = "spd.safetensors") -> dict[str, list[float
     """Values of every tensor in a safetensors file, by tensor name."""
     with safe_open(folder / name, "pt") as file:
         return {name: file.get_tensor(name).flatten().tolist() for name in sorted(file.keys())}
-
-
-def test_sensitivity_writes_json_and_picture_and_resumes(cli, tiny, tmp_path):
-    command = (f"model={tiny}", "mesh.tp=3", f"out={tmp_path}", *TEXT)
-    code, _, err = cli(spd_sensitivity, spd_sensitivity.task, *command)
-    assert code == 0, err
-    result = json.loads((tmp_path / "sensitivity.json").read_text())
-    assert [block["block"] for block in result["blocks"]] == [0, 1] and sorted(result["order"]) == [0, 1]
-    assert result["blocks"][0]["perplexity"] - result["blocks"][1]["perplexity"] == pytest.approx(
-        result["blocks"][0]["score"]
-    )
-    assert result["blocks"][1]["perplexity"] - result["perplexity"] == pytest.approx(result["blocks"][1]["score"])
-    assert "<svg" in (tmp_path / "sensitivity.svg").read_text()
-    assert result["command"].startswith("python -m recipes.spd_sensitivity model=")
-    # Interrupted while it writes the second of three chunks; two data-parallel ranks resume it to the same result.
-    sums = (tmp_path / "sums.jsonl").read_text().splitlines(keepends=True)
-    assert len(sums) == 4
-    (tmp_path / "sums.jsonl").write_text("".join(sums[:2]) + sums[2][:7])
-    (tmp_path / "sensitivity.json").unlink()
-    code, _, err = cli(spd_sensitivity, spd_sensitivity.task, *command, "mesh.dp=2")
-    assert code == 0, err
-    again = json.loads((tmp_path / "sensitivity.json").read_text())
-    code, _, err = cli(spd_sensitivity, spd_sensitivity.task, *command)
-    assert code == 0, "the half-written line is gone"
-    assert [b["score"] for b in again["blocks"]] == pytest.approx([b["score"] for b in result["blocks"]], abs=1e-9)
 
 
 def test_generate_runs_an_adapted_model_with_any_share_dropped(cli, adapted_folder):
