@@ -6,6 +6,7 @@ that `hostname` prints n1, n2, ... and jobs can resolve these names.
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -98,8 +99,14 @@ class Cluster:
         wait_until(lambda: self.idle() == nodes, 60, lambda: f"idle nodes, see {folder}/log")
 
     def output(self, *command: str) -> str:
-        """Return what a Slurm command prints."""
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False).stdout
+        """Return what a Slurm command prints.  It is repeated for a minute while slurmctld does not answer."""
+        until = time.monotonic() + 60
+        while True:
+            done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+            if not done.returncode or not re.search("Unable to contact|timed out", done.stderr):
+                return done.stdout
+            assert time.monotonic() < until, f"{command}: {done.stderr}"
+            time.sleep(0.5)
 
     def idle(self) -> int:
         """Return the number of idle nodes."""

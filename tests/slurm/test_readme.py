@@ -44,7 +44,11 @@ def test_ten_commands_from_a_login_node_to_a_finished_sweep(cluster: Cluster, tm
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         outputs.append(done.stdout)
         if command.startswith("squeue"):
-            wait_until(lambda: not cluster.output("squeue", "-h").strip(), 900, lambda: "an empty queue")
+            wait_until(
+                lambda: not cluster.output("squeue", "-h").strip(),
+                900,
+                lambda: f"an empty queue: {cluster.output('squeue')}",
+            )
     assert outputs[1].startswith("#!/bin/bash\n#SBATCH --job-name=generate")
     assert (tmp_path / "outputs" / "hf" / "model.safetensors").is_file(), "the second job came after the first"
     compared = outputs[6]

@@ -311,3 +311,21 @@ def test_launcher_local_runs_the_same_script(tmp_path, monkeypatch, capfd):
     assert (code / "recipes" / "pretrain.py").is_file()
     assert (code / "COMMIT").read_text().strip() == commit_of(ROOT)
     assert (code / "dirty.diff").read_text() == diff_of(ROOT)
+
+
+@pytest.mark.parametrize(("state", "restarts"), [("RUNNING", True), ("", True), ("COMPLETING", False)])
+def test_job_whose_ranks_end_before_its_own_sigterm_arrives_is_not_requeued(
+    squeue, script, tmp_path, monkeypatch, state, restarts
+):
+    """scancel ends the ranks first: to the script this looks like a failure, but the job's state has changed before."""
+    squeue(0, state, "")
+    asked = tmp_path / "asked"
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    text = script(*TINY, "launcher=local", "folder=run", "launcher.container=false")
+    done = subprocess.run(["bash"], input=text, capture_output=True, text=True, check=False)
+    assert asked.exists() == restarts, done.stdout
+    assert ("cancelled, or out of time" in done.stdout) != restarts, done.stdout
+    assert (tmp_path / "run" / "failure.txt").exists() == restarts
