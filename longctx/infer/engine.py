@@ -84,7 +84,7 @@ def load_engine(
     Raises ValueError if ``kernel`` does not take the device, dtype or head dimension, or if a tensor is missing or left
     over in ``folder``.
     """
-    layers = "local" if plan else layers_in_use(model.layers)
+    layers = "local" if plan else layers_in_use(model.layers, shape)
     net = _load_model(runtime, runtime.groups, model, shape, folder, layers, plan)
     comms = (runtime.tp, runtime.ulysses, runtime.ring, runtime.context)
     return Engine(net, shape, checked_kernel(kernel, runtime.device, model.dtype, shape.head_dim), *comms, layers)

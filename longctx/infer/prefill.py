@@ -14,8 +14,8 @@ from longctx.attention.partial import empty_partial
 from longctx.attention.tiles import visible_tiles
 from longctx.infer.cache import Cache
 from longctx.infer.engine import ATTENTION, Engine
-from longctx.megatron.attention import Pass
-from longctx.megatron.model import hidden_states, rotary_angles
+from longctx.megatron.attention import LayerAttention, Pass, rotary_tables
+from longctx.megatron.model import hidden_states
 from longctx.parallel.comm import doing
 from longctx.parallel.ring import Ring, Strategy, gather_merge
 from longctx.parallel.strategy import ring_attention
@@ -69,7 +69,7 @@ def run_pass(
         return out
 
     local_tokens = layout.shard(tokens, engine.rank)
-    return _hidden(engine, local_tokens, layout.positions(engine.rank), Pass(attend=attend))
+    return _hidden(engine, local_tokens, layout.positions(engine.rank), attend)
 
 
 @torch.inference_mode()
@@ -99,14 +99,14 @@ def run_replicated(
         done()
         return out
 
-    return _hidden(engine, tokens, all_rows.positions(0), Pass(attend=attend))
+    return _hidden(engine, tokens, all_rows.positions(0), attend)
 
 
 def _hidden(
-    engine: Engine, tokens: Int[Tensor, " s"], positions: Positions, one_pass: Pass
+    engine: Engine, tokens: Int[Tensor, " s"], positions: Positions, attend: LayerAttention
 ) -> Float[Tensor, "s b hidden"]:
-    angles = rotary_angles(engine.shape, positions.to(engine.device))
-    return hidden_states(engine.model, tokens.to(engine.device).unsqueeze(0), angles, one_pass)
+    one_pass = Pass(attend=attend, rotary=rotary_tables(engine.shape, positions.to(engine.device)))
+    return hidden_states(engine.model, tokens.to(engine.device).unsqueeze(0), one_pass)
 
 
 def split_into_chunks(new: Mapping[int, list[int]], max_tokens: int | None) -> Iterator[Chunk]:

@@ -1,19 +1,62 @@
 """The core attention of megatron-core's layers, replaced by a call to the attention of the current `Pass`.
 
-The module changes the order of axes only.  It knows neither ranks nor caches; the `Pass` does.
+The module rotates queries and keys, scales queries and changes the order of axes.  It knows neither ranks nor caches;
+the `Pass` does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from longctx.shapes import Float, Tensor
+from longctx.model_shape import ModelShape, Rotary
+from longctx.shapes import Float, Positions, Tensor
 
 LayerAttention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """Cosines and sines of a rotary embedding at a pass's positions, [s channels] in float32, both scaled."""
+
+    cos: Float[Tensor, "s channels"]
+    sin: Float[Tensor, "s channels"]
+    interleaved: bool
+
+    def rotate(self, x: Float[Tensor, "s b h d"]) -> Float[Tensor, "s b h d"]:
+        """Return ``x`` with its first ``channels`` channels rotated; the rows of ``x`` are those of the table."""
+        cos, sin = (table[:, None, None].to(x.dtype) for table in (self.cos, self.sin))
+        channels = cos.shape[-1]
+        turned = x[..., :channels]
+        if self.interleaved:
+            quarter_turn = torch.stack([-turned[..., 1::2], turned[..., ::2]], -1).flatten(-2)
+        else:
+            first, second = turned.chunk(2, -1)
+            quarter_turn = torch.cat([-second, first], -1)
+        turned = turned * cos + quarter_turn * sin
+        return turned if channels == x.shape[-1] else torch.cat([turned, x[..., channels:]], -1)
+
+
+def rotary_tables(shape: ModelShape, positions: Positions) -> tuple[RotaryTable | None, ...]:
+    """Return each layer's table for explicit ``positions``, which may have any order and restart anywhere.
+
+    Layers with equal rotary embeddings share a table.
+    """
+    tables = {rotary: _table(rotary, positions) for rotary in set(shape.rotaries)}
+    return tuple(tables[rotary] for rotary in shape.rotaries)
+
+
+def _table(rotary: Rotary | None, positions: Positions) -> RotaryTable | None:
+    if rotary is None:
+        return None
+    frequencies = torch.tensor(rotary.frequencies, dtype=torch.float32, device=positions.device)
+    angles = positions.float().unsqueeze(-1) * frequencies
+    angles = angles.repeat_interleave(2, -1) if rotary.interleaved else torch.cat([angles, angles], -1)
+    return RotaryTable(angles.cos() * rotary.scale, angles.sin() * rotary.scale, rotary.interleaved)
 
 
 @dataclass
@@ -21,6 +64,7 @@ class Pass(PackedSeqParams):
     """One pass through the model, with the attention function that its layers call.
 
     ``attend(layer, q, k, v)`` returns the attention output.  All four tensors are [b s h d]; layers count from 0.
+    ``rotary`` has a table for each layer of the whole model (`rotary_tables`); empty rotates nothing.
 
     megatron-core hands a `PackedSeqParams` unchanged to the attention of every layer, on every pipeline stage.
     ``qkv_format`` "sbhd" keeps megatron-core on its code path for unpacked sequences.
@@ -28,12 +72,15 @@ class Pass(PackedSeqParams):
 
     qkv_format: str = "sbhd"
     attend: LayerAttention | None = None
+    rotary: Sequence[RotaryTable | None] = ()
 
 
 class ContextParallelAttention(MegatronModule):
     """Core attention for a layer spec: passes q, k and v of its layer to the current `Pass`.
 
-    Raises ValueError for cross-attention, a softmax scale other than 1/sqrt(d), or attention dropout.
+    Attention itself scales by 1/sqrt(d), so queries are multiplied where ``softmax_scale`` differs from that.
+
+    Raises ValueError for cross-attention and attention dropout.
     """
 
     def __init__(
@@ -48,13 +95,13 @@ class ContextParallelAttention(MegatronModule):
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config=config)
-        if softmax_scale is not None or attention_type != "self" or config.attention_dropout:
+        if attention_type != "self" or config.attention_dropout:
             raise ValueError(
                 f"context-parallel attention does not support attention_type={attention_type}, "
-                f"softmax_scale={softmax_scale}, attention_dropout={config.attention_dropout}; "
-                "use self-attention scaled by 1/sqrt(d), without dropout"
+                f"attention_dropout={config.attention_dropout}; use self-attention without dropout"
             )
         self.layer = layer_number - 1
+        self.query_scale = 1.0 if softmax_scale is None else softmax_scale * config.kv_channels**0.5
 
     def forward(
         self,
@@ -68,6 +115,10 @@ class ContextParallelAttention(MegatronModule):
     ) -> Float[Tensor, "s b hidden"]:
         assert isinstance(packed_seq_params, Pass) and packed_seq_params.attend, "the model runs with a Pass"
         assert attention_mask is None and attention_bias is None, "the layout determines the mask"
+        if packed_seq_params.rotary and (table := packed_seq_params.rotary[self.layer]):
+            query, key = table.rotate(query), table.rotate(key)
+        if self.query_scale != 1:
+            query = query * self.query_scale
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         out = packed_seq_params.attend(self.layer, q, k, v)
         return out.transpose(0, 1).reshape(query.shape[0], query.shape[1], -1)

@@ -3,6 +3,7 @@
 import importlib.util
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,43 +22,49 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import nn
 
 from longctx.megatron.attention import ContextParallelAttention, Pass
+from longctx.megatron.modules import (
+    BiasedColumnParallelLinear,
+    BiasedRowParallelLinear,
+    LayerNorm,
+    NormedRowParallelLinear,
+    RMSNorm,
+    RMSNormOverHeads,
+    ScaledRowParallelLinear,
+)
 from longctx.megatron.spd.layer import SPDTransformerLayer, follow_plan
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm
-from longctx.shapes import Float, Int, Positions, Tensor, Tokens
+from longctx.shapes import Float, Int, Tensor, Tokens
 from longctx.spd.plan import SPDPlan
 
-__all__ = ["GPTModel", "build_model", "hidden_states", "layers_in_use", "logits", "padded_vocab_size", "rotary_angles"]
+__all__ = ["GPTModel", "build_model", "hidden_states", "layers_in_use", "logits", "padded_vocab_size"]
 
 
+_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 _PADDING_LOGIT = -1e9  # gives the padding of the vocabulary probability 0 in every dtype
 
 
-class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm with megatron-core's signature.  megatron-core's wrapper rejects sequence parallelism."""
+def layers_in_use(requested: str, shape: ModelShape) -> str:
+    """Return ``local`` or ``te``: the layers that ``model.layers=requested`` selects on this machine for ``shape``.
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        # By this attribute megatron-core's finalize_model_grads finds the gradients to sum over tensor-parallel ranks.
-        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+    ``auto`` selects ``te`` (Transformer Engine) if it is installed, CUDA is available, and the model is one of those
+    that its layers are built for here; otherwise ``local``.
 
-
-def layers_in_use(requested: str) -> str:
-    """Return ``local`` or ``te``: the layers that ``model.layers=requested`` selects on this machine.
-
-    ``auto`` selects ``te`` (Transformer Engine) if it is installed and CUDA is available, otherwise ``local``.
-
-    Raises ValueError for ``te`` if Transformer Engine or CUDA is missing.
+    Raises ValueError for ``te`` if Transformer Engine or CUDA is missing, or for another model.
     """
     te_available = importlib.util.find_spec("transformer_engine_torch") is not None and torch.cuda.is_available()
     if requested == "te" and not te_available:
         raise ValueError(
             "model.layers=te needs Transformer Engine and CUDA: pip install 'longctx[gpu]', or use model.layers=local"
         )
-    return "te" if te_available and requested != "local" else "local"
+    llama = {"out_bias": False, "mlp_bias": False, "norms": "pre", "layer_norm": False, "zero_centered": False,
+             "qk_norm": "none", "activation": "silu", "gated": True, "residual_scale": 1.0}  # fmt: skip
+    others = [f"{name}={getattr(shape, name)}" for name, value in llama.items() if getattr(shape, name) != value]
+    if requested == "te" and others:
+        raise ValueError(f"model.layers=te is not built for this model ({', '.join(others)}): use model.layers=local")
+    return "te" if te_available and requested != "local" and not others else "local"
 
 
 def build_model(
@@ -84,11 +91,11 @@ def build_model(
         config = _config(shape, groups, dtype, options)
     assert layers == "local" or plan is None, "recipes reject a plan with Transformer Engine layers"
     layer_class = TransformerLayer if plan is None else SPDTransformerLayer
-    spec = local_layer_spec(layer_class) if layers == "local" else _te_layer_spec()
+    spec = local_layer_spec(layer_class, shape, groups) if layers == "local" else _te_layer_spec()
     stages, stage = groups.pp.size(), groups.pp.rank()
     model = GPTModel(
         config,
-        TransformerBlockSubmodules(layer_specs=[spec] * (shape.layers // stages), layer_norm=RMSNorm),
+        TransformerBlockSubmodules(layer_specs=[spec] * (shape.layers // stages), layer_norm=_norm(shape)),
         pre_process=stage == 0,
         post_process=stage == stages - 1,
         vocab_size=padded_vocab_size(shape, groups.tp.size()),
@@ -97,9 +104,19 @@ def build_model(
         position_embedding_type="none",  # `hidden_states` takes angles of explicit positions
         pg_collection=groups,
     )
+    _scale_embedding_and_logits(model, shape, dtype)
     if plan is not None:
         follow_plan(model, plan)
     return model.to(device).eval()
+
+
+def _scale_embedding_and_logits(model: GPTModel, shape: ModelShape, dtype: torch.dtype) -> None:
+    """Multiply the embedding's output and the logits of ``model`` by the scales of ``shape``."""
+    if shape.embedding_scale != 1 and model.pre_process:
+        scale = float(torch.tensor(shape.embedding_scale, dtype=dtype))  # rounded, as transformers does
+        model.embedding.register_forward_hook(lambda _module, _inputs, out: out * scale)
+    if shape.logit_scale != 1 and model.post_process:
+        model.output_layer.register_forward_hook(lambda _module, _inputs, out: (out[0] * shape.logit_scale, out[1]))
 
 
 def padded_vocab_size(shape: ModelShape, tp: int) -> int:
@@ -107,16 +124,12 @@ def padded_vocab_size(shape: ModelShape, tp: int) -> int:
     return -(-shape.vocab_size // tp) * tp
 
 
-def hidden_states(
-    model: GPTModel, tokens: Tokens, angles: Float[Tensor, "s 1 1 d"], attention_pass: Pass
-) -> Float[Tensor, "s b hidden"]:
+def hidden_states(model: GPTModel, tokens: Tokens, attention_pass: Pass) -> Float[Tensor, "s b hidden"]:
     """Return the final hidden states of this rank's rows, which enter the output layer."""
     if not tokens.shape[1]:
         return _run_without_rows(model, attention_pass)
     embedded = model.embedding(tokens, None)
-    hidden: Tensor = model.decoder(
-        embedded, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=attention_pass
-    )
+    hidden: Tensor = model.decoder(embedded, attention_mask=None, packed_seq_params=attention_pass)
     return hidden
 
 
@@ -152,7 +165,6 @@ def token_losses(
     model: GPTModel,
     tokens: Tokens,
     targets: Tokens,
-    angles: Float[Tensor, "s 1 1 d"],
     attention_pass: Pass,
     vocab_size: int,
 ) -> Float[Tensor, "s b"] | Float[Tensor, "rows b hidden"]:
@@ -162,9 +174,7 @@ def token_losses(
     The padding of the vocabulary is masked, so that every tensor-parallel degree gives the same loss.
     """
     embedded = model.embedding(tokens, None) if model.pre_process else None
-    hidden: Tensor = model.decoder(
-        embedded, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=attention_pass
-    )
+    hidden: Tensor = model.decoder(embedded, attention_mask=None, packed_seq_params=attention_pass)
     if not model.post_process:
         return hidden
     return losses_of(model, hidden, targets.transpose(0, 1), vocab_size)
@@ -191,13 +201,6 @@ def tied_weight(model: GPTModel) -> Float[Tensor, "vocab hidden"] | None:
     return model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
 
 
-def rotary_angles(shape: ModelShape, positions: Positions) -> Float[Tensor, "s 1 1 d"]:
-    """Return the rotary angles (radians) of explicit ``positions``, which may have any order and restart anywhere."""
-    frequencies = torch.tensor(shape.rotary.frequencies, dtype=torch.float32, device=positions.device)
-    half = positions.float().unsqueeze(-1) * frequencies
-    return torch.cat([half, half], -1)[:, None, None, :]
-
-
 def _config(
     shape: ModelShape, groups: ProcessGroupCollection, dtype: torch.dtype, options: Mapping[str, Any]
 ) -> TransformerConfig:
@@ -209,9 +212,13 @@ def _config(
         kv_channels=shape.head_dim,
         ffn_hidden_size=shape.ffn,
         layernorm_epsilon=shape.norm_eps,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
+        normalization="LayerNorm" if shape.layer_norm else "RMSNorm",
+        layernorm_zero_centered_gamma=shape.zero_centered,
+        # megatron-core sums the gradients of these norms over ranks, each of which has all of their weights.
+        qk_layernorm=shape.qk_norm == "head",
+        softmax_scale=shape.softmax_scale,
+        gated_linear_unit=shape.gated,
+        activation_func=_ACTIVATIONS[shape.activation],
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
         hidden_dropout=0.0,
@@ -240,33 +247,62 @@ def _leave_uninitialised(_: Tensor) -> None:
     """Initialise nothing; a weight's init function for megatron-core."""
 
 
-def local_layer_spec(layer_class: type[TransformerLayer]) -> ModuleSpec:
+def local_layer_spec(
+    layer_class: type[TransformerLayer], shape: ModelShape, groups: ProcessGroupCollection
+) -> ModuleSpec:
     """Return the spec of a decoder block of ``layer_class`` whose modules run on CPU and GPU."""
+    norm_before = IdentityOp if shape.norms == "post" else _norm(shape)
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
             core_attention=ContextParallelAttention,
-            linear_proj=RowParallelLinear,
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
+            linear_proj=_output_projection(shape, shape.out_bias),
+            q_layernorm=_qk_norm(shape, shape.heads, groups),
+            k_layernorm=_qk_norm(shape, shape.kv_heads, groups),
         ),
     )
     mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        module=MLP,
+        submodules=MLPSubmodules(
+            linear_fc1=BiasedColumnParallelLinear if shape.mlp_bias else ColumnParallelLinear,
+            linear_fc2=_output_projection(shape, shape.mlp_bias),
+        ),
     )
     return ModuleSpec(
         module=layer_class,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm_before,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=norm_before,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+def _norm(shape: ModelShape) -> type:
+    return LayerNorm if shape.layer_norm else RMSNorm
+
+
+def _qk_norm(shape: ModelShape, heads: int, groups: ProcessGroupCollection) -> ModuleSpec | type:
+    """Return the norm of the ``heads`` queries or keys."""
+    if shape.qk_norm == "width":
+        return ModuleSpec(module=RMSNormOverHeads, params={"heads": heads, "tp": groups.tp})
+    return RMSNorm if shape.qk_norm == "head" else IdentityOp
+
+
+def _output_projection(shape: ModelShape, bias: bool) -> ModuleSpec | type:
+    """Return the projection that adds to the residual stream, with what ``shape`` does to its output."""
+    if shape.norms != "pre":
+        assert not bias and shape.residual_scale == 1, "no known model has a norm and these on one output"
+        return NormedRowParallelLinear
+    if shape.residual_scale != 1:
+        assert not bias, "no known model has a bias and a scale on one output"
+        return ModuleSpec(module=ScaledRowParallelLinear, params={"scale": shape.residual_scale})
+    return BiasedRowParallelLinear if bias else RowParallelLinear
 
 
 def _te_layer_spec() -> ModuleSpec:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from longctx.model_shape import ModelShape
+
 FILE = "spd_plan.json"
 
 
@@ -40,6 +42,22 @@ class SPDPlan:
 
     def __str__(self) -> str:
         return f"{len(self.dropped)} of {self.layers} blocks dropped"
+
+
+def refuse_unfit_shape(shape: ModelShape) -> None:
+    """Raise ValueError for a model in whose blocks the first reduction cannot be dropped.
+
+    The equations of arXiv 2502.20727 need an attention output that enters the residual stream as a sum over ranks.
+    """
+    reasons = {
+        "a norm after attention, which needs the sum over ranks": shape.norms != "pre",
+        "norms over all heads of queries and keys, which sum over ranks themselves": shape.qk_norm == "width",
+        "LayerNorm, on which dropped reductions are not tested": shape.layer_norm,
+        "a feed-forward network without gate, on which dropped reductions are not tested": not shape.gated,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"this model has {reason}: use spd=none, or a model like Llama or Qwen")
 
 
 @dataclass(frozen=True)

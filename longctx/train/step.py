@@ -11,8 +11,7 @@ from longctx.attention.layout import LAYOUTS, Layout, shard_balanced
 from longctx.attention.mask import causal_within
 from longctx.attention.partial import Partial
 from longctx.data.batches import Batch
-from longctx.megatron.attention import Pass
-from longctx.megatron.model import rotary_angles
+from longctx.megatron.attention import Pass, rotary_tables
 from longctx.megatron.runtime import Runtime
 from longctx.megatron.training.optimizer import (
     LossSums,
@@ -26,7 +25,7 @@ from longctx.model_shape import ModelShape
 from longctx.parallel.comm import doing
 from longctx.parallel.hybrid import hybrid
 from longctx.parallel.ring import Strategy
-from longctx.shapes import Tensor
+from longctx.shapes import Positions, Tensor
 
 
 @dataclass(frozen=True)
@@ -130,13 +129,17 @@ def _micro_batch(
         targets=pad(targets[index]).unsqueeze(0),
         mask=pad(mask[index].float()),
         bucket=pad(positions * buckets // sharding.length),
-        angles=rotary_angles(shape, pad(positions)),
-        attention_pass=_attention_pass(layout, len(index), runtime, shape, sharding),
+        attention_pass=_attention_pass(layout, pad(positions), len(index), runtime, shape, sharding),
     )
 
 
-def _attention_pass(layout: Layout, rows: int, runtime: Runtime, shape: ModelShape, sharding: Sharding) -> Pass:
-    """Attention over this rank's first ``rows`` rows; the rows after them are padding, and their output is 0."""
+def _attention_pass(
+    layout: Layout, positions: Positions, rows: int, runtime: Runtime, shape: ModelShape, sharding: Sharding
+) -> Pass:
+    """Attention over this rank's first ``rows`` rows; the rows after them are padding, and their output is 0.
+
+    ``positions`` are those of all rows.
+    """
     partials: dict[int, list[Partial]] = {layer: [] for layer in range(shape.layers)}
     by_window = {w: hybrid(runtime.ulysses, runtime.ring, layout, causal_within(w)) for w in set(shape.windows)}
 
@@ -147,4 +150,4 @@ def _attention_pass(layout: Layout, rows: int, runtime: Runtime, shape: ModelSha
             out = attention(q[:, :rows], k[:, :rows], v[:, :rows])
         return F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - rows))
 
-    return Pass(attend=attend)
+    return Pass(attend=attend, rotary=rotary_tables(shape, positions))

@@ -119,8 +119,8 @@ def run_rank(rank: Rank, job: DriftJob) -> list[LayerErrors]:
 @torch.no_grad()
 def capture_attention_inputs(engine: Engine, tokens: Int[Tensor, " s"], layers: Sequence[int]) -> dict[int, Inputs]:
     """Return the attention inputs of each of ``layers`` while the model reads ``tokens`` on this rank alone."""
-    from longctx.megatron.attention import Pass
-    from longctx.megatron.model import hidden_states, rotary_angles
+    from longctx.megatron.attention import Pass, rotary_tables
+    from longctx.megatron.model import hidden_states
 
     captured: dict[int, Inputs] = {}
 
@@ -129,8 +129,8 @@ def capture_attention_inputs(engine: Engine, tokens: Int[Tensor, " s"], layers: 
             captured[layer] = (q.contiguous(), k.contiguous(), v.contiguous())
         return engine.kernel.forward(q, k, v, True).out.to(q.dtype)
 
-    angles = rotary_angles(engine.shape, torch.arange(len(tokens)))
-    hidden_states(engine.model, tokens.unsqueeze(0), angles, Pass(attend=attend))
+    rotary = rotary_tables(engine.shape, torch.arange(len(tokens)))
+    hidden_states(engine.model, tokens.unsqueeze(0), Pass(attend=attend, rotary=rotary))
     return captured
 
 

@@ -187,7 +187,7 @@ def build_shallow_engine(runtime: Runtime, target: Target, layers: int) -> Engin
     from longctx.megatron.hf_io.init import RandomInit
     from longctx.megatron.model import build_model
 
-    shape = replace(target.shape, layers=layers, windows=target.shape.windows[:layers])
+    shape = target.shape.first(layers)
     dtype = getattr(torch, target.model.dtype)
     net = build_model(shape, runtime.groups, dtype=dtype, layers="local", device=runtime.device)
     hf_load.load(net, RandomInit(shape, seed=0), shape)

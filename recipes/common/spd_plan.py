@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 from longctx.config import SPD, Mesh, ModelSource
 from longctx.hf.checkpoint import fingerprint
 from longctx.model_shape import ModelShape
-from longctx.spd.plan import SavedPlan, SPDPlan, order_from, saved_plan, within
+from longctx.spd.plan import SavedPlan, SPDPlan, order_from, refuse_unfit_shape, saved_plan, within
 from recipes.common.settings import section
 
 
@@ -19,6 +19,8 @@ def plan_of(config: DictConfig, mesh: Mesh, model: ModelSource, folder: Path, sh
     plan = choose_plan(section(config, "spd", SPD), mesh, folder, shape, saved_plan(folder))
     if plan.dropped and model.layers == "te":
         raise ValueError("model.layers=te is not tested with dropped reductions: use model.layers=local, or spd=none")
+    if plan.dropped:
+        refuse_unfit_shape(shape)
     return plan if plan.dropped else None
 
 

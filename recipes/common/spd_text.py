@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from longctx.config import DataSettings, Mesh, ModelSource
 from longctx.hf.config import tokenizer_of
 from longctx.spd.plan import FILE as PLAN
+from longctx.spd.plan import refuse_unfit_shape
 from longctx.spd.text import PackedText
 from recipes.common.cli import refuse_unwritable_folder
 from recipes.common.settings import section
@@ -36,6 +37,7 @@ def resolve_spd_target(config: DictConfig, recipe: str) -> Target:
         raise ValueError("model.layers=te is not tested with dropped reductions: use model.layers=local")
     refuse_unwritable_folder(config.out)
     target = resolve_target(config, recipe, unused_axes=("ulysses", "ring", "pp"), spd="ignore")
+    refuse_unfit_shape(target.shape)
     if target.run.device != "cpu":
         raise ValueError(f"run.device={target.run.device} is not tested with {recipe}: use run.device=cpu")
     if (target.folder / PLAN).is_file():

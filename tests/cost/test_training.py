@@ -9,11 +9,11 @@ from transformers import LlamaForCausalLM
 
 from longctx.cost.training import count_pairs, mfu, train_flops, train_flops_by_part
 from longctx.hf.config import shape_of
-from longctx.model_shape import ModelShape, Rotary
+from longctx.model_shape import ModelShape
 from tests.tiny import tiny_model
 
 # The paper does not give the vocabulary size: the figures of its versions fit 32,000, not Llama 3's 128,256.
-LLAMA3_8B = ModelShape(32, 4096, 32, 8, 128, 14336, 32000, 8192, 1e-5, False, False, Rotary(()))
+LLAMA3_8B = ModelShape(32, 4096, 32, 8, 128, 14336, 32000, 8192, 1e-5, False, False, ())
 A100 = 312e12
 GPUS = 16
 # Ki tokens; TFLOP/s per GPU in versions 1 and 5 of arXiv 2405.07719 (Tables 6 and 7).
@@ -65,7 +65,7 @@ def test_weights_of_llama3_8b():
 
 def test_a_million_tokens_of_405b():
     """arXiv 2411.01783, App. A: 4.1e18 FLOPs of causal attention; a forward is a third of a step."""
-    shape = ModelShape(126, 16384, 128, 8, 128, 53248, 128256, 131072, 1e-5, False, False, Rotary(()))
+    shape = ModelShape(126, 16384, 128, 8, 128, 53248, 128256, 131072, 1e-5, False, False, ())
     assert train_flops_by_part(shape, [10**6], causal=True)["scores"] / 3 == pytest.approx(4.13e18, rel=1e-3)
 
 
@@ -77,7 +77,7 @@ def test_count_pairs_matches_the_mask(length, window):
 
 
 def test_scores_count_documents_and_layer_windows_separately():
-    shape = replace(LLAMA3_8B, layers=3, windows=(None, 5, 11))
+    shape = replace(LLAMA3_8B, layers=3, windows=(None, 5, 11), rotaries=())
     scores = train_flops_by_part(shape, [7, 13], causal=True)["scores"]
     pairs = (28 + 91) + (15 + 2 * 5 + 15 + 8 * 5) + (28 + 66 + 2 * 11)
     assert scores == 12 * 32 * 128 * pairs

@@ -15,7 +15,7 @@ from longctx.spd.plan import SavedPlan, SPDPlan
 from recipes.common.target import Target
 from tests.tiny import tiny_model
 
-SHAPE = ModelShape(2, 6, 3, 3, 2, 7, 11, 13, 1e-5, False, False, Rotary((1.0,)), end_tokens=(7, 9))
+SHAPE = ModelShape(2, 6, 3, 3, 2, 7, 11, 13, 1e-5, False, False, (Rotary((1.0,)),) * 2, end_tokens=(7, 9))
 # Digests that commit ef86d62, the first release, gives to the same settings of `fixed_folder`.
 FIRST_RELEASE = [
     (Mesh(), Context(), None, "4500018c5677"),
@@ -100,7 +100,7 @@ def test_variant_that_drops_an_unrepaired_block_is_refused(prepared, tiny, tmp_p
 def test_variant_in_another_folder_has_its_own_context(prepared, tiny, tmp_path):
     words = (f"model.cache={tmp_path}", "model.rope_theta=70000", f"variants=[{{name: plain, model: {tiny}}}]")
     base, other = prepared(*words).variants
-    assert other.target.folder == tiny and base.target.shape.rotary != other.target.shape.rotary
+    assert other.target.folder == tiny and base.target.shape.rotaries != other.target.shape.rotaries
 
 
 def test_variant_may_have_a_longer_context(prepared, tmp_path):

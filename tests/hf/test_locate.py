@@ -13,12 +13,15 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 from transformers import (
+    DeepseekV3Config,
+    Gemma3TextConfig,
     GenerationConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -36,7 +39,7 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 50_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 31,
 }  # fmt: skip
-YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 31}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 31}
 
 
 def save_config(folder: Path, config: PreTrainedConfig) -> Path:
@@ -65,20 +68,20 @@ def test_shape_of_a_qwen2(tmp_path):
 def test_rotary_frequencies_equal_those_of_transformers(tmp_path, rope):
     config = LlamaConfig(**SIZES, head_dim=62, rope_parameters=rope)
     shape = shape_of(save_config(tmp_path, config))
-    assert torch.equal(torch.tensor(shape.rotary.frequencies), LlamaRotaryEmbedding(config).inv_freq)
+    assert torch.equal(torch.tensor(shape.rotaries[0].frequencies), LlamaRotaryEmbedding(config).inv_freq)
     plain = rope["rope_theta"] ** (-torch.arange(0, 62, 2) / 62)
-    assert torch.allclose(torch.tensor(shape.rotary.frequencies), plain) == (rope["rope_type"] == "default")
+    assert torch.allclose(torch.tensor(shape.rotaries[0].frequencies), plain) == (rope["rope_type"] == "default")
 
 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (GPT2Config(n_layer=2, n_head=2, n_embd=14), "model_type=gpt2.*type llama, qwen2 or mistral"),
-        (LlamaConfig(**SIZES, attention_bias=True), "attention_bias=true"),
-        (LlamaConfig(**SIZES, mlp_bias=True), "mlp_bias=true"),
-        (LlamaConfig(**SIZES, hidden_act="gelu"), "hidden_act=gelu.*SiLU"),
-        (LlamaConfig(**SIZES, attn_logit_softcapping=50.0), "attn_logit_softcapping"),
-        (LlamaConfig(**SIZES, rope_parameters=YARN), "rope_type=yarn.*default, linear or llama3"),
+        (GPT2Config(n_layer=2, n_head=2, n_embd=14), "model_type=gpt2 needs learned positions, .*: use one of gemma3"),
+        (DeepseekV3Config(), "model_type=deepseek_v3 needs multi-head latent attention"),
+        (Qwen2MoeConfig(), "model_type=qwen2_moe needs mixtures of experts.*; the nearest is qwen2$"),
+        (LlamaConfig(**SIZES, hidden_act="gelu"), "hidden_act=gelu, .* with hidden_act=silu"),
+        (LlamaConfig(**SIZES, rope_parameters=DYNAMIC), "rope_type=dynamic.*default, linear, llama3, yarn or longrope"),
+        (Gemma3TextConfig(**SIZES, final_logit_softcapping=30.0), "final_logit_softcapping=30.0"),
     ],
     ids=lambda value: value.split("=")[0] if isinstance(value, str) else value.model_type,
 )

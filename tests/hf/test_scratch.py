@@ -90,7 +90,7 @@ def test_changed_context_links_weights_and_edits_config(tmp_path, changes, posit
     model = ModelSource("m", source=str(source), cache=str(tmp_path / "cache"), **changes)
     folder = locate(model)
     expected = save_config(tmp_path, LlamaConfig(**SIZES, rope_parameters=rope or plain.rope_parameters))
-    assert (shape_of(folder).max_positions, shape_of(folder).rotary) == (positions, shape_of(expected).rotary)
+    assert (shape_of(folder).max_positions, shape_of(folder).rotaries) == (positions, shape_of(expected).rotaries)
     (weights,) = set(tensor_files(folder).values())
     assert weights.is_symlink() and weights.resolve() == tmp_path / "blob"
     assert locate(model) == folder and shape_of(source).max_positions == 97

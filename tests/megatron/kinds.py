@@ -4,7 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    Glm4Config,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+    Starcoder2Config,
+)
 
 SMALL = {
     "num_hidden_layers": 2,
@@ -24,6 +38,20 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 5 / 7,
+    "short_factor": [1.0, 1.1, 1.3, 1.7, 2.3],
+    "long_factor": [1.0, 1.9, 2.9, 4.1, 5.3],
+}
+NO_HEAD_DIM = {name: size for name, size in SMALL.items() if name != "head_dim"} | {"hidden_size": 84}
+TWO_WINDOWS = {"sliding_window": 37, "layer_types": ["sliding_attention", "full_attention"]}
+TWO_ROTARIES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 70000.0},
+}
 KINDS = {
     "tied llama": LlamaConfig(**SMALL, tie_word_embeddings=True),
     "untied llama": LlamaConfig(**SMALL, tie_word_embeddings=False),
@@ -36,6 +64,24 @@ KINDS = {
         sliding_window=101,
         max_window_layers=1,
     ),
+    "llama with all biases": LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+    "qwen2, yarn": Qwen2Config(**NO_HEAD_DIM, rope_parameters=YARN),
+    "qwen3": Qwen3Config(**SMALL, **TWO_WINDOWS, use_sliding_window=True),
+    "smollm3": SmolLM3Config(
+        **NO_HEAD_DIM, no_rope_layer_interval=2, pad_token_id=None, bos_token_id=1, eos_token_id=2
+    ),
+    "olmo2": Olmo2Config(**NO_HEAD_DIM),
+    "olmo3": Olmo3Config(**NO_HEAD_DIM, **TWO_WINDOWS, rope_parameters=TWO_ROTARIES),
+    "phi3": Phi3Config(**NO_HEAD_DIM, sliding_window=101, pad_token_id=None),
+    "phi3, longrope": Phi3Config(
+        **NO_HEAD_DIM, rope_parameters=LONG, original_max_position_embeddings=128, pad_token_id=None
+    ),
+    "gemma3": Gemma3TextConfig(**SMALL, **TWO_WINDOWS, rope_parameters=TWO_ROTARIES, query_pre_attn_scalar=11),
+    "granite": GraniteConfig(
+        **NO_HEAD_DIM, embedding_multiplier=7.0, attention_multiplier=0.3, residual_multiplier=0.4, logits_scaling=3.0
+    ),
+    "starcoder2": Starcoder2Config(**NO_HEAD_DIM, sliding_window=101, bos_token_id=1, eos_token_id=2),
+    "glm4": Glm4Config(**SMALL, pad_token_id=None),
 }
 
 
@@ -46,7 +92,9 @@ def random_model(kind: str, folder: Path, dtype: torch.dtype = torch.float32, **
     """
     torch.manual_seed(11)
     fields = KINDS[kind].to_dict() | changed
-    fields.pop("layer_types", None)  # derived from the number of layers
+    for name in ("layer_types", "no_rope_layers"):
+        if len(fields.get(name) or []) != fields["num_hidden_layers"]:
+            fields.pop(name, None)  # then derived from the number of layers
     model = AutoModelForCausalLM.from_config(type(KINDS[kind])(**fields)).to(dtype)
     for parameter in model.parameters():  # biases and norms too, because default values would hide errors
         torch.nn.init.normal_(parameter, std=0.2)

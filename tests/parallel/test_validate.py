@@ -5,14 +5,14 @@ import re
 import pytest
 
 from longctx.config import Mesh
-from longctx.model_shape import ModelShape, Rotary
+from longctx.model_shape import ModelShape
 from longctx.parallel.validate import refuse_unfit, refuse_unused
 
 
 def model(heads: int, kv_heads: int, ffn: int) -> ModelShape:
     return ModelShape(
         layers=2, hidden=heads * 8, heads=heads, kv_heads=kv_heads, head_dim=8, ffn=ffn, vocab_size=101,
-        max_positions=512, norm_eps=1e-5, tied=True, qkv_bias=False, rotary=Rotary((1.0,)),
+        max_positions=512, norm_eps=1e-5, tied=True, qkv_bias=False,
     )  # fmt: skip
 
 

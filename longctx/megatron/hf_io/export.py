@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from math import prod
 from pathlib import Path
@@ -13,13 +13,16 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from megatron.core.models.gpt import GPTModel
 from safetensors.torch import save_file
 
-from longctx.hf.config import shape_of
+from longctx.hf.config import family_in, shape_of
 from longctx.hf.scratch import write_folder_like
 from longctx.megatron.hf_io.load import gather_from_stages
 from longctx.megatron.hf_io.names import EMBEDDING, TensorView, tensor_views
 from longctx.model_shape import ModelShape
+from longctx.models import Family
 from longctx.parallel.comm import Comm, DistComm
 from longctx.shapes import Float, Tensor
+
+StoredTensors = dict[str, list[TensorView]]  # tensors of the files, each with the views that it concatenates
 
 
 @torch.no_grad()
@@ -61,15 +64,15 @@ def save(
         _refuse_other_shape(partial_folder, shape)
 
     # 2. Every stage writes its files.  The exchange of counts is also a barrier: the folder exists after it.
-    files = _files_of_stage(model, shape, file_size)
+    files = _files_of_stage(model, shape, family_in(source), file_size)
     counts = gather_from_stages(len(files), stages)
     before, total = sum(counts[: stages.rank()]), sum(counts)
     weight_map: dict[str, str] = {}
-    for i, views in enumerate(files, before + 1):
+    for i, tensors in enumerate(files, before + 1):
         name = "model.safetensors" if total == 1 else f"model-{i:05d}-of-{total:05d}.safetensors"
-        _write(partial_folder / name, views, tp)
-        weight_map |= dict.fromkeys((view.name for view in views), name)
-    size = sum(_bytes(view) for views in files for view in views)
+        _write(partial_folder / name, tensors, tp)
+        weight_map |= dict.fromkeys(tensors, name)
+    size = sum(_bytes(parts) for tensors in files for parts in tensors.values())
 
     # 3. After this barrier all files are written; the first rank adds the index and moves the folder into place.
     maps, sizes = zip(*gather_from_stages((weight_map, size), stages), strict=True)
@@ -90,27 +93,30 @@ def _refuse_other_shape(folder: Path, shape: ModelShape) -> None:
         )
 
 
-def _files_of_stage(model: GPTModel, shape: ModelShape, file_size: str) -> list[list[TensorView]]:
+def _files_of_stage(model: GPTModel, shape: ModelShape, family: Family, file_size: str) -> list[StoredTensors]:
     """Return the tensors of each file of this stage.  The first stage writes a tied embedding; the last skips it."""
-    views = {view.name: view for view in tensor_views(model, shape) if model.pre_process or view.name != EMBEDDING}
+    stored: StoredTensors = {}
+    for view in tensor_views(model, shape):
+        if model.pre_process or view.name != EMBEDDING:
+            stored.setdefault(family.stored(view.name)[0], []).append(view)
     plan = split_state_dict_into_shards_factory(
-        views, get_storage_size=_bytes, filename_pattern="{suffix}", max_shard_size=file_size
+        stored, get_storage_size=_bytes, filename_pattern="{suffix}", max_shard_size=file_size
     )
-    return [[views[name] for name in names] for names in plan.filename_to_tensors.values()]
+    return [{name: stored[name] for name in names} for names in plan.filename_to_tensors.values()]
 
 
-def _bytes(view: TensorView) -> int:
-    """Return the size of the whole tensor in bytes."""
-    return prod(view.full_shape) * view.view.element_size()
+def _bytes(parts: Sequence[TensorView]) -> int:
+    """Return the size of a whole tensor of the files in bytes."""
+    return sum(prod(part.full_shape) * part.view.element_size() for part in parts)
 
 
-def _write(file: Path, views: list[TensorView], tp: Comm) -> None:
+def _write(file: Path, stored: StoredTensors, tp: Comm) -> None:
     """Gather the tensors of one file over ``tp``; its first rank writes them."""
     tensors = {}
-    for view in views:
-        tensor = gather_whole(view, tp)
+    for name, parts in stored.items():
+        tensor = torch.cat([gather_whole(part, tp) for part in parts])
         if tp.rank == 0:
-            tensors[view.name] = tensor.cpu()
+            tensors[name] = tensor.cpu()
     if tp.rank == 0:
         save_file(tensors, file, metadata={"format": "pt"})
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from longctx.model_shape import ModelShape
+from longctx.models.tensors import size_of
 from longctx.shapes import Float, Tensor
 
 
@@ -14,7 +15,7 @@ class RandomInit:
     """Random Hugging Face tensors of a model of ``shape``, by name; a `load.TensorSource` like `load.Weights`.
 
     Matrices are normal with standard deviation ``shape.init_std``.  The two that write to the residual stream (o_proj,
-    down_proj) have it divided by sqrt(2 * layers) (GPT-2, section 2.3).  Norms start at 1 and biases at 0.
+    down_proj) have it divided by sqrt(2 * layers) (GPT-2, section 2.3).  Norms start as the identity and biases at 0.
 
     A tensor depends on ``seed`` and its name only, not on the mesh or on the order of the calls.
     """
@@ -25,9 +26,9 @@ class RandomInit:
 
     def __call__(self, name: str) -> Float[Tensor, "..."]:
         self.read_names.add(name)
-        size = self._size(name)
+        size = size_of(self._shape, name)
         if name.endswith("norm.weight"):
-            return torch.ones(size)
+            return torch.zeros(size) if self._shape.zero_centered else torch.ones(size)
         if name.endswith(".bias"):
             return torch.zeros(size)
         digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
@@ -35,24 +36,6 @@ class RandomInit:
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
         std = self._shape.init_std / (math.sqrt(2 * self._shape.layers) if residual else 1)
         return torch.randn(size, generator=generator) * std
-
-    def _size(self, name: str) -> tuple[int, ...]:
-        s = self._shape
-        q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
-        module = name.split(".")[-2]
-        matrices = {
-            "embed_tokens": (s.vocab_size, s.hidden),
-            "lm_head": (s.vocab_size, s.hidden),
-            "q_proj": (q, s.hidden),
-            "k_proj": (kv, s.hidden),
-            "v_proj": (kv, s.hidden),
-            "o_proj": (s.hidden, q),
-            "gate_proj": (s.ffn, s.hidden),
-            "up_proj": (s.ffn, s.hidden),
-            "down_proj": (s.hidden, s.ffn),
-        }
-        size = matrices.get(module, (s.hidden,))  # all other modules are norms
-        return size[:1] if name.endswith(".bias") else size
 
     def refuse_unread(self, tied: bool, elsewhere: Iterable[str] = ()) -> None:
         """Accept every model: tensors are made on request, so none can be left unread."""

@@ -10,8 +10,10 @@ from megatron.core.models.gpt import GPTModel
 from safetensors import safe_open
 
 from longctx.hf.checkpoint import DROPPED, tensor_files
+from longctx.hf.config import family_in, shape_of
 from longctx.megatron.hf_io.names import TensorView, tensor_views
 from longctx.model_shape import ModelShape
+from longctx.models.tensors import size_of
 from longctx.shapes import Float, Tensor
 
 Value = TypeVar("Value")
@@ -31,7 +33,7 @@ class TensorSource(Protocol):
 
 
 class Weights:
-    """The tensors of a safetensors folder (one file, or several with an index), read by name.
+    """The tensors of a safetensors folder (one file, or several with an index), read by their canonical names.
 
     For a block in ``dropped``, tensors adapted to a dropped reduction are read if the folder has them, otherwise the
     original ones.  recipes.spd_adapt writes the adapted tensors under "dropped." + name.
@@ -40,13 +42,28 @@ class Weights:
 
     def __init__(self, folder: Path, dropped: Iterable[int] = ()) -> None:
         self._folder, self._files = folder, tensor_files(folder)
+        self._family, self._shape = family_in(folder), shape_of(folder)
         self._dropped = tuple(f"model.layers.{block}." for block in dropped)
         self.read_names: set[str] = set()
 
     def __call__(self, name: str) -> Float[Tensor, "..."]:
-        """Return the tensor ``name``.  Raises ValueError if it is missing or quantised."""
+        """Return the tensor ``name``.  Raises ValueError if it is missing, quantised, or of another number of rows."""
         if name.startswith(self._dropped) and DROPPED + name in self._files:
-            name = DROPPED + name
+            return self._read(DROPPED + name)
+        stored, parts = self._family.stored(name)
+        if len(parts) == 1:
+            return self._read(stored)
+        whole, rows = self._read(stored), [size_of(self._shape, part)[0] for part in parts]
+        if len(whole) != sum(rows):
+            raise ValueError(
+                f"{stored}: the checkpoint has {len(whole)} rows, the model {sum(rows)}; "
+                "use the config.json that belongs to the checkpoint"
+            )
+        part: Tensor = whole.split(rows)[parts.index(name)]
+        return part
+
+    def _read(self, name: str) -> Tensor:
+        """Return the tensor that the files have under ``name``."""
         if name not in self._files:
             raise ValueError(
                 f"{self._folder} has no tensor {name}, which the model's config.json requires; "

@@ -1,16 +1,23 @@
 """The table of Hugging Face tensors in a megatron-core model's parameters; loading and saving both read it.
 
+Hugging Face names are the canonical ones of `longctx.models.family`; a family's files may have others.
+
 | megatron-core                    | Hugging Face                        | layout in the parameter              |
 |----------------------------------|-------------------------------------|--------------------------------------|
 | embedding.word_embeddings.weight | model.embed_tokens.weight           | rows sharded, padded to equal shards |
 | self_attention.linear_qkv        | q_proj, k_proj, v_proj              | per KV group: queries, key, value    |
 | self_attention.linear_proj       | o_proj                              | columns sharded                      |
+| self_attention.{q,k}_layernorm   | q_norm, k_norm                      | replicated; over all heads: sharded  |
+| self_attention.linear_proj.norm  | attention_output_layernorm          | replicated                           |
 | mlp.linear_fc1                   | gate_proj, up_proj                  | per rank: gate rows, up rows         |
 | mlp.linear_fc2                   | down_proj                           | columns sharded                      |
+| mlp.linear_fc2.norm              | mlp_output_layernorm                | replicated                           |
 | input_layernorm                  | input_layernorm                     | replicated; TE: linear_qkv.layer_norm|
 | pre_mlp_layernorm                | post_attention_layernorm            | replicated; TE: linear_fc1.layer_norm|
 | decoder.final_layernorm          | model.norm                          | replicated                           |
 | output_layer                     | lm_head (absent when tied)          | like the embedding                   |
+
+Biases lie as the rows of their weights do.  Without a gate, linear_fc1 has up_proj alone.
 
 TE marks where Transformer Engine's layers hold the norm.  With tied embeddings and several pipeline stages, the last
 stage has an output_layer that is a second copy of the embedding.
@@ -30,18 +37,28 @@ EMBEDDING = "model.embed_tokens.weight"
 _MODEL_NAMES = {
     "embedding.word_embeddings.weight": EMBEDDING,
     "decoder.final_layernorm.weight": "model.norm.weight",
+    "decoder.final_layernorm.bias": "model.norm.bias",
     "output_layer.weight": "lm_head.weight",
 }
 _LAYER_NAMES = {
     "input_layernorm.weight": ("input_layernorm.weight",),
+    "input_layernorm.bias": ("input_layernorm.bias",),
     "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight",),
     "self_attention.linear_qkv.weight": tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
     "self_attention.linear_qkv.bias": tuple(f"self_attn.{x}_proj.bias" for x in "qkv"),
+    "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
+    "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
     "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
+    "self_attention.linear_proj.bias": ("self_attn.o_proj.bias",),
+    "self_attention.linear_proj.norm.weight": ("attention_output_layernorm.weight",),
     "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
+    "pre_mlp_layernorm.bias": ("post_attention_layernorm.bias",),
     "mlp.linear_fc1.layer_norm_weight": ("post_attention_layernorm.weight",),
     "mlp.linear_fc1.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.linear_fc1.bias": ("mlp.gate_proj.bias", "mlp.up_proj.bias"),
     "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
+    "mlp.linear_fc2.bias": ("mlp.down_proj.bias",),
+    "mlp.linear_fc2.norm.weight": ("mlp_output_layernorm.weight",),
 }
 
 
@@ -67,13 +84,14 @@ def tensor_views(model: GPTModel, shape: ModelShape) -> Iterator[TensorView]:
     tp = model.pg_collection.tp.size()
     for name, parameter in model.named_parameters():
         hf_names = _hf_names(model, name, shape)
-        yield from _views_of(parameter, hf_names, shape, tp, shape.vocab_size if name in _MODEL_NAMES else None)
+        is_padded = name.startswith(("embedding", "output_layer"))
+        yield from _views_of(parameter, hf_names, shape, tp, shape.vocab_size if is_padded else None)
 
 
 def tensor_views_of_layer(layer: TransformerLayer, shape: ModelShape) -> Iterator[TensorView]:
     """Yield a view of every Hugging Face tensor of one decoder layer that this rank holds a share of."""
     for name, parameter in layer.named_parameters():
-        hf_names = tuple(f"model.layers.{layer.layer_number - 1}.{hf_name}" for hf_name in _LAYER_NAMES[name])
+        hf_names = _names_in_layer(layer.layer_number - 1, name, shape)
         yield from _views_of(parameter, hf_names, shape, layer.tp_group.size())
 
 
@@ -113,5 +131,10 @@ def _hf_names(model: GPTModel, name: str, shape: ModelShape) -> tuple[str, ...]:
     if name in _MODEL_NAMES:
         return (EMBEDDING if shape.tied and name == "output_layer.weight" else _MODEL_NAMES[name],)
     _, _, index_in_stage, name_in_layer = name.split(".", 3)
-    layer = model.decoder.layers[int(index_in_stage)].layer_number - 1
-    return tuple(f"model.layers.{layer}.{hf_name}" for hf_name in _LAYER_NAMES[name_in_layer])
+    return _names_in_layer(model.decoder.layers[int(index_in_stage)].layer_number - 1, name_in_layer, shape)
+
+
+def _names_in_layer(layer: int, name: str, shape: ModelShape) -> tuple[str, ...]:
+    """Return the Hugging Face names of the tensors in parameter ``name`` of layer ``layer``, counted from 0."""
+    hf_names = (x for x in _LAYER_NAMES[name] if shape.gated or "gate_proj" not in x)
+    return tuple(f"model.layers.{layer}.{hf_name}" for hf_name in hf_names)

@@ -15,22 +15,21 @@ From these come the three measurements that repair needs:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.spec_utils import build_module
 
 from longctx.attention.kernel import Kernel
 from longctx.attention.layout import documents
 from longctx.attention.mask import causal_within
-from longctx.megatron.attention import Pass
+from longctx.megatron.attention import Pass, rotary_tables
 from longctx.megatron.hf_io.export import gather_whole
 from longctx.megatron.hf_io.load import fill
 from longctx.megatron.hf_io.names import tensor_views_of_layer
-from longctx.megatron.model import local_layer_spec, losses_of, rotary_angles
+from longctx.megatron.model import local_layer_spec, losses_of
 from longctx.megatron.spd.layer import SPDTransformerLayer
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm, SingleRankComm
@@ -70,13 +69,13 @@ class Blocks:
         return out.reshape(x.shape)
 
     def _attention_kwargs(self, layer: SPDTransformerLayer, x: Hidden) -> dict[str, Any]:
-        """Return the rotary angles and the `Pass` that ``layer`` needs for the input ``x``."""
+        """Return the `Pass` that ``layer`` needs for the input ``x``."""
         sequences, length, _ = x.shape
         mask = causal_within(self.shape.windows[layer.layer_number - 1])
         packed = hybrid(SingleRankComm(), SingleRankComm(), documents([length] * sequences, 1), mask)
         attention = packed.attention(self.kernel, pass_kv)
-        angles = rotary_angles(self.shape, torch.arange(length, device=x.device).repeat(sequences))
-        return {"rotary_pos_emb": angles, "packed_seq_params": Pass(attend=lambda _, q, k, v: attention(q, k, v))}
+        rotary = rotary_tables(self.shape, torch.arange(length, device=x.device).repeat(sequences))
+        return {"packed_seq_params": Pass(attend=lambda _, q, k, v: attention(q, k, v), rotary=rotary)}
 
     def loss(self, x: Hidden, text: PackedText) -> float:
         """Return the summed cross-entropy (nats) of ``text``'s counted targets; ``x`` is the last block's output."""
@@ -90,12 +89,17 @@ class Blocks:
     def copy_of(self, block: int, *, own_norms: bool) -> SPDTransformerLayer:
         """Return a trainable copy of block ``block`` that drops its reduction."""
         original = self.model.decoder.layers[block]
-        spec = local_layer_spec(SPDTransformerLayer)
+        spec = local_layer_spec(SPDTransformerLayer, self.shape, self.model.pg_collection)
         layer: SPDTransformerLayer = build_module(
             spec, config=original.config, layer_number=block + 1, pg_collection=self.model.pg_collection
         )
         layer.to(next(original.parameters()).device).load_state_dict(original.state_dict())
         layer.drop(dropped=True, own_norms=own_norms)
+        for norm in (layer.self_attention.q_layernorm, layer.self_attention.k_layernorm):
+            for weight in norm.parameters():  # every rank has it, and normalises its own heads only
+                weight.register_hook(
+                    lambda gradient: sum(self.tp.all_gather(gradient, [gradient.shape] * self.tp.size))
+                )
         layer.train()
         return layer
 
@@ -186,7 +190,7 @@ class Blocks:
             out: Tensor = attend(number, q, k, v)
             return out
 
-        kwargs["packed_seq_params"] = Pass(attend=record_scores)
+        kwargs["packed_seq_params"] = replace(kwargs["packed_seq_params"], attend=record_scores)
         layer(_one_row(x), None, **kwargs)
         return torch.cat(self.tp.all_gather(features[0], [tuple(features[0].shape)] * self.tp.size))
 
@@ -209,11 +213,12 @@ class Blocks:
         return normed.reshape(u.shape)
 
     def _activations(self, layer: SPDTransformerLayer, normed: Hidden) -> Float[Tensor, "b s neurons"]:
-        """Return the activations of this rank's neurons, silu(gate) * up, for the MLP input ``normed``."""
+        """Return the activations of this rank's neurons, activation(gate) * up, for the MLP input ``normed``."""
         both: Tensor
         both, _ = layer.mlp.linear_fc1(_one_row(normed))
         gate, up = both.reshape(*normed.shape[:2], -1).chunk(2, -1)
-        return F.silu(gate) * up
+        activated: Tensor = layer.mlp.activation_func(gate) * up
+        return activated
 
 
 def _one_row(x: Hidden) -> Float[Tensor, "rows 1 hidden"]:

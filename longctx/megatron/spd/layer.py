@@ -19,12 +19,11 @@ that MLP_r reads u_r instead of u.
 
 from typing import Any
 
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import nn
 
+from longctx.megatron.modules import RMSNorm
 from longctx.shapes import Float, Tensor
 from longctx.spd.plan import SPDPlan
 
@@ -60,9 +59,10 @@ class SPDTransformerLayer(TransformerLayer):
     def _forward_dropped(
         self, hidden_states: Float[Tensor, "s b hidden"], attention_mask: None = None, **kwargs: Any
     ) -> tuple[Float[Tensor, "s b hidden"], None]:
-        attention_kwargs = {name: kwargs[name] for name in ("rotary_pos_emb", "packed_seq_params") if name in kwargs}
         x = self._enter_region(hidden_states)
-        partial, bias = self.self_attention(self._norm(self.input_layernorm, x), attention_mask, **attention_kwargs)
+        partial, bias = self.self_attention(
+            self._norm(self.input_layernorm, x), attention_mask, packed_seq_params=kwargs["packed_seq_params"]
+        )
         u = x + partial if bias is None else x + partial + self._replicated(bias)
         normed = self._norm(self.pre_mlp_layernorm, u)
         z, mlp_bias = tensor_parallel.checkpoint(self.mlp, False, normed) if self.recompute_mlp else self.mlp(normed)
@@ -98,9 +98,8 @@ class SPDTransformerLayer(TransformerLayer):
         copied: Tensor = tensor_parallel.copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
         return copied
 
-    def _norm(self, norm: nn.RMSNorm, x: Tensor) -> Tensor:
-        weight = norm.weight if self.own_norms else self._replicated(norm.weight)
-        return F.rms_norm(x, norm.normalized_shape, weight, norm.eps)
+    def _norm(self, norm: RMSNorm, x: Tensor) -> Tensor:
+        return norm.normalise(x, norm.weight if self.own_norms else self._replicated(norm.weight))
 
 
 def follow_plan(model: GPTModel, plan: SPDPlan) -> None:

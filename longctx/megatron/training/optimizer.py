@@ -28,14 +28,13 @@ class MicroBatch:
     """This rank's rows of one packed sequence, padded so that every rank has equally many.
 
     ``mask`` is 1 for rows whose target counts in the loss, otherwise 0 (padding included).  ``bucket`` is the index of
-    the sum that a row's loss is added to.  ``angles`` are the rotary angles of the rows' positions.
+    the sum that a row's loss is added to.
     """
 
     tokens: Tokens
     targets: Tokens
     mask: Float[Tensor, " s"]
     bucket: Positions
-    angles: Float[Tensor, "s 1 1 d"]
     attention_pass: Pass
 
 
@@ -207,7 +206,7 @@ def _forward_step(
     """Run the next micro-batch; return the stage's output and the function that megatron-core applies to the loss."""
     batch = next(batches)
     vocab_size = train_state.shape.vocab_size
-    out = token_losses(train_state.net, batch.tokens, batch.targets, batch.angles, batch.attention_pass, vocab_size)
+    out = token_losses(train_state.net, batch.tokens, batch.targets, batch.attention_pass, vocab_size)
     return out, partial(_loss_and_report, batch, buckets)
 
 

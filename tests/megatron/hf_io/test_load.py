@@ -14,16 +14,23 @@ from longctx.hf.config import shape_of, tokenizer_of
 from longctx.megatron.hf_io.init import RandomInit
 from longctx.megatron.hf_io.load import Weights
 from longctx.megatron.hf_io.names import fused_views
-from longctx.model_shape import ModelShape, Rotary
+from longctx.model_shape import ModelShape
 from longctx.parallel.launch import RankFailed, run_ranks
 from tests.megatron.kinds import KINDS, random_model
 from tests.megatron.ranks import load_and_save
 
 
+def weights_of(folder: Path, *names: str, dtype: torch.dtype = torch.float32) -> Weights:
+    """Return the `Weights` of a Llama whose files have tensors of three numbers under ``names``."""
+    LlamaConfig().save_pretrained(folder)
+    save_file({name: torch.ones(3).to(dtype) for name in names}, folder / "model.safetensors")
+    return Weights(folder)
+
+
 def test_missing_tensor_is_named_in_the_error(tmp_path):
-    save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    weights = weights_of(tmp_path, "model.norm.weight")
     with pytest.raises(ValueError, match=r"has no tensor lm_head\.weight"):
-        Weights(tmp_path)("lm_head.weight")
+        weights("lm_head.weight")
 
 
 def test_random_init_has_the_models_init_std(tmp_path):
@@ -36,16 +43,15 @@ def test_random_init_has_the_models_init_std(tmp_path):
 
 
 def test_quantised_tensor_is_refused(tmp_path):
-    save_file({"w": torch.ones(3).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"w is torch\.float8_e4m3fn: use an unquantised checkpoint"):
-        Weights(tmp_path)("w")
+    weights = weights_of(tmp_path, "w.weight", dtype=torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"w.weight is torch\.float8_e4m3fn: use an unquantised checkpoint"):
+        weights("w.weight")
 
 
 def test_unread_tensors_are_refused(tmp_path):
-    names = ["read", "model.layers.0.self_attn.q_norm.weight", "model.rotary_emb.inv_freq", "lm_head.weight"]
-    save_file({name: torch.ones(3) for name in names}, tmp_path / "model.safetensors")
-    weights = Weights(tmp_path)
-    weights("read")
+    names = ["read.weight", "model.layers.0.self_attn.q_norm.weight", "model.rotary_emb.inv_freq", "lm_head.weight"]
+    weights = weights_of(tmp_path, *names)
+    weights("read.weight")
     with pytest.raises(ValueError, match=r"no part of the model takes: \['model.layers.0.self_attn.q_norm.weight'\]"):
         weights.refuse_unread(tied=True)
     with pytest.raises(ValueError, match="lm_head"):
@@ -53,18 +59,17 @@ def test_unread_tensors_are_refused(tmp_path):
 
 
 def test_tensor_read_by_another_stage_is_accepted(tmp_path):
-    save_file({name: torch.ones(3) for name in ("here", "there")}, tmp_path / "model.safetensors")
-    weights = Weights(tmp_path)
-    weights("here")
-    weights.refuse_unread(tied=False, elsewhere={"there"})
+    weights = weights_of(tmp_path, "here.weight", "there.weight")
+    weights("here.weight")
+    weights.refuse_unread(tied=False, elsewhere={"there.weight"})
     with pytest.raises(ValueError, match="there"):
-        weights.refuse_unread(tied=False, elsewhere={"here"})
+        weights.refuse_unread(tied=False, elsewhere={"here.weight"})
 
 
 @pytest.mark.parametrize("tp", [1, 3])
 def test_fused_qkv_alternates_by_kv_group(tp):
     """3 KV groups of 2 query heads with head_dim 5: per group 10 rows of queries, 5 of the key, 5 of the value."""
-    shape = ModelShape(1, 30, 6, 3, 5, 7, 11, 13, 1e-5, True, True, Rotary(()))
+    shape = ModelShape(1, 30, 6, 3, 5, 7, 11, 13, 1e-5, True, True, ())
     fused = torch.arange(3 // tp * 4 * 5 * 30.0).view(-1, 30)
     q, k, v = (view.flatten(0, 1) for view in fused_views(fused, 3, shape, tp))
     for group in range(3 // tp):
@@ -167,7 +172,7 @@ def test_config_that_does_not_match_the_model_is_not_saved(tmp_path, old_llama, 
     AutoConfig.from_pretrained(old_llama, **LONGER).save_pretrained(trained)
     arguments = ([(old_llama, tmp_path / "saved", "float32")], shape_of(trained), changed)
     with pytest.raises(
-        RankFailed, match=r"config.json does not describe the model to be saved: (max_positions, )?rotary differ"
+        RankFailed, match=r"config.json does not describe the model to be saved: (max_positions, )?rotaries differ"
     ):
         run_ranks(1, load_and_save, Mesh(), *arguments)
     assert not (tmp_path / "saved").exists()

@@ -98,6 +98,7 @@ def build_layer(layer_class: Any, runtime: Any, *, biases: bool, sequence_parall
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from longctx.megatron.model import local_layer_spec
+    from longctx.model_shape import ModelShape
 
     warnings.filterwarnings("ignore", message="full scope is deprecated")  # megatron-core sets it by default
     config = TransformerConfig(
@@ -108,7 +109,9 @@ def build_layer(layer_class: Any, runtime: Any, *, biases: bool, sequence_parall
         use_cpu_initialization=True, bias_dropout_fusion=False, bias_activation_fusion=False,
         gradient_accumulation_fusion=False, masked_softmax_fusion=False, apply_rope_fusion=False,
     )  # fmt: skip
-    layer = build_module(local_layer_spec(layer_class), config=config, layer_number=1, pg_collection=runtime.groups)
+    shape = ModelShape(1, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, 11, 13, 1e-5, False, False)
+    spec = local_layer_spec(layer_class, shape, runtime.groups)
+    layer = build_module(spec, config=config, layer_number=1, pg_collection=runtime.groups)
     whole = weights(biases)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():

@@ -1,0 +1,129 @@
+"""Modules of decoder blocks that megatron-core lacks, or has for GPUs only: norms, and projections with an extra."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import nn
+
+from longctx.shapes import Float, Tensor
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm with megatron-core's signature.  megatron-core's wrapper rejects sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        # By this attribute megatron-core's finalize_model_grads finds the gradients to sum over tensor-parallel ranks.
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+
+    def forward(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
+        return self.normalise(x, self.weight)
+
+    def normalise(self, x: Float[Tensor, "... n"], weight: Float[Tensor, " n"]) -> Float[Tensor, "... n"]:
+        """Return ``x`` divided by its root mean square, times ``weight``, or 1 + ``weight`` where zero-centered.
+
+        1 + weight is not rounded to a dtype below float32.
+        """
+        if not self.zero_centered:
+            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        precise = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(precise), self.normalized_shape, 1 + weight.to(precise), self.eps).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm, with bias, with megatron-core's signature."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in (self.weight, self.bias):
+            setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+
+
+class RMSNormOverHeads(nn.Module):
+    """RMSNorm of queries or keys [s b heads d] over all heads together, those of other tensor-parallel ranks included.
+
+    Each rank has the weights of its heads.  Ranks exchange one sum of squares per row.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, heads: int, tp: Any) -> None:
+        super().__init__()
+        self.eps, self.width, self._tp = eps, heads * hidden_size, tp
+        self.weight = nn.Parameter(torch.ones(heads * hidden_size // tp.size(), dtype=config.params_dtype))
+        setattr(self.weight, "tensor_model_parallel", True)  # noqa: B010
+        setattr(self.weight, "partition_dim", 0)  # noqa: B010
+
+    def forward(self, x: Float[Tensor, "s b h d"]) -> Float[Tensor, "s b h d"]:
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares = precise.square().sum((-1, -2), keepdim=True)
+        if self._tp.size() > 1:
+            squares = _SumOverRanks.apply(squares, self._tp)  # type: ignore[no-untyped-call]
+        normalised: Tensor = (precise * torch.rsqrt(squares / self.width + self.eps)).to(x.dtype)
+        return normalised * self.weight.view(x.shape[-2:])
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), _metadata: dict[str, Any] | None = None
+    ) -> Any:
+        """Return the weight as megatron-core's checkpoints describe a tensor that is sharded along dim 0."""
+        state: dict[str, Any] = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets, tp_group=self._tp)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Sum over ranks.  Every rank uses the sum, so its gradient is the sum of all ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class BiasedRowParallelLinear(RowParallelLinear):
+    """A row-parallel projection with a bias, whatever the configuration says of other projections."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"bias": True})
+
+
+class BiasedColumnParallelLinear(ColumnParallelLinear):
+    """A column-parallel projection with a bias, whatever the configuration says of other projections."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"bias": True})
+
+
+class NormedRowParallelLinear(RowParallelLinear):
+    """A row-parallel projection whose output, summed over ranks, is normalised before the residual connection."""
+
+    def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(*args, config=config, **kwargs)
+        self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, x: Float[Tensor, "s b n"]) -> tuple[Float[Tensor, "s b hidden"], None]:
+        out, bias = super().forward(x)
+        return self.norm(out if bias is None else out + bias), None
+
+
+class ScaledRowParallelLinear(RowParallelLinear):
+    """A row-parallel projection whose output is multiplied by ``scale`` before the residual connection."""
+
+    def __init__(self, *args: Any, scale: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scale = scale
+
+    def forward(self, x: Float[Tensor, "s b n"]) -> tuple[Float[Tensor, "s b hidden"], Tensor | None]:
+        out, bias = super().forward(x)
+        return out * self.scale, None if bias is None else bias * self.scale

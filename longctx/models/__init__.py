@@ -1,0 +1,56 @@
+"""The families of models that this project runs, one file each.
+
+To add a family: write its file, list it here, and add a configuration to tests/models/kinds.py.
+"""
+
+from longctx.models.family import Family
+from longctx.models.gemma3 import GEMMA3
+from longctx.models.glm4 import GLM4
+from longctx.models.granite import GRANITE
+from longctx.models.llama import LLAMA
+from longctx.models.mistral import MISTRAL
+from longctx.models.olmo import OLMO2, OLMO3
+from longctx.models.phi3 import PHI3
+from longctx.models.qwen import QWEN2, QWEN3
+from longctx.models.smollm3 import SMOLLM3
+from longctx.models.starcoder2 import STARCODER2
+
+__all__ = ["FAMILIES", "Family", "family_of"]
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, OLMO2, OLMO3, PHI3, GEMMA3, GRANITE, STARCODER2, GLM4,
+    )
+}  # fmt: skip
+
+# Known model types that need more than a file here, and what stands in the way.
+_MISSING = {
+    "deepseek_v2": "multi-head latent attention",
+    "deepseek_v3": "multi-head latent attention",
+    "gemma": "a norm of its own (1 + weight) with GELU; gemma3_text is nearest",
+    "gemma2": "softcapped attention scores",
+    "gemma3": "images; its text model, gemma3_text, runs alone",
+    "gpt2": "learned positions",
+    "gpt_oss": "experts with clamped activations, and learned attention sinks",
+    "mamba": "state-space layers",
+    "mixtral": "mixtures of experts",
+    "qwen2_moe": "mixtures of experts",
+    "qwen3_moe": "mixtures of experts",
+    "qwen3_next": "linear attention",
+}
+
+
+def family_of(model_type: str) -> Family:
+    """Return the family of ``model_type``.
+
+    Raises ValueError for an unknown one, naming the nearest known family and, if known, what stands in the way.
+    """
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    from difflib import get_close_matches
+
+    reason = f" needs {_MISSING[model_type]}, which is not here" if model_type in _MISSING else " is not implemented"
+    nearest = get_close_matches(model_type, FAMILIES, 1, 0.5)
+    near = f"; the nearest is {nearest[0]}" if nearest else ""
+    raise ValueError(f"model_type={model_type}{reason}: use one of {', '.join(sorted(FAMILIES))}{near}")

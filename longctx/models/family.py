@@ -1,0 +1,150 @@
+"""A family of models: how the config.json and the tensors of one model type map to this project's decoder.
+
+Tensors have canonical names here, those of Llama, which `megatron.hf_io.names` maps to megatron-core's parameters.  A
+family says which of them have other names in its files, and which are parts of one larger tensor.
+
+| canonical module                   | content                                                     |
+|------------------------------------|-------------------------------------------------------------|
+| self_attn.{q,k,v,o}_proj           | projections of attention                                    |
+| self_attn.{q,k}_norm               | norms of queries and keys                                   |
+| mlp.{gate,up,down}_proj            | feed-forward network; without gate_proj if it is not gated  |
+| input_layernorm                    | norm before attention                                       |
+| post_attention_layernorm           | norm before the feed-forward network                        |
+| attention_output_layernorm         | norm of attention's output                                  |
+| mlp_output_layernorm               | norm of the feed-forward network's output                   |
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from longctx.model_shape import ModelShape, Rotary
+
+Config = Any  # a transformers configuration
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model type of transformers.
+
+    * ``options(config)`` returns the fields of `ModelShape` in which the model differs from Llama.
+    * ``names`` maps canonical modules of a layer to the modules of the family's files, where these differ.
+    * ``fused`` maps modules of the files to the canonical modules whose rows they concatenate.
+    """
+
+    model_type: str
+    options: Callable[[Config], dict[str, Any]]
+    names: Mapping[str, str] = field(default_factory=dict)
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def shape(self, config: Config, end_tokens: tuple[int, ...]) -> ModelShape:
+        """Return the shape that ``config`` describes.  Raises ValueError for a feature that is not implemented."""
+        llama = {
+            "layers": config.num_hidden_layers,
+            "hidden": config.hidden_size,
+            "heads": config.num_attention_heads,
+            "kv_heads": config.num_key_value_heads,
+            "head_dim": head_dim_of(config),
+            "ffn": config.intermediate_size,
+            "vocab_size": config.vocab_size,
+            "max_positions": config.max_position_embeddings,
+            "norm_eps": getattr(config, "rms_norm_eps", None),
+            "tied": config.tie_word_embeddings,
+            "qkv_bias": False,
+            "end_tokens": end_tokens,
+            "init_std": config.initializer_range,
+        }
+        fields = llama | self.options(config)
+        if "rotaries" not in fields:
+            fields["rotaries"] = (rotary_of(config),) * config.num_hidden_layers
+        return ModelShape(**fields)
+
+    def stored(self, name: str) -> tuple[str, tuple[str, ...]]:
+        """Return the name, in the family's files, of the tensor that holds the canonical tensor ``name``.
+
+        Also returns the canonical names of all tensors whose rows it concatenates, in order.
+        """
+        prefix, module, kind = split_name(name)
+        for whole, parts in self.fused.items():
+            if module in parts:
+                return f"{prefix}{whole}.{kind}", tuple(f"{prefix}{part}.{kind}" for part in parts)
+        return f"{prefix}{self.names.get(module, module)}.{kind}", (name,)
+
+
+def split_name(name: str) -> tuple[str, str, str]:
+    """Split a tensor's name into the prefix of its layer, the module in it, and "weight" or "bias".
+
+    Example: ``model.layers.3.mlp.up_proj.weight`` gives ``("model.layers.3.", "mlp.up_proj", "weight")``.
+    """
+    path, _, kind = name.rpartition(".")
+    fields = path.split(".")
+    in_layer = fields[:2] == ["model", "layers"]
+    prefix = "".join(f"{part}." for part in fields[:3]) if in_layer else ""
+    return prefix, path.removeprefix(prefix), kind
+
+
+def head_dim_of(config: Config) -> int:
+    """Return the size of one attention head."""
+    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return head_dim
+
+
+def rotary_of(config: Config, kind: str | None = None, *, interleaved: bool = False) -> Rotary:
+    """Return the rotary embedding of ``config``, of its layers of ``kind`` if kinds have different ones.
+
+    Frequencies are transformers' own, in float32.  Raises ValueError for frequencies that change with the length of
+    the text.
+    """
+    rope = config.rope_parameters if kind is None else config.rope_parameters[kind]
+    rope_type = rope["rope_type"]
+    if rope_type == "default":
+        return Rotary(_frequencies(rope["rope_theta"], _rotated(config, rope)), interleaved=interleaved)
+    if rope_type not in ("linear", "llama3", "yarn", "longrope"):
+        raise ValueError(
+            f"rope_type={rope_type} changes the rotary frequencies with the length of the text, which is not "
+            "implemented: use a model with rope_type default, linear, llama3, yarn or longrope"
+        )
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    # longrope has two sets of frequencies.  The longer one is for models whose context exceeds the original one.
+    lengths = {"seq_len": config.max_position_embeddings} if rope_type == "longrope" else {}
+    frequencies, scale = ROPE_INIT_FUNCTIONS[rope_type](config, None, layer_type=kind, **lengths)
+    return Rotary(tuple(frequencies.tolist()), float(scale), interleaved)
+
+
+def _rotated(config: Config, rope: Mapping[str, Any]) -> int:
+    """Return the number of channels of a head that rotate."""
+    return int(head_dim_of(config) * rope.get("partial_rotary_factor", 1.0))
+
+
+def _frequencies(base: float, channels: int) -> tuple[float, ...]:
+    import torch
+
+    frequencies: list[float] = (1.0 / (base ** (torch.arange(0, channels, 2, dtype=torch.float) / channels))).tolist()
+    return tuple(frequencies)
+
+
+def by_layer_type(config: Config, of_kind: Callable[[str], Any]) -> tuple[Any, ...]:
+    """Return ``of_kind(kind)`` for the kind of each layer.  Raises ValueError for a kind that is not implemented."""
+    if unknown := set(config.layer_types) - {"sliding_attention", "full_attention"}:
+        raise ValueError(
+            f"layer_types has {min(unknown)}, which is not implemented: "
+            "use a model whose layers are sliding_attention or full_attention"
+        )
+    values = {kind: of_kind(kind) for kind in set(config.layer_types)}
+    return tuple(values[kind] for kind in config.layer_types)
+
+
+def windows_of(config: Config) -> tuple[int | None, ...]:
+    """Return the window of each layer by its kind."""
+    return by_layer_type(config, lambda kind: config.sliding_window if kind == "sliding_attention" else None)
+
+
+def refuse(config: Config, **fields: Any) -> None:
+    """Raise ValueError if a field of ``config`` has another value than the one given, which alone is implemented."""
+    for name, implemented in fields.items():
+        value = getattr(config, name, implemented)
+        if value != implemented:
+            raise ValueError(
+                f"this model has {name}={value}, which is not implemented: use a model with {name}={implemented}"
+            )

@@ -1,0 +1,18 @@
+"""Granite 3: Llama with factors on embedding, attention scores, residual connections and logits."""
+
+from typing import Any
+
+from longctx.models.family import Config, Family, refuse
+
+
+def _options(config: Config) -> dict[str, Any]:
+    refuse(config, hidden_act="silu", attention_bias=False, mlp_bias=False)
+    return {
+        "softmax_scale": config.attention_multiplier,
+        "embedding_scale": config.embedding_multiplier,
+        "residual_scale": config.residual_multiplier,
+        "logit_scale": 1 / config.logits_scaling,
+    }
+
+
+GRANITE = Family("granite", _options)

@@ -1,0 +1,20 @@
+"""Phi-3, Phi-3.5 and Phi-4: Llama with fused projections, and rotary embedding on a part of the channels."""
+
+from typing import Any
+
+from longctx.models.family import Config, Family, refuse
+
+
+def _options(config: Config) -> dict[str, Any]:
+    refuse(config, hidden_act="silu", resid_pdrop=0.0, embd_pdrop=0.0)
+    return {"windows": (config.sliding_window,) * config.num_hidden_layers}
+
+
+PHI3 = Family(
+    "phi3",
+    _options,
+    fused={
+        "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    },
+)

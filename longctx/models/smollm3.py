@@ -1,0 +1,16 @@
+"""SmolLM3: Llama in which some layers have no rotary embedding."""
+
+from typing import Any
+
+from longctx.models.family import Config, Family, refuse, rotary_of, windows_of
+
+
+def _options(config: Config) -> dict[str, Any]:
+    refuse(config, hidden_act="silu", mlp_bias=False)
+    rotary = rotary_of(config)
+    biases = {"qkv_bias": config.attention_bias, "out_bias": config.attention_bias}
+    windows = windows_of(config) if config.use_sliding_window else ()
+    return {**biases, "rotaries": tuple(rotary if has else None for has in config.no_rope_layers), "windows": windows}
+
+
+SMOLLM3 = Family("smollm3", _options)

@@ -1,0 +1,22 @@
+"""StarCoder2: LayerNorm, a feed-forward network without gate, biases everywhere."""
+
+from typing import Any
+
+from longctx.models.family import Config, Family, refuse
+
+
+def _options(config: Config) -> dict[str, Any]:
+    refuse(config, hidden_act="gelu_pytorch_tanh", residual_dropout=0.0, embedding_dropout=0.0)
+    return {
+        "norm_eps": config.norm_epsilon,
+        "layer_norm": True,
+        "gated": False,
+        "activation": "gelu_tanh",
+        "qkv_bias": config.use_bias,
+        "out_bias": config.use_bias,
+        "mlp_bias": config.use_bias,
+        "windows": (config.sliding_window,) * config.num_hidden_layers,
+    }
+
+
+STARCODER2 = Family("starcoder2", _options, names={"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"})
