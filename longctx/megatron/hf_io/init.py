@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
+from longctx.hf.tensors import tensor_shapes
 from longctx.model_shape import ModelShape
 from longctx.shapes import Float, Tensor
 
@@ -20,12 +21,12 @@ class RandomInit:
     """
 
     def __init__(self, shape: ModelShape, seed: int) -> None:
-        self._shape, self._seed = shape, seed
+        self._shape, self._seed, self._sizes = shape, seed, tensor_shapes(shape)
         self.read_names: set[str] = set()
 
     def __call__(self, name: str) -> Float[Tensor, "..."]:
         self.read_names.add(name)
-        size = self._size(name)
+        size = self._sizes[name]
         if name.endswith("norm.weight"):
             return torch.ones(size)
         if name.endswith(".bias"):
@@ -35,24 +36,6 @@ class RandomInit:
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))
         std = self._shape.init_std / (math.sqrt(2 * self._shape.layers) if residual else 1)
         return torch.randn(size, generator=generator) * std
-
-    def _size(self, name: str) -> tuple[int, ...]:
-        s = self._shape
-        q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
-        module = name.split(".")[-2]
-        matrices = {
-            "embed_tokens": (s.vocab_size, s.hidden),
-            "lm_head": (s.vocab_size, s.hidden),
-            "q_proj": (q, s.hidden),
-            "k_proj": (kv, s.hidden),
-            "v_proj": (kv, s.hidden),
-            "o_proj": (s.hidden, q),
-            "gate_proj": (s.ffn, s.hidden),
-            "up_proj": (s.ffn, s.hidden),
-            "down_proj": (s.hidden, s.ffn),
-        }
-        size = matrices.get(module, (s.hidden,))  # all other modules are norms
-        return size[:1] if name.endswith(".bias") else size
 
     def refuse_unread(self, tied: bool, elsewhere: Iterable[str] = ()) -> None:
         """Accept every model: tensors are made on request, so none can be left unread."""

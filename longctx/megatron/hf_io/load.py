@@ -10,6 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from safetensors import safe_open
 
 from longctx.hf.checkpoint import DROPPED, tensor_files
+from longctx.hf.tensors import HEAD, refuse_other_head
 from longctx.megatron.hf_io.names import TensorView, tensor_views
 from longctx.model_shape import ModelShape
 from longctx.shapes import Float, Tensor
@@ -62,18 +63,20 @@ class Weights:
     def refuse_unread(self, tied: bool, elsewhere: Iterable[str] = ()) -> None:
         """Raise ValueError if a tensor was read neither here nor ``elsewhere`` (names that other stages read).
 
-        Rotary frequencies may stay unread, since they are derived, and so may lm_head.weight of a ``tied`` model.
+        Rotary frequencies may stay unread, since they are derived, and so may the lm_head.weight of a ``tied`` model,
+        if it equals the embedding.
         """
         read = self.read_names.union(elsewhere)
         unread = {name for name in self._files if not name.endswith("rotary_emb.inv_freq")} - read
         # A block that may drop its reduction has two sets of weights in the folder, and one of them is read.
         unread -= {name for name in unread if name.startswith(DROPPED) or DROPPED + name in read}
-        unread -= {"lm_head.weight"} if tied else set()
-        if unread:
+        if unread - {HEAD} or (unread and not tied):
             raise ValueError(
                 f"{self._folder} has tensors that no part of the model takes: {sorted(unread)[:3]}; "
                 "use a checkpoint of the architecture that its config.json names"
             )
+        if unread:
+            refuse_other_head(self._folder)
 
 
 @torch.no_grad()

@@ -23,14 +23,14 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from longctx.hf.tensors import EMBEDDING, HEAD
 from longctx.model_shape import ModelShape
 from longctx.shapes import Float, Tensor
 
-EMBEDDING = "model.embed_tokens.weight"
 _MODEL_NAMES = {
     "embedding.word_embeddings.weight": EMBEDDING,
     "decoder.final_layernorm.weight": "model.norm.weight",
-    "output_layer.weight": "lm_head.weight",
+    "output_layer.weight": HEAD,
 }
 _LAYER_NAMES = {
     "input_layernorm.weight": ("input_layernorm.weight",),

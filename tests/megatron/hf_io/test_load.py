@@ -142,7 +142,7 @@ def old_llama(tmp_path):
     source = random_model("tied llama", tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     del config["rope_parameters"], config["dtype"]
-    old = config | {"rope_theta": 1e4, "rope_scaling": None, "torch_dtype": "float16", "note": "kept"}
+    old = config | {"rope_theta": 1e4, "rope_scaling": None, "torch_dtype": "float16", "_name_or_path": "kept"}
     (source / "config.json").write_text(json.dumps(old))
     return source
 
@@ -153,7 +153,7 @@ def test_longer_context_is_saved_in_config(tmp_path, old_llama):
     shape, saved = shape_of(trained), tmp_path / "saved"
     run_ranks(1, load_and_save, Mesh(), [(old_llama, saved, "bfloat16")], shape, LONGER)
     config = json.loads((saved / "config.json").read_text())
-    assert (config["dtype"], config["note"]) == ("bfloat16", "kept") and "torch_dtype" not in config
+    assert (config["dtype"], config["_name_or_path"]) == ("bfloat16", "kept") and "torch_dtype" not in config
     model = AutoModelForCausalLM.from_pretrained(saved, dtype="auto")
     assert (model.dtype, model.config.max_position_embeddings) == (torch.bfloat16, 4099)
     assert model.config.rope_parameters["rope_theta"] == 3e6
