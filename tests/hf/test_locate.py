@@ -121,10 +121,12 @@ def test_tensors_are_in_one_file_or_in_those_of_the_index(tmp_path):
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ValueError, match=r"has no model\.safetensors: convert"):
         tensor_files(tmp_path)
-    save_file({"x": torch.ones(2), "y": torch.ones(3)}, tmp_path / "model.safetensors")
-    assert tensor_files(tmp_path) == dict.fromkeys("xy", tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a", "y": "b"}}')
     assert tensor_files(tmp_path) == {"x": tmp_path / "a", "y": tmp_path / "b"}
+    save_file({"x": torch.ones(2), "y": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert tensor_files(tmp_path) == dict.fromkeys("xy", tmp_path / "model.safetensors"), (
+        "the index is of an older save"
+    )
 
 
 @pytest.mark.parametrize("changed", ["first", "last"])
@@ -145,6 +147,9 @@ def test_folder_is_a_model_if_it_has_a_config(tmp_path):
         locate(model)
     (tmp_path / "config.json").touch()
     assert locate(model) == tmp_path
+    (tmp_path / "x.gguf").touch()
+    with pytest.raises(ValueError, match=r"x\.gguf is a file: give a Hugging Face folder"):
+        locate(replace(model, source=str(tmp_path / "x.gguf")))
 
 
 def test_config_that_is_not_json_is_refused(tmp_path):
