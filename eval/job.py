@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from eval.answers.requests import Request, Score
+from eval.answers.requests import Continue, Request, Score
 from eval.harness.local import LOCAL
 from eval.sensitivity import drop_none_yet, fill_in_orders, lacks_order, make_order_jobs
 from eval.variants import BASELINE, Variant, compose_variants, refuse_other_model, resolve_variant
-from longctx.config import Mesh, Track
+from longctx.config import Mesh, Sampling, Track
 from longctx.parallel.launch import current_rank
 from recipes.common.cli import refuse_unwritable_folder, say
 from recipes.common.provenance import hardware, provenance
 from recipes.common.settings import as_dict, section, top_level
+from recipes.common.target import say_unapplied
 
 if TYPE_CHECKING:
     from eval.harness.lm import EngineLM
@@ -116,8 +117,9 @@ class EvalJob:
         return Path(self.settings.out)
 
     def file(self, variant: Variant) -> Path:
-        """Return the file of the answers of ``variant``."""
-        return self.out / "responses" / f"{variant.digest}.jsonl"
+        """Return the file of the answers of ``variant``: the one that version 0.1 wrote, if there is no other."""
+        files = [self.out / "responses" / f"{digest}.jsonl" for digest in (variant.digest, variant.first_digest)]
+        return next((file for file in files if file.exists()), files[0])
 
 
 def prepare(config: DictConfig) -> EvalJob:
@@ -222,6 +224,8 @@ def _record_requests(
     answer_tasks(tasks, lm)
     if lm.cut:
         say(f"{lm.cut:,} texts are longer than {lm.max_length:,} tokens (eval.max_length): their beginning is cut off")
+    if any(isinstance(request, Continue) for request in requests):
+        say_unapplied(base.target.folder, Sampling())
     return lm, tuple(dict.fromkeys(requests))
 
 

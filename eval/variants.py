@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from longctx.hf.checkpoint import of_first_version, same_model
 from longctx.hf.config import tokenizer_of
 from longctx.spd.plan import saved_plan
 from recipes.common.cli import say
@@ -44,9 +45,17 @@ class Variant:
         The same settings must give the same digest in every release: with another one, stored answers are not found
         and all are computed again.  Model, mesh, context, plan, end tokens and tokenizer files are hashed.
         """
+        return self._digest(self.target.fingerprint)
+
+    @property
+    def first_digest(self) -> str:
+        """The digest that version 0.1 gave these settings, from its fingerprint of the model."""
+        return self._digest(of_first_version(self.target.fingerprint))
+
+    def _digest(self, fingerprint: str) -> str:
         target = self.target
         context = vars(target.context) | {"decode": _FIRST_NAMES.get(target.context.decode, target.context.decode)}
-        inputs: list[object] = [target.fingerprint, target.model.dtype, target.model.layers, target.run.device]
+        inputs: list[object] = [fingerprint, target.model.dtype, target.model.layers, target.run.device]
         inputs += [str(target.mesh), context, target.plan]
         # A generated text depends on the tokens that end it, and on how text is tokenized.
         inputs += [target.shape.end_tokens, *(file.read_bytes() for file in sorted(target.folder.glob("tokenizer*")))]
@@ -118,7 +127,8 @@ def refuse_other_model(baseline: Variant, variant: Variant) -> None:
     base, other, name = baseline.target, variant.target, variant.name
     # 1. Adapted folders.
     saved, saved_base = saved_plan(other.folder), saved_plan(base.folder)
-    if saved and saved.source not in (base.fingerprint, saved_base.source if saved_base else None):
+    sources = [base.fingerprint, *([saved_base.source] if saved_base else [])]
+    if saved and not any(same_model(saved.source, source) for source in sources):
         raise ValueError(
             f"variant {name}: {other.folder} was made from another model than {base.model.name}: "
             "use the model that it was made from as the baseline"

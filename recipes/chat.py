@@ -32,7 +32,7 @@ from recipes.common.manifest import record
 from recipes.common.progress import Progress, TokenStream
 from recipes.common.provenance import provenance
 from recipes.common.settings import section, top_level
-from recipes.common.target import Target, resolve_target
+from recipes.common.target import Target, resolve_target, say_unapplied
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,6 +124,8 @@ def prepare(config: DictConfig) -> ChatJob:
     if session.save:
         refuse_place(absolute(session.save))
     sampling = section(config, "sampling", Sampling)
+    tokenizer_of(target.folder)  # raises without one
+    say_unapplied(target.folder, sampling)
     return ChatJob(target, sampling, settings, session, index, read_turns(settings), hardware, session_model)
 
 

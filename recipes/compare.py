@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from longctx.hf.checkpoint import same_model
 from longctx.train.track import MANIFEST
 from recipes.common.cli import console, exit_on_error, is_file_name
 from recipes.common.manifest import flat, folder_of, manifest_of
@@ -78,7 +79,7 @@ def settings_of(run: str) -> dict[str, object]:
 def differing_names(runs: Sequence[Mapping[str, object]]) -> list[str]:
     """Return the names whose values differ between ``runs``."""
     names = dict.fromkeys(name for values in runs for name in values)
-    return [name for name in names if any(values.get(name) != runs[0].get(name) for values in runs)]
+    return [name for name in names if not all(same_model(values.get(name), runs[0].get(name)) for values in runs)]
 
 
 def is_measured(name: str) -> bool:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from longctx import checkpoint_index
 from longctx.config import Mesh
+from longctx.hf.config import shape_of
 from longctx.parallel.launch import Rank, run_ranks
 from longctx.spd.plan import FILE as PLAN
 from recipes.common.cli import console, main, warm_up_ranks
@@ -49,7 +50,6 @@ def checkpoint_of(name: str) -> Path:
 
 def run_rank(rank: Rank, checkpoint_folder: Path, scratch: Path, dtype: str, to: Path) -> None:
     """Load the checkpoint on one rank and write the folder ``to``."""
-    from longctx.hf.config import shape_of
     from longctx.megatron.hf_io import export
     from longctx.megatron.model import build_model
     from longctx.megatron.runtime import open_runtime
@@ -71,6 +71,7 @@ def prepare(config: DictConfig) -> tuple[Path, Path]:
     place, to = checkpoint_of(settings.checkpoint), Path(settings.to).expanduser()
     if to.exists():
         raise ValueError(f"to={settings.to} exists already: give a new folder, or move this one away")
+    shape_of(place.parents[1] / "model")  # raises if it is no model's folder
     return place, to
 
 

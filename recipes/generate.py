@@ -27,7 +27,7 @@ from recipes.common.progress import Progress
 from recipes.common.prompts import Prompt, read_prompts
 from recipes.common.provenance import provenance
 from recipes.common.settings import section, top_level
-from recipes.common.target import Target, resolve_target
+from recipes.common.target import Target, resolve_target, say_unapplied
 
 if TYPE_CHECKING:
     from longctx.infer.engine import Engine
@@ -108,6 +108,7 @@ def prepare(config: DictConfig) -> GenerateJob:
     tokenizer = tokenizer_of(target.folder)
     prompts = read_prompts(settings.prompts, source, tokenizer, settings.max_new_tokens, target.shape.max_positions)
     job = GenerateJob(target, section(config, "sampling", Sampling), prompts, settings)
+    say_unapplied(target.folder, job.sampling)
     if job.prompt_tokens < target.mesh.context:
         raise ValueError(
             f"mesh.ulysses x mesh.ring = {target.mesh.context} ranks are more than the {job.prompt_tokens} prompt "

@@ -20,6 +20,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from rich.table import Table
 
 from longctx.config import BlockClass, Track
+from longctx.hf.checkpoint import same_model
 from longctx.parallel.launch import Rank
 from longctx.spd.plan import rank_blocks
 from longctx.spd.sensitivity import kind_of, perplexities, scores, suffix_sums
@@ -254,10 +255,13 @@ def show(sensitivities: Sensitivities) -> None:
 
 
 def changed_keys(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    """Return the keys whose values differ between a saved record and that of this run, old key names translated."""
+    """Return the keys whose values differ between a saved record and that of this run.
+
+    Old names of keys and old fingerprints are translated.
+    """
     before = {_RENAMED.get(key, key): value for key, value in before.items()}
     now = json.loads(json.dumps(now))
-    return [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return [key for key in {**before, **now} if not same_model(before.get(key), now.get(key))]
 
 
 def read_lines(file: Path, about: Mapping[str, object]) -> list[list[float]]:

@@ -2,43 +2,123 @@
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from longctx.hf.digests import sha256_of_files
 
 # Weights that are valid only on tensor-parallel ranks; transformers does not load a file of this name.
 ADAPTED = "spd.safetensors"
 DROPPED = "dropped."  # prefix, in that file, of tensors for a block that drops a reduction
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_POINTER = b"version https://git-lfs"  # first bytes of the text that Git LFS leaves in place of a file
 _PIECE = 4096  # bytes read at each of three places of a tensor
+
+
+class TensorHeader(NamedTuple):
+    """Dtype, by its safetensors name such as BF16, and shape of a stored tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Map each tensor name of ``folder`` to the safetensors file that holds it.
 
-    Raises ValueError if the folder has neither model.safetensors, spd.safetensors nor an index of several files.
-    """
-    from safetensors import safe_open
+    As in transformers, model.safetensors is read before the index of several files.
 
-    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if (folder / ADAPTED).is_file():
-        whole = folder / ADAPTED
-    if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    if not whole.is_file():
+    Raises ValueError if the folder has none of model.safetensors, spd.safetensors and the index, if it has
+    spd.safetensors and another of them, or if the index or the file cannot be read.
+    """
+    found = [name for name in (ADAPTED, _WHOLE, _INDEX) if (folder / name).is_file()]
+    if found[:1] == [ADAPTED] and len(found) > 1:
+        raise ValueError(f"{folder} has the weights of two models, {ADAPTED} and {found[1]}: move one of them away")
+    if found == [_INDEX]:
+        return {name: folder / file for name, file in _weight_map(folder / _INDEX).items()}
+    if not found:
         fix = "convert the model to safetensors first"
         if not any(file.suffix in (".bin", ".pt", ".pth", ".gguf") for file in folder.iterdir()):
             fix = "this model has no weights yet, train it with recipes.pretrain"
         raise ValueError(f"{folder} has no model.safetensors: {fix}")
-    with safe_open(whole, "pt") as file:
-        return dict.fromkeys(file.keys(), whole)
+    with open_tensors(folder / found[0]) as file:
+        return dict.fromkeys(file.keys(), folder / found[0])
 
 
-def fingerprint(folder: Path) -> str:
-    """Return 16 hex digits that identify a model: a digest of config.json and of samples of every tensor.
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return the file name of each tensor in ``index``.  Raises ValueError if it has no such map."""
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
+        names = {*weight_map.values()}
+        if any(Path(name).name != name for name in names):
+            raise TypeError("a file of weight_map is not a file name")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged ({error}): copy or download it again") from error
+    return weight_map
 
-    Each tensor contributes 4 KiB at its beginning, middle and end.  Models may differ in a few tensors only, so none is
-    skipped; they may be too large to read whole.  Raises ValueError as `tensor_files` does.
+
+@contextmanager
+def open_tensors(file: Path) -> Iterator[Any]:
+    """Open a safetensors file for reading.  Raises ValueError if it is missing, truncated or otherwise damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            yield opened
+    except FileNotFoundError as error:
+        raise ValueError(f"{file} is missing, although the index names it: copy or download it again") from error
+    except (OSError, SafetensorError) as error:
+        if _is_pointer(file):
+            raise ValueError(f"{file} is a pointer of Git LFS, not the weights: run git lfs pull there") from error
+        raise ValueError(f"{file} is truncated or damaged ({error}): copy or download it again") from error
+
+
+def _is_pointer(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(len(_POINTER)) == _POINTER
+
+
+def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
+    """Return dtype and shape of every tensor in the safetensors files of ``folder``; reads headers only.
+
+    Raises ValueError as `tensor_files` does, for a damaged file, and if the index and the files do not agree.
     """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(set(tensor_files(folder).values())):
+    files, headers = tensor_files(folder), dict[str, TensorHeader]()
+    for file in sorted({*files.values()}):
+        with open_tensors(file) as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118, it is not a dict
+            found = {name: TensorHeader(x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
+        named = {name for name, place in files.items() if place == file}
+        if differing := sorted(named ^ found.keys()):
+            raise ValueError(
+                f"{file} and {_INDEX} do not agree on {differing[0]}, one of them is of another save: "
+                "copy or download the model again"
+            )
+        headers |= found
+    return headers
+
+
+def fingerprint(folder: Path, cache: str | None = None) -> str:
+    """Return what identifies a model in saved files: two digests of 16 hex digits, such as 8c6b64e14beaea55-07ab...
+
+    The second is of config.json and all bytes of the weights, which are read once if ``cache`` names a folder
+    (see `sha256_of_files`).  The first is version 0.1's digest, which read parts of each tensor (see `same_model`).
+    Raises ValueError as `tensor_files` does.
+    """
+    config, files = (folder / "config.json").read_bytes(), sorted({*tensor_files(folder).values()})
+    digests = sha256_of_files(files, Path(cache).expanduser() if cache else None)
+    whole = hashlib.sha256(config + "".join(digests).encode()).hexdigest()
+    return f"{_sampled_digest(config, files)}-{whole[:16]}"
+
+
+def _sampled_digest(config: bytes, files: Iterable[Path]) -> str:
+    """Return version 0.1's digest of a model: of ``config`` and 4 KiB at the start, middle and end of each tensor."""
+    digest = hashlib.sha256(config)
+    for file in files:
         with file.open("rb") as weights:
             header = weights.read(int.from_bytes(weights.read(8), "little"))
             digest.update(header)
@@ -49,3 +129,18 @@ def fingerprint(folder: Path) -> str:
                     weights.seek(begin + at)
                     digest.update(weights.read(min(_PIECE, end - at)))
     return digest.hexdigest()[:16]
+
+
+def of_first_version(text: str) -> str:
+    """Return ``text`` with each fingerprint in it as version 0.1 wrote it: the first of its two digests."""
+    return re.sub(r"\b([0-9a-f]{16})-[0-9a-f]{16}\b", r"\1", text)
+
+
+def same_model(saved: object, current: object) -> bool:
+    """Return True if two texts with a fingerprint in them, or any two values, are the same.
+
+    A fingerprint that version 0.1 wrote has only its own digest, so that only this one is compared.
+    """
+    if not (isinstance(saved, str) and isinstance(current, str)):
+        return saved == current
+    return saved in (current, of_first_version(current)) or current == of_first_version(saved)

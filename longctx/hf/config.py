@@ -1,40 +1,67 @@
 """Read a Hugging Face folder: config.json as a `ModelShape`, and the tokenizer."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from longctx.hf.generation import end_tokens
+from longctx.hf.keys import refuse_unknown_keys
 from longctx.model_shape import ModelShape
 from longctx.models import Family, family_of
+from longctx.models.family import head_dim_of
 
 
 def shape_of(folder: Path) -> ModelShape:
     """Return the `ModelShape` of a Hugging Face folder.
 
-    Raises ValueError if config.json cannot be read, and for a model type or a feature that is not implemented.
+    Raises ValueError if config.json cannot be read, for a key that is not read (see `keys`), for a model type or a
+    feature that is not implemented, and for dimensions that no model can have.
     """
-    from transformers import AutoConfig
-
-    family = family_in(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"{folder}/config.json is not a model's configuration: {error}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{folder} has quantised weights: use the model that it was made from")
-    return family.shape(config, _end_tokens(folder, config))
+    config = read_config(folder / "config.json")
+    return family_of(config.model_type).shape(config, end_tokens(folder, config))
 
 
 def family_in(folder: Path) -> Family:
-    """Return the family of the model in ``folder``.
+    """Return the family of the model in ``folder``, whose config.json `shape_of` accepts."""
+    return family_of(json.loads((folder / "config.json").read_text())["model_type"])
 
-    Raises ValueError if config.json cannot be read or names a model type that is not implemented.
-    """
+
+def read_config(file: Path) -> Any:
+    """Return the config.json ``file`` as transformers reads it.  Raises ValueError where `shape_of` does."""
+    from transformers import AutoConfig
+
     try:
-        model_type = json.loads((folder / "config.json").read_text())["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/config.json is not a model's configuration: {error}") from error
-    return family_of(model_type)
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise TypeError("it is not a JSON object")
+        config = AutoConfig.from_pretrained(file.parent)
+    except Exception as error:  # transformers raises a class of its own for each mistake
+        raise ValueError(f"{file} is not a model's configuration: {error}") from error
+    family = family_of(config.model_type)
+    if values.get("quantization_config"):
+        raise ValueError(f"{file}: the weights are quantised: use the model that they were made from")
+    refuse_unknown_keys(file, values, config, family)
+    _refuse_impossible(file, config)
+    _refuse_unfit_windows(file, config)
+    return config
+
+
+def _refuse_impossible(file: Path, config: Any) -> None:
+    """Raise ValueError for dimensions and numbers that no model can have."""
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    for name in (*names, "vocab_size", "max_position_embeddings"):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{file}: {name}={value} is not a positive number: correct it")
+    for name in ("rms_norm_eps", "norm_epsilon", "initializer_range"):
+        if not 0 <= getattr(config, name, 0) < math.inf:
+            raise ValueError(f"{file}: {name}={getattr(config, name)} is not a number from 0 on: correct it")
+    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, head_dim_of(config)
+    if heads % kv_heads:
+        raise ValueError(f"{file}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"{file}: head_dim={head_dim} is not a positive even number, as rotary embeddings need")
 
 
 def tokenizer_of(folder: Path) -> Any:
@@ -43,7 +70,7 @@ def tokenizer_of(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a damaged file raises any class, such as KeyError
         raise ValueError(f"{folder} has no tokenizer that transformers can read: {error}") from error
 
 
@@ -54,14 +81,13 @@ def refuse_dropout(folder: Path) -> None:
         raise ValueError(f"attention_dropout={dropout}: training here has no dropout, set it to 0 in config.json")
 
 
-def _end_tokens(folder: Path, config: Any) -> tuple[int, ...]:
-    """Tokens that end an answer; as in transformers, generation_config.json overrides config.json."""
-    from transformers import GenerationConfig
-
-    ends = config.eos_token_id
-    if (folder / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(folder)
-        ends = generation.eos_token_id if generation.eos_token_id is not None else ends
-    if ends is None:
-        return ()
-    return tuple(ends) if isinstance(ends, list | tuple) else (ends,)
+def _refuse_unfit_windows(file: Path, config: Any) -> None:
+    """Raise ValueError if the windows and the types of layers do not fit each other."""
+    window, layers = getattr(config, "sliding_window", None), config.num_hidden_layers
+    types = getattr(config, "layer_types", None)
+    if window is not None and window < 1:
+        raise ValueError(f"{file}: sliding_window={window} is not a positive number: correct it, or use null")
+    if types and window is None and "sliding_attention" in types:
+        raise ValueError(f"{file}: layer_types has sliding_attention, and sliding_window is not in use: set both alike")
+    if types and len(types) != layers:
+        raise ValueError(f"{file}: layer_types has {len(types)} entries, num_hidden_layers={layers}: correct one")

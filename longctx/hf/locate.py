@@ -12,7 +12,7 @@ from pathlib import Path
 
 from longctx.config import ModelSource
 from longctx.hf.config import shape_of
-from longctx.hf.scratch import config_for_context, write_folder_like, write_scratch_folder
+from longctx.hf.scratch import config_for_context, write_config_like, write_scratch_folder
 
 Say = Callable[[str], None]
 
@@ -45,6 +45,10 @@ def _resolve_source(model: ModelSource, say: Say) -> Path:
     folder = Path(model.source).expanduser()
     if (folder / "config.json").is_file():
         return folder
+    if folder.is_file():
+        raise ValueError(
+            f"model={model.source} is a file: give a Hugging Face folder, with config.json and safetensors"
+        )
     if folder.exists():
         raise ValueError(f"model={model.source}: no config.json in this folder; give a Hugging Face folder")
     # ``a/b`` may be a path or a hub name: it is a path if the folder ``a`` exists.
@@ -57,16 +61,19 @@ def _resolve_source(model: ModelSource, say: Say) -> Path:
 
 
 def _change_context(model: ModelSource, source: Path) -> Path:
-    """The cached folder with ``source``'s config.json changed as ``model`` says, and links to its other files."""
+    """The cached folder with ``source``'s config.json changed as ``model`` says, and links to its other files.
+
+    Nothing else is copied, so that a file that changes in ``source`` changes in the cached folder.
+    """
     changed = config_for_context(source, model.max_positions, model.rope_theta, model.rope_factor)
     existing = {file.name: file.resolve() for file in sorted(source.iterdir()) if file.is_file()}  # hub files are links
-    key = [(source / "config.json").read_text(), repr(existing), repr(changed)]
+    key = ["links", (source / "config.json").read_text(), repr(existing), repr(changed)]
 
     def write(to: Path) -> None:
-        write_folder_like(source, changed, to)
-        for name, file in existing.items():
-            if not (to / name).exists():
-                (to / name).symlink_to(file)
+        to.mkdir(parents=True)
+        write_config_like(source, changed, to)
+        for name in existing.keys() - {"config.json"}:
+            (to / name).symlink_to(existing[name])
 
     return _build_cached(model, hashlib.sha256("\n".join(key).encode()).hexdigest(), write)
 

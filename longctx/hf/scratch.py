@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from longctx.hf.config import read_config
+
 END = "<|endoftext|>"
 # Files that are copied besides config.json: those of the tokenizer, and the settings of generation.
 _COPIED = (
@@ -23,7 +25,6 @@ def write_scratch_folder(config: Mapping[str, Any], to: Path) -> None:
     Raises ValueError if transformers does not know the model type or a field, or cannot build a model of them.  Raises
     ValueError if the vocabulary is smaller than the tokenizer's 257 tokens.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -39,7 +40,7 @@ def write_scratch_folder(config: Mapping[str, Any], to: Path) -> None:
     special_tokens = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
     try:
         built = AutoConfig.for_model(model_type, **special_tokens | fields)
-    except (StrictDataclassError, TypeError, ArithmeticError) as error:
+    except Exception as error:  # transformers raises a class of its own for each mistake
         raise ValueError(f"model.config describes no model of type {model_type}: {error}") from error
     if built.vocab_size < len(tokenizer):
         raise ValueError(
@@ -60,6 +61,11 @@ def write_folder_like(source: Path, changed: Mapping[str, Any], to: Path) -> Non
     to.mkdir(parents=True)
     for file in {file for pattern in _COPIED for file in source.glob(pattern) if file.is_file()}:
         shutil.copyfile(file, to / file.name)
+    write_config_like(source, changed, to)
+
+
+def write_config_like(source: Path, changed: Mapping[str, Any], to: Path) -> None:
+    """Write the config.json of ``source`` to the folder ``to``, with the fields in ``changed`` replaced."""
     config = json.loads((source / "config.json").read_text())
     # Field names of older transformers versions would override today's.
     old = ["torch_dtype"] * ("dtype" in changed) + ["rope_theta", "rope_scaling"] * ("rope_parameters" in changed)
@@ -73,11 +79,9 @@ def config_for_context(
     """The fields of ``source``'s config.json that change for another maximum length or rotary embedding.
 
     None keeps the model's value.  With ``rope_factor``, ``max_positions`` defaults to the model's maximum times the
-    factor.  Raises ValueError for a factor on a rotary embedding that is already scaled.
+    factor.  Raises ValueError for a factor on a rotary embedding that is already scaled, and as `read_config` does.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(source)
+    config = read_config(source / "config.json")
     rope = dict(config.rope_parameters)
     if rope_factor and rope["rope_type"] != "default":
         raise ValueError(

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from longctx.attention.layout import LAYOUTS, shard_balanced
+from longctx.hf.checkpoint import same_model
 from longctx.infer.session import Conversation, Session
 from longctx.shapes import Tensor
 
@@ -155,7 +156,7 @@ def read_index(folder: Path, model: str, dtype: str) -> SessionIndex:
             f"session.load={folder} is of version {version}, this code reads {_VERSION}; resume it with the code "
             "that saved it."
         )
-    if saved_model != model:
+    if not same_model(saved_model, model):
         raise ValueError(
             f"session.load={folder} is of another model ({saved_model}, not {model}); use the model it was saved with."
         )

@@ -30,12 +30,18 @@ class Family:
     * ``options(config)`` returns the fields of `ModelShape` in which the model differs from Llama.
     * ``names`` maps canonical modules of a layer to the modules of the family's files, where these differ.
     * ``fused`` maps modules of the files to the canonical modules whose rows they concatenate.
+    * ``undeclared``: keys of config.json that transformers' code reads although its class does not declare them.
+    * ``partial_rotary``: the rotary embedding may have a partial_rotary_factor.
+    * ``rotary_by_layer_type``: each type of layers has a rotary embedding of its own.
     """
 
     model_type: str
     options: Callable[[Config], dict[str, Any]]
     names: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    undeclared: tuple[str, ...] = ()
+    partial_rotary: bool = False
+    rotary_by_layer_type: bool = False
 
     def shape(self, config: Config, end_tokens: tuple[int, ...]) -> ModelShape:
         """Return the shape that ``config`` describes.  Raises ValueError for a feature that is not implemented."""
@@ -92,18 +98,12 @@ def head_dim_of(config: Config) -> int:
 def rotary_of(config: Config, kind: str | None = None, *, interleaved: bool = False) -> Rotary:
     """Return the rotary embedding of ``config``, of its layers of ``kind`` if kinds have different ones.
 
-    Frequencies are transformers' own, in float32.  Raises ValueError for frequencies that change with the length of
-    the text.
+    Frequencies are transformers' own, in float32.  `hf.keys` refuses types that change with the length of the text.
     """
     rope = config.rope_parameters if kind is None else config.rope_parameters[kind]
     rope_type = rope["rope_type"]
     if rope_type == "default":
         return Rotary(_frequencies(rope["rope_theta"], _rotated(config, rope)), interleaved=interleaved)
-    if rope_type not in ("linear", "llama3", "yarn", "longrope"):
-        raise ValueError(
-            f"rope_type={rope_type} changes the rotary frequencies with the length of the text, which is not "
-            "implemented: use a model with rope_type default, linear, llama3, yarn or longrope"
-        )
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     # longrope has two sets of frequencies.  The longer one is for models whose context exceeds the original one.

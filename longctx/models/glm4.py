@@ -18,6 +18,7 @@ def _options(config: Config) -> dict[str, Any]:
 GLM4 = Family(
     "glm4",
     _options,
+    partial_rotary=True,
     names={
         "attention_output_layernorm": "post_self_attn_layernorm",
         "mlp_output_layernorm": "post_mlp_layernorm",

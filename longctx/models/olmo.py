@@ -21,4 +21,4 @@ def _olmo3_options(config: Config) -> dict[str, Any]:
 
 
 OLMO2 = Family("olmo2", _olmo2_options, _NAMES)
-OLMO3 = Family("olmo3", _olmo3_options, _NAMES)
+OLMO3 = Family("olmo3", _olmo3_options, _NAMES, rotary_by_layer_type=True)

@@ -13,6 +13,7 @@ def _options(config: Config) -> dict[str, Any]:
 PHI3 = Family(
     "phi3",
     _options,
+    partial_rotary=True,
     fused={
         "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from longctx.hf.checkpoint import same_model
 from longctx.model_shape import ModelShape
 
 FILE = "spd_plan.json"
@@ -114,7 +115,7 @@ def order_from(file: Path, layers: int, tp: int, fingerprint: str) -> tuple[int,
             f"{file} was measured at mesh.tp={measured['tp']}, this is mesh.tp={tp}: use that mesh, or measure again "
             "with recipes.spd_sensitivity"
         )
-    if measured["fingerprint"] != fingerprint or len(measured["blocks"]) != layers:
+    if not same_model(measured["fingerprint"], fingerprint) or len(measured["blocks"]) != layers:
         raise ValueError(
             f"{file} was measured on another model ({measured['model']}): use that model, or measure this one with "
             "recipes.spd_sensitivity"

@@ -16,6 +16,7 @@ from pydantic import Field, PositiveInt
 from rich.table import Table
 
 from longctx.config import DataSettings, TextSource
+from longctx.hf.checkpoint import same_model
 from longctx.parallel.launch import Rank
 from longctx.shapes import Float, Tensor
 from longctx.spd.plan import SPDPlan, order_from, saved_plan, within
@@ -27,7 +28,7 @@ from recipes.common.provenance import provenance
 from recipes.common.settings import sections, top_level
 from recipes.common.spd_loop import load_blocks
 from recipes.common.spd_text import resolve_spd_target, text_of
-from recipes.common.target import Target
+from recipes.common.target import Target, refuse_damaged
 
 if TYPE_CHECKING:
     from longctx.megatron.spd.blocks import Blocks
@@ -137,12 +138,13 @@ def resolve_variants(
     for model in models:
         folder, name = Path(model.folder).expanduser(), f"models: {model.label}, {model.folder}"
         saved = saved_plan(folder)
-        if saved is None or saved.plan.tp != tp or saved.source != target.fingerprint:
+        if saved is None or saved.plan.tp != tp or not same_model(saved.source, target.fingerprint):
             raise ValueError(
                 f"{name} was not made from {target.model.name} for mesh.tp={tp}: make it with recipes.spd_adapt"
             )
         if missing := set(within(saved.order, max(settings.shares))) - set(saved.adapted):
             raise ValueError(f"{name}, lacks block {min(missing)}: adapt it with a larger spd.budget")
+        refuse_damaged(target.model, folder, target.shape)
         variants.append(QualityVariant(model.label, folder, saved.order, saved.plan.own_norms))
     return tuple(variants)
 

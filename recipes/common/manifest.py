@@ -65,6 +65,7 @@ def record(config: DictConfig, weights: Iterable[Path] = (), read: Iterable[Path
         return
     out = Path(config.out).absolute()
     values = as_dict(config)
+    cache = mapping_at(values, "model").get("cache")
     manifest = {
         **provenance(),
         "module": _module(),
@@ -72,7 +73,10 @@ def record(config: DictConfig, weights: Iterable[Path] = (), read: Iterable[Path
         "config": values,
         "diff": diff_of(ROOT),
         "packages": {each.name: each.version for each in sorted(distributions(), key=lambda one: one.name.lower())},
-        "weights": {str(folder.absolute()): fingerprint(folder) for folder in sorted(set(weights))},
+        "weights": {
+            str(folder.absolute()): fingerprint(folder, str(cache) if cache else None)
+            for folder in sorted(set(weights))
+        },
         "data": {str(path): digest(path) for path in sorted({*_read_by(values), *(path.absolute() for path in read)})},
         "seeds": {name: value for name, value in flat(values).items() if name.rpartition(".")[2] == "seed"},
         "mesh": values.get("mesh", {}),

@@ -16,7 +16,7 @@ def plan_of(config: DictConfig, mesh: Mesh, model: ModelSource, folder: Path, sh
 
     Raises ValueError, with what to set instead, for a plan that does not fit the model, the mesh or ``model.layers``.
     """
-    plan = choose_plan(section(config, "spd", SPD), mesh, folder, shape, saved_plan(folder))
+    plan = choose_plan(section(config, "spd", SPD), mesh, folder, shape, saved_plan(folder), model.cache)
     if plan.dropped and model.layers == "te":
         raise ValueError("model.layers=te is not tested with dropped reductions: use model.layers=local, or spd=none")
     if plan.dropped:
@@ -32,8 +32,12 @@ def refuse_adapted(folder: Path, recipe: str) -> None:
         )
 
 
-def choose_plan(spd: SPD, mesh: Mesh, folder: Path, shape: ModelShape, saved: SavedPlan | None) -> SPDPlan:
+def choose_plan(
+    spd: SPD, mesh: Mesh, folder: Path, shape: ModelShape, saved: SavedPlan | None, cache: str | None = None
+) -> SPDPlan:
     """Return the plan that the settings ``spd`` ask for; ``saved`` is the plan in the model's ``folder``.
+
+    ``cache`` is the folder that remembers the model's fingerprint (None: it is computed).
 
     Raises ValueError, with what to set instead, if the saved plan has another tensor-parallel degree, if the settings
     need an order of blocks that is not known, or if a listed block does not exist.
@@ -47,10 +51,12 @@ def choose_plan(spd: SPD, mesh: Mesh, folder: Path, shape: ModelShape, saved: Sa
             "or spd=none for the model without dropped reductions"
         )
     own_norms = saved.plan.own_norms if saved else False
-    return SPDPlan(shape.layers, mesh.tp, _dropped_blocks(spd, mesh, folder, shape, saved), own_norms)
+    return SPDPlan(shape.layers, mesh.tp, _dropped_blocks(spd, mesh, folder, shape, saved, cache), own_norms)
 
 
-def _dropped_blocks(spd: SPD, mesh: Mesh, folder: Path, shape: ModelShape, saved: SavedPlan | None) -> tuple[int, ...]:
+def _dropped_blocks(
+    spd: SPD, mesh: Mesh, folder: Path, shape: ModelShape, saved: SavedPlan | None, cache: str | None
+) -> tuple[int, ...]:
     # 1. Blocks that the settings list, or all of them.
     if spd.blocks is not None:
         return spd.blocks
@@ -64,7 +70,7 @@ def _dropped_blocks(spd: SPD, mesh: Mesh, folder: Path, shape: ModelShape, saved
         return saved.plan.dropped
     # 3. The first blocks of an order, from a sensitivity.json or from the saved plan.
     if spd.sensitivity:
-        source = saved.source if saved else fingerprint(folder)
+        source = saved.source if saved else fingerprint(folder, cache)
         return within(order_from(Path(spd.sensitivity).expanduser(), shape.layers, mesh.tp, source), spd.budget)
     if saved is None:
         raise ValueError(

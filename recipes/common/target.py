@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from omegaconf import DictConfig
+from rich.markup import escape
 
 from longctx.attention.backends import kernel_for
-from longctx.config import Context, Mesh, ModelSource, Run
-from longctx.hf.checkpoint import fingerprint, tensor_files
+from longctx.config import Context, Mesh, ModelSource, Run, Sampling
+from longctx.hf.checkpoint import fingerprint
 from longctx.hf.config import shape_of
+from longctx.hf.generation import unapplied_settings
 from longctx.hf.locate import locate
+from longctx.hf.tensors import refuse_other_tensors
 from longctx.model_shape import ModelShape
 from longctx.parallel.launch import Rank
 from longctx.parallel.strategy import STRATEGIES
 from longctx.parallel.validate import refuse_unfit, refuse_unused
-from longctx.spd.plan import SPDPlan
+from longctx.spd.plan import SPDPlan, saved_plan
 from recipes.common.cli import say, threads_for
 from recipes.common.settings import section
 from recipes.common.spd_plan import plan_of, refuse_adapted
@@ -48,7 +51,7 @@ class Target:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of the model's weights and configuration; computed on first use."""
-        return fingerprint(self.folder)
+        return fingerprint(self.folder, self.model.cache)
 
     def threads(self, rank: Rank) -> int:
         """Return the CPU threads of ``rank``."""
@@ -104,14 +107,32 @@ def resolve_target(
         refuse_strategy_by_turn(context, recipe)
     kernel_for(context.kernel, run.device, model.dtype)
     folder = locate(model, say)
-    if needs_weights:
-        tensor_files(folder)  # raises for a folder without weights
     shape = shape_of(folder)
+    if needs_weights:
+        refuse_damaged(model, folder, shape)
     refuse_unfit(mesh, shape)
     if spd == "refuse":
         refuse_adapted(folder, recipe)
     plan = plan_of(config, mesh, model, folder, shape) if spd == "follow" and "spd" in config else None
     return Target(model, folder, shape, mesh, context, run, plan)
+
+
+def refuse_damaged(model: ModelSource, folder: Path, shape: ModelShape) -> None:
+    """Raise ValueError unless ``folder`` has all weights of ``model``, which has ``shape``, and no others."""
+    saved = saved_plan(folder)
+    refuse_other_tensors(
+        folder,
+        shape,
+        norm_copies=saved.plan.tp if saved and saved.plan.own_norms else 1,
+        rotary_changed=bool(model.rope_theta or model.rope_factor),
+    )
+
+
+def say_unapplied(folder: Path, sampling: Sampling) -> None:
+    """Print the settings of generation_config.json that would change transformers' text and are not applied."""
+    if unapplied := unapplied_settings(folder, sampled=sampling.temperature > 0):
+        names = ", ".join(f"{name}={value}" for name, value in unapplied.items())
+        say(f"generation_config.json has {escape(names)}: not applied here, so the text may differ from transformers'")
 
 
 def refuse_strategy_by_turn(context: Context, recipe: str) -> None:

@@ -13,6 +13,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from longctx import checkpoint_index
 from longctx.config import DataSettings, Mesh, Optim, Recompute, Track
+from longctx.hf.checkpoint import same_model
 from longctx.model_shape import ModelShape
 from recipes.common.cli import nearest_existing, refuse_unwritable_folder
 from recipes.common.hardware_file import read_hardware
@@ -209,13 +210,20 @@ def refuse_other_model(job: TrainJob) -> None:
     """Raise ValueError if the run's folder holds a run of another model."""
     from longctx.hf.scratch import write_folder_like
 
-    existing = job.scratch / "config.json"
-    if not existing.is_file():
+    if not (job.scratch / "config.json").is_file():
         return
     with tempfile.TemporaryDirectory() as work:
         write_folder_like(job.target.folder, {}, Path(work, "model"))
-        if existing.read_text() != Path(work, "model", "config.json").read_text():
-            raise ValueError(f"out={job.out} has a run of another model, or of another context: give another folder")
+        files, existing = (
+            {x.name: x.read_bytes() for x in each.iterdir() if x.is_file()}
+            for each in (Path(work, "model"), job.scratch)
+        )
+    if files["config.json"] != existing["config.json"]:
+        raise ValueError(f"out={job.out} has a run of another model, or of another context: give another folder")
+    if changed := sorted(name for name in files.keys() | existing.keys() if files.get(name) != existing.get(name)):
+        raise ValueError(
+            f"out={job.out} has a run whose model has another {changed[0]}: use the model as it was, or another folder"
+        )
 
 
 def refuse_no_room(job: TrainJob) -> None:
@@ -239,7 +247,8 @@ def refuse_other_run(job: TrainJob) -> None:
         raise ValueError(
             f"steps={job.settings.steps}, {place} is after step {metadata['step']}: use more steps, or another folder"
         )
-    if (begun := metadata["config"].get("begun")) != job.config["begun"]:
+    begun = metadata["config"].get("begun")
+    if not same_model(str(begun), str(job.config["begun"])):
         raise ValueError(f"{place} began with {begun}, this is {job.config['begun']}: give another out=")
     now_dropped, was_dropped = job.config["dropped"], metadata["config"].get("dropped", [])
     if was_dropped != now_dropped:

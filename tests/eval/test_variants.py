@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from eval.variants import Variant
 from longctx.config import Context, Mesh, ModelSource, Run
@@ -40,7 +41,26 @@ def test_digest_is_that_of_the_first_release(mesh, context, plan, digest, tmp_pa
     """With another digest, every answer that a user has stored would be computed again."""
     folder = fixed_folder(tmp_path)
     target = Target(ModelSource("fixed", str(folder)), folder, SHAPE, mesh, context, Run(threads=3), plan)
-    assert Variant("any name", target).digest == digest
+    assert Variant("any name", target).first_digest == digest
+
+
+def test_answers_of_an_edited_model_are_not_served(prepared, tiny, tmp_path):
+    """The edit is in the middle of a tensor, where version 0.1 did not look."""
+    folder = shutil.copytree(tiny, tmp_path / "edited")
+    job = replace(prepared("eval.limit=1"), settings=replace(prepared("eval.limit=1").settings, out=str(tmp_path)))
+    variant = Variant("edited", replace(job.variants[0].target, folder=folder))
+    served = job.file(variant)
+    served.parent.mkdir()
+    first = served.with_name(f"{variant.first_digest}.jsonl")
+    first.touch()
+    assert job.file(variant) == first != served, "version 0.1 wrote it"
+    served.touch()
+    assert job.file(variant) == served
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][60:120] *= -3
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    edited = Variant("edited", replace(job.variants[0].target, folder=folder))
+    assert edited.digest != variant.digest and not (served.parent / f"{edited.digest}.jsonl").exists()
 
 
 def test_digest_depends_on_end_tokens_and_tokenizer(prepared, tiny, tmp_path):

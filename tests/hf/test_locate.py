@@ -80,7 +80,7 @@ def test_rotary_frequencies_equal_those_of_transformers(tmp_path, rope):
         (DeepseekV3Config(), "model_type=deepseek_v3 needs multi-head latent attention"),
         (Qwen2MoeConfig(), "model_type=qwen2_moe needs mixtures of experts.*; the nearest is qwen2$"),
         (LlamaConfig(**SIZES, hidden_act="gelu"), "hidden_act=gelu, .* with hidden_act=silu"),
-        (LlamaConfig(**SIZES, rope_parameters=DYNAMIC), "rope_type=dynamic.*default, linear, llama3, yarn or longrope"),
+        (LlamaConfig(**SIZES, rope_parameters=DYNAMIC), "rope_type=dynamic.*default, linear, llama3, yarn, longrope"),
         (Gemma3TextConfig(**SIZES, final_logit_softcapping=30.0), "final_logit_softcapping=30.0"),
     ],
     ids=lambda value: value.split("=")[0] if isinstance(value, str) else value.model_type,
@@ -124,10 +124,12 @@ def test_tensors_are_in_one_file_or_in_those_of_the_index(tmp_path):
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ValueError, match=r"has no model\.safetensors: convert"):
         tensor_files(tmp_path)
-    save_file({"x": torch.ones(2), "y": torch.ones(3)}, tmp_path / "model.safetensors")
-    assert tensor_files(tmp_path) == dict.fromkeys("xy", tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a", "y": "b"}}')
     assert tensor_files(tmp_path) == {"x": tmp_path / "a", "y": tmp_path / "b"}
+    save_file({"x": torch.ones(2), "y": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert tensor_files(tmp_path) == dict.fromkeys("xy", tmp_path / "model.safetensors"), (
+        "the index is of an older save"
+    )
 
 
 @pytest.mark.parametrize("changed", ["first", "last"])
@@ -148,6 +150,9 @@ def test_folder_is_a_model_if_it_has_a_config(tmp_path):
         locate(model)
     (tmp_path / "config.json").touch()
     assert locate(model) == tmp_path
+    (tmp_path / "x.gguf").touch()
+    with pytest.raises(ValueError, match=r"x\.gguf is a file: give a Hugging Face folder"):
+        locate(replace(model, source=str(tmp_path / "x.gguf")))
 
 
 def test_config_that_is_not_json_is_refused(tmp_path):

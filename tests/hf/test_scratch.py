@@ -59,6 +59,7 @@ def test_each_config_has_its_own_folder_in_any_field_order(scratch, monkeypatch)
         ({"vocab_size": 251}, "vocab_size=251: the tokenizer has 257 tokens"),
         ({"hidden_size": "wide"}, "describes no model of type llama.*hidden_size"),
         ({"num_attention_heads": 0}, "describes no model of type llama"),
+        ({"dtype": "float31"}, "describes no model of type llama"),
     ],
     ids=str,
 )
@@ -107,3 +108,28 @@ def test_model_has_exactly_one_source(scratch):
         replace(scratch, source="somewhere")
     with pytest.raises(ValueError, match="either"):
         replace(scratch, tokenizer=None)
+
+
+def test_changed_context_follows_every_file_of_the_source(tmp_path):
+    """Edited, added and removed after the folder was made: nothing in it is an old copy."""
+    source = save_config(tmp_path / "source", LlamaConfig(**SIZES))
+    (source / "tokenizer.json").write_text("old")
+    (source / "vocab.json").write_text("old")
+    model = ModelSource("m", source=str(source), cache=str(tmp_path / "cache"), max_positions=307)
+    assert shape_of(locate(model)).end_tokens == (13,)
+    (source / "tokenizer.json").write_text("new")
+    (source / "generation_config.json").write_text('{"eos_token_id": [256, 155]}')
+    (source / "vocab.json").unlink()
+    folder = locate(model)
+    assert (folder / "tokenizer.json").read_text() == "new" and shape_of(folder).end_tokens == (256, 155)
+    assert not (folder / "vocab.json").exists() and shape_of(folder).max_positions == 307
+    (source / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert shape_of(locate(model)).end_tokens == (7,)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"model": 1}', '{"version": "1.0"}'])
+def test_damaged_tokenizer_is_refused(tmp_path, content):
+    save_config(tmp_path, LlamaConfig(**SIZES))
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match="has no tokenizer that transformers can read"):
+        tokenizer_of(tmp_path)

@@ -7,6 +7,7 @@ import pytest
 
 from eval import run as eval_run
 from recipes import chat, export, extend, generate, pretrain, spd_adapt, spd_sensitivity
+from recipes.common.train_job import begin_run
 from tests.recipes.conftest import SAVED
 
 TEXT = ("data=text", "data.sources=[{path:inputs/train.txt}]", "data.length=31", "data.batch=1")
@@ -74,6 +75,53 @@ def test_prepare_accepts_an_out_below_folders_that_do_not_exist(inputs, config_o
     before = snapshot()
     assert prepare(config), "a job"
     assert snapshot() == before
+
+
+@pytest.mark.parametrize("name", ["generate", "chat", "extend", "spd_sensitivity", "spd_adapt", "eval"])
+def test_damaged_model_is_refused_by_every_recipe(inputs, config_of, snapshot, name):
+    """Damages one file after another, and mends it."""
+    prepare, config_name, words = JOBS[name]
+    config = config_of(config_name, *words)
+    for file, damage, message in (
+        ("model.safetensors", lambda content: content[:-1], r"model\.safetensors is truncated or damaged"),
+        ("model.safetensors", lambda content: b"version https://git-lfs.github.com/spec/v1", "run git lfs pull"),
+        (
+            "config.json",
+            lambda content: content.replace(b'"hidden_act"', b'"is_causal": false, "hidden_act"'),
+            "is_causal",
+        ),
+        (
+            "config.json",
+            lambda content: content.replace(b'"intermediate_size": 32', b'"intermediate_size": 31'),
+            "shape",
+        ),
+        ("generation_config.json", lambda content: b"{", r"generation_config\.json cannot be read"),
+        ("tokenizer.json", lambda content: b"", "has no tokenizer that transformers can read"),
+    ):
+        content = (inputs / "model" / file).read_bytes()
+        (inputs / "model" / file).write_bytes(damage(content))
+        before = snapshot()
+        with pytest.raises(ValueError, match=message):
+            prepare(config)
+        assert snapshot() == before
+        (inputs / "model" / file).write_bytes(content)
+
+
+def test_damaged_model_of_a_run_is_not_exported(inputs, config_of):
+    (inputs / "train_ring" / "model" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not a model's configuration"):
+        export.prepare(config_of("export", *JOBS["export"][2]))
+
+
+def test_run_of_another_tokenizer_is_refused(inputs, config_of):
+    """The run's folder has a copy, which an export would write beside weights that were trained on other tokens."""
+    config = config_of("extend", *JOBS["extend"][2])
+    begin_run(extend.prepare(config))
+    assert extend.prepare(config), "the same model resumes"
+    file = inputs / "model" / "tokenizer.json"
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(ValueError, match=r"out has a run whose model has another tokenizer\.json"):
+        extend.prepare(config)
 
 
 @pytest.mark.parametrize("name", ["generate", "chat", "pretrain", "extend", "spd_sensitivity", "spd_adapt", "eval"])

@@ -11,6 +11,7 @@ import transformers
 from omegaconf import OmegaConf
 
 from eval import run as eval_run
+from longctx.hf.checkpoint import same_model
 from recipes import chat, compare, export, generate, pretrain, reproduce, spd_adapt, spd_sensitivity
 from recipes.common import cli as recipe_cli
 from recipes.common.manifest import flat
@@ -158,6 +159,7 @@ def test_repaired_blocks_are_not_repaired_again(cli, saved):
     folder = saved / "spd_adapted"
     results = ("config.json", "spd.safetensors", "spd_plan.json", "joint_0.5/001.safetensors")
     before = {name: (folder / name).read_bytes() for name in results}
+    source = json.loads(before.pop("spd_plan.json"))["source"]
     states = [folder / "blocks" / "001.safetensors", *(folder / "joint_0.5" / "step-00000003").iterdir()]
     written = {state: state.stat().st_mtime_ns for state in states}
     for name in results:
@@ -165,7 +167,8 @@ def test_repaired_blocks_are_not_repaired_again(cli, saved):
     words = ("spd.budget=0.5", "spd.sensitivity=spd_sensitivity/sensitivity.json", "out=spd_adapted")
     code, _, err = cli(spd_adapt, spd_adapt.task, *SPD, *REPAIR, *words)
     assert code == 0, err
-    assert {name: (folder / name).read_bytes() for name in results} == before
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert same_model(source, json.loads((folder / "spd_plan.json").read_text())["source"])
     assert {state: state.stat().st_mtime_ns for state in states} == written
 
 

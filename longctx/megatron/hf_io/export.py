@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from longctx.hf.config import family_in, shape_of
 from longctx.hf.scratch import write_folder_like
 from longctx.megatron.hf_io.load import gather_from_stages
-from longctx.megatron.hf_io.names import EMBEDDING, TensorView, tensor_views
+from longctx.megatron.hf_io.names import TensorView, tensor_views
 from longctx.model_shape import ModelShape
 from longctx.models import Family
+from longctx.models.tensors import EMBEDDING
 from longctx.parallel.comm import Comm, DistComm
 from longctx.shapes import Float, Tensor
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from longctx.model_shape import ModelShape
-from longctx.models.tensors import size_of
+from longctx.models.tensors import tensor_shapes
 from longctx.shapes import Float, Tensor
 
 
@@ -21,12 +21,12 @@ class RandomInit:
     """
 
     def __init__(self, shape: ModelShape, seed: int) -> None:
-        self._shape, self._seed = shape, seed
+        self._shape, self._seed, self._sizes = shape, seed, tensor_shapes(shape)
         self.read_names: set[str] = set()
 
     def __call__(self, name: str) -> Float[Tensor, "..."]:
         self.read_names.add(name)
-        size = size_of(self._shape, name)
+        size = self._sizes[name]
         if name.endswith("norm.weight"):
             return torch.zeros(size) if self._shape.zero_centered else torch.ones(size)
         if name.endswith(".bias"):

@@ -11,9 +11,10 @@ from safetensors import safe_open
 
 from longctx.hf.checkpoint import DROPPED, tensor_files
 from longctx.hf.config import family_in, shape_of
+from longctx.hf.tensors import refuse_other_head
 from longctx.megatron.hf_io.names import TensorView, tensor_views
 from longctx.model_shape import ModelShape
-from longctx.models.tensors import size_of
+from longctx.models.tensors import HEAD, tensor_shapes
 from longctx.shapes import Float, Tensor
 
 Value = TypeVar("Value")
@@ -42,7 +43,7 @@ class Weights:
 
     def __init__(self, folder: Path, dropped: Iterable[int] = ()) -> None:
         self._folder, self._files = folder, tensor_files(folder)
-        self._family, self._shape = family_in(folder), shape_of(folder)
+        self._family, self._shapes = family_in(folder), tensor_shapes(shape_of(folder))
         self._dropped = tuple(f"model.layers.{block}." for block in dropped)
         self.read_names: set[str] = set()
 
@@ -53,7 +54,7 @@ class Weights:
         stored, parts = self._family.stored(name)
         if len(parts) == 1:
             return self._read(stored)
-        whole, rows = self._read(stored), [size_of(self._shape, part)[0] for part in parts]
+        whole, rows = self._read(stored), [self._shapes[part][0] for part in parts]
         if len(whole) != sum(rows):
             raise ValueError(
                 f"{stored}: the checkpoint has {len(whole)} rows, the model {sum(rows)}; "
@@ -79,18 +80,20 @@ class Weights:
     def refuse_unread(self, tied: bool, elsewhere: Iterable[str] = ()) -> None:
         """Raise ValueError if a tensor was read neither here nor ``elsewhere`` (names that other stages read).
 
-        Rotary frequencies may stay unread, since they are derived, and so may lm_head.weight of a ``tied`` model.
+        Rotary frequencies may stay unread, since they are derived, and so may the lm_head.weight of a ``tied`` model,
+        if it equals the embedding.
         """
         read = self.read_names.union(elsewhere)
         unread = {name for name in self._files if not name.endswith("rotary_emb.inv_freq")} - read
         # A block that may drop its reduction has two sets of weights in the folder, and one of them is read.
         unread -= {name for name in unread if name.startswith(DROPPED) or DROPPED + name in read}
-        unread -= {"lm_head.weight"} if tied else set()
-        if unread:
+        if unknown := unread - ({HEAD} if tied else set()):
             raise ValueError(
-                f"{self._folder} has tensors that no part of the model takes: {sorted(unread)[:3]}; "
+                f"{self._folder} has tensors that no part of the model takes: {sorted(unknown)[:3]}; "
                 "use a checkpoint of the architecture that its config.json names"
             )
+        if unread:
+            refuse_other_head(self._folder)
 
 
 @torch.no_grad()

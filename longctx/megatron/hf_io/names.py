@@ -31,14 +31,14 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from longctx.model_shape import ModelShape
+from longctx.models.tensors import EMBEDDING, HEAD
 from longctx.shapes import Float, Tensor
 
-EMBEDDING = "model.embed_tokens.weight"
 _MODEL_NAMES = {
     "embedding.word_embeddings.weight": EMBEDDING,
     "decoder.final_layernorm.weight": "model.norm.weight",
     "decoder.final_layernorm.bias": "model.norm.bias",
-    "output_layer.weight": "lm_head.weight",
+    "output_layer.weight": HEAD,
 }
 _LAYER_NAMES = {
     "input_layernorm.weight": ("input_layernorm.weight",),

@@ -1,0 +1,73 @@
+"""SHA-256 of whole files, computed once: a file in the model cache remembers them."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+
+from filelock import FileLock
+
+_SETTLED_NS = 2 * 10**9  # a file changed more recently may change again without a new modification time
+_THREADS = 4
+
+
+def sha256_of_files(files: Iterable[Path], cache: Path | None = None) -> list[str]:
+    """Return the SHA-256 of each of ``files``, in hexadecimal digits.
+
+    Digests are remembered in ``cache``/digests.json by path, size, times of modification and change, and inode; with
+    None, or if that folder cannot be written, every file is read.  Processes that share a cache read a file once.
+    """
+    paths = [file.resolve() for file in files]
+    store = cache / "digests.json" if cache and _is_writable(cache) else None
+    with FileLock(store.with_suffix(".lock")) if store else nullcontext():
+        known = _read(store) if store else {}
+        before = {path: _state(path) for path in paths}
+        missing = [path for path, state in before.items() if known.get(str(path), [])[:-1] != state]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            digests = dict(zip(missing, pool.map(_sha256, missing), strict=True))
+        result = [digests.get(path) or str(known[str(path)][-1]) for path in paths]
+        settled = [path for path in missing if before[path] == _state(path) and _is_settled(path)]
+        if store and settled:
+            _write(store, known | {str(path): [*before[path], digests[path]] for path in settled})
+    return result
+
+
+def _state(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _is_settled(path: Path) -> bool:
+    return time.time_ns() - path.stat().st_mtime_ns > _SETTLED_NS
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+def _read(store: Path) -> dict[str, list[int | str]]:
+    """Return the states and digests in ``store``; none if it cannot be read."""
+    try:
+        known = json.loads(store.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write(store: Path, known: dict[str, list[int | str]]) -> None:
+    partial = store.with_suffix(".partial")
+    partial.write_text(json.dumps(known, indent=1) + "\n")
+    partial.replace(store)

@@ -1,0 +1,111 @@
+"""The tensors of a Hugging Face model: their names and shapes, and the check that a folder holds exactly these."""
+
+from pathlib import Path
+
+import torch
+
+from longctx.hf.checkpoint import DROPPED, TensorHeader, open_tensors, tensor_files, tensor_headers
+from longctx.hf.config import family_in
+from longctx.model_shape import ModelShape
+from longctx.models import Family
+from longctx.models.tensors import EMBEDDING, HEAD, tensor_shapes
+
+_DTYPES = ("F64", "F32", "F16", "BF16")
+_ROTARY = "rotary_emb.inv_freq"  # a buffer that older versions of transformers saved
+_ROWS = 8192  # rows of the vocabulary that are compared at once
+
+
+def stored_shapes(family: Family, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor in the files of a model of ``family``, by its name there."""
+    canonical, stored = tensor_shapes(shape), dict[str, tuple[int, ...]]()
+    for name in canonical:
+        whole, parts = family.stored(name)
+        stored[whole] = (sum(canonical[part][0] for part in parts), *canonical[name][1:])
+    return stored
+
+
+def refuse_other_tensors(
+    folder: Path, shape: ModelShape, *, norm_copies: int = 1, rotary_changed: bool = False
+) -> None:
+    """Raise ValueError unless the safetensors files of ``folder`` hold exactly the tensors of a model of ``shape``.
+
+    Reads the headers of the files, and compares the tensors that a model derives from others: lm_head.weight of a tied
+    model with the embedding, and stored rotary frequencies with those of config.json.  ``rotary_changed``: the settings
+    replace the frequencies, so that stored ones are not compared.
+
+    Tensors of an adapted folder for dropped blocks have the same shapes, except that norms have ``norm_copies`` rows.
+    """
+    # Tensors of dropped blocks have canonical names.
+    canonical = tensor_shapes(shape)
+    headers, expected = tensor_headers(folder), stored_shapes(family_in(folder), shape)
+    derived = {name for name in headers if name.endswith(_ROTARY) or (shape.tied and name == HEAD)}
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} has a PEFT adapter (adapter_config.json), which is not applied: merge it first")
+    if missing := [name for name in expected if name not in headers]:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} tensors that its config.json requires, such as {missing[0]}: "
+            "use a complete checkpoint"
+        )
+    known = expected.keys() | derived | {DROPPED + name for name in canonical}
+    if unknown := [name for name in headers if name not in known]:
+        raise ValueError(
+            f"{folder} has tensors that no part of the model takes: {sorted(unknown)[:3]}; "
+            "use a checkpoint of the architecture that its config.json names"
+        )
+    for name, header in headers.items():
+        is_copied = name.startswith(DROPPED) and name.endswith("norm.weight")
+        size = canonical[EMBEDDING] if name == HEAD else expected.get(name) or canonical.get(name.removeprefix(DROPPED))
+        _refuse_other_header(folder, name, header, size and (size[0] * (norm_copies if is_copied else 1), *size[1:]))
+    if shape.tied and HEAD in headers:
+        refuse_other_head(folder)
+    if not rotary_changed:
+        _refuse_other_frequencies(folder, [name for name in headers if name.endswith(_ROTARY)], shape)
+
+
+def _refuse_other_header(folder: Path, name: str, header: TensorHeader, size: tuple[int, ...] | None) -> None:
+    """Raise ValueError for a tensor of a quantised dtype, or of another shape than ``size`` (None: any)."""
+    if header.dtype not in _DTYPES:
+        raise ValueError(f"{folder}: {name} is {header.dtype}: use an unquantised checkpoint")
+    if size and header.shape != size:
+        raise ValueError(
+            f"{folder}: {name} has shape {header.shape}, its config.json makes it {size}: "
+            "use the config.json that belongs to the checkpoint"
+        )
+
+
+def refuse_other_head(folder: Path) -> None:
+    """Raise ValueError if lm_head.weight differs from the embedding of ``folder``, whose config.json ties them.
+
+    transformers does not tie two stored tensors that differ, so that ignoring one gives other logits.
+    """
+    files = tensor_files(folder)
+    with open_tensors(files[EMBEDDING]) as first, open_tensors(files[HEAD]) as second:
+        embedding, head = first.get_slice(EMBEDDING), second.get_slice(HEAD)
+        same = embedding.get_shape() == head.get_shape()
+        for at in range(0, embedding.get_shape()[0], _ROWS):
+            same = same and torch.equal(embedding[at : at + _ROWS].float(), head[at : at + _ROWS].float())
+    if not same:
+        raise ValueError(
+            f"{folder} has an {HEAD} that differs from the embedding, and its config.json says "
+            "tie_word_embeddings=true: set it to false to use that tensor, or remove the tensor"
+        )
+
+
+def _refuse_other_frequencies(folder: Path, names: list[str], shape: ModelShape) -> None:
+    """Raise ValueError if stored rotary frequencies belong to another base than those of config.json.
+
+    Older versions of transformers stored them before linear scaling, so that a common factor is accepted.
+    """
+    files, rotary = tensor_files(folder), shape.rotaries[0]
+    if rotary is None or len(set(shape.rotaries)) > 1:
+        return
+    derived = torch.tensor(rotary.frequencies)
+    for name in names:
+        with open_tensors(files[name]) as file:
+            stored = file.get_tensor(name).float()
+        factor = stored[:1] / derived[:1] if stored.shape == derived.shape else torch.zeros(1)
+        if factor < 1 or not torch.allclose(stored, derived * factor, rtol=1e-2, atol=1e-7):
+            raise ValueError(
+                f"{folder}: the rotary frequencies in {name} are not those of its config.json: correct rope_theta "
+                "there, or remove the tensor"
+            )

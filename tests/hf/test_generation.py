@@ -1,0 +1,86 @@
+"""Settings of generation_config.json: those that change transformers' text are named, since they are not applied."""
+
+import json
+
+import pytest
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from longctx.hf.config import shape_of
+from longctx.hf.generation import _GREEDY, _SAMPLED, unapplied_settings
+from tests.hf.test_tensors import SIZES
+
+PROMPT = torch.tensor([[3, 5, 7, 3, 5, 11, 3, 5]])
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(2)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, initializer_range=0.4)).eval()
+
+
+def greedy(model, **settings):
+    """Return transformers' greedy ids with ``settings`` in generation_config.json."""
+    config = GenerationConfig(**{"max_new_tokens": 9, "pad_token_id": 0, **settings})
+    return model.generate(PROMPT, generation_config=config, do_sample=False)[0].tolist()
+
+
+def test_settings_that_change_the_greedy_text_are_named(model, tmp_path):
+    plain = greedy(model)
+    first = plain[PROMPT.shape[1]]
+    for name, value in {
+        "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "forced_eos_token_id": 13, "forced_bos_token_id": None,
+        "suppress_tokens": [first], "begin_suppress_tokens": [first], "bad_words_ids": [[first]],
+        "sequence_bias": [[[first], -90.0]], "num_beams": 3,
+    }.items():  # fmt: skip
+        settings = {name: value}
+        (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+        changes = value is not None and greedy(model, **settings) != plain
+        assert unapplied_settings(tmp_path, sampled=False) == (settings if changes else {}), name
+
+
+def test_settings_that_change_nothing_are_not_named(model, tmp_path):
+    neutral = {
+        "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "num_beams": 1,
+        "suppress_tokens": None, "do_sample": False, "max_length": 20, "renormalize_logits": True, "use_cache": True,
+    }  # fmt: skip
+    (tmp_path / "generation_config.json").write_text(json.dumps(neutral))
+    assert unapplied_settings(tmp_path, sampled=False) == {} == unapplied_settings(tmp_path, sampled=True)
+    assert greedy(model, **neutral) == greedy(model)
+
+
+def test_settings_of_sampling_are_named_if_tokens_are_drawn(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "top_k": 20, "min_p": 0.1, "temperature": 2}')
+    assert unapplied_settings(tmp_path, sampled=False) == {}
+    assert unapplied_settings(tmp_path, sampled=True) == {"top_k": 20, "min_p": 0.1}
+    assert unapplied_settings(tmp_path / "none", sampled=True) == {}
+
+
+def test_every_setting_of_transformers_is_known():
+    """A setting that a later transformers adds may change the text: this code must learn it first."""
+    unread = {
+        # The number of tokens, and the tokens that end a text: `max_new_tokens` here, and `end_tokens`.
+        "max_length", "max_new_tokens", "eos_token_id", "bos_token_id", "pad_token_id",
+        # Replaced by the settings in `sampling`.
+        "do_sample", "temperature", "top_p",
+        # They change no greedy text: speed, memory, output, beams, speculation, encoder-decoder models.
+        "early_stopping", "length_penalty", "use_cache", "cache_implementation", "cache_config", "max_cache_len",
+        "renormalize_logits", "remove_invalid_values", "num_return_sequences", "output_attentions",
+        "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate", "decoder_start_token_id",
+        "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+        "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind",
+        "target_lookbehind", "assistant_ensemble_weight", "speculation_type", "compile_config", "disable_compile",
+        "continuous_batching_config", "low_memory", "prefill_chunk_size", "use_mtp", "_from_model_config",
+        "transformers_version",
+    }  # fmt: skip
+    assert {*GenerationConfig().to_dict()} - unread == {*_GREEDY, *_SAMPLED}
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [[1]]}', '{"eos_token_id": true}']
+)
+def test_damaged_generation_config_is_refused(tmp_path, content):
+    LlamaConfig(**SIZES).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"generation_config\.json cannot be read|eos_token_id=.* is not a token's"):
+        shape_of(tmp_path)

@@ -1,0 +1,165 @@
+"""Keys of config.json: each is read as transformers reads it, changes nothing there, or is refused."""
+
+import json
+from dataclasses import fields
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+
+from longctx.hf import keys
+from longctx.hf.config import shape_of
+from longctx.hf.keys import GENERATION
+from longctx.hf.scratch import config_for_context
+
+SIZES = {
+    "vocab_size": 53, "hidden_size": 12, "intermediate_size": 11, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "num_key_value_heads": 1, "max_position_embeddings": 31, "bos_token_id": None, "eos_token_id": None,
+    "initializer_range": 0.5,
+}  # fmt: skip
+NESTED = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
+
+
+def write(folder, model_type="llama", **changed):
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, **SIZES, **changed}))
+    return folder
+
+
+def logits(folder):
+    """Logits of transformers' model of ``folder``/config.json, with the same random weights for every configuration."""
+    torch.manual_seed(3)
+    config = AutoConfig.from_pretrained(folder, attn_implementation="eager")
+    return AutoModelForCausalLM.from_config(config)(torch.arange(23)[None]).logits
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changed", "words"),
+    [
+        ("llama", {"sliding_window": 8}, "sliding_window=8 is not a setting of transformers' llama models"),
+        ("llama", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}, "layer_types="),
+        ("llama", {"is_causal": False}, "is_causal=False is not a setting"),
+        ("qwen2", {"is_causal": False}, "is_causal=False is not a setting of transformers' qwen2 models"),
+        ("mistral", {"is_causal": False}, "is_causal=False is not a setting of transformers' mistral models"),
+        ("mistral", {"use_sliding_window": False}, "use_sliding_window=False is not a setting"),
+        ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types has chunked_attention"),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window is not in use"),
+        ("llama", {"per_layer_config": {"1": {"hidden_act": "gelu"}}}, "per_layer_config="),
+        ("llama", {"transformers_weights": "other.safetensors"}, "transformers_weights="),
+        ("llama", {"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "auto_map="),
+        ("llama", {"rope_interleaved": True}, "rope_interleaved=True"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("llama", {"min_new_tokens": 3}, "min_new_tokens=3"),
+        ("llama", {"hidden_sise": 3}, "hidden_sise=3"),
+        ("llama", {"rope_parameters": NESTED}, "full_attention=.* is not read with rope_type=default"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "factor": 2.0}}, "factor=2.0 is not"),
+        ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1]}}, "mrope_sec"),
+    ],
+    ids=str,
+)
+def test_key_that_is_not_read_is_refused(tmp_path, model_type, changed, words):
+    shape_of(write(tmp_path, model_type))
+    with pytest.raises(ValueError, match=words):
+        shape_of(write(tmp_path, model_type, **changed))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changed"),
+    [
+        ("llama", dict.fromkeys(["sliding_window", "layer_types", "per_layer_config", "anything"])),
+        (
+            "llama",
+            keys._NEUTRAL | {"is_decoder": True, "num_labels": 3, "pretraining_tp": 2, "gradient_checkpointing": True},
+        ),
+        ("qwen2", keys._NEUTRAL | {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1}),
+        ("mistral", {**keys._NEUTRAL, "sliding_window": None}),
+        (
+            "llama",
+            {"temperature": 0.3, "max_length": 5, "repetition_penalty": 1.3, "tokenizer_class": "LlamaTokenizer"},
+        ),
+        ("llama", {"rope_theta": 1e4, "rope_scaling": None, "torch_dtype": "float32", "_name_or_path": "x"}),
+    ],
+)
+def test_harmless_keys_change_nothing_in_transformers(tmp_path, model_type, changed):
+    """The list is checked against transformers' logits."""
+    plain = {"sliding_window": None} if model_type == "mistral" else {}
+    expected, shape = logits(write(tmp_path, model_type, **plain)), shape_of(tmp_path)
+    assert shape_of(write(tmp_path, model_type, **changed)) == shape
+    assert torch.equal(logits(tmp_path), expected)
+
+
+def test_head_dim_of_a_qwen2_is_read_as_in_transformers(tmp_path):
+    """Its class does not declare it, its code reads it."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(write(tmp_path, "qwen2", head_dim=6)))
+    assert model.model.layers[0].self_attn.q_proj.weight.shape == (18, 12)
+    assert shape_of(tmp_path).head_dim == 6
+
+
+def test_generation_settings_in_config_json_are_those_that_transformers_drops():
+    assert {*GenerationConfig._get_default_generation_params()} - GENERATION <= {
+        "use_cache", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+        "assistant_lookbehind", "target_lookbehind",
+    }  # fmt: skip
+    assert {*GENERATION} <= {*GenerationConfig._get_default_generation_params()}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral"])
+def test_every_declared_key_is_known(tmp_path, model_type):
+    """A key that a later transformers declares may change the model: this code must learn it first."""
+    config = AutoConfig.for_model(model_type)
+    declared = {each.name for each in fields(config)} - {each.name for each in fields(PreTrainedConfig)}
+    read = {
+        *SIZES, "attention_bias", "attention_dropout", "head_dim", "hidden_act", "layer_types", "max_window_layers",
+        "mlp_bias", "rms_norm_eps", "rope_parameters", "sliding_window", "tie_word_embeddings", "use_sliding_window",
+    }  # fmt: skip
+    assert declared - read <= {"pad_token_id", "pretraining_tp", "use_cache"}, "these do not change logits"
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"num_attention_heads": 0}, "config.json"),
+        ({"num_attention_heads": -3}, "num_attention_heads=-3 is not a positive number"),
+        ({"num_attention_heads": 5}, "not a multiple of the number of attention heads"),
+        ({"num_attention_heads": 6, "num_key_value_heads": 4}, "num_key_value_heads=4 does not divide .*_heads=6"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0 is not a positive number"),
+        ({"head_dim": 7}, "even .*7"),
+        ({"head_dim": -2}, "head_dim=-2 is not a positive even number"),
+        ({"hidden_size": "12"}, "hidden_size"),
+        ({"hidden_size": 12.0}, "hidden_size"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 is not a positive number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"vocab_size": 0}, "vocab_size=0 is not a positive number"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings=-1 is not a positive number"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan is not a number from 0 on"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"dtype": "float31"}, "float31"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"rope_theta": float("nan")}, "rope_theta=nan of rope_type=default is not a positive number"),
+        ({"rope_theta": -1.0}, "rope_theta=-1.0 of rope_type=default is not a positive number"),
+        ({"rope_scaling": {"type": "linear"}}, "factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor=0 of rope_type=linear is not a positive number"),
+        ({"rope_scaling": {"type": ["linear"]}}, "rope_type="),
+        ({"rope_parameters": "default"}, "rope_parameters"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "the weights are quantised"),
+    ],
+    ids=str,
+)
+def test_impossible_models_are_refused(tmp_path, changed, words):
+    with pytest.raises(ValueError, match=words):
+        shape_of(write(tmp_path, **changed))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"3", b"{}", b"\xff\xfe", b"\xef\xbb\xbf{}"])
+def test_damaged_config_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json is not a model's configuration"):
+        shape_of(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json is not a model's configuration"):
+        config_for_context(tmp_path, 64, None, None)
+
+
+@pytest.mark.parametrize("types", [["full_attention"], ["full_attention"] * 3])
+def test_layer_types_of_another_number_of_layers_are_refused(tmp_path, types):
+    with pytest.raises(ValueError, match=r"layer_types|num_hidden_layers"):
+        shape_of(write(tmp_path, "qwen2", layer_types=types))
