@@ -16,9 +16,12 @@ def shape_of(folder: Path) -> ModelShape:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, KeyError) as error:
         raise ValueError(f"{folder}/config.json is not a model's configuration: {error}") from error
+    except ValueError as error:
+        _refuse_custom_code(folder, error)
+        raise
     _refuse_unmapped(config)
     return ModelShape(
         layers=config.num_hidden_layers,
@@ -44,8 +47,9 @@ def tokenizer_of(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
+        _refuse_custom_code(folder, error)
         raise ValueError(f"{folder} has no tokenizer that transformers can read: {error}") from error
 
 
@@ -54,6 +58,15 @@ def refuse_dropout(folder: Path) -> None:
     dropout = json.loads((folder / "config.json").read_text()).get("attention_dropout")
     if dropout:
         raise ValueError(f"attention_dropout={dropout}: training here has no dropout, set it to 0 in config.json")
+
+
+def _refuse_custom_code(folder: Path, error: Exception) -> None:
+    """Raise ValueError if transformers raised ``error`` because it would have to run Python code from ``folder``."""
+    if "trust_remote_code" in str(error):
+        raise ValueError(
+            f"{folder} needs Python code of its own (auto_map), which longctx never runs: "
+            "use a model of type llama, qwen2 or mistral, with a tokenizer that transformers knows"
+        ) from error
 
 
 def _refuse_unmapped(config: Any) -> None:

@@ -77,7 +77,7 @@ def config_for_context(
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     rope = dict(config.rope_parameters)
     if rope_factor and rope["rope_type"] != "default":
         raise ValueError(

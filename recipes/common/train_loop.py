@@ -140,6 +140,8 @@ def resume(state: TrainState, job: TrainJob, report: Callable[[str], None]) -> S
         report(f"passed over: {reason}")
     if not folder:
         return Start()
+    if line := checkpoint_index.unchecked_line(folder):
+        report(line)
     checkpoint.load(folder, state)
     metadata = checkpoint_index.read_metadata(folder)
     report(f"resuming after step {metadata['step']}, from {folder}")
