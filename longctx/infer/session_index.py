@@ -74,9 +74,9 @@ def read_index(folder: Path, model: str, dtype: str, shape: ModelShape) -> Sessi
     if index["dtype"] != dtype:
         name = index["dtype"].removeprefix("torch.")
         raise ValueError(f"session.load={folder} is in {index['dtype']}, not {dtype}; set model.dtype={name}.")
-    for fault in (_fault_of_tokens(index, shape), _fault_of_files(folder, index), _fault_of_rows(folder, index, shape)):
-        if fault:
-            raise ValueError(f"session.load={folder}: {fault}; start the conversation again.")
+    fault = _fault_of_tokens(index, shape) or _fault_of_files(folder, index) or _fault_of_rows(folder, index, shape)
+    if fault:
+        raise ValueError(f"session.load={folder}: {fault}; start the conversation again.")
     return index
 
 

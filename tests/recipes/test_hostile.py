@@ -90,6 +90,16 @@ def test_checkpoint_index_that_holds_a_program_is_refused(place, saved, program,
     assert not ran.exists()
 
 
+def test_export_of_a_checkpoint_with_a_flipped_bit_is_refused(place, saved, refused):
+    sign(place)
+    file = place / "__0_1.distcp"
+    content = bytearray(file.read_bytes())
+    content[40_000] ^= 1
+    file.write_bytes(content)
+    words = (f"checkpoint={saved / 'train_ring'}", f"to={saved / 'to'}")
+    assert "__0_1.distcp has changed since it was written" in refused(export, export.task, *words)
+
+
 def test_checkpoint_index_that_names_another_file_is_refused(place, tmp_path, one_rank):
     index = pickle.loads((place / ".metadata").read_bytes())
     next(iter(index.storage_data.values())).relative_path = "../secret"

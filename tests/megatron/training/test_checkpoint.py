@@ -82,6 +82,17 @@ def test_corrupt_and_later_checkpoints_do_not_count_towards_keep(run, tmp_path):
     place, skipped = checkpoint_index.latest_whole(tmp_path)
     assert (place, skipped) == (tmp_path / "step-00000002", [])
     assert checkpoint_index.read_metadata(place)["note"] == "something"
+    # A flipped bit is found by the file's checksum.
+    assert not checkpoint_index.content_fault_of(place) and not checkpoint_index.unchecked_line(place)
+    file = max(place.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    flipped = bytearray(file.read_bytes())
+    flipped[len(flipped) // 2] ^= 4
+    file.write_bytes(flipped)
+    assert not checkpoint_index.fault_of(place), "sizes are the same"
+    assert checkpoint_index.latest_whole(tmp_path, checkpoint_index.content_fault_of) == (
+        None,
+        [f"{place.name} is corrupt: {file.name} has changed since it was written"],
+    )
 
 
 def test_partial_checkpoint_is_reported_once(tmp_path):
