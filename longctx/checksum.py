@@ -37,8 +37,8 @@ def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def has_valid_checksum(values: Mapping[str, Any]) -> bool:
     """Return True if ``values``, read from JSON, has the checksum that `with_checksum` gives it."""
-    return values.get(KEY) == _crc32_of({name: value for name, value in values.items() if name != KEY})
+    return values.get(KEY) == _crc32_of(values)
 
 
 def _crc32_of(values: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(values).encode())
+    return zlib.crc32(json.dumps({name: value for name, value in values.items() if name != KEY}).encode())

@@ -84,19 +84,18 @@ def _parse(folder: Path) -> SessionIndex:
     """Return the index in ``folder``.  Raises ValueError unless it is valid and of this version."""
     try:
         index: Any = json.loads((folder / INDEX).read_bytes())
-        valid = isinstance(index, dict) and (KEY not in index or has_valid_checksum(index))
     except FileNotFoundError as error:
         raise ValueError(f"session.load={folder} holds no session; use a folder that session.save wrote.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"session.load={folder}: {INDEX} is corrupt ({error}); start the conversation again."
         ) from error
-    if valid and index.get("version") != VERSION:
+    if isinstance(index, dict) and type(version := index.get("version")) is int and version != VERSION:
         raise ValueError(
-            f"session.load={folder} is of version {index.get('version')}, this code reads {VERSION}; resume it with "
-            "the code that saved it."
+            f"session.load={folder} is of version {version}, this code reads {VERSION}; resume it with the code that "
+            "saved it."
         )
-    if not (valid and _is_index(index)):
+    if not (isinstance(index, dict) and _is_index(index) and (KEY not in index or has_valid_checksum(index))):
         raise ValueError(
             f"session.load={folder}: {INDEX} has changed since it was saved; start the conversation again."
         )
@@ -112,7 +111,8 @@ def _is_index(index: dict[str, Any]) -> bool:
     if not all(isinstance(value, dict) for value in (tokens, cached, files)):
         return False
     return (
-        isinstance(index["model"], str)
+        index["version"] == VERSION
+        and isinstance(index["model"], str)
         and isinstance(index["dtype"], str)
         and list(tokens) == list(cached)
         and all(i.isdecimal() and isinstance(ids, list) for i, ids in tokens.items())

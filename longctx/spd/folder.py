@@ -50,7 +50,7 @@ def _crc32_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     crc = zlib.crc32(json.dumps(sorted(metadata.items())).encode())
     for name in sorted(tensors):
         crc = zlib.crc32(name.encode(), crc)
-        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
     return str(crc)
 
 
