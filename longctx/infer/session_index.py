@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -99,8 +99,7 @@ def _parse(folder: Path) -> SessionIndex:
         raise ValueError(
             f"session.load={folder}: {INDEX} has changed since it was saved; start the conversation again."
         )
-    result: SessionIndex = index
-    return result
+    return cast(SessionIndex, index)
 
 
 def _is_index(index: dict[str, Any]) -> bool:

@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import TypedDict
 
@@ -18,7 +17,7 @@ from longctx.hf.checkpoint import fingerprint
 from longctx.parallel.launch import current_rank
 from longctx.train.track import MANIFEST
 from recipes.common.cli import is_file_name
-from recipes.common.provenance import ROOT, diff_of, hardware, provenance
+from recipes.common.provenance import ROOT, diff_of, hardware, package_versions, provenance
 from recipes.common.settings import as_dict, mapping_at, mappings_at
 
 _MAX_HASHED = 2**30  # bytes; a larger file is identified by its size, its first and its last bytes
@@ -71,7 +70,7 @@ def record(config: DictConfig, weights: Iterable[Path] = (), read: Iterable[Path
         "overrides": list(HydraConfig.get().overrides.task),
         "config": values,
         "diff": diff_of(ROOT),
-        "packages": {each.name: each.version for each in sorted(distributions(), key=lambda one: one.name.lower())},
+        "packages": package_versions(),
         "weights": {str(folder.absolute()): fingerprint(folder) for folder in sorted(set(weights))},
         "data": {str(path): digest(path) for path in sorted({*_read_by(values), *(path.absolute() for path in read)})},
         "seeds": {name: value for name, value in flat(values).items() if name.rpartition(".")[2] == "seed"},
