@@ -1,11 +1,16 @@
 """Find a run's whole checkpoints on disk and read their metadata, without importing torch."""
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from longctx.checksum import KEY, crc32_of_files, has_valid_checksum, with_checksum
+from longctx.restricted_pickle import METADATA, files_named_in
+
 RUN = "run.json"
 PARTIAL = ".partial"
+_CHECKSUMS = "checksums"
 
 
 def folder_name(step: int) -> str:
@@ -18,20 +23,76 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-" + 8 * "[0-9]"))
 
 
-def latest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+def fault_of(checkpoint: Path) -> str:
+    """Describe the first fault of a checkpoint folder: no valid run.json, or a file missing or of another size.
+
+    Return the empty string if the checkpoint is whole.  Reads no file but run.json.
+    """
+    try:
+        index: dict[str, Any] = json.loads((checkpoint / RUN).read_text())
+        sizes = dict(index["files"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return f"it has no whole {RUN}"
+    # Versions before 0.2 wrote neither checksums nor the checksum of run.json.
+    if (KEY in index or _CHECKSUMS in index) and not (
+        has_valid_checksum(index) and [*index.get(_CHECKSUMS, ())] == [*sizes]
+    ):
+        return f"{RUN} has changed since it was written"
+    existing = {file.name: file.stat().st_size for file in checkpoint.iterdir()}
+    wrong = [name for name, size in sizes.items() if existing.get(name) != size]
+    return f"{wrong[0]} is missing or has another size" if wrong else ""
+
+
+def content_fault_of(checkpoint: Path) -> str:
+    """Describe the first fault of a checkpoint folder like `fault_of`, from the whole content of its files.
+
+    A file has a fault if its checksum differs from that in run.json.  The index of tensors has one if it names classes
+    or files that do not belong to the checkpoint.
+    """
+    if fault := fault_of(checkpoint):
+        return fault
+    index = read_metadata(checkpoint)
+    checksums = index.get(_CHECKSUMS, {})
+    actual = crc32_of_files(checkpoint / name for name in checksums)
+    for name, crc in zip(checksums, actual, strict=True):
+        if crc != checksums[name]:
+            return f"{name} has changed since it was written"
+    return foreign_content_of(checkpoint, index) if (checkpoint / METADATA).exists() else ""
+
+
+def foreign_content_of(checkpoint: Path, index: Mapping[str, Any]) -> str:
+    """Describe what the checkpoint's index of tensors names that does not belong to it; empty if there is nothing.
+
+    ``index`` is the content of its run.json.
+    """
+    try:
+        foreign = files_named_in(checkpoint / METADATA) - set(index["files"])
+    except ValueError as error:
+        return f"{METADATA} cannot be trusted: {error}"
+    return f"{METADATA} refers to {min(foreign)}, which is no file of it" if foreign else ""
+
+
+def latest_whole(folder: Path, fault: Callable[[Path], str] = fault_of) -> tuple[Path | None, list[str]]:
     """Return the newest whole checkpoint in ``folder`` (None if there is none), and why newer ones were passed over.
 
-    The second value has one line for each unfinished checkpoint, and one for each corrupt checkpoint that is newer
-    than the returned one.
+    A checkpoint is whole if ``fault`` finds none.  The second value has one line for each unfinished checkpoint, and
+    one for each corrupt checkpoint that is newer than the returned one.
     """
     unfinished = sorted(folder.glob(f"*{PARTIAL}*"))
     passed_over = [f"{partial.name} was being written when the run ended" for partial in unfinished]
     for checkpoint in reversed(checkpoint_folders(folder)):
-        fault = fault_of(checkpoint)
-        if not fault:
+        found = fault(checkpoint)
+        if not found:
             return checkpoint, passed_over
-        passed_over.append(f"{checkpoint.name} is corrupt: {fault}")
+        passed_over.append(f"{checkpoint.name} is corrupt: {found}")
     return None, passed_over
+
+
+def write_index(checkpoint: Path, metadata: Mapping[str, Any], checksums: Mapping[str, int]) -> None:
+    """Write run.json: ``metadata``, sizes and ``checksums`` (CRC-32 by name) of the files, and its own checksum."""
+    sizes = {name: (checkpoint / name).stat().st_size for name in checksums}
+    index = with_checksum({**metadata, "files": sizes, _CHECKSUMS: dict(checksums)})
+    (checkpoint / RUN).write_text(json.dumps(index, indent=1))
 
 
 def read_metadata(checkpoint: Path) -> dict[str, Any]:
@@ -43,15 +104,8 @@ def read_metadata(checkpoint: Path) -> dict[str, Any]:
     return metadata
 
 
-def fault_of(checkpoint: Path) -> str:
-    """Describe the first fault of a checkpoint folder: no readable run.json, or a file missing or of another size.
-
-    Return the empty string if the checkpoint is whole.
-    """
-    try:
-        sizes: dict[str, int] = json.loads((checkpoint / RUN).read_text())["files"]
-    except (OSError, KeyError, json.JSONDecodeError):
-        return f"it has no whole {RUN}"
-    existing = {file.name: file.stat().st_size for file in checkpoint.iterdir()}
-    wrong = [name for name, size in sizes.items() if existing.get(name) != size]
-    return f"{wrong[0]} is missing or has another size" if wrong else ""
+def unchecked_line(checkpoint: Path) -> str:
+    """Return a line for the user if the checkpoint has no checksums, else the empty string."""
+    if _CHECKSUMS in read_metadata(checkpoint):
+        return ""
+    return f"{checkpoint} was written by a version without checksums: its files were checked by size only"

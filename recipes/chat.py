@@ -26,7 +26,7 @@ from longctx.data.turns import UserTurn, turn_tokens, turns_from
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank, current_rank
 from recipes.calibrate import measure_ring
-from recipes.common.cli import console, main, on_ranks, refuse_unwritable, warm_up_ranks, write_result
+from recipes.common.cli import console, main, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
 from recipes.common.hardware_file import read_hardware, refuse_other_threads
 from recipes.common.manifest import record
 from recipes.common.progress import Progress, TokenStream
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from longctx.infer.engine import Engine
     from longctx.infer.session import Chooser, Session
-    from longctx.infer.store import SessionIndex
+    from longctx.infer.session_index import SessionIndex
     from longctx.megatron.runtime import Runtime
     from longctx.parallel.comm import Comm
 
@@ -106,7 +106,8 @@ class TurnFigures(TypedDict, total=False):
 
 def prepare(config: DictConfig) -> ChatJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
-    from longctx.infer.store import read_index, refuse_place
+    from longctx.infer.session_index import read_index
+    from longctx.infer.store import refuse_place
 
     target = resolve_target(config, "recipes.chat", unused_axes=("dp", "pp"), strategy_by_turn=True)
     settings, session = top_level(config, ChatSettings), section(config, "session", SessionPaths)
@@ -120,7 +121,11 @@ def prepare(config: DictConfig) -> ChatJob:
     # Cached keys and values depend on the blocks that dropped their reduction.
     plan = target.plan
     session_model = target.fingerprint + (f", spd {list(plan.dropped)} at tp={plan.tp}" if plan else "")
-    index = read_index(absolute(session.load), session_model, f"torch.{target.model.dtype}") if session.load else None
+    index = None
+    if session.load:
+        index = read_index(absolute(session.load), session_model, f"torch.{target.model.dtype}", target.shape)
+        if "crc32" not in index:
+            say(f"session.load={session.load} was saved by version 0.1: its index has no checksum and was not checked")
     if session.save:
         refuse_place(absolute(session.save))
     sampling = section(config, "sampling", Sampling)

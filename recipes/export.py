@@ -14,7 +14,7 @@ from longctx.config import Mesh
 from longctx.hf.config import shape_of
 from longctx.parallel.launch import Rank, run_ranks
 from longctx.spd.plan import FILE as PLAN
-from recipes.common.cli import console, main, warm_up_ranks
+from recipes.common.cli import console, main, say, warm_up_ranks
 from recipes.common.settings import top_level
 
 
@@ -38,13 +38,15 @@ def checkpoint_of(name: str) -> Path:
             f"transformers cannot run it: use model={name} here, or export the model it was adapted from"
         )
     if (folder / checkpoint_index.RUN).is_file():
-        if wrong := checkpoint_index.fault_of(folder):
+        if wrong := checkpoint_index.content_fault_of(folder):
             raise ValueError(f"checkpoint={name} is corrupt: {wrong}; give another checkpoint, or the run's folder")
         return folder
-    place, passed_over = checkpoint_index.latest_whole(folder / "checkpoints")
+    place, passed_over = checkpoint_index.latest_whole(folder / "checkpoints", checkpoint_index.content_fault_of)
     if not place:
         why = f" ({'; '.join(passed_over)})" if passed_over else ""
         raise ValueError(f"checkpoint={name} is neither a checkpoint nor a run with one{why}: give the out= of a run")
+    for reason in passed_over:
+        say(f"passed over: {reason}")
     return place
 
 
@@ -80,6 +82,8 @@ def task(config: DictConfig) -> None:
     warm_up_ranks(["longctx.megatron.training.checkpoint", "longctx.megatron.hf_io.export"])
     place, to = prepare(config)
     metadata = checkpoint_index.read_metadata(place)
+    if line := checkpoint_index.unchecked_line(place):
+        say(line)
     if dropped := metadata["config"].get("dropped"):
         raise ValueError(
             f"{place} drops reductions of blocks {dropped[1:]} between {dropped[0]} tensor-parallel ranks, so its "

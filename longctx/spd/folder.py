@@ -1,12 +1,16 @@
 """Write an adapted model folder: every original tensor, and the repaired tensors of blocks that may drop."""
 
+import json
 import tempfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from longctx.checksum import KEY
 from longctx.hf.checkpoint import ADAPTED, DROPPED, tensor_files
 from longctx.hf.scratch import write_folder_like
 from longctx.shapes import Tensor
@@ -19,14 +23,35 @@ def write_block(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     """Write a block's ``tensors`` and ``metadata`` to a safetensors file, which appears whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".coming")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata=dict(metadata))
+    saved = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(saved, partial, metadata={**metadata, KEY: _crc32_of(saved, metadata)})
     partial.replace(file)
 
 
 def read_block(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata that `write_block` wrote to ``file``."""
-    with safe_open(file, "pt") as opened:
-        return {name: opened.get_tensor(name) for name in sorted(opened.keys())}, opened.metadata()
+    """Return the tensors and the metadata that `write_block` wrote to ``file``.
+
+    Raises ValueError if the file has changed since.  Version 0.1 wrote no checksum; such a file is not checked.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in sorted(opened.keys())}
+            metadata = dict(opened.metadata() or {})
+        changed = KEY in metadata and metadata.pop(KEY) != _crc32_of(tensors, metadata)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is corrupt ({error}): remove it, and the same command makes it again") from error
+    if changed:
+        raise ValueError(f"{file} has changed since it was written: remove it, and the same command makes it again")
+    return tensors, metadata
+
+
+def _crc32_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return the CRC-32 of contiguous ``tensors`` on the CPU and of ``metadata``, as text."""
+    crc = zlib.crc32(json.dumps(sorted(metadata.items())).encode())
+    for name in sorted(tensors):
+        crc = zlib.crc32(name.encode(), crc)
+        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, crc)
+    return str(crc)
 
 
 def assemble(source: Path, files: Iterable[Path], saved: SavedPlan, to: Path) -> None:
@@ -50,8 +75,8 @@ def assemble(source: Path, files: Iterable[Path], saved: SavedPlan, to: Path) ->
     with tempfile.TemporaryDirectory(dir=to, prefix=".coming-") as work:
         folder = Path(work, "model")
         write_folder_like(source, {}, folder)
-        saved.write(folder)
         save_file(tensors, folder / ADAPTED, metadata={"format": "pt"})
+        saved.write(folder)
         (to / "config.json").unlink(missing_ok=True)
         for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(to / file.name)

@@ -6,10 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from longctx.hf.checkpoint import same_model
+from longctx.checksum import KEY, crc32_of_file, has_valid_checksum, with_checksum
+from longctx.hf.checkpoint import ADAPTED, same_model
 from longctx.model_shape import ModelShape
 
 FILE = "spd_plan.json"
+_WEIGHTS = "weights_crc32"
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,9 @@ class SavedPlan:
     source: str
 
     def write(self, folder: Path) -> None:
-        """Write the plan to ``folder``/spd_plan.json."""
-        (folder / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        """Write the plan to ``folder``/spd_plan.json, with checksums of itself and of the adapted weights there."""
+        weights = {_WEIGHTS: crc32_of_file(folder / ADAPTED)} if (folder / ADAPTED).is_file() else {}
+        (folder / FILE).write_text(json.dumps(with_checksum({**asdict(self), **weights}), indent=1) + "\n")
 
 
 def saved_plan(folder: Path) -> SavedPlan | None:
@@ -84,13 +87,28 @@ def saved_plan(folder: Path) -> SavedPlan | None:
     if not (folder / FILE).is_file():
         return None
     try:
-        values = json.loads((folder / FILE).read_text())
+        values = json.loads((folder / FILE).read_bytes())
+        if {KEY, _WEIGHTS} & set(values) and not has_valid_checksum(values):
+            raise ValueError("it has changed since it was written")
         plan = {**values["plan"], "dropped": tuple(values["plan"]["dropped"])}
         return SavedPlan(SPDPlan(**plan), tuple(values["order"]), tuple(values["adapted"]), values["source"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{folder / FILE} is not a plan ({error}): adapt the model again with recipes.spd_adapt"
         ) from error
+
+
+def refuse_changed_weights(folder: Path) -> None:
+    """Raise ValueError if the adapted weights in ``folder`` are not those that were written with the plan.
+
+    Version 0.1 wrote no checksum; such a folder is not checked.
+    """
+    crc = json.loads((folder / FILE).read_bytes()).get(_WEIGHTS)
+    if crc is not None and (not (folder / ADAPTED).is_file() or crc32_of_file(folder / ADAPTED) != crc):
+        raise ValueError(
+            f"{folder / ADAPTED} has changed since it was written: copy it again, or adapt the model again with "
+            "recipes.spd_adapt"
+        )
 
 
 def rank_blocks(scores: Sequence[float]) -> tuple[int, ...]:

@@ -41,6 +41,7 @@ console = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sy
 def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
     """Compose ``configs/<config_name>.yaml`` with the command line's overrides, and run ``task`` on it."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to stop, which the ranks handle (longctx.train.stop)
+    signal.signal(signal.SIGTERM, _exit_on_sigterm)
     words = sys.argv[1:]
     if {"-h", "--help"} & set(words):
         print(help_of(config_name))
@@ -48,6 +49,14 @@ def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
     sys.argv[1:] = exit_on_error(lambda: _check_overrides(config_name, words))
     run = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
     run(lambda config: exit_on_error(lambda: task(_with_numbered_out(rename_settings(config, say), words))))()
+
+
+def _exit_on_sigterm(*_: object) -> None:
+    """Exit as after Ctrl-C: end the ranks and remove temporary folders.  A rank of a launcher ends at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if current_rank() else signal.SIG_IGN)
+    if current_rank():
+        os.kill(os.getpid(), signal.SIGTERM)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _check_overrides(config_name: str, words: Sequence[str]) -> list[str]:

@@ -1,12 +1,9 @@
 """``manifest.json`` in a run's folder: what is needed to run it again and to compare it with other runs."""
 
-import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import TypedDict
 
@@ -14,15 +11,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from longctx.data.files import paths_of
+from longctx.data.identity import digest
 from longctx.hf.checkpoint import fingerprint
 from longctx.parallel.launch import current_rank
 from longctx.train.track import MANIFEST
 from recipes.common.cli import is_file_name
-from recipes.common.provenance import ROOT, diff_of, hardware, provenance
+from recipes.common.provenance import ROOT, diff_of, hardware, package_versions, provenance
 from recipes.common.settings import as_dict, mapping_at, mappings_at
-
-_MAX_HASHED = 2**30  # bytes; a larger file is identified by its size, its first and its last bytes
-_END = 2**20  # bytes at either end
 
 
 class Manifest(TypedDict, total=False):
@@ -72,7 +67,7 @@ def record(config: DictConfig, weights: Iterable[Path] = (), read: Iterable[Path
         "overrides": list(HydraConfig.get().overrides.task),
         "config": values,
         "diff": diff_of(ROOT),
-        "packages": {each.name: each.version for each in sorted(distributions(), key=lambda one: one.name.lower())},
+        "packages": package_versions(),
         "weights": {
             str(folder.absolute()): fingerprint(folder, str(cache) if cache else None)
             for folder in sorted(set(weights))
@@ -123,17 +118,6 @@ def _children(value: object) -> Mapping[str, object]:
     if isinstance(value, list) and all(isinstance(one, Mapping) for one in value):
         return {str(number): one for number, one in enumerate(value)}
     return value if isinstance(value, Mapping) else {}
-
-
-def digest(path: Path) -> str:
-    """Return ``sha256:`` and the digest of a file; for a large file, ``ends-sha256:`` and that of its size and ends."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= _MAX_HASHED:
-            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-        head = file.read(_END)
-        file.seek(-_END, os.SEEK_END)
-        return f"ends-sha256:{hashlib.sha256(f'{size}'.encode() + head + file.read()).hexdigest()}"
 
 
 def _read_by(values: Mapping[str, object]) -> Iterator[Path]:

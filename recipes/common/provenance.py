@@ -7,6 +7,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -38,6 +39,19 @@ def hardware() -> dict[str, object]:
         "gpus": gpus,
         "slurm": slurm,
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Return the version of each installed package by name, the first on Python's path, as imports find it.
+
+    Copies that setuptools keeps for itself are left out: they are on the path only once it has been imported.
+    """
+    path = [folder for folder in sys.path if Path(folder).name != "_vendor"]
+    versions: dict[str, str] = {}
+    for package in distributions(path=path):
+        if package.name:
+            versions.setdefault(package.name, package.version)
+    return dict(sorted(versions.items(), key=lambda item: item[0].lower()))
 
 
 _JOB_VARIABLES = (

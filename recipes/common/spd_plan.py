@@ -7,7 +7,15 @@ from omegaconf import DictConfig
 from longctx.config import SPD, Mesh, ModelSource
 from longctx.hf.checkpoint import fingerprint
 from longctx.model_shape import ModelShape
-from longctx.spd.plan import SavedPlan, SPDPlan, order_from, refuse_unfit_shape, saved_plan, within
+from longctx.spd.plan import (
+    SavedPlan,
+    SPDPlan,
+    order_from,
+    refuse_changed_weights,
+    refuse_unfit_shape,
+    saved_plan,
+    within,
+)
 from recipes.common.settings import section
 
 
@@ -16,7 +24,10 @@ def plan_of(config: DictConfig, mesh: Mesh, model: ModelSource, folder: Path, sh
 
     Raises ValueError, with what to set instead, for a plan that does not fit the model, the mesh or ``model.layers``.
     """
-    plan = choose_plan(section(config, "spd", SPD), mesh, folder, shape, saved_plan(folder), model.cache)
+    saved = saved_plan(folder)
+    if saved:
+        refuse_changed_weights(folder)
+    plan = choose_plan(section(config, "spd", SPD), mesh, folder, shape, saved, model.cache)
     if plan.dropped and model.layers == "te":
         raise ValueError("model.layers=te is not tested with dropped reductions: use model.layers=local, or spd=none")
     if plan.dropped:

@@ -5,17 +5,19 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import NonNegativeInt, PositiveInt
 
 from longctx import checkpoint_index
 from longctx.config import DataSettings, Mesh, Optim, Recompute, Track
+from longctx.data.identity import text_digests
 from longctx.hf.checkpoint import same_model
 from longctx.model_shape import ModelShape
-from recipes.common.cli import nearest_existing, refuse_unwritable_folder
+from recipes.common.cli import is_first, nearest_existing, refuse_unwritable_folder
 from recipes.common.hardware_file import read_hardware
 from recipes.common.provenance import hardware, provenance
 from recipes.common.settings import as_dict, section, top_level
@@ -81,6 +83,11 @@ class TrainJob:
     def out(self) -> Path:
         """Folder of the run, the setting ``out``."""
         return Path(self.settings.out)
+
+    @cached_property
+    def text_digests(self) -> list[list[str]]:
+        """Digests of the files of each source of text; `begin_run` computes them once, for all ranks."""
+        return text_digests(self.data.sources)
 
     @property
     def scratch(self) -> Path:
@@ -199,6 +206,8 @@ def begin_run(job: TrainJob) -> None:
     """Make the run's folder, and in it ``model``: the target's configuration and tokenizer without weights."""
     from longctx.hf.scratch import write_folder_like
 
+    if is_first():
+        _ = job.text_digests  # computed here, because the ranks would wait for it
     job.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=job.out, prefix=".model.") as work:
         write_folder_like(job.target.folder, {}, Path(work, "model"))
@@ -247,6 +256,7 @@ def refuse_other_run(job: TrainJob) -> None:
         raise ValueError(
             f"steps={job.settings.steps}, {place} is after step {metadata['step']}: use more steps, or another folder"
         )
+    refuse_other_text(job, place, metadata)
     begun = metadata["config"].get("begun")
     if not same_model(str(begun), str(job.config["begun"])):
         raise ValueError(f"{place} began with {begun}, this is {job.config['begun']}: give another out=")
@@ -258,6 +268,17 @@ def refuse_other_run(job: TrainJob) -> None:
     for name, now in (("optim.zero1", job.optim.zero1), ("model.dtype", job.target.model.dtype)):
         if was[name] != now:
             raise ValueError(f"{place} was made with {name}={str(was[name]).lower()}: use that, or another out=")
+
+
+def refuse_other_text(job: TrainJob, place: Path, metadata: Mapping[str, Any]) -> None:
+    """Raise ValueError if a file of text has changed since ``place`` was written; version 0.1 wrote no digests."""
+    was: list[list[str]] | None = metadata.get("text")
+    if was is None or not is_first() or was == job.text_digests:
+        return
+    pairs = zip(job.data.sources, was, job.text_digests, strict=False)
+    changed = [source for source, before, now in pairs if before != now]
+    name = f"the text of {changed[0]} has" if changed else "data.sources have"
+    raise ValueError(f"{name} changed since {place} was written: restore it, or give another out= for a new run")
 
 
 def weights_of(shape: ModelShape) -> int:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich.table import Table
@@ -90,7 +90,8 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
             last_step, loss = done.step, float(done.figures["loss"] or 0.0)
             progress.step(note=f"loss {loss:.4f}, {done.figures['tokens_per_s']:,.0f} tokens/s")
             if done.ends_run or done.step % job.saving.every == 0:
-                metadata = {"data": done.data, "run_id": run_id, "config": dict(job.config)}
+                text = job.text_digests if first else None  # the first rank writes the metadata
+                metadata = {"data": done.data, "run_id": run_id, "text": text, "config": dict(job.config)}
                 checkpoints.save(state, done.step, metadata)
             else:
                 checkpoints.poll()
@@ -140,10 +141,25 @@ def resume(state: TrainState, job: TrainJob, report: Callable[[str], None]) -> S
         report(f"passed over: {reason}")
     if not folder:
         return Start()
+    if line := checkpoint_index.unchecked_line(folder):
+        report(line)
     checkpoint.load(folder, state)
     metadata = checkpoint_index.read_metadata(folder)
     report(f"resuming after step {metadata['step']}, from {folder}")
-    return Start(metadata["step"], metadata["step"] + 1, metadata["data"], metadata["run_id"])
+    data = _with_weights(metadata)
+    was, now = data["documents"] and data["documents"]["weights"], [source.weight for source in job.data.sources]
+    if was and was != now:
+        report(f"data.sources: weights were {was}, now {now}: tokens are counted anew from here")
+    return Start(metadata["step"], metadata["step"] + 1, data, metadata["run_id"])
+
+
+def _with_weights(metadata: Mapping[str, Any]) -> State:
+    """Return the resume state of the text with the sources' weights, which version 0.1 kept in the settings only."""
+    data: State = metadata["data"]
+    if not data["documents"]:
+        return data
+    weights = [source.get("weight", 1.0) for source in metadata["config"]["data"]["sources"]]
+    return {**data, "documents": {"weights": weights, **data["documents"]}}
 
 
 def train_steps(

@@ -59,3 +59,24 @@ def test_state_of_another_number_of_sources_is_refused():
     _, state = take(interleave([stage_of([1]), stage_of([2])], [1, 1]), 1)[0]
     with pytest.raises(ValueError, match=r"is of 2 sources, data\.sources has 1"):
         take(interleave([stage_of([1])], [1]), state=state)
+
+
+def test_changed_weights_count_from_the_change_on():
+    """Tokens of 1,000 documents at 1:1, then 1:9: no source catches up on its share of the documents before."""
+    ones, twos = [[1, 1, 1]] * 5000, [[2, 2, 2]] * 5000
+    _, state = take(interleave([stage_of(*ones), stage_of(*twos)], [1, 1]), 1000)[-1]
+    assert state["tokens"] == [1500, 1500] and state["weights"] == [1, 1]
+    resumed = take(interleave([stage_of(*ones), stage_of(*twos)], [1, 9]), 201, state=state)
+    given = [int(document.tokens[0]) for document, _ in resumed]
+    assert given[0] == 1, "the document that the first run would have read"
+    for k in range(10, 200):
+        assert abs(given[1 : 1 + k].count(2) - 0.9 * k) <= 1
+    assert resumed[-1][1]["tokens"] == [60, 540] and resumed[-1][1]["weights"] == [1, 9]
+
+
+def test_state_without_weights_continues_with_its_counts():
+    sources = [stage_of(*[[1]] * 40), stage_of(*[[2]] * 40)]
+    whole = take(interleave(sources, [2, 1]), 30)
+    state = {key: value for key, value in whole[9][1].items() if key != "weights"}
+    resumed = take(interleave(sources, [2, 1]), 20, state=state)
+    assert [int(document.tokens) for document, _ in resumed] == [int(document.tokens) for document, _ in whole[10:]]

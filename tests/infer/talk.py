@@ -67,7 +67,8 @@ def play(rank: Rank, folder: Path, segment: Segment, load_from: Path | None) -> 
     """Run ``segment`` on one rank, from the session saved in ``load_from`` if given."""
     from longctx.infer.engine import load_engine
     from longctx.infer.session import Session
-    from longctx.infer.store import load, read_index, save
+    from longctx.infer.session_index import read_index
+    from longctx.infer.store import load, save
     from longctx.megatron.runtime import open_runtime
 
     record = Record([], [], [])
@@ -75,7 +76,7 @@ def play(rank: Rank, folder: Path, segment: Segment, load_from: Path | None) -> 
         model = ModelSource("test", str(folder))
         session = Session(load_engine(runtime, model, shape_of(folder), folder, "auto"), segment.context, Sampling())
         if load_from:
-            load(session, load_from, read_index(load_from, "test", "torch.float32"))
+            load(session, load_from, read_index(load_from, "test", "torch.float32", session.engine.shape))
         for step in segment.steps:
             if isinstance(step, Drop):
                 session.drop(step.sequence)

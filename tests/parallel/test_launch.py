@@ -151,22 +151,30 @@ def scratch():
         yield folder
 
 
-def test_ranks_end_when_their_parent_is_killed(tmp_path, scratch):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_parent_that_is_killed_leaves_no_rank_and_no_file(tmp_path, scratch, number):
     os.mkfifo(tmp_path / "started")
     script = (
-        f"from tests.parallel.test_launch import run_ranks, wait_forever; run_ranks(2, wait_forever, {str(tmp_path)!r})"
+        "import signal, sys; from recipes.common import cli; signal.signal(signal.SIGTERM, cli._exit_on_sigterm);"
+        f"from tests.parallel.test_launch import run_ranks, wait_forever; run_ranks(2, wait_forever, {str(tmp_path)!r},"
+        "signal.SIG_DFL)"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"TMPDIR": scratch})
     try:
         # Open for writing too, so that the pipe does not end between the two ranks' lines.
         with os.fdopen(os.open(tmp_path / "started", os.O_RDWR)) as started:
             pids = [int(started.readline()) for _ in range(2)]
+        assert len(list(Path(scratch).iterdir())) == 1
+        parent.send_signal(number)
+        code = parent.wait(REPORT_S)
     finally:
         parent.kill()
         parent.wait()
     for pid in (survivors := [pid for pid in pids if not ends_within(pid, REPORT_S)]):
         os.kill(pid, signal.SIGKILL)
     assert not survivors
+    assert code == (128 + number if number == signal.SIGTERM else -number)
+    assert not list(Path(scratch).iterdir())
 
 
 def test_no_launcher_gives_no_rank():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from longctx.infer.session_index import write_index
 from recipes import chat
 
 TURNS = [
@@ -92,7 +93,7 @@ def damage_session(folder: Path, damage: str) -> None:
         part.unlink()
     else:
         key, value = damage.split("=")
-        index.write_text(json.dumps(values | {key: value}))
+        write_index(folder, values | {key: type(values[key])(value)})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -112,7 +113,7 @@ def saved(tiny, tmp_path_factory) -> Path:
     steps = (Say({0: [1, 2, 3]}, {0: 2}), Save(folder))
     run_ranks(2, play, tiny, Segment(Mesh(ring=2), Context(), steps), None)
     index = folder / "session.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"model": fingerprint(tiny)}))
+    write_index(folder, json.loads(index.read_text()) | {"model": fingerprint(tiny)})
     return folder
 
 

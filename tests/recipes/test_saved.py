@@ -7,11 +7,14 @@ from pathlib import Path
 
 import hydra
 import pytest
+import safetensors.torch
+import torch
 import transformers
 from omegaconf import OmegaConf
 
 from eval import run as eval_run
 from longctx.hf.checkpoint import same_model
+from longctx.spd.folder import read_block
 from recipes import chat, compare, export, generate, pretrain, reproduce, spd_adapt, spd_sensitivity
 from recipes.common import cli as recipe_cli
 from recipes.common.manifest import flat
@@ -117,6 +120,7 @@ def test_training_with_other_settings_is_refused(cli, saved, no_ranks_start):
 def test_checkpoint_exports_the_same_bytes(cli, saved):
     code, _, err = cli(export, export.task, "checkpoint=train_ring", "to=again")
     assert code == 0, err
+    assert "train_ring/checkpoints/step-00000004 was written by a version without checksums" in err
     weights = "model.safetensors"
     assert (saved / "again" / weights).read_bytes() == (saved / "exported" / weights).read_bytes()
 
@@ -167,8 +171,15 @@ def test_repaired_blocks_are_not_repaired_again(cli, saved):
     words = ("spd.budget=0.5", "spd.sensitivity=spd_sensitivity/sensitivity.json", "out=spd_adapted")
     code, _, err = cli(spd_adapt, spd_adapt.task, *SPD, *REPAIR, *words)
     assert code == 0, err
+    tensors, _ = read_block(folder / "joint_0.5" / "001.safetensors")
+    tensors_before = safetensors.torch.load(before.pop("joint_0.5/001.safetensors"))
+    assert all(torch.equal(tensors[name], tensors_before[name]) for name in {**tensors, **tensors_before})
+    plan, plan_before = json.loads((folder / "spd_plan.json").read_text()), json.loads(before.pop("spd_plan.json"))
+    assert {name: plan[name] for name in plan_before} | {"source": ""} == plan_before | {"source": ""}, (
+        "checksums are new"
+    )
+    assert same_model(source, plan["source"])
     assert {name: (folder / name).read_bytes() for name in before} == before
-    assert same_model(source, json.loads((folder / "spd_plan.json").read_text())["source"])
     assert {state: state.stat().st_mtime_ns for state in states} == written
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from longctx.checkpoint_index import PARTIAL, folder_name, read_metadata
+from longctx.checkpoint_index import PARTIAL, folder_name, read_metadata, unchecked_line
+from longctx.checksum import crc32_of_files
 from longctx.config import JointRepair
 from longctx.megatron.spd.blocks import Blocks, Hidden
 from longctx.megatron.spd.layer import SPDTransformerLayer
@@ -143,7 +144,9 @@ class JointDistillation:
             )
         dist.barrier()  # all ranks have written
         if first:
-            commit(partial_folder, place, {**metadata, "order": list(self._order), "losses": self.losses})
+            files = sorted(partial_folder.iterdir())
+            checksums = dict(zip((file.name for file in files), crc32_of_files(files), strict=True))
+            commit(partial_folder, place, {**metadata, "order": list(self._order), "losses": self.losses}, checksums)
             for state in earlier:
                 shutil.rmtree(state, ignore_errors=True)
         dist.barrier()
@@ -151,7 +154,7 @@ class JointDistillation:
     def resume(self, folder: Path) -> list[str]:
         """Load the newest complete state in ``folder``, if it is of the same blocks in the same order.
 
-        Returns a message for each state that was skipped, with the reason.
+        Returns a message for each state that was skipped, with the reason, and for one without checksums.
         """
         place, skipped = agreed_on_all_ranks(folder)
         if place is None:
@@ -169,7 +172,7 @@ class JointDistillation:
                     weight.copy_(state["layers"][block][name])
         self._optimizer.load_state_dict(state["optimizer"])
         self.losses = metadata["losses"]
-        return skipped
+        return [*skipped, *filter(None, [unchecked_line(place)])]
 
     def _weights(self) -> dict[int, dict[str, Tensor]]:
         return {

@@ -3,14 +3,13 @@
 A checkpoint is complete or absent, and a run can resume from it on any mesh.
 """
 
-import json
 import os
 import pickle
 import queue
 import shutil
-import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,20 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint.api import CheckpointException
 
-from longctx.checkpoint_index import PARTIAL, RUN, checkpoint_folders, fault_of, folder_name, latest_whole
+from longctx.checkpoint_index import (
+    PARTIAL,
+    checkpoint_folders,
+    content_fault_of,
+    fault_of,
+    folder_name,
+    foreign_content_of,
+    latest_whole,
+    read_metadata,
+    write_index,
+)
+from longctx.checksum import crc32_of_files
 from longctx.megatron.model import GPTModel
 from longctx.megatron.training.optimizer import TrainState, apply_optim_settings
 from longctx.shapes import Tensor
@@ -54,12 +65,12 @@ class Checkpoints:
         Waits until the checkpoint before it is complete.
         """
         self.poll(wait=True)
-        filesystem_async._results_queue = _ResultFile()
         # The name contains this attempt's id, because a writer of a killed attempt may still be running.
         partial_folder = self._folder / f"{folder_name(step)}{PARTIAL}-{self._attempt}"
         if _is_first_rank():
             partial_folder.mkdir()
         dist.barrier()
+        filesystem_async._results_queue = _ResultFile(partial_folder / f".result-{dist.get_rank()}")
         state = {**_sharded_state(train_state, loading=False), "rng": torch.get_rng_state()}
         request = dist_checkpointing.save(
             state, str(partial_folder), async_sharded_save=True, content_metadata=dict(_METADATA)
@@ -79,8 +90,9 @@ class Checkpoints:
         self._queue.maybe_finalize_async_calls(blocking=wait)
 
     def _finalize(self, partial_folder: Path, metadata: dict[str, Any]) -> None:
+        checksums = _compute_checksums(partial_folder)
         if _is_first_rank():
-            commit(partial_folder, self._folder / folder_name(metadata["step"]), metadata)
+            commit(partial_folder, self._folder / folder_name(metadata["step"]), metadata, checksums)
             self._prune(metadata["step"])
         dist.barrier()
 
@@ -95,13 +107,22 @@ class Checkpoints:
             shutil.rmtree(place)
 
 
-def commit(partial_folder: Path, place: Path, metadata: dict[str, Any]) -> None:
-    """Complete a checkpoint: write run.json (``metadata`` and file sizes), then rename ``partial_folder`` to ``place``.
+def _compute_checksums(folder: Path) -> dict[str, int]:
+    """Return the CRC-32 of each file of ``folder`` by name.  Every rank calls this and reads its share of the files."""
+    names: list[str] = _from_first_rank(sorted(file.name for file in folder.iterdir()) if _is_first_rank() else None)
+    own = names[dist.get_rank() :: dist.get_world_size()]
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, dict(zip(own, crc32_of_files(folder / name for name in own), strict=True)))
+    by_name = {name: crc for share in shares for name, crc in share.items()}
+    return {name: by_name[name] for name in names}
 
-    A corrupt checkpoint at ``place`` is replaced.
+
+def commit(partial_folder: Path, place: Path, metadata: dict[str, Any], checksums: dict[str, int]) -> None:
+    """Complete a checkpoint: write its run.json, then rename ``partial_folder`` to ``place``.
+
+    ``checksums`` has the CRC-32 of each file by name.  A corrupt checkpoint at ``place`` is replaced.
     """
-    sizes = {file.name: file.stat().st_size for file in sorted(partial_folder.iterdir())}
-    (partial_folder / RUN).write_text(json.dumps({**metadata, "files": sizes}, indent=1))
+    write_index(partial_folder, metadata, checksums)
     shutil.rmtree(place, ignore_errors=True)
     partial_folder.rename(place)
 
@@ -109,9 +130,10 @@ def commit(partial_folder: Path, place: Path, metadata: dict[str, Any]) -> None:
 def agreed_on_all_ranks(folder: Path) -> tuple[Path | None, list[str]]:
     """Return `latest_whole` as the first rank sees it, on every rank, so that all resume from the same checkpoint.
 
-    Raises ValueError on a rank whose file system lacks the checkpoint: all machines must share the folder.
+    The first rank reads all files and compares their checksums.  Raises ValueError on a rank whose file system lacks
+    the checkpoint: all machines must share the folder.
     """
-    place, skipped = _from_first_rank(latest_whole(folder) if _is_first_rank() else None)
+    place, skipped = _from_first_rank(latest_whole(folder, content_fault_of) if _is_first_rank() else None)
     if place and fault_of(place):
         raise ValueError(f"{place} is incomplete on this machine; set out= to a folder that all machines share")
     return place, skipped
@@ -126,7 +148,7 @@ def load(place: Path, train_state: TrainState) -> None:
     for optimizer in getattr(train_state.optimizer, "chained_optimizers", [train_state.optimizer]):
         _make_loadable(optimizer)
     state = {**_sharded_state(train_state, loading=True), "rng": torch.get_rng_state()}
-    result = dist_checkpointing.load(state, str(place))
+    result = read_state(state, place)
     train_state.net.load_state_dict(result["model"])
     train_state.optimizer.load_state_dict(result["optimizer"])
     train_state.schedule.load_state_dict(result["schedule"])
@@ -136,8 +158,38 @@ def load(place: Path, train_state: TrainState) -> None:
 
 def load_weights(place: Path, net: GPTModel) -> None:
     """Load only the weights of the checkpoint at ``place`` into ``net``.  Every rank calls this."""
-    result = dist_checkpointing.load({"model": net.sharded_state_dict(metadata=dict(_METADATA))}, str(place))
+    result = read_state({"model": net.sharded_state_dict(metadata=dict(_METADATA))}, place)
     net.load_state_dict(result["model"])
+
+
+def read_state(state: dict[str, Any], place: Path) -> dict[str, Any]:
+    """Return ``state``, which names what to load, with values from the checkpoint at ``place``; runs no code in it.
+
+    Raises ValueError if the checkpoint holds anything but tensors and plain values.
+    """
+    if foreign := foreign_content_of(place, read_metadata(place)):
+        raise ValueError(f"{place}: {foreign}; use a checkpoint that longctx wrote")
+    try:
+        with _unpickle_weights_only():
+            result: dict[str, Any] = dist_checkpointing.load(state, str(place))
+            return result
+    except (pickle.UnpicklingError, CheckpointException) as error:
+        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        reason = " ".join(str(causes[0]).split())[:200]
+        raise ValueError(f"{place} cannot be read as tensors and plain values ({reason}); use another") from error
+
+
+@contextmanager
+def _unpickle_weights_only() -> Iterator[None]:
+    """Make every `torch.load` of the block refuse code; torch's reader of checkpoints asks for the opposite."""
+    names = ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ[names[1]] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[names[1]]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def _sharded_state(train_state: TrainState, *, loading: bool) -> dict[str, Any]:
@@ -185,23 +237,22 @@ def _make_loadable(optimizer: Any) -> None:
 
 
 class _ResultFile:
-    """A one-message queue in a temporary file, through which a forked writer reports to the rank that forked it.
+    """A one-message queue in a file, through which a forked writer reports to the rank that forked it.
 
     It has the two methods of `queue.Queue` that megatron-core calls; their names must stay.
     megatron-core's own queue spawns a server process, which takes seconds to start and outlives a killed rank.
+    A rank without tensors to write makes no file.
     """
 
-    def __init__(self) -> None:
-        handle, name = tempfile.mkstemp(prefix="longctx-")
-        self._file = Path(name)
-        os.close(handle)
+    def __init__(self, file: Path) -> None:
+        self._file = file
 
     def put(self, message: Any) -> None:
         self._file.write_bytes(pickle.dumps(message))
 
     def get_nowait(self) -> Any:
+        if not self._file.exists():
+            raise queue.Empty
         content = self._file.read_bytes()
         self._file.unlink()
-        if not content:
-            raise queue.Empty
         return pickle.loads(content)

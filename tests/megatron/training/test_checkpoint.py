@@ -1,5 +1,6 @@
 """A checkpoint of any mesh resumes exactly on any other mesh; corrupt and later checkpoints are ignored."""
 
+import queue
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from longctx import checkpoint_index
 from longctx.config import Mesh, Optim
+from longctx.megatron.training.checkpoint import _ResultFile
 from longctx.parallel.launch import run_ranks
 from tests.tiny import tiny_model
 from tests.train.ranks import Run, Step, train
@@ -53,6 +55,17 @@ def test_run_resumes_on_another_mesh(run, mesh, to, optim, tmp_path):
         assert step.loss == pytest.approx(reference.loss, rel=1e-6)
         assert step.norm == pytest.approx(reference.norm, rel=2e-6)
         assert step.rate == reference.rate
+    assert not [*tmp_path.rglob(".result*"), *tmp_path.glob("*.partial*")]
+
+
+def test_writer_reports_through_a_file_that_is_made_late_and_removed(tmp_path):
+    """A rank without tensors to write makes no file, which nothing would remove."""
+    file = tmp_path / ".result-0"
+    results = _ResultFile(file)
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
+    results.put({0: ["written"]})
+    assert results.get_nowait() == {0: ["written"]} and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("zero1", [False, True])
@@ -82,6 +95,17 @@ def test_corrupt_and_later_checkpoints_do_not_count_towards_keep(run, tmp_path):
     place, skipped = checkpoint_index.latest_whole(tmp_path)
     assert (place, skipped) == (tmp_path / "step-00000002", [])
     assert checkpoint_index.read_metadata(place)["note"] == "something"
+    # A flipped bit is found by the file's checksum.
+    assert not checkpoint_index.content_fault_of(place) and not checkpoint_index.unchecked_line(place)
+    file = max(place.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    flipped = bytearray(file.read_bytes())
+    flipped[len(flipped) // 2] ^= 4
+    file.write_bytes(flipped)
+    assert not checkpoint_index.fault_of(place), "sizes are the same"
+    assert checkpoint_index.latest_whole(tmp_path, checkpoint_index.content_fault_of) == (
+        None,
+        [f"{place.name} is corrupt: {file.name} has changed since it was written"],
+    )
 
 
 def test_partial_checkpoint_is_reported_once(tmp_path):

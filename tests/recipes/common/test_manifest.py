@@ -104,17 +104,6 @@ def test_figures_of_the_machine_need_not_agree(name, measured):
     assert compare.is_measured(name) == measured
 
 
-def test_large_file_is_hashed_by_its_size_and_both_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest, "_MAX_HASHED", 10)
-    monkeypatch.setattr(manifest, "_END", 3)
-    file, digests = tmp_path / "file", []
-    for content in (b"abc-middle-xyz", b"abc-MIDDLE-xyz", b"abc-middle-xyZ", b"abc-middle--xyz"):
-        file.write_bytes(content)
-        digests.append(manifest.digest(file))
-    assert digests[0].startswith("ends-sha256:") and digests[0] == digests[1]
-    assert len(set(digests)) == 3, "another end, another size"
-
-
 @pytest.mark.parametrize(
     ("values", "names"),
     [
