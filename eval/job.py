@@ -17,6 +17,7 @@ from eval.variants import BASELINE, Variant, compose_variants, refuse_other_mode
 from longctx.config import Mesh, Sampling, Track
 from longctx.parallel.launch import current_rank
 from recipes.common.cli import refuse_unwritable_folder, say
+from recipes.common.manifest import refuse_other_recipe
 from recipes.common.provenance import hardware, provenance
 from recipes.common.settings import as_dict, section, top_level
 from recipes.common.target import say_unapplied
@@ -62,6 +63,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ValueError("eval.tasks is empty: name at least one, such as eval.tasks=[arc_easy]")
+        if self.strict and not self.gate:
+            raise ValueError("eval.strict=true is a rule of the gate: name variants in eval.gate, or leave it out")
 
     @property
     def folder(self) -> Path | None:
@@ -122,7 +125,7 @@ class EvalJob:
         return next((file for file in files if file.exists()), files[0])
 
 
-def prepare(config: DictConfig) -> EvalJob:
+def prepare(config: DictConfig, recipe: str = "eval.run") -> EvalJob:
     """Return the job that ``config`` asks for; writes nothing but the model cache.
 
     Raises ValueError, with what to set instead, if it cannot be run.
@@ -130,7 +133,9 @@ def prepare(config: DictConfig) -> EvalJob:
     # 1. The settings, and the names of the variants.
     settings, evaluation = top_level(config, EvalSettings), section(config, "eval", EvalConfig)
     refuse_unwritable_folder(settings.out)
+    refuse_other_recipe(settings.out, recipe)
     configs = compose_variants(config)
+    _refuse_other_world(configs)
     _refuse_unknown_gate(evaluation, [name for name, _ in configs])
     # 2. The baseline, and the tasks and requests that it is asked.
     data = evaluation.folder
@@ -143,10 +148,9 @@ def prepare(config: DictConfig) -> EvalJob:
         refuse_other_model(base, variant)
         _refuse_too_short(variant, requests)
         _refuse_other_order(base, variant, one)
-    _refuse_other_world(variants)
     # 4. The orders of blocks to measure: only checked here.
     make_order_jobs(configs, base, evaluation.sensitivity, Path(settings.out))
-    return EvalJob(
+    job = EvalJob(
         settings=settings,
         eval=evaluation,
         track=section(config, "track", Track).of("eval"),
@@ -157,6 +161,9 @@ def prepare(config: DictConfig) -> EvalJob:
         lm=lm,
         requests=requests,
     )
+    if any((job.out / "responses").glob("*.jsonl")) and not job.file(base).is_file():
+        raise ValueError(f"out={job.out} has answers of another model, mesh or context: give another out=")
+    return job
 
 
 def with_measured_orders(job: EvalJob) -> EvalJob:
@@ -194,6 +201,10 @@ def _load_tasks(evaluation: EvalConfig, base: Variant, data: Path | None) -> dic
         max_length = evaluation.max_length or base.target.shape.max_positions
         tokenizer = tokenizer_of(base.target.folder)
         tasks |= make_long_tasks(examples, evaluation.lengths, evaluation.text, tokenizer, max_length, evaluation.seed)
+    elif (evaluation.text, evaluation.lengths) != (EvalConfig.text, EvalConfig.lengths):
+        raise ValueError(
+            f"eval.text and eval.lengths are of long texts: add one of {', '.join(LONG)}, or leave them out"
+        )
     # 3. Their requests.
     if evaluation.gate and all(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in tasks.values()):
         raise ValueError("eval.gate judges accuracy, which none of eval.tasks has: add one, or use eval.gate=[]")
@@ -268,13 +279,13 @@ def _refuse_other_order(base: Variant, variant: Variant, config: DictConfig) -> 
         )
 
 
-def _refuse_other_world(variants: Sequence[Variant]) -> None:
+def _refuse_other_world(configs: Sequence[tuple[str, DictConfig]]) -> None:
     """Raise ValueError if a launcher started the ranks, and a variant has another number of them."""
     rank = current_rank()
-    for variant in variants if rank else ():
-        mesh = variant.target.mesh
+    for name, config in configs if rank else ():
+        mesh = section(config, "mesh", Mesh)
         if rank and rank.world_size != mesh.ranks:
             raise ValueError(
-                f"the launcher started {rank.world_size} ranks, variant {variant.name} has {mesh.ranks} ({mesh}): "
+                f"the launcher started {rank.world_size} ranks, variant {name} has {mesh.ranks} ({mesh}): "
                 f"start without a launcher, or give all variants {rank.world_size} ranks"
             )

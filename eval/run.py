@@ -109,15 +109,15 @@ def task(config: DictConfig) -> None:
     job = prepare(config)
     if not job.eval.folder:
         say("benchmarks come from the hub: eval.data=DIR, or LONGCTX_DATA, names a folder of files (eval/README.md)")
-    record(config, [variant.target.folder for variant in job.variants], files_read(job))
-    # 2. Answer, on the ranks.
-    job = with_measured_orders(job)
-    stored = [answer_variant(job, number) for number in range(len(job.variants))]
-    if not is_first():
-        return
-    # 3. Score, compare and report, in one process.
-    scored = [score_variant(job, variant, answers) for variant, answers in zip(job.variants, stored, strict=True)]
-    report = publish_report(job, scored, set().union(*(answers.commits for answers in stored)))
+    with record(config, "eval.run", [variant.target.folder for variant in job.variants], files_read(job)):
+        # 2. Answer, on the ranks.
+        job = with_measured_orders(job)
+        stored = [answer_variant(job, number) for number in range(len(job.variants))]
+        if not is_first():
+            return
+        # 3. Score, compare and report, in one process.
+        scored = [score_variant(job, variant, answers) for variant, answers in zip(job.variants, stored, strict=True)]
+        report = publish_report(job, scored, set().union(*(answers.commits for answers in stored)))
     if not report.gate.passed:
         say(f"[bold red]gate failed[/]: {', '.join(report.gate.failed)}")
         sys.exit(GATE_FAILED)

@@ -23,7 +23,7 @@ from eval.answers.requests import Answer, Request, key
 from eval.answers.worker import EvalWork, run_rank
 from eval.harness.lm import make_recorder
 from eval.harness.tasks import answer_tasks
-from eval.job import EvalJob
+from eval.job import EvalJob, prepare
 from longctx.parallel.launch import Rank, run_ranks
 from recipes.common.cli import console, main, threads_for, warm_up_ranks, write_result
 from recipes.common.manifest import record
@@ -33,6 +33,7 @@ from recipes.common.settings import section
 if TYPE_CHECKING:
     from eval.harness.tasks import Task
 
+RECIPE = "eval.speed"
 OURS = "ours"
 
 
@@ -164,15 +165,15 @@ def show(speeds: Mapping[str, TaskSpeed]) -> None:
 def task(config: DictConfig) -> None:
     """Check the configuration, measure task by task, then write and show the figures."""
     warm_up_ranks((*run.WARM, "lm_eval.models.huggingface"))
-    settings, job = section(config, "speed", SpeedSettings), run.prepare(config)
+    settings, job = section(config, "speed", SpeedSettings), prepare(config, RECIPE)
     refuse_unlike(job)
-    record(config, [job.variants[0].target.folder])
     speeds: dict[str, TaskSpeed] = {}
-    for name, one in job.tasks.items():
-        console.print(f"{name}: {settings.rounds} rounds")
-        speeds[name] = measure_task(job, one, settings)
-        figures = {task_name: vars(speed) for task_name, speed in speeds.items()}
-        write_result(str(job.out / "speed.json"), {"tasks": figures, **provenance()})
+    with record(config, RECIPE, [job.variants[0].target.folder]):
+        for name, one in job.tasks.items():
+            console.print(f"{name}: {settings.rounds} rounds")
+            speeds[name] = measure_task(job, one, settings)
+            figures = {task_name: vars(speed) for task_name, speed in speeds.items()}
+            write_result(str(job.out / "speed.json"), {"tasks": figures, **provenance()})
     show(speeds)
 
 

@@ -81,7 +81,7 @@ def resolve_calibration(config: DictConfig) -> tuple[Target, CalibrateSettings]:
             f"run.threads={run.threads}: each rank has {share} of this machine's cores, and more threads would slow "
             f"the ranks down while they are measured; use run.threads={share}"
         )
-    refuse_unwritable(settings.out)
+    refuse_unwritable(settings.out, suffixes=(".yaml", ".yml"))
     return target, settings
 
 

@@ -3,16 +3,17 @@
     python -m recipes.chat mesh.ring=2 turns=turns.jsonl out=turns.json
 
 Without ``turns`` it reads them from the terminal or from piped input.  Prints each answer and the cost of the turn.
-``session.save=DIR`` saves the conversation; ``session.load=DIR`` resumes it, on any mesh.
+``session.save=DIR`` saves the conversation after every turn; ``session.load=DIR`` resumes it, on any mesh.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 from omegaconf import DictConfig
@@ -22,26 +23,27 @@ from longctx.config import Sampling
 from longctx.cost.attention import Work
 from longctx.cost.choice import RULES, choose
 from longctx.cost.hardware import Hardware
-from longctx.data.turns import UserTurn, turn_tokens, turns_from
+from longctx.data.turns import UserTurn, turns_from
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank, current_rank
 from recipes.calibrate import measure_ring
-from recipes.common.cli import console, main, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
+from recipes.common.cli import console, main, on_ranks, refuse_unwritable, say, warm_up_ranks, write_json
+from recipes.common.conversation import TurnFigures, show_turn, take_turn, typed_turns
 from recipes.common.hardware_file import read_hardware, refuse_other_threads
-from recipes.common.manifest import record
-from recipes.common.progress import Progress, TokenStream
+from recipes.common.lock import hold, lock_beside
+from recipes.common.manifest import record, refuse_other_recipe
+from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
 from recipes.common.settings import section, top_level
 from recipes.common.target import Target, resolve_target, say_unapplied
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from longctx.infer.engine import Engine
-    from longctx.infer.session import Chooser, Session
+    from longctx.infer.session import Chooser
     from longctx.infer.session_index import SessionIndex
     from longctx.megatron.runtime import Runtime
-    from longctx.parallel.comm import Comm
+
+RECIPE = "recipes.chat"
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class ChatSettings:
 
 @dataclass(frozen=True)
 class SessionPaths:
-    """Folders to save the session to after the last turn, and to resume it from."""
+    """Folders to save the session to after every turn, and to resume it from."""
 
     save: str | None = None
     load: str | None = None
@@ -67,7 +69,8 @@ class ChatJob:
     """Inputs of every rank: plain values, checked before any rank starts.
 
     ``index`` describes the saved session to resume.  ``turns`` is None if a person types them.  ``fingerprint`` ties a
-    session to the model and its dropped blocks.
+    session to the model and its dropped blocks.  ``origin`` is the part of ``out`` that is known before the first turn;
+    it is taken here because a rank's process has another command line.
     """
 
     target: Target
@@ -78,30 +81,7 @@ class ChatJob:
     turns: tuple[UserTurn, ...] | None
     hardware: Hardware | None
     fingerprint: str
-
-
-class TurnFigures(TypedDict, total=False):
-    """Figures of a turn, as written to ``out``; a refused turn has its ``text``, the ``error`` and no tokens.
-
-    ``new`` and ``cached`` count tokens, ``miss_rate`` is new / (new + cached).  ``ttit_s`` is None without a decode
-    step.  Lists are over the context ranks, in bytes; ``bytes_sent`` is the sum over all ranks.
-    """
-
-    text: str
-    error: str
-    answer: str
-    new: int
-    cached: int
-    miss_rate: float
-    strategy: str
-    why: str
-    ttft_s: float
-    ttit_s: float | None
-    bytes_sent: int
-    prefill_bytes_sent_per_rank: list[int]
-    decode_bytes_sent_per_rank: list[int]
-    kv_cache_bytes_per_rank: list[int]
-    token_ids: list[int]
+    origin: Mapping[str, object]
 
 
 def prepare(config: DictConfig) -> ChatJob:
@@ -109,10 +89,16 @@ def prepare(config: DictConfig) -> ChatJob:
     from longctx.infer.session_index import read_index
     from longctx.infer.store import refuse_place
 
-    target = resolve_target(config, "recipes.chat", unused_axes=("dp", "pp"), strategy_by_turn=True)
+    target = resolve_target(config, RECIPE, unused_axes=("dp", "pp"), strategy_by_turn=True)
     settings, session = top_level(config, ChatSettings), section(config, "session", SessionPaths)
     refuse_unwritable(settings.out)
+    refuse_other_recipe(settings.out, RECIPE)
     hardware = read_hardware(settings.hardware) if settings.hardware else None
+    if settings.hardware and target.context.strategy not in RULES:
+        raise ValueError(
+            f"hardware={settings.hardware} is not used by context.strategy={target.context.strategy}: "
+            "leave it out, or use context.strategy=auto"
+        )
     if target.context.strategy == "empirical" and not (hardware and hardware.empirical):
         raise ValueError(
             "context.strategy=empirical needs a hardware file with fitted constants (recipes.bench crossover "
@@ -131,7 +117,8 @@ def prepare(config: DictConfig) -> ChatJob:
     sampling = section(config, "sampling", Sampling)
     tokenizer_of(target.folder)  # raises without one
     say_unapplied(target.folder, sampling)
-    return ChatJob(target, sampling, settings, session, index, read_turns(settings), hardware, session_model)
+    origin = {"model": target.model.name, "mesh": vars(target.mesh), "context": vars(target.context), **provenance()}
+    return ChatJob(target, sampling, settings, session, index, read_turns(settings), hardware, session_model, origin)
 
 
 def absolute(folder: str) -> Path:
@@ -154,23 +141,6 @@ def read_turns(settings: ChatSettings) -> tuple[UserTurn, ...] | None:
     if not any(lines):
         raise ValueError("there are no turns and no terminal to type them in: give turns=FILE.jsonl")
     return tuple(UserTurn(line, settings.max_new_tokens) for line in lines if line)
-
-
-def typed_turns(world: Comm, max_new_tokens: int, device: torch.device) -> Iterator[UserTurn]:
-    """Yield on every rank the turns typed at the first rank, until an empty line or the end of input."""
-    while True:
-        text = b""
-        if world.rank == 0:
-            # A rank's own standard input is closed; the terminal is still available.
-            with Path("/dev/tty").open(encoding="utf-8") as terminal:
-                console.print("[bold]you[/] ", end="")
-                text = terminal.readline().strip().encode()
-        own_bytes = torch.tensor(list(text), dtype=torch.uint8, device=device)
-        size = world.all_gather(torch.tensor([len(text)], device=device), [(1,)] * world.size)[0]
-        if not size:
-            return
-        typed = world.all_gather(own_bytes, [(int(size),), *[(0,)] * (world.size - 1)])[0]
-        yield UserTurn(bytes(typed.tolist()).decode(), max_new_tokens)
 
 
 def run_rank(rank: Rank, job: ChatJob) -> list[TurnFigures]:
@@ -202,9 +172,11 @@ def run_rank(rank: Rank, job: ChatJob) -> list[TurnFigures]:
             turn_figures.append(take_turn(session, turn, tokenizer_of(target.folder), shown=rank.rank == 0))
             if rank.rank == 0:
                 show_turn(number, turn_figures[-1])
-        # 3. Save the session.
-        if job.session.save:
-            save(session, absolute(job.session.save), job.fingerprint)
+            # 3. Save after each, because any may be the last one.
+            if job.settings.out and rank.rank == 0:
+                write_json(job.settings.out, {**job.origin, "turns": turn_figures})
+            if job.session.save and "error" not in turn_figures[-1]:
+                save(session, absolute(job.session.save), job.fingerprint)
     return turn_figures
 
 
@@ -228,73 +200,20 @@ def make_chooser(runtime: Runtime, engine: Engine, job: ChatJob) -> Chooser:
     return choose_for
 
 
-def take_turn(session: Session, turn: UserTurn, tokenizer: PreTrainedTokenizerBase, *, shown: bool) -> TurnFigures:
-    """Take one turn and return its figures; a refused turn leaves the session unchanged and states why."""
-    from longctx.infer.generate import gather_figures
-
-    before = session.sequences[0].tokens if session.sequences else []
-    new = turn_tokens(turn.text, tokenizer, before=before, ends=session.engine.shape.end_tokens)
-    stream = TokenStream(tokenizer)
-    try:
-        with Progress(shown=shown) as progress:
-            progress.start(f"prefill of {len(new):,} tokens, layers", session.engine.shape.layers)
-
-            def print_token(tokens: Mapping[int, int]) -> None:
-                progress.stop()
-                if shown:
-                    stream.add(tokens[0])
-
-            result = session.turn({0: new}, {0: turn.max_new_tokens}, layer_done=progress.step, token_done=print_token)
-    except ValueError as error:
-        return {"text": turn.text, "error": str(error), "token_ids": []}
-    figures = gather_figures(session.engine, [result.prefill_bytes, result.decode_bytes, session.cache_bytes])
-    prefill, decode, cache = map(list, zip(*figures, strict=True))
-    return {
-        "text": turn.text,
-        "answer": tokenizer.decode(result.tokens[0], skip_special_tokens=True),
-        "new": result.new,
-        "cached": result.cached,
-        "miss_rate": result.new / (result.new + result.cached),
-        "strategy": result.strategy,
-        "why": result.why,
-        "ttft_s": result.ttft_s,
-        "ttit_s": result.ttit_s,
-        # All tensor-parallel ranks of a context rank have as many heads and send as many bytes.
-        "bytes_sent": (sum(prefill) + sum(decode)) * session.engine.tp.size,
-        "prefill_bytes_sent_per_rank": prefill,
-        "decode_bytes_sent_per_rank": decode,
-        "kv_cache_bytes_per_rank": cache,
-        "token_ids": result.tokens[0],
-    }
-
-
-def show_turn(number: int, figures: TurnFigures) -> None:
-    """Print the figures of a turn in two lines, or the reason why it was refused."""
-    if "error" in figures:
-        console.print(f"[bold red]turn {number} was refused[/]: {figures['error']}")
-        return
-    print(flush=True)
-    ttit = f", TTIT {figures['ttit_s'] * 1e3:.0f} ms" if figures["ttit_s"] else ""
-    console.print(
-        f"[dim]turn {number}: T {figures['new']:,} new, P {figures['cached']:,} cached (miss rate "
-        f"{figures['miss_rate']:.1%}), {figures['strategy']} ({figures['why']})\n"
-        f"TTFT {figures['ttft_s']:.2f} s{ttit}, sent {figures['bytes_sent'] / 1e6:,.2f} MB[/]"
-    )
-
-
 def task(config: DictConfig) -> None:
     """Check the configuration, run the ranks, then write the first rank's figures."""
     warm_up_ranks(["longctx.infer.engine", "longctx.infer.store", "longctx.infer.generate", "recipes.common.progress"])
     job = prepare(config)
     target = job.target
     refuse_other_threads(job.settings.hardware, target.run.threads, target.mesh)
-    record(config, [target.folder])
-    turns = on_ranks(target.mesh, run_rank, job)
+    save = job.session.save and absolute(job.session.save)
+    lock = hold(lock_beside(save), f"session.save={job.session.save}") if save else nullcontext()
+    with record(config, RECIPE, [target.folder]), lock:
+        if places := [place for place in (job.settings.out, job.session.save) if place]:
+            say(f"saved after every turn: {' and '.join(places)}")
+        turns = on_ranks(target.mesh, run_rank, job)
     if turns is None:
         return
-    if job.settings.out:
-        metadata = {"model": target.model.name, "mesh": vars(target.mesh), "context": vars(target.context)}
-        write_result(job.settings.out, {**metadata, **provenance(), "turns": turns})
     if refused := [number for number, turn in enumerate(turns, 1) if "error" in turn]:
         console.print(f"refused: turn {', '.join(map(str, refused))} of {len(turns)}")
         sys.exit(1)

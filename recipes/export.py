@@ -3,6 +3,7 @@
 python -m recipes.export checkpoint=outputs/tiny to=outputs/tiny/hf
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from longctx.config import Mesh
 from longctx.hf.config import shape_of
 from longctx.parallel.launch import Rank, run_ranks
 from longctx.spd.plan import FILE as PLAN
-from recipes.common.cli import console, main, say, warm_up_ranks
+from recipes.common.cli import console, main, nearest_existing, refuse_unwritable_folder, say, warm_up_ranks
+from recipes.common.lock import hold, lock_beside
 from recipes.common.settings import top_level
+from recipes.common.train_job import weights_of
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,35 @@ def run_rank(rank: Rank, checkpoint_folder: Path, scratch: Path, dtype: str, to:
 def prepare(config: DictConfig) -> tuple[Path, Path]:
     """Return the checkpoint to read and the folder to write.
 
-    Raises ValueError for a checkpoint that cannot be exported, and if the folder exists already.
+    Raises ValueError for a checkpoint that cannot be exported, and for a folder that exists or cannot be written.
     """
     settings = top_level(config, ExportSettings)
     place, to = checkpoint_of(settings.checkpoint), Path(settings.to).expanduser()
     if to.exists():
         raise ValueError(f"to={settings.to} exists already: give a new folder, or move this one away")
-    shape_of(place.parents[1] / "model")  # raises if it is no model's folder
+    refuse_unwritable_folder(settings.to, "to")
+    refuse_unexportable(place, to)
     return place, to
+
+
+def refuse_unexportable(place: Path, to: Path) -> None:
+    """Raise ValueError if checkpoint ``place`` drops reductions, or if its weights do not fit on the disk of ``to``."""
+    config = checkpoint_index.read_metadata(place)["config"]
+    if dropped := config.get("dropped"):
+        raise ValueError(
+            f"{place} drops reductions of blocks {dropped[1:]} between {dropped[0]} tensor-parallel ranks, so its "
+            "output depends on the mesh and transformers cannot run it: train with spd=none for a model to export"
+        )
+    needed = weights_of(shape_of(model_of(place))) * getattr(torch, config["model"]["dtype"]).itemsize
+    if (free := shutil.disk_usage(nearest_existing(to)).free) < needed:
+        raise ValueError(
+            f"to={to} has {free / 1e9:.2f} GB free, the weights take {needed / 1e9:.2f} GB: use another disk"
+        )
+
+
+def model_of(place: Path) -> Path:
+    """Return the folder with the configuration and tokenizer of checkpoint ``place``."""
+    return place.parents[1] / "model"
 
 
 def task(config: DictConfig) -> None:
@@ -84,12 +108,8 @@ def task(config: DictConfig) -> None:
     metadata = checkpoint_index.read_metadata(place)
     if line := checkpoint_index.unchecked_line(place):
         say(line)
-    if dropped := metadata["config"].get("dropped"):
-        raise ValueError(
-            f"{place} drops reductions of blocks {dropped[1:]} between {dropped[0]} tensor-parallel ranks, so its "
-            "output depends on the mesh and transformers cannot run it: train with spd=none for a model to export"
-        )
-    run_ranks(1, run_rank, place, place.parents[1] / "model", metadata["config"]["model"]["dtype"], to)
+    with hold(lock_beside(to), f"to={to}"):
+        run_ranks(1, run_rank, place, model_of(place), metadata["config"]["model"]["dtype"], to)
     console.print(
         f"step {metadata['step']} of {place.parents[1]} written to {to}: "
         f"AutoModelForCausalLM.from_pretrained({str(to)!r})"

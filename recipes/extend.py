@@ -16,10 +16,12 @@ from recipes.common.train_job import TrainJob, begin_run, resolve_train_job
 from recipes.common.train_loop import run_rank, show
 from recipes.pretrain import WARM
 
+RECIPE = "recipes.extend"
+
 
 def prepare(config: DictConfig) -> TrainJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
-    return resolve_train_job(config, "recipes.extend", from_scratch=False)
+    return resolve_train_job(config, RECIPE, from_scratch=False)
 
 
 def task(config: DictConfig) -> None:
@@ -27,11 +29,11 @@ def task(config: DictConfig) -> None:
     warm_up_ranks([*WARM, "recipes.common.train_loop"])
     job = prepare(config)
     refuse_other_threads(job.settings.hardware, job.target.run.threads, job.target.mesh)
-    begin_run(job)
-    record(config, [job.weights] if job.weights else [])
-    result = on_ranks(job.target.mesh, run_rank, job)
-    if result is not None:
-        show(job, result)
+    with record(config, RECIPE, [job.weights] if job.weights else []):
+        begin_run(job)
+        result = on_ranks(job.target.mesh, run_rank, job)
+        if result is not None:
+            show(job, result)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from longctx.config import PromptSource, Sampling
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank
 from recipes.common.cli import console, main, on_ranks, refuse_unwritable, warm_up_ranks, write_result
-from recipes.common.manifest import record
+from recipes.common.manifest import record, refuse_other_recipe
 from recipes.common.progress import Progress
 from recipes.common.prompts import Prompt, read_prompts
 from recipes.common.provenance import provenance
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from longctx.infer.engine import Engine
     from longctx.infer.session import Turn
     from longctx.megatron.runtime import Runtime
+
+RECIPE = "recipes.generate"
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,10 @@ class Answer(TypedDict):
 
 def prepare(config: DictConfig) -> GenerateJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
-    target = resolve_target(config, "recipes.generate", unused_axes=("dp", "pp"))
+    target = resolve_target(config, RECIPE, unused_axes=("dp", "pp"))
     settings, source = top_level(config, GenerateSettings), section(config, "prompt", PromptSource)
     refuse_unwritable(settings.out)
+    refuse_other_recipe(settings.out, RECIPE)
     tokenizer = tokenizer_of(target.folder)
     prompts = read_prompts(settings.prompts, source, tokenizer, settings.max_new_tokens, target.shape.max_positions)
     job = GenerateJob(target, section(config, "sampling", Sampling), prompts, settings)
@@ -268,14 +271,14 @@ def task(config: DictConfig) -> None:
     """Check the configuration, run the ranks, then write and show the first rank's result."""
     warm_up_ranks(["longctx.infer.engine", "longctx.infer.generate", "recipes.common.progress"])
     job = prepare(config)
-    record(config, [job.target.folder])
-    figures = on_ranks(job.target.mesh, run_rank, job)
-    if figures is None:
-        return
-    answers = decode_answers(job, figures)
-    show(job, figures, answers)
-    if job.settings.out:
-        write_result(job.settings.out, describe(job, figures, answers))
+    with record(config, RECIPE, [job.target.folder]):
+        figures = on_ranks(job.target.mesh, run_rank, job)
+        if figures is None:
+            return
+        answers = decode_answers(job, figures)
+        show(job, figures, answers)
+        if job.settings.out:
+            write_result(job.settings.out, describe(job, figures, answers))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from recipes.common.manifest import record
 from recipes.common.train_job import TrainJob, begin_run, resolve_train_job
 from recipes.common.train_loop import run_rank, show
 
+RECIPE = "recipes.pretrain"
 WARM = [
     "longctx.data.batches",
     "longctx.megatron.training.checkpoint",
@@ -26,7 +27,7 @@ WARM = [
 
 def prepare(config: DictConfig) -> TrainJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
-    return resolve_train_job(config, "recipes.pretrain", from_scratch=True)
+    return resolve_train_job(config, RECIPE, from_scratch=True)
 
 
 def task(config: DictConfig) -> None:
@@ -34,11 +35,11 @@ def task(config: DictConfig) -> None:
     warm_up_ranks([*WARM, "recipes.common.train_loop"])
     job = prepare(config)
     refuse_other_threads(job.settings.hardware, job.target.run.threads, job.target.mesh)
-    begin_run(job)
-    record(config)
-    result = on_ranks(job.target.mesh, run_rank, job)
-    if result is not None:
-        show(job, result)
+    with record(config, RECIPE):
+        begin_run(job)
+        result = on_ranks(job.target.mesh, run_rank, job)
+        if result is not None:
+            show(job, result)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from recipes.spd_sensitivity import (
     write_sensitivity,
 )
 
+RECIPE = "recipes.spd_adapt"
 WARM = (*spd_sensitivity.WARM, "longctx.megatron.spd.repair", "longctx.megatron.spd.joint", "recipes.spd_sensitivity")
 
 
@@ -71,16 +72,16 @@ def task(config: DictConfig) -> None:
     """Check the configuration, take steps 1 to 4 on the ranks, then save the model and show the result."""
     warm_up_ranks(WARM)
     job = prepare(config)
-    begin(job)
-    record(config, [job.target.folder])
-    result = on_every_rank(job.target.mesh, run_rank, job)
-    if result is None:
-        leave_stopped()
-    if is_first():
-        # 5. Save the model and its plan.
-        dropped = save(job, result)
-        spd_sensitivity.track(job.sensitivity, figures_of(result, dropped), job.out)
-        show(job, result, dropped)
+    with record(config, RECIPE, [job.target.folder]):
+        begin(job)
+        result = on_every_rank(job.target.mesh, run_rank, job)
+        if result is None:
+            leave_stopped()
+        if is_first():
+            # 5. Save the model and its plan.
+            dropped = save(job, result)
+            spd_sensitivity.track(job.sensitivity, figures_of(result, dropped), job.out)
+            show(job, result, dropped)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +125,7 @@ def prepare(config: DictConfig) -> AdaptJob:
             f"spd={spd.drop} with spd.budget={spd.budget}: recipes.spd_adapt drops a share of the blocks, the least "
             "sensitive first; use spd=saved with spd.budget=0.5 or another share"
         )
-    sensitivity = spd_sensitivity.prepare(config, "recipes.spd_adapt")
+    sensitivity = spd_sensitivity.prepare(config, RECIPE)
     target, out = sensitivity.target, sensitivity.out
     refuse_unfit_target(target, out, spd.budget, repair, joint)
     # 2. Text.  Joint distillation reads on where repair stopped, then starts again, without the held-out sequences.

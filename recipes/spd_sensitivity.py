@@ -37,6 +37,7 @@ from recipes.common.target import Target
 if TYPE_CHECKING:
     from longctx.megatron.spd.blocks import Blocks, Hidden
 
+RECIPE = "recipes.spd_sensitivity"
 WARM = ("longctx.infer.engine", "longctx.megatron.spd.blocks", "recipes.common.spd_loop")
 _RENAMED = {"looked_at": "calibration_sequences"}  # keys of saved records: old name -> new name
 
@@ -56,6 +57,13 @@ class SensitivityThresholds:
 
     tau1: NonNegativeFloat = 0.05
     tau2: NonNegativeFloat = 10.0
+
+    def __post_init__(self) -> None:
+        if self.tau1 > self.tau2:
+            raise ValueError(
+                f"classes.tau1={self.tau1} is above classes.tau2={self.tau2}: "
+                "use a tau1, the highest score of an in-sensitive block, of at most tau2"
+            )
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ class Sensitivities:
         }
 
 
-def prepare(config: DictConfig, recipe: str = "recipes.spd_sensitivity") -> SensitivityJob:
+def prepare(config: DictConfig, recipe: str = RECIPE) -> SensitivityJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
     settings = top_level(config, SensitivitySettings)
     target, out = resolve_spd_target(config, recipe), Path(settings.out)
@@ -289,14 +297,14 @@ def task(config: DictConfig) -> None:
     """Check the configuration, measure on the ranks, then write and show the result."""
     warm_up_ranks(WARM)
     job = prepare(config)
-    record(config, [job.target.folder])
-    sensitivities = on_every_rank(job.target.mesh, run_rank, job)
-    if sensitivities is None:
-        leave_stopped()
-    if is_first():
-        write_sensitivity(job, sensitivities)
-        track(job, sensitivities.figures())
-        show(sensitivities)
+    with record(config, RECIPE, [job.target.folder]):
+        sensitivities = on_every_rank(job.target.mesh, run_rank, job)
+        if sensitivities is None:
+            leave_stopped()
+        if is_first():
+            write_sensitivity(job, sensitivities)
+            track(job, sensitivities.figures())
+            show(sensitivities)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import itertools
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from longctx.config import Mesh
-from recipes.common.cli import compose_config, is_file_name, nearest_existing, numbered_out, say
+from recipes.common.cli import compose_config, is_file_name, numbered_out, refuse_unwritable_folder, say
 from recipes.common.overrides import CONFIGS, as_overrides, quote
 from recipes.common.renamed import rename_override, rename_settings
 from recipes.common.settings import section
@@ -88,7 +87,7 @@ def plan_job(settings: SubmitSettings, launcher: Launcher, words: Sequence[str])
     shared, sweep = split_sweep(recipe.config_name, words)
     folder = _job_folder(settings, recipe.config_name, shared)
     if not settings.dry_run:
-        _refuse_unwritable(folder)
+        refuse_unwritable_folder(str(folder), "folder")
     tasks = tuple(_tasks(recipe.config_name, folder, shared, sweep))
     _refuse_shared_out(tasks)
     # 2. Their ranks on the nodes.
@@ -106,18 +105,6 @@ def plan_job(settings: SubmitSettings, launcher: Launcher, words: Sequence[str])
         ranks_per_node=ranks,
         gpus_per_rank=_gpus_per_rank(launcher, tasks[0].config),
     )
-
-
-def _refuse_unwritable(folder: Path) -> None:
-    """Raise ValueError unless ``folder`` is writable or can be made; leaves nothing there.
-
-    It opens a temporary file, because permission bits do not decide on network file systems and in /proc.
-    """
-    try:
-        with tempfile.TemporaryFile(dir=nearest_existing(folder)):
-            pass
-    except OSError as error:
-        raise ValueError(f"folder={folder} cannot be written ({error.strerror}): give a writable folder") from error
 
 
 def recipe_of(name: str) -> Recipe:
@@ -200,7 +187,7 @@ def _tasks(
         if OmegaConf.is_missing(config, "out"):
             out = str(folder)
         elif "out" in config:
-            out = str(absolute(config.out) if config.out else folder / "result.json")
+            out = str(folder / "result.json" if config.out is None else config.out and absolute(config.out))
         if out:
             config.out = numbered_out(out, number) if sweep and len(words) == len(own) else out
             words.append(f"out={quote(config.out) if ',' in config.out else config.out}")

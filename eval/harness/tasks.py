@@ -39,14 +39,18 @@ def load_tasks(names: Sequence[str], data: Path | None, fewshot: int | None, inc
     Those in `LOCAL` are read from files in ``data``, if that is given; the others come from lm-eval's registry.
     ``include`` is a folder of further tasks in lm-eval's format.  ``fewshot`` examples are shown before each question;
     a task that is configured to show none stays so, as in lm-eval.
-    Raises ValueError for a missing or malformed file, a task without examples, an unknown task, and a task whose data
-    cannot be fetched.
+    Raises ValueError for a missing or malformed file, a task without examples, an unknown task, a task whose data
+    cannot be fetched, and an ``include`` that is not used.
     """
     tasks = {}
     for name in names:
         if name in LOCAL and data:
             tasks[name] = _load_local(name, LOCAL[name], data)
     rest = [name for name in names if name not in tasks]
+    if include and not any(Path(include).expanduser().rglob("*.yaml")):
+        raise ValueError(f"eval.include={include} has no tasks: give a folder with their .yaml files")
+    if include and not rest:
+        raise ValueError(f"eval.include={include} is not used: name some of its tasks in eval.tasks, or leave it out")
     if rest:
         tasks |= _load_registered(rest, include)
     for task in tasks.values():

@@ -33,8 +33,8 @@ class ModelSource:
     cache: str = "~/.cache/longctx"
 
     def __post_init__(self) -> None:
-        sources = (self.source, self.wheel and self.gguf and self.sha256, self.config and self.tokenizer)
-        if sum(map(bool, sources)) != 1:
+        sources = ((self.source,), (self.wheel, self.gguf, self.sha256), (self.config, self.tokenizer))
+        if [all(fields) for fields in sources if any(fields)] != [True]:
             raise ValueError(
                 "a model has either model.source, or model.wheel, model.gguf and model.sha256, "
                 "or model.config and model.tokenizer"

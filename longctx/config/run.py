@@ -88,12 +88,18 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"sampling.temperature={self.temperature}: use 0 for greedy, or more")
+        # Logits divided by a smaller temperature overflow.
+        if self.temperature < 0 or 0 < self.temperature < 1e-6:
+            raise ValueError(f"sampling.temperature={self.temperature}: use 0 for greedy, or 1e-6 or more")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"sampling.seed={self.seed}: use 0 to {2**32 - 1}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling.top_p={self.top_p}: use a share above 0, up to 1")
+        if self.top_p < 1 and self.temperature == 0:
+            raise ValueError(
+                f"sampling.top_p={self.top_p} has no effect at sampling.temperature=0, which is greedy: "
+                "use a temperature above 0, or sampling.top_p=1"
+            )
 
 
 @dataclass(frozen=True)

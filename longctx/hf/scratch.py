@@ -17,6 +17,11 @@ _COPIED = (
     "tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "chat_template.*", "generation_config.json",
 )  # fmt: skip
+# Fields of a config.json that count something.
+_SIZES = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "max_position_embeddings",
+)  # fmt: skip
 
 
 def write_scratch_folder(config: Mapping[str, Any], to: Path) -> None:
@@ -47,6 +52,10 @@ def write_scratch_folder(config: Mapping[str, Any], to: Path) -> None:
             f"model.config.vocab_size={built.vocab_size}: the tokenizer has {len(tokenizer)} tokens; "
             "use that many, or more"
         )
+    for name in _SIZES:
+        size = getattr(built, name, None)
+        if size is not None and (type(size) is not int or size < 1):
+            raise ValueError(f"model.config.{name}={size}: use a whole number, 1 or more")
     # 3) Write both.
     built.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
     tokenizer.save_pretrained(to)

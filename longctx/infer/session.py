@@ -113,7 +113,7 @@ class Session:
         Raises ValueError for no prompts, an empty prompt, negative ``max_new_tokens``, or more tokens than the model's
         maximum.
         """
-        self._refuse(prompts, max_new_tokens)
+        self.refuse(prompts, max_new_tokens)
         before = {i: (sequence.cache.layout, list(sequence.tokens)) for i, sequence in self.sequences.items()}
         try:
             barrier(self.engine)
@@ -132,7 +132,8 @@ class Session:
             raise ValueError(f"sequence {sequence} is not in the session; it has {sorted(self.sequences) or 'none'}.")
         del self.sequences[sequence]
 
-    def _refuse(self, prompts: Mapping[int, Sequence[int]], max_new_tokens: Mapping[int, int]) -> None:
+    def refuse(self, prompts: Mapping[int, Sequence[int]], max_new_tokens: Mapping[int, int]) -> None:
+        """Raise ValueError where `turn` would before it computes anything."""
         if not prompts:
             raise ValueError("The turn has no prompts; give at least one sequence some tokens.")
         max_positions = self.engine.shape.max_positions

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from longctx.checksum import KEY, crc32_of_file, has_valid_checksum, with_checksum
+from longctx.hf.checkpoint import same_model
 from longctx.model_shape import ModelShape
 from longctx.shapes import Tensor
 
@@ -66,7 +67,7 @@ def read_index(folder: Path, model: str, dtype: str, shape: ModelShape) -> Sessi
     version, model or dtype.
     """
     index = _parse(folder)
-    if index["model"] != model:
+    if not same_model(index["model"], model):
         raise ValueError(
             f"session.load={folder} is of another model ({index['model']}, not {model}); "
             "use the model it was saved with."

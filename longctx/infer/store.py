@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,9 +72,11 @@ def _replace(folder: Path, new_folder: Path) -> None:
     """Rename ``new_folder`` to ``folder``, and delete the old content only after that."""
     old_folder = folder.with_name(folder.name + ".going")
     shutil.rmtree(old_folder, ignore_errors=True)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))  # not between the two renames
     if folder.exists():
         folder.rename(old_folder)
     new_folder.replace(folder)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     shutil.rmtree(old_folder, ignore_errors=True)
 
 

@@ -184,7 +184,8 @@ def _run_one(
         _write(Path(folder, f"result{rank.rank}"), result)
     except BaseException as error:
         reason = f"raised {type(error).__name__}: {error}"
-        _write(Path(folder, f"error{rank.rank}"), (reason, traceback.format_exc(), time.time()))
+        details = "" if isinstance(error, OSError) else traceback.format_exc()  # a full disk is named by its reason
+        _write(Path(folder, f"error{rank.rank}"), (reason, details, time.time()))
         _leave(1)
     _leave(0)
 

@@ -17,10 +17,12 @@ from longctx.config import Mesh
 from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
 from recipes.common.plots import draw_lines
 from recipes.common.provenance import provenance
-from recipes.common.settings import top_level
+from recipes.common.settings import as_dict, top_level
 from recipes.common.train_job import TrainJob, begin_run, resolve_train_job
 from recipes.common.train_loop import run_rank
 from recipes.pretrain import WARM
+
+RUNS = ("one rank", "mesh")  # folders of the two runs
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,11 @@ def prepare(config: DictConfig) -> tuple[TrainJob, ConvergenceSettings]:
     settings = top_level(OmegaConf.create({name: config[name] for name in names}), ConvergenceSettings)
     for name in names:
         refuse_unwritable(getattr(settings, name), name)
-    training = OmegaConf.create({str(name): value for name, value in config.items() if name not in names})
+    training = OmegaConf.create({name: value for name, value in as_dict(config).items() if name not in names})
     job = resolve_train_job(training, "recipes.bench convergence", from_scratch=True)
+    for name in RUNS:
+        if (job.out / name).exists() and not (job.out / name / "model" / "config.json").is_file():
+            raise ValueError(f"out={job.out}: its folder '{name}' is no run and would be emptied; give another folder")
     if job.target.mesh.ranks == 1:
         raise ValueError("mesh is one rank, the run that others are compared with: use mesh.ring=2 or another mesh")
     return job, settings
@@ -73,8 +78,8 @@ def task(config: DictConfig) -> None:
     job, settings = prepare(config)
     # 1. Train twice.
     mesh = job.target.mesh
-    one_rank = train_from_scratch(replace(job, target=replace(job.target, mesh=Mesh())), "one rank")
-    on_mesh = train_from_scratch(job, "mesh")
+    one_rank = train_from_scratch(replace(job, target=replace(job.target, mesh=Mesh())), RUNS[0])
+    on_mesh = train_from_scratch(job, RUNS[1])
     # 2. Compare step by step.
     steps = len(one_rank.steps)
     difference = max(abs(a - b) for a, b in zip(one_rank.losses, on_mesh.losses, strict=True))

@@ -134,6 +134,8 @@ def prepare(config: DictConfig) -> LatencyJob:
         raise ValueError(f"model.dtype={dtype}: bytes are counted for float32 only; use model.dtype=float32")
     if settings.hosts:
         refuse_hosts(settings.hosts, settings.rate, mesh)
+    elif settings.latency_us:
+        raise ValueError(f"latency_us={settings.latency_us} is of links between emulated hosts: set hosts={mesh.tp}")
     refuse_unwritable(settings.out)
     refuse_unwritable(settings.picture, "picture")
     refuse_beyond_model(target, tokens=settings.tokens, new_tokens=settings.new_tokens)

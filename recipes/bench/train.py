@@ -25,7 +25,7 @@ from recipes.bench import peers
 from recipes.bench.timing import barrier, gather_numbers, measure_in_rounds, measure_seconds, time_on_ranks
 from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
 from recipes.common.provenance import provenance
-from recipes.common.settings import sections, top_level
+from recipes.common.settings import as_dict, sections, top_level
 from recipes.common.train_job import TrainJob, resolve_train_job
 from recipes.common.train_loop import build_state
 from recipes.pretrain import WARM
@@ -99,7 +99,7 @@ def prepare(config: DictConfig) -> TrainBenchJob:
     names = ("rounds", "peers", "json")
     settings = top_level(OmegaConf.create({name: config[name] for name in names}), TrainBenchSettings)
     refuse_unwritable(settings.json, "json")
-    plain = OmegaConf.create({str(name): value for name, value in config.items() if name not in (*names, "meshes")})
+    plain = OmegaConf.create({name: value for name, value in as_dict(config).items() if name not in (*names, "meshes")})
     training = resolve_train_job(plain, RECIPE, from_scratch=True)
     meshes = resolve_meshes(config, training)
     refuse_unmeasured(training)

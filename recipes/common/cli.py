@@ -1,9 +1,11 @@
 """Entry of every recipe: compose the configuration, run the task on its ranks, turn errors into exit codes.
 
-Exit codes: 0 success; 1 a rank failed; 2 the command line was refused before any rank started; 3 success, but an
-evaluation's gate failed; 75 stopped on request (SIGUSR1) after saving: the same command resumes.
+Exit codes: 0 success; 1 a rank failed, or the machine has no room; 2 the command line was refused before any rank
+started; 3 success, but an evaluation's gate failed; 75 stopped on request (SIGUSR1) after saving: the same command
+resumes.
 """
 
+import errno
 import json
 import os
 import signal
@@ -19,7 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
@@ -34,6 +36,9 @@ Args = TypeVarTuple("Args")
 
 GATE_FAILED = 3
 STOPPED = 75  # stopped on request, to be resumed; EX_TEMPFAIL of sysexits.h
+_SUFFIXES = {"picture": (".svg", ".png", ".pdf"), "fitted": (".yaml", ".yml")}  # of the files that settings name
+# Another try may succeed: disk or quota full, disk error, too many files, no memory.
+_SHORTAGES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 # A fixed width, so that tables are not cut when stderr is a file.
 console = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else 140)
 
@@ -48,7 +53,19 @@ def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
         return
     sys.argv[1:] = exit_on_error(lambda: _check_overrides(config_name, words))
     run = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
-    run(lambda config: exit_on_error(lambda: task(_with_numbered_out(rename_settings(config, say), words))))()
+    run(lambda config: exit_on_error(lambda: task(_checked(config, words))))()
+
+
+def _checked(config: DictConfig, words: Sequence[str]) -> DictConfig:
+    """Return ``config`` with current names and the run's ``out``.
+
+    Raises ValueError for more threads than this machine has cores.
+    """
+    config = _with_numbered_out(rename_settings(config, say), words)
+    threads, cores = OmegaConf.select(config, "run.threads"), len(os.sched_getaffinity(0))
+    if isinstance(threads, int) and threads > cores:
+        raise ValueError(f"run.threads={threads}: this machine has {cores} cores for all ranks; use at most {cores}")
+    return config
 
 
 def _exit_on_sigterm(*_: object) -> None:
@@ -119,16 +136,25 @@ def on_every_rank(mesh: Mesh, rank_main: Callable[[Rank, *Args], Result], *args:
     rank = current_rank()
     if rank is None:
         return run_ranks(mesh.ranks, rank_main, *args)[0]
-    if rank.world_size != mesh.ranks:
-        raise ValueError(
-            f"the launcher started {rank.world_size} ranks, the mesh has {mesh.ranks} ({mesh}): "
-            f"set mesh axes whose product is {rank.world_size}"
-        )
+    refuse_other_world(mesh)
     try:
         return rank_main(rank, *args)
     except ValueError as error:
         # The command line was accepted, so this is a failure: give the launcher the traceback.
         raise RuntimeError(f"rank {rank.rank} of {rank.world_size} failed") from error
+    except OSError as error:
+        reason = f"raised {type(error).__name__}: {error}"
+        raise RankFailed(rank.rank, rank.world_size, reason, "") from error
+
+
+def refuse_other_world(mesh: Mesh) -> None:
+    """Raise ValueError if a launcher started another number of ranks than ``mesh`` has."""
+    rank = current_rank()
+    if rank and rank.world_size != mesh.ranks:
+        raise ValueError(
+            f"the launcher started {rank.world_size} ranks, the mesh has {mesh.ranks} ({mesh}): "
+            f"set mesh axes whose product is {rank.world_size}"
+        )
 
 
 def leave_stopped() -> NoReturn:
@@ -165,13 +191,22 @@ def threads_here(threads: int | None, mesh: Mesh) -> int:
     return threads_for(threads, current_rank() or Rank(0, mesh.ranks, 0, mesh.ranks, ""))
 
 
-def refuse_unwritable(out: str | None, name: str = "out") -> None:
-    """Raise ValueError unless a file can be written at ``out``, the setting ``name``; leaves no trace."""
+def refuse_unwritable(out: str | None, name: str = "out", suffixes: Sequence[str] = ()) -> None:
+    """Raise ValueError unless a file can be written at ``out``, the setting ``name``; leaves no trace.
+
+    The file's name must end in one of ``suffixes``; the default depends on ``name``.
+    """
     if out is None:
         return
-    if Path(out).expanduser().is_dir():
-        raise ValueError(f"{name}={out} is a folder: give the name of a file, such as {name}={out}/result.json")
-    _refuse_read_only(Path(out).expanduser().parent, f"{name}={out}")
+    suffixes = suffixes or _SUFFIXES.get(name, (".json",))
+    path = Path(out).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{name}={out} is a folder: give the name of a file, such as {name}={out}/result{suffixes[0]}")
+    if path.suffix not in suffixes:
+        raise ValueError(
+            f"{name}={out} is no name of a {' or '.join(suffixes)} file: use {name}={path.with_suffix(suffixes[0])}"
+        )
+    _refuse_read_only(path.parent, f"{name}={out}")
 
 
 def refuse_unwritable_folder(out: str, name: str = "out") -> None:
@@ -180,9 +215,10 @@ def refuse_unwritable_folder(out: str, name: str = "out") -> None:
 
 
 def _refuse_read_only(folder: Path, setting: str) -> None:
+    """Raise ValueError unless a page can be written to a file in ``folder``, or in its nearest parent that exists."""
     try:
-        with tempfile.TemporaryFile(dir=nearest_existing(folder)):
-            pass
+        with tempfile.TemporaryFile(dir=nearest_existing(folder)) as probe:
+            probe.write(bytes(4096))
     except OSError as error:
         raise ValueError(f"{setting} cannot be written ({error.strerror}): give a writable folder") from error
 
@@ -193,13 +229,18 @@ def nearest_existing(path: Path) -> Path:
 
 
 def write_result(out: str, result: Mapping[str, object]) -> None:
-    """Write ``result`` to ``out`` as JSON, one line per key."""
+    """Write ``result`` to ``out`` as JSON, one line per key, and say so."""
+    write_json(out, result)
+    console.print(f"written to {out}")
+
+
+def write_json(out: str, result: Mapping[str, object]) -> None:
+    """Write ``result`` to ``out`` as JSON, one line per key; the file appears whole or not at all."""
     lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
     partial = Path(f"{out}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     partial.replace(out)
-    console.print(f"written to {out}")
 
 
 def exit_on_error(work: Callable[[], Result]) -> Result:
@@ -209,6 +250,10 @@ def exit_on_error(work: Callable[[], Result]) -> Result:
     except ValueError as error:
         console.print(f"[bold red]error[/]: {_escaped(error)}", soft_wrap=True)
         sys.exit(2)
+    except OSError as error:
+        console.show_cursor()
+        console.print(f"[bold red]error[/]: {_escaped(error)}", soft_wrap=True)
+        sys.exit(1 if error.errno in _SHORTAGES else 2)
     except RankFailed as failed:
         console.show_cursor()  # the rank that hid it for its progress bar has died
         if failed.details:
@@ -224,4 +269,7 @@ def exit_on_error(work: Callable[[], Result]) -> Result:
 def _escaped(error: Exception) -> str:
     from rich.markup import escape
 
-    return escape(" ".join(str(error).split()))
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return escape(" ".join(text.split()))

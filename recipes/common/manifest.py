@@ -1,9 +1,12 @@
-"""``manifest.json`` in a run's folder: what is needed to run it again and to compare it with other runs."""
+"""The manifest of a run: what is needed to run it again and to compare it with other runs.
+
+A run whose ``out`` is a folder has ``manifest.json`` in it; one that writes ``x.json`` has ``x.manifest.json`` beside.
+"""
 
 import json
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypedDict
 
@@ -13,9 +16,9 @@ from omegaconf import DictConfig
 from longctx.data.files import paths_of
 from longctx.data.identity import digest
 from longctx.hf.checkpoint import fingerprint
-from longctx.parallel.launch import current_rank
 from longctx.train.track import MANIFEST
-from recipes.common.cli import is_file_name
+from recipes.common.cli import is_file_name, is_first
+from recipes.common.lock import hold, lock_beside
 from recipes.common.provenance import ROOT, diff_of, hardware, package_versions, provenance
 from recipes.common.settings import as_dict, mapping_at, mappings_at
 
@@ -49,21 +52,33 @@ class Manifest(TypedDict, total=False):
     began: str
 
 
-def record(config: DictConfig, weights: Iterable[Path] = (), read: Iterable[Path] = ()) -> None:
-    """Write the manifest of the run that begins now, on the first rank; a run without ``out`` gets none.
+@contextmanager
+def record(config: DictConfig, recipe: str, weights: Iterable[Path] = (), read: Iterable[Path] = ()) -> Iterator[None]:
+    """Hold the ``out`` of a run of ``recipe`` until the block ends, and write the manifest of the run that begins now.
 
     ``weights`` are the folders of the models that the run starts from.  ``read`` are files that it reads although no
-    setting names them.
+    setting names them.  Without ``out`` nothing is written; of a launcher's ranks, only the first one writes.
+
+    Raises ValueError if another process is writing to ``out``.
     """
-    rank = current_rank()
-    if not config.get("out") or (rank and rank.rank):
+    if not config.get("out"):
+        yield
         return
     out = Path(config.out).absolute()
+    with hold(lock_of(out), f"out={config.out}"):
+        if is_first():
+            _write(manifest_file(out), _manifest(config, recipe, out, weights, read))
+        yield
+
+
+def _manifest(
+    config: DictConfig, recipe: str, out: Path, weights: Iterable[Path], read: Iterable[Path]
+) -> dict[str, object]:
     values = as_dict(config)
     cache = mapping_at(values, "model").get("cache")
-    manifest = {
+    return {
         **provenance(),
-        "module": _module(),
+        "module": recipe,
         "overrides": list(HydraConfig.get().overrides.task),
         "config": values,
         "diff": diff_of(ROOT),
@@ -80,22 +95,60 @@ def record(config: DictConfig, weights: Iterable[Path] = (), read: Iterable[Path
         "out": str(out),
         "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    partial = folder_of(out) / f"{MANIFEST}.partial"
-    partial.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _write(file: Path, manifest: Mapping[str, object]) -> None:
+    partial = file.with_name(f"{file.name}.partial")
     partial.write_text(json.dumps(manifest, indent=1) + "\n")
-    partial.replace(folder_of(out) / MANIFEST)
+    partial.replace(file)
+
+
+def manifest_file(out: Path) -> Path:
+    """Return the manifest of a run by its ``out``: a/manifest.json for a, a/x.manifest.json for a/x.json."""
+    return out.with_suffix(f".{MANIFEST}") if is_file_name(str(out)) else out / MANIFEST
+
+
+def lock_of(out: Path) -> Path:
+    """Return the lock of a run by its ``out``: a/.lock for a, a/.x.json.lock for a/x.json."""
+    return lock_beside(out) if is_file_name(str(out)) else out / ".lock"
+
+
+def refuse_other_recipe(out: str | None, recipe: str) -> None:
+    """Raise ValueError if ``out`` is a folder of another recipe than ``recipe``, or a file that it has not written."""
+    if not out or not Path(out).exists():
+        return
+    try:
+        manifest = _read(Path(out))
+        owner = manifest["module"] if is_file_name(out) or not is_file_name(manifest["out"]) else None
+    except (OSError, KeyError, TypeError, ValueError):
+        owner = None
+    if owner not in (recipe, None):
+        raise ValueError(f"out={out} belongs to a run of {owner}: give {recipe} another out=")
+    if owner is None and is_file_name(out):
+        raise ValueError(f"out={out} exists, and {recipe} has not written it: give another file, or move it away")
 
 
 def manifest_of(run: str) -> Manifest:
     """Return the manifest of a run, given its folder or its ``out``.  Raises ValueError if there is none."""
-    path = Path(run).expanduser()
-    file = folder_of(path) / MANIFEST
     try:
-        manifest: Manifest = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{run} is not a run: {file} cannot be read ({error}); give a run's folder") from error
-    if is_file_name(run) and Path(manifest["out"]).name != path.name:
-        raise ValueError(f"{run}: the last run in this folder wrote {manifest['out']}; give each run another folder")
+        return _read(Path(run).expanduser())
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{run} is not a run: its manifest cannot be read ({error}); give a run's folder") from error
+
+
+def _read(path: Path) -> Manifest:
+    """Read the manifest of ``path``, which is an ``out``, or the folder of the only file with a manifest.
+
+    Version 0.1 wrote a file's manifest to ``manifest.json``, where that of the next run in the folder replaced it.
+    """
+    file = manifest_file(path)
+    beside = [path.with_name(MANIFEST)] if is_file_name(str(path)) else list(path.glob(f"*.{MANIFEST}"))
+    if not file.is_file() and len(beside) > 1:
+        names = ", ".join(sorted(each.name.replace(MANIFEST, "json") for each in beside))
+        raise FileNotFoundError(f"the folder has several runs: give one of {names}")
+    manifest: Manifest = json.loads((file if file.is_file() or not beside else beside[0]).read_text())
+    if is_file_name(str(path)) and Path(manifest["out"]).name != path.name:
+        raise FileNotFoundError(f"the last run in this folder wrote {manifest['out']}; give each run another folder")
     return manifest
 
 
@@ -136,10 +189,3 @@ def _read_by(values: Mapping[str, object]) -> Iterator[Path]:
     for name in (values.get("prompts"), values.get("turns"), prompt.get("file"), text, *orders):
         if name:
             yield Path(str(name)).expanduser().absolute()
-
-
-def _module() -> str:
-    """Return the module that ``python -m`` started."""
-    spec = sys.modules["__main__"].__spec__
-    name = spec.name.removesuffix(".__main__") if spec else ""
-    return name if name.startswith(("recipes.", "eval.")) else f"recipes.{HydraConfig.get().job.config_name}"

@@ -12,7 +12,8 @@ FREE_TEXT = ("prompt.text", "prompt.question", "track.name", "track.group", "tra
 # Settings that hold one path. A comma separates the values of a sweep.
 PATHS = (
     "prompt.file", "prompts", "out", "to", "checkpoint", "turns", "session.save", "session.load", "spd.sensitivity",
-    "sensitivity", "eval.data", "eval.include", "eval.text", "adapted", "hardware", "picture", "fitted",
+    "sensitivity", "eval.data", "eval.include", "eval.text", "adapted", "hardware", "picture", "fitted", "json",
+    "model.source", "model.cache", "folder", "pipeline",
 )  # fmt: skip
 # A file with another configuration's name -> the experiments that fit it.
 EXPERIMENTS = {

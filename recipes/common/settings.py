@@ -1,13 +1,15 @@
 """Sections of the composed configuration as dataclasses; the type of every value is checked."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
 from recipes.common.cli import say
+from recipes.common.overrides import PATHS
 from recipes.common.renamed import Say, rename_item
 
 if TYPE_CHECKING:
@@ -72,11 +74,40 @@ def mappings_at(values: Mapping[str, object], name: str) -> list[Mapping[str, ob
 def _validate(kind: type[Section], values: Mapping[str, object], prefix: str) -> Section:
     if unknown := set(values) - {field.name for field in fields(kind)}:
         raise ValueError(f"there is no setting {prefix}{min(unknown)}")
+    for name, value in values.items():
+        _refuse_unset(f"{prefix}{name}", value)
     try:
-        return TypeAdapter(kind).validate_python(values)
+        section = TypeAdapter(kind).validate_python(values)
     except ValidationError as invalid:
         first = invalid.errors()[0]
         if "error" in first.get("ctx", {}):
             raise ValueError(str(first["ctx"]["error"])) from None  # raised by __post_init__ of ``kind``
         name = ".".join(map(str, first["loc"]))
         raise ValueError(f"{prefix}{name}={first['input']}: {first['msg'].lower()}") from None
+    for name, value in values.items():
+        _refuse_no_number(f"{prefix}{name}", value, getattr(section, name))
+    return section
+
+
+def _refuse_unset(name: str, value: object) -> None:
+    """Raise ValueError if ``value`` of setting ``name`` is missing (``???`` in its YAML file) or an empty path."""
+    if value == "???":
+        raise ValueError(f"{name} is not given: add {name}=VALUE (--help says what it is)")
+    if name in PATHS and isinstance(value, str) and not value.strip():
+        raise ValueError(f"{name}= is empty: give {name}=PATH")
+
+
+def _refuse_no_number(name: str, given: object, value: object) -> None:
+    """Raise ValueError if a number in ``value``, read from ``given``, is infinite, NaN, or was true or false."""
+    if isinstance(value, float) and not isfinite(value):
+        raise ValueError(f"{name}={given}: use a finite number")
+    if isinstance(given, bool) and not isinstance(value, bool):
+        raise ValueError(f"{name}={str(given).lower()}: use a number, not true or false")
+    if isinstance(given, Mapping):
+        members = vars(value) if is_dataclass(value) else value
+        for key in given:
+            assert isinstance(members, Mapping)
+            _refuse_no_number(f"{name}.{key}", given[key], members[key])
+    elif isinstance(given, list | tuple) and isinstance(value, list | tuple):
+        for number, (item, item_value) in enumerate(zip(given, value, strict=True)):
+            _refuse_no_number(f"{name}.{number}", item, item_value)

@@ -15,6 +15,7 @@ from longctx.spd.plan import FILE as PLAN
 from longctx.spd.plan import refuse_unfit_shape
 from longctx.spd.text import PackedText
 from recipes.common.cli import refuse_unwritable_folder
+from recipes.common.manifest import refuse_other_recipe
 from recipes.common.settings import section
 from recipes.common.target import Target, resolve_target
 from recipes.common.train_job import data_of
@@ -28,7 +29,7 @@ def resolve_spd_target(config: DictConfig, recipe: str) -> Target:
     * ``mesh.tp`` below 2, since one rank has no reduction to drop;
     * Transformer Engine's layers and devices other than the CPU, which are not tested;
     * a model that already has a plan of dropped reductions;
-    * an ``out`` that is not a writable folder.
+    * an ``out`` that is not a writable folder, or that belongs to another recipe.
     """
     mesh, model = section(config, "mesh", Mesh), section(config, "model", ModelSource)
     if mesh.tp < 2:
@@ -36,6 +37,7 @@ def resolve_spd_target(config: DictConfig, recipe: str) -> Target:
     if model.layers == "te":
         raise ValueError("model.layers=te is not tested with dropped reductions: use model.layers=local")
     refuse_unwritable_folder(config.out)
+    refuse_other_recipe(config.out, recipe)
     target = resolve_target(config, recipe, unused_axes=("ulysses", "ring", "pp"), spd="ignore")
     refuse_unfit_shape(target.shape)
     if target.run.device != "cpu":

@@ -24,7 +24,7 @@ from longctx.parallel.launch import Rank
 from longctx.parallel.strategy import STRATEGIES
 from longctx.parallel.validate import refuse_unfit, refuse_unused
 from longctx.spd.plan import SPDPlan, saved_plan
-from recipes.common.cli import say, threads_for
+from recipes.common.cli import refuse_other_world, say, threads_for
 from recipes.common.settings import section
 from recipes.common.spd_plan import plan_of, refuse_adapted
 
@@ -102,6 +102,7 @@ def resolve_target(
     model = section(config, "model", ModelSource)
     context = section(config, "context", Context) if "context" in config else Context()
     run = section(config, "run", Run) if "run" in config else Run(threads=1)
+    refuse_other_world(mesh)
     refuse_unused(mesh, recipe, tuple(unused_axes))
     if not strategy_by_turn:
         refuse_strategy_by_turn(context, recipe)

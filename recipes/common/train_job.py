@@ -19,6 +19,7 @@ from longctx.hf.checkpoint import same_model
 from longctx.model_shape import ModelShape
 from recipes.common.cli import is_first, nearest_existing, refuse_unwritable_folder
 from recipes.common.hardware_file import read_hardware
+from recipes.common.manifest import refuse_other_recipe
 from recipes.common.provenance import hardware, provenance
 from recipes.common.settings import as_dict, section, top_level
 from recipes.common.target import Target, resolve_target
@@ -105,6 +106,7 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool) ->
     # 1. The model, its mesh and how it runs.
     settings = top_level(config, TrainSettings)
     refuse_unwritable_folder(settings.out)
+    refuse_other_recipe(settings.out, recipe)
     target = resolve_target(config, recipe, needs_weights=not from_scratch)
     _refuse_untrainable(target)
     refuse_dropout(target.folder)
@@ -203,23 +205,35 @@ def refuse_unsplit(mesh: Mesh, shape: ModelShape, data: DataSettings) -> None:
 
 
 def begin_run(job: TrainJob) -> None:
-    """Make the run's folder, and in it ``model``: the target's configuration and tokenizer without weights."""
+    """Make the run's folder, and in it ``model``: the target's configuration and tokenizer without weights.
+
+    Only the first rank does.  The folder ``model`` of a start that saved no checkpoint is replaced.
+    """
     from longctx.hf.scratch import write_folder_like
 
-    if is_first():
-        _ = job.text_digests  # computed here, because the ranks would wait for it
+    if not is_first():
+        return
+    _ = job.text_digests  # computed here, because the ranks would wait for it
     job.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=job.out, prefix=".model.") as work:
         write_folder_like(job.target.folder, {}, Path(work, "model"))
-        with suppress(OSError):  # already made, by an earlier start or by another rank of a launcher
+        if not is_model_kept(job):
+            shutil.rmtree(job.scratch, ignore_errors=True)
+        with suppress(OSError):  # made by an earlier start
             Path(work, "model").rename(job.scratch)
+
+
+def is_model_kept(job: TrainJob) -> bool:
+    """Return True if the run's folder has a ``model`` that must stay: of a saved checkpoint, or with weights."""
+    has_checkpoint = checkpoint_index.checkpoint_folders(job.out / "checkpoints")
+    return bool(has_checkpoint) or any(job.scratch.glob("*.safetensors"))
 
 
 def refuse_other_model(job: TrainJob) -> None:
     """Raise ValueError if the run's folder holds a run of another model."""
     from longctx.hf.scratch import write_folder_like
 
-    if not (job.scratch / "config.json").is_file():
+    if not (job.scratch / "config.json").is_file() or not is_model_kept(job):
         return
     with tempfile.TemporaryDirectory() as work:
         write_folder_like(job.target.folder, {}, Path(work, "model"))

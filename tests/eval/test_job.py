@@ -6,6 +6,7 @@ import pytest
 
 from eval.job import EvalConfig, EvalSettings, pinned
 from eval.speed import SpeedSettings
+from longctx.spd.plan import SavedPlan, SPDPlan
 from recipes.common import cli as recipe_cli
 from recipes.common.settings import section
 
@@ -28,6 +29,11 @@ from recipes.common.settings import section
         (["mesh.tp=2"], "use mesh.tp=1"),
         (["context.chunk=5"], "use context.chunk=null"),
         (["context.strategy=auto"], "context.strategy=auto"),
+        (["adapted=/nonexistent"], "adapted=/nonexistent is no folder that recipes.spd_adapt wrote"),
+        (["eval.include=/nonexistent"], "eval.include=/nonexistent has no tasks"),
+        (["eval.text=/nonexistent"], "eval.text and eval.lengths are of long texts: add "),
+        (["eval.lengths=[307]"], "eval.text and eval.lengths are of long texts: add "),
+        (["eval.strict=true"], "eval.strict=true is a rule of the gate"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -36,6 +42,25 @@ def test_settings_that_cannot_run_are_refused_before_any_rank_starts(prepared, m
     with pytest.raises(ValueError, match=r"\w") as refused:
         prepared(*settings)
     assert words in str(refused.value)
+
+
+def test_folders_that_no_task_or_variant_uses_are_refused(prepared, tmp_path):
+    (tmp_path / "mine.yaml").write_text("task: mine\n")
+    with pytest.raises(ValueError, match=r"eval.include=.* is not used: name some of its tasks in eval.tasks"):
+        prepared(f"eval.include={tmp_path}")
+    SavedPlan(SPDPlan(2, 3, (0,)), (0, 1), (0,), "of another").write(tmp_path)
+    with pytest.raises(ValueError, match=r"adapted=.* is not used: none of variants sets spd"):
+        prepared(f"adapted={tmp_path}", "variants=[{name: ring, mesh: {ring: 2}}]")
+
+
+def test_folder_with_a_report_on_another_model_is_refused(prepared, tmp_path):
+    """A second report would replace the first."""
+    job = prepared(f"out={tmp_path}")
+    job.file(job.variants[0]).parent.mkdir()
+    job.file(job.variants[0]).write_text("")
+    assert prepared(f"out={tmp_path}", "eval.limit=1")
+    with pytest.raises(ValueError, match=r"has answers of another model, mesh or context: give another out="):
+        prepared(f"out={tmp_path}", "mesh.ring=2")
 
 
 def test_checking_writes_nothing(prepared, tmp_path):

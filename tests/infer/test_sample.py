@@ -24,9 +24,15 @@ def assert_follows(counts: Counter[int], probabilities: torch.Tensor) -> None:
         assert abs(counts[token] - DRAWS * p) <= 5 * sqrt(DRAWS * p * (1 - p)), f"token {token}"
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.1])
-def test_greedy_takes_the_most_likely_token(top_p):
-    assert set(count_draws(Sampling(temperature=0.0, top_p=top_p))) == {1}
+def test_greedy_takes_the_most_likely_token():
+    assert set(count_draws(Sampling(temperature=0.0))) == {1}
+
+
+def test_lowest_temperature_is_as_good_as_greedy():
+    """Logits are divided by it: they stay finite."""
+    with pytest.raises(ValueError, match=r"temperature=1e-320: use 0 for greedy, or 1e-6 or more"):
+        Sampling(temperature=1e-320)
+    assert set(count_draws(Sampling(temperature=1e-6))) == {1}
 
 
 @pytest.mark.parametrize("seed", [0, 7])

@@ -2,12 +2,20 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from longctx.data.turns import UserTurn
+from longctx.hf.config import tokenizer_of
 from longctx.infer.session_index import write_index
+from longctx.parallel.launch import RankFailed, run_ranks
 from recipes import chat
+from recipes.common.conversation import take_turn
+from recipes.common.lock import hold, lock_beside
+from tests.recipes.conftest import SAVED
 
 TURNS = [
     {"text": "Hello, you.", "max_new_tokens": 3},
@@ -72,6 +80,83 @@ def test_turn_over_the_context_is_refused_and_the_next_is_answered(cli, tiny, tm
     assert "the model's context is 97" in figures[1]["error"]
     file.write_text("\n".join(map(json.dumps, [TURNS[0], TURNS[2]])))
     assert [tokens(figures)[0], tokens(figures)[2]] == tokens(converse(cli, tiny, tmp_path, f"turns={file}"))
+
+
+STRICT = """{% for message in messages %}{% if "[stop]" in message.content %}{{ raise_exception("not [stop]") }}
+{% endif %}{{ message.content }}{% endfor %}"""
+
+
+@pytest.fixture(scope="module")
+def strict(tiny, tmp_path_factory) -> Path:
+    """The tiny model with a chat template that refuses a text with "[stop]"."""
+    folder = tmp_path_factory.mktemp("models") / "strict"
+    shutil.copytree(tiny, folder)
+    tokenizer = tokenizer_of(folder)
+    tokenizer.chat_template = STRICT
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_turn_that_the_template_refuses_is_forgotten(cli, strict, tmp_path):
+    file, out = tmp_path / "turns.jsonl", tmp_path / "out.json"
+    file.write_text("\n".join(map(json.dumps, [TURNS[0], {"text": "please [stop]"}, TURNS[2]])))
+    code, _, err = cli(chat, chat.task, f"model={strict}", f"out={out}", f"turns={file}", "mesh.ring=2")
+    assert code == 1 and f"saved after every turn: {out}" in err and "Traceback" not in err
+    figures = json.loads(out.read_text())["turns"]
+    assert figures[1] == {"text": "please [stop]", "error": "TemplateError: not [stop]", "token_ids": []}
+    assert [len(turn["token_ids"]) for turn in figures] == [3, 0, 5] and figures[2]["cached"] == figures[0]["new"] + 2
+
+
+class LostTerminal(tuple):
+    """Turns that end in an error, as those of a terminal that is closed."""
+
+    def __iter__(self):
+        yield from super().__iter__()
+        raise OSError("the terminal is gone")
+
+
+def test_conversation_is_saved_after_every_turn(config_of, tiny, tmp_path):
+    folder, out = tmp_path / "talk", tmp_path / "out.json"
+    file = tmp_path / "turns.jsonl"
+    file.write_text(json.dumps(TURNS[0]))
+    words = (f"model={tiny}", f"turns={file}", f"out={out}", f"session.save={folder}")
+    job = chat.prepare(config_of("chat", *words))
+    job = replace(job, turns=LostTerminal(UserTurn(turn["text"], turn["max_new_tokens"]) for turn in TURNS[:2]))
+    with pytest.raises(RankFailed, match="raised OSError: the terminal is gone"):
+        run_ranks(1, chat.run_rank, job)
+    turns = json.loads(out.read_text())["turns"]
+    assert [turn["text"] for turn in turns] == [turn["text"] for turn in TURNS[:2]]
+    resumed = chat.prepare(config_of("chat", *words[:2], f"session.load={folder}"))
+    assert resumed.index["cached"] == {"0": turns[1]["new"] + turns[1]["cached"]}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_error_of_the_computation_is_forgotten_on_one_rank_only(tiny, ranks):
+    """Several ranks may be at different places when one fails."""
+
+    class Session:
+        def __init__(self):
+            shape, tp = SimpleNamespace(end_tokens=(), layers=2), SimpleNamespace(size=ranks)
+            self.sequences, self.engine = {}, SimpleNamespace(ranks=1, tp=tp, shape=shape)
+
+        def refuse(self, *_):
+            pass
+
+        def turn(self, *_, **__):
+            raise RuntimeError("out of\nmemory")
+
+    if ranks > 1:
+        with pytest.raises(RuntimeError, match="out of"):
+            take_turn(Session(), UserTurn("a", 1), tokenizer_of(tiny), shown=False)
+        return
+    figures = take_turn(Session(), UserTurn("a", 1), tokenizer_of(tiny), shown=False)
+    assert figures == {"text": "a", "error": "RuntimeError: out of memory", "token_ids": []}
+
+
+def test_session_that_another_process_saves_to_is_refused(refused, tiny, turns, tmp_path):
+    with hold(lock_beside(tmp_path / "talk"), "session.save"):
+        line = refused(chat, chat.task, f"model={tiny}", f"turns={turns}", f"session.save={tmp_path / 'talk'}")
+    assert "talk is in use by process" in line
 
 
 def damage_session(folder: Path, damage: str) -> None:
@@ -187,6 +272,9 @@ def test_malformed_turns_are_refused(refused, tiny, tmp_path, line, words):
         ("mesh.dp=2", "no use for mesh.dp=2"),
         ("context.strategy=pass_the_salt", "context.strategy=pass_the_salt"),
         ("session.keep=x", "keep"),
+        (f"hardware={SAVED / 'hardware' / 'calibrated.yaml'}", "is not used by context.strategy=pass_kv: leave it out"),
+        ("out=turns", "out=turns is no name of a .json file"),
+        ("sampling.top_p=0.5", "sampling.top_p=0.5 has no effect at sampling.temperature=0"),
     ],
 )
 def test_wrong_settings_are_refused(refused, tiny, turns, setting, words):

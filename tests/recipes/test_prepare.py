@@ -41,6 +41,7 @@ JOBS = {
     ),
     "export": (export.prepare, "export", ("checkpoint=train_ring", "to=out/hf")),
 }  # fmt: skip
+FOLDERS = [name for name, (*_, words) in JOBS.items() if "out=out" in words]
 
 
 @pytest.fixture
@@ -131,5 +132,29 @@ def test_refused_prepare_writes_nothing(inputs, config_of, snapshot, name):
     config = config_of(config_name, *[word for word in words if not word.startswith("mesh.")], "mesh.tp=3")
     before = snapshot()
     with pytest.raises(ValueError, match=r"mesh\.tp=3"):
+        prepare(config)
+    assert snapshot() == before
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folder_of_another_recipe_is_refused(inputs, config_of, snapshot, name):
+    (inputs / "out").mkdir()
+    (inputs / "out" / "manifest.json").write_text(json.dumps({"module": "recipes.other", "out": "out"}))
+    prepare, config_name, words = JOBS[name]
+    config = config_of(config_name, *words)
+    before = snapshot()
+    with pytest.raises(ValueError, match=r"out=out belongs to a run of recipes\.other: give .* another out="):
+        prepare(config)
+    assert snapshot() == before
+
+
+@pytest.mark.parametrize("name", [name for name in JOBS if name != "export"])
+def test_launcher_with_another_number_of_ranks_is_refused(inputs, config_of, snapshot, under_torchrun, name):
+    """Refused once the ranks are to start, the run's folder would exist already."""
+    prepare, config_name, words = JOBS[name]
+    config = config_of(config_name, *words)
+    under_torchrun(0, 7)
+    before = snapshot()
+    with pytest.raises(ValueError, match=r"the launcher started 7 ranks, .*has [12]"):
         prepare(config)
     assert snapshot() == before

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from recipes import spd_sensitivity
+from recipes.spd_sensitivity import SensitivityThresholds
 
 TEXT = ("data.length=31", "data.end_token=false", "sequences=5", "chunk=2", "run.threads=1")
 
@@ -32,3 +33,8 @@ def test_sensitivity_writes_json_and_picture_and_resumes(cli, tiny, tmp_path):
     code, _, err = cli(spd_sensitivity, spd_sensitivity.task, *command)
     assert code == 0, "the half-written line is gone"
     assert [b["score"] for b in again["blocks"]] == pytest.approx([b["score"] for b in result["blocks"]], abs=1e-9)
+
+
+def test_thresholds_in_the_wrong_order_are_refused():
+    with pytest.raises(ValueError, match=r"classes.tau1=3.0 is above classes.tau2=2.0"):
+        SensitivityThresholds(3.0, 2.0)

@@ -76,6 +76,14 @@ def test_a_mesh_of_one_rank_is_refused(refused, tmp_path):
     assert "mesh is one rank" in says
 
 
+def test_folder_that_is_no_run_is_not_emptied(refused, tmp_path):
+    (tmp_path / "mesh").mkdir()
+    (tmp_path / "mesh" / "thesis.txt").write_text("a year")
+    assert "its folder 'mesh' is no run and would be emptied" in refused(
+        convergence, convergence.task, *QUICK, f"out={tmp_path}"
+    )
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

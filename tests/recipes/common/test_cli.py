@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -149,6 +150,8 @@ def raising(error):
         (RankFailed(3, 5, "raised E: [x]", "Traceback"), 1, "Traceback\nerror: rank 3 of 5 raised E: [x]; the other"),
         (RankFailed(3, 5, "was killed by SIGKILL", ""), 1, "error: rank 3 of 5 was killed by SIGKILL; the other"),
         (KeyboardInterrupt(), 130, "interrupted; all ranks have ended\n"),
+        (FileNotFoundError(2, "No such file or directory", "a[0]"), 2, "error: a[0]: No such file or directory\n"),
+        (OSError(28, "No space left on device", "run/x"), 1, "error: run/x: No space left on device\n"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
@@ -217,3 +220,27 @@ def test_result_is_written_with_one_line_per_key(tmp_path, capsys):
     assert json.loads(out.read_text()) == {"text": 'a "b"\n', "tokens": [2, 3]}
     assert len(out.read_text().splitlines()) == 4
     assert str(out) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "out", "fix"),
+    [("out", "answers", "out=answers.json"), ("out", "a/x.txt", "out=a/x.json"), ("picture", "x.json", "picture=x.svg"),
+     ("fitted", "x", "fitted=x.yaml"), ("json", "x.yaml", "json=x.json")],
+)  # fmt: skip
+def test_file_of_another_kind_is_refused_before_the_work(tmp_path, monkeypatch, name, out, fix):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"{name}={out} is no name of a .* file: use {fix}"):
+        recipe_cli.refuse_unwritable(out, name)
+    recipe_cli.refuse_unwritable(fix.partition("=")[2], name)
+
+
+def test_full_disk_is_refused_before_the_work(monkeypatch):
+    full = Path("/dev/full")
+    monkeypatch.setattr(recipe_cli.tempfile, "TemporaryFile", lambda **_: full.open("wb"))
+    for refuse, out in ((recipe_cli.refuse_unwritable, "a/x.json"), (recipe_cli.refuse_unwritable_folder, "a")):
+        with pytest.raises(ValueError, match=rf"out={out} cannot be written \(No space left on device\)"):
+            refuse(out)
+
+
+def test_more_threads_than_cores_are_refused(refused):
+    assert "run.threads=100000: this machine has" in refused(generate, generate.task, "run.threads=100000")

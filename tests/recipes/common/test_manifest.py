@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ def run(cli, tiny, tmp_path, monkeypatch):
         words = (f"model={tiny}", "prompt.file=prompt.txt", "max_new_tokens=3", f"out={out}", *settings)
         code, _, err = cli(generate, generate.task, *words)
         assert code == 0, err
+        assert sorted(file.name for file in out.parent.iterdir()) == ["result.json", "result.manifest.json"]
         return out.parent
 
     return run
@@ -33,7 +33,7 @@ def run(cli, tiny, tmp_path, monkeypatch):
 
 def test_manifest_records_settings_inputs_and_machine(run, tiny, tmp_path):
     folder = run("a", "sampling.seed=7", "mesh.ring=2")
-    manifest_values = json.loads((folder / "manifest.json").read_text())
+    manifest_values = json.loads((folder / "result.manifest.json").read_text())
     assert manifest_values["module"] == "recipes.generate" and "prompt.file=prompt.txt" in manifest_values["command"]
     assert manifest_values["config"]["sampling"]["seed"] == 7 and manifest_values["seeds"] == {"sampling.seed": 7}
     assert manifest_values["mesh"] == {"tp": 1, "ulysses": 1, "ring": 2, "dp": 1, "pp": 1}
@@ -88,7 +88,7 @@ def test_comparison_shows_settings_that_differ_and_final_figures(run, capsys):
 
 
 def test_folder_without_a_run_is_refused(tmp_path, monkeypatch, capsys):
-    with pytest.raises(ValueError, match=r"is not a run: .*manifest\.json cannot be read"):
+    with pytest.raises(ValueError, match=r"is not a run: its manifest cannot be read .*/manifest\.json"):
         reproduce.reproduce([str(tmp_path)])
     with pytest.raises(SystemExit) as exited:
         recipe_cli.exit_on_error(lambda: compare.compare([str(tmp_path)]))
@@ -118,7 +118,49 @@ def test_files_that_settings_name_are_found(values, names):
     assert [path.name for path in manifest._read_by(values)] == names
 
 
-def test_module_is_the_one_that_python_started(monkeypatch):
-    spec = type("Spec", (), {"name": "recipes.bench.__main__"})
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
-    assert manifest._module() == "recipes.bench"
+def test_each_file_of_a_folder_has_its_own_manifest(run, tmp_path):
+    folder = run("a")
+    (folder / "other.manifest.json").write_text(json.dumps({"module": "recipes.chat", "out": "a/other.json"}))
+    (folder / "other.json").write_text("{}")
+    assert manifest.manifest_of(str(folder / "result.json"))["module"] == "recipes.generate"
+    assert manifest.manifest_of(str(folder / "other.json"))["module"] == "recipes.chat"
+    with pytest.raises(ValueError, match=r"the folder has several runs: give one of other\.json, result\.json"):
+        manifest.manifest_of(str(folder))
+
+
+@pytest.fixture
+def owned(tmp_path, monkeypatch):
+    """The current folder: a training run, a result of generate, one of version 0.1, and notes."""
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "tiny/manifest.json": {"module": "recipes.pretrain", "out": "/x/tiny"},
+        "tiny/metrics.jsonl": {},
+        "new/a.json": {}, "new/a.manifest.json": {"module": "recipes.generate", "out": "/x/new/a.json"},
+        "old/a.json": {}, "old/manifest.json": {"module": "recipes.generate", "out": "/x/old/a.json"},
+        "notes/mine.json": {},
+    }  # fmt: skip
+    for name, values in files.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(json.dumps(values))
+
+
+@pytest.mark.usefixtures("owned")
+@pytest.mark.parametrize(
+    ("out", "recipe", "words"),
+    [
+        ("tiny", "recipes.pretrain", None), ("tiny", "eval.run", "a run of recipes.pretrain"),
+        ("new/a.json", "recipes.generate", None), ("new/a.json", "recipes.chat", "a run of recipes.generate"),
+        ("old/a.json", "recipes.generate", None), ("old/a.json", "recipes.chat", "a run of recipes.generate"),
+        ("old", "recipes.pretrain", None),  # the manifest there is that of a file
+        ("notes", "recipes.pretrain", None), ("notes/mine.json", "recipes.generate", "exists, and recipes"),
+        ("tiny/manifest.json", "recipes.generate", "exists, and recipes.generate has not written it"),
+        ("tiny/metrics.jsonl", "recipes.generate", "exists, and recipes.generate has not written it"),
+        ("not/yet", "recipes.generate", None), (None, "recipes.generate", None),
+    ],
+)  # fmt: skip
+def test_place_of_another_recipe_is_refused(out, recipe, words):
+    if words is None:
+        manifest.refuse_other_recipe(out, recipe)
+        return
+    with pytest.raises(ValueError, match=words):
+        manifest.refuse_other_recipe(out, recipe)

@@ -145,15 +145,15 @@ def test_old_names_in_sections_of_list_items_among_saved_values():
 def test_recipe_accepts_old_names_and_prints_each_once(cli):
     """The same names from the command line on: the task gets the new settings, standard error the lines."""
     configs = []
-    words = ("experiment=demo", "threads=3", "context.decode=one_exchange", "model.positions=500")
+    words = ("experiment=demo", "threads=1", "context.decode=one_exchange", "model.positions=500")
     code, out, err = cli(generate, configs.append, *words)
     assert (code, out) == (0, "")
     (config,) = configs
-    assert (config.run.threads, config.context.decode, config.model.max_positions) == (3, "gather_merge", 500)
+    assert (config.run.threads, config.context.decode, config.model.max_positions) == (1, "gather_merge", 500)
     assert config.prompt.tokens == 6000
     assert sorted(err.splitlines()) == [
         "context.decode=one_exchange is an old name: use context.decode=gather_merge",
         "experiment=demo is an old name: use experiment=generate/demo",
         "model.positions=500 is an old name: use model.max_positions=500",
-        "threads=3 is an old name: use run.threads=3",
+        "threads=1 is an old name: use run.threads=1",
     ]

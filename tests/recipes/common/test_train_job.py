@@ -1,62 +1,51 @@
-"""A run that resumes reads the text that it began with, and knows the weights of its sources."""
+"""The folder of a training run: what a start leaves, and what a corrected start may replace."""
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
-import transformers
 
-from longctx import checkpoint_index
-from longctx.checksum import crc32_of_file
-from longctx.config import TextSource
-from longctx.data.identity import text_digests
-from recipes import pretrain
-from recipes.common.train_loop import _with_weights
-from tests.recipes.conftest import SAVED
-from tests.recipes.test_saved import TRAIN
-
-SHARED = [word.replace("threads=", "run.threads=") for word in TRAIN]
-WORDS = (*SHARED, "model.config.num_hidden_layers=2", "mesh.ring=2", "optim.zero1=false", "steps=6", "out=train_ring")
+from recipes.common.train_job import begin_run, refuse_other_model
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """A copy of version 0.1's run as the current folder, whose checkpoint has the digests of its text."""
-    folder = tmp_path / "v0_1"
-    shutil.copytree(SAVED, folder)
-    monkeypatch.chdir(folder)
-    place = folder / "train_ring" / "checkpoints" / "step-00000004"
-    metadata = checkpoint_index.read_metadata(place)
-    checksums = {name: crc32_of_file(place / name) for name in metadata.pop("files")}
-    text = text_digests([TextSource(path="inputs/train.txt")])
-    checkpoint_index.write_index(place, {**metadata, "text": text}, checksums)
-    for config in folder.glob("train_*/model/config.json"):
-        config.write_text(config.read_text().replace('"5.23.0"', f'"{transformers.__version__}"'))
-    return folder
+def job_of(tiny, tmp_path):
+    """``job_of(layers)``: a job, whose model has this many layers, in the folder tmp_path/run."""
+
+    def make(layers):
+        folder, out = tmp_path / f"model{layers}", tmp_path / "run"
+        shutil.copytree(tiny, folder, dirs_exist_ok=True)
+        config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": layers}
+        (folder / "config.json").write_text(json.dumps(config))
+        return SimpleNamespace(out=out, scratch=out / "model", target=SimpleNamespace(folder=folder))
+
+    return make
 
 
-def test_other_text_of_the_same_name_and_size_is_refused(run, refused, config_of):
-    assert pretrain.prepare(config_of("pretrain", *WORDS)).settings.steps == 6
-    text = run / "inputs" / "train.txt"
-    size = text.stat().st_size
-    text.write_text(text.read_text().swapcase())
-    assert text.stat().st_size == size
-    line = refused(pretrain, pretrain.task, *WORDS)
-    assert "the text of inputs/train.txt has changed since train_ring/checkpoints/step-00000004 was written" in line
-    assert "restore it, or give another out=" in line
+def layers_in(job):
+    return json.loads((job.scratch / "config.json").read_text())["num_hidden_layers"]
 
 
-def test_moved_text_is_the_same(run, config_of):
-    (run / "inputs" / "train.txt").rename(run / "train.txt")
-    pretrain.prepare(config_of("pretrain", *WORDS, "data.sources=[{path:train.txt}]"))
+def test_model_of_a_start_without_a_checkpoint_is_replaced(job_of):
+    begin_run(job_of(3))
+    refuse_other_model(job_of(5))
+    begin_run(job_of(5))
+    assert layers_in(job_of(5)) == 5
 
 
-def test_checkpoint_of_the_first_version_gets_its_weights_from_its_settings():
-    sources = [{"path": "a", "weight": 3}, {"path": "b"}]
-    documents = {"sources": [None, None], "tokens": [1, 2]}
-    metadata = {"data": {"documents": documents, "used": 0}, "config": {"data": {"sources": sources}}}
-    assert _with_weights(json.loads(json.dumps(metadata)))["documents"] == {**documents, "weights": [3, 1.0]}
-    metadata["data"]["documents"] = {**documents, "weights": [5, 5]}
-    assert _with_weights(metadata)["documents"]["weights"] == [5, 5]
-    metadata["data"]["documents"] = None
-    assert _with_weights(metadata) == metadata["data"]
+@pytest.mark.parametrize("kept", ["checkpoints/step-00000002", "model/model.safetensors"])
+def test_model_of_a_checkpoint_or_with_weights_stays(job_of, kept):
+    begin_run(job_of(3))
+    (job_of(3).out / kept).mkdir(parents=True)
+    begin_run(job_of(3))
+    with pytest.raises(ValueError, match=r"has a run of another model, or of another context"):
+        refuse_other_model(job_of(5))
+    begin_run(job_of(5))
+    assert layers_in(job_of(5)) == 3
+
+
+def test_only_the_first_rank_of_a_launcher_makes_the_folder(job_of, under_torchrun):
+    under_torchrun(1, 2)
+    begin_run(job_of(3))
+    assert not job_of(3).out.exists()

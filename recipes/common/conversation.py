@@ -1,0 +1,125 @@
+"""Turns of a conversation: typed at a terminal, taken on the ranks, shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
+
+import torch
+from rich.markup import escape
+
+from longctx.data.turns import UserTurn, turn_tokens
+from recipes.common.cli import console
+from recipes.common.progress import Progress, TokenStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from longctx.infer.session import Session
+    from longctx.parallel.comm import Comm
+
+
+class TurnFigures(TypedDict, total=False):
+    """Figures of a turn, as written to ``out``; a turn that failed has its ``text``, the ``error`` and no tokens.
+
+    ``new`` and ``cached`` count tokens, ``miss_rate`` is new / (new + cached).  ``ttit_s`` is None without a decode
+    step.  Lists are over the context ranks, in bytes; ``bytes_sent`` is the sum over all ranks.
+    """
+
+    text: str
+    error: str
+    answer: str
+    new: int
+    cached: int
+    miss_rate: float
+    strategy: str
+    why: str
+    ttft_s: float
+    ttit_s: float | None
+    bytes_sent: int
+    prefill_bytes_sent_per_rank: list[int]
+    decode_bytes_sent_per_rank: list[int]
+    kv_cache_bytes_per_rank: list[int]
+    token_ids: list[int]
+
+
+def typed_turns(world: Comm, max_new_tokens: int, device: torch.device) -> Iterator[UserTurn]:
+    """Yield on every rank the turns typed at the first rank, until an empty line or the end of input."""
+    while True:
+        text = b""
+        if world.rank == 0:
+            # A rank's own standard input is closed; the terminal is still available.
+            with Path("/dev/tty").open(encoding="utf-8", errors="replace") as terminal:
+                console.print("[bold]you[/] ", end="")
+                text = terminal.readline().strip().encode()
+        own_bytes = torch.tensor(list(text), dtype=torch.uint8, device=device)
+        size = world.all_gather(torch.tensor([len(text)], device=device), [(1,)] * world.size)[0]
+        if not size:
+            return
+        typed = world.all_gather(own_bytes, [(int(size),), *[(0,)] * (world.size - 1)])[0]
+        yield UserTurn(bytes(typed.tolist()).decode(), max_new_tokens)
+
+
+def take_turn(session: Session, turn: UserTurn, tokenizer: PreTrainedTokenizerBase, *, shown: bool) -> TurnFigures:
+    """Take one turn and return its figures; a turn that fails leaves the session unchanged and states why.
+
+    Raises an error of the computation if there are several ranks, because the others wait for this one.
+    """
+    from longctx.infer.generate import gather_figures
+
+    engine, before = session.engine, session.sequences[0].tokens if session.sequences else []
+    stream, computes = TokenStream(tokenizer), False
+    try:
+        # 1. Tokenize and check: every rank raises the same errors.
+        new = turn_tokens(turn.text, tokenizer, before=before, ends=engine.shape.end_tokens)
+        session.refuse({0: new}, {0: turn.max_new_tokens})
+        # 2. Compute.
+        computes = True
+        with Progress(shown=shown) as progress:
+            progress.start(f"prefill of {len(new):,} tokens, layers", engine.shape.layers)
+
+            def print_token(tokens: Mapping[int, int]) -> None:
+                progress.stop()
+                if shown:
+                    stream.add(tokens[0])
+
+            result = session.turn({0: new}, {0: turn.max_new_tokens}, layer_done=progress.step, token_done=print_token)
+    except Exception as error:
+        if computes and engine.ranks * engine.tp.size > 1:
+            raise
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        return {"text": turn.text, "error": f"{kind}{' '.join(str(error).split())}", "token_ids": []}
+    figures = gather_figures(engine, [result.prefill_bytes, result.decode_bytes, session.cache_bytes])
+    prefill, decode, cache = map(list, zip(*figures, strict=True))
+    return {
+        "text": turn.text,
+        "answer": tokenizer.decode(result.tokens[0], skip_special_tokens=True),
+        "new": result.new,
+        "cached": result.cached,
+        "miss_rate": result.new / (result.new + result.cached),
+        "strategy": result.strategy,
+        "why": result.why,
+        "ttft_s": result.ttft_s,
+        "ttit_s": result.ttit_s,
+        # All tensor-parallel ranks of a context rank have as many heads and send as many bytes.
+        "bytes_sent": (sum(prefill) + sum(decode)) * engine.tp.size,
+        "prefill_bytes_sent_per_rank": prefill,
+        "decode_bytes_sent_per_rank": decode,
+        "kv_cache_bytes_per_rank": cache,
+        "token_ids": result.tokens[0],
+    }
+
+
+def show_turn(number: int, figures: TurnFigures) -> None:
+    """Print the figures of a turn in two lines, or the reason why it failed."""
+    if "error" in figures:
+        console.print(f"[bold red]turn {number} was refused[/]: {escape(figures['error'])}")
+        return
+    print(flush=True)
+    ttit = f", TTIT {figures['ttit_s'] * 1e3:.0f} ms" if figures["ttit_s"] else ""
+    console.print(
+        f"[dim]turn {number}: T {figures['new']:,} new, P {figures['cached']:,} cached (miss rate "
+        f"{figures['miss_rate']:.1%}), {figures['strategy']} ({figures['why']})\n"
+        f"TTFT {figures['ttft_s']:.2f} s{ttit}, sent {figures['bytes_sent'] / 1e6:,.2f} MB[/]"
+    )

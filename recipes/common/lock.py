@@ -1,0 +1,85 @@
+"""Locks: one run at a time writes to a place.  A lock is held while its process lives, and released by its end."""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from recipes.common.cli import is_first, say
+
+_OWN_JOB_S = 120.0  # a requeued Slurm job waits this long for the lock that its dead node held on a network file system
+
+
+@contextmanager
+def hold(file: Path, setting: str) -> Iterator[None]:
+    """Hold the lock ``file`` until the block ends or the process dies; of a launcher's ranks, only the first one does.
+
+    Raises ValueError, naming host and process, if another process holds it; ``setting`` is the place that it locks.
+    """
+    if not is_first():
+        yield
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _lock(file, setting)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(_this_process()).encode(), 0)
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # before the lock ends: `_lock` looks whether its file is still this one
+        os.close(descriptor)
+
+
+def lock_beside(place: Path) -> Path:
+    """Return the lock of a file, or of a folder that is replaced as a whole: ``a/.x.lock`` for ``a/x``."""
+    return place.with_name(f".{place.name}.lock")
+
+
+def _lock(file: Path, setting: str) -> int:
+    """Return the descriptor of ``file``, locked."""
+    until = time.monotonic() + _OWN_JOB_S
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+                return descriptor
+        except BlockingIOError:
+            holder = _holder(descriptor)
+            if not _is_own_job(holder) or time.monotonic() > until:
+                os.close(descriptor)
+                raise ValueError(_refusal(holder, setting)) from None
+            time.sleep(1)
+        except OSError as error:
+            say(f"{setting}: its file system has no locks ({error.strerror}); do not start a second run there")
+            return descriptor
+        os.close(descriptor)
+
+
+def _this_process() -> dict[str, str | int | None]:
+    return {"host": socket.gethostname(), "process": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+
+
+def _holder(descriptor: int) -> dict[str, str | int | None]:
+    """Return what the process that holds the lock has written about itself; empty if it has not yet."""
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _is_own_job(holder: dict[str, str | int | None]) -> bool:
+    """Return True if another host held the lock for this Slurm job, which was then requeued."""
+    this = _this_process()
+    return bool(this["job"]) and holder.get("job") == this["job"] and holder.get("host") != this["host"]
+
+
+def _refusal(holder: dict[str, str | int | None], setting: str) -> str:
+    process = f"process {holder['process']} on {holder['host']}" if "process" in holder else "another process"
+    job = f" (Slurm job {holder['job']})" if holder.get("job") else ""
+    return f"{setting} is in use by {process}{job}: wait for its end, end it, or give another place"

@@ -1,0 +1,62 @@
+"""A run that resumes reads the text that it began with, and knows the weights of its sources."""
+
+import json
+import shutil
+
+import pytest
+import transformers
+
+from longctx import checkpoint_index
+from longctx.checksum import crc32_of_file
+from longctx.config import TextSource
+from longctx.data.identity import text_digests
+from recipes import pretrain
+from recipes.common.train_loop import _with_weights
+from tests.recipes.conftest import SAVED
+from tests.recipes.test_saved import TRAIN
+
+SHARED = [word.replace("threads=", "run.threads=") for word in TRAIN]
+WORDS = (*SHARED, "model.config.num_hidden_layers=2", "mesh.ring=2", "optim.zero1=false", "steps=6", "out=train_ring")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A copy of version 0.1's run as the current folder, whose checkpoint has the digests of its text."""
+    folder = tmp_path / "v0_1"
+    shutil.copytree(SAVED, folder)
+    monkeypatch.chdir(folder)
+    place = folder / "train_ring" / "checkpoints" / "step-00000004"
+    metadata = checkpoint_index.read_metadata(place)
+    checksums = {name: crc32_of_file(place / name) for name in metadata.pop("files")}
+    text = text_digests([TextSource(path="inputs/train.txt")])
+    checkpoint_index.write_index(place, {**metadata, "text": text}, checksums)
+    for config in folder.glob("train_*/model/config.json"):
+        config.write_text(config.read_text().replace('"5.23.0"', f'"{transformers.__version__}"'))
+    return folder
+
+
+def test_other_text_of_the_same_name_and_size_is_refused(run, refused, config_of):
+    assert pretrain.prepare(config_of("pretrain", *WORDS)).settings.steps == 6
+    text = run / "inputs" / "train.txt"
+    size = text.stat().st_size
+    text.write_text(text.read_text().swapcase())
+    assert text.stat().st_size == size
+    line = refused(pretrain, pretrain.task, *WORDS)
+    assert "the text of inputs/train.txt has changed since train_ring/checkpoints/step-00000004 was written" in line
+    assert "restore it, or give another out=" in line
+
+
+def test_moved_text_is_the_same(run, config_of):
+    (run / "inputs" / "train.txt").rename(run / "train.txt")
+    pretrain.prepare(config_of("pretrain", *WORDS, "data.sources=[{path:train.txt}]"))
+
+
+def test_checkpoint_of_the_first_version_gets_its_weights_from_its_settings():
+    sources = [{"path": "a", "weight": 3}, {"path": "b"}]
+    documents = {"sources": [None, None], "tokens": [1, 2]}
+    metadata = {"data": {"documents": documents, "used": 0}, "config": {"data": {"sources": sources}}}
+    assert _with_weights(json.loads(json.dumps(metadata)))["documents"] == {**documents, "weights": [3, 1.0]}
+    metadata["data"]["documents"] = {**documents, "weights": [5, 5]}
+    assert _with_weights(metadata)["documents"]["weights"] == [5, 5]
+    metadata["data"]["documents"] = None
+    assert _with_weights(metadata) == metadata["data"]
