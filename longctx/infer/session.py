@@ -11,6 +11,7 @@ from longctx.attention.layout import LAYOUTS, Layout, contiguous, shard_balanced
 from longctx.config import Context, Sampling
 from longctx.infer.cache import BatchCache, KVCache
 from longctx.infer.engine import Engine
+from longctx.infer.finite import NOT_FINITE, refuse_not_finite
 from longctx.infer.prefill import Chunk, LayerDone, pack_tokens, run_pass, run_replicated, split_into_chunks
 from longctx.infer.sample import choose_token
 from longctx.megatron.model import logits
@@ -69,9 +70,8 @@ class Session:
     """Sequences by id, whose keys and values are sharded over the ranks of ``engine``.
 
     Each turn's new tokens are sharded by themselves (arXiv 2411.01783, 3.5.1); ranks that hold fewer rows get the
-    larger shares.  ``choose`` picks
-    the strategy of each prefill; by default it is ``context.strategy``.  A new sequence's cache has room for at least
-    ``reserve`` tokens.  All ranks must make the same calls in the same order.
+    larger shares.  ``choose`` picks the strategy of each prefill; by default it is ``context.strategy``.  A new
+    sequence's cache has room for at least ``reserve`` tokens.  All ranks must make the same calls in the same order.
     """
 
     def __init__(
@@ -110,8 +110,8 @@ class Session:
 
         If the turn fails, the session is restored to its state before the turn.
 
-        Raises ValueError for no prompts, an empty prompt, negative ``max_new_tokens``, or more tokens than the model's
-        maximum.
+        Raises ValueError for no prompts, an empty prompt, negative ``max_new_tokens``, more tokens than the model's
+        maximum, and logits that are not finite.
         """
         self._refuse(prompts, max_new_tokens)
         before = {i: (sequence.cache.layout, list(sequence.tokens)) for i, sequence in self.sequences.items()}
@@ -277,12 +277,14 @@ class Session:
             at = rows[engine.rank].index(row)
             i, position = last_rows[row]
             sampling = replace(self.sampling, seed=(self.sampling.seed + i) % 2**32)
-            sampled.append(choose_token(next_logits(engine, hidden[at : at + 1])[0, 0], sampling, position))
+            row_logits = next_logits(engine, hidden[at : at + 1])[0, 0]
+            sampled.append(choose_token(row_logits, sampling, position) if row_logits.isfinite().all() else NOT_FINITE)
 
         # 3. All ranks get all tokens.
         local = torch.tensor(sampled, dtype=torch.long, device=hidden.device)
         shapes = [(len(rank_rows),) for rank_rows in last_rows_by_rank]
         tokens = torch.cat(engine.context.all_gather(local, shapes)).tolist()
+        refuse_not_finite(engine, tokens, [self.sequences[i].cache for i in chunk])
         token_of = dict(zip(chain.from_iterable(last_rows_by_rank), tokens, strict=True))
         return {i: token_of[row] for row, (i, _) in last_rows.items()}
 
