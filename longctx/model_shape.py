@@ -44,3 +44,14 @@ class ModelShape:
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.layers)
         assert len(self.windows) == self.layers, "windows needs an entry (a number or None) for each layer"
+
+    def refuse_unknown_token(self, largest: int, where: str = "the text") -> None:
+        """Raise ValueError if ``largest``, the largest token id of a text, is beyond the vocabulary.
+
+        A tokenizer may know more tokens than the model has rows in its embedding, such as one for padding.
+        """
+        if largest >= self.vocab_size:
+            raise ValueError(
+                f"{where} has token {largest:,}, beyond the model's vocabulary of {self.vocab_size:,} (ids from 0): "
+                "use the tokenizer that belongs to the model, or take that token's text out"
+            )

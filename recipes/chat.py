@@ -123,8 +123,11 @@ def prepare(config: DictConfig) -> ChatJob:
     index = read_index(absolute(session.load), session_model, f"torch.{target.model.dtype}") if session.load else None
     if session.save:
         refuse_place(absolute(session.save))
-    sampling = section(config, "sampling", Sampling)
-    return ChatJob(target, sampling, settings, session, index, read_turns(settings), hardware, session_model)
+    sampling, turns = section(config, "sampling", Sampling), read_turns(settings)
+    for turn in turns or ():
+        ids = tokenizer_of(target.folder)(turn.text)["input_ids"]
+        target.shape.refuse_unknown_token(max(ids, default=0), turn.where or "a turn")
+    return ChatJob(target, sampling, settings, session, index, turns, hardware, session_model)
 
 
 def absolute(folder: str) -> Path:

@@ -106,7 +106,7 @@ def prepare(config: DictConfig) -> GenerateJob:
     settings, source = top_level(config, GenerateSettings), section(config, "prompt", PromptSource)
     refuse_unwritable(settings.out)
     tokenizer = tokenizer_of(target.folder)
-    prompts = read_prompts(settings.prompts, source, tokenizer, settings.max_new_tokens, target.shape.max_positions)
+    prompts = read_prompts(settings.prompts, source, tokenizer, settings.max_new_tokens, target.shape)
     job = GenerateJob(target, section(config, "sampling", Sampling), prompts, settings)
     if job.prompt_tokens < target.mesh.context:
         raise ValueError(

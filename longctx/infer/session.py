@@ -11,8 +11,8 @@ from longctx.attention.layout import LAYOUTS, Layout, contiguous, shard_balanced
 from longctx.config import Context, Sampling
 from longctx.infer.cache import BatchCache, KVCache
 from longctx.infer.engine import Engine
-from longctx.infer.finite import NOT_FINITE, refuse_not_finite
 from longctx.infer.prefill import Chunk, LayerDone, pack_tokens, run_pass, run_replicated, split_into_chunks
+from longctx.infer.refuse import NOT_FINITE, refuse_not_finite, refuse_prompts
 from longctx.infer.sample import choose_token
 from longctx.megatron.model import logits
 from longctx.parallel.comm import doing
@@ -110,10 +110,11 @@ class Session:
 
         If the turn fails, the session is restored to its state before the turn.
 
-        Raises ValueError for no prompts, an empty prompt, negative ``max_new_tokens``, more tokens than the model's
-        maximum, and logits that are not finite.
+        Raises ValueError for no prompts, an empty prompt, a token beyond the vocabulary, negative ``max_new_tokens``,
+        more tokens than the model's maximum, and logits that are not finite.
         """
-        self._refuse(prompts, max_new_tokens)
+        so_far = {i: len(sequence.tokens) for i, sequence in self.sequences.items()}
+        refuse_prompts(self.engine.shape, so_far, prompts, max_new_tokens)
         before = {i: (sequence.cache.layout, list(sequence.tokens)) for i, sequence in self.sequences.items()}
         try:
             barrier(self.engine)
@@ -131,23 +132,6 @@ class Session:
         if sequence not in self.sequences:
             raise ValueError(f"sequence {sequence} is not in the session; it has {sorted(self.sequences) or 'none'}.")
         del self.sequences[sequence]
-
-    def _refuse(self, prompts: Mapping[int, Sequence[int]], max_new_tokens: Mapping[int, int]) -> None:
-        if not prompts:
-            raise ValueError("The turn has no prompts; give at least one sequence some tokens.")
-        max_positions = self.engine.shape.max_positions
-        for i, prompt in prompts.items():
-            so_far = len(self.sequences[i].tokens) if i in self.sequences else 0
-            if not prompt:
-                raise ValueError(f"The prompt of sequence {i} is empty; give it some tokens.")
-            if max_new_tokens[i] < 0:
-                raise ValueError(f"max_new_tokens={max_new_tokens[i]} of sequence {i} is negative; use 0 or more.")
-            if (total := so_far + len(prompt) + max_new_tokens[i]) > max_positions:
-                raise ValueError(
-                    f"sequence {i} would have {total:,} tokens ({so_far:,} so far, {len(prompt):,} new, "
-                    f"max_new_tokens={max_new_tokens[i]}), but the model's context is {max_positions:,}; "
-                    "use a shorter prompt or fewer max_new_tokens, or start a new session."
-                )
 
     def _restore(self, before: Mapping[int, tuple[Layout, list[int]]]) -> None:
         """Remove the sequences that are not in ``before`` and rewind the others to its layouts and tokens."""

@@ -62,8 +62,8 @@ def text_of(
 
     Each sequence has ``data.length`` tokens.  Documents in a sequence attend to each other.
 
-    Raises ValueError if the text has fewer than ``sequences``, or if a sequence is longer than the model's context;
-    the message names ``length_setting`` as the setting to change.
+    Raises ValueError if the text has fewer than ``sequences``, if a sequence is longer than the model's context, or
+    if a token is beyond its vocabulary; the message names ``length_setting`` as the setting to change.
     """
     from longctx.data.batches import training_batches
 
@@ -83,6 +83,7 @@ def text_of(
     text = PackedText(
         *(torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens", "targets", "mask"))
     )
+    target.shape.refuse_unknown_token(max(int(text.tokens.max()), int(text.targets.max())))
     return text[slice(sequences + more)]
 
 

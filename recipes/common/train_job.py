@@ -105,9 +105,9 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool) ->
     data, test = data_of(config)
     refuse_unsplit(target.mesh, target.shape, data)
     evaluation = section(config, "evaluate", Evaluation)
-    samples = first_sequences(data, tokenizer, target.mesh.dp)
+    samples = first_sequences(data, tokenizer, target)
     if test and evaluation.every:
-        first_sequences(test, tokenizer, target.mesh.dp)
+        first_sequences(test, tokenizer, target)
     # 3. The run; if its folder holds a run already, it must be one that this job can resume.
     weights = None if from_scratch else target.folder
     begun = f"weights {target.fingerprint}" if weights else f"seed={settings.seed}"
@@ -147,21 +147,23 @@ def _refuse_untrainable(target: Target) -> None:
 
 
 def first_sequences(
-    data: DataSettings, tokenizer: "PreTrainedTokenizerBase", dp: int
+    data: DataSettings, tokenizer: "PreTrainedTokenizerBase", target: Target
 ) -> tuple[tuple[int, int, str], ...]:
     """Return the first batch's sequences, each as its number of tokens, of documents, and the start of its text.
 
-    Raises ValueError for files that are missing or cannot be read, and for text that does not fill one batch.
+    Raises ValueError for files that are missing or cannot be read, for text that does not fill one batch, and
+    for tokens beyond the model's vocabulary.
     """
     from longctx.data.batches import training_batches
 
-    training_batches(data, tokenizer, 0, dp)  # raises unless data-parallel ranks get equal shares
+    training_batches(data, tokenizer, 0, target.mesh.dp)  # raises unless data-parallel ranks get equal shares
     first = next(training_batches(data, tokenizer)(None), None)
     if first is None:
         raise ValueError(
             f"{', '.join(map(str, data.sources))}: the text does not fill a batch of data.batch={data.batch} sequences "
             f"of data.length={data.length}: use less of either, or more text"
         )
+    target.shape.refuse_unknown_token(int(first[0].tokens.max()))
     rows = zip(first[0].tokens, first[0].lengths, strict=True)
     return tuple((len(ids), sum(n > 0 for n in each), tokenizer.decode(ids[:128].tolist())) for ids, each in rows)
 

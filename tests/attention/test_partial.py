@@ -72,8 +72,8 @@ def test_merge_ignores_the_out_of_rows_without_weight(thirds, garbage):
     """Some kernels leave NaN as the output of a row that sees none of its keys."""
     _, a, b, _ = thirds
     expected = merge(a, b)
-    for rows, kept in ((slice(2), b), (slice(2, 4), a)):
-        expected.out[:, rows], expected.lse[:, rows] = kept.out[:, rows], kept.lse[:, rows]
+    for rows, other in ((slice(2), b), (slice(2, 4), a)):
+        expected.out[:, rows], expected.lse[:, rows] = other.out[:, rows], other.lse[:, rows]
     for part, rows in ((a, slice(2)), (b, slice(2, 4))):
         part.out[:, rows], part.lse[:, rows] = garbage, -math.inf
     for merged in (merge(a, b), merge(b, a)):
