@@ -65,7 +65,7 @@ def text_of(
     Raises ValueError if the text has fewer than ``sequences``, if a sequence is longer than the model's context, or
     if a token is beyond its vocabulary; the message names ``length_setting`` as the setting to change.
     """
-    from longctx.data.batches import training_batches
+    from longctx.data.batches import refuse_nothing_to_learn, training_batches
 
     if data.length > target.shape.max_positions:
         raise ValueError(
@@ -84,6 +84,7 @@ def text_of(
         *(torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens", "targets", "mask"))
     )
     target.shape.refuse_unknown_token(max(int(text.tokens.max()), int(text.targets.max())))
+    refuse_nothing_to_learn(int(text.mask.sum()), ", ".join(map(str, data.sources)))
     return text[slice(sequences + more)]
 
 

@@ -151,10 +151,10 @@ def first_sequences(
 ) -> tuple[tuple[int, int, str], ...]:
     """Return the first batch's sequences, each as its number of tokens, of documents, and the start of its text.
 
-    Raises ValueError for files that are missing or cannot be read, for text that does not fill one batch, and
-    for tokens beyond the model's vocabulary.
+    Raises ValueError for files that are missing or cannot be read, for text that does not fill one batch, for
+    tokens beyond the model's vocabulary, and for a batch without a target.
     """
-    from longctx.data.batches import training_batches
+    from longctx.data.batches import refuse_nothing_to_learn, training_batches
 
     training_batches(data, tokenizer, 0, target.mesh.dp)  # raises unless data-parallel ranks get equal shares
     first = next(training_batches(data, tokenizer)(None), None)
@@ -164,6 +164,7 @@ def first_sequences(
             f"of data.length={data.length}: use less of either, or more text"
         )
     target.shape.refuse_unknown_token(int(first[0].tokens.max()))
+    refuse_nothing_to_learn(first[0].counted, f"{', '.join(map(str, data.sources))}: the first batch")
     rows = zip(first[0].tokens, first[0].lengths, strict=True)
     return tuple((len(ids), sum(n > 0 for n in each), tokenizer.decode(ids[:128].tolist())) for ids, each in rows)
 

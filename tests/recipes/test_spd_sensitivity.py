@@ -1,8 +1,10 @@
 """recipes.spd_sensitivity on a tiny model: results, picture, resumption."""
 
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from recipes import spd_sensitivity
 
@@ -32,3 +34,16 @@ def test_sensitivity_writes_json_and_picture_and_resumes(cli, tiny, tmp_path):
     code, _, err = cli(spd_sensitivity, spd_sensitivity.task, *command)
     assert code == 0, "the half-written line is gone"
     assert [b["score"] for b in again["blocks"]] == pytest.approx([b["score"] for b in result["blocks"]], abs=1e-9)
+
+
+def test_loss_that_is_not_finite_is_refused(cli, tiny, tmp_path):
+    """Finite weights whose products overflow: a score of NaN would be a class like any other."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors |= {name: 1e30 * x for name, x in tensors.items() if "layers.1.mlp" in name}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    words = ("mesh.tp=3", *TEXT)
+    code, _, err = cli(spd_sensitivity, spd_sensitivity.task, f"model={model}", *words, f"out={tmp_path}/out")
+    assert code == 1
+    assert "the loss of the text is nan with the reductions of blocks none dropped" in err.splitlines()[-1]
+    assert len((tmp_path / "out" / "sums.jsonl").read_text().splitlines()) == 1, "no sum was written"
