@@ -144,6 +144,8 @@ def prepare(config: DictConfig, recipe: str = "eval.run") -> EvalJob:
     lm, requests = _record_requests(evaluation, base, tasks)
     # 3. The variants, which answer the same requests.
     variants = tuple(resolve_variant(name, drop_none_yet(one)) for name, one in configs)
+    for variant in variants:
+        _refuse_unknown_tokens(variant, requests)
     for variant, (_, one) in zip(variants[1:], configs[1:], strict=True):
         refuse_other_model(base, variant)
         _refuse_too_short(variant, requests)
@@ -268,6 +270,12 @@ def _refuse_too_short(variant: Variant, requests: Sequence[Request]) -> None:
             f"variant {variant.name}: its context is {context:,}, and the baseline's requests have "
             f"up to {longest:,} tokens: use eval.max_length={context}, or shorter eval.lengths"
         )
+
+
+def _refuse_unknown_tokens(variant: Variant, requests: Sequence[Request]) -> None:
+    """Raise ValueError for a token beyond the vocabulary of ``variant``."""
+    largest = max((max(one.tokens) for one in requests), default=0)
+    variant.target.shape.refuse_unknown_token(largest, f"variant {variant.name}: a request")
 
 
 def _refuse_other_order(base: Variant, variant: Variant, config: DictConfig) -> None:

@@ -79,3 +79,14 @@ class ModelShape:
     def first(self, layers: int) -> "ModelShape":
         """Return the shape of the model's first ``layers`` layers."""
         return replace(self, layers=layers, windows=self.windows[:layers], rotaries=self.rotaries[:layers])
+
+    def refuse_unknown_token(self, largest: int, where: str = "the text") -> None:
+        """Raise ValueError if ``largest``, the largest token id of a text, is beyond the vocabulary.
+
+        A tokenizer may know more tokens than the model has rows in its embedding, such as one for padding.
+        """
+        if largest >= self.vocab_size:
+            raise ValueError(
+                f"{where} has token {largest:,}, beyond the model's vocabulary of {self.vocab_size:,} (ids from 0): "
+                "use the tokenizer that belongs to the model, or take that token's text out"
+            )

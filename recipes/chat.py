@@ -114,11 +114,14 @@ def prepare(config: DictConfig) -> ChatJob:
             say(f"session.load={session.load} was saved by version 0.1: its index has no checksum and was not checked")
     if session.save:
         refuse_place(absolute(session.save))
-    sampling = section(config, "sampling", Sampling)
-    tokenizer_of(target.folder)  # raises without one
+    sampling, turns = section(config, "sampling", Sampling), read_turns(settings)
+    tokenizer = tokenizer_of(target.folder)
+    for turn in turns or ():
+        ids = tokenizer(turn.text)["input_ids"]
+        target.shape.refuse_unknown_token(max(ids, default=0), turn.where or "a turn")
     say_unapplied(target.folder, sampling)
     origin = {"model": target.model.name, "mesh": vars(target.mesh), "context": vars(target.context), **provenance()}
-    return ChatJob(target, sampling, settings, session, index, read_turns(settings), hardware, session_model, origin)
+    return ChatJob(target, sampling, settings, session, index, turns, hardware, session_model, origin)
 
 
 def absolute(folder: str) -> Path:

@@ -109,7 +109,7 @@ def prepare(config: DictConfig) -> GenerateJob:
     refuse_unwritable(settings.out)
     refuse_other_recipe(settings.out, RECIPE)
     tokenizer = tokenizer_of(target.folder)
-    prompts = read_prompts(settings.prompts, source, tokenizer, settings.max_new_tokens, target.shape.max_positions)
+    prompts = read_prompts(settings.prompts, source, tokenizer, settings.max_new_tokens, target.shape)
     job = GenerateJob(target, section(config, "sampling", Sampling), prompts, settings)
     say_unapplied(target.folder, job.sampling)
     if job.prompt_tokens < target.mesh.context:

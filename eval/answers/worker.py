@@ -70,18 +70,18 @@ def answer_requests(engine: Engine, work: EvalWork) -> Iterator[tuple[Answered, 
     to_score = [request for request in work.requests if isinstance(request, Score)]
     for batch in make_batches(group_by_prefix(to_score), work.max_batch_tokens):
         scores = score_batch(engine, work.variant.target.context, batch)
-        refuse_nan(work, [value for value, _ in scores.values()])
+        refuse_not_finite(work, [value for value, _ in scores.values()])
         yield list(scores.items()), sum(group.tokens for group in batch)
     for texts in _continue_in_batches(engine, work, [one for one in work.requests if isinstance(one, Continue)]):
         yield texts, 0
 
 
-def refuse_nan(work: EvalWork, values: Sequence[float]) -> None:
-    """Raise ValueError if a log-probability is NaN: it would be counted as a wrong or a right answer."""
-    if count := sum(map(math.isnan, values)):
+def refuse_not_finite(work: EvalWork, values: Sequence[float]) -> None:
+    """Raise ValueError if a log-probability is NaN or infinite: it would be counted as a wrong or a right answer."""
+    if count := sum(not math.isfinite(value) for value in values):
         raise ValueError(
-            f"variant {work.variant.name}: {count} of {len(values)} log-probabilities are not a number: "
-            f"look for infinite or missing weights in {work.variant.target.folder}, or use model.dtype=float32"
+            f"variant {work.variant.name}: {count} of {len(values)} log-probabilities are NaN or infinite: "
+            f"look for damaged weights in {work.variant.target.folder}, or use model.dtype=float32"
         )
 
 

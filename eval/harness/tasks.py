@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -167,7 +168,7 @@ def collect_outcomes(name: str, task: Task) -> Outcomes:
             for metric, value in task.process_results(instances[0].doc, answers).items():
                 values.setdefault(metric if filter_name == "none" else f"{metric},{filter_name}", []).append(value)
     with _silence_progress():
-        totals = {metric: float(_aggregation(task, metric)(each)) for metric, each in values.items()}
+        totals = {metric: _aggregate(task, metric, each) for metric, each in values.items()}
     # 3. Choose the metric to compare.
     if _PERPLEXITY in values:
         log_likelihoods, words = zip(*values[_PERPLEXITY], strict=True)
@@ -197,6 +198,13 @@ def _choose_accuracy(name: str, metrics: Mapping[str, object]) -> str:
         return "acc_norm"
     first = [_PREFERRED] if _PREFERRED in metrics else []
     return [*first, *(metric for metric in metrics if metric.partition(",")[0] in _ACCURACY)][0]
+
+
+def _aggregate(task: Task, metric: str, values: Sequence[Any]) -> float:
+    try:
+        return float(_aggregation(task, metric)(values))
+    except OverflowError:  # lm-eval's perplexity of a model that predicts nothing
+        return math.inf
 
 
 def _aggregation(task: Task, metric: str) -> Callable[[Sequence[Any]], float]:

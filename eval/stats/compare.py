@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, exp
+from math import ceil
 from statistics import NormalDist
 from typing import Literal
 
@@ -134,8 +134,14 @@ def compare_perplexity(
     low = high = None
     if len(texts) >= _MIN_TEXTS:
         means = _resample_means(texts, resamples, np.random.default_rng(seed))
-        low, high = (exp(end) for end in _percentile_interval((means[:, 0] - means[:, 1]) / means[:, 2]))
-    return Perplexity(len(texts), exp(-a / total), exp(-b / total), exp((a - b) / total), low, high)
+        low, high = (_exp(end) for end in _percentile_interval((means[:, 0] - means[:, 1]) / means[:, 2]))
+    return Perplexity(len(texts), _exp(-a / total), _exp(-b / total), _exp((a - b) / total), low, high)
+
+
+def _exp(x: float) -> float:
+    """Return the exponential of ``x``, inf if it is beyond a float."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(x))
 
 
 def _bootstrap_interval(

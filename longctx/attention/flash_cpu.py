@@ -1,5 +1,7 @@
 """Kernel ``flash_cpu``: flash attention as shipped with torch for CPUs, by the ops that expose the log-sum-exp."""
 
+import math
+
 import torch
 
 from longctx.attention.kernel import Gradients, Kernel
@@ -35,7 +37,23 @@ def _flash_forward(q: Queries, k: Keys, v: Keys, causal: bool) -> Partial:
         out, lse = out.reshape(b, hq, sq, d), lse.reshape(b, hq, sq)
     else:
         out, lse = _forward_op(q, k, v, 0.0, causal)
+    _mark_lost_rows(q, k, out, lse)
     return Partial(_heads_first(out), lse.transpose(1, 2))
+
+
+def _mark_lost_rows(q: Tensor, k: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Set ``out`` and ``lse`` to NaN in rows of which no score is a number; the op gives zeros there.
+
+    For fewer than 16 keys the op loses NaN scores, and for any number of keys a row whose scores are all -inf.
+    Every row of a tile sees the first key, so that key's score tells such rows from true zeros.
+    """
+    zeros = lse == 0
+    if not zeros.any():
+        return
+    first_key = k[:, :, :1].repeat_interleave(q.shape[1] // k.shape[1], 1)
+    lost = zeros & (out == 0).all(-1) & ~(q * first_key).sum(-1).isfinite()
+    lse.masked_fill_(lost, math.nan)
+    out.masked_fill_(lost.unsqueeze(-1), math.nan)
 
 
 def _flash_backward(

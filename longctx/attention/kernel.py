@@ -26,7 +26,9 @@ class Kernel:
     dtype.  ``out`` and ``lse`` are those of the softmax over *all* keys.  exp(score - lse) is then the probability in
     the whole softmax, so that tiles are independent of each other.
 
-    `visible_tiles` guarantees that no tile is empty and that no row of a tile is fully masked.
+    `visible_tiles` guarantees that no tile is empty and that no row of a tile is fully masked.  A row without a finite
+    score (its inputs are NaN or infinite, or their product overflows) therefore gets NaN as out and lse: a finite
+    result would hide the fault.
 
     The kernel accepts ``dtypes``, ``devices`` and head dimensions that are multiples of ``head_dim_multiple``.
     `refuse_untested` refuses all other inputs.
@@ -130,6 +132,7 @@ def _reference_forward(q: Queries, k: Keys, v: Keys, causal: bool) -> Partial:
     q, k, v = (x.to(accumulation_dtype(q)) for x in (q.contiguous(), k, v))
     scores = _scores(q, k, causal)
     lse = scores.logsumexp(-1)
+    lse = lse.masked_fill(lse == -math.inf, math.nan)  # no row is fully masked: all its scores overflowed
     out = torch.einsum("bhgqk,bkhd->bqhgd", torch.exp(scores - lse.unsqueeze(-1)), v)
     return Partial(out.reshape(q.shape), lse.permute(0, 3, 1, 2).reshape(q.shape[:-1]))
 

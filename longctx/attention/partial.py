@@ -51,17 +51,21 @@ def merge(a: Partial, b: Partial) -> Partial:
 
     The merge is associative and commutative, with `empty_partial` as its identity.  Each side has the weight
     exp(lse - lse_max) (arXiv 2411.01783, Eq. 4).  It is exact also for rows that only one side has seen, or neither.
-    The form with ``logsigmoid``, common elsewhere, gives NaN for some of these rows.
+    The form with ``logsigmoid``, common elsewhere, gives NaN for some of these rows.  A row with an lse of -inf has no
+    weight, also if its out is NaN or infinite, as some kernels leave it.
     """
-    merged = Partial(a.out.clone(), a.lse.clone())
+    merged = Partial(_without_unseen(a).clone(), a.lse.clone())
     merge_(merged, slice(None), b)
     return merged
 
 
 def merge_(total: Partial, rows: slice, part: Partial) -> None:
-    """`merge` ``part`` into ``rows`` of ``total``, in place."""
+    """`merge` ``part`` into ``rows`` of ``total``, in place.
+
+    Rows of ``total`` that have seen no key must have an out of 0, as in `empty_partial` and in every result of `merge`.
+    """
     share, lse = _weigh(total.lse[:, rows], part.lse)
-    total.out[:, rows].lerp_(part.out, share.unsqueeze(-1))
+    total.out[:, rows].lerp_(_without_unseen(part), share.unsqueeze(-1))
     total.lse[:, rows] = lse
 
 
@@ -70,6 +74,15 @@ def concat_rows(parts: Sequence[Partial]) -> Partial:
     if len(parts) == 1:
         return parts[0]
     return Partial(torch.cat([part.out for part in parts], 1), torch.cat([part.lse for part in parts], 1))
+
+
+def _without_unseen(part: Partial) -> Tensor:
+    """Return ``out`` with 0 in the rows whose lse is -inf: a weight of 0 times NaN or infinity would be NaN."""
+    unseen = part.lse == -math.inf
+    # To look first is cheaper on a CPU.  On a GPU it would wait for the kernel.
+    if unseen.device.type == "cpu" and not unseen.any():
+        return part.out
+    return part.out.masked_fill(unseen.unsqueeze(-1), 0.0)
 
 
 def _weigh(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

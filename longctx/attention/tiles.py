@@ -6,7 +6,7 @@ corners of a non-square block.  No row of a tile is fully masked.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 from longctx.attention.layout import Span, Spans
@@ -53,14 +53,15 @@ class Tile:
 
     def shift(self, q: int, k: int) -> "Tile":
         """Return this tile ``q`` query rows and ``k`` key rows further on."""
-        return replace(self, q0=self.q0 + q, q1=self.q1 + q, k0=self.k0 + k, k1=self.k1 + k)
+        return Tile(self.q0 + q, self.q1 + q, self.k0 + k, self.k1 + k, self.causal, self.mirrored)
 
 
 def visible_tiles(q: Spans, k: Spans, mask: Mask = CAUSAL) -> tuple[Tile, ...]:
     """Return tiles that cover exactly the pairs of a query and a key that ``mask`` allows, each pair once.
 
     ``q`` and ``k`` are the spans of the rank that holds the queries and of the rank that holds the keys.  A query sees
-    only keys of its document.  A document of three tokens on two ranks:
+    only keys of its document; the time grows with the number of documents, not with its square.  A document of three
+    tokens on two ranks:
 
     >>> from longctx.attention.layout import zigzag
     >>> last, first_two = zigzag(3, 2).ranks  # rank 0 holds position 2, rank 1 positions 0 and 1
@@ -71,11 +72,12 @@ def visible_tiles(q: Spans, k: Spans, mask: Mask = CAUSAL) -> tuple[Tile, ...]:
     >>> visible_tiles(first_two, last)  # the earlier queries do not see the last key
     ()
     """
+    runs_of_document: dict[int, list[tuple[int, Spans]]] = {}
+    for k0, k_spans in _group_by_document(k):
+        runs_of_document.setdefault(k_spans[0].document, []).append((k0, k_spans))
     tiles: list[Tile] = []
     for q0, q_spans in _group_by_document(q):
-        for k0, k_spans in _group_by_document(k):
-            if q_spans[0].document != k_spans[0].document:
-                continue
+        for k0, k_spans in runs_of_document.get(q_spans[0].document, ()):
             tiles += [tile.shift(q0, k0) for tile in _tile_document(q_spans, k_spans, mask)]
     return tuple(_merge_rectangles(tiles))
 

@@ -93,6 +93,15 @@ def _stack(rows: list[PackedSequence], dp_rank: int, dp_size: int) -> Batch:
     )
 
 
+def refuse_nothing_to_learn(counted: int, where: str) -> None:
+    """Raise ValueError if no target of ``where`` counts in the loss: it would be 0, whatever the model predicts."""
+    if not counted:
+        raise ValueError(
+            f"{where} has nothing to learn from: no token is followed by another one of its document; "
+            "give longer documents, or set data.end_token=true"
+        )
+
+
 def left_out(state: State) -> dict[str, int]:
     """Numbers of records left out up to a state of `training_batches`: ``empty`` ones, and ``skipped`` faulty ones."""
     documents = state["documents"] or {"sources": []}  # None while the very first document is being cut

@@ -27,6 +27,8 @@ def logit_difference(
     ``alone`` is set on the first rank of the world only, which returns the difference; the others return None.  With
     dropped reductions it is set on all ranks of the first tensor-parallel group.  ``alone`` prefills ``chunk`` rows at
     a time.
+
+    Raises ValueError, on the ranks that compare, if a logit is NaN or infinite.
     """
     states = _gather_states(engine, turn)
     if states is None:
@@ -46,7 +48,17 @@ def logit_difference(
         if alone and states_alone is not None:
             # torch's maximum keeps a NaN, where Python's max may drop it.
             largest = torch.maximum(largest, (sharded - next_logits(alone, states_alone[rows])).abs().max())
-    return float(largest) if alone else None
+    return finite_figure(largest) if alone else None
+
+
+def finite_figure(difference: Float[Tensor, ""]) -> float:
+    """Return a difference of logits as a number.  Raises ValueError if it is NaN or infinite."""
+    if not difference.isfinite():
+        raise ValueError(
+            f"the prompt's logits cannot be compared, since some are NaN or infinite (difference {float(difference)}): "
+            "use model.dtype=float32, or a checkpoint whose weights are not damaged"
+        )
+    return float(difference)
 
 
 def _gather_states(engine: Engine, turn: Turn) -> Float[Tensor, "s b hidden"] | None:

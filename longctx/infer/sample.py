@@ -10,7 +10,11 @@ def choose_token(logits: Float[Tensor, " v"], sampling: Sampling, position: int)
     """Choose the token at ``position``: the most likely one at temperature 0, else a draw from the top-p nucleus.
 
     Only ``sampling.seed`` and ``position`` seed the draw, so the same logits give the same token on any mesh.
+
+    Raises ValueError for logits that are NaN or infinite.
     """
+    if not logits.isfinite().all():
+        raise ValueError(f"no token can be chosen at position {position}: the logits are NaN or infinite")
     if sampling.temperature == 0:
         return int(logits.argmax())
     ranked, order = torch.softmax(logits.double().cpu() / sampling.temperature, -1).sort(descending=True)

@@ -12,6 +12,7 @@ from longctx.config import Context, Sampling
 from longctx.infer.cache import BatchCache, KVCache
 from longctx.infer.engine import Engine
 from longctx.infer.prefill import Chunk, LayerDone, pack_tokens, run_pass, run_replicated, split_into_chunks
+from longctx.infer.refuse import NOT_FINITE, refuse_not_finite, refuse_prompts
 from longctx.infer.sample import choose_token
 from longctx.megatron.model import logits
 from longctx.parallel.comm import doing
@@ -69,9 +70,8 @@ class Session:
     """Sequences by id, whose keys and values are sharded over the ranks of ``engine``.
 
     Each turn's new tokens are sharded by themselves (arXiv 2411.01783, 3.5.1); ranks that hold fewer rows get the
-    larger shares.  ``choose`` picks
-    the strategy of each prefill; by default it is ``context.strategy``.  A new sequence's cache has room for at least
-    ``reserve`` tokens.  All ranks must make the same calls in the same order.
+    larger shares.  ``choose`` picks the strategy of each prefill; by default it is ``context.strategy``.  A new
+    sequence's cache has room for at least ``reserve`` tokens.  All ranks must make the same calls in the same order.
     """
 
     def __init__(
@@ -110,8 +110,8 @@ class Session:
 
         If the turn fails, the session is restored to its state before the turn.
 
-        Raises ValueError for no prompts, an empty prompt, negative ``max_new_tokens``, or more tokens than the model's
-        maximum.
+        Raises ValueError for no prompts, an empty prompt, a token beyond the vocabulary, negative ``max_new_tokens``,
+        more tokens than the model's maximum, and logits that are not finite.
         """
         self.refuse(prompts, max_new_tokens)
         before = {i: (sequence.cache.layout, list(sequence.tokens)) for i, sequence in self.sequences.items()}
@@ -134,21 +134,8 @@ class Session:
 
     def refuse(self, prompts: Mapping[int, Sequence[int]], max_new_tokens: Mapping[int, int]) -> None:
         """Raise ValueError where `turn` would before it computes anything."""
-        if not prompts:
-            raise ValueError("The turn has no prompts; give at least one sequence some tokens.")
-        max_positions = self.engine.shape.max_positions
-        for i, prompt in prompts.items():
-            so_far = len(self.sequences[i].tokens) if i in self.sequences else 0
-            if not prompt:
-                raise ValueError(f"The prompt of sequence {i} is empty; give it some tokens.")
-            if max_new_tokens[i] < 0:
-                raise ValueError(f"max_new_tokens={max_new_tokens[i]} of sequence {i} is negative; use 0 or more.")
-            if (total := so_far + len(prompt) + max_new_tokens[i]) > max_positions:
-                raise ValueError(
-                    f"sequence {i} would have {total:,} tokens ({so_far:,} so far, {len(prompt):,} new, "
-                    f"max_new_tokens={max_new_tokens[i]}), but the model's context is {max_positions:,}; "
-                    "use a shorter prompt or fewer max_new_tokens, or start a new session."
-                )
+        so_far = {i: len(sequence.tokens) for i, sequence in self.sequences.items()}
+        refuse_prompts(self.engine.shape, so_far, prompts, max_new_tokens)
 
     def _restore(self, before: Mapping[int, tuple[Layout, list[int]]]) -> None:
         """Remove the sequences that are not in ``before`` and rewind the others to its layouts and tokens."""
@@ -278,12 +265,14 @@ class Session:
             at = rows[engine.rank].index(row)
             i, position = last_rows[row]
             sampling = replace(self.sampling, seed=(self.sampling.seed + i) % 2**32)
-            sampled.append(choose_token(next_logits(engine, hidden[at : at + 1])[0, 0], sampling, position))
+            row_logits = next_logits(engine, hidden[at : at + 1])[0, 0]
+            sampled.append(choose_token(row_logits, sampling, position) if row_logits.isfinite().all() else NOT_FINITE)
 
         # 3. All ranks get all tokens.
         local = torch.tensor(sampled, dtype=torch.long, device=hidden.device)
         shapes = [(len(rank_rows),) for rank_rows in last_rows_by_rank]
         tokens = torch.cat(engine.context.all_gather(local, shapes)).tolist()
+        refuse_not_finite(engine, tokens, [self.sequences[i].cache for i in chunk])
         token_of = dict(zip(chain.from_iterable(last_rows_by_rank), tokens, strict=True))
         return {i: token_of[row] for row, (i, _) in last_rows.items()}
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import cos, pi
+from math import cos, isfinite, pi
 
 import torch
 from torch import nn
@@ -52,6 +52,14 @@ def distill(
         loss.backward()
         optimizer.step()
         yield float(loss.detach())
+
+
+def refuse_diverged(loss: float, place: str, setting: str) -> None:
+    """Raise FloatingPointError if ``loss`` is NaN or infinite; ``setting`` is the learning rate to lower."""
+    if not isfinite(loss):
+        raise FloatingPointError(
+            f"{place} has diverged, its loss is {loss}: use a lower {setting}, or model.dtype=float32"
+        )
 
 
 def rate_at(step: int, steps: int, lr: float) -> float:

@@ -2,20 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from math import exp
+from math import isfinite
 from typing import TypeVar
 
 from longctx.config import BlockClass
+from longctx.perplexity import perplexity
 
 State = TypeVar("State")
 
 
-def measure_sensitivity(blocks: int, perplexity: Callable[[tuple[int, ...]], float]) -> list[float]:
+def measure_sensitivity(blocks: int, perplexity_of: Callable[[tuple[int, ...]], float]) -> list[float]:
     """For each block, the perplexity that dropping it adds when all later blocks drop already.
 
-    ``perplexity(dropped)`` is called ``blocks`` + 1 times.  Source: arXiv 2502.20727, Algorithm 1.
+    ``perplexity_of(dropped)`` is called ``blocks`` + 1 times.  Source: arXiv 2502.20727, Algorithm 1.
     """
-    of_suffix = [perplexity(tuple(range(first, blocks))) for first in range(blocks + 1)]
+    of_suffix = [perplexity_of(tuple(range(first, blocks))) for first in range(blocks + 1)]
     return scores(of_suffix)
 
 
@@ -46,8 +47,20 @@ def suffix_sums(
 
 
 def perplexities(sums: Sequence[float], tokens: int) -> list[float]:
-    """Perplexities from ``sums`` of losses (nats), each over ``tokens`` tokens."""
-    return [exp(total / tokens) for total in sums]
+    """Perplexities from ``sums`` of losses (nats), each over ``tokens`` tokens; entry i drops blocks i and later.
+
+    Raises ValueError for a perplexity that is NaN or beyond a float: no sensitivity could be computed from it.
+    """
+    of_suffix = [perplexity(total / tokens) for total in sums]
+    wrong = [first for first, value in enumerate(of_suffix) if not isfinite(value)]
+    if wrong:
+        first, last = wrong[-1], len(sums) - 2  # the fewest dropped blocks
+        dropped = f"with blocks {first} to {last} dropped" if first <= last else "with nothing dropped"
+        raise ValueError(
+            f"{dropped}, the loss is {sums[first] / tokens:.4g} nats a token, of which no perplexity can be computed: "
+            "use model.dtype=float32, or text that the model can predict"
+        )
+    return of_suffix
 
 
 def kind_of(score: float, tau1: float, tau2: float) -> BlockClass:

@@ -84,7 +84,11 @@ def evaluate(
 def micro_batches(
     batch: Batch, runtime: Runtime, shape: ModelShape, sharding: Sharding, buckets: int = 1
 ) -> list[MicroBatch]:
-    """One micro-batch per sequence of ``batch``, with this context rank's rows of it."""
+    """One micro-batch per sequence of ``batch``, with this context rank's rows of it.
+
+    Raises ValueError for a token beyond the model's vocabulary.
+    """
+    shape.refuse_unknown_token(max(int(batch.tokens.max()), int(batch.targets.max())))
     sequences = zip(batch.tokens, batch.targets, batch.mask, batch.lengths, strict=True)
     return [_micro_batch(*sequence, runtime, shape, sharding, buckets) for sequence in sequences]
 

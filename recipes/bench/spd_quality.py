@@ -6,7 +6,6 @@ python -m recipes.bench spd_quality sensitivity=outputs/spd/sensitivity.json out
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +17,7 @@ from rich.table import Table
 from longctx.config import DataSettings, TextSource
 from longctx.hf.checkpoint import same_model
 from longctx.parallel.launch import Rank
+from longctx.perplexity import perplexity
 from longctx.shapes import Float, Tensor
 from longctx.spd.plan import SPDPlan, order_from, saved_plan, within
 from longctx.spd.text import PackedText
@@ -263,10 +263,10 @@ def show(losses: dict[str, TextLosses], shares: tuple[float, ...]) -> None:
     for label, of_text in losses.items():
         table = Table(f"{label}: blocks dropped", *(f"{share:.0%}" for share in shares), box=None)
         for variant, of_shares in of_text.variants.items():
-            table.add_row(variant, *(f"{exp(loss):.2f}" for loss in of_shares))
+            table.add_row(variant, *(f"{perplexity(loss):.2f}" for loss in of_shares))
         console.print(table)
         for block, of_placements in of_text.placement.items():
-            words = ", ".join(f"{placement} {exp(loss):.2f}" for placement, loss in of_placements.items())
+            words = ", ".join(f"{placement} {perplexity(loss):.2f}" for placement, loss in of_placements.items())
             console.print(f"block {block} alone: {words}")
 
 
@@ -277,7 +277,7 @@ def draw(losses: dict[str, TextLosses], job: QualityJob) -> None:
         draw_lines(
             str(Path(settings.out, f"{label}.svg")),
             [100 * share for share in settings.shares],
-            {variant: [exp(loss) for loss in of_shares] for variant, of_shares in of_text.variants.items()},
+            {variant: [perplexity(loss) for loss in of_shares] for variant, of_shares in of_text.variants.items()},
             title=f"{target.model.name} at TP={target.mesh.tp}, {label}",
             x="blocks that drop a reduction, %",
             y="perplexity",

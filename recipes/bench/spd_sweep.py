@@ -8,7 +8,6 @@ Both give the same scores.  The plain loop runs the whole model once per block (
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import exp
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from pydantic import PositiveInt
 
 from longctx.config import DataSettings
 from longctx.parallel.launch import Rank
+from longctx.perplexity import perplexity
 from longctx.spd.plan import SPDPlan
 from longctx.spd.sensitivity import measure_sensitivity, perplexities, scores
 from longctx.spd.text import PackedText
@@ -81,16 +81,16 @@ def run_rank(rank: Rank, job: SweepJob) -> SweepTimes:
     results: dict[str, list[float]] = {}
     with load_blocks(rank, job.target) as (_, blocks), Progress(shown=rank.rank == 0) as progress, torch.no_grad():
 
-        def perplexity(dropped: tuple[int, ...]) -> float:
+        def perplexity_of(dropped: tuple[int, ...]) -> float:
             follow_plan(blocks.model, SPDPlan(layers, tp, dropped))
             progress.step()
-            return exp(mean_loss(blocks, job.text))
+            return perplexity(mean_loss(blocks, job.text))
 
         def measure_kept() -> None:
             results["kept"] = scores(perplexities(sum_losses(blocks, job.text), tokens))
 
         def measure_plain() -> None:
-            results["plain"] = measure_sensitivity(layers, perplexity)
+            results["plain"] = measure_sensitivity(layers, perplexity_of)
 
         progress.start("each block's input kept", None)
         kept_s = measure_seconds(measure_kept)

@@ -119,6 +119,7 @@ def read_tokens(target: Target, setting: str, tokens: int) -> tuple[int, ...]:
     ids, available = prompt_tokens(PromptSource(pydoc="all", tokens=tokens), tokenizer_of(target.folder))
     if available < tokens:
         raise ValueError(f"{setting}={tokens}: Python's documentation has {available:,} tokens; use at most that")
+    target.shape.refuse_unknown_token(max(ids))
     return tuple(ids)
 
 

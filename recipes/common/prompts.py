@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from longctx.config import PromptSource
 from longctx.data.prompt import prompt_tokens
 from longctx.data.turns import turns_from
+from longctx.model_shape import ModelShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,16 +27,18 @@ def read_prompts(
     source: PromptSource,
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
-    max_positions: int,
+    shape: ModelShape,
 ) -> tuple[Prompt, ...]:
     """Return the prompt that ``source`` describes, or one per line of ``file``, the setting ``prompts``.
 
-    Raises ValueError if both or neither are given, or if a prompt and its answer exceed ``max_positions`` tokens.
+    Raises ValueError if both or neither are given, or if a prompt and its answer do not fit the model's ``shape``: more
+    tokens than its context, or a token beyond its vocabulary.
     """
     if file is None:
         tokens, text = prompt_tokens(source, tokenizer)
         advice = "cut its text with prompt.tokens={}"
-        refuse_too_long("", len(tokens), max_new_tokens, max_positions, advice, text)
+        refuse_too_long("", len(tokens), max_new_tokens, shape.max_positions, advice, text)
+        shape.refuse_unknown_token(max(tokens, default=0), "the prompt")
         return (Prompt(tuple(tokens), max_new_tokens),)
     if also := [name for name, value in vars(source).items() if value is not None]:
         raise ValueError(f"prompts={file} and prompt.{also[0]} are both given: use one of them")
@@ -43,7 +46,8 @@ def read_prompts(
     for turn in turns_from(file, max_new_tokens, "prompts"):
         tokens, text = prompt_tokens(PromptSource(text=turn.text), tokenizer)
         advice = "cut its text to {} tokens"
-        refuse_too_long(f"{turn.where}: ", len(tokens), turn.max_new_tokens, max_positions, advice, text)
+        refuse_too_long(f"{turn.where}: ", len(tokens), turn.max_new_tokens, shape.max_positions, advice, text)
+        shape.refuse_unknown_token(max(tokens, default=0), turn.where)
         prompts.append(Prompt(tuple(tokens), turn.max_new_tokens))
     return tuple(prompts)
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from longctx.config import BlockClass, JointRepair, Repair
 from longctx.parallel.launch import Rank
 from longctx.shapes import Float, Tensor, Tokens
+from longctx.spd.distill import refuse_diverged
 from longctx.spd.folder import read_block, write_block
 from longctx.spd.plan import SPDPlan
 from longctx.spd.text import PackedText
@@ -245,6 +246,7 @@ class Adaptation:
             first = distillation.steps * settings.batch
             batch = job.joint_text.tokens[first : first + settings.batch]
             loss = distillation.step(batch[run.runtime.groups.dp.rank() :: run.runtime.mesh.dp])
+            refuse_diverged(loss, f"joint distillation, step {distillation.steps},", "joint.lr")
             run.progress.step(note=f"divergence {loss:.3f}")
             stops, done = run.agree_to_stop(), distillation.steps
             if stops or done % settings.save_every == 0 or done == settings.steps:
@@ -260,9 +262,11 @@ class Adaptation:
         run, began = self.run, time.perf_counter()
 
         def report(loss: float) -> None:
+            refuse_diverged(loss, f"repair of block {block}", "repair.lr")
             run.progress.step(note=f"error {loss:.2e}")
 
         result = repair(run.blocks, block, block_class, inputs, outputs, self.job.repair, report)
+        refuse_diverged(result.distilled, f"repair of block {block}", "repair.lr")
         tensors = run.blocks.tensors_of(result.layer)
         if run.runtime.tp.rank == 0:
             errors = {name: str(getattr(result, name)) for name in ERRORS}

@@ -66,10 +66,10 @@ def text_of(
 
     Each sequence has ``data.length`` tokens.  Documents in a sequence attend to each other.
 
-    Raises ValueError if the text has fewer than ``sequences``, or if a sequence is longer than the model's context;
-    the message names ``length_setting`` as the setting to change.
+    Raises ValueError if the text has fewer than ``sequences``, if a sequence is longer than the model's context, or
+    if a token is beyond its vocabulary; the message names ``length_setting`` as the setting to change.
     """
-    from longctx.data.batches import training_batches
+    from longctx.data.batches import refuse_nothing_to_learn, training_batches
 
     if data.length > target.shape.max_positions:
         raise ValueError(
@@ -87,6 +87,8 @@ def text_of(
     text = PackedText(
         *(torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens", "targets", "mask"))
     )
+    target.shape.refuse_unknown_token(max(int(text.tokens.max()), int(text.targets.max())))
+    refuse_nothing_to_learn(int(text.mask.sum()), ", ".join(map(str, data.sources)))
     return text[slice(sequences + more)]
 
 

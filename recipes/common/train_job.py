@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from longctx.config import DataSettings, Mesh, Optim, Recompute, Track
 from longctx.data.identity import text_digests
 from longctx.hf.checkpoint import same_model
 from longctx.model_shape import ModelShape
+from longctx.models.tensors import tensor_shapes
 from recipes.common.cli import is_first, nearest_existing, refuse_unwritable_folder
 from recipes.common.hardware_file import read_hardware
 from recipes.common.manifest import refuse_other_recipe
@@ -115,9 +117,9 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool) ->
     data, test = data_of(config)
     refuse_unsplit(target.mesh, target.shape, data)
     evaluation = section(config, "evaluate", Evaluation)
-    samples = first_sequences(data, tokenizer, target.mesh.dp)
+    samples = first_sequences(data, tokenizer, target)
     if test and evaluation.every:
-        first_sequences(test, tokenizer, target.mesh.dp)
+        first_sequences(test, tokenizer, target)
     # 3. The run; if its folder holds a run already, it must be one that this job can resume.
     weights = None if from_scratch else target.folder
     begun = f"weights {target.fingerprint}" if weights else f"seed={settings.seed}"
@@ -157,21 +159,24 @@ def _refuse_untrainable(target: Target) -> None:
 
 
 def first_sequences(
-    data: DataSettings, tokenizer: "PreTrainedTokenizerBase", dp: int
+    data: DataSettings, tokenizer: "PreTrainedTokenizerBase", target: Target
 ) -> tuple[tuple[int, int, str], ...]:
     """Return the first batch's sequences, each as its number of tokens, of documents, and the start of its text.
 
-    Raises ValueError for files that are missing or cannot be read, and for text that does not fill one batch.
+    Raises ValueError for files that are missing or cannot be read, for text that does not fill one batch, for
+    tokens beyond the model's vocabulary, and for a batch without a target.
     """
-    from longctx.data.batches import training_batches
+    from longctx.data.batches import refuse_nothing_to_learn, training_batches
 
-    training_batches(data, tokenizer, 0, dp)  # raises unless data-parallel ranks get equal shares
+    training_batches(data, tokenizer, 0, target.mesh.dp)  # raises unless data-parallel ranks get equal shares
     first = next(training_batches(data, tokenizer)(None), None)
     if first is None:
         raise ValueError(
             f"{', '.join(map(str, data.sources))}: the text does not fill a batch of data.batch={data.batch} sequences "
             f"of data.length={data.length}: use less of either, or more text"
         )
+    target.shape.refuse_unknown_token(int(first[0].tokens.max()))
+    refuse_nothing_to_learn(first[0].counted, f"{', '.join(map(str, data.sources))}: the first batch")
     rows = zip(first[0].tokens, first[0].lengths, strict=True)
     return tuple((len(ids), sum(n > 0 for n in each), tokenizer.decode(ids[:128].tolist())) for ids, each in rows)
 
@@ -296,6 +301,5 @@ def refuse_other_text(job: TrainJob, place: Path, metadata: Mapping[str, Any]) -
 
 
 def weights_of(shape: ModelShape) -> int:
-    """Return the number of weights of a model of ``shape``, without norms and biases."""
-    heads = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
-    return shape.layers * shape.hidden * (heads + 3 * shape.ffn) + (2 - shape.tied) * shape.vocab_size * shape.hidden
+    """Return the number of weights of a model of ``shape``."""
+    return sum(prod(size) for size in tensor_shapes(shape).values())

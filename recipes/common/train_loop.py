@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from longctx import checkpoint_index
 from longctx.parallel.launch import Rank
+from longctx.perplexity import perplexity
 from longctx.train.stop import StopRequest
 from recipes.common.cli import STOPPED, console, say
 from recipes.common.progress import Progress
@@ -23,11 +25,13 @@ if TYPE_CHECKING:
     from longctx.data.batches import Batch
     from longctx.data.stage import State
     from longctx.megatron.runtime import Runtime
+    from longctx.megatron.training.checkpoint import Checkpoints
     from longctx.megatron.training.optimizer import TrainState
     from longctx.train.meter import Meter
     from longctx.train.step import Sharding
 
 Item = TypeVar("Item")
+_FINITE = ("loss", "grad_norm", "eval/loss")  # figures that are finite unless training has diverged
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
         last_step, loss = start.step, math.nan
         for done in train_steps(state, runtime, job, start, stop):
             tracker.log(done.figures, done.step)
+            refuse_diverged(done, checkpoints, job.out / "checkpoints")
             last_step, loss = done.step, float(done.figures["loss"] or 0.0)
             progress.step(note=f"loss {loss:.4f}, {done.figures['tokens_per_s']:,.0f} tokens/s")
             if done.ends_run or done.step % job.saving.every == 0:
@@ -108,6 +113,24 @@ def _reason_to_end(job: TrainJob, step: int, stop: StopRequest) -> str:
     if stop.agreed_on:
         return f"stopped after step {step}, as asked: the same command resumes"
     return f"the text ended after step {step}: data.epochs={job.data.epochs}"
+
+
+def refuse_diverged(done: TrainedStep, checkpoints: Checkpoints, folder: Path) -> None:
+    """Raise FloatingPointError, on every rank, if the step's loss or gradient norm is NaN or infinite.
+
+    ``folder`` is that of ``checkpoints``; those being written are completed first.
+    """
+    figures = {name: done.figures.get(name) for name in _FINITE}
+    wrong = [f"{name} is {value}" for name, value in figures.items() if value is not None and not math.isfinite(value)]
+    if not wrong:
+        return
+    checkpoints.poll(wait=True)
+    last, _ = checkpoint_index.latest_whole(folder)
+    resume = f"the last good checkpoint is {last}, from which the same out= resumes" if last else "no checkpoint exists"
+    raise FloatingPointError(
+        f"training has diverged: {' and '.join(wrong)} in step {done.step} ({resume}): "
+        "use a lower optim.lr, a longer optim.warmup, a lower optim.clip above 0, or model.dtype=float32"
+    )
 
 
 def build_state(runtime: Runtime, job: TrainJob) -> TrainState:
@@ -167,7 +190,7 @@ def train_steps(
 ) -> Iterator[TrainedStep]:
     """Train, one step at a time, and yield each step.  A request to stop does not change the figures of a step."""
     from longctx.attention.backends import checked_kernel
-    from longctx.data.batches import left_out, training_batches
+    from longctx.data.batches import left_out, refuse_nothing_to_learn, training_batches
     from longctx.hf.config import tokenizer_of
     from longctx.parallel.measure.comm_timer import ExposedCommTimer, TimedComm
     from longctx.parallel.strategy import STRATEGIES
@@ -189,6 +212,7 @@ def train_steps(
     remaining = mark_last(islice(batches, settings.steps - start.step))
     # 3. Step by step.
     for step, ((batch, data), is_last) in enumerate(remaining, start.step + 1):
+        refuse_nothing_to_learn(batch.counted, f"the batch of step {step}")
         figures = _train_one(state, batch, timed, sharding, meter, dp_size)
         figures |= {f"data/{name}": count for name, count in left_out(data).items()}
         if held_out and (is_last or step % job.evaluation.every == 0):
@@ -248,10 +272,10 @@ def evaluate_held_out(
     sums = evaluate(state, held_out, runtime, sharding, buckets)
     edges = [job.data.length * (i + 1) // buckets for i in range(buckets)]
     by_position = {
-        f"eval/perplexity_to_{edge}": None if loss is None else math.exp(loss)
+        f"eval/perplexity_to_{edge}": None if loss is None else perplexity(loss)
         for edge, loss in zip(edges, sums.means, strict=True)
     }
-    return {"eval/loss": sums.mean, "eval/perplexity": math.exp(sums.mean), **by_position}
+    return {"eval/loss": sums.mean, "eval/perplexity": perplexity(sums.mean), **by_position}
 
 
 def show(job: TrainJob, result: RunResult) -> None:

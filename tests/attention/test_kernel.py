@@ -146,6 +146,26 @@ def test_few_rows_stack_heads_that_share_keys(monkeypatch, rows, causal, stacked
     oracle.assert_close(out, oracle.attention(q, k, v, mask_of(rows, rows, causal))[0], 1e-10)
 
 
+@both
+@heads
+@shapes
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_no_finite_result_hides_non_finite_inputs(kernel, hq, hk, sq, sk, d, causal, value):
+    """torch's op gives zeros, with a log-sum-exp of 0, for a NaN query over fewer than 16 keys."""
+    for bad, row in ((0, 0), (0, sq - 1), (1, 0), (1, sk - 1), (2, sk // 2)):
+        inputs = random_inputs(hq, hk, sq, sk, d, torch.float32)[:3]
+        inputs[bad][1, row, 0, d // 2] = value
+        part, (out, lse) = kernel.forward(*inputs, causal), oracle.attention(*inputs, mask_of(sq, sk, causal))
+        assert not (part.out.isfinite() & ~out.isfinite()).any()
+        assert not (part.lse.isfinite() & ~lse.isfinite()).any()
+
+
+def test_true_zeros_stay_zeros():
+    q, k, v, _ = random_inputs(6, 2, 3, 7, 5)
+    part = flash_cpu.forward(torch.zeros_like(q[:, :1]), k[:, :1], torch.zeros_like(v[:, :1]), True)
+    assert (part.out == 0).all() and (part.lse == 0).all()
+
+
 def test_empty_tile_fails_an_assertion():
     """The op would end the process with SIGFPE."""
     q, k, v, dout = random_inputs(6, 2, 3, 0, 5)

@@ -67,6 +67,20 @@ def test_merge_of_unseen_rows_has_no_nan(thirds):
     assert torch.isfinite(merged.lse[:, 3:]).all()
 
 
+@pytest.mark.parametrize("garbage", [math.nan, math.inf])
+def test_merge_ignores_the_out_of_rows_without_weight(thirds, garbage):
+    """Some kernels leave NaN as the output of a row that sees none of its keys."""
+    _, a, b, _ = thirds
+    expected = merge(a, b)
+    for rows, other in ((slice(2), b), (slice(2, 4), a)):
+        expected.out[:, rows], expected.lse[:, rows] = other.out[:, rows], other.lse[:, rows]
+    for part, rows in ((a, slice(2)), (b, slice(2, 4))):
+        part.out[:, rows], part.lse[:, rows] = garbage, -math.inf
+    for merged in (merge(a, b), merge(b, a)):
+        assert_same(merged, expected, TOLERANCE[a.out.dtype])
+    assert (merge(a, a).out[:, :2] == 0).all(), "unseen by both sides"
+
+
 @pytest.mark.parametrize("level", [-5000.0, -100.0, 100.0, 5000.0])
 @pytest.mark.parametrize("gap", [0.0, 1.0, 200.0])
 def test_scores_whose_exponential_overflows_float32(level, gap):

@@ -1,5 +1,7 @@
 """Tiles cover exactly the pairs that the mask allows, each once, in shapes on which all kernels agree."""
 
+import time
+
 import pytest
 import torch
 from hypothesis import given
@@ -133,6 +135,20 @@ def test_striped_has_a_triangle_and_at_most_one_single_row_tile(size, length):
             assert sum(tile.causal for tile in tiles) <= 1
             assert all(1 in (tile.q1 - tile.q0, tile.k1 - tile.k0) for tile in tiles if not tile.causal)
             assert len(tiles) <= 2
+
+
+def test_time_is_linear_in_documents():
+    """Eight times as many documents take about eight times as long, not 64 times."""
+
+    def seconds(count: int) -> float:
+        layout, times = documents([13] * count, 2), []
+        for _ in range(3):
+            begin = time.process_time()
+            visible_tiles(layout.ranks[1], layout.ranks[0])
+            times.append(time.process_time() - begin)
+        return min(times)
+
+    assert seconds(1024) < 25 * seconds(128)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])

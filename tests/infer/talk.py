@@ -107,6 +107,8 @@ def run_failing_turn(rank: Rank, folder: Path, mesh: Mesh, step: Say, fault: str
 
     Returns the tokens of the second ``step`` by session, and the message of the failed turn.
     """
+    import torch
+
     from longctx.infer import session as session_module
     from longctx.infer.engine import load_engine
     from longctx.megatron.runtime import open_runtime
@@ -120,7 +122,10 @@ def run_failing_turn(rank: Rank, folder: Path, mesh: Mesh, step: Say, fault: str
         def fail(*_: Any) -> int:
             raise ArithmeticError("a fault")
 
-        message = ""
+        message, weight = "", engine.model.decoder.layers[1].self_attention.linear_qkv.weight.data
+        before = weight.clone()
+        if fault == "not finite" and rank.rank == 0:  # one rank knows, all must refuse
+            weight.fill_(torch.nan)
         if fault == "in the middle":
             session_module.run_replicated, original = fail, session_module.run_replicated
         try:
@@ -129,4 +134,5 @@ def run_failing_turn(rank: Rank, folder: Path, mesh: Mesh, step: Say, fault: str
             message = str(error)
         if fault == "in the middle":
             session_module.run_replicated = original
+        weight.copy_(before)
         return [session.turn(step.prompts, step.max_new_tokens).tokens for session in (failing, control)] + [message]

@@ -85,3 +85,11 @@ def test_sampling_does_not_touch_the_global_generator():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_any_dtype_of_logits_works(dtype):
     assert choose_token(torch.tensor([-40.0, 40.0, -40.0], dtype=dtype), Sampling(1.0), 3) == 1
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logits_that_are_not_finite_are_refused(temperature, bad):
+    """argmax of NaN is a token like any other."""
+    with pytest.raises(ValueError, match="position 3: the logits are NaN or infinite"):
+        choose_token(torch.tensor([1.0, bad, 2.0]), Sampling(temperature), 3)

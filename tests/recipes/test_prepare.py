@@ -158,3 +158,17 @@ def test_launcher_with_another_number_of_ranks_is_refused(inputs, config_of, sna
     with pytest.raises(ValueError, match=r"the launcher started 7 ranks, .*has [12]"):
         prepare(config)
     assert snapshot() == before
+
+
+@pytest.mark.parametrize("name", [name for name in JOBS if name not in ("pretrain", "export")])
+def test_tokens_beyond_the_vocabulary_are_refused(inputs, config_of, snapshot, name):
+    """With tp=2, such a token would silently be a row of zeros."""
+    tokenizer = json.loads((inputs / "model" / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["e"] = 5000
+    (inputs / "model" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    prepare, config_name, words = JOBS[name]
+    config = config_of(config_name, *[word for word in words if not word.startswith("session.load")])
+    before = snapshot()
+    with pytest.raises(ValueError, match=r"token 5,000, beyond the model's vocabulary of"):
+        prepare(config)
+    assert snapshot() == before

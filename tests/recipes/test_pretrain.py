@@ -214,6 +214,10 @@ def test_corrupt_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
         (["context.strategy=auto"], r"context\.strategy=auto .* recipes\.pretrain takes one of pass_kv"),
         (["optim.min_lr=1"], r"optim\.min_lr=1\.0 and optim\.lr"),
         (["run.device=cuda"], r"context\.kernel=auto chooses no kernel on cuda"),
+        (
+            ["data=text", "data.sources=[{path:BYTES}]", "data.end_token=false"],
+            "the first batch has nothing to learn from",
+        ),
         (["recompute=some"], "recompute=some"),
         (["hardware=/nowhere.yaml"], "hardware=/nowhere.yaml cannot be read"),
     ],
@@ -222,8 +226,34 @@ def test_corrupt_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
 def test_wrong_settings_are_refused_before_any_rank_starts(refused, tmp_path, settings, words):
     import re
 
+    (tmp_path / "bytes.jsonl").write_text('{"text": "a"}\n' * 200)  # documents of one token
+    settings = [setting.replace("BYTES", f"{tmp_path}/bytes.jsonl") for setting in settings]
     line = refused(pretrain, pretrain.task, "experiment=pretrain/tiny", f"out={tmp_path}", *QUICK, *settings)
     assert re.search(words, line), line
+
+
+def test_step_without_targets_is_named(cli, tmp_path):
+    """Two sequences of 61 tokens a step: text for the first, then documents of a token."""
+    rows = ["x" * 122, *["a"] * 300]
+    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "{row}"}}\n' for row in rows))
+    text = ("data=text", f"data.sources=[{{path:{tmp_path}/text.jsonl}}]", "data.end_token=false")
+    quick = (*QUICK, "evaluate.every=0")
+    code, _, err = cli(pretrain, pretrain.task, "experiment=pretrain/tiny", f"out={tmp_path}/run", *quick, *text)
+    assert code == 1
+    assert "the batch of step 2 has nothing to learn from" in err.splitlines()[-1]
+
+
+def test_diverged_run_names_its_step_and_its_last_checkpoint(cli, tmp_path):
+    """The figures of the last step are recorded, its weights are not saved."""
+    more = ("steps=9", "optim.lr=1e25", "optim.warmup=0", "optim.clip=0", "checkpoint.every=1", "evaluate.every=1")
+    words = ("experiment=pretrain/tiny", f"out={tmp_path}", *QUICK, *more)
+    code, _, err = cli(pretrain, pretrain.task, *words)
+    assert code == 1
+    line = err.splitlines()[-1]
+    assert "training has diverged" in line and "in step 2" in line and "use a lower optim.lr" in line
+    assert f"the last good checkpoint is {tmp_path}/checkpoints/step-00000001" in line
+    assert (lines(tmp_path)[-1]["step"], lines(tmp_path)[-1]["grad_norm"]) == (2, "nan")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
 def test_full_disk_is_refused(refused, tmp_path, monkeypatch):

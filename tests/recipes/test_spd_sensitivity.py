@@ -1,8 +1,10 @@
 """recipes.spd_sensitivity on a tiny model: results, picture, resumption."""
 
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from recipes import spd_sensitivity
 from recipes.spd_sensitivity import SensitivityThresholds
@@ -38,3 +40,16 @@ def test_sensitivity_writes_json_and_picture_and_resumes(cli, tiny, tmp_path):
 def test_thresholds_in_the_wrong_order_are_refused():
     with pytest.raises(ValueError, match=r"classes.tau1=3.0 is above classes.tau2=2.0"):
         SensitivityThresholds(3.0, 2.0)
+
+
+def test_loss_that_is_not_finite_is_refused(cli, tiny, tmp_path):
+    """Finite weights whose products overflow: a score of NaN would be a class like any other."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors |= {name: 1e30 * x for name, x in tensors.items() if "layers.1.mlp" in name}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    words = ("mesh.tp=3", *TEXT)
+    code, _, err = cli(spd_sensitivity, spd_sensitivity.task, f"model={model}", *words, f"out={tmp_path}/out")
+    assert code == 1
+    assert "the loss of the text is nan with the reductions of blocks none dropped" in err.splitlines()[-1]
+    assert len((tmp_path / "out" / "sums.jsonl").read_text().splitlines()) == 1, "no sum was written"

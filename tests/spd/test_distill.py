@@ -1,9 +1,11 @@
 """Distillation of one block on tensors, with a linear student and teacher."""
 
+import math
+
 import pytest
 import torch
 
-from longctx.spd.distill import Distillation, distill, error_of, relative_error
+from longctx.spd.distill import Distillation, distill, error_of, refuse_diverged, relative_error
 
 
 def problem() -> tuple[torch.nn.Linear, torch.Tensor, torch.Tensor]:
@@ -42,3 +44,10 @@ def test_same_seed_gives_the_same_losses() -> None:
             list(distill(student, list(student.parameters()), inputs, outputs, Distillation(2, 4, 0.01, seed)))
         )
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_diverged_loss_is_refused(loss: float) -> None:
+    refuse_diverged(1e30, "repair of block 3", "repair.lr")
+    with pytest.raises(FloatingPointError, match=r"repair of block 3 has diverged, .*use a lower repair\.lr"):
+        refuse_diverged(loss, "repair of block 3", "repair.lr")

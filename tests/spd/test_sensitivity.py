@@ -1,5 +1,6 @@
 """Algorithm 1 of arXiv 2502.20727, and the same sums in half as many block runs."""
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -49,3 +50,17 @@ def test_perplexity_divides_the_sum_by_all_tokens() -> None:
 def test_class_includes_its_upper_threshold() -> None:
     kinds = [kind_of(score, tau1=0.05, tau2=10) for score in (-1.0, 0.05, 0.0501, 10, 10.1)]
     assert kinds == ["ISB", "ISB", "SB", "SB", "ESB"]
+
+
+@pytest.mark.parametrize(
+    ("losses", "words"),
+    [
+        ((800.0, 2.0, 1.0), "with blocks 0 to 1 dropped, the loss is 800 nats"),
+        ((3.0, math.nan, 1.0), "with blocks 1 to 1 dropped, the loss is nan nats"),
+        ((math.inf, math.inf, math.inf), "with nothing dropped, the loss is inf nats"),
+    ],
+)
+def test_losses_without_a_perplexity_are_refused(losses, words):
+    """A score of NaN would be a class like any other."""
+    with pytest.raises(ValueError, match=words):
+        perplexities([7 * loss for loss in losses], 7)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from longctx.config import Mesh, Optim
 from longctx.hf.checkpoint import tensor_files
-from longctx.parallel.launch import run_ranks
+from longctx.parallel.launch import RankFailed, run_ranks
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.train.ranks import Run, Step, sequences, train
 from tests.train.spd_oracle import drop
@@ -173,3 +173,9 @@ def test_bfloat16_with_float32_masters_stays_close_to_float32(run, one_rank):
         for step, right in zip(got, one_rank, strict=True):
             assert step.loss == pytest.approx(right.loss, rel=1e-3)
             assert step.norm == pytest.approx(right.norm, rel=2e-2)
+
+
+def test_token_beyond_the_vocabulary_is_refused(run):
+    """Under tensor parallelism it would silently be a row of zeros."""
+    with pytest.raises(RankFailed, match=r"has token 2[5-9]\d, beyond the model's vocabulary of 256"):
+        run_ranks(1, train, replace(run, tokens=300))

@@ -102,8 +102,8 @@ def load(model: GPTModel, read: TensorSource, shape: ModelShape) -> None:
 
     Every rank of the model's tensor and pipeline groups calls this.
 
-    Raises ValueError if a tensor is missing, quantised, of another shape than the model's, or read by no stage.  A
-    model that lacks a tensor of its checkpoint would run and give wrong results.
+    Raises ValueError if a tensor is missing, quantised, not finite, of another shape than the model's, or read by no
+    stage.  A model that lacks a tensor of its checkpoint would run and give wrong results.
     """
     fill(tensor_views(model, shape), read, model.pg_collection.tp.rank())
     read.refuse_unread(shape.tied, set().union(*gather_from_stages(read.read_names, model.pg_collection.pp)))
@@ -113,7 +113,8 @@ def load(model: GPTModel, read: TensorSource, shape: ModelShape) -> None:
 def fill(targets: Iterable[TensorView], read: Callable[[str], Tensor], tp_rank: int) -> None:
     """Copy tensor-parallel rank ``tp_rank``'s shard of each tensor into its view.
 
-    Raises ValueError if a tensor has another shape than the model's.
+    Raises ValueError if a tensor has another shape than the model's, or values that are NaN or infinite, also if they
+    only are in the model's dtype.
     """
     for target in targets:
         tensor = read(target.name)
@@ -123,6 +124,18 @@ def fill(targets: Iterable[TensorView], read: Callable[[str], Tensor], tp_rank: 
                 "use the config.json that belongs to the checkpoint"
             )
         target.view.copy_(_shard_of(tensor, target, tp_rank).reshape(target.view.shape))
+        _refuse_not_finite(target, tensor)
+
+
+def _refuse_not_finite(target: TensorView, tensor: Tensor) -> None:
+    # aminmax keeps a NaN, and reads the values once.
+    if torch.stack(target.view.aminmax()).isfinite().all():
+        return
+    if tensor.isfinite().all():
+        raise ValueError(
+            f"{target.name} has values beyond the range of {target.view.dtype}: use model.dtype=float32 or bfloat16"
+        )
+    raise ValueError(f"{target.name} has values that are NaN or infinite: use a checkpoint that is not damaged")
 
 
 def _shard_of(tensor: Tensor, target: TensorView, tp_rank: int) -> Tensor:

@@ -16,6 +16,7 @@ From these come the three measurements that repair needs:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -78,12 +79,21 @@ class Blocks:
         return {"packed_seq_params": Pass(attend=lambda _, q, k, v: attention(q, k, v), rotary=rotary)}
 
     def loss(self, x: Hidden, text: PackedText) -> float:
-        """Return the summed cross-entropy (nats) of ``text``'s counted targets; ``x`` is the last block's output."""
+        """Return the summed cross-entropy (nats) of ``text``'s counted targets; ``x`` is the last block's output.
+
+        Raises ValueError if it is NaN or infinite.
+        """
         total = 0.0
         for rows, targets, mask in zip(x, text.targets, text.mask, strict=True):
             final = self.model.decoder.final_layernorm(_one_row(rows[None]))
             losses = losses_of(self.model, final, targets[:, None], self.shape.vocab_size)[:, 0]
             total += float((losses * mask).double().sum())
+        if not isfinite(total):
+            dropped = [block for block, layer in enumerate(self.model.decoder.layers) if layer.dropped]
+            raise ValueError(
+                f"the loss of the text is {total} with the reductions of blocks {dropped or 'none'} dropped: "
+                "use model.dtype=float32, or a checkpoint whose weights are not damaged"
+            )
         return total
 
     def copy_of(self, block: int, *, own_norms: bool) -> SPDTransformerLayer:

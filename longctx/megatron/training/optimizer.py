@@ -118,8 +118,9 @@ def build_train_state(
     # 2. Gradient buffers, which reduce over data-parallel and context-parallel ranks.
     model = DistributedDataParallel(
         net.config,
+        # The norm of `optimizer_step` shows NaN to all ranks; megatron-core's own check ends only some of them.
         DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=optim.zero1, check_for_nan_in_grad=True
+            grad_reduce_in_fp32=True, use_distributed_optimizer=optim.zero1, check_for_nan_in_grad=False
         ),
         net,
     )
@@ -224,7 +225,10 @@ def _loss_and_report(
 
 
 def optimizer_step(train_state: TrainState) -> tuple[float, float]:
-    """Update the weights; return the gradient norm before clipping and the learning rate of this step."""
+    """Update the weights; return the gradient norm before clipping and the learning rate of this step.
+
+    The norm is that of all ranks' gradients, also without clipping: NaN or infinite if one of them is.
+    """
     rate = train_state.optimizer.param_groups[0]["lr"]
     done, norm, _ = train_state.optimizer.step()
     assert done, "only a loss scaled for fp16 lets the optimizer skip a step"

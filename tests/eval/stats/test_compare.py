@@ -165,6 +165,12 @@ def test_perplexity_of_few_texts_has_no_interval():
     assert compare_perplexity([-30.0] * 10, [-33.0] * 10, [10.0] * 10).low == pytest.approx(result.ratio)
 
 
+def test_perplexity_beyond_a_float_is_infinite():
+    """800 nats a word: a random model of bytes on text with long words."""
+    result = compare_perplexity([-8000.0] * 11, [-16100.0] * 11, [10.0] * 11)
+    assert (result.baseline, result.perplexity, result.ratio, result.low) == (np.inf,) * 4
+
+
 def test_perplexity_and_its_ratio():
     random = np.random.default_rng(5)
     words = random.integers(50, 500, 61).astype(float)

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from longctx.config import Mesh
 from longctx.hf.config import shape_of, tokenizer_of
 from longctx.megatron.hf_io.init import RandomInit
-from longctx.megatron.hf_io.load import Weights
-from longctx.megatron.hf_io.names import fused_views
+from longctx.megatron.hf_io.load import Weights, fill
+from longctx.megatron.hf_io.names import TensorView, fused_views
 from longctx.model_shape import ModelShape
 from longctx.parallel.launch import RankFailed, run_ranks
 from tests.megatron.kinds import KINDS, random_model
@@ -46,6 +46,26 @@ def test_quantised_tensor_is_refused(tmp_path):
     weights = weights_of(tmp_path, "w.weight", dtype=torch.float8_e4m3fn)
     with pytest.raises(ValueError, match=r"w.weight is torch\.float8_e4m3fn: use an unquantised checkpoint"):
         weights("w.weight")
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "words"),
+    [
+        (torch.nan, torch.bfloat16, "model.norm.weight has values that are NaN or infinite"),
+        (-torch.inf, torch.float32, "model.norm.weight has values that are NaN or infinite"),
+        (1e5, torch.float16, r"model.norm.weight has values beyond the range of torch.float16: use model.dtype="),
+    ],
+)
+@pytest.mark.parametrize("tp_rank", [0, 2])
+def test_weights_that_are_not_finite_are_refused(value, dtype, words, tp_rank):
+    """By the rank whose shard has the value: 7 rows over 3 ranks, the last two rows are padding."""
+    tensor = torch.zeros(7, 5)
+    tensor[2 + 4 * (tp_rank > 0), 3] = value
+    view = TensorView("model.norm.weight", torch.empty(1, 3, 5, dtype=dtype), 0, (7, 5))
+    with pytest.raises(ValueError, match=words):
+        fill([view], lambda _: tensor, tp_rank)
+    fill([view], lambda _: tensor, 1)
+    fill([view], lambda _: torch.full((7, 5), 6e4), tp_rank)
 
 
 def test_unread_tensors_are_refused(tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 from longctx.attention.layout import zigzag
 from longctx.config import ModelSource
+from longctx.hf.config import shape_of
 from longctx.infer.cache import KVCache
 from longctx.parallel.comm import SingleRankComm
 from longctx.parallel.threads import run_threads
@@ -82,7 +83,7 @@ def test_random_rows_are_appended_after_those_a_cache_holds():
 @pytest.fixture
 def target(tiny):
     """A target with what `read_tokens` and `refuse_beyond_model` read."""
-    return SimpleNamespace(folder=tiny, model=ModelSource("tiny", str(tiny)), shape=SimpleNamespace(max_positions=97))
+    return SimpleNamespace(folder=tiny, model=ModelSource("tiny", str(tiny)), shape=shape_of(tiny))
 
 
 def test_text_is_cut_to_the_tokens_asked_for(target):
