@@ -26,7 +26,7 @@ from longctx.data.turns import UserTurn, turn_tokens, turns_from
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank, current_rank
 from recipes.calibrate import measure_ring
-from recipes.common.cli import console, main, on_ranks, refuse_unwritable, warm_up_ranks, write_result
+from recipes.common.cli import console, main, on_ranks, print_error, refuse_unwritable, warm_up_ranks, write_result
 from recipes.common.hardware_file import read_hardware, refuse_other_threads
 from recipes.common.manifest import record
 from recipes.common.progress import Progress, TokenStream
@@ -156,7 +156,7 @@ def typed_turns(world: Comm, max_new_tokens: int, device: torch.device) -> Itera
         if world.rank == 0:
             # A rank's own standard input is closed; the terminal is still available.
             with Path("/dev/tty").open(encoding="utf-8") as terminal:
-                console.print("[bold]you[/] ", end="")
+                console.print("you ", style="bold", end="")
                 text = terminal.readline().strip().encode()
         own_bytes = torch.tensor(list(text), dtype=torch.uint8, device=device)
         size = world.all_gather(torch.tensor([len(text)], device=device), [(1,)] * world.size)[0]
@@ -264,14 +264,15 @@ def take_turn(session: Session, turn: UserTurn, tokenizer: PreTrainedTokenizerBa
 def show_turn(number: int, figures: TurnFigures) -> None:
     """Print the figures of a turn in two lines, or the reason why it was refused."""
     if "error" in figures:
-        console.print(f"[bold red]turn {number} was refused[/]: {figures['error']}")
+        print_error(figures["error"], f"turn {number} was refused")
         return
     print(flush=True)
     ttit = f", TTIT {figures['ttit_s'] * 1e3:.0f} ms" if figures["ttit_s"] else ""
     console.print(
-        f"[dim]turn {number}: T {figures['new']:,} new, P {figures['cached']:,} cached (miss rate "
+        f"turn {number}: T {figures['new']:,} new, P {figures['cached']:,} cached (miss rate "
         f"{figures['miss_rate']:.1%}), {figures['strategy']} ({figures['why']})\n"
-        f"TTFT {figures['ttft_s']:.2f} s{ttit}, sent {figures['bytes_sent'] / 1e6:,.2f} MB[/]"
+        f"TTFT {figures['ttft_s']:.2f} s{ttit}, sent {figures['bytes_sent'] / 1e6:,.2f} MB",
+        style="dim",
     )
 
 

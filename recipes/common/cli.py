@@ -6,6 +6,7 @@ evaluation's gate failed; 75 stopped on request (SIGUSR1) after saving: the same
 
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -19,13 +20,15 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from rich.text import Text
 
 from longctx.config import Mesh
 from longctx.parallel.launch import Rank, RankFailed, current_rank, run_ranks, warm_up
 from recipes.common.help import help_of
+from recipes.common.mistakes import names_of, unknown_setting
 from recipes.common.overrides import CONFIGS, as_overrides, lists_values, literal
 from recipes.common.renamed import rename_settings
 
@@ -34,8 +37,19 @@ Args = TypeVarTuple("Args")
 
 GATE_FAILED = 3
 STOPPED = 75  # stopped on request, to be resumed; EX_TEMPFAIL of sysexits.h
-# A fixed width, so that tables are not cut when stderr is a file.
-console = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else 140)
+
+
+def plain_console(*, stderr: bool, width: int) -> Console:
+    """Return a console that prints text as it is: brackets are no markup and ``:train:`` is no emoji.
+
+    A file gets ``width`` columns, so that tables are not cut.
+    """
+    is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    columns = None if is_terminal else width
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False, width=columns)
+
+
+console = plain_console(stderr=True, width=140)
 
 
 def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
@@ -72,8 +86,18 @@ def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
             config: DictConfig = hydra.compose(config_name, list(overrides))
             return config
     except (HydraException, OmegaConfBaseException) as error:
+        if unknown := re.search(r"Could not override '([^']+)'", str(error)):
+            raise ValueError(_unknown_setting(config_name, overrides, unknown[1])) from error
         message = str(error).partition("Config search path")[0].partition("See https://")[0]
         raise ValueError(" ".join(message.split())) from error
+
+
+def _unknown_setting(config_name: str, overrides: Sequence[str], name: str) -> str:
+    """Return the message for the setting ``name``, which the configuration with the other ``overrides`` lacks."""
+    others = [word for word in overrides if word.partition("=")[0] != name]
+    known = OmegaConf.to_container(compose_config(config_name, others))
+    assert isinstance(known, dict)
+    return unknown_setting(name, names_of({str(key): value for key, value in known.items()}))
 
 
 def numbered_out(out: str, number: int | str) -> str:
@@ -198,13 +222,13 @@ def exit_on_error(work: Callable[[], Result]) -> Result:
     try:
         return work()
     except ValueError as error:
-        console.print(f"[bold red]error[/]: {_escaped(error)}", soft_wrap=True)
+        print_error(error)
         sys.exit(2)
     except RankFailed as failed:
         console.show_cursor()  # the rank that hid it for its progress bar has died
         if failed.details:
-            console.print(failed.details, markup=False, soft_wrap=True)
-        console.print(f"[bold red]error[/]: {_escaped(failed)}", soft_wrap=True)
+            console.print(failed.details)
+        print_error(failed)
         sys.exit(1)
     except KeyboardInterrupt:
         console.show_cursor()
@@ -212,7 +236,6 @@ def exit_on_error(work: Callable[[], Result]) -> Result:
         sys.exit(130)
 
 
-def _escaped(error: Exception) -> str:
-    from rich.markup import escape
-
-    return escape(" ".join(str(error).split()))
+def print_error(error: Exception | str, title: str = "error") -> None:
+    """Print ``error`` in one line, after a red ``title``."""
+    console.print(Text.assemble((title, "bold red"), ": ", " ".join(str(error).split())))

@@ -7,6 +7,7 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from recipes.common.mistakes import refuse_unreadable
 from recipes.common.renamed import Say, rename_override
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -31,8 +32,8 @@ EXPERIMENTS = {
 def as_overrides(config_name: str, words: Sequence[str], say: Say, *, sweep: bool = False) -> list[str]:
     """Return ``words`` in Hydra's grammar; in a ``sweep`` a comma in a path separates the values of two runs.
 
-    Raises ValueError for an unknown model, a file whose name starts with ``_`` (others extend it), an experiment of a
-    different recipe, and a comma in a path outside a sweep.
+    Raises ValueError for a word without a value, text that needs quotes, an unknown model, a file whose name starts
+    with ``_`` (others extend it), an experiment of a different recipe, and a comma in a path outside a sweep.
     """
     renamed = [rename_override(word, say) for word in words]
     return [override for word in renamed for override in _overrides(config_name, word, sweep)]
@@ -81,7 +82,7 @@ def typed_word(override: str) -> str:
 def _overrides(config_name: str, word: str, sweep: bool) -> list[str]:
     key, equals, value = word.partition("=")
     name = key.lstrip("+")
-    if not equals or value in ("", "null"):
+    if word.startswith(("-", "~")) or (equals and value in ("", "null")):
         return [word]
     if name in (*FREE_TEXT, *PATHS) and value == "???":
         raise ValueError(f"{word} stands for a setting that is not given: give another value")
@@ -93,8 +94,10 @@ def _overrides(config_name: str, word: str, sweep: bool) -> list[str]:
         return _model(value)
     if key == "experiment":
         return [f"experiment={_experiment(config_name, value)}"]
-    if (CONFIGS / key).is_dir() and value.startswith("_"):
-        raise ValueError(f"{key}={value} only holds defaults for the other choices: use {', '.join(choices(key))}")
+    if (CONFIGS / key).is_dir() and re.fullmatch(r"[\w/-]+", value) and value not in (names := choices(key)):
+        wrong = "only holds defaults for the other choices" if value.startswith("_") else "is unknown"
+        raise ValueError(f"{key}={value} {wrong}: use {', '.join(names)}")
+    refuse_unreadable(word)
     return [word]
 
 

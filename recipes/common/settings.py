@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
 from recipes.common.cli import say
+from recipes.common.mistakes import unknown_setting, wrong_value
 from recipes.common.overrides import literal
 from recipes.common.renamed import Say, rename_item
 
@@ -84,13 +85,13 @@ def mappings_at(values: Mapping[str, object], name: str) -> list[Mapping[str, ob
 
 
 def _validate(kind: type[Section], values: Mapping[str, object], prefix: str) -> Section:
-    if unknown := set(values) - {field.name for field in fields(kind)}:
-        raise ValueError(f"there is no setting {prefix}{min(unknown)}")
+    names = [field.name for field in fields(kind)]
+    if unknown := set(values) - set(names):
+        raise ValueError(unknown_setting(f"{prefix}{min(unknown)}", [f"{prefix}{name}" for name in names]))
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as invalid:
         first = invalid.errors()[0]
         if "error" in first.get("ctx", {}):
             raise ValueError(str(first["ctx"]["error"])) from None  # raised by __post_init__ of ``kind``
-        name = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{prefix}{name}={first['input']}: {first['msg'].lower()}") from None
+        raise ValueError(wrong_value(prefix, invalid)) from None
