@@ -10,9 +10,9 @@ from typing import TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from longctx.attention.layout import LAYOUTS, shard_balanced
+from longctx.hf.tensor_file import save_file
 from longctx.infer.session import Conversation, Session
 from longctx.shapes import Tensor
 

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from longctx.hf.checkpoint import ADAPTED, DROPPED, tensor_files
 from longctx.hf.scratch import write_folder_like
+from longctx.hf.tensor_file import save_file
 from longctx.shapes import Tensor
 from longctx.spd.plan import SavedPlan
 
