@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from recipes.common.mistakes import refuse_unreadable
 from recipes.common.renamed import Say, rename_override
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# In a checkout recipes/configs is a link to configs; an installed copy has the files there.
+CONFIGS = (Path(__file__).resolve().parents[1] / "configs").resolve()
 # Settings that hold any text, in which Hydra would read commas, parentheses and quotes as its syntax.
 FREE_TEXT = ("prompt.text", "prompt.question", "track.name", "track.group", "track.notes", "rate")
 # Settings that hold one path. A comma separates the values of a sweep.
