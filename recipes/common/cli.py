@@ -61,7 +61,17 @@ def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
         return
     sys.argv[1:] = exit_on_error(lambda: _check_overrides(config_name, words))
     run = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
-    run(lambda config: exit_on_error(lambda: task(_with_numbered_out(rename_settings(config, say), words))))()
+    run(lambda config: exit_on_error(lambda: task(_ready(config, words))))()
+
+
+def _ready(config: DictConfig, words: Sequence[str]) -> DictConfig:
+    """Return ``config`` with current names and this run's ``out``.  Raises ValueError if its device is missing here."""
+    config = _with_numbered_out(rename_settings(config, say), words)
+    if OmegaConf.select(config, "run.device") == "cuda":
+        from longctx.parallel.validate import refuse_no_gpu
+
+        refuse_no_gpu("cuda")
+    return config
 
 
 def _check_overrides(config_name: str, words: Sequence[str]) -> list[str]:
