@@ -22,7 +22,17 @@ from eval.job import EvalJob, pinned, prepare, with_measured_orders
 from eval.stats import page, publish
 from eval.stats.report import GateRules, Report, ScoredVariant, make_report
 from eval.variants import Variant
-from recipes.common.cli import GATE_FAILED, console, is_first, leave_stopped, main, on_every_rank, say, warm_up_ranks
+from recipes.common.cli import (
+    GATE_FAILED,
+    console,
+    is_first,
+    leave_stopped,
+    main,
+    on_every_rank,
+    print_error,
+    say,
+    warm_up_ranks,
+)
 from recipes.common.manifest import record
 from recipes.common.provenance import ROOT, commit_of, provenance
 
@@ -119,7 +129,7 @@ def task(config: DictConfig) -> None:
         scored = [score_variant(job, variant, answers) for variant, answers in zip(job.variants, stored, strict=True)]
         report = publish_report(job, scored, set().union(*(answers.commits for answers in stored)))
     if not report.gate.passed:
-        say(f"[bold red]gate failed[/]: {', '.join(report.gate.failed)}")
+        print_error(", ".join(report.gate.failed), "gate failed")
         sys.exit(GATE_FAILED)
 
 

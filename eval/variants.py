@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from longctx.hf.checkpoint import of_first_version, same_model
 from longctx.hf.config import tokenizer_of
 from longctx.spd.plan import saved_plan
 from recipes.common.cli import say
 from recipes.common.renamed import rename_item
-from recipes.common.settings import as_dict, mapping_at, mappings_at
+from recipes.common.settings import as_config, as_dict, mapping_at, mappings_at
 from recipes.common.target import Target, resolve_target
 
 BASELINE = "baseline"
@@ -70,7 +70,7 @@ def compose_variants(config: DictConfig) -> list[tuple[str, DictConfig]]:
     Raises ValueError for an item without a name, a setting that is not the model's, and a name that is used twice.
     """
     base = as_dict(config)
-    variants = [(BASELINE, OmegaConf.create(base))]
+    variants = [(BASELINE, as_config(base))]
     for item in mappings_at(base, "variants"):
         change = rename_item("variants", item, say)
         name = _name(change)
@@ -109,7 +109,7 @@ def _apply(base: Values, change: Values) -> DictConfig:
         changes["model"] = {**cleared, "name": folder.name, "source": source}
     merged = {name: {**mapping_at(base, name), **mapping_at(changes, name)} for name in _SECTIONS}
     merged["model"] = {name: value for name, value in merged["model"].items() if value is not None}
-    return OmegaConf.create({**base, **merged})
+    return as_config({**base, **merged})
 
 
 def resolve_variant(name: str, config: DictConfig) -> Variant:

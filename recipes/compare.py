@@ -15,7 +15,7 @@ from rich.table import Table
 
 from longctx.hf.checkpoint import same_model
 from longctx.train.track import MANIFEST
-from recipes.common.cli import console, exit_on_error, is_file_name
+from recipes.common.cli import exit_on_error, is_file_name, plain_console
 from recipes.common.manifest import flat, folder_of, manifest_of
 from recipes.common.renamed import rename_flat
 
@@ -114,7 +114,7 @@ def compare(runs: Sequence[str]) -> None:
     if len(runs) < 2:
         raise ValueError(f"compare two runs or more: python -m recipes.compare DIR DIR (each with a {MANIFEST})")
     settings, figures = [settings_of(run) for run in runs], [final_figures(run) for run in runs]
-    print_table = console.__class__(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160).print
+    print_table = plain_console(stderr=False, width=160).print
     differing = {name: [each.get(name) for each in settings] for name in differing_names(settings)}
     print_table(table_of("settings that differ", runs, differing))
     names = [name for name in dict.fromkeys(name for each in figures for name in each) if name not in _PROVENANCE]

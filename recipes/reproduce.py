@@ -18,6 +18,7 @@ from pathlib import Path
 from longctx.parallel.launch import RankFailed
 from recipes.common.cli import GATE_FAILED, console, exit_on_error, is_file_name
 from recipes.common.manifest import Manifest, folder_of, manifest_of
+from recipes.common.overrides import path_word, typed_word
 from recipes.common.provenance import ROOT
 from recipes.common.settings import mapping_at
 from recipes.compare import agree, differing_names, final_figures, is_measured, settings_of, table_of
@@ -32,10 +33,11 @@ def run_again(run: str) -> str:
     folder = folder_of(Path(run).expanduser()).resolve()
     beside = _unused_folder(folder)
     out = beside / Path(manifest["out"]).name if is_file_name(manifest["out"]) else beside
-    words = [word for word in manifest["overrides"] if not word.startswith("out=")]
+    words = [typed_word(word) for word in manifest["overrides"] if not word.startswith("out=")]
+    words += [path_word("out", str(out)), *_session_beside(run, manifest, beside)]
     # A Slurm job keeps its code in the run's folder; a sweep keeps it in the folder above.
     source = next((at / "code" for at in (folder, folder.parent) if (at / "code" / "recipes").is_dir()), ROOT)
-    command = [sys.executable, "-m", manifest["module"], *words, f"out={out}", *_session_beside(run, manifest, beside)]
+    command = [sys.executable, "-m", manifest["module"], *words]
     environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONSAFEPATH": "1"}
     cwd = manifest["folder"] if Path(manifest["folder"]).is_dir() else None
     code = subprocess.run(command, env=environment, cwd=cwd, check=False).returncode
@@ -74,7 +76,7 @@ def _session_beside(run: str, manifest: Manifest, beside: Path) -> list[str]:
             f"{run} saved its session over the one that it resumed, session.load={session['load']}, which "
             "is lost: give runs that are to be reproduced another session.save"
         )
-    return [f"session.save={beside / 'session'}"]
+    return [path_word("session.save", str(beside / "session"))]
 
 
 def _unused_folder(folder: Path) -> Path:

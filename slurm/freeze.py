@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from recipes.common.provenance import ROOT, commit_of, diff_of
+from recipes.common.provenance import ROOT, commit_of, diff_of, is_checkout
 from slurm.plan import JobPlan
 from slurm.render import script_of
 
@@ -46,13 +46,15 @@ def _source_files() -> list[str]:
     tracked, untracked = _git_files("--cached"), _git_files("--others", "--exclude-standard")
     if not tracked:  # an installed copy, without git
         return [str(path.relative_to(ROOT)) for top in ("longctx", "recipes", "slurm", "eval", "configs")
-                for path in (ROOT / top).rglob("*") if path.suffix in _CODE]  # fmt: skip
-    existing = [name for name in tracked if (ROOT / name).is_file()]
+                for path in (ROOT / top).rglob("*") if path.suffix in _CODE or path.is_symlink()]  # fmt: skip
+    existing = [name for name in tracked if (ROOT / name).is_file() or (ROOT / name).is_symlink()]
     return existing + [name for name in untracked if name.endswith(_CODE)]
 
 
 def _git_files(*options: str) -> list[str]:
-    """Paths that ``git ls-files`` lists with ``options``; none outside a checkout."""
+    """Paths that ``git ls-files`` lists with ``options``; none for an installed copy, which may lie in a checkout."""
+    if not is_checkout(ROOT):
+        return []
     command = ["git", "-C", str(ROOT), "ls-files", "-z", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return [name for name in done.stdout.split("\0") if name]

@@ -15,10 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from longctx.config import Mesh
 from recipes.common.cli import compose_config, is_file_name, numbered_out, refuse_unwritable_folder, say
-from recipes.common.overrides import CONFIGS, as_overrides, quote
+from recipes.common.overrides import CONFIGS, as_overrides, literal, path_word
 from recipes.common.renamed import rename_override, rename_settings
 from recipes.common.settings import section
-from slurm.settings import Launcher, SubmitSettings, absolute
+from slurm.settings import Launcher, SubmitSettings, absolute, refuse_line_breaks
 
 _EXAMPLE = "prompt.pydoc=assert"
 _OUTSIDE_RECIPES = {"eval": ("eval.run", "evaluate")}  # recipe -> module and configuration
@@ -86,6 +86,9 @@ def plan_job(settings: SubmitSettings, launcher: Launcher, words: Sequence[str])
     words = [rename_override(word, say) for word in _with_example(recipe.config_name, words)]
     shared, sweep = split_sweep(recipe.config_name, words)
     folder = _job_folder(settings, recipe.config_name, shared)
+    refuse_line_breaks("folder", str(folder))
+    if "\\" in str(folder):
+        raise ValueError(f"folder={folder}: Slurm gives a backslash in a log's name a meaning: use a name without it")
     if not settings.dry_run:
         refuse_unwritable_folder(str(folder), "folder")
     tasks = tuple(_tasks(recipe.config_name, folder, shared, sweep))
@@ -166,7 +169,7 @@ def _job_folder(settings: SubmitSettings, config_name: str, shared: Sequence[str
     for word in shared:
         out = _parse(config_name, word).value() if word.startswith("out=") else None
         if out and not is_file_name(str(out)):
-            return absolute(str(out))
+            return absolute(OmegaConf.create([out])[0])  # without the escapes of ${
     return absolute(f"outputs/slurm/{settings.name or settings.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
@@ -189,8 +192,9 @@ def _tasks(
         elif "out" in config:
             out = str(folder / "result.json" if config.out is None else config.out and absolute(config.out))
         if out:
-            config.out = numbered_out(out, number) if sweep and len(words) == len(own) else out
-            words.append(f"out={quote(config.out) if ',' in config.out else config.out}")
+            out = numbered_out(out, number) if sweep and len(words) == len(own) else out
+            config.out = literal(out)
+            words.append(path_word("out", out))
         yield ArrayTask(folder / str(number) if sweep else folder, tuple(words), config)
 
 

@@ -1,5 +1,6 @@
 """The job script: job.sbatch with the values of a plan."""
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -32,17 +33,16 @@ def script_of(plan: JobPlan, work: Path, commit: str) -> str:
         "restarts": str(plan.settings.restarts),
         "gate": " | 3" if plan.module == "eval.run" else "",
     }
-    text = TEMPLATE.read_text()
-    for name, value in values.items():
-        text = text.replace(f"{{{name}}}", value)
-    return text
+    # One pass: a placeholder inside a value is the user's text.
+    return re.sub(r"\{([a-z]+)\}", lambda placeholder: values[placeholder[1]], TEMPLATE.read_text())
 
 
 def sbatch_options(plan: JobPlan) -> list[str]:
     """Return the options of sbatch as ``name=value``, quoted for the shell; JOB is the id of a job not queued yet."""
     before = ":".join("JOB" if job == NOT_QUEUED else str(job) for job in plan.settings.jobs_before)
     settings, launcher, ranks = plan.settings, plan.launcher, plan.ranks_per_node
-    log = plan.folder / "%a" / "job.log" if plan.is_array else plan.folder / "job.log"
+    folder = str(plan.folder).replace("%", "%%")  # in names of logs Slurm replaces %a, %j and others
+    log = f"{folder}/%a/job.log" if plan.is_array else f"{folder}/job.log"
     limit = f"%{settings.parallel}" if settings.parallel else ""
     options = {
         "job-name": plan.name,
@@ -63,7 +63,13 @@ def sbatch_options(plan: JobPlan) -> list[str]:
         "output": log,
     }
     given = [f"{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
-    return [*given, "requeue", *(option.removeprefix("--") for option in launcher.sbatch)]
+    return [*given, "requeue", *(_quote_value(option.removeprefix("--")) for option in launcher.sbatch)]
+
+
+def _quote_value(option: str) -> str:
+    """Return ``name=value`` with its value quoted for sbatch; a value that is in quotes is returned as it is."""
+    name, equals, value = option.partition("=")
+    return option if re.fullmatch(r"'[^']*'|\"[^\"]*\"", value) else f"{name}{equals}{value and shlex.quote(value)}"
 
 
 def _settings_lines(plan: JobPlan) -> str:
@@ -88,4 +94,4 @@ def _srun_command(plan: JobPlan) -> str:
     options = [f"--nodes={plan.settings.nodes}", f"--ntasks-per-node={plan.ranks_per_node}", *cpus]
     options += ["--distribution=block", "--cpu-bind=none", "--kill-on-bad-exit=1", "--open-mode=append"]
     options += [shlex.quote(option) for option in plan.launcher.srun]
-    return f'srun {" ".join(options)} --output="$run/ranks/%t.log" \\\n '
+    return f'srun {" ".join(options)} --output="${{run//%/%%}}/ranks/%t.log" \\\n '

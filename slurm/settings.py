@@ -127,7 +127,19 @@ def read_settings(words: Sequence[str]) -> tuple[SubmitSettings, Launcher]:
     Raises ValueError, in one line, for an unknown setting and a value that is not allowed.
     """
     config = compose_config("submit", as_overrides("submit", [_quote_free_text(word) for word in words], say))
-    return top_level(config, SubmitSettings), section(config, "launcher", Launcher)
+    settings, launcher = top_level(config, SubmitSettings), section(config, "launcher", Launcher)
+    # ``setup`` are lines of shell, which a line break may join.
+    own = {f"launcher.{name}": value for name, value in vars(launcher).items() if name != "setup"}
+    for name, value in {**vars(settings), **own}.items():
+        for text in value if isinstance(value, tuple) else (value,):
+            refuse_line_breaks(name, str(text))
+    return settings, launcher
+
+
+def refuse_line_breaks(name: str, text: str) -> None:
+    """Raise ValueError if ``text``, the setting ``name``, has a control character: sbatch reads an option per line."""
+    if re.search(r"[\x00-\x1f\x7f]", text):
+        raise ValueError(f"{name}={text!r} has a line break or another control character: leave it out")
 
 
 def _quote_free_text(word: str) -> str:

@@ -37,7 +37,7 @@ def summary(report: Report) -> Table:
         return table
     table = Table("variant", *_COMPARED, box=None)
     for name, figures in report.average.items():
-        table.add_row(name, *(cell.replace("[", "\\[") for cell in _cells(figures)))
+        table.add_row(name, *_cells(figures))
     return table
 
 

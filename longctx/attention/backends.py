@@ -22,13 +22,16 @@ def kernel_for(name: str, device: str, dtype: str) -> Kernel:
     if name == "auto" and device != "cpu":
         raise ValueError(
             f"context.kernel=auto chooses no kernel on {device}, where none has been tested; use "
-            "context.kernel=flash_cuda (checked against float64 on this device before use), context.kernel=reference "
-            "or run.device=cpu"
+            "context.kernel=flash_cuda model.dtype=bfloat16 (checked against float64 on this device before use), "
+            "context.kernel=reference or run.device=cpu"
         )
     kernel = KERNELS["flash_cpu" if name == "auto" else name]
     if not _takes(kernel, device, dtype):
         fitting = [other for other, candidate in KERNELS.items() if _takes(candidate, device, dtype)]
-        raise ValueError(f"context.kernel={name} does not take {dtype} on {device}; use {' or '.join(fitting)}")
+        other_dtype = next((each for each in ("bfloat16", "float32") if _takes(kernel, device, each)), None)
+        advice = f"model.dtype={other_dtype}, or " if other_dtype else ""
+        advice += f"context.kernel={' or '.join(fitting)}"
+        raise ValueError(f"context.kernel={name} does not take {dtype} on {device}; use {advice}")
     if kernel is flash_attn and not package.installed:
         raise ValueError(
             "context.kernel=flash_attn needs the flash-attn package, which is not installed; "

@@ -154,9 +154,10 @@ def _download_gguf(model: ModelSource, work: Path, say: Say) -> Path:
 def _convert(gguf: Path, to: Path) -> None:
     """Write the GGUF model as a Hugging Face folder: float32 safetensors, tokenizer, config without quantization."""
     import torch
-    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
+
+    from longctx.hf.tensor_file import save_file
 
     logging.disable_progress_bar()
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "trust_remote_code": False}

@@ -18,6 +18,7 @@ from longctx.config import Mesh
 from longctx.megatron.cpu_shim import let_training_run
 from longctx.parallel.comm import Comm, DistComm, SingleRankComm, name_failed_collectives
 from longctx.parallel.launch import Rank
+from longctx.parallel.validate import refuse_no_gpu
 
 # megatron-core's advice for GPUs, which it also gives on CPUs and without gradients.
 _ADVICE = ("When using async grad allreduce it is recommended to set the environment variable",)
@@ -73,7 +74,7 @@ def open_runtime(
     A collective raises `LostPeer` at once if a rank has died, and after ``timeout_minutes`` if a rank does not answer.
     After an error the groups are not destroyed, because that would wait for the other ranks; the process must end.
 
-    Raises ValueError if the number of started ranks is not the mesh's.
+    Raises ValueError if the number of started ranks is not the mesh's, and on a machine without a GPU for "cuda".
     """
     if rank.world_size != mesh.ranks:
         raise ValueError(
@@ -87,6 +88,7 @@ def open_runtime(
         let_training_run()
     torch_device = torch.device("cpu")
     if device == "cuda":
+        refuse_no_gpu(device)
         torch_device = torch.device("cuda", rank.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(torch_device)
 

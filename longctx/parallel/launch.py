@@ -108,9 +108,24 @@ def warm_up(modules: Sequence[str]) -> None:
     Returns at once, while the imports run.  Call it early, before the work that they should overlap.
     """
     mp.set_forkserver_preload(list(modules))
+    _start_server()
+
+
+def _start_server() -> None:
+    """Start the server, if it does not run yet, so that it imports from the same places as this process.
+
+    Python would start it with the working folder first, where an ``eval.py`` may lie.
+    """
     from multiprocessing import forkserver
 
-    forkserver.ensure_running()
+    path = os.pathsep.join(each or str(Path.cwd()) for each in sys.path)
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    os.environ.update(PYTHONPATH=path, PYTHONSAFEPATH="1")
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def run_ranks(world_size: int, rank_main: Callable[[Rank, *Args], Result], *args: *Args) -> list[Result]:
@@ -123,6 +138,7 @@ def run_ranks(world_size: int, rank_main: Callable[[Rank, *Args], Result], *args
     by then.
     """
     context = mp.get_context("forkserver")
+    _start_server()
     # In multiprocessing's own temporary folder, so that there is one folder to remove.
     with tempfile.TemporaryDirectory(prefix="longctx-", dir=get_temp_dir()) as folder:
         processes = [

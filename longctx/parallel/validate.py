@@ -1,4 +1,6 @@
-"""Checks of a mesh against a model and a recipe, made before any rank starts."""
+"""Checks of a mesh against a model and a recipe, and of the device, made before any rank starts."""
+
+import torch
 
 from longctx.config import Mesh
 from longctx.model_shape import ModelShape
@@ -19,6 +21,18 @@ def refuse_unfit(mesh: Mesh, shape: ModelShape) -> None:
     except ValueError as error:
         per_rank = f"with mesh.tp={mesh.tp} each rank has {shape.heads // mesh.tp} query heads: "
         raise ValueError(f"{per_rank if mesh.tp > 1 else ''}{error}") from None
+
+
+def refuse_no_gpu(device: str) -> None:
+    """Raise ValueError, with what is missing, if ``device`` is "cuda" and torch finds no GPU on this machine."""
+    if device != "cuda":
+        return
+    if not torch.cuda.device_count():
+        missing = f"torch {torch.__version__} is a CPU build" if torch.version.cuda is None else "torch finds no GPU"
+        raise ValueError(
+            f"run.device=cuda: {missing} here; use run.device=cpu, or on a machine with GPUs and a CUDA build of torch "
+            "run=gpu context.kernel=flash_cuda model.dtype=bfloat16"
+        )
 
 
 def refuse_unused(mesh: Mesh, recipe: str, axes: tuple[str, ...]) -> None:

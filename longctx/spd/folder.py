@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from longctx.checksum import KEY
 from longctx.hf.checkpoint import ADAPTED, DROPPED, tensor_files
 from longctx.hf.scratch import write_folder_like
+from longctx.hf.tensor_file import save_file
 from longctx.shapes import Tensor
 from longctx.spd.plan import SavedPlan
 

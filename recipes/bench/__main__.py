@@ -14,7 +14,7 @@ from recipes.bench import (
     spd_sweep,
     train,
 )
-from recipes.common.cli import console, main
+from recipes.common.cli import console, main, print_error
 
 SUBJECTS = {
     "convergence": (convergence.task, "loss curves of the same training run on one rank and on a mesh"),
@@ -41,7 +41,7 @@ def run_benchmark(words: list[str]) -> None:
         main(f"bench/{subject}", SUBJECTS[subject][0])
         return
     if subject not in ("", "--help", "-h"):
-        console.print(f"[bold red]error[/]: {subject} is not a benchmark; use {', '.join(SUBJECTS)}")
+        print_error(f"{subject} is not a benchmark; use {', '.join(SUBJECTS)}")
         sys.exit(2)
     console.print("python -m recipes.bench SUBJECT key=value ...; SUBJECT --help lists the subject's settings\n")
     for name, (_, description) in SUBJECTS.items():

@@ -11,13 +11,13 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from longctx.config import Mesh
 from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
 from recipes.common.plots import draw_lines
 from recipes.common.provenance import provenance
-from recipes.common.settings import as_dict, top_level
+from recipes.common.settings import as_config, as_dict, top_level
 from recipes.common.train_job import TrainJob, begin_run, resolve_train_job
 from recipes.common.train_loop import run_rank
 from recipes.pretrain import WARM
@@ -44,11 +44,11 @@ class Curve:
 
 def prepare(config: DictConfig) -> tuple[TrainJob, ConvergenceSettings]:
     """Return the training job and the settings.  Raises ValueError, with what to set instead, if it cannot be run."""
-    names = ("json", "picture")
-    settings = top_level(OmegaConf.create({name: config[name] for name in names}), ConvergenceSettings)
+    names, values = ("json", "picture"), as_dict(config)
+    settings = top_level(as_config({name: values[name] for name in names}), ConvergenceSettings)
     for name in names:
         refuse_unwritable(getattr(settings, name), name)
-    training = OmegaConf.create({name: value for name, value in as_dict(config).items() if name not in names})
+    training = as_config({name: value for name, value in values.items() if name not in names})
     job = resolve_train_job(training, "recipes.bench convergence", from_scratch=True)
     for name in RUNS:
         if (job.out / name).exists() and not (job.out / name / "model" / "config.json").is_file():

@@ -128,9 +128,9 @@ def _connect_by_wire(prefix: str, names: Sequence[str], rate: str, latency_us: f
     for name in names:
         _do(f"ip netns add {name}")
     words = [prefix, str(len(names)), str(latency_us * 1e-6), str(_MTU)]
-    wire = subprocess.Popen(
-        [sys.executable, "-m", "recipes.bench.wire", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    # -P: the file imports nothing from its own folder, nor from the working folder.
+    command = [sys.executable, "-P", str(Path(__file__).with_name("wire.py")), *words]
+    wire = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert wire.stdout
     if not wire.stdout.readline():
         raise ValueError("no emulated hosts with latency here (is there /dev/net/tun?): use latency_us=0, or hosts=0")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pydantic import Field, PositiveInt
 from rich.table import Table
 
@@ -25,7 +25,7 @@ from recipes.common.cli import console, on_ranks, say, warm_up_ranks, write_resu
 from recipes.common.plots import draw_lines
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
-from recipes.common.settings import as_dict, sections, top_level
+from recipes.common.settings import as_config, as_dict, sections, top_level
 from recipes.common.spd_loop import load_blocks
 from recipes.common.spd_text import resolve_spd_target, text_of
 from recipes.common.target import Target, refuse_damaged
@@ -109,7 +109,7 @@ class TextLosses:
 def prepare(config: DictConfig) -> QualityJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
     lists = ("models", "texts")
-    plain = OmegaConf.create({name: value for name, value in as_dict(config).items() if name not in lists})
+    plain = as_config({name: value for name, value in as_dict(config).items() if name not in lists})
     settings = top_level(plain, QualitySettings)
     target = resolve_spd_target(config, "recipes.bench spd_quality")
     last = target.shape.layers - 1

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Literal
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pydantic import PositiveInt
 from rich.table import Table
 
@@ -25,7 +25,7 @@ from recipes.bench import peers
 from recipes.bench.timing import barrier, gather_numbers, measure_in_rounds, measure_seconds, time_on_ranks
 from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
 from recipes.common.provenance import provenance
-from recipes.common.settings import as_dict, sections, top_level
+from recipes.common.settings import as_config, as_dict, sections, top_level
 from recipes.common.train_job import TrainJob, resolve_train_job
 from recipes.common.train_loop import build_state
 from recipes.pretrain import WARM
@@ -96,10 +96,10 @@ class SavedActivations:
 
 def prepare(config: DictConfig) -> TrainBenchJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
-    names = ("rounds", "peers", "json")
-    settings = top_level(OmegaConf.create({name: config[name] for name in names}), TrainBenchSettings)
+    names, values = ("rounds", "peers", "json"), as_dict(config)
+    settings = top_level(as_config({name: values[name] for name in names}), TrainBenchSettings)
     refuse_unwritable(settings.json, "json")
-    plain = OmegaConf.create({name: value for name, value in as_dict(config).items() if name not in (*names, "meshes")})
+    plain = as_config({name: value for name, value in values.items() if name not in (*names, "meshes")})
     training = resolve_train_job(plain, RECIPE, from_scratch=True)
     meshes = resolve_meshes(config, training)
     refuse_unmeasured(training)

@@ -8,6 +8,7 @@ resumes.
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -24,11 +25,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from rich.text import Text
 
 from longctx.config import Mesh
 from longctx.parallel.launch import Rank, RankFailed, current_rank, run_ranks, warm_up
 from recipes.common.help import help_of
-from recipes.common.overrides import CONFIGS, as_overrides, lists_values
+from recipes.common.mistakes import names_of, unknown_setting
+from recipes.common.overrides import CONFIGS, as_overrides, lists_values, literal
 from recipes.common.renamed import rename_settings
 
 Result = TypeVar("Result")
@@ -39,8 +42,19 @@ STOPPED = 75  # stopped on request, to be resumed; EX_TEMPFAIL of sysexits.h
 _SUFFIXES = {"picture": (".svg", ".png", ".pdf"), "fitted": (".yaml", ".yml")}  # of the files that settings name
 # Another try may succeed: disk or quota full, disk error, too many files, no memory.
 _SHORTAGES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
-# A fixed width, so that tables are not cut when stderr is a file.
-console = Console(stderr=True, highlight=False, soft_wrap=True, width=None if sys.stderr.isatty() else 140)
+
+
+def plain_console(*, stderr: bool, width: int) -> Console:
+    """Return a console that prints text as it is: brackets are no markup and ``:train:`` is no emoji.
+
+    A file gets ``width`` columns, so that tables are not cut.
+    """
+    is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    columns = None if is_terminal else width
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False, width=columns)
+
+
+console = plain_console(stderr=True, width=140)
 
 
 def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
@@ -59,12 +73,16 @@ def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
 def _checked(config: DictConfig, words: Sequence[str]) -> DictConfig:
     """Return ``config`` with current names and the run's ``out``.
 
-    Raises ValueError for more threads than this machine has cores.
+    Raises ValueError for more threads than this machine has cores, and for a device that is missing here.
     """
     config = _with_numbered_out(rename_settings(config, say), words)
     threads, cores = OmegaConf.select(config, "run.threads"), len(os.sched_getaffinity(0))
     if isinstance(threads, int) and threads > cores:
         raise ValueError(f"run.threads={threads}: this machine has {cores} cores for all ranks; use at most {cores}")
+    if OmegaConf.select(config, "run.device") == "cuda":
+        from longctx.parallel.validate import refuse_no_gpu
+
+        refuse_no_gpu("cuda")
     return config
 
 
@@ -98,8 +116,18 @@ def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
             config: DictConfig = hydra.compose(config_name, list(overrides))
             return config
     except (HydraException, OmegaConfBaseException) as error:
+        if unknown := re.search(r"Could not override '([^']+)'", str(error)):
+            raise ValueError(_unknown_setting(config_name, overrides, unknown[1])) from error
         message = str(error).partition("Config search path")[0].partition("See https://")[0]
         raise ValueError(" ".join(message.split())) from error
+
+
+def _unknown_setting(config_name: str, overrides: Sequence[str], name: str) -> str:
+    """Return the message for the setting ``name``, which the configuration with the other ``overrides`` lacks."""
+    others = [word for word in overrides if word.partition("=")[0] != name]
+    known = OmegaConf.to_container(compose_config(config_name, others))
+    assert isinstance(known, dict)
+    return unknown_setting(name, names_of({str(key): value for key, value in known.items()}))
 
 
 def numbered_out(out: str, number: int | str) -> str:
@@ -118,7 +146,7 @@ def _with_numbered_out(config: DictConfig, words: Sequence[str]) -> DictConfig:
     hydra_config = HydraConfig.get()
     are_listed = any(word.startswith("out=") and lists_values(word.removeprefix("out=")) for word in words)
     if hydra_config.mode == RunMode.MULTIRUN and config.get("out") and not are_listed:
-        config.out = numbered_out(config.out, hydra_config.job.num)
+        config.out = literal(numbered_out(config.out, hydra_config.job.num))
     return config
 
 
@@ -248,17 +276,17 @@ def exit_on_error(work: Callable[[], Result]) -> Result:
     try:
         return work()
     except ValueError as error:
-        console.print(f"[bold red]error[/]: {_escaped(error)}", soft_wrap=True)
+        print_error(error)
         sys.exit(2)
     except OSError as error:
         console.show_cursor()
-        console.print(f"[bold red]error[/]: {_escaped(error)}", soft_wrap=True)
+        print_error(error)
         sys.exit(1 if error.errno in _SHORTAGES else 2)
     except RankFailed as failed:
         console.show_cursor()  # the rank that hid it for its progress bar has died
         if failed.details:
-            console.print(failed.details, markup=False, soft_wrap=True)
-        console.print(f"[bold red]error[/]: {_escaped(failed)}", soft_wrap=True)
+            console.print(failed.details)
+        print_error(failed)
         sys.exit(1)
     except KeyboardInterrupt:
         console.show_cursor()
@@ -266,10 +294,9 @@ def exit_on_error(work: Callable[[], Result]) -> Result:
         sys.exit(130)
 
 
-def _escaped(error: Exception) -> str:
-    from rich.markup import escape
-
+def print_error(error: Exception | str, title: str = "error") -> None:
+    """Print ``error`` in one line, after a red ``title``."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return escape(" ".join(text.split()))
+    console.print(Text.assemble((title, "bold red"), ": ", " ".join(text.split())))

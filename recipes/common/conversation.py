@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
-from rich.markup import escape
 
 from longctx.data.turns import UserTurn, turn_tokens
-from recipes.common.cli import console
+from recipes.common.cli import console, print_error
 from recipes.common.progress import Progress, TokenStream
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def typed_turns(world: Comm, max_new_tokens: int, device: torch.device) -> Itera
         if world.rank == 0:
             # A rank's own standard input is closed; the terminal is still available.
             with Path("/dev/tty").open(encoding="utf-8", errors="replace") as terminal:
-                console.print("[bold]you[/] ", end="")
+                console.print("you ", style="bold", end="")
                 text = terminal.readline().strip().encode()
         own_bytes = torch.tensor(list(text), dtype=torch.uint8, device=device)
         size = world.all_gather(torch.tensor([len(text)], device=device), [(1,)] * world.size)[0]
@@ -114,12 +113,13 @@ def take_turn(session: Session, turn: UserTurn, tokenizer: PreTrainedTokenizerBa
 def show_turn(number: int, figures: TurnFigures) -> None:
     """Print the figures of a turn in two lines, or the reason why it failed."""
     if "error" in figures:
-        console.print(f"[bold red]turn {number} was refused[/]: {escape(figures['error'])}")
+        print_error(figures["error"], f"turn {number} was refused")
         return
     print(flush=True)
     ttit = f", TTIT {figures['ttit_s'] * 1e3:.0f} ms" if figures["ttit_s"] else ""
     console.print(
-        f"[dim]turn {number}: T {figures['new']:,} new, P {figures['cached']:,} cached (miss rate "
+        f"turn {number}: T {figures['new']:,} new, P {figures['cached']:,} cached (miss rate "
         f"{figures['miss_rate']:.1%}), {figures['strategy']} ({figures['why']})\n"
-        f"TTFT {figures['ttft_s']:.2f} s{ttit}, sent {figures['bytes_sent'] / 1e6:,.2f} MB[/]"
+        f"TTFT {figures['ttft_s']:.2f} s{ttit}, sent {figures['bytes_sent'] / 1e6:,.2f} MB",
+        style="dim",
     )

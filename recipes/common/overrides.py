@@ -4,9 +4,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from recipes.common.mistakes import refuse_unreadable
 from recipes.common.renamed import Say, rename_override
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# In a checkout recipes/configs is a link to configs; an installed copy has the files there.
+CONFIGS = (Path(__file__).resolve().parents[1] / "configs").resolve()
 # Settings that hold any text, in which Hydra would read commas, parentheses and quotes as its syntax.
 FREE_TEXT = ("prompt.text", "prompt.question", "track.name", "track.group", "track.notes", "rate")
 # Settings that hold one path. A comma separates the values of a sweep.
@@ -15,6 +20,8 @@ PATHS = (
     "sensitivity", "eval.data", "eval.include", "eval.text", "adapted", "hardware", "picture", "fitted", "json",
     "model.source", "model.cache", "folder", "pipeline",
 )  # fmt: skip
+# A path in the list of a sweep, in quotes or without a comma.
+_LISTED = re.compile(r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')(?=,|\Z)|[^,]+""", re.DOTALL)
 # A file with another configuration's name -> the experiments that fit it.
 EXPERIMENTS = {
     "extend": ("extend", "pretrain"),
@@ -27,8 +34,8 @@ EXPERIMENTS = {
 def as_overrides(config_name: str, words: Sequence[str], say: Say, *, sweep: bool = False) -> list[str]:
     """Return ``words`` in Hydra's grammar; in a ``sweep`` a comma in a path separates the values of two runs.
 
-    Raises ValueError for an unknown model, a file whose name starts with ``_`` (others extend it), an experiment of a
-    different recipe, and a comma in a path outside a sweep.
+    Raises ValueError for a word without a value, text that needs quotes, an unknown model, a file whose name starts
+    with ``_`` (others extend it), an experiment of a different recipe, and a comma in a path outside a sweep.
     """
     renamed = [rename_override(word, say) for word in words]
     return [override for word in renamed for override in _overrides(config_name, word, sweep)]
@@ -48,35 +55,57 @@ def experiments_of(config_name: str) -> list[str]:
 
 
 def quote(text: str) -> str:
-    """Return ``text`` in double quotes, so that Hydra reads it unchanged; text in quotes is returned as it is.
+    """Return ``text`` in double quotes, so that Hydra and OmegaConf read exactly ``text``, its own quotes included.
 
-    In Hydra's quotes ``${`` begins an interpolation, and a backslash is special only before a quote.
+    Backslashes are special only before a quote, at the end, and before ``${``, which begins an interpolation.
     """
-    if _is_quoted(text):
-        return text
-    escaped = re.sub(r'(\\*)("|$)', lambda match: match[1] * 2 + ('\\"' if match[2] else ""), text)
-    return '"' + escaped.replace("${", r"\${") + '"'
+    return '"' + re.sub(r'(\\*)("|\Z)', lambda match: match[1] * 2 + ('\\"' if match[2] else ""), literal(text)) + '"'
+
+
+def literal(text: str) -> str:
+    """Return ``text`` as a value of a configuration that OmegaConf reads as ``text``, without interpolations."""
+    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
+
+
+def path_word(key: str, path: str) -> str:
+    """Return the word of a command line that sets ``key`` to one ``path``, quoted if a sweep could be read into it."""
+    return f"{key}={quote(path) if ',' in path or _is_quoted(path) else path}"
+
+
+def typed_word(override: str) -> str:
+    """Return the word that a user types for ``override``, one in Hydra's grammar: free text without its quotes."""
+    key, equals, value = override.partition("=")
+    if not equals or key.lstrip("+") not in FREE_TEXT or not _is_quoted(value):
+        return override
+    parsed = OverridesParser.create().parse_override(override).value()
+    return f"{key}={OmegaConf.create([str(parsed)])[0]}"
 
 
 def _overrides(config_name: str, word: str, sweep: bool) -> list[str]:
     key, equals, value = word.partition("=")
-    if not equals or value in ("", "null"):
+    name = key.lstrip("+")
+    if word.startswith(("-", "~")) or (equals and value in ("", "null")):
         return [word]
-    if key in FREE_TEXT:
+    if name in (*FREE_TEXT, *PATHS) and value == "???":
+        raise ValueError(f"{word} stands for a setting that is not given: give another value")
+    if name in FREE_TEXT:
         return [f"{key}={quote(value)}"]
-    if key in PATHS:
+    if name in PATHS:
         return [f"{key}={_path(key, value, sweep)}"]
     if key == "model":
         return _model(value)
     if key == "experiment":
         return [f"experiment={_experiment(config_name, value)}"]
-    if (CONFIGS / key).is_dir() and value.startswith("_"):
-        raise ValueError(f"{key}={value} only holds defaults for the other choices: use {', '.join(choices(key))}")
+    if (CONFIGS / key).is_dir() and re.fullmatch(r"[\w/-]+", value) and value not in (names := choices(key)):
+        wrong = "only holds defaults for the other choices" if value.startswith("_") else "is unknown"
+        raise ValueError(f"{key}={value} {wrong}: use {', '.join(names)}")
+    refuse_unreadable(word)
     return [word]
 
 
 def _is_quoted(text: str) -> bool:
-    return len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    """Return True if ``text`` is one string in Hydra's quotes: ``"a" and "b"`` is not."""
+    return re.fullmatch(r"""(["'])(?:(?!\1)[^\\]|\\.)*\1""", text, re.DOTALL) is not None
 
 
 def lists_values(value: str) -> bool:
@@ -86,12 +115,12 @@ def lists_values(value: str) -> bool:
 
 def _path(key: str, value: str, sweep: bool) -> str:
     if not lists_values(value):
-        return quote(value)
+        return value if _is_quoted(value) else quote(value)
     if not sweep:
         raise ValueError(
             f"{key}={value} lists several values: add --multirun for a sweep, or quote it: {key}='\"{value}\"'"
         )
-    return ",".join(quote(path) for path in value.split(","))
+    return ",".join(path if _is_quoted(path) else quote(path) for path in _LISTED.findall(value))
 
 
 def _model(value: str) -> list[str]:

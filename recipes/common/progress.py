@@ -23,9 +23,9 @@ class Progress:
     """
 
     def __init__(self, *, shown: bool) -> None:
-        console = Console(stderr=True)
+        console = Console(stderr=True, highlight=False, markup=False, emoji=False)
         self._bar = bars.Progress(
-            bars.TextColumn("{task.description}"),
+            bars.TextColumn("{task.description}", markup=False),
             bars.BarColumn(),
             bars.MofNCompleteColumn(),
             bars.TimeElapsedColumn(),
@@ -60,7 +60,7 @@ class Progress:
         task = self._bar.tasks[self._task]
         left = f", {task.time_remaining:,.0f} s left" if task.time_remaining is not None else ""
         of = f" of {task.total:,.0f}" if task.total else ""
-        self._lines.print(f"{task.description}: {task.completed:,.0f}{of}{left}", highlight=False)
+        self._lines.print(f"{task.description}: {task.completed:,.0f}{of}{left}")
 
     def stop(self) -> None:
         """Remove the bar, so that other text can be printed."""

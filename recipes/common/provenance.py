@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+import longctx
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -63,14 +65,21 @@ _JOB_VARIABLES = (
 )
 
 
+def is_checkout(source: Path) -> bool:
+    """Return True if ``source`` is the top of a git checkout: a folder inside another project's checkout is not."""
+    return (source / ".git").exists()
+
+
 def commit_of(source: Path) -> str:
     """Return the commit of ``source``, with ``-dirty`` and a digest of its uncommitted changes, if any.
 
-    A frozen copy has no git folder; its commit is in the file COMMIT.
+    A frozen copy has no git folder; its commit is in the file COMMIT.  An installed copy has a version only.
     """
     if (source / "COMMIT").is_file():
         return (source / "COMMIT").read_text().strip()
-    name = _git(source, "describe", "--always", "--dirty", "--abbrev=12").strip() or "not a git checkout"
+    if not is_checkout(source):
+        return f"longctx {longctx.__version__}, not a git checkout"
+    name = _git(source, "describe", "--always", "--dirty", "--abbrev=12").strip() or "a checkout without git"
     return f"{name}-{hashlib.sha256(diff_of(source).encode()).hexdigest()[:8]}" if name.endswith("-dirty") else name
 
 
@@ -78,6 +87,8 @@ def diff_of(source: Path) -> str:
     """Return the uncommitted changes of ``source`` as a patch, followed by the names of untracked files."""
     if (source / "COMMIT").is_file():
         return (source / "dirty.diff").read_text()
+    if not is_checkout(source):
+        return ""
     new = _git(source, "ls-files", "--others", "--exclude-standard")
     return _git(source, "diff", "HEAD") + "".join(f"# not in git: {name}\n" for name in new.splitlines())
 

@@ -9,7 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
 from recipes.common.cli import say
-from recipes.common.overrides import PATHS
+from recipes.common.mistakes import unknown_setting, wrong_value
+from recipes.common.overrides import PATHS, literal
 from recipes.common.renamed import Say, rename_item
 
 if TYPE_CHECKING:
@@ -47,6 +48,19 @@ def as_dict(config: DictConfig) -> dict[str, object]:
     return {str(name): value for name, value in values.items()}
 
 
+def as_config(values: Mapping[str, object]) -> DictConfig:
+    """Return plain ``values`` as a configuration; ``${`` in their text begins no interpolation."""
+
+    def escaped(value: object) -> object:
+        if isinstance(value, Mapping):
+            return {name: escaped(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [escaped(item) for item in value]
+        return literal(value) if isinstance(value, str) else value
+
+    return OmegaConf.create({name: escaped(value) for name, value in values.items()})
+
+
 def mapping_at(values: Mapping[str, object], name: str) -> Mapping[str, object]:
     """Return the section ``name`` of plain ``values``, empty if it is missing or null.
 
@@ -72,8 +86,9 @@ def mappings_at(values: Mapping[str, object], name: str) -> list[Mapping[str, ob
 
 
 def _validate(kind: type[Section], values: Mapping[str, object], prefix: str) -> Section:
-    if unknown := set(values) - {field.name for field in fields(kind)}:
-        raise ValueError(f"there is no setting {prefix}{min(unknown)}")
+    names = [field.name for field in fields(kind)]
+    if unknown := set(values) - set(names):
+        raise ValueError(unknown_setting(f"{prefix}{min(unknown)}", [f"{prefix}{name}" for name in names]))
     for name, value in values.items():
         _refuse_unset(f"{prefix}{name}", value)
     try:
@@ -82,8 +97,7 @@ def _validate(kind: type[Section], values: Mapping[str, object], prefix: str) ->
         first = invalid.errors()[0]
         if "error" in first.get("ctx", {}):
             raise ValueError(str(first["ctx"]["error"])) from None  # raised by __post_init__ of ``kind``
-        name = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{prefix}{name}={first['input']}: {first['msg'].lower()}") from None
+        raise ValueError(wrong_value(prefix, invalid)) from None
     for name, value in values.items():
         _refuse_no_number(f"{prefix}{name}", value, getattr(section, name))
     return section

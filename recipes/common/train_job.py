@@ -23,7 +23,7 @@ from recipes.common.cli import is_first, nearest_existing, refuse_unwritable_fol
 from recipes.common.hardware_file import read_hardware
 from recipes.common.manifest import refuse_other_recipe
 from recipes.common.provenance import hardware, provenance
-from recipes.common.settings import as_dict, section, top_level
+from recipes.common.settings import as_config, as_dict, section, top_level
 from recipes.common.target import Target, resolve_target
 
 if TYPE_CHECKING:
@@ -183,11 +183,11 @@ def first_sequences(
 
 def data_of(config: DictConfig) -> tuple[DataSettings, DataSettings | None]:
     """Return the training text, and the text to evaluate on, if there is one."""
-    plain = OmegaConf.create({"data": {k: v for k, v in as_dict(config.data).items() if k != "test"}})
+    plain = as_config({"data": {k: v for k, v in as_dict(config.data).items() if k != "test"}})
     data, test = section(plain, "data", DataSettings), OmegaConf.to_container(config.data.test, resolve=True)
     if not test:
         return data, None
-    held_out = OmegaConf.create({"data": {"sources": test, "length": data.length, "batch": data.batch}})
+    held_out = as_config({"data": {"sources": test, "length": data.length, "batch": data.batch}})
     return data, replace(section(held_out, "data", DataSettings), end_token=data.end_token)
 
 

@@ -5,9 +5,7 @@ import pytest
 from longctx.infer.refuse import refuse_prompts
 from longctx.model_shape import ModelShape
 
-SHAPE = ModelShape(
-    1, 8, 2, 1, 4, 8, vocab_size=11, max_positions=13, norm_eps=1e-5, tied=True, qkv_bias=False
-)
+SHAPE = ModelShape(1, 8, 2, 1, 4, 8, vocab_size=11, max_positions=13, norm_eps=1e-5, tied=True, qkv_bias=False)
 
 
 @pytest.mark.parametrize(

@@ -193,13 +193,13 @@ def test_gpu_kernel_is_refused_on_cpu(name, dtype):
             task.q, task.k, task.v
         )
     with pytest.raises(
-        ValueError, match=rf"context\.kernel={name} does not take {dtype} on cpu; use reference or flash"
+        ValueError, match=rf"context\.kernel={name} does not take {dtype} on cpu; use context.kernel=reference or flash"
     ):
         kernel_for(name, "cpu", dtype)
 
 
 @pytest.mark.parametrize(
-    ("kernel", "message"), [("auto", "chooses no kernel"), ("flash_cpu", "use reference or flash_cuda")]
+    ("kernel", "message"), [("auto", "chooses no kernel"), ("flash_cpu", "use context.kernel=reference or flash_cuda")]
 )
 def test_auto_refuses_kernels_not_yet_run_on_a_gpu(kernel, message):
     with pytest.raises(ValueError, match=message):

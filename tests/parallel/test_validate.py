@@ -3,10 +3,12 @@
 import re
 
 import pytest
+import torch
 
+from longctx.attention.backends import kernel_for
 from longctx.config import Mesh
 from longctx.model_shape import ModelShape
-from longctx.parallel.validate import refuse_unfit, refuse_unused
+from longctx.parallel.validate import refuse_no_gpu, refuse_unfit, refuse_unused
 
 
 def model(heads: int, kv_heads: int, ffn: int) -> ModelShape:
@@ -97,3 +99,25 @@ def test_ulysses_is_checked_against_the_heads_of_a_tensor_parallel_rank():
 def test_used_axes_are_accepted():
     refuse_unused(Mesh(tp=2, ulysses=3, ring=5), "generate", ("dp", "pp"))
     refuse_unused(Mesh(dp=2), "pretrain", ("pp",))
+
+
+@pytest.mark.parametrize(
+    ("cuda", "missing"), [(None, f"torch {torch.__version__} is a CPU build"), ("13.0", "torch finds no GPU")]
+)
+def test_missing_gpu_is_refused_with_what_is_missing(monkeypatch, cuda, missing):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    with pytest.raises(ValueError, match=re.escape(f"run.device=cuda: {missing} here; use run.device=cpu")):
+        refuse_no_gpu("cuda")
+    refuse_no_gpu("cpu")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    refuse_no_gpu("cuda")
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), [("auto", "float32"), ("flash_cuda", "float32"), ("cudnn", "float32")])
+def test_refused_combination_on_a_gpu_names_one_that_is_accepted(kernel, dtype):
+    with pytest.raises(ValueError, match=r"context\.kernel=") as refused:
+        kernel_for(kernel, "cuda", dtype)
+    settings = dict(re.findall(r"(kernel|dtype)=(\w+)", str(refused.value).partition("; use ")[2].partition(",")[0]))
+    assert settings["dtype"] == "bfloat16"
+    assert kernel_for(settings.get("kernel", kernel), "cuda", settings["dtype"])

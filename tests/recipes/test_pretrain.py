@@ -213,10 +213,13 @@ def test_corrupt_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
         (["data.epochs=1", "data.batch=9999"], "the text does not fill a batch"),
         (["context.strategy=auto"], r"context\.strategy=auto .* recipes\.pretrain takes one of pass_kv"),
         (["optim.min_lr=1"], r"optim\.min_lr=1\.0 and optim\.lr"),
-        (["run.device=cuda"], r"context\.kernel=auto chooses no kernel on cuda"),
         (
             ["data=text", "data.sources=[{path:BYTES}]", "data.end_token=false"],
             "the first batch has nothing to learn from",
+        ),
+        (
+            ["run.device=cuda"],
+            r"run\.device=cuda: .* here; use run\.device=cpu, .*run=gpu context\.kernel=flash_cuda model\.dtype=bf",
         ),
         (["recompute=some"], "recompute=some"),
         (["hardware=/nowhere.yaml"], "hardware=/nowhere.yaml cannot be read"),

@@ -5,14 +5,20 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from recipes.common.cli import compose_config
 from recipes.common.overrides import as_overrides
 from recipes.common.provenance import ROOT, commit_of, diff_of
 from slurm import cluster, submit
+from slurm.plan import JobPlan
+from slurm.render import script_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TINY = ("recipe=pretrain", "experiment=pretrain/tiny", "data.length=61", "data.batch=2", "steps=3", "run.threads=1")
@@ -145,6 +151,42 @@ def test_free_text_reaches_the_recipe_unchanged(script, tmp_path):
     )
     config = compose_config("generate", as_overrides("generate", done.stdout.splitlines(), print))
     assert config.prompt.text == text and config.out == f"{tmp_path}/run, (1) 'a'/result.json"
+
+
+HOSTILE = st.lists(st.sampled_from(["{python}", "{command}", "{run}", "${x}", "$(x)", *"'\"\\`;&{}\n #é"])).map("".join)
+
+
+@settings(max_examples=30)
+@given(texts=st.lists(HOSTILE, min_size=1, max_size=3))
+def test_hostile_words_are_in_the_script_as_typed(texts):
+    words = tuple(f"prompt.text={text}" for text in texts)
+    plan = replace(_hostile_plan(), words=words)
+    (lines,) = re.findall(r"^words=\(.*?^\)$", script_of(plan, Path("/work"), "abc"), re.MULTILINE | re.DOTALL)
+    printed = subprocess.run(
+        ["bash", "-c", lines + '\nprintf "%s\\0" "${words[@]}"'], capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.split("\0")[:-1] == [*words, "out=/run"]
+
+
+@cache
+def _hostile_plan() -> JobPlan:
+    (plan,) = submit.make_plans([*TINY, "folder=/run", "dry_run=true"])
+    return plan
+
+
+def test_other_values_of_a_script_are_as_given(script, tmp_path):
+    """Slurm replaces %a and %j in the names of logs, but not in the options' values."""
+    shown = script(*TINY, "folder={python} 100%a", "name={work} %j", "launcher.setup=['echo {command}']",
+                   "launcher.sbatch=['--comment=a b',\"--constraint='[x|y]'\",--exclusive]")  # fmt: skip
+    assert f"\nrun='{tmp_path}/{{python}} 100%a'\n" in shown and "\necho {command}\n" in shown
+    assert f"\n#SBATCH --output='{tmp_path}/{{python}} 100%%a/job.log'\n" in shown
+    assert "\n#SBATCH --job-name='{work} %j'\n" in shown and "\n#SBATCH --comment='a b'\n" in shown
+    assert "\n#SBATCH --constraint='[x|y]'\n" in shown and "\n#SBATCH --exclusive\n" in shown
+
+
+@pytest.mark.parametrize("key", ["name", "folder", "launcher.container"])
+def test_line_break_in_an_option_of_sbatch_is_refused(refused, key):
+    assert f"{key}=" in (line := refused(*TINY, f"{key}=a\necho b")) and "has a line break" in line
 
 
 def test_sweep_is_an_array_with_an_out_for_each_run(script, tmp_path):

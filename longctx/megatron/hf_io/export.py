@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from megatron.core.models.gpt import GPTModel
-from safetensors.torch import save_file
 
 from longctx.hf.config import family_in, shape_of
 from longctx.hf.scratch import write_folder_like
+from longctx.hf.tensor_file import save_file
 from longctx.megatron.hf_io.load import gather_from_stages
 from longctx.megatron.hf_io.names import TensorView, tensor_views
 from longctx.model_shape import ModelShape

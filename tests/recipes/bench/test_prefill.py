@@ -67,7 +67,7 @@ def test_both_parts_are_measured_and_written(cli, tiny, tmp_path, layers):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["parts=[attenion]"], "parts.0=attenion: input should be 'attention' or 'model'"),
+        (["parts=[attenion]"], "parts.0=attenion: give attention or model"),
         (["mesh.ring=1"], "mesh.ring=1 shards nothing: use mesh.ring=2 or more"),
         (["mesh.tp=3"], "recipes.bench prefill has no use for mesh.tp=3"),
         (["rounds=0"], "rounds=0"),

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from rich.table import Table
 
 from longctx.config import Mesh, ModelSource, PromptSource, Run, Sampling
 from longctx.parallel.launch import Rank, RankFailed
 from recipes import chat, generate
 from recipes.common import cli as recipe_cli
 from recipes.common import settings
+from recipes.common.progress import Progress
 
 
 @pytest.fixture
@@ -111,18 +113,18 @@ def test_experiment_sets_several_settings(compose):
         ("experiment=generate/demmo", ["experiment=generate/demmo", "generate/demo"]),
         ("experiment=pretrain/tiny", ["experiment=pretrain/tiny does not fit generate", "generate/demo"]),
         ("context=pass_k", ["context", "pass_k", "pass_kv", "pass_q"]),
-        ("mesh.ring=two", ["mesh.ring=two", "integer"]),
+        ("mesh.ring=two", ["mesh.ring=two", "a whole number"]),
         ("mesh.ring=0", ["mesh.ring=0", "at least one rank"]),
-        ("context.strategy=pass_the_salt", ["context.strategy=pass_the_salt", "'pass_kv', 'pass_q'"]),
+        ("context.strategy=pass_the_salt", ["context.strategy=pass_the_salt", "pass_kv, pass_q"]),
         ("sampling.top_p=0", ["sampling.top_p=0", "above 0"]),
-        ("max_new_tokens=many", ["max_new_tokens=many", "integer"]),
-        ("verify=perhaps", ["verify=perhaps", "boolean"]),
+        ("max_new_tokens=many", ["max_new_tokens=many", "a whole number"]),
+        ("verify=perhaps", ["verify=perhaps", "true or false"]),
         ("run.threads=-1", ["run.threads=-1"]),
         ("run.timeout_minutes=0", ["run.timeout_minutes=0", "use 1 or more"]),
-        ("run.device=tpu", ["run.device=tpu", "'cpu' or 'cuda'"]),
+        ("run.device=tpu", ["run.device=tpu", "cpu or cuda"]),
         (
             "context.kernel=flash",
-            ["context.kernel=flash", "'auto', 'reference', 'flash_cpu', 'flash_cuda', 'cudnn' or 'flash_attn'"],
+            ["context.kernel=flash", "auto, reference, flash_cpu, flash_cuda, cudnn or flash_attn"],
         ),
         ("sampling.seed=-1", ["sampling.seed=-1", "use 0 to"]),
         ("model.source=null", ["model.source", "model.wheel"]),
@@ -244,3 +246,24 @@ def test_full_disk_is_refused_before_the_work(monkeypatch):
 
 def test_more_threads_than_cores_are_refused(refused):
     assert "run.threads=100000: this machine has" in refused(generate, generate.task, "run.threads=100000")
+
+
+@pytest.mark.parametrize("text", ["out=a[/b].json", "pydoc:train: [bold]x[/]", "[red"])
+def test_text_is_printed_without_markup_and_emoji(capsys, text):
+    table = Table(title=text)
+    table.add_column(text)
+    table.add_row(text)
+    recipe_cli.say(text)
+    recipe_cli.console.print(table)
+    recipe_cli.console.rule(text)
+    with pytest.raises(SystemExit):
+        recipe_cli.exit_on_error(lambda: (_ for _ in ()).throw(ValueError(text)))
+    err = capsys.readouterr().err
+    assert err.count(text) == 6 and f"\nerror: {text}\n" in err
+
+
+def test_progress_names_a_phase_without_markup(capsys, monkeypatch):
+    monkeypatch.setattr("recipes.common.progress._EVERY_S", 0.0)
+    with Progress(shown=True) as progress:
+        progress.step("a[/b] :train:", 2)
+    assert capsys.readouterr().err == "a[/b] :train:: 1 of 2\n"

@@ -1,9 +1,14 @@
 """Words of a command line become Hydra overrides: sweeps of paths, quoted names, choices that fit the recipe."""
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import example, given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from recipes import chat, export, generate, pretrain
-from recipes.common.overrides import CONFIGS, as_overrides, choices, experiments_of
+from recipes.common.overrides import CONFIGS, as_overrides, choices, experiments_of, path_word, typed_word
+from recipes.common.settings import as_config, as_dict
 
 GROUPS_WITH_BASES = sorted({file.parent.relative_to(CONFIGS).as_posix() for file in CONFIGS.rglob("_*.yaml")})
 
@@ -61,6 +66,48 @@ def test_a_quoted_comma_is_a_name_in_a_sweep_too(runs):
 @pytest.mark.parametrize("name", ["a b", "it's", "a=b", "[x]", "{y}", "(z)", "$HOME", "${x}"])
 def test_paths_with_special_characters_are_unchanged(runs, name):
     assert [config.out for config in runs(f"out={name}")] == [name]
+
+
+PIECES = ["${", "\\${", "a.b}", *"'\"\\$,:=[](){}~ \n#é"]
+
+
+@given(text=st.lists(st.sampled_from(PIECES), min_size=1, max_size=9).map("".join))
+@example(text='"Yes," he said, "no."')
+@example(text='"Yes"')
+@example(text="echo \\${HOME}")
+@example(text="ends in \\")
+def test_free_text_is_read_as_typed_and_typed_again_the_same(text):
+    (override,) = as_overrides("generate", [f"prompt.text={text}"], print)
+    parsed = OverridesParser.create().parse_override(override).value()
+    assert OmegaConf.create({"text": parsed}).text == text
+    assert typed_word(override) == f"prompt.text={text}"
+
+
+@pytest.mark.parametrize("text", ['"Yes," he said, "no."', "'quoted'", "echo \\${HOME}", "{python}", "a=b, ${x} (y)"])
+def test_free_text_reaches_the_configuration(runs, text):
+    (config,) = runs(f"prompt.text={text}", f"++prompt.question={text}")
+    assert config.prompt.text == config.prompt.question == text
+    assert as_config(as_dict(config)) == config
+
+
+def test_quoted_and_plain_paths_of_a_sweep(runs):
+    configs = runs("--multirun", "out=\"a,b\",it's,'c\\${d}'")
+    assert [config.out for config in configs] == ["a,b", "it's", "c${d}"]
+
+
+def test_one_path_that_begins_and_ends_with_quotes_is_that_path(runs):
+    assert [config.out for config in runs("""out="a" and "b".json""", """prompt.file='x' + 'y'""")] == [
+        '"a" and "b".json'
+    ]
+
+
+def test_three_question_marks_are_refused(refused):
+    assert "prompt.text=??? stands for a setting that is not given" in refused(generate, print, "prompt.text=???")
+
+
+@pytest.mark.parametrize("path", ["a", "a,b", '"a"', "'a', \"b\"", "${x}"])
+def test_path_word_is_read_as_the_path(runs, path):
+    assert [config.out for config in runs(path_word("out", path))] == [path]
 
 
 @pytest.mark.parametrize("group", GROUPS_WITH_BASES)

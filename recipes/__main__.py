@@ -1,0 +1,54 @@
+"""The command ``longctx VERB key=value ...``: the same as ``python -m`` of the verb's module, from any folder."""
+
+import runpy
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+# Verb -> module and what it does.
+VERBS = {
+    "generate": ("recipes.generate", "answer a long prompt that is sharded over ranks"),
+    "chat": ("recipes.chat", "hold a conversation; its keys and values stay on the ranks"),
+    "pretrain": ("recipes.pretrain", "train a model from scratch, or resume a run"),
+    "extend": ("recipes.extend", "train a pretrained model on longer sequences"),
+    "export": ("recipes.export", "write a run's model as a folder that transformers loads"),
+    "calibrate": ("recipes.calibrate", "measure this machine's kernel and links"),
+    "spd_sensitivity": ("recipes.spd_sensitivity", "measure which blocks can drop a reduction"),
+    "spd_adapt": ("recipes.spd_adapt", "repair a model whose blocks drop a reduction"),
+    "eval": ("eval.run", "score a model, or compare variants of it"),
+    "eval_speed": ("eval.speed", "measure examples per second beside lm-eval's own model"),
+    "bench": ("recipes.bench", "run a benchmark: longctx bench lists them"),
+    "compare": ("recipes.compare", "list how runs differ: longctx compare DIR DIR"),
+    "reproduce": ("recipes.reproduce", "run a run again and compare: longctx reproduce DIR"),
+    "submit": ("slurm.submit", "submit one of these as a job of a Slurm cluster"),
+}
+
+
+def main() -> None:
+    """Run the verb that the first word of the command line names, with the other words as its settings.
+
+    Without a verb, or with --help, the verbs are listed.  Exits with code 2 for a missing or unknown verb.
+    """
+    verb, *words = sys.argv[1:] or [""]
+    if verb in VERBS:
+        run_verb(verb, words)
+        return
+    if verb not in ("", "-h", "--help"):
+        near = get_close_matches(verb, VERBS, n=1)
+        advice = f"did you mean {near[0]}?" if near else "longctx --help lists the verbs"
+        print(f"error: there is no verb {verb}: {advice}", file=sys.stderr)
+        sys.exit(2)
+    print("longctx VERB key=value ...; longctx VERB --help lists the verb's settings\n")
+    for name, (_, description) in VERBS.items():
+        print(f"  {name:16} {description}")
+    sys.exit(0 if verb else 2)
+
+
+def run_verb(verb: str, words: Sequence[str]) -> None:
+    """Run the module of ``verb`` as ``python -m`` would, with the command line ``words``."""
+    sys.argv[1:] = words
+    runpy.run_module(VERBS[verb][0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
