@@ -136,3 +136,8 @@ def run_failing_turn(rank: Rank, folder: Path, mesh: Mesh, step: Say, fault: str
             session_module.run_replicated = original
         weight.copy_(before)
         return [session.turn(step.prompts, step.max_new_tokens).tokens for session in (failing, control)] + [message]
+
+
+def play_each(rank: Rank, jobs: list[tuple[Path, Segment, Path | None]]) -> list[Record]:
+    """Run a segment of each model on one rank, one after the other."""
+    return [play(rank, *job) for job in jobs]

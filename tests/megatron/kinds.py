@@ -70,13 +70,15 @@ KINDS = {
     "smollm3": SmolLM3Config(
         **NO_HEAD_DIM, no_rope_layer_interval=2, pad_token_id=None, bos_token_id=1, eos_token_id=2
     ),
-    "olmo2": Olmo2Config(**NO_HEAD_DIM),
-    "olmo3": Olmo3Config(**NO_HEAD_DIM, **TWO_WINDOWS, rope_parameters=TWO_ROTARIES),
+    "olmo2": Olmo2Config(**NO_HEAD_DIM, pad_token_id=None),
+    "olmo3": Olmo3Config(**NO_HEAD_DIM, **TWO_WINDOWS, rope_parameters=TWO_ROTARIES, pad_token_id=None),
     "phi3": Phi3Config(**NO_HEAD_DIM, sliding_window=101, pad_token_id=None),
     "phi3, longrope": Phi3Config(
         **NO_HEAD_DIM, rope_parameters=LONG, original_max_position_embeddings=128, pad_token_id=None
     ),
-    "gemma3": Gemma3TextConfig(**SMALL, **TWO_WINDOWS, rope_parameters=TWO_ROTARIES, query_pre_attn_scalar=11),
+    "gemma3": Gemma3TextConfig(
+        **SMALL, **TWO_WINDOWS, rope_parameters=TWO_ROTARIES, query_pre_attn_scalar=11, pad_token_id=None
+    ),
     "granite": GraniteConfig(
         **NO_HEAD_DIM, embedding_multiplier=7.0, attention_multiplier=0.3, residual_multiplier=0.4, logits_scaling=3.0
     ),

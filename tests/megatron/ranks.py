@@ -34,6 +34,13 @@ def all_logits(
     return gathered.clone() if rank.rank == 0 else None
 
 
+def all_logits_of_each(
+    rank: Rank, mesh: Mesh, folders: Sequence[Path], tokens: list[int], dtype: Any
+) -> list[torch.Tensor | None]:
+    """Return `all_logits` of each model."""
+    return [all_logits(rank, mesh, folder, tokens, dtype) for folder in folders]
+
+
 def load_and_save(
     rank: Rank,
     mesh: Mesh,

@@ -129,3 +129,8 @@ def write_gradients(trained: Any, batches: Any, folder: Path, source: Path) -> N
     for parameter in trained.net.parameters():
         parameter.data.copy_(parameter.main_grad)
     export.save(trained.net, trained.shape, folder, source)
+
+
+def train_each(rank: Rank, runs: list[Run]) -> list[list[Step]]:
+    """Run ``runs`` on one rank, one after the other."""
+    return [train(rank, run) for run in runs]
