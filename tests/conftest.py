@@ -86,6 +86,7 @@ SLOW = (
     "recipes/test_extend.py",
     "recipes/test_generate.py",
     "recipes/test_generate_batch.py",
+    "recipes/test_hostile.py",
     "recipes/test_saved.py",
     "recipes/test_spd.py",
     "slurm/test_submit.py",
