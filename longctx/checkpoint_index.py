@@ -81,10 +81,10 @@ def latest_whole(folder: Path, fault: Callable[[Path], str] = fault_of) -> tuple
     unfinished = sorted(folder.glob(f"*{PARTIAL}*"))
     passed_over = [f"{partial.name} was being written when the run ended" for partial in unfinished]
     for checkpoint in reversed(checkpoint_folders(folder)):
-        found = fault(checkpoint)
-        if not found:
+        reason = fault(checkpoint)
+        if not reason:
             return checkpoint, passed_over
-        passed_over.append(f"{checkpoint.name} is corrupt: {found}")
+        passed_over.append(f"{checkpoint.name} is corrupt: {reason}")
     return None, passed_over
 
 

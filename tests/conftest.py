@@ -87,6 +87,7 @@ SLOW = (
     "recipes/test_generate.py",
     "recipes/test_generate_batch.py",
     "recipes/test_install.py",
+    "recipes/test_hostile.py",
     "recipes/test_saved.py",
     "recipes/test_spd.py",
     "slurm/test_submit.py",

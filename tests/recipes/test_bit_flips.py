@@ -20,7 +20,7 @@ from longctx.spd.folder import read_block, write_block
 from longctx.spd.plan import refuse_changed_weights, saved_plan
 from tests.recipes.conftest import SAVED
 
-FLIPS = 300  # of each kind of folder
+FLIPS = 300  # in each kind of folder
 
 
 def read_checkpoint(folder: Path) -> object:
@@ -29,7 +29,7 @@ def read_checkpoint(folder: Path) -> object:
     return checkpoint_index.read_metadata(folder)
 
 
-def checkpoint(folder: Path) -> Callable[[], object]:
+def save_checkpoint(folder: Path) -> Callable[[], object]:
     """A copy of version 0.1's checkpoint with the checksums of today."""
     shutil.copytree(SAVED / "train_ring" / "checkpoints" / "step-00000004", folder)
     metadata = checkpoint_index.read_metadata(folder)
@@ -40,7 +40,7 @@ def checkpoint(folder: Path) -> Callable[[], object]:
     return lambda: read_checkpoint(folder)
 
 
-def session(folder: Path) -> Callable[[], object]:
+def save_session(folder: Path) -> Callable[[], object]:
     """A copy of version 0.1's session with the checksum of today."""
     shutil.copytree(SAVED / "chat" / "session", folder)
     shape, index = shape_of(SAVED / "model"), json.loads((folder / "session.json").read_text())
@@ -48,23 +48,29 @@ def session(folder: Path) -> Callable[[], object]:
     return lambda: session_index.read_index(folder, index["model"], index["dtype"], shape)
 
 
-def adapted(folder: Path) -> Callable[[], object]:
+def save_adapted_model(folder: Path) -> Callable[[], object]:
     """The plan and the weights of an adapted model, and a repaired block."""
     folder.mkdir()
     shutil.copy(SAVED / "spd_adapted" / "spd.safetensors", folder)
     saved_plan(SAVED / "spd_adapted").write(folder)
-    write_block(folder / "001.safetensors", *read_block(SAVED / "spd_adapted" / "blocks" / "001.safetensors"))
+    block, names = read_block(SAVED / "spd_adapted" / "blocks" / "001.safetensors")
+    write_block(folder / "001.safetensors", block, names)
 
     def read() -> object:
         plan = saved_plan(folder)
         refuse_changed_weights(folder)
         tensors, metadata = read_block(folder / "001.safetensors")
-        return plan, [(name, tensor.tolist()) for name, tensor in tensors.items()], metadata
+        # A flip in the name of the checksum leaves everything else as it was, as if version 0.1 had written it.
+        return (
+            plan,
+            {name: tensor.tolist() for name, tensor in tensors.items()},
+            {name: metadata[name] for name in names},
+        )
 
     return read
 
 
-def answers(folder: Path) -> Callable[[], object]:
+def save_answers(folder: Path) -> Callable[[], object]:
     folder.mkdir()
     file = folder / "answers.jsonl"
     responses.append(file, {"a": (-1.5, True), "b": "text, é", "c": "\n", "d": (0.25, False)}, 31, 0.5, "one")
@@ -81,11 +87,11 @@ def answers(folder: Path) -> Callable[[], object]:
     return read
 
 
-@pytest.mark.parametrize("saved", [checkpoint, session, adapted, answers])
-def test_flipped_bit_is_refused_or_changes_nothing(saved, tmp_path):
-    draw, messages = Random(saved.__name__), list[str]()
+@pytest.mark.parametrize("save", [save_checkpoint, save_session, save_adapted_model, save_answers])
+def test_flipped_bit_is_refused_or_changes_nothing(save, tmp_path):
+    draw, messages = Random(save.__name__), list[str]()
     folder = tmp_path / "saved"
-    read = saved(folder)
+    read = save(folder)
     expected = read()
     files = sorted(folder.iterdir())
     for i in range(FLIPS):

@@ -8,6 +8,7 @@ import shutil
 import zlib
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 
 from eval.answers import responses
 from longctx import checkpoint_index
+from longctx.data.turns import turn_tokens
 from longctx.hf.checkpoint import tensor_files
 from longctx.hf.config import shape_of, tokenizer_of
 from longctx.megatron.spd.joint import JointDistillation
@@ -173,6 +175,15 @@ def test_model_folder_with_code_runs_none_of_it(saved, ran, monkeypatch, model_t
     if tokenizer_class == "code.Tokenizer":
         with pytest.raises(ValueError, match="needs Python code of its own"):
             tokenizer_of(folder)
+    assert not ran.exists()
+
+
+def test_chat_template_runs_no_code(saved, ran):
+    tokenizer = tokenizer_of(saved / "model")
+    for name in ("cycler.__init__.__globals__.os", "''.__class__.__mro__[1].__subclasses__()[0].__init__.__globals__"):
+        tokenizer.chat_template = f"{{{{ {name}.mkdir({str(ran)!r}) }}}}"
+        with pytest.raises(jinja2.exceptions.TemplateError):
+            turn_tokens("Hello", tokenizer, before=[], ends=())
     assert not ran.exists()
 
 
