@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn, TypeVar, TypeVarTuple
 
@@ -52,7 +52,28 @@ def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
         return
     sys.argv[1:] = exit_on_error(lambda: _check_overrides(config_name, words))
     run = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
-    run(lambda config: exit_on_error(lambda: task(_checked(config, words))))()
+    run(lambda config: _run(task, config, words))()
+
+
+def _run(task: Callable[[DictConfig], None], config: DictConfig, words: Sequence[str]) -> None:
+    try:
+        exit_on_error(lambda: task(_checked(config, words)))
+    except SystemExit as leaving:
+        if leaving.code == 2:
+            _remove_empty_sweep()
+        raise
+
+
+def _remove_empty_sweep() -> None:
+    """Remove the folder that Hydra has made for its records of a sweep (--multirun) whose first run is refused."""
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.sweep.dir)
+    if hydra_config.mode != RunMode.MULTIRUN or {path.name for path in folder.rglob("*")} != {"multirun.yaml", "0"}:
+        return
+    (folder / "multirun.yaml").unlink()
+    with suppress(OSError):  # up to a folder that has something else
+        for made in (folder / "0", folder, *folder.parents):
+            made.rmdir()
 
 
 def _checked(config: DictConfig, words: Sequence[str]) -> DictConfig:

@@ -244,3 +244,13 @@ def test_full_disk_is_refused_before_the_work(monkeypatch):
 
 def test_more_threads_than_cores_are_refused(refused):
     assert "run.threads=100000: this machine has" in refused(generate, generate.task, "run.threads=100000")
+
+
+def test_refused_sweep_leaves_no_records(cli, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    words = ("--multirun", "sampling.seed=3,5")
+    assert cli(generate, raising(ValueError("no")), *words)[0] == 2
+    assert not list((tmp_path / "mine").iterdir()) and (tmp_path / "mine").is_dir()
+    assert cli(generate, lambda _: None, *words)[0] == 0
+    assert list((tmp_path / "mine").rglob("multirun.yaml"))
