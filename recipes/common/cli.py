@@ -36,7 +36,7 @@ Args = TypeVarTuple("Args")
 
 GATE_FAILED = 3
 STOPPED = 75  # stopped on request, to be resumed; EX_TEMPFAIL of sysexits.h
-_SUFFIXES = {"picture": (".svg", ".png", ".pdf"), "fitted": (".yaml", ".yml")}  # of the files that settings name
+_SUFFIXES = {"picture": (".svg", ".png", ".pdf"), "fitted": (".yaml", ".yml")}  # by setting
 # Another try may succeed: disk or quota full, disk error, too many files, no memory.
 _SHORTAGES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 # A fixed width, so that tables are not cut when stderr is a file.
