@@ -85,6 +85,8 @@ def plan_job(settings: SubmitSettings, launcher: Launcher, words: Sequence[str])
     recipe = recipe_of(str(settings.recipe))
     words = [rename_override(word, say) for word in _with_example(recipe.config_name, words)]
     shared, sweep = split_sweep(recipe.config_name, words)
+    if settings.parallel and not sweep:
+        raise ValueError(f"parallel={settings.parallel} is of a sweep, and no setting lists values: leave it out")
     folder = _job_folder(settings, recipe.config_name, shared)
     refuse_line_breaks("folder", str(folder))
     if "\\" in str(folder):

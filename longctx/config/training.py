@@ -101,6 +101,8 @@ class Optim:
                 f"optim.decay_steps={self.decay_steps} is not after optim.warmup={self.warmup}: "
                 "use a larger optim.decay_steps, or null for the steps of the run"
             )
+        if self.decay == "constant" and self.decay_steps is not None:
+            raise ValueError(f"optim.decay_steps={self.decay_steps} is not used by optim.decay=constant: leave it out")
         if not all(0 <= beta < 1 for beta in self.betas) or self.eps <= 0 or self.clip < 0:
             raise ValueError(
                 f"optim.betas={list(self.betas)}, eps={self.eps}, clip={self.clip}: "

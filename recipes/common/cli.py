@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn, TypeVar, TypeVarTuple
 
@@ -39,7 +39,7 @@ Args = TypeVarTuple("Args")
 
 GATE_FAILED = 3
 STOPPED = 75  # stopped on request, to be resumed; EX_TEMPFAIL of sysexits.h
-_SUFFIXES = {"picture": (".svg", ".png", ".pdf"), "fitted": (".yaml", ".yml")}  # of the files that settings name
+_SUFFIXES = {"picture": (".svg", ".png", ".pdf"), "fitted": (".yaml", ".yml")}  # by setting
 # Another try may succeed: disk or quota full, disk error, too many files, no memory.
 _SHORTAGES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 
@@ -67,7 +67,28 @@ def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
         return
     sys.argv[1:] = exit_on_error(lambda: _check_overrides(config_name, words))
     run = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
-    run(lambda config: exit_on_error(lambda: task(_checked(config, words))))()
+    run(lambda config: _run(task, config, words))()
+
+
+def _run(task: Callable[[DictConfig], None], config: DictConfig, words: Sequence[str]) -> None:
+    try:
+        exit_on_error(lambda: task(_checked(config, words)))
+    except SystemExit as leaving:
+        if leaving.code == 2:
+            _remove_empty_sweep()
+        raise
+
+
+def _remove_empty_sweep() -> None:
+    """Remove the folder that Hydra has made for its records of a sweep (--multirun) whose first run is refused."""
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.sweep.dir)
+    if hydra_config.mode != RunMode.MULTIRUN or {path.name for path in folder.rglob("*")} != {"multirun.yaml", "0"}:
+        return
+    (folder / "multirun.yaml").unlink()
+    with suppress(OSError):  # up to a folder that has something else
+        for made in (folder / "0", folder, *folder.parents):
+            made.rmdir()
 
 
 def _checked(config: DictConfig, words: Sequence[str]) -> DictConfig:

@@ -122,8 +122,9 @@ def test_conversation_is_saved_after_every_turn(config_of, tiny, tmp_path):
     words = (f"model={tiny}", f"turns={file}", f"out={out}", f"session.save={folder}")
     job = chat.prepare(config_of("chat", *words))
     job = replace(job, turns=LostTerminal(UserTurn(turn["text"], turn["max_new_tokens"]) for turn in TURNS[:2]))
-    with pytest.raises(RankFailed, match="raised OSError: the terminal is gone"):
+    with pytest.raises(RankFailed, match="raised OSError: the terminal is gone") as failed:
         run_ranks(1, chat.run_rank, job)
+    assert failed.value.details == "", "one line, without a traceback"
     turns = json.loads(out.read_text())["turns"]
     assert [turn["text"] for turn in turns] == [turn["text"] for turn in TURNS[:2]]
     resumed = chat.prepare(config_of("chat", *words[:2], f"session.load={folder}"))

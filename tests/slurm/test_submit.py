@@ -265,6 +265,8 @@ def test_launcher_settings_are_in_the_script(script):
         (["data=text", "data.sources=[{path:/nowhere}]"], "/nowhere is no file"),
         (["folder=/proc/nobody"], "folder=/proc/nobody cannot be written"),
         (["restarts=-1"], "restarts=-1"),
+        (["parallel=2"], "parallel=2 is of a sweep, and no setting lists values"),
+        (["out="], "out= is empty: give out=PATH"),
         (["mesh.ring=1,2", "ranks_per_node=1"], r"runs have 1 and 2 ranks, .*submit .* separately"),
         (["out=a,b", "seed=0,1"], r"out=\S*/a, which 2 runs would write to: give a single out=DIR"),
         (["out=a,a"], r"out=\S*/a, which 2 runs would write to"),

@@ -89,7 +89,7 @@ def test_folder_that_is_no_run_is_not_emptied(refused, tmp_path):
     [
         (["recompute=full"], "recompute=full: recomputed activations are not counted; use recompute=none"),
         (["rounds=0"], "rounds=0"),
-        (["run.threads=4"], "run.threads=4: this benchmark measures 1 only; use run.threads=1"),
+        (["run.threads=2"], "run.threads=2: this benchmark measures 1 only; use run.threads=1"),
         (["meshes=[{ring:2},{rings:2}]"], "there is no setting meshes.1.rings"),
         (["peers=[flash]"], "peers.0=flash"),
     ],

@@ -139,7 +139,7 @@ def test_wrong_settings_are_refused_by_name(refused, tiny, setting, words):
 def raising(error):
     """Return a task that raises ``error``."""
 
-    def task(_):
+    def task(*_):
         raise error
 
     return task
@@ -267,3 +267,21 @@ def test_progress_names_a_phase_without_markup(capsys, monkeypatch):
     with Progress(shown=True) as progress:
         progress.step("a[/b] :train:", 2)
     assert capsys.readouterr().err == "a[/b] :train:: 1 of 2\n"
+
+
+def test_refused_sweep_leaves_no_records(cli, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    words = ("--multirun", "sampling.seed=3,5")
+    assert cli(generate, raising(ValueError("no")), *words)[0] == 2
+    assert not list((tmp_path / "mine").iterdir()) and (tmp_path / "mine").is_dir()
+    assert cli(generate, lambda _: None, *words)[0] == 0
+    assert list((tmp_path / "mine").rglob("multirun.yaml"))
+
+
+def test_error_of_the_disk_on_a_launcher_s_rank_is_a_failure_in_one_line(under_torchrun):
+    """Exit code 2 would mean wrong settings, after which Slurm does not start the job again."""
+    under_torchrun(1, 2)
+    with pytest.raises(RankFailed, match=r"rank 1 of 2 raised FileNotFoundError: .*gone") as failed:
+        recipe_cli.on_ranks(Mesh(ring=2), raising(FileNotFoundError(2, "gone", "a")))
+    assert failed.value.details == ""

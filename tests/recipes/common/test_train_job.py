@@ -34,10 +34,10 @@ def test_model_of_a_start_without_a_checkpoint_is_replaced(job_of):
     assert layers_in(job_of(5)) == 5
 
 
-@pytest.mark.parametrize("kept", ["checkpoints/step-00000002", "model/model.safetensors"])
-def test_model_of_a_checkpoint_or_with_weights_stays(job_of, kept):
+@pytest.mark.parametrize("place", ["checkpoints/step-00000002", "model/model.safetensors"])
+def test_model_of_a_checkpoint_or_with_weights_stays(job_of, place):
     begin_run(job_of(3))
-    (job_of(3).out / kept).mkdir(parents=True)
+    (job_of(3).out / place).mkdir(parents=True)
     begin_run(job_of(3))
     with pytest.raises(ValueError, match=r"has a run of another model, or of another context"):
         refuse_other_model(job_of(5))
