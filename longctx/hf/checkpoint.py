@@ -33,18 +33,18 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     Raises ValueError if the folder has none of model.safetensors, spd.safetensors and the index, if it has
     spd.safetensors and another of them, or if the index or the file cannot be read.
     """
-    found = [name for name in (ADAPTED, _WHOLE, _INDEX) if (folder / name).is_file()]
-    if found[:1] == [ADAPTED] and len(found) > 1:
-        raise ValueError(f"{folder} has the weights of two models, {ADAPTED} and {found[1]}: move one of them away")
-    if found == [_INDEX]:
+    existing = [name for name in (ADAPTED, _WHOLE, _INDEX) if (folder / name).is_file()]
+    if existing[:1] == [ADAPTED] and len(existing) > 1:
+        raise ValueError(f"{folder} has the weights of two models, {ADAPTED} and {existing[1]}: move one of them away")
+    if existing == [_INDEX]:
         return {name: folder / file for name, file in _weight_map(folder / _INDEX).items()}
-    if not found:
+    if not existing:
         fix = "convert the model to safetensors first"
         if not any(file.suffix in (".bin", ".pt", ".pth", ".gguf") for file in folder.iterdir()):
             fix = "this model has no weights yet, train it with recipes.pretrain"
         raise ValueError(f"{folder} has no model.safetensors: {fix}")
-    with open_tensors(folder / found[0]) as file:
-        return dict.fromkeys(file.keys(), folder / found[0])
+    with open_tensors(folder / existing[0]) as file:
+        return dict.fromkeys(file.keys(), folder / existing[0])
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -91,14 +91,14 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
     for file in sorted({*files.values()}):
         with open_tensors(file) as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118, it is not a dict
-            found = {name: TensorHeader(x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
+            in_file = {name: TensorHeader(x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
         named = {name for name, place in files.items() if place == file}
-        if differing := sorted(named ^ found.keys()):
+        if differing := sorted(named ^ in_file.keys()):
             raise ValueError(
                 f"{file} and {_INDEX} do not agree on {differing[0]}, one of them is of another save: "
                 "copy or download the model again"
             )
-        headers |= found
+        headers |= in_file
     return headers
 
 

@@ -18,8 +18,14 @@ def shape_of(folder: Path) -> ModelShape:
     Raises ValueError if config.json cannot be read, for a key that is not read (see `keys`), for a model type or a
     feature that is not implemented, and for dimensions that no model can have.
     """
-    config = read_config(folder / "config.json")
-    return family_of(config.model_type).shape(config, end_tokens(folder, config))
+    file = folder / "config.json"
+    config = read_config(file)
+    try:
+        shape = family_of(config.model_type).shape(config, end_tokens(folder, config))
+    except (ArithmeticError, AssertionError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} describes no model of type {config.model_type}: {error!r}") from error
+    _refuse_infinite(file, shape)
+    return shape
 
 
 def family_in(folder: Path) -> Family:
@@ -63,6 +69,16 @@ def _refuse_impossible(file: Path, config: Any) -> None:
         raise ValueError(f"{file}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"{file}: head_dim={head_dim} is not a positive even number, as rotary embeddings need")
+
+
+def _refuse_infinite(file: Path, shape: ModelShape) -> None:
+    """Raise ValueError for numbers of ``shape`` that are not finite, and for rotary frequencies of 0 or less."""
+    for name, value in vars(shape).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{file}: {name}={value} is not a finite number: correct the setting that it is made of")
+    for rotary in {*shape.rotaries}:
+        if rotary and not all(0 < number < math.inf for number in (*rotary.frequencies, rotary.scale)):
+            raise ValueError(f"{file}: its rotary frequencies are not positive numbers: correct rope_parameters")
 
 
 def tokenizer_of(folder: Path) -> Any:

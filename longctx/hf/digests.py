@@ -68,6 +68,7 @@ def _read(store: Path) -> dict[str, list[int | str]]:
 
 
 def _write(store: Path, known: dict[str, list[int | str]]) -> None:
+    known = {path: state for path, state in known.items() if Path(path).exists()}
     partial = store.with_suffix(".partial")
     partial.write_text(json.dumps(known, indent=1) + "\n")
     partial.replace(store)

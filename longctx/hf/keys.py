@@ -12,13 +12,13 @@ from typing import Any
 
 from longctx.models import Family
 
-# Keys that no class declares and that change no logits, whatever their value.
+# Keys that some classes do not declare: they change no logits, or transformers reads them for every family.
 _HARMLESS = {
-    "attn_implementation", "decoder_start_token_id", "finetuning_task", "gradient_checkpointing",
-    "is_decoder", "is_llama_config", "model_type", "name_or_path", "num_labels", "output_attentions", "prefix",
-    "pretraining_tp", "rope_scaling", "rope_theta", "sep_token_id", "task_specific_params", "tf_legacy_loss",
-    "tokenizer_class", "torch_dtype", "torchscript", "transformers.js_config", "unsloth_fixed", "unsloth_version",
-    "use_bfloat16",
+    "attn_implementation", "auto_map", "cache_implementation", "decoder_start_token_id", "finetuning_task",
+    "gradient_checkpointing", "head_dim", "is_decoder", "is_llama_config", "model_type", "name_or_path",
+    "num_labels", "original_max_position_embeddings", "output_attentions", "prefix", "pretraining_tp",
+    "rope_scaling", "rope_theta", "sep_token_id", "task_specific_params", "tf_legacy_loss", "tokenizer_class",
+    "torch_dtype", "torchscript", "transformers.js_config", "unsloth_fixed", "unsloth_version", "use_bfloat16",
 }  # fmt: skip
 # Settings of generation, which transformers drops from config.json: generation_config.json has them.
 GENERATION = {
@@ -40,6 +40,9 @@ _NEUTRAL: Mapping[str, object] = {
     "partial_rotary_factor": 1.0,
     "attention_bias": False,
     "mlp_bias": False,
+    "lm_head_bias": False,
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
 }
 # The types of rotary embeddings that are implemented: the numbers that each needs, and the other keys that it reads.
 _ROPE: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -83,9 +86,9 @@ def refuse_unknown_keys(file: Path, values: Mapping[str, Any], config: Any, fami
         _refuse_other_rope(file, each, family)
 
 
-def _refuse_other_rope(file: Path, rope: Mapping[str, Any], family: Family) -> None:
+def _refuse_other_rope(file: Path, rope: Any, family: Family) -> None:
     """Raise ValueError unless ``rope`` is a type that is implemented, with its numbers and nothing else."""
-    rope_type = rope.get("rope_type")
+    rope_type = rope.get("rope_type") if isinstance(rope, Mapping) else None
     if not isinstance(rope_type, str) or rope_type not in _ROPE:
         raise ValueError(
             f"{file}: rope_type={rope_type} changes the rotary frequencies with the length of the text, which is not "

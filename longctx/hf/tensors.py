@@ -96,16 +96,20 @@ def _refuse_other_frequencies(folder: Path, names: list[str], shape: ModelShape)
 
     Older versions of transformers stored them before linear scaling, so that a common factor is accepted.
     """
-    files, rotary = tensor_files(folder), shape.rotaries[0]
-    if rotary is None or len(set(shape.rotaries)) > 1:
-        return
-    derived = torch.tensor(rotary.frequencies)
+    files = tensor_files(folder)
     for name in names:
         with open_tensors(files[name]) as file:
             stored = file.get_tensor(name).float()
-        factor = stored[:1] / derived[:1] if stored.shape == derived.shape else torch.zeros(1)
-        if factor < 1 or not torch.allclose(stored, derived * factor, rtol=1e-2, atol=1e-7):
+        if not any(_are_scaled(stored, torch.tensor(each.frequencies)) for each in {*shape.rotaries} if each):
             raise ValueError(
                 f"{folder}: the rotary frequencies in {name} are not those of its config.json: correct rope_theta "
                 "there, or remove the tensor"
             )
+
+
+def _are_scaled(stored: torch.Tensor, frequencies: torch.Tensor) -> bool:
+    """Return True if ``stored`` are ``frequencies`` times a factor from 1 on, to the precision of 16-bit numbers."""
+    if stored.shape != frequencies.shape:
+        return False
+    factor = stored[0] / frequencies[0]
+    return bool(factor > 0.99) and torch.allclose(stored, frequencies * factor, rtol=1e-2, atol=1e-7)

@@ -30,7 +30,8 @@ class Family:
     * ``options(config)`` returns the fields of `ModelShape` in which the model differs from Llama.
     * ``names`` maps canonical modules of a layer to the modules of the family's files, where these differ.
     * ``fused`` maps modules of the files to the canonical modules whose rows they concatenate.
-    * ``undeclared``: keys of config.json that transformers' code reads although its class does not declare them.
+    * ``undeclared``: keys of config.json that its class does not declare: transformers' code reads them, or published
+      models have them without effect.
     * ``partial_rotary``: the rotary embedding may have a partial_rotary_factor.
     * ``rotary_by_layer_type``: each type of layers has a rotary embedding of its own.
     """

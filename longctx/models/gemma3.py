@@ -29,6 +29,7 @@ def _options(config: Config) -> dict[str, Any]:
 GEMMA3 = Family(
     "gemma3_text",
     _options,
+    undeclared=("rope_local_base_freq", "sliding_window_pattern"),
     rotary_by_layer_type=True,
     names={
         "post_attention_layernorm": "pre_feedforward_layernorm",

@@ -19,4 +19,12 @@ def _options(config: Config) -> dict[str, Any]:
     }
 
 
-STARCODER2 = Family("starcoder2", _options, names={"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"})
+STARCODER2 = Family(
+    "starcoder2",
+    _options,
+    names={"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"},
+    undeclared=(
+        "activation_function", "attention_softmax_in_fp32", "layer_norm_epsilon", "mlp_type", "norm_type",
+        "scale_attention_softmax_in_fp32", "scale_attn_weights",
+    ),
+)  # fmt: skip

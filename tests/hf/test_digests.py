@@ -34,7 +34,7 @@ def make_old(file, seconds=60):
 
 
 def test_every_byte_of_the_weights_counts(model):
-    """Of every byte in the middle of a tensor, which version 0.1 did not read."""
+    """The byte that changes is in the middle of a tensor, where version 0.1 did not look."""
     before, file = fingerprint(model), model / "model.safetensors"
     content = file.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])

@@ -1,20 +1,25 @@
 """Keys of config.json: each is read as transformers reads it, changes nothing there, or is refused."""
 
 import json
+import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
+from longctx import models
 from longctx.hf import keys
 from longctx.hf.config import shape_of
 from longctx.hf.keys import GENERATION
 from longctx.hf.scratch import config_for_context
+from longctx.models import FAMILIES
 
 SIZES = {
     "vocab_size": 53, "hidden_size": 12, "intermediate_size": 11, "num_hidden_layers": 2, "num_attention_heads": 3,
     "num_key_value_heads": 1, "max_position_embeddings": 31, "bos_token_id": None, "eos_token_id": None,
+    "pad_token_id": None,
     "initializer_range": 0.5,
 }  # fmt: skip
 NESTED = {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
@@ -42,10 +47,12 @@ def logits(folder):
         ("mistral", {"is_causal": False}, "is_causal=False is not a setting of transformers' mistral models"),
         ("mistral", {"use_sliding_window": False}, "use_sliding_window=False is not a setting"),
         ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types has chunked_attention"),
+        ("gemma3_text", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types has linear_attention"),
+        ("smollm3", {"is_causal": False}, "is_causal=False is not a setting of transformers' smollm3 models"),
+        ("granite", {"sliding_window": 8}, "sliding_window=8 is not a setting of transformers' granite models"),
         ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window is not in use"),
         ("llama", {"per_layer_config": {"1": {"hidden_act": "gelu"}}}, "per_layer_config="),
         ("llama", {"transformers_weights": "other.safetensors"}, "transformers_weights="),
-        ("llama", {"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}}, "auto_map="),
         ("llama", {"rope_interleaved": True}, "rope_interleaved=True"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ("llama", {"min_new_tokens": 3}, "min_new_tokens=3"),
@@ -76,6 +83,9 @@ def test_key_that_is_not_read_is_refused(tmp_path, model_type, changed, words):
             "llama",
             {"temperature": 0.3, "max_length": 5, "repetition_penalty": 1.3, "tokenizer_class": "LlamaTokenizer"},
         ),
+        ("phi3", {"auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3"}, "lm_head_bias": False}),
+        ("smollm3", {"max_window_layers": 1, "mlp_bias": False}),
+        ("starcoder2", dict.fromkeys(FAMILIES["starcoder2"].undeclared, "x") | {"attention_bias": False}),
         ("llama", {"rope_theta": 1e4, "rope_scaling": None, "torch_dtype": "float32", "_name_or_path": "x"}),
     ],
 )
@@ -102,16 +112,23 @@ def test_generation_settings_in_config_json_are_those_that_transformers_drops():
     assert {*GENERATION} <= {*GenerationConfig._get_default_generation_params()}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral"])
-def test_every_declared_key_is_known(tmp_path, model_type):
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_declared_key_is_known(model_type):
     """A key that a later transformers declares may change the model: this code must learn it first."""
     config = AutoConfig.for_model(model_type)
     declared = {each.name for each in fields(config)} - {each.name for each in fields(PreTrainedConfig)}
-    read = {
-        *SIZES, "attention_bias", "attention_dropout", "head_dim", "hidden_act", "layer_types", "max_window_layers",
-        "mlp_bias", "rms_norm_eps", "rope_parameters", "sliding_window", "tie_word_embeddings", "use_sliding_window",
+    source = "".join(file.read_text() for file in Path(models.__file__).parent.glob("*.py"))
+    unread = {
+        # Used by transformers alone: these do not change logits.
+        "pad_token_id", "pretraining_tp", "use_cache",
+        # Replaced by others: kinds of layers, and longrope's parameters.
+        "max_window_layers", "no_rope_layer_interval", "use_sliding_window", "original_max_position_embeddings",
+        # Refused in training, unused otherwise.
+        "attention_dropout",
+        # Read by `shape_of`.
+        "eos_token_id", "bos_token_id",
     }  # fmt: skip
-    assert declared - read <= {"pad_token_id", "pretraining_tp", "use_cache"}, "these do not change logits"
+    assert [key for key in sorted(declared - unread) if not re.search(rf"\b{key}\b", source)] == []
 
 
 @pytest.mark.parametrize(
@@ -131,15 +148,22 @@ def test_every_declared_key_is_known(tmp_path, model_type):
         ({"vocab_size": 0}, "vocab_size=0 is not a positive number"),
         ({"max_position_embeddings": -1}, "max_position_embeddings=-1 is not a positive number"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps=-1.0 is not a number from 0 on"),
+        ({"model_type": "granite", "logits_scaling": 0.0}, "describes no model of type granite: ZeroDivisionError"),
+        ({"model_type": "granite", "residual_multiplier": float("inf")}, "residual_scale=inf is not a finite number"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "is not a model's configuration"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0 is not a positive number"),
+        ({"model_type": 3}, "model type `3`"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan is not a number from 0 on"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ({"dtype": "float31"}, "float31"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
-        ({"rope_theta": float("nan")}, "rope_theta=nan of rope_type=default is not a positive number"),
-        ({"rope_theta": -1.0}, "rope_theta=-1.0 of rope_type=default is not a positive number"),
+        ({"rope_theta": float("nan")}, "of rope_type=.* is not a positive number"),
+        ({"rope_theta": -1.0}, "of rope_type=.* is not a positive number"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
-        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor=0 of rope_type=linear is not a positive number"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "of rope_type=.* is not a positive number"),
         ({"rope_scaling": {"type": ["linear"]}}, "rope_type="),
+        ({"model_type": "olmo3", "rope_parameters": {"a": 1}}, "rope_type="),
         ({"rope_parameters": "default"}, "rope_parameters"),
         ({"quantization_config": {"quant_method": "fp8"}}, "the weights are quantised"),
     ],
