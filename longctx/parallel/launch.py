@@ -197,9 +197,14 @@ def _run_one(
         _write(Path(folder, f"result{rank.rank}"), result)
     except BaseException as error:
         reason = f"raised {type(error).__name__}: {error}"
-        _write(Path(folder, f"error{rank.rank}"), (reason, traceback.format_exc(), time.time()))
+        _write(Path(folder, f"error{rank.rank}"), (reason, _details(error), time.time()))
         _leave(1)
     _leave(0)
+
+
+def _details(error: BaseException) -> str:
+    """Return the traceback of ``error``; empty for a lost peer (`LostPeer`), whose message says everything."""
+    return "" if isinstance(error, ConnectionError) and error.errno is None else traceback.format_exc()
 
 
 def _leave(code: int) -> None:

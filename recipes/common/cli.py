@@ -31,6 +31,7 @@ from recipes.common.help import help_of
 from recipes.common.mistakes import names_of, unknown_setting
 from recipes.common.overrides import CONFIGS, as_overrides, lists_values, literal
 from recipes.common.renamed import rename_settings
+from recipes.common.startup import loaded
 
 Result = TypeVar("Result")
 Args = TypeVarTuple("Args")
@@ -54,6 +55,7 @@ console = plain_console(stderr=True, width=140)
 
 def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
     """Compose ``configs/<config_name>.yaml`` with the command line's overrides, and run ``task`` on it."""
+    loaded()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to stop, which the ranks handle (longctx.train.stop)
     words = sys.argv[1:]
     if {"-h", "--help"} & set(words):
@@ -239,6 +241,9 @@ def exit_on_error(work: Callable[[], Result]) -> Result:
         if failed.details:
             console.print(failed.details)
         print_error(failed)
+        sys.exit(1)
+    except ConnectionError as lost:  # `LostPeer` on a launcher's rank: its line says everything
+        print_error(lost)
         sys.exit(1)
     except KeyboardInterrupt:
         console.show_cursor()

@@ -220,3 +220,8 @@ def test_current_rank_reads_the_environment_once(monkeypatch):
         assert calls == ["5", "5"]
     finally:
         current_rank.cache_clear()
+
+
+def test_lost_peer_is_reported_without_its_traceback():
+    assert _details(LostPeer("lost rank 3")) == ""
+    assert "ValueError: x" in _details(ValueError("x")) and "BrokenPipeError" in _details(BrokenPipeError(32, "broken"))

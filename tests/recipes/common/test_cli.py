@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from longctx.config import Mesh, ModelSource, PromptSource, Run, Sampling
+from longctx.parallel.comm import LostPeer
 from longctx.parallel.launch import Rank, RankFailed
 from recipes import chat, generate
 from recipes.common import cli as recipe_cli
@@ -240,3 +241,12 @@ def test_progress_names_a_phase_without_markup(capsys, monkeypatch):
     with Progress(shown=True) as progress:
         progress.step("a[/b] :train:", 2)
     assert capsys.readouterr().err == "a[/b] :train:: 1 of 2\n"
+
+
+def test_lost_peer_is_one_line(capsys):
+    def lose():
+        raise LostPeer("lost rank 3 of 4")
+
+    with pytest.raises(SystemExit) as leaving:
+        recipe_cli.exit_on_error(lose)
+    assert (leaving.value.code, capsys.readouterr().err) == (1, "error: lost rank 3 of 4\n")
