@@ -78,6 +78,7 @@ def _ready(config: DictConfig, words: Sequence[str]) -> DictConfig:
 
 def _check_overrides(config_name: str, words: Sequence[str]) -> list[str]:
     """Return ``words`` in Hydra's grammar.  Raises ValueError, in one line, for an error that Hydra reports in many."""
+    current_rank()  # raises for a launcher's environment that is incomplete
     overrides = as_overrides(config_name, words, say, sweep=is_multirun(words))
     if not any(word.startswith("-") for word in words):
         compose_config(config_name, overrides)
