@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+from recipes.common.startup import announce
+
 # Verb -> module and what it does.
 VERBS = {
     "generate": ("recipes.generate", "answer a long prompt that is sharded over ranks"),
@@ -47,6 +49,7 @@ def main() -> None:
 def run_verb(verb: str, words: Sequence[str]) -> None:
     """Run the module of ``verb`` as ``python -m`` would, with the command line ``words``."""
     sys.argv[1:] = words
+    announce(VERBS[verb][0])
     runpy.run_module(VERBS[verb][0], run_name="__main__", alter_sys=True)
 
 

@@ -30,6 +30,7 @@ def script_of(plan: JobPlan, work: Path, commit: str) -> str:
         "output": '2>> "$run/srun.log"' if plan.launcher.how == "slurm" else local_output,
         "python": python,
         "command": " ".join(filter(None, [plan.launcher.container, python, "-m", plan.module])),
+        "ranks": f"{plan.settings.nodes} node(s) with {plan.ranks_per_node} rank(s) each",
         "restarts": str(plan.settings.restarts),
         "gate": " | 3" if plan.module == "eval.run" else "",
     }

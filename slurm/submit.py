@@ -21,6 +21,7 @@ import yaml
 from recipes.common.cli import console, exit_on_error
 from recipes.common.help import help_of
 from recipes.common.provenance import ROOT, commit_of
+from recipes.common.startup import loaded
 from slurm import cluster
 from slurm.freeze import freeze_job
 from slurm.plan import JobPlan, plan_job
@@ -32,6 +33,7 @@ JOB = "job.id"  # file in the job's folder with the number of its last job
 
 def main(words: Sequence[str]) -> None:
     """Check and queue what the command line asks for; with ``dry_run=true`` print the scripts instead."""
+    loaded()
     if not words or {"-h", "--help"} & set(words):
         print(help_of("submit"))
         return

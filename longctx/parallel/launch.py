@@ -26,6 +26,12 @@ from typing import Any, TypeVar, TypeVarTuple
 Result = TypeVar("Result")
 Args = TypeVarTuple("Args")
 
+# Variables of a launcher's ranks.
+_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_SRUN = (
+    "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID",
+    "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE",
+)  # fmt: skip
 _GRACE_S = 5.0  # between SIGTERM and SIGKILL
 _GATHER_S = 3.0  # from the first failure: other ranks that fail by then are compared to name the first
 
@@ -59,15 +65,18 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank | None:
     """Return the rank that torchrun or srun assigned in ``environment``; None without a launcher.
 
     None also if the launcher started a single process, which may then start local ranks itself.  Under srun this
-    calls ``scontrol`` for the first host's name, and raises `subprocess.CalledProcessError` if that fails.
+    calls ``scontrol`` for the first host's name, and raises `subprocess.CalledProcessError` if that fails.  Raises
+    ValueError if only some of a launcher's variables are set.
     """
     e = environment
     if e.get("WORLD_SIZE") == "1" or e.get("SLURM_STEP_NUM_TASKS") == "1":
         return None
     if "RANK" in e and "WORLD_SIZE" in e:
+        _refuse_incomplete(e, "torchrun", _TORCHRUN, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
         local_rank, local_world_size = int(e.get("LOCAL_RANK", 0)), int(e.get("LOCAL_WORLD_SIZE", 1))
         return Rank(int(e["RANK"]), int(e["WORLD_SIZE"]), local_rank, local_world_size, "env://")
     if "SLURM_STEP_NODELIST" in e and "SLURM_PROCID" in e:
+        _refuse_incomplete(e, "srun", _SRUN, (*_SRUN[:4], "SLURM_NODEID"))
         host = _first_host(e["SLURM_STEP_NODELIST"])
         port = 20000 + int(e["SLURM_JOB_ID"]) % 20000  # the same on every rank of a job, another for another job
         local_world_size = _tasks_of_node(e["SLURM_STEP_TASKS_PER_NODE"], int(e.get("SLURM_NODEID", 0)))
@@ -75,7 +84,25 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank | None:
             int(e[name]) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         )
         return Rank(rank, world_size, local_rank, local_world_size, f"tcp://{host}:{port}")
+    if "RANK" in e or "WORLD_SIZE" in e:
+        _refuse_incomplete(e, "torchrun", _TORCHRUN, ())
     return None
+
+
+def _refuse_incomplete(
+    environment: Mapping[str, str], launcher: str, needed: Sequence[str], numbers: Sequence[str]
+) -> None:
+    """Raise ValueError unless the variables ``needed`` are set as ``launcher`` sets them, ``numbers`` to numbers."""
+    present = [name for name in needed if name in environment]
+    wrong = [f"{name} is not" for name in needed if name not in environment]
+    wrong += [
+        f"{name}={environment[name]} is no number" for name in numbers if not environment.get(name, "0").isdecimal()
+    ]
+    if wrong:
+        raise ValueError(
+            f"the environment is half {launcher}'s: {', '.join(present)} set, {wrong[0]}; start with {launcher}, "
+            f"or unset {present[0]} to start local ranks"
+        )
 
 
 @cache
@@ -200,10 +227,14 @@ def _run_one(
         _write(Path(folder, f"result{rank.rank}"), result)
     except BaseException as error:
         reason = f"raised {type(error).__name__}: {error}"
-        details = "" if isinstance(error, OSError) else traceback.format_exc()  # a full disk is named by its reason
-        _write(Path(folder, f"error{rank.rank}"), (reason, details, time.time()))
+        _write(Path(folder, f"error{rank.rank}"), (reason, _details(error), time.time()))
         _leave(1)
     _leave(0)
+
+
+def _details(error: BaseException) -> str:
+    """Return the traceback of ``error``; empty if its message says everything: a full disk, a lost peer (`LostPeer`)."""
+    return "" if isinstance(error, OSError) else "".join(traceback.format_exception(error))
 
 
 def _leave(code: int) -> None:

@@ -77,7 +77,10 @@ def start_tracking(
         raise ValueError(f"{folder} cannot be written ({error.strerror}): give the run a writable folder") from error
     if track.backend == "wandb":
         try:
-            trackers["wandb"] = Wandb(track, folder, config, run_id, say)
+            if wandb_is_disabled():
+                say("WANDB_MODE=disabled: the figures go to metrics.jsonl only")
+            else:
+                trackers["wandb"] = Wandb(track, folder, config, run_id, say)
         except Exception as error:
             say(_failure_line("wandb", error))
     return Tracking(trackers, say), run_id
@@ -254,6 +257,13 @@ class Wandb:
 
 def _with_group(name: str) -> str:
     return name if "/" in name else f"train/{name}"
+
+
+def wandb_is_disabled() -> bool:
+    """Return True if WANDB_MODE turns W&B off."""
+    import wandb
+
+    return bool(wandb.setup().settings.mode == "disabled")
 
 
 def _mode(wandb: Any) -> Any:

@@ -33,6 +33,7 @@ from recipes.common.help import help_of
 from recipes.common.mistakes import names_of, unknown_setting
 from recipes.common.overrides import CONFIGS, as_overrides, lists_values, literal
 from recipes.common.renamed import rename_settings
+from recipes.common.startup import loaded
 
 Result = TypeVar("Result")
 Args = TypeVarTuple("Args")
@@ -59,6 +60,7 @@ console = plain_console(stderr=True, width=140)
 
 def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
     """Compose ``configs/<config_name>.yaml`` with the command line's overrides, and run ``task`` on it."""
+    loaded()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to stop, which the ranks handle (longctx.train.stop)
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
     words = sys.argv[1:]
@@ -117,6 +119,7 @@ def _exit_on_sigterm(*_: object) -> None:
 
 def _check_overrides(config_name: str, words: Sequence[str]) -> list[str]:
     """Return ``words`` in Hydra's grammar.  Raises ValueError, in one line, for an error that Hydra reports in many."""
+    current_rank()  # raises for a launcher's environment that is incomplete
     overrides = as_overrides(config_name, words, say, sweep=is_multirun(words))
     if not any(word.startswith("-") for word in words):
         compose_config(config_name, overrides)
@@ -302,7 +305,8 @@ def exit_on_error(work: Callable[[], Result]) -> Result:
     except OSError as error:
         console.show_cursor()
         print_error(error)
-        sys.exit(1 if error.errno in _SHORTAGES else 2)
+        # A `LostPeer`, on a launcher's rank, is a ConnectionError.
+        sys.exit(1 if isinstance(error, ConnectionError) or error.errno in _SHORTAGES else 2)
     except RankFailed as failed:
         console.show_cursor()  # the rank that hid it for its progress bar has died
         if failed.details:

@@ -14,7 +14,8 @@ def help_of(config_name: str) -> str:
     """Return the help text of the recipe whose configuration is ``config_name``."""
     text = _file(config_name).read_text()
     parts = [yaml.safe_load(text)["hydra"]["help"]["template"].strip(), ""]
-    parts += ["Choices, as group=name; the default is marked *:", *_groups(config_name)]
+    if groups := _groups(config_name):
+        parts += ["Choices, as group=name; the default is marked *:", *groups, ""]
     parts += ["Settings, as key=value:", *_settings(config_name)]
     return "\n".join(parts) + "\n"
 
@@ -59,7 +60,7 @@ def _groups(config_name: str) -> list[str]:
             lines.append(f"  {mark} {f'{group}={name}':{_WIDTH}} {_first_line(CONFIGS / group / f'{name}.yaml')}")
         if group == "model":
             lines.append(f"    {'model=PATH or ORG/NAME':{_WIDTH}} a Hugging Face folder, or a name on the hub")
-    return [*lines, ""]
+    return lines
 
 
 def _first_line(file: Path) -> str:
@@ -90,10 +91,13 @@ def _bases(group: str, choice: str) -> list[Path]:
 
 
 def _body(file: Path, indent: str) -> list[str]:
-    """Return the lines of a YAML file without its opening comment, its defaults list and Hydra's section."""
+    """Return the lines of a YAML file without its defaults list and Hydra's section.
+
+    The opening comment of a base is kept; that of a choice is in the list of choices.
+    """
     text = re.sub(r"(?m)^defaults:\n(?:  .*\n)+", "", file.read_text())
     text = re.sub(r"(?ms)^hydra:\n.*", "", text)
     lines = text.splitlines()
-    while lines and (not lines[0].strip() or lines[0].startswith("#")):
+    while lines and (not lines[0].strip() or (lines[0].startswith("#") and not file.name.startswith("_"))):
         lines.pop(0)
     return [f"{indent}{line}".rstrip() for line in lines if line.strip()]

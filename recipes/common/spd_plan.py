@@ -61,6 +61,11 @@ def choose_plan(
             f"{folder} was made for mesh.tp={saved.plan.tp}, this is mesh.tp={mesh.tp}: use mesh.tp={saved.plan.tp}, "
             "or spd=none for the model without dropped reductions"
         )
+    if mesh.tp == 1 and not is_saved_plan and spd.budget != 0:
+        setting = f"spd={spd.drop}" if spd.budget is None else f"spd.budget={spd.budget}"
+        raise ValueError(
+            f"{setting}: one tensor-parallel rank has no reduction to drop; use mesh.tp=2 or more, or spd=none"
+        )
     own_norms = saved.plan.own_norms if saved else False
     return SPDPlan(shape.layers, mesh.tp, _dropped_blocks(spd, mesh, folder, shape, saved, cache), own_norms)
 

@@ -62,7 +62,7 @@ class RunResult:
     """Result of a run: last step and its loss (nats a token), folder of the checkpoint; ``stopped``: by request."""
 
     step: int
-    loss: float
+    loss: float | None  # None if no step was left to run
     checkpoint: str
     stopped: bool
 
@@ -88,7 +88,7 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
             tracker.table("samples", ("tokens", "documents", "text"), job.samples, 0)
         # 3. Train; save at regular steps and at the end.
         progress.start("training, steps", settings.steps, done=start.step)
-        last_step, loss = start.step, math.nan
+        last_step, loss = start.step, None
         for done in train_steps(state, runtime, job, start, stop):
             tracker.log(done.figures, done.step)
             refuse_diverged(done, checkpoints, job.out / "checkpoints")
@@ -282,7 +282,7 @@ def show(job: TrainJob, result: RunResult) -> None:
     """Print the run's last figures and how to export it; exit with code 75 if it was asked to stop."""
     table = Table(show_header=False, box=None)
     table.add_row("step", f"{result.step:,} of {job.settings.steps:,}, on {job.target.mesh}")
-    table.add_row("loss", f"{result.loss:.4f}")
+    table.add_row("loss", "no step was left to run" if result.loss is None else f"{result.loss:.4f}")
     table.add_row("figures", str(job.out / "metrics.jsonl"))
     table.add_row("checkpoint", result.checkpoint)
     table.add_row("to transformers", f"python -m recipes.export checkpoint={job.out} to={job.out}/hf")

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from longctx.parallel import launch
-from longctx.parallel.launch import Rank, RankFailed, current_rank, rank_from_environment, run_ranks
+from longctx.parallel.comm import LostPeer
+from longctx.parallel.launch import Rank, RankFailed, _details, current_rank, rank_from_environment, run_ranks
 
 ROOT = Path(__file__).parents[2]
 REPORT_S = 20.0  # limit from the failure to the report
@@ -188,9 +189,30 @@ def test_launcher_of_a_single_process_gives_no_rank(one_process):
 
 
 def test_rank_from_torchrun():
-    torchrun = {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3"}
+    address = {"MASTER_ADDR": "n17", "MASTER_PORT": "29500"}
+    torchrun = {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3", **address}
     assert rank_from_environment(torchrun) == Rank(5, 7, 1, 3, "env://")
-    assert rank_from_environment({"RANK": "5", "WORLD_SIZE": "7"}) == Rank(5, 7, 0, 1, "env://")
+    assert rank_from_environment({"RANK": "5", "WORLD_SIZE": "7", **address}) == Rank(5, 7, 0, 1, "env://")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0"}, "RANK set, WORLD_SIZE is not; start with torchrun, or unset RANK"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE set, RANK is not; start with torchrun, or unset WORLD_SIZE"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK, WORLD_SIZE set, MASTER_ADDR is not"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "n17"}, "MASTER_PORT is not"),
+        ({"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "n17", "MASTER_PORT": "7"}, "RANK=x is no number"),
+        ({"SLURM_STEP_NODELIST": "n17", "SLURM_PROCID": "0"}, "half srun's: .* set, SLURM_STEP_NUM_TASKS is not"),
+    ],
+)
+def test_half_of_a_launcher_s_environment_is_refused(environment, message):
+    with pytest.raises(ValueError, match=message):
+        rank_from_environment(environment)
+
+
+def test_address_alone_is_no_launcher_s_environment():
+    assert rank_from_environment({"MASTER_ADDR": "n17", "MASTER_PORT": "29500"}) is None
 
 
 @pytest.mark.parametrize(
@@ -228,3 +250,8 @@ def test_current_rank_reads_the_environment_once(monkeypatch):
         assert calls == ["5", "5"]
     finally:
         current_rank.cache_clear()
+
+
+def test_lost_peer_is_reported_without_its_traceback():
+    assert _details(LostPeer("lost rank 3")) == ""
+    assert "ValueError: x" in _details(ValueError("x"))

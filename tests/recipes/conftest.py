@@ -81,7 +81,8 @@ def under_torchrun(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None
     """``under_torchrun(rank, world_size)``: make this process a rank that torchrun started."""
 
     def launch(rank: int, world_size: int) -> None:
-        for name, value in (("RANK", rank), ("WORLD_SIZE", world_size)):
+        address = (("MASTER_ADDR", "localhost"), ("MASTER_PORT", 29500))
+        for name, value in (("RANK", rank), ("WORLD_SIZE", world_size), *address):
             monkeypatch.setenv(name, str(value))
         current_rank.cache_clear()
 

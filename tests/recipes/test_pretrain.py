@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from types import SimpleNamespace
 import pytest
 
 from longctx import checkpoint_index
+from longctx.config import Mesh
 from longctx.hf.config import shape_of
 from recipes import pretrain
+from recipes.common.train_loop import RunResult, show
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("data.length=61", "data.batch=2", "run.threads=1", "evaluate.every=5", "evaluate.batches=1")
@@ -269,3 +272,10 @@ def test_number_of_weights_of_a_model(smollm2):
     from recipes.common.train_job import weights_of
 
     assert weights_of(shape_of(smollm2[1])) == pytest.approx(134.5e6, rel=2e-3)
+
+
+def test_run_that_had_finished_shows_no_loss(capsys):
+    job = SimpleNamespace(settings=SimpleNamespace(steps=7), target=SimpleNamespace(mesh=Mesh()), out=Path("run"))
+    show(job, RunResult(7, None, "run/checkpoints/step-7", stopped=False))
+    shown = capsys.readouterr().err
+    assert re.search(r"loss +no step was left to run", shown) and "nan" not in shown

@@ -21,6 +21,7 @@ from slurm.plan import JobPlan
 from slurm.render import script_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
+DATE = r"\d+-\d+-\d+ \d+:\d+:\d+"
 TINY = ("recipe=pretrain", "experiment=pretrain/tiny", "data.length=61", "data.batch=2", "steps=3", "run.threads=1")
 
 
@@ -348,6 +349,8 @@ def test_launcher_local_runs_the_same_script(tmp_path, monkeypatch, capfd):
     submit.main([*TINY, *words])
     out = capfd.readouterr().out
     assert out.startswith(f"run {tmp_path}/run\n") and "123456789" in out, "it ran another copy of the source"
+    assert len(re.findall(rf"^{DATE} starts on \S+: 1 node\(s\) with 1 rank\(s\) each$", out, re.MULTILINE)) == 2
+    assert len(re.findall(rf"^{DATE} ends with exit code 0$", out, re.MULTILINE)) == 2
     for number, steps in enumerate((1, 2)):
         lines = (tmp_path / "run" / str(number) / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
@@ -371,5 +374,6 @@ def test_job_whose_ranks_end_before_its_own_sigterm_arrives_is_not_requeued(
     text = script(*TINY, "launcher=local", "folder=run", "launcher.container=false")
     done = subprocess.run(["bash"], input=text, capture_output=True, text=True, check=False)
     assert asked.exists() == restarts, done.stdout
+    assert re.fullmatch(rf"{DATE} ends with exit code {0 if restarts else 1}", done.stdout.splitlines()[-1])
     assert ("cancelled, or out of time" in done.stdout) != restarts, done.stdout
     assert (tmp_path / "run" / "failure.txt").exists() == restarts

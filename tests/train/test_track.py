@@ -180,3 +180,12 @@ def test_configs_match_the_dataclass():
 def test_settings_that_wandb_would_refuse_are_refused(values, words):
     with pytest.raises(ValueError, match=words):
         Track(**values)
+
+
+def test_disabled_wandb_is_no_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr("longctx.train.track.wandb_is_disabled", lambda: True)
+    messages = []
+    tracker, run_id = start_tracking(Track(backend="wandb"), tmp_path, {}, first=True, say=messages.append)
+    tracker.log({"loss": 1.0}, 0)
+    assert run_id and messages == ["WANDB_MODE=disabled: the figures go to metrics.jsonl only"]
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1 and not (tmp_path / "wandb").exists()

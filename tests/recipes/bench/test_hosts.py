@@ -226,4 +226,6 @@ def test_a_machine_without_ip_or_tc_is_refused(says, monkeypatch, tool):
 def test_ranks_of_a_launcher_are_refused(says, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     assert "a launcher has started these: use hosts=0" in says("hosts=2")

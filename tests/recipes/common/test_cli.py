@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from longctx.config import Mesh, ModelSource, PromptSource, Run, Sampling
+from longctx.parallel.comm import LostPeer
 from longctx.parallel.launch import Rank, RankFailed
 from recipes import chat, generate
 from recipes.common import cli as recipe_cli
@@ -285,3 +286,12 @@ def test_error_of_the_disk_on_a_launcher_s_rank_is_a_failure_in_one_line(under_t
     with pytest.raises(RankFailed, match=r"rank 1 of 2 raised FileNotFoundError: .*gone") as failed:
         recipe_cli.on_ranks(Mesh(ring=2), raising(FileNotFoundError(2, "gone", "a")))
     assert failed.value.details == ""
+
+
+def test_lost_peer_is_one_line(capsys):
+    def lose():
+        raise LostPeer("lost rank 3 of 4")
+
+    with pytest.raises(SystemExit) as leaving:
+        recipe_cli.exit_on_error(lose)
+    assert (leaving.value.code, capsys.readouterr().err) == (1, "error: lost rank 3 of 4\n")

@@ -135,3 +135,11 @@ def test_asking_for_help_does_not_run_the_recipe(cli):
     for word in ("--help", "-h"):
         code, out, err = cli(generate, lambda _: pytest.fail("the recipe ran"), "mesh.ring=2", word)
         assert (code, out, err) == (0, help_of("generate") + "\n", "")
+
+
+def test_help_of_training_says_how_a_source_is_written():
+    assert "# Text and how it is packed. A source is one of\n" in help_of("pretrain")
+
+
+def test_recipe_without_groups_lists_none():
+    assert "Choices" not in help_of("export") and "Choices" in help_of("pretrain")

@@ -128,6 +128,8 @@ def test_config_without_groups_of_context_run_and_plan_resolves(models, config_o
         (["spd.blocks=[2]", "mesh.tp=3"], {}, "has no block 2", "0 to 1"),
         (["spd=ranked", "mesh.tp=3"], {}, "spd=ranked", "set spd.budget, such as 0.5"),
         (["spd=ranked", "spd.budget=0.5", "mesh.tp=3"], {}, "spd.budget=0.5", "spd.sensitivity=DIR/sensitivity.json"),
+        (["spd.budget=0.5"], {}, "spd.budget=0.5: one tensor-parallel rank", "use mesh.tp=2 or more"),
+        (["spd=ranked"], {}, "spd=ranked: one tensor-parallel rank", "use mesh.tp=2 or more"),
         (["spd.budget=2"], {}, "spd.budget=2", "0"),
         (["spd=all", "spd.budget=0.5"], {}, "spd=all", "use spd=ranked"),
         (["spd=all", "mesh.tp=3", "model.layers=te"], {}, "model.layers=te", "use model.layers=local"),

@@ -1,0 +1,34 @@
+"""The first line of a command, printed while its modules are still being imported, which can take a minute."""
+
+import os
+import sys
+import threading
+
+_AFTER_S = 0.5  # a command that starts faster prints nothing
+_timer: threading.Timer | None = None
+
+
+def announce(module: str) -> None:
+    """Print on the first rank that ``module`` is loading, unless `loaded` is called soon."""
+    global _timer  # noqa: PLW0603
+    is_first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    if _timer is None and is_first and not {"-h", "--help"} & set(sys.orig_argv):
+        _timer = threading.Timer(_AFTER_S, _print, [module])
+        _timer.daemon = True
+        _timer.start()
+
+
+def _print(module: str) -> None:
+    print(f"{module}: loading torch and the recipe's modules", file=sys.stderr, flush=True)
+
+
+def announce_module() -> None:
+    """Announce the module that ``python -m`` is about to run; its package is imported while argv[0] is ``-m``."""
+    if sys.argv[:1] == ["-m"] and "-m" in sys.orig_argv[:-1]:
+        announce(sys.orig_argv[sys.orig_argv.index("-m") + 1])
+
+
+def loaded() -> None:
+    """Note that the imports are done."""
+    if _timer is not None:
+        _timer.cancel()

@@ -1,0 +1,44 @@
+"""A command that loads for long says so first; one that starts at once, --help and other ranks print nothing."""
+
+import pytest
+
+from recipes.common import startup
+
+
+@pytest.fixture
+def started(monkeypatch, capsys):
+    """``started(*argv, before=f)``: output of `announce_module` for a Python with ``argv``; calls ``before``."""
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*argv, before=lambda: None):
+        monkeypatch.setattr(startup, "_timer", None)
+        monkeypatch.setattr("sys.argv", ["-m", *argv[3:]] if argv[1] == "-m" else list(argv[1:]))
+        monkeypatch.setattr("sys.orig_argv", list(argv))
+        startup.announce_module()
+        before()
+        if startup._timer is not None:
+            startup._timer.join()
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(startup, "_AFTER_S", 0.05)
+    return run
+
+
+def test_slow_command_says_that_it_is_loading(started):
+    assert started("python", "-m", "eval.run", "mesh.ring=2") == "eval.run: loading torch and the recipe's modules\n"
+
+
+def test_fast_command_says_nothing(started):
+    assert started("python", "-m", "recipes.compare", "a", before=startup.loaded) == ""
+
+
+@pytest.mark.parametrize("argv", [("python", "-m", "recipes.chat", "--help"), ("python", "script.py")])
+def test_help_and_other_programs_say_nothing(started, argv):
+    assert started(*argv) == ""
+
+
+@pytest.mark.parametrize("name", ["RANK", "SLURM_PROCID"])
+def test_only_the_first_rank_says_it(started, monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    assert started("python", "-m", "recipes.generate") == ""
