@@ -233,7 +233,7 @@ def _run_one(
 
 
 def _details(error: BaseException) -> str:
-    """Return the traceback of ``error``; empty if its message says everything: a full disk, a lost peer (`LostPeer`)."""
+    """Return the traceback of ``error``; empty if its message says everything: a full disk, a lost peer."""
     return "" if isinstance(error, OSError) else "".join(traceback.format_exception(error))
 
 
