@@ -13,6 +13,7 @@ VERBS = {
     "chat": ("recipes.chat", "hold a conversation; its keys and values stay on the ranks"),
     "pretrain": ("recipes.pretrain", "train a model from scratch, or resume a run"),
     "extend": ("recipes.extend", "train a pretrained model on longer sequences"),
+    "models": ("recipes.models", "list the model types that run, and their features"),
     "export": ("recipes.export", "write a run's model as a folder that transformers loads"),
     "calibrate": ("recipes.calibrate", "measure this machine's kernel and links"),
     "spd_sensitivity": ("recipes.spd_sensitivity", "measure which blocks can drop a reduction"),

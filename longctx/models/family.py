@@ -27,6 +27,7 @@ Config = Any  # a transformers configuration
 class Family:
     """One model type of transformers.
 
+    * ``examples`` names published models.
     * ``options(config)`` returns the fields of `ModelShape` in which the model differs from Llama.
     * ``names`` maps canonical modules of a layer to the modules of the family's files, where these differ.
     * ``fused`` maps modules of the files to the canonical modules whose rows they concatenate.
@@ -37,6 +38,7 @@ class Family:
     """
 
     model_type: str
+    examples: str
     options: Callable[[Config], dict[str, Any]]
     names: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -28,6 +28,7 @@ def _options(config: Config) -> dict[str, Any]:
 
 GEMMA3 = Family(
     "gemma3_text",
+    "Gemma 3, text",
     _options,
     undeclared=("rope_local_base_freq", "sliding_window_pattern"),
     rotary_by_layer_type=True,

@@ -17,6 +17,7 @@ def _options(config: Config) -> dict[str, Any]:
 
 GLM4 = Family(
     "glm4",
+    "GLM-4-0414",
     _options,
     partial_rotary=True,
     names={

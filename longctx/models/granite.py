@@ -15,4 +15,4 @@ def _options(config: Config) -> dict[str, Any]:
     }
 
 
-GRANITE = Family("granite", _options)
+GRANITE = Family("granite", "Granite 3", _options)

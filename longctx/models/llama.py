@@ -11,4 +11,4 @@ def _options(config: Config) -> dict[str, Any]:
     return {**biases, "mlp_bias": config.mlp_bias}
 
 
-LLAMA = Family("llama", _options)
+LLAMA = Family("llama", "Llama 2 and 3, SmolLM2, TinyLlama", _options)

@@ -10,4 +10,4 @@ def _options(config: Config) -> dict[str, Any]:
     return {"windows": (config.sliding_window,) * config.num_hidden_layers}
 
 
-MISTRAL = Family("mistral", _options)
+MISTRAL = Family("mistral", "Mistral 7B, Ministral", _options)

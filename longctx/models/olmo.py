@@ -20,5 +20,5 @@ def _olmo3_options(config: Config) -> dict[str, Any]:
     return {**_olmo2_options(config), "windows": windows_of(config), "rotaries": rotaries}
 
 
-OLMO2 = Family("olmo2", _olmo2_options, _NAMES)
-OLMO3 = Family("olmo3", _olmo3_options, _NAMES, rotary_by_layer_type=True)
+OLMO2 = Family("olmo2", "OLMo 2", _olmo2_options, _NAMES)
+OLMO3 = Family("olmo3", "OLMo 3", _olmo3_options, _NAMES, rotary_by_layer_type=True)

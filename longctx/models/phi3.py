@@ -12,6 +12,7 @@ def _options(config: Config) -> dict[str, Any]:
 
 PHI3 = Family(
     "phi3",
+    "Phi-3, Phi-3.5, Phi-4",
     _options,
     partial_rotary=True,
     fused={

@@ -16,5 +16,5 @@ def _qwen3_options(config: Config) -> dict[str, Any]:
     return {**biases, "qk_norm": "head", "windows": windows_of(config)}
 
 
-QWEN2 = Family("qwen2", _qwen2_options, undeclared=("head_dim",))
-QWEN3 = Family("qwen3", _qwen3_options)
+QWEN2 = Family("qwen2", "Qwen2, Qwen2.5", _qwen2_options, undeclared=("head_dim",))
+QWEN3 = Family("qwen3", "Qwen3, dense", _qwen3_options)

@@ -13,4 +13,4 @@ def _options(config: Config) -> dict[str, Any]:
     return {**biases, "rotaries": tuple(rotary if has else None for has in config.no_rope_layers), "windows": windows}
 
 
-SMOLLM3 = Family("smollm3", _options, undeclared=("max_window_layers",))
+SMOLLM3 = Family("smollm3", "SmolLM3", _options, undeclared=("max_window_layers",))

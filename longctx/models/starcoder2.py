@@ -21,6 +21,7 @@ def _options(config: Config) -> dict[str, Any]:
 
 STARCODER2 = Family(
     "starcoder2",
+    "StarCoder2",
     _options,
     names={"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"},
     undeclared=(

@@ -52,6 +52,7 @@ TOP_LEVEL = {
     "evaluate": "eval.job.EvalSettings",
     "export": "recipes.export.ExportSettings",
     "generate": "recipes.generate.GenerateSettings",
+    "models": "recipes.models.ModelsSettings",
     "pretrain": "recipes.common.train_job.TrainSettings",
     "spd_sensitivity": "recipes.spd_sensitivity.SensitivitySettings",
     "submit": "slurm.settings.SubmitSettings",

@@ -1,0 +1,65 @@
+"""List the model types that every recipe takes as ``model=FOLDER``, with what distinguishes them from Llama.
+
+python -m recipes.models out=models.json
+"""
+
+from dataclasses import asdict, dataclass
+
+from omegaconf import DictConfig
+from rich.table import Table
+
+from longctx.models import FAMILIES
+from longctx.models.features import features_of
+from longctx.spd.plan import refuse_unfit_shape
+from recipes.common.cli import console, main, refuse_unwritable, write_result
+from recipes.common.settings import top_level
+
+
+@dataclass(frozen=True)
+class ModelsSettings:
+    """The recipe's own settings."""
+
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class FamilyRow:
+    """A model type, models of it, its features, and whether its blocks can drop a reduction ("exact", or why not)."""
+
+    model_type: str
+    examples: str
+    features: list[str]
+    spd: str
+
+
+def family_rows() -> list[FamilyRow]:
+    """Return a row for each family, from the default configuration of its model type in transformers."""
+    from transformers import AutoConfig
+
+    rows = []
+    for name, family in FAMILIES.items():
+        shape = family.shape(AutoConfig.for_model(name), ())
+        try:
+            refuse_unfit_shape(shape)
+            spd = "exact"
+        except ValueError as error:
+            spd = str(error)
+        rows.append(FamilyRow(name, family.examples, features_of(shape), spd))
+    return rows
+
+
+def task(config: DictConfig) -> None:
+    """Print the table, and write it if ``out`` is given."""
+    settings = top_level(config, ModelsSettings)
+    refuse_unwritable(settings.out)
+    rows = family_rows()
+    table = Table("model_type", "models", "differs from Llama in", "SPD", box=None)
+    for row in rows:
+        table.add_row(row.model_type, row.examples, ", ".join(row.features), "yes" if row.spd == "exact" else "no")
+    console.print(table)
+    if settings.out:
+        write_result(settings.out, {row.model_type: asdict(row) for row in rows})
+
+
+if __name__ == "__main__":
+    main("models", task)
