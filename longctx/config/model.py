@@ -9,9 +9,9 @@ from typing import Any, Literal
 class ModelSource:
     """Source of a model's weights, configuration and tokenizer; one of three.
 
-    ``source`` is a Hugging Face folder or hub name.  ``wheel`` and ``gguf`` are a PyPI requirement and the GGUF file
-    inside it, with its SHA-256.  ``config`` (fields of config.json) and ``tokenizer`` make a model without weights, to
-    be trained from scratch.
+    ``source`` is a Hugging Face folder or hub name.  ``wheel`` and ``gguf`` are a PyPI requirement (or several, which
+    have the pieces of one file) and the GGUF file inside, with its SHA-256; ``terms`` is said when it is downloaded.
+    ``config`` (fields of config.json) and ``tokenizer`` make a model without weights, to be trained from scratch.
 
     ``max_positions`` is the longest context, ``rope_theta`` the rotary embedding's base; every position is divided by
     ``rope_factor`` (linear interpolation, arXiv 2306.15595).  None keeps the model's value; with ``rope_factor``,
@@ -20,9 +20,10 @@ class ModelSource:
 
     name: str
     source: str | None = None
-    wheel: str | None = None
+    wheel: str | tuple[str, ...] | None = None
     gguf: str | None = None
     sha256: str | None = None
+    terms: str | None = None
     config: Mapping[str, Any] | None = None
     tokenizer: Literal["bytes"] | None = None
     max_positions: int | None = None
@@ -43,6 +44,11 @@ class ModelSource:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"model.{name}={value}: use more than 0, or null for the model's own")
+
+    @property
+    def wheels(self) -> tuple[str, ...]:
+        """The requirements in ``wheel``."""
+        return (self.wheel,) if isinstance(self.wheel, str) else self.wheel or ()
 
 
 @dataclass(frozen=True)

