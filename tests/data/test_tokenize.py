@@ -98,8 +98,8 @@ texts = st.lists(st.one_of(words, st.sampled_from(pages(5)), st.text(max_size=7)
 @settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 @given(text=texts, window=st.sampled_from([67, 131, 509]))
 def test_pieces_join_to_the_tokens_of_the_whole_text(tokenizer, text, window):
-    joined = list(pieces(StringIO(text).read, tokenizer, window))
-    assert [token for piece in joined for token in piece.ids] == whole(tokenizer, text, add_special_tokens=False)
+    parts = list(pieces(StringIO(text).read, tokenizer, window))
+    assert [token for piece in parts for token in piece.ids] == whole(tokenizer, text, add_special_tokens=False)
 
 
 def test_long_text_is_tokenized_in_many_pieces(tokenizer):
@@ -118,11 +118,11 @@ def test_first_token_of_the_text_is_not_doubled(text):
     assert tokenize(text, adds_first).tolist() == first_tokens(StringIO(text).read, adds_first, None)[0] == expected
 
 
-@pytest.mark.parametrize(("limit", "kept"), [(1, ""), (3, "é"), (4, "éé"), (7, "ééé"), (9, "éééé")])
-def test_cut_text_ends_between_characters(limit, kept):
+@pytest.mark.parametrize(("limit", "prefix"), [(1, ""), (3, "é"), (4, "éé"), (7, "ééé"), (9, "éééé")])
+def test_cut_text_ends_between_characters(limit, prefix):
     """Two tokens a character."""
     ids, text = first_tokens(StringIO("éééé").read, tiny_tokenizer(), limit)
-    assert (ids, text) == (whole(tiny_tokenizer(), kept), kept)
+    assert (ids, text) == (whole(tiny_tokenizer(), prefix), prefix)
 
 
 def test_cut_text_is_read_no_further_than_needed(tokenizer):
