@@ -10,6 +10,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from eval.answers.requests import Answer, Continue, Request, Score
+from longctx.data.tokenize import tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,7 +61,7 @@ class EngineLM(TemplateLM):
         """
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self._prefix_text)
-        return list(self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
+        return tokenize(string, self.tokenizer, special_tokens=add_special_tokens).tolist()
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return str(

@@ -175,7 +175,7 @@ def read_text(source: str, tokenizer: PreTrainedTokenizerBase) -> LongText:
         whole = "\n\n".join(topics[name] for name in sorted(topics))
     else:
         prompt_tokens(PromptSource(file=source, tokens=1), tokenizer)  # raises for what is no text
-        whole = Path(source).expanduser().read_text(encoding="utf-8")
+        whole = Path(source).expanduser().read_text(encoding="utf-8-sig")
     sentences = [" ".join(one.split()) for one in re.split(r"(?<=[.!?])\s+|\n\s*\n", whole)]
     sentences = [one for one in sentences if one]
     counts = [len(ids) for ids in tokenizer([f" {one}" for one in sentences], add_special_tokens=False)["input_ids"]]

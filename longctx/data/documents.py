@@ -15,6 +15,7 @@ from longctx.data.hub import dataset
 from longctx.data.pydoc import topics
 from longctx.data.records import Position, Record, SourceFile
 from longctx.data.stage import Stage, State
+from longctx.data.tokenize import tokenize
 from longctx.shapes import Positions
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Document:
-    """The tokens of a document, its end token included, and ``where`` it comes from (file and line, for messages)."""
+    """The tokens of a document (int32), its end token included, and ``where`` it comes from: file and line."""
 
     tokens: Positions
     where: str
@@ -85,11 +86,10 @@ def documents(source: TextSource, tokenizer: Any, data: DataSettings) -> Stage[D
 
 
 def _tokenize(text: str, tokenizer: Any, end_token: bool) -> Positions:
-    # verbose=False: no warning about documents longer than the model's context.
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
-    if end_token and ids[-1:] != [tokenizer.eos_token_id]:
-        ids.append(tokenizer.eos_token_id)
-    return torch.tensor(ids, dtype=torch.long)
+    ids = tokenize(text, tokenizer)
+    if end_token and ids[-1:].tolist() != [tokenizer.eos_token_id]:
+        ids = torch.cat([ids, ids.new_tensor([tokenizer.eos_token_id])])
+    return ids
 
 
 def _windows(

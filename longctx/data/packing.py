@@ -79,11 +79,11 @@ def padding_sequence(length: int) -> PackedSequence:
 
 
 def _piece(tokens: Positions, first: int, end: int) -> PackedSequence:
-    targets = tokens[first + 1 : end + 1]
+    tokens, targets = tokens[first:end].long(), tokens[first + 1 : end + 1].long()
     known = len(targets)
     targets = torch.cat([targets, tokens.new_zeros(end - first - known)])
     mask = torch.arange(end - first) < known
-    return PackedSequence(tokens[first:end], targets, mask, (end - first,))
+    return PackedSequence(tokens, targets, mask, (end - first,))
 
 
 def _concatenate(pieces: list[PackedSequence]) -> PackedSequence:

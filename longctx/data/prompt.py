@@ -1,59 +1,81 @@
 """Tokenize a prompt: text from a file, from the command line, or from the documentation that CPython ships."""
 
+from io import StringIO, TextIOBase
 from pathlib import Path
 from typing import Any
 
 from longctx.config import PromptSource
+from longctx.data.tokenize import first_tokens
+
+_NO_TEXT = "the prompt is empty: give some text with prompt.file, prompt.text or prompt.pydoc"
 
 
 def prompt_tokens(source: PromptSource, tokenizer: Any) -> tuple[list[int], int]:
     """Token ids of the prompt that ``source`` describes, and the number of tokens of its text without the template.
 
-    ``source.tokens`` cuts the text, not the question.  Raises ValueError for a file that is missing, empty or not
-    UTF-8, and for an empty prompt.  Raises ValueError unless there is exactly one source, and for a question to a model
-    without a chat template.
+    ``source.tokens`` cuts the text, not the question, and only between characters; no more of the text is read than
+    that.  A file's byte-order mark is no text.  Special tokens are those of `longctx.data.tokenize.tokenize`.
+
+    Raises ValueError for a file that is missing, empty or not UTF-8, and for an empty prompt.  Raises ValueError unless
+    there is exactly one source, and for a question to a model without a chat template.
     """
-    text = _text(source)
-    if source.question is None:
-        ids = list(tokenizer(text)["input_ids"])[: source.tokens]
-        return ids, len(ids)
-    if not tokenizer.chat_template:
+    if source.question is not None and not tokenizer.chat_template:
+        _refuse_other_than_one(source)
         raise ValueError("prompt.question needs a model with a chat template: drop it, or use an instruct model")
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if source.tokens is not None and source.tokens < len(ids):
-        ids = ids[: source.tokens]
-        text = tokenizer.decode(ids)
+    ids, text = _read_first_tokens(source, tokenizer, special_tokens=source.question is None)
+    if not text.strip():
+        raise ValueError(_too_few_tokens(source) if source.tokens and not text else _NO_TEXT)
+    if source.question is None:
+        return ids, len(ids)
     message = {"role": "user", "content": f"{text}\n\n{source.question}"}
     chat = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=True)
     return list(chat["input_ids"]), len(ids)
 
 
-def _text(source: PromptSource) -> str:
+def _read_first_tokens(source: PromptSource, tokenizer: Any, *, special_tokens: bool) -> tuple[list[int], str]:
+    try:
+        with _open(source) as text:
+            return first_tokens(text.read, tokenizer, source.tokens, special_tokens=special_tokens)
+    except UnicodeDecodeError as error:
+        byte = _first_fault(Path(str(source.file)).expanduser(), error.start)
+        raise ValueError(f"prompt.file={source.file} is not UTF-8 text (byte {byte}): give a text file") from error
+    except OSError as error:
+        raise ValueError(f"prompt.file={source.file} cannot be read: {error.strerror}; give a text file") from error
+
+
+def _open(source: PromptSource) -> TextIOBase:
+    _refuse_other_than_one(source)
+    if source.tokens is not None and source.tokens < 1:
+        raise ValueError(f"prompt.tokens={source.tokens}: keep at least one token, use 1 or more")
+    if source.file is not None:
+        return Path(source.file).expanduser().open(encoding="utf-8-sig")
+    return StringIO(source.text if source.pydoc is None else _pydoc(source.pydoc))
+
+
+def _refuse_other_than_one(source: PromptSource) -> None:
     given = [name for name in ("file", "text", "pydoc") if getattr(source, name) is not None]
     if len(given) != 1:
         raise ValueError(
             f"the prompt comes from one source, not {' and '.join(given) or 'none'}: "
             "give prompt.file=FILE, prompt.text='...' or prompt.pydoc=all"
         )
-    if source.tokens is not None and source.tokens < 1:
-        raise ValueError(f"prompt.tokens={source.tokens}: keep at least one token, use 1 or more")
-    text = source.text
-    if source.file is not None:
-        text = _read(source.file)
-    if source.pydoc is not None:
-        text = _pydoc(source.pydoc)
-    if not text or not text.strip():
-        raise ValueError("the prompt is empty: give some text with prompt.file, prompt.text or prompt.pydoc")
-    return text
 
 
-def _read(name: str) -> str:
+def _first_fault(file: Path, byte: int) -> int:
+    """Return the first byte of a regular ``file`` that is not UTF-8; ``byte`` counts from somewhere inside it."""
     try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
+        if file.is_file():
+            file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"prompt.file={name} is not UTF-8 text (byte {error.start}): give a text file") from error
-    except OSError as error:
-        raise ValueError(f"prompt.file={name} cannot be read: {error.strerror}; give a text file") from error
+        return error.start
+    return byte
+
+
+def _too_few_tokens(source: PromptSource) -> str:
+    return (
+        f"prompt.tokens={source.tokens} leaves nothing of the prompt, whose first character takes more tokens: "
+        "use a larger prompt.tokens, or give some text"
+    )
 
 
 def _pydoc(topic: str) -> str:

