@@ -35,10 +35,12 @@ class FamilyRow:
 def family_rows() -> list[FamilyRow]:
     """Return a row for each family, from the default configuration of its model type in transformers."""
     from transformers import AutoConfig
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # default configurations have special tokens beyond their own vocabularies
     rows = []
     for name, family in FAMILIES.items():
-        shape = family.shape(AutoConfig.for_model(name), ())
+        shape = family.shape(AutoConfig.for_model(name, **family.typical), ())
         try:
             refuse_unfit_shape(shape)
             spd = "exact"

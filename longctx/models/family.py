@@ -35,6 +35,7 @@ class Family:
       models have them without effect.
     * ``partial_rotary``: the rotary embedding may have a partial_rotary_factor.
     * ``rotary_by_layer_type``: each type of layers has a rotary embedding of its own.
+    * ``typical`` has settings of published models that switch a feature on, where transformers' defaults do not.
     """
 
     model_type: str
@@ -45,6 +46,7 @@ class Family:
     undeclared: tuple[str, ...] = ()
     partial_rotary: bool = False
     rotary_by_layer_type: bool = False
+    typical: Mapping[str, Any] = field(default_factory=dict)
 
     def shape(self, config: Config, end_tokens: tuple[int, ...]) -> ModelShape:
         """Return the shape that ``config`` describes.  Raises ValueError for a feature that is not implemented."""

@@ -15,4 +15,10 @@ def _options(config: Config) -> dict[str, Any]:
     }
 
 
-GRANITE = Family("granite", "Granite 3", _options)
+_TYPICAL = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0}
+GRANITE = Family(
+    "granite",
+    "Granite 3",
+    _options,
+    typical={"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0},
+)

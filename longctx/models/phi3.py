@@ -15,6 +15,7 @@ PHI3 = Family(
     "Phi-3, Phi-3.5, Phi-4",
     _options,
     partial_rotary=True,
+    typical={"partial_rotary_factor": 0.75, "sliding_window": 2047},
     fused={
         "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),

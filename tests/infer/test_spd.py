@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from longctx.config import Mesh
 from longctx.parallel.launch import run_ranks
 from tests.infer.spd_ranks import generate_and_count
+from tests.megatron.kinds import random_model
 from tests.oracle import assert_close
 from tests.tiny import tiny_model
 from tests.train.spd_oracle import drop
@@ -43,3 +44,13 @@ def test_logits_tokens_and_all_reduces_match_the_equations(folder: Path, mesh: M
         calls = 2 * LAYERS - len(dropped) + 1  # one more for the embedding
         assert rank["prefill"] == (calls, calls * rank["rows"] * HIDDEN * 4)
         assert rank["decode"] == (2 * calls, 2 * calls * HIDDEN * 4), "two tokens, of one row each"
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "smollm3", "mistral, a window in all layers", "phi3"])
+def test_logits_of_other_families_match_the_equations(tmp_path: Path, kind: str) -> None:
+    folder = random_model(kind, tmp_path, eos_token_id=None)
+    tokens = [token % 211 for token in TOKENS * 3]
+    (rank, _) = run_ranks(2, generate_and_count, Mesh(tp=2), folder, tokens, (1,))
+    net = drop(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64), (1,), 2)
+    with torch.inference_mode():
+        assert_close(rank["logits"], net(torch.tensor([tokens])).logits[0], 1e-5)

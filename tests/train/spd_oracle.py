@@ -22,11 +22,15 @@ def _dropped(layer: Any, tp: int, hidden_states: Tensor, **known: Any) -> Tensor
     attention(hidden_states=layer.input_layernorm(hidden_states), **known)
     hook.remove()
     out = hidden_states
+    # Phi-3 has both in one matrix.
+    gate, up = (
+        (mlp.gate_proj.weight, mlp.up_proj.weight) if hasattr(mlp, "up_proj") else mlp.gate_up_proj.weight.chunk(2)
+    )
     shares = zip(
         heads[0].chunk(tp, -1),
         attention.o_proj.weight.chunk(tp, 1),
-        mlp.gate_proj.weight.chunk(tp),
-        mlp.up_proj.weight.chunk(tp),
+        gate.chunk(tp),
+        up.chunk(tp),
         mlp.down_proj.weight.chunk(tp, 1),
         strict=True,
     )

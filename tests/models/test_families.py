@@ -1,0 +1,71 @@
+"""Families of models: the table of longctx/models/README.md, refusals, names of tensors."""
+
+from pathlib import Path
+
+import pytest
+
+from longctx.models import FAMILIES, family_of
+from longctx.models.family import split_name
+from recipes.models import family_rows
+
+README = Path(__file__).parents[2] / "longctx" / "models" / "README.md"
+BEGIN, END = "<!-- table: pytest tests/models --write-table -->\n", "<!-- end of the table -->\n"
+
+
+def table() -> str:
+    """A row for each feature, a column for each family; then which families can drop reductions, and why others not."""
+    rows = family_rows()
+    features = sorted({feature for row in rows for feature in row.features})
+    names = [row.model_type for row in rows]
+    lines = [f"| | {' | '.join(names)} |", f"|---|{':-:|' * len(names)}"]
+    lines += [f"| {each} | {' | '.join('x' if each in row.features else '' for row in rows)} |" for each in features]
+    lines += ["", "| model type | models | Sync-Point-Drop |", "|---|---|---|"]
+    lines += [f"| `{row.model_type}` | {row.examples} | {row.spd.partition(': use')[0]} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def test_table_of_the_readme_is_that_of_the_registry(pytestconfig: pytest.Config) -> None:
+    before, _, rest = README.read_text().partition(BEGIN)
+    written, _, after = rest.partition(END)
+    if pytestconfig.getoption("--write-table"):
+        README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
+        return
+    assert written.strip() == table().strip(), "write it anew: pytest tests/models --write-table"
+
+
+def test_every_file_is_short() -> None:
+    files = [file for file in README.parent.glob("*.py") if file.name not in ("__init__.py", "family.py")]
+    assert len(files) > 8 and all(len(file.read_text().splitlines()) <= 100 for file in files)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("deepseek_v3", "needs multi-head latent attention"),
+        ("qwen3_moe", "needs mixtures of experts.*the nearest is qwen3"),
+        ("gemma3", "needs images"),
+        ("none_such", "is not implemented: use one of gemma3_text, glm4"),
+    ],
+)
+def test_unknown_model_type_names_what_it_needs_and_the_nearest(model_type: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        family_of(model_type)
+
+
+def test_parts_of_a_fused_tensor_are_in_order() -> None:
+    family = FAMILIES["phi3"]
+    parts = tuple(f"model.layers.7.self_attn.{name}_proj.weight" for name in "qkv")
+    assert family.stored(parts[1]) == ("model.layers.7.self_attn.qkv_proj.weight", parts)
+    assert family.stored("lm_head.weight") == ("lm_head.weight", ("lm_head.weight",))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("model.layers.3.mlp.up_proj.weight", ("model.layers.3.", "mlp.up_proj", "weight")),
+        ("model.layers.12.input_layernorm.bias", ("model.layers.12.", "input_layernorm", "bias")),
+        ("model.norm.weight", ("", "model.norm", "weight")),
+    ],
+)
+def test_name_of_a_tensor_is_split(name: str, fields: tuple[str, str, str]) -> None:
+    assert split_name(name) == fields
