@@ -104,7 +104,7 @@ def _apply(base: Values, change: Values) -> DictConfig:
     if isinstance(source := changes.get("model"), str):
         # Another folder: nothing of the baseline's source, nor of its changed context, applies to it.
         folder = Path(source).expanduser()
-        context = ("max_positions", "rope_theta", "rope_factor")
+        context = ("max_positions", "rope_theta", "rope_factor", "rope_type")
         cleared = dict.fromkeys(("wheel", "gguf", "sha256", "config", "tokenizer", *context))
         changes["model"] = {**cleared, "name": folder.name, "source": source}
     merged = {name: {**mapping_at(base, name), **mapping_at(changes, name)} for name in _SECTIONS}

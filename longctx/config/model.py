@@ -14,7 +14,8 @@ class ModelSource:
     ``config`` (fields of config.json) and ``tokenizer`` make a model without weights, to be trained from scratch.
 
     ``max_positions`` is the longest context, ``rope_theta`` the rotary embedding's base; every position is divided by
-    ``rope_factor`` (linear interpolation, arXiv 2306.15595).  None keeps the model's value; with ``rope_factor``,
+    ``rope_factor`` (linear interpolation, arXiv 2306.15595), or scaled by it as YaRN does (``rope_type``, arXiv
+    2309.00071).  None keeps the model's value; with ``rope_factor``,
     ``max_positions`` defaults to the model's maximum times the factor.
     """
 
@@ -29,6 +30,7 @@ class ModelSource:
     max_positions: int | None = None
     rope_theta: float | None = None
     rope_factor: float | None = None
+    rope_type: Literal["linear", "yarn"] = "linear"
     dtype: Literal["float32", "bfloat16"] = "float32"
     layers: Literal["auto", "local", "te"] = "auto"
     cache: str = "~/.cache/longctx"
@@ -40,6 +42,8 @@ class ModelSource:
                 "a model has either model.source, or model.wheel, model.gguf and model.sha256, "
                 "or model.config and model.tokenizer"
             )
+        if self.rope_type != "linear" and self.rope_factor is None:
+            raise ValueError(f"model.rope_type={self.rope_type} needs a factor: add model.rope_factor=4 or another")
         for name in ("max_positions", "rope_theta", "rope_factor"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -66,7 +66,7 @@ def _change_context(model: ModelSource, source: Path) -> Path:
 
     Nothing else is copied, so that a file that changes in ``source`` changes in the cached folder.
     """
-    changed = config_for_context(source, model.max_positions, model.rope_theta, model.rope_factor)
+    changed = config_for_context(source, model.max_positions, model.rope_theta, model.rope_factor, model.rope_type)
     existing = {file.name: file.resolve() for file in sorted(source.iterdir()) if file.is_file()}  # hub files are links
     key = ["links", (source / "config.json").read_text(), repr(existing), repr(changed)]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.hf.config import read_config
+from longctx.models import family_of
 
 END = "<|endoftext|>"
 # Files that are copied besides config.json: those of the tokenizer, and the settings of generation.
@@ -83,14 +84,28 @@ def write_config_like(source: Path, changed: Mapping[str, Any], to: Path) -> Non
 
 
 def config_for_context(
-    source: Path, max_positions: int | None, rope_theta: float | None, rope_factor: float | None
+    source: Path,
+    max_positions: int | None,
+    rope_theta: float | None,
+    rope_factor: float | None,
+    rope_type: str = "linear",
 ) -> dict[str, Any]:
     """The fields of ``source``'s config.json that change for another maximum length or rotary embedding.
 
     None keeps the model's value.  With ``rope_factor``, ``max_positions`` defaults to the model's maximum times the
-    factor.  Raises ValueError for a factor on a rotary embedding that is already scaled, and as `read_config` does.
+    factor.  ``rope_type`` says how the factor scales: "linear" or "yarn".
+
+    Raises ValueError for a factor on a rotary embedding that is already scaled, for a change of several rotary
+    embeddings, and as `read_config` does.
     """
     config = read_config(source / "config.json")
+    if not (rope_theta or rope_factor):
+        return {"max_position_embeddings": max_positions} if max_positions else {}
+    if family_of(config.model_type).rotary_by_layer_type:
+        raise ValueError(
+            "model.rope_theta and model.rope_factor: this model has a rotary embedding for each type of layers; "
+            "change rope_parameters in a copy of its config.json"
+        )
     rope = dict(config.rope_parameters)
     if rope_factor and rope["rope_type"] != "default":
         raise ValueError(
@@ -100,10 +115,12 @@ def config_for_context(
     fields: dict[str, Any] = {"max_position_embeddings": max_positions} if max_positions else {}
     if rope_factor:
         fields.setdefault("max_position_embeddings", int(config.max_position_embeddings * rope_factor))
-        rope |= {"rope_type": "linear", "factor": rope_factor}
+        rope |= {"rope_type": rope_type, "factor": rope_factor}
+        if rope_type == "yarn":
+            rope["original_max_position_embeddings"] = config.max_position_embeddings
     if rope_theta:
         rope["rope_theta"] = rope_theta
-    return {**fields, "rope_parameters": rope} if rope_theta or rope_factor else fields
+    return {**fields, "rope_parameters": rope}
 
 
 def bytes_tokenizer() -> Any:

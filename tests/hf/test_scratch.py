@@ -79,6 +79,16 @@ def test_invalid_config_is_refused_and_leaves_no_folder(scratch, field, words):
         ({"rope_theta": 77777.0}, 97, {"rope_type": "default", "rope_theta": 77777.0}),
         ({"rope_factor": 3.0}, 291, {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0}),
         (
+            {"rope_factor": 4.0, "rope_type": "yarn"},
+            388,
+            {
+                "rope_type": "yarn",
+                "rope_theta": 10_000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 97,
+            },
+        ),
+        (
             {"rope_factor": 3.0, "max_positions": 211},
             211,
             {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0},
