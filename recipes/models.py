@@ -38,7 +38,7 @@ def family_rows() -> list[FamilyRow]:
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # default configurations have special tokens beyond their own vocabularies
-    rows = []
+    families = []
     for name, family in FAMILIES.items():
         shape = family.shape(AutoConfig.for_model(name, **family.typical), ())
         try:
@@ -46,21 +46,21 @@ def family_rows() -> list[FamilyRow]:
             spd = "exact"
         except ValueError as error:
             spd = str(error)
-        rows.append(FamilyRow(name, family.examples, features_of(shape), spd))
-    return rows
+        families.append(FamilyRow(name, family.examples, features_of(shape), spd))
+    return families
 
 
 def task(config: DictConfig) -> None:
     """Print the table, and write it if ``out`` is given."""
     settings = top_level(config, ModelsSettings)
     refuse_unwritable(settings.out)
-    rows = family_rows()
+    families = family_rows()
     table = Table("model_type", "models", "differs from Llama in", "SPD", box=None)
-    for row in rows:
+    for row in families:
         table.add_row(row.model_type, row.examples, ", ".join(row.features), "yes" if row.spd == "exact" else "no")
     console.print(table)
     if settings.out:
-        write_result(settings.out, {row.model_type: asdict(row) for row in rows})
+        write_result(settings.out, {row.model_type: asdict(row) for row in families})
 
 
 if __name__ == "__main__":

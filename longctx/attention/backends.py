@@ -14,10 +14,9 @@ KERNELS = {kernel.name: kernel for kernel in (reference, flash_cpu, flash_cuda, 
 
 
 def kernel_for(name: str, device: str, dtype: str) -> Kernel:
-    """Return the kernel called ``name``; ``auto`` is the fastest for ``device`` (cpu, cuda) and ``dtype``.
+    """Return the kernel called ``name``; ``auto`` is `flash_cpu`, on a CPU only.
 
-    Raises ValueError if the kernel does not take the device or dtype, or if its package is not installed.  ``auto``
-    raises ValueError on any other device, where the kernel must be named.
+    Raises ValueError if the kernel does not take the device or dtype, or if its package is not installed.
     """
     if name == "auto" and device != "cpu":
         raise ValueError(
@@ -45,7 +44,7 @@ def _takes(kernel: Kernel, device: str, dtype: str) -> bool:
 
 
 def checked_kernel(name: str, device: torch.device, dtype: str, head_dim: int) -> Kernel:
-    """Return `kernel_for` the arguments, verified on ``device`` for heads of ``head_dim`` unless it is a CPU.
+    """Return the kernel that `kernel_for` chooses, verified on ``device`` for heads of ``head_dim`` unless it is a CPU.
 
     Raises ValueError as `kernel_for` does, and if the kernel is inexact on this device (`refuse_inexact`).
     """

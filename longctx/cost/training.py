@@ -2,11 +2,11 @@
 
 Only matrix products count, with 2 FLOPs for a multiplication and its addition.  Each weight is used once per token in
 the forward and twice in the backward (gradients of its input and of itself): 6 FLOPs per weight and token.  The symbols
-are T tokens, L layers, hidden size H, n query and m KV heads of dimension d, FFN size F and vocabulary size V.  The FFN
-is a SwiGLU, with three matrices:
+are T tokens, L layers, hidden size H, n query and m KV heads of dimension d, FFN size F and vocabulary size V.  A gated
+FFN (SwiGLU) has three matrices, one without a gate has two:
 
     projections   6 T L (2 H n d + 2 H m d)       queries and output, keys and values
-    ffn           6 T L 3 H F
+    ffn           6 T L 3 H F, with a gate; 6 T L 2 H F without
     head          6 T H V                         the embedding is a look-up without FLOPs
 
 A visible pair of a query and a key takes d multiplications for its score and d for its value, in each of n heads:
@@ -42,6 +42,8 @@ class Decoder(Protocol):
     @property
     def ffn(self) -> int: ...
     @property
+    def gated(self) -> bool: ...
+    @property
     def vocab_size(self) -> int: ...
     @property
     def windows(self) -> tuple[int | None, ...]: ...
@@ -63,7 +65,7 @@ def train_flops_by_part(shape: Decoder, lengths: Sequence[int], causal: bool) ->
     return {
         "projections": 6 * tokens * shape.layers * shape.hidden * heads * shape.head_dim,
         "scores": 12 * shape.heads * shape.head_dim * pairs,
-        "ffn": 6 * tokens * shape.layers * 3 * shape.hidden * shape.ffn,
+        "ffn": 6 * tokens * shape.layers * (2 + shape.gated) * shape.hidden * shape.ffn,
         "head": 6 * tokens * shape.hidden * shape.vocab_size,
     }
 

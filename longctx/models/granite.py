@@ -20,5 +20,5 @@ GRANITE = Family(
     "granite",
     "Granite 3",
     _options,
-    typical={"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0},
+    typical=_TYPICAL,
 )

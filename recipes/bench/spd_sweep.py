@@ -73,7 +73,7 @@ def prepare(config: DictConfig) -> SweepJob:
 
 
 def run_rank(rank: Rank, job: SweepJob) -> SweepTimes:
-    """Measure the sensitivity of all blocks by both methods on one rank."""
+    """Time both ways of measuring all blocks' sensitivities, and compare their scores on one rank."""
     from longctx.megatron.spd.layer import follow_plan
 
     layers, tp = job.target.shape.layers, job.target.mesh.tp

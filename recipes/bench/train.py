@@ -248,7 +248,7 @@ def task(config: DictConfig) -> None:
     # 3. The results.
     show(training.data.length * training.data.batch, steps, attention)
     if settings.json:
-        shape = {name: value for name, value in vars(training.target.shape).items() if name != "rotary"}
+        shape = {name: value for name, value in vars(training.target.shape).items() if name != "rotaries"}
         result = {
             **provenance(),
             "length": training.data.length,

@@ -87,7 +87,7 @@ def _overrides(config_name: str, word: str, sweep: bool) -> list[str]:
     if word.startswith(("-", "~")) or (equals and value in ("", "null")):
         return [word]
     if name in (*FREE_TEXT, *PATHS) and value == "???":
-        raise ValueError(f"{word} stands for a setting that is not given: give another value")
+        raise ValueError(f"{word} means that no value is given: write a value")
     if name in FREE_TEXT:
         return [f"{key}={quote(value)}"]
     if name in PATHS:

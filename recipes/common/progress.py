@@ -63,7 +63,7 @@ class Progress:
         self._lines.print(f"{task.description}: {task.completed:,.0f}{of}{left}")
 
     def stop(self) -> None:
-        """Remove the bar, so that other text can be printed."""
+        """Stop redrawing the bar, so that other text can be printed."""
         self._bar.stop()
 
     def __enter__(self) -> "Progress":

@@ -56,6 +56,11 @@ def test_links_lead_to_files_and_headings(page: Path):
     assert not broken, f"{relative(page)}: " + "; ".join(broken)
 
 
+def is_family(file: Path) -> bool:
+    """A family of models is one file that nothing but longctx/models/__init__.py names."""
+    return file.parent.name == "models" and file.name not in ("family.py", "features.py", "tensors.py")
+
+
 def test_architecture_names_every_source_file_and_no_other():
     text = (ROOT / "ARCHITECTURE.md").read_text()
     rooms = text[text.index("## Rooms") : text.index("## Where a new line belongs")]
@@ -64,7 +69,7 @@ def test_architecture_names_every_source_file_and_no_other():
         file
         for folder in ("longctx", "recipes", "eval", "slurm")
         for file in (ROOT / folder).rglob("*.py")
-        if file.name != "__init__.py"
+        if file.name != "__init__.py" and not is_family(file)
     ]
     missing = sorted(relative(file) for file in sources if file.name not in named)
     assert not missing, f"ARCHITECTURE.md lacks {', '.join(missing)}"

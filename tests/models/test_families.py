@@ -12,6 +12,10 @@ README = Path(__file__).parents[2] / "longctx" / "models" / "README.md"
 BEGIN, END = "<!-- table: pytest tests/models --write-table -->\n", "<!-- end of the table -->\n"
 
 
+def spd_cell(spd: str) -> str:
+    return "works" if spd == "exact" else f"refused: {spd.partition(': use')[0].removeprefix('this model has ')}"
+
+
 def table() -> str:
     """A row for each feature, a column for each family; then which families can drop reductions, and why others not."""
     rows = family_rows()
@@ -20,7 +24,7 @@ def table() -> str:
     lines = [f"| | {' | '.join(names)} |", f"|---|{':-:|' * len(names)}"]
     lines += [f"| {each} | {' | '.join('x' if each in row.features else '' for row in rows)} |" for each in features]
     lines += ["", "| model type | models | Sync-Point-Drop |", "|---|---|---|"]
-    lines += [f"| `{row.model_type}` | {row.examples} | {row.spd.partition(': use')[0]} |" for row in rows]
+    lines += [f"| `{row.model_type}` | {row.examples} | {spd_cell(row.spd)} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 

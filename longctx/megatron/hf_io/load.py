@@ -80,8 +80,8 @@ class Weights:
     def refuse_unread(self, tied: bool, elsewhere: Iterable[str] = ()) -> None:
         """Raise ValueError if a tensor was read neither here nor ``elsewhere`` (names that other stages read).
 
-        Rotary frequencies may stay unread, since they are derived, and so may the lm_head.weight of a ``tied`` model,
-        if it equals the embedding.
+        Three kinds may stay unread: rotary frequencies, since they are derived; the lm_head.weight of a ``tied`` model,
+        if it equals the embedding; and, of a block that may drop its reduction, one of its two sets of weights.
         """
         read = self.read_names.union(elsewhere)
         unread = {name for name in self._files if not name.endswith("rotary_emb.inv_freq")} - read
@@ -132,9 +132,7 @@ def _refuse_not_finite(target: TensorView, tensor: Tensor) -> None:
     if torch.stack(target.view.aminmax()).isfinite().all():
         return
     if tensor.isfinite().all():
-        raise ValueError(
-            f"{target.name} has values beyond the range of {target.view.dtype}: use model.dtype=float32 or bfloat16"
-        )
+        raise ValueError(f"{target.name} has values beyond the range of {target.view.dtype}: use model.dtype=float32")
     raise ValueError(f"{target.name} has values that are NaN or infinite: use a checkpoint that is not damaged")
 
 
