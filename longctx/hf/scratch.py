@@ -39,11 +39,13 @@ def write_scratch_folder(config: Mapping[str, Any], to: Path) -> None:
     model_type = fields.pop("model_type", None)
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(
-            f"model.config.model_type={model_type} is no language model of transformers: use llama or another that recipes.models lists"
+            f"model.config.model_type={model_type} is no language model of transformers: "
+            "use llama or another that recipes.models lists"
         )
     if unknown := set(fields) - set(AutoConfig.for_model(model_type).to_dict()):
         raise ValueError(
-            f"model.config.{min(unknown)}: a model of type {model_type} has no such field: remove it, or correct its name"
+            f"model.config.{min(unknown)}: a model of type {model_type} has no such field: "
+            "remove it, or correct its name"
         )
     # 2) Build the config.  Llama's default special tokens are ordinary bytes of this tokenizer, so override them.
     tokenizer = bytes_tokenizer()
