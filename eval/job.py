@@ -16,6 +16,7 @@ from eval.sensitivity import drop_none_yet, fill_in_orders, lacks_order, make_or
 from eval.variants import BASELINE, Variant, compose_variants, refuse_other_model, resolve_variant
 from longctx.config import Mesh, Sampling, Track
 from longctx.parallel.launch import current_rank
+from longctx.spd.plan import saved_plan
 from recipes.common.cli import refuse_unwritable_folder, say
 from recipes.common.manifest import refuse_other_recipe
 from recipes.common.provenance import hardware, provenance
@@ -134,6 +135,8 @@ def prepare(config: DictConfig, recipe: str = "eval.run") -> EvalJob:
     settings, evaluation = top_level(config, EvalSettings), section(config, "eval", EvalConfig)
     refuse_unwritable_folder(settings.out)
     refuse_other_recipe(settings.out, recipe)
+    if settings.adapted and saved_plan(Path(settings.adapted).expanduser()) is None:
+        raise ValueError(f"adapted={settings.adapted} is no folder that recipes.spd_adapt wrote: give its out=")
     configs = compose_variants(config)
     _refuse_other_world(configs)
     _refuse_unknown_gate(evaluation, [name for name, _ in configs])

@@ -17,7 +17,7 @@ from longctx.parallel.launch import Rank
 from recipes import generate
 
 ROOT = Path(__file__).parents[2]
-PROMPT = "prompt.text='The quick brown fox, as ever.'"  # 29 tokens, of a byte each
+PROMPT = "prompt.text=The quick brown fox, as ever."  # 29 tokens, of a byte each
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_installed_command_generates_beside_files_of_other_names(installed, tiny
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(json.loads((folder / "result.json").read_text())["token_ids"]) == 2
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "result.manifest.json").read_text())
     assert manifest["module"] == "recipes.generate" and f"longctx {longctx.__version__}" in manifest["commit"]
 
 
@@ -90,6 +90,7 @@ def test_misspelt_verb_is_refused_with_the_nearest(monkeypatch, capsys):
 
 def test_verb_runs_its_module_with_the_other_words(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["longctx", "compare", "only-one"])
+    monkeypatch.delitem(sys.modules, "recipes.compare", raising=False)  # runpy warns of a module that is imported
     with pytest.raises(SystemExit) as leaving:
         command.main()
     assert leaving.value.code == 2 and "compare two runs or more" in capsys.readouterr().err

@@ -206,7 +206,7 @@ def test_corrupt_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
         (["mesh.dp=3"], r"data\.batch=2 sequences do not divide over 3 .*use data\.batch=3"),
         (["data.length=9000"], r"data\.length=9,000 is more than the model's context of 4,096: .*model\.max_positions"),
         (["data=text", "data.sources=[{path:/nowhere/at/all}]"], "/nowhere/at/all is no file"),
-        (["data=text", "data.sources=[{path:README.md,share:3}]"], r"data\.sources\.0\.share=3: unexpected"),
+        (["data=text", "data.sources=[{path:README.md,share:3}]"], r"there is no setting data\.sources\.0\.share"),
         (["out=/dev/null/here"], r"out=/dev/null/here cannot be written \(Not a directory\): give a writable folder"),
         (["out=/proc/here"], r"out=/proc/here cannot be written \(.*\): give a writable folder"),
         (["+model.config.attention_dropout=0.1"], r"attention_dropout=0\.1: training here has no dropout"),

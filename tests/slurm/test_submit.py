@@ -85,7 +85,7 @@ def test_recipe_eval_is_submitted_and_checked(script, refused, tmp_path, monkeyp
     (tmp_path / "arc").mkdir()
     (tmp_path / "arc" / "arc_easy.jsonl").write_text('{"query": "Why?", "choices": ["so", "no"], "gold": 1}\n')
     tiny = tiny_model(tmp_path / "tiny", max_positions=397)
-    tiny_tokenizer(eos_token="<|endoftext|>").save_pretrained(tiny)
+    tiny_tokenizer(eos_token="~").save_pretrained(tiny)
     monkeypatch.setenv("LONGCTX_DATA", str(tmp_path))
     dropped = "variants=[{name:dropped,spd:{drop:ranked,budget:1.0}}]"
     words = ("recipe=eval", f"model={tiny}", "spd=none", dropped, "folder=run")

@@ -116,6 +116,7 @@ def test_killed_rank_and_requested_stop_leave_the_curve_unchanged(submit_job, un
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(folder / "wandb"))
     job = submit_job(*RUN, *TWO, f"steps={STEPS}", "track=wandb", f"folder={folder / 'hit'}")
     wait_for_step(job, 7)
+    wait_until((job.folder / "checkpoints" / "step-00000005").is_dir, 300, job.logs)
     os.kill(pid_of(job, 1), signal.SIGKILL)
     wait_until(lambda: job.restarts == 1 and job.states == {"RUNNING"}, 300, job.logs)
     failure = (job.folder / "failure.txt").read_text()

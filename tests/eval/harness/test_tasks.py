@@ -100,7 +100,7 @@ class Letters:
 
     name_or_path = "letters"
 
-    def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
+    def __call__(self, text: str, add_special_tokens: bool = False, **_: object) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) for letter in text]}
 
     def decode(self, tokens: list[int]) -> str:

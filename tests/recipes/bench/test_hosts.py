@@ -145,9 +145,10 @@ def test_a_rank_that_fails_ends_the_others(no_leftovers, capfd, ending, reason):
 
 @pytest.mark.parametrize(("number", "error"), [("SIGINT", KeyboardInterrupt), ("SIGTERM", SystemExit)])
 def test_an_interrupted_run_ends_its_ranks(no_leftovers, number, error):
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(error):
         on_hosts(2, "10mbit", f"if RANK: os.kill(os.getppid(), signal.{number})\ntime.sleep(60)")
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_failing_ip_command_is_reported_and_undone(no_leftovers, monkeypatch):

@@ -52,17 +52,17 @@ def test_quality_and_sweep_agree_with_the_sensitivity(cli, tiny, tmp_path):
     )
     assert code == 0, err
     measured = json.loads((tmp_path / "sensitivity.json").read_text())
-    code, _, err = cli(spd_sweep, spd_sweep.task, f"model={tiny}", f"out={tmp_path}", *text)
+    code, _, err = cli(spd_sweep, spd_sweep.task, f"model={tiny}", f"out={tmp_path}/sweep", *text)
     assert code == 0, err
-    sweep = json.loads((tmp_path / "sweep.json").read_text())
+    sweep = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert sweep["largest_difference"] < 1e-6 and sweep["kept_s"] > 0
     same = write_with_norms_per_rank(tiny, tmp_path / "same")
     compared = (f"sensitivity={tmp_path}/sensitivity.json", f"models=[{{label:own norms,folder:{same}}}]")
     settings = ("shares=[0,0.5,1]", "length=31", "sequences=2", "texts=[{label:same,pydoc:train}]", "placement=[0]")
-    words = (f"model={tiny}", *compared, *settings, f"out={tmp_path}")
+    words = (f"model={tiny}", *compared, *settings, f"out={tmp_path}/quality")
     code, _, err = cli(spd_quality, spd_quality.task, *words)
     assert code == 0, err
-    quality = json.loads((tmp_path / "quality.json").read_text())["texts"]["same"]
+    quality = json.loads((tmp_path / "quality" / "quality.json").read_text())["texts"]["same"]
     ranked, in_order, own = quality["variants"].values()
     assert own == pytest.approx(in_order), "the same weights, in the same order"
     assert exp(ranked[0]) == pytest.approx(measured["perplexity"]) and ranked[0] == in_order[0]
@@ -103,10 +103,10 @@ def test_a_prompt_longer_than_the_text_is_refused(tiny, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["texts=[{path:x}]"], "texts.0.label="),
+        (["texts=[{path:x}]"], "texts.0.label is missing"),
         (["texts=[{label:x,folder:x}]"], "there is no setting texts.0.folder"),
         (["texts=[{label:x}]"], "a source of data has one of path"),
-        (["models=[{folder:adapted}]"], "models.0.label="),
+        (["models=[{folder:adapted}]"], "models.0.label is missing"),
         (["shares=[0.5,1]"], "shares=[0.5, 1.0]: start with 0, the baseline"),
         (["placement=[0,2]"], "placement=[0, 2]: there is no block 2; use blocks 0 to 1"),
         (["mesh.dp=2"], "has no use for mesh.dp=2: use mesh.dp=1"),

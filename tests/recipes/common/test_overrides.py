@@ -102,7 +102,7 @@ def test_one_path_that_begins_and_ends_with_quotes_is_that_path(runs):
 
 
 def test_three_question_marks_are_refused(refused):
-    assert "prompt.text=??? stands for a setting that is not given" in refused(generate, print, "prompt.text=???")
+    assert "prompt.text=??? means that no value is given" in refused(generate, print, "prompt.text=???")
 
 
 @pytest.mark.parametrize("path", ["a", "a,b", '"a"', "'a', \"b\"", "${x}"])
@@ -126,7 +126,9 @@ def test_bases_exist_in_the_groups_of_models_and_data():
 
 def test_a_base_is_refused_before_anything_starts(refused):
     assert "data=_base only holds defaults" in refused(pretrain, pretrain.task, "data=_base", "out=a")
-    assert "model=_base is unknown: use smollm2_135m, tiny" in refused(pretrain, pretrain.task, "model=_base", "out=a")
+    assert "model=_base is unknown: use gemma3_270m, smollm2_135m, tiny" in refused(
+        pretrain, pretrain.task, "model=_base", "out=a"
+    )
 
 
 def test_every_experiment_belongs_to_a_recipe():

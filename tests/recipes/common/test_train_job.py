@@ -18,7 +18,8 @@ def job_of(tiny, tmp_path):
         shutil.copytree(tiny, folder, dirs_exist_ok=True)
         config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": layers}
         (folder / "config.json").write_text(json.dumps(config))
-        return SimpleNamespace(out=out, scratch=out / "model", target=SimpleNamespace(folder=folder))
+        target = SimpleNamespace(folder=folder)
+        return SimpleNamespace(out=out, scratch=out / "model", target=target, text_digests={})
 
     return make
 
