@@ -79,12 +79,12 @@ def test_verbs_are_listed(monkeypatch, capsys, words, code):
 
 
 def test_misspelt_verb_is_refused_with_the_nearest(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["longctx", "genrate", "mesh.ring=2"])
+    monkeypatch.setattr("sys.argv", ["longctx", "generat3", "mesh.ring=2"])
     with pytest.raises(SystemExit) as leaving:
         command.main()
     assert (leaving.value.code, capsys.readouterr().err) == (
         2,
-        "error: there is no verb genrate: did you mean generate?\n",
+        "error: there is no verb generat3: did you mean generate?\n",
     )
 
 

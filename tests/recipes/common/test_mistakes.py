@@ -77,7 +77,7 @@ class _Part:
         ("betas", [0.5], "part.betas.1 is missing: give a value"),
         ("name", 7, "part.name=7: give text; a number or true as text is written in quotes"),
         ("on", "maybe", "part.on=maybe: give true or false"),
-        ("nam", "x", "there is no setting part.nam: did you mean part.name?"),
+        ("name1", "x", "there is no setting part.name1: did you mean part.name?"),
     ],
 )
 def test_wrong_value_is_refused_in_the_words_of_a_command_line(key, value, message):
