@@ -44,7 +44,7 @@ def fault_of(checkpoint: Path) -> str:
 
 
 def content_fault_of(checkpoint: Path) -> str:
-    """Describe the first fault of a checkpoint folder like `fault_of`, from the whole content of its files.
+    """Describe the first fault of a checkpoint folder as `fault_of` does, but read every file and check its checksum.
 
     A file has a fault if its checksum differs from that in run.json.  The index of tensors has one if it names classes
     or files that do not belong to the checkpoint.

@@ -16,7 +16,8 @@ _CODE = (".py", ".yaml", ".sbatch")  # suffixes of untracked files that a run ma
 def freeze_job(plan: JobPlan, work: Path) -> Path:
     """Write source, settings and script into the job's folder, and return the script.
 
-    ``code`` holds the source, each run's folder its config.yaml.  Relative paths in settings start from ``work``.
+    The subfolder ``code`` holds the source; each run's folder holds its config.yaml.  Relative paths in settings start
+    from ``work``.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
     _copy_source(plan.folder / "code")

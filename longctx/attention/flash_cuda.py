@@ -1,4 +1,4 @@
-"""Kernel ``flash_cuda``: FlashAttention-2 as shipped with torch for CUDA, by the ops that expose the log-sum-exp."""
+"""Kernel ``flash_cuda``: torch's FlashAttention-2 for CUDA, through the ops that return the log-sum-exp too."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Training batches: consecutive packed sequences, of which a data-parallel rank takes every dp-th."""
+"""Training batches: consecutive packed sequences, each data-parallel rank takes every dp-th sequence."""
 
 import logging
 from collections.abc import Iterator

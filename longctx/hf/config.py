@@ -34,7 +34,7 @@ def family_in(folder: Path) -> Family:
 
 
 def read_config(file: Path) -> Any:
-    """Return the config.json ``file`` as transformers reads it.  Raises ValueError where `shape_of` does."""
+    """Return the config.json ``file`` as transformers reads it.  Raises ValueError as `shape_of` does."""
     from transformers import AutoConfig
 
     try:
@@ -75,7 +75,7 @@ def _refuse_infinite(file: Path, shape: ModelShape) -> None:
     """Raise ValueError for numbers of ``shape`` that are not finite, and for rotary frequencies of 0 or less."""
     for name, value in vars(shape).items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{file}: {name}={value} is not a finite number: correct the setting that it is made of")
+            raise ValueError(f"{file}: {name}={value} is not a finite number: correct the settings that give it")
     for rotary in {*shape.rotaries}:
         if rotary and not all(0 < number < math.inf for number in (*rotary.frequencies, rotary.scale)):
             raise ValueError(f"{file}: its rotary frequencies are not positive numbers: correct rope_parameters")
@@ -115,6 +115,8 @@ def _refuse_unfit_windows(file: Path, config: Any) -> None:
     if window is not None and window < 1:
         raise ValueError(f"{file}: sliding_window={window} is not a positive number: correct it, or use null")
     if types and window is None and "sliding_attention" in types:
-        raise ValueError(f"{file}: layer_types has sliding_attention, and sliding_window is not in use: set both alike")
+        raise ValueError(
+            f"{file}: layer_types has sliding_attention, but sliding_window is not in use: set it or use full_attention"
+        )
     if types and len(types) != layers:
         raise ValueError(f"{file}: layer_types has {len(types)} entries, num_hidden_layers={layers}: correct one")

@@ -1,6 +1,6 @@
 """Write Hugging Face folders without weights: config.json and tokenizer files for a model to be trained.
 
-A folder is made from scratch, from settings, or copied from an existing model with some config fields changed.
+A folder is either built from settings, or copied from an existing model with some config fields changed.
 """
 
 import json
@@ -101,8 +101,8 @@ def config_for_context(
     None keeps the model's value.  With ``rope_factor``, ``max_positions`` defaults to the model's maximum times the
     factor.  ``rope_type`` says how the factor scales: "linear" or "yarn".
 
-    Raises ValueError for a factor on a rotary embedding that is already scaled, for a change of several rotary
-    embeddings, and as `read_config` does.
+    Raises ValueError for a factor on a rotary embedding that is already scaled, for a model with a rotary embedding for
+    each type of layers, and as `read_config` does.
     """
     config = read_config(source / "config.json")
     if not (rope_theta or rope_factor):
@@ -141,7 +141,7 @@ def bytes_tokenizer() -> Any:
 
 
 def _byte_letters() -> list[str]:
-    """The letter that stands for each byte in byte-level tokenizers: printable Latin-1, otherwise from U+0100 on."""
+    """Return each byte's letter in byte-level tokenizers: itself if printable Latin-1, else the next from U+0100 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     substitutes = iter(range(256, 512))
     return [chr(n if n in printable else next(substitutes)) for n in range(256)]

@@ -1,4 +1,4 @@
-"""Write safetensors files that everyone may read whom the umask lets: safetensors makes them readable to one user."""
+"""Write safetensors files with the umask's permissions; safetensors alone makes them readable to one user."""
 
 from collections.abc import Mapping
 from pathlib import Path

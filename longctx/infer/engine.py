@@ -79,7 +79,9 @@ def load_engine(
     kernel: str,
     plan: SPDPlan | None = None,
 ) -> Engine:
-    """Load ``model`` from ``folder``, sharded over the mesh of ``runtime``; ``plan`` drops its reductions.
+    """Load ``model`` from ``folder``, sharded over the mesh of ``runtime``.
+
+    ``plan`` has the blocks that drop a reduction.
 
     Raises ValueError if ``kernel`` does not take the device, dtype or head dimension, or if a tensor is missing or left
     over in ``folder``.

@@ -123,7 +123,7 @@ def kv_heads(session: Session) -> range:
 
 
 def _read_rows(folder: Path, index: SessionIndex, name: str, i: str, positions: Tensor, heads: Sequence[int]) -> Tensor:
-    """Read keys or values, [1 rows heads d], of sequence ``i`` at ``positions``, from all files that have some."""
+    """Read keys or values, [1 rows heads d], of sequence ``i`` at ``positions``, from every file with some of them."""
     out: Tensor | None = None
     for file in index["files"]:
         begin = first_head_of(file)

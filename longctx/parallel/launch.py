@@ -194,7 +194,7 @@ def run_ranks(world_size: int, rank_main: Callable[[Rank, *Args], Result], *args
 
 @contextmanager
 def _forward_signal(number: int, processes: list[ForkServerProcess]) -> Iterator[None]:
-    """Forward signal ``number`` to all ranks during the block; only the main thread can, others do nothing."""
+    """Forward signal ``number`` to all ranks during the block; does nothing in a thread other than the main one."""
 
     def forward(*_: object) -> None:
         for process in processes:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from longctx.infer.engine import Engine
 
 CONTROL = "bf16 partials"
-BAR = 1.05  # the largest error that counts as no drift, in errors of one rank
+BAR = 1.05  # the largest error that counts as no drift, as a multiple of one rank's error
 Inputs = tuple[Tensor, Tensor, Tensor]  # queries [b s hq d], keys and values [b s hk d]
 Done = Callable[[], None]  # called after each run
 Errors = dict[str, list[float]]  # relative to float64, by variant (or gradient) and number of ranks

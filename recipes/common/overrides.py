@@ -68,7 +68,7 @@ def literal(text: str) -> str:
 
 
 def path_word(key: str, path: str) -> str:
-    """Return the word of a command line that sets ``key`` to one ``path``, quoted if a sweep could be read into it."""
+    """Return the word of a command line that sets ``key`` to one ``path``, quoted if Hydra could read it as a sweep."""
     return f"{key}={quote(path) if ',' in path or _is_quoted(path) else path}"
 
 

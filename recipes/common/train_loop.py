@@ -49,7 +49,7 @@ class Start:
 
 @dataclass(frozen=True)
 class TrainedStep:
-    """One step of the run: its number, its figures and the data's resume state after it; the last one ends the run."""
+    """One step: its number, its figures, the data's resume state after it, and whether the run ends with it."""
 
     step: int
     figures: dict[str, float | None]

@@ -120,7 +120,7 @@ def _compute_checksums(folder: Path) -> dict[str, int]:
 def commit(partial_folder: Path, place: Path, metadata: dict[str, Any], checksums: dict[str, int]) -> None:
     """Complete a checkpoint: write its run.json, then rename ``partial_folder`` to ``place``.
 
-    ``checksums`` has the CRC-32 of each file by name.  A corrupt checkpoint at ``place`` is replaced.
+    ``checksums`` has the CRC-32 of each file by name.  A folder at ``place`` is replaced.
     """
     write_index(partial_folder, metadata, checksums)
     shutil.rmtree(place, ignore_errors=True)
