@@ -17,8 +17,9 @@ from eval.variants import BASELINE, Variant, compose_variants, refuse_other_mode
 from longctx.config import Mesh, Sampling, Track
 from longctx.parallel.launch import current_rank
 from longctx.spd.plan import saved_plan
-from recipes.common.cli import refuse_unwritable_folder, say
+from recipes.common.cli import say
 from recipes.common.manifest import refuse_other_recipe
+from recipes.common.places import refuse_unwritable_folder
 from recipes.common.provenance import hardware, provenance
 from recipes.common.settings import as_dict, section, top_level
 from recipes.common.target import say_unapplied

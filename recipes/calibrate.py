@@ -17,7 +17,8 @@ from rich.table import Table
 from longctx.attention.backends import checked_kernel, kernel_for
 from longctx.cost.hardware import Hardware
 from longctx.parallel.launch import Rank
-from recipes.common.cli import console, main, on_ranks, refuse_unwritable, threads_here, warm_up_ranks
+from recipes.common.cli import console, main, on_ranks, threads_here, warm_up_ranks
+from recipes.common.places import refuse_unwritable
 from recipes.common.provenance import provenance
 from recipes.common.settings import top_level
 from recipes.common.target import Target, resolve_target

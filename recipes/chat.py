@@ -27,11 +27,12 @@ from longctx.data.turns import UserTurn, turns_from
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank, current_rank
 from recipes.calibrate import measure_ring
-from recipes.common.cli import console, main, on_ranks, refuse_unwritable, say, warm_up_ranks, write_json
+from recipes.common.cli import console, main, on_ranks, say, warm_up_ranks
 from recipes.common.conversation import TurnFigures, show_turn, take_turn, typed_turns
 from recipes.common.hardware_file import read_hardware, refuse_other_threads
 from recipes.common.lock import hold, lock_beside
 from recipes.common.manifest import record, refuse_other_recipe
+from recipes.common.places import refuse_unwritable, write_json
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
 from recipes.common.settings import section, top_level

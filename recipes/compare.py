@@ -15,8 +15,9 @@ from rich.table import Table
 
 from longctx.hf.checkpoint import same_model
 from longctx.train.track import MANIFEST
-from recipes.common.cli import exit_on_error, is_file_name, plain_console
+from recipes.common.cli import exit_on_error, plain_console
 from recipes.common.manifest import flat, folder_of, manifest_of
+from recipes.common.places import is_file_name
 from recipes.common.renamed import rename_flat
 
 # Names of figures that depend on the machine; ``why``, the reason for a strategy, cites seconds.

@@ -15,8 +15,9 @@ from longctx.config import Mesh
 from longctx.hf.config import shape_of
 from longctx.parallel.launch import Rank, run_ranks
 from longctx.spd.plan import FILE as PLAN
-from recipes.common.cli import console, main, nearest_existing, refuse_unwritable_folder, say, warm_up_ranks
+from recipes.common.cli import console, main, say, warm_up_ranks
 from recipes.common.lock import hold, lock_beside
+from recipes.common.places import nearest_existing, refuse_unwritable_folder
 from recipes.common.settings import top_level
 from recipes.common.train_job import weights_of
 

@@ -21,8 +21,9 @@ from rich.table import Table
 from longctx.config import PromptSource, Sampling
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank
-from recipes.common.cli import console, main, on_ranks, refuse_unwritable, warm_up_ranks, write_result
+from recipes.common.cli import console, main, on_ranks, warm_up_ranks, write_result
 from recipes.common.manifest import record, refuse_other_recipe
+from recipes.common.places import refuse_unwritable
 from recipes.common.progress import Progress
 from recipes.common.prompts import Prompt, read_prompts
 from recipes.common.provenance import provenance

@@ -11,7 +11,8 @@ from rich.table import Table
 from longctx.models import FAMILIES
 from longctx.models.features import features_of
 from longctx.spd.plan import refuse_unfit_shape
-from recipes.common.cli import console, main, refuse_unwritable, write_result
+from recipes.common.cli import console, main, write_result
+from recipes.common.places import refuse_unwritable
 from recipes.common.settings import top_level
 
 

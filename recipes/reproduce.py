@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from longctx.parallel.launch import RankFailed
-from recipes.common.cli import GATE_FAILED, console, exit_on_error, is_file_name
+from recipes.common.cli import GATE_FAILED, console, exit_on_error
 from recipes.common.manifest import Manifest, folder_of, manifest_of
 from recipes.common.overrides import path_word, typed_word
+from recipes.common.places import is_file_name
 from recipes.common.provenance import ROOT
 from recipes.common.settings import mapping_at
 from recipes.compare import agree, differing_names, final_figures, is_measured, settings_of, table_of

@@ -14,8 +14,9 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from longctx.config import Mesh
-from recipes.common.cli import compose_config, is_file_name, numbered_out, refuse_unwritable_folder, say
+from recipes.common.cli import compose_config, say
 from recipes.common.overrides import CONFIGS, as_overrides, literal, path_word
+from recipes.common.places import is_file_name, numbered_out, refuse_unwritable_folder
 from recipes.common.renamed import rename_override, rename_settings
 from recipes.common.settings import section
 from slurm.settings import Launcher, SubmitSettings, absolute, refuse_line_breaks

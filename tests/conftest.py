@@ -92,6 +92,7 @@ SLOW = (
     "recipes/test_saved.py",
     "recipes/test_spd.py",
     "slurm/test_submit.py",
+    "slurm/test_words.py",
     "train/test_families.py",
     "train/test_step.py",
     "train/test_wandb.py",

@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face model: their names and shapes, and the check that a folder holds exactly these."""
+"""The check that a Hugging Face folder holds exactly the tensors of its model."""
 
 from pathlib import Path
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from omegaconf import DictConfig
 
 from longctx.config import Mesh
-from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
+from recipes.common.cli import console, on_ranks, say, warm_up_ranks, write_result
+from recipes.common.places import refuse_unwritable
 from recipes.common.plots import draw_lines
 from recipes.common.provenance import provenance
 from recipes.common.settings import as_config, as_dict, top_level

@@ -17,7 +17,8 @@ from rich.table import Table
 from longctx.config import Context, Sampling
 from longctx.parallel.launch import Rank
 from recipes.bench.timing import barrier, make_random_cache, measure_in_rounds, measure_seconds
-from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, write_result
+from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
+from recipes.common.places import refuse_unwritable
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
 from recipes.common.settings import top_level

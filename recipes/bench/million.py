@@ -20,7 +20,8 @@ from rich.table import Table
 from longctx.attention.layout import zigzag
 from longctx.parallel.launch import Rank
 from recipes.bench.timing import append_random_rows, measure_in_rounds, time_on_ranks
-from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, write_result
+from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
+from recipes.common.places import refuse_unwritable
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
 from recipes.common.settings import top_level

@@ -24,7 +24,8 @@ from longctx.parallel.comm import Comm, CompletedPending, Pending, Shape, Traffi
 from longctx.parallel.launch import Rank
 from longctx.shapes import AnyShape
 from recipes.bench.timing import measure_in_rounds, read_tokens, time_on_ranks
-from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, write_result
+from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
+from recipes.common.places import refuse_unwritable
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
 from recipes.common.settings import top_level

@@ -28,7 +28,8 @@ from recipes.bench.timing import (
     read_tokens,
     refuse_beyond_model,
 )
-from recipes.common.cli import console, on_ranks, refuse_unwritable, warm_up_ranks, write_result
+from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
+from recipes.common.places import refuse_unwritable
 from recipes.common.plots import draw_lines
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance

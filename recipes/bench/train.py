@@ -23,7 +23,8 @@ from longctx.parallel.validate import refuse_unfit, refuse_unused
 from longctx.shapes import Tensor
 from recipes.bench import peers
 from recipes.bench.timing import barrier, gather_numbers, measure_in_rounds, measure_seconds, time_on_ranks
-from recipes.common.cli import console, on_ranks, refuse_unwritable, say, warm_up_ranks, write_result
+from recipes.common.cli import console, on_ranks, say, warm_up_ranks, write_result
+from recipes.common.places import refuse_unwritable
 from recipes.common.provenance import provenance
 from recipes.common.settings import as_config, as_dict, sections, top_level
 from recipes.common.train_job import TrainJob, resolve_train_job

@@ -17,8 +17,9 @@ from longctx.data.files import paths_of
 from longctx.data.identity import digest
 from longctx.hf.checkpoint import fingerprint
 from longctx.train.track import MANIFEST
-from recipes.common.cli import is_file_name, is_first
+from recipes.common.cli import is_first
 from recipes.common.lock import hold, lock_beside
+from recipes.common.places import is_file_name
 from recipes.common.provenance import ROOT, diff_of, hardware, package_versions, provenance
 from recipes.common.settings import as_dict, mapping_at, mappings_at
 

@@ -14,8 +14,8 @@ from longctx.hf.config import family_in, tokenizer_of
 from longctx.spd.plan import FILE as PLAN
 from longctx.spd.plan import refuse_unfit_shape
 from longctx.spd.text import PackedText
-from recipes.common.cli import refuse_unwritable_folder
 from recipes.common.manifest import refuse_other_recipe
+from recipes.common.places import refuse_unwritable_folder
 from recipes.common.settings import section
 from recipes.common.target import Target, resolve_target
 from recipes.common.train_job import data_of

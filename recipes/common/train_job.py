@@ -19,9 +19,10 @@ from longctx.data.identity import text_digests
 from longctx.hf.checkpoint import same_model
 from longctx.model_shape import ModelShape
 from longctx.models.tensors import tensor_shapes
-from recipes.common.cli import is_first, nearest_existing, refuse_unwritable_folder
+from recipes.common.cli import is_first
 from recipes.common.hardware_file import read_hardware
 from recipes.common.manifest import refuse_other_recipe
+from recipes.common.places import nearest_existing, refuse_unwritable_folder
 from recipes.common.provenance import hardware, provenance
 from recipes.common.settings import as_config, as_dict, section, top_level
 from recipes.common.target import Target, resolve_target

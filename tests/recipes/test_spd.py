@@ -18,6 +18,8 @@ from longctx.spd.plan import saved_plan
 from recipes import chat, export, generate, pretrain, spd_adapt
 from recipes.common import cli as recipe_cli
 from recipes.common.overrides import as_overrides
+from tests.megatron.kinds import random_model
+from tests.tiny import tiny_tokenizer
 from tests.tracking import history, of_kind, records
 
 TEXT = ("data.length=31", "data.end_token=false", "sequences=5", "chunk=2", "run.threads=1")
@@ -266,6 +268,22 @@ def test_states_with_the_old_key_looked_at_are_resumed(cli, tiny, adapted_folder
     assert tensors(out) == tensors(adapted_folder) and before.items() <= files_below(out).items()
     code, _, err = cli(spd_adapt, spd_adapt.task, *words, "repair.calibration_sequences=4")
     assert code == 2 and "with another calibration_sequences: use another out=" in err
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("qwen3", "not tested on models with norms of queries and keys"),
+        ("llama with all biases", "or with biases of o_proj or the MLP"),
+        ("phi3", "not tested on models with fused projections"),
+        ("gemma3", "a norm after attention, which needs the sum over ranks"),
+    ],
+)
+def test_models_on_which_repair_is_not_tested_are_refused(refused, tmp_path, kind, words):
+    model = random_model(kind, tmp_path / "model", vocab_size=307, eos_token_id=None)
+    tiny_tokenizer().save_pretrained(model)
+    settings = (f"model={model}", "mesh.tp=2", "spd.budget=1", f"out={tmp_path / 'out'}", *TEXT, *REPAIR)
+    assert words in refused(spd_adapt, spd_adapt.task, *settings)
 
 
 def test_unfit_settings_are_refused_before_any_rank_starts(refused, tiny, adapted_folder, tmp_path):

@@ -1,5 +1,6 @@
 """One real Slurm for all tests of this folder; they are skipped where there can be none."""
 
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,41 @@ from tests.slurm.cluster import Cluster, wait_until, why_unavailable
 
 SubmitJob = Callable[..., "Job"]
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+TINY = ("recipe=pretrain", "experiment=pretrain/tiny", "data.length=61", "data.batch=2", "steps=3", "run.threads=1")
+
+
+@pytest.fixture
+def refused(capsys, tmp_path, monkeypatch):
+    """``refused(*words)`` returns the one line with which the command line is refused; it must leave no file."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as leaving:
+            submit.main(words)
+        out, err = capsys.readouterr()
+        assert leaving.value.code == 2 and not out
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+        assert sorted(tmp_path.rglob("*")) == before
+        return err
+
+    return run
+
+
+@pytest.fixture
+def script(capsys, tmp_path, monkeypatch):
+    """``script(*words)`` returns the job script of a command line; bash accepts it, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        submit.main([*words, "dry_run=true"])
+        shown = capsys.readouterr().out
+        subprocess.run(["bash", "-n"], input=shown, text=True, check=True)
+        assert sorted(tmp_path.rglob("*")) == before
+        return shown
+
+    return run
 
 
 @pytest.fixture(scope="session")

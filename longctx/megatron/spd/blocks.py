@@ -105,11 +105,6 @@ class Blocks:
         )
         layer.to(next(original.parameters()).device).load_state_dict(original.state_dict())
         layer.drop(dropped=True, own_norms=own_norms)
-        for norm in (layer.self_attention.q_layernorm, layer.self_attention.k_layernorm):
-            for weight in norm.parameters():  # every rank has it, and normalises its own heads only
-                weight.register_hook(
-                    lambda gradient: sum(self.tp.all_gather(gradient, [gradient.shape] * self.tp.size))
-                )
         layer.train()
         return layer
 

@@ -13,7 +13,7 @@ from longctx.parallel.comm import LostPeer
 from longctx.parallel.launch import Rank, RankFailed
 from recipes import chat, generate
 from recipes.common import cli as recipe_cli
-from recipes.common import settings
+from recipes.common import places, settings
 from recipes.common.progress import Progress
 
 
@@ -218,7 +218,7 @@ def test_ranks_share_the_cores_of_their_machine(monkeypatch, setting, threads):
 
 def test_result_is_written_with_one_line_per_key(tmp_path, capsys):
     out = tmp_path / "new" / "folder" / "result.json"
-    recipe_cli.refuse_unwritable(str(out))
+    places.refuse_unwritable(str(out))
     recipe_cli.write_result(str(out), {"text": 'a "b"\n', "tokens": [2, 3]})
     assert json.loads(out.read_text()) == {"text": 'a "b"\n', "tokens": [2, 3]}
     assert len(out.read_text().splitlines()) == 4
@@ -233,14 +233,14 @@ def test_result_is_written_with_one_line_per_key(tmp_path, capsys):
 def test_file_of_another_kind_is_refused_before_the_work(tmp_path, monkeypatch, name, out, fix):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=rf"{name}={out} is no name of a .* file: use {fix}"):
-        recipe_cli.refuse_unwritable(out, name)
-    recipe_cli.refuse_unwritable(fix.partition("=")[2], name)
+        places.refuse_unwritable(out, name)
+    places.refuse_unwritable(fix.partition("=")[2], name)
 
 
 def test_full_disk_is_refused_before_the_work(monkeypatch):
     full = Path("/dev/full")
-    monkeypatch.setattr(recipe_cli.tempfile, "TemporaryFile", lambda **_: full.open("wb"))
-    for refuse, out in ((recipe_cli.refuse_unwritable, "a/x.json"), (recipe_cli.refuse_unwritable_folder, "a")):
+    monkeypatch.setattr(places.tempfile, "TemporaryFile", lambda **_: full.open("wb"))
+    for refuse, out in ((places.refuse_unwritable, "a/x.json"), (places.refuse_unwritable_folder, "a")):
         with pytest.raises(ValueError, match=rf"out={out} cannot be written \(No space left on device\)"):
             refuse(out)
 

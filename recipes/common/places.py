@@ -1,0 +1,65 @@
+"""Places that runs write to: names of files and folders, whether they can be written, results as JSON."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_SUFFIXES = {"picture": (".svg", ".png", ".pdf"), "fitted": (".yaml", ".yml")}  # by setting
+
+
+def is_file_name(out: str) -> bool:
+    """Return True if ``out`` names a file that recipes write, False for a run's folder."""
+    return Path(out).suffix in (".json", ".jsonl", ".yaml", ".yml", ".svg")
+
+
+def numbered_out(out: str, number: int | str) -> str:
+    """Return the ``out`` of run ``number`` of a sweep: ``a`` becomes ``a/3``, ``a/x.json`` becomes ``a/3/x.json``."""
+    path = Path(out)
+    return str(path.parent / str(number) / path.name) if is_file_name(out) else str(path / str(number))
+
+
+def refuse_unwritable(out: str | None, name: str = "out", suffixes: Sequence[str] = ()) -> None:
+    """Raise ValueError unless a file can be written at ``out``, the setting ``name``; leaves no trace.
+
+    The file's name must end in one of ``suffixes``; the default depends on ``name``.
+    """
+    if out is None:
+        return
+    suffixes = suffixes or _SUFFIXES.get(name, (".json",))
+    path = Path(out).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{name}={out} is a folder: give the name of a file, such as {name}={out}/result{suffixes[0]}")
+    if path.suffix not in suffixes:
+        raise ValueError(
+            f"{name}={out} is no name of a {' or '.join(suffixes)} file: use {name}={path.with_suffix(suffixes[0])}"
+        )
+    _refuse_read_only(path.parent, f"{name}={out}")
+
+
+def refuse_unwritable_folder(out: str, name: str = "out") -> None:
+    """Raise ValueError unless ``out``, the setting ``name``, is a writable folder or can be made; leaves no trace."""
+    _refuse_read_only(Path(out).expanduser(), f"{name}={out}")
+
+
+def _refuse_read_only(folder: Path, setting: str) -> None:
+    """Raise ValueError unless a page can be written to a file in ``folder``, or in its nearest parent that exists."""
+    try:
+        with tempfile.TemporaryFile(dir=nearest_existing(folder)) as probe:
+            probe.write(bytes(4096))
+    except OSError as error:
+        raise ValueError(f"{setting} cannot be written ({error.strerror}): give a writable folder") from error
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return ``path``, or the nearest of its parents that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def write_json(out: str, result: Mapping[str, object]) -> None:
+    """Write ``result`` to ``out`` as JSON, one line per key; the file appears whole or not at all."""
+    lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items())
+    partial = Path(f"{out}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    partial.replace(out)
