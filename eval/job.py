@@ -15,7 +15,7 @@ from eval.harness.local import LOCAL
 from eval.sensitivity import drop_none_yet, fill_in_orders, lacks_order, make_order_jobs
 from eval.variants import BASELINE, Variant, compose_variants, refuse_other_model, resolve_variant
 from longctx.config import Mesh, Sampling, Track
-from longctx.parallel.launch import current_rank
+from longctx.parallel.launcher import current_rank
 from longctx.spd.plan import saved_plan
 from recipes.common.cli import say
 from recipes.common.manifest import refuse_other_recipe

@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from eval.variants import Variant
-from longctx.parallel.launch import current_rank
+from longctx.parallel.launcher import current_rank
 from longctx.spd.plan import order_from, saved_plan, within
 from recipes import spd_sensitivity
 from recipes.common.cli import compose_config, is_first, leave_stopped, on_every_rank, say

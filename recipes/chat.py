@@ -25,7 +25,8 @@ from longctx.cost.choice import RULES, choose
 from longctx.cost.hardware import Hardware
 from longctx.data.turns import UserTurn, turns_from
 from longctx.hf.config import tokenizer_of
-from longctx.parallel.launch import Rank, current_rank
+from longctx.parallel.launch import Rank
+from longctx.parallel.launcher import current_rank
 from recipes.calibrate import measure_ring
 from recipes.common.cli import console, main, on_ranks, say, warm_up_ranks
 from recipes.common.conversation import TurnFigures, show_turn, take_turn, typed_turns

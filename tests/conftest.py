@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, settings
 
 from longctx.config import ModelSource
 from longctx.hf.locate import locate
-from longctx.parallel.launch import current_rank, warm_up
+from longctx.parallel.launch import warm_up
+from longctx.parallel.launcher import current_rank
 from tests.tracking import tear_down_wandb
 
 # No deadline for an example: other tests share the machine.

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from longctx.config import Mesh
-from longctx.parallel.launch import RankFailed, current_rank
+from longctx.parallel.launch import RankFailed
+from longctx.parallel.launcher import current_rank
 
 _RATE = re.compile(r"(\d+(?:\.\d+)?)([kmg])bit")
 _UNITS = {"k": 1e3, "m": 1e6, "g": 1e9}

@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.text import Text
 
 from longctx.config import Mesh
-from longctx.parallel.launch import Rank, RankFailed, current_rank, run_ranks, warm_up
+from longctx.parallel.launch import Rank, RankFailed, run_ranks, warm_up
+from longctx.parallel.launcher import current_rank
 from recipes.common.help import help_of
 from recipes.common.mistakes import names_of, unknown_setting
 from recipes.common.overrides import CONFIGS, as_overrides, lists_values, literal

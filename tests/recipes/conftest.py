@@ -11,7 +11,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from longctx.parallel.launch import current_rank
+from longctx.parallel.launcher import current_rank
 from recipes import generate
 from recipes.common import cli as recipe_cli
 from recipes.common import overrides

@@ -1,0 +1,83 @@
+"""The rank is the one that torchrun or srun assigned, or the environment is refused."""
+
+import subprocess
+
+import pytest
+
+from longctx.parallel import launcher
+from longctx.parallel.launch import Rank
+from longctx.parallel.launcher import current_rank, rank_from_environment
+
+
+def test_no_launcher_gives_no_rank():
+    assert rank_from_environment({}) is None
+    assert rank_from_environment({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}) is None, "a batch script, not a step"
+
+
+@pytest.mark.parametrize("one_process", [{"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_STEP_NUM_TASKS": "1"}])
+def test_launcher_of_a_single_process_gives_no_rank(one_process):
+    assert rank_from_environment({"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n17", **one_process}) is None
+
+
+def test_rank_from_torchrun():
+    address = {"MASTER_ADDR": "n17", "MASTER_PORT": "29500"}
+    torchrun = {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3", **address}
+    assert rank_from_environment(torchrun) == Rank(5, 7, 1, 3, "env://")
+    assert rank_from_environment({"RANK": "5", "WORLD_SIZE": "7", **address}) == Rank(5, 7, 0, 1, "env://")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "0"}, "RANK set, WORLD_SIZE is not; start with torchrun, or unset RANK"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE set, RANK is not; start with torchrun, or unset WORLD_SIZE"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK, WORLD_SIZE set, MASTER_ADDR is not"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "n17"}, "MASTER_PORT is not"),
+        ({"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "n17", "MASTER_PORT": "7"}, "RANK=x is no number"),
+        ({"SLURM_STEP_NODELIST": "n17", "SLURM_PROCID": "0"}, "half srun's: .* set, SLURM_STEP_NUM_TASKS is not"),
+    ],
+)
+def test_half_of_a_launcher_s_environment_is_refused(environment, message):
+    with pytest.raises(ValueError, match=message):
+        rank_from_environment(environment)
+
+
+def test_address_alone_is_no_launcher_s_environment():
+    assert rank_from_environment({"MASTER_ADDR": "n17", "MASTER_PORT": "29500"}) is None
+
+
+@pytest.mark.parametrize(
+    ("tasks_per_node", "node", "local_world_size"),
+    [("2(x3)", 2, 2), ("3,3", 1, 3), ("6", 0, 6), ("2(x2),1,3", 2, 1), ("2(x2),1,3", 3, 3)],
+)
+def test_rank_from_srun(monkeypatch, tasks_per_node, node, local_world_size):
+    def scontrol(command, **_):
+        assert command == ["scontrol", "show", "hostnames", "n[17-19]"]
+        return subprocess.CompletedProcess(command, 0, "n17\nn18\nn19\n", "")
+
+    monkeypatch.setattr(subprocess, "run", scontrol)
+    srun = {
+        "SLURM_JOB_ID": "41003",
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODEID": str(node),
+        "SLURM_STEP_NODELIST": "n[17-19]",
+        "SLURM_STEP_NUM_TASKS": "6",
+        "SLURM_STEP_TASKS_PER_NODE": tasks_per_node,
+    }
+    assert rank_from_environment(srun) == Rank(5, 6, 1, local_world_size, "tcp://n17:21003")
+
+
+def test_current_rank_reads_the_environment_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(launcher, "rank_from_environment", lambda environment: calls.append(environment["RANK"]))
+    monkeypatch.setenv("RANK", "5")
+    current_rank.cache_clear()
+    try:
+        assert [current_rank(), current_rank()] == [None, None]
+        assert calls == ["5"]
+        current_rank.cache_clear()
+        current_rank()
+        assert calls == ["5", "5"]
+    finally:
+        current_rank.cache_clear()
