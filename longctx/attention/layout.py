@@ -124,7 +124,7 @@ class Layout:
         ranks = []
         for rank in range(self.size):
             cuts = [self.rows(rank) * part // parts for part in range(parts + 1)]
-            ranks += [_slice_rows(self.ranks[rank], *ends) for ends in pairwise(cuts)]
+            ranks += [slice_rows(self.ranks[rank], *ends) for ends in pairwise(cuts)]
         return Layout(self.lengths, tuple(ranks), self.begins)
 
     def on_one_rank(self) -> "Layout":
@@ -281,7 +281,7 @@ def _merge_spans(spans: Iterable[Span], size: int) -> Spans:
     return tuple(out)
 
 
-def _slice_rows(spans: Spans, first: int, end: int) -> Spans:
+def slice_rows(spans: Spans, first: int, end: int) -> Spans:
     """Return rows ``first`` to ``end`` (exclusive), counted over all ``spans``."""
     out, begin = [], 0
     for span in spans:

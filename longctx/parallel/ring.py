@@ -1,18 +1,20 @@
 """Ring attention: each rank computes on one rank's tensors while the next rank's tensors are in flight."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from typing import Any
 
 import torch
 
 from longctx.attention.kernel import Gradients, Kernel, attend_tiles, tile_gradients
-from longctx.attention.layout import Layout
+from longctx.attention.layout import Layout, Spans, slice_rows
 from longctx.attention.mask import CAUSAL, Mask
 from longctx.attention.partial import Partial, empty_partial, merge_
 from longctx.attention.tiles import Tile, visible_tiles
 from longctx.parallel.comm import Comm, Shape, doing
 from longctx.shapes import Keys, Queries, Shaped, Tensor
+
+Rows = tuple[tuple[int, int], ...]  # rows of a block: ranges (first, end), sorted and apart
 
 
 @dataclass(frozen=True)
@@ -23,33 +25,78 @@ class Ring:
     queries: Layout
     keys: Layout
     mask: Mask = CAUSAL
-    _tiles: dict[tuple[int, int], tuple[Tile, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _cache: dict[tuple[object, ...], Any] = field(default_factory=dict, repr=False, compare=False)
 
-    def tiles(self, q_rank: int, k_rank: int) -> tuple[Tile, ...]:
+    def tiles(
+        self, q_rank: int, k_rank: int, *, q_rows: Rows | None = None, k_rows: Rows | None = None
+    ) -> tuple[Tile, ...]:
         """Return the tiles that are visible between the queries of ``q_rank`` and the keys of ``k_rank``.
 
-        Each pair is computed once and then shared by all layers.
+        ``q_rows`` and ``k_rows`` are the rows of the two blocks that have arrived (None: all rows).  Each result is
+        computed once and then shared by all layers.
         """
-        pair = q_rank, k_rank
-        if pair not in self._tiles:
-            self._tiles[pair] = visible_tiles(self.queries.ranks[q_rank], self.keys.ranks[k_rank], self.mask)
-        return self._tiles[pair]
+        key = q_rank, k_rank, q_rows, k_rows
+        if key not in self._cache:
+            queries, keys = self.queries.ranks[q_rank], self.keys.ranks[k_rank]
+            self._cache[key] = visible_tiles(_spans_of(queries, q_rows), _spans_of(keys, k_rows), self.mask)
+        tiles: tuple[Tile, ...] = self._cache[key]
+        return tiles
 
-    @cached_property
-    def key_hops(self) -> int:
-        """Hops that keys must travel to reach every query that sees them: N - 1, or fewer under a window."""
-        return self._hops(self.tiles)
+    def keys_to_send(self, owner: int, hop: int, hops: int = 1) -> Rows | None:
+        """Return the rows of ``owner``'s keys that the ranks ``hop`` to ``hop + hops - 1`` hops away see.
 
-    @cached_property
-    def query_hops(self) -> int:
-        """Hops that queries must travel to reach every key that they see."""
-        return self._hops(lambda rank, owner: self.tiles(owner, rank))
+        None is all rows: without a window, others see nearly all of them.
+        """
+        return self._rows_to_send("keys", owner, hop, hops)
 
-    def _hops(self, tiles_between: Callable[[int, int], tuple[Tile, ...]]) -> int:
-        """Return the largest number of hops after which a (rank, owner) pair still has tiles."""
-        size = self.comm.size
-        used = (n for n in range(size - 1, 0, -1) for rank in range(size) if tiles_between(rank, (rank - n) % size))
-        return next(used, 0)
+    def queries_to_send(self, owner: int, hop: int, hops: int = 1) -> Rows | None:
+        """Return the rows of ``owner``'s queries that see keys of the ranks ``hop`` to ``hop + hops - 1`` hops away."""
+        return self._rows_to_send("queries", owner, hop, hops)
+
+    def _rows_to_send(self, of: str, owner: int, hop: int, hops: int) -> Rows | None:
+        if self.mask.before is None or hop == 0:
+            return None
+        key = of, owner, hop, hops
+        if key not in self._cache:
+            others = [(owner + n) % self.comm.size for n in range(hop, hop + hops)]
+            if of == "keys":
+                ranges = [(tile.k0, tile.k1) for other in others for tile in self.tiles(other, owner)]
+            else:
+                ranges = [(tile.q0, tile.q1) for other in others for tile in self.tiles(owner, other)]
+            self._cache[key] = _union(ranges)
+        rows: Rows = self._cache[key]
+        return rows
+
+
+def _union(ranges: Iterable[tuple[int, int]]) -> Rows:
+    """Return the rows of all ``ranges``, which may overlap."""
+    union: list[tuple[int, int]] = []
+    for first, end in sorted(ranges):
+        if union and first <= union[-1][1]:
+            union[-1] = union[-1][0], max(end, union[-1][1])
+        else:
+            union.append((first, end))
+    return tuple(union)
+
+
+def _spans_of(spans: Spans, rows: Rows | None) -> Spans:
+    return spans if rows is None else tuple(s for first, end in rows for s in slice_rows(spans, first, end))
+
+
+def _count(rows: Rows | None, whole: int) -> int:
+    return whole if rows is None else sum(end - first for first, end in rows)
+
+
+def _take(x: Tensor, arrived: Rows | None, wanted: Rows | None) -> Tensor:
+    """Return the rows ``wanted`` of a block from ``x``, which has its rows ``arrived``, among them all of ``wanted``."""
+    if arrived == wanted or wanted is None:
+        return x
+    arrived = ((0, x.shape[1]),) if arrived is None else arrived
+    slices, begin = [x[:, :0]], 0
+    for first, end in arrived:
+        slices += [x[:, begin + a - first : begin + b - first] for a, b in wanted if first <= a < end]
+        begin += end - first
+    return torch.cat(slices, 1)
 
 
 Strategy = Callable[[Queries, Keys, Keys, Ring, Kernel], Partial]
@@ -60,38 +107,48 @@ def _with_rows(x: Tensor, rows: int) -> Shape:
 
 
 def rotate(
-    comm: Comm, layout: Layout, *mine: Shaped[Tensor, "b _ ..."], hops: int | None = None
+    comm: Comm,
+    layout: Layout,
+    *mine: Shaped[Tensor, "b _ ..."],
+    rows: Callable[[int, int], Rows | None] = lambda _owner, _hop: None,
 ) -> Iterator[tuple[int, tuple[Shaped[Tensor, "b _ ..."], ...]]]:
     """Yield (owner, tensors) for every rank, this rank first, while the next rank's tensors are in flight.
 
     Example: on rank 2 of 4 the owners are 2, 1, 0, 3.  ``layout`` gives each owner's number of rows (dim 1).
-    ``hops`` (N - 1 if None, the same on every rank) ends the rotation early.  Two buffers are alive, the current one
-    and the one in flight.  Delete what was yielded (``del``) before the next iteration, or it stays alive as a third.
+    ``rows(owner, hop)`` are the rows of a block that make a hop (None: all).  No row may join on a later hop.
+    Two buffers are alive, the current one and the one in flight.  Delete what was yielded (``del``) before the next
+    iteration, or it stays alive as a third.
     """
     current = mine
-    hops = comm.size - 1 if hops is None else hops
-    for step in range(hops):
-        previous = (comm.rank - step - 1) % comm.size
-        shapes = [_with_rows(x, layout.rows(previous)) for x in mine]
-        hop = f"hop {step + 1} of {hops} of the ring"
-        with doing(hop):
-            pending = comm.shift(*current, shapes=shapes)
-        yield (comm.rank - step) % comm.size, current
-        with doing(hop):
+    for hop in range(1, comm.size):
+        owner, next_owner = (comm.rank - hop + 1) % comm.size, (comm.rank - hop) % comm.size
+        count = _count(rows(next_owner, hop), layout.rows(next_owner))
+        name = f"hop {hop} of {comm.size - 1} of the ring"
+        with doing(name):
+            sent = [_take(x, rows(owner, hop - 1), rows(owner, hop)) for x in current]
+            pending = comm.shift(*sent, shapes=[_with_rows(x, count) for x in mine])
+        del sent
+        yield owner, current
+        with doing(name):
             current = pending.wait()
         del pending  # it also keeps the tensors alive that were sent
-    yield (comm.rank - hops) % comm.size, current
+    yield (comm.rank + 1) % comm.size, current
 
 
 def pass_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
     """Ring attention in which queries stay and keys and values rotate (arXiv 2411.01783, Alg. 2).
 
-    Each rank sends N - 1 blocks of keys and values: those of all ranks but the next one.  Under a window it sends
-    `Ring.key_hops` blocks.
+    Each rank sends N - 1 blocks of keys and values: those of all ranks but the next one.  Under a window, a hop carries
+    only the rows that a later rank sees.
     """
-    partial = empty_partial(q)
-    for owner, (k_o, v_o) in rotate(ring.comm, ring.keys, k, v, hops=ring.key_hops):
-        attend_tiles(partial, q, k_o, v_o, ring.tiles(ring.comm.rank, owner), kernel)
+    partial, size = empty_partial(q), ring.comm.size
+
+    def rows(owner: int, hop: int) -> Rows | None:
+        return ring.keys_to_send(owner, hop, size - hop)
+
+    for owner, (k_o, v_o) in rotate(ring.comm, ring.keys, k, v, rows=rows):
+        arrived = rows(owner, (ring.comm.rank - owner) % size)
+        attend_tiles(partial, q, k_o, v_o, ring.tiles(ring.comm.rank, owner, k_rows=arrived), kernel)
         del k_o, v_o
     return partial
 
@@ -102,27 +159,36 @@ def pass_q(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
     One all-to-all returns the partial results to the queries' ranks.  Bytes sent per rank: the queries of every rank
     but the next one, and the partials of all other ranks' queries: d values and one log-sum-exp per row and head,
     in the accumulation dtype (float32, or float64 for float64 inputs).  A rank without keys for a block of queries
-    sends no partial for it.
+    sends no partial for it.  Under a window, only rows travel and return that see a key of another rank.
     """
-    comm = ring.comm
+    comm, size = ring.comm, ring.comm.size
     merged = empty_partial(q)
+
+    def rows(owner: int, hop: int) -> Rows | None:
+        return ring.queries_to_send(owner, hop, size - hop)
 
     # 1. Attend to this rank's keys with every rank's queries.
     no_rows: Shape = (q.shape[0], 0, q.shape[2], q.shape[3] + 1)
-    partials = [merged.out.new_empty(no_rows)] * comm.size
-    for owner, (q_o,) in rotate(comm, ring.queries, q, hops=ring.query_hops):
-        if tiles := ring.tiles(owner, comm.rank):
+    partials = [merged.out.new_empty(no_rows)] * size
+    for owner, (q_o,) in rotate(comm, ring.queries, q, rows=rows):
+        hop = (comm.rank - owner) % size
+        if tiles := ring.tiles(owner, comm.rank, q_rows=rows(owner, hop)):
             partial = empty_partial(q_o)
             attend_tiles(partial, q_o, k, v, tiles, kernel)
-            partials[owner] = _pack(partial)
+            partials[owner] = _take(_pack(partial), rows(owner, hop), ring.queries_to_send(owner, hop))
         del q_o
 
     # 2. Return the partials to the ranks that own the queries, and merge.
-    shapes = [_with_rows(partials[0], q.shape[1] if ring.tiles(comm.rank, other) else 0) for other in range(comm.size)]
+    returned = [ring.queries_to_send(comm.rank, (other - comm.rank) % size) for other in range(size)]
+    has_keys = [bool(ring.tiles(comm.rank, other)) for other in range(size)]
+    counts = [_count(rows, q.shape[1]) if has else 0 for rows, has in zip(returned, has_keys, strict=True)]
     with doing("returning partial results"):
-        partials = comm.all_to_all(partials, shapes)
-    for packed in partials:
-        merge_(merged, slice(0, packed.shape[1]), _unpack(packed))
+        partials = comm.all_to_all(partials, [_with_rows(partials[0], count) for count in counts])
+    for packed, ranges in zip(partials, returned, strict=True):
+        begin = 0
+        for first, end in ranges if ranges is not None else [(0, packed.shape[1])]:
+            merge_(merged, slice(first, end), _unpack(packed[:, begin : begin + end - first]))
+            begin += end - first
     return merged
 
 
@@ -139,16 +205,19 @@ def all_gather_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> P
     """Attention over all keys and values after one all-gather (Llama 3's training; arXiv 2411.01783, 3.5.2).
 
     It sends the bytes of `pass_kv` in one exchange instead of N - 1 hops.  No computation hides the exchange, and the
-    blocks of all ranks are in memory at once.  Bytes sent per rank: its keys and values, to each other rank.
+    blocks of all ranks are in memory at once.  Bytes sent per rank: its keys and values, to each other rank; under a
+    window, only the rows that this rank sees.
     """
     comm, partial = ring.comm, empty_partial(q)
     both = torch.cat([k, v], -1)
-    shapes = [_with_rows(both, ring.keys.rows(owner)) for owner in range(comm.size)]
+    sent = [ring.keys_to_send(comm.rank, (other - comm.rank) % comm.size) for other in range(comm.size)]
+    received = [ring.keys_to_send(owner, (comm.rank - owner) % comm.size) for owner in range(comm.size)]
+    shapes = [_with_rows(both, _count(rows, ring.keys.rows(owner))) for owner, rows in enumerate(received)]
     with doing("gathering keys and values"):
-        gathered = comm.all_gather(both, shapes)
-    for owner, block in enumerate(gathered):
+        gathered = comm.all_to_all([_take(both, None, rows) for rows in sent], shapes)
+    for owner, (block, rows) in enumerate(zip(gathered, received, strict=True)):
         k_o, v_o = block.chunk(2, -1)
-        attend_tiles(partial, q, k_o, v_o, ring.tiles(comm.rank, owner), kernel)
+        attend_tiles(partial, q, k_o, v_o, ring.tiles(comm.rank, owner, k_rows=rows), kernel)
     return partial
 
 

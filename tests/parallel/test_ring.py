@@ -1,6 +1,7 @@
 """Ring attention on threads: exact for every strategy, layout and number of ranks, with the bytes of the papers."""
 
 import weakref
+from functools import partial as partial_of
 
 import pytest
 import torch
@@ -153,34 +154,71 @@ def test_bytes_and_messages(strategy, name, ranks, dtype, e, acc):
         assert total.messages == expected[1] | {"shift": expected[1].get("shift", 0) + more_messages}
 
 
-@pytest.mark.parametrize(("ranks", "before", "hops"), [(5, 3, 1), (5, 11, 2), (5, 0, 0), (2, 999, 1)])
-def test_window_ends_the_ring_after_the_last_needed_hop(ranks, before, hops):
-    """Contiguous blocks of 7 rows: pass-KV sends one block of keys and values a hop.
+def seen_rows(mask: torch.Tensor, queries: Layout, keys: Layout, q_ranks: list[int], k_ranks: list[int]):
+    """Return the numbers of rows of ``q_ranks`` that see a key of ``k_ranks``, and of the keys that they see."""
+    q_rows, k_rows = (
+        torch.cat([layout.index(rank) for rank in ranks]) for layout, ranks in ((queries, q_ranks), (keys, k_ranks))
+    )
+    seen = mask[q_rows][:, k_rows]
+    return int(seen.any(1).sum()), int(seen.any(0).sum())
 
-    Pass-Q sends one block of queries a hop and then the partials of the queries that see this rank's keys.
-    """
-    layout = contiguous(7 * ranks, ranks)
-    task, (hq, hk), d = problem(layout), (6, 2), 5
-    for name in ("pass_kv", "pass_q"):
 
-        def rank_main(world, rank, strategy=STRATEGIES[name]):
-            comm = world.group(rank)
-            ring = Ring(comm, layout, layout, Mask(before))
-            return strategy(*task.of(rank)[:3], ring, reference), comm.traffic
+def windowed_bytes(strategy: str, rank: int, ranks: int, rows_seen, hq: int, hk: int, d: int) -> int:
+    """Return the bytes of a forward in float64, in which no row travels further than to the last rank that needs it."""
+    others = [other for other in range(ranks) if other != rank]
+    if strategy == "all_gather_kv":
+        return sum(rows_seen([other], [rank])[1] for other in others) * B * 2 * hk * d * 8
+    rows = 0
+    for hop in range(1, ranks):
+        owner = (rank - hop + 1) % ranks
+        later = [(owner + n) % ranks for n in range(hop, ranks)]
+        rows += rows_seen(later, [owner])[1] if strategy == "pass_kv" else rows_seen([owner], later)[0]
+    if strategy == "pass_kv":
+        return rows * B * 2 * hk * d * 8
+    returned = sum(rows_seen([other], [rank])[0] for other in others)
+    return rows * B * hq * d * 8 + returned * B * hq * (d + 1) * 8
 
-        rows = oracle.pack_rows(layout.lengths)
-        exact, _ = oracle.attention(task.q, task.k, task.v, oracle.visible(rows, rows, before))
-        partials, traffic = zip(*run_threads(ranks, rank_main), strict=True)
-        oracle.assert_close(layout.unshard([partial.out for partial in partials], 1), exact, 1e-10)
-        for rank, sent in enumerate(traffic):
-            block = 7 * B * 8 * d
-            if name == "pass_kv":
-                assert sent.total == hops * block * 2 * hk
-                continue
-            # Queries see the keys of lower ranks, which they reach last: all hops are needed if any is.
-            rotation = (ranks - 1) * block * hq if hops else 0
-            higher_ranks = min(hops, ranks - 1 - rank)  # whose queries see this rank's keys
-            assert sent.total == rotation + higher_ranks * 7 * B * 8 * hq * (d + 1)
+
+WINDOWED = {
+    "contiguous": lambda n: (contiguous(7 * n, n),),
+    "zigzag": lambda n: (zigzag(37, n),),
+    "striped": lambda n: (striped(31, n),),
+    "a prompt after an answer": lambda n: (zigzag(19, n), *decoded_tokens(19, 7, n), zigzag(23, n)),
+    "a decoded token": lambda n: (zigzag(19, n), *decoded_tokens(19, 1, n)),
+    "documents continue": lambda n: (documents([7, 0, 5], n), documents([3, 11, 0], n, striped)),
+}
+
+
+@strategies
+@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize(("ranks", "before"), [(2, 3), (5, 2), (5, 11), (3, 0), (2, 999)])
+def test_window_sends_only_the_rows_that_are_seen(strategy, name, ranks, before):
+    *earlier, queries = WINDOWED[name](ranks)
+    queries = queries.after(grown(earlier)) if earlier else queries
+    keys = grown(earlier).then(queries) if earlier else queries
+    task, (hq, hk), d = problem(queries, keys), (6, 2), 5
+
+    def rank_main(world, rank):
+        comm = world.group(rank)
+        ring = Ring(comm, queries, keys, Mask(before))
+        return STRATEGIES[strategy](*task.of(rank)[:3], ring, reference), comm.traffic.total
+
+    mask = oracle.visible(oracle.pack_rows(queries.lengths, queries.begins), oracle.pack_rows(keys.lengths), before)
+    exact, _ = oracle.attention(task.q, task.k, task.v, mask)
+    with torch.no_grad():
+        partials, sent = zip(*run_threads(ranks, rank_main), strict=True)
+    oracle.assert_close(queries.unshard([partial.out for partial in partials], 1), exact, 1e-10)
+    for rank in range(ranks):
+        rows_seen = partial_of(seen_rows, mask, queries, keys)
+        assert sent[rank] == windowed_bytes(strategy, rank, ranks, rows_seen, hq, hk, d)
+
+
+def test_window_at_a_border_of_two_blocks_sends_one_window():
+    """Two ranks in zigzag order, chunks of 25 rows: each sends the 6 rows before the chunk that follows on the other."""
+    layout = zigzag(100, 2)
+    for rank, owner in ((0, 1), (1, 0)):
+        ring = Ring(ThreadWorld(2).group(rank), layout, layout, Mask(6))
+        assert ring.keys_to_send(owner, 1) == (((19, 25),) if owner == 0 else ((44, 50),))
 
 
 @strategies
