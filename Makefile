@@ -8,7 +8,7 @@ READY := $(VENV)/ready
 SEED ?= 1
 AT_ONCE := --numprocesses 3 --dist loadfile --no-loadscope-reorder --random-order --random-order-seed=$(SEED)
 
-.PHONY: help demo test test-fast test-gpu slurm lint format docs clean
+.PHONY: help demo test test-fast test-gpu slurm lint format docs published clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,9 @@ format: $(READY) ## let ruff rewrite what it can
 
 docs: $(READY) ## pages of the public API, from its docstrings, in outputs/docs
 	$(BIN)/python -m docs.build_api outputs/docs
+
+published: $(READY) ## predicted against published times: longctx/cost/README.md, in a minute
+	$(BIN)/python -m tests.cost.page
 
 clean: ## remove the environment and what runs have written
 	rm -rf $(VENV) outputs

@@ -8,9 +8,7 @@ Ulysses have divided them.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from longctx.cost.hardware import Hardware
-
-_PARTIAL_ELEMENT_BYTES = 4  # partial outputs and their log-sum-exps are sent in float32
+from longctx.cost.hardware import Hardware, Link
 
 
 @dataclass(frozen=True)
@@ -18,18 +16,20 @@ class Work:
     """The attention of one layer over a batch of sequences, on a ring of ``ranks``.
 
     Sequence i has ``new[i]`` new tokens, which attend to its ``cached[i]`` cached tokens and causally to each other.
-    ``heads`` and ``kv_heads`` are those of one rank.  ``window`` is the number of keys that a query sees at most, its
-    own included; None is no window.
+    ``heads`` and ``kv_heads`` are those of one rank, a fraction if the mesh does not divide them.  ``window`` is the
+    number of keys that a query sees at most, its own included; None is no window.  ``partial_element_bytes`` is an
+    element of a partial output: float32 here, 16 bits in arXiv 2411.01783.
     """
 
     new: Sequence[int]
     cached: Sequence[int]
     ranks: int
-    heads: int
-    kv_heads: int
+    heads: float
+    kv_heads: float
     head_dim: int
     element_bytes: int
     window: int | None = None
+    partial_element_bytes: int = 4
 
     @property
     def new_total(self) -> int:
@@ -53,9 +53,9 @@ class Work:
 
     @property
     def partial_bytes(self) -> float:
-        """Bytes of a rank's partial outputs for the other ranks' queries: (N - 1) T / N H_Q (D_H + 1) in float32."""
+        """Bytes of a rank's partial outputs for the other ranks' queries: (N - 1) T / N H_Q (D_H + 1) elements."""
         rows = (self.ranks - 1) * self.new_total / self.ranks
-        return rows * self.heads * (self.head_dim + 1) * _PARTIAL_ELEMENT_BYTES
+        return rows * self.heads * (self.head_dim + 1) * self.partial_element_bytes
 
     @property
     def flops(self) -> float:
@@ -133,3 +133,35 @@ COSTS: dict[str, Callable[[Work, Hardware], Cost]] = {
     "pass_q": pass_q_cost,
     "all_gather_kv": all_gather_kv_cost,
 }
+
+
+def ulysses_bytes(work: Work, degree: int) -> tuple[float, float]:
+    """Return the bytes that a rank sends in Ulysses' two all-to-alls around ``work``: (q, k and v out, output back).
+
+    ``work`` is that of a rank's share of the heads.  Before the exchange a rank has T / (N U) rows of all U shares, and
+    it keeps one share: (U - 1) T / (N U) rows of H_Q + 2 H_KV heads leave, and as many of H_Q heads return.
+    """
+    row = (degree - 1) * work.new_total / (work.ranks * degree) * work.head_dim * work.element_bytes
+    return row * (work.heads + 2 * work.kv_heads), row * work.heads
+
+
+def ulysses_seconds(work: Work, degree: int, link: Link) -> float:
+    """Return the seconds of Ulysses' two all-to-alls around ``work``, which no computation hides; see above."""
+    return sum(link.seconds(size) for size in ulysses_bytes(work, degree))
+
+
+def backward_cost(work: Work, hardware: Hardware) -> Cost:
+    """Return the cost of the backward of any strategy: a ring of N blocks of keys, values and their gradients.
+
+    A flash backward has 5 matrix products where the forward has 2, so a block takes 2.5 times its arithmetic.  Keys and
+    values make N - 1 hops; the sums of their gradients, in float32, follow one hop later and make N hops.
+    """
+    block = block_seconds(work, hardware)
+    backward = hardware.block_s + 2.5 * (block - hardware.block_s)
+    gradients = work.kv_block_bytes * 4 / work.element_bytes
+    hops = work.ranks - 1
+    send = hardware.hop.seconds(work.kv_block_bytes + gradients)
+    last = hardware.hop.seconds(gradients) if hops else 0.0
+    seconds = hops * _step(backward, send, hardware) + backward + last
+    sent = hops * work.kv_block_bytes + (work.ranks * gradients if hops else 0.0)
+    return Cost(seconds, seconds - work.ranks * backward, sent)

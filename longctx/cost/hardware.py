@@ -1,19 +1,36 @@
 """The performance figures of a machine that the cost models use; ``python -m recipes.calibrate`` measures them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Link:
-    """A communication link: a message of n bytes takes ``latency_s`` + n / ``bytes_per_s`` seconds."""
+    """A communication link: a message of n bytes takes ``latency_s`` + n / ``bytes_per_s`` seconds.
+
+    ``bulk`` is a second protocol, slower to start and faster per byte; each message takes the quicker of both.
+    """
 
     latency_s: float
     bytes_per_s: float
+    bulk: "Link | None" = None
 
     def seconds(self, size: float) -> float:
         """Return the seconds of a message of ``size`` bytes; 0 for an empty message, which is not sent."""
-        return self.latency_s + size / self.bytes_per_s if size else 0.0
+        if not size:
+            return 0.0
+        seconds = self.latency_s + size / self.bytes_per_s
+        return min(seconds, self.bulk.seconds(size)) if self.bulk else seconds
+
+
+def link_of(values: Mapping[str, Any]) -> Link:
+    """Return the `Link` in parsed YAML.  Raises KeyError, TypeError or ValueError for values that are no link."""
+    bulk = values.get("bulk")
+    latency_s, bytes_per_s = float(values["latency_s"]), float(values["bytes_per_s"])
+    if latency_s < 0 or bytes_per_s <= 0:
+        raise ValueError(f"latency_s={latency_s}, bytes_per_s={bytes_per_s}: use 0 or more, and more than 0")
+    return Link(latency_s, bytes_per_s, link_of(bulk) if bulk else None)
 
 
 @dataclass(frozen=True)
@@ -58,7 +75,7 @@ def hardware_of(values: Any, source: str) -> Hardware:
     """
     fix = "measure again with python -m recipes.calibrate out=FILE.yaml"
     try:
-        hop, exchange = (Link(**{k: float(v) for k, v in values[name].items()}) for name in ("hop", "exchange"))
+        hop, exchange = link_of(values["hop"]), link_of(values["exchange"])
         flops, kv, block_s, overlap = (float(values[x]) for x in ("flops", "kv_bytes_per_s", "block_s", "overlap"))
         empirical = None
         if fitted := values.get("empirical"):

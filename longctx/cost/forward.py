@@ -1,0 +1,175 @@
+"""Seconds and bytes of a model's pass over new tokens: the prefill of a prompt or a turn, and a decoded token.
+
+Per layer, a rank with T / (U R) rows of the new tokens computes
+
+    products   2 W / tp FLOPs a row                      W weights of the layer's projections
+    weights    e W / tp bytes, read once                 the additive roofline: few rows wait for memory
+    attention  `longctx.cost.attention`, with the heads of one rank
+    reductions (2 - p) all-reduces of rows x hidden      p is the share of blocks that drop one (arXiv 2502.20727)
+
+The times add up: nothing but the ring's communication overlaps with computation.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from longctx.cost.attention import COSTS, Work, block_seconds, ulysses_bytes, ulysses_seconds
+from longctx.cost.machine import Degrees, Machine
+from longctx.cost.training import Decoder
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Bytes of an element of activations, keys and most weights, and of an FFN weight; the share of dropped blocks."""
+
+    element: int = 2
+    ffn: float = 2
+    spd_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """Cost of a pass or a step on one rank: seconds by part, and bytes sent by axis of the mesh."""
+
+    parts: Mapping[str, float]
+    bytes: Mapping[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds of all parts."""
+        return sum(self.parts.values())
+
+
+def layer_weights(shape: Decoder) -> tuple[int, int]:
+    """Return the weights of a layer's attention projections, and of its feed-forward network."""
+    heads = 2 * shape.heads + 2 * shape.kv_heads
+    return shape.hidden * heads * shape.head_dim, (2 + shape.gated) * shape.hidden * shape.ffn
+
+
+def forward_flops(shape: Decoder, new: Sequence[int], cached: Sequence[int]) -> float:
+    """Return the FLOPs of a pass over ``new`` tokens: all visible pairs, and 2 per weight and token."""
+    scores = sum(work.flops * layers for work, layers in ring_works(shape, _ALONE, new, cached, Numbers()))
+    return 2 * sum(layer_weights(shape)) * shape.layers * sum(new) + scores
+
+
+@dataclass(frozen=True)
+class _OneRank:
+    tp: int = 1
+    ulysses: int = 1
+    ring: int = 1
+    dp: int = 1
+    pp: int = 1
+
+
+_ALONE = _OneRank()
+
+
+def ring_works(
+    shape: Decoder,
+    mesh: Degrees,
+    new: Sequence[int],
+    cached: Sequence[int],
+    numbers: Numbers,
+    partial_element_bytes: int = 4,
+) -> Iterator[tuple[Work, int]]:
+    """Yield the attention of one rank's ring, and the number of its layers, for each window of the model.
+
+    Tensor parallelism and Ulysses divide the heads; a KV head that several ranks share is replicated.
+    """
+    degree = mesh.tp * mesh.ulysses
+    heads, kv_heads = shape.heads / degree, max(1, shape.kv_heads / degree)
+    for window, layers in Counter(shape.windows).items():
+        yield (
+            Work(
+                new, cached, mesh.ring, heads, kv_heads, shape.head_dim, numbers.element, window, partial_element_bytes
+            ),
+            layers,
+        )
+
+
+def prefill_cost(
+    shape: Decoder,
+    mesh: Degrees,
+    machine: Machine,
+    new: Sequence[int],
+    cached: Sequence[int],
+    strategy: str,
+    numbers: Numbers,
+    *,
+    in_session: bool = False,
+) -> PassCost:
+    """Return the cost of prefilling ``new`` tokens of each sequence after its ``cached`` ones, by ``strategy``.
+
+    ``in_session``: the keys and values are kept for later turns, which takes the machine's ``turn_s``.
+    """
+    stride = mesh.tp * mesh.ulysses
+    hardware = machine.kernel(mesh.ring, stride)
+    exchange = machine.level(mesh.ulysses, mesh.tp).exchange
+    attention = ring = ulysses = ring_bytes = exchange_bytes = 0.0
+    for work, layers in ring_works(shape, mesh, new, cached, numbers, machine.partial_element_bytes):
+        cost = COSTS[strategy](work, hardware)
+        blocks = mesh.ring * block_seconds(work, hardware)
+        attention += layers * blocks
+        ring += layers * (cost.seconds - blocks)
+        ring_bytes += layers * cost.bytes_sent
+        ulysses += layers * ulysses_seconds(work, mesh.ulysses, exchange)
+        exchange_bytes += layers * sum(ulysses_bytes(work, mesh.ulysses))
+    rows = sum(new) / (mesh.ulysses * mesh.ring)
+    parts, reduced = _layers(shape, mesh, machine, rows, len(new), numbers)
+    overhead = parts["overhead"] + shape.layers * mesh.ring * machine.step_s + in_session * machine.turn_s
+    parts |= {"attention": attention, "ring": ring, "ulysses": ulysses, "overhead": overhead}
+    return PassCost(parts, {"tp": reduced, "ulysses": exchange_bytes, "ring": ring_bytes})
+
+
+def decode_cost(
+    shape: Decoder, mesh: Degrees, machine: Machine, cached: Sequence[int], strategy: str, numbers: Numbers
+) -> PassCost:
+    """Return the cost of one more token for each sequence of ``cached`` tokens, by a decode ``strategy``.
+
+    ``gather_merge``: every context rank projects all rows, attends to its own keys, and one all-gather of
+    H_Q (D_H + 1) float32 values a row merges the results.  The other strategies are those of prefill with T = 1: with
+    nothing hidden, pass-Q takes N blocks, N - 1 hops and an all-to-all (arXiv 2411.01783, Table 8).
+    """
+    new, context = [1] * len(cached), mesh.ulysses * mesh.ring
+    attention = merged = sent = 0.0
+    for work, layers in ring_works(shape, mesh, new, cached, numbers, machine.partial_element_bytes):
+        if strategy == "gather_merge":
+            hardware = machine.kernel(context, mesh.tp, decodes=True)
+            block = hardware.block_s + max(
+                work.flops / work.ranks / hardware.flops, work.kv_block_bytes / hardware.kv_bytes_per_s
+            )
+            size = (context - 1) * len(cached) * work.heads * (work.head_dim + 1) * 4.0
+            exchange_s = hardware.exchange.seconds(size)
+        else:
+            hardware = machine.kernel(mesh.ring, mesh.tp * mesh.ulysses, decodes=True)
+            cost = COSTS[strategy](work, hardware)
+            block = work.ranks * block_seconds(work, hardware)
+            exchange = machine.level(mesh.ulysses, mesh.tp).exchange
+            exchange_s = cost.seconds - block + ulysses_seconds(work, mesh.ulysses, exchange)
+            size = cost.bytes_sent + sum(ulysses_bytes(work, mesh.ulysses))
+        attention, merged, sent = attention + layers * block, merged + layers * exchange_s, sent + layers * size
+    parts, reduced = _layers(shape, mesh, machine, len(cached), len(cached), numbers)
+    return PassCost({**parts, "attention": attention, "merge": merged}, {"tp": reduced, "context": sent})
+
+
+def _layers(
+    shape: Decoder, mesh: Degrees, machine: Machine, rows: float, sequences: int, numbers: Numbers
+) -> tuple[dict[str, float], float]:
+    """Return the seconds of everything but attention for ``rows`` rows of a rank, and the bytes of its all-reduces.
+
+    The head is computed for the last row of each of the ``sequences``.
+    """
+    projections, ffn = layer_weights(shape)
+    head = shape.hidden * shape.vocab_size / mesh.tp
+    weights = (projections + ffn) * shape.layers / mesh.tp
+    read = (projections * numbers.element + ffn * numbers.ffn) * shape.layers / mesh.tp + head * numbers.element
+    reductions = shape.layers * (2 - numbers.spd_share)
+    size = rows * shape.hidden * numbers.element
+    parts = {
+        "products": (2 * weights * rows + 2 * head * sequences) / machine.gemm_flops,
+        "weights": read / machine.memory_bytes_per_s,
+        "tp": reductions * machine.all_reduce_seconds(size, mesh.tp),
+        "overhead": shape.layers * machine.layer_s,
+    }
+    return parts, reductions * 2 * (mesh.tp - 1) / mesh.tp * size

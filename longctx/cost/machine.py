@@ -1,0 +1,211 @@
+"""A machine of many GPUs in a few constants, for plans: compute rates, and the links between blocks of GPUs.
+
+A file of configs/machine/ states the constants with their sources; `machine_of` also reads a file that
+``python -m recipes.calibrate`` wrote on one node.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from math import prod
+from typing import Any, Protocol, runtime_checkable
+
+from longctx.cost.hardware import Hardware, Link, hardware_of, link_of
+from longctx.cost.reduction import all_reduce_seconds
+
+
+@runtime_checkable
+class Degrees(Protocol):
+    """Ranks along each axis of a mesh, which are numbered with tp fastest, then ulysses, ring, dp, pp."""
+
+    @property
+    def tp(self) -> int: ...
+    @property
+    def ulysses(self) -> int: ...
+    @property
+    def ring(self) -> int: ...
+    @property
+    def dp(self) -> int: ...
+    @property
+    def pp(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Level:
+    """Links between the GPUs of a block of ``ranks`` consecutive GPUs: a hop of a ring, and an all-to-all.
+
+    ``name`` is for the user, such as "within a node".  ``step_s`` is the latency of one of the steps of an all-reduce,
+    which are parts of a single kernel; None is the latency of a hop.
+    """
+
+    name: str
+    ranks: int
+    hop: Link
+    exchange: Link
+    step_s: float | None = None
+
+    @property
+    def reduce_step_s(self) -> float:
+        """Return the latency of one step of an all-reduce."""
+        return self.hop.latency_s if self.step_s is None else self.step_s
+
+    @property
+    def reduce_bytes_per_s(self) -> float:
+        """Return the rate of a rank's link in a large all-reduce on this level alone."""
+        return self.exchange.bulk.bytes_per_s if self.exchange.bulk else self.exchange.bytes_per_s
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Mean absolute error ``share`` of predicted against published times, for runs like the published ones.
+
+    Those had more than one rank on these ``axes`` of the mesh only, and at most ``ranks`` ranks.
+    """
+
+    share: float
+    axes: Sequence[str]
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Constants of a machine.  Rates are those of one GPU, per second; times are in seconds.
+
+    * ``levels``: links, the smallest block of GPUs first.  A group of ranks uses the first level whose block spans it.
+    * ``gpus_per_node``: GPUs that share a node; each has a network link of its own.
+    * ``gemm_flops``: matrix products with many rows.  ``attention_flops``: attention on large blocks.
+    * ``memory_bytes_per_s``: the rate of reading weights.  ``kv_bytes_per_s``: that of reading keys and values.
+    * ``block_s``: overhead of one block of attention.  ``step_s``: overhead of a step of the ring in prefill and
+      training, which nothing hides.
+    * ``layer_s``: overhead of a layer, such as kernel launches.  ``turn_s``: overhead of a turn of a session.
+    * ``overlap``: the share of communication that computation hides, as in `Hardware`.
+    * ``memory_bytes``: memory of a GPU; None sets no limit.
+    * ``peak_flops``: the denominator of MFU.  ``ffn_element_bytes``: an FFN weight, 1 if measured with FP8.
+    * ``partial_element_bytes``: see `longctx.cost.attention.Work`.
+    * ``errors``: accuracy for each kind of work that has published times.
+    """
+
+    levels: Sequence[Level]
+    gpus_per_node: int
+    gemm_flops: float
+    attention_flops: float
+    memory_bytes_per_s: float
+    kv_bytes_per_s: float
+    overlap: float = 1.0
+    block_s: float = 0.0
+    step_s: float = 0.0
+    layer_s: float = 0.0
+    turn_s: float = 0.0
+    memory_bytes: float | None = None
+    peak_flops: float | None = None
+    ffn_element_bytes: float | None = None
+    partial_element_bytes: int = 4
+    errors: Mapping[str, Accuracy] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.levels:
+            raise ValueError("a machine needs at least one level of links")
+        for name in ("gpus_per_node", "gemm_flops", "attention_flops", "memory_bytes_per_s", "kv_bytes_per_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: use a number above 0")
+        if not 0 <= self.overlap <= 1:
+            raise ValueError(f"overlap={self.overlap} is not a share; use a number from 0 to 1")
+
+    def level(self, ranks: int, stride: int) -> Level:
+        """Return the links of a group of ``ranks`` that are ``stride`` apart: the first level that spans them."""
+        span = ranks * stride
+        return next((level for level in self.levels if span <= level.ranks), self.levels[-1])
+
+    def expected_error(self, work: str, mesh: Degrees) -> float | None:
+        """Return the mean absolute error, as a share, of ``work`` on meshes like ``mesh``; None if it extrapolates."""
+        accuracy = self.errors.get(work)
+        ranks = {axis: getattr(mesh, axis) for axis in ("tp", "ulysses", "ring", "dp", "pp")}
+        if accuracy is None or prod(ranks.values()) > accuracy.ranks:
+            return None
+        return accuracy.share if all(n == 1 or axis in accuracy.axes for axis, n in ranks.items()) else None
+
+    def kernel(self, ring: int, stride: int, *, decodes: bool = False) -> Hardware:
+        """Return the constants of a ring of ``ring`` ranks as `context=auto` takes them.
+
+        Decoding hides nothing: its blocks are as short as the latency of a message.
+        """
+        level = self.level(ring, stride)
+        return Hardware(
+            self.attention_flops,
+            self.kv_bytes_per_s,
+            self.block_s,
+            level.hop,
+            level.exchange,
+            0.0 if decodes else self.overlap,
+        )
+
+    def all_reduce_seconds(self, size: float, ranks: int, stride: int = 1) -> float:
+        """Return the seconds of an all-reduce of ``size`` bytes per rank over ``ranks`` that are ``stride`` apart.
+
+        Between nodes, g neighbours on a node form g rings, each over its own network link, so the boundary carries g
+        times a link's rate; the links within the node bound the rest.  A group with a stride gets one link: so the
+        tp=2 rows of arXiv 2405.07719, Table 6 say.  Latencies: 2 steps for each neighbour on the node, and for each
+        other node.
+        """
+        if ranks == 1 or not size:
+            return 0.0
+        local = max(1, min(ranks, self.gpus_per_node // stride))
+        nodes = -(-ranks // local)
+        inner, outer = self.level(local, stride), self.level(ranks, stride)
+        rate = inner.reduce_bytes_per_s if local > 1 else float("inf")
+        latency = 2 * (local - 1) * inner.reduce_step_s
+        if nodes > 1:
+            rate = min(rate, (local if stride == 1 else 1) * outer.hop.bytes_per_s)
+            latency += 2 * (nodes - 1) * outer.reduce_step_s
+        return latency + all_reduce_seconds(size, ranks, 0.0, rate)
+
+
+def machine_of(values: Any, source: str) -> Machine:
+    """Return the `Machine` in the parsed YAML ``values`` of configs/machine/ or of recipes.calibrate.
+
+    ``source`` names the file in errors.  Raises ValueError, with the field and the fix, for a missing field or a value
+    of the wrong type or range.
+    """
+    if not isinstance(values, Mapping) or "levels" not in values:
+        return _one_node(hardware_of(values, source))
+    known = {one.name for one in fields(Machine)}
+    numbers = {name: value for name, value in values.items() if name in known - {"levels", "errors"}}
+    try:
+        levels = [
+            Level(
+                name=str(one["name"]),
+                ranks=int(one["ranks"]),
+                hop=link_of(one["hop"]),
+                exchange=link_of(one["exchange"]),
+                step_s=None if one.get("step_s") is None else float(one["step_s"]),
+            )
+            for one in values["levels"]
+        ]
+        errors = {
+            str(work): Accuracy(float(one["share"]), tuple(map(str, one["axes"])), int(one["ranks"]))
+            for work, one in (values.get("errors") or {}).items()
+        }
+        whole = ("gpus_per_node", "partial_element_bytes")
+        given = {name: value for name, value in numbers.items() if value is not None}
+        plain: dict[str, Any] = {name: (int if name in whole else float)(value) for name, value in given.items()}
+        return Machine(levels=levels, errors=errors, **plain)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{source} is not a description of a machine ({error}): copy a file of configs/machine and change its "
+            "numbers, or measure this machine with python -m recipes.calibrate out=FILE.yaml"
+        ) from error
+
+
+def _one_node(measured: Hardware) -> Machine:
+    """Return a node with the ``measured`` constants, whose ranks all have the links of its ring."""
+    everywhere = Level("between ranks", 2**31, measured.hop, measured.exchange)
+    return Machine(
+        levels=[everywhere],
+        gpus_per_node=2**31,
+        gemm_flops=measured.peak_flops or measured.flops,
+        attention_flops=measured.flops,
+        memory_bytes_per_s=measured.kv_bytes_per_s,
+        kv_bytes_per_s=measured.kv_bytes_per_s,
+        overlap=measured.overlap,
+        block_s=measured.block_s,
+        peak_flops=measured.peak_flops,
+    )

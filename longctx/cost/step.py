@@ -1,0 +1,114 @@
+"""Seconds and bytes of a training step, from the same formulas as a forward pass.
+
+Per micro-batch (a sequence) and layer, a rank with s / (U R) rows computes
+
+    products   3 times the forward's: each weight's gradient and each input's gradient take a product more
+    attention  the forward, and `longctx.cost.attention.backward_cost`
+    Ulysses    the forward's two all-to-alls, and their mirror images
+    tp         with sequence parallelism 6 all-gathers and 4 reduce-scatters (arXiv 2405.07719, v5, Table 2); an
+               all-gather and a reduce-scatter move the bytes of one all-reduce
+
+Once per step, gradients are reduced in float32 over data- and context-parallel ranks; with ZeRO-1, a reduce-scatter,
+and an all-gather of the new weights.  A pipeline of S stages adds (S - 1) / m of the m micro-batches' time.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from longctx.cost.attention import COSTS, backward_cost, block_seconds, ulysses_bytes, ulysses_seconds
+from longctx.cost.forward import Numbers, PassCost, layer_weights, ring_works
+from longctx.cost.machine import Degrees, Machine
+from longctx.cost.training import Decoder
+
+_UPDATE_BYTES = 28  # read and write: float32 gradient, weight and two moments; write: the weight in 16 bits
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """A step of ``batch`` sequences of ``length`` tokens, over all data-parallel ranks.
+
+    A micro-batch is ``sequences`` of them; the recipes take one at a time.
+    """
+
+    length: int
+    batch: int
+    sequences: int = 1
+    zero1: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
+
+
+def step_cost(
+    shape: Decoder, mesh: Degrees, machine: Machine, work: StepWork, strategy: str, numbers: Numbers
+) -> PassCost:
+    """Return the cost of a training step of ``work`` on one rank."""
+    # 1. One micro-batch through this stage's layers.
+    attention, sent = _attention(shape, mesh, machine, work, strategy, numbers)
+    products, tp_s, tp_bytes = _products(shape, mesh, machine, work, numbers)
+    overhead = shape.layers / mesh.pp * (3 * machine.layer_s + 2 * mesh.ring * machine.step_s)
+    hop_bytes = work.length * work.sequences / (mesh.ulysses * mesh.ring) * shape.hidden * numbers.element
+    stage = machine.level(mesh.pp, mesh.tp * mesh.ulysses * mesh.ring * mesh.dp).hop
+    parts = {**attention, "products": products, "tp": tp_s, "overhead": overhead}
+    # 2. All micro-batches, and the pipeline's bubble: while it fills and drains, a stage waits.
+    micro = work.batch / (mesh.dp * work.sequences)
+    once = sum(parts.values())
+    parts = {name: micro * seconds for name, seconds in parts.items()}
+    if mesh.pp > 1:
+        parts["pipeline"] = (mesh.pp - 1) * once + 2 * (micro + mesh.pp - 1) * stage.seconds(hop_bytes)
+    # 3. Gradients and the optimizer.
+    reduce_s, update_s, reduced = _update(shape, mesh, machine, work, numbers)
+    parts |= {"gradients": reduce_s, "optimizer": update_s}
+    sent = {axis: micro * size for axis, size in {**sent, "tp": tp_bytes}.items()}
+    return PassCost(parts, {**sent, "dp": reduced, "pp": 2 * micro * hop_bytes * (mesh.pp > 1)})
+
+
+def stage_weights(shape: Decoder, mesh: Degrees) -> float:
+    """Return the weights of one rank: its share of a stage's layers, and of the stage's embedding, head or both."""
+    ends = (1 if shape.tied or mesh.pp > 1 else 2) * shape.vocab_size * shape.hidden
+    return (sum(layer_weights(shape)) * shape.layers / mesh.pp + ends) / mesh.tp
+
+
+def _attention(
+    shape: Decoder, mesh: Degrees, machine: Machine, work: StepWork, strategy: str, numbers: Numbers
+) -> tuple[dict[str, float], dict[str, float]]:
+    hardware = machine.kernel(mesh.ring, mesh.tp * mesh.ulysses)
+    link = machine.level(mesh.ulysses, mesh.tp).exchange
+    seconds = {"attention": 0.0, "ring": 0.0, "ulysses": 0.0}
+    sent = {"ring": 0.0, "ulysses": 0.0}
+    new, cached = [work.length] * work.sequences, [0] * work.sequences
+    for one, all_layers in ring_works(shape, mesh, new, cached, numbers, machine.partial_element_bytes):
+        layers = all_layers / mesh.pp
+        blocks = mesh.ring * (3.5 * block_seconds(one, hardware) - 1.5 * hardware.block_s)
+        passes = COSTS[strategy](one, hardware), backward_cost(one, hardware)
+        seconds["attention"] += layers * blocks
+        seconds["ring"] += layers * (sum(cost.seconds for cost in passes) - blocks)
+        seconds["ulysses"] += layers * 2 * ulysses_seconds(one, mesh.ulysses, link)
+        sent["ring"] += layers * sum(cost.bytes_sent for cost in passes)
+        sent["ulysses"] += layers * 2 * sum(ulysses_bytes(one, mesh.ulysses))
+    return seconds, sent
+
+
+def _products(
+    shape: Decoder, mesh: Degrees, machine: Machine, work: StepWork, numbers: Numbers
+) -> tuple[float, float, float]:
+    """Return the seconds of a micro-batch's matrix products, and seconds and bytes of tensor parallelism."""
+    projections, ffn = layer_weights(shape)
+    rows, layers = work.length * work.sequences / (mesh.ulysses * mesh.ring), shape.layers / mesh.pp
+    again = {"none": 0.0, "selective": ffn, "full": projections + ffn}[work.recompute]
+    weights = layers * (3 * (projections + ffn) + again) + 3 * shape.hidden * shape.vocab_size  # the last stage's head
+    read = weights * numbers.element / mesh.tp / machine.memory_bytes_per_s
+    reductions = layers * (5 - 2 * numbers.spd_share + (2 if work.recompute == "full" else 0))
+    size = rows * shape.hidden * numbers.element
+    tp_s = reductions * machine.all_reduce_seconds(size, mesh.tp)
+    products = 2 * weights * rows / mesh.tp / machine.gemm_flops + read
+    return products, tp_s, reductions * 2 * (mesh.tp - 1) / mesh.tp * size
+
+
+def _update(
+    shape: Decoder, mesh: Degrees, machine: Machine, work: StepWork, numbers: Numbers
+) -> tuple[float, float, float]:
+    """Return the seconds of reducing gradients and of the optimizer, and the bytes that a rank sends for both."""
+    weights, replicas = stage_weights(shape, mesh), mesh.dp * mesh.ulysses * mesh.ring
+    moved = (4 + numbers.element) / 2 if work.zero1 else 4  # half an all-reduce each: scatter gradients, gather weights
+    seconds = machine.all_reduce_seconds(weights * moved, replicas, mesh.tp)
+    update = weights / (replicas if work.zero1 else 1) * _UPDATE_BYTES / machine.memory_bytes_per_s
+    return seconds, update, 2 * (replicas - 1) / replicas * weights * moved
