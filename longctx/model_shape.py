@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+_BY_LAYER = ("windows", "rotaries", "experts")
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -16,6 +18,21 @@ class Rotary:
     frequencies: tuple[float, ...]
     scale: float = 1.0
     interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: ``count`` feed-forward networks, of which a router chooses ``per_token`` for each token.
+
+    * ``ffn``: the hidden size of one expert.
+    * ``renormalised``: the weights of the chosen experts are the softmax of their logits, and so add up to 1.
+      Otherwise they are those of the softmax over all experts.
+    """
+
+    count: int
+    per_token: int
+    ffn: int
+    renormalised: bool = True
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,8 @@ class ModelShape:
     * ``embedding_scale``: factor of the embedding's output.
     * ``residual_scale``: factor of what attention and feed-forward network add to the residual stream.
     * ``logit_scale``: factor of the logits.
+    * ``experts``: per layer, the experts that replace its feed-forward network of size ``ffn``; None for a layer
+      without.  Empty means None for every layer.  All layers with experts have the same.
     """
 
     layers: int
@@ -69,16 +88,37 @@ class ModelShape:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    experts: tuple[Experts | None, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("windows", "rotaries"):
+        for name in _BY_LAYER:
             if not getattr(self, name):
                 object.__setattr__(self, name, (None,) * self.layers)
             assert len(getattr(self, name)) == self.layers, f"{name} needs an entry for each layer"
+        assert len({*self.experts} - {None}) <= 1, "layers with different experts are not implemented"
+
+    @property
+    def mixture(self) -> Experts | None:
+        """The experts of the layers that have some; None for a model without."""
+        return next((experts for experts in self.experts if experts), None)
+
+    @property
+    def ffn_sizes(self) -> tuple[int, ...]:
+        """The hidden sizes of the feed-forward networks and experts that the model has."""
+        return tuple(sorted({experts.ffn if experts else self.ffn for experts in self.experts}))
+
+    @property
+    def ffn_weights_per_token(self) -> int:
+        """Weights of all layers' feed-forward networks that multiply one token: of experts, the chosen, and routers."""
+        dense = self.experts.count(None) * (2 + self.gated) * self.hidden * self.ffn
+        if self.mixture is None:
+            return dense
+        chosen = self.mixture.per_token * (2 + self.gated) * self.mixture.ffn + self.mixture.count
+        return dense + (self.layers - self.experts.count(None)) * self.hidden * chosen
 
     def first(self, layers: int) -> "ModelShape":
         """Return the shape of the model's first ``layers`` layers."""
-        return replace(self, layers=layers, windows=self.windows[:layers], rotaries=self.rotaries[:layers])
+        return replace(self, layers=layers, **{name: getattr(self, name)[:layers] for name in _BY_LAYER})
 
     def refuse_unknown_token(self, largest: int, where: str = "the text") -> None:
         """Raise ValueError if ``largest``, the largest token id of a text, is beyond the vocabulary.

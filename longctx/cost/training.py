@@ -6,7 +6,7 @@ are T tokens, L layers, hidden size H, n query and m KV heads of dimension d, FF
 FFN (SwiGLU) has three matrices, one without a gate has two:
 
     projections   6 T L (2 H n d + 2 H m d)       queries and output, keys and values
-    ffn           6 T L 3 H F, with a gate; 6 T L 2 H F without
+    ffn           6 T L 3 H F, with a gate; 6 T L 2 H F without; of experts, the chosen and the router
     head          6 T H V                         the embedding is a look-up without FLOPs
 
 A visible pair of a query and a key takes d multiplications for its score and d for its value, in each of n heads:
@@ -40,9 +40,7 @@ class Decoder(Protocol):
     @property
     def head_dim(self) -> int: ...
     @property
-    def ffn(self) -> int: ...
-    @property
-    def gated(self) -> bool: ...
+    def ffn_weights_per_token(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
     @property
@@ -67,7 +65,7 @@ def train_flops_by_part(shape: Decoder, lengths: Sequence[int], causal: bool) ->
     return {
         "projections": 6 * tokens * shape.layers * shape.hidden * heads * shape.head_dim,
         "scores": 12 * shape.heads * shape.head_dim * pairs,
-        "ffn": 6 * tokens * shape.layers * (2 + shape.gated) * shape.hidden * shape.ffn,
+        "ffn": 6 * tokens * shape.ffn_weights_per_token,
         "head": 6 * tokens * shape.hidden * shape.vocab_size,
     }
 

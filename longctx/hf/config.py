@@ -57,8 +57,9 @@ def read_config(file: Path) -> Any:
 def _refuse_impossible(file: Path, config: Any) -> None:
     """Raise ValueError for dimensions and numbers that no model can have."""
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    for name in (*names, "vocab_size", "max_position_embeddings"):
-        value = getattr(config, name)
+    experts = ("num_local_experts", "num_experts_per_tok", "moe_intermediate_size")
+    for name in (*names, "vocab_size", "max_position_embeddings", *experts):
+        value = getattr(config, name, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{file}: {name}={value} is not a positive number: correct it")
     for name in ("rms_norm_eps", "norm_epsilon", "initializer_range"):
@@ -92,11 +93,21 @@ def tokenizer_of(folder: Path) -> Any:
         raise ValueError(f"{folder} has no tokenizer that transformers can read: {error}") from error
 
 
-def refuse_dropout(folder: Path) -> None:
-    """Raise ValueError if config.json sets attention dropout, which training does not implement."""
-    dropout = json.loads((folder / "config.json").read_text()).get("attention_dropout")
-    if dropout:
+def refuse_untrainable(folder: Path) -> None:
+    """Raise ValueError if config.json asks for what training does not implement: dropout, or a router's loss or noise.
+
+    These settings change nothing in inference.
+    """
+    values = json.loads((folder / "config.json").read_text())
+    if dropout := values.get("attention_dropout"):
         raise ValueError(f"attention_dropout={dropout}: training here has no dropout, set it to 0 in config.json")
+    if values.get("output_router_logits") and values.get("router_aux_loss_coef", 1):
+        raise ValueError(
+            "output_router_logits=true adds a loss of the router, which training here does not have: "
+            "set it to false in config.json"
+        )
+    if noise := values.get("router_jitter_noise"):
+        raise ValueError(f"router_jitter_noise={noise}: training here has no noise, set it to 0 in config.json")
 
 
 def _refuse_custom_code(folder: Path, error: Exception) -> None:

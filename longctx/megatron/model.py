@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from longctx.megatron.attention import ContextParallelAttention, Pass
+from longctx.megatron.experts import mixture_config, mixture_spec
 from longctx.megatron.modules import (
     BiasedColumnParallelLinear,
     BiasedRowParallelLinear,
@@ -34,7 +35,7 @@ from longctx.megatron.modules import (
     ScaledRowParallelLinear,
 )
 from longctx.megatron.spd.layer import SPDTransformerLayer, follow_plan
-from longctx.model_shape import ModelShape
+from longctx.model_shape import Experts, ModelShape
 from longctx.parallel.comm import Comm
 from longctx.shapes import Float, Int, Tensor, Tokens
 from longctx.spd.plan import SPDPlan
@@ -60,7 +61,8 @@ def layers_in_use(requested: str, shape: ModelShape) -> str:
             "model.layers=te needs Transformer Engine and CUDA: pip install 'longctx[gpu]', or use model.layers=local"
         )
     llama = {"out_bias": False, "mlp_bias": False, "norms": "pre", "layer_norm": False, "zero_centered": False,
-             "qk_norm": "none", "activation": "silu", "gated": True, "residual_scale": 1.0}  # fmt: skip
+             "qk_norm": "none", "activation": "silu", "gated": True, "residual_scale": 1.0,
+             "mixture": None}  # fmt: skip
     others = [f"{name}={getattr(shape, name)}" for name, value in llama.items() if getattr(shape, name) != value]
     if requested == "te" and others:
         raise ValueError(f"model.layers=te is not built for this model ({', '.join(others)}): use model.layers=local")
@@ -91,11 +93,15 @@ def build_model(
         config = _config(shape, groups, dtype, options)
     assert layers == "local" or plan is None, "recipes reject a plan with Transformer Engine layers"
     layer_class = TransformerLayer if plan is None else SPDTransformerLayer
-    spec = local_layer_spec(layer_class, shape, groups) if layers == "local" else _te_layer_spec()
     stages, stage = groups.pp.size(), groups.pp.rank()
+    per_stage = shape.layers // stages
+    specs = [
+        local_layer_spec(layer_class, shape, groups, experts) if layers == "local" else _te_layer_spec()
+        for experts in shape.experts[stage * per_stage : (stage + 1) * per_stage]
+    ]
     model = GPTModel(
         config,
-        TransformerBlockSubmodules(layer_specs=[spec] * (shape.layers // stages), layer_norm=_norm(shape)),
+        TransformerBlockSubmodules(layer_specs=specs, layer_norm=_norm(shape)),
         pre_process=stage == 0,
         post_process=stage == stages - 1,
         vocab_size=padded_vocab_size(shape, groups.tp.size()),
@@ -239,6 +245,7 @@ def _config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
+        **mixture_config(shape),
         **options,
     )
 
@@ -248,9 +255,15 @@ def _leave_uninitialised(_: Tensor) -> None:
 
 
 def local_layer_spec(
-    layer_class: type[TransformerLayer], shape: ModelShape, groups: ProcessGroupCollection
+    layer_class: type[TransformerLayer],
+    shape: ModelShape,
+    groups: ProcessGroupCollection,
+    experts: Experts | None = None,
 ) -> ModuleSpec:
-    """Return the spec of a decoder block of ``layer_class`` whose modules run on CPU and GPU."""
+    """Return the spec of a decoder block of ``layer_class`` whose modules run on CPU and GPU.
+
+    ``experts``, if given, replace the feed-forward network.
+    """
     norm_before = IdentityOp if shape.norms == "post" else _norm(shape)
     attention = ModuleSpec(
         module=SelfAttention,
@@ -263,13 +276,6 @@ def local_layer_spec(
             k_layernorm=_qk_norm(shape, shape.kv_heads, groups),
         ),
     )
-    mlp = ModuleSpec(
-        module=MLP,
-        submodules=MLPSubmodules(
-            linear_fc1=BiasedColumnParallelLinear if shape.mlp_bias else ColumnParallelLinear,
-            linear_fc2=_output_projection(shape, shape.mlp_bias),
-        ),
-    )
     return ModuleSpec(
         module=layer_class,
         submodules=TransformerLayerSubmodules(
@@ -277,8 +283,18 @@ def local_layer_spec(
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm_before,
-            mlp=mlp,
+            mlp=mixture_spec(groups) if experts else _mlp(shape),
             mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _mlp(shape: ModelShape) -> ModuleSpec:
+    return ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(
+            linear_fc1=BiasedColumnParallelLinear if shape.mlp_bias else ColumnParallelLinear,
+            linear_fc2=_output_projection(shape, shape.mlp_bias),
         ),
     )
 

@@ -154,7 +154,8 @@ def _create_groups(rank: Rank, mesh: Mesh, device: torch.device, timeout_minutes
     assert world is not None
     own = dist.new_group([rank.rank], use_local_synchronization=True)
     # The groups that a model on a single rank uses.
-    alone = ProcessGroupCollection(tp=own, cp=own, pp=own, embd=own, ep=own, tp_cp=own)
+    names = ("tp", "cp", "pp", "embd", "tp_cp", "tp_dp_cp", "ep", "expt_tp", "expt_dp", "tp_ep")
+    alone = ProcessGroupCollection(**dict.fromkeys(names, own))
     comms = (_comm(group) for group in (groups.tp, ulysses, ring, groups.cp, world))
     return Runtime(rank, mesh, device, groups, alone, *comms)
 

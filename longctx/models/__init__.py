@@ -9,9 +9,10 @@ from longctx.models.glm4 import GLM4
 from longctx.models.granite import GRANITE
 from longctx.models.llama import LLAMA
 from longctx.models.mistral import MISTRAL
+from longctx.models.mixtral import MIXTRAL
 from longctx.models.olmo import OLMO2, OLMO3
 from longctx.models.phi3 import PHI3
-from longctx.models.qwen import QWEN2, QWEN3
+from longctx.models.qwen import QWEN2, QWEN3, QWEN3_MOE
 from longctx.models.smollm3 import SMOLLM3
 from longctx.models.starcoder2 import STARCODER2
 
@@ -20,7 +21,8 @@ __all__ = ["FAMILIES", "Family", "family_of"]
 FAMILIES = {
     family.model_type: family
     for family in (
-        LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, OLMO2, OLMO3, PHI3, GEMMA3, GRANITE, STARCODER2, GLM4,
+        LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, OLMO2, OLMO3, PHI3, GEMMA3, GRANITE, STARCODER2, GLM4, MIXTRAL,
+        QWEN3_MOE,
     )
 }  # fmt: skip
 
@@ -34,9 +36,7 @@ _MISSING = {
     "gpt2": "learned positions",
     "gpt_oss": "experts with clamped activations, and learned attention sinks",
     "mamba": "state-space layers",
-    "mixtral": "mixtures of experts",
-    "qwen2_moe": "mixtures of experts",
-    "qwen3_moe": "mixtures of experts",
+    "qwen2_moe": "an expert that every token passes",
     "qwen3_next": "linear attention",
 }
 

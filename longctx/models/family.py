@@ -8,19 +8,23 @@ family says which of them have other names in its files, and which are parts of 
 | self_attn.{q,k,v,o}_proj           | projections of attention                                    |
 | self_attn.{q,k}_norm               | norms of queries and keys                                   |
 | mlp.{gate,up,down}_proj            | feed-forward network; without gate_proj if it is not gated  |
+| mlp.router                         | projection to a score for each expert                       |
+| mlp.experts.I.{gate,up,down}_proj  | expert I of a mixture, counted from 0                       |
 | input_layernorm                    | norm before attention                                       |
 | post_attention_layernorm           | norm before the feed-forward network                        |
 | attention_output_layernorm         | norm of attention's output                                  |
 | mlp_output_layernorm               | norm of the feed-forward network's output                   |
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from longctx.model_shape import ModelShape, Rotary
+from longctx.model_shape import Experts, ModelShape, Rotary
 
 Config = Any  # a transformers configuration
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Family:
 
     * ``examples`` names published models.
     * ``options(config)`` returns the fields of `ModelShape` in which the model differs from Llama.
-    * ``names`` maps canonical modules of a layer to the modules of the family's files, where these differ.
+    * ``names`` maps canonical modules of a layer to the modules of the family's files, where these differ; ``I`` in
+      both is the number of an expert.
     * ``fused`` maps modules of the files to the canonical modules whose rows they concatenate.
     * ``undeclared``: keys of config.json that its class does not declare: transformers' code reads them, or published
       models have them without effect.
@@ -79,7 +84,10 @@ class Family:
         for whole, parts in self.fused.items():
             if module in parts:
                 return f"{prefix}{whole}.{kind}", tuple(f"{prefix}{part}.{kind}" for part in parts)
-        return f"{prefix}{self.names.get(module, module)}.{kind}", (name,)
+        expert = _EXPERT.search(module)
+        pattern = _EXPERT.sub(".experts.I.", module)
+        stored = self.names.get(pattern, pattern)
+        return f"{prefix}{stored.replace('.I.', f'.{expert[1]}.') if expert else stored}.{kind}", (name,)
 
 
 def split_name(name: str) -> tuple[str, str, str]:
@@ -143,6 +151,19 @@ def by_layer_type(config: Config, of_kind: Callable[[str], Any]) -> tuple[Any, .
 def windows_of(config: Config) -> tuple[int | None, ...]:
     """Return the window of each layer by its kind."""
     return by_layer_type(config, lambda kind: config.sliding_window if kind == "sliding_attention" else None)
+
+
+def experts_of(config: Config, ffn: int, *, renormalised: bool = True) -> Experts:
+    """Return the experts of ``config``, each of size ``ffn``.
+
+    Raises ValueError for numbers that no mixture can have.
+    """
+    count, chosen = config.num_local_experts, config.num_experts_per_tok
+    if not 1 <= chosen <= count:
+        raise ValueError(f"num_experts_per_tok={chosen} is not possible with {count} experts: correct config.json")
+    if chosen == 1 and renormalised:
+        raise ValueError("num_experts_per_tok=1 leaves the router no weights, which is not implemented: use 2 or more")
+    return Experts(count, chosen, ffn, renormalised)
 
 
 def refuse(config: Config, **fields: Any) -> None:

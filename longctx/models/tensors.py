@@ -1,41 +1,58 @@
 """The tensors of a model: canonical names and sizes."""
 
-from longctx.model_shape import ModelShape
+from longctx.model_shape import Experts, ModelShape
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
+Sizes = dict[str, tuple[int, ...]]  # shapes of tensors by name
 
-def tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+
+def tensor_shapes(shape: ModelShape) -> Sizes:
     """Return the shape of each tensor of a model, by canonical name; a tied model has no lm_head.weight."""
     norms = ("weight", "bias") if shape.layer_norm else ("weight",)
-    tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (shape.vocab_size, shape.hidden)}
-    layer = {**_matrices(shape), **_norms(shape, norms)}
-    tensors |= {f"model.layers.{i}.{name}": size for i in range(shape.layers) for name, size in layer.items()}
+    tensors: Sizes = {EMBEDDING: (shape.vocab_size, shape.hidden)}
+    for i, experts in enumerate(shape.experts):
+        feed_forward = _mixture(shape, experts) if experts else _mlp(shape, shape.ffn, "mlp")
+        layer = {**_attention(shape), **feed_forward, **_norms(shape, norms)}
+        tensors |= {f"model.layers.{i}.{name}": size for name, size in layer.items()}
     tensors |= {f"model.norm.{kind}": (shape.hidden,) for kind in norms}
     return tensors if shape.tied else {**tensors, HEAD: tensors[EMBEDDING]}
 
 
-def _matrices(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a layer's projections and of their biases."""
+def _attention(shape: ModelShape) -> Sizes:
+    """Return the shapes of a layer's projections of attention and of their biases."""
     q, kv, hidden = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.hidden
-    projections = {
-        "self_attn.q_proj": (q, hidden, shape.qkv_bias),
-        "self_attn.k_proj": (kv, hidden, shape.qkv_bias),
-        "self_attn.v_proj": (kv, hidden, shape.qkv_bias),
-        "self_attn.o_proj": (hidden, q, shape.out_bias),
-        "mlp.gate_proj": (shape.ffn, hidden, shape.mlp_bias),
-        "mlp.up_proj": (shape.ffn, hidden, shape.mlp_bias),
-        "mlp.down_proj": (hidden, shape.ffn, shape.mlp_bias),
-    }
-    if not shape.gated:
-        del projections["mlp.gate_proj"]
-    sizes: dict[str, tuple[int, ...]] = {}
-    for module, (rows, columns, has_bias) in projections.items():
-        sizes |= {f"{module}.weight": (rows, columns)} | ({f"{module}.bias": (rows,)} if has_bias else {})
+    return (
+        _projection("self_attn.q_proj", q, hidden, shape.qkv_bias)
+        | _projection("self_attn.k_proj", kv, hidden, shape.qkv_bias)
+        | _projection("self_attn.v_proj", kv, hidden, shape.qkv_bias)
+        | _projection("self_attn.o_proj", hidden, q, shape.out_bias)
+    )
+
+
+def _mlp(shape: ModelShape, ffn: int, module: str) -> Sizes:
+    """Return the shapes of the projections of ``module``, a feed-forward network or expert of size ``ffn``."""
+    gate = _projection(f"{module}.gate_proj", ffn, shape.hidden, shape.mlp_bias) if shape.gated else {}
+    return (
+        gate
+        | _projection(f"{module}.up_proj", ffn, shape.hidden, shape.mlp_bias)
+        | _projection(f"{module}.down_proj", shape.hidden, ffn, shape.mlp_bias)
+    )
+
+
+def _mixture(shape: ModelShape, experts: Experts) -> Sizes:
+    """Return the shapes of a layer's router and experts."""
+    sizes = _projection("mlp.router", experts.count, shape.hidden, bias=False)
+    for i in range(experts.count):
+        sizes |= _mlp(shape, experts.ffn, f"mlp.experts.{i}")
     return sizes
 
 
-def _norms(shape: ModelShape, kinds: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+def _projection(module: str, rows: int, columns: int, bias: bool) -> Sizes:
+    return {f"{module}.weight": (rows, columns)} | ({f"{module}.bias": (rows,)} if bias else {})
+
+
+def _norms(shape: ModelShape, kinds: tuple[str, ...]) -> Sizes:
     """Return the shapes of a layer's norms."""
     modules: dict[str, int] = {}
     if shape.norms != "post":

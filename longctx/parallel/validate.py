@@ -9,12 +9,14 @@ from longctx.parallel.ulysses import refuse_uneven_heads
 
 def refuse_unfit(mesh: Mesh, shape: ModelShape) -> None:
     """Raise ValueError, naming the nearest degree that fits, unless ``mesh`` can shard a model of ``shape``."""
-    if shape.kv_heads % mesh.tp or shape.heads % mesh.tp or shape.ffn % mesh.tp:
-        fit = [n for n in range(1, shape.kv_heads + 1) if not (shape.kv_heads % n or shape.heads % n or shape.ffn % n)]
+    shared = (shape.kv_heads, shape.heads, *shape.ffn_sizes)
+    if any(size % mesh.tp for size in shared):
+        fit = [n for n in range(1, shape.kv_heads + 1) if not any(size % n for size in shared)]
+        widths = " and ".join(map(str, shape.ffn_sizes))
         nearest = min(fit, key=lambda n: (abs(n - mesh.tp), n))
         raise ValueError(
             f"mesh.tp={mesh.tp} does not divide the model's {shape.heads} query heads, {shape.kv_heads} KV heads and "
-            f"FFN width {shape.ffn}; use mesh.tp={nearest} (possible: {', '.join(map(str, fit))})."
+            f"FFN width {widths}; use mesh.tp={nearest} (possible: {', '.join(map(str, fit))})."
         )
     try:
         refuse_uneven_heads(shape.heads // mesh.tp, shape.kv_heads // mesh.tp, mesh.ulysses)

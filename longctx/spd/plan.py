@@ -57,6 +57,7 @@ def refuse_unfit_shape(shape: ModelShape) -> None:
         "norms over all heads of queries and keys, which sum over ranks themselves": shape.qk_norm == "width",
         "LayerNorm, on which dropped reductions are not tested": shape.layer_norm,
         "a feed-forward network without gate, on which dropped reductions are not tested": not shape.gated,
+        "routers that choose experts by each rank's own sum, on which ranks would disagree": shape.mixture is not None,
         "scaled residual connections, on which dropped reductions are not tested": shape.residual_scale != 1,
     }
     for reason, applies in reasons.items():

@@ -104,7 +104,7 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool) ->
 
     Raises ValueError, with what to set instead, if it cannot be run.
     """
-    from longctx.hf.config import refuse_dropout, tokenizer_of
+    from longctx.hf.config import refuse_untrainable, tokenizer_of
 
     # 1. The model, its mesh and how it runs.
     settings = top_level(config, TrainSettings)
@@ -112,7 +112,7 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool) ->
     refuse_other_recipe(settings.out, recipe)
     target = resolve_target(config, recipe, needs_weights=not from_scratch)
     _refuse_untrainable(target)
-    refuse_dropout(target.folder)
+    refuse_untrainable(target.folder)
     # 2. The text.
     tokenizer = tokenizer_of(target.folder)
     data, test = data_of(config)

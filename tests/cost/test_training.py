@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from longctx.cost.training import count_pairs, mfu, train_flops, train_flops_by_part
 from longctx.hf.config import shape_of
-from longctx.model_shape import ModelShape
+from longctx.model_shape import Experts, ModelShape
 from tests.tiny import tiny_model
 
 # The paper does not give the vocabulary size: the figures of its versions fit 32,000, not Llama 3's 128,256.
@@ -63,6 +63,14 @@ def test_weights_of_llama3_8b():
     assert sum(parts.values()) - parts["scores"] == 6 * weights
 
 
+def test_experts_count_as_the_chosen_ones_and_the_router():
+    """Mixtral 8x7B: 12.9 billion of 46.7 billion weights multiply a token, the embedding's 131 million included."""
+    experts = (Experts(8, 2, 14336),) * 32
+    parts = train_flops_by_part(replace(LLAMA3_8B, experts=experts), [1], causal=True)
+    assert parts["ffn"] == 6 * 32 * 4096 * (2 * 3 * 14336 + 8)
+    assert (sum(parts.values()) - parts["scores"]) / 6 + 32000 * 4096 == pytest.approx(12.9e9, rel=2e-3)
+
+
 def test_a_million_tokens_of_405b():
     """arXiv 2411.01783, App. A: 4.1e18 FLOPs of causal attention; a forward is a third of a step."""
     shape = ModelShape(126, 16384, 128, 8, 128, 53248, 128256, 131072, 1e-5, False, False, ())
@@ -77,7 +85,7 @@ def test_count_pairs_matches_the_mask(length, window):
 
 
 def test_scores_count_documents_and_layer_windows_separately():
-    shape = replace(LLAMA3_8B, layers=3, windows=(None, 5, 11), rotaries=())
+    shape = replace(LLAMA3_8B, layers=3, windows=(None, 5, 11), rotaries=(), experts=())
     scores = train_flops_by_part(shape, [7, 13], causal=True)["scores"]
     pairs = (28 + 91) + (15 + 2 * 5 + 15 + 8 * 5) + (28 + 66 + 2 * 11)
     assert scores == 12 * 32 * 128 * pairs

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from longctx import models
 from longctx.hf import keys
-from longctx.hf.config import shape_of
+from longctx.hf.config import refuse_untrainable, shape_of
 from longctx.hf.keys import GENERATION
 from longctx.hf.scratch import config_for_context
 from longctx.models import FAMILIES
@@ -124,11 +124,30 @@ def test_every_declared_key_is_known(model_type):
         # Replaced by others: kinds of layers, and longrope's parameters.
         "max_window_layers", "no_rope_layer_interval", "use_sliding_window", "original_max_position_embeddings",
         # Refused in training, unused otherwise.
-        "attention_dropout",
+        "attention_dropout", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
+        # The same as num_local_experts.
+        "num_experts",
         # Read by `shape_of`.
         "eos_token_id", "bos_token_id",
     }  # fmt: skip
     assert [key for key in sorted(declared - unread) if not re.search(rf"\b{key}\b", source)] == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1: training here has no dropout"),
+        ({"output_router_logits": True}, "output_router_logits=true adds a loss of the router"),
+        ({"output_router_logits": True, "router_aux_loss_coef": 0.1}, "set it to false in config.json"),
+        ({"router_jitter_noise": 0.1}, "router_jitter_noise=0.1: training here has no noise"),
+    ],
+    ids=str,
+)
+def test_model_is_refused_in_training_alone(tmp_path, changed, words):
+    shape_of(write(tmp_path, "mixtral", **changed))
+    with pytest.raises(ValueError, match=words):
+        refuse_untrainable(tmp_path)
+    refuse_untrainable(write(tmp_path, "mixtral", output_router_logits=True, router_aux_loss_coef=0.0))
 
 
 @pytest.mark.parametrize(
@@ -165,6 +184,9 @@ def test_every_declared_key_is_known(model_type):
         ({"rope_scaling": {"type": ["linear"]}}, "rope_type="),
         ({"model_type": "olmo3", "rope_parameters": {"a": 1}}, "rope_type="),
         ({"rope_parameters": "default"}, "rope_parameters"),
+        ({"model_type": "mixtral", "num_local_experts": 0}, "num_local_experts=0 is not a positive number"),
+        ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok=9 is not possible with 8 experts"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 0}, "describes no model of type qwen3_moe"),
         ({"quantization_config": {"quant_method": "fp8"}}, "the weights are quantised"),
     ],
     ids=str,

@@ -11,11 +11,13 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
     Starcoder2Config,
 )
@@ -84,6 +86,10 @@ KINDS = {
     ),
     "starcoder2": Starcoder2Config(**NO_HEAD_DIM, sliding_window=101, bos_token_id=1, eos_token_id=2),
     "glm4": Glm4Config(**SMALL, pad_token_id=None),
+    "mixtral": MixtralConfig(**SMALL, sliding_window=101, num_local_experts=5, num_experts_per_tok=2),
+    "qwen3_moe, and a layer without experts": Qwen3MoeConfig(
+        **SMALL, num_experts=7, num_experts_per_tok=3, moe_intermediate_size=36, mlp_only_layers=[1]
+    ),
 }
 
 

@@ -52,5 +52,10 @@ def test_every_kind_of_model_matches_transformers(mesh: Mesh, small_models: dict
     assert_errors_below(1e-5, mesh, small_models)
 
 
-def test_bfloat16_error_is_within_bfloat16_precision(small_models: dict[str, Path]) -> None:
-    assert_errors_below(0.05, Mesh(ring=2), small_models, "bfloat16")
+def test_bfloat16_error_is_within_bfloat16_precision(small_models: dict[str, Path], tmp_path: Path) -> None:
+    """Rounding changes which experts a router chooses, so that routers choose all of them here."""
+    mixtures = {
+        kind: config.num_local_experts for kind, config in KINDS.items() if hasattr(config, "num_local_experts")
+    }
+    all_experts = {kind: random_model(kind, tmp_path / kind, num_experts_per_tok=n) for kind, n in mixtures.items()}
+    assert_errors_below(0.05, Mesh(ring=2), small_models | all_experts, "bfloat16")

@@ -1,9 +1,12 @@
 """Families of models: the table of longctx/models/README.md, refusals, names of tensors."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import MixtralConfig, Qwen3MoeConfig
 
+from longctx.model_shape import Experts
 from longctx.models import FAMILIES, family_of
 from longctx.models.family import split_name
 from recipes.models import family_rows
@@ -46,7 +49,7 @@ def test_every_file_is_short() -> None:
     ("model_type", "words"),
     [
         ("deepseek_v3", "needs multi-head latent attention"),
-        ("qwen3_moe", "needs mixtures of experts.*the nearest is qwen3"),
+        ("qwen2_moe", "needs an expert that every token passes.*the nearest is qwen3_moe"),
         ("gemma3", "needs images"),
         ("none_such", "is not implemented: use one of gemma3_text, glm4"),
     ],
@@ -61,6 +64,32 @@ def test_parts_of_a_fused_tensor_are_in_order() -> None:
     parts = tuple(f"model.layers.7.self_attn.{name}_proj.weight" for name in "qkv")
     assert family.stored(parts[1]) == ("model.layers.7.self_attn.qkv_proj.weight", parts)
     assert family.stored("lm_head.weight") == ("lm_head.weight", ("lm_head.weight",))
+
+
+def test_experts_of_a_family_have_their_names() -> None:
+    name = "model.layers.7.mlp.experts.12.up_proj.weight"
+    assert FAMILIES["mixtral"].stored(name) == ("model.layers.7.block_sparse_moe.experts.12.w3.weight", (name,))
+    assert FAMILIES["qwen3_moe"].stored(name) == (name, (name,))
+
+
+def test_dense_layers_among_layers_with_experts() -> None:
+    """Qwen3-MoE: every third layer has experts, counted from 1, except those that are listed as dense."""
+    config = Qwen3MoeConfig(num_hidden_layers=9, decoder_sparse_step=3, mlp_only_layers=[5], norm_topk_prob=True)
+    shape = FAMILIES["qwen3_moe"].shape(config, ())
+    assert [layer for layer, experts in enumerate(shape.experts) if experts] == [2, 8]
+    assert shape.mixture == Experts(128, 8, 768, renormalised=True) and shape.ffn_sizes == (768, 6144)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 is not possible with 8 experts"),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok=1 leaves the router no weights"),
+    ],
+)
+def test_impossible_number_of_experts_is_refused(changed: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        FAMILIES["mixtral"].shape(MixtralConfig(**changed), ())
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 """Meshes that do not fit are refused before any rank starts, with a message that says what to use instead."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from longctx.attention.backends import kernel_for
 from longctx.config import Mesh
-from longctx.model_shape import ModelShape
+from longctx.model_shape import Experts, ModelShape
 from longctx.parallel.validate import refuse_no_gpu, refuse_unfit, refuse_unused
 
 
@@ -55,6 +56,12 @@ def test_fitting_meshes_are_accepted(mesh, shape):
             Mesh(tp=3),
             model(9, 3, 100),  # divides the heads, but not the FFN
             "mesh.tp=3 does not divide the model's 9 query heads, 3 KV heads and FFN width 100; "
+            "use mesh.tp=1 (possible: 1).",
+        ),
+        (
+            Mesh(tp=2),
+            replace(model(8, 4, 96), experts=(Experts(8, 2, 35), None)),
+            "mesh.tp=2 does not divide the model's 8 query heads, 4 KV heads and FFN width 35 and 96; "
             "use mesh.tp=1 (possible: 1).",
         ),
         (

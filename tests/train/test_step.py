@@ -29,9 +29,10 @@ def run(model: Path) -> Run:
     return Run(Mesh(), model, LENGTHS, steps=2)
 
 
-def exact(run: Run) -> tuple[float, dict[str, torch.Tensor]]:
-    """Token-weighted mean loss of the first step's sequences and its gradients by parameter, from transformers."""
-    net, batch, total = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float64), sequences(run, 0), 0.0
+def exact_model(run: Run) -> tuple[float, torch.nn.Module]:
+    """Token-weighted mean loss of the first step's sequences, from transformers, and its model with the gradients."""
+    settings = {"dtype": torch.float64, "experts_implementation": "eager"}  # its other kernels take no float64
+    net, batch, total = AutoModelForCausalLM.from_pretrained(run.folder, **settings), sequences(run, 0), 0.0
     net = drop(net, run.dropped, run.mesh.tp)
     for tokens, targets, mask, lengths in zip(batch.tokens, batch.targets, batch.mask, batch.lengths, strict=True):
         pieces = zip(*(x.split(list(lengths)) for x in (tokens, targets, mask)), strict=True)
@@ -41,7 +42,13 @@ def exact(run: Run) -> tuple[float, dict[str, torch.Tensor]]:
                 total = total + (losses * counts).sum()
     loss = total / batch.mask.sum()
     loss.backward()
-    return float(loss.detach()), {name: p.grad for name, p in net.named_parameters()}
+    return float(loss.detach()), net
+
+
+def exact(run: Run) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss of `exact_model` and its gradients by parameter."""
+    loss, net = exact_model(run)
+    return loss, {name: p.grad for name, p in net.named_parameters()}
 
 
 def assert_steps_are(run: Run, others: list[Step]) -> None:

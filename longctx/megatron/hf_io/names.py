@@ -12,6 +12,8 @@ Hugging Face names are the canonical ones of `longctx.models.family`; a family's
 | mlp.linear_fc1                   | gate_proj, up_proj                  | per rank: gate rows, up rows         |
 | mlp.linear_fc2                   | down_proj                           | columns sharded                      |
 | mlp.linear_fc2.norm              | mlp_output_layernorm                | replicated                           |
+| mlp.router                       | mlp.router                          | replicated                           |
+| mlp.experts.local_experts.I      | mlp.experts.I                       | as mlp, for expert I                 |
 | input_layernorm                  | input_layernorm                     | replicated; TE: linear_qkv.layer_norm|
 | pre_mlp_layernorm                | post_attention_layernorm            | replicated; TE: linear_fc1.layer_norm|
 | decoder.final_layernorm          | model.norm                          | replicated                           |
@@ -23,6 +25,7 @@ TE marks where Transformer Engine's layers hold the norm.  With tied embeddings 
 stage has an output_layer that is a second copy of the embedding.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +62,9 @@ _LAYER_NAMES = {
     "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
     "mlp.linear_fc2.bias": ("mlp.down_proj.bias",),
     "mlp.linear_fc2.norm.weight": ("mlp_output_layernorm.weight",),
+    "mlp.router.weight": ("mlp.router.weight",),
 }
+_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -136,5 +141,8 @@ def _hf_names(model: GPTModel, name: str, shape: ModelShape) -> tuple[str, ...]:
 
 def _names_in_layer(layer: int, name: str, shape: ModelShape) -> tuple[str, ...]:
     """Return the Hugging Face names of the tensors in parameter ``name`` of layer ``layer``, counted from 0."""
-    hf_names = (x for x in _LAYER_NAMES[name] if shape.gated or "gate_proj" not in x)
-    return tuple(f"model.layers.{layer}.{hf_name}" for hf_name in hf_names)
+    expert = _EXPERT.match(name)
+    hf_names = _LAYER_NAMES[f"mlp.{name[expert.end() :]}" if expert else name]
+    if expert:
+        hf_names = tuple(x.replace("mlp.", f"mlp.experts.{expert[1]}.") for x in hf_names)
+    return tuple(f"model.layers.{layer}.{x}" for x in hf_names if shape.gated or "gate_proj" not in x)

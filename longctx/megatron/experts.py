@@ -1,0 +1,82 @@
+"""Mixtures of experts: megatron-core's MoE layer, run on CPU and GPU, in training and inference.
+
+Each tensor-parallel rank has a share of every expert's neurons, as it has of a dense feed-forward network.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from longctx.model_shape import ModelShape
+from longctx.shapes import Float, Tensor
+
+
+class Router(TopKRouter):
+    """megatron-core's router, whose weights stay on the model's device."""
+
+    def gating(self, x: Float[Tensor, "s b hidden"]) -> Float[Tensor, "s b experts"]:
+        """Return the logits.  megatron-core's method moves weights on the CPU to a GPU."""
+        return F.linear(x, self.weight, self.bias)
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """Do nothing: no family has a bias for balance.  megatron-core's method would compile itself."""
+
+
+class ReplicatedTokens(MoEAllGatherTokenDispatcher):
+    """Dispatcher for tokens that every tensor-parallel rank has, as in inference: nothing moves before the sum.
+
+    megatron-core's own dispatcher gathers the tokens of all ranks, which differ under sequence parallelism only.
+    """
+
+    def token_dispatch(self, hidden: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        return hidden, probs
+
+    def token_combine(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
+        summed: Tensor = tensor_parallel.reduce_from_tensor_model_parallel_region(hidden, group=self.tp_group)
+        return summed
+
+
+class MixtureOfExperts(MoELayer):
+    """megatron-core's MoE layer, with `ReplicatedTokens` where ranks do not shard the rows of a sequence."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if not config.sequence_parallel:
+            self.token_dispatcher = ReplicatedTokens(
+                self.num_local_experts, self.local_expert_indices, config, kwargs["pg_collection"]
+            )
+
+
+def mixture_config(shape: ModelShape) -> Mapping[str, Any]:
+    """Return the fields of megatron-core's TransformerConfig that describe the experts of ``shape``."""
+    if shape.mixture is None:
+        return {}
+    return {
+        "num_moe_experts": shape.mixture.count,
+        "moe_ffn_hidden_size": shape.mixture.ffn,
+        "moe_router_topk": shape.mixture.per_token,
+        "moe_router_pre_softmax": not shape.mixture.renormalised,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "allgather",
+    }
+
+
+def mixture_spec(groups: ProcessGroupCollection) -> ModuleSpec:
+    """Return the spec of a layer's experts with their router."""
+    experts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return ModuleSpec(
+        module=MixtureOfExperts,
+        params={"pg_collection": groups},
+        submodules=MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=experts), router=Router),
+    )
