@@ -48,16 +48,10 @@ class SPDPlan:
 
 
 def refuse_unfit_shape(shape: ModelShape) -> None:
-    """Raise ValueError for a model in whose blocks the first reduction cannot be dropped.
-
-    The equations of arXiv 2502.20727 need an attention output that enters the residual stream as a sum over ranks.
-    """
+    """Raise ValueError for a model in whose blocks the first reduction cannot be dropped."""
     reasons = {
-        "a norm after attention, which needs the sum over ranks": shape.norms != "pre",
-        "norms over all heads of queries and keys, which sum over ranks themselves": shape.qk_norm == "width",
         "LayerNorm, on which dropped reductions are not tested": shape.layer_norm,
         "a feed-forward network without gate, on which dropped reductions are not tested": not shape.gated,
-        "scaled residual connections, on which dropped reductions are not tested": shape.residual_scale != 1,
     }
     for reason, applies in reasons.items():
         if applies:
