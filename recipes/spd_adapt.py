@@ -167,10 +167,11 @@ def refuse_unfit_target(target: Target, out: Path, budget: float, repair: Repair
             f"model.dtype={target.model.dtype} is not supported: recipes.spd_adapt needs model.dtype=float32"
         )
     shape = target.shape
-    if shape.qk_norm != "none" or shape.out_bias or shape.mlp_bias:
+    if shape.norms != "pre" or shape.qk_norm != "none" or shape.out_bias or shape.mlp_bias:
         raise ValueError(
-            "recipes.spd_adapt is not tested on models with norms of queries and keys, or with biases of o_proj or the "
-            "MLP: use a model like Llama or Qwen2, or drop reductions without repair"
+            "recipes.spd_adapt is not tested on models with norms of the outputs of attention and MLP, with "
+            "norms of queries and keys, or with biases of o_proj or the MLP: use a model like Llama or Qwen2, or drop "
+            "reductions without repair"
         )
     if out.resolve() == target.folder.resolve():
         raise ValueError(f"out={out} is the folder of the model to adapt: use another out=")

@@ -23,17 +23,14 @@ class RMSNorm(nn.RMSNorm):
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
     def forward(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
-        return self.normalise(x, self.weight)
-
-    def normalise(self, x: Float[Tensor, "... n"], weight: Float[Tensor, " n"]) -> Float[Tensor, "... n"]:
         """Return ``x`` divided by its root mean square, times ``weight``, or 1 + ``weight`` where zero-centered.
 
         1 + weight is not rounded to a dtype below float32.
         """
         if not self.zero_centered:
-            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         precise = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(precise), self.normalized_shape, 1 + weight.to(precise), self.eps).to(x.dtype)
+        return F.rms_norm(x.to(precise), self.normalized_shape, 1 + self.weight.to(precise), self.eps).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -106,7 +103,10 @@ class BiasedColumnParallelLinear(ColumnParallelLinear):
 
 
 class NormedRowParallelLinear(RowParallelLinear):
-    """A row-parallel projection whose output, summed over ranks, is normalised before the residual connection."""
+    """A row-parallel projection whose output, summed over ranks, is normalised before the residual connection.
+
+    A block that drops its reduction gets the partial output as it is, and normalises after its sum (see `spd.layer`).
+    """
 
     def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(*args, config=config, **kwargs)
@@ -114,7 +114,8 @@ class NormedRowParallelLinear(RowParallelLinear):
 
     def forward(self, x: Float[Tensor, "s b n"]) -> tuple[Float[Tensor, "s b hidden"], None]:
         out, bias = super().forward(x)
-        return self.norm(out if bias is None else out + bias), None
+        assert bias is None, "no known model has a bias and a norm on one output"
+        return out if self.explicit_expert_comm else self.norm(out), None
 
 
 class ScaledRowParallelLinear(RowParallelLinear):

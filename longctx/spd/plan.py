@@ -48,13 +48,8 @@ class SPDPlan:
 
 
 def refuse_unfit_shape(shape: ModelShape) -> None:
-    """Raise ValueError for a model in whose blocks the first reduction cannot be dropped.
-
-    The equations of arXiv 2502.20727 need an attention output that enters the residual stream as a sum over ranks.
-    """
+    """Raise ValueError for a model in whose blocks the first reduction cannot be dropped."""
     reasons = {
-        "a norm after attention, which needs the sum over ranks": shape.norms != "pre",
-        "norms over all heads of queries and keys, which sum over ranks themselves": shape.qk_norm == "width",
         "LayerNorm, on which dropped reductions are not tested": shape.layer_norm,
         "a feed-forward network without gate, on which dropped reductions are not tested": not shape.gated,
         "routers that choose experts by each rank's own sum, on which ranks would disagree": shape.mixture is not None,

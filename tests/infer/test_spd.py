@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from longctx.config import Mesh
 from longctx.parallel.launch import run_ranks
-from tests.infer.spd_ranks import generate_and_count
+from tests.infer.spd_ranks import generate_and_count, generate_and_count_each
 from tests.megatron.kinds import random_model
 from tests.oracle import assert_close
 from tests.tiny import tiny_model
@@ -46,11 +46,27 @@ def test_logits_tokens_and_all_reduces_match_the_equations(folder: Path, mesh: M
         assert rank["decode"] == (2 * calls, 2 * calls * HIDDEN * 4), "two tokens, of one row each"
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "smollm3", "mistral, a window in all layers", "phi3"])
-def test_logits_of_other_families_match_the_equations(tmp_path: Path, kind: str) -> None:
-    folder = random_model(kind, tmp_path, eos_token_id=None)
+KINDS = (
+    *("qwen3", "smollm3", "mistral, a window in all layers", "phi3", "granite"),
+    *("gemma3", "glm4", "olmo2", "olmo3"),  # these normalise the outputs of attention and MLP
+)
+
+
+def test_other_families_match_the_equations(tmp_path: Path) -> None:
+    """Logits, tokens and all-reduces; where outputs are normalised, one reduction has the bytes of two."""
+    folders = [random_model(kind, tmp_path / kind, eos_token_id=None) for kind in KINDS]
     tokens = [token % 211 for token in TOKENS * 3]
-    (rank, _) = run_ranks(2, generate_and_count, Mesh(tp=2), folder, tokens, (1,))
-    net = drop(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64), (1,), 2)
-    with torch.inference_mode():
-        assert_close(rank["logits"], net(torch.tensor([tokens])).logits[0], 1e-5)
+    results, _ = run_ranks(2, generate_and_count_each, Mesh(tp=2), folders, tokens, (1,))
+    for kind, folder, result in zip(KINDS, folders, results, strict=True):
+        net = drop(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64), (1,), 2)
+        ids = torch.tensor([tokens])
+        with torch.inference_mode():
+            assert_close(result["logits"], net(ids).logits[0], 1e-5)
+            for _ in range(3):
+                ids = torch.cat([ids, net(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        assert result["tokens"] == ids[0, len(tokens) :].tolist(), kind
+        normed, summed = kind in KINDS[5:], 2 * LAYERS * kind.startswith("olmo")  # sums of queries and keys
+        calls, sizes = 2 * LAYERS - 1 + 1, 2 * LAYERS - (not normed) + 1
+        per_row = sizes * net.config.hidden_size * 4 + summed * 4
+        assert result["prefill"] == (calls + summed, len(tokens) * per_row), kind
+        assert result["decode"] == (2 * (calls + summed), 2 * per_row), kind

@@ -273,11 +273,11 @@ def test_states_with_the_old_key_looked_at_are_resumed(cli, tiny, adapted_folder
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("qwen3", "not tested on models with norms of queries and keys"),
+        ("qwen3", "norms of queries and keys"),
         ("llama with all biases", "or with biases of o_proj or the MLP"),
         ("phi3", "not tested on models with fused projections"),
-        ("gemma3", "a norm after attention, which needs the sum over ranks"),
         ("mixtral", "routers that choose experts by each rank's own sum, on which ranks would disagree"),
+        ("gemma3", "not tested on models with norms of the outputs of attention and MLP"),
     ],
 )
 def test_models_on_which_repair_is_not_tested_are_refused(refused, tmp_path, kind, words):

@@ -1,31 +1,55 @@
-"""SPD oracle: transformers' Llama in one process, with blocks that drop their first tensor-parallel reduction."""
+"""SPD oracle: transformers' models in one process, with blocks that drop their first tensor-parallel reduction."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# Names of a layer's norms: before attention, of attention's output, before the MLP, of the MLP's output.
+LLAMA = ("input_layernorm", "", "post_attention_layernorm", "")
+NORMS = {
+    "gemma3_text": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    "glm4": ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+    "olmo2": ("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
+    "olmo3": ("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
+}
+
 
 def drop(net: Any, blocks: Iterable[int], tp: int) -> Any:
-    """Make ``blocks`` of ``net`` compute the equations of arXiv 2502.20727, 4.1.1, for ``tp`` ranks; return ``net``."""
+    """Make ``blocks`` of ``net`` compute the equations of SPD for ``tp`` ranks; return ``net``.
+
+    These are those of arXiv 2502.20727, 4.1, or, with norms of outputs, those of docs/results/spd.md.
+    """
+    names = NORMS.get(net.config.model_type, LLAMA)
     for block in blocks:
         layer = net.model.layers[block]
-        layer.forward = partial(_dropped, layer, tp)
+        norms = [getattr(layer, name) if name else torch.nn.Identity() for name in names]
+        layer.forward = partial(_dropped, layer, norms, tp)
     return net
 
 
-def _dropped(layer: Any, tp: int, hidden_states: Tensor, **known: Any) -> Tensor:
+def _dropped(
+    layer: Any, norms: list[Callable[[Tensor], Tensor]], tp: int, hidden_states: Tensor, **known: Any
+) -> Tensor:
     attention, mlp, heads = layer.self_attn, layer.mlp, []
+    before_attention, after_attention, before_mlp, after_mlp = norms
     hook = attention.o_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0]))
-    attention(hidden_states=layer.input_layernorm(hidden_states), **known)
+    attention(hidden_states=before_attention(hidden_states), **known)
     hook.remove()
-    out = hidden_states
-    # Phi-3 has both in one matrix.
+    # Phi-3 and GLM-4 have both in one matrix.
     gate, up = (
         (mlp.gate_proj.weight, mlp.up_proj.weight) if hasattr(mlp, "up_proj") else mlp.gate_up_proj.weight.chunk(2)
     )
+    activation = getattr(mlp, "act_fn", None) or mlp.activation_fn
+    scale = getattr(layer, "residual_multiplier", 1.0)  # Granite
+    ys, zs = [], []
     shares = zip(
         heads[0].chunk(tp, -1),
         attention.o_proj.weight.chunk(tp, 1),
@@ -35,7 +59,7 @@ def _dropped(layer: Any, tp: int, hidden_states: Tensor, **known: Any) -> Tensor
         strict=True,
     )
     for own, projection, gate, up, down in shares:
-        y = own @ projection.T
-        seen = layer.post_attention_layernorm(hidden_states + y)
-        out = out + y + (torch.nn.functional.silu(seen @ gate.T) * (seen @ up.T)) @ down.T
-    return out
+        ys.append(own @ projection.T)
+        seen = before_mlp(hidden_states + scale * after_attention(ys[-1]))
+        zs.append((activation(seen @ gate.T) * (seen @ up.T)) @ down.T)
+    return hidden_states + scale * (after_attention(sum(ys)) + after_mlp(sum(zs)))

@@ -15,15 +15,26 @@ SPD block, the first reduction dropped (4.1.1 without biases, 4.1.2 with):
 
 The attention output is not lost: the one remaining reduction adds all P_r to the residual stream.  The approximation is
 that MLP_r reads u_r instead of u.
+
+Some models normalise what attention and MLP add to the residual stream, by N_a and N_m (no biases; without norms before
+attention and MLP, norm is the identity).  Not in the paper:
+
+    stock block             u   = x + N_a(sum_r P_r)         out = u + N_m(sum_r MLP_r(norm(u)))
+    first reduction dropped u_r = x + N_a(P_r)               out = x + N_a(sum_r P_r) + N_m(sum_r MLP_r(norm(u_r)))
+
+Both sums are reduced at once, as two halves of one tensor.  Again only what MLP_r reads is approximate.
 """
 
 from typing import Any
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import nn
+from torch.func import functional_call
 
-from longctx.megatron.modules import RMSNorm
+from longctx.megatron.modules import NormedRowParallelLinear
 from longctx.shapes import Float, Tensor
 from longctx.spd.plan import SPDPlan
 
@@ -50,8 +61,9 @@ class SPDTransformerLayer(TransformerLayer):
         for norm in (self.input_layernorm, self.pre_mlp_layernorm):
             # megatron-core sums a weight's gradient over ranks if sequence_parallel is set.  `names` reads the other
             # two attributes: a norm per rank is saved as a tensor sharded along dim 0.
-            norm.weight.sequence_parallel = self.config.sequence_parallel and not self.own_norms
-            norm.weight.tensor_model_parallel, norm.weight.partition_dim = self.own_norms, 0
+            for parameter in norm.parameters():
+                parameter.sequence_parallel = self.config.sequence_parallel and not self.own_norms
+                parameter.tensor_model_parallel, parameter.partition_dim = self.own_norms, 0
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         return self._forward_dropped(*args, **kwargs) if self.dropped else super().forward(*args, **kwargs)
@@ -63,13 +75,30 @@ class SPDTransformerLayer(TransformerLayer):
         partial, bias = self.self_attention(
             self._norm(self.input_layernorm, x), attention_mask, packed_seq_params=kwargs["packed_seq_params"]
         )
-        u = x + partial if bias is None else x + partial + self._replicated(bias)
+        u = x + self._own_attention(partial)
+        u = u if bias is None else u + self._replicated(bias)
         normed = self._norm(self.pre_mlp_layernorm, u)
         z, mlp_bias = tensor_parallel.checkpoint(self.mlp, False, normed) if self.recompute_mlp else self.mlp(normed)
-        out = hidden_states + self._reduce(partial + z)
+        out = hidden_states + self._reduce_both(partial, z)
         for b in (bias, mlp_bias):
             out = out if b is None else out + b
         return out, None
+
+    def _own_attention(self, partial: Tensor) -> Tensor:
+        """Return what this rank's MLP sees of attention: ``partial``, or its norm if the model normalises outputs."""
+        norm = getattr(self.self_attention.linear_proj, "norm", None)
+        return partial if norm is None else self._norm_replicated(norm, partial)
+
+    def _reduce_both(self, partial: Tensor, z: Tensor) -> Tensor:
+        """Return what attention and MLP add to the residual stream, by one reduction.
+
+        Two outputs that are normalised after the sum travel side by side.
+        """
+        if not isinstance(self.mlp.linear_fc2, NormedRowParallelLinear):
+            return self._reduce(partial + z)
+        attention, mlp = self._reduce(torch.cat([partial, z], -1)).chunk(2, -1)
+        added: Tensor = self.self_attention.linear_proj.norm(attention) + self.mlp.linear_fc2.norm(mlp)
+        return added
 
     def _enter_region(self, x: Tensor) -> Tensor:
         """Return ``x`` for computation that differs by rank; backward sums its gradient over ranks.
@@ -98,8 +127,15 @@ class SPDTransformerLayer(TransformerLayer):
         copied: Tensor = tensor_parallel.copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
         return copied
 
-    def _norm(self, norm: RMSNorm, x: Tensor) -> Tensor:
-        return norm.normalise(x, norm.weight if self.own_norms else self._replicated(norm.weight))
+    def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """Return ``norm(x)``; its parameters are this rank's, or replicated unless ``own_norms``."""
+        normed: Tensor = norm(x) if self.own_norms else self._norm_replicated(norm, x)
+        return normed
+
+    def _norm_replicated(self, norm: nn.Module, x: Tensor) -> Tensor:
+        parameters = {name: self._replicated(parameter) for name, parameter in norm.named_parameters()}
+        normed: Tensor = functional_call(norm, parameters, (x,))
+        return normed
 
 
 def follow_plan(model: GPTModel, plan: SPDPlan) -> None:

@@ -21,8 +21,8 @@ COLLECTIVES = {
 }
 
 
-def weights(biases: bool) -> dict[str, torch.Tensor]:
-    """Return the whole layer's random weights (float64), by megatron-core's names."""
+def weights(biases: bool, norms: str = "pre") -> dict[str, torch.Tensor]:
+    """Return the whole layer's random weights (float64), by megatron-core's names; ``norms`` as in `ModelShape`."""
     generator = torch.Generator().manual_seed(23)
     shapes = {
         "input_layernorm.weight": (HIDDEN,),
@@ -36,6 +36,10 @@ def weights(biases: bool) -> dict[str, torch.Tensor]:
         shapes |= {
             name.replace("weight", "bias"): shape[:1] for name, shape in list(shapes.items()) if "linear" in name
         }
+    if norms != "pre":
+        shapes |= {f"{linear}.norm.weight": (HIDDEN,) for linear in ("self_attention.linear_proj", "mlp.linear_fc2")}
+    if norms == "post":
+        del shapes["input_layernorm.weight"], shapes["pre_mlp_layernorm.weight"]
     return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
 
 
@@ -45,7 +49,7 @@ def shard(name: str, whole: torch.Tensor, rank: int, tp: int) -> torch.Tensor:
         return torch.cat([half.chunk(tp)[rank] for half in whole.chunk(2)])
     if "qkv" in name:
         return whole.chunk(tp)[rank]
-    if name.endswith("weight") and "linear" in name:
+    if name.endswith("weight") and "linear" in name and "norm" not in name:
         return whole.chunk(tp, 1)[rank]
     return whole
 
@@ -56,7 +60,7 @@ def unshard(name: str, shards: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([torch.cat([shard.chunk(2)[half] for shard in shards]) for half in range(2)])
     if "qkv" in name:
         return torch.cat(shards)
-    if name.endswith("weight") and "linear" in name:
+    if name.endswith("weight") and "linear" in name and "norm" not in name:
         return torch.cat(shards, 1)
     for replica in shards:
         torch.testing.assert_close(replica, shards[0], rtol=1e-12, atol=1e-12)
@@ -92,7 +96,7 @@ def count_collectives() -> Iterator[tuple[Counter[str], Counter[str]]]:
         setattr(module, name, function)
 
 
-def build_layer(layer_class: Any, runtime: Any, *, biases: bool, sequence_parallel: bool) -> Any:
+def build_layer(layer_class: Any, runtime: Any, *, biases: bool, sequence_parallel: bool, norms: str) -> Any:
     """Build one layer of ``layer_class`` with this rank's shard of `weights`."""
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -109,10 +113,10 @@ def build_layer(layer_class: Any, runtime: Any, *, biases: bool, sequence_parall
         use_cpu_initialization=True, bias_dropout_fusion=False, bias_activation_fusion=False,
         gradient_accumulation_fusion=False, masked_softmax_fusion=False, apply_rope_fusion=False,
     )  # fmt: skip
-    shape = ModelShape(1, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, 11, 13, 1e-5, False, False)
+    shape = ModelShape(1, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, 11, 13, 1e-5, False, False, norms=norms)
     spec = local_layer_spec(layer_class, shape, runtime.groups)
     layer = build_module(spec, config=config, layer_number=1, pg_collection=runtime.groups)
-    whole = weights(biases)
+    whole = weights(biases, norms)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             parameter.copy_(shard(name, whole[name], runtime.tp.rank, runtime.tp.size))
@@ -120,7 +124,7 @@ def build_layer(layer_class: Any, runtime: Any, *, biases: bool, sequence_parall
 
 
 def run_layer(
-    rank: Rank, tp: int, kind: str, biases: bool, sequence_parallel: bool, own_norms: bool = False
+    rank: Rank, tp: int, kind: str, biases: bool, sequence_parallel: bool, own_norms: bool = False, norms: str = "pre"
 ) -> dict[str, Any]:
     """Run one layer forward and backward.
 
@@ -141,7 +145,7 @@ def run_layer(
     with open_runtime(rank, Mesh(tp=tp), timeout_minutes=2, training=True) as runtime:
         layer = build_layer(
             TransformerLayer if kind == "stock" else SPDTransformerLayer,
-            runtime, biases=biases, sequence_parallel=sequence_parallel,
+            runtime, biases=biases, sequence_parallel=sequence_parallel, norms=norms,
         )  # fmt: skip
         if kind != "stock":
             layer.drop(dropped=kind == "dropped", own_norms=own_norms)

@@ -70,6 +70,22 @@ def oracle(tp: int, biases: bool) -> tuple[Tensor, Tensor, dict[str, Tensor], li
     return out.detach(), x.grad, {n: p.grad for n, p in w.items()}, [tuple(p.grad for p in pair) for pair in norms]
 
 
+def dropped_block_with_output_norms(x: Tensor, w: dict[str, Tensor], tp: int) -> Tensor:
+    """Return the output of a dropped block that normalises the outputs of attention and MLP (docs/results/spd.md)."""
+
+    def norm(x: Tensor, module: str) -> Tensor:
+        return rms(x, w[f"{module}.weight"]) if f"{module}.weight" in w else x
+
+    partials, outputs = [], []
+    for rank in range(tp):
+        groups = range(rank * KV_HEADS // tp, (rank + 1) * KV_HEADS // tp)
+        partials.append(attention_of(norm(x, "input_layernorm"), w, groups))
+        seen = x + norm(partials[-1], "self_attention.linear_proj.norm")
+        neurons = slice(rank * FFN // tp, (rank + 1) * FFN // tp)
+        outputs.append(mlp_of(norm(seen, "pre_mlp_layernorm"), w, neurons))
+    return x + norm(sum(partials), "self_attention.linear_proj.norm") + norm(sum(outputs), "mlp.linear_fc2.norm")
+
+
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["replicated", "sequence parallel"])
 @pytest.mark.parametrize("tp", [1, 2, 3])
 def test_layer_that_does_not_drop_equals_the_stock_layer(tp: int, sequence_parallel: bool) -> None:
@@ -128,3 +144,25 @@ def test_dropped_layer_gathers_and_scatters_once_with_sequence_parallelism() -> 
         # The stock layer's backward gathers once more for the gradient of each of its two column-parallel weights.
         assert stock_rank["backward"] == {"all_gather": 4, "reduce_scatter": 2}
         assert spd_rank["backward"] == {"all_gather": 1, "reduce_scatter": 1}
+
+
+@pytest.mark.parametrize(("norms", "tp", "sequence_parallel"), [("sandwich", 3, True), ("post", 2, False)])
+def test_dropped_layer_with_output_norms_equals_its_equations(norms: str, tp: int, sequence_parallel: bool) -> None:
+    """One reduction instead of two carries as many bytes as the two of the stock layer."""
+    stock, ranks = (
+        run_ranks(tp, run_layer, tp, kind, False, sequence_parallel, False, norms) for kind in ("stock", "dropped")
+    )
+    generator = torch.Generator().manual_seed(29)
+    x, out_gradient = torch.randn(2, S, B, HIDDEN, generator=generator, dtype=torch.float64)
+    w = {name: weight.requires_grad_() for name, weight in weights(False, norms).items()}
+    out = dropped_block_with_output_norms(x.requires_grad_(), w, tp)
+    out.backward(out_gradient)
+    join_rows = torch.cat if sequence_parallel else (lambda parts: parts[-1])
+    assert_close(join_rows([rank["out"] for rank in ranks]), out.detach(), 1e-12)
+    assert_close(join_rows([rank["x"] for rank in ranks]), x.grad, 1e-12)
+    for name, weight in w.items():
+        assert_close(unshard(name, [rank["gradients"][name] for rank in ranks]), weight.grad, 1e-12)
+    for stock_rank, rank in zip(stock, ranks, strict=True):
+        reduction = "reduce_scatter" if sequence_parallel else "all_reduce"
+        assert (stock_rank["forward"][reduction], rank["forward"][reduction]) == (2, 1)
+        assert stock_rank["forward_bytes"][reduction] == rank["forward_bytes"][reduction] == 2 * S * B * HIDDEN * 8
