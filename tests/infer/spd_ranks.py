@@ -13,8 +13,8 @@ def generate_and_count(
     rank: Rank, mesh: Mesh, folder: Path, tokens: list[int], dropped: tuple[int, ...]
 ) -> dict[str, Any]:
     """Return a prompt's logits and three tokens, and (calls, bytes) of the all-reduces in prefill and decode."""
-    from longctx.infer.engine import load_engine
-    from longctx.infer.session import Session, next_logits
+    from longctx.infer.engine import load_engine, next_logits
+    from longctx.infer.session import Session
     from longctx.megatron.runtime import open_runtime
     from longctx.parallel.measure.all_reduce import count_all_reduces
 
