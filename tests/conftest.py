@@ -74,6 +74,7 @@ SLOW = (
     "eval/harness/test_tasks.py",
     "infer/test_families.py",
     "infer/test_session.py",
+    "infer/test_sharded.py",
     "infer/test_spd.py",
     "megatron/hf_io/test_load.py",
     "megatron/spd/test_layer.py",

@@ -11,12 +11,14 @@ from longctx.attention.kernel import Kernel
 from longctx.config import ModelSource
 from longctx.infer.cache import KVCache
 from longctx.megatron.hf_io import load as hf_load
-from longctx.megatron.model import GPTModel, build_model, layers_in_use
+from longctx.megatron.model import GPTModel, build_model, layers_in_use, logits
 from longctx.megatron.runtime import Runtime
+from longctx.megatron.shared import WeightShare, share_weights
 from longctx.megatron.spd.layer import SPDTransformerLayer
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm, SingleRankComm
 from longctx.parallel.ring import Strategy
+from longctx.shapes import Float, Tensor
 from longctx.spd.plan import SPDPlan
 
 ATTENTION = "attention"  # purpose under which the context group counts attention's exchanges
@@ -27,8 +29,9 @@ class Engine:
     """A loaded model and the ranks that share its sequence: ulysses x ring, rank = ring rank * U + ulysses rank.
 
     ``context`` is the group of these ranks.  It carries control messages and, counted apart as `ATTENTION`, the
-    exchanges of tree decoding.  ``layers`` is the implementation of the model's layers: "local" for megatron-core's,
-    "te" for Transformer Engine's.
+    exchanges of decoding.  ``layers`` is the implementation of the model's layers: "local" for megatron-core's,
+    "te" for Transformer Engine's.  ``share`` is this rank's share of the weights for ``context.decode=sharded``; None
+    on one context rank, and for other layers than "local".
     """
 
     model: GPTModel
@@ -39,6 +42,7 @@ class Engine:
     ring: Comm = field(default_factory=SingleRankComm)
     context: Comm = field(default_factory=SingleRankComm)
     layers: str = "local"
+    share: WeightShare | None = None
 
     @property
     def device(self) -> torch.device:
@@ -58,9 +62,10 @@ class Engine:
 
     @property
     def sent(self) -> int:
-        """Bytes that this rank has sent to others for attention."""
+        """Bytes that this rank has sent to others for attention, and in sharded decoding for the layers."""
         merged = self.context.traffic.purposes.get(ATTENTION, 0)
-        return self.ulysses.traffic.total + self.ring.traffic.total + merged
+        summed = self.share.tp_context.traffic.total if self.share else 0
+        return self.ulysses.traffic.total + self.ring.traffic.total + merged + summed
 
     def everywhere(self, strategy: Strategy) -> dict[int | None, Strategy]:
         """Return ``strategy`` for the layers of every window, as `run_pass` takes it."""
@@ -69,6 +74,19 @@ class Engine:
     def cache(self, tokens: int, more: int = 0) -> KVCache:
         """Return an empty cache with room for this rank's share of ``tokens``, plus ``more`` rows."""
         return KVCache(self.ring.size, self.ring.rank, -(-tokens // self.ring.size) + 2 + more)
+
+
+@torch.inference_mode()
+def next_logits(
+    engine: Engine, hidden: Float[Tensor, "s b hidden"], share: WeightShare | None = None
+) -> Float[Tensor, "s b v"]:
+    """Compute the float32 logits of the rows of ``hidden``; all tensor-parallel ranks must call this.
+
+    With a ``share``, all context ranks must call it with the same rows, and each multiplies a part of the weights.
+    """
+    if not len(hidden):
+        return hidden.new_empty(0, 1, engine.shape.vocab_size)  # megatron-core's layers cannot take zero rows
+    return logits(engine.model, hidden, engine.tp, engine.shape.vocab_size, share)
 
 
 def load_engine(
@@ -89,7 +107,11 @@ def load_engine(
     layers = "local" if plan else layers_in_use(model.layers, shape)
     net = _load_model(runtime, runtime.groups, model, shape, folder, layers, plan)
     comms = (runtime.tp, runtime.ulysses, runtime.ring, runtime.context)
-    return Engine(net, shape, checked_kernel(kernel, runtime.device, model.dtype, shape.head_dim), *comms, layers)
+    share = None
+    if layers == "local" and runtime.context.size > 1:
+        share = share_weights(net, shape, runtime.context, runtime.tp_context)
+    checked = checked_kernel(kernel, runtime.device, model.dtype, shape.head_dim)
+    return Engine(net, shape, checked, *comms, layers, share)
 
 
 def load_alone(runtime: Runtime, engine: Engine, model: ModelSource, folder: Path) -> Engine:

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from longctx.config import Context, Sampling
-from longctx.infer.engine import Engine
+from longctx.infer.engine import Engine, next_logits
 from longctx.infer.prefill import LayerDone
-from longctx.infer.session import Session, Turn, next_logits
+from longctx.infer.session import Session, Turn
 from longctx.shapes import Float, Tensor
 
 _LOGIT_ROWS = 256  # rows compared at a time: 50 MB of logits per model for a vocabulary of 49,152

@@ -16,8 +16,9 @@ from longctx.infer.cache import Cache
 from longctx.infer.engine import ATTENTION, Engine
 from longctx.megatron.attention import LayerAttention, Pass, rotary_tables
 from longctx.megatron.model import hidden_states
+from longctx.megatron.shared import WeightShare
 from longctx.parallel.comm import doing
-from longctx.parallel.ring import Ring, Strategy, gather_merge
+from longctx.parallel.ring import Ring, Strategy, gather_merge, scatter_merge
 from longctx.parallel.strategy import ring_attention
 from longctx.parallel.ulysses import over_heads, share_of_heads
 from longctx.shapes import Float, Int, Positions, Tensor
@@ -74,12 +75,21 @@ def run_pass(
 
 @torch.inference_mode()
 def run_replicated(
-    engine: Engine, tokens: Int[Tensor, " total"], layout: Layout, cache: Cache, done: LayerDone = lambda: None
+    engine: Engine,
+    tokens: Int[Tensor, " total"],
+    layout: Layout,
+    cache: Cache,
+    done: LayerDone = lambda: None,
+    *,
+    share: WeightShare | None = None,
 ) -> Float[Tensor, "s b hidden"]:
     """Run the model over ``tokens`` [total] on every rank, with one exchange a layer, and return all hidden states.
 
     For few rows (tree attention, arXiv 2408.04093): every rank projects all rows and attends to the keys that it
     caches, and one all-gather merges the partial results.  ``layout`` says which ring rank caches which rows.
+
+    With a ``share``, which is in use, each rank projects with its share of the weights, and an all-to-all merges its
+    share of the heads.
     """
     layout = layout.after(cache.layout)
     cache.extend(layout)
@@ -94,12 +104,17 @@ def run_replicated(
         keys_and_values = cache.append(layer, k[:, rows_to_cache], v[:, rows_to_cache])
         partial = empty_partial(q)
         attend_tiles(partial, q, *keys_and_values, tiles[engine.shape.windows[layer]], engine.kernel)
-        with doing(f"layer {layer}"), engine.context.traffic.counted_as(ATTENTION):
-            out = gather_merge(partial, engine.context, degree).to(q.dtype)
+        with doing(f"layer {layer}"):
+            if share:
+                heads = share.ranges(q.shape[2] * degree)
+                out = scatter_merge(partial, engine.context, degree, heads)
+            else:
+                out = gather_merge(partial, engine.context, degree)
         done()
-        return out
+        return out.to(q.dtype)
 
-    return _hidden(engine, tokens, all_rows.positions(0), attend)
+    with engine.context.traffic.counted_as(ATTENTION):
+        return _hidden(engine, tokens, all_rows.positions(0), attend)
 
 
 def _hidden(

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 
@@ -10,11 +11,11 @@ import torch
 from longctx.attention.layout import LAYOUTS, Layout, contiguous, shard_balanced
 from longctx.config import Context, Sampling
 from longctx.infer.cache import BatchCache, KVCache
-from longctx.infer.engine import Engine
+from longctx.infer.engine import Engine, next_logits
 from longctx.infer.prefill import Chunk, LayerDone, pack_tokens, run_pass, run_replicated, split_into_chunks
 from longctx.infer.refuse import NOT_FINITE, refuse_not_finite, refuse_prompts
 from longctx.infer.sample import choose_token
-from longctx.megatron.model import logits
+from longctx.megatron.shared import WeightShare
 from longctx.parallel.comm import doing
 from longctx.parallel.ring import Strategy
 from longctx.parallel.strategy import STRATEGIES
@@ -77,6 +78,11 @@ class Session:
     def __init__(
         self, engine: Engine, context: Context, sampling: Sampling, choose: Chooser | None = None, reserve: int = 0
     ) -> None:
+        if context.decode == "sharded" and engine.ranks > 1 and not engine.share:
+            raise ValueError(
+                f"context.decode=sharded is not built for model.layers={engine.layers}: use model.layers=local, or "
+                "context.decode=gather_merge"
+            )
         self.engine, self.context, self.sampling = engine, context, sampling
         self.sequences: dict[int, Conversation] = {}
         self._choose = choose or (lambda *_: (context.strategy, "as asked"))
@@ -229,14 +235,17 @@ class Session:
         chunk = {i: self.sequences[i].tokens[-1:] for i in sequences}
         assert all(len(self.sequences[i].tokens) == self.sequences[i].cached + 1 for i in chunk), "nothing to feed"
         over_ring = shard_balanced([1] * len(chunk), contiguous, self.rows_per_rank)
-        if self.context.decode == "gather_merge":
-            hidden = run_replicated(self.engine, pack_tokens(chunk), over_ring, self._batch(chunk))
-            layout = over_ring.on_one_rank().place_on(0, self.engine.ranks)  # all have the rows, the first one samples
+        engine, tokens, batch = self.engine, pack_tokens(chunk), self._batch(chunk)
+        if self.context.decode in STRATEGIES:
+            layout = over_ring.split(engine.ulysses.size)
+            hidden = run_pass(engine, tokens, layout, batch, engine.everywhere(STRATEGIES[self.context.decode]))
+            following = self._next_tokens(hidden, layout, chunk)
         else:
-            layout = over_ring.split(self.engine.ulysses.size)
-            strategies = self.engine.everywhere(STRATEGIES[self.context.decode])
-            hidden = run_pass(self.engine, pack_tokens(chunk), layout, self._batch(chunk), strategies)
-        following = self._next_tokens(hidden, layout, chunk)
+            share = engine.share if self.context.decode == "sharded" else None
+            with share.in_use() if share else nullcontext():
+                hidden = run_replicated(engine, tokens, over_ring, batch, share=share)
+                layout = over_ring.on_one_rank().place_on(0, engine.ranks)  # all have the rows, the first one samples
+                following = self._next_tokens(hidden, layout, chunk, share)
         self._append(following)
         return following
 
@@ -247,8 +256,13 @@ class Session:
     def _batch(self, chunk: Chunk) -> BatchCache:
         return BatchCache([self.sequences[i].cache for i in chunk], self.engine.ring.rank)
 
-    def _next_tokens(self, hidden: Float[Tensor, "s b hidden"], layout: Layout, chunk: Chunk) -> dict[int, int]:
-        """Choose the token that follows each sequence whose last token was in this pass; the same on all ranks."""
+    def _next_tokens(
+        self, hidden: Float[Tensor, "s b hidden"], layout: Layout, chunk: Chunk, share: WeightShare | None = None
+    ) -> dict[int, int]:
+        """Choose the token that follows each sequence whose last token was in this pass; the same on all ranks.
+
+        With a ``share``, all ranks have the same ``hidden`` and compute its logits together.
+        """
         engine = self.engine
 
         # 1. The packed row of each such sequence's last token, and the ranks that hold these rows.
@@ -260,12 +274,12 @@ class Session:
         last_rows_by_rank = [[row for row in rank_rows if row in last_rows] for rank_rows in rows]
 
         # 2. Each rank samples from the logits of its rows.
-        sampled = []
-        for row in last_rows_by_rank[engine.rank]:
-            at = rows[engine.rank].index(row)
+        sampled, own_rows = [], last_rows_by_rank[engine.rank]
+        at = [rows[engine.rank].index(row) for row in own_rows]
+        logits_of_rows = next_logits(engine, hidden, share)[at] if share else next_logits(engine, hidden[at])
+        for row, row_logits in zip(own_rows, logits_of_rows[:, 0], strict=True):
             i, position = last_rows[row]
             sampling = replace(self.sampling, seed=(self.sampling.seed + i) % 2**32)
-            row_logits = next_logits(engine, hidden[at : at + 1])[0, 0]
             sampled.append(choose_token(row_logits, sampling, position) if row_logits.isfinite().all() else NOT_FINITE)
 
         # 3. All ranks get all tokens.
@@ -275,12 +289,6 @@ class Session:
         refuse_not_finite(engine, tokens, [self.sequences[i].cache for i in chunk])
         token_of = dict(zip(chain.from_iterable(last_rows_by_rank), tokens, strict=True))
         return {i: token_of[row] for row, (i, _) in last_rows.items()}
-
-
-@torch.inference_mode()
-def next_logits(engine: Engine, hidden: Float[Tensor, "s b hidden"]) -> Float[Tensor, "s b v"]:
-    """Compute the float32 logits of the rows of ``hidden``; all tensor-parallel ranks must call this."""
-    return logits(engine.model, hidden, engine.tp, engine.shape.vocab_size)
 
 
 def barrier(engine: Engine) -> None:

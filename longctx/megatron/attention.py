@@ -121,4 +121,4 @@ class ContextParallelAttention(MegatronModule):
             query = query * self.query_scale
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         out = packed_seq_params.attend(self.layer, q, k, v)
-        return out.transpose(0, 1).reshape(query.shape[0], query.shape[1], -1)
+        return out.transpose(0, 1).flatten(2)  # with shared weights, of this rank's share of the heads

@@ -13,7 +13,6 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -34,6 +33,7 @@ from longctx.megatron.modules import (
     RMSNormOverHeads,
     ScaledRowParallelLinear,
 )
+from longctx.megatron.shared import OutputProjection, QKVProjection, UpProjection, WeightShare
 from longctx.megatron.spd.layer import SPDTransformerLayer, follow_plan
 from longctx.model_shape import Experts, ModelShape
 from longctx.parallel.comm import Comm
@@ -157,13 +157,19 @@ def _run_without_rows(model: GPTModel, attention_pass: Pass) -> Float[Tensor, "0
     return weight.new_empty(0, 1, config.hidden_size)
 
 
-def logits(model: GPTModel, hidden: Float[Tensor, "s b hidden"], tp: Comm, vocab_size: int) -> Float[Tensor, "s b v"]:
+def logits(
+    model: GPTModel, hidden: Float[Tensor, "s b hidden"], tp: Comm, vocab_size: int, share: WeightShare | None = None
+) -> Float[Tensor, "s b v"]:
     """Return float32 logits of all ``vocab_size`` tokens, without padding, on every rank of ``tp``.
 
-    ``tp`` is the model's tensor-parallel group.
+    ``tp`` is the model's tensor-parallel group.  With a ``share``, all context ranks call this with the same rows.
     """
-    # megatron-core's gather always allocates on a CUDA device, so a `Comm` gathers the shards.
-    shard, _ = model.output_layer(hidden, weight=tied_weight(model), runtime_gather_output=False)
+    weight = tied_weight(model)
+    if share:
+        shard = share.project_vocab(hidden, model.output_layer.weight if weight is None else weight)
+    else:
+        # megatron-core's gather always allocates on a CUDA device, so a `Comm` gathers the shards.
+        shard, _ = model.output_layer(hidden, weight=weight, runtime_gather_output=False)
     return torch.cat(tp.all_gather(shard, [tuple(shard.shape)] * tp.size), -1)[..., :vocab_size].float()
 
 
@@ -269,7 +275,7 @@ def local_layer_spec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=QKVProjection,
             core_attention=ContextParallelAttention,
             linear_proj=_output_projection(shape, shape.out_bias),
             q_layernorm=_qk_norm(shape, shape.heads, groups),
@@ -293,7 +299,7 @@ def _mlp(shape: ModelShape) -> ModuleSpec:
     return ModuleSpec(
         module=MLP,
         submodules=MLPSubmodules(
-            linear_fc1=BiasedColumnParallelLinear if shape.mlp_bias else ColumnParallelLinear,
+            linear_fc1=BiasedColumnParallelLinear if shape.mlp_bias else UpProjection,
             linear_fc2=_output_projection(shape, shape.mlp_bias),
         ),
     )
@@ -318,7 +324,7 @@ def _output_projection(shape: ModelShape, bias: bool) -> ModuleSpec | type:
     if shape.residual_scale != 1:
         assert not bias, "no known model has a bias and a scale on one output"
         return ModuleSpec(module=ScaledRowParallelLinear, params={"scale": shape.residual_scale})
-    return BiasedRowParallelLinear if bias else RowParallelLinear
+    return BiasedRowParallelLinear if bias else OutputProjection
 
 
 def _te_layer_spec() -> ModuleSpec:

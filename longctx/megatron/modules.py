@@ -5,11 +5,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
 
+from longctx.megatron.shared import OutputProjection, UpProjection
 from longctx.shapes import Float, Tensor
 
 
@@ -88,21 +88,21 @@ class _SumOverRanks(torch.autograd.Function):
         return total, None
 
 
-class BiasedRowParallelLinear(RowParallelLinear):
+class BiasedRowParallelLinear(OutputProjection):
     """A row-parallel projection with a bias, whatever the configuration says of other projections."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"bias": True})
 
 
-class BiasedColumnParallelLinear(ColumnParallelLinear):
+class BiasedColumnParallelLinear(UpProjection):
     """A column-parallel projection with a bias, whatever the configuration says of other projections."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"bias": True})
 
 
-class NormedRowParallelLinear(RowParallelLinear):
+class NormedRowParallelLinear(OutputProjection):
     """A row-parallel projection whose output, summed over ranks, is normalised before the residual connection.
 
     A block that drops its reduction gets the partial output as it is, and normalises after its sum (see `spd.layer`).
@@ -118,7 +118,7 @@ class NormedRowParallelLinear(RowParallelLinear):
         return out if self.explicit_expert_comm else self.norm(out), None
 
 
-class ScaledRowParallelLinear(RowParallelLinear):
+class ScaledRowParallelLinear(OutputProjection):
     """A row-parallel projection whose output is multiplied by ``scale`` before the residual connection."""
 
     def __init__(self, *args: Any, scale: float, **kwargs: Any) -> None:

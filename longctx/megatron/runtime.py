@@ -40,7 +40,8 @@ class Runtime:
     """A rank with its device and its groups.
 
     The ranks of ``tp`` share each layer's weights.  The ranks of ``ulysses`` and ``ring`` share the sequence, and
-    ``context`` is the group of both (rank = ring rank * ulysses size + ulysses rank).  ``world`` is all ranks.
+    ``context`` is the group of both (rank = ring rank * ulysses size + ulysses rank).  ``tp_context`` is the group of
+    ``context`` and ``tp``.  ``world`` is all ranks.
     ``groups`` is megatron-core's `ProcessGroupCollection` of the mesh, and ``alone`` one of this rank only.
     """
 
@@ -53,6 +54,7 @@ class Runtime:
     ulysses: Comm
     ring: Comm
     context: Comm
+    tp_context: Comm
     world: Comm
 
 
@@ -156,7 +158,7 @@ def _create_groups(rank: Rank, mesh: Mesh, device: torch.device, timeout_minutes
     # The groups that a model on a single rank uses.
     names = ("tp", "cp", "pp", "embd", "tp_cp", "tp_dp_cp", "ep", "expt_tp", "expt_dp", "tp_ep")
     alone = ProcessGroupCollection(**dict.fromkeys(names, own))
-    comms = (_comm(group) for group in (groups.tp, ulysses, ring, groups.cp, world))
+    comms = (_comm(group) for group in (groups.tp, ulysses, ring, groups.cp, groups.tp_cp, world))
     return Runtime(rank, mesh, device, groups, alone, *comms)
 
 

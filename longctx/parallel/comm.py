@@ -8,13 +8,17 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
-from longctx.shapes import AnyShape
+from longctx.shapes import AnyShape, Float, Tensor
 
 Shape = tuple[int, ...]
+_MAX_PADDED = 65_536  # elements up to which an all-gather pads tensors of different lengths
 
 
 class LostPeer(ConnectionError):
@@ -92,10 +96,10 @@ class Comm(Protocol):
         """
         ...
 
-    def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape]) -> list[AnyShape]:
+    def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape], *, small: bool = False) -> list[AnyShape]:
         """Send ``parts[i]`` to rank i and return what each rank sent, in rank order; ``shapes[i]`` is its shape.
 
-        Raises `LostPeer` if a rank has gone.
+        ``small``: latency matters more than bandwidth; the same on all ranks.  Raises `LostPeer` if a rank has gone.
         """
         ...
 
@@ -130,7 +134,7 @@ class SingleRankComm:
         """Fail: a ring of one has no hops."""
         raise AssertionError("a ring of one communicates nothing")
 
-    def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape]) -> list[AnyShape]:
+    def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape], *, small: bool = False) -> list[AnyShape]:
         """Return a list of one: the rank's own part."""
         return list(parts)
 
@@ -217,20 +221,51 @@ class DistComm:
     def _p2p(self, op: Callable[..., Any], x: AnyShape, peer: int) -> dist.P2POp:
         return dist.P2POp(op, x, group=self.group, group_peer=peer)
 
-    def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape]) -> list[AnyShape]:
+    def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape], *, small: bool = False) -> list[AnyShape]:
         """Send ``parts[i]`` to rank i and return what each rank sent, in rank order; ``shapes[i]`` is its shape."""
+        others = [other for other in range(self.size) if other != self.rank]
+        self.traffic.count("all_to_all", [parts[other] for other in others])
+        if small:
+            return self._all_to_all_packed(parts, shapes)
         # Point-to-point messages, not the backend's all-to-all: gloo's takes twice as long for uneven parts on a
         # slow link, and both backends need the parts packed into one tensor first.
-        others = [other for other in range(self.size) if other != self.rank]
         sent = {other: parts[other].contiguous() for other in others if parts[other].numel()}
-        self.traffic.count("all_to_all", list(sent.values()))
         received = [x.new_empty(shape) for x, shape in zip(parts, shapes, strict=True)]
         received[self.rank] = parts[self.rank]
         ops = [self._p2p(dist.irecv, received[other], other) for other in others if received[other].numel()]
         ops += [self._p2p(dist.isend, x, other) for other, x in sent.items()]
         return list(self._start(ops, tuple(received), tuple(sent.values()), set(others)).wait())
 
+    def _all_to_all_packed(self, parts: Sequence[AnyShape], shapes: Sequence[Shape]) -> list[AnyShape]:
+        """Run the backend's own all-to-all over the parts in one tensor: less latency than a message per rank."""
+        packed, sizes = torch.cat([x.flatten() for x in parts]), [prod(shape) for shape in shapes]
+        received = packed.new_empty(sum(sizes))
+        with _raise_lost_peer(self._world_ranks(set(range(self.size)) - {self.rank})):
+            dist.all_to_all_single(received, packed, sizes, [x.numel() for x in parts], group=self.group)
+        return [x.view(shape) for x, shape in zip(received.split(sizes), shapes, strict=True)]
+
     def all_gather(self, mine: AnyShape, shapes: Sequence[Shape]) -> list[AnyShape]:
         """Return every rank's ``mine``, in rank order; ``shapes[i]`` is the shape of rank i's tensor."""
-        # gloo's all-gather refuses tensors of different length.  Sending to each rank costs the same bytes.
-        return self.all_to_all([mine] * self.size, shapes)
+        # The backends' all-gather has less latency than a message per rank, but takes tensors of one length only.
+        # Small tensors are padded; for large ones of different lengths, sending to each rank costs the same bytes.
+        sizes = [prod(shape) for shape in shapes]
+        largest, even = max(sizes), len(set(sizes)) == 1
+        if not largest or not (even or largest <= _MAX_PADDED):
+            return self.all_to_all([mine] * self.size, shapes)
+        self.traffic.count("all_to_all", [mine] * (self.size - 1))
+        padded = mine.flatten() if even else F.pad(mine.flatten(), (0, largest - mine.numel()))
+        received = [torch.empty_like(padded) for _ in shapes]
+        with _raise_lost_peer(self._world_ranks(set(range(self.size)) - {self.rank})):
+            dist.all_gather(received, padded, group=self.group)
+        return [x[:size].view(shape) for x, size, shape in zip(received, sizes, shapes, strict=True)]
+
+
+def sum_over_ranks(comm: Comm, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Return the sum of every rank's ``x``, by one all-gather: for small tensors, where latency matters most.
+
+    Every rank adds in rank order, in float32 or more precisely, and so gets the same bits.
+    """
+    if comm.size == 1:
+        return x
+    parts = comm.all_gather(x, [tuple(x.shape)] * comm.size)
+    return torch.stack(parts).sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)

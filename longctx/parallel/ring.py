@@ -1,6 +1,6 @@
 """Ring attention: each rank computes on one rank's tensors while the next rank's tensors are in flight."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +9,10 @@ import torch
 from longctx.attention.kernel import Gradients, Kernel, attend_tiles, tile_gradients
 from longctx.attention.layout import Layout, Spans, slice_rows
 from longctx.attention.mask import CAUSAL, Mask
-from longctx.attention.partial import Partial, empty_partial, merge_
+from longctx.attention.partial import Partial, empty_partial, merge_, sink
 from longctx.attention.tiles import Tile, visible_tiles
 from longctx.parallel.comm import Comm, Shape, doing
-from longctx.shapes import Keys, Queries, Shaped, Tensor
+from longctx.shapes import Float, Keys, Queries, Shaped, Tensor
 
 Rows = tuple[tuple[int, int], ...]  # rows of a block: ranges (first, end), sorted and apart
 
@@ -88,7 +88,7 @@ def _count(rows: Rows | None, whole: int) -> int:
 
 
 def _take(x: Tensor, arrived: Rows | None, wanted: Rows | None) -> Tensor:
-    """Return the rows ``wanted`` of a block from ``x``, which has its rows ``arrived``, among them all of ``wanted``."""
+    """Return the rows ``wanted`` of a block, of which ``x`` has the rows ``arrived``; these include ``wanted``."""
     if arrived == wanted or wanted is None:
         return x
     arrived = ((0, x.shape[1]),) if arrived is None else arrived
@@ -239,6 +239,41 @@ def gather_merge(partial: Partial, comm: Comm, ulysses: int) -> Queries:
             merge_(merged, slice(None), _unpack(packed))
         heads.append(merged.out)
     return torch.cat(heads, 2)
+
+
+def scatter_merge(
+    partial: Partial,
+    comm: Comm,
+    ulysses: int,
+    heads: Sequence[range],
+    sinks: Float[Tensor, " hq"] | None = None,
+) -> Float[Tensor, "b sq share d"]:
+    """Merge all ranks' partials of the same query rows, each rank some of the heads, with one all-to-all.
+
+    As in `gather_merge` every rank passes its ``partial`` [b s hq/U d] of the same rows.  Rank r gets the attention
+    output [b s len(heads[r]) d] of the query heads ``heads[r]``; ``sinks`` are the logits of all heads' attention sinks
+    (see `partial.sink`).  Bytes sent per rank: d values and one log-sum-exp per row and head of the other ranks that it
+    attended with, in the accumulation dtype.
+    """
+    width, member = partial.out.shape[2], comm.rank % ulysses
+
+    def common(owner: int, of_member: int) -> slice:
+        """Return the heads of ``owner`` among those that the Ulysses rank ``of_member`` attends with."""
+        begin = max(0, heads[owner].start - of_member * width)
+        return slice(begin, max(begin, min(width, heads[owner].stop - of_member * width)))
+
+    mine = _pack(partial)
+    shares = [common(comm.rank, rank % ulysses) for rank in range(comm.size)]
+    shapes = [(*mine.shape[:2], share.stop - share.start, mine.shape[3]) for share in shares]
+    with doing("merging partial results"):
+        parts = comm.all_to_all([mine[:, :, common(owner, member)] for owner in range(comm.size)], shapes, small=True)
+    merged = empty_partial(torch.cat([part[..., :-1] for part in parts[:ulysses]], 2))
+    for first in range(0, comm.size, ulysses):
+        merge_(merged, slice(None), _unpack(torch.cat(parts[first : first + ulysses], 2)))
+    if sinks is not None:
+        owned = heads[comm.rank]
+        merge_(merged, slice(None), sink(sinks[owned.start : owned.stop], merged))
+    return merged.out
 
 
 def ring_gradients(

@@ -158,8 +158,8 @@ def time_strategies(
 ) -> dict[str, list[float]]:
     """Return the TTFT of ``tokens`` by strategy and round: the slowest rank's seconds to the next logits."""
     from longctx.attention.layout import zigzag
+    from longctx.infer.engine import next_logits
     from longctx.infer.prefill import run_pass
-    from longctx.infer.session import next_logits
     from longctx.parallel import strategy
 
     cache = make_random_cache(engine, settings.total - len(tokens), settings.total)

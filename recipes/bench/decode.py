@@ -5,6 +5,7 @@ python -m recipes.bench decode
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -29,9 +30,8 @@ if TYPE_CHECKING:
     from longctx.infer.session import Session
     from longctx.megatron.runtime import Runtime
 
-STRATEGIES: tuple[Literal["gather_merge", "pass_q", "pass_kv", "all_gather_kv"], ...] = (
-    "gather_merge", "pass_q", "pass_kv", "all_gather_kv",
-)  # fmt: skip
+Strategy = Literal["sharded", "gather_merge", "pass_q", "pass_kv", "all_gather_kv"]
+STRATEGIES: tuple[Strategy, ...] = ("sharded", "gather_merge", "pass_q", "pass_kv", "all_gather_kv")
 ONE_RANK = "one rank"
 
 
@@ -43,6 +43,7 @@ class DecodeSettings:
     batch: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 4)
     tokens: PositiveInt = 8
     rounds: PositiveInt = 3
+    strategies: Annotated[tuple[Strategy, ...], Field(min_length=1)] = STRATEGIES
     out: str | None = None
 
 
@@ -56,18 +57,20 @@ class DecodeJob:
 
 @dataclass(frozen=True)
 class DecodeCost:
-    """Seconds of a decode step, and bytes that this rank sent in it."""
+    """Seconds of a decode step, CPU seconds of this rank's threads in it, and bytes that this rank sent."""
 
     seconds: float
+    cpu_seconds: float
     bytes_sent: int
 
 
 @dataclass(frozen=True)
 class BatchTimes:
-    """Seconds per step by variant and round, and this rank's bytes per step in the last round, for one batch size."""
+    """Figures of a step for one batch size, by variant: of each round, and bytes in the last round."""
 
     batch: int
     seconds: dict[str, list[float]]
+    cpu_seconds: dict[str, list[float]]
     bytes_sent: dict[str, int]
 
 
@@ -88,7 +91,9 @@ def run_rank(rank: Rank, job: DecodeJob) -> list[BatchTimes]:
     with target.runtime(rank) as runtime, Progress(shown=rank.rank == 0) as progress:
         engine = target.load_engine(runtime)
         alone = load_alone(runtime, engine, target.model, target.folder)
-        variants = {name: (engine, Context(decode=name)) for name in STRATEGIES} | {ONE_RANK: (alone, Context())}
+        variants = {name: (engine, Context(decode=name)) for name in settings.strategies} | {
+            ONE_RANK: (alone, Context())
+        }
         times = []
         for batch in settings.batch:
             progress.start(f"batch of {batch}, runs", len(variants) * (settings.rounds + 1))
@@ -117,6 +122,7 @@ def time_batch(
     return BatchTimes(
         batch=batch,
         seconds={name: [cost.seconds for cost in each] for name, each in costs.items()},
+        cpu_seconds={name: [cost.cpu_seconds for cost in each] for name, each in costs.items()},
         bytes_sent={name: each[-1].bytes_sent for name, each in costs.items() if each},
     )
 
@@ -136,26 +142,29 @@ def start_session(engine: Engine, context: Context, settings: DecodeSettings, ba
 
 def decode_steps(session: Session, tokens: int, batch: int) -> DecodeCost:
     """Decode ``tokens`` tokens of each sequence and return the cost per step."""
-    sent = session.engine.sent
+    sent, cpu_began = session.engine.sent, time.process_time()
 
     def decode() -> None:
         for _ in range(tokens):
             session.decode(range(batch))
 
     seconds = measure_seconds(decode)
-    return DecodeCost(seconds / tokens, (session.engine.sent - sent) // tokens)
+    cpu_seconds = time.process_time() - cpu_began
+    return DecodeCost(seconds / tokens, cpu_seconds / tokens, (session.engine.sent - sent) // tokens)
 
 
 def show(times: list[BatchTimes]) -> None:
     """Print milliseconds and bytes per step as a table."""
     table = Table(box=None)
-    for column in ("batch", "strategy", "TTIT ms", "of one rank's", "sent a step, rank 0"):
+    for column in ("batch", "strategy", "TTIT ms", "of one rank's", "CPU ms, rank 0", "of one rank's", "sent, rank 0"):
         table.add_column(column, justify="left" if column == "strategy" else "right")
     for of_batch in times:
-        medians = {variant: median(seconds) for variant, seconds in of_batch.seconds.items()}
-        for variant, seconds in medians.items():
-            ratio, sent = f"{seconds / medians[ONE_RANK]:.2f}", f"{of_batch.bytes_sent[variant]:,} B"
-            table.add_row(str(of_batch.batch), variant, f"{seconds * 1e3:.1f}", ratio, sent)
+        for variant, sent in of_batch.bytes_sent.items():
+            row = [str(of_batch.batch), variant]
+            for by_variant in (of_batch.seconds, of_batch.cpu_seconds):
+                seconds, one_rank = median(by_variant[variant]), median(by_variant[ONE_RANK])
+                row += [f"{seconds * 1e3:.1f}", f"{seconds / one_rank:.2f}"]
+            table.add_row(*row, f"{sent:,} B")
     console.print(table)
 
 

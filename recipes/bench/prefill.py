@@ -94,9 +94,9 @@ class NullComm:
             tuple(self._received.setdefault(tuple(s), x.new_zeros(s)) for x, s in zip(mine, shapes, strict=True))
         )
 
-    def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape]) -> list[AnyShape]:
+    def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape], *, small: bool = False) -> list[AnyShape]:
         """Raise AssertionError: pass-KV communicates by `shift` alone."""
-        raise AssertionError((parts, shapes))
+        raise AssertionError((parts, shapes, small))
 
     def all_gather(self, mine: AnyShape, shapes: Sequence[Shape]) -> list[AnyShape]:
         """Raise AssertionError: pass-KV communicates by `shift` alone."""

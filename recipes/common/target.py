@@ -106,6 +106,11 @@ def resolve_target(
     refuse_unused(mesh, recipe, tuple(unused_axes))
     if not strategy_by_turn:
         refuse_strategy_by_turn(context, recipe)
+    if context.decode == "sharded" and model.layers == "te":
+        raise ValueError(
+            "context.decode=sharded is not built for model.layers=te: use model.layers=local, or "
+            "context.decode=gather_merge"
+        )
     kernel_for(context.kernel, run.device, model.dtype)
     folder = locate(model, say)
     shape = shape_of(folder)

@@ -30,8 +30,8 @@ def generate_and_count_each(
 
 
 def _generate(runtime: "Runtime", folder: Path, tokens: list[int], dropped: tuple[int, ...]) -> dict[str, Any]:
-    from longctx.infer.engine import load_engine
-    from longctx.infer.session import Session, next_logits
+    from longctx.infer.engine import load_engine, next_logits
+    from longctx.infer.session import Session
     from longctx.parallel.measure.all_reduce import count_all_reduces
 
     shape = shape_of(folder)

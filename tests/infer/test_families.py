@@ -16,7 +16,12 @@ from tests.megatron.kinds import KINDS, SMALL, random_model
 
 # Pairs of meshes: where the session begins, and where it is restored.
 MESHES = [
-    (Mesh(tp=2, ring=2), Context(strategy="pass_q"), Mesh(ulysses=2, ring=2), Context(chunk=31, layout="striped")),
+    (
+        Mesh(tp=2, ring=2),
+        Context(strategy="pass_q", decode="sharded"),
+        Mesh(ulysses=2, ring=2),
+        Context(chunk=31, layout="striped"),
+    ),
     (Mesh(ring=3), Context(decode="pass_kv"), Mesh(tp=2), Context(strategy="all_gather_kv")),
 ]
 

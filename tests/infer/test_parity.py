@@ -14,14 +14,14 @@ from recipes.common.target import Target
 from recipes.generate import GenerateJob, GenerateSettings, Prompt, run_rank
 
 MESHES = [
-    (Mesh(), "pass_kv"),
-    (Mesh(ring=2), "pass_kv"),
-    (Mesh(ring=2), "pass_q"),
-    (Mesh(ring=4), "pass_kv"),
-    (Mesh(ulysses=3), "pass_kv"),
-    (Mesh(ulysses=3, ring=2), "pass_kv"),
-    (Mesh(tp=3), "pass_kv"),
-    (Mesh(tp=3, ring=2), "pass_kv"),
+    (Mesh(), "pass_kv", "gather_merge"),
+    (Mesh(ring=2), "pass_kv", "sharded"),
+    (Mesh(ring=2), "pass_q", "gather_merge"),
+    (Mesh(ring=4), "pass_kv", "sharded"),
+    (Mesh(ulysses=3), "pass_kv", "sharded"),
+    (Mesh(ulysses=3, ring=2), "pass_kv", "gather_merge"),
+    (Mesh(tp=3), "pass_kv", "gather_merge"),
+    (Mesh(tp=3, ring=2), "pass_kv", "sharded"),
 ]
 
 
@@ -47,19 +47,19 @@ def generate_with_transformers(_: Rank, folder: Path, prompt: tuple[int, ...], n
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize(("mesh", "strategy"), MESHES, ids=str)
+@pytest.mark.parametrize(("mesh", "strategy", "decode"), MESHES, ids=str)
 def test_greedy_tokens_equal_transformers(
     mesh: Mesh,
     strategy: Any,
+    decode: Any,
     smollm2: tuple[ModelSource, Path],
     prompt: tuple[int, ...],
     expected: list[int],
 ) -> None:
     model, folder = smollm2
     new = len(expected)
-    target = Target(
-        model, folder, shape_of(folder), mesh, Context(strategy=strategy), Run(threads=1, timeout_minutes=5)
-    )
+    context, run = Context(strategy=strategy, decode=decode), Run(threads=1, timeout_minutes=5)
+    target = Target(model, folder, shape_of(folder), mesh, context, run)
     settings = GenerateSettings(max_new_tokens=new, verify=False)
     job = GenerateJob(target, Sampling(), (Prompt(prompt, new),), settings)
     figures = run_ranks(mesh.ranks, run_rank, job)[0]

@@ -39,7 +39,7 @@ CONTEXTS = [
         ("pass_q", "pass_q", "zigzag", 7),
         ("all_gather_kv", "pass_kv", "striped", None),
         ("pass_kv", "all_gather_kv", "contiguous", 5),
-        ("pass_q", "gather_merge", "striped", 1),
+        ("pass_q", "sharded", "striped", 1),
     ]
 ]
 

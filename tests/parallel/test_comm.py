@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from longctx.attention.kernel import reference
 from longctx.attention.layout import zigzag
-from longctx.parallel.comm import Comm, DistComm, SingleRankComm, Traffic
+from longctx.parallel.comm import Comm, DistComm, SingleRankComm, Traffic, sum_over_ranks
 from longctx.parallel.launch import Rank, run_ranks
 from longctx.parallel.ring import Ring
 from longctx.parallel.strategy import STRATEGIES, ring_attention
@@ -41,9 +41,28 @@ def all_to_all(comm: Comm) -> list[torch.Tensor]:
     return comm.all_to_all(parts_from(comm.rank, comm.size), shapes)
 
 
+def all_to_all_small(comm: Comm) -> list[torch.Tensor]:
+    shapes = [tuple(parts_from(source, comm.size)[comm.rank].shape) for source in range(comm.size)]
+    return comm.all_to_all(parts_from(comm.rank, comm.size), shapes, small=True)
+
+
 def all_gather(comm: Comm) -> list[torch.Tensor]:
     mine = torch.arange(comm.rank * 2).view(2, -1) + 7 * comm.rank  # empty on rank 0
     return comm.all_gather(mine, [(2, rank) for rank in range(comm.size)])
+
+
+def all_gather_even(comm: Comm) -> list[torch.Tensor]:
+    return comm.all_gather(torch.arange(6).view(3, 2).T + 7 * comm.rank, [(2, 3)] * comm.size)
+
+
+def all_gather_large(comm: Comm) -> list[torch.Tensor]:
+    """Gather tensors of different lengths that are too large to be padded."""
+    return comm.all_gather(torch.full((40_000 * comm.rank,), comm.rank), [(40_000 * r,) for r in range(comm.size)])
+
+
+def sum_of_bfloat16(comm: Comm) -> list[torch.Tensor]:
+    """256 + 1 + ... is 256 if each sum is rounded to bfloat16."""
+    return [sum_over_ranks(comm, torch.full((3, 1), 1.0 if comm.rank else 256.0, dtype=torch.bfloat16))]
 
 
 def task_for(world: int) -> Problem:
@@ -59,7 +78,11 @@ def attend(comm: Comm, strategy: str) -> list[torch.Tensor]:
 EXERCISES: dict[str, Callable[[Comm], list[torch.Tensor]]] = {
     "shift": shift,
     "all_to_all": all_to_all,
+    "all_to_all small": all_to_all_small,
     "all_gather": all_gather,
+    "all_gather even": all_gather_even,
+    "all_gather large": all_gather_large,
+    "sum": sum_of_bfloat16,
     **{name: partial(attend, strategy=name) for name in STRATEGIES},
 }
 
@@ -128,6 +151,7 @@ def test_attention_over_processes_is_exact(world, strategy):
 def test_all_to_all_returns_tensors_in_rank_order(world):
     """Compared with the tensors that were sent, not with the threads' results."""
     for rank, (results, _) in enumerate(on_processes(world)):
+        assert all(map(torch.equal, results["all_to_all"][0], results["all_to_all small"][0]))
         for source, (got, sent) in enumerate(
             zip(results["all_to_all"][0], (parts_from(source, world)[rank] for source in range(world)), strict=True)
         ):
@@ -145,6 +169,12 @@ def test_shift_and_all_gather_receive_the_other_ranks_tensors(world):
         assert [part.tolist() for part in gathered] == [
             (torch.arange(2 * source).view(2, -1) + 7 * source).tolist() for source in range(world)
         ]
+
+
+@WORLDS
+def test_sum_is_rounded_once(world):
+    for results, _ in on_processes(world):
+        assert results["sum"][0][0].tolist() == [[258.0 if world == 3 else 256.0]] * 3
 
 
 def test_ranks_are_counted_within_the_group():

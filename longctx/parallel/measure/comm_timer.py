@@ -83,10 +83,10 @@ class TimedComm:
         """Start a shift of ``comm``; the wait for it counts as "shift"."""
         return _TimedPending(self.comm.shift(*mine, shapes=shapes), self.timer, mine[0].device)
 
-    def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape]) -> list[AnyShape]:
+    def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape], *, small: bool = False) -> list[AnyShape]:
         """Run an all-to-all of ``comm``, all of which counts as waiting."""
         with self.timer.during("all_to_all", parts[0].device):
-            return self.comm.all_to_all(parts, shapes)
+            return self.comm.all_to_all(parts, shapes, small=small)
 
     def all_gather(self, mine: AnyShape, shapes: Sequence[Shape]) -> list[AnyShape]:
         """Run an all-gather of ``comm``, all of which counts as waiting."""

@@ -1,0 +1,142 @@
+"""Layers whose weights the context ranks share out in decoding, although each rank holds them all.
+
+While a `WeightShare` is in use, the N context ranks act as N tensor-parallel ranks on views of their own weights.  All
+ranks hold the same rows x [s b hidden].  In a layer, with W_r for rank r's share of a weight:
+
+    linear_qkv    all-gather of W_r x              queries, keys and values of all heads, on every rank
+    attention     all heads over the keys that this rank caches; the merge gives rank r its share of the heads
+    linear_proj   sum over r of W_r heads_r        one all-reduce
+    linear_fc1    W_r x                            this rank's neurons
+    linear_fc2    sum over r of W_r neurons_r      one all-reduce
+
+Shares may be uneven.  Norms, rotary embedding and residual connections run on every rank, as do biases and factors that
+follow a sum: they apply once.  With tensor parallelism a rank shares its shard of the weights, and sums go over the
+tensor-parallel ranks too.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP
+
+from longctx.model_shape import ModelShape
+from longctx.parallel.comm import Comm, doing, sum_over_ranks
+from longctx.shapes import Float, Tensor
+
+
+@dataclass
+class WeightShare:
+    """This rank's share of the weights of a model, used inside `in_use` only.
+
+    ``context`` are the ranks that share the weights, ``tp_context`` these and the tensor-parallel ranks: partial
+    outputs are summed over ``tp_context``.  ``logit_scale`` is the model's factor of the logits.
+    """
+
+    context: Comm
+    tp_context: Comm
+    logit_scale: float = 1.0
+    active: bool = False
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Let the model's layers compute on this share inside the block."""
+        self.active = True
+        try:
+            yield
+        finally:
+            self.active = False
+
+    def ranges(self, n: int) -> list[range]:
+        """Cut ``n`` rows or columns into near-equal ranges, one for each context rank; some may be empty."""
+        size = self.context.size
+        return [range(n * rank // size, n * (rank + 1) // size) for rank in range(size)]
+
+    def own(self, n: int, unit: int = 1) -> slice:
+        """Return this rank's range of ``n``, which is cut between blocks of ``unit``."""
+        mine = self.ranges(n // unit)[self.context.rank]
+        return slice(mine.start * unit, mine.stop * unit)
+
+    def sum(self, x: Float[Tensor, "s b hidden"]) -> Float[Tensor, "s b hidden"]:
+        """Sum partial outputs over all ranks."""
+        with doing("summing partial outputs"):
+            return sum_over_ranks(self.tp_context, x)
+
+    def gather(self, x: Float[Tensor, "s b share"], n: int) -> Float[Tensor, "s b n"]:
+        """Concatenate every rank's share of ``n`` columns."""
+        with doing("gathering shares of columns"):
+            parts = self.context.all_gather(x, [(*x.shape[:-1], len(share)) for share in self.ranges(n)])
+        return torch.cat(parts, -1)
+
+    def project_vocab(
+        self, hidden: Float[Tensor, "s b hidden"], weight: Float[Tensor, "vocab hidden"]
+    ) -> Float[Tensor, "s b vocab"]:
+        """Return the logits of all rows of ``weight``; this rank multiplies its share of them."""
+        logits = F.linear(hidden, weight[self.own(len(weight))])
+        return self.gather(logits if self.logit_scale == 1 else logits * self.logit_scale, len(weight))
+
+
+def share_weights(model: GPTModel, shape: ModelShape, context: Comm, tp_context: Comm) -> WeightShare:
+    """Let ``model`` share its weights with the other ranks of ``context`` whenever the returned share is in use.
+
+    Mixtures of experts are not shared: every rank computes its tokens' experts.
+    """
+    share = WeightShare(context, tp_context, shape.logit_scale)
+    for layer in model.decoder.layers:
+        attention, mlp = layer.self_attention, layer.mlp
+        linears = [attention.linear_qkv, attention.linear_proj]
+        if isinstance(mlp, MLP):
+            linears += [mlp.linear_fc1, mlp.linear_fc2]
+        for linear in linears:
+            linear.share = share
+        attention.linear_proj.unit = shape.head_dim
+    return share
+
+
+class QKVProjection(ColumnParallelLinear):
+    """Projection to queries, keys and values: a shared one computes some rows, and gathers the others."""
+
+    share: WeightShare | None = None
+
+    def forward(self, x: Float[Tensor, "s b hidden"], *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        if not (self.share and self.share.active):
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        rows = len(self.weight)
+        own = self.share.own(rows)
+        mine = F.linear(x, self.weight[own], None if self.bias is None else self.bias[own])
+        return self.share.gather(mine, rows), None
+
+
+class UpProjection(ColumnParallelLinear):
+    """Projection to gate and up, or to up alone: a shared one computes the rows of some neurons."""
+
+    share: WeightShare | None = None
+
+    def forward(self, x: Float[Tensor, "s b hidden"], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        if not (self.share and self.share.active):
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        halves = 1 + self.config.gated_linear_unit
+        own = self.share.own(len(self.weight) // halves)
+        out = torch.cat([F.linear(x, weight[own]) for weight in self.weight.chunk(halves)], -1)
+        return out, None if self.bias is None else torch.cat([bias[own] for bias in self.bias.chunk(halves)])
+
+
+class OutputProjection(RowParallelLinear):
+    """Projection to the residual stream: a shared one multiplies some columns, and sums over ranks.
+
+    ``x`` has these columns only.  ``unit`` is the number of columns that stay together: those of a head.
+    """
+
+    share: WeightShare | None = None
+    unit = 1
+
+    def forward(self, x: Float[Tensor, "s b columns"]) -> tuple[Float[Tensor, "s b hidden"], Tensor | None]:
+        if not (self.share and self.share.active):
+            return super().forward(x)  # type: ignore[no-any-return]
+        out = F.linear(x, self.weight[:, self.share.own(self.weight.shape[1], self.unit)])
+        return self.share.sum(out), self.bias
