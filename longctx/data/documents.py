@@ -15,7 +15,7 @@ from longctx.data.hub import dataset
 from longctx.data.pydoc import topics
 from longctx.data.records import Position, Record, SourceFile
 from longctx.data.stage import Stage, State
-from longctx.data.tokenize import tokenize
+from longctx.data.tokenize import token_blocks
 from longctx.shapes import Positions
 
 log = logging.getLogger(__name__)
@@ -23,10 +23,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Document:
-    """The tokens of a document (int32), its end token included, and ``where`` it comes from: file and line."""
+    """The tokens of a document (int32), its end token included, and ``where`` it comes from: file and line.
+
+    A long document comes in parts, one after the other; all but the last have ``ends=False`` and an empty resume state,
+    since a run resumes at the beginning of a document.
+    """
 
     tokens: Positions
     where: str
+    ends: bool = True
 
 
 @dataclass(frozen=True)
@@ -77,19 +82,25 @@ def documents(source: TextSource, tokenizer: Any, data: DataSettings) -> Stage[D
             for i in range(given, len(window)):
                 record = window[order[i]]
                 resume = after if i + 1 == len(window) else replace(begin, given=i + 1)
-                tokens = _tokenize(record.text, tokenizer, data.end_token)
-                name = source_files[resume.part].name
-                yield Document(tokens, record.where), {**asdict(resume), "name": name, **identity}
+                state = {**asdict(resume), "name": source_files[resume.part].name, **identity}
+                for part in _parts(record, tokenizer, data.end_token):
+                    yield part, state if part.ends else {}
             given = 0
 
     return run
 
 
-def _tokenize(text: str, tokenizer: Any, end_token: bool) -> Positions:
-    ids = tokenize(text, tokenizer)
-    if end_token and ids[-1:].tolist() != [tokenizer.eos_token_id]:
-        ids = torch.cat([ids, ids.new_tensor([tokenizer.eos_token_id])])
-    return ids
+def _parts(record: Record, tokenizer: Any, end_token: bool) -> Iterator[Document]:
+    """Yield the parts of a record's document: one, unless the text is long."""
+    with record.open() as text:
+        blocks = token_blocks(text.read, tokenizer)
+        tokens = next(blocks)
+        for block in blocks:
+            yield Document(tokens, record.where, ends=False)
+            tokens = block
+    if end_token and tokens[-1:].tolist() != [tokenizer.eos_token_id]:
+        tokens = torch.cat([tokens, tokens.new_tensor([tokenizer.eos_token_id])])
+    yield Document(tokens, record.where)
 
 
 def _windows(
@@ -122,7 +133,7 @@ def _records_with_text(
                 if record.fault:
                     point = replace(point, skipped=point.skipped + 1)
                     _refuse_or_log(record, point, data.on_error)
-                elif not record.text.strip():
+                elif record.is_empty:
                     point = replace(point, empty=point.empty + 1)
                 else:
                     point = replace(point, documents=point.documents + 1)

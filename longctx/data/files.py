@@ -1,5 +1,6 @@
 """Read local text, JSON lines and parquet files as streams of records; reading resumes at a byte or a row."""
 
+import codecs
 import glob
 import gzip
 import json
@@ -7,7 +8,7 @@ import zlib
 from bisect import bisect
 from collections.abc import Iterator
 from functools import partial
-from io import BufferedReader
+from io import BufferedReader, TextIOBase, TextIOWrapper
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ READABLE = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 REFUSED = (".json", ".csv", ".tsv", ".arrow", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst")
 BROKEN = (EOFError, gzip.BadGzipFile, zlib.error)
 END = -1  # position after the whole file; also after a fault that ends it, since no document follows there
+_BLOCK = 1 << 20  # bytes of a text file that are checked at once
 
 
 def files(source: TextSource) -> tuple[SourceFile, ...]:
@@ -68,21 +70,39 @@ def _open(path: Path) -> gzip.GzipFile | BufferedReader:
 
 
 def _read_text(path: Path, at: Position) -> Iterator[tuple[Record, Position]]:
-    """Yield a text file as one document, with line ends converted to newlines."""
-    if at is not None:
-        return
-    with _open(path) as file:
+    """Yield a text file as one document, with line ends converted to newlines.
+
+    The file is read once to check it, and again by those who open the record: it is never whole in memory.
+    """
+    if at is None:
+        with _open(path) as file:
+            yield _checked_record(path, file), END
+
+
+def _checked_record(path: Path, file: gzip.GzipFile | BufferedReader) -> Record:
+    """Return the record of the text ``file`` at ``path``: to be opened, empty, or with the fault of its first byte."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    is_blank, start, lines = True, 0, 0  # ``start`` is the block's first byte
+    while True:
+        unfinished = decoder.getstate()[0]  # bytes of a character that the previous block has begun
         try:
-            raw = file.read()
+            block = file.read(_BLOCK)
+            text = decoder.decode(block, final=not block)
         except BROKEN as error:
-            yield Record(str(path), fault=f"is broken ({error_line(error)})"), END
-            return
-    try:
-        text = raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-        yield Record(str(path), text), END
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        yield Record(f"{path}, line {line}", fault=f"is not UTF-8 text (byte {error.start} of the file)"), END
+            return Record(str(path), fault=f"is broken ({error_line(error)})")
+        except UnicodeDecodeError as error:
+            byte = start - len(unfinished) + error.start
+            line = lines + block.count(b"\n", 0, max(byte - start, 0)) + 1
+            return Record(f"{path}, line {line}", fault=f"is not UTF-8 text (byte {byte} of the file)")
+        is_blank = is_blank and not (text if start else text.removeprefix("\ufeff")).strip()
+        if not block:
+            return Record(str(path)) if is_blank else Record(str(path), open_file=partial(_open_text, path))
+        start, lines = start + len(block), lines + block.count(b"\n")
+
+
+def _open_text(path: Path) -> TextIOBase:
+    """Open a text file without its byte-order mark, with line ends converted to newlines."""
+    return TextIOWrapper(_open(path), encoding="utf-8-sig", newline=None)
 
 
 def _read_lines(path: Path, key: str, at: Position) -> Iterator[tuple[Record, Position]]:

@@ -31,11 +31,15 @@ def interleave(sources: Sequence[Stage[Document]], weights: Sequence[float]) -> 
         live = {i: source(states[i]) for i, source in enumerate(sources)}
         while live:
             turn = min(live, key=lambda i: tokens[i] / shares[i])
-            document, states[turn] = next(live[turn], (None, states[turn]))
-            if document is None:
+            for document, after in live[turn]:
+                tokens[turn] += len(document.tokens)
+                if document.ends:
+                    states[turn] = after
+                    break
+                yield document, {}
+            else:
                 del live[turn]
                 continue
-            tokens[turn] += len(document.tokens)
             if shares != list(weights):
                 shares, tokens = list(weights), [0] * len(sources)
             yield document, {"sources": list(states), "tokens": list(tokens), "weights": shares}

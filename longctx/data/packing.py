@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -46,24 +46,22 @@ def pack(documents: Stage[Document], length: int, last: Literal["drop", "pad"] =
         before, used = (state["documents"], state["used"]) if state else (None, 0)
         pieces: list[PackedSequence] = []
         missing = length
-        for document, after in documents(before):
-            tokens = document.tokens
-            if used and used >= len(tokens):
-                raise ValueError(
-                    f"{document.where} is shorter than when the state to resume from was made: "
-                    "restore the file, or start a new run"
-                )
-            while used < len(tokens):
-                pieces.append(_piece(tokens, used, min(used + missing, len(tokens))))
-                used += len(pieces[-1].tokens)
-                missing -= len(pieces[-1].tokens)
+        rest = torch.empty(0, dtype=torch.int32)  # tokens of the document that are not yet in a sequence
+        for document, after in _unused(documents, before, used):
+            tokens = torch.cat([rest, document.tokens])
+            # A sequence has one piece of a document, whose last target is in the next part: wait for that part.
+            while len(tokens) > missing or (document.ends and len(tokens)):
+                pieces.append(_piece(tokens, missing))
+                added = len(pieces[-1].tokens)
+                tokens, used, missing = tokens[added:], used + added, missing - added
                 if not missing:
                     # A cut document is tokenized again on resume, hence the state before it and its used tokens.
-                    cut = used < len(tokens)
-                    resume = {"documents": before, "used": used} if cut else {"documents": after, "used": 0}
+                    resume = {"documents": before, "used": used} if len(tokens) else {"documents": after, "used": 0}
                     yield _concatenate(pieces), resume
                     pieces, missing = [], length
-            before, used = after, 0
+            rest = tokens
+            if document.ends:
+                before, used = after, 0
         if pieces and last == "pad":
             yield _concatenate([*pieces, padding_sequence(missing)]), {"documents": before, "used": 0}
         elif pieces:
@@ -72,18 +70,36 @@ def pack(documents: Stage[Document], length: int, last: Literal["drop", "pad"] =
     return run
 
 
+def _unused(documents: Stage[Document], before: State | None, used: int) -> Iterator[tuple[Document, State]]:
+    """Yield the documents after state ``before``, the first one without its first ``used`` tokens.
+
+    Raises ValueError if it has no more tokens than that.
+    """
+    skip, is_long_enough = used, not used
+    for document, after in documents(before):
+        tokens = document.tokens[skip:]
+        skip -= len(document.tokens) - len(tokens)
+        is_long_enough = is_long_enough or len(tokens) > 0
+        if document.ends and not is_long_enough:
+            raise ValueError(
+                f"{document.where} is shorter than when the state to resume from was made: "
+                "restore the file, or start a new run"
+            )
+        yield replace(document, tokens=tokens), after
+
+
 def padding_sequence(length: int) -> PackedSequence:
     """A sequence of ``length`` padding tokens, none of which counts in the loss."""
     zeros = torch.zeros(length, dtype=torch.long)
     return PackedSequence(zeros, zeros, zeros.bool(), (length,), length)
 
 
-def _piece(tokens: Positions, first: int, end: int) -> PackedSequence:
-    tokens, targets = tokens[first:end].long(), tokens[first + 1 : end + 1].long()
-    known = len(targets)
-    targets = torch.cat([targets, tokens.new_zeros(end - first - known)])
-    mask = torch.arange(end - first) < known
-    return PackedSequence(tokens, targets, mask, (end - first,))
+def _piece(tokens: Positions, length: int) -> PackedSequence:
+    """The first ``length`` of ``tokens`` (all if they are fewer) and their targets."""
+    inputs, targets = tokens[:length].long(), tokens[1 : length + 1].long()
+    missing = len(inputs) - len(targets)
+    mask = torch.arange(len(inputs)) < len(targets)
+    return PackedSequence(inputs, torch.cat([targets, targets.new_zeros(missing)]), mask, (len(inputs),))
 
 
 def _concatenate(pieces: list[PackedSequence]) -> PackedSequence:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import StringIO, TextIOBase
 from typing import Any
 
 Position = Any
@@ -12,12 +13,23 @@ Position = Any
 class Record:
     """A ``text`` and its location: ``where`` is file and line, or dataset and row, for messages.
 
-    A record without usable text has the reason in ``fault``.
+    A text file can be larger than the memory: in place of its text, its record has a function ``open_file``.  A record
+    without usable text has the reason in ``fault``.
     """
 
     where: str
     text: str = ""
     fault: str = ""
+    open_file: Callable[[], TextIOBase] | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """True if the text has nothing but white space."""
+        return not self.open_file and not self.text.strip()
+
+    def open(self) -> TextIOBase:
+        """Open the text for reading."""
+        return self.open_file() if self.open_file else StringIO(self.text)
 
 
 @dataclass(frozen=True)

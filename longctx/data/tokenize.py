@@ -1,10 +1,10 @@
 """Text to tokens, in pieces that join exactly to the tokens of the whole text: long text takes little memory."""
 
-from array import array
 from bisect import bisect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import StringIO
+from itertools import chain
 from typing import Any
 
 import torch
@@ -31,18 +31,35 @@ def tokenize(text: str, tokenizer: Any, *, special_tokens: bool = True) -> Posit
     ``special_tokens`` adds the first and last tokens that the tokenizer adds.  A first token that the text itself
     begins with is not doubled, as in lm-eval's ``hf`` model; transformers doubles it.
     """
-    if len(text) <= WINDOW:
+    return torch.cat(list(token_blocks(StringIO(text).read, tokenizer, special_tokens=special_tokens)))
+
+
+def token_blocks(read: Callable[[int], str], tokenizer: Any, *, special_tokens: bool = True) -> Iterator[Positions]:
+    """Yield `tokenize` of the text that ``read(characters)`` gives, in blocks of a window: at least one, in order."""
+    text = read(WINDOW)
+    more = read(1)
+    if not more:
         whole = list(tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"])
         if not special_tokens or len(whole) < 2 or whole[0] != whole[1]:
-            return torch.tensor(whole, dtype=torch.int32)
+            yield torch.tensor(whole, dtype=torch.int32)
+            return
     first, last = _special_tokens(tokenizer) if special_tokens else ([], [])
-    ids = array("i")
-    for piece in pieces(StringIO(text).read, tokenizer):
-        ids.extend(piece.ids)
-    if first and ids[: len(first)].tolist() != first:
-        ids = array("i", first) + ids
-    ids.extend(last)
-    return torch.frombuffer(ids, dtype=torch.int32) if ids else torch.empty(0, dtype=torch.int32)
+    blocks = (piece.ids for piece in pieces(_read_after(text + more, read), tokenizer, WINDOW))
+    ids = next(blocks, [])
+    yield torch.tensor(ids if ids[: len(first)] == first else [*first, *ids], dtype=torch.int32)
+    for ids in chain(blocks, [last] if last else []):
+        yield torch.tensor(ids, dtype=torch.int32)
+
+
+def _read_after(text: str, read: Callable[[int], str]) -> Callable[[int], str]:
+    """Return a function that reads ``text``, then what ``read`` gives."""
+    begin = StringIO(text)
+
+    def read_characters(size: int) -> str:
+        given = begin.read(size)
+        return given if len(given) == size else given + read(size - len(given))
+
+    return read_characters
 
 
 def first_tokens(
