@@ -69,6 +69,7 @@ def mixture_config(shape: ModelShape) -> Mapping[str, Any]:
         "moe_router_pre_softmax": not shape.mixture.renormalised,
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "allgather",
+        "moe_layer_freq": [int(experts is not None) for experts in shape.experts],  # for the keys of checkpoints
     }
 
 
