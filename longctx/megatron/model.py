@@ -12,7 +12,6 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -32,18 +31,18 @@ from longctx.megatron.modules import (
     RMSNorm,
     RMSNormOverHeads,
     ScaledRowParallelLinear,
+    TiledMLP,
 )
 from longctx.megatron.spd.layer import SPDTransformerLayer, follow_plan
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm
-from longctx.shapes import Float, Int, Tensor, Tokens
+from longctx.shapes import Float, Tensor, Tokens
 from longctx.spd.plan import SPDPlan
 
 __all__ = ["GPTModel", "build_model", "hidden_states", "layers_in_use", "logits", "padded_vocab_size"]
 
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
-_PADDING_LOGIT = -1e9  # gives the padding of the vocabulary probability 0 in every dtype
 
 
 def layers_in_use(requested: str, shape: ModelShape) -> str:
@@ -75,13 +74,15 @@ def build_model(
     layers: str,
     device: torch.device,
     plan: SPDPlan | None = None,
+    mlp_rows: int | None = None,
     **options: Any,
 ) -> GPTModel:
     """Return a GPTModel of ``shape`` with uninitialised weights, in eval mode; `hf_io.load.load` fills it.
 
     Weights are sharded over ``groups.tp``, layers over ``groups.pp``.  With a ``plan`` every layer is an
     `SPDTransformerLayer` and the plan's blocks drop a reduction; `follow_plan` can later apply another plan.
-    ``options`` are further fields of megatron-core's TransformerConfig, for training.
+    ``mlp_rows`` is the ``rows`` of a `TiledMLP`.  ``options`` are further fields of megatron-core's TransformerConfig,
+    for training.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="full scope is deprecated")  # megatron-core sets it by default
@@ -91,7 +92,7 @@ def build_model(
         config = _config(shape, groups, dtype, options)
     assert layers == "local" or plan is None, "recipes reject a plan with Transformer Engine layers"
     layer_class = TransformerLayer if plan is None else SPDTransformerLayer
-    spec = local_layer_spec(layer_class, shape, groups) if layers == "local" else _te_layer_spec()
+    spec = local_layer_spec(layer_class, shape, groups, mlp_rows) if layers == "local" else _te_layer_spec()
     stages, stage = groups.pp.size(), groups.pp.rank()
     model = GPTModel(
         config,
@@ -161,39 +162,14 @@ def logits(model: GPTModel, hidden: Float[Tensor, "s b hidden"], tp: Comm, vocab
     return torch.cat(tp.all_gather(shard, [tuple(shard.shape)] * tp.size), -1)[..., :vocab_size].float()
 
 
-def token_losses(
-    model: GPTModel,
-    tokens: Tokens,
-    targets: Tokens,
-    attention_pass: Pass,
-    vocab_size: int,
-) -> Float[Tensor, "s b"] | Float[Tensor, "rows b hidden"]:
-    """Return the cross-entropy [s b] of each row's target (nats, float32).
+def run_stage(model: GPTModel, tokens: Tokens, attention_pass: Pass) -> Float[Tensor, "rows b hidden"]:
+    """Return the hidden states after this pipeline stage's layers; the last stage's are normalised.
 
-    A pipeline stage before the last returns its hidden states [rows b hidden] instead.
-    The padding of the vocabulary is masked, so that every tensor-parallel degree gives the same loss.
+    Under sequence parallelism this rank has s / tp rows; otherwise rows = s.
     """
     embedded = model.embedding(tokens, None) if model.pre_process else None
     hidden: Tensor = model.decoder(embedded, attention_mask=None, packed_seq_params=attention_pass)
-    if not model.post_process:
-        return hidden
-    return losses_of(model, hidden, targets.transpose(0, 1), vocab_size)
-
-
-def losses_of(
-    model: GPTModel, hidden: Float[Tensor, "rows b hidden"], targets: Int[Tensor, "s b"], vocab_size: int
-) -> Float[Tensor, "s b"]:
-    """Return the cross-entropy of ``targets`` (nats, float32), given the final hidden states.
-
-    Under sequence parallelism this rank's ``hidden`` has s / tp rows; otherwise rows = s.
-    """
-    shard, _ = model.output_layer(hidden, weight=tied_weight(model))
-    width, tp = shard.shape[-1], model.pg_collection.tp
-    if padding := max(0, min(width, (tp.rank() + 1) * width - vocab_size)):
-        masked = shard.new_full((*shard.shape[:-1], padding), _PADDING_LOGIT)
-        shard = torch.cat([shard[..., : width - padding], masked], -1)
-    losses: Tensor = vocab_parallel_cross_entropy(shard.float(), targets.contiguous())
-    return losses
+    return hidden
 
 
 def tied_weight(model: GPTModel) -> Float[Tensor, "vocab hidden"] | None:
@@ -248,9 +224,12 @@ def _leave_uninitialised(_: Tensor) -> None:
 
 
 def local_layer_spec(
-    layer_class: type[TransformerLayer], shape: ModelShape, groups: ProcessGroupCollection
+    layer_class: type[TransformerLayer], shape: ModelShape, groups: ProcessGroupCollection, mlp_rows: int | None = None
 ) -> ModuleSpec:
-    """Return the spec of a decoder block of ``layer_class`` whose modules run on CPU and GPU."""
+    """Return the spec of a decoder block of ``layer_class`` whose modules run on CPU and GPU.
+
+    With ``mlp_rows``, its MLP is a `TiledMLP`.
+    """
     norm_before = IdentityOp if shape.norms == "post" else _norm(shape)
     attention = ModuleSpec(
         module=SelfAttention,
@@ -264,7 +243,8 @@ def local_layer_spec(
         ),
     )
     mlp = ModuleSpec(
-        module=MLP,
+        module=MLP if mlp_rows is None else TiledMLP,
+        params={} if mlp_rows is None else {"rows": mlp_rows},
         submodules=MLPSubmodules(
             linear_fc1=BiasedColumnParallelLinear if shape.mlp_bias else ColumnParallelLinear,
             linear_fc2=_output_projection(shape, shape.mlp_bias),

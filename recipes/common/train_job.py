@@ -41,6 +41,8 @@ class TrainSettings:
     steps: PositiveInt = 100
     seed: NonNegativeInt = 0
     recompute: Recompute = "none"
+    loss_rows: PositiveInt | None = 512
+    mlp_rows: PositiveInt | None = None
     hardware: str | None = None
 
 

@@ -22,7 +22,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     for kind in KINDS:
         random_model(kind, folder / kind)
         tiny_tokenizer().save_pretrained(folder / kind)
-    return {kind: Run(Mesh(), folder / kind, LENGTHS, tokens=SMALL["vocab_size"]) for kind in KINDS}
+    return {kind: Run(Mesh(), folder / kind, LENGTHS, tokens=SMALL["vocab_size"], mlp_rows=53) for kind in KINDS}
 
 
 @pytest.mark.parametrize("mesh", [Mesh(tp=2, ring=2), Mesh(ulysses=2, pp=2)], ids=str)
