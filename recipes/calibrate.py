@@ -9,12 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import torch
 import yaml
 from omegaconf import DictConfig
 from rich.table import Table
 
-from longctx.attention.backends import checked_kernel, kernel_for
 from longctx.cost.hardware import Hardware
 from longctx.parallel.launch import Rank
 from recipes.common.cli import console, main, on_ranks, threads_here, warm_up_ranks
@@ -37,6 +35,9 @@ class CalibrateSettings:
 
 def measure_ring(runtime: Runtime, target: Target) -> Hardware:
     """Measure the ring and one rank's kernel, with the heads that one rank holds; every rank must call it."""
+    import torch
+
+    from longctx.attention.backends import checked_kernel
     from longctx.parallel.measure.probe import probe
 
     shape, share = target.shape, target.mesh.tp * target.mesh.ulysses
@@ -47,6 +48,8 @@ def measure_ring(runtime: Runtime, target: Target) -> Hardware:
 
 def run_rank(rank: Rank, target: Target) -> Hardware:
     """Measure links, kernel and matrix products on one rank; the caller uses the first rank's result."""
+    import torch
+
     from longctx.parallel.measure.probe import gemm_flops
 
     with target.runtime(rank) as runtime:
@@ -70,6 +73,8 @@ def show(constants: Hardware) -> None:
 
 def resolve_calibration(config: DictConfig) -> tuple[Target, CalibrateSettings]:
     """Return the target to measure.  Raises ValueError, with what to set instead, if it has nothing to measure."""
+    from longctx.attention.backends import kernel_for
+
     settings = top_level(config, CalibrateSettings)
     target = resolve_target(config, "recipes.calibrate", unused_axes=("dp", "pp"), needs_weights=False)
     target = replace(target, context=replace(target.context, kernel=settings.kernel))

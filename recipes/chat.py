@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from omegaconf import DictConfig
 from pydantic import PositiveInt
 
@@ -23,7 +22,6 @@ from longctx.config import Sampling
 from longctx.cost.attention import Work
 from longctx.cost.choice import RULES, choose
 from longctx.cost.hardware import Hardware
-from longctx.data.turns import UserTurn, turns_from
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank
 from longctx.parallel.launcher import current_rank
@@ -40,6 +38,7 @@ from recipes.common.settings import section, top_level
 from recipes.common.target import Target, resolve_target, say_unapplied
 
 if TYPE_CHECKING:
+    from longctx.data.turns import UserTurn
     from longctx.infer.engine import Engine
     from longctx.infer.session import Chooser
     from longctx.infer.session_index import SessionIndex
@@ -136,6 +135,8 @@ def read_turns(settings: ChatSettings) -> tuple[UserTurn, ...] | None:
 
     Raises ValueError if there is neither a file, nor piped input, nor a terminal.
     """
+    from longctx.data.turns import UserTurn, turns_from
+
     if settings.turns:
         return turns_from(settings.turns, settings.max_new_tokens)
     if current_rank():
@@ -187,6 +188,8 @@ def run_rank(rank: Rank, job: ChatJob) -> list[TurnFigures]:
 
 def make_chooser(runtime: Runtime, engine: Engine, job: ChatJob) -> Chooser:
     """Return a function that chooses the strategy of each pass: a fixed one, or a rule over measured constants."""
+    import torch
+
     target = job.target
     rule = target.context.strategy
     if rule not in RULES:

@@ -7,7 +7,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig
 
 from longctx import checkpoint_index
@@ -56,6 +55,8 @@ def checkpoint_of(name: str) -> Path:
 
 def run_rank(rank: Rank, checkpoint_folder: Path, scratch: Path, dtype: str, to: Path) -> None:
     """Load the checkpoint on one rank and write the folder ``to``."""
+    import torch
+
     from longctx.megatron.hf_io import export
     from longctx.megatron.model import build_model
     from longctx.megatron.runtime import open_runtime
@@ -84,6 +85,8 @@ def prepare(config: DictConfig) -> tuple[Path, Path]:
 
 def refuse_unexportable(place: Path, to: Path) -> None:
     """Raise ValueError if checkpoint ``place`` drops reductions, or if its weights do not fit on the disk of ``to``."""
+    import torch
+
     config = checkpoint_index.read_metadata(place)["config"]
     if dropped := config.get("dropped"):
         raise ValueError(

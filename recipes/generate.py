@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
-import torch
 from omegaconf import DictConfig
 from pydantic import PositiveInt
 from rich.table import Table
@@ -167,6 +166,8 @@ def _verify(
     rank: Rank, runtime: Runtime, engine: Engine, job: GenerateJob, turn: Turn, progress: Progress
 ) -> float | None:
     """Return the largest logit difference against a run on one rank; if blocks drop, on one tensor-parallel group."""
+    import torch
+
     from longctx.infer.engine import load_alone
     from longctx.infer.generate import logit_difference
 

@@ -12,7 +12,6 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -32,19 +31,19 @@ from longctx.megatron.modules import (
     RMSNorm,
     RMSNormOverHeads,
     ScaledRowParallelLinear,
+    TiledMLP,
 )
 from longctx.megatron.shared import OutputProjection, QKVProjection, UpProjection, WeightShare
 from longctx.megatron.spd.layer import SPDTransformerLayer, follow_plan
 from longctx.model_shape import Experts, ModelShape
 from longctx.parallel.comm import Comm
-from longctx.shapes import Float, Int, Tensor, Tokens
+from longctx.shapes import Float, Tensor, Tokens
 from longctx.spd.plan import SPDPlan
 
 __all__ = ["GPTModel", "build_model", "hidden_states", "layers_in_use", "logits", "padded_vocab_size"]
 
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
-_PADDING_LOGIT = -1e9  # gives the padding of the vocabulary probability 0 in every dtype
 
 
 def layers_in_use(requested: str, shape: ModelShape) -> str:
@@ -77,13 +76,15 @@ def build_model(
     layers: str,
     device: torch.device,
     plan: SPDPlan | None = None,
+    mlp_rows: int | None = None,
     **options: Any,
 ) -> GPTModel:
     """Return a GPTModel of ``shape`` with uninitialised weights, in eval mode; `hf_io.load.load` fills it.
 
     Weights are sharded over ``groups.tp``, layers over ``groups.pp``.  With a ``plan`` every layer is an
     `SPDTransformerLayer` and the plan's blocks drop a reduction; `follow_plan` can later apply another plan.
-    ``options`` are further fields of megatron-core's TransformerConfig, for training.
+    ``mlp_rows`` is the ``rows`` of a `TiledMLP`.  ``options`` are further fields of megatron-core's TransformerConfig,
+    for training.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="full scope is deprecated")  # megatron-core sets it by default
@@ -96,7 +97,7 @@ def build_model(
     stages, stage = groups.pp.size(), groups.pp.rank()
     per_stage = shape.layers // stages
     specs = [
-        local_layer_spec(layer_class, shape, groups, experts) if layers == "local" else _te_layer_spec()
+        local_layer_spec(layer_class, shape, groups, experts, mlp_rows) if layers == "local" else _te_layer_spec()
         for experts in shape.experts[stage * per_stage : (stage + 1) * per_stage]
     ]
     model = GPTModel(
@@ -173,39 +174,14 @@ def logits(
     return torch.cat(tp.all_gather(shard, [tuple(shard.shape)] * tp.size), -1)[..., :vocab_size].float()
 
 
-def token_losses(
-    model: GPTModel,
-    tokens: Tokens,
-    targets: Tokens,
-    attention_pass: Pass,
-    vocab_size: int,
-) -> Float[Tensor, "s b"] | Float[Tensor, "rows b hidden"]:
-    """Return the cross-entropy [s b] of each row's target (nats, float32).
+def run_stage(model: GPTModel, tokens: Tokens, attention_pass: Pass) -> Float[Tensor, "rows b hidden"]:
+    """Return the hidden states after this pipeline stage's layers; the last stage's are normalised.
 
-    A pipeline stage before the last returns its hidden states [rows b hidden] instead.
-    The padding of the vocabulary is masked, so that every tensor-parallel degree gives the same loss.
+    Under sequence parallelism this rank has s / tp rows; otherwise rows = s.
     """
     embedded = model.embedding(tokens, None) if model.pre_process else None
     hidden: Tensor = model.decoder(embedded, attention_mask=None, packed_seq_params=attention_pass)
-    if not model.post_process:
-        return hidden
-    return losses_of(model, hidden, targets.transpose(0, 1), vocab_size)
-
-
-def losses_of(
-    model: GPTModel, hidden: Float[Tensor, "rows b hidden"], targets: Int[Tensor, "s b"], vocab_size: int
-) -> Float[Tensor, "s b"]:
-    """Return the cross-entropy of ``targets`` (nats, float32), given the final hidden states.
-
-    Under sequence parallelism this rank's ``hidden`` has s / tp rows; otherwise rows = s.
-    """
-    shard, _ = model.output_layer(hidden, weight=tied_weight(model))
-    width, tp = shard.shape[-1], model.pg_collection.tp
-    if padding := max(0, min(width, (tp.rank() + 1) * width - vocab_size)):
-        masked = shard.new_full((*shard.shape[:-1], padding), _PADDING_LOGIT)
-        shard = torch.cat([shard[..., : width - padding], masked], -1)
-    losses: Tensor = vocab_parallel_cross_entropy(shard.float(), targets.contiguous())
-    return losses
+    return hidden
 
 
 def tied_weight(model: GPTModel) -> Float[Tensor, "vocab hidden"] | None:
@@ -265,10 +241,11 @@ def local_layer_spec(
     shape: ModelShape,
     groups: ProcessGroupCollection,
     experts: Experts | None = None,
+    mlp_rows: int | None = None,
 ) -> ModuleSpec:
     """Return the spec of a decoder block of ``layer_class`` whose modules run on CPU and GPU.
 
-    ``experts``, if given, replace the feed-forward network.
+    ``experts``, if given, replace the feed-forward network.  With ``mlp_rows`` that network is a `TiledMLP`.
     """
     norm_before = IdentityOp if shape.norms == "post" else _norm(shape)
     attention = ModuleSpec(
@@ -289,15 +266,16 @@ def local_layer_spec(
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm_before,
-            mlp=mixture_spec(groups) if experts else _mlp(shape),
+            mlp=mixture_spec(groups) if experts else _mlp(shape, mlp_rows),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def _mlp(shape: ModelShape) -> ModuleSpec:
+def _mlp(shape: ModelShape, rows: int | None) -> ModuleSpec:
     return ModuleSpec(
-        module=MLP,
+        module=MLP if rows is None else TiledMLP,
+        params={} if rows is None else {"rows": rows},
         submodules=MLPSubmodules(
             linear_fc1=BiasedColumnParallelLinear if shape.mlp_bias else UpProjection,
             linear_fc2=_output_projection(shape, shape.mlp_bias),

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import nn
@@ -86,6 +88,25 @@ class _SumOverRanks(torch.autograd.Function):
         total = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.group)
         return total, None
+
+
+class TiledMLP(MLP):
+    """An MLP that computes ``rows`` rows at a time, and again in the backward.
+
+    The activations of only ``rows`` rows exist at once (Arctic long sequence training, arXiv 2506.13996).
+    """
+
+    def __init__(self, *args: Any, rows: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rows = rows
+
+    def forward(self, x: Float[Tensor, "s b hidden"], **_: Any) -> tuple[Float[Tensor, "s b hidden"], Tensor | None]:
+        tiles = [tensor_parallel.checkpoint(self._without_bias, False, tile) for tile in x.split(self.rows)]
+        return torch.cat(tiles), self.linear_fc2.bias  # None unless the caller is to add it
+
+    def _without_bias(self, tile: Tensor) -> Tensor:
+        out: Tensor = super().forward(tile)[0]
+        return out
 
 
 class BiasedRowParallelLinear(OutputProjection):

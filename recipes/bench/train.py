@@ -126,6 +126,7 @@ def refuse_unmeasured(job: TrainJob) -> None:
     if recompute != "none":
         raise ValueError(f"recompute={recompute}: recomputed activations are not counted; use recompute=none")
     for name, value, measured in (
+        ("mlp_rows", job.settings.mlp_rows or "null", "null"),
         ("run.device", target.run.device, "cpu"),
         ("run.threads", target.run.threads or 1, 1),
         ("model.dtype", target.model.dtype, "float32"),

@@ -59,7 +59,6 @@ console = plain_console(stderr=True, width=140)
 
 def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
     """Compose ``configs/<config_name>.yaml`` with the command line's overrides, and run ``task`` on it."""
-    loaded()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to stop, which the ranks handle (longctx.train.stop)
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
     words = sys.argv[1:]
@@ -95,9 +94,13 @@ def _remove_empty_sweep() -> None:
 def _checked(config: DictConfig, words: Sequence[str]) -> DictConfig:
     """Return ``config`` with current names and the run's ``out``.
 
-    Raises ValueError for more threads than this machine has cores, and for a device that is missing here.
+    Raises ValueError for a section that is wrong by itself, for more threads than this machine has cores, and for a
+    device that is missing here.  No torch is imported before, so that a mistake shows at once.
     """
+    from recipes.common.settings import check_sections
+
     config = _with_numbered_out(rename_settings(config, say), words)
+    check_sections(config)
     threads, cores = OmegaConf.select(config, "run.threads"), len(os.sched_getaffinity(0))
     if isinstance(threads, int) and threads > cores:
         raise ValueError(f"run.threads={threads}: this machine has {cores} cores for all ranks; use at most {cores}")
@@ -210,9 +213,12 @@ def is_first() -> bool:
 
 
 def warm_up_ranks(modules: Sequence[str]) -> None:
-    """Import ``modules`` in advance for local ranks; do nothing if a launcher has started the ranks."""
+    """Import ``modules`` in advance for local ranks, unless a launcher has started the ranks; and torch here."""
     if current_rank() is None:
         warm_up(modules)
+    import torch  # noqa: F401  # takes seconds, in which the server of local ranks imports `modules`
+
+    loaded()
 
 
 def say(line: str) -> None:

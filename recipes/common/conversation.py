@@ -6,15 +6,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-import torch
-
-from longctx.data.turns import UserTurn, turn_tokens
 from recipes.common.cli import console, print_error
 from recipes.common.progress import Progress, TokenStream
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
+    from longctx.data.turns import UserTurn
     from longctx.infer.session import Session
     from longctx.parallel.comm import Comm
 
@@ -45,6 +44,10 @@ class TurnFigures(TypedDict, total=False):
 
 def typed_turns(world: Comm, max_new_tokens: int, device: torch.device) -> Iterator[UserTurn]:
     """Yield on every rank the turns typed at the first rank, until an empty line or the end of input."""
+    import torch
+
+    from longctx.data.turns import UserTurn
+
     while True:
         text = b""
         if world.rank == 0:
@@ -65,6 +68,7 @@ def take_turn(session: Session, turn: UserTurn, tokenizer: PreTrainedTokenizerBa
 
     Raises an error of the computation if there are several ranks, because the others wait for this one.
     """
+    from longctx.data.turns import turn_tokens
     from longctx.infer.generate import gather_figures
 
     engine, before = session.engine, session.sequences[0].tokens if session.sequences else []

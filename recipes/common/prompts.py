@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from longctx.config import PromptSource
-from longctx.data.prompt import prompt_tokens
-from longctx.data.turns import turns_from
 from longctx.model_shape import ModelShape
 
 if TYPE_CHECKING:
@@ -34,6 +32,9 @@ def read_prompts(
     Raises ValueError if both or neither are given, or if a prompt and its answer do not fit the model's ``shape``: more
     tokens than its context, or a token beyond its vocabulary.
     """
+    from longctx.data.prompt import prompt_tokens
+    from longctx.data.turns import turns_from
+
     if file is None:
         tokens, text = prompt_tokens(source, tokenizer)
         advice = "cut its text with prompt.tokens={}"

@@ -10,8 +10,6 @@ import sys
 from importlib.metadata import distributions
 from pathlib import Path
 
-import torch
-
 import longctx
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def provenance() -> dict[str, str]:
     """Return the command, commit, processor, cores and versions of this run."""
+    import torch
+
     return {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "commit": commit_of(ROOT),
@@ -31,6 +31,8 @@ def provenance() -> dict[str, str]:
 
 def hardware() -> dict[str, object]:
     """Return the machine of the run's first rank, and its Slurm job if there is one."""
+    import torch
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     slurm = {name.removeprefix("SLURM_").lower(): os.environ[name] for name in _JOB_VARIABLES if name in os.environ}
     return {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
+from longctx.config import Context, Mesh, ModelSource, PromptSource, Run, Sampling
 from recipes.common.cli import say
 from recipes.common.mistakes import unknown_setting, wrong_value
 from recipes.common.overrides import PATHS, literal
@@ -25,6 +26,18 @@ def section(config: DictConfig, name: str, kind: type[Section]) -> Section:
     Raises ValueError, with the setting's full name, for an unknown setting or a value of another type.
     """
     return _validate(kind, as_dict(config[name]), f"{name}.")
+
+
+_SECTIONS = {
+    "mesh": Mesh, "model": ModelSource, "context": Context, "run": Run, "sampling": Sampling, "prompt": PromptSource,
+}  # fmt: skip
+
+
+def check_sections(config: DictConfig) -> None:
+    """Raise ValueError, as `section` does, for a mistake in a section that has one meaning in all recipes."""
+    for name, kind in _SECTIONS.items():
+        if isinstance(config.get(name), DictConfig):
+            section(config, name, kind)
 
 
 def sections(config: DictConfig, name: str, kind: type[Section], say: Say = say) -> tuple[Section, ...]:

@@ -12,17 +12,13 @@ from typing import TYPE_CHECKING, Literal
 from omegaconf import DictConfig
 from rich.markup import escape
 
-from longctx.attention.backends import kernel_for
 from longctx.config import Context, Mesh, ModelSource, Run, Sampling
 from longctx.hf.checkpoint import fingerprint
 from longctx.hf.config import shape_of
 from longctx.hf.generation import unapplied_settings
 from longctx.hf.locate import locate
-from longctx.hf.tensors import refuse_other_tensors
 from longctx.model_shape import ModelShape
 from longctx.parallel.launch import Rank
-from longctx.parallel.strategy import STRATEGIES
-from longctx.parallel.validate import refuse_unfit, refuse_unused
 from longctx.spd.plan import SPDPlan, saved_plan
 from recipes.common.cli import refuse_other_world, say, threads_for
 from recipes.common.settings import section
@@ -98,6 +94,9 @@ def resolve_target(
 
     Raises ValueError, with what to set instead, for a model, mesh, kernel, strategy or plan that ``recipe`` cannot run.
     """
+    from longctx.attention.backends import kernel_for
+    from longctx.parallel.validate import refuse_unfit, refuse_unused
+
     mesh = section(config, "mesh", Mesh) if "mesh" in config else Mesh()
     model = section(config, "model", ModelSource)
     context = section(config, "context", Context) if "context" in config else Context()
@@ -125,6 +124,8 @@ def resolve_target(
 
 def refuse_damaged(model: ModelSource, folder: Path, shape: ModelShape) -> None:
     """Raise ValueError unless ``folder`` has all weights of ``model``, which has ``shape``, and no others."""
+    from longctx.hf.tensors import refuse_other_tensors
+
     saved = saved_plan(folder)
     refuse_other_tensors(
         folder,
@@ -143,6 +144,8 @@ def say_unapplied(folder: Path, sampling: Sampling) -> None:
 
 def refuse_strategy_by_turn(context: Context, recipe: str) -> None:
     """Raise ValueError unless ``context.strategy`` names one strategy, not a rule that chooses one for each turn."""
+    from longctx.parallel.strategy import STRATEGIES
+
     if context.strategy not in STRATEGIES:
         raise ValueError(
             f"context.strategy={context.strategy} chooses a strategy for each turn of a conversation: {recipe} takes "

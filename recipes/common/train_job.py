@@ -41,6 +41,8 @@ class TrainSettings:
     steps: PositiveInt = 100
     seed: NonNegativeInt = 0
     recompute: Recompute = "none"
+    loss_rows: PositiveInt | None = 512
+    mlp_rows: PositiveInt | None = None
     hardware: str | None = None
 
 
@@ -111,7 +113,7 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool) ->
     refuse_unwritable_folder(settings.out)
     refuse_other_recipe(settings.out, recipe)
     target = resolve_target(config, recipe, needs_weights=not from_scratch)
-    _refuse_untrainable(target)
+    _refuse_untrainable(target, settings)
     refuse_untrainable(target.folder)
     # 2. The text.
     tokenizer = tokenizer_of(target.folder)
@@ -145,7 +147,9 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool) ->
     return job
 
 
-def _refuse_untrainable(target: Target) -> None:
+def _refuse_untrainable(target: Target, settings: TrainSettings) -> None:
+    if settings.mlp_rows and target.shape.mixture:
+        raise ValueError(f"mlp_rows={settings.mlp_rows} is not built for mixtures of experts: use mlp_rows=null")
     if target.model.layers == "te":
         raise ValueError("model.layers=te has not been tested in training: use model.layers=local")
     if target.plan and target.plan.own_norms:

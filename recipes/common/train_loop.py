@@ -10,13 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from rich.table import Table
 
 from longctx import checkpoint_index
 from longctx.parallel.launch import Rank
 from longctx.perplexity import perplexity
-from longctx.train.stop import StopRequest
 from recipes.common.cli import STOPPED, console, say
 from recipes.common.progress import Progress
 from recipes.common.train_job import TrainJob
@@ -29,6 +27,8 @@ if TYPE_CHECKING:
     from longctx.megatron.training.optimizer import TrainState
     from longctx.train.meter import Meter
     from longctx.train.step import Sharding
+    from longctx.train.stop import StopRequest
+    from longctx.train.track import Tracker
 
 Item = TypeVar("Item")
 _FINITE = ("loss", "grad_norm", "eval/loss")  # figures that are finite unless training has diverged
@@ -70,7 +70,7 @@ class RunResult:
 def run_rank(rank: Rank, job: TrainJob) -> RunResult:
     """Train on one rank, from the last checkpoint on; the first rank's result counts."""
     from longctx.megatron.training.checkpoint import Checkpoints
-    from longctx.train.track import start_tracking
+    from longctx.train.stop import StopRequest
 
     stop, settings, first = StopRequest(), job.settings, rank.rank == 0
     report = say if first else lambda _: None
@@ -81,11 +81,7 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
         start = resume(state, job, report)
         checkpoints = Checkpoints(job.out / "checkpoints", job.saving.keep)
         # 2. Open the run's record.
-        tracker, run_id = start_tracking(
-            job.track, job.out, job.config, first=first, say=report, step=start.first_record, run_id=start.run_id
-        )
-        if not start.step:
-            tracker.table("samples", ("tokens", "documents", "text"), job.samples, 0)
+        tracker, run_id = _open_record(job, start, report, first)
         # 3. Train; save at regular steps and at the end.
         progress.start("training, steps", settings.steps, done=start.step)
         last_step, loss = start.step, None
@@ -107,6 +103,16 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
     if last_step < settings.steps:
         report(_reason_to_end(job, last_step, stop))
     return RunResult(last_step, loss, str(checkpoints.latest), stop.agreed_on)
+
+
+def _open_record(job: TrainJob, start: Start, say: Callable[[str], None], first: bool) -> tuple[Tracker, str | None]:
+    from longctx.train.track import start_tracking
+
+    step, run_id = start.first_record, start.run_id
+    tracker, run_id = start_tracking(job.track, job.out, job.config, first=first, say=say, step=step, run_id=run_id)
+    if not start.step:
+        tracker.table("samples", ("tokens", "documents", "text"), job.samples, 0)
+    return tracker, run_id
 
 
 def _reason_to_end(job: TrainJob, step: int, stop: StopRequest) -> str:
@@ -135,6 +141,8 @@ def refuse_diverged(done: TrainedStep, checkpoints: Checkpoints, folder: Path) -
 
 def build_state(runtime: Runtime, job: TrainJob) -> TrainState:
     """Return the model on its ranks, with its initial weights, and its optimizer."""
+    import torch
+
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.hf_io.init import RandomInit
     from longctx.megatron.training.optimizer import build_train_state
@@ -151,6 +159,8 @@ def build_state(runtime: Runtime, job: TrainJob) -> TrainState:
         layers="local",
         steps=job.settings.steps,
         recompute=job.settings.recompute,
+        loss_rows=job.settings.loss_rows,
+        mlp_rows=job.settings.mlp_rows,
         plan=target.plan,
     )
 
@@ -225,12 +235,7 @@ def train_steps(
 
 
 def _train_one(
-    state: TrainState,
-    batch: Batch,
-    runtime: Runtime,
-    sharding: Sharding,
-    meter: Meter,
-    dp_size: int,
+    state: TrainState, batch: Batch, runtime: Runtime, sharding: Sharding, meter: Meter, dp_size: int
 ) -> dict[str, float | None]:
     from longctx.train.step import train_step
 

@@ -13,6 +13,8 @@ from longctx.config import DataSettings, TextSource
 from longctx.data.batches import training_batches
 from longctx.hf.config import tokenizer_of
 from recipes import export, extend, pretrain
+from tests.megatron.kinds import random_model
+from tests.tiny import tiny_tokenizer
 
 DATA = ("data.length=211", "data.batch=2", "data.end_token=false", "run.threads=1")
 LONGER = ("model.max_positions=307", "model.rope_theta=77777.0")
@@ -110,3 +112,10 @@ def test_export_does_not_overwrite_a_folder(cli, tmp_path):
     code, _, err = cli(export, export.task, f"checkpoint={tmp_path}", f"to={tmp_path / 'model'}")
     assert code == 2
     assert "exists already" in err
+
+
+def test_tiles_of_a_mixture_of_experts_are_refused(refused, tmp_path):
+    model = random_model("mixtral", tmp_path / "model", vocab_size=307, eos_token_id=None)
+    tiny_tokenizer().save_pretrained(model)
+    command = (f"model={model}", f"out={tmp_path / 'out'}", *DATA, "mlp_rows=7")
+    assert "mlp_rows=7 is not built for mixtures of experts" in refused(extend, extend.task, *command)

@@ -32,6 +32,8 @@ class Run:
     gradients: Path | None = None
     optim: Optim = field(default_factory=Optim)
     recompute: Recompute = "none"
+    loss_rows: int | None = 5
+    mlp_rows: int | None = None
     strategy: str = "pass_kv"
     layout: str = "zigzag"
     masked: str = "ends"
@@ -88,6 +90,8 @@ def train(rank: Rank, run: Run) -> list[Step]:
             layers="local",
             steps=max(2, run.steps),
             recompute=run.recompute,
+            loss_rows=run.loss_rows,
+            mlp_rows=run.mlp_rows,
             plan=SPDPlan(shape.layers, run.mesh.tp, run.dropped) if run.dropped else None,
         )
         strategy, keep_partials = STRATEGIES[run.strategy], run.recompute != "none"

@@ -23,7 +23,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     for kind in KINDS:
         random_model(kind, folder / kind)
         tiny_tokenizer().save_pretrained(folder / kind)
-    return {kind: Run(Mesh(), folder / kind, LENGTHS, tokens=SMALL["vocab_size"]) for kind in KINDS}
+    return {kind: Run(Mesh(), folder / kind, LENGTHS, tokens=SMALL["vocab_size"], mlp_rows=53) for kind in KINDS}
 
 
 def exact_gradients(run: Run, folder: Path) -> dict[str, torch.Tensor]:

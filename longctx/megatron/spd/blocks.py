@@ -30,7 +30,8 @@ from longctx.megatron.attention import Pass, rotary_tables
 from longctx.megatron.hf_io.export import gather_whole
 from longctx.megatron.hf_io.load import fill
 from longctx.megatron.hf_io.names import tensor_views_of_layer
-from longctx.megatron.model import local_layer_spec, losses_of
+from longctx.megatron.loss import loss_of
+from longctx.megatron.model import local_layer_spec
 from longctx.megatron.spd.layer import SPDTransformerLayer
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm, SingleRankComm
@@ -86,7 +87,7 @@ class Blocks:
         total = 0.0
         for rows, targets, mask in zip(x, text.targets, text.mask, strict=True):
             final = self.model.decoder.final_layernorm(_one_row(rows[None]))
-            losses = losses_of(self.model, final, targets[:, None], self.shape.vocab_size)[:, 0]
+            _, losses = loss_of(self.model, final, targets, mask, self.tp, self.shape)
             total += float((losses * mask).double().sum())
         if not isfinite(total):
             dropped = [block for block, layer in enumerate(self.model.decoder.layers) if layer.dropped]

@@ -16,9 +16,12 @@ from megatron.core.transformer.module import MegatronModule
 
 from longctx.config import Optim, Recompute
 from longctx.megatron.attention import Pass
-from longctx.megatron.model import GPTModel, build_model, token_losses
+from longctx.megatron.loss import loss_of
+from longctx.megatron.model import GPTModel, build_model, run_stage
 from longctx.megatron.runtime import Runtime
 from longctx.model_shape import ModelShape
+from longctx.parallel.comm import Comm
+from longctx.parallel.cross_entropy import ROWS
 from longctx.shapes import Float, Int, Positions, Tensor, Tokens
 from longctx.spd.plan import SPDPlan
 
@@ -42,7 +45,8 @@ class MicroBatch:
 class TrainState:
     """A model in training, with its optimizer and learning-rate schedule.
 
-    ``net`` has the layers of this pipeline stage.  ``model`` wraps ``net`` with gradient buffers.
+    ``net`` has the layers of this pipeline stage.  ``model`` wraps ``net`` with gradient buffers.  ``loss_rows`` bounds
+    the rows whose logits exist at once (None: all).
     """
 
     model: DistributedDataParallel
@@ -52,6 +56,8 @@ class TrainState:
     optim: Optim
     shape: ModelShape
     groups: ProcessGroupCollection
+    tp: Comm
+    loss_rows: int | None
 
 
 @dataclass(frozen=True)
@@ -89,11 +95,14 @@ def build_train_state(
     layers: str,
     steps: int,
     recompute: Recompute,
+    loss_rows: int | None = ROWS,
+    mlp_rows: int | None = None,
     plan: SPDPlan | None = None,
 ) -> TrainState:
     """Build a model of ``shape`` on ``runtime``'s mesh, fill it with ``load``, and set up training for ``steps`` steps.
 
-    With a ``plan`` its blocks drop a reduction, in the forward and in the backward pass.
+    ``loss_rows`` and ``mlp_rows`` bound the rows that the loss and an MLP compute at once (None: all).  With a ``plan``
+    its blocks drop a reduction, in the forward and in the backward pass.
     """
     assert plan is None or not plan.own_norms, "recipes reject per-rank norms in training"
     # 1. The model, with the fields of megatron-core's TransformerConfig that training needs.
@@ -104,6 +113,7 @@ def build_train_state(
         layers=layers,
         device=runtime.device,
         plan=plan,
+        mlp_rows=mlp_rows,
         pipeline_model_parallel_size=runtime.mesh.pp,
         pipeline_dtype=dtype,
         batch_p2p_sync=False,
@@ -127,7 +137,8 @@ def build_train_state(
     net.config.no_sync_func = model.no_sync
     # 3. Optimizer and schedule.
     optimizer = get_megatron_optimizer(_optimizer_config(optim, dtype), [model])
-    return TrainState(model, net, optimizer, _schedule(optimizer, optim, steps), optim, shape, runtime.groups)
+    schedule = _schedule(optimizer, optim, steps)
+    return TrainState(model, net, optimizer, schedule, optim, shape, runtime.groups, runtime.tp, loss_rows)
 
 
 def apply_optim_settings(train_state: TrainState) -> None:
@@ -205,23 +216,26 @@ def _forward_step(
     train_state: TrainState, buckets: int, batches: Iterator[MicroBatch], _: MegatronModule
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """Run the next micro-batch; return the stage's output and the function that megatron-core applies to the loss."""
-    batch = next(batches)
-    vocab_size = train_state.shape.vocab_size
-    out = token_losses(train_state.net, batch.tokens, batch.targets, batch.attention_pass, vocab_size)
-    return out, partial(_loss_and_report, batch, buckets)
+    batch, net = next(batches), train_state.net
+    hidden = run_stage(net, batch.tokens, batch.attention_pass)
+    if not net.post_process:
+        return hidden, partial(_report, batch, buckets)  # megatron-core calls it on the last stage only
+    loss, losses = loss_of(
+        net, hidden, batch.targets[0], batch.mask, train_state.tp, train_state.shape, train_state.loss_rows
+    )
+    return loss, partial(_report, batch, buckets, losses)
 
 
-def _loss_and_report(
-    batch: MicroBatch, buckets: int, losses: Float[Tensor, "s 1"]
+def _report(
+    batch: MicroBatch, buckets: int, losses: Float[Tensor, " s"], loss: Float[Tensor, ""]
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""], Float[Tensor, "2 buckets"]]:
     """Return what megatron-core expects of a loss function: the loss to differentiate, its token count, a report.
 
     The report has the sums of losses and of counted tokens per bucket (float64).
     """
-    counted = losses[:, 0] * batch.mask
-    report = torch.stack([counted.detach(), batch.mask]).double()
+    report = torch.stack([losses * batch.mask, batch.mask]).double()
     sums = report.new_zeros(2, buckets).index_add(1, batch.bucket, report)
-    return counted.sum(), batch.mask.sum().int(), sums
+    return loss, batch.mask.sum().int(), sums
 
 
 def optimizer_step(train_state: TrainState) -> tuple[float, float]:

@@ -99,11 +99,11 @@ def test_what_cannot_be_measured_is_refused(refused, tmp_path, settings, words):
     assert words in refused(train, train.task, *QUICK, f"out={tmp_path}", *settings)
 
 
-def job_with(recompute="none", threads=None, dtype="float32", epochs=None, **context):
+def job_with(recompute="none", mlp_rows=None, threads=None, dtype="float32", epochs=None, **context):
     """The parts of a training job that `refuse_unmeasured` reads."""
     model = ModelSource("tiny", "tiny", dtype=dtype)
     target = SimpleNamespace(run=Run(threads=threads), context=Context(**context), model=model)
-    settings, data = SimpleNamespace(recompute=recompute), SimpleNamespace(epochs=epochs)
+    settings, data = SimpleNamespace(recompute=recompute, mlp_rows=mlp_rows), SimpleNamespace(epochs=epochs)
     return SimpleNamespace(target=target, settings=settings, data=data)
 
 
@@ -115,6 +115,7 @@ def job_with(recompute="none", threads=None, dtype="float32", epochs=None, **con
         ({"layout": "striped"}, "use context.layout=zigzag"),
         ({"kernel": "reference"}, "use context.kernel=flash_cpu"),
         ({"epochs": 1}, "use data.epochs=null"),
+        ({"mlp_rows": 64}, "use mlp_rows=null"),
     ],
     ids=str,
 )

@@ -1,8 +1,12 @@
 """A command that loads for long says so first; one that starts at once, --help and other ranks print nothing."""
 
+import subprocess
+import sys
+
 import pytest
 
-from recipes.common import startup
+from recipes import generate
+from recipes.common import cli, startup
 
 
 @pytest.fixture
@@ -42,3 +46,18 @@ def test_help_and_other_programs_say_nothing(started, argv):
 def test_only_the_first_rank_says_it(started, monkeypatch, name):
     monkeypatch.setenv(name, "1")
     assert started("python", "-m", "recipes.generate") == ""
+
+
+def test_recipes_import_no_torch():
+    """Python loads torch in seconds, which --help and a mistyped command line need not wait for."""
+    names = ("generate", "chat", "pretrain", "extend", "export", "calibrate", "compare", "reproduce", "models")
+    script = (
+        f"import sys, slurm.submit, {', '.join(f'recipes.{name}' for name in names)}; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("setting", ["mesh.ring=0", "context.chunk=0", "sampling.seed=-1", "model.dtype=float8"])
+def test_wrong_section_is_refused_before_modules_are_loaded_for_ranks(refused, monkeypatch, setting):
+    monkeypatch.setattr(cli, "warm_up", lambda _: pytest.fail("modules were loaded for ranks"))
+    assert setting in refused(generate, generate.task, setting)

@@ -1,0 +1,111 @@
+"""Cross-entropy of a vocabulary that ranks share, and its gradients, without the logits of all rows at once."""
+
+from typing import Any
+
+import torch
+
+from longctx.parallel.comm import Comm
+from longctx.shapes import Float, Int, Tensor
+
+_PADDING_LOGIT = -1e9  # gives the padding of the vocabulary probability 0
+ROWS = 512  # rows of logits at once, unless the caller says otherwise
+
+
+def cross_entropy(
+    hidden: Float[Tensor, "n hidden"],
+    weight: Float[Tensor, "v hidden"],
+    targets: Int[Tensor, " n"],
+    counts: Float[Tensor, " n"],
+    tp: Comm,
+    vocab_size: int,
+    *,
+    scale: float = 1.0,
+    rows: int | None = ROWS,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " n"]]:
+    """Return the sum of ``counts`` times cross-entropy, and each row's cross-entropy (nats), on every rank of ``tp``.
+
+    The logits are ``scale`` * ``hidden`` @ ``weight``.T.  Each rank has v rows of the vocabulary, the last ranks also
+    padding beyond ``vocab_size``.  At most ``rows`` rows of a shard's logits exist at a time (None: all), in float32
+    or better.  The forward computes the gradients with them (Liger kernels, arXiv 2410.10989): nothing is computed
+    twice, and what is kept for the backward has the size of ``hidden`` and ``weight``.
+
+    The sum has gradients, and the rows' cross-entropy has none.  The gradient of ``hidden`` is this shard's share: its
+    sum over ``tp`` is left to the caller.
+    """
+    learn = torch.is_grad_enabled() and weight.requires_grad
+    total, losses = _CrossEntropy.apply(hidden, weight, targets, counts, tp, vocab_size, scale, rows, learn)  # type: ignore[no-untyped-call]
+    return total, losses
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        counts: Tensor,
+        tp: Comm,
+        vocab_size: int,
+        scale: float,
+        rows: int | None,
+        learn: bool,
+    ) -> tuple[Tensor, Tensor]:
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        losses = hidden.new_empty(len(hidden), dtype=precise)
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=precise)
+        padding = (tp.rank + 1) * len(weight) - vocab_size
+        for first in range(0, len(hidden), rows or max(1, len(hidden))):
+            some = slice(first, first + rows if rows else None)
+            # 1. Logits of some rows; everything up to their gradient happens in place.
+            logits = (hidden[some] @ weight.T).to(precise).mul_(scale)
+            if padding > 0:
+                logits[:, max(0, len(weight) - padding) :] = _PADDING_LOGIT
+            losses[some] = _logits_to_gradient(logits, targets[some], tp)
+            # 2. Their gradients.
+            if learn:
+                gradient = logits.mul_(scale * counts[some, None]).to(weight.dtype)
+                torch.mm(gradient, weight, out=d_hidden[some])
+                _add_product(d_weight, gradient.T, hidden[some])
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.mark_non_differentiable(losses)
+        return (losses * counts).sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        scaled = d_hidden.mul_(gradient), d_weight.mul_(gradient).to(d_hidden.dtype)
+        return *scaled, None, None, None, None, None, None, None
+
+
+def _logits_to_gradient(logits: Tensor, targets: Tensor, tp: Comm) -> Tensor:
+    """Return the cross-entropy [n] of ``targets``; ``logits`` [n v] becomes its gradient, softmax minus one-hot.
+
+    Ranks exchange two numbers per row: the log-sum-exp of a shard, and the target's logit (-inf in other shards).
+    """
+    # 1. This shard's target logits and log-sum-exp.
+    index = targets - tp.rank * logits.shape[1]
+    in_shard = (index >= 0) & (index < logits.shape[1])
+    row, column = torch.arange(len(logits), device=logits.device)[in_shard], index[in_shard]
+    target = logits.new_full((len(logits),), -torch.inf, dtype=torch.float64)
+    target[row] = logits[row, column].double()
+    largest = logits.amax(1)
+    exponentials = logits.sub_(largest[:, None]).exp_()
+    lse = largest.double() + exponentials.sum(1).double().log()
+    # 2. Those of all shards.
+    local = torch.stack([lse, target])
+    every_lse, every_target = torch.stack(tp.all_gather(local, [tuple(local.shape)] * tp.size), 1)
+    lse = every_lse.logsumexp(0)
+    # 3. The softmax over all shards, minus 1 at the target.
+    exponentials.mul_((largest - lse).exp()[:, None].to(logits.dtype))
+    exponentials[row, column] -= 1
+    losses: Tensor = lse - every_target.amax(0)
+    return losses.to(logits.dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add ``a`` @ ``b`` to ``total``, which may have a more precise dtype."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
