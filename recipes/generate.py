@@ -251,7 +251,7 @@ def table_rows(job: GenerateJob, figures: GenerateFigures) -> list[tuple[str, st
 def _difference_in_words(job: GenerateJob, difference: float | None) -> str:
     mesh, drops = job.target.mesh, bool(job.target.plan and job.target.plan.dropped)
     if difference is not None:
-        reference = "tp ranks alone" if drops else "one rank"
+        reference = "tp ranks alone" if drops and mesh.tp > 1 else "one rank"
         return f"{difference:.1e} against {reference}, over {_count(len(job.prompts), 'the whole prompt')}"
     if mesh.ranks == 1:
         return "nothing to compare with: the mesh is one rank"

@@ -31,7 +31,7 @@ class Engine:
     ``context`` is the group of these ranks.  It carries control messages and, counted apart as `ATTENTION`, the
     exchanges of decoding.  ``layers`` is the implementation of the model's layers: "local" for megatron-core's,
     "te" for Transformer Engine's.  ``share`` is this rank's share of the weights for ``context.decode=sharded``; None
-    on one context rank, and for other layers than "local".
+    on one context rank, for other layers than "local", and if blocks drop a reduction over tensor-parallel ranks.
     """
 
     model: GPTModel
@@ -107,8 +107,9 @@ def load_engine(
     layers = "local" if plan else layers_in_use(model.layers, shape)
     net = _load_model(runtime, runtime.groups, model, shape, folder, layers, plan)
     comms = (runtime.tp, runtime.ulysses, runtime.ring, runtime.context)
-    share = None
-    if layers == "local" and runtime.context.size > 1:
+    share, n = None, runtime.context.size
+    drops_over_others = plan and plan.dropped and (runtime.tp.size, plan.tp) != (1, n)
+    if layers == "local" and n > 1 and not drops_over_others:
         share = share_weights(net, shape, runtime.context, runtime.tp_context)
     checked = checked_kernel(kernel, runtime.device, model.dtype, shape.head_dim)
     return Engine(net, shape, checked, *comms, layers, share)

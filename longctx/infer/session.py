@@ -80,8 +80,8 @@ class Session:
     ) -> None:
         if context.decode == "sharded" and engine.ranks > 1 and not engine.share:
             raise ValueError(
-                f"context.decode=sharded is not built for model.layers={engine.layers}: use model.layers=local, or "
-                "context.decode=gather_merge"
+                "context.decode=sharded is built for model.layers=local, and for dropped reductions with mesh.tp=1: "
+                f"this is model.layers={engine.layers} mesh.tp={engine.tp.size}; use context.decode=gather_merge"
             )
         self.engine, self.context, self.sampling = engine, context, sampling
         self.sequences: dict[int, Conversation] = {}

@@ -133,7 +133,7 @@ class NormedRowParallelLinear(OutputProjection):
         super().__init__(*args, config=config, **kwargs)
         self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
-    def forward(self, x: Float[Tensor, "s b n"]) -> tuple[Float[Tensor, "s b hidden"], None]:
+    def forward(self, x: Float[Tensor, "s b n"]) -> tuple[Float[Tensor, "*parts s b hidden"], None]:
         out, bias = super().forward(x)
         assert bias is None, "no known model has a bias and a norm on one output"
         return out if self.explicit_expert_comm else self.norm(out), None
@@ -146,6 +146,6 @@ class ScaledRowParallelLinear(OutputProjection):
         super().__init__(*args, **kwargs)
         self.scale = scale
 
-    def forward(self, x: Float[Tensor, "s b n"]) -> tuple[Float[Tensor, "s b hidden"], Tensor | None]:
+    def forward(self, x: Float[Tensor, "s b n"]) -> tuple[Float[Tensor, "*parts s b hidden"], Tensor | None]:
         out, bias = super().forward(x)
         return out * self.scale, None if bias is None else bias * self.scale

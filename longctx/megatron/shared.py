@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLP
 
 from longctx.model_shape import ModelShape
-from longctx.parallel.comm import Comm, doing, sum_over_ranks
+from longctx.parallel.comm import Comm, SingleRankComm, doing, sum_over_ranks
 from longctx.shapes import Float, Tensor
 
 
@@ -81,6 +81,12 @@ class WeightShare:
         return self.gather(logits if self.logit_scale == 1 else logits * self.logit_scale, len(weight))
 
 
+def all_shares(ranks: int) -> tuple[WeightShare, ...]:
+    """Return the shares of all ``ranks``, each in use, for a rank that computes them one after another."""
+    shares = (SingleRankComm(rank, ranks) for rank in range(ranks))
+    return tuple(WeightShare(share, SingleRankComm(), active=True) for share in shares)
+
+
 def share_weights(model: GPTModel, shape: ModelShape, context: Comm, tp_context: Comm) -> WeightShare:
     """Let ``model`` share its weights with the other ranks of ``context`` whenever the returned share is in use.
 
@@ -130,13 +136,20 @@ class OutputProjection(RowParallelLinear):
     """Projection to the residual stream: a shared one multiplies some columns, and sums over ranks.
 
     ``x`` has these columns only.  ``unit`` is the number of columns that stay together: those of a head.
+
+    A block that drops the first reduction sums partial outputs itself, together with its MLP's: then the projection of
+    attention returns this rank's, and with ``parts`` those of all ranks, [parts s b hidden].
     """
 
     share: WeightShare | None = None
     unit = 1
+    parts = 0
 
-    def forward(self, x: Float[Tensor, "s b columns"]) -> tuple[Float[Tensor, "s b hidden"], Tensor | None]:
-        if not (self.share and self.share.active):
-            return super().forward(x)  # type: ignore[no-any-return]
-        out = F.linear(x, self.weight[:, self.share.own(self.weight.shape[1], self.unit)])
-        return self.share.sum(out), self.bias
+    def forward(self, x: Float[Tensor, "s b columns"]) -> tuple[Float[Tensor, "*parts s b hidden"], Tensor | None]:
+        if self.share and self.share.active:
+            out = F.linear(x, self.weight[:, self.share.own(self.weight.shape[1], self.unit)])
+            return out if self.explicit_expert_comm else self.share.sum(out), self.bias
+        if self.parts:
+            columns = zip(x.chunk(self.parts, -1), self.weight.chunk(self.parts, 1), strict=True)
+            return torch.stack([F.linear(part, weight) for part, weight in columns]), self.bias
+        return super().forward(x)  # type: ignore[no-any-return]

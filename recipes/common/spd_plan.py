@@ -1,5 +1,6 @@
 """Choice of the blocks that drop their first reduction, from the settings ``spd`` and the model's folder."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -7,6 +8,7 @@ from omegaconf import DictConfig
 from longctx.config import SPD, Mesh, ModelSource
 from longctx.hf.checkpoint import fingerprint
 from longctx.model_shape import ModelShape
+from longctx.parallel.validate import refuse_unfit
 from longctx.spd.plan import (
     SavedPlan,
     SPDPlan,
@@ -19,20 +21,50 @@ from longctx.spd.plan import (
 from recipes.common.settings import section
 
 
-def plan_of(config: DictConfig, mesh: Mesh, model: ModelSource, folder: Path, shape: ModelShape) -> SPDPlan | None:
+def plan_of(
+    config: DictConfig, mesh: Mesh, model: ModelSource, folder: Path, shape: ModelShape, decode: str
+) -> SPDPlan | None:
     """Return the plan that ``config`` asks for with the model in ``folder``, or None if no block drops.
+
+    With ``decode`` "sharded" and ``mesh.tp=1``, context ranks take the place of the tensor-parallel ranks.
 
     Raises ValueError, with what to set instead, for a plan that does not fit the model, the mesh or ``model.layers``.
     """
     saved = saved_plan(folder)
     if saved:
         refuse_changed_weights(folder)
-    plan = choose_plan(section(config, "spd", SPD), mesh, folder, shape, saved, model.cache)
-    if plan.dropped and model.layers == "te":
+    shared = decode == "sharded" and mesh.context > 1
+    degree = replace(mesh, tp=mesh.context, ulysses=1, ring=1) if shared and mesh.tp == 1 else mesh
+    plan = choose_plan(section(config, "spd", SPD), degree, folder, shape, saved, model.cache)
+    if not plan.dropped:
+        return None
+    if model.layers == "te":
         raise ValueError("model.layers=te is not tested with dropped reductions: use model.layers=local, or spd=none")
-    if plan.dropped:
-        refuse_unfit_shape(shape)
-    return plan if plan.dropped else None
+    refuse_unfit_shape(shape)
+    if shared:
+        refuse_unshared(mesh, degree, plan, shape)
+    return plan
+
+
+def refuse_unshared(mesh: Mesh, degree: Mesh, plan: SPDPlan, shape: ModelShape) -> None:
+    """Raise ValueError unless context ranks that share their weights can drop the reductions of ``plan``."""
+    if mesh.tp > 1:
+        raise ValueError(
+            f"context.decode=sharded drops reductions over context ranks alone, this is mesh.tp={mesh.tp}: use "
+            "context.decode=gather_merge, or mesh.tp=1"
+        )
+    if plan.own_norms:
+        raise ValueError(
+            "context.decode=sharded is not built for norms per rank (repair.own_norms): use "
+            f"mesh.tp={plan.tp} mesh.ring=1, or a model that was adapted without repair.own_norms"
+        )
+    try:
+        refuse_unfit(degree, shape)
+    except ValueError as error:
+        raise ValueError(
+            f"dropped reductions over {mesh.context} context ranks (context.decode=sharded) need as many "
+            f"tensor-parallel ranks that would fit: {error} Or use spd=none"
+        ) from None
 
 
 def refuse_adapted(folder: Path, recipe: str) -> None:
@@ -57,9 +89,11 @@ def choose_plan(
     if spd.drop == "none" or (is_saved_plan and saved is None):
         return SPDPlan(shape.layers, mesh.tp)
     if saved and saved.plan.tp != mesh.tp:
+        ranks = "1 rank has" if mesh.tp == 1 else f"{mesh.tp} ranks share"
         raise ValueError(
-            f"{folder} was made for mesh.tp={saved.plan.tp}, this is mesh.tp={mesh.tp}: use mesh.tp={saved.plan.tp}, "
-            "or spd=none for the model without dropped reductions"
+            f"{folder} was made for mesh.tp={saved.plan.tp}, here {ranks} the weights: use mesh.tp={saved.plan.tp} "
+            f"(or mesh.ring={saved.plan.tp} context.decode=sharded), or spd=none for the model without dropped "
+            "reductions"
         )
     if mesh.tp == 1 and not is_saved_plan and spd.budget != 0:
         setting = f"spd={spd.drop}" if spd.budget is None else f"spd.budget={spd.budget}"

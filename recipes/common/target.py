@@ -118,7 +118,7 @@ def resolve_target(
     refuse_unfit(mesh, shape)
     if spd == "refuse":
         refuse_adapted(folder, recipe)
-    plan = plan_of(config, mesh, model, folder, shape) if spd == "follow" and "spd" in config else None
+    plan = plan_of(config, mesh, model, folder, shape, context.decode) if spd == "follow" and "spd" in config else None
     return Target(model, folder, shape, mesh, context, run, plan)
 
 

@@ -23,13 +23,17 @@ from longctx.megatron.runtime import Runtime
 from longctx.parallel.comm import Comm, Shape
 from longctx.parallel.ring import pass_kv
 from longctx.shapes import AnyShape
+from longctx.spd.plan import SPDPlan
 from tests import oracle
 from tests.infer.talk import Say
 from tests.infer.test_session import check
+from tests.infer.test_spd import KINDS as DROPPING
 from tests.infer.thread_ranks import run_engines, single_rank
 from tests.megatron.kinds import KINDS, SMALL, random_model
 from tests.tiny import tiny_model
+from tests.train.spd_oracle import drop
 
+PROMPT = [(7 * i * i + 3 * i) % 256 for i in range(23)]
 SHARDED = Context(decode="sharded")
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB = 2, 36, 9, 3, 4, 51, 256  # the model of tests/tiny.py
 MESHES = [Mesh(ring=2), Mesh(ring=3), Mesh(ring=4), Mesh(ulysses=3), Mesh(ulysses=3, ring=2)]
@@ -44,6 +48,17 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("tiny") / "tiny", max_positions=499)
+
+
+@pytest.fixture(scope="module")
+def loud(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with weights so large that dropped reductions change the tokens."""
+    folder = tmp_path_factory.mktemp("loud")
+    net = AutoModelForCausalLM.from_pretrained(tiny)
+    for parameter in net.model.layers.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    net.save_pretrained(folder)
+    return folder
 
 
 def steps_of(lengths: Sequence[dict[int, int]], seed: int = 1) -> list[Say]:
@@ -192,8 +207,59 @@ def test_collectives_bytes_and_flops_of_a_token(runtime, tiny, mesh):
 def test_layers_without_shares_are_refused(runtime, tiny):
     def refuse(engine: Engine) -> str:
         without = Engine(engine.model, engine.shape, engine.kernel, ring=engine.ring, layers="te")
-        with pytest.raises(ValueError, match=r"sharded is not built for model.layers=te: use model.layers=local"):
+        with pytest.raises(ValueError, match=r"this is model.layers=te mesh.tp=1; use context.decode=gather"):
             Session(without, SHARDED, Sampling())
         return "refused"
 
     assert run_engines(runtime, tiny, Mesh(ring=2), refuse) == ["refused"] * 2
+
+
+@pytest.mark.parametrize(("mesh", "dropped"), [(Mesh(ring=3), (1,)), (Mesh(ulysses=3), (0, 1)), (Mesh(ring=3), (0,))])
+def test_dropped_reductions_match_the_equations(runtime, loud, mesh, dropped):
+    """A plan for tp=3 on 3 context ranks: one collective fewer per dropped block, with the tokens of the equations."""
+    by_thread: dict[int, Counter[str]] = {}
+
+    def wrap(name: str, comm: Comm) -> Comm:
+        return CountingComm(name, comm, by_thread.setdefault(comm.rank, Counter()))
+
+    def generate(engine: Engine) -> tuple[torch.Tensor, list[int], Counter[str]]:
+        session, tokens = Session(engine, SHARDED, Sampling()), list[int]()
+        turn = session.turn({0: PROMPT}, {0: 1}, keep_states=True)
+        by_thread[engine.rank].clear()
+        tokens = turn.tokens[0] + [session.decode([0])[0] for _ in range(3)]
+        hidden, layout = turn.passes[0]
+        shapes = [(layout.rows(rank), *hidden.shape[1:]) for rank in range(engine.ranks)]
+        calls = Counter(by_thread[engine.rank])
+        whole = layout.unshard(engine.context.all_gather(hidden, shapes))
+        return next_logits(engine, whole)[:, 0], tokens, calls
+
+    net = drop(AutoModelForCausalLM.from_pretrained(loud, dtype=torch.float64), dropped, 3)
+    with torch.inference_mode():
+        ids = torch.tensor([PROMPT])
+        exact = net(ids).logits[0]
+        for _ in range(4):
+            ids = torch.cat([ids, net(ids).logits[:, -1:].argmax(-1)], 1)
+    plan = SPDPlan(LAYERS, 3, dropped)
+    for logits, tokens, calls in run_engines(runtime, loud, mesh, generate, dtype=torch.float64, wrap=wrap, plan=plan):
+        oracle.assert_close(logits, exact, 1e-6)
+        assert tokens == ids[0, len(PROMPT) :].tolist()
+        assert sum(calls.values()) == 3 * (4 * LAYERS - len(dropped) + 2)
+        assert calls["tp_context all_gather"] == 3 * (2 * LAYERS - len(dropped))
+
+
+@pytest.mark.parametrize("kind", DROPPING)
+def test_dropped_reductions_of_every_family_match_the_equations(runtime, tmp_path, kind):
+    folder = random_model(kind, tmp_path / "model", eos_token_id=None)
+    prompt = [token % SMALL["vocab_size"] for token in PROMPT * 3]
+
+    def generate(engine: Engine) -> list[int]:
+        return Session(engine, SHARDED, Sampling()).turn({0: prompt}, {0: 4}).tokens[0]
+
+    net = drop(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64), (1,), 2)
+    with torch.inference_mode():
+        ids = torch.tensor([prompt])
+        for _ in range(4):
+            ids = torch.cat([ids, net(ids).logits[:, -1:].argmax(-1)], 1)
+    plan = SPDPlan(LAYERS, 2, (1,))
+    for tokens in run_engines(runtime, folder, Mesh(ring=2), generate, dtype=torch.float64, plan=plan):
+        assert tokens == ids[0, len(prompt) :].tolist()

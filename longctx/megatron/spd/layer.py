@@ -23,6 +23,10 @@ attention and MLP, norm is the identity).  Not in the paper:
     first reduction dropped u_r = x + N_a(P_r)               out = x + N_a(sum_r P_r) + N_m(sum_r MLP_r(norm(u_r)))
 
 Both sums are reduced at once, as two halves of one tensor.  Again only what MLP_r reads is approximate.
+
+The N ranks may also be context ranks that share their weights out in decoding (`longctx.megatron.shared`).  In prefill
+each of them then computes the sum over r by itself, for its own rows: it holds all weights, and N terms cost as many
+FLOPs as the stock block.
 """
 
 from typing import Any
@@ -35,6 +39,7 @@ from torch import nn
 from torch.func import functional_call
 
 from longctx.megatron.modules import NormedRowParallelLinear
+from longctx.megatron.shared import WeightShare, all_shares
 from longctx.shapes import Float, Tensor
 from longctx.spd.plan import SPDPlan
 
@@ -45,11 +50,13 @@ class SPDTransformerLayer(TransformerLayer):
     With sequence parallelism, the SPD block gathers x once and scatters the sum once, instead of twice each.
     The parameters, and so the checkpoints, are those of the stock layer.
 
-    With ``own_norms``, each tensor-parallel rank trains norm weights that differ from the other ranks'.
+    With ``own_norms``, each tensor-parallel rank trains norm weights that differ from the other ranks'.  ``shares`` are
+    those of the N ranks if they are not tensor-parallel ranks.
     """
 
     dropped = False
     own_norms = False
+    shares: tuple[WeightShare, ...] = ()
 
     def drop(self, *, dropped: bool, own_norms: bool = False) -> None:
         """Switch the first reduction off (``dropped``) or back on, from the next forward pass on."""
@@ -66,7 +73,36 @@ class SPDTransformerLayer(TransformerLayer):
                 parameter.tensor_model_parallel, parameter.partition_dim = self.own_norms, 0
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        return self._forward_dropped(*args, **kwargs) if self.dropped else super().forward(*args, **kwargs)
+        if not self.dropped:
+            return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
+        if self.shares and not self._share_in_use:
+            return self._forward_all_shares(*args, **kwargs)
+        return self._forward_dropped(*args, **kwargs)
+
+    @property
+    def _share_in_use(self) -> WeightShare | None:
+        """This rank's share of the weights, in a pass that shares them out over context ranks."""
+        share = self.mlp.linear_fc2.share
+        return share if share and share.active else None
+
+    def _forward_all_shares(
+        self, hidden_states: Float[Tensor, "s b hidden"], attention_mask: None = None, **kwargs: Any
+    ) -> tuple[Float[Tensor, "s b hidden"], None]:
+        mlp, own = self.mlp, self.mlp.linear_fc1.share
+        partials, bias = self.self_attention(
+            self.input_layernorm(hidden_states), attention_mask, packed_seq_params=kwargs["packed_seq_params"]
+        )
+        total: Tensor = torch.zeros_like(hidden_states)
+        for share, partial in zip(self.shares, partials, strict=True):
+            mlp.linear_fc1.share = mlp.linear_fc2.share = share
+            u = hidden_states + self._own_attention(partial)
+            z, mlp_bias = mlp(self.pre_mlp_layernorm(u if bias is None else u + bias))
+            total = total + z
+        mlp.linear_fc1.share = mlp.linear_fc2.share = own
+        out = hidden_states + self._add(partials.sum(0), total)
+        for b in (bias, mlp_bias):
+            out = out if b is None else out + b
+        return out, None
 
     def _forward_dropped(
         self, hidden_states: Float[Tensor, "s b hidden"], attention_mask: None = None, **kwargs: Any
@@ -94,9 +130,18 @@ class SPDTransformerLayer(TransformerLayer):
 
         Two outputs that are normalised after the sum travel side by side.
         """
-        if not isinstance(self.mlp.linear_fc2, NormedRowParallelLinear):
+        if not self._normalises_outputs:
             return self._reduce(partial + z)
-        attention, mlp = self._reduce(torch.cat([partial, z], -1)).chunk(2, -1)
+        return self._add(*self._reduce(torch.cat([partial, z], -1)).chunk(2, -1))
+
+    @property
+    def _normalises_outputs(self) -> bool:
+        return isinstance(self.mlp.linear_fc2, NormedRowParallelLinear)
+
+    def _add(self, attention: Tensor, mlp: Tensor) -> Tensor:
+        """Return the sum of two outputs over ranks, each normalised if the model normalises outputs."""
+        if not self._normalises_outputs:
+            return attention + mlp
         added: Tensor = self.self_attention.linear_proj.norm(attention) + self.mlp.linear_fc2.norm(mlp)
         return added
 
@@ -112,6 +157,8 @@ class SPDTransformerLayer(TransformerLayer):
 
     def _reduce(self, x: Tensor) -> Tensor:
         """Sum ``x`` over ranks.  With sequence parallelism, each rank receives its rows of the sum only."""
+        if share := self._share_in_use:
+            return share.sum(x)
         scatter = tensor_parallel.reduce_scatter_to_sequence_parallel_region
         reduce = scatter if self.config.sequence_parallel else tensor_parallel.reduce_from_tensor_model_parallel_region
         reduced: Tensor = reduce(x, group=self.tp_group)
@@ -139,7 +186,14 @@ class SPDTransformerLayer(TransformerLayer):
 
 
 def follow_plan(model: GPTModel, plan: SPDPlan) -> None:
-    """Switch each block of ``model`` to what ``plan`` says; on a pipeline stage, the stage's blocks."""
-    assert plan.tp == model.pg_collection.tp.size(), f"the plan is for tp={plan.tp}"
+    """Switch each block of ``model`` to what ``plan`` says; on a pipeline stage, the stage's blocks.
+
+    The plan is for the model's tensor-parallel ranks, or with one of them for context ranks that share their weights.
+    """
+    tp = model.pg_collection.tp.size()
+    assert tp in (plan.tp, 1) and not (plan.own_norms and tp != plan.tp), f"the plan is for tp={plan.tp}"
+    shares = all_shares(plan.tp) if tp != plan.tp else ()
     for layer in model.decoder.layers:
-        layer.drop(dropped=layer.layer_number - 1 in plan.dropped, own_norms=plan.own_norms)
+        dropped = layer.layer_number - 1 in plan.dropped
+        layer.drop(dropped=dropped, own_norms=plan.own_norms)
+        layer.shares, layer.self_attention.linear_proj.parts = shares, len(shares) if dropped else 0

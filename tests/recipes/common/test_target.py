@@ -9,6 +9,8 @@ from omegaconf import OmegaConf
 from longctx.config import Mesh, Run
 from longctx.hf.checkpoint import fingerprint
 from longctx.parallel.launch import Rank
+from longctx.spd.plan import SPDPlan
+from recipes.common.spd_plan import refuse_unshared
 from recipes.common.target import refuse_strategy_by_turn, resolve_target
 from tests.recipes.conftest import SAVED
 
@@ -89,6 +91,13 @@ def test_plan_follows_the_settings_unless_it_is_ignored(resolve, words, spd, dro
 def test_plan_of_an_adapted_folder_is_followed(resolve):
     assert resolve(ADAPTED, "mesh.tp=2").plan.dropped == (1,)
     assert resolve(ADAPTED, "mesh.tp=2", "spd=none").plan is None
+    on_context_ranks = resolve(ADAPTED, "mesh.ring=2", "context.decode=sharded").plan
+    assert (on_context_ranks.dropped, on_context_ranks.tp) == ((1,), 2)
+
+
+def test_norms_per_rank_are_refused_on_context_ranks():
+    with pytest.raises(ValueError, match=r"norms per rank .* use mesh.tp=3 mesh.ring=1"):
+        refuse_unshared(Mesh(ring=3), Mesh(tp=3), SPDPlan(2, 3, (1,), own_norms=True), None)
 
 
 def test_config_without_groups_of_context_run_and_plan_resolves(models, config_of):
@@ -134,7 +143,15 @@ def test_config_without_groups_of_context_run_and_plan_resolves(models, config_o
         (["spd=all", "spd.budget=0.5"], {}, "spd=all", "use spd=ranked"),
         (["context.decode=sharded", "model.layers=te"], {}, "context.decode=sharded", "use model.layers=local"),
         (["spd=all", "mesh.tp=3", "model.layers=te"], {}, "model.layers=te", "use model.layers=local"),
-        ([ADAPTED], {}, "mesh.tp=2", "spd=none"),
+        ([ADAPTED], {}, "made for mesh.tp=2, here 1 rank has the weights", "spd=none"),
+        ([ADAPTED, "mesh.ring=3", "context.decode=sharded"], {}, "here 3 ranks share", "mesh.ring=2 context.decode"),
+        (
+            ["spd=all", "mesh.tp=3", "mesh.ring=2", "context.decode=sharded"],
+            {},
+            "context.decode=sharded drops reductions over context ranks alone, this is mesh.tp=3",
+            "use context.decode=gather_merge, or mesh.tp=1",
+        ),
+        (["spd=all", "mesh.ring=2", "context.decode=sharded"], {}, "over 2 context ranks", "possible: 1, 3"),
         (
             [ADAPTED, "mesh.tp=2"],
             {"spd": "refuse"},
