@@ -137,16 +137,22 @@ class Layout:
         """Return this single-rank layout as a layout over ``size`` ranks: ``rank`` holds all rows, the others none."""
         return Layout(self.lengths, tuple(self.ranks[0] if r == rank else () for r in range(size)), self.begins)
 
-    def document(self, document: int) -> "Layout":
-        """Return the layout of one document alone, over the same ranks."""
-        ranks = (tuple(replace(s, document=0) for s in spans if s.document == document) for spans in self.ranks)
-        return Layout((self.lengths[document],), tuple(ranks), (self.begins[document],))
+    def by_document(self) -> list["Layout"]:
+        """Return the layout of each document alone, over the same ranks."""
+        spans: list[list[list[Span]]] = [[[] for _ in self.ranks] for _ in self.lengths]
+        for rank, of_rank in enumerate(self.ranks):
+            for span in of_rank:
+                spans[span.document][rank].append(replace(span, document=0))
+        documents = zip(self.lengths, spans, self.begins, strict=True)
+        return [Layout((length,), tuple(map(tuple, each)), (begin,)) for length, each, begin in documents]
 
-    def rows_of(self, rank: int, document: int) -> Positions:
-        """Return the indices of the rows of ``document`` among the rows of ``rank``."""
+    def rows_by_document(self, rank: int) -> list[Positions]:
+        """Return, for each document, the indices of its rows among the rows of ``rank``."""
         firsts = accumulate((span.length for span in self.ranks[rank]), initial=0)
-        spans = zip(firsts, self.ranks[rank], strict=False)
-        return _concat(torch.arange(first, first + s.length) for first, s in spans if s.document == document)
+        rows: list[list[Tensor]] = [[] for _ in self.lengths]
+        for first, span in zip(firsts, self.ranks[rank], strict=False):
+            rows[span.document].append(torch.arange(first, first + span.length))
+        return [_concat(pieces) for pieces in rows]
 
     def gather(self, parts: int) -> "Layout":
         """Concatenate the rows of every ``parts`` consecutive ranks into one; undoes `split`."""

@@ -111,9 +111,9 @@ class BatchCache:
 
     def extend(self, later: Layout) -> None:
         """Add the positions of the next pass; document i of ``later`` extends sequence i."""
-        for i, cache in enumerate(self._caches):
-            cache.extend(later.document(i))
-        self._rows = [_as_slice(later.rows_of(self._rank, i)) for i in range(len(self._caches))]
+        for cache, layout in zip(self._caches, later.by_document(), strict=True):
+            cache.extend(layout)
+        self._rows = [_as_slice(rows) for rows in later.rows_by_document(self._rank)]
 
     def append(self, layer: int, k: Keys, v: Keys) -> tuple[Tensor, Tensor]:
         """Append each sequence's rows to its cache and return all rows, [b rows hk d], sequence by sequence."""

@@ -155,3 +155,18 @@ def test_span_last_and_part_use_the_step():
     assert span.last == 16
     assert span.part(1, 3) == Span(7, 2, 3)
     assert all(b.start - a.last == 3 for a, b in pairwise([span.part(0, 2), span.part(2, 5)]))
+
+
+@few
+@given(conversations())
+def test_documents_alone_have_the_rows_and_positions_of_the_layout(conversation):
+    layout = grown(conversation.layouts())
+    alone = layout.by_document()
+    assert [(one.lengths, one.begins) for one in alone] == [
+        ((n,), (begin,)) for n, begin in zip(layout.lengths, layout.begins, strict=True)
+    ]
+    for rank in range(layout.size):
+        rows = layout.rows_by_document(rank)
+        assert sorted(chain(*(each.tolist() for each in rows))) == list(range(layout.rows(rank)))
+        for one, each in zip(alone, rows, strict=True):
+            assert torch.equal(one.positions(rank), layout.positions(rank)[each])

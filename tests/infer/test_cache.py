@@ -1,10 +1,12 @@
 """KV caches return the appended rows in order, and growth within the allocated room copies nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from longctx.attention.layout import Layout, contiguous, single, striped, zigzag
-from longctx.infer.cache import KVCache, PrefixView
+from longctx.attention.layout import Layout, contiguous, documents, single, striped, zigzag
+from longctx.infer.cache import BatchCache, KVCache, PrefixView
 
 BATCH, HEADS, HEAD_DIM, LAYERS = 2, 3, 5, 2
 
@@ -126,3 +128,28 @@ def test_prefix_view_reads_its_prefix_and_does_not_change_it():
         assert torch.equal(keys, torch.cat([k, new[0]], 1)) and torch.equal(values, torch.cat([v, new[1]], 1))
         assert view.layout.total == 5 + length and prefix.layout.total == 5
         assert torch.equal(prefix.layer(0)[0], k)
+
+
+class Visited(tuple):
+    """Spans that count how often one of them is looked at."""
+
+    count = 0
+
+    def __iter__(self):
+        for span in super().__iter__():
+            Visited.count += 1
+            yield span
+
+
+def test_extending_a_batch_is_linear_in_its_sequences():
+    """Looking for each sequence's spans among all spans is quadratic."""
+
+    def visits(sequences: int) -> int:
+        later = documents([7] * sequences, 3)
+        Visited.count = 0
+        caches = [KVCache(3, 1) for _ in range(sequences)]
+        BatchCache(caches, 1).extend(replace(later, ranks=tuple(map(Visited, later.ranks))))
+        assert all(torch.equal(cache.layout.positions(1), zigzag(7, 3).positions(1)) for cache in caches)
+        return Visited.count
+
+    assert visits(202) <= 2.1 * visits(101)
