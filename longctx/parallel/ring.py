@@ -9,10 +9,10 @@ import torch
 from longctx.attention.kernel import Gradients, Kernel, attend_tiles, tile_gradients
 from longctx.attention.layout import Layout
 from longctx.attention.mask import CAUSAL, Mask
-from longctx.attention.partial import Partial, empty_partial, merge_
+from longctx.attention.partial import Partial, empty_partial, merge_, sink
 from longctx.attention.tiles import Tile, visible_tiles
 from longctx.parallel.comm import Comm, Shape, doing
-from longctx.shapes import Keys, Queries, Shaped, Tensor
+from longctx.shapes import Float, Keys, Queries, Shaped, Tensor
 
 
 @dataclass(frozen=True)
@@ -152,13 +152,14 @@ def all_gather_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> P
     return partial
 
 
-def gather_merge(partial: Partial, comm: Comm, ulysses: int) -> Queries:
+def gather_merge(partial: Partial, comm: Comm, ulysses: int, sinks: Float[Tensor, " hq"] | None = None) -> Queries:
     """Merge all ranks' partials of the same query rows with one all-gather (tree decoding).
 
     Every rank passes its ``partial`` [b s hq/U d] of the same rows and gets the attention output [b s hq d], with
     U = ``ulysses``.  Rank = ring rank * U + ulysses rank: Ulysses ranks hold different heads, ring ranks different
-    keys.  All ranks merge the same partials in the same order.  Bytes sent per rank: d values and one log-sum-exp per
-    row and head, in the accumulation dtype, to each other rank.
+    keys.  ``sinks`` are the scores of all hq heads' attention sinks, merged once, after the keys of all ranks.  All
+    ranks merge the same partials in the same order.  Bytes sent per rank: d values and one log-sum-exp per row and
+    head, in the accumulation dtype, to each other rank.
     """
     mine = _pack(partial)
     with doing("merging partial results"):
@@ -168,6 +169,8 @@ def gather_merge(partial: Partial, comm: Comm, ulysses: int) -> Queries:
         merged = empty_partial(partial.out)
         for packed in gathered[member::ulysses]:
             merge_(merged, slice(None), _unpack(packed))
+        if sinks is not None:
+            merge_(merged, slice(None), sink(sinks.chunk(ulysses)[member], merged))
         heads.append(merged.out)
     return torch.cat(heads, 2)
 
