@@ -42,7 +42,7 @@ class ModelShape:
     * ``ffn``: the hidden size of the feed-forward network.
     * ``max_positions``: the longest sequence that the model was trained for, in tokens.
     * ``tied``: the output head shares the weights of the embedding.
-    * ``qkv_bias``, ``out_bias``, ``mlp_bias``: these projections have a bias.
+    * ``qkv_bias``, ``out_bias``, ``mlp_bias``: these projections have a bias; ``mlp_bias`` covers experts and routers.
     * ``rotaries``: per layer, the rotary embedding; None for a layer without.  Empty means None for every layer.
     * ``end_tokens``: ids of the tokens that end generation.
     * ``windows``: per layer, the number of keys that a query sees at most, its own included; None for all earlier
@@ -57,6 +57,9 @@ class ModelShape:
     * ``embedding_scale``: factor of the embedding's output.
     * ``residual_scale``: factor of what attention and feed-forward network add to the residual stream.
     * ``logit_scale``: factor of the logits.
+    * ``sinks``: each head has a learned attention sink, a score that takes weight from all keys (`partial.sink`).
+    * ``glu_limit``: gate and up projections are clamped to this size (the gate only above); None does not clamp.
+      ``glu_offset`` is added to the up projection.
     * ``experts``: per layer, the experts that replace its feed-forward network of size ``ffn``; None for a layer
       without.  Empty means None for every layer.  All layers with experts have the same.
     """
@@ -82,12 +85,15 @@ class ModelShape:
     layer_norm: bool = False
     zero_centered: bool = False
     qk_norm: Literal["none", "head", "width"] = "none"
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "gelu_sigmoid"] = "silu"
     gated: bool = True
     softmax_scale: float | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    sinks: bool = False
+    glu_limit: float | None = None
+    glu_offset: float = 0.0
     experts: tuple[Experts | None, ...] = ()
 
     def __post_init__(self) -> None:

@@ -46,8 +46,11 @@ def read_config(file: Path) -> Any:
         _refuse_custom_code(file.parent, error)
         raise ValueError(f"{file} is not a model's configuration: {error}") from error
     family = family_of(config.model_type)
-    if values.get("quantization_config"):
-        raise ValueError(f"{file}: the weights are quantised: use the model that they were made from")
+    if quantised := values.get("quantization_config"):
+        method = (
+            f" ({quantised['quant_method']})" if isinstance(quantised, dict) and "quant_method" in quantised else ""
+        )
+        raise ValueError(f"{file}: the weights are quantised{method}: use the model in bfloat16 or float32")
     refuse_unknown_keys(file, values, config, family)
     _refuse_impossible(file, config)
     _refuse_unfit_windows(file, config)

@@ -18,9 +18,12 @@ _ROWS = 8192  # rows of the vocabulary that are compared at once
 def stored_shapes(family: Family, shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor in the files of a model of ``family``, by its name there."""
     canonical, stored = tensor_shapes(shape), dict[str, tuple[int, ...]]()
-    for name in canonical:
-        whole, parts = family.stored(name)
-        stored[whole] = (sum(canonical[part][0] for part in parts), *canonical[name][1:])
+    for whole, parts in family.groups(canonical).items():
+        rows, *columns = canonical[parts[0]]
+        if interleaved := family.interleaved(whole):
+            stored[whole] = (len(parts) // interleaved, *columns, rows * interleaved)
+        else:
+            stored[whole] = (sum(canonical[part][0] for part in parts), *columns)
     return stored
 
 

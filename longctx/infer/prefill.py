@@ -49,20 +49,19 @@ def run_pass(
     layout = layout.after(cache.layout)
     queries = layout.gather(engine.ulysses.size)
     cache.extend(queries)
-    ring_attention_by_window = {
-        window: ring_attention(
-            Ring(engine.ring, queries, cache.layout, causal_within(window)), engine.kernel, strategies[window]
-        )
-        for window in set(engine.shape.windows)
-    }
+    rings = {w: Ring(engine.ring, queries, cache.layout, causal_within(w)) for w in set(engine.shape.windows)}
 
     # 2. Each layer attends over the cache, within Ulysses' exchange of heads for rows.
     first = engine.rank - engine.ulysses.rank
     rows = [layout.rows(first + member) for member in range(engine.ulysses.size)]
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        window = engine.shape.windows[layer]
+        mine = sinks if sinks is None else sinks.chunk(engine.ulysses.size)[engine.ulysses.rank]
+        attention = ring_attention(rings[window], engine.kernel, strategies[window], mine)
+
         def over_cache(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return ring_attention_by_window[engine.shape.windows[layer]](q, *cache.append(layer, k, v))
+            return attention(q, *cache.append(layer, k, v))
 
         with doing(f"layer {layer}"):
             out = over_heads(engine.ulysses, rows, over_cache)(q, k, v)
@@ -99,7 +98,7 @@ def run_replicated(
     rows_to_cache = layout.index(engine.ring.rank).to(engine.device)
     degree, member = engine.ulysses.size, engine.ulysses.rank
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         q, k, v = (share_of_heads(x, degree, member) for x in (q, k, v))
         keys_and_values = cache.append(layer, k[:, rows_to_cache], v[:, rows_to_cache])
         partial = empty_partial(q)
@@ -107,9 +106,9 @@ def run_replicated(
         with doing(f"layer {layer}"):
             if share:
                 heads = share.ranges(q.shape[2] * degree)
-                out = scatter_merge(partial, engine.context, degree, heads)
+                out = scatter_merge(partial, engine.context, degree, heads, sinks)
             else:
-                out = gather_merge(partial, engine.context, degree)
+                out = gather_merge(partial, engine.context, degree, sinks)
         done()
         return out.to(q.dtype)
 

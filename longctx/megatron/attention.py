@@ -13,10 +13,11 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from longctx.megatron.modules import Metadata, Offsets, describe_shard
 from longctx.model_shape import ModelShape, Rotary
 from longctx.shapes import Float, Positions, Tensor
 
-LayerAttention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+LayerAttention = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Pass(PackedSeqParams):
     """One pass through the model, with the attention function that its layers call.
 
     ``attend(layer, q, k, v)`` returns the attention output.  All four tensors are [b s h d]; layers count from 0.
+    Models with attention sinks call ``attend(layer, q, k, v, sinks)`` with the score [hq] of each query head's sink.
     ``rotary`` has a table for each layer of the whole model (`rotary_tables`); empty rotates nothing.
 
     megatron-core hands a `PackedSeqParams` unchanged to the attention of every layer, on every pipeline stage.
@@ -80,6 +82,8 @@ class ContextParallelAttention(MegatronModule):
 
     Attention itself scales by 1/sqrt(d), so queries are multiplied where ``softmax_scale`` differs from that.
 
+    With ``sinks``, the module has the learned score of a sink for each of this tensor-parallel rank's query heads.
+
     Raises ValueError for cross-attention and attention dropout.
     """
 
@@ -93,6 +97,7 @@ class ContextParallelAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        sinks: bool = False,
     ) -> None:
         super().__init__(config=config)
         if attention_type != "self" or config.attention_dropout:
@@ -102,6 +107,13 @@ class ContextParallelAttention(MegatronModule):
             )
         self.layer = layer_number - 1
         self.query_scale = 1.0 if softmax_scale is None else softmax_scale * config.kv_channels**0.5
+        self.sinks: torch.nn.Parameter | None = None
+        if sinks:
+            self._tp = pg_collection.tp
+            heads = config.num_attention_heads // self._tp.size()
+            self.sinks = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
+            setattr(self.sinks, "tensor_model_parallel", True)  # noqa: B010
+            setattr(self.sinks, "partition_dim", 0)  # noqa: B010
 
     def forward(
         self,
@@ -120,5 +132,11 @@ class ContextParallelAttention(MegatronModule):
         if self.query_scale != 1:
             query = query * self.query_scale
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-        out = packed_seq_params.attend(self.layer, q, k, v)
+        sinks = () if self.sinks is None else (self.sinks,)
+        out = packed_seq_params.attend(self.layer, q, k, v, *sinks)
         return out.transpose(0, 1).flatten(2)  # with shared weights, of this rank's share of the heads
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Offsets = (), metadata: Metadata = None) -> Any:
+        if self.sinks is None:
+            return {}
+        return describe_shard("sinks", self.sinks, self._tp, prefix, sharded_offsets, metadata)

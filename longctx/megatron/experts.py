@@ -4,8 +4,10 @@ Each tensor-parallel rank has a share of every expert's neurons, as it has of a 
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -17,13 +19,21 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
 
+from longctx.megatron.modules import BiasedColumnParallelLinear, BiasedRowParallelLinear
 from longctx.model_shape import ModelShape
 from longctx.shapes import Float, Tensor
 
 
 class Router(TopKRouter):
-    """megatron-core's router, whose weights stay on the model's device."""
+    """megatron-core's router, with a bias if asked for; its weights stay on the model's device."""
+
+    def __init__(self, *args: Any, bias: bool, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(*args, config=config, **kwargs)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(config.num_moe_experts, dtype=config.params_dtype))
+            setattr(self.bias, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
     def gating(self, x: Float[Tensor, "s b hidden"]) -> Float[Tensor, "s b experts"]:
         """Return the logits.  megatron-core's method moves weights on the CPU to a GPU."""
@@ -31,6 +41,19 @@ class Router(TopKRouter):
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Do nothing: no family has a bias for balance.  megatron-core's method would compile itself."""
+
+
+class ExpertRowParallelLinear(BiasedRowParallelLinear):
+    """An expert's output projection, whose bias one tensor-parallel rank adds: the ranks' outputs are summed later."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # One rank skips the sum too: megatron-core's MLP adds the bias in place, which autograd refuses after a sum.
+        self.explicit_expert_comm = True
+
+    def forward(self, x: Float[Tensor, "tokens n"]) -> tuple[Float[Tensor, "tokens hidden"], Tensor]:
+        out, bias = super().forward(x)
+        return out, bias * (self.tp_group.rank() == 0)
 
 
 class ReplicatedTokens(MoEAllGatherTokenDispatcher):
@@ -73,11 +96,15 @@ def mixture_config(shape: ModelShape) -> Mapping[str, Any]:
     }
 
 
-def mixture_spec(groups: ProcessGroupCollection) -> ModuleSpec:
+def mixture_spec(shape: ModelShape, groups: ProcessGroupCollection) -> ModuleSpec:
     """Return the spec of a layer's experts with their router."""
-    experts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    experts = MLPSubmodules(
+        linear_fc1=BiasedColumnParallelLinear if shape.mlp_bias else ColumnParallelLinear,
+        linear_fc2=ExpertRowParallelLinear if shape.mlp_bias else RowParallelLinear,
+    )
+    router = partial(Router, bias=shape.mlp_bias)
     return ModuleSpec(
         module=MixtureOfExperts,
         params={"pg_collection": groups},
-        submodules=MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=experts), router=Router),
+        submodules=MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=experts), router=router),
     )

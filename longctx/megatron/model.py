@@ -43,7 +43,12 @@ from longctx.spd.plan import SPDPlan
 __all__ = ["GPTModel", "build_model", "hidden_states", "layers_in_use", "logits", "padded_vocab_size"]
 
 
-_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+_ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_sigmoid": lambda x: x * torch.sigmoid(1.702 * x),
+}
 
 
 def layers_in_use(requested: str, shape: ModelShape) -> str:
@@ -61,7 +66,7 @@ def layers_in_use(requested: str, shape: ModelShape) -> str:
         )
     llama = {"out_bias": False, "mlp_bias": False, "norms": "pre", "layer_norm": False, "zero_centered": False,
              "qk_norm": "none", "activation": "silu", "gated": True, "residual_scale": 1.0,
-             "mixture": None}  # fmt: skip
+             "mixture": None, "sinks": False}  # fmt: skip
     others = [f"{name}={getattr(shape, name)}" for name, value in llama.items() if getattr(shape, name) != value]
     if requested == "te" and others:
         raise ValueError(f"model.layers=te is not built for this model ({', '.join(others)}): use model.layers=local")
@@ -207,6 +212,8 @@ def _config(
         softmax_scale=shape.softmax_scale,
         gated_linear_unit=shape.gated,
         activation_func=_ACTIVATIONS[shape.activation],
+        activation_func_clamp_value=shape.glu_limit,
+        glu_linear_offset=shape.glu_offset,
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
         hidden_dropout=0.0,
@@ -253,7 +260,7 @@ def local_layer_spec(
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=QKVProjection,
-            core_attention=ContextParallelAttention,
+            core_attention=ModuleSpec(module=ContextParallelAttention, params={"sinks": shape.sinks}),
             linear_proj=_output_projection(shape, shape.out_bias),
             q_layernorm=_qk_norm(shape, shape.heads, groups),
             k_layernorm=_qk_norm(shape, shape.kv_heads, groups),
@@ -266,7 +273,7 @@ def local_layer_spec(
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm_before,
-            mlp=mixture_spec(groups) if experts else _mlp(shape, mlp_rows),
+            mlp=mixture_spec(shape, groups) if experts else _mlp(shape, mlp_rows),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -8,11 +8,15 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import nn
 
 from longctx.megatron.shared import OutputProjection, UpProjection
 from longctx.shapes import Float, Tensor
+
+# Arguments of megatron-core's sharded_state_dict.
+Offsets = tuple[Any, ...]
+Metadata = dict[str, Any] | None
 
 
 class RMSNorm(nn.RMSNorm):
@@ -65,12 +69,18 @@ class RMSNormOverHeads(nn.Module):
         normalised: Tensor = (precise * torch.rsqrt(squares / self.width + self.eps)).to(x.dtype)
         return normalised * self.weight.view(x.shape[-2:])
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), _metadata: dict[str, Any] | None = None
-    ) -> Any:
-        """Return the weight as megatron-core's checkpoints describe a tensor that is sharded along dim 0."""
-        state: dict[str, Any] = self.state_dict(prefix="", keep_vars=True)
-        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets, tp_group=self._tp)
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Offsets = (), metadata: Metadata = None) -> Any:
+        return describe_shard("weight", self.weight, self._tp, prefix, sharded_offsets, metadata)
+
+
+def describe_shard(
+    name: str, parameter: Tensor, tp: Any, prefix: str, sharded_offsets: Offsets, metadata: Metadata
+) -> Any:
+    """Return ``parameter``, sharded along dim 0 over ``tp``, as megatron-core's checkpoints describe a tensor."""
+    replicas = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
+    return make_sharded_tensors_for_checkpoint(
+        {name: parameter}, prefix, {name: 0}, sharded_offsets, tp_group=tp, dp_cp_group=replicas
+    )
 
 
 class _SumOverRanks(torch.autograd.Function):

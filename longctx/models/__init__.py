@@ -6,6 +6,7 @@ To add a family: write its file, list it here, and add a configuration to tests/
 from longctx.models.family import Family
 from longctx.models.gemma3 import GEMMA3
 from longctx.models.glm4 import GLM4
+from longctx.models.gpt_oss import GPT_OSS
 from longctx.models.granite import GRANITE
 from longctx.models.llama import LLAMA
 from longctx.models.mistral import MISTRAL
@@ -22,7 +23,7 @@ FAMILIES = {
     family.model_type: family
     for family in (
         LLAMA, MISTRAL, QWEN2, QWEN3, SMOLLM3, OLMO2, OLMO3, PHI3, GEMMA3, GRANITE, STARCODER2, GLM4, MIXTRAL,
-        QWEN3_MOE,
+        QWEN3_MOE, GPT_OSS,
     )
 }  # fmt: skip
 
@@ -34,7 +35,6 @@ _MISSING = {
     "gemma2": "softcapped attention scores",
     "gemma3": "images; its text model, gemma3_text, runs alone",
     "gpt2": "learned positions",
-    "gpt_oss": "experts with clamped activations, and learned attention sinks",
     "mamba": "state-space layers",
     "qwen2_moe": "an expert that every token passes",
     "qwen3_next": "linear attention",

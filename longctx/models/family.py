@@ -7,6 +7,7 @@ family says which of them have other names in its files, and which are parts of 
 |------------------------------------|-------------------------------------------------------------|
 | self_attn.{q,k,v,o}_proj           | projections of attention                                    |
 | self_attn.{q,k}_norm               | norms of queries and keys                                   |
+| self_attn (tensor sinks)           | score of each head's attention sink                         |
 | mlp.{gate,up,down}_proj            | feed-forward network; without gate_proj if it is not gated  |
 | mlp.router                         | projection to a score for each expert                       |
 | mlp.experts.I.{gate,up,down}_proj  | expert I of a mixture, counted from 0                       |
@@ -17,7 +18,7 @@ family says which of them have other names in its files, and which are parts of 
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,8 @@ class Family:
     * ``names`` maps canonical modules of a layer to the modules of the family's files, where these differ; ``I`` in
       both is the number of an expert.
     * ``fused`` maps modules of the files to the canonical modules whose rows they concatenate.
+    * ``stacked`` maps tensors of the files to the tensors of expert ``I`` of which they hold those of all experts,
+      transposed and with alternating columns (see `megatron.hf_io.stored.join`).
     * ``undeclared``: keys of config.json that its class does not declare: transformers' code reads them, or published
       models have them without effect.
     * ``partial_rotary``: the rotary embedding may have a partial_rotary_factor.
@@ -48,6 +51,7 @@ class Family:
     options: Callable[[Config], dict[str, Any]]
     names: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     undeclared: tuple[str, ...] = ()
     partial_rotary: bool = False
     rotary_by_layer_type: bool = False
@@ -75,19 +79,30 @@ class Family:
             fields["rotaries"] = (rotary_of(config),) * config.num_hidden_layers
         return ModelShape(**fields)
 
-    def stored(self, name: str) -> tuple[str, tuple[str, ...]]:
-        """Return the name, in the family's files, of the tensor that holds the canonical tensor ``name``.
-
-        Also returns the canonical names of all tensors whose rows it concatenates, in order.
-        """
+    def stored(self, name: str) -> str:
+        """Return the name, in the family's files, of the tensor that holds the canonical tensor ``name``."""
         prefix, module, kind = split_name(name)
-        for whole, parts in self.fused.items():
-            if module in parts:
-                return f"{prefix}{whole}.{kind}", tuple(f"{prefix}{part}.{kind}" for part in parts)
-        expert = _EXPERT.search(module)
-        pattern = _EXPERT.sub(".experts.I.", module)
+        pattern, expert = _EXPERT.sub(".experts.I.", module), _EXPERT.search(module)
+        for whole, modules in self.fused.items():
+            if module in modules:
+                return f"{prefix}{whole}.{kind}"
+        for whole, tensors in self.stacked.items():
+            if f"{pattern}.{kind}" in tensors:
+                return f"{prefix}{whole}"
         stored = self.names.get(pattern, pattern)
-        return f"{prefix}{stored.replace('.I.', f'.{expert[1]}.') if expert else stored}.{kind}", (name,)
+        return f"{prefix}{stored.replace('.I.', f'.{expert[1]}.') if expert else stored}.{kind}"
+
+    def groups(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """Return, for each tensor of the family's files, the canonical tensors in it; ``names`` are in their order."""
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(self.stored(name), []).append(name)
+        return groups
+
+    def interleaved(self, stored: str) -> int:
+        """Return how many tensors of each expert the tensor ``stored`` of the family's files stacks; 0 if none."""
+        _, module, kind = split_name(stored)
+        return len(self.stacked.get(f"{module}.{kind}", ()))
 
 
 def split_name(name: str) -> tuple[str, str, str]:

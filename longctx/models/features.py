@@ -25,6 +25,8 @@ def features_of(shape: ModelShape) -> list[str]:
         "no gate in the MLP": not shape.gated,
         "mixture of experts": shape.mixture is not None,
         "mixture of experts on some layers": None in shape.experts and shape.mixture is not None,
+        "attention sinks": shape.sinks,
+        "clamped gate": shape.glu_limit is not None,
         "scale of attention scores": shape.softmax_scale is not None,
         "scale of the embedding": shape.embedding_scale != 1,
         "scale of residual connections": shape.residual_scale != 1,

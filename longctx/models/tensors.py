@@ -27,6 +27,7 @@ def _attention(shape: ModelShape) -> Sizes:
         | _projection("self_attn.k_proj", kv, hidden, shape.qkv_bias)
         | _projection("self_attn.v_proj", kv, hidden, shape.qkv_bias)
         | _projection("self_attn.o_proj", hidden, q, shape.out_bias)
+        | ({"self_attn.sinks": (shape.heads,)} if shape.sinks else {})
     )
 
 
@@ -42,7 +43,7 @@ def _mlp(shape: ModelShape, ffn: int, module: str) -> Sizes:
 
 def _mixture(shape: ModelShape, experts: Experts) -> Sizes:
     """Return the shapes of a layer's router and experts."""
-    sizes = _projection("mlp.router", experts.count, shape.hidden, bias=False)
+    sizes = _projection("mlp.router", experts.count, shape.hidden, shape.mlp_bias)
     for i in range(experts.count):
         sizes |= _mlp(shape, experts.ffn, f"mlp.experts.{i}")
     return sizes

@@ -10,6 +10,7 @@ from longctx.parallel.comm import Comm
 from longctx.parallel.ring import Ring, Strategy
 from longctx.parallel.strategy import ring_attention
 from longctx.parallel.ulysses import Attention, over_heads
+from longctx.shapes import Float, Tensor
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,19 @@ class Hybrid:
     ring: Ring
     rows: tuple[int, ...]
 
-    def attention(self, kernel: Kernel, strategy: Strategy, saved_forward: list[Partial] | None = None) -> Attention:
-        """Return differentiable attention over the whole sequence; see `ring_attention` for ``saved_forward``."""
-        inner = ring_attention(self.ring, kernel, strategy, saved_forward=saved_forward)
+    def attention(
+        self,
+        kernel: Kernel,
+        strategy: Strategy,
+        sinks: Float[Tensor, " hq"] | None = None,
+        saved_forward: list[Partial] | None = None,
+    ) -> Attention:
+        """Return differentiable attention over the whole sequence.
+
+        ``sinks`` are the scores of all heads' attention sinks.  See `ring_attention` for ``saved_forward``.
+        """
+        mine = sinks if sinks is None else sinks.chunk(self.ulysses.size)[self.ulysses.rank]
+        inner = ring_attention(self.ring, kernel, strategy, mine, saved_forward)
         return over_heads(self.ulysses, self.rows, inner)
 
 

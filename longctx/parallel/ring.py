@@ -221,13 +221,14 @@ def all_gather_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> P
     return partial
 
 
-def gather_merge(partial: Partial, comm: Comm, ulysses: int) -> Queries:
+def gather_merge(partial: Partial, comm: Comm, ulysses: int, sinks: Float[Tensor, " hq"] | None = None) -> Queries:
     """Merge all ranks' partials of the same query rows with one all-gather (tree decoding).
 
     Every rank passes its ``partial`` [b s hq/U d] of the same rows and gets the attention output [b s hq d], with
     U = ``ulysses``.  Rank = ring rank * U + ulysses rank: Ulysses ranks hold different heads, ring ranks different
-    keys.  All ranks merge the same partials in the same order.  Bytes sent per rank: d values and one log-sum-exp per
-    row and head, in the accumulation dtype, to each other rank.
+    keys.  ``sinks`` are the scores of all hq heads' attention sinks, merged once, after the keys of all ranks.  All
+    ranks merge the same partials in the same order.  Bytes sent per rank: d values and one log-sum-exp per row and
+    head, in the accumulation dtype, to each other rank.
     """
     mine = _pack(partial)
     with doing("merging partial results"):
@@ -237,6 +238,8 @@ def gather_merge(partial: Partial, comm: Comm, ulysses: int) -> Queries:
         merged = empty_partial(partial.out)
         for packed in gathered[member::ulysses]:
             merge_(merged, slice(None), _unpack(packed))
+        if sinks is not None:
+            merge_(merged, slice(None), sink(sinks.chunk(ulysses)[member], merged))
         heads.append(merged.out)
     return torch.cat(heads, 2)
 

@@ -147,9 +147,9 @@ def _attention_pass(
     partials: dict[int, list[Partial]] = {layer: [] for layer in range(shape.layers)}
     by_window = {w: hybrid(runtime.ulysses, runtime.ring, layout, causal_within(w)) for w in set(shape.windows)}
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         keep = partials[layer] if sharding.keep_partials else None
-        attention = by_window[shape.windows[layer]].attention(sharding.kernel, sharding.strategy, keep)
+        attention = by_window[shape.windows[layer]].attention(sharding.kernel, sharding.strategy, sinks, keep)
         with doing(f"layer {layer}"):
             out = attention(q[:, :rows], k[:, :rows], v[:, :rows])
         return F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - rows))

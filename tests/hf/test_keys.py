@@ -187,7 +187,9 @@ def test_model_is_refused_in_training_alone(tmp_path, changed, words):
         ({"model_type": "mixtral", "num_local_experts": 0}, "num_local_experts=0 is not a positive number"),
         ({"model_type": "mixtral", "num_experts_per_tok": 9}, "num_experts_per_tok=9 is not possible with 8 experts"),
         ({"model_type": "qwen3_moe", "decoder_sparse_step": 0}, "describes no model of type qwen3_moe"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "the weights are quantised"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"the weights are quantised \(fp8\): use the model in bf"),
+        ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}, r"quantised \(mxfp4\)"),
+        ({"quantization_config": {"bits": 4}}, "the weights are quantised: use the model in bf"),
     ],
     ids=str,
 )

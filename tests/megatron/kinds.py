@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     Glm4Config,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -89,6 +90,14 @@ KINDS = {
     "mixtral": MixtralConfig(**SMALL, sliding_window=101, num_local_experts=5, num_experts_per_tok=2),
     "qwen3_moe, and a layer without experts": Qwen3MoeConfig(
         **SMALL, num_experts=7, num_experts_per_tok=3, moe_intermediate_size=36, mlp_only_layers=[1]
+    ),
+    "gpt_oss": GptOssConfig(
+        **SMALL,
+        **TWO_WINDOWS,
+        rope_parameters=YARN | {"truncate": False},
+        num_local_experts=5,
+        num_experts_per_tok=3,
+        swiglu_limit=0.4,  # small activations reach it
     ),
 }
 

@@ -62,14 +62,15 @@ def test_unknown_model_type_names_what_it_needs_and_the_nearest(model_type: str,
 def test_parts_of_a_fused_tensor_are_in_order() -> None:
     family = FAMILIES["phi3"]
     parts = tuple(f"model.layers.7.self_attn.{name}_proj.weight" for name in "qkv")
-    assert family.stored(parts[1]) == ("model.layers.7.self_attn.qkv_proj.weight", parts)
-    assert family.stored("lm_head.weight") == ("lm_head.weight", ("lm_head.weight",))
+    assert family.groups(parts) == {"model.layers.7.self_attn.qkv_proj.weight": [*parts]}
+    assert family.stored("lm_head.weight") == "lm_head.weight"
 
 
 def test_experts_of_a_family_have_their_names() -> None:
     name = "model.layers.7.mlp.experts.12.up_proj.weight"
-    assert FAMILIES["mixtral"].stored(name) == ("model.layers.7.block_sparse_moe.experts.12.w3.weight", (name,))
-    assert FAMILIES["qwen3_moe"].stored(name) == (name, (name,))
+    assert FAMILIES["mixtral"].stored(name) == "model.layers.7.block_sparse_moe.experts.12.w3.weight"
+    assert FAMILIES["qwen3_moe"].stored(name) == name
+    assert FAMILIES["gpt_oss"].stored(name) == "model.layers.7.mlp.experts.gate_up_proj"
 
 
 def test_dense_layers_among_layers_with_experts() -> None:

@@ -10,7 +10,7 @@ from longctx.config import Mesh, Optim
 from longctx.parallel.launch import run_ranks
 from tests.megatron.kinds import KINDS, SMALL, random_model
 from tests.tiny import tiny_tokenizer
-from tests.train.ranks import Run, train, train_each
+from tests.train.ranks import Run, train_each
 from tests.train.test_step import exact_model, tensors
 
 # Documents longer than the windows, and than the original context of LongRoPE's long factors.
@@ -46,10 +46,13 @@ def test_gradients_equal_those_of_transformers(mesh: Mesh, runs: dict[str, Run],
             assert (got[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-2), (kind, name)
 
 
-def test_run_with_experts_resumes_on_another_mesh(runs: dict[str, Run], tmp_path: Path) -> None:
-    """The model's layers have different parameters: experts, or a single feed-forward network."""
-    begin = replace(runs["qwen3_moe, and a layer without experts"], mesh=Mesh(tp=2), steps=2, checkpoints=tmp_path)
-    whole = run_ranks(2, train, replace(begin, save_at=1, optim=Optim(zero1=True)))[0]
-    (resumed,) = run_ranks(2, train, replace(begin, mesh=Mesh(dp=2), begin=1, optim=Optim(zero1=True)))[0]
-    assert resumed.loss == pytest.approx(whole[1].loss, rel=1e-6)
-    assert resumed.norm == pytest.approx(whole[1].norm, rel=1e-6)
+def test_runs_resume_on_another_mesh(runs: dict[str, Run], tmp_path: Path) -> None:
+    """Models with parameters of our own: sinks, norms sharded over ranks, experts on some layers only."""
+    kinds = ("qwen3_moe, and a layer without experts", "gpt_oss", "olmo2")
+    settings = {"steps": 2, "optim": Optim(zero1=True)}
+    begin = [replace(runs[kind], mesh=Mesh(tp=2), checkpoints=tmp_path / kind, **settings) for kind in kinds]
+    whole = run_ranks(2, train_each, [replace(run, save_at=1) for run in begin])[0]
+    resumed = run_ranks(2, train_each, [replace(run, mesh=Mesh(dp=2), begin=1) for run in begin])[0]
+    for (_, expected), (got,) in zip(whole, resumed, strict=True):
+        assert got.loss == pytest.approx(expected.loss, rel=1e-6)
+        assert got.norm == pytest.approx(expected.norm, rel=1e-6)

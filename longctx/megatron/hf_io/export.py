@@ -17,6 +17,7 @@ from longctx.hf.scratch import write_folder_like
 from longctx.hf.tensor_file import save_file
 from longctx.megatron.hf_io.load import gather_from_stages
 from longctx.megatron.hf_io.names import TensorView, tensor_views
+from longctx.megatron.hf_io.stored import join
 from longctx.model_shape import ModelShape
 from longctx.models import Family
 from longctx.models.tensors import EMBEDDING
@@ -65,13 +66,14 @@ def save(
         _refuse_other_shape(partial_folder, shape)
 
     # 2. Every stage writes its files.  The exchange of counts is also a barrier: the folder exists after it.
-    files = _files_of_stage(model, shape, family_in(source), file_size)
+    family = family_in(source)
+    files = _files_of_stage(model, shape, family, file_size)
     counts = gather_from_stages(len(files), stages)
     before, total = sum(counts[: stages.rank()]), sum(counts)
     weight_map: dict[str, str] = {}
     for i, tensors in enumerate(files, before + 1):
         name = "model.safetensors" if total == 1 else f"model-{i:05d}-of-{total:05d}.safetensors"
-        _write(partial_folder / name, tensors, tp)
+        _write(partial_folder / name, tensors, family, tp)
         weight_map |= dict.fromkeys(tensors, name)
     size = sum(_bytes(parts) for tensors in files for parts in tensors.values())
 
@@ -99,7 +101,7 @@ def _files_of_stage(model: GPTModel, shape: ModelShape, family: Family, file_siz
     stored: StoredTensors = {}
     for view in tensor_views(model, shape):
         if model.pre_process or view.name != EMBEDDING:
-            stored.setdefault(family.stored(view.name)[0], []).append(view)
+            stored.setdefault(family.stored(view.name), []).append(view)
     plan = split_state_dict_into_shards_factory(
         stored, get_storage_size=_bytes, filename_pattern="{suffix}", max_shard_size=file_size
     )
@@ -111,11 +113,11 @@ def _bytes(parts: Sequence[TensorView]) -> int:
     return sum(prod(part.full_shape) * part.view.element_size() for part in parts)
 
 
-def _write(file: Path, stored: StoredTensors, tp: Comm) -> None:
+def _write(file: Path, stored: StoredTensors, family: Family, tp: Comm) -> None:
     """Gather the tensors of one file over ``tp``; its first rank writes them."""
     tensors = {}
     for name, parts in stored.items():
-        tensor = torch.cat([gather_whole(part, tp) for part in parts])
+        tensor = join([gather_whole(part, tp) for part in parts], family.interleaved(name))
         if tp.rank == 0:
             tensors[name] = tensor.cpu()
     if tp.rank == 0:

@@ -13,6 +13,7 @@ from longctx.hf.checkpoint import DROPPED, tensor_files
 from longctx.hf.config import family_in, shape_of
 from longctx.hf.tensors import refuse_other_head
 from longctx.megatron.hf_io.names import TensorView, tensor_views
+from longctx.megatron.hf_io.stored import part_of_expert
 from longctx.model_shape import ModelShape
 from longctx.models.tensors import HEAD, tensor_shapes
 from longctx.shapes import Float, Tensor
@@ -44,6 +45,7 @@ class Weights:
     def __init__(self, folder: Path, dropped: Iterable[int] = ()) -> None:
         self._folder, self._files = folder, tensor_files(folder)
         self._family, self._shapes = family_in(folder), tensor_shapes(shape_of(folder))
+        self._parts = self._family.groups(self._shapes)
         self._dropped = tuple(f"model.layers.{block}." for block in dropped)
         self.read_names: set[str] = set()
 
@@ -51,7 +53,11 @@ class Weights:
         """Return the tensor ``name``.  Raises ValueError if it is missing, quantised, or of another number of rows."""
         if name.startswith(self._dropped) and DROPPED + name in self._files:
             return self._read(DROPPED + name)
-        stored, parts = self._family.stored(name)
+        stored = self._family.stored(name)
+        parts = self._parts.get(stored, [name])
+        if interleaved := self._family.interleaved(stored):
+            expert, index = divmod(parts.index(name), interleaved)
+            return part_of_expert(self._read(stored, expert), index, interleaved)
         if len(parts) == 1:
             return self._read(stored)
         whole, rows = self._read(stored), [self._shapes[part][0] for part in parts]
@@ -63,8 +69,8 @@ class Weights:
         part: Tensor = whole.split(rows)[parts.index(name)]
         return part
 
-    def _read(self, name: str) -> Tensor:
-        """Return the tensor that the files have under ``name``."""
+    def _read(self, name: str, expert: int | None = None) -> Tensor:
+        """Return the tensor that the files have under ``name``, or its entry ``expert`` along dim 0."""
         if name not in self._files:
             raise ValueError(
                 f"{self._folder} has no tensor {name}, which the model's config.json requires; "
@@ -72,7 +78,7 @@ class Weights:
             )
         self.read_names.add(name)
         with safe_open(self._files[name], "pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(name) if expert is None else file.get_slice(name)[expert]
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"{name} is {tensor.dtype}: use an unquantised checkpoint")
         return tensor

@@ -8,6 +8,7 @@ Hugging Face names are the canonical ones of `longctx.models.family`; a family's
 | self_attention.linear_qkv        | q_proj, k_proj, v_proj              | per KV group: queries, key, value    |
 | self_attention.linear_proj       | o_proj                              | columns sharded                      |
 | self_attention.{q,k}_layernorm   | q_norm, k_norm                      | replicated; over all heads: sharded  |
+| self_attention.core_attention    | sinks                               | sharded                              |
 | self_attention.linear_proj.norm  | attention_output_layernorm          | replicated                           |
 | mlp.linear_fc1                   | gate_proj, up_proj                  | per rank: gate rows, up rows         |
 | mlp.linear_fc2                   | down_proj                           | columns sharded                      |
@@ -51,6 +52,7 @@ _LAYER_NAMES = {
     "self_attention.linear_qkv.bias": tuple(f"self_attn.{x}_proj.bias" for x in "qkv"),
     "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
     "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
+    "self_attention.core_attention.sinks": ("self_attn.sinks",),
     "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
     "self_attention.linear_proj.bias": ("self_attn.o_proj.bias",),
     "self_attention.linear_proj.norm.weight": ("attention_output_layernorm.weight",),
@@ -63,6 +65,7 @@ _LAYER_NAMES = {
     "mlp.linear_fc2.bias": ("mlp.down_proj.bias",),
     "mlp.linear_fc2.norm.weight": ("mlp_output_layernorm.weight",),
     "mlp.router.weight": ("mlp.router.weight",),
+    "mlp.router.bias": ("mlp.router.bias",),
 }
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.")
 

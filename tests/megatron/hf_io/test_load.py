@@ -142,8 +142,9 @@ def test_saved_folder_equals_loaded_folder(tmp_path, mesh, kv_heads):
     for source, saved, _ in folders:
         assert_same_model(saved, source)
         assert {name: (saved / name).read_text() for name in TOKENIZER} == TOKENIZER
-        sizes_of_files = [file.stat().st_size for file in saved.glob("model-*-of-*.safetensors")]
-        assert len(sizes_of_files) > 2 and max(sizes_of_files) < 80_000
+        files = list(saved.glob("model-*-of-*.safetensors"))
+        assert len(files) > 2
+        assert all(file.stat().st_size < 80_000 or len(load_file(file)) == 1 for file in files)
     assert {path.name for path in (tmp_path / "saved").iterdir()} == {source.name for source, _, _ in folders}
 
 
