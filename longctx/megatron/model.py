@@ -152,13 +152,14 @@ def _run_without_rows(model: GPTModel, attention_pass: Pass) -> Float[Tensor, "0
 
 
 def logits(model: GPTModel, hidden: Float[Tensor, "s b hidden"], tp: Comm, vocab_size: int) -> Float[Tensor, "s b v"]:
-    """Return float32 logits of all ``vocab_size`` tokens, without padding, on every rank of ``tp``.
+    """Return the logits of all ``vocab_size`` tokens, without padding, on every rank of ``tp``.
 
-    ``tp`` is the model's tensor-parallel group.
+    ``tp`` is the model's tensor-parallel group.  Logits are float32, or float64 for a model in float64.
     """
     # megatron-core's gather always allocates on a CUDA device, so a `Comm` gathers the shards.
     shard, _ = model.output_layer(hidden, weight=tied_weight(model), runtime_gather_output=False)
-    return torch.cat(tp.all_gather(shard, [tuple(shard.shape)] * tp.size), -1)[..., :vocab_size].float()
+    whole = torch.cat(tp.all_gather(shard, [tuple(shard.shape)] * tp.size), -1)[..., :vocab_size]
+    return whole.to(torch.promote_types(whole.dtype, torch.float32))
 
 
 def token_losses(
@@ -192,7 +193,9 @@ def losses_of(
     if padding := max(0, min(width, (tp.rank() + 1) * width - vocab_size)):
         masked = shard.new_full((*shard.shape[:-1], padding), _PADDING_LOGIT)
         shard = torch.cat([shard[..., : width - padding], masked], -1)
-    losses: Tensor = vocab_parallel_cross_entropy(shard.float(), targets.contiguous())
+    losses: Tensor = vocab_parallel_cross_entropy(
+        shard.to(torch.promote_types(shard.dtype, torch.float32)), targets.contiguous()
+    )
     return losses
 
 

@@ -88,7 +88,7 @@ def _count(rows: Rows | None, whole: int) -> int:
 
 
 def _take(x: Tensor, arrived: Rows | None, wanted: Rows | None) -> Tensor:
-    """Return the rows ``wanted`` of a block from ``x``, which has its rows ``arrived``, among them all of ``wanted``."""
+    """Return the rows ``wanted`` of a block, from ``x`` with its rows ``arrived``, among which all of them are."""
     if arrived == wanted or wanted is None:
         return x
     arrived = ((0, x.shape[1]),) if arrived is None else arrived

@@ -214,7 +214,7 @@ def test_window_sends_only_the_rows_that_are_seen(strategy, name, ranks, before)
 
 
 def test_window_at_a_border_of_two_blocks_sends_one_window():
-    """Two ranks in zigzag order, chunks of 25 rows: each sends the 6 rows before the chunk that follows on the other."""
+    """Two ranks in zigzag order, chunks of 25 rows: each sends the 6 rows before a chunk of the other rank."""
     layout = zigzag(100, 2)
     for rank, owner in ((0, 1), (1, 0)):
         ring = Ring(ThreadWorld(2).group(rank), layout, layout, Mask(6))
