@@ -51,6 +51,12 @@ class Engine:
         return device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the model's parameters."""
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
+
+    @property
     def rank(self) -> int:
         """This rank among those that share the sequence."""
         return self.ring.rank * self.ulysses.size + self.ulysses.rank

@@ -119,7 +119,7 @@ def run_replicated(
 def _hidden(
     engine: Engine, tokens: Int[Tensor, " s"], positions: Positions, attend: LayerAttention
 ) -> Float[Tensor, "s b hidden"]:
-    one_pass = Pass(attend=attend, rotary=rotary_tables(engine.shape, positions.to(engine.device)))
+    one_pass = Pass(attend=attend, rotary=rotary_tables(engine.shape, positions.to(engine.device), engine.dtype))
     return hidden_states(engine.model, tokens.to(engine.device).unsqueeze(0), one_pass)
 
 

@@ -37,7 +37,7 @@ def save(session: Session, folder: Path, model: str) -> None:
         index: SessionIndex = {
             "version": VERSION,
             "model": model,
-            "dtype": str(next(engine.model.parameters()).dtype),
+            "dtype": str(engine.dtype),
             "tokens": {str(i): sequence.tokens for i, sequence in session.sequences.items()},
             "cached": {str(i): sequence.cached for i, sequence in session.sequences.items()},
             "files": {

@@ -22,7 +22,7 @@ LayerAttention = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """Cosines and sines of a rotary embedding at a pass's positions, [s channels] in float32, both scaled."""
+    """Cosines and sines of a rotary embedding at a pass's positions, [s channels], both scaled."""
 
     cos: Float[Tensor, "s channels"]
     sin: Float[Tensor, "s channels"]
@@ -42,20 +42,23 @@ class RotaryTable:
         return turned if channels == x.shape[-1] else torch.cat([turned, x[..., channels:]], -1)
 
 
-def rotary_tables(shape: ModelShape, positions: Positions) -> tuple[RotaryTable | None, ...]:
+def rotary_tables(
+    shape: ModelShape, positions: Positions, dtype: torch.dtype = torch.float32
+) -> tuple[RotaryTable | None, ...]:
     """Return each layer's table for explicit ``positions``, which may have any order and restart anywhere.
 
-    Layers with equal rotary embeddings share a table.
+    Tables are float32, or float64 for a model in that ``dtype``.  Layers with equal rotary embeddings share a table.
     """
-    tables = {rotary: _table(rotary, positions) for rotary in set(shape.rotaries)}
+    precise = torch.promote_types(dtype, torch.float32)
+    tables = {rotary: _table(rotary, positions, precise) for rotary in set(shape.rotaries)}
     return tuple(tables[rotary] for rotary in shape.rotaries)
 
 
-def _table(rotary: Rotary | None, positions: Positions) -> RotaryTable | None:
+def _table(rotary: Rotary | None, positions: Positions, dtype: torch.dtype) -> RotaryTable | None:
     if rotary is None:
         return None
-    frequencies = torch.tensor(rotary.frequencies, dtype=torch.float32, device=positions.device)
-    angles = positions.float().unsqueeze(-1) * frequencies
+    frequencies = torch.tensor(rotary.frequencies, dtype=dtype, device=positions.device)
+    angles = positions.to(dtype).unsqueeze(-1) * frequencies
     angles = angles.repeat_interleave(2, -1) if rotary.interleaved else torch.cat([angles, angles], -1)
     return RotaryTable(angles.cos() * rotary.scale, angles.sin() * rotary.scale, rotary.interleaved)
 

@@ -166,9 +166,10 @@ def _run_without_rows(model: GPTModel, attention_pass: Pass) -> Float[Tensor, "0
 def logits(
     model: GPTModel, hidden: Float[Tensor, "s b hidden"], tp: Comm, vocab_size: int, share: WeightShare | None = None
 ) -> Float[Tensor, "s b v"]:
-    """Return float32 logits of all ``vocab_size`` tokens, without padding, on every rank of ``tp``.
+    """Return the logits of all ``vocab_size`` tokens, without padding, on every rank of ``tp``.
 
-    ``tp`` is the model's tensor-parallel group.  With a ``share``, all context ranks call this with the same rows.
+    ``tp`` is the model's tensor-parallel group.  Logits are float32, or float64 for a model in float64.  With a
+    ``share``, all context ranks call this with the same rows.
     """
     weight = tied_weight(model)
     if share:
@@ -176,7 +177,8 @@ def logits(
     else:
         # megatron-core's gather always allocates on a CUDA device, so a `Comm` gathers the shards.
         shard, _ = model.output_layer(hidden, weight=weight, runtime_gather_output=False)
-    return torch.cat(tp.all_gather(shard, [tuple(shard.shape)] * tp.size), -1)[..., :vocab_size].float()
+    whole = torch.cat(tp.all_gather(shard, [tuple(shard.shape)] * tp.size), -1)[..., :vocab_size]
+    return whole.to(torch.promote_types(whole.dtype, torch.float32))
 
 
 def run_stage(model: GPTModel, tokens: Tokens, attention_pass: Pass) -> Float[Tensor, "rows b hidden"]:

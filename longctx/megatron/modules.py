@@ -125,6 +125,13 @@ class BiasedRowParallelLinear(OutputProjection):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"bias": True})
 
+    def forward(self, x: Float[Tensor, "s b n"]) -> tuple[Float[Tensor, "*parts s b hidden"], Float[Tensor, " hidden"]]:
+        out, bias = super().forward(x)
+        assert bias is not None
+        # megatron-core adds the bias later.  Selective recomputation of the feed-forward network would make the
+        # parameter itself an output of the recomputed function, whose backward would then call itself without end.
+        return out, bias + 0
+
 
 class BiasedColumnParallelLinear(UpProjection):
     """A column-parallel projection with a bias, whatever the configuration says of other projections."""

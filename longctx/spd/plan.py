@@ -53,7 +53,6 @@ def refuse_unfit_shape(shape: ModelShape) -> None:
         "LayerNorm, on which dropped reductions are not tested": shape.layer_norm,
         "a feed-forward network without gate, on which dropped reductions are not tested": not shape.gated,
         "routers that choose experts by each rank's own sum, on which ranks would disagree": shape.mixture is not None,
-        "scaled residual connections, on which dropped reductions are not tested": shape.residual_scale != 1,
     }
     for reason, applies in reasons.items():
         if applies:

@@ -33,7 +33,7 @@ class Sharding:
     """How ranks share sequences of ``length`` tokens and compute attention over them.
 
     ``layout`` is a key of `LAYOUTS`.  With ``keep_partials``, each layer's attention result is kept, so that activation
-    recomputation in the backward does not run the ring again.
+    recomputation in the backward does not run the ring again.  ``dtype`` is that of the model.
     """
 
     length: int
@@ -41,6 +41,7 @@ class Sharding:
     kernel: Kernel
     strategy: Strategy
     keep_partials: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -154,4 +155,4 @@ def _attention_pass(
             out = attention(q[:, :rows], k[:, :rows], v[:, :rows])
         return F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - rows))
 
-    return Pass(attend=attend, rotary=rotary_tables(shape, positions))
+    return Pass(attend=attend, rotary=rotary_tables(shape, positions, sharding.dtype))

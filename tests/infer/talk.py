@@ -3,6 +3,7 @@
 They are in a module of their own so that ranks do not import the tests' dependencies.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Segment:
     mesh: Mesh
     context: Context
     steps: tuple[Step, ...]
+    choose: Any = None  # the session's choice of a strategy; by default it is the context's
 
 
 @dataclass(frozen=True)
@@ -68,27 +70,34 @@ def play(rank: Rank, folder: Path, segment: Segment, load_from: Path | None) -> 
     from longctx.infer.engine import load_engine
     from longctx.infer.session import Session
     from longctx.infer.session_index import read_index
-    from longctx.infer.store import load, save
+    from longctx.infer.store import load
     from longctx.megatron.runtime import open_runtime
 
-    record = Record([], [], [])
     with open_runtime(rank, segment.mesh, timeout_minutes=2) as runtime:
         model = ModelSource("test", str(folder))
         session = Session(load_engine(runtime, model, shape_of(folder), folder, "auto"), segment.context, Sampling())
         if load_from:
             load(session, load_from, read_index(load_from, "test", "torch.float32", session.engine.shape))
-        for step in segment.steps:
-            if isinstance(step, Drop):
-                session.drop(step.sequence)
-            elif isinstance(step, Save):
-                save(session, step.folder, "test")
-            elif isinstance(step, Decode):
-                record.tokens.append(decode_step(session, step))
-            else:
-                turn = session.turn(step.prompts, step.max_new_tokens)
-                record.tokens.append(turn.tokens)
-                record.bytes.append((turn.prefill_bytes, turn.decode_bytes))
-                record.rows.append(session.rows_per_rank)
+        return run_steps(session, segment.steps)
+
+
+def run_steps(session: Any, steps: Sequence[Step]) -> Record:
+    """Run ``steps`` in ``session`` on this rank."""
+    from longctx.infer.store import save
+
+    record = Record([], [], [])
+    for step in steps:
+        if isinstance(step, Drop):
+            session.drop(step.sequence)
+        elif isinstance(step, Save):
+            save(session, step.folder, "test")
+        elif isinstance(step, Decode):
+            record.tokens.append(decode_step(session, step))
+        else:
+            turn = session.turn(step.prompts, step.max_new_tokens)
+            record.tokens.append(turn.tokens)
+            record.bytes.append((turn.prefill_bytes, turn.decode_bytes))
+            record.rows.append(session.rows_per_rank)
     return record
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from longctx.config import Mesh, ModelSource
 from longctx.parallel.launch import run_ranks
+from tests.float64 import KeepFloat64, float64_model
 from tests.megatron.kinds import KINDS, SMALL, random_model
 from tests.megatron.ranks import all_logits_of_each
 
@@ -17,7 +17,7 @@ LENGTH = 499
 
 
 def errors_against_transformers(
-    folders: Iterable[Path], mesh: Mesh, vocab_size: int, dtype: Any = "float32"
+    folders: Iterable[Path], mesh: Mesh, vocab_size: int, dtype: str = "float32"
 ) -> list[float]:
     """Return each model's largest difference of the logits, relative to the largest logit."""
     folders, tokens = list(folders), torch.randint(vocab_size, (LENGTH,)).tolist()
@@ -25,8 +25,13 @@ def errors_against_transformers(
     errors = []
     for folder, ours in zip(folders, each, strict=True):
         with torch.inference_mode():
-            net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            theirs = net(torch.tensor([tokens])).logits[0]
+            if dtype == "float64":
+                net = float64_model(folder)
+                with KeepFloat64():
+                    theirs = net(torch.tensor([tokens])).logits[0]
+            else:
+                net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+                theirs = net(torch.tensor([tokens])).logits[0]
         errors.append(float((ours - theirs).abs().max() / theirs.abs().max()))
     return errors
 
@@ -50,6 +55,11 @@ def assert_errors_below(bound: float, mesh: Mesh, models: dict[str, Path], dtype
 @pytest.mark.parametrize("mesh", [Mesh(), Mesh(tp=2), Mesh(ring=2), Mesh(ulysses=2, ring=2)], ids=str)
 def test_every_kind_of_model_matches_transformers(mesh: Mesh, small_models: dict[str, Path]) -> None:
     assert_errors_below(1e-5, mesh, small_models)
+
+
+def test_every_kind_of_model_matches_transformers_in_float64(small_models: dict[str, Path]) -> None:
+    """An error of float32 size, such as a rounded angle or norm, is 1e-7 or more."""
+    assert_errors_below(1e-12, Mesh(), small_models, "float64")
 
 
 def test_bfloat16_error_is_within_bfloat16_precision(small_models: dict[str, Path], tmp_path: Path) -> None:

@@ -6,28 +6,49 @@ from typing import Any
 import pytest
 from transformers import MixtralConfig, Qwen3MoeConfig
 
+from longctx.config import Mesh
 from longctx.model_shape import Experts
 from longctx.models import FAMILIES, family_of
 from longctx.models.family import split_name
+from longctx.parallel.validate import refuse_unfit
 from recipes.models import family_rows
+from tests.megatron.kinds import KINDS
 
 README = Path(__file__).parents[2] / "longctx" / "models" / "README.md"
 BEGIN, END = "<!-- table: pytest tests/models --write-table -->\n", "<!-- end of the table -->\n"
 
 
 def spd_cell(spd: str) -> str:
-    return "works" if spd == "exact" else f"refused: {spd.partition(': use')[0].removeprefix('this model has ')}"
+    return spd if spd == "exact" else f"refused: {spd.partition(': use')[0].removeprefix('this model has ')}"
+
+
+def mesh_cell(model_type: str, mesh: Mesh) -> str:
+    """Return "exact", or why ``mesh`` is refused, for the small models of ``model_type`` that the tests run."""
+    try:
+        for config in (config for config in KINDS.values() if config.model_type == model_type):
+            refuse_unfit(mesh, FAMILIES[model_type].shape(config, ()))
+    except ValueError as error:
+        return f"refused: {error}"
+    return "exact"
 
 
 def table() -> str:
-    """A row for each feature, a column for each family; then which families can drop reductions, and why others not."""
+    """A row for each feature, a column for each family; then a row for each family, a column for each use.
+
+    The small models of `KINDS` are what the tests named in the README run, so a family without one has no test.
+    """
     rows = family_rows()
     features = sorted({feature for row in rows for feature in row.features})
     names = [row.model_type for row in rows]
     lines = [f"| | {' | '.join(names)} |", f"|---|{':-:|' * len(names)}"]
     lines += [f"| {each} | {' | '.join('x' if each in row.features else '' for row in rows)} |" for each in features]
-    lines += ["", "| model type | models | Sync-Point-Drop |", "|---|---|---|"]
-    lines += [f"| `{row.model_type}` | {row.examples} | {spd_cell(row.spd)} |" for row in rows]
+    tested = {config.model_type for config in KINDS.values()}
+    lines += ["", "| model type | models | prefill | decode | train | export | tp | ulysses | Sync-Point-Drop |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        uses = ["exact" if row.model_type in tested else "not tested"] * 4
+        meshes = [mesh_cell(row.model_type, mesh) for mesh in (Mesh(tp=2), Mesh(ulysses=2))]
+        lines += [f"| `{row.model_type}` | {row.examples} | {' | '.join([*uses, *meshes, spd_cell(row.spd)])} |"]
     return "\n".join(lines) + "\n"
 
 
@@ -38,6 +59,11 @@ def test_table_of_the_readme_is_that_of_the_registry(pytestconfig: pytest.Config
         README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}")
         return
     assert written.strip() == table().strip(), "write it anew: pytest tests/models --write-table"
+
+
+def test_cells_are_short_and_every_family_is_tested() -> None:
+    cells = [cell.strip() for line in table().splitlines() for cell in line.split("|")]
+    assert max(map(len, cells)) <= 100 and "not tested" not in cells
 
 
 def test_every_file_is_short() -> None:

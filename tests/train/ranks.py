@@ -1,5 +1,6 @@
 """Training runs on ranks for the tests; in a separate module, so that a rank imports only what it needs."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,12 @@ def sequences(run: Run, step: int) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], mask, run.lengths, int(mask.sum()))
 
 
+def rows_of_rank(whole: Batch, dp: Any) -> Batch:
+    """Return the sequences of this data-parallel rank."""
+    mine = [x[dp.rank() :: dp.size()] for x in (whole.tokens, whole.targets, whole.mask, whole.lengths)]
+    return Batch(*mine, whole.counted)
+
+
 @dataclass(frozen=True)
 class Step:
     """`StepResult` as a picklable value that leaves the rank."""
@@ -70,7 +77,7 @@ class Step:
 
 
 def train(rank: Rank, run: Run) -> list[Step]:
-    """Run the steps of ``run`` on this rank; the result of each."""
+    """Run the steps of ``run`` on this rank; the result of each.  If it writes gradients, its loss alone."""
     from longctx.attention.flash_cpu import flash_cpu
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.runtime import open_runtime
@@ -80,6 +87,7 @@ def train(rank: Rank, run: Run) -> list[Step]:
     from longctx.train.step import Sharding, micro_batches, train_step
 
     shape = shape_of(run.folder)
+    compute_losses_in(run.dtype)
     with open_runtime(rank, run.mesh, timeout_minutes=2, training=True) as runtime:
         trained = build_train_state(
             runtime,
@@ -95,17 +103,16 @@ def train(rank: Rank, run: Run) -> list[Step]:
             plan=SPDPlan(shape.layers, run.mesh.tp, run.dropped) if run.dropped else None,
         )
         strategy, keep_partials = STRATEGIES[run.strategy], run.recompute != "none"
-        sharding = Sharding(sum(run.lengths[0]), run.layout, flash_cpu, strategy, keep_partials)
-        dp_rank, dp_size = runtime.groups.dp.rank(), runtime.groups.dp.size()
+        sharding = Sharding(
+            sum(run.lengths[0]), run.layout, flash_cpu, strategy, keep_partials, getattr(torch, run.dtype)
+        )
 
         def batch(step: int) -> Batch:
-            whole = sequences(run, step)
-            mine = [x[dp_rank::dp_size] for x in (whole.tokens, whole.targets, whole.mask, whole.lengths)]
-            return Batch(*mine, whole.counted)
+            return rows_of_rank(sequences(run, step), runtime.groups.dp)
 
         if run.gradients:
-            write_gradients(trained, micro_batches(batch(0), runtime, shape, sharding), run.gradients, run.folder)
-            return []
+            batches = micro_batches(batch(0), runtime, shape, sharding)
+            return [Step(write_gradients(trained, batches, run.gradients, run.folder), math.nan, batch(0).counted, 0.0)]
         saved = checkpoint.Checkpoints(run.checkpoints, keep=1) if run.checkpoints else None
         if run.begin:
             with torch.no_grad():
@@ -123,16 +130,33 @@ def train(rank: Rank, run: Run) -> list[Step]:
     return out
 
 
-def write_gradients(trained: Any, batches: Any, folder: Path, source: Path) -> None:
-    """Write gradients as a Hugging Face folder, with the table of names that export uses for weights."""
+def compute_losses_in(dtype: str) -> None:
+    """For float64, let megatron-core's cross-entropy stay in float64; it converts logits to float32."""
+    if dtype != "float64":
+        return
+    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+
+    from longctx.megatron import model
+    from tests.float64 import KeepFloat64
+
+    def in_float64(*args: Any) -> torch.Tensor:
+        with KeepFloat64():
+            return vocab_parallel_cross_entropy(*args)
+
+    model.vocab_parallel_cross_entropy = in_float64
+
+
+def write_gradients(trained: Any, batches: Any, folder: Path, source: Path) -> float:
+    """Write gradients as a Hugging Face folder, with the table of names that export uses; return the loss."""
     from longctx.megatron.hf_io import export
     from longctx.megatron.training.optimizer import clear_gradients, forward_backward
 
     clear_gradients(trained)
-    forward_backward(trained, batches)
+    loss: float = forward_backward(trained, batches).mean
     for parameter in trained.net.parameters():
         parameter.data.copy_(parameter.main_grad)
     export.save(trained.net, trained.shape, folder, source)
+    return loss
 
 
 def train_each(rank: Rank, runs: list[Run]) -> list[list[Step]]:

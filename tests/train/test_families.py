@@ -1,7 +1,8 @@
-"""Every kind of model: loss and gradients of a training step equal those of transformers, on several meshes."""
+"""Every kind of model: loss and gradients of a training step equal those of transformers, on every axis of a mesh."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,24 +27,53 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     return {kind: Run(Mesh(), folder / kind, LENGTHS, tokens=SMALL["vocab_size"], mlp_rows=53) for kind in KINDS}
 
 
-def exact_gradients(run: Run, folder: Path) -> dict[str, torch.Tensor]:
-    """Gradients by the names of transformers' files, which differ from those of its parameters for experts."""
-    _, net = exact_model(run)
+def exact(run: Run, folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss, and gradients by the names of transformers' files: experts' parameters have others."""
+    loss, net = exact_model(run)
     for parameter in net.parameters():
         parameter.data = parameter.grad
     net.save_pretrained(folder)
-    return tensors(folder)
+    return loss, tensors(folder)
 
 
-@pytest.mark.parametrize("mesh", [Mesh(tp=2, ring=2), Mesh(ulysses=2, pp=2)], ids=str)
-def test_gradients_equal_those_of_transformers(mesh: Mesh, runs: dict[str, Run], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def right(
+    runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[float, dict[str, torch.Tensor]]]:
+    folder = tmp_path_factory.mktemp("right")
+    return {kind: exact(run, folder / kind) for kind, run in runs.items()}
+
+
+MESHES: list[tuple[Mesh, dict[str, Any]]] = [
+    (Mesh(tp=2, ring=2), {"strategy": "pass_q", "layout": "striped"}),
+    (Mesh(ulysses=2, pp=2), {"recompute": "full"}),
+]
+
+
+@pytest.mark.parametrize(("mesh", "settings"), MESHES, ids=str)
+def test_loss_and_every_gradient_equal_those_of_transformers_in_float64(
+    mesh: Mesh, settings: dict[str, Any], runs: dict[str, Run], right: Any, tmp_path: Path
+) -> None:
     folders = {kind: tmp_path / kind for kind in runs}
-    run_ranks(mesh.ranks, train_each, [replace(runs[kind], mesh=mesh, gradients=folders[kind]) for kind in runs])
-    for kind, run in runs.items():
-        right, got = exact_gradients(run, tmp_path / f"{kind}, transformers"), tensors(folders[kind])
-        assert set(got) == set(right)
-        for name, gradient in right.items():
-            assert (got[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-2), (kind, name)
+    jobs = [replace(runs[kind], mesh=mesh, gradients=folders[kind], dtype="float64", **settings) for kind in runs]
+    steps = [step for (step,) in run_ranks(mesh.ranks, train_each, jobs)[0]]
+    for (kind, (loss, gradients)), step in zip(right.items(), steps, strict=True):
+        assert step.loss == pytest.approx(loss, rel=1e-13), kind
+        # megatron-core divides by the number of tokens in float32.
+        rounding = float(1.0 / torch.tensor(step.tokens)) * step.tokens
+        got = tensors(folders[kind])
+        assert set(got) == set(gradients), kind
+        for name, gradient in gradients.items():
+            assert (got[name] / rounding - gradient).norm() <= 1e-11 * gradient.norm(), (kind, name)
+
+
+def test_step_on_data_parallel_ranks(runs: dict[str, Run], right: Any) -> None:
+    """With tensor parallelism, megatron-core must know which gradients each rank has a part of, for their norm."""
+    mesh = Mesh(tp=2, dp=2)
+    jobs = [replace(run, mesh=mesh, optim=Optim(zero1=True), recompute="selective") for run in runs.values()]
+    for (kind, (loss, gradients)), (step,) in zip(right.items(), run_ranks(4, train_each, jobs)[0], strict=True):
+        assert step.loss == pytest.approx(loss, rel=1e-6), kind
+        assert step.norm == pytest.approx(float(torch.stack([x.norm() for x in gradients.values()]).norm()), rel=1e-5)
 
 
 def test_runs_resume_on_another_mesh(runs: dict[str, Run], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from longctx.config import Mesh, Optim
 from longctx.hf.checkpoint import tensor_files
 from longctx.parallel.launch import RankFailed, run_ranks
+from tests.float64 import KeepFloat64, float64_model
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.train.ranks import Run, Step, sequences, train
 from tests.train.spd_oracle import drop
@@ -31,15 +32,14 @@ def run(model: Path) -> Run:
 
 def exact_model(run: Run) -> tuple[float, torch.nn.Module]:
     """Token-weighted mean loss of the first step's sequences, from transformers, and its model with the gradients."""
-    settings = {"dtype": torch.float64, "experts_implementation": "eager"}  # its other kernels take no float64
-    net, batch, total = AutoModelForCausalLM.from_pretrained(run.folder, **settings), sequences(run, 0), 0.0
-    net = drop(net, run.dropped, run.mesh.tp)
-    for tokens, targets, mask, lengths in zip(batch.tokens, batch.targets, batch.mask, batch.lengths, strict=True):
-        pieces = zip(*(x.split(list(lengths)) for x in (tokens, targets, mask)), strict=True)
-        for ids, wanted, counts in pieces:
-            if counts.any():
-                losses = torch.nn.functional.cross_entropy(net(ids[None]).logits[0], wanted, reduction="none")
-                total = total + (losses * counts).sum()
+    net, batch, total = drop(float64_model(run.folder), run.dropped, run.mesh.tp), sequences(run, 0), 0.0
+    with KeepFloat64():
+        for tokens, targets, mask, lengths in zip(batch.tokens, batch.targets, batch.mask, batch.lengths, strict=True):
+            pieces = zip(*(x.split(list(lengths)) for x in (tokens, targets, mask)), strict=True)
+            for ids, wanted, counts in pieces:
+                if counts.any():
+                    losses = torch.nn.functional.cross_entropy(net(ids[None]).logits[0], wanted, reduction="none")
+                    total = total + (losses * counts).sum()
     loss = total / batch.mask.sum()
     loss.backward()
     return float(loss.detach()), net

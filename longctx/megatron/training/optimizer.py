@@ -130,7 +130,9 @@ def build_train_state(
         net.config,
         # The norm of `optimizer_step` shows NaN to all ranks; megatron-core's own check ends only some of them.
         DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=optim.zero1, check_for_nan_in_grad=False
+            grad_reduce_in_fp32=dtype != torch.float64,
+            use_distributed_optimizer=optim.zero1,
+            check_for_nan_in_grad=False,
         ),
         net,
     )

@@ -1,0 +1,34 @@
+"""transformers and megatron-core in float64 throughout: norms, rotary tables, softmax and loss ask for float32."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+
+class KeepFloat64(TorchFunctionMode):
+    """Inside the block, turn every request for float32 into one for float64."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.Tensor.float:
+            return torch.Tensor.double(*args)
+        args, kwargs = tree_map(lambda x: torch.float64 if x is torch.float32 else x, (tuple(args), kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def float64_model(folder: Path) -> Any:
+    """Return the model of transformers in float64, to be called inside `KeepFloat64`.
+
+    Rotary frequencies alone are rounded to float32: that defines them, in transformers and here.
+    """
+    from transformers import AutoModelForCausalLM
+
+    # Experts' other kernels take no float64.
+    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
+    net(torch.zeros(1, 1, dtype=torch.long))  # the first pass computes LongRoPE's long frequencies
+    return net

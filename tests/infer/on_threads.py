@@ -1,0 +1,60 @@
+"""Sessions on ranks that are threads of one process and share one loaded model: many meshes for the price of one."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from longctx.config import Mesh, ModelSource, Sampling
+from longctx.hf.config import shape_of
+from longctx.parallel.launch import Rank
+from longctx.parallel.threads import ThreadWorld, run_threads
+from tests.infer.talk import Record, Save, Segment, Step, run_steps
+
+
+def play_on_threads(
+    rank: Rank, folders: Sequence[Path], segments: Sequence[Segment], again: Sequence[Step], saves: Sequence[Path]
+) -> list[list[tuple[Record, Record]]]:
+    """For each model, run each segment on its mesh, save, and run ``again`` on the next segment's mesh.
+
+    The last segment's session goes on where another process has saved one, in the model's folder of ``saves``.
+    """
+    from longctx.infer.engine import load_engine
+    from longctx.megatron.runtime import open_runtime
+
+    results = []
+    with open_runtime(rank, Mesh(), timeout_minutes=2) as runtime:
+        for folder, saved in zip(folders, saves, strict=True):
+            engine = load_engine(runtime, ModelSource("test", str(folder)), shape_of(folder), folder, "auto")
+            records, load_from = [], saved
+            for i, segment in enumerate(segments):
+                restored = _play(engine, replace(segment, steps=tuple(again)), load_from)
+                load_from = saved.with_name(f"{saved.name}-{i}")
+                records.append(
+                    (_play(engine, replace(segment, steps=(*segment.steps, Save(load_from))), None), restored)
+                )
+            results.append(records)
+    return results
+
+
+def _play(engine: Any, segment: Segment, load_from: Path | None) -> Record:
+    """Run ``segment`` on threads; every rank must decode the same tokens."""
+    from longctx.infer.session import Session
+    from longctx.infer.session_index import read_index
+    from longctx.infer.store import load
+
+    mesh = segment.mesh
+
+    def rank_main(world: ThreadWorld, rank: int) -> Record:
+        ring_rank, member = divmod(rank, mesh.ulysses)
+        ulysses = world.group(rank, [ring_rank * mesh.ulysses + i for i in range(mesh.ulysses)])
+        ring = world.group(rank, [i * mesh.ulysses + member for i in range(mesh.ring)])
+        mine = replace(engine, ulysses=ulysses, ring=ring, context=world.group(rank))
+        session = Session(mine, segment.context, Sampling(), segment.choose)
+        if load_from:
+            load(session, load_from, read_index(load_from, "test", "torch.float32", engine.shape))
+        return run_steps(session, segment.steps)
+
+    first, *others = run_threads(mesh.ranks, rank_main)
+    assert all(other.tokens == first.tokens for other in others)
+    return first
