@@ -270,20 +270,13 @@ def test_states_with_the_old_key_looked_at_are_resumed(cli, tiny, adapted_folder
     assert code == 2 and "with another calibration_sequences: use another out=" in err
 
 
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("qwen3", "norms of queries and keys"),
-        ("llama with all biases", "or with biases of o_proj or the MLP"),
-        ("phi3", "not tested on models with fused projections"),
-        ("gemma3", "not tested on models with norms of the outputs of attention and MLP"),
-    ],
-)
-def test_models_on_which_repair_is_not_tested_are_refused(refused, tmp_path, kind, words):
-    model = random_model(kind, tmp_path / "model", vocab_size=307, eos_token_id=None)
+def test_models_on_which_repair_is_not_tested_are_refused(refused, tmp_path, capsys):
+    model = random_model("gemma3", tmp_path / "model", vocab_size=307, eos_token_id=None)
     tiny_tokenizer().save_pretrained(model)
     settings = (f"model={model}", "mesh.tp=2", "spd.budget=1", f"out={tmp_path / 'out'}", *TEXT, *REPAIR)
-    assert words in refused(spd_adapt, spd_adapt.task, *settings)
+    capsys.readouterr()  # the progress bar of saving
+    says = refused(spd_adapt, spd_adapt.task, *settings)
+    assert "not tested on models that normalise or scale the outputs of attention" in says
 
 
 def test_unfit_settings_are_refused_before_any_rank_starts(refused, tiny, adapted_folder, tmp_path):
