@@ -166,12 +166,10 @@ def refuse_unfit_target(target: Target, out: Path, budget: float, repair: Repair
         raise ValueError(
             f"model.dtype={target.model.dtype} is not supported: recipes.spd_adapt needs model.dtype=float32"
         )
-    shape = target.shape
-    if shape.norms != "pre" or shape.qk_norm != "none" or shape.out_bias or shape.mlp_bias:
+    if target.shape.norms != "pre" or target.shape.residual_scale != 1:
         raise ValueError(
-            "recipes.spd_adapt is not tested on models with norms of the outputs of attention and MLP, with "
-            "norms of queries and keys, or with biases of o_proj or the MLP: use a model like Llama or Qwen2, or drop "
-            "reductions without repair"
+            "recipes.spd_adapt is not tested on models that normalise or scale the outputs of attention and MLP: "
+            "use a model like Llama or Qwen, or drop reductions without repair"
         )
     if out.resolve() == target.folder.resolve():
         raise ValueError(f"out={out} is the folder of the model to adapt: use another out=")

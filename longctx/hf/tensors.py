@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from longctx.hf.checkpoint import DROPPED, TensorHeader, open_tensors, tensor_files, tensor_headers
+from longctx.hf.checkpoint import DROPPED, NORMS_OF_RANKS, TensorHeader, open_tensors, tensor_files, tensor_headers
 from longctx.hf.config import family_in
 from longctx.model_shape import ModelShape
 from longctx.models import Family
@@ -56,7 +56,7 @@ def refuse_other_tensors(
             "use a checkpoint of the architecture that its config.json names"
         )
     for name, header in headers.items():
-        is_copied = name.startswith(DROPPED) and name.endswith("norm.weight")
+        is_copied = name.startswith(DROPPED) and name.endswith(NORMS_OF_RANKS)
         size = canonical[EMBEDDING] if name == HEAD else expected.get(name) or canonical.get(name.removeprefix(DROPPED))
         _refuse_other_header(folder, name, header, size and (size[0] * (norm_copies if is_copied else 1), *size[1:]))
     if shape.tied and HEAD in headers:

@@ -10,13 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from longctx.checksum import KEY
-from longctx.hf.checkpoint import ADAPTED, DROPPED, tensor_files
+from longctx.hf.checkpoint import ADAPTED, DROPPED, NORMS_OF_RANKS, tensor_files
 from longctx.hf.scratch import write_folder_like
 from longctx.hf.tensor_file import save_file
 from longctx.shapes import Tensor
 from longctx.spd.plan import SavedPlan
-
-_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 
 
 def write_block(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -67,7 +65,7 @@ def assemble(source: Path, files: Iterable[Path], saved: SavedPlan, to: Path) ->
             tensors[name] = opened.get_tensor(name)
     # 2) Tensors of dropped blocks.  With norms per rank, every block gets a copy per rank, so that any block may drop.
     if saved.plan.own_norms:
-        norms = [f"model.layers.{block}.{norm}" for block in range(saved.plan.layers) for norm in _NORMS]
+        norms = [f"model.layers.{block}.{norm}" for block in range(saved.plan.layers) for norm in NORMS_OF_RANKS]
         tensors |= {DROPPED + name: tensors[name].repeat(saved.plan.tp) for name in norms}
     for file in files:
         tensors |= {DROPPED + name: tensor for name, tensor in read_block(file)[0].items()}

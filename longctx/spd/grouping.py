@@ -77,6 +77,8 @@ def reorder_block(
     group_order, neuron_order = torch.tensor(groups), torch.tensor(neurons)
 
     def reorder(module: str, tensor: Tensor) -> Tensor:
+        if tensor.dim() == 1 and module in ("o_proj", "down_proj"):
+            return tensor  # a bias of all outputs
         if module in group_dims:
             dim = group_dims[module]
             grouped: Tensor = tensor.unflatten(dim, (shape.kv_heads, -1))

@@ -233,12 +233,12 @@ def placed_outputs(blocks: Blocks, layer: SPDTransformerLayer, x: Hidden) -> lis
     centred = mine - mine.mean((0, 1))
 
     # 2. The MLP's reduced output, without and with the bias in its input.
-    def mlp(u: Hidden) -> Hidden:
-        part = blocks.mlp_of(layer, u)
+    def mlp(attention: Hidden) -> Hidden:
+        part = blocks.mlp_of(layer, x, attention)
         first, *others = blocks.tp.all_gather(part, [tuple(part.shape)] * blocks.tp.size)
         return sum(others, start=first)
 
-    z, z_biased = mlp(x + mine), mlp(x + centred + bias)
+    z, z_biased = mlp(mine), mlp(centred + bias)
     layer.drop(dropped=False)
     # 3. The four sums.  A bias added before the reduction is summed over all ranks.
     with_bias = x + (whole - bias) + z_biased

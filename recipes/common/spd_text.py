@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from longctx.config import DataSettings, Mesh, ModelSource
-from longctx.hf.config import family_in, tokenizer_of
+from longctx.hf.config import tokenizer_of
 from longctx.spd.plan import FILE as PLAN
 from longctx.spd.plan import refuse_unfit_shape
 from longctx.spd.text import PackedText
@@ -40,8 +40,6 @@ def resolve_spd_target(config: DictConfig, recipe: str) -> Target:
     refuse_other_recipe(config.out, recipe)
     target = resolve_target(config, recipe, unused_axes=("ulysses", "ring", "pp"), spd="ignore")
     refuse_unfit_shape(target.shape)
-    if family_in(target.folder).fused:
-        raise ValueError(f"{recipe} is not tested on models with fused projections: use a model like Llama or Qwen")
     if target.run.device != "cpu":
         raise ValueError(f"run.device={target.run.device} is not tested with {recipe}: use run.device=cpu")
     if (target.folder / PLAN).is_file():

@@ -3,15 +3,15 @@
 Hidden states are [b s hidden], with the same values on every tensor-parallel rank r of N.  For a block with input x,
 in the notation of `layer`:
 
-    P_r             rank r's partial attention output                     `partials`
-    norm(x + P_r)   input of rank r's MLP if the block drops              (SPD block)
-    norm(x + sum P) input of the MLP if it does not                       (stock block; no output bias)
+    P_r                 rank r's partial attention output                 `partials`
+    norm(x + P_r + b)   input of rank r's MLP if the block drops          (SPD block)
+    norm(x + sum P + b) input of the MLP if it does not                   (stock block)
 
 From these come the three measurements that repair needs:
 
-    M_r             least-squares map from norm(x + P_r) to norm(x + sum P)     `linear_maps`
-    E[n, r]         error of neuron n if rank r computes it                     `neuron_errors`
-    S[r, t]         norm of MLP shard t's output if it sees rank r's heads      `shard_norms` (Eq. 3)
+    M_r                 least-squares map from the first input to the second        `linear_maps`
+    E[n, r]             error of neuron n if rank r computes it                     `neuron_errors`
+    S[r, t]             norm of MLP shard t's output if it sees rank r's heads      `shard_norms` (Eq. 3)
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,6 +32,7 @@ from longctx.megatron.hf_io.load import fill
 from longctx.megatron.hf_io.names import tensor_views_of_layer
 from longctx.megatron.loss import loss_of
 from longctx.megatron.model import local_layer_spec
+from longctx.megatron.modules import RMSNorm
 from longctx.megatron.spd.layer import SPDTransformerLayer
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm, SingleRankComm
@@ -107,7 +108,13 @@ class Blocks:
         layer.to(next(original.parameters()).device).load_state_dict(original.state_dict())
         layer.drop(dropped=True, own_norms=own_norms)
         layer.train()
+        for norm in (layer.self_attention.q_layernorm, layer.self_attention.k_layernorm):
+            if isinstance(norm, RMSNorm):  # replicated, but each rank normalises its own heads
+                norm.weight.register_hook(self._sum_over_ranks)
         return layer
+
+    def _sum_over_ranks(self, gradient: Tensor) -> Tensor:
+        return torch.stack(self.tp.all_gather(gradient, [tuple(gradient.shape)] * self.tp.size)).sum(0)
 
     def tensors_of(self, layer: SPDTransformerLayer) -> dict[str, Tensor]:
         """Return ``layer``'s weights as whole Hugging Face tensors, by name, on every rank.
@@ -126,14 +133,17 @@ class Blocks:
 
     @torch.no_grad()
     def linear_maps(self, layer: SPDTransformerLayer, x: Hidden) -> list[LinearMap]:
-        """Return M_r of every rank r: the linear map that best predicts norm(x + sum P) from norm(x + P_r).
+        """Return M_r of every rank r: the linear map that best predicts the input of the MLP with all heads.
+
+        It predicts from the input with rank r's heads.
 
         ``layer`` drops its reduction.  The fit is least squares over all rows of ``x`` (see `LeastSquares`).
         """
         fit = LeastSquares(x.shape[-1], x.device)
         for rows in x.split(_BATCH):
             partials = self.partials(layer, rows)
-            own, full = (self._mlp_input(layer, rows + y) for y in (partials[self.tp.rank], sum(partials)))
+            whole = torch.stack(partials).sum(0)
+            own, full = (self._mlp_input(layer, rows, y) for y in (partials[self.tp.rank], whole))
             fit.update(own.flatten(0, 1), full.flatten(0, 1))
         matrix = fit.matrix()
         return self.tp.all_gather(matrix, [tuple(matrix.shape)] * self.tp.size)
@@ -145,7 +155,7 @@ class Blocks:
         """Return the mean squared error of every MLP neuron if it were computed on each rank.
 
         The error is that of the neuron's activation with rank r's heads only, against all heads.  With ``maps``, the
-        neuron reads rank r's least-squares prediction M_r norm(x + P_r) instead of norm(x + P_r).
+        neuron reads rank r's least-squares prediction of the input with all heads.
         It is weighted by the squared norm of the neuron's column in the down projection.  Per row, it is relative to
         the squared norm of the block's output.  ``layer`` drops its reduction.
         """
@@ -154,8 +164,8 @@ class Blocks:
         for rows in x.split(_BATCH):
             partials = self.partials(layer, rows)
             scale = self.run(layer, rows).square().sum(-1, keepdim=True)
-            exact = self._activations(layer, self._mlp_input(layer, rows + sum(partials)))
-            inputs = [self._mlp_input(layer, rows + partial) for partial in partials]
+            exact = self._activations(layer, self._mlp_input(layer, rows, torch.stack(partials).sum(0)))
+            inputs = [self._mlp_input(layer, rows, partial) for partial in partials]
             if maps:
                 inputs = [y @ linear_map.T for y, linear_map in zip(inputs, maps, strict=True)]
             errors = [(self._activations(layer, y) - exact).square() / scale for y in inputs]
@@ -171,7 +181,7 @@ class Blocks:
         """
         squares = torch.zeros(self.tp.size, device=x.device)
         for rows in x.split(_BATCH):
-            outputs = [self.mlp_of(layer, rows + partial) for partial in self.partials(layer, rows)]
+            outputs = [self.mlp_of(layer, rows, partial) for partial in self.partials(layer, rows)]
             squares += torch.stack([output.square().sum() for output in outputs])
         local = squares.sqrt()
         return torch.stack(self.tp.all_gather(local, [tuple(local.shape)] * self.tp.size), 1)
@@ -208,20 +218,20 @@ class Blocks:
         local = local.reshape(x.shape)
         return self.tp.all_gather(local, [tuple(local.shape)] * self.tp.size)
 
-    def mlp_of(self, layer: SPDTransformerLayer, u: Hidden) -> Hidden:
-        """Return this rank's partial MLP output for ``u``, the residual stream before the MLP's norm."""
-        out: Tensor = self._activations(layer, self._mlp_input(layer, u)) @ layer.mlp.linear_fc2.weight.T
+    def mlp_of(self, layer: SPDTransformerLayer, x: Hidden, attention: Hidden) -> Hidden:
+        """Return this rank's partial MLP output, without bias, if the MLP sees the output ``attention``."""
+        out: Tensor = self._activations(layer, self._mlp_input(layer, x, attention)) @ layer.mlp.linear_fc2.weight.T
         return out
 
-    def _mlp_input(self, layer: SPDTransformerLayer, u: Hidden) -> Hidden:
-        """Return norm(u), the MLP's input for the residual stream ``u``."""
-        normed: Tensor = layer.pre_mlp_layernorm(_one_row(u))
-        return normed.reshape(u.shape)
+    def _mlp_input(self, layer: SPDTransformerLayer, x: Hidden, attention: Hidden) -> Hidden:
+        """Return the MLP's input if it sees the output ``attention``, which is without bias."""
+        bias = layer.self_attention.linear_proj.bias
+        return layer.mlp_input(_one_row(x), _one_row(attention), bias).reshape(x.shape)
 
     def _activations(self, layer: SPDTransformerLayer, normed: Hidden) -> Float[Tensor, "b s neurons"]:
         """Return the activations of this rank's neurons, activation(gate) * up, for the MLP input ``normed``."""
-        both: Tensor
-        both, _ = layer.mlp.linear_fc1(_one_row(normed))
+        both, bias = layer.mlp.linear_fc1(_one_row(normed))
+        both = both if bias is None else both + bias
         gate, up = both.reshape(*normed.shape[:2], -1).chunk(2, -1)
         activated: Tensor = layer.mlp.activation_func(gate) * up
         return activated

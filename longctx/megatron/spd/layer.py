@@ -111,19 +111,18 @@ class SPDTransformerLayer(TransformerLayer):
         partial, bias = self.self_attention(
             self._norm(self.input_layernorm, x), attention_mask, packed_seq_params=kwargs["packed_seq_params"]
         )
-        u = x + self._own_attention(partial)
-        u = u if bias is None else u + self._replicated(bias)
-        normed = self._norm(self.pre_mlp_layernorm, u)
+        normed = self.mlp_input(x, partial, bias)
         z, mlp_bias = tensor_parallel.checkpoint(self.mlp, False, normed) if self.recompute_mlp else self.mlp(normed)
         out = hidden_states + self._reduce_both(partial, z)
         for b in (bias, mlp_bias):
             out = out if b is None else out + b
         return out, None
 
-    def _own_attention(self, partial: Tensor) -> Tensor:
-        """Return what this rank's MLP sees of attention: ``partial``, or its norm if the model normalises outputs."""
-        norm = getattr(self.self_attention.linear_proj, "norm", None)
-        return partial if norm is None else self._norm_replicated(norm, partial)
+    def mlp_input(self, x: Tensor, partial: Tensor, bias: Tensor | None) -> Tensor:
+        """Return norm(u_r), which this rank's MLP reads.  ``partial`` is P_r, ``bias`` that of attention's output."""
+        output_norm = getattr(self.self_attention.linear_proj, "norm", None)
+        u = x + (partial if output_norm is None else self._norm_replicated(output_norm, partial))
+        return self._norm(self.pre_mlp_layernorm, u if bias is None else u + self._replicated(bias))
 
     def _reduce_both(self, partial: Tensor, z: Tensor) -> Tensor:
         """Return what attention and MLP add to the residual stream, by one reduction.

@@ -18,7 +18,8 @@ def run_repair(
     """Run a model block by block, and regroup and repair block 1.
 
     Returns the model's ``loss``; block 1's output ``y``; its output ``grouped``, regrouped but not dropped; the number
-    of tensors ``moved`` by regrouping; with ``settings``, the ``errors`` of the repair and the MLP's ``norms``.
+    of tensors ``moved`` by regrouping; with ``settings``, the ``errors`` of the repair, the MLP's ``norms``, and
+    ``replicated``, the weights that every rank holds whole.
     """
     from longctx.infer.engine import load_engine
     from longctx.megatron.runtime import open_runtime
@@ -59,6 +60,11 @@ def run_repair(
             result = repair(blocks, 1, "ESB", inputs, outputs, settings)
             out["errors"] = [result.zero_shot, result.grouped, result.fitted, result.distilled]
             out["norms"] = result.layer.pre_mlp_layernorm.weight.detach().clone()
+            out["replicated"] = {
+                name: weight.detach().clone()
+                for name, weight in result.layer.named_parameters()
+                if not getattr(weight, "tensor_model_parallel", False)
+            }
     return out
 
 
@@ -81,9 +87,12 @@ def measure_neuron_errors(rank: Rank, folder: Path) -> dict[str, Any]:
         x = blocks.run(engine.model.decoder.layers[0], blocks.embed(ids))
         layer = blocks.copy_of(1, own_norms=False)
         partials, maps = blocks.partials(layer, x), blocks.linear_maps(layer, x)
+        output_bias, up_bias = layer.self_attention.linear_proj.bias, layer.mlp.linear_fc1.bias
+        output_bias = 0.0 if output_bias is None else output_bias
         return {
-            "normed": [layer.pre_mlp_layernorm(x + y) for y in (sum(partials), *partials)],
+            "normed": [layer.pre_mlp_layernorm(x + y + output_bias) for y in (sum(partials), *partials)],
             "up": layer.mlp.linear_fc1.weight.clone(),
+            "up_bias": 0.0 if up_bias is None else up_bias.clone(),
             "down": layer.mlp.linear_fc2.weight.clone(),
             "output": blocks.run(layer, x),
             "maps": maps,
