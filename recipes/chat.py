@@ -28,6 +28,7 @@ from longctx.parallel.launcher import current_rank
 from recipes.calibrate import measure_ring
 from recipes.common.cli import console, main, on_ranks, say, warm_up_ranks
 from recipes.common.conversation import TurnFigures, show_turn, take_turn, typed_turns
+from recipes.common.decode_choice import make_decode_chooser
 from recipes.common.hardware_file import read_hardware, refuse_other_threads
 from recipes.common.lock import hold, lock_beside
 from recipes.common.manifest import record, refuse_other_recipe
@@ -90,7 +91,7 @@ def prepare(config: DictConfig) -> ChatJob:
     from longctx.infer.session_index import read_index
     from longctx.infer.store import refuse_place
 
-    target = resolve_target(config, RECIPE, unused_axes=("dp", "pp"), strategy_by_turn=True)
+    target = resolve_target(config, RECIPE, unused_axes=("dp", "pp"), strategy_by_turn=True, decode_by_batch=True)
     settings, session = top_level(config, ChatSettings), section(config, "session", SessionPaths)
     refuse_unwritable(settings.out)
     refuse_other_recipe(settings.out, RECIPE)
@@ -169,6 +170,7 @@ def run_rank(rank: Rank, job: ChatJob) -> list[TurnFigures]:
                 job.sampling,
                 make_chooser(runtime, engine, job),
                 reserve=target.shape.max_positions,
+                choose_decode=make_decode_chooser(runtime, target, engine),
             )
             if job.session.load and job.index:
                 load(session, absolute(job.session.load), job.index)

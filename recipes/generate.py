@@ -10,7 +10,7 @@ torchrun or srun, this process is one of the launcher's ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict
 
 from omegaconf import DictConfig
@@ -21,6 +21,7 @@ from longctx.config import PromptSource, Sampling
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank
 from recipes.common.cli import console, main, on_ranks, warm_up_ranks, write_result
+from recipes.common.decode_choice import make_decode_chooser
 from recipes.common.manifest import record, refuse_other_recipe
 from recipes.common.places import refuse_unwritable
 from recipes.common.progress import Progress
@@ -76,7 +77,8 @@ class GenerateFigures:
     """Answers and measurements of a run.  Lists per rank are in the order of the context ranks, in bytes.
 
     ``ttft_s`` is the time to first token, ``ttit_s`` the time from token to token (None: at most one token).
-    ``max_logit_diff`` is the largest difference from fewer ranks (None: not compared).
+    ``max_logit_diff`` is the largest difference from fewer ranks (None: not compared).  ``decode_choices`` are those of
+    ``context.decode=auto``: strategy and reason by number of sequences.
     """
 
     token_ids: list[list[int]]
@@ -91,6 +93,7 @@ class GenerateFigures:
     layers: str
     kernel: str
     threads_per_rank: int
+    decode_choices: dict[int, tuple[str, str]] = field(default_factory=dict)
 
 
 class Answer(TypedDict):
@@ -104,7 +107,7 @@ class Answer(TypedDict):
 
 def prepare(config: DictConfig) -> GenerateJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
-    target = resolve_target(config, RECIPE, unused_axes=("dp", "pp"))
+    target = resolve_target(config, RECIPE, unused_axes=("dp", "pp"), decode_by_batch=True)
     settings, source = top_level(config, GenerateSettings), section(config, "prompt", PromptSource)
     refuse_unwritable(settings.out)
     refuse_other_recipe(settings.out, RECIPE)
@@ -132,7 +135,8 @@ def run_rank(rank: Rank, job: GenerateJob) -> GenerateFigures:
         engine = target.load_engine(runtime)
         # 2. Prefill all prompts in one pass, then decode them together.
         progress.start(f"prefill of {job.prompt_tokens:,} tokens, layers", target.shape.layers)
-        session = Session(engine, target.context, job.sampling)
+        chooser = make_decode_chooser(runtime, target, engine)
+        session = Session(engine, target.context, job.sampling, choose_decode=chooser)
         max_new_tokens = {i: prompt.max_new_tokens for i, prompt in enumerate(job.prompts)}
         turn = session.turn(
             {i: prompt.tokens for i, prompt in enumerate(job.prompts)},
@@ -159,6 +163,7 @@ def run_rank(rank: Rank, job: GenerateJob) -> GenerateFigures:
         layers=engine.layers,
         kernel=engine.kernel.name,
         threads_per_rank=target.threads(rank),
+        decode_choices=session.decode_choices,
     )
 
 
@@ -237,6 +242,7 @@ def table_rows(job: GenerateJob, figures: GenerateFigures) -> list[tuple[str, st
         ("tokens", f"{job.prompt_tokens:,} in {_count(prompts, 'the prompt')}, {new_tokens} new"),
         ("ranks", f"{target.mesh.ranks} ({axes}), {figures.threads_per_rank} thread(s) each"),
         ("strategy", f"{context.strategy}, {context.layout}; decode {context.decode}"),
+        *[(f"decode of {n}", f"{name}: {why}") for n, (name, why) in figures.decode_choices.items()],
         ("layers, kernel", f"megatron-core {figures.layers}, {figures.kernel}"),
         *([("reductions dropped", f"in {len(dropped)} blocks: {', '.join(map(str, dropped))}")] if dropped else []),
         ("time to first token", f"{figures.ttft_s:.2f} s ({figures.prefill_tokens_per_s:,.0f} tokens/s)"),

@@ -46,12 +46,13 @@ class Context:
 
     ``strategy`` is that of prefill: a name, or a rule that chooses one for each turn (``auto`` uses the cost model,
     ``alg1``, ``alg5`` and ``empirical`` are those of arXiv 2411.01783).  ``decode`` is that of decoding: in ``sharded``
-    each context rank multiplies its share of the weights.  ``chunk`` is the largest number of tokens in one prefill
+    each context rank multiplies its share of the weights, and ``auto`` chooses between it and ``gather_merge`` by the
+    cost model.  ``chunk`` is the largest number of tokens in one prefill
     pass; None prefills all at once.
     """
 
     strategy: Literal["pass_kv", "pass_q", "all_gather_kv", "auto", "alg1", "alg5", "empirical"] = "pass_kv"
-    decode: Literal["pass_kv", "pass_q", "all_gather_kv", "gather_merge", "sharded"] = "gather_merge"
+    decode: Literal["pass_kv", "pass_q", "all_gather_kv", "gather_merge", "sharded", "auto"] = "gather_merge"
     layout: Literal["zigzag", "contiguous", "striped"] = "zigzag"
     kernel: Literal["auto", "reference", "flash_cpu", "flash_cuda", "cudnn", "flash_attn"] = "auto"
     chunk: int | None = None

@@ -23,6 +23,7 @@ from longctx.shapes import Float, Tensor
 
 # (new tokens by sequence, cached tokens by sequence, the layers' window) -> (strategy's name, reason for the choice)
 Chooser = Callable[[Sequence[int], Sequence[int], int | None], tuple[str, str]]
+DecodeChooser = Callable[[int], tuple[str, str]]  # number of sequences -> (strategy's name, reason for the choice)
 
 
 @dataclass
@@ -71,12 +72,20 @@ class Session:
     """Sequences by id, whose keys and values are sharded over the ranks of ``engine``.
 
     Each turn's new tokens are sharded by themselves (arXiv 2411.01783, 3.5.1); ranks that hold fewer rows get the
-    larger shares.  ``choose`` picks the strategy of each prefill; by default it is ``context.strategy``.  A new
-    sequence's cache has room for at least ``reserve`` tokens.  All ranks must make the same calls in the same order.
+    larger shares.  ``choose`` picks the strategy of each prefill; by default it is ``context.strategy``.  For
+    ``context.decode=auto``, ``choose_decode`` picks that of each decode step; ``decode_choices`` has its choices by
+    number of sequences.  A new sequence's cache has room for at least ``reserve`` tokens.  All ranks must make the same
+    calls in the same order.
     """
 
     def __init__(
-        self, engine: Engine, context: Context, sampling: Sampling, choose: Chooser | None = None, reserve: int = 0
+        self,
+        engine: Engine,
+        context: Context,
+        sampling: Sampling,
+        choose: Chooser | None = None,
+        reserve: int = 0,
+        choose_decode: DecodeChooser | None = None,
     ) -> None:
         if context.decode == "sharded" and engine.ranks > 1 and not engine.share:
             raise ValueError(
@@ -87,6 +96,9 @@ class Session:
         self.sequences: dict[int, Conversation] = {}
         self._choose = choose or (lambda *_: (context.strategy, "as asked"))
         self._reserve = reserve
+        assert choose_decode or context.decode != "auto", "recipes refuse auto, or measure and choose"
+        self._choose_decode = choose_decode
+        self.decode_choices: dict[int, tuple[str, str]] = {}
 
     @property
     def rows_per_rank(self) -> list[int]:
@@ -236,18 +248,27 @@ class Session:
         assert all(len(self.sequences[i].tokens) == self.sequences[i].cached + 1 for i in chunk), "nothing to feed"
         over_ring = shard_balanced([1] * len(chunk), contiguous, self.rows_per_rank)
         engine, tokens, batch = self.engine, pack_tokens(chunk), self._batch(chunk)
-        if self.context.decode in STRATEGIES:
+        strategy = self._decode_strategy(len(chunk))
+        if strategy in STRATEGIES:
             layout = over_ring.split(engine.ulysses.size)
-            hidden = run_pass(engine, tokens, layout, batch, engine.everywhere(STRATEGIES[self.context.decode]))
+            hidden = run_pass(engine, tokens, layout, batch, engine.everywhere(STRATEGIES[strategy]))
             following = self._next_tokens(hidden, layout, chunk)
         else:
-            share = engine.share if self.context.decode == "sharded" else None
+            share = engine.share if strategy == "sharded" else None
             with share.in_use() if share else nullcontext():
                 hidden = run_replicated(engine, tokens, over_ring, batch, share=share)
                 layout = over_ring.on_one_rank().place_on(0, engine.ranks)  # all have the rows, the first one samples
                 following = self._next_tokens(hidden, layout, chunk, share)
         self._append(following)
         return following
+
+    def _decode_strategy(self, sequences: int) -> str:
+        """Return the name of the strategy for a step of ``sequences``."""
+        if self._choose_decode is None or self.context.decode != "auto":
+            return self.context.decode
+        if sequences not in self.decode_choices:
+            self.decode_choices[sequences] = self._choose_decode(sequences)
+        return self.decode_choices[sequences][0]
 
     def _append(self, tokens: Mapping[int, int]) -> None:
         for i, token in tokens.items():

@@ -244,6 +244,16 @@ def gather_merge(partial: Partial, comm: Comm, ulysses: int, sinks: Float[Tensor
     return torch.cat(heads, 2)
 
 
+def _merge_packed(parts: Sequence[Float[Tensor, "b s h packed"]]) -> Partial:
+    """Merge packed partials of the same rows at once, which has less overhead than `merge_` one after another."""
+    stacked = torch.stack(list(parts))
+    out, lse = stacked[..., :-1], stacked[..., -1]
+    unseen, total = lse == -torch.inf, lse.logsumexp(0)
+    share = torch.exp(lse - total).masked_fill(unseen, 0.0)
+    # A weight of 0 times NaN, which some kernels leave in rows without keys, would be NaN.
+    return Partial((out.masked_fill(unseen.unsqueeze(-1), 0.0) * share.unsqueeze(-1)).sum(0), total)
+
+
 def scatter_merge(
     partial: Partial,
     comm: Comm,
@@ -270,9 +280,7 @@ def scatter_merge(
     shapes = [(*mine.shape[:2], share.stop - share.start, mine.shape[3]) for share in shares]
     with doing("merging partial results"):
         parts = comm.all_to_all([mine[:, :, common(owner, member)] for owner in range(comm.size)], shapes, small=True)
-    merged = empty_partial(torch.cat([part[..., :-1] for part in parts[:ulysses]], 2))
-    for first in range(0, comm.size, ulysses):
-        merge_(merged, slice(None), _unpack(torch.cat(parts[first : first + ulysses], 2)))
+    merged = _merge_packed([torch.cat(parts[i : i + ulysses], 2) for i in range(0, comm.size, ulysses)])
     if sinks is not None:
         owned = heads[comm.rank]
         merge_(merged, slice(None), sink(sinks[owned.start : owned.stop], merged))

@@ -84,12 +84,14 @@ def resolve_target(
     unused_axes: Sequence[str] = (),
     needs_weights: bool = True,
     strategy_by_turn: bool = False,
+    decode_by_batch: bool = False,
     spd: Literal["follow", "refuse", "ignore"] = "follow",
 ) -> Target:
     """Return the target that ``config`` names.  Writes nothing but the model cache.
 
     ``unused_axes`` of the mesh must be 1.  ``needs_weights`` refuses a folder without weights.  ``strategy_by_turn``
-    allows ``context.strategy=auto`` and the other rules.  ``spd`` says whether a plan of
+    allows ``context.strategy=auto`` and the other rules, ``decode_by_batch`` allows ``context.decode=auto``.  ``spd``
+    says whether a plan of
     dropped reductions is followed, refused or ignored.
 
     Raises ValueError, with what to set instead, for a model, mesh, kernel, strategy or plan that ``recipe`` cannot run.
@@ -105,6 +107,11 @@ def resolve_target(
     refuse_unused(mesh, recipe, tuple(unused_axes))
     if not strategy_by_turn:
         refuse_strategy_by_turn(context, recipe)
+    if context.decode == "auto" and not decode_by_batch:
+        raise ValueError(
+            f"context.decode=auto measures and chooses in recipes.generate and recipes.chat; {recipe} takes one of "
+            f"gather_merge, sharded, {', '.join(STRATEGIES)}"
+        )
     if context.decode == "sharded" and model.layers == "te":
         raise ValueError(
             "context.decode=sharded is not built for model.layers=te: use model.layers=local, or "

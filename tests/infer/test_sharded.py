@@ -21,7 +21,10 @@ from longctx.infer.session_index import read_index
 from longctx.infer.store import load, save
 from longctx.megatron.runtime import Runtime
 from longctx.parallel.comm import Comm, Shape
+from longctx.parallel.measure import probe
+from longctx.parallel.measure.probe import probe_decode
 from longctx.parallel.ring import pass_kv
+from longctx.parallel.threads import run_threads
 from longctx.shapes import AnyShape
 from longctx.spd.plan import SPDPlan
 from tests import oracle
@@ -71,6 +74,7 @@ def steps_of(lengths: Sequence[dict[int, int]], seed: int = 1) -> list[Say]:
 
 
 TURNS = steps_of([{0: 37, 1: 1, 2: 13}, {1: 29}, {0: 2, 2: 17}])
+(CHOICE,) = steps_of([{0: 5, 2: 3}])
 
 
 def talk(engine: Engine, steps: Sequence[Say], context: Context = SHARDED) -> list[dict[int, list[int]]]:
@@ -263,3 +267,24 @@ def test_dropped_reductions_of_every_family_match_the_equations(runtime, tmp_pat
     plan = SPDPlan(LAYERS, 2, (1,))
     for tokens in run_engines(runtime, folder, Mesh(ring=2), generate, dtype=torch.float64, plan=plan):
         assert tokens == ids[0, len(prompt) :].tolist()
+
+
+def test_strategy_is_chosen_for_each_number_of_sequences(runtime, tiny):
+    """gather_merge for one sequence and sharded for two: a turn in which one ends first."""
+
+    def talk_by_choice(engine: Engine) -> tuple[dict[int, list[int]], dict[int, tuple[str, str]]]:
+        names = {1: ("gather_merge", "few"), 2: ("sharded", "many")}
+        session = Session(engine, Context(decode="auto"), Sampling(), choose_decode=names.__getitem__)
+        return session.turn(CHOICE.prompts, CHOICE.max_new_tokens).tokens, session.decode_choices
+
+    results = run_engines(runtime, tiny, Mesh(ring=2), talk_by_choice)
+    check(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), {}, [CHOICE], [results[0][0]])
+    assert all(choices == {1: ("gather_merge", "few"), 2: ("sharded", "many")} for _, choices in results)
+
+
+def test_rates_are_the_same_on_all_ranks(monkeypatch):
+    monkeypatch.setitem(probe._SIDE, "cpu", 32)
+    cpu = torch.device("cpu")
+    first, second = run_threads(2, lambda world, rank: probe_decode(world.group(rank), torch.float32, cpu))
+    assert first == second
+    assert first.weight_bytes_per_s > 0 and first.flops > 0 and first.exchange.bytes_per_s > 0

@@ -2,11 +2,14 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
+import torch.nn.functional as F
 
 from longctx.attention.kernel import Kernel
+from longctx.cost.decode import DecodeHardware
 from longctx.cost.hardware import Hardware, Link
 from longctx.parallel.comm import Comm
 from longctx.shapes import Tensor
@@ -73,6 +76,22 @@ def gemm_flops(world: Comm, dtype: torch.dtype, device: torch.device) -> float:
     side = _SIDE[device.type]
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     return 2 * side**3 / _slowest(world, lambda: a @ b, device)
+
+
+@torch.inference_mode()
+def probe_decode(world: Comm, dtype: torch.dtype, device: torch.device) -> DecodeHardware:
+    """Measure the rates of decoding on all ranks of ``world`` at once; all return the slowest rank's numbers."""
+    side = 4 * _SIDE[device.type]
+    weight = torch.ones(side, side, dtype=dtype, device=device)  # exceeds a core's cache
+    row, rows = (torch.ones(n, side, dtype=dtype, device=device) for n in (1, 64))
+    read_s, compute_s = (_slowest(world, partial(F.linear, x, weight), device) for x in (row, rows))
+
+    def gather(size: int) -> Callable[[], object]:
+        part = torch.zeros(max(1, size // max(1, world.size - 1)), dtype=torch.uint8, device=device)
+        return lambda: world.all_gather(part, [tuple(part.shape)] * world.size)
+
+    exchange = _link(*(_slowest(world, gather(size), device) for size in (_SMALL, _LARGE)))
+    return DecodeHardware(weight.nbytes / read_s, 2 * 64 * side**2 / compute_s, exchange)
 
 
 def _link(small_s: float, large_s: float) -> Link:

@@ -141,6 +141,7 @@ def test_config_without_groups_of_context_run_and_plan_resolves(models, config_o
         (["spd=ranked"], {}, "spd=ranked: one tensor-parallel rank", "use mesh.tp=2 or more"),
         (["spd.budget=2"], {}, "spd.budget=2", "0"),
         (["spd=all", "spd.budget=0.5"], {}, "spd=all", "use spd=ranked"),
+        (["context.decode=auto"], {}, "context.decode=auto", "takes one of gather_merge, sharded, pass_kv"),
         (["context.decode=sharded", "model.layers=te"], {}, "context.decode=sharded", "use model.layers=local"),
         (["spd=all", "mesh.tp=3", "model.layers=te"], {}, "model.layers=te", "use model.layers=local"),
         ([ADAPTED], {}, "made for mesh.tp=2, here 1 rank has the weights", "spd=none"),

@@ -1,0 +1,46 @@
+"""The cost of a decode step with shared weights and without, by hand, and the choice between the two."""
+
+from dataclasses import replace
+
+import pytest
+
+from longctx.cost.decode import DecodeHardware, DecodeWork, choose_decode, gather_merge_seconds, sharded_seconds
+from longctx.cost.hardware import Link
+
+HARDWARE = DecodeHardware(weight_bytes_per_s=1e9, flops=1e10, exchange=Link(latency_s=1e-4, bytes_per_s=1e8))
+WORK = DecodeWork(
+    batch=3, ranks=2, layers=5, layer_weights=7_000_000, head_weights=1_000_000, hidden=300, heads=10, kv_heads=2,
+    head_dim=30, vocab_size=4000, element_bytes=2,
+)  # fmt: skip
+
+
+def test_seconds_by_hand():
+    """Reading 7e6 weights of 2 bytes takes 14 ms, and 3 rows of them 4.2 ms of arithmetic."""
+    partial = 1e-4 + 3 * 10 * 31 * 4 / 1e8
+    assert gather_merge_seconds(WORK, HARDWARE) == pytest.approx(5 * (14e-3 + partial) + 2e-3)
+    qkv, share = 1e-4 + 3 * 2 * 14 * 30 / 2 / 1e8, 1e-4 + 3 * 10 * 31 * 4 / 2 / 1e8
+    hidden, logits = 1e-4 + 3 * 2 * 300 / 1e8, 1e-4 + 3 * 2 * 4000 / 2 / 1e8
+    assert sharded_seconds(WORK, HARDWARE) == pytest.approx(5 * (7e-3 + qkv + share + 2 * hidden) + 1e-3 + logits)
+
+
+def test_large_batches_are_bound_by_arithmetic():
+    """100 rows of 7e6 weights are 1.4 GFLOP: 140 ms."""
+    busy = replace(WORK, batch=100)
+    assert gather_merge_seconds(busy, HARDWARE) > 5 * 140e-3
+    assert gather_merge_seconds(busy, replace(HARDWARE, flops=1e11)) < 5 * 30e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "latency", "expected"),
+    [
+        ({}, 1e-4, "sharded"),
+        ({}, 3e-3, "gather_merge"),  # three more exchanges take longer than half of the weights
+        ({"layer_weights": 50_000, "head_weights": 0}, 1e-4, "gather_merge"),
+        ({"ranks": 1}, 0.0, "gather_merge"),
+    ],
+)
+def test_choice_weighs_exchanges_against_weights(change, latency, expected):
+    hardware = replace(HARDWARE, exchange=Link(latency, 1e8))
+    strategy, why = choose_decode(replace(WORK, **change), hardware)
+    assert strategy == expected
+    assert "ms" in why or "one context rank" in why
