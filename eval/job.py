@@ -59,14 +59,12 @@ class EvalConfig:
     allowed_drop: NonNegativeFloat = 0.01
     resamples: PositiveInt = 10_000
     gate: tuple[str, ...] = ()
-    strict: bool = False
+    strict: bool = True
     sensitivity: PositiveInt = 4
 
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ValueError("eval.tasks is empty: name at least one, such as eval.tasks=[arc_easy]")
-        if self.strict and not self.gate:
-            raise ValueError("eval.strict=true is a rule of the gate: name variants in eval.gate, or leave it out")
 
     @property
     def folder(self) -> Path | None:

@@ -4,7 +4,7 @@
     python -m eval.run experiment=evaluate/spd_regression eval.limit=200 out=outputs/spd
 
 Exit codes: 0 done; 1 a rank failed; 2 the command line asks for what cannot be run, and nothing was started; 3 done,
-and a variant of ``eval.gate`` is worse (with ``eval.strict``, or undecided); 75 stopped by SIGUSR1.
+and a variant of ``eval.gate`` is worse, or undecided (unless ``eval.strict=false``); 75 stopped by SIGUSR1.
 The same command resumes an interrupted run.
 """
 

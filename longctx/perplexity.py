@@ -1,6 +1,13 @@
-"""Perplexity: the exponential of a mean loss."""
+"""Perplexity: the exponential of a mean loss, and the interval of a ratio of two."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Numbers = Sequence[float] | NDArray[Any]
 
 
 def perplexity(loss: float) -> float:
@@ -9,3 +16,25 @@ def perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:  # above 709 nats
         return math.inf
+
+
+def difference_interval(
+    base: Numbers, other: Numbers, lengths: Numbers, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Return (difference, low, high) of the mean losses of the same texts; with one text, low and high are infinite.
+
+    ``base`` and ``other`` are summed losses (nats), ``lengths`` the texts' tokens or words.  The exponentials are the
+    ratio of perplexities and its interval at ``level``.  The interval is Student's for a ratio of means (Cochran,
+    Sampling Techniques, 1977, 6.3): losses within a text are not taken to be independent.
+    """
+    from scipy.stats import t as student  # slow to import
+
+    lengths_array = np.asarray(lengths, float)
+    n = len(lengths_array)
+    losses = np.asarray(other, float) - np.asarray(base, float)
+    difference = float(losses.sum() / lengths_array.sum())
+    if n < 2:
+        return difference, -math.inf, math.inf
+    spread = float(np.std(losses - difference * lengths_array, ddof=1)) / math.sqrt(n) / float(lengths_array.mean())
+    half = float(student.ppf((1 + level) / 2, n - 1)) * spread
+    return difference, difference - half, difference + half

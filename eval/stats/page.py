@@ -1,13 +1,16 @@
 """The report for people: report.md, and the table that a terminal shows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
 
+from eval.stats.compare import SCREENED
 from eval.stats.report import AVERAGE, Figures, Report
+from eval.stats.sequential import LOOKS
 from eval.variants import BASELINE
 
+_UNDECIDABLE = "not with these sets"
 _COMPARED = ["accuracy", "difference", "McNemar p", "verdict", "examples to decide"]
 
 
@@ -17,7 +20,7 @@ def markdown(report: Report) -> str:
     parts = [f"# {report.origin['title']}", *_gate(report, others), "## On average", _averages(report)]
     if report.pictures:
         parts.append("\n".join(f"![{Path(picture).stem}]({picture})" for picture in report.pictures))
-    parts += _blocks(report)
+    parts += [*_needs(report), *_margins(report, others), *_blocks(report)]
     parts += ["## By task", _notes(report), _scores(report)]
     if others:
         parts += ["## Every comparison", _comparisons(report, others)]
@@ -45,12 +48,23 @@ def _gate(report: Report, others: Sequence[str]) -> list[str]:
     if not others:
         return []
     gate, drop = report.gate, f"{100 * report.allowed_drop:g} point(s)"
-    parts = [f"Differences are paired, with 95 % intervals; no worse means: not by more than {drop}."]
+    parts = [
+        "Differences are paired, with 95 % intervals, which decide the verdicts. "
+        f"No worse means: the whole interval is above a loss of {drop}."
+    ]
+    if report.sequential:
+        parts.append(
+            f"Examples were added until the verdicts were reached, in at most {LOOKS} looks. The intervals are wider, "
+            "so that all looks together are wrong in at most 5 % of cases."
+        )
     if gate.variants:
-        verdict = "passed" if gate.passed else f"FAILED by {', '.join(gate.failed)}"
+        failed = [f"{name} ({report.average[name]['verdict']})" for name in gate.failed]
+        verdict = f"FAILED by {', '.join(failed)}" if failed else "passed"
         undecided = [name for name in gate.variants if report.average[name]["verdict"] == "undecided"]
-        if undecided and gate.passed:
-            verdict += f", with {', '.join(undecided)} undecided (eval.strict=true fails then; more examples decide)"
+        if undecided and gate.strict:
+            verdict += ". Undecided is not passed: ask more examples, or let it pass with eval.strict=false"
+        elif undecided:
+            verdict += f", with {', '.join(undecided)} undecided, which eval.strict=false lets pass"
         parts.append(f"**Gate** ({', '.join(gate.variants)}): {verdict}.")
     return parts
 
@@ -64,6 +78,50 @@ def _averages(report: Report) -> str:
     tasks = ", ".join(report.averaged) or "no task of accuracy"
     table = _table(["variant", "dropped", "mesh", *_COMPARED, "tokens/s"], table_rows)
     return f"The {AVERAGE} of {tasks}; each task has the same weight.\n\n{table}"
+
+
+def _needs(report: Report) -> list[str]:
+    """Return the section that says how many examples would decide the averages; empty if all are decided."""
+    undecided = {name: one for name, one in report.average.items() if one["verdict"] == "undecided"}
+    if not undecided:
+        return []
+    table_rows = []
+    for name, figures in undecided.items():
+        needed = figures["needed"]
+        cells = [f"{needed[task]:,}" for task in report.averaged] if needed else [_UNDECIDABLE] * len(report.averaged)
+        table_rows.append([name, *cells])
+    outcomes = next(iter(report.variants.values())).outcomes
+    sizes = [outcomes[task].available for task in report.averaged]
+    table_rows.append(["in the set", *("any number" if size is None else f"{size:,}" for size in sizes)])
+    note = (
+        "With so many examples of each task, a verdict is reached in 80 % of cases if the variant loses nothing "
+        "(or loses twice the allowed drop, if it lost more than that here). The closer the true loss is to the "
+        "allowed drop, the more are needed. eval.until=decided adds examples until the verdict."
+    )
+    return ["## Examples to decide", note, _table(["variant", *report.averaged], table_rows)]
+
+
+def _margins(report: Report, others: Sequence[str]) -> list[str]:
+    """Return the section on log-probability margins; empty if no task has them."""
+    table_rows = []
+    for name in others:
+        margin = report.average.get(name, Figures()).get("margin")
+        if margin:
+            by_task = [report.tasks[task][name].get("margin") for task in report.averaged]
+            table_rows.append([name, _margin(margin), *(_margin(one) if one else "" for one in by_task)])
+    if not table_rows:
+        return []
+    note = (
+        "A second measure, which no verdict and no gate uses: the change, in nats, of the log-probability of the right "
+        "answer minus the largest of the others. It shows a change before answers turn, but is not accuracy."
+    )
+    return ["## Margin of the right answer", note, _table(["variant", AVERAGE, *report.averaged], table_rows)]
+
+
+def _margin(margin: Mapping[str, float | None]) -> str:
+    low, high = margin["low"], margin["high"]
+    ends = "(few examples)" if low is None or high is None else f"[{low:+.3f}, {high:+.3f}]"
+    return f"{margin['difference']:+.3f} {ends}"
 
 
 def _blocks(report: Report) -> list[str]:
@@ -87,7 +145,7 @@ def _notes(report: Report) -> str:
     is_left_out = set(report.near_chance).isdisjoint(report.averaged)
     return (
         f"Near chance{', and left out of the average' if is_left_out else ''}: {', '.join(report.near_chance)}. "
-        "There the baseline is not better than guessing (one-sided exact test, 95 %): "
+        f"There the baseline's first {SCREENED} answers are not better than guessing (one-sided exact test, 95 %): "
         "a difference says nothing about the variant."
     )
 
@@ -126,8 +184,10 @@ def _cells(figures: Figures) -> list[str]:
     if verdict is None:
         return [accuracy, "", "", "", ""]
     difference = f"{figures['difference']:+.3f} [{figures['low']:+.3f}, {figures['high']:+.3f}]"
-    needed = f"{figures['needed']:,}" if figures["needed"] else ("beyond reach" if verdict == "undecided" else "")
-    return [accuracy, difference, f"{figures['p_mcnemar']:.2g}", verdict, needed]
+    p_value, needed = figures["p_mcnemar"], ""
+    if verdict == "undecided":
+        needed = f"{max(figures['needed'].values()):,} a task" if figures["needed"] else _UNDECIDABLE
+    return [accuracy, difference, "" if p_value is None else f"{p_value:.2g}", verdict, needed]
 
 
 def _table(head: Sequence[str], table_rows: Sequence[Sequence[str]]) -> str:

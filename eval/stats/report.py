@@ -1,10 +1,20 @@
 """The report of an evaluation as a value: every variant compared with the baseline, by task and on average."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypedDict
 
-from eval.stats.compare import Comparison, Perplexity, Verdict, compare, compare_perplexity, is_near_chance
+from eval.stats.compare import (
+    Comparison,
+    MarginChange,
+    Perplexity,
+    Verdict,
+    Z,
+    compare,
+    compare_margins,
+    compare_perplexity,
+    is_near_chance,
+)
 from eval.stats.outcomes import Outcomes
 from eval.variants import BASELINE
 
@@ -32,20 +42,25 @@ class ScoredVariant:
 
 @dataclass(frozen=True)
 class GateRules:
-    """Rules of the verdicts; the average of no variant in ``gate`` may be worse, nor undecided if ``strict``."""
+    """Rules of the verdicts; the average of no variant in ``gate`` may be worse, nor undecided if ``strict``.
+
+    ``z`` is the normal quantile of the intervals: `Z`, or that of `sequential` if examples are added until decided.
+    """
 
     allowed_drop: float
     resamples: int
     seed: int
     gate: tuple[str, ...]
     strict: bool
+    z: float = Z
 
 
 class Figures(TypedDict, total=False):
     """Figures of a variant on a task, or on average, as report.json has them.
 
     None for what a baseline has nothing to compare with.  Tasks of perplexity have accuracy None and ``perplexity``;
-    their difference is relative: 0.01 is one per cent more.
+    their difference is relative: 0.01 is one per cent more.  ``needed`` are examples by task (see `Comparison`).
+    ``margin``: `MarginChange` as a dictionary, None without log-probabilities of answers.
     """
 
     n: int
@@ -58,7 +73,8 @@ class Figures(TypedDict, total=False):
     won: int | None
     p_mcnemar: float | None
     verdict: Verdict | None
-    needed: int | None
+    needed: Mapping[str, int] | None
+    margin: Mapping[str, float | None] | None
     metrics: Mapping[str, float]
 
 
@@ -84,6 +100,7 @@ class Report:
     """All figures of an evaluation, by task and variant; the first variant is the baseline.
 
     ``averaged`` are the tasks in the average; ``near_chance`` those where the baseline is not better than guessing.
+    ``sequential``: examples were added until the verdicts were reached.
     ``origin``: title, command, commit, machine and versions.
     """
 
@@ -94,6 +111,7 @@ class Report:
     variants: Mapping[str, ScoredVariant]
     gate: GateResult
     allowed_drop: float
+    sequential: bool
     origin: Mapping[str, str]
     pictures: tuple[str, ...] = ()
 
@@ -108,55 +126,75 @@ class Report:
         return {**values, **self.origin, "pictures": self.pictures}
 
 
-def make_report(scored: Sequence[ScoredVariant], rules: GateRules, origin: Mapping[str, str]) -> Report:
-    """Compare every variant with the first of ``scored``, the baseline, task by task and on average."""
-    # 1. Average the tasks of accuracy where the baseline is better than guessing; all of them if there is none.
-    base = scored[0].outcomes
+def choose_averaged(base: Mapping[str, Outcomes]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the tasks to average, and those where the baseline is near chance.
+
+    The first are the tasks of accuracy that are not near chance, or all of them if there is none.
+    """
     of_accuracy = [name for name, task in base.items() if not task.words]
-    chance = [name for name in of_accuracy if is_near_chance(base[name].values, base[name].chance)]
-    informative = [name for name in of_accuracy if name not in chance]
-    averaged = informative or of_accuracy
-    # 2. Compare.
-    tasks = {
-        name: {one.name: _compare_task(outcomes, one.outcomes[name], rules, one) for one in scored}
-        for name, outcomes in base.items()
-    }
+    chance = tuple(name for name in of_accuracy if is_near_chance(base[name].values, base[name].chance))
+    return tuple(name for name in of_accuracy if name not in chance) or tuple(of_accuracy), chance
+
+
+def make_report(scored: Sequence[ScoredVariant], rules: GateRules, origin: Mapping[str, str]) -> Report:
+    """Compare every variant with the first of ``scored``, the baseline, task by task and on average.
+
+    A variant may have answered fewer examples than the baseline: it is compared on those.
+    """
+    base = scored[0].outcomes
+    averaged, chance = choose_averaged(base)
+    tasks = {name: {one.name: _compare_task(base, one, name, rules) for one in scored} for name in base}
     average = {}
     for one in scored if averaged else ():
-        pairs = [(base[name].values, one.outcomes[name].values) for name in averaged]
-        compared = _compare_accuracy(pairs, rules)
-        if not informative:  # guessing loses nothing, whatever the interval says
-            compared = replace(compared, verdict="undecided", needed=None)
-        average[one.name] = _accuracy_figures(compared, one)
+        average[one.name] = _compare_tasks(base, one, averaged, rules)
+        if averaged[0] in chance and one.name != BASELINE:  # guessing loses nothing, whatever the interval says
+            average[one.name] |= Figures(verdict="undecided", needed=None)
     return Report(
         tasks=tasks,
         average=average,
-        averaged=tuple(averaged),
-        near_chance=tuple(chance),
+        averaged=averaged,
+        near_chance=chance,
         variants={one.name: one for one in scored},
         gate=_judge(rules, average),
         allowed_drop=rules.allowed_drop,
+        sequential=rules.z != Z,
         origin=origin,
     )
 
 
-def _compare_task(base: Outcomes, other: Outcomes, rules: GateRules, variant: ScoredVariant) -> Figures:
-    assert len(base.values) == len(other.values), "the same examples"
-    if base.words:
-        seeded = {"resamples": rules.resamples, "seed": rules.seed}
-        return _perplexity_figures(compare_perplexity(base.values, other.values, base.words, **seeded), variant)
-    compared = _compare_accuracy([(base.values, other.values)], rules)
-    return {**_accuracy_figures(compared, variant), "metrics": dict(other.others)}
+def _compare_task(base: Mapping[str, Outcomes], variant: ScoredVariant, name: str, rules: GateRules) -> Figures:
+    figures = _compare_tasks(base, variant, [name], rules)
+    return figures if base[name].words else {**figures, "metrics": dict(variant.outcomes[name].others)}
 
 
-def _compare_accuracy(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], rules: GateRules) -> Comparison:
-    return compare(pairs, allowed_drop=rules.allowed_drop, resamples=rules.resamples, seed=rules.seed)
+def _compare_tasks(
+    base: Mapping[str, Outcomes], variant: ScoredVariant, names: Sequence[str], rules: GateRules
+) -> Figures:
+    """Return the figures of ``variant``, averaged over the tasks ``names``: one task, or tasks of accuracy."""
+    others = [variant.outcomes[name] for name in names]
+    pairs = [(base[name].first(len(other.values)), other) for name, other in zip(names, others, strict=True)]
+    if words := pairs[0][0].words:
+        values = pairs[0][0].values, pairs[0][1].values
+        return _perplexity_figures(compare_perplexity(*values, words, z=rules.z), variant)
+    accuracy = compare(
+        [(one.values, other.values) for one, other in pairs],
+        allowed_drop=rules.allowed_drop,
+        available=[other.available for other in others],
+        z=rules.z,
+        resamples=rules.resamples,
+        seed=rules.seed,
+    )
+    margins = [(one.margins, other.margins) for one, other in pairs if one.margins]
+    return _accuracy_figures(accuracy, compare_margins(margins, z=rules.z) if margins else None, variant, names)
 
 
-def _accuracy_figures(compared: Comparison, variant: ScoredVariant) -> Figures:
+def _accuracy_figures(
+    compared: Comparison, margin: MarginChange | None, variant: ScoredVariant, names: Sequence[str]
+) -> Figures:
     if variant.name == BASELINE:
         no_difference = Figures(difference=None, low=None, high=None, lost=None, won=None)
-        return {"n": compared.n, "accuracy": compared.accuracy, **no_difference, **_NO_VERDICT, "needed": None}
+        no_figures = Figures(**no_difference, **_NO_VERDICT, needed=None, margin=None)
+        return {"n": compared.n, "accuracy": compared.accuracy, **no_figures}
     return {
         "n": compared.n,
         "accuracy": compared.accuracy,
@@ -167,7 +205,8 @@ def _accuracy_figures(compared: Comparison, variant: ScoredVariant) -> Figures:
         "won": compared.won,
         "p_mcnemar": compared.p_mcnemar,
         "verdict": compared.verdict,
-        "needed": compared.needed,
+        "needed": dict(zip(names, compared.needed, strict=True)) if compared.needed else None,
+        "margin": vars(margin) if margin else None,
     }
 
 

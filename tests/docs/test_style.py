@@ -195,7 +195,6 @@ RULES = [
         kinds=LOCAL,
         within=("recipes", "eval/stats", "eval/run.py", "eval/speed.py", "slurm"),
         exceptions={
-            "eval/stats/compare.py rows": "rows of a matrix of outcomes, which is resampled",
             "recipes/bench/million.py rows": "tokens on a rank",
             "recipes/bench/train.py rows": "tokens on a rank",
             "recipes/common/spd_loop.py rows": "sequences of a batch",

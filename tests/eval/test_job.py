@@ -33,7 +33,6 @@ from recipes.common.settings import section
         (["eval.include=/nonexistent"], "eval.include=/nonexistent has no tasks"),
         (["eval.text=/nonexistent"], "eval.text and eval.lengths are of long texts: add "),
         (["eval.lengths=[307]"], "eval.text and eval.lengths are of long texts: add "),
-        (["eval.strict=true"], "eval.strict=true is a rule of the gate"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

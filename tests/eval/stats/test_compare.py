@@ -1,10 +1,12 @@
-"""Paired statistics: intervals against simulation, tests against scipy, verdicts near their limits."""
+"""Paired statistics: figures of a comparison, tests against scipy, verdicts near their limits."""
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap, norm
+from scipy.stats import norm, ttest_1samp, ttest_ind
 
-from eval.stats.compare import Comparison, compare, compare_perplexity, is_near_chance, mcnemar
+from eval.stats.compare import Z, compare, compare_margins, compare_perplexity, is_near_chance, mcnemar
+from eval.stats.interval import count_changes, score_interval
+from eval.stats.sequential import Z_SEQUENTIAL
 
 
 def outcomes(both: int, lost: int, won: int, neither: int = 0) -> tuple[list[float], list[float]]:
@@ -19,36 +21,6 @@ def draw(random: np.random.Generator, n: int, lost: float, won: float) -> tuple[
     base = ((u < lost) | (u > 0.5 + (lost + won) / 2)).astype(float)
     changed = u < lost + won
     return base, np.where(changed, 1 - base, base)
-
-
-@pytest.mark.parametrize(("n", "lost", "won"), [(211, 0.1, 0.06), (401, 0.04, 0.05)])
-def test_interval_covers_the_true_difference_in_95_percent(n, lost, won):
-    random = np.random.default_rng(7)
-    covered, runs = 0, 1000
-    for i in range(runs):
-        result = compare([draw(random, n, lost, won)], resamples=500, seed=i)
-        covered += result.low <= won - lost <= result.high
-    assert 0.93 <= covered / runs <= 0.97
-
-
-def test_interval_of_an_average_covers_the_true_difference_in_95_percent():
-    """Tasks of different sizes and differences have the same weight."""
-    random = np.random.default_rng(11)
-    truth = np.mean([0.05 - 0.1, 0.02 - 0.02, 0.2 - 0.1])
-    covered, runs = 0, 500
-    for i in range(runs):
-        tasks = [draw(random, 101, 0.1, 0.05), draw(random, 503, 0.02, 0.02), draw(random, 211, 0.1, 0.2)]
-        result = compare(tasks, resamples=500, seed=i)
-        covered += result.low <= truth <= result.high
-    assert 0.93 <= covered / runs <= 0.97
-
-
-def test_true_drop_at_the_limit_is_rarely_judged():
-    """With a true drop equal to the allowed one, each verdict is wrong in about 2.5 %, the interval's side."""
-    random = np.random.default_rng(13)
-    verdicts = [compare([draw(random, 307, 0.05, 0.04)], resamples=500, seed=i).verdict for i in range(1000)]
-    assert verdicts.count("no worse") / 1000 < 0.035
-    assert verdicts.count("worse") / 1000 < 0.035
 
 
 def test_sign_flip_tests_the_average_of_tasks():
@@ -72,13 +44,24 @@ def test_outcomes_that_are_shares_count_by_size():
     assert compare([(base, other)]).p_mcnemar < 0.001
 
 
-def test_bootstrap_interval_equals_scipys():
+def test_figures_are_means_and_the_interval_that_decides():
     base, other = draw(np.random.default_rng(3), 401, 0.1, 0.04)
-    result = compare([(base, other)], resamples=20_000)
-    theirs = bootstrap((other - base,), np.mean, n_resamples=20_000, method="percentile", rng=5).confidence_interval
-    assert result.low == pytest.approx(theirs.low, abs=0.0026) and result.high == pytest.approx(theirs.high, abs=0.0026)
+    result = compare([(base, other)])
+    low, high = score_interval(count_changes([other - base]), Z)
+    assert (result.low, result.high) == (low, high)
     assert result.difference == pytest.approx((other - base).mean(), abs=1e-12)
     assert (result.baseline, result.accuracy) == pytest.approx((base.mean(), other.mean()))
+
+
+@pytest.mark.parametrize("drop", [0.001, 0.01, 0.05])
+def test_verdict_is_that_of_the_printed_interval(drop):
+    """With a task of few examples without a change too."""
+    random = np.random.default_rng(23)
+    for _ in range(20):
+        tasks = [draw(random, n, 0.03, 0.02) for n in (211, 307)] + [outcomes(20, 0, 0)]
+        result = compare(tasks, allowed_drop=drop)
+        expected = "no worse" if result.low > -drop else "worse" if result.high < -drop else "undecided"
+        assert result.verdict == expected
 
 
 @pytest.mark.parametrize(("lost", "won"), [(0, 0), (5, 0), (3, 11), (29, 17), (1, 1)])
@@ -113,33 +96,12 @@ def test_verdict(pair, verdict):
     result = compare([pair])
     assert result.verdict == verdict
     assert (result.needed is None) == (verdict != "undecided")
+    assert not result.needed or result.needed[0] > result.n
 
 
 def test_allowed_drop_changes_the_verdict():
     pair = outcomes(1009, 60, 20)
     assert [compare([pair], allowed_drop=d).verdict for d in (0.001, 0.036, 0.2)] == ["worse", "undecided", "no worse"]
-
-
-@pytest.mark.parametrize("pair", [outcomes(101, 3, 3), outcomes(101, 8, 2), outcomes(307, 5, 6, 91)])
-def test_needed_examples_decide_and_fewer_do_not(pair):
-    result = compare([pair])
-    assert result.verdict == "undecided" and result.needed
-
-    def compare_scaled(n: float) -> Comparison:
-        """Compare about ``n`` examples with the same shares of outcomes."""
-        times = n / result.n
-        kinds = [(1, 1), (1, 0), (0, 1), (0, 0)]
-        counts = [sum((a, b) == kind for a, b in zip(*pair, strict=True)) for kind in kinds]
-        both, lost, won, neither = (round(count * times) for count in counts)
-        return compare([outcomes(both, lost, won, neither)])
-
-    assert compare_scaled(1.15 * result.needed).verdict != "undecided"
-    assert compare_scaled(0.8 * result.needed).verdict == "undecided"
-
-
-def test_no_number_of_examples_decides_a_difference_at_the_limit():
-    result = compare([outcomes(197, 2, 0, 1)])
-    assert result.verdict == "undecided" and result.needed is None
 
 
 def test_tasks_of_all_sizes_have_the_same_weight():
@@ -148,15 +110,30 @@ def test_tasks_of_all_sizes_have_the_same_weight():
     assert (result.n, result.lost, result.won) == (13 + 1013, 13, 2)
 
 
-def test_interval_depends_on_the_seed_alone():
+def test_sequential_comparison_has_a_wider_interval_and_no_p_value():
+    """A p-value is not valid if the number of examples depended on the outcomes."""
     pair = outcomes(1009, 97, 51)
-    assert compare([pair], seed=3) == compare([pair], seed=3)
-    assert compare([pair], seed=3) != compare([pair], seed=4)
+    single, sequential = compare([pair]), compare([pair], z=Z_SEQUENTIAL)
+    assert sequential.low < single.low and single.high < sequential.high
+    assert single.p_mcnemar and sequential.p_mcnemar is None
+
+
+def test_sets_that_end_cannot_decide():
+    result = compare([outcomes(101, 3, 3)], available=[107])
+    assert (result.verdict, result.needed) == ("undecided", None)
 
 
 @pytest.mark.parametrize(("right", "near"), [(30, True), (25, True), (20, True), (60, False)])
 def test_near_chance(right, near):
-    assert is_near_chance([1.0] * right + [0.0] * (101 - right), 0.25) is near
+    values = [1.0] * right + [0.0] * (101 - right)
+    assert is_near_chance(values, 0.25) is near
+
+
+def test_near_chance_does_not_depend_on_the_number_of_examples():
+    """Only the first 200 are judged: 30 % right are not enough there, but would be of 2,000."""
+    values = [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0] * 200
+    assert is_near_chance(values[:200], 0.25) and is_near_chance(values, 0.25)
+    assert not is_near_chance([1.0] * 200 + [0.0] * 2000, 0.25)
 
 
 def test_perplexity_of_few_texts_has_no_interval():
@@ -182,3 +159,23 @@ def test_perplexity_and_its_ratio():
     assert (result.ratio, result.low, result.high) == pytest.approx((np.exp(0.1),) * 3)
     noisy = compare_perplexity(base, other + random.normal(0, 20, 61), words)
     assert noisy.low < noisy.ratio < noisy.high
+
+
+def test_margins_have_welchs_interval():
+    """Equal to scipy's interval of one mean, and for two tasks to that of the difference of two means, halved."""
+    random = np.random.default_rng(8)
+    one, other = random.normal(0.3, 1, 41), random.normal(-0.1, 2, 23)
+    zeros = [0.0] * 41
+    result = compare_margins([(zeros, one)])
+    assert (result.low, result.high) == pytest.approx(tuple(ttest_1samp(one, 0).confidence_interval(0.95)))
+    result = compare_margins([(zeros, one), (zeros[:23], other)])
+    theirs = ttest_ind(one, -other, equal_var=False).confidence_interval(0.95)
+    assert (2 * result.low, 2 * result.high) == pytest.approx((theirs.low, theirs.high))
+    assert (result.n, result.difference) == (64, pytest.approx((one.mean() + other.mean()) / 2))
+
+
+def test_margins_of_few_or_equal_examples():
+    few = compare_margins([([0.0] * 9, [0.5] * 9)])
+    assert (few.difference, few.low, few.high) == (0.5, None, None)
+    same = compare_margins([([0.25] * 11, [0.25] * 11)])
+    assert (same.difference, same.low, same.high) == (0.0, 0.0, 0.0)

@@ -17,8 +17,10 @@ ORIGIN = dict.fromkeys(("command", "commit", "processor", "cores", "python", "to
 RULES = GateRules(allowed_drop=0.01, resamples=500, seed=0, gate=("all",), strict=False)
 
 
-def outcomes(correct: int, n: int = 200, chance: float = 0.25) -> Outcomes:
-    return Outcomes("t", (1.0,) * correct + (0.0,) * (n - correct), chance, others={"acc_norm": 0.5})
+def outcomes(correct: int, n: int = 200, chance: float = 0.25, available: int | None = 2376) -> Outcomes:
+    values = (1.0,) * correct + (0.0,) * (n - correct)
+    margins = tuple(value - 0.3 for value in values)
+    return Outcomes("t", values, chance, others={"acc_norm": 0.5}, margins=margins, available=available)
 
 
 def scored(
@@ -85,17 +87,52 @@ def test_figures_are_those_of_the_variant(report):
 
 
 @pytest.mark.parametrize(
-    ("gate", "strict", "failed"),
+    ("gate", "strict", "failed", "words"),
     [
-        (("all",), False, ["all"]),
-        (("half",), False, []),
-        (("half", "all"), True, ["half", "all"]),
-        ((), True, []),
+        (("all",), False, ["all"], "FAILED by all (worse)."),
+        (("half",), False, [], "passed, with half undecided, which eval.strict=false lets pass."),
+        (("half",), True, ["half"], "FAILED by half (undecided). Undecided is not passed: ask more examples, or let"),
+        (("half", "all"), True, ["half", "all"], "FAILED by half (undecided), all (worse). Undecided"),
+        ((), True, [], None),
     ],
 )
-def test_gate(gate, strict, failed):
-    result = make_report(VARIANTS, replace(RULES, gate=gate, strict=strict), ORIGIN).gate
-    assert (list(result.failed), result.passed) == (failed, not failed)
+def test_gate(gate, strict, failed, words):
+    report = make_report(VARIANTS, replace(RULES, gate=gate, strict=strict), ORIGIN)
+    assert (list(report.gate.failed), report.gate.passed) == (failed, not failed)
+    assert f"**Gate** ({', '.join(gate)}): {words}" in markdown(report) if words else "**Gate**" not in markdown(report)
+
+
+def test_page_says_how_many_examples_of_each_task_decide():
+    report = make_report(VARIANTS, RULES, ORIGIN)
+    needed = report.average["half"]["needed"]
+    assert list(needed) == ["good"] and 200 < needed["good"] < 2376
+    page = markdown(report)
+    assert f"| half | {needed['good']:,} |\n" in page and "| in the set | 2,376 |" in page
+    assert f"| undecided | {needed['good']:,} a task |" in page
+    few = [replace(one, outcomes={"good": replace(one.outcomes["good"], available=210)}) for one in VARIANTS]
+    report = make_report(few, RULES, ORIGIN)
+    assert report.average["half"]["needed"] is None and "| half | not with these sets |" in markdown(report)
+
+
+def test_variant_is_compared_on_the_examples_that_it_answered():
+    """The baseline may have answered more."""
+    base = replace(VARIANTS[0], outcomes={"good": outcomes(120, n=500)})
+    report = make_report([base, replace(VARIANTS[2], outcomes={"good": outcomes(40)})], RULES, ORIGIN)
+    assert report.tasks["good"]["baseline"]["n"] == 500 and report.average["all"]["n"] == 200
+    assert report.average["all"]["difference"] == pytest.approx(-0.4)
+
+
+def test_margin_is_a_second_measure(report):
+    margin = report.average["all"]["margin"]
+    assert (margin["n"], margin["difference"]) == (200, pytest.approx(-0.4))
+    assert margin["low"] < -0.4 < margin["high"] and report.tasks["text"]["all"].get("margin") is None
+    section = markdown(report).partition("## Margin of the right answer")[2]
+    assert "| all | -0.400 [-0.468, -0.332] | -0.400 [" in section
+
+
+def test_page_of_a_sequential_comparison_says_so():
+    page = markdown(make_report(VARIANTS, replace(RULES, z=2.8), ORIGIN))
+    assert "Examples were added until the verdicts were reached, in at most 20 looks." in page
 
 
 def test_files_have_every_figure(tmp_path):
@@ -107,12 +144,13 @@ def test_files_have_every_figure(tmp_path):
     assert saved["gate"] == {"variants": ["all"], "strict": False, "failed": ["all"], "passed": False}
     assert saved["variants"]["half"]["blocks"] == [0, 1, 2] and "outcomes" not in saved["variants"]["half"]
     page = (tmp_path / "report.md").read_text()
-    assert "**Gate** (all): FAILED by all." in page and "![accuracy](accuracy.svg)" in page
+    assert "**Gate** (all): FAILED by all (worse)." in page and "![accuracy](accuracy.svg)" in page
     lines = [line for line in page.splitlines() if line.startswith("| all |")]
     averages, _, blocks = page[: page.index("## By task")].partition("## Blocks")
     assert "| half | 0, 1, 2 |" in blocks and "Repaired models drop blocks in their own order" in blocks
     assert lines[0].startswith("| all | 100% | tp=3 | 0.200 | -0.400 [-0.4")
-    assert len({line.count("|") for line in averages.splitlines() if line.startswith("| all")}) == 1
+    first_table = averages.partition("## Margin")[0].splitlines()
+    assert len({line.count("|") for line in first_table if line.startswith("| all")}) == 1
 
 
 def test_nothing_is_drawn_if_no_block_drops(report, tmp_path):

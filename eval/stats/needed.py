@@ -1,0 +1,52 @@
+"""The number of examples with which a verdict is likely, for tasks whose sets end."""
+
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval.stats.interval import Changes, Numbers, score_limit
+
+POWER = 0.8
+_MAX_EXAMPLES = 10**7  # one task asks for at most so many
+_RATIOS = (1.3, 1.02)  # between sizes that are tried: coarse first, then fine
+
+
+def examples_needed(
+    changes: Changes, available: Sequence[int | None], allowed_drop: float, z: float
+) -> tuple[int, ...] | None:
+    """Return how many examples of each task, those at hand included, decide in 80 % of cases; None if none would.
+
+    Further examples are taken to change as often as those at hand, and either to lose nothing, or, if the observed
+    loss is above ``allowed_drop``, to lose twice that.  Every task gives the same number of examples, but at most
+    ``available`` (None: any number).  ``z`` is the interval's quantile.
+    """
+    given = [_MAX_EXAMPLES if limit is None else limit for limit in available]
+    limits = np.maximum(np.array(given, float), changes.n)
+    first, last = changes.n.min(), limits.max()
+    for ratio in _RATIOS:
+        sizes = np.append(first * ratio ** np.arange(np.log(last / first) / np.log(ratio)), last)
+        totals = np.clip(np.ceil(sizes)[:, None], changes.n, limits)
+        decides = _decides(changes, totals, allowed_drop, z)
+        if not decides.any():
+            return None
+        at = int(decides.argmax())
+        first, last = sizes[max(at - 1, 0)], sizes[at]
+    return tuple(int(total) for total in totals[at])
+
+
+def _decides(changes: Changes, totals: Numbers, allowed_drop: float, z: float) -> NDArray[np.bool_]:
+    """Return, for each row of ``totals`` [sizes tasks], whether a verdict is reached with probability `POWER`."""
+    lost, won, n, weights = changes.lost, changes.won, changes.n, changes.weights
+    # 1. The rates of the examples to come: as observed, with one more change shared by all tasks, since few changes
+    # are often fewer than will come.  A task whose changes are small has a smaller weight.
+    side = 1 if (weights * (won - lost) / n).sum() < -allowed_drop else -1
+    drop = 2 * allowed_drop / (weights * len(n)) if side > 0 else np.zeros_like(n)
+    changed = np.clip((lost + won + 1 / len(n)) / (n + 2 / len(n)), drop, 1)
+    falls, rises = (changed + drop) / 2, (changed - drop) / 2
+    # 2. The end of the interval that they lead to on average, and its spread.
+    more = totals - n
+    end = score_limit(Changes(lost + more * falls, won + more * rises, totals, weights), z, side)
+    spread = np.sqrt((weights**2 * more * (changed - drop**2) / totals**2).sum(-1))
+    return np.asarray(side * (end + allowed_drop) + NormalDist().inv_cdf(POWER) * spread < 0)
