@@ -20,6 +20,7 @@ from rich.table import Table
 from longctx.config import PromptSource, Sampling
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank
+from longctx.parallel.validate import refuse_few_tokens
 from recipes.common.cli import console, main, on_ranks, warm_up_ranks, write_result
 from recipes.common.decode_choice import make_decode_chooser
 from recipes.common.manifest import record, refuse_other_recipe
@@ -115,11 +116,7 @@ def prepare(config: DictConfig) -> GenerateJob:
     prompts = read_prompts(settings.prompts, source, tokenizer, settings.max_new_tokens, target.shape)
     job = GenerateJob(target, section(config, "sampling", Sampling), prompts, settings)
     say_unapplied(target.folder, job.sampling)
-    if job.prompt_tokens < target.mesh.context:
-        raise ValueError(
-            f"mesh.ulysses x mesh.ring = {target.mesh.context} ranks are more than the {job.prompt_tokens} prompt "
-            f"tokens: use at most {job.prompt_tokens} ranks, or more text"
-        )
+    refuse_few_tokens(target.mesh, job.prompt_tokens)
     return job
 
 

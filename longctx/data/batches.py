@@ -58,11 +58,7 @@ def batches(
 
     Raises ValueError if ``dp_size`` does not divide ``size``.
     """
-    if size % dp_size:
-        raise ValueError(
-            f"data.batch={size} sequences do not divide over {dp_size} data-parallel ranks: "
-            f"use data.batch={size + -size % dp_size}, or another mesh.dp"
-        )
+    refuse_uneven_batch(size, dp_size)
     assert 0 <= dp_rank < dp_size, f"data-parallel rank {dp_rank} of {dp_size}"
 
     def run(state: State | None) -> Iterator[tuple[Batch, State]]:
@@ -91,6 +87,15 @@ def _stack(rows: list[PackedSequence], dp_rank: int, dp_size: int) -> Batch:
         tuple(row.lengths for row in mine),
         sum(int(row.mask.sum()) for row in rows),
     )
+
+
+def refuse_uneven_batch(size: int, dp_size: int) -> None:
+    """Raise ValueError unless ``dp_size`` data-parallel ranks can share ``size`` sequences evenly."""
+    if size % dp_size:
+        raise ValueError(
+            f"data.batch={size} sequences do not divide over {dp_size} data-parallel ranks: "
+            f"use data.batch={size + -size % dp_size}, or another mesh.dp"
+        )
 
 
 def refuse_nothing_to_learn(counted: int, where: str) -> None:

@@ -25,6 +25,15 @@ def refuse_unfit(mesh: Mesh, shape: ModelShape) -> None:
         raise ValueError(f"{per_rank if mesh.tp > 1 else ''}{error}") from None
 
 
+def refuse_few_tokens(mesh: Mesh, tokens: int) -> None:
+    """Raise ValueError if the context ranks of ``mesh`` are more than the ``tokens`` of a prompt."""
+    if tokens < mesh.context:
+        raise ValueError(
+            f"mesh.ulysses x mesh.ring = {mesh.context} ranks are more than the {tokens} prompt "
+            f"tokens: use at most {tokens} ranks, or more text"
+        )
+
+
 def refuse_no_gpu(device: str) -> None:
     """Raise ValueError, with what is missing, if ``device`` is "cuda" and torch finds no GPU on this machine."""
     if device != "cuda":

@@ -1,4 +1,4 @@
-"""Hardware files: constants of a machine, written by recipes.calibrate and read by other recipes."""
+"""Hardware files: constants of a machine, written by recipes.calibrate or in configs/machine, read by other recipes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,12 +7,28 @@ import yaml
 
 from longctx.config import Mesh
 from longctx.cost.hardware import Hardware, hardware_of
+from longctx.cost.machine import Machine, machine_of
 from recipes.common.cli import threads_here
+from recipes.common.overrides import CONFIGS, choices
 
 
 def read_hardware(name: str) -> Hardware:
     """Return the constants in the file ``name``.  Raises ValueError if recipes.calibrate did not write it."""
     return hardware_of(_values(name), f"hardware={name}")
+
+
+def read_machine(name: str) -> Machine:
+    """Return the machine ``name`` of configs/machine, or the one in a file of this name.
+
+    Raises ValueError, with the machines that there are, if there is neither.
+    """
+    known = choices("machine")
+    if name not in known and not Path(name).expanduser().is_file():
+        raise ValueError(
+            f"hardware={name} is no machine of configs/machine and no file: use {', '.join(known)}, or a file that "
+            "python -m recipes.calibrate out=FILE.yaml wrote"
+        )
+    return machine_of(_values(str(CONFIGS / "machine" / f"{name}.yaml") if name in known else name), f"hardware={name}")
 
 
 def refuse_other_threads(hardware: str | None, threads: int | None, mesh: Mesh) -> None:

@@ -111,7 +111,46 @@ def draw_shares(
     _save(figure, out)
 
 
-def _new_figure() -> tuple[Figure, Axes]:
+def draw_plan(
+    out: str,
+    lengths: Sequence[int],
+    seconds: Mapping[str, Sequence[float | None]],
+    memory: Mapping[str, Mapping[str, float]],
+    *,
+    limit: float | None,
+    title: str,
+) -> None:
+    """Draw a plan to the file ``out``: each strategy's seconds over ``lengths``, and bytes of a GPU by mesh and part.
+
+    A length without a value (None) has no point.  ``limit`` is the memory of a GPU in GB, a dashed line.
+    """
+    figure, axes = _new_figure(width=11)
+    grid = figure.add_gridspec(1, 2)
+    axes.set_subplotspec(grid[0])
+    bars = figure.add_subplot(grid[1])
+    # 1. Time over length.
+    for (name, values), colour, width in zip(seconds.items(), COLOURS, (6, 4, 2, 1), strict=False):
+        points = [(length, value) for length, value in zip(lengths, values, strict=True) if value is not None]
+        if points:  # lines that coincide stay visible, because later ones are thinner
+            axes.plot(*zip(*points, strict=True), linewidth=width, label=name, color=colour)
+    axes.set(title=title, xlabel="tokens", ylabel="seconds, best mesh", xscale="log", yscale="log")
+    axes.grid(visible=True, alpha=0.25)
+    axes.legend(frameon=False)
+    # 2. Memory by part.
+    heights = [0.0] * len(memory)
+    for part, colour in zip(next(iter(memory.values())), (*COLOURS, "#0891b2", "#6b7280"), strict=False):
+        sizes = [parts[part] / 1e9 for parts in memory.values()]
+        bars.bar(range(len(memory)), sizes, bottom=heights, label=part.replace("_", " "), color=colour)
+        heights = [height + size for height, size in zip(heights, sizes, strict=True)]
+    if limit:
+        bars.axhline(limit, color="#6b7280", linestyle="--", linewidth=1)
+    bars.set_xticks(range(len(memory)), [name.replace(" ", "\n") for name in memory])
+    bars.set(title="memory of a GPU, fastest meshes", ylabel="GB")
+    bars.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    _save(figure, out)
+
+
+def _new_figure(width: float = 7) -> tuple[Figure, Axes]:
     """Return an empty figure; the same data gives the same SVG file, byte for byte."""
     import matplotlib as mpl
 
@@ -119,7 +158,7 @@ def _new_figure() -> tuple[Figure, Axes]:
     import matplotlib.pyplot as plt
 
     plt.rcParams |= {"svg.hashsalt": "longctx", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(width, 4), layout="constrained")
     return figure, axes
 
 

@@ -97,6 +97,7 @@ def resolve_target(
     Raises ValueError, with what to set instead, for a model, mesh, kernel, strategy or plan that ``recipe`` cannot run.
     """
     from longctx.attention.backends import kernel_for
+    from longctx.parallel.strategy import STRATEGIES
     from longctx.parallel.validate import refuse_unfit, refuse_unused
 
     mesh = section(config, "mesh", Mesh) if "mesh" in config else Mesh()

@@ -34,6 +34,7 @@ GROUPS = {
     "sampling/greedy": Sampling,
     "spd/saved": SPD,
     "track/none": Track,
+    "work/prefill": "recipes.common.planning.WorkSettings",
 }
 # File -> dataclass of its settings outside any section.
 TOP_LEVEL = {
@@ -53,6 +54,7 @@ TOP_LEVEL = {
     "export": "recipes.export.ExportSettings",
     "generate": "recipes.generate.GenerateSettings",
     "models": "recipes.models.ModelsSettings",
+    "plan": "recipes.plan.PlanSettings",
     "pretrain": "recipes.common.train_job.TrainSettings",
     "spd_sensitivity": "recipes.spd_sensitivity.SensitivitySettings",
     "submit": "slurm.settings.SubmitSettings",
@@ -146,5 +148,5 @@ def test_every_configuration_is_compared():
     recipes = {file.relative_to(CONFIGS).with_suffix("").as_posix() for file in CONFIGS.glob("*.yaml")}
     benches = {f"bench/{file.stem}" for file in (CONFIGS / "bench").glob("*.yaml")}
     assert recipes | benches == {*TOP_LEVEL} | EXTENDING | HYDRA_ONLY
-    groups = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()} - {"bench", "experiment"}
+    groups = {folder.name for folder in CONFIGS.iterdir() if folder.is_dir()} - {"bench", "experiment", "machine"}
     assert groups == {name.partition("/")[0] for name in GROUPS}

@@ -1,0 +1,283 @@
+"""Plans: the time, memory and bound of every mesh for a model, a machine and a kind of work; nothing is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from longctx.config import DataSettings, Mesh, Recompute, TextSource
+from longctx.cost.forward import Numbers, PassCost, decode_cost, forward_flops, prefill_cost
+from longctx.cost.machine import Machine
+from longctx.cost.memory import inference_bytes, step_bytes
+from longctx.cost.step import StepWork, step_cost
+from longctx.cost.training import mfu, train_flops
+from longctx.model_shape import ModelShape
+from longctx.parallel.strategy import STRATEGIES
+from longctx.parallel.validate import refuse_few_tokens, refuse_unfit
+from longctx.spd.plan import refuse_unfit_shape
+
+MERGE = "gather_merge"
+# Parts of a pass, as the user reads them.
+WORDS = {
+    "products": "matrix products",
+    "weights": "reading the weights",
+    "attention": "attention",
+    "ring": "communication of the ring",
+    "ulysses": "all-to-alls of Ulysses",
+    "merge": "merging partial results",
+    "tp": "tensor-parallel reductions",
+    "gradients": "reduction of gradients",
+    "optimizer": "the optimizer",
+    "pipeline": "the pipeline's bubble",
+    "overhead": "launches and other overhead",
+}
+
+
+@dataclass(frozen=True)
+class WorkSettings:
+    """The section ``work``: what is to be done, in tokens and sequences (configs/work)."""
+
+    kind: Literal["prefill", "decode", "chat", "train"] = "prefill"
+    context: PositiveInt = 131072
+    cached: NonNegativeInt = 0
+    new_tokens: NonNegativeInt = 0
+    batch: PositiveInt = 1
+    zero1: bool = False
+    recompute: Recompute = "none"
+
+    def __post_init__(self) -> None:
+        if self.kind != "chat" and (self.cached or self.new_tokens):
+            raise ValueError(f"work={self.kind} takes no work.cached and work.new_tokens: use work=chat, or leave out")
+        if self.kind != "train" and (self.zero1 or self.recompute != "none"):
+            raise ValueError(f"work={self.kind} takes no work.zero1 and work.recompute: use work=train, or leave out")
+
+    @property
+    def total(self) -> int:
+        """Tokens of a sequence at the end of the work."""
+        return self.cached + self.context + self.new_tokens
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """Names of the strategies that the work can use."""
+        return (MERGE, *STRATEGIES) if self.kind == "decode" else tuple(STRATEGIES)
+
+
+@dataclass(frozen=True)
+class Question:
+    """All that determines the plans: a model's shape, a machine, the number of GPUs, the work and its limits.
+
+    ``dtype_bytes`` is an element of weights and activations.  ``allowed_drop`` is the share of blocks that drop a
+    reduction on meshes with tensor parallelism.
+    """
+
+    shape: ModelShape
+    machine: Machine
+    gpus: int
+    work: WorkSettings
+    dtype_bytes: int = 2
+    strategy: str | None = None
+    allowed_drop: float = 0.0
+    max_ttft_s: float | None = None
+    max_memory_gb: float | None = None
+
+    @property
+    def memory_gb(self) -> float | None:
+        """Memory of a GPU in GB, None without a limit."""
+        machine = self.machine.memory_bytes
+        return self.max_memory_gb or (machine / 1e9 if machine else None)
+
+    def numbers(self, mesh: Mesh) -> Numbers:
+        """Return the sizes of numbers, and the share of blocks that drop a reduction on ``mesh``."""
+        ffn = self.machine.ffn_element_bytes
+        small = ffn if ffn and self.dtype_bytes == 2 and self.work.kind != "train" else self.dtype_bytes
+        return Numbers(self.dtype_bytes, small, self.allowed_drop if mesh.tp > 1 else 0.0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A mesh and a strategy, with what they cost.
+
+    ``seconds`` is the time to first token (prefill), of a token (decode), of a turn with its answer (chat) or of a step
+    (train).  ``refused`` says why a recipe would refuse the mesh, or which limit it breaks; None if it is feasible.
+    """
+
+    question: Question
+    mesh: Mesh
+    strategy: str
+    cost: PassCost
+    memory_parts: dict[str, float]
+    refused: str | None
+    ttit_s: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the work."""
+        return self.cost.seconds + self.question.work.new_tokens * (self.ttit_s or 0.0)
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds to the first token, None for decode and train."""
+        return self.cost.seconds if self.question.work.kind in ("prefill", "chat") else None
+
+    @property
+    def memory_gb(self) -> float:
+        """Memory of a GPU in GB."""
+        return sum(self.memory_parts.values()) / 1e9
+
+    @property
+    def error(self) -> float | None:
+        """Expected error as a share, None if no published time is like this plan."""
+        question = self.question
+        if question.dtype_bytes != 2 or question.numbers(self.mesh).spd_share:
+            return None
+        return question.machine.expected_error(question.work.kind, self.mesh)
+
+    @property
+    def bound(self) -> str:
+        """The part that takes most of the time, in words."""
+        name, seconds = max(self.cost.parts.items(), key=lambda part: part[1])
+        return f"{WORDS[name]} ({seconds / self.cost.seconds:.0%} of the time)"
+
+    @cached_property
+    def tokens_per_s(self) -> float:
+        """New tokens of all sequences per second."""
+        work = self.question.work
+        tokens = {"decode": 1, "chat": work.context + work.new_tokens}.get(work.kind, work.context)
+        return work.batch * tokens / self.seconds
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation with causal halving; None if the machine's peak is not known, and for decode."""
+        work, shape = self.question.work, self.question.shape
+        if work.kind == "decode":
+            return None
+        if work.kind == "train":
+            flops: float = train_flops(shape, [work.context] * work.batch, causal=True)
+        else:
+            flops = forward_flops(shape, [work.context] * work.batch, [work.cached] * work.batch)
+        return mfu(flops, self.cost.seconds, self.mesh.ranks, self.question.machine.peak_flops)
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the plan as written to ``out``: times in seconds, memory in GB, bytes sent by a rank and axis."""
+        strides = {"tp": 1, "ulysses": self.mesh.tp, "ring": self.mesh.tp * self.mesh.ulysses}
+        level = self.question.machine.level
+        return {
+            "mesh": vars(self.mesh),
+            "strategy": self.strategy,
+            "seconds": self.seconds,
+            "ttft_s": self.ttft_s,
+            "ttit_s": self.seconds if self.question.work.kind == "decode" else self.ttit_s,
+            "tokens_per_s": self.tokens_per_s,
+            "error": self.error if self.error is not None else "extrapolated",
+            "bound": self.bound,
+            "seconds_by_part": {WORDS[name]: seconds for name, seconds in self.cost.parts.items() if seconds},
+            "memory_gb": self.memory_gb,
+            "memory_parts": {name: size / 1e9 for name, size in self.memory_parts.items()},
+            "mfu": self.mfu,
+            "bytes": {axis: size for axis, size in self.cost.bytes.items() if size},
+            "links": {axis: level(getattr(self.mesh, axis), stride).name for axis, stride in strides.items()},
+        }
+
+    def settings(self) -> dict[str, object]:
+        """Return the plan as settings of a recipe."""
+        work = self.question.work
+        chosen: dict[str, object] = {f"mesh.{axis}": ranks for axis, ranks in vars(self.mesh).items()}
+        chosen["context.decode" if work.kind == "decode" else "context.strategy"] = self.strategy
+        if work.kind == "train":
+            chosen |= {"optim.zero1": work.zero1, "recompute": work.recompute}
+        return chosen
+
+
+def plans_of(question: Question) -> list[Plan]:
+    """Return a plan for each mesh of all GPUs and each strategy: the feasible ones first, each group fastest first."""
+    strategies = (question.strategy,) if question.strategy else question.work.strategies
+    plans = [
+        _plan(question, mesh, strategy)
+        for mesh in meshes_of(question.gpus, trains=question.work.kind == "train")
+        for strategy in (strategies if mesh.context > 1 else strategies[:1])
+    ]
+    return sorted(plans, key=lambda plan: (plan.refused is not None, plan.seconds, plan.memory_gb))
+
+
+def meshes_of(gpus: int, *, trains: bool) -> Iterator[Mesh]:
+    """Yield every mesh of ``gpus`` ranks; without ``trains`` those whose dp and pp are 1, as the recipes require."""
+    divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
+    for tp, ulysses, dp, pp in product(divisors, divisors, *([divisors] * 2 if trains else [[1]] * 2)):
+        if gpus % (taken := tp * ulysses * dp * pp) == 0:
+            yield Mesh(tp=tp, ulysses=ulysses, ring=gpus // taken, dp=dp, pp=pp)
+
+
+def _plan(question: Question, mesh: Mesh, strategy: str) -> Plan:
+    work, shape, machine, numbers = question.work, question.shape, question.machine, question.numbers(mesh)
+    ttit_s = None
+    if work.kind == "train":
+        step = StepWork(work.context, work.batch, zero1=work.zero1, recompute=work.recompute)
+        cost = step_cost(shape, mesh, machine, step, strategy, numbers)
+        memory = step_bytes(shape, mesh, step, strategy, numbers)
+    elif work.kind == "decode":
+        cached = [work.context] * work.batch
+        cost = decode_cost(shape, mesh, machine, cached, strategy, numbers)
+        memory = inference_bytes(shape, mesh, [1] * work.batch, cached, strategy, numbers)
+    else:
+        new, cached = [work.context] * work.batch, [work.cached] * work.batch
+        cost = prefill_cost(shape, mesh, machine, new, cached, strategy, numbers, in_session=work.kind == "chat")
+        memory = inference_bytes(shape, mesh, new, cached, strategy, numbers)
+        if work.new_tokens:
+            totals = [work.cached + work.context] * work.batch
+            ttit_s = decode_cost(shape, mesh, machine, totals, MERGE, numbers).seconds
+    plan = Plan(question, mesh, strategy, cost, memory, None, ttit_s)
+    refused = refusal_of(question, mesh) or broken_limit(question, plan)
+    return replace(plan, refused=refused)
+
+
+def refusal_of(question: Question, mesh: Mesh) -> str | None:
+    """Return the words with which the recipes refuse ``mesh`` for this model and work, or None if they take it."""
+    work = question.work
+    try:
+        refuse_unfit(mesh, question.shape)
+        if question.numbers(mesh).spd_share:
+            refuse_unfit_shape(question.shape)
+        if work.kind == "train":
+            _refuse_untrainable(mesh, question)
+        elif work.kind != "decode":
+            refuse_few_tokens(mesh, work.context * work.batch)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _refuse_untrainable(mesh: Mesh, question: Question) -> None:
+    from longctx.data.batches import refuse_uneven_batch
+    from recipes.common.train_job import refuse_unsplit
+
+    work = question.work
+    refuse_uneven_batch(work.batch, mesh.dp)
+    length = min(work.context, question.shape.max_positions)  # a longer one needs another model, not another mesh
+    refuse_unsplit(mesh, question.shape, DataSettings((TextSource(pydoc="train"),), length, work.batch))
+
+
+def broken_limit(question: Question, plan: Plan) -> str | None:
+    """Return the limit of ``question`` that ``plan`` breaks, or None."""
+    limit = question.memory_gb
+    if limit and plan.memory_gb > limit:
+        part, size = max(plan.memory_parts.items(), key=lambda item: item[1])
+        name = part.replace("_", " ")
+        return f"needs {plan.memory_gb:,.1f} GB of the {limit:,.1f} GB of a GPU ({name} {size / 1e9:,.1f} GB)"
+    if question.max_ttft_s and plan.ttft_s and plan.ttft_s > question.max_ttft_s:
+        return f"takes {plan.ttft_s:,.3g} s to the first token, max_ttft_s={question.max_ttft_s:g}"
+    return None
+
+
+def best_by_strategy(question: Question, lengths: Sequence[int]) -> dict[str, list[float | None]]:
+    """Return the seconds of the best mesh of each strategy at each of ``lengths``; None if no mesh is feasible."""
+    seconds_of: dict[str, list[float | None]] = {name: [] for name in question.work.strategies}
+    for length in lengths:
+        plans = plans_of(replace(question, work=replace(question.work, context=length)))
+        for name, seconds in seconds_of.items():
+            seconds.append(next((p.seconds for p in plans if p.strategy == name and p.refused is None), None))
+    return seconds_of

@@ -1,0 +1,200 @@
+"""Plan a run: the meshes that a recipe takes, fastest first, with the memory of a GPU and what binds.
+
+    python -m recipes.plan model=llama3_405b hardware=h100_gtt gpus=128 work=prefill work.context=1000000 out=P.json
+
+Nothing is run, and the model needs no weights.  longctx/cost/README.md shows how far predictions can be trusted.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import yaml
+from omegaconf import DictConfig
+from pydantic import Field, PositiveFloat, PositiveInt
+from rich.table import Table
+
+from longctx.config import ModelSource
+from longctx.hf.config import shape_of
+from longctx.hf.locate import locate
+from recipes.common.cli import console, main, say
+from recipes.common.hardware_file import read_machine
+from recipes.common.places import refuse_unwritable
+from recipes.common.planning import Plan, Question, WorkSettings, best_by_strategy, plans_of
+from recipes.common.plots import draw_plan
+from recipes.common.settings import section, top_level
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """Settings of configs/plan.yaml outside any section."""
+
+    hardware: str
+    gpus: PositiveInt
+    strategy: str | None = None
+    allowed_drop: Annotated[float, Field(ge=0, le=1)] = 0.0
+    max_ttft_s: PositiveFloat | None = None
+    max_memory_gb: PositiveFloat | None = None
+    show: PositiveInt = 8
+    lengths: tuple[PositiveInt, ...] = ()
+    picture: str | None = None
+    export: Literal["csv"] | None = None
+    settings: str | None = None
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class PlanJob:
+    """The question, and the settings of how to show its plans."""
+
+    question: Question
+    settings: PlanSettings
+    model: ModelSource
+
+
+def prepare(config: DictConfig) -> PlanJob:
+    """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it makes no sense."""
+    settings, work = top_level(config, PlanSettings), section(config, "work", WorkSettings)
+    for name, suffixes in (("out", ()), ("picture", ()), ("settings", (".yaml", ".yml"))):
+        refuse_unwritable(getattr(settings, name), name, suffixes)
+    if settings.strategy not in (None, *work.strategies):
+        raise ValueError(f"strategy={settings.strategy} is none of work={work.kind}: use {', '.join(work.strategies)}")
+    if settings.max_ttft_s and work.kind not in ("prefill", "chat"):
+        raise ValueError(f"max_ttft_s limits work=prefill and work=chat, this is work={work.kind}: leave it out")
+    if settings.lengths and not settings.picture:
+        raise ValueError("lengths are drawn: add picture=FILE.svg")
+    machine = read_machine(settings.hardware)
+    model = section(config, "model", ModelSource)
+    question = Question(
+        shape=shape_of(locate(model, say)),
+        machine=machine,
+        gpus=settings.gpus,
+        work=work,
+        dtype_bytes=getattr(torch, model.dtype).itemsize,
+        strategy=settings.strategy,
+        allowed_drop=settings.allowed_drop,
+        max_ttft_s=settings.max_ttft_s,
+        max_memory_gb=settings.max_memory_gb,
+    )
+    return PlanJob(question, settings, model)
+
+
+def refuse_no_plan(plans: Sequence[Plan]) -> None:
+    """Raise ValueError, with why the fastest meshes are not feasible, if none of ``plans`` is."""
+    if plans[0].refused is None:
+        return
+    memory = min(plans, key=lambda plan: (not is_limit(plan), plan.memory_gb))
+    reasons = "; ".join(f"{plan.mesh}: {plan.refused}" for plan in (memory, plans[0]))
+    raise ValueError(f"no mesh of {plans[0].mesh.ranks} GPUs is feasible ({reasons}): use more GPUs, or other limits")
+
+
+def is_limit(plan: Plan) -> bool:
+    """Return True if only a limit, not a recipe, refuses ``plan``."""
+    return bool(plan.refused and plan.refused.startswith(("needs ", "takes ")))
+
+
+def table_of(plans: Sequence[Plan]) -> Table:
+    """Return a table of ``plans``, one line each."""
+    table = Table("mesh", "strategy", "time", "error", "tokens/s", "MFU", "memory", "most of the time", box=None)
+    for plan in plans:
+        table.add_row(
+            str(plan.mesh),
+            plan.strategy if plan.mesh.context > 1 else "",
+            in_words(plan.seconds),
+            "extrapolated" if plan.error is None else f"{plan.error:.0%}",
+            f"{plan.tokens_per_s:,.0f}",
+            "" if plan.mfu is None else f"{plan.mfu:.0%}",
+            f"{plan.memory_gb:,.1f} GB",
+            plan.bound,
+        )
+    return table
+
+
+def in_words(seconds: float) -> str:
+    """Return ``seconds`` with three digits, as s or ms."""
+    return f"{seconds:,.3g} s" if seconds >= 1 else f"{seconds * 1e3:,.3g} ms"
+
+
+def show(job: PlanJob, plans: Sequence[Plan]) -> None:
+    """Print the best meshes, the memory of the best one by part, and why faster meshes are not feasible."""
+    question, feasible = job.question, [plan for plan in plans if plan.refused is None]
+    work, best = question.work, feasible[0]
+    meaning = {"prefill": "time to first token", "decode": "time per token", "chat": "a turn", "train": "a step"}
+    console.print(f"{job.model.name}, {question.gpus} GPUs of {job.settings.hardware}: {meaning[work.kind]}")
+    console.print(table_of(feasible[: job.settings.show]))
+    parts = ", ".join(f"{name.replace('_', ' ')} {size / 1e9:,.1f}" for name, size in best.memory_parts.items() if size)
+    limit = f" of {question.memory_gb:,.0f}" if question.memory_gb else ""
+    console.print(f"memory of the best, GB{limit}: {parts}")
+    if question.numbers(best.mesh).ffn < question.dtype_bytes:
+        console.print(f"{job.settings.hardware} was measured with FP8 feed-forward weights; the recipes have none")
+    if work.total > question.shape.max_positions:
+        console.print(
+            f"the model has {question.shape.max_positions:,} positions: a run of {work.total:,} tokens also needs "
+            "model.max_positions and a larger model.rope_theta, or model.rope_factor"
+        )
+    for plan in [plan for plan in plans if plan.refused and plan.seconds < best.seconds][:3]:
+        console.print(f"faster, but not feasible: {plan.mesh} {in_words(plan.seconds)}: {plan.refused}")
+
+
+def print_csv(plans: Sequence[Plan]) -> None:
+    """Print ``plans`` to standard output as CSV, with a column for each axis and for each part of memory."""
+    names = ["strategy", "seconds", "error", "tokens_per_s", "memory_gb", "mfu", "bound"]
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow([*vars(plans[0].mesh), *names, *(f"{name}_gb" for name in plans[0].memory_parts)])
+    for plan in plans:
+        values = plan.as_dict()
+        memory = [size / 1e9 for size in plan.memory_parts.values()]
+        writer.writerow([*vars(plan.mesh).values(), *(values[name] for name in names), *memory])
+
+
+def draw(job: PlanJob, feasible: Sequence[Plan]) -> None:
+    """Draw time over length for each strategy, and the memory of the best meshes by part."""
+    question, settings = job.question, job.settings
+    assert settings.picture
+    lengths = settings.lengths or [max(1, question.work.context >> shift) for shift in range(5, -1, -1)]
+    draw_plan(
+        settings.picture,
+        lengths,
+        best_by_strategy(question, lengths),
+        {str(plan.mesh): plan.memory_parts for plan in feasible[:5]},
+        limit=question.memory_gb,
+        title=f"{job.model.name}, {question.gpus} GPUs of {settings.hardware}, {question.work.kind}",
+    )
+
+
+def task(config: DictConfig) -> None:
+    """Plan, then show, write, draw and export what was asked for."""
+    job = prepare(config)
+    settings, plans = job.settings, plans_of(job.question)
+    refuse_no_plan(plans)
+    feasible = [plan for plan in plans if plan.refused is None]
+    show(job, plans)
+    if settings.out:
+        write_plans(settings.out, feasible)
+    if settings.settings:
+        Path(settings.settings).parent.mkdir(parents=True, exist_ok=True)
+        Path(settings.settings).write_text(yaml.safe_dump(feasible[0].settings(), sort_keys=False))
+        console.print(f"written to {settings.settings}: a recipe takes it as plan={settings.settings}")
+    if settings.picture:
+        draw(job, feasible)
+        console.print(f"drawn to {settings.picture}")
+    if settings.export:
+        print_csv(feasible)
+
+
+def write_plans(out: str, plans: Sequence[Plan]) -> None:
+    """Write ``plans`` to ``out`` as a JSON list, a line each."""
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).write_text("[\n" + ",\n".join(json.dumps(plan.as_dict()) for plan in plans) + "\n]\n")
+    console.print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main("plan", task)

@@ -1,0 +1,174 @@
+"""recipes.plan: feasible meshes that the recipes take, with published results, limits, files and refusals."""
+
+import csv
+import io
+import json
+import random
+import re
+import time
+from dataclasses import replace
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from longctx.config import Mesh
+from longctx.model_shape import ModelShape
+from recipes import plan, pretrain
+from recipes.common import target
+from recipes.common.hardware_file import read_machine
+from recipes.common.planning import Question, WorkSettings, meshes_of, plans_of, refusal_of
+from tests.cost.predict import shape_named
+
+LLAMA_405B = shape_named("llama3_405b")
+GTT = read_machine("h100_gtt")
+MILLION = Question(LLAMA_405B, GTT, 128, WorkSettings("prefill", 10**6))
+
+
+def feasible(question):
+    return [one for one in plans_of(question) if one.refused is None]
+
+
+def test_million_tokens_of_405b_are_planned_as_they_were_run():
+    """arXiv 2411.01783: tp=8 on each of 16 nodes, pass-KV, 77 s, 63 % of 800 TFLOP/s."""
+    best = feasible(MILLION)[0]
+    assert (best.mesh, best.strategy) == (Mesh(tp=8, ring=16), "pass_kv")
+    assert best.seconds == pytest.approx(77, rel=0.02) and best.mfu == pytest.approx(0.63, abs=0.02)
+    assert best.error == GTT.errors["prefill"].share and best.bound.startswith("attention (8")
+    assert best.memory_gb < 96 < replace(best, question=replace(MILLION, dtype_bytes=4)).question.dtype_bytes * 96
+    other = next(one for one in feasible(MILLION) if one.mesh.ulysses > 1)
+    assert other.error is None, "no published run of this machine has Ulysses"
+
+
+def test_a_thousand_meshes_take_less_than_a_second():
+    """0.1 s; forty times as long under the type checks of the tests, so a fifth of them has 2 s."""
+    question = Question(shape_named("llama3_8b"), GTT, 24, WorkSettings("train", 65536, batch=24, zero1=True))
+    began = time.process_time()
+    assert len(plans_of(question)) > 200
+    assert time.process_time() - began < 2
+
+
+def test_limits_are_kept_and_named():
+    plans = plans_of(replace(MILLION, max_memory_gb=60))
+    assert all(one.refused for one in plans)
+    assert any(one.mesh == Mesh(tp=8, ring=16) and "of the 60.0 GB of a GPU (weights" in one.refused for one in plans)
+    hurried = replace(MILLION, max_ttft_s=50)
+    assert any("max_ttft_s=50" in one.refused for one in plans_of(hurried))
+
+
+@given(st.floats(20, 400), st.floats(1, 3))
+@settings(max_examples=5)
+def test_more_memory_never_makes_a_mesh_infeasible(memory, factor):
+    less, more = (
+        {(one.mesh, one.strategy) for one in feasible(replace(MILLION, gpus=16, max_memory_gb=limit))}
+        for limit in (memory, memory * factor)
+    )
+    assert less <= more
+
+
+def random_case(seed):
+    """Return a random model, work and number of GPUs."""
+    chance = random.Random(seed)
+    kv_heads = chance.choice([1, 2, 3, 4, 6, 8])
+    heads = kv_heads * chance.choice([1, 2, 3, 4])
+    layers, ffn = chance.choice([2, 3, 4, 6]), chance.choice([48, 64, 84, 90, 96])
+    shape = ModelShape(layers, heads * 8, heads, kv_heads, 8, ffn, 257, 4096, 1e-5, True, False)
+    gpus = chance.choice([1, 2, 3, 4, 6, 8, 12, 16, 24])
+    work = WorkSettings(chance.choice(["prefill", "decode", "chat", "train"]), chance.choice([5, 64, 1000]), batch=2)
+    return Question(shape, GTT, gpus, work)
+
+
+def test_meshes_of_200_random_models_agree_with_the_recipes_checks(monkeypatch, tmp_path):
+    """`resolve_target`, which every recipe calls, refuses exactly the meshes that no plan has, for the same reason."""
+    monkeypatch.setattr(target, "locate", lambda *_: tmp_path)
+    refused = 0
+    for seed in range(200):
+        question = random_case(seed)
+        monkeypatch.setattr(target, "shape_of", lambda _, shape=question.shape: shape)
+        meshes = list(meshes_of(question.gpus, trains=question.work.kind == "train"))
+        for mesh in random.Random(seed).sample(meshes, min(2, len(meshes))):
+            values = {"mesh": vars(mesh), "model": {"name": "tiny", "source": "x"}, "run": {"threads": 1}}
+            reason = refusal_of(question, mesh)
+            if reason and not reason.startswith(("data.", "mesh.pp", "mesh.ulysses x mesh.ring")):
+                with pytest.raises(ValueError, match=re.escape(reason)):
+                    target.resolve_target(OmegaConf.create(values), "recipes.generate", needs_weights=False)
+                refused += 1
+            else:
+                target.resolve_target(OmegaConf.create(values), "recipes.generate", needs_weights=False)
+    assert refused > 100
+
+
+@pytest.mark.parametrize("mesh", [Mesh(tp=3), Mesh(ulysses=9), Mesh(tp=9), Mesh(ulysses=2), Mesh(ring=5, tp=3)])
+def test_generate_takes_the_planned_meshes_of_a_real_folder(prepared, tiny, mesh):
+    question = Question(plan.shape_of(tiny), GTT, mesh.ranks, WorkSettings("prefill", 9))
+    words = [f"mesh.{axis}={ranks}" for axis, ranks in vars(mesh).items()]
+    try:
+        prepared(*words, "prompt.text=The river")
+        reason = None
+    except ValueError as error:
+        reason = str(error)
+    assert refusal_of(question, mesh) == reason
+
+
+@pytest.mark.parametrize("words", [("mesh.pp=2",), ("mesh.pp=3",), ("mesh.dp=3",), ("mesh.tp=2", "mesh.ring=3")])
+def test_pretrain_takes_the_planned_meshes(config_of, tmp_path, words):
+    (tmp_path / "text.txt").write_text("a b c d e f g " * 200)
+    data = ("data=text", f"data.sources=[{{path:{tmp_path}/text.txt}}]", "data.length=64", "data.batch=2")
+    config = config_of("pretrain", *data, "evaluate.every=0", f"out={tmp_path}/run", *words)
+    shape = shape_named("tiny")
+    mesh = Mesh(**{word.partition("=")[0].removeprefix("mesh."): int(word.partition("=")[2]) for word in words})
+    reason = refusal_of(Question(shape, GTT, mesh.ranks, WorkSettings("train", 64, batch=2)), mesh)
+    if reason is None:
+        assert pretrain.prepare(config).target.mesh == mesh
+    else:
+        with pytest.raises(ValueError, match=r"use") as error:
+            pretrain.prepare(config)
+        assert str(error.value) == reason
+
+
+def test_command_line_writes_and_draws_and_exports(cli, tiny, tmp_path):
+    words = (f"model={tiny}", "hardware=a800", "gpus=6", "work=chat", "work.cached=50", "work.context=30")
+    files = (f"out={tmp_path}/p.json", f"picture={tmp_path}/p.svg", f"settings={tmp_path}/best.yaml", "export=csv")
+    code, out, err = cli(plan, plan.task, *words, "work.new_tokens=3", *files)
+    assert code == 0, err
+    plans = json.loads((tmp_path / "p.json").read_text())
+    names = {"mesh", "strategy", "seconds", "error", "bound", "memory_gb", "memory_parts", "mfu", "bytes"}
+    assert names <= set(plans[0])
+    assert [one["seconds"] for one in plans] == sorted(one["seconds"] for one in plans)
+    assert plans[0]["seconds"] == pytest.approx(plans[0]["ttft_s"] + 3 * plans[0]["ttit_s"])
+    assert plans[0]["memory_gb"] == pytest.approx(sum(plans[0]["memory_parts"].values()))
+    table = list(csv.DictReader(io.StringIO(out)))
+    assert [float(line["seconds"]) for line in table] == [one["seconds"] for one in plans]
+    best = yaml.safe_load((tmp_path / "best.yaml").read_text())
+    assert best["mesh.ring"] == plans[0]["mesh"]["ring"] and best["context.strategy"] == plans[0]["strategy"]
+    assert "tp=" in (tmp_path / "p.svg").read_text() or "ring" in (tmp_path / "p.svg").read_text()
+    assert "error" in err and "memory of the best, GB of 80" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("hardware=h100", "gpus=8"), "use a100_hbw, "),
+        (("hardware=h200", "gpus=0"), "gpus=0"),
+        (("hardware=h200", "gpus=8", "strategy=ring"), "use pass_kv, pass_q, all_gather_kv"),
+        (("hardware=h200", "gpus=8", "work=train", "max_ttft_s=1"), "leave it out"),
+        (("hardware=h200", "gpus=8", "lengths=[1,2]"), "add picture=FILE.svg"),
+        (("hardware=h200", "gpus=8", "work.cached=5"), "use work=chat"),
+        (("hardware=h200", "gpus=8", "work.zero1=true"), "use work=train"),
+        (("hardware=h200", "gpus=5", "max_memory_gb=1e-9"), "no mesh of 5 GPUs is feasible"),
+    ],
+)
+def test_nonsense_is_refused_with_what_to_change(refused, tiny, words, says):
+    assert says in refused(plan, plan.task, f"model={tiny}", *words)
+
+
+def test_calibrated_machines_plan_too(tmp_path):
+    link = {"latency_s": 1e-4, "bytes_per_s": 1e9}
+    values = {"flops": 1e10, "kv_bytes_per_s": 1e9, "block_s": 1e-5, "hop": link, "exchange": link, "overlap": 0.5}
+    (tmp_path / "laptop.yaml").write_text(yaml.safe_dump(values))
+    machine = read_machine(str(tmp_path / "laptop.yaml"))
+    best = feasible(Question(shape_named("tiny"), machine, 2, WorkSettings("prefill", 4096), dtype_bytes=4))[0]
+    assert best.mesh == Mesh(tp=2) or best.mesh.context == 2
+    assert best.mfu is None and best.error is None and best.question.memory_gb is None
