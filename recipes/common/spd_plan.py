@@ -8,7 +8,6 @@ from omegaconf import DictConfig
 from longctx.config import SPD, Mesh, ModelSource
 from longctx.hf.checkpoint import fingerprint
 from longctx.model_shape import ModelShape
-from longctx.parallel.validate import refuse_unfit
 from longctx.spd.plan import (
     SavedPlan,
     SPDPlan,
@@ -48,6 +47,8 @@ def plan_of(
 
 def refuse_unshared(mesh: Mesh, degree: Mesh, plan: SPDPlan, shape: ModelShape) -> None:
     """Raise ValueError unless context ranks that share their weights can drop the reductions of ``plan``."""
+    from longctx.parallel.validate import refuse_unfit  # here, since it imports torch
+
     if mesh.tp > 1:
         raise ValueError(
             f"context.decode=sharded drops reductions over context ranks alone, this is mesh.tp={mesh.tp}: use "
