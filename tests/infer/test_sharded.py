@@ -32,14 +32,19 @@ from tests.infer.talk import Say
 from tests.infer.test_session import check
 from tests.infer.test_spd import KINDS as DROPPING
 from tests.infer.thread_ranks import run_engines, single_rank
-from tests.megatron.kinds import KINDS, SMALL, random_model
+from tests.megatron.kinds import SMALL, random_model
 from tests.tiny import tiny_model
 from tests.train.spd_oracle import drop
 
 PROMPT = [(7 * i * i + 3 * i) % 256 for i in range(23)]
 SHARDED = Context(decode="sharded")
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB = 2, 36, 9, 3, 4, 51, 256  # the model of tests/tiny.py
-MESHES = [Mesh(ring=2), Mesh(ring=3), Mesh(ring=4), Mesh(ulysses=3), Mesh(ulysses=3, ring=2)]
+MESHES = [Mesh(ring=4), Mesh(ulysses=3, ring=2)]  # test_session.py and test_parity.py have others, on processes
+# One for each feature of a projection, norm or factor; test_families.py has all kinds, on tp x ring.
+ODD_KINDS = (
+    "llama with all biases", "qwen2, with biases", "qwen3", "olmo2", "phi3, longrope", "gemma3", "granite",
+    "starcoder2", "glm4",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +132,8 @@ def test_session_moves_to_another_mesh(runtime, tiny, tmp_path):
     check(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), {}, TURNS, first + second)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_family_has_the_logits_of_transformers(runtime, tmp_path, kind):
+@pytest.mark.parametrize("kind", ODD_KINDS)
+def test_families_have_the_logits_of_transformers(runtime, tmp_path, kind):
     """In float64: two sequences, longer than the windows, and a step of one token each."""
     folder = random_model(kind, tmp_path / "model", eos_token_id=None)
     mesh, draw, lengths = Mesh(ulysses=2, ring=2), random.Random(2), [151, 133]
@@ -218,7 +223,7 @@ def test_layers_without_shares_are_refused(runtime, tiny):
     assert run_engines(runtime, tiny, Mesh(ring=2), refuse) == ["refused"] * 2
 
 
-@pytest.mark.parametrize(("mesh", "dropped"), [(Mesh(ring=3), (1,)), (Mesh(ulysses=3), (0, 1)), (Mesh(ring=3), (0,))])
+@pytest.mark.parametrize(("mesh", "dropped"), [(Mesh(ring=3), (1,)), (Mesh(ulysses=3), (0, 1))])
 def test_dropped_reductions_match_the_equations(runtime, loud, mesh, dropped):
     """A plan for tp=3 on 3 context ranks: one collective fewer per dropped block, with the tokens of the equations."""
     by_thread: dict[int, Counter[str]] = {}
