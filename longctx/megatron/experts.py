@@ -23,7 +23,7 @@ from torch import nn
 
 from longctx.megatron.modules import BiasedColumnParallelLinear, BiasedRowParallelLinear
 from longctx.model_shape import ModelShape
-from longctx.shapes import Float, Tensor
+from longctx.shapes import Float, Int, Tensor
 
 
 class Router(TopKRouter):
@@ -41,6 +41,26 @@ class Router(TopKRouter):
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Do nothing: no family has a bias for balance.  megatron-core's method would compile itself."""
+
+
+class SequentialExperts(SequentialMLP):
+    """megatron-core's experts, one after the other; those that no token chose are skipped in inference.
+
+    In training they run too, so that every weight has a gradient.
+    """
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "chosen hidden"],
+        tokens_per_expert: Int[Tensor, " experts"],
+        probs: Float[Tensor, " chosen"],
+    ) -> tuple[Float[Tensor, "chosen hidden"], None]:
+        if self.training:
+            out, _ = super().forward(hidden, tokens_per_expert, probs)
+            return out, None
+        counts = tokens_per_expert.tolist()
+        inputs = zip(self.local_experts, hidden.split(counts), probs.split(counts), strict=True)
+        return torch.cat([expert(x, weights)[0] for expert, x, weights in inputs if len(x)]), None
 
 
 class ExpertRowParallelLinear(BiasedRowParallelLinear):
@@ -106,5 +126,5 @@ def mixture_spec(shape: ModelShape, groups: ProcessGroupCollection) -> ModuleSpe
     return ModuleSpec(
         module=MixtureOfExperts,
         params={"pg_collection": groups},
-        submodules=MoESubmodules(experts=ModuleSpec(module=SequentialMLP, submodules=experts), router=router),
+        submodules=MoESubmodules(experts=ModuleSpec(module=SequentialExperts, submodules=experts), router=router),
     )

@@ -94,8 +94,10 @@ def prepare(config: DictConfig) -> DriftJob:
     target = resolve_target(config, "recipes.bench drift", spd="refuse")
     if target.model.dtype != "bfloat16":
         raise ValueError(f"model.dtype={target.model.dtype}: drift is measured in bfloat16; use model.dtype=bfloat16")
-    if set(target.shape.windows) != {None}:
-        raise ValueError(f"{target.model.name} has windows, which this benchmark does not apply: use another model")
+    if set(target.shape.windows) != {None} or target.shape.sinks:
+        raise ValueError(
+            f"{target.model.name} has windows or sinks, which this benchmark does not apply: use another model"
+        )
     refuse_beyond_model(target, tokens=settings.tokens)
     layers = settings.layers or tuple(range(target.shape.layers))
     if max(layers) >= target.shape.layers:
