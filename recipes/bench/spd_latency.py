@@ -18,7 +18,7 @@ from rich.table import Table
 from longctx.config import Context, Sampling
 from longctx.cost.reduction import all_reduce_seconds, communication_saved, spd_forward_seconds
 from longctx.parallel.launch import Rank
-from longctx.spd.plan import SPDPlan, within
+from longctx.spd.plan import SPDPlan, refuse_unfit_shape, within
 from recipes.bench.hosts import bits_per_s, is_host, refuse_hosts, run_on_hosts
 from recipes.bench.timing import (
     barrier,
@@ -133,6 +133,12 @@ def prepare(config: DictConfig) -> LatencyJob:
         raise ValueError(f"mesh.tp={mesh.tp}: one rank has no reduction to drop, use mesh.tp=2 or more")
     if dtype != "float32":
         raise ValueError(f"model.dtype={dtype}: bytes are counted for float32 only; use model.dtype=float32")
+    refuse_unfit_shape(target.shape)
+    if target.shape.norms != "pre":
+        raise ValueError(
+            "this model normalises the output of attention, and spd_latency predicts the bytes of models that do not: "
+            "use a model like Llama or Qwen"
+        )
     if settings.hosts:
         refuse_hosts(settings.hosts, settings.rate, mesh)
     elif settings.latency_us:

@@ -16,6 +16,8 @@ from recipes import spd_sensitivity
 from recipes.bench import spd_latency, spd_quality, spd_sweep
 from recipes.common import target
 from recipes.common.cli import compose_config
+from tests.megatron.kinds import random_model
+from tests.tiny import tiny_tokenizer
 
 
 def test_latency_counts_the_remaining_reductions(cli, tiny, tmp_path):
@@ -87,6 +89,14 @@ def test_quality_and_sweep_agree_with_the_sensitivity(cli, tiny, tmp_path):
 )
 def test_what_cannot_be_measured_is_refused(refused, tiny, settings, words):
     assert words in refused(spd_latency, spd_latency.task, f"model={tiny}", *settings)
+
+
+def test_latency_of_a_model_with_output_norms_is_refused(refused, tmp_path, capsys):
+    model = random_model("gemma3", tmp_path, vocab_size=307, eos_token_id=None)
+    tiny_tokenizer().save_pretrained(model)
+    capsys.readouterr()  # the progress bar of saving
+    says = refused(spd_latency, spd_latency.task, f"model={model}", "mesh.tp=2")
+    assert "this model normalises the output of attention" in says
 
 
 def test_a_prompt_longer_than_the_text_is_refused(tiny, monkeypatch):
