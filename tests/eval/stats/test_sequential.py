@@ -27,7 +27,7 @@ def test_twenty_looks_together_leave_the_quantile_in_5_percent():
 
 def test_sizes_grow_to_the_end_of_each_set():
     available = {"a": 10**5, "b": 100, "c": 7}
-    assert [sizes_at(look, available) for look in (0, 1, 5)] == [
+    assert [sizes_at(step, available) for step in (0, 1, 5)] == [
         {"a": 100, "b": 100, "c": 7},
         {"a": 125, "b": 100, "c": 7},
         {"a": 305, "b": 100, "c": 7},
