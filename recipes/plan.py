@@ -139,7 +139,8 @@ def show(job: PlanJob, plans: Sequence[Plan]) -> None:
             f"the model has {question.shape.max_positions:,} positions: a run of {work.total:,} tokens also needs "
             "model.max_positions and a larger model.rope_theta, or model.rope_factor"
         )
-    for plan in [plan for plan in plans if plan.refused and plan.seconds < best.seconds][:3]:
+    faster = {plan.mesh: plan for plan in reversed(plans) if plan.refused and plan.seconds < best.seconds}
+    for plan in sorted(faster.values(), key=lambda plan: plan.seconds)[:3]:
         console.print(f"faster, but not feasible: {plan.mesh} {in_words(plan.seconds)}: {plan.refused}")
 
 
@@ -163,7 +164,7 @@ def draw(job: PlanJob, feasible: Sequence[Plan]) -> None:
         settings.picture,
         lengths,
         best_by_strategy(question, lengths),
-        {str(plan.mesh): plan.memory_parts for plan in feasible[:5]},
+        {str(plan.mesh): plan.memory_parts for plan in feasible[:4]},
         limit=question.memory_gb,
         title=f"{job.model.name}, {question.gpus} GPUs of {settings.hardware}, {question.work.kind}",
     )

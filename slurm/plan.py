@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from longctx.config import Mesh
 from recipes.common.cli import compose_config, say
-from recipes.common.overrides import CONFIGS, as_overrides, literal, path_word
+from recipes.common.overrides import CONFIGS, as_overrides, expand_plan, literal, path_word
 from recipes.common.places import is_file_name, numbered_out, refuse_unwritable_folder
 from recipes.common.renamed import rename_override, rename_settings
 from recipes.common.settings import section
@@ -84,7 +84,7 @@ def plan_job(settings: SubmitSettings, launcher: Launcher, words: Sequence[str])
     """
     # 1. The runs of the recipe, and the job's folder.
     recipe = recipe_of(str(settings.recipe))
-    words = [rename_override(word, say) for word in _with_example(recipe.config_name, words)]
+    words = [rename_override(word, say) for word in _with_example(recipe.config_name, expand_plan(words))]
     shared, sweep = split_sweep(recipe.config_name, words)
     if settings.parallel and not sweep:
         raise ValueError(f"parallel={settings.parallel} is of a sweep, and no setting lists values: leave it out")

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
@@ -37,8 +38,28 @@ def as_overrides(config_name: str, words: Sequence[str], say: Say, *, sweep: boo
     Raises ValueError for a word without a value, text that needs quotes, an unknown model, a file whose name starts
     with ``_`` (others extend it), an experiment of a different recipe, and a comma in a path outside a sweep.
     """
-    renamed = [rename_override(word, say) for word in words]
+    renamed = [rename_override(word, say) for word in expand_plan(words)]
     return [override for word in renamed for override in _overrides(config_name, word, sweep)]
+
+
+def expand_plan(words: Sequence[str]) -> list[str]:
+    """Return ``words`` with ``plan=FILE`` replaced by the settings in FILE, which come first, so that others win.
+
+    Raises ValueError if the file, which ``recipes.plan settings=FILE.yaml`` writes, has no settings.
+    """
+    files = [word.partition("=")[2] for word in words if word.startswith("plan=")]
+    planned = [setting for file in files for setting in _planned(file)]
+    return [*planned, *(word for word in words if not word.startswith("plan="))]
+
+
+def _planned(file: str) -> list[str]:
+    try:
+        values = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
+        return [f"{name}={yaml.safe_dump(value).split()[0]}" for name, value in values.items()]
+    except (OSError, AttributeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"plan={file} has no settings ({error}): write it with python -m recipes.plan ... settings=FILE.yaml"
+        ) from error
 
 
 def choices(group: str) -> list[str]:

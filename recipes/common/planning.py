@@ -103,7 +103,8 @@ class Plan:
     """A mesh and a strategy, with what they cost.
 
     ``seconds`` is the time to first token (prefill), of a token (decode), of a turn with its answer (chat) or of a step
-    (train).  ``refused`` says why a recipe would refuse the mesh, or which limit it breaks; None if it is feasible.
+    (train).  ``answer`` is the cost of one token of an answer.  ``refused`` says why a recipe would refuse the mesh, or
+    which limit it breaks; None if it is feasible.
     """
 
     question: Question
@@ -112,12 +113,27 @@ class Plan:
     cost: PassCost
     memory_parts: dict[str, float]
     refused: str | None
-    ttit_s: float | None = None
+    answer: PassCost | None = None
 
     @property
+    def ttit_s(self) -> float | None:
+        """Seconds from token to token, None for work without decoded tokens."""
+        if self.question.work.kind == "decode":
+            return self.cost.seconds
+        return self.answer.seconds if self.answer else None
+
+    @cached_property
+    def parts(self) -> dict[str, float]:
+        """Seconds of the work by part, those of an answer's tokens included."""
+        parts = dict(self.cost.parts)
+        for name, seconds in self.answer.parts.items() if self.answer else ():
+            parts[name] = parts.get(name, 0.0) + self.question.work.new_tokens * seconds
+        return parts
+
+    @cached_property
     def seconds(self) -> float:
         """Seconds of the work."""
-        return self.cost.seconds + self.question.work.new_tokens * (self.ttit_s or 0.0)
+        return sum(self.parts.values())
 
     @property
     def ttft_s(self) -> float | None:
@@ -140,8 +156,8 @@ class Plan:
     @property
     def bound(self) -> str:
         """The part that takes most of the time, in words."""
-        name, seconds = max(self.cost.parts.items(), key=lambda part: part[1])
-        return f"{WORDS[name]} ({seconds / self.cost.seconds:.0%} of the time)"
+        name, seconds = max(self.parts.items(), key=lambda part: part[1])
+        return f"{WORDS[name]} ({seconds / self.seconds:.0%} of the time)"
 
     @cached_property
     def tokens_per_s(self) -> float:
@@ -171,11 +187,11 @@ class Plan:
             "strategy": self.strategy,
             "seconds": self.seconds,
             "ttft_s": self.ttft_s,
-            "ttit_s": self.seconds if self.question.work.kind == "decode" else self.ttit_s,
+            "ttit_s": self.ttit_s,
             "tokens_per_s": self.tokens_per_s,
             "error": self.error if self.error is not None else "extrapolated",
             "bound": self.bound,
-            "seconds_by_part": {WORDS[name]: seconds for name, seconds in self.cost.parts.items() if seconds},
+            "seconds_by_part": {WORDS[name]: seconds for name, seconds in self.parts.items() if seconds},
             "memory_gb": self.memory_gb,
             "memory_parts": {name: size / 1e9 for name, size in self.memory_parts.items()},
             "mfu": self.mfu,
@@ -199,9 +215,14 @@ def plans_of(question: Question) -> list[Plan]:
     plans = [
         _plan(question, mesh, strategy)
         for mesh in meshes_of(question.gpus, trains=question.work.kind == "train")
-        for strategy in (strategies if mesh.context > 1 else strategies[:1])
+        for strategy in (strategies if _has_choice(question.work, mesh) else strategies[:1])
     ]
     return sorted(plans, key=lambda plan: (plan.refused is not None, plan.seconds, plan.memory_gb))
+
+
+def _has_choice(work: WorkSettings, mesh: Mesh) -> bool:
+    """Return True if strategies differ on ``mesh``: on one ring rank, those of prefill and training are the same."""
+    return mesh.context > 1 if work.kind == "decode" else mesh.ring > 1
 
 
 def meshes_of(gpus: int, *, trains: bool) -> Iterator[Mesh]:
@@ -214,7 +235,7 @@ def meshes_of(gpus: int, *, trains: bool) -> Iterator[Mesh]:
 
 def _plan(question: Question, mesh: Mesh, strategy: str) -> Plan:
     work, shape, machine, numbers = question.work, question.shape, question.machine, question.numbers(mesh)
-    ttit_s = None
+    answer = None
     if work.kind == "train":
         step = StepWork(work.context, work.batch, zero1=work.zero1, recompute=work.recompute)
         cost = step_cost(shape, mesh, machine, step, strategy, numbers)
@@ -229,8 +250,8 @@ def _plan(question: Question, mesh: Mesh, strategy: str) -> Plan:
         memory = inference_bytes(shape, mesh, new, cached, strategy, numbers)
         if work.new_tokens:
             totals = [work.cached + work.context] * work.batch
-            ttit_s = decode_cost(shape, mesh, machine, totals, MERGE, numbers).seconds
-    plan = Plan(question, mesh, strategy, cost, memory, None, ttit_s)
+            answer = decode_cost(shape, mesh, machine, totals, MERGE, numbers)
+    plan = Plan(question, mesh, strategy, cost, memory, None, answer)
     refused = refusal_of(question, mesh) or broken_limit(question, plan)
     return replace(plan, refused=refused)
 

@@ -172,3 +172,24 @@ def test_calibrated_machines_plan_too(tmp_path):
     best = feasible(Question(shape_named("tiny"), machine, 2, WorkSettings("prefill", 4096), dtype_bytes=4))[0]
     assert best.mesh == Mesh(tp=2) or best.mesh.context == 2
     assert best.mfu is None and best.error is None and best.question.memory_gb is None
+
+
+def test_recipes_take_a_plan_and_the_command_line_wins(tmp_path, config_of):
+    file = tmp_path / "best.yaml"
+    question = Question(shape_named("tiny"), GTT, 2, WorkSettings("train", 64, batch=2, zero1=True))
+    best = feasible(question)[0]
+    file.write_text(yaml.safe_dump(best.settings()))
+    config = config_of("pretrain", f"plan={file}", "out=x")
+    assert (dict(config.mesh), config.optim.zero1, config.recompute) == (vars(best.mesh), True, "none")
+    assert config_of("pretrain", "mesh.ring=5", f"plan={file}", "out=x").mesh.ring == 5
+    file.write_text("a list")
+    with pytest.raises(ValueError, match=r"settings=FILE\.yaml"):
+        config_of("generate", f"plan={file}")
+
+
+def test_answers_count_in_a_turn_and_its_bound():
+    turn = replace(MILLION, gpus=16, work=WorkSettings("chat", 16, cached=64000, new_tokens=100))
+    best = feasible(turn)[0]
+    assert best.seconds == pytest.approx(best.ttft_s + 100 * best.ttit_s)
+    assert best.bound.startswith("reading the weights")
+    assert best.seconds == pytest.approx(sum(best.as_dict()["seconds_by_part"].values()))

@@ -126,7 +126,7 @@ def test_bases_exist_in_the_groups_of_models_and_data():
 
 def test_a_base_is_refused_before_anything_starts(refused):
     assert "data=_base only holds defaults" in refused(pretrain, pretrain.task, "data=_base", "out=a")
-    assert "model=_base is unknown: use gemma3_270m, smollm2_135m, tiny" in refused(
+    assert "model=_base is unknown: use gemma3_270m, llama2_13b, " in refused(
         pretrain, pretrain.task, "model=_base", "out=a"
     )
 
