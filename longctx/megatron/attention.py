@@ -35,11 +35,11 @@ class RotaryTable:
         turned = x[..., :channels]
         if self.interleaved:
             quarter_turn = torch.stack([-turned[..., 1::2], turned[..., ::2]], -1).flatten(-2)
-        else:
-            first, second = turned.chunk(2, -1)
-            quarter_turn = torch.cat([-second, first], -1)
-        turned = turned * cos + quarter_turn * sin
-        return turned if channels == x.shape[-1] else torch.cat([turned, x[..., channels:]], -1)
+            return torch.cat([turned * cos + quarter_turn * sin, x[..., channels:]], -1)
+        # Both halves have the same angles.  No half is negated or copied on the way, since memory is what this costs.
+        (first, second), cos, sin = turned.chunk(2, -1), cos[..., : channels // 2], sin[..., : channels // 2]
+        halves = (first * cos).addcmul(second, sin, value=-1), (second * cos).addcmul(first, sin)
+        return torch.cat([*halves, x[..., channels:]], -1)
 
 
 def rotary_tables(

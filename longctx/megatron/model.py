@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -26,6 +26,7 @@ from longctx.megatron.experts import mixture_config, mixture_spec
 from longctx.megatron.modules import (
     BiasedColumnParallelLinear,
     BiasedRowParallelLinear,
+    FeedForward,
     LayerNorm,
     NormedRowParallelLinear,
     RMSNorm,
@@ -283,7 +284,7 @@ def local_layer_spec(
 
 def _mlp(shape: ModelShape, rows: int | None) -> ModuleSpec:
     return ModuleSpec(
-        module=MLP if rows is None else TiledMLP,
+        module=FeedForward if rows is None else TiledMLP,
         params={} if rows is None else {"rows": rows},
         submodules=MLPSubmodules(
             linear_fc1=BiasedColumnParallelLinear if shape.mlp_bias else UpProjection,

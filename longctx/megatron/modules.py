@@ -100,7 +100,28 @@ class _SumOverRanks(torch.autograd.Function):
         return total, None
 
 
-class TiledMLP(MLP):
+class FeedForward(MLP):
+    """megatron-core's MLP in less than half the time between its projections.
+
+    megatron-core adds an offset of 0 to the values before it gates them.  Without gradients, the gate works in place.
+
+    Like `MLP`, returns a bias that the caller is to add, or None.
+    """
+
+    def forward(self, x: Float[Tensor, "s b hidden"], **_: Any) -> tuple[Tensor, Tensor | None]:
+        out: tuple[Tensor, Tensor | None]
+        if not self.config.gated_linear_unit:
+            out = super().forward(x)
+            return out
+        both, bias = self.linear_fc1(x)
+        gate, up = (both if bias is None else both + bias).chunk(2, -1)
+        gated = self.config.activation_func(gate)
+        gated = gated * up if torch.is_grad_enabled() else gated.mul_(up)
+        out = self.linear_fc2(gated)
+        return out
+
+
+class TiledMLP(FeedForward):
     """An MLP that computes ``rows`` rows at a time, and again in the backward.
 
     The activations of only ``rows`` rows exist at once (Arctic long sequence training, arXiv 2506.13996).

@@ -14,6 +14,7 @@ from torch import Tensor
 from longctx.attention.flash_cpu import flash_cpu
 from longctx.attention.kernel import Kernel
 from longctx.attention.layout import zigzag
+from longctx.attention.partial import Partial
 from longctx.config import Mesh, ModelSource, PromptSource
 from longctx.data.prompt import prompt_tokens
 from longctx.hf.config import shape_of, tokenizer_of
@@ -74,6 +75,22 @@ def test_error_grows_with_bfloat16_partials():
     """The test above can fail."""
     one = relative_error(inputs(), exact_output(), STRATEGIES["pass_kv"], 1, flash_cpu)
     assert relative_error(inputs(), exact_output(), STRATEGIES["pass_kv"], 8, in_bfloat16(flash_cpu)) > MAX_RATIO * one
+
+
+def forward_in_bfloat16(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Partial:
+    """Return a tile's attention as torch's op computes it in bfloat16: its output is bfloat16, its lse float32."""
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first, 0.0, causal)
+    return Partial(out.transpose(1, 2).float(), lse.transpose(1, 2))
+
+
+@pytest.mark.parametrize("scale", [1, 5])
+def test_error_grows_with_ranks_if_tiles_are_computed_in_bfloat16(scale):
+    """Therefore `flash_cpu` computes in float32, although the op takes bfloat16.  ``scale`` makes the softmax peaky."""
+    q, k, v = inputs()
+    of, kernel = (q * scale, k, v), replace(flash_cpu, forward=forward_in_bfloat16)
+    one, four = (relative_error(of, dense(of), STRATEGIES["pass_kv"], ranks, kernel) for ranks in (1, 4))
+    assert four > MAX_RATIO * one
 
 
 def capture_inputs(rank: Rank, model: ModelSource, folder: Path, tokens: list[int]) -> dict[int, Inputs]:

@@ -1,0 +1,66 @@
+"""The gated feed-forward network, and rotary embedding: exact, and with no more passes over memory than they need."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from longctx.megatron.attention import RotaryTable
+from longctx.megatron.modules import FeedForward
+
+S, FFN = 13, 7
+
+
+class Operations(TorchDispatchMode):
+    """Records the names of the operations in its block."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("learns", [False, True])
+def test_gated_network_adds_nothing_and_gates_in_place(biased, learns):
+    """Between the projections; that of its input is left as it was, since a projection may return a view."""
+    both, bias = torch.randn(S, 1, 2 * FFN, dtype=torch.float64), torch.randn(2 * FFN, dtype=torch.float64)
+    before = both.clone()
+    mlp = SimpleNamespace(
+        config=SimpleNamespace(gated_linear_unit=True, activation_func=F.silu),
+        linear_fc1=lambda _: (both, bias if biased else None),
+        linear_fc2=lambda x: (x, None),
+    )
+    with torch.set_grad_enabled(learns), Operations() as operations:
+        out, _ = FeedForward.forward(mlp, both)
+    gate, up = (before + bias if biased else before).chunk(2, -1)
+    torch.testing.assert_close(out, gate / (1 + (-gate).exp()) * up, rtol=1e-12, atol=1e-12)
+    assert torch.equal(both, before)
+    assert [name for name in operations.names if name not in ("split", "silu")] == [
+        *(["add"] if biased else []),
+        "mul" if learns else "mul_",
+    ]
+
+
+@pytest.mark.parametrize(("d", "channels"), [(10, 10), (14, 6)])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotation_is_multiplication_of_complex_numbers(interleaved, d, channels):
+    """A channel and its partner, half of the channels on or the next one, are a complex number."""
+    angles = torch.rand(S, channels // 2, dtype=torch.float64)
+    both = angles.repeat_interleave(2, -1) if interleaved else torch.cat([angles, angles], -1)
+    x = torch.randn(S, 2, 3, d, dtype=torch.float64, requires_grad=True)
+    pairs = x[..., :channels].unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    real, imaginary = pairs.unbind(-1 if interleaved else -2)
+    turned = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angles), angles)[:, None, None]
+    parts = torch.stack([turned.real, turned.imag], -1 if interleaved else -2).flatten(-2)
+    expected = torch.cat([parts, x[..., channels:]], -1)
+    rotated = RotaryTable(both.cos(), both.sin(), interleaved).rotate(x)
+    torch.testing.assert_close(rotated, expected, rtol=1e-12, atol=1e-12)
+    gradient = torch.randn_like(x)
+    got, right = (torch.autograd.grad(y, x, gradient, retain_graph=True)[0] for y in (rotated, expected))
+    torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12)
