@@ -277,9 +277,9 @@ def task(config: DictConfig) -> None:
         if figures is None:
             return
         answers = decode_answers(job, figures)
-        show(job, figures, answers)
-        if job.settings.out:
+        if job.settings.out:  # before the answer is printed, whose reader may have gone
             write_result(job.settings.out, describe(job, figures, answers))
+        show(job, figures, answers)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """A command that loads for long says so first; one that starts at once, --help and other ranks print nothing."""
 
+import os
+
 import pytest
 
 from recipes.common import startup
+from recipes.common.cli import exit_on_error
 
 
 @pytest.fixture
@@ -42,3 +45,17 @@ def test_help_and_other_programs_say_nothing(started, argv):
 def test_only_the_first_rank_says_it(started, monkeypatch, name):
     monkeypatch.setenv(name, "1")
     assert started("python", "-m", "recipes.generate") == ""
+
+
+@pytest.mark.parametrize(
+    "write", [lambda: startup.print_page("help"), lambda: exit_on_error(lambda: print("x", flush=True))]
+)
+def test_output_that_nobody_reads_ends_quietly(monkeypatch, write):
+    """``longctx VERB --help | head``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        with pytest.raises(SystemExit) as leaving:
+            write()
+    assert leaving.value.code == 141
