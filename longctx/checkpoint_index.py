@@ -31,7 +31,7 @@ def fault_of(checkpoint: Path) -> str:
     try:
         index: dict[str, Any] = json.loads((checkpoint / RUN).read_text())
         sizes = dict(index["files"])
-    except (OSError, KeyError, TypeError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError, RecursionError):
         return f"it has no whole {RUN}"
     # Versions before 0.2 wrote neither checksums nor the checksum of run.json.
     if (KEY in index or _CHECKSUMS in index) and not (

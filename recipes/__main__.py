@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-from recipes.common.startup import announce
+from recipes.common.startup import announce, print_page
 
 # Verb -> module and what it does.
 VERBS = {
@@ -42,9 +42,8 @@ def main() -> None:
         advice = f"did you mean {near[0]}?" if near else "longctx --help lists the verbs"
         print(f"error: there is no verb {verb}: {advice}", file=sys.stderr)
         sys.exit(2)
-    print("longctx VERB key=value ...; longctx VERB --help lists the verb's settings\n")
-    for name, (_, description) in VERBS.items():
-        print(f"  {name:16} {description}")
+    lines = [f"  {name:16} {description}" for name, (_, description) in VERBS.items()]
+    print_page("\n".join(["longctx VERB key=value ...; longctx VERB --help lists the verb's settings", "", *lines]))
     sys.exit(0 if verb else 2)
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from longctx.cost.hardware import Hardware
 from longctx.parallel.launch import Rank
 from recipes.common.cli import console, main, on_ranks, threads_here, warm_up_ranks
+from recipes.common.manifest import record, refuse_other_recipe
 from recipes.common.places import refuse_unwritable
 from recipes.common.provenance import provenance
 from recipes.common.settings import top_level
@@ -23,6 +24,9 @@ from recipes.common.target import Target, resolve_target
 
 if TYPE_CHECKING:
     from longctx.megatron.runtime import Runtime
+
+
+RECIPE = "recipes.calibrate"
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def resolve_calibration(config: DictConfig) -> tuple[Target, CalibrateSettings]:
     from longctx.attention.backends import kernel_for
 
     settings = top_level(config, CalibrateSettings)
-    target = resolve_target(config, "recipes.calibrate", unused_axes=("dp", "pp"), needs_weights=False)
+    target = resolve_target(config, RECIPE, unused_axes=("dp", "pp"), needs_weights=False)
     target = replace(target, context=replace(target.context, kernel=settings.kernel))
     run, mesh = target.run, target.mesh
     if mesh.ring < 2:
@@ -88,6 +92,7 @@ def resolve_calibration(config: DictConfig) -> tuple[Target, CalibrateSettings]:
             f"the ranks down while they are measured; use run.threads={share}"
         )
     refuse_unwritable(settings.out, suffixes=(".yaml", ".yml"))
+    refuse_other_recipe(settings.out, RECIPE)
     return target, settings
 
 
@@ -95,22 +100,21 @@ def task(config: DictConfig) -> None:
     """Measure on all ranks, then write and show the constants of the first rank."""
     warm_up_ranks(["longctx.megatron.runtime", "longctx.parallel.measure.probe"])
     target, settings = resolve_calibration(config)
-    result = on_ranks(target.mesh, run_rank, target)
-    if result is None:
-        return
-    show(result)
-    # Threads do not change a GPU's speed.
-    threads = threads_here(target.run.threads, target.mesh) if target.run.device == "cpu" else None
-    metadata = {
-        **provenance(),
-        "mesh": str(target.mesh),
-        "threads": threads,
-        "model": target.model.name,
-        "dtype": target.model.dtype,
-    }
-    out = Path(settings.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(yaml.safe_dump({"measured": metadata, **asdict(result)}, sort_keys=False))
+    with record(config, RECIPE):
+        result = on_ranks(target.mesh, run_rank, target)
+        if result is None:
+            return
+        show(result)
+        # Threads do not change a GPU's speed.
+        threads = threads_here(target.run.threads, target.mesh) if target.run.device == "cpu" else None
+        metadata = {
+            **provenance(),
+            "mesh": str(target.mesh),
+            "threads": threads,
+            "model": target.model.name,
+            "dtype": target.model.dtype,
+        }
+        Path(settings.out).write_text(yaml.safe_dump({"measured": metadata, **asdict(result)}, sort_keys=False))
     console.print(f"written to {settings.out}")
 
 

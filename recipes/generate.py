@@ -20,7 +20,6 @@ from rich.table import Table
 from longctx.config import PromptSource, Sampling
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank
-from longctx.parallel.validate import refuse_few_tokens
 from recipes.common.cli import console, main, on_ranks, warm_up_ranks, write_result
 from recipes.common.decode_choice import make_decode_chooser
 from recipes.common.manifest import record, refuse_other_recipe
@@ -108,6 +107,8 @@ class Answer(TypedDict):
 
 def prepare(config: DictConfig) -> GenerateJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
+    from longctx.parallel.validate import refuse_few_tokens  # here, since it imports torch
+
     target = resolve_target(config, RECIPE, unused_axes=("dp", "pp"), decode_by_batch=True)
     settings, source = top_level(config, GenerateSettings), section(config, "prompt", PromptSource)
     refuse_unwritable(settings.out)
@@ -281,9 +282,9 @@ def task(config: DictConfig) -> None:
         if figures is None:
             return
         answers = decode_answers(job, figures)
-        show(job, figures, answers)
-        if job.settings.out:
+        if job.settings.out:  # before the answer is printed, whose reader may have gone
             write_result(job.settings.out, describe(job, figures, answers))
+        show(job, figures, answers)
 
 
 if __name__ == "__main__":

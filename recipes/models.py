@@ -12,8 +12,11 @@ from longctx.models import FAMILIES
 from longctx.models.features import features_of
 from longctx.spd.plan import refuse_unfit_shape
 from recipes.common.cli import console, main, write_result
+from recipes.common.manifest import record, refuse_other_recipe
 from recipes.common.places import refuse_unwritable
 from recipes.common.settings import top_level
+
+RECIPE = "recipes.models"
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,15 @@ def task(config: DictConfig) -> None:
     """Print the table, and write it if ``out`` is given."""
     settings = top_level(config, ModelsSettings)
     refuse_unwritable(settings.out)
+    refuse_other_recipe(settings.out, RECIPE)
     families = family_rows()
     table = Table("model_type", "models", "differs from Llama in", "SPD", box=None)
     for row in families:
         table.add_row(row.model_type, row.examples, ", ".join(row.features), "yes" if row.spd == "exact" else "no")
     console.print(table)
-    if settings.out:
-        write_result(settings.out, {row.model_type: asdict(row) for row in families})
+    with record(config, RECIPE):
+        if settings.out:
+            write_result(settings.out, {row.model_type: asdict(row) for row in families})
 
 
 if __name__ == "__main__":

@@ -103,6 +103,10 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
     ``nodes=2`` and ``launcher.qos=low`` are slurm.submit's; ``run.threads=2`` and ``run=gpu`` are the recipe's.
     """
+    if options := [word for word in words if word.startswith("-")]:
+        raise ValueError(
+            f"{options[0]} is no setting: write KEY=VALUE; optim.lr=1e-3,3e-4 is a sweep without --multirun"
+        )
     own = set(yaml.safe_load((CONFIGS / "submit.yaml").read_text())) - {"defaults", "hydra"} | {"launcher"}
     words = [_rename_folder(word) for word in words]
     is_own = [word.lstrip("+~").partition("=")[0].partition(".")[0] in own for word in words]

@@ -21,7 +21,7 @@ import yaml
 from recipes.common.cli import console, exit_on_error
 from recipes.common.help import help_of
 from recipes.common.provenance import ROOT, commit_of
-from recipes.common.startup import loaded
+from recipes.common.startup import loaded, print_page
 from slurm import cluster
 from slurm.freeze import freeze_job
 from slurm.plan import JobPlan, plan_job
@@ -35,7 +35,7 @@ def main(words: Sequence[str]) -> None:
     """Check and queue what the command line asks for; with ``dry_run=true`` print the scripts instead."""
     loaded()
     if not words or {"-h", "--help"} & set(words):
-        print(help_of("submit"))
+        print_page(help_of("submit"))
         return
     plans = exit_on_error(lambda: make_plans(words))
     if plans[0].settings.dry_run:

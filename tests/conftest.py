@@ -84,6 +84,7 @@ SLOW = (
     "parallel/test_drift.py",
     "parallel/test_launch.py",
     "recipes/common/test_manifest.py",
+    "recipes/test_bad_inputs.py",
     "recipes/test_calibrate.py",
     "recipes/test_chat.py",
     "recipes/test_extend.py",

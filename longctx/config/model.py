@@ -48,6 +48,8 @@ class ModelSource:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"model.{name}={value}: use more than 0, or null for the model's own")
+        if self.rope_factor is not None and self.rope_factor < 1:
+            raise ValueError(f"model.rope_factor={self.rope_factor}: use 1 or more, for a longer context")
 
     @property
     def wheels(self) -> tuple[str, ...]:

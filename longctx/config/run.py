@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
+_YEAR = 366 * 24 * 60  # minutes
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -79,6 +81,8 @@ class Run:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"run.{name}={value}: use 1 or more")
+        if self.timeout_minutes > _YEAR:
+            raise ValueError(f"run.timeout_minutes={self.timeout_minutes}: use at most {_YEAR:,}, a year")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,12 @@ class TextSource:
     def __post_init__(self) -> None:
         if sum(map(bool, (self.path, self.name, self.pydoc))) != 1:
             raise ValueError("a source of data has one of path (file, folder or pattern), name (on the hub), pydoc")
+        if not self.name and (self.subset or self.revision or self.streaming or self.split != "train"):
+            raise ValueError(
+                f"{self}: subset, revision, split and streaming are of a dataset on the hub: leave them out"
+            )
+        if self.pydoc and self.text_key != "text":
+            raise ValueError(f"{self}: text_key={self.text_key} is not used by pydoc: leave it out")
         if not 0 < self.weight < inf:
             raise ValueError(f"{self}: weight={self.weight}; use a number above 0, or remove the source")
 
@@ -94,6 +100,8 @@ class Optim:
     def __post_init__(self) -> None:
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"optim.min_lr={self.min_lr} and optim.lr={self.lr}: use 0 <= min_lr <= lr")
+        if self.weight_decay < 0:
+            raise ValueError(f"optim.weight_decay={self.weight_decay}: use 0 or more")
         if self.warmup < 0:
             raise ValueError(f"optim.warmup={self.warmup}: use 0 steps or more")
         if self.decay_steps is not None and self.decay_steps <= self.warmup:

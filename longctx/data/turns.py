@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longctx.data.records import text_of
 from longctx.data.tokenize import tokenize
 
 _REPLY = "\N{REPLACEMENT CHARACTER}reply\N{REPLACEMENT CHARACTER}"  # placeholder answer; users do not type it
@@ -41,10 +42,12 @@ def turns_from(name: str, max_new_tokens: int, setting: str = "turns") -> tuple[
 def _turn(line: str, where: str, max_new_tokens: int) -> UserTurn:
     try:
         given = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets too deep
+        raise ValueError(f"{where} is not JSON that can be read: {error}") from error
     if not isinstance(given, dict) or not isinstance(given.get("text"), str) or not given["text"].strip():
         raise ValueError(f'{where} needs some "text", like {{"text": "Hello"}}')
+    if fault := text_of(given, "text", where).fault:
+        raise ValueError(f"{where} {fault}: repair it")
     if unknown := set(given) - {"text", "max_new_tokens"}:
         raise ValueError(f'{where} has an unknown "{min(unknown)}": use "text" and "max_new_tokens"')
     limit = given.get("max_new_tokens", max_new_tokens)

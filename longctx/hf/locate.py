@@ -82,9 +82,11 @@ def _change_context(model: ModelSource, source: Path) -> Path:
 def _fetch_from_hub(name: str, say: Say) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils._validators import validate_repo_id
 
-    say(f"fetching {name} from the Hugging Face hub")
     try:
+        validate_repo_id(name)
+        say(f"fetching {name} from the Hugging Face hub")
         # Configuration first: `shape_of` refuses unsupported models before their weights are downloaded.
         shape_of(Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model"])))
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", "model*.safetensors"]))

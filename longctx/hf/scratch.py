@@ -50,15 +50,14 @@ def write_scratch_folder(config: Mapping[str, Any], to: Path) -> None:
     # 2) Build the config.  Llama's default special tokens are ordinary bytes of this tokenizer, so override them.
     tokenizer = bytes_tokenizer()
     special_tokens = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    if isinstance(size := fields.get("vocab_size"), int) and size < len(tokenizer):
+        raise ValueError(
+            f"model.config.vocab_size={size}: the tokenizer has {len(tokenizer)} tokens; use that many, or more"
+        )
     try:
         built = AutoConfig.for_model(model_type, **special_tokens | fields)
     except Exception as error:  # transformers raises a class of its own for each mistake
         raise ValueError(f"model.config describes no model of type {model_type}: {error}") from error
-    if built.vocab_size < len(tokenizer):
-        raise ValueError(
-            f"model.config.vocab_size={built.vocab_size}: the tokenizer has {len(tokenizer)} tokens; "
-            "use that many, or more"
-        )
     for name in _SIZES:
         size = getattr(built, name, None)
         if size is not None and (type(size) is not int or size < 1):

@@ -118,6 +118,8 @@ def prepare(config: DictConfig) -> CrossoverJob:
         raise ValueError(f"mesh.ring={target.mesh.ring}: one rank has no transfers to time, use mesh.ring=2 or more")
     if settings.hosts:
         refuse_hosts(settings.hosts, settings.rate, target.mesh)
+    elif settings.rate != CrossoverSettings.rate:
+        raise ValueError(f"rate={settings.rate} is of links between emulated hosts: set hosts={target.mesh.ring}")
     for name in ("out", "picture", "fitted"):
         refuse_unwritable(getattr(settings, name), name)
     refuse_windows(target)

@@ -45,7 +45,7 @@ VARIANTS = ("one", "all at once", "silent", "ring")
 class PrefillSettings:
     """Settings of configs/bench/prefill.yaml outside any section."""
 
-    parts: tuple[Part, ...] = ("attention", "model")
+    parts: Annotated[tuple[Part, ...], Field(min_length=1)] = ("attention", "model")
     lengths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (8192, 16384)
     rounds: PositiveInt = 3
     layers: PositiveInt | None = None

@@ -141,8 +141,9 @@ def prepare(config: DictConfig) -> LatencyJob:
         )
     if settings.hosts:
         refuse_hosts(settings.hosts, settings.rate, mesh)
-    elif settings.latency_us:
-        raise ValueError(f"latency_us={settings.latency_us} is of links between emulated hosts: set hosts={mesh.tp}")
+    elif (settings.latency_us, settings.rate) != (0, LatencySettings.rate):
+        links = f"latency_us={settings.latency_us} and rate={settings.rate}"
+        raise ValueError(f"{links} are of links between emulated hosts: set hosts={mesh.tp}")
     refuse_unwritable(settings.out)
     refuse_unwritable(settings.picture, "picture")
     refuse_beyond_model(target, tokens=settings.tokens, new_tokens=settings.new_tokens)

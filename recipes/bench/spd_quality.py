@@ -150,7 +150,13 @@ def resolve_variants(
 
 
 def read_texts(texts: tuple[NamedText, ...], target: Target, settings: QualitySettings) -> dict[str, PackedText]:
-    """Return the packed sequences of each text, by its label.  Raises ValueError as `text_of` does."""
+    """Return the packed sequences of each text, by its label.
+
+    Raises ValueError as `text_of` does, and unless each text has its own label, which is part of a file's name.
+    """
+    labels = [text.label for text in texts]
+    if not labels or len({*labels}) < len(labels) or any("/" in label for label in labels):
+        raise ValueError(f"texts have the labels {labels}: give one text or more, each with its own label without /")
     data = {text.label: DataSettings((text,), settings.length, batch=1, epochs=1, end_token=False) for text in texts}
     return {label: text_of(source, target, settings.sequences) for label, source in data.items()}
 

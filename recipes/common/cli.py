@@ -33,11 +33,13 @@ from recipes.common.mistakes import names_of, unknown_setting
 from recipes.common.overrides import CONFIGS, as_overrides, lists_values, literal
 from recipes.common.places import numbered_out, write_json
 from recipes.common.renamed import rename_settings
-from recipes.common.startup import loaded
+from recipes.common.startup import leave_closed_pipe, loaded, print_page
 
 Result = TypeVar("Result")
 Args = TypeVarTuple("Args")
 
+# Options of Hydra's command line; those that choose another recipe's configuration are left out.
+_OPTIONS = ("-m", "--multirun", "--cfg", "--resolve", "--info", "--hydra-help", "--version", "--config-dir")
 GATE_FAILED = 3
 STOPPED = 75  # stopped on request, to be resumed; EX_TEMPFAIL of sysexits.h
 # Another try may succeed: disk or quota full, disk error, too many files, no memory.
@@ -63,7 +65,7 @@ def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
     words = sys.argv[1:]
     if {"-h", "--help"} & set(words):
-        print(help_of(config_name))
+        print_page(help_of(config_name))
         return
     sys.argv[1:] = exit_on_error(lambda: _check_overrides(config_name, words))
     run = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
@@ -102,7 +104,7 @@ def _checked(config: DictConfig, words: Sequence[str]) -> DictConfig:
     config = _with_numbered_out(rename_settings(config, say), words)
     check_sections(config)
     threads, cores = OmegaConf.select(config, "run.threads"), len(os.sched_getaffinity(0))
-    if isinstance(threads, int) and threads > cores:
+    if isinstance(threads, int | float) and threads > cores:  # 1e6 is a float
         raise ValueError(f"run.threads={threads}: this machine has {cores} cores for all ranks; use at most {cores}")
     if OmegaConf.select(config, "run.device") == "cuda":
         from longctx.parallel.validate import refuse_no_gpu
@@ -122,8 +124,11 @@ def _exit_on_sigterm(*_: object) -> None:
 def _check_overrides(config_name: str, words: Sequence[str]) -> list[str]:
     """Return ``words`` in Hydra's grammar.  Raises ValueError, in one line, for an error that Hydra reports in many."""
     current_rank()  # raises for a launcher's environment that is incomplete
+    options = [word.partition("=")[0] for word in words if word.startswith("-")]
+    if unknown := [option for option in options if option not in _OPTIONS]:
+        raise ValueError(f"there is no option {unknown[0]}: use {', '.join(_OPTIONS)} or --help")
     overrides = as_overrides(config_name, words, say, sweep=is_multirun(words))
-    if not any(word.startswith("-") for word in words):
+    if not options:
         compose_config(config_name, overrides)
     return overrides
 
@@ -250,11 +255,16 @@ def exit_on_error(work: Callable[[], Result]) -> Result:
     except ValueError as error:
         print_error(error)
         sys.exit(2)
+    except BrokenPipeError:
+        leave_closed_pipe()
     except OSError as error:
         console.show_cursor()
         print_error(error)
         # A `LostPeer`, on a launcher's rank, is a ConnectionError.
         sys.exit(1 if isinstance(error, ConnectionError) or error.errno in _SHORTAGES else 2)
+    except RecursionError as error:
+        print_error(f"a file that this command reads is nested too deeply ({error}): give another file")
+        sys.exit(2)
     except RankFailed as failed:
         console.show_cursor()  # the rank that hid it for its progress bar has died
         if failed.details:

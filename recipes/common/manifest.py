@@ -53,6 +53,11 @@ class Manifest(TypedDict, total=False):
     began: str
 
 
+# Fields that other recipes read -> their types.
+_KINDS = {"module": str, "out": str, "folder": str, "diff": str, "overrides": list, "config": dict, "data": dict,
+          "packages": dict, "hardware": dict}  # fmt: skip
+
+
 @contextmanager
 def record(config: DictConfig, recipe: str, weights: Iterable[Path] = (), read: Iterable[Path] = ()) -> Iterator[None]:
     """Hold the ``out`` of a run of ``recipe`` until the block ends, and write the manifest of the run that begins now.
@@ -60,15 +65,16 @@ def record(config: DictConfig, recipe: str, weights: Iterable[Path] = (), read: 
     ``weights`` are the folders of the models that the run starts from.  ``read`` are files that it reads although no
     setting names them.  Without ``out`` nothing is written; of a launcher's ranks, only the first one writes.
 
-    Raises ValueError if another process is writing to ``out``.
+    Raises ValueError if another process is writing to ``out``, and for a file in the settings that does not exist.
     """
     if not config.get("out"):
         yield
         return
     out = Path(config.out).absolute()
+    manifest = _manifest(config, recipe, out, weights, read) if is_first() else {}  # raises before `hold` makes folders
     with hold(lock_of(out), f"out={config.out}"):
         if is_first():
-            _write(manifest_file(out), _manifest(config, recipe, out, weights, read))
+            _write(manifest_file(out), manifest)
         yield
 
 
@@ -115,7 +121,10 @@ def lock_of(out: Path) -> Path:
 
 
 def refuse_other_recipe(out: str | None, recipe: str) -> None:
-    """Raise ValueError if ``out`` is a folder of another recipe than ``recipe``, or a file that it has not written."""
+    """Raise ValueError if ``out`` is a folder of another recipe than ``recipe``, or a file that it has not written.
+
+    A folder without a manifest belongs to no recipe; it is refused if it is a model's.
+    """
     if not out or not Path(out).exists():
         return
     try:
@@ -125,6 +134,8 @@ def refuse_other_recipe(out: str | None, recipe: str) -> None:
         owner = None
     if owner not in (recipe, None):
         raise ValueError(f"out={out} belongs to a run of {owner}: give {recipe} another out=")
+    if owner is None and Path(out, "config.json").is_file():
+        raise ValueError(f"out={out} is the folder of a model: give {recipe} another out=")
     if owner is None and is_file_name(out):
         raise ValueError(f"out={out} exists, and {recipe} has not written it: give another file, or move it away")
 
@@ -132,7 +143,10 @@ def refuse_other_recipe(out: str | None, recipe: str) -> None:
 def manifest_of(run: str) -> Manifest:
     """Return the manifest of a run, given its folder or its ``out``.  Raises ValueError if there is none."""
     try:
-        return _read(Path(run).expanduser())
+        manifest = _read(Path(run).expanduser())
+        if wrong := [name for name, kind in _KINDS.items() if not isinstance(manifest.get(name), kind)]:
+            raise ValueError(f"it has no valid {wrong[0]}")
+        return manifest
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{run} is not a run: its manifest cannot be read ({error}); give a run's folder") from error
 
@@ -148,6 +162,8 @@ def _read(path: Path) -> Manifest:
         names = ", ".join(sorted(each.name.replace(MANIFEST, "json") for each in beside))
         raise FileNotFoundError(f"the folder has several runs: give one of {names}")
     manifest: Manifest = json.loads((file if file.is_file() or not beside else beside[0]).read_text())
+    if not isinstance(manifest, dict):
+        raise TypeError("it is no JSON object")
     if is_file_name(str(path)) and Path(manifest["out"]).name != path.name:
         raise FileNotFoundError(f"the last run in this folder wrote {manifest['out']}; give each run another folder")
     return manifest

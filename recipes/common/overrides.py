@@ -23,6 +23,8 @@ PATHS = (
 )  # fmt: skip
 # A path in the list of a sweep, in quotes or without a comma.
 _LISTED = re.compile(r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')(?=,|\Z)|[^,]+""", re.DOTALL)
+# Settings that can be removed by a word like ~model.config.head_dim: fields of a mapping without fixed names.
+_REMOVABLE = ("~model.config.", "~eval.limits.")
 # A file with another configuration's name -> the experiments that fit it.
 EXPERIMENTS = {
     "extend": ("extend", "pretrain"),
@@ -35,9 +37,13 @@ EXPERIMENTS = {
 def as_overrides(config_name: str, words: Sequence[str], say: Say, *, sweep: bool = False) -> list[str]:
     """Return ``words`` in Hydra's grammar; in a ``sweep`` a comma in a path separates the values of two runs.
 
-    Raises ValueError for a word without a value, text that needs quotes, an unknown model, a file whose name starts
-    with ``_`` (others extend it), an experiment of a different recipe, and a comma in a path outside a sweep.
+    Raises ValueError for a word without a value, text that needs quotes or is not UTF-8, an unknown model, a file whose
+    name starts with ``_`` (others extend it), an experiment of a different recipe, a setting that is removed, and a
+    comma in a path outside a sweep.
     """
+    for word in words:
+        if re.search("[\ud800-\udfff]", word):  # a byte that Python could not decode
+            raise ValueError(f"{word!a} is not UTF-8 text: write the word in UTF-8, or rename the file")
     renamed = [rename_override(word, say) for word in expand_plan(words)]
     return [override for word in renamed for override in _overrides(config_name, word, sweep)]
 
@@ -105,6 +111,7 @@ def typed_word(override: str) -> str:
 def _overrides(config_name: str, word: str, sweep: bool) -> list[str]:
     key, equals, value = word.partition("=")
     name = key.lstrip("+")
+    _refuse_nothing(word)
     if word.startswith(("-", "~")) or (equals and value in ("", "null")):
         return [word]
     if name in (*FREE_TEXT, *PATHS) and value == "???":
@@ -122,6 +129,16 @@ def _overrides(config_name: str, word: str, sweep: bool) -> list[str]:
         raise ValueError(f"{key}={value} {wrong}: use {', '.join(names)}")
     refuse_unreadable(word)
     return [word]
+
+
+def _refuse_nothing(word: str) -> None:
+    """Raise ValueError for a word without a key, one that removes a setting, and a group without a choice."""
+    key, equals, value = word.partition("=")
+    if not key.lstrip("+") or (word[0] == "~" and not word.startswith(_REMOVABLE)):
+        advice = f"{key[1:]}=null for none" if key else "KEY=VALUE, such as mesh.ring=2"
+        raise ValueError(f"{word} is no setting: write {advice}")
+    if equals and value in ("", "null") and (CONFIGS / key).is_dir() and word != "experiment=null":
+        raise ValueError(f"{word} chooses nothing: use {', '.join(choices(key))}")
 
 
 def _is_quoted(text: str) -> bool:

@@ -35,7 +35,7 @@ def rename_override(word: str, say: Say) -> str:
     if not equals:
         return word
     prefix, bare = ("++", key[2:]) if key.startswith("++") else ("", key)
-    prefix, bare = (key[0], key[1:]) if not prefix and key[:1] in "+~" else (prefix, bare)
+    prefix, bare = (key[0], key[1:]) if not prefix and key.startswith(("+", "~")) else (prefix, bare)
     name, new_value = SETTINGS.get(bare, bare), VALUES.get(bare, {}).get(value, value)
     if (name, new_value) != (bare, value):
         say(f"{bare}={value} is an old name: use {name}={new_value}")

@@ -51,7 +51,9 @@ def sections(config: DictConfig, name: str, kind: type[Section], say: Say = say)
 
 def top_level(config: DictConfig, kind: type[Section]) -> Section:
     """Return the settings outside any section as a ``kind``, which must name all of them."""
-    return _validate(kind, {name: value for name, value in as_dict(config).items() if not isinstance(value, dict)}, "")
+    names = [field.name for field in fields(kind)]
+    values = as_dict(config).items()
+    return _validate(kind, {name: value for name, value in values if name in names or not isinstance(value, dict)}, "")
 
 
 def as_dict(config: DictConfig) -> dict[str, object]:

@@ -55,6 +55,8 @@ def calibration_of(
 ) -> tuple[PackedText, DataSettings]:
     """Return `text_of` the section ``data`` with ``epochs=1``, and that section.  Arguments and errors: `text_of`'s."""
     data, _ = data_of(config)
+    if data.epochs not in (None, 1):
+        raise ValueError(f"data.epochs={data.epochs}: each sequence is measured once; leave it out, or give more text")
     data = replace(data, epochs=1)
     return text_of(data, target, sequences, more, length_setting), data
 

@@ -1,8 +1,13 @@
-"""The first line of a command, printed while its modules are still being imported, which can take a minute."""
+"""The first line of a command, printed while its modules are still being imported, which can take a minute.
+
+Also its help, for a reader that may stop early.
+"""
 
 import os
+import signal
 import sys
 import threading
+from typing import NoReturn
 
 _AFTER_S = 0.5  # a command that starts faster prints nothing
 _timer: threading.Timer | None = None
@@ -26,6 +31,20 @@ def announce_module() -> None:
     """Announce the module that ``python -m`` is about to run; its package is imported while argv[0] is ``-m``."""
     if sys.argv[:1] == ["-m"] and "-m" in sys.orig_argv[:-1]:
         announce(sys.orig_argv[sys.orig_argv.index("-m") + 1])
+
+
+def print_page(text: str) -> None:
+    """Print ``text``; exit with code 141, as a shell reports SIGPIPE, if its reader has gone, as ``head`` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        leave_closed_pipe()
+
+
+def leave_closed_pipe() -> NoReturn:
+    """Exit quietly: nothing reads the standard output any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at the end
+    sys.exit(128 + signal.SIGPIPE)
 
 
 def loaded() -> None:

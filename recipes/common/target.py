@@ -119,6 +119,8 @@ def resolve_target(
             "context.decode=gather_merge"
         )
     kernel_for(context.kernel, run.device, model.dtype)
+    if model.layers == "te" and run.device == "cpu":
+        raise ValueError("model.layers=te needs a GPU: use model.layers=local, or run=gpu with Transformer Engine")
     folder = locate(model, say)
     shape = shape_of(folder)
     if needs_weights:

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveInt
 
 from longctx import checkpoint_index
@@ -120,6 +120,8 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool) ->
     data, test = data_of(config)
     refuse_unsplit(target.mesh, target.shape, data)
     evaluation = section(config, "evaluate", Evaluation)
+    if test and evaluation.every and evaluation.buckets > data.length:
+        raise ValueError(f"evaluate.buckets={evaluation.buckets} is more than data.length={data.length}: use fewer")
     samples = first_sequences(data, tokenizer, target)
     if test and evaluation.every:
         first_sequences(test, tokenizer, target)
@@ -189,7 +191,7 @@ def first_sequences(
 def data_of(config: DictConfig) -> tuple[DataSettings, DataSettings | None]:
     """Return the training text, and the text to evaluate on, if there is one."""
     plain = as_config({"data": {k: v for k, v in as_dict(config.data).items() if k != "test"}})
-    data, test = section(plain, "data", DataSettings), OmegaConf.to_container(config.data.test, resolve=True)
+    data, test = section(plain, "data", DataSettings), as_dict(config.data)["test"]
     if not test:
         return data, None
     held_out = as_config({"data": {"sources": test, "length": data.length, "batch": data.batch}})

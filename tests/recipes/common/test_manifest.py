@@ -120,7 +120,11 @@ def test_files_that_settings_name_are_found(values, names):
 
 def test_each_file_of_a_folder_has_its_own_manifest(run, tmp_path):
     folder = run("a")
-    (folder / "other.manifest.json").write_text(json.dumps({"module": "recipes.chat", "out": "a/other.json"}))
+    other = json.loads((folder / "result.manifest.json").read_text()) | {
+        "module": "recipes.chat",
+        "out": "a/other.json",
+    }
+    (folder / "other.manifest.json").write_text(json.dumps(other))
     (folder / "other.json").write_text("{}")
     assert manifest.manifest_of(str(folder / "result.json"))["module"] == "recipes.generate"
     assert manifest.manifest_of(str(folder / "other.json"))["module"] == "recipes.chat"

@@ -1,5 +1,6 @@
 """A command that loads for long says so first; one that starts at once, --help and other ranks print nothing."""
 
+import os
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 
 from recipes import generate
 from recipes.common import cli, startup
+from recipes.common.cli import exit_on_error
 
 
 @pytest.fixture
@@ -61,3 +63,17 @@ def test_recipes_import_no_torch():
 def test_wrong_section_is_refused_before_modules_are_loaded_for_ranks(refused, monkeypatch, setting):
     monkeypatch.setattr(cli, "warm_up", lambda _: pytest.fail("modules were loaded for ranks"))
     assert setting in refused(generate, generate.task, setting)
+
+
+@pytest.mark.parametrize(
+    "write", [lambda: startup.print_page("help"), lambda: exit_on_error(lambda: print("x", flush=True))]
+)
+def test_output_that_nobody_reads_ends_quietly(monkeypatch, write):
+    """``longctx VERB --help | head``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        with pytest.raises(SystemExit) as leaving:
+            write()
+    assert leaving.value.code == 141
