@@ -43,6 +43,7 @@ __all__ = ["GPTModel", "build_model", "hidden_states", "layers_in_use", "logits"
 
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+_LOGITS_IN_MEMORY = 50_000_000 // 4
 _PADDING_LOGIT = -1e9  # gives the padding of the vocabulary probability 0 in every dtype
 
 
@@ -149,6 +150,11 @@ def _run_without_rows(model: GPTModel, attention_pass: Pass) -> Float[Tensor, "0
     for layer in range(config.num_layers):
         attention_pass.attend(layer, q, k, k)
     return weight.new_empty(0, 1, config.hidden_size)
+
+
+def rows_of_logits(vocab_size: int) -> int:
+    """Return a number of rows whose logits may be in memory at once: 50 MB in float32, or a single row."""
+    return max(1, _LOGITS_IN_MEMORY // vocab_size)
 
 
 def logits(model: GPTModel, hidden: Float[Tensor, "s b hidden"], tp: Comm, vocab_size: int) -> Float[Tensor, "s b v"]:
