@@ -16,11 +16,11 @@ from longctx.config import Context
 from longctx.infer.cache import BatchCache, Cache, PrefixView
 from longctx.infer.engine import Engine
 from longctx.infer.prefill import run_pass
+from longctx.megatron.model import rows_of_logits
 from longctx.megatron.spd.likelihood import log_likelihoods
 from longctx.parallel.strategy import STRATEGIES
 from longctx.shapes import Float, Tensor
 
-_LOGIT_ROWS = 256  # rows unembedded at a time: 50 MB for a vocabulary of 49,152
 TokenIds = tuple[int, ...]
 Prediction = tuple[int, int, int]  # document in a pass, row in the document, the token to predict there
 LogProb = tuple[float, bool]  # nats, and whether the token was the most likely one
@@ -156,8 +156,9 @@ def _gather_log_probs(
             mine = [(local_rows[rows[i][0]], rows[i][1]) for i in entries_per_rank[-1]]
     # 2. Unembed this rank's rows, some at a time.
     parts = [torch.zeros(2, 0, dtype=torch.double, device=hidden.device)]
-    for begin in range(0, len(mine), _LOGIT_ROWS):
-        at, targets = torch.tensor(mine[begin : begin + _LOGIT_ROWS], device=hidden.device).unbind(1)
+    block = rows_of_logits(engine.shape.vocab_size)
+    for begin in range(0, len(mine), block):
+        at, targets = torch.tensor(mine[begin : begin + block], device=hidden.device).unbind(1)
         target = targets.unsqueeze(1)
         log_probs, likeliest = log_likelihoods(engine.model, hidden[at], target, engine.tp, engine.shape.vocab_size)
         parts.append(torch.stack([log_probs[:, 0], (likeliest == target)[:, 0].double()]))

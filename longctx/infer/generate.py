@@ -8,9 +8,8 @@ from longctx.config import Context, Sampling
 from longctx.infer.engine import Engine, next_logits
 from longctx.infer.prefill import LayerDone
 from longctx.infer.session import Session, Turn
+from longctx.megatron.model import rows_of_logits
 from longctx.shapes import Float, Tensor
-
-_LOGIT_ROWS = 256  # rows compared at a time: 50 MB of logits per model for a vocabulary of 49,152
 
 
 def logit_difference(
@@ -42,8 +41,9 @@ def logit_difference(
         states_alone = _gather_states(alone, turn_alone)
 
     # 2. Compare logits, a block of rows at a time.
-    for begin in range(0, len(states), _LOGIT_ROWS):
-        rows = slice(begin, begin + _LOGIT_ROWS)
+    block = rows_of_logits(engine.shape.vocab_size)
+    for begin in range(0, len(states), block):
+        rows = slice(begin, begin + block)
         sharded = next_logits(engine, states[rows])  # all tensor-parallel ranks take part
         if alone and states_alone is not None:
             # torch's maximum keeps a NaN, where Python's max may drop it.

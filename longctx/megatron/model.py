@@ -50,6 +50,7 @@ _ACTIVATIONS = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "gelu_sigmoid": lambda x: x * torch.sigmoid(1.702 * x),
 }
+_LOGITS_IN_MEMORY = 50_000_000 // 4
 
 
 def layers_in_use(requested: str, shape: ModelShape) -> str:
@@ -162,6 +163,11 @@ def _run_without_rows(model: GPTModel, attention_pass: Pass) -> Float[Tensor, "0
     for layer in range(config.num_layers):
         attention_pass.attend(layer, q, k, k)
     return weight.new_empty(0, 1, config.hidden_size)
+
+
+def rows_of_logits(vocab_size: int) -> int:
+    """Return a number of rows whose logits may be in memory at once: 50 MB in float32, or a single row."""
+    return max(1, _LOGITS_IN_MEMORY // vocab_size)
 
 
 def logits(

@@ -15,9 +15,11 @@ from tests.infer.talk import Record, Save, Segment, Step, run_steps
 def play_on_threads(
     rank: Rank, folders: Sequence[Path], segments: Sequence[Segment], again: Sequence[Step], saves: Sequence[Path]
 ) -> list[list[tuple[Record, Record]]]:
-    """For each model, run each segment on its mesh, save, and run ``again`` on the next segment's mesh.
+    """For each model, run each segment on its mesh and save; then run ``again`` on the next segment's mesh.
 
-    The last segment's session goes on where another process has saved one, in the model's folder of ``saves``.
+    The first segment's mesh restores the session in the model's folder of ``saves``, which another process saved.
+    Segment i is saved beside that folder, with -i in its name.  No pass may compute logits of more than one row at a
+    time: with a large vocabulary, those of a whole prompt fill the memory.
     """
     from longctx.infer.engine import load_engine
     from longctx.megatron.runtime import open_runtime
@@ -26,6 +28,9 @@ def play_on_threads(
     with open_runtime(rank, Mesh(), timeout_minutes=2) as runtime:
         for folder, saved in zip(folders, saves, strict=True):
             engine = load_engine(runtime, ModelSource("test", str(folder)), shape_of(folder), folder, "auto")
+            rows: list[int] = []  # rows of hidden states, by call of the output layer
+            output_layer = engine.model.output_layer
+            output_layer.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(len(args[0])))
             records, load_from = [], saved
             for i, segment in enumerate(segments):
                 restored = _play(engine, replace(segment, steps=tuple(again)), load_from)
@@ -33,6 +38,7 @@ def play_on_threads(
                 records.append(
                     (_play(engine, replace(segment, steps=(*segment.steps, Save(load_from))), None), restored)
                 )
+            assert set(rows) == {1}, "logits of several rows at once"
             results.append(records)
     return results
 
