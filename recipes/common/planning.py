@@ -103,8 +103,7 @@ class Plan:
     """A mesh and a strategy, with what they cost.
 
     ``seconds`` is the time to first token (prefill), of a token (decode), of a turn with its answer (chat) or of a step
-    (train).  ``answer`` is the cost of one token of an answer.  ``refused`` says why a recipe would refuse the mesh, or
-    which limit it breaks; None if it is feasible.
+    (train).  ``answer`` is the cost of an answer's token.  ``refused`` says why the mesh is not feasible (None: it is).
     """
 
     question: Question
