@@ -103,8 +103,7 @@ class Plan:
     """A mesh and a strategy, with what they cost.
 
     ``seconds`` is the time to first token (prefill), of a token (decode), of a turn with its answer (chat) or of a step
-    (train).  ``answer`` is the cost of one token of an answer.  ``refused`` says why a recipe would refuse the mesh, or
-    which limit it breaks; None if it is feasible.
+    (train).  ``answer`` is the cost of an answer's token.  ``refused`` says why the mesh is not feasible (None: it is).
     """
 
     question: Question
@@ -212,17 +211,14 @@ class Plan:
 def plans_of(question: Question) -> list[Plan]:
     """Return a plan for each mesh of all GPUs and each strategy: the feasible ones first, each group fastest first."""
     strategies = (question.strategy,) if question.strategy else question.work.strategies
+    decodes = question.work.kind == "decode"
     plans = [
         _plan(question, mesh, strategy)
         for mesh in meshes_of(question.gpus, trains=question.work.kind == "train")
-        for strategy in (strategies if _has_choice(question.work, mesh) else strategies[:1])
+        # On one ring rank, all strategies of prefill and training are the same.
+        for strategy in (strategies if (mesh.context if decodes else mesh.ring) > 1 else strategies[:1])
     ]
     return sorted(plans, key=lambda plan: (plan.refused is not None, plan.seconds, plan.memory_gb))
-
-
-def _has_choice(work: WorkSettings, mesh: Mesh) -> bool:
-    """Return True if strategies differ on ``mesh``: on one ring rank, those of prefill and training are the same."""
-    return mesh.context > 1 if work.kind == "decode" else mesh.ring > 1
 
 
 def meshes_of(gpus: int, *, trains: bool) -> Iterator[Mesh]:
