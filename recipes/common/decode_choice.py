@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from longctx.cost.decode import DecodeWork, choose_decode
 from longctx.cost.training import train_flops_by_part
 
@@ -21,6 +19,8 @@ def make_decode_chooser(runtime: Runtime, target: Target, engine: Engine) -> Dec
 
     Measures for a second.  All ranks must call it, and get the same choices.
     """
+    import torch
+
     from longctx.parallel.measure.probe import probe_decode
 
     if target.context.decode != "auto":
