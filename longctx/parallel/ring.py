@@ -1,20 +1,19 @@
 """Ring attention: each rank computes on one rank's tensors while the next rank's tensors are in flight."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from longctx.attention.kernel import Gradients, Kernel, attend_tiles, tile_gradients
-from longctx.attention.layout import Layout, Spans, slice_rows
+from longctx.attention.layout import Layout
 from longctx.attention.mask import CAUSAL, Mask
 from longctx.attention.partial import Partial, empty_partial, merge_, sink
 from longctx.attention.tiles import Tile, visible_tiles
 from longctx.parallel.comm import Comm, Shape, doing
+from longctx.parallel.rows import Rows, count_rows, spans_of, take_rows, union_of
 from longctx.shapes import Float, Keys, Queries, Shaped, Tensor
-
-Rows = tuple[tuple[int, int], ...]  # rows of a block: ranges (first, end), sorted and apart
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Ring:
         key = q_rank, k_rank, q_rows, k_rows
         if key not in self._cache:
             queries, keys = self.queries.ranks[q_rank], self.keys.ranks[k_rank]
-            self._cache[key] = visible_tiles(_spans_of(queries, q_rows), _spans_of(keys, k_rows), self.mask)
+            self._cache[key] = visible_tiles(spans_of(queries, q_rows), spans_of(keys, k_rows), self.mask)
         tiles: tuple[Tile, ...] = self._cache[key]
         return tiles
 
@@ -63,40 +62,9 @@ class Ring:
                 ranges = [(tile.k0, tile.k1) for other in others for tile in self.tiles(other, owner)]
             else:
                 ranges = [(tile.q0, tile.q1) for other in others for tile in self.tiles(owner, other)]
-            self._cache[key] = _union(ranges)
+            self._cache[key] = union_of(ranges)
         rows: Rows = self._cache[key]
         return rows
-
-
-def _union(ranges: Iterable[tuple[int, int]]) -> Rows:
-    """Return the rows of all ``ranges``, which may overlap."""
-    union: list[tuple[int, int]] = []
-    for first, end in sorted(ranges):
-        if union and first <= union[-1][1]:
-            union[-1] = union[-1][0], max(end, union[-1][1])
-        else:
-            union.append((first, end))
-    return tuple(union)
-
-
-def _spans_of(spans: Spans, rows: Rows | None) -> Spans:
-    return spans if rows is None else tuple(s for first, end in rows for s in slice_rows(spans, first, end))
-
-
-def _count(rows: Rows | None, whole: int) -> int:
-    return whole if rows is None else sum(end - first for first, end in rows)
-
-
-def _take(x: Tensor, arrived: Rows | None, wanted: Rows | None) -> Tensor:
-    """Return the rows ``wanted`` of a block, of which ``x`` has the rows ``arrived``; these include ``wanted``."""
-    if arrived == wanted or wanted is None:
-        return x
-    arrived = ((0, x.shape[1]),) if arrived is None else arrived
-    slices, begin = [x[:, :0]], 0
-    for first, end in arrived:
-        slices += [x[:, begin + a - first : begin + b - first] for a, b in wanted if first <= a < end]
-        begin += end - first
-    return torch.cat(slices, 1)
 
 
 Strategy = Callable[[Queries, Keys, Keys, Ring, Kernel], Partial]
@@ -122,10 +90,10 @@ def rotate(
     current = mine
     for hop in range(1, comm.size):
         owner, next_owner = (comm.rank - hop + 1) % comm.size, (comm.rank - hop) % comm.size
-        count = _count(rows(next_owner, hop), layout.rows(next_owner))
+        count = count_rows(rows(next_owner, hop), layout.rows(next_owner))
         name = f"hop {hop} of {comm.size - 1} of the ring"
         with doing(name):
-            sent = [_take(x, rows(owner, hop - 1), rows(owner, hop)) for x in current]
+            sent = [take_rows(x, rows(owner, hop - 1), rows(owner, hop)) for x in current]
             pending = comm.shift(*sent, shapes=[_with_rows(x, count) for x in mine])
         del sent
         yield owner, current
@@ -175,13 +143,13 @@ def pass_q(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
         if tiles := ring.tiles(owner, comm.rank, q_rows=rows(owner, hop)):
             partial = empty_partial(q_o)
             attend_tiles(partial, q_o, k, v, tiles, kernel)
-            partials[owner] = _take(_pack(partial), rows(owner, hop), ring.queries_to_send(owner, hop))
+            partials[owner] = take_rows(_pack(partial), rows(owner, hop), ring.queries_to_send(owner, hop))
         del q_o
 
     # 2. Return the partials to the ranks that own the queries, and merge.
     returned = [ring.queries_to_send(comm.rank, (other - comm.rank) % size) for other in range(size)]
     has_keys = [bool(ring.tiles(comm.rank, other)) for other in range(size)]
-    counts = [_count(rows, q.shape[1]) if has else 0 for rows, has in zip(returned, has_keys, strict=True)]
+    counts = [count_rows(rows, q.shape[1]) if has else 0 for rows, has in zip(returned, has_keys, strict=True)]
     with doing("returning partial results"):
         partials = comm.all_to_all(partials, [_with_rows(partials[0], count) for count in counts])
     for packed, ranges in zip(partials, returned, strict=True):
@@ -212,9 +180,9 @@ def all_gather_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> P
     both = torch.cat([k, v], -1)
     sent = [ring.keys_to_send(comm.rank, (other - comm.rank) % comm.size) for other in range(comm.size)]
     received = [ring.keys_to_send(owner, (comm.rank - owner) % comm.size) for owner in range(comm.size)]
-    shapes = [_with_rows(both, _count(rows, ring.keys.rows(owner))) for owner, rows in enumerate(received)]
+    shapes = [_with_rows(both, count_rows(rows, ring.keys.rows(owner))) for owner, rows in enumerate(received)]
     with doing("gathering keys and values"):
-        gathered = comm.all_to_all([_take(both, None, rows) for rows in sent], shapes)
+        gathered = comm.all_to_all([take_rows(both, None, rows) for rows in sent], shapes)
     for owner, (block, rows) in enumerate(zip(gathered, received, strict=True)):
         k_o, v_o = block.chunk(2, -1)
         attend_tiles(partial, q, k_o, v_o, ring.tiles(comm.rank, owner, k_rows=rows), kernel)

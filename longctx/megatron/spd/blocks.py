@@ -31,9 +31,9 @@ from longctx.megatron.hf_io.export import gather_whole
 from longctx.megatron.hf_io.load import fill
 from longctx.megatron.hf_io.names import tensor_views_of_layer
 from longctx.megatron.loss import loss_of
-from longctx.megatron.model import local_layer_spec
 from longctx.megatron.modules import RMSNorm
 from longctx.megatron.spd.layer import SPDTransformerLayer
+from longctx.megatron.spec import local_layer_spec
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm, SingleRankComm
 from longctx.parallel.hybrid import hybrid

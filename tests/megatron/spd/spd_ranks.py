@@ -101,7 +101,7 @@ def build_layer(layer_class: Any, runtime: Any, *, biases: bool, sequence_parall
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from longctx.megatron.model import local_layer_spec
+    from longctx.megatron.spec import local_layer_spec
     from longctx.model_shape import ModelShape
 
     warnings.filterwarnings("ignore", message="full scope is deprecated")  # megatron-core sets it by default

@@ -1,0 +1,104 @@
+"""Specs of megatron-core's decoder blocks: the modules of a block, with the features of a `ModelShape`."""
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from longctx.megatron.attention import ContextParallelAttention
+from longctx.megatron.experts import mixture_spec
+from longctx.megatron.modules import (
+    BiasedColumnParallelLinear,
+    BiasedRowParallelLinear,
+    FeedForward,
+    LayerNorm,
+    NormedRowParallelLinear,
+    RMSNorm,
+    RMSNormOverHeads,
+    ScaledRowParallelLinear,
+    TiledMLP,
+)
+from longctx.megatron.shared import OutputProjection, QKVProjection, UpProjection
+from longctx.model_shape import Experts, ModelShape
+
+
+def local_layer_spec(
+    layer_class: type[TransformerLayer],
+    shape: ModelShape,
+    groups: ProcessGroupCollection,
+    experts: Experts | None = None,
+    mlp_rows: int | None = None,
+) -> ModuleSpec:
+    """Return the spec of a decoder block of ``layer_class`` whose modules run on CPU and GPU.
+
+    ``experts``, if given, replace the feed-forward network.  With ``mlp_rows`` that network is a `TiledMLP`.
+    """
+    norm_before = IdentityOp if shape.norms == "post" else norm_of(shape)
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=QKVProjection,
+            core_attention=ModuleSpec(module=ContextParallelAttention, params={"sinks": shape.sinks}),
+            linear_proj=_output_projection(shape, shape.out_bias),
+            q_layernorm=_qk_norm(shape, shape.heads, groups),
+            k_layernorm=_qk_norm(shape, shape.kv_heads, groups),
+        ),
+    )
+    return ModuleSpec(
+        module=layer_class,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm_before,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm_before,
+            mlp=mixture_spec(shape, groups) if experts else _mlp(shape, mlp_rows),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _mlp(shape: ModelShape, rows: int | None) -> ModuleSpec:
+    return ModuleSpec(
+        module=FeedForward if rows is None else TiledMLP,
+        params={} if rows is None else {"rows": rows},
+        submodules=MLPSubmodules(
+            linear_fc1=BiasedColumnParallelLinear if shape.mlp_bias else UpProjection,
+            linear_fc2=_output_projection(shape, shape.mlp_bias),
+        ),
+    )
+
+
+def norm_of(shape: ModelShape) -> type:
+    """Return the class of the norms of ``shape``."""
+    return LayerNorm if shape.layer_norm else RMSNorm
+
+
+def _qk_norm(shape: ModelShape, heads: int, groups: ProcessGroupCollection) -> ModuleSpec | type:
+    """Return the norm of the ``heads`` queries or keys."""
+    if shape.qk_norm == "width":
+        return ModuleSpec(module=RMSNormOverHeads, params={"heads": heads, "tp": groups.tp})
+    return RMSNorm if shape.qk_norm == "head" else IdentityOp
+
+
+def _output_projection(shape: ModelShape, bias: bool) -> ModuleSpec | type:
+    """Return the projection that adds to the residual stream, with what ``shape`` does to its output."""
+    if shape.norms != "pre":
+        assert not bias and shape.residual_scale == 1, "no known model has a norm and these on one output"
+        return NormedRowParallelLinear
+    if shape.residual_scale != 1:
+        assert not bias, "no known model has a bias and a scale on one output"
+        return ModuleSpec(module=ScaledRowParallelLinear, params={"scale": shape.residual_scale})
+    return BiasedRowParallelLinear if bias else OutputProjection
+
+
+def te_layer_spec() -> ModuleSpec:
+    """Return the spec of a decoder block of Transformer Engine with our attention."""
+    spec = get_gpt_layer_with_transformer_engine_spec()
+    spec.submodules.self_attention.submodules.core_attention = ContextParallelAttention
+    return spec

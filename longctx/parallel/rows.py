@@ -1,0 +1,43 @@
+"""Rows of a block of keys or queries, as ranges: those that travel under a window."""
+
+from collections.abc import Iterable
+
+import torch
+
+from longctx.attention.layout import Spans, slice_rows
+from longctx.shapes import Tensor
+
+Rows = tuple[tuple[int, int], ...]  # rows of a block: ranges (first, end), sorted and apart
+
+
+def union_of(ranges: Iterable[tuple[int, int]]) -> Rows:
+    """Return the rows of all ``ranges``, which may overlap."""
+    union: list[tuple[int, int]] = []
+    for first, end in sorted(ranges):
+        if union and first <= union[-1][1]:
+            union[-1] = union[-1][0], max(end, union[-1][1])
+        else:
+            union.append((first, end))
+    return tuple(union)
+
+
+def spans_of(spans: Spans, rows: Rows | None) -> Spans:
+    """Return the positions of ``rows`` of a block with ``spans``; None is all rows."""
+    return spans if rows is None else tuple(s for first, end in rows for s in slice_rows(spans, first, end))
+
+
+def count_rows(rows: Rows | None, whole: int) -> int:
+    """Return the number of ``rows``; None is all ``whole`` rows of a block."""
+    return whole if rows is None else sum(end - first for first, end in rows)
+
+
+def take_rows(x: Tensor, arrived: Rows | None, wanted: Rows | None) -> Tensor:
+    """Return the rows ``wanted`` of a block, of which ``x`` has the rows ``arrived``; these include ``wanted``."""
+    if arrived == wanted or wanted is None:
+        return x
+    arrived = ((0, x.shape[1]),) if arrived is None else arrived
+    slices, begin = [x[:, :0]], 0
+    for first, end in arrived:
+        slices += [x[:, begin + a - first : begin + b - first] for a, b in wanted if first <= a < end]
+        begin += end - first
+    return torch.cat(slices, 1)
