@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from omegaconf import DictConfig
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -60,6 +60,7 @@ class EvalConfig:
     resamples: PositiveInt = 10_000
     gate: tuple[str, ...] = ()
     strict: bool = True
+    until: Literal["decided"] | None = None
     sensitivity: PositiveInt = 4
 
     def __post_init__(self) -> None:
@@ -119,6 +120,16 @@ class EvalJob:
         """Folder of the report and of the stored answers."""
         return Path(self.settings.out)
 
+    def requests_of(self, tasks: Mapping[str, Task]) -> tuple[Request, ...]:
+        """Return all that ``tasks``, views of the job's, ask of the model, each request once."""
+        from eval.harness.lm import make_recorder
+        from eval.harness.tasks import answer_tasks
+
+        requests: list[Request] = []
+        self.lm.answer = make_recorder(requests)
+        answer_tasks(tasks, self.lm)
+        return tuple(dict.fromkeys(requests))
+
     def file(self, variant: Variant) -> Path:
         """Return the file of the answers of ``variant``: the one that version 0.1 wrote, if there is no other."""
         files = [self.out / "responses" / f"{digest}.jsonl" for digest in (variant.digest, variant.first_digest)]
@@ -139,6 +150,8 @@ def prepare(config: DictConfig, recipe: str = "eval.run") -> EvalJob:
     configs = compose_variants(config)
     _refuse_other_world(configs)
     _refuse_unknown_gate(evaluation, [name for name, _ in configs])
+    if evaluation.until and len(configs) == 1:
+        raise ValueError(f"eval.until={evaluation.until} compares variants: add some, or use eval.until=null")
     # 2. The baseline, and the tasks and requests that it is asked.
     data = evaluation.folder
     base = resolve_variant(*configs[0])
@@ -210,8 +223,13 @@ def _load_tasks(evaluation: EvalConfig, base: Variant, data: Path | None) -> dic
             f"eval.text and eval.lengths are of long texts: add one of {', '.join(LONG)}, or leave them out"
         )
     # 3. Their requests.
-    if evaluation.gate and all(task.OUTPUT_TYPE == "loglikelihood_rolling" for task in tasks.values()):
-        raise ValueError("eval.gate judges accuracy, which none of eval.tasks has: add one, or use eval.gate=[]")
+    if (evaluation.gate or evaluation.until) and all(
+        task.OUTPUT_TYPE == "loglikelihood_rolling" for task in tasks.values()
+    ):
+        name, off = ("gate", "[]") if evaluation.gate else ("until", "null")
+        raise ValueError(
+            f"eval.{name} judges accuracy, which none of eval.tasks has: add one, or use eval.{name}={off}"
+        )
     evaluation.refuse_unknown_limits([*tasks, *evaluation.tasks])
     build_requests(tasks, {name: evaluation.limit_of(name) for name in tasks})
     return tasks

@@ -8,19 +8,25 @@ and a variant of ``eval.gate`` is worse, or undecided (unless ``eval.strict=fals
 The same command resumes an interrupted run.
 """
 
+from __future__ import annotations
+
 import sys
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from eval.answers import responses
-from eval.answers.requests import key
+from eval.answers.requests import Request, key
 from eval.answers.worker import EvalWork, run_rank
 from eval.harness.local import LOCAL
 from eval.job import EvalJob, pinned, prepare, with_measured_orders
 from eval.stats import page, publish
-from eval.stats.report import GateRules, Report, ScoredVariant, make_report
+from eval.stats.compare import SCREENED, Z
+from eval.stats.outcomes import Outcomes
+from eval.stats.report import GateRules, Report, ScoredVariant, choose_averaged, make_report
+from eval.stats.sequential import FIRST, LOOKS, Z_SEQUENTIAL, sizes_at, verdict_at_a_look
 from eval.variants import Variant
 from recipes.common.cli import (
     GATE_FAILED,
@@ -36,12 +42,60 @@ from recipes.common.cli import (
 from recipes.common.manifest import record
 from recipes.common.provenance import ROOT, commit_of, provenance
 
+if TYPE_CHECKING:
+    from eval.harness.tasks import Task
+
 __all__ = ("pinned", "prepare", "task")  # slurm.submit calls these of a recipe
 WARM = ("longctx.infer.engine", "eval.answers.score", "eval.answers.generate", "eval.answers.worker")
 
 
-def answer_variant(job: EvalJob, number: int) -> responses.StoredAnswers:
-    """Return all answers of variant ``number``: those that are stored, and the others from its ranks."""
+Asked = tuple[responses.StoredAnswers, Mapping[str, "Task"]]  # answers of a variant, and the tasks that they are of
+
+
+def answer_all(job: EvalJob) -> list[Asked]:
+    """Ask every variant all requests; return their answers and the job's tasks."""
+    return [(answer_variant(job, number, job.requests), job.tasks) for number in range(len(job.variants))]
+
+
+def answer_until_decided(job: EvalJob) -> list[Asked]:
+    """Ask more and more examples until every variant has a verdict, or the sets end; return answers and tasks asked.
+
+    Every rank that a launcher started must call this; all come to the same verdicts, from the same answers.
+    """
+    from eval.harness.tasks import count_examples, first_examples
+
+    asked: dict[int, Asked] = {}
+    limits = {name: count_examples(task) for name, task in job.tasks.items()}
+
+    def ask(number: int, sizes: Mapping[str, int]) -> Mapping[str, Outcomes]:
+        tasks = {name: first_examples(task, sizes[name]) for name, task in job.tasks.items()}
+        asked[number] = (answer_variant(job, number, job.requests_of(tasks)), tasks)
+        return outcomes_of(job, *asked[number])
+
+    # 1. The tasks that count, by the baseline's first answers.
+    screened = {name: min(SCREENED, limit) for name, limit in limits.items()}
+    averaged, chance = choose_averaged(ask(0, screened))
+    counted = {name: limits[name] for name in averaged}
+    others = {name: min(FIRST, limits[name]) if name in chance else limits[name] for name in limits}
+    # 2. Looks; a variant with a verdict is asked no more.
+    undecided = list(range(1, len(job.variants)))
+    for step in range(LOOKS):
+        sizes = others | sizes_at(step, counted)
+        base = ask(0, {name: max(screened[name], size) for name, size in sizes.items()})
+        for number in tuple(undecided):
+            outcomes = ask(number, sizes)
+            pairs = [(base[name].values[: sizes[name]], outcomes[name].values) for name in averaged]
+            if averaged[0] not in chance and verdict_at_a_look(pairs, job.eval.allowed_drop) != "undecided":
+                undecided.remove(number)
+        names = ", ".join(job.variants[number].name for number in undecided) or "none"
+        say(f"look {step + 1}, {max(sizes[name] for name in averaged):,} examples a task: undecided: {names}")
+        if not undecided or averaged[0] in chance or all(sizes[name] == limit for name, limit in counted.items()):
+            break
+    return [asked[number] for number in range(len(job.variants))]
+
+
+def answer_variant(job: EvalJob, number: int, requests: Sequence[Request]) -> responses.StoredAnswers:
+    """Return answers of variant ``number`` to ``requests``: those that are stored, and the others from its ranks."""
     # 1. Read the stored answers.
     variant = job.variants[number]
     file = job.file(variant)
@@ -51,9 +105,9 @@ def answer_variant(job: EvalJob, number: int) -> responses.StoredAnswers:
     if others := stored.commits - {commit_of(ROOT)}:
         say(f"{file} has answers of another commit, {', '.join(sorted(others))}: use another out= to ask all again")
     # 2. Ask what is missing.
-    missing = tuple(request for request in job.requests if key(request) not in stored.answers)
+    missing = tuple(request for request in requests if key(request) not in stored.answers)
     progress = f"{variant.name} ({number + 1} of {len(job.variants)})"
-    say(f"{progress}: {len(missing):,} of {len(job.requests):,} requests to answer")
+    say(f"{progress}: {len(missing):,} of {len(requests):,} requests to answer")
     if not missing:
         return stored
     work = EvalWork(
@@ -68,13 +122,19 @@ def answer_variant(job: EvalJob, number: int) -> responses.StoredAnswers:
     return responses.read(file)
 
 
-def score_variant(job: EvalJob, variant: Variant, stored: responses.StoredAnswers) -> ScoredVariant:
-    """Return ``variant`` with its outcomes by lm-eval's metrics, from its ``stored`` answers."""
+def outcomes_of(job: EvalJob, stored: responses.StoredAnswers, tasks: Mapping[str, Task]) -> Mapping[str, Outcomes]:
+    """Return the outcomes of ``tasks`` by lm-eval's metrics, from ``stored`` answers."""
     from eval.harness.tasks import answer_tasks, collect_outcomes
 
     job.lm.answer = lambda requests: [stored.answers[key(request)] for request in requests]
-    answer_tasks(job.tasks, job.lm)
-    target, seconds = variant.target, stored.seconds or None
+    answer_tasks(tasks, job.lm)
+    return {name: collect_outcomes(name, task) for name, task in tasks.items()}
+
+
+def score_variant(job: EvalJob, variant: Variant, asked: Asked) -> ScoredVariant:
+    """Return ``variant`` with its outcomes."""
+    target, stored = variant.target, asked[0]
+    seconds = stored.seconds or None
     return ScoredVariant(
         name=variant.name,
         model=target.model.name,
@@ -82,7 +142,7 @@ def score_variant(job: EvalJob, variant: Variant, stored: responses.StoredAnswer
         dropped=variant.dropped,
         blocks=tuple(sorted(target.plan.dropped)) if target.plan else (),
         repaired=variant.repaired,
-        outcomes={name: collect_outcomes(name, task) for name, task in job.tasks.items()},
+        outcomes=outcomes_of(job, *asked),
         tokens_per_s=stored.tokens / seconds if seconds else None,
         requests_per_s=stored.requests / seconds if seconds else None,
     )
@@ -92,7 +152,8 @@ def publish_report(job: EvalJob, scored: Sequence[ScoredVariant], commits: Set[s
     """Write, track and show the report; ``commits`` are those of the code that computed the answers."""
     from longctx.train.track import start_tracking
 
-    rules = GateRules(job.eval.allowed_drop, job.eval.resamples, job.eval.seed, job.eval.gate, job.eval.strict)
+    settings, z = job.eval, Z_SEQUENTIAL if job.eval.until else Z
+    rules = GateRules(settings.allowed_drop, settings.resamples, settings.seed, settings.gate, settings.strict, z)
     title = f"{scored[0].model} on {len(job.tasks)} task(s)"
     origin = {"title": title, **provenance(), "commit": ", ".join(sorted({*commits, commit_of(ROOT)}))}
     report = publish.write(make_report(scored, rules, origin), job.out)
@@ -122,12 +183,12 @@ def task(config: DictConfig) -> None:
     with record(config, "eval.run", [variant.target.folder for variant in job.variants], files_read(job)):
         # 2. Answer, on the ranks.
         job = with_measured_orders(job)
-        stored = [answer_variant(job, number) for number in range(len(job.variants))]
+        asked = answer_until_decided(job) if job.eval.until else answer_all(job)
         if not is_first():
             return
         # 3. Score, compare and report, in one process.
-        scored = [score_variant(job, variant, answers) for variant, answers in zip(job.variants, stored, strict=True)]
-        report = publish_report(job, scored, set().union(*(answers.commits for answers in stored)))
+        scored = [score_variant(job, variant, one) for variant, one in zip(job.variants, asked, strict=True)]
+        report = publish_report(job, scored, set().union(*(stored.commits for stored, _ in asked)))
     if not report.gate.passed:
         print_error(", ".join(report.gate.failed), "gate failed")
         sys.exit(GATE_FAILED)

@@ -44,6 +44,7 @@ class EngineLM(TemplateLM):
         super().__init__()
         self.tokenizer, self.max_length, self.answer = tokenizer, max_length, answer
         self.cut = 0
+        self._made: dict[int, list[Request]] = {}
         self._prefix, self._prefix_text = prefix_token, str(tokenizer.decode([prefix_token]))
 
     @property
@@ -74,11 +75,7 @@ class EngineLM(TemplateLM):
         )
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        scores = []
-        for request in requests:
-            before, after = self._encode(*request.args)
-            scores.append(self._make_score(before, after, f"{request.task_name} {request.doc_id}"))
-        return list(self.answer(scores))
+        return list(self.answer([score for request in requests for score in self._once(request, self._make_choice)]))
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[object, list[int], list[int]]], **_: object
@@ -86,12 +83,23 @@ class EngineLM(TemplateLM):
         return list(self.answer([self._make_score(before, after, "") for _, before, after in requests]))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        windows = [self._make_windows(*request.args) for request in requests]
+        windows = [self._once(request, lambda one: self._make_windows(*one.args)) for request in requests]
         answers = iter(self.answer([window for of_text in windows for window in of_text]))
         return [sum(next(answers)[0] for _ in of_text) for of_text in windows]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        return list(self.answer([self._make_continue(*request.args) for request in requests]))
+        texts = [self._once(request, lambda one: [self._make_continue(*one.args)]) for request in requests]
+        return list(self.answer([one for of_request in texts for one in of_request]))
+
+    def _once(self, request: Instance, make: Callable[[Instance], Sequence[Request]]) -> Sequence[Request]:
+        """Return what ``make`` gave for ``request`` the first time: it is asked once per variant, or more often."""
+        if id(request) not in self._made:
+            self._made[id(request)] = list(make(request))
+        return self._made[id(request)]
+
+    def _make_choice(self, request: Instance) -> list[Score]:
+        before, after = self._encode(*request.args)
+        return [self._make_score(before, after, f"{request.task_name} {request.doc_id}")]
 
     def _encode(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Return the tokens before the answer, at least one, and those of the answer."""

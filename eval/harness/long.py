@@ -161,6 +161,11 @@ LONG: Mapping[str, MakeExample] = {
 }
 
 
+def is_generated(task: str) -> bool:
+    """Return whether ``task``, such as needle_1024, makes as many examples as it is asked for."""
+    return task.rpartition("_")[0] in LONG
+
+
 def read_text(source: str, tokenizer: PreTrainedTokenizerBase) -> LongText:
     """Return the text of a file, or of the documentation that CPython ships if ``source`` is pydoc.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import math
@@ -19,6 +20,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask as Task
 
 from eval.harness.local import LOCAL, LocalTask, join_names, read_rows
+from eval.harness.long import is_generated
 from eval.stats.outcomes import Outcomes
 
 if TYPE_CHECKING:
@@ -141,6 +143,18 @@ def build_requests(tasks: Mapping[str, Task], limits: Mapping[str, int | None]) 
             raise ValueError(f"eval.tasks: {name}{shots}: {error}") from error
 
 
+def first_examples(task: Task, n: int) -> Task:
+    """Return a view of ``task`` with the requests of its first ``n`` examples; the requests are shared."""
+    view = copy.copy(task)
+    view._instances = [instance for instance in task.instances if instance.doc_id < n]
+    return view
+
+
+def count_examples(task: Task) -> int:
+    """Return how many examples the requests of ``task`` ask."""
+    return len({instance.doc_id for instance in task.instances})
+
+
 def answer_tasks(tasks: Mapping[str, Task], lm: LM) -> None:
     """Ask ``lm`` the requests of all tasks, in one call for each kind, and store its answers in the tasks."""
     by_kind: dict[str, list[Instance]] = {}
@@ -162,9 +176,11 @@ def collect_outcomes(name: str, task: Task) -> Outcomes:
         examples.setdefault(instance.doc_id, []).append(instance)
     # 2. Compute each metric of each example; "metric,filter" unless the filter is "none".
     values: dict[str, list[Any]] = {}
+    margins: list[float | None] = []
     for filter_name in task.instances[0].filtered_resps:
         for instances in examples.values():
             answers = [one.filtered_resps[filter_name] for one in sorted(instances, key=lambda one: one.idx)]
+            margins.append(_margin(task, instances[0].doc, answers))
             for metric, value in task.process_results(instances[0].doc, answers).items():
                 values.setdefault(metric if filter_name == "none" else f"{metric},{filter_name}", []).append(value)
     with _silence_progress():
@@ -175,7 +191,32 @@ def collect_outcomes(name: str, task: Task) -> Outcomes:
         return Outcomes(name, tuple(map(float, log_likelihoods)), words=tuple(map(float, words)), others=totals)
     metric = _choose_accuracy(name, values)
     chance = _chance(task, list(examples.values())) if task.OUTPUT_TYPE == "multiple_choice" else 0.0
-    return Outcomes(name, tuple(float(value) for value in values[metric]), chance, others=totals)
+    return Outcomes(
+        name,
+        tuple(float(value) for value in values[metric]),
+        chance,
+        others=totals,
+        margins=tuple(one for one in margins if one is not None) if None not in margins else (),
+        available=None if is_generated(name) else len(task.eval_docs),
+    )
+
+
+def _margin(task: Task, doc: Mapping[str, Any], answers: Sequence[Any]) -> float | None:
+    """Return the log-probability of the right answer minus the largest of the others, if there are any (nats).
+
+    None for generated text, and unless one answer is right and each choice has one log-probability.
+    """
+    if task.OUTPUT_TYPE == "loglikelihood":
+        return float(answers[0][0])
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return None
+    choices = task.doc_to_choice(doc)
+    right = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    right = choices.index(right) if right in choices else right
+    if not isinstance(right, int) or len(answers) != len(choices) or not 0 <= right < len(choices) > 1:
+        return None
+    log_probs = [float(value) for value, _ in answers]
+    return log_probs.pop(right) - max(log_probs)
 
 
 def _chance(task: Task, examples: Sequence[Sequence[Instance]]) -> float:

@@ -25,6 +25,8 @@ from recipes.common.settings import section
         (["eval.gate=[nobody]"], "eval.gate: there is no variant nobody"),
         (["eval.gate=[baseline]"], "eval.gate: baseline is what variants are compared with"),
         (["eval.gate=[a]", "eval.tasks=[wikitext]", "variants=[{name: a}]"], "eval.gate judges accuracy"),
+        (["eval.until=decided"], "eval.until=decided compares variants: add some"),
+        (["eval.until=decided", "eval.tasks=[wikitext]", "variants=[{name: a}]"], "eval.until judges accuracy"),
         (["mesh.dp=2"], "eval.run has no use for mesh.dp=2"),
         (["mesh.tp=2"], "use mesh.tp=1"),
         (["context.chunk=5"], "use context.chunk=null"),
