@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from omegaconf import DictConfig
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from eval.answers.requests import Continue, Request
 from eval.harness.local import LOCAL
@@ -57,7 +57,7 @@ class EvalConfig:
     limit: PositiveInt | None = None
     limits: Mapping[str, PositiveInt] | None = None
     num_fewshot: NonNegativeInt | None = None
-    lengths: tuple[PositiveInt, ...] = (1024,)
+    lengths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1024,)
     text: str = "pydoc"
     seed: NonNegativeInt = 0
     max_length: PositiveInt | None = None

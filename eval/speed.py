@@ -11,10 +11,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from omegaconf import DictConfig
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from rich.table import Table
 
 from eval import run
@@ -42,7 +42,7 @@ class SpeedSettings:
     """Section ``speed``: in each round, ours and lm-eval's model at each of ``batches`` take turns."""
 
     rounds: PositiveInt = 3
-    batches: tuple[PositiveInt, ...] = (1, 8)
+    batches: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def compose_variants(config: DictConfig) -> list[tuple[str, DictConfig]]:
 
 
 def _name(change: Values) -> str:
-    if not isinstance(change.get("name"), str):
+    if not isinstance(change.get("name"), str) or not str(change["name"]).strip():
         raise ValueError(f"variants: {dict(change)} has no name: add one, such as name: ring")
     return str(change["name"])
 

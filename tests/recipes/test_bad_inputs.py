@@ -190,10 +190,16 @@ def snapshot(*folders: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*")}
 
 
+def remove_new(folder: Path, names: set[Path]) -> None:
+    """Remove what is in ``folder`` but not among ``names``."""
+    for path in {*folder.iterdir()} - names:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 @pytest.mark.parametrize(("recipe", "first", "lines"), CASES, ids=[recipe for recipe, *_ in CASES])
 def test_wrong_command_line_is_refused_in_one_line(folder, scratch, monkeypatch, capsys, recipe, first, lines):
     monkeypatch.setattr("sys.argv", [])
-    before, faults = snapshot(folder, scratch), {}
+    before, names, faults = snapshot(folder, scratch), {*folder.iterdir()}, {}
     for words in lines:
         try:
             code = run(recipe, (*first, *words))
@@ -205,7 +211,8 @@ def test_wrong_command_line_is_refused_in_one_line(folder, scratch, monkeypatch,
         after = snapshot(folder, scratch)
         if (code, out) != (2, "") or not err.startswith("error: ") or err.count("\n") != 1 or after != before:
             faults[" ".join(words)] = (code, out, err, sorted(after.items() - before.items()))
-            before = after
+            remove_new(folder, names)  # a run's folder would be the reason to refuse the lines that follow
+            before = snapshot(folder, scratch)
     assert not faults, "".join(f"\n{words}: {fault}" for words, fault in faults.items())
 
 
@@ -213,11 +220,10 @@ def test_wrong_command_line_is_refused_in_one_line(folder, scratch, monkeypatch,
 def test_first_words_are_accepted(folder, scratch, monkeypatch, recipe, first):
     """The refusals above are therefore of the words that follow."""
     monkeypatch.setattr("sys.argv", [])
-    before = {*folder.iterdir()}
+    names = {*folder.iterdir()}
     with pytest.raises(Started):
         run(recipe, first)
-    for path in {*folder.iterdir()} - before:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    remove_new(folder, names)
 
 
 def test_there_are_many_cases():
