@@ -24,9 +24,9 @@ def difference_interval(
     """Return the difference of mean losses on the same texts, with its interval at ``level``: (difference, low, high).
 
     ``base`` and ``other`` are each text's summed loss (nats), ``lengths`` its number of tokens or words.  Exponentials
-    of the results are a ratio of perplexities and its interval.  With one text, low and high are infinite.  The interval
-    is Student's for a ratio of means (Cochran, Sampling Techniques, 1977, 6.3).  It does not assume that losses within a
-    text are independent.
+    of the results are a ratio of perplexities and its interval.  With one text, low and high are infinite.  The
+    interval is Student's for a ratio of means (Cochran, Sampling Techniques, 1977, 6.3).  It does not assume that
+    losses within a text are independent.
     """
     from scipy.stats import t as student  # slow to import
 

@@ -92,7 +92,7 @@ class EngineLM(TemplateLM):
         return list(self.answer([one for of_request in texts for one in of_request]))
 
     def _once(self, request: Instance, make: Callable[[Instance], Sequence[Request]]) -> Sequence[Request]:
-        """Return what ``make`` gave for ``request`` the first time: it is asked once per variant, or more often."""
+        """Return ``make(request)``, which is cached because each variant, and each look, asks ``request`` again."""
         if id(request) not in self._made:
             self._made[id(request)] = list(make(request))
         return self._made[id(request)]

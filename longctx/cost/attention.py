@@ -16,8 +16,8 @@ class Work:
     """The attention of one layer over a batch of sequences, on a ring of ``ranks``.
 
     Sequence i has ``new[i]`` new tokens, which attend to its ``cached[i]`` cached tokens and causally to each other.
-    ``heads`` and ``kv_heads`` count one rank's heads, as a fraction if the mesh does not divide them.  ``window`` is the
-    number of keys that a query sees at most, its own included; None is no window.  ``partial_element_bytes`` is the
+    ``heads`` and ``kv_heads`` count one rank's heads, as a fraction if the mesh does not divide them.  ``window`` is
+    the number of keys that a query sees at most, its own included; None is no window.  ``partial_element_bytes`` is the
     size of an element of a partial output: 4 in longctx (float32), 2 in arXiv 2411.01783.
     """
 

@@ -116,7 +116,7 @@ class Machine:
         return next((level for level in self.levels if span <= level.ranks), self.levels[-1])
 
     def expected_error(self, work: str, mesh: Degrees) -> float | None:
-        """Return the mean absolute error, as a share, of ``work`` on meshes like ``mesh``; None if none was published."""
+        """Return the mean absolute error, as a share, of ``work`` on meshes like ``mesh``; None if unknown."""
         accuracy = self.errors.get(work)
         ranks = {axis: getattr(mesh, axis) for axis in ("tp", "ulysses", "ring", "dp", "pp")}
         if accuracy is None or prod(ranks.values()) > accuracy.ranks:

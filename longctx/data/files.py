@@ -80,7 +80,7 @@ def _read_text(path: Path, at: Position) -> Iterator[tuple[Record, Position]]:
 
 
 def _checked_record(path: Path, file: gzip.GzipFile | BufferedReader) -> Record:
-    """Check the text ``file`` at ``path``; return its record, which can be opened, is empty, or names the first fault."""
+    """Check the text ``file`` at ``path``; return its record: to be opened, empty, or with the first fault."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     is_blank, start, lines = True, 0, 0  # ``start``: offset of the block's first byte
     while True:

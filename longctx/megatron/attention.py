@@ -69,7 +69,7 @@ class Pass(PackedSeqParams):
     """One pass through the model, with the attention function that its layers call.
 
     ``attend(layer, q, k, v)`` returns the attention output.  All four tensors are [b s h d]; layers count from 0.
-    Models with attention sinks call ``attend(layer, q, k, v, sinks)``, with each query head's sink score in ``sinks`` [hq].
+    Models with attention sinks call ``attend(layer, q, k, v, sinks)``; ``sinks`` [hq] are the query heads' sink scores.
     ``rotary`` has a table for each layer of the whole model (`rotary_tables`); empty rotates nothing.
 
     megatron-core hands a `PackedSeqParams` unchanged to the attention of every layer, on every pipeline stage.

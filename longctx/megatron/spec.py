@@ -36,7 +36,7 @@ def local_layer_spec(
 ) -> ModuleSpec:
     """Return the spec of a decoder block of ``layer_class``, with modules that run on CPU and GPU.
 
-    ``experts``, if given, replace the feed-forward network.  With ``mlp_rows``, the feed-forward network is a `TiledMLP`.
+    ``experts``, if given, replace the feed-forward network.  With ``mlp_rows``, this network is a `TiledMLP`.
     """
     norm_before = IdentityOp if shape.norms == "post" else norm_of(shape)
     attention = ModuleSpec(
@@ -87,7 +87,7 @@ def _qk_norm(shape: ModelShape, heads: int, groups: ProcessGroupCollection) -> M
 
 
 def _output_projection(shape: ModelShape, bias: bool) -> ModuleSpec | type:
-    """Return the projection to the residual stream, with the norm, scale or bias that ``shape`` applies to its output."""
+    """Return the projection to the residual stream, with the norm, scale or bias of ``shape``."""
     if shape.norms != "pre":
         assert not bias and shape.residual_scale == 1, "no known model has a norm and these on one output"
         return NormedRowParallelLinear

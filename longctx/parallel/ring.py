@@ -31,8 +31,8 @@ class Ring:
     ) -> tuple[Tile, ...]:
         """Return the tiles that are visible between the queries of ``q_rank`` and the keys of ``k_rank``.
 
-        ``q_rows`` and ``k_rows`` are the rows of the two blocks that have arrived (None: all rows).  Results are cached,
-        so that all layers share them.
+        ``q_rows`` and ``k_rows`` are the rows of the two blocks that have arrived (None: all rows).  Results are
+        cached, so that all layers share them.
         """
         key = q_rank, k_rank, q_rows, k_rows
         if key not in self._cache:
@@ -83,8 +83,8 @@ def rotate(
     """Yield (owner, tensors) for every rank, this rank first, while the next rank's tensors are in flight.
 
     Example: on rank 2 of 4 the owners are 2, 1, 0, 3.  ``layout`` gives each owner's number of rows (dim 1).
-    ``rows(owner, hop)`` are the rows of ``owner``'s block that travel on hop number ``hop`` (None: all).  A hop must not
-    carry a row that the hop before did not carry.  Two buffers are alive: the current one, and the one in flight.
+    ``rows(owner, hop)`` are the rows of ``owner``'s block that travel on hop number ``hop`` (None: all).  A hop must
+    not carry a row that the hop before did not carry.  Two buffers are alive: the current one, and the one in flight.
     Delete the yielded tensors (``del``) before the next iteration; otherwise they stay alive as a third buffer.
     """
     current = mine

@@ -90,9 +90,8 @@ def resolve_target(
     """Return the target that ``config`` names.  Writes nothing but the model cache.
 
     ``unused_axes`` of the mesh must be 1.  ``needs_weights`` refuses a folder without weights.  ``strategy_by_turn``
-    allows ``context.strategy=auto`` and the other rules, ``decode_by_batch`` allows ``context.decode=auto``.  ``spd``
-    says whether a plan of
-    dropped reductions is followed, refused or ignored.
+    allows ``context.strategy=auto`` and the other rules; ``decode_by_batch`` allows ``context.decode=auto``.  ``spd``
+    says whether a plan of dropped reductions is followed, refused or ignored.
 
     Raises ValueError, with what to set instead, for a model, mesh, kernel, strategy or plan that ``recipe`` cannot run.
     """
@@ -110,12 +109,12 @@ def resolve_target(
         refuse_strategy_by_turn(context, recipe)
     if context.decode == "auto" and not decode_by_batch:
         raise ValueError(
-            f"context.decode=auto measures and chooses in recipes.generate and recipes.chat; {recipe} takes one of "
+            f"context.decode=auto works in recipes.generate and recipes.chat only; {recipe} takes one of "
             f"gather_merge, sharded, {', '.join(STRATEGIES)}"
         )
     if context.decode == "sharded" and model.layers == "te":
         raise ValueError(
-            "context.decode=sharded is not built for model.layers=te: use model.layers=local, or "
+            "context.decode=sharded is not implemented for model.layers=te: use model.layers=local, or "
             "context.decode=gather_merge"
         )
     kernel_for(context.kernel, run.device, model.dtype)
