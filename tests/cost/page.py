@@ -1,4 +1,4 @@
-"""Write longctx/cost/README.md: predicted against published figures.  ``python -m tests.cost.page``, a minute."""
+"""Write longctx/cost/README.md: predicted against published figures.  ``python -m tests.cost.page`` takes a minute."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -79,14 +79,14 @@ def summary(leave_out: bool) -> Iterator[str]:
 
 
 def run_of(row: Row) -> str:
-    """Return the run of ``row`` in a few words."""
+    """Return a short description of the run of ``row``."""
     axes = " ".join(f"{axis}={n}" for axis, n in vars(row.mesh).items() if n > 1) or "one rank"
     tokens = f"{row.new:,}" + (f" after {row.cached:,}" if row.cached else "")
     return f"{row.quantity}, {axes}, {tokens} tokens" + (f" x {row.batch}" if row.batch > 1 else "")
 
 
 def shown(row: Row, seconds: float) -> str:
-    """Return ``seconds`` in the unit of times."""
+    """Return ``seconds`` as text with a unit."""
     if row.unit == "%":
         return f"{seconds:.1%}"
     return next(
@@ -125,7 +125,7 @@ def text(leave_out: bool) -> str:
 
 
 def expected(hardware: str) -> Iterator[str]:
-    """Yield the lines ``errors`` of a hardware file: the mean error of tables that the fit did not see."""
+    """Yield the lines ``errors`` of a hardware file: the mean error of tables that the fit left out."""
     for kind, quantities in KINDS.items():
         names = [name for name in tables() if rows_of(name)[0].hardware == hardware]
         names = [name for name in names if rows_of(name)[0].quantity in quantities]
