@@ -98,6 +98,7 @@ class EngineLM(TemplateLM):
         return self._made[id(request)]
 
     def _make_choice(self, request: Instance) -> list[Score]:
+        """Return the request that scores one choice of a question."""
         before, after = self._encode(*request.args)
         return [self._make_score(before, after, f"{request.task_name} {request.doc_id}")]
 

@@ -92,10 +92,10 @@ def _is_beyond(changes: Changes, z: float, side: int, tilt: Numbers) -> NDArray[
 def tilted_rates(changes: Changes, tilt: Numbers) -> tuple[Numbers, Numbers]:
     """Return each task's rates p of falls and q of rises, [... tasks], under ``tilt`` [...].
 
-    They maximise the log-likelihood plus ``t * (q - p)``, with t = ``tilt * weights``.  Setting derivatives to zero
-    gives q = won / (m - t), p = lost / (m + t) and a rate (n - lost - won) / m of no change.  The three rates add up to
-    1, so m is the largest root of a cubic.  The rate that the tilt raises is computed as the rest; this also holds if
-    its count is 0.
+    They maximise the log-likelihood plus ``t * (q - p)``, with t = ``tilt * weights``.  At the maximum,
+    q = won / (m - t) and p = lost / (m + t), and the rate of no change is (n - lost - won) / m.  The three rates add up
+    to 1, so m is the largest root of a cubic.  The rate that the tilt raises is computed as the rest; this also holds
+    if its count is 0.
     """
     lost, won, n, t = np.broadcast_arrays(changes.lost, changes.won, changes.n, changes.weights * tilt[..., None])
     same, size = n - lost - won, np.abs(t)

@@ -119,6 +119,7 @@ def _margins(report: Report, others: Sequence[str]) -> list[str]:
 
 
 def _margin(margin: Mapping[str, float | None]) -> str:
+    """Return a change of margin with its interval, as a table's cell."""
     low, high = margin["low"], margin["high"]
     ends = "(few examples)" if low is None or high is None else f"[{low:+.3f}, {high:+.3f}]"
     return f"{margin['difference']:+.3f} {ends}"

@@ -164,6 +164,7 @@ def make_report(scored: Sequence[ScoredVariant], rules: GateRules, origin: Mappi
 
 
 def _compare_task(base: Mapping[str, Outcomes], variant: ScoredVariant, name: str, rules: GateRules) -> Figures:
+    """Return the figures of ``variant`` on the task ``name``, with lm-eval's further metrics."""
     figures = _compare_tasks(base, variant, [name], rules)
     return figures if base[name].words else {**figures, "metrics": dict(variant.outcomes[name].others)}
 
@@ -192,6 +193,7 @@ def _compare_tasks(
 def _accuracy_figures(
     compared: Comparison, margin: MarginChange | None, variant: ScoredVariant, names: Sequence[str]
 ) -> Figures:
+    """Return a comparison of accuracies over the tasks ``names`` as figures; the baseline has no differences."""
     if variant.name == BASELINE:
         no_difference = Figures(difference=None, low=None, high=None, lost=None, won=None)
         no_figures = Figures(**no_difference, **_NO_VERDICT, needed=None, margin=None)

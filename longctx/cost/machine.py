@@ -167,8 +167,10 @@ def machine_of(values: Any, source: str) -> Machine:
     """
     if not isinstance(values, Mapping) or "levels" not in values:
         return _one_node(hardware_of(values, source))
+    # 1. Take the fields of `Machine`; other keys are notes, such as the list of fitted constants.
     known = {one.name for one in fields(Machine)}
     numbers = {name: value for name, value in values.items() if name in known - {"levels", "errors"}}
+    # 2. Convert the values.
     try:
         levels = [
             Level(

@@ -17,9 +17,9 @@ def inference_bytes(
 ) -> dict[str, float]:
     """Return the bytes of a pass over ``new`` tokens after ``cached`` ones, by part.
 
-    Only one layer's activations exist at a time.  The largest set belongs to the feed-forward network (the residual
-    stream, its norm, gate, up and their product) or to attention (queries, keys, values and a float32 partial).
-    Only the last row of each sequence has logits.
+    Only one layer's activations exist at a time: those of attention or of the feed-forward network, whichever are
+    larger.  Attention has queries, keys, values and a float32 partial.  The feed-forward network has gate, up and their
+    product.  Both have the residual stream and its norm.  Only the last row of each sequence has logits.
     """
     _, ffn = layer_weights(shape)
     cheaper = ffn * shape.layers * (numbers.element - numbers.ffn) / mesh.tp

@@ -135,6 +135,7 @@ class TiledMLP(FeedForward):
         return torch.cat(tiles), self.linear_fc2.bias  # the caller adds the bias, if there is one
 
     def _without_bias(self, tile: Tensor) -> Tensor:
+        """Return the output of the rows ``tile``, without the bias that the caller adds."""
         out: Tensor = super().forward(tile)[0]
         return out
 

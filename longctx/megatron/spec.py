@@ -64,6 +64,7 @@ def local_layer_spec(
 
 
 def _mlp(shape: ModelShape, rows: int | None) -> ModuleSpec:
+    """Return the spec of a feed-forward network, which computes ``rows`` rows at a time (None: all)."""
     return ModuleSpec(
         module=FeedForward if rows is None else TiledMLP,
         params={} if rows is None else {"rows": rows},

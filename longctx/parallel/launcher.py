@@ -79,5 +79,6 @@ def _tasks_of_node(tasks_per_node: str, node: int) -> int:
 
 
 def _first_host(nodes: str) -> str:
+    """Return the first name in Slurm's list ``nodes``, such as "node[3-5]"."""
     listing = ["scontrol", "show", "hostnames", nodes]
     return subprocess.run(listing, capture_output=True, text=True, check=True).stdout.split()[0]

@@ -53,6 +53,7 @@ class Ring:
         return self._rows_to_send("queries", owner, hop, hops)
 
     def _rows_to_send(self, of: str, owner: int, hop: int, hops: int) -> Rows | None:
+        """Return `keys_to_send` or `queries_to_send`, as ``of`` says; results are cached."""
         if self.mask.before is None or hop == 0:
             return None
         key = of, owner, hop, hops
@@ -192,8 +193,8 @@ def all_gather_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> P
 def gather_merge(partial: Partial, comm: Comm, ulysses: int, sinks: Float[Tensor, " hq"] | None = None) -> Queries:
     """Merge all ranks' partials of the same query rows with one all-gather (tree decoding).
 
-    Every rank passes its ``partial`` [b s hq/U d] of the same rows and gets the attention output [b s hq d], with
-    U = ``ulysses``.  Rank = ring rank * U + ulysses rank: Ulysses ranks hold different heads, ring ranks different
+    Every rank passes its ``partial`` [b s hq/U d] of the same rows, with U = ``ulysses``, and gets the attention output
+    [b s hq d].  Rank = ring rank * U + ulysses rank: Ulysses ranks hold different heads, ring ranks different
     keys.  ``sinks`` are the sink scores of all hq heads, which are merged once, after the keys of all ranks.  All ranks
     merge the same partials in the same order.  Bytes sent per rank: d values and one log-sum-exp per row and head, in
     the accumulation dtype, to each other rank.

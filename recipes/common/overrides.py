@@ -37,9 +37,12 @@ EXPERIMENTS = {
 def as_overrides(config_name: str, words: Sequence[str], say: Say, *, sweep: bool = False) -> list[str]:
     """Return ``words`` in Hydra's grammar; in a ``sweep`` a comma in a path separates the values of two runs.
 
-    Raises ValueError for a word without a value, text that needs quotes or is not UTF-8, an unknown model, a
-    configuration file whose name starts with ``_`` (only other files use it), an experiment of a different recipe, the
-    removal of a setting (``~KEY``), and a comma in a path outside a sweep.
+    Raises ValueError for
+
+    * a word without a value, and text that needs quotes or is not UTF-8;
+    * an unknown model, and an experiment of a different recipe;
+    * a configuration file whose name starts with ``_``, which only other files use;
+    * the removal of a setting (``~KEY``), and a comma in a path outside a sweep.
     """
     for word in words:
         if re.search("[\ud800-\udfff]", word):  # a byte that Python could not decode

@@ -52,13 +52,9 @@ class WorkSettings:
 
     def __post_init__(self) -> None:
         if self.kind != "chat" and (self.cached or self.new_tokens):
-            raise ValueError(
-                f"work={self.kind} takes no work.cached and work.new_tokens: leave them out, or use work=chat"
-            )
+            raise ValueError(f"work.cached and work.new_tokens are for work=chat, not work={self.kind}: leave them out")
         if self.kind != "train" and (self.zero1 or self.recompute != "none"):
-            raise ValueError(
-                f"work={self.kind} takes no work.zero1 and work.recompute: leave them out, or use work=train"
-            )
+            raise ValueError(f"work.zero1 and work.recompute are for work=train, not work={self.kind}: leave them out")
 
     @property
     def total(self) -> int:
@@ -107,8 +103,7 @@ class Plan:
     """A mesh and a strategy, with what they cost.
 
     ``seconds`` is the time to first token (prefill), per token (decode), of a turn with its answer (chat) or of a step
-    (train).  ``answer`` is the cost of one token of the answer (chat).  ``refused`` says why the mesh is not feasible;
-    None if it is.
+    (train).  ``answer`` is the cost of one token of the answer.  ``refused`` says why the mesh is not feasible, or None.
     """
 
     question: Question
@@ -235,7 +230,6 @@ def meshes_of(gpus: int, *, trains: bool) -> Iterator[Mesh]:
 
 
 def _plan(question: Question, mesh: Mesh, strategy: str) -> Plan:
-    """Return the plan of one mesh and strategy, feasible or not."""
     work, shape, machine, numbers = question.work, question.shape, question.machine, question.numbers(mesh)
     answer = None
     if work.kind == "train":
@@ -275,6 +269,7 @@ def refusal_of(question: Question, mesh: Mesh) -> str | None:
 
 
 def _refuse_untrainable(mesh: Mesh, question: Question) -> None:
+    """Raise ValueError, as pretrain does, for a batch or sequence that ``mesh`` cannot divide."""
     from longctx.data.batches import refuse_uneven_batch
     from recipes.common.train_job import refuse_unsplit
 

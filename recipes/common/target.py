@@ -99,6 +99,7 @@ def resolve_target(
     from longctx.parallel.strategy import STRATEGIES
     from longctx.parallel.validate import refuse_unfit, refuse_unused
 
+    # 1. Check the settings by themselves.
     mesh = section(config, "mesh", Mesh) if "mesh" in config else Mesh()
     model = section(config, "model", ModelSource)
     context = section(config, "context", Context) if "context" in config else Context()
@@ -120,6 +121,7 @@ def resolve_target(
     kernel_for(context.kernel, run.device, model.dtype)
     if model.layers == "te" and run.device == "cpu":
         raise ValueError("model.layers=te needs a GPU: use model.layers=local, or run=gpu with Transformer Engine")
+    # 2. Locate the model, and check it against the mesh and the plan.
     folder = locate(model, say)
     shape = shape_of(folder)
     if needs_weights:

@@ -178,9 +178,9 @@ def mean_error(rows: Sequence[Row], one: Machine) -> float:
 def fit(hardware: str, without: str | None = None) -> Any:
     """Return the values of ``hardware``, with constants fitted to all of its tables but ``without``.
 
-    It minimises the squares of log(predicted / published), each weighted by 1 / sqrt(rows of its table).  If a table has
-    both pass-KV and pass-Q, their ratio counts as one more figure.  A weak term pulls constants towards the values of
-    the file, and thereby determines constants on which no row depends.
+    It minimises the squares of log(predicted / published), each weighted by 1 / sqrt(rows of its table).  If a table
+    has both pass-KV and pass-Q, their ratio counts as one more figure.  A weak term pulls constants towards the values
+    of the file, and thereby determines constants on which no row depends.
     """
     values = copy.deepcopy(values_of(hardware))
     rows = [row for table in tables() if table != without for row in rows_of(table) if row.hardware == hardware]

@@ -16,9 +16,9 @@ SPD block, the first reduction dropped (4.1.1 without biases, 4.1.2 with):
 The attention output is not lost: the one remaining reduction adds all P_r to the residual stream.  The approximation is
 that MLP_r reads u_r instead of u.
 
-Some models, such as Gemma 3, normalise the outputs of attention and MLP, by norms N_a and N_m, before they add them to
-the residual stream.  These projections have no biases.  In models without a norm before the MLP, norm below is the
-identity.  These equations are an extension of the paper:
+Some models, such as Gemma 3, apply norms N_a and N_m to the outputs of attention and MLP, before the residual
+connection.  Their projections have no biases.  In models without a norm before the MLP, norm below is the identity.
+These equations are an extension of the paper:
 
     stock block             u   = x + N_a(sum_r P_r)         out = u + N_m(sum_r MLP_r(norm(u)))
     first reduction dropped u_r = x + N_a(P_r)               out = x + N_a(sum_r P_r) + N_m(sum_r MLP_r(norm(u_r)))
@@ -137,6 +137,7 @@ class SPDTransformerLayer(TransformerLayer):
 
     @property
     def _normalises_outputs(self) -> bool:
+        """True if the model applies norms to the outputs of attention and MLP."""
         return isinstance(self.mlp.linear_fc2, NormedRowParallelLinear)
 
     def _add(self, attention: Tensor, mlp: Tensor) -> Tensor:
