@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from eval.stats.interval import Changes, Numbers, score_limit
 
 POWER = 0.8
-_MAX_EXAMPLES = 10**7  # of a task that can make any number
+_MAX_EXAMPLES = 10**7  # the limit for a task that can make any number
 _RATIOS = (1.3, 1.02)  # ratio of one tried size to the one before: a coarse search, then a fine one
 
 

@@ -103,7 +103,7 @@ class Plan:
     """A mesh and a strategy, with what they cost.
 
     ``seconds`` is the time to first token (prefill), per token (decode), of a turn with its answer (chat) or of a step
-    (train).  ``answer`` is the cost of one token of the answer.  ``refused`` says why the mesh is not feasible, or None.
+    (train).  ``answer`` is the cost of a token of the answer.  ``refused`` says why the mesh is not feasible, or None.
     """
 
     question: Question
