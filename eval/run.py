@@ -3,8 +3,8 @@
     python -m eval.run model=smollm2_135m eval.tasks=[arc_easy] eval.limit=50 mesh.ring=2 out=outputs/scores
     python -m eval.run experiment=evaluate/spd_regression eval.limit=200 out=outputs/spd
 
-Exit codes: 0 done; 1 a rank failed; 2 the command line asks for what cannot be run, and nothing was started; 3 done,
-and a variant of ``eval.gate`` is worse, or undecided (unless ``eval.strict=false``); 75 stopped by SIGUSR1.
+Exit codes: 0 done; 1 a rank failed; 2 the command line asks for something impossible, and nothing was started; 3 done,
+but a variant in ``eval.gate`` is worse, or undecided (unless ``eval.strict=false``); 75 stopped by SIGUSR1.
 The same command resumes an interrupted run.
 """
 
@@ -49,7 +49,7 @@ __all__ = ("pinned", "prepare", "task")  # slurm.submit calls these of a recipe
 WARM = ("longctx.infer.engine", "eval.answers.score", "eval.answers.generate", "eval.answers.worker")
 
 
-Asked = tuple[responses.StoredAnswers, Mapping[str, "Task"]]  # answers of a variant, and the tasks that they are of
+Asked = tuple[responses.StoredAnswers, Mapping[str, "Task"]]  # a variant's answers, and the tasks they belong to
 
 
 def answer_all(job: EvalJob) -> list[Asked]:
@@ -58,9 +58,9 @@ def answer_all(job: EvalJob) -> list[Asked]:
 
 
 def answer_until_decided(job: EvalJob) -> list[Asked]:
-    """Ask more and more examples until every variant has a verdict, or the sets end; return answers and tasks asked.
+    """Ask more examples until every variant has a verdict or the sets end; return each variant's answers and tasks.
 
-    Every rank that a launcher started must call this; all come to the same verdicts, from the same answers.
+    Every rank that a launcher started must call this.  All ranks reach the same verdicts from the same answers.
     """
     from eval.harness.tasks import count_examples, first_examples
 
@@ -72,12 +72,12 @@ def answer_until_decided(job: EvalJob) -> list[Asked]:
         asked[number] = (answer_variant(job, number, job.requests_of(tasks)), tasks)
         return outcomes_of(job, *asked[number])
 
-    # 1. The tasks that count, by the baseline's first answers.
+    # 1. Choose the tasks to average, from the baseline's first answers.
     screened = {name: min(SCREENED, limit) for name, limit in limits.items()}
     averaged, chance = choose_averaged(ask(0, screened))
     counted = {name: limits[name] for name in averaged}
     others = {name: min(FIRST, limits[name]) if name in chance else limits[name] for name in limits}
-    # 2. Looks; a variant with a verdict is asked no more.
+    # 2. Look until the verdicts are reached; a variant with a verdict gets no more requests.
     undecided = list(range(1, len(job.variants)))
     for step in range(LOOKS):
         sizes = others | sizes_at(step, counted)
@@ -95,7 +95,7 @@ def answer_until_decided(job: EvalJob) -> list[Asked]:
 
 
 def answer_variant(job: EvalJob, number: int, requests: Sequence[Request]) -> responses.StoredAnswers:
-    """Return answers of variant ``number`` to ``requests``: those that are stored, and the others from its ranks."""
+    """Return the answers of variant ``number`` to ``requests``; its ranks answer those that are not stored yet."""
     # 1. Read the stored answers.
     variant = job.variants[number]
     file = job.file(variant)
@@ -123,7 +123,7 @@ def answer_variant(job: EvalJob, number: int, requests: Sequence[Request]) -> re
 
 
 def outcomes_of(job: EvalJob, stored: responses.StoredAnswers, tasks: Mapping[str, Task]) -> Mapping[str, Outcomes]:
-    """Return the outcomes of ``tasks`` by lm-eval's metrics, from ``stored`` answers."""
+    """Apply lm-eval's metrics to ``stored`` answers; return the outcomes of each task."""
     from eval.harness.tasks import answer_tasks, collect_outcomes
 
     job.lm.answer = lambda requests: [stored.answers[key(request)] for request in requests]

@@ -22,11 +22,11 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts: ``count`` feed-forward networks, of which a router chooses ``per_token`` for each token.
+    """A mixture of experts: ``count`` feed-forward networks; a router chooses ``per_token`` of them for each token.
 
     * ``ffn``: the hidden size of one expert.
-    * ``renormalised``: the weights of the chosen experts are the softmax of their logits, and so add up to 1.
-      Otherwise they are those of the softmax over all experts.
+    * ``renormalised``: the softmax that weighs the chosen experts runs over their logits only, so their weights add up
+      to 1.  Otherwise it runs over the logits of all experts.
     """
 
     count: int
@@ -58,10 +58,10 @@ class ModelShape:
     * ``residual_scale``: factor of what attention and feed-forward network add to the residual stream.
     * ``logit_scale``: factor of the logits.
     * ``sinks``: each head has a learned attention sink, a score that takes weight from all keys (`partial.sink`).
-    * ``glu_limit``: gate and up projections are clamped to this size (the gate only above); None does not clamp.
-      ``glu_offset`` is added to the up projection.
+    * ``glu_limit``: bound of gate and up values: up is clamped on both sides, gate from above; None does not clamp.
+      ``glu_offset`` is added to the up values.
     * ``experts``: per layer, the experts that replace its feed-forward network of size ``ffn``; None for a layer
-      without.  Empty means None for every layer.  All layers with experts have the same.
+      without.  Empty means None for every layer.  All layers with experts have equal ones.
     """
 
     layers: int
@@ -105,17 +105,20 @@ class ModelShape:
 
     @property
     def mixture(self) -> Experts | None:
-        """The experts of the layers that have some; None for a model without."""
+        """The mixture of experts that some or all layers have; None for a model without experts."""
         return next((experts for experts in self.experts if experts), None)
 
     @property
     def ffn_sizes(self) -> tuple[int, ...]:
-        """The hidden sizes of the feed-forward networks and experts that the model has."""
+        """The hidden sizes of the model's feed-forward networks and experts, without repetition."""
         return tuple(sorted({experts.ffn if experts else self.ffn for experts in self.experts}))
 
     @property
     def ffn_weights_per_token(self) -> int:
-        """Weights of all layers' feed-forward networks that multiply one token: of experts, the chosen, and routers."""
+        """Number of feed-forward weights that multiply one token, over all layers.
+
+        In a layer with experts, these are the weights of the chosen experts and of the router.
+        """
         dense = self.experts.count(None) * (2 + self.gated) * self.hidden * self.ffn
         if self.mixture is None:
             return dense

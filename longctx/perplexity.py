@@ -1,4 +1,4 @@
-"""Perplexity: the exponential of a mean loss, and the interval of a ratio of two."""
+"""Perplexity, the exponential of a mean loss, and the confidence interval of a ratio of perplexities."""
 
 import math
 from collections.abc import Sequence
@@ -21,11 +21,12 @@ def perplexity(loss: float) -> float:
 def difference_interval(
     base: Numbers, other: Numbers, lengths: Numbers, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """Return (difference, low, high) of the mean losses of the same texts; with one text, low and high are infinite.
+    """Return the difference of mean losses on the same texts, with its interval at ``level``: (difference, low, high).
 
-    ``base`` and ``other`` are summed losses (nats), ``lengths`` the texts' tokens or words.  The exponentials are the
-    ratio of perplexities and its interval at ``level``.  The interval is Student's for a ratio of means (Cochran,
-    Sampling Techniques, 1977, 6.3): losses within a text are not taken to be independent.
+    ``base`` and ``other`` are each text's summed loss (nats), ``lengths`` its number of tokens or words.  Exponentials
+    of the results are a ratio of perplexities and its interval.  With one text, low and high are infinite.  The
+    interval is Student's for a ratio of means (Cochran, Sampling Techniques, 1977, 6.3).  It does not assume that
+    losses within a text are independent.
     """
     from scipy.stats import t as student  # slow to import
 

@@ -15,7 +15,7 @@ VERBS = {
     "extend": ("recipes.extend", "train a pretrained model on longer sequences"),
     "models": ("recipes.models", "list the model types that run, and their features"),
     "export": ("recipes.export", "write a run's model as a folder that transformers loads"),
-    "plan": ("recipes.plan", "plan a run: mesh, time, memory and what binds, before it is started"),
+    "plan": ("recipes.plan", "predict the time and memory of a run on every mesh, before it starts"),
     "calibrate": ("recipes.calibrate", "measure this machine's kernel and links"),
     "spd_sensitivity": ("recipes.spd_sensitivity", "measure which blocks can drop a reduction"),
     "spd_adapt": ("recipes.spd_adapt", "repair a model whose blocks drop a reduction"),

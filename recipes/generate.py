@@ -77,8 +77,8 @@ class GenerateFigures:
     """Answers and measurements of a run.  Lists per rank are in the order of the context ranks, in bytes.
 
     ``ttft_s`` is the time to first token, ``ttit_s`` the time from token to token (None: at most one token).
-    ``max_logit_diff`` is the largest difference from fewer ranks (None: not compared).  ``decode_choices`` are those of
-    ``context.decode=auto``: strategy and reason by number of sequences.
+    ``max_logit_diff`` is the largest difference from fewer ranks (None: not compared).  ``decode_choices`` has the
+    choices of ``context.decode=auto``: strategy and reason, by number of sequences.
     """
 
     token_ids: list[list[int]]
@@ -282,7 +282,7 @@ def task(config: DictConfig) -> None:
         if figures is None:
             return
         answers = decode_answers(job, figures)
-        if job.settings.out:  # before the answer is printed, whose reader may have gone
+        if job.settings.out:  # written before the answer is printed: the reader of stdout may have gone
             write_result(job.settings.out, describe(job, figures, answers))
         show(job, figures, answers)
 

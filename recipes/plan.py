@@ -1,8 +1,8 @@
-"""Plan a run: the meshes that a recipe takes, fastest first, with the memory of a GPU and what binds.
+"""Plan a run: list the feasible meshes, the fastest first, with time, memory of a GPU and the part that dominates.
 
     python -m recipes.plan model=llama3_405b hardware=h100_gtt gpus=128 work=prefill work.context=1000000 out=P.json
 
-Nothing is run, and the model needs no weights.  longctx/cost/README.md shows how far predictions can be trusted.
+Nothing is run, and the model needs no weights.  longctx/cost/README.md compares predicted with published times.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class PlanSettings:
 
 @dataclass(frozen=True)
 class PlanJob:
-    """The question, and the settings of how to show its plans."""
+    """The question, and the settings of the output."""
 
     question: Question
     settings: PlanSettings
@@ -67,9 +67,9 @@ def prepare(config: DictConfig) -> PlanJob:
     if settings.strategy not in (None, *work.strategies):
         raise ValueError(f"strategy={settings.strategy} is none of work={work.kind}: use {', '.join(work.strategies)}")
     if settings.max_ttft_s and work.kind not in ("prefill", "chat"):
-        raise ValueError(f"max_ttft_s limits work=prefill and work=chat, this is work={work.kind}: leave it out")
+        raise ValueError(f"max_ttft_s is for work=prefill and work=chat, not work={work.kind}: leave it out")
     if settings.lengths and not settings.picture:
-        raise ValueError("lengths are drawn: add picture=FILE.svg")
+        raise ValueError("lengths are for the picture only: add picture=FILE.svg")
     machine = read_machine(settings.hardware)
     model = section(config, "model", ModelSource)
     shape = shape_of(locate(model, say))
@@ -90,7 +90,10 @@ def prepare(config: DictConfig) -> PlanJob:
 
 
 def refuse_no_plan(plans: Sequence[Plan]) -> None:
-    """Raise ValueError, with why the fastest meshes are not feasible, if none of ``plans`` is."""
+    """Raise ValueError if none of ``plans`` is feasible, with the reasons of two meshes.
+
+    These are the mesh that needs the least memory among those that only a limit refuses, and the fastest mesh.
+    """
     if plans[0].refused is None:
         return
     memory = min(plans, key=lambda plan: (not is_limit(plan), plan.memory_gb))
@@ -121,7 +124,7 @@ def table_of(plans: Sequence[Plan]) -> Table:
 
 
 def in_words(seconds: float) -> str:
-    """Return ``seconds`` with three digits, as s or ms."""
+    """Return ``seconds`` with three digits, in s or ms."""
     return f"{seconds:,.3g} s" if seconds >= 1 else f"{seconds * 1e3:,.3g} ms"
 
 
@@ -136,7 +139,9 @@ def show(job: PlanJob, plans: Sequence[Plan]) -> None:
     limit = f" of {question.memory_gb:,.0f}" if question.memory_gb else ""
     console.print(f"memory of the best, GB{limit}: {parts}")
     if question.numbers(best.mesh).ffn < question.dtype_bytes:
-        console.print(f"{job.settings.hardware} was measured with FP8 feed-forward weights; the recipes have none")
+        console.print(
+            f"{job.settings.hardware} was measured with FP8 feed-forward weights, which the recipes do not support"
+        )
     if work.total > question.shape.max_positions:
         console.print(
             f"the model has {question.shape.max_positions:,} positions: a run of {work.total:,} tokens also needs "
@@ -174,7 +179,7 @@ def draw(job: PlanJob, feasible: Sequence[Plan]) -> None:
 
 
 def task(config: DictConfig) -> None:
-    """Plan, then show, write, draw and export what was asked for."""
+    """Plan; then print, write, draw and export the plans, as the settings say."""
     job = prepare(config)
     settings, plans = job.settings, plans_of(job.question)
     refuse_no_plan(plans)
@@ -194,7 +199,7 @@ def task(config: DictConfig) -> None:
 
 
 def write_plans(out: str, plans: Sequence[Plan]) -> None:
-    """Write ``plans`` to ``out`` as a JSON list, a line each."""
+    """Write ``plans`` to ``out`` as a JSON list, one plan per line."""
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text("[\n" + ",\n".join(json.dumps(plan.as_dict()) for plan in plans) + "\n]\n")
     console.print(f"written to {out}")

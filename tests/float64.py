@@ -1,4 +1,4 @@
-"""transformers and megatron-core in float64 throughout: norms, rotary tables, softmax and loss ask for float32."""
+"""Keep transformers and megatron-core in float64, where norms, rotary tables, softmax and loss ask for float32."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,11 +24,11 @@ class KeepFloat64(TorchFunctionMode):
 def float64_model(folder: Path) -> Any:
     """Return the model of transformers in float64, to be called inside `KeepFloat64`.
 
-    Rotary frequencies alone are rounded to float32: that defines them, in transformers and here.
+    Only rotary frequencies are rounded to float32, because this rounding is part of their definition.
     """
     from transformers import AutoModelForCausalLM
 
-    # Experts' other kernels take no float64.
+    # The other implementations of experts do not support float64.
     net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
     net(torch.zeros(1, 1, dtype=torch.long))  # the first pass computes LongRoPE's long frequencies
     return net

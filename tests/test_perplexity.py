@@ -28,7 +28,7 @@ def test_difference_of_equally_long_texts_has_students_interval():
 
 
 def test_difference_of_unequal_texts_covers_in_95_percent():
-    """Losses that differ from text to text, in texts of 20 to 400 tokens."""
+    """Losses differ from text to text, and texts have 20 to 400 tokens."""
     random = np.random.default_rng(6)
     covered, runs = 0, 1000
     for _ in range(runs):

@@ -92,12 +92,13 @@ class EngineLM(TemplateLM):
         return list(self.answer([one for of_request in texts for one in of_request]))
 
     def _once(self, request: Instance, make: Callable[[Instance], Sequence[Request]]) -> Sequence[Request]:
-        """Return what ``make`` gave for ``request`` the first time: it is asked once per variant, or more often."""
+        """Return ``make(request)``, which is cached because each variant, and each look, asks ``request`` again."""
         if id(request) not in self._made:
             self._made[id(request)] = list(make(request))
         return self._made[id(request)]
 
     def _make_choice(self, request: Instance) -> list[Score]:
+        """Return the request that scores one choice of a question."""
         before, after = self._encode(*request.args)
         return [self._make_score(before, after, f"{request.task_name} {request.doc_id}")]
 

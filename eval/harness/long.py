@@ -162,7 +162,7 @@ LONG: Mapping[str, MakeExample] = {
 
 
 def is_generated(task: str) -> bool:
-    """Return whether ``task``, such as needle_1024, makes as many examples as it is asked for."""
+    """Return whether ``task``, such as needle_1024, can generate any number of examples."""
     return task.rpartition("_")[0] in LONG
 
 

@@ -144,14 +144,14 @@ def build_requests(tasks: Mapping[str, Task], limits: Mapping[str, int | None]) 
 
 
 def first_examples(task: Task, n: int) -> Task:
-    """Return a view of ``task`` with the requests of its first ``n`` examples; the requests are shared."""
+    """Return a copy of ``task`` with the requests of its first ``n`` examples, which the two share."""
     view = copy.copy(task)
     view._instances = [instance for instance in task.instances if instance.doc_id < n]
     return view
 
 
 def count_examples(task: Task) -> int:
-    """Return how many examples the requests of ``task`` ask."""
+    """Return the number of examples to which the requests of ``task`` belong."""
     return len({instance.doc_id for instance in task.instances})
 
 
@@ -202,9 +202,9 @@ def collect_outcomes(name: str, task: Task) -> Outcomes:
 
 
 def _margin(task: Task, doc: Mapping[str, Any], answers: Sequence[Any]) -> float | None:
-    """Return the log-probability of the right answer minus the largest of the others, if there are any (nats).
+    """Return the margin of the right answer (nats): its log-probability, minus the largest other one if there is any.
 
-    None for generated text, and unless one answer is right and each choice has one log-probability.
+    None for generated text, if several answers are right, and if choices do not have one log-probability each.
     """
     if task.OUTPUT_TYPE == "loglikelihood":
         return float(answers[0][0])

@@ -17,19 +17,20 @@ Verdict = Literal["no worse", "worse", "undecided"]
 Pair = tuple[Sequence[float], Sequence[float]]  # outcomes of the baseline and of a variant, of the same examples
 LEVEL = 0.95
 Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-SCREENED = 200  # examples by which a task is judged near chance, however many it has
-_MIN_EXAMPLES = 10  # fewer give no interval of a mean: Student's needs values that are not too far from normal
+SCREENED = 200  # number of first examples from which a task is judged to be near chance
+_MIN_EXAMPLES = 10  # below this, means have no interval: Student's t needs values that are not too far from normal
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Accuracy of a variant and of its baseline on the same ``n`` examples.
 
-    ``difference`` is variant - baseline; ``low`` and ``high`` are its 95 % interval, which decides the verdict.
+    ``difference`` is variant - baseline; ``low`` and ``high`` are its 95 % interval, from which the verdict follows.
     ``lost`` and ``won`` count the examples whose outcome fell and rose.
     ``p_mcnemar`` tests that both are equally likely: McNemar's exact test for one task of right and wrong answers,
-    else a sign-flip test of the average.  None if the number of examples depended on the outcomes.
-    ``needed``: if the verdict is undecided, `examples_needed` of each task; None if the sets cannot decide it.
+    else a sign-flip test of the average.  It is None if the number of examples depended on the outcomes.
+    ``needed`` is `examples_needed` of each task, if the verdict is undecided.  It is None if the verdict is reached, or
+    if the sets are too small to reach one.
     """
 
     n: int
@@ -57,8 +58,9 @@ def compare(
     """Compare accuracies averaged over ``tasks``, each a pair (baseline, variant) of outcomes from 0 to 1.
 
     Each task has the same weight.  The verdict is a test of non-inferiority: ``no worse`` if the whole interval lies
-    above -``allowed_drop``, ``worse`` if it lies below.  ``z`` is the interval's quantile; if it is not `Z`, the
-    number of examples depended on the outcomes.  ``available``: how many examples each task has (None: any number).
+    above -``allowed_drop``, ``worse`` if it lies below.  ``z`` is the normal quantile of the interval.  A value other
+    than `Z` means that the number of examples depended on the outcomes.  ``available`` is the number of examples that
+    each task has (None: any number).
     """
     paired = [(np.asarray(base, float), np.asarray(other, float)) for base, other in tasks]
     assert paired and all(len(base) == len(other) > 0 for base, other in paired), "the same examples, at least one"
@@ -91,7 +93,7 @@ def compare(
 
 
 def decide(low: float, high: float, allowed_drop: float) -> Verdict:
-    """Return the verdict of an interval of the difference."""
+    """Return the verdict that follows from the interval (``low``, ``high``) of the difference."""
     if low > -allowed_drop:
         return "no worse"
     return "worse" if high < -allowed_drop else "undecided"
@@ -103,6 +105,7 @@ def mcnemar(lost: int, won: int) -> float:
 
 
 def _test_change(differences: Sequence[Numbers], lost: int, won: int, resamples: int, seed: int) -> float:
+    """Return the p-value of McNemar's test for one task of right and wrong answers, else of a sign-flip test."""
     is_binary = len(differences) == 1 and set(np.abs(differences[0])) <= {0.0, 1.0}
     return mcnemar(lost, won) if is_binary else _sign_flip(differences, resamples, np.random.default_rng(seed))
 
@@ -123,7 +126,7 @@ def _sign_flip(differences: Sequence[Numbers], resamples: int, random: np.random
 def is_near_chance(outcomes: Sequence[float], chance: float) -> bool:
     """Return whether the accuracy is not better than ``chance`` by a one-sided exact binomial test at 95 %.
 
-    Only the first `SCREENED` outcomes count: which tasks are averaged must not depend on how many examples are asked.
+    Only the first `SCREENED` outcomes count, so that the choice of averaged tasks does not depend on the sample size.
     """
     screened = outcomes[:SCREENED]
     return bool(binomtest(round(sum(screened)), len(screened), chance, "greater").pvalue > 1 - LEVEL)
@@ -163,9 +166,9 @@ def compare_perplexity(
 
 @dataclass(frozen=True)
 class MarginChange:
-    """The mean change, in nats, of the log-probability margin of the right answer.
+    """Mean change of the right answer's log-probability margin, in nats.
 
-    ``low`` and ``high`` are its 95 % interval, None if a task has fewer than ten examples.
+    ``low`` and ``high`` are its 95 % interval; None if a task has fewer than ten examples.
     """
 
     n: int
@@ -177,7 +180,7 @@ class MarginChange:
 def compare_margins(tasks: Sequence[Pair], *, z: float = Z) -> MarginChange:
     """Compare margins (nats) averaged over ``tasks``, each a pair (baseline, variant); each task has the same weight.
 
-    The interval is Welch's: Student's t, with the degrees of freedom of Satterthwaite.
+    The interval is Welch's: Student's t with Satterthwaite's degrees of freedom.
     """
     differences = [np.asarray(other, float) - np.asarray(base, float) for base, other in tasks]
     n, mean = sum(map(len, differences)), float(np.mean([one.mean() for one in differences]))

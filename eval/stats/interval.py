@@ -1,8 +1,8 @@
 """Score interval of a paired difference of accuracies, averaged over tasks.
 
-For one task it is Tango's (Statistics in Medicine 17, 1998).  For several, the rates of all tasks are estimated
-together under each value of the average.  The width comes from the rates that the value implies, not from those
-observed: a task without a changed example therefore has a width too.
+For one task it is Tango's interval (Statistics in Medicine 17, 1998).  For several tasks, each value of the average is
+tested with the rates of all tasks that are most likely under it.  The interval has the values that are not rejected.
+Its width depends on these rates, not on the observed ones.  A task without a changed example therefore has a width too.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _STEPS = 40  # bisections of the logarithm of the tilt: to a relative 1e-10
 class Changes:
     """Changed examples of tasks; the arrays are [... tasks] and broadcast.
 
-    ``lost`` and ``won`` count the examples whose outcome fell and rose, of ``n`` (any numbers from 0 to n).
+    ``lost`` and ``won`` count the examples, among ``n``, whose outcome fell and rose; they need not be integers.
     The average is the sum of ``weights * (won - lost) / n`` over tasks.
     """
 
@@ -37,8 +37,9 @@ class Changes:
 def count_changes(differences: Sequence[Numbers]) -> Changes:
     """Return the changes of tasks with these ``differences`` of outcomes; each task has the same weight.
 
-    Differences of shares count as fewer, larger changes: as many as have the same sum and the same sum of squares.
-    The task's weight then has the size of one as a factor.
+    Example: four examples that each gain 0.5 count as four changes of size 0.5.  Fractional differences of unequal
+    sizes count as equal changes with the same sum and the same sum of squares.  The size of such a change is a factor
+    of the task's weight.
     """
     sums = [np.abs(one).sum() for one in differences]
     sizes = np.array([(one**2).sum() / total if total else 1.0 for one, total in zip(differences, sums, strict=True)])
@@ -54,8 +55,8 @@ def score_interval(changes: Changes, z: float) -> tuple[Numbers, Numbers]:
 def score_limit(changes: Changes, z: float, side: int) -> Numbers:
     """Return the lower (``side`` -1) or upper (1) end of `score_interval`.
 
-    The rates that are most likely among those with a given average form a family with one parameter, the tilt.
-    The end is the average at which the observed one is ``z`` standard errors away.
+    For each value of the average, one set of rates is the most likely.  One parameter, the tilt, runs through these
+    sets.  Bisection finds the tilt whose average is ``z`` standard errors from the observed average.
     """
     largest = np.log(np.asarray(changes.n / changes.weights).max(-1)) + 35
     high = np.broadcast_to(largest, changes.average.shape)
@@ -71,8 +72,8 @@ def score_limit(changes: Changes, z: float, side: int) -> Numbers:
 def _is_beyond(changes: Changes, z: float, side: int, tilt: Numbers) -> NDArray[np.bool_]:
     """Return whether the observed average is further than ``z`` from the one that ``tilt`` implies.
 
-    A skewed average has more than a normal one's share beyond ``z`` on its long side.  There the quantile has the
-    first correction of Cornish and Fisher; without it, "worse" would be said too often if few examples change.
+    On the long side of a skewed distribution, more than the normal share lies beyond ``z``.  There, the quantile gets
+    the first Cornish-Fisher correction.  Without it, the verdict "worse" would be too frequent if few examples change.
     """
     # 1. Mean, variance and third moment of the average under the tilted rates.
     n, weights = changes.n, changes.weights
@@ -91,9 +92,10 @@ def _is_beyond(changes: Changes, z: float, side: int, tilt: Numbers) -> NDArray[
 def tilted_rates(changes: Changes, tilt: Numbers) -> tuple[Numbers, Numbers]:
     """Return each task's rates p of falls and q of rises, [... tasks], under ``tilt`` [...].
 
-    They maximise the log-likelihood plus ``t * (q - p)``, with t = ``tilt * weights``.  Setting derivatives to zero
-    gives q = won / (m - t), p = lost / (m + t) and a rate (n - lost - won) / m of no change.  That they add up to 1
-    makes m the largest root of a cubic.  A rate whose count is 0 takes up the rest.
+    They maximise the log-likelihood plus ``t * (q - p)``, with t = ``tilt * weights``.  At the maximum,
+    q = won / (m - t) and p = lost / (m + t), and the rate of no change is (n - lost - won) / m.  The three rates add up
+    to 1, so m is the largest root of a cubic.  The rate that the tilt raises is computed as the rest; this also holds
+    if its count is 0.
     """
     lost, won, n, t = np.broadcast_arrays(changes.lost, changes.won, changes.n, changes.weights * tilt[..., None])
     same, size = n - lost - won, np.abs(t)

@@ -1,4 +1,4 @@
-"""The number of examples with which a verdict is likely, for tasks whose sets end."""
+"""The number of examples with which a verdict is likely, for tasks that have a limited number of examples."""
 
 from collections.abc import Sequence
 from statistics import NormalDist
@@ -9,18 +9,19 @@ from numpy.typing import NDArray
 from eval.stats.interval import Changes, Numbers, score_limit
 
 POWER = 0.8
-_MAX_EXAMPLES = 10**7  # one task asks for at most so many
-_RATIOS = (1.3, 1.02)  # between sizes that are tried: coarse first, then fine
+_MAX_EXAMPLES = 10**7  # the limit for a task that can make any number
+_RATIOS = (1.3, 1.02)  # ratio of one tried size to the one before: a coarse search, then a fine one
 
 
 def examples_needed(
     changes: Changes, available: Sequence[int | None], allowed_drop: float, z: float
 ) -> tuple[int, ...] | None:
-    """Return how many examples of each task, those at hand included, decide in 80 % of cases; None if none would.
+    """Return the examples of each task, those at hand included, that lead to a verdict in 80 % of cases.
 
-    Further examples are taken to change as often as those at hand, and either to lose nothing, or, if the observed
-    loss is above ``allowed_drop``, to lose twice that.  Every task gives the same number of examples, but at most
-    ``available`` (None: any number).  ``z`` is the interval's quantile.
+    None if all ``available`` examples (None: any number) are too few.  The calculation assumes that further examples
+    change as often as those at hand, and that the variant loses nothing.  If the observed loss is above
+    ``allowed_drop``, it assumes a loss of twice ``allowed_drop``.  Every task gives the same number of examples, or all
+    that it has.  ``z`` is the normal quantile of the interval.
     """
     given = [_MAX_EXAMPLES if limit is None else limit for limit in available]
     limits = np.maximum(np.array(given, float), changes.n)
@@ -37,15 +38,15 @@ def examples_needed(
 
 
 def _decides(changes: Changes, totals: Numbers, allowed_drop: float, z: float) -> NDArray[np.bool_]:
-    """Return, for each row of ``totals`` [sizes tasks], whether a verdict is reached with probability `POWER`."""
+    """Return, for each row of ``totals`` [sizes tasks], whether these lead to a verdict with probability `POWER`."""
     lost, won, n, weights = changes.lost, changes.won, changes.n, changes.weights
-    # 1. The rates of the examples to come: as observed, with one more change shared by all tasks, since few changes
-    # are often fewer than will come.  A task whose changes are small has a smaller weight.
+    # 1. The rates of further examples: as observed, plus one change that all tasks share, since a small number of
+    # changes often underestimates the rate.  ``weights * len(n)`` is the size of a task's changes.
     side = 1 if (weights * (won - lost) / n).sum() < -allowed_drop else -1
     drop = 2 * allowed_drop / (weights * len(n)) if side > 0 else np.zeros_like(n)
     changed = np.clip((lost + won + 1 / len(n)) / (n + 2 / len(n)), drop, 1)
     falls, rises = (changed + drop) / 2, (changed - drop) / 2
-    # 2. The end of the interval that they lead to on average, and its spread.
+    # 2. The end of the interval that these rates lead to on average, and its standard deviation.
     more = totals - n
     end = score_limit(Changes(lost + more * falls, won + more * rises, totals, weights), z, side)
     spread = np.sqrt((weights**2 * more * (changed - drop**2) / totals**2).sum(-1))

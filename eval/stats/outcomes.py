@@ -12,9 +12,9 @@ class Outcomes:
     generated text).  For perplexity, ``values`` are log-likelihoods of texts (nats) and ``words`` their lengths in
     words.  ``others`` are all of lm-eval's metrics, over all examples.
 
-    ``margins`` are nats, one per example: the log-probability of the right answer, minus the largest of the others if
-    there are any.  Empty for generated text, for perplexity, and where several answers are right.
-    ``available``: how many examples the task has, asked or not; None if it can make any number.
+    ``margins`` has one margin per example (nats): the log-probability of the right answer, minus the largest of the
+    others if there are any.  It is empty for generated text, for perplexity, and if several answers are right.
+    ``available`` is the number of examples that the task has, asked or not; None if it can generate any number.
     """
 
     task: str

@@ -54,8 +54,8 @@ def _gate(report: Report, others: Sequence[str]) -> list[str]:
     ]
     if report.sequential:
         parts.append(
-            f"Examples were added until the verdicts were reached, in at most {LOOKS} looks. The intervals are wider, "
-            "so that all looks together are wrong in at most 5 % of cases."
+            f"Examples were added until the verdicts were reached, in at most {LOOKS} looks. The intervals are wider "
+            "than for one look, so that all looks together are wrong in at most 5 % of cases."
         )
     if gate.variants:
         failed = [f"{name} ({report.average[name]['verdict']})" for name in gate.failed]
@@ -94,9 +94,9 @@ def _needs(report: Report) -> list[str]:
     sizes = [outcomes[task].available for task in report.averaged]
     table_rows.append(["in the set", *("any number" if size is None else f"{size:,}" for size in sizes)])
     note = (
-        "With so many examples of each task, a verdict is reached in 80 % of cases if the variant loses nothing "
-        "(or loses twice the allowed drop, if it lost more than that here). The closer the true loss is to the "
-        "allowed drop, the more are needed. eval.until=decided adds examples until the verdict."
+        "With these numbers of examples, a verdict is reached in 80 % of cases if the variant loses nothing. If the "
+        "loss here is above the allowed drop, they hold for a loss of twice the allowed drop. The closer the true loss "
+        "is to the allowed drop, the more examples are needed. eval.until=decided adds examples until the verdict."
     )
     return ["## Examples to decide", note, _table(["variant", *report.averaged], table_rows)]
 
@@ -112,13 +112,14 @@ def _margins(report: Report, others: Sequence[str]) -> list[str]:
     if not table_rows:
         return []
     note = (
-        "A second measure, which no verdict and no gate uses: the change, in nats, of the log-probability of the right "
-        "answer minus the largest of the others. It shows a change before answers turn, but is not accuracy."
+        "A second measure, which no verdict and no gate uses. The margin is the log-probability of the right answer "
+        "minus the largest of the others; the table has its change in nats. It can change before any answer changes."
     )
     return ["## Margin of the right answer", note, _table(["variant", AVERAGE, *report.averaged], table_rows)]
 
 
 def _margin(margin: Mapping[str, float | None]) -> str:
+    """Return a change of margin with its interval, as a table's cell."""
     low, high = margin["low"], margin["high"]
     ends = "(few examples)" if low is None or high is None else f"[{low:+.3f}, {high:+.3f}]"
     return f"{margin['difference']:+.3f} {ends}"

@@ -42,9 +42,10 @@ class ScoredVariant:
 
 @dataclass(frozen=True)
 class GateRules:
-    """Rules of the verdicts; the average of no variant in ``gate`` may be worse, nor undecided if ``strict``.
+    """Rules of the verdicts and of the gate.
 
-    ``z`` is the normal quantile of the intervals: `Z`, or that of `sequential` if examples are added until decided.
+    A variant in ``gate`` fails if its average is worse and, with ``strict``, if it is undecided.  ``z`` is the normal
+    quantile of the intervals: `Z`, or `sequential.Z_SEQUENTIAL` if examples are added until the verdicts are reached.
     """
 
     allowed_drop: float
@@ -127,9 +128,9 @@ class Report:
 
 
 def choose_averaged(base: Mapping[str, Outcomes]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the tasks to average, and those where the baseline is near chance.
+    """Return the tasks to average, and the tasks on which the baseline is near chance.
 
-    The first are the tasks of accuracy that are not near chance, or all of them if there is none.
+    The tasks to average are the accuracy tasks that are not near chance, or all accuracy tasks if all are near chance.
     """
     of_accuracy = [name for name, task in base.items() if not task.words]
     chance = tuple(name for name in of_accuracy if is_near_chance(base[name].values, base[name].chance))
@@ -139,7 +140,7 @@ def choose_averaged(base: Mapping[str, Outcomes]) -> tuple[tuple[str, ...], tupl
 def make_report(scored: Sequence[ScoredVariant], rules: GateRules, origin: Mapping[str, str]) -> Report:
     """Compare every variant with the first of ``scored``, the baseline, task by task and on average.
 
-    A variant may have answered fewer examples than the baseline: it is compared on those.
+    A variant may have answered fewer examples than the baseline; the comparison uses only these.
     """
     base = scored[0].outcomes
     averaged, chance = choose_averaged(base)
@@ -163,6 +164,7 @@ def make_report(scored: Sequence[ScoredVariant], rules: GateRules, origin: Mappi
 
 
 def _compare_task(base: Mapping[str, Outcomes], variant: ScoredVariant, name: str, rules: GateRules) -> Figures:
+    """Return the figures of ``variant`` on the task ``name``, with lm-eval's further metrics."""
     figures = _compare_tasks(base, variant, [name], rules)
     return figures if base[name].words else {**figures, "metrics": dict(variant.outcomes[name].others)}
 
@@ -170,7 +172,7 @@ def _compare_task(base: Mapping[str, Outcomes], variant: ScoredVariant, name: st
 def _compare_tasks(
     base: Mapping[str, Outcomes], variant: ScoredVariant, names: Sequence[str], rules: GateRules
 ) -> Figures:
-    """Return the figures of ``variant``, averaged over the tasks ``names``: one task, or tasks of accuracy."""
+    """Return the figures of ``variant``, averaged over the tasks ``names``: one task, or several accuracy tasks."""
     others = [variant.outcomes[name] for name in names]
     pairs = [(base[name].first(len(other.values)), other) for name, other in zip(names, others, strict=True)]
     if words := pairs[0][0].words:
@@ -191,6 +193,7 @@ def _compare_tasks(
 def _accuracy_figures(
     compared: Comparison, margin: MarginChange | None, variant: ScoredVariant, names: Sequence[str]
 ) -> Figures:
+    """Return a comparison of accuracies over the tasks ``names`` as figures; the baseline has no differences."""
     if variant.name == BASELINE:
         no_difference = Figures(difference=None, low=None, high=None, lost=None, won=None)
         no_figures = Figures(**no_difference, **_NO_VERDICT, needed=None, margin=None)

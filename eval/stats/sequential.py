@@ -1,10 +1,10 @@
-"""Examples in batches until a verdict is reached: the sizes at which one looks, and the interval that allows for it.
+"""Group-sequential analysis: looks at a growing sample until a verdict is reached, with intervals that allow for this.
 
-A verdict is looked for at most `LOOKS` times, each time with a quarter more examples.  The interval of each look is
-that of a single one with the larger quantile `Z_SEQUENTIAL` (group-sequential analysis with a constant boundary;
-Pocock, Biometrika 64, 1977).  Standard errors away from the truth, the differences at the looks are a Gaussian sequence
-with correlation sqrt(n / m) between n and m examples.  All of them stay within `Z_SEQUENTIAL` with probability 0.95.
-A task that ends early makes neighbouring looks more alike, and the probability larger.
+There are at most `LOOKS` looks, each with a quarter more examples than the one before.  The interval of a look is that
+of a single test with the larger quantile `Z_SEQUENTIAL`, a constant boundary (Pocock, Biometrika 64, 1977).  The errors
+of the differences, in standard errors, are a Gaussian sequence with correlation sqrt(n / m) between looks at n and m
+examples.  All errors stay within `Z_SEQUENTIAL` with probability 0.95.  If a task runs out of examples, later looks are
+more alike, and this probability grows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +21,13 @@ Z_SEQUENTIAL = 2.8
 
 
 def sizes_at(step: int, available: Mapping[str, int]) -> dict[str, int]:
-    """Return how many examples of each task look number ``step`` has, from 0 on: no task has more than available."""
+    """Return the number of examples of each task at look ``step``, counted from 0; at most the ``available`` ones."""
     wanted = round(FIRST * GROWTH**step)
     return {name: min(wanted, limit) for name, limit in available.items()}
 
 
 def verdict_at_a_look(pairs: Sequence[Pair], allowed_drop: float) -> Verdict:
-    """Return the verdict of one look at outcomes (baseline, variant) of tasks that have the same weight."""
+    """Return the verdict of one look at pairs (baseline, variant) of outcomes; each task has the same weight."""
     differences = [np.asarray(other, float) - np.asarray(base, float) for base, other in pairs]
     low, high = score_interval(count_changes(differences), Z_SEQUENTIAL)
     return decide(float(low), float(high), allowed_drop)

@@ -28,8 +28,8 @@ def _as_op_input(x: Tensor) -> Tensor:
 def _flash_forward(q: Queries, k: Keys, v: Keys, causal: bool) -> Partial:
     # The op ends the process with SIGFPE on empty inputs.
     assert q.shape[1] and k.shape[1], "an empty tile reached the kernel"
-    # Half precision is computed in float32.  Without AMX this is as fast.  In bf16 the op rounds each tile's output, so
-    # that the error grows with the number of ranks (tests/parallel/test_drift.py), and sums gradients in bf16.
+    # Compute half precision in float32: without AMX this is as fast.  In bf16 the op rounds each tile's output, so the
+    # error grows with the number of ranks (tests/parallel/test_drift.py).  It also sums gradients in bf16.
     q, k, v = (_as_op_input(x.to(accumulation_dtype(q))) for x in (q, k, v))
     b, hq, sq, d = q.shape
     hk = k.shape[1]

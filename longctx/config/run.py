@@ -46,11 +46,11 @@ class Mesh:
 class Context:
     """How context-parallel ranks share a sequence, and which tensors they exchange.
 
-    ``strategy`` is that of prefill: a name, or a rule that chooses one for each turn (``auto`` uses the cost model,
-    ``alg1``, ``alg5`` and ``empirical`` are those of arXiv 2411.01783).  ``decode`` is that of decoding: in ``sharded``
-    each context rank multiplies its share of the weights, and ``auto`` chooses between it and ``gather_merge`` by the
-    cost model.  ``chunk`` is the largest number of tokens in one prefill
-    pass; None prefills all at once.
+    ``strategy`` is the strategy of prefill, or a rule that chooses one for each turn: ``auto`` uses the cost model;
+    ``alg1``, ``alg5`` and ``empirical`` are the rules of arXiv 2411.01783.  ``decode`` is the strategy of decoding.
+    With ``sharded``, each context rank multiplies its share of the weights.  ``auto`` chooses ``sharded`` or
+    ``gather_merge`` by the cost model.  ``chunk`` is the largest number of tokens in one prefill pass; None prefills
+    all at once.
     """
 
     strategy: Literal["pass_kv", "pass_q", "all_gather_kv", "auto", "alg1", "alg5", "empirical"] = "pass_kv"

@@ -32,7 +32,7 @@ class TextSource:
             raise ValueError("a source of data has one of path (file, folder or pattern), name (on the hub), pydoc")
         if not self.name and (self.subset or self.revision or self.streaming or self.split != "train"):
             raise ValueError(
-                f"{self}: subset, revision, split and streaming are of a dataset on the hub: leave them out"
+                f"{self}: subset, revision, split and streaming apply to a dataset on the hub only: leave them out"
             )
         if self.pydoc and self.text_key != "text":
             raise ValueError(f"{self}: text_key={self.text_key} is not used by pydoc: leave it out")

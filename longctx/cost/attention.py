@@ -16,9 +16,9 @@ class Work:
     """The attention of one layer over a batch of sequences, on a ring of ``ranks``.
 
     Sequence i has ``new[i]`` new tokens, which attend to its ``cached[i]`` cached tokens and causally to each other.
-    ``heads`` and ``kv_heads`` are those of one rank, a fraction if the mesh does not divide them.  ``window`` is the
-    number of keys that a query sees at most, its own included; None is no window.  ``partial_element_bytes`` is an
-    element of a partial output: float32 here, 16 bits in arXiv 2411.01783.
+    ``heads`` and ``kv_heads`` count one rank's heads, as a fraction if the mesh does not divide them.  ``window`` is
+    the number of keys that a query sees at most, its own included; None is no window.  ``partial_element_bytes`` is the
+    size of an element of a partial output: 4 in longctx (float32), 2 in arXiv 2411.01783.
     """
 
     new: Sequence[int]
@@ -138,23 +138,24 @@ COSTS: dict[str, Callable[[Work, Hardware], Cost]] = {
 def ulysses_bytes(work: Work, degree: int) -> tuple[float, float]:
     """Return the bytes that a rank sends in Ulysses' two all-to-alls around ``work``: (q, k and v out, output back).
 
-    ``work`` is that of a rank's share of the heads.  Before the exchange a rank has T / (N U) rows of all U shares, and
-    it keeps one share: (U - 1) T / (N U) rows of H_Q + 2 H_KV heads leave, and as many of H_Q heads return.
+    ``work`` counts the heads that one rank has after the exchange: one of U = ``degree`` shares.  Before it, a rank has
+    T / (N U) rows with all heads.  It keeps its own share and sends the other U - 1: (U - 1) T / (N U) rows of
+    H_Q + 2 H_KV heads.  After attention it sends as many rows of H_Q heads back.
     """
     row = (degree - 1) * work.new_total / (work.ranks * degree) * work.head_dim * work.element_bytes
     return row * (work.heads + 2 * work.kv_heads), row * work.heads
 
 
 def ulysses_seconds(work: Work, degree: int, link: Link) -> float:
-    """Return the seconds of Ulysses' two all-to-alls around ``work``, which no computation hides; see above."""
+    """Return the seconds of Ulysses' two all-to-alls around ``work`` (`ulysses_bytes`); no computation hides them."""
     return sum(link.seconds(size) for size in ulysses_bytes(work, degree))
 
 
 def backward_cost(work: Work, hardware: Hardware) -> Cost:
-    """Return the cost of the backward of any strategy: a ring of N blocks of keys, values and their gradients.
+    """Return the cost of the backward, the same for every strategy: keys, values and their gradients pass a ring.
 
-    A flash backward has 5 matrix products where the forward has 2, so a block takes 2.5 times its arithmetic.  Keys and
-    values make N - 1 hops; the sums of their gradients, in float32, follow one hop later and make N hops.
+    A flash backward has 5 matrix products and the forward has 2, so a block takes 2.5 times the forward's arithmetic.
+    Keys and values make N - 1 hops.  The float32 sums of their gradients follow one hop later and make N hops.
     """
     block = block_seconds(work, hardware)
     backward = hardware.block_s + 2.5 * (block - hardware.block_s)

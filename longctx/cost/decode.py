@@ -1,15 +1,16 @@
 """Seconds of a decode step in which every context rank has every row: ``gather_merge`` against ``sharded``.
 
-N context ranks decode B sequences, one token each, with L layers of w weights on each rank and an output layer of v.
-With e bytes per weight, a rank reads R bytes and computes C FLOPs per second, so a product of B rows with m weights
-takes p(m) = max(m e / R, 2 B m / C).  An exchange in which a rank sends n bytes takes x(n) = latency + n / bandwidth:
+N context ranks decode one token for each of B sequences.  Each rank holds L layers of w weights, and an output layer
+of v weights, with e bytes per weight.  A rank reads R bytes and computes C FLOPs per second.  A product of B rows with
+m weights takes p(m) = max(m e / R, 2 B m / C).  An exchange in which a rank sends n bytes takes
+x(n) = latency + n / bandwidth.  A step takes, without attention:
 
     gather_merge  L (p(w) + x(partials)) + p(v)
     sharded       L (p(w / N) + x(queries, keys, values) + x(partials / N) + 2 x(hidden)) + p(v / N) + x(logits)
 
-By both strategies a rank attends with all heads to the keys that it caches.  Attention, and with it the cached length,
-takes the same time on both sides and is left out.  ``sharded`` has fewer weights to read, for three more exchanges a
-layer.  It wins where (1 - 1 / N) p(w) is longer than these exchanges: with large layers or low latency.
+In both strategies a rank attends with all heads to the keys that it caches.  Attention takes the same time in both, so
+it is left out, and the cached length does not matter.  ``sharded`` reads fewer weights, but has three more exchanges
+per layer.  It is faster if these exchanges take less than (1 - 1 / N) p(w): with large layers or low latency.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from longctx.cost.hardware import Link
 
 @dataclass(frozen=True)
 class DecodeHardware:
-    """A rank's rates in decoding: ``weight_bytes_per_s`` for a few rows, ``flops`` for many, and its exchanges."""
+    """A rank's rates in decoding: reading weights (few rows), computing (many rows), and exchanging."""
 
     weight_bytes_per_s: float
     flops: float
@@ -30,9 +31,9 @@ class DecodeHardware:
 class DecodeWork:
     """A decode step of ``batch`` sequences over ``ranks`` context ranks.
 
-    ``layer_weights`` and ``head_weights`` count weights of a layer and of the output layer.  They, ``heads``,
-    ``kv_heads`` and ``vocab_size`` are those of a tensor-parallel rank.  ``element_bytes`` are of weights and
-    activations.
+    ``layer_weights`` and ``head_weights`` count the weights of one layer and of the output layer.  These numbers,
+    ``heads``, ``kv_heads`` and ``vocab_size`` are one tensor-parallel rank's.  ``element_bytes`` is the size of a
+    weight and of an activation.
     """
 
     batch: int
@@ -80,7 +81,7 @@ def _partial_bytes(work: DecodeWork) -> int:
 def choose_decode(work: DecodeWork, hardware: DecodeHardware) -> tuple[str, str]:
     """Return the cheaper strategy, ``sharded`` or ``gather_merge``, and the reason in words."""
     if work.ranks == 1:
-        return "gather_merge", "one context rank: nothing is shared"
+        return "gather_merge", "one context rank has no rank to share weights with"
     shared, merged = sharded_seconds(work, hardware), gather_merge_seconds(work, hardware)
     why = f"without attention a step takes {shared * 1e3:.3g} ms sharded, {merged * 1e3:.3g} ms by gather_merge"
     return ("sharded" if shared < merged else "gather_merge"), why

@@ -2,12 +2,12 @@
 
 Per layer, a rank with T / (U R) rows of the new tokens computes
 
-    products   2 W / tp FLOPs a row                      W weights of the layer's projections
-    weights    e W / tp bytes, read once                 the additive roofline: few rows wait for memory
+    products   2 W / tp FLOPs per row                    W: weights of the layer's projections
+    weights    e W / tp bytes, read once                 e: bytes per weight; with few rows this time dominates
     attention  `longctx.cost.attention`, with the heads of one rank
-    reductions (2 - p) all-reduces of rows x hidden      p is the share of blocks that drop one (arXiv 2502.20727)
+    reductions (2 - p) all-reduces of rows x hidden      p: share of blocks that drop one (arXiv 2502.20727)
 
-The times add up: nothing but the ring's communication overlaps with computation.
+The times are added, because only the ring's communication overlaps with computation.
 """
 
 from collections import Counter
@@ -21,7 +21,10 @@ from longctx.cost.training import Decoder
 
 @dataclass(frozen=True)
 class Numbers:
-    """Bytes of an element of activations, keys and most weights, and of an FFN weight; the share of dropped blocks."""
+    """Sizes of numbers, in bytes, and the share of blocks that drop a reduction.
+
+    ``element`` is the size of an activation, a cached key and a weight; ``ffn`` is the size of an FFN weight.
+    """
 
     element: int = 2
     ffn: float = 2
@@ -42,13 +45,13 @@ class PassCost:
 
 
 def layer_weights(shape: Decoder) -> tuple[int, int]:
-    """Return the weights of a layer's attention projections, and of its feed-forward network."""
+    """Return the numbers of weights in a layer's attention projections and in its feed-forward network."""
     heads = 2 * shape.heads + 2 * shape.kv_heads
     return shape.hidden * heads * shape.head_dim, (2 + shape.gated) * shape.hidden * shape.ffn
 
 
 def forward_flops(shape: Decoder, new: Sequence[int], cached: Sequence[int]) -> float:
-    """Return the FLOPs of a pass over ``new`` tokens: all visible pairs, and 2 per weight and token."""
+    """Return the FLOPs of a pass over ``new`` tokens: scores of all visible pairs, and 2 per weight and token."""
     scores = sum(work.flops * layers for work, layers in ring_works(shape, _ALONE, new, cached, Numbers()))
     return 2 * sum(layer_weights(shape)) * shape.layers * sum(new) + scores
 
@@ -73,9 +76,9 @@ def ring_works(
     numbers: Numbers,
     partial_element_bytes: int = 4,
 ) -> Iterator[tuple[Work, int]]:
-    """Yield the attention of one rank's ring, and the number of its layers, for each window of the model.
+    """Yield, for each window of the model, one rank's attention in a layer, and the number of layers with this window.
 
-    Tensor parallelism and Ulysses divide the heads; a KV head that several ranks share is replicated.
+    Tensor parallelism and Ulysses divide the heads.  With more ranks than KV heads, each KV head is replicated.
     """
     degree = mesh.tp * mesh.ulysses
     heads, kv_heads = shape.heads / degree, max(1, shape.kv_heads / degree)
@@ -101,7 +104,7 @@ def prefill_cost(
 ) -> PassCost:
     """Return the cost of prefilling ``new`` tokens of each sequence after its ``cached`` ones, by ``strategy``.
 
-    ``in_session``: the keys and values are kept for later turns, which takes the machine's ``turn_s``.
+    ``in_session`` adds the machine's ``turn_s``, the time that keeping keys and values for later turns takes.
     """
     stride = mesh.tp * mesh.ulysses
     hardware = machine.kernel(mesh.ring, stride)
@@ -127,12 +130,14 @@ def decode_cost(
 ) -> PassCost:
     """Return the cost of one more token for each sequence of ``cached`` tokens, by a decode ``strategy``.
 
-    ``gather_merge``: every context rank projects all rows, attends to its own keys, and one all-gather of
-    H_Q (D_H + 1) float32 values a row merges the results.  The other strategies are those of prefill with T = 1: with
-    nothing hidden, pass-Q takes N blocks, N - 1 hops and an all-to-all (arXiv 2411.01783, Table 8).
+    In ``gather_merge``, every context rank projects all rows and attends to its own keys.  One all-gather of
+    H_Q (D_H + 1) float32 values per row then merges the results.  The other strategies are the prefill strategies with
+    T = 1.  No computation hides their communication: pass-Q takes N blocks, N - 1 hops and an all-to-all
+    (arXiv 2411.01783, Table 8).
     """
     new, context = [1] * len(cached), mesh.ulysses * mesh.ring
     attention = merged = sent = 0.0
+    # 1. Attention, and the exchanges that merge it.
     for work, layers in ring_works(shape, mesh, new, cached, numbers, machine.partial_element_bytes):
         if strategy == "gather_merge":
             hardware = machine.kernel(context, mesh.tp, decodes=True)
@@ -149,6 +154,7 @@ def decode_cost(
             exchange_s = cost.seconds - block + ulysses_seconds(work, mesh.ulysses, exchange)
             size = cost.bytes_sent + sum(ulysses_bytes(work, mesh.ulysses))
         attention, merged, sent = attention + layers * block, merged + layers * exchange_s, sent + layers * size
+    # 2. Everything else.
     parts, reduced = _layers(shape, mesh, machine, len(cached), len(cached), numbers)
     return PassCost({**parts, "attention": attention, "merge": merged}, {"tp": reduced, "context": sent})
 
@@ -156,9 +162,9 @@ def decode_cost(
 def _layers(
     shape: Decoder, mesh: Degrees, machine: Machine, rows: float, sequences: int, numbers: Numbers
 ) -> tuple[dict[str, float], float]:
-    """Return the seconds of everything but attention for ``rows`` rows of a rank, and the bytes of its all-reduces.
+    """Return the seconds of all parts except attention for a rank's ``rows``, and the bytes of its all-reduces.
 
-    The head is computed for the last row of each of the ``sequences``.
+    The output layer computes only the last row of each of the ``sequences``.
     """
     projections, ffn = layer_weights(shape)
     head = shape.hidden * shape.vocab_size / mesh.tp

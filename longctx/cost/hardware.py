@@ -9,7 +9,7 @@ from typing import Any
 class Link:
     """A communication link: a message of n bytes takes ``latency_s`` + n / ``bytes_per_s`` seconds.
 
-    ``bulk`` is a second protocol, slower to start and faster per byte; each message takes the quicker of both.
+    ``bulk`` is a second protocol with more latency and more bandwidth.  Each message uses the faster of the two.
     """
 
     latency_s: float
@@ -25,11 +25,11 @@ class Link:
 
 
 def link_of(values: Mapping[str, Any]) -> Link:
-    """Return the `Link` in parsed YAML.  Raises KeyError, TypeError or ValueError for values that are no link."""
+    """Return the `Link` in parsed YAML.  Raises KeyError, TypeError or ValueError for missing or wrong values."""
     bulk = values.get("bulk")
     latency_s, bytes_per_s = float(values["latency_s"]), float(values["bytes_per_s"])
     if latency_s < 0 or bytes_per_s <= 0:
-        raise ValueError(f"latency_s={latency_s}, bytes_per_s={bytes_per_s}: use 0 or more, and more than 0")
+        raise ValueError(f"latency_s={latency_s}, bytes_per_s={bytes_per_s}: use latency_s >= 0 and bytes_per_s > 0")
     return Link(latency_s, bytes_per_s, link_of(bulk) if bulk else None)
 
 

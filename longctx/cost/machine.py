@@ -1,7 +1,7 @@
-"""A machine of many GPUs in a few constants, for plans: compute rates, and the links between blocks of GPUs.
+"""Constants of a machine with many GPUs, for plans: compute rates, and the links between GPUs.
 
-A file of configs/machine/ states the constants with their sources; `machine_of` also reads a file that
-``python -m recipes.calibrate`` wrote on one node.
+The files of configs/machine/ list the constants with their sources.  `machine_of` reads these files, and also the file
+that ``python -m recipes.calibrate`` writes on one node.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from longctx.cost.reduction import all_reduce_seconds
 
 @runtime_checkable
 class Degrees(Protocol):
-    """Ranks along each axis of a mesh, which are numbered with tp fastest, then ulysses, ring, dp, pp."""
+    """Number of ranks along each axis of a mesh.  Ranks are numbered with tp fastest, then ulysses, ring, dp, pp."""
 
     @property
     def tp(self) -> int: ...
@@ -31,10 +31,10 @@ class Degrees(Protocol):
 
 @dataclass(frozen=True)
 class Level:
-    """Links between the GPUs of a block of ``ranks`` consecutive GPUs: a hop of a ring, and an all-to-all.
+    """Links within a block of ``ranks`` consecutive GPUs, such as a node: a hop of a ring, and an all-to-all.
 
-    ``name`` is for the user, such as "within a node".  ``step_s`` is the latency of one of the steps of an all-reduce,
-    which are parts of a single kernel; None is the latency of a hop.
+    ``name`` is shown to the user, for example "within a node".  ``step_s`` is the latency of one step of an all-reduce.
+    It can be less than a hop's, because all steps run in one kernel; None uses the latency of a hop.
     """
 
     name: str
@@ -56,9 +56,9 @@ class Level:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Mean absolute error ``share`` of predicted against published times, for runs like the published ones.
+    """Mean absolute error ``share`` of predicted against published times.
 
-    Those had more than one rank on these ``axes`` of the mesh only, and at most ``ranks`` ranks.
+    It is valid for meshes like the published ones: at most ``ranks`` ranks, and 1 rank on each axis not in ``axes``.
     """
 
     share: float
@@ -71,15 +71,15 @@ class Machine:
     """Constants of a machine.  Rates are those of one GPU, per second; times are in seconds.
 
     * ``levels``: links, the smallest block of GPUs first.  A group of ranks uses the first level whose block spans it.
-    * ``gpus_per_node``: GPUs that share a node; each has a network link of its own.
-    * ``gemm_flops``: matrix products with many rows.  ``attention_flops``: attention on large blocks.
-    * ``memory_bytes_per_s``: the rate of reading weights.  ``kv_bytes_per_s``: that of reading keys and values.
-    * ``block_s``: overhead of one block of attention.  ``step_s``: overhead of a step of the ring in prefill and
-      training, which nothing hides.
+    * ``gpus_per_node``: GPUs that share a node; each GPU has its own network link.
+    * ``gemm_flops``: rate of matrix products with many rows.  ``attention_flops``: rate of attention on large blocks.
+    * ``memory_bytes_per_s``: rate of reading weights.  ``kv_bytes_per_s``: rate of reading keys and values.
+    * ``block_s``: overhead of one block of attention.  ``step_s``: overhead of one step of the ring in prefill and
+      training, which no computation hides.
     * ``layer_s``: overhead of a layer, such as kernel launches.  ``turn_s``: overhead of a turn of a session.
     * ``overlap``: the share of communication that computation hides, as in `Hardware`.
     * ``memory_bytes``: memory of a GPU; None sets no limit.
-    * ``peak_flops``: the denominator of MFU.  ``ffn_element_bytes``: an FFN weight, 1 if measured with FP8.
+    * ``peak_flops``: the denominator of MFU.  ``ffn_element_bytes``: size of an FFN weight, 1 if measured with FP8.
     * ``partial_element_bytes``: see `longctx.cost.attention.Work`.
     * ``errors``: accuracy for each kind of work that has published times.
     """
@@ -111,12 +111,12 @@ class Machine:
             raise ValueError(f"overlap={self.overlap} is not a share; use a number from 0 to 1")
 
     def level(self, ranks: int, stride: int) -> Level:
-        """Return the links of a group of ``ranks`` that are ``stride`` apart: the first level that spans them."""
+        """Return the first level that spans a group of ``ranks`` that are ``stride`` apart, or else the last level."""
         span = ranks * stride
         return next((level for level in self.levels if span <= level.ranks), self.levels[-1])
 
     def expected_error(self, work: str, mesh: Degrees) -> float | None:
-        """Return the mean absolute error, as a share, of ``work`` on meshes like ``mesh``; None if it extrapolates."""
+        """Return the mean absolute error, as a share, of ``work`` on meshes like ``mesh``; None if unknown."""
         accuracy = self.errors.get(work)
         ranks = {axis: getattr(mesh, axis) for axis in ("tp", "ulysses", "ring", "dp", "pp")}
         if accuracy is None or prod(ranks.values()) > accuracy.ranks:
@@ -124,9 +124,9 @@ class Machine:
         return accuracy.share if all(n == 1 or axis in accuracy.axes for axis, n in ranks.items()) else None
 
     def kernel(self, ring: int, stride: int, *, decodes: bool = False) -> Hardware:
-        """Return the constants of a ring of ``ring`` ranks as `context=auto` takes them.
+        """Return the constants of a ring of ``ring`` ranks that are ``stride`` apart, for `longctx.cost.attention`.
 
-        Decoding hides nothing: its blocks are as short as the latency of a message.
+        In decoding no communication is hidden, because a block is as short as the latency of a message.
         """
         level = self.level(ring, stride)
         return Hardware(
@@ -141,10 +141,10 @@ class Machine:
     def all_reduce_seconds(self, size: float, ranks: int, stride: int = 1) -> float:
         """Return the seconds of an all-reduce of ``size`` bytes per rank over ``ranks`` that are ``stride`` apart.
 
-        Between nodes, g neighbours on a node form g rings, each over its own network link, so the boundary carries g
-        times a link's rate; the links within the node bound the rest.  A group with a stride gets one link: so the
-        tp=2 rows of arXiv 2405.07719, Table 6 say.  Latencies: 2 steps for each neighbour on the node, and for each
-        other node.
+        With stride 1, the g ranks of a node form g rings, each over its own network link.  The network then carries g
+        times the rate of one link, up to the rate of the links within the node.  A group with a larger stride gets one
+        link, as the tp=2 rows of arXiv 2405.07719, Table 6 show.  The latency is 2 steps for each other rank of the
+        node, and 2 for each other node.
         """
         if ranks == 1 or not size:
             return 0.0
@@ -167,8 +167,10 @@ def machine_of(values: Any, source: str) -> Machine:
     """
     if not isinstance(values, Mapping) or "levels" not in values:
         return _one_node(hardware_of(values, source))
+    # 1. Take the fields of `Machine`; other keys are notes, such as the list of fitted constants.
     known = {one.name for one in fields(Machine)}
     numbers = {name: value for name, value in values.items() if name in known - {"levels", "errors"}}
+    # 2. Convert the values.
     try:
         levels = [
             Level(
@@ -190,13 +192,13 @@ def machine_of(values: Any, source: str) -> Machine:
         return Machine(levels=levels, errors=errors, **plain)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{source} is not a description of a machine ({error}): copy a file of configs/machine and change its "
-            "numbers, or measure this machine with python -m recipes.calibrate out=FILE.yaml"
+            f"{source} does not describe a machine ({error}): copy a file of configs/machine and change its numbers, "
+            "or measure this machine with python -m recipes.calibrate out=FILE.yaml"
         ) from error
 
 
 def _one_node(measured: Hardware) -> Machine:
-    """Return a node with the ``measured`` constants, whose ranks all have the links of its ring."""
+    """Return a machine of one node with the ``measured`` constants; the ring's links connect all ranks."""
     everywhere = Level("between ranks", 2**31, measured.hop, measured.exchange)
     return Machine(
         levels=[everywhere],

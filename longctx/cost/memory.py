@@ -1,6 +1,6 @@
-"""Bytes of a GPU by part: weights, gradients, optimizer, activations, logits, KV cache, communication buffers.
+"""Memory of a GPU in bytes, by part: weights, gradients, optimizer, activations, logits, KV cache, buffers.
 
-Fragmentation and the memory of CUDA and NCCL are left out.  Norms and biases, below 0.1 % of the weights, are too.
+The formulas leave out fragmentation, the memory of CUDA and NCCL, and norms and biases (below 0.1 % of the weights).
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ def inference_bytes(
 ) -> dict[str, float]:
     """Return the bytes of a pass over ``new`` tokens after ``cached`` ones, by part.
 
-    A layer's activations live until the next layer's.  The largest set is that of the feed-forward network (the
-    residual stream, its norm, gate, up and their product), or of attention (queries, keys, values, and a float32
-    partial).  Logits are those of each sequence's last row.
+    Only one layer's activations exist at a time: those of attention or of the feed-forward network, whichever are
+    larger.  Attention has queries, keys, values and a float32 partial.  The feed-forward network has gate, up and their
+    product.  Both have the residual stream and its norm.  Only the last row of each sequence has logits.
     """
     _, ffn = layer_weights(shape)
     cheaper = ffn * shape.layers * (numbers.element - numbers.ffn) / mesh.tp
@@ -55,14 +55,20 @@ def _buffers(work: Work, strategy: str) -> float:
 def step_bytes(shape: Decoder, mesh: Degrees, work: StepWork, strategy: str, numbers: Numbers) -> dict[str, float]:
     """Return the bytes of a training step by part.
 
-    Per row and layer, the backward keeps the inputs of both norms and their outputs (4 H), queries and attention's
-    output (2 H_Q D), keys and values (2 H_KV D), gate, up and their product (3 F), each of e bytes, and attention's
-    float32 output (H_Q D).  Sequence parallelism divides all by tp.  Selective recomputation drops 3 F; full keeps the
-    layer's input and attention's output.  The first of S stages holds min(S, micro-batches) micro-batches.
+    Per row and layer, these elements of e bytes are kept for the backward:
+
+        4 H         inputs and outputs of both norms
+        2 H_Q D     queries, and the output of attention
+        2 H_KV D    keys and values
+        3 F         gate, up and their product (2 F without a gate)
+
+    The float32 output of attention (H_Q D) is kept too.  Sequence parallelism divides all of these by tp.  Selective
+    recomputation does not keep the 3 F.  Full recomputation keeps only the layer's input and the float32 output of
+    attention.  The first of S pipeline stages holds the activations of min(S, micro-batches) micro-batches.
     """
     weights, replicas = stage_weights(shape, mesh), mesh.dp * mesh.ulysses * mesh.ring
     e, heads, keys = numbers.element, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    states = 12 if e < 4 else 8  # float32 moments; beside 16-bit weights, a float32 copy
+    states = 12 if e < 4 else 8  # two float32 moments; with 16-bit weights also a float32 copy
     row = e * (4 * shape.hidden + 2 * heads + 2 * keys) + 4 * heads
     row += e * (2 + shape.gated) * shape.ffn if work.recompute == "none" else 0
     if work.recompute == "full":

@@ -2,14 +2,15 @@
 
 Per micro-batch (a sequence) and layer, a rank with s / (U R) rows computes
 
-    products   3 times the forward's: each weight's gradient and each input's gradient take a product more
+    products   3 times the forward's: one product each for the output, the weights' gradient and the input's gradient
     attention  the forward, and `longctx.cost.attention.backward_cost`
-    Ulysses    the forward's two all-to-alls, and their mirror images
+    Ulysses    two all-to-alls in the forward, and two in the backward
     tp         with sequence parallelism 6 all-gathers and 4 reduce-scatters (arXiv 2405.07719, v5, Table 2); an
-               all-gather and a reduce-scatter move the bytes of one all-reduce
+               all-gather and a reduce-scatter together move the bytes of one all-reduce
 
-Once per step, gradients are reduced in float32 over data- and context-parallel ranks; with ZeRO-1, a reduce-scatter,
-and an all-gather of the new weights.  A pipeline of S stages adds (S - 1) / m of the m micro-batches' time.
+Once per step, gradients are reduced in float32 over data- and context-parallel ranks.  ZeRO-1 uses a reduce-scatter of
+gradients and an all-gather of the new weights instead.  A pipeline of S stages is idle for the time of S - 1
+micro-batches.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ _UPDATE_BYTES = 28  # read and write: float32 gradient, weight and two moments; 
 class StepWork:
     """A step of ``batch`` sequences of ``length`` tokens, over all data-parallel ranks.
 
-    A micro-batch is ``sequences`` of them; the recipes take one at a time.
+    A micro-batch has ``sequences`` sequences; the recipes use 1.
     """
 
     length: int
@@ -48,7 +49,7 @@ def step_cost(
     hop_bytes = work.length * work.sequences / (mesh.ulysses * mesh.ring) * shape.hidden * numbers.element
     stage = machine.level(mesh.pp, mesh.tp * mesh.ulysses * mesh.ring * mesh.dp).hop
     parts = {**attention, "products": products, "tp": tp_s, "overhead": overhead}
-    # 2. All micro-batches, and the pipeline's bubble: while it fills and drains, a stage waits.
+    # 2. All micro-batches, and the pipeline's bubble: a stage waits while the pipeline fills and drains.
     micro = work.batch / (mesh.dp * work.sequences)
     once = sum(parts.values())
     parts = {name: micro * seconds for name, seconds in parts.items()}
@@ -62,7 +63,7 @@ def step_cost(
 
 
 def stage_weights(shape: Decoder, mesh: Degrees) -> float:
-    """Return the weights of one rank: its share of a stage's layers, and of the stage's embedding, head or both."""
+    """Return the number of weights on one rank: its share of a stage's layers, and of the embedding, head or both."""
     ends = (1 if shape.tied or mesh.pp > 1 else 2) * shape.vocab_size * shape.hidden
     return (sum(layer_weights(shape)) * shape.layers / mesh.pp + ends) / mesh.tp
 
@@ -70,6 +71,7 @@ def stage_weights(shape: Decoder, mesh: Degrees) -> float:
 def _attention(
     shape: Decoder, mesh: Degrees, machine: Machine, work: StepWork, strategy: str, numbers: Numbers
 ) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the seconds of attention in a micro-batch by part, and the bytes sent by axis; forward and backward."""
     hardware = machine.kernel(mesh.ring, mesh.tp * mesh.ulysses)
     link = machine.level(mesh.ulysses, mesh.tp).exchange
     seconds = {"attention": 0.0, "ring": 0.0, "ulysses": 0.0}
@@ -90,7 +92,7 @@ def _attention(
 def _products(
     shape: Decoder, mesh: Degrees, machine: Machine, work: StepWork, numbers: Numbers
 ) -> tuple[float, float, float]:
-    """Return the seconds of a micro-batch's matrix products, and seconds and bytes of tensor parallelism."""
+    """Return the seconds of a micro-batch's matrix products, and the seconds and bytes of its tp reductions."""
     projections, ffn = layer_weights(shape)
     rows, layers = work.length * work.sequences / (mesh.ulysses * mesh.ring), shape.layers / mesh.pp
     again = {"none": 0.0, "selective": ffn, "full": projections + ffn}[work.recompute]
@@ -108,7 +110,8 @@ def _update(
 ) -> tuple[float, float, float]:
     """Return the seconds of reducing gradients and of the optimizer, and the bytes that a rank sends for both."""
     weights, replicas = stage_weights(shape, mesh), mesh.dp * mesh.ulysses * mesh.ring
-    moved = (4 + numbers.element) / 2 if work.zero1 else 4  # half an all-reduce each: scatter gradients, gather weights
+    # With ZeRO-1, scattering gradients and gathering weights take half an all-reduce each.
+    moved = (4 + numbers.element) / 2 if work.zero1 else 4
     seconds = machine.all_reduce_seconds(weights * moved, replicas, mesh.tp)
     update = weights / (replicas if work.zero1 else 1) * _UPDATE_BYTES / machine.memory_bytes_per_s
     return seconds, update, 2 * (replicas - 1) / replicas * weights * moved

@@ -6,7 +6,7 @@ are T tokens, L layers, hidden size H, n query and m KV heads of dimension d, FF
 FFN (SwiGLU) has three matrices, one without a gate has two:
 
     projections   6 T L (2 H n d + 2 H m d)       queries and output, keys and values
-    ffn           6 T L 3 H F, with a gate; 6 T L 2 H F without; of experts, the chosen and the router
+    ffn           6 T L 3 H F with a gate, 6 T L 2 H F without; for experts: the chosen experts and the router
     head          6 T H V                         the embedding is a look-up without FLOPs
 
 A visible pair of a query and a key takes d multiplications for its score and d for its value, in each of n heads:

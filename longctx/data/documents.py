@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 class Document:
     """The tokens of a document (int32), its end token included, and ``where`` it comes from: file and line.
 
-    A long document comes in parts, one after the other; all but the last have ``ends=False`` and an empty resume state,
-    since a run resumes at the beginning of a document.
+    A long document comes in several parts, in order.  All parts but the last have ``ends=False`` and an empty resume
+    state, because a run resumes at the beginning of a document.
     """
 
     tokens: Positions
@@ -91,7 +91,7 @@ def documents(source: TextSource, tokenizer: Any, data: DataSettings) -> Stage[D
 
 
 def _parts(record: Record, tokenizer: Any, end_token: bool) -> Iterator[Document]:
-    """Yield the parts of a record's document: one, unless the text is long."""
+    """Yield a record's document: one part, or several if the text is long."""
     with record.open() as text:
         blocks = token_blocks(text.read, tokenizer)
         tokens = next(blocks)

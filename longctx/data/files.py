@@ -72,7 +72,7 @@ def _open(path: Path) -> gzip.GzipFile | BufferedReader:
 def _read_text(path: Path, at: Position) -> Iterator[tuple[Record, Position]]:
     """Yield a text file as one document, with line ends converted to newlines.
 
-    The file is read once to check it, and again by those who open the record: it is never whole in memory.
+    The file is read once to check it, and again when the record is opened.  It is never whole in memory.
     """
     if at is None:
         with _open(path) as file:
@@ -80,9 +80,9 @@ def _read_text(path: Path, at: Position) -> Iterator[tuple[Record, Position]]:
 
 
 def _checked_record(path: Path, file: gzip.GzipFile | BufferedReader) -> Record:
-    """Return the record of the text ``file`` at ``path``: to be opened, empty, or with the fault of its first byte."""
+    """Check the text ``file`` at ``path``; return its record: to be opened, empty, or with the first fault."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    is_blank, start, lines = True, 0, 0  # ``start`` is the block's first byte
+    is_blank, start, lines = True, 0, 0  # ``start``: offset of the block's first byte
     while True:
         unfinished = decoder.getstate()[0]  # bytes of a character that the previous block has begun
         try:

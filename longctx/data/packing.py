@@ -46,10 +46,10 @@ def pack(documents: Stage[Document], length: int, last: Literal["drop", "pad"] =
         before, used = (state["documents"], state["used"]) if state else (None, 0)
         pieces: list[PackedSequence] = []
         missing = length
-        rest = torch.empty(0, dtype=torch.int32)  # tokens of the document that are not yet in a sequence
+        rest = torch.empty(0, dtype=torch.int32)  # tokens of the document that no sequence has yet
         for document, after in _unused(documents, before, used):
             tokens = torch.cat([rest, document.tokens])
-            # A sequence has one piece of a document, whose last target is in the next part: wait for that part.
+            # A sequence has one piece of a document.  The piece's last target may be in the next part: wait for it.
             while len(tokens) > missing or (document.ends and len(tokens)):
                 pieces.append(_piece(tokens, missing))
                 added = len(pieces[-1].tokens)
@@ -71,9 +71,9 @@ def pack(documents: Stage[Document], length: int, last: Literal["drop", "pad"] =
 
 
 def _unused(documents: Stage[Document], before: State | None, used: int) -> Iterator[tuple[Document, State]]:
-    """Yield the documents after state ``before``, the first one without its first ``used`` tokens.
+    """Yield the documents after state ``before``; leave out the first ``used`` tokens of the first document.
 
-    Raises ValueError if it has no more tokens than that.
+    Raises ValueError if the first document has only ``used`` tokens or fewer.
     """
     skip, is_long_enough = used, not used
     for document, after in documents(before):
@@ -95,7 +95,7 @@ def padding_sequence(length: int) -> PackedSequence:
 
 
 def _piece(tokens: Positions, length: int) -> PackedSequence:
-    """The first ``length`` of ``tokens`` (all if they are fewer) and their targets."""
+    """Return the first ``length`` of ``tokens``, or all if there are fewer, with their targets."""
     inputs, targets = tokens[:length].long(), tokens[1 : length + 1].long()
     missing = len(inputs) - len(targets)
     mask = torch.arange(len(inputs)) < len(targets)

@@ -13,8 +13,8 @@ Position = Any
 class Record:
     """A ``text`` and its location: ``where`` is file and line, or dataset and row, for messages.
 
-    A text file can be larger than the memory: in place of its text, its record has a function ``open_file``.  A record
-    without usable text has the reason in ``fault``.
+    The record of a text file has a function ``open_file`` in place of the text, which may be larger than the memory.
+    A record without usable text has the reason in ``fault``.
     """
 
     where: str

@@ -35,7 +35,10 @@ def tokenize(text: str, tokenizer: Any, *, special_tokens: bool = True) -> Posit
 
 
 def token_blocks(read: Callable[[int], str], tokenizer: Any, *, special_tokens: bool = True) -> Iterator[Positions]:
-    """Yield `tokenize` of the text that ``read(characters)`` gives, in blocks of a window: at least one, in order."""
+    """Yield the tokens that `tokenize` returns, in blocks of one window; at least one block, which may be empty.
+
+    ``read(n)`` returns the next n characters of the text.
+    """
     text = read(WINDOW)
     more = read(1)
     if not more:

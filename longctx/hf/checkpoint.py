@@ -13,7 +13,8 @@ from longctx.hf.digests import sha256_of_files
 # Weights that are valid only on tensor-parallel ranks; transformers does not load a file of this name.
 ADAPTED = "spd.safetensors"
 DROPPED = "dropped."  # prefix, in that file, of tensors for a block that drops a reduction
-NORMS_OF_RANKS = ("input_layernorm.weight", "post_attention_layernorm.weight")  # they may differ by rank there
+# Norms that may have different weights on each rank in that file.
+NORMS_OF_RANKS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _POINTER = b"version https://git-lfs"  # first bytes of the text that Git LFS leaves in place of a file
 _PIECE = 4096  # bytes read at each of three places of a tensor

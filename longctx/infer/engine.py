@@ -28,10 +28,10 @@ ATTENTION = "attention"  # purpose under which the context group counts attentio
 class Engine:
     """A loaded model and the ranks that share its sequence: ulysses x ring, rank = ring rank * U + ulysses rank.
 
-    ``context`` is the group of these ranks.  It carries control messages and, counted apart as `ATTENTION`, the
-    exchanges of decoding.  ``layers`` is the implementation of the model's layers: "local" for megatron-core's,
-    "te" for Transformer Engine's.  ``share`` is this rank's share of the weights for ``context.decode=sharded``; None
-    on one context rank, for other layers than "local", and if blocks drop a reduction over tensor-parallel ranks.
+    ``context`` is the group of these ranks.  It carries control messages and the exchanges of decoding, which are
+    counted apart as `ATTENTION`.  ``layers`` is the implementation of the model's layers: "local" for megatron-core's,
+    "te" for Transformer Engine's.  ``share`` is this rank's share of the weights for ``context.decode=sharded``.  It is
+    None with one context rank, with "te", and if blocks drop a reduction over tensor-parallel ranks.
     """
 
     model: GPTModel
@@ -68,7 +68,7 @@ class Engine:
 
     @property
     def sent(self) -> int:
-        """Bytes that this rank has sent to others for attention, and in sharded decoding for the layers."""
+        """Bytes that this rank has sent for attention, and for the linear layers in sharded decoding."""
         merged = self.context.traffic.purposes.get(ATTENTION, 0)
         summed = self.share.tp_context.traffic.total if self.share else 0
         return self.ulysses.traffic.total + self.ring.traffic.total + merged + summed
@@ -88,7 +88,7 @@ def next_logits(
 ) -> Float[Tensor, "s b v"]:
     """Compute the float32 logits of the rows of ``hidden``; all tensor-parallel ranks must call this.
 
-    With a ``share``, all context ranks must call it with the same rows, and each multiplies a part of the weights.
+    With a ``share``, all context ranks must call this with the same rows; each rank multiplies a part of the weights.
     """
     if not len(hidden):
         return hidden.new_empty(0, 1, engine.shape.vocab_size)  # megatron-core's layers cannot take zero rows

@@ -87,8 +87,8 @@ def run_replicated(
     For few rows (tree attention, arXiv 2408.04093): every rank projects all rows and attends to the keys that it
     caches, and one all-gather merges the partial results.  ``layout`` says which ring rank caches which rows.
 
-    With a ``share``, which is in use, each rank projects with its share of the weights, and an all-to-all merges its
-    share of the heads.
+    With a ``share``, which the caller has put in use, each rank projects with its share of the weights.  One all-to-all
+    then gives each rank the merged output of its share of the heads.
     """
     layout = layout.after(cache.layout)
     cache.extend(layout)

@@ -36,7 +36,7 @@ class RotaryTable:
         if self.interleaved:
             quarter_turn = torch.stack([-turned[..., 1::2], turned[..., ::2]], -1).flatten(-2)
             return torch.cat([turned * cos + quarter_turn * sin, x[..., channels:]], -1)
-        # Both halves have the same angles.  No half is negated or copied on the way, since memory is what this costs.
+        # Both halves have the same angles.  Negating or copying a half would cost more passes over memory.
         (first, second), cos, sin = turned.chunk(2, -1), cos[..., : channels // 2], sin[..., : channels // 2]
         halves = (first * cos).addcmul(second, sin, value=-1), (second * cos).addcmul(first, sin)
         return torch.cat([*halves, x[..., channels:]], -1)
@@ -47,7 +47,7 @@ def rotary_tables(
 ) -> tuple[RotaryTable | None, ...]:
     """Return each layer's table for explicit ``positions``, which may have any order and restart anywhere.
 
-    Tables are float32, or float64 for a model in that ``dtype``.  Layers with equal rotary embeddings share a table.
+    Tables are float32, or float64 if ``dtype`` is float64.  Layers with equal rotary embeddings share a table.
     """
     precise = torch.promote_types(dtype, torch.float32)
     tables = {rotary: _table(rotary, positions, precise) for rotary in set(shape.rotaries)}
@@ -55,6 +55,7 @@ def rotary_tables(
 
 
 def _table(rotary: Rotary | None, positions: Positions, dtype: torch.dtype) -> RotaryTable | None:
+    """Return the table of one rotary embedding; None for a layer without."""
     if rotary is None:
         return None
     frequencies = torch.tensor(rotary.frequencies, dtype=dtype, device=positions.device)
@@ -68,7 +69,7 @@ class Pass(PackedSeqParams):
     """One pass through the model, with the attention function that its layers call.
 
     ``attend(layer, q, k, v)`` returns the attention output.  All four tensors are [b s h d]; layers count from 0.
-    Models with attention sinks call ``attend(layer, q, k, v, sinks)`` with the score [hq] of each query head's sink.
+    Models with attention sinks call ``attend(layer, q, k, v, sinks)``; ``sinks`` [hq] are the query heads' sink scores.
     ``rotary`` has a table for each layer of the whole model (`rotary_tables`); empty rotates nothing.
 
     megatron-core hands a `PackedSeqParams` unchanged to the attention of every layer, on every pipeline stage.
@@ -85,7 +86,7 @@ class ContextParallelAttention(MegatronModule):
 
     Attention itself scales by 1/sqrt(d), so queries are multiplied where ``softmax_scale`` differs from that.
 
-    With ``sinks``, the module has the learned score of a sink for each of this tensor-parallel rank's query heads.
+    With ``sinks``, the module learns the score of an attention sink for each query head of this tensor-parallel rank.
 
     Raises ValueError for cross-attention and attention dropout.
     """
@@ -137,7 +138,7 @@ class ContextParallelAttention(MegatronModule):
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         sinks = () if self.sinks is None else (self.sinks,)
         out = packed_seq_params.attend(self.layer, q, k, v, *sinks)
-        return out.transpose(0, 1).flatten(2)  # with shared weights, of this rank's share of the heads
+        return out.transpose(0, 1).flatten(2)  # in sharded decoding, only this rank's share of the heads
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Offsets = (), metadata: Metadata = None) -> Any:
         if self.sinks is None:

@@ -1,6 +1,6 @@
-"""Mixtures of experts: megatron-core's MoE layer, run on CPU and GPU, in training and inference.
+"""Mixtures of experts: megatron-core's MoE layer, on CPU and GPU, in training and inference.
 
-Each tensor-parallel rank has a share of every expert's neurons, as it has of a dense feed-forward network.
+Each tensor-parallel rank has a share of every expert's neurons, as in a dense feed-forward network.
 """
 
 from collections.abc import Mapping
@@ -36,17 +36,17 @@ class Router(TopKRouter):
             setattr(self.bias, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
     def gating(self, x: Float[Tensor, "s b hidden"]) -> Float[Tensor, "s b experts"]:
-        """Return the logits.  megatron-core's method moves weights on the CPU to a GPU."""
+        """Return the router's logits.  Replaces megatron-core's method, which moves weights from the CPU to a GPU."""
         return F.linear(x, self.weight, self.bias)
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        """Do nothing: no family has a bias for balance.  megatron-core's method would compile itself."""
+        """Do nothing: no family has a load-balancing bias.  megatron-core's method would call torch.compile."""
 
 
 class SequentialExperts(SequentialMLP):
-    """megatron-core's experts, one after the other; those that no token chose are skipped in inference.
+    """megatron-core's experts, run one after the other.
 
-    In training they run too, so that every weight has a gradient.
+    Inference skips experts that no token chose.  Training runs all of them, so that every weight has a gradient.
     """
 
     def forward(
@@ -64,11 +64,11 @@ class SequentialExperts(SequentialMLP):
 
 
 class ExpertRowParallelLinear(BiasedRowParallelLinear):
-    """An expert's output projection, whose bias one tensor-parallel rank adds: the ranks' outputs are summed later."""
+    """An expert's output projection.  Only one tensor-parallel rank adds the bias, since outputs are summed later."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # One rank skips the sum too: megatron-core's MLP adds the bias in place, which autograd refuses after a sum.
+        # Skip the sum even with one rank: megatron-core's MLP adds the bias in place, which autograd refuses after it.
         self.explicit_expert_comm = True
 
     def forward(self, x: Float[Tensor, "tokens n"]) -> tuple[Float[Tensor, "tokens hidden"], Tensor]:
@@ -77,9 +77,9 @@ class ExpertRowParallelLinear(BiasedRowParallelLinear):
 
 
 class ReplicatedTokens(MoEAllGatherTokenDispatcher):
-    """Dispatcher for tokens that every tensor-parallel rank has, as in inference: nothing moves before the sum.
+    """Dispatcher for tokens that every tensor-parallel rank has, as in inference: it only sums the outputs.
 
-    megatron-core's own dispatcher gathers the tokens of all ranks, which differ under sequence parallelism only.
+    megatron-core's own dispatcher first gathers the tokens of all ranks, which differ under sequence parallelism only.
     """
 
     def token_dispatch(self, hidden: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ class ReplicatedTokens(MoEAllGatherTokenDispatcher):
 
 
 class MixtureOfExperts(MoELayer):
-    """megatron-core's MoE layer, with `ReplicatedTokens` where ranks do not shard the rows of a sequence."""
+    """megatron-core's MoE layer, with `ReplicatedTokens` unless the ranks use sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)

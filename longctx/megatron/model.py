@@ -149,7 +149,7 @@ def _run_without_rows(model: GPTModel, attention_pass: Pass) -> Float[Tensor, "0
 
 
 def rows_of_logits(vocab_size: int) -> int:
-    """Return a number of rows whose logits may be in memory at once: 50 MB in float32, or a single row."""
+    """Return how many rows of logits may be in memory at once: as many as take 50 MB in float32, at least one."""
     return max(1, _LOGITS_IN_MEMORY // vocab_size)
 
 
@@ -159,7 +159,7 @@ def logits(
     """Return the logits of all ``vocab_size`` tokens, without padding, on every rank of ``tp``.
 
     ``tp`` is the model's tensor-parallel group.  Logits are float32, or float64 for a model in float64.  With a
-    ``share``, all context ranks call this with the same rows.
+    ``share``, all context ranks must call this with the same rows.
     """
     weight = tied_weight(model)
     if share:
@@ -172,9 +172,9 @@ def logits(
 
 
 def run_stage(model: GPTModel, tokens: Tokens, attention_pass: Pass) -> Float[Tensor, "rows b hidden"]:
-    """Return the hidden states after this pipeline stage's layers; the last stage's are normalised.
+    """Return the hidden states after this pipeline stage's layers; the last stage applies the final norm.
 
-    Under sequence parallelism this rank has s / tp rows; otherwise rows = s.
+    ``rows`` is s / tp under sequence parallelism, otherwise s.
     """
     embedded = model.embedding(tokens, None) if model.pre_process else None
     hidden: Tensor = model.decoder(embedded, attention_mask=None, packed_seq_params=attention_pass)

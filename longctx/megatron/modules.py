@@ -76,7 +76,7 @@ class RMSNormOverHeads(nn.Module):
 def describe_shard(
     name: str, parameter: Tensor, tp: Any, prefix: str, sharded_offsets: Offsets, metadata: Metadata
 ) -> Any:
-    """Return ``parameter``, sharded along dim 0 over ``tp``, as megatron-core's checkpoints describe a tensor."""
+    """Return megatron-core's checkpoint description of ``parameter``, which ``tp`` shards along dim 0."""
     replicas = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
     return make_sharded_tensors_for_checkpoint(
         {name: parameter}, prefix, {name: 0}, sharded_offsets, tp_group=tp, dp_cp_group=replicas
@@ -101,11 +101,10 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class FeedForward(MLP):
-    """megatron-core's MLP in less than half the time between its projections.
+    """megatron-core's MLP with a faster gate: less than half the time between the two projections.
 
-    megatron-core adds an offset of 0 to the values before it gates them.  Without gradients, the gate works in place.
-
-    Like `MLP`, returns a bias that the caller is to add, or None.
+    It leaves out an offset of 0, which megatron-core adds before gating, and gates in place if there are no gradients.
+    Like `MLP`, it returns a bias that the caller must add, or None.
     """
 
     def forward(self, x: Float[Tensor, "s b hidden"], **_: Any) -> tuple[Tensor, Tensor | None]:
@@ -122,9 +121,9 @@ class FeedForward(MLP):
 
 
 class TiledMLP(FeedForward):
-    """An MLP that computes ``rows`` rows at a time, and again in the backward.
+    """An MLP that computes ``rows`` rows at a time, and computes them again in the backward.
 
-    The activations of only ``rows`` rows exist at once (Arctic long sequence training, arXiv 2506.13996).
+    The activations of only ``rows`` rows exist at a time (Arctic Long Sequence Training, arXiv 2506.13996).
     """
 
     def __init__(self, *args: Any, rows: int, **kwargs: Any) -> None:
@@ -133,9 +132,10 @@ class TiledMLP(FeedForward):
 
     def forward(self, x: Float[Tensor, "s b hidden"], **_: Any) -> tuple[Float[Tensor, "s b hidden"], Tensor | None]:
         tiles = [tensor_parallel.checkpoint(self._without_bias, False, tile) for tile in x.split(self.rows)]
-        return torch.cat(tiles), self.linear_fc2.bias  # None unless the caller is to add it
+        return torch.cat(tiles), self.linear_fc2.bias  # the caller adds the bias, if there is one
 
     def _without_bias(self, tile: Tensor) -> Tensor:
+        """Return the output of the rows ``tile``, without the bias that the caller adds."""
         out: Tensor = super().forward(tile)[0]
         return out
 
@@ -149,8 +149,8 @@ class BiasedRowParallelLinear(OutputProjection):
     def forward(self, x: Float[Tensor, "s b n"]) -> tuple[Float[Tensor, "*parts s b hidden"], Float[Tensor, " hidden"]]:
         out, bias = super().forward(x)
         assert bias is not None
-        # megatron-core adds the bias later.  Selective recomputation of the feed-forward network would make the
-        # parameter itself an output of the recomputed function, whose backward would then call itself without end.
+        # megatron-core adds the bias later.  Under selective recomputation, returning the parameter itself would make
+        # it an output of the recomputed function, and the backward would recurse forever.  Return a new tensor.
         return out, bias + 0
 
 
@@ -164,7 +164,7 @@ class BiasedColumnParallelLinear(UpProjection):
 class NormedRowParallelLinear(OutputProjection):
     """A row-parallel projection whose output, summed over ranks, is normalised before the residual connection.
 
-    A block that drops its reduction gets the partial output as it is, and normalises after its sum (see `spd.layer`).
+    A block that drops its reduction gets the partial output, and normalises after its own sum (see `spd.layer`).
     """
 
     def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:

@@ -39,10 +39,10 @@ _STORES: dict[str, tuple[dist.Store, Iterator[int]]] = {}
 class Runtime:
     """A rank with its device and its groups.
 
-    The ranks of ``tp`` share each layer's weights.  The ranks of ``ulysses`` and ``ring`` share the sequence, and
+    The ranks of ``tp`` share each layer's weights.  The ranks of ``ulysses`` and ``ring`` share the sequence.
     ``context`` is the group of both (rank = ring rank * ulysses size + ulysses rank).  ``tp_context`` is the group of
-    ``context`` and ``tp``.  ``world`` is all ranks.
-    ``groups`` is megatron-core's `ProcessGroupCollection` of the mesh, and ``alone`` one of this rank only.
+    ``context`` and ``tp``.  ``world`` is all ranks.  ``groups`` is megatron-core's `ProcessGroupCollection` of the
+    mesh, and ``alone`` one of this rank only.
     """
 
     rank: Rank

@@ -1,17 +1,18 @@
-"""Layers whose weights the context ranks share out in decoding, although each rank holds them all.
+"""Linear layers of which each context rank multiplies a share in decoding (``context.decode=sharded``).
 
-While a `WeightShare` is in use, the N context ranks act as N tensor-parallel ranks on views of their own weights.  All
-ranks hold the same rows x [s b hidden].  In a layer, with W_r for rank r's share of a weight:
+Every context rank holds all weights.  While a `WeightShare` is in use, the N context ranks act as N tensor-parallel
+ranks: each one multiplies a view of its weights.  All ranks have the same rows x [s b hidden].  In a layer, with W_r
+for rank r's share of a weight:
 
     linear_qkv    all-gather of W_r x              queries, keys and values of all heads, on every rank
-    attention     all heads over the keys that this rank caches; the merge gives rank r its share of the heads
+    attention     all heads over the keys that this rank caches; the merge gives rank r the outputs of its heads
     linear_proj   sum over r of W_r heads_r        one all-reduce
     linear_fc1    W_r x                            this rank's neurons
     linear_fc2    sum over r of W_r neurons_r      one all-reduce
 
-Shares may be uneven.  Norms, rotary embedding and residual connections run on every rank, as do biases and factors that
-follow a sum: they apply once.  With tensor parallelism a rank shares its shard of the weights, and sums go over the
-tensor-parallel ranks too.
+Shares may be uneven.  Every rank computes norms, rotary embedding and residual connections.  Biases and factors are
+applied after the sum, and therefore once.  With tensor parallelism, context ranks share each tensor-parallel shard, and
+sums include the tensor-parallel ranks.
 """
 
 from collections.abc import Iterator
@@ -32,10 +33,10 @@ from longctx.shapes import Float, Tensor
 
 @dataclass
 class WeightShare:
-    """This rank's share of the weights of a model, used inside `in_use` only.
+    """This rank's share of a model's weights; it takes effect inside `in_use` only.
 
-    ``context`` are the ranks that share the weights, ``tp_context`` these and the tensor-parallel ranks: partial
-    outputs are summed over ``tp_context``.  ``logit_scale`` is the model's factor of the logits.
+    ``context`` is the group of ranks that share the weights.  ``tp_context`` is the group of these ranks and of the
+    tensor-parallel ranks, over which partial outputs are summed.  ``logit_scale`` is the model's factor of the logits.
     """
 
     context: Comm
@@ -45,7 +46,7 @@ class WeightShare:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Let the model's layers compute on this share inside the block."""
+        """Make the model's layers compute only this share inside the ``with`` block."""
         self.active = True
         try:
             yield
@@ -58,7 +59,7 @@ class WeightShare:
         return [range(n * rank // size, n * (rank + 1) // size) for rank in range(size)]
 
     def own(self, n: int, unit: int = 1) -> slice:
-        """Return this rank's range of ``n``, which is cut between blocks of ``unit``."""
+        """Return this rank's range of ``n`` rows or columns; ranges are cut at multiples of ``unit``."""
         mine = self.ranges(n // unit)[self.context.rank]
         return slice(mine.start * unit, mine.stop * unit)
 
@@ -76,21 +77,21 @@ class WeightShare:
     def project_vocab(
         self, hidden: Float[Tensor, "s b hidden"], weight: Float[Tensor, "vocab hidden"]
     ) -> Float[Tensor, "s b vocab"]:
-        """Return the logits of all rows of ``weight``; this rank multiplies its share of them."""
+        """Return the logits of all rows of ``weight``; each rank multiplies its share of the rows."""
         logits = F.linear(hidden, weight[self.own(len(weight))])
         return self.gather(logits if self.logit_scale == 1 else logits * self.logit_scale, len(weight))
 
 
 def all_shares(ranks: int) -> tuple[WeightShare, ...]:
-    """Return the shares of all ``ranks``, each in use, for a rank that computes them one after another."""
+    """Return the shares of all ``ranks``, each in use, so that one rank can compute them one after another."""
     shares = (SingleRankComm(rank, ranks) for rank in range(ranks))
     return tuple(WeightShare(share, SingleRankComm(), active=True) for share in shares)
 
 
 def share_weights(model: GPTModel, shape: ModelShape, context: Comm, tp_context: Comm) -> WeightShare:
-    """Let ``model`` share its weights with the other ranks of ``context`` whenever the returned share is in use.
+    """Prepare ``model`` for sharded decoding over ``context``; return this rank's share, which is not yet in use.
 
-    Mixtures of experts are not shared: every rank computes its tokens' experts.
+    Mixtures of experts are not shared: every rank computes the experts of all tokens.
     """
     share = WeightShare(context, tp_context, shape.logit_scale)
     for layer in model.decoder.layers:
@@ -105,7 +106,7 @@ def share_weights(model: GPTModel, shape: ModelShape, context: Comm, tp_context:
 
 
 class QKVProjection(ColumnParallelLinear):
-    """Projection to queries, keys and values: a shared one computes some rows, and gathers the others."""
+    """Projection to queries, keys and values; with a share in use, it computes some rows and gathers the others."""
 
     share: WeightShare | None = None
 
@@ -119,7 +120,7 @@ class QKVProjection(ColumnParallelLinear):
 
 
 class UpProjection(ColumnParallelLinear):
-    """Projection to gate and up, or to up alone: a shared one computes the rows of some neurons."""
+    """Projection to gate and up, or to up alone; with a share in use, it computes this rank's neurons."""
 
     share: WeightShare | None = None
 
@@ -133,12 +134,13 @@ class UpProjection(ColumnParallelLinear):
 
 
 class OutputProjection(RowParallelLinear):
-    """Projection to the residual stream: a shared one multiplies some columns, and sums over ranks.
+    """Projection to the residual stream; with a share in use, it multiplies some columns and sums over ranks.
 
-    ``x`` has these columns only.  ``unit`` is the number of columns that stay together: those of a head.
+    ``x`` then has these columns only.  ``unit`` columns stay on one rank: for attention, the columns of a head.
 
-    A block that drops the first reduction sums partial outputs itself, together with its MLP's: then the projection of
-    attention returns this rank's, and with ``parts`` those of all ranks, [parts s b hidden].
+    A block that drops the first reduction sums the partial outputs of attention together with those of its MLP.
+    Attention's projection then returns this rank's partial output, without a sum.  With ``parts``, it returns the
+    partial outputs of all ranks, [parts s b hidden].
     """
 
     share: WeightShare | None = None

@@ -34,9 +34,9 @@ def local_layer_spec(
     experts: Experts | None = None,
     mlp_rows: int | None = None,
 ) -> ModuleSpec:
-    """Return the spec of a decoder block of ``layer_class`` whose modules run on CPU and GPU.
+    """Return the spec of a decoder block of ``layer_class``, with modules that run on CPU and GPU.
 
-    ``experts``, if given, replace the feed-forward network.  With ``mlp_rows`` that network is a `TiledMLP`.
+    ``experts``, if given, replace the feed-forward network.  With ``mlp_rows``, this network is a `TiledMLP`.
     """
     norm_before = IdentityOp if shape.norms == "post" else norm_of(shape)
     attention = ModuleSpec(
@@ -64,6 +64,7 @@ def local_layer_spec(
 
 
 def _mlp(shape: ModelShape, rows: int | None) -> ModuleSpec:
+    """Return the spec of a feed-forward network, which computes ``rows`` rows at a time (None: all)."""
     return ModuleSpec(
         module=FeedForward if rows is None else TiledMLP,
         params={} if rows is None else {"rows": rows},
@@ -80,14 +81,14 @@ def norm_of(shape: ModelShape) -> type:
 
 
 def _qk_norm(shape: ModelShape, heads: int, groups: ProcessGroupCollection) -> ModuleSpec | type:
-    """Return the norm of the ``heads`` queries or keys."""
+    """Return the norm of the queries or keys of ``heads`` heads."""
     if shape.qk_norm == "width":
         return ModuleSpec(module=RMSNormOverHeads, params={"heads": heads, "tp": groups.tp})
     return RMSNorm if shape.qk_norm == "head" else IdentityOp
 
 
 def _output_projection(shape: ModelShape, bias: bool) -> ModuleSpec | type:
-    """Return the projection that adds to the residual stream, with what ``shape`` does to its output."""
+    """Return the projection to the residual stream, with the norm, scale or bias of ``shape``."""
     if shape.norms != "pre":
         assert not bias and shape.residual_scale == 1, "no known model has a norm and these on one output"
         return NormedRowParallelLinear

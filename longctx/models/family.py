@@ -34,11 +34,11 @@ class Family:
 
     * ``examples`` names published models.
     * ``options(config)`` returns the fields of `ModelShape` in which the model differs from Llama.
-    * ``names`` maps canonical modules of a layer to the modules of the family's files, where these differ; ``I`` in
-      both is the number of an expert.
+    * ``names`` maps canonical modules of a layer to the modules of the family's files, if these differ.  ``I`` in both
+      names is the number of an expert.
     * ``fused`` maps modules of the files to the canonical modules whose rows they concatenate.
-    * ``stacked`` maps tensors of the files to the tensors of expert ``I`` of which they hold those of all experts,
-      transposed and with alternating columns (see `megatron.hf_io.stored.join`).
+    * ``stacked`` maps tensors of the files to canonical tensors of expert ``I``.  The file's tensor holds these of all
+      experts, transposed and with alternating columns (see `megatron.hf_io.stored.join`).
     * ``undeclared``: keys of config.json that its class does not declare: transformers' code reads them, or published
       models have them without effect.
     * ``partial_rotary``: the rotary embedding may have a partial_rotary_factor.
@@ -93,14 +93,14 @@ class Family:
         return f"{prefix}{stored.replace('.I.', f'.{expert[1]}.') if expert else stored}.{kind}"
 
     def groups(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """Return, for each tensor of the family's files, the canonical tensors in it; ``names`` are in their order."""
+        """Map each tensor of the family's files to the canonical tensors in it, in the order of ``names``."""
         groups: dict[str, list[str]] = {}
         for name in names:
             groups.setdefault(self.stored(name), []).append(name)
         return groups
 
     def interleaved(self, stored: str) -> int:
-        """Return how many tensors of each expert the tensor ``stored`` of the family's files stacks; 0 if none."""
+        """Return how many tensors of each expert the file's tensor ``stored`` holds; 0 if it is no stack of experts."""
         _, module, kind = split_name(stored)
         return len(self.stacked.get(f"{module}.{kind}", ()))
 
@@ -171,7 +171,7 @@ def windows_of(config: Config) -> tuple[int | None, ...]:
 def experts_of(config: Config, ffn: int, *, renormalised: bool = True) -> Experts:
     """Return the experts of ``config``, each of size ``ffn``.
 
-    Raises ValueError for numbers that no mixture can have.
+    Raises ValueError for an impossible number of chosen experts, and for one chosen expert with renormalised weights.
     """
     count, chosen = config.num_local_experts, config.num_experts_per_tok
     if not 1 <= chosen <= count:

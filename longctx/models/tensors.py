@@ -50,6 +50,7 @@ def _mixture(shape: ModelShape, experts: Experts) -> Sizes:
 
 
 def _projection(module: str, rows: int, columns: int, bias: bool) -> Sizes:
+    """Return the shapes of the weight and the bias, if any, of ``module``."""
     return {f"{module}.weight": (rows, columns)} | ({f"{module}.bias": (rows,)} if bias else {})
 
 

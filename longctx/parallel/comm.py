@@ -99,7 +99,8 @@ class Comm(Protocol):
     def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape], *, small: bool = False) -> list[AnyShape]:
         """Send ``parts[i]`` to rank i and return what each rank sent, in rank order; ``shapes[i]`` is its shape.
 
-        ``small``: latency matters more than bandwidth; the same on all ranks.  Raises `LostPeer` if a rank has gone.
+        ``small`` says that latency matters more than bandwidth; all ranks must agree.  Raises `LostPeer` if a rank is
+        gone.
         """
         ...
 
@@ -237,7 +238,7 @@ class DistComm:
         return list(self._start(ops, tuple(received), tuple(sent.values()), set(others)).wait())
 
     def _all_to_all_packed(self, parts: Sequence[AnyShape], shapes: Sequence[Shape]) -> list[AnyShape]:
-        """Run the backend's own all-to-all over the parts in one tensor: less latency than a message per rank."""
+        """Pack the parts into one tensor for the backend's all-to-all: less latency than a message per rank."""
         packed, sizes = torch.cat([x.flatten() for x in parts]), [prod(shape) for shape in shapes]
         received = packed.new_empty(sum(sizes))
         with _raise_lost_peer(self._world_ranks(set(range(self.size)) - {self.rank})):
@@ -246,8 +247,8 @@ class DistComm:
 
     def all_gather(self, mine: AnyShape, shapes: Sequence[Shape]) -> list[AnyShape]:
         """Return every rank's ``mine``, in rank order; ``shapes[i]`` is the shape of rank i's tensor."""
-        # The backends' all-gather has less latency than a message per rank, but takes tensors of one length only.
-        # Small tensors are padded; for large ones of different lengths, sending to each rank costs the same bytes.
+        # The backend's all-gather has less latency than a message per rank, but needs tensors of equal length.
+        # Small tensors are padded.  Large tensors of different lengths are sent to each rank, without padding.
         sizes = [prod(shape) for shape in shapes]
         largest, even = max(sizes), len(set(sizes)) == 1
         if not largest or not (even or largest <= _MAX_PADDED):
@@ -261,9 +262,9 @@ class DistComm:
 
 
 def sum_over_ranks(comm: Comm, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Return the sum of every rank's ``x``, by one all-gather: for small tensors, where latency matters most.
+    """Return the sum of every rank's ``x`` with one all-gather; for small tensors, for which latency dominates.
 
-    Every rank adds in rank order, in float32 or more precisely, and so gets the same bits.
+    Every rank adds in rank order, in float32 or a more precise dtype, so all ranks get the same bits.
     """
     if comm.size == 1:
         return x

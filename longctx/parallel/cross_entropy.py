@@ -1,4 +1,4 @@
-"""Cross-entropy of a vocabulary that ranks share, and its gradients, without the logits of all rows at once."""
+"""Cross-entropy over a vocabulary that ranks share, and its gradients, a chunk of logits at a time."""
 
 from typing import Any
 
@@ -24,13 +24,13 @@ def cross_entropy(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " n"]]:
     """Return the sum of ``counts`` times cross-entropy, and each row's cross-entropy (nats), on every rank of ``tp``.
 
-    The logits are ``scale`` * ``hidden`` @ ``weight``.T.  Each rank has v rows of the vocabulary, the last ranks also
-    padding beyond ``vocab_size``.  At most ``rows`` rows of a shard's logits exist at a time (None: all), in float32
-    or better.  The forward computes the gradients with them (Liger kernels, arXiv 2410.10989): nothing is computed
-    twice, and what is kept for the backward has the size of ``hidden`` and ``weight``.
+    The logits are ``scale`` * ``hidden`` @ ``weight``.T.  Each rank has v rows of the vocabulary; those beyond
+    ``vocab_size``, on the last ranks, are padding.  Logits of at most ``rows`` rows exist at a time (None: all), in
+    float32 or a more precise dtype.  The forward also computes the gradients (Liger kernels, arXiv 2410.10989), so no
+    logits are computed twice.  The tensors kept for the backward have the sizes of ``hidden`` and ``weight``.
 
-    The sum has gradients, and the rows' cross-entropy has none.  The gradient of ``hidden`` is this shard's share: its
-    sum over ``tp`` is left to the caller.
+    Only the sum has gradients; the cross-entropy of single rows has none.  The gradient of ``hidden`` is this shard's
+    term.  The caller must sum it over ``tp``.
     """
     learn = torch.is_grad_enabled() and weight.requires_grad
     total, losses = _CrossEntropy.apply(hidden, weight, targets, counts, tp, vocab_size, scale, rows, learn)  # type: ignore[no-untyped-call]
@@ -57,12 +57,12 @@ class _CrossEntropy(torch.autograd.Function):
         padding = (tp.rank + 1) * len(weight) - vocab_size
         for first in range(0, len(hidden), rows or max(1, len(hidden))):
             some = slice(first, first + rows if rows else None)
-            # 1. Logits of some rows; everything up to their gradient happens in place.
+            # 1. Logits of some rows, which turn into their gradient in place.
             logits = (hidden[some] @ weight.T).to(precise).mul_(scale)
             if padding > 0:
                 logits[:, max(0, len(weight) - padding) :] = _PADDING_LOGIT
             losses[some] = _logits_to_gradient(logits, targets[some], tp)
-            # 2. Their gradients.
+            # 2. Gradients of hidden states and weight.
             if learn:
                 gradient = logits.mul_(scale * counts[some, None]).to(weight.dtype)
                 torch.mm(gradient, weight, out=d_hidden[some])
@@ -79,9 +79,9 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _logits_to_gradient(logits: Tensor, targets: Tensor, tp: Comm) -> Tensor:
-    """Return the cross-entropy [n] of ``targets``; ``logits`` [n v] becomes its gradient, softmax minus one-hot.
+    """Return the cross-entropy [n] of ``targets``; turn ``logits`` [n v] into its gradient, softmax minus one-hot.
 
-    Ranks exchange two numbers per row: the log-sum-exp of a shard, and the target's logit (-inf in other shards).
+    Ranks exchange two numbers per row: the shard's log-sum-exp, and the target's logit (-inf if in another shard).
     """
     # 1. This shard's target logits and log-sum-exp.
     index = targets - tp.rank * logits.shape[1]
@@ -92,7 +92,7 @@ def _logits_to_gradient(logits: Tensor, targets: Tensor, tp: Comm) -> Tensor:
     largest = logits.amax(1)
     exponentials = logits.sub_(largest[:, None]).exp_()
     lse = largest.double() + exponentials.sum(1).double().log()
-    # 2. Those of all shards.
+    # 2. The log-sum-exp over all shards.
     local = torch.stack([lse, target])
     every_lse, every_target = torch.stack(tp.all_gather(local, [tuple(local.shape)] * tp.size), 1)
     lse = every_lse.logsumexp(0)

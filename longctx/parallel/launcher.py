@@ -7,7 +7,7 @@ from functools import cache
 
 from longctx.parallel.launch import Rank
 
-# Variables of a launcher's ranks.
+# Environment variables that each launcher sets.
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SRUN = (
     "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID",
@@ -46,7 +46,7 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank | None:
 def _refuse_incomplete(
     environment: Mapping[str, str], launcher: str, needed: Sequence[str], numbers: Sequence[str]
 ) -> None:
-    """Raise ValueError unless the variables ``needed`` are set as ``launcher`` sets them, ``numbers`` to numbers."""
+    """Raise ValueError if a variable of ``needed`` is not set, or one of ``numbers`` is no number."""
     present = [name for name in needed if name in environment]
     wrong = [f"{name} is not" for name in needed if name not in environment]
     wrong += [
@@ -79,5 +79,6 @@ def _tasks_of_node(tasks_per_node: str, node: int) -> int:
 
 
 def _first_host(nodes: str) -> str:
+    """Return the first name in Slurm's list ``nodes``, such as "node[3-5]"."""
     listing = ["scontrol", "show", "hostnames", nodes]
     return subprocess.run(listing, capture_output=True, text=True, check=True).stdout.split()[0]

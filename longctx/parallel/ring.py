@@ -31,8 +31,8 @@ class Ring:
     ) -> tuple[Tile, ...]:
         """Return the tiles that are visible between the queries of ``q_rank`` and the keys of ``k_rank``.
 
-        ``q_rows`` and ``k_rows`` are the rows of the two blocks that have arrived (None: all rows).  Each result is
-        computed once and then shared by all layers.
+        ``q_rows`` and ``k_rows`` are the rows of the two blocks that have arrived (None: all rows).  Results are
+        cached, so that all layers share them.
         """
         key = q_rank, k_rank, q_rows, k_rows
         if key not in self._cache:
@@ -42,17 +42,18 @@ class Ring:
         return tiles
 
     def keys_to_send(self, owner: int, hop: int, hops: int = 1) -> Rows | None:
-        """Return the rows of ``owner``'s keys that the ranks ``hop`` to ``hop + hops - 1`` hops away see.
+        """Return the rows of ``owner``'s keys that some rank needs which is ``hop`` to ``hop + hops - 1`` hops away.
 
-        None is all rows: without a window, others see nearly all of them.
+        None means all rows, as without a window, when other ranks see nearly all rows.
         """
         return self._rows_to_send("keys", owner, hop, hops)
 
     def queries_to_send(self, owner: int, hop: int, hops: int = 1) -> Rows | None:
-        """Return the rows of ``owner``'s queries that see keys of the ranks ``hop`` to ``hop + hops - 1`` hops away."""
+        """Return the rows of ``owner``'s queries that see a key of a rank ``hop`` to ``hop + hops - 1`` hops away."""
         return self._rows_to_send("queries", owner, hop, hops)
 
     def _rows_to_send(self, of: str, owner: int, hop: int, hops: int) -> Rows | None:
+        """Return `keys_to_send` or `queries_to_send`, as ``of`` says; results are cached."""
         if self.mask.before is None or hop == 0:
             return None
         key = of, owner, hop, hops
@@ -83,9 +84,9 @@ def rotate(
     """Yield (owner, tensors) for every rank, this rank first, while the next rank's tensors are in flight.
 
     Example: on rank 2 of 4 the owners are 2, 1, 0, 3.  ``layout`` gives each owner's number of rows (dim 1).
-    ``rows(owner, hop)`` are the rows of a block that make a hop (None: all).  No row may join on a later hop.
-    Two buffers are alive, the current one and the one in flight.  Delete what was yielded (``del``) before the next
-    iteration, or it stays alive as a third.
+    ``rows(owner, hop)`` are the rows of ``owner``'s block that travel on hop number ``hop`` (None: all).  A hop must
+    not carry a row that the hop before did not carry.  Two buffers are alive: the current one, and the one in flight.
+    Delete the yielded tensors (``del``) before the next iteration; otherwise they stay alive as a third buffer.
     """
     current = mine
     for hop in range(1, comm.size):
@@ -106,8 +107,8 @@ def rotate(
 def pass_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
     """Ring attention in which queries stay and keys and values rotate (arXiv 2411.01783, Alg. 2).
 
-    Each rank sends N - 1 blocks of keys and values: those of all ranks but the next one.  Under a window, a hop carries
-    only the rows that a later rank sees.
+    Each rank sends N - 1 blocks of keys and values: the blocks of all ranks but the next one.  Under a window, a hop
+    carries only the rows that a later rank sees.
     """
     partial, size = empty_partial(q), ring.comm.size
 
@@ -127,7 +128,7 @@ def pass_q(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
     One all-to-all returns the partial results to the queries' ranks.  Bytes sent per rank: the queries of every rank
     but the next one, and the partials of all other ranks' queries: d values and one log-sum-exp per row and head,
     in the accumulation dtype (float32, or float64 for float64 inputs).  A rank without keys for a block of queries
-    sends no partial for it.  Under a window, only rows travel and return that see a key of another rank.
+    sends no partial for it.  Under a window, only the rows that see a key of another rank travel and return.
     """
     comm, size = ring.comm, ring.comm.size
     merged = empty_partial(q)
@@ -173,8 +174,8 @@ def all_gather_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> P
     """Attention over all keys and values after one all-gather (Llama 3's training; arXiv 2411.01783, 3.5.2).
 
     It sends the bytes of `pass_kv` in one exchange instead of N - 1 hops.  No computation hides the exchange, and the
-    blocks of all ranks are in memory at once.  Bytes sent per rank: its keys and values, to each other rank; under a
-    window, only the rows that this rank sees.
+    blocks of all ranks are in memory at once.  Bytes sent per rank: its keys and values, to each other rank.  Under a
+    window, each of these ranks gets only the rows that it sees.
     """
     comm, partial = ring.comm, empty_partial(q)
     both = torch.cat([k, v], -1)
@@ -192,11 +193,11 @@ def all_gather_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> P
 def gather_merge(partial: Partial, comm: Comm, ulysses: int, sinks: Float[Tensor, " hq"] | None = None) -> Queries:
     """Merge all ranks' partials of the same query rows with one all-gather (tree decoding).
 
-    Every rank passes its ``partial`` [b s hq/U d] of the same rows and gets the attention output [b s hq d], with
-    U = ``ulysses``.  Rank = ring rank * U + ulysses rank: Ulysses ranks hold different heads, ring ranks different
-    keys.  ``sinks`` are the scores of all hq heads' attention sinks, merged once, after the keys of all ranks.  All
-    ranks merge the same partials in the same order.  Bytes sent per rank: d values and one log-sum-exp per row and
-    head, in the accumulation dtype, to each other rank.
+    Every rank passes its ``partial`` [b s hq/U d] of the same rows, with U = ``ulysses``, and gets the attention output
+    [b s hq d].  Rank = ring rank * U + ulysses rank: Ulysses ranks hold different heads, ring ranks different
+    keys.  ``sinks`` are the sink scores of all hq heads, which are merged once, after the keys of all ranks.  All ranks
+    merge the same partials in the same order.  Bytes sent per rank: d values and one log-sum-exp per row and head, in
+    the accumulation dtype, to each other rank.
     """
     mine = _pack(partial)
     with doing("merging partial results"):
@@ -213,12 +214,12 @@ def gather_merge(partial: Partial, comm: Comm, ulysses: int, sinks: Float[Tensor
 
 
 def _merge_packed(parts: Sequence[Float[Tensor, "b s h packed"]]) -> Partial:
-    """Merge packed partials of the same rows at once, which has less overhead than `merge_` one after another."""
+    """Merge packed partials of the same rows in one step, with less overhead than repeated `merge_`."""
     stacked = torch.stack(list(parts))
     out, lse = stacked[..., :-1], stacked[..., -1]
     unseen, total = lse == -torch.inf, lse.logsumexp(0)
     share = torch.exp(lse - total).masked_fill(unseen, 0.0)
-    # A weight of 0 times NaN, which some kernels leave in rows without keys, would be NaN.
+    # Some kernels leave NaN in rows without keys.  Its weight is 0, but 0 times NaN is NaN: mask it.
     return Partial((out.masked_fill(unseen.unsqueeze(-1), 0.0) * share.unsqueeze(-1)).sum(0), total)
 
 
@@ -229,12 +230,14 @@ def scatter_merge(
     heads: Sequence[range],
     sinks: Float[Tensor, " hq"] | None = None,
 ) -> Float[Tensor, "b sq share d"]:
-    """Merge all ranks' partials of the same query rows, each rank some of the heads, with one all-to-all.
+    """Merge all ranks' partials of the same query rows with one all-to-all; each rank merges some of the heads.
 
-    As in `gather_merge` every rank passes its ``partial`` [b s hq/U d] of the same rows.  Rank r gets the attention
-    output [b s len(heads[r]) d] of the query heads ``heads[r]``; ``sinks`` are the logits of all heads' attention sinks
-    (see `partial.sink`).  Bytes sent per rank: d values and one log-sum-exp per row and head of the other ranks that it
-    attended with, in the accumulation dtype.
+    Example: with 9 heads on 2 ranks, rank 0 returns heads 0 to 3 and rank 1 heads 4 to 8.
+
+    As in `gather_merge`, every rank passes its ``partial`` [b s hq/U d] of the same rows.  Rank r gets the attention
+    output [b s len(heads[r]) d] of the query heads ``heads[r]``.  ``sinks`` are the sink scores of all heads (see
+    `partial.sink`).  Bytes sent per rank: d values and one log-sum-exp per row, for each head that it attended with and
+    that another rank merges, in the accumulation dtype.
     """
     width, member = partial.out.shape[2], comm.rank % ulysses
 

@@ -1,4 +1,4 @@
-"""Rows of a block of keys or queries, as ranges: those that travel under a window."""
+"""Ranges of rows in a block of keys or queries, for example the rows that travel under a window."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ import torch
 from longctx.attention.spans import Spans, slice_rows
 from longctx.shapes import Tensor
 
-Rows = tuple[tuple[int, int], ...]  # rows of a block: ranges (first, end), sorted and apart
+Rows = tuple[tuple[int, int], ...]  # rows of a block: ranges (first, end), sorted, with gaps between them
 
 
 def union_of(ranges: Iterable[tuple[int, int]]) -> Rows:
@@ -22,17 +22,17 @@ def union_of(ranges: Iterable[tuple[int, int]]) -> Rows:
 
 
 def spans_of(spans: Spans, rows: Rows | None) -> Spans:
-    """Return the positions of ``rows`` of a block with ``spans``; None is all rows."""
+    """Return the spans of ``rows`` in a block with ``spans``; None means all rows."""
     return spans if rows is None else tuple(s for first, end in rows for s in slice_rows(spans, first, end))
 
 
 def count_rows(rows: Rows | None, whole: int) -> int:
-    """Return the number of ``rows``; None is all ``whole`` rows of a block."""
+    """Return the number of ``rows``; None means all ``whole`` rows of a block."""
     return whole if rows is None else sum(end - first for first, end in rows)
 
 
 def take_rows(x: Tensor, arrived: Rows | None, wanted: Rows | None) -> Tensor:
-    """Return the rows ``wanted`` of a block, of which ``x`` has the rows ``arrived``; these include ``wanted``."""
+    """Return the rows ``wanted`` of a block; ``x`` has its rows ``arrived``, which include ``wanted``."""
     if arrived == wanted or wanted is None:
         return x
     arrived = ((0, x.shape[1]),) if arrived is None else arrived

@@ -68,7 +68,7 @@ class ThreadComm:
 
     def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape], *, small: bool = False) -> list[AnyShape]:
         """Send ``parts[i]`` to rank i and return what each rank sent, in rank order; ``shapes[i]`` is its shape."""
-        del small  # a queue sends every tensor as fast
+        del small  # a queue has one speed
         self.traffic.count("all_to_all", [x for i, x in enumerate(parts) if i != self.rank])
         for member, part in zip(self.members, parts, strict=True):
             self.world.send(self.members[self.rank], member, (part,))

@@ -26,7 +26,7 @@ def refuse_unfit(mesh: Mesh, shape: ModelShape) -> None:
 
 
 def refuse_few_tokens(mesh: Mesh, tokens: int) -> None:
-    """Raise ValueError if the context ranks of ``mesh`` are more than the ``tokens`` of a prompt."""
+    """Raise ValueError if ``mesh`` has more context ranks than a prompt has ``tokens``."""
     if tokens < mesh.context:
         raise ValueError(
             f"mesh.ulysses x mesh.ring = {mesh.context} ranks are more than the {tokens} prompt "

@@ -78,7 +78,7 @@ def reorder_block(
 
     def reorder(module: str, tensor: Tensor) -> Tensor:
         if tensor.dim() == 1 and module in ("o_proj", "down_proj"):
-            return tensor  # a bias of all outputs
+            return tensor  # a bias of the output, whose order does not change
         if module in group_dims:
             dim = group_dims[module]
             grouped: Tensor = tensor.unflatten(dim, (shape.kv_heads, -1))

@@ -48,7 +48,7 @@ class SPDPlan:
 
 
 def refuse_unfit_shape(shape: ModelShape) -> None:
-    """Raise ValueError for a model in whose blocks the first reduction cannot be dropped."""
+    """Raise ValueError for a model whose blocks cannot drop their first reduction."""
     reasons = {
         "LayerNorm, on which dropped reductions are not tested": shape.layer_norm,
         "a feed-forward network without gate, on which dropped reductions are not tested": not shape.gated,

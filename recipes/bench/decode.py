@@ -57,7 +57,7 @@ class DecodeJob:
 
 @dataclass(frozen=True)
 class DecodeCost:
-    """Seconds of a decode step, CPU seconds of this rank's threads in it, and bytes that this rank sent."""
+    """Seconds of a decode step, this rank's CPU seconds (all threads), and the bytes that it sent."""
 
     seconds: float
     cpu_seconds: float
@@ -66,7 +66,7 @@ class DecodeCost:
 
 @dataclass(frozen=True)
 class BatchTimes:
-    """Figures of a step for one batch size, by variant: of each round, and bytes in the last round."""
+    """Figures of a decode step for one batch size, by variant: times of every round, bytes of the last round."""
 
     batch: int
     seconds: dict[str, list[float]]

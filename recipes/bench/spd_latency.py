@@ -129,7 +129,7 @@ def prepare(config: DictConfig) -> LatencyJob:
     refuse_unfit_shape(target.shape)
     if target.shape.norms != "pre":
         raise ValueError(
-            "this model normalises the output of attention, and spd_latency predicts the bytes of models that do not: "
+            "this model normalises the output of attention, for which spd_latency predicts no bytes: "
             "use a model like Llama or Qwen"
         )
     if settings.hosts:

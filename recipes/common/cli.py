@@ -38,7 +38,7 @@ from recipes.common.startup import leave_closed_pipe, loaded, print_page
 Result = TypeVar("Result")
 Args = TypeVarTuple("Args")
 
-# Options of Hydra's command line; those that choose another recipe's configuration are left out.
+# Options of Hydra's command line, without those that choose another recipe's configuration.
 _OPTIONS = ("-m", "--multirun", "--cfg", "--resolve", "--info", "--hydra-help", "--version", "--config-dir")
 GATE_FAILED = 3
 STOPPED = 75  # stopped on request, to be resumed; EX_TEMPFAIL of sysexits.h
@@ -96,8 +96,8 @@ def _remove_empty_sweep() -> None:
 def _checked(config: DictConfig, words: Sequence[str]) -> DictConfig:
     """Return ``config`` with current names and the run's ``out``.
 
-    Raises ValueError for a section that is wrong by itself, for more threads than this machine has cores, and for a
-    device that is missing here.  No torch is imported before, so that a mistake shows at once.
+    Raises ValueError for a section with a mistake, for more threads than this machine has cores, and for a missing
+    device.  All checks before the device run without torch, whose import takes seconds.
     """
     from recipes.common.settings import check_sections
 
@@ -218,10 +218,10 @@ def is_first() -> bool:
 
 
 def warm_up_ranks(modules: Sequence[str]) -> None:
-    """Import ``modules`` in advance for local ranks, unless a launcher has started the ranks; and torch here."""
+    """Import torch here and ``modules`` in the server of local ranks, unless a launcher has started the ranks."""
     if current_rank() is None:
         warm_up(modules)
-    import torch  # noqa: F401  # takes seconds, in which the server of local ranks imports `modules`
+    import torch  # noqa: F401  # takes seconds; the server of local ranks imports `modules` at the same time
 
     loaded()
 

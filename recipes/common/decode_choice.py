@@ -1,4 +1,4 @@
-"""The decode strategy of ``context.decode=auto``: measured rates of this machine, and the cost model."""
+"""Choose the decode strategy for ``context.decode=auto``, by the cost model and measured rates of this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def make_decode_chooser(runtime: Runtime, target: Target, engine: Engine) -> DecodeChooser | None:
     """Return a function that chooses the strategy for a batch size; None unless ``context.decode=auto``.
 
-    Measures for a second.  All ranks must call it, and get the same choices.
+    It first measures the machine for a second.  All ranks must call it; they get the same choices.
     """
     import torch
 

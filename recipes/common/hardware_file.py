@@ -18,9 +18,9 @@ def read_hardware(name: str) -> Hardware:
 
 
 def read_machine(name: str) -> Machine:
-    """Return the machine ``name`` of configs/machine, or the one in a file of this name.
+    """Return the machine ``name`` of configs/machine, or the machine that the file ``name`` describes.
 
-    Raises ValueError, with the machines that there are, if there is neither.
+    Raises ValueError, with the names in configs/machine, if there is neither.
     """
     known = choices("machine")
     if name not in known and not Path(name).expanduser().is_file():

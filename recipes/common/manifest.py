@@ -121,9 +121,9 @@ def lock_of(out: Path) -> Path:
 
 
 def refuse_other_recipe(out: str | None, recipe: str) -> None:
-    """Raise ValueError if ``out`` is a folder of another recipe than ``recipe``, or a file that it has not written.
+    """Raise ValueError if ``out`` belongs to a recipe other than ``recipe``, or is a file that no recipe wrote.
 
-    A folder without a manifest belongs to no recipe; it is refused if it is a model's.
+    A folder without a manifest belongs to no recipe; it is refused only if it is the folder of a model.
     """
     if not out or not Path(out).exists():
         return

@@ -37,9 +37,12 @@ EXPERIMENTS = {
 def as_overrides(config_name: str, words: Sequence[str], say: Say, *, sweep: bool = False) -> list[str]:
     """Return ``words`` in Hydra's grammar; in a ``sweep`` a comma in a path separates the values of two runs.
 
-    Raises ValueError for a word without a value, text that needs quotes or is not UTF-8, an unknown model, a file whose
-    name starts with ``_`` (others extend it), an experiment of a different recipe, a setting that is removed, and a
-    comma in a path outside a sweep.
+    Raises ValueError for
+
+    * a word without a value, and text that needs quotes or is not UTF-8;
+    * an unknown model, and an experiment of a different recipe;
+    * a configuration file whose name starts with ``_``, which only other files use;
+    * the removal of a setting (``~KEY``), and a comma in a path outside a sweep.
     """
     for word in words:
         if re.search("[\ud800-\udfff]", word):  # a byte that Python could not decode
@@ -49,9 +52,10 @@ def as_overrides(config_name: str, words: Sequence[str], say: Say, *, sweep: boo
 
 
 def expand_plan(words: Sequence[str]) -> list[str]:
-    """Return ``words`` with ``plan=FILE`` replaced by the settings in FILE, which come first, so that others win.
+    """Return ``words`` with ``plan=FILE`` replaced by the settings in FILE.
 
-    Raises ValueError if the file, which ``recipes.plan settings=FILE.yaml`` writes, has no settings.
+    The file's settings come first, so that the other words override them.  Raises ValueError if the file, which
+    ``recipes.plan settings=FILE.yaml`` writes, has no settings.
     """
     files = [word.partition("=")[2] for word in words if word.startswith("plan=")]
     planned = [setting for file in files for setting in _planned(file)]
@@ -59,6 +63,7 @@ def expand_plan(words: Sequence[str]) -> list[str]:
 
 
 def _planned(file: str) -> list[str]:
+    """Return the settings in ``file`` as words KEY=VALUE."""
     try:
         values = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
         return [f"{name}={yaml.safe_dump(value).split()[0]}" for name, value in values.items()]

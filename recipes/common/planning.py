@@ -1,4 +1,4 @@
-"""Plans: the time, memory and bound of every mesh for a model, a machine and a kind of work; nothing is run."""
+"""Plans: the predicted time and memory of every mesh, for a model, a machine and a kind of work; nothing is run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from longctx.parallel.validate import refuse_few_tokens, refuse_unfit
 from longctx.spd.plan import refuse_unfit_shape
 
 MERGE = "gather_merge"
-# Parts of a pass, as the user reads them.
+# Parts of a pass, in words for the user.
 WORDS = {
     "products": "matrix products",
     "weights": "reading the weights",
@@ -40,7 +40,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class WorkSettings:
-    """The section ``work``: what is to be done, in tokens and sequences (configs/work)."""
+    """The section ``work``: the kind and size of the work, in tokens and sequences (configs/work)."""
 
     kind: Literal["prefill", "decode", "chat", "train"] = "prefill"
     context: PositiveInt = 131072
@@ -52,9 +52,9 @@ class WorkSettings:
 
     def __post_init__(self) -> None:
         if self.kind != "chat" and (self.cached or self.new_tokens):
-            raise ValueError(f"work={self.kind} takes no work.cached and work.new_tokens: use work=chat, or leave out")
+            raise ValueError(f"work.cached and work.new_tokens are for work=chat, not work={self.kind}: leave them out")
         if self.kind != "train" and (self.zero1 or self.recompute != "none"):
-            raise ValueError(f"work={self.kind} takes no work.zero1 and work.recompute: use work=train, or leave out")
+            raise ValueError(f"work.zero1 and work.recompute are for work=train, not work={self.kind}: leave them out")
 
     @property
     def total(self) -> int:
@@ -69,9 +69,9 @@ class WorkSettings:
 
 @dataclass(frozen=True)
 class Question:
-    """All that determines the plans: a model's shape, a machine, the number of GPUs, the work and its limits.
+    """Everything that determines the plans: a model's shape, a machine, the number of GPUs, the work and its limits.
 
-    ``dtype_bytes`` is an element of weights and activations.  ``allowed_drop`` is the share of blocks that drop a
+    ``dtype_bytes`` is the size of a weight and of an activation.  ``allowed_drop`` is the share of blocks that drop a
     reduction on meshes with tensor parallelism.
     """
 
@@ -102,8 +102,8 @@ class Question:
 class Plan:
     """A mesh and a strategy, with what they cost.
 
-    ``seconds`` is the time to first token (prefill), of a token (decode), of a turn with its answer (chat) or of a step
-    (train).  ``answer`` is the cost of an answer's token.  ``refused`` says why the mesh is not feasible (None: it is).
+    ``seconds`` is the time to first token (prefill), per token (decode), of a turn with its answer (chat) or of a step
+    (train).  ``answer`` is the cost of a token of the answer.  ``refused`` says why the mesh is not feasible, or None.
     """
 
     question: Question
@@ -146,7 +146,7 @@ class Plan:
 
     @property
     def error(self) -> float | None:
-        """Expected error as a share, None if no published time is like this plan."""
+        """Expected error as a share; None if no published time is comparable to this plan."""
         question = self.question
         if question.dtype_bytes != 2 or question.numbers(self.mesh).spd_share:
             return None
@@ -178,7 +178,7 @@ class Plan:
         return mfu(flops, self.cost.seconds, self.mesh.ranks, self.question.machine.peak_flops)
 
     def as_dict(self) -> dict[str, object]:
-        """Return the plan as written to ``out``: times in seconds, memory in GB, bytes sent by a rank and axis."""
+        """Return the plan as written to ``out``: times in seconds, memory in GB, bytes that a rank sends by axis."""
         strides = {"tp": 1, "ulysses": self.mesh.tp, "ring": self.mesh.tp * self.mesh.ulysses}
         level = self.question.machine.level
         return {
@@ -209,20 +209,20 @@ class Plan:
 
 
 def plans_of(question: Question) -> list[Plan]:
-    """Return a plan for each mesh of all GPUs and each strategy: the feasible ones first, each group fastest first."""
+    """Return a plan for each strategy on each mesh of all GPUs: feasible plans first, each group fastest first."""
     strategies = (question.strategy,) if question.strategy else question.work.strategies
     decodes = question.work.kind == "decode"
     plans = [
         _plan(question, mesh, strategy)
         for mesh in meshes_of(question.gpus, trains=question.work.kind == "train")
-        # On one ring rank, all strategies of prefill and training are the same.
+        # On one ring rank, all strategies of prefill and training are equal.
         for strategy in (strategies if (mesh.context if decodes else mesh.ring) > 1 else strategies[:1])
     ]
     return sorted(plans, key=lambda plan: (plan.refused is not None, plan.seconds, plan.memory_gb))
 
 
 def meshes_of(gpus: int, *, trains: bool) -> Iterator[Mesh]:
-    """Yield every mesh of ``gpus`` ranks; without ``trains`` those whose dp and pp are 1, as the recipes require."""
+    """Yield every mesh of ``gpus`` ranks; unless it ``trains``, dp and pp are 1, as the recipes require."""
     divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
     for tp, ulysses, dp, pp in product(divisors, divisors, *([divisors] * 2 if trains else [[1]] * 2)):
         if gpus % (taken := tp * ulysses * dp * pp) == 0:
@@ -253,7 +253,7 @@ def _plan(question: Question, mesh: Mesh, strategy: str) -> Plan:
 
 
 def refusal_of(question: Question, mesh: Mesh) -> str | None:
-    """Return the words with which the recipes refuse ``mesh`` for this model and work, or None if they take it."""
+    """Return the message with which the recipes refuse ``mesh`` for this model and work; None if they accept it."""
     work = question.work
     try:
         refuse_unfit(mesh, question.shape)
@@ -269,12 +269,13 @@ def refusal_of(question: Question, mesh: Mesh) -> str | None:
 
 
 def _refuse_untrainable(mesh: Mesh, question: Question) -> None:
+    """Raise ValueError, as pretrain does, for a batch or sequence that ``mesh`` cannot divide."""
     from longctx.data.batches import refuse_uneven_batch
     from recipes.common.train_job import refuse_unsplit
 
     work = question.work
     refuse_uneven_batch(work.batch, mesh.dp)
-    length = min(work.context, question.shape.max_positions)  # a longer one needs another model, not another mesh
+    length = min(work.context, question.shape.max_positions)  # beyond it, no mesh helps: the model must change
     refuse_unsplit(mesh, question.shape, DataSettings((TextSource(pydoc="train"),), length, work.batch))
 
 

@@ -120,9 +120,10 @@ def draw_plan(
     limit: float | None,
     title: str,
 ) -> None:
-    """Draw a plan to the file ``out``: each strategy's seconds over ``lengths``, and bytes of a GPU by mesh and part.
+    """Draw plans to the file ``out``: each strategy's seconds over ``lengths``, and a GPU's memory by mesh and part.
 
-    A length without a value (None) has no point.  ``limit`` is the memory of a GPU in GB, a dashed line.
+    ``memory`` is in bytes.  A length without a value (None) has no point.  A dashed line shows ``limit``, the memory of
+    a GPU in GB.
     """
     figure, axes = _new_figure(width=11)
     grid = figure.add_gridspec(1, 2)
@@ -131,7 +132,7 @@ def draw_plan(
     # 1. Time over length.
     for (name, values), colour, width in zip(seconds.items(), COLOURS, (6, 4, 2, 1), strict=False):
         points = [(length, value) for length, value in zip(lengths, values, strict=True) if value is not None]
-        if points:  # lines that coincide stay visible, because later ones are thinner
+        if points:  # later lines are thinner, so that coinciding lines stay visible
             axes.plot(*zip(*points, strict=True), linewidth=width, label=name, color=colour)
     axes.set(title=title, xlabel="tokens", ylabel="seconds, best mesh", xscale="log", yscale="log")
     axes.grid(visible=True, alpha=0.25)

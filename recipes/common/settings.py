@@ -34,7 +34,7 @@ _SECTIONS = {
 
 
 def check_sections(config: DictConfig) -> None:
-    """Raise ValueError, as `section` does, for a mistake in a section that has one meaning in all recipes."""
+    """Raise ValueError, as `section` does, for a mistake in a section that all recipes share."""
     for name, kind in _SECTIONS.items():
         if isinstance(config.get(name), DictConfig):
             section(config, name, kind)

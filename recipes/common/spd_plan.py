@@ -46,7 +46,7 @@ def plan_of(
 
 
 def refuse_unshared(mesh: Mesh, degree: Mesh, plan: SPDPlan, shape: ModelShape) -> None:
-    """Raise ValueError unless context ranks that share their weights can drop the reductions of ``plan``."""
+    """Raise ValueError unless the context ranks of sharded decoding can drop the reductions of ``plan``."""
     from longctx.parallel.validate import refuse_unfit  # here, since it imports torch
 
     if mesh.tp > 1:
@@ -63,8 +63,8 @@ def refuse_unshared(mesh: Mesh, degree: Mesh, plan: SPDPlan, shape: ModelShape) 
         refuse_unfit(degree, shape)
     except ValueError as error:
         raise ValueError(
-            f"dropped reductions over {mesh.context} context ranks (context.decode=sharded) need as many "
-            f"tensor-parallel ranks that would fit: {error} Or use spd=none"
+            f"dropped reductions over {mesh.context} context ranks (context.decode=sharded) need a model that "
+            f"mesh.tp={mesh.context} can shard: {error} Or use spd=none"
         ) from None
 
 

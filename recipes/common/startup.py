@@ -1,6 +1,6 @@
-"""The first line of a command, printed while its modules are still being imported, which can take a minute.
+"""Print the first line of a command while its modules are imported, which can take a minute.
 
-Also its help, for a reader that may stop early.
+Also print pages of help to a reader, such as ``head``, that may stop early.
 """
 
 import os
@@ -34,7 +34,7 @@ def announce_module() -> None:
 
 
 def print_page(text: str) -> None:
-    """Print ``text``; exit with code 141, as a shell reports SIGPIPE, if its reader has gone, as ``head`` does."""
+    """Print ``text``; exit with code 141, a shell's code for SIGPIPE, if the reader has closed the pipe."""
     try:
         print(text, flush=True)
     except BrokenPipeError:

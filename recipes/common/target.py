@@ -90,9 +90,8 @@ def resolve_target(
     """Return the target that ``config`` names.  Writes nothing but the model cache.
 
     ``unused_axes`` of the mesh must be 1.  ``needs_weights`` refuses a folder without weights.  ``strategy_by_turn``
-    allows ``context.strategy=auto`` and the other rules, ``decode_by_batch`` allows ``context.decode=auto``.  ``spd``
-    says whether a plan of
-    dropped reductions is followed, refused or ignored.
+    allows ``context.strategy=auto`` and the other rules; ``decode_by_batch`` allows ``context.decode=auto``.  ``spd``
+    says whether a plan of dropped reductions is followed, refused or ignored.
 
     Raises ValueError, with what to set instead, for a model, mesh, kernel, strategy or plan that ``recipe`` cannot run.
     """
@@ -100,6 +99,7 @@ def resolve_target(
     from longctx.parallel.strategy import STRATEGIES
     from longctx.parallel.validate import refuse_unfit, refuse_unused
 
+    # 1. Check the settings by themselves.
     mesh = section(config, "mesh", Mesh) if "mesh" in config else Mesh()
     model = section(config, "model", ModelSource)
     context = section(config, "context", Context) if "context" in config else Context()
@@ -110,17 +110,18 @@ def resolve_target(
         refuse_strategy_by_turn(context, recipe)
     if context.decode == "auto" and not decode_by_batch:
         raise ValueError(
-            f"context.decode=auto measures and chooses in recipes.generate and recipes.chat; {recipe} takes one of "
+            f"context.decode=auto works in recipes.generate and recipes.chat only; {recipe} takes one of "
             f"gather_merge, sharded, {', '.join(STRATEGIES)}"
         )
     if context.decode == "sharded" and model.layers == "te":
         raise ValueError(
-            "context.decode=sharded is not built for model.layers=te: use model.layers=local, or "
+            "context.decode=sharded is not implemented for model.layers=te: use model.layers=local, or "
             "context.decode=gather_merge"
         )
     kernel_for(context.kernel, run.device, model.dtype)
     if model.layers == "te" and run.device == "cpu":
         raise ValueError("model.layers=te needs a GPU: use model.layers=local, or run=gpu with Transformer Engine")
+    # 2. Locate the model, and check it against the mesh and the plan.
     folder = locate(model, say)
     shape = shape_of(folder)
     if needs_weights:

@@ -106,6 +106,7 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
 
 
 def _open_record(job: TrainJob, start: Start, say: Callable[[str], None], first: bool) -> tuple[Tracker, str | None]:
+    """Return the tracker of the run's metrics and its W&B id; a new run also gets a table of samples."""
     from longctx.train.track import start_tracking
 
     step, run_id = start.first_record, start.run_id

@@ -1,4 +1,4 @@
-"""Write longctx/cost/README.md: predicted against published figures.  ``python -m tests.cost.page``, a minute."""
+"""Write longctx/cost/README.md: predicted against published figures.  ``python -m tests.cost.page`` takes a minute."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ KINDS = {"prefill": ("ttft",), "chat": ("turn",), "decode": ("ttit",), "train": 
 INTRO = """\
 # Predicted against published
 
-`make published` writes this page. Every formula, with its derivation, is in the docstrings of this folder:
+`make published` writes this page. The docstrings of this folder have every formula, with its derivation:
 
 | file | formulas |
 |---|---|
@@ -36,29 +36,30 @@ INTRO = """\
 | `memory.py` | memory of a GPU by part |
 | `machine.py` | a machine: links by level, all-reduce, constants of `configs/machine/` |
 
-A machine has one set of constants, and no row has a constant of its own. A file of `configs/machine/` lists the
-constants that were fitted to these tables; the others are stated with their source. "Left out" is the error of a
-table when the constants are fitted without it; constants that no other table determines keep the file's value. A
-machine with one table has no such figure. The errors that `recipes.plan` prints are means of that column.
+Each machine has one set of constants for all rows. Its file in `configs/machine/` names the constants that were fitted
+to these tables, and gives a source for most of the others. "Left out" is the error on a table when the constants are
+fitted to the machine's other tables only. Constants that no other table determines then keep the file's value. A
+machine with one table has no such figure. The errors that `recipes.plan` prints are means of this column.
 """
 WHY = """\
 ## Rows that are missed by more than 10 %
 
 {missed}
 
-* **Table 4, T = 6,400**: the paper's two strategies differ by 0.3 % here and T = 4,160 takes as long as T = 6,400. A
-  smooth model meets both only halfway.
+* **Table 4, T = 6,400**: the two strategies differ by 0.3 %, and the published times for T = 4,160 and T = 6,400 are
+  nearly equal. A smooth model predicts too little for the first and too much for the second.
 * **Table 6 of arXiv 2405.07719, ring 16**: the backward's float32 sums cross the nodes in 16 hops. The paper's kernel
   hides them better than these constants do.
-* **The same table, tp = 2**: 50 % slower than tp = 1 and tp = 4 at 64K, and only 12 % at 120K. The paper gives no
-  reason. The model has one: a group of ranks with a stride gets one link between nodes for its gradients.
+* **The same table, tp = 2**: these runs are 50 % slower than tp = 1 and tp = 4 at 64K, but only 12 % slower at 120K.
+  The paper gives no reason. The model's reason: with tp = 2, the ranks that reduce a gradient are two apart, and such a
+  group gets one link between nodes.
 
-Known disagreements of the sources, which no model can meet: TTIT of 2 nodes at 128K is 66.63 ms in Table 6 and
-60.23 ms in Table 7 of arXiv 2411.01783; its full prefill on 4 nodes is 11.46 s in Table 4 and 10.95 s in Table 7. The
-machine's `turn_s` is that difference: Table 4 keeps the keys for later turns.
+In two cases arXiv 2411.01783 disagrees with itself, so no model can match both figures. TTIT of 2 nodes at 128K is
+66.63 ms in Table 6 and 60.23 ms in Table 7. A full prefill on 4 nodes takes 11.46 s in Table 4 and 10.95 s in Table 7.
+The machine's `turn_s` explains the second difference: the runs of Table 4 keep the keys for later turns.
 
-Not used: the A100 rows at 128K of arXiv 2405.07719, Table 4, a third of the rate of its 32K rows (probably forward and
-backward), and the basic ring, whose ranks have unequal work.
+Two groups of rows of arXiv 2405.07719 are not used. The A100 rows at 128K of Table 4 have a third of the rate of the
+32K rows; they probably include the backward. In the basic ring, ranks have unequal work.
 """
 
 
@@ -78,14 +79,14 @@ def summary(leave_out: bool) -> Iterator[str]:
 
 
 def run_of(row: Row) -> str:
-    """Return the run of ``row`` in a few words."""
+    """Return a short description of the run of ``row``."""
     axes = " ".join(f"{axis}={n}" for axis, n in vars(row.mesh).items() if n > 1) or "one rank"
     tokens = f"{row.new:,}" + (f" after {row.cached:,}" if row.cached else "")
     return f"{row.quantity}, {axes}, {tokens} tokens" + (f" x {row.batch}" if row.batch > 1 else "")
 
 
 def shown(row: Row, seconds: float) -> str:
-    """Return ``seconds`` in the unit of times."""
+    """Return ``seconds`` as text with a unit."""
     if row.unit == "%":
         return f"{seconds:.1%}"
     return next(
@@ -124,7 +125,7 @@ def text(leave_out: bool) -> str:
 
 
 def expected(hardware: str) -> Iterator[str]:
-    """Yield the lines ``errors`` of a hardware file: the mean error of tables that the fit did not see."""
+    """Yield the lines ``errors`` of a hardware file: the mean error of tables that the fit left out."""
     for kind, quantities in KINDS.items():
         names = [name for name in tables() if rows_of(name)[0].hardware == hardware]
         names = [name for name in names if rows_of(name)[0].quantity in quantities]

@@ -25,8 +25,8 @@ from longctx.model_shape import ModelShape
 ROOT = Path(__file__).parents[2]
 TABLES = Path(__file__).parent / "published"
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
-# Shapes that are no model of configs/model: Llama 3 8B with the vocabulary that fits the tables of arXiv 2405.07719,
-# and the heads of its attention benchmarks.
+# Shapes that configs/model lacks: Llama 3 8B with the vocabulary that fits the tables of arXiv 2405.07719, and the
+# heads of its attention benchmarks.
 OTHER_SHAPES = {
     "llama3_8b_32k": ModelShape(32, 4096, 32, 8, 128, 14336, 32000, 8192, 1e-5, False, False),
     "usp_bench": ModelShape(1, 4096, 32, 8, 128, 1, 1, 2**20, 1e-5, False, False),
@@ -53,7 +53,7 @@ class Row:
 
     @property
     def published(self) -> float:
-        """Seconds; for ``spd_saving`` a share."""
+        """The published value: seconds, or a share for ``spd_saving``."""
         if self.unit == "%":
             return self.value / 100
         if self.unit == "it/s":
@@ -176,10 +176,11 @@ def mean_error(rows: Sequence[Row], one: Machine) -> float:
 
 
 def fit(hardware: str, without: str | None = None) -> Any:
-    """Return the values of ``hardware`` with its fitted constants fitted to all tables but ``without``.
+    """Return the values of ``hardware``, with constants fitted to all of its tables but ``without``.
 
-    Least squares of log(predicted / published), with a table's rows weighing 1 / sqrt(rows), of the ratio of pass-KV to
-    pass-Q where a table has both, and a weak pull towards the values of the file, which decides what the rows do not.
+    It minimises the squares of log(predicted / published), each weighted by 1 / sqrt(rows of its table).  If a table
+    has both pass-KV and pass-Q, their ratio counts as one more figure.  A weak term pulls constants towards the values
+    of the file, and thereby determines constants on which no row depends.
     """
     values = copy.deepcopy(values_of(hardware))
     rows = [row for table in tables() if table != without for row in rows_of(table) if row.hardware == hardware]
@@ -214,7 +215,7 @@ def assign(values: Any, path: str, number: float) -> None:
 
 
 def count_winners(one: Machine) -> int:
-    """Count the rows of Table 4 in which the faster strategy is the one that the model says."""
+    """Count the rows of Table 4 for which the model predicts the faster strategy."""
     rows = rows_of("cp_table4")
     pairs = list(zip(rows[::2], rows[1::2], strict=True))
     return sum((predict(kv, one) < predict(q, one)) == (kv.published < q.published) for kv, q in pairs)

@@ -40,7 +40,7 @@ def test_eq_1_queries_are_smaller_below_the_miss_rate(ring):
 
 @given(rings)
 def test_eq_2_enough_new_tokens_hide_the_ring_of_keys(ring):
-    """The paper counts all T (T + P) pairs; a causal mask has half of them at least."""
+    """The paper counts all T (T + P) pairs; under a causal mask at least half of them are visible."""
     work, hardware = ideal(ring)
     limit = work.ranks * hardware.flops * work.kv_heads * 2 / (2 * work.heads * hardware.hop.bytes_per_s)
     exposed = pass_kv_cost(work, hardware).exposed_s / pass_kv_cost(work, hardware).seconds

@@ -64,7 +64,7 @@ def test_weights_of_llama3_8b():
 
 
 def test_experts_count_as_the_chosen_ones_and_the_router():
-    """Mixtral 8x7B: 12.9 billion of 46.7 billion weights multiply a token, the embedding's 131 million included."""
+    """In Mixtral 8x7B, 12.9 of 46.7 billion weights multiply a token, counting the embedding's 131 million."""
     experts = (Experts(8, 2, 14336),) * 32
     parts = train_flops_by_part(replace(LLAMA3_8B, experts=experts), [1], causal=True)
     assert parts["ffn"] == 6 * 32 * 4096 * (2 * 3 * 14336 + 8)

@@ -1,4 +1,4 @@
-"""A long text comes in parts, token for token as if it had been read and tokenized whole; little of it is in memory."""
+"""A long text comes in parts, with the tokens of the whole text, and little of it is in memory."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,7 @@ DOCUMENTS = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=23), min_
 
 @pytest.fixture(autouse=True)
 def _small_windows(monkeypatch):
-    """Windows and blocks that cut short texts, and characters of several bytes."""
+    """Use windows and blocks so small that they cut short texts, and characters of several bytes."""
     monkeypatch.setattr(tokenize, "WINDOW", 131)
     monkeypatch.setattr(tokenize, "_OVERLAP", 32)
     monkeypatch.setattr(files, "_BLOCK", 7)
@@ -95,7 +95,7 @@ def test_run_resumes_inside_a_long_text(byte_tokenizer, tmp_path):
 
 
 def test_no_more_of_a_long_text_is_read_than_a_batch_needs(byte_tokenizer, tmp_path, monkeypatch):
-    """The batches of a text of any length take the memory of a few windows."""
+    """Batches take the memory of a few windows, however long the text is."""
     (tmp_path / "a.txt").write_text("some words and more\n" * 50_000)
     read, open_text = [], files._open_text
 

@@ -87,7 +87,7 @@ def test_gate_fails_unless_no_worse_and_lets_undecided_pass_if_asked(run_task, v
 
 
 def test_examples_are_added_until_each_variant_is_decided(run_task):
-    """A variant with a verdict is asked no more; the same command again asks nothing."""
+    """A variant with a verdict gets no more requests, and the same command again asks nothing."""
     code, report = run_task("eval.until=decided", "eval.gate=[same]", variants=("same", "worse"))
     average = report["average"]
     sizes = [sizes_at(step, {"": EXAMPLES})[""] for step in range(20)]

@@ -1,4 +1,4 @@
-"""Sessions on ranks that are threads of one process and share one loaded model: many meshes for the price of one."""
+"""Sessions on ranks that are threads and share one loaded model, so that tests can try many meshes quickly."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ def play_on_threads(
 
     The first segment's mesh restores the session in the model's folder of ``saves``, which another process saved.
     Segment i is saved beside that folder, with -i in its name.  No pass may compute logits of more than one row at a
-    time: with a large vocabulary, those of a whole prompt fill the memory.
+    time, since the logits of a whole prompt with a large vocabulary fill the memory.
     """
     from longctx.infer.engine import load_engine
     from longctx.megatron.runtime import open_runtime

@@ -131,7 +131,7 @@ def test_prefix_view_reads_its_prefix_and_does_not_change_it():
 
 
 class Visited(tuple):
-    """Spans that count how often one of them is looked at."""
+    """Spans that count accesses to their entries."""
 
     count = 0
 

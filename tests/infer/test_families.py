@@ -28,7 +28,7 @@ def prompt(tokens: int, draw: random.Random) -> list[int]:
 def turns() -> tuple[tuple[Step, ...], tuple[Step, ...]]:
     """Return three turns of two sequences, and one after a restore.
 
-    Prompts are longer than the windows and than the original context of LongRoPE's long factors.
+    Prompts are longer than the windows, and longer than the original context of LongRoPE.
     """
     draw = random.Random(3)
     begin = (
@@ -53,7 +53,7 @@ CELLS = [
 
 @pytest.mark.parametrize("kinds", [list(KINDS)[::2], list(KINDS)[1::2]], ids=["one half", "the other half"])
 def test_conversations_on_every_mesh(kinds: list[str], tmp_path: Path) -> None:
-    """A session begins on each mesh and is restored on the next one; those of tp x ring ranks on the first one."""
+    """A session begins on each mesh and is restored on the next one; those of tp x ring go to the first mesh."""
     folders = {kind: random_model(kind, tmp_path / f"model of {kind}", eos_token_id=None) for kind in kinds}
     begin, again = turns()
     saves = {kind: tmp_path / kind for kind in folders}

@@ -1,4 +1,4 @@
-"""Decoding in which context ranks share the weights out: exact for every family, with the expected collectives."""
+"""Sharded decoding is exact for every family, and has the expected collectives."""
 
 import random
 from collections import Counter
@@ -114,7 +114,7 @@ def test_sampled_tokens_do_not_depend_on_the_decode_strategy(runtime, tiny):
 
 
 def test_session_moves_to_another_mesh(runtime, tiny, tmp_path):
-    """Saved and restored between sharded decodes; the last token of a turn is not cached."""
+    """Save and restore between sharded decodes; the last token of a turn is not cached yet."""
 
     def begin(engine: Engine) -> list[dict[int, list[int]]]:
         session = Session(engine, SHARDED, Sampling())
@@ -134,7 +134,7 @@ def test_session_moves_to_another_mesh(runtime, tiny, tmp_path):
 
 @pytest.mark.parametrize("kind", ODD_KINDS)
 def test_families_have_the_logits_of_transformers(runtime, tmp_path, kind):
-    """In float64: two sequences, longer than the windows, and a step of one token each."""
+    """Two sequences, longer than the windows, decode one token each, in float64."""
     folder = random_model(kind, tmp_path / "model", eos_token_id=None)
     mesh, draw, lengths = Mesh(ulysses=2, ring=2), random.Random(2), [151, 133]
     texts = [[draw.randrange(SMALL["vocab_size"]) for _ in range(n)] for n in lengths]
@@ -151,7 +151,7 @@ def test_families_have_the_logits_of_transformers(runtime, tmp_path, kind):
             hidden = run_replicated(engine, latest, layout, batch, share=engine.share)
             return next_logits(engine, hidden, engine.share)[:, 0]
 
-    # Experts' other kernels take no float64.
+    # The other implementations of experts do not support float64.
     net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
     with torch.inference_mode():
         exact = torch.stack([net(torch.tensor([text])).logits[0, -1] for text in texts])
@@ -180,7 +180,7 @@ class CountingComm:
 
 @pytest.mark.parametrize("mesh", [Mesh(ring=2), Mesh(ulysses=3, ring=2)], ids=str)
 def test_collectives_bytes_and_flops_of_a_token(runtime, tiny, mesh):
-    """4 collectives a layer, and 2 a token; every weight is multiplied on one rank only."""
+    """There are 4 collectives per layer and 2 per token, and only one rank multiplies each weight."""
     n = mesh.context
     by_thread: dict[int, Counter[str]] = {}
 
@@ -225,7 +225,7 @@ def test_layers_without_shares_are_refused(runtime, tiny):
 
 @pytest.mark.parametrize(("mesh", "dropped"), [(Mesh(ring=3), (1,)), (Mesh(ulysses=3), (0, 1))])
 def test_dropped_reductions_match_the_equations(runtime, loud, mesh, dropped):
-    """A plan for tp=3 on 3 context ranks: one collective fewer per dropped block, with the tokens of the equations."""
+    """A plan for tp=3 on 3 context ranks gives the equations' tokens; each dropped block saves one collective."""
     by_thread: dict[int, Counter[str]] = {}
 
     def wrap(name: str, comm: Comm) -> Comm:
@@ -275,7 +275,7 @@ def test_dropped_reductions_of_every_family_match_the_equations(runtime, tmp_pat
 
 
 def test_strategy_is_chosen_for_each_number_of_sequences(runtime, tiny):
-    """gather_merge for one sequence and sharded for two: a turn in which one ends first."""
+    """One sequence ends first: two sequences decode by sharded, the remaining one by gather_merge."""
 
     def talk_by_choice(engine: Engine) -> tuple[dict[int, list[int]], dict[int, tuple[str, str]]]:
         names = {1: ("gather_merge", "few"), 2: ("sharded", "many")}

@@ -1,4 +1,4 @@
-"""Engines whose context ranks are threads of the test's process: many meshes in a second."""
+"""Engines whose context ranks are threads of the test's process, so that tests can try many meshes quickly."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -63,7 +63,7 @@ def test_every_kind_of_model_matches_transformers_in_float64(small_models: dict[
 
 
 def test_bfloat16_error_is_within_bfloat16_precision(small_models: dict[str, Path], tmp_path: Path) -> None:
-    """Rounding changes which experts a router chooses, so that routers choose all of them here."""
+    """Rounding can change a router's choice, so the routers of this test choose all experts."""
     mixtures = {
         kind: config.num_local_experts for kind, config in KINDS.items() if hasattr(config, "num_local_experts")
     }

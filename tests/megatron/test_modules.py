@@ -1,4 +1,4 @@
-"""The gated feed-forward network, and rotary embedding: exact, and with no more passes over memory than they need."""
+"""The gated feed-forward network and rotary embedding are exact, and make no needless pass over memory."""
 
 from types import SimpleNamespace
 
@@ -28,7 +28,7 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("learns", [False, True])
 def test_gated_network_adds_nothing_and_gates_in_place(biased, learns):
-    """Between the projections; that of its input is left as it was, since a projection may return a view."""
+    """Between the projections.  The input is not overwritten, since a projection may return a view of it."""
     both, bias = torch.randn(S, 1, 2 * FFN, dtype=torch.float64), torch.randn(2 * FFN, dtype=torch.float64)
     before = both.clone()
     mlp = SimpleNamespace(
@@ -50,7 +50,7 @@ def test_gated_network_adds_nothing_and_gates_in_place(biased, learns):
 @pytest.mark.parametrize(("d", "channels"), [(10, 10), (14, 6)])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotation_is_multiplication_of_complex_numbers(interleaved, d, channels):
-    """A channel and its partner, half of the channels on or the next one, are a complex number."""
+    """A channel and its partner (half of the channels away, or the next channel) form a complex number."""
     angles = torch.rand(S, channels // 2, dtype=torch.float64)
     both = angles.repeat_interleave(2, -1) if interleaved else torch.cat([angles, angles], -1)
     x = torch.randn(S, 2, 3, d, dtype=torch.float64, requires_grad=True)

@@ -100,7 +100,7 @@ def test_experts_of_a_family_have_their_names() -> None:
 
 
 def test_dense_layers_among_layers_with_experts() -> None:
-    """Qwen3-MoE: every third layer has experts, counted from 1, except those that are listed as dense."""
+    """In Qwen3-MoE every third layer has experts, counted from 1, except layers that are listed as dense."""
     config = Qwen3MoeConfig(num_hidden_layers=9, decoder_sparse_step=3, mlp_only_layers=[5], norm_topk_prob=True)
     shape = FAMILIES["qwen3_moe"].shape(config, ())
     assert [layer for layer, experts in enumerate(shape.experts) if experts] == [2, 8]

@@ -1,4 +1,4 @@
-"""Chunked cross-entropy on threads: values and gradients of torch's dense float64 loss; no tensor beyond a chunk."""
+"""Chunked cross-entropy on threads equals torch's dense float64 loss, and makes no tensor larger than a chunk."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_losses_and_gradients_are_those_of_dense_float64(rows, vocab, tp, scale)
 
 
 def test_bfloat16_weight_gradient_is_summed_in_float32():
-    """Hundreds of equal contributions: a sum in bfloat16 would stop growing."""
+    """A sum of hundreds of equal contributions would stop growing in bfloat16."""
     n, vocab = 601, 11
     hidden, weight = torch.ones(n, 1, dtype=torch.bfloat16), torch.zeros(vocab, 1, dtype=torch.bfloat16)
     hidden.requires_grad_(), weight.requires_grad_()

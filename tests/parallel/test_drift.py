@@ -86,7 +86,7 @@ def forward_in_bfloat16(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Partia
 
 @pytest.mark.parametrize("scale", [1, 5])
 def test_error_grows_with_ranks_if_tiles_are_computed_in_bfloat16(scale):
-    """Therefore `flash_cpu` computes in float32, although the op takes bfloat16.  ``scale`` makes the softmax peaky."""
+    """This is why `flash_cpu` computes in float32, although the op takes bfloat16.  ``scale`` sharpens the softmax."""
     q, k, v = inputs()
     of, kernel = (q * scale, k, v), replace(flash_cpu, forward=forward_in_bfloat16)
     one, four = (relative_error(of, dense(of), STRATEGIES["pass_kv"], ranks, kernel) for ranks in (1, 4))

@@ -164,7 +164,7 @@ def seen_rows(mask: torch.Tensor, queries: Layout, keys: Layout, q_ranks: list[i
 
 
 def windowed_bytes(strategy: str, rank: int, ranks: int, rows_seen, hq: int, hk: int, d: int) -> int:
-    """Return the bytes of a forward in float64, in which no row travels further than to the last rank that needs it."""
+    """Return the bytes of a float64 forward in which each row travels only as far as the last rank that needs it."""
     others = [other for other in range(ranks) if other != rank]
     if strategy == "all_gather_kv":
         return sum(rows_seen([other], [rank])[1] for other in others) * B * 2 * hk * d * 8
@@ -214,7 +214,7 @@ def test_window_sends_only_the_rows_that_are_seen(strategy, name, ranks, before)
 
 
 def test_window_at_a_border_of_two_blocks_sends_one_window():
-    """Two ranks in zigzag order, chunks of 25 rows: each sends the 6 rows before the other rank's next chunk."""
+    """Two ranks in zigzag order have chunks of 25 rows; each sends the 6 rows before the other rank's next chunk."""
     layout = zigzag(100, 2)
     for rank, owner in ((0, 1), (1, 0)):
         ring = Ring(ThreadWorld(2).group(rank), layout, layout, Mask(6))
@@ -250,7 +250,7 @@ def test_gather_merge_is_exact_and_sends_one_row_per_head(ulysses, ring, heads):
 @pytest.mark.parametrize(("ulysses", "ring"), [(1, 1), (1, 3), (3, 1), (2, 2), (1, 7)])
 @pytest.mark.parametrize("heads", [(6, 6), (6, 1)], ids=str)
 def test_scatter_merge_gives_each_rank_its_heads(ulysses, ring, heads):
-    """Shares are uneven for 4 ranks, and rank 0 of 7 has none; with attention sinks and without."""
+    """Shares of heads are uneven for 4 ranks, and rank 0 of 7 has none.  Cases with and without attention sinks."""
     keys, queries = documents([19, 11], ring), documents([2, 1], 1).after(documents([17, 10], 1))
     task, size = problem(queries, keys, heads=heads), ulysses * ring
     shares = [range(6 * rank // size, 6 * (rank + 1) // size) for rank in range(size)]

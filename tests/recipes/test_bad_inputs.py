@@ -1,4 +1,4 @@
-"""Wrong command lines of all recipes: each ends in one line and exit code 2, without a rank, a traceback or a file."""
+"""Each wrong command line ends in one line and exit code 2, without a rank, a traceback or a file."""
 
 import gzip
 import json
@@ -92,7 +92,7 @@ CASES = list(read_cases())
 
 
 class Started(BaseException):
-    """A command line was accepted: ranks are about to start."""
+    """Raised when a command line was accepted and ranks are about to start."""
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_wrong_command_line_is_refused_in_one_line(folder, scratch, monkeypatch,
 
 @pytest.mark.parametrize(("recipe", "first"), [(recipe, first) for recipe, first, _ in CASES if first])
 def test_first_words_are_accepted(folder, scratch, monkeypatch, recipe, first):
-    """The refusals above are therefore of the words that follow."""
+    """The first words are accepted, so the refusals above are due to the words that follow."""
     monkeypatch.setattr("sys.argv", [])
     names = {*folder.iterdir()}
     with pytest.raises(Started):

@@ -44,7 +44,7 @@ def test_million_tokens_of_405b_are_planned_as_they_were_run():
 
 
 def test_a_thousand_meshes_take_less_than_a_second():
-    """0.1 s; forty times as long under the type checks of the tests, so a fifth of them has 2 s."""
+    """They take 0.1 s.  Type checks make tests forty times as slow, so a fifth of the meshes gets 2 s."""
     question = Question(shape_named("llama3_8b"), GTT, 24, WorkSettings("train", 65536, batch=24, zero1=True))
     began = time.process_time()
     assert len(plans_of(question)) > 200
@@ -82,7 +82,7 @@ def random_case(seed):
 
 
 def test_meshes_of_200_random_models_agree_with_the_recipes_checks(monkeypatch, tmp_path):
-    """`resolve_target`, which every recipe calls, refuses exactly the meshes that no plan has, for the same reason."""
+    """`resolve_target`, which every recipe calls, refuses the same meshes as plans do, for the same reasons."""
     monkeypatch.setattr(target, "locate", lambda *_: tmp_path)
     refused = 0
     for seed in range(200):

@@ -1,4 +1,4 @@
-"""An adapted folder holds the source's weights unchanged, and those of blocks that drop, for every family."""
+"""An adapted folder holds the source's unchanged weights and the weights for dropped blocks, for every family."""
 
 from pathlib import Path
 

@@ -77,7 +77,7 @@ class Step:
 
 
 def train(rank: Rank, run: Run) -> list[Step]:
-    """Run the steps of ``run`` on this rank; the result of each.  If it writes gradients, its loss alone."""
+    """Run the steps of ``run`` on this rank and return each step's result; its loss alone if it writes gradients."""
     from longctx.attention.flash_cpu import flash_cpu
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.runtime import open_runtime

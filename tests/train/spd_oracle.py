@@ -25,7 +25,7 @@ NORMS = {
 def drop(net: Any, blocks: Iterable[int], tp: int) -> Any:
     """Make ``blocks`` of ``net`` compute the equations of SPD for ``tp`` ranks; return ``net``.
 
-    These are those of arXiv 2502.20727, 4.1, or, with norms of outputs, those of docs/results/spd.md.
+    The equations are from arXiv 2502.20727, 4.1; for models with output norms, from longctx/spd/README.md.
     """
     names = NORMS.get(net.config.model_type, LLAMA)
     for block in blocks:

@@ -1,4 +1,4 @@
-"""Every kind of model: loss and gradients of a training step equal those of transformers, on every axis of a mesh."""
+"""Loss and gradients of a training step equal transformers', for every kind of model, on every axis of a mesh."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 
 
 def exact(run: Run, folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss, and gradients by the names of transformers' files: experts' parameters have others."""
+    """Return the loss, and the gradients by names of transformers' files; parameters of experts have other names."""
     loss, net = exact_model(run)
     for parameter in net.parameters():
         parameter.data = parameter.grad
@@ -68,7 +68,7 @@ def test_loss_and_every_gradient_equal_those_of_transformers_in_float64(
 
 
 def test_step_on_data_parallel_ranks(runs: dict[str, Run], right: Any) -> None:
-    """With tensor parallelism, megatron-core must know which gradients each rank has a part of, for their norm."""
+    """For the gradient norm, megatron-core must know which gradients are sharded over tensor-parallel ranks."""
     mesh = Mesh(tp=2, dp=2)
     jobs = [replace(run, mesh=mesh, optim=Optim(zero1=True), recompute="selective") for run in runs.values()]
     for (kind, (loss, gradients)), (step,) in zip(right.items(), run_ranks(4, train_each, jobs)[0], strict=True):
@@ -77,7 +77,7 @@ def test_step_on_data_parallel_ranks(runs: dict[str, Run], right: Any) -> None:
 
 
 def test_runs_resume_on_another_mesh(runs: dict[str, Run], tmp_path: Path) -> None:
-    """Models with parameters of our own: sinks, norms sharded over ranks, experts on some layers only."""
+    """The models have parameters that megatron-core lacks: sinks, sharded norms, experts on some layers only."""
     kinds = ("qwen3_moe, and a layer without experts", "gpt_oss", "olmo2")
     settings = {"steps": 2, "optim": Optim(zero1=True)}
     begin = [replace(runs[kind], mesh=Mesh(tp=2), checkpoints=tmp_path / kind, **settings) for kind in kinds]

@@ -31,7 +31,7 @@ def run(model: Path) -> Run:
 
 
 def exact_model(run: Run) -> tuple[float, torch.nn.Module]:
-    """Token-weighted mean loss of the first step's sequences, from transformers, and its model with the gradients."""
+    """Return transformers' token-weighted mean loss of the first step's sequences, and its model with the gradients."""
     net, batch, total = drop(float64_model(run.folder), run.dropped, run.mesh.tp), sequences(run, 0), 0.0
     with KeepFloat64():
         for tokens, targets, mask, lengths in zip(batch.tokens, batch.targets, batch.mask, batch.lengths, strict=True):

@@ -1,10 +1,11 @@
-"""Errors of blocks of Gemma 3 that drop a reduction, by what each rank's MLP reads in place of the norm of the sum.
+"""Measure the error of Gemma 3's blocks that drop a reduction, for several estimates of the MLP's input.
 
     python docs/results/spd/output_norms.py MODEL_FOLDER TEXT_FILE [RANKS]
 
-The heads and neurons of a transformers model are split over RANKS (2) in one process; KV heads need not be split.  The
-text's first 511 tokens follow <bos>.  Each block gets the unchanged model's input; its error is the mean over tokens of
-|output - unchanged output|^2 / |unchanged output|^2.  Prints JSON: a list of errors for each candidate.
+One process splits the heads and neurons of a transformers model over RANKS (default 2); KV heads need not be split.
+The text is <bos> and the first 511 tokens of the file.  Each block gets the unchanged model's input.  Its error is the
+mean over tokens of |output - unchanged output|^2 / |unchanged output|^2.  Prints JSON: a list of errors, one per block,
+for each candidate.
 """
 
 import json
@@ -30,7 +31,7 @@ def partial_attention(layer: Any, x: Tensor, known: dict[str, Any], ranks: int) 
 
 
 def mlp_outputs(layer: Any, read: list[Tensor]) -> list[Tensor]:
-    """Return each rank's part of the MLP's output; rank r reads ``read[r]``, a residual stream."""
+    """Return each rank's part of the MLP's output; rank r's MLP reads ``read[r]``, an estimated residual stream."""
     mlp, norm, ranks = layer.mlp, layer.pre_feedforward_layernorm, len(read)
     weights = zip(
         mlp.gate_proj.weight.chunk(ranks),
@@ -64,7 +65,7 @@ def candidates(layer: Any, x: Tensor, partials: list[Tensor]) -> dict[str, Tenso
     outputs = {
         name: x + full + output_norm(sum(mlp_outputs(layer, [x + y for y in each]))) for name, each in added.items()
     }
-    # One sum: the parts of both outputs are normalised before it, and multiplied by fitted numbers.
+    # One sum: the parts of both outputs are normalised before the sum, and multiplied by fitted factors.
     parts = [output_norm(z) for z in mlp_outputs(layer, [x + full] * ranks)]
     whole = output_norm(sum(mlp_outputs(layer, [x + full] * ranks)))
     columns = torch.stack([(precision.sqrt() * part).flatten() for part in parts], 1)

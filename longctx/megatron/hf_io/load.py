@@ -70,7 +70,7 @@ class Weights:
         return part
 
     def _read(self, name: str, expert: int | None = None) -> Tensor:
-        """Return the tensor that the files have under ``name``, or its entry ``expert`` along dim 0."""
+        """Return the tensor ``name`` of the files, or its entry ``expert`` along dim 0."""
         if name not in self._files:
             raise ValueError(
                 f"{self._folder} has no tensor {name}, which the model's config.json requires; "

@@ -1,4 +1,4 @@
-"""Tensors of files that hold several canonical tensors: rows one after the other, or a stack of all experts."""
+"""Tensors in files that hold several canonical tensors: concatenated rows, or a stack of all experts."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,9 @@ from longctx.shapes import Shaped, Tensor
 def join(parts: Sequence[Shaped[Tensor, "_ ..."]], interleaved: int) -> Shaped[Tensor, "_ ..."]:
     """Return the tensor of a file that holds ``parts``.
 
-    Rows are concatenated if ``interleaved`` is 0.  Otherwise ``parts`` are those of expert 0, then of expert 1 and so
-    on, ``interleaved`` of each.  Their transposes are stacked, and the columns of one expert alternate: with gate and
-    up projections [ffn hidden] of E experts, the result is [E hidden 2*ffn] of columns gate 0, up 0, gate 1, up 1, ...
+    With ``interleaved`` 0, rows are concatenated.  Otherwise ``parts`` has ``interleaved`` tensors of expert 0, then as
+    many of expert 1, and so on.  Example: gate and up projections [ffn hidden] of E experts, with ``interleaved`` 2.
+    The result is [E hidden 2*ffn], and the columns of an expert are gate 0, up 0, gate 1, up 1, ...
     """
     if not interleaved:
         return torch.cat(list(parts))
@@ -22,6 +22,9 @@ def join(parts: Sequence[Shaped[Tensor, "_ ..."]], interleaved: int) -> Shaped[T
 
 
 def part_of_expert(stacked: Shaped[Tensor, "... columns"], index: int, interleaved: int) -> Shaped[Tensor, "rows ..."]:
-    """Return tensor ``index`` of the ``interleaved`` ones in ``stacked``, one expert's entry of what `join` returns."""
+    """Return tensor ``index`` of the ``interleaved`` tensors of one expert; inverse of `join`.
+
+    ``stacked`` is the expert's entry, along dim 0, of the tensor that `join` returns.
+    """
     part: Tensor = stacked.unflatten(-1, (-1, interleaved))[..., index]
     return part.permute(*range(part.dim() - 1, -1, -1))

@@ -114,6 +114,7 @@ class Blocks:
         return layer
 
     def _sum_over_ranks(self, gradient: Tensor) -> Tensor:
+        """Return the sum of ``gradient`` over tensor-parallel ranks."""
         return torch.stack(self.tp.all_gather(gradient, [tuple(gradient.shape)] * self.tp.size)).sum(0)
 
     def tensors_of(self, layer: SPDTransformerLayer) -> dict[str, Tensor]:
@@ -133,9 +134,7 @@ class Blocks:
 
     @torch.no_grad()
     def linear_maps(self, layer: SPDTransformerLayer, x: Hidden) -> list[LinearMap]:
-        """Return M_r of every rank r: the linear map that best predicts the input of the MLP with all heads.
-
-        It predicts from the input with rank r's heads.
+        """Return M_r of every rank r, which maps the MLP's input with rank r's heads to its input with all heads.
 
         ``layer`` drops its reduction.  The fit is least squares over all rows of ``x`` (see `LeastSquares`).
         """
@@ -219,12 +218,12 @@ class Blocks:
         return self.tp.all_gather(local, [tuple(local.shape)] * self.tp.size)
 
     def mlp_of(self, layer: SPDTransformerLayer, x: Hidden, attention: Hidden) -> Hidden:
-        """Return this rank's partial MLP output, without bias, if the MLP sees the output ``attention``."""
+        """Return this rank's partial MLP output, without bias, for the attention output ``attention``."""
         out: Tensor = self._activations(layer, self._mlp_input(layer, x, attention)) @ layer.mlp.linear_fc2.weight.T
         return out
 
     def _mlp_input(self, layer: SPDTransformerLayer, x: Hidden, attention: Hidden) -> Hidden:
-        """Return the MLP's input if it sees the output ``attention``, which is without bias."""
+        """Return the MLP's input for the attention output ``attention``, which is without bias."""
         bias = layer.self_attention.linear_proj.bias
         return layer.mlp_input(_one_row(x), _one_row(attention), bias).reshape(x.shape)
 

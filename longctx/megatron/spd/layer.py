@@ -16,17 +16,18 @@ SPD block, the first reduction dropped (4.1.1 without biases, 4.1.2 with):
 The attention output is not lost: the one remaining reduction adds all P_r to the residual stream.  The approximation is
 that MLP_r reads u_r instead of u.
 
-Some models normalise what attention and MLP add to the residual stream, by N_a and N_m (no biases; without norms before
-attention and MLP, norm is the identity).  Not in the paper:
+Some models, such as Gemma 3, apply norms N_a and N_m to the outputs of attention and MLP, before the residual
+connection.  Their projections have no biases.  In models without a norm before the MLP, norm below is the identity.
+These equations are an extension of the paper:
 
     stock block             u   = x + N_a(sum_r P_r)         out = u + N_m(sum_r MLP_r(norm(u)))
     first reduction dropped u_r = x + N_a(P_r)               out = x + N_a(sum_r P_r) + N_m(sum_r MLP_r(norm(u_r)))
 
-Both sums are reduced at once, as two halves of one tensor.  Again only what MLP_r reads is approximate.
+One all-reduce computes both sums, as two halves of one tensor.  Again only the input of MLP_r is approximate.
 
-The N ranks may also be context ranks that share their weights out in decoding (`longctx.megatron.shared`).  In prefill
-each of them then computes the sum over r by itself, for its own rows: it holds all weights, and N terms cost as many
-FLOPs as the stock block.
+The N ranks may also be context ranks that each multiply a share of the weights in decoding (`longctx.megatron.shared`).
+In prefill, each of these ranks computes all terms r for its own rows.  It holds all weights, and the N terms cost as
+many FLOPs as the stock block.
 """
 
 from typing import Any
@@ -50,8 +51,8 @@ class SPDTransformerLayer(TransformerLayer):
     With sequence parallelism, the SPD block gathers x once and scatters the sum once, instead of twice each.
     The parameters, and so the checkpoints, are those of the stock layer.
 
-    With ``own_norms``, each tensor-parallel rank trains norm weights that differ from the other ranks'.  ``shares`` are
-    those of the N ranks if they are not tensor-parallel ranks.
+    With ``own_norms``, each tensor-parallel rank trains separate norm weights.  ``shares`` are the weight shares of the
+    N ranks if these are context ranks; it is empty for tensor-parallel ranks.
     """
 
     dropped = False
@@ -81,13 +82,14 @@ class SPDTransformerLayer(TransformerLayer):
 
     @property
     def _share_in_use(self) -> WeightShare | None:
-        """This rank's share of the weights, in a pass that shares them out over context ranks."""
+        """This rank's share of the weights in sharded decoding; None in any other pass."""
         share = self.mlp.linear_fc2.share
         return share if share and share.active else None
 
     def _forward_all_shares(
         self, hidden_states: Float[Tensor, "s b hidden"], attention_mask: None = None, **kwargs: Any
     ) -> tuple[Float[Tensor, "s b hidden"], None]:
+        """Compute the terms of all N ranks on this rank, and sum them."""
         mlp, own = self.mlp, self.mlp.linear_fc1.share
         partials, bias = self.self_attention(
             self.input_layernorm(hidden_states), attention_mask, packed_seq_params=kwargs["packed_seq_params"]
@@ -119,15 +121,15 @@ class SPDTransformerLayer(TransformerLayer):
         return out, None
 
     def mlp_input(self, x: Tensor, partial: Tensor, bias: Tensor | None) -> Tensor:
-        """Return norm(u_r), which this rank's MLP reads.  ``partial`` is P_r, ``bias`` that of attention's output."""
+        """Return norm(u_r), the input of this rank's MLP.  ``partial`` is P_r; ``bias`` belongs to the projection."""
         output_norm = getattr(self.self_attention.linear_proj, "norm", None)
         u = x + (partial if output_norm is None else self._norm_replicated(output_norm, partial))
         return self._norm(self.pre_mlp_layernorm, u if bias is None else u + self._replicated(bias))
 
     def _reduce_both(self, partial: Tensor, z: Tensor) -> Tensor:
-        """Return what attention and MLP add to the residual stream, by one reduction.
+        """Return what attention and MLP add to the residual stream, with one reduction.
 
-        Two outputs that are normalised after the sum travel side by side.
+        If the model normalises both outputs after their sums, the two partial outputs travel as one tensor.
         """
         if not self._normalises_outputs:
             return self._reduce(partial + z)
@@ -135,10 +137,11 @@ class SPDTransformerLayer(TransformerLayer):
 
     @property
     def _normalises_outputs(self) -> bool:
+        """True if the model applies norms to the outputs of attention and MLP."""
         return isinstance(self.mlp.linear_fc2, NormedRowParallelLinear)
 
     def _add(self, attention: Tensor, mlp: Tensor) -> Tensor:
-        """Return the sum of two outputs over ranks, each normalised if the model normalises outputs."""
+        """Return the sum of the two reduced outputs, after their norms if the model has these."""
         if not self._normalises_outputs:
             return attention + mlp
         added: Tensor = self.self_attention.linear_proj.norm(attention) + self.mlp.linear_fc2.norm(mlp)
@@ -174,20 +177,22 @@ class SPDTransformerLayer(TransformerLayer):
         return copied
 
     def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """Return ``norm(x)``; its parameters are this rank's, or replicated unless ``own_norms``."""
+        """Return ``norm(x)`` with this rank's parameters if ``own_norms``, otherwise with replicated ones."""
         normed: Tensor = norm(x) if self.own_norms else self._norm_replicated(norm, x)
         return normed
 
     def _norm_replicated(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """Return ``norm(x)`` with parameters whose gradients are summed over ranks."""
         parameters = {name: self._replicated(parameter) for name, parameter in norm.named_parameters()}
         normed: Tensor = functional_call(norm, parameters, (x,))
         return normed
 
 
 def follow_plan(model: GPTModel, plan: SPDPlan) -> None:
-    """Switch each block of ``model`` to what ``plan`` says; on a pipeline stage, the stage's blocks.
+    """Make the blocks of ``model`` that ``plan`` names drop a reduction, and all others keep it.
 
-    The plan is for the model's tensor-parallel ranks, or with one of them for context ranks that share their weights.
+    On a pipeline stage, this switches the stage's blocks.  The plan is for the model's tensor-parallel ranks.  If the
+    model has only one of these, the plan is for context ranks in sharded decoding.
     """
     tp = model.pg_collection.tp.size()
     assert tp in (plan.tp, 1) and not (plan.own_norms and tp != plan.tp), f"the plan is for tp={plan.tp}"

@@ -1,7 +1,7 @@
 """Repair of one block that drops its first reduction (arXiv 2502.20727, 4.2): group, fit, distil.
 
-A dropped block is worse because rank r's MLP reads norm(x + P_r) instead of norm(x + sum P) (see `layer`; biases are
-left out here).
+A dropped block is worse because rank r's MLP reads norm(x + P_r) instead of norm(x + sum P).  See `layer`; this text
+leaves out biases.
 
 Before (dropped, zero-shot):   out = x + sum_r (P_r + MLP_r(norm(x + P_r)))
 After:                         out = x + sum_r (P'_r + MLP'_r(norm(x + P'_r)))

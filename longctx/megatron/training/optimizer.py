@@ -45,8 +45,8 @@ class MicroBatch:
 class TrainState:
     """A model in training, with its optimizer and learning-rate schedule.
 
-    ``net`` has the layers of this pipeline stage.  ``model`` wraps ``net`` with gradient buffers.  ``loss_rows`` bounds
-    the rows whose logits exist at once (None: all).
+    ``net`` has the layers of this pipeline stage.  ``model`` wraps ``net`` with gradient buffers.  Logits of at most
+    ``loss_rows`` rows exist at a time (None: all).
     """
 
     model: DistributedDataParallel
@@ -101,8 +101,8 @@ def build_train_state(
 ) -> TrainState:
     """Build a model of ``shape`` on ``runtime``'s mesh, fill it with ``load``, and set up training for ``steps`` steps.
 
-    ``loss_rows`` and ``mlp_rows`` bound the rows that the loss and an MLP compute at once (None: all).  With a ``plan``
-    its blocks drop a reduction, in the forward and in the backward pass.
+    The loss computes ``loss_rows`` rows at a time, an MLP ``mlp_rows`` (None: all).  The blocks that ``plan`` names
+    drop a reduction, in the forward and in the backward pass.
     """
     assert plan is None or not plan.own_norms, "recipes reject per-rank norms in training"
     # 1. The model, with the fields of megatron-core's TransformerConfig that training needs.

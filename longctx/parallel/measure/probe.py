@@ -80,9 +80,9 @@ def gemm_flops(world: Comm, dtype: torch.dtype, device: torch.device) -> float:
 
 @torch.inference_mode()
 def probe_decode(world: Comm, dtype: torch.dtype, device: torch.device) -> DecodeHardware:
-    """Measure the rates of decoding on all ranks of ``world`` at once; all return the slowest rank's numbers."""
+    """Measure the rates of decoding on all ranks of ``world`` at once; every rank returns the slowest rank's rates."""
     side = 4 * _SIDE[device.type]
-    weight = torch.ones(side, side, dtype=dtype, device=device)  # exceeds a core's cache
+    weight = torch.ones(side, side, dtype=dtype, device=device)  # larger than a core's cache
     row, rows = (torch.ones(n, side, dtype=dtype, device=device) for n in (1, 64))
     read_s, compute_s = (_slowest(world, partial(F.linear, x, weight), device) for x in (row, rows))
 

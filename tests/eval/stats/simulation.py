@@ -16,7 +16,7 @@ def draw_counts(random: np.random.Generator, n: Sequence[int], rates: Rates, run
 
 
 def changes(counts: np.ndarray, n: Sequence[int]) -> Changes:
-    """Return ``counts`` [... tasks 2] of ``n[task]`` examples; tasks have the same weight."""
+    """Return `Changes` with ``counts`` [... tasks 2] of ``n[task]`` examples; each task has the same weight."""
     return Changes(counts[..., 0], counts[..., 1], np.asarray(n, float), np.full(len(n), 1 / len(n)))
 
 

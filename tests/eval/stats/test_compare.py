@@ -55,7 +55,7 @@ def test_figures_are_means_and_the_interval_that_decides():
 
 @pytest.mark.parametrize("drop", [0.001, 0.01, 0.05])
 def test_verdict_is_that_of_the_printed_interval(drop):
-    """With a task of few examples without a change too."""
+    """This also holds with a small task in which no example changes."""
     random = np.random.default_rng(23)
     for _ in range(20):
         tasks = [draw(random, n, 0.03, 0.02) for n in (211, 307)] + [outcomes(20, 0, 0)]
@@ -130,7 +130,7 @@ def test_near_chance(right, near):
 
 
 def test_near_chance_does_not_depend_on_the_number_of_examples():
-    """Only the first 200 are judged: 30 % right are not enough there, but would be of 2,000."""
+    """Only the first 200 count: 30 % right are near chance for 200 examples, but would not be for 2,000."""
     values = [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0] * 200
     assert is_near_chance(values[:200], 0.25) and is_near_chance(values, 0.25)
     assert not is_near_chance([1.0] * 200 + [0.0] * 2000, 0.25)
@@ -162,7 +162,7 @@ def test_perplexity_and_its_ratio():
 
 
 def test_margins_have_welchs_interval():
-    """Equal to scipy's interval of one mean, and for two tasks to that of the difference of two means, halved."""
+    """For one task it is scipy's interval of a mean; for two, half of its interval of a difference of means."""
     random = np.random.default_rng(8)
     one, other = random.normal(0.3, 1, 41), random.normal(-0.1, 2, 23)
     zeros = [0.0] * 41

@@ -1,4 +1,4 @@
-"""The interval that decides: against published values, a numerical maximisation, and its coverage by simulation."""
+"""The interval behind a verdict: published values, a numerical maximisation, and simulated coverage."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def one_task(lost: float, won: float, n: float) -> Changes:
 def test_interval_of_one_task_is_tangos():
     """Airway reactivity before and after a transplant: 7 fell, 1 rose of 21 (Fagerland et al., BMC MRM 14, 2014).
 
-    The lower end is further out than Tango's by the correction for skewness.
+    The correction for skewness moves the lower end further out than Tango's.
     """
     low, high = score_interval(one_task(7, 1, 21), 1.959964)
     assert high == pytest.approx(-0.026, abs=5e-4) and -0.527 < low <= -0.517
@@ -25,7 +25,7 @@ def test_interval_of_one_task_is_tangos():
 @pytest.mark.parametrize("n", [29, 50, 1009])
 @pytest.mark.parametrize("z", [Z, 2.8])
 def test_no_change_leaves_a_width(n, z):
-    """The rate p that is z standard errors from none is z^2 / (n + z^2), as in Wilson's interval."""
+    """The end is z^2 / (n + z^2), as in Wilson's interval: a rate p that is z standard errors from 0."""
     rate = z**2 / (n + z**2)
     assert score_interval(one_task(0, 0, n), z) == (pytest.approx(-rate), pytest.approx(rate))
 
@@ -39,7 +39,7 @@ def test_ends_are_mirrored_and_bounded():
 
 @pytest.mark.parametrize("tilt", [-400.0, -90.0, -3.0, 5.0, 61.0, 300.0])
 def test_tilted_rates_are_the_most_likely_ones(tilt):
-    """Against scipy's constrained maximisation of the likelihood, for tasks with and without changes."""
+    """They equal scipy's constrained maximum of the likelihood, for tasks with and without changes."""
     for lost, won, n in ((3, 5, 101), (0, 4, 53), (7, 0, 31), (0, 0, 19)):
         task = one_task(lost, won, n)
         (fall,), (rise,) = tilted_rates(task, np.asarray(tilt))
@@ -62,7 +62,7 @@ def test_average_of_equal_tasks_is_nearly_one_task_of_all_examples():
 
 
 def test_small_changes_count_by_size():
-    """Half of the change in every example is half of the interval, apart from the end that no outcome reached."""
+    """If every change is half as large, the interval is half as wide, except at the end that no outcome reached."""
     whole = np.array([-1.0] * 7 + [1.0] * 4 + [0.0] * 90)
     ends = score_interval(count_changes([whole]), Z)
     assert score_interval(count_changes([whole / 2]), Z) == pytest.approx(np.divide(ends, 2))
@@ -87,7 +87,7 @@ def test_small_changes_count_by_size():
     ],
 )
 def test_interval_covers_the_true_difference_in_95_percent(n, rates):
-    """From about five expected changes on, also if only losses occur."""
+    """This holds from about five expected changes on, even if only losses occur."""
     covered, too_high = coverage(n, rates)
     assert 0.93 <= covered <= 0.97
     assert too_high <= 0.035, "wrong verdicts of no worse"
@@ -95,7 +95,7 @@ def test_interval_covers_the_true_difference_in_95_percent(n, rates):
 
 @pytest.mark.parametrize(("n", "rate"), [(50, 0.005), (50, 0.03), (101, 0.01), (499, 0.001), (499, 0.005)])
 def test_interval_of_very_few_changes_covers_no_less(n, rate):
-    """With fewer expected changes, no interval can be close to 95 %: the few possible outcomes are too unlike."""
+    """With fewer expected changes, outcomes have so few values that no interval can cover close to 95 %."""
     assert coverage([n], [(rate, rate / 2)])[0] >= 0.94
 
 

@@ -1,4 +1,4 @@
-"""How many examples decide: whether so many do, by simulation, and sets that end."""
+"""The number of examples that leads to a verdict: simulations, and sets with a limited number of examples."""
 
 import numpy as np
 
@@ -15,7 +15,7 @@ def needed(lost: float, won: float, n: int = 200, available: int | None = None) 
 
 
 def decided_after_extension(n: list[int], rates: Rates, runs: int = 150) -> np.ndarray:
-    """Extend undecided runs of ``n`` examples to the sizes that they ask for; return whether that decided each."""
+    """Extend undecided runs of ``n`` examples to the sizes of `examples_needed`; return which are then decided."""
     random, tasks = np.random.default_rng(17), len(n)
     first = draw_counts(random, n, rates, 4 * runs)
     low, high = score_interval(changes(first, n), Z)
@@ -28,7 +28,7 @@ def decided_after_extension(n: list[int], rates: Rates, runs: int = 150) -> np.n
 
 
 def test_so_many_examples_decide_in_80_percent_of_cases():
-    """Without a loss, and with twice the allowed one."""
+    """The cases have no loss, or twice the allowed loss."""
     alike = [(0.015, 0.015), (0.02, 0.02), (0.01, 0.01)]
     lost = [(0.035, 0.015)] * 2
     decided = [
@@ -46,7 +46,7 @@ def test_more_are_needed_the_more_the_variant_lost_here():
 
 
 def test_sets_that_end_give_all_they_have():
-    """A task of 100 examples gives 100, and the others give more; together they may not be enough."""
+    """A task of 100 examples gives 100, and the others give more; the total may still be too small."""
     n = [100, 100, 100]
     counts = np.array([[2.0, 2.0]] * 3)
     alike = examples_needed(changes(counts, n), [None] * 3, DROP, Z)

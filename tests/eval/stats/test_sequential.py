@@ -1,4 +1,4 @@
-"""Looking until a verdict is reached: errors of all looks together, and the examples that it takes."""
+"""Repeated looks until a verdict: the error of all looks together, and the number of examples."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ MANY = 10**6
 
 
 def test_twenty_looks_together_leave_the_quantile_in_5_percent():
-    """By numerical integration (Armitage, McPherson and Rowe, 1969): the density of paths that have not left."""
+    """Integrate numerically the density of paths that stayed inside (Armitage, McPherson and Rowe, 1969)."""
     points, weights = np.polynomial.legendre.leggauss(400)
     at, weights = points * Z_SEQUENTIAL, weights * Z_SEQUENTIAL
     correlation = GROWTH**-0.5
@@ -65,7 +65,7 @@ def test_single_look_quantile_at_every_look_is_wrong_more_often(monkeypatch):
 
 @pytest.mark.parametrize("rates", [[(0.015, 0.015)], [(0.02, 0.02)] * 3])
 def test_no_loss_takes_at_most_30_percent_more_examples_than_a_test_of_fixed_size(rates):
-    """The fixed size is the one at which 80 % of tests say no worse; looking until decided says so nearly always."""
+    """At the fixed size, 80 % of tests say no worse; with looks until a verdict, nearly all do."""
     random, tasks = np.random.default_rng(3), len(rates)
     verdicts, used = look_until_decided(rates, runs=500)
     fixed = int(used.mean() / 1.3 / tasks)  # each task's examples, were the sequence exactly 30 % longer

@@ -51,7 +51,7 @@ def test_only_the_first_rank_says_it(started, monkeypatch, name):
 
 
 def test_recipes_import_no_torch():
-    """Python loads torch in seconds, which --help and a mistyped command line need not wait for."""
+    """Importing torch takes seconds; --help and a mistyped command line must not wait for it."""
     names = ("generate", "chat", "pretrain", "extend", "export", "calibrate", "compare", "reproduce", "models")
     script = (
         f"import sys, slurm.submit, {', '.join(f'recipes.{name}' for name in names)}; assert 'torch' not in sys.modules"
