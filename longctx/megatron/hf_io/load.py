@@ -92,7 +92,7 @@ class Weights:
         read = self.read_names.union(elsewhere)
         unread = {name for name in self._files if not name.endswith("rotary_emb.inv_freq")} - read
         # A block that may drop its reduction has two sets of weights in the folder, and one of them is read.
-        replaced = {self._family.stored(name.removeprefix(DROPPED))[0] for name in read if name.startswith(DROPPED)}
+        replaced = {self._family.stored(name.removeprefix(DROPPED)) for name in read if name.startswith(DROPPED)}
         unread -= {name for name in unread if name.startswith(DROPPED)} | replaced
         if unknown := unread - ({HEAD} if tied else set()):
             raise ValueError(

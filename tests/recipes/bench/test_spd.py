@@ -83,7 +83,7 @@ def test_quality_and_sweep_agree_with_the_sensitivity(cli, tiny, tmp_path):
         (["shares=[0.5,1]"], "start with 0, the baseline"),
         (["mesh.tp=1"], "mesh.tp=1: one rank has no reduction to drop, use mesh.tp=2 or more"),
         (["mesh.ring=2"], "has no use for mesh.ring=2"),
-        (["latency_us=500"], "latency_us=500.0 is of links between emulated hosts: set hosts=3"),
+        (["latency_us=500"], "rate=100mbit are of links between emulated hosts: set hosts=3"),
         (["tokens=90", "new_tokens=8"], "tokens=90 and new_tokens=8: tiny has 97 positions; use at most 97 tokens"),
     ],
 )
