@@ -10,12 +10,19 @@ from typing import TYPE_CHECKING, Literal
 from omegaconf import DictConfig
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from eval.answers.requests import Continue, Request, Score
+from eval.answers.requests import Continue, Request
 from eval.harness.local import LOCAL
+from eval.refuse import (
+    refuse_other_order,
+    refuse_other_sizes,
+    refuse_other_world,
+    refuse_too_short,
+    refuse_unknown_gate,
+    refuse_unknown_tokens,
+)
 from eval.sensitivity import drop_none_yet, fill_in_orders, lacks_order, make_order_jobs
-from eval.variants import BASELINE, Variant, compose_variants, refuse_other_model, resolve_variant
-from longctx.config import Mesh, Sampling, Track
-from longctx.parallel.launcher import current_rank
+from eval.variants import Variant, compose_variants, refuse_other_model, resolve_variant
+from longctx.config import Sampling, Track
 from longctx.spd.plan import saved_plan
 from recipes.common.cli import say
 from recipes.common.manifest import refuse_other_recipe
@@ -148,8 +155,8 @@ def prepare(config: DictConfig, recipe: str = "eval.run") -> EvalJob:
     if settings.adapted and saved_plan(Path(settings.adapted).expanduser()) is None:
         raise ValueError(f"adapted={settings.adapted} is no folder that recipes.spd_adapt wrote: give its out=")
     configs = compose_variants(config)
-    _refuse_other_world(configs)
-    _refuse_unknown_gate(evaluation, [name for name, _ in configs])
+    refuse_other_world(configs)
+    refuse_unknown_gate(evaluation, [name for name, _ in configs])
     if evaluation.until and len(configs) == 1:
         raise ValueError(f"eval.until={evaluation.until} compares variants: add some, or use eval.until=null")
     # 2. The baseline, and the tasks and requests that it is asked.
@@ -160,11 +167,11 @@ def prepare(config: DictConfig, recipe: str = "eval.run") -> EvalJob:
     # 3. The variants, which answer the same requests.
     variants = tuple(resolve_variant(name, drop_none_yet(one)) for name, one in configs)
     for variant in variants:
-        _refuse_unknown_tokens(variant, requests)
+        refuse_unknown_tokens(variant, requests)
     for variant, (_, one) in zip(variants[1:], configs[1:], strict=True):
         refuse_other_model(base, variant)
-        _refuse_too_short(variant, requests)
-        _refuse_other_order(base, variant, one)
+        refuse_too_short(variant, requests)
+        refuse_other_order(base, variant, one)
     # 4. The orders of blocks to measure: only checked here.
     make_order_jobs(configs, base, evaluation.sensitivity, Path(settings.out))
     job = EvalJob(
@@ -196,7 +203,7 @@ def pinned(config: DictConfig) -> tuple[str, ...]:
 
     Raises ValueError if a variant has another number of ranks than the job starts.
     """
-    _refuse_other_sizes(compose_variants(config))
+    refuse_other_sizes(compose_variants(config))
     folder = section(config, "eval", EvalConfig).folder
     return (f"eval.data={folder.resolve() if folder else 'hub'}",)
 
@@ -260,60 +267,3 @@ def _record_requests(
     if any(isinstance(request, Continue) for request in requests):
         say_unapplied(base.target.folder, Sampling())
     return lm, tuple(dict.fromkeys(requests))
-
-
-def _refuse_unknown_gate(evaluation: EvalConfig, names: Sequence[str]) -> None:
-    if unknown := set(evaluation.gate) - set(names):
-        raise ValueError(f"eval.gate: there is no variant {min(unknown)}: use some of {', '.join(names[1:]) or 'none'}")
-    if BASELINE in evaluation.gate:
-        raise ValueError(f"eval.gate: {BASELINE} is what variants are compared with: name variants")
-
-
-def _refuse_other_sizes(configs: Sequence[tuple[str, DictConfig]]) -> None:
-    sizes = {name: section(one, "mesh", Mesh).ranks for name, one in configs}
-    world = sizes[BASELINE]
-    if others := [name for name in sizes if sizes[name] != world > 1]:
-        raise ValueError(
-            f"the job starts {world} ranks, variant {others[0]} has {sizes[others[0]]}: give all variants {world}, "
-            "or give the baseline a mesh of one rank; the job then starts each variant's own ranks"
-        )
-
-
-def _refuse_too_short(variant: Variant, requests: Sequence[Request]) -> None:
-    """Raise ValueError unless every request fits the context of ``variant``."""
-    longest = max(
-        len(one.tokens) - 1 if isinstance(one, Score) else len(one.tokens) + one.max_new_tokens for one in requests
-    )
-    context = variant.target.shape.max_positions
-    if longest > context:
-        raise ValueError(
-            f"variant {variant.name}: its context is {context:,}, and the baseline's requests have "
-            f"up to {longest:,} tokens: use eval.max_length={context}, or shorter eval.lengths"
-        )
-
-
-def _refuse_unknown_tokens(variant: Variant, requests: Sequence[Request]) -> None:
-    """Raise ValueError for a token beyond the vocabulary of ``variant``."""
-    largest = max((max(one.tokens) for one in requests), default=0)
-    variant.target.shape.refuse_unknown_token(largest, f"variant {variant.name}: a request")
-
-
-def _refuse_other_order(base: Variant, variant: Variant, config: DictConfig) -> None:
-    """Raise ValueError if ``variant`` lacks an order of blocks and is not the model on which it is measured."""
-    if lacks_order(config) and variant.target.folder != base.target.folder:
-        raise ValueError(
-            f"variant {variant.name}: the order in which blocks drop is measured on the baseline, which is another "
-            "model: give this variant spd.sensitivity, a file of recipes.spd_sensitivity"
-        )
-
-
-def _refuse_other_world(configs: Sequence[tuple[str, DictConfig]]) -> None:
-    """Raise ValueError if a launcher started the ranks, and a variant has another number of them."""
-    rank = current_rank()
-    for name, config in configs if rank else ():
-        mesh = section(config, "mesh", Mesh)
-        if rank and rank.world_size != mesh.ranks:
-            raise ValueError(
-                f"the launcher started {rank.world_size} ranks, variant {name} has {mesh.ranks} ({mesh}): "
-                f"start without a launcher, or give all variants {rank.world_size} ranks"
-            )

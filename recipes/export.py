@@ -18,7 +18,7 @@ from recipes.common.cli import console, main, say, warm_up_ranks
 from recipes.common.lock import hold, lock_beside
 from recipes.common.places import nearest_existing, refuse_unwritable_folder
 from recipes.common.settings import top_level
-from recipes.common.train_job import weights_of
+from recipes.common.train_resume import weights_of
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from recipes.common.target import Target, resolve_target, say_unapplied
 
 if TYPE_CHECKING:
     from longctx.infer.engine import Engine
-    from longctx.infer.session import Turn
+    from longctx.infer.turn import Turn
     from longctx.megatron.runtime import Runtime
 
 RECIPE = "recipes.generate"

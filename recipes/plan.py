@@ -72,8 +72,11 @@ def prepare(config: DictConfig) -> PlanJob:
         raise ValueError("lengths are for the picture only: add picture=FILE.svg")
     machine = read_machine(settings.hardware)
     model = section(config, "model", ModelSource)
+    shape = shape_of(locate(model, say))
+    if shape.mixture:
+        raise ValueError(f"{model.name} is a mixture of experts, whose costs are not modelled: use a dense model")
     question = Question(
-        shape=shape_of(locate(model, say)),
+        shape=shape,
         machine=machine,
         gpus=settings.gpus,
         work=work,

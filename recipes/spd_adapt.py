@@ -33,14 +33,12 @@ from recipes.common.cli import console, is_first, leave_stopped, main, on_every_
 from recipes.common.manifest import record
 from recipes.common.settings import section
 from recipes.common.spd_loop import ERRORS, Adaptation, JointResult, RepairJob, start_block_run
-from recipes.common.spd_text import calibration_of, measurement_metadata
+from recipes.common.spd_text import calibration_of, changed_keys, measurement_metadata, write_lines
 from recipes.common.target import Target
 from recipes.spd_sensitivity import (
     Sensitivities,
     SensitivityJob,
-    changed_keys,
     measure_sensitivities,
-    write_lines,
     write_sensitivity,
 )
 

@@ -9,7 +9,7 @@ The same command again resumes.  Source: arXiv 2502.20727, Algorithm 1.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,6 @@ from pydantic import NonNegativeFloat, PositiveInt
 from rich.table import Table
 
 from longctx.config import BlockClass, Track
-from longctx.hf.checkpoint import same_model
 from longctx.parallel.launch import Rank
 from longctx.spd.plan import rank_blocks
 from longctx.spd.sensitivity import kind_of, perplexities, scores, suffix_sums
@@ -31,7 +30,7 @@ from recipes.common.plots import draw_bars
 from recipes.common.provenance import hardware, provenance
 from recipes.common.settings import as_dict, section, top_level
 from recipes.common.spd_loop import BlockRun, start_block_run
-from recipes.common.spd_text import calibration_of, measurement_metadata, resolve_spd_target
+from recipes.common.spd_text import calibration_of, measurement_metadata, read_lines, resolve_spd_target, write_lines
 from recipes.common.target import Target
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 
 RECIPE = "recipes.spd_sensitivity"
 WARM = ("longctx.infer.engine", "longctx.megatron.spd.blocks", "recipes.common.spd_loop")
-_RENAMED = {"looked_at": "calibration_sequences"}  # keys of saved records: old name -> new name
 
 
 @dataclass(frozen=True)
@@ -260,37 +258,6 @@ def show(sensitivities: Sensitivities) -> None:
     for number, block in sorted(enumerate(sensitivities.blocks), key=lambda item: -item[1].score):
         table.add_row(str(number), block.block_class, f"{block.score:+.3f}")
     console.print(table)
-
-
-def changed_keys(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    """Return the keys whose values differ between a saved record and that of this run.
-
-    Old names of keys and old fingerprints are translated.
-    """
-    before = {_RENAMED.get(key, key): value for key, value in before.items()}
-    now = json.loads(json.dumps(now))
-    return [key for key in {**before, **now} if not same_model(before.get(key), now.get(key))]
-
-
-def read_lines(file: Path, about: Mapping[str, object]) -> list[list[float]]:
-    """Return the sums in a JSON lines ``file`` after its first line, the record of the run that wrote it.
-
-    A half-written last line is ignored.  Raises ValueError if the record differs from ``about``.
-    """
-    if not file.is_file():
-        return []
-    lines = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    if lines and (changed := changed_keys(lines[0], about)):
-        raise ValueError(f"{file.parent} has a run with another {', '.join(changed)}: use another out=")
-    return lines[1:]
-
-
-def write_lines(file: Path, values: Iterable[object]) -> None:
-    """Write ``values`` as JSON lines, making the folder; a run that is killed leaves the earlier file unchanged."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(value) + "\n" for value in values))
-    partial.replace(file)
 
 
 def task(config: DictConfig) -> None:

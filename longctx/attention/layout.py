@@ -6,33 +6,8 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from longctx.attention.spans import Span, Spans, merge_spans, slice_rows
 from longctx.shapes import AnyShape, Positions, Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Consecutive rows of one rank, at evenly spaced positions of one document.
-
-    ``Span(4, 3, step=2)`` is three rows, at positions 4, 6 and 8 of document 0.  A row is one token that a rank
-    holds.  A position counts tokens from the beginning of their document.
-    """
-
-    start: int
-    length: int
-    step: int = 1
-    document: int = 0
-
-    @property
-    def last(self) -> int:
-        """Position of the last row."""
-        return self.start + (self.length - 1) * self.step
-
-    def part(self, first: int, end: int) -> "Span":
-        """Return rows ``first`` to ``end`` (exclusive) of this span."""
-        return replace(self, start=self.start + first * self.step, length=end - first)
-
-
-Spans = tuple[Span, ...]
 
 
 @dataclass(frozen=True)
@@ -115,7 +90,7 @@ class Layout:
         assert later.begins == self.ends, f"not the next turn: it begins at {later.begins}, not at {self.ends}"
         return Layout(
             tuple(a + b for a, b in zip(self.lengths, later.lengths, strict=True)),
-            tuple(_merge_spans((*old, *new), self.size) for old, new in zip(self.ranks, later.ranks, strict=True)),
+            tuple(merge_spans((*old, *new), self.size) for old, new in zip(self.ranks, later.ranks, strict=True)),
             self.begins,
         )
 
@@ -157,7 +132,7 @@ class Layout:
     def gather(self, parts: int) -> "Layout":
         """Concatenate the rows of every ``parts`` consecutive ranks into one; undoes `split`."""
         groups = [self.ranks[i : i + parts] for i in range(0, self.size, parts)]
-        ranks = (_merge_spans([s for spans in group for s in spans], self.size // parts) for group in groups)
+        ranks = (merge_spans([s for spans in group for s in spans], self.size // parts) for group in groups)
         return Layout(self.lengths, tuple(ranks), self.begins)
 
 
@@ -265,37 +240,8 @@ def _assign_chunks(length: int, size: int, chunks: int, chunks_of: Callable[[int
     """Cut one document into ``chunks`` near-equal chunks; rank r holds those with the numbers ``chunks_of(r)``."""
     cuts = [length * chunk // chunks for chunk in range(chunks + 1)]
     spans = [Span(a, b - a) for a, b in pairwise(cuts)]
-    ranks = (_merge_spans([spans[chunk] for chunk in chunks_of(rank)], size) for rank in range(size))
+    ranks = (merge_spans([spans[chunk] for chunk in chunks_of(rank)], size) for rank in range(size))
     return Layout((length,), tuple(ranks))
-
-
-def _merge_spans(spans: Iterable[Span], size: int) -> Spans:
-    """Return the same rows in as few spans as possible: fewer spans give fewer tiles.
-
-    Merged spans have step 1, or ``size``: tokens decoded round-robin over ``size`` ranks.  Empty spans are dropped.
-    """
-    out: list[Span] = []
-    for span in (span for span in spans if span.length):
-        previous = out[-1] if out else None
-        if previous and previous.document == span.document:
-            gap = span.start - previous.last
-            step = previous.step if previous.length > 1 else gap
-            if gap == step and step in (1, size) and (span.length == 1 or span.step == step):
-                out[-1] = Span(previous.start, previous.length + span.length, step, previous.document)
-                continue
-        out.append(span)
-    return tuple(out)
-
-
-def slice_rows(spans: Spans, first: int, end: int) -> Spans:
-    """Return rows ``first`` to ``end`` (exclusive), counted over all ``spans``."""
-    out, begin = [], 0
-    for span in spans:
-        a, b = max(first - begin, 0), min(end - begin, span.length)
-        if a < b:
-            out.append(span.part(a, b))
-        begin += span.length
-    return tuple(out)
 
 
 def _list_positions(span: Span, offset: int) -> Positions:

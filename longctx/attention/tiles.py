@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
-from longctx.attention.layout import Span, Spans
 from longctx.attention.mask import CAUSAL, Mask
+from longctx.attention.spans import Span, Spans
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ import torch
 from longctx.config import Context, Sampling
 from longctx.infer.engine import Engine, next_logits
 from longctx.infer.prefill import LayerDone
-from longctx.infer.session import Session, Turn
+from longctx.infer.session import Session
+from longctx.infer.turn import Turn
 from longctx.megatron.model import rows_of_logits
 from longctx.shapes import Float, Tensor
 

@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from longctx.attention.layout import LAYOUTS, shard_balanced
 from longctx.checksum import crc32_of_file
 from longctx.hf.tensor_file import save_file
-from longctx.infer.session import Conversation, Session
+from longctx.infer.session import Session
 from longctx.infer.session_index import INDEX, VERSION, SessionIndex, file_name, first_head_of, write_index
+from longctx.infer.turn import Conversation
 from longctx.shapes import Tensor
 
 

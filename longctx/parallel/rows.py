@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from longctx.attention.layout import Spans, slice_rows
+from longctx.attention.spans import Spans, slice_rows
 from longctx.shapes import Tensor
 
 Rows = tuple[tuple[int, int], ...]  # rows of a block: ranges (first, end), sorted, with gaps between them

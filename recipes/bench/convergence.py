@@ -19,8 +19,9 @@ from recipes.common.places import refuse_unwritable
 from recipes.common.plots import draw_lines
 from recipes.common.provenance import provenance
 from recipes.common.settings import as_config, as_dict, top_level
-from recipes.common.train_job import TrainJob, begin_run, resolve_train_job
+from recipes.common.train_job import TrainJob, resolve_train_job
 from recipes.common.train_loop import run_rank
+from recipes.common.train_resume import begin_run
 from recipes.pretrain import WARM
 
 RUNS = ("one rank", "mesh")  # folders of the two runs

@@ -129,7 +129,8 @@ def time_batch(
 
 def start_session(engine: Engine, context: Context, settings: DecodeSettings, batch: int) -> Session:
     """Return a session of ``batch`` sequences whose caches hold random rows, with room for all tokens to decode."""
-    from longctx.infer.session import Conversation, Session
+    from longctx.infer.session import Session
+    from longctx.infer.turn import Conversation
 
     session = Session(engine, context, Sampling())
     reserve = settings.cached + (settings.rounds + 1) * settings.tokens

@@ -95,9 +95,7 @@ def prepare(config: DictConfig) -> DriftJob:
     if target.model.dtype != "bfloat16":
         raise ValueError(f"model.dtype={target.model.dtype}: drift is measured in bfloat16; use model.dtype=bfloat16")
     if set(target.shape.windows) != {None} or target.shape.sinks:
-        raise ValueError(
-            f"{target.model.name} has windows or sinks, which this benchmark does not apply: use another model"
-        )
+        raise ValueError(f"{target.model.name} has windows or sinks, which are not applied here: use another model")
     refuse_beyond_model(target, tokens=settings.tokens)
     layers = settings.layers or tuple(range(target.shape.layers))
     if max(layers) >= target.shape.layers:

@@ -19,15 +19,8 @@ from longctx.config import Context, Sampling
 from longctx.cost.reduction import all_reduce_seconds, communication_saved, spd_forward_seconds
 from longctx.parallel.launch import Rank
 from longctx.spd.plan import SPDPlan, refuse_unfit_shape, within
+from recipes.bench import timing
 from recipes.bench.hosts import bits_per_s, is_host, refuse_hosts, run_on_hosts
-from recipes.bench.timing import (
-    barrier,
-    gather_numbers,
-    measure_in_rounds,
-    measure_seconds,
-    read_tokens,
-    refuse_beyond_model,
-)
 from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
 from recipes.common.places import refuse_unwritable
 from recipes.common.plots import draw_lines
@@ -146,8 +139,8 @@ def prepare(config: DictConfig) -> LatencyJob:
         raise ValueError(f"{links} are of links between emulated hosts: set hosts={mesh.tp}")
     refuse_unwritable(settings.out)
     refuse_unwritable(settings.picture, "picture")
-    refuse_beyond_model(target, tokens=settings.tokens, new_tokens=settings.new_tokens)
-    return LatencyJob(settings, target, read_tokens(target, "tokens", settings.tokens))
+    timing.refuse_beyond_model(target, tokens=settings.tokens, new_tokens=settings.new_tokens)
+    return LatencyJob(settings, target, timing.read_tokens(target, "tokens", settings.tokens))
 
 
 def run_rank(rank: Rank, job: LatencyJob) -> LatencyTimes:
@@ -163,7 +156,7 @@ def run_rank(rank: Rank, job: LatencyJob) -> LatencyTimes:
             follow_plan(engine.model, SPDPlan(layers, tp, within(range(layers), share)))
             return time_phases(runtime, engine, job)
 
-        of_shares = measure_in_rounds(settings.shares, settings.rounds, measure, progress.step)
+        of_shares = timing.measure_in_rounds(settings.shares, settings.rounds, measure, progress.step)
         return LatencyTimes([of_share.timed for of_share in of_shares], measure_links(runtime, job))
 
 
@@ -188,10 +181,10 @@ def measure_phase(runtime: Runtime, work: Callable[[], None], steps: int) -> Pha
     """Start ``work``, of ``steps`` equal steps, on all ranks at once and return the cost per step."""
     from longctx.parallel.measure.all_reduce import count_all_reduces
 
-    barrier(runtime.world)
+    timing.barrier(runtime.world)
     with count_all_reduces() as tally:
-        elapsed = measure_seconds(work)
-    seconds, reducing = gather_numbers(runtime.world, elapsed / steps, tally.seconds / steps)
+        elapsed = timing.measure_seconds(work)
+    seconds, reducing = timing.gather_numbers(runtime.world, elapsed / steps, tally.seconds / steps)
     return PhaseCost(max(seconds), min(reducing), tally.calls / steps, tally.bytes / steps)
 
 

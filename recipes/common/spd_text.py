@@ -1,15 +1,19 @@
-"""Calibration text of the Sync-Point-Drop recipes, and the model and mesh that they measure on it."""
+"""Calibration text of the Sync-Point-Drop recipes, the model and mesh that they measure on it, and their records."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
 
 from longctx.config import DataSettings, Mesh, ModelSource
+from longctx.hf.checkpoint import same_model
 from longctx.hf.config import tokenizer_of
 from longctx.spd.plan import FILE as PLAN
 from longctx.spd.plan import refuse_unfit_shape
@@ -19,6 +23,8 @@ from recipes.common.places import refuse_unwritable_folder
 from recipes.common.settings import section
 from recipes.common.target import Target, resolve_target
 from recipes.common.train_job import data_of
+
+_RENAMED = {"looked_at": "calibration_sequences"}  # keys of saved records: old name -> new name
 
 
 def resolve_spd_target(config: DictConfig, recipe: str) -> Target:
@@ -107,3 +113,34 @@ def measurement_metadata(target: Target, text: PackedText, data: DataSettings) -
         "text": ", ".join(map(str, data.sources)),
         "text_sha256": hashlib.sha256(b"".join(buffers)).hexdigest()[:16],
     }
+
+
+def changed_keys(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """Return the keys whose values differ between a saved record and that of this run.
+
+    Old names of keys and old fingerprints are translated.
+    """
+    before = {_RENAMED.get(key, key): value for key, value in before.items()}
+    now = json.loads(json.dumps(now))
+    return [key for key in {**before, **now} if not same_model(before.get(key), now.get(key))]
+
+
+def read_lines(file: Path, about: Mapping[str, object]) -> list[list[float]]:
+    """Return the sums in a JSON lines ``file`` after its first line, the record of the run that wrote it.
+
+    A half-written last line is ignored.  Raises ValueError if the record differs from ``about``.
+    """
+    if not file.is_file():
+        return []
+    lines = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    if lines and (changed := changed_keys(lines[0], about)):
+        raise ValueError(f"{file.parent} has a run with another {', '.join(changed)}: use another out=")
+    return lines[1:]
+
+
+def write_lines(file: Path, values: Iterable[object]) -> None:
+    """Write ``values`` as JSON lines, making the folder; a run that is killed leaves the earlier file unchanged."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(value) + "\n" for value in values))
+    partial.replace(file)

@@ -1,36 +1,27 @@
 """Job of a training run, checked before any rank starts."""
 
-import shutil
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveInt
 
-from longctx import checkpoint_index
 from longctx.config import DataSettings, Mesh, Optim, Recompute, Track
 from longctx.data.identity import text_digests
-from longctx.hf.checkpoint import same_model
 from longctx.model_shape import ModelShape
-from longctx.models.tensors import tensor_shapes
-from recipes.common.cli import is_first
 from recipes.common.hardware_file import read_hardware
 from recipes.common.manifest import refuse_other_recipe
-from recipes.common.places import nearest_existing, refuse_unwritable_folder
+from recipes.common.places import refuse_unwritable_folder
 from recipes.common.provenance import hardware, provenance
 from recipes.common.settings import as_config, as_dict, section, top_level
 from recipes.common.target import Target, resolve_target
+from recipes.common.train_resume import refuse_no_room, refuse_other_model, refuse_other_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-BYTES_PER_WEIGHT = 4 + 3 * 4  # the weight; in float32, the optimizer's copy and its two moments
 
 
 @dataclass(frozen=True)
@@ -92,12 +83,12 @@ class TrainJob:
 
     @cached_property
     def text_digests(self) -> list[list[str]]:
-        """Digests of the files of each source of text; `begin_run` computes them once, for all ranks."""
+        """Digests of the files of each source of text; `train_resume.begin_run` computes them once, for all ranks."""
         return text_digests(self.data.sources)
 
     @property
     def scratch(self) -> Path:
-        """Hugging Face folder of the trained model without weights, written by `begin_run`."""
+        """Hugging Face folder of the trained model without weights, written by `train_resume.begin_run`."""
         return self.out / "model"
 
 
@@ -214,99 +205,3 @@ def refuse_unsplit(mesh: Mesh, shape: ModelShape, data: DataSettings) -> None:
         raise ValueError(
             f"data.length={data.length} for {mesh.context} context ranks: use a longer one, or fewer ranks"
         )
-
-
-def begin_run(job: TrainJob) -> None:
-    """Make the run's folder, and in it ``model``: the target's configuration and tokenizer without weights.
-
-    Only the first rank does.  The folder ``model`` of a start that saved no checkpoint is replaced.
-    """
-    from longctx.hf.scratch import write_folder_like
-
-    if not is_first():
-        return
-    _ = job.text_digests  # computed here, because the ranks would wait for it
-    job.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=job.out, prefix=".model.") as work:
-        write_folder_like(job.target.folder, {}, Path(work, "model"))
-        if not is_model_kept(job):
-            shutil.rmtree(job.scratch, ignore_errors=True)
-        with suppress(OSError):  # made by an earlier start
-            Path(work, "model").rename(job.scratch)
-
-
-def is_model_kept(job: TrainJob) -> bool:
-    """Return True if the run's folder has a ``model`` that must stay: of a saved checkpoint, or with weights."""
-    has_checkpoint = checkpoint_index.checkpoint_folders(job.out / "checkpoints")
-    return bool(has_checkpoint) or any(job.scratch.glob("*.safetensors"))
-
-
-def refuse_other_model(job: TrainJob) -> None:
-    """Raise ValueError if the run's folder holds a run of another model."""
-    from longctx.hf.scratch import write_folder_like
-
-    if not (job.scratch / "config.json").is_file() or not is_model_kept(job):
-        return
-    with tempfile.TemporaryDirectory() as work:
-        write_folder_like(job.target.folder, {}, Path(work, "model"))
-        files, existing = (
-            {x.name: x.read_bytes() for x in each.iterdir() if x.is_file()}
-            for each in (Path(work, "model"), job.scratch)
-        )
-    if files["config.json"] != existing["config.json"]:
-        raise ValueError(f"out={job.out} has a run of another model, or of another context: give another folder")
-    if changed := sorted(name for name in files.keys() | existing.keys() if files.get(name) != existing.get(name)):
-        raise ValueError(
-            f"out={job.out} has a run whose model has another {changed[0]}: use the model as it was, or another folder"
-        )
-
-
-def refuse_no_room(job: TrainJob) -> None:
-    """Raise ValueError unless the disk has room for the checkpoints that the run will keep at once."""
-    existing = len(checkpoint_index.checkpoint_folders(job.out / "checkpoints"))
-    needed = weights_of(job.target.shape) * BYTES_PER_WEIGHT * max(1, job.saving.keep + 1 - existing)
-    if (free := shutil.disk_usage(nearest_existing(job.out)).free) < needed:
-        raise ValueError(
-            f"out={job.out} has {free / 1e9:.2f} GB free, the checkpoints that are kept at once take "
-            f"{needed / 1e9:.2f} GB more: use another disk, or a lower checkpoint.keep"
-        )
-
-
-def refuse_other_run(job: TrainJob) -> None:
-    """Raise ValueError if the last checkpoint is beyond this run's steps, or is of a run with other settings."""
-    place, _ = checkpoint_index.latest_whole(job.out / "checkpoints")
-    if not place:
-        return
-    metadata = checkpoint_index.read_metadata(place)
-    if metadata["step"] > job.settings.steps:
-        raise ValueError(
-            f"steps={job.settings.steps}, {place} is after step {metadata['step']}: use more steps, or another folder"
-        )
-    refuse_other_text(job, place, metadata)
-    begun = metadata["config"].get("begun")
-    if not same_model(str(begun), str(job.config["begun"])):
-        raise ValueError(f"{place} began with {begun}, this is {job.config['begun']}: give another out=")
-    now_dropped, was_dropped = job.config["dropped"], metadata["config"].get("dropped", [])
-    if was_dropped != now_dropped:
-        was_so = f"mesh.tp={was_dropped[0]} spd.blocks={was_dropped[1:]}" if was_dropped else "spd=none"
-        raise ValueError(f"{place} was made with {was_so}: use that, or another out=")
-    was = {"optim.zero1": metadata["config"]["optim"]["zero1"], "model.dtype": metadata["config"]["model"]["dtype"]}
-    for name, now in (("optim.zero1", job.optim.zero1), ("model.dtype", job.target.model.dtype)):
-        if was[name] != now:
-            raise ValueError(f"{place} was made with {name}={str(was[name]).lower()}: use that, or another out=")
-
-
-def refuse_other_text(job: TrainJob, place: Path, metadata: Mapping[str, Any]) -> None:
-    """Raise ValueError if a file of text has changed since ``place`` was written; version 0.1 wrote no digests."""
-    was: list[list[str]] | None = metadata.get("text")
-    if was is None or not is_first() or was == job.text_digests:
-        return
-    pairs = zip(job.data.sources, was, job.text_digests, strict=False)
-    changed = [source for source, before, now in pairs if before != now]
-    name = f"the text of {changed[0]} has" if changed else "data.sources have"
-    raise ValueError(f"{name} changed since {place} was written: restore it, or give another out= for a new run")
-
-
-def weights_of(shape: ModelShape) -> int:
-    """Return the number of weights of a model of ``shape``."""
-    return sum(prod(size) for size in tensor_shapes(shape).values())

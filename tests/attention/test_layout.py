@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx.attention.layout import Layout, Span, contiguous, documents, empty, single, striped, zigzag
+from longctx.attention.layout import Layout, contiguous, documents, empty, single, striped, zigzag
+from longctx.attention.spans import Span
 from tests import oracle
 from tests.turns import WITHIN, conversations, few, grown, lengths, names, sizes
 

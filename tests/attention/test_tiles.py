@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx.attention.layout import Layout, Span, contiguous, documents, single, striped, zigzag
+from longctx.attention.layout import Layout, contiguous, documents, single, striped, zigzag
 from longctx.attention.mask import CAUSAL, Mask
+from longctx.attention.spans import Span
 from longctx.attention.tiles import Tile, visible_tiles
 from tests import oracle
 from tests.turns import conversations, few, grown, lengths, sizes

@@ -21,6 +21,7 @@ from recipes.common import target
 from recipes.common.hardware_file import read_machine
 from recipes.common.planning import Question, WorkSettings, meshes_of, plans_of, refusal_of
 from tests.cost.predict import shape_named
+from tests.megatron.kinds import random_model
 
 LLAMA_405B = shape_named("llama3_405b")
 GTT = read_machine("h100_gtt")
@@ -162,6 +163,12 @@ def test_command_line_writes_and_draws_and_exports(cli, tiny, tmp_path):
 )
 def test_nonsense_is_refused_with_what_to_change(refused, tiny, words, says):
     assert says in refused(plan, plan.task, f"model={tiny}", *words)
+
+
+def test_mixtures_of_experts_are_refused(refused, tmp_path):
+    model = random_model("mixtral", tmp_path / "model")
+    words = ("hardware=h200", "gpus=8")
+    assert "mixture of experts, whose costs are not modelled" in refused(plan, plan.task, f"model={model}", *words)
 
 
 def test_calibrated_machines_plan_too(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from eval import run as eval_run
 from recipes import chat, export, extend, generate, pretrain, spd_adapt, spd_sensitivity
-from recipes.common.train_job import begin_run
+from recipes.common.train_resume import begin_run
 from tests.recipes.conftest import SAVED
 
 TEXT = ("data=text", "data.sources=[{path:inputs/train.txt}]", "data.length=31", "data.batch=1")

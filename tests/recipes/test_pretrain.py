@@ -269,7 +269,7 @@ def test_full_disk_is_refused(refused, tmp_path, monkeypatch):
 
 
 def test_number_of_weights_of_a_model(smollm2):
-    from recipes.common.train_job import weights_of
+    from recipes.common.train_resume import weights_of
 
     assert weights_of(shape_of(smollm2[1])) == pytest.approx(134.5e6, rel=2e-3)
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from recipes.common.train_job import begin_run, refuse_other_model
+from recipes.common.train_resume import begin_run, refuse_other_model
 
 
 @pytest.fixture

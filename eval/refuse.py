@@ -1,0 +1,77 @@
+"""Refusals of an evaluation's settings, before any rank starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from eval.answers.requests import Request, Score
+from eval.sensitivity import lacks_order
+from eval.variants import BASELINE, Variant
+from longctx.config import Mesh
+from longctx.parallel.launcher import current_rank
+from recipes.common.settings import section
+
+if TYPE_CHECKING:
+    from eval.job import EvalConfig
+
+
+def refuse_unknown_gate(evaluation: EvalConfig, names: Sequence[str]) -> None:
+    """Raise ValueError if ``eval.gate`` names the baseline, or something that is no variant."""
+    if unknown := set(evaluation.gate) - set(names):
+        raise ValueError(f"eval.gate: there is no variant {min(unknown)}: use some of {', '.join(names[1:]) or 'none'}")
+    if BASELINE in evaluation.gate:
+        raise ValueError(f"eval.gate: {BASELINE} is what variants are compared with: name variants")
+
+
+def refuse_other_sizes(configs: Sequence[tuple[str, DictConfig]]) -> None:
+    """Raise ValueError if a job of several ranks has a variant with another number of ranks."""
+    sizes = {name: section(one, "mesh", Mesh).ranks for name, one in configs}
+    world = sizes[BASELINE]
+    if others := [name for name in sizes if sizes[name] != world > 1]:
+        raise ValueError(
+            f"the job starts {world} ranks, variant {others[0]} has {sizes[others[0]]}: give all variants {world}, "
+            "or give the baseline a mesh of one rank; the job then starts each variant's own ranks"
+        )
+
+
+def refuse_too_short(variant: Variant, requests: Sequence[Request]) -> None:
+    """Raise ValueError unless every request fits the context of ``variant``."""
+    longest = max(
+        len(one.tokens) - 1 if isinstance(one, Score) else len(one.tokens) + one.max_new_tokens for one in requests
+    )
+    context = variant.target.shape.max_positions
+    if longest > context:
+        raise ValueError(
+            f"variant {variant.name}: its context is {context:,}, and the baseline's requests have "
+            f"up to {longest:,} tokens: use eval.max_length={context}, or shorter eval.lengths"
+        )
+
+
+def refuse_unknown_tokens(variant: Variant, requests: Sequence[Request]) -> None:
+    """Raise ValueError for a token beyond the vocabulary of ``variant``."""
+    largest = max((max(one.tokens) for one in requests), default=0)
+    variant.target.shape.refuse_unknown_token(largest, f"variant {variant.name}: a request")
+
+
+def refuse_other_order(base: Variant, variant: Variant, config: DictConfig) -> None:
+    """Raise ValueError if ``variant`` lacks an order of blocks and is not the model on which it is measured."""
+    if lacks_order(config) and variant.target.folder != base.target.folder:
+        raise ValueError(
+            f"variant {variant.name}: the order in which blocks drop is measured on the baseline, which is another "
+            "model: give this variant spd.sensitivity, a file of recipes.spd_sensitivity"
+        )
+
+
+def refuse_other_world(configs: Sequence[tuple[str, DictConfig]]) -> None:
+    """Raise ValueError if a launcher started the ranks, and a variant has another number of them."""
+    rank = current_rank()
+    for name, config in configs if rank else ():
+        mesh = section(config, "mesh", Mesh)
+        if rank and rank.world_size != mesh.ranks:
+            raise ValueError(
+                f"the launcher started {rank.world_size} ranks, variant {name} has {mesh.ranks} ({mesh}): "
+                f"start without a launcher, or give all variants {rank.world_size} ranks"
+            )

@@ -1,0 +1,49 @@
+"""A sequence of a session, and the result of a turn."""
+
+from dataclasses import dataclass, field
+
+from longctx.attention.layout import Layout
+from longctx.infer.cache import KVCache
+from longctx.shapes import Tensor
+
+
+@dataclass
+class Conversation:
+    """One sequence: all its tokens, and its cache, which lacks the last token if that was decoded."""
+
+    cache: KVCache
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def cached(self) -> int:
+        """Number of cached tokens, over all ranks."""
+        return self.cache.layout.total
+
+
+@dataclass
+class Turn:
+    """Result of a turn: the decoded ``tokens`` by sequence, and its costs.
+
+    ``new`` and ``cached`` are the prefilled tokens (T) and the tokens cached before (P), over all sequences.
+    ``strategy`` and ``why`` are the prefill's strategy and the reason for it.  ``ttft_s`` is the seconds from the start
+    of the turn to its first tokens, ``decode_s`` from there to the last ones, in ``steps`` steps.  Bytes are those that
+    this rank sent to others for attention.  ``passes`` are the hidden states of this rank's prefilled rows with their
+    layouts, if the turn was to keep them.
+    """
+
+    tokens: dict[int, list[int]]
+    new: int
+    cached: int
+    strategy: str = ""
+    why: str = ""
+    ttft_s: float = 0.0
+    decode_s: float = 0.0
+    steps: int = 0
+    prefill_bytes: int = 0
+    decode_bytes: int = 0
+    passes: list[tuple[Tensor, Layout]] = field(default_factory=list)
+
+    @property
+    def ttit_s(self) -> float | None:
+        """Seconds from one token to the next; None if the turn had no decode step."""
+        return self.decode_s / self.steps if self.steps else None
