@@ -12,10 +12,10 @@ import torch
 
 @contextmanager
 def _import_less() -> Iterator[None]:
-    """Skip, inside the block, two imports of megatron-core that longctx does not use: half of its CPU time to load.
+    """Skip two imports of megatron-core inside the block: longctx does not use them, and they take half the load time.
 
-    On a CPU build of torch, `torch.compile` decorates nothing: every fusion is off, and a compiler may be missing.
-    W&B is hidden, since megatron-core uses it for its own inference logs only.
+    On a CPU build of torch, `torch.compile` returns functions unchanged: every fusion is off, and a compiler may be
+    missing.  The import of W&B fails, because megatron-core uses W&B for its own inference logs only.
     """
     compile_, hides_wandb = torch.compile, "wandb" not in sys.modules
     if torch.version.cuda is None:
@@ -31,7 +31,7 @@ def _import_less() -> Iterator[None]:
 
 
 def _decorate_nothing(function: Any = None, **_: Any) -> Any:
-    """Return ``function`` unchanged, or such a decorator."""
+    """Return ``function`` unchanged; without a function, return a decorator that does this."""
     return (lambda decorated: decorated) if function is None else function
 
 

@@ -269,7 +269,6 @@ def refusal_of(question: Question, mesh: Mesh) -> str | None:
 
 
 def _refuse_untrainable(mesh: Mesh, question: Question) -> None:
-    """Raise ValueError, as pretrain does, for a batch or sequence that ``mesh`` cannot divide."""
     from longctx.data.batches import refuse_uneven_batch
     from recipes.common.train_job import refuse_unsplit
 
