@@ -57,17 +57,18 @@ def local_layer_spec(
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm_before,
-            mlp=mixture_spec(shape, groups) if experts else _mlp(shape, mlp_rows),
+            mlp=mixture_spec(shape, groups) if experts else _mlp(shape, groups, mlp_rows),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def _mlp(shape: ModelShape, rows: int | None) -> ModuleSpec:
+def _mlp(shape: ModelShape, groups: ProcessGroupCollection, rows: int | None) -> ModuleSpec:
     """Return the spec of a feed-forward network, which computes ``rows`` rows at a time (None: all)."""
     return ModuleSpec(
         module=FeedForward if rows is None else TiledMLP,
-        params={} if rows is None else {"rows": rows},
+        # megatron-core hands its own classes only the group that shares the weights.
+        params={"tp_group": groups.tp} | ({} if rows is None else {"rows": rows}),
         submodules=MLPSubmodules(
             linear_fc1=BiasedColumnParallelLinear if shape.mlp_bias else UpProjection,
             linear_fc2=_output_projection(shape, shape.mlp_bias),
