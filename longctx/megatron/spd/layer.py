@@ -97,8 +97,7 @@ class SPDTransformerLayer(TransformerLayer):
         total: Tensor = torch.zeros_like(hidden_states)
         for share, partial in zip(self.shares, partials, strict=True):
             mlp.linear_fc1.share = mlp.linear_fc2.share = share
-            u = hidden_states + self._own_attention(partial)
-            z, mlp_bias = mlp(self.pre_mlp_layernorm(u if bias is None else u + bias))
+            z, mlp_bias = mlp(self.mlp_input(hidden_states, partial, bias))
             total = total + z
         mlp.linear_fc1.share = mlp.linear_fc2.share = own
         out = hidden_states + self._add(partials.sum(0), total)
