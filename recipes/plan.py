@@ -59,7 +59,7 @@ class PlanJob:
     model: ModelSource
 
 
-def prepare(config: DictConfig) -> PlanJob:
+def resolve_plan_job(config: DictConfig) -> PlanJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it makes no sense."""
     settings, work = top_level(config, PlanSettings), section(config, "work", WorkSettings)
     for name, suffixes in (("out", ()), ("picture", ()), ("settings", (".yaml", ".yml"))):
@@ -180,7 +180,7 @@ def draw(job: PlanJob, feasible: Sequence[Plan]) -> None:
 
 def task(config: DictConfig) -> None:
     """Plan; then print, write, draw and export the plans, as the settings say."""
-    job = prepare(config)
+    job = resolve_plan_job(config)
     settings, plans = job.settings, plans_of(job.question)
     refuse_no_plan(plans)
     feasible = [plan for plan in plans if plan.refused is None]

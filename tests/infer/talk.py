@@ -128,7 +128,7 @@ def run_failing_turn(rank: Rank, folder: Path, mesh: Mesh, step: Say, fault: str
         for session in (failing, control):
             session.turn(step.prompts, step.max_new_tokens)
 
-        def fail(*_: Any) -> int:
+        def fail(*_: Any, **__: Any) -> int:
             raise ArithmeticError("a fault")
 
         message, weight = "", engine.model.decoder.layers[1].self_attention.linear_qkv.weight.data
