@@ -64,7 +64,7 @@ class _CrossEntropy(torch.autograd.Function):
             losses[some] = _logits_to_gradient(logits, targets[some], tp)
             # 2. Gradients of hidden states and weight.
             if learn:
-                gradient = logits.mul_(scale * counts[some, None]).to(weight.dtype)
+                gradient = logits.mul_(counts[some, None]).mul_(scale).to(weight.dtype)
                 torch.mm(gradient, weight, out=d_hidden[some])
                 _add_product(d_weight, gradient.T, hidden[some])
         ctx.save_for_backward(d_hidden, d_weight)
