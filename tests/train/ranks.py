@@ -87,7 +87,7 @@ def train(rank: Rank, run: Run) -> list[Step]:
     from longctx.train.step import Sharding, micro_batches, train_step
 
     shape = shape_of(run.folder)
-    compute_losses_in(run.dtype)
+    route_in(run.dtype)
     with open_runtime(rank, run.mesh, timeout_minutes=2, training=True) as runtime:
         trained = build_train_state(
             runtime,
@@ -130,20 +130,21 @@ def train(rank: Rank, run: Run) -> list[Step]:
     return out
 
 
-def compute_losses_in(dtype: str) -> None:
-    """For float64, let megatron-core's cross-entropy stay in float64; it converts logits to float32."""
+def route_in(dtype: str) -> None:
+    """For float64, let megatron-core's router choose experts in float64; its softmax is in float32."""
     if dtype != "float64":
         return
-    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+    from megatron.core.transformer.moe import router
 
-    from longctx.megatron import model
     from tests.float64 import KeepFloat64
 
-    def in_float64(*args: Any) -> torch.Tensor:
-        with KeepFloat64():
-            return vocab_parallel_cross_entropy(*args)
+    choose_experts = router.topk_routing_with_score_function
 
-    model.vocab_parallel_cross_entropy = in_float64
+    def in_float64(*args: Any, **kwargs: Any) -> Any:
+        with KeepFloat64():
+            return choose_experts(*args, **kwargs)
+
+    router.topk_routing_with_score_function = in_float64
 
 
 def write_gradients(trained: Any, batches: Any, folder: Path, source: Path) -> float:
