@@ -132,7 +132,8 @@ class TiledMLP(FeedForward):
 
     def forward(self, x: Float[Tensor, "s b hidden"], **_: Any) -> tuple[Float[Tensor, "s b hidden"], Tensor | None]:
         tiles = [tensor_parallel.checkpoint(self._without_bias, False, tile) for tile in x.split(self.rows)]
-        return torch.cat(tiles), self.linear_fc2.bias  # the caller adds the bias, if there is one
+        bias = self.linear_fc2.bias  # None unless the caller must add it
+        return torch.cat(tiles), None if bias is None else bias + 0  # see BiasedRowParallelLinear
 
     def _without_bias(self, tile: Tensor) -> Tensor:
         """Return the output of the rows ``tile``, without the bias that the caller adds."""

@@ -191,7 +191,12 @@ def test_stored_answers_are_found(saved, monkeypatch, capsys, no_ranks_start):
     hydra.core.global_hydra.GlobalHydra.instance().clear()
     assert capsys.readouterr().err.count(": 0 of 35 requests to answer") == 3
     after = json.loads((saved / "eval" / "report.json").read_text())
-    assert all(after[name] == before[name] for name in ("tasks", "average", "variants"))
+    assert after["variants"] == before["variants"]
+    for task, variants in before["tasks"].items():
+        for variant, figures in variants.items():
+            now = after["tasks"][task][variant]
+            counted = figures.keys() & {"n", "accuracy", "perplexity", "lost", "won", "metrics"}
+            assert {name: now[name] for name in counted} == {name: figures[name] for name in counted}
 
 
 @pytest.mark.parametrize(("rule", "file"), [("auto", "calibrated"), ("empirical", "fitted")])
