@@ -20,9 +20,10 @@ from recipes.common.manifest import flat, folder_of, manifest_of
 from recipes.common.places import is_file_name
 from recipes.common.renamed import rename_flat
 
-# Names of figures that depend on the machine; ``why``, the reason for a strategy, cites seconds.
+# Names of figures that depend on the machine; ``why``, the reason for a strategy, cites seconds.  ``max_logit_diff`` is
+# rounding, whose size differs between machines and versions.
 MEASURED = re.compile(
-    r"(_s|_per_s|_bytes|_share|ttft_s|mfu|mfu_causal|_per_rank|processor|cores|command|commit|host|why)$"
+    r"(_s|_per_s|_bytes|_share|ttft_s|mfu|mfu_causal|_per_rank|processor|cores|command|commit|host|why|max_logit_diff)$"
 )
 _PROVENANCE = ("commit", "command", "python", "torch", "processor", "cores")
 _TRAINING_RECIPES = ("recipes.pretrain", "recipes.extend")
@@ -84,7 +85,7 @@ def differing_names(runs: Sequence[Mapping[str, object]]) -> list[str]:
 
 
 def is_measured(name: str) -> bool:
-    """Return True for figures of the machine (seconds, bytes), which two runs of one command need not share."""
+    """Return True for figures of the machine (seconds, bytes, rounding), which two runs need not share."""
     return bool(MEASURED.search(name))
 
 

@@ -10,7 +10,7 @@ torchrun or srun, this process is one of the launcher's ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
 from omegaconf import DictConfig
@@ -93,7 +93,7 @@ class GenerateFigures:
     layers: str
     kernel: str
     threads_per_rank: int
-    decode_choices: dict[int, tuple[str, str]] = field(default_factory=dict)
+    decode_choices: dict[int, tuple[str, str]] | None = None
 
 
 class Answer(TypedDict):
@@ -161,7 +161,7 @@ def run_rank(rank: Rank, job: GenerateJob) -> GenerateFigures:
         layers=engine.layers,
         kernel=engine.kernel.name,
         threads_per_rank=target.threads(rank),
-        decode_choices=session.decode_choices,
+        decode_choices=session.decode_choices or None,
     )
 
 
@@ -240,7 +240,7 @@ def table_rows(job: GenerateJob, figures: GenerateFigures) -> list[tuple[str, st
         ("tokens", f"{job.prompt_tokens:,} in {_count(prompts, 'the prompt')}, {new_tokens} new"),
         ("ranks", f"{target.mesh.ranks} ({axes}), {figures.threads_per_rank} thread(s) each"),
         ("strategy", f"{context.strategy}, {context.layout}; decode {context.decode}"),
-        *[(f"decode of {n}", f"{name}: {why}") for n, (name, why) in figures.decode_choices.items()],
+        *[(f"decode of {n}", f"{name}: {why}") for n, (name, why) in (figures.decode_choices or {}).items()],
         ("layers, kernel", f"megatron-core {figures.layers}, {figures.kernel}"),
         *([("reductions dropped", f"in {len(dropped)} blocks: {', '.join(map(str, dropped))}")] if dropped else []),
         ("time to first token", f"{figures.ttft_s:.2f} s ({figures.prefill_tokens_per_s:,.0f} tokens/s)"),
