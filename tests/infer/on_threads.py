@@ -18,8 +18,8 @@ def play_on_threads(
     """For each model, run each segment on its mesh and save; then run ``again`` on the next segment's mesh.
 
     The first segment's mesh restores the session in the model's folder of ``saves``, which another process saved.
-    Segment i is saved beside that folder, with -i in its name.  No pass may compute logits of more than one row at a
-    time, since the logits of a whole prompt with a large vocabulary fill the memory.
+    Segment i is saved beside that folder, with -i in its name.  No pass may compute logits of more than one row for
+    each sequence, since the logits of a whole prompt with a large vocabulary fill the memory.
     """
     from longctx.infer.engine import load_engine
     from longctx.megatron.runtime import open_runtime
