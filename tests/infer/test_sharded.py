@@ -28,6 +28,7 @@ from longctx.parallel.threads import run_threads
 from longctx.shapes import AnyShape
 from longctx.spd.plan import SPDPlan
 from tests import oracle
+from tests.float64 import KeepFloat64, float64_model
 from tests.infer.talk import Say
 from tests.infer.test_session import check
 from tests.infer.test_spd import KINDS as DROPPING
@@ -153,10 +154,10 @@ def test_families_have_the_logits_of_transformers(runtime, tmp_path, kind):
 
     # The other implementations of experts do not support float64.
     net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
-    with torch.inference_mode():
+    with torch.inference_mode(), KeepFloat64():
         exact = torch.stack([net(torch.tensor([text])).logits[0, -1] for text in texts])
     for logits in run_engines(runtime, folder, mesh, step, dtype=torch.float64):
-        oracle.assert_close(logits, exact, 1e-6)
+        oracle.assert_close(logits, exact, 1e-12)
 
 
 class CountingComm:
@@ -242,15 +243,15 @@ def test_dropped_reductions_match_the_equations(runtime, loud, mesh, dropped):
         whole = layout.unshard(engine.context.all_gather(hidden, shapes))
         return next_logits(engine, whole)[:, 0], tokens, calls
 
-    net = drop(AutoModelForCausalLM.from_pretrained(loud, dtype=torch.float64), dropped, 3)
-    with torch.inference_mode():
+    net = drop(float64_model(loud), dropped, 3)
+    with torch.inference_mode(), KeepFloat64():
         ids = torch.tensor([PROMPT])
         exact = net(ids).logits[0]
         for _ in range(4):
             ids = torch.cat([ids, net(ids).logits[:, -1:].argmax(-1)], 1)
     plan = SPDPlan(LAYERS, 3, dropped)
     for logits, tokens, calls in run_engines(runtime, loud, mesh, generate, dtype=torch.float64, wrap=wrap, plan=plan):
-        oracle.assert_close(logits, exact, 1e-6)
+        oracle.assert_close(logits, exact, 1e-12)
         assert tokens == ids[0, len(PROMPT) :].tolist()
         assert sum(calls.values()) == 3 * (4 * LAYERS - len(dropped) + 2)
         assert calls["tp_context all_gather"] == 3 * (2 * LAYERS - len(dropped))
@@ -264,8 +265,8 @@ def test_dropped_reductions_of_every_family_match_the_equations(runtime, tmp_pat
     def generate(engine: Engine) -> list[int]:
         return Session(engine, SHARDED, Sampling()).turn({0: prompt}, {0: 4}).tokens[0]
 
-    net = drop(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64), (1,), 2)
-    with torch.inference_mode():
+    net = drop(float64_model(folder), (1,), 2)
+    with torch.inference_mode(), KeepFloat64():
         ids = torch.tensor([prompt])
         for _ in range(4):
             ids = torch.cat([ids, net(ids).logits[:, -1:].argmax(-1)], 1)
