@@ -152,8 +152,7 @@ def test_families_have_the_logits_of_transformers(runtime, tmp_path, kind):
             hidden = run_replicated(engine, latest, layout, batch, share=engine.share)
             return next_logits(engine, hidden, engine.share)[:, 0]
 
-    # The other implementations of experts do not support float64.
-    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
+    net = float64_model(folder)
     with torch.inference_mode(), KeepFloat64():
         exact = torch.stack([net(torch.tensor([text])).logits[0, -1] for text in texts])
     for logits in run_engines(runtime, folder, mesh, step, dtype=torch.float64):
