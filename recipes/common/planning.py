@@ -52,9 +52,9 @@ class WorkSettings:
 
     def __post_init__(self) -> None:
         if self.kind != "chat" and (self.cached or self.new_tokens):
-            raise ValueError(f"work.cached and work.new_tokens are for work=chat, not work={self.kind}: leave them out")
+            raise ValueError(f"work={self.kind} has no work.cached or work.new_tokens: use work=chat")
         if self.kind != "train" and (self.zero1 or self.recompute != "none"):
-            raise ValueError(f"work.zero1 and work.recompute are for work=train, not work={self.kind}: leave them out")
+            raise ValueError(f"work={self.kind} has no work.zero1 or work.recompute: use work=train")
 
     @property
     def total(self) -> int:
