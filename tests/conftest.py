@@ -79,6 +79,7 @@ SLOW = (
     "megatron/hf_io/test_load.py",
     "megatron/spd/test_layer.py",
     "megatron/spd/test_repair.py",
+    "megatron/te/test_te.py",
     "megatron/test_logits.py",
     "megatron/training/test_checkpoint.py",
     "parallel/test_drift.py",

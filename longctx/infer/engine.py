@@ -110,7 +110,8 @@ def load_engine(
     Raises ValueError if ``kernel`` does not take the device, dtype or head dimension, or if a tensor is missing or left
     over in ``folder``.
     """
-    layers = "local" if plan else layers_in_use(model.layers, shape)
+    # Context ranks that share weights drop reductions with megatron-core's layers only.
+    layers = "local" if plan and plan.tp != runtime.tp.size else layers_in_use(model.layers, shape)
     net = _load_model(runtime, runtime.groups, model, shape, folder, layers, plan)
     comms = (runtime.tp, runtime.ulysses, runtime.ring, runtime.context)
     share, n = None, runtime.context.size

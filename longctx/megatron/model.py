@@ -1,6 +1,5 @@
 """Build a megatron-core `GPTModel` from a `ModelShape`; run its decoder (hidden states) and output layer (logits)."""
 
-import importlib.util
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -8,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -18,9 +18,10 @@ from longctx.megatron.attention import Pass
 from longctx.megatron.experts import mixture_config
 from longctx.megatron.shared import WeightShare
 from longctx.megatron.spd.layer import SPDTransformerLayer, follow_plan
-from longctx.megatron.spec import local_layer_spec, norm_of, te_layer_spec
+from longctx.megatron.spec import LOCAL, layer_spec, norm_of, te_linears
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm
+from longctx.parallel.validate import refuse_no_te, refuse_other_than_te
 from longctx.shapes import Float, Tensor, Tokens
 from longctx.spd.plan import SPDPlan
 
@@ -39,23 +40,16 @@ _LOGITS_IN_MEMORY = 50_000_000 // 4
 def layers_in_use(requested: str, shape: ModelShape) -> str:
     """Return ``local`` or ``te``: the layers that ``model.layers=requested`` selects on this machine for ``shape``.
 
-    ``auto`` selects ``te`` (Transformer Engine) if it is installed, CUDA is available, and the model is one of those
-    that its layers are built for here; otherwise ``local``.
+    ``auto`` selects ``te`` (Transformer Engine) if it is installed, CUDA is available, and its layers can express the
+    model; otherwise ``local``.
 
-    Raises ValueError for ``te`` if Transformer Engine or CUDA is missing, or for another model.
+    Raises ValueError for ``te`` if Transformer Engine or CUDA is missing, or for a model that it cannot express.
     """
-    te_available = importlib.util.find_spec("transformer_engine_torch") is not None and torch.cuda.is_available()
-    if requested == "te" and not te_available:
-        raise ValueError(
-            "model.layers=te needs Transformer Engine and CUDA: pip install 'longctx[gpu]', or use model.layers=local"
-        )
-    llama = {"out_bias": False, "mlp_bias": False, "norms": "pre", "layer_norm": False, "zero_centered": False,
-             "qk_norm": "none", "activation": "silu", "gated": True, "residual_scale": 1.0,
-             "mixture": None, "sinks": False}  # fmt: skip
-    others = [f"{name}={getattr(shape, name)}" for name, value in llama.items() if getattr(shape, name) != value]
-    if requested == "te" and others:
-        raise ValueError(f"model.layers=te is not built for this model ({', '.join(others)}): use model.layers=local")
-    return "te" if te_available and requested != "local" and not others else "local"
+    if requested == "te":
+        refuse_no_te("cuda" if torch.cuda.is_available() else "cpu")
+        refuse_other_than_te(shape)
+        return "te"
+    return "te" if requested == "auto" and HAVE_TE and torch.cuda.is_available() and not shape.mixture else "local"
 
 
 def build_model(
@@ -71,6 +65,7 @@ def build_model(
 ) -> GPTModel:
     """Return a GPTModel of ``shape`` with uninitialised weights, in eval mode; `hf_io.load.load` fills it.
 
+    ``layers`` is "local", or "te" for Transformer Engine's linear layers, which must be installed.
     Weights are sharded over ``groups.tp``, layers over ``groups.pp``.  With a ``plan`` every layer is an
     `SPDTransformerLayer` and the plan's blocks drop a reduction; `follow_plan` can later apply another plan.
     ``mlp_rows`` is the ``rows`` of a `TiledMLP`.  ``options`` are further fields of megatron-core's TransformerConfig,
@@ -82,12 +77,13 @@ def build_model(
             "ignore", message="If you are using transformer_engine as the transformer implementation"
         )
         config = _config(shape, groups, dtype, options)
-    assert layers == "local" or plan is None, "recipes reject a plan with Transformer Engine layers"
+    assert layers == "local" or plan is None or plan.tp == groups.tp.size(), "sharded decoding needs local layers"
     layer_class = TransformerLayer if plan is None else SPDTransformerLayer
     stages, stage = groups.pp.size(), groups.pp.rank()
     per_stage = shape.layers // stages
+    linears = te_linears(shape) if layers == "te" else LOCAL
     specs = [
-        local_layer_spec(layer_class, shape, groups, experts, mlp_rows) if layers == "local" else te_layer_spec()
+        layer_spec(layer_class, shape, groups, experts, mlp_rows, linears)
         for experts in shape.experts[stage * per_stage : (stage + 1) * per_stage]
     ]
     model = GPTModel(

@@ -133,7 +133,7 @@ class TiledMLP(FeedForward):
     def forward(self, x: Float[Tensor, "s b hidden"], **_: Any) -> tuple[Float[Tensor, "s b hidden"], Tensor | None]:
         tiles = [tensor_parallel.checkpoint(self._without_bias, False, tile) for tile in x.split(self.rows)]
         bias = self.linear_fc2.bias  # None unless the caller must add it
-        return torch.cat(tiles), None if bias is None else bias + 0  # see BiasedRowParallelLinear
+        return torch.cat(tiles), None if bias is None else bias + 0  # see BiasedOutput
 
     def _without_bias(self, tile: Tensor) -> Tensor:
         """Return the output of the rows ``tile``, without the bias that the caller adds."""
@@ -141,8 +141,10 @@ class TiledMLP(FeedForward):
         return out
 
 
-class BiasedRowParallelLinear(OutputProjection):
-    """A row-parallel projection with a bias, whatever the configuration says of other projections."""
+class BiasedOutput(nn.Module):
+    """Gives a row-parallel projection a bias, whatever the configuration says of other projections."""
+
+    tp_group: Any  # the projection's
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"bias": True})
@@ -155,15 +157,15 @@ class BiasedRowParallelLinear(OutputProjection):
         return out, bias + 0
 
 
-class BiasedColumnParallelLinear(UpProjection):
-    """A column-parallel projection with a bias, whatever the configuration says of other projections."""
+class BiasedInput(nn.Module):
+    """Gives a column-parallel projection a bias, whatever the configuration says of other projections."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"bias": True})
 
 
-class NormedRowParallelLinear(OutputProjection):
-    """A row-parallel projection whose output, summed over ranks, is normalised before the residual connection.
+class NormedOutput(nn.Module):
+    """Normalises a row-parallel projection's output, summed over ranks, before the residual connection.
 
     A block that drops its reduction gets the partial output, and normalises after its own sum (see `spd.layer`).
     """
@@ -178,8 +180,8 @@ class NormedRowParallelLinear(OutputProjection):
         return out if self.explicit_expert_comm else self.norm(out), None
 
 
-class ScaledRowParallelLinear(OutputProjection):
-    """A row-parallel projection whose output is multiplied by ``scale`` before the residual connection."""
+class ScaledOutput(nn.Module):
+    """Multiplies a row-parallel projection's output by ``scale`` before the residual connection."""
 
     def __init__(self, *args: Any, scale: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -188,3 +190,19 @@ class ScaledRowParallelLinear(OutputProjection):
     def forward(self, x: Float[Tensor, "s b n"]) -> tuple[Float[Tensor, "*parts s b hidden"], Tensor | None]:
         out, bias = super().forward(x)
         return out * self.scale, None if bias is None else bias * self.scale
+
+
+class BiasedRowParallelLinear(BiasedOutput, OutputProjection):
+    """megatron-core's row-parallel projection with a bias."""
+
+
+class BiasedColumnParallelLinear(BiasedInput, UpProjection):
+    """megatron-core's column-parallel projection with a bias."""
+
+
+class NormedRowParallelLinear(NormedOutput, OutputProjection):
+    """megatron-core's row-parallel projection with a normalised output."""
+
+
+class ScaledRowParallelLinear(ScaledOutput, OutputProjection):
+    """megatron-core's row-parallel projection with a scaled output."""

@@ -21,7 +21,10 @@ from longctx.parallel.launch import Rank
 from longctx.parallel.validate import refuse_no_gpu
 
 # megatron-core's advice for GPUs, which it also gives on CPUs and without gradients.
-_ADVICE = ("When using async grad allreduce it is recommended to set the environment variable",)
+_ADVICE = (
+    "When using async grad allreduce it is recommended to set the environment variable",
+    "To guarantee overlapping TP and SP collectives with the backward ?GEMMs, set environment variable",
+)
 # torch's warnings about calls that megatron-core's optimizer, recomputation and checkpoints make.
 _TRAINING_WARNINGS = (
     "`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",

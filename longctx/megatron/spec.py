@@ -1,7 +1,8 @@
 """Specs of megatron-core's decoder blocks: the modules of a block, with the features of a `ModelShape`."""
 
+from dataclasses import dataclass
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -27,25 +28,73 @@ from longctx.megatron.shared import OutputProjection, QKVProjection, UpProjectio
 from longctx.model_shape import Experts, ModelShape
 
 
-def local_layer_spec(
+@dataclass(frozen=True)
+class Linears:
+    """Classes of a block's linear layers.
+
+    ``qkv`` and ``up`` read the block's input; with ``fused_norms``, they also apply the norms in front of them.
+    """
+
+    qkv: type
+    up: type
+    biased_up: type
+    output: type
+    biased_output: type
+    normed_output: type
+    scaled_output: type
+    fused_norms: bool = False
+
+
+LOCAL = Linears(
+    QKVProjection,
+    UpProjection,
+    BiasedColumnParallelLinear,
+    OutputProjection,
+    BiasedRowParallelLinear,
+    NormedRowParallelLinear,
+    ScaledRowParallelLinear,
+)
+
+
+def te_linears(shape: ModelShape) -> Linears:
+    """Return Transformer Engine's linear layers for ``shape``; Transformer Engine must be installed."""
+    from longctx.megatron import te_modules as te
+
+    fused = shape.norms != "post"
+    up, biased_up = (
+        (te.TENormColumnLinear, te.TEBiasedNormColumnLinear) if fused else (te.TEColumnLinear, te.TEBiasedColumnLinear)
+    )
+    outputs = (te.TERowLinear, te.TEBiasedRowLinear, te.TENormedRowLinear, te.TEScaledRowLinear)
+    return Linears(up, up, biased_up, *outputs, fused_norms=fused)
+
+
+# Names of fused norms in checkpoints: those of the separate norms, so that either kind of layers loads a checkpoint.
+_NAMES_IN_CHECKPOINTS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
+
+def layer_spec(
     layer_class: type[TransformerLayer],
     shape: ModelShape,
     groups: ProcessGroupCollection,
     experts: Experts | None = None,
     mlp_rows: int | None = None,
+    linears: Linears = LOCAL,
 ) -> ModuleSpec:
-    """Return the spec of a decoder block of ``layer_class``, with modules that run on CPU and GPU.
+    """Return the spec of a decoder block of ``layer_class``; with `LOCAL` linear layers it runs on CPU and GPU.
 
     ``experts``, if given, replace the feed-forward network.  With ``mlp_rows``, this network is a `TiledMLP`.
     """
-    norm_before = IdentityOp if shape.norms == "post" else norm_of(shape)
+    norm_before = IdentityOp if shape.norms == "post" or linears.fused_norms else norm_of(shape)
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=QKVProjection,
+            linear_qkv=linears.qkv,
             core_attention=ModuleSpec(module=ContextParallelAttention, params={"sinks": shape.sinks}),
-            linear_proj=_output_projection(shape, shape.out_bias),
+            linear_proj=_output_projection(shape, shape.out_bias, linears),
             q_layernorm=_qk_norm(shape, shape.heads, groups),
             k_layernorm=_qk_norm(shape, shape.kv_heads, groups),
         ),
@@ -57,21 +106,22 @@ def local_layer_spec(
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm_before,
-            mlp=mixture_spec(shape, groups) if experts else _mlp(shape, groups, mlp_rows),
+            mlp=mixture_spec(shape, groups) if experts else _mlp(shape, groups, mlp_rows, linears),
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=_NAMES_IN_CHECKPOINTS if linears.fused_norms else {},
         ),
     )
 
 
-def _mlp(shape: ModelShape, groups: ProcessGroupCollection, rows: int | None) -> ModuleSpec:
+def _mlp(shape: ModelShape, groups: ProcessGroupCollection, rows: int | None, linears: Linears) -> ModuleSpec:
     """Return the spec of a feed-forward network, which computes ``rows`` rows at a time (None: all)."""
     return ModuleSpec(
         module=FeedForward if rows is None else TiledMLP,
         # megatron-core hands its own classes only the group that shares the weights.
         params={"tp_group": groups.tp} | ({} if rows is None else {"rows": rows}),
         submodules=MLPSubmodules(
-            linear_fc1=BiasedColumnParallelLinear if shape.mlp_bias else UpProjection,
-            linear_fc2=_output_projection(shape, shape.mlp_bias),
+            linear_fc1=linears.biased_up if shape.mlp_bias else linears.up,
+            linear_fc2=_output_projection(shape, shape.mlp_bias, linears),
         ),
     )
 
@@ -88,19 +138,12 @@ def _qk_norm(shape: ModelShape, heads: int, groups: ProcessGroupCollection) -> M
     return RMSNorm if shape.qk_norm == "head" else IdentityOp
 
 
-def _output_projection(shape: ModelShape, bias: bool) -> ModuleSpec | type:
+def _output_projection(shape: ModelShape, bias: bool, linears: Linears) -> ModuleSpec | type:
     """Return the projection to the residual stream, with the norm, scale or bias of ``shape``."""
     if shape.norms != "pre":
         assert not bias and shape.residual_scale == 1, "no known model has a norm and these on one output"
-        return NormedRowParallelLinear
+        return linears.normed_output
     if shape.residual_scale != 1:
         assert not bias, "no known model has a bias and a scale on one output"
-        return ModuleSpec(module=ScaledRowParallelLinear, params={"scale": shape.residual_scale})
-    return BiasedRowParallelLinear if bias else OutputProjection
-
-
-def te_layer_spec() -> ModuleSpec:
-    """Return the spec of a decoder block of Transformer Engine with our attention."""
-    spec = get_gpt_layer_with_transformer_engine_spec()
-    spec.submodules.self_attention.submodules.core_attention = ContextParallelAttention
-    return spec
+        return ModuleSpec(module=linears.scaled_output, params={"scale": shape.residual_scale})
+    return linears.biased_output if bias else linears.output

@@ -1,5 +1,7 @@
 """Checks of a mesh against a model and a recipe, and of the device, made before any rank starts."""
 
+import importlib.util
+
 import torch
 
 from longctx.config import Mesh
@@ -44,6 +46,24 @@ def refuse_no_gpu(device: str) -> None:
             f"run.device=cuda: {missing} here; use run.device=cpu, or on a machine with GPUs and a CUDA build of torch "
             "run=gpu context.kernel=flash_cuda model.dtype=bfloat16"
         )
+
+
+def refuse_no_te(device: str) -> None:
+    """Raise ValueError, with what is missing, unless Transformer Engine is installed and ``device`` is "cuda"."""
+    missing = [] if device == "cuda" else ["a GPU (run=gpu)"]
+    if importlib.util.find_spec("transformer_engine") is None:
+        cuda = (torch.version.cuda or "13").split(".")[0]
+        package = f"transformer-engine[core_cu{cuda},pytorch]"
+        install = f"with a CUDA build of torch, pip install --no-build-isolation '{package}'"
+        missing.append(f"Transformer Engine ({install})")
+    if missing:
+        raise ValueError(f"model.layers=te needs {' and '.join(missing)}; use model.layers=local without it")
+
+
+def refuse_other_than_te(shape: ModelShape) -> None:
+    """Raise ValueError for a model that Transformer Engine's layers cannot express."""
+    if shape.mixture:
+        raise ValueError("model.layers=te is not built for mixtures of experts; use model.layers=local")
 
 
 def refuse_unused(mesh: Mesh, recipe: str, axes: tuple[str, ...]) -> None:

@@ -27,7 +27,7 @@ def plan_of(
 
     With ``decode`` "sharded" and ``mesh.tp=1``, context ranks take the place of the tensor-parallel ranks.
 
-    Raises ValueError, with what to set instead, for a plan that does not fit the model, the mesh or ``model.layers``.
+    Raises ValueError, with what to set instead, for a plan that does not fit the model or the mesh.
     """
     saved = saved_plan(folder)
     if saved:
@@ -37,8 +37,6 @@ def plan_of(
     plan = choose_plan(section(config, "spd", SPD), degree, folder, shape, saved, model.cache)
     if not plan.dropped:
         return None
-    if model.layers == "te":
-        raise ValueError("model.layers=te is not tested with dropped reductions: use model.layers=local, or spd=none")
     refuse_unfit_shape(shape)
     if shared:
         refuse_unshared(mesh, degree, plan, shape)

@@ -33,7 +33,7 @@ def resolve_spd_target(config: DictConfig, recipe: str) -> Target:
     Raises ValueError, with what to set instead, where `resolve_target` does, and for
 
     * ``mesh.tp`` below 2, since one rank has no reduction to drop;
-    * Transformer Engine's layers and devices other than the CPU, which are not tested;
+    * Transformer Engine's layers, which need a GPU, and devices other than the CPU, which are not tested;
     * a model that already has a plan of dropped reductions;
     * an ``out`` that is not a writable folder, or that belongs to another recipe.
     """
@@ -41,7 +41,7 @@ def resolve_spd_target(config: DictConfig, recipe: str) -> Target:
     if mesh.tp < 2:
         raise ValueError(f"mesh.tp={mesh.tp}: one rank has no reduction to drop; use mesh.tp=2 or more with {recipe}")
     if model.layers == "te":
-        raise ValueError("model.layers=te is not tested with dropped reductions: use model.layers=local")
+        raise ValueError(f"model.layers=te needs a GPU, and {recipe} runs on the CPU: use model.layers=local")
     refuse_unwritable_folder(config.out)
     refuse_other_recipe(config.out, recipe)
     target = resolve_target(config, recipe, unused_axes=("ulysses", "ring", "pp"), spd="ignore")

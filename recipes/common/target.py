@@ -97,7 +97,7 @@ def resolve_target(
     """
     from longctx.attention.backends import kernel_for
     from longctx.parallel.strategy import STRATEGIES
-    from longctx.parallel.validate import refuse_unfit, refuse_unused
+    from longctx.parallel.validate import refuse_no_te, refuse_other_than_te, refuse_unfit, refuse_unused
 
     # 1. Check the settings by themselves.
     mesh = section(config, "mesh", Mesh) if "mesh" in config else Mesh()
@@ -119,11 +119,13 @@ def resolve_target(
             "context.decode=gather_merge"
         )
     kernel_for(context.kernel, run.device, model.dtype)
-    if model.layers == "te" and run.device == "cpu":
-        raise ValueError("model.layers=te needs a GPU: use model.layers=local, or run=gpu with Transformer Engine")
+    if model.layers == "te":
+        refuse_no_te(run.device)
     # 2. Locate the model, and check it against the mesh and the plan.
     folder = locate(model, say)
     shape = shape_of(folder)
+    if model.layers == "te":
+        refuse_other_than_te(shape)
     if needs_weights:
         refuse_damaged(model, folder, shape)
     refuse_unfit(mesh, shape)

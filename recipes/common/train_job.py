@@ -143,8 +143,6 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool) ->
 def _refuse_untrainable(target: Target, settings: TrainSettings) -> None:
     if settings.mlp_rows and target.shape.mixture:
         raise ValueError(f"mlp_rows={settings.mlp_rows} is not built for mixtures of experts: use mlp_rows=null")
-    if target.model.layers == "te":
-        raise ValueError("model.layers=te has not been tested in training: use model.layers=local")
     if target.plan and target.plan.own_norms:
         raise ValueError(
             f"{target.folder} has separate norms per rank (repair.own_norms), which training does not support: "

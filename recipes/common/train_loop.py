@@ -146,6 +146,7 @@ def build_state(runtime: Runtime, job: TrainJob) -> TrainState:
 
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.hf_io.init import RandomInit
+    from longctx.megatron.model import layers_in_use
     from longctx.megatron.training.optimizer import build_train_state
 
     target = job.target
@@ -157,7 +158,7 @@ def build_state(runtime: Runtime, job: TrainJob) -> TrainState:
         job.optim,
         lambda net: hf_load.load(net, read, target.shape),
         dtype=getattr(torch, target.model.dtype),
-        layers="local",
+        layers=layers_in_use(target.model.layers, target.shape),
         steps=job.settings.steps,
         recompute=job.settings.recompute,
         loss_rows=job.settings.loss_rows,

@@ -1,5 +1,6 @@
 """Meshes that do not fit are refused before any rank starts, with a message that says what to use instead."""
 
+import importlib.util
 import re
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import torch
 from longctx.attention.backends import kernel_for
 from longctx.config import Mesh
 from longctx.model_shape import Experts, ModelShape
-from longctx.parallel.validate import refuse_no_gpu, refuse_unfit, refuse_unused
+from longctx.parallel.validate import refuse_no_gpu, refuse_no_te, refuse_other_than_te, refuse_unfit, refuse_unused
 
 
 def model(heads: int, kv_heads: int, ffn: int) -> ModelShape:
@@ -128,3 +129,22 @@ def test_refused_combination_on_a_gpu_names_one_that_is_accepted(kernel, dtype):
     settings = dict(re.findall(r"(kernel|dtype)=(\w+)", str(refused.value).partition("; use ")[2].partition(",")[0]))
     assert settings["dtype"] == "bfloat16"
     assert kernel_for(settings.get("kernel", kernel), "cuda", settings["dtype"])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("installed", [False, True])
+def test_refusal_of_te_names_what_is_missing_and_how_to_install_it(device, installed, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if installed else None)
+    if installed and device == "cuda":
+        refuse_no_te(device)
+        return
+    with pytest.raises(ValueError, match=r"model\.layers=te needs .*use model\.layers=local") as raised:
+        refuse_no_te(device)
+    assert ("a GPU (run=gpu)" in str(raised.value)) == (device == "cpu")
+    assert ("--no-build-isolation 'transformer-engine[core_cu" in str(raised.value)) == (not installed)
+
+
+def test_te_refuses_mixtures_of_experts_only():
+    refuse_other_than_te(replace(SMOLLM2, layer_norm=True, norms="post", qk_norm="width", gated=False))
+    with pytest.raises(ValueError, match=r"not built for mixtures of experts; use model\.layers=local"):
+        refuse_other_than_te(replace(SMOLLM2, experts=(None, Experts(5, 2, 24))))

@@ -33,7 +33,7 @@ from longctx.megatron.hf_io.names import tensor_views_of_layer
 from longctx.megatron.loss import loss_of
 from longctx.megatron.modules import RMSNorm
 from longctx.megatron.spd.layer import SPDTransformerLayer
-from longctx.megatron.spec import local_layer_spec
+from longctx.megatron.spec import layer_spec
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm, SingleRankComm
 from longctx.parallel.hybrid import hybrid
@@ -101,7 +101,7 @@ class Blocks:
     def copy_of(self, block: int, *, own_norms: bool) -> SPDTransformerLayer:
         """Return a trainable copy of block ``block`` that drops its reduction."""
         original = self.model.decoder.layers[block]
-        spec = local_layer_spec(SPDTransformerLayer, self.shape, self.model.pg_collection)
+        spec = layer_spec(SPDTransformerLayer, self.shape, self.model.pg_collection)
         layer: SPDTransformerLayer = build_module(
             spec, config=original.config, layer_number=block + 1, pg_collection=self.model.pg_collection
         )

@@ -33,13 +33,15 @@ many FLOPs as the stock block.
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 
-from longctx.megatron.modules import NormedRowParallelLinear
+from longctx.megatron.modules import NormedOutput
 from longctx.megatron.shared import WeightShare, all_shares
 from longctx.shapes import Float, Tensor
 from longctx.spd.plan import SPDPlan
@@ -51,6 +53,9 @@ class SPDTransformerLayer(TransformerLayer):
     With sequence parallelism, the SPD block gathers x once and scatters the sum once, instead of twice each.
     The parameters, and so the checkpoints, are those of the stock layer.
 
+    Linear layers of Transformer Engine apply the norms themselves.  `input_layernorm` and `pre_mlp_layernorm` are then
+    identities.
+
     With ``own_norms``, each tensor-parallel rank trains separate norm weights.  ``shares`` are the weight shares of the
     N ranks if these are context ranks; it is empty for tensor-parallel ranks.
     """
@@ -58,6 +63,7 @@ class SPDTransformerLayer(TransformerLayer):
     dropped = False
     own_norms = False
     shares: tuple[WeightShare, ...] = ()
+    _hooks: tuple[RemovableHandle, ...] = ()
 
     def drop(self, *, dropped: bool, own_norms: bool = False) -> None:
         """Switch the first reduction off (``dropped``) or back on, from the next forward pass on."""
@@ -66,12 +72,27 @@ class SPDTransformerLayer(TransformerLayer):
         attention, mlp = self.self_attention, self.mlp
         for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
             linear.explicit_expert_comm = dropped  # megatron-core's flag for "the caller communicates"
-        for norm in (self.input_layernorm, self.pre_mlp_layernorm):
+        fused = self._fused_norm_parameters()
+        for parameter in (*self.input_layernorm.parameters(), *self.pre_mlp_layernorm.parameters(), *fused):
             # megatron-core sums a weight's gradient over ranks if sequence_parallel is set.  `names` reads the other
             # two attributes: a norm per rank is saved as a tensor sharded along dim 0.
-            for parameter in norm.parameters():
-                parameter.sequence_parallel = self.config.sequence_parallel and not self.own_norms
-                parameter.tensor_model_parallel, parameter.partition_dim = self.own_norms, 0
+            parameter.sequence_parallel = self.config.sequence_parallel and not self.own_norms
+            parameter.tensor_model_parallel, parameter.partition_dim = self.own_norms, 0
+        for hook in self._hooks:
+            hook.remove()
+        sums = dropped and not (self.own_norms or self.config.sequence_parallel)
+        self._hooks = tuple(parameter.register_hook(self._sum_over_ranks) for parameter in fused if sums)
+
+    def _fused_norm_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the norms that Transformer Engine's linear layers apply to their input."""
+        linears = (self.self_attention.linear_qkv, self.mlp.linear_fc1)
+        return [p for each in linears for name, p in each.named_parameters() if name.startswith("layer_norm_")]
+
+    def _sum_over_ranks(self, gradient: Tensor) -> Tensor:
+        """Return the sum of ``gradient`` over ranks: each rank's norm inside a linear layer sees that rank's part."""
+        total = gradient.clone()
+        dist.all_reduce(total, group=self.tp_group)
+        return total
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if not self.dropped:
@@ -83,7 +104,7 @@ class SPDTransformerLayer(TransformerLayer):
     @property
     def _share_in_use(self) -> WeightShare | None:
         """This rank's share of the weights in sharded decoding; None in any other pass."""
-        share = self.mlp.linear_fc2.share
+        share = getattr(self.mlp.linear_fc2, "share", None)  # Transformer Engine's layers have none
         return share if share and share.active else None
 
     def _forward_all_shares(
@@ -137,7 +158,7 @@ class SPDTransformerLayer(TransformerLayer):
     @property
     def _normalises_outputs(self) -> bool:
         """True if the model applies norms to the outputs of attention and MLP."""
-        return isinstance(self.mlp.linear_fc2, NormedRowParallelLinear)
+        return isinstance(self.mlp.linear_fc2, NormedOutput)
 
     def _add(self, attention: Tensor, mlp: Tensor) -> Tensor:
         """Return the sum of the two reduced outputs, after their norms if the model has these."""

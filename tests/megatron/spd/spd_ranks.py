@@ -96,12 +96,21 @@ def count_collectives() -> Iterator[tuple[Counter[str], Counter[str]]]:
         setattr(module, name, function)
 
 
-def build_layer(layer_class: Any, runtime: Any, *, biases: bool, sequence_parallel: bool, norms: str) -> Any:
-    """Build one layer of ``layer_class`` with this rank's shard of `weights`."""
+def local_name(name: str) -> str:
+    """Return the name in megatron-core's layers of a parameter of Transformer Engine's."""
+    fused = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
+    linear, _, rest = name.partition(".layer_norm_")
+    return f"{fused[linear]}.{rest}" if rest else name
+
+
+def build_layer(
+    layer_class: Any, runtime: Any, *, biases: bool, sequence_parallel: bool, norms: str, layers: str
+) -> Any:
+    """Build one layer of ``layer_class`` with this rank's shard of `weights`; ``layers`` as in `build_model`."""
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from longctx.megatron.spec import local_layer_spec
+    from longctx.megatron.spec import LOCAL, layer_spec, te_linears
     from longctx.model_shape import ModelShape
 
     warnings.filterwarnings("ignore", message="full scope is deprecated")  # megatron-core sets it by default
@@ -114,17 +123,26 @@ def build_layer(layer_class: Any, runtime: Any, *, biases: bool, sequence_parall
         gradient_accumulation_fusion=False, masked_softmax_fusion=False, apply_rope_fusion=False,
     )  # fmt: skip
     shape = ModelShape(1, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, 11, 13, 1e-5, False, False, norms=norms)
-    spec = local_layer_spec(layer_class, shape, runtime.groups)
+    linears = te_linears(shape) if layers == "te" else LOCAL
+    spec = layer_spec(layer_class, shape, runtime.groups, linears=linears)
     layer = build_module(spec, config=config, layer_number=1, pg_collection=runtime.groups)
     whole = weights(biases, norms)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
-            parameter.copy_(shard(name, whole[name], runtime.tp.rank, runtime.tp.size))
+            local = local_name(name)
+            parameter.copy_(shard(local, whole[local], runtime.tp.rank, runtime.tp.size))
     return layer
 
 
 def run_layer(
-    rank: Rank, tp: int, kind: str, biases: bool, sequence_parallel: bool, own_norms: bool = False, norms: str = "pre"
+    rank: Rank,
+    tp: int,
+    kind: str,
+    biases: bool,
+    sequence_parallel: bool,
+    own_norms: bool = False,
+    norms: str = "pre",
+    layers: str = "local",
 ) -> dict[str, Any]:
     """Run one layer forward and backward.
 
@@ -145,7 +163,7 @@ def run_layer(
     with open_runtime(rank, Mesh(tp=tp), timeout_minutes=2, training=True) as runtime:
         layer = build_layer(
             TransformerLayer if kind == "stock" else SPDTransformerLayer,
-            runtime, biases=biases, sequence_parallel=sequence_parallel, norms=norms,
+            runtime, biases=biases, sequence_parallel=sequence_parallel, norms=norms, layers=layers,
         )  # fmt: skip
         if kind != "stock":
             layer.drop(dropped=kind == "dropped", own_norms=own_norms)
@@ -167,7 +185,7 @@ def run_layer(
             gradient = parameter.grad.clone()
             if getattr(parameter, "sequence_parallel", False):  # as megatron-core's finalize_model_grads does
                 dist.all_reduce(gradient, group=runtime.groups.tp)
-            gradients[name] = gradient
+            gradients[local_name(name)] = gradient
     return {
         "out": out.detach(), "x": x.grad, "gradients": gradients, "rows_sharded": rows_sharded,
         "forward": dict(forward), "forward_bytes": dict(forward_bytes), "backward": dict(backward),

@@ -1,0 +1,68 @@
+"""Transformer Engine's linear layers as modules of decoder blocks; imported only where Transformer Engine is installed.
+
+Its layers that read a block's input apply the norm in front of them, too (``layer_norm_weight``).
+"""
+
+from megatron.core.extensions.transformer_engine import (
+    TEColumnParallelLinear,
+    TELayerNormColumnParallelLinear,
+    TERowParallelLinear,
+)
+from torch import nn
+
+from longctx.megatron.modules import BiasedInput, BiasedOutput, NormedOutput, ScaledOutput
+
+
+class _Communicates(nn.Module):
+    """Adds megatron-core's flag for "the caller communicates" to a layer of Transformer Engine.
+
+    Transformer Engine reads ``parallel_mode`` at every call.  None leaves out all of its collectives.
+    """
+
+    _mode: str
+
+    @property
+    def explicit_expert_comm(self) -> bool:
+        return self.parallel_mode is None
+
+    @explicit_expert_comm.setter
+    def explicit_expert_comm(self, caller_communicates: bool) -> None:
+        self.parallel_mode = None if caller_communicates else self._mode
+
+
+class TENormColumnLinear(_Communicates, TELayerNormColumnParallelLinear):
+    """A norm and a column-parallel projection."""
+
+    _mode = "column"
+
+
+class TEBiasedNormColumnLinear(BiasedInput, TENormColumnLinear):
+    """A norm and a column-parallel projection with a bias."""
+
+
+class TEColumnLinear(_Communicates, TEColumnParallelLinear):
+    """A column-parallel projection."""
+
+    _mode = "column"
+
+
+class TEBiasedColumnLinear(BiasedInput, TEColumnLinear):
+    """A column-parallel projection with a bias."""
+
+
+class TERowLinear(_Communicates, TERowParallelLinear):
+    """A row-parallel projection."""
+
+    _mode = "row"
+
+
+class TEBiasedRowLinear(BiasedOutput, TERowLinear):
+    """A row-parallel projection with a bias."""
+
+
+class TENormedRowLinear(NormedOutput, TERowLinear):
+    """A row-parallel projection with a normalised output."""
+
+
+class TEScaledRowLinear(ScaledOutput, TERowLinear):
+    """A row-parallel projection with a scaled output."""

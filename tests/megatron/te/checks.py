@@ -1,0 +1,70 @@
+"""Run all checks of Transformer Engine's layers in one process and its ranks; write their results to a file.
+
+A process of its own, since the stand-in must be there before megatron-core is imported:
+``LONGCTX_TE=WHEEL python -m tests.megatron.te.checks FOLDER``.  FOLDER has the models; results.pt appears in it.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longctx.config import Mesh
+from longctx.parallel.launch import RankFailed, run_ranks, warm_up
+from tests.megatron.te.ranks import Training, compare_logits, compare_training, noticed, round_trip, run_layers
+
+# Kind, biases, sequence parallelism, norms per rank.
+LAYER_CASES = [*product(["dropped"], [False, True], [False, True], [False]), ("dropped", True, False, True)]
+
+
+def main(folder: Path) -> None:
+    """Write FOLDER/results.pt: by check, what each rank returned, or the traceback of the rank that failed."""
+    models = {place.name: place for place in sorted((folder / "models").iterdir())}
+    llama, biased, gemma = (models[kind] for kind in ("tied llama", "llama with all biases", "gemma3"))
+    every = [Training(place) for place in models.values()]
+    tp2 = [
+        *every,
+        *(Training(place, sequence_parallel=False) for place in (biased, gemma)),
+        *(Training(biased, recompute=recompute, mlp_rows=5) for recompute in ("selective", "full")),
+        *(Training(place, dropped=(1,), recompute="selective") for place in (biased, gemma)),
+        Training(biased, dropped=(0, 1), sequence_parallel=False, mlp_rows=5),
+    ]
+    single = [Training(llama, dtype="float32", zero1=zero1) for zero1 in (False, True)]
+    stages, saved = [*single, Training(gemma, recompute="full")], Training(biased, zero1=True, dtype="float32")
+    some = {kind: models[kind] for kind in ("llama with all biases", "gemma3")}
+    checks: dict[str, tuple[Any, ...]] = {
+        "logits tp=1": (1, compare_logits, Mesh(), models, "float32", (), folder / "1"),
+        "logits tp=2": (2, compare_logits, Mesh(tp=2), models, "float64", (), folder / "2"),
+        "logits tp=3": (3, compare_logits, Mesh(tp=3), some, "float64", (), folder / "3"),
+        "logits dropped": (3, compare_logits, Mesh(tp=3), some, "float64", (0,), folder / "4"),
+        "training tp=1": (1, compare_training, Mesh(), every),
+        "training tp=2": (2, compare_training, Mesh(tp=2), tp2),
+        "training tp=3": (3, compare_training, Mesh(tp=3), [Training(biased), Training(gemma, dropped=(0,))]),
+        "training tp=2 pp=2": (4, compare_training, Mesh(tp=2, pp=2), stages),
+        "training ring=2 dp=2": (4, compare_training, Mesh(ring=2, dp=2), stages),
+        "checkpoint": (2, round_trip, Mesh(tp=2), saved, folder / "checkpoints"),
+        "layer tp=2": (2, run_layers, 2, LAYER_CASES),
+        "layer tp=3": (3, run_layers, 3, LAYER_CASES),
+        "mutations": (2, noticed, Mesh(tp=2), models),
+    }
+    torch.save({name: _outcome(*check) for name, check in checks.items()}, folder / "results.pt")
+
+
+def _outcome(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any] | str:
+    try:
+        return run_ranks(ranks, function, *args)
+    except RankFailed as error:
+        return f"{error}\n{error.details}"
+
+
+if __name__ == "__main__":
+    # As in pyproject.toml: warnings are errors, except for megatron-core's about its own calls.
+    warnings.simplefilter("error")
+    for message in ("MLP requires ffn_hidden_size", "Warning. tp_group is None"):
+        warnings.filterwarnings("ignore", message)
+    warm_up(["tests.megatron.te.warm"])
+    main(Path(sys.argv[1]))

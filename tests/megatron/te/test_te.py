@@ -1,0 +1,114 @@
+"""Transformer Engine's layers equal megatron-core's own, with GEMM and norms of torch: wiring, not kernels.
+
+The checks run in one process of their own (`checks`); each test below asserts the results of one of them.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+
+from tests.megatron.kinds import random_model
+from tests.megatron.spd.spd_ranks import unshard
+from tests.megatron.spd.test_layer import oracle
+from tests.megatron.te.checks import LAYER_CASES
+from tests.oracle import assert_close
+
+VERSION = "2.20.2"
+ROOT = Path(__file__).parents[3]
+# One of each block that Transformer Engine's layers can express; heads and neurons that 2 and 3 ranks can share.
+NAMES = (
+    "tied llama", "llama with all biases", "qwen3", "olmo2", "gemma3", "granite", "starcoder2"
+)  # fmt: skip
+SIZES = {"hidden_size": 168, "num_attention_heads": 12, "num_key_value_heads": 6, "intermediate_size": 90}
+
+
+def run(command: list[Any], **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture(scope="session")
+def wheel() -> Path:
+    """Folder of Transformer Engine's Python code, without its compiled core, which pip fetches once (1.2 MB)."""
+    folder = Path(os.environ.get("LONGCTX_CACHE", "~/.cache/longctx")).expanduser() / f"transformer-engine-{VERSION}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            partial = folder.with_suffix(".partial")
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", "--upgrade"]
+            done = run([*pip, "--target", partial, f"transformer-engine=={VERSION}"])
+            if done.returncode:
+                pytest.skip(f"Transformer Engine's wheel cannot be fetched: {done.stderr.strip()[-300:]}")
+            partial.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def results(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("te")
+    for kind in NAMES:
+        random_model(kind, folder / "models" / kind, **SIZES)
+    environment = {**os.environ, "LONGCTX_TE": str(wheel), "OMP_NUM_THREADS": "1"}
+    done = run([sys.executable, "-m", "tests.megatron.te.checks", folder], env=environment)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return torch.load(folder / "results.pt", weights_only=False)
+
+
+def of_ranks(results: dict[str, Any], check: str) -> list[Any]:
+    ranks = results[check]
+    assert not isinstance(ranks, str), ranks
+    return ranks
+
+
+def test_logits_of_one_rank_are_bit_equal_to_those_of_local_layers_and_exports_to_the_source(results):
+    (rank,) = of_ranks(results, "logits tp=1")
+    assert len(rank) == len(NAMES) and set(rank.values()) == {(0.0, True)}, rank
+
+
+@pytest.mark.parametrize("check", ["tp=2", "tp=3", "dropped"])
+def test_logits_of_several_ranks_equal_those_of_local_layers_in_float64(results, check):
+    """In float32 the two kinds of layers round differently (7e-7)."""
+    for rank in of_ranks(results, f"logits {check}"):
+        assert rank and all(error < 1e-12 for error, _ in rank.values()), rank
+
+
+@pytest.mark.parametrize("mesh", ["tp=1", "tp=2", "tp=3", "tp=2 pp=2", "ring=2 dp=2"])
+def test_training_equals_that_of_local_layers(results, mesh):
+    """Loss and every gradient; in float32, as megatron-core's optimizers demand, also the loss after a step."""
+    for rank in of_ranks(results, f"training {mesh}"):
+        for errors in rank:
+            bound = 1e-6 if "next" in errors else 1e-12
+            assert all(error < bound for error in errors.values()), rank
+
+
+def test_checkpoint_goes_from_local_to_te_to_local_layers_unchanged(results):
+    assert of_ranks(results, "checkpoint") == [{"weights": True, "next": True}] * 2
+
+
+@pytest.mark.parametrize("case", range(len(LAYER_CASES)), ids=lambda i: str(LAYER_CASES[i]))
+@pytest.mark.parametrize("tp", [2, 3])
+def test_dropped_layer_equals_the_equations_of_the_paper(results, tp, case):
+    _, biases, sequence_parallel, own_norms = LAYER_CASES[case]
+    ranks = [rank[case] for rank in of_ranks(results, f"layer tp={tp}")]
+    out, x, gradients, norms = oracle(tp, biases)
+    join_rows = torch.cat if sequence_parallel else (lambda parts: parts[-1])
+    assert_close(join_rows([rank["out"] for rank in ranks]), out, 1e-12)
+    assert_close(join_rows([rank["x"] for rank in ranks]), x, 1e-12)
+    for name, gradient in gradients.items():
+        assert_close(unshard(name, [rank["gradients"][name] for rank in ranks]), gradient, 1e-12)
+    for i, name in enumerate(("input_layernorm.weight", "pre_mlp_layernorm.weight")):
+        for rank, own in zip(ranks, norms, strict=True):
+            expected = own[i] if own_norms else sum(each[i] for each in norms)
+            assert_close(rank["gradients"][name], expected, 1e-12)
+
+
+def test_every_mutation_is_noticed(results):
+    first, second = of_ranks(results, "mutations")
+    assert len(first) >= 11
+    # A gradient that is not summed over ranks may be noticed on one rank only.
+    assert not [name for name in first if not (first[name] or second[name])]
