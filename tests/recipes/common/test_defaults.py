@@ -43,6 +43,7 @@ TOP_LEVEL = {
     "bench/decode": "recipes.bench.decode.DecodeSettings",
     "bench/drift": "recipes.bench.drift.DriftSettings",
     "bench/million": "recipes.bench.million.MillionSettings",
+    "bench/output_norms": "recipes.bench.output_norms.OutputNormsSettings",
     "bench/prefill": "recipes.bench.prefill.PrefillSettings",
     "bench/spd_latency": "recipes.bench.spd_latency.LatencySettings",
     "bench/spd_quality": "recipes.bench.spd_quality.QualitySettings",
