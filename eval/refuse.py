@@ -23,7 +23,7 @@ def refuse_unknown_gate(evaluation: EvalConfig, names: Sequence[str]) -> None:
     if unknown := set(evaluation.gate) - set(names):
         raise ValueError(f"eval.gate: there is no variant {min(unknown)}: use some of {', '.join(names[1:]) or 'none'}")
     if BASELINE in evaluation.gate:
-        raise ValueError(f"eval.gate: {BASELINE} is what variants are compared with: name variants")
+        raise ValueError(f"eval.gate lists {BASELINE}, which variants are compared with: list variants only")
 
 
 def refuse_other_sizes(configs: Sequence[tuple[str, DictConfig]]) -> None:

@@ -1,7 +1,7 @@
 """Score interval of a paired difference of accuracies, averaged over tasks.
 
-For one task it is Tango's interval (Statistics in Medicine 17, 1998).  For several tasks, each value of the average is
-tested with the rates of all tasks that are most likely under it.  The interval has the values that are not rejected.
+For one task it is Tango's interval (Statistics in Medicine 17, 1998).  For several tasks, each candidate average is
+tested with the task rates that are most likely under it.  The interval has the averages that are not rejected.
 Its width depends on these rates, not on the observed ones.  A task without a changed example therefore has a width too.
 """
 
@@ -94,8 +94,8 @@ def tilted_rates(changes: Changes, tilt: Numbers) -> tuple[Numbers, Numbers]:
 
     They maximise the log-likelihood plus ``t * (q - p)``, with t = ``tilt * weights``.  At the maximum,
     q = won / (m - t) and p = lost / (m + t), and the rate of no change is (n - lost - won) / m.  The three rates add up
-    to 1, so m is the largest root of a cubic.  The rate that the tilt raises is computed as the rest; this also holds
-    if its count is 0.
+    to 1, so m is the largest root of a cubic.  The rate that the tilt raises is 1 minus the other two, also if its
+    count is 0.
     """
     lost, won, n, t = np.broadcast_arrays(changes.lost, changes.won, changes.n, changes.weights * tilt[..., None])
     same, size = n - lost - won, np.abs(t)

@@ -31,9 +31,9 @@ class Session:
     """Sequences by id, whose keys and values are sharded over the ranks of ``engine``.
 
     Each turn's new tokens are sharded by themselves (arXiv 2411.01783, 3.5.1); ranks that hold fewer rows get the
-    larger shares.  ``choose`` picks the strategy of each prefill; by default it is ``context.strategy``.  For
-    ``context.decode=auto``, ``choose_decode`` picks that of each decode step; ``decode_choices`` has its choices by
-    number of sequences.  A new sequence's cache has room for at least ``reserve`` tokens.  All ranks must make the same
+    larger shares.  ``choose`` picks the strategy of each prefill; by default it is ``context.strategy``.  With
+    ``context.decode=auto``, ``choose_decode`` picks the strategy of each decode step; ``decode_choices`` has its choices
+    by number of sequences.  A new sequence's cache has room for at least ``reserve`` tokens.  All ranks must make the same
     calls in the same order.
     """
 

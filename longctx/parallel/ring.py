@@ -42,9 +42,9 @@ class Ring:
         return tiles
 
     def keys_to_send(self, owner: int, hop: int, hops: int = 1) -> Rows | None:
-        """Return the rows of ``owner``'s keys that some rank needs which is ``hop`` to ``hop + hops - 1`` hops away.
+        """Return the rows of ``owner``'s keys that ranks ``hop`` to ``hop + hops - 1`` hops away need.
 
-        None means all rows, as without a window, when other ranks see nearly all rows.
+        None means all rows.  This is always so without a window.
         """
         return self._rows_to_send("keys", owner, hop, hops)
 
@@ -236,8 +236,8 @@ def scatter_merge(
 
     As in `gather_merge`, every rank passes its ``partial`` [b s hq/U d] of the same rows.  Rank r gets the attention
     output [b s len(heads[r]) d] of the query heads ``heads[r]``.  ``sinks`` are the sink scores of all heads (see
-    `partial.sink`).  Bytes sent per rank: d values and one log-sum-exp per row, for each head that it attended with and
-    that another rank merges, in the accumulation dtype.
+    `partial.sink`).  Per row and head that another rank merges, a rank sends d values and one log-sum-exp, in the
+    accumulation dtype.
     """
     width, member = partial.out.shape[2], comm.rank % ulysses
 

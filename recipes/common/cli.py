@@ -218,7 +218,7 @@ def is_first() -> bool:
 
 
 def warm_up_ranks(modules: Sequence[str]) -> None:
-    """Import torch here and ``modules`` in the server of local ranks, unless a launcher has started the ranks."""
+    """Import torch here.  If this process will start the ranks, their server imports ``modules`` at the same time."""
     if current_rank() is None:
         warm_up(modules)
     import torch  # noqa: F401  # takes seconds; the server of local ranks imports `modules` at the same time
