@@ -72,7 +72,7 @@ class ChatJob:
 
     ``index`` describes the saved session to resume.  ``turns`` is None if a person types them.  ``fingerprint`` ties a
     session to the model and its dropped blocks.  ``origin`` is the part of ``out`` that is known before the first turn;
-    it is taken here because a rank's process has another command line.
+    it is collected before the ranks start, because their command line differs from the user's.
     """
 
     target: Target

@@ -88,8 +88,8 @@ def run_replicated(
     For few rows (tree attention, arXiv 2408.04093): every rank projects all rows and attends to the keys that it
     caches, and one all-gather merges the partial results.  ``layout`` says which ring rank caches which rows.
 
-    With a ``share`` that is in use (`WeightShare.in_use`), each rank projects with its share of the weights.  One all-to-all
-    then gives each rank the merged output of its share of the heads.
+    With a ``share`` (the caller has entered `WeightShare.in_use`), each rank projects with only its share of the
+    weights.  One all-to-all then gives each rank the merged output of its share of the heads.
     """
     layout = layout.after(cache.layout)
     cache.extend(layout)

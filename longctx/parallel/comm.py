@@ -41,7 +41,7 @@ def doing(what: str) -> Iterator[None]:
 class Traffic:
     """Bytes and messages that a rank has sent to other ranks, by operation.
 
-    ``purposes`` counts the bytes sent inside `counted_as` again, under the name given to it.
+    ``purposes`` holds the bytes sent inside `counted_as`, by purpose; ``bytes`` includes them too.
     """
 
     bytes: dict[str, int] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""For each rank: the linear map that predicts the MLP's input with all heads from its input with own heads only.
+"""For each rank, the linear map from its MLP input to the input that it would have with all heads.
 
 Not in arXiv 2502.20727.  A linear layer W that reads the prediction M x absorbs it at no cost: W (M x) = (W M) x.
 """

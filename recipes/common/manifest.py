@@ -165,7 +165,7 @@ def _read(path: Path) -> Manifest:
     if not isinstance(manifest, dict):
         raise TypeError("it is no JSON object")
     if is_file_name(str(path)) and Path(manifest["out"]).name != path.name:
-        raise FileNotFoundError(f"the last run in this folder wrote {manifest['out']}; give each run another folder")
+        raise FileNotFoundError(f"a later run overwrote it, and wrote {manifest['out']}: only that run can be read")
     return manifest
 
 

@@ -38,7 +38,7 @@ _FINITE = ("loss", "grad_norm", "eval/loss")  # figures that are finite unless t
 class Start:
     """Resume point of a run: the steps done, the data's resume state and the id of the run's record.
 
-    Records before ``first_record`` are kept.  A new run starts at record 0, which holds the samples.
+    On resume, records from ``first_record`` on are deleted.  Record 0 holds samples of the text.
     """
 
     step: int = 0
