@@ -12,6 +12,7 @@ from eval.sensitivity import lacks_order
 from eval.variants import BASELINE, Variant
 from longctx.config import Mesh
 from longctx.parallel.launcher import current_rank
+from recipes.common.cli import refuse_other_world
 from recipes.common.settings import section
 
 if TYPE_CHECKING:
@@ -65,13 +66,7 @@ def refuse_other_order(base: Variant, variant: Variant, config: DictConfig) -> N
         )
 
 
-def refuse_other_world(configs: Sequence[tuple[str, DictConfig]]) -> None:
+def refuse_other_worlds(configs: Sequence[tuple[str, DictConfig]]) -> None:
     """Raise ValueError if a launcher started the ranks, and a variant has another number of them."""
-    rank = current_rank()
-    for name, config in configs if rank else ():
-        mesh = section(config, "mesh", Mesh)
-        if rank and rank.world_size != mesh.ranks:
-            raise ValueError(
-                f"the launcher started {rank.world_size} ranks, variant {name} has {mesh.ranks} ({mesh}): "
-                f"start without a launcher, or give all variants {rank.world_size} ranks"
-            )
+    for name, config in configs if current_rank() else ():
+        refuse_other_world(section(config, "mesh", Mesh), f"variant {name}")

@@ -2,7 +2,7 @@
 
 For one task it is Tango's interval (Statistics in Medicine 17, 1998).  For several tasks, each candidate average is
 tested under the most likely task rates that give it.  The interval has the averages that are not rejected.  It has a
-width even if no example changes, because these rates are never all zero.
+width even if no example changes, because a candidate other than 0 needs rates above 0.
 """
 
 from collections.abc import Sequence
@@ -54,8 +54,9 @@ def score_interval(changes: Changes, z: float) -> tuple[Numbers, Numbers]:
 def score_limit(changes: Changes, z: float, side: int) -> Numbers:
     """Return the lower (``side`` -1) or upper (1) end of `score_interval`.
 
-    For each value of the average, one set of rates is the most likely.  One parameter, the tilt (the Lagrange multiplier of the
-    average), runs through these sets.  Bisection finds the tilt whose average is ``z`` standard errors from the observed average.
+    For each value of the average, one set of rates is the most likely.  One parameter, the tilt (the Lagrange
+    multiplier of the average), runs through these sets.  Bisection finds the tilt whose average is ``z`` standard
+    errors from the observed average.
     """
     largest = np.log(np.asarray(changes.n / changes.weights).max(-1)) + 35
     high = np.broadcast_to(largest, changes.average.shape)

@@ -87,7 +87,7 @@ ESTIMATES: dict[str, Callable[[Sums, list[float]], list[Hidden]]] = {
 
 
 def partial_attention(layer: Any, x: Hidden, known: dict[str, Any], ranks: int) -> Sums:
-    """Return the sums of a Gemma 3 block, whose attention gets ``known`` beside its input."""
+    """Return the sums of a Gemma 3 block, whose attention gets ``known`` in addition to its input."""
     heads: list[Tensor] = []
     hook = layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0]))
     layer.self_attn(hidden_states=layer.input_layernorm(x), **known)

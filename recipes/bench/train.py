@@ -1,4 +1,4 @@
-"""A training step on one rank and on several; and attention, forward and backward, beside other projects' rings.
+"""A training step on one rank and on several; and attention, forward and backward, compared with other projects' rings.
 
 python -m recipes.bench train json=train.json
 """

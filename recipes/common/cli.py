@@ -195,13 +195,13 @@ def on_every_rank(mesh: Mesh, rank_main: Callable[[Rank, *Args], Result], *args:
         raise RankFailed(rank.rank, rank.world_size, reason, "") from error
 
 
-def refuse_other_world(mesh: Mesh) -> None:
-    """Raise ValueError if a launcher started another number of ranks than ``mesh`` has."""
+def refuse_other_world(mesh: Mesh, owner: str = "the mesh") -> None:
+    """Raise ValueError, naming ``owner``, if a launcher started another number of ranks than ``mesh`` has."""
     rank = current_rank()
     if rank and rank.world_size != mesh.ranks:
         raise ValueError(
-            f"the launcher started {rank.world_size} ranks, the mesh has {mesh.ranks} ({mesh}): "
-            f"set mesh axes whose product is {rank.world_size}"
+            f"the launcher started {rank.world_size} ranks, {owner} has {mesh.ranks} ({mesh}): "
+            f"set mesh axes whose product is {rank.world_size}, or start without a launcher"
         )
 
 

@@ -26,7 +26,7 @@ LONGEST_LINE = 120
 
 
 def pages() -> list[Path]:
-    folders = ("docs", "longctx", "recipes", "eval", "slurm")
+    folders = ("docs", "longctx", "recipes", "eval", "slurm", "tests")
     return [*ROOT.glob("*.md"), *(page for folder in folders for page in (ROOT / folder).rglob("*.md"))]
 
 
