@@ -30,10 +30,13 @@ INTRO = """\
 |---|---|
 | `attention.py` | pass-KV, pass-Q, all-gather, Ulysses and the backward ring, for one layer |
 | `choice.py` | the choice of `context.strategy=auto`, from the same formulas, and the paper's rules |
+| `decode.py` | a decoded token by `gather_merge` and by `sharded`, and the choice of `context.decode=auto` |
+| `reduction.py` | an all-reduce, and a forward pass in which some blocks leave one out |
 | `forward.py` | a model's prefill, a turn after cached tokens, a decoded token; dropped reductions |
 | `step.py` | a training step: tensor parallelism, ZeRO-1, pipeline, recomputation |
 | `training.py` | FLOPs and MFU; causal halving is in `count_pairs` and `Work.flops` only |
 | `memory.py` | memory of a GPU by part |
+| `hardware.py` | one rank: its kernel and its links, as `recipes.calibrate` measures them |
 | `machine.py` | a machine: links by level, all-reduce, constants of `configs/machine/` |
 
 Each machine has one set of constants for all rows. Its file in `configs/machine/` names the constants that were fitted
