@@ -15,7 +15,7 @@ from eval.harness.local import LOCAL
 from eval.refuse import (
     refuse_other_order,
     refuse_other_sizes,
-    refuse_other_world,
+    refuse_other_worlds,
     refuse_too_short,
     refuse_unknown_gate,
     refuse_unknown_tokens,
@@ -155,7 +155,7 @@ def prepare(config: DictConfig, recipe: str = "eval.run") -> EvalJob:
     if settings.adapted and saved_plan(Path(settings.adapted).expanduser()) is None:
         raise ValueError(f"adapted={settings.adapted} is no folder that recipes.spd_adapt wrote: give its out=")
     configs = compose_variants(config)
-    refuse_other_world(configs)
+    refuse_other_worlds(configs)
     refuse_unknown_gate(evaluation, [name for name, _ in configs])
     if evaluation.until and len(configs) == 1:
         raise ValueError(f"eval.until={evaluation.until} compares variants: add some, or use eval.until=null")

@@ -67,7 +67,8 @@ def compose_variants(config: DictConfig) -> list[tuple[str, DictConfig]]:
 
     Example: ``variants=[{name: ring, mesh: {ring: 2}}]`` gives the baseline, and the same with mesh.ring=2.
     With ``adapted``, each variant that sets ``spd`` comes once more, as "NAME repaired": the model in that folder.
-    Raises ValueError for an item without a name, a setting that is not the model's, and a name that is used twice.
+    Raises ValueError for an item without a name, a section that variants cannot change, a name that is used twice, and
+    an ``adapted`` folder that no variant uses.
     """
     base = as_dict(config)
     variants = [(BASELINE, as_config(base))]

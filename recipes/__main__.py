@@ -20,7 +20,7 @@ VERBS = {
     "spd_sensitivity": ("recipes.spd_sensitivity", "measure which blocks can drop a reduction"),
     "spd_adapt": ("recipes.spd_adapt", "repair a model whose blocks drop a reduction"),
     "eval": ("eval.run", "score a model, or compare variants of it"),
-    "eval_speed": ("eval.speed", "measure examples per second beside lm-eval's own model"),
+    "eval_speed": ("eval.speed", "measure examples per second, compared with lm-eval's own model"),
     "bench": ("recipes.bench", "run a benchmark: longctx bench lists them"),
     "compare": ("recipes.compare", "list how runs differ: longctx compare DIR DIR"),
     "reproduce": ("recipes.reproduce", "run a run again and compare: longctx reproduce DIR"),

@@ -59,7 +59,8 @@ class GenerateJob:
 
     @property
     def verifies(self) -> bool:
-        """True if logits are compared with those of fewer ranks: ``verify`` is set and there are ranks to leave out.
+        """True if logits are compared with those of fewer ranks: ``verify`` is set and the mesh has more
+        ranks than the run to compare with.
 
         With dropped reductions the tensor-parallel ranks stay, since one rank alone computes another function.
         """

@@ -87,7 +87,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen: temperature 0 is greedy; a draw depends on ``seed`` and position, not on the mesh."""
+    """How tokens are chosen: temperature 0 is greedy.  Sequence i draws with ``seed + i`` and position, on any mesh."""
 
     temperature: float = 0.0
     top_p: float = 1.0

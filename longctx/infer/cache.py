@@ -1,4 +1,4 @@
-"""KV caches: a layout of the cached positions over the ring, and each layer's keys and values of this rank's."""
+"""KV caches: the layout of cached positions over the ring, and this rank's keys and values of each layer."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable

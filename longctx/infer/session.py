@@ -30,11 +30,11 @@ DecodeChooser = Callable[[int], tuple[str, str]]  # number of sequences -> (stra
 class Session:
     """Sequences by id, whose keys and values are sharded over the ranks of ``engine``.
 
-    Each turn's new tokens are sharded by themselves (arXiv 2411.01783, 3.5.1); ranks that hold fewer rows get the
-    larger shares.  ``choose`` picks the strategy of each prefill; by default it is ``context.strategy``.  For
-    ``context.decode=auto``, ``choose_decode`` picks that of each decode step; ``decode_choices`` has its choices by
-    number of sequences.  A new sequence's cache has room for at least ``reserve`` tokens.  All ranks must make the same
-    calls in the same order.
+    Each turn's new tokens are sharded without moving earlier ones (arXiv 2411.01783, 3.5.1); ranks that hold fewer rows
+    get the larger shares.  ``choose`` picks the strategy of each prefill; by default it is ``context.strategy``.  With
+    ``context.decode=auto``, ``choose_decode`` picks the strategy of each decode step; ``decode_choices`` has its
+    choices by number of sequences.  A new sequence's cache has room for at least ``reserve`` tokens.  All ranks must
+    make the same calls in the same order.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ def save(session: Session, folder: Path, model: str) -> None:
 
 
 def _write_rows(session: Session, folder: Path) -> tuple[int, int]:
-    """Write this rank's rows and heads to ``folder`` and return the file's bytes and checksum.
+    """Write this rank's rows and heads to ``folder`` and return the file's size in bytes and its checksum.
 
     If several Ulysses ranks cache the same KV head, only the first writes it; the others return (0, 0).
     """

@@ -6,9 +6,9 @@ for rank r's share of a weight:
 
     linear_qkv    all-gather of W_r x              queries, keys and values of all heads, on every rank
     attention     all heads over the keys that this rank caches; the merge gives rank r the outputs of its heads
-    linear_proj   sum over r of W_r heads_r        one all-reduce
+    linear_proj   sum over r of W_r heads_r        a sum over all ranks
     linear_fc1    W_r x                            this rank's neurons
-    linear_fc2    sum over r of W_r neurons_r      one all-reduce
+    linear_fc2    sum over r of W_r neurons_r      a sum over all ranks
 
 Shares may be uneven.  Every rank computes norms, rotary embedding and residual connections.  Biases and factors are
 applied after the sum, and therefore once.  With tensor parallelism, context ranks share each tensor-parallel shard, and

@@ -24,7 +24,7 @@ _MAX_PADDED = 65_536  # elements up to which an all-gather pads tensors of diffe
 class LostPeer(ConnectionError):
     """A rank of the group ended or stopped answering.
 
-    The message names the rank, or the two that it can be, and what this rank was `doing` when it noticed.
+    The message names the lost rank, or two candidates, and what this rank was `doing` when it noticed.
     """
 
 
@@ -41,7 +41,7 @@ def doing(what: str) -> Iterator[None]:
 class Traffic:
     """Bytes and messages that a rank has sent to other ranks, by operation.
 
-    ``purposes`` counts the bytes that were sent inside `counted_as` once more, by its argument.
+    ``purposes`` holds the bytes sent inside `counted_as`, by purpose; ``bytes`` includes them too.
     """
 
     bytes: dict[str, int] = field(default_factory=dict)

@@ -33,7 +33,7 @@ def refuse_unreadable(word: str) -> None:
     quoted = f"{key}={_SOURCE_TEXT.sub(_in_quotes, value)}"
     if quoted == word or not is_readable(quoted):
         quoted = f"{key}=['...','...']" if value.startswith("[") else f"{key}='...'"
-    raise ValueError(f'{word} cannot be read: put its text in quotes, in a shell "{quoted}"')
+    raise ValueError(f'{word} cannot be read: quote the text; in a shell, write "{quoted}"')
 
 
 def _in_quotes(match: re.Match[str]) -> str:

@@ -92,7 +92,7 @@ class Question:
         return self.max_memory_gb or (machine / 1e9 if machine else None)
 
     def numbers(self, mesh: Mesh) -> Numbers:
-        """Return the sizes of numbers, and the share of blocks that drop a reduction on ``mesh``."""
+        """Return the bytes per element, and the share of blocks that drop a reduction on ``mesh``."""
         ffn = self.machine.ffn_element_bytes
         small = ffn if ffn and self.dtype_bytes == 2 and self.work.kind != "train" else self.dtype_bytes
         return Numbers(self.dtype_bytes, small, self.allowed_drop if mesh.tp > 1 else 0.0)

@@ -79,7 +79,7 @@ def test_quality_and_sweep_agree_with_the_sensitivity(cli, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["hosts=2"], "hosts=2, tp=3: each host has one rank, use hosts=3"),
+        (["hosts=2"], "hosts=2 with mesh tp=3: each host runs one rank; use hosts=3"),
         (["shares=[0.5,1]"], "start with 0, the baseline"),
         (["mesh.tp=1"], "mesh.tp=1: one rank has no reduction to drop, use mesh.tp=2 or more"),
         (["mesh.ring=2"], "has no use for mesh.ring=2"),
