@@ -28,7 +28,9 @@ _UPDATE_BYTES = 28  # read and write: float32 gradient, weight and two moments; 
 class StepWork:
     """A step of ``batch`` sequences of ``length`` tokens, over all data-parallel ranks.
 
-    A micro-batch has ``sequences`` sequences; the recipes use 1.
+    A micro-batch has ``sequences`` sequences; the recipes use 1.  Logits of ``loss_rows`` rows exist at a time, and an
+    MLP computes ``mlp_rows`` rows at a time (None: all).  ``operations`` determine which activations are kept: those of
+    Megatron's fused norm and gate ("fused"), or of longctx's layers on a GPU ("cuda") or a CPU ("cpu").
     """
 
     length: int
@@ -36,6 +38,9 @@ class StepWork:
     sequences: int = 1
     zero1: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
+    loss_rows: int | None = None
+    mlp_rows: int | None = None
+    operations: Literal["fused", "cuda", "cpu"] = "fused"
 
 
 def step_cost(

@@ -233,7 +233,7 @@ def _plan(question: Question, mesh: Mesh, strategy: str) -> Plan:
     work, shape, machine, numbers = question.work, question.shape, question.machine, question.numbers(mesh)
     answer = None
     if work.kind == "train":
-        step = StepWork(work.context, work.batch, zero1=work.zero1, recompute=work.recompute)
+        step = StepWork(work.context, work.batch, 1, work.zero1, work.recompute, loss_rows=512, operations="cuda")
         cost = step_cost(shape, mesh, machine, step, strategy, numbers)
         memory = step_bytes(shape, mesh, step, strategy, numbers)
     elif work.kind == "decode":
