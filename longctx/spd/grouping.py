@@ -22,7 +22,7 @@ def assign_heads(features: Float[Tensor, "groups features"], ranks: int) -> tupl
     Starts from consecutive heads and swaps the two heads that increase the total distance within ranks most, until no
     swap increases it.  Source: arXiv 2502.20727, Eq. 2; the paper does not name its clustering.
     """
-    distances = torch.cdist(features.double(), features.double()).numpy()
+    distances = torch.cdist(features.double(), features.double()).cpu().numpy()
     assert not len(features) % ranks, "every rank takes the same number of heads"
     rank_of = np.repeat(np.arange(ranks), len(features) // ranks)
     while (pair := _best_exchange(rank_of, distances)) is not None:
@@ -48,7 +48,7 @@ def assign_shards(norms: Float[Tensor, "sets shards"]) -> tuple[int, ...]:
 
     Source: arXiv 2502.20727, Eq. 3.  ``norms[s, m]`` is the output norm of shard m when it sees the heads of set s.
     """
-    _, shards = linear_sum_assignment(norms.double().numpy(), maximize=True)
+    _, shards = linear_sum_assignment(norms.double().cpu().numpy(), maximize=True)
     return tuple(int(shard) for shard in shards)
 
 
@@ -61,7 +61,7 @@ def assign_neurons(errors: Float[Tensor, "neurons ranks"]) -> tuple[int, ...]:
     per_rank = neurons // ranks
     assert per_rank * ranks == neurons, "every rank takes the same number of neurons"
     # A column for each place of a rank: columns r * per_rank and following are those of rank r.
-    _, columns = linear_sum_assignment(errors.double().repeat_interleave(per_rank, 1).numpy())
+    _, columns = linear_sum_assignment(errors.double().repeat_interleave(per_rank, 1).cpu().numpy())
     return tuple(int(neuron) for neuron in np.argsort(columns // per_rank, kind="stable"))
 
 
