@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 from pydantic import PositiveInt
@@ -20,6 +20,7 @@ from rich.table import Table
 from longctx.config import PromptSource, Sampling
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank
+from recipes.common.answers import Answer, decode_answers
 from recipes.common.cli import console, main, on_ranks, warm_up_ranks, write_result
 from recipes.common.decode_choice import make_decode_chooser
 from recipes.common.manifest import record, refuse_other_recipe
@@ -32,6 +33,7 @@ from recipes.common.target import Target, resolve_target, say_unapplied
 
 if TYPE_CHECKING:
     from longctx.infer.engine import Engine
+    from longctx.infer.sample import TokenLogprob
     from longctx.infer.turn import Turn
     from longctx.megatron.runtime import Runtime
 
@@ -44,6 +46,7 @@ class GenerateSettings:
 
     prompts: str | None = None
     max_new_tokens: PositiveInt = 64
+    n: PositiveInt = 1
     verify: bool = True
     out: str | None = None
 
@@ -54,7 +57,7 @@ class GenerateJob:
 
     target: Target
     sampling: Sampling
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[Prompt, ...]  # one for each answer
     settings: GenerateSettings
 
     @property
@@ -77,12 +80,14 @@ class GenerateJob:
 class GenerateFigures:
     """Answers and measurements of a run.  Lists per rank are in the order of the context ranks, in bytes.
 
+    ``logprobs`` are those of each answer's tokens (None: not asked for).
     ``ttft_s`` is the time to first token, ``ttit_s`` the time from token to token (None: at most one token).
     ``max_logit_diff`` is the largest difference from fewer ranks (None: not compared).  ``decode_choices`` has the
     choices of ``context.decode=auto``: strategy and reason, by number of sequences.
     """
 
     token_ids: list[list[int]]
+    logprobs: list[list[TokenLogprob]] | None
     ttft_s: float
     tokens_per_s: float | None
     ttit_s: float | None
@@ -97,15 +102,6 @@ class GenerateFigures:
     decode_choices: dict[int, tuple[str, str]] | None = None
 
 
-class Answer(TypedDict):
-    """A prompt's answer as written to ``out``: its text, the prompt's length, and the tokens of both."""
-
-    text: str
-    prompt_tokens: int
-    token_ids: list[int]
-    prompt_token_ids: list[int]
-
-
 def prepare(config: DictConfig) -> GenerateJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
     from longctx.parallel.validate import refuse_few_tokens  # here, since it imports torch
@@ -116,7 +112,11 @@ def prepare(config: DictConfig) -> GenerateJob:
     refuse_other_recipe(settings.out, RECIPE)
     tokenizer = tokenizer_of(target.folder)
     prompts = read_prompts(settings.prompts, source, tokenizer, settings.max_new_tokens, target.shape)
-    job = GenerateJob(target, section(config, "sampling", Sampling), prompts, settings)
+    answered = tuple(prompt for prompt in prompts for _ in range(settings.n))
+    job = GenerateJob(target, section(config, "sampling", Sampling), answered, settings)
+    if settings.n > 1 and job.sampling.temperature == 0:
+        raise ValueError(f"n={settings.n} answers are equal at sampling.temperature=0: raise it, or use n=1")
+    target.shape.refuse_unknown_token(max(job.sampling.stop_tokens, default=0), "sampling.stop_tokens")
     say_unapplied(target.folder, job.sampling)
     refuse_few_tokens(target.mesh, job.prompt_tokens)
     return job
@@ -124,10 +124,11 @@ def prepare(config: DictConfig) -> GenerateJob:
 
 def run_rank(rank: Rank, job: GenerateJob) -> GenerateFigures:
     """Prefill, decode and verify on one rank; the caller uses the first rank's figures."""
+    from longctx.infer.answer import make_stop_check
     from longctx.infer.generate import gather_figures
     from longctx.infer.session import Session
 
-    target = job.target
+    target, stop = job.target, job.sampling.stop
     with target.runtime(rank) as runtime, Progress(shown=rank.rank == 0) as progress:
         # 1. Load the model.
         progress.start("loading", None)
@@ -142,6 +143,7 @@ def run_rank(rank: Rank, job: GenerateJob) -> GenerateFigures:
             max_new_tokens,
             layer_done=progress.step,
             token_done=lambda _: progress.step("decode, tokens", max(max_new_tokens.values())),
+            stopped=make_stop_check(tokenizer_of(target.folder) if stop else None, stop),
             keep_states=job.verifies,
         )
         # 3. Compare the logits of every prompt token with those of fewer ranks.
@@ -151,6 +153,7 @@ def run_rank(rank: Rank, job: GenerateJob) -> GenerateFigures:
     decoded = sum(len(tokens) - 1 for tokens in turn.tokens.values() if tokens)  # the prefill gave the first tokens
     return GenerateFigures(
         token_ids=[turn.tokens[i] for i in range(len(job.prompts))],
+        logprobs=None if job.sampling.logprobs is None else [one.logprobs for one in session.sequences.values()],
         ttft_s=turn.ttft_s,
         tokens_per_s=decoded / turn.decode_s if decoded else None,
         ttit_s=turn.ttit_s,
@@ -184,22 +187,8 @@ def _verify(
     return logit_difference(engine, alone, prompts, turn, layer_done=progress.step, chunk=target.context.chunk)
 
 
-def decode_answers(job: GenerateJob, figures: GenerateFigures) -> list[Answer]:
-    """Return the answer of each prompt."""
-    tokenizer = tokenizer_of(job.target.folder)
-    return [
-        {
-            "text": tokenizer.decode(token_ids, skip_special_tokens=True),
-            "prompt_tokens": len(prompt.tokens),
-            "token_ids": token_ids,
-            "prompt_token_ids": list(prompt.tokens),
-        }
-        for prompt, token_ids in zip(job.prompts, figures.token_ids, strict=True)
-    ]
-
-
 def describe(job: GenerateJob, figures: GenerateFigures, answers: Sequence[Answer]) -> dict[str, object]:
-    """Return the result to write: settings, figures, and the answer; for a batch, the list ``answers``."""
+    """Return the result to write: settings, figures, and the answer; for several, the list ``answers``."""
     target = job.target
     return {
         "model": target.model.name,
@@ -213,9 +202,9 @@ def describe(job: GenerateJob, figures: GenerateFigures, answers: Sequence[Answe
         "sampling": vars(job.sampling),
         "dtype": target.model.dtype,
         "spd_blocks": list(target.plan.dropped) if target.plan else [],
-        **{name: value for name, value in vars(figures).items() if name != "token_ids"},
+        **{name: value for name, value in vars(figures).items() if name not in ("token_ids", "logprobs")},
         **provenance(),
-        **({"answers": answers} if job.settings.prompts else answers[0]),
+        **({"answers": answers} if job.settings.prompts or len(answers) > 1 else answers[0]),
     }
 
 
@@ -282,7 +271,8 @@ def task(config: DictConfig) -> None:
         figures = on_ranks(job.target.mesh, run_rank, job)
         if figures is None:
             return
-        answers = decode_answers(job, figures)
+        token_ids, stop = figures.token_ids, job.sampling.stop
+        answers = decode_answers(tokenizer_of(job.target.folder), job.prompts, token_ids, figures.logprobs, stop)
         if job.settings.out:  # written before the answer is printed: the reader of stdout may have gone
             write_result(job.settings.out, describe(job, figures, answers))
         show(job, figures, answers)

@@ -102,7 +102,8 @@ def load(session: Session, folder: Path, index: SessionIndex) -> None:
     try:
         for i, tokens in index["tokens"].items():
             cached = index["cached"][i]
-            sequence = Conversation(session.cache_for(cached, 2), list(tokens))
+            sequence = Conversation(session.cache_for(cached, 2), sampling=session.sampling.for_answer(int(i)))
+            sequence.append_prompt(tokens)
             sequence.cache.extend(shard_balanced([cached], LAYOUTS[session.context.layout], session.rows_per_rank))
             positions = sequence.cache.layout.positions(rank)
             for layer in range(engine.shape.layers):

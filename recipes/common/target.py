@@ -148,8 +148,9 @@ def refuse_damaged(model: ModelSource, folder: Path, shape: ModelShape) -> None:
 
 def say_unapplied(folder: Path, sampling: Sampling) -> None:
     """Print the settings of generation_config.json that would change transformers' text and are not applied."""
-    if unapplied := unapplied_settings(folder, sampled=sampling.temperature > 0):
-        names = ", ".join(f"{name}={value}" for name, value in unapplied.items())
+    unapplied = unapplied_settings(folder, sampled=sampling.temperature > 0)
+    if others := {name: value for name, value in unapplied.items() if getattr(sampling, name, None) != value}:
+        names = ", ".join(f"{name}={value}" for name, value in others.items())
         say(f"generation_config.json has {escape(names)}: not applied here, so the text may differ from transformers'")
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from longctx.config import Sampling
 from longctx.data.turns import UserTurn
 from longctx.hf.config import tokenizer_of
 from longctx.infer.session_index import write_index
@@ -139,6 +140,7 @@ def test_error_of_the_computation_is_forgotten_on_one_rank_only(tiny, ranks):
         def __init__(self):
             shape, tp = SimpleNamespace(end_tokens=(), layers=2), SimpleNamespace(size=ranks)
             self.sequences, self.engine = {}, SimpleNamespace(ranks=1, tp=tp, shape=shape)
+            self.sampling = Sampling()
 
         def refuse(self, *_):
             pass
