@@ -106,9 +106,10 @@ def prepare(config: DictConfig) -> ChatJob:
             "context.strategy=empirical needs a hardware file with fitted constants (recipes.bench crossover "
             "fitted=FILE.yaml): give hardware=FILE.yaml, or use context.strategy=auto"
         )
-    # Cached keys and values depend on the blocks that dropped their reduction.
+    # Cached keys and values depend on the blocks that dropped their reduction, and on rounded reductions.
     plan = target.plan
     session_model = target.fingerprint + (f", spd {list(plan.dropped)} at tp={plan.tp}" if plan else "")
+    session_model += f", reduce {target.reduce} at tp={target.mesh.tp}" if target.reduce else ""
     index = None
     if session.load:
         index = read_index(absolute(session.load), session_model, f"torch.{target.model.dtype}", target.shape)
