@@ -103,9 +103,10 @@ def prepare(config: DictConfig) -> ChatJob:
         )
     if target.context.strategy == "empirical":
         empirical_constants(hardware)  # raises ValueError if they were not fitted
-    # Cached keys and values depend on the blocks that dropped their reduction.
+    # Cached keys and values depend on the blocks that dropped their reduction, and on rounded reductions.
     plan = target.plan
     session_model = target.fingerprint + (f", spd {list(plan.dropped)} at tp={plan.tp}" if plan else "")
+    session_model += f", reduce {target.reduce} at tp={target.mesh.tp}" if target.reduce else ""
     index = None
     if session.load:
         index = read_index(absolute(session.load), session_model, f"torch.{target.model.dtype}", target.shape)

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from pydantic import PositiveInt
 from rich.table import Table
 
-from longctx.config import PromptSource, Sampling
+from longctx.config import PromptSource, Reduce, Sampling
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank
 from recipes.common.answers import Answer, decode_answers
@@ -65,10 +65,11 @@ class GenerateJob:
         """True if logits are compared with those of fewer ranks: ``verify`` is set and the mesh has more
         ranks than the run to compare with.
 
-        With dropped reductions the tensor-parallel ranks stay, since one rank alone computes another function.
+        With dropped or rounded reductions the tensor-parallel ranks stay, since one rank alone computes another
+        function.
         """
         mesh = self.target.mesh
-        return self.settings.verify and (mesh.context > 1 if self.target.plan else mesh.ranks > 1)
+        return self.settings.verify and (mesh.context > 1 if self.target.inexact else mesh.ranks > 1)
 
     @property
     def prompt_tokens(self) -> int:
@@ -172,7 +173,7 @@ def run_rank(rank: Rank, job: GenerateJob) -> GenerateFigures:
 def _verify(
     rank: Rank, runtime: Runtime, engine: Engine, job: GenerateJob, turn: Turn, progress: Progress
 ) -> float | None:
-    """Return the largest logit difference against a run on one rank; if blocks drop, on one tensor-parallel group."""
+    """Return the largest logit difference against one rank; if the target is `inexact`, one tensor-parallel group."""
     import torch
 
     from longctx.infer.engine import load_alone
@@ -181,7 +182,7 @@ def _verify(
     target = job.target
     progress.start("the same on one rank, layers", target.shape.layers)
     torch.set_num_threads(target.threads(rank) * rank.local_world_size)  # the other ranks are waiting
-    compares = engine.rank == 0 if target.plan else rank.rank == 0
+    compares = engine.rank == 0 if target.inexact else rank.rank == 0
     alone = load_alone(runtime, engine, target.model, target.folder) if compares else None
     prompts = {i: prompt.tokens for i, prompt in enumerate(job.prompts)}
     return logit_difference(engine, alone, prompts, turn, layer_done=progress.step, chunk=target.context.chunk)
@@ -202,6 +203,7 @@ def describe(job: GenerateJob, figures: GenerateFigures, answers: Sequence[Answe
         "sampling": vars(job.sampling),
         "dtype": target.model.dtype,
         "spd_blocks": list(target.plan.dropped) if target.plan else [],
+        "reduce": vars(target.reduce or Reduce()),
         **{name: value for name, value in vars(figures).items() if name not in ("token_ids", "logprobs")},
         **provenance(),
         **({"answers": answers} if job.settings.prompts or len(answers) > 1 else answers[0]),
@@ -233,6 +235,7 @@ def table_rows(job: GenerateJob, figures: GenerateFigures) -> list[tuple[str, st
         *[(f"decode of {n}", f"{name}: {why}") for n, (name, why) in (figures.decode_choices or {}).items()],
         ("layers, kernel", f"megatron-core {figures.layers}, {figures.kernel}"),
         *([("reductions dropped", f"in {len(dropped)} blocks: {', '.join(map(str, dropped))}")] if dropped else []),
+        *([("reductions rounded", str(target.reduce))] if target.reduce else []),
         ("time to first token", f"{figures.ttft_s:.2f} s ({figures.prefill_tokens_per_s:,.0f} tokens/s)"),
         ("decode", f"{rate:.1f} tokens/s" if rate else "one token at most"),
         ("KV cache per rank", in_megabytes(figures.kv_cache_bytes_per_rank)),
@@ -243,13 +246,13 @@ def table_rows(job: GenerateJob, figures: GenerateFigures) -> list[tuple[str, st
 
 
 def _difference_in_words(job: GenerateJob, difference: float | None) -> str:
-    mesh, drops = job.target.mesh, bool(job.target.plan and job.target.plan.dropped)
+    mesh, inexact = job.target.mesh, job.target.inexact
     if difference is not None:
-        reference = "tp ranks alone" if drops and mesh.tp > 1 else "one rank"
+        reference = "tp ranks alone" if inexact and mesh.tp > 1 else "one rank"
         return f"{difference:.1e} against {reference}, over {_count(len(job.prompts), 'the whole prompt')}"
     if mesh.ranks == 1:
         return "nothing to compare with: the mesh is one rank"
-    if drops and mesh.ranks == mesh.tp:
+    if inexact and mesh.ranks == mesh.tp:
         return "nothing to compare with: the mesh is one tensor-parallel group"
     return "not compared (verify=false)"
 

@@ -74,6 +74,38 @@ class Context:
             raise ValueError(f"context.chunk={self.chunk}: prefill at least one token at a time, or null for all")
 
 
+ReduceDtype = Literal["float32", "bfloat16", "int8", "int6"]
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """Dtype of the messages that sum the outputs of attention and MLP over tensor-parallel ranks, in inference.
+
+    ``float32`` is the exact all-reduce, in the dtype of the model.  Other dtypes are rounded
+    (`longctx.parallel.quantised`).  In int8 and int6, ``group`` values share a scale.  A block that drops its first
+    reduction uses ``mlp`` for the one that remains.
+    """
+
+    attention: ReduceDtype = "float32"
+    mlp: ReduceDtype = "float32"
+    group: int = 64
+
+    def __post_init__(self) -> None:
+        if self.group < 4 or self.group % 4:
+            raise ValueError(f"reduce.group={self.group}: use a multiple of 4, such as 64")
+        if self.group != Reduce.group and not {"int8", "int6"} & {self.attention, self.mlp}:
+            raise ValueError(f"reduce.group={self.group} is used by int8 and int6 only: use reduce=int8 or reduce=int6")
+
+    @property
+    def exact(self) -> bool:
+        """True if no message is rounded."""
+        return self.attention == self.mlp == "float32"
+
+    def __str__(self) -> str:
+        group = f", groups of {self.group}" if {"int8", "int6"} & {self.attention, self.mlp} else ""
+        return f"attention {self.attention}, mlp {self.mlp}{group}"
+
+
 @dataclass(frozen=True)
 class Run:
     """Threads, device and timeout of the ranks.

@@ -15,7 +15,7 @@ applied after the sum, and therefore once.  With tensor parallelism, context ran
 sums include the tensor-parallel ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -141,9 +141,12 @@ class OutputProjection(RowParallelLinear):
     A block that drops the first reduction sums the partial outputs of attention together with those of its MLP.
     Attention's projection then returns this rank's partial output, without a sum.  With ``parts``, it returns the
     partial outputs of all ranks, [parts s b hidden].
+
+    ``reduction`` replaces megatron-core's all-reduce over tensor-parallel ranks (see `longctx.megatron.reduce`).
     """
 
     share: WeightShare | None = None
+    reduction: Callable[[Tensor], Tensor] | None = None
     unit = 1
     parts = 0
 
@@ -154,4 +157,6 @@ class OutputProjection(RowParallelLinear):
         if self.parts:
             columns = zip(x.chunk(self.parts, -1), self.weight.chunk(self.parts, 1), strict=True)
             return torch.stack([F.linear(part, weight) for part, weight in columns]), self.bias
+        if self.reduction and not self.explicit_expert_comm:
+            return self.reduction(F.linear(x, self.weight)), self.bias
         return super().forward(x)  # type: ignore[no-any-return]

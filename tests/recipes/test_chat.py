@@ -130,6 +130,8 @@ def test_conversation_is_saved_after_every_turn(config_of, tiny, tmp_path):
     assert [turn["text"] for turn in turns] == [turn["text"] for turn in TURNS[:2]]
     resumed = chat.prepare(config_of("chat", *words[:2], f"session.load={folder}"))
     assert resumed.index["cached"] == {"0": turns[1]["new"] + turns[1]["cached"]}
+    with pytest.raises(ValueError, match=r"of another model .* reduce attention int8, mlp int8, groups of 64 at tp=3"):
+        chat.prepare(config_of("chat", *words[:2], f"session.load={folder}", "mesh.tp=3", "reduce=int8"))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
