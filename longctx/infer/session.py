@@ -31,9 +31,9 @@ class Session:
     Each turn's new tokens are sharded without moving earlier ones (arXiv 2411.01783, 3.5.1); ranks that hold fewer rows
     get the larger shares.  ``choose`` picks the strategy of each prefill; by default it is ``context.strategy``.  With
     ``context.decode=auto``, ``choose_decode`` picks the strategy of each decode step; ``decode_choices`` has its
-    choices by number of sequences.  A new sequence's cache has room for at least ``reserve`` tokens.  Sequence i samples
-    with the seed ``sampling.seed`` + i, unless `add` was given other settings.  All ranks must make the same calls in
-    the same order.
+    choices by number of sequences.  A new sequence's cache has room for at least ``reserve`` tokens.  Sequence i
+    samples with the seed ``sampling.seed`` + i, unless `add` was given other settings.  All ranks must make the same
+    calls in the same order.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ class MemoryMeter(TorchDispatchMode):
     """
 
     def __init__(self, allocators: Allocators, other: str = "activations") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._parts: dict[CodeType, str] = {
             inspect.unwrap(function).__code__: part for part, functions in allocators.items() for function in functions
         }
