@@ -11,6 +11,7 @@ from recipes.common.startup import announce, print_page
 VERBS = {
     "generate": ("recipes.generate", "answer a long prompt that is sharded over ranks"),
     "chat": ("recipes.chat", "hold a conversation; its keys and values stay on the ranks"),
+    "serve": ("recipes.serve", "answer many clients through OpenAI's API"),
     "pretrain": ("recipes.pretrain", "train a model from scratch, or resume a run"),
     "extend": ("recipes.extend", "train a pretrained model on longer sequences"),
     "models": ("recipes.models", "list the model types that run, and their features"),

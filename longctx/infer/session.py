@@ -214,6 +214,19 @@ class Session:
             reasons.setdefault(strategy, why)
         return strategies
 
+    def prefill(self, tokens: Mapping[int, int]) -> dict[int, int]:
+        """Run the next tokens of sequences in one pass, and append and return the token after each prompt that ends.
+
+        ``tokens`` has how many of its tokens, which are not cached yet, each sequence runs.
+        """
+        new = {
+            i: self.sequences[i].tokens[(at := self.sequences[i].cached) : at + count] for i, count in tokens.items()
+        }
+        hidden, layout = self._run_chunk(new, {}, lambda: None)
+        following = choose_next(self.engine, self.sequences, new, hidden, layout)
+        self._append(following)
+        return following
+
     def decode(self, sequences: Collection[int]) -> dict[int, int]:
         """Decode the next token of each of ``sequences`` in one step (Alg. 4), append it and return it by sequence.
 

@@ -59,6 +59,7 @@ TOP_LEVEL = {
     "models": "recipes.models.ModelsSettings",
     "plan": "recipes.plan.PlanSettings",
     "pretrain": "recipes.common.train_job.TrainSettings",
+    "serve": "recipes.serve.ServeSettings",
     "spd_sensitivity": "recipes.spd_sensitivity.SensitivitySettings",
     "submit": "slurm.settings.SubmitSettings",
 }
