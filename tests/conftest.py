@@ -121,7 +121,7 @@ def pytest_report_header() -> str:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-table", action="store_true", help="write the table of longctx/attention/README.md anew")
     parser.addoption(
-        "--prompt-tokens", type=int, default=1009, help="prompt tokens in the parity tests (docs/results reports 2003)"
+        "--prompt-tokens", type=int, default=503, help="prompt tokens in the parity tests (docs/results reports 2003)"
     )
     parser.addoption(
         "--new-tokens", type=int, default=16, help="tokens to decode in the parity tests (docs/results reports 64)"
