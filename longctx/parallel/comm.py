@@ -196,7 +196,7 @@ class DistComm:
         self.rank: int = group.rank()
         self.size: int = group.size()
         self.traffic = Traffic()
-        self._names: dict[frozenset[int], str] = {}  # of `_world_ranks`, which take longer than a small exchange
+        self._names: dict[frozenset[int], str] = {}  # kept, since finding them takes longer than a small exchange
 
     def shift(self, *mine: AnyShape, shapes: Sequence[Shape]) -> Pending:
         """Start sending ``mine`` to the next rank and receiving the previous rank's tensors, which have ``shapes``."""
