@@ -35,10 +35,10 @@ def inference_bytes(
     feed_forward = e * (3 * shape.hidden + (2 + shape.gated) * shape.ffn / mesh.tp)
     attention = e * (shape.hidden + 3 * heads + 3 * keys) + 8 * heads
     rows = sum(new) / (mesh.ulysses * mesh.ring) if strategy != "gather_merge" else sum(new)
-    held = {"weights": stage_weights(shape, mesh) * e - cheaper, "kv_cache": 0.0}
+    fixed = {"weights": stage_weights(shape, mesh) * e - cheaper, "kv_cache": 0.0}
     buffers = copied = packed = 0.0
     for work, layers in ring_works(shape, mesh, new, cached, numbers):
-        held["kv_cache"] += layers * work.kv_block_bytes
+        fixed["kv_cache"] += layers * work.kv_block_bytes
         buffers = max(buffers, _buffers(work, strategy))
         copied = max(copied, work.kv_block_bytes if len(new) > 1 else 0.0)
         packed = buffers if strategy == "pass_q" else 0.0
@@ -48,7 +48,7 @@ def inference_bytes(
         {"activations": rows * (always + attention) + copied + packed, "logits": 0.0, "communication": buffers},
         {"activations": rows * e * 2 * shape.hidden, "logits": logits, "communication": 0.0},
     )
-    return held | max(moments, key=lambda parts: sum(parts.values()))
+    return fixed | max(moments, key=lambda parts: sum(parts.values()))
 
 
 def _buffers(work: Work, strategy: str) -> float:
@@ -67,7 +67,7 @@ def step_bytes(shape: Decoder, mesh: Degrees, work: StepWork, strategy: str, num
 
     The moments are the loss, the backward of a layer's feed-forward network or attention, the backward of the
     embedding, and the update.  The first three also hold the activations that the forward keeps for the backward
-    (`_kept`).  The first of S pipeline stages holds those of min(S, micro-batches) micro-batches; only the last stage
+    (`_saved`).  The first of S pipeline stages holds those of min(S, micro-batches) micro-batches; only the last stage
     computes a loss.
 
     At the loss, c rows of float32 logits exist, and the gradients of the hidden states and, in float32, of the output
@@ -78,18 +78,18 @@ def step_bytes(shape: Decoder, mesh: Degrees, work: StepWork, strategy: str, num
     states = 12 if numbers.element < 4 else 8  # two float32 moments; with 16-bit weights also a float32 copy
     optimizer = weights * states / (replicas if work.zero1 else 1)
     embedding = shape.vocab_size * shape.hidden / mesh.tp
-    held = {"weights": weights * numbers.element, "gradients": weights * 4.0, "optimizer": optimizer}
+    fixed = {"weights": weights * numbers.element, "gradients": weights * 4.0, "optimizer": optimizer}
     shard = min(embedding, weights / replicas) if work.zero1 else embedding
     moments = [*_pass_moments(shape, mesh, work, strategy, numbers), {"optimizer": optimizer + 2 * shard * 4}]
     empty = dict.fromkeys(("activations", "logits", "communication"), 0.0)
-    return max(({**held, **empty, **moment} for moment in moments), key=lambda parts: sum(parts.values()))
+    return max(({**fixed, **empty, **moment} for moment in moments), key=lambda parts: sum(parts.values()))
 
 
-def _kept(shape: Decoder, mesh: Degrees, work: StepWork, numbers: Numbers) -> dict[str, float]:
+def _saved(shape: Decoder, mesh: Degrees, work: StepWork, numbers: Numbers) -> dict[str, float]:
     """Return the bytes that a layer's forward keeps per row, by piece.
 
-    With H hidden size, Q and K a rank's query and KV heads times their dimension, F a rank's FFN size and e bytes per
-    number, and H / tp in place of H under sequence parallelism:
+    H is the hidden size, divided by tp (sequence parallelism).  Q and K are a rank's query and KV heads times their
+    dimension.  F is a rank's FFN size, and e the bytes of a number.
 
         stream       2 H e        the inputs of both norms
         norms        2 H e        their outputs; on a CPU also 8 H, the float32 normalised rows before the weight
@@ -124,21 +124,21 @@ def _pass_moments(
     of the residual stream exists throughout.  A recomputed layer's output, and later its first gradient, do too.
     """
     # 1. Bytes per row: all that a layer can keep, and what it keeps without what the backward computes again.
-    pieces = _kept(shape, mesh, work, numbers)
+    pieces = _saved(shape, mesh, work, numbers)
     whole, ffn, hidden = sum(pieces.values()), pieces["ffn"], shape.hidden * numbers.element
     norm, stream = (pieces["stream"] + pieces["norms"]) / 2, pieces["stream"] / 2
     tiled = whole - ffn if work.mlp_rows else whole
-    kept = {"none": tiled, "selective": whole - ffn, "full": stream + pieces["partial"]}[work.recompute]
+    saved = {"none": tiled, "selective": whole - ffn, "full": stream + pieces["partial"]}[work.recompute]
     # 2. Rows of a rank, and of a tile of its feed-forward networks; layers of a stage; micro-batches of the first one.
     rows = work.length * work.sequences / (mesh.ulysses * mesh.ring)
     tile = min(rows, work.mlp_rows or rows)
     layers, micro = shape.layers / mesh.pp, min(mesh.pp, work.batch / (mesh.dp * work.sequences))
-    others = (micro * layers - 1) * rows * kept
+    others = (micro * layers - 1) * rows * saved
     gathered = rows * hidden if mesh.tp > 1 else 0.0  # sequence parallelism: all rows, for one projection
     # 3. The loss, on the last stage.
     weight = 0.0 if work.operations == "fused" else shape.vocab_size * shape.hidden / mesh.tp
     logits = min(rows, work.loss_rows or rows) * shape.vocab_size / mesh.tp * (4 + numbers.element % 4)
-    last = layers * rows * kept + rows * norm + gathered
+    last = layers * rows * saved + rows * norm + gathered
     yield {"activations": last, "logits": logits + weight * 4 + rows * hidden, "communication": gathered}
     # 4. The last layer's gate.
     waiting = weight * numbers.element if shape.tied and mesh.pp == 1 else 0.0
