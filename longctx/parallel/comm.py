@@ -269,6 +269,9 @@ class DistComm:
         return [x[:size].view(shape) for x, size, shape in zip(received, sizes, shapes, strict=True)]
 
 
+ALLOCATORS = (DistComm.shift, DistComm.all_to_all, DistComm.all_gather)  # for a `MemoryMeter`: messages
+
+
 def sum_over_ranks(comm: Comm, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Return the sum of every rank's ``x`` with one all-gather; for small tensors, for which latency dominates.
 

@@ -88,7 +88,7 @@ def weight(*size):
     return parameter
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of a checkpoint within a checkpoint
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize(
     ("shape", "work"),
     [

@@ -22,10 +22,10 @@ def test_a_tensor_belongs_to_the_innermost_function_that_is_named():
         logits = make_logits(5)
         assert meter.live == {"activations": 44, "copies": 280}  # the original of the copy is freed
         logits[2:].mul_(2)  # views and writes in place allocate nothing
-        held = logits[0]
+        row = logits[0]
         del logits
         assert meter.live == {"activations": 44, "copies": 280}  # a row keeps the whole storage
-        del held, outside
+        del row, outside
     assert meter.live == {}
     assert meter.peak == {"activations": 44, "logits": 280, "copies": 280}
 
