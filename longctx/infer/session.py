@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, chain
 
 import torch
@@ -13,6 +14,7 @@ from longctx.config import Context, Sampling
 from longctx.infer.cache import BatchCache, KVCache
 from longctx.infer.engine import Engine, next_logits
 from longctx.infer.prefill import Chunk, LayerDone, pack_tokens, run_pass, run_replicated, split_into_chunks
+from longctx.infer.prove import prove_pass
 from longctx.infer.refuse import NOT_FINITE, refuse_not_finite, refuse_prompts
 from longctx.infer.sample import choose_token
 from longctx.infer.turn import Conversation, Turn
@@ -179,7 +181,8 @@ class Session:
             strategies = self._choose_strategies(lengths, [self.sequences[i].cached for i in chunk], reasons)
             over_ring = shard_balanced(lengths, LAYOUTS[self.context.layout], self.rows_per_rank)
             layout = over_ring.split(self.engine.ulysses.size)
-            hidden = run_pass(self.engine, pack_tokens(chunk), layout, self._batch(chunk), strategies, done)
+            run = partial(run_pass, tokens=pack_tokens(chunk), layout=layout, strategies=strategies)
+            hidden = self._run(chunk, run, done)
             if keep_states:
                 turn.passes.append((hidden, layout))
             following |= self._next_tokens(hidden, layout, chunk)
@@ -206,16 +209,18 @@ class Session:
         chunk = {i: self.sequences[i].tokens[-1:] for i in sequences}
         assert all(len(self.sequences[i].tokens) == self.sequences[i].cached + 1 for i in chunk), "nothing to feed"
         over_ring = shard_balanced([1] * len(chunk), contiguous, self.rows_per_rank)
-        engine, tokens, batch = self.engine, pack_tokens(chunk), self._batch(chunk)
+        engine, tokens = self.engine, pack_tokens(chunk)
         strategy = self._decode_strategy(len(chunk))
         if strategy in STRATEGIES:
             layout = over_ring.split(engine.ulysses.size)
-            hidden = run_pass(engine, tokens, layout, batch, engine.everywhere(STRATEGIES[strategy]))
+            strategies = engine.everywhere(STRATEGIES[strategy])
+            hidden = self._run(chunk, partial(run_pass, tokens=tokens, layout=layout, strategies=strategies))
             following = self._next_tokens(hidden, layout, chunk)
         else:
             share = engine.share if strategy == "sharded" else None
             with share.in_use() if share else nullcontext():
-                hidden = run_replicated(engine, tokens, over_ring, batch, share=share)
+                run = partial(run_replicated, tokens=tokens, layout=over_ring, share=share)
+                hidden = self._run(chunk, run)
                 layout = over_ring.on_one_rank().place_on(0, engine.ranks)  # all have the rows, the first one samples
                 following = self._next_tokens(hidden, layout, chunk, share)
         self._append(following)
@@ -233,8 +238,14 @@ class Session:
         for i, token in tokens.items():
             self.sequences[i].tokens.append(token)
 
-    def _batch(self, chunk: Chunk) -> BatchCache:
-        return BatchCache([self.sequences[i].cache for i in chunk], self.engine.ring.rank)
+    def _run(
+        self, chunk: Chunk, run: Callable[..., Tensor], done: LayerDone = lambda: None
+    ) -> Float[Tensor, "s b hidden"]:
+        """Run a pass over the caches of the sequences in ``chunk``, which it extends."""
+        caches = [self.sequences[i].cache for i in chunk]
+        if self.context.check_schedule:
+            prove_pass(self.engine, [cache.layout for cache in caches], run)
+        return run(self.engine, cache=BatchCache(caches, self.engine.ring.rank), done=done)
 
     def _next_tokens(
         self, hidden: Float[Tensor, "s b hidden"], layout: Layout, chunk: Chunk, share: WeightShare | None = None
