@@ -50,6 +50,7 @@ TOP_LEVEL = {
     "bench/train": "recipes.bench.train.TrainBenchSettings",
     "calibrate": "recipes.calibrate.CalibrateSettings",
     "chat": "recipes.chat.ChatSettings",
+    "doctor": "recipes.doctor.DoctorSettings",
     "evaluate": "eval.job.EvalSettings",
     "export": "recipes.export.ExportSettings",
     "generate": "recipes.generate.GenerateSettings",
