@@ -42,6 +42,7 @@ TOP_LEVEL = {
     "bench/crossover": "recipes.bench.crossover.CrossoverSettings",
     "bench/decode": "recipes.bench.decode.DecodeSettings",
     "bench/drift": "recipes.bench.drift.DriftSettings",
+    "bench/gpu_check": "recipes.bench.gpu_check.GpuCheckSettings",
     "bench/million": "recipes.bench.million.MillionSettings",
     "bench/prefill": "recipes.bench.prefill.PrefillSettings",
     "bench/spd_latency": "recipes.bench.spd_latency.LatencySettings",
