@@ -91,7 +91,14 @@ def prepare(config: DictConfig) -> ChatJob:
     from longctx.infer.session_index import read_index
     from longctx.infer.store import refuse_place
 
-    target = resolve_target(config, RECIPE, unused_axes=("dp", "pp"), strategy_by_turn=True, decode_by_batch=True)
+    target = resolve_target(
+        config,
+        RECIPE,
+        unused_axes=("dp", "pp"),
+        strategy_by_turn=True,
+        decode_by_batch=True,
+        proves_schedule=True,
+    )
     settings, session = top_level(config, ChatSettings), section(config, "session", SessionPaths)
     refuse_unwritable(settings.out)
     refuse_other_recipe(settings.out, RECIPE)

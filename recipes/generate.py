@@ -107,7 +107,7 @@ def prepare(config: DictConfig) -> GenerateJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
     from longctx.parallel.validate import refuse_few_tokens  # here, since it imports torch
 
-    target = resolve_target(config, RECIPE, unused_axes=("dp", "pp"), decode_by_batch=True)
+    target = resolve_target(config, RECIPE, unused_axes=("dp", "pp"), decode_by_batch=True, proves_schedule=True)
     settings, source = top_level(config, GenerateSettings), section(config, "prompt", PromptSource)
     refuse_unwritable(settings.out)
     refuse_other_recipe(settings.out, RECIPE)

@@ -73,6 +73,7 @@ SLOW = (
     "eval/test_speed.py",
     "eval/harness/test_tasks.py",
     "infer/test_families.py",
+    "infer/test_prove.py",
     "infer/test_session.py",
     "infer/test_sharded.py",
     "infer/test_spd.py",

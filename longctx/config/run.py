@@ -60,7 +60,7 @@ class Context:
     ``alg1``, ``alg5`` and ``empirical`` are the rules of arXiv 2411.01783.  ``decode`` is the strategy of decoding.
     With ``sharded``, each context rank multiplies its share of the weights.  ``auto`` chooses ``sharded`` or
     ``gather_merge`` by the cost model.  ``chunk`` is the largest number of tokens in one prefill pass; None prefills
-    all at once.
+    all at once.  ``check_schedule`` proves before each pass that the ranks' messages match and cannot deadlock.
     """
 
     strategy: Literal["pass_kv", "pass_q", "all_gather_kv", "auto", "alg1", "alg5", "empirical"] = "pass_kv"
@@ -68,6 +68,7 @@ class Context:
     layout: Literal["zigzag", "contiguous", "striped"] = "zigzag"
     kernel: Literal["auto", "reference", "flash_cpu", "flash_cuda", "cudnn", "flash_attn"] = "auto"
     chunk: int | None = None
+    check_schedule: bool = False
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -12,6 +13,7 @@ from longctx.infer.cache import BatchCache, KVCache
 from longctx.infer.choose import choose_next
 from longctx.infer.engine import Engine
 from longctx.infer.prefill import Chunk, LayerDone, pack_tokens, run_pass, run_replicated, split_into_chunks
+from longctx.infer.prove import prove_pass
 from longctx.infer.refuse import refuse_prompts
 from longctx.infer.turn import Conversation, Turn
 from longctx.parallel.comm import doing
@@ -201,7 +203,8 @@ class Session:
         strategies = self._choose_strategies(lengths, [self.sequences[i].cached for i in chunk], reasons)
         over_ring = shard_balanced(lengths, LAYOUTS[self.context.layout], self.rows_per_rank)
         layout = over_ring.split(self.engine.ulysses.size)
-        return run_pass(self.engine, pack_tokens(chunk), layout, self._batch(chunk), strategies, done), layout
+        run = partial(run_pass, tokens=pack_tokens(chunk), layout=layout, strategies=strategies)
+        return self._run_pass(chunk, run, done), layout
 
     def _choose_strategies(
         self, lengths: Sequence[int], cached: Sequence[int], reasons: dict[str, str]
@@ -236,16 +239,18 @@ class Session:
         chunk = {i: self.sequences[i].tokens[-1:] for i in sequences}
         assert all(len(self.sequences[i].tokens) == self.sequences[i].cached + 1 for i in chunk), "nothing to feed"
         over_ring = shard_balanced([1] * len(chunk), contiguous, self.rows_per_rank)
-        engine, tokens, batch = self.engine, pack_tokens(chunk), self._batch(chunk)
+        engine, tokens = self.engine, pack_tokens(chunk)
         strategy = self._decode_strategy(len(chunk))
         if strategy in STRATEGIES:
             layout = over_ring.split(engine.ulysses.size)
-            hidden = run_pass(engine, tokens, layout, batch, engine.everywhere(STRATEGIES[strategy]))
+            strategies = engine.everywhere(STRATEGIES[strategy])
+            hidden = self._run_pass(chunk, partial(run_pass, tokens=tokens, layout=layout, strategies=strategies))
             following = choose_next(engine, self.sequences, chunk, hidden, layout)
         else:
             share = engine.share if strategy == "sharded" else None
             with share.in_use() if share else nullcontext():
-                hidden = run_replicated(engine, tokens, over_ring, batch, share=share)
+                run = partial(run_replicated, tokens=tokens, layout=over_ring, share=share)
+                hidden = self._run_pass(chunk, run)
                 layout = over_ring.on_one_rank().place_on(0, engine.ranks)  # all have the rows, the first one samples
                 following = choose_next(engine, self.sequences, chunk, hidden, layout, share)
         self._append(following)
@@ -268,8 +273,14 @@ class Session:
         for i, token in tokens.items():
             self.sequences[i].tokens.append(token)
 
-    def _batch(self, chunk: Chunk) -> BatchCache:
-        return BatchCache([self.sequences[i].cache for i in chunk], self.engine.ring.rank)
+    def _run_pass(
+        self, chunk: Chunk, run: Callable[..., Tensor], done: LayerDone = lambda: None
+    ) -> Float[Tensor, "s b hidden"]:
+        """Run a pass over the caches of the sequences in ``chunk``, which it extends."""
+        caches = [self.sequences[i].cache for i in chunk]
+        if self.context.check_schedule:
+            prove_pass(self.engine, [cache.layout for cache in caches], run)
+        return run(self.engine, cache=BatchCache(caches, self.engine.ring.rank), done=done)
 
 
 def barrier(engine: Engine) -> None:

@@ -47,7 +47,7 @@ def layers_in_use(requested: str, shape: ModelShape) -> str:
     te_available = importlib.util.find_spec("transformer_engine_torch") is not None and torch.cuda.is_available()
     if requested == "te" and not te_available:
         raise ValueError(
-            "model.layers=te needs Transformer Engine and CUDA: pip install 'longctx[gpu]', or use model.layers=local"
+            "model.layers=te needs Transformer Engine and CUDA: install it (make gpu), or use model.layers=local"
         )
     llama = {"out_bias": False, "mlp_bias": False, "norms": "pre", "layer_norm": False, "zero_centered": False,
              "qk_norm": "none", "activation": "silu", "gated": True, "residual_scale": 1.0,

@@ -71,7 +71,7 @@ class MemoryRun:
         return Mesh(self.tp, self.ulysses, self.ring, self.dp, self.pp)
 
     def __str__(self) -> str:
-        options = [self.strategy] if self.strategy != "pass_kv" else []
+        options: list[str] = [self.strategy] if self.strategy != "pass_kv" else []
         options += ["zero1"] if self.zero1 else []
         options += [f"recompute={self.recompute}"] if self.recompute != "none" else []
         options += [f"mlp_rows={self.mlp_rows}"] if self.mlp_rows else []
@@ -146,7 +146,8 @@ def meter_step(runtime: Runtime, job: TrainJob) -> MemoryMeter:
     sharding = Sharding(job.data.length, target.context.layout, kernel, strategy, keeps)
     batches = training_batches(job.data, tokenizer_of(target.folder), dp.rank(), dp.size())(None)
     train_step(state, next(batches)[0], runtime, sharding)
-    with memory_meter(state) as meter:
+    meter = memory_meter(state)
+    with meter:
         train_step(state, next(batches)[0], runtime, sharding)
     return meter
 

@@ -133,6 +133,7 @@ def refuse_unmeasured(job: TrainJob) -> None:
         ("context.strategy", context.strategy, "pass_kv"),
         ("context.layout", context.layout, "zigzag"),
         ("context.kernel", "flash_cpu" if context.kernel == "auto" else context.kernel, "flash_cpu"),
+        ("context.check_schedule", str(context.check_schedule).lower(), "false"),
         ("data.epochs", job.data.epochs or "null", "null"),
     ):
         if value != measured:

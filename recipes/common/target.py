@@ -91,18 +91,19 @@ def resolve_target(
     needs_weights: bool = True,
     strategy_by_turn: bool = False,
     decode_by_batch: bool = False,
+    proves_schedule: bool = False,
     spd: Literal["follow", "refuse", "ignore"] = "follow",
 ) -> Target:
     """Return the target that ``config`` names.  Writes nothing but the model cache.
 
     ``unused_axes`` of the mesh must be 1.  ``needs_weights`` refuses a folder without weights.  ``strategy_by_turn``
-    allows ``context.strategy=auto`` and the other rules; ``decode_by_batch`` allows ``context.decode=auto``.  ``spd``
-    says whether a plan of dropped reductions is followed, refused or ignored.
+    allows ``context.strategy=auto`` and the other rules; ``decode_by_batch`` allows ``context.decode=auto``,
+    ``proves_schedule`` allows ``context.check_schedule``.  ``spd`` says whether a plan of dropped reductions is
+    followed, refused or ignored.
 
     Raises ValueError, with what to set instead, for a model, mesh, kernel, strategy or plan that ``recipe`` cannot run.
     """
     from longctx.attention.backends import kernel_for
-    from longctx.parallel.strategy import STRATEGIES
     from longctx.parallel.validate import refuse_unfit, refuse_unused
 
     # 1. Check the settings by themselves.
@@ -114,16 +115,7 @@ def resolve_target(
     refuse_unused(mesh, recipe, tuple(unused_axes))
     if not strategy_by_turn:
         refuse_strategy_by_turn(context, recipe)
-    if context.decode == "auto" and not decode_by_batch:
-        raise ValueError(
-            f"context.decode=auto works in recipes.generate and recipes.chat only; {recipe} takes one of "
-            f"gather_merge, sharded, {', '.join(STRATEGIES)}"
-        )
-    if context.decode == "sharded" and model.layers == "te":
-        raise ValueError(
-            "context.decode=sharded is not implemented for model.layers=te: use model.layers=local, or "
-            "context.decode=gather_merge"
-        )
+    refuse_decode(context, model, recipe, by_batch=decode_by_batch)
     kernel_for(context.kernel, run.device, model.dtype)
     if model.layers == "te" and run.device == "cpu":
         raise ValueError("model.layers=te needs a GPU: use model.layers=local, or run=gpu with Transformer Engine")
@@ -133,12 +125,30 @@ def resolve_target(
     if needs_weights:
         refuse_damaged(model, folder, shape)
     refuse_unfit(mesh, shape)
+    if context.check_schedule:
+        refuse_unproved(context, mesh, shape, recipe, proves=proves_schedule)
     if spd == "refuse":
         refuse_adapted(folder, recipe)
     plan = plan_of(config, mesh, model, folder, shape, context.decode) if spd == "follow" and "spd" in config else None
     reduce = section(config, "reduce", Reduce) if "reduce" in config else Reduce()
     refuse_rounded(reduce, mesh, model, context, shape)
     return Target(model, folder, shape, mesh, context, run, plan, None if reduce.exact else reduce)
+
+
+def refuse_decode(context: Context, model: ModelSource, recipe: str, *, by_batch: bool) -> None:
+    """Raise ValueError for a ``context.decode`` that ``recipe`` or the model's layers do not support."""
+    from longctx.parallel.strategy import STRATEGIES
+
+    if context.decode == "auto" and not by_batch:
+        raise ValueError(
+            f"context.decode=auto works in recipes.generate and recipes.chat only; {recipe} takes one of "
+            f"gather_merge, sharded, {', '.join(STRATEGIES)}"
+        )
+    if context.decode == "sharded" and model.layers == "te":
+        raise ValueError(
+            "context.decode=sharded is not implemented for model.layers=te: use model.layers=local, or "
+            "context.decode=gather_merge"
+        )
 
 
 def refuse_rounded(reduce: Reduce, mesh: Mesh, model: ModelSource, context: Context, shape: ModelShape) -> None:
@@ -180,6 +190,25 @@ def say_unapplied(folder: Path, sampling: Sampling) -> None:
     if others := {name: value for name, value in unapplied.items() if getattr(sampling, name, None) != value}:
         names = ", ".join(f"{name}={value}" for name, value in others.items())
         say(f"generation_config.json has {escape(names)}: not applied here, so the text may differ from transformers'")
+
+
+def refuse_unproved(context: Context, mesh: Mesh, shape: ModelShape, recipe: str, *, proves: bool) -> None:
+    """Raise ValueError where ``context.check_schedule`` has nothing to prove, or no proof is implemented."""
+    if not proves:
+        raise ValueError(
+            f"context.check_schedule=true works in recipes.generate, chat, pretrain and extend; {recipe} takes "
+            "context.check_schedule=false"
+        )
+    if mesh.context == 1:
+        raise ValueError(
+            "context.check_schedule=true has no messages to check on one context rank: use mesh.ring=2 or more, or "
+            "context.check_schedule=false"
+        )
+    if mesh.tp > 1 and shape.mixture and context.decode in ("sharded", "auto"):
+        raise ValueError(
+            f"context.check_schedule=true is not implemented for context.decode={context.decode} of a mixture of "
+            f"experts with mesh.tp={mesh.tp}: use context.decode=gather_merge, or mesh.tp=1"
+        )
 
 
 def refuse_strategy_by_turn(context: Context, recipe: str) -> None:

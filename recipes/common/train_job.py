@@ -103,7 +103,7 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool) ->
     settings = top_level(config, TrainSettings)
     refuse_unwritable_folder(settings.out)
     refuse_other_recipe(settings.out, recipe)
-    target = resolve_target(config, recipe, needs_weights=not from_scratch)
+    target = resolve_target(config, recipe, needs_weights=not from_scratch, proves_schedule=True)
     _refuse_untrainable(target, settings)
     refuse_untrainable(target.folder)
     # 2. The text.

@@ -213,7 +213,10 @@ def train_steps(
     # 1. How sequences are sharded and attended to, and the clock of exposed communication.
     kernel = checked_kernel(target.context.kernel, runtime.device, target.model.dtype, target.shape.head_dim)
     strategy, keep_partials = STRATEGIES[target.context.strategy], settings.recompute != "none"
-    sharding = Sharding(job.data.length, target.context.layout, kernel, strategy, keep_partials)
+    context = target.context
+    sharding = Sharding(
+        job.data.length, context.layout, kernel, strategy, keep_partials, check_schedule=context.check_schedule
+    )
     timer = ExposedCommTimer()
     timed = replace(runtime, ulysses=TimedComm(runtime.ulysses, timer), ring=TimedComm(runtime.ring, timer))
     meter = Meter(target.shape, target.mesh.ranks // dp_size, runtime.device, timer, job.peak_flops)

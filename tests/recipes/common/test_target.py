@@ -152,6 +152,8 @@ def test_config_without_groups_of_context_run_and_plan_resolves(models, config_o
         (["context.kernel=flash_cuda"], {}, "context.kernel=flash_cuda", "use context.kernel=reference or flash_cpu"),
         (["run.device=cuda"], {}, "context.kernel=auto", "use context.kernel=flash_cuda model.dtype=bfloat16"),
         (["context.chunk=0"], {}, "context.chunk=0", "or null for all"),
+        (["context.check_schedule=true", "mesh.ring=2"], {}, "recipes.test takes", "context.check_schedule=false"),
+        (["context.check_schedule=true"], {"proves_schedule": True}, "one context rank", "use mesh.ring=2 or more"),
         (["run.threads=0"], {}, "run.threads=0", "use 1 or more"),
         (["run.timeout_minutes=0"], {}, "run.timeout_minutes=0", "use 1 or more"),
         # Rounded reductions.
