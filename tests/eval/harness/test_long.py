@@ -97,7 +97,7 @@ def test_text_of_a_file_is_read_with_a_tokenizer_that_adds_a_first_token(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [(b"", "is empty"), (b"caf\xe9", r"not UTF-8 text \(byte 3\)"), (None, "cannot be read")]
+    ("content", "says"), [(b"", "is empty"), (b"abc\xe9", r"not UTF-8 text \(byte 3\)"), (None, "cannot be read")]
 )
 def test_file_without_text_is_refused(content, says, tmp_path):
     file = tmp_path / "book.txt"
