@@ -11,6 +11,7 @@ from recipes.common.startup import announce, print_page
 VERBS = {
     "generate": ("recipes.generate", "answer a long prompt that is sharded over ranks"),
     "chat": ("recipes.chat", "hold a conversation; its keys and values stay on the ranks"),
+    "serve": ("recipes.serve", "answer many clients through OpenAI's API"),
     "pretrain": ("recipes.pretrain", "train a model from scratch, or resume a run"),
     "extend": ("recipes.extend", "train a pretrained model on longer sequences"),
     "models": ("recipes.models", "list the model types that run, and their features"),
@@ -20,7 +21,7 @@ VERBS = {
     "spd_sensitivity": ("recipes.spd_sensitivity", "measure which blocks can drop a reduction"),
     "spd_adapt": ("recipes.spd_adapt", "repair a model whose blocks drop a reduction"),
     "eval": ("eval.run", "score a model, or compare variants of it"),
-    "eval_speed": ("eval.speed", "measure examples per second beside lm-eval's own model"),
+    "eval_speed": ("eval.speed", "measure examples per second, compared with lm-eval's own model"),
     "bench": ("recipes.bench", "run a benchmark: longctx bench lists them"),
     "compare": ("recipes.compare", "list how runs differ: longctx compare DIR DIR"),
     "reproduce": ("recipes.reproduce", "run a run again and compare: longctx reproduce DIR"),

@@ -97,6 +97,7 @@ SLOW = (
     "recipes/test_install.py",
     "recipes/test_hostile.py",
     "recipes/test_saved.py",
+    "recipes/test_serve.py",
     "recipes/test_spd.py",
     "slurm/test_submit.py",
     "slurm/test_words.py",

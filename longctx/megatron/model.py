@@ -199,7 +199,7 @@ def _config(
         layernorm_epsilon=shape.norm_eps,
         normalization="LayerNorm" if shape.layer_norm else "RMSNorm",
         layernorm_zero_centered_gamma=shape.zero_centered,
-        # megatron-core sums the gradients of these norms over ranks, each of which has all of their weights.
+        # Every rank has the whole weights of these norms, so megatron-core sums their gradients over ranks.
         qk_layernorm=shape.qk_norm == "head",
         softmax_scale=shape.softmax_scale,
         gated_linear_unit=shape.gated,

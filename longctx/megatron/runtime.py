@@ -101,6 +101,9 @@ def open_runtime(
         rank=rank.rank,
         world_size=rank.world_size,
         timeout=datetime.timedelta(minutes=timeout_minutes),
+        # NCCL then connects each group when it is created.  Otherwise it would connect a group in the first call, which
+        # must be made by all its ranks; the first exchange of a ring may leave out ranks without rows.
+        device_id=torch_device if device == "cuda" else None,
     )
 
     # 3. The mesh's groups, for the block.

@@ -33,7 +33,8 @@ class Sharding:
     """How ranks share sequences of ``length`` tokens and compute attention over them.
 
     ``layout`` is a key of `LAYOUTS`.  With ``keep_partials``, each layer's attention result is kept, so that activation
-    recomputation in the backward does not run the ring again.  ``dtype`` is the model's dtype.
+    recomputation in the backward does not run the ring again.  ``dtype`` is that of
+    rotary angles: float64 for models in float64, else float32.
     """
 
     length: int

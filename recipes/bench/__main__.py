@@ -28,7 +28,7 @@ SUBJECTS = {
     "spd_latency": (spd_latency.task, "time saved by dropped reductions, over links of a given rate and latency"),
     "spd_quality": (spd_quality.task, "perplexity over the share of blocks that drop a reduction"),
     "spd_sweep": (spd_sweep.task, "seconds of a sensitivity measurement, against a plain loop over perplexities"),
-    "train": (train.task, "a training step on one rank and on several; attention beside other projects' rings"),
+    "train": (train.task, "a training step on one rank and on several; attention compared with other projects' rings"),
 }
 
 

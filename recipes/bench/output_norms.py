@@ -76,7 +76,7 @@ class Sums:
         return [float((precision * n * self.full).sum() / (precision * n * n).sum()) for n in self.own]
 
 
-# What rank r's MLP reads besides x, given the block's sums and its fitted factors.
+# By name, the terms that the ranks' MLPs read besides x, given the block's sums and its fitted factors.
 ESTIMATES: dict[str, Callable[[Sums, list[float]], list[Hidden]]] = {
     "x + N_a(P_r)": lambda sums, _: sums.own,
     "x + N_a(P_r) times a fitted factor": lambda sums, fitted: [c * n for c, n in zip(fitted, sums.own, strict=True)],
@@ -87,7 +87,7 @@ ESTIMATES: dict[str, Callable[[Sums, list[float]], list[Hidden]]] = {
 
 
 def partial_attention(layer: Any, x: Hidden, known: dict[str, Any], ranks: int) -> Sums:
-    """Return the sums of a Gemma 3 block, whose attention gets ``known`` beside its input."""
+    """Return the sums of a Gemma 3 block, whose attention gets ``known`` in addition to its input."""
     heads: list[Tensor] = []
     hook = layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0]))
     layer.self_attn(hidden_states=layer.input_layernorm(x), **known)
@@ -157,8 +157,8 @@ def mean_loss(net: PreTrainedModel, text: PackedText) -> float:
     for begin in range(0, len(text), BATCH):
         batch = text[slice(begin, begin + BATCH)]
         hidden = net.model(batch.tokens, use_cache=False).last_hidden_state[batch.mask]
-        for rows, targets in zip(hidden.split(256), batch.targets[batch.mask].split(256), strict=True):
-            total += float(torch.nn.functional.cross_entropy(net.lm_head(rows), targets, reduction="sum"))
+        for states, targets in zip(hidden.split(256), batch.targets[batch.mask].split(256), strict=True):
+            total += float(torch.nn.functional.cross_entropy(net.lm_head(states), targets, reduction="sum"))
     return total / int(text.mask.sum())
 
 

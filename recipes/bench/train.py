@@ -1,4 +1,4 @@
-"""A training step on one rank and on several; and attention, forward and backward, beside other projects' rings.
+"""A training step on one rank and on several; and attention, forward and backward, compared with other projects' rings.
 
 python -m recipes.bench train json=train.json
 """
@@ -77,7 +77,7 @@ class SavedActivations:
 
     @contextmanager
     def counting(self, net: torch.nn.Module) -> Iterator[None]:
-        """Count what the block saves until its first backward begins: the forward of one micro-batch."""
+        """Count the bytes that forward passes inside the ``with`` block save, until the first backward begins."""
         seen = {p.untyped_storage().data_ptr() for p in net.parameters()}
 
         def keep(x: torch.Tensor) -> torch.Tensor:

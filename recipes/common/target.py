@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from omegaconf import DictConfig
 from rich.markup import escape
 
-from longctx.config import Context, Mesh, ModelSource, Run, Sampling
+from longctx.config import Context, Mesh, ModelSource, Reduce, Run, Sampling
 from longctx.hf.checkpoint import fingerprint
 from longctx.hf.config import shape_of
 from longctx.hf.generation import unapplied_settings
@@ -34,6 +34,7 @@ class Target:
     """A model and the mesh it runs on: plain values, checked before any rank starts.
 
     ``folder`` holds its config.json, tokenizer and weights.  ``plan`` lists blocks that drop a reduction (None: none).
+    ``reduce`` has the dtypes of rounded reductions (None: all are exact).
     """
 
     model: ModelSource
@@ -43,11 +44,17 @@ class Target:
     context: Context
     run: Run
     plan: SPDPlan | None = None
+    reduce: Reduce | None = None
 
     @cached_property
     def fingerprint(self) -> str:
         """Digest of the model's weights and configuration; computed on first use."""
         return fingerprint(self.folder, self.model.cache)
+
+    @property
+    def inexact(self) -> bool:
+        """True if reductions are dropped or rounded, so that the model's function depends on the number of ranks."""
+        return self.plan is not None or self.reduce is not None
 
     def threads(self, rank: Rank) -> int:
         """Return the CPU threads of ``rank``."""
@@ -72,9 +79,8 @@ class Target:
         """Load the model on the ranks of ``runtime``; its blocks follow ``plan`` (None: the target's plan)."""
         from longctx.infer.engine import load_engine
 
-        return load_engine(
-            runtime, self.model, self.shape, self.folder, self.context.kernel, self.plan if plan is None else plan
-        )
+        plan = self.plan if plan is None else plan
+        return load_engine(runtime, self.model, self.shape, self.folder, self.context.kernel, plan, self.reduce)
 
 
 def resolve_target(
@@ -130,7 +136,29 @@ def resolve_target(
     if spd == "refuse":
         refuse_adapted(folder, recipe)
     plan = plan_of(config, mesh, model, folder, shape, context.decode) if spd == "follow" and "spd" in config else None
-    return Target(model, folder, shape, mesh, context, run, plan)
+    reduce = section(config, "reduce", Reduce) if "reduce" in config else Reduce()
+    refuse_rounded(reduce, mesh, model, context, shape)
+    return Target(model, folder, shape, mesh, context, run, plan, None if reduce.exact else reduce)
+
+
+def refuse_rounded(reduce: Reduce, mesh: Mesh, model: ModelSource, context: Context, shape: ModelShape) -> None:
+    """Raise ValueError if ``reduce`` rounds reductions that do not exist here, or that are not tested with rounding."""
+    if reduce.exact:
+        return
+    if mesh.tp == 1:
+        raise ValueError(
+            f"reduce ({reduce}): one tensor-parallel rank has nothing to reduce; use mesh.tp=2 or more, or "
+            "reduce=float32"
+        )
+    if context.decode in ("sharded", "auto"):
+        raise ValueError(
+            f"context.decode={context.decode} is not tested with rounded reductions ({reduce}): use "
+            "context.decode=gather_merge, or reduce=float32"
+        )
+    if model.layers == "te":
+        raise ValueError("model.layers=te is not tested with rounded reductions: use model.layers=local")
+    if shape.mixture:
+        raise ValueError("rounded reductions are not tested with mixtures of experts: use reduce=float32")
 
 
 def refuse_damaged(model: ModelSource, folder: Path, shape: ModelShape) -> None:
@@ -148,8 +176,9 @@ def refuse_damaged(model: ModelSource, folder: Path, shape: ModelShape) -> None:
 
 def say_unapplied(folder: Path, sampling: Sampling) -> None:
     """Print the settings of generation_config.json that would change transformers' text and are not applied."""
-    if unapplied := unapplied_settings(folder, sampled=sampling.temperature > 0):
-        names = ", ".join(f"{name}={value}" for name, value in unapplied.items())
+    unapplied = unapplied_settings(folder, sampled=sampling.temperature > 0)
+    if others := {name: value for name, value in unapplied.items() if getattr(sampling, name, None) != value}:
+        names = ", ".join(f"{name}={value}" for name, value in others.items())
         say(f"generation_config.json has {escape(names)}: not applied here, so the text may differ from transformers'")
 
 

@@ -159,10 +159,11 @@ def _refuse_untrainable(target: Target, settings: TrainSettings) -> None:
 def first_sequences(
     data: DataSettings, tokenizer: "PreTrainedTokenizerBase", target: Target
 ) -> tuple[tuple[int, int, str], ...]:
-    """Return the first batch's sequences, each as its number of tokens, of documents, and the start of its text.
+    """For each sequence of the first batch, return its numbers of tokens and documents, and the start of its text.
 
-    Raises ValueError for files that are missing or cannot be read, for text that does not fill one batch, for
-    tokens beyond the model's vocabulary, and for a batch without a target.
+    Raises ValueError for files that are missing or cannot be read, for text that does not fill one batch, for a batch
+    that data-parallel ranks cannot share equally, for tokens beyond the model's vocabulary, and for a batch without a
+    target.
     """
     from longctx.data.batches import refuse_nothing_to_learn, training_batches
 

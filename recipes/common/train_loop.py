@@ -38,7 +38,7 @@ _FINITE = ("loss", "grad_norm", "eval/loss")  # figures that are finite unless t
 class Start:
     """Resume point of a run: the steps done, the data's resume state and the id of the run's record.
 
-    Records before ``first_record`` are kept.  A new run starts at record 0, which holds the samples.
+    On resume, records from ``first_record`` on are deleted.  Record 0 holds samples of the text.
     """
 
     step: int = 0
@@ -87,7 +87,7 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
         last_step, loss = start.step, None
         for done in train_steps(state, runtime, job, start, stop):
             tracker.log(done.figures, done.step)
-            refuse_diverged(done, checkpoints, job.out / "checkpoints")
+            refuse_diverged_step(done, checkpoints, job.out / "checkpoints")
             last_step, loss = done.step, float(done.figures["loss"] or 0.0)
             progress.step(note=f"loss {loss:.4f}, {done.figures['tokens_per_s']:,.0f} tokens/s")
             if done.ends_run or done.step % job.saving.every == 0:
@@ -122,7 +122,7 @@ def _reason_to_end(job: TrainJob, step: int, stop: StopRequest) -> str:
     return f"the text ended after step {step}: data.epochs={job.data.epochs}"
 
 
-def refuse_diverged(done: TrainedStep, checkpoints: Checkpoints, folder: Path) -> None:
+def refuse_diverged_step(done: TrainedStep, checkpoints: Checkpoints, folder: Path) -> None:
     """Raise FloatingPointError, on every rank, if the step's loss or gradient norm is NaN or infinite.
 
     ``folder`` is that of ``checkpoints``; those being written are completed first.
@@ -212,8 +212,8 @@ def train_steps(
     dp_rank, dp_size = runtime.groups.dp.rank(), runtime.groups.dp.size()
     # 1. How sequences are sharded and attended to, and the clock of exposed communication.
     kernel = checked_kernel(target.context.kernel, runtime.device, target.model.dtype, target.shape.head_dim)
-    strategy, keeps_answers = STRATEGIES[target.context.strategy], settings.recompute != "none"
-    sharding = Sharding(job.data.length, target.context.layout, kernel, strategy, keeps_answers)
+    strategy, keep_partials = STRATEGIES[target.context.strategy], settings.recompute != "none"
+    sharding = Sharding(job.data.length, target.context.layout, kernel, strategy, keep_partials)
     timer = ExposedCommTimer()
     timed = replace(runtime, ulysses=TimedComm(runtime.ulysses, timer), ring=TimedComm(runtime.ring, timer))
     meter = Meter(target.shape, target.mesh.ranks // dp_size, runtime.device, timer, job.peak_flops)

@@ -111,7 +111,7 @@ def test_dense_layers_among_layers_with_experts() -> None:
     ("changed", "words"),
     [
         ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 is not possible with 8 experts"),
-        ({"num_experts_per_tok": 1}, "num_experts_per_tok=1 leaves the router no weights"),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok=1 with renormalised weights"),
     ],
 )
 def test_impossible_number_of_experts_is_refused(changed: dict[str, Any], words: str) -> None:

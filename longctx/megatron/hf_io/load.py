@@ -50,7 +50,7 @@ class Weights:
         self.read_names: set[str] = set()
 
     def __call__(self, name: str) -> Float[Tensor, "..."]:
-        """Return the tensor ``name``.  Raises ValueError if it is missing, quantised, or of another number of rows."""
+        """Return the tensor ``name``, of a dropped block the adapted one.  Raises ValueError if it cannot be used."""
         if name.startswith(self._dropped) and DROPPED + name in self._files:
             return self._read(DROPPED + name)
         stored = self._family.stored(name)

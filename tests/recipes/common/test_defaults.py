@@ -15,6 +15,7 @@ from longctx.config import (
     ModelSource,
     Optim,
     PromptSource,
+    Reduce,
     Repair,
     Run,
     Sampling,
@@ -30,6 +31,7 @@ GROUPS = {
     "mesh/one_rank": Mesh,
     "model/_base": ModelSource,
     "optim/adamw": Optim,
+    "reduce/float32": Reduce,
     "run/local": Run,
     "sampling/greedy": Sampling,
     "spd/saved": SPD,
@@ -57,6 +59,7 @@ TOP_LEVEL = {
     "models": "recipes.models.ModelsSettings",
     "plan": "recipes.plan.PlanSettings",
     "pretrain": "recipes.common.train_job.TrainSettings",
+    "serve": "recipes.serve.ServeSettings",
     "spd_sensitivity": "recipes.spd_sensitivity.SensitivitySettings",
     "submit": "slurm.settings.SubmitSettings",
 }
