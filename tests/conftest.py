@@ -58,7 +58,11 @@ LONG = (
 
 
 def pytest_configure() -> None:
-    """Handle SIGINT, which a shell's background job ignores; processes that a test starts and interrupts inherit it."""
+    """Prepare what the processes that tests start inherit.
+
+    They handle SIGINT, which a shell's background job ignores, and share byte code, which each would compile anew.
+    """
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
