@@ -101,6 +101,8 @@ class ExchangedTokens(MoEAllGatherTokenDispatcher):
     megatron-core's own dispatchers send every token to all ranks, or once for each of its experts.
     """
 
+    routing_map: Tensor
+
     def __init__(self, experts: int, config: TransformerConfig, groups: ProcessGroupCollection, ep: Comm, tp: Comm):
         super().__init__(experts, list(range(experts)), config, groups)  # indices in the arriving tokens' map
         self._ep, self._tp = ep, tp

@@ -105,7 +105,7 @@ KINDS = {
 # Changes to kinds, for numbers of experts that ranks can divide.
 EVEN_EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
-    "qwen3_moe, and a layer without experts": {"num_experts": 8, "num_hidden_layers": 4},
+    "qwen3_moe, and a layer without experts": {"num_experts": 8, "num_local_experts": 8, "num_hidden_layers": 4},
     "gpt_oss": {"num_local_experts": 4},  # 3 of 4 experts: each token goes to every rank of two
 }
 
