@@ -19,23 +19,35 @@ _SAMPLING_RANGES: dict[str, tuple[float, float, str]] = {
 
 @dataclass(frozen=True)
 class Mesh:
-    """Number of ranks along each axis, fastest-varying first (arXiv 2405.07719, Tip 7)."""
+    """Number of ranks along each axis, fastest-varying first (arXiv 2405.07719, Tip 7).
+
+    ``ep`` adds no ranks.  It divides the ulysses x ring x dp ranks into groups of ``ep`` neighbours.  The ranks of a
+    group divide the experts of every layer among them.
+    """
 
     tp: int = 1
     ulysses: int = 1
     ring: int = 1
     dp: int = 1
     pp: int = 1
+    ep: int = 1
 
     def __post_init__(self) -> None:
         for axis, ranks in vars(self).items():
             if ranks < 1:
                 raise ValueError(f"mesh.{axis}={ranks}: use at least one rank")
+        if (shared := self.context * self.dp) % self.ep:
+            fit = [n for n in range(1, shared + 1) if shared % n == 0]
+            nearest = min(fit, key=lambda n: (abs(n - self.ep), n))
+            raise ValueError(
+                f"mesh.ep={self.ep} does not divide mesh.ulysses x mesh.ring x mesh.dp = {shared}, the ranks that "
+                f"it groups: use mesh.ep={nearest}, or more of those ranks"
+            )
 
     @property
     def ranks(self) -> int:
         """Ranks in all."""
-        return prod(vars(self).values())
+        return prod(ranks for axis, ranks in vars(self).items() if axis != "ep")
 
     @property
     def sequence_parallel(self) -> bool:

@@ -71,10 +71,10 @@ def build_model(
 ) -> GPTModel:
     """Return a GPTModel of ``shape`` with uninitialised weights, in eval mode; `hf_io.load.load` fills it.
 
-    Weights are sharded over ``groups.tp``, layers over ``groups.pp``.  With a ``plan`` every layer is an
-    `SPDTransformerLayer` and the plan's blocks drop a reduction; `follow_plan` can later apply another plan.
-    ``mlp_rows`` is the ``rows`` of a `TiledMLP`.  ``options`` are further fields of megatron-core's TransformerConfig,
-    for training.
+    Weights are sharded over ``groups.tp``, layers over ``groups.pp``, experts over ``groups.ep``.  With a ``plan``
+    every layer is an `SPDTransformerLayer` and the plan's blocks drop a reduction; `follow_plan` can later apply
+    another.  ``mlp_rows`` is the ``rows`` of a `TiledMLP`.  ``options`` are further fields of megatron-core's
+    TransformerConfig, for training.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="full scope is deprecated")  # megatron-core sets it by default
@@ -226,7 +226,7 @@ def _config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
-        **mixture_config(shape),
+        **mixture_config(shape, groups.ep.size()),
         **options,
     )
 

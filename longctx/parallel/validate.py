@@ -18,11 +18,26 @@ def refuse_unfit(mesh: Mesh, shape: ModelShape) -> None:
             f"mesh.tp={mesh.tp} does not divide the model's {shape.heads} query heads, {shape.kv_heads} KV heads and "
             f"FFN width {widths}; use mesh.tp={nearest} (possible: {', '.join(map(str, fit))})."
         )
+    _refuse_uneven_experts(mesh.ep, shape)
     try:
         refuse_uneven_heads(shape.heads // mesh.tp, shape.kv_heads // mesh.tp, mesh.ulysses)
     except ValueError as error:
         per_rank = f"with mesh.tp={mesh.tp} each rank has {shape.heads // mesh.tp} query heads: "
         raise ValueError(f"{per_rank if mesh.tp > 1 else ''}{error}") from None
+
+
+def _refuse_uneven_experts(ep: int, shape: ModelShape) -> None:
+    """Raise ValueError unless ``ep`` ranks can divide the experts of a model of ``shape`` evenly."""
+    if ep > 1 and not shape.mixture:
+        raise ValueError(f"mesh.ep={ep} divides experts, and this model has none; use mesh.ep=1.")
+    count = shape.mixture.count if shape.mixture else 1
+    if count % ep:
+        fit = [n for n in range(1, count + 1) if count % n == 0]
+        nearest = min(fit, key=lambda n: (abs(n - ep), n))
+        raise ValueError(
+            f"mesh.ep={ep} does not divide the model's {count} experts; "
+            f"use mesh.ep={nearest} (possible: {', '.join(map(str, fit))})."
+        )
 
 
 def refuse_few_tokens(mesh: Mesh, tokens: int) -> None:

@@ -24,7 +24,9 @@ from longctx.megatron.training.optimizer import (
 )
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import doing
+from longctx.parallel.experts import bytes_of_experts
 from longctx.parallel.hybrid import hybrid
+from longctx.parallel.measure.comm_timer import ExposedCommTimer, TimedComm
 from longctx.parallel.recording import attention_schedules
 from longctx.parallel.ring import Strategy
 from longctx.parallel.schedule import refuse_faulty
@@ -52,12 +54,23 @@ class Sharding:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean loss (nats a token), gradient norm before clipping, number of targets that counted, and learning rate."""
+    """Mean loss (nats a token), gradient norm before clipping, number of targets that counted, and learning rate.
+
+    ``experts_bytes`` are the bytes of expert parallelism that this rank has sent.
+    """
 
     loss: float
     grad_norm: float
     tokens: int
     rate: float
+    experts_bytes: int
+
+
+def time_communication(runtime: Runtime) -> tuple[Runtime, ExposedCommTimer]:
+    """Return ``runtime`` with timed groups for attention and experts, and their timer of exposed communication."""
+    timer = ExposedCommTimer()
+    ulysses, ring, ep = (TimedComm(comm, timer) for comm in (runtime.ulysses, runtime.ring, runtime.ep))
+    return replace(runtime, ulysses=ulysses, ring=ring, ep=ep), timer
 
 
 def train_step(trained: TrainState, batch: Batch, runtime: Runtime, sharding: Sharding) -> StepResult:
@@ -66,10 +79,12 @@ def train_step(trained: TrainState, batch: Batch, runtime: Runtime, sharding: Sh
     Every rank calls this.  Asserts that all ranks together have counted the targets of the whole batch.
     """
     clear_gradients(trained)
+    sent_before = bytes_of_experts(runtime.ep, runtime.tp)
     sums = forward_backward(trained, micro_batches(batch, runtime, trained.shape, sharding))
     assert sum(sums.tokens) == batch.counted, f"ranks count {sum(sums.tokens)} tokens, the batch has {batch.counted}"
     norm, rate = optimizer_step(trained)
-    return StepResult(sums.mean, norm, sum(sums.tokens), rate)
+    experts_bytes = bytes_of_experts(runtime.ep, runtime.tp) - sent_before
+    return StepResult(sums.mean, norm, sum(sums.tokens), rate, experts_bytes)
 
 
 @torch.no_grad()

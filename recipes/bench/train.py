@@ -111,10 +111,10 @@ def prepare(config: DictConfig) -> TrainBenchJob:
 
 def resolve_meshes(config: DictConfig, job: TrainJob) -> tuple[Mesh, ...]:
     """Return one rank and the setting ``meshes``.  Raises ValueError for a mesh that does not fit the model."""
-    refuse_unused(job.target.mesh, RECIPE, ("tp", "ulysses", "ring", "dp", "pp"))  # `meshes` is the setting to use
+    refuse_unused(job.target.mesh, RECIPE, tuple(vars(Mesh())))  # `meshes` is the setting to use
     meshes = sections(config, "meshes", Mesh)
     for mesh in meshes:
-        refuse_unused(mesh, RECIPE, ("dp", "pp"))
+        refuse_unused(mesh, RECIPE, ("dp", "pp", "ep"))
         refuse_unfit(mesh, job.target.shape)
     return (Mesh(), *meshes)
 

@@ -191,11 +191,18 @@ def data_of(config: DictConfig) -> tuple[DataSettings, DataSettings | None]:
 
 
 def refuse_unsplit(mesh: Mesh, shape: ModelShape, data: DataSettings) -> None:
-    """Raise ValueError unless pipeline stages get equal numbers of layers, and sequences fit the model and the mesh."""
+    """Raise ValueError unless pipeline stages get equal numbers of layers, and sequences fit the model and the mesh.
+
+    With expert parallelism, each stage needs experts.
+    """
     if shape.layers % mesh.pp:
         fit = [n for n in range(1, shape.layers + 1) if shape.layers % n == 0]
         nearest = min(fit, key=lambda n: (abs(n - mesh.pp), n))
         raise ValueError(f"mesh.pp={mesh.pp} does not divide {shape.layers} layers: use mesh.pp={nearest}")
+    per_stage = shape.layers // mesh.pp
+    stages = [shape.experts[i : i + per_stage] for i in range(0, shape.layers, per_stage)]
+    if mesh.ep > 1 and not all(any(stage) for stage in stages):
+        raise ValueError(f"mesh.ep={mesh.ep} mesh.pp={mesh.pp}: a pipeline stage has no experts; use mesh.pp=1")
     if data.length > shape.max_positions:
         raise ValueError(
             f"data.length={data.length:,} is more than the model's context of {shape.max_positions:,}: "

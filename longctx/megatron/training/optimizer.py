@@ -17,6 +17,7 @@ from megatron.core.utils import GlobalMemoryBuffer
 
 from longctx.config import Optim, Recompute
 from longctx.megatron.attention import Pass
+from longctx.megatron.experts import connect_experts
 from longctx.megatron.loss import loss_of
 from longctx.megatron.model import GPTModel, build_model, run_stage
 from longctx.megatron.runtime import Runtime
@@ -126,6 +127,7 @@ def build_train_state(
         **_RECOMPUTE[recompute],
     ).train()
     load(net)
+    connect_experts(net, runtime.ep, runtime.tp)
     # 2. Gradient buffers, which reduce over data-parallel and context-parallel ranks.
     model = DistributedDataParallel(
         net.config,

@@ -136,6 +136,9 @@ def test_config_without_groups_of_context_run_and_plan_resolves(models, config_o
         (["mesh.ring=0"], {}, "mesh.ring=0", "use at least one rank"),
         (["mesh.dp=2"], {"unused_axes": ("dp", "pp")}, "recipes.test has no use for mesh.dp=2", "use mesh.dp=1"),
         (["mesh.pp=3"], {"unused_axes": ("dp", "pp")}, "recipes.test has no use for mesh.pp=3", "use mesh.pp=1"),
+        (["mesh.ring=2", "mesh.ep=2"], {"unused_axes": ("dp", "pp")}, "has no use for mesh.ep=2", "use mesh.ep=1, and"),
+        (["mesh.ring=2", "mesh.ep=2"], {}, "mesh.ep=2 divides experts", "use mesh.ep=1"),
+        (["mesh.ep=2"], {}, "mesh.ep=2 does not divide mesh.ulysses x mesh.ring x mesh.dp = 1", "use mesh.ep=1"),
         (["mesh.tp=2"], {}, "mesh.tp=2", "use mesh.tp=1"),
         (["mesh.ulysses=2"], {}, "mesh.ulysses=2", "use mesh.ulysses=1"),
         # The model and its context.
