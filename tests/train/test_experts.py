@@ -11,9 +11,8 @@ from longctx.config import Mesh, Optim
 from longctx.parallel.launch import run_ranks
 from tests.megatron.kinds import EVEN_EXPERTS, SMALL, random_model
 from tests.tiny import tiny_tokenizer
+from tests.train.against_transformers import assert_steps_equal, exact
 from tests.train.ranks import Run, train_each
-from tests.train.test_families import exact
-from tests.train.test_step import tensors
 
 LENGTHS = ((37, 24), (61,))
 
@@ -44,16 +43,7 @@ MESHES: list[tuple[Mesh, dict[str, Any]]] = [
 def test_loss_and_every_gradient_equal_those_of_transformers_in_float64(
     mesh: Mesh, settings: dict[str, Any], runs: dict[str, Run], right: Any, tmp_path: Path
 ) -> None:
-    folders = {kind: tmp_path / kind for kind in runs}
-    jobs = [replace(runs[kind], mesh=mesh, gradients=folders[kind], dtype="float64", **settings) for kind in runs]
-    steps = [step for (step,) in run_ranks(mesh.ranks, train_each, jobs)[0]]
-    for (kind, (loss, gradients)), step in zip(right.items(), steps, strict=True):
-        assert step.loss == pytest.approx(loss, rel=1e-13), kind
-        rounding = float(1.0 / torch.tensor(step.tokens)) * step.tokens  # megatron-core divides in float32
-        got = tensors(folders[kind])
-        assert set(got) == set(gradients), kind
-        for name, gradient in gradients.items():
-            assert (got[name] / rounding - gradient).norm() <= 1e-11 * gradient.norm(), (kind, name)
+    assert_steps_equal(mesh, settings, runs, right, tmp_path)
 
 
 def test_step_and_its_bytes(runs: dict[str, Run], right: Any) -> None:
