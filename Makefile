@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+# CUDA builds of torch, for make gpu: flash-attn and Transformer Engine compile against the torch that is installed.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cu130
+OUT ?= outputs/gpu_check
 # A file's tests stay in one process, because they share fixtures and warm ranks; their order is random, the same for a
 # SEED. Three processes on two cores, because many tests wait: for a cluster, a time limit, a rank that is gone.
 SEED ?= 1
 AT_ONCE := --numprocesses 3 --dist loadfile --no-loadscope-reorder --random-order --random-order-seed=$(SEED)
 
-.PHONY: help demo test test-fast test-gpu slurm lint format docs published clean
+.PHONY: help demo test test-fast test-gpu gpu gpu-check slurm lint format docs published clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +28,17 @@ test-fast: $(READY) ## the tests that take seconds: without those marked slow or
 test-gpu: $(READY) ## what needs a GPU, on a machine with one
 	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { echo "no CUDA device here"; exit 1; }
 	$(BIN)/python -m pytest tests/gpu
+
+gpu: $(READY) ## a CUDA build of torch; then flash-attn and Transformer Engine, compiled for it (minutes to hours)
+	$(BIN)/python -c 'import torch; raise SystemExit(torch.version.cuda is None)' || { $(BIN)/python -m pip uninstall -y torch \
+		&& $(BIN)/python -m pip install --constraint constraints.txt torch --index-url $(TORCH_INDEX) \
+			--extra-index-url https://pypi.org/simple; }
+	$(BIN)/python -m pip install ninja packaging pybind11 wheel
+	$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation flash-attn 'transformer-engine[core_cu13,pytorch]'
+	$(BIN)/python -m recipes.doctor
+
+gpu-check: $(READY) ## check this machine's GPU in minutes: make gpu-check OUT=outputs/gpu_check
+	$(BIN)/python -m recipes.bench gpu_check out=$(OUT)
 
 slurm: ## a real Slurm for its tests, installed where this is root and there is apt-get; they are skipped where not
 	@(for each in slurmctld slurmd munged sbatch; do command -v $$each >/dev/null || exit 1; done) || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \

@@ -15,7 +15,7 @@ from eval.harness.local import LOCAL
 from eval.refuse import (
     refuse_other_order,
     refuse_other_sizes,
-    refuse_other_world,
+    refuse_other_worlds,
     refuse_too_short,
     refuse_unknown_gate,
     refuse_unknown_tokens,
@@ -155,7 +155,7 @@ def prepare(config: DictConfig, recipe: str = "eval.run") -> EvalJob:
     if settings.adapted and saved_plan(Path(settings.adapted).expanduser()) is None:
         raise ValueError(f"adapted={settings.adapted} is no folder that recipes.spd_adapt wrote: give its out=")
     configs = compose_variants(config)
-    refuse_other_world(configs)
+    refuse_other_worlds(configs)
     refuse_unknown_gate(evaluation, [name for name, _ in configs])
     if evaluation.until and len(configs) == 1:
         raise ValueError(f"eval.until={evaluation.until} compares variants: add some, or use eval.until=null")
@@ -163,7 +163,10 @@ def prepare(config: DictConfig, recipe: str = "eval.run") -> EvalJob:
     data = evaluation.folder
     base = resolve_variant(*configs[0])
     tasks = _load_tasks(evaluation, base, data)
-    lm, requests = _record_requests(evaluation, base, tasks)
+    sampling = read_sampling(config)
+    lm, requests = _record_requests(evaluation, base, tasks, sampling)
+    if any(isinstance(request, Continue) for request in requests):
+        say_unapplied(base.target.folder, sampling or Sampling())
     # 3. The variants, which answer the same requests.
     variants = tuple(resolve_variant(name, drop_none_yet(one)) for name, one in configs)
     for variant in variants:
@@ -242,8 +245,20 @@ def _load_tasks(evaluation: EvalConfig, base: Variant, data: Path | None) -> dic
     return tasks
 
 
+def read_sampling(config: DictConfig) -> Sampling | None:
+    """Return the section ``sampling``, or None if it is greedy without penalties, whatever its seed.
+
+    Raises ValueError for the settings that the tasks decide, and for log-probabilities.
+    """
+    sampling = section(config, "sampling", Sampling)
+    for name in ("stop", "stop_tokens", "logprobs"):
+        if getattr(sampling, name) not in ((), None):
+            raise ValueError(f"sampling.{name} is not used by eval, whose tasks say where a text ends: leave it out")
+    return None if sampling == Sampling(seed=sampling.seed) else sampling
+
+
 def _record_requests(
-    evaluation: EvalConfig, base: Variant, tasks: Mapping[str, Task]
+    evaluation: EvalConfig, base: Variant, tasks: Mapping[str, Task], sampling: Sampling | None
 ) -> tuple[EngineLM, tuple[Request, ...]]:
     """Return lm-eval's interface to the model, and all that the tasks ask of it, each request once."""
     from eval.harness.lm import EngineLM, choose_prefix_token, make_recorder
@@ -260,10 +275,8 @@ def _record_requests(
     requests: list[Request] = []
     tokenizer = tokenizer_of(base.target.folder)
     prefix = choose_prefix_token(tokenizer, evaluation.prefix_token)
-    lm = EngineLM(tokenizer, max_length, prefix, make_recorder(requests))
+    lm = EngineLM(tokenizer, max_length, prefix, make_recorder(requests), sampling)
     answer_tasks(tasks, lm)
     if lm.cut:
         say(f"{lm.cut:,} texts are longer than {lm.max_length:,} tokens (eval.max_length): their beginning is cut off")
-    if any(isinstance(request, Continue) for request in requests):
-        say_unapplied(base.target.folder, Sampling())
     return lm, tuple(dict.fromkeys(requests))

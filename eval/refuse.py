@@ -12,6 +12,7 @@ from eval.sensitivity import lacks_order
 from eval.variants import BASELINE, Variant
 from longctx.config import Mesh
 from longctx.parallel.launcher import current_rank
+from recipes.common.cli import refuse_other_world
 from recipes.common.settings import section
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def refuse_unknown_gate(evaluation: EvalConfig, names: Sequence[str]) -> None:
     if unknown := set(evaluation.gate) - set(names):
         raise ValueError(f"eval.gate: there is no variant {min(unknown)}: use some of {', '.join(names[1:]) or 'none'}")
     if BASELINE in evaluation.gate:
-        raise ValueError(f"eval.gate: {BASELINE} is what variants are compared with: name variants")
+        raise ValueError(f"eval.gate lists {BASELINE}, which variants are compared with: list variants only")
 
 
 def refuse_other_sizes(configs: Sequence[tuple[str, DictConfig]]) -> None:
@@ -65,13 +66,7 @@ def refuse_other_order(base: Variant, variant: Variant, config: DictConfig) -> N
         )
 
 
-def refuse_other_world(configs: Sequence[tuple[str, DictConfig]]) -> None:
+def refuse_other_worlds(configs: Sequence[tuple[str, DictConfig]]) -> None:
     """Raise ValueError if a launcher started the ranks, and a variant has another number of them."""
-    rank = current_rank()
-    for name, config in configs if rank else ():
-        mesh = section(config, "mesh", Mesh)
-        if rank and rank.world_size != mesh.ranks:
-            raise ValueError(
-                f"the launcher started {rank.world_size} ranks, variant {name} has {mesh.ranks} ({mesh}): "
-                f"start without a launcher, or give all variants {rank.world_size} ranks"
-            )
+    for name, config in configs if current_rank() else ():
+        refuse_other_world(section(config, "mesh", Mesh), f"variant {name}")

@@ -1,4 +1,4 @@
-"""Measure examples per second beside lm-eval's own model, on the same tasks, weights and threads.
+"""Measure examples per second and those of lm-eval's own model, on the same tasks, weights and threads.
 
 python -m eval.speed eval.tasks=[arc_easy,hellaswag] eval.limit=50 out=outputs/speed
 """

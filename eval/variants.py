@@ -16,7 +16,7 @@ from recipes.common.settings import as_config, as_dict, mapping_at, mappings_at
 from recipes.common.target import Target, resolve_target
 
 BASELINE = "baseline"
-_SECTIONS = ("model", "mesh", "context", "spd")
+_SECTIONS = ("model", "mesh", "context", "spd", "reduce")
 # A digest is the name of a file of answers.  Values that have been renamed since are hashed by their first name.
 _FIRST_NAMES = {"gather_merge": "one_exchange"}
 Values = Mapping[str, object]  # a composed configuration, or a part of one, as plain values
@@ -56,7 +56,7 @@ class Variant:
         target = self.target
         context = vars(target.context) | {"decode": _FIRST_NAMES.get(target.context.decode, target.context.decode)}
         inputs: list[object] = [fingerprint, target.model.dtype, target.model.layers, target.run.device]
-        inputs += [str(target.mesh), context, target.plan]
+        inputs += [str(target.mesh), context, target.plan, *([target.reduce] if target.reduce else [])]
         # A generated text depends on the tokens that end it, and on how text is tokenized.
         inputs += [target.shape.end_tokens, *(file.read_bytes() for file in sorted(target.folder.glob("tokenizer*")))]
         return hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
@@ -67,7 +67,8 @@ def compose_variants(config: DictConfig) -> list[tuple[str, DictConfig]]:
 
     Example: ``variants=[{name: ring, mesh: {ring: 2}}]`` gives the baseline, and the same with mesh.ring=2.
     With ``adapted``, each variant that sets ``spd`` comes once more, as "NAME repaired": the model in that folder.
-    Raises ValueError for an item without a name, a setting that is not the model's, and a name that is used twice.
+    Raises ValueError for an item without a name, a section that variants cannot change, a name that is used twice, and
+    an ``adapted`` folder that no variant uses.
     """
     base = as_dict(config)
     variants = [(BASELINE, as_config(base))]

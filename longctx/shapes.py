@@ -4,7 +4,7 @@
 query heads / KV heads; ``d`` head dimension.  `AnyShape` is for functions that accept every shape and dtype.
 """
 
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
 
 Queries = Float[Tensor, "b sq hq d"]
@@ -16,4 +16,5 @@ AnyShape = Shaped[Tensor, "..."]
 
 __all__ = [
     "AnyShape", "Bool", "Float", "Int", "Keys", "LogSumExp", "Positions", "Queries", "Shaped", "Tensor", "Tokens",
+    "UInt8",
 ]  # fmt: skip

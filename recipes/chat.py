@@ -20,7 +20,7 @@ from pydantic import PositiveInt
 
 from longctx.config import Sampling
 from longctx.cost.attention import Work
-from longctx.cost.choice import RULES, choose
+from longctx.cost.choice import RULES, choose, empirical_constants
 from longctx.cost.hardware import Hardware
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank
@@ -72,7 +72,7 @@ class ChatJob:
 
     ``index`` describes the saved session to resume.  ``turns`` is None if a person types them.  ``fingerprint`` ties a
     session to the model and its dropped blocks.  ``origin`` is the part of ``out`` that is known before the first turn;
-    it is taken here because a rank's process has another command line.
+    it is collected before the ranks start, because their command line differs from the user's.
     """
 
     target: Target
@@ -91,7 +91,14 @@ def prepare(config: DictConfig) -> ChatJob:
     from longctx.infer.session_index import read_index
     from longctx.infer.store import refuse_place
 
-    target = resolve_target(config, RECIPE, unused_axes=("dp", "pp"), strategy_by_turn=True, decode_by_batch=True)
+    target = resolve_target(
+        config,
+        RECIPE,
+        unused_axes=("dp", "pp"),
+        strategy_by_turn=True,
+        decode_by_batch=True,
+        proves_schedule=True,
+    )
     settings, session = top_level(config, ChatSettings), section(config, "session", SessionPaths)
     refuse_unwritable(settings.out)
     refuse_other_recipe(settings.out, RECIPE)
@@ -101,14 +108,12 @@ def prepare(config: DictConfig) -> ChatJob:
             f"hardware={settings.hardware} is not used by context.strategy={target.context.strategy}: "
             "leave it out, or use context.strategy=auto"
         )
-    if target.context.strategy == "empirical" and not (hardware and hardware.empirical):
-        raise ValueError(
-            "context.strategy=empirical needs a hardware file with fitted constants (recipes.bench crossover "
-            "fitted=FILE.yaml): give hardware=FILE.yaml, or use context.strategy=auto"
-        )
-    # Cached keys and values depend on the blocks that dropped their reduction.
+    if target.context.strategy == "empirical":
+        empirical_constants(hardware)  # raises ValueError if they were not fitted
+    # Cached keys and values depend on the blocks that dropped their reduction, and on rounded reductions.
     plan = target.plan
     session_model = target.fingerprint + (f", spd {list(plan.dropped)} at tp={plan.tp}" if plan else "")
+    session_model += f", reduce {target.reduce} at tp={target.mesh.tp}" if target.reduce else ""
     index = None
     if session.load:
         index = read_index(absolute(session.load), session_model, f"torch.{target.model.dtype}", target.shape)

@@ -85,7 +85,10 @@ def differing_names(runs: Sequence[Mapping[str, object]]) -> list[str]:
 
 
 def is_measured(name: str) -> bool:
-    """Return True for figures of the machine (seconds, bytes, rounding), which two runs need not share."""
+    """Return True for figures that depend on the machine or the command; two runs need not share them.
+
+    Examples are times, rates, memory and the commit.
+    """
     return bool(MEASURED.search(name))
 
 

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 from pydantic import PositiveInt
 from rich.table import Table
 
-from longctx.config import PromptSource, Sampling
+from longctx.config import PromptSource, Reduce, Sampling
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank
+from recipes.common.answers import Answer, decode_answers
 from recipes.common.cli import console, main, on_ranks, warm_up_ranks, write_result
 from recipes.common.decode_choice import make_decode_chooser
 from recipes.common.manifest import record, refuse_other_recipe
@@ -32,6 +33,7 @@ from recipes.common.target import Target, resolve_target, say_unapplied
 
 if TYPE_CHECKING:
     from longctx.infer.engine import Engine
+    from longctx.infer.sample import TokenLogprob
     from longctx.infer.turn import Turn
     from longctx.megatron.runtime import Runtime
 
@@ -44,6 +46,7 @@ class GenerateSettings:
 
     prompts: str | None = None
     max_new_tokens: PositiveInt = 64
+    n: PositiveInt = 1
     verify: bool = True
     out: str | None = None
 
@@ -54,17 +57,19 @@ class GenerateJob:
 
     target: Target
     sampling: Sampling
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[Prompt, ...]  # one for each answer
     settings: GenerateSettings
 
     @property
     def verifies(self) -> bool:
-        """True if logits are compared with those of fewer ranks: ``verify`` is set and there are ranks to leave out.
+        """True if logits are compared with those of fewer ranks: ``verify`` is set and the mesh has more
+        ranks than the run to compare with.
 
-        With dropped reductions the tensor-parallel ranks stay, since one rank alone computes another function.
+        With dropped or rounded reductions the tensor-parallel ranks stay, since one rank alone computes another
+        function.
         """
         mesh = self.target.mesh
-        return self.settings.verify and (mesh.context > 1 if self.target.plan else mesh.ranks > 1)
+        return self.settings.verify and (mesh.context > 1 if self.target.inexact else mesh.ranks > 1)
 
     @property
     def prompt_tokens(self) -> int:
@@ -76,12 +81,14 @@ class GenerateJob:
 class GenerateFigures:
     """Answers and measurements of a run.  Lists per rank are in the order of the context ranks, in bytes.
 
+    ``logprobs`` are those of each answer's tokens (None: not asked for).
     ``ttft_s`` is the time to first token, ``ttit_s`` the time from token to token (None: at most one token).
     ``max_logit_diff`` is the largest difference from fewer ranks (None: not compared).  ``decode_choices`` has the
     choices of ``context.decode=auto``: strategy and reason, by number of sequences.
     """
 
     token_ids: list[list[int]]
+    logprobs: list[list[TokenLogprob]] | None
     ttft_s: float
     tokens_per_s: float | None
     ttit_s: float | None
@@ -96,26 +103,21 @@ class GenerateFigures:
     decode_choices: dict[int, tuple[str, str]] | None = None
 
 
-class Answer(TypedDict):
-    """A prompt's answer as written to ``out``: its text, the prompt's length, and the tokens of both."""
-
-    text: str
-    prompt_tokens: int
-    token_ids: list[int]
-    prompt_token_ids: list[int]
-
-
 def prepare(config: DictConfig) -> GenerateJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
     from longctx.parallel.validate import refuse_few_tokens  # here, since it imports torch
 
-    target = resolve_target(config, RECIPE, unused_axes=("dp", "pp"), decode_by_batch=True)
+    target = resolve_target(config, RECIPE, unused_axes=("dp", "pp"), decode_by_batch=True, proves_schedule=True)
     settings, source = top_level(config, GenerateSettings), section(config, "prompt", PromptSource)
     refuse_unwritable(settings.out)
     refuse_other_recipe(settings.out, RECIPE)
     tokenizer = tokenizer_of(target.folder)
     prompts = read_prompts(settings.prompts, source, tokenizer, settings.max_new_tokens, target.shape)
-    job = GenerateJob(target, section(config, "sampling", Sampling), prompts, settings)
+    answered = tuple(prompt for prompt in prompts for _ in range(settings.n))
+    job = GenerateJob(target, section(config, "sampling", Sampling), answered, settings)
+    if settings.n > 1 and job.sampling.temperature == 0:
+        raise ValueError(f"n={settings.n} answers are equal at sampling.temperature=0: raise it, or use n=1")
+    target.shape.refuse_unknown_token(max(job.sampling.stop_tokens, default=0), "sampling.stop_tokens")
     say_unapplied(target.folder, job.sampling)
     refuse_few_tokens(target.mesh, job.prompt_tokens)
     return job
@@ -123,10 +125,11 @@ def prepare(config: DictConfig) -> GenerateJob:
 
 def run_rank(rank: Rank, job: GenerateJob) -> GenerateFigures:
     """Prefill, decode and verify on one rank; the caller uses the first rank's figures."""
+    from longctx.infer.answer import make_stop_check
     from longctx.infer.generate import gather_figures
     from longctx.infer.session import Session
 
-    target = job.target
+    target, stop = job.target, job.sampling.stop
     with target.runtime(rank) as runtime, Progress(shown=rank.rank == 0) as progress:
         # 1. Load the model.
         progress.start("loading", None)
@@ -141,6 +144,7 @@ def run_rank(rank: Rank, job: GenerateJob) -> GenerateFigures:
             max_new_tokens,
             layer_done=progress.step,
             token_done=lambda _: progress.step("decode, tokens", max(max_new_tokens.values())),
+            stopped=make_stop_check(tokenizer_of(target.folder) if stop else None, stop),
             keep_states=job.verifies,
         )
         # 3. Compare the logits of every prompt token with those of fewer ranks.
@@ -150,6 +154,7 @@ def run_rank(rank: Rank, job: GenerateJob) -> GenerateFigures:
     decoded = sum(len(tokens) - 1 for tokens in turn.tokens.values() if tokens)  # the prefill gave the first tokens
     return GenerateFigures(
         token_ids=[turn.tokens[i] for i in range(len(job.prompts))],
+        logprobs=None if job.sampling.logprobs is None else [one.logprobs for one in session.sequences.values()],
         ttft_s=turn.ttft_s,
         tokens_per_s=decoded / turn.decode_s if decoded else None,
         ttit_s=turn.ttit_s,
@@ -168,7 +173,7 @@ def run_rank(rank: Rank, job: GenerateJob) -> GenerateFigures:
 def _verify(
     rank: Rank, runtime: Runtime, engine: Engine, job: GenerateJob, turn: Turn, progress: Progress
 ) -> float | None:
-    """Return the largest logit difference against a run on one rank; if blocks drop, on one tensor-parallel group."""
+    """Return the largest logit difference against one rank; if the target is `inexact`, one tensor-parallel group."""
     import torch
 
     from longctx.infer.engine import load_alone
@@ -177,28 +182,14 @@ def _verify(
     target = job.target
     progress.start("the same on one rank, layers", target.shape.layers)
     torch.set_num_threads(target.threads(rank) * rank.local_world_size)  # the other ranks are waiting
-    compares = engine.rank == 0 if target.plan else rank.rank == 0
+    compares = engine.rank == 0 if target.inexact else rank.rank == 0
     alone = load_alone(runtime, engine, target.model, target.folder) if compares else None
     prompts = {i: prompt.tokens for i, prompt in enumerate(job.prompts)}
     return logit_difference(engine, alone, prompts, turn, layer_done=progress.step, chunk=target.context.chunk)
 
 
-def decode_answers(job: GenerateJob, figures: GenerateFigures) -> list[Answer]:
-    """Return the answer of each prompt."""
-    tokenizer = tokenizer_of(job.target.folder)
-    return [
-        {
-            "text": tokenizer.decode(token_ids, skip_special_tokens=True),
-            "prompt_tokens": len(prompt.tokens),
-            "token_ids": token_ids,
-            "prompt_token_ids": list(prompt.tokens),
-        }
-        for prompt, token_ids in zip(job.prompts, figures.token_ids, strict=True)
-    ]
-
-
 def describe(job: GenerateJob, figures: GenerateFigures, answers: Sequence[Answer]) -> dict[str, object]:
-    """Return the result to write: settings, figures, and the answer; for a batch, the list ``answers``."""
+    """Return the result to write: settings, figures, and the answer; for several, the list ``answers``."""
     target = job.target
     return {
         "model": target.model.name,
@@ -212,9 +203,10 @@ def describe(job: GenerateJob, figures: GenerateFigures, answers: Sequence[Answe
         "sampling": vars(job.sampling),
         "dtype": target.model.dtype,
         "spd_blocks": list(target.plan.dropped) if target.plan else [],
-        **{name: value for name, value in vars(figures).items() if name != "token_ids"},
+        "reduce": vars(target.reduce or Reduce()),
+        **{name: value for name, value in vars(figures).items() if name not in ("token_ids", "logprobs")},
         **provenance(),
-        **({"answers": answers} if job.settings.prompts else answers[0]),
+        **({"answers": answers} if job.settings.prompts or len(answers) > 1 else answers[0]),
     }
 
 
@@ -243,6 +235,7 @@ def table_rows(job: GenerateJob, figures: GenerateFigures) -> list[tuple[str, st
         *[(f"decode of {n}", f"{name}: {why}") for n, (name, why) in (figures.decode_choices or {}).items()],
         ("layers, kernel", f"megatron-core {figures.layers}, {figures.kernel}"),
         *([("reductions dropped", f"in {len(dropped)} blocks: {', '.join(map(str, dropped))}")] if dropped else []),
+        *([("reductions rounded", str(target.reduce))] if target.reduce else []),
         ("time to first token", f"{figures.ttft_s:.2f} s ({figures.prefill_tokens_per_s:,.0f} tokens/s)"),
         ("decode", f"{rate:.1f} tokens/s" if rate else "one token at most"),
         ("KV cache per rank", in_megabytes(figures.kv_cache_bytes_per_rank)),
@@ -253,13 +246,13 @@ def table_rows(job: GenerateJob, figures: GenerateFigures) -> list[tuple[str, st
 
 
 def _difference_in_words(job: GenerateJob, difference: float | None) -> str:
-    mesh, drops = job.target.mesh, bool(job.target.plan and job.target.plan.dropped)
+    mesh, inexact = job.target.mesh, job.target.inexact
     if difference is not None:
-        reference = "tp ranks alone" if drops and mesh.tp > 1 else "one rank"
+        reference = "tp ranks alone" if inexact and mesh.tp > 1 else "one rank"
         return f"{difference:.1e} against {reference}, over {_count(len(job.prompts), 'the whole prompt')}"
     if mesh.ranks == 1:
         return "nothing to compare with: the mesh is one rank"
-    if drops and mesh.ranks == mesh.tp:
+    if inexact and mesh.ranks == mesh.tp:
         return "nothing to compare with: the mesh is one tensor-parallel group"
     return "not compared (verify=false)"
 
@@ -281,7 +274,8 @@ def task(config: DictConfig) -> None:
         figures = on_ranks(job.target.mesh, run_rank, job)
         if figures is None:
             return
-        answers = decode_answers(job, figures)
+        token_ids, stop = figures.token_ids, job.sampling.stop
+        answers = decode_answers(tokenizer_of(job.target.folder), job.prompts, token_ids, figures.logprobs, stop)
         if job.settings.out:  # written before the answer is printed: the reader of stdout may have gone
             write_result(job.settings.out, describe(job, figures, answers))
         show(job, figures, answers)

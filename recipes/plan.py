@@ -11,7 +11,7 @@ import csv
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -68,8 +68,6 @@ def resolve_plan_job(config: DictConfig) -> PlanJob:
         raise ValueError(f"strategy={settings.strategy} is none of work={work.kind}: use {', '.join(work.strategies)}")
     if settings.max_ttft_s and work.kind not in ("prefill", "chat"):
         raise ValueError(f"max_ttft_s is for work=prefill and work=chat, not work={work.kind}: leave it out")
-    if settings.lengths and not settings.picture:
-        raise ValueError("lengths are for the picture only: add picture=FILE.svg")
     machine = read_machine(settings.hardware)
     model = section(config, "model", ModelSource)
     shape = shape_of(locate(model, say))
@@ -152,6 +150,19 @@ def show(job: PlanJob, plans: Sequence[Plan]) -> None:
         console.print(f"faster, but not feasible: {plan.mesh} {in_words(plan.seconds)}: {plan.refused}")
 
 
+def table_by_length(question: Question, lengths: Sequence[int]) -> Table:
+    """Return a table of the best mesh, if there is one, for each of ``lengths`` as work.context."""
+    table = Table("work.context", "mesh", "strategy", "time", "memory", "most of the time", box=None)
+    for length in lengths:
+        best = plans_of(replace(question, work=replace(question.work, context=length)))[0]
+        cells = ("no mesh is feasible", "", "", "", "")
+        if best.refused is None:
+            strategy = best.strategy if best.mesh.context > 1 else ""
+            cells = (str(best.mesh), strategy, in_words(best.seconds), f"{best.memory_gb:,.1f} GB", best.bound)
+        table.add_row(f"{length:,}", *cells)
+    return table
+
+
 def print_csv(plans: Sequence[Plan]) -> None:
     """Print ``plans`` to standard output as CSV, with a column for each axis and for each part of memory."""
     names = ["strategy", "seconds", "error", "tokens_per_s", "memory_gb", "mfu", "bound"]
@@ -185,6 +196,8 @@ def task(config: DictConfig) -> None:
     refuse_no_plan(plans)
     feasible = [plan for plan in plans if plan.refused is None]
     show(job, plans)
+    if settings.lengths:
+        console.print("\nthe best mesh by length:", table_by_length(job.question, settings.lengths))
     if settings.out:
         write_plans(settings.out, feasible)
     if settings.settings:

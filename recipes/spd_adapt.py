@@ -222,7 +222,7 @@ def has_blocks(job: AdaptJob) -> bool:
 
 
 def begin(job: AdaptJob) -> None:
-    """Make the run's folder and record what repaired blocks depend on; keep the record of blocks repaired before."""
+    """Write what repaired blocks depend on to ``job.about_file``, unless ``out`` has repaired blocks and this file."""
     if is_first() and not (job.about_file.is_file() and has_blocks(job)):
         write_lines(job.about_file, [job.about])
 

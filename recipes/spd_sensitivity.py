@@ -184,10 +184,10 @@ def sum_chunks(run: BlockRun, job: SensitivityJob) -> list[list[float]]:
         write_lines(file, [job.about, *sums])  # without a half-written last line
     for first in range(len(sums), job.chunks, dp_size):
         # 1. Measure this data-parallel rank's chunk, if the text has one for it.
-        chunk, mine = first + dp_rank, torch.zeros(width, dtype=torch.float64)
+        chunk, mine = first + dp_rank, torch.zeros(width, dtype=torch.float64, device=runtime.device)
         if chunk < job.chunks:
             text = job.text[slice(chunk * job.chunk, (chunk + 1) * job.chunk)]
-            mine = torch.tensor(sum_losses(run.blocks, text), dtype=torch.float64)
+            mine = torch.tensor(sum_losses(run.blocks, text), dtype=torch.float64, device=runtime.device)
         # 2. Gather the sums; all tensor-parallel ranks of a data-parallel rank have the same.
         gathered = runtime.world.all_gather(mine, [(width,)] * runtime.world.size)
         for chunk_sums in gathered[:: runtime.mesh.tp][: job.chunks - first]:

@@ -58,7 +58,11 @@ LONG = (
 
 
 def pytest_configure() -> None:
-    """Handle SIGINT, which a shell's background job ignores; processes that a test starts and interrupts inherit it."""
+    """Prepare what the processes that tests start inherit.
+
+    They handle SIGINT, which a shell's background job ignores, and share byte code, which each would compile anew.
+    """
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -73,6 +77,7 @@ SLOW = (
     "eval/test_speed.py",
     "eval/harness/test_tasks.py",
     "infer/test_families.py",
+    "infer/test_prove.py",
     "infer/test_session.py",
     "infer/test_sharded.py",
     "infer/test_spd.py",
@@ -94,6 +99,7 @@ SLOW = (
     "recipes/test_install.py",
     "recipes/test_hostile.py",
     "recipes/test_saved.py",
+    "recipes/test_serve.py",
     "recipes/test_spd.py",
     "slurm/test_submit.py",
     "slurm/test_words.py",
@@ -121,7 +127,7 @@ def pytest_report_header() -> str:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-table", action="store_true", help="write the table of longctx/attention/README.md anew")
     parser.addoption(
-        "--prompt-tokens", type=int, default=1009, help="prompt tokens in the parity tests (docs/results reports 2003)"
+        "--prompt-tokens", type=int, default=503, help="prompt tokens in the parity tests (docs/results reports 2003)"
     )
     parser.addoption(
         "--new-tokens", type=int, default=16, help="tokens to decode in the parity tests (docs/results reports 64)"

@@ -1,11 +1,11 @@
-"""Greedy continuation of many prompts at once; every rank makes the same calls."""
+"""Continuation of many prompts at once, greedy or sampled; every rank makes the same calls."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from eval.answers.requests import Continue
+from eval.answers.requests import Continue, key
 from longctx.config import Context, Sampling
 from longctx.infer.engine import Engine
 from longctx.infer.session import Session
@@ -17,10 +17,16 @@ if TYPE_CHECKING:
 def generate_texts(
     engine: Engine, context: Context, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Continue]
 ) -> list[str]:
-    """Return the continuation of each prompt, without the text that ended it."""
+    """Return the continuation of each prompt, without the text that ended it.
+
+    A sampled continuation has a seed that depends on its request, not on the other requests.
+    """
     # 1. Prefill all prompts in one pass; it gives every first token.
     session = Session(engine, context, Sampling())
     prompts = {i: request.tokens for i, request in enumerate(requests)}
+    for i, request in enumerate(requests):
+        if request.sampling:
+            session.add(i, len(request.tokens), 1, request.sampling.for_answer(int(key(request)[:8], 16)))
     first = session.turn(prompts, dict.fromkeys(prompts, 1))
     new_tokens = {i: first.tokens[i] for i in prompts}
     # 2. Decode a token at a time; drop the sequences that have ended.

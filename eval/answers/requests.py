@@ -4,6 +4,8 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 
+from longctx.config import Sampling
+
 
 @dataclass(frozen=True)
 class Score:
@@ -24,7 +26,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Continue:
-    """Ask for the greedy continuation of ``tokens``.
+    """Ask for the continuation of ``tokens``, greedy or by ``sampling``.
 
     It ends before the first text in ``until``, at an end token, or after ``max_new_tokens`` tokens.
     """
@@ -32,6 +34,7 @@ class Continue:
     tokens: tuple[int, ...]
     until: tuple[str, ...]
     max_new_tokens: int
+    sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
         assert self.tokens and self.max_new_tokens > 0, "give a prompt, and ask for at least one token"
@@ -46,5 +49,9 @@ def key(request: Request) -> str:
 
     Stored answers are found by it, so it must not change: it hashes class names and field values, not field names.
     """
-    values = [request.tokens, request.begin] if isinstance(request, Score) else list(vars(request).values())
+    if isinstance(request, Score):
+        values: list[object] = [request.tokens, request.begin]
+    else:
+        values = [request.tokens, request.until, request.max_new_tokens]
+        values += [vars(request.sampling)] if request.sampling else []
     return hashlib.sha256(json.dumps([type(request).__name__, *values]).encode()).hexdigest()[:32]

@@ -58,7 +58,7 @@ def group_by_prefix(requests: Sequence[Score]) -> list[PrefixGroup]:
 
 def _make_group(requests: Sequence[Score]) -> PrefixGroup:
     inputs = sorted({request.tokens[:-1] for request in requests})
-    first, last = inputs[0], inputs[-1]  # the first and last sorted inputs share the shortest prefix
+    first, last = inputs[0], inputs[-1]  # these two share exactly what all share
     common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     branches = tuple(one[common:] for one in inputs if len(one) > common)
     return PrefixGroup(first[:common], branches, tuple(requests))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
@@ -171,16 +170,14 @@ def read_text(source: str, tokenizer: PreTrainedTokenizerBase) -> LongText:
 
     Raises ValueError for a file that cannot be read or is no text.
     """
-    from longctx.config import PromptSource
-    from longctx.data.prompt import prompt_tokens
+    from longctx.data.prompt import text_in
 
     if source == "pydoc":
         from pydoc_data.topics import topics
 
         whole = "\n\n".join(topics[name] for name in sorted(topics))
     else:
-        prompt_tokens(PromptSource(file=source, tokens=1), tokenizer)  # raises for what is no text
-        whole = Path(source).expanduser().read_text(encoding="utf-8-sig")
+        whole = text_in(source, "eval.text")
     sentences = [" ".join(one.split()) for one in re.split(r"(?<=[.!?])\s+|\n\s*\n", whole)]
     sentences = [one for one in sentences if one]
     counts = [len(ids) for ids in tokenizer([f" {one}" for one in sentences], add_special_tokens=False)["input_ids"]]

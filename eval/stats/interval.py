@@ -1,8 +1,8 @@
 """Score interval of a paired difference of accuracies, averaged over tasks.
 
-For one task it is Tango's interval (Statistics in Medicine 17, 1998).  For several tasks, each value of the average is
-tested with the rates of all tasks that are most likely under it.  The interval has the values that are not rejected.
-Its width depends on these rates, not on the observed ones.  A task without a changed example therefore has a width too.
+For one task it is Tango's interval (Statistics in Medicine 17, 1998).  For several tasks, each candidate average is
+tested under the most likely task rates that give it.  The interval has the averages that are not rejected.  It has a
+width even if no example changes, because a candidate other than 0 needs rates above 0.
 """
 
 from collections.abc import Sequence
@@ -37,9 +37,8 @@ class Changes:
 def count_changes(differences: Sequence[Numbers]) -> Changes:
     """Return the changes of tasks with these ``differences`` of outcomes; each task has the same weight.
 
-    Example: four examples that each gain 0.5 count as four changes of size 0.5.  Fractional differences of unequal
-    sizes count as equal changes with the same sum and the same sum of squares.  The size of such a change is a factor
-    of the task's weight.
+    Example: four examples that each gain 0.5 count as four changes of size 0.5.  Unequal changes are
+    replaced by equal ones with the same sum and sum of squares.  The task's weight includes their size.
     """
     sums = [np.abs(one).sum() for one in differences]
     sizes = np.array([(one**2).sum() / total if total else 1.0 for one, total in zip(differences, sums, strict=True)])
@@ -55,8 +54,9 @@ def score_interval(changes: Changes, z: float) -> tuple[Numbers, Numbers]:
 def score_limit(changes: Changes, z: float, side: int) -> Numbers:
     """Return the lower (``side`` -1) or upper (1) end of `score_interval`.
 
-    For each value of the average, one set of rates is the most likely.  One parameter, the tilt, runs through these
-    sets.  Bisection finds the tilt whose average is ``z`` standard errors from the observed average.
+    For each value of the average, one set of rates is the most likely.  One parameter, the tilt (the Lagrange
+    multiplier of the average), runs through these sets.  Bisection finds the tilt whose average is ``z`` standard
+    errors from the observed average.
     """
     largest = np.log(np.asarray(changes.n / changes.weights).max(-1)) + 35
     high = np.broadcast_to(largest, changes.average.shape)
@@ -94,8 +94,8 @@ def tilted_rates(changes: Changes, tilt: Numbers) -> tuple[Numbers, Numbers]:
 
     They maximise the log-likelihood plus ``t * (q - p)``, with t = ``tilt * weights``.  At the maximum,
     q = won / (m - t) and p = lost / (m + t), and the rate of no change is (n - lost - won) / m.  The three rates add up
-    to 1, so m is the largest root of a cubic.  The rate that the tilt raises is computed as the rest; this also holds
-    if its count is 0.
+    to 1, so m is the largest root of a cubic.  The rate that the tilt raises is 1 minus the other two, also if its
+    count is 0.
     """
     lost, won, n, t = np.broadcast_arrays(changes.lost, changes.won, changes.n, changes.weights * tilt[..., None])
     same, size = n - lost - won, np.abs(t)

@@ -40,8 +40,8 @@ def examples_needed(
 def _decides(changes: Changes, totals: Numbers, allowed_drop: float, z: float) -> NDArray[np.bool_]:
     """Return, for each row of ``totals`` [sizes tasks], whether these lead to a verdict with probability `POWER`."""
     lost, won, n, weights = changes.lost, changes.won, changes.n, changes.weights
-    # 1. The rates of further examples: as observed, plus one change that all tasks share, since a small number of
-    # changes often underestimates the rate.  ``weights * len(n)`` is the size of a task's changes.
+    # 1. The rates of further examples: as observed, plus one extra change divided among the tasks, since a small
+    # number of changes often underestimates the rate.  ``weights * len(n)`` is the size of a task's changes.
     side = 1 if (weights * (won - lost) / n).sum() < -allowed_drop else -1
     drop = 2 * allowed_drop / (weights * len(n)) if side > 0 else np.zeros_like(n)
     changed = np.clip((lost + won + 1 / len(n)) / (n + 2 / len(n)), drop, 1)

@@ -33,7 +33,9 @@ def _cudnn_backward(
     b, sk, hk, d = k.shape
     k, v = (_repeat_kv_heads(x, q.shape[2]) for x in (k, v))
     dout, q, k, v, out = (_heads_first(x.to(q.dtype)) for x in (dout, q, k, v, out))
-    lse = lse.transpose(1, 2).contiguous().unsqueeze(-1)
+    # A copy, since cuDNN requires addresses that are multiples of 16 bytes.  With one head, `contiguous` would return a
+    # view, which may begin at any row.
+    lse = lse.transpose(1, 2).clone(memory_format=torch.contiguous_format).unsqueeze(-1)
     no_dropout = (torch.zeros((), dtype=torch.long, device=q.device),) * 2
     unpacked = (None, None, None, q.shape[2], sk)  # no bias, no cumulative lengths; the numbers of rows and keys
     grads = _backward_op(dout, q, k, v, out, lse, *no_dropout, *unpacked, 0.0, causal)

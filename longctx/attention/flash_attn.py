@@ -8,7 +8,8 @@ from longctx.attention.kernel import Gradients, Kernel
 from longctx.attention.partial import Partial
 from longctx.shapes import Keys, LogSumExp, Queries
 
-installed = importlib.util.find_spec("flash_attn") is not None
+# The compiled part of flash-attn 2: the package flash-attn-4 has a folder flash_attn, too.
+installed = importlib.util.find_spec("flash_attn_2_cuda") is not None
 _NO_WINDOW = {"window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None}
 
 

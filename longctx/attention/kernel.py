@@ -19,16 +19,16 @@ _MAX_MERGED_ROWS = 4096
 class Kernel:
     """An attention backend for one tile: a full rectangle, or a square lower triangle (``causal``).
 
-    ``forward(q, k, v, causal)`` returns the tile's `Partial`.  It must give -inf as the log-sum-exp of a row that sees
-    no key, also if its library uses another mark (+inf, 0).
+    ``forward(q, k, v, causal)`` returns the tile's `Partial`.
 
     ``backward(dout, q, k, v, out, lse, causal)`` returns the tile's contribution to (dq, dk, dv), in the accumulation
     dtype.  ``out`` and ``lse`` are those of the softmax over *all* keys.  exp(score - lse) is then the probability in
     the whole softmax, so that tiles are independent of each other.
 
-    `visible_tiles` guarantees that no tile is empty and that no row of a tile is fully masked.  A row without a finite
-    score (its inputs are NaN or infinite, or their product overflows) therefore gets NaN as out and lse: a finite
-    result would hide the fault.
+    `visible_tiles` guarantees that no tile is empty and that no row of a tile is fully masked, so that a kernel never
+    needs a log-sum-exp of -inf.  For a row without a finite score (its inputs are NaN or infinite, or their product
+    overflows), the CPU's kernels return NaN as out and lse: a finite result would hide the fault.  The kernels of a
+    GPU return what their library returns.
 
     The kernel accepts ``dtypes``, ``devices`` and head dimensions that are multiples of ``head_dim_multiple``.
     `refuse_untested` refuses all other inputs.

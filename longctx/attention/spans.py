@@ -33,7 +33,8 @@ Spans = tuple[Span, ...]
 def merge_spans(spans: Iterable[Span], size: int) -> Spans:
     """Return the same rows in as few spans as possible: fewer spans give fewer tiles.
 
-    Merged spans have step 1, or ``size``: tokens decoded round-robin over ``size`` ranks.  Empty spans are dropped.
+    Only spans of step 1 or ``size`` are merged.  Step ``size`` comes from round-robin decoding.  Empty spans are
+    dropped.
     """
     out: list[Span] = []
     for span in (span for span in spans if span.length):

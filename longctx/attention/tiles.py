@@ -17,7 +17,7 @@ from longctx.attention.spans import Span, Spans
 class Tile:
     """A block of scores: rows ``q0:q1`` of one rank's queries against rows ``k0:k1`` of one rank's keys.
 
-    The three kinds, with three rows of queries against three of keys (x: computed)::
+    The two shapes, the second also mirrored, with three rows of queries against three of keys (x: computed)::
 
         full      causal=True      causal=True, mirrored=True
         x x x     x . .            x x x

@@ -11,7 +11,8 @@ _HEADS = ((3, 3), (6, 2), (8, 1))  # (query heads, KV heads)
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6} | {
     dtype: 2 * torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16)
 }
-# The log-sum-exp is float32 for every input dtype: if a kernel rounded it further, each merge would add to the error.
+# The log-sum-exp is float32 or better for every input dtype: if a kernel rounded it further, each merge would add to
+# the error.
 _LSE_TOLERANCE = 1e-4
 
 

@@ -1,7 +1,7 @@
 """Sections of a run's configuration: frozen dataclasses with their defaults, shown and chosen in configs/."""
 
 from longctx.config.model import ModelSource, PromptSource
-from longctx.config.run import Context, Mesh, Run, Sampling, Track
+from longctx.config.run import Context, Mesh, Reduce, ReduceDtype, Run, Sampling, Track
 from longctx.config.spd import SPD, BlockClass, JointRepair, Repair
 from longctx.config.training import DataSettings, Optim, Recompute, TextSource
 
@@ -16,6 +16,8 @@ __all__ = [
     "Optim",
     "PromptSource",
     "Recompute",
+    "Reduce",
+    "ReduceDtype",
     "Repair",
     "Run",
     "Sampling",

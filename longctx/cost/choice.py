@@ -62,14 +62,18 @@ def _by_threshold(work: Work, hardware: Hardware, miss_rate: float) -> Choice:
     return Choice("pass_kv" if kv else "pass_q", reason)
 
 
-def _empirical(work: Work, hardware: Hardware) -> Choice:
-    if hardware.empirical is None:
+def empirical_constants(hardware: Hardware | None) -> tuple[float, float, float]:
+    """Return the fitted (alpha, beta, gamma) of ``hardware``.  Raises ValueError if they were not fitted."""
+    if hardware is None or hardware.empirical is None:
         raise ValueError(
-            "context.strategy=empirical needs alpha, beta and gamma fitted to this machine; "
-            "run python -m recipes.bench crossover fitted=FILE.yaml and set hardware=FILE.yaml, "
-            "or use context.strategy=auto"
+            "context.strategy=empirical needs a hardware file with fitted constants: run python -m recipes.bench "
+            "crossover fitted=FILE.yaml and set hardware=FILE.yaml, or use context.strategy=auto"
         )
-    alpha, beta, gamma = hardware.empirical
+    return hardware.empirical
+
+
+def _empirical(work: Work, hardware: Hardware) -> Choice:
+    alpha, beta, gamma = empirical_constants(hardware)
     h = alpha * math.log(work.new_total) + beta * math.log(work.new_total / work.total) + gamma
     return Choice("pass_kv" if h > 0 else "pass_q", f"h(T, P) = {h:.3g}")
 

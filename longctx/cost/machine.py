@@ -141,10 +141,9 @@ class Machine:
     def all_reduce_seconds(self, size: float, ranks: int, stride: int = 1) -> float:
         """Return the seconds of an all-reduce of ``size`` bytes per rank over ``ranks`` that are ``stride`` apart.
 
-        With stride 1, the g ranks of a node form g rings, each over its own network link.  The network then carries g
-        times the rate of one link, up to the rate of the links within the node.  A group with a larger stride gets one
-        link, as the tp=2 rows of arXiv 2405.07719, Table 6 show.  The latency is 2 steps for each other rank of the
-        node, and 2 for each other node.
+        With stride 1, the ranks of a node use all their network links together, up to the rate of the links within the
+        node.  Other groups use one link, as the tp=2 rows of arXiv 2405.07719, Table 6 show.  The latency is 2 steps
+        for each other rank of the node, and 2 for each other node.
         """
         if ranks == 1 or not size:
             return 0.0

@@ -3,7 +3,7 @@
 The formulas leave out fragmentation, the memory of CUDA and NCCL, and norms and biases (below 0.1 % of the weights).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from longctx.cost.attention import Work
 from longctx.cost.forward import Numbers, layer_weights, ring_works
@@ -15,73 +15,156 @@ from longctx.cost.training import Decoder
 def inference_bytes(
     shape: Decoder, mesh: Degrees, new: Sequence[int], cached: Sequence[int], strategy: str, numbers: Numbers
 ) -> dict[str, float]:
-    """Return the bytes of a pass over ``new`` tokens after ``cached`` ones, by part.
+    """Return the bytes of a pass over ``new`` tokens after ``cached`` ones, by part, when their sum is largest.
 
-    Only one layer's activations exist at a time: those of attention or of the feed-forward network, whichever are
-    larger.  Attention has queries, keys, values and a float32 partial.  The feed-forward network has gate, up and their
-    product.  Both have the residual stream and its norm.  Only the last row of each sequence has logits.
+    That is in the last layer, or at the logits.  Only one layer's activations exist at a time: those of attention or of
+    the feed-forward network, whichever are larger.  Both have the embedding's output, the layer's input, a norm's
+    output, and float32 cosines and sines.  Attention has the projection's output, queries and keys after rotation, and
+    two float32 partials: the total, and the tile that is merged into it.  The feed-forward network has the residual
+    stream, gate, up, their product and the output.
+
+    Only the last row of each sequence has logits: a rank's shard, and the whole row that it gathers.  Several sequences
+    copy one layer's keys and values into one tensor.  Pass-Q packs a partial for each rank.  Workspace inside a kernel
+    is left out, such as the float32 copies of 16-bit inputs on a CPU.
     """
     _, ffn = layer_weights(shape)
     cheaper = ffn * shape.layers * (numbers.element - numbers.ffn) / mesh.tp
-    rows = sum(new) / (mesh.ulysses * mesh.ring)
     e, heads = numbers.element, shape.heads * shape.head_dim / mesh.tp
     keys = max(1, shape.kv_heads / mesh.tp) * shape.head_dim
-    feed_forward = e * (2 * shape.hidden + (2 + shape.gated) * shape.ffn / mesh.tp)
-    attention = e * (2 * shape.hidden + 2 * heads + 2 * keys) + 4 * heads
-    parts = {
-        "weights": stage_weights(shape, mesh) * e - cheaper,
-        "activations": rows * max(feed_forward, attention),
-        "logits": len(new) * shape.vocab_size / mesh.tp * 4.0,
-        "kv_cache": 0.0,
-        "communication": 0.0,
-    }
+    always = e * 2 * shape.hidden + 8 * shape.head_dim
+    feed_forward = e * (3 * shape.hidden + (2 + shape.gated) * shape.ffn / mesh.tp)
+    attention = e * (shape.hidden + 3 * heads + 3 * keys) + 8 * heads
+    rows = sum(new) / (mesh.ulysses * mesh.ring) if strategy != "gather_merge" else sum(new)
+    fixed = {"weights": stage_weights(shape, mesh) * e - cheaper, "kv_cache": 0.0}
+    buffers = copied = packed = 0.0
     for work, layers in ring_works(shape, mesh, new, cached, numbers):
-        parts["kv_cache"] += layers * work.kv_block_bytes
-        parts["communication"] = max(parts["communication"], _buffers(work, strategy))
-    return parts
+        fixed["kv_cache"] += layers * work.kv_block_bytes
+        buffers = max(buffers, _buffers(work, strategy))
+        copied = max(copied, work.kv_block_bytes if len(new) > 1 else 0.0)
+        packed = buffers if strategy == "pass_q" else 0.0
+    logits = len(new) * shape.vocab_size * (1 + 1 / mesh.tp) * max(e, 4.0)
+    moments = (
+        {"activations": rows * (always + feed_forward), "logits": 0.0, "communication": 0.0},
+        {"activations": rows * (always + attention) + copied + packed, "logits": 0.0, "communication": buffers},
+        {"activations": rows * e * 2 * shape.hidden, "logits": logits, "communication": 0.0},
+    )
+    return fixed | max(moments, key=lambda parts: sum(parts.values()))
 
 
 def _buffers(work: Work, strategy: str) -> float:
-    """Return the bytes in flight for one layer: two blocks of a ring, all gathered blocks, or all partial outputs."""
+    """Return the bytes in flight for one layer: two blocks of a ring, or one block or partial of each rank."""
     if work.ranks == 1:
         return 0.0
     if strategy == "all_gather_kv":
         return work.ranks * work.kv_block_bytes
     if strategy == "pass_q":
-        return 2 * work.q_block_bytes + 2 * work.partial_bytes
+        return work.partial_bytes * work.ranks / (work.ranks - 1)
     return 2 * work.kv_block_bytes if strategy == "pass_kv" else work.partial_bytes * work.ranks
 
 
 def step_bytes(shape: Decoder, mesh: Degrees, work: StepWork, strategy: str, numbers: Numbers) -> dict[str, float]:
-    """Return the bytes of a training step by part.
+    """Return the bytes of a training step by part, at the moment at which their sum is largest.
 
-    Per row and layer, these elements of e bytes are kept for the backward:
+    The moments are the loss, the backward of a layer's feed-forward network or attention, the backward of the
+    embedding, and the update.  The first three also hold the activations that the forward keeps for the backward
+    (`_saved`).  The first of S pipeline stages holds those of min(S, micro-batches) micro-batches; only the last stage
+    computes a loss.
 
-        4 H         inputs and outputs of both norms
-        2 H_Q D     queries, and the output of attention
-        2 H_KV D    keys and values
-        3 F         gate, up and their product (2 F without a gate)
-
-    The float32 output of attention (H_Q D) is kept too.  Sequence parallelism divides all of these by tp.  Selective
-    recomputation does not keep the 3 F.  Full recomputation keeps only the layer's input and the float32 output of
-    attention.  The first of S pipeline stages holds the activations of min(S, micro-batches) micro-batches.
+    At the loss, c rows of float32 logits exist, and the gradients of the hidden states and, in float32, of the output
+    weight.  A tied weight's gradient waits for that of the embedding until the backward ends.  The update computes a
+    denominator from a moment in two steps, each as large as the largest weight, the embedding.
     """
     weights, replicas = stage_weights(shape, mesh), mesh.dp * mesh.ulysses * mesh.ring
-    e, heads, keys = numbers.element, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    states = 12 if e < 4 else 8  # two float32 moments; with 16-bit weights also a float32 copy
-    row = e * (4 * shape.hidden + 2 * heads + 2 * keys) + 4 * heads
-    row += e * (2 + shape.gated) * shape.ffn if work.recompute == "none" else 0
-    if work.recompute == "full":
-        row = e * shape.hidden + 4 * heads
-    rows = work.length * work.sequences / (mesh.ulysses * mesh.ring)
-    micro = min(mesh.pp, work.batch / (mesh.dp * work.sequences))
-    new, cached = [work.length] * work.sequences, [0] * work.sequences
-    buffers = max(_buffers(one, strategy) for one, _ in ring_works(shape, mesh, new, cached, numbers))
+    states = 12 if numbers.element < 4 else 8  # two float32 moments; with 16-bit weights also a float32 copy
+    optimizer = weights * states / (replicas if work.zero1 else 1)
+    embedding = shape.vocab_size * shape.hidden / mesh.tp
+    fixed = {"weights": weights * numbers.element, "gradients": weights * 4.0, "optimizer": optimizer}
+    shard = min(embedding, weights / replicas) if work.zero1 else embedding
+    moments = [*_pass_moments(shape, mesh, work, strategy, numbers), {"optimizer": optimizer + 2 * shard * 4}]
+    empty = dict.fromkeys(("activations", "logits", "communication"), 0.0)
+    return max(({**fixed, **empty, **moment} for moment in moments), key=lambda parts: sum(parts.values()))
+
+
+def _saved(shape: Decoder, mesh: Degrees, work: StepWork, numbers: Numbers) -> dict[str, float]:
+    """Return the bytes that a layer's forward keeps per row, by piece.
+
+    H is the hidden size, divided by tp (sequence parallelism).  Q and K are a rank's query and KV heads times their
+    dimension.  F is a rank's FFN size, and e the bytes of a number.
+
+        stream       2 H e        the inputs of both norms
+        norms        2 H e        their outputs; on a CPU also 8 H, the float32 normalised rows before the weight
+        qkv          (2 Q + 2 K) e  queries, keys and values after rotation, and the output of attention.  Without
+                     Ulysses, longctx's values are views of the projection's output, which adds (Q + K) e.
+        partial      4 (Q + q)    the float32 output of attention, and a log-sum-exp for each of q heads.  Megatron's
+                     attention keeps the output once, in 16 bits: 4 q.
+        ffn          4 F e        gate, up, activated gate and product; 3 F e if fused, 2 F e without a gate
+    """
+    e, hidden = numbers.element, shape.hidden / mesh.tp
+    heads, ffn = shape.heads / mesh.tp, shape.ffn / mesh.tp
+    kv_heads = max(1, shape.kv_heads / mesh.tp, mesh.ulysses)
+    queries, keys = heads * shape.head_dim, kv_heads * shape.head_dim
+    views = queries + keys if mesh.ulysses == 1 and work.operations != "fused" else 0
+    gated = 3 if work.operations == "fused" else 4
     return {
-        "weights": weights * e,
-        "gradients": weights * 4.0,
-        "optimizer": weights * states / (replicas if work.zero1 else 1),
-        "activations": micro * rows * row * shape.layers / mesh.pp / mesh.tp,
-        "logits": rows * shape.vocab_size / mesh.tp * (e + 4.0),
-        "communication": buffers,
+        "stream": 2 * hidden * e,
+        "norms": 2 * hidden * e + (8 * hidden if work.operations == "cpu" else 0),
+        "qkv": (2 * queries + 2 * keys + views) * e,
+        "partial": 4 * (heads if work.operations == "fused" else queries + heads),
+        "ffn": (gated if shape.gated else 2) * ffn * e,
     }
+
+
+def _pass_moments(
+    shape: Decoder, mesh: Degrees, work: StepWork, strategy: str, numbers: Numbers
+) -> Iterator[dict[str, float]]:
+    """Yield the bytes of activations, logits and buffers at the loss, in the last layer's backward, and after it.
+
+    That layer's feed-forward network is done first.  Its gate then has the gradients of its output, and of both its
+    inputs; it no longer needs the product.  Attention follows, when the network's activations are free.  The gradient
+    of the residual stream exists throughout.  A recomputed layer's output, and later its first gradient, do too.
+    """
+    # 1. Bytes per row: all that a layer can keep, and what it keeps without what the backward computes again.
+    pieces = _saved(shape, mesh, work, numbers)
+    whole, ffn, hidden = sum(pieces.values()), pieces["ffn"], shape.hidden * numbers.element
+    norm, stream = (pieces["stream"] + pieces["norms"]) / 2, pieces["stream"] / 2
+    tiled = whole - ffn if work.mlp_rows else whole
+    saved = {"none": tiled, "selective": whole - ffn, "full": stream + pieces["partial"]}[work.recompute]
+    # 2. Rows of a rank, and of a tile of its feed-forward networks; layers of a stage; micro-batches of the first one.
+    rows = work.length * work.sequences / (mesh.ulysses * mesh.ring)
+    tile = min(rows, work.mlp_rows or rows)
+    layers, micro = shape.layers / mesh.pp, min(mesh.pp, work.batch / (mesh.dp * work.sequences))
+    others = (micro * layers - 1) * rows * saved
+    gathered = rows * hidden if mesh.tp > 1 else 0.0  # sequence parallelism: all rows, for one projection
+    # 3. The loss, on the last stage.
+    weight = 0.0 if work.operations == "fused" else shape.vocab_size * shape.hidden / mesh.tp
+    logits = min(rows, work.loss_rows or rows) * shape.vocab_size / mesh.tp * (4 + numbers.element % 4)
+    last = layers * rows * saved + rows * norm + gathered
+    yield {"activations": last, "logits": logits + weight * 4 + rows * hidden, "communication": gathered}
+    # 4. The last layer's gate.
+    waiting = weight * numbers.element if shape.tied and mesh.pp == 1 else 0.0
+    output = rows * stream if work.recompute == "full" else 0.0
+    network = tile * (ffn + 2 * shape.ffn / mesh.tp * numbers.element)
+    activations = others + rows * (whole - ffn) + network + rows * stream + output + gathered
+    yield {"activations": activations, "logits": waiting, "communication": gathered}
+    # 5. Its attention.
+    new, cached = [work.length] * work.sequences, [0] * work.sequences
+    one = next(ring_works(shape, mesh, new, cached, numbers))[0]
+    projected = rows * shape.heads / mesh.tp * shape.head_dim * numbers.element  # the output projection's input: free
+    free = rows * (ffn + norm) + projected
+    activations = others + rows * (whole + stream) - free + 2 * output + _attention_gradients(one) + gathered
+    sums = one.kv_block_bytes * 4 / numbers.element if one.ranks > 1 else 0.0
+    buffers = gathered + max(_buffers(one, strategy), _buffers(one, "pass_kv") + sums)
+    yield {"activations": activations, "logits": waiting, "communication": buffers}
+    # 6. The end of the backward: the embedding's gradient, and its sum with the one that waits.
+    yield {"activations": weight * numbers.element + waiting, "logits": waiting, "communication": gathered}
+
+
+def _attention_gradients(work: Work) -> float:
+    """Return the bytes of gradients while a block's backward is added to the sums of a layer's attention.
+
+    These are the gradient of the output, and in float32 the queries' gradients of all blocks, those of one block
+    (queries, keys and values), and what the kernel returned for a tile.
+    """
+    queries = work.q_block_bytes / work.element_bytes
+    keys_and_values = work.kv_block_bytes / work.element_bytes
+    return work.q_block_bytes + 4 * (3 * queries + 2 * keys_and_values)

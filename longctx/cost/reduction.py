@@ -1,4 +1,42 @@
-"""Seconds of an all-reduce, and of a forward pass in which some blocks drop one of their two all-reduces."""
+"""Bytes and seconds of reductions over tensor-parallel ranks, of which some blocks drop one."""
+
+_SCALE_BYTES = 2  # a bfloat16
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int6": 0.75}
+
+
+def message_bytes(rows: int, width: int, dtype: str, group: int = 64) -> int:
+    """Return the bytes of ``rows`` rows of ``width`` values in a reduction of ``dtype``.
+
+    In int8 and int6, ``group`` values share a scale of two bytes, and the last group of a row is filled up.
+    """
+    if dtype not in ("int8", "int6"):
+        return int(rows * width * _BYTES[dtype])
+    return rows * -(-width // group) * int(group * _BYTES[dtype] + _SCALE_BYTES)
+
+
+def two_step_bytes(rows: int, width: int, rank: int, ranks: int, dtype: str, group: int = 64) -> int:
+    """Return the bytes that ``rank`` sends in one reduction by ``longctx.parallel.quantised``.
+
+    The rank adds up g of the G groups.  It sends the other G - g, then the g sums to each of the n - 1 other ranks.
+    """
+    unit = message_bytes(1, 1, dtype, group)
+    groups = message_bytes(rows, width, dtype, group) // unit
+    own = groups * (rank + 1) // ranks - groups * rank // ranks
+    return (groups - own + (ranks - 1) * own) * unit
+
+
+def reduction_seconds(
+    rows: int, width: int, ranks: int, hop_s: float, bytes_per_s: float, dtype: str = "float32", group: int = 64
+) -> float:
+    """Return the seconds of one reduction of ``rows`` x ``width`` values with messages of ``dtype``.
+
+    float32 is a ring all-reduce.  Other dtypes take two steps, in each of which a rank sends n - 1 messages of 1/n of
+    the bytes through its link, one hop away: 2 (hop_s + (n - 1) size / n / bytes_per_s).
+    """
+    size = message_bytes(rows, width, dtype, group)
+    if dtype == "float32":
+        return all_reduce_seconds(size, ranks, hop_s, bytes_per_s)
+    return 2 * (hop_s + (ranks - 1) * size / ranks / bytes_per_s)
 
 
 def all_reduce_seconds(size: float, ranks: int, hop_s: float, bytes_per_s: float) -> float:
@@ -10,15 +48,10 @@ def all_reduce_seconds(size: float, ranks: int, hop_s: float, bytes_per_s: float
     return 2 * (ranks - 1) * (hop_s + size / ranks / bytes_per_s)
 
 
-def communication_saved(share: float) -> float:
-    """Return the share of all all-reduces that is saved if a ``share`` of the blocks drops one of its two."""
-    return share / 2
+def spd_reducing_seconds(layers: int, share: float, attention_s: float, mlp_s: float) -> float:
+    """Return the seconds of all reductions of a forward pass in which a ``share`` of the ``layers`` drops its first.
 
-
-def spd_forward_seconds(seconds: float, layers: int, share: float, all_reduce_s: float) -> float:
-    """Return the seconds of a forward pass in which a ``share`` of the ``layers`` drops one all-reduce.
-
-    ``seconds`` is the time of the pass without drops, and ``all_reduce_s`` that of one all-reduce.  arXiv 2502.20727
-    has T(p) = T_compute + L (2 - p) t_AR, so T(p) = T(0) - p L t_AR.
+    ``attention_s`` and ``mlp_s`` are the seconds of one reduction after attention and after the MLP.  With equal ones,
+    these are the L (2 - p) t_AR of arXiv 2502.20727: T(p) = T_compute + L (2 - p) t_AR.
     """
-    return seconds - share * layers * all_reduce_s
+    return layers * ((1 - share) * attention_s + mlp_s)

@@ -5,8 +5,8 @@ Per micro-batch (a sequence) and layer, a rank with s / (U R) rows computes
     products   3 times the forward's: one product each for the output, the weights' gradient and the input's gradient
     attention  the forward, and `longctx.cost.attention.backward_cost`
     Ulysses    two all-to-alls in the forward, and two in the backward
-    tp         with sequence parallelism 6 all-gathers and 4 reduce-scatters (arXiv 2405.07719, v5, Table 2); an
-               all-gather and a reduce-scatter together move the bytes of one all-reduce
+    tp         with sequence parallelism 6 all-gathers and 4 reduce-scatters (arXiv 2405.07719, v5, Table 2); each
+               moves half the bytes of an all-reduce, so these 10 count as 5 all-reduces
 
 Once per step, gradients are reduced in float32 over data- and context-parallel ranks.  ZeRO-1 uses a reduce-scatter of
 gradients and an all-gather of the new weights instead.  A pipeline of S stages is idle for the time of S - 1
@@ -28,7 +28,9 @@ _UPDATE_BYTES = 28  # read and write: float32 gradient, weight and two moments; 
 class StepWork:
     """A step of ``batch`` sequences of ``length`` tokens, over all data-parallel ranks.
 
-    A micro-batch has ``sequences`` sequences; the recipes use 1.
+    A micro-batch has ``sequences`` sequences; the recipes use 1.  Logits of ``loss_rows`` rows exist at a time, and an
+    MLP computes ``mlp_rows`` rows at a time (None: all).  ``operations`` determine which activations are kept: those of
+    Megatron's fused norm and gate ("fused"), or of longctx's layers on a GPU ("cuda") or a CPU ("cpu").
     """
 
     length: int
@@ -36,6 +38,9 @@ class StepWork:
     sequences: int = 1
     zero1: bool = False
     recompute: Literal["none", "selective", "full"] = "none"
+    loss_rows: int | None = None
+    mlp_rows: int | None = None
+    operations: Literal["fused", "cuda", "cpu"] = "fused"
 
 
 def step_cost(

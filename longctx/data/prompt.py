@@ -1,5 +1,7 @@
 """Tokenize a prompt: text from a file, from the command line, or from the documentation that CPython ships."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import StringIO, TextIOBase
 from pathlib import Path
 from typing import Any
@@ -33,14 +35,32 @@ def prompt_tokens(source: PromptSource, tokenizer: Any) -> tuple[list[int], int]
 
 
 def _read_first_tokens(source: PromptSource, tokenizer: Any, *, special_tokens: bool) -> tuple[list[int], str]:
+    with _refusing_no_text(str(source.file), "prompt.file"), _open(source) as text:
+        return first_tokens(text.read, tokenizer, source.tokens, special_tokens=special_tokens)
+
+
+def text_in(file: str, setting: str) -> str:
+    """Return the text of ``file``, which may begin with a byte-order mark.
+
+    Raises ValueError, naming ``setting``, for a file that is missing, empty or not UTF-8.
+    """
+    with _refusing_no_text(file, setting):
+        text = Path(file).expanduser().read_text(encoding="utf-8-sig")
+    if not text.strip():
+        raise ValueError(f"{setting}={file} is empty: give a text file")
+    return text
+
+
+@contextmanager
+def _refusing_no_text(file: str, setting: str) -> Iterator[None]:
+    """Turn an error of reading ``file`` in the block into a ValueError that names ``setting``."""
     try:
-        with _open(source) as text:
-            return first_tokens(text.read, tokenizer, source.tokens, special_tokens=special_tokens)
+        yield
     except UnicodeDecodeError as error:
-        byte = _first_fault(Path(str(source.file)).expanduser(), error.start)
-        raise ValueError(f"prompt.file={source.file} is not UTF-8 text (byte {byte}): give a text file") from error
+        byte = _first_fault(Path(file).expanduser(), error.start)
+        raise ValueError(f"{setting}={file} is not UTF-8 text (byte {byte}): give a text file") from error
     except OSError as error:
-        raise ValueError(f"prompt.file={source.file} cannot be read: {error.strerror}; give a text file") from error
+        raise ValueError(f"{setting}={file} cannot be read: {error.strerror}; give a text file") from error
 
 
 def _open(source: PromptSource) -> TextIOBase:

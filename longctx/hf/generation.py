@@ -35,12 +35,12 @@ def end_tokens(folder: Path, config: Any) -> tuple[int, ...]:
 
     Raises ValueError if the file cannot be read, and for an eos_token_id that is not a number or a list of numbers.
     """
-    generation, ends = _read(folder), config.eos_token_id
+    generation, ends, file = _read(folder), config.eos_token_id, "config.json"
     if generation and generation.eos_token_id is not None:
-        ends = generation.eos_token_id
+        ends, file = generation.eos_token_id, "generation_config.json"
     tokens = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
     if any(isinstance(token, bool) or not isinstance(token, int) for token in tokens):
-        raise ValueError(f"{folder}: eos_token_id={ends} is not a token's number, or a list of them: correct it")
+        raise ValueError(f"{folder}/{file}: eos_token_id={ends} is not a token's number, or a list of them: correct it")
     return tuple(tokens)
 
 

@@ -1,4 +1,4 @@
-"""KV caches: a layout of the cached positions over the ring, and each layer's keys and values of this rank's."""
+"""KV caches: the layout of cached positions over the ring, and this rank's keys and values of each layer."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -133,7 +133,11 @@ def _as_slice(rows: Tensor) -> slice | Tensor:
 
 
 def _enlarge(x: Tensor, room: int) -> Tensor:
-    """Copy ``x`` [b rows hk d] into a tensor of ``room`` rows, of which the new ones are uninitialised."""
-    new = x.new_empty(x.shape[0], room, *x.shape[2:])
-    new[:, : x.shape[1]] = x
+    """Copy ``x`` [b rows hk d] into a tensor of ``room`` rows, of which the new ones are uninitialised.
+
+    In memory, the rows of a head follow each other: a decoding kernel reads the cache head by head.
+    """
+    b, rows, heads, d = x.shape
+    new = x.new_empty(b, heads, room, d).transpose(1, 2)
+    new[:, :rows] = x
     return new

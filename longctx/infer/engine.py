@@ -1,6 +1,6 @@
 """The `Engine`: a loaded model on its ranks, with the groups that share its sequence."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +8,11 @@ import torch
 
 from longctx.attention.backends import checked_kernel
 from longctx.attention.kernel import Kernel
-from longctx.config import ModelSource
+from longctx.config import ModelSource, Reduce
 from longctx.infer.cache import KVCache
 from longctx.megatron.hf_io import load as hf_load
 from longctx.megatron.model import GPTModel, build_model, layers_in_use, logits
+from longctx.megatron.reduce import set_reductions
 from longctx.megatron.runtime import Runtime
 from longctx.megatron.shared import WeightShare, share_weights
 from longctx.megatron.spd.layer import SPDTransformerLayer
@@ -31,7 +32,8 @@ class Engine:
     ``context`` is the group of these ranks.  It carries control messages and the exchanges of decoding, which are
     counted apart as `ATTENTION`.  ``layers`` is the implementation of the model's layers: "local" for megatron-core's,
     "te" for Transformer Engine's.  ``share`` is this rank's share of the weights for ``context.decode=sharded``.  It is
-    None with one context rank, with "te", and if blocks drop a reduction over tensor-parallel ranks.
+    None with one context rank, with "te", and if blocks drop or round a reduction over tensor-parallel ranks.
+    ``reduce`` has the dtypes of rounded reductions.
     """
 
     model: GPTModel
@@ -43,6 +45,7 @@ class Engine:
     context: Comm = field(default_factory=SingleRankComm)
     layers: str = "local"
     share: WeightShare | None = None
+    reduce: Reduce | None = None
 
     @property
     def device(self) -> torch.device:
@@ -102,35 +105,39 @@ def load_engine(
     folder: Path,
     kernel: str,
     plan: SPDPlan | None = None,
+    reduce: Reduce | None = None,
 ) -> Engine:
     """Load ``model`` from ``folder``, sharded over the mesh of ``runtime``.
 
-    ``plan`` has the blocks that drop a reduction.
+    ``plan`` has the blocks that drop a reduction, ``reduce`` the dtypes of reductions (None: all exact).
 
     Raises ValueError if ``kernel`` does not take the device, dtype or head dimension, or if a tensor is missing or left
     over in ``folder``.
     """
-    # Context ranks that share weights drop reductions with megatron-core's layers only.
-    layers = "local" if plan and plan.tp != runtime.tp.size else layers_in_use(model.layers, shape)
+    # Context ranks that share weights drop reductions with megatron-core's layers only, and so do rounded reductions.
+    local = bool(reduce or (plan and plan.tp != runtime.tp.size))
+    layers = "local" if local else layers_in_use(model.layers, shape)
     net = _load_model(runtime, runtime.groups, model, shape, folder, layers, plan)
     comms = (runtime.tp, runtime.ulysses, runtime.ring, runtime.context)
     share, n = None, runtime.context.size
     drops_over_others = plan and plan.dropped and (runtime.tp.size, plan.tp) != (1, n)
-    if layers == "local" and n > 1 and not drops_over_others:
+    if reduce:
+        set_reductions(net, runtime.tp, reduce)
+    elif layers == "local" and n > 1 and not drops_over_others:
         share = share_weights(net, shape, runtime.context, runtime.tp_context)
     checked = checked_kernel(kernel, runtime.device, model.dtype, shape.head_dim)
-    return Engine(net, shape, checked, *comms, layers, share)
+    return Engine(net, shape, checked, *comms, layers, share, reduce)
 
 
 def load_alone(runtime: Runtime, engine: Engine, model: ModelSource, folder: Path) -> Engine:
     """Return the same model on this rank alone, to compare with.
 
-    Without tensor parallelism it reuses the weights of ``engine``.  A model with dropped reductions depends on its
-    tensor-parallel degree, so it runs on this rank's tensor-parallel group, without context parallelism.
+    Without tensor parallelism it reuses the weights of ``engine``.  A model with dropped or rounded reductions depends
+    on its tensor-parallel degree, so it runs on this rank's tensor-parallel group, without context parallelism.
     """
     net = engine.model
-    if isinstance(net.decoder.layers[0], SPDTransformerLayer):
-        return Engine(net, engine.shape, engine.kernel, tp=engine.tp, layers=engine.layers)
+    if isinstance(net.decoder.layers[0], SPDTransformerLayer) or engine.reduce:
+        return replace(engine, ulysses=SingleRankComm(), ring=SingleRankComm(), context=SingleRankComm(), share=None)
     if runtime.mesh.tp > 1:
         net = _load_model(runtime, runtime.alone, model, engine.shape, folder, engine.layers)
     return Engine(net, engine.shape, engine.kernel, layers=engine.layers)

@@ -1,6 +1,7 @@
 """One pass over new tokens with a sharded cache: the prefill of a prompt or of a later turn, or one decoded token.
 
-The three differ only in the layout of the new tokens: one rank has the row of a decoded token, the others have none.
+These differ only in the layout of the new tokens: one rank has the row of a decoded token, the others have none.  In
+`run_replicated`, every rank has the new rows.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,8 +88,8 @@ def run_replicated(
     For few rows (tree attention, arXiv 2408.04093): every rank projects all rows and attends to the keys that it
     caches, and one all-gather merges the partial results.  ``layout`` says which ring rank caches which rows.
 
-    With a ``share``, which the caller has put in use, each rank projects with its share of the weights.  One all-to-all
-    then gives each rank the merged output of its share of the heads.
+    With a ``share`` (the caller has entered `WeightShare.in_use`), each rank projects with only its share of the
+    weights.  One all-to-all then gives each rank the merged output of its share of the heads.
     """
     layout = layout.after(cache.layout)
     cache.extend(layout)

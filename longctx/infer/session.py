@@ -3,20 +3,19 @@
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from itertools import accumulate, chain
+from functools import partial
 
 import torch
 
 from longctx.attention.layout import LAYOUTS, Layout, contiguous, shard_balanced
 from longctx.config import Context, Sampling
 from longctx.infer.cache import BatchCache, KVCache
-from longctx.infer.engine import Engine, next_logits
+from longctx.infer.choose import choose_next
+from longctx.infer.engine import Engine
 from longctx.infer.prefill import Chunk, LayerDone, pack_tokens, run_pass, run_replicated, split_into_chunks
-from longctx.infer.refuse import NOT_FINITE, refuse_not_finite, refuse_prompts
-from longctx.infer.sample import choose_token
+from longctx.infer.prove import prove_pass
+from longctx.infer.refuse import refuse_prompts
 from longctx.infer.turn import Conversation, Turn
-from longctx.megatron.shared import WeightShare
 from longctx.parallel.comm import doing
 from longctx.parallel.ring import Strategy
 from longctx.parallel.strategy import STRATEGIES
@@ -25,15 +24,17 @@ from longctx.shapes import Float, Tensor
 # (new tokens by sequence, cached tokens by sequence, the layers' window) -> (strategy's name, reason for the choice)
 Chooser = Callable[[Sequence[int], Sequence[int], int | None], tuple[str, str]]
 DecodeChooser = Callable[[int], tuple[str, str]]  # number of sequences -> (strategy's name, reason for the choice)
+Stopped = Callable[[int, Sequence[int]], bool]  # (sequence, tokens of its answer so far) -> whether the answer ends
 
 
 class Session:
     """Sequences by id, whose keys and values are sharded over the ranks of ``engine``.
 
-    Each turn's new tokens are sharded by themselves (arXiv 2411.01783, 3.5.1); ranks that hold fewer rows get the
-    larger shares.  ``choose`` picks the strategy of each prefill; by default it is ``context.strategy``.  For
-    ``context.decode=auto``, ``choose_decode`` picks that of each decode step; ``decode_choices`` has its choices by
-    number of sequences.  A new sequence's cache has room for at least ``reserve`` tokens.  All ranks must make the same
+    Each turn's new tokens are sharded without moving earlier ones (arXiv 2411.01783, 3.5.1); ranks that hold fewer rows
+    get the larger shares.  ``choose`` picks the strategy of each prefill; by default it is ``context.strategy``.  With
+    ``context.decode=auto``, ``choose_decode`` picks the strategy of each decode step; ``decode_choices`` has its
+    choices by number of sequences.  A new sequence's cache has room for at least ``reserve`` tokens.  Sequence i
+    samples with the seed ``sampling.seed`` + i, unless `add` was given other settings.  All ranks must make the same
     calls in the same order.
     """
 
@@ -77,13 +78,15 @@ class Session:
         *,
         layer_done: LayerDone = lambda: None,
         token_done: Callable[[Mapping[int, int]], None] = lambda _: None,
+        stopped: Stopped = lambda *_: False,
         keep_states: bool = False,
     ) -> Turn:
         """Append ``prompts`` to their sequences in one fused prefill, and decode the sequences together.
 
-        A prompt whose sequence id is new starts a sequence.  Decoding of a sequence stops at its ``max_new_tokens`` or
-        after an end token.  ``layer_done`` is called after each layer's attention in the prefill, ``token_done`` with
-        each step's tokens by sequence.  ``keep_states`` fills `Turn.passes`.
+        A prompt whose sequence id is new starts a sequence.  Decoding of a sequence stops at its ``max_new_tokens``,
+        after an end token, or if ``stopped``, which is called after each token, returns True.  ``layer_done`` is called
+        after each layer's attention in the prefill, ``token_done`` with each step's tokens by sequence.
+        ``keep_states`` fills `Turn.passes`.
 
         If the turn fails, the session is restored to its state before the turn.
 
@@ -94,7 +97,7 @@ class Session:
         before = {i: (sequence.cache.layout, list(sequence.tokens)) for i, sequence in self.sequences.items()}
         try:
             barrier(self.engine)
-            return self._turn(prompts, max_new_tokens, layer_done, token_done, keep_states)
+            return self._turn(prompts, max_new_tokens, layer_done, token_done, stopped, keep_states)
         except BaseException:
             self._restore(before)
             raise
@@ -102,6 +105,15 @@ class Session:
     def cache_for(self, tokens: int, decoded: int) -> KVCache:
         """Return an empty cache for ``tokens`` prefilled tokens, plus ``decoded`` rows on every rank."""
         return self.engine.cache(max(self._reserve, tokens), decoded)
+
+    def add(self, sequence: int, tokens: int, decoded: int, sampling: Sampling | None = None) -> Conversation:
+        """Add the new ``sequence``, empty, with room for ``tokens`` prefilled and ``decoded`` tokens.
+
+        ``sampling`` replaces the session's settings for this sequence.
+        """
+        settings = sampling or self.sampling.for_answer(sequence)
+        self.sequences[sequence] = Conversation(self.cache_for(tokens, decoded), sampling=settings)
+        return self.sequences[sequence]
 
     def drop(self, sequence: int) -> None:
         """Remove ``sequence`` and free its cache.  Raises ValueError for an unknown number."""
@@ -130,13 +142,14 @@ class Session:
         max_new_tokens: Mapping[int, int],
         layer_done: LayerDone,
         token_done: Callable[[Mapping[int, int]], None],
+        stopped: Stopped,
         keep_states: bool,
     ) -> Turn:
         # 1. Prefill, which gives the first tokens.
         sent, began = self.engine.sent, time.perf_counter()
         for i in prompts:
             if i not in self.sequences:
-                self.sequences[i] = Conversation(self.cache_for(len(prompts[i]), max_new_tokens[i]))
+                self.add(i, len(prompts[i]), max_new_tokens[i])
         with doing("prefill"):
             turn, latest = self._prefill(prompts, layer_done, keep_states)
         turn.ttft_s, turn.prefill_bytes = time.perf_counter() - began, self.engine.sent - sent
@@ -148,8 +161,8 @@ class Session:
             for i, token in latest.items():
                 turn.tokens[i].append(token)
             token_done(latest)
-            ends = self.engine.shape.end_tokens
-            active = [i for i, t in latest.items() if t not in ends and len(turn.tokens[i]) < max_new_tokens[i]]
+            going_on = [i for i in latest if not (self.is_at_end(i) or stopped(i, turn.tokens[i]))]
+            active = [i for i in going_on if len(turn.tokens[i]) < max_new_tokens[i]]
             if not active:
                 break
             turn.steps += 1
@@ -165,7 +178,7 @@ class Session:
         """Prefill the prompts in chunks; return the turn so far and the token that follows each prompt."""
         # 1. The new tokens: the prompt, and before it the last decoded token if it is not cached.
         for i, prompt in prompts.items():
-            self.sequences[i].tokens += prompt
+            self.sequences[i].append_prompt(prompt)
         new = {i: self.sequences[i].tokens[self.sequences[i].cached :] for i in prompts}
         turn = Turn(
             {i: [] for i in prompts}, sum(map(len, new.values())), sum(self.sequences[i].cached for i in prompts)
@@ -175,16 +188,23 @@ class Session:
 
         # 2. A pass for each chunk, with strategies chosen for its numbers of tokens.
         for chunk in split_into_chunks(new, self.context.chunk):
-            lengths = [len(tokens) for tokens in chunk.values()]
-            strategies = self._choose_strategies(lengths, [self.sequences[i].cached for i in chunk], reasons)
-            over_ring = shard_balanced(lengths, LAYOUTS[self.context.layout], self.rows_per_rank)
-            layout = over_ring.split(self.engine.ulysses.size)
-            hidden = run_pass(self.engine, pack_tokens(chunk), layout, self._batch(chunk), strategies, done)
+            hidden, layout = self._run_chunk(chunk, reasons, done)
             if keep_states:
                 turn.passes.append((hidden, layout))
-            following |= self._next_tokens(hidden, layout, chunk)
+            following |= choose_next(self.engine, self.sequences, chunk, hidden, layout)
         turn.strategy, turn.why = " and ".join(reasons), "; ".join(reasons.values())
         return turn, following
+
+    def _run_chunk(
+        self, chunk: Chunk, reasons: dict[str, str], done: LayerDone
+    ) -> tuple[Float[Tensor, "s b hidden"], Layout]:
+        """Run one pass over ``chunk``; return the hidden states of this rank's rows, and the layout of all rows."""
+        lengths = [len(tokens) for tokens in chunk.values()]
+        strategies = self._choose_strategies(lengths, [self.sequences[i].cached for i in chunk], reasons)
+        over_ring = shard_balanced(lengths, LAYOUTS[self.context.layout], self.rows_per_rank)
+        layout = over_ring.split(self.engine.ulysses.size)
+        run = partial(run_pass, tokens=pack_tokens(chunk), layout=layout, strategies=strategies)
+        return self._run_pass(chunk, run, done), layout
 
     def _choose_strategies(
         self, lengths: Sequence[int], cached: Sequence[int], reasons: dict[str, str]
@@ -197,6 +217,19 @@ class Session:
             reasons.setdefault(strategy, why)
         return strategies
 
+    def prefill(self, tokens: Mapping[int, int]) -> dict[int, int]:
+        """Run the next tokens of sequences in one pass, and append and return the token after each prompt that ends.
+
+        ``tokens`` has how many of its tokens, which are not cached yet, each sequence runs.
+        """
+        new = {
+            i: self.sequences[i].tokens[(at := self.sequences[i].cached) : at + count] for i, count in tokens.items()
+        }
+        hidden, layout = self._run_chunk(new, {}, lambda: None)
+        following = choose_next(self.engine, self.sequences, new, hidden, layout)
+        self._append(following)
+        return following
+
     def decode(self, sequences: Collection[int]) -> dict[int, int]:
         """Decode the next token of each of ``sequences`` in one step (Alg. 4), append it and return it by sequence.
 
@@ -206,18 +239,20 @@ class Session:
         chunk = {i: self.sequences[i].tokens[-1:] for i in sequences}
         assert all(len(self.sequences[i].tokens) == self.sequences[i].cached + 1 for i in chunk), "nothing to feed"
         over_ring = shard_balanced([1] * len(chunk), contiguous, self.rows_per_rank)
-        engine, tokens, batch = self.engine, pack_tokens(chunk), self._batch(chunk)
+        engine, tokens = self.engine, pack_tokens(chunk)
         strategy = self._decode_strategy(len(chunk))
         if strategy in STRATEGIES:
             layout = over_ring.split(engine.ulysses.size)
-            hidden = run_pass(engine, tokens, layout, batch, engine.everywhere(STRATEGIES[strategy]))
-            following = self._next_tokens(hidden, layout, chunk)
+            strategies = engine.everywhere(STRATEGIES[strategy])
+            hidden = self._run_pass(chunk, partial(run_pass, tokens=tokens, layout=layout, strategies=strategies))
+            following = choose_next(engine, self.sequences, chunk, hidden, layout)
         else:
             share = engine.share if strategy == "sharded" else None
             with share.in_use() if share else nullcontext():
-                hidden = run_replicated(engine, tokens, over_ring, batch, share=share)
+                run = partial(run_replicated, tokens=tokens, layout=over_ring, share=share)
+                hidden = self._run_pass(chunk, run)
                 layout = over_ring.on_one_rank().place_on(0, engine.ranks)  # all have the rows, the first one samples
-                following = self._next_tokens(hidden, layout, chunk, share)
+                following = choose_next(engine, self.sequences, chunk, hidden, layout, share)
         self._append(following)
         return following
 
@@ -229,46 +264,23 @@ class Session:
             self.decode_choices[sequences] = self._choose_decode(sequences)
         return self.decode_choices[sequences][0]
 
+    def is_at_end(self, sequence: int) -> bool:
+        """Return True if the last token of ``sequence`` ends an answer: the model's end token, or one to stop at."""
+        last, sampling = self.sequences[sequence].tokens[-1], self.sequences[sequence].sampling
+        return last in self.engine.shape.end_tokens or last in sampling.stop_tokens
+
     def _append(self, tokens: Mapping[int, int]) -> None:
         for i, token in tokens.items():
             self.sequences[i].tokens.append(token)
 
-    def _batch(self, chunk: Chunk) -> BatchCache:
-        return BatchCache([self.sequences[i].cache for i in chunk], self.engine.ring.rank)
-
-    def _next_tokens(
-        self, hidden: Float[Tensor, "s b hidden"], layout: Layout, chunk: Chunk, share: WeightShare | None = None
-    ) -> dict[int, int]:
-        """Choose the token that follows each sequence whose last token was in this pass; the same on all ranks.
-
-        With a ``share``, all ranks have the same ``hidden`` and compute its logits together.
-        """
-        engine = self.engine
-
-        # 1. The packed row of each such sequence's last token, and the ranks that hold these rows.
-        last_rows: dict[int, tuple[int, int]] = {}  # row -> (sequence, position)
-        for i, end in zip(chunk, accumulate(map(len, chunk.values())), strict=True):
-            if self.sequences[i].cached == len(self.sequences[i].tokens):
-                last_rows[end - 1] = (i, self.sequences[i].cached - 1)
-        rows = [layout.index(rank).tolist() for rank in range(engine.ranks)]
-        last_rows_by_rank = [[row for row in rank_rows if row in last_rows] for rank_rows in rows]
-
-        # 2. Each rank samples from the logits of its rows.
-        sampled, own_rows = [], last_rows_by_rank[engine.rank]
-        at = [rows[engine.rank].index(row) for row in own_rows]
-        logits_of_rows = next_logits(engine, hidden, share)[at] if share else next_logits(engine, hidden[at])
-        for row, row_logits in zip(own_rows, logits_of_rows[:, 0], strict=True):
-            i, position = last_rows[row]
-            sampling = replace(self.sampling, seed=(self.sampling.seed + i) % 2**32)
-            sampled.append(choose_token(row_logits, sampling, position) if row_logits.isfinite().all() else NOT_FINITE)
-
-        # 3. All ranks get all tokens.
-        local = torch.tensor(sampled, dtype=torch.long, device=hidden.device)
-        shapes = [(len(rank_rows),) for rank_rows in last_rows_by_rank]
-        tokens = torch.cat(engine.context.all_gather(local, shapes)).tolist()
-        refuse_not_finite(engine, tokens, [self.sequences[i].cache for i in chunk])
-        token_of = dict(zip(chain.from_iterable(last_rows_by_rank), tokens, strict=True))
-        return {i: token_of[row] for row, (i, _) in last_rows.items()}
+    def _run_pass(
+        self, chunk: Chunk, run: Callable[..., Tensor], done: LayerDone = lambda: None
+    ) -> Float[Tensor, "s b hidden"]:
+        """Run a pass over the caches of the sequences in ``chunk``, which it extends."""
+        caches = [self.sequences[i].cache for i in chunk]
+        if self.context.check_schedule:
+            prove_pass(self.engine, [cache.layout for cache in caches], run)
+        return run(self.engine, cache=BatchCache(caches, self.engine.ring.rank), done=done)
 
 
 def barrier(engine: Engine) -> None:

@@ -51,7 +51,7 @@ def save(session: Session, folder: Path, model: str) -> None:
 
 
 def _write_rows(session: Session, folder: Path) -> tuple[int, int]:
-    """Write this rank's rows and heads to ``folder`` and return the file's bytes and checksum.
+    """Write this rank's rows and heads to ``folder`` and return the file's size in bytes and its checksum.
 
     If several Ulysses ranks cache the same KV head, only the first writes it; the others return (0, 0).
     """
@@ -102,7 +102,8 @@ def load(session: Session, folder: Path, index: SessionIndex) -> None:
     try:
         for i, tokens in index["tokens"].items():
             cached = index["cached"][i]
-            sequence = Conversation(session.cache_for(cached, 2), list(tokens))
+            sequence = Conversation(session.cache_for(cached, 2), sampling=session.sampling.for_answer(int(i)))
+            sequence.append_prompt(tokens)
             sequence.cache.extend(shard_balanced([cached], LAYOUTS[session.context.layout], session.rows_per_rank))
             positions = sequence.cache.layout.positions(rank)
             for layer in range(engine.shape.layers):

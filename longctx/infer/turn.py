@@ -1,23 +1,39 @@
 """A sequence of a session, and the result of a turn."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from longctx.attention.layout import Layout
+from longctx.config import Sampling
 from longctx.infer.cache import KVCache
+from longctx.infer.sample import TokenLogprob
 from longctx.shapes import Tensor
 
 
 @dataclass
 class Conversation:
-    """One sequence: all its tokens, and its cache, which lacks the last token if that was decoded."""
+    """One sequence: all its tokens, and its cache, which lacks the last token if that was decoded.
+
+    Its latest answer begins at ``tokens[answer_begin]``; ``logprobs`` are those of the answer's tokens, if
+    ``sampling.logprobs`` is set.
+    """
 
     cache: KVCache
     tokens: list[int] = field(default_factory=list)
+    sampling: Sampling = field(default_factory=Sampling)
+    answer_begin: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @property
     def cached(self) -> int:
         """Number of cached tokens, over all ranks."""
         return self.cache.layout.total
+
+    def append_prompt(self, prompt: Sequence[int]) -> None:
+        """Append the tokens of ``prompt``, after which a new answer begins."""
+        self.tokens += prompt
+        self.answer_begin = len(self.tokens)
+        self.logprobs = []
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Adapters to megatron-core; no other package of longctx imports it."""
 
+import importlib
 import logging
 import sys
 import warnings
@@ -35,11 +36,30 @@ def _decorate_nothing(function: Any = None, **_: Any) -> Any:
     return (lambda decorated: decorated) if function is None else function
 
 
+def hide_if_broken(package: str, mend: str) -> None:
+    """Make ``package`` look uninstalled, and warn, if it is there but its ``pytorch`` module cannot be imported.
+
+    megatron-core uses Transformer Engine if it can import it, and expects no error but ImportError.  An incomplete
+    installation raises others: RuntimeError for the package without its core, FileNotFoundError without its extension.
+    """
+    try:
+        importlib.import_module(f"{package}.pytorch")
+    except ImportError:
+        return
+    except Exception as error:
+        for name in [name for name in sys.modules if name.split(".")[0] == package]:
+            del sys.modules[name]
+        sys.modules[package] = None  # type: ignore[assignment]
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        warnings.warn(f"{package} is not used, since it cannot be imported ({reason}): {mend}", stacklevel=2)
+
+
 # On import megatron-core warns a dozen times that Transformer Engine and Apex are missing and that it uses torch's
 # norms and optimizers instead.  A recipe prints the layers that it uses in one line.
 with warnings.catch_warnings(), _import_less():
     warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # megatron-core decorates with torch.jit
+    hide_if_broken("transformer_engine", "make gpu installs it whole; or run pip uninstall transformer-engine")
     import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
 
 logging.getLogger("megatron").setLevel(logging.ERROR)

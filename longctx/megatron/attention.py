@@ -84,7 +84,7 @@ class Pass(PackedSeqParams):
 class ContextParallelAttention(MegatronModule):
     """Core attention for a layer spec: passes q, k and v of its layer to the current `Pass`.
 
-    Attention itself scales by 1/sqrt(d), so queries are multiplied where ``softmax_scale`` differs from that.
+    Kernels scale scores by 1/sqrt(d).  For another ``softmax_scale``, queries are multiplied by the ratio.
 
     With ``sinks``, the module learns the score of an attention sink for each query head of this tensor-parallel rank.
 

@@ -4,10 +4,12 @@ megatron-core's schedules, optimizers and checkpoints hard-code the device "cuda
 of `torch.cuda` are replaced in this process instead.  Inference needs no replacement.
 """
 
+import importlib
 import types
 from typing import Any
 
 import torch
+from megatron.core import utils as megatron_utils
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -63,6 +65,7 @@ def let_training_run() -> None:
     """
     if torch.cuda.is_available() or _active:
         return
+    use_torch_optimizers()
     for name in ("synchronize", "set_device", "empty_cache", "manual_seed"):
         setattr(torch.cuda, name, lambda *_, **__: None)
     setattr(torch.cuda, "current_device", lambda: _CPU)  # noqa: B010
@@ -74,3 +77,22 @@ def let_training_run() -> None:
         setattr(module, "set_rng_state", lambda state, *_, **__: torch.set_rng_state(state))  # noqa: B010
     _active.append(_CudaToCpu())
     _active[0].__enter__()  # type: ignore[no-untyped-call]
+
+
+def use_torch_optimizers() -> None:
+    """Replace the optimizers of Transformer Engine or Apex, which need CUDA, by those that megatron-core has without.
+
+    If one of these packages is installed, megatron-core takes Adam and the operations on lists of tensors from it.
+    """
+    package: Any = importlib.import_module("megatron.core.optimizer")
+    clip_grads: Any = importlib.import_module("megatron.core.optimizer.clip_grads")
+    optimizer: Any = importlib.import_module("megatron.core.optimizer.optimizer")
+    distributed: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+
+    package.Adam, package.SGD, package.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, torch.optim.SGD, True
+    distributed.Adam = torch.optim.Adam
+    distributed.USING_TE_OPTIMIZER = distributed.USING_APEX_OPTIMIZER = False
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier = megatron_utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = megatron_utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = megatron_utils.local_multi_tensor_l2_norm

@@ -1,6 +1,7 @@
 """Mixtures of experts: megatron-core's MoE layer, on CPU and GPU, in training and inference.
 
-Each tensor-parallel rank has a share of every expert's neurons, as in a dense feed-forward network.
+Each tensor-parallel rank has a share of every expert's neurons, as in a dense feed-forward network.  In training,
+expert-parallel ranks also divide the experts among them.
 """
 
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ from torch import nn
 
 from longctx.megatron.modules import BiasedColumnParallelLinear, BiasedRowParallelLinear
 from longctx.model_shape import ModelShape
+from longctx.parallel.comm import Comm
+from longctx.parallel.experts import Routes, return_rows, routes_of, send_rows
 from longctx.shapes import Float, Int, Tensor
 
 
@@ -58,6 +61,8 @@ class SequentialExperts(SequentialMLP):
         if self.training:
             out, _ = super().forward(hidden, tokens_per_expert, probs)
             return out, None
+        if not len(hidden):
+            return hidden, None  # no token of any rank chose an expert of this one
         counts = tokens_per_expert.tolist()
         inputs = zip(self.local_experts, hidden.split(counts), probs.split(counts), strict=True)
         return torch.cat([expert(x, weights)[0] for expert, x, weights in inputs if len(x)]), None
@@ -90,23 +95,61 @@ class ReplicatedTokens(MoEAllGatherTokenDispatcher):
         return summed
 
 
+class ExchangedTokens(MoEAllGatherTokenDispatcher):
+    """Dispatcher that sends each token to the ranks that hold its experts, once to each, and sums their outputs.
+
+    megatron-core's own dispatchers send every token to all ranks, or once for each of its experts.
+    """
+
+    routing_map: Tensor
+
+    def __init__(self, experts: int, config: TransformerConfig, groups: ProcessGroupCollection, ep: Comm, tp: Comm):
+        super().__init__(experts, list(range(experts)), config, groups)  # indices in the arriving tokens' map
+        self._ep, self._tp = ep, tp
+        self._routes: Routes | None = None
+
+    def token_dispatch(
+        self, hidden: Float[Tensor, "tokens hidden"], probs: Float[Tensor, "tokens experts"]
+    ) -> tuple[Float[Tensor, "received hidden"], Float[Tensor, "received n"]]:
+        self._routes = routes_of(self._ep, self._tp, self.routing_map)
+        self.routing_map = self._routes.chosen
+        return send_rows(self._routes, hidden, probs)
+
+    def token_combine(self, hidden: Float[Tensor, "received hidden"]) -> Float[Tensor, "tokens hidden"]:
+        assert self._routes is not None
+        routes, self._routes = self._routes, None
+        return return_rows(routes, hidden)
+
+
 class MixtureOfExperts(MoELayer):
-    """megatron-core's MoE layer, with `ReplicatedTokens` unless the ranks use sequence parallelism."""
+    """megatron-core's MoE layer, with `ReplicatedTokens` if all ranks of its groups have the same tokens."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        if not config.sequence_parallel:
+        self.groups: ProcessGroupCollection = kwargs["pg_collection"]
+        if not config.sequence_parallel and self.ep_group.size() == 1:
             self.token_dispatcher = ReplicatedTokens(
-                self.num_local_experts, self.local_expert_indices, config, kwargs["pg_collection"]
+                self.num_local_experts, self.local_expert_indices, config, self.groups
             )
 
 
-def mixture_config(shape: ModelShape) -> Mapping[str, Any]:
-    """Return the fields of megatron-core's TransformerConfig that describe the experts of ``shape``."""
+def connect_experts(model: nn.Module, ep: Comm, tp: Comm) -> None:
+    """Let tokens of the mixtures in ``model`` travel over the groups ``ep`` and ``tp``, if ``ep`` has several ranks."""
+    for layer in (module for module in model.modules() if isinstance(module, MixtureOfExperts)):
+        if ep.size > 1:
+            layer.token_dispatcher = ExchangedTokens(layer.num_local_experts, layer.config, layer.groups, ep, tp)
+
+
+def mixture_config(shape: ModelShape, ep: int) -> Mapping[str, Any]:
+    """Return the fields of megatron-core's TransformerConfig that describe the experts of ``shape``.
+
+    ``ep`` is the number of ranks that divide them.
+    """
     if shape.mixture is None:
         return {}
     return {
         "num_moe_experts": shape.mixture.count,
+        "expert_model_parallel_size": ep,
         "moe_ffn_hidden_size": shape.mixture.ffn,
         "moe_router_topk": shape.mixture.per_token,
         "moe_router_pre_softmax": not shape.mixture.renormalised,

@@ -65,11 +65,10 @@ def build_model(
 ) -> GPTModel:
     """Return a GPTModel of ``shape`` with uninitialised weights, in eval mode; `hf_io.load.load` fills it.
 
-    ``layers`` is "local", or "te" for Transformer Engine's linear layers, which must be installed.
-    Weights are sharded over ``groups.tp``, layers over ``groups.pp``.  With a ``plan`` every layer is an
-    `SPDTransformerLayer` and the plan's blocks drop a reduction; `follow_plan` can later apply another plan.
-    ``mlp_rows`` is the ``rows`` of a `TiledMLP`.  ``options`` are further fields of megatron-core's TransformerConfig,
-    for training.
+    ``layers`` is "local", or "te" for Transformer Engine's linear layers, which must be installed.  Weights are sharded
+    over ``groups.tp``, layers over ``groups.pp``, experts over ``groups.ep``.  With a ``plan`` every layer is an
+    `SPDTransformerLayer` and the plan's blocks drop a reduction; `follow_plan` can later apply another.  ``mlp_rows``
+    is the ``rows`` of a `TiledMLP`.  ``options`` are further fields of megatron-core's TransformerConfig, for training.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="full scope is deprecated")  # megatron-core sets it by default
@@ -195,7 +194,7 @@ def _config(
         layernorm_epsilon=shape.norm_eps,
         normalization="LayerNorm" if shape.layer_norm else "RMSNorm",
         layernorm_zero_centered_gamma=shape.zero_centered,
-        # megatron-core sums the gradients of these norms over ranks, each of which has all of their weights.
+        # Every rank has the whole weights of these norms, so megatron-core sums their gradients over ranks.
         qk_layernorm=shape.qk_norm == "head",
         softmax_scale=shape.softmax_scale,
         gated_linear_unit=shape.gated,
@@ -222,7 +221,7 @@ def _config(
         apply_rope_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
-        **mixture_config(shape),
+        **mixture_config(shape, groups.ep.size()),
         **options,
     )
 

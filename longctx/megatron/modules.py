@@ -101,7 +101,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class FeedForward(MLP):
-    """megatron-core's MLP with a faster gate: less than half the time between the two projections.
+    """megatron-core's MLP with faster gating: the time between its two projections is more than halved.
 
     It leaves out an offset of 0, which megatron-core adds before gating, and gates in place if there are no gradients.
     Like `MLP`, it returns a bias that the caller must add, or None.

@@ -44,8 +44,8 @@ class Runtime:
 
     The ranks of ``tp`` share each layer's weights.  The ranks of ``ulysses`` and ``ring`` share the sequence.
     ``context`` is the group of both (rank = ring rank * ulysses size + ulysses rank).  ``tp_context`` is the group of
-    ``context`` and ``tp``.  ``world`` is all ranks.  ``groups`` is megatron-core's `ProcessGroupCollection` of the
-    mesh, and ``alone`` one of this rank only.
+    ``context`` and ``tp``.  The ranks of ``ep`` divide the experts of each layer.  ``world`` is all ranks.  ``groups``
+    is megatron-core's `ProcessGroupCollection` of the mesh, and ``alone`` one of this rank only.
     """
 
     rank: Rank
@@ -58,6 +58,7 @@ class Runtime:
     ring: Comm
     context: Comm
     tp_context: Comm
+    ep: Comm
     world: Comm
 
 
@@ -104,6 +105,9 @@ def open_runtime(
         rank=rank.rank,
         world_size=rank.world_size,
         timeout=datetime.timedelta(minutes=timeout_minutes),
+        # NCCL then connects each group when it is created.  Otherwise it would connect a group in the first call, which
+        # must be made by all its ranks; the first exchange of a ring may leave out ranks without rows.
+        device_id=torch_device if device == "cuda" else None,
     )
 
     # 3. The mesh's groups, for the block.
@@ -151,6 +155,7 @@ def _create_groups(rank: Rank, mesh: Mesh, device: torch.device, timeout_minutes
         pipeline_model_parallel_size=mesh.pp,
         context_parallel_size=mesh.context,
         hierarchical_context_parallel_sizes=[mesh.ulysses, mesh.ring],
+        expert_model_parallel_size=mesh.ep,
         distributed_timeout_minutes=timeout_minutes,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -161,7 +166,7 @@ def _create_groups(rank: Rank, mesh: Mesh, device: torch.device, timeout_minutes
     # The groups that a model on a single rank uses.
     names = ("tp", "cp", "pp", "embd", "tp_cp", "tp_dp_cp", "ep", "expt_tp", "expt_dp", "tp_ep")
     alone = ProcessGroupCollection(**dict.fromkeys(names, own))
-    comms = (_comm(group) for group in (groups.tp, ulysses, ring, groups.cp, groups.tp_cp, world))
+    comms = (_comm(group) for group in (groups.tp, ulysses, ring, groups.cp, groups.tp_cp, groups.ep, world))
     return Runtime(rank, mesh, device, groups, alone, *comms)
 
 

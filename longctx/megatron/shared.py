@@ -6,16 +6,16 @@ for rank r's share of a weight:
 
     linear_qkv    all-gather of W_r x              queries, keys and values of all heads, on every rank
     attention     all heads over the keys that this rank caches; the merge gives rank r the outputs of its heads
-    linear_proj   sum over r of W_r heads_r        one all-reduce
+    linear_proj   sum over r of W_r heads_r        a sum over all ranks
     linear_fc1    W_r x                            this rank's neurons
-    linear_fc2    sum over r of W_r neurons_r      one all-reduce
+    linear_fc2    sum over r of W_r neurons_r      a sum over all ranks
 
 Shares may be uneven.  Every rank computes norms, rotary embedding and residual connections.  Biases and factors are
 applied after the sum, and therefore once.  With tensor parallelism, context ranks share each tensor-parallel shard, and
 sums include the tensor-parallel ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -141,9 +141,12 @@ class OutputProjection(RowParallelLinear):
     A block that drops the first reduction sums the partial outputs of attention together with those of its MLP.
     Attention's projection then returns this rank's partial output, without a sum.  With ``parts``, it returns the
     partial outputs of all ranks, [parts s b hidden].
+
+    ``reduction`` replaces megatron-core's all-reduce over tensor-parallel ranks (see `longctx.megatron.reduce`).
     """
 
     share: WeightShare | None = None
+    reduction: Callable[[Tensor], Tensor] | None = None
     unit = 1
     parts = 0
 
@@ -154,4 +157,6 @@ class OutputProjection(RowParallelLinear):
         if self.parts:
             columns = zip(x.chunk(self.parts, -1), self.weight.chunk(self.parts, 1), strict=True)
             return torch.stack([F.linear(part, weight) for part, weight in columns]), self.bias
+        if self.reduction and not self.explicit_expert_comm:
+            return self.reduction(F.linear(x, self.weight)), self.bias
         return super().forward(x)  # type: ignore[no-any-return]

@@ -177,7 +177,10 @@ def experts_of(config: Config, ffn: int, *, renormalised: bool = True) -> Expert
     if not 1 <= chosen <= count:
         raise ValueError(f"num_experts_per_tok={chosen} is not possible with {count} experts: correct config.json")
     if chosen == 1 and renormalised:
-        raise ValueError("num_experts_per_tok=1 leaves the router no weights, which is not implemented: use 2 or more")
+        raise ValueError(
+            "num_experts_per_tok=1 with renormalised weights gives every chosen expert the weight 1, which is not "
+            "implemented: use another model"
+        )
     return Experts(count, chosen, ffn, renormalised)
 
 

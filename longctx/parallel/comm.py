@@ -5,11 +5,11 @@ Tensors of zero elements are not sent.  ``traffic`` counts what a rank sends to 
 """
 
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from longctx.shapes import AnyShape, Float, Tensor
 
 Shape = tuple[int, ...]
+PeerTensor = tuple[int, AnyShape]  # (the peer's rank in the group, the tensor to send or to receive)
 _MAX_PADDED = 65_536  # elements up to which an all-gather pads tensors of different lengths
+_MAX_COPIED = 16_384  # elements up to which an all-gather between CPUs is an all-to-all of copies
 
 
 class LostPeer(ConnectionError):
     """A rank of the group ended or stopped answering.
 
-    The message names the rank, or the two that it can be, and what this rank was `doing` when it noticed.
+    The message names the lost rank, or two candidates, and what this rank was `doing` when it noticed.
     """
 
 
@@ -41,7 +43,7 @@ def doing(what: str) -> Iterator[None]:
 class Traffic:
     """Bytes and messages that a rank has sent to other ranks, by operation.
 
-    ``purposes`` counts the bytes that were sent inside `counted_as` once more, by its argument.
+    ``purposes`` holds the bytes sent inside `counted_as`, by purpose; ``bytes`` includes them too.
     """
 
     bytes: dict[str, int] = field(default_factory=dict)
@@ -146,11 +148,11 @@ class SingleRankComm:
 
 @dataclass(frozen=True)
 class _InFlight:
+    peers: str
     works: Sequence[dist.Work]
     received: tuple[AnyShape, ...]
     # The backend reads the sent tensors until the work is done.  This reference keeps their memory alive.
     sent: tuple[AnyShape, ...]
-    peers: str
 
     def wait(self) -> tuple[AnyShape, ...]:
         with _raise_lost_peer(self.peers):
@@ -195,6 +197,7 @@ class DistComm:
         self.rank: int = group.rank()
         self.size: int = group.size()
         self.traffic = Traffic()
+        self._names: dict[frozenset[int], str] = {}  # kept, since finding them takes longer than a small exchange
 
     def shift(self, *mine: AnyShape, shapes: Sequence[Shape]) -> Pending:
         """Start sending ``mine`` to the next rank and receiving the previous rank's tensors, which have ``shapes``."""
@@ -202,25 +205,37 @@ class DistComm:
         received = tuple(x.new_empty(shape) for x, shape in zip(mine, shapes, strict=True))
         self.traffic.count("shift", sent)
         following, previous = (self.rank + 1) % self.size, (self.rank - 1) % self.size
-        ops = [self._p2p(dist.irecv, x, previous) for x in received if x.numel()]
-        ops += [self._p2p(dist.isend, x, following) for x in sent if x.numel()]
-        return self._start(ops, received, sent, {previous, following})
+        receives = [(previous, x) for x in received if x.numel()]
+        sends = [(following, x) for x in sent if x.numel()]
+        return _InFlight(*self._start(receives, sends), received, sent)
 
-    def _start(
-        self, ops: list[dist.P2POp], received: tuple[AnyShape, ...], sent: tuple[AnyShape, ...], peers: set[int]
-    ) -> _InFlight:
-        names = self._world_ranks(peers)
+    def _start(self, receives: Sequence[PeerTensor], sends: Sequence[PeerTensor]) -> tuple[str, Sequence[dist.Work]]:
+        """Start the messages; return the names of the peers, and the works to wait for."""
+        names = self._world_ranks({peer for peer, _ in (*receives, *sends)})
         with _raise_lost_peer(names):
-            works = dist.batch_isend_irecv(ops) if ops else []
-        return _InFlight(works, received, sent, names)
+            return names, self._exchange(receives, sends)
 
     def _world_ranks(self, members: set[int]) -> str:
         """Name group members by their world ranks, which are the ones that users see: "rank 2 or 5"."""
-        ranks = sorted(dist.get_global_rank(self.group, member) for member in members)
-        return f"rank {' or '.join(map(str, ranks))}"
+        known, key = self._names, frozenset(members)
+        if key not in known:
+            ranks = sorted(dist.get_global_rank(self.group, member) for member in members)
+            known[key] = f"rank {' or '.join(map(str, ranks))}"
+        return known[key]
 
-    def _p2p(self, op: Callable[..., Any], x: AnyShape, peer: int) -> dist.P2POp:
-        return dist.P2POp(op, x, group=self.group, group_peer=peer)
+    # The calls to torch.distributed.  `schedule.RecordingComm` records them instead.
+
+    def _exchange(self, receives: Sequence[PeerTensor], sends: Sequence[PeerTensor]) -> Sequence[dist.Work]:
+        """Start one batch of point-to-point messages; without messages, call nothing."""
+        ops = [dist.P2POp(dist.irecv, x, group=self.group, group_peer=peer) for peer, x in receives]
+        ops += [dist.P2POp(dist.isend, x, group=self.group, group_peer=peer) for peer, x in sends]
+        return dist.batch_isend_irecv(ops) if ops else []
+
+    def _exchange_packed(self, received: AnyShape, sizes: list[int], packed: AnyShape, sizes_sent: list[int]) -> None:
+        dist.all_to_all_single(received, packed, sizes, sizes_sent, group=self.group)
+
+    def _gather_equal(self, received: list[AnyShape], mine: AnyShape) -> None:
+        dist.all_gather(received, mine, group=self.group)
 
     def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape], *, small: bool = False) -> list[AnyShape]:
         """Send ``parts[i]`` to rank i and return what each rank sent, in rank order; ``shapes[i]`` is its shape."""
@@ -233,32 +248,38 @@ class DistComm:
         sent = {other: parts[other].contiguous() for other in others if parts[other].numel()}
         received = [x.new_empty(shape) for x, shape in zip(parts, shapes, strict=True)]
         received[self.rank] = parts[self.rank]
-        ops = [self._p2p(dist.irecv, received[other], other) for other in others if received[other].numel()]
-        ops += [self._p2p(dist.isend, x, other) for other, x in sent.items()]
-        return list(self._start(ops, tuple(received), tuple(sent.values()), set(others)).wait())
+        receives = [(other, received[other]) for other in others if received[other].numel()]
+        started = self._start(receives, list(sent.items()))
+        return list(_InFlight(*started, tuple(received), tuple(sent.values())).wait())
 
     def _all_to_all_packed(self, parts: Sequence[AnyShape], shapes: Sequence[Shape]) -> list[AnyShape]:
         """Pack the parts into one tensor for the backend's all-to-all: less latency than a message per rank."""
         packed, sizes = torch.cat([x.flatten() for x in parts]), [prod(shape) for shape in shapes]
         received = packed.new_empty(sum(sizes))
         with _raise_lost_peer(self._world_ranks(set(range(self.size)) - {self.rank})):
-            dist.all_to_all_single(received, packed, sizes, [x.numel() for x in parts], group=self.group)
+            self._exchange_packed(received, sizes, packed, [x.numel() for x in parts])
         return [x.view(shape) for x, shape in zip(received.split(sizes), shapes, strict=True)]
 
     def all_gather(self, mine: AnyShape, shapes: Sequence[Shape]) -> list[AnyShape]:
         """Return every rank's ``mine``, in rank order; ``shapes[i]`` is the shape of rank i's tensor."""
         # The backend's all-gather has less latency than a message per rank, but needs tensors of equal length.
         # Small tensors are padded.  Large tensors of different lengths are sent to each rank, without padding.
+        # Between CPUs, gloo's all-to-all has half the latency of its all-gather, and needs no padding.
         sizes = [prod(shape) for shape in shapes]
         largest, even = max(sizes), len(set(sizes)) == 1
+        if 0 < largest * self.size <= _MAX_COPIED and mine.device.type == "cpu":
+            return self.all_to_all([mine] * self.size, shapes, small=True)
         if not largest or not (even or largest <= _MAX_PADDED):
             return self.all_to_all([mine] * self.size, shapes)
         self.traffic.count("all_to_all", [mine] * (self.size - 1))
         padded = mine.flatten() if even else F.pad(mine.flatten(), (0, largest - mine.numel()))
         received = [torch.empty_like(padded) for _ in shapes]
         with _raise_lost_peer(self._world_ranks(set(range(self.size)) - {self.rank})):
-            dist.all_gather(received, padded, group=self.group)
+            self._gather_equal(received, padded)
         return [x[:size].view(shape) for x, size, shape in zip(received, sizes, shapes, strict=True)]
+
+
+ALLOCATORS = (DistComm.shift, DistComm.all_to_all, DistComm.all_gather)  # for a `MemoryMeter`: messages
 
 
 def sum_over_ranks(comm: Comm, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

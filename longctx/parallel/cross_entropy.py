@@ -67,6 +67,8 @@ class _CrossEntropy(torch.autograd.Function):
                 gradient = logits.mul_(counts[some, None]).mul_(scale).to(weight.dtype)
                 torch.mm(gradient, weight, out=d_hidden[some])
                 _add_product(d_weight, gradient.T, hidden[some])
+                del gradient
+            del logits  # so that the next chunk's logits take its place
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.mark_non_differentiable(losses)
         return (losses * counts).sum(), losses
@@ -76,6 +78,9 @@ class _CrossEntropy(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         scaled = d_hidden.mul_(gradient), d_weight.mul_(gradient).to(d_hidden.dtype)
         return *scaled, None, None, None, None, None, None, None
+
+
+ALLOCATORS = (_CrossEntropy.forward, _CrossEntropy.backward)  # for a `MemoryMeter`: logits, and the loss's gradients
 
 
 def _logits_to_gradient(logits: Tensor, targets: Tensor, tp: Comm) -> Tensor:

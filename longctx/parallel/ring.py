@@ -42,9 +42,9 @@ class Ring:
         return tiles
 
     def keys_to_send(self, owner: int, hop: int, hops: int = 1) -> Rows | None:
-        """Return the rows of ``owner``'s keys that some rank needs which is ``hop`` to ``hop + hops - 1`` hops away.
+        """Return the rows of ``owner``'s keys that a rank between ``hop`` and ``hop + hops - 1`` hops away needs.
 
-        None means all rows, as without a window, when other ranks see nearly all rows.
+        None means all rows.  Without a window the result is always None, since nearly all rows are needed.
         """
         return self._rows_to_send("keys", owner, hop, hops)
 
@@ -84,8 +84,8 @@ def rotate(
     """Yield (owner, tensors) for every rank, this rank first, while the next rank's tensors are in flight.
 
     Example: on rank 2 of 4 the owners are 2, 1, 0, 3.  ``layout`` gives each owner's number of rows (dim 1).
-    ``rows(owner, hop)`` are the rows of ``owner``'s block that travel on hop number ``hop`` (None: all).  A hop must
-    not carry a row that the hop before did not carry.  Two buffers are alive: the current one, and the one in flight.
+    ``rows(owner, hop)`` are the rows of ``owner``'s block that travel on hop number ``hop`` (None: all).  Each hop
+    may carry only rows that the previous hop carried.  Two buffers are alive: the current one, and the one in flight.
     Delete the yielded tensors (``del``) before the next iteration; otherwise they stay alive as a third buffer.
     """
     current = mine
@@ -219,7 +219,7 @@ def _merge_packed(parts: Sequence[Float[Tensor, "b s h packed"]]) -> Partial:
     out, lse = stacked[..., :-1], stacked[..., -1]
     unseen, total = lse == -torch.inf, lse.logsumexp(0)
     share = torch.exp(lse - total).masked_fill(unseen, 0.0)
-    # Some kernels leave NaN in rows without keys.  Its weight is 0, but 0 times NaN is NaN: mask it.
+    # A partial over no keys has weight 0.  Its values are masked, because 0 times NaN is NaN.
     return Partial((out.masked_fill(unseen.unsqueeze(-1), 0.0) * share.unsqueeze(-1)).sum(0), total)
 
 
@@ -236,8 +236,8 @@ def scatter_merge(
 
     As in `gather_merge`, every rank passes its ``partial`` [b s hq/U d] of the same rows.  Rank r gets the attention
     output [b s len(heads[r]) d] of the query heads ``heads[r]``.  ``sinks`` are the sink scores of all heads (see
-    `partial.sink`).  Bytes sent per rank: d values and one log-sum-exp per row, for each head that it attended with and
-    that another rank merges, in the accumulation dtype.
+    `partial.sink`).  Per row and head that another rank merges, a rank sends d values and one log-sum-exp, in the
+    accumulation dtype.
     """
     width, member = partial.out.shape[2], comm.rank % ulysses
 

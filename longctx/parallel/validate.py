@@ -20,11 +20,26 @@ def refuse_unfit(mesh: Mesh, shape: ModelShape) -> None:
             f"mesh.tp={mesh.tp} does not divide the model's {shape.heads} query heads, {shape.kv_heads} KV heads and "
             f"FFN width {widths}; use mesh.tp={nearest} (possible: {', '.join(map(str, fit))})."
         )
+    _refuse_uneven_experts(mesh.ep, shape)
     try:
         refuse_uneven_heads(shape.heads // mesh.tp, shape.kv_heads // mesh.tp, mesh.ulysses)
     except ValueError as error:
         per_rank = f"with mesh.tp={mesh.tp} each rank has {shape.heads // mesh.tp} query heads: "
         raise ValueError(f"{per_rank if mesh.tp > 1 else ''}{error}") from None
+
+
+def _refuse_uneven_experts(ep: int, shape: ModelShape) -> None:
+    """Raise ValueError unless ``ep`` ranks can divide the experts of a model of ``shape`` evenly."""
+    if ep > 1 and not shape.mixture:
+        raise ValueError(f"mesh.ep={ep} divides experts, and this model has none; use mesh.ep=1.")
+    count = shape.mixture.count if shape.mixture else 1
+    if count % ep:
+        fit = [n for n in range(1, count + 1) if count % n == 0]
+        nearest = min(fit, key=lambda n: (abs(n - ep), n))
+        raise ValueError(
+            f"mesh.ep={ep} does not divide the model's {count} experts; "
+            f"use mesh.ep={nearest} (possible: {', '.join(map(str, fit))})."
+        )
 
 
 def refuse_few_tokens(mesh: Mesh, tokens: int) -> None:
@@ -52,10 +67,7 @@ def refuse_no_te(device: str) -> None:
     """Raise ValueError, with what is missing, unless Transformer Engine is installed and ``device`` is "cuda"."""
     missing = [] if device == "cuda" else ["a GPU (run=gpu)"]
     if importlib.util.find_spec("transformer_engine") is None:
-        cuda = (torch.version.cuda or "13").split(".")[0]
-        package = f"transformer-engine[core_cu{cuda},pytorch]"
-        install = f"with a CUDA build of torch, pip install --no-build-isolation '{package}'"
-        missing.append(f"Transformer Engine ({install})")
+        missing.append("Transformer Engine (make gpu)")
     if missing:
         raise ValueError(f"model.layers=te needs {' and '.join(missing)}; use model.layers=local without it")
 

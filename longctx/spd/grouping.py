@@ -17,12 +17,12 @@ from longctx.shapes import Float, Tensor
 
 
 def assign_heads(features: Float[Tensor, "groups features"], ranks: int) -> tuple[tuple[int, ...], ...]:
-    """Partition heads (or KV groups) into ``ranks`` equal sets so that distances inside each set are large.
+    """Divide heads (or KV groups) equally among ``ranks`` ranks, so that heads of one rank differ as much as possible.
 
-    Starts from consecutive sets and applies the best exchange of two heads until none increases the total distance
-    inside the sets.  Source: arXiv 2502.20727, Eq. 2; the paper does not name its clustering.
+    Starts from consecutive heads and swaps the two heads that increase the total distance within ranks most, until no
+    swap increases it.  Source: arXiv 2502.20727, Eq. 2; the paper does not name its clustering.
     """
-    distances = torch.cdist(features.double(), features.double()).numpy()
+    distances = torch.cdist(features.double(), features.double()).cpu().numpy()
     assert not len(features) % ranks, "every rank takes the same number of heads"
     rank_of = np.repeat(np.arange(ranks), len(features) // ranks)
     while (pair := _best_exchange(rank_of, distances)) is not None:
@@ -44,11 +44,11 @@ def _best_exchange(rank_of: NDArray[Any], distances: NDArray[Any]) -> tuple[int,
 
 
 def assign_shards(norms: Float[Tensor, "sets shards"]) -> tuple[int, ...]:
-    """The MLP shard for each set of heads that maximizes the sum of MLP output norms (arXiv 2502.20727, Eq. 3).
+    """Assign one MLP shard to each set of heads so that the summed output norms are largest; return them by set.
 
-    ``norms[s, m]`` is the output norm of shard m when it sees the heads of set s.
+    Source: arXiv 2502.20727, Eq. 3.  ``norms[s, m]`` is the output norm of shard m when it sees the heads of set s.
     """
-    _, shards = linear_sum_assignment(norms.double().numpy(), maximize=True)
+    _, shards = linear_sum_assignment(norms.double().cpu().numpy(), maximize=True)
     return tuple(int(shard) for shard in shards)
 
 
@@ -60,8 +60,9 @@ def assign_neurons(errors: Float[Tensor, "neurons ranks"]) -> tuple[int, ...]:
     neurons, ranks = errors.shape
     per_rank = neurons // ranks
     assert per_rank * ranks == neurons, "every rank takes the same number of neurons"
-    _, seats = linear_sum_assignment(errors.double().repeat_interleave(per_rank, 1).numpy())
-    return tuple(int(neuron) for neuron in np.argsort(seats // per_rank, kind="stable"))
+    # A column for each place of a rank: columns r * per_rank and following are those of rank r.
+    _, columns = linear_sum_assignment(errors.double().repeat_interleave(per_rank, 1).cpu().numpy())
+    return tuple(int(neuron) for neuron in np.argsort(columns // per_rank, kind="stable"))
 
 
 def reorder_block(

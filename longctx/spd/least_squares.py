@@ -1,4 +1,4 @@
-"""Per rank, the linear map that best predicts the full-attention MLP input from that rank's own heads.
+"""For each rank, the linear map from its MLP input to the input that it would have with all heads.
 
 Not in arXiv 2502.20727.  A linear layer W that reads the prediction M x absorbs it at no cost: W (M x) = (W M) x.
 """

@@ -52,7 +52,8 @@ def refuse_unfit_shape(shape: ModelShape) -> None:
     reasons = {
         "LayerNorm, on which dropped reductions are not tested": shape.layer_norm,
         "a feed-forward network without gate, on which dropped reductions are not tested": not shape.gated,
-        "routers that choose experts by each rank's own sum, on which ranks would disagree": shape.mixture is not None,
+        "a mixture of experts, in which each rank would choose experts by its own partial sum": shape.mixture
+        is not None,
     }
     for reason, applies in reasons.items():
         if applies:

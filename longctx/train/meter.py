@@ -1,6 +1,7 @@
 """Measure a training step: seconds, model FLOPs utilization (MFU), peak memory, and exposed communication."""
 
 import resource
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,10 +49,10 @@ class StepCost:
 class Meter:
     """Measures steps of a model of ``shape`` on one rank, each between ``begin`` and ``end``.
 
-    ``ranks`` is the number of ranks that share the documents given to ``end``: those of one data-parallel replica, or
-    of all replicas if ``end`` gets the documents of all.  ``comm_timer`` is the timer of the rank's `TimedComm` groups;
-    communication that bypasses them (megatron-core's own collectives) is not counted.  ``peak_flops`` is one rank's
-    peak rate in FLOP/s, from a hardware file or `longctx.parallel.measure.probe.gemm_flops`; None means no MFU.
+    ``ranks`` is the number of ranks that processed the documents passed to ``end``.  ``comm_timer`` is the timer of the
+    rank's `TimedComm` groups; communication that bypasses them (megatron-core's own collectives) is not counted.
+    ``peak_flops`` is one rank's peak rate in FLOP/s, from a hardware file or
+    `longctx.parallel.measure.probe.gemm_flops`; None means no MFU.
     """
 
     def __init__(
@@ -99,4 +100,10 @@ def peak_bytes(device: torch.device) -> int:
     """Peak memory in bytes: on a GPU, of tensors since `Meter.begin`; on a CPU, of the process since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KiB on Linux
+    return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Return the largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # in KiB on Linux

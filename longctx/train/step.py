@@ -10,6 +10,7 @@ from longctx.attention.kernel import Kernel
 from longctx.attention.layout import LAYOUTS, Layout, shard_balanced
 from longctx.attention.mask import causal_within
 from longctx.attention.partial import Partial
+from longctx.config import Mesh
 from longctx.data.batches import Batch
 from longctx.megatron.attention import Pass, rotary_tables
 from longctx.megatron.runtime import Runtime
@@ -23,8 +24,12 @@ from longctx.megatron.training.optimizer import (
 )
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import doing
+from longctx.parallel.experts import bytes_of_experts
 from longctx.parallel.hybrid import hybrid
+from longctx.parallel.measure.comm_timer import ExposedCommTimer, TimedComm
+from longctx.parallel.recording import attention_schedules
 from longctx.parallel.ring import Strategy
+from longctx.parallel.schedule import refuse_faulty
 from longctx.shapes import Positions, Tensor
 
 
@@ -33,7 +38,9 @@ class Sharding:
     """How ranks share sequences of ``length`` tokens and compute attention over them.
 
     ``layout`` is a key of `LAYOUTS`.  With ``keep_partials``, each layer's attention result is kept, so that activation
-    recomputation in the backward does not run the ring again.  ``dtype`` is the model's dtype.
+    recomputation in the backward does not run the ring again.  ``dtype`` is that of rotary angles: float64 for models
+    in float64, else float32.  ``check_schedule`` proves for each sequence that attention's messages match on all ranks
+    and cannot deadlock.
     """
 
     length: int
@@ -42,16 +49,28 @@ class Sharding:
     strategy: Strategy
     keep_partials: bool = False
     dtype: torch.dtype = torch.float32
+    check_schedule: bool = False
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean loss (nats a token), gradient norm before clipping, number of targets that counted, and learning rate."""
+    """Mean loss (nats a token), gradient norm before clipping, number of targets that counted, and learning rate.
+
+    ``experts_bytes`` are the bytes of expert parallelism that this rank has sent.
+    """
 
     loss: float
     grad_norm: float
     tokens: int
     rate: float
+    experts_bytes: int
+
+
+def time_communication(runtime: Runtime) -> tuple[Runtime, ExposedCommTimer]:
+    """Return ``runtime`` with timed groups for attention and experts, and their timer of exposed communication."""
+    timer = ExposedCommTimer()
+    ulysses, ring, ep = (TimedComm(comm, timer) for comm in (runtime.ulysses, runtime.ring, runtime.ep))
+    return replace(runtime, ulysses=ulysses, ring=ring, ep=ep), timer
 
 
 def train_step(trained: TrainState, batch: Batch, runtime: Runtime, sharding: Sharding) -> StepResult:
@@ -60,10 +79,12 @@ def train_step(trained: TrainState, batch: Batch, runtime: Runtime, sharding: Sh
     Every rank calls this.  Asserts that all ranks together have counted the targets of the whole batch.
     """
     clear_gradients(trained)
+    sent_before = bytes_of_experts(runtime.ep, runtime.tp)
     sums = forward_backward(trained, micro_batches(batch, runtime, trained.shape, sharding))
     assert sum(sums.tokens) == batch.counted, f"ranks count {sum(sums.tokens)} tokens, the batch has {batch.counted}"
     norm, rate = optimizer_step(trained)
-    return StepResult(sums.mean, norm, sum(sums.tokens), rate)
+    experts_bytes = bytes_of_experts(runtime.ep, runtime.tp) - sent_before
+    return StepResult(sums.mean, norm, sum(sums.tokens), rate, experts_bytes)
 
 
 @torch.no_grad()
@@ -145,6 +166,8 @@ def _attention_pass(
 
     ``positions`` are those of all rows.
     """
+    if sharding.check_schedule:
+        _prove_attention(layout, runtime.mesh, shape, sharding)
     partials: dict[int, list[Partial]] = {layer: [] for layer in range(shape.layers)}
     by_window = {w: hybrid(runtime.ulysses, runtime.ring, layout, causal_within(w)) for w in set(shape.windows)}
 
@@ -156,3 +179,19 @@ def _attention_pass(
         return F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - rows))
 
     return Pass(attend=attend, rotary=rotary_tables(shape, positions, sharding.dtype))
+
+
+def _prove_attention(layout: Layout, mesh: Mesh, shape: ModelShape, sharding: Sharding) -> None:
+    """Raise ScheduleError unless attention's messages match on all context ranks, in forward and backward."""
+    for window in set(shape.windows):
+        schedules = attention_schedules(
+            Mesh(ulysses=mesh.ulysses, ring=mesh.ring),
+            layout,
+            sharding.strategy,
+            heads=shape.heads // mesh.tp,
+            kv_heads=shape.kv_heads // mesh.tp,
+            head_dim=shape.head_dim,
+            mask=causal_within(window),
+            dtype=sharding.dtype,
+        )
+        refuse_faulty(schedules)

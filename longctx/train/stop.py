@@ -24,6 +24,11 @@ class StopRequest:
     def _receive(self, *_: Any) -> None:
         self._received = True
 
+    @property
+    def received(self) -> bool:
+        """True once this rank has received the signal."""
+        return self._received
+
     def agreed_on_all_ranks(self, world: Comm, device: torch.device) -> bool:
         """Return True, on every rank of ``world``, once any of them has received the signal (an all-gather)."""
         received: Tensor = torch.tensor([int(self._received)], device=device)

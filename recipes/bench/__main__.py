@@ -7,7 +7,10 @@ from recipes.bench import (
     crossover,
     decode,
     drift,
+    gpu_check,
+    memory,
     million,
+    output_norms,
     prefill,
     spd_latency,
     spd_quality,
@@ -21,12 +24,15 @@ SUBJECTS = {
     "crossover": (crossover.task, "time to first token over the miss rate, by pass-KV and pass-Q; choice of each rule"),
     "decode": (decode.task, "time to incremental token (TTIT), by decode strategy"),
     "drift": (drift.task, "error of bfloat16 attention over the number of ranks, on a real model's activations"),
+    "memory": (memory.task, "memory of prefill, decoding and training steps by part, measured and predicted"),
+    "gpu_check": (gpu_check.task, "a GPU in minutes: kernels, tiles of a ring, prefill and decoding of a model"),
     "million": (million.task, "attention of one layer: a few new tokens over a million cached ones"),
+    "output_norms": (output_norms.task, "Gemma 3 with dropped reductions: error and perplexity by the MLP's input"),
     "prefill": (prefill.task, "parallel efficiency of attention and of the whole model, and its three factors"),
     "spd_latency": (spd_latency.task, "time saved by dropped reductions, over links of a given rate and latency"),
     "spd_quality": (spd_quality.task, "perplexity over the share of blocks that drop a reduction"),
     "spd_sweep": (spd_sweep.task, "seconds of a sensitivity measurement, against a plain loop over perplexities"),
-    "train": (train.task, "a training step on one rank and on several; attention beside other projects' rings"),
+    "train": (train.task, "a training step on one rank and on several; attention compared with other projects' rings"),
 }
 
 

@@ -37,7 +37,7 @@ def refuse_hosts(hosts: int, rate: str, mesh: Mesh) -> None:
     if current_rank() and not is_host():
         raise ValueError(f"hosts={hosts} starts its ranks itself, but a launcher has started these: use hosts=0")
     if hosts != mesh.ranks:
-        raise ValueError(f"hosts={hosts}, {mesh}: each host has one rank, use hosts={mesh.ranks}, {local}")
+        raise ValueError(f"hosts={hosts} with mesh {mesh}: each host runs one rank; use hosts={mesh.ranks}, {local}")
     bits_per_s(rate)
     if os.geteuid() != 0:
         raise ValueError(f"hosts={hosts}: network namespaces need root, use sudo, {local}")

@@ -5,8 +5,6 @@ python -m recipes.bench million
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -19,6 +17,7 @@ from rich.table import Table
 
 from longctx.attention.layout import zigzag
 from longctx.parallel.launch import Rank
+from longctx.train.meter import peak_resident_bytes
 from recipes.bench.timing import append_random_rows, measure_in_rounds, time_on_ranks
 from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
 from recipes.common.places import refuse_unwritable
@@ -126,18 +125,12 @@ def time_strategies(
     """Time the strategies ``names`` in turn within each round; ``attend`` runs one, returns its seconds and bytes."""
 
     def measure(name: str) -> _Round:
-        return _Round(*attend(name), peak_bytes())
+        return _Round(*attend(name), peak_resident_bytes())
 
     return [
         StrategyTimes(name, [each.seconds for each in r.timed], r.warm_up.bytes_sent, r.warm_up.peak_bytes)
         for name, r in zip(names, measure_in_rounds(names, rounds, measure), strict=True)
     ]
-
-
-def peak_bytes() -> int:
-    """Return the largest resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def show(times: list[StrategyTimes]) -> None:

@@ -1,4 +1,4 @@
-"""Time saved by dropped reductions: TTFT and time per decoded token over the share of blocks that drop one.
+"""Time saved by dropped and rounded reductions: TTFT and time per decoded token over the share of dropped blocks.
 
 python -m recipes.bench spd_latency hosts=3 rate=100mbit latency_us=500
 """
@@ -6,35 +6,34 @@ python -m recipes.bench spd_latency hosts=3 rate=100mbit latency_us=500
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
 from omegaconf import DictConfig
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from rich.table import Table
 
-from longctx.config import Context, Sampling
-from longctx.cost.reduction import all_reduce_seconds, communication_saved, spd_forward_seconds
+from longctx.config import Reduce
+from longctx.cost.reduction import message_bytes, reduction_seconds, spd_reducing_seconds
 from longctx.parallel.launch import Rank
 from longctx.spd.plan import SPDPlan, refuse_unfit_shape, within
 from recipes.bench import timing
 from recipes.bench.hosts import bits_per_s, is_host, refuse_hosts, run_on_hosts
+from recipes.bench.phases import PhaseCost, median_cost, time_phases
+from recipes.bench.rivals import Rival, read_rivals
 from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
 from recipes.common.places import refuse_unwritable
 from recipes.common.plots import draw_lines
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
-from recipes.common.settings import top_level
+from recipes.common.settings import as_config, as_dict, top_level
 from recipes.common.target import Target, resolve_target
 
 if TYPE_CHECKING:
-    from longctx.infer.engine import Engine
     from longctx.megatron.runtime import Runtime
 
 PHASES = ("prefill", "decode")
-ELEMENT = 4  # bytes of a float32
+EXACT = Reduce()
 
 
 @dataclass(frozen=True)
@@ -63,20 +62,12 @@ class LatencyJob:
     settings: LatencySettings
     target: Target
     tokens: tuple[int, ...]
+    rivals: tuple[Rival, ...] = ()
 
-
-@dataclass(frozen=True)
-class PhaseCost:
-    """Cost of a prefill, or of one decoded token: the slowest rank's ``seconds``, and this rank's all-reduces.
-
-    ``reducing`` is the least time that any rank spent in all-reduces.  A rank that arrives early also waits inside
-    them, so the rank that arrives last shows how long the reductions themselves take.
-    """
-
-    seconds: float
-    reducing: float
-    calls: float
-    bytes: float
+    @property
+    def cases(self) -> list[tuple[Reduce, float]]:
+        """Reductions and share of dropped blocks, in the order of the result; the first is the baseline."""
+        return [(reduce, share) for reduce in (EXACT, *self.rivals) for share in self.settings.shares]
 
 
 @dataclass(frozen=True)
@@ -89,20 +80,22 @@ class Links:
 
 @dataclass(frozen=True)
 class LatencyTimes:
-    """Costs by share and round, each by phase, and the links' constants."""
+    """Costs by case and round, each by phase, and the links' constants."""
 
-    by_share: list[list[dict[str, PhaseCost]]]
+    by_case: list[list[dict[str, PhaseCost]]]
     links: Links
 
 
 @dataclass(frozen=True)
 class LatencyRow:
-    """A row of the result: medians of a phase with a share of blocks dropped, and relative savings against share 0.
+    """A row of the result: medians of a phase in one case, and relative savings against the baseline.
 
-    ``rounds`` are the seconds by round.  The ``predicted_`` savings follow from bytes and hops.
+    ``reduce`` is the rival's label, or float32.  ``rounds`` are the seconds by round.  The ``predicted_`` savings
+    follow from bytes and hops.
     """
 
     phase: str
+    reduce: str
     share: float
     seconds: float
     reducing: float
@@ -118,7 +111,8 @@ class LatencyRow:
 
 def prepare(config: DictConfig) -> LatencyJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
-    settings = top_level(config, LatencySettings)
+    plain = as_config({name: value for name, value in as_dict(config).items() if name != "rivals"})
+    settings = top_level(plain, LatencySettings)
     unused = ("ulysses", "ring", "dp", "pp")
     target = resolve_target(config, "recipes.bench spd_latency", unused_axes=unused, spd="refuse")
     mesh, dtype = target.mesh, target.model.dtype
@@ -140,52 +134,28 @@ def prepare(config: DictConfig) -> LatencyJob:
     refuse_unwritable(settings.out)
     refuse_unwritable(settings.picture, "picture")
     timing.refuse_beyond_model(target, tokens=settings.tokens, new_tokens=settings.new_tokens)
-    return LatencyJob(settings, target, timing.read_tokens(target, "tokens", settings.tokens))
+    tokens = timing.read_tokens(target, "tokens", settings.tokens)
+    return LatencyJob(settings, target, tokens, read_rivals(config))
 
 
 def run_rank(rank: Rank, job: LatencyJob) -> LatencyTimes:
-    """Time both phases at every share on one rank; the first rank's all-reduces are reported."""
+    """Time both phases in every case on one rank; the first rank's reductions are reported."""
+    from longctx.megatron.reduce import set_reductions
     from longctx.megatron.spd.layer import follow_plan
 
     settings, layers, tp = job.settings, job.target.shape.layers, job.target.mesh.tp
     with job.target.runtime(rank) as runtime, Progress(shown=rank.rank == 0) as progress:
         engine = job.target.load_engine(runtime, SPDPlan(layers, tp))
-        progress.start("shares, runs", len(settings.shares) * (settings.rounds + 1))
+        progress.start("cases, runs", len(job.cases) * (settings.rounds + 1))
 
-        def measure(share: float) -> dict[str, PhaseCost]:
+        def measure(case: tuple[Reduce, float]) -> dict[str, PhaseCost]:
+            reduce, share = case
             follow_plan(engine.model, SPDPlan(layers, tp, within(range(layers), share)))
-            return time_phases(runtime, engine, job)
+            set_reductions(engine.model, engine.tp, reduce)
+            return time_phases(runtime, engine, job.tokens, settings.new_tokens)
 
-        of_shares = timing.measure_in_rounds(settings.shares, settings.rounds, measure, progress.step)
-        return LatencyTimes([of_share.timed for of_share in of_shares], measure_links(runtime, job))
-
-
-def time_phases(runtime: Runtime, engine: Engine, job: LatencyJob) -> dict[str, PhaseCost]:
-    """Return the cost of the prompt's prefill, and of each token decoded after it."""
-    from longctx.infer.session import Session
-
-    session = Session(engine, Context(), Sampling())
-
-    def prefill() -> None:
-        session.turn({0: job.tokens}, {0: 1})
-
-    def decode() -> None:
-        for _ in range(job.settings.new_tokens):
-            session.decode([0])
-
-    prefill_cost = measure_phase(runtime, prefill, 1)
-    return {"prefill": prefill_cost, "decode": measure_phase(runtime, decode, job.settings.new_tokens)}
-
-
-def measure_phase(runtime: Runtime, work: Callable[[], None], steps: int) -> PhaseCost:
-    """Start ``work``, of ``steps`` equal steps, on all ranks at once and return the cost per step."""
-    from longctx.parallel.measure.all_reduce import count_all_reduces
-
-    timing.barrier(runtime.world)
-    with count_all_reduces() as tally:
-        elapsed = timing.measure_seconds(work)
-    seconds, reducing = timing.gather_numbers(runtime.world, elapsed / steps, tally.seconds / steps)
-    return PhaseCost(max(seconds), min(reducing), tally.calls / steps, tally.bytes / steps)
+        of_cases = timing.measure_in_rounds(job.cases, settings.rounds, measure, progress.step)
+        return LatencyTimes([of_case.timed for of_case in of_cases], measure_links(runtime, job))
 
 
 def measure_links(runtime: Runtime, job: LatencyJob) -> Links:
@@ -196,7 +166,7 @@ def measure_links(runtime: Runtime, job: LatencyJob) -> Links:
     from longctx.parallel.measure.all_reduce import time_all_reduce
 
     ranks, settings = job.target.mesh.tp, job.settings
-    size = settings.tokens * job.target.shape.hidden * ELEMENT
+    size = message_bytes(settings.tokens, job.target.shape.hidden, "float32")
     short = time_all_reduce(runtime.groups.tp, 4, 20, runtime.device)
     hop_s = short / (2 * (ranks - 1))
     if settings.hosts:
@@ -205,62 +175,80 @@ def measure_links(runtime: Runtime, job: LatencyJob) -> Links:
     return Links(hop_s, 2 * (ranks - 1) / ranks * size / max(1e-9, long - short))
 
 
-def compare_shares(times: LatencyTimes, job: LatencyJob) -> list[LatencyRow]:
-    """Return a row for every phase and share: medians, savings against no dropped block, and predicted savings."""
-    target, table_rows = job.target, []
-    layers, links = target.shape.layers, times.links
+def compare_cases(times: LatencyTimes, job: LatencyJob) -> list[LatencyRow]:
+    """Return a row for every phase and case: medians, savings against the first case, and predicted savings."""
+    table_rows, layers = [], job.target.shape.layers
     for phase in PHASES:
-        # 1. The cost model's all-reduce of this phase.
-        size = (job.settings.tokens if phase == "prefill" else 1) * target.shape.hidden * ELEMENT
-        reduction_s = all_reduce_seconds(size, target.mesh.tp, links.hop_s, links.bytes_per_s)
-        # 2. Every share against the first, which drops nothing.
-        medians = [median_cost([costs[phase] for costs in rounds]) for rounds in times.by_share]
-        base = medians[0]
-        for share, rounds, cost in zip(job.settings.shares, times.by_share, medians, strict=True):
+        medians = [median_cost([costs[phase] for costs in rounds]) for rounds in times.by_case]
+        base, all_exact = medians[0], predict_reducing(EXACT, 0, phase, times.links, job)
+        for (reduce, share), rounds, cost in zip(job.cases, times.by_case, medians, strict=True):
             dropped = len(within(range(layers), share)) / layers
-            predicted = spd_forward_seconds(base.seconds, layers, dropped, reduction_s)
+            reducing = predict_reducing(reduce, dropped, phase, times.links, job)
             table_rows.append(
                 LatencyRow(
                     phase=phase,
+                    reduce=reduce.label if isinstance(reduce, Rival) else "float32",
                     share=dropped,
                     **vars(cost),
                     rounds=[costs[phase].seconds for costs in rounds],
                     saved=1 - cost.seconds / base.seconds,
-                    predicted_saved=1 - predicted / base.seconds,
+                    predicted_saved=(all_exact - reducing) / base.seconds,
                     reducing_saved=1 - cost.reducing / base.reducing,
-                    predicted_reducing_saved=communication_saved(dropped),
+                    predicted_reducing_saved=1 - reducing / all_exact,
                     bytes_saved=1 - cost.bytes / base.bytes,
                 )
             )
     return table_rows
 
 
-def median_cost(costs: list[PhaseCost]) -> PhaseCost:
-    """Return the median of each field of ``costs``."""
-    return PhaseCost(*(median(getattr(cost, name) for cost in costs) for name in vars(costs[0])))
+def predict_reducing(reduce: Reduce, dropped: float, phase: str, links: Links, job: LatencyJob) -> float:
+    """Return the seconds of all blocks' reductions in ``phase`` if the share ``dropped`` of the blocks drops its first.
+
+    From bytes and hops alone; the one reduction of the embedding is left out.
+    """
+    tokens, shape = job.settings.tokens if phase == "prefill" else 1, job.target.shape
+
+    def seconds(dtype: str) -> float:
+        hops = (job.target.mesh.tp, links.hop_s, links.bytes_per_s)
+        return reduction_seconds(tokens, shape.hidden, *hops, dtype, reduce.group)
+
+    return spd_reducing_seconds(shape.layers, dropped, seconds(reduce.attention), seconds(reduce.mlp))
 
 
 def show(table_rows: list[LatencyRow]) -> None:
-    """Print times and savings of each phase and share as a table."""
-    columns = ("phase", "dropped", "ms", "saved", "predicted", "all-reduces", "their ms", "saved", "p/2")
+    """Print times and savings of each phase and case as a table."""
+    columns = (
+        "phase",
+        "messages",
+        "dropped",
+        "ms",
+        "saved",
+        "predicted",
+        "reductions",
+        "their ms",
+        "saved",
+        "predicted",
+    )
     table = Table(*columns, box=None)
     for row in table_rows:
         times = (f"{row.seconds * 1e3:,.1f}", f"{row.saved:.1%}", f"{row.predicted_saved:.1%}")
         reductions = (f"{row.calls:.0f}", f"{row.reducing * 1e3:,.1f}", f"{row.reducing_saved:.1%}")
-        table.add_row(row.phase, f"{row.share:.0%}", *times, *reductions, f"{row.predicted_reducing_saved:.1%}")
+        table.add_row(
+            row.phase, row.reduce, f"{row.share:.0%}", *times, *reductions, f"{row.predicted_reducing_saved:.1%}"
+        )
     console.print(table)
 
 
 def draw(table_rows: list[LatencyRow], job: LatencyJob, links: str, picture: str) -> None:
-    """Draw measured and predicted savings of both phases over the share of dropped blocks to the file ``picture``."""
+    """Draw measured and predicted savings over the share of dropped blocks, without rivals, to the file ``picture``."""
     series = {}
     for phase in PHASES:
-        of_phase = [row for row in table_rows if row.phase == phase]
+        of_phase = [row for row in table_rows if (row.phase, row.reduce) == (phase, "float32")]
         series[f"{phase}, measured"] = [100 * row.saved for row in of_phase]
         series[f"{phase}, from bytes and hops"] = [100 * row.predicted_saved for row in of_phase]
     draw_lines(
         picture,
-        [100 * row.share for row in table_rows if row.phase == "prefill"],
+        [100 * row.share for row in table_rows if (row.phase, row.reduce) == ("prefill", "float32")],
         series,
         title=f"{job.target.model.name} at TP={job.target.mesh.tp}, {links}: time saved",
         x="blocks that drop a reduction, %",
@@ -273,7 +261,7 @@ def draw(table_rows: list[LatencyRow], job: LatencyJob, links: str, picture: str
 def report(job: LatencyJob, times: LatencyTimes) -> None:
     """Show, write and draw the savings."""
     settings, target = job.settings, job.target
-    table_rows = compare_shares(times, job)
+    table_rows = compare_cases(times, job)
     show(table_rows)
     nominal = {"rate": settings.rate, "latency_us": settings.latency_us} if settings.hosts else {"rate": "loopback"}
     if settings.out:

@@ -1,26 +1,30 @@
-"""Perplexity over the share of blocks that drop a reduction, zero-shot and repaired, on the same text in one run.
+"""Perplexity over the share of blocks that drop a reduction, and with rounded reductions, on the same text in one run.
 
 python -m recipes.bench spd_quality sensitivity=outputs/spd/sensitivity.json out=outputs/quality
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from math import expm1
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 from omegaconf import DictConfig
 from pydantic import Field, PositiveInt
 from rich.table import Table
 
-from longctx.config import DataSettings, TextSource
+from longctx.config import DataSettings, Reduce, TextSource
 from longctx.hf.checkpoint import same_model
 from longctx.parallel.launch import Rank
 from longctx.perplexity import perplexity
+from longctx.shapes import Tensor
 from longctx.spd.plan import SPDPlan, order_from, saved_plan, within
 from longctx.spd.text import PackedText
-from recipes.bench.spd_placement import BATCH, placement_losses
+from recipes.bench.rivals import Rival, read_rivals
+from recipes.bench.spd_placement import placement_losses
+from recipes.bench.text_losses import mean_loss, paired_interval, sequence_losses
 from recipes.common.cli import console, on_ranks, say, warm_up_ranks, write_result
 from recipes.common.plots import draw_lines
 from recipes.common.progress import Progress
@@ -29,9 +33,6 @@ from recipes.common.settings import as_config, as_dict, sections, top_level
 from recipes.common.spd_loop import load_blocks
 from recipes.common.spd_text import resolve_spd_target, text_of
 from recipes.common.target import Target, refuse_damaged
-
-if TYPE_CHECKING:
-    from longctx.megatron.spd.blocks import Blocks
 
 RANKED = "zero-shot, least sensitive first"
 IN_ORDER = "zero-shot, first to last"
@@ -54,7 +55,7 @@ class NamedModel:
 
 @dataclass(frozen=True)
 class QualitySettings:
-    """Settings of configs/bench/spd_quality.yaml outside any section, other than the lists ``models`` and ``texts``."""
+    """Settings of configs/bench/spd_quality.yaml outside any section, other than its lists of items."""
 
     sensitivity: str
     out: str
@@ -70,12 +71,13 @@ class QualitySettings:
 
 @dataclass(frozen=True)
 class QualityVariant:
-    """A line of the picture: the weights in ``folder``, with blocks dropped in ``order``."""
+    """A line of the picture: the weights in ``folder``, blocks dropped in ``order``, and the reductions' dtypes."""
 
     name: str
     folder: Path
     order: tuple[int, ...]
     own_norms: bool = False
+    reduce: Reduce = field(default_factory=Reduce)
 
 
 @dataclass(frozen=True)
@@ -90,20 +92,24 @@ class QualityJob:
     @property
     def repaired(self) -> list[str]:
         """Names of the variants that are repaired models."""
-        return [variant.name for variant in self.variants if variant.name not in (RANKED, IN_ORDER)]
+        return [variant.name for variant in self.variants if variant.folder != self.target.folder]
 
 
 @dataclass(frozen=True)
 class TextLosses:
-    """Mean losses (nats per token) on one text: by variant for each share, and by block for each of `PLACEMENTS`."""
+    """Mean losses (nats per token) on one text: by variant for each share, and by block for each of `PLACEMENTS`.
+
+    ``intervals`` has the `paired_interval` of the loss that each variant adds to the baseline.
+    """
 
     variants: dict[str, list[float]]
     placement: dict[int, dict[str, float]]
+    intervals: dict[str, list[tuple[float, float] | None]]
 
 
 def prepare(config: DictConfig) -> QualityJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
-    lists = ("models", "texts")
+    lists = ("models", "texts", "rivals")
     plain = as_config({name: value for name, value in as_dict(config).items() if name not in lists})
     settings = top_level(plain, QualitySettings)
     target = resolve_spd_target(config, "recipes.bench spd_quality")
@@ -113,14 +119,16 @@ def prepare(config: DictConfig) -> QualityJob:
     if target.mesh.dp > 1:
         raise ValueError(f"recipes.bench spd_quality has no use for mesh.dp={target.mesh.dp}: use mesh.dp=1")
     models = sections(config, "models", NamedModel, say)
+    rivals = read_rivals(config)
     texts = read_texts(sections(config, "texts", NamedText, say), target, settings)
-    return QualityJob(settings, target, resolve_variants(models, target, settings), texts)
+    variants = resolve_variants(models, rivals, target, settings)
+    return QualityJob(settings, target, variants, texts)
 
 
 def resolve_variants(
-    models: tuple[NamedModel, ...], target: Target, settings: QualitySettings
+    models: tuple[NamedModel, ...], rivals: tuple[Rival, ...], target: Target, settings: QualitySettings
 ) -> tuple[QualityVariant, ...]:
-    """Return both zero-shot variants and one per repaired model.
+    """Return both zero-shot variants, one per rival and one per repaired model.  Rivals drop the least sensitive first.
 
     Raises ValueError for a model that was not adapted from the target at its mesh.tp, or that lacks blocks to drop.
     """
@@ -129,6 +137,7 @@ def resolve_variants(
     variants = [
         QualityVariant(RANKED, target.folder, order),
         QualityVariant(IN_ORDER, target.folder, tuple(range(layers))),
+        *(QualityVariant(f"{RANKED}, {rival.label}", target.folder, order, reduce=rival) for rival in rivals),
     ]
     for model in models:
         folder, name = Path(model.folder).expanduser(), f"models: {model.label}, {model.folder}"
@@ -159,28 +168,33 @@ def read_texts(texts: tuple[NamedText, ...], target: Target, settings: QualitySe
 def run_rank(rank: Rank, job: QualityJob) -> dict[str, TextLosses]:
     """Return the losses of each text, by its label: of all variants and shares, and of all placements."""
     from longctx.megatron.hf_io import load as hf_load
+    from longctx.megatron.reduce import set_reductions
     from longctx.megatron.spd.layer import follow_plan
 
     shape, tp, settings = job.target.shape, job.target.mesh.tp, job.settings
-    losses = {label: TextLosses({}, {}) for label in job.texts}
-    known: dict[tuple[str, tuple[int, ...], Path | None], float] = {}
+    losses = {label: TextLosses({}, {}, {}) for label in job.texts}
+    known: dict[tuple[object, ...], Tensor] = {}
     with load_blocks(rank, job.target) as (_, blocks), Progress(shown=rank.rank == 0) as progress, torch.no_grad():
-        # 1. Variants: load the weights that go with the plan, unless the loss of the same weights is known.
+        # 1. Variants: load the weights that go with the plan, unless the losses of the same weights are known.
         progress.start("perplexities", len(job.texts) * len(job.variants) * len(settings.shares))
         for variant in job.variants:
             for share in settings.shares:
                 plan = SPDPlan(shape.layers, tp, within(variant.order, share), variant.own_norms)
                 follow_plan(blocks.model, plan)
+                set_reductions(blocks.model, blocks.tp, variant.reduce)
                 hf_load.load(blocks.model, hf_load.Weights(variant.folder, plan.dropped), shape)
                 for label, text in job.texts.items():
                     # Without dropped blocks every folder holds the same weights.
-                    key = (label, plan.dropped, variant.folder if plan.dropped else None)
+                    key = (label, plan.dropped, variant.folder if plan.dropped else None, variant.reduce)
                     if key not in known:
-                        known[key] = mean_loss(blocks, text)
-                    losses[label].variants.setdefault(variant.name, []).append(known[key])
+                        known[key] = sequence_losses(blocks, text)
+                    losses[label].variants.setdefault(variant.name, []).append(mean_loss(known[key], text))
+                    interval = paired_interval(known[key], known[label, (), None, Reduce()], text)
+                    losses[label].intervals.setdefault(variant.name, []).append(interval)
                     progress.step()
         # 2. Placements: the model's own weights.  Follow its plan first, since the last plan may have norms per rank.
         follow_plan(blocks.model, SPDPlan(shape.layers, tp))
+        set_reductions(blocks.model, blocks.tp, Reduce())
         hf_load.load(blocks.model, hf_load.Weights(job.target.folder), shape)
         progress.start("placements, blocks", len(settings.placement) * len(job.texts))
         for label, text in job.texts.items():
@@ -188,18 +202,6 @@ def run_rank(rank: Rank, job: QualityJob) -> dict[str, TextLosses]:
                 losses[label].placement[block] = placement_losses(blocks, text, block)
                 progress.step()
     return losses
-
-
-def mean_loss(blocks: Blocks, text: PackedText) -> float:
-    """Return the mean loss of ``text`` in nats per token, with the blocks' current plan."""
-    total = 0.0
-    for begin in range(0, len(text), BATCH):
-        batch = text[slice(begin, begin + BATCH)]
-        x = blocks.embed(batch.tokens)
-        for layer in blocks.model.decoder.layers:
-            x = blocks.run(layer, x)
-        total += blocks.loss(x, batch)
-    return total / int(text.mask.sum())
 
 
 def compute_recovery(losses: TextLosses, variant: str) -> list[float | None]:
@@ -221,10 +223,19 @@ def show(losses: dict[str, TextLosses], shares: tuple[float, ...]) -> None:
         table = Table(f"{label}: blocks dropped", *(f"{share:.0%}" for share in shares), box=None)
         for variant, of_shares in of_text.variants.items():
             table.add_row(variant, *(f"{perplexity(loss):.2f}" for loss in of_shares))
+            intervals = [of_share and [100 * expm1(end) for end in of_share] for of_share in of_text.intervals[variant]]
+            table.add_row(
+                "  added, %", *("" if not ends else f"{ends[0]:+.2f} to {ends[1]:+.2f}" for ends in intervals)
+            )
         console.print(table)
         for block, of_placements in of_text.placement.items():
             words = ", ".join(f"{placement} {perplexity(loss):.2f}" for placement, loss in of_placements.items())
             console.print(f"block {block} alone: {words}")
+
+
+def interval_in_words(added: tuple[float, float] | None) -> str:
+    """Return an interval of the added loss as one of the added perplexity, in percent."""
+    return "" if added is None else f"{100 * expm1(added[0]):+.2f} to {100 * expm1(added[1]):+.2f}"
 
 
 def draw(losses: dict[str, TextLosses], job: QualityJob) -> None:

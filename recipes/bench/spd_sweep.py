@@ -20,7 +20,7 @@ from longctx.perplexity import perplexity
 from longctx.spd.plan import SPDPlan
 from longctx.spd.sensitivity import measure_sensitivity, perplexities, scores
 from longctx.spd.text import PackedText
-from recipes.bench.spd_quality import mean_loss
+from recipes.bench.text_losses import mean_loss, sequence_losses
 from recipes.bench.timing import measure_seconds
 from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
 from recipes.common.progress import Progress
@@ -84,7 +84,7 @@ def run_rank(rank: Rank, job: SweepJob) -> SweepTimes:
         def perplexity_of(dropped: tuple[int, ...]) -> float:
             follow_plan(blocks.model, SPDPlan(layers, tp, dropped))
             progress.step()
-            return perplexity(mean_loss(blocks, job.text))
+            return perplexity(mean_loss(sequence_losses(blocks, job.text), job.text))
 
         def measure_kept() -> None:
             results["kept"] = scores(perplexities(sum_losses(blocks, job.text), tokens))

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from longctx.attention.layout import Layout, zigzag
 from longctx.config import PromptSource
 from longctx.data.prompt import prompt_tokens
 from longctx.hf.config import tokenizer_of
-from longctx.parallel.comm import Comm
+from longctx.parallel.comm import Comm, DistComm
 from recipes.common.target import Target
 
 if TYPE_CHECKING:
@@ -54,7 +55,13 @@ def measure_in_rounds(
 
 def barrier(group: Comm) -> None:
     """Wait until every rank of ``group`` has called this function."""
-    group.all_gather(torch.zeros(1), [(1,)] * group.size)
+    group.all_gather(torch.zeros(1, device=_device_of(group)), [(1,)] * group.size)
+
+
+def _device_of(group: Comm) -> torch.device:
+    """Return the device of the tensors that ``group`` sends: NCCL sends those of a GPU only."""
+    is_nccl = isinstance(group, DistComm) and dist.get_backend(group.group) == "nccl"
+    return torch.device("cuda" if is_nccl else "cpu")
 
 
 def gather_numbers(group: Comm, *numbers: float) -> list[list[float]]:
@@ -62,7 +69,7 @@ def gather_numbers(group: Comm, *numbers: float) -> list[list[float]]:
 
     Rank 0 with (1, 2) and rank 1 with (3, 4) both get [[1, 3], [2, 4]].
     """
-    mine = torch.tensor(numbers, dtype=torch.float64)
+    mine = torch.tensor(numbers, dtype=torch.float64, device=_device_of(group))
     of_all = torch.stack(group.all_gather(mine, [(len(numbers),)] * group.size))
     by_number: list[list[float]] = of_all.T.tolist()
     return by_number

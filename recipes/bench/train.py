@@ -1,4 +1,4 @@
-"""A training step on one rank and on several; and attention, forward and backward, beside other projects' rings.
+"""A training step on one rank and on several; and attention, forward and backward, compared with other projects' rings.
 
 python -m recipes.bench train json=train.json
 """
@@ -77,7 +77,7 @@ class SavedActivations:
 
     @contextmanager
     def counting(self, net: torch.nn.Module) -> Iterator[None]:
-        """Count what the block saves until its first backward begins: the forward of one micro-batch."""
+        """Count the bytes that forward passes inside the ``with`` block save, until the first backward begins."""
         seen = {p.untyped_storage().data_ptr() for p in net.parameters()}
 
         def keep(x: torch.Tensor) -> torch.Tensor:
@@ -111,10 +111,10 @@ def prepare(config: DictConfig) -> TrainBenchJob:
 
 def resolve_meshes(config: DictConfig, job: TrainJob) -> tuple[Mesh, ...]:
     """Return one rank and the setting ``meshes``.  Raises ValueError for a mesh that does not fit the model."""
-    refuse_unused(job.target.mesh, RECIPE, ("tp", "ulysses", "ring", "dp", "pp"))  # `meshes` is the setting to use
+    refuse_unused(job.target.mesh, RECIPE, tuple(vars(Mesh())))  # `meshes` is the setting to use
     meshes = sections(config, "meshes", Mesh)
     for mesh in meshes:
-        refuse_unused(mesh, RECIPE, ("dp", "pp"))
+        refuse_unused(mesh, RECIPE, ("dp", "pp", "ep"))
         refuse_unfit(mesh, job.target.shape)
     return (Mesh(), *meshes)
 
@@ -133,6 +133,7 @@ def refuse_unmeasured(job: TrainJob) -> None:
         ("context.strategy", context.strategy, "pass_kv"),
         ("context.layout", context.layout, "zigzag"),
         ("context.kernel", "flash_cpu" if context.kernel == "auto" else context.kernel, "flash_cpu"),
+        ("context.check_schedule", str(context.check_schedule).lower(), "false"),
         ("data.epochs", job.data.epochs or "null", "null"),
     ):
         if value != measured:

@@ -195,13 +195,13 @@ def on_every_rank(mesh: Mesh, rank_main: Callable[[Rank, *Args], Result], *args:
         raise RankFailed(rank.rank, rank.world_size, reason, "") from error
 
 
-def refuse_other_world(mesh: Mesh) -> None:
-    """Raise ValueError if a launcher started another number of ranks than ``mesh`` has."""
+def refuse_other_world(mesh: Mesh, owner: str = "the mesh") -> None:
+    """Raise ValueError, naming ``owner``, if a launcher started another number of ranks than ``mesh`` has."""
     rank = current_rank()
     if rank and rank.world_size != mesh.ranks:
         raise ValueError(
-            f"the launcher started {rank.world_size} ranks, the mesh has {mesh.ranks} ({mesh}): "
-            f"set mesh axes whose product is {rank.world_size}"
+            f"the launcher started {rank.world_size} ranks, {owner} has {mesh.ranks} ({mesh}): "
+            f"set mesh axes whose product is {rank.world_size}, or start without a launcher"
         )
 
 
@@ -218,7 +218,7 @@ def is_first() -> bool:
 
 
 def warm_up_ranks(modules: Sequence[str]) -> None:
-    """Import torch here and ``modules`` in the server of local ranks, unless a launcher has started the ranks."""
+    """Import torch here.  If this process will start the ranks, their server imports ``modules`` at the same time."""
     if current_rank() is None:
         warm_up(modules)
     import torch  # noqa: F401  # takes seconds; the server of local ranks imports `modules` at the same time

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from longctx.data.turns import UserTurn
+    from longctx.infer.sample import TokenLogprob
     from longctx.infer.session import Session
     from longctx.parallel.comm import Comm
 
@@ -22,7 +23,8 @@ class TurnFigures(TypedDict, total=False):
     """Figures of a turn, as written to ``out``; a turn that failed has its ``text``, the ``error`` and no tokens.
 
     ``new`` and ``cached`` count tokens, ``miss_rate`` is new / (new + cached).  ``ttit_s`` is None without a decode
-    step.  Lists are over the context ranks, in bytes; ``bytes_sent`` is the sum over all ranks.
+    step.  Lists are over the context ranks, in bytes; ``bytes_sent`` is the sum over all ranks.  ``logprobs`` are those
+    of the answer's tokens, with ``sampling.logprobs``.
     """
 
     text: str
@@ -40,6 +42,7 @@ class TurnFigures(TypedDict, total=False):
     decode_bytes_sent_per_rank: list[int]
     kv_cache_bytes_per_rank: list[int]
     token_ids: list[int]
+    logprobs: list[TokenLogprob]
 
 
 def typed_turns(world: Comm, max_new_tokens: int, device: torch.device) -> Iterator[UserTurn]:
@@ -69,10 +72,12 @@ def take_turn(session: Session, turn: UserTurn, tokenizer: PreTrainedTokenizerBa
     Raises an error of the computation if there are several ranks, because the others wait for this one.
     """
     from longctx.data.turns import turn_tokens
+    from longctx.infer.answer import cut_at_stop, make_stop_check
     from longctx.infer.generate import gather_figures
 
     engine, before = session.engine, session.sequences[0].tokens if session.sequences else []
-    stream, computes = TokenStream(tokenizer), False
+    stop = session.sampling.stop
+    stream, computes = TokenStream(tokenizer, stop), False
     try:
         # 1. Tokenize and check: every rank raises the same errors.
         new = turn_tokens(turn.text, tokenizer, before=before, ends=engine.shape.end_tokens)
@@ -87,7 +92,15 @@ def take_turn(session: Session, turn: UserTurn, tokenizer: PreTrainedTokenizerBa
                 if shown:
                     stream.add(tokens[0])
 
-            result = session.turn({0: new}, {0: turn.max_new_tokens}, layer_done=progress.step, token_done=print_token)
+            result = session.turn(
+                {0: new},
+                {0: turn.max_new_tokens},
+                layer_done=progress.step,
+                token_done=print_token,
+                stopped=make_stop_check(tokenizer, stop),
+            )
+            if shown:
+                stream.end()
     except Exception as error:
         if computes and engine.ranks * engine.tp.size > 1:
             raise
@@ -97,7 +110,7 @@ def take_turn(session: Session, turn: UserTurn, tokenizer: PreTrainedTokenizerBa
     prefill, decode, cache = map(list, zip(*figures, strict=True))
     return {
         "text": turn.text,
-        "answer": tokenizer.decode(result.tokens[0], skip_special_tokens=True),
+        "answer": cut_at_stop(tokenizer.decode(result.tokens[0], skip_special_tokens=True), stop),
         "new": result.new,
         "cached": result.cached,
         "miss_rate": result.new / (result.new + result.cached),
@@ -111,6 +124,7 @@ def take_turn(session: Session, turn: UserTurn, tokenizer: PreTrainedTokenizerBa
         "decode_bytes_sent_per_rank": decode,
         "kv_cache_bytes_per_rank": cache,
         "token_ids": result.tokens[0],
+        **({"logprobs": session.sequences[0].logprobs} if session.sampling.logprobs is not None else {}),
     }
 
 

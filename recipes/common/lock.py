@@ -40,7 +40,10 @@ def lock_beside(place: Path) -> Path:
 
 
 def _lock(file: Path, setting: str) -> int:
-    """Return the descriptor of ``file``, locked."""
+    """Lock ``file`` and return its descriptor; without locks in the file system, warn and return it unlocked.
+
+    Waits for another host of the same Slurm job, up to a limit.  Raises ValueError if another run holds it.
+    """
     until = time.monotonic() + _OWN_JOB_S
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)

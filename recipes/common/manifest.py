@@ -60,7 +60,7 @@ _KINDS = {"module": str, "out": str, "folder": str, "diff": str, "overrides": li
 
 @contextmanager
 def record(config: DictConfig, recipe: str, weights: Iterable[Path] = (), read: Iterable[Path] = ()) -> Iterator[None]:
-    """Hold the ``out`` of a run of ``recipe`` until the block ends, and write the manifest of the run that begins now.
+    """Lock the ``out`` of a run of ``recipe`` until the block ends, and write the manifest of the run that begins now.
 
     ``weights`` are the folders of the models that the run starts from.  ``read`` are files that it reads although no
     setting names them.  Without ``out`` nothing is written; of a launcher's ranks, only the first one writes.
@@ -165,7 +165,7 @@ def _read(path: Path) -> Manifest:
     if not isinstance(manifest, dict):
         raise TypeError("it is no JSON object")
     if is_file_name(str(path)) and Path(manifest["out"]).name != path.name:
-        raise FileNotFoundError(f"the last run in this folder wrote {manifest['out']}; give each run another folder")
+        raise FileNotFoundError(f"a later run overwrote it, and wrote {manifest['out']}: only that run can be read")
     return manifest
 
 

@@ -33,7 +33,7 @@ def refuse_unreadable(word: str) -> None:
     quoted = f"{key}={_SOURCE_TEXT.sub(_in_quotes, value)}"
     if quoted == word or not is_readable(quoted):
         quoted = f"{key}=['...','...']" if value.startswith("[") else f"{key}='...'"
-    raise ValueError(f'{word} cannot be read: put its text in quotes, in a shell "{quoted}"')
+    raise ValueError(f'{word} cannot be read: quote the text; in a shell, write "{quoted}"')
 
 
 def _in_quotes(match: re.Match[str]) -> str:
@@ -44,6 +44,11 @@ def _in_quotes(match: re.Match[str]) -> str:
 def unknown_setting(name: str, known: Iterable[str]) -> str:
     """Return the message for a setting ``name`` that does not exist, with the nearest of the ``known`` ones."""
     known = list(known)
+    if name.partition(".")[0] == "reduce" and not any(each.partition(".")[0] == "reduce" for each in known):
+        return (
+            f"there is no setting {name} here: rounded reductions are for generate, chat and eval, and not tested in "
+            "training; leave it out"
+        )
     near = get_close_matches(name, known, n=1, cutoff=0.75)
     section, _, key = name.rpartition(".")
     if not near and section not in known:  # the section is missing or wrong

@@ -143,7 +143,7 @@ def _refuse_nothing(word: str) -> None:
         advice = f"{key[1:]}=null for none" if key else "KEY=VALUE, such as mesh.ring=2"
         raise ValueError(f"{word} is no setting: write {advice}")
     if equals and value in ("", "null") and (CONFIGS / key).is_dir() and word != "experiment=null":
-        raise ValueError(f"{word} chooses nothing: use {', '.join(choices(key))}")
+        raise ValueError(f"{word} gives no value: use one of {', '.join(choices(key))}")
 
 
 def _is_quoted(text: str) -> bool:

@@ -92,7 +92,7 @@ class Question:
         return self.max_memory_gb or (machine / 1e9 if machine else None)
 
     def numbers(self, mesh: Mesh) -> Numbers:
-        """Return the sizes of numbers, and the share of blocks that drop a reduction on ``mesh``."""
+        """Return the bytes per element, and the share of blocks that drop a reduction on ``mesh``."""
         ffn = self.machine.ffn_element_bytes
         small = ffn if ffn and self.dtype_bytes == 2 and self.work.kind != "train" else self.dtype_bytes
         return Numbers(self.dtype_bytes, small, self.allowed_drop if mesh.tp > 1 else 0.0)
@@ -233,7 +233,7 @@ def _plan(question: Question, mesh: Mesh, strategy: str) -> Plan:
     work, shape, machine, numbers = question.work, question.shape, question.machine, question.numbers(mesh)
     answer = None
     if work.kind == "train":
-        step = StepWork(work.context, work.batch, zero1=work.zero1, recompute=work.recompute)
+        step = StepWork(work.context, work.batch, 1, work.zero1, work.recompute, loss_rows=512, operations="cuda")
         cost = step_cost(shape, mesh, machine, step, strategy, numbers)
         memory = step_bytes(shape, mesh, step, strategy, numbers)
     elif work.kind == "decode":

@@ -4,11 +4,14 @@ Progress is a bar with the remaining time on a terminal, and one line per minute
 """
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich import progress as bars
 from rich.console import Console
+
+from longctx.infer.answer import AnswerText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,15 +80,15 @@ class Progress:
 
 
 class TokenStream:
-    """Print an answer token by token; the bytes of an incomplete character wait for the rest."""
+    """Print an answer token by token, up to the first text in ``stop``."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self._tokenizer, self._tokens, self._shown = tokenizer, list[int](), 0
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop: Sequence[str] = ()) -> None:
+        self._text = AnswerText(tokenizer, stop)
 
     def add(self, token: int) -> None:
         """Print the text that ``token`` completes."""
-        self._tokens.append(token)
-        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[self._shown :], end="", flush=True)
-            self._shown = len(text)
+        print(self._text.add(token), end="", flush=True)
+
+    def end(self) -> None:
+        """Print the rest, after the last token."""
+        print(self._text.end(), end="", flush=True)

@@ -54,7 +54,10 @@ class BlockRun:
 
 @contextmanager
 def load_blocks(rank: Rank, target: Target) -> Iterator[tuple[Runtime, Blocks]]:
-    """Set up the process groups and load the model, with no reduction dropped; every rank must enter it."""
+    """Context manager: set up the process groups, load the model with nothing dropped, and yield runtime and blocks.
+
+    Every rank must enter it.
+    """
     from longctx.megatron.spd.blocks import Blocks
 
     with target.runtime(rank) as runtime:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from omegaconf import DictConfig
 from rich.markup import escape
 
-from longctx.config import Context, Mesh, ModelSource, Run, Sampling
+from longctx.config import Context, Mesh, ModelSource, Reduce, Run, Sampling
 from longctx.hf.checkpoint import fingerprint
 from longctx.hf.config import shape_of
 from longctx.hf.generation import unapplied_settings
@@ -34,6 +34,7 @@ class Target:
     """A model and the mesh it runs on: plain values, checked before any rank starts.
 
     ``folder`` holds its config.json, tokenizer and weights.  ``plan`` lists blocks that drop a reduction (None: none).
+    ``reduce`` has the dtypes of rounded reductions (None: all are exact).
     """
 
     model: ModelSource
@@ -43,11 +44,17 @@ class Target:
     context: Context
     run: Run
     plan: SPDPlan | None = None
+    reduce: Reduce | None = None
 
     @cached_property
     def fingerprint(self) -> str:
         """Digest of the model's weights and configuration; computed on first use."""
         return fingerprint(self.folder, self.model.cache)
+
+    @property
+    def inexact(self) -> bool:
+        """True if reductions are dropped or rounded, so that the model's function depends on the number of ranks."""
+        return self.plan is not None or self.reduce is not None
 
     def threads(self, rank: Rank) -> int:
         """Return the CPU threads of ``rank``."""
@@ -72,9 +79,8 @@ class Target:
         """Load the model on the ranks of ``runtime``; its blocks follow ``plan`` (None: the target's plan)."""
         from longctx.infer.engine import load_engine
 
-        return load_engine(
-            runtime, self.model, self.shape, self.folder, self.context.kernel, self.plan if plan is None else plan
-        )
+        plan = self.plan if plan is None else plan
+        return load_engine(runtime, self.model, self.shape, self.folder, self.context.kernel, plan, self.reduce)
 
 
 def resolve_target(
@@ -85,18 +91,19 @@ def resolve_target(
     needs_weights: bool = True,
     strategy_by_turn: bool = False,
     decode_by_batch: bool = False,
+    proves_schedule: bool = False,
     spd: Literal["follow", "refuse", "ignore"] = "follow",
 ) -> Target:
     """Return the target that ``config`` names.  Writes nothing but the model cache.
 
     ``unused_axes`` of the mesh must be 1.  ``needs_weights`` refuses a folder without weights.  ``strategy_by_turn``
-    allows ``context.strategy=auto`` and the other rules; ``decode_by_batch`` allows ``context.decode=auto``.  ``spd``
-    says whether a plan of dropped reductions is followed, refused or ignored.
+    allows ``context.strategy=auto`` and the other rules; ``decode_by_batch`` allows ``context.decode=auto``,
+    ``proves_schedule`` allows ``context.check_schedule``.  ``spd`` says whether a plan of dropped reductions is
+    followed, refused or ignored.
 
     Raises ValueError, with what to set instead, for a model, mesh, kernel, strategy or plan that ``recipe`` cannot run.
     """
     from longctx.attention.backends import kernel_for
-    from longctx.parallel.strategy import STRATEGIES
     from longctx.parallel.validate import refuse_no_te, refuse_other_than_te, refuse_unfit, refuse_unused
 
     # 1. Check the settings by themselves.
@@ -105,19 +112,11 @@ def resolve_target(
     context = section(config, "context", Context) if "context" in config else Context()
     run = section(config, "run", Run) if "run" in config else Run(threads=1)
     refuse_other_world(mesh)
-    refuse_unused(mesh, recipe, tuple(unused_axes))
+    # Training alone has pipeline stages, and alone exchanges tokens between the ranks that divide the experts.
+    refuse_unused(mesh, recipe, (*unused_axes, *(("ep",) if "pp" in unused_axes else ())))
     if not strategy_by_turn:
         refuse_strategy_by_turn(context, recipe)
-    if context.decode == "auto" and not decode_by_batch:
-        raise ValueError(
-            f"context.decode=auto works in recipes.generate and recipes.chat only; {recipe} takes one of "
-            f"gather_merge, sharded, {', '.join(STRATEGIES)}"
-        )
-    if context.decode == "sharded" and model.layers == "te":
-        raise ValueError(
-            "context.decode=sharded is not implemented for model.layers=te: use model.layers=local, or "
-            "context.decode=gather_merge"
-        )
+    refuse_decode(context, model, recipe, by_batch=decode_by_batch)
     kernel_for(context.kernel, run.device, model.dtype)
     if model.layers == "te":
         refuse_no_te(run.device)
@@ -129,10 +128,50 @@ def resolve_target(
     if needs_weights:
         refuse_damaged(model, folder, shape)
     refuse_unfit(mesh, shape)
+    if context.check_schedule:
+        refuse_unproved(context, mesh, shape, recipe, proves=proves_schedule)
     if spd == "refuse":
         refuse_adapted(folder, recipe)
     plan = plan_of(config, mesh, model, folder, shape, context.decode) if spd == "follow" and "spd" in config else None
-    return Target(model, folder, shape, mesh, context, run, plan)
+    reduce = section(config, "reduce", Reduce) if "reduce" in config else Reduce()
+    refuse_rounded(reduce, mesh, model, context, shape)
+    return Target(model, folder, shape, mesh, context, run, plan, None if reduce.exact else reduce)
+
+
+def refuse_decode(context: Context, model: ModelSource, recipe: str, *, by_batch: bool) -> None:
+    """Raise ValueError for a ``context.decode`` that ``recipe`` or the model's layers do not support."""
+    from longctx.parallel.strategy import STRATEGIES
+
+    if context.decode == "auto" and not by_batch:
+        raise ValueError(
+            f"context.decode=auto works in recipes.generate and recipes.chat only; {recipe} takes one of "
+            f"gather_merge, sharded, {', '.join(STRATEGIES)}"
+        )
+    if context.decode == "sharded" and model.layers == "te":
+        raise ValueError(
+            "context.decode=sharded is not implemented for model.layers=te: use model.layers=local, or "
+            "context.decode=gather_merge"
+        )
+
+
+def refuse_rounded(reduce: Reduce, mesh: Mesh, model: ModelSource, context: Context, shape: ModelShape) -> None:
+    """Raise ValueError if ``reduce`` rounds reductions that do not exist here, or that are not tested with rounding."""
+    if reduce.exact:
+        return
+    if mesh.tp == 1:
+        raise ValueError(
+            f"reduce ({reduce}): one tensor-parallel rank has nothing to reduce; use mesh.tp=2 or more, or "
+            "reduce=float32"
+        )
+    if context.decode in ("sharded", "auto"):
+        raise ValueError(
+            f"context.decode={context.decode} is not tested with rounded reductions ({reduce}): use "
+            "context.decode=gather_merge, or reduce=float32"
+        )
+    if model.layers == "te":
+        raise ValueError("model.layers=te is not tested with rounded reductions: use model.layers=local")
+    if shape.mixture:
+        raise ValueError("rounded reductions are not tested with mixtures of experts: use reduce=float32")
 
 
 def refuse_damaged(model: ModelSource, folder: Path, shape: ModelShape) -> None:
@@ -150,9 +189,29 @@ def refuse_damaged(model: ModelSource, folder: Path, shape: ModelShape) -> None:
 
 def say_unapplied(folder: Path, sampling: Sampling) -> None:
     """Print the settings of generation_config.json that would change transformers' text and are not applied."""
-    if unapplied := unapplied_settings(folder, sampled=sampling.temperature > 0):
-        names = ", ".join(f"{name}={value}" for name, value in unapplied.items())
+    unapplied = unapplied_settings(folder, sampled=sampling.temperature > 0)
+    if others := {name: value for name, value in unapplied.items() if getattr(sampling, name, None) != value}:
+        names = ", ".join(f"{name}={value}" for name, value in others.items())
         say(f"generation_config.json has {escape(names)}: not applied here, so the text may differ from transformers'")
+
+
+def refuse_unproved(context: Context, mesh: Mesh, shape: ModelShape, recipe: str, *, proves: bool) -> None:
+    """Raise ValueError where ``context.check_schedule`` has nothing to prove, or no proof is implemented."""
+    if not proves:
+        raise ValueError(
+            f"context.check_schedule=true works in recipes.generate, chat, pretrain and extend; {recipe} takes "
+            "context.check_schedule=false"
+        )
+    if mesh.context == 1:
+        raise ValueError(
+            "context.check_schedule=true has no messages to check on one context rank: use mesh.ring=2 or more, or "
+            "context.check_schedule=false"
+        )
+    if mesh.tp > 1 and shape.mixture and context.decode in ("sharded", "auto"):
+        raise ValueError(
+            f"context.check_schedule=true is not implemented for context.decode={context.decode} of a mixture of "
+            f"experts with mesh.tp={mesh.tp}: use context.decode=gather_merge, or mesh.tp=1"
+        )
 
 
 def refuse_strategy_by_turn(context: Context, recipe: str) -> None:

@@ -103,7 +103,7 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool) ->
     settings = top_level(config, TrainSettings)
     refuse_unwritable_folder(settings.out)
     refuse_other_recipe(settings.out, recipe)
-    target = resolve_target(config, recipe, needs_weights=not from_scratch)
+    target = resolve_target(config, recipe, needs_weights=not from_scratch, proves_schedule=True)
     _refuse_untrainable(target, settings)
     refuse_untrainable(target.folder)
     # 2. The text.
@@ -157,10 +157,11 @@ def _refuse_untrainable(target: Target, settings: TrainSettings) -> None:
 def first_sequences(
     data: DataSettings, tokenizer: "PreTrainedTokenizerBase", target: Target
 ) -> tuple[tuple[int, int, str], ...]:
-    """Return the first batch's sequences, each as its number of tokens, of documents, and the start of its text.
+    """For each sequence of the first batch, return its numbers of tokens and documents, and the start of its text.
 
-    Raises ValueError for files that are missing or cannot be read, for text that does not fill one batch, for
-    tokens beyond the model's vocabulary, and for a batch without a target.
+    Raises ValueError for files that are missing or cannot be read, for text that does not fill one batch, for a batch
+    that data-parallel ranks cannot share equally, for tokens beyond the model's vocabulary, and for a batch without a
+    target.
     """
     from longctx.data.batches import refuse_nothing_to_learn, training_batches
 
@@ -188,11 +189,18 @@ def data_of(config: DictConfig) -> tuple[DataSettings, DataSettings | None]:
 
 
 def refuse_unsplit(mesh: Mesh, shape: ModelShape, data: DataSettings) -> None:
-    """Raise ValueError unless pipeline stages get equal numbers of layers, and sequences fit the model and the mesh."""
+    """Raise ValueError unless pipeline stages get equal numbers of layers, and sequences fit the model and the mesh.
+
+    With expert parallelism, each stage needs experts.
+    """
     if shape.layers % mesh.pp:
         fit = [n for n in range(1, shape.layers + 1) if shape.layers % n == 0]
         nearest = min(fit, key=lambda n: (abs(n - mesh.pp), n))
         raise ValueError(f"mesh.pp={mesh.pp} does not divide {shape.layers} layers: use mesh.pp={nearest}")
+    per_stage = shape.layers // mesh.pp
+    stages = [shape.experts[i : i + per_stage] for i in range(0, shape.layers, per_stage)]
+    if mesh.ep > 1 and not all(any(stage) for stage in stages):
+        raise ValueError(f"mesh.ep={mesh.ep} mesh.pp={mesh.pp}: a pipeline stage has no experts; use mesh.pp=1")
     if data.length > shape.max_positions:
         raise ValueError(
             f"data.length={data.length:,} is more than the model's context of {shape.max_positions:,}: "

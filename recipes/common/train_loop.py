@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from longctx.megatron.runtime import Runtime
     from longctx.megatron.training.checkpoint import Checkpoints
     from longctx.megatron.training.optimizer import TrainState
+    from longctx.parallel.measure.comm_timer import ExposedCommTimer
     from longctx.train.meter import Meter
     from longctx.train.step import Sharding
     from longctx.train.stop import StopRequest
@@ -38,7 +39,7 @@ _FINITE = ("loss", "grad_norm", "eval/loss")  # figures that are finite unless t
 class Start:
     """Resume point of a run: the steps done, the data's resume state and the id of the run's record.
 
-    Records before ``first_record`` are kept.  A new run starts at record 0, which holds the samples.
+    On resume, records from ``first_record`` on are deleted.  Record 0 holds samples of the text.
     """
 
     step: int = 0
@@ -70,11 +71,13 @@ class RunResult:
 def run_rank(rank: Rank, job: TrainJob) -> RunResult:
     """Train on one rank, from the last checkpoint on; the first rank's result counts."""
     from longctx.megatron.training.checkpoint import Checkpoints
+    from longctx.train.step import time_communication
     from longctx.train.stop import StopRequest
 
     stop, settings, first = StopRequest(), job.settings, rank.rank == 0
     report = say if first else lambda _: None
-    with job.target.runtime(rank, training=True) as runtime, Progress(shown=first) as progress:
+    with job.target.runtime(rank, training=True) as untimed, Progress(shown=first) as progress:
+        runtime, timer = time_communication(untimed)
         # 1. Build the model and its optimizer, and load the last checkpoint.
         progress.start("loading", None)
         state = build_state(runtime, job)
@@ -85,9 +88,9 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
         # 3. Train; save at regular steps and at the end.
         progress.start("training, steps", settings.steps, done=start.step)
         last_step, loss = start.step, None
-        for done in train_steps(state, runtime, job, start, stop):
+        for done in train_steps(state, runtime, timer, job, start, stop):
             tracker.log(done.figures, done.step)
-            refuse_diverged(done, checkpoints, job.out / "checkpoints")
+            refuse_diverged_step(done, checkpoints, job.out / "checkpoints")
             last_step, loss = done.step, float(done.figures["loss"] or 0.0)
             progress.step(note=f"loss {loss:.4f}, {done.figures['tokens_per_s']:,.0f} tokens/s")
             if done.ends_run or done.step % job.saving.every == 0:
@@ -122,7 +125,7 @@ def _reason_to_end(job: TrainJob, step: int, stop: StopRequest) -> str:
     return f"the text ended after step {step}: data.epochs={job.data.epochs}"
 
 
-def refuse_diverged(done: TrainedStep, checkpoints: Checkpoints, folder: Path) -> None:
+def refuse_diverged_step(done: TrainedStep, checkpoints: Checkpoints, folder: Path) -> None:
     """Raise FloatingPointError, on every rank, if the step's loss or gradient norm is NaN or infinite.
 
     ``folder`` is that of ``checkpoints``; those being written are completed first.
@@ -198,25 +201,23 @@ def _with_weights(metadata: Mapping[str, Any]) -> State:
 
 
 def train_steps(
-    state: TrainState, runtime: Runtime, job: TrainJob, start: Start, stop: StopRequest
+    state: TrainState, runtime: Runtime, timer: ExposedCommTimer, job: TrainJob, start: Start, stop: StopRequest
 ) -> Iterator[TrainedStep]:
     """Train, one step at a time, and yield each step.  A request to stop does not change the figures of a step."""
     from longctx.attention.backends import checked_kernel
     from longctx.data.batches import left_out, refuse_nothing_to_learn, training_batches
     from longctx.hf.config import tokenizer_of
-    from longctx.parallel.measure.comm_timer import ExposedCommTimer, TimedComm
     from longctx.parallel.strategy import STRATEGIES
     from longctx.train.meter import Meter
     from longctx.train.step import Sharding
 
     target, settings = job.target, job.settings
     dp_rank, dp_size = runtime.groups.dp.rank(), runtime.groups.dp.size()
-    # 1. How sequences are sharded and attended to, and the clock of exposed communication.
+    # 1. How sequences are sharded and attended to, and how a step is measured.
     kernel = checked_kernel(target.context.kernel, runtime.device, target.model.dtype, target.shape.head_dim)
-    strategy, keeps_answers = STRATEGIES[target.context.strategy], settings.recompute != "none"
-    sharding = Sharding(job.data.length, target.context.layout, kernel, strategy, keeps_answers)
-    timer = ExposedCommTimer()
-    timed = replace(runtime, ulysses=TimedComm(runtime.ulysses, timer), ring=TimedComm(runtime.ring, timer))
+    context, keep_partials = target.context, settings.recompute != "none"
+    strategy, prove = STRATEGIES[context.strategy], context.check_schedule
+    sharding = Sharding(job.data.length, context.layout, kernel, strategy, keep_partials, check_schedule=prove)
     meter = Meter(target.shape, target.mesh.ranks // dp_size, runtime.device, timer, job.peak_flops)
     # 2. The text.
     held_out = _held_out(job, dp_rank, dp_size)
@@ -225,7 +226,7 @@ def train_steps(
     # 3. Step by step.
     for step, ((batch, data), is_last) in enumerate(remaining, start.step + 1):
         refuse_nothing_to_learn(batch.counted, f"the batch of step {step}")
-        figures = _train_one(state, batch, timed, sharding, meter, dp_size)
+        figures = _train_one(state, batch, runtime, sharding, meter, dp_size)
         figures |= {f"data/{name}": count for name, count in left_out(data).items()}
         if held_out and (is_last or step % job.evaluation.every == 0):
             figures |= evaluate_held_out(state, held_out, runtime, sharding, job)
@@ -245,6 +246,7 @@ def _train_one(
     result = train_step(state, batch, runtime, sharding)
     cost = meter.end([n for lengths in batch.lengths for n in lengths])
     figures = {"loss": result.loss, "grad_norm": result.grad_norm, "tokens": result.tokens, "lr": result.rate}
+    figures |= {"comm/experts_bytes": result.experts_bytes} if runtime.ep.size > 1 else {}
     return {**figures, **cost.figures(), "tokens_per_s": dp_size * cost.tokens / cost.seconds}
 
 

@@ -30,10 +30,13 @@ INTRO = """\
 |---|---|
 | `attention.py` | pass-KV, pass-Q, all-gather, Ulysses and the backward ring, for one layer |
 | `choice.py` | the choice of `context.strategy=auto`, from the same formulas, and the paper's rules |
+| `decode.py` | a decoded token by `gather_merge` and by `sharded`, and the choice of `context.decode=auto` |
+| `reduction.py` | an all-reduce, and a forward pass in which some blocks leave one out |
 | `forward.py` | a model's prefill, a turn after cached tokens, a decoded token; dropped reductions |
 | `step.py` | a training step: tensor parallelism, ZeRO-1, pipeline, recomputation |
 | `training.py` | FLOPs and MFU; causal halving is in `count_pairs` and `Work.flops` only |
 | `memory.py` | memory of a GPU by part |
+| `hardware.py` | one rank: its kernel and its links, as `recipes.calibrate` measures them |
 | `machine.py` | a machine: links by level, all-reduce, constants of `configs/machine/` |
 
 Each machine has one set of constants for all rows. Its file in `configs/machine/` names the constants that were fitted
@@ -51,8 +54,8 @@ WHY = """\
 * **Table 6 of arXiv 2405.07719, ring 16**: the backward's float32 sums cross the nodes in 16 hops. The paper's kernel
   hides them better than these constants do.
 * **The same table, tp = 2**: these runs are 50 % slower than tp = 1 and tp = 4 at 64K, but only 12 % slower at 120K.
-  The paper gives no reason. The model's reason: with tp = 2, the ranks that reduce a gradient are two apart, and such a
-  group gets one link between nodes.
+  The paper gives no reason. The model's reason: with tp = 2, a gradient group holds every second rank, and such a group
+  gets one network link.
 
 In two cases arXiv 2411.01783 disagrees with itself, so no model can match both figures. TTIT of 2 nodes at 128K is
 66.63 ms in Table 6 and 60.23 ms in Table 7. A full prefill on 4 nodes takes 11.46 s in Table 4 and 10.95 s in Table 7.

@@ -27,7 +27,11 @@ LONGEST_LINE = 120
 
 def pages() -> list[Path]:
     folders = ("docs", "longctx", "recipes", "eval", "slurm")
-    return [*ROOT.glob("*.md"), *(page for folder in folders for page in (ROOT / folder).rglob("*.md"))]
+    return [
+        *ROOT.glob("*.md"),
+        ROOT / "tests/README.md",
+        *(page for folder in folders for page in (ROOT / folder).rglob("*.md")),
+    ]
 
 
 def relative(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""python -m eval.speed: times and log-probabilities beside lm-eval's own model."""
+"""python -m eval.speed: times and log-probabilities, compared with lm-eval's own model."""
 
 import json
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from eval.variants import Variant
-from longctx.config import Context, Mesh, ModelSource, Run
+from longctx.config import Context, Mesh, ModelSource, Reduce, Run
 from longctx.hf.config import shape_of
 from longctx.model_shape import ModelShape, Rotary
 from longctx.spd.plan import SavedPlan, SPDPlan
@@ -81,8 +81,9 @@ def test_digest_depends_on_end_tokens_and_tokenizer(prepared, tiny, tmp_path):
     [
         ("variants=[{mesh: {ring: 2}}]", "has no name"),
         ("variants=[{name: a}, {name: a}]", "variants: the name a is used twice"),
-        ("variants=[{name: a, eval: {limit: 3}}]", "variants: a: eval is not one of model, mesh, context, spd"),
+        ("variants=[{name: a, eval: {limit: 3}}]", "variants: a: eval is not one of model, mesh, context, spd, reduce"),
         ("variants=[{name: a, mesh: {tp: 2}}]", "use mesh.tp=1"),
+        ("variants=[{name: a, reduce: {mlp: int8}}]", "one tensor-parallel rank has nothing to reduce"),
         ("variants=[{name: a, spd: {drop: all}}]", "one tensor-parallel rank has no reduction to drop"),
     ],
 )
@@ -128,6 +129,14 @@ def test_variant_may_have_a_longer_context(prepared, tmp_path):
     base, longer = job.variants
     assert (base.target.shape.max_positions, longer.target.shape.max_positions) == (397, 794)
     assert longer.digest != base.digest, "the two have different answers"
+
+
+def test_variant_may_round_reductions(prepared):
+    base, int8, small = prepared(
+        "mesh.tp=3", "variants=[{name: int8, reduce: {attention: int8, mlp: int8}}, {name: a, reduce: {mlp: int8}}]"
+    ).variants
+    assert (base.target.reduce, int8.target.reduce) == (None, Reduce("int8", "int8"))
+    assert len({base.digest, int8.digest, small.digest}) == 3, "they have different answers"
 
 
 def test_variant_takes_old_names_of_settings(prepared, tmp_path):

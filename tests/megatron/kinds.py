@@ -102,6 +102,14 @@ KINDS = {
 }
 
 
+# Changes to kinds, for numbers of experts that ranks can divide.
+EVEN_EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe, and a layer without experts": {"num_experts": 8, "num_local_experts": 8, "num_hidden_layers": 4},
+    "gpt_oss": {"num_local_experts": 4},  # 3 of 4 experts: each token goes to every rank of two
+}
+
+
 def random_model(kind: str, folder: Path, dtype: torch.dtype = torch.float32, **changed: Any) -> Path:
     """Write a random model of ``kind`` to ``folder``, in several files as large models have; return ``folder``.
 

@@ -1,10 +1,13 @@
-"""megatron-core is imported without torch's compiler and W&B, and leaves both as they were."""
+"""megatron-core is imported without torch's compiler, W&B and broken packages."""
 
+import importlib
 import subprocess
 import sys
 
 import pytest
 import torch
+
+from longctx.megatron import hide_if_broken
 
 SCRIPT = """
 import sys, torch
@@ -21,3 +24,33 @@ def test_import_of_megatron_core_loads_no_compiler_and_no_wandb():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"__init__": "raise RuntimeError('Found empty package\\nwith advice')"},
+            r"\(Found empty package\): mend",
+        ),
+        ({"__init__": "", "pytorch": "open('no.so')"}, r"half_engine is not used.*No such file.*: mend it"),
+    ],
+    ids=["package without core", "core without extension"],
+)
+def test_half_installed_package_looks_uninstalled(tmp_path, monkeypatch, files, message):
+    """megatron-core catches ImportError only, so another error would stop every recipe."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "half_engine").mkdir()
+    for name, source in files.items():
+        (tmp_path / "half_engine" / f"{name}.py").write_text(source)
+    monkeypatch.setitem(sys.modules, "half_engine", None)  # removed again after the test
+    del sys.modules["half_engine"]
+    with pytest.warns(UserWarning, match=message):
+        hide_if_broken("half_engine", "mend it")
+    with pytest.raises(ImportError):
+        importlib.import_module("half_engine.pytorch")
+
+
+def test_absent_package_is_no_reason_for_a_warning():
+    hide_if_broken("no_such_engine", "mend it")
+    assert "no_such_engine" not in sys.modules

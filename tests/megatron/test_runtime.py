@@ -1,11 +1,14 @@
-"""A megatron-core collective that fails is named in the error, with its ranks."""
+"""Process groups: how they are connected, and the message of a megatron-core collective that fails."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from longctx.config import Mesh
+from longctx.megatron import runtime as runtime_module
 from longctx.parallel.launch import Rank, RankFailed, run_ranks
 
 
@@ -25,3 +28,28 @@ def reduce_without_a_peer(rank: Rank) -> None:
 def test_failed_megatron_core_collective_is_named_with_its_ranks() -> None:
     with pytest.raises(RankFailed, match=r"rank 2 of 4 raised LostPeer: all_reduce of ranks 2, 3 failed: "):
         run_ranks(4, reduce_without_a_peer)
+
+
+@pytest.mark.parametrize(("device", "bound"), [("cuda", torch.device("cuda", 1)), ("cpu", None)])
+def test_groups_on_gpus_are_connected_when_they_are_created(monkeypatch, tmp_path, device, bound) -> None:
+    """Otherwise NCCL connects a group in its first exchange, in which a rank without rows has no part."""
+    given: dict[str, Any] = {}
+
+    class Initialized(Exception):
+        pass
+
+    def init_process_group(backend: str, **options: Any) -> None:
+        given.update(options, backend=backend)
+        raise Initialized
+
+    monkeypatch.setattr(dist, "init_process_group", init_process_group)
+    monkeypatch.setattr(runtime_module, "refuse_no_gpu", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    with (
+        pytest.raises(Initialized),
+        runtime_module.open_runtime(Rank(0, 1, 3, 4, f"file://{tmp_path}/store"), Mesh(), device=device),
+    ):
+        pass
+    assert given["backend"] == {"cuda": "nccl", "cpu": "gloo"}[device]
+    assert given["device_id"] == bound

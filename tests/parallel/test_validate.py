@@ -22,6 +22,7 @@ def model(heads: int, kv_heads: int, ffn: int) -> ModelShape:
 
 SMOLLM2 = model(9, 3, 1536)
 LLAMA_8B = model(32, 8, 14336)
+MIXTURE = replace(model(8, 4, 96), experts=(Experts(6, 2, 36), None))
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,7 @@ LLAMA_8B = model(32, 8, 14336)
         (Mesh(ulysses=3, ring=5), SMOLLM2),
         (Mesh(tp=2, ulysses=4, ring=3, dp=2), LLAMA_8B),
         (Mesh(tp=8, ring=7), LLAMA_8B),
+        (Mesh(tp=2, ring=3, dp=2, ep=6), MIXTURE),
     ],
 )
 def test_fitting_meshes_are_accepted(mesh, shape):
@@ -66,6 +68,12 @@ def test_fitting_meshes_are_accepted(mesh, shape):
             "use mesh.tp=1 (possible: 1).",
         ),
         (
+            Mesh(ring=5, ep=5),
+            MIXTURE,
+            "mesh.ep=5 does not divide the model's 6 experts; use mesh.ep=6 (possible: 1, 2, 3, 6).",
+        ),
+        (Mesh(dp=2, ep=2), LLAMA_8B, "mesh.ep=2 divides experts, and this model has none; use mesh.ep=1."),
+        (
             Mesh(ulysses=2),
             SMOLLM2,
             "mesh.ulysses=2 cannot share 9 query heads and 3 KV heads evenly; "
@@ -82,6 +90,12 @@ def test_fitting_meshes_are_accepted(mesh, shape):
 def test_unfit_mesh_is_refused_with_the_nearest_degree(mesh, shape, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         refuse_unfit(mesh, shape)
+
+
+def test_expert_parallel_ranks_are_ranks_of_other_axes():
+    assert Mesh(tp=2, ring=3, dp=2, ep=6).ranks == 12
+    with pytest.raises(ValueError, match=r"^mesh\.ep=4 does not divide .* = 6, .* use mesh\.ep=3, or more"):
+        Mesh(tp=4, ring=3, dp=2, ep=4)
 
 
 @pytest.mark.parametrize("axis", ["dp", "pp"])
@@ -141,7 +155,7 @@ def test_refusal_of_te_names_what_is_missing_and_how_to_install_it(device, insta
     with pytest.raises(ValueError, match=r"model\.layers=te needs .*use model\.layers=local") as raised:
         refuse_no_te(device)
     assert ("a GPU (run=gpu)" in str(raised.value)) == (device == "cpu")
-    assert ("--no-build-isolation 'transformer-engine[core_cu" in str(raised.value)) == (not installed)
+    assert ("Transformer Engine (make gpu)" in str(raised.value)) == (not installed)
 
 
 def test_te_refuses_mixtures_of_experts_only():

@@ -21,7 +21,7 @@ import eval.run
 import eval.speed
 import recipes.bench.__main__ as bench
 import slurm.submit
-from recipes import calibrate, chat, export, extend, generate, models, pretrain, spd_adapt, spd_sensitivity
+from recipes import calibrate, chat, doctor, export, extend, generate, models, pretrain, spd_adapt, spd_sensitivity
 from recipes.common import cli
 from recipes.compare import compare
 from recipes.reproduce import reproduce
@@ -36,6 +36,7 @@ TASKS = {
     "export": ("export", export.task),
     "calibrate": ("calibrate", calibrate.task),
     "models": ("models", models.task),
+    "doctor": ("doctor", doctor.task),
     "spd_sensitivity": ("spd_sensitivity", spd_sensitivity.task),
     "spd_adapt": ("spd_adapt", spd_adapt.task),
     "eval.run": ("evaluate", eval.run.task),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from longctx.config import Sampling
 from longctx.data.turns import UserTurn
 from longctx.hf.config import tokenizer_of
 from longctx.infer.session_index import write_index
@@ -129,6 +130,8 @@ def test_conversation_is_saved_after_every_turn(config_of, tiny, tmp_path):
     assert [turn["text"] for turn in turns] == [turn["text"] for turn in TURNS[:2]]
     resumed = chat.prepare(config_of("chat", *words[:2], f"session.load={folder}"))
     assert resumed.index["cached"] == {"0": turns[1]["new"] + turns[1]["cached"]}
+    with pytest.raises(ValueError, match=r"of another model .* reduce attention int8, mlp int8, groups of 64 at tp=3"):
+        chat.prepare(config_of("chat", *words[:2], f"session.load={folder}", "mesh.tp=3", "reduce=int8"))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -139,6 +142,7 @@ def test_error_of_the_computation_is_forgotten_on_one_rank_only(tiny, ranks):
         def __init__(self):
             shape, tp = SimpleNamespace(end_tokens=(), layers=2), SimpleNamespace(size=ranks)
             self.sequences, self.engine = {}, SimpleNamespace(ranks=1, tp=tp, shape=shape)
+            self.sampling = Sampling()
 
         def refuse(self, *_):
             pass

@@ -101,3 +101,15 @@ def test_folder_in_the_checkout_of_another_project_has_a_version_but_no_commit(t
     (tmp_path / "packages").mkdir()
     assert commit_of(tmp_path / "packages") == f"longctx {longctx.__version__}, not a git checkout"
     assert diff_of(tmp_path / "packages") == ""
+
+
+def test_make_gpu_installs_torch_before_what_compiles_against_it(tmp_path):
+    """In one step pip builds flash-attn in an environment without torch, and fails."""
+    done = subprocess.run(
+        ["make", "-n", "gpu", f"VENV={tmp_path}"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    torch, compiled = (
+        done.stdout.index(words) for words in ("torch --index-url", "--no-build-isolation flash-attn 'transformer-eng")
+    )
+    assert 0 < torch < compiled
+    assert "flash-attn" not in (ROOT / "pyproject.toml").read_text().partition("[tool.")[0]

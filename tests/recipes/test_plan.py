@@ -155,7 +155,6 @@ def test_command_line_writes_and_draws_and_exports(cli, tiny, tmp_path):
         (("hardware=h200", "gpus=0"), "gpus=0"),
         (("hardware=h200", "gpus=8", "strategy=ring"), "use pass_kv, pass_q, all_gather_kv"),
         (("hardware=h200", "gpus=8", "work=train", "max_ttft_s=1"), "leave it out"),
-        (("hardware=h200", "gpus=8", "lengths=[1,2]"), "add picture=FILE.svg"),
         (("hardware=h200", "gpus=8", "work.cached=5"), "use work=chat"),
         (("hardware=h200", "gpus=8", "work.zero1=true"), "use work=train"),
         (("hardware=h200", "gpus=5", "max_memory_gb=1e-9"), "no mesh of 5 GPUs is feasible"),
@@ -200,3 +199,15 @@ def test_answers_count_in_a_turn_and_its_bound():
     assert best.seconds == pytest.approx(best.ttft_s + 100 * best.ttit_s)
     assert best.bound.startswith("reading the weights")
     assert best.seconds == pytest.approx(sum(best.as_dict()["seconds_by_part"].values()))
+
+
+def test_best_mesh_by_length_is_the_first_plan_of_each_length(cli):
+    words = ("model=llama3_8b", "hardware=h200", "gpus=8", "lengths=[8192,70001,90000000]")
+    code, out, err = cli(plan, plan.task, *words)
+    assert code == 0, err
+    table = (out + err).partition("the best mesh by length")[2]
+    question = Question(shape_named("llama3_8b"), read_machine("h200"), 8, WorkSettings("prefill"), dtype_bytes=2)
+    for length in (8192, 70001):
+        best = feasible(replace(question, work=WorkSettings("prefill", length)))[0]
+        assert re.search(rf"{length:,} +{best.mesh} .* {plan.in_words(best.seconds)} ", table)
+    assert re.search("90,000,000 +no mesh is feasible", table)

@@ -33,7 +33,7 @@ def test_script_has_the_resources_and_the_command(script, tmp_path):
 def test_dry_run_prints_a_script_without_slurm(tmp_path):
     """The command is run as a user types it."""
     words = "recipe=generate model=smollm2_135m nodes=2 ranks_per_node=2 mesh.ring=4 time=00:10:00 dry_run=true"
-    command = [sys.executable, "-m", "slurm.submit", *words.split()]
+    command = [sys.executable, "-m", "slurm.submit", *words.split(), f"folder={tmp_path}/run"]
     environment = {"PATH": "/usr/bin", "HOME": str(Path.home())}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("#!/bin/bash\n#SBATCH --job-name=generate\n")

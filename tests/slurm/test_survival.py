@@ -25,8 +25,9 @@ RUN = (
     "run.threads=1",
     "evaluate.every=0",
 )
-TWO = ("mesh.ring=2", "nodes=2", "checkpoint.every=5", "time=30")
-STEPS = 150
+TWO = ("mesh.ring=2", "nodes=2", "time=30")
+SAVES = "checkpoint.every=5"
+STEPS = 80  # seconds of work after the first checkpoint, so that signals arrive before the end
 
 
 def curve(out: Path) -> list[tuple[int, float, float, int]]:
@@ -114,7 +115,7 @@ def test_killed_rank_and_requested_stop_leave_the_curve_unchanged(submit_job, un
     """First SIGKILL, which failure.txt reports; then SIGUSR1, which saves at once.  All starts are one run of W&B."""
     for name in ("DATA", "CACHE", "CONFIG"):
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(folder / "wandb"))
-    job = submit_job(*RUN, *TWO, f"steps={STEPS}", "track=wandb", f"folder={folder / 'hit'}")
+    job = submit_job(*RUN, *TWO, SAVES, f"steps={STEPS}", "track=wandb", f"folder={folder / 'hit'}")
     wait_for_step(job, 7)
     wait_until((job.folder / "checkpoints" / "step-00000005").is_dir, 300, job.logs)
     os.kill(pid_of(job, 1), signal.SIGKILL)
@@ -158,7 +159,8 @@ def check_single_wandb_run(out: Path) -> None:
 
 
 def test_run_resumes_on_another_node_after_a_node_dies(submit_job, undisturbed, folder, cluster: Cluster):
-    job = submit_job(*RUN, *TWO, f"steps={STEPS}", f"folder={folder / 'node'}", "launcher.sbatch=['--exclude=n1']")
+    words = (f"steps={STEPS}", f"folder={folder / 'node'}", "launcher.sbatch=['--exclude=n1']")
+    job = submit_job(*RUN, *TWO, SAVES, *words)
     wait_for_step(job, 7)
     cluster.kill_node("n3")
     wait_until(lambda: "down" in cluster.output("sinfo", "-h", "-n", "n3", "-o", "%T"), 300, job.logs)

@@ -52,3 +52,19 @@ def test_neurons_minimize_the_sum_of_errors_with_equal_counts(seed: int) -> None
         return sum(float(errors[neuron, seat // 2]) for seat, neuron in enumerate(order))
 
     assert cost(order) == pytest.approx(min(map(cost, permutations(range(6)))))
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that, as one on a GPU, converts to NumPy only after `cpu`."""
+
+    def numpy(self, *_: object, **__: object) -> object:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def cpu(self, *_: object, **__: object) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_tensors_on_a_gpu_are_taken() -> None:
+    features = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
+    for assign, more in ((assign_heads, (2,)), (assign_shards, ()), (assign_neurons, ())):
+        assert assign(features.as_subclass(OnDevice), *more) == assign(features, *more)

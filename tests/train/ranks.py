@@ -74,6 +74,7 @@ class Step:
     norm: float
     tokens: int
     rate: float
+    experts_bytes: int = 0
 
 
 def train(rank: Rank, run: Run) -> list[Step]:
@@ -122,7 +123,7 @@ def train(rank: Rank, run: Run) -> list[Step]:
         out = []
         for step in range(run.begin, run.steps):
             result = train_step(trained, batch(step), runtime, sharding)
-            out.append(Step(result.loss, result.grad_norm, result.tokens, result.rate))
+            out.append(Step(result.loss, result.grad_norm, result.tokens, result.rate, result.experts_bytes))
             if saved and step + 1 == run.save_at:
                 saved.save(trained, run.save_at, {"note": "something"})
         if saved:

@@ -22,21 +22,25 @@ NORMS = {
 }
 
 
-def drop(net: Any, blocks: Iterable[int], tp: int) -> Any:
+Total = Callable[[list[Tensor]], Tensor]
+
+
+def drop(net: Any, blocks: Iterable[int], tp: int, total: Total = sum) -> Any:
     """Make ``blocks`` of ``net`` compute the equations of SPD for ``tp`` ranks; return ``net``.
 
-    The equations are from arXiv 2502.20727, 4.1; for models with output norms, from longctx/spd/README.md.
+    The equations are from arXiv 2502.20727, 4.1; for models with output norms, from longctx/spd/README.md.  ``total``
+    sums the ranks' tensors.
     """
     names = NORMS.get(net.config.model_type, LLAMA)
     for block in blocks:
         layer = net.model.layers[block]
         norms = [getattr(layer, name) if name else torch.nn.Identity() for name in names]
-        layer.forward = partial(_dropped, layer, norms, tp)
+        layer.forward = partial(_dropped, layer, norms, tp, total)
     return net
 
 
 def _dropped(
-    layer: Any, norms: list[Callable[[Tensor], Tensor]], tp: int, hidden_states: Tensor, **known: Any
+    layer: Any, norms: list[Callable[[Tensor], Tensor]], tp: int, total: Total, hidden_states: Tensor, **known: Any
 ) -> Tensor:
     attention, mlp, heads = layer.self_attn, layer.mlp, []
     before_attention, after_attention, before_mlp, after_mlp = norms
@@ -62,4 +66,7 @@ def _dropped(
         ys.append(own @ projection.T)
         seen = before_mlp(hidden_states + scale * after_attention(ys[-1]))
         zs.append((activation(seen @ gate.T) * (seen @ up.T)) @ down.T)
-    return hidden_states + scale * (after_attention(sum(ys)) + after_mlp(sum(zs)))
+    if isinstance(after_attention, torch.nn.Identity):
+        return hidden_states + scale * total([y + z for y, z in zip(ys, zs, strict=True)])
+    y, z = total([torch.cat(both, -1) for both in zip(ys, zs, strict=True)]).chunk(2, -1)
+    return hidden_states + scale * (after_attention(y) + after_mlp(z))

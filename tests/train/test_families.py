@@ -11,8 +11,8 @@ from longctx.config import Mesh, Optim
 from longctx.parallel.launch import run_ranks
 from tests.megatron.kinds import KINDS, SMALL, random_model
 from tests.tiny import tiny_tokenizer
+from tests.train.against_transformers import assert_steps_equal, exact
 from tests.train.ranks import Run, train_each
-from tests.train.test_step import exact_model, tensors
 
 # Documents longer than the windows, and than the original context of LongRoPE's long factors.
 LENGTHS = ((131, 139), (270,))
@@ -25,15 +25,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         random_model(kind, folder / kind)
         tiny_tokenizer().save_pretrained(folder / kind)
     return {kind: Run(Mesh(), folder / kind, LENGTHS, tokens=SMALL["vocab_size"], mlp_rows=53) for kind in KINDS}
-
-
-def exact(run: Run, folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
-    """Return the loss, and the gradients by names of transformers' files; parameters of experts have other names."""
-    loss, net = exact_model(run)
-    for parameter in net.parameters():
-        parameter.data = parameter.grad
-    net.save_pretrained(folder)
-    return loss, tensors(folder)
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +45,7 @@ MESHES: list[tuple[Mesh, dict[str, Any]]] = [
 def test_loss_and_every_gradient_equal_those_of_transformers_in_float64(
     mesh: Mesh, settings: dict[str, Any], runs: dict[str, Run], right: Any, tmp_path: Path
 ) -> None:
-    folders = {kind: tmp_path / kind for kind in runs}
-    jobs = [replace(runs[kind], mesh=mesh, gradients=folders[kind], dtype="float64", **settings) for kind in runs]
-    steps = [step for (step,) in run_ranks(mesh.ranks, train_each, jobs)[0]]
-    for (kind, (loss, gradients)), step in zip(right.items(), steps, strict=True):
-        assert step.loss == pytest.approx(loss, rel=1e-13), kind
-        # megatron-core divides by the number of tokens in float32.
-        rounding = float(1.0 / torch.tensor(step.tokens)) * step.tokens
-        got = tensors(folders[kind])
-        assert set(got) == set(gradients), kind
-        for name, gradient in gradients.items():
-            assert (got[name] / rounding - gradient).norm() <= 1e-11 * gradient.norm(), (kind, name)
+    assert_steps_equal(mesh, settings, runs, right, tmp_path)
 
 
 def test_step_on_data_parallel_ranks(runs: dict[str, Run], right: Any) -> None:

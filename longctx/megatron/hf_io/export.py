@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from megatron.core.models.gpt import GPTModel
 from longctx.hf.config import family_in, shape_of
 from longctx.hf.scratch import write_folder_like
 from longctx.hf.tensor_file import save_file
-from longctx.megatron.hf_io.load import gather_from_stages
+from longctx.megatron.hf_io.load import gather_values
 from longctx.megatron.hf_io.names import TensorView, tensor_views
 from longctx.megatron.hf_io.stored import join
 from longctx.model_shape import ModelShape
@@ -39,8 +40,9 @@ def save(
 ) -> None:
     """Write ``model`` of ``shape`` to ``folder``: safetensors, config.json, and the tokenizer files of ``source``.
 
-    Every rank calls this with its model, which is the whole or a pipeline stage.  Only the first data-parallel replica
-    is written.  ``folder`` appears complete, by a rename, when the first rank returns; before that it does not exist.
+    Every rank calls this with its model, which is the whole, a pipeline stage, or has a share of the experts.  Only the
+    first data-parallel replica is written.  ``folder`` appears complete, by a rename, when the first rank returns;
+    before that it does not exist.
 
     A file holds at most ``file_size``, except that a larger tensor has a file to itself.  At most one file's tensors
     are gathered at a time.  config.json is that of ``source`` with the model's dtype and the fields in ``changed``
@@ -49,11 +51,10 @@ def save(
     Raises ValueError if ``folder`` exists, or if the resulting config.json does not describe a model of ``shape``.
     """
     groups = model.pg_collection
-    replicas = getattr(groups, "dp_cp", None)
-    if replicas is not None and replicas.rank():
+    if groups.expt_dp.rank():  # another rank has the same experts, and the same other weights
         return
-    tp, stages = DistComm(groups.tp), groups.pp
-    first = tp.rank == 0 and stages.rank() == 0
+    tp, ep, stages = DistComm(groups.tp), DistComm(groups.ep), groups.pp
+    first = tp.rank == ep.rank == stages.rank() == 0
     partial_folder = folder.with_name(folder.name + ".coming")
 
     # 1. The first rank writes the configuration and the tokenizer, and checks them against the model.
@@ -68,17 +69,17 @@ def save(
     # 2. Every stage writes its files.  The exchange of counts is also a barrier: the folder exists after it.
     family = family_in(source)
     files = _files_of_stage(model, shape, family, file_size)
-    counts = gather_from_stages(len(files), stages)
+    counts = gather_values(len(files), stages)
     before, total = sum(counts[: stages.rank()]), sum(counts)
     weight_map: dict[str, str] = {}
     for i, tensors in enumerate(files, before + 1):
         name = "model.safetensors" if total == 1 else f"model-{i:05d}-of-{total:05d}.safetensors"
-        _write(partial_folder / name, tensors, family, tp)
+        _write(partial_folder / name, tensors, family, tp, ep)
         weight_map |= dict.fromkeys(tensors, name)
     size = sum(_bytes(parts) for tensors in files for parts in tensors.values())
 
     # 3. After this barrier all files are written; the first rank adds the index and moves the folder into place.
-    maps, sizes = zip(*gather_from_stages((weight_map, size), stages), strict=True)
+    maps, sizes = zip(*gather_values((weight_map, size), stages), strict=True)
     if first:
         if total > 1:
             index = {"metadata": {"total_size": sum(sizes)}, "weight_map": {k: v for m in maps for k, v in m.items()}}
@@ -99,7 +100,7 @@ def _refuse_other_shape(folder: Path, shape: ModelShape) -> None:
 def _files_of_stage(model: GPTModel, shape: ModelShape, family: Family, file_size: str) -> list[StoredTensors]:
     """Return the tensors of each file of this stage.  The first stage writes a tied embedding; the last skips it."""
     stored: StoredTensors = {}
-    for view in tensor_views(model, shape):
+    for view in _views_on_all_ranks(model, shape):
         if model.pre_process or view.name != EMBEDDING:
             stored.setdefault(family.stored(view.name), []).append(view)
     plan = split_state_dict_into_shards_factory(
@@ -113,15 +114,35 @@ def _bytes(parts: Sequence[TensorView]) -> int:
     return sum(prod(part.full_shape) * part.view.element_size() for part in parts)
 
 
-def _write(file: Path, stored: StoredTensors, family: Family, tp: Comm) -> None:
-    """Gather the tensors of one file over ``tp``; its first rank writes them."""
+def _views_on_all_ranks(model: GPTModel, shape: ModelShape) -> Iterator[TensorView]:
+    """Yield the views of a stage's tensors in the order of a rank that holds all experts.
+
+    A tensor of an expert on another rank has the view of this rank's expert in the same place.
+    """
+    by_rank = [tensor_views(model, shape, rank) for rank in range(model.pg_collection.ep.size())]
+    for is_shared, run in groupby(zip(*by_rank, strict=True), lambda views: views[0].name == views[-1].name):
+        if is_shared:
+            yield from (views[0] for views in run)
+        else:
+            for rank, views in enumerate(zip(*run, strict=True)):
+                yield from (replace(view, ep_rank=rank) for view in views)
+
+
+def _write(file: Path, stored: StoredTensors, family: Family, tp: Comm, ep: Comm) -> None:
+    """Gather the tensors of one file over ``tp`` and ``ep``; the first rank of both writes them."""
     tensors = {}
     for name, parts in stored.items():
-        tensor = join([gather_whole(part, tp) for part in parts], family.interleaved(name))
-        if tp.rank == 0:
+        tensor = join([_gather_expert(part, tp, ep) for part in parts], family.interleaved(name))
+        if tp.rank == ep.rank == 0:
             tensors[name] = tensor.cpu()
-    if tp.rank == 0:
+    if tp.rank == ep.rank == 0:
         save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _gather_expert(view: TensorView, tp: Comm, ep: Comm) -> Float[Tensor, "rows ..."]:
+    """Return `gather_whole` of ``view``, as the rank of ``ep`` that holds its expert has it."""
+    whole = gather_whole(view, tp)
+    return whole if view.ep_rank is None else ep.all_gather(whole, [tuple(whole.shape)] * ep.size)[view.ep_rank]
 
 
 def gather_whole(view: TensorView, tp: Comm) -> Float[Tensor, "rows ..."]:

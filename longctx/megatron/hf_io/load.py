@@ -50,7 +50,7 @@ class Weights:
         self.read_names: set[str] = set()
 
     def __call__(self, name: str) -> Float[Tensor, "..."]:
-        """Return the tensor ``name``.  Raises ValueError if it is missing, quantised, or of another number of rows."""
+        """Return the tensor ``name``, of a dropped block the adapted one.  Raises ValueError if it cannot be used."""
         if name.startswith(self._dropped) and DROPPED + name in self._files:
             return self._read(DROPPED + name)
         stored = self._family.stored(name)
@@ -107,13 +107,15 @@ class Weights:
 def load(model: GPTModel, read: TensorSource, shape: ModelShape) -> None:
     """Fill every parameter of ``model``, a whole model or a pipeline stage, with Hugging Face tensors.
 
-    Every rank of the model's tensor and pipeline groups calls this.
+    Every rank of the model's groups calls this.
 
     Raises ValueError if a tensor is missing, quantised, not finite, of another shape than the model's, or read by no
-    stage.  A model that lacks a tensor of its checkpoint would run and give wrong results.
+    rank.  A model that lacks a tensor of its checkpoint would run and give wrong results.
     """
-    fill(tensor_views(model, shape), read, model.pg_collection.tp.rank())
-    read.refuse_unread(shape.tied, set().union(*gather_from_stages(read.read_names, model.pg_collection.pp)))
+    groups = model.pg_collection
+    fill(tensor_views(model, shape), read, groups.tp.rank())
+    of_stage = set().union(*gather_values(read.read_names, groups.ep))
+    read.refuse_unread(shape.tied, set().union(*gather_values(of_stage, groups.pp)))
 
 
 @torch.no_grad()
@@ -155,8 +157,10 @@ def _shard_of(tensor: Tensor, target: TensorView, tp_rank: int) -> Tensor:
     return torch.cat([shard, shard.new_zeros(missing, *rest)]) if missing else shard
 
 
-def gather_from_stages(value: Value, stages: dist.ProcessGroup) -> list[Value]:
-    """Return every pipeline stage's ``value``, by stage.  It is also a barrier: all stages call before any returns."""
-    values: list[Any] = [None] * stages.size()
-    dist.all_gather_object(values, value, group=stages)
+def gather_values(value: Value, group: dist.ProcessGroup) -> list[Value]:
+    """Return the ``value`` of every rank of ``group``.  It is also a barrier: all ranks call before any returns."""
+    if group.size() == 1:
+        return [value]
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
     return values

@@ -14,7 +14,7 @@ Hugging Face names are the canonical ones of `longctx.models.family`; a family's
 | mlp.linear_fc2                   | down_proj                           | columns sharded                      |
 | mlp.linear_fc2.norm              | mlp_output_layernorm                | replicated                           |
 | mlp.router                       | mlp.router                          | replicated                           |
-| mlp.experts.local_experts.I      | mlp.experts.I                       | as mlp, for expert I                 |
+| mlp.experts.local_experts.I      | mlp.experts.(first of rank + I)     | as mlp, for that expert              |
 | input_layernorm                  | input_layernorm                     | replicated; TE: linear_qkv.layer_norm|
 | pre_mlp_layernorm                | post_attention_layernorm            | replicated; TE: linear_fc1.layer_norm|
 | decoder.final_layernorm          | model.norm                          | replicated                           |
@@ -77,23 +77,28 @@ class TensorView:
     """This rank's share of the Hugging Face tensor ``name``, as a view into a parameter.
 
     ``view`` is [groups rows ...].  ``shard_dim`` is the dim of the tensor that tensor-parallel ranks shard, or None if
-    every rank holds the whole tensor.  ``full_shape`` is the shape of the whole tensor without padding.
+    every rank holds the whole tensor.  ``full_shape`` is the shape of the whole tensor without padding.  ``ep_rank``
+    is set for a tensor that only this expert-parallel rank has.
     """
 
     name: str
     view: Tensor
     shard_dim: int | None
     full_shape: tuple[int, ...]
+    ep_rank: int | None = None
 
 
-def tensor_views(model: GPTModel, shape: ModelShape) -> Iterator[TensorView]:
+def tensor_views(model: GPTModel, shape: ModelShape, ep_rank: int | None = None) -> Iterator[TensorView]:
     """Yield a view of every Hugging Face tensor that this rank holds a share of.
 
-    Tensor names count layers over all pipeline stages.
+    Tensor names count layers over all pipeline stages, and experts over all expert-parallel ranks.  With ``ep_rank``,
+    experts have their names on that rank.
     """
-    tp = model.pg_collection.tp.size()
+    tp, ep = model.pg_collection.tp.size(), model.pg_collection.ep
+    per_rank = shape.mixture.count // ep.size() if shape.mixture else 0
+    first_expert = per_rank * (ep.rank() if ep_rank is None else ep_rank)
     for name, parameter in model.named_parameters():
-        hf_names = _hf_names(model, name, shape)
+        hf_names = _hf_names(model, name, shape, first_expert)
         is_padded = name.startswith(("embedding", "output_layer"))
         yield from _views_of(parameter, hf_names, shape, tp, shape.vocab_size if is_padded else None)
 
@@ -136,18 +141,22 @@ def fused_views(
     return views
 
 
-def _hf_names(model: GPTModel, name: str, shape: ModelShape) -> tuple[str, ...]:
+def _hf_names(model: GPTModel, name: str, shape: ModelShape, first_expert: int) -> tuple[str, ...]:
     """Return the Hugging Face names of the tensors in megatron-core's parameter ``name``."""
     if name in _MODEL_NAMES:
         return (EMBEDDING if shape.tied and name == "output_layer.weight" else _MODEL_NAMES[name],)
     _, _, index_in_stage, name_in_layer = name.split(".", 3)
-    return _names_in_layer(model.decoder.layers[int(index_in_stage)].layer_number - 1, name_in_layer, shape)
+    layer = model.decoder.layers[int(index_in_stage)].layer_number - 1
+    return _names_in_layer(layer, name_in_layer, shape, first_expert)
 
 
-def _names_in_layer(layer: int, name: str, shape: ModelShape) -> tuple[str, ...]:
-    """Return the Hugging Face names of the tensors in parameter ``name`` of layer ``layer``, counted from 0."""
+def _names_in_layer(layer: int, name: str, shape: ModelShape, first_expert: int = 0) -> tuple[str, ...]:
+    """Return the Hugging Face names of the tensors in parameter ``name`` of layer ``layer``, counted from 0.
+
+    ``first_expert`` is the index of this rank's first expert among those of all ranks.
+    """
     expert = _EXPERT.match(name)
     hf_names = _LAYER_NAMES[f"mlp.{name[expert.end() :]}" if expert else name]
     if expert:
-        hf_names = tuple(x.replace("mlp.", f"mlp.experts.{expert[1]}.") for x in hf_names)
+        hf_names = tuple(x.replace("mlp.", f"mlp.experts.{first_expert + int(expert[1])}.") for x in hf_names)
     return tuple(f"model.layers.{layer}.{x}" for x in hf_names if shape.gated or "gate_proj" not in x)

@@ -126,13 +126,13 @@ class JointDistillation:
         return final
 
     def save(self, folder: Path, metadata: Mapping[str, Any]) -> None:
-        """Write the state to ``folder``/step-* with ``metadata``, then remove all earlier states there.
+        """Write the state to ``folder``/step-* with ``metadata``, then remove all other states there.
 
         Every rank calls this.  The first data-parallel replica writes, one file a tensor-parallel rank.
         """
         place, rank = folder / folder_name(self.steps), self._blocks.tp.rank
         partial_folder, first = place.with_name(place.name + PARTIAL), dist.get_rank() == 0
-        earlier = [state for state in folder.glob("step-*") if state != place]
+        others = [state for state in folder.glob("step-*") if state != place]
         if first:
             shutil.rmtree(partial_folder, ignore_errors=True)
             partial_folder.mkdir(parents=True)
@@ -147,7 +147,7 @@ class JointDistillation:
             files = sorted(partial_folder.iterdir())
             checksums = dict(zip((file.name for file in files), crc32_of_files(files), strict=True))
             commit(partial_folder, place, {**metadata, "order": list(self._order), "losses": self.losses}, checksums)
-            for state in earlier:
+            for state in others:
                 shutil.rmtree(state, ignore_errors=True)
         dist.barrier()
 

@@ -181,6 +181,8 @@ class SPDTransformerLayer(TransformerLayer):
         """Sum ``x`` over ranks.  With sequence parallelism, each rank receives its rows of the sum only."""
         if share := self._share_in_use:
             return share.sum(x)
+        if reduction := self.mlp.linear_fc2.reduction:
+            return reduction(x)  # type: ignore[no-any-return]
         scatter = tensor_parallel.reduce_scatter_to_sequence_parallel_region
         reduce = scatter if self.config.sequence_parallel else tensor_parallel.reduce_from_tensor_model_parallel_region
         reduced: Tensor = reduce(x, group=self.tp_group)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
@@ -39,6 +41,9 @@ from longctx.shapes import Tensor
 
 # Optimizer state is saved per parameter, not per bucket, so that another mesh can load it.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+_EXPERTS = "experts"  # key, in the optimizer's state, of the state of a separate optimizer of the experts
 
 
 class Checkpoints:
@@ -145,12 +150,15 @@ def load(place: Path, train_state: TrainState) -> None:
     The mesh may differ from the one that wrote it.  This run's optimizer settings replace the saved ones.
     Every rank calls this.
     """
-    for optimizer in getattr(train_state.optimizer, "chained_optimizers", [train_state.optimizer]):
+    optimizers = train_state.optimizer.chained_optimizers
+    for optimizer in optimizers:
         _make_loadable(optimizer)
     state = {**_sharded_state(train_state, loading=True), "rng": torch.get_rng_state()}
     result = read_state(state, place)
     train_state.net.load_state_dict(result["model"])
-    train_state.optimizer.load_state_dict(result["optimizer"])
+    states = _optimizer_states(result["optimizer"])
+    for optimizer, of_optimizer in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict(of_optimizer)
     train_state.schedule.load_state_dict(result["schedule"])
     apply_optim_settings(train_state)
     torch.set_rng_state(result["rng"])
@@ -194,8 +202,35 @@ def _unpickle_weights_only() -> Iterator[None]:
 
 def _sharded_state(train_state: TrainState, *, loading: bool) -> dict[str, Any]:
     model = {"model": train_state.net.sharded_state_dict(metadata=dict(_METADATA))}
-    optimizer = train_state.optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(_METADATA))
-    return {**model, "optimizer": optimizer, "schedule": train_state.schedule.state_dict()}
+    state, *of_experts = (
+        optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(_METADATA))
+        for optimizer in train_state.optimizer.chained_optimizers
+    )
+    if of_experts:  # with expert parallelism
+        state[_EXPERTS] = dict_list_map_outplace(_without_values, of_experts[0])
+    return {**model, "optimizer": state, "schedule": train_state.schedule.state_dict()}
+
+
+def _without_values(leaf: Any) -> Any:
+    """Return ``leaf`` if it is a tensor of a checkpoint; otherwise keep it out of the checkpoint.
+
+    Only tensors of the experts' optimizer are saved, so that one optimizer of all weights can load them, and reversely.
+    """
+    return leaf if isinstance(leaf, ShardedBase | LocalNonpersistentObject) else LocalNonpersistentObject(leaf)
+
+
+def _optimizer_states(loaded: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the state of each optimizer; that of the experts gets the other one's number of steps."""
+    of_experts = loaded.pop(_EXPERTS, None)
+    if of_experts is None:
+        return [loaded]
+    source, target = (state.get("optimizer", state) for state in (loaded, of_experts))
+    if step := source.get("state", {}).get("common_step"):
+        target["state"]["common_step"] = step
+    if "step" in source["param_groups"][0]:  # ZeRO-1, and Transformer Engine's optimizer
+        for group in target["param_groups"]:
+            group["step"] = source["param_groups"][0]["step"]
+    return [loaded, of_experts]
 
 
 def _is_first_rank() -> bool:

@@ -13,9 +13,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import GlobalMemoryBuffer
 
 from longctx.config import Optim, Recompute
 from longctx.megatron.attention import Pass
+from longctx.megatron.experts import connect_experts
 from longctx.megatron.loss import loss_of
 from longctx.megatron.model import GPTModel, build_model, run_stage
 from longctx.megatron.runtime import Runtime
@@ -125,6 +127,7 @@ def build_train_state(
         **_RECOMPUTE[recompute],
     ).train()
     load(net)
+    connect_experts(net, runtime.ep, runtime.tp)
     # 2. Gradient buffers, which reduce over data-parallel and context-parallel ranks.
     model = DistributedDataParallel(
         net.config,
@@ -256,3 +259,7 @@ def clear_gradients(train_state: TrainState) -> None:
     """Set all gradients to zero.  Call it before the first micro-batch of a step."""
     train_state.model.zero_grad_buffer()
     train_state.optimizer.zero_grad()
+
+
+# For a `MemoryMeter`: what an update allocates, and megatron-core's buffer of rows gathered from tensor-parallel ranks.
+ALLOCATORS = {"optimizer": (optimizer_step,), "communication": (GlobalMemoryBuffer.get_tensor,)}

@@ -1,7 +1,7 @@
-"""Calls, bytes and seconds of the all-reduces that megatron-core's layers make in a block of code."""
+"""Calls, bytes and seconds of the reductions that a model's layers make in a block of code."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +9,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from longctx.cost.reduction import message_bytes
+from longctx.parallel import quantised
+from longctx.parallel.comm import Comm
+
 
 @dataclass
 class Tally:
-    """All-reduces of this rank: calls, bytes of their tensors, and seconds including the wait for other ranks."""
+    """Reductions of this rank: calls, bytes of their tensors, and seconds including the wait for other ranks.
+
+    For a rounded reduction, the bytes are those of the rounded tensor.
+    """
 
     calls: int = 0
     bytes: int = 0
@@ -21,25 +28,31 @@ class Tally:
 
 @contextmanager
 def count_all_reduces() -> Iterator[Tally]:
-    """Count this rank's all-reduces while the block runs.
+    """Count this rank's all-reduces and rounded sums (`quantised`) while the block runs.
 
     For gloo, whose all-reduces return when they are done; others would return before their seconds have passed.
     """
-    tally, real = Tally(), dist.all_reduce
+    tally, all_reduce, rounded = Tally(), dist.all_reduce, quantised.two_step_sum
 
-    def counting(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def counting(reduce: Callable[..., Any], size: int, *args: Any, **kwargs: Any) -> Any:
         began = time.perf_counter()
-        result = real(tensor, *args, **kwargs)
+        result = reduce(*args, **kwargs)
         tally.calls += 1
-        tally.bytes += tensor.nbytes
+        tally.bytes += size
         tally.seconds += time.perf_counter() - began
         return result
 
-    dist.all_reduce = counting
+    def counting_rounded(comm: Comm, x: torch.Tensor, dtype: str, group: int = 64) -> torch.Tensor:
+        size = message_bytes(x.shape[:-1].numel(), x.shape[-1], dtype, group)
+        result: torch.Tensor = counting(rounded, size, comm, x, dtype, group)
+        return result
+
+    dist.all_reduce = lambda tensor, *args, **kwargs: counting(all_reduce, tensor.nbytes, tensor, *args, **kwargs)
+    quantised.two_step_sum = counting_rounded
     try:
         yield tally
     finally:
-        dist.all_reduce = real
+        dist.all_reduce, quantised.two_step_sum = all_reduce, rounded
 
 
 def time_all_reduce(group: dist.ProcessGroup, size: int, rounds: int, device: torch.device) -> float:

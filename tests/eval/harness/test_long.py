@@ -3,9 +3,11 @@
 import re
 
 import pytest
+from tokenizers import processors
 
 from eval.harness.long import LONG, make_examples, make_long_tasks, read_text, score_answer
 from longctx.hf.scratch import bytes_tokenizer
+from tests.tiny import tiny_tokenizer
 
 LENGTH, ANSWER = 1999, 48
 tokenizer = bytes_tokenizer()
@@ -83,3 +85,23 @@ def test_tasks_are_named_by_length():
     tasks = make_long_tasks({"needle": 2, "tracking": 3}, [1009, 1511], "pydoc", tokenizer, 4096, 0)
     assert list(tasks) == ["needle_1009", "needle_1511", "tracking_1009", "tracking_1511"]
     assert [len(task.eval_docs) for task in tasks.values()] == [2, 2, 3, 3]
+
+
+def test_text_of_a_file_is_read_with_a_tokenizer_that_adds_a_first_token(tmp_path):
+    file = tmp_path / "book.txt"
+    file.write_text("\ufeff\nCall me Ishmael. Some years ago, never mind how long.\n\nI thought I would sail about.")
+    with_bos = tiny_tokenizer(bos_token="~")
+    with_bos.backend_tokenizer.post_processor = processors.TemplateProcessing("~ $A", special_tokens=[("~", 256)])
+    assert len(with_bos("a")["input_ids"]) == 2
+    assert read_text(str(file), with_bos).sentences[0] == "Call me Ishmael."
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [(b"", "is empty"), (b"abc\xe9", r"not UTF-8 text \(byte 3\)"), (None, "cannot be read")]
+)
+def test_file_without_text_is_refused(content, says, tmp_path):
+    file = tmp_path / "book.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"eval.text={file}.*{says}"):
+        read_text(str(file), tiny_tokenizer())

@@ -23,7 +23,8 @@ VERSION = "2.20.2"
 ROOT = Path(__file__).parents[3]
 # One of each block that Transformer Engine's layers can express; heads and neurons that 2 and 3 ranks can share.
 NAMES = (
-    "tied llama", "llama with all biases", "qwen3", "olmo2", "gemma3", "granite", "starcoder2"
+    "tied llama", "llama with all biases", "mistral, a window in all layers", "qwen2, with biases", "qwen3", "smollm3",
+    "olmo2", "olmo3", "phi3", "gemma3", "granite", "starcoder2", "glm4",
 )  # fmt: skip
 SIZES = {"hidden_size": 168, "num_attention_heads": 12, "num_key_value_heads": 6, "intermediate_size": 90}
 

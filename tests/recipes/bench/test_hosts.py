@@ -202,7 +202,7 @@ def test_a_malformed_rate_is_refused(rate):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["hosts=3"], "hosts=3, ring=2: each host has one rank, use hosts=2, or hosts=0"),
+        (["hosts=3"], "hosts=3 with mesh ring=2: each host runs one rank; use hosts=2, or hosts=0"),
         (["hosts=1", "mesh.ring=1"], "mesh.ring=1: one rank has no transfers to time"),
         (["hosts=-1"], "hosts=-1"),
         (["hosts=2", "rate=100"], "rate=100: use a number and kbit, mbit or gbit, such as rate=100mbit"),

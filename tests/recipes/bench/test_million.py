@@ -7,7 +7,7 @@ from recipes.bench import million
 
 def test_strategies_take_turns_and_memory_is_that_of_the_warm_up_round(monkeypatch):
     calls, peaks = [], iter((1000, 3000, 5000, 5000, 7000, 7000))
-    monkeypatch.setattr(million, "peak_bytes", lambda: next(peaks))
+    monkeypatch.setattr(million, "peak_resident_bytes", lambda: next(peaks))
 
     def attend(name):
         calls.append(name)

@@ -21,19 +21,23 @@ from tests.tiny import tiny_tokenizer
 
 
 def test_latency_counts_the_remaining_reductions(cli, tiny, tmp_path):
-    words = [f"model={tiny}", "tokens=23", "new_tokens=2", "rounds=1", "shares=[0,0.5,1]"]
+    rivals = "rivals=[{label:6 bits,attention:int6,mlp:int6,group:12}]"
+    words = [f"model={tiny}", "tokens=23", "new_tokens=2", "rounds=1", "shares=[0,0.5,1]", rivals]
     files = [f"out={tmp_path / 'latency.json'}", f"picture={tmp_path / 'latency.svg'}"]
     code, _, err = cli(spd_latency, spd_latency.task, *words, *files)
     assert code == 0, err
     result = json.loads((tmp_path / "latency.json").read_text())
     rows = result["rows"]
     # Two per layer and one of the embedding; 23 rows of 36 floats in the prefill, one row in a decode step.
-    assert [(row["phase"], row["calls"], row["bytes"]) for row in rows] == [
-        (phase, calls, calls * tokens * 36 * 4)
+    # Three groups of 12 values in 6 bits, each with a scale of two bytes, if rounded; the embedding's sum is exact.
+    assert [(row["phase"], row["reduce"], row["calls"], row["bytes"]) for row in rows] == [
+        (phase, reduce, calls, tokens * (36 * 4 + (calls - 1) * row_bytes))
         for phase, tokens in (("prefill", 23), ("decode", 1))
+        for reduce, row_bytes in (("float32", 36 * 4), ("6 bits", 3 * (2 + 9)))
         for calls in (5, 4, 3)
     ]
     assert [row["predicted_reducing_saved"] for row in rows[:3]] == [0, 0.25, 0.5]
+    assert rows[3]["predicted_reducing_saved"] > 0 and rows[3]["predicted_saved"] != 0
     assert rows[0]["saved"] == 0 and result["hop_s"] > 0 and "<svg" in (tmp_path / "latency.svg").read_text()
 
 
@@ -60,12 +64,18 @@ def test_quality_and_sweep_agree_with_the_sensitivity(cli, tiny, tmp_path):
     assert sweep["largest_difference"] < 1e-6 and sweep["kept_s"] > 0
     same = write_with_norms_per_rank(tiny, tmp_path / "same")
     compared = (f"sensitivity={tmp_path}/sensitivity.json", f"models=[{{label:own norms,folder:{same}}}]")
-    settings = ("shares=[0,0.5,1]", "length=31", "sequences=2", "texts=[{label:same,pydoc:train}]", "placement=[0]")
+    settings = ("shares=[0,0.5,1]", "length=31", "sequences=2", "texts=[{label:same,pydoc:train}]", "placement=[0]",
+                "rivals=[{label:8 bits,attention:int8,mlp:int8,group:12}]")  # fmt: skip
     words = (f"model={tiny}", *compared, *settings, f"out={tmp_path}/quality")
     code, _, err = cli(spd_quality, spd_quality.task, *words)
     assert code == 0, err
     quality = json.loads((tmp_path / "quality" / "quality.json").read_text())["texts"]["same"]
-    ranked, in_order, own = quality["variants"].values()
+    ranked, in_order, rounded, own = quality["variants"].values()
+    added = [now - exact for now, exact in zip(rounded, ranked, strict=True)]
+    assert all(0 < abs(loss) < 0.01 for loss in added), added
+    low, high = quality["intervals"]["zero-shot, least sensitive first, 8 bits"][0]
+    assert low < added[0] < high and quality["intervals"]["zero-shot, first to last"][0] == [0, 0]
+    assert [*quality["recovered"]] == ["own norms"], "nothing else is repaired"
     assert own == pytest.approx(in_order), "the same weights, in the same order"
     assert exp(ranked[0]) == pytest.approx(measured["perplexity"]) and ranked[0] == in_order[0]
     assert exp(ranked[2]) == pytest.approx(measured["blocks"][0]["perplexity"]) and ranked[2] == in_order[2]
@@ -79,7 +89,7 @@ def test_quality_and_sweep_agree_with_the_sensitivity(cli, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["hosts=2"], "hosts=2, tp=3: each host has one rank, use hosts=3"),
+        (["hosts=2"], "hosts=2 with mesh tp=3: each host runs one rank; use hosts=3"),
         (["shares=[0.5,1]"], "start with 0, the baseline"),
         (["mesh.tp=1"], "mesh.tp=1: one rank has no reduction to drop, use mesh.tp=2 or more"),
         (["mesh.ring=2"], "has no use for mesh.ring=2"),
@@ -120,6 +130,9 @@ def test_a_prompt_longer_than_the_text_is_refused(tiny, monkeypatch):
         (["shares=[0.5,1]"], "shares=[0.5, 1.0]: start with 0, the baseline"),
         (["placement=[0,2]"], "placement=[0, 2]: there is no block 2; use blocks 0 to 1"),
         (["mesh.dp=2"], "has no use for mesh.dp=2: use mesh.dp=1"),
+        (["rivals=[{label:a,attention:int8},{label:a,mlp:int6}]"], "rivals have the labels ['a', 'a']: give each its"),
+        (["rivals=[{label:a}]"], "rivals: a rounds nothing: set attention or mlp to bfloat16, int8 or int6"),
+        (["rivals=[{label:a,mlp:int4}]"], "rivals.0.mlp=int4: give float32, bfloat16, int8 or int6"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

@@ -26,7 +26,7 @@ def refusal(word: str, recipe: str = "pretrain") -> str:
 def test_text_of_a_source_that_needs_quotes_is_shown_with_them(key, text):
     source = {"path": f"{{{key}:{text}}}", "split": f"{{name:org/x,{key}:{text},weight:2}}"}[key]
     line = refusal(f"data.sources=[{source},{{pydoc:train}}]")
-    advised = line.partition('in a shell "')[2].removesuffix('"')
+    advised = line.partition('in a shell, write "')[2].removesuffix('"')
     config = compose_config("pretrain", as_overrides("pretrain", ["out=x", advised], pytest.fail))
     assert config.data.sources[0][key] == text and config.data.sources[1] == {"pydoc": "train"}
 
@@ -34,7 +34,7 @@ def test_text_of_a_source_that_needs_quotes_is_shown_with_them(key, text):
 @pytest.mark.parametrize("word", ["track.tags=[a,é]", "eval.gate=[x", "mesh.ring=(", "launcher.qos=a=b"])
 def test_other_text_that_needs_quotes_is_refused_with_the_form(word):
     assert not is_readable(word)
-    assert f"{word} cannot be read: put its text in quotes" in refusal(word)
+    assert f"{word} cannot be read: quote the text" in refusal(word)
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,14 @@ def test_a_base_is_refused_before_anything_starts(refused):
     )
 
 
+@pytest.mark.parametrize("word", ["reduce=int8", "reduce.mlp=bfloat16"])
+def test_rounded_reductions_are_refused_in_training(refused, word):
+    name = word.partition("=")[0]
+    line = refused(pretrain, pretrain.task, "experiment=pretrain/tiny", word, "out=a")
+    assert f"there is no setting {name} here: rounded reductions are for generate, chat and eval" in line
+    assert "not tested in training; leave it out" in line
+
+
 def test_every_experiment_belongs_to_a_recipe():
     """The folder of an experiment is the name of the configuration that it is for."""
     for name in choices("experiment"):

@@ -1,5 +1,6 @@
 """Rules for all settings: what is mandatory is asked for, and a number is finite and was given as a number."""
 
+import re
 from dataclasses import fields
 from typing import get_type_hints
 
@@ -20,9 +21,14 @@ KINDS = {
     Optim: {}, Sampling: {}, SPD: {}, sections.Repair: {}, sections.JointRepair: {}, ModelSource: FOLDER,
     EvalConfig: {}, SensitivityThresholds: {}, sections.TextSource: {"path": "a"},
 }  # fmt: skip
-FLOATS = [
-    (kind, field.name) for kind in KINDS for field in fields(kind) if "float" in str(get_type_hints(kind)[field.name])
-]
+
+
+def has_float(hints):
+    """Return True if a type is, or has, float; a literal such as "float32" is a name."""
+    return bool(re.search(r"\bfloat\b", str(hints)))
+
+
+FLOATS = [(kind, field.name) for kind in KINDS for field in fields(kind) if has_float(get_type_hints(kind)[field.name])]
 
 
 def read(kind, **values):
@@ -40,7 +46,7 @@ def test_infinite_numbers_are_refused_in_every_float_setting(kind, name, value):
 def test_all_sections_with_float_settings_are_tested():
     with_floats = {
         kind for kind in map(sections.__dict__.get, sections.__all__)
-        if hasattr(kind, "__dataclass_fields__") and "float" in str(get_type_hints(kind))
+        if hasattr(kind, "__dataclass_fields__") and has_float(get_type_hints(kind))
     }  # fmt: skip
     assert len(FLOATS) > 15 and with_floats <= {kind for kind, _ in FLOATS}
 

@@ -2,16 +2,18 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 from omegaconf import OmegaConf
 
-from longctx.config import Mesh, Run
+from longctx.config import Mesh, Reduce, Run
 from longctx.hf.checkpoint import fingerprint
+from longctx.model_shape import Experts
 from longctx.parallel.launch import Rank
 from longctx.spd.plan import SPDPlan
 from recipes.common.spd_plan import refuse_unshared
-from recipes.common.target import refuse_strategy_by_turn, resolve_target
+from recipes.common.target import refuse_rounded, refuse_strategy_by_turn, resolve_target
 from tests.recipes.conftest import SAVED
 
 
@@ -88,6 +90,25 @@ def test_plan_follows_the_settings_unless_it_is_ignored(resolve, words, spd, dro
     assert plan is None or (plan.tp, plan.layers) == (3, 2)
 
 
+def test_reductions_are_exact_unless_they_are_rounded(resolve):
+    exact = resolve(PLAIN, "mesh.tp=3", "spd=none")
+    assert exact.reduce is None and not exact.inexact
+    assert resolve(PLAIN, "mesh.tp=3", "reduce=int8", "reduce.attention=float32", "reduce.group=32").reduce == Reduce(
+        "float32", "int8", 32
+    )
+    both = resolve(PLAIN, "mesh.tp=3", "reduce=bfloat16", "spd=all")
+    assert (both.reduce, both.plan.dropped, both.inexact) == (Reduce("bfloat16", "bfloat16"), (0, 1), True)
+
+
+def test_rounded_reductions_are_refused_with_other_layers_and_experts(resolve):
+    target, int8 = resolve(PLAIN, "mesh.tp=3"), Reduce("int8", "int8")
+    routed = replace(target.shape, experts=(Experts(4, 2, 7),) * target.shape.layers)
+    with pytest.raises(ValueError, match=r"model.layers=te is not tested with rounded .* use model.layers=local"):
+        refuse_rounded(int8, target.mesh, replace(target.model, layers="te"), target.context, target.shape)
+    with pytest.raises(ValueError, match=r"mixtures of experts: use reduce=float32"):
+        refuse_rounded(int8, target.mesh, target.model, target.context, routed)
+
+
 def test_plan_of_an_adapted_folder_is_followed(resolve):
     assert resolve(ADAPTED, "mesh.tp=2").plan.dropped == (1,)
     assert resolve(ADAPTED, "mesh.tp=2", "spd=none").plan is None
@@ -115,6 +136,9 @@ def test_config_without_groups_of_context_run_and_plan_resolves(models, config_o
         (["mesh.ring=0"], {}, "mesh.ring=0", "use at least one rank"),
         (["mesh.dp=2"], {"unused_axes": ("dp", "pp")}, "recipes.test has no use for mesh.dp=2", "use mesh.dp=1"),
         (["mesh.pp=3"], {"unused_axes": ("dp", "pp")}, "recipes.test has no use for mesh.pp=3", "use mesh.pp=1"),
+        (["mesh.ring=2", "mesh.ep=2"], {"unused_axes": ("dp", "pp")}, "has no use for mesh.ep=2", "use mesh.ep=1, and"),
+        (["mesh.ring=2", "mesh.ep=2"], {}, "mesh.ep=2 divides experts", "use mesh.ep=1"),
+        (["mesh.ep=2"], {}, "mesh.ep=2 does not divide mesh.ulysses x mesh.ring x mesh.dp = 1", "use mesh.ep=1"),
         (["mesh.tp=2"], {}, "mesh.tp=2", "use mesh.tp=1"),
         (["mesh.ulysses=2"], {}, "mesh.ulysses=2", "use mesh.ulysses=1"),
         # The model and its context.
@@ -131,8 +155,28 @@ def test_config_without_groups_of_context_run_and_plan_resolves(models, config_o
         (["context.kernel=flash_cuda"], {}, "context.kernel=flash_cuda", "use context.kernel=reference or flash_cpu"),
         (["run.device=cuda"], {}, "context.kernel=auto", "use context.kernel=flash_cuda model.dtype=bfloat16"),
         (["context.chunk=0"], {}, "context.chunk=0", "or null for all"),
+        (["context.check_schedule=true", "mesh.ring=2"], {}, "recipes.test takes", "context.check_schedule=false"),
+        (["context.check_schedule=true"], {"proves_schedule": True}, "one context rank", "use mesh.ring=2 or more"),
         (["run.threads=0"], {}, "run.threads=0", "use 1 or more"),
         (["run.timeout_minutes=0"], {}, "run.timeout_minutes=0", "use 1 or more"),
+        # Rounded reductions.
+        (["reduce=int8"], {}, "(attention int8, mlp int8, groups of 64): one tensor-parallel rank", "use mesh.tp=2"),
+        (["reduce=int9", "mesh.tp=3"], {}, "reduce", "int9"),
+        (["reduce.mlp=int4", "mesh.tp=3"], {}, "reduce.mlp=int4", "give float32, bfloat16, int8 or int6"),
+        (["reduce=int6", "reduce.group=30", "mesh.tp=3"], {}, "reduce.group=30", "use a multiple of 4"),
+        (["reduce.group=32", "mesh.tp=3"], {}, "reduce.group=32 is used by int8 and int6 only", "use reduce=int8"),
+        (
+            ["reduce=int8", "mesh.tp=3", "mesh.ring=2", "context.decode=sharded"],
+            {},
+            "context.decode=sharded is not tested with rounded reductions",
+            "use context.decode=gather_merge",
+        ),
+        (
+            ["reduce.attention=bfloat16", "mesh.tp=3", "context.decode=auto"],
+            {"decode_by_batch": True},
+            "context.decode=auto is not tested with rounded reductions (attention bfloat16, mlp float32)",
+            "use context.decode=gather_merge",
+        ),
         # Blocks that drop a reduction.
         (["spd.blocks=[2]", "mesh.tp=3"], {}, "has no block 2", "0 to 1"),
         (["spd=ranked", "mesh.tp=3"], {}, "spd=ranked", "set spd.budget, such as 0.5"),

@@ -1,0 +1,63 @@
+"""The text of an answer while its tokens come: certain pieces to stream, and texts that end it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # the bytes of a character whose last tokens are missing
+
+
+class AnswerText:
+    """The text of an answer, without special tokens, up to the first text in ``stop``.
+
+    Example: with stop "END", the tokens "a ", "E", "x", "END" give the pieces "a ", "", "Ex", "".
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, stop
+        self._tokens: list[int] = []
+        self._given = 0  # characters in the pieces so far
+        self.text, self.stopped = "", False
+
+    def add(self, token: int) -> str:
+        """Add ``token`` and return the next piece of text that no later token can change.
+
+        Sets ``stopped`` once a text in ``stop`` is complete.
+        """
+        self._tokens.append(token)
+        whole = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+        self.text = cut_at_stop(whole, self._stop)
+        self.stopped = len(self.text) < len(whole)
+        return self._give(len(self.text) if self.stopped else self._certain())
+
+    def end(self) -> str:
+        """Return the last piece of text, after the last token."""
+        return self._give(len(self.text))
+
+    def _certain(self) -> int:
+        """Return the number of characters that neither an incomplete character nor the start of a stop text follows."""
+        text = self.text.rstrip(_INCOMPLETE)
+        waiting = [n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        return len(text) - max(waiting, default=0)
+
+    def _give(self, end: int) -> str:
+        piece, self._given = self.text[self._given : end], max(self._given, end)
+        return piece
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> str:
+    """Return ``text`` up to the first of the texts in ``stop``."""
+    return text[: min((at for one in stop if (at := text.find(one)) >= 0), default=len(text))]
+
+
+def make_stop_check(tokenizer: Any, stop: Sequence[str]) -> Callable[[int, Sequence[int]], bool]:
+    """Return a function that says, after each token of an answer, whether its text has reached one in ``stop``."""
+    texts: dict[int, AnswerText] = {}
+
+    def stopped(sequence: int, tokens: Sequence[int]) -> bool:
+        if not stop:
+            return False
+        text = texts.setdefault(sequence, AnswerText(tokenizer, stop))
+        text.add(tokens[-1])
+        return text.stopped
+
+    return stopped

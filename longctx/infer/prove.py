@@ -1,0 +1,123 @@
+"""Proof of the messages of a pass before it runs (``context.check_schedule=true``)."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch.func import functional_call
+
+from longctx.attention.layout import Layout
+from longctx.config import Mesh
+from longctx.infer.cache import BatchCache, KVCache
+from longctx.infer.engine import Engine
+from longctx.megatron.attention import Pass
+from longctx.megatron.model import GPTModel
+from longctx.megatron.shared import WeightShare
+from longctx.parallel.recording import META, SHAPES_ONLY, RecordedGroups, record
+from longctx.parallel.schedule import Schedule, refuse_faulty
+from longctx.shapes import Float, Int, Tensor
+
+
+def prove_pass(engine: Engine, cached: Sequence[Layout], run: Callable[..., object]) -> None:
+    """Raise ScheduleError unless the messages of ``run(engine, cache=cache)`` match on all ranks without deadlock.
+
+    ``run`` calls `run_pass` or `run_replicated`; here it gets one rank's engine after the other, without weights or
+    data.  ``cached`` are the layouts of the cached sequences.  megatron-core's own tensor-parallel collectives are not
+    part of the proof.
+    """
+    refuse_faulty(pass_schedules(engine, cached, run))
+
+
+def pass_schedules(
+    engine: Engine, cached: Sequence[Layout], run: Callable[..., object], device: torch.device = META
+) -> list[Schedule]:
+    """Return the schedule of each rank of tp x ulysses x ring in the pass ``run``; see `prove_pass`.
+
+    Small tensors are faster on the ``device`` cpu.
+    """
+
+    def rank_main(groups: RecordedGroups) -> None:
+        caches = [KVCache(groups.ring.size, groups.ring.rank) for _ in cached]
+        for cache, layout in zip(caches, cached, strict=True):
+            cache.layout = layout
+        with _share_over(engine.share, groups):
+            model = _ModelOfShapes(engine, device)
+            replica = replace(
+                engine,
+                model=model,
+                kernel=SHAPES_ONLY,
+                ulysses=groups.ulysses,
+                ring=groups.ring,
+                context=groups.context,
+            )
+            run(replica, cache=BatchCache(caches, groups.ring.rank))
+
+    return record(Mesh(tp=engine.tp.size, ulysses=engine.ulysses.size, ring=engine.ring.size), rank_main)
+
+
+@contextmanager
+def _share_over(share: WeightShare | None, groups: RecordedGroups) -> Iterator[None]:
+    """Make the layers of ``share`` communicate over ``groups`` inside the block."""
+    if share is None:
+        yield
+        return
+    before = share.context, share.tp_context
+    share.context, share.tp_context = groups.context, groups.tp_context
+    try:
+        yield
+    finally:
+        share.context, share.tp_context = before
+
+
+class _ModelOfShapes(GPTModel):  # type: ignore[misc]
+    """A model without weights, as far as it communicates over context ranks.
+
+    A layer is its attention.  With a share of the weights in use, it is the model's own layer, with empty weights: its
+    linear layers communicate too.
+    """
+
+    def __init__(self, engine: Engine, device: torch.device) -> None:
+        torch.nn.Module.__init__(self)
+        self.config = engine.model.config
+        self._layers = list(engine.model.decoder.layers)  # a list: they are not submodules
+        self._weight = torch.empty(0, dtype=engine.dtype, device=device)
+        self._shared = bool(engine.share and engine.share.active)
+
+    def parameters(self, recurse: bool = True) -> Iterator[Tensor]:
+        """Yield a tensor of the model's dtype on the device."""
+        del recurse
+        yield self._weight
+
+    def embedding(self, tokens: Int[Tensor, "b s"], position_ids: None) -> Float[Tensor, "s b hidden"]:
+        """Return hidden states of the shape that the embedding of ``tokens`` has."""
+        del position_ids
+        return self._weight.new_empty(*tokens.shape[::-1], self.config.hidden_size)
+
+    def decoder(
+        self, hidden: Float[Tensor, "s b hidden"], attention_mask: None, packed_seq_params: Pass
+    ) -> Float[Tensor, "s b hidden"]:
+        """Run the layers' communication."""
+        for number, layer in enumerate(self._layers):
+            if self._shared:
+                weights = {
+                    name: torch.empty_like(x, device=self._weight.device) for name, x in layer.named_parameters()
+                }
+                inputs = {
+                    "hidden_states": hidden,
+                    "attention_mask": attention_mask,
+                    "packed_seq_params": packed_seq_params,
+                }
+                functional_call(layer, weights, (), inputs)
+            else:
+                assert packed_seq_params.attend
+                packed_seq_params.attend(number, *self._queries_keys_values(len(hidden)))
+        return hidden
+
+    def _queries_keys_values(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        config, tp = self.config, self.config.tensor_model_parallel_size
+        q, k = (
+            self._weight.new_empty(1, rows, heads // tp, config.kv_channels)
+            for heads in (config.num_attention_heads, config.num_query_groups)
+        )
+        return q, k, k

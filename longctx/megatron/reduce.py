@@ -1,0 +1,31 @@
+"""Rounded reductions in a model's layers: the sums over tensor-parallel ranks by `longctx.parallel.quantised`."""
+
+from collections.abc import Callable
+
+from megatron.core.models.gpt import GPTModel
+
+from longctx.config import Reduce
+from longctx.parallel import quantised
+from longctx.parallel.comm import Comm
+from longctx.shapes import Float, Tensor
+
+
+def set_reductions(model: GPTModel, tp: Comm, reduce: Reduce) -> None:
+    """Make the blocks of ``model`` sum partial outputs over the ranks of ``tp`` as ``reduce`` says, from now on.
+
+    float32 gives megatron-core's all-reduce back.  For inference, without sequence parallelism; the model has layers of
+    `local_layer_spec` and no experts.
+    """
+    assert not model.config.sequence_parallel, "training reduces and scatters in one step"
+    for layer in model.decoder.layers:
+        layer.self_attention.linear_proj.reduction = _reduction(tp, reduce.attention, reduce.group)
+        layer.mlp.linear_fc2.reduction = _reduction(tp, reduce.mlp, reduce.group)
+
+
+def _reduction(tp: Comm, dtype: str, group: int) -> Callable[[Tensor], Tensor] | None:
+    """Return the sum over ``tp`` with messages of ``dtype``; None for float32."""
+
+    def reduction(x: Float[Tensor, "s b n"]) -> Float[Tensor, "s b n"]:
+        return quantised.two_step_sum(tp, x, dtype, group)  # looked up at each call, so that it can be counted
+
+    return None if dtype == "float32" else reduction

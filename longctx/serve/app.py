@@ -1,0 +1,280 @@
+"""The web application: OpenAI's routes over a `Service`, which runs in another thread."""
+
+import asyncio
+import hmac
+import itertools
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from longctx.serve.metrics import Metrics
+from longctx.serve.request import (
+    Ask,
+    ChatBody,
+    CompletionBody,
+    Reader,
+    RequestRefused,
+    TokenizeBody,
+    describe_invalid,
+)
+from longctx.serve.response import Choice, Form, Json, error, model_list
+from longctx.serve.schedule import NewSequence
+from longctx.serve.service import Emit, Failure, Token
+
+Result = TypeVar("Result")
+_RETRY_S = 1  # advice to a client that is refused because too many sequences wait
+_LOOK_S = 0.2  # how often an answer that is not streamed looks whether its client has gone
+
+
+@dataclass
+class Front:
+    """The application's state.
+
+    ``submit`` and ``cancel`` are those of the service.  At most ``max_open`` sequences may wait or be answered, and a
+    request may have ``max_bytes``.  ``key`` is the API key (None: none is asked for).  ``closed`` is the reason why no
+    more requests are taken.
+    """
+
+    reader: Reader
+    submit: Callable[[NewSequence, Emit], None]
+    cancel: Callable[[int], None]
+    metrics: Metrics
+    max_open: int
+    max_bytes: int
+    key: str | None = field(default=None, repr=False)
+    closed: str | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self._numbers = itertools.count()
+        self.open: set[int] = set()
+        self._tokenizing = ThreadPoolExecutor(1)  # long texts do not hold up the answers of others
+
+    async def read(self, parse: Callable[[Any], Result], body: Any) -> Result:
+        """Return ``parse(body)``, computed in another thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, parse, body)
+
+    async def answer(self, ask: Ask) -> AsyncIterator[tuple[int, Token]]:
+        """Yield each token with the index of its choice; ends all choices if the caller stops.
+
+        Raises `RequestRefused` if too many sequences are open, or if the server fails.
+        """
+        self._refuse_closed(len(ask.choices))
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Token | Failure]()
+
+        def emit(event: Token | Failure) -> None:
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        index_of = {next(self._numbers): index for index in range(len(ask.choices))}
+        self.open |= index_of.keys()
+        left = set(index_of)
+        try:
+            for number, (prompt, most, sampling) in zip(index_of, ask.choices, strict=True):
+                self.submit(NewSequence(number, prompt, most, sampling), emit)
+            while left:
+                event = await events.get()
+                if isinstance(event, Failure):
+                    left.discard(event.number)
+                    raise RequestRefused(event.message, status=500)
+                if event.finish:
+                    left.discard(event.number)
+                yield index_of[event.number], event
+        finally:
+            for number in left:
+                self.cancel(number)
+            self.open -= index_of.keys()
+
+    def _refuse_closed(self, more: int) -> None:
+        if self.closed:
+            raise RequestRefused(self.closed, status=503)
+        if len(self.open) + more > self.max_open:
+            raise RequestRefused(
+                f"{len(self.open)} answers are open, and at most {self.max_open} may be: try again later",
+                status=429,
+                code="rate_limit_exceeded",
+            )
+
+    def refuse_key(self, header: str | None) -> None:
+        """Raise `RequestRefused` unless ``header`` is the Authorization header with the key, if there is one."""
+        if self.key is None:
+            return
+        given = (header or "").removeprefix("Bearer ").encode()
+        if not hmac.compare_digest(given, self.key.encode()):
+            raise RequestRefused("the API key is missing or wrong: send it as a bearer token", status=401)
+
+
+class Routes:
+    """The functions that answer the routes."""
+
+    def __init__(self, front: Front) -> None:
+        self.front = front
+
+    async def completions(self, body: CompletionBody, request: Request) -> Response:
+        """Continue one prompt or several."""
+        return await self._respond(await self.front.read(self.front.reader.completion, body), request)
+
+    async def chat_completions(self, body: ChatBody, request: Request) -> Response:
+        """Answer the last message of a conversation."""
+        return await self._respond(await self.front.read(self.front.reader.chat, body), request)
+
+    async def _respond(self, ask: Ask, request: Request) -> Response:
+        form = Form(ask, self.front.reader.tokenizer)
+        events = self.front.metrics.watch(ask, self.front.answer(ask))
+        if not ask.stream:
+            return JSONResponse(await _until_gone(_collect(form, events), request))
+        first = await _until_gone(anext(events), request)  # raises what refuses the request before the response begins
+        return StreamingResponse(_stream(form, first, events), media_type="text/event-stream")
+
+    async def tokenize(self, body: TokenizeBody) -> Response:
+        """Return the tokens of a text or of a conversation."""
+        tokens = await self.front.read(self.front.reader.tokens, body)
+        most = self.front.reader.shape.max_positions
+        return JSONResponse({"count": len(tokens), "max_model_len": most, "tokens": list(tokens)})
+
+    async def models(self) -> Response:
+        """Return the list of models, which has one."""
+        reader = self.front.reader
+        return JSONResponse(model_list(reader.model, self.front.created, reader.shape.max_positions))
+
+    async def health(self) -> Response:
+        """Return 200 while requests are taken, else 503."""
+        closed = self.front.closed
+        return JSONResponse({"status": closed or "ok"}, 503 if closed else 200)
+
+    async def metrics(self) -> Response:
+        """Return the figures of the server."""
+        text, kind = self.front.metrics.page(len(self.front.open))
+        return Response(text, headers={"Content-Type": kind})
+
+
+def make_app(front: Front) -> Any:
+    """Return the ASGI application."""
+    app, routes = FastAPI(title="longctx", docs_url=None, redoc_url=None), Routes(front)
+    app.add_api_route("/v1/completions", routes.completions, methods=["POST"])
+    app.add_api_route("/v1/chat/completions", routes.chat_completions, methods=["POST"])
+    app.add_api_route("/tokenize", routes.tokenize, methods=["POST"])
+    app.add_api_route("/v1/models", routes.models, methods=["GET"])
+    app.add_api_route("/health", routes.health, methods=["GET"])
+    app.add_api_route("/metrics", routes.metrics, methods=["GET"])
+    app.add_exception_handler(RequestRefused, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _other)
+    app.add_exception_handler(Exception, _failed)
+    return Guard(app, front)
+
+
+async def _refused(_: Any, one: RequestRefused) -> Response:
+    headers = {"Retry-After": str(_RETRY_S)} if one.status == 429 else {}
+    return JSONResponse(error(str(one), one.status, one.param, one.code), one.status, headers)
+
+
+async def _invalid(_: Any, one: RequestValidationError) -> Response:
+    message, place = describe_invalid(one.errors())
+    return JSONResponse(error(message, 400, place), 400)
+
+
+async def _other(_: Any, one: HTTPException) -> Response:
+    return JSONResponse(error(str(one.detail), one.status_code), one.status_code, one.headers)
+
+
+async def _failed(_: Any, one: Exception) -> Response:
+    return JSONResponse(error(f"{type(one).__name__}: an error of the server", 500), 500)
+
+
+async def _until_gone(work: Awaitable[Result], request: Request) -> Result:
+    """Return the result of ``work``; cancel it if the client of ``request`` goes away."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=_LOOK_S))[0]:
+            if await request.is_disconnected():
+                raise RequestRefused("the client has gone", status=499)
+        return task.result()
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await task
+
+
+async def _collect(form: Form, events: AsyncIterator[tuple[int, Token]]) -> Json:
+    choices = [Choice() for _ in form.ask.choices]
+    async for index, event in events:
+        _record(choices[index], event)
+    return form.whole(choices)
+
+
+def _record(choice: Choice, event: Token) -> None:
+    choice.text, choice.tokens = choice.text + event.piece, choice.tokens + 1
+    choice.finish = event.finish
+    choice.logprobs += [event.logprob] if event.logprob else []
+
+
+async def _stream(form: Form, first: tuple[int, Token], events: Any) -> AsyncIterator[str]:
+    """Yield the server-sent events of a streamed response; an error ends it."""
+    choices = [Choice() for _ in form.ask.choices]
+    offsets = [len(form.prompt_text(index)) for index in range(len(choices))]
+    try:
+        if form.ask.chat or form.ask.echo:
+            for index in range(len(choices)):
+                yield _server_sent(form.first(index))
+        index, event = first
+        while True:
+            _record(choices[index], event)
+            if event.piece or event.finish or event.logprob:
+                yield _server_sent(form.chunk(index, event.piece, event.logprob, event.finish, offset=offsets[index]))
+            offsets[index] += len(event.piece)
+            if (following := await anext(events, None)) is None:
+                break
+            index, event = following
+        if form.ask.include_usage:
+            yield _server_sent(form.last(choices))
+        yield "data: [DONE]\n\n"
+    except RequestRefused as refused:
+        yield _server_sent(error(str(refused), refused.status))
+    finally:
+        await events.aclose()
+
+
+def _server_sent(value: Json) -> str:
+    return f"data: {json.dumps(value)}\n\n"
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Checks the API key of each request, except /health, and bounds its size, before ``app`` reads it."""
+
+    app: Any
+    front: Front
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Run one request, as ASGI defines it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        size = 0
+
+        async def receive_bounded() -> Any:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.front.max_bytes:
+                raise HTTPException(413, f"the request has over {self.front.max_bytes:,} bytes: send a shorter one")
+            return message
+
+        headers = dict(scope["headers"])
+        try:
+            if scope["path"] != "/health":
+                self.front.refuse_key(headers.get(b"authorization", b"").decode("latin-1"))
+        except RequestRefused as refused:
+            await JSONResponse(error(str(refused), refused.status), refused.status)(scope, receive, send)
+            return
+        await self.app(scope, receive_bounded, send)

@@ -1,0 +1,37 @@
+"""The web server in a thread beside the ranks' work, from the first request until the last one is answered."""
+
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+
+from longctx.serve.app import Front
+from longctx.serve.service import Service
+
+_GOODBYE_S = 3.0  # after a failure, for the clients to get their errors
+
+
+def serve(service: Service, front: Front, app: Any, at: socket.socket, stopping: Callable[[], bool]) -> None:
+    """Answer requests at the socket ``at``, until ``stopping`` returns True and the requests so far are answered.
+
+    Call this on the first rank.  Raises `LostPeer` if a rank has gone, after the open requests got an error.
+    """
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([at],), daemon=True, name="http")
+    thread.start()
+    try:
+        while thread.is_alive():
+            service.step()
+            if stopping():
+                front.closed = "the server is stopping"
+                server.should_exit = not service.busy
+        service.stop()
+    except BaseException as failure:
+        front.closed = f"the server has failed: {failure}"
+        service.fail(front.closed)
+        server.should_exit = True
+        thread.join(_GOODBYE_S)
+        raise

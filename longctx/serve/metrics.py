@@ -1,0 +1,57 @@
+"""Figures of a server in Prometheus' form."""
+
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from longctx.serve.request import Ask
+from longctx.serve.service import Token
+
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)  # upper ends of the histograms' buckets
+
+
+class Metrics:
+    """Counts requests and tokens; ``gauges`` are figures that are read when the page is asked for, by name."""
+
+    def __init__(self, gauges: Mapping[str, Callable[[], float]]) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter("longctx_requests", "Requests, by how they ended", ["end"], registry=registry)
+        self._prompt = Counter("longctx_prompt_tokens", "Tokens of prompts", registry=registry)
+        self._generated = Counter("longctx_generated_tokens", "Tokens of answers", registry=registry)
+        self._ttft = Histogram(
+            "longctx_ttft_seconds", "Time to a request's first token", buckets=_SECONDS, registry=registry
+        )
+        self._whole = Histogram(
+            "longctx_request_seconds", "Time to a request's last token", buckets=_SECONDS, registry=registry
+        )
+        self._open = Gauge("longctx_open_sequences", "Sequences that wait or are answered", registry=registry)
+        for name, read in gauges.items():
+            Gauge(f"longctx_{name}", name.replace("_", " "), registry=registry).set_function(read)
+
+    async def watch(self, ask: Ask, events: AsyncIterator[tuple[int, Token]]) -> AsyncIterator[tuple[int, Token]]:
+        """Yield ``events``, which answer ``ask``, and count them."""
+        began, first, end = time.perf_counter(), True, "cancelled"
+        try:
+            async for event in events:
+                if first:
+                    self._prompt.inc(sum(map(len, ask.prompts)))
+                    self._ttft.observe(time.perf_counter() - began)
+                    first = False
+                self._generated.inc()
+                yield event
+            end = "answered"
+            self._whole.observe(time.perf_counter() - began)
+        except ValueError:
+            end = "failed" if not first else "refused"
+            raise
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+            self._requests.labels(end).inc()
+
+    def page(self, open_sequences: int) -> tuple[bytes, str]:
+        """Return the page and its content type."""
+        self._open.set(open_sequences)
+        page: Any = generate_latest(self._registry)
+        return page, CONTENT_TYPE_LATEST

@@ -1,0 +1,49 @@
+"""One step of serving on each rank: receive the first rank's plan, and run it in the session."""
+
+import pickle
+
+import torch
+
+from longctx.infer.session import Session
+from longctx.parallel.comm import Comm
+from longctx.serve.schedule import Plan
+
+_ROOM = 128  # rows of an answer that are allocated at once
+
+
+def share_plan(world: Comm, plan: Plan | None, device: torch.device) -> Plan:
+    """Return the first rank's ``plan`` on every rank of ``world``; the other ranks pass None."""
+    data = pickle.dumps(plan) if plan else b""
+    own = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device) if data else torch.zeros(0, device=device)
+    size = world.all_gather(torch.tensor([len(data)], device=device), [(1,)] * world.size)[0]
+    shapes = [(int(size),), *[(0,)] * (world.size - 1)]
+    received: Plan = pickle.loads(bytes(world.all_gather(own.to(torch.uint8), shapes)[0].tolist()))
+    return received
+
+
+def run_plan(session: Session, plan: Plan) -> dict[int, int]:
+    """Run ``plan`` and return the next token of each sequence that has one; the same on all ranks.
+
+    Raises ValueError, on all ranks, for logits that are not finite.
+    """
+    for number in plan.drop:
+        session.drop(number)
+    for new in plan.add:
+        room = min(new.max_new_tokens, _ROOM)  # a cache grows if an answer is longer
+        sequence = session.add(new.number, len(new.prompt), room, new.sampling)
+        sequence.append_prompt(new.prompt)
+    tokens: dict[int, int] = {}
+    if plan.prefill:
+        tokens |= session.prefill(plan.prefill)
+    if plan.decode:
+        tokens |= session.decode(plan.decode)
+    return tokens
+
+
+def follow(session: Session, world: Comm) -> None:
+    """Run the first rank's plans on another rank, until one that stops."""
+    while not (plan := share_plan(world, None, session.engine.device)).stop:
+        try:
+            run_plan(session, plan)
+        except ValueError:
+            continue  # the first rank raises the same error: it ends the sequences of this plan

@@ -1,0 +1,277 @@
+"""Requests in the form of OpenAI's API, and the checked plain values that they become."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+
+from longctx.config import Sampling
+from longctx.data.tokenize import tokenize
+from longctx.model_shape import ModelShape
+
+_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
+_MOST_STOPS, _MOST_CHOICES = 16, 128
+# Fields of OpenAI's that change nothing here.
+_WITHOUT_EFFECT = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
+}  # fmt: skip
+# Values with which a field that is not implemented changes nothing.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "best_of": (1,),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none",),
+}
+_SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+TokenId = Annotated[StrictInt, Field(ge=0)]
+
+
+class RequestRefused(ValueError):
+    """A request that cannot be answered, and what to change; ``param`` is the field, ``status`` the HTTP status."""
+
+    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param, self.status, self.code = param, status, code
+
+
+class StreamOptions(BaseModel):
+    """Options of a stream: with ``include_usage``, the last chunk has the number of tokens."""
+
+    include_usage: StrictBool = False
+
+
+class Body(BaseModel):
+    """Fields that completions and chat completions share; ``top_k`` to ``stop_token_ids`` are not OpenAI's."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: StrictStr
+    temperature: Number | None = None
+    top_p: Number | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    seed: StrictInt | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=_MOST_CHOICES)] | None = None
+    stop: StrictStr | list[StrictStr] | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    top_k: StrictInt | None = None
+    min_p: Number | None = None
+    repetition_penalty: Number | None = None
+    stop_token_ids: list[TokenId] | None = None
+
+
+class CompletionBody(Body):
+    """Body of /v1/completions: one prompt or several, each as text or as tokens."""
+
+    prompt: StrictStr | list[StrictStr] | list[TokenId] | list[list[TokenId]]
+    logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    echo: StrictBool | None = None
+
+
+class Message(BaseModel):
+    """A message of a conversation; its content is a text, or a list of parts of type ``text``."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: StrictStr
+    content: StrictStr | list[dict[str, Any]]
+
+    def plain(self) -> dict[str, Any]:
+        """Return the message with its content as one text.  Raises `RequestRefused` for other parts than text."""
+        parts = self.content
+        if not isinstance(parts, str):
+            for part in parts:
+                if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                    raise RequestRefused(f"a part of type {part.get('type')} is not implemented: use text", "messages")
+            parts = "".join(part["text"] for part in parts)
+        return {**(self.model_extra or {}), "role": self.role, "content": parts}
+
+
+class ChatBody(Body):
+    """Body of /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+
+
+class TokenizeBody(BaseModel):
+    """Body of /tokenize: a text, or messages of a conversation."""
+
+    model: StrictStr | None = None
+    prompt: StrictStr | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: StrictBool = True
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A checked request: the prompts as tokens, and how to answer each.
+
+    Choice ``i * n + j`` is answer j to prompt i.  ``max_new_tokens`` is one number for each prompt.  With ``echo``, the
+    text of an answer begins with its prompt's, in ``prompt_texts``.
+    """
+
+    model: str
+    prompts: tuple[tuple[int, ...], ...]
+    max_new_tokens: tuple[int, ...]
+    sampling: Sampling
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    echo: bool = False
+    prompt_texts: tuple[str, ...] = ()
+    chat: bool = False
+
+    @property
+    def choices(self) -> list[tuple[tuple[int, ...], int, Sampling]]:
+        """Prompt, largest number of new tokens and settings of each choice."""
+        sizes = [pair for pair in zip(self.prompts, self.max_new_tokens, strict=True) for _ in range(self.n)]
+        return [(prompt, most, self.sampling.for_answer(i)) for i, (prompt, most) in enumerate(sizes)]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads requests to one model; ``defaults`` are the settings for fields that a request leaves out.
+
+    A request may cache at most ``max_tokens`` tokens for one choice, and have at most ``max_choices``.  Its methods
+    raise `RequestRefused` with what to change.
+    """
+
+    model: str
+    shape: ModelShape
+    tokenizer: Any
+    defaults: Sampling
+    max_tokens: int
+    max_choices: int
+
+    def completion(self, body: CompletionBody) -> Ask:
+        """Return what ``body`` asks for."""
+        self._refuse(body)
+        if body.echo and body.logprobs is not None:
+            raise RequestRefused("echo with logprobs is not implemented: leave one of them out", "echo")
+        given = body.prompt
+        several = isinstance(given, list) and given and not isinstance(given[0], int)
+        texts: list[Any] = list(given) if several else [given]
+        prompts = tuple(self._tokens(one) for one in texts)
+        sampling = self._sampling(body, body.logprobs)
+        most = tuple(body.max_tokens or min(_COMPLETION_TOKENS, self._room(one)) for one in prompts)
+        echoed = tuple(one if isinstance(one, str) else str(self.tokenizer.decode(one)) for one in texts)
+        return self._checked(body, prompts, most, sampling, echo=bool(body.echo), prompt_texts=echoed)
+
+    def chat(self, body: ChatBody) -> Ask:
+        """Return what ``body`` asks for."""
+        self._refuse(body)
+        if body.top_logprobs is not None and not body.logprobs:
+            raise RequestRefused("top_logprobs needs logprobs=true", "top_logprobs")
+        prompt = self.chat_tokens(body.messages)
+        sampling = self._sampling(body, (body.top_logprobs or 0) if body.logprobs else None)
+        most = body.max_completion_tokens or body.max_tokens or self._room(prompt)
+        return self._checked(body, (prompt,), (most,), sampling, chat=True)
+
+    def tokens(self, body: TokenizeBody) -> tuple[int, ...]:
+        """Return the tokens that ``body`` asks for."""
+        if (body.prompt is None) == (body.messages is None):
+            raise RequestRefused("give either prompt or messages", "prompt")
+        if body.messages is not None:
+            return self.chat_tokens(body.messages)
+        return tuple(tokenize(str(body.prompt), self.tokenizer, special_tokens=body.add_special_tokens).tolist())
+
+    def chat_tokens(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Return the tokens of a conversation in the model's chat template, up to where the answer begins."""
+        if not self.tokenizer.chat_template:
+            raise RequestRefused(f"{self.model} has no chat template: use /v1/completions", "messages")
+        plain = [message.plain() for message in messages]
+        try:
+            chat = self.tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=True)
+        except Exception as error:  # the template raises errors of its own, such as for the order of roles
+            raise RequestRefused(f"the model's chat template refuses these messages: {error}", "messages") from error
+        return tuple(chat["input_ids"])
+
+    def _refuse(self, body: Body) -> None:
+        if body.model != self.model:
+            raise RequestRefused(
+                f"the model {body.model!r} does not exist: use {self.model!r}", "model", 404, "model_not_found"
+            )
+        for name, value in (body.model_extra or {}).items():
+            if name not in _WITHOUT_EFFECT and value and value not in _NEUTRAL.get(name, ()):
+                raise RequestRefused(f"{name} is not implemented: leave it out", name)
+
+    def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        tokens = tokenize(prompt, self.tokenizer).tolist() if isinstance(prompt, str) else prompt
+        if not tokens:
+            raise RequestRefused("a prompt is empty: give it some text", "prompt")
+        return tuple(tokens)
+
+    def _room(self, prompt: Sequence[int]) -> int:
+        """Return how many tokens fit after ``prompt``, at least one."""
+        return max(1, min(self.max_tokens, self.shape.max_positions) - len(prompt))
+
+    def _sampling(self, body: Body, logprobs: int | None) -> Sampling:
+        given: dict[str, Any] = {name: getattr(body, name) for name in _SAMPLED if getattr(body, name) is not None}
+        if given.get("top_k") == -1:
+            given["top_k"] = 0  # vLLM's value for all tokens
+        if not given.get("temperature", self.defaults.temperature):
+            given |= {"top_p": 1.0, "top_k": 0, "min_p": 0.0}  # without effect on the most likely token
+        if body.stop is not None:
+            given["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
+        if body.stop_token_ids is not None:
+            given["stop_tokens"] = tuple(body.stop_token_ids)
+        if len(given.get("stop", ())) > _MOST_STOPS:
+            raise RequestRefused(f"stop has {len(given['stop'])} texts: use at most {_MOST_STOPS}", "stop")
+        seed = secrets.randbits(32) if body.seed is None else body.seed % 2**32
+        try:
+            return replace(self.defaults, **given, seed=seed, logprobs=logprobs)
+        except ValueError as error:
+            message = str(error).replace("sampling.", "")
+            raise RequestRefused(message, message.partition("=")[0].split()[0]) from error
+
+    def _checked(
+        self,
+        body: Body,
+        prompts: tuple[tuple[int, ...], ...],
+        max_new_tokens: tuple[int, ...],
+        sampling: Sampling,
+        **others: Any,
+    ) -> Ask:
+        """Return the request if its prompts and answers fit the model and the server."""
+        n = body.n or 1
+        if not prompts or len(prompts) * n > self.max_choices:
+            raise RequestRefused(
+                f"{len(prompts)} prompts with n={n} are {len(prompts) * n} answers: use 1 to {self.max_choices}", "n"
+            )
+        most = min(self.max_tokens, self.shape.max_positions)
+        for prompt, new in zip(prompts, max_new_tokens, strict=True):
+            if len(prompt) + new > most:
+                raise RequestRefused(
+                    f"the prompt has {len(prompt):,} tokens, and with max_tokens={new:,} that is more than the "
+                    f"{most:,} that fit: shorten the prompt, or lower max_tokens",
+                    "max_tokens" if len(prompt) < most else "prompt",
+                    code="context_length_exceeded",
+                )
+            self._refuse_unknown_token(max(prompt), "prompt")
+        self._refuse_unknown_token(max(sampling.stop_tokens, default=0), "stop_token_ids")
+        usage = bool(body.stream_options and body.stream_options.include_usage)
+        return Ask(body.model, prompts, max_new_tokens, sampling, n, bool(body.stream), usage, **others)
+
+    def _refuse_unknown_token(self, largest: int, param: str) -> None:
+        try:
+            self.shape.refuse_unknown_token(largest, param)
+        except ValueError as error:
+            raise RequestRefused(str(error), param) from error
+
+
+def describe_invalid(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
+    """Return the message and the field of the first of pydantic's ``errors`` about a request."""
+    first = errors[0]
+    place = [str(part) for part in first["loc"] if part != "body"]
+    field = place[0] if place and not place[0].isdigit() else None  # a number counts characters of broken JSON
+    return f"{'.'.join(place) or 'the body'}: {first['msg']}", field

@@ -1,0 +1,140 @@
+"""Responses in the form of OpenAI's API, as plain values that become JSON."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from longctx.infer.sample import TokenLogprob
+from longctx.serve.request import Ask
+
+Json = dict[str, Any]
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> Json:
+    """Return the number of tokens of a request and its answers."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def error(message: str, status: int, param: str | None = None, code: str | None = None) -> Json:
+    """Return an error; its type follows from the HTTP ``status``."""
+    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def model_list(name: str, created: int, max_positions: int) -> Json:
+    """Return the list of the one model."""
+    model = {"id": name, "object": "model", "created": created, "owned_by": "longctx", "max_model_len": max_positions}
+    return {"object": "list", "data": [model]}
+
+
+@dataclass
+class Choice:
+    """An answer as far as it has come."""
+
+    text: str = ""
+    tokens: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: str | None = None
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form of the response to ``ask``: a completion or a chat completion, whole or in chunks."""
+
+    ask: Ask
+    tokenizer: Any
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, choices: Sequence[Choice]) -> Json:
+        """Return the response with all ``choices``."""
+        listed = []
+        for index, one in enumerate(choices):
+            text = self.prompt_text(index) + one.text
+            content = {"message": {"role": "assistant", "content": text}} if self.ask.chat else {"text": text}
+            logprobs = self._logprobs(one.logprobs, len(text) - len(one.text))
+            listed.append({"index": index, **content, "logprobs": logprobs, "finish_reason": one.finish})
+        return {**self._head(stream=False), "choices": listed, "usage": self.usage(choices)}
+
+    def first(self, index: int) -> Json:
+        """Return the first chunk of a choice: its role in a chat, the prompt's text with ``echo``."""
+        return self.chunk(index, self.prompt_text(index), role=True)
+
+    def chunk(
+        self,
+        index: int,
+        piece: str,
+        logprob: TokenLogprob | None = None,
+        finish: str | None = None,
+        *,
+        offset: int = 0,
+        role: bool = False,
+    ) -> Json:
+        """Return a chunk of choice ``index`` with the next ``piece`` of text, which begins at ``offset``."""
+        delta = {"role": "assistant", "content": piece} if role else {"content": piece}
+        content: Json = {"delta": delta} if self.ask.chat else {"text": piece}
+        logprobs = self._logprobs([logprob], offset) if logprob else None
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
+        return {**self._head(stream=True), "choices": [choice]}
+
+    def last(self, choices: Sequence[Choice]) -> Json:
+        """Return the chunk after all choices, which has the number of tokens."""
+        return {**self._head(stream=True), "choices": [], "usage": self.usage(choices)}
+
+    def usage(self, choices: Sequence[Choice]) -> Json:
+        """Return the number of tokens; a prompt counts once, whatever ``n``."""
+        return usage(sum(map(len, self.ask.prompts)), sum(one.tokens for one in choices))
+
+    def prompt_text(self, index: int) -> str:
+        """Return the text that choice ``index`` begins with."""
+        return self.ask.prompt_texts[index // self.ask.n] if self.ask.echo else ""
+
+    def _head(self, *, stream: bool) -> Json:
+        chat = self.ask.chat
+        kind = f"chat.completion{'.chunk' if stream else ''}" if chat else "text_completion"
+        head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{self.id}", "object": kind, "created": self.created}
+        return {**head, "model": self.ask.model}
+
+    def _logprobs(self, logprobs: Sequence[TokenLogprob], offset: int) -> Json | None:
+        if self.ask.sampling.logprobs is None:
+            return None
+        if self.ask.chat:
+            return {"content": [self._chat_logprob(one) for one in logprobs], "refusal": None}
+        texts, offsets = [self._text(one.token) for one in logprobs], []
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [one.logprob for one in logprobs],
+            "top_logprobs": [self._top(one) for one in logprobs],
+            "text_offset": offsets,
+        }
+
+    def _top(self, one: TokenLogprob) -> Json:
+        """Return log-probabilities by text, the largest first; of tokens with the same text, the most likely counts."""
+        top: Json = {}
+        for token, logprob in one.top:
+            top.setdefault(self._text(token), logprob)
+        return top
+
+    def _chat_logprob(self, one: TokenLogprob) -> Json:
+        pairs = [(one.token, one.logprob), *one.top]
+        texts = [(self._text(token), logprob) for token, logprob in pairs]
+        first, *top = [
+            {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+            for text, logprob in texts
+        ]
+        return {**first, "top_logprobs": top}
+
+    def _text(self, token: int) -> str:
+        return str(self.tokenizer.decode([token]))

@@ -1,0 +1,119 @@
+"""The next pass, decided from the sequences that wait and those that are being answered; no ranks, no tensors."""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from longctx.config import Sampling
+
+
+@dataclass(frozen=True)
+class NewSequence:
+    """A sequence to answer: its prompt's tokens, the largest number of tokens of its answer, and how it is sampled."""
+
+    number: int
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling
+
+    @property
+    def tokens(self) -> int:
+        """Largest number of tokens to cache."""
+        return len(self.prompt) + self.max_new_tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The work of one step, the same on all ranks: first ``drop`` and ``add`` sequences, then run them.
+
+    ``prefill`` has the number of prompt tokens to run of each sequence, in one pass.  ``decode`` are the sequences that
+    get one more token, in a second pass.  After a plan with ``stop`` there is no other.
+    """
+
+    drop: tuple[int, ...] = ()
+    add: tuple[NewSequence, ...] = ()
+    prefill: Mapping[int, int] = field(default_factory=dict)
+    decode: tuple[int, ...] = ()
+    stop: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of the work: prompt tokens of a pass, sequences that are answered at a time, and their cached tokens."""
+
+    prefill_tokens: int
+    sequences: int
+    cached_tokens: int
+
+
+class Scheduler:
+    """Decides which sequences the next pass runs.
+
+    Sequences are admitted in order of arrival, so that none waits for ever.  The prompts of all admitted sequences
+    share the tokens of a pass evenly: a short prompt does not wait for the end of a long one.  Every step decodes a
+    token of each sequence whose prompt is cached.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.waiting: deque[NewSequence] = deque()
+        self.running: dict[int, NewSequence] = {}
+        self._left: dict[int, int] = {}  # prompt tokens that are not cached, by running sequence
+        self._dropped: list[int] = []
+
+    @property
+    def busy(self) -> bool:
+        """True if a sequence waits or runs, or one that has ended is still cached."""
+        return bool(self.waiting or self.running or self._dropped)
+
+    def add(self, sequence: NewSequence) -> None:
+        """Let ``sequence`` wait for its admission."""
+        assert sequence.tokens <= self.limits.cached_tokens, "requests that never fit are refused"
+        self.waiting.append(sequence)
+
+    def end(self, number: int) -> None:
+        """Remove a sequence that is answered, or whose client has gone; does nothing if it was removed before."""
+        if self.running.pop(number, None):
+            self._dropped.append(number)
+            self._left.pop(number, None)
+        self.waiting = deque(one for one in self.waiting if one.number != number)
+
+    def plan(self) -> Plan:
+        """Return the next step, which must be run before the next call."""
+        drop, self._dropped = tuple(self._dropped), []
+        add = tuple(self._admit())
+        decode = tuple(number for number in self.running if number not in self._left)
+        prefill = share_evenly(self._left, self.limits.prefill_tokens)
+        for number, tokens in prefill.items():
+            self._left[number] -= tokens
+            if not self._left[number]:
+                del self._left[number]
+        return Plan(drop, add, prefill, decode)
+
+    def _admit(self) -> list[NewSequence]:
+        """Move the sequences that fit from waiting to running, in order of arrival, and return them."""
+        admitted = []
+        cached = sum(one.tokens for one in self.running.values())
+        while self.waiting and len(self.running) < self.limits.sequences:
+            cached += self.waiting[0].tokens
+            if cached > self.limits.cached_tokens:
+                break
+            one = self.waiting.popleft()
+            self.running[one.number], self._left[one.number] = one, len(one.prompt)
+            admitted.append(one)
+        return admitted
+
+
+def share_evenly(wanted: Mapping[int, int], total: int) -> dict[int, int]:
+    """Share ``total`` among keys that want a number each: equal shares, without more than a key wants (max-min fair).
+
+    >>> share_evenly({1: 100, 2: 3, 3: 50}, 23)
+    {2: 3, 3: 10, 1: 10}
+    """
+    shares = {}
+    for taken, (key, most) in enumerate(sorted(wanted.items(), key=lambda item: item[1])):
+        share = min(most, -(-total // (len(wanted) - taken)))
+        total -= share
+        if share:
+            shares[key] = share
+    return shares

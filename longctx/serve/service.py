@@ -1,0 +1,140 @@
+"""Answers on the first rank: takes requests from other threads, decides each step, and hands out the tokens."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from longctx.infer.answer import AnswerText
+from longctx.infer.sample import TokenLogprob
+from longctx.infer.session import Session
+from longctx.parallel.comm import Comm
+from longctx.serve.ranks import run_plan, share_plan
+from longctx.serve.schedule import Limits, NewSequence, Plan, Scheduler
+
+_IDLE_S = 0.5  # while there is nothing to do, the ranks exchange an empty plan this often, to notice a lost one
+
+
+@dataclass(frozen=True)
+class Token:
+    """The next token of sequence ``number``, and the ``piece`` of text that became certain.
+
+    ``finish`` says why the answer ends with it: "stop" or "length"; None if it goes on.
+    """
+
+    number: int
+    token: int
+    piece: str
+    logprob: TokenLogprob | None = None
+    finish: str | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Sequence ``number`` has no further tokens because of an error of the server."""
+
+    number: int
+    message: str
+
+
+Emit = Callable[[Token | Failure], None]  # called in the thread of the ranks' work
+
+
+@dataclass
+class _Answer:
+    new: NewSequence
+    emit: Emit
+    text: AnswerText
+    tokens: list[int] = field(default_factory=list)
+
+
+class Service:
+    """The first rank's part of serving.
+
+    `submit` and `cancel` may be called from any thread; all other methods belong to the thread that runs the model.
+    ``seconds`` and ``passes`` count the work so far.
+    """
+
+    def __init__(self, session: Session, world: Comm, tokenizer: Any, limits: Limits) -> None:
+        self.session, self.world, self.tokenizer = session, world, tokenizer
+        self.scheduler = Scheduler(limits)
+        self._inbox: queue.SimpleQueue[_Answer | int] = queue.SimpleQueue()
+        self._answers: dict[int, _Answer] = {}
+        self.passes, self.seconds = 0, 0.0
+
+    def submit(self, sequence: NewSequence, emit: Emit) -> None:
+        """Answer ``sequence``, whose number is new; ``emit`` gets its tokens, the last one with ``finish``."""
+        self._inbox.put(_Answer(sequence, emit, AnswerText(self.tokenizer, sequence.sampling.stop)))
+
+    def cancel(self, number: int) -> None:
+        """Stop answering a sequence and free its cache."""
+        self._inbox.put(number)
+
+    @property
+    def busy(self) -> bool:
+        """True if there is work to do."""
+        return self.scheduler.busy or not self._inbox.empty()
+
+    def step(self) -> None:
+        """Take what has arrived, and run one step on all ranks; wait a moment if there is nothing to do.
+
+        Raises `LostPeer` if a rank has gone.
+        """
+        self._take(wait=not self.scheduler.busy)
+        plan, began = self.scheduler.plan(), time.perf_counter()
+        share_plan(self.world, plan, self.session.engine.device)
+        try:
+            tokens = run_plan(self.session, plan)
+        except ValueError as error:  # on all ranks
+            self.fail(str(error), {*plan.prefill, *plan.decode})
+            return
+        for number, token in tokens.items():
+            self._hand_out(number, token)
+        if plan.prefill or plan.decode:
+            self.passes, self.seconds = self.passes + 1, self.seconds + time.perf_counter() - began
+
+    def stop(self) -> None:
+        """End the loops of the other ranks."""
+        share_plan(self.world, Plan(stop=True), self.session.engine.device)
+
+    def fail(self, message: str, numbers: Iterable[int] | None = None) -> None:
+        """Report an error to the clients of the sequences ``numbers`` (None: all), and end these."""
+        if numbers is None:
+            self._take(wait=False)
+            numbers = self._answers
+        for number in list(numbers):
+            self._answers.pop(number).emit(Failure(number, message))
+            self.scheduler.end(number)
+
+    def _take(self, *, wait: bool) -> None:
+        """Take new and cancelled sequences from the other threads; ``wait`` a moment for the first one."""
+        try:
+            arrived = self._inbox.get(timeout=_IDLE_S) if wait else self._inbox.get_nowait()
+            while True:
+                if isinstance(arrived, _Answer):
+                    self._answers[arrived.new.number] = arrived
+                    self.scheduler.add(arrived.new)
+                else:
+                    self._answers.pop(arrived, None)
+                    self.scheduler.end(arrived)
+                arrived = self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _hand_out(self, number: int, token: int) -> None:
+        """Give ``token`` to the client of sequence ``number``, and end the sequence after its last token."""
+        answer, sequence = self._answers[number], self.session.sequences[number]
+        answer.tokens.append(token)
+        piece, finish = answer.text.add(token), None
+        if answer.text.stopped or self.session.is_at_end(number):
+            finish = "stop"
+        elif len(answer.tokens) == answer.new.max_new_tokens:
+            finish = "length"
+        logprob = sequence.logprobs[-1] if sequence.logprobs else None
+        answer.emit(Token(number, token, piece + (answer.text.end() if finish else ""), logprob, finish))
+        if finish:
+            del self._answers[number]
+            self.scheduler.end(number)

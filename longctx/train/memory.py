@@ -1,0 +1,44 @@
+"""Allocated bytes of a training step by part, the parts that `longctx.cost.memory` predicts."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from longctx.megatron.training import optimizer
+from longctx.megatron.training.optimizer import TrainState
+from longctx.parallel import comm, cross_entropy
+from longctx.parallel.measure.memory import MemoryMeter
+from longctx.shapes import AnyShape
+
+
+def memory_meter(state: TrainState) -> MemoryMeter:
+    """Return a meter of the training steps of ``state``, which holds its weights, gradients and optimizer already.
+
+    * "logits": a chunk of logits, and the loss's gradients of the hidden states and of the output weight.
+    * "communication": messages of a `Comm` while they exist, and megatron-core's buffer of gathered rows.
+    * "optimizer": float32 weights and moments, and what an update allocates.
+    * "activations": all else, such as the gradients of activations and of single weights.
+
+    In a run's first step, the optimizer's moments do not exist until the update.
+    """
+    meter = MemoryMeter(
+        {
+            "logits": cross_entropy.ALLOCATORS,
+            "optimizer": optimizer.ALLOCATORS["optimizer"],
+            "communication": (*comm.ALLOCATORS, *optimizer.ALLOCATORS["communication"]),
+        }
+    )
+    meter.hold("weights", state.net.parameters())
+    meter.hold("gradients", [buffer.grad_data for buffer in state.model.buffers + state.model.expert_parallel_buffers])
+    meter.hold("optimizer", _optimizer_tensors(state.optimizer))
+    return meter
+
+
+def _optimizer_tensors(state: Any) -> Iterator[AnyShape]:
+    """Yield the float32 copies of 16-bit weights, if there are any, and the moments."""
+    for group in state.param_groups:
+        yield from group["params"]
+    moments = tree_leaves([moments for _, moments in state.state.items()])
+    yield from (x for x in moments if isinstance(x, torch.Tensor))

@@ -1,0 +1,214 @@
+"""Parts of the check of a GPU: kernels against float64, a ring's tiles against one call, prefill and decoding."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from longctx.attention import flash_attn
+from longctx.attention.backends import KERNELS, kernel_for
+from longctx.attention.kernel import Gradients, Kernel, attend_tiles, tile_gradients
+from longctx.attention.layout import Layout, zigzag
+from longctx.attention.mask import CAUSAL
+from longctx.attention.partial import Partial, accumulation_dtype, empty_partial
+from longctx.attention.tiles import visible_tiles
+from longctx.attention.verify import refuse_inexact
+from longctx.parallel.ring import pass_kv
+
+if TYPE_CHECKING:
+    from longctx.infer.engine import Engine
+    from longctx.megatron.runtime import Runtime
+    from recipes.bench.gpu_check import GpuCheckJob
+
+TableRow = dict[str, Any]
+_LAYERS = 2  # first layers of the model, whose logits are compared
+
+
+def check_kernels(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
+    """Compare every kernel that takes this device and dtype with float64; out, log-sum-exp and gradients."""
+    table_rows = []
+    for name, kernel in KERNELS.items():
+        takes = runtime.device.type in kernel.devices and job.dtype in kernel.dtypes
+        if not takes or (name == "flash_attn" and not flash_attn.installed):
+            continue
+        try:
+            refuse_inexact(kernel, runtime.device, job.dtype, job.target.shape.head_dim)
+            verdict = "exact"
+        except (ValueError, RuntimeError) as error:
+            verdict = str(error).splitlines()[0]
+        table_rows.append({"kernel": name, "dtype": job.target.model.dtype, "verdict": verdict})
+    return table_rows
+
+
+def check_tiles(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
+    """Run the tiles of every rank of a ring, one after the other, and compare them with one call for the sequence.
+
+    ``forward`` and ``backward`` are the ring's seconds over those of the one call.  The errors are relative.
+    """
+    kernel, table_rows = _kernel(job, runtime), []
+    for length in job.settings.lengths:
+        inputs = _random_inputs(job, runtime, length)
+        alone = _time_attention(inputs, zigzag(length, 1), kernel, job.settings.rounds)
+        for ranks in job.settings.ranks:
+            ring = _time_attention(inputs, zigzag(length, ranks), kernel, job.settings.rounds)
+            errors = [float((a - b).norm() / b.norm()) for a, b in zip(ring.tensors, alone.tensors, strict=True)]
+            table_rows.append(
+                {
+                    "tokens": length,
+                    "ranks": ranks,
+                    "one_call_s": alone.forward_s,
+                    "forward": ring.forward_s / alone.forward_s,
+                    "backward": ring.backward_s / alone.backward_s,
+                    "error_out": errors[0],
+                    "error_gradients": max(errors[1:]),
+                }
+            )
+    return table_rows
+
+
+def check_logits(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
+    """Compare the logits of the model's first layers, on this device and in its dtype, with the CPU's in float32.
+
+    ``error`` is the largest difference over the largest logit.
+    """
+    from longctx.infer.engine import Engine, next_logits
+    from longctx.infer.prefill import run_pass
+    from longctx.megatron.hf_io.init import RandomInit
+    from longctx.megatron.hf_io.load import load
+    from longctx.megatron.model import build_model, layers_in_use
+
+    shape, tokens = job.target.shape.first(_LAYERS), torch.arange(job.settings.logits) % job.target.shape.vocab_size
+    layers = layers_in_use(job.target.model.layers, shape)
+
+    def logits(engine: Engine) -> torch.Tensor:
+        load(engine.model, RandomInit(shape, 0), shape)
+        cache, everywhere = engine.cache(len(tokens)), engine.everywhere(pass_kv)
+        return next_logits(engine, run_pass(engine, tokens, zigzag(len(tokens), 1), cache, everywhere)).cpu()
+
+    net = build_model(shape, runtime.groups, dtype=job.dtype, layers=layers, device=runtime.device)
+    actual = logits(Engine(net, shape, _kernel(job, runtime), layers=layers))
+    net = build_model(shape, runtime.groups, dtype=torch.float32, layers="local", device=torch.device("cpu"))
+    expected = logits(Engine(net, shape, KERNELS["flash_cpu"]))
+    error = float((actual - expected).abs().max() / expected.abs().max())
+    return [{"tokens": len(tokens), "model_layers": _LAYERS, "layers": layers, "error": error}]
+
+
+def time_model(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
+    """Prefill random tokens with a model of random weights, then decode; seconds and tokens/s."""
+    from longctx.config import Context, Sampling
+    from longctx.infer.session import Session
+
+    engine, table_rows = _random_engine(job, runtime), []
+    for length in job.settings.prefill:
+        tokens = torch.randint(job.target.shape.vocab_size, (length,)).tolist()
+        context = Context(chunk=job.target.context.chunk)
+        turn = Session(engine, context, Sampling()).turn({0: tokens}, {0: job.settings.new_tokens})
+        table_rows.append(
+            {
+                "tokens": length,
+                "ttft_s": turn.ttft_s,
+                "prefill_tokens_per_s": length / turn.ttft_s,
+                "ttit_s": turn.ttit_s,
+                "peak_bytes": _peak_bytes(runtime.device),
+            }
+        )
+    return table_rows
+
+
+def _kernel(job: GpuCheckJob, runtime: Runtime) -> Kernel:
+    return kernel_for(job.target.context.kernel, runtime.device.type, job.target.model.dtype)
+
+
+def _random_inputs(job: GpuCheckJob, runtime: Runtime, length: int) -> list[torch.Tensor]:
+    """Return random q, k, v and dout of one layer, [1 length h d]."""
+    shape, generator = job.target.shape, torch.Generator(runtime.device).manual_seed(length)
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
+    return [
+        torch.randn(1, length, h, shape.head_dim, generator=generator, device=runtime.device).to(job.dtype)
+        for h in heads
+    ]
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """Median seconds, and out, dq, dk and dv in the order of the sequence."""
+
+    forward_s: float
+    backward_s: float
+    tensors: list[torch.Tensor]
+
+
+def _time_attention(inputs: Sequence[torch.Tensor], layout: Layout, kernel: Kernel, rounds: int) -> _Attention:
+    """Attend on every rank of ``layout`` in turn, on one device; the first round is not timed."""
+    shards = [[layout.shard(x, rank, 1) for x in inputs] for rank in range(layout.size)]
+    forward, backward = [], []
+    partials: list[Partial] = []
+    gradients: list[Gradients] = []
+    for _ in range(rounds + 1):
+        forward.append(_device_seconds(lambda: partials.__setitem__(slice(None), _forward(shards, layout, kernel))))
+        backward.append(
+            _device_seconds(lambda: gradients.__setitem__(slice(None), _backward(shards, layout, kernel, partials)))
+        )
+    whole = [layout.unshard([partial.out for partial in partials], 1)]
+    whole += [layout.unshard(list(each), 1) for each in zip(*gradients, strict=True)]
+    return _Attention(median(forward[1:]), median(backward[1:]), [x.float() for x in whole])
+
+
+def _forward(shards: Sequence[Sequence[torch.Tensor]], layout: Layout, kernel: Kernel) -> list[Partial]:
+    partials = []
+    for rank, (q, *_) in enumerate(shards):
+        partials.append(empty_partial(q))
+        for owner, (_, k, v, _) in enumerate(shards):
+            attend_tiles(partials[-1], q, k, v, visible_tiles(layout.ranks[rank], layout.ranks[owner], CAUSAL), kernel)
+    return partials
+
+
+def _backward(
+    shards: Sequence[Sequence[torch.Tensor]], layout: Layout, kernel: Kernel, partials: Sequence[Partial]
+) -> list[Gradients]:
+    """Return (dq, dk, dv) of each rank's rows."""
+    sums = [[torch.zeros_like(x, dtype=accumulation_dtype(x)) for x in shard[:3]] for shard in shards]
+    for rank, ((q, *_, dout), partial) in enumerate(zip(shards, partials, strict=True)):
+        for owner, (_, k, v, _) in enumerate(shards):
+            tiles = visible_tiles(layout.ranks[rank], layout.ranks[owner], CAUSAL)
+            dq, dk, dv = tile_gradients(dout, q, k, v, partial, tiles, kernel)
+            for total, gradient in ((sums[rank][0], dq), (sums[owner][1], dk), (sums[owner][2], dv)):
+                total.add_(gradient)
+    return [(dq, dk, dv) for dq, dk, dv in sums]
+
+
+def _random_engine(job: GpuCheckJob, runtime: Runtime) -> Engine:
+    """Return an engine whose weights are random, drawn on the device."""
+    from longctx.infer.engine import Engine
+    from longctx.megatron.model import build_model, layers_in_use
+
+    shape = job.target.shape
+    layers = layers_in_use(job.target.model.layers, shape)
+    net = build_model(shape, runtime.groups, dtype=job.dtype, layers=layers, device=runtime.device)
+    with torch.no_grad():
+        for weight in net.parameters():
+            torch.nn.init.normal_(weight, std=shape.init_std) if weight.dim() > 1 else torch.nn.init.ones_(weight)
+    return Engine(net, shape, _kernel(job, runtime), layers=layers)
+
+
+def _device_seconds(work: Callable[[], object]) -> float:
+    """Return the seconds of ``work``, until the GPU has finished it."""
+    _synchronize()
+    began = time.perf_counter()
+    work()
+    _synchronize()
+    return time.perf_counter() - began
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _peak_bytes(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

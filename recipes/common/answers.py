@@ -1,0 +1,50 @@
+"""Answers of recipes.generate, as it prints and writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypedDict
+
+from recipes.common.prompts import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from longctx.infer.sample import TokenLogprob
+
+
+class Answer(TypedDict, total=False):
+    """An answer as written to ``out``: its text, the prompt's length, and the tokens of both.
+
+    ``logprobs`` has the log-probabilities of the answer's tokens, with ``sampling.logprobs``.
+    """
+
+    text: str
+    prompt_tokens: int
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+    logprobs: list[dict[str, object]]
+
+
+def decode_answers(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    token_ids: Sequence[list[int]],
+    logprobs: Sequence[Sequence[TokenLogprob]] | None,
+    stop: Sequence[str],
+) -> list[Answer]:
+    """Return the answer to each prompt, whose text ends before the first text in ``stop``."""
+    from longctx.infer.answer import cut_at_stop
+
+    answers: list[Answer] = []
+    for i, prompt in enumerate(prompts):
+        answer: Answer = {
+            "text": cut_at_stop(tokenizer.decode(token_ids[i], skip_special_tokens=True), stop),
+            "prompt_tokens": len(prompt.tokens),
+            "token_ids": token_ids[i],
+            "prompt_token_ids": list(prompt.tokens),
+        }
+        if logprobs is not None:
+            answer["logprobs"] = [vars(one) for one in logprobs[i]]
+        answers.append(answer)
+    return answers

@@ -1,0 +1,231 @@
+"""Show the hardware and libraries that longctx finds here, the settings that recipes take on it, and what is missing.
+
+python -m recipes.doctor out=doctor.json
+"""
+
+import os
+import re
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.table import Table
+
+from recipes.common.cli import console, main, write_result
+from recipes.common.manifest import record, refuse_other_recipe
+from recipes.common.places import refuse_unwritable
+from recipes.common.provenance import hardware, provenance
+from recipes.common.settings import top_level
+
+RECIPE = "recipes.doctor"
+# Instructions that torch's products of bfloat16 and float32 matrices use.
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+_TE_PARTS = ("transformer-engine", "transformer-engine-torch")
+_GPU_KERNELS = "flash_cuda or cudnn"
+
+
+@dataclass(frozen=True)
+class DoctorSettings:
+    """The recipe's own settings."""
+
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Hardware and libraries; None for a library or device that is not here.
+
+    ``cuda`` and ``nccl`` are the versions that torch was built with.  ``gpus`` are those that torch can use,
+    ``listed_gpus`` those that the driver lists.  ``links`` are the kinds of links from the first GPU to the others.
+    ``te_missing`` are packages that an incomplete Transformer Engine lacks.
+    """
+
+    processor: str
+    cores: int
+    instructions: tuple[str, ...]
+    memory_bytes: int
+    gpus: tuple[str, ...]
+    gpu_memory_bytes: int
+    listed_gpus: tuple[str, ...]
+    driver: str | None
+    links: str | None
+    torch: str
+    cuda: str | None
+    nccl: str | None
+    flash_attn_2: str | None
+    flash_attn_4: str | None
+    transformer_engine: str | None
+    te_missing: tuple[str, ...]
+    triton: str | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings that some recipes take on this machine: as words, and in full."""
+
+    recipes: str
+    words: str
+    device: str
+    kernel: str
+    layers: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A missing part, its cost on this machine, and how to get it."""
+
+    part: str
+    cost: str
+    install: str
+
+
+def find_machine() -> Machine:
+    """Look at this machine; starts nothing on a GPU."""
+    import torch
+
+    from longctx.attention.flash_attn import installed
+
+    gpus = range(torch.cuda.device_count())
+    info = Path("/proc/cpuinfo")
+    flags = set(re.findall(r"\w+", info.read_text())) if info.is_file() else set()
+    te = version_of("transformer-engine")
+    cuda, smi = torch.version.cuda, "nvidia-smi"
+    return Machine(
+        processor=str(hardware()["processor"]),
+        cores=len(os.sched_getaffinity(0)),
+        instructions=tuple(name for name in _INSTRUCTIONS if name in flags),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        gpus=tuple(torch.cuda.get_device_name(i) for i in gpus),
+        gpu_memory_bytes=min((torch.cuda.get_device_properties(i).total_memory for i in gpus), default=0),
+        listed_gpus=tuple(_run(smi, "--query-gpu=name", "--format=csv,noheader")),
+        driver=next(iter(_run(smi, "--query-gpu=driver_version", "--format=csv,noheader")), None),
+        links=links_of(_run(smi, "topo", "-m")),
+        torch=str(torch.__version__),
+        cuda=cuda,
+        nccl=".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
+        flash_attn_2=version_of("flash-attn") if installed else None,
+        flash_attn_4=version_of("flash-attn-4"),
+        transformer_engine=te,
+        te_missing=tuple(part for part in _te_parts() if te and not version_of(part)),
+        triton=version_of("triton"),
+    )
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed.  Imports nothing."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _te_parts() -> list[str]:
+    """Return the packages that make Transformer Engine whole; its core has one of two names, by CUDA's version."""
+    cores = [f"transformer-engine-cu{major}" for major in (13, 12)]
+    return [*_TE_PARTS, next((core for core in cores if version_of(core)), cores[0])]
+
+
+def _run(*words: str) -> list[str]:
+    """Return the lines that a command prints; none if it is not here or fails."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.strip().splitlines() if done.returncode == 0 else []
+
+
+def links_of(topology: list[str]) -> str | None:
+    """Return the kinds of links of the first GPU by number, as ``nvidia-smi topo -m`` prints them; None without any.
+
+    Example: the row "GPU0  X  NV18  NV18  SYS" gives "2 x NV18, 1 x SYS".
+    """
+    columns = next((line.split() for line in topology if "GPU0" in line), [])
+    row = next((line.split()[1:] for line in topology if line.startswith("GPU0")), [])
+    kinds = [kind for name, kind in zip(columns, row, strict=False) if name.startswith("GPU") and kind != "X"]
+    return ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)) or None
+
+
+def choices(machine: Machine) -> list[Choice]:
+    """Return the settings of kernel, layers and dtype that recipes take on ``machine``."""
+    if not machine.gpus:
+        return [Choice("every recipe", "run=local, the default", "cpu", "flash_cpu", "local", "float32")]
+    whole = machine.transformer_engine is not None and not machine.te_missing
+    words = "run=gpu context.kernel=flash_cuda model.dtype=bfloat16"
+    kernel = f"{_GPU_KERNELS} or flash_attn" if machine.flash_attn_2 else _GPU_KERNELS
+    return [
+        Choice("generate, chat, eval", words, "cuda", kernel, "te" if whole else "local", "bfloat16"),
+        Choice("pretrain, extend", words, "cuda", kernel, "local", "bfloat16"),
+        Choice("spd_sensitivity, spd_adapt", "run=local, the default", "cpu", "flash_cpu", "local", "float32"),
+    ]
+
+
+def missing_parts(machine: Machine) -> list[Missing]:
+    """Return the parts that are missing on ``machine``.  Without a GPU its libraries would not be used."""
+    parts = []
+    if machine.listed_gpus and machine.cuda is None:
+        parts.append(Missing("a CUDA build of torch", f"{len(machine.listed_gpus)} GPU(s) are not used", "make gpu"))
+    elif not machine.gpus:
+        return [Missing("a GPU", "run.device=cuda is refused", "use a machine with GPUs, and make gpu there")]
+    if machine.te_missing:
+        lacking = ", ".join(machine.te_missing)
+        parts.append(Missing(f"part of Transformer Engine ({lacking})", "model.layers=te is refused", "make gpu"))
+    elif machine.transformer_engine is None:
+        parts.append(Missing("Transformer Engine", "model.layers=te is refused: layers are local", "make gpu"))
+    if machine.flash_attn_2 is None:
+        cost = f"context.kernel=flash_attn is refused: use {_GPU_KERNELS}"
+        cost += "; no recipe uses flash-attn-4" if machine.flash_attn_4 else ""
+        parts.append(Missing("flash-attn 2", cost, "make gpu"))
+    return parts
+
+
+def report(machine: Machine) -> list[tuple[str, str]]:
+    """Return the lines to print, as (name, text): found, taken, missing."""
+    gpu = f"{machine.gpu_memory_bytes / 1e9:.0f} GB each, driver {machine.driver or 'unknown'}"
+    gpus = machine.gpus or machine.listed_gpus
+    names = ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus))
+    te = machine.transformer_engine and f"{machine.transformer_engine}{' (incomplete)' if machine.te_missing else ''}"
+    cuda = f"CUDA {machine.cuda}, NCCL {machine.nccl}" if machine.cuda else "a CPU build, gloo only"
+    flash = f"2: {machine.flash_attn_2 or 'none'}; 4: {machine.flash_attn_4 or 'none'}"
+    lines = [
+        ("processor", f"{machine.processor}: {machine.cores} cores, {', '.join(machine.instructions) or 'no AVX2'}"),
+        ("memory", f"{machine.memory_bytes / 1e9:.1f} GB"),
+        ("GPUs", f"{names}, {gpu}" if machine.gpus else (f"{names}, which torch cannot use" if names else "none")),
+        ("links between GPUs", machine.links or "none"),
+        ("torch", f"{machine.torch}, {cuda}"),
+        ("flash-attn", flash),
+        ("Transformer Engine", f"{te or 'none'}; Triton: {machine.triton or 'none'}"),
+    ]
+    lines += [
+        (choice.recipes, f"kernel {choice.kernel}, layers {choice.layers}, {choice.dtype}: {choice.words}")
+        for choice in choices(machine)
+    ]
+    lines += [(f"missing: {each.part}", f"{each.cost}; {each.install}") for each in missing_parts(machine)]
+    return lines
+
+
+def task(config: DictConfig) -> None:
+    """Print the report, and write it if ``out`` is given."""
+    settings = top_level(config, DoctorSettings)
+    refuse_unwritable(settings.out)
+    refuse_other_recipe(settings.out, RECIPE)
+    machine = find_machine()
+    table = Table(show_header=False, box=None)
+    for name, text in report(machine):
+        table.add_row(name, text)
+    console.print(table)
+    with record(config, RECIPE):
+        if settings.out:
+            result = {
+                "found": asdict(machine),
+                "takes": [asdict(choice) for choice in choices(machine)],
+                "missing": [asdict(part) for part in missing_parts(machine)],
+                **provenance(),
+            }
+            write_result(settings.out, result)
+
+
+if __name__ == "__main__":
+    main("doctor", task)

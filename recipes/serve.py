@@ -1,0 +1,223 @@
+"""Answer many clients through OpenAI's API, with a model whose keys and values are sharded over the ranks.
+
+    python -m recipes.serve mesh.ring=2 port=8000
+
+Requests are answered together: each step runs a chunk of new prompts, and decodes a token of every open answer.
+SIGTERM answers the open requests, then ends the server.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+from pydantic import PositiveInt
+
+from longctx.config import Sampling
+from longctx.hf.config import tokenizer_of
+from longctx.parallel.launch import Rank
+from longctx.parallel.launcher import current_rank
+from recipes.common.cli import is_first, main, on_ranks, say, warm_up_ranks
+from recipes.common.progress import Progress
+from recipes.common.settings import section, top_level
+from recipes.common.target import Target, resolve_target, say_unapplied
+
+if TYPE_CHECKING:
+    from longctx.infer.session import Session
+    from longctx.megatron.runtime import Runtime
+    from longctx.serve.schedule import Limits
+    from longctx.train.stop import StopRequest
+
+RECIPE = "recipes.serve"
+KEY_VARIABLE = "LONGCTX_API_KEY"
+_REPEAT_S = 0.5  # a request to stop is repeated, since a rank that is starting ignores it
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Settings of configs/serve.yaml outside any section."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key_file: str | None = None
+    max_sequences: PositiveInt = 16
+    max_waiting: PositiveInt = 256
+    cache_tokens: PositiveInt | None = None
+    max_request_bytes: PositiveInt = 4_000_000
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"port={self.port}: use 1 to {2**16 - 1}, or 0 for a free one")
+
+
+@dataclass(frozen=True)
+class ServeJob:
+    """Inputs of every rank: plain values, checked before any rank starts."""
+
+    target: Target
+    sampling: Sampling
+    settings: ServeSettings
+    key: str | None = field(repr=False)
+
+    @property
+    def limits(self) -> Limits:
+        """Bounds of the work of a step."""
+        from longctx.serve.schedule import Limits
+
+        most = self.target.shape.max_positions
+        cached = self.settings.cache_tokens or self.settings.max_sequences * most
+        return Limits(self.target.context.chunk or most, self.settings.max_sequences, cached)
+
+
+def prepare(config: DictConfig) -> ServeJob:
+    """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
+    refuse_missing_packages()
+    target = resolve_target(config, RECIPE, unused_axes=("dp", "pp"))
+    settings, sampling = top_level(config, ServeSettings), section(config, "sampling", Sampling)
+    key = read_key(settings)
+    refuse_open_host(settings.host, key)
+    if sampling.logprobs is not None:
+        raise ValueError(f"sampling.logprobs={sampling.logprobs}: a request asks for them, use sampling.logprobs=null")
+    if target.plan:
+        raise ValueError("recipes.serve has not been tested with dropped reductions: use spd=none")
+    if is_first():
+        listen(settings).close()
+    target.shape.refuse_unknown_token(max(sampling.stop_tokens, default=0), "sampling.stop_tokens")
+    say_unapplied(target.folder, sampling)
+    return ServeJob(target, sampling, settings, key)
+
+
+def refuse_missing_packages() -> None:
+    """Raise ValueError if the packages of the web server are not installed."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"recipes.serve needs {error.name}: pip install 'longctx[serve]'") from error
+
+
+def read_key(settings: ServeSettings) -> str | None:
+    """Return the API key from the file, or from the environment variable `KEY_VARIABLE`; None if neither is given.
+
+    Raises ValueError for a file that cannot be read, and for a key that is empty or no ASCII text.
+    """
+    name, key = f"the environment variable {KEY_VARIABLE}", os.environ.get(KEY_VARIABLE)
+    if settings.api_key_file:
+        name = f"api_key_file={settings.api_key_file}"
+        try:
+            key = Path(settings.api_key_file).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{name} cannot be read: {error}; give a file with the key") from error
+    if key is not None and not (key.strip() and key.strip().isascii()):
+        raise ValueError(f"{name} has no key of ASCII characters: write one, or leave it out")
+    return key.strip() if key else None
+
+
+def refuse_open_host(host: str, key: str | None) -> None:
+    """Raise ValueError unless ``host`` is an address, and one of this machine only if there is no ``key``."""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        raise ValueError(f"host={host} is no address: use 127.0.0.1, or 0.0.0.0 with an API key") from None
+    if not (address.is_loopback or key):
+        raise ValueError(
+            f"host={host} can be reached from other machines and needs an API key: give api_key_file=FILE, set "
+            f"{KEY_VARIABLE}, or use host=127.0.0.1"
+        )
+
+
+def listen(settings: ServeSettings) -> socket.socket:
+    """Return a socket that listens at the settings' host and port.  Raises ValueError if they cannot be used."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family)
+    except OSError as error:
+        raise ValueError(
+            f"port={settings.port} of host={settings.host} cannot be used ({error.strerror}): give another port"
+        ) from error
+
+
+def run_rank(rank: Rank, job: ServeJob) -> None:
+    """Serve on one rank: the first one speaks to the clients, and the others follow its plans."""
+    from longctx.infer.session import Session
+    from longctx.serve.ranks import follow
+    from longctx.train.stop import StopRequest
+
+    stop, target = StopRequest(), job.target
+    if current_rank():  # a launcher sends its ranks SIGTERM
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGUSR1))
+    with target.runtime(rank) as runtime:
+        with Progress(shown=rank.rank == 0) as progress:
+            progress.start("loading", None)
+            session = Session(target.load_engine(runtime), target.context, Sampling())
+        if rank.rank == 0:
+            speak(session, runtime, job, stop)
+        else:
+            follow(session, runtime.world)
+        stop.over()
+
+
+def speak(session: Session, runtime: Runtime, job: ServeJob, stop: StopRequest) -> None:
+    """Answer the clients on the first rank."""
+    from longctx.serve.app import Front, make_app
+    from longctx.serve.http import serve
+    from longctx.serve.metrics import Metrics
+    from longctx.serve.request import Reader
+    from longctx.serve.service import Service
+
+    target, settings, limits = job.target, job.settings, job.limits
+    service = Service(session, runtime.world, tokenizer_of(target.folder), limits)
+    name, tokenizer = target.model.name, tokenizer_of(target.folder)
+    most = settings.max_sequences + settings.max_waiting
+    reader = Reader(name, target.shape, tokenizer, job.sampling, limits.cached_tokens, most)
+    metrics = Metrics(
+        {
+            "running_sequences": lambda: len(service.scheduler.running),
+            "waiting_sequences": lambda: len(service.scheduler.waiting),
+            "cache_bytes_of_first_rank": lambda: session.cache_bytes,
+            "steps": lambda: service.passes,
+            "busy_seconds": lambda: service.seconds,
+        }
+    )
+    front = Front(reader, service.submit, service.cancel, metrics, most, settings.max_request_bytes, job.key)
+    with listen(settings) as at:
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        say(f"{name} answers at http://{host}:{at.getsockname()[1]}/v1")
+        serve(service, front, make_app(front), at, lambda: stop.received)
+
+
+def stop_on_sigterm() -> None:
+    """Let SIGTERM ask the local ranks to stop; a second one ends them at once."""
+
+    def repeat() -> None:
+        while True:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            threading.Event().wait(_REPEAT_S)
+
+    def receive(*_: object) -> None:
+        signal.signal(signal.SIGTERM, at_once)
+        threading.Thread(target=repeat, daemon=True).start()
+
+    at_once = signal.signal(signal.SIGTERM, receive)
+
+
+def task(config: DictConfig) -> None:
+    """Check the configuration, and serve on the ranks until a signal stops them."""
+    warm_up_ranks(["longctx.infer.engine", "longctx.infer.generate", "recipes.common.progress", "recipes.serve"])
+    job = prepare(config)
+    if current_rank() is None:
+        stop_on_sigterm()
+    on_ranks(job.target.mesh, run_rank, job)
+    say("stopped, as asked: all requests were answered")
+
+
+if __name__ == "__main__":
+    main("serve", task)

@@ -1,0 +1,51 @@
+"""Text that is streamed joins to the whole answer, and never shows a part of what ends it."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longctx.infer.answer import AnswerText, cut_at_stop, make_stop_check
+from tests.tiny import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer(eos_token="<end>")  # one token per byte
+
+
+def ids(text: str) -> list[int]:
+    return list(TOKENIZER(text)["input_ids"])
+
+
+@given(st.text("aböc\U0001f642", max_size=13), st.lists(st.text("abö", min_size=1, max_size=4), max_size=3))
+def test_pieces_join_to_the_text_before_the_first_stop(text, stop):
+    answer, pieces = AnswerText(TOKENIZER, stop), []
+    for token in ids(text):
+        pieces.append(answer.add(token))
+        assert text.startswith("".join(pieces)), "an incomplete character was shown"
+        if answer.stopped:
+            break
+    pieces.append(answer.end())
+    read = next((text[:end] for end in range(len(text) + 1) if any(one in text[:end] for one in stop)), text)
+    expected = read[: min((read.index(one) for one in stop if one in read), default=len(read))]
+    assert "".join(pieces) == answer.text == cut_at_stop(read, stop) == expected
+    assert answer.stopped == any(one in text for one in stop)
+
+
+def test_text_that_may_begin_a_stop_waits():
+    answer = AnswerText(TOKENIZER, ["END", "xy"])
+    assert [answer.add(token) for token in ids("a ENEx")] == ["a", " ", "", "", "EN", "E"]
+    assert (answer.add(ids("y")[0]), answer.stopped, answer.end(), answer.text) == ("", True, "", "a ENE")
+
+
+def test_special_tokens_are_no_text():
+    answer = AnswerText(TOKENIZER)
+    assert answer.add(ids("a")[0]) + answer.add(TOKENIZER.eos_token_id) + answer.end() == "a"
+
+
+@pytest.mark.parametrize(("stop", "ends"), [(("ab",), [3, 1]), ((), [None, None])])
+def test_stop_check_keeps_sequences_apart(stop, ends):
+    stopped = make_stop_check(TOKENIZER, stop)
+    texts, found = [ids("xaab"), ids("ab")], [None, None]
+    for at in range(4):
+        for i, text in enumerate(texts):
+            if at < len(text) and stopped(i, text[: at + 1]) and found[i] is None:
+                found[i] = at
+    assert found == ends

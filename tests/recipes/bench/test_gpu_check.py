@@ -1,0 +1,76 @@
+"""recipes.bench gpu_check, rehearsed on a CPU: every part, its time limit, and what is written after each."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from longctx.attention.kernel import reference
+from longctx.attention.layout import zigzag
+from recipes.bench import gpu_check
+from recipes.bench.gpu_check import TimeIsUp, prepare, run_parts, time_limit
+from recipes.bench.gpu_parts import _time_attention
+from tests import oracle
+from tests.infer.thread_ranks import single_rank
+
+REHEARSAL = (
+    "run=local", "model=tiny", "model.dtype=float32", "context.kernel=auto", "context.chunk=31", "lengths=[67]",
+    "ranks=[2,3]", "logits=23", "prefill=[41]", "new_tokens=3", "rounds=1",
+)  # fmt: skip
+
+
+@pytest.fixture
+def job(config_of, tmp_path):
+    return prepare(config_of("bench/gpu_check", *REHEARSAL, f"out={tmp_path}/check"))
+
+
+def test_every_part_is_rehearsed_and_written(job, tmp_path):
+    with single_rank(tmp_path) as runtime:
+        results = run_parts(job, runtime)
+    written = json.loads((tmp_path / "check" / "gpu_check.json").read_text())
+    assert list(written["parts"]) == ["kernels", "tiles", "logits", "model"] == list(results)
+    assert not [part["error"] for part in written["parts"].values() if "error" in part]
+    kernels, tiles, logits, model = (part["rows"] for part in written["parts"].values())
+    assert {row["kernel"]: row["verdict"] for row in kernels} == {"reference": "exact", "flash_cpu": "exact"}
+    assert [(row["tokens"], row["ranks"]) for row in tiles] == [(67, 2), (67, 3)]
+    assert all(0 < row["error_out"] < 1e-6 and 0 < row["error_gradients"] < 2e-6 for row in tiles)
+    assert logits == [{"tokens": 23, "model_layers": 2, "layers": "local", "error": 0.0}]
+    assert model[0]["tokens"] == 41 and model[0]["ttit_s"] > 0
+    page = (tmp_path / "check" / "gpu_check.md").read_text()
+    assert "| kernel | dtype | verdict |\n|---|---|---|\n| reference | float32 | exact |" in page
+
+
+def test_part_that_fails_or_takes_too_long_does_not_end_the_others(job, tmp_path):
+    seen = []
+
+    def fail(*_):
+        raise RuntimeError("CUDA out of memory\nwith advice")
+
+    def read(*_):
+        seen.append(json.loads((tmp_path / "check" / "gpu_check.json").read_text())["parts"])
+        return []
+
+    results = run_parts(job, None, {"failing": fail, "later": read})
+    assert seen[0]["failing"]["error"] == "RuntimeError: CUDA out of memory"
+    assert "RuntimeError: CUDA out of memory" in (tmp_path / "check" / "gpu_check.md").read_text()
+    assert results["later"]["rows"] == []
+    with pytest.raises(TimeIsUp, match=r"after 0\.05 s"), time_limit(0.05):
+        time.sleep(60)
+
+
+def test_tiles_of_a_ring_are_exact():
+    generator = torch.Generator().manual_seed(3)
+    q, k, v, dout = (torch.randn(1, 23, h, 5, dtype=torch.float64, generator=generator) for h in (6, 2, 2, 6))
+    rows = oracle.pack_rows([23])
+    mask = oracle.visible(rows, rows)
+    exact = (oracle.attention(q, k, v, mask)[0], *oracle.gradients(q, k, v, mask, dout))
+    ring = _time_attention([q, k, v, dout], zigzag(23, 3), reference, 1)
+    for x, expected in zip(ring.tensors, exact, strict=True):
+        oracle.assert_close(x, expected, 1e-6)
+
+
+def test_prompts_beyond_the_model_are_refused(config_of, tmp_path):
+    with pytest.raises(ValueError, match=r"prefill=5,000 and new_tokens=3 .* model's 4,096 positions"):
+        prepare(config_of("bench/gpu_check", *REHEARSAL, "prefill=[5000]", f"out={tmp_path}/check"))
+    assert gpu_check.PARTS and not (tmp_path / "check").exists()

@@ -1,0 +1,140 @@
+"""recipes.serve: OpenAI's own client gets the texts of recipes.generate; wrong settings are refused."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from longctx.config import Sampling
+from longctx.hf.config import tokenizer_of
+from longctx.infer.answer import cut_at_stop
+from longctx.parallel.launch import run_ranks
+from recipes import generate, serve
+
+PROMPTS = ["The quick brown fox", "Jumps", "over the lazy dog, which lies there, and does not wake."]
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server of the tiny model on two ranks, and its address."""
+    words = ["mesh.ring=2", "port=0", "context.chunk=13", "max_sequences=3"]
+    command = [sys.executable, "-m", "recipes.serve", f"model={tiny}", *words]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as one:
+        lines = []
+        for line in one.stderr:
+            lines.append(line)
+            if found := re.search(r"answers at (http://\S+/v1)", line):
+                break
+        else:
+            pytest.fail("".join(lines))
+        yield one, found[1]
+        one.kill()
+
+
+@pytest.fixture(scope="module")
+def client(server: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server[1], api_key="none", max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def expected(prepared: Any, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    """The tokens of recipes.generate: two answers to each of `PROMPTS`."""
+    file = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps({"text": one}) for one in PROMPTS))
+    job = prepared(f"prompts={file}", "n=2", "max_new_tokens=17", "sampling.temperature=1.2", "sampling.top_k=90",
+                   "sampling.seed=11", "verify=false")  # fmt: skip
+    return run_ranks(1, generate.run_rank, job)[0].token_ids
+
+
+def complete(client: openai.OpenAI, prompt: Any = PROMPTS, **settings: Any) -> Any:
+    fields = {"model": "tiny", "temperature": 1.2, "seed": 11, "max_tokens": 17, "extra_body": {"top_k": 90}}
+    return client.completions.create(prompt=prompt, **{**fields, **settings})
+
+
+def test_texts_are_those_of_generate(client, expected, tiny):
+    texts = [tokenizer_of(tiny).decode(tokens) for tokens in expected]
+    # 1. Six answers at once, of which three are decoded together.
+    answer = complete(client, n=2, logprobs=2)
+    assert [one.text for one in answer.choices] == texts
+    assert {one.finish_reason for one in answer.choices} == {"length"}
+    assert answer.usage.completion_tokens == 6 * 17
+    assert all(len(one.logprobs.token_logprobs) == 17 for one in answer.choices)
+    # 2. Streams beside each other, with stop texts.
+    stop = texts[0][4:6]
+
+    def stream(i: int) -> str:
+        pieces = complete(client, PROMPTS[i], seed=11 + 2 * i, stream=True, stop=[stop])
+        return "".join(one.choices[0].text for one in pieces)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert [*pool.map(stream, range(3))] == [cut_at_stop(texts[2 * i], [stop]) for i in range(3)]
+    # 3. A client that leaves early holds up nobody.
+    leaving = complete(client, PROMPTS[1], max_tokens=80, stream=True)
+    next(iter(leaving))
+    leaving.close()
+    assert complete(client, PROMPTS[0]).choices[0].text == texts[0]
+
+
+def test_errors_are_those_that_the_client_knows(client):
+    with pytest.raises(openai.NotFoundError, match="use 'tiny'"):
+        complete(client, model="gpt")
+    with pytest.raises(openai.BadRequestError, match="has no chat template"):
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hi"}])
+    assert [one.id for one in client.models.list()] == ["tiny"]
+
+
+def test_sigterm_answers_open_requests_first(server, client):
+    """The last test of the server: the stream that is open gets all its tokens."""
+    process, _ = server
+    stream = complete(client, PROMPTS[1], max_tokens=80, stream=True)
+    next(iter(stream))
+    process.send_signal(signal.SIGTERM)
+    assert [one.choices[0].finish_reason for one in stream][-1] == "length"
+    until = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < until:
+        process.stderr.readline()
+    assert process.wait(5) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["host=0.0.0.0"],
+            r"host=0\.0\.0\.0 can be reached from other machines and needs an API key: give api_key_file",
+        ),
+        (["host=here"], "host=here is no address: use 127.0.0.1"),
+        (["port=70000"], "port=70000: use 1 to 65535"),
+        (["api_key_file=/nowhere"], "api_key_file=/nowhere cannot be read"),
+        (["mesh.dp=2"], "mesh.dp=2"),
+        (["sampling.logprobs=1"], "a request asks for them"),
+        (["context.strategy=auto"], "recipes.serve takes one of"),
+    ],
+)
+def test_wrong_settings_are_refused(refused, tiny, words, message):
+    assert re.search(message, refused(serve, serve.task, f"model={tiny}", *words))
+
+
+def test_key_comes_from_a_file_or_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv(serve.KEY_VARIABLE, "from the environment")
+    (tmp_path / "key").write_text("from a file\n")
+    assert serve.read_key(serve.ServeSettings()) == "from the environment"
+    settings = serve.ServeSettings(api_key_file=str(tmp_path / "key"))
+    assert serve.read_key(settings) == "from a file"
+    job = serve.ServeJob(None, Sampling(), settings, "from a file")
+    assert "from a file" not in repr(job)
+    (tmp_path / "key").write_text("\n")
+    with pytest.raises(ValueError, match="has no key of ASCII characters"):
+        serve.read_key(settings)

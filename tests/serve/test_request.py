@@ -1,0 +1,138 @@
+"""Requests in OpenAI's form become settings, or are refused with the field and what to change."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from longctx.config import Sampling
+from longctx.hf.config import shape_of
+from longctx.serve.request import (
+    ChatBody,
+    CompletionBody,
+    Reader,
+    RequestRefused,
+    TokenizeBody,
+    describe_invalid,
+)
+from tests.tiny import tiny_model, tiny_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};"
+    "{% if m.role == 'bad' %}{{ raise_exception('no') }}{% endif %}{% endfor %}a:"
+)
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    folder: Path = tiny_model(tmp_path_factory.mktemp("request") / "tiny", max_positions=97)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    defaults = Sampling(1.0, stop=("STOP",), repetition_penalty=1.1)
+    return Reader("tiny", shape_of(folder), tokenizer, defaults, max_tokens=83, max_choices=5)
+
+
+def completion(reader: Reader, prompt: Any = "abc", **fields: Any):
+    return reader.completion(CompletionBody.model_validate({"model": "tiny", "prompt": prompt, **fields}))
+
+
+def chat(reader: Reader, messages: Any = ({"role": "user", "content": "hi"},), **fields: Any):
+    return reader.chat(ChatBody.model_validate({"model": "tiny", "messages": list(messages), **fields}))
+
+
+def ids(text: str) -> tuple[int, ...]:
+    return tuple(tiny_tokenizer()(text)["input_ids"])
+
+
+def test_fields_become_settings_and_others_are_the_servers(reader):
+    ask = completion(
+        reader, ["abc", "de"], n=2, max_tokens=7, temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, seed=-1,
+        presence_penalty=0.3, frequency_penalty=-0.3, stop="x", stop_token_ids=[7], logprobs=3, stream=True,
+        stream_options={"include_usage": True}, user="me", best_of=1, logit_bias={}, suffix=None,
+    )  # fmt: skip
+    assert ask.sampling == Sampling(
+        0.5, 0.9, min_p=0.1, presence_penalty=0.3, frequency_penalty=-0.3, repetition_penalty=1.1, stop=("x",),
+        stop_tokens=(7,), logprobs=3, seed=2**32 - 1,
+    )  # fmt: skip
+    assert (ask.prompts, ask.max_new_tokens, ask.n) == ((ids("abc"), ids("de")), (7, 7), 2)
+    assert ask.stream and ask.include_usage and not ask.echo
+    assert [(prompt, most, one.seed) for prompt, most, one in ask.choices] == [
+        (ids("abc"), 7, 2**32 - 1), (ids("abc"), 7, 0), (ids("de"), 7, 1), (ids("de"), 7, 2),
+    ]  # fmt: skip
+
+
+def test_defaults_are_those_of_openai(reader):
+    ask = completion(reader, [5, 6])
+    assert ask.prompts == ((5, 6),) and ask.max_new_tokens == (16,) and ask.sampling.logprobs is None
+    assert completion(reader).sampling.seed != ask.sampling.seed, "without a seed, answers differ"
+    assert completion(reader, "x" * 80).max_new_tokens == (3,)
+    assert completion(reader, [[5], [6, 7]]).prompts == ((5,), (6, 7))
+    assert chat(reader).max_new_tokens == (83 - 7,), "a chat's answer may fill the cache"
+    greedy = completion(reader, temperature=0, top_p=0.5, top_k=3, min_p=0.1)
+    assert greedy.sampling == Sampling(0.0, repetition_penalty=1.1, stop=("STOP",), seed=greedy.sampling.seed)
+
+
+def test_chat_uses_the_template(reader):
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    ask = chat(reader, [{"role": "system", "content": "be"}, {"role": "user", "content": parts}], logprobs=True)
+    assert ask.prompts == (ids("s:be;u:hi;a:"),) and ask.sampling.logprobs == 0 and ask.chat
+    assert chat(reader, logprobs=True, top_logprobs=4, max_completion_tokens=3).sampling.logprobs == 4
+    assert chat(reader, max_tokens=9, response_format={"type": "text"}).max_new_tokens == (9,)
+
+
+def test_tokenize_takes_a_text_or_messages(reader):
+    assert reader.tokens(TokenizeBody(prompt="ab")) == ids("ab")
+    assert reader.tokens(TokenizeBody(messages=[{"role": "user", "content": "hi"}])) == ids("u:hi;a:")
+    with pytest.raises(RequestRefused, match="either prompt or messages"):
+        reader.tokens(TokenizeBody())
+
+
+@pytest.mark.parametrize(
+    ("ask", "fields", "param", "message"),
+    [
+        (completion, {"model": "gpt"}, "model", "the model 'gpt' does not exist: use 'tiny'"),
+        (completion, {"prompt": ""}, "prompt", "empty"),
+        (completion, {"prompt": []}, "prompt", "empty"),
+        (completion, {"prompt": "x" * 84}, "prompt", "84 tokens, and with max_tokens=1 .* the 83 that fit: shorten"),
+        (completion, {"max_tokens": 81}, "max_tokens", "with max_tokens=81 that is more than the 83"),
+        (completion, {"prompt": [256]}, "prompt", "token 256, beyond the model's vocabulary"),
+        (completion, {"stop_token_ids": [300]}, "stop_token_ids", "beyond the model's vocabulary"),
+        (completion, {"n": 6}, "n", "1 prompts with n=6 are 6 answers: use 1 to 5"),
+        (completion, {"temperature": -1}, "temperature", "^temperature=-1.0: use 0 for greedy"),
+        (completion, {"top_p": 0}, "top_p", "^top_p=0.0: use a share"),
+        (completion, {"frequency_penalty": 3}, "frequency_penalty", "use -2 to 2"),
+        (completion, {"stop": ["a", ""]}, "stop", "^stop has an empty text"),
+        (completion, {"stop": ["a"] * 17}, "stop", "17 texts: use at most 16"),
+        (completion, {"echo": True, "logprobs": 1}, "echo", "not implemented"),
+        (completion, {"logit_bias": {"5": 1}}, "logit_bias", "logit_bias is not implemented: leave it out"),
+        (completion, {"best_of": 2}, "best_of", "not implemented"),
+        (chat, {"tools": [{"type": "function"}]}, "tools", "tools is not implemented"),
+        (chat, {"top_logprobs": 2}, "top_logprobs", "needs logprobs=true"),
+        (chat, {"messages": [{"role": "bad", "content": "x"}]}, "messages", "template refuses .* no"),
+        (chat, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "image_url is not"),
+    ],
+)  # fmt: skip
+def test_requests_that_cannot_be_answered_are_refused(reader, ask, fields, param, message):
+    with pytest.raises(RequestRefused, match=message) as refused:
+        ask(reader, **fields)
+    assert (refused.value.param, refused.value.status) == (param, 404 if param == "model" else 400)
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [({"temperature": "hot"}, "temperature"), ({"max_tokens": 0}, "max_tokens"), ({"n": True}, "n"),
+     ({"seed": 0.5}, "seed"), ({"temperature": float("nan")}, "temperature"),
+     ({"prompt": [-1]}, "prompt"), ({"prompt": {"a": 1}}, "prompt")],
+)  # fmt: skip
+def test_values_of_another_type_are_named(fields, place):
+    with pytest.raises(ValidationError) as invalid:
+        CompletionBody.model_validate({"model": "tiny", "prompt": "a", **fields})
+    message, param = describe_invalid(invalid.value.errors())
+    assert param == place and message.startswith(place)
+
+
+def test_model_without_a_template_names_the_other_route(reader):
+    with pytest.raises(RequestRefused, match="has no chat template: use /v1/completions"):
+        chat(replace(reader, tokenizer=tiny_tokenizer()))

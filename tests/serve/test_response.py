@@ -1,0 +1,77 @@
+"""Responses have the form that OpenAI's own client reads."""
+
+import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from longctx.config import Sampling
+from longctx.infer.sample import TokenLogprob
+from longctx.serve.request import Ask
+from longctx.serve.response import Choice, Form, error, model_list
+from tests.tiny import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+A, B, HALF = (TOKENIZER("ab")["input_ids"]) + [TOKENIZER("ö")["input_ids"][0]]
+LOGPROBS = [TokenLogprob(A, -0.5, ((A, -0.5), (B, -1.5))), TokenLogprob(HALF, -2.0, ((B, -1.0), (HALF, -2.0)))]
+
+
+def form(**fields) -> Form:
+    settings = {"sampling": Sampling(logprobs=2), "n": 2, **fields}
+    return Form(Ask("tiny", ((1, 2, 3), (4,)), (5, 5), **settings), TOKENIZER)
+
+
+def choices() -> list[Choice]:
+    return [Choice("one", 2, LOGPROBS, "stop"), *(Choice("x" * i, i, [], "length") for i in range(3))]
+
+
+def test_completion_has_logprobs_with_offsets_after_the_echo():
+    whole = form(echo=True, prompt_texts=("pre", "q")).whole(choices())
+    read = Completion.model_validate(whole)
+    assert [one.text for one in read.choices] == ["preone", "pre", "qx", "qxx"]
+    assert [one.finish_reason for one in read.choices] == ["stop", "length", "length", "length"]
+    logprobs = read.choices[0].logprobs
+    assert (logprobs.tokens, logprobs.token_logprobs) == (["a", "\ufffd"], [-0.5, -2.0])
+    assert logprobs.top_logprobs == [{"a": -0.5, "b": -1.5}, {"b": -1.0, "\ufffd": -2.0}]
+    assert logprobs.text_offset == [3, 4]
+    assert (read.usage.prompt_tokens, read.usage.completion_tokens, read.usage.total_tokens) == (4, 5, 9)
+
+
+def test_chat_completion_has_bytes_of_whole_characters():
+    read = ChatCompletion.model_validate(form(chat=True).whole(choices()))
+    first = read.choices[0]
+    assert (first.message.role, first.message.content, read.object) == ("assistant", "one", "chat.completion")
+    assert [(one.token, one.bytes) for one in first.logprobs.content] == [("a", [97]), ("\ufffd", None)]
+    assert [one.token for one in first.logprobs.content[1].top_logprobs] == ["b", "\ufffd"]
+
+
+def test_chunks_of_a_chat_begin_with_the_role_and_end_with_usage():
+    shape = form(chat=True)
+    first, middle = (
+        ChatCompletionChunk.model_validate(one) for one in (shape.first(1), shape.chunk(1, "on", LOGPROBS[0], "stop"))
+    )
+    assert (first.choices[0].delta.role, first.choices[0].delta.content) == ("assistant", "")
+    assert middle.choices[0].delta.content == "on" and middle.choices[0].finish_reason == "stop"
+    assert middle.choices[0].logprobs.content[0].logprob == -0.5 and first.id == middle.id
+    last = ChatCompletionChunk.model_validate(shape.last(choices()))
+    assert last.choices == [] and last.usage.total_tokens == 9
+
+
+def test_chunks_of_a_completion_have_no_logprobs_unless_asked():
+    plain = form(sampling=Sampling())
+    assert Completion.model_validate(plain.chunk(0, "a", None, "stop")).choices[0].logprobs is None
+    read = Completion.model_validate(form().chunk(0, "a", LOGPROBS[0], "length", offset=7))
+    assert read.choices[0].logprobs.text_offset == [7] and read.usage is None
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(400, "invalid_request_error"), (413, "invalid_request_error"), (401, "authentication_error"),
+     (404, "not_found_error"), (429, "rate_limit_error"), (500, "server_error"), (503, "server_error")],
+)  # fmt: skip
+def test_errors_name_their_kind(status, kind):
+    expected = {"message": "m", "type": kind, "param": "p", "code": None}
+    assert error("m", status, "p") == {"error": expected}
+
+
+def test_list_has_the_model():
+    assert [one["id"] for one in model_list("tiny", 7, 97)["data"]] == ["tiny"]

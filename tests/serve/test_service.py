@@ -1,0 +1,165 @@
+"""Sequences that share the passes of a server get the tokens that each gets alone, on threads as ranks."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from longctx.config import Context, Mesh, Sampling
+from longctx.infer.engine import Engine
+from longctx.infer.session import Session
+from longctx.parallel.threads import ThreadWorld
+from longctx.serve.ranks import follow, share_plan
+from longctx.serve.schedule import Limits, NewSequence, Plan
+from longctx.serve.service import Failure, Service, Token
+from tests.infer.thread_ranks import run_engines, single_rank
+from tests.tiny import tiny_model, tiny_tokenizer
+
+LIMITS = Limits(prefill_tokens=11, sequences=3, cached_tokens=97)
+TOKENIZER = tiny_tokenizer()
+SEQUENCES = [
+    NewSequence(i, tuple((7 * i + 3 * j) % 256 for j in range(length)), most, sampling)
+    for i, (length, most, sampling) in enumerate([
+        (31, 5, Sampling()),
+        (3, 9, Sampling(1.1, top_k=50, seed=7)),
+        (1, 1, Sampling(0.7, logprobs=2)),
+        (17, 13, Sampling(1.3, presence_penalty=1.0, frequency_penalty=0.5, logprobs=0)),
+        (23, 4, Sampling(1.0, repetition_penalty=1.2, seed=9)),
+        (2, 60, Sampling(1.0, seed=3)),
+    ])
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("service") / "tiny", max_positions=97)
+
+
+def on_ranks(folder: Path, tmp_path: Path, mesh: Mesh, speak: Callable[[Service], object]) -> list[object]:
+    """Run ``speak(service)`` on the first rank of ``mesh``, while the others follow; return the ranks' results."""
+
+    def rank_main(engine: Engine) -> object:
+        session = Session(engine, Context(), Sampling())
+        if engine.context.rank:
+            follow(session, engine.context)
+            return sorted(session.sequences)
+        service = Service(session, engine.context, TOKENIZER, LIMITS)
+        found = speak(service)
+        service.stop()
+        return found
+
+    with single_rank(tmp_path) as runtime:
+        return run_engines(runtime, folder, mesh, rank_main)
+
+
+def alone(service: Service) -> dict[int, list[int]]:
+    """Answer one sequence after the other."""
+    tokens = {}
+    for one in SEQUENCES:
+        service.session.add(one.number, len(one.prompt), one.max_new_tokens, one.sampling)
+        turn = service.session.turn({one.number: list(one.prompt)}, {one.number: one.max_new_tokens})
+        tokens[one.number] = turn.tokens[one.number]
+        service.session.drop(one.number)
+    return tokens
+
+
+def together(service: Service) -> list[Token | Failure]:
+    """Answer all sequences at once, which arrive between the steps, while one client goes away."""
+    events: list[Token | Failure] = []
+    arriving, left_early = iter(SEQUENCES), False
+    service.submit(next(arriving), events.append)
+    while service.busy:
+        service.step()
+        if (new := next(arriving, None)) is not None:
+            service.submit(new, events.append)
+        if not left_early and sum(event.number == 5 for event in events) == 3:
+            service.cancel(5)
+            left_early = True
+    return [*events, len(service.session.sequences)]
+
+
+def test_answers_equal_those_of_each_sequence_alone(folder, tmp_path):
+    [expected] = on_ranks(folder, tmp_path, Mesh(), alone)
+    for mesh in (Mesh(), Mesh(ring=2)):
+        (*events, left), *others = on_ranks(folder, tmp_path, mesh, together)
+        assert left == 0 and all(other == [] for other in others), "a sequence is still cached"
+        for one in SEQUENCES:
+            mine = [event for event in events if event.number == one.number]
+            tokens, whole = [event.token for event in mine], expected[one.number]
+            assert tokens == (whole if one.number != 5 else whole[: len(tokens)])
+            assert [event.finish for event in mine[:-1]] == [None] * (len(mine) - 1)
+            assert len(mine) < 7 if one.number == 5 else mine[-1].finish == "length"
+            assert "".join(event.piece for event in mine) == TOKENIZER.decode(tokens) or one.number == 5
+            asked = one.sampling.logprobs
+            assert all(event.logprob is None if asked is None else event.logprob.token == event.token for event in mine)
+
+
+def test_answer_ends_at_its_stop_text_and_the_client_sees_no_more(folder, tmp_path):
+    def speak(service: Service) -> list[Token]:
+        events: list[Token] = []
+        prompt = SEQUENCES[0].prompt
+        service.submit(NewSequence(0, prompt, 20, Sampling(1.0)), events.append)
+        while service.busy:
+            service.step()
+        text = "".join(event.piece for event in events)
+        stop = text[5:7]
+        service.submit(NewSequence(1, prompt, 20, Sampling(1.0, stop=(stop,))), events.append)
+        while service.busy:
+            service.step()
+        ended = [event for event in events if event.number == 1]
+        assert "".join(event.piece for event in ended) == text[: text.index(stop)]
+        assert ended[-1].finish == "stop" and len(ended) < 20
+        return events
+
+    on_ranks(folder, tmp_path, Mesh(), speak)
+
+
+def test_logits_that_are_not_finite_fail_the_sequences_of_the_pass_only(folder, tmp_path):
+    def speak(service: Service) -> list[Token | Failure]:
+        events: list[Token | Failure] = []
+        weight = service.session.engine.model.output_layer.weight.data
+        before = weight.clone()
+        weight.fill_(float("nan"))
+        service.submit(SEQUENCES[2], events.append)
+        service.step()
+        weight.copy_(before)
+        service.submit(SEQUENCES[0], events.append)
+        while service.busy:
+            service.step()
+        return events
+
+    first, *others = on_ranks(folder, tmp_path, Mesh(), speak)[0]
+    assert isinstance(first, Failure) and "NaN or infinite" in first.message
+    assert [event.number for event in others] == [0] * 5
+
+
+def test_failure_of_the_server_reaches_every_client(folder, tmp_path):
+    def speak(service: Service) -> list[Token | Failure]:
+        events: list[Token | Failure] = []
+        service.submit(SEQUENCES[0], events.append)
+        service.step()
+        service.submit(SEQUENCES[1], events.append)
+        service.fail("lost rank 1")
+        while service.busy:
+            service.step()
+        return events
+
+    [events] = on_ranks(folder, tmp_path, Mesh(), speak)
+    assert events == [Failure(0, "lost rank 1"), Failure(1, "lost rank 1")]
+
+
+def test_plans_reach_every_rank():
+    world, plan, found = ThreadWorld(3), Plan((5,), (SEQUENCES[3],), {2: 7}, (1, 4)), {}
+
+    def receive(rank: int) -> None:
+        import torch
+
+        found[rank] = share_plan(world.group(rank), plan if rank == 0 else None, torch.device("cpu"))
+
+    threads = [threading.Thread(target=receive, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == dict.fromkeys(range(3), plan)

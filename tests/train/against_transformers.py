@@ -1,0 +1,40 @@
+"""A training step in float64 against transformers': the loss and every gradient."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longctx.config import Mesh
+from longctx.parallel.launch import run_ranks
+from tests.train.ranks import Run, train_each
+from tests.train.test_step import exact_model, tensors
+
+
+def exact(run: Run, folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return the loss, and the gradients by names of transformers' files; parameters of experts have other names."""
+    loss, net = exact_model(run)
+    for parameter in net.parameters():
+        parameter.data = parameter.grad
+    net.save_pretrained(folder)
+    return loss, tensors(folder)
+
+
+def assert_steps_equal(
+    mesh: Mesh, settings: dict[str, Any], runs: dict[str, Run], right: Mapping[str, tuple[float, Any]], folder: Path
+) -> None:
+    """Compare loss (1e-13) and every gradient (1e-11) of a float64 step on ``mesh`` with transformers'."""
+    folders = {kind: folder / kind for kind in runs}
+    jobs = [replace(runs[kind], mesh=mesh, gradients=folders[kind], dtype="float64", **settings) for kind in runs]
+    steps = [step for (step,) in run_ranks(mesh.ranks, train_each, jobs)[0]]
+    for (kind, (loss, gradients)), step in zip(right.items(), steps, strict=True):
+        assert step.loss == pytest.approx(loss, rel=1e-13), kind
+        # megatron-core divides by the number of tokens in float32.
+        rounding = float(1.0 / torch.tensor(step.tokens)) * step.tokens
+        got = tensors(folders[kind])
+        assert set(got) == set(gradients), kind
+        for name, gradient in gradients.items():
+            assert (got[name] / rounding - gradient).norm() <= 1e-11 * gradient.norm(), (kind, name)

@@ -1,0 +1,77 @@
+"""Training with experts divided among ranks equals training without, and transformers' loss and gradients."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longctx.config import Mesh, Optim
+from longctx.parallel.launch import run_ranks
+from tests.megatron.kinds import EVEN_EXPERTS, SMALL, random_model
+from tests.tiny import tiny_tokenizer
+from tests.train.against_transformers import assert_steps_equal, exact
+from tests.train.ranks import Run, train_each
+
+LENGTHS = ((37, 24), (61,))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    folder = tmp_path_factory.mktemp("experts")
+    for kind, changed in EVEN_EXPERTS.items():
+        random_model(kind, folder / kind, **changed)
+        tiny_tokenizer().save_pretrained(folder / kind)
+    return {kind: Run(Mesh(), folder / kind, LENGTHS, tokens=SMALL["vocab_size"]) for kind in EVEN_EXPERTS}
+
+
+@pytest.fixture(scope="module")
+def right(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("right")
+    return {kind: exact(run, folder / kind) for kind, run in runs.items()}
+
+
+MESHES: list[tuple[Mesh, dict[str, Any]]] = [
+    (Mesh(tp=2, ring=2, ep=2), {"strategy": "pass_q", "layout": "striped"}),
+    (Mesh(ulysses=2, pp=2, ep=2), {"recompute": "full"}),
+    (Mesh(ring=2, dp=2, ep=4), {}),  # a single expert a rank
+]
+
+
+@pytest.mark.parametrize(("mesh", "settings"), MESHES, ids=str)
+def test_loss_and_every_gradient_equal_those_of_transformers_in_float64(
+    mesh: Mesh, settings: dict[str, Any], runs: dict[str, Run], right: Any, tmp_path: Path
+) -> None:
+    assert_steps_equal(mesh, settings, runs, right, tmp_path)
+
+
+def test_step_and_its_bytes(runs: dict[str, Run], right: Any) -> None:
+    """Gradient norm: megatron-core must know which gradients other ranks hold.  Bytes: hidden states there and back."""
+    jobs = [replace(run, mesh=Mesh(tp=2, dp=2, ep=2), recompute="selective") for run in runs.values()]
+    jobs.append(replace(runs["gpt_oss"], mesh=Mesh(ring=2, dp=2, ep=2), optim=Optim(zero1=True)))
+    results = run_ranks(4, train_each, jobs)[0]
+    for kind, (step,) in zip([*runs, "gpt_oss"], results, strict=True):
+        loss, gradients = right[kind]
+        assert step.loss == pytest.approx(loss, rel=1e-6), kind
+        assert step.norm == pytest.approx(float(torch.stack([x.norm() for x in gradients.values()]).norm()), rel=1e-5)
+    rows, hidden, experts = -(-61 // 2) + 2, SMALL["hidden_size"], 4
+    forward = rows * (hidden + experts // 2) + rows * hidden  # to the other rank, and the other rank's rows back
+    assert results[-1][0].experts_bytes == SMALL["num_hidden_layers"] * (2 * forward * 4 + rows * experts)
+
+
+@pytest.mark.parametrize("zero1", [True, False])
+def test_checkpoints_resume_with_and_without_expert_parallelism(
+    zero1: bool, runs: dict[str, Run], tmp_path: Path
+) -> None:
+    meshes = (Mesh(ring=2, ep=2), Mesh(tp=2)) if zero1 else (Mesh(tp=2), Mesh(dp=2, ep=2))
+    begin, end = meshes
+    first = [
+        replace(run, mesh=begin, checkpoints=tmp_path / kind, steps=3, optim=Optim(zero1=zero1))
+        for kind, run in runs.items()
+    ]
+    whole = run_ranks(2, train_each, [replace(run, save_at=1) for run in first])[0]
+    resumed = run_ranks(2, train_each, [replace(run, mesh=end, begin=1) for run in first])[0]
+    for (_, *expected), got in zip(whole, resumed, strict=True):
+        assert [step.loss for step in got] == pytest.approx([step.loss for step in expected], rel=1e-6)
+        assert [step.norm for step in got] == pytest.approx([step.norm for step in expected], rel=1e-5)
