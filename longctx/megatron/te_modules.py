@@ -54,6 +54,7 @@ class TERowLinear(_Communicates, TERowParallelLinear):
     """A row-parallel projection."""
 
     _mode = "row"
+    reduction = None  # rounded reductions (`OutputProjection.reduction`) are refused with these layers
 
 
 class TEBiasedRowLinear(BiasedOutput, TERowLinear):
