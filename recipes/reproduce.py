@@ -101,9 +101,11 @@ def _reproduce(run: str) -> bool:
     was = final_figures(run)  # raises for a run without figures before it is run again
     new = run_again(run)
     now = final_figures(new)
-    if changed := differing_names([settings_of(run), settings_of(new)]):
+    before, after = settings_of(run), settings_of(new)
+    if changed := differing_names([before, after]):
         console.print(f"changed since: {', '.join(changed)}")
-    names = [name for name in {**was, **now} if not is_measured(name)]
+    # Results repeat settings.  Those that the run's version did not have are no figures of it.
+    names = [name for name in {**was, **now} if not is_measured(name) and (name in before or name not in after)]
     differ = [name for name in names if not agree(was.get(name), now.get(name), WITHIN)]
     shown = differ or [name for name in names if not isinstance(was.get(name), list)]
     table_rows = {name: [was.get(name), now.get(name)] for name in shown}

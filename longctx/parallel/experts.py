@@ -49,11 +49,13 @@ def routes_of(ep: Comm, tp: Comm, chosen: Bool[Tensor, "rows experts"]) -> Route
     for comm in (ep, tp):
         with comm.traffic.counted_as(EXPERTS):
             gathered = torch.stack(comm.all_gather(gathered, [tuple(gathered.shape)] * comm.size))
-    held = gathered.bool().unflatten(-1, (ep.size, -1))[:, :, :, ep.rank]  # [tp ep rows n]
-    arriving = held.any(-1)
+    chosen_here = gathered.bool().unflatten(-1, (ep.size, -1))[:, :, :, ep.rank]  # [tp ep rows n]
+    arriving = chosen_here.any(-1)
     leaving = chosen.unflatten(-1, (ep.size, -1)).any(-1).T  # [ep rows]
     to, row = leaving.nonzero().unbind(1)
-    return Routes(ep, tp, len(chosen), row, to, leaving.sum(-1).tolist(), arriving.sum(-1).tolist(), held[arriving])
+    return Routes(
+        ep, tp, len(chosen), row, to, leaving.sum(-1).tolist(), arriving.sum(-1).tolist(), chosen_here[arriving]
+    )
 
 
 def send_rows(

@@ -23,7 +23,7 @@ from recipes.common.settings import section
         (["eval.limits={hellasawg: 3}"], "eval.limits: there is no task hellasawg among arc_easy"),
         (["eval.tasks=[needle]", "eval.lengths=[512]"], "eval.lengths=512: the model's context is 397"),
         (["eval.gate=[nobody]"], "eval.gate: there is no variant nobody"),
-        (["eval.gate=[baseline]"], "eval.gate: baseline is what variants are compared with"),
+        (["eval.gate=[baseline]"], "eval.gate lists baseline, which variants are compared with"),
         (["eval.gate=[a]", "eval.tasks=[wikitext]", "variants=[{name: a}]"], "eval.gate judges accuracy"),
         (["eval.until=decided"], "eval.until=decided compares variants: add some"),
         (["eval.until=decided", "eval.tasks=[wikitext]", "variants=[{name: a}]"], "eval.until judges accuracy"),

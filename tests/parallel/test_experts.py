@@ -55,9 +55,9 @@ def on_ranks(task: Problem, ep: int, tp: int) -> list[tuple[list[torch.Tensor], 
     def rank_main(world: ThreadWorld, rank: int) -> Any:
         e, t = divmod(rank, tp)
         across, along = world.group(rank, range(t, ep * tp, tp)), world.group(rank, range(e * tp, (e + 1) * tp))
-        rows, held = slice(rank * ROWS, (rank + 1) * ROWS), slice(e * PER_RANK, (e + 1) * PER_RANK)
+        rows, experts = slice(rank * ROWS, (rank + 1) * ROWS), slice(e * PER_RANK, (e + 1) * PER_RANK)
         share = slice(t * FFN // tp, (t + 1) * FFN // tp)
-        mine = (task.x[rows], task.weights[rows], task.up[held][..., share], task.down[held][:, share])
+        mine = (task.x[rows], task.weights[rows], task.up[experts][..., share], task.down[experts][:, share])
         x, weights, up, down = (tensor.clone().requires_grad_() for tensor in mine)
         routes = routes_of(across, along, task.chosen[rows])
         out = return_rows(routes, outputs(*send_rows(routes, x, weights), routes.chosen, up, down))
@@ -77,9 +77,15 @@ def test_equals_the_dense_sum_over_experts(ep: int, tp: int, chosen: str) -> Non
     results = on_ranks(task, ep, tp)
     for rank, (got, *_) in enumerate(results):
         e, t = divmod(rank, tp)
-        rows, held = slice(rank * ROWS, (rank + 1) * ROWS), slice(e * PER_RANK, (e + 1) * PER_RANK)
+        rows, experts = slice(rank * ROWS, (rank + 1) * ROWS), slice(e * PER_RANK, (e + 1) * PER_RANK)
         share = slice(t * FFN // tp, (t + 1) * FFN // tp)
-        wanted = (right[rows], x.grad[rows], weights.grad[rows], up.grad[held][..., share], down.grad[held][:, share])
+        wanted = (
+            right[rows],
+            x.grad[rows],
+            weights.grad[rows],
+            up.grad[experts][..., share],
+            down.grad[experts][:, share],
+        )
         for tensor, expected in zip(got, wanted, strict=True):
             torch.testing.assert_close(tensor, expected, rtol=1e-12, atol=1e-12)
 

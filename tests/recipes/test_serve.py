@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,10 @@ from recipes import generate, serve
 PROMPTS = ["The quick brown fox", "Jumps", "over the lazy dog, which lies there, and does not wake."]
 
 
-@pytest.fixture(scope="module")
-def server(tiny: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server of the tiny model on two ranks, and its address."""
-    words = ["mesh.ring=2", "port=0", "context.chunk=13", "max_sequences=3"]
-    command = [sys.executable, "-m", "recipes.serve", f"model={tiny}", *words]
+@contextmanager
+def serving(model: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run a server of ``model`` in the block; yield it and its address."""
+    command = [sys.executable, "-m", "recipes.serve", f"model={model}", "port=0", *words]
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     ) as one:
@@ -43,9 +43,15 @@ def server(tiny: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         one.kill()
 
 
+def client_of(address: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=60)
+
+
 @pytest.fixture(scope="module")
-def client(server: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=server[1], api_key="none", max_retries=0, timeout=60)
+def client(tiny: Path) -> Iterator[openai.OpenAI]:
+    """A client of a server on two ranks."""
+    with serving(tiny, "mesh.ring=2", "context.chunk=13", "max_sequences=3") as (_, address):
+        yield client_of(address)
 
 
 @pytest.fixture(scope="module")
@@ -95,17 +101,17 @@ def test_errors_are_those_that_the_client_knows(client):
     assert [one.id for one in client.models.list()] == ["tiny"]
 
 
-def test_sigterm_answers_open_requests_first(server, client):
-    """The last test of the server: the stream that is open gets all its tokens."""
-    process, _ = server
-    stream = complete(client, PROMPTS[1], max_tokens=80, stream=True)
-    next(iter(stream))
-    process.send_signal(signal.SIGTERM)
-    assert [one.choices[0].finish_reason for one in stream][-1] == "length"
-    until = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < until:
-        process.stderr.readline()
-    assert process.wait(5) == 0
+def test_sigterm_answers_open_requests_first(tiny):
+    """The stream that is open gets all its tokens."""
+    with serving(tiny) as (process, address):
+        stream = complete(client_of(address), PROMPTS[1], max_tokens=80, stream=True)
+        next(iter(stream))
+        process.send_signal(signal.SIGTERM)
+        assert [one.choices[0].finish_reason for one in stream][-1] == "length"
+        until = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < until:
+            process.stderr.readline()
+        assert process.wait(5) == 0
 
 
 @pytest.mark.parametrize(

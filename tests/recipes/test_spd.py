@@ -273,7 +273,7 @@ def test_states_with_the_old_key_looked_at_are_resumed(cli, tiny, adapted_folder
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("mixtral", "routers that choose experts by each rank's own sum, on which ranks would disagree"),
+        ("mixtral", "a mixture of experts, in which each rank would choose experts by its own partial sum"),
         ("gemma3", "not tested on models that normalise or scale the outputs of attention"),
     ],
 )

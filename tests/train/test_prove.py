@@ -28,7 +28,9 @@ def runtime_of(mesh: Mesh) -> Runtime:
     """Return the runtime of the first rank of ``mesh``, whose groups send nothing."""
     tp, ulysses, ring, context = (SingleRankComm(0, size) for size in (mesh.tp, mesh.ulysses, mesh.ring, mesh.context))
     groups, rank = ProcessGroupCollection(), Rank(0, 1, 0, 1, "file://unused")
-    return Runtime(rank, mesh, torch.device("cpu"), groups, groups, tp, ulysses, ring, context, context, context)
+    return Runtime(
+        rank, mesh, torch.device("cpu"), groups, groups, tp, ulysses, ring, context, context, context, context
+    )
 
 
 def batch() -> Batch:

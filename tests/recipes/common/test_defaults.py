@@ -45,6 +45,7 @@ TOP_LEVEL = {
     "bench/decode": "recipes.bench.decode.DecodeSettings",
     "bench/drift": "recipes.bench.drift.DriftSettings",
     "bench/gpu_check": "recipes.bench.gpu_check.GpuCheckSettings",
+    "bench/memory": "recipes.bench.memory.MemoryBenchSettings",
     "bench/million": "recipes.bench.million.MillionSettings",
     "bench/output_norms": "recipes.bench.output_norms.OutputNormsSettings",
     "bench/prefill": "recipes.bench.prefill.PrefillSettings",

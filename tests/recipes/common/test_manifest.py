@@ -36,7 +36,7 @@ def test_manifest_records_settings_inputs_and_machine(run, tiny, tmp_path):
     manifest_values = json.loads((folder / "result.manifest.json").read_text())
     assert manifest_values["module"] == "recipes.generate" and "prompt.file=prompt.txt" in manifest_values["command"]
     assert manifest_values["config"]["sampling"]["seed"] == 7 and manifest_values["seeds"] == {"sampling.seed": 7}
-    assert manifest_values["mesh"] == {"tp": 1, "ulysses": 1, "ring": 2, "dp": 1, "pp": 1}
+    assert manifest_values["mesh"] == {"tp": 1, "ulysses": 1, "ring": 2, "dp": 1, "pp": 1, "ep": 1}
     expected = hashlib.sha256(b"Thirteen words").hexdigest()
     assert manifest_values["data"] == {str(tmp_path / "prompt.txt"): f"sha256:{expected}"}
     assert manifest_values["weights"] == {str(tiny): fingerprint(tiny)}
