@@ -14,6 +14,8 @@ _SRUN = (
     "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE",
 )  # fmt: skip
 
+_SRUN_NUMBERS = ("SLURM_NODEID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")  # 0 if not set
+
 
 def rank_from_environment(environment: Mapping[str, str]) -> Rank | None:
     """Return the rank that torchrun or srun assigned in ``environment``; None without a launcher.
@@ -30,9 +32,9 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank | None:
         local_rank, local_world_size = int(e.get("LOCAL_RANK", 0)), int(e.get("LOCAL_WORLD_SIZE", 1))
         return Rank(int(e["RANK"]), int(e["WORLD_SIZE"]), local_rank, local_world_size, "env://")
     if "SLURM_STEP_NODELIST" in e and "SLURM_PROCID" in e:
-        _refuse_incomplete(e, "srun", _SRUN, (*_SRUN[:4], "SLURM_NODEID"))
+        _refuse_incomplete(e, "srun", _SRUN, (*_SRUN[:4], *_SRUN_NUMBERS))
         host = _first_host(e["SLURM_STEP_NODELIST"])
-        port = 20000 + int(e["SLURM_JOB_ID"]) % 20000  # the same on every rank of a job, another for another job
+        port = _port(*(int(e.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")))
         local_world_size = _tasks_of_node(e["SLURM_STEP_TASKS_PER_NODE"], int(e.get("SLURM_NODEID", 0)))
         rank, world_size, local_rank = (
             int(e[name]) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
@@ -57,6 +59,16 @@ def _refuse_incomplete(
             f"the environment is half {launcher}'s: {', '.join(present)} set, {wrong[0]}; start with {launcher}, "
             f"or unset {present[0]} to start local ranks"
         )
+
+
+def _port(job: int, step: int, restarts: int) -> int:
+    """Return the port at which rank 0 serves the ranks' addresses.
+
+    It is the same on every rank of a step, and another one for the next job, for a second step of the job, which may
+    run beside the first, and after a requeue, because a process of the ended run may still hold the old port.  Linux
+    gives outgoing connections ports from 32768 on.
+    """
+    return 20000 + (job + 991 * step + 137 * restarts) % 12000
 
 
 @cache

@@ -65,7 +65,14 @@ def test_rank_from_srun(monkeypatch, tasks_per_node, node, local_world_size):
         "SLURM_STEP_NUM_TASKS": "6",
         "SLURM_STEP_TASKS_PER_NODE": tasks_per_node,
     }
-    assert rank_from_environment(srun) == Rank(5, 6, 1, local_world_size, "tcp://n17:21003")
+    assert rank_from_environment(srun) == Rank(5, 6, 1, local_world_size, "tcp://n17:25003")
+
+
+def test_steps_and_restarts_of_a_job_use_other_ports():
+    ports = [
+        launcher._port(job, step, restarts) for job in range(41003, 41013) for step in range(5) for restarts in range(5)
+    ]
+    assert len(set(ports)) == 250 and min(ports) >= 20000 and max(ports) < 32768
 
 
 def test_current_rank_reads_the_environment_once(monkeypatch):

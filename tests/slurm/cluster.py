@@ -51,6 +51,8 @@ KillWait=3
 CompleteWait=0
 SlurmdTimeout=10
 MinJobAge=3600
+# Ports follow from job ids, and the nodes of all clusters on this machine share its ports.
+FirstJobId={first_job}
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 PreemptType=preempt/partition_prio
@@ -179,7 +181,7 @@ class Cluster:
     def _configure(self) -> None:
         host = socket.gethostname().split(".")[0]
         port, *ports = free_ports(1 + len(self.nodes))
-        lines = [CONF.format(host=host, port=port, folder=self.folder)]
+        lines = [CONF.format(host=host, port=port, folder=self.folder, first_job=1 + 50 * (os.getpid() % 200))]
         hosts = ["127.0.0.1 localhost", f"127.0.0.1 {host}"]
         for number, (node, node_port) in enumerate(zip(self.nodes, ports, strict=True), 1):
             address = f"127.77.0.{number}"
