@@ -94,12 +94,12 @@ class EvalConfig:
 
     def refuse_unknown_limits(self, tasks: Sequence[str]) -> None:
         """Raise ValueError if ``limits`` names neither one of ``tasks`` nor another known task."""
-        from eval.harness.long import LONG
+        from eval.harness.generated import GENERATED
 
         names = set(self.limits or {})
-        if groups := names.intersection(self.tasks) - {*tasks, *LONG}:
+        if groups := names.intersection(self.tasks) - {*tasks, *GENERATED}:
             raise ValueError(f"eval.limits.{min(groups)} is a group of tasks: use eval.limit, or limit the tasks in it")
-        if unknown := names - {*tasks, *LOCAL, *LONG}:
+        if unknown := names - {*tasks, *LOCAL, *GENERATED}:
             raise ValueError(f"eval.limits: there is no task {min(unknown)} among {', '.join(tasks)}")
 
 
@@ -213,24 +213,26 @@ def pinned(config: DictConfig) -> tuple[str, ...]:
 
 def _load_tasks(evaluation: EvalConfig, base: Variant, data: Path | None) -> dict[str, Task]:
     """Return the tasks with their requests built, those of long texts last."""
-    from eval.harness.long import LONG, make_long_tasks
+    from eval.harness.generated import GENERATED, make_generated_tasks
     from eval.harness.tasks import build_requests, load_tasks
     from longctx.hf.config import tokenizer_of
 
     # 1. Benchmarks of files and of the hub.
-    benchmarks = [name for name in evaluation.tasks if name not in LONG]
+    benchmarks = [name for name in evaluation.tasks if name not in GENERATED]
     tasks = load_tasks(benchmarks, data, evaluation.num_fewshot, evaluation.include)
     no_shots = [name for name, task in tasks.items() if task.config.num_fewshot == 0]
     if evaluation.num_fewshot and no_shots:
         say(f"eval.num_fewshot: {', '.join(no_shots)} show no examples, as lm-eval configures them")
     # 2. Tasks of long texts.
-    if examples := {name: evaluation.limit_of(name) for name in evaluation.tasks if name in LONG}:
+    if examples := {name: evaluation.limit_of(name) for name in evaluation.tasks if name in GENERATED}:
         max_length = evaluation.max_length or base.target.shape.max_positions
         tokenizer = tokenizer_of(base.target.folder)
-        tasks |= make_long_tasks(examples, evaluation.lengths, evaluation.text, tokenizer, max_length, evaluation.seed)
+        tasks |= make_generated_tasks(
+            examples, evaluation.lengths, evaluation.text, tokenizer, max_length, data, evaluation.seed
+        )
     elif (evaluation.text, evaluation.lengths) != (EvalConfig.text, EvalConfig.lengths):
         raise ValueError(
-            f"eval.text and eval.lengths are of long texts: add one of {', '.join(LONG)}, or leave them out"
+            f"eval.text and eval.lengths are of long texts: add one of {', '.join(GENERATED)}, or leave them out"
         )
     # 3. Their requests.
     if (evaluation.gate or evaluation.until) and all(

@@ -160,11 +160,6 @@ LONG: Mapping[str, MakeExample] = {
 }
 
 
-def is_generated(task: str) -> bool:
-    """Return whether ``task``, such as needle_1024, can generate any number of examples."""
-    return task.rpartition("_")[0] in LONG
-
-
 def read_text(source: str, tokenizer: PreTrainedTokenizerBase) -> LongText:
     """Return the text of a file, or of the documentation that CPython ships if ``source`` is pydoc.
 
@@ -216,23 +211,16 @@ def make_examples(
 def make_long_tasks(
     examples: Mapping[str, int | None],
     lengths: Sequence[int],
-    source: str,
+    text: LongText,
     tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
     seed: int,
 ) -> dict[str, Task]:
     """Return lm-eval tasks named ``NAME_LENGTH``, with ``examples[NAME]`` examples each (None: 50).
 
-    Raises ValueError for a length of more than ``max_length`` tokens, and as `read_text` and `make_examples` do.
+    Raises ValueError as `make_examples` does.
     """
     from eval.harness.tasks import make_task
 
-    if too_long := [length for length in lengths if length > max_length]:
-        raise ValueError(
-            f"eval.lengths={too_long[0]}: the model's context is {max_length:,}; use at most that, or another context "
-            "(model.max_positions and a larger model.rope_theta, or model.rope_factor)"
-        )
-    text = read_text(source, tokenizer)
     config = {
         "output_type": "generate_until",
         "doc_to_text": "{{prompt}}",

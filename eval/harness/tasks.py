@@ -19,8 +19,8 @@ from datasets import Dataset
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask as Task
 
+from eval.harness.generated import GENERATED
 from eval.harness.local import LOCAL, LocalTask, join_names, read_rows
-from eval.harness.long import is_generated
 from eval.stats.outcomes import Outcomes
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ("Task", "answer_tasks", "build_requests", "collect_outcomes", "load_tasks", "make_task")
 # Metrics that say whether an example was answered correctly, in lm-eval's names; the first that a task has is used.
-_ACCURACY = ("acc", "exact_match")
+# RULER's recall is the share of the answer that was found.
+_ACCURACY = ("acc", "exact_match", "recall")
 _PREFERRED = "exact_match,flexible-extract"
 _PERPLEXITY = "word_perplexity"
 # Tasks whose choices differ in length: judged by likelihood per character (acc_norm), as is the custom.
@@ -197,7 +198,7 @@ def collect_outcomes(name: str, task: Task) -> Outcomes:
         chance,
         others=totals,
         margins=tuple(one for one in margins if one is not None) if None not in margins else (),
-        available=None if is_generated(name) else len(task.eval_docs),
+        available=None if name.rpartition("_")[0] in GENERATED else len(task.eval_docs),
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.table import Table
 
 from eval.stats.compare import SCREENED
+from eval.stats.lengths import EFFECTIVE
 from eval.stats.report import AVERAGE, Figures, Report
 from eval.stats.sequential import LOOKS
 from eval.variants import BASELINE
@@ -21,6 +22,7 @@ def markdown(report: Report) -> str:
     if report.pictures:
         parts.append("\n".join(f"![{Path(picture).stem}]({picture})" for picture in report.pictures))
     parts += [*_needs(report), *_margins(report, others), *_blocks(report)]
+    parts += _lengths(report)
     parts += ["## By task", _notes(report), _scores(report)]
     if others:
         parts += ["## Every comparison", _comparisons(report, others)]
@@ -137,6 +139,23 @@ def _blocks(report: Report) -> list[str]:
         "## Blocks",
         *([note] if any(variant.repaired for variant in report.variants.values()) else []),
         _table(["variant", "blocks that drop"], table_rows),
+    ]
+
+
+def _lengths(report: Report) -> list[str]:
+    """Return the section of scores by length; empty unless generated tasks have several lengths."""
+    if not report.lengths:
+        return []
+    lengths = next(iter(report.lengths.values())).scores
+    table_rows = [
+        [name, *(f"{score:.3f}" for score in one.scores.values()), f"{one.effective:,}" if one.effective else "none"]
+        for name, one in report.lengths.items()
+    ]
+    words = f"The average of the generated tasks; effective is the longest length up to which it is {EFFECTIVE:.1%}"
+    return [
+        "## By length",
+        f"{words} or more, Llama 2 7B's score at 4,096 tokens (RULER, arXiv 2404.06654).",
+        _table(["variant", *(f"{length:,}" for length in lengths), "effective length"], table_rows),
     ]
 
 

@@ -4,10 +4,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from eval.stats.lengths import EFFECTIVE
 from eval.stats.page import markdown
 from eval.stats.report import AVERAGE, Report
 from longctx.train.track import Tracker
-from recipes.common.plots import draw_shares
+from recipes.common.plots import draw_lines, draw_shares
 
 _PICTURE = "accuracy"
 
@@ -46,9 +47,31 @@ def draw(report: Report, out: Path) -> tuple[str, ...]:
     return files[:1]
 
 
+def draw_lengths(report: Report, out: Path) -> tuple[str, ...]:
+    """Draw the scores of generated tasks over their length as SVG in ``out``; nothing unless there are several lengths.
+
+    Returns the name of the picture for report.md.
+    """
+    if not report.lengths:
+        return ()
+    series = {name: list(one.scores.values()) for name, one in report.lengths.items()}
+    draw_lines(
+        str(out / "lengths.svg"),
+        list(next(iter(report.lengths.values())).scores),
+        series,
+        title=report.origin["title"],
+        x="tokens",
+        y="average score of the generated tasks",
+        levels=[EFFECTIVE],
+        ticks=list(next(iter(report.lengths.values())).scores),
+        log_y=False,
+    )
+    return ("lengths.svg",)
+
+
 def write(report: Report, out: Path) -> Report:
     """Write pictures, report.json and report.md to the folder ``out``; return the report with its pictures' names."""
-    report = replace(report, pictures=draw(report, out))
+    report = replace(report, pictures=(*draw(report, out), *draw_lengths(report, out)))
     (out / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n")
     (out / "report.md").write_text(markdown(report))
     return report
@@ -64,6 +87,6 @@ def track(report: Report, out: Path, tracker: Tracker) -> None:
     ]
     tracker.log({f"eval/{name}": figures["accuracy"] for name, figures in report.average.items()}, 0)
     tracker.table("eval/comparisons", columns, table_rows, 0)
-    if report.pictures:
+    if f"{_PICTURE}.svg" in report.pictures:
         tracker.image(f"eval/{_PICTURE}", out / f"{_PICTURE}.png", 0)
     tracker.finish()

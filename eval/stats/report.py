@@ -1,7 +1,7 @@
 """The report of an evaluation as a value: every variant compared with the baseline, by task and on average."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypedDict
 
 from eval.stats.compare import (
@@ -15,6 +15,7 @@ from eval.stats.compare import (
     compare_perplexity,
     is_near_chance,
 )
+from eval.stats.lengths import LengthScores, score_lengths
 from eval.stats.outcomes import Outcomes
 from eval.variants import BASELINE
 
@@ -102,6 +103,7 @@ class Report:
 
     ``averaged`` are the tasks in the average; ``near_chance`` those where the baseline is not better than guessing.
     ``sequential``: examples were added until the verdicts were reached.
+    ``lengths`` are scores by length, of generated tasks at several lengths.
     ``origin``: title, command, commit, machine and versions.
     """
 
@@ -114,6 +116,7 @@ class Report:
     allowed_drop: float
     sequential: bool
     origin: Mapping[str, str]
+    lengths: Mapping[str, LengthScores] = field(default_factory=dict)
     pictures: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
@@ -124,6 +127,7 @@ class Report:
         }
         values = {name: value for name, value in vars(self).items() if name not in ("origin", "pictures")}
         values |= {"variants": about_variants, "gate": {**vars(self.gate), "passed": self.gate.passed}}
+        values["lengths"] = {name: vars(scores) for name, scores in self.lengths.items()}
         return {**values, **self.origin, "pictures": self.pictures}
 
 
@@ -160,6 +164,7 @@ def make_report(scored: Sequence[ScoredVariant], rules: GateRules, origin: Mappi
         allowed_drop=rules.allowed_drop,
         sequential=rules.z != Z,
         origin=origin,
+        lengths={one.name: scores for one in scored if (scores := score_lengths(one.outcomes))},
     )
 
 

@@ -5,7 +5,8 @@ import re
 import pytest
 from tokenizers import processors
 
-from eval.harness.long import LONG, make_examples, make_long_tasks, read_text, score_answer
+from eval.harness.generated import make_generated_tasks
+from eval.harness.long import LONG, make_examples, read_text, score_answer
 from longctx.hf.scratch import bytes_tokenizer
 from tests.tiny import tiny_tokenizer
 
@@ -71,18 +72,18 @@ def test_common_words_are_the_most_common(text):
 )
 def test_impossible_example_is_refused(length, source, words):
     with pytest.raises(ValueError, match=words):
-        make_long_tasks({"needle": 2}, [length], source, tokenizer, 4096, 0)
+        make_generated_tasks({"needle": 2}, [length], source, tokenizer, 4096, None, 0)
 
 
 def test_too_short_text_is_refused(tmp_path):
     book = tmp_path / "book.txt"
     book.write_text("The men rowed past all of the boats. " * 20)
     with pytest.raises(ValueError, match=r"eval.text has 7\d\d tokens: ask for shorter"):
-        make_long_tasks({"long_qa": 2}, [1999], str(book), tokenizer, 4096, 0)
+        make_generated_tasks({"long_qa": 2}, [1999], str(book), tokenizer, 4096, None, 0)
 
 
 def test_tasks_are_named_by_length():
-    tasks = make_long_tasks({"needle": 2, "tracking": 3}, [1009, 1511], "pydoc", tokenizer, 4096, 0)
+    tasks = make_generated_tasks({"needle": 2, "tracking": 3}, [1009, 1511], "pydoc", tokenizer, 4096, None, 0)
     assert list(tasks) == ["needle_1009", "needle_1511", "tracking_1009", "tracking_1511"]
     assert [len(task.eval_docs) for task in tasks.values()] == [2, 2, 3, 3]
 

@@ -171,3 +171,28 @@ def test_report_is_tracked(tmp_path):
     assert line["eval/all"] == 0.2 and line["eval/baseline"] == 0.6
     (table,) = (json.loads(line) for line in (tmp_path / "tables.jsonl").read_text().splitlines())
     assert len(table["rows"]) == 4 * (3 + 1) and len(table["rows"][0]) == len(table["columns"])
+
+
+def test_scores_by_length_and_the_effective_length(tmp_path):
+    """A length is effective only if all shorter ones are; tasks that are not generated do not count."""
+    right = {"needle_1024": 96, "ruler_vt_1024": 80, "needle_509": 90, "ruler_vt_509": 90, "needle_4096": 90}
+    right |= {"ruler_vt_4096": 70, "needle_8192": 90, "ruler_vt_8192": 90}
+    generated = {name: outcomes(count, 100, 0.0, None) for name, count in right.items()}
+    others = {"good": outcomes(3), "other_64": outcomes(5, 100, 0.0, 100)}
+    poor = {name: outcomes(80, 100, 0.0, None) for name in right}
+    base = replace(VARIANTS[0], outcomes=generated | others)
+    half, rules = replace(VARIANTS[1], outcomes=poor | others), replace(RULES, gate=())
+    report = write(make_report([base, half], rules, ORIGIN), tmp_path)
+    assert report.lengths["baseline"].scores == pytest.approx({509: 0.9, 1024: 0.88, 4096: 0.8, 8192: 0.9})
+    assert [report.lengths[name].effective for name in ("baseline", "half")] == [1024, None]
+    page = (tmp_path / "report.md").read_text()
+    assert "| variant | 509 | 1,024 | 4,096 | 8,192 | effective length |" in page
+    assert "| baseline | 0.900 | 0.880 | 0.800 | 0.900 | 1,024 |" in page and "| half | 0.800" in page
+    assert "![lengths](lengths.svg)" in page and (tmp_path / "lengths.svg").is_file()
+    assert json.loads((tmp_path / "report.json").read_text())["lengths"]["half"]["effective"] is None
+
+
+@pytest.mark.parametrize("names", [["needle_509"], ["needle_509", "needle_1024", "ruler_vt_1024"], ["good", "text"]])
+def test_scores_by_length_need_the_same_tasks_at_several_lengths(names):
+    tasks = {name: outcomes(9, 100, 0.0, None) for name in names}
+    assert not make_report([replace(VARIANTS[0], outcomes=tasks)], replace(RULES, gate=()), ORIGIN).lengths

@@ -1,0 +1,41 @@
+"""Scores over the length of a text, and the effective length (RULER, arXiv 2404.06654, section 4)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
+
+from eval.stats.outcomes import Outcomes
+
+EFFECTIVE = 0.856  # Llama 2 7B at 4,096 tokens: RULER counts a length as effective if a model is at least as good
+
+
+@dataclass(frozen=True)
+class LengthScores:
+    """The average score of the generated tasks at each length, and the longest length that is effective (None: none).
+
+    A length is effective only if all shorter ones are.
+    """
+
+    scores: Mapping[int, float]
+    effective: int | None
+
+
+def score_lengths(outcomes: Mapping[str, Outcomes]) -> LengthScores | None:
+    """Return the scores of the tasks named ``NAME_LENGTH`` whose examples are generated.
+
+    Each task has the same weight.  Returns None unless they have several lengths, and all tasks have all of them.
+    """
+    by_length: dict[int, dict[str, float]] = {}
+    for name, task in outcomes.items():
+        kind, _, tokens = name.rpartition("_")
+        if task.available is None and tokens.isdecimal():
+            by_length.setdefault(int(tokens), {})[kind] = fmean(task.values)
+    if len(by_length) < 2 or len({frozenset(tasks) for tasks in by_length.values()}) > 1:
+        return None
+    scores = {length: fmean(by_length[length].values()) for length in sorted(by_length)}
+    effective = None
+    for length, score in scores.items():
+        if score < EFFECTIVE:
+            break
+        effective = length
+    return LengthScores(scores, effective)
