@@ -91,5 +91,10 @@ def token_logprob(logits: Float[Tensor, " v"], token: int, top: int) -> TokenLog
     Of equally likely tokens, the one with the lower number comes first.
     """
     logprobs = torch.log_softmax(logits.double().cpu(), -1)
-    likeliest = logprobs.sort(descending=True, stable=True).indices[:top].tolist()
+    if not top:
+        return TokenLogprob(token, float(logprobs[token]))
+    least = logprobs.topk(min(top, len(logprobs))).values[-1]  # a whole sort would take as long as the model's layers
+    candidates = (logprobs >= least).nonzero()[:, 0]
+    order = logprobs[candidates].sort(descending=True, stable=True).indices
+    likeliest = candidates[order][:top].tolist()
     return TokenLogprob(token, float(logprobs[token]), tuple((one, float(logprobs[one])) for one in likeliest))

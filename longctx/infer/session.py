@@ -15,6 +15,7 @@ from longctx.infer.engine import Engine
 from longctx.infer.prefill import Chunk, LayerDone, pack_tokens, run_pass, run_replicated, split_into_chunks
 from longctx.infer.prove import prove_pass
 from longctx.infer.refuse import refuse_prompts
+from longctx.infer.score_prompt import score_prompts
 from longctx.infer.turn import Conversation, Turn
 from longctx.parallel.comm import doing
 from longctx.parallel.ring import Strategy
@@ -220,13 +221,15 @@ class Session:
     def prefill(self, tokens: Mapping[int, int]) -> dict[int, int]:
         """Run the next tokens of sequences in one pass, and append and return the token after each prompt that ends.
 
-        ``tokens`` has how many of its tokens, which are not cached yet, each sequence runs.
+        ``tokens`` has how many of its tokens, which are not cached yet, each sequence runs.  Sequences with
+        `Conversation.prompt_logprobs` get those of the tokens that these rows predict.
         """
         new = {
             i: self.sequences[i].tokens[(at := self.sequences[i].cached) : at + count] for i, count in tokens.items()
         }
         hidden, layout = self._run_chunk(new, {}, lambda: None)
         following = choose_next(self.engine, self.sequences, new, hidden, layout)
+        score_prompts(self.engine, self.sequences, new, hidden, layout)
         self._append(following)
         return following
 

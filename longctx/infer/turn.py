@@ -15,7 +15,8 @@ class Conversation:
     """One sequence: all its tokens, and its cache, which lacks the last token if that was decoded.
 
     Its latest answer begins at ``tokens[answer_begin]``; ``logprobs`` are those of the answer's tokens, if
-    ``sampling.logprobs`` is set.
+    ``sampling.logprobs`` is set.  ``prompt_logprobs`` are those of the prompt's tokens but the first, as far as they
+    have been prefilled; None if they are not asked for.
     """
 
     cache: KVCache
@@ -23,6 +24,7 @@ class Conversation:
     sampling: Sampling = field(default_factory=Sampling)
     answer_begin: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] | None = None
 
     @property
     def cached(self) -> int:

@@ -80,7 +80,7 @@ class Front:
         left = set(index_of)
         try:
             for number, (prompt, most, sampling) in zip(index_of, ask.choices, strict=True):
-                self.submit(NewSequence(number, prompt, most, sampling), emit)
+                self.submit(NewSequence(number, prompt, most, sampling, ask.score_prompts), emit)
             while left:
                 event = await events.get()
                 if isinstance(event, Failure):
@@ -216,6 +216,7 @@ def _record(choice: Choice, event: Token) -> None:
     choice.text, choice.tokens = choice.text + event.piece, choice.tokens + 1
     choice.finish = event.finish
     choice.logprobs += [event.logprob] if event.logprob else []
+    choice.prompt_logprobs = event.prompt or choice.prompt_logprobs
 
 
 async def _stream(form: Form, first: tuple[int, Token], events: Any) -> AsyncIterator[str]:

@@ -32,6 +32,7 @@ def run_plan(session: Session, plan: Plan) -> dict[int, int]:
         room = min(new.max_new_tokens, _ROOM)  # a cache grows if an answer is longer
         sequence = session.add(new.number, len(new.prompt), room, new.sampling)
         sequence.append_prompt(new.prompt)
+        sequence.prompt_logprobs = [] if new.score_prompt else None
     tokens: dict[int, int] = {}
     if plan.prefill:
         tokens |= session.prefill(plan.prefill)

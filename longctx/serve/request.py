@@ -132,6 +132,11 @@ class Ask:
     chat: bool = False
 
     @property
+    def score_prompts(self) -> bool:
+        """True if the prompts' tokens get log-probabilities, too."""
+        return self.echo and self.sampling.logprobs is not None
+
+    @property
     def choices(self) -> list[tuple[tuple[int, ...], int, Sampling]]:
         """Prompt, largest number of new tokens and settings of each choice."""
         sizes = [pair for pair in zip(self.prompts, self.max_new_tokens, strict=True) for _ in range(self.n)]
@@ -156,8 +161,8 @@ class Reader:
     def completion(self, body: CompletionBody) -> Ask:
         """Return what ``body`` asks for."""
         self._refuse(body)
-        if body.echo and body.logprobs is not None:
-            raise RequestRefused("echo with logprobs is not implemented: leave one of them out", "echo")
+        if body.echo and body.logprobs is not None and body.stream:
+            raise RequestRefused("echo with logprobs is not implemented for streams: use stream=false", "stream")
         given = body.prompt
         several = isinstance(given, list) and given and not isinstance(given[0], int)
         texts: list[Any] = list(given) if several else [given]

@@ -43,6 +43,7 @@ class Choice:
     text: str = ""
     tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish: str | None = None
 
 
@@ -61,7 +62,10 @@ class Form:
         for index, one in enumerate(choices):
             text = self.prompt_text(index) + one.text
             content = {"message": {"role": "assistant", "content": text}} if self.ask.chat else {"text": text}
-            logprobs = self._logprobs(one.logprobs, len(text) - len(one.text))
+            if self.ask.score_prompts:
+                logprobs = self._with_prompt(self.ask.prompts[index // self.ask.n][0], one)
+            else:
+                logprobs = self._logprobs(one.logprobs, len(text) - len(one.text))
             listed.append({"index": index, **content, "logprobs": logprobs, "finish_reason": one.finish})
         return {**self._head(stream=False), "choices": listed, "usage": self.usage(choices)}
 
@@ -119,6 +123,13 @@ class Form:
             "top_logprobs": [self._top(one) for one in logprobs],
             "text_offset": offsets,
         }
+
+    def _with_prompt(self, first: int, choice: Choice) -> Json | None:
+        """Return the log-probabilities of prompt and answer; the ``first`` token has none."""
+        rest = self._logprobs([*choice.prompt_logprobs, *choice.logprobs], len(self._text(first)))
+        assert rest, "asked for"
+        head = {"tokens": self._text(first), "token_logprobs": None, "top_logprobs": None, "text_offset": 0}
+        return {name: [head[name], *values] for name, values in rest.items()}
 
     def _top(self, one: TokenLogprob) -> Json:
         """Return log-probabilities by text, the largest first; of tokens with the same text, the most likely counts."""

@@ -9,12 +9,16 @@ from longctx.config import Sampling
 
 @dataclass(frozen=True)
 class NewSequence:
-    """A sequence to answer: its prompt's tokens, the largest number of tokens of its answer, and how it is sampled."""
+    """A sequence to answer: its prompt's tokens, the largest number of tokens of its answer, and how it is sampled.
+
+    With ``score_prompt``, the prompt's tokens get log-probabilities, too.
+    """
 
     number: int
     prompt: tuple[int, ...]
     max_new_tokens: int
     sampling: Sampling
+    score_prompt: bool = False
 
     @property
     def tokens(self) -> int:

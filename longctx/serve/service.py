@@ -22,7 +22,8 @@ _IDLE_S = 0.5  # while there is nothing to do, the ranks exchange an empty plan 
 class Token:
     """The next token of sequence ``number``, and the ``piece`` of text that became certain.
 
-    ``finish`` says why the answer ends with it: "stop" or "length"; None if it goes on.
+    ``finish`` says why the answer ends with it: "stop" or "length"; None if it goes on.  The first token of a sequence
+    with ``score_prompt`` has the log-probabilities of the ``prompt``, without its first token's.
     """
 
     number: int
@@ -30,6 +31,7 @@ class Token:
     piece: str
     logprob: TokenLogprob | None = None
     finish: str | None = None
+    prompt: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ class Service:
         elif len(answer.tokens) == answer.new.max_new_tokens:
             finish = "length"
         logprob = sequence.logprobs[-1] if sequence.logprobs else None
-        answer.emit(Token(number, token, piece + (answer.text.end() if finish else ""), logprob, finish))
+        prompt = tuple(sequence.prompt_logprobs or ()) if len(answer.tokens) == 1 else ()
+        answer.emit(Token(number, token, piece + (answer.text.end() if finish else ""), logprob, finish, prompt))
         if finish:
             del self._answers[number]
             self.scheduler.end(number)

@@ -15,6 +15,10 @@ from typing import Any
 
 import openai
 import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.openai_completions import LocalCompletionsAPI
+from transformers import AutoModelForCausalLM
 
 from longctx.config import Sampling
 from longctx.hf.config import tokenizer_of
@@ -91,6 +95,25 @@ def test_texts_are_those_of_generate(client, expected, tiny):
     next(iter(leaving))
     leaving.close()
     assert complete(client, PROMPTS[0]).choices[0].text == texts[0]
+
+
+def test_lm_eval_scores_through_the_server_what_transformers_scores(client, tiny):
+    """Three requests at a time, whose prompts of different lengths share the passes."""
+    tokenizer, model = tokenizer_of(tiny), AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
+    lm = LocalCompletionsAPI(
+        base_url=f"{client.base_url}completions", model="tiny", tokenizer=str(tiny), tokenizer_backend="huggingface",
+        batch_size=3, max_length=model.config.max_position_embeddings,
+    )  # fmt: skip
+    likely = complete(client, PROMPTS[0], temperature=0, max_tokens=3).choices[0].text
+    pairs = [(PROMPTS[0], likely), (PROMPTS[1], " the fence"), (PROMPTS[2], " No."), (PROMPTS[2], " It sleeps on.")]
+    scores = lm.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)])
+    for (context, continuation), (logprob, is_greedy) in zip(pairs, scores, strict=True):
+        tokens, begin = tokenizer(context + continuation)["input_ids"], len(tokenizer(context)["input_ids"])
+        with torch.inference_mode():
+            rows = model(torch.tensor([tokens])).logits[0].log_softmax(-1)[begin - 1 : -1]
+        targets = torch.tensor(tokens[begin:])
+        assert logprob == pytest.approx(float(rows.gather(1, targets[:, None]).sum()), abs=1e-4)
+        assert is_greedy == bool((rows.argmax(-1) == targets).all()) == (continuation == likely)
 
 
 def test_errors_are_those_that_the_client_knows(client):

@@ -105,7 +105,7 @@ def test_tokenize_takes_a_text_or_messages(reader):
         (completion, {"frequency_penalty": 3}, "frequency_penalty", "use -2 to 2"),
         (completion, {"stop": ["a", ""]}, "stop", "^stop has an empty text"),
         (completion, {"stop": ["a"] * 17}, "stop", "17 texts: use at most 16"),
-        (completion, {"echo": True, "logprobs": 1}, "echo", "not implemented"),
+        (completion, {"echo": True, "logprobs": 1, "stream": True}, "stream", "use stream=false"),
         (completion, {"logit_bias": {"5": 1}}, "logit_bias", "logit_bias is not implemented: leave it out"),
         (completion, {"best_of": 2}, "best_of", "not implemented"),
         (chat, {"tools": [{"type": "function"}]}, "tools", "tools is not implemented"),

@@ -1,5 +1,7 @@
 """Responses have the form that OpenAI's own client reads."""
 
+from dataclasses import replace
+
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -21,19 +23,33 @@ def form(**fields) -> Form:
 
 
 def choices() -> list[Choice]:
-    return [Choice("one", 2, LOGPROBS, "stop"), *(Choice("x" * i, i, [], "length") for i in range(3))]
+    return [Choice("one", 2, LOGPROBS, (), "stop"), *(Choice("x" * i, i, [], (), "length") for i in range(3))]
 
 
-def test_completion_has_logprobs_with_offsets_after_the_echo():
-    whole = form(echo=True, prompt_texts=("pre", "q")).whole(choices())
+def test_completion_has_logprobs_with_offsets():
+    whole = form().whole(choices())
     read = Completion.model_validate(whole)
-    assert [one.text for one in read.choices] == ["preone", "pre", "qx", "qxx"]
+    assert [one.text for one in read.choices] == ["one", "", "x", "xx"]
     assert [one.finish_reason for one in read.choices] == ["stop", "length", "length", "length"]
     logprobs = read.choices[0].logprobs
     assert (logprobs.tokens, logprobs.token_logprobs) == (["a", "\ufffd"], [-0.5, -2.0])
     assert logprobs.top_logprobs == [{"a": -0.5, "b": -1.5}, {"b": -1.0, "\ufffd": -2.0}]
-    assert logprobs.text_offset == [3, 4]
+    assert logprobs.text_offset == [0, 1]
     assert (read.usage.prompt_tokens, read.usage.completion_tokens, read.usage.total_tokens) == (4, 5, 9)
+
+
+def test_logprobs_of_a_completion_with_its_prompt_begin_with_the_prompt_s():
+    prompt = (TokenLogprob(B, -3.0, ((A, -0.1),)), TokenLogprob(A, -4.0, ((B, -0.2),)))
+    shape = form(echo=True, prompt_texts=("cba", "q"))
+    shape = replace(shape, ask=replace(shape.ask, prompts=((A + 2, B, A), (4,))))
+    answers = [Choice("one", 2, LOGPROBS, prompt, "stop"), *choices()[1:]]
+    read = Completion.model_validate(shape.whole(answers))
+    logprobs = read.choices[0].logprobs
+    assert [one.text for one in read.choices] == ["cbaone", "cba", "qx", "qxx"]
+    assert logprobs.tokens == ["c", "b", "a", "a", "\ufffd"] and logprobs.text_offset == [0, 1, 2, 3, 4]
+    assert logprobs.token_logprobs == [None, -3.0, -4.0, -0.5, -2.0]
+    assert logprobs.top_logprobs[:3] == [None, {"a": -0.1}, {"b": -0.2}]
+    assert read.choices[2].logprobs.token_logprobs == [None], "the first token has none"
 
 
 def test_chat_completion_has_bytes_of_whole_characters():

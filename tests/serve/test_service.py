@@ -2,9 +2,12 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from longctx.config import Context, Mesh, Sampling
 from longctx.infer.engine import Engine
@@ -93,6 +96,36 @@ def test_answers_equal_those_of_each_sequence_alone(folder, tmp_path):
             assert "".join(event.piece for event in mine) == TOKENIZER.decode(tokens) or one.number == 5
             asked = one.sampling.logprobs
             assert all(event.logprob is None if asked is None else event.logprob.token == event.token for event in mine)
+
+
+def test_log_probabilities_of_prompts_equal_transformers(folder, tmp_path):
+    """The prompt of 31 tokens takes three passes; the one of a single token has nothing to predict."""
+    asked = [replace(one, score_prompt=one.number != 1) for one in SEQUENCES]
+
+    def speak(service: Service) -> list[Token | Failure]:
+        events: list[Token | Failure] = []
+        for one in asked:
+            service.submit(one, events.append)
+        while service.busy:
+            service.step()
+        return events
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    for mesh in (Mesh(ring=3), Mesh(tp=2, ulysses=2)):
+        events = on_ranks(folder, tmp_path, mesh, speak)[0]
+        for one in asked:
+            first, *later = [event for event in events if event.number == one.number]
+            assert not any(event.prompt for event in later)
+            assert [scored.token for scored in first.prompt] == list(one.prompt[1:]) * one.score_prompt
+            if not first.prompt:
+                continue
+            with torch.inference_mode():
+                expected = model(torch.tensor([one.prompt])).logits[0].log_softmax(-1)
+            for at, scored in enumerate(first.prompt):
+                assert scored.logprob == pytest.approx(float(expected[at, scored.token]), abs=2e-5)
+                values, tokens = expected[at].topk(one.sampling.logprobs or 0)
+                assert [token for token, _ in scored.top] == tokens.tolist()
+                assert [value for _, value in scored.top] == pytest.approx(values.tolist(), abs=2e-5)
 
 
 def test_answer_ends_at_its_stop_text_and_the_client_sees_no_more(folder, tmp_path):
