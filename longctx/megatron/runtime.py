@@ -16,7 +16,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from longctx.config import Mesh
 from longctx.megatron.cpu_shim import let_training_run
-from longctx.parallel.comm import Comm, DistComm, SingleRankComm, name_failed_collectives
+from longctx.parallel.comm import Comm, SingleRankComm
+from longctx.parallel.dist_comm import DistComm, name_failed_collectives
 from longctx.parallel.launch import Rank
 from longctx.parallel.validate import refuse_no_gpu
 
@@ -118,6 +119,9 @@ def open_runtime(
         if training:
             _track_generators(torch_device)
         yield rank_runtime
+    for comm in vars(rank_runtime).values():
+        if isinstance(comm, DistComm):
+            comm.close()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
@@ -166,9 +170,9 @@ def _create_groups(rank: Rank, mesh: Mesh, device: torch.device, timeout_minutes
     # The groups that a model on a single rank uses.
     names = ("tp", "cp", "pp", "embd", "tp_cp", "tp_dp_cp", "ep", "expt_tp", "expt_dp", "tp_ep")
     alone = ProcessGroupCollection(**dict.fromkeys(names, own))
-    comms = (_comm(group) for group in (groups.tp, ulysses, ring, groups.cp, groups.tp_cp, groups.ep, world))
+
+    def comm(group: dist.ProcessGroup) -> Comm:
+        return DistComm(group, 60.0 * timeout_minutes) if group.size() > 1 else SingleRankComm()
+
+    comms = (comm(group) for group in (groups.tp, ulysses, ring, groups.cp, groups.tp_cp, groups.ep, world))
     return Runtime(rank, mesh, device, groups, alone, *comms)
-
-
-def _comm(group: dist.ProcessGroup) -> Comm:
-    return DistComm(group) if group.size() > 1 else SingleRankComm()

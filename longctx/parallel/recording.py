@@ -15,7 +15,8 @@ from longctx.attention.layout import Layout
 from longctx.attention.mask import CAUSAL, Mask
 from longctx.attention.partial import Partial, accumulation_dtype, empty_partial
 from longctx.config import Mesh
-from longctx.parallel.comm import Comm, DistComm, PeerTensor, SingleRankComm, Traffic
+from longctx.parallel.comm import Comm, SingleRankComm, Traffic
+from longctx.parallel.dist_comm import DistComm, PeerTensor
 from longctx.parallel.hybrid import hybrid
 from longctx.parallel.ring import Strategy
 from longctx.parallel.schedule import EXCHANGE, Group, Message, Operation, Schedule
@@ -44,6 +45,8 @@ class RecordingComm(DistComm):
 
     def _world_ranks(self, members: set[int]) -> str:
         return ", ".join(str(self._group.ranks[member]) for member in sorted(members))
+
+    _sockets = None  # small exchanges are recorded as the backend's
 
     def _exchange(self, receives: Sequence[PeerTensor], sends: Sequence[PeerTensor]) -> Sequence[dist.Work]:
         self._record(EXCHANGE, sends, receives)

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from longctx.megatron.training import optimizer
 from longctx.megatron.training.optimizer import TrainState
-from longctx.parallel import comm, cross_entropy
+from longctx.parallel import cross_entropy, dist_comm
 from longctx.parallel.measure.memory import MemoryMeter
 from longctx.shapes import AnyShape
 
@@ -27,7 +27,7 @@ def memory_meter(state: TrainState) -> MemoryMeter:
         {
             "logits": cross_entropy.ALLOCATORS,
             "optimizer": optimizer.ALLOCATORS["optimizer"],
-            "communication": (*comm.ALLOCATORS, *optimizer.ALLOCATORS["communication"]),
+            "communication": (*dist_comm.ALLOCATORS, *optimizer.ALLOCATORS["communication"]),
         }
     )
     meter.hold("weights", state.net.parameters())

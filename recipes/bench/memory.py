@@ -177,7 +177,7 @@ def inference_meter(weights: Iterable[AnyShape]) -> MemoryMeter:
     """Return a meter of passes of a model with ``weights``."""
     from longctx.infer.cache import KVCache
     from longctx.infer.engine import next_logits
-    from longctx.parallel.comm import ALLOCATORS
+    from longctx.parallel.dist_comm import ALLOCATORS
     from longctx.parallel.measure.memory import MemoryMeter
 
     meter = MemoryMeter({"kv_cache": [KVCache.append], "logits": [next_logits], "communication": ALLOCATORS})

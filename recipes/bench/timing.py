@@ -14,7 +14,8 @@ from longctx.attention.layout import Layout, zigzag
 from longctx.config import PromptSource
 from longctx.data.prompt import prompt_tokens
 from longctx.hf.config import tokenizer_of
-from longctx.parallel.comm import Comm, DistComm
+from longctx.parallel.comm import Comm
+from longctx.parallel.dist_comm import DistComm
 from recipes.common.target import Target
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from longctx.attention.kernel import reference
 from longctx.attention.layout import zigzag
-from longctx.parallel.comm import Comm, DistComm, SingleRankComm, Traffic, sum_over_ranks
+from longctx.parallel.comm import Comm, LostPeer, SingleRankComm, Traffic, sum_over_ranks
+from longctx.parallel.dist_comm import DistComm
 from longctx.parallel.launch import Rank, run_ranks
 from longctx.parallel.ring import Ring
 from longctx.parallel.strategy import STRATEGIES, ring_attention
@@ -98,29 +99,41 @@ def exercise(comm: Comm) -> Results:
     return results
 
 
-def rank_main(rank: Rank) -> tuple[Results, Any]:
-    """Run the exercises over all ranks, and `exchange_in_pair` within the group of the last two."""
+def rank_main(rank: Rank) -> tuple[Results, Results, Any]:
+    """Run the exercises over all ranks, with and without sockets, and `exchange_in_pair` in the last two's group."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rank.init_method, rank=rank.rank, world_size=rank.world_size)
     try:
-        results = exercise(DistComm(dist.group.WORLD))
+        comm, gloo = DistComm(dist.group.WORLD), DistComm(dist.group.WORLD)
+        gloo._sockets = None  # as between machines
+        results = exercise(comm), exercise(gloo)
+        assert comm._sockets is not None
+        comm.close()
         pair = dist.new_group([rank.world_size - 2, rank.world_size - 1])
         is_member = rank.rank >= rank.world_size - 2
-        return results, exchange_in_pair(DistComm(pair)) if is_member else None
+        return *results, exchange_in_pair(DistComm(pair, timeout_s=0.1)) if is_member else None
     finally:
         dist.destroy_process_group()
 
 
-def exchange_in_pair(comm: Comm) -> tuple[int, int, list[float], list[float]]:
-    """Return the rank in the group, its size, and the results of a shift and an all-gather."""
+def exchange_in_pair(comm: DistComm) -> tuple[int, int, list[float], list[float]]:
+    """Return the rank in the group, its size, and the results of a shift and an all-gather.
+
+    Then rank 0 waits in an all-gather for rank 1, which does not answer, but waits in a barrier.
+    """
     mine = torch.tensor([float(comm.rank)])
     (shifted,) = comm.shift(mine, shapes=[(1,)]).wait()
     gathered = comm.all_gather(mine, [(1,), (1,)])
+    if comm.rank == 0:
+        silent = dist.get_global_rank(comm.group, 1)
+        with pytest.raises(LostPeer, match=rf"^lost rank {silent} \(no answer within run.timeout_minutes\)$"):
+            comm.all_gather(mine, [(1,), (1,)])
+    dist.barrier(comm.group)
     return comm.rank, comm.size, shifted.tolist(), torch.cat(gathered).tolist()
 
 
 @cache
-def on_processes(world: int) -> list[tuple[Results, Any]]:
+def on_processes(world: int) -> list[tuple[Results, Results, Any]]:
     return run_ranks(world, rank_main)
 
 
@@ -132,25 +145,26 @@ def on_threads(world: int) -> list[Results]:
 @WORLDS
 @pytest.mark.parametrize("name", EXERCISES)
 def test_processes_match_threads(world, name):
-    for (processes, _), threads in zip(on_processes(world), on_threads(world), strict=True):
-        (got, sent), (expected, expected_sent) = processes[name], threads[name]
-        assert len(got) == len(expected)
-        for a, b in zip(got, expected, strict=True):
-            assert a.dtype == b.dtype
+    for (processes, over_gloo, _), threads in zip(on_processes(world), on_threads(world), strict=True):
+        (got, sent), (gloo, gloo_sent), (expected, expected_sent) = processes[name], over_gloo[name], threads[name]
+        assert len(got) == len(gloo) == len(expected)
+        for a, b, c in zip(got, expected, gloo, strict=True):
+            assert a.dtype == b.dtype == c.dtype
             oracle.assert_close(a, b.double(), 1e-14)
-        assert sent == expected_sent
+            assert torch.equal(a, c), "the same bits, whatever they travel over"
+        assert sent == gloo_sent == expected_sent
 
 
 @WORLDS
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_attention_over_processes_is_exact(world, strategy):
-    task_for(world).assert_solved([results[strategy][0] for results, _ in on_processes(world)], 1e-10)
+    task_for(world).assert_solved([results[strategy][0] for results, *_ in on_processes(world)], 1e-10)
 
 
 @WORLDS
 def test_all_to_all_returns_tensors_in_rank_order(world):
     """Compared with the tensors that were sent, not with the threads' results."""
-    for rank, (results, _) in enumerate(on_processes(world)):
+    for rank, (results, *_) in enumerate(on_processes(world)):
         assert all(map(torch.equal, results["all_to_all"][0], results["all_to_all small"][0]))
         for source, (got, sent) in enumerate(
             zip(results["all_to_all"][0], (parts_from(source, world)[rank] for source in range(world)), strict=True)
@@ -160,7 +174,7 @@ def test_all_to_all_returns_tensors_in_rank_order(world):
 
 @WORLDS
 def test_shift_and_all_gather_receive_the_other_ranks_tensors(world):
-    for rank, (results, _) in enumerate(on_processes(world)):
+    for rank, (results, *_) in enumerate(on_processes(world)):
         previous = (rank - 1) % world
         (x, y), gathered = results["shift"][0], results["all_gather"][0]
         assert x[0].tolist() == [100 * previous + i * len(x) for i in range(3)]
@@ -173,13 +187,13 @@ def test_shift_and_all_gather_receive_the_other_ranks_tensors(world):
 
 @WORLDS
 def test_sum_is_rounded_once(world):
-    for results, _ in on_processes(world):
+    for results, *_ in on_processes(world):
         assert results["sum"][0][0].tolist() == [[258.0 if world == 3 else 256.0]] * 3
 
 
 def test_ranks_are_counted_within_the_group():
     """In the group of the last two of three ranks, these are ranks 0 and 1."""
-    results = [pair for _, pair in on_processes(3)]
+    results = [pair for *_, pair in on_processes(3)]
     assert results == [None, (0, 2, [1.0], [0.0, 1.0]), (1, 2, [0.0], [0.0, 1.0])]
 
 

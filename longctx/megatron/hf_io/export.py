@@ -22,7 +22,8 @@ from longctx.megatron.hf_io.stored import join
 from longctx.model_shape import ModelShape
 from longctx.models import Family
 from longctx.models.tensors import EMBEDDING
-from longctx.parallel.comm import Comm, DistComm
+from longctx.parallel.comm import Comm
+from longctx.parallel.dist_comm import DistComm
 from longctx.shapes import Float, Tensor
 
 StoredTensors = dict[str, list[TensorView]]  # tensors of the files, each with the views that it concatenates

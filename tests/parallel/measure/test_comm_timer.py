@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longctx.parallel.comm import Comm, DistComm, SingleRankComm
+from longctx.parallel.comm import Comm, SingleRankComm
+from longctx.parallel.dist_comm import DistComm
 from longctx.parallel.launch import Rank, run_ranks
 from longctx.parallel.measure.comm_timer import ExposedCommTimer, TimedComm
 from longctx.parallel.threads import run_threads
