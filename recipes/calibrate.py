@@ -34,7 +34,7 @@ class CalibrateSettings:
     """Settings of configs/calibrate.yaml outside any section."""
 
     out: str
-    kernel: Literal["auto", "reference", "flash_cpu", "flash_cuda", "cudnn", "flash_attn"] = "auto"
+    kernel: Literal["auto", "reference", "flash_cpu", "flash_cuda", "cudnn", "flash_attn", "triton"] = "auto"
 
 
 def measure_ring(runtime: Runtime, target: Target) -> Hardware:

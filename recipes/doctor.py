@@ -154,7 +154,8 @@ def choices(machine: Machine) -> list[Choice]:
         return [Choice("every recipe", "run=local, the default", "cpu", "flash_cpu", "local", "float32")]
     whole = machine.transformer_engine is not None and not machine.te_missing
     words = "run=gpu context.kernel=flash_cuda model.dtype=bfloat16"
-    kernel = f"{_GPU_KERNELS} or flash_attn" if machine.flash_attn_2 else _GPU_KERNELS
+    packages = {"flash_attn": machine.flash_attn_2, "triton": machine.triton}
+    kernel = " or ".join([_GPU_KERNELS, *(name for name, package in packages.items() if package)])
     return [
         Choice("generate, chat, eval", words, "cuda", kernel, "te" if whole else "local", "bfloat16"),
         Choice("pretrain, extend", words, "cuda", kernel, "local", "bfloat16"),

@@ -61,7 +61,10 @@ def pytest_configure() -> None:
     """Prepare what the processes that tests start inherit.
 
     They handle SIGINT, which a shell's background job ignores, and share byte code, which each would compile anew.
+    Without a GPU, Triton interprets kernels; it reads the variable when it is first imported.
     """
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

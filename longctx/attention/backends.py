@@ -2,15 +2,17 @@
 
 import torch
 
-from longctx.attention import flash_attn as package
+from longctx.attention import flash_attn as flash_attn_package
+from longctx.attention import triton_flash as triton_package
 from longctx.attention.cudnn import cudnn
 from longctx.attention.flash_attn import flash_attn
 from longctx.attention.flash_cpu import flash_cpu
 from longctx.attention.flash_cuda import flash_cuda
 from longctx.attention.kernel import Kernel, reference
+from longctx.attention.triton_flash import in_interpreter, interpreted, triton_flash
 from longctx.attention.verify import refuse_inexact
 
-KERNELS = {kernel.name: kernel for kernel in (reference, flash_cpu, flash_cuda, cudnn, flash_attn)}
+KERNELS = {kernel.name: kernel for kernel in (reference, flash_cpu, flash_cuda, cudnn, flash_attn, triton_flash)}
 
 
 def kernel_for(name: str, device: str, dtype: str) -> Kernel:
@@ -25,18 +27,26 @@ def kernel_for(name: str, device: str, dtype: str) -> Kernel:
             "context.kernel=reference or run.device=cpu"
         )
     kernel = KERNELS["flash_cpu" if name == "auto" else name]
+    if kernel is triton_flash and device == "cpu" and in_interpreter():
+        kernel = interpreted
     if not _takes(kernel, device, dtype):
         fitting = [other for other, candidate in KERNELS.items() if _takes(candidate, device, dtype)]
         other_dtype = next((each for each in ("bfloat16", "float32") if _takes(kernel, device, each)), None)
         advice = f"model.dtype={other_dtype}, or " if other_dtype else ""
         advice += f"context.kernel={' or '.join(fitting)}"
         raise ValueError(f"context.kernel={name} does not take {dtype} on {device}; use {advice}")
-    if kernel is flash_attn and not package.installed:
+    if not installed(name):
+        other = "reference" if dtype == "float32" else "flash_cuda"
         raise ValueError(
-            "context.kernel=flash_attn needs the flash-attn package, which is not installed; "
-            "use context.kernel=flash_cuda"
+            f"context.kernel={name} needs the package {name.replace('_', '-')}, which is not installed; "
+            f"use context.kernel={other}"
         )
     return kernel
+
+
+def installed(name: str) -> bool:
+    """Return True if the package that kernel ``name`` needs is installed."""
+    return {"flash_attn": flash_attn_package.installed, "triton": triton_package.installed}.get(name, True)
 
 
 def _takes(kernel: Kernel, device: str, dtype: str) -> bool:

@@ -78,7 +78,7 @@ class Context:
     strategy: Literal["pass_kv", "pass_q", "all_gather_kv", "auto", "alg1", "alg5", "empirical"] = "pass_kv"
     decode: Literal["pass_kv", "pass_q", "all_gather_kv", "gather_merge", "sharded", "auto"] = "gather_merge"
     layout: Literal["zigzag", "contiguous", "striped"] = "zigzag"
-    kernel: Literal["auto", "reference", "flash_cpu", "flash_cuda", "cudnn", "flash_attn"] = "auto"
+    kernel: Literal["auto", "reference", "flash_cpu", "flash_cuda", "cudnn", "flash_attn", "triton"] = "auto"
     chunk: int | None = None
     check_schedule: bool = False
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from longctx.attention import flash_attn
-from longctx.attention.backends import KERNELS, kernel_for
+from longctx.attention.backends import KERNELS, installed, kernel_for
 from longctx.attention.kernel import Gradients, Kernel, attend_tiles, tile_gradients
 from longctx.attention.layout import Layout, zigzag
 from longctx.attention.mask import CAUSAL
@@ -34,7 +33,7 @@ def check_kernels(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
     table_rows = []
     for name, kernel in KERNELS.items():
         takes = runtime.device.type in kernel.devices and job.dtype in kernel.dtypes
-        if not takes or (name == "flash_attn" and not flash_attn.installed):
+        if not takes or not installed(name):
             continue
         try:
             refuse_inexact(kernel, runtime.device, job.dtype, job.target.shape.head_dim)

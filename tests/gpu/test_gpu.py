@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from longctx.attention.backends import KERNELS
-from longctx.attention.flash_attn import installed
+from longctx.attention.backends import KERNELS, installed
 from longctx.attention.layout import contiguous, documents, zigzag
 from longctx.attention.mask import BIDIRECTIONAL, CAUSAL, Mask, window
 from longctx.attention.verify import refuse_inexact
@@ -17,7 +16,7 @@ from longctx.parallel.threads import run_threads
 from tests import oracle
 from tests.megatron.ranks import all_logits
 
-CUDA_KERNELS = [name for name in KERNELS if "cuda" in KERNELS[name].devices and (name != "flash_attn" or installed)]
+CUDA_KERNELS = [name for name in KERNELS if "cuda" in KERNELS[name].devices and installed(name)]
 DTYPES = [torch.bfloat16, torch.float16]
 kernels = pytest.mark.parametrize("name", CUDA_KERNELS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -68,6 +68,7 @@ def test_layers_on_gpus(changes, layers):
     assert (inference.layers, training.layers, spd.device) == (layers, "local", "cpu")
     assert "flash_attn" in inference.kernel
     assert "flash_attn" not in choices(replace(GPU, flash_attn_2=None))[0].kernel
+    assert "triton" not in inference.kernel and "triton" in choices(replace(GPU, triton="3.7.1"))[0].kernel
 
 
 @pytest.mark.parametrize("machine", [CPU, GPU, replace(CPU, listed_gpus=("H100",) * 2)])

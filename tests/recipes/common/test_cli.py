@@ -125,7 +125,7 @@ def test_experiment_sets_several_settings(compose):
         ("run.device=tpu", ["run.device=tpu", "cpu or cuda"]),
         (
             "context.kernel=flash",
-            ["context.kernel=flash", "auto, reference, flash_cpu, flash_cuda, cudnn or flash_attn"],
+            ["context.kernel=flash", "auto, reference, flash_cpu, flash_cuda, cudnn, flash_attn or triton"],
         ),
         ("sampling.seed=-1", ["sampling.seed=-1", "use 0 to"]),
         ("model.source=null", ["model.source", "model.wheel"]),
