@@ -51,11 +51,13 @@ def score_prompts(
 
     # 3. All ranks get all of them.
     width = 1 + 2 * top
-    found = torch.tensor(local, dtype=torch.double, device=hidden.device).reshape(len(local), width)
-    numbers = torch.cat(engine.context.all_gather(found, [(len(one), width) for one in rows])).tolist()
+    mine = torch.tensor(local, dtype=torch.double, device=hidden.device).reshape(len(local), width)
+    numbers = torch.cat(engine.context.all_gather(mine, [(len(one), width) for one in rows])).tolist()
     numbers_of = dict(zip(chain.from_iterable(rows), numbers, strict=True))
     for i, end in zip(chunk, accumulate(map(len, chunk.values())), strict=True):
-        _record(sequences[i], [(targets[row], numbers_of[row]) for row in range(end - len(chunk[i]), end) if row in targets])
+        _record(
+            sequences[i], [(targets[row], numbers_of[row]) for row in range(end - len(chunk[i]), end) if row in targets]
+        )
 
 
 def _record(sequence: Conversation, predictions: list[tuple[int, list[float]]]) -> None:
