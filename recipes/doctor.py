@@ -157,7 +157,7 @@ def choices(machine: Machine) -> list[Choice]:
     kernel = f"{_GPU_KERNELS} or flash_attn" if machine.flash_attn_2 else _GPU_KERNELS
     return [
         Choice("generate, chat, eval", words, "cuda", kernel, "te" if whole else "local", "bfloat16"),
-        Choice("pretrain, extend", words, "cuda", kernel, "local", "bfloat16"),
+        Choice("pretrain, extend, finetune", words, "cuda", kernel, "local", "bfloat16"),
         Choice("spd_sensitivity, spd_adapt", "run=local, the default", "cpu", "flash_cpu", "local", "float32"),
     ]
 
