@@ -14,6 +14,7 @@ VERBS = {
     "serve": ("recipes.serve", "answer many clients through OpenAI's API"),
     "pretrain": ("recipes.pretrain", "train a model from scratch, or resume a run"),
     "extend": ("recipes.extend", "train a pretrained model on longer sequences"),
+    "finetune": ("recipes.finetune", "train a model further on conversations"),
     "models": ("recipes.models", "list the model types that run, and their features"),
     "doctor": ("recipes.doctor", "show what this machine has, what recipes take, what is missing"),
     "export": ("recipes.export", "write a run's model as a folder that transformers loads"),

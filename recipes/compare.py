@@ -26,7 +26,7 @@ MEASURED = re.compile(
     r"(_s|_per_s|_bytes|_share|ttft_s|mfu|mfu_causal|_per_rank|processor|cores|command|commit|host|why|max_logit_diff)$"
 )
 _PROVENANCE = ("commit", "command", "python", "torch", "processor", "cores")
-_TRAINING_RECIPES = ("recipes.pretrain", "recipes.extend")
+_TRAINING_RECIPES = ("recipes.pretrain", "recipes.extend", "recipes.finetune")
 _OUTPUTS = ("out", "session.save", "command")  # places that the results are written to are not compared
 _MAX_CELL = 60  # characters
 

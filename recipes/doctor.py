@@ -158,7 +158,7 @@ def choices(machine: Machine) -> list[Choice]:
     kernel = " or ".join([_GPU_KERNELS, *(name for name, package in packages.items() if package)])
     return [
         Choice("generate, chat, eval", words, "cuda", kernel, "te" if whole else "local", "bfloat16"),
-        Choice("pretrain, extend", words, "cuda", kernel, "local", "bfloat16"),
+        Choice("pretrain, extend, finetune", words, "cuda", kernel, "local", "bfloat16"),
         Choice("spd_sensitivity, spd_adapt", "run=local, the default", "cpu", "flash_cpu", "local", "float32"),
     ]
 

@@ -9,13 +9,9 @@ that transformers loads.
 
 from omegaconf import DictConfig
 
-from recipes.common.cli import main, on_ranks, warm_up_ranks
-from recipes.common.hardware_file import refuse_other_threads
-from recipes.common.manifest import record
+from recipes.common.cli import main
 from recipes.common.train_job import TrainJob, resolve_train_job
-from recipes.common.train_loop import run_rank, show
-from recipes.common.train_resume import begin_run
-from recipes.pretrain import WARM
+from recipes.common.train_task import train
 
 RECIPE = "recipes.extend"
 
@@ -27,14 +23,7 @@ def prepare(config: DictConfig) -> TrainJob:
 
 def task(config: DictConfig) -> None:
     """Check the configuration, train on all ranks, and show the last figures."""
-    warm_up_ranks([*WARM, "recipes.common.train_loop"])
-    job = prepare(config)
-    refuse_other_threads(job.settings.hardware, job.target.run.threads, job.target.mesh)
-    with record(config, RECIPE, [job.weights] if job.weights else []):
-        begin_run(job)
-        result = on_ranks(job.target.mesh, run_rank, job)
-        if result is not None:
-            show(job, result)
+    train(config, RECIPE, prepare)
 
 
 if __name__ == "__main__":

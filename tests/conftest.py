@@ -97,6 +97,7 @@ SLOW = (
     "recipes/test_calibrate.py",
     "recipes/test_chat.py",
     "recipes/test_extend.py",
+    "recipes/test_finetune.py",
     "recipes/test_generate.py",
     "recipes/test_generate_batch.py",
     "recipes/test_install.py",

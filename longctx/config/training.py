@@ -53,6 +53,10 @@ class DataSettings:
     permuted; 0 keeps the reading order.  ``end_token`` ends every document.  ``last`` drops an incomplete last sequence
     and batch, or pads them with tokens that do not count.  ``on_error`` stops the run at a record without text, or
     skips the record.
+
+    With ``conversations``, each line of .jsonl is a conversation, and only the answers are learned.  ``whole`` never
+    cuts one: a sequence ends with padding if the next one does not fit, and a longer one is an error.  ``split`` packs
+    without padding and cuts conversations at the ends of sequences, like any document.
     """
 
     sources: tuple[TextSource, ...]
@@ -64,6 +68,7 @@ class DataSettings:
     end_token: bool = True
     last: Literal["drop", "pad"] = "drop"
     on_error: Literal["stop", "skip"] = "stop"
+    conversations: Literal["whole", "split"] | None = None
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -73,6 +78,10 @@ class DataSettings:
             given = getattr(self, name)
             if given is not None and given < value:
                 raise ValueError(f"data.{name}={given}: use {value} or more")
+        if self.conversations and self.end_token:
+            raise ValueError("data.end_token=true: the chat template ends a conversation; use false")
+        if self.conversations and (keyed := [source for source in self.sources if source.text_key != "text"]):
+            raise ValueError(f"{keyed[0]}: text_key={keyed[0].text_key} is not used by conversations: leave it out")
 
 
 Recompute = Literal["none", "selective", "full"]

@@ -10,7 +10,7 @@ import torch
 from longctx.config import DataSettings
 from longctx.data.documents import documents
 from longctx.data.mixing import interleave
-from longctx.data.packing import PackedSequence, pack, padding_sequence
+from longctx.data.packing import PackedSequence, learnable, pack, pack_whole, padding_sequence
 from longctx.data.stage import Stage, State
 from longctx.shapes import Bool, Tensor, Tokens
 
@@ -33,14 +33,19 @@ class Batch:
     counted: int
 
 
-def training_batches(data: DataSettings, tokenizer: Any, dp_rank: int = 0, dp_size: int = 1) -> Stage[Batch]:
+def training_batches(
+    data: DataSettings, tokenizer: Any, dp_rank: int = 0, dp_size: int = 1, ends: tuple[int, ...] = ()
+) -> Stage[Batch]:
     """The whole pipeline for ``data``, from files to batches: `documents`, `interleave`, `pack`, `batches`.
 
-    Raises ValueError as these do.
+    ``ends`` are the tokens that end the answers of conversations.  Raises ValueError as these do.
     """
-    sources = [documents(source, tokenizer, data) for source in data.sources]
+    sources = [documents(source, tokenizer, data, ends) for source in data.sources]
     mixed = interleave(sources, [source.weight for source in data.sources])
-    return batches(pack(mixed, data.length, data.last), data.batch, dp_rank, dp_size, data.last)
+    sequences = (pack_whole if data.conversations == "whole" else pack)(mixed, data.length, data.last)
+    if data.conversations:
+        sequences = learnable(sequences)
+    return batches(sequences, data.batch, dp_rank, dp_size, data.last)
 
 
 def batches(

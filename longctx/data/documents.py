@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from longctx.config import DataSettings, TextSource
+from longctx.data.conversations import conversation_reader
 from longctx.data.files import files
 from longctx.data.hub import dataset
 from longctx.data.pydoc import topics
-from longctx.data.records import Position, Record, SourceFile
+from longctx.data.records import Conversation, Position, Record, SourceFile
 from longctx.data.stage import Stage, State
 from longctx.data.tokenize import token_blocks
-from longctx.shapes import Positions
+from longctx.shapes import Bool, Positions, Tensor
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +27,14 @@ class Document:
     """The tokens of a document (int32), its end token included, and ``where`` it comes from: file and line.
 
     A long document comes in several parts, in order.  All parts but the last have ``ends=False`` and an empty resume
-    state, because a run resumes at the beginning of a document.
+    state, because a run resumes at the beginning of a document.  ``learned`` is True for the tokens to learn, False for
+    those that only are context; None if all are learned.
     """
 
     tokens: Positions
     where: str
     ends: bool = True
+    learned: Bool[Tensor, " s"] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,24 +55,22 @@ class ResumePoint:
     skipped: int = 0
 
 
-def documents(source: TextSource, tokenizer: Any, data: DataSettings) -> Stage[Document]:
+def documents(source: TextSource, tokenizer: Any, data: DataSettings, ends: tuple[int, ...] = ()) -> Stage[Document]:
     """The documents of ``source``, ``data.epochs`` times, tokenized by ``tokenizer`` and closed by its end token.
 
     Documents without text are left out and counted.  With ``data.shuffle`` = n, the source is read in windows of n
     documents, and each window is shuffled.  The order depends on ``data.seed`` and on the number of documents before
     the window, so every epoch has another order.  Windows do not cross epochs.  The resume state is the beginning of a
-    window: to resume is to read the window again.
+    window: to resume is to read the window again.  With ``data.conversations``, a document is a conversation, whose
+    answers end with one of the tokens ``ends`` (see `conversation_reader`).
 
-    Raises ValueError as `files` and `dataset` do, and if the tokenizer lacks the end token.  While it runs, raises
-    ValueError for a state of other files or another order, and for a source without documents.  A faulty record raises
-    ValueError unless ``data.on_error`` is skip.
+    Raises ValueError as `files`, `dataset` and `conversation_reader` do, and if the tokenizer lacks the end token.
+    While it runs, raises ValueError for a state of other files or another order, and for a source without documents.  A
+    faulty record raises ValueError unless ``data.on_error`` is skip.
     """
     if data.end_token and tokenizer.eos_token_id is None:
         raise ValueError("the model's tokenizer has no end token to close documents with: set data.end_token=false")
-    if source.name:
-        source_files: tuple[SourceFile, ...] = (dataset(source),)
-    else:
-        source_files = (topics(source.pydoc),) if source.pydoc else files(source)
+    source_files = _source_files(source, tokenizer, data, ends)
     identity = {"files": _digest(source_files), "order": _order(data)}
 
     def run(state: State | None) -> Iterator[tuple[Document, State]]:
@@ -90,8 +91,23 @@ def documents(source: TextSource, tokenizer: Any, data: DataSettings) -> Stage[D
     return run
 
 
+def _source_files(
+    source: TextSource, tokenizer: Any, data: DataSettings, ends: tuple[int, ...]
+) -> tuple[SourceFile, ...]:
+    if data.conversations:
+        if not source.path:
+            raise ValueError(f"{source} has no lines of conversations: give the path of .jsonl files")
+        return files(source, conversation_reader(tokenizer, ends, data))
+    if source.name:
+        return (dataset(source),)
+    return (topics(source.pydoc),) if source.pydoc else files(source)
+
+
 def _parts(record: Record, tokenizer: Any, end_token: bool) -> Iterator[Document]:
     """Yield a record's document: one part, or several if the text is long."""
+    if record.conversation:
+        yield _document_of(record.conversation, record.where)
+        return
     with record.open() as text:
         blocks = token_blocks(text.read, tokenizer)
         tokens = next(blocks)
@@ -101,6 +117,13 @@ def _parts(record: Record, tokenizer: Any, end_token: bool) -> Iterator[Document
     if end_token and tokens[-1:].tolist() != [tokenizer.eos_token_id]:
         tokens = torch.cat([tokens, tokens.new_tensor([tokenizer.eos_token_id])])
     yield Document(tokens, record.where)
+
+
+def _document_of(conversation: Conversation, where: str) -> Document:
+    learned = torch.zeros(len(conversation.tokens), dtype=torch.bool)
+    for begin, end in conversation.answers:
+        learned[begin:end] = True
+    return Document(torch.tensor(conversation.tokens, dtype=torch.int32), where, learned=learned)
 
 
 def _windows(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.config import TextSource
-from longctx.data.records import Position, Record, SourceFile, error_line, text_of
+from longctx.data.records import Position, ReadRow, Record, SourceFile, error_line, text_of
 
 READABLE = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 REFUSED = (".json", ".csv", ".tsv", ".arrow", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst")
@@ -23,12 +23,13 @@ END = -1  # position after the whole file; also after a fault that ends it, sinc
 _BLOCK = 1 << 20  # bytes of a text file that are checked at once
 
 
-def files(source: TextSource) -> tuple[SourceFile, ...]:
+def files(source: TextSource, read_row: ReadRow | None = None) -> tuple[SourceFile, ...]:
     """The files of ``source.path``, in the order of their paths.
 
-    Raises ValueError if there are none, and for a kind of file that is not supported.
+    ``read_row`` reads the lines of .jsonl files in place of ``source.text_key``; other files are then refused.
+    Raises ValueError if there are no files, and for a kind of file that is not supported.
     """
-    return tuple(_source_file(path, source) for path in paths_of(str(source.path)))
+    return tuple(_source_file(path, source, read_row) for path in paths_of(str(source.path)))
 
 
 def paths_of(given: str) -> list[Path]:
@@ -50,15 +51,18 @@ def paths_of(given: str) -> list[Path]:
     return sorted(paths)
 
 
-def _source_file(path: Path, source: TextSource) -> SourceFile:
+def _source_file(path: Path, source: TextSource, read_row: ReadRow | None) -> SourceFile:
     name = path.name.lower()
     title = f"{path.name} ({path.stat().st_size} bytes)"  # the size, so that a resume state rejects a changed file
     if name.endswith(REFUSED):
         raise ValueError(f"{path} is of a kind that is not supported: use a text file, or one of {', '.join(READABLE)}")
+    if name.endswith((".jsonl", ".jsonl.gz")):
+        read_text = partial(_read_text_row, source.text_key)
+        return SourceFile(title, partial(_read_lines, path, read_row or read_text))
+    if read_row:
+        raise ValueError(f"{path} has no lines of conversations: give .jsonl files")
     if name.endswith(".parquet"):
         return SourceFile(title, partial(_read_table, path, source.text_key))
-    if name.endswith((".jsonl", ".jsonl.gz")):
-        return SourceFile(title, partial(_read_lines, path, source.text_key))
     return SourceFile(title, partial(_read_text, path))
 
 
@@ -105,7 +109,11 @@ def _open_text(path: Path) -> TextIOBase:
     return TextIOWrapper(_open(path), encoding="utf-8-sig", newline=None)
 
 
-def _read_lines(path: Path, key: str, at: Position) -> Iterator[tuple[Record, Position]]:
+def _read_text_row(key: str, row: Any, where: str) -> Record:
+    return text_of(row, key, where)
+
+
+def _read_lines(path: Path, read_row: ReadRow, at: Position) -> Iterator[tuple[Record, Position]]:
     """Yield the documents of a JSONL file, one a line, without blank lines.  Positions are [line, byte], from 0.
 
     Not the JSON reader of ``datasets``, which parses blocks and cannot name the faulty line.
@@ -117,12 +125,12 @@ def _read_lines(path: Path, key: str, at: Position) -> Iterator[tuple[Record, Po
             while raw := file.readline():
                 line, byte = line + 1, byte + len(raw)
                 if raw.strip():
-                    yield _parse_line(raw, key, f"{path}, line {line}"), [line, byte]
+                    yield _parse_line(raw, read_row, f"{path}, line {line}"), [line, byte]
         except BROKEN as error:
             yield Record(f"{path}, line {line + 1}", fault=f"is where the file breaks off ({error_line(error)})"), END
 
 
-def _parse_line(raw: bytes, key: str, where: str) -> Record:
+def _parse_line(raw: bytes, read_row: ReadRow, where: str) -> Record:
     try:
         row: Any = json.loads(raw.decode("utf-8-sig").strip())
     except UnicodeDecodeError as error:
@@ -131,9 +139,7 @@ def _parse_line(raw: bytes, key: str, where: str) -> Record:
         return Record(where, fault=f"is not JSON ({error.msg}, column {error.colno})")
     except (ValueError, RecursionError) as error:  # numbers too long for Python, brackets too deep
         return Record(where, fault=f"is not JSON that can be read ({error_line(error)})")
-    if not isinstance(row, dict):
-        return Record(where, fault=f'is no JSON object of the form {{"{key}": "..."}}')
-    return text_of(row, key, where)
+    return read_row(row, where)
 
 
 def _read_table(path: Path, key: str, at: Position) -> Iterator[tuple[Record, Position]]:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 from longctx.data.documents import Document
 from longctx.data.stage import Stage, State
-from longctx.shapes import Bool, Positions, Tensor
+from longctx.shapes import Bool, Int, Positions, Tensor
 
 log = logging.getLogger(__name__)
 
@@ -46,17 +47,18 @@ def pack(documents: Stage[Document], length: int, last: Literal["drop", "pad"] =
         before, used = (state["documents"], state["used"]) if state else (None, 0)
         pieces: list[PackedSequence] = []
         missing = length
-        rest = torch.empty(0, dtype=torch.int32)  # tokens of the document that no sequence has yet
+        rest = torch.empty(2, 0, dtype=torch.int32)  # tokens of the document that no sequence has yet, and `learned`
         for document, after in _unused(documents, before, used):
-            tokens = torch.cat([rest, document.tokens])
+            tokens = torch.cat([rest, _with_learned(document)], 1)
             # A sequence has one piece of a document.  The piece's last target may be in the next part: wait for it.
-            while len(tokens) > missing or (document.ends and len(tokens)):
+            while tokens.shape[1] > missing or (document.ends and tokens.shape[1]):
                 pieces.append(_piece(tokens, missing))
                 added = len(pieces[-1].tokens)
-                tokens, used, missing = tokens[added:], used + added, missing - added
+                tokens, used, missing = tokens[:, added:], used + added, missing - added
                 if not missing:
                     # A cut document is tokenized again on resume, hence the state before it and its used tokens.
-                    resume = {"documents": before, "used": used} if len(tokens) else {"documents": after, "used": 0}
+                    is_cut = tokens.shape[1] > 0
+                    resume = {"documents": before, "used": used} if is_cut else {"documents": after, "used": 0}
                     yield _concatenate(pieces), resume
                     pieces, missing = [], length
             rest = tokens
@@ -70,6 +72,47 @@ def pack(documents: Stage[Document], length: int, last: Literal["drop", "pad"] =
     return run
 
 
+def pack_whole(documents: Stage[Document], length: int, last: Literal["drop", "pad"] = "drop") -> Stage[PackedSequence]:
+    """Sequences of ``length`` tokens from uncut ``documents``, in order; none is longer than ``length``.
+
+    A document that does not fit into the rest of a sequence begins the next one, and the rest is padding.  ``last`` is
+    as in `pack`.
+
+    Raises ValueError, while it runs, for the resume state of a run that has cut a document.
+    """
+
+    def run(state: State | None) -> Iterator[tuple[PackedSequence, State]]:
+        before, used = (state["documents"], state["used"]) if state else (None, 0)
+        if used:
+            raise ValueError("the state to resume from has cut a conversation: use data.conversations=split")
+        pieces: list[PackedSequence] = []
+        missing = length
+        for document, after in documents(before):
+            assert document.ends and len(document.tokens) <= length, f"{document.where} is longer than a sequence"
+            if len(document.tokens) > missing:
+                yield _padded(pieces, missing), {"documents": before, "used": 0}
+                pieces, missing = [], length
+            pieces.append(_piece(_with_learned(document), length))
+            missing, before = missing - len(document.tokens), after
+        if pieces and (last == "pad" or not missing):
+            yield _padded(pieces, missing), {"documents": before, "used": 0}
+        elif pieces:
+            log.warning("the last %d tokens do not fill a sequence of %d: dropped", length - missing, length)
+
+    return run
+
+
+def learnable(sequences: Stage[PackedSequence]) -> Stage[PackedSequence]:
+    """The ``sequences`` in which a target counts; the others would not change the loss."""
+
+    def run(state: State | None) -> Iterator[tuple[PackedSequence, State]]:
+        for sequence, after in sequences(state):
+            if sequence.mask.any():
+                yield sequence, after
+
+    return run
+
+
 def _unused(documents: Stage[Document], before: State | None, used: int) -> Iterator[tuple[Document, State]]:
     """Yield the documents after state ``before``; leave out the first ``used`` tokens of the first document.
 
@@ -77,7 +120,8 @@ def _unused(documents: Stage[Document], before: State | None, used: int) -> Iter
     """
     skip, is_long_enough = used, not used
     for document, after in documents(before):
-        tokens = document.tokens[skip:]
+        tokens, learned = document.tokens[skip:], document.learned
+        learned = None if learned is None else learned[skip:]
         skip -= len(document.tokens) - len(tokens)
         is_long_enough = is_long_enough or len(tokens) > 0
         if document.ends and not is_long_enough:
@@ -85,7 +129,7 @@ def _unused(documents: Stage[Document], before: State | None, used: int) -> Iter
                 f"{document.where} is shorter than when the state to resume from was made: "
                 "restore the file, or start a new run"
             )
-        yield replace(document, tokens=tokens), after
+        yield replace(document, tokens=tokens, learned=learned), after
 
 
 def padding_sequence(length: int) -> PackedSequence:
@@ -94,12 +138,25 @@ def padding_sequence(length: int) -> PackedSequence:
     return PackedSequence(zeros, zeros, zeros.bool(), (length,), length)
 
 
-def _piece(tokens: Positions, length: int) -> PackedSequence:
-    """Return the first ``length`` of ``tokens``, or all if there are fewer, with their targets."""
-    inputs, targets = tokens[:length].long(), tokens[1 : length + 1].long()
+def _with_learned(document: Document) -> Int[Tensor, "2 s"]:
+    """Return the tokens of ``document``, and 1 below each token that is learned."""
+    learned = torch.ones_like(document.tokens) if document.learned is None else document.learned
+    return torch.stack([document.tokens, learned.to(document.tokens.dtype)])
+
+
+def _piece(tokens: Int[Tensor, "2 s"], length: int) -> PackedSequence:
+    """Return the first ``length`` of ``tokens``, or all if there are fewer, with their targets.
+
+    The second row of ``tokens`` is that of `_with_learned`.
+    """
+    inputs, (targets, learned) = tokens[0, :length].long(), tokens[:, 1 : length + 1].long()
     missing = len(inputs) - len(targets)
-    mask = torch.arange(len(inputs)) < len(targets)
-    return PackedSequence(inputs, torch.cat([targets, targets.new_zeros(missing)]), mask, (len(inputs),))
+    targets, mask = F.pad(targets, (0, missing)), F.pad(learned.bool(), (0, missing))
+    return PackedSequence(inputs, targets, mask, (len(inputs),))
+
+
+def _padded(pieces: list[PackedSequence], missing: int) -> PackedSequence:
+    return _concatenate([*pieces, padding_sequence(missing)] if missing else pieces)
 
 
 def _concatenate(pieces: list[PackedSequence]) -> PackedSequence:

@@ -10,10 +10,19 @@ Position = Any
 
 
 @dataclass(frozen=True)
+class Conversation:
+    """The ``tokens`` of a conversation; those from ``begin`` to ``end`` of each pair in ``answers`` are learned."""
+
+    tokens: tuple[int, ...]
+    answers: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class Record:
     """A ``text`` and its location: ``where`` is file and line, or dataset and row, for messages.
 
     The record of a text file has a function ``open_file`` in place of the text, which may be larger than the memory.
+    A ``conversation`` takes the place of the text if conversations are read.
     A record without usable text has the reason in ``fault``.
     """
 
@@ -21,15 +30,20 @@ class Record:
     text: str = ""
     fault: str = ""
     open_file: Callable[[], TextIOBase] | None = None
+    conversation: Conversation | None = None
 
     @property
     def is_empty(self) -> bool:
         """True if the text has nothing but white space."""
-        return not self.open_file and not self.text.strip()
+        return not self.open_file and not self.conversation and not self.text.strip()
 
     def open(self) -> TextIOBase:
         """Open the text for reading."""
         return self.open_file() if self.open_file else StringIO(self.text)
+
+
+ReadRow = Callable[[Any, str], Record]
+"""Turns a JSON value and its location into a record."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +58,10 @@ class SourceFile:
     read: Callable[[Position], Iterator[tuple[Record, Position]]]
 
 
-def text_of(row: Mapping[str, Any], key: str, where: str) -> Record:
+def text_of(row: Any, key: str, where: str) -> Record:
     """The record with the text under ``key`` of ``row``; a record with a fault if there is no valid text."""
+    if not isinstance(row, Mapping):
+        return Record(where, fault=f'is no JSON object of the form {{"{key}": "..."}}')
     if key not in row:
         keys = ", ".join(sorted(row)) or "nothing"
         return Record(where, fault=f'has no "{key}", it has {keys}: set text_key')

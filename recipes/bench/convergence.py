@@ -22,7 +22,7 @@ from recipes.common.settings import as_config, as_dict, top_level
 from recipes.common.train_job import TrainJob, resolve_train_job
 from recipes.common.train_loop import run_rank
 from recipes.common.train_resume import begin_run
-from recipes.pretrain import WARM
+from recipes.common.train_task import WARM
 
 RUNS = ("one rank", "mesh")  # folders of the two runs
 

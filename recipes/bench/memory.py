@@ -28,7 +28,7 @@ from recipes.common.settings import as_config, as_dict, sections, top_level
 from recipes.common.train_job import TrainJob, refuse_unsplit, resolve_train_job
 from recipes.common.train_loop import build_state
 from recipes.common.train_memory import describe_memory, predict_memory
-from recipes.pretrain import WARM
+from recipes.common.train_task import WARM
 
 if TYPE_CHECKING:
     from longctx.infer.session import Session

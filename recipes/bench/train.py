@@ -29,7 +29,7 @@ from recipes.common.provenance import provenance
 from recipes.common.settings import as_config, as_dict, sections, top_level
 from recipes.common.train_job import TrainJob, resolve_train_job
 from recipes.common.train_loop import build_state
-from recipes.pretrain import WARM
+from recipes.common.train_task import WARM
 
 RECIPE = "recipes.bench train"
 

@@ -199,8 +199,8 @@ def refuse_unproved(context: Context, mesh: Mesh, shape: ModelShape, recipe: str
     """Raise ValueError where ``context.check_schedule`` has nothing to prove, or no proof is implemented."""
     if not proves:
         raise ValueError(
-            f"context.check_schedule=true works in recipes.generate, chat, pretrain and extend; {recipe} takes "
-            "context.check_schedule=false"
+            "context.check_schedule=true works in recipes.generate, chat, pretrain, extend and finetune; "
+            f"{recipe} takes context.check_schedule=false"
         )
     if mesh.context == 1:
         raise ValueError(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Settings of configs/pretrain.yaml and extend.yaml outside any section."""
+    """Settings of configs/pretrain.yaml, extend.yaml and finetune.yaml outside any section."""
 
     out: str
     steps: PositiveInt = 100
@@ -92,10 +92,10 @@ class TrainJob:
         return self.out / "model"
 
 
-def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool) -> TrainJob:
+def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool, conversations: bool = False) -> TrainJob:
     """Return the training job that ``config`` asks for; ``from_scratch`` draws the weights.  Writes nothing.
 
-    Raises ValueError, with what to set instead, if it cannot be run.
+    Raises ValueError, with what to set instead, if it cannot be run.  ``conversations`` says which text it takes.
     """
     from longctx.hf.config import refuse_untrainable, tokenizer_of
 
@@ -108,7 +108,7 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool) ->
     refuse_untrainable(target.folder)
     # 2. The text.
     tokenizer = tokenizer_of(target.folder)
-    data, test = data_of(config)
+    data, test = data_of(config, conversations=conversations)
     refuse_unsplit(target.mesh, target.shape, data)
     evaluation = section(config, "evaluate", Evaluation)
     if test and evaluation.every and evaluation.buckets > data.length:
@@ -163,10 +163,10 @@ def first_sequences(
     that data-parallel ranks cannot share equally, for tokens beyond the model's vocabulary, and for a batch without a
     target.
     """
-    from longctx.data.batches import refuse_nothing_to_learn, training_batches
+    from longctx.data.batches import refuse_nothing_to_learn, refuse_uneven_batch, training_batches
 
-    training_batches(data, tokenizer, 0, target.mesh.dp)  # raises unless data-parallel ranks get equal shares
-    first = next(training_batches(data, tokenizer)(None), None)
+    refuse_uneven_batch(data.batch, target.mesh.dp)
+    first = next(training_batches(data, tokenizer, ends=target.shape.end_tokens)(None), None)
     if first is None:
         raise ValueError(
             f"{', '.join(map(str, data.sources))}: the text does not fill a batch of data.batch={data.batch} sequences "
@@ -178,14 +178,22 @@ def first_sequences(
     return tuple((len(ids), sum(n > 0 for n in each), tokenizer.decode(ids[:128].tolist())) for ids, each in rows)
 
 
-def data_of(config: DictConfig) -> tuple[DataSettings, DataSettings | None]:
-    """Return the training text, and the text to evaluate on, if there is one."""
+def data_of(config: DictConfig, *, conversations: bool = False) -> tuple[DataSettings, DataSettings | None]:
+    """Return the training text, and the text to evaluate on, if there is one.
+
+    Raises ValueError unless ``data.conversations`` is set where ``conversations`` is true, and only there.
+    """
     plain = as_config({"data": {k: v for k, v in as_dict(config.data).items() if k != "test"}})
     data, test = section(plain, "data", DataSettings), as_dict(config.data)["test"]
+    if conversations != bool(data.conversations):
+        was = data.conversations or "null"
+        advice = "whole or split, or recipes.extend" if conversations else "null, or recipes.finetune"
+        raise ValueError(f"data.conversations={was} does not fit this recipe: use {advice}")
     if not test:
         return data, None
     held_out = as_config({"data": {"sources": test, "length": data.length, "batch": data.batch}})
-    return data, replace(section(held_out, "data", DataSettings), end_token=data.end_token)
+    test_data = section(held_out, "data", DataSettings)
+    return data, replace(test_data, end_token=data.end_token, on_error=data.on_error, conversations=data.conversations)
 
 
 def refuse_unsplit(mesh: Mesh, shape: ModelShape, data: DataSettings) -> None:

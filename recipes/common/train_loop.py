@@ -1,4 +1,4 @@
-"""Training loop of recipes.pretrain and recipes.extend: every rank runs it, from the last checkpoint on."""
+"""Training loop of recipes.pretrain, extend and finetune: every rank runs it, from the last checkpoint on."""
 
 from __future__ import annotations
 
@@ -221,8 +221,8 @@ def train_steps(
     meter = Meter(target.shape, target.mesh.ranks // dp_size, runtime.device, timer, job.peak_flops)
     # 2. The text.
     held_out = _held_out(job, dp_rank, dp_size)
-    batches = training_batches(job.data, tokenizer_of(target.folder), dp_rank, dp_size)(start.data)
-    remaining = mark_last(islice(batches, settings.steps - start.step))
+    batches = training_batches(job.data, tokenizer_of(target.folder), dp_rank, dp_size, target.shape.end_tokens)
+    remaining = mark_last(islice(batches(start.data), settings.steps - start.step))
     # 3. Step by step.
     for step, ((batch, data), is_last) in enumerate(remaining, start.step + 1):
         refuse_nothing_to_learn(batch.counted, f"the batch of step {step}")
@@ -267,8 +267,8 @@ def _held_out(job: TrainJob, dp_rank: int, dp_size: int) -> list[Batch]:
 
     if not job.test:
         return []
-    batches = training_batches(job.test, tokenizer_of(job.target.folder), dp_rank, dp_size)(None)
-    return [batch for batch, _ in islice(batches, job.evaluation.batches)]
+    batches = training_batches(job.test, tokenizer_of(job.target.folder), dp_rank, dp_size, job.target.shape.end_tokens)
+    return [batch for batch, _ in islice(batches(None), job.evaluation.batches)]
 
 
 def evaluate_held_out(

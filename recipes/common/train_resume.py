@@ -97,10 +97,14 @@ def refuse_other_run(job: TrainJob) -> None:
     if was_dropped != now_dropped:
         was_so = f"mesh.tp={was_dropped[0]} spd.blocks={was_dropped[1:]}" if was_dropped else "spd=none"
         raise ValueError(f"{place} was made with {was_so}: use that, or another out=")
-    was = {"optim.zero1": metadata["config"]["optim"]["zero1"], "model.dtype": metadata["config"]["model"]["dtype"]}
-    for name, now in (("optim.zero1", job.optim.zero1), ("model.dtype", job.target.model.dtype)):
-        if was[name] != now:
-            raise ValueError(f"{place} was made with {name}={str(was[name]).lower()}: use that, or another out=")
+    config = metadata["config"]
+    for name, before, now in (
+        ("optim.zero1", config["optim"]["zero1"], job.optim.zero1),
+        ("model.dtype", config["model"]["dtype"], job.target.model.dtype),
+        ("data.conversations", config["data"].get("conversations"), job.data.conversations),
+    ):
+        if before != now:
+            raise ValueError(f"{place} was made with {name}={str(before).lower()}: use that, or another out=")
 
 
 def refuse_other_text(job: TrainJob, place: Path, metadata: Mapping[str, Any]) -> None:

@@ -147,7 +147,7 @@ def test_impossible_job_is_refused_before_slurm_is_asked(refused, words, message
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["recipe=pretend"], "recipe=pretend cannot be submitted: use chat, eval, export, extend, generate, pretrain"),
+        (["recipe=pretend"], "recipe=pretend cannot be submitted: use chat, eval, export, extend, finetune, generate"),
         (["nodes=2"], "give one of recipe=NAME"),
         (["recipe=export", "checkpoint=none", "to=there"], "checkpoint=none is neither a checkpoint"),
         (["pipeline=none.yaml"], "pipeline=none.yaml cannot be read"),

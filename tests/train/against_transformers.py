@@ -10,7 +10,7 @@ import torch
 
 from longctx.config import Mesh
 from longctx.parallel.launch import run_ranks
-from tests.train.ranks import Run, train_each
+from tests.train.ranks import Run, Step, train_each
 from tests.train.test_step import exact_model, tensors
 
 
@@ -30,11 +30,17 @@ def assert_steps_equal(
     folders = {kind: folder / kind for kind in runs}
     jobs = [replace(runs[kind], mesh=mesh, gradients=folders[kind], dtype="float64", **settings) for kind in runs]
     steps = [step for (step,) in run_ranks(mesh.ranks, train_each, jobs)[0]]
-    for (kind, (loss, gradients)), step in zip(right.items(), steps, strict=True):
-        assert step.loss == pytest.approx(loss, rel=1e-13), kind
-        # megatron-core divides by the number of tokens in float32.
-        rounding = float(1.0 / torch.tensor(step.tokens)) * step.tokens
-        got = tensors(folders[kind])
-        assert set(got) == set(gradients), kind
-        for name, gradient in gradients.items():
-            assert (got[name] / rounding - gradient).norm() <= 1e-11 * gradient.norm(), (kind, name)
+    for (kind, wanted), step in zip(right.items(), steps, strict=True):
+        assert_step_equals(step, folders[kind], wanted, kind)
+
+
+def assert_step_equals(step: Step, folder: Path, wanted: tuple[float, Mapping[str, torch.Tensor]], name: Any) -> None:
+    """Compare the loss of ``step`` (1e-13) and its gradients in ``folder`` (1e-11) with the ``wanted`` ones."""
+    loss, gradients = wanted
+    assert step.loss == pytest.approx(loss, rel=1e-13), name
+    # megatron-core divides by the number of tokens in float32.
+    rounding = float(1.0 / torch.tensor(step.tokens)) * step.tokens
+    got = tensors(folder)
+    assert set(got) == set(gradients), name
+    for parameter, gradient in gradients.items():
+        assert (got[parameter] / rounding - gradient).norm() <= 1e-11 * gradient.norm(), (name, parameter)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from longctx.config import Mesh, Optim, Recompute
-from longctx.data.batches import Batch
-from longctx.hf.config import shape_of
+from longctx.config import DataSettings, Mesh, Optim, Recompute
+from longctx.data.batches import Batch, training_batches
+from longctx.hf.config import shape_of, tokenizer_of
 from longctx.parallel.launch import Rank
 from longctx.spd.plan import SPDPlan
 
@@ -20,7 +20,8 @@ class Run:
 
     Starts from the weights of ``folder``, or, if ``begin`` is not 0, from the latest checkpoint in ``checkpoints``.  A
     checkpoint is saved after step ``save_at``.  If ``gradients`` is set, the run only writes the first step's gradients
-    there, as a Hugging Face folder.  ``tokens`` is the number of token ids to draw from.
+    there, as a Hugging Face folder.  ``tokens`` is the number of token ids to draw from.  With ``data``, every step
+    takes the first batch of this text.
     """
 
     mesh: Mesh
@@ -41,6 +42,7 @@ class Run:
     tokens: int = 256  # token ids to draw from
     dtype: str = "float32"
     dropped: tuple[int, ...] = ()
+    data: DataSettings | None = None
 
 
 def sequences(run: Run, step: int) -> Batch:
@@ -48,6 +50,8 @@ def sequences(run: Run, step: int) -> Batch:
 
     With ``masked`` "a rank's", no target of every second sequence counts.
     """
+    if run.data:
+        return next(training_batches(run.data, tokenizer_of(run.folder), ends=shape_of(run.folder).end_tokens)(None))[0]
     draw = torch.Generator().manual_seed(17 + step)
     length = sum(run.lengths[0])
     tokens = torch.randint(run.tokens, (len(run.lengths), length + 1), generator=draw)

@@ -85,7 +85,7 @@ SET_BY_CHOICES = {
 }
 FROM_ENVIRONMENT = {("model/_base", "cache"), ("evaluate", "data")}  # ${oc.env:...}
 # Configurations that change values of another one: their own values are not defaults.
-EXTENDING = {"eval_speed", "extend", "spd_adapt"}
+EXTENDING = {"eval_speed", "extend", "finetune", "spd_adapt"}
 HYDRA_ONLY = {"recipe"}
 
 

@@ -54,6 +54,7 @@ def test_recipes_import_no_torch():
     """Importing torch takes seconds; --help and a mistyped command line must not wait for it."""
     names = (
         "generate", "chat", "pretrain", "extend", "export", "calibrate", "compare", "reproduce", "models", "doctor",
+        "finetune",
     )  # fmt: skip
     script = (
         f"import sys, slurm.submit, {', '.join(f'recipes.{name}' for name in names)}; assert 'torch' not in sys.modules"

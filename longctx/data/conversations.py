@@ -1,0 +1,141 @@
+"""Conversations as documents to train on: the model's chat template, and the tokens that the model must write."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from longctx.config import DataSettings
+from longctx.data.records import Conversation, ReadRow, Record, error_line, text_of
+
+_ROLES = ("system", "developer", "user", "assistant")
+_KEYS = ("role", "content", "weight")
+_EXAMPLE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+Message = dict[str, str]
+
+
+def conversation_reader(tokenizer: Any, ends: tuple[int, ...], data: DataSettings) -> ReadRow:
+    """Return a function from a JSON object and its location to the `Record` of a conversation.
+
+    The object has ``messages`` in the form of OpenAI's API, or a ``prompt`` and a ``completion``: a user's message and
+    its answer.  ``ends`` are the tokens that end the model's answers.  A conversation that cannot be learned exactly
+    becomes a record with a fault: a wrong form, an error of the template, an answer that `tokenize_conversation`
+    refuses, or more than ``data.length`` tokens with ``data.conversations`` = whole.
+
+    Raises ValueError for a tokenizer without a chat template, and for a model without an end token.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the model's tokenizer has no chat template: put a chat_template.jinja into the model's folder, or use an "
+            "instruct model, such as model=smollm2_135m"
+        )
+    if not ends:
+        raise ValueError("the model has no end token to close an answer with: set eos_token_id in its config.json")
+    longest = data.length if data.conversations == "whole" else None
+
+    def read(row: Any, where: str) -> Record:
+        try:
+            conversation = tokenize_conversation(messages_of(row), tokenizer, ends)
+            if longest and len(conversation.tokens) > longest:
+                raise ValueError(
+                    f"has {len(conversation.tokens):,} tokens, more than data.length={longest:,} "
+                    "(data.conversations=split would cut it)"
+                )
+        except ValueError as error:
+            return Record(where, fault=str(error))
+        return Record(where, conversation=conversation)
+
+    return read
+
+
+def messages_of(row: Any) -> list[dict[str, Any]]:
+    """Return the checked messages of ``row``: ``role``, ``content``, and 0 or 1 as ``weight`` (1 if not given).
+
+    A message of weight 0 is not learned, as in OpenAI's fine-tuning files.  Other keys of ``row`` are not read.
+    Raises ValueError, without the location, for any other form.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"is no JSON object of the form {_EXAMPLE}")
+    if row.get("tools") or row.get("functions"):
+        raise ValueError("has tools, which are not implemented in training")
+    if "messages" not in row and {"prompt", "completion"} <= set(row):
+        given: Any = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+    else:
+        given = row.get("messages")
+    if not isinstance(given, list) or not given:
+        raise ValueError(f'has neither "messages" nor "prompt" and "completion": write {_EXAMPLE}')
+    return [_message(message, f"message {i}") for i, message in enumerate(given, 1)]
+
+
+def _message(message: Any, name: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"has a {name} that is no JSON object with a role and a content")
+    if (role := message.get("role")) not in _ROLES:
+        raise ValueError(f'has a {name} of role "{role}": use {", ".join(_ROLES)}')
+    if others := [key for key, value in message.items() if key not in _KEYS and value]:
+        raise ValueError(f'has a {name} with "{others[0]}", which is not implemented: use {", ".join(_KEYS)}')
+    if fault := text_of(message, "content", "").fault:
+        raise ValueError(f"has a {name} that {fault.removesuffix(': set text_key')}")
+    if role == "assistant" and not message["content"].strip():
+        raise ValueError(f"has an empty answer, {name}")
+    if (weight := message.get("weight", 1)) not in (0, 1):
+        raise ValueError(f'has a {name} of "weight" {weight}: use 0 or 1')
+    return {"role": role, "content": message["content"], "weight": weight}
+
+
+def tokenize_conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Any, ends: tuple[int, ...]) -> Conversation:
+    """Return the tokens of ``messages`` in the chat template, and which of them the model must write.
+
+    These are, for each answer of weight 1, the tokens from where the template begins an answer up to the first end
+    token.  Tokens after the last one are left out, since no loss depends on them.  A model that generates sees the
+    template of the messages before the answer, so these tokens must be a prefix of the conversation's.
+
+    Raises ValueError, without the location, where they are not, for an answer without an end token, and for a
+    conversation without an answer to learn.
+    """
+    answers = [i for i, each in enumerate(messages) if each["role"] == "assistant" and each["weight"]]
+    if not answers:
+        raise ValueError("has no message of the assistant to learn")
+    if not answers[0]:
+        raise ValueError("begins with a message of the assistant: put a message of the user before it")
+    plain: list[Message] = [{"role": each["role"], "content": each["content"]} for each in messages]
+    whole = _template(plain[: answers[-1] + 1], tokenizer)
+    spans = []
+    for i in answers:
+        begin = _prefix(_template(plain[:i], tokenizer, begins_answer=True), whole, i)
+        answer = whole[begin : _prefix(_template(plain[: i + 1], tokenizer), whole, i)]
+        spans.append((begin, begin + _length_to_end(answer, i, tokenizer, ends)))
+    return Conversation(tuple(whole[: spans[-1][1]]), tuple(spans))
+
+
+def _template(messages: Sequence[Message], tokenizer: Any, *, begins_answer: bool = False) -> list[int]:
+    """Return the tokens of ``messages``; with ``begins_answer``, up to where the model's next answer begins."""
+    try:
+        chat = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=begins_answer, return_dict=True, tokenizer_kwargs={"verbose": False}
+        )
+    except Exception as error:  # the template raises errors of its own, such as for the order of roles
+        raise ValueError(f"is refused by the model's chat template ({error_line(error)})") from error
+    return list(chat["input_ids"])
+
+
+def _prefix(tokens: Sequence[int], whole: Sequence[int], i: int) -> int:
+    """Return the number of ``tokens``; raises ValueError unless ``whole`` begins with them."""
+    if list(whole[: len(tokens)]) != list(tokens):
+        raise ValueError(
+            f"has an answer, message {i + 1}, that the chat template writes in another way when messages follow, or "
+            "whose tokens merge with those before it: give each answer a line, with weight 0 on earlier answers"
+        )
+    return len(tokens)
+
+
+def _length_to_end(answer: Sequence[int], i: int, tokenizer: Any, ends: tuple[int, ...]) -> int:
+    """Return the number of tokens of ``answer`` up to its end token, which is counted; there must be exactly one."""
+    at = [n for n, token in enumerate(answer) if token in ends]
+    if len(at) == 1:
+        return at[0] + 1
+    names = ", ".join(repr(tokenizer.decode([token])) for token in ends)
+    if at:
+        raise ValueError(f"has a message {i + 1} with an end token of the model ({names}) inside its text")
+    raise ValueError(
+        f"has a message {i + 1} that the chat template does not close with an end token of the model ({names}): "
+        "add the template's end of a turn to eos_token_id in generation_config.json"
+    )
