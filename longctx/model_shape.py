@@ -27,12 +27,14 @@ class Experts:
     * ``ffn``: the hidden size of one expert.
     * ``renormalised``: the softmax that weighs the chosen experts runs over their logits only, so their weights add up
       to 1.  Otherwise it runs over the logits of all experts.
+    * ``router_loss``: coefficient, in training, of the loss that balances the experts; 0 for none.
     """
 
     count: int
     per_token: int
     ffn: int
     renormalised: bool = True
+    router_loss: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -97,18 +97,13 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 def refuse_untrainable(folder: Path) -> None:
-    """Raise ValueError if config.json sets dropout, a router loss or router noise, which training does not implement.
+    """Raise ValueError if config.json sets dropout or noise of the router, which training does not implement.
 
     These settings have no effect in inference.
     """
     values = json.loads((folder / "config.json").read_text())
     if dropout := values.get("attention_dropout"):
         raise ValueError(f"attention_dropout={dropout}: training here has no dropout, set it to 0 in config.json")
-    if values.get("output_router_logits") and values.get("router_aux_loss_coef", 1):
-        raise ValueError(
-            "output_router_logits=true adds a loss of the router, which training does not implement: "
-            "set it to false in config.json"
-        )
     if noise := values.get("router_jitter_noise"):
         raise ValueError(f"router_jitter_noise={noise}: training here has no noise, set it to 0 in config.json")
 

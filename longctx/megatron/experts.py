@@ -26,11 +26,17 @@ from longctx.megatron.modules import BiasedColumnParallelLinear, BiasedRowParall
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm
 from longctx.parallel.experts import Routes, return_rows, routes_of, send_rows
+from longctx.parallel.router_loss import RouterLoss
 from longctx.shapes import Float, Int, Tensor
 
 
 class Router(TopKRouter):
-    """megatron-core's router, with a bias if asked for; its weights stay on the model's device."""
+    """megatron-core's router, with a bias if asked for; its weights stay on the model's device.
+
+    In training, ``router_loss`` gets the logits of every pass (None: the model has no such loss).
+    """
+
+    router_loss: RouterLoss | None = None
 
     def __init__(self, *args: Any, bias: bool, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(*args, config=config, **kwargs)
@@ -40,7 +46,10 @@ class Router(TopKRouter):
 
     def gating(self, x: Float[Tensor, "s b hidden"]) -> Float[Tensor, "s b experts"]:
         """Return the router's logits.  Replaces megatron-core's method, which moves weights from the CPU to a GPU."""
-        return F.linear(x, self.weight, self.bias)
+        logits = F.linear(x, self.weight, self.bias)
+        if self.router_loss and self.training:
+            self.router_loss.watch(logits)
+        return logits
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Do nothing: no family has a load-balancing bias.  megatron-core's method would call torch.compile."""
@@ -138,6 +147,19 @@ def connect_experts(model: nn.Module, ep: Comm, tp: Comm) -> None:
     for layer in (module for module in model.modules() if isinstance(module, MixtureOfExperts)):
         if ep.size > 1:
             layer.token_dispatcher = ExchangedTokens(layer.num_local_experts, layer.config, layer.groups, ep, tp)
+
+
+def connect_router_loss(model: nn.Module, shape: ModelShape, tp_context: Comm) -> RouterLoss | None:
+    """Give the routers of ``model`` the loss that ``shape`` asks for, and return it; None without one.
+
+    megatron-core's own loss has another definition: it balances each layer alone.
+    """
+    if not shape.mixture or not shape.mixture.router_loss:
+        return None
+    router_loss = RouterLoss(shape.mixture, tp_context)
+    for router in (module for module in model.modules() if isinstance(module, Router)):
+        router.router_loss = router_loss
+    return router_loss
 
 
 def mixture_config(shape: ModelShape, ep: int) -> Mapping[str, Any]:

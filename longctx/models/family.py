@@ -17,6 +17,7 @@ family says which of them have other names in its files, and which are parts of 
 | mlp_output_layernorm               | norm of the feed-forward network's output                   |
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -171,7 +172,8 @@ def windows_of(config: Config) -> tuple[int | None, ...]:
 def experts_of(config: Config, ffn: int, *, renormalised: bool = True) -> Experts:
     """Return the experts of ``config``, each of size ``ffn``.
 
-    Raises ValueError for an impossible number of chosen experts, and for one chosen expert with renormalised weights.
+    Raises ValueError for an impossible number of chosen experts, for one chosen expert with renormalised weights, and
+    for a router loss whose coefficient is negative or infinite.
     """
     count, chosen = config.num_local_experts, config.num_experts_per_tok
     if not 1 <= chosen <= count:
@@ -181,7 +183,10 @@ def experts_of(config: Config, ffn: int, *, renormalised: bool = True) -> Expert
             "num_experts_per_tok=1 with renormalised weights gives every chosen expert the weight 1, which is not "
             "implemented: use another model"
         )
-    return Experts(count, chosen, ffn, renormalised)
+    router_loss = config.router_aux_loss_coef if config.output_router_logits else 0.0
+    if not 0 <= router_loss < math.inf:
+        raise ValueError(f"router_aux_loss_coef={router_loss} is not a number from 0 on: correct config.json")
+    return Experts(count, chosen, ffn, renormalised, router_loss)
 
 
 def refuse(config: Config, **fields: Any) -> None:

@@ -20,6 +20,7 @@ from longctx.megatron.training.optimizer import (
     TrainState,
     clear_gradients,
     forward_backward,
+    mean_router_loss,
     optimizer_step,
 )
 from longctx.model_shape import ModelShape
@@ -56,13 +57,15 @@ class Sharding:
 class StepResult:
     """Mean loss (nats a token), gradient norm before clipping, number of targets that counted, and learning rate.
 
-    ``experts_bytes`` are the bytes of expert parallelism that this rank has sent.
+    ``router_loss`` is the mean of the sequences' router losses, without coefficient; None if the model has no such
+    loss.  ``loss`` does not include it.  ``experts_bytes`` are the bytes of expert parallelism that this rank has sent.
     """
 
     loss: float
     grad_norm: float
     tokens: int
     rate: float
+    router_loss: float | None
     experts_bytes: int
 
 
@@ -84,7 +87,7 @@ def train_step(trained: TrainState, batch: Batch, runtime: Runtime, sharding: Sh
     assert sum(sums.tokens) == batch.counted, f"ranks count {sum(sums.tokens)} tokens, the batch has {batch.counted}"
     norm, rate = optimizer_step(trained)
     experts_bytes = bytes_of_experts(runtime.ep, runtime.tp) - sent_before
-    return StepResult(sums.mean, norm, sum(sums.tokens), rate, experts_bytes)
+    return StepResult(sums.mean, norm, sum(sums.tokens), rate, mean_router_loss(trained), experts_bytes)
 
 
 @torch.no_grad()
@@ -112,7 +115,8 @@ def micro_batches(
     """
     shape.refuse_unknown_token(max(int(batch.tokens.max()), int(batch.targets.max())))
     sequences = zip(batch.tokens, batch.targets, batch.mask, batch.lengths, strict=True)
-    return [_micro_batch(*sequence, runtime, shape, sharding, buckets) for sequence in sequences]
+    mean_counted = batch.counted / (len(batch.lengths) * runtime.mesh.dp)
+    return [_micro_batch(*sequence, mean_counted, runtime, shape, sharding, buckets) for sequence in sequences]
 
 
 def rows_per_rank(length: int, runtime: Runtime) -> int:
@@ -131,6 +135,7 @@ def _micro_batch(
     targets: Tensor,
     mask: Tensor,
     lengths: tuple[int, ...],
+    mean_counted: float,
     runtime: Runtime,
     shape: ModelShape,
     sharding: Sharding,
@@ -156,6 +161,8 @@ def _micro_batch(
         mask=pad(mask[index].float()),
         bucket=pad(positions * buckets // sharding.length),
         attention_pass=_attention_pass(layout, pad(positions), len(index), runtime, shape, sharding),
+        rows=len(index),
+        mean_counted=mean_counted,
     )
 
 

@@ -199,8 +199,9 @@ def data_of(config: DictConfig, *, conversations: bool = False) -> tuple[DataSet
 def refuse_unsplit(mesh: Mesh, shape: ModelShape, data: DataSettings) -> None:
     """Raise ValueError unless pipeline stages get equal numbers of layers, and sequences fit the model and the mesh.
 
-    With expert parallelism, each stage needs experts.
+    With expert parallelism, each stage needs experts.  A router loss allows neither stages nor padded sequences.
     """
+    _refuse_router_loss(mesh, shape, data)
     if shape.layers % mesh.pp:
         fit = [n for n in range(1, shape.layers + 1) if shape.layers % n == 0]
         nearest = min(fit, key=lambda n: (abs(n - mesh.pp), n))
@@ -219,3 +220,16 @@ def refuse_unsplit(mesh: Mesh, shape: ModelShape, data: DataSettings) -> None:
         raise ValueError(
             f"data.length={data.length} for {mesh.context} context ranks: use a longer one, or fewer ranks"
         )
+
+
+def _refuse_router_loss(mesh: Mesh, shape: ModelShape, data: DataSettings) -> None:
+    if not shape.mixture or not shape.mixture.router_loss:
+        return
+    without = "or output_router_logits=false in the model's config.json"
+    if mesh.pp > 1:
+        raise ValueError(
+            f"mesh.pp={mesh.pp}: the router loss of this model needs the routers of all layers in one pipeline stage; "
+            f"use mesh.pp=1, {without}"
+        )
+    if data.last == "pad":
+        raise ValueError(f"data.last=pad: the router loss of this model would count padding; use drop, {without}")

@@ -124,7 +124,7 @@ def test_every_declared_key_is_known(model_type):
         # Replaced by others: kinds of layers, and longrope's parameters.
         "max_window_layers", "no_rope_layer_interval", "use_sliding_window", "original_max_position_embeddings",
         # Refused in training, unused otherwise.
-        "attention_dropout", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
+        "attention_dropout", "router_jitter_noise",
         # The same as num_local_experts.
         "num_experts",
         # Read by `shape_of`.
@@ -137,8 +137,6 @@ def test_every_declared_key_is_known(model_type):
     ("changed", "words"),
     [
         ({"attention_dropout": 0.1}, "attention_dropout=0.1: training here has no dropout"),
-        ({"output_router_logits": True}, "output_router_logits=true adds a loss of the router"),
-        ({"output_router_logits": True, "router_aux_loss_coef": 0.1}, "set it to false in config.json"),
         ({"router_jitter_noise": 0.1}, "router_jitter_noise=0.1: training here has no noise"),
     ],
     ids=str,
@@ -147,7 +145,18 @@ def test_model_is_refused_in_training_alone(tmp_path, changed, words):
     shape_of(write(tmp_path, "mixtral", **changed))
     with pytest.raises(ValueError, match=words):
         refuse_untrainable(tmp_path)
-    refuse_untrainable(write(tmp_path, "mixtral", output_router_logits=True, router_aux_loss_coef=0.0))
+    refuse_untrainable(write(tmp_path, "mixtral", output_router_logits=True, router_aux_loss_coef=0.1))
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_router_loss_is_read_as_in_transformers(tmp_path, model_type):
+    """transformers adds the loss if output_router_logits is set; its default coefficient is 0.001."""
+    assert shape_of(write(tmp_path, model_type, router_aux_loss_coef=0.3)).mixture.router_loss == 0
+    assert shape_of(write(tmp_path, model_type, output_router_logits=True)).mixture.router_loss == 0.001
+    set_both = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
+    assert shape_of(write(tmp_path, model_type, **set_both)).mixture.router_loss == 0.3
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef=-0\.3 is not a number from 0 on"):
+        shape_of(write(tmp_path, model_type, **set_both | {"router_aux_loss_coef": -0.3}))
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,7 @@ class Step:
     tokens: int
     rate: float
     experts_bytes: int = 0
+    router_loss: float | None = None
 
 
 def train(rank: Rank, run: Run) -> list[Step]:
@@ -87,7 +88,7 @@ def train(rank: Rank, run: Run) -> list[Step]:
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.runtime import open_runtime
     from longctx.megatron.training import checkpoint
-    from longctx.megatron.training.optimizer import build_train_state
+    from longctx.megatron.training.optimizer import build_train_state, mean_router_loss
     from longctx.parallel.strategy import STRATEGIES
     from longctx.train.step import Sharding, micro_batches, train_step
 
@@ -117,7 +118,8 @@ def train(rank: Rank, run: Run) -> list[Step]:
 
         if run.gradients:
             batches = micro_batches(batch(0), runtime, shape, sharding)
-            return [Step(write_gradients(trained, batches, run.gradients, run.folder), math.nan, batch(0).counted, 0.0)]
+            loss = write_gradients(trained, batches, run.gradients, run.folder)
+            return [Step(loss, math.nan, batch(0).counted, 0.0, router_loss=mean_router_loss(trained))]
         saved = checkpoint.Checkpoints(run.checkpoints, keep=1) if run.checkpoints else None
         if run.begin:
             with torch.no_grad():
@@ -127,7 +129,8 @@ def train(rank: Rank, run: Run) -> list[Step]:
         out = []
         for step in range(run.begin, run.steps):
             result = train_step(trained, batch(step), runtime, sharding)
-            out.append(Step(result.loss, result.grad_norm, result.tokens, result.rate, result.experts_bytes))
+            figures = (result.loss, result.grad_norm, result.tokens, result.rate, result.experts_bytes)
+            out.append(Step(*figures, result.router_loss))
             if saved and step + 1 == run.save_at:
                 saved.save(trained, run.save_at, {"note": "something"})
         if saved:

@@ -6,15 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from longctx.config import Mesh, Optim
 from longctx.parallel.launch import run_ranks
+from tests.float64 import KeepFloat64, float64_model
 from tests.megatron.kinds import EVEN_EXPERTS, SMALL, random_model
 from tests.tiny import tiny_tokenizer
-from tests.train.against_transformers import assert_steps_equal, exact
-from tests.train.ranks import Run, train_each
+from tests.train.against_transformers import assert_steps_equal, exact, written_gradients
+from tests.train.ranks import Run, sequences, train_each
 
 LENGTHS = ((37, 24), (61,))
+COEFFICIENT = 0.7  # router_aux_loss_coef
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +78,47 @@ def test_checkpoints_resume_with_and_without_expert_parallelism(
     for (_, *expected), got in zip(whole, resumed, strict=True):
         assert [step.loss for step in got] == pytest.approx([step.loss for step in expected], rel=1e-6)
         assert [step.norm for step in got] == pytest.approx([step.norm for step in expected], rel=1e-5)
+
+
+def balancing(run: Run, folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return the mean over sequences of transformers' load-balancing loss, and its gradients by name in files."""
+    net, batch, losses = float64_model(run.folder), sequences(run, 0), []
+    with KeepFloat64():
+        for tokens, lengths in zip(batch.tokens, batch.lengths, strict=True):
+            documents = [net(ids[None], output_router_logits=True).router_logits for ids in tokens.split(list(lengths))]
+            layers = tuple(torch.cat(of_documents) for of_documents in zip(*documents, strict=True))
+            losses.append(load_balancing_loss_func(layers, layers[0].shape[1], net.config.num_experts_per_tok))
+    mean = torch.stack(losses).mean()
+    mean.backward()
+    return float(mean.detach()), written_gradients(net, folder)
+
+
+@pytest.fixture(scope="module")
+def balanced(runs: dict[str, Run], right: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Per kind, a run with a router loss; the loss; the gradients of cross-entropy plus the coefficient times it."""
+    folder, out = tmp_path_factory.mktemp("balanced"), {}
+    for kind, run in runs.items():
+        set_both = {"output_router_logits": True, "router_aux_loss_coef": COEFFICIENT}
+        model = random_model(kind, folder / kind, **EVEN_EXPERTS[kind], **set_both)
+        tiny_tokenizer().save_pretrained(model)
+        loss, gradients = balancing(run, folder / "right" / kind)
+        total = {name: gradient + COEFFICIENT * gradients[name] for name, gradient in right[kind][1].items()}
+        out[kind] = replace(run, folder=model), loss, (right[kind][0], total)
+    return out
+
+
+BALANCED: list[tuple[Mesh, dict[str, Any]]] = [
+    (Mesh(), {}),
+    (Mesh(tp=2, ring=2, ep=2), {"recompute": "full"}),
+    (Mesh(ulysses=2, dp=2), {"recompute": "selective"}),
+]
+
+
+@pytest.mark.parametrize(("mesh", "settings"), BALANCED, ids=str)
+def test_router_loss_and_its_gradients_equal_those_of_transformers_in_float64(
+    mesh: Mesh, settings: dict[str, Any], balanced: Any, tmp_path: Path
+) -> None:
+    runs, exact_steps = ({kind: case[i] for kind, case in balanced.items()} for i in (0, 2))
+    steps = assert_steps_equal(mesh, settings, runs, exact_steps, tmp_path)
+    for (_, loss, _), step in zip(balanced.values(), steps, strict=True):
+        assert step.router_loss == pytest.approx(loss, rel=1e-12)

@@ -1,6 +1,7 @@
 """Training with megatron-core: gradient buffers, optimizer, learning-rate schedule, and pipelined passes."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,13 +18,14 @@ from megatron.core.utils import GlobalMemoryBuffer
 
 from longctx.config import Optim, Recompute
 from longctx.megatron.attention import Pass
-from longctx.megatron.experts import connect_experts
+from longctx.megatron.experts import connect_experts, connect_router_loss
 from longctx.megatron.loss import loss_of
 from longctx.megatron.model import GPTModel, build_model, run_stage
 from longctx.megatron.runtime import Runtime
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm
 from longctx.parallel.cross_entropy import ROWS
+from longctx.parallel.router_loss import RouterLoss
 from longctx.shapes import Float, Int, Positions, Tensor, Tokens
 from longctx.spd.plan import SPDPlan
 
@@ -33,7 +35,8 @@ class MicroBatch:
     """This rank's rows of one packed sequence, padded so that every rank has equally many.
 
     ``mask`` is 1 for rows whose target counts in the loss, otherwise 0 (padding included).  ``bucket`` is the index of
-    the sum that a row's loss is added to.
+    the sum that a row's loss is added to.  The first ``rows`` rows are no padding.  ``mean_counted`` is the number of
+    targets that count in the loss, divided by the number of sequences, both of the whole batch.
     """
 
     tokens: Tokens
@@ -41,6 +44,8 @@ class MicroBatch:
     mask: Float[Tensor, " s"]
     bucket: Positions
     attention_pass: Pass
+    rows: int
+    mean_counted: float
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class TrainState:
     """A model in training, with its optimizer and learning-rate schedule.
 
     ``net`` has the layers of this pipeline stage.  ``model`` wraps ``net`` with gradient buffers.  Logits of at most
-    ``loss_rows`` rows exist at a time (None: all).
+    ``loss_rows`` rows exist at a time (None: all).  ``router_loss`` is None for a model without one.
     """
 
     model: DistributedDataParallel
@@ -60,6 +65,7 @@ class TrainState:
     groups: ProcessGroupCollection
     tp: Comm
     loss_rows: int | None
+    router_loss: RouterLoss | None
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,8 @@ def build_train_state(
     ).train()
     load(net)
     connect_experts(net, runtime.ep, runtime.tp)
+    router_loss = connect_router_loss(net, shape, runtime.tp_context)
+    assert router_loss is None or runtime.mesh.pp == 1, "recipes reject pipelines with a router loss"
     # 2. Gradient buffers, which reduce over data-parallel and context-parallel ranks.
     model = DistributedDataParallel(
         net.config,
@@ -143,7 +151,7 @@ def build_train_state(
     # 3. Optimizer and schedule.
     optimizer = get_megatron_optimizer(_optimizer_config(optim, dtype), [model])
     schedule = _schedule(optimizer, optim, steps)
-    return TrainState(model, net, optimizer, schedule, optim, shape, runtime.groups, runtime.tp, loss_rows)
+    return TrainState(model, net, optimizer, schedule, optim, shape, runtime.groups, runtime.tp, loss_rows, router_loss)
 
 
 def apply_optim_settings(train_state: TrainState) -> None:
@@ -222,13 +230,44 @@ def _forward_step(
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """Run the next micro-batch; return the stage's output and the function that megatron-core applies to the loss."""
     batch, net = next(batches), train_state.net
-    hidden = run_stage(net, batch.tokens, batch.attention_pass)
+    with _balanced(train_state, batch):
+        hidden = run_stage(net, batch.tokens, batch.attention_pass)
     if not net.post_process:
         return hidden, partial(_report, batch, buckets)  # megatron-core calls it on the last stage only
     loss, losses = loss_of(
         net, hidden, batch.targets[0], batch.mask, train_state.tp, train_state.shape, train_state.loss_rows
     )
     return loss, partial(_report, batch, buckets, losses)
+
+
+@contextmanager
+def _balanced(train_state: TrainState, batch: MicroBatch) -> Iterator[None]:
+    """Add the gradient of the router loss, if there is one, to the backward of the training pass in the block.
+
+    megatron-core divides the sum of all gradients by the number of counted targets.  The weight of a sequence undoes
+    this, so that the mean router loss of the batch's sequences is added to the mean loss of its targets.
+    """
+    router_loss, tp = train_state.router_loss, train_state.tp
+    if router_loss is None or not train_state.net.training:
+        yield
+        return
+    shard = batch.tokens.shape[1] // tp.size  # sequence parallelism shards rows
+    router_loss.begin(min(max(0, batch.rows - tp.rank * shard), shard))
+    yield
+    assert train_state.shape.mixture
+    router_loss.finish(train_state.shape.mixture.router_loss * batch.mean_counted)
+
+
+def mean_router_loss(train_state: TrainState) -> float | None:
+    """Return the mean router loss of all sequences since the last call, without coefficient; None without such a loss.
+
+    Every rank calls this.
+    """
+    if train_state.router_loss is None:
+        return None
+    mean = train_state.router_loss.take_mean() / train_state.groups.dp.size()
+    dist.all_reduce(mean, group=train_state.groups.dp)
+    return float(mean)
 
 
 def _report(

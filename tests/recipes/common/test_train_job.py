@@ -6,6 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from longctx.config import DataSettings, Mesh, TextSource
+from longctx.hf.config import shape_of
+from recipes.common.train_job import refuse_unsplit
 from recipes.common.train_resume import begin_run, refuse_other_model
 
 
@@ -50,3 +53,23 @@ def test_only_the_first_rank_of_a_launcher_makes_the_folder(job_of, under_torchr
     under_torchrun(1, 2)
     begin_run(job_of(3))
     assert not job_of(3).out.exists()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "last", "words"),
+    [
+        (Mesh(pp=2), "drop", "mesh.pp=2: the router loss .* use mesh.pp=1, or output_router_logits=false"),
+        (Mesh(), "pad", "data.last=pad: the router loss .* use drop, or output_router_logits=false"),
+    ],
+)
+def test_router_loss_on_stages_or_with_padding_is_refused(tmp_path, mesh, last, words):
+    data = DataSettings((TextSource(pydoc="train"),), 61, 2, last=last)
+    for coefficient in (0.0, 0.1):
+        sizes = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
+        config = {**sizes, "model_type": "mixtral", "output_router_logits": True, "router_aux_loss_coef": coefficient}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if coefficient:
+            with pytest.raises(ValueError, match=words):
+                refuse_unsplit(mesh, shape_of(tmp_path), data)
+        else:
+            refuse_unsplit(mesh, shape_of(tmp_path), data)
