@@ -62,3 +62,8 @@ def grown(turns: Sequence[Layout]) -> Layout:
     for turn in rest:
         cache = cache.then(turn.after(cache))
     return cache
+
+
+def decoded_tokens(first: int, count: int, size: int) -> list[Layout]:
+    """Return the layouts of ``count`` decoded tokens from position ``first``, which the ranks own in turn."""
+    return [single(size, position % size) for position in range(first, first + count)]

@@ -19,7 +19,8 @@ from longctx.megatron.attention import LayerAttention, Pass, rotary_tables
 from longctx.megatron.model import hidden_states
 from longctx.megatron.shared import WeightShare
 from longctx.parallel.comm import doing
-from longctx.parallel.ring import Ring, Strategy, gather_merge, scatter_merge
+from longctx.parallel.merge import gather_merge, scatter_merge
+from longctx.parallel.ring import Ring, Strategy
 from longctx.parallel.strategy import ring_attention
 from longctx.parallel.ulysses import over_heads, share_of_heads
 from longctx.shapes import Float, Int, Positions, Tensor

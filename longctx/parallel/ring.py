@@ -9,11 +9,12 @@ import torch
 from longctx.attention.kernel import Gradients, Kernel, attend_tiles, tile_gradients
 from longctx.attention.layout import Layout
 from longctx.attention.mask import CAUSAL, Mask
-from longctx.attention.partial import Partial, empty_partial, merge_, sink
+from longctx.attention.partial import Partial, empty_partial, merge_
 from longctx.attention.tiles import Tile, visible_tiles
-from longctx.parallel.comm import Comm, Shape, doing
-from longctx.parallel.rows import Rows, count_rows, spans_of, take_rows, union_of
-from longctx.shapes import Float, Keys, Queries, Shaped, Tensor
+from longctx.parallel.comm import Comm, Pending, Shape, doing
+from longctx.parallel.merge import pack, unpack
+from longctx.parallel.rows import Rows, add_rows_, count_rows, spans_of, take_rows, union_of
+from longctx.shapes import Keys, Queries, Shaped, Tensor
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,17 @@ class Ring:
         None means all rows.  Without a window the result is always None, since nearly all rows are needed.
         """
         return self._rows_to_send("keys", owner, hop, hops)
+
+    def keys_on_hop(self, owner: int, hop: int) -> Rows | None:
+        """Return the rows of ``owner``'s keys that travel on hop number ``hop``: those that a later rank needs."""
+        return self.keys_to_send(owner, hop, self.comm.size - hop)
+
+    def sums_on_hop(self, owner: int, hop: int) -> Rows | None:
+        """Return the rows of ``owner``'s keys whose summed gradients travel on hop number ``hop`` of the backward.
+
+        Under a window these are the rows that ranks before this hop have seen, without the owner; None means all rows.
+        """
+        return self.keys_to_send(owner, 1, hop - 1)
 
     def queries_to_send(self, owner: int, hop: int, hops: int = 1) -> Rows | None:
         """Return the rows of ``owner``'s queries that see a key of a rank ``hop`` to ``hop + hops - 1`` hops away."""
@@ -110,13 +122,9 @@ def pass_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial
     Each rank sends N - 1 blocks of keys and values: the blocks of all ranks but the next one.  Under a window, a hop
     carries only the rows that a later rank sees.
     """
-    partial, size = empty_partial(q), ring.comm.size
-
-    def rows(owner: int, hop: int) -> Rows | None:
-        return ring.keys_to_send(owner, hop, size - hop)
-
-    for owner, (k_o, v_o) in rotate(ring.comm, ring.keys, k, v, rows=rows):
-        arrived = rows(owner, (ring.comm.rank - owner) % size)
+    partial = empty_partial(q)
+    for owner, (k_o, v_o) in rotate(ring.comm, ring.keys, k, v, rows=ring.keys_on_hop):
+        arrived = ring.keys_on_hop(owner, (ring.comm.rank - owner) % ring.comm.size)
         attend_tiles(partial, q, k_o, v_o, ring.tiles(ring.comm.rank, owner, k_rows=arrived), kernel)
         del k_o, v_o
     return partial
@@ -144,7 +152,7 @@ def pass_q(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
         if tiles := ring.tiles(owner, comm.rank, q_rows=rows(owner, hop)):
             partial = empty_partial(q_o)
             attend_tiles(partial, q_o, k, v, tiles, kernel)
-            partials[owner] = take_rows(_pack(partial), rows(owner, hop), ring.queries_to_send(owner, hop))
+            partials[owner] = take_rows(pack(partial), rows(owner, hop), ring.queries_to_send(owner, hop))
         del q_o
 
     # 2. Return the partials to the ranks that own the queries, and merge.
@@ -156,18 +164,9 @@ def pass_q(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
     for packed, ranges in zip(partials, returned, strict=True):
         begin = 0
         for first, end in ranges if ranges is not None else [(0, packed.shape[1])]:
-            merge_(merged, slice(first, end), _unpack(packed[:, begin : begin + end - first]))
+            merge_(merged, slice(first, end), unpack(packed[:, begin : begin + end - first]))
             begin += end - first
     return merged
-
-
-def _pack(partial: Partial) -> Tensor:
-    """Pack ``out`` [b s h d] and ``lse`` [b s h] into one tensor [b s h d+1], which travels as one message."""
-    return torch.cat([partial.out, partial.lse.unsqueeze(-1)], -1)
-
-
-def _unpack(packed: Tensor) -> Partial:
-    return Partial(packed[..., :-1], packed[..., -1])
 
 
 def all_gather_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
@@ -190,97 +189,53 @@ def all_gather_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> P
     return partial
 
 
-def gather_merge(partial: Partial, comm: Comm, ulysses: int, sinks: Float[Tensor, " hq"] | None = None) -> Queries:
-    """Merge all ranks' partials of the same query rows with one all-gather (tree decoding).
-
-    Every rank passes its ``partial`` [b s hq/U d] of the same rows, with U = ``ulysses``, and gets the attention output
-    [b s hq d].  Rank = ring rank * U + ulysses rank: Ulysses ranks hold different heads, ring ranks different
-    keys.  ``sinks`` are the sink scores of all hq heads, which are merged once, after the keys of all ranks.  All ranks
-    merge the same partials in the same order.  Bytes sent per rank: d values and one log-sum-exp per row and head, in
-    the accumulation dtype, to each other rank.
-    """
-    mine = _pack(partial)
-    with doing("merging partial results"):
-        gathered = comm.all_gather(mine, [tuple(mine.shape)] * comm.size)
-    heads = []
-    for member in range(ulysses):
-        merged = empty_partial(partial.out)
-        for packed in gathered[member::ulysses]:
-            merge_(merged, slice(None), _unpack(packed))
-        if sinks is not None:
-            merge_(merged, slice(None), sink(sinks.chunk(ulysses)[member], merged))
-        heads.append(merged.out)
-    return torch.cat(heads, 2)
-
-
-def _merge_packed(parts: Sequence[Float[Tensor, "b s h packed"]]) -> Partial:
-    """Merge packed partials of the same rows in one step, with less overhead than repeated `merge_`."""
-    stacked = torch.stack(list(parts))
-    out, lse = stacked[..., :-1], stacked[..., -1]
-    unseen, total = lse == -torch.inf, lse.logsumexp(0)
-    share = torch.exp(lse - total).masked_fill(unseen, 0.0)
-    # A partial over no keys has weight 0.  Its values are masked, because 0 times NaN is NaN.
-    return Partial((out.masked_fill(unseen.unsqueeze(-1), 0.0) * share.unsqueeze(-1)).sum(0), total)
-
-
-def scatter_merge(
-    partial: Partial,
-    comm: Comm,
-    ulysses: int,
-    heads: Sequence[range],
-    sinks: Float[Tensor, " hq"] | None = None,
-) -> Float[Tensor, "b sq share d"]:
-    """Merge all ranks' partials of the same query rows with one all-to-all; each rank merges some of the heads.
-
-    Example: with 9 heads on 2 ranks, rank 0 returns heads 0 to 3 and rank 1 heads 4 to 8.
-
-    As in `gather_merge`, every rank passes its ``partial`` [b s hq/U d] of the same rows.  Rank r gets the attention
-    output [b s len(heads[r]) d] of the query heads ``heads[r]``.  ``sinks`` are the sink scores of all heads (see
-    `partial.sink`).  Per row and head that another rank merges, a rank sends d values and one log-sum-exp, in the
-    accumulation dtype.
-    """
-    width, member = partial.out.shape[2], comm.rank % ulysses
-
-    def common(owner: int, of_member: int) -> slice:
-        """Return the heads of ``owner`` among those that the Ulysses rank ``of_member`` attends with."""
-        begin = max(0, heads[owner].start - of_member * width)
-        return slice(begin, max(begin, min(width, heads[owner].stop - of_member * width)))
-
-    mine = _pack(partial)
-    shares = [common(comm.rank, rank % ulysses) for rank in range(comm.size)]
-    shapes = [(*mine.shape[:2], share.stop - share.start, mine.shape[3]) for share in shares]
-    with doing("merging partial results"):
-        parts = comm.all_to_all([mine[:, :, common(owner, member)] for owner in range(comm.size)], shapes, small=True)
-    merged = _merge_packed([torch.cat(parts[i : i + ulysses], 2) for i in range(0, comm.size, ulysses)])
-    if sinks is not None:
-        owned = heads[comm.rank]
-        merge_(merged, slice(None), sink(sinks[owned.start : owned.stop], merged))
-    return merged.out
-
-
 def ring_gradients(
     dout: Queries, q: Queries, k: Keys, v: Keys, whole: Partial, ring: Ring, kernel: Kernel
 ) -> Gradients:
     """Return (dq, dk, dv) of this rank's rows, in the accumulation dtype, for any strategy's forward.
 
-    ``whole`` is the forward's result.  Keys and values rotate again.  The sums of their gradients follow one hop later,
-    and the last hop brings each sum, complete, to the rank that owns the keys.
+    ``whole`` is the forward's result.  Keys and values rotate as in `pass_kv`.  The sums of their gradients follow one
+    hop later, and the last hop brings each sum, complete, to the rank that owns the keys.  Under a window, a sum has
+    only the rows that a rank on its way has seen, and the owner's term stays with the owner.
     """
-    comm = ring.comm
-    dq = torch.zeros_like(whole.out)
-    sums = None
-    dk = dv = torch.empty(0)
-    for owner, (k_o, v_o) in rotate(comm, ring.keys, k, v):
-        tiles = ring.tiles(comm.rank, owner)
-        dq_o, dk, dv = tile_gradients(dout, q, k_o, v_o, whole, tiles, kernel)
+    comm, dq = ring.comm, torch.zeros_like(whole.out)
+    own: list[Tensor] | None = None
+    sums: Pending | None = None
+    for owner, (k_o, v_o) in rotate(comm, ring.keys, k, v, rows=ring.keys_on_hop):
+        # 1. This rank's term of the gradients of ``owner``'s keys and values.
+        hop = (comm.rank - owner) % comm.size
+        tiles = ring.tiles(comm.rank, owner, k_rows=ring.keys_on_hop(owner, hop))
+        dq_o, *term = tile_gradients(dout, q, k_o, v_o, whole, tiles, kernel)
         del k_o, v_o
         dq += dq_o
-        if sums:
-            dk_before, dv_before = sums.wait()
-            dk, dv = dk + dk_before, dv + dv_before
+        if hop == 0 and (comm.size == 1 or ring.mask.before is not None):
+            own = term
+        # 2. Its sum with the terms of the ranks before it goes on to the next rank.
         if comm.size > 1:
-            following = ring.keys.rows((owner - 1) % comm.size)
-            sums = comm.shift(dk, dv, shapes=[_with_rows(k, following)] * 2)
-    if sums:
-        dk, dv = sums.wait()
+            term = _add_term(ring, owner, hop, term, sums.wait() if sums else None)
+            next_owner = (owner - 1) % comm.size
+            count = count_rows(ring.sums_on_hop(next_owner, hop + 1), ring.keys.rows(next_owner))
+            sums = comm.shift(*term, shapes=[_with_rows(k, count)] * 2)
+        del term
+    # 3. The sums for this rank's own keys and values have arrived.
+    arrived = sums.wait() if sums else ()
+    if own is None:
+        dk, dv = arrived
+    else:
+        for total, x in zip(own, arrived, strict=False):  # a ring of one has only its own term
+            add_rows_(total, None, x, ring.sums_on_hop(comm.rank, comm.size) or ())
+        dk, dv = own
     return dq, dk, dv
+
+
+def _add_term(ring: Ring, owner: int, hop: int, term: list[Tensor], before: Sequence[Tensor] | None) -> list[Tensor]:
+    """Return the sums that leave a rank ``hop`` hops after ``owner``: those that came ``before``, and its ``term``."""
+    rows, seen = ring.sums_on_hop(owner, hop + 1), ring.keys_to_send(owner, hop)
+    if rows is None:
+        return [x + y for x, y in zip(term, before, strict=True)] if before else term
+    sums = [x.new_zeros(_with_rows(x, count_rows(rows, 0))) for x in term]
+    if before is not None and seen is not None:  # the owner's term stays with the owner
+        for total, x, y in zip(sums, term, before, strict=True):
+            add_rows_(total, rows, take_rows(x, ring.keys_on_hop(owner, hop), seen), seen)
+            add_rows_(total, rows, y, ring.sums_on_hop(owner, hop) or ())
+    return sums

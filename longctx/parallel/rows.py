@@ -41,3 +41,12 @@ def take_rows(x: Tensor, arrived: Rows | None, wanted: Rows | None) -> Tensor:
         slices += [x[:, begin + a - first : begin + b - first] for a, b in wanted if first <= a < end]
         begin += end - first
     return torch.cat(slices, 1)
+
+
+def add_rows_(total: Tensor, rows: Rows | None, x: Tensor, added: Rows) -> None:
+    """Add ``x`` to ``total``, in place: the rows ``added`` of a block to its rows ``rows``, which include them."""
+    begin = 0
+    for first, end in added:
+        at = first if rows is None else count_rows(tuple((a, min(b, first)) for a, b in rows if a < first), 0)
+        total[:, at : at + end - first] += x[:, begin : begin + end - first]
+        begin += end - first

@@ -1,25 +1,20 @@
 """Ring attention on threads: exact for every strategy, layout and number of ranks, with the bytes of the papers."""
 
 import weakref
-from functools import partial as partial_of
 
 import pytest
 import torch
 
 from longctx.attention.flash_cpu import flash_cpu
-from longctx.attention.kernel import Kernel, attend_tiles, reference
-from longctx.attention.layout import Layout, contiguous, documents, shard_balanced, single, striped, zigzag
-from longctx.attention.mask import Mask
-from longctx.attention.partial import empty_partial
-from longctx.attention.tiles import visible_tiles
+from longctx.attention.kernel import Kernel, reference
+from longctx.attention.layout import contiguous, documents, shard_balanced, striped, zigzag
 from longctx.parallel.comm import Comm, Pending
-from longctx.parallel.ring import Ring, gather_merge, rotate, scatter_merge
+from longctx.parallel.ring import Ring, rotate
 from longctx.parallel.strategy import STRATEGIES, ring_attention
 from longctx.parallel.threads import ThreadComm, ThreadWorld, run_threads
-from longctx.parallel.ulysses import share_of_heads
 from tests import oracle
 from tests.parallel.problem import B, Problem, on_threads, problem, solve
-from tests.turns import grown
+from tests.turns import decoded_tokens, grown
 
 RANKS = [1, 2, 3, 4, 5]
 # Each number of ranks with one or two (query, KV) head counts, and each head count with at least two numbers of ranks.
@@ -70,11 +65,6 @@ def test_flash_cpu_in_float32(strategy, name, ranks):
     task = problem(LAYOUTS[name](ranks), dtype=torch.float32)
     results, _ = solve_on_ring(task, strategy, flash_cpu)
     task.assert_solved(results, 2e-6)
-
-
-def decoded_tokens(first: int, count: int, size: int) -> list[Layout]:
-    """Return the layouts of ``count`` decoded tokens from position ``first``, which the ranks own in turn."""
-    return [single(size, position % size) for position in range(first, first + count)]
 
 
 CONVERSATIONS = {
@@ -154,129 +144,10 @@ def test_bytes_and_messages(strategy, name, ranks, dtype, e, acc):
         assert total.messages == expected[1] | {"shift": expected[1].get("shift", 0) + more_messages}
 
 
-def seen_rows(mask: torch.Tensor, queries: Layout, keys: Layout, q_ranks: list[int], k_ranks: list[int]):
-    """Return the numbers of rows of ``q_ranks`` that see a key of ``k_ranks``, and of the keys that they see."""
-    q_rows, k_rows = (
-        torch.cat([layout.index(rank) for rank in ranks]) for layout, ranks in ((queries, q_ranks), (keys, k_ranks))
-    )
-    seen = mask[q_rows][:, k_rows]
-    return int(seen.any(1).sum()), int(seen.any(0).sum())
-
-
-def windowed_bytes(strategy: str, rank: int, ranks: int, rows_seen, hq: int, hk: int, d: int) -> int:
-    """Return the bytes of a float64 forward in which each row travels only as far as the last rank that needs it."""
-    others = [other for other in range(ranks) if other != rank]
-    if strategy == "all_gather_kv":
-        return sum(rows_seen([other], [rank])[1] for other in others) * B * 2 * hk * d * 8
-    rows = 0
-    for hop in range(1, ranks):
-        owner = (rank - hop + 1) % ranks
-        later = [(owner + n) % ranks for n in range(hop, ranks)]
-        rows += rows_seen(later, [owner])[1] if strategy == "pass_kv" else rows_seen([owner], later)[0]
-    if strategy == "pass_kv":
-        return rows * B * 2 * hk * d * 8
-    returned = sum(rows_seen([other], [rank])[0] for other in others)
-    return rows * B * hq * d * 8 + returned * B * hq * (d + 1) * 8
-
-
-WINDOWED = {
-    "contiguous": lambda n: (contiguous(7 * n, n),),
-    "zigzag": lambda n: (zigzag(37, n),),
-    "striped": lambda n: (striped(31, n),),
-    "a prompt after an answer": lambda n: (zigzag(19, n), *decoded_tokens(19, 7, n), zigzag(23, n)),
-    "a decoded token": lambda n: (zigzag(19, n), *decoded_tokens(19, 1, n)),
-    "documents continue": lambda n: (documents([7, 0, 5], n), documents([3, 11, 0], n, striped)),
-}
-
-
-@strategies
-@pytest.mark.parametrize("name", WINDOWED)
-@pytest.mark.parametrize(("ranks", "before"), [(2, 3), (5, 2), (5, 11), (3, 0), (2, 999)])
-def test_window_sends_only_the_rows_that_are_seen(strategy, name, ranks, before):
-    *earlier, queries = WINDOWED[name](ranks)
-    queries = queries.after(grown(earlier)) if earlier else queries
-    keys = grown(earlier).then(queries) if earlier else queries
-    task, (hq, hk), d = problem(queries, keys), (6, 2), 5
-
-    def rank_main(world, rank):
-        comm = world.group(rank)
-        ring = Ring(comm, queries, keys, Mask(before))
-        return STRATEGIES[strategy](*task.of(rank)[:3], ring, reference), comm.traffic.total
-
-    mask = oracle.visible(oracle.pack_rows(queries.lengths, queries.begins), oracle.pack_rows(keys.lengths), before)
-    exact, _ = oracle.attention(task.q, task.k, task.v, mask)
-    with torch.no_grad():
-        partials, sent = zip(*run_threads(ranks, rank_main), strict=True)
-    oracle.assert_close(queries.unshard([partial.out for partial in partials], 1), exact, 1e-10)
-    for rank in range(ranks):
-        rows_seen = partial_of(seen_rows, mask, queries, keys)
-        assert sent[rank] == windowed_bytes(strategy, rank, ranks, rows_seen, hq, hk, d)
-
-
-def test_window_at_a_border_of_two_blocks_sends_one_window():
-    """Two ranks in zigzag order have chunks of 25 rows; each sends the 6 rows before the other rank's next chunk."""
-    layout = zigzag(100, 2)
-    for rank, owner in ((0, 1), (1, 0)):
-        ring = Ring(ThreadWorld(2).group(rank), layout, layout, Mask(6))
-        assert ring.keys_to_send(owner, 1) == (((19, 25),) if owner == 0 else ((44, 50),))
-
-
 @strategies
 def test_ring_of_one_sends_nothing(strategy):
     _, [[_, total]] = solve_on_ring(problem(zigzag(7, 1)), strategy)
     assert (total.bytes, total.messages, total.total) == ({}, {}, 0)
-
-
-@pytest.mark.parametrize(("ulysses", "ring"), [(1, 1), (1, 3), (3, 1), (2, 3)])
-@pytest.mark.parametrize("heads", [(6, 6), (6, 1)], ids=str)
-def test_gather_merge_is_exact_and_sends_one_row_per_head(ulysses, ring, heads):
-    """Query rows that all ranks hold, over keys sharded by the ring and heads sharded by Ulysses."""
-    keys, queries = documents([19, 11], ring), documents([2, 1], 1).after(documents([17, 10], 1))
-    task, size = problem(queries, keys, heads=heads), ulysses * ring
-
-    def rank_main(world, rank):
-        comm, ring_rank, member = world.group(rank), rank // ulysses, rank % ulysses
-        q = share_of_heads(task.q, ulysses, member)
-        k, v = (share_of_heads(keys.shard(x, ring_rank, 1), ulysses, member) for x in (task.k, task.v))
-        partial = empty_partial(q)
-        attend_tiles(partial, q, k, v, visible_tiles(queries.ranks[0], keys.ranks[ring_rank]), reference)
-        return gather_merge(partial, comm, ulysses), comm.traffic.total
-
-    for out, sent in run_threads(size, rank_main):
-        oracle.assert_close(out, task.exact()[0], 1e-10)
-        assert sent == (size - 1) * B * 3 * (6 // ulysses) * (5 + 1) * 8
-
-
-@pytest.mark.parametrize(("ulysses", "ring"), [(1, 1), (1, 3), (3, 1), (2, 2), (1, 7)])
-@pytest.mark.parametrize("heads", [(6, 6), (6, 1)], ids=str)
-def test_scatter_merge_gives_each_rank_its_heads(ulysses, ring, heads):
-    """Shares of heads are uneven for 4 ranks, and rank 0 of 7 has none.  Cases with and without attention sinks."""
-    keys, queries = documents([19, 11], ring), documents([2, 1], 1).after(documents([17, 10], 1))
-    task, size = problem(queries, keys, heads=heads), ulysses * ring
-    shares = [range(6 * rank // size, 6 * (rank + 1) // size) for rank in range(size)]
-    sinks = torch.randn(6, dtype=torch.float64)
-
-    def rank_main(world, rank):
-        comm, ring_rank, member = world.group(rank), rank // ulysses, rank % ulysses
-        q = share_of_heads(task.q, ulysses, member)
-        k, v = (share_of_heads(keys.shard(x, ring_rank, 1), ulysses, member) for x in (task.k, task.v))
-        partial = empty_partial(q)
-        attend_tiles(partial, q, k, v, visible_tiles(queries.ranks[0], keys.ranks[ring_rank]), reference)
-        out = scatter_merge(partial, comm, ulysses, shares)
-        return out, comm.traffic.total, scatter_merge(partial, comm, ulysses, shares, sinks)
-
-    results = run_threads(size, rank_main)
-    visible = oracle.visible(oracle.pack_rows([2, 1], [17, 10]), oracle.pack_rows([19, 11]))
-    exact, lse = oracle.attention(task.q, task.k, task.v, visible)
-    oracle.assert_close(torch.cat([out for out, *_ in results], 2), exact, 1e-10)
-    for rank, (_, sent, _) in enumerate(results):
-        attended = 6 // ulysses
-        first = attended * (rank % ulysses)
-        own = len([head for head in shares[rank] if first <= head < first + attended])
-        assert sent == B * 3 * (attended - own) * (5 + 1) * 8
-    # A sink takes the share 1 / (1 + exp(lse - sink)) of a head's weight.
-    weight = torch.sigmoid(lse - sinks).unsqueeze(-1)
-    oracle.assert_close(torch.cat([with_sinks for *_, with_sinks in results], 2), exact * weight, 1e-10)
 
 
 @strategies

@@ -9,8 +9,9 @@ from longctx.attention.layout import contiguous, documents, striped, zigzag
 from longctx.attention.mask import CAUSAL, causal_within
 from longctx.attention.partial import empty_partial
 from longctx.config import Mesh
+from longctx.parallel.merge import gather_merge, scatter_merge
 from longctx.parallel.recording import META, SHAPES_ONLY, attention_schedules, record
-from longctx.parallel.ring import Ring, gather_merge, pass_kv, pass_q, rotate, scatter_merge
+from longctx.parallel.ring import Ring, pass_kv, pass_q, rotate
 from longctx.parallel.schedule import Group, Message, Operation, ScheduleError, refuse_faulty
 from longctx.parallel.strategy import STRATEGIES, ring_attention
 from tests.parallel.problem import B, on_threads, problem

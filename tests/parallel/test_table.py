@@ -20,7 +20,8 @@ from longctx.attention.mask import BIDIRECTIONAL, CAUSAL, Mask, window
 from longctx.attention.partial import empty_partial
 from longctx.attention.tiles import visible_tiles
 from longctx.parallel.comm import Comm
-from longctx.parallel.ring import Ring, gather_merge
+from longctx.parallel.merge import gather_merge
+from longctx.parallel.ring import Ring
 from longctx.parallel.strategy import STRATEGIES, ring_attention
 from longctx.parallel.threads import ThreadWorld, run_threads
 from longctx.parallel.ulysses import over_heads, share_of_heads
