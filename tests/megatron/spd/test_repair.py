@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,8 +41,14 @@ def test_loss_equals_transformers_and_grouping_keeps_the_function(folder: Path, 
         assert_close(rank["grouped"], rank["y"].double(), 2e-6)
 
 
-def test_repair_reduces_the_held_out_error(folder: Path) -> None:
-    for rank in run_ranks(3, run_repair, folder, REPAIR, "neurons", ()):
+@pytest.fixture(scope="module")
+def repaired(folder: Path) -> list[dict[str, Any]]:
+    """Each rank's results of a repair of ``folder``."""
+    return run_ranks(3, run_repair, folder, REPAIR, "neurons", ())
+
+
+def test_repair_reduces_the_held_out_error(repaired: list[dict[str, Any]]) -> None:
+    for rank in repaired:
         zero_shot, grouped, fitted, distilled = rank["errors"]
         assert distilled < fitted == grouped < zero_shot
 
@@ -74,9 +81,9 @@ def test_neuron_errors_are_those_that_remain_after_fitting(folder: Path) -> None
     assert_close(ranks[0]["errors"], torch.cat(expected), 1e-5)
 
 
-def test_replicated_weights_differ_by_rank_only_with_own_norms(folder: Path) -> None:
+def test_replicated_weights_differ_by_rank_only_with_own_norms(folder: Path, repaired: list[dict[str, Any]]) -> None:
     """Norms, also of queries and keys, and biases of outputs learn from the gradients of all ranks."""
-    first, *others = (rank["replicated"] for rank in run_ranks(3, run_repair, folder, REPAIR, "neurons", ()))
+    first, *others = (rank["replicated"] for rank in repaired)
     own = [rank["norms"] for rank in run_ranks(3, run_repair, folder, replace(REPAIR, own_norms=True), "neurons", ())]
     assert len(first) >= 2
     for name, weight in first.items():
