@@ -121,16 +121,20 @@ def test_corrupt_answer_is_named_and_computed_again(resumed):
     assert report_of(out)["average"] == before["average"]
 
 
+@pytest.fixture(scope="module")
+def one_by_one(tiny: Path, sets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[tuple[str, ...], dict]:
+    """Settings that answer one request at a time, and the report's tasks of an uninterrupted run with them."""
+    small = ("eval.tasks=[arc_easy,lambada_openai]", "eval.max_batch_tokens=1", "run.threads=1")
+    words, out = (f"model={tiny}", f"eval.data={sets}", *small), tmp_path_factory.mktemp("whole") / "run"
+    code, _, err = run_eval(*words, f"out={out}")
+    assert code == 0, err
+    return words, report_of(out)["tasks"]
+
+
 @pytest.mark.parametrize(("ending", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGUSR1, recipe_cli.STOPPED)])
-def test_interrupted_run_asks_only_what_is_missing(tiny, sets, tmp_path, ending, code):
+def test_interrupted_run_asks_only_what_is_missing(one_by_one, tmp_path, ending, code):
     """Kill the run, or ask it to stop, after some answers; resumed, it ends as an uninterrupted run does."""
-    words = [
-        f"model={tiny}",
-        "eval.tasks=[arc_easy,lambada_openai]",
-        f"eval.data={sets}",
-        "eval.max_batch_tokens=1",
-        "run.threads=1",
-    ]
+    words, tasks = one_by_one
     command = [sys.executable, "-m", "eval.run", *words, f"out={tmp_path / 'killed'}"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     answers = tmp_path / "killed" / "responses"
@@ -149,8 +153,7 @@ def test_interrupted_run_asks_only_what_is_missing(tiny, sets, tmp_path, ending,
     assert code == 0, err
     missing, total = map(int, re.search(r"(\d+) of (\d+) requests to answer", err).groups())
     assert missing == total - sum(b"answer" in line for line in lines[:3]) < total
-    assert run_eval(*words, f"out={tmp_path / 'whole'}")[0] == 0
-    assert report_of(tmp_path / "killed")["tasks"] == report_of(tmp_path / "whole")["tasks"]
+    assert report_of(tmp_path / "killed")["tasks"] == tasks
 
 
 def test_long_texts_are_answered_on_every_mesh_and_with_blocks_dropped(tiny, tmp_path):

@@ -1,6 +1,7 @@
 """Tasks over local files: lm-eval's prompts to the letter, its metrics, and every real data set."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -235,14 +236,18 @@ def test_missing_or_malformed_file_is_refused(text, words, tmp_path):
     assert words in str(refused.value)
 
 
-def test_task_that_cannot_be_fetched_is_refused(monkeypatch, tmp_path):
+@pytest.fixture
+def only_included(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let lm-eval read the included tasks alone; reading its own thousands of files takes seconds."""
     import lm_eval.tasks
 
+    manager = partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
+
+
+@pytest.mark.usefixtures("only_included")
+def test_task_that_cannot_be_fetched_is_refused(tmp_path):
     (tmp_path / "mine.yaml").write_text("task: mine\ndataset_path: /no/such/set\noutput_type: loglikelihood\n")
-    manager = lm_eval.tasks.TaskManager
-    monkeypatch.setattr(
-        lm_eval.tasks, "TaskManager", lambda include_path: manager(include_path=include_path, include_defaults=False)
-    )
     with pytest.raises(ValueError, match=r"mine cannot be fetched from the hub"):
         load_tasks(["mine"], None, None, str(tmp_path))
     with pytest.raises(ValueError, match=r"there is no task nobody: use one that is read from files \(arc_easy, "):
@@ -266,6 +271,7 @@ def test_included_task_needs_a_metric_that_can_be_compared(tmp_path):
     assert collect_outcomes("mine", tasks["mine"]).values == (1.0, 0.0, 0.0)
 
 
+@pytest.mark.usefixtures("only_included")
 def test_shots_of_an_included_task_are_always_the_same(tmp_path):
     """Every rank that a launcher starts draws them, and must draw the same."""
     rows = [{"question": f"What is {i}?", "answer": f"It is {i}"} for i in range(40)]

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -124,20 +126,32 @@ def assert_same_model(saved: Path, source: Path) -> None:
     assert model.dtype == next(iter(theirs.values())).dtype
 
 
+@pytest.fixture(scope="module")
+def every_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], list[Path]]:
+    """``every_model(kv_heads, mlp_rows)``: folders of every kind of model in two dtypes, made once; only read them."""
+
+    @cache
+    def make(kv_heads: int, mlp_rows: int) -> list[Path]:
+        parent, folders = tmp_path_factory.mktemp("models"), []
+        sizes = SIZES | {"num_key_value_heads": kv_heads, "intermediate_size": mlp_rows}
+        for kind, dtype in itertools.product(KINDS, ("float32", "bfloat16")):
+            folders.append(random_model(kind, parent / f"{kind} {dtype}", getattr(torch, dtype), **sizes))
+            for name, text in TOKENIZER.items():
+                (folders[-1] / name).write_text(text)
+        return folders
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("mesh", "kv_heads"),
     [(Mesh(), 2), (Mesh(tp=2), 2), (Mesh(tp=3), 3), (Mesh(pp=2), 2), (Mesh(tp=3, pp=2), 3), (Mesh(dp=2, ring=2), 2)],
     ids=str,
 )
-def test_saved_folder_equals_loaded_folder(tmp_path, mesh, kv_heads):
+def test_saved_folder_equals_loaded_folder(every_model, tmp_path, mesh, kv_heads):
     """Every kind of model in two dtypes, with a vocabulary that neither tp=2 nor tp=3 divides."""
-    folders = []
-    sizes = SIZES | {"num_key_value_heads": kv_heads, "intermediate_size": 87 if mesh.tp == 3 else 86}
-    for kind, dtype in itertools.product(KINDS, ("float32", "bfloat16")):
-        source = random_model(kind, tmp_path / f"{kind} {dtype}", getattr(torch, dtype), **sizes)
-        for name, text in TOKENIZER.items():
-            (source / name).write_text(text)
-        folders.append((source, tmp_path / "saved" / source.name, dtype))
+    sources = every_model(kv_heads, 87 if mesh.tp == 3 else 86)
+    folders = [(source, tmp_path / "saved" / source.name, source.name.rpartition(" ")[2]) for source in sources]
     run_ranks(mesh.ranks, load_and_save, mesh, folders)
     for source, saved, _ in folders:
         assert_same_model(saved, source)
