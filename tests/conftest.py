@@ -47,22 +47,31 @@ WARM = [
     "transformers.models.llama.modeling_llama",
 ]
 
-# Files that take minutes. They start first, so that parallel processes end at about the same time.
+# Files that take minutes, in the order in which they start, before all others: parallel processes then end at about the
+# same time.  Those of Slurm mostly wait, so others run meanwhile.
 LONG = (
-    "recipes/test_pretrain.py",
-    "parallel/test_table.py",
-    "infer/test_parity.py",
     "slurm/test_survival.py",
+    "recipes/test_pretrain.py",
+    "megatron/spd/test_repair.py",
     "slurm/test_jobs.py",
+    "infer/test_parity.py",
+    "parallel/test_table.py",
+    "slurm/test_readme.py",
+    "megatron/hf_io/test_load.py",
+    "train/test_families.py",
+    "slurm/test_generate.py",
 )
 
 
 def pytest_configure() -> None:
     """Prepare what the processes that tests start inherit.
 
-    They handle SIGINT, which a shell's background job ignores, and share byte code, which each would compile anew.
-    Without a GPU, Triton interprets kernels; it reads the variable when it is first imported.
+    They handle SIGINT, which a shell's background job ignores, and share byte code, which each would compile anew.  All
+    have one torch thread, because several run at once.  Without a GPU, Triton interprets kernels; it reads the variable
+    when it is first imported.
     """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -84,9 +93,7 @@ SLOW = (
     "infer/test_session.py",
     "infer/test_sharded.py",
     "infer/test_spd.py",
-    "megatron/hf_io/test_load.py",
     "megatron/spd/test_layer.py",
-    "megatron/spd/test_repair.py",
     "megatron/te/test_te.py",
     "megatron/test_logits.py",
     "megatron/training/test_checkpoint.py",
@@ -107,7 +114,6 @@ SLOW = (
     "recipes/test_spd.py",
     "slurm/test_submit.py",
     "slurm/test_words.py",
-    "train/test_families.py",
     "train/test_step.py",
     "train/test_wandb.py",
     "train/test_wandb_fails.py",
@@ -117,7 +123,7 @@ SLOW = (
 @pytest.hookimpl(trylast=True)  # after pytest-random-order
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Move the files of `LONG` to the front, and mark those of `SLOW` and of tests/recipes/bench."""
-    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
+    items.sort(key=lambda item: [not item.path.as_posix().endswith(file) for file in LONG])
     for item in items:
         path = item.path.as_posix()
         if path.endswith(SLOW) or "/recipes/bench/" in path:
