@@ -22,21 +22,20 @@ PAGE = Path(__file__).parents[2] / "docs" / "results" / "gpu" / "triton.md"
 BEGIN, END = "<!-- the table: written by tests/attention/cubins.py -->\n", "<!-- the end of the table -->\n"
 KERNELS = ("forward", "backward_q", "backward_kv")
 ARCHITECTURES = {80: "sm_80", 90: "sm_90", 100: "sm_100"}
-# Bytes of shared memory that one block of threads may use (CUDA C++ Programming Guide, compute capabilities).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # float16 uses what bfloat16 does.
-HEAD_DIMS = {torch.bfloat16: (64, 128, 256), torch.float32: (64, 128)}
+HEAD_DIMS = {torch.bfloat16: (64, 128, 256), torch.float32: (64,)}
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-def compile_for(kernel: str, arch: int, head_dim: int, dtype: torch.dtype, causal: bool) -> dict[str, Any]:
-    """Return what the cubin of ``kernel`` uses on GPUs of compute capability ``arch`` / 10."""
+def compile_for(kernel: str, arch: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what the cubin of ``kernel`` for causal tiles uses on GPUs of compute capability ``arch`` / 10.
+
+    Causal kernels have the loop of full tiles, and one more.
+    """
     q = torch.empty(1, 1024, 6, head_dim, dtype=dtype, device="meta")
-    options = triton_flash.arguments(kernel, q, q[:, :, :2], causal) | {"INTERPRETED": False}
-    function, launch = (
-        getattr(triton_kernels, kernel),
-        {name: options.pop(name) for name in ("num_warps", "num_stages")},
-    )
+    options = triton_flash.arguments(kernel, q, q[:, :, :2], causal=True) | {"INTERPRETED": False}
+    launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    function = getattr(triton_kernels, kernel)
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(function.arg_names):
         if name in options and name.isupper():
@@ -50,7 +49,7 @@ def compile_for(kernel: str, arch: int, head_dim: int, dtype: torch.dtype, causa
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch)
     return {
         "kernel": kernel, "architecture": ARCHITECTURES[arch], "head_dim": head_dim, "dtype": DTYPES[dtype],
-        "causal": causal, **_registers(binary.asm["ptx"], arch), "shared_bytes": binary.metadata.shared,
+        **_registers(binary.asm["ptx"], arch), "shared_bytes": binary.metadata.shared,
         "rows": options["ROWS"], "keys": options["KEYS"], **launch, "cubin_bytes": len(binary.asm["cubin"]),
     }  # fmt: skip
 
@@ -72,12 +71,11 @@ def _registers(ptx: str, arch: int) -> dict[str, int]:
 def write() -> None:
     """Compile all, and write JSON and table."""
     rows = [
-        compile_for(kernel, arch, head_dim, dtype, causal)
+        compile_for(kernel, arch, head_dim, dtype)
         for dtype, head_dims in HEAD_DIMS.items()
         for head_dim in head_dims
         for kernel in KERNELS
         for arch in ARCHITECTURES
-        for causal in (True, False)
     ]
     result = {"triton": triton.__version__, "rows": rows}
     PAGE.with_name("cubins.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -87,7 +85,7 @@ def write() -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the table of the causal kernels: for each architecture registers / KB of shared memory / spilled bytes."""
+    """Return the table: for each architecture registers / KB of shared memory / spilled bytes."""
     lines = [
         f"| dtype | head dimension | kernel | block | warps | {' | '.join(ARCHITECTURES.values())} |",
         "|---|--:|---|---|--:|" + "--:|" * len(ARCHITECTURES),
@@ -95,7 +93,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for dtype, head_dims in HEAD_DIMS.items():
         for head_dim in head_dims:
             for kernel in KERNELS:
-                key = {"dtype": DTYPES[dtype], "head_dim": head_dim, "kernel": kernel, "causal": True}
+                key = {"dtype": DTYPES[dtype], "head_dim": head_dim, "kernel": kernel}
                 cells = [row for row in rows if key.items() <= row.items()]
                 first = cells[0]
                 words = (f"{x['registers']} / {x['shared_bytes'] // 1024} / {x['spilled_bytes']}" for x in cells)
