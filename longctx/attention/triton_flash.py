@@ -52,9 +52,9 @@ def in_interpreter() -> bool:
     """Return True if Triton interprets kernels on the CPU (``TRITON_INTERPRET=1``): slow, for tests."""
     if not installed:
         return False
-    from triton import knobs
+    from longctx.attention import triton_kernels
 
-    return bool(knobs.runtime.interpret)
+    return triton_kernels.IN_INTERPRETER
 
 
 def _launch(kernel: str, q: Queries, k: Keys, causal: bool, *tensors: Tensor) -> None:

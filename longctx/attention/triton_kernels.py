@@ -12,6 +12,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
+IN_INTERPRETER = bool(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) is exp2(x * LOG2E): GPUs have an instruction for exp2
 LN2 = tl.constexpr(0.6931471805599453)
 

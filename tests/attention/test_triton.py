@@ -19,8 +19,11 @@ from longctx.attention.tiles import visible_tiles
 from longctx.attention.triton_flash import Blocks, interpreted
 from tests import oracle
 
-pytestmark = pytest.mark.skipif(not triton_flash.installed, reason="the package triton is not installed")
-interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels on this GPU")
+needs_triton = pytest.mark.skipif(not triton_flash.installed, reason="the package triton is not installed")
+interpreter = pytest.mark.skipif(
+    not triton_flash.installed or torch.cuda.is_available(),
+    reason="needs the package triton, and no GPU, where tests/gpu runs the kernels",
+)
 
 
 def random_inputs(batch, hq, hk, sq, sk, d, dtype=torch.float32):
@@ -136,6 +139,7 @@ def test_missing_package_is_named(monkeypatch):
         kernel_for("triton", "cuda", "bfloat16")
 
 
+@needs_triton
 def test_kernels_compile_for_gpus(tmp_path):
     """Each kernel for another architecture; docs/results/gpu/cubins.json has all."""
     code = (
