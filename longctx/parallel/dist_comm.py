@@ -19,6 +19,7 @@ from longctx.shapes import AnyShape
 PeerTensor = tuple[int, AnyShape]  # (the peer's rank in the group, the tensor to send or to receive)
 _MAX_PADDED = 65_536  # elements up to which an all-gather pads tensors of different lengths
 _MAX_COPIED = 16_384  # elements up to which an all-gather between CPUs is an all-to-all of copies
+_MAX_DIRECT = 262_144  # the same if the copies travel over sockets
 
 
 @dataclass(frozen=True)
@@ -174,10 +175,11 @@ class DistComm:
         """Return every rank's ``mine``, in rank order; ``shapes[i]`` is the shape of rank i's tensor."""
         # The backend's all-gather has less latency than a message per rank, but needs tensors of equal length.
         # Small tensors are padded.  Large tensors of different lengths are sent to each rank, without padding.
-        # Between CPUs, gloo's all-to-all has half the latency of its all-gather, and needs no padding.
+        # Between CPUs, an all-to-all has at most half the latency of gloo's all-gather, and needs no padding.
         sizes = [prod(shape) for shape in shapes]
         largest, even = max(sizes), len(set(sizes)) == 1
-        if 0 < largest * self.size <= _MAX_COPIED and mine.device.type == "cpu":
+        copied = largest * self.size
+        if 0 < copied <= _MAX_DIRECT and mine.device.type == "cpu" and (copied <= _MAX_COPIED or self._sockets):
             return self.all_to_all([mine] * self.size, shapes, small=True)
         if not largest or not (even or largest <= _MAX_PADDED):
             return self.all_to_all([mine] * self.size, shapes)
