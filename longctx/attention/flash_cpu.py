@@ -1,6 +1,7 @@
 """Kernel ``flash_cpu``: flash attention as shipped with torch for CPUs, by the ops that expose the log-sum-exp."""
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -14,6 +15,9 @@ _backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backwa
 # For fewer query rows than this, the query heads that share a KV head are stacked as rows of one head.  Keys are then
 # read once per KV head instead of once per query head: twice as fast for one row, equally fast at 32.
 _FOLD_BELOW = 32
+# Few rows in half precision: keys are converted to float32 in blocks of this many rows, over all sequences.  A copy of
+# all keys would leave the caches, and the system would clear its pages at every call.
+_CONVERTED_ROWS = 2048
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -30,6 +34,9 @@ def _flash_forward(q: Queries, k: Keys, v: Keys, causal: bool) -> Partial:
     assert q.shape[1] and k.shape[1], "an empty tile reached the kernel"
     # Compute half precision in float32: without AMX this is as fast.  In bf16 the op rounds each tile's output, so the
     # error grows with the number of ranks (tests/parallel/test_drift.py).  It also sums gradients in bf16.
+    block = max(1, _CONVERTED_ROWS // q.shape[0])
+    if not causal and q.shape[1] < _FOLD_BELOW and q.dtype != accumulation_dtype(q) and k.shape[1] > block:
+        return _merged([_flash_forward(q.to(accumulation_dtype(q)), *x, causal) for x in _blocks(k, v, block)])
     q, k, v = (_as_op_input(x.to(accumulation_dtype(q))) for x in (q, k, v))
     b, hq, sq, d = q.shape
     hk = k.shape[1]
@@ -40,6 +47,18 @@ def _flash_forward(q: Queries, k: Keys, v: Keys, causal: bool) -> Partial:
         out, lse = _forward_op(q, k, v, 0.0, causal)
     _mark_lost_rows(q, k, out, lse)
     return Partial(_heads_first(out), lse.transpose(1, 2))
+
+
+def _blocks(k: Keys, v: Keys, block: int) -> Iterator[tuple[Keys, Keys]]:
+    return zip(k.split(block, 1), v.split(block, 1), strict=True)
+
+
+def _merged(partials: Sequence[Partial]) -> Partial:
+    """Merge partials of the same rows, which all have seen a key."""
+    lse = torch.stack([partial.lse for partial in partials])
+    total = lse.logsumexp(0)
+    weights = torch.exp(lse - total).unsqueeze(-1)
+    return Partial((torch.stack([partial.out for partial in partials]) * weights).sum(0), total)
 
 
 def _mark_lost_rows(q: Tensor, k: Tensor, out: Tensor, lse: Tensor) -> None:

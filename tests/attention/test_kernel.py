@@ -71,6 +71,16 @@ def test_forward_and_backward_match_the_oracle(kernel, dtype, tolerance, hq, hk,
         oracle.assert_close(actual, exact, tolerance)
 
 
+@pytest.mark.parametrize(("sq", "sk"), [(1, 67), (31, 53), (2, 32), (3, 33)])
+def test_few_rows_in_half_precision_see_all_blocks_of_keys(sq, sk, monkeypatch):
+    monkeypatch.setattr(flash_cpu_module, "_CONVERTED_ROWS", 16 * B)
+    q, k, v, _ = random_inputs(6, 2, sq, sk, 13, torch.bfloat16)
+    part = flash_cpu.forward(q, k, v, False)
+    for actual, exact in zip((part.out, part.lse), oracle.attention(q, k, v, mask_of(sq, sk, False)), strict=True):
+        assert actual.dtype == torch.float32
+        oracle.assert_close(actual, exact, 2e-6)
+
+
 @both
 @heads
 @pytest.mark.parametrize("causal", [False, True])
