@@ -1,4 +1,4 @@
-"""Measure this machine's attention kernel and links in under a minute, for ``context.strategy=auto``.
+"""Measure this machine's attention kernel, layers and links in under a minute, for choices and predictions.
 
 python -m recipes.calibrate out=laptop.yaml
 """
@@ -13,7 +13,8 @@ import yaml
 from omegaconf import DictConfig
 from rich.table import Table
 
-from longctx.cost.hardware import Hardware
+from longctx.cost.forward import layer_weights
+from longctx.cost.hardware import Hardware, LayerRates
 from longctx.parallel.launch import Rank
 from recipes.common.cli import console, main, on_ranks, threads_here, warm_up_ranks
 from recipes.common.manifest import record, refuse_other_recipe
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 
 RECIPE = "recipes.calibrate"
+LAYERS = 6  # layers to measure; one layer's weights may stay in the cache
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,35 @@ def measure_ring(runtime: Runtime, target: Target) -> Hardware:
     return probe(runtime.ring, kernel, heads, shape.head_dim, getattr(torch, target.model.dtype), runtime.device)
 
 
+def measure_layer(runtime: Runtime, target: Target) -> LayerRates | None:
+    """Measure a layer without attention; None for experts, and for tensor-parallel ranks, whose sums take time too.
+
+    The first layers of the model run with random weights.  They are more than a cache holds.
+    """
+    import torch
+
+    from longctx.megatron.attention import Pass, rotary_tables
+    from longctx.megatron.hf_io import load as hf_load
+    from longctx.megatron.hf_io.init import RandomInit
+    from longctx.megatron.model import build_model, hidden_states
+    from longctx.parallel.measure.probe import probe_layer
+
+    if target.shape.mixture or target.mesh.tp > 1:
+        return None
+    shape, dtype = target.shape.first(min(LAYERS, target.shape.layers)), getattr(torch, target.model.dtype)
+    net = build_model(shape, runtime.groups, dtype=dtype, layers="local", device=runtime.device)
+    hf_load.load(net, RandomInit(shape, seed=0), shape)
+
+    def forward(tokens: int) -> object:
+        positions = torch.arange(tokens, device=runtime.device)
+        one_pass = Pass(attend=lambda _layer, q, *_others: q, rotary=rotary_tables(shape, positions, dtype))
+        return hidden_states(net, positions.remainder(shape.vocab_size).unsqueeze(0), one_pass)
+
+    weights = sum(layer_weights(shape)) * shape.layers
+    all_layers = probe_layer(runtime.world, forward, weights, dtype, runtime.device)
+    return replace(all_layers, layer_s=all_layers.layer_s / shape.layers)
+
+
 def run_rank(rank: Rank, target: Target) -> Hardware:
     """Measure links, kernel and matrix products on one rank; the caller uses the first rank's result."""
     import torch
@@ -58,7 +89,7 @@ def run_rank(rank: Rank, target: Target) -> Hardware:
 
     with target.runtime(rank) as runtime:
         peak = gemm_flops(runtime.world, getattr(torch, target.model.dtype), runtime.device)
-        return replace(measure_ring(runtime, target), peak_flops=peak)
+        return replace(measure_ring(runtime, target), peak_flops=peak, layer=measure_layer(runtime, target))
 
 
 def show(constants: Hardware) -> None:
@@ -69,6 +100,10 @@ def show(constants: Hardware) -> None:
     table.add_row("launch of one more block", f"{constants.block_s * 1e6:,.0f} us")
     if constants.peak_flops:
         table.add_row("matrix products (peak for MFU)", f"{constants.peak_flops / 1e9:,.1f} GFLOP/s a rank")
+    if layer := constants.layer:
+        table.add_row("a layer's products, many rows", f"{layer.gemm_flops / 1e9:,.1f} GFLOP/s a rank")
+        table.add_row("a layer's weights, one row", f"{layer.weight_bytes_per_s / 1e9:,.2f} GB/s a rank")
+        table.add_row("a layer besides", f"{layer.layer_s * 1e6:,.0f} us")
     for name, link in (("one hop of the ring", constants.hop), ("one all-to-all", constants.exchange)):
         table.add_row(name, f"{link.latency_s * 1e6:,.0f} us + {link.bytes_per_s / 1e9:,.2f} GB/s")
     table.add_row("overlap of compute and communication", f"{constants.overlap:.0%}")

@@ -20,11 +20,13 @@ from rich.table import Table
 from longctx.config import PromptSource, Reduce, Sampling
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank
-from recipes.common.answers import Answer, decode_answers
+from recipes.common.answers import Answer, decode_answers, in_megabytes
 from recipes.common.cli import console, main, on_ranks, warm_up_ranks, write_result
 from recipes.common.decode_choice import make_decode_chooser
+from recipes.common.hardware_file import read_machine, refuse_other_threads
 from recipes.common.manifest import record, refuse_other_recipe
 from recipes.common.places import refuse_unwritable
+from recipes.common.predicted import beside, predict_turn, refuse_unpredicted
 from recipes.common.progress import Progress
 from recipes.common.prompts import Prompt, read_prompts
 from recipes.common.provenance import provenance
@@ -32,6 +34,7 @@ from recipes.common.settings import section, top_level
 from recipes.common.target import Target, resolve_target, say_unapplied
 
 if TYPE_CHECKING:
+    from longctx.cost.machine import Machine
     from longctx.infer.engine import Engine
     from longctx.infer.sample import TokenLogprob
     from longctx.infer.turn import Turn
@@ -48,6 +51,7 @@ class GenerateSettings:
     max_new_tokens: PositiveInt = 64
     n: PositiveInt = 1
     verify: bool = True
+    hardware: str | None = None
     out: str | None = None
 
 
@@ -59,6 +63,7 @@ class GenerateJob:
     sampling: Sampling
     prompts: tuple[Prompt, ...]  # one for each answer
     settings: GenerateSettings
+    machine: Machine | None = None  # for predictions
 
     @property
     def verifies(self) -> bool:
@@ -84,7 +89,8 @@ class GenerateFigures:
     ``logprobs`` are those of each answer's tokens (None: not asked for).
     ``ttft_s`` is the time to first token, ``ttit_s`` the time from token to token (None: at most one token).
     ``max_logit_diff`` is the largest difference from fewer ranks (None: not compared).  ``decode_choices`` has the
-    choices of ``context.decode=auto``: strategy and reason, by number of sequences.
+    choices of ``context.decode=auto``: strategy and reason, by number of sequences.  ``predicted`` has the cost model's
+    ``ttft_s`` and ``ttit_s`` (None: without ``hardware``).
     """
 
     token_ids: list[list[int]]
@@ -101,6 +107,7 @@ class GenerateFigures:
     kernel: str
     threads_per_rank: int
     decode_choices: dict[int, tuple[str, str]] | None = None
+    predicted: dict[str, float | None] | None = None
 
 
 def prepare(config: DictConfig) -> GenerateJob:
@@ -114,7 +121,10 @@ def prepare(config: DictConfig) -> GenerateJob:
     tokenizer = tokenizer_of(target.folder)
     prompts = read_prompts(settings.prompts, source, tokenizer, settings.max_new_tokens, target.shape)
     answered = tuple(prompt for prompt in prompts for _ in range(settings.n))
-    job = GenerateJob(target, section(config, "sampling", Sampling), answered, settings)
+    machine = read_machine(settings.hardware) if settings.hardware else None
+    if machine:
+        refuse_unpredicted(target)
+    job = GenerateJob(target, section(config, "sampling", Sampling), answered, settings, machine)
     if settings.n > 1 and job.sampling.temperature == 0:
         raise ValueError(f"n={settings.n} answers are equal at sampling.temperature=0: raise it, or use n=1")
     target.shape.refuse_unknown_token(max(job.sampling.stop_tokens, default=0), "sampling.stop_tokens")
@@ -151,6 +161,7 @@ def run_rank(rank: Rank, job: GenerateJob) -> GenerateFigures:
         difference = _verify(rank, runtime, engine, job, turn, progress) if job.verifies else None
         figures = gather_figures(engine, [turn.prefill_bytes, turn.decode_bytes, session.cache_bytes])
     prefill_bytes, decode_bytes, cache_bytes = map(list, zip(*figures, strict=True))
+    prompt_lengths = [len(prompt.tokens) for prompt in job.prompts]
     decoded = sum(len(tokens) - 1 for tokens in turn.tokens.values() if tokens)  # the prefill gave the first tokens
     return GenerateFigures(
         token_ids=[turn.tokens[i] for i in range(len(job.prompts))],
@@ -167,6 +178,7 @@ def run_rank(rank: Rank, job: GenerateJob) -> GenerateFigures:
         kernel=engine.kernel.name,
         threads_per_rank=target.threads(rank),
         decode_choices=session.decode_choices or None,
+        predicted=predict_turn(target, job.machine, prompt_lengths, turn, session) if job.machine else None,
     )
 
 
@@ -226,8 +238,10 @@ def table_rows(job: GenerateJob, figures: GenerateFigures) -> list[tuple[str, st
     """Return the rows of the figures table: a name and its value in words."""
     target, context, prompts = job.target, job.target.context, len(job.prompts)
     axes = " x ".join(f"{axis} {n}" for axis, n in vars(target.mesh).items() if n > 1) or "one rank"
-    rate, dropped = figures.tokens_per_s, target.plan.dropped if target.plan else ()
+    rate, prefill = figures.tokens_per_s, figures.prefill_tokens_per_s
+    dropped = target.plan.dropped if target.plan else ()
     new_tokens = sum(map(len, figures.token_ids))
+    ttft, ttit = (beside(getattr(figures, name), figures.predicted, name) for name in ("ttft_s", "ttit_s"))
     return [
         ("tokens", f"{job.prompt_tokens:,} in {_count(prompts, 'the prompt')}, {new_tokens} new"),
         ("ranks", f"{target.mesh.ranks} ({axes}), {figures.threads_per_rank} thread(s) each"),
@@ -236,8 +250,8 @@ def table_rows(job: GenerateJob, figures: GenerateFigures) -> list[tuple[str, st
         ("layers, kernel", f"megatron-core {figures.layers}, {figures.kernel}"),
         *([("reductions dropped", f"in {len(dropped)} blocks: {', '.join(map(str, dropped))}")] if dropped else []),
         *([("reductions rounded", str(target.reduce))] if target.reduce else []),
-        ("time to first token", f"{figures.ttft_s:.2f} s ({figures.prefill_tokens_per_s:,.0f} tokens/s)"),
-        ("decode", f"{rate:.1f} tokens/s" if rate else "one token at most"),
+        ("time to first token", f"{figures.ttft_s:.2f} s ({prefill:,.0f} tokens/s){ttft}"),
+        ("decode", f"{rate:.1f} tokens/s{ttit}" if rate else "one token at most"),
         ("KV cache per rank", in_megabytes(figures.kv_cache_bytes_per_rank)),
         ("sent per rank, prefill", in_megabytes(figures.prefill_bytes_sent_per_rank)),
         ("sent per rank, decode", in_megabytes(figures.decode_bytes_sent_per_rank)),
@@ -261,15 +275,11 @@ def _count(prompts: int, singular: str) -> str:
     return singular if prompts == 1 else f"{'all ' if 'whole' in singular else ''}{prompts} prompts"
 
 
-def in_megabytes(sizes: list[int]) -> str:
-    """Return the bytes of each rank, in rank order, as text in MB."""
-    return " | ".join(f"{size / 1e6:,.2f}" for size in sizes) + " MB"
-
-
 def task(config: DictConfig) -> None:
     """Check the configuration, run the ranks, then write and show the first rank's result."""
     warm_up_ranks(["longctx.infer.engine", "longctx.infer.generate", "recipes.common.progress"])
     job = prepare(config)
+    refuse_other_threads(job.settings.hardware, job.target.run.threads, job.target.mesh)
     with record(config, RECIPE, [job.target.folder]):
         figures = on_ranks(job.target.mesh, run_rank, job)
         if figures is None:

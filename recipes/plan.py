@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import yaml
 from omegaconf import DictConfig
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from rich.table import Table
 
 from longctx.config import ModelSource
@@ -27,9 +27,11 @@ from longctx.hf.locate import locate
 from recipes.common.cli import console, main, say
 from recipes.common.hardware_file import read_machine
 from recipes.common.places import refuse_unwritable
-from recipes.common.planning import Plan, Question, WorkSettings, best_by_strategy, plans_of
+from recipes.common.plan_question import Question, WorkSettings
+from recipes.common.planning import Plan, best_by_strategy, plans_of
 from recipes.common.plots import draw_plan
 from recipes.common.settings import section, top_level
+from recipes.common.spd_report import read_allowed_drop
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class PlanSettings:
     hardware: str
     gpus: PositiveInt
     strategy: str | None = None
-    allowed_drop: Annotated[float, Field(ge=0, le=1)] = 0.0
+    allowed_drop: float | str = 0.0
     max_ttft_s: PositiveFloat | None = None
     max_memory_gb: PositiveFloat | None = None
     show: PositiveInt = 8
@@ -64,15 +66,17 @@ def resolve_plan_job(config: DictConfig) -> PlanJob:
     settings, work = top_level(config, PlanSettings), section(config, "work", WorkSettings)
     for name, suffixes in (("out", ()), ("picture", ()), ("settings", (".yaml", ".yml"))):
         refuse_unwritable(getattr(settings, name), name, suffixes)
-    if settings.strategy not in (None, *work.strategies):
-        raise ValueError(f"strategy={settings.strategy} is none of work={work.kind}: use {', '.join(work.strategies)}")
+    if settings.strategy not in (None, "auto", *work.strategies):
+        raise ValueError(
+            f"strategy={settings.strategy} is none of work={work.kind}: use {', '.join(work.strategies)}, or auto"
+        )
     if settings.max_ttft_s and work.kind not in ("prefill", "chat"):
         raise ValueError(f"max_ttft_s is for work=prefill and work=chat, not work={work.kind}: leave it out")
     machine = read_machine(settings.hardware)
     model = section(config, "model", ModelSource)
     shape = shape_of(locate(model, say))
-    if shape.mixture:
-        raise ValueError(f"{model.name} is a mixture of experts, whose costs are not modelled: use a dense model")
+    if shape.mixture and work.kind != "train":
+        raise ValueError(f"work={work.kind} of {model.name}, a mixture of experts, is not modelled: use work=train")
     question = Question(
         shape=shape,
         machine=machine,
@@ -80,7 +84,7 @@ def resolve_plan_job(config: DictConfig) -> PlanJob:
         work=work,
         dtype_bytes=getattr(torch, model.dtype).itemsize,
         strategy=settings.strategy,
-        allowed_drop=settings.allowed_drop,
+        allowed_drop=read_allowed_drop(str(settings.allowed_drop), model.name),
         max_ttft_s=settings.max_ttft_s,
         max_memory_gb=settings.max_memory_gb,
     )
@@ -110,7 +114,7 @@ def table_of(plans: Sequence[Plan]) -> Table:
     for plan in plans:
         table.add_row(
             str(plan.mesh),
-            plan.strategy if plan.mesh.context > 1 else "",
+            strategies_in_words(plan),
             in_words(plan.seconds),
             "extrapolated" if plan.error is None else f"{plan.error:.0%}",
             f"{plan.tokens_per_s:,.0f}",
@@ -119,6 +123,13 @@ def table_of(plans: Sequence[Plan]) -> Table:
             plan.bound,
         )
     return table
+
+
+def strategies_in_words(plan: Plan) -> str:
+    """Return the strategy of ``plan``, and that of an answer; nothing on one context rank."""
+    if plan.mesh.context == 1:
+        return ""
+    return plan.strategy if plan.decode in (None, plan.strategy) else f"{plan.strategy}, decode {plan.decode}"
 
 
 def in_words(seconds: float) -> str:
@@ -134,6 +145,8 @@ def show(job: PlanJob, plans: Sequence[Plan]) -> None:
     console.print(f"{job.model.name}, {question.gpus} GPUs of {job.settings.hardware}: {meaning[work.kind]}")
     console.print(table_of(feasible[: job.settings.show]))
     parts = ", ".join(f"{name.replace('_', ' ')} {size / 1e9:,.1f}" for name, size in best.memory_parts.items() if size)
+    if question.allowed_drop.why:
+        console.print(question.allowed_drop.why)
     limit = f" of {question.memory_gb:,.0f}" if question.memory_gb else ""
     console.print(f"memory of the best, GB{limit}: {parts}")
     if question.numbers(best.mesh).ffn < question.dtype_bytes:
@@ -157,8 +170,13 @@ def table_by_length(question: Question, lengths: Sequence[int]) -> Table:
         best = plans_of(replace(question, work=replace(question.work, context=length)))[0]
         cells = ("no mesh is feasible", "", "", "", "")
         if best.refused is None:
-            strategy = best.strategy if best.mesh.context > 1 else ""
-            cells = (str(best.mesh), strategy, in_words(best.seconds), f"{best.memory_gb:,.1f} GB", best.bound)
+            cells = (
+                str(best.mesh),
+                strategies_in_words(best),
+                in_words(best.seconds),
+                f"{best.memory_gb:,.1f} GB",
+                best.bound,
+            )
         table.add_row(f"{length:,}", *cells)
     return table
 

@@ -11,11 +11,17 @@ x(n) = latency + n / bandwidth.  A step takes, without attention:
 In both strategies a rank attends with all heads to the keys that it caches.  Attention takes the same time in both, so
 it is left out, and the cached length does not matter.  ``sharded`` reads fewer weights, but has three more exchanges
 per layer.  It is faster if these exchanges take less than (1 - 1 / N) p(w): with large layers or low latency.
+
+With tp tensor-parallel ranks, w and v are one rank's.  ``sharded`` then sums the hidden states over all tp N ranks.
+``gather_merge`` sums them over the tp ranks, which takes 2 L x(hidden) more.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from longctx.cost.hardware import Link
+
+SHARED_ROWS = ("gather_merge", "sharded")  # decode strategies in which every context rank has every row
 
 
 @dataclass(frozen=True)
@@ -29,53 +35,75 @@ class DecodeHardware:
 
 @dataclass(frozen=True)
 class DecodeWork:
-    """A decode step of ``batch`` sequences over ``ranks`` context ranks.
+    """A decode step of ``batch`` sequences over ``ranks`` context ranks, of which ``ulysses`` divide the heads.
 
     ``layer_weights`` and ``head_weights`` count the weights of one layer and of the output layer.  These numbers,
-    ``heads``, ``kv_heads`` and ``vocab_size`` are one tensor-parallel rank's.  ``element_bytes`` is the size of a
-    weight and of an activation.
+    ``heads``, ``kv_heads`` and ``vocab_size`` are one tensor-parallel rank's; there are ``tp`` such ranks.
+    ``element_bytes`` is the size of an activation and of a weight; ``layer_bytes`` is the size of a layer's weights.
+    ``sums`` counts the sums of hidden states in a layer: 2, or less on average if some blocks drop one.
     """
 
     batch: int
     ranks: int
     layers: int
-    layer_weights: int
-    head_weights: int
+    layer_weights: float
+    layer_bytes: float
+    head_weights: float
     hidden: int
-    heads: int
-    kv_heads: int
+    heads: float
+    kv_heads: float
     head_dim: int
-    vocab_size: int
+    vocab_size: float
     element_bytes: int
+    ulysses: int = 1
+    tp: int = 1
+    sums: float = 2.0
 
 
-def product_seconds(weights: float, work: DecodeWork, hardware: DecodeHardware) -> float:
-    """Return p(``weights``) of the module docstring."""
-    read = weights * work.element_bytes / hardware.weight_bytes_per_s
-    return max(read, 2 * work.batch * weights / hardware.flops)
+def product_seconds(work: DecodeWork, hardware: DecodeHardware, ranks: int) -> float:
+    """Return L p(w / n) + p(v / n) of the module docstring, if n = ``ranks`` share the weights."""
+
+    def seconds(weights: float, size: float) -> float:
+        return max(size / hardware.weight_bytes_per_s, 2 * work.batch * weights / hardware.flops) / ranks
+
+    layer = seconds(work.layer_weights, work.layer_bytes)
+    return work.layers * layer + seconds(work.head_weights, work.head_weights * work.element_bytes)
+
+
+def exchanges(work: DecodeWork, strategy: str) -> Iterator[tuple[float, float]]:
+    """Yield the number of exchanges of a kind in a step by ``strategy``, and the bytes that a rank sends in each.
+
+    Sums over tensor-parallel ranks alone are left out.  Raises ValueError for a strategy without a formula.
+    """
+    if strategy not in SHARED_ROWS:
+        raise ValueError(f"strategy={strategy} has no formula for shared rows: use {', '.join(SHARED_ROWS)}")
+    others, row_bytes = (work.ranks - 1) / work.ranks, work.batch * work.element_bytes
+    # A rank's partial outputs and log-sum-exps are float32.
+    partials = work.batch * work.heads / work.ulysses * (work.head_dim + 1) * 4
+    if strategy == "gather_merge":
+        yield work.layers, (work.ranks - 1) * partials
+        return
+    yield work.layers, others * row_bytes * (work.heads + 2 * work.kv_heads) * work.head_dim
+    yield work.layers, others * partials
+    yield work.sums * work.layers, (work.tp * work.ranks - 1) * row_bytes * work.hidden
+    yield 1, others * row_bytes * work.vocab_size
+
+
+def exchange_seconds(work: DecodeWork, link: Link, strategy: str) -> float:
+    """Return the seconds of the `exchanges` of a step."""
+    return sum(count * link.seconds(size) for count, size in exchanges(work, strategy))
 
 
 def gather_merge_seconds(work: DecodeWork, hardware: DecodeHardware) -> float:
     """Return the seconds of a step by ``gather_merge``, without attention itself."""
-    exchange = hardware.exchange.seconds((work.ranks - 1) * _partial_bytes(work))
-    layer = product_seconds(work.layer_weights, work, hardware) + exchange
-    return work.layers * layer + product_seconds(work.head_weights, work, hardware)
+    tp_sum = hardware.exchange.seconds((work.tp - 1) * work.batch * work.element_bytes * work.hidden)
+    exchanged = exchange_seconds(work, hardware.exchange, "gather_merge") + work.sums * work.layers * tp_sum
+    return product_seconds(work, hardware, 1) + exchanged
 
 
 def sharded_seconds(work: DecodeWork, hardware: DecodeHardware) -> float:
     """Return the seconds of a step by ``sharded``, without attention itself."""
-    others, x = (work.ranks - 1) / work.ranks, hardware.exchange.seconds
-    row_bytes = work.batch * work.element_bytes
-    exchanges = x(others * row_bytes * (work.heads + 2 * work.kv_heads) * work.head_dim)
-    exchanges += x(others * _partial_bytes(work)) + 2 * x((work.ranks - 1) * row_bytes * work.hidden)
-    layer = product_seconds(work.layer_weights / work.ranks, work, hardware) + exchanges
-    logits = x(others * row_bytes * work.vocab_size)
-    return work.layers * layer + product_seconds(work.head_weights / work.ranks, work, hardware) + logits
-
-
-def _partial_bytes(work: DecodeWork) -> int:
-    """Return the bytes of one rank's partial outputs and log-sum-exps, in float32."""
-    return work.batch * work.heads * (work.head_dim + 1) * 4
+    return product_seconds(work, hardware, work.ranks) + exchange_seconds(work, hardware.exchange, "sharded")
 
 
 def choose_decode(work: DecodeWork, hardware: DecodeHardware) -> tuple[str, str]:

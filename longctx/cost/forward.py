@@ -15,6 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from longctx.cost.attention import COSTS, Work, block_seconds, ulysses_bytes, ulysses_seconds
+from longctx.cost.decode import (
+    SHARED_ROWS,
+    DecodeHardware,
+    DecodeWork,
+    exchange_seconds,
+    exchanges,
+    product_seconds,
+)
 from longctx.cost.machine import Degrees, Machine
 from longctx.cost.training import Decoder
 
@@ -44,10 +52,13 @@ class PassCost:
         return sum(self.parts.values())
 
 
-def layer_weights(shape: Decoder) -> tuple[int, int]:
-    """Return the numbers of weights in a layer's attention projections and in its feed-forward network."""
+def layer_weights(shape: Decoder) -> tuple[int, float]:
+    """Return the weights that multiply a token in a layer: attention's projections, and its feed-forward network.
+
+    Of experts, these are the chosen ones and the router.  The second number is the mean over all layers.
+    """
     heads = 2 * shape.heads + 2 * shape.kv_heads
-    return shape.hidden * heads * shape.head_dim, (2 + shape.gated) * shape.hidden * shape.ffn
+    return shape.hidden * heads * shape.head_dim, shape.ffn_weights_per_token / shape.layers
 
 
 def forward_flops(shape: Decoder, new: Sequence[int], cached: Sequence[int]) -> float:
@@ -63,6 +74,7 @@ class _OneRank:
     ring: int = 1
     dp: int = 1
     pp: int = 1
+    ep: int = 1
 
 
 _ALONE = _OneRank()
@@ -125,38 +137,80 @@ def prefill_cost(
     return PassCost(parts, {"tp": reduced, "ulysses": exchange_bytes, "ring": ring_bytes})
 
 
+def decode_work(shape: Decoder, mesh: Degrees, batch: int, numbers: Numbers) -> DecodeWork:
+    """Return the products and exchanges of a decode step of ``batch`` sequences, for `longctx.cost.decode`."""
+    projections, ffn = layer_weights(shape)
+    return DecodeWork(
+        batch=batch,
+        ranks=mesh.ulysses * mesh.ring,
+        layers=shape.layers,
+        layer_weights=(projections + ffn) / mesh.tp,
+        layer_bytes=(projections * numbers.element + ffn * numbers.ffn) / mesh.tp,
+        head_weights=shape.hidden * shape.vocab_size / mesh.tp,
+        hidden=shape.hidden,
+        heads=shape.heads / mesh.tp,
+        kv_heads=max(1, shape.kv_heads / mesh.tp),
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size / mesh.tp,
+        element_bytes=numbers.element,
+        ulysses=mesh.ulysses,
+        tp=mesh.tp,
+        sums=2 - numbers.spd_share,
+    )
+
+
 def decode_cost(
     shape: Decoder, mesh: Degrees, machine: Machine, cached: Sequence[int], strategy: str, numbers: Numbers
 ) -> PassCost:
     """Return the cost of one more token for each sequence of ``cached`` tokens, by a decode ``strategy``.
 
-    In ``gather_merge``, every context rank projects all rows and attends to its own keys.  One all-gather of
-    H_Q (D_H + 1) float32 values per row then merges the results.  The other strategies are the prefill strategies with
-    T = 1.  No computation hides their communication: pass-Q takes N blocks, N - 1 hops and an all-to-all
-    (arXiv 2411.01783, Table 8).
+    Products of all strategies, and exchanges of ``gather_merge`` and ``sharded``, are those of `longctx.cost.decode`.
+    The other strategies are the prefill strategies with T = 1.  No computation hides their communication: pass-Q takes
+    N blocks, N - 1 hops and an all-to-all (arXiv 2411.01783, Table 8).
     """
-    new, context = [1] * len(cached), mesh.ulysses * mesh.ring
-    attention = merged = sent = 0.0
-    # 1. Attention, and the exchanges that merge it.
-    for work, layers in ring_works(shape, mesh, new, cached, numbers, machine.partial_element_bytes):
-        if strategy == "gather_merge":
-            hardware = machine.kernel(context, mesh.tp, decodes=True)
-            block = hardware.block_s + max(
-                work.flops / work.ranks / hardware.flops, work.kv_block_bytes / hardware.kv_bytes_per_s
-            )
-            size = (context - 1) * len(cached) * work.heads * (work.head_dim + 1) * 4.0
-            exchange_s = hardware.exchange.seconds(size)
-        else:
-            hardware = machine.kernel(mesh.ring, mesh.tp * mesh.ulysses, decodes=True)
-            cost = COSTS[strategy](work, hardware)
-            block = work.ranks * block_seconds(work, hardware)
-            exchange = machine.level(mesh.ulysses, mesh.tp).exchange
-            exchange_s = cost.seconds - block + ulysses_seconds(work, mesh.ulysses, exchange)
-            size = cost.bytes_sent + sum(ulysses_bytes(work, mesh.ulysses))
-        attention, merged, sent = attention + layers * block, merged + layers * exchange_s, sent + layers * size
-    # 2. Everything else.
+    work, shares = decode_work(shape, mesh, len(cached), numbers), strategy == "sharded"
+    level = machine.level(work.ranks, mesh.tp)
+    # 1. Attention, and the exchanges between context ranks.
+    if strategy in SHARED_ROWS:
+        attention = _shared_rows_seconds(shape, mesh, machine, cached, numbers)
+        exchanged = exchange_seconds(work, level.gather_link, strategy)
+        sent = sum(count * size for count, size in exchanges(work, strategy))
+    else:
+        attention, exchanged, sent = _ring_of_one_row(shape, mesh, machine, cached, strategy, numbers)
+    # 2. Products, and the sums over tensor-parallel ranks; in `sharded` these are among the exchanges.
+    rates = DecodeHardware(machine.memory_bytes_per_s, machine.gemm_flops, level.gather_link)
     parts, reduced = _layers(shape, mesh, machine, len(cached), len(cached), numbers)
-    return PassCost({**parts, "attention": attention, "merge": merged}, {"tp": reduced, "context": sent})
+    bound = "weights" if parts["weights"] >= parts["products"] else "products"
+    products = {"weights": 0.0, "products": 0.0, bound: product_seconds(work, rates, work.ranks if shares else 1)}
+    parts |= {**products, "attention": attention, "merge": exchanged, "tp": 0.0 if shares else parts["tp"]}
+    return PassCost(parts, {"tp": 0.0 if shares else reduced, "context": sent})
+
+
+def _shared_rows_seconds(
+    shape: Decoder, mesh: Degrees, machine: Machine, cached: Sequence[int], numbers: Numbers
+) -> float:
+    """Return the seconds of attention if every context rank attends with all new rows to the keys that it caches."""
+    hardware = machine.kernel(mesh.ulysses * mesh.ring, mesh.tp, decodes=True)
+    seconds = 0.0
+    for work, layers in ring_works(shape, mesh, [1] * len(cached), cached, numbers):
+        arithmetic = work.flops / work.ranks / hardware.flops
+        seconds += layers * (hardware.block_s + max(arithmetic, work.kv_block_bytes / hardware.kv_bytes_per_s))
+    return seconds
+
+
+def _ring_of_one_row(
+    shape: Decoder, mesh: Degrees, machine: Machine, cached: Sequence[int], strategy: str, numbers: Numbers
+) -> tuple[float, float, float]:
+    """Return the seconds of attention's blocks and of its communication, and the bytes sent, by a prefill strategy."""
+    hardware = machine.kernel(mesh.ring, mesh.tp * mesh.ulysses, decodes=True)
+    exchange = machine.level(mesh.ulysses, mesh.tp).exchange
+    attention = sent_s = sent = 0.0
+    for work, layers in ring_works(shape, mesh, [1] * len(cached), cached, numbers, machine.partial_element_bytes):
+        cost, blocks = COSTS[strategy](work, hardware), work.ranks * block_seconds(work, hardware)
+        attention += layers * blocks
+        sent_s += layers * (cost.seconds - blocks + ulysses_seconds(work, mesh.ulysses, exchange))
+        sent += layers * (cost.bytes_sent + sum(ulysses_bytes(work, mesh.ulysses)))
+    return attention, sent_s, sent
 
 
 def _layers(

@@ -1,7 +1,7 @@
 """The performance figures of a machine that the cost models use; ``python -m recipes.calibrate`` measures them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 
@@ -24,13 +24,36 @@ class Link:
         return min(seconds, self.bulk.seconds(size)) if self.bulk else seconds
 
 
+def refuse_unknown(values: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    """Raise ValueError for a key of ``values`` that is not ``known``: a misspelled constant would get its default."""
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"{where} has no {unknown[0]}: use {', '.join(known)}")
+
+
 def link_of(values: Mapping[str, Any]) -> Link:
     """Return the `Link` in parsed YAML.  Raises KeyError, TypeError or ValueError for missing or wrong values."""
+    refuse_unknown(values, [one.name for one in fields(Link)], "a link")
     bulk = values.get("bulk")
     latency_s, bytes_per_s = float(values["latency_s"]), float(values["bytes_per_s"])
     if latency_s < 0 or bytes_per_s <= 0:
         raise ValueError(f"latency_s={latency_s}, bytes_per_s={bytes_per_s}: use latency_s >= 0 and bytes_per_s > 0")
     return Link(latency_s, bytes_per_s, link_of(bulk) if bulk else None)
+
+
+@dataclass(frozen=True)
+class LayerRates:
+    """Performance of one rank outside attention, for plans.
+
+    * ``gemm_flops``: FLOP/s of a layer's matrix products with many rows; the time of its norms and activations counts.
+    * ``weight_bytes_per_s``: the rate of reading weights with one row.
+    * ``layer_s``: the overhead of a layer, which does not depend on the rows.
+    * ``gather``: an all-gather of few rows, as in decoding.
+    """
+
+    gemm_flops: float
+    weight_bytes_per_s: float
+    layer_s: float
+    gather: Link
 
 
 @dataclass(frozen=True)
@@ -46,6 +69,7 @@ class Hardware:
       links that need no CPU core.
     * ``empirical``: the fitted (alpha, beta, gamma) of arXiv 2411.01783, App. D; None if they were not fitted.
     * ``peak_flops``: peak FLOP/s of matrix products in the training dtype, the denominator of MFU; None if unknown.
+    * ``layer``: performance outside attention; None if it was not measured.
 
     Raises ValueError for a rate that is not positive, and for an ``overlap`` outside 0 to 1.
     """
@@ -58,6 +82,7 @@ class Hardware:
     overlap: float
     empirical: tuple[float, float, float] | None = None
     peak_flops: float | None = None
+    layer: LayerRates | None = None
 
     def __post_init__(self) -> None:
         for name in ("flops", "kv_bytes_per_s", "peak_flops"):
@@ -75,6 +100,7 @@ def hardware_of(values: Any, source: str) -> Hardware:
     """
     fix = "measure again with python -m recipes.calibrate out=FILE.yaml"
     try:
+        refuse_unknown(values, ["measured", *(one.name for one in fields(Hardware))], "a hardware file")
         hop, exchange = link_of(values["hop"]), link_of(values["exchange"])
         flops, kv, block_s, overlap = (float(values[x]) for x in ("flops", "kv_bytes_per_s", "block_s", "overlap"))
         empirical = None
@@ -82,8 +108,17 @@ def hardware_of(values: Any, source: str) -> Hardware:
             alpha, beta, gamma = map(float, fitted)
             empirical = (alpha, beta, gamma)
         peak = values.get("peak_flops")
-        return Hardware(flops, kv, block_s, hop, exchange, overlap, empirical, None if peak is None else float(peak))
+        peak = None if peak is None else float(peak)
+        return Hardware(flops, kv, block_s, hop, exchange, overlap, empirical, peak, _layer_of(values.get("layer")))
     except KeyError as missing:
         raise ValueError(f"{source} has no field {missing}; {fix}") from missing
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{source} is not a hardware file ({error}); {fix}") from error
+
+
+def _layer_of(values: Mapping[str, Any] | None) -> LayerRates | None:
+    if values is None:
+        return None
+    refuse_unknown(values, [one.name for one in fields(LayerRates)], "layer")
+    gemm, read, layer_s = (float(values[name]) for name in ("gemm_flops", "weight_bytes_per_s", "layer_s"))
+    return LayerRates(gemm, read, layer_s, link_of(values["gather"]))

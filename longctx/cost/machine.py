@@ -9,13 +9,16 @@ from dataclasses import dataclass, field, fields
 from math import prod
 from typing import Any, Protocol, runtime_checkable
 
-from longctx.cost.hardware import Hardware, Link, hardware_of, link_of
+from longctx.cost.hardware import Hardware, Link, hardware_of, link_of, refuse_unknown
 from longctx.cost.reduction import all_reduce_seconds
 
 
 @runtime_checkable
 class Degrees(Protocol):
-    """Number of ranks along each axis of a mesh.  Ranks are numbered with tp fastest, then ulysses, ring, dp, pp."""
+    """Number of ranks along each axis of a mesh.  Ranks are numbered with tp fastest, then ulysses, ring, dp, pp.
+
+    ``ep`` adds no ranks: it divides the ulysses x ring x dp ranks into groups of neighbours, which divide the experts.
+    """
 
     @property
     def tp(self) -> int: ...
@@ -27,6 +30,8 @@ class Degrees(Protocol):
     def dp(self) -> int: ...
     @property
     def pp(self) -> int: ...
+    @property
+    def ep(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Level:
     """Links within a block of ``ranks`` consecutive GPUs, such as a node: a hop of a ring, and an all-to-all.
 
     ``name`` is shown to the user, for example "within a node".  ``step_s`` is the latency of one step of an all-reduce.
-    It can be less than a hop's, because all steps run in one kernel; None uses the latency of a hop.
+    It can be less than a hop's, because all steps run in one kernel; None uses the latency of a hop.  ``gather`` is an
+    all-gather of few rows, as in decoding; None uses ``exchange``.
     """
 
     name: str
@@ -42,6 +48,12 @@ class Level:
     hop: Link
     exchange: Link
     step_s: float | None = None
+    gather: Link | None = None
+
+    @property
+    def gather_link(self) -> Link:
+        """Return the link of an all-gather of few rows."""
+        return self.gather or self.exchange
 
     @property
     def reduce_step_s(self) -> float:
@@ -90,10 +102,10 @@ class Machine:
     attention_flops: float
     memory_bytes_per_s: float
     kv_bytes_per_s: float
-    overlap: float = 1.0
-    block_s: float = 0.0
-    step_s: float = 0.0
-    layer_s: float = 0.0
+    overlap: float
+    block_s: float
+    step_s: float
+    layer_s: float
     turn_s: float = 0.0
     memory_bytes: float | None = None
     peak_flops: float | None = None
@@ -118,8 +130,8 @@ class Machine:
     def expected_error(self, work: str, mesh: Degrees) -> float | None:
         """Return the mean absolute error, as a share, of ``work`` on meshes like ``mesh``; None if unknown."""
         accuracy = self.errors.get(work)
-        ranks = {axis: getattr(mesh, axis) for axis in ("tp", "ulysses", "ring", "dp", "pp")}
-        if accuracy is None or prod(ranks.values()) > accuracy.ranks:
+        ranks = {axis: getattr(mesh, axis) for axis in ("tp", "ulysses", "ring", "dp", "pp", "ep")}
+        if accuracy is None or prod(ranks.values()) / mesh.ep > accuracy.ranks:
             return None
         return accuracy.share if all(n == 1 or axis in accuracy.axes for axis, n in ranks.items()) else None
 
@@ -165,28 +177,19 @@ def machine_of(values: Any, source: str) -> Machine:
     of the wrong type or range.
     """
     if not isinstance(values, Mapping) or "levels" not in values:
-        return _one_node(hardware_of(values, source))
-    # 1. Take the fields of `Machine`; other keys are notes, such as the list of fitted constants.
-    known = {one.name for one in fields(Machine)}
-    numbers = {name: value for name, value in values.items() if name in known - {"levels", "errors"}}
-    # 2. Convert the values.
+        return _one_node(hardware_of(values, source), source)
     try:
-        levels = [
-            Level(
-                name=str(one["name"]),
-                ranks=int(one["ranks"]),
-                hop=link_of(one["hop"]),
-                exchange=link_of(one["exchange"]),
-                step_s=None if one.get("step_s") is None else float(one["step_s"]),
-            )
-            for one in values["levels"]
-        ]
+        # 1. Take the fields of `Machine`; "fitted" lists the names of fitted constants.
+        refuse_unknown(values, ["fitted", *(one.name for one in fields(Machine))], "a machine")
+        levels = [_level_of(one) for one in values["levels"]]
         errors = {
             str(work): Accuracy(float(one["share"]), tuple(map(str, one["axes"])), int(one["ranks"]))
             for work, one in (values.get("errors") or {}).items()
         }
+        # 2. Convert the numbers.
         whole = ("gpus_per_node", "partial_element_bytes")
-        given = {name: value for name, value in numbers.items() if value is not None}
+        others = ("fitted", "levels", "errors")
+        given = {name: value for name, value in values.items() if name not in others and value is not None}
         plain: dict[str, Any] = {name: (int if name in whole else float)(value) for name, value in given.items()}
         return Machine(levels=levels, errors=errors, **plain)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -196,17 +199,37 @@ def machine_of(values: Any, source: str) -> Machine:
         ) from error
 
 
-def _one_node(measured: Hardware) -> Machine:
+def _level_of(values: Mapping[str, Any]) -> Level:
+    """Return the `Level` in parsed YAML."""
+    refuse_unknown(values, [one.name for one in fields(Level)], "a level of links")
+    return Level(
+        name=str(values["name"]),
+        ranks=int(values["ranks"]),
+        hop=link_of(values["hop"]),
+        exchange=link_of(values["exchange"]),
+        step_s=None if values.get("step_s") is None else float(values["step_s"]),
+        gather=link_of(values["gather"]) if values.get("gather") else None,
+    )
+
+
+def _one_node(measured: Hardware, source: str) -> Machine:
     """Return a machine of one node with the ``measured`` constants; the ring's links connect all ranks."""
-    everywhere = Level("between ranks", 2**31, measured.hop, measured.exchange)
+    layer = measured.layer
+    if layer is None:
+        raise ValueError(
+            f"{source} has no field 'layer', which predictions need: measure again with python -m recipes.calibrate "
+            "out=FILE.yaml, on a mesh with mesh.tp=1 and with a dense model"
+        )
     return Machine(
-        levels=[everywhere],
+        levels=[Level("between ranks", 2**31, measured.hop, measured.exchange, gather=layer.gather)],
         gpus_per_node=2**31,
-        gemm_flops=measured.peak_flops or measured.flops,
+        gemm_flops=layer.gemm_flops,
         attention_flops=measured.flops,
-        memory_bytes_per_s=measured.kv_bytes_per_s,
+        memory_bytes_per_s=layer.weight_bytes_per_s,
         kv_bytes_per_s=measured.kv_bytes_per_s,
         overlap=measured.overlap,
         block_s=measured.block_s,
+        step_s=0.0,
+        layer_s=layer.layer_s,
         peak_flops=measured.peak_flops,
     )

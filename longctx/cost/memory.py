@@ -6,9 +6,11 @@ The formulas leave out fragmentation, the memory of CUDA and NCCL, and norms and
 from collections.abc import Iterator, Sequence
 
 from longctx.cost.attention import Work
+from longctx.cost.decode import SHARED_ROWS
+from longctx.cost.experts import expert_layers
 from longctx.cost.forward import Numbers, layer_weights, ring_works
 from longctx.cost.machine import Degrees
-from longctx.cost.step import StepWork, stage_weights
+from longctx.cost.step import StepWork, stage_weights, weights_by_replicas
 from longctx.cost.training import Decoder
 
 
@@ -24,8 +26,11 @@ def inference_bytes(
     stream, gate, up, their product and the output.
 
     Only the last row of each sequence has logits: a rank's shard, and the whole row that it gathers.  Several sequences
-    copy one layer's keys and values into one tensor.  Pass-Q packs a partial for each rank.  Workspace inside a kernel
-    is left out, such as the float32 copies of 16-bit inputs on a CPU.
+    copy one layer's keys and values into one tensor.  Pass-Q packs a partial for each rank.  With ``sharded``, a rank
+    gathers all parts of a sum of hidden states.  Workspace inside a kernel is left out, such as the float32 copies of
+    16-bit inputs on a CPU.
+
+    Raises ValueError for an unknown strategy.
     """
     _, ffn = layer_weights(shape)
     cheaper = ffn * shape.layers * (numbers.element - numbers.ffn) / mesh.tp
@@ -34,7 +39,7 @@ def inference_bytes(
     always = e * 2 * shape.hidden + 8 * shape.head_dim
     feed_forward = e * (3 * shape.hidden + (2 + shape.gated) * shape.ffn / mesh.tp)
     attention = e * (shape.hidden + 3 * heads + 3 * keys) + 8 * heads
-    rows = sum(new) / (mesh.ulysses * mesh.ring) if strategy != "gather_merge" else sum(new)
+    rows = sum(new) if strategy in SHARED_ROWS else sum(new) / (mesh.ulysses * mesh.ring)
     fixed = {"weights": stage_weights(shape, mesh) * e - cheaper, "kv_cache": 0.0}
     buffers = copied = packed = 0.0
     for work, layers in ring_works(shape, mesh, new, cached, numbers):
@@ -42,9 +47,10 @@ def inference_bytes(
         buffers = max(buffers, _buffers(work, strategy))
         copied = max(copied, work.kv_block_bytes if len(new) > 1 else 0.0)
         packed = buffers if strategy == "pass_q" else 0.0
+    summed = rows * e * shape.hidden * mesh.tp * mesh.ulysses * mesh.ring if strategy == "sharded" else 0.0
     logits = len(new) * shape.vocab_size * (1 + 1 / mesh.tp) * max(e, 4.0)
     moments = (
-        {"activations": rows * (always + feed_forward), "logits": 0.0, "communication": 0.0},
+        {"activations": rows * (always + feed_forward), "logits": 0.0, "communication": summed},
         {"activations": rows * (always + attention) + copied + packed, "logits": 0.0, "communication": buffers},
         {"activations": rows * e * 2 * shape.hidden, "logits": logits, "communication": 0.0},
     )
@@ -53,13 +59,16 @@ def inference_bytes(
 
 def _buffers(work: Work, strategy: str) -> float:
     """Return the bytes in flight for one layer: two blocks of a ring, or one block or partial of each rank."""
-    if work.ranks == 1:
-        return 0.0
-    if strategy == "all_gather_kv":
-        return work.ranks * work.kv_block_bytes
-    if strategy == "pass_q":
-        return work.partial_bytes * work.ranks / (work.ranks - 1)
-    return 2 * work.kv_block_bytes if strategy == "pass_kv" else work.partial_bytes * work.ranks
+    in_flight = {
+        "pass_kv": 2 * work.kv_block_bytes,
+        "pass_q": work.partial_bytes * work.ranks / max(1, work.ranks - 1),
+        "all_gather_kv": work.ranks * work.kv_block_bytes,
+        "gather_merge": work.partial_bytes * work.ranks,
+        "sharded": work.partial_bytes * work.ranks / max(1, work.ranks - 1),
+    }
+    if strategy not in in_flight:
+        raise ValueError(f"strategy={strategy} has no formula: use {', '.join(in_flight)}")
+    return in_flight[strategy] if work.ranks > 1 else 0.0
 
 
 def step_bytes(shape: Decoder, mesh: Degrees, work: StepWork, strategy: str, numbers: Numbers) -> dict[str, float]:
@@ -73,10 +82,15 @@ def step_bytes(shape: Decoder, mesh: Degrees, work: StepWork, strategy: str, num
     At the loss, c rows of float32 logits exist, and the gradients of the hidden states and, in float32, of the output
     weight.  A tied weight's gradient waits for that of the embedding until the backward ends.  The update computes a
     denominator from a moment in two steps, each as large as the largest weight, the embedding.
+
+    Raises ValueError for numbers of other sizes than 2 and 4 bytes, and for an unknown strategy.
     """
+    if numbers.element not in (2, 4):
+        raise ValueError(f"training with numbers of {numbers.element} bytes has no formula: use 2 or 4")
     weights, replicas = stage_weights(shape, mesh), mesh.dp * mesh.ulysses * mesh.ring
+    sharded = sum(some / same for same, some in weights_by_replicas(shape, mesh).items())
     states = 12 if numbers.element < 4 else 8  # two float32 moments; with 16-bit weights also a float32 copy
-    optimizer = weights * states / (replicas if work.zero1 else 1)
+    optimizer = states * (sharded if work.zero1 else weights)
     embedding = shape.vocab_size * shape.hidden / mesh.tp
     fixed = {"weights": weights * numbers.element, "gradients": weights * 4.0, "optimizer": optimizer}
     shard = min(embedding, weights / replicas) if work.zero1 else embedding
@@ -98,19 +112,25 @@ def _saved(shape: Decoder, mesh: Degrees, work: StepWork, numbers: Numbers) -> d
         partial      4 (Q + q)    the float32 output of attention, and a log-sum-exp for each of q heads.  Megatron's
                      attention keeps the output once, in 16 bits: 4 q.
         ffn          4 F e        gate, up, activated gate and product; 3 F e if fused, 2 F e without a gate
+        experts      k (4 F e + e times the full hidden size): each of k chosen experts also copies the row.  If ranks
+                     divide the experts, all are assumed to get equally many rows.
     """
     e, hidden = numbers.element, shape.hidden / mesh.tp
-    heads, ffn = shape.heads / mesh.tp, shape.ffn / mesh.tp
+    own_layers = {"fused": 0, "cuda": 1, "cpu": 1}[work.operations]
+    heads, tensors = shape.heads / mesh.tp, 3 + own_layers if shape.gated else 2
+    mixed, experts = expert_layers(shape) / shape.layers, 0.0
+    if shape.mixture:
+        experts = mixed * shape.mixture.per_token * (tensors * shape.mixture.ffn / mesh.tp + shape.hidden)
     kv_heads = max(1, shape.kv_heads / mesh.tp, mesh.ulysses)
     queries, keys = heads * shape.head_dim, kv_heads * shape.head_dim
-    views = queries + keys if mesh.ulysses == 1 and work.operations != "fused" else 0
-    gated = 3 if work.operations == "fused" else 4
+    views = own_layers * (queries + keys) if mesh.ulysses == 1 else 0
     return {
         "stream": 2 * hidden * e,
-        "norms": 2 * hidden * e + (8 * hidden if work.operations == "cpu" else 0),
+        "norms": 2 * hidden * e + {"fused": 0, "cuda": 0, "cpu": 8 * hidden}[work.operations],
         "qkv": (2 * queries + 2 * keys + views) * e,
-        "partial": 4 * (heads if work.operations == "fused" else queries + heads),
-        "ffn": (gated if shape.gated else 2) * ffn * e,
+        "partial": 4 * (heads + own_layers * queries),
+        "ffn": (1 - mixed) * tensors * shape.ffn / mesh.tp * e,
+        "experts": experts * e,
     }
 
 
@@ -125,10 +145,10 @@ def _pass_moments(
     """
     # 1. Bytes per row: all that a layer can keep, and what it keeps without what the backward computes again.
     pieces = _saved(shape, mesh, work, numbers)
-    whole, ffn, hidden = sum(pieces.values()), pieces["ffn"], shape.hidden * numbers.element
+    whole, ffn, hidden = sum(pieces.values()), pieces["ffn"] + pieces["experts"], shape.hidden * numbers.element
     norm, stream = (pieces["stream"] + pieces["norms"]) / 2, pieces["stream"] / 2
     tiled = whole - ffn if work.mlp_rows else whole
-    saved = {"none": tiled, "selective": whole - ffn, "full": stream + pieces["partial"]}[work.recompute]
+    saved = {"none": tiled, "selective": whole - pieces["ffn"], "full": stream + pieces["partial"]}[work.recompute]
     # 2. Rows of a rank, and of a tile of its feed-forward networks; layers of a stage; micro-batches of the first one.
     rows = work.length * work.sequences / (mesh.ulysses * mesh.ring)
     tile = min(rows, work.mlp_rows or rows)
@@ -143,7 +163,9 @@ def _pass_moments(
     # 4. The last layer's gate.
     waiting = weight * numbers.element if shape.tied and mesh.pp == 1 else 0.0
     output = rows * stream if work.recompute == "full" else 0.0
-    network = tile * (ffn + 2 * shape.ffn / mesh.tp * numbers.element)
+    # Experts run one after the other, so that one expert's gradients exist at a time.
+    width = shape.mixture.ffn / shape.mixture.count * mesh.ep if shape.mixture else shape.ffn
+    network = tile * (ffn + 2 * width / mesh.tp * numbers.element)
     activations = others + rows * (whole - ffn) + network + rows * stream + output + gathered
     yield {"activations": activations, "logits": waiting, "communication": gathered}
     # 5. Its attention.

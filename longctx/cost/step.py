@@ -7,6 +7,7 @@ Per micro-batch (a sequence) and layer, a rank with s / (U R) rows computes
     Ulysses    two all-to-alls in the forward, and two in the backward
     tp         with sequence parallelism 6 all-gathers and 4 reduce-scatters (arXiv 2405.07719, v5, Table 2); each
                moves half the bytes of an all-reduce, so these 10 count as 5 all-reduces
+    ep         the exchanges of `longctx.cost.experts`; in layers with experts they replace half of those of tp
 
 Once per step, gradients are reduced in float32 over data- and context-parallel ranks.  ZeRO-1 uses a reduce-scatter of
 gradients and an all-gather of the new weights instead.  A pipeline of S stages is idle for the time of S - 1
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from longctx.cost.attention import COSTS, backward_cost, block_seconds, ulysses_bytes, ulysses_seconds
+from longctx.cost.experts import dense_ffn_weights, expert_layers, expert_weights, experts_cost
 from longctx.cost.forward import Numbers, PassCost, layer_weights, ring_works
 from longctx.cost.machine import Degrees, Machine
 from longctx.cost.training import Decoder
@@ -53,7 +55,9 @@ def step_cost(
     overhead = shape.layers / mesh.pp * (3 * machine.layer_s + 2 * mesh.ring * machine.step_s)
     hop_bytes = work.length * work.sequences / (mesh.ulysses * mesh.ring) * shape.hidden * numbers.element
     stage = machine.level(mesh.pp, mesh.tp * mesh.ulysses * mesh.ring * mesh.dp).hop
-    parts = {**attention, "products": products, "tp": tp_s, "overhead": overhead}
+    rows, again = work.length * work.sequences / (mesh.tp * mesh.ulysses * mesh.ring), work.recompute == "full"
+    experts_s, of_experts = experts_cost(shape, mesh, machine, rows, numbers.element, recomputed=again)
+    parts = {**attention, "products": products, "tp": tp_s, "experts": experts_s, "overhead": overhead}
     # 2. All micro-batches, and the pipeline's bubble: a stage waits while the pipeline fills and drains.
     micro = work.batch / (mesh.dp * work.sequences)
     once = sum(parts.values())
@@ -63,14 +67,26 @@ def step_cost(
     # 3. Gradients and the optimizer.
     reduce_s, update_s, reduced = _update(shape, mesh, machine, work, numbers)
     parts |= {"gradients": reduce_s, "optimizer": update_s}
-    sent = {axis: micro * size for axis, size in {**sent, "tp": tp_bytes}.items()}
+    sent = {axis: micro * size for axis, size in {**sent, "tp": tp_bytes, "ep": of_experts}.items()}
     return PassCost(parts, {**sent, "dp": reduced, "pp": 2 * micro * hop_bytes * (mesh.pp > 1)})
 
 
 def stage_weights(shape: Decoder, mesh: Degrees) -> float:
     """Return the number of weights on one rank: its share of a stage's layers, and of the embedding, head or both."""
+    return sum(weights_by_replicas(shape, mesh).values())
+
+
+def weights_by_replicas(shape: Decoder, mesh: Degrees) -> dict[int, float]:
+    """Return the number of weights on one rank, by the number of ranks that have the same ones.
+
+    Ranks that divide the experts have the same other weights.
+    """
     ends = (1 if shape.tied or mesh.pp > 1 else 2) * shape.vocab_size * shape.hidden
-    return (sum(layer_weights(shape)) * shape.layers / mesh.pp + ends) / mesh.tp
+    projections, _ = layer_weights(shape)
+    stage, replicas = shape.layers / mesh.pp, mesh.dp * mesh.ulysses * mesh.ring
+    dense = ((projections + dense_ffn_weights(shape)) * stage + ends) / mesh.tp
+    experts = expert_weights(shape) * stage / mesh.ep / mesh.tp
+    return {replicas: dense + experts} if mesh.ep == 1 else {replicas: dense, replicas // mesh.ep: experts}
 
 
 def _attention(
@@ -100,10 +116,13 @@ def _products(
     """Return the seconds of a micro-batch's matrix products, and the seconds and bytes of its tp reductions."""
     projections, ffn = layer_weights(shape)
     rows, layers = work.length * work.sequences / (mesh.ulysses * mesh.ring), shape.layers / mesh.pp
-    again = {"none": 0.0, "selective": ffn, "full": projections + ffn}[work.recompute]
+    again = {"none": 0.0, "selective": dense_ffn_weights(shape), "full": projections + ffn}[work.recompute]
     weights = layers * (3 * (projections + ffn) + again) + 3 * shape.hidden * shape.vocab_size  # the last stage's head
-    read = weights * numbers.element / mesh.tp / machine.memory_bytes_per_s
+    unread = 3 * layers * (ffn - dense_ffn_weights(shape) - expert_weights(shape) / mesh.ep)  # other ranks' experts
+    read = (weights - unread) * numbers.element / mesh.tp / machine.memory_bytes_per_s
     reductions = layers * (5 - 2 * numbers.spd_share + (2 if work.recompute == "full" else 0))
+    if mesh.ep > 1:
+        reductions *= 1 - expert_layers(shape) / shape.layers / 2
     size = rows * shape.hidden * numbers.element
     tp_s = reductions * machine.all_reduce_seconds(size, mesh.tp)
     products = 2 * weights * rows / mesh.tp / machine.gemm_flops + read
@@ -114,9 +133,12 @@ def _update(
     shape: Decoder, mesh: Degrees, machine: Machine, work: StepWork, numbers: Numbers
 ) -> tuple[float, float, float]:
     """Return the seconds of reducing gradients and of the optimizer, and the bytes that a rank sends for both."""
-    weights, replicas = stage_weights(shape, mesh), mesh.dp * mesh.ulysses * mesh.ring
     # With ZeRO-1, scattering gradients and gathering weights take half an all-reduce each.
     moved = (4 + numbers.element) / 2 if work.zero1 else 4
-    seconds = machine.all_reduce_seconds(weights * moved, replicas, mesh.tp)
-    update = weights / (replicas if work.zero1 else 1) * _UPDATE_BYTES / machine.memory_bytes_per_s
-    return seconds, update, 2 * (replicas - 1) / replicas * weights * moved
+    seconds = update = sent = 0.0
+    for replicas, weights in weights_by_replicas(shape, mesh).items():
+        stride = mesh.tp * mesh.dp * mesh.ulysses * mesh.ring // replicas
+        seconds += machine.all_reduce_seconds(weights * moved, replicas, stride)
+        update += weights / (replicas if work.zero1 else 1) * _UPDATE_BYTES / machine.memory_bytes_per_s
+        sent += 2 * (replicas - 1) / replicas * weights * moved
+    return seconds, update, sent

@@ -26,6 +26,18 @@ from typing import Protocol, runtime_checkable
 
 
 @runtime_checkable
+class Mixture(Protocol):
+    """The sizes of a mixture of experts; `longctx.model_shape.Experts` provides them."""
+
+    @property
+    def count(self) -> int: ...
+    @property
+    def per_token(self) -> int: ...
+    @property
+    def ffn(self) -> int: ...
+
+
+@runtime_checkable
 class Decoder(Protocol):
     """The dimensions that determine a decoder's FLOPs; `longctx.model_shape.ModelShape` provides them."""
 
@@ -49,6 +61,10 @@ class Decoder(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def tied(self) -> bool: ...
+    @property
+    def mixture(self) -> Mixture | None: ...
+    @property
+    def experts(self) -> Sequence[Mixture | None]: ...
     @property
     def windows(self) -> tuple[int | None, ...]: ...
 

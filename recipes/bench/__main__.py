@@ -15,6 +15,7 @@ from recipes.bench import (
     spd_latency,
     spd_quality,
     spd_sweep,
+    times,
     train,
 )
 from recipes.common.cli import console, main, print_error
@@ -32,6 +33,7 @@ SUBJECTS = {
     "spd_latency": (spd_latency.task, "time saved by dropped reductions, over links of a given rate and latency"),
     "spd_quality": (spd_quality.task, "perplexity over the share of blocks that drop a reduction"),
     "spd_sweep": (spd_sweep.task, "seconds of a sensitivity measurement, against a plain loop over perplexities"),
+    "times": (times.task, "time of prefill, decoding and training steps, measured and predicted"),
     "train": (train.task, "a training step on one rank and on several; attention compared with other projects' rings"),
 }
 

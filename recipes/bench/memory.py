@@ -115,9 +115,7 @@ def _job_of(job: TrainJob, run: MemoryRun) -> TrainJob:
 def predict(job: TrainJob, run: MemoryRun) -> dict[str, float]:
     """Return the predicted bytes of ``run`` by part."""
     if run.work == "train":
-        parts = predict_memory(job)
-        assert parts is not None, "resolve_train_job has no mixture here"
-        return parts
+        return predict_memory(job)
     target, numbers = job.target, Numbers(4, 4)
     new, cached = ([job.data.length], [0]) if run.work == "prefill" else ([1], [job.data.length])
     strategy = run.strategy if run.work == "prefill" else target.context.decode

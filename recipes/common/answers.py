@@ -48,3 +48,8 @@ def decode_answers(
             answer["logprobs"] = [vars(one) for one in logprobs[i]]
         answers.append(answer)
     return answers
+
+
+def in_megabytes(sizes: Sequence[int]) -> str:
+    """Return the bytes of each rank, in rank order, as text in MB."""
+    return " | ".join(f"{size / 1e6:,.2f}" for size in sizes) + " MB"

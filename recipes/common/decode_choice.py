@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from longctx.cost.decode import DecodeWork, choose_decode
-from longctx.cost.training import train_flops_by_part
+from longctx.cost.decode import choose_decode
+from longctx.cost.forward import Numbers, decode_work
 
 if TYPE_CHECKING:
     from longctx.infer.engine import Engine
@@ -29,24 +29,5 @@ def make_decode_chooser(runtime: Runtime, target: Target, engine: Engine) -> Dec
         return lambda _: ("gather_merge", "the ranks cannot share their weights")
     dtype = getattr(torch, target.model.dtype)
     hardware = probe_decode(runtime.world, dtype, runtime.device)
-    return lambda batch: choose_decode(decode_work(target, batch, dtype.itemsize), hardware)
-
-
-def decode_work(target: Target, batch: int, element_bytes: int) -> DecodeWork:
-    """Return the work of a decode step of ``batch`` sequences on the mesh of ``target``."""
-    shape, tp = target.shape, target.mesh.tp
-    # A token's forward and backward are 6 FLOPs for each weight.
-    weights = {part: flops // 6 for part, flops in train_flops_by_part(shape, [1], causal=True).items()}
-    return DecodeWork(
-        batch=batch,
-        ranks=target.mesh.context,
-        layers=shape.layers,
-        layer_weights=(weights["projections"] + weights["ffn"]) // shape.layers // tp,
-        head_weights=weights["head"] // tp,
-        hidden=shape.hidden,
-        heads=shape.heads // tp,
-        kv_heads=shape.kv_heads // tp,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab_size // tp,
-        element_bytes=element_bytes,
-    )
+    numbers = Numbers(dtype.itemsize, dtype.itemsize)
+    return lambda batch: choose_decode(decode_work(target.shape, target.mesh, batch, numbers), hardware)

@@ -31,12 +31,26 @@ def read_machine(name: str) -> Machine:
     return machine_of(_values(str(CONFIGS / "machine" / f"{name}.yaml") if name in known else name), f"hardware={name}")
 
 
+def read_rates(name: str) -> tuple[float | None, Machine | None]:
+    """Return the peak FLOP/s of ``hardware=name``, and its machine; None for what a file of an old version lacks.
+
+    Raises ValueError for a name that is neither a file nor in configs/machine.
+    """
+    if name not in choices("machine"):
+        values = _values(name)
+        if not (isinstance(values, Mapping) and "levels" in values) and (measured := read_hardware(name)).layer is None:
+            return measured.peak_flops, None
+    machine = read_machine(name)
+    return machine.peak_flops, machine
+
+
 def refuse_other_threads(hardware: str | None, threads: int | None, mesh: Mesh) -> None:
     """Raise ValueError if the file ``hardware`` was measured with other threads per rank than a run on ``mesh`` uses.
 
-    Call it on the machine of the run, since a login node has other cores.  A file that states no threads is accepted.
+    Call it on the machine of the run, since a login node has other cores.  A file that states no threads is accepted,
+    and so is a name of configs/machine.
     """
-    values = _values(hardware) if hardware else None
+    values = _values(hardware) if hardware and hardware not in choices("machine") else None
     metadata = values.get("measured") if isinstance(values, Mapping) else None
     measured = metadata.get("threads") if isinstance(metadata, Mapping) else None
     used = threads_here(threads, mesh)

@@ -19,7 +19,7 @@ FREE_TEXT = ("prompt.text", "prompt.question", "track.name", "track.group", "tra
 PATHS = (
     "prompt.file", "prompts", "out", "to", "checkpoint", "turns", "session.save", "session.load", "spd.sensitivity",
     "sensitivity", "eval.data", "eval.include", "eval.text", "adapted", "hardware", "picture", "fitted", "json",
-    "model.source", "model.cache", "folder", "pipeline", "settings",
+    "allowed_drop", "model.source", "model.cache", "folder", "pipeline", "settings",
 )  # fmt: skip
 # A path in the list of a sweep, in quotes or without a comma.
 _LISTED = re.compile(r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')(?=,|\Z)|[^,]+""", re.DOTALL)

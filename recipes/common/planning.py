@@ -6,22 +6,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveInt
-
-from longctx.config import DataSettings, Mesh, Recompute, TextSource
-from longctx.cost.forward import Numbers, PassCost, decode_cost, forward_flops, prefill_cost
-from longctx.cost.machine import Machine
+from longctx.config import DataSettings, Mesh, TextSource
+from longctx.cost.decode import SHARED_ROWS
+from longctx.cost.forward import PassCost, decode_cost, forward_flops, prefill_cost
 from longctx.cost.memory import inference_bytes, step_bytes
 from longctx.cost.step import StepWork, step_cost
 from longctx.cost.training import mfu, train_flops
-from longctx.model_shape import ModelShape
-from longctx.parallel.strategy import STRATEGIES
 from longctx.parallel.validate import refuse_few_tokens, refuse_unfit
 from longctx.spd.plan import refuse_unfit_shape
+from recipes.common.plan_question import Question
+from recipes.common.spd_plan import refuse_shared_over_tp
 
-MERGE = "gather_merge"
 # Parts of a pass, in words for the user.
 WORDS = {
     "products": "matrix products",
@@ -29,8 +25,9 @@ WORDS = {
     "attention": "attention",
     "ring": "communication of the ring",
     "ulysses": "all-to-alls of Ulysses",
-    "merge": "merging partial results",
+    "merge": "exchanges of decoding",
     "tp": "tensor-parallel reductions",
+    "experts": "exchanges of expert parallelism",
     "gradients": "reduction of gradients",
     "optimizer": "the optimizer",
     "pipeline": "the pipeline's bubble",
@@ -39,71 +36,12 @@ WORDS = {
 
 
 @dataclass(frozen=True)
-class WorkSettings:
-    """The section ``work``: the kind and size of the work, in tokens and sequences (configs/work)."""
-
-    kind: Literal["prefill", "decode", "chat", "train"] = "prefill"
-    context: PositiveInt = 131072
-    cached: NonNegativeInt = 0
-    new_tokens: NonNegativeInt = 0
-    batch: PositiveInt = 1
-    zero1: bool = False
-    recompute: Recompute = "none"
-
-    def __post_init__(self) -> None:
-        if self.kind != "chat" and (self.cached or self.new_tokens):
-            raise ValueError(f"work={self.kind} has no work.cached or work.new_tokens: use work=chat")
-        if self.kind != "train" and (self.zero1 or self.recompute != "none"):
-            raise ValueError(f"work={self.kind} has no work.zero1 or work.recompute: use work=train")
-
-    @property
-    def total(self) -> int:
-        """Tokens of a sequence at the end of the work."""
-        return self.cached + self.context + self.new_tokens
-
-    @property
-    def strategies(self) -> tuple[str, ...]:
-        """Names of the strategies that the work can use."""
-        return (MERGE, *STRATEGIES) if self.kind == "decode" else tuple(STRATEGIES)
-
-
-@dataclass(frozen=True)
-class Question:
-    """Everything that determines the plans: a model's shape, a machine, the number of GPUs, the work and its limits.
-
-    ``dtype_bytes`` is the size of a weight and of an activation.  ``allowed_drop`` is the share of blocks that drop a
-    reduction on meshes with tensor parallelism.
-    """
-
-    shape: ModelShape
-    machine: Machine
-    gpus: int
-    work: WorkSettings
-    dtype_bytes: int = 2
-    strategy: str | None = None
-    allowed_drop: float = 0.0
-    max_ttft_s: float | None = None
-    max_memory_gb: float | None = None
-
-    @property
-    def memory_gb(self) -> float | None:
-        """Memory of a GPU in GB, None without a limit."""
-        machine = self.machine.memory_bytes
-        return self.max_memory_gb or (machine / 1e9 if machine else None)
-
-    def numbers(self, mesh: Mesh) -> Numbers:
-        """Return the bytes per element, and the share of blocks that drop a reduction on ``mesh``."""
-        ffn = self.machine.ffn_element_bytes
-        small = ffn if ffn and self.dtype_bytes == 2 and self.work.kind != "train" else self.dtype_bytes
-        return Numbers(self.dtype_bytes, small, self.allowed_drop if mesh.tp > 1 else 0.0)
-
-
-@dataclass(frozen=True)
 class Plan:
     """A mesh and a strategy, with what they cost.
 
     ``seconds`` is the time to first token (prefill), per token (decode), of a turn with its answer (chat) or of a step
-    (train).  ``answer`` is the cost of a token of the answer.  ``refused`` says why the mesh is not feasible, or None.
+    (train).  ``decode`` is the strategy of decoding, ``answer`` the cost of a token of the answer.  ``refused`` says
+    why the mesh is not feasible, or None.
     """
 
     question: Question
@@ -112,6 +50,7 @@ class Plan:
     cost: PassCost
     memory_parts: dict[str, float]
     refused: str | None
+    decode: str | None = None
     answer: PassCost | None = None
 
     @property
@@ -184,6 +123,7 @@ class Plan:
         return {
             "mesh": vars(self.mesh),
             "strategy": self.strategy,
+            "decode": self.decode,
             "seconds": self.seconds,
             "ttft_s": self.ttft_s,
             "ttit_s": self.ttit_s,
@@ -194,6 +134,7 @@ class Plan:
             "memory_gb": self.memory_gb,
             "memory_parts": {name: size / 1e9 for name, size in self.memory_parts.items()},
             "mfu": self.mfu,
+            "dropped": self.question.numbers(self.mesh).spd_share,
             "bytes": {axis: size for axis, size in self.cost.bytes.items() if size},
             "links": {axis: level(getattr(self.mesh, axis), stride).name for axis, stride in strides.items()},
         }
@@ -202,7 +143,10 @@ class Plan:
         """Return the plan as settings of a recipe."""
         work = self.question.work
         chosen: dict[str, object] = {f"mesh.{axis}": ranks for axis, ranks in vars(self.mesh).items()}
-        chosen["context.decode" if work.kind == "decode" else "context.strategy"] = self.strategy
+        if self.decode:
+            chosen["context.decode"] = self.decode
+        if work.kind != "decode":
+            chosen["context.strategy"] = self.strategy
         if work.kind == "train":
             chosen |= {"optim.zero1": work.zero1, "recompute": work.recompute}
         return chosen
@@ -210,28 +154,34 @@ class Plan:
 
 def plans_of(question: Question) -> list[Plan]:
     """Return a plan for each strategy on each mesh of all GPUs: feasible plans first, each group fastest first."""
-    strategies = (question.strategy,) if question.strategy else question.work.strategies
+    strategies = question.strategies
     decodes = question.work.kind == "decode"
     plans = [
         _plan(question, mesh, strategy)
-        for mesh in meshes_of(question.gpus, trains=question.work.kind == "train")
+        for mesh in meshes_of(question.gpus, trains=question.work.kind == "train", experts=question.experts)
         # On one ring rank, all strategies of prefill and training are equal.
         for strategy in (strategies if (mesh.context if decodes else mesh.ring) > 1 else strategies[:1])
     ]
     return sorted(plans, key=lambda plan: (plan.refused is not None, plan.seconds, plan.memory_gb))
 
 
-def meshes_of(gpus: int, *, trains: bool) -> Iterator[Mesh]:
-    """Yield every mesh of ``gpus`` ranks; unless it ``trains``, dp and pp are 1, as the recipes require."""
+def meshes_of(gpus: int, *, trains: bool, experts: int = 1) -> Iterator[Mesh]:
+    """Yield every mesh of ``gpus`` ranks; unless it ``trains``, dp, pp and ep are 1, as the recipes require.
+
+    In training, ep divides the number of ``experts``.
+    """
     divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
     for tp, ulysses, dp, pp in product(divisors, divisors, *([divisors] * 2 if trains else [[1]] * 2)):
         if gpus % (taken := tp * ulysses * dp * pp) == 0:
-            yield Mesh(tp=tp, ulysses=ulysses, ring=gpus // taken, dp=dp, pp=pp)
+            shared = gpus // tp // pp
+            for ep in range(1, (experts if trains else 1) + 1):
+                if shared % ep == 0 and experts % ep == 0:
+                    yield Mesh(tp=tp, ulysses=ulysses, ring=gpus // taken, dp=dp, pp=pp, ep=ep)
 
 
 def _plan(question: Question, mesh: Mesh, strategy: str) -> Plan:
     work, shape, machine, numbers = question.work, question.shape, question.machine, question.numbers(mesh)
-    answer = None
+    answer, decode = None, strategy if work.kind == "decode" else None
     if work.kind == "train":
         step = StepWork(work.context, work.batch, 1, work.zero1, work.recompute, loss_rows=512, operations="cuda")
         cost = step_cost(shape, mesh, machine, step, strategy, numbers)
@@ -245,20 +195,33 @@ def _plan(question: Question, mesh: Mesh, strategy: str) -> Plan:
         cost = prefill_cost(shape, mesh, machine, new, cached, strategy, numbers, in_session=work.kind == "chat")
         memory = inference_bytes(shape, mesh, new, cached, strategy, numbers)
         if work.new_tokens:
-            totals = [work.cached + work.context] * work.batch
-            answer = decode_cost(shape, mesh, machine, totals, MERGE, numbers)
-    plan = Plan(question, mesh, strategy, cost, memory, None, answer)
-    refused = refusal_of(question, mesh) or broken_limit(question, plan)
+            decode, answer = _answer_of(question, mesh)
+    plan = Plan(question, mesh, strategy, cost, memory, None, decode, answer)
+    refused = refusal_of(question, mesh, decode) or broken_limit(question, plan)
     return replace(plan, refused=refused)
 
 
-def refusal_of(question: Question, mesh: Mesh) -> str | None:
-    """Return the message with which the recipes refuse ``mesh`` for this model and work; None if they accept it."""
+def _answer_of(question: Question, mesh: Mesh) -> tuple[str, PassCost]:
+    """Return the faster of the decode strategies that ``context.decode=auto`` chooses from, and its cost per token."""
+    work, numbers = question.work, question.numbers(mesh)
+    totals = [work.cached + work.context] * work.batch
+    names = [name for name in SHARED_ROWS if name == "gather_merge" or (mesh.context > 1 and not numbers.spd_share)]
+    costs = {name: decode_cost(question.shape, mesh, question.machine, totals, name, numbers) for name in names}
+    return min(costs.items(), key=lambda item: item[1].seconds)
+
+
+def refusal_of(question: Question, mesh: Mesh, decode: str | None = None) -> str | None:
+    """Return the message with which the recipes refuse ``mesh`` for this model and work; None if they accept it.
+
+    ``decode`` is the strategy of decoding, if any.
+    """
     work = question.work
     try:
         refuse_unfit(mesh, question.shape)
         if question.numbers(mesh).spd_share:
             refuse_unfit_shape(question.shape)
+            if decode == "sharded" and mesh.context > 1:
+                refuse_shared_over_tp(mesh)
         if work.kind == "train":
             _refuse_untrainable(mesh, question)
         elif work.kind != "decode":

@@ -47,11 +47,7 @@ def refuse_unshared(mesh: Mesh, degree: Mesh, plan: SPDPlan, shape: ModelShape) 
     """Raise ValueError unless the context ranks of sharded decoding can drop the reductions of ``plan``."""
     from longctx.parallel.validate import refuse_unfit  # here, since it imports torch
 
-    if mesh.tp > 1:
-        raise ValueError(
-            f"context.decode=sharded drops reductions over context ranks alone, this is mesh.tp={mesh.tp}: use "
-            "context.decode=gather_merge, or mesh.tp=1"
-        )
+    refuse_shared_over_tp(mesh)
     if plan.own_norms:
         raise ValueError(
             "context.decode=sharded is not built for norms per rank (repair.own_norms): use "
@@ -64,6 +60,15 @@ def refuse_unshared(mesh: Mesh, degree: Mesh, plan: SPDPlan, shape: ModelShape) 
             f"dropped reductions over {mesh.context} context ranks (context.decode=sharded) need a model that "
             f"mesh.tp={mesh.context} can shard: {error} Or use spd=none"
         ) from None
+
+
+def refuse_shared_over_tp(mesh: Mesh) -> None:
+    """Raise ValueError if tensor-parallel ranks drop reductions on ``mesh`` and context ranks share weights."""
+    if mesh.tp > 1:
+        raise ValueError(
+            f"context.decode=sharded drops reductions over context ranks alone, this is mesh.tp={mesh.tp}: use "
+            "context.decode=gather_merge, or mesh.tp=1"
+        )
 
 
 def refuse_adapted(folder: Path, recipe: str) -> None:

@@ -10,9 +10,10 @@ from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveInt
 
 from longctx.config import DataSettings, Mesh, Optim, Recompute, Track
+from longctx.cost.machine import Machine
 from longctx.data.identity import text_digests
 from longctx.model_shape import ModelShape
-from recipes.common.hardware_file import read_hardware
+from recipes.common.hardware_file import read_rates
 from recipes.common.manifest import refuse_other_recipe
 from recipes.common.places import refuse_unwritable_folder
 from recipes.common.provenance import hardware, provenance
@@ -61,6 +62,7 @@ class TrainJob:
     ``weights`` is the folder of the initial weights, None to draw them at random; ``target.folder`` has configuration
     and tokenizer.  ``test`` is the text to evaluate on (None: no evaluation).  ``samples`` show the first sequences as
     the model sees them: tokens, documents, start of the text.  ``peak_flops`` is a rank's, for MFU.
+    ``machine`` is for predictions (None: ``hardware`` is not given, or has no constants for them).
     """
 
     target: Target
@@ -73,6 +75,7 @@ class TrainJob:
     saving: Saving
     settings: TrainSettings
     peak_flops: float | None
+    machine: Machine | None
     config: Mapping[str, object]
     samples: tuple[tuple[int, int, str], ...]
 
@@ -118,6 +121,7 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool, co
         first_sequences(test, tokenizer, target)
     # 3. The run; if its folder holds a run already, it must be one that this job can resume.
     weights = None if from_scratch else target.folder
+    peak_flops, machine = read_rates(settings.hardware) if settings.hardware else (None, None)
     begun = f"weights {target.fingerprint}" if weights else f"seed={settings.seed}"
     dropped = [target.plan.tp, *target.plan.dropped] if target.plan else []
     job = TrainJob(
@@ -130,7 +134,8 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool, co
         evaluation=evaluation,
         saving=section(config, "checkpoint", Saving),
         settings=settings,
-        peak_flops=read_hardware(settings.hardware).peak_flops if settings.hardware else None,
+        peak_flops=peak_flops,
+        machine=machine,
         config={**provenance(), "machine": hardware(), **as_dict(config), "dropped": dropped, "begun": begun},
         samples=samples,
     )

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rich.table import Table
-
 from longctx import checkpoint_index
 from longctx.parallel.launch import Rank
 from longctx.perplexity import perplexity
-from recipes.common.cli import STOPPED, console, say
+from recipes.common.cli import say
 from recipes.common.progress import Progress
 from recipes.common.train_job import TrainJob
+from recipes.common.train_report import Measured, RunResult
 
 if TYPE_CHECKING:
     from longctx.data.batches import Batch
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from longctx.megatron.training.checkpoint import Checkpoints
     from longctx.megatron.training.optimizer import TrainState
     from longctx.parallel.measure.comm_timer import ExposedCommTimer
+    from longctx.parallel.measure.memory import MemoryMeter
     from longctx.train.meter import Meter
     from longctx.train.step import Sharding
     from longctx.train.stop import StopRequest
@@ -50,22 +50,16 @@ class Start:
 
 @dataclass(frozen=True)
 class TrainedStep:
-    """One step: its number, its figures, the data's resume state after it, and whether the run ends with it."""
+    """One step: its number, its figures, the data's resume state after it, and whether the run ends with it.
+
+    ``memory`` has the bytes by part at the peak of the step, if they were counted.
+    """
 
     step: int
     figures: dict[str, float | None]
     data: State
     ends_run: bool
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """Result of a run: last step and its loss (nats a token), folder of the checkpoint; ``stopped``: by request."""
-
-    step: int
-    loss: float | None  # None if no step was left to run
-    checkpoint: str
-    stopped: bool
+    memory: Mapping[str, int] | None = None
 
 
 def run_rank(rank: Rank, job: TrainJob) -> RunResult:
@@ -87,16 +81,17 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
         tracker, run_id = _open_record(job, start, report, first)
         # 3. Train; save at regular steps and at the end.
         progress.start("training, steps", settings.steps, done=start.step)
-        last_step, loss = start.step, None
+        last_step, loss, measured = start.step, None, Measured()
         for done in train_steps(state, runtime, timer, job, start, stop):
             tracker.log(done.figures, done.step)
             refuse_diverged_step(done, checkpoints, job.out / "checkpoints")
+            measured = measured.after(done.figures["step_s"], done.memory)
             last_step, loss = done.step, float(done.figures["loss"] or 0.0)
             progress.step(note=f"loss {loss:.4f}, {done.figures['tokens_per_s']:,.0f} tokens/s")
             if done.ends_run or done.step % job.saving.every == 0:
-                text = job.text_digests if first else None  # the first rank writes the metadata
-                metadata = {"data": done.data, "run_id": run_id, "text": text, "config": dict(job.config)}
-                checkpoints.save(state, done.step, metadata)
+                # The first rank writes the metadata.
+                metadata = {"data": done.data, "run_id": run_id, "config": dict(job.config)}
+                checkpoints.save(state, done.step, {**metadata, "text": job.text_digests if first else None})
             else:
                 checkpoints.poll()
         # 4. Wait for the last checkpoint, and close the record.
@@ -105,7 +100,7 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
         tracker.finish()
     if last_step < settings.steps:
         report(_reason_to_end(job, last_step, stop))
-    return RunResult(last_step, loss, str(checkpoints.latest), stop.agreed_on)
+    return RunResult(last_step, loss, str(checkpoints.latest), stop.agreed_on, measured)
 
 
 def _open_record(job: TrainJob, start: Start, say: Callable[[str], None], first: bool) -> tuple[Tracker, str | None]:
@@ -208,6 +203,7 @@ def train_steps(
     from longctx.data.batches import left_out, refuse_nothing_to_learn, training_batches
     from longctx.hf.config import tokenizer_of
     from longctx.parallel.strategy import STRATEGIES
+    from longctx.train.memory import memory_meter
     from longctx.train.meter import Meter
     from longctx.train.step import Sharding
 
@@ -226,29 +222,34 @@ def train_steps(
     # 3. Step by step.
     for step, ((batch, data), is_last) in enumerate(remaining, start.step + 1):
         refuse_nothing_to_learn(batch.counted, f"the batch of step {step}")
-        figures = _train_one(state, batch, runtime, sharding, meter, dp_size)
+        # Count the bytes of the second step: in the first one, the optimizer's moments do not exist yet.
+        memory = memory_meter(state) if job.machine and step == start.step + 2 else None
+        figures, peak = _train_one(state, batch, runtime, sharding, meter, memory)
         figures |= {f"data/{name}": count for name, count in left_out(data).items()}
         if held_out and (is_last or step % job.evaluation.every == 0):
             figures |= evaluate_held_out(state, held_out, runtime, sharding, job)
         ends_run = is_last or stop.agreed_on_all_ranks(runtime.world, runtime.device)
-        yield TrainedStep(step, figures, data, ends_run)
+        yield TrainedStep(step, figures, data, ends_run, peak)
         if ends_run:
             break
     stop.over()
 
 
 def _train_one(
-    state: TrainState, batch: Batch, runtime: Runtime, sharding: Sharding, meter: Meter, dp_size: int
-) -> dict[str, float | None]:
+    state: TrainState, batch: Batch, runtime: Runtime, sharding: Sharding, meter: Meter, memory: MemoryMeter | None
+) -> tuple[dict[str, float | None], dict[str, int] | None]:
+    """Return the figures of a step and, with a ``memory`` meter, the bytes by part at the largest rank's peak."""
     from longctx.train.step import train_step
 
     meter.begin()
-    result = train_step(state, batch, runtime, sharding)
+    with memory or nullcontext():
+        result = train_step(state, batch, runtime, sharding)
     cost = meter.end([n for lengths in batch.lengths for n in lengths])
     figures = {"loss": result.loss, "grad_norm": result.grad_norm, "tokens": result.tokens, "lr": result.rate}
     figures |= {} if result.router_loss is None else {"router_loss": result.router_loss}
     figures |= {"comm/experts_bytes": result.experts_bytes} if runtime.ep.size > 1 else {}
-    return {**figures, **cost.figures(), "tokens_per_s": dp_size * cost.tokens / cost.seconds}
+    figures |= {**cost.figures(), "tokens_per_s": runtime.groups.dp.size() * cost.tokens / cost.seconds}
+    return figures, memory.largest_peak(runtime.world, runtime.device) if memory else None
 
 
 def mark_last(items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
@@ -286,16 +287,3 @@ def evaluate_held_out(
         for edge, loss in zip(edges, sums.means, strict=True)
     }
     return {"eval/loss": sums.mean, "eval/perplexity": perplexity(sums.mean), **by_position}
-
-
-def show(job: TrainJob, result: RunResult) -> None:
-    """Print the run's last figures and how to export it; exit with code 75 if it was asked to stop."""
-    table = Table(show_header=False, box=None)
-    table.add_row("step", f"{result.step:,} of {job.settings.steps:,}, on {job.target.mesh}")
-    table.add_row("loss", "no step was left to run" if result.loss is None else f"{result.loss:.4f}")
-    table.add_row("figures", str(job.out / "metrics.jsonl"))
-    table.add_row("checkpoint", result.checkpoint)
-    table.add_row("to transformers", f"python -m recipes.export checkpoint={job.out} to={job.out}/hf")
-    console.print(table)
-    if result.stopped:
-        sys.exit(STOPPED)

@@ -8,7 +8,8 @@ from recipes.common.cli import on_ranks, warm_up_ranks
 from recipes.common.hardware_file import refuse_other_threads
 from recipes.common.manifest import record
 from recipes.common.train_job import TrainJob
-from recipes.common.train_loop import run_rank, show
+from recipes.common.train_loop import run_rank
+from recipes.common.train_report import show
 from recipes.common.train_resume import begin_run
 
 WARM = [

@@ -34,6 +34,7 @@ INTRO = """\
 | `reduction.py` | an all-reduce, and a forward pass in which some blocks leave one out |
 | `forward.py` | a model's prefill, a turn after cached tokens, a decoded token; dropped reductions |
 | `step.py` | a training step: tensor parallelism, ZeRO-1, pipeline, recomputation |
+| `experts.py` | weights of experts, and what expert parallelism sends |
 | `training.py` | FLOPs and MFU; causal halving is in `count_pairs` and `Work.flops` only |
 | `memory.py` | memory of a GPU by part |
 | `hardware.py` | one rank: its kernel and its links, as `recipes.calibrate` measures them |

@@ -4,13 +4,24 @@ from dataclasses import replace
 
 import pytest
 
-from longctx.cost.decode import DecodeHardware, DecodeWork, choose_decode, gather_merge_seconds, sharded_seconds
+from longctx.config import Mesh
+from longctx.cost.decode import (
+    DecodeHardware,
+    DecodeWork,
+    choose_decode,
+    exchanges,
+    gather_merge_seconds,
+    sharded_seconds,
+)
+from longctx.cost.forward import Numbers, decode_cost, decode_work
 from longctx.cost.hardware import Link
+from longctx.cost.machine import Level, Machine
+from longctx.model_shape import ModelShape
 
 HARDWARE = DecodeHardware(weight_bytes_per_s=1e9, flops=1e10, exchange=Link(latency_s=1e-4, bytes_per_s=1e8))
 WORK = DecodeWork(
-    batch=3, ranks=2, layers=5, layer_weights=7_000_000, head_weights=1_000_000, hidden=300, heads=10, kv_heads=2,
-    head_dim=30, vocab_size=4000, element_bytes=2,
+    batch=3, ranks=2, layers=5, layer_weights=7_000_000, layer_bytes=14_000_000, head_weights=1_000_000, hidden=300,
+    heads=10, kv_heads=2, head_dim=30, vocab_size=4000, element_bytes=2,
 )  # fmt: skip
 
 
@@ -35,7 +46,7 @@ def test_large_batches_are_bound_by_arithmetic():
     [
         ({}, 1e-4, "sharded"),
         ({}, 3e-3, "gather_merge"),  # three more exchanges take longer than half of the weights
-        ({"layer_weights": 50_000, "head_weights": 0}, 1e-4, "gather_merge"),
+        ({"layer_weights": 50_000, "layer_bytes": 100_000, "head_weights": 0}, 1e-4, "gather_merge"),
         ({"ranks": 1}, 0.0, "gather_merge"),
     ],
 )
@@ -44,3 +55,30 @@ def test_choice_weighs_exchanges_against_weights(change, latency, expected):
     strategy, why = choose_decode(replace(WORK, **change), hardware)
     assert strategy == expected
     assert "ms" in why or "one context rank" in why
+
+
+@pytest.mark.parametrize("mesh", [Mesh(ring=3), Mesh(ulysses=2, ring=3)], ids=str)
+def test_plans_have_the_seconds_that_auto_compares(mesh):
+    """The times of the two strategies differ in a plan as they do in the choice; both have the same attention."""
+    shape = ModelShape(5, 300, 10, 2, 30, 700, 4000, 4096, 1e-5, False, False)
+    link = Link(1e-4, 1e8)
+    one = Machine([Level("all", 8, link, link)], 8, 1e10, 1e11, 1e9, 2e9, 0.5, 1e-5, 1e-4, 1e-3)
+    numbers, cached = Numbers(2, 2), [70, 90, 81]
+    work = decode_work(shape, mesh, len(cached), numbers)
+    costs = {name: decode_cost(shape, mesh, one, cached, name, numbers) for name in ("sharded", "gather_merge")}
+    apart = sharded_seconds(work, HARDWARE) - gather_merge_seconds(work, HARDWARE)
+    assert costs["sharded"].seconds - costs["gather_merge"].seconds == pytest.approx(apart)
+    assert costs["sharded"].parts["attention"] == costs["gather_merge"].parts["attention"] > 0
+    assert costs["sharded"].parts["weights"] * mesh.context == pytest.approx(costs["gather_merge"].parts["weights"])
+
+
+def test_tensor_parallel_ranks_take_part_in_the_sums_of_hidden_states():
+    """On tp=2 ring=2, a rank sends 3 parts of each sum; by gather_merge, one part to the other tp rank."""
+    work = replace(WORK, tp=2)
+    sums = dict(exchanges(work, "sharded"))
+    assert sums[10] == 3 * 3 * 2 * 300
+    assert gather_merge_seconds(work, HARDWARE) - gather_merge_seconds(WORK, HARDWARE) == pytest.approx(
+        10 * (1e-4 + 3 * 2 * 300 / 1e8)
+    )
+    with pytest.raises(ValueError, match="strategy=pass_kv has no formula for shared rows: use gather_merge, sharded"):
+        list(exchanges(WORK, "pass_kv"))

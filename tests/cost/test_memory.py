@@ -12,7 +12,7 @@ from longctx.attention.flash_cpu import flash_cpu
 from longctx.attention.layout import zigzag
 from longctx.config import Mesh
 from longctx.cost.forward import Numbers
-from longctx.cost.memory import step_bytes
+from longctx.cost.memory import inference_bytes, step_bytes
 from longctx.cost.step import StepWork
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import SingleRankComm
@@ -111,3 +111,13 @@ def test_activations_and_logits_are_those_of_torch(shape, work):
     assert sum(predicted.values()) == pytest.approx(sum(meter.peak.values()), rel=0.05)
     for part, size in predicted.items():
         assert size == pytest.approx(meter.peak[part], rel=0.1, abs=0.01 * sum(meter.peak.values())), part
+
+
+@pytest.mark.parametrize("mesh", [Mesh(), Mesh(ring=3)])
+def test_what_has_no_formula_is_refused(mesh):
+    with pytest.raises(ValueError, match="strategy=ring has no formula: use pass_kv"):
+        inference_bytes(SHAPE, mesh, [9], [0], "ring", Numbers())
+    with pytest.raises(ValueError, match="strategy=ring has no formula: use pass_kv"):
+        step_bytes(SHAPE, mesh, NONE, "ring", Numbers())
+    with pytest.raises(ValueError, match="numbers of 8 bytes has no formula"):
+        step_bytes(SHAPE, mesh, NONE, "pass_kv", Numbers(8, 8))

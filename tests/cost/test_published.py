@@ -99,9 +99,14 @@ def test_hardware_files_are_machines(file):
     values = yaml.safe_load(file.read_text())
     one = machine_of(values, file.stem)
     assert one.memory_bytes and one.peak_flops and one.gpus_per_node == 8
-    for broken in ({**values, "gemm_flops": 0}, {**values, "levels": [{}]}, {**values, "overlap": 2}, {"levels": 3}):
+    wrong = ({"gemm_flops": 0}, {"levels": [{}]}, {"overlap": 2}, {"levels": 3}, {"layer_seconds": 1e-5})
+    level = values["levels"][0]
+    links = [{**level, "steps": 1}, {**level, "hop": {**level["hop"], "bluk": level["hop"]}}]
+    for broken in [*({**values, **one} for one in wrong), *({**values, "levels": [one]} for one in links)]:
         with pytest.raises(ValueError, match="copy a file of configs/machine"):
             machine_of(broken, file.stem)
+    with pytest.raises(ValueError, match="layer_s"):
+        machine_of({name: value for name, value in values.items() if name != "layer_s"}, file.stem)
 
 
 def total_bytes(model, mesh, length, batch=1, sequences=1):

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from longctx.attention.layout import contiguous, shard_balanced, zigzag
 from longctx.config import Context, Mesh, Sampling
+from longctx.cost.decode import exchanges
+from longctx.cost.forward import Numbers, decode_work
 from longctx.infer.cache import BatchCache, KVCache
 from longctx.infer.engine import Engine, next_logits
 from longctx.infer.prefill import run_pass, run_replicated
@@ -20,6 +22,7 @@ from longctx.infer.session import Session
 from longctx.infer.session_index import read_index
 from longctx.infer.store import load, save
 from longctx.megatron.runtime import Runtime
+from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm, Shape
 from longctx.parallel.measure import probe
 from longctx.parallel.measure.probe import probe_decode
@@ -196,7 +199,8 @@ def test_collectives_bytes_and_flops_of_a_token(runtime, tiny, mesh):
             comm.traffic.__init__()
         with FlopCounterMode(display=False) as flops:
             session.decode([0])
-        return calls, engine.sent, flops.get_total_flops()
+        sent = engine.context.traffic.total + engine.share.tp_context.traffic.total
+        return calls, sent, flops.get_total_flops()
 
     results = run_engines(runtime, tiny, mesh, count, wrap=wrap)
     for calls, _, _ in results:
@@ -205,6 +209,10 @@ def test_collectives_bytes_and_flops_of_a_token(runtime, tiny, mesh):
             "context all_to_all": LAYERS,
             "tp_context all_gather": 2 * LAYERS,
         }
+    shape = ModelShape(LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, 499, 1e-5, True, False)
+    predicted = sum(count * size for count, size in exchanges(decode_work(shape, mesh, 1, Numbers(4, 4)), "sharded"))
+    sent = sum(sent for _, sent, _ in results) / n
+    assert 0 <= sent - predicted <= 16 * (n - 1), "the rest is the token"
     width = HEADS * HEAD_DIM
     projections = HIDDEN * (2 * width + 2 * KV_HEADS * HEAD_DIM + 3 * FFN)
     scores = 2 * width * 25  # 25 keys, over the ring

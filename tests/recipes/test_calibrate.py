@@ -20,6 +20,9 @@ def test_written_file_is_read_back(cli, tiny, tmp_path):
     constants, values = hardware_file.read_hardware(str(out)), yaml.safe_load(out.read_text())
     assert (constants.flops, constants.hop.latency_s) == (values["flops"], values["hop"]["latency_s"])
     assert constants.flops > 0 and constants.hop.bytes_per_s > 0 and constants.empirical is None
+    layer = hardware_file.read_machine(str(out))
+    assert layer.gemm_flops > 0 and layer.memory_bytes_per_s > 0 and layer.layer_s >= 0
+    assert layer.levels[0].gather_link != layer.levels[0].exchange
     metadata = values["measured"]
     assert (metadata["mesh"], metadata["dtype"]) == ("ring=2", "float32")
     assert metadata["threads"] == recipe_cli.threads_here(None, Mesh(ring=2)), "as many as in other recipes"

@@ -17,7 +17,7 @@ from longctx import checkpoint_index
 from longctx.config import Mesh
 from longctx.hf.config import shape_of
 from recipes import pretrain
-from recipes.common.train_loop import RunResult, show
+from recipes.common.train_report import RunResult, show
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("data.length=61", "data.batch=2", "run.threads=1", "evaluate.every=5", "evaluate.batches=1")
@@ -48,10 +48,11 @@ def run_to_end(out: Path, *settings: str) -> str:
     return err
 
 
-def run_here(cli, out: Path, *settings: str) -> None:
-    """Run to the end in this process with warm ranks, which is faster than `run_to_end`."""
+def run_here(cli, out: Path, *settings: str) -> str:
+    """Run to the end in this process with warm ranks, which is faster than `run_to_end`; return standard error."""
     code, _, err = cli(pretrain, pretrain.task, "experiment=pretrain/tiny", f"out={out}", *QUICK, *settings)
     assert code == 0, err
+    return err
 
 
 def kill_when(run: subprocess.Popen, condition) -> None:
@@ -118,11 +119,17 @@ def test_run_that_is_asked_to_stop_saves_and_resumes_after_the_same_step(tmp_pat
 
 
 def test_more_steps_resume_on_another_mesh(cli, tmp_path):
-    """The learning rate is constant, so that a longer run has the same schedule."""
+    """The learning rate is constant, so that a longer run has the same schedule.
+
+    One of the runs has ``hardware``: it counts the memory of a step, and shows it beside the prediction.
+    """
     constant = ("optim.decay=constant", "checkpoint.keep=1", "optim.zero1=true")
     run_here(cli, tmp_path / "a", *constant, "mesh.tp=2", "mesh.dp=2", "steps=4")
     assert "resuming after step 4" in run_to_end(tmp_path / "a", *constant, "mesh.ulysses=2", "mesh.pp=2", "steps=7")
-    run_here(cli, tmp_path / "b", *constant, "steps=7")
+    err = " ".join(run_here(cli, tmp_path / "b", *constant, "steps=7", "hardware=h200").split())
+    assert re.search(r"time of a step \S+ s, predicted \S+ s \(-\d+%\)", err)
+    measured, predicted = re.search(r"peak memory of a step (\S+) MB, predicted (\S+): optimizer", err).groups()
+    assert float(predicted) == pytest.approx(float(measured), rel=0.05)
     for a, b in zip(curve(tmp_path / "a"), curve(tmp_path / "b"), strict=True):
         assert a == pytest.approx(b, rel=2e-6)
 
@@ -275,7 +282,8 @@ def test_number_of_weights_of_a_model(smollm2):
 
 
 def test_run_that_had_finished_shows_no_loss(capsys):
-    job = SimpleNamespace(settings=SimpleNamespace(steps=7), target=SimpleNamespace(mesh=Mesh()), out=Path("run"))
+    target = SimpleNamespace(mesh=Mesh())
+    job = SimpleNamespace(settings=SimpleNamespace(steps=7), target=target, out=Path("run"), machine=None)
     show(job, RunResult(7, None, "run/checkpoints/step-7", stopped=False))
     shown = capsys.readouterr().err
     assert re.search(r"loss +no step was left to run", shown) and "nan" not in shown

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from longctx.attention.kernel import Kernel
 from longctx.cost.decode import DecodeHardware
-from longctx.cost.hardware import Hardware, Link
+from longctx.cost.hardware import Hardware, LayerRates, Link
 from longctx.parallel.comm import Comm
 from longctx.shapes import Tensor
 
@@ -19,6 +19,7 @@ _WIDE = 1024  # query rows and keys of a compute-bound block
 _FEW = 4  # query rows of a block whose time goes into reading keys
 _SHORT = 16  # keys of a block that costs no more than its launch
 _LONG = 8192  # keys that do not fit a core's cache
+_ROWS = 512  # rows of a layer's products that are bound by arithmetic
 _SMALL, _LARGE = 2**10, 2**21  # bytes of a message
 _SIDE = {"cpu": 1024, "cuda": 8192}  # rows and columns of a matrix that keeps the device busy
 _FASTEST = 1e12  # bytes/s, the speed of memory: measurement noise must not make a link faster
@@ -92,6 +93,22 @@ def probe_decode(world: Comm, dtype: torch.dtype, device: torch.device) -> Decod
 
     exchange = _link(*(_slowest(world, gather(size), device) for size in (_SMALL, _LARGE)))
     return DecodeHardware(weight.nbytes / read_s, 2 * 64 * side**2 / compute_s, exchange)
+
+
+@torch.inference_mode()
+def probe_layer(
+    world: Comm, layer: Callable[[int], object], weights: float, dtype: torch.dtype, device: torch.device
+) -> LayerRates:
+    """Measure the rates of a rank outside attention, on all ranks of ``world`` at once.
+
+    ``layer(rows)`` computes a layer without attention; it has ``weights`` weights.  A layer takes the time of reading
+    its weights, that of its products, and ``layer_s``.  With one row, products take no time.
+    """
+    decode = probe_decode(world, dtype, device)
+    one_s, many_s = (_slowest(world, partial(layer, rows), device) for rows in (1, _ROWS))
+    overhead_s = max(0.0, one_s - weights * dtype.itemsize / decode.weight_bytes_per_s)
+    gemm_flops = 2 * weights * (_ROWS - 1) / max(many_s - one_s, 1e-9)
+    return LayerRates(gemm_flops, decode.weight_bytes_per_s, overhead_s, decode.exchange)
 
 
 def _link(small_s: float, large_s: float) -> Link:

@@ -36,7 +36,7 @@ GROUPS = {
     "sampling/greedy": Sampling,
     "spd/saved": SPD,
     "track/none": Track,
-    "work/prefill": "recipes.common.planning.WorkSettings",
+    "work/prefill": "recipes.common.plan_question.WorkSettings",
 }
 # File -> dataclass of its settings outside any section.
 TOP_LEVEL = {
@@ -52,6 +52,7 @@ TOP_LEVEL = {
     "bench/spd_latency": "recipes.bench.spd_latency.LatencySettings",
     "bench/spd_quality": "recipes.bench.spd_quality.QualitySettings",
     "bench/spd_sweep": "recipes.bench.spd_sweep.SweepSettings",
+    "bench/times": "recipes.bench.times.TimesSettings",
     "bench/train": "recipes.bench.train.TrainBenchSettings",
     "calibrate": "recipes.calibrate.CalibrateSettings",
     "chat": "recipes.chat.ChatSettings",

@@ -1,0 +1,89 @@
+"""The question that a plan answers: a model, a machine, the work and its limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from longctx.config import Mesh, Recompute
+from longctx.cost.decode import SHARED_ROWS
+from longctx.cost.forward import Numbers
+from longctx.cost.machine import Machine
+from longctx.model_shape import ModelShape
+from longctx.parallel.strategy import STRATEGIES
+from recipes.common.spd_report import NO_DROP, AllowedDrop
+
+
+@dataclass(frozen=True)
+class WorkSettings:
+    """The section ``work``: the kind and size of the work, in tokens and sequences (configs/work)."""
+
+    kind: Literal["prefill", "decode", "chat", "train"] = "prefill"
+    context: PositiveInt = 131072
+    cached: NonNegativeInt = 0
+    new_tokens: NonNegativeInt = 0
+    batch: PositiveInt = 1
+    zero1: bool = False
+    recompute: Recompute = "none"
+
+    def __post_init__(self) -> None:
+        if self.kind != "chat" and (self.cached or self.new_tokens):
+            raise ValueError(f"work={self.kind} has no work.cached or work.new_tokens: use work=chat")
+        if self.kind != "train" and (self.zero1 or self.recompute != "none"):
+            raise ValueError(f"work={self.kind} has no work.zero1 or work.recompute: use work=train")
+
+    @property
+    def total(self) -> int:
+        """Tokens of a sequence at the end of the work."""
+        return self.cached + self.context + self.new_tokens
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """Names of the strategies that the work can use."""
+        return (*SHARED_ROWS, *STRATEGIES) if self.kind == "decode" else tuple(STRATEGIES)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Everything that determines the plans: a model's shape, a machine, the number of GPUs, the work and its limits.
+
+    ``dtype_bytes`` is the size of a weight and of an activation.  ``allowed_drop`` says which share of blocks
+    drops a reduction, on meshes with tensor parallelism.
+    """
+
+    shape: ModelShape
+    machine: Machine
+    gpus: int
+    work: WorkSettings
+    dtype_bytes: int = 2
+    strategy: str | None = None
+    allowed_drop: AllowedDrop = NO_DROP
+    max_ttft_s: float | None = None
+    max_memory_gb: float | None = None
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """Names of the strategies to plan for: the chosen one, those of ``auto``, or all that the work can use."""
+        if self.strategy == "auto":
+            return SHARED_ROWS if self.work.kind == "decode" else ("pass_kv", "pass_q")
+        return (self.strategy,) if self.strategy else self.work.strategies
+
+    @property
+    def memory_gb(self) -> float | None:
+        """Memory of a GPU in GB, None without a limit."""
+        machine = self.machine.memory_bytes
+        return self.max_memory_gb or (machine / 1e9 if machine else None)
+
+    @property
+    def experts(self) -> int:
+        """Number of experts that ranks can divide; 1 for a model without."""
+        return self.shape.mixture.count if self.shape.mixture else 1
+
+    def numbers(self, mesh: Mesh) -> Numbers:
+        """Return the bytes per element, and the share of blocks that drop a reduction on ``mesh``."""
+        ffn = self.machine.ffn_element_bytes
+        small = ffn if ffn and self.dtype_bytes == 2 and self.work.kind != "train" else self.dtype_bytes
+        drops = mesh.tp > 1 and self.allowed_drop.tp in (None, mesh.tp)
+        return Numbers(self.dtype_bytes, small, self.allowed_drop.share if drops else 0.0)

@@ -1,0 +1,60 @@
+"""Predicted times of a run, shown beside the measured ones: the cost model's, for the machine of a hardware file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from longctx.cost.forward import Numbers, decode_cost, prefill_cost
+
+if TYPE_CHECKING:
+    from longctx.cost.machine import Machine
+    from longctx.infer.session import Session
+    from longctx.infer.turn import Turn
+    from recipes.common.target import Target
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def refuse_unpredicted(target: Target) -> None:
+    """Raise ValueError for settings of inference for which the cost model has no times."""
+    fix = "use hardware=null to run without a prediction"
+    if target.shape.mixture:
+        raise ValueError(f"hardware: times of a mixture of experts in inference are not modelled; {fix}")
+    if target.reduce:
+        raise ValueError(f"hardware: times of rounded reductions ({target.reduce}) are not modelled; {fix}")
+    if target.context.chunk:
+        raise ValueError(
+            f"hardware: a prefill in parts (context.chunk={target.context.chunk}) is not modelled; {fix}, or "
+            "context.chunk=null"
+        )
+
+
+def predict_turn(
+    target: Target, machine: Machine, prompts: Sequence[int], turn: Turn, session: Session
+) -> dict[str, float | None]:
+    """Return the predicted seconds to the first token of prompts of these lengths, and from token to token.
+
+    ``turn`` is the measured one, whose decode strategy the prediction follows.  A prefill is one pass.
+    """
+    shape, mesh, numbers, strategy = target.shape, target.mesh, _numbers(target), target.context.strategy
+    ttft_s = prefill_cost(shape, mesh, machine, prompts, [0] * len(prompts), strategy, numbers).seconds
+    if turn.ttit_s is None:
+        return {"ttft_s": ttft_s, "ttit_s": None}
+    decode = target.context.decode
+    if decode == "auto":
+        decode, _ = session.decode_choices[len(prompts)]  # type: ignore[assignment]
+    # On average, half of an answer is cached.
+    cached = [n + len(turn.tokens[i]) // 2 for i, n in enumerate(prompts)]
+    return {"ttft_s": ttft_s, "ttit_s": decode_cost(shape, mesh, machine, cached, decode, numbers).seconds}
+
+
+def _numbers(target: Target) -> Numbers:
+    size, dropped = ELEMENT_BYTES[target.model.dtype], target.plan.dropped if target.plan else ()
+    return Numbers(size, size, len(dropped) / target.shape.layers if target.mesh.tp > 1 else 0.0)
+
+
+def beside(measured: float | None, predicted: Mapping[str, float | None] | None, name: str) -> str:
+    """Return the prediction of ``name`` and its error, in words that follow the measured seconds; or nothing."""
+    seconds = predicted[name] if predicted else None
+    return "" if seconds is None or not measured else f", predicted {seconds:.3g} s ({seconds / measured - 1:+.0%})"

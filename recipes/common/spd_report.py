@@ -1,0 +1,56 @@
+"""The share of blocks that a report of eval.run allows to drop a reduction."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class AllowedDrop:
+    """A share of blocks that may drop a reduction with ``tp`` tensor-parallel ranks (None: any number), and why."""
+
+    share: float
+    tp: int | None = None
+    why: str = ""
+
+
+NO_DROP = AllowedDrop(0.0)
+
+
+def read_allowed_drop(setting: str, model: str) -> AllowedDrop:
+    """Return what ``setting`` allows for ``model``: a share from 0 to 1, or a report.json of eval.run.
+
+    In a report, it is the largest share of the variants with the verdict "no worse" on average, on the
+    tensor-parallel degree that was measured; 0 if there is none.  Raises ValueError, with the fix, for anything else.
+    """
+    if re.fullmatch(r"[-+.\deE]+", setting):
+        share = float(setting)
+        if not 0 <= share <= 1:
+            raise ValueError(
+                f"allowed_drop={setting} is no share: use a number from 0 to 1, or a report.json of eval.run"
+            )
+        return AllowedDrop(share)
+    try:
+        report = json.loads(Path(setting).expanduser().read_text(encoding="utf-8"))
+        of_model = {name: one for name, one in report["variants"].items() if one["dropped"]}
+        baseline = next(iter(report["variants"].values()))["model"]
+        decided = {
+            name: (float(one["dropped"]), int(re.search(r"tp=(\d+)", one["mesh"])[1]))  # type: ignore[index]
+            for name, one in of_model.items()
+            if report["average"][name]["verdict"] == "no worse"
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise ValueError(
+            f"allowed_drop={setting} is no report ({error!r}): use 0 to 1, or a report.json of eval.run on "
+            "variants with dropped reductions"
+        ) from error
+    if baseline != model:
+        raise ValueError(f"allowed_drop={setting} is a report on {baseline}, not on {model}: use a report on {model}")
+    if not decided:
+        verdicts = ", ".join(f"{name}: {report['average'][name]['verdict']}" for name in of_model) or "no variant drops"
+        return AllowedDrop(0.0, None, f"{setting}: no variant with dropped reductions is no worse ({verdicts})")
+    name, (share, tp) = max(decided.items(), key=lambda item: item[1])
+    return AllowedDrop(share, tp, f"{setting}: up to {share:.0%} of the blocks may drop at mesh.tp={tp} ({name})")

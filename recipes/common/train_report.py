@@ -1,0 +1,83 @@
+"""Last figures of a training run; with ``hardware``, a step's time and memory beside the cost model's prediction."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from statistics import median
+
+from rich.table import Table
+
+from longctx.cost.forward import Numbers
+from longctx.cost.step import step_cost
+from recipes.common.cli import STOPPED, console
+from recipes.common.predicted import ELEMENT_BYTES, beside
+from recipes.common.train_job import TrainJob
+from recipes.common.train_memory import describe_memory, predict_memory, step_work
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of a run's last 100 steps, and the bytes by part at the peak of a step (None: not counted).
+
+    The first step warms up, and a step whose bytes are counted is slower: their seconds are left out.
+    """
+
+    steps: int = 0
+    seconds: tuple[float, ...] = ()
+    memory: Mapping[str, int] | None = None
+
+    def after(self, step_s: float | None, memory: Mapping[str, int] | None) -> Measured:
+        """Return the figures after one more step, which took ``step_s`` seconds."""
+        figures = replace(self, steps=self.steps + 1, memory=memory or self.memory)
+        if self.steps == 0 or memory or step_s is None:
+            return figures
+        return replace(figures, seconds=(*self.seconds[-99:], step_s))
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Result of a run: last step and its loss (nats a token), folder of the checkpoint; ``stopped``: by request."""
+
+    step: int
+    loss: float | None  # None if no step was left to run
+    checkpoint: str
+    stopped: bool
+    measured: Measured = Measured()
+
+
+def predict_step(job: TrainJob) -> float | None:
+    """Return the predicted seconds of a training step; None without constants of a machine."""
+    if job.machine is None:
+        return None
+    target, size = job.target, ELEMENT_BYTES[job.target.model.dtype]
+    share = len(target.plan.dropped) / target.shape.layers if target.plan and target.mesh.tp > 1 else 0.0
+    numbers, strategy = Numbers(size, size, share), target.context.strategy
+    return step_cost(target.shape, target.mesh, job.machine, step_work(job), strategy, numbers).seconds
+
+
+def compared(job: TrainJob, measured: Measured) -> list[tuple[str, str]]:
+    """Return rows of a table: what was measured beside its prediction, if ``hardware`` has constants for it."""
+    table_rows, predicted = list[tuple[str, str]](), predict_step(job)
+    if predicted is not None and measured.seconds:
+        seconds = median(measured.seconds)
+        table_rows.append(("time of a step", f"{seconds:.3g} s{beside(seconds, {'step_s': predicted}, 'step_s')}"))
+    if measured.memory:
+        table_rows.append(("peak memory of a step", describe_memory(measured.memory, predict_memory(job))))
+    return table_rows
+
+
+def show(job: TrainJob, result: RunResult) -> None:
+    """Print the run's last figures and how to export it; exit with code 75 if it was asked to stop."""
+    table = Table(show_header=False, box=None)
+    table.add_row("step", f"{result.step:,} of {job.settings.steps:,}, on {job.target.mesh}")
+    table.add_row("loss", "no step was left to run" if result.loss is None else f"{result.loss:.4f}")
+    for name, value in compared(job, result.measured):
+        table.add_row(name, value)
+    table.add_row("figures", str(job.out / "metrics.jsonl"))
+    table.add_row("checkpoint", result.checkpoint)
+    table.add_row("to transformers", f"python -m recipes.export checkpoint={job.out} to={job.out}/hf")
+    console.print(table)
+    if result.stopped:
+        sys.exit(STOPPED)

@@ -1,0 +1,64 @@
+"""Predictions beside measured times: of a turn, with the strategies that ran."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from longctx.config import Context, Mesh, Reduce
+from longctx.cost.forward import Numbers, decode_cost, prefill_cost
+from recipes.common.hardware_file import read_machine, read_rates
+from recipes.common.predicted import beside, predict_turn, refuse_unpredicted
+from tests.cost.predict import shape_named
+
+MACHINE, SHAPE = read_machine("h200"), shape_named("llama3_8b")
+
+
+def target(**changes):
+    values = {"shape": SHAPE, "mesh": Mesh(tp=2, ring=4), "context": Context(strategy="pass_q", decode="sharded")}
+    model = SimpleNamespace(dtype="bfloat16")
+    return SimpleNamespace(**{**values, "model": model, "plan": None, "reduce": None, **changes})
+
+
+@pytest.mark.parametrize("decode", ["sharded", "auto"])
+def test_turn_is_predicted_with_its_strategies_and_half_of_its_answer(decode):
+    turn = SimpleNamespace(ttit_s=0.1, tokens={0: [1] * 10, 1: [2] * 4})
+    session = SimpleNamespace(decode_choices={2: ("gather_merge", "few")})
+    one = target(context=Context(strategy="pass_q", decode=decode))
+    predicted = predict_turn(one, MACHINE, [1000, 3000], turn, session)
+    strategy = "sharded" if decode == "sharded" else "gather_merge"
+    assert predicted == {
+        "ttft_s": prefill_cost(SHAPE, one.mesh, MACHINE, [1000, 3000], [0, 0], "pass_q", Numbers()).seconds,
+        "ttit_s": decode_cost(SHAPE, one.mesh, MACHINE, [1005, 3002], strategy, Numbers()).seconds,
+    }
+    assert predict_turn(one, MACHINE, [9], SimpleNamespace(ttit_s=None), session)["ttit_s"] is None
+
+
+def test_words_beside_a_measured_figure():
+    assert beside(2.0, {"ttft_s": 2.5}, "ttft_s") == ", predicted 2.5 s (+25%)"
+    assert beside(2.0, None, "ttft_s") == beside(None, {"ttft_s": 2.5}, "ttft_s") == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"context": Context(chunk=64)}, r"context.chunk=64\) is not modelled; use hardware=null"),
+        ({"reduce": Reduce("int8", "int8")}, "rounded reductions .* are not modelled"),
+    ],
+)
+def test_runs_without_a_model_are_refused(changes, words):
+    refuse_unpredicted(target())
+    with pytest.raises(ValueError, match=words):
+        refuse_unpredicted(target(**changes))
+
+
+def test_rates_for_mfu_are_read_from_old_files_and_from_machines(tmp_path):
+    file, link = tmp_path / "old.yaml", "{latency_s: 1e-4, bytes_per_s: 1e9}"
+    text = f"flops: 1e9\nkv_bytes_per_s: 1e9\nblock_s: 0\noverlap: 1\nhop: {link}\nexchange: {link}\npeak_flops: 2e9\n"
+    file.write_text(text)
+    assert read_rates(str(file)) == (2e9, None)
+    file.write_text(f"{text}layer: {{gemm_flops: 3e9, weight_bytes_per_s: 1e9, layer_s: 0, gather: {link}}}\n")
+    peak, machine = read_rates(str(file))
+    assert peak == 2e9 and machine.gemm_flops == 3e9 and machine.levels[0].gather_link.latency_s == 1e-4
+    assert read_rates("h200") == (MACHINE.peak_flops, MACHINE)
+    with pytest.raises(ValueError, match=r"nowhere.yaml cannot be read"):
+        read_rates("nowhere.yaml")
