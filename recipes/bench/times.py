@@ -114,8 +114,8 @@ def _job_of(job: TrainJob, run: TimedRun) -> TrainJob:
     data = replace(job.data, batch=run.dp)
     refuse_unfit(run.mesh, job.target.shape)
     refuse_unsplit(run.mesh, job.target.shape, data)
-    key = "decode" if run.work == "decode" else "strategy"
-    context = replace(job.target.context, **{key: run.strategy})
+    chosen: dict[str, Any] = {"decode" if run.work == "decode" else "strategy": run.strategy}
+    context = replace(job.target.context, **chosen)
     return replace(job, target=replace(job.target, mesh=run.mesh, context=context), data=data)
 
 

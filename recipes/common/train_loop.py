@@ -245,7 +245,8 @@ def _train_one(
     with memory or nullcontext():
         result = train_step(state, batch, runtime, sharding)
     cost = meter.end([n for lengths in batch.lengths for n in lengths])
-    figures = {"loss": result.loss, "grad_norm": result.grad_norm, "tokens": result.tokens, "lr": result.rate}
+    figures: dict[str, float | None] = {"loss": result.loss, "grad_norm": result.grad_norm}
+    figures |= {"tokens": result.tokens, "lr": result.rate}
     figures |= {} if result.router_loss is None else {"router_loss": result.router_loss}
     figures |= {"comm/experts_bytes": result.experts_bytes} if runtime.ep.size > 1 else {}
     figures |= {**cost.figures(), "tokens_per_s": runtime.groups.dp.size() * cost.tokens / cost.seconds}
