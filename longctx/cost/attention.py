@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from longctx.cost.hardware import Hardware, Link
+from longctx.cost.window import Reach, reach_of
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,37 @@ class Work:
     @property
     def kv_block_bytes(self) -> float:
         """Bytes of the keys and values that a rank holds: 2 (T + P) / N H_KV D_H e."""
-        return 2 * self.total / self.ranks * self.kv_heads * self.head_dim * self.element_bytes
+        return self.total / self.ranks * self.kv_row_bytes
 
     @property
     def q_block_bytes(self) -> float:
         """Bytes of the queries that a rank holds: T / N H_Q D_H e."""
-        return self.new_total / self.ranks * self.heads * self.head_dim * self.element_bytes
+        return self.new_total / self.ranks * self.q_row_bytes
 
     @property
     def partial_bytes(self) -> float:
         """Bytes of a rank's partial outputs for the other ranks' queries: (N - 1) T / N H_Q (D_H + 1) elements."""
-        rows = (self.ranks - 1) * self.new_total / self.ranks
-        return rows * self.heads * (self.head_dim + 1) * self.partial_element_bytes
+        return (self.ranks - 1) * self.new_total / self.ranks * self.partial_row_bytes
+
+    @property
+    def kv_row_bytes(self) -> float:
+        """Bytes of a row of keys and values."""
+        return 2 * self.kv_heads * self.head_dim * self.element_bytes
+
+    @property
+    def q_row_bytes(self) -> float:
+        """Bytes of a row of queries."""
+        return self.heads * self.head_dim * self.element_bytes
+
+    @property
+    def partial_row_bytes(self) -> float:
+        """Bytes of a row of partial outputs, with one log-sum-exp per head."""
+        return self.heads * (self.head_dim + 1) * self.partial_element_bytes
+
+    @property
+    def reach(self) -> Reach:
+        """Rows that travel and blocks that are computed: all, or those that the window reaches."""
+        return reach_of(tuple(self.new), tuple(self.cached), self.ranks, self.window)
 
     @property
     def flops(self) -> float:
@@ -87,10 +107,17 @@ def block_seconds(work: Work, hardware: Hardware) -> float:
     """Return the seconds of one of a rank's N blocks: its queries against one rank's keys.
 
     Zigzag spreads the pairs evenly over ranks and steps, so a block has 1 / N^2 of them.  Its time is bounded by the
-    arithmetic or, for few rows, by reading the block's keys and values.
+    arithmetic or, for few rows, by reading the block's keys and values.  Under a window this is the mean over the N
+    blocks, some of which have no visible pair and take no time.
     """
     arithmetic = work.flops / work.ranks**2 / hardware.flops
-    return hardware.block_s + max(arithmetic, work.kv_block_bytes / hardware.kv_bytes_per_s)
+    read = work.reach.kv_read / work.ranks * work.kv_row_bytes
+    return start_seconds(work, hardware) + max(arithmetic, read / hardware.kv_bytes_per_s)
+
+
+def start_seconds(work: Work, hardware: Hardware) -> float:
+    """Return the part of `block_seconds` that does not grow with the block."""
+    return hardware.block_s * work.reach.blocks / work.ranks
 
 
 def _step(compute_s: float, send_s: float, hardware: Hardware) -> float:
@@ -104,10 +131,9 @@ def _step(compute_s: float, send_s: float, hardware: Hardware) -> float:
 
 def pass_kv_cost(work: Work, hardware: Hardware) -> Cost:
     """Return the cost of pass-KV (Alg. 2): N - 1 steps that compute a block and receive the next, and a last block."""
-    block, send = block_seconds(work, hardware), hardware.hop.seconds(work.kv_block_bytes)
-    hops = work.ranks - 1
-    seconds = hops * _step(block, send, hardware) + block
-    return Cost(seconds, seconds - work.ranks * block, hops * work.kv_block_bytes)
+    block, sent = block_seconds(work, hardware), [rows * work.kv_row_bytes for rows in work.reach.kv_hops]
+    seconds = sum(_step(block, hardware.hop.seconds(size), hardware) for size in sent) + block
+    return Cost(seconds, seconds - work.ranks * block, sum(work.reach.kv_hops) * work.kv_row_bytes)
 
 
 def pass_q_cost(work: Work, hardware: Hardware) -> Cost:
@@ -115,15 +141,16 @@ def pass_q_cost(work: Work, hardware: Hardware) -> Cost:
 
     The all-to-all returns the partial outputs to the ranks of their queries.
     """
-    block, send = block_seconds(work, hardware), hardware.hop.seconds(work.q_block_bytes)
-    hops = work.ranks - 1
-    seconds = hops * _step(block, send, hardware) + block + hardware.exchange.seconds(work.partial_bytes)
-    return Cost(seconds, seconds - work.ranks * block, hops * work.q_block_bytes + work.partial_bytes)
+    block, sent = block_seconds(work, hardware), [rows * work.q_row_bytes for rows in work.reach.q_hops]
+    returned = work.reach.q_rows * work.partial_row_bytes
+    seconds = sum(_step(block, hardware.hop.seconds(size), hardware) for size in sent) + block
+    seconds += hardware.exchange.seconds(returned)
+    return Cost(seconds, seconds - work.ranks * block, sum(sent) + returned)
 
 
 def all_gather_kv_cost(work: Work, hardware: Hardware) -> Cost:
     """Return the cost of an exposed all-gather of keys and values, followed by all N blocks."""
-    size = (work.ranks - 1) * work.kv_block_bytes
+    size = work.reach.kv_rows * work.kv_row_bytes
     gather = hardware.exchange.seconds(size)
     return Cost(gather + work.ranks * block_seconds(work, hardware), gather, size)
 
@@ -157,12 +184,11 @@ def backward_cost(work: Work, hardware: Hardware) -> Cost:
     A flash backward has 5 matrix products and the forward has 2, so a block takes 2.5 times the forward's arithmetic.
     Keys and values make N - 1 hops.  The float32 sums of their gradients follow one hop later and make N hops.
     """
-    block = block_seconds(work, hardware)
-    backward = hardware.block_s + 2.5 * (block - hardware.block_s)
-    gradients = work.kv_block_bytes * 4 / work.element_bytes
-    hops = work.ranks - 1
-    send = hardware.hop.seconds(work.kv_block_bytes + gradients)
-    last = hardware.hop.seconds(gradients) if hops else 0.0
-    seconds = hops * _step(backward, send, hardware) + backward + last
-    sent = hops * work.kv_block_bytes + (work.ranks * gradients if hops else 0.0)
-    return Cost(seconds, seconds - work.ranks * backward, sent)
+    start = start_seconds(work, hardware)
+    backward = start + 2.5 * (block_seconds(work, hardware) - start)
+    keys = [rows * work.kv_row_bytes for rows in work.reach.kv_hops]
+    *sums, last = [rows * work.kv_row_bytes * 4 / work.element_bytes for rows in work.reach.sum_hops] or [0.0]
+    sent = [a + b for a, b in zip(keys, sums, strict=True)]
+    seconds = sum(_step(backward, hardware.hop.seconds(size), hardware) for size in sent)
+    seconds += backward + hardware.hop.seconds(last)
+    return Cost(seconds, seconds - work.ranks * backward, sum(sent) + last)

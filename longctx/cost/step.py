@@ -17,7 +17,14 @@ micro-batches.
 from dataclasses import dataclass
 from typing import Literal
 
-from longctx.cost.attention import COSTS, backward_cost, block_seconds, ulysses_bytes, ulysses_seconds
+from longctx.cost.attention import (
+    COSTS,
+    backward_cost,
+    block_seconds,
+    start_seconds,
+    ulysses_bytes,
+    ulysses_seconds,
+)
 from longctx.cost.experts import dense_ffn_weights, expert_layers, expert_weights, experts_cost
 from longctx.cost.forward import Numbers, PassCost, layer_weights, ring_works
 from longctx.cost.machine import Degrees, Machine
@@ -100,7 +107,7 @@ def _attention(
     new, cached = [work.length] * work.sequences, [0] * work.sequences
     for one, all_layers in ring_works(shape, mesh, new, cached, numbers, machine.partial_element_bytes):
         layers = all_layers / mesh.pp
-        blocks = mesh.ring * (3.5 * block_seconds(one, hardware) - 1.5 * hardware.block_s)
+        blocks = mesh.ring * (3.5 * block_seconds(one, hardware) - 1.5 * start_seconds(one, hardware))
         passes = COSTS[strategy](one, hardware), backward_cost(one, hardware)
         seconds["attention"] += layers * blocks
         seconds["ring"] += layers * (sum(cost.seconds for cost in passes) - blocks)

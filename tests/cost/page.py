@@ -29,6 +29,7 @@ INTRO = """\
 | file | formulas |
 |---|---|
 | `attention.py` | pass-KV, pass-Q, all-gather, Ulysses and the backward ring, for one layer |
+| `window.py` | rows that travel and blocks that are computed, if a sliding window reaches only some |
 | `choice.py` | the choice of `context.strategy=auto`, from the same formulas, and the paper's rules |
 | `decode.py` | a decoded token by `gather_merge` and by `sharded`, and the choice of `context.decode=auto` |
 | `reduction.py` | an all-reduce, and a forward pass in which some blocks leave one out |

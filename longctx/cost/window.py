@@ -1,0 +1,89 @@
+"""Rows that travel around a ring, and blocks that are computed, if a sliding window reaches only some of them.
+
+The layout is zigzag: a sequence has 2 N chunks, and rank r has chunks r and 2 N - 1 - r.  A query sees the w - 1 keys
+before it.  A chunk of keys that ends g positions before a chunk of queries begins is seen in its last w - 1 - g rows,
+by the first w - 1 - g rows of the queries, as far as the chunks have them.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Rows and blocks of one rank, as means over the ranks.
+
+    * ``kv_hops``, ``q_hops``: rows of keys in pass-KV, and of queries in pass-Q, by hop (N - 1 of them).
+    * ``sum_hops``: rows of summed gradients by hop of the backward (N of them; the first has none under a window).
+    * ``kv_rows``: rows of the rank's keys that another rank sees, summed over these ranks.
+    * ``q_rows``: rows of the rank's queries that see keys of another rank, summed over these ranks.
+    * ``kv_read``: rows of keys that the rank's queries see, its own included.
+    * ``blocks``: ranks whose keys the rank's queries see, itself included.
+    """
+
+    kv_hops: tuple[float, ...]
+    q_hops: tuple[float, ...]
+    sum_hops: tuple[float, ...]
+    kv_rows: float
+    q_rows: float
+    kv_read: float
+    blocks: float
+
+
+@lru_cache(maxsize=256)
+def reach_of(new: tuple[int, ...], cached: tuple[int, ...], ranks: int, window: int | None) -> Reach:
+    """Return the reach of ``window`` (None: everything) for sequences of ``new`` tokens after ``cached`` ones."""
+    if window is None:
+        kv, q, others = (sum(new) + sum(cached)) / ranks, sum(new) / ranks, ranks - 1
+        sums = (kv,) * ranks if others else ()
+        kv_hops, q_hops = (kv,) * others, (q,) * others
+        return Reach(kv_hops, q_hops, sums, sum(kv_hops), sum(q_hops), ranks * kv, ranks)
+    keys: list[list[int]] = []
+    queries: list[list[int]] = []
+    pairs: set[tuple[int, int]] = set()
+    for t, p in zip(new, cached, strict=True):
+        q_chunks = _chunks(p, t, ranks)
+        k_chunks = _chunks(0, p, ranks) + q_chunks
+        for k in k_chunks:
+            seen = _seen_by_hop(k, (q for q in q_chunks if q.begin >= k.begin), ranks, window)
+            keys.append(seen)
+            pairs |= {(k.rank, hop) for hop in range(ranks) if seen[hop]}
+        queries += [_seen_by_hop(q, (k for k in k_chunks if k.begin <= q.begin), ranks, window) for q in q_chunks]
+    hops, unit = range(1, ranks), 2 * ranks * ranks  # a mean over ranks, of rows that are counted in 2 N-ths
+    return Reach(
+        tuple(sum(max(seen[hop:]) for seen in keys) / unit for hop in hops),
+        tuple(sum(max(seen[hop:]) for seen in queries) / unit for hop in hops),
+        (0.0, *(sum(max(seen[1 : hop + 1]) for seen in keys) / unit for hop in hops)) if hops else (),
+        sum(sum(seen[1:]) for seen in keys) / unit,
+        sum(sum(seen[1:]) for seen in queries) / unit,
+        sum(map(sum, keys)) / unit,
+        len(pairs) / ranks,
+    )
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Positions ``begin`` to ``end`` (exclusive) of ``rank``, in units of 1 / (2 N) position."""
+
+    begin: int
+    end: int
+    rank: int
+
+
+def _chunks(begin: int, length: int, ranks: int) -> list[_Chunk]:
+    """Return the chunks of ``length`` positions from ``begin`` on, in the order of their positions."""
+    if not length:
+        return []
+    first, last = 2 * ranks * begin, 2 * ranks - 1
+    return [_Chunk(first + i * length, first + (i + 1) * length, min(i, last - i)) for i in range(2 * ranks)]
+
+
+def _seen_by_hop(chunk: _Chunk, others: Iterable[_Chunk], ranks: int, window: int) -> list[int]:
+    """Return the rows of ``chunk`` in a visible pair with ``others``, by the number of hops from its rank to theirs."""
+    seen, size = [0] * ranks, chunk.end - chunk.begin
+    for other in others:
+        gap = max(other.begin - chunk.end, chunk.begin - other.end)  # negative for the chunk itself
+        hop = (other.rank - chunk.rank) % ranks
+        seen[hop] = max(seen[hop], size if gap < 0 else min(size, 2 * ranks * (window - 1) - gap))
+    return seen
