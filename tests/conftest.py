@@ -21,6 +21,10 @@ from tests.tracking import tear_down_wandb
 settings.register_profile("longctx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("longctx")
 
+# Without a GPU, Triton interprets kernels. It reads the variable when it is first imported, and transformers, which the
+# conftest.py of other folders may load, imports it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 # tests/gpu is collected only on a machine with a GPU.
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -61,10 +65,7 @@ def pytest_configure() -> None:
     """Prepare what the processes that tests start inherit.
 
     They handle SIGINT, which a shell's background job ignores, and share byte code, which each would compile anew.
-    Without a GPU, Triton interprets kernels; it reads the variable when it is first imported.
     """
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
