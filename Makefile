@@ -11,7 +11,7 @@ OUT ?= outputs/gpu_check
 SEED ?= 1
 AT_ONCE := --numprocesses 3 --dist loadfile --no-loadscope-reorder --random-order --random-order-seed=$(SEED)
 
-.PHONY: help demo test test-fast test-gpu gpu gpu-check slurm lint format docs published clean
+.PHONY: help demo test test-fast test-gpu gpu gpu-check slurm triton lint format docs published clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,10 @@ slurm: ## a real Slurm for its tests, installed where this is root and there is 
 	@(for each in slurmctld slurmd munged sbatch; do command -v $$each >/dev/null || exit 1; done) || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
 		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null; } \
 		|| echo "Slurm is not here and cannot be installed: its tests are skipped"
+
+triton: $(READY) ## Triton, 200 MB, for the tests of its kernels in its interpreter; they are skipped without it
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt triton \
+		|| echo "Triton cannot be installed: its tests are skipped"
 
 lint: $(READY) ## ruff, mypy, import-linter, codespell
 	$(BIN)/ruff check .

@@ -21,6 +21,10 @@ from tests.tracking import tear_down_wandb
 settings.register_profile("longctx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("longctx")
 
+# Without a GPU, Triton interprets kernels. It reads the variable when it is first imported, and transformers, which the
+# conftest.py of other folders may load, imports it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 # tests/gpu is collected only on a machine with a GPU.
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -67,13 +71,10 @@ def pytest_configure() -> None:
     """Prepare what the processes that tests start inherit.
 
     They handle SIGINT, which a shell's background job ignores, and share byte code, which each would compile anew.  All
-    have one torch thread, because several run at once.  Without a GPU, Triton interprets kernels; it reads the variable
-    when it is first imported.
+    have one torch thread, because several run at once.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
