@@ -17,7 +17,7 @@ _backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backwa
 _FOLD_BELOW = 32
 # Few rows in half precision: keys are converted to float32 in blocks of this many rows, over all sequences.  A copy of
 # all keys would leave the caches, and the system would clear its pages at every call.
-_CONVERTED_ROWS = 2048
+_CONVERTED_ROWS = 4096
 
 
 def _heads_first(x: Tensor) -> Tensor:
