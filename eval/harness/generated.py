@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.harness.long import LONG, make_long_tasks, read_text
-from eval.harness.ruler import RULER, RulerSource, make_ruler_tasks
+from eval.harness.ruler import RULER, make_ruler_tasks
+from eval.harness.ruler_fillers import RulerSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from eval.harness.tasks import Task
 
 GENERATED = (*LONG, *RULER)
+_DEFAULT_EXAMPLES = 50
 
 
 def make_generated_tasks(
@@ -38,7 +40,7 @@ def make_generated_tasks(
         )
     source = read_text(text, tokenizer)
     words = " ".join(source.sentences).split(" ")
-    ruler = {name: count for name, count in examples.items() if name in RULER}
-    others = {name: count for name, count in examples.items() if name not in RULER}
-    tasks = make_long_tasks(others, lengths, source, tokenizer, seed)
+    counts = {name: count or _DEFAULT_EXAMPLES for name, count in examples.items()}
+    ruler = {name: counts.pop(name) for name in examples if name in RULER}
+    tasks = make_long_tasks(counts, lengths, source, tokenizer, seed)
     return tasks | make_ruler_tasks(ruler, lengths, RulerSource(words, data, tokenizer, max_length), seed)

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from eval.harness.tasks import Task
 
-_DEFAULT_EXAMPLES = 50
 _ANSWER_TOKENS = 48
 _QUESTION_TOKENS = 64  # first estimate of what facts and question take of the length
 Random = np.random.Generator
@@ -209,13 +208,13 @@ def make_examples(
 
 
 def make_long_tasks(
-    examples: Mapping[str, int | None],
+    examples: Mapping[str, int],
     lengths: Sequence[int],
     text: LongText,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
 ) -> dict[str, Task]:
-    """Return lm-eval tasks named ``NAME_LENGTH``, with ``examples[NAME]`` examples each (None: 50).
+    """Return lm-eval tasks named ``NAME_LENGTH``, with ``examples[NAME]`` examples each.
 
     Raises ValueError as `make_examples` does.
     """
@@ -233,7 +232,7 @@ def make_long_tasks(
     tasks = {}
     for name, count in examples.items():
         for length in lengths:
-            rows = make_examples(LONG[name], text, tokenizer, length, _ANSWER_TOKENS, count or _DEFAULT_EXAMPLES, seed)
+            rows = make_examples(LONG[name], text, tokenizer, length, _ANSWER_TOKENS, count, seed)
             tasks[f"{name}_{length}"] = make_task(f"{name}_{length}", config, rows)
     return tasks
 

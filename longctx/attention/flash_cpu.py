@@ -1,12 +1,11 @@
 """Kernel ``flash_cpu``: flash attention as shipped with torch for CPUs, by the ops that expose the log-sum-exp."""
 
 import math
-from collections.abc import Iterator, Sequence
 
 import torch
 
 from longctx.attention.kernel import Gradients, Kernel
-from longctx.attention.partial import Partial, accumulation_dtype
+from longctx.attention.partial import Partial, accumulation_dtype, merge_all
 from longctx.shapes import Keys, LogSumExp, Queries, Tensor
 
 _forward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -36,7 +35,8 @@ def _flash_forward(q: Queries, k: Keys, v: Keys, causal: bool) -> Partial:
     # error grows with the number of ranks (tests/parallel/test_drift.py).  It also sums gradients in bf16.
     block = max(1, _CONVERTED_ROWS // q.shape[0])
     if not causal and q.shape[1] < _FOLD_BELOW and q.dtype != accumulation_dtype(q) and k.shape[1] > block:
-        return _merged([_flash_forward(q.to(accumulation_dtype(q)), *x, causal) for x in _blocks(k, v, block)])
+        blocks = zip(k.split(block, 1), v.split(block, 1), strict=True)
+        return merge_all([_flash_forward(q.to(accumulation_dtype(q)), *one, causal) for one in blocks])
     q, k, v = (_as_op_input(x.to(accumulation_dtype(q))) for x in (q, k, v))
     b, hq, sq, d = q.shape
     hk = k.shape[1]
@@ -47,18 +47,6 @@ def _flash_forward(q: Queries, k: Keys, v: Keys, causal: bool) -> Partial:
         out, lse = _forward_op(q, k, v, 0.0, causal)
     _mark_lost_rows(q, k, out, lse)
     return Partial(_heads_first(out), lse.transpose(1, 2))
-
-
-def _blocks(k: Keys, v: Keys, block: int) -> Iterator[tuple[Keys, Keys]]:
-    return zip(k.split(block, 1), v.split(block, 1), strict=True)
-
-
-def _merged(partials: Sequence[Partial]) -> Partial:
-    """Merge partials of the same rows, which all have seen a key."""
-    lse = torch.stack([partial.lse for partial in partials])
-    total = lse.logsumexp(0)
-    weights = torch.exp(lse - total).unsqueeze(-1)
-    return Partial((torch.stack([partial.out for partial in partials]) * weights).sum(0), total)
 
 
 def _mark_lost_rows(q: Tensor, k: Tensor, out: Tensor, lse: Tensor) -> None:

@@ -69,6 +69,15 @@ def merge_(total: Partial, rows: slice, part: Partial) -> None:
     total.lse[:, rows] = lse
 
 
+def merge_all(parts: Sequence[Partial]) -> Partial:
+    """`merge` partials of the same rows in one step, with less overhead than repeated `merge_`."""
+    lse = torch.stack([part.lse for part in parts])
+    total = lse.logsumexp(0)
+    share = torch.exp(lse - total).masked_fill(lse == -math.inf, 0.0)
+    out = torch.stack([_without_unseen(part) for part in parts])
+    return Partial((out * share.unsqueeze(-1)).sum(0), total)
+
+
 def concat_rows(parts: Sequence[Partial]) -> Partial:
     """Concatenate partials of different rows along the rows (dim 1)."""
     if len(parts) == 1:

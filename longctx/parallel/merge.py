@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from longctx.attention.partial import Partial, empty_partial, merge_, sink
+from longctx.attention.partial import Partial, empty_partial, merge_, merge_all, sink
 from longctx.parallel.comm import Comm, doing
 from longctx.shapes import Float, Queries, Tensor
 
@@ -42,16 +42,6 @@ def gather_merge(partial: Partial, comm: Comm, ulysses: int, sinks: Float[Tensor
     return torch.cat(heads, 2)
 
 
-def _merge_packed(parts: Sequence[Float[Tensor, "b s h packed"]]) -> Partial:
-    """Merge packed partials of the same rows in one step, with less overhead than repeated `merge_`."""
-    stacked = torch.stack(list(parts))
-    out, lse = stacked[..., :-1], stacked[..., -1]
-    unseen, total = lse == -torch.inf, lse.logsumexp(0)
-    share = torch.exp(lse - total).masked_fill(unseen, 0.0)
-    # A partial over no keys has weight 0.  Its values are masked, because 0 times NaN is NaN.
-    return Partial((out.masked_fill(unseen.unsqueeze(-1), 0.0) * share.unsqueeze(-1)).sum(0), total)
-
-
 def scatter_merge(
     partial: Partial,
     comm: Comm,
@@ -80,7 +70,7 @@ def scatter_merge(
     shapes = [(*mine.shape[:2], share.stop - share.start, mine.shape[3]) for share in shares]
     with doing("merging partial results"):
         parts = comm.all_to_all([mine[:, :, common(owner, member)] for owner in range(comm.size)], shapes, small=True)
-    merged = _merge_packed([torch.cat(parts[i : i + ulysses], 2) for i in range(0, comm.size, ulysses)])
+    merged = merge_all([unpack(torch.cat(parts[i : i + ulysses], 2)) for i in range(0, comm.size, ulysses)])
     if sinks is not None:
         owned = heads[comm.rank]
         merge_(merged, slice(None), sink(sinks[owned.start : owned.stop], merged))

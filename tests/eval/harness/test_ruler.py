@@ -13,7 +13,8 @@ import pytest
 from lm_eval.tasks.ruler import common_utils
 
 from eval.harness.generated import make_generated_tasks
-from eval.harness.ruler import _NEEDLES, RULER, RulerSource, _niah, make_ruler_examples, score_answer
+from eval.harness.ruler import _NEEDLES, RULER, make_ruler_examples, score_answer
+from eval.harness.ruler_fillers import RulerSource, niah
 from eval.harness.tasks import build_requests, collect_outcomes
 from longctx.hf.scratch import bytes_tokenizer
 
@@ -74,7 +75,7 @@ def test_settings_are_lm_eval_s(name):
 
 @pytest.mark.parametrize("name", _NEEDLES)
 def test_needles_are_lm_eval_s(name, monkeypatch):
-    _niah()
+    niah()
     from lm_eval.tasks.ruler import niah_utils
 
     asked = {}
