@@ -167,6 +167,8 @@ def _create_groups(rank: Rank, mesh: Mesh, device: torch.device, timeout_minutes
     world = dist.group.WORLD
     assert world is not None
     own = dist.new_group([rank.rank], use_local_synchronization=True)
+    # A rank that ended while others still connect a group with it would make them fail.
+    dist.barrier()
     # The groups that a model on a single rank uses.
     names = ("tp", "cp", "pp", "embd", "tp_cp", "tp_dp_cp", "ep", "expt_tp", "expt_dp", "tp_ep")
     alone = ProcessGroupCollection(**dict.fromkeys(names, own))
