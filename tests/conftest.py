@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 import yaml
@@ -65,6 +66,11 @@ LONG = (
     "train/test_families.py",
     "slurm/test_generate.py",
 )
+
+
+# Files whose many calls are not checked for the types in their signatures, which took longer than the calls.  The files
+# of the functions that they call check them.
+UNCHECKED = ("parallel/test_drift.py", "parallel/test_ring.py", "parallel/test_table.py")
 
 
 def pytest_configure() -> None:
@@ -159,6 +165,12 @@ def _deterministic_numbers() -> Iterator[None]:
     torch.manual_seed(7)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _unchecked_signatures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.path.as_posix().endswith(UNCHECKED):
+        monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(autouse=True)
