@@ -63,7 +63,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Choice:
-    """Settings that some recipes take on this machine: as words, and in full."""
+    """Settings that the recipes in ``recipes`` accept on this machine: as words to type, and one by one."""
 
     recipes: str
     words: str

@@ -56,7 +56,7 @@ def refuse_foreign_command(run: str, manifest: Manifest) -> None:
     foreign = [word for word in manifest["overrides"] if re.match(r"\s*([-\"']|[+~]*hydra\b)", word)]
     if not known or foreign:
         raise ValueError(
-            f"{run}: its manifest starts {[manifest['module'], *foreign][-1]!r}, which is no command of longctx: "
+            f"{run}: its manifest starts {[manifest['module'], *foreign][-1]!r}, which is not a command of longctx: "
             "reproduce runs that longctx made"
         )
 

@@ -1,4 +1,4 @@
-"""Kernel ``triton``: flash attention of our own in Triton, whose partials are float32 also for half-precision inputs.
+"""Kernel ``triton``: longctx's flash attention in Triton; its partials are float32 even for half-precision inputs.
 
 The kernels of other libraries for GPUs round the output of every tile to the input dtype.
 """

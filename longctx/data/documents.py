@@ -28,7 +28,7 @@ class Document:
 
     A long document comes in several parts, in order.  All parts but the last have ``ends=False`` and an empty resume
     state, because a run resumes at the beginning of a document.  ``learned`` is True for the tokens to learn, False for
-    those that only are context; None if all are learned.
+    those that are only context; None if all are learned.
     """
 
     tokens: Positions

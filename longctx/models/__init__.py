@@ -44,7 +44,7 @@ _MISSING = {
 def family_of(model_type: str) -> Family:
     """Return the family of ``model_type``.
 
-    Raises ValueError for an unknown one, naming the nearest known family and, if known, what stands in the way.
+    Raises ValueError for an unknown one, naming the nearest known family and, if known, the feature that is missing.
     """
     if model_type in FAMILIES:
         return FAMILIES[model_type]

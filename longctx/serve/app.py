@@ -41,7 +41,7 @@ class Front:
 
     ``submit`` and ``cancel`` are those of the service.  At most ``max_open`` sequences may wait or be answered, and a
     request may have ``max_bytes``.  ``key`` is the API key (None: none is asked for).  ``closed`` is the reason why no
-    more requests are taken.
+    more requests are accepted.
     """
 
     reader: Reader
@@ -147,7 +147,7 @@ class Routes:
         return JSONResponse(model_list(reader.model, self.front.created, reader.shape.max_positions))
 
     async def health(self) -> Response:
-        """Return 200 while requests are taken, else 503."""
+        """Return 200 while requests are accepted, else 503."""
         closed = self.front.closed
         return JSONResponse({"status": closed or "ok"}, 503 if closed else 200)
 

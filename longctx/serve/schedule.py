@@ -31,7 +31,7 @@ class Plan:
     """The work of one step, the same on all ranks: first ``drop`` and ``add`` sequences, then run them.
 
     ``prefill`` has the number of prompt tokens to run of each sequence, in one pass.  ``decode`` are the sequences that
-    get one more token, in a second pass.  After a plan with ``stop`` there is no other.
+    get one more token, in a second pass.  A plan with ``stop`` is the last one.
     """
 
     drop: tuple[int, ...] = ()
@@ -53,7 +53,7 @@ class Limits:
 class Scheduler:
     """Decides which sequences the next pass runs.
 
-    Sequences are admitted in order of arrival, so that none waits for ever.  The prompts of all admitted sequences
+    Sequences are admitted in order of arrival, so that none waits forever.  The prompts of all admitted sequences
     share the tokens of a pass evenly: a short prompt does not wait for the end of a long one.  Every step decodes a
     token of each sequence whose prompt is cached.
     """

@@ -68,7 +68,7 @@ class Service:
         self.passes, self.seconds = 0, 0.0
 
     def submit(self, sequence: NewSequence, emit: Emit) -> None:
-        """Answer ``sequence``, whose number is new; ``emit`` gets its tokens, the last one with ``finish``."""
+        """Answer ``sequence``, which has an unused number; ``emit`` gets each `Token`, the last one with ``finish``."""
         self._inbox.put(_Answer(sequence, emit, AnswerText(self.tokenizer, sequence.sampling.stop)))
 
     def cancel(self, number: int) -> None:

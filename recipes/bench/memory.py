@@ -1,4 +1,4 @@
-"""Memory of prefill, decoding and training steps by part: measured on one rank, beside the cost model's prediction.
+"""Memory of prefill, decoding and training steps by part: measured on one rank, and predicted by the cost model.
 
 python -m recipes.bench memory json=memory.json
 """
@@ -210,7 +210,7 @@ def show(results: Sequence[Mapping[str, Any]]) -> None:
 
 
 def task(config: DictConfig) -> None:
-    """Measure every run on its mesh; show and write the largest rank's bytes beside the prediction."""
+    """Measure every run on its mesh; show and write the largest rank's bytes with the prediction."""
     warm_up_ranks([*WARM, "recipes.common.train_loop", "longctx.infer.session", "longctx.train.memory"])
     job, results = prepare(config), list[dict[str, Any]]()
     for run, training in zip(job.runs, job.jobs, strict=True):

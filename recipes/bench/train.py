@@ -120,7 +120,7 @@ def resolve_meshes(config: DictConfig, job: TrainJob) -> tuple[Mesh, ...]:
 
 
 def refuse_unmeasured(job: TrainJob) -> None:
-    """Raise ValueError for settings that one of the two measurements would not follow."""
+    """Raise ValueError for settings that one of the two measurements would ignore."""
     target = job.target
     context, recompute = target.context, job.settings.recompute
     if recompute != "none":

@@ -200,7 +200,7 @@ def refuse_other_world(mesh: Mesh, owner: str = "the mesh") -> None:
     rank = current_rank()
     if rank and rank.world_size != mesh.ranks:
         raise ValueError(
-            f"the launcher started {rank.world_size} ranks, {owner} has {mesh.ranks} ({mesh}): "
+            f"the launcher started {rank.world_size} ranks, but {owner} has {mesh.ranks} ({mesh}): "
             f"set mesh axes whose product is {rank.world_size}, or start without a launcher"
         )
 

@@ -141,7 +141,7 @@ def _write(file: Path, stored: StoredTensors, family: Family, tp: Comm, ep: Comm
 
 
 def _gather_expert(view: TensorView, tp: Comm, ep: Comm) -> Float[Tensor, "rows ..."]:
-    """Return `gather_whole` of ``view``, as the rank of ``ep`` that holds its expert has it."""
+    """Return `gather_whole` of ``view``, taken from the rank of ``ep`` that holds its expert."""
     whole = gather_whole(view, tp)
     return whole if view.ep_rank is None else ep.all_gather(whole, [tuple(whole.shape)] * ep.size)[view.ep_rank]
 

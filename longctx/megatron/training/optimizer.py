@@ -35,8 +35,8 @@ class MicroBatch:
     """This rank's rows of one packed sequence, padded so that every rank has equally many.
 
     ``mask`` is 1 for rows whose target counts in the loss, otherwise 0 (padding included).  ``bucket`` is the index of
-    the sum that a row's loss is added to.  The first ``rows`` rows are no padding.  ``mean_counted`` is the number of
-    targets that count in the loss, divided by the number of sequences, both of the whole batch.
+    the sum that a row's loss is added to.  The rows after the first ``rows`` are padding.  ``mean_counted`` is the
+    number of targets that count in the loss, divided by the number of sequences, both of the whole batch.
     """
 
     tokens: Tokens
@@ -242,7 +242,7 @@ def _forward_step(
 
 @contextmanager
 def _balanced(train_state: TrainState, batch: MicroBatch) -> Iterator[None]:
-    """Add the gradient of the router loss, if there is one, to the backward of the training pass in the block.
+    """Make the training pass inside the ``with`` block add the gradient of the router loss, if there is one.
 
     megatron-core divides the sum of all gradients by the number of counted targets.  The weight of a sequence undoes
     this, so that the mean router loss of the batch's sequences is added to the mean loss of its targets.
@@ -285,7 +285,7 @@ def _report(
 def optimizer_step(train_state: TrainState) -> tuple[float, float]:
     """Update the weights; return the gradient norm before clipping and the learning rate of this step.
 
-    The norm is that of all ranks' gradients, also without clipping: NaN or infinite if one of them is.
+    The norm covers all ranks' gradients, even without clipping; it is NaN or infinite if one of them is.
     """
     rate = train_state.optimizer.param_groups[0]["lr"]
     done, norm, _ = train_state.optimizer.step()
