@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longctx.config import DataSettings
-from longctx.data.records import Conversation, ReadRow, Record, error_line, text_of
+from longctx.data.records import ReadRow, Record, TokenizedConversation, error_line, text_of
 
 _ROLES = ("system", "developer", "user", "assistant")
 _KEYS = ("role", "content", "weight")
@@ -81,7 +81,9 @@ def _message(message: Any, name: str) -> dict[str, Any]:
     return {"role": role, "content": message["content"], "weight": weight}
 
 
-def tokenize_conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Any, ends: tuple[int, ...]) -> Conversation:
+def tokenize_conversation(
+    messages: Sequence[Mapping[str, Any]], tokenizer: Any, ends: tuple[int, ...]
+) -> TokenizedConversation:
     """Return the tokens of ``messages`` in the chat template, and which of them the model must write.
 
     These are, for each answer of weight 1, the tokens from where the template begins an answer up to the first end
@@ -103,7 +105,7 @@ def tokenize_conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Any,
         begin = _prefix(_template(plain[:i], tokenizer, begins_answer=True), whole, i)
         answer = whole[begin : _prefix(_template(plain[: i + 1], tokenizer), whole, i)]
         spans.append((begin, begin + _length_to_end(answer, i, tokenizer, ends)))
-    return Conversation(tuple(whole[: spans[-1][1]]), tuple(spans))
+    return TokenizedConversation(tuple(whole[: spans[-1][1]]), tuple(spans))
 
 
 def _template(messages: Sequence[Message], tokenizer: Any, *, begins_answer: bool = False) -> list[int]:

@@ -14,7 +14,7 @@ from longctx.data.conversations import conversation_reader
 from longctx.data.files import files
 from longctx.data.hub import dataset
 from longctx.data.pydoc import topics
-from longctx.data.records import Conversation, Position, Record, SourceFile
+from longctx.data.records import Position, Record, SourceFile, TokenizedConversation
 from longctx.data.stage import Stage, State
 from longctx.data.tokenize import token_blocks
 from longctx.shapes import Bool, Positions, Tensor
@@ -119,7 +119,7 @@ def _parts(record: Record, tokenizer: Any, end_token: bool) -> Iterator[Document
     yield Document(tokens, record.where)
 
 
-def _document_of(conversation: Conversation, where: str) -> Document:
+def _document_of(conversation: TokenizedConversation, where: str) -> Document:
     learned = torch.zeros(len(conversation.tokens), dtype=torch.bool)
     for begin, end in conversation.answers:
         learned[begin:end] = True

@@ -10,7 +10,7 @@ Position = Any
 
 
 @dataclass(frozen=True)
-class Conversation:
+class TokenizedConversation:
     """The ``tokens`` of a conversation; those from ``begin`` to ``end`` of each pair in ``answers`` are learned."""
 
     tokens: tuple[int, ...]
@@ -30,7 +30,7 @@ class Record:
     text: str = ""
     fault: str = ""
     open_file: Callable[[], TextIOBase] | None = None
-    conversation: Conversation | None = None
+    conversation: TokenizedConversation | None = None
 
     @property
     def is_empty(self) -> bool:

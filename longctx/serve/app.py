@@ -113,7 +113,7 @@ class Front:
             raise RequestRefused("the API key is missing or wrong: send it as a bearer token", status=401)
 
 
-class Routes:
+class RouteHandlers:
     """The functions that answer the routes."""
 
     def __init__(self, front: Front) -> None:
@@ -159,7 +159,7 @@ class Routes:
 
 def make_app(front: Front) -> Any:
     """Return the ASGI application."""
-    app, routes = FastAPI(title="longctx", docs_url=None, redoc_url=None), Routes(front)
+    app, routes = FastAPI(title="longctx", docs_url=None, redoc_url=None), RouteHandlers(front)
     app.add_api_route("/v1/completions", routes.completions, methods=["POST"])
     app.add_api_route("/v1/chat/completions", routes.chat_completions, methods=["POST"])
     app.add_api_route("/tokenize", routes.tokenize, methods=["POST"])

@@ -27,7 +27,7 @@ class NewSequence:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """The work of one step, the same on all ranks: first ``drop`` and ``add`` sequences, then run them.
 
     ``prefill`` has the number of prompt tokens to run of each sequence, in one pass.  ``decode`` are the sequences that
@@ -82,7 +82,7 @@ class Scheduler:
             self._left.pop(number, None)
         self.waiting = deque(one for one in self.waiting if one.number != number)
 
-    def plan(self) -> Plan:
+    def plan(self) -> StepPlan:
         """Return the next step, which must be run before the next call."""
         drop, self._dropped = tuple(self._dropped), []
         add = tuple(self._admit())
@@ -92,7 +92,7 @@ class Scheduler:
             self._left[number] -= tokens
             if not self._left[number]:
                 del self._left[number]
-        return Plan(drop, add, prefill, decode)
+        return StepPlan(drop, add, prefill, decode)
 
     def _admit(self) -> list[NewSequence]:
         """Move the sequences that fit from waiting to running, in order of arrival, and return them."""

@@ -151,13 +151,15 @@ def train_step_of(runtime: Runtime, job: TrainJob) -> Callable[[], object]:
     from longctx.data.batches import training_batches
     from longctx.hf.config import tokenizer_of
     from longctx.parallel.strategy import STRATEGIES
-    from longctx.train.step import Sharding, train_step
+    from longctx.train.step import ContextParallel, train_step
 
     target, dp = job.target, runtime.groups.dp
     state, kernel = build_state(runtime, job), kernel_for(target.context.kernel, "cpu", target.model.dtype)
-    sharding = Sharding(job.data.length, target.context.layout, kernel, STRATEGIES[target.context.strategy], False)
+    parallelism = ContextParallel(
+        job.data.length, target.context.layout, kernel, STRATEGIES[target.context.strategy], False
+    )
     batch, _ = next(training_batches(job.data, tokenizer_of(target.folder), dp.rank(), dp.size())(None))
-    return lambda: train_step(state, batch, runtime, sharding)
+    return lambda: train_step(state, batch, runtime, parallelism)
 
 
 def prefill_of(engine: Engine, job: TrainJob, run: TimedRun) -> Callable[[], object]:

@@ -36,7 +36,7 @@ from longctx.checkpoint_index import (
 )
 from longctx.checksum import crc32_of_files
 from longctx.megatron.model import GPTModel
-from longctx.megatron.training.optimizer import TrainState, apply_optim_settings
+from longctx.megatron.training.state import TrainState, apply_optim_settings
 from longctx.shapes import Tensor
 
 # Optimizer state is saved per parameter, not per bucket, so that another mesh can load it.
