@@ -248,7 +248,7 @@ def ranks_per_node(mesh: Mesh, settings: SubmitSettings) -> int:
 
 
 def _refuse_unprepared(recipe: Recipe, config: DictConfig, settings: SubmitSettings) -> None:
-    """Raise ValueError if the recipe refuses ``config``; for a job that waits for others print it only."""
+    """Raise ValueError if the recipe refuses ``config``; for a job that waits for others, only print the refusal."""
     try:
         recipe.prepare(config)
     except ValueError as refused:

@@ -32,7 +32,7 @@ __all__ = ("Task", "answer_tasks", "build_requests", "collect_outcomes", "load_t
 _ACCURACY = ("acc", "exact_match", "recall")
 _PREFERRED = "exact_match,flexible-extract"
 _PERPLEXITY = "word_perplexity"
-# Tasks whose choices differ in length: judged by likelihood per character (acc_norm), as is the custom.
+# Tasks whose choices differ in length: judged by likelihood per character (acc_norm), as is customary.
 _LENGTH_NORMALIZED = ("arc_challenge", "hellaswag")
 _FEWSHOT_SEED = 1234  # lm-eval's default, which only its evaluator sets: without it every rank draws other examples
 

@@ -1,4 +1,4 @@
-"""The text of an answer while its tokens come: certain pieces to stream, and texts that end it."""
+"""The text of an answer while its tokens arrive: pieces that can be streamed, and texts that end the answer."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -35,7 +35,7 @@ _TRAINING_WARNINGS = (
     "When using sequence parallelism it is recommended to set the environment variable",
 )
 
-# By init method: the store at which the ranks meet, and the numbers of the process groups that used it.
+# By init method: the ranks' key-value store, and a counter of the times that it was used.
 _STORES: dict[str, tuple[dist.Store, Iterator[int]]] = {}
 
 

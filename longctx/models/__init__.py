@@ -27,7 +27,7 @@ FAMILIES = {
     )
 }  # fmt: skip
 
-# Known model types that need more than a file here, and what stands in the way.
+# Known model types that need more than a file here, and the features that are missing.
 _MISSING = {
     "deepseek_v2": "multi-head latent attention",
     "deepseek_v3": "multi-head latent attention",

@@ -1,4 +1,4 @@
-"""The set of blocks that drop their first reduction, saved beside the weights that were repaired for it."""
+"""The set of blocks that drop their first reduction, saved with the weights that were repaired for it."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -47,7 +47,7 @@ _SHORTAGES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE,
 
 
 def plain_console(*, stderr: bool, width: int) -> Console:
-    """Return a console that prints text as it is: brackets are no markup and ``:train:`` is no emoji.
+    """Return a console that prints text unchanged: brackets are not markup, and ``:train:`` is not an emoji.
 
     A file gets ``width`` columns, so that tables are not cut.
     """
@@ -238,7 +238,7 @@ def threads_for(threads: int | None, rank: Rank) -> int:
 
 
 def threads_here(threads: int | None, mesh: Mesh) -> int:
-    """Return the CPU threads of a rank of ``mesh`` on this machine, started by a launcher or by a recipe."""
+    """Return the CPU threads of a rank of ``mesh`` on this machine, whether a launcher or a recipe starts it."""
     return threads_for(threads, current_rank() or Rank(0, mesh.ranks, 0, mesh.ranks, ""))
 
 

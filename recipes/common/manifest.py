@@ -1,6 +1,7 @@
 """The manifest of a run: what is needed to run it again and to compare it with other runs.
 
-A run whose ``out`` is a folder has ``manifest.json`` in it; one that writes ``x.json`` has ``x.manifest.json`` beside.
+A run whose ``out`` is a folder has ``manifest.json`` in it.  A run that writes ``x.json`` has ``x.manifest.json``
+next to it.
 """
 
 import json

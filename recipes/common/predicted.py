@@ -1,4 +1,4 @@
-"""Predicted times of a run, shown beside the measured ones: the cost model's, for the machine of a hardware file."""
+"""Predicted times of a run, shown with the measured ones: the cost model's, for the machine of a hardware file."""
 
 from __future__ import annotations
 

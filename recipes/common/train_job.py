@@ -223,7 +223,8 @@ def refuse_unsplit(mesh: Mesh, shape: ModelShape, data: DataSettings) -> None:
         )
     if data.length < mesh.context:
         raise ValueError(
-            f"data.length={data.length} for {mesh.context} context ranks: use a longer one, or fewer ranks"
+            f"data.length={data.length} is too short for {mesh.context} context ranks: use a larger "
+            "data.length, or fewer ranks"
         )
 
 

@@ -220,7 +220,7 @@ def _without_values(leaf: Any) -> Any:
 
 
 def _optimizer_states(loaded: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the state of each optimizer; that of the experts gets the other one's number of steps."""
+    """Return the state of each optimizer; the experts' optimizer gets the number of steps of the other one."""
     of_experts = loaded.pop(_EXPERTS, None)
     if of_experts is None:
         return [loaded]
