@@ -40,7 +40,7 @@ class Variant:
 
     @property
     def digest(self) -> str:
-        """Digest of everything that the variant's answers depend on; the file of its answers is called so.
+        """Digest of everything that the variant's answers depend on; it is the name of the file of its answers.
 
         The same settings must give the same digest in every release: with another one, stored answers are not found
         and all are computed again.  Model, mesh, context, plan, end tokens and tokenizer files are hashed.
@@ -66,10 +66,10 @@ class Variant:
 def compose_variants(config: DictConfig) -> list[tuple[str, DictConfig]]:
     """Return name and whole configuration of the baseline and of each item of ``variants``.
 
-    Example: ``variants=[{name: ring, mesh: {ring: 2}}]`` gives the baseline, and the same with mesh.ring=2.
-    With ``adapted``, each variant that sets ``spd`` comes once more, as "NAME repaired": the model in that folder.
-    Raises ValueError for an item without a name, a section that variants cannot change, a name that is used twice, and
-    an ``adapted`` folder that no variant uses.
+    Example: ``variants=[{name: ring, mesh: {ring: 2}}]`` gives the baseline, and the same with mesh.ring=2.  With
+    ``adapted``, each variant that sets ``spd`` is added a second time as "NAME repaired", with the model in that
+    folder.  Raises ValueError for an item without a name, a section that variants cannot change, a name that is used
+    twice, and an ``adapted`` folder that no variant uses.
     """
     base = as_dict(config)
     variants = [(BASELINE, as_config(base))]

@@ -96,7 +96,7 @@ def refuse_unexportable(place: Path, to: Path) -> None:
     needed = weights_of(shape_of(model_of(place))) * getattr(torch, config["model"]["dtype"]).itemsize
     if (free := shutil.disk_usage(nearest_existing(to)).free) < needed:
         raise ValueError(
-            f"to={to} has {free / 1e9:.2f} GB free, the weights take {needed / 1e9:.2f} GB: use another disk"
+            f"to={to} has {free / 1e9:.2f} GB free, but the weights take {needed / 1e9:.2f} GB: use another disk"
         )
 
 

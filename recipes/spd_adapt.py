@@ -230,8 +230,8 @@ def begin(job: AdaptJob) -> None:
 def save(job: AdaptJob, result: AdaptResult) -> list[DroppedBlock]:
     """Write the adapted model to ``out``, and return the repaired blocks in the order in which they drop.
 
-    First comes the block whose dropping by itself changes predictions least.  In the saved order the remaining blocks
-    follow, the least sensitive first.
+    The first is the block that, dropped alone, changes predictions least.  In the saved plan, the order continues with
+    the other blocks, the least sensitive first.
     """
     target, joint = job.target, result.joint
     order = sorted(joint.alone, key=lambda block: (joint.alone[block], block))

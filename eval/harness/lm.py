@@ -16,7 +16,7 @@ from longctx.data.tokenize import tokenize
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Scores for requests to score, texts for requests to continue; lm-eval mixes the two in no call.
+# Scores for requests to score, texts for requests to continue; no call of lm-eval mixes the two.
 Answerer = Callable[[Sequence[Request]], Sequence[Any]]
 _DEFAULT_NEW_TOKENS = 256  # limit of a generated answer if the task gives none: lm-eval's default
 _TEXT_SEPARATOR = "<|endoftext|>"

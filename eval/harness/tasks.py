@@ -32,7 +32,7 @@ __all__ = ("Task", "answer_tasks", "build_requests", "collect_outcomes", "load_t
 _ACCURACY = ("acc", "exact_match", "recall")
 _PREFERRED = "exact_match,flexible-extract"
 _PERPLEXITY = "word_perplexity"
-# Tasks whose choices differ in length: judged by likelihood per character (acc_norm), as is the custom.
+# Tasks whose choices differ in length: judged by likelihood per character (acc_norm), as is customary.
 _LENGTH_NORMALIZED = ("arc_challenge", "hellaswag")
 _FEWSHOT_SEED = 1234  # lm-eval's default, which only its evaluator sets: without it every rank draws other examples
 
@@ -85,7 +85,7 @@ def _load_local(name: str, local: LocalTask, data: Path) -> Task:
     path = data / local.file
     if not path.is_file():
         raise ValueError(
-            f"eval.tasks: {name} is read from {path}, which is not there: put it there (eval/README.md), "
+            f"eval.tasks: {name} is read from {path}, which does not exist: add it (see eval/README.md), "
             "name another folder with eval.data=DIR, or use eval.data=hub"
         )
     rows = read_rows(local, path)
@@ -133,8 +133,8 @@ def build_requests(tasks: Mapping[str, Task], limits: Mapping[str, int | None]) 
         metrics, comparable = tuple(task.aggregation()), (*_ACCURACY, _PERPLEXITY)
         if not set(metrics) & set(comparable):
             raise ValueError(
-                f"eval.tasks: {name} has {join_names(metrics)}, none of {join_names(comparable)}: "
-                "it cannot be compared; leave it out"
+                f"eval.tasks: {name} has the metrics {join_names(metrics)}, and none of {join_names(comparable)}, "
+                "so it cannot be compared: leave it out"
             )
         try:
             with _silence_progress():

@@ -14,7 +14,7 @@ _PICTURE = "accuracy"
 
 
 def draw(report: Report, out: Path) -> tuple[str, ...]:
-    """Draw average accuracy and milliseconds per token over the share of dropped blocks, as SVG and PNG in ``out``.
+    """Draw average accuracy and milliseconds per token against the share of dropped blocks, as SVG and PNG in ``out``.
 
     Returns the names of the pictures for report.md; draws nothing unless two variants differ in that share.
     """

@@ -101,7 +101,7 @@ class GateResult:
 class Report:
     """All figures of an evaluation, by task and variant; the first variant is the baseline.
 
-    ``averaged`` are the tasks in the average; ``near_chance`` those where the baseline is not better than guessing.
+    ``averaged`` are the tasks in the average; in those of ``near_chance`` the baseline is no better than guessing.
     ``sequential``: examples were added until the verdicts were reached.
     ``lengths`` are scores by length, of generated tasks at several lengths.
     ``origin``: title, command, commit, machine and versions.

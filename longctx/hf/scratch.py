@@ -39,7 +39,7 @@ def write_scratch_folder(config: Mapping[str, Any], to: Path) -> None:
     model_type = fields.pop("model_type", None)
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(
-            f"model.config.model_type={model_type} is no language model of transformers: "
+            f"model.config.model_type={model_type} is not a language model of transformers: "
             "use llama or another that recipes.models lists"
         )
     if unknown := set(fields) - set(AutoConfig.for_model(model_type).to_dict()):

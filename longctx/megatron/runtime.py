@@ -35,7 +35,7 @@ _TRAINING_WARNINGS = (
     "When using sequence parallelism it is recommended to set the environment variable",
 )
 
-# By init method: the store at which the ranks meet, and the numbers of the process groups that used it.
+# By init method: the ranks' key-value store, and a counter of the times that it was used.
 _STORES: dict[str, tuple[dist.Store, Iterator[int]]] = {}
 
 
@@ -100,16 +100,7 @@ def open_runtime(
         torch.cuda.set_device(torch_device)
 
     # 2. The group of all ranks.
-    dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        store=_fresh_store(rank, datetime.timedelta(minutes=timeout_minutes)),
-        rank=rank.rank,
-        world_size=rank.world_size,
-        timeout=datetime.timedelta(minutes=timeout_minutes),
-        # NCCL then connects each group when it is created.  Otherwise it would connect a group in the first call, which
-        # must be made by all its ranks; the first exchange of a ring may leave out ranks without rows.
-        device_id=torch_device if device == "cuda" else None,
-    )
+    _init_world(rank, torch_device, datetime.timedelta(minutes=timeout_minutes))
 
     # 3. The mesh's groups, for the block.
     with warnings.catch_warnings(), name_failed_collectives():
@@ -124,6 +115,21 @@ def open_runtime(
             comm.close()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def _init_world(rank: Rank, device: torch.device, timeout: datetime.timedelta) -> None:
+    """Initialise torch.distributed, and with it the group of all ranks."""
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=_fresh_store(rank, timeout),
+        rank=rank.rank,
+        world_size=rank.world_size,
+        timeout=timeout,
+        # NCCL then connects each group when it is created.  Otherwise it would connect a group in the first call, which
+        # must be made by all its ranks; the first exchange of a ring may leave out ranks without rows.
+        device_id=device if on_gpu else None,
+    )
 
 
 def _fresh_store(rank: Rank, timeout: datetime.timedelta) -> dist.Store:

@@ -27,11 +27,11 @@ class NewSequence:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """The work of one step, the same on all ranks: first ``drop`` and ``add`` sequences, then run them.
 
     ``prefill`` has the number of prompt tokens to run of each sequence, in one pass.  ``decode`` are the sequences that
-    get one more token, in a second pass.  After a plan with ``stop`` there is no other.
+    get one more token, in a second pass.  A plan with ``stop`` is the last one.
     """
 
     drop: tuple[int, ...] = ()
@@ -53,7 +53,7 @@ class Limits:
 class Scheduler:
     """Decides which sequences the next pass runs.
 
-    Sequences are admitted in order of arrival, so that none waits for ever.  The prompts of all admitted sequences
+    Sequences are admitted in order of arrival, so that none waits forever.  The prompts of all admitted sequences
     share the tokens of a pass evenly: a short prompt does not wait for the end of a long one.  Every step decodes a
     token of each sequence whose prompt is cached.
     """
@@ -82,7 +82,7 @@ class Scheduler:
             self._left.pop(number, None)
         self.waiting = deque(one for one in self.waiting if one.number != number)
 
-    def plan(self) -> Plan:
+    def plan(self) -> StepPlan:
         """Return the next step, which must be run before the next call."""
         drop, self._dropped = tuple(self._dropped), []
         add = tuple(self._admit())
@@ -92,7 +92,7 @@ class Scheduler:
             self._left[number] -= tokens
             if not self._left[number]:
                 del self._left[number]
-        return Plan(drop, add, prefill, decode)
+        return StepPlan(drop, add, prefill, decode)
 
     def _admit(self) -> list[NewSequence]:
         """Move the sequences that fit from waiting to running, in order of arrival, and return them."""

@@ -13,7 +13,7 @@ from longctx.infer.sample import TokenLogprob
 from longctx.infer.session import Session
 from longctx.parallel.comm import Comm
 from longctx.serve.ranks import run_plan, share_plan
-from longctx.serve.schedule import Limits, NewSequence, Plan, Scheduler
+from longctx.serve.schedule import Limits, NewSequence, Scheduler, StepPlan
 
 _IDLE_S = 0.5  # while there is nothing to do, the ranks exchange an empty plan this often, to notice a lost one
 
@@ -68,7 +68,7 @@ class Service:
         self.passes, self.seconds = 0, 0.0
 
     def submit(self, sequence: NewSequence, emit: Emit) -> None:
-        """Answer ``sequence``, whose number is new; ``emit`` gets its tokens, the last one with ``finish``."""
+        """Answer ``sequence``, which has an unused number; ``emit`` gets each `Token`, the last one with ``finish``."""
         self._inbox.put(_Answer(sequence, emit, AnswerText(self.tokenizer, sequence.sampling.stop)))
 
     def cancel(self, number: int) -> None:
@@ -100,7 +100,7 @@ class Service:
 
     def stop(self) -> None:
         """End the loops of the other ranks."""
-        share_plan(self.world, Plan(stop=True), self.session.engine.device)
+        share_plan(self.world, StepPlan(stop=True), self.session.engine.device)
 
     def fail(self, message: str, numbers: Iterable[int] | None = None) -> None:
         """Report an error to the clients of the sequences ``numbers`` (None: all), and end these."""

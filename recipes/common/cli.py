@@ -47,7 +47,7 @@ _SHORTAGES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE,
 
 
 def plain_console(*, stderr: bool, width: int) -> Console:
-    """Return a console that prints text as it is: brackets are no markup and ``:train:`` is no emoji.
+    """Return a console that prints text unchanged: brackets are not markup, and ``:train:`` is not an emoji.
 
     A file gets ``width`` columns, so that tables are not cut.
     """
@@ -200,7 +200,7 @@ def refuse_other_world(mesh: Mesh, owner: str = "the mesh") -> None:
     rank = current_rank()
     if rank and rank.world_size != mesh.ranks:
         raise ValueError(
-            f"the launcher started {rank.world_size} ranks, {owner} has {mesh.ranks} ({mesh}): "
+            f"the launcher started {rank.world_size} ranks, but {owner} has {mesh.ranks} ({mesh}): "
             f"set mesh axes whose product is {rank.world_size}, or start without a launcher"
         )
 
@@ -238,7 +238,7 @@ def threads_for(threads: int | None, rank: Rank) -> int:
 
 
 def threads_here(threads: int | None, mesh: Mesh) -> int:
-    """Return the CPU threads of a rank of ``mesh`` on this machine, started by a launcher or by a recipe."""
+    """Return the CPU threads of a rank of ``mesh`` on this machine, whether a launcher or a recipe starts it."""
     return threads_for(threads, current_rank() or Rank(0, mesh.ranks, 0, mesh.ranks, ""))
 
 

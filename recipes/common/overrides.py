@@ -141,7 +141,7 @@ def _refuse_nothing(word: str) -> None:
     key, equals, value = word.partition("=")
     if not key.lstrip("+") or (word[0] == "~" and not word.startswith(_REMOVABLE)):
         advice = f"{key[1:]}=null for none" if key else "KEY=VALUE, such as mesh.ring=2"
-        raise ValueError(f"{word} is no setting: write {advice}")
+        raise ValueError(f"{word} is not a setting: write {advice}")
     if equals and value in ("", "null") and (CONFIGS / key).is_dir() and word != "experiment=null":
         raise ValueError(f"{word} gives no value: use one of {', '.join(choices(key))}")
 

@@ -61,7 +61,7 @@ class TrainJob:
 
     ``weights`` is the folder of the initial weights, None to draw them at random; ``target.folder`` has configuration
     and tokenizer.  ``test`` is the text to evaluate on (None: no evaluation).  ``samples`` show the first sequences as
-    the model sees them: tokens, documents, start of the text.  ``peak_flops`` is a rank's, for MFU.
+    the model sees them: tokens, documents, start of the text.  ``peak_flops`` is the peak rate of a rank, for MFU.
     ``machine`` is for predictions (None: ``hardware`` is not given, or has no constants for them).
     """
 
@@ -147,7 +147,7 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool, co
 
 def _refuse_untrainable(target: Target, settings: TrainSettings) -> None:
     if settings.mlp_rows and target.shape.mixture:
-        raise ValueError(f"mlp_rows={settings.mlp_rows} is not built for mixtures of experts: use mlp_rows=null")
+        raise ValueError(f"mlp_rows={settings.mlp_rows} does not support mixtures of experts: use mlp_rows=null")
     if target.plan and target.plan.own_norms:
         raise ValueError(
             f"{target.folder} has separate norms per rank (repair.own_norms), which training does not support: "
@@ -223,7 +223,8 @@ def refuse_unsplit(mesh: Mesh, shape: ModelShape, data: DataSettings) -> None:
         )
     if data.length < mesh.context:
         raise ValueError(
-            f"data.length={data.length} for {mesh.context} context ranks: use a longer one, or fewer ranks"
+            f"data.length={data.length} is too short for {mesh.context} context ranks: use a larger "
+            "data.length, or fewer ranks"
         )
 
 

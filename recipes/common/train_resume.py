@@ -74,7 +74,7 @@ def refuse_no_room(job: TrainJob) -> None:
     needed = weights_of(job.target.shape) * BYTES_PER_WEIGHT * max(1, job.saving.keep + 1 - existing)
     if (free := shutil.disk_usage(nearest_existing(job.out)).free) < needed:
         raise ValueError(
-            f"out={job.out} has {free / 1e9:.2f} GB free, the checkpoints that are kept at once take "
+            f"out={job.out} has {free / 1e9:.2f} GB free, but the checkpoints that are kept at the same time take "
             f"{needed / 1e9:.2f} GB more: use another disk, or a lower checkpoint.keep"
         )
 
@@ -87,12 +87,13 @@ def refuse_other_run(job: TrainJob) -> None:
     metadata = checkpoint_index.read_metadata(place)
     if metadata["step"] > job.settings.steps:
         raise ValueError(
-            f"steps={job.settings.steps}, {place} is after step {metadata['step']}: use more steps, or another folder"
+            f"steps={job.settings.steps}, but {place} is after step {metadata['step']}: use more steps, or "
+            "another folder"
         )
     refuse_other_text(job, place, metadata)
     begun = metadata["config"].get("begun")
     if not same_model(str(begun), str(job.config["begun"])):
-        raise ValueError(f"{place} began with {begun}, this is {job.config['begun']}: give another out=")
+        raise ValueError(f"{place} began with {begun}, but this is {job.config['begun']}: give another out=")
     now_dropped, was_dropped = job.config["dropped"], metadata["config"].get("dropped", [])
     if was_dropped != now_dropped:
         was_so = f"mesh.tp={was_dropped[0]} spd.blocks={was_dropped[1:]}" if was_dropped else "spd=none"

@@ -16,7 +16,7 @@ from longctx.attention.layout import contiguous
 from longctx.attention.mask import window
 from longctx.attention.partial import Partial, empty_partial, merge
 from longctx.attention.tiles import visible_tiles
-from longctx.attention.triton_flash import Blocks, interpreted
+from longctx.attention.triton_flash import BlockSizes, interpreted
 from tests import oracle
 
 needs_triton = pytest.mark.skipif(not triton_flash.installed, reason="the package triton is not installed")
@@ -35,7 +35,7 @@ def random_inputs(batch, hq, hk, sq, sk, d, dtype=torch.float32):
 
 def use_blocks(monkeypatch, rows: int, keys: int) -> None:
     """Use small blocks, so that short tiles have several: cut by the diagonal, by the last row, or whole."""
-    monkeypatch.setattr(triton_flash, "blocks_for", lambda *_: Blocks(rows, keys, 4, 2))
+    monkeypatch.setattr(triton_flash, "blocks_for", lambda *_: BlockSizes(rows, keys, 4, 2))
 
 
 @interpreter

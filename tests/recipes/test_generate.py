@@ -98,7 +98,7 @@ def test_mesh_of_another_size_than_the_launcher_s_is_refused(refused, tiny, monk
         generate.task(config)
 
     line = refused(generate, task, f"model={tiny}", PROMPT, "mesh.ring=3", "max_new_tokens=5")
-    assert "the launcher started 5 ranks, the mesh has 3 (ring=3): set mesh axes whose product is 5" in line
+    assert "the launcher started 5 ranks, but the mesh has 3 (ring=3): set mesh axes whose product is 5" in line
 
 
 def test_longest_prompt_and_answer_that_fit_are_accepted(prepared):

@@ -14,7 +14,7 @@ from longctx.infer.engine import Engine
 from longctx.infer.session import Session
 from longctx.parallel.threads import ThreadWorld
 from longctx.serve.ranks import follow, share_plan
-from longctx.serve.schedule import Limits, NewSequence, Plan
+from longctx.serve.schedule import Limits, NewSequence, StepPlan
 from longctx.serve.service import Failure, Service, Token
 from tests.infer.thread_ranks import run_engines, single_rank
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -183,7 +183,7 @@ def test_failure_of_the_server_reaches_every_client(folder, tmp_path):
 
 
 def test_plans_reach_every_rank():
-    world, plan, found = ThreadWorld(3), Plan((5,), (SEQUENCES[3],), {2: 7}, (1, 4)), {}
+    world, plan, found = ThreadWorld(3), StepPlan((5,), (SEQUENCES[3],), {2: 7}, (1, 4)), {}
 
     def receive(rank: int) -> None:
         import torch

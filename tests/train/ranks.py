@@ -88,9 +88,10 @@ def train(rank: Rank, run: Run) -> list[Step]:
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.runtime import open_runtime
     from longctx.megatron.training import checkpoint
-    from longctx.megatron.training.optimizer import build_train_state, mean_router_loss
+    from longctx.megatron.training.optimizer import mean_router_loss
+    from longctx.megatron.training.state import build_train_state
     from longctx.parallel.strategy import STRATEGIES
-    from longctx.train.step import Sharding, micro_batches, train_step
+    from longctx.train.step import ContextParallel, micro_batches, train_step
 
     shape = shape_of(run.folder)
     route_in(run.dtype)
@@ -109,7 +110,7 @@ def train(rank: Rank, run: Run) -> list[Step]:
             plan=SPDPlan(shape.layers, run.mesh.tp, run.dropped) if run.dropped else None,
         )
         strategy, keep_partials = STRATEGIES[run.strategy], run.recompute != "none"
-        sharding = Sharding(
+        parallelism = ContextParallel(
             sum(run.lengths[0]), run.layout, flash_cpu, strategy, keep_partials, getattr(torch, run.dtype)
         )
 
@@ -117,7 +118,7 @@ def train(rank: Rank, run: Run) -> list[Step]:
             return rows_of_rank(sequences(run, step), runtime.groups.dp)
 
         if run.gradients:
-            batches = micro_batches(batch(0), runtime, shape, sharding)
+            batches = micro_batches(batch(0), runtime, shape, parallelism)
             loss = write_gradients(trained, batches, run.gradients, run.folder)
             return [Step(loss, math.nan, batch(0).counted, 0.0, router_loss=mean_router_loss(trained))]
         saved = checkpoint.Checkpoints(run.checkpoints, keep=1) if run.checkpoints else None
@@ -128,7 +129,7 @@ def train(rank: Rank, run: Run) -> list[Step]:
             checkpoint.load(checkpoint.agreed_on_all_ranks(run.checkpoints)[0], trained)
         out = []
         for step in range(run.begin, run.steps):
-            result = train_step(trained, batch(step), runtime, sharding)
+            result = train_step(trained, batch(step), runtime, parallelism)
             figures = (result.loss, result.grad_norm, result.tokens, result.rate, result.experts_bytes)
             out.append(Step(*figures, result.router_loss))
             if saved and step + 1 == run.save_at:

@@ -36,7 +36,7 @@ from longctx.checkpoint_index import (
 )
 from longctx.checksum import crc32_of_files
 from longctx.megatron.model import GPTModel
-from longctx.megatron.training.optimizer import TrainState, apply_optim_settings
+from longctx.megatron.training.state import TrainState, apply_optim_settings
 from longctx.shapes import Tensor
 
 # Optimizer state is saved per parameter, not per bucket, so that another mesh can load it.
@@ -189,7 +189,7 @@ def read_state(state: dict[str, Any], place: Path) -> dict[str, Any]:
 
 @contextmanager
 def _unpickle_weights_only() -> Iterator[None]:
-    """Make every `torch.load` of the block refuse code; torch's reader of checkpoints asks for the opposite."""
+    """Make every `torch.load` inside the block refuse code; torch's checkpoint reader would allow it."""
     names = ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     before = {name: os.environ.pop(name, None) for name in names}
     os.environ[names[1]] = "1"
@@ -214,13 +214,13 @@ def _sharded_state(train_state: TrainState, *, loading: bool) -> dict[str, Any]:
 def _without_values(leaf: Any) -> Any:
     """Return ``leaf`` if it is a tensor of a checkpoint; otherwise keep it out of the checkpoint.
 
-    Only tensors of the experts' optimizer are saved, so that one optimizer of all weights can load them, and reversely.
+    The experts' optimizer saves tensors only, so that one optimizer of all weights can load them, and vice versa.
     """
     return leaf if isinstance(leaf, ShardedBase | LocalNonpersistentObject) else LocalNonpersistentObject(leaf)
 
 
 def _optimizer_states(loaded: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the state of each optimizer; that of the experts gets the other one's number of steps."""
+    """Return the state of each optimizer; the experts' optimizer gets the number of steps of the other one."""
     of_experts = loaded.pop(_EXPERTS, None)
     if of_experts is None:
         return [loaded]

@@ -169,7 +169,11 @@ def test_impossible_example_is_refused(name, length, words, source):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "dev-v2.0.json is not there"), ("{}", "not in the data set's own format"), ("{", "data set's own format")],
+    [
+        (None, "dev-v2.0.json does not exist"),
+        ("{}", "not in the data set's own format"),
+        ("{", "data set's own format"),
+    ],
 )
 def test_wrong_file_of_questions_is_refused(content, words, tmp_path):
     if content is not None:

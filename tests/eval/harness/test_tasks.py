@@ -222,7 +222,7 @@ def test_shots_never_include_the_question(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, "which is not there"),
+        (None, "which does not exist"),
         ("", "arc_easy has no examples"),
         ('{"query": "What?", "gold": 0}\n', "record 1, is not as eval/README.md describes it (KeyError: 'choices')"),
         ("one\n", "is not a file of JSON lines"),

@@ -131,9 +131,9 @@ def train_state(runtime: Any, case: Training, layers: str) -> tuple[Any, Any]:
     """Return the state of a training run, and a function that returns the micro-batches of its step."""
     from longctx.attention.kernel import reference
     from longctx.megatron.hf_io import load
-    from longctx.megatron.training.optimizer import build_train_state
+    from longctx.megatron.training.state import build_train_state
     from longctx.parallel.ring import pass_kv
-    from longctx.train.step import Sharding, micro_batches
+    from longctx.train.step import ContextParallel, micro_batches
 
     shape, run = shape_of(case.folder), Run(runtime.mesh, case.folder, LENGTHS, tokens=211)
     trained = build_train_state(
@@ -142,9 +142,11 @@ def train_state(runtime: Any, case: Training, layers: str) -> tuple[Any, Any]:
         dtype=getattr(torch, case.dtype), layers=layers, steps=9, recompute=case.recompute, mlp_rows=case.mlp_rows,
         plan=SPDPlan(shape.layers, runtime.mesh.tp, case.dropped) if case.dropped else None,
     )  # fmt: skip
-    sharding = Sharding(37, "zigzag", reference, pass_kv, case.recompute != "none", getattr(torch, case.dtype))
+    parallelism = ContextParallel(
+        37, "zigzag", reference, pass_kv, case.recompute != "none", getattr(torch, case.dtype)
+    )
     mine = rows_of_rank(sequences(run, 0), runtime.groups.dp)
-    return trained, lambda: micro_batches(mine, runtime, shape, sharding)
+    return trained, lambda: micro_batches(mine, runtime, shape, parallelism)
 
 
 def round_trip(rank: Rank, mesh: Mesh, case: Training, folder: Path) -> dict[str, bool]:

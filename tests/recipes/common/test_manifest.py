@@ -156,9 +156,10 @@ def owned(tmp_path, monkeypatch):
         ("new/a.json", "recipes.generate", None), ("new/a.json", "recipes.chat", "a run of recipes.generate"),
         ("old/a.json", "recipes.generate", None), ("old/a.json", "recipes.chat", "a run of recipes.generate"),
         ("old", "recipes.pretrain", None),  # the manifest there is that of a file
-        ("notes", "recipes.pretrain", None), ("notes/mine.json", "recipes.generate", "exists, and recipes"),
-        ("tiny/manifest.json", "recipes.generate", "exists, and recipes.generate has not written it"),
-        ("tiny/metrics.jsonl", "recipes.generate", "exists, and recipes.generate has not written it"),
+        ("notes", "recipes.pretrain", None),
+        ("notes/mine.json", "recipes.generate", "exists, and was not written by recipes"),
+        ("tiny/manifest.json", "recipes.generate", "exists, and was not written by recipes.generate"),
+        ("tiny/metrics.jsonl", "recipes.generate", "exists, and was not written by recipes.generate"),
         ("not/yet", "recipes.generate", None), (None, "recipes.generate", None),
     ],
 )  # fmt: skip
