@@ -156,12 +156,14 @@ def build_state(runtime: Runtime, job: TrainJob) -> TrainState:
         job.optim,
         lambda net: hf_load.load(net, read, target.shape),
         dtype=getattr(torch, target.model.dtype),
-        layers=layers_in_use(target.model.layers, target.shape),
+        layers="local" if job.lora.rank else layers_in_use(target.model.layers, target.shape),
         steps=job.settings.steps,
         recompute=job.settings.recompute,
         loss_rows=job.settings.loss_rows,
         mlp_rows=job.settings.mlp_rows,
         plan=target.plan,
+        lora=job.lora,
+        seed=job.settings.seed,
     )
 
 

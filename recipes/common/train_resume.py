@@ -71,7 +71,8 @@ def refuse_other_model(job: TrainJob) -> None:
 def refuse_no_room(job: TrainJob) -> None:
     """Raise ValueError unless the disk has room for the checkpoints that the run will keep at once."""
     existing = len(checkpoint_index.checkpoint_folders(job.out / "checkpoints"))
-    needed = weights_of(job.target.shape) * BYTES_PER_WEIGHT * max(1, job.saving.keep + 1 - existing)
+    per_weight = 4 if job.lora.rank else BYTES_PER_WEIGHT  # with adapters, the optimizer's state is small
+    needed = weights_of(job.target.shape) * per_weight * max(1, job.saving.keep + 1 - existing)
     if (free := shutil.disk_usage(nearest_existing(job.out)).free) < needed:
         raise ValueError(
             f"out={job.out} has {free / 1e9:.2f} GB free, but the checkpoints that are kept at the same time take "
@@ -103,9 +104,21 @@ def refuse_other_run(job: TrainJob) -> None:
         ("optim.zero1", config["optim"]["zero1"], job.optim.zero1),
         ("model.dtype", config["model"]["dtype"], job.target.model.dtype),
         ("data.conversations", config["data"].get("conversations"), job.data.conversations),
+        *((f"lora.{name}", before, now) for name, before, now in _lora_settings(config, job)),
     ):
         if before != now:
             raise ValueError(f"{place} was made with {name}={str(before).lower()}: use that, or another out=")
+
+
+def _lora_settings(config: Mapping[str, Any], job: TrainJob) -> list[tuple[str, Any, Any]]:
+    """Return name, value in a checkpoint's ``config`` and value of ``job`` of each setting of adapters.
+
+    It is the rank alone unless both have adapters; version 0.1 had none.
+    """
+    before, now = config.get("lora") or {"rank": None}, vars(job.lora) | {"targets": list(job.lora.targets)}
+    if before["rank"] is None or job.lora.rank is None:
+        return [("rank", before["rank"], job.lora.rank)]
+    return [(name, before[name], now[name]) for name in now]
 
 
 def refuse_other_text(job: TrainJob, place: Path, metadata: Mapping[str, Any]) -> None:

@@ -10,8 +10,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from longctx.config import Optim, Recompute
+from longctx.config import LoRA, Optim, Recompute
 from longctx.megatron.experts import connect_experts, connect_router_loss
+from longctx.megatron.lora import attach_adapters
 from longctx.megatron.model import GPTModel, build_model
 from longctx.megatron.runtime import Runtime
 from longctx.model_shape import ModelShape
@@ -61,11 +62,14 @@ def build_train_state(
     loss_rows: int | None = ROWS,
     mlp_rows: int | None = None,
     plan: SPDPlan | None = None,
+    lora: LoRA | None = None,
+    seed: int = 0,
 ) -> TrainState:
     """Build a model of ``shape`` on ``runtime``'s mesh, fill it with ``load``, and set up training for ``steps`` steps.
 
     The loss computes ``loss_rows`` rows at a time, an MLP ``mlp_rows`` (None: all).  The blocks that ``plan`` names
-    drop a reduction, in the forward and in the backward pass.
+    drop a reduction, in the forward and in the backward pass.  With ``lora``, adapters that are drawn from ``seed`` are
+    trained instead of the weights.
     """
     assert plan is None or not plan.own_norms, "recipes reject per-rank norms in training"
     # 1. The model, with the fields of megatron-core's TransformerConfig that training needs.
@@ -88,6 +92,8 @@ def build_train_state(
         **_RECOMPUTE[recompute],
     ).train()
     load(net)
+    if lora and lora.rank:
+        attach_adapters(net, lora, seed)
     connect_experts(net, runtime.ep, runtime.tp)
     router_loss = connect_router_loss(net, shape, runtime.tp_context)
     assert router_loss is None or runtime.mesh.pp == 1, "recipes reject pipelines with a router loss"
