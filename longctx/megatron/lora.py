@@ -60,7 +60,7 @@ class Adapter(nn.Module):
 
     @property
     def delta(self) -> Float[Tensor, "out in"]:
-        """What the adapter adds to the rank's shard of the weight, in float32 or a more precise dtype."""
+        """The product scale * B A, which belongs to the rank's shard of the weight, in float32 or a more precise dtype."""
         precise = torch.promote_types(self.down.dtype, torch.float32)
         return torch.cat([*self.up]).to(precise) @ self.down.to(precise) * self.scale
 
@@ -107,7 +107,7 @@ class Adaptable:
         super().__init__(*args, **kwargs)
         self.adapter = None  # in the class it would hide the module that is set later
 
-    def adapted(self, out: Tensor, x: Tensor) -> Tensor:
+    def with_adapter(self, out: Tensor, x: Tensor) -> Tensor:
         """Return the layer's output ``out`` for the input ``x``, with the adapter's added."""
         return out if self.adapter is None else out + self.adapter(x)
 

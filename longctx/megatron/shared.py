@@ -114,7 +114,7 @@ class QKVProjection(Adaptable, ColumnParallelLinear):
     def forward(self, x: Float[Tensor, "s b hidden"], *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         if not (self.share and self.share.active):
             out, bias = super().forward(x, *args, **kwargs)
-            return self.adapted(out, x), bias
+            return self.with_adapter(out, x), bias
         rows = len(self.weight)
         own = self.share.own(rows)
         mine = F.linear(x, self.weight[own], None if self.bias is None else self.bias[own])
@@ -129,7 +129,7 @@ class UpProjection(Adaptable, ColumnParallelLinear):
     def forward(self, x: Float[Tensor, "s b hidden"], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if not (self.share and self.share.active):
             out, bias = super().forward(x, *args, **kwargs)
-            return self.adapted(out, x), bias
+            return self.with_adapter(out, x), bias
         halves = 1 + self.config.gated_linear_unit
         own = self.share.own(len(self.weight) // halves)
         out = torch.cat([F.linear(x, weight[own]) for weight in self.weight.chunk(halves)], -1)
@@ -163,4 +163,4 @@ class OutputProjection(Adaptable, RowParallelLinear):
         if self.reduction and not self.explicit_expert_comm:
             return self.reduction(F.linear(x, self.weight)), self.bias
         out, bias = super().forward(x)
-        return self.adapted(out, x), bias
+        return self.with_adapter(out, x), bias
