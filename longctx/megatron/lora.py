@@ -60,7 +60,7 @@ class Adapter(nn.Module):
 
     @property
     def delta(self) -> Float[Tensor, "out in"]:
-        """The product scale * B A, which belongs to the rank's shard of the weight, in float32 or a more precise dtype."""
+        """The rank's shard of scale * B A, which is added to the weight, in float32 or a more precise dtype."""
         precise = torch.promote_types(self.down.dtype, torch.float32)
         return torch.cat([*self.up]).to(precise) @ self.down.to(precise) * self.scale
 
