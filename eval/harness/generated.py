@@ -1,4 +1,4 @@
-"""Tasks whose examples are generated at a requested length: those of `long` and RULER's."""
+"""Tasks whose examples are generated at a requested length: those of `long`, RULER's, and two more of `ruler`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.harness.long import LONG, make_long_tasks, read_text
-from eval.harness.ruler import RULER, make_ruler_tasks
+from eval.harness.ruler import SIZED, make_ruler_tasks
 from eval.harness.ruler_fillers import RulerSource
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from eval.harness.tasks import Task
 
-GENERATED = (*LONG, *RULER)
+GENERATED = (*LONG, *SIZED)
 _DEFAULT_EXAMPLES = 50
 
 
@@ -41,6 +41,6 @@ def make_generated_tasks(
     source = read_text(text, tokenizer)
     words = " ".join(source.sentences).split(" ")
     counts = {name: count or _DEFAULT_EXAMPLES for name, count in examples.items()}
-    ruler = {name: counts.pop(name) for name in examples if name in RULER}
+    sized = {name: counts.pop(name) for name in examples if name in SIZED}
     tasks = make_long_tasks(counts, lengths, source, tokenizer, seed)
-    return tasks | make_ruler_tasks(ruler, lengths, RulerSource(words, data, tokenizer, max_length), seed)
+    return tasks | make_ruler_tasks(sized, lengths, RulerSource(words, data, tokenizer, max_length), seed)
