@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eval.harness.long import LONG, make_long_tasks, read_text
 from eval.harness.ruler import SIZED, make_ruler_tasks
@@ -16,7 +16,27 @@ if TYPE_CHECKING:
     from eval.harness.tasks import Task
 
 GENERATED = (*LONG, *SIZED)
+# Tasks of which each example asks for one fact, in a text that does not repeat it.
+_NEEDLES = (
+    "needle",
+    "multikey",
+    *("niah_single_1", "niah_single_2", "niah_single_3"),
+    *("niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
+    "association",
+)
 _DEFAULT_EXAMPLES = 50
+
+
+def depth_of(name: str, doc: Mapping[str, Any]) -> float | None:
+    """Return the share of the prompt of ``doc`` before the fact that it asks for, from 0 to 1.
+
+    None unless the task ``name``, with its length, asks for one fact.
+    """
+    if name.rpartition("_")[0] not in _NEEDLES:
+        return None
+    text = doc["prompt"] if "prompt" in doc else doc["input"]
+    (answer,) = doc["answers"] if "prompt" in doc else doc["outputs"]
+    return float(text.index(answer) / len(text))
 
 
 def make_generated_tasks(

@@ -19,7 +19,7 @@ from datasets import Dataset
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask as Task
 
-from eval.harness.generated import GENERATED
+from eval.harness.generated import GENERATED, depth_of
 from eval.harness.local import LOCAL, LocalTask, join_names, read_rows
 from eval.stats.outcomes import Outcomes
 
@@ -194,6 +194,7 @@ def collect_outcomes(name: str, task: Task) -> Outcomes:
         log_likelihoods, words = zip(*values[_PERPLEXITY], strict=True)
         return Outcomes(name, tuple(map(float, log_likelihoods)), words=tuple(map(float, words)), others=totals)
     metric = _choose_accuracy(name, values)
+    depths = [depth_of(name, instances[0].doc) for instances in examples.values()]
     is_choice = task.OUTPUT_TYPE == "multiple_choice"
     chance = _chance(task, list(examples.values())) if is_choice else _LETTER_CHANCE.get(name, 0.0)
     return Outcomes(
@@ -203,6 +204,7 @@ def collect_outcomes(name: str, task: Task) -> Outcomes:
         others=totals,
         margins=tuple(one for one in margins if one is not None) if None not in margins else (),
         available=None if name.rpartition("_")[0] in GENERATED else len(task.eval_docs),
+        depths=tuple(one for one in depths if one is not None),
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from lm_eval.tasks.ruler import common_utils
 
-from eval.harness.generated import make_generated_tasks
+from eval.harness.generated import depth_of, make_generated_tasks
 from eval.harness.ruler import _NEEDLES, RULER, make_ruler_examples, score_answer
 from eval.harness.ruler_fillers import RulerSource, niah
 from eval.harness.tasks import build_requests, collect_outcomes
@@ -111,6 +111,19 @@ def test_example_contains_its_answers_and_has_the_requested_length(name, source)
     assert "qa" in name or examples != make_ruler_examples(name, source, 5, seed=4)
 
 
+@pytest.mark.parametrize("name", ["niah_single_1", "niah_single_3", "niah_multikey_2", "association"])
+def test_depth_is_the_share_of_the_text_before_the_fact(name, source):
+    lines = [f"line {i} of 10." for i in range(9)]
+    for at in range(0, 9, 4):
+        text = "\n".join([*lines[:at], "its is 4711 .", *lines[at:], "of 10."])
+        assert depth_of(f"{name}_99", {"input": text, "outputs": ["4711"]}) == pytest.approx(at / 10, abs=0.06)
+    assert depth_of("niah_multivalue_99", {"input": text, "outputs": ["4711", "4712"]}) is None
+    assert depth_of("arc_easy", {}) is None
+    if name != "association":  # whose test has another text
+        depths = [depth_of(f"{name}_99", row) for row in make_ruler_examples(name, source, 9, 0)]
+        assert min(depths) < 0.4 and max(depths) > 0.6 and len(set(depths)) > 5
+
+
 @pytest.mark.parametrize("text", ["", "Rhine \x07 EMS", "po", "the lek and the inn"])
 def test_score_is_lm_eval_s(text):
     row = {"input": "", "gen_prefix": "", "outputs": ["Ems", "Rhine", "lek"], "max_length": 4096}
@@ -149,7 +162,7 @@ def test_prompt_is_joined_as_lm_eval_joins_it_and_fits(source):
                 assert context == f"{instance.doc['input']}{RULER[kind].delimiter}{instance.doc['gen_prefix']}"
             instance.resps = [" ".join(instance.doc["outputs"][1:])] if kind in RULER else ["?"]
         outcomes = collect_outcomes(name, task)
-        assert outcomes.available is None
+        assert outcomes.available is None and len(outcomes.depths) == (counts[kind] if kind == "needle" else 0)
         assert set(outcomes.values) == {{"niah_multiquery": 0.75, "ruler_cwe": 0.9}.get(kind, 0.0)}
 
 
