@@ -85,6 +85,7 @@ SLOW = (
     *LONG,
     "docs/test_api.py",
     "docs/test_tour.py",
+    "eval/answers/test_data_parallel.py",
     "eval/test_parity.py",
     "eval/test_run.py",
     "eval/test_speed.py",
