@@ -95,6 +95,7 @@ SLOW = (
     "infer/test_session.py",
     "infer/test_sharded.py",
     "infer/test_spd.py",
+    "megatron/spd/test_guards.py",
     "megatron/spd/test_layer.py",
     "megatron/te/test_te.py",
     "megatron/test_logits.py",
