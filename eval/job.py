@@ -280,5 +280,8 @@ def _record_requests(
     lm = EngineLM(tokenizer, max_length, prefix, make_recorder(requests), sampling)
     answer_tasks(tasks, lm)
     if lm.cut:
-        say(f"{lm.cut:,} texts are longer than {lm.max_length:,} tokens (eval.max_length): their beginning is cut off")
+        say(
+            f"{lm.cut:,} texts are longer than {lm.max_length:,} tokens (eval.max_length): their beginning is cut off, "
+            "or their middle in LongBench v2 and InfiniteBench"
+        )
     return lm, tuple(dict.fromkeys(requests))
