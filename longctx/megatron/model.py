@@ -105,6 +105,9 @@ def build_model(
         pg_collection=groups,
     )
     _record_sharding(model)
+    # megatron-core builds norms of queries and keys if this is set, and then sums their gradients over ranks.  That is
+    # right if every rank has the whole weights, but ranks share those of a norm over all heads.
+    config.qk_layernorm = shape.qk_norm == "head"
     _scale_embedding_and_logits(model, shape, dtype)
     if plan is not None:
         follow_plan(model, plan)
@@ -211,8 +214,7 @@ def _config(
         layernorm_epsilon=shape.norm_eps,
         normalization="LayerNorm" if shape.layer_norm else "RMSNorm",
         layernorm_zero_centered_gamma=shape.zero_centered,
-        # Every rank has the whole weights of these norms, so megatron-core sums their gradients over ranks.
-        qk_layernorm=shape.qk_norm == "head",
+        qk_layernorm=shape.qk_norm != "none",
         softmax_scale=shape.softmax_scale,
         gated_linear_unit=shape.gated,
         activation_func=_ACTIVATIONS[shape.activation],

@@ -26,13 +26,14 @@ _ADVICE = (
     "When using async grad allreduce it is recommended to set the environment variable",
     "To guarantee overlapping TP and SP collectives with the backward ?GEMMs, set environment variable",
 )
-# torch's warnings about calls that megatron-core's optimizer, recomputation and checkpoints make.
+# Warnings about calls that megatron-core's optimizer, recomputation and checkpoints make.
 _TRAINING_WARNINGS = (
     "`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
     "`load_state_dict` is deprecated",
     "Please use DTensor instead",
     r"The \.grad attribute of a Tensor that is not a leaf",
     "When using sequence parallelism it is recommended to set the environment variable",
+    "MimoModelConfig is experimental",  # megatron-core's, which its optimizer imports for every model
 )
 
 # By init method: the ranks' key-value store, and a counter of the times that it was used.
