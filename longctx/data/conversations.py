@@ -24,7 +24,7 @@ def conversation_reader(tokenizer: Any, ends: tuple[int, ...], data: DataSetting
     """
     if not tokenizer.chat_template:
         raise ValueError(
-            "the model's tokenizer has no chat template: put a chat_template.jinja into the model's folder, or use an "
+            "the model's tokenizer has no chat template: set model.chat_template=FILE, or use an "
             "instruct model, such as model=smollm2_135m"
         )
     if not ends:

@@ -24,7 +24,9 @@ def prompt_tokens(source: PromptSource, tokenizer: Any) -> tuple[list[int], int]
     """
     if source.question is not None and not tokenizer.chat_template:
         _refuse_other_than_one(source)
-        raise ValueError("prompt.question needs a model with a chat template: drop it, or use an instruct model")
+        raise ValueError(
+            "prompt.question needs a chat template: set model.chat_template=FILE, or use an instruct model"
+        )
     ids, text = _read_first_tokens(source, tokenizer, special_tokens=source.question is None)
     if not text.strip():
         raise ValueError(_too_few_tokens(source) if source.tokens and not text else _NO_TEXT)

@@ -127,7 +127,7 @@ TEMPLATES = {
     "an error": ("{{ raise_exception('roles must alternate') }}", r"chat template \(TemplateError: roles must altern"),
     "no template": (
         None,
-        "has no chat template: put a chat_template.jinja into the model's folder, or use an instruct",
+        "has no chat template: set model.chat_template=FILE, or use an instruct",
     ),
 }
 

@@ -119,7 +119,7 @@ def held_out_conversations(folder) -> int:
 @pytest.mark.parametrize(
     ("recipe", "settings", "words"),
     [
-        (finetune, ["model={folder}/plain"], "has no chat template: put a chat_template.jinja into the model's folder"),
+        (finetune, ["model={folder}/plain"], "has no chat template: set model.chat_template=FILE"),
         (finetune, ["data.conversations=null"], r"data\.conversations=null does not fit this recipe: use whole or spl"),
         (finetune, ["data.length=31"], r"chats\.jsonl, line \d+ has \d+ tokens, more than data\.length=31"),
         (finetune, ["data.end_token=true"], r"data\.end_token=true: the chat template ends a conversation; use false"),
