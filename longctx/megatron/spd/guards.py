@@ -24,11 +24,17 @@ def measure_guards(blocks: Blocks, layers: Sequence[SPDTransformerLayer], text: 
     """
     log_probs, _, norms = _predict(blocks, layers, text.tokens, text.targets)
     repeated = repeated_tokens(text.tokens)
-    half = repeated.shape[1] // 2
-    # The first token of the repetition cannot be known; each later one follows its predecessor's first occurrence.
     _, likeliest, _ = _predict(blocks, layers, repeated[:, :-1], repeated[:, 1:])
-    copied = likeliest[:, half:] == repeated[:, half + 1 :]
-    return GuardFigures(-log_probs, text.mask, norms, float(copied.double().mean()))
+    return GuardFigures(-log_probs, text.mask, norms, share_copied(likeliest, repeated))
+
+
+def share_copied(likeliest: Int[Tensor, "b s"], repeated: Int[Tensor, "b twice"]) -> float:
+    """Return the share of tokens of the repetition that ``likeliest``, the prediction after each token, has right.
+
+    The first token of the repetition does not count: nothing says that a repetition begins.
+    """
+    half = repeated.shape[1] // 2
+    return float((likeliest[:, half:] == repeated[:, half + 1 :]).double().mean())
 
 
 def repeated_tokens(tokens: Tokens) -> Tokens:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from longctx.megatron.spd.guards import share_copied
 from longctx.parallel.launch import run_ranks
 from tests.megatron.kinds import random_model
 from tests.megatron.spd.repair_ranks import measure_guards_on_rank
@@ -31,3 +32,14 @@ def test_figures_equal_those_of_transformers(tmp_path):
             likeliest = model(repeated).logits.argmax(-1)
             # Tokens 13 to 22 follow a token that has occurred before.
             assert figures.copied == pytest.approx(float((likeliest[:, 11:21] == repeated[:, 12:]).double().mean()))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "share"), [((), 1.0), ((3, 6), 1.0), ((7,), 5 / 6), ((12,), 5 / 6), ((7, 9, 12), 0.5)]
+)
+def test_only_known_tokens_of_the_repetition_count(wrong, share):
+    """With seven tokens, repeated, predictions 7 to 12 are of the 9th to the 14th token."""
+    repeated = torch.arange(7).repeat(3, 2)
+    likeliest = repeated[:, 1:].clone()
+    likeliest[:, list(wrong)] = 99
+    assert share_copied(likeliest, repeated) == pytest.approx(share)
