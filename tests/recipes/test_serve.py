@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
@@ -55,7 +56,7 @@ def client_of(address: str) -> openai.OpenAI:
 @pytest.fixture(scope="module")
 def client(tiny: Path) -> Iterator[openai.OpenAI]:
     """A client of a server on two ranks."""
-    with serving(tiny, "mesh.ring=2", "context.chunk=13", "max_sequences=3") as (_, address):
+    with serving(tiny, "mesh.ring=2", "context.chunk=13", "max_sequences=3", "cache.page=5") as (_, address):
         yield client_of(address)
 
 
@@ -96,6 +97,16 @@ def test_texts_are_those_of_generate(client, expected, tiny):
     next(iter(leaving))
     leaving.close()
     assert complete(client, PROMPTS[0]).choices[0].text == texts[0]
+
+
+def test_prompts_reuse_the_pages_of_earlier_ones(client, expected, tiny):
+    for _ in range(2):
+        assert complete(client, PROMPTS[2], seed=15).choices[0].text == tokenizer_of(tiny).decode(expected[4])
+    page = client.get("/../metrics", cast_to=httpx.Response).text
+    figures = dict(re.findall(r"^longctx_(\w+(?:\{\S+\})?) (\S+)$", page, re.MULTILINE))
+    assert float(figures["prefix_reused_tokens"]) >= 5 * (len(PROMPTS[2]) // 5 - 1)
+    assert 0 < float(figures["prefix_hit_rate"]) < 1
+    assert all(float(figures[f'page_bytes{{ring_rank="{rank}"}}']) > 0 for rank in range(2))
 
 
 def test_lm_eval_scores_through_the_server_what_transformers_scores(client, tiny):
@@ -170,7 +181,7 @@ def test_key_comes_from_a_file_or_the_environment(monkeypatch, tmp_path):
     assert serve.read_key(serve.ServeSettings()) == "from the environment"
     settings = serve.ServeSettings(api_key_file=str(tmp_path / "key"))
     assert serve.read_key(settings) == "from a file"
-    job = serve.ServeJob(None, Sampling(), settings, "from a file")
+    job = serve.ServeJob(None, Sampling(), settings, serve.PrefixSettings(), "from a file")
     assert "from a file" not in repr(job)
     (tmp_path / "key").write_text("\n")
     with pytest.raises(ValueError, match="has no key of ASCII characters"):

@@ -75,6 +75,7 @@ SECTIONS = {
     ("generate", "prompt"): PromptSource,
     ("pretrain", "evaluate"): "recipes.common.train_job.Evaluation",
     ("pretrain", "checkpoint"): "recipes.common.train_job.Saving",
+    ("serve", "cache"): "recipes.serve.PrefixSettings",
     ("spd_adapt", "repair"): Repair,
     ("spd_adapt", "joint"): JointRepair,
     ("spd_sensitivity", "classes"): "recipes.spd_sensitivity.SensitivityThresholds",
