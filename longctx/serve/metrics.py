@@ -51,7 +51,7 @@ class Metrics:
                     self._prompt.inc(sum(map(len, ask.prompts)))
                     self._ttft.observe(time.perf_counter() - began)
                     first = False
-                self._generated.inc()
+                self._generated.inc(event[1].token is not None)
                 yield event
             end = "answered"
             self._whole.observe(time.perf_counter() - began)

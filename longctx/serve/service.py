@@ -24,11 +24,12 @@ class Token:
     """The next token of sequence ``number``, and the ``piece`` of text that became certain.
 
     ``finish`` says why the answer ends with it: "stop" or "length"; None if it goes on.  The first token of a sequence
-    with ``score_prompt`` has the log-probabilities of the ``prompt``, without its first token's.
+    with ``score_prompt`` has the log-probabilities of the ``prompt``, without its first token's.  ``token`` is None if
+    no new tokens were asked for.
     """
 
     number: int
-    token: int
+    token: int | None
     piece: str
     logprob: TokenLogprob | None = None
     finish: str | None = None
@@ -144,6 +145,11 @@ class Service:
     def _hand_out(self, number: int, token: int) -> None:
         """Give ``token`` to the client of sequence ``number``, and end the sequence after its last token."""
         answer, sequence = self._answers[number], self.session.sequences[number]
+        if not answer.new.max_new_tokens:
+            answer.emit(Token(number, None, "", None, "length", tuple(sequence.prompt_logprobs or ())))
+            del self._answers[number]
+            self.scheduler.end(number)
+            return
         answer.tokens.append(token)
         piece, finish = answer.text.add(token), None
         if answer.text.stopped or self.session.is_at_end(number):

@@ -84,6 +84,16 @@ class LoadFigures:
     evicted: int = 0
     page_bytes: list[int] = field(default_factory=list)
 
+    def record(self, event: Token | Failure) -> bool:
+        """Add ``event`` to its request's answer; return True if it is the last one."""
+        from longctx.serve.service import Failure
+
+        if isinstance(event, Failure):
+            self.failures.append(event.message)
+            return True
+        self.answers.setdefault(event.number, []).extend([] if event.token is None else [event.token])
+        return event.finish is not None
+
     def equal_to(self, other: LoadFigures) -> int:
         """Return the number of requests that got the same answer in both variants."""
         return sum(self.answers.get(number) == answer for number, answer in other.answers.items())
@@ -174,8 +184,6 @@ def play_clients(
     service: Service, load: Sequence[NewSequence], clients: int, figures: LoadFigures, done: Callable[[], None]
 ) -> None:
     """Let ``clients`` send ``load`` in order, each its next request once its last one is answered."""
-    from longctx.serve.service import Failure
-
     requests, sent = iter(load), dict[int, float]()
 
     def send_next() -> None:
@@ -185,11 +193,7 @@ def play_clients(
 
     def receive(event: Token | Failure) -> None:
         figures.first_token_s.setdefault(event.number, time.perf_counter() - sent[event.number])
-        if isinstance(event, Failure):
-            figures.failures.append(event.message)
-        else:
-            figures.answers.setdefault(event.number, []).append(event.token)
-        if isinstance(event, Failure) or event.finish:
+        if figures.record(event):
             done()
             send_next()
 

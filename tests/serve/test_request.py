@@ -96,6 +96,8 @@ def test_tokenize_takes_a_text_or_messages(reader):
         (completion, {"prompt": ""}, "prompt", "empty"),
         (completion, {"prompt": []}, "prompt", "empty"),
         (completion, {"prompt": "x" * 84}, "prompt", "84 tokens, and with max_tokens=1 .* the 83 that fit: shorten"),
+        (completion, {"max_tokens": 0}, "max_tokens", "max_tokens=0 answers nothing: use echo=true"),
+        (chat, {"max_tokens": 0}, "max_tokens", "max_tokens=0 answers nothing: use at least 1"),
         (completion, {"max_tokens": 81}, "max_tokens", "with max_tokens=81 that is more than the 83"),
         (completion, {"prompt": [256]}, "prompt", "token 256, beyond the model's vocabulary"),
         (completion, {"stop_token_ids": [300]}, "stop_token_ids", "beyond the model's vocabulary"),
@@ -122,7 +124,7 @@ def test_requests_that_cannot_be_answered_are_refused(reader, ask, fields, param
 
 @pytest.mark.parametrize(
     ("fields", "place"),
-    [({"temperature": "hot"}, "temperature"), ({"max_tokens": 0}, "max_tokens"), ({"n": True}, "n"),
+    [({"temperature": "hot"}, "temperature"), ({"max_tokens": -1}, "max_tokens"), ({"n": True}, "n"),
      ({"seed": 0.5}, "seed"), ({"temperature": float("nan")}, "temperature"),
      ({"prompt": [-1]}, "prompt"), ({"prompt": {"a": 1}}, "prompt")],
 )  # fmt: skip
