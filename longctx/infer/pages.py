@@ -42,10 +42,11 @@ class PageStore:
         """Copy positions ``begin`` to ``end`` (exclusive) of ``cache`` to the new ``page``."""
         positions = cache.layout.positions(self._rank)
         rows = ((positions >= begin) & (positions < end)).nonzero().flatten()
+        rows = rows.to(cache.layer(0)[0].device)
         layers = []
         for layer in range(self._layers):
             keys, values = cache.layer(layer)
-            layers.append((keys[:, rows.to(keys.device)], values[:, rows.to(keys.device)]))
+            layers.append((keys[:, rows], values[:, rows]))
         assert page not in self._pages, f"page {page} is stored twice"
         self._pages[page] = Page(cache.layout.between(begin, end), tuple(layers))
 

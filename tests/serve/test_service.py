@@ -262,6 +262,30 @@ def test_logits_that_are_not_finite_fail_the_sequences_of_the_pass_only(folder, 
     assert [event.number for event in others] == [0] * 5
 
 
+def test_pages_of_a_failed_pass_are_not_reused(folder, tmp_path):
+    """The first two of three chunks of the prompt fill pages before the last one shows that the rows are NaN."""
+
+    def speak(service: Service) -> list[Token | Failure]:
+        events: list[Token | Failure] = []
+        weight = service.session.engine.model.embedding.word_embeddings.weight.data
+        before = weight.clone()
+        weight.fill_(float("nan"))
+        service.submit(SEQUENCES[0], events.append)
+        while not events:
+            service.step()
+        weight.copy_(before)
+        assert service.prefixes.evicted == 4 and not any(service.prefixes.rows)
+        service.submit(SEQUENCES[0], events.append)
+        while service.busy:
+            service.step()
+        return events
+
+    [expected] = on_ranks(folder, tmp_path, Mesh(), alone)
+    failure, *tokens = on_ranks(folder, tmp_path, Mesh(), speak, pages=PAGES)[0]
+    assert isinstance(failure, Failure) and "NaN or infinite" in failure.message
+    assert [event.token for event in tokens] == expected[0]
+
+
 def test_failure_of_the_server_reaches_every_client(folder, tmp_path):
     def speak(service: Service) -> list[Token | Failure]:
         events: list[Token | Failure] = []
