@@ -118,7 +118,7 @@ def play(seed: int, requests: int, limit: int) -> tuple[Ranks, int]:
     return ranks, tokens
 
 
-@pytest.mark.parametrize(("limit", "requests"), [(0, 300), (1, 300), (29, 5_000), (307, 5_000)])
+@pytest.mark.parametrize(("limit", "requests"), [(0, 100), (1, 100), (29, 5_000), (307, 5_000)])
 def test_random_requests_leave_no_page_in_use_and_no_row_uncounted(limit: int, requests: int):
     ranks, tokens = play(limit, requests, limit)
     ranks.store(Plan(evict=ranks.prefixes.changes()[1]))
