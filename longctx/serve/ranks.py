@@ -7,18 +7,18 @@ import torch
 from longctx.infer.pages import PageStore
 from longctx.infer.session import Session
 from longctx.parallel.comm import Comm
-from longctx.serve.schedule import Plan
+from longctx.serve.schedule import StepPlan
 
 _ROOM = 128  # rows of an answer that are allocated at once
 
 
-def share_plan(world: Comm, plan: Plan | None, device: torch.device) -> Plan:
+def share_plan(world: Comm, plan: StepPlan | None, device: torch.device) -> StepPlan:
     """Return the first rank's ``plan`` on every rank of ``world``; the other ranks pass None."""
     data = pickle.dumps(plan) if plan else b""
     own = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device) if data else torch.zeros(0, device=device)
     size = world.all_gather(torch.tensor([len(data)], device=device), [(1,)] * world.size)[0]
     shapes = [(int(size),), *[(0,)] * (world.size - 1)]
-    received: Plan = pickle.loads(bytes(world.all_gather(own.to(torch.uint8), shapes)[0].tolist()))
+    received: StepPlan = pickle.loads(bytes(world.all_gather(own.to(torch.uint8), shapes)[0].tolist()))
     return received
 
 
@@ -27,7 +27,7 @@ def open_store(session: Session) -> PageStore:
     return PageStore(session.engine.ring.rank, session.engine.shape.layers)
 
 
-def run_plan(session: Session, pages: PageStore, plan: Plan) -> dict[int, int]:
+def run_plan(session: Session, pages: PageStore, plan: StepPlan) -> dict[int, int]:
     """Run ``plan`` and return the next token of each sequence that has one; the same on all ranks.
 
     Raises ValueError, on all ranks, for logits that are not finite.

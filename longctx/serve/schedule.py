@@ -28,7 +28,7 @@ class NewSequence:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """The work of one step, the same on all ranks, in the order of the fields.
 
     Pages are dropped (``evict``) and copied from the caches of sequences (``store``); sequences are dropped and added;
@@ -94,7 +94,7 @@ class Scheduler:
             self._left.pop(number, None)
         self.waiting = deque(one for one in self.waiting if one.number != number)
 
-    def plan(self) -> Plan:
+    def plan(self) -> StepPlan:
         """Return the next step, which must be run before the next call."""
         store, evict = self.prefixes.changes()
         drop, self._dropped = tuple(self._dropped), []
@@ -108,7 +108,7 @@ class Scheduler:
             self._left[number] -= tokens
             if not self._left[number]:
                 del self._left[number]
-        return Plan(evict, store, drop, add, take, prefill, decode)
+        return StepPlan(evict, store, drop, add, take, prefill, decode)
 
     def _take(self) -> dict[int, tuple[int, ...]]:
         """Let prompts take the pages that continue them, and return these pages by sequence."""

@@ -14,7 +14,7 @@ from longctx.infer.session import Session
 from longctx.parallel.comm import Comm
 from longctx.serve.prefix_cache import PrefixCache
 from longctx.serve.ranks import open_store, run_plan, share_plan
-from longctx.serve.schedule import Limits, NewSequence, Plan, Scheduler
+from longctx.serve.schedule import Limits, NewSequence, StepPlan, Scheduler
 
 _IDLE_S = 0.5  # while there is nothing to do, the ranks exchange an empty plan this often, to notice a lost one
 
@@ -116,7 +116,7 @@ class Service:
 
     def stop(self) -> None:
         """End the loops of the other ranks."""
-        share_plan(self.world, Plan(stop=True), self.session.engine.device)
+        share_plan(self.world, StepPlan(stop=True), self.session.engine.device)
 
     def fail(self, message: str, numbers: Iterable[int] | None = None) -> None:
         """Report an error to the clients of the sequences ``numbers`` (None: all), and end these."""

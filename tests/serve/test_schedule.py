@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from longctx.config import Sampling
 from longctx.serve.prefix_cache import PrefixCache
-from longctx.serve.schedule import Limits, NewSequence, Plan, Scheduler, share_evenly
+from longctx.serve.schedule import Limits, NewSequence, StepPlan, Scheduler, share_evenly
 
 LIMITS = Limits(prefill_tokens=13, sequences=3, cached_tokens=97)
 
@@ -28,7 +28,7 @@ class Ranks:
         """Return the sequences whose prompt is cached."""
         return [i for i in self.cached if self.cached[i] >= len(self.sequences[i].prompt)]
 
-    def run(self, plan: Plan) -> None:
+    def run(self, plan: StepPlan) -> None:
         for number in plan.drop:
             del self.cached[number]
         for new in plan.add:

@@ -16,7 +16,7 @@ from longctx.infer.session import Session
 from longctx.parallel.threads import ThreadWorld
 from longctx.serve.prefix_cache import NewPage
 from longctx.serve.ranks import follow, share_plan
-from longctx.serve.schedule import Limits, NewSequence, Plan
+from longctx.serve.schedule import Limits, NewSequence, StepPlan
 from longctx.serve.service import Failure, Service, Token
 from tests.infer.thread_ranks import run_engines, single_rank
 from tests.megatron.kinds import random_model
@@ -305,7 +305,7 @@ def test_failure_of_the_server_reaches_every_client(folder, tmp_path):
 def test_plans_reach_every_rank():
     world, plan, found = (
         ThreadWorld(3),
-        Plan((8,), (NewPage(9, 5, 0, 3),), (5,), (SEQUENCES[3],), {}, {2: 7}, (1, 4)),
+        StepPlan((8,), (NewPage(9, 5, 0, 3),), (5,), (SEQUENCES[3],), {}, {2: 7}, (1, 4)),
         {},
     )
 
