@@ -85,7 +85,7 @@ class EvalConfig:
             return None
         folder = _DEFAULT_DATA if self.data == "auto" else Path(self.data).expanduser()
         if not folder.is_dir():
-            raise ValueError(f"eval.data={self.data} is no folder: give one as eval/README.md describes it, or hub")
+            raise ValueError(f"eval.data={self.data} is not a folder: give one as eval/README.md describes it, or hub")
         return folder
 
     def limit_of(self, task: str) -> int | None:
@@ -153,7 +153,7 @@ def prepare(config: DictConfig, recipe: str = "eval.run") -> EvalJob:
     refuse_unwritable_folder(settings.out)
     refuse_other_recipe(settings.out, recipe)
     if settings.adapted and saved_plan(Path(settings.adapted).expanduser()) is None:
-        raise ValueError(f"adapted={settings.adapted} is no folder that recipes.spd_adapt wrote: give its out=")
+        raise ValueError(f"adapted={settings.adapted} is not a folder that recipes.spd_adapt wrote: give its out=")
     configs = compose_variants(config)
     refuse_other_worlds(configs)
     refuse_unknown_gate(evaluation, [name for name, _ in configs])
@@ -232,7 +232,7 @@ def _load_tasks(evaluation: EvalConfig, base: Variant, data: Path | None) -> dic
         )
     elif (evaluation.text, evaluation.lengths) != (EvalConfig.text, EvalConfig.lengths):
         raise ValueError(
-            f"eval.text and eval.lengths are of long texts: add one of {', '.join(GENERATED)}, or leave them out"
+            f"eval.text and eval.lengths are for long texts: add one of {', '.join(GENERATED)}, or leave them out"
         )
     # 3. Their requests.
     if (evaluation.gate or evaluation.until) and all(
@@ -280,5 +280,8 @@ def _record_requests(
     lm = EngineLM(tokenizer, max_length, prefix, make_recorder(requests), sampling)
     answer_tasks(tasks, lm)
     if lm.cut:
-        say(f"{lm.cut:,} texts are longer than {lm.max_length:,} tokens (eval.max_length): their beginning is cut off")
+        say(
+            f"{lm.cut:,} texts are longer than {lm.max_length:,} tokens (eval.max_length): their beginning is cut off, "
+            "or their middle in LongBench v2 and InfiniteBench"
+        )
     return lm, tuple(dict.fromkeys(requests))

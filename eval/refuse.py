@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def refuse_unknown_gate(evaluation: EvalConfig, names: Sequence[str]) -> None:
-    """Raise ValueError if ``eval.gate`` names the baseline, or something that is no variant."""
+    """Raise ValueError if ``eval.gate`` names the baseline, or something that is not a variant."""
     if unknown := set(evaluation.gate) - set(names):
         raise ValueError(f"eval.gate: there is no variant {min(unknown)}: use some of {', '.join(names[1:]) or 'none'}")
     if BASELINE in evaluation.gate:
@@ -33,7 +33,7 @@ def refuse_other_sizes(configs: Sequence[tuple[str, DictConfig]]) -> None:
     world = sizes[BASELINE]
     if others := [name for name in sizes if sizes[name] != world > 1]:
         raise ValueError(
-            f"the job starts {world} ranks, variant {others[0]} has {sizes[others[0]]}: give all variants {world}, "
+            f"the job starts {world} ranks, but variant {others[0]} has {sizes[others[0]]}: give all variants {world}, "
             "or give the baseline a mesh of one rank; the job then starts each variant's own ranks"
         )
 

@@ -58,7 +58,7 @@ def answer_all(job: EvalJob) -> list[Asked]:
 
 
 def answer_until_decided(job: EvalJob) -> list[Asked]:
-    """Ask more examples until every variant has a verdict or the sets end; return each variant's answers and tasks.
+    """Ask more examples until every variant has a verdict or none are left; return each variant's answers and tasks.
 
     Every rank that a launcher started must call this.  All ranks reach the same verdicts from the same answers.
     """

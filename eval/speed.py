@@ -66,7 +66,7 @@ class HFTiming:
 
 @dataclass(frozen=True)
 class EngineTiming:
-    """Seconds without loading, and the answers by the key of their request."""
+    """Seconds of a run without loading the model, and the answers by request key."""
 
     seconds: float
     answers: Mapping[str, Answer]

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -40,10 +40,11 @@ class Variant:
 
     @property
     def digest(self) -> str:
-        """Digest of everything that the variant's answers depend on; the file of its answers is called so.
+        """Digest of everything that the variant's answers depend on; it is the name of the file of its answers.
 
         The same settings must give the same digest in every release: with another one, stored answers are not found
-        and all are computed again.  Model, mesh, context, plan, end tokens and tokenizer files are hashed.
+        and all are computed again.  Model, mesh (without ``dp``), context, plan, end tokens and tokenizer files are
+        hashed.
         """
         return self._digest(self.target.fingerprint)
 
@@ -57,7 +58,8 @@ class Variant:
         context = vars(target.context) | {"decode": _FIRST_NAMES.get(target.context.decode, target.context.decode)}
         del context["check_schedule"]  # changes no answer
         inputs: list[object] = [fingerprint, target.model.dtype, target.model.layers, target.run.device]
-        inputs += [str(target.mesh), context, target.plan, *([target.reduce] if target.reduce else [])]
+        mesh = replace(target.mesh, dp=1)  # changes no answer
+        inputs += [str(mesh), context, target.plan, *([target.reduce] if target.reduce else [])]
         # A generated text depends on the tokens that end it, and on how text is tokenized.
         inputs += [target.shape.end_tokens, *(file.read_bytes() for file in sorted(target.folder.glob("tokenizer*")))]
         return hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
@@ -66,10 +68,10 @@ class Variant:
 def compose_variants(config: DictConfig) -> list[tuple[str, DictConfig]]:
     """Return name and whole configuration of the baseline and of each item of ``variants``.
 
-    Example: ``variants=[{name: ring, mesh: {ring: 2}}]`` gives the baseline, and the same with mesh.ring=2.
-    With ``adapted``, each variant that sets ``spd`` comes once more, as "NAME repaired": the model in that folder.
-    Raises ValueError for an item without a name, a section that variants cannot change, a name that is used twice, and
-    an ``adapted`` folder that no variant uses.
+    Example: ``variants=[{name: ring, mesh: {ring: 2}}]`` gives the baseline, and the same with mesh.ring=2.  With
+    ``adapted``, each variant that sets ``spd`` is added a second time as "NAME repaired", with the model in that
+    folder.  Raises ValueError for an item without a name, a section that variants cannot change, a name that is used
+    twice, and an ``adapted`` folder that no variant uses.
     """
     base = as_dict(config)
     variants = [(BASELINE, as_config(base))]
@@ -114,7 +116,7 @@ def _apply(base: Values, change: Values) -> DictConfig:
 
 def resolve_variant(name: str, config: DictConfig) -> Variant:
     """Return the variant that ``config`` describes.  Raises ValueError, with what to set instead, if it cannot run."""
-    target = resolve_target(config, "eval.run", unused_axes=("dp", "pp"))
+    target = resolve_target(config, "eval.run", unused_axes=("pp",))
     if target.context.chunk:
         raise ValueError(
             f"context.chunk={target.context.chunk} is for one long prompt: use context.chunk=null; "

@@ -61,7 +61,7 @@ def content_fault_of(checkpoint: Path) -> str:
 
 
 def foreign_content_of(checkpoint: Path, index: Mapping[str, Any]) -> str:
-    """Describe what the checkpoint's index of tensors names that does not belong to it; empty if there is nothing.
+    """Describe what is foreign in the checkpoint's index of tensors: classes or files; empty if nothing is.
 
     ``index`` is the content of its run.json.
     """
@@ -69,7 +69,7 @@ def foreign_content_of(checkpoint: Path, index: Mapping[str, Any]) -> str:
         foreign = files_named_in(checkpoint / METADATA) - set(index["files"])
     except ValueError as error:
         return f"{METADATA} cannot be trusted: {error}"
-    return f"{METADATA} refers to {min(foreign)}, which is no file of it" if foreign else ""
+    return f"{METADATA} refers to {min(foreign)}, which is not one of its files" if foreign else ""
 
 
 def latest_whole(folder: Path, fault: Callable[[Path], str] = fault_of) -> tuple[Path | None, list[str]]:

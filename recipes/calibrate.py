@@ -103,7 +103,7 @@ def show(constants: Hardware) -> None:
     if layer := constants.layer:
         table.add_row("a layer's products, many rows", f"{layer.gemm_flops / 1e9:,.1f} GFLOP/s a rank")
         table.add_row("a layer's weights, one row", f"{layer.weight_bytes_per_s / 1e9:,.2f} GB/s a rank")
-        table.add_row("a layer besides", f"{layer.layer_s * 1e6:,.0f} us")
+        table.add_row("overhead of a layer", f"{layer.layer_s * 1e6:,.0f} us")
     for name, link in (("one hop of the ring", constants.hop), ("one all-to-all", constants.exchange)):
         table.add_row(name, f"{link.latency_s * 1e6:,.0f} us + {link.bytes_per_s / 1e9:,.2f} GB/s")
     table.add_row("overlap of compute and communication", f"{constants.overlap:.0%}")

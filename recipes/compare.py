@@ -20,10 +20,11 @@ from recipes.common.manifest import flat, folder_of, manifest_of
 from recipes.common.places import is_file_name
 from recipes.common.renamed import rename_flat
 
-# Names of figures that depend on the machine; ``why``, the reason for a strategy, cites seconds.  ``max_logit_diff`` is
-# rounding, whose size differs between machines and versions.
+# Names of figures that depend on the machine or its software; ``why``, the reason for a strategy, cites seconds.
+# ``max_logit_diff`` is rounding, whose size differs between machines and versions.
 MEASURED = re.compile(
-    r"(_s|_per_s|_bytes|_share|ttft_s|mfu|mfu_causal|_per_rank|processor|cores|command|commit|host|why|max_logit_diff)$"
+    r"(_s|_per_s|_bytes|_share|ttft_s|mfu|mfu_causal|_per_rank|processor|cores|command|commit|host|why|max_logit_diff|"
+    r"\bpython|\btorch)$"
 )
 _PROVENANCE = ("commit", "command", "python", "torch", "processor", "cores")
 _TRAINING_RECIPES = ("recipes.pretrain", "recipes.extend", "recipes.finetune")
@@ -87,7 +88,7 @@ def differing_names(runs: Sequence[Mapping[str, object]]) -> list[str]:
 def is_measured(name: str) -> bool:
     """Return True for figures that depend on the machine or the command; two runs need not share them.
 
-    Examples are times, rates, memory and the commit.
+    Examples are times, rates, memory, the commit and the version of torch.
     """
     return bool(MEASURED.search(name))
 

@@ -34,7 +34,7 @@ class DoctorSettings:
 
 
 @dataclass(frozen=True)
-class Machine:
+class LocalMachine:
     """Hardware and libraries; None for a library or device that is not here.
 
     ``cuda`` and ``nccl`` are the versions that torch was built with.  ``gpus`` are those that torch can use,
@@ -62,8 +62,8 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Settings that some recipes take on this machine: as words, and in full."""
+class AcceptedSettings:
+    """Settings that the recipes in ``recipes`` accept on this machine: as words to type, and one by one."""
 
     recipes: str
     words: str
@@ -82,7 +82,7 @@ class Missing:
     install: str
 
 
-def find_machine() -> Machine:
+def find_machine() -> LocalMachine:
     """Look at this machine; starts nothing on a GPU."""
     import torch
 
@@ -93,7 +93,7 @@ def find_machine() -> Machine:
     flags = set(re.findall(r"\w+", info.read_text())) if info.is_file() else set()
     te = version_of("transformer-engine")
     cuda, smi = torch.version.cuda, "nvidia-smi"
-    return Machine(
+    return LocalMachine(
         processor=str(hardware()["processor"]),
         cores=len(os.sched_getaffinity(0)),
         instructions=tuple(name for name in _INSTRUCTIONS if name in flags),
@@ -148,22 +148,24 @@ def links_of(topology: list[str]) -> str | None:
     return ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)) or None
 
 
-def choices(machine: Machine) -> list[Choice]:
+def choices(machine: LocalMachine) -> list[AcceptedSettings]:
     """Return the settings of kernel, layers and dtype that recipes take on ``machine``."""
     if not machine.gpus:
-        return [Choice("every recipe", "run=local, the default", "cpu", "flash_cpu", "local", "float32")]
+        return [AcceptedSettings("every recipe", "run=local, the default", "cpu", "flash_cpu", "local", "float32")]
     whole = machine.transformer_engine is not None and not machine.te_missing
     words = "run=gpu context.kernel=flash_cuda model.dtype=bfloat16"
     packages = {"flash_attn": machine.flash_attn_2, "triton": machine.triton}
     kernel = " or ".join([_GPU_KERNELS, *(name for name, package in packages.items() if package)])
     return [
-        Choice("generate, chat, eval", words, "cuda", kernel, "te" if whole else "local", "bfloat16"),
-        Choice("pretrain, extend, finetune", words, "cuda", kernel, "local", "bfloat16"),
-        Choice("spd_sensitivity, spd_adapt", "run=local, the default", "cpu", "flash_cpu", "local", "float32"),
+        AcceptedSettings("generate, chat, eval", words, "cuda", kernel, "te" if whole else "local", "bfloat16"),
+        AcceptedSettings("pretrain, extend, finetune", words, "cuda", kernel, "local", "bfloat16"),
+        AcceptedSettings(
+            "spd_sensitivity, spd_adapt", "run=local, the default", "cpu", "flash_cpu", "local", "float32"
+        ),
     ]
 
 
-def missing_parts(machine: Machine) -> list[Missing]:
+def missing_parts(machine: LocalMachine) -> list[Missing]:
     """Return the parts that are missing on ``machine``.  Without a GPU its libraries would not be used."""
     parts = []
     if machine.listed_gpus and machine.cuda is None:
@@ -182,7 +184,7 @@ def missing_parts(machine: Machine) -> list[Missing]:
     return parts
 
 
-def report(machine: Machine) -> list[tuple[str, str]]:
+def report(machine: LocalMachine) -> list[tuple[str, str]]:
     """Return the lines to print, as (name, text): found, taken, missing."""
     gpu = f"{machine.gpu_memory_bytes / 1e9:.0f} GB each, driver {machine.driver or 'unknown'}"
     gpus = machine.gpus or machine.listed_gpus

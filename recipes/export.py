@@ -4,20 +4,22 @@ python -m recipes.export checkpoint=outputs/tiny to=outputs/tiny/hf
 """
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from longctx import checkpoint_index
-from longctx.config import Mesh
+from longctx.config import LoRA, Mesh
 from longctx.hf.config import shape_of
 from longctx.parallel.launch import Rank, run_ranks
 from longctx.spd.plan import FILE as PLAN
 from recipes.common.cli import console, main, say, warm_up_ranks
 from recipes.common.lock import hold, lock_beside
 from recipes.common.places import nearest_existing, refuse_unwritable_folder
-from recipes.common.settings import top_level
+from recipes.common.settings import as_config, section, top_level
 from recipes.common.train_resume import weights_of
 
 
@@ -53,11 +55,12 @@ def checkpoint_of(name: str) -> Path:
     return place
 
 
-def run_rank(rank: Rank, checkpoint_folder: Path, scratch: Path, dtype: str, to: Path) -> None:
-    """Load the checkpoint on one rank and write the folder ``to``."""
+def run_rank(rank: Rank, checkpoint_folder: Path, scratch: Path, dtype: str, lora: LoRA, to: Path) -> None:
+    """Load the checkpoint on one rank, merge its adapters if it has any, and write the folder ``to``."""
     import torch
 
     from longctx.megatron.hf_io import export
+    from longctx.megatron.lora import attach_adapters, merge_adapters
     from longctx.megatron.model import build_model
     from longctx.megatron.runtime import open_runtime
     from longctx.megatron.training import checkpoint
@@ -65,7 +68,10 @@ def run_rank(rank: Rank, checkpoint_folder: Path, scratch: Path, dtype: str, to:
     shape = shape_of(scratch)
     with open_runtime(rank, Mesh(), training=True) as groups:
         net = build_model(shape, groups.groups, dtype=getattr(torch, dtype), layers="local", device=torch.device("cpu"))
+        if lora.rank:
+            attach_adapters(net, lora, seed=0)
         checkpoint.load_weights(checkpoint_folder, net)
+        merge_adapters(net)
         export.save(net, shape, to, scratch)
 
 
@@ -96,13 +102,19 @@ def refuse_unexportable(place: Path, to: Path) -> None:
     needed = weights_of(shape_of(model_of(place))) * getattr(torch, config["model"]["dtype"]).itemsize
     if (free := shutil.disk_usage(nearest_existing(to)).free) < needed:
         raise ValueError(
-            f"to={to} has {free / 1e9:.2f} GB free, the weights take {needed / 1e9:.2f} GB: use another disk"
+            f"to={to} has {free / 1e9:.2f} GB free, but the weights take {needed / 1e9:.2f} GB: use another disk"
         )
 
 
 def model_of(place: Path) -> Path:
     """Return the folder with the configuration and tokenizer of checkpoint ``place``."""
     return place.parents[1] / "model"
+
+
+def lora_of(metadata: Mapping[str, Any]) -> LoRA:
+    """Return the adapters of a checkpoint with ``metadata``; version 0.1 had none."""
+    config = metadata["config"]
+    return section(as_config({"lora": config["lora"]}), "lora", LoRA) if "lora" in config else LoRA()
 
 
 def task(config: DictConfig) -> None:
@@ -113,7 +125,7 @@ def task(config: DictConfig) -> None:
     if line := checkpoint_index.unchecked_line(place):
         say(line)
     with hold(lock_beside(to), f"to={to}"):
-        run_ranks(1, run_rank, place, model_of(place), metadata["config"]["model"]["dtype"], to)
+        run_ranks(1, run_rank, place, model_of(place), metadata["config"]["model"]["dtype"], lora_of(metadata), to)
     console.print(
         f"step {metadata['step']} of {place.parents[1]} written to {to}: "
         f"AutoModelForCausalLM.from_pretrained({str(to)!r})"

@@ -1,4 +1,4 @@
-"""Plan a run: list the feasible meshes, the fastest first, with time, memory of a GPU and the part that dominates.
+"""Plan a run: list the feasible meshes, the fastest first, with time, memory per GPU and the part that takes longest.
 
     python -m recipes.plan model=llama3_405b hardware=h100_gtt gpus=128 work=prefill work.context=1000000 out=P.json
 
@@ -68,7 +68,8 @@ def resolve_plan_job(config: DictConfig) -> PlanJob:
         refuse_unwritable(getattr(settings, name), name, suffixes)
     if settings.strategy not in (None, "auto", *work.strategies):
         raise ValueError(
-            f"strategy={settings.strategy} is none of work={work.kind}: use {', '.join(work.strategies)}, or auto"
+            f"strategy={settings.strategy} does not apply to work={work.kind}: use "
+            f"{', '.join(work.strategies)}, or auto"
         )
     if settings.max_ttft_s and work.kind not in ("prefill", "chat"):
         raise ValueError(f"max_ttft_s is for work=prefill and work=chat, not work={work.kind}: leave it out")
@@ -193,7 +194,7 @@ def print_csv(plans: Sequence[Plan]) -> None:
 
 
 def draw(job: PlanJob, feasible: Sequence[Plan]) -> None:
-    """Draw time over length for each strategy, and the memory of the best meshes by part."""
+    """Draw time against length for each strategy, and the memory of the best meshes by part."""
     question, settings = job.question, job.settings
     assert settings.picture
     lengths = settings.lengths or [max(1, question.work.context >> shift) for shift in range(5, -1, -1)]

@@ -56,7 +56,7 @@ def refuse_foreign_command(run: str, manifest: Manifest) -> None:
     foreign = [word for word in manifest["overrides"] if re.match(r"\s*([-\"']|[+~]*hydra\b)", word)]
     if not known or foreign:
         raise ValueError(
-            f"{run}: its manifest starts {[manifest['module'], *foreign][-1]!r}, which is no command of longctx: "
+            f"{run}: its manifest starts {[manifest['module'], *foreign][-1]!r}, which is not a command of longctx: "
             "reproduce runs that longctx made"
         )
 
@@ -104,7 +104,7 @@ def _reproduce(run: str) -> bool:
     before, after = settings_of(run), settings_of(new)
     if changed := differing_names([before, after]):
         console.print(f"changed since: {', '.join(changed)}")
-    # Results repeat settings.  Those that the run's version did not have are no figures of it.
+    # Results repeat settings.  Those that the run's version did not have are not figures of that run.
     names = [name for name in {**was, **now} if not is_measured(name) and (name in before or name not in after)]
     differ = [name for name in names if not agree(was.get(name), now.get(name), WITHIN)]
     shown = differ or [name for name in names if not isinstance(was.get(name), list)]

@@ -94,7 +94,9 @@ def prepare(config: DictConfig) -> ServeJob:
     cache, key = section(config, "cache", PrefixSettings), read_key(settings)
     refuse_open_host(settings.host, key)
     if sampling.logprobs is not None:
-        raise ValueError(f"sampling.logprobs={sampling.logprobs}: a request asks for them, use sampling.logprobs=null")
+        raise ValueError(
+            f"sampling.logprobs={sampling.logprobs}: each request asks for its own; use sampling.logprobs=null"
+        )
     if target.plan:
         raise ValueError("recipes.serve has not been tested with dropped reductions: use spd=none")
     if is_first():
@@ -117,7 +119,7 @@ def refuse_missing_packages() -> None:
 def read_key(settings: ServeSettings) -> str | None:
     """Return the API key from the file, or from the environment variable `KEY_VARIABLE`; None if neither is given.
 
-    Raises ValueError for a file that cannot be read, and for a key that is empty or no ASCII text.
+    Raises ValueError for a file that cannot be read, and for a key that is empty or not ASCII.
     """
     name, key = f"the environment variable {KEY_VARIABLE}", os.environ.get(KEY_VARIABLE)
     if settings.api_key_file:
@@ -132,11 +134,11 @@ def read_key(settings: ServeSettings) -> str | None:
 
 
 def refuse_open_host(host: str, key: str | None) -> None:
-    """Raise ValueError unless ``host`` is an address, and one of this machine only if there is no ``key``."""
+    """Raise ValueError unless ``host`` is an address; without a ``key``, it must be a loopback address."""
     try:
         address = ip_address(host)
     except ValueError:
-        raise ValueError(f"host={host} is no address: use 127.0.0.1, or 0.0.0.0 with an API key") from None
+        raise ValueError(f"host={host} is not an address: use 127.0.0.1, or 0.0.0.0 with an API key") from None
     if not (address.is_loopback or key):
         raise ValueError(
             f"host={host} can be reached from other machines and needs an API key: give api_key_file=FILE, set "

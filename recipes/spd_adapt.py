@@ -6,10 +6,12 @@
 2. Rank blocks: spd.budget=0.5 drops the least sensitive half
 3. Repair these block by block                    `Adaptation.repair_blocks`      DIR/blocks/
 4. Distil them jointly                            `Adaptation.distill_jointly`    DIR/joint_0.5/
-5. Save the model and its plan                    `save`                          DIR
+5. Measure guards                                 `measure_guards`                DIR/guards.json
+6. Save the model and its plan                    `save`                          DIR
 
-`run_rank` takes steps 1 to 4 on every rank, `task` step 5 in the first process.  generate, chat, pretrain, extend and
-eval then take model=DIR.  The same command again resumes after the last file of DIR.  Source: arXiv 2502.20727.
+`run_rank` takes steps 1 to 5 on every rank, `task` step 6 in the first process.  generate, chat, pretrain, extend and
+eval then take model=DIR.  The same command again resumes after the last file of DIR.  Exit code 3: a guard failed, and
+no model was written.  Source: arXiv 2502.20727.
 """
 
 from __future__ import annotations
@@ -27,27 +29,24 @@ from longctx import checkpoint_index
 from longctx.config import SPD, JointRepair, Repair
 from longctx.parallel.launch import Rank
 from longctx.spd.folder import assemble, read_block
+from longctx.spd.guards import GuardFigures
 from longctx.spd.plan import SavedPlan, SPDPlan, order_from, within
 from recipes import spd_sensitivity
 from recipes.common.cli import console, is_first, leave_stopped, main, on_every_rank, warm_up_ranks
 from recipes.common.manifest import record
 from recipes.common.settings import section
+from recipes.common.spd_guards import judge_guards, measure_guards
 from recipes.common.spd_loop import ERRORS, Adaptation, JointResult, RepairJob, start_block_run
 from recipes.common.spd_text import calibration_of, changed_keys, measurement_metadata, write_lines
 from recipes.common.target import Target
-from recipes.spd_sensitivity import (
-    Sensitivities,
-    SensitivityJob,
-    measure_sensitivities,
-    write_sensitivity,
-)
+from recipes.spd_sensitivity import Sensitivities, SensitivityJob, measure_sensitivities, write_sensitivity
 
 RECIPE = "recipes.spd_adapt"
 WARM = (*spd_sensitivity.WARM, "longctx.megatron.spd.repair", "longctx.megatron.spd.joint", "recipes.spd_sensitivity")
 
 
 def run_rank(rank: Rank, job: AdaptJob) -> AdaptResult | None:
-    """Adapt the model on one rank, steps 1 to 4; None if the run was asked to stop."""
+    """Adapt the model on one rank, steps 1 to 5; None if the run was asked to stop."""
     with start_block_run(rank, job.target) as run:
         adaptation = Adaptation(run, job)
         # 1. Measure the sensitivity of every block, unless a file has it.
@@ -63,11 +62,15 @@ def run_rank(rank: Rank, job: AdaptJob) -> AdaptResult | None:
             return None
         # 4. Distil the best of all repaired blocks jointly.
         joint = adaptation.distill_jointly(adaptation.select_blocks(blocks))
-    return AdaptResult(sensitivities, joint) if joint else None
+        if joint is None:
+            return None
+        # 5. Measure what an average hides: beginnings, the worst sequence, copying.
+        figures = [] if job.repair.guard == "off" else measure_guards(adaptation, joint)
+    return AdaptResult(sensitivities, joint, figures)
 
 
 def task(config: DictConfig) -> None:
-    """Check the configuration, take steps 1 to 4 on the ranks, then save the model and show the result."""
+    """Check the configuration, take steps 1 to 5 on the ranks, then save the model and show the result."""
     warm_up_ranks(WARM)
     job = prepare(config)
     with record(config, RECIPE, [job.target.folder]):
@@ -76,7 +79,8 @@ def task(config: DictConfig) -> None:
         if result is None:
             leave_stopped()
         if is_first():
-            # 5. Save the model and its plan.
+            # 6. Save the model and its plan, unless a guard fails.
+            judge_guards(job, result.guard_figures)
             dropped = save(job, result)
             spd_sensitivity.track(job.sensitivity, figures_of(result, dropped), job.out)
             show(job, result, dropped)
@@ -92,10 +96,11 @@ class AdaptJob(RepairJob):
 
 @dataclass(frozen=True)
 class AdaptResult:
-    """Results of steps 1 to 4: ``joint.alone`` has the blocks that drop."""
+    """Results of steps 1 to 5: ``joint.alone`` has the blocks that drop."""
 
     sensitivities: Sensitivities
     joint: JointResult
+    guard_figures: list[GuardFigures]
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,7 @@ def prepare(config: DictConfig) -> AdaptJob:
     # 3. The record that a resumed run must match.
     sensitivities = read_sensitivities(spd, sensitivity)
     about = {**measurement_metadata(target, repair_text, data), **asdict(repair), **vars(sensitivity.classes)}
+    del about["guard"]  # changes no block
     about["sensitivity"] = digest(sensitivities) if spd.sensitivity and sensitivities else "measured here"
     if repair.inputs == "student":  # a block's inputs then depend on which blocks drop before it
         about["budget"] = spd.budget
@@ -230,8 +236,8 @@ def begin(job: AdaptJob) -> None:
 def save(job: AdaptJob, result: AdaptResult) -> list[DroppedBlock]:
     """Write the adapted model to ``out``, and return the repaired blocks in the order in which they drop.
 
-    First comes the block whose dropping by itself changes predictions least.  In the saved order the remaining blocks
-    follow, the least sensitive first.
+    The first is the block that, dropped alone, changes predictions least.  In the saved plan, the order continues with
+    the other blocks, the least sensitive first.
     """
     target, joint = job.target, result.joint
     order = sorted(joint.alone, key=lambda block: (joint.alone[block], block))

@@ -59,8 +59,8 @@ class SensitivityThresholds:
     def __post_init__(self) -> None:
         if self.tau1 > self.tau2:
             raise ValueError(
-                f"classes.tau1={self.tau1} is above classes.tau2={self.tau2}: "
-                "use a tau1, the highest score of an in-sensitive block, of at most tau2"
+                f"classes.tau1={self.tau1}, the highest score of an in-sensitive block, is above "
+                f"classes.tau2={self.tau2}: use a tau1 of at most tau2"
             )
 
 

@@ -87,11 +87,13 @@ def plan_job(settings: SubmitSettings, launcher: Launcher, words: Sequence[str])
     words = [rename_override(word, say) for word in _with_example(recipe.config_name, expand_plan(words))]
     shared, sweep = split_sweep(recipe.config_name, words)
     if settings.parallel and not sweep:
-        raise ValueError(f"parallel={settings.parallel} is of a sweep, and no setting lists values: leave it out")
+        raise ValueError(
+            f"parallel={settings.parallel} is for sweeps, but no setting lists several values: leave it out"
+        )
     folder = _job_folder(settings, recipe.config_name, shared)
     refuse_line_breaks("folder", str(folder))
     if "\\" in str(folder):
-        raise ValueError(f"folder={folder}: Slurm gives a backslash in a log's name a meaning: use a name without it")
+        raise ValueError(f"folder={folder}: Slurm interprets a backslash in a log's name: use a name without it")
     if not settings.dry_run:
         refuse_unwritable_folder(str(folder), "folder")
     tasks = tuple(_tasks(recipe.config_name, folder, shared, sweep))
@@ -246,7 +248,7 @@ def ranks_per_node(mesh: Mesh, settings: SubmitSettings) -> int:
 
 
 def _refuse_unprepared(recipe: Recipe, config: DictConfig, settings: SubmitSettings) -> None:
-    """Raise ValueError if the recipe refuses ``config``; for a job that waits for others print it only."""
+    """Raise ValueError if the recipe refuses ``config``; for a job that waits for others, only print the refusal."""
     try:
         recipe.prepare(config)
     except ValueError as refused:

@@ -1,4 +1,4 @@
-"""Settings of slurm.submit, and how they are told apart from the recipe's on one command line."""
+"""Settings of slurm.submit, and their separation from the recipe's settings on one command line."""
 
 import re
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ class SubmitSettings:
 
     def __post_init__(self) -> None:
         if bool(self.recipe) == bool(self.pipeline):
-            raise ValueError("give one of recipe=NAME (recipe=generate, recipe=pretrain, ...) and pipeline=FILE.yaml")
+            raise ValueError("give either recipe=NAME (recipe=generate, recipe=pretrain, ...) or pipeline=FILE.yaml")
         if not seconds_of(str(self.time)):
             raise ValueError(f"time={self.time}: use minutes, hours:minutes:seconds or days-hours:minutes:seconds")
         if self.warning and self.warning >= seconds_of(str(self.time)):
@@ -105,7 +105,7 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     if options := [word for word in words if word.startswith("-")]:
         raise ValueError(
-            f"{options[0]} is no setting: write KEY=VALUE; a list such as optim.lr=1e-3,3e-4 is a sweep by itself"
+            f"{options[0]} is not a setting: write KEY=VALUE; a list such as optim.lr=1e-3,3e-4 is a sweep by itself"
         )
     own = set(yaml.safe_load((CONFIGS / "submit.yaml").read_text())) - {"defaults", "hydra"} | {"launcher"}
     words = [_rename_folder(word) for word in words]

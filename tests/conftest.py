@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 import yaml
@@ -67,6 +68,11 @@ LONG = (
 )
 
 
+# Files whose many calls are not checked for the types in their signatures, which took longer than the calls.  The files
+# of the functions that they call check them.
+UNCHECKED = ("parallel/test_drift.py", "parallel/test_ring.py", "parallel/test_table.py")
+
+
 def pytest_configure() -> None:
     """Prepare what the processes that tests start inherit.
 
@@ -85,6 +91,7 @@ SLOW = (
     *LONG,
     "docs/test_api.py",
     "docs/test_tour.py",
+    "eval/answers/test_data_parallel.py",
     "eval/test_parity.py",
     "eval/test_run.py",
     "eval/test_speed.py",
@@ -94,6 +101,7 @@ SLOW = (
     "infer/test_session.py",
     "infer/test_sharded.py",
     "infer/test_spd.py",
+    "megatron/spd/test_guards.py",
     "megatron/spd/test_layer.py",
     "megatron/te/test_te.py",
     "megatron/test_logits.py",
@@ -161,6 +169,12 @@ def _deterministic_numbers() -> Iterator[None]:
     torch.manual_seed(7)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _unchecked_signatures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.path.as_posix().endswith(UNCHECKED):
+        monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from longctx.checksum import KEY, has_valid_checksum, with_checksum
 class Entry(TypedDict, total=False):
     """A line of the file: an ``answer`` by its request's ``key``, or the cost of the answers before it.
 
-    A written line has the checksum ``crc32`` of the others.
+    A written line also has ``crc32``, the checksum of its other keys.
     """
 
     key: str

@@ -1,21 +1,29 @@
-"""The ranks' part of an evaluation: all ranks answer the same requests together, the first one stores the answers."""
+"""The ranks' part of an evaluation: they answer the requests, and the first one stores the answers.
+
+The ranks that share a model answer a batch together.  With mesh.dp=2 there are two such groups, which take turns: the
+batches are those of mesh.dp=1, and the answers are stored in the same order.
+"""
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from eval.answers import responses
+from eval.answers.gather import gather_answers
 from eval.answers.requests import Answer, Continue, Request, Score, key
 from eval.variants import Variant
 from longctx.infer.engine import Engine
+from longctx.megatron.runtime import Runtime
 from longctx.parallel.launch import Rank
 from longctx.train.stop import StopRequest
 from recipes.common.progress import Progress
 from recipes.common.provenance import ROOT, commit_of
 
 Answered = Sequence[tuple[Request, Answer]]
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
@@ -46,10 +54,10 @@ def run_rank(rank: Rank, work: EvalWork) -> bool:
         # 2. Answer batch by batch; the time of generated texts is not recorded.
         progress.start(f"{work.name}: requests", len(work.requests))
         begin = time.perf_counter()
-        for answers, tokens in answer_requests(engine, work):
+        for own, own_tokens in answer_requests(engine, work, runtime.groups.dp.rank()):
+            answers, tokens = _of_all_groups(runtime, {key(request): answer for request, answer in own}, own_tokens)
             if is_first:
-                by_key = {key(request): answer for request, answer in answers}
-                responses.append(work.file, by_key, tokens, time.perf_counter() - begin if tokens else 0.0, commit)
+                responses.append(work.file, answers, tokens, time.perf_counter() - begin if tokens else 0.0, commit)
                 begin = time.perf_counter()
             for _ in answers:
                 progress.step()
@@ -60,20 +68,46 @@ def run_rank(rank: Rank, work: EvalWork) -> bool:
     return stop.agreed_on
 
 
-def answer_requests(engine: Engine, work: EvalWork) -> Iterator[tuple[Answered, int]]:
+def _of_all_groups(runtime: Runtime, answers: dict[str, Answer], tokens: int) -> tuple[dict[str, Answer], int]:
+    """Return the answers and tokens of all data-parallel groups; the ranks of each group have the same ones."""
+    mesh = runtime.mesh
+    if mesh.dp == 1:
+        return answers, tokens
+    is_first_of_group = runtime.rank.rank % (mesh.ranks // mesh.dp) == 0
+    return gather_answers(runtime.world, runtime.device, *((answers, tokens) if is_first_of_group else ({}, 0)))
+
+
+def answer_requests(engine: Engine, work: EvalWork, dp_rank: int = 0) -> Iterator[tuple[Answered, int]]:
     """Yield answers in batches, the longest requests first, and the tokens that were run for each batch.
 
+    Data-parallel rank ``dp_rank`` of n takes its batch of every n consecutive ones.  All ranks yield equally often: no
+    answers where nothing is left for a rank.
     Generated text reports 0 tokens: its length varies by variant and would distort throughput.
     """
+    from eval.answers.generate import generate_texts
     from eval.answers.score import group_by_prefix, make_batches, score_batch
+    from longctx.hf.config import tokenizer_of
 
+    # 1. Log-probabilities.
     to_score = [request for request in work.requests if isinstance(request, Score)]
-    for batch in make_batches(group_by_prefix(to_score), work.max_batch_tokens):
-        scores = score_batch(engine, work.variant.target.context, batch)
+    dp_size = work.variant.target.mesh.dp
+    for batch in _own_batches(make_batches(group_by_prefix(to_score), work.max_batch_tokens), dp_rank, dp_size):
+        scores = score_batch(engine, work.variant.target.context, batch) if batch else {}
         refuse_not_finite(work, [value for value, _ in scores.values()])
         yield list(scores.items()), sum(group.tokens for group in batch)
-    for texts in _continue_in_batches(engine, work, [one for one in work.requests if isinstance(one, Continue)]):
-        yield texts, 0
+    # 2. Texts.
+    to_continue = [request for request in work.requests if isinstance(request, Continue)]
+    tokenizer = tokenizer_of(work.variant.target.folder) if to_continue else None
+    for prompts in _own_batches(_make_text_batches(to_continue, work.max_batch_tokens), dp_rank, dp_size):
+        texts = generate_texts(engine, work.variant.target.context, tokenizer, prompts) if prompts else []
+        yield list(zip(prompts, texts, strict=True)), 0
+
+
+def _own_batches(batches: Iterable[list[Batch]], dp_rank: int, dp_size: int) -> Iterator[list[Batch]]:
+    """Yield the batch of ``dp_rank`` in each round of ``dp_size`` consecutive ones; an empty one if it has none."""
+    in_order = list(batches)
+    for first in range(0, len(in_order), dp_size):
+        yield in_order[first + dp_rank] if first + dp_rank < len(in_order) else []
 
 
 def refuse_not_finite(work: EvalWork, values: Sequence[float]) -> None:
@@ -85,21 +119,16 @@ def refuse_not_finite(work: EvalWork, values: Sequence[float]) -> None:
         )
 
 
-def _continue_in_batches(engine: Engine, work: EvalWork, requests: Sequence[Continue]) -> Iterator[Answered]:
-    """Yield the texts of ``requests`` in batches, the longest prompts first."""
-    from eval.answers.generate import generate_texts
-    from longctx.hf.config import tokenizer_of
-
+def _make_text_batches(requests: Sequence[Continue], max_tokens: int) -> Iterator[list[Continue]]:
+    """Yield prompts in batches of at most ``max_tokens`` tokens with their answers, the longest prompts first."""
     remaining = sorted(requests, key=lambda request: -len(request.tokens))
-    tokenizer = tokenizer_of(work.variant.target.folder) if remaining else None
     while remaining:
         batch: list[Continue] = []
         total = 0
-        while remaining and (not batch or total + _room(remaining[0]) <= work.max_batch_tokens):
+        while remaining and (not batch or total + _room(remaining[0]) <= max_tokens):
             batch.append(remaining.pop(0))
             total += _room(batch[-1])
-        texts = generate_texts(engine, work.variant.target.context, tokenizer, batch)
-        yield list(zip(batch, texts, strict=True))
+        yield batch
 
 
 def _room(request: Continue) -> int:

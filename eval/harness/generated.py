@@ -1,13 +1,13 @@
-"""Tasks whose examples are generated at a requested length: those of `long` and RULER's."""
+"""Tasks whose examples are generated at a requested length: those of `long`, RULER's, and two more of `ruler`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eval.harness.long import LONG, make_long_tasks, read_text
-from eval.harness.ruler import RULER, make_ruler_tasks
+from eval.harness.ruler import SIZED, make_ruler_tasks
 from eval.harness.ruler_fillers import RulerSource
 
 if TYPE_CHECKING:
@@ -15,8 +15,28 @@ if TYPE_CHECKING:
 
     from eval.harness.tasks import Task
 
-GENERATED = (*LONG, *RULER)
+GENERATED = (*LONG, *SIZED)
+# Tasks of which each example asks for one fact, in a text that does not repeat it.
+_NEEDLES = (
+    "needle",
+    "multikey",
+    *("niah_single_1", "niah_single_2", "niah_single_3"),
+    *("niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
+    "association",
+)
 _DEFAULT_EXAMPLES = 50
+
+
+def depth_of(name: str, doc: Mapping[str, Any]) -> float | None:
+    """Return the share of the prompt of ``doc`` before the fact that it asks for, from 0 to 1.
+
+    None unless the task ``name``, with its length, asks for one fact.
+    """
+    if name.rpartition("_")[0] not in _NEEDLES:
+        return None
+    text = doc["prompt"] if "prompt" in doc else doc["input"]
+    (answer,) = doc["answers"] if "prompt" in doc else doc["outputs"]
+    return float(text.index(answer) / len(text))
 
 
 def make_generated_tasks(
@@ -41,6 +61,6 @@ def make_generated_tasks(
     source = read_text(text, tokenizer)
     words = " ".join(source.sentences).split(" ")
     counts = {name: count or _DEFAULT_EXAMPLES for name, count in examples.items()}
-    ruler = {name: counts.pop(name) for name in examples if name in RULER}
+    sized = {name: counts.pop(name) for name in examples if name in SIZED}
     tasks = make_long_tasks(counts, lengths, source, tokenizer, seed)
-    return tasks | make_ruler_tasks(ruler, lengths, RulerSource(words, data, tokenizer, max_length), seed)
+    return tasks | make_ruler_tasks(sized, lengths, RulerSource(words, data, tokenizer, max_length), seed)

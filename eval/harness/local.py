@@ -9,7 +9,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
+
+from eval.harness.long_files import infinitebench_choice_row, infinitebench_row, longbench2_row
 
 Row = Mapping[str, object]  # an example in the form that lm-eval's task takes
 
@@ -50,7 +52,7 @@ class LocalTask:
 
     config_file: str
     file: str
-    convert: Callable[[TaskRecord], Row]
+    convert: Callable[[Any], Row]
     changes: Mapping[str, object] = field(default_factory=dict)
     sorted: bool = False
 
@@ -60,9 +62,9 @@ def read_rows(task: LocalTask, path: Path) -> list[Row]:
 
     Raises ValueError, with the number of the record, for one that lacks a field or has another form.
     """
-    records = _read_pages(path) if path.suffix == ".raw" else _read_json_lines(path)
+    read = {".raw": _read_pages, ".json": _read_json_list}.get(path.suffix, _read_json_lines)
     rows = []
-    for number, record in enumerate(records, 1):
+    for number, record in enumerate(read(path), 1):
         try:
             rows.append(task.convert(record))
         except (KeyError, ValueError, IndexError, TypeError) as error:
@@ -80,6 +82,16 @@ def _read_json_lines(path: Path) -> list[TaskRecord]:
         return [json.loads(line) for line in lines]
     except ValueError as error:
         raise ValueError(f"{path} is not a file of JSON lines: {error}") from error
+
+
+def _read_json_list(path: Path) -> list[TaskRecord]:
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise ValueError(f"{path} is not a list of records")
+    return records
 
 
 def _read_pages(path: Path) -> list[TaskRecord]:
@@ -195,6 +207,20 @@ _MMLU = (
 )
 # lm-eval's process_docs has been applied to the rows of these files already.
 _PROCESSED: Mapping[str, object] = {"process_docs": None}
+# lm-eval's names, the files' names, and the kind of records.
+_INFINITEBENCH = (
+    ("code_debug", "code_debug", infinitebench_choice_row),
+    ("code_run", "code_run", infinitebench_row),
+    ("kv_retrieval", "kv_retrieval", infinitebench_row),
+    ("longbook_choice_en", "longbook_choice_eng", infinitebench_choice_row),
+    ("longbook_qa_chn", "longbook_qa_chn", infinitebench_row),
+    ("longbook_qa_en", "longbook_qa_eng", infinitebench_row),
+    ("longbook_sum_en", "longbook_sum_eng", infinitebench_row),
+    ("longdialogue_qa_en", "longdialogue_qa_eng", infinitebench_row),
+    ("math_find", "math_find", infinitebench_row),
+    ("number_string", "number_string", infinitebench_row),
+    ("passkey", "passkey", infinitebench_row),
+)
 LOCAL: Mapping[str, LocalTask] = {
     "arc_easy": LocalTask("arc/arc_easy.yaml", "arc/arc_easy.jsonl", _arc),
     "arc_challenge": LocalTask("arc/arc_challenge.yaml", "arc/arc_challenge.jsonl", _arc),
@@ -203,7 +229,14 @@ LOCAL: Mapping[str, LocalTask] = {
     "copa": LocalTask("super_glue/copa/default.yaml", "copa/copa.jsonl", _copa),
     "gsm8k": LocalTask("gsm8k/gsm8k.yaml", "gsm8k/gsm8k.jsonl", _gsm8k),
     "hellaswag": LocalTask("hellaswag/hellaswag.yaml", "hellaswag/hellaswag_val_1k.jsonl", _hellaswag, _PROCESSED),
+    **{
+        f"infinitebench_{name}": LocalTask(
+            f"infinitebench/infinitebench_{name}.yaml", f"infinitebench/{file}.jsonl", convert
+        )
+        for name, file, convert in _INFINITEBENCH
+    },
     "lambada_openai": LocalTask("lambada/lambada_openai.yaml", "lambada/lambada_openai.jsonl", _lambada),
+    "longbench2": LocalTask("longbench2/_longbench_common_yaml", "longbench2/data.json", longbench2_row),
     "mmlu": LocalTask(
         "mmlu/default/_default_template_yaml", "mmlu/mmlu_test_sub.jsonl.gz", _mmlu, {"doc_to_text": _MMLU}, sorted=True
     ),

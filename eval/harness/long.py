@@ -162,7 +162,7 @@ LONG: Mapping[str, MakeExample] = {
 def read_text(source: str, tokenizer: PreTrainedTokenizerBase) -> LongText:
     """Return the text of a file, or of the documentation that CPython ships if ``source`` is pydoc.
 
-    Raises ValueError for a file that cannot be read or is no text.
+    Raises ValueError for a file that cannot be read or is not text.
     """
     from longctx.data.prompt import text_in
 

@@ -1,8 +1,9 @@
-"""RULER's thirteen tasks (arXiv 2404.06654): lm-eval's examples, sized to an exact number of tokens.
+"""RULER's thirteen tasks (arXiv 2404.06654) and two more, sized to an exact number of tokens.
 
-lm-eval's functions draw the questions, needles and words.  Three things are ours.  An example depends on the seed, the
-length, its number and the text alone.  Prompt and answer together have at most the requested number of tokens; lm-eval
-fills a length in coarse steps and exceeds it in ``ruler_fwe``.  The essays are ``eval.text``, which lm-eval downloads.
+lm-eval's functions draw RULER's questions, needles and words.  Three things are ours.  An example depends on the seed,
+the length, its number and the text alone.  Prompt and answer together have at most the requested number of tokens;
+lm-eval fills a length in coarse steps and exceeds it in ``ruler_fwe``.  The essays are ``eval.text``, which lm-eval
+downloads.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from eval.harness.associations import association_filler
+from eval.harness.coreference import coreference_filler
 from eval.harness.ruler_fillers import (
     Filler,
     Needles,
@@ -36,11 +39,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RulerTask:
-    """A task: its filler at a length, the tokens of an answer, and what separates the question from its beginning."""
+    """A task: its filler at a length, the tokens of an answer, and what separates the question from its beginning.
+
+    ``until`` are texts that end an answer.
+    """
 
     filler: Callable[[RulerSource], Filler]
     answer_tokens: int
     delimiter: str = " "
+    until: tuple[str, ...] = ()
 
 
 _NEEDLES = {
@@ -63,6 +70,12 @@ RULER: Mapping[str, RulerTask] = {
         partial(question_filler, "hotpotqa/hotpot_dev_distractor_v1.json", "read_hotpotqa"), 32
     ),
 }
+# All tasks that are sized here.
+SIZED: Mapping[str, RulerTask] = {
+    **RULER,
+    "association": RulerTask(association_filler, 16, "\n", ("\n",)),
+    "coreference": RulerTask(coreference_filler, 48, "\n", ("\n",)),
+}
 
 
 @contextmanager
@@ -82,33 +95,46 @@ def _seeded(*numbers: int) -> Iterator[None]:
 def make_ruler_examples(name: str, source: RulerSource, examples: int, seed: int) -> list[RulerExample]:
     """Return the examples of task ``name``; prompt and answer have at most ``source.length`` tokens.
 
-    All examples have as much filler as fits the first one, as far as there is filler (lm-eval has 8,000 words for
-    ``ruler_cwe``).  An example that is longer gets less.
+    Each example has about as much filler as fits, as far as there is filler (lm-eval has 8,000 words for
+    ``ruler_cwe``).
     Raises ValueError if the length is too short for the task, or the text or file too short for the length.
     """
-    task, length = RULER[name], source.length
+    task, length = SIZED[name], source.length
     filler = task.filler(source)
 
-    def make(size: int, number: int) -> tuple[RulerExample, bool]:
+    def make(size: int, number: int) -> RulerExample | None:
         with _seeded(seed, length, number, zlib.crc32(name.encode())):
             example = filler.make(size, number)
         prompt = f"{example['input']}{task.delimiter}{example['gen_prefix']}"
-        return example, len(source.tokenizer(prompt)["input_ids"]) + task.answer_tokens <= length
+        fits = len(source.tokenizer(prompt)["input_ids"]) + task.answer_tokens <= length
+        return example if fits else None
 
-    most = _largest(lambda size: make(size, 0)[1], filler.least, filler.most)
+    most = _largest(lambda size: make(size, 0) is not None, filler.least, filler.most)
     if most == filler.most == len(source.words):
         raise ValueError(f"eval.text has {most:,} words, too few for eval.lengths={length}: give a longer text")
-    rows = []
-    for number in range(examples):
-        size = most
-        example, fits = make(size, number)
-        while not fits and size > filler.least:
-            size = max(filler.least, size - max(1, size // 64))
-            example, fits = make(size, number)
-        if not fits:
-            raise ValueError(f"eval.lengths={length}: too short for {name}: use more")
-        rows.append(example)
-    return rows
+    rows = [_fit(partial(make, number=number), most, filler) for number in range(examples)]
+    if None in rows:
+        raise ValueError(f"eval.lengths={length}: too short for {name}: use more")
+    return [row for row in rows if row is not None]
+
+
+def _fit(make: Callable[[int], RulerExample | None], size: int, filler: Filler) -> RulerExample | None:
+    """Return the example of about the largest size that fits, beginning with ``size``; None if none does.
+
+    ``make`` returns None for an example that is too long.
+    """
+    example = make(size)
+    is_short = example is not None
+    while example is None and size > filler.least:
+        size = max(filler.least, size - max(1, size // 64))
+        example = make(size)
+    while is_short and size < filler.most:
+        size = min(filler.most, size + max(1, size // 64))
+        larger = make(size)
+        if larger is None:
+            break
+        example = larger
+    return example
 
 
 def _largest(fits: Callable[[int], bool], least: int, most: int) -> int:
@@ -135,14 +161,14 @@ def make_ruler_tasks(
 
     tasks = {}
     for name, count in examples.items():
-        task = RULER[name]
+        task = SIZED[name]
         config = {
             "output_type": "generate_until",
             "doc_to_text": "{{input}}",
             "doc_to_target": "{{outputs}}",
             "gen_prefix": "{{gen_prefix}}",
             "target_delimiter": task.delimiter,
-            "generation_kwargs": {"until": [], "max_gen_toks": task.answer_tokens, "do_sample": False},
+            "generation_kwargs": {"until": list(task.until), "max_gen_toks": task.answer_tokens, "do_sample": False},
             "process_results": score_answer,
             "metric_list": [{"metric": "recall", "aggregation": "mean", "higher_is_better": True}],
             "num_fewshot": 0,

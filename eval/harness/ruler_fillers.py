@@ -207,7 +207,7 @@ def _read_questions(module: Any, read: str, path: Path | None) -> Any:
     if path is None:
         return getattr(module, read)()
     if not path.is_file():
-        raise ValueError(f"eval.tasks: {path} is not there: put it there (eval/README.md), or use eval.data=hub")
+        raise ValueError(f"eval.tasks: {path} does not exist: add it (see eval/README.md), or use eval.data=hub")
     download = module.download_json
     module.download_json = lambda _: json.loads(path.read_text(encoding="utf-8"))
     try:

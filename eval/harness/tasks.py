@@ -19,7 +19,7 @@ from datasets import Dataset
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask as Task
 
-from eval.harness.generated import GENERATED
+from eval.harness.generated import GENERATED, depth_of
 from eval.harness.local import LOCAL, LocalTask, join_names, read_rows
 from eval.stats.outcomes import Outcomes
 
@@ -30,9 +30,12 @@ __all__ = ("Task", "answer_tasks", "build_requests", "collect_outcomes", "load_t
 # Metrics that say whether an example was answered correctly, in lm-eval's names; the first that a task has is used.
 # RULER's recall is the share of the answer that was found.
 _ACCURACY = ("acc", "exact_match", "recall")
+# InfiniteBench's score is a match, an F1 score or ROUGE-L. A letter of four is generated as text in two of its tasks.
+_SCORED = "infinitebench_"
+_LETTER_CHANCE = {"infinitebench_code_debug": 0.25, "infinitebench_longbook_choice_en": 0.25}
 _PREFERRED = "exact_match,flexible-extract"
 _PERPLEXITY = "word_perplexity"
-# Tasks whose choices differ in length: judged by likelihood per character (acc_norm), as is the custom.
+# Tasks whose choices differ in length: judged by likelihood per character (acc_norm), as is customary.
 _LENGTH_NORMALIZED = ("arc_challenge", "hellaswag")
 _FEWSHOT_SEED = 1234  # lm-eval's default, which only its evaluator sets: without it every rank draws other examples
 
@@ -85,7 +88,7 @@ def _load_local(name: str, local: LocalTask, data: Path) -> Task:
     path = data / local.file
     if not path.is_file():
         raise ValueError(
-            f"eval.tasks: {name} is read from {path}, which is not there: put it there (eval/README.md), "
+            f"eval.tasks: {name} is read from {path}, which does not exist: add it (see eval/README.md), "
             "name another folder with eval.data=DIR, or use eval.data=hub"
         )
     rows = read_rows(local, path)
@@ -130,11 +133,11 @@ def build_requests(tasks: Mapping[str, Task], limits: Mapping[str, int | None]) 
     Raises ValueError for a task without examples, and for one without a metric that can be compared.
     """
     for name, task in tasks.items():
-        metrics, comparable = tuple(task.aggregation()), (*_ACCURACY, _PERPLEXITY)
+        metrics, comparable = tuple(task.aggregation()), (*_accuracy_metrics(name), _PERPLEXITY)
         if not set(metrics) & set(comparable):
             raise ValueError(
-                f"eval.tasks: {name} has {join_names(metrics)}, none of {join_names(comparable)}: "
-                "it cannot be compared; leave it out"
+                f"eval.tasks: {name} has the metrics {join_names(metrics)}, and none of {join_names(comparable)}, "
+                "so it cannot be compared: leave it out"
             )
         try:
             with _silence_progress():
@@ -191,7 +194,9 @@ def collect_outcomes(name: str, task: Task) -> Outcomes:
         log_likelihoods, words = zip(*values[_PERPLEXITY], strict=True)
         return Outcomes(name, tuple(map(float, log_likelihoods)), words=tuple(map(float, words)), others=totals)
     metric = _choose_accuracy(name, values)
-    chance = _chance(task, list(examples.values())) if task.OUTPUT_TYPE == "multiple_choice" else 0.0
+    depths = [depth_of(name, instances[0].doc) for instances in examples.values()]
+    is_choice = task.OUTPUT_TYPE == "multiple_choice"
+    chance = _chance(task, list(examples.values())) if is_choice else _LETTER_CHANCE.get(name, 0.0)
     return Outcomes(
         name,
         tuple(float(value) for value in values[metric]),
@@ -199,6 +204,7 @@ def collect_outcomes(name: str, task: Task) -> Outcomes:
         others=totals,
         margins=tuple(one for one in margins if one is not None) if None not in margins else (),
         available=None if name.rpartition("_")[0] in GENERATED else len(task.eval_docs),
+        depths=tuple(one for one in depths if one is not None),
     )
 
 
@@ -239,7 +245,11 @@ def _choose_accuracy(name: str, metrics: Mapping[str, object]) -> str:
     if name in _LENGTH_NORMALIZED and "acc_norm" in metrics:
         return "acc_norm"
     first = [_PREFERRED] if _PREFERRED in metrics else []
-    return [*first, *(metric for metric in metrics if metric.partition(",")[0] in _ACCURACY)][0]
+    return [*first, *(metric for metric in metrics if metric.partition(",")[0] in _accuracy_metrics(name))][0]
+
+
+def _accuracy_metrics(name: str) -> Sequence[str]:
+    return (*_ACCURACY, "score") if name.startswith(_SCORED) else _ACCURACY
 
 
 def _aggregate(task: Task, metric: str, values: Sequence[Any]) -> float:

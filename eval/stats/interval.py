@@ -47,7 +47,7 @@ def count_changes(differences: Sequence[Numbers]) -> Changes:
 
 
 def score_interval(changes: Changes, z: float) -> tuple[Numbers, Numbers]:
-    """Return the ends, [...], of the interval of the average difference; ``z`` is its normal quantile."""
+    """Return the lower and upper ends [...] of the interval of the average difference; ``z`` is its normal quantile."""
     return score_limit(changes, z, -1), score_limit(changes, z, 1)
 
 

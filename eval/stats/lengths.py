@@ -1,4 +1,4 @@
-"""Scores over the length of a text, and the effective length (RULER, arXiv 2404.06654, section 4)."""
+"""Scores by length of the text, and the effective length (RULER, arXiv 2404.06654, section 4)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

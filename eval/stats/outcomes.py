@@ -14,6 +14,8 @@ class Outcomes:
 
     ``margins`` has one margin per example (nats): the log-probability of the right answer, minus the largest of the
     others if there are any.  It is empty for generated text, for perplexity, and if several answers are right.
+    ``depths`` has one depth per example, from 0 (the fact that answers it begins the text) to 1; it is empty unless the
+    task hides such a fact.
     ``available`` is the number of examples that the task has, asked or not; None if it can generate any number.
     """
 
@@ -24,7 +26,9 @@ class Outcomes:
     others: Mapping[str, float] = field(default_factory=dict)
     margins: tuple[float, ...] = ()
     available: int | None = None
+    depths: tuple[float, ...] = ()
 
     def first(self, n: int) -> "Outcomes":
         """Return the outcomes of the first ``n`` examples."""
-        return replace(self, values=self.values[:n], words=self.words[:n], margins=self.margins[:n])
+        first = {name: getattr(self, name)[:n] for name in ("values", "words", "margins", "depths")}
+        return replace(self, **first)

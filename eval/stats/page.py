@@ -1,11 +1,13 @@
 """The report for people: report.md, and the table that a terminal shows."""
 
 from collections.abc import Mapping, Sequence
+from itertools import starmap
 from pathlib import Path
 
 from rich.table import Table
 
 from eval.stats.compare import SCREENED
+from eval.stats.depths import PARTS
 from eval.stats.lengths import EFFECTIVE
 from eval.stats.report import AVERAGE, Figures, Report
 from eval.stats.sequential import LOOKS
@@ -22,7 +24,7 @@ def markdown(report: Report) -> str:
     if report.pictures:
         parts.append("\n".join(f"![{Path(picture).stem}]({picture})" for picture in report.pictures))
     parts += [*_needs(report), *_margins(report, others), *_blocks(report)]
-    parts += _lengths(report)
+    parts += [*_lengths(report), *_depths(report)]
     parts += ["## By task", _notes(report), _scores(report)]
     if others:
         parts += ["## Every comparison", _comparisons(report, others)]
@@ -157,6 +159,27 @@ def _lengths(report: Report) -> list[str]:
         f"{words} or more, Llama 2 7B's score at 4,096 tokens (RULER, arXiv 2404.06654).",
         _table(["variant", *(f"{length:,}" for length in lengths), "effective length"], table_rows),
     ]
+
+
+def _depths(report: Report) -> list[str]:
+    """Return the section of scores by depth and length; empty unless tasks ask for one fact."""
+    if not report.depths:
+        return []
+    first = next(iter(report.depths.values()))
+    table_rows = [
+        [name, f"{part / PARTS:.0%} to {(part + 1) / PARTS:.0%}", *starmap(_cell, zip(scores, counts, strict=True))]
+        for name, one in report.depths.items()
+        for part, (scores, counts) in enumerate(zip(one.scores, one.counts, strict=True))
+    ]
+    note = (
+        f"The average score of {', '.join(first.tasks)} by the place of the fact that answers the question, with the "
+        "number of examples. Depth is the share of the prompt's characters before the fact."
+    )
+    return ["## By depth", note, _table(["variant", "depth", *(f"{length:,}" for length in first.lengths)], table_rows)]
+
+
+def _cell(score: float | None, count: int) -> str:
+    return "" if score is None else f"{score:.2f} ({count})"
 
 
 def _notes(report: Report) -> str:

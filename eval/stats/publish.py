@@ -4,17 +4,18 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from eval.stats.depths import PARTS
 from eval.stats.lengths import EFFECTIVE
 from eval.stats.page import markdown
 from eval.stats.report import AVERAGE, Report
 from longctx.train.track import Tracker
-from recipes.common.plots import draw_lines, draw_shares
+from recipes.common.plots import draw_cells, draw_lines, draw_shares
 
 _PICTURE = "accuracy"
 
 
 def draw(report: Report, out: Path) -> tuple[str, ...]:
-    """Draw average accuracy and milliseconds per token over the share of dropped blocks, as SVG and PNG in ``out``.
+    """Draw average accuracy and milliseconds per token against the share of dropped blocks, as SVG and PNG in ``out``.
 
     Returns the names of the pictures for report.md; draws nothing unless two variants differ in that share.
     """
@@ -69,9 +70,29 @@ def draw_lengths(report: Report, out: Path) -> tuple[str, ...]:
     return ("lengths.svg",)
 
 
+def draw_depths(report: Report, out: Path) -> tuple[str, ...]:
+    """Draw the scores of tasks that ask for one fact over depth and length as SVG in ``out``, if there are such tasks.
+
+    Returns the name of the picture for report.md.
+    """
+    if not report.depths:
+        return ()
+    draw_cells(
+        str(out / "depths.svg"),
+        {name: one.scores for name, one in report.depths.items()},
+        [f"{length:,}" for length in next(iter(report.depths.values())).lengths],
+        [f"{part / PARTS:.0%} to {(part + 1) / PARTS:.0%}" for part in range(PARTS)],
+        title=report.origin["title"],
+        x="tokens",
+        y="depth of the fact",
+        z="average score",
+    )
+    return ("depths.svg",)
+
+
 def write(report: Report, out: Path) -> Report:
     """Write pictures, report.json and report.md to the folder ``out``; return the report with its pictures' names."""
-    report = replace(report, pictures=(*draw(report, out), *draw_lengths(report, out)))
+    report = replace(report, pictures=(*draw(report, out), *draw_lengths(report, out), *draw_depths(report, out)))
     (out / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n")
     (out / "report.md").write_text(markdown(report))
     return report

@@ -15,6 +15,7 @@ from eval.stats.compare import (
     compare_perplexity,
     is_near_chance,
 )
+from eval.stats.depths import DepthScores, score_depths
 from eval.stats.lengths import LengthScores, score_lengths
 from eval.stats.outcomes import Outcomes
 from eval.variants import BASELINE
@@ -101,9 +102,10 @@ class GateResult:
 class Report:
     """All figures of an evaluation, by task and variant; the first variant is the baseline.
 
-    ``averaged`` are the tasks in the average; ``near_chance`` those where the baseline is not better than guessing.
+    ``averaged`` are the tasks in the average; in those of ``near_chance`` the baseline is no better than guessing.
     ``sequential``: examples were added until the verdicts were reached.
-    ``lengths`` are scores by length, of generated tasks at several lengths.
+    ``lengths`` are scores by length, of generated tasks at several lengths.  ``depths`` are scores by depth and length,
+    of tasks that ask for one fact.
     ``origin``: title, command, commit, machine and versions.
     """
 
@@ -117,6 +119,7 @@ class Report:
     sequential: bool
     origin: Mapping[str, str]
     lengths: Mapping[str, LengthScores] = field(default_factory=dict)
+    depths: Mapping[str, DepthScores] = field(default_factory=dict)
     pictures: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
@@ -127,7 +130,8 @@ class Report:
         }
         values = {name: value for name, value in vars(self).items() if name not in ("origin", "pictures")}
         values |= {"variants": about_variants, "gate": {**vars(self.gate), "passed": self.gate.passed}}
-        values["lengths"] = {name: vars(scores) for name, scores in self.lengths.items()}
+        for name in ("lengths", "depths"):
+            values[name] = {variant: vars(scores) for variant, scores in getattr(self, name).items()}
         return {**values, **self.origin, "pictures": self.pictures}
 
 
@@ -164,7 +168,8 @@ def make_report(scored: Sequence[ScoredVariant], rules: GateRules, origin: Mappi
         allowed_drop=rules.allowed_drop,
         sequential=rules.z != Z,
         origin=origin,
-        lengths={one.name: scores for one in scored if (scores := score_lengths(one.outcomes))},
+        lengths={one.name: lengths for one in scored if (lengths := score_lengths(one.outcomes))},
+        depths={one.name: depths for one in scored if (depths := score_depths(one.outcomes))},
     )
 
 

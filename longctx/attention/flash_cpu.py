@@ -15,7 +15,7 @@ _backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backwa
 # read once per KV head instead of once per query head: twice as fast for one row, equally fast at 32.
 _FOLD_BELOW = 32
 # Few rows in half precision: keys are converted to float32 in blocks of this many rows, over all sequences.  A copy of
-# all keys would leave the caches, and the system would clear its pages at every call.
+# all keys would not fit the processor's caches, and the system would zero its pages at every call.
 _CONVERTED_ROWS = 4096
 
 

@@ -88,7 +88,7 @@ def concat_rows(parts: Sequence[Partial]) -> Partial:
 def _without_unseen(part: Partial) -> Tensor:
     """Return ``out`` with 0 in the rows whose lse is -inf: a weight of 0 times NaN or infinity would be NaN."""
     unseen = part.lse == -math.inf
-    # To look first is cheaper on a CPU.  On a GPU it would wait for the kernel.
+    # Checking first is cheaper on a CPU.  On a GPU the check would wait for the kernel.
     if unseen.device.type == "cpu" and not unseen.any():
         return part.out
     return part.out.masked_fill(unseen.unsqueeze(-1), 0.0)

@@ -1,4 +1,4 @@
-"""Kernel ``triton``: flash attention of our own in Triton, whose partials are float32 also for half-precision inputs.
+"""Kernel ``triton``: longctx's flash attention in Triton; its partials are float32 even for half-precision inputs.
 
 The kernels of other libraries for GPUs round the output of every tile to the input dtype.
 """
@@ -16,7 +16,7 @@ from longctx.shapes import Keys, LogSumExp, Queries, Tensor
 installed = importlib.util.find_spec("triton") is not None
 
 
-class Blocks(NamedTuple):
+class BlockSizes(NamedTuple):
     """Sizes of a program: query rows and keys of a block, warps, and stages of the pipeline that loads blocks."""
 
     rows: int
@@ -25,16 +25,16 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def blocks_for(kernel: str, head_dim: int, dtype: torch.dtype) -> Blocks:
+def blocks_for(kernel: str, head_dim: int, dtype: torch.dtype) -> BlockSizes:
     """Return the sizes for ``kernel`` (forward, backward_q or backward_kv), which fit a GPU's registers and memory.
 
     docs/results/gpu/triton.md lists what the compiled kernels use.
     """
     if dtype == torch.float32 or head_dim > 128:
-        return Blocks(32, 32, 8, 2)
+        return BlockSizes(32, 32, 8, 2)
     if kernel == "forward":
-        return Blocks(128, 64, 8, 2)
-    return Blocks(64 if kernel == "backward_q" else 32, 64, 4 if head_dim <= 64 else 8, 2)
+        return BlockSizes(128, 64, 8, 2)
+    return BlockSizes(64 if kernel == "backward_q" else 32, 64, 4 if head_dim <= 64 else 8, 2)
 
 
 def arguments(kernel: str, q: Queries, k: Keys, causal: bool) -> dict[str, Any]:

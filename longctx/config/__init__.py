@@ -3,7 +3,7 @@
 from longctx.config.model import ModelSource, PromptSource
 from longctx.config.run import Context, Mesh, Reduce, ReduceDtype, Run, Sampling, Track
 from longctx.config.spd import SPD, BlockClass, JointRepair, Repair
-from longctx.config.training import DataSettings, Optim, Recompute, TextSource
+from longctx.config.training import DataSettings, LoRA, Optim, Recompute, TextSource
 
 __all__ = [
     "SPD",
@@ -11,6 +11,7 @@ __all__ = [
     "Context",
     "DataSettings",
     "JointRepair",
+    "LoRA",
     "Mesh",
     "ModelSource",
     "Optim",

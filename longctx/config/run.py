@@ -144,11 +144,11 @@ class Run:
 class Sampling:
     """How tokens are chosen, and which of them end an answer.
 
-    ``temperature`` 0 is greedy.  Sequence i draws with ``seed + i`` and the token's position, on any mesh and in
-    any batch.  ``top_k`` 0 keeps all tokens.  ``repetition_penalty`` counts tokens of the prompt and
-    of the answer, ``presence_penalty`` and ``frequency_penalty`` those of the answer.  An answer ends before the first
-    text in ``stop``, and after a token in ``stop_tokens``.  With ``logprobs``, the log-probability of each chosen token
-    is reported, and those of that many most likely tokens.
+    ``temperature`` 0 is greedy.  Sequence i draws with ``seed + i`` and the token's position, on any mesh and in any
+    batch.  ``top_k`` 0 keeps all tokens.  ``repetition_penalty`` counts tokens of the prompt and of the answer,
+    ``presence_penalty`` and ``frequency_penalty`` those of the answer.  An answer ends before the first text in
+    ``stop``, and after a token in ``stop_tokens``.  ``logprobs`` = n reports the log-probability of each chosen token,
+    and of the n most likely tokens.
     """
 
     temperature: float = 0.0
@@ -168,7 +168,7 @@ class Sampling:
         if self.temperature < 0 or 0 < self.temperature < 1e-6:
             raise ValueError(f"sampling.temperature={self.temperature}: use 0 for greedy, or 1e-6 or more")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling.top_p={self.top_p}: use a share above 0, up to 1")
+            raise ValueError(f"sampling.top_p={self.top_p}: use a number above 0 and at most 1")
         for name, (least, most, advice) in _SAMPLING_RANGES.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:

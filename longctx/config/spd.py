@@ -39,8 +39,8 @@ class Repair:
     """Block-to-block repair of dropped reductions (arXiv 2502.20727, 4.2); configs/spd_adapt.yaml explains each field.
 
     ``distil``, ``group`` and ``fit`` name classes of blocks.  Blocks learn from ``sequences`` of ``length`` tokens.
-    Errors are measured on ``held_out`` further sequences.  Grouping and fitting use the first
-    ``calibration_sequences``.
+    Errors and guards are measured on ``held_out`` further sequences; ``guard`` says what follows if a guard fails.
+    Grouping and fitting use the first ``calibration_sequences``.
     """
 
     distil: tuple[BlockClass, ...] = ("ISB", "SB", "ESB")
@@ -56,6 +56,7 @@ class Repair:
     epochs: int = 2
     batch: int = 4
     lr: float = 1e-3
+    guard: Literal["refuse", "warn", "off"] = "refuse"
 
     def __post_init__(self) -> None:
         for name in ("sequences", "length", "held_out", "calibration_sequences", "epochs", "batch", "lr"):

@@ -29,7 +29,9 @@ class TextSource:
 
     def __post_init__(self) -> None:
         if sum(map(bool, (self.path, self.name, self.pydoc))) != 1:
-            raise ValueError("a source of data has one of path (file, folder or pattern), name (on the hub), pydoc")
+            raise ValueError(
+                "a data source has exactly one of path (file, folder or pattern), name (on the hub), pydoc"
+            )
         if not self.name and (self.subset or self.revision or self.streaming or self.split != "train"):
             raise ValueError(
                 f"{self}: subset, revision, split and streaming apply to a dataset on the hub only: leave them out"
@@ -125,3 +127,27 @@ class Optim:
                 f"optim.betas={list(self.betas)}, eps={self.eps}, clip={self.clip}: "
                 "use betas from 0 to below 1, eps above 0, clip 0 or more"
             )
+
+
+Adapted = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters of ``rank``, trained instead of the weights (None: train all weights; arXiv 2106.09685).
+
+    They are added to the layers ``targets`` (megatron-core's names), and their output is multiplied by ``alpha`` /
+    ``rank``.
+    """
+
+    rank: int | None = None
+    alpha: float = 16.0
+    targets: tuple[Adapted, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"lora.rank={self.rank}: use 1 or more, or null to train all weights")
+        if not 0 < self.alpha < inf:
+            raise ValueError(f"lora.alpha={self.alpha}: use a number above 0")
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"lora.targets={list(self.targets)}: name at least one layer, and each once")

@@ -9,14 +9,14 @@ from longctx.cost.hardware import Hardware
 
 
 @dataclass(frozen=True)
-class Choice:
+class StrategyChoice:
     """A strategy (pass_kv or pass_q), and the reason for it in one line for the user."""
 
     strategy: str
     why: str
 
 
-def choose(rule: str, work: Work, hardware: Hardware) -> Choice:
+def choose(rule: str, work: Work, hardware: Hardware) -> StrategyChoice:
     """Return the strategy that ``rule`` selects for ``work``.
 
     ``auto`` compares the modelled seconds.  ``alg1``, ``alg5`` and ``empirical`` are the rules of arXiv 2411.01783:
@@ -25,14 +25,14 @@ def choose(rule: str, work: Work, hardware: Hardware) -> Choice:
     Raises ValueError for ``empirical`` if ``hardware`` has no fitted constants.
     """
     if work.ranks == 1:
-        return Choice("pass_kv", "one ring rank: nothing is sent")
+        return StrategyChoice("pass_kv", "one ring rank: nothing is sent")
     return RULES[rule](work, hardware)
 
 
-def _auto(work: Work, hardware: Hardware) -> Choice:
+def _auto(work: Work, hardware: Hardware) -> StrategyChoice:
     kv, q = pass_kv_cost(work, hardware).seconds, pass_q_cost(work, hardware).seconds
     reason = f"a layer takes {kv * 1e3:.3g} ms by pass-KV, {q * 1e3:.3g} ms by pass-Q"
-    return Choice("pass_kv" if kv <= q else "pass_q", reason)
+    return StrategyChoice("pass_kv" if kv <= q else "pass_q", reason)
 
 
 def overlap_threshold(work: Work, hardware: Hardware) -> float:
@@ -44,22 +44,22 @@ def overlap_threshold(work: Work, hardware: Hardware) -> float:
     return work.ranks * hardware.flops * work.kv_heads * work.element_bytes / denominator
 
 
-def _alg1(work: Work, hardware: Hardware) -> Choice:
+def _alg1(work: Work, hardware: Hardware) -> StrategyChoice:
     return _by_threshold(work, hardware, 2 * work.kv_heads / work.heads)
 
 
-def _alg5(work: Work, hardware: Hardware) -> Choice:
+def _alg5(work: Work, hardware: Hardware) -> StrategyChoice:
     # Eq. 5 lowers the threshold of Alg. 1 by the cost of pass-Q's all-to-all.
     all_to_all = 4 * work.new_total * hardware.hop.bytes_per_s / (work.ranks * hardware.flops * work.element_bytes)
     return _by_threshold(work, hardware, 2 * work.kv_heads / work.heads - all_to_all)
 
 
-def _by_threshold(work: Work, hardware: Hardware, miss_rate: float) -> Choice:
+def _by_threshold(work: Work, hardware: Hardware, miss_rate: float) -> StrategyChoice:
     """Choose pass-KV if T reaches `overlap_threshold`, or if the miss rate T / (T + P) reaches ``miss_rate``."""
     hidden, miss = overlap_threshold(work, hardware), work.new_total / work.total
     kv = work.new_total >= hidden or miss >= miss_rate
     reason = f"T {work.new_total:,} (threshold {hidden:,.0f}), miss rate {miss:.2%} (threshold {miss_rate:.2%})"
-    return Choice("pass_kv" if kv else "pass_q", reason)
+    return StrategyChoice("pass_kv" if kv else "pass_q", reason)
 
 
 def empirical_constants(hardware: Hardware | None) -> tuple[float, float, float]:
@@ -72,13 +72,13 @@ def empirical_constants(hardware: Hardware | None) -> tuple[float, float, float]
     return hardware.empirical
 
 
-def _empirical(work: Work, hardware: Hardware) -> Choice:
+def _empirical(work: Work, hardware: Hardware) -> StrategyChoice:
     alpha, beta, gamma = empirical_constants(hardware)
     h = alpha * math.log(work.new_total) + beta * math.log(work.new_total / work.total) + gamma
-    return Choice("pass_kv" if h > 0 else "pass_q", f"h(T, P) = {h:.3g}")
+    return StrategyChoice("pass_kv" if h > 0 else "pass_q", f"h(T, P) = {h:.3g}")
 
 
-RULES: dict[str, Callable[[Work, Hardware], Choice]] = {
+RULES: dict[str, Callable[[Work, Hardware], StrategyChoice]] = {
     "auto": _auto,
     "alg1": _alg1,
     "alg5": _alg5,

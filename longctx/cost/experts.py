@@ -23,7 +23,7 @@ from longctx.cost.machine import Degrees, Machine
 from longctx.cost.training import Decoder
 
 
-class Message(NamedTuple):
+class ExpertExchange(NamedTuple):
     """An exchange of a layer's forward: the axis, the bytes that a rank sends, and how often a step repeats it.
 
     ``passes`` is 2 if the backward sends as much as the forward, else 1.
@@ -59,16 +59,16 @@ def share_of_rows(count: int, per_token: int, ep: int) -> float:
     return 1 - comb(count - count // ep, per_token) / comb(count, per_token)
 
 
-def messages(shape: Decoder, mesh: Degrees, rows: float, element: float) -> Iterator[Message]:
+def messages(shape: Decoder, mesh: Degrees, rows: float, element: float) -> Iterator[ExpertExchange]:
     """Yield what a rank sends in one layer with experts, for ``rows`` rows of ``element`` bytes a number."""
     if shape.mixture is None or mesh.ep == 1:
         return
     count, per_rank = shape.mixture.count, shape.mixture.count // mesh.ep
     travelling = rows * share_of_rows(count, shape.mixture.per_token, mesh.ep) * element
     for axis, ranks, factor in (("ep", mesh.ep, 1), ("tp", mesh.tp, mesh.ep)):
-        yield Message(axis, (ranks - 1) * factor * rows * count, 1)
-        yield Message(axis, (ranks - 1) * factor * travelling * (shape.hidden + per_rank), 2)
-        yield Message(axis, (ranks - 1) * factor * travelling * shape.hidden, 2)
+        yield ExpertExchange(axis, (ranks - 1) * factor * rows * count, 1)
+        yield ExpertExchange(axis, (ranks - 1) * factor * travelling * (shape.hidden + per_rank), 2)
+        yield ExpertExchange(axis, (ranks - 1) * factor * travelling * shape.hidden, 2)
 
 
 def experts_cost(

@@ -44,7 +44,8 @@ def link_of(values: Mapping[str, Any]) -> Link:
 class LayerRates:
     """Performance of one rank outside attention, for plans.
 
-    * ``gemm_flops``: FLOP/s of a layer's matrix products with many rows; the time of its norms and activations counts.
+    * ``gemm_flops``: FLOP/s of a layer's matrix products with many rows; the time of its norms and activations is
+      included.
     * ``weight_bytes_per_s``: the rate of reading weights with one row.
     * ``layer_s``: the overhead of a layer, which does not depend on the rows.
     * ``gather``: an all-gather of few rows, as in decoding.

@@ -1,4 +1,4 @@
-"""Bytes and seconds of reductions over tensor-parallel ranks, of which some blocks drop one."""
+"""Bytes and seconds of reductions over tensor-parallel ranks, in models in which some blocks drop one."""
 
 _SCALE_BYTES = 2  # a bfloat16
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int6": 0.75}
@@ -51,7 +51,7 @@ def all_reduce_seconds(size: float, ranks: int, hop_s: float, bytes_per_s: float
 def spd_reducing_seconds(layers: int, share: float, attention_s: float, mlp_s: float) -> float:
     """Return the seconds of all reductions of a forward pass in which a ``share`` of the ``layers`` drops its first.
 
-    ``attention_s`` and ``mlp_s`` are the seconds of one reduction after attention and after the MLP.  With equal ones,
-    these are the L (2 - p) t_AR of arXiv 2502.20727: T(p) = T_compute + L (2 - p) t_AR.
+    ``attention_s`` and ``mlp_s`` are the seconds of one reduction after attention and after the MLP.  If the two are
+    equal, this is L (2 - p) t_AR of arXiv 2502.20727: T(p) = T_compute + L (2 - p) t_AR.
     """
     return layers * ((1 - share) * attention_s + mlp_s)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longctx.config import DataSettings
-from longctx.data.records import Conversation, ReadRow, Record, error_line, text_of
+from longctx.data.records import ReadRow, Record, TokenizedConversation, error_line, text_of
 
 _ROLES = ("system", "developer", "user", "assistant")
 _KEYS = ("role", "content", "weight")
@@ -24,7 +24,7 @@ def conversation_reader(tokenizer: Any, ends: tuple[int, ...], data: DataSetting
     """
     if not tokenizer.chat_template:
         raise ValueError(
-            "the model's tokenizer has no chat template: put a chat_template.jinja into the model's folder, or use an "
+            "the model's tokenizer has no chat template: set model.chat_template=FILE, or use an "
             "instruct model, such as model=smollm2_135m"
         )
     if not ends:
@@ -53,7 +53,7 @@ def messages_of(row: Any) -> list[dict[str, Any]]:
     Raises ValueError, without the location, for any other form.
     """
     if not isinstance(row, Mapping):
-        raise ValueError(f"is no JSON object of the form {_EXAMPLE}")
+        raise ValueError(f"is not a JSON object of the form {_EXAMPLE}")
     if row.get("tools") or row.get("functions"):
         raise ValueError("has tools, which are not implemented in training")
     if "messages" not in row and {"prompt", "completion"} <= set(row):
@@ -67,7 +67,7 @@ def messages_of(row: Any) -> list[dict[str, Any]]:
 
 def _message(message: Any, name: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise ValueError(f"has a {name} that is no JSON object with a role and a content")
+        raise ValueError(f"has a {name} that is not a JSON object with a role and a content")
     if (role := message.get("role")) not in _ROLES:
         raise ValueError(f'has a {name} of role "{role}": use {", ".join(_ROLES)}')
     if others := [key for key, value in message.items() if key not in _KEYS and value]:
@@ -81,7 +81,9 @@ def _message(message: Any, name: str) -> dict[str, Any]:
     return {"role": role, "content": message["content"], "weight": weight}
 
 
-def tokenize_conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Any, ends: tuple[int, ...]) -> Conversation:
+def tokenize_conversation(
+    messages: Sequence[Mapping[str, Any]], tokenizer: Any, ends: tuple[int, ...]
+) -> TokenizedConversation:
     """Return the tokens of ``messages`` in the chat template, and which of them the model must write.
 
     These are, for each answer of weight 1, the tokens from where the template begins an answer up to the first end
@@ -93,9 +95,9 @@ def tokenize_conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Any,
     """
     answers = [i for i, each in enumerate(messages) if each["role"] == "assistant" and each["weight"]]
     if not answers:
-        raise ValueError("has no message of the assistant to learn")
+        raise ValueError("has no assistant message to learn from")
     if not answers[0]:
-        raise ValueError("begins with a message of the assistant: put a message of the user before it")
+        raise ValueError("begins with an assistant message: put a user message before it")
     plain: list[Message] = [{"role": each["role"], "content": each["content"]} for each in messages]
     whole = _template(plain[: answers[-1] + 1], tokenizer)
     spans = []
@@ -103,7 +105,7 @@ def tokenize_conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Any,
         begin = _prefix(_template(plain[:i], tokenizer, begins_answer=True), whole, i)
         answer = whole[begin : _prefix(_template(plain[: i + 1], tokenizer), whole, i)]
         spans.append((begin, begin + _length_to_end(answer, i, tokenizer, ends)))
-    return Conversation(tuple(whole[: spans[-1][1]]), tuple(spans))
+    return TokenizedConversation(tuple(whole[: spans[-1][1]]), tuple(spans))
 
 
 def _template(messages: Sequence[Message], tokenizer: Any, *, begins_answer: bool = False) -> list[int]:
@@ -121,7 +123,7 @@ def _prefix(tokens: Sequence[int], whole: Sequence[int], i: int) -> int:
     """Return the number of ``tokens``; raises ValueError unless ``whole`` begins with them."""
     if list(whole[: len(tokens)]) != list(tokens):
         raise ValueError(
-            f"has an answer, message {i + 1}, that the chat template writes in another way when messages follow, or "
+            f"has an answer, message {i + 1}, that the chat template writes differently when messages follow, or "
             "whose tokens merge with those before it: give each answer a line, with weight 0 on earlier answers"
         )
     return len(tokens)

@@ -14,7 +14,7 @@ from longctx.data.conversations import conversation_reader
 from longctx.data.files import files
 from longctx.data.hub import dataset
 from longctx.data.pydoc import topics
-from longctx.data.records import Conversation, Position, Record, SourceFile
+from longctx.data.records import Position, Record, SourceFile, TokenizedConversation
 from longctx.data.stage import Stage, State
 from longctx.data.tokenize import token_blocks
 from longctx.shapes import Bool, Positions, Tensor
@@ -28,7 +28,7 @@ class Document:
 
     A long document comes in several parts, in order.  All parts but the last have ``ends=False`` and an empty resume
     state, because a run resumes at the beginning of a document.  ``learned`` is True for the tokens to learn, False for
-    those that only are context; None if all are learned.
+    those that are only context; None if all are learned.
     """
 
     tokens: Positions
@@ -119,7 +119,7 @@ def _parts(record: Record, tokenizer: Any, end_token: bool) -> Iterator[Document
     yield Document(tokens, record.where)
 
 
-def _document_of(conversation: Conversation, where: str) -> Document:
+def _document_of(conversation: TokenizedConversation, where: str) -> Document:
     learned = torch.zeros(len(conversation.tokens), dtype=torch.bool)
     for begin, end in conversation.answers:
         learned[begin:end] = True

@@ -47,7 +47,7 @@ def paths_of(given: str) -> list[Path]:
     paths = [root] if root.is_file() else [Path(name) for name in glob.glob(str(root), recursive=True)]  # noqa: PTH207
     paths = [path for path in paths if path.is_file()]
     if not paths:
-        raise ValueError(f"{given} is no file, no folder, and no pattern that any file matches: check the path")
+        raise ValueError(f"{given} is not a file, a folder, or a pattern that matches a file: check the path")
     return sorted(paths)
 
 
@@ -55,7 +55,7 @@ def _source_file(path: Path, source: TextSource, read_row: ReadRow | None) -> So
     name = path.name.lower()
     title = f"{path.name} ({path.stat().st_size} bytes)"  # the size, so that a resume state rejects a changed file
     if name.endswith(REFUSED):
-        raise ValueError(f"{path} is of a kind that is not supported: use a text file, or one of {', '.join(READABLE)}")
+        raise ValueError(f"{path} is not a supported kind of file: use a text file, or one of {', '.join(READABLE)}")
     if name.endswith((".jsonl", ".jsonl.gz")):
         read_text = partial(_read_text_row, source.text_key)
         return SourceFile(title, partial(_read_lines, path, read_row or read_text))

@@ -16,7 +16,7 @@ _END = 2**20  # bytes at either end
 def digest(path: Path) -> str:
     """Return ``sha256:`` and the digest of a file; for a large file, ``ends-sha256:`` and that of its size and ends.
 
-    A process reads a file only once, until its size or time of change is another.
+    A process reads a file only once, unless its size or modification time changes.
     """
     state = path.stat()
     return _digest(path.resolve(), state.st_size, state.st_mtime_ns)

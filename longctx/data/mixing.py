@@ -23,7 +23,8 @@ def interleave(sources: Sequence[Stage[Document]], weights: Sequence[float]) -> 
         tokens = list(state["tokens"]) if state else [0] * len(sources)
         if len(states) != len(sources):
             raise ValueError(
-                f"the state to resume from is of {len(states)} sources, data.sources has {len(sources)}: use the same "
+                f"the state to resume from has {len(states)} sources, but data.sources has {len(sources)}: "
+                "use the same "
                 "sources, or start a new run"
             )
         # The first document is the one that the interrupted run would have read: it may be cut already.

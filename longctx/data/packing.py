@@ -126,7 +126,7 @@ def _unused(documents: Stage[Document], before: State | None, used: int) -> Iter
         is_long_enough = is_long_enough or len(tokens) > 0
         if document.ends and not is_long_enough:
             raise ValueError(
-                f"{document.where} is shorter than when the state to resume from was made: "
+                f"{document.where} is shorter than it was when the state to resume from was saved: "
                 "restore the file, or start a new run"
             )
         yield replace(document, tokens=tokens, learned=learned), after

@@ -16,14 +16,17 @@ def prompt_tokens(source: PromptSource, tokenizer: Any) -> tuple[list[int], int]
     """Token ids of the prompt that ``source`` describes, and the number of tokens of its text without the template.
 
     ``source.tokens`` cuts the text, not the question, and only between characters; no more of the text is read than
-    that.  A file's byte-order mark is no text.  Special tokens are those of `longctx.data.tokenize.tokenize`.
+    needed.  A file's byte-order mark is not part of the text.  Special tokens are those of
+    `longctx.data.tokenize.tokenize`.
 
     Raises ValueError for a file that is missing, empty or not UTF-8, and for an empty prompt.  Raises ValueError unless
     there is exactly one source, and for a question to a model without a chat template.
     """
     if source.question is not None and not tokenizer.chat_template:
         _refuse_other_than_one(source)
-        raise ValueError("prompt.question needs a model with a chat template: drop it, or use an instruct model")
+        raise ValueError(
+            "prompt.question needs a chat template: set model.chat_template=FILE, or use an instruct model"
+        )
     ids, text = _read_first_tokens(source, tokenizer, special_tokens=source.question is None)
     if not text.strip():
         raise ValueError(_too_few_tokens(source) if source.tokens and not text else _NO_TEXT)
@@ -105,5 +108,5 @@ def _pydoc(topic: str) -> str:
     if topic == "all":
         return "\n\n".join(topics[name] for name in sorted(topics))
     if topic not in topics:
-        raise ValueError(f"prompt.pydoc={topic} is no topic: use all, or one of {', '.join(sorted(topics))}")
+        raise ValueError(f"prompt.pydoc={topic} is not a topic: use all, or one of {', '.join(sorted(topics))}")
     return topics[topic]

@@ -10,7 +10,7 @@ Position = Any
 
 
 @dataclass(frozen=True)
-class Conversation:
+class TokenizedConversation:
     """The ``tokens`` of a conversation; those from ``begin`` to ``end`` of each pair in ``answers`` are learned."""
 
     tokens: tuple[int, ...]
@@ -21,7 +21,7 @@ class Conversation:
 class Record:
     """A ``text`` and its location: ``where`` is file and line, or dataset and row, for messages.
 
-    The record of a text file has a function ``open_file`` in place of the text, which may be larger than the memory.
+    The record of a text file has a function ``open_file`` in place of the text, which may be larger than memory.
     A ``conversation`` takes the place of the text if conversations are read.
     A record without usable text has the reason in ``fault``.
     """
@@ -30,7 +30,7 @@ class Record:
     text: str = ""
     fault: str = ""
     open_file: Callable[[], TextIOBase] | None = None
-    conversation: Conversation | None = None
+    conversation: TokenizedConversation | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -61,7 +61,7 @@ class SourceFile:
 def text_of(row: Any, key: str, where: str) -> Record:
     """The record with the text under ``key`` of ``row``; a record with a fault if there is no valid text."""
     if not isinstance(row, Mapping):
-        return Record(where, fault=f'is no JSON object of the form {{"{key}": "..."}}')
+        return Record(where, fault=f'is not a JSON object of the form {{"{key}": "..."}}')
     if key not in row:
         keys = ", ".join(sorted(row)) or "nothing"
         return Record(where, fault=f'has no "{key}", it has {keys}: set text_key')

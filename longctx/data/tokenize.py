@@ -18,7 +18,7 @@ _TRIES = 12  # places to try before the window grows
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive tokens: their ``ids``, and of each the (first, end) of its characters, counted from ``begin``."""
+    """Consecutive tokens: ``ids``, and the range (first, end) of each token's characters, counted from ``begin``."""
 
     ids: list[int]
     spans: list[tuple[int, int]]

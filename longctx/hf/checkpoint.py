@@ -55,7 +55,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
         names = {*weight_map.values()}
         if any(Path(name).name != name for name in names):
-            raise TypeError("a file of weight_map is not a file name")
+            raise TypeError("weight_map has an entry that is not a file name")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is damaged ({error}): copy or download it again") from error
     return weight_map
@@ -97,7 +97,7 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
         named = {name for name, place in files.items() if place == file}
         if differing := sorted(named ^ in_file.keys()):
             raise ValueError(
-                f"{file} and {_INDEX} do not agree on {differing[0]}, one of them is of another save: "
+                f"{file} and {_INDEX} do not agree on {differing[0]}, so they are not from the same save: "
                 "copy or download the model again"
             )
         headers |= in_file

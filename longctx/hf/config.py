@@ -67,7 +67,7 @@ def _refuse_impossible(file: Path, config: Any) -> None:
             raise ValueError(f"{file}: {name}={value} is not a positive number: correct it")
     for name in ("rms_norm_eps", "norm_epsilon", "initializer_range"):
         if not 0 <= getattr(config, name, 0) < math.inf:
-            raise ValueError(f"{file}: {name}={getattr(config, name)} is not a number from 0 on: correct it")
+            raise ValueError(f"{file}: {name}={getattr(config, name)} is not a number of 0 or more: correct it")
     heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, head_dim_of(config)
     if heads % kv_heads:
         raise ValueError(f"{file}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
@@ -103,16 +103,16 @@ def refuse_untrainable(folder: Path) -> None:
     """
     values = json.loads((folder / "config.json").read_text())
     if dropout := values.get("attention_dropout"):
-        raise ValueError(f"attention_dropout={dropout}: training here has no dropout, set it to 0 in config.json")
+        raise ValueError(f"attention_dropout={dropout}: training has no dropout here; set it to 0 in config.json")
     if noise := values.get("router_jitter_noise"):
-        raise ValueError(f"router_jitter_noise={noise}: training here has no noise, set it to 0 in config.json")
+        raise ValueError(f"router_jitter_noise={noise}: training has no noise here; set it to 0 in config.json")
 
 
 def _refuse_custom_code(folder: Path, error: Exception) -> None:
     """Raise ValueError if transformers raised ``error`` because it would have to run Python code from ``folder``."""
     if "trust_remote_code" in str(error):
         raise ValueError(
-            f"{folder} needs Python code of its own (auto_map), which longctx never runs: "
+            f"{folder} needs custom Python code (auto_map), which longctx never runs: "
             "use a model and a tokenizer that transformers knows"
         ) from error
 

@@ -22,7 +22,7 @@ _SAMPLED = {
 def unapplied_settings(folder: Path, *, sampled: bool) -> dict[str, object]:
     """Return the settings of generation_config.json that change transformers' text and are not applied here, by name.
 
-    ``sampled``: tokens are drawn at random, so that settings of sampling count, too.
+    With ``sampled``, tokens are drawn at random, so settings of sampling are included.
     """
     config = _read(folder)
     neutral = _GREEDY | (_SAMPLED if sampled else {})
@@ -40,7 +40,7 @@ def end_tokens(folder: Path, config: Any) -> tuple[int, ...]:
         ends, file = generation.eos_token_id, "generation_config.json"
     tokens = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
     if any(isinstance(token, bool) or not isinstance(token, int) for token in tokens):
-        raise ValueError(f"{folder}/{file}: eos_token_id={ends} is not a token's number, or a list of them: correct it")
+        raise ValueError(f"{folder}/{file}: eos_token_id={ends} is not a token id or a list of token ids: correct it")
     return tuple(tokens)
 
 

@@ -1,7 +1,7 @@
-"""Settings in config.json that are read: each other one is refused, unless it changes nothing in transformers.
+"""Settings in config.json that are read: any other is refused, unless it has no effect in transformers.
 
 transformers keeps any key of config.json and lets some code read it.  A key that its configuration class does not
-declare is therefore refused, because this code would read it otherwise, or not at all.
+declare is therefore refused, because this code would read it differently, or not at all.
 """
 
 import math
@@ -66,8 +66,8 @@ _ROPE: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 def refuse_unknown_keys(file: Path, values: Mapping[str, Any], config: Any, family: Family) -> None:
     """Raise ValueError for a key of config.json that is not read here, unless it changes nothing in transformers.
 
-    ``values`` is the content of ``file``, ``config`` the same as transformers reads it.  null is as good as no key.
-    Raises ValueError, too, for rotary embeddings that are not implemented.
+    ``values`` is the content of ``file``, ``config`` the same as transformers reads it.  A null counts as a missing
+    key.  Raises ValueError, too, for rotary embeddings that are not implemented.
     """
     known = {field.name for field in fields(config)} | _HARMLESS | GENERATION | {*family.undeclared}
     known |= {"partial_rotary_factor"} if family.partial_rotary else set()

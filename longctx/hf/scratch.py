@@ -4,6 +4,7 @@ A folder is either built from settings, or copied from an existing model with so
 """
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from longctx.hf.config import read_config
 from longctx.models import family_of
 
 END = "<|endoftext|>"
+TEMPLATE = "chat_template.jinja"  # transformers prefers it to a template in tokenizer_config.json
 # Files that are copied besides config.json: those of the tokenizer, and the settings of generation.
 _COPIED = (
     "tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
@@ -39,7 +41,7 @@ def write_scratch_folder(config: Mapping[str, Any], to: Path) -> None:
     model_type = fields.pop("model_type", None)
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(
-            f"model.config.model_type={model_type} is no language model of transformers: "
+            f"model.config.model_type={model_type} is not a language model of transformers: "
             "use llama or another that recipes.models lists"
         )
     if unknown := set(fields) - set(AutoConfig.for_model(model_type).to_dict()):
@@ -86,6 +88,26 @@ def write_config_like(source: Path, changed: Mapping[str, Any], to: Path) -> Non
     old = ["torch_dtype"] * ("dtype" in changed) + ["rope_theta", "rope_scaling"] * ("rope_parameters" in changed)
     config = {name: value for name, value in config.items() if name not in old} | dict(changed)
     (to / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_chat_template(name: str) -> str:
+    """Return the chat template in the file ``name``.  Raises ValueError if it cannot be read, or is not Jinja."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    file = Path(name).expanduser()
+    try:
+        template = file.read_text(encoding="utf-8")
+        # The two tags that transformers adds to Jinja mark the tokens of answers.
+        plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
+        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"model.chat_template={name} cannot be read: {error}; give a file of UTF-8 text") from error
+    except TemplateError as error:
+        raise ValueError(f"model.chat_template={name} is not a Jinja template: {error}") from error
+    if not template.strip():
+        raise ValueError(f"model.chat_template={name} is empty: give a Jinja template")
+    return template
 
 
 def config_for_context(

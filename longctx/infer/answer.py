@@ -1,4 +1,4 @@
-"""The text of an answer while its tokens come: certain pieces to stream, and texts that end it."""
+"""The text of an answer while its tokens arrive: pieces that can be streamed, and texts that end the answer."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,7 +34,7 @@ class AnswerText:
         return self._give(len(self.text))
 
     def _certain(self) -> int:
-        """Return the number of characters that neither an incomplete character nor the start of a stop text follows."""
+        """Return how many characters no later token can change: those before an incomplete character or stop text."""
         text = self.text.rstrip(_INCOMPLETE)
         waiting = [n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
         return len(text) - max(waiting, default=0)

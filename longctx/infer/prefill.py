@@ -86,11 +86,12 @@ def run_replicated(
 ) -> Float[Tensor, "s b hidden"]:
     """Run the model over ``tokens`` [total] on every rank, with one exchange a layer, and return all hidden states.
 
-    For few rows (tree attention, arXiv 2408.04093): every rank projects all rows and attends to the keys that it
-    caches, and one all-gather merges the partial results.  ``layout`` says which ring rank caches which rows.
+    For few rows (tree attention, arXiv 2408.04093): every rank computes all rows' queries, keys and values and attends
+    to the keys that it caches.  One all-gather merges the partial results.  ``layout`` says which ring rank caches
+    which rows.
 
-    With a ``share`` (the caller has entered `WeightShare.in_use`), each rank projects with only its share of the
-    weights.  One all-to-all then gives each rank the merged output of its share of the heads.
+    With a ``share`` (the caller has entered `WeightShare.in_use`), each rank multiplies only its share of the weights.
+    One all-to-all then gives each rank the merged output of its share of the heads.
     """
     layout = layout.after(cache.layout)
     cache.extend(layout)

@@ -51,9 +51,11 @@ def refuse_not_finite(engine: Engine, tokens: Iterable[int], caches: Iterable[KV
     first = next((i for i in range(layers) if not all(_is_finite(*cache.layer(i)) for cache in cached)), layers)
     mine = torch.tensor([first], device=engine.device)
     first = int(torch.cat(engine.context.all_gather(mine, [(1,)] * engine.ranks)).min())
-    place = f"those of all {layers} layers are finite" if first == layers else f"those of layer {first} are the first"
+    place = f"layer {first} is the first with such keys or values"
+    if first == layers:
+        place = f"the keys and values of all {layers} layers are finite"
     raise ValueError(
-        f"no token can be chosen from logits that are NaN or infinite; of keys and values, {place}: "
+        f"no token can be chosen from logits that are NaN or infinite; {place}: "
         "use model.dtype=float32, or a checkpoint whose weights are not damaged"
     )
 

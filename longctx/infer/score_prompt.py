@@ -21,7 +21,7 @@ def score_prompts(
     hidden: Float[Tensor, "s b hidden"],
     layout: Layout,
 ) -> None:
-    """Append to `Conversation.prompt_logprobs`, where it is a list, the tokens that the rows of a pass predict.
+    """Append log-probabilities of the tokens that a pass predicts to `Conversation.prompt_logprobs`, if it is a list.
 
     ``hidden`` are the states of this rank's rows of ``chunk``, in ``layout``.  A row predicts the next token of its
     prompt; the last row predicts the first token of the answer, which does not count.  All ranks get all of them.

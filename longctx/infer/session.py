@@ -50,7 +50,7 @@ class Session:
     ) -> None:
         if context.decode == "sharded" and engine.ranks > 1 and not engine.share:
             raise ValueError(
-                "context.decode=sharded is built for model.layers=local, and for dropped reductions with mesh.tp=1: "
+                "context.decode=sharded supports model.layers=local only, and dropped reductions with mesh.tp=1 only; "
                 f"this is model.layers={engine.layers} mesh.tp={engine.tp.size}; use context.decode=gather_merge"
             )
         self.engine, self.context, self.sampling = engine, context, sampling
@@ -221,8 +221,8 @@ class Session:
     def prefill(self, tokens: Mapping[int, int]) -> dict[int, int]:
         """Run the next tokens of sequences in one pass, and append and return the token after each prompt that ends.
 
-        ``tokens`` has how many of its tokens, which are not cached yet, each sequence runs.  Sequences with
-        `Conversation.prompt_logprobs` get those of the tokens that these rows predict.
+        ``tokens`` has, by sequence, how many of its uncached tokens to run.  Sequences with
+        `Conversation.prompt_logprobs` get the log-probabilities of the tokens that these rows predict.
         """
         new = {
             i: self.sequences[i].tokens[(at := self.sequences[i].cached) : at + count] for i, count in tokens.items()

@@ -93,7 +93,8 @@ def _parse(folder: Path) -> SessionIndex:
         ) from error
     if isinstance(index, dict) and type(version := index.get("version")) is int and version != VERSION:
         raise ValueError(
-            f"session.load={folder} is of version {version}, this code reads {VERSION}; resume it with the code that "
+            f"session.load={folder} is of version {version}, but this code reads version {VERSION}; resume it "
+            "with the code that "
             "saved it."
         )
     if not (isinstance(index, dict) and _is_index(index) and (KEY not in index or has_valid_checksum(index))):
@@ -174,7 +175,7 @@ def _rows_in(file: Path, i: str, shape: ModelShape) -> tuple[int, Tensor]:
         shapes = {tuple(tensors.get_slice(name).get_shape()) for name in names}
     heads = next(iter(shapes))[1]
     if shapes != {(len(positions), heads, shape.head_dim)}:
-        raise ValueError(f"keys or values of sequence {i} have another shape than the model's")
+        raise ValueError(f"keys or values of sequence {i} do not have the model's shape")
     return heads, positions
 
 

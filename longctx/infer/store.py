@@ -24,7 +24,7 @@ def save(session: Session, folder: Path, model: str) -> None:
     ``model`` identifies the weights.  All ranks must call this.  The old content of ``folder`` is replaced once
     everything is written.
     """
-    # 1. A new folder beside the old one.
+    # 1. A new folder next to the old one.
     engine = session.engine
     new_folder = folder.with_name(folder.name + ".coming")
     if engine.rank == 0 and engine.tp.rank == 0:

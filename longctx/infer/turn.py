@@ -15,8 +15,8 @@ class Conversation:
     """One sequence: all its tokens, and its cache, which lacks the last token if that was decoded.
 
     Its latest answer begins at ``tokens[answer_begin]``; ``logprobs`` are those of the answer's tokens, if
-    ``sampling.logprobs`` is set.  ``prompt_logprobs`` are those of the prompt's tokens but the first, as far as they
-    have been prefilled; None if they are not asked for.
+    ``sampling.logprobs`` is set.  ``prompt_logprobs`` are those of the prompt's tokens except the first, as far as they
+    have been prefilled; None if they were not requested.
     """
 
     cache: KVCache

@@ -17,8 +17,11 @@ def _import_less() -> Iterator[None]:
 
     On a CPU build of torch, `torch.compile` returns functions unchanged: every fusion is off, and a compiler may be
     missing.  The import of W&B fails, because megatron-core uses W&B for its own inference logs only.
+
+    Tensors are pickled as torch does it.  megatron-core 0.19 puts a function of its own into the pickles, so that a
+    process that reads the result of a rank would import megatron-core.
     """
-    compile_, hides_wandb = torch.compile, "wandb" not in sys.modules
+    compile_, hides_wandb, reader = torch.compile, "wandb" not in sys.modules, torch.storage._load_from_bytes
     if torch.version.cuda is None:
         torch.compile = _decorate_nothing  # type: ignore[assignment]
     if hides_wandb:
@@ -26,7 +29,7 @@ def _import_less() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.compile = compile_
+        torch.compile, torch.storage._load_from_bytes = compile_, reader
         if hides_wandb:
             del sys.modules["wandb"]
 
@@ -59,6 +62,7 @@ def hide_if_broken(package: str, mend: str) -> None:
 with warnings.catch_warnings(), _import_less():
     warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # megatron-core decorates with torch.jit
+    warnings.filterwarnings("ignore", category=SyntaxWarning)  # escapes in its docstrings, when first compiled
     hide_if_broken("transformer_engine", "make gpu installs it whole; or run pip uninstall transformer-engine")
     import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
 

@@ -69,6 +69,7 @@ def let_training_run() -> None:
     for name in ("synchronize", "set_device", "empty_cache", "manual_seed"):
         setattr(torch.cuda, name, lambda *_, **__: None)
     setattr(torch.cuda, "current_device", lambda: _CPU)  # noqa: B010
+    setattr(torch.cuda, "current_stream", lambda *_: None)  # noqa: B010  # megatron-core uses it with CUDA graphs only
     setattr(torch.cuda, "Event", _Event)  # noqa: B010
     setattr(torch.cuda.nvtx, "_nvtx", types.SimpleNamespace(rangePushA=lambda _: 0, rangePop=lambda: 0))  # noqa: B010
     # Activation checkpointing saves and restores the state of the GPU's random generator.

@@ -133,9 +133,9 @@ class ExchangedTokens(MoEAllGatherTokenDispatcher):
 class MixtureOfExperts(MoELayer):
     """megatron-core's MoE layer, with `ReplicatedTokens` if all ranks of its groups have the same tokens."""
 
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        self.groups: ProcessGroupCollection = kwargs["pg_collection"]
+    def __init__(self, config: TransformerConfig, *args: Any, groups: ProcessGroupCollection, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs | {"pg_collection": groups})
+        self.groups = groups
         if not config.sequence_parallel and self.ep_group.size() == 1:
             self.token_dispatcher = ReplicatedTokens(
                 self.num_local_experts, self.local_expert_indices, config, self.groups
@@ -190,6 +190,6 @@ def mixture_spec(shape: ModelShape, groups: ProcessGroupCollection) -> ModuleSpe
     router = partial(Router, bias=shape.mlp_bias)
     return ModuleSpec(
         module=MixtureOfExperts,
-        params={"pg_collection": groups},
+        params={"groups": groups},
         submodules=MoESubmodules(experts=ModuleSpec(module=SequentialExperts, submodules=experts), router=router),
     )

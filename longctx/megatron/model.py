@@ -10,6 +10,12 @@ import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -34,6 +40,8 @@ _ACTIVATIONS = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "gelu_sigmoid": lambda x: x * torch.sigmoid(1.702 * x),
 }
+# The dimension that tensor-parallel ranks divide, in the layout of torch's linear layers: (outputs, inputs).
+_SHARDED_DIMENSION = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
 _LOGITS_IN_MEMORY = 50_000_000 // 4
 
 
@@ -96,10 +104,22 @@ def build_model(
         position_embedding_type="none",  # `hidden_states` takes angles of explicit positions
         pg_collection=groups,
     )
+    _record_sharding(model)
+    # megatron-core builds norms of queries and keys if this is set, and then sums their gradients over ranks.  That is
+    # right if every rank has the whole weights, but ranks share those of a norm over all heads.
+    config.qk_layernorm = shape.qk_norm == "head"
     _scale_embedding_and_logits(model, shape, dtype)
     if plan is not None:
         follow_plan(model, plan)
     return model.to(device).eval()
+
+
+def _record_sharding(model: GPTModel) -> None:
+    """Set the attributes of sharded weights, as megatron-core does where it initialises them."""
+    for module in model.modules():
+        dim = next((dim for kind, dim in _SHARDED_DIMENSION.items() if isinstance(module, kind)), None)
+        if dim is not None and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 
 def _scale_embedding_and_logits(model: GPTModel, shape: ModelShape, dtype: torch.dtype) -> None:
@@ -194,8 +214,7 @@ def _config(
         layernorm_epsilon=shape.norm_eps,
         normalization="LayerNorm" if shape.layer_norm else "RMSNorm",
         layernorm_zero_centered_gamma=shape.zero_centered,
-        # Every rank has the whole weights of these norms, so megatron-core sums their gradients over ranks.
-        qk_layernorm=shape.qk_norm == "head",
+        qk_layernorm=shape.qk_norm != "none",
         softmax_scale=shape.softmax_scale,
         gated_linear_unit=shape.gated,
         activation_func=_ACTIVATIONS[shape.activation],
@@ -209,11 +228,8 @@ def _config(
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=groups.tp.size(),
         context_parallel_size=groups.cp.size(),
-        # Loading overwrites all weights, so the init functions leave them uninitialised to save time.
-        # perform_initialization=False would also omit the attributes that record how a parameter is sharded.
         use_cpu_initialization=True,
-        init_method=_leave_uninitialised,
-        output_layer_init_method=_leave_uninitialised,
+        perform_initialization=False,  # loading overwrites all weights
         # Every fusion needs CUDA, Transformer Engine, Apex or a compiler.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -224,7 +240,3 @@ def _config(
         **mixture_config(shape, groups.ep.size()),
         **options,
     )
-
-
-def _leave_uninitialised(_: Tensor) -> None:
-    """Initialise nothing; a weight's init function for megatron-core."""

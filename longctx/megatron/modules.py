@@ -107,6 +107,11 @@ class FeedForward(MLP):
     Like `MLP`, it returns a bias that the caller must add, or None.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        for name in ("pg_collection", "is_mtp_layer"):  # megatron-core 0.19 gives them to all, not only to experts
+            kwargs.pop(name, None)
+        super().__init__(*args, **kwargs)
+
     def forward(self, x: Float[Tensor, "s b hidden"], **_: Any) -> tuple[Tensor, Tensor | None]:
         out: tuple[Tensor, Tensor | None]
         if not self.config.gated_linear_unit:

@@ -26,16 +26,17 @@ _ADVICE = (
     "When using async grad allreduce it is recommended to set the environment variable",
     "To guarantee overlapping TP and SP collectives with the backward ?GEMMs, set environment variable",
 )
-# torch's warnings about calls that megatron-core's optimizer, recomputation and checkpoints make.
+# Warnings about calls that megatron-core's optimizer, recomputation and checkpoints make.
 _TRAINING_WARNINGS = (
     "`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
     "`load_state_dict` is deprecated",
     "Please use DTensor instead",
     r"The \.grad attribute of a Tensor that is not a leaf",
     "When using sequence parallelism it is recommended to set the environment variable",
+    "MimoModelConfig is experimental",  # megatron-core's, which its optimizer imports for every model
 )
 
-# By init method: the store at which the ranks meet, and the numbers of the process groups that used it.
+# By init method: the ranks' key-value store, and a counter of the times that it was used.
 _STORES: dict[str, tuple[dist.Store, Iterator[int]]] = {}
 
 
@@ -100,16 +101,7 @@ def open_runtime(
         torch.cuda.set_device(torch_device)
 
     # 2. The group of all ranks.
-    dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        store=_fresh_store(rank, datetime.timedelta(minutes=timeout_minutes)),
-        rank=rank.rank,
-        world_size=rank.world_size,
-        timeout=datetime.timedelta(minutes=timeout_minutes),
-        # NCCL then connects each group when it is created.  Otherwise it would connect a group in the first call, which
-        # must be made by all its ranks; the first exchange of a ring may leave out ranks without rows.
-        device_id=torch_device if device == "cuda" else None,
-    )
+    _init_world(rank, torch_device, datetime.timedelta(minutes=timeout_minutes))
 
     # 3. The mesh's groups, for the block.
     with warnings.catch_warnings(), name_failed_collectives():
@@ -124,6 +116,21 @@ def open_runtime(
             comm.close()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def _init_world(rank: Rank, device: torch.device, timeout: datetime.timedelta) -> None:
+    """Initialise torch.distributed, and with it the group of all ranks."""
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=_fresh_store(rank, timeout),
+        rank=rank.rank,
+        world_size=rank.world_size,
+        timeout=timeout,
+        # NCCL then connects each group when it is created.  Otherwise it would connect a group in the first call, which
+        # must be made by all its ranks; the first exchange of a ring may leave out ranks without rows.
+        device_id=device if on_gpu else None,
+    )
 
 
 def _fresh_store(rank: Rank, timeout: datetime.timedelta) -> dist.Store:
@@ -167,6 +174,8 @@ def _create_groups(rank: Rank, mesh: Mesh, device: torch.device, timeout_minutes
     world = dist.group.WORLD
     assert world is not None
     own = dist.new_group([rank.rank], use_local_synchronization=True)
+    # A rank that ended while others still connect a group with it would make them fail.
+    dist.barrier()
     # The groups that a model on a single rank uses.
     names = ("tp", "cp", "pp", "embd", "tp_cp", "tp_dp_cp", "ep", "expt_tp", "expt_dp", "tp_ep")
     alone = ProcessGroupCollection(**dict.fromkeys(names, own))

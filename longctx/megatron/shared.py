@@ -26,6 +26,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
 
+from longctx.megatron.lora import Adaptable
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm, SingleRankComm, doing, sum_over_ranks
 from longctx.shapes import Float, Tensor
@@ -105,35 +106,37 @@ def share_weights(model: GPTModel, shape: ModelShape, context: Comm, tp_context:
     return share
 
 
-class QKVProjection(ColumnParallelLinear):
+class QKVProjection(Adaptable, ColumnParallelLinear):
     """Projection to queries, keys and values; with a share in use, it computes some rows and gathers the others."""
 
     share: WeightShare | None = None
 
     def forward(self, x: Float[Tensor, "s b hidden"], *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         if not (self.share and self.share.active):
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+            out, bias = super().forward(x, *args, **kwargs)
+            return self.with_adapter(out, x), bias
         rows = len(self.weight)
         own = self.share.own(rows)
         mine = F.linear(x, self.weight[own], None if self.bias is None else self.bias[own])
         return self.share.gather(mine, rows), None
 
 
-class UpProjection(ColumnParallelLinear):
+class UpProjection(Adaptable, ColumnParallelLinear):
     """Projection to gate and up, or to up alone; with a share in use, it computes this rank's neurons."""
 
     share: WeightShare | None = None
 
     def forward(self, x: Float[Tensor, "s b hidden"], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if not (self.share and self.share.active):
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+            out, bias = super().forward(x, *args, **kwargs)
+            return self.with_adapter(out, x), bias
         halves = 1 + self.config.gated_linear_unit
         own = self.share.own(len(self.weight) // halves)
         out = torch.cat([F.linear(x, weight[own]) for weight in self.weight.chunk(halves)], -1)
         return out, None if self.bias is None else torch.cat([bias[own] for bias in self.bias.chunk(halves)])
 
 
-class OutputProjection(RowParallelLinear):
+class OutputProjection(Adaptable, RowParallelLinear):
     """Projection to the residual stream; with a share in use, it multiplies some columns and sums over ranks.
 
     ``x`` then has these columns only.  ``unit`` columns stay on one rank: for attention, the columns of a head.
@@ -159,4 +162,5 @@ class OutputProjection(RowParallelLinear):
             return torch.stack([F.linear(part, weight) for part, weight in columns]), self.bias
         if self.reduction and not self.explicit_expert_comm:
             return self.reduction(F.linear(x, self.weight)), self.bias
-        return super().forward(x)  # type: ignore[no-any-return]
+        out, bias = super().forward(x)
+        return self.with_adapter(out, x), bias

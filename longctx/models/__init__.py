@@ -27,7 +27,7 @@ FAMILIES = {
     )
 }  # fmt: skip
 
-# Known model types that need more than a file here, and what stands in the way.
+# Known model types that need more than a file here, and the features that are missing.
 _MISSING = {
     "deepseek_v2": "multi-head latent attention",
     "deepseek_v3": "multi-head latent attention",
@@ -44,7 +44,7 @@ _MISSING = {
 def family_of(model_type: str) -> Family:
     """Return the family of ``model_type``.
 
-    Raises ValueError for an unknown one, naming the nearest known family and, if known, what stands in the way.
+    Raises ValueError for an unknown one, naming the nearest known family and, if known, the feature that is missing.
     """
     if model_type in FAMILIES:
         return FAMILIES[model_type]

@@ -40,10 +40,10 @@ class Family:
     * ``fused`` maps modules of the files to the canonical modules whose rows they concatenate.
     * ``stacked`` maps tensors of the files to canonical tensors of expert ``I``.  The file's tensor holds these of all
       experts, transposed and with alternating columns (see `megatron.hf_io.stored.join`).
-    * ``undeclared``: keys of config.json that its class does not declare: transformers' code reads them, or published
-      models have them without effect.
+    * ``undeclared``: accepted keys of config.json that transformers' configuration class does not declare.  Its code
+      reads them, or they have no effect in published models.
     * ``partial_rotary``: the rotary embedding may have a partial_rotary_factor.
-    * ``rotary_by_layer_type``: each type of layers has a rotary embedding of its own.
+    * ``rotary_by_layer_type``: each type of layer has a separate rotary embedding.
     * ``typical`` has settings of published models that switch a feature on, where transformers' defaults do not.
     """
 
@@ -185,12 +185,12 @@ def experts_of(config: Config, ffn: int, *, renormalised: bool = True) -> Expert
         )
     router_loss = config.router_aux_loss_coef if config.output_router_logits else 0.0
     if not 0 <= router_loss < math.inf:
-        raise ValueError(f"router_aux_loss_coef={router_loss} is not a number from 0 on: correct config.json")
+        raise ValueError(f"router_aux_loss_coef={router_loss} is not a number of 0 or more: correct config.json")
     return Experts(count, chosen, ffn, renormalised, router_loss)
 
 
 def refuse(config: Config, **fields: Any) -> None:
-    """Raise ValueError if a field of ``config`` has another value than the one given, which alone is implemented."""
+    """Raise ValueError if a field of ``config`` differs from the value given, the only one that is implemented."""
     for name, implemented in fields.items():
         value = getattr(config, name, implemented)
         if value != implemented:

@@ -1,4 +1,4 @@
-"""GLM-4-0414: norms before and after, rotary embedding on neighbouring pairs of half of the channels."""
+"""GLM-4-0414: norms before and after, interleaved rotary embedding on half of each head's channels."""
 
 from typing import Any
 

@@ -54,7 +54,7 @@ class Traffic:
             self._purpose = before
 
     def count(self, operation: str, sent: Sequence[AnyShape]) -> None:
-        """Count the tensors ``sent`` to other ranks; an empty tensor is no message."""
+        """Count the tensors ``sent`` to other ranks; an empty tensor counts as no message."""
         sizes = [x.numel() * x.element_size() for x in sent if x.numel()]
         self.bytes[operation] = self.bytes.get(operation, 0) + sum(sizes)
         self.messages[operation] = self.messages.get(operation, 0) + len(sizes)

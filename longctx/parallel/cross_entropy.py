@@ -32,7 +32,7 @@ def cross_entropy(
     Only the sum has gradients; the cross-entropy of single rows has none.  The gradient of ``hidden`` is this shard's
     term.  The caller must sum it over ``tp``.
     """
-    learn = torch.is_grad_enabled() and weight.requires_grad
+    learn = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     total, losses = _CrossEntropy.apply(hidden, weight, targets, counts, tp, vocab_size, scale, rows, learn)  # type: ignore[no-untyped-call]
     return total, losses
 
@@ -53,7 +53,8 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         precise = torch.promote_types(hidden.dtype, torch.float32)
         losses = hidden.new_empty(len(hidden), dtype=precise)
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=precise)
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=precise) if learn and weight.requires_grad else None
         padding = (tp.rank + 1) * len(weight) - vocab_size
         for first in range(0, len(hidden), rows or max(1, len(hidden))):
             some = slice(first, first + rows if rows else None)
@@ -66,7 +67,8 @@ class _CrossEntropy(torch.autograd.Function):
             if learn:
                 gradient = logits.mul_(counts[some, None]).mul_(scale).to(weight.dtype)
                 torch.mm(gradient, weight, out=d_hidden[some])
-                _add_product(d_weight, gradient.T, hidden[some])
+                if d_weight is not None:
+                    _add_product(d_weight, gradient.T, hidden[some])
                 del gradient
             del logits  # so that the next chunk's logits take its place
         ctx.save_for_backward(d_hidden, d_weight)
@@ -76,8 +78,8 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
-        scaled = d_hidden.mul_(gradient), d_weight.mul_(gradient).to(d_hidden.dtype)
-        return *scaled, None, None, None, None, None, None, None
+        of_weight = None if d_weight is None else d_weight.mul_(gradient).to(d_hidden.dtype)
+        return d_hidden.mul_(gradient), of_weight, None, None, None, None, None, None, None
 
 
 ALLOCATORS = (_CrossEntropy.forward, _CrossEntropy.backward)  # for a `MemoryMeter`: logits, and the loss's gradients

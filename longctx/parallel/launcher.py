@@ -48,15 +48,16 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank | None:
 def _refuse_incomplete(
     environment: Mapping[str, str], launcher: str, needed: Sequence[str], numbers: Sequence[str]
 ) -> None:
-    """Raise ValueError if a variable of ``needed`` is not set, or one of ``numbers`` is no number."""
+    """Raise ValueError if a variable of ``needed`` is not set, or one of ``numbers`` is not a number."""
     present = [name for name in needed if name in environment]
     wrong = [f"{name} is not" for name in needed if name not in environment]
     wrong += [
-        f"{name}={environment[name]} is no number" for name in numbers if not environment.get(name, "0").isdecimal()
+        f"{name}={environment[name]} is not a number" for name in numbers if not environment.get(name, "0").isdecimal()
     ]
     if wrong:
         raise ValueError(
-            f"the environment is half {launcher}'s: {', '.join(present)} set, {wrong[0]}; start with {launcher}, "
+            f"the environment has only a part of {launcher}'s variables: {', '.join(present)} set, "
+            f"{wrong[0]}; start with {launcher}, "
             f"or unset {present[0]} to start local ranks"
         )
 
@@ -64,9 +65,9 @@ def _refuse_incomplete(
 def _port(job: int, step: int, restarts: int) -> int:
     """Return the port at which rank 0 serves the ranks' addresses.
 
-    It is the same on every rank of a step, and another one for the next job, for a second step of the job, which may
-    run beside the first, and after a requeue, because a process of the ended run may still hold the old port.  Linux
-    gives outgoing connections ports from 32768 on.
+    It is the same on every rank of a step.  It differs between jobs, between steps of a job, which may run at the same
+    time, and after a requeue, because a process of the ended run may still hold the old port.  Linux gives outgoing
+    connections ports from 32768 on.
     """
     return 20000 + (job + 991 * step + 137 * restarts) % 12000
 

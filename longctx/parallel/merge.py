@@ -61,7 +61,7 @@ def scatter_merge(
     width, member = partial.out.shape[2], comm.rank % ulysses
 
     def common(owner: int, of_member: int) -> slice:
-        """Return the heads of ``owner`` among those that the Ulysses rank ``of_member`` attends with."""
+        """Return which of the heads that Ulysses rank ``of_member`` attends with are merged by ``owner``."""
         begin = max(0, heads[owner].start - of_member * width)
         return slice(begin, max(begin, min(width, heads[owner].stop - of_member * width)))
 

@@ -183,7 +183,7 @@ def _refuse_partial_first_exchange(schedules: Sequence[Schedule]) -> None:
                 continue
             if absent and any(op and op.name == EXCHANGE for op in call):
                 raise ScheduleError(
-                    f"the first exchange of {group} connects the group, but rank {absent[0]} has no part in it; "
+                    f"the first exchange of {group} connects the group, but rank {absent[0]} does not take part in it; "
                     "connect the groups when they are created (device_id)"
                 )
             break

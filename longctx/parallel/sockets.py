@@ -1,6 +1,6 @@
 """Sockets between the ranks of a group on one machine, for small messages: they have a fraction of gloo's latency.
 
-gloo passes each message to a thread of its own, on both sides.  Here the calling thread sends and receives.  Sockets
+gloo passes each message to another thread, on both sides.  Here the calling thread sends and receives.  Sockets
 are Unix-domain sockets with names that Linux chooses; these leave no files, and end with their processes.
 """
 
@@ -52,7 +52,7 @@ class PeerSockets:
                 self._sleep(unsent, missing, self._timeout_s - waited)
 
     def _progress(self, unsent: dict[int, memoryview], missing: dict[int, memoryview]) -> bool:
-        """Send and receive what the sockets take and have; return True if nothing is left."""
+        """Send and receive as much as the sockets allow now; return True if nothing is left."""
         for peer, data in tuple(unsent.items()):
             with suppress(BlockingIOError):
                 _advance(unsent, peer, self._sockets[peer].send(data))
@@ -115,7 +115,7 @@ def connect_peers(rank: int, size: int, all_gather: AllGather, timeout_s: float)
 
 
 def _host() -> tuple[str, str] | None:
-    """Return what processes of one machine and network namespace have in common; None on other systems than Linux."""
+    """Return a text that only processes of one machine and network namespace share; None if not on Linux."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/net").readlink())
     except OSError:
@@ -132,7 +132,7 @@ def _call(address: bytes, token: bytes, rank: int, timeout_s: float) -> socket.s
 
 
 def _answer(listener: socket.socket, token: bytes, timeout_s: float) -> dict[int, socket.socket]:
-    """Accept a connection; return it by the rank that it comes from, or nothing if the caller is no rank."""
+    """Accept a connection; return it by the rank that it comes from, or nothing if the caller is not a rank."""
     listener.settimeout(timeout_s)
     connection, _ = listener.accept()
     connection.settimeout(timeout_s)

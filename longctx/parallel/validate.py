@@ -75,7 +75,7 @@ def refuse_no_te(device: str) -> None:
 def refuse_other_than_te(shape: ModelShape) -> None:
     """Raise ValueError for a model that Transformer Engine's layers cannot express."""
     if shape.mixture:
-        raise ValueError("model.layers=te is not built for mixtures of experts; use model.layers=local")
+        raise ValueError("model.layers=te does not support mixtures of experts; use model.layers=local")
 
 
 def refuse_unused(mesh: Mesh, recipe: str, axes: tuple[str, ...]) -> None:

@@ -41,7 +41,7 @@ class Front:
 
     ``submit`` and ``cancel`` are those of the service.  At most ``max_open`` sequences may wait or be answered, and a
     request may have ``max_bytes``.  ``key`` is the API key (None: none is asked for).  ``closed`` is the reason why no
-    more requests are taken.
+    more requests are accepted.
     """
 
     reader: Reader
@@ -113,7 +113,7 @@ class Front:
             raise RequestRefused("the API key is missing or wrong: send it as a bearer token", status=401)
 
 
-class Routes:
+class RouteHandlers:
     """The functions that answer the routes."""
 
     def __init__(self, front: Front) -> None:
@@ -147,7 +147,7 @@ class Routes:
         return JSONResponse(model_list(reader.model, self.front.created, reader.shape.max_positions))
 
     async def health(self) -> Response:
-        """Return 200 while requests are taken, else 503."""
+        """Return 200 while requests are accepted, else 503."""
         closed = self.front.closed
         return JSONResponse({"status": closed or "ok"}, 503 if closed else 200)
 
@@ -159,7 +159,7 @@ class Routes:
 
 def make_app(front: Front) -> Any:
     """Return the ASGI application."""
-    app, routes = FastAPI(title="longctx", docs_url=None, redoc_url=None), Routes(front)
+    app, routes = FastAPI(title="longctx", docs_url=None, redoc_url=None), RouteHandlers(front)
     app.add_api_route("/v1/completions", routes.completions, methods=["POST"])
     app.add_api_route("/v1/chat/completions", routes.chat_completions, methods=["POST"])
     app.add_api_route("/tokenize", routes.tokenize, methods=["POST"])

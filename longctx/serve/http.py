@@ -1,4 +1,4 @@
-"""The web server in a thread beside the ranks' work, from the first request until the last one is answered."""
+"""The web server, in a thread of the first rank's process, until the last request is answered."""
 
 import socket
 import threading

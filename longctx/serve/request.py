@@ -75,7 +75,7 @@ class CompletionBody(Body):
     echo: StrictBool | None = None
 
 
-class Message(BaseModel):
+class ChatMessage(BaseModel):
     """A message of a conversation; its content is a text, or a list of parts of type ``text``."""
 
     model_config = ConfigDict(extra="allow")
@@ -97,7 +97,7 @@ class Message(BaseModel):
 class ChatBody(Body):
     """Body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
@@ -108,7 +108,7 @@ class TokenizeBody(BaseModel):
 
     model: StrictStr | None = None
     prompt: StrictStr | None = None
-    messages: list[Message] | None = None
+    messages: list[ChatMessage] | None = None
     add_special_tokens: StrictBool = True
 
 
@@ -197,7 +197,7 @@ class Reader:
             return self.chat_tokens(body.messages)
         return tuple(tokenize(str(body.prompt), self.tokenizer, special_tokens=body.add_special_tokens).tolist())
 
-    def chat_tokens(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def chat_tokens(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
         """Return the tokens of a conversation in the model's chat template, up to where the answer begins."""
         if not self.tokenizer.chat_template:
             raise RequestRefused(f"{self.model} has no chat template: use /v1/completions", "messages")

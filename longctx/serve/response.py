@@ -38,7 +38,7 @@ def model_list(name: str, created: int, max_positions: int) -> Json:
 
 @dataclass
 class Choice:
-    """An answer as far as it has come."""
+    """The part of an answer that exists so far."""
 
     text: str = ""
     tokens: int = 0
@@ -91,7 +91,7 @@ class Form:
         return {**self._head(stream=True), "choices": [choice]}
 
     def last(self, choices: Sequence[Choice]) -> Json:
-        """Return the chunk after all choices, which has the number of tokens."""
+        """Return the last chunk, which comes after all choices and has the numbers of tokens."""
         return {**self._head(stream=True), "choices": [], "usage": self.usage(choices)}
 
     def usage(self, choices: Sequence[Choice]) -> Json:

@@ -64,7 +64,7 @@ class Limits:
 class Scheduler:
     """Decides which sequences the next pass runs.
 
-    Sequences are admitted in order of arrival, so that none waits for ever.  The prompts of all admitted sequences
+    Sequences are admitted in order of arrival, so that none waits forever.  The prompts of all admitted sequences
     share the tokens of a pass evenly: a short prompt does not wait for the end of a long one.  Every step decodes a
     token of each sequence whose prompt is cached.  A prompt takes the pages that ``prefixes`` has of its beginning.  If
     an earlier prompt is computing its next page, it waits for that page.

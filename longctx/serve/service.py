@@ -14,7 +14,7 @@ from longctx.infer.session import Session
 from longctx.parallel.comm import Comm
 from longctx.serve.prefix_cache import PrefixCache
 from longctx.serve.ranks import open_store, run_plan, share_plan
-from longctx.serve.schedule import Limits, NewSequence, StepPlan, Scheduler
+from longctx.serve.schedule import Limits, NewSequence, Scheduler, StepPlan
 
 _IDLE_S = 0.5  # while there is nothing to do, the ranks exchange an empty plan this often, to notice a lost one
 
@@ -79,7 +79,7 @@ class Service:
         return [rows * self.session.engine.row_bytes for rows in self.prefixes.rows]
 
     def submit(self, sequence: NewSequence, emit: Emit) -> None:
-        """Answer ``sequence``, whose number is new; ``emit`` gets its tokens, the last one with ``finish``."""
+        """Answer ``sequence``, which has an unused number; ``emit`` gets each `Token`, the last one with ``finish``."""
         self._inbox.put(_Answer(sequence, emit, AnswerText(self.tokenizer, sequence.sampling.stop)))
 
     def cancel(self, number: int) -> None:

@@ -37,9 +37,9 @@ def read_block(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = dict(opened.metadata() or {})
         changed = KEY in metadata and metadata.pop(KEY) != _crc32_of(tensors, metadata)
     except SafetensorError as error:
-        raise ValueError(f"{file} is corrupt ({error}): remove it, and the same command makes it again") from error
+        raise ValueError(f"{file} is corrupt ({error}): remove it; the same command then makes it again") from error
     if changed:
-        raise ValueError(f"{file} has changed since it was written: remove it, and the same command makes it again")
+        raise ValueError(f"{file} has changed since it was written: remove it; the same command then makes it again")
     return tensors, metadata
 
 
@@ -53,7 +53,7 @@ def _crc32_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
 
 
 def assemble(source: Path, files: Iterable[Path], saved: SavedPlan, to: Path) -> None:
-    """Write into folder ``to`` the model of ``source``, the repaired blocks in ``files`` and their plan ``saved``.
+    """Write the model of ``source``, the repaired blocks in ``files`` and their plan ``saved`` to the folder ``to``.
 
     A model that is already in ``to`` is replaced.  transformers does not find the weights (`ADAPTED`): with nothing
     dropped they equal the source's, and with dropped blocks transformers cannot use them.

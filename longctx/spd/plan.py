@@ -1,4 +1,4 @@
-"""The set of blocks that drop their first reduction, saved beside the weights that were repaired for it."""
+"""The set of blocks that drop their first reduction, saved with the weights that were repaired for it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -127,7 +127,8 @@ def order_from(file: Path, layers: int, tp: int, fingerprint: str) -> tuple[int,
     measured = read_sensitivity(file)
     if measured["tp"] != tp:
         raise ValueError(
-            f"{file} was measured at mesh.tp={measured['tp']}, this is mesh.tp={tp}: use that mesh, or measure again "
+            f"{file} was measured at mesh.tp={measured['tp']}, but this is mesh.tp={tp}: use that mesh, or "
+            "measure again "
             "with recipes.spd_sensitivity"
         )
     if not same_model(measured["fingerprint"], fingerprint) or len(measured["blocks"]) != layers:

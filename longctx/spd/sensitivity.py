@@ -21,7 +21,7 @@ def measure_sensitivity(blocks: int, perplexity_of: Callable[[tuple[int, ...]], 
 
 
 def scores(of_suffix: Sequence[float]) -> list[float]:
-    """Sensitivities from perplexities: entry i of ``of_suffix`` has blocks i and later dropped, the last entry none."""
+    """Sensitivities from perplexities: entry i of ``of_suffix`` drops blocks i and later, the last entry none."""
     return [with_block - without_block for with_block, without_block in pairwise(of_suffix)]
 
 
@@ -57,7 +57,7 @@ def perplexities(sums: Sequence[float], tokens: int) -> list[float]:
         first, last = wrong[-1], len(sums) - 2  # the fewest dropped blocks
         dropped = f"with blocks {first} to {last} dropped" if first <= last else "with nothing dropped"
         raise ValueError(
-            f"{dropped}, the loss is {sums[first] / tokens:.4g} nats a token, of which no perplexity can be computed: "
+            f"{dropped}, the loss is {sums[first] / tokens:.4g} nats a token, for which no perplexity can be computed: "
             "use model.dtype=float32, or text that the model can predict"
         )
     return of_suffix

@@ -7,7 +7,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from longctx.megatron.training import optimizer
-from longctx.megatron.training.optimizer import TrainState
+from longctx.megatron.training.state import TrainState
 from longctx.parallel import cross_entropy, dist_comm
 from longctx.parallel.measure.memory import MemoryMeter
 from longctx.shapes import AnyShape

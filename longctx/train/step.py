@@ -17,12 +17,12 @@ from longctx.megatron.runtime import Runtime
 from longctx.megatron.training.optimizer import (
     LossSums,
     MicroBatch,
-    TrainState,
     clear_gradients,
     forward_backward,
     mean_router_loss,
     optimizer_step,
 )
+from longctx.megatron.training.state import TrainState
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import doing
 from longctx.parallel.experts import bytes_of_experts
@@ -35,8 +35,8 @@ from longctx.shapes import Positions, Tensor
 
 
 @dataclass(frozen=True)
-class Sharding:
-    """How ranks share sequences of ``length`` tokens and compute attention over them.
+class ContextParallel:
+    """Context parallelism in training: how ranks share sequences of ``length`` tokens and compute attention over them.
 
     ``layout`` is a key of `LAYOUTS`.  With ``keep_partials``, each layer's attention result is kept, so that activation
     recomputation in the backward does not run the ring again.  ``dtype`` is that of rotary angles: float64 for models
@@ -76,14 +76,14 @@ def time_communication(runtime: Runtime) -> tuple[Runtime, ExposedCommTimer]:
     return replace(runtime, ulysses=ulysses, ring=ring, ep=ep), timer
 
 
-def train_step(trained: TrainState, batch: Batch, runtime: Runtime, sharding: Sharding) -> StepResult:
+def train_step(trained: TrainState, batch: Batch, runtime: Runtime, parallelism: ContextParallel) -> StepResult:
     """Run forward, backward and an optimizer step on ``batch``, this data-parallel rank's sequences.
 
     Every rank calls this.  Asserts that all ranks together have counted the targets of the whole batch.
     """
     clear_gradients(trained)
     sent_before = bytes_of_experts(runtime.ep, runtime.tp)
-    sums = forward_backward(trained, micro_batches(batch, runtime, trained.shape, sharding))
+    sums = forward_backward(trained, micro_batches(batch, runtime, trained.shape, parallelism))
     assert sum(sums.tokens) == batch.counted, f"ranks count {sum(sums.tokens)} tokens, the batch has {batch.counted}"
     norm, rate = optimizer_step(trained)
     experts_bytes = bytes_of_experts(runtime.ep, runtime.tp) - sent_before
@@ -92,22 +92,22 @@ def train_step(trained: TrainState, batch: Batch, runtime: Runtime, sharding: Sh
 
 @torch.no_grad()
 def evaluate(
-    trained: TrainState, batches: Sequence[Batch], runtime: Runtime, sharding: Sharding, buckets: int = 1
+    trained: TrainState, batches: Sequence[Batch], runtime: Runtime, parallelism: ContextParallel, buckets: int = 1
 ) -> LossSums:
     """Sums of losses over ``batches`` without changing the model, in ``buckets`` by position in the document.
 
-    Bucket i has the positions from i * w up to (i + 1) * w, where w = ``sharding.length`` / ``buckets``.
+    Bucket i has the positions from i * w up to (i + 1) * w, where w = ``parallelism.length`` / ``buckets``.
     """
     trained.model.eval()
-    sharding = replace(sharding, keep_partials=False)
-    micro = [one for batch in batches for one in micro_batches(batch, runtime, trained.shape, sharding, buckets)]
+    parallelism = replace(parallelism, keep_partials=False)
+    micro = [one for batch in batches for one in micro_batches(batch, runtime, trained.shape, parallelism, buckets)]
     sums = forward_backward(trained, micro, learn=False, buckets=buckets)
     trained.model.train()
     return sums
 
 
 def micro_batches(
-    batch: Batch, runtime: Runtime, shape: ModelShape, sharding: Sharding, buckets: int = 1
+    batch: Batch, runtime: Runtime, shape: ModelShape, parallelism: ContextParallel, buckets: int = 1
 ) -> list[MicroBatch]:
     """One micro-batch per sequence of ``batch``, with this context rank's rows of it.
 
@@ -116,7 +116,7 @@ def micro_batches(
     shape.refuse_unknown_token(max(int(batch.tokens.max()), int(batch.targets.max())))
     sequences = zip(batch.tokens, batch.targets, batch.mask, batch.lengths, strict=True)
     mean_counted = batch.counted / (len(batch.lengths) * runtime.mesh.dp)
-    return [_micro_batch(*sequence, mean_counted, runtime, shape, sharding, buckets) for sequence in sequences]
+    return [_micro_batch(*sequence, mean_counted, runtime, shape, parallelism, buckets) for sequence in sequences]
 
 
 def rows_per_rank(length: int, runtime: Runtime) -> int:
@@ -138,14 +138,14 @@ def _micro_batch(
     mean_counted: float,
     runtime: Runtime,
     shape: ModelShape,
-    sharding: Sharding,
+    parallelism: ContextParallel,
     buckets: int,
 ) -> MicroBatch:
     # 1) Which positions of the sequence this rank holds, and the padding up to the common number of rows.
     ring, ulysses = runtime.ring, runtime.ulysses
-    layout = shard_balanced(lengths, LAYOUTS[sharding.layout], [0] * ring.size).split(ulysses.size)
+    layout = shard_balanced(lengths, LAYOUTS[parallelism.layout], [0] * ring.size).split(ulysses.size)
     rank = ring.rank * ulysses.size + ulysses.rank
-    rows = rows_per_rank(sharding.length, runtime)
+    rows = rows_per_rank(parallelism.length, runtime)
     index = layout.index(rank)
     missing = rows - len(index)
     assert missing >= 0, f"{len(index)} rows on a rank, room for {rows}"
@@ -159,46 +159,46 @@ def _micro_batch(
         tokens=pad(tokens[index]).unsqueeze(0),
         targets=pad(targets[index]).unsqueeze(0),
         mask=pad(mask[index].float()),
-        bucket=pad(positions * buckets // sharding.length),
-        attention_pass=_attention_pass(layout, pad(positions), len(index), runtime, shape, sharding),
+        bucket=pad(positions * buckets // parallelism.length),
+        attention_pass=_attention_pass(layout, pad(positions), len(index), runtime, shape, parallelism),
         rows=len(index),
         mean_counted=mean_counted,
     )
 
 
 def _attention_pass(
-    layout: Layout, positions: Positions, rows: int, runtime: Runtime, shape: ModelShape, sharding: Sharding
+    layout: Layout, positions: Positions, rows: int, runtime: Runtime, shape: ModelShape, parallelism: ContextParallel
 ) -> Pass:
     """Attention over this rank's first ``rows`` rows; the rows after them are padding, and their output is 0.
 
     ``positions`` are those of all rows.
     """
-    if sharding.check_schedule:
-        _prove_attention(layout, runtime.mesh, shape, sharding)
+    if parallelism.check_schedule:
+        _prove_attention(layout, runtime.mesh, shape, parallelism)
     partials: dict[int, list[Partial]] = {layer: [] for layer in range(shape.layers)}
     by_window = {w: hybrid(runtime.ulysses, runtime.ring, layout, causal_within(w)) for w in set(shape.windows)}
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
-        keep = partials[layer] if sharding.keep_partials else None
-        attention = by_window[shape.windows[layer]].attention(sharding.kernel, sharding.strategy, sinks, keep)
+        keep = partials[layer] if parallelism.keep_partials else None
+        attention = by_window[shape.windows[layer]].attention(parallelism.kernel, parallelism.strategy, sinks, keep)
         with doing(f"layer {layer}"):
             out = attention(q[:, :rows], k[:, :rows], v[:, :rows])
         return F.pad(out, (0, 0, 0, 0, 0, q.shape[1] - rows))
 
-    return Pass(attend=attend, rotary=rotary_tables(shape, positions, sharding.dtype))
+    return Pass(attend=attend, rotary=rotary_tables(shape, positions, parallelism.dtype))
 
 
-def _prove_attention(layout: Layout, mesh: Mesh, shape: ModelShape, sharding: Sharding) -> None:
+def _prove_attention(layout: Layout, mesh: Mesh, shape: ModelShape, parallelism: ContextParallel) -> None:
     """Raise ScheduleError unless attention's messages match on all context ranks, in forward and backward."""
     for window in set(shape.windows):
         schedules = attention_schedules(
             Mesh(ulysses=mesh.ulysses, ring=mesh.ring),
             layout,
-            sharding.strategy,
+            parallelism.strategy,
             heads=shape.heads // mesh.tp,
             kv_heads=shape.kv_heads // mesh.tp,
             head_dim=shape.head_dim,
             mask=causal_within(window),
-            dtype=sharding.dtype,
+            dtype=parallelism.dtype,
         )
         refuse_faulty(schedules)

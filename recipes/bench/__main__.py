@@ -23,9 +23,9 @@ from recipes.common.cli import console, main, print_error
 
 SUBJECTS = {
     "convergence": (convergence.task, "loss curves of the same training run on one rank and on a mesh"),
-    "crossover": (crossover.task, "time to first token over the miss rate, by pass-KV and pass-Q; choice of each rule"),
+    "crossover": (crossover.task, "time to first token by miss rate, with pass-KV and pass-Q; choice of each rule"),
     "decode": (decode.task, "time to incremental token (TTIT), by decode strategy"),
-    "drift": (drift.task, "error of bfloat16 attention over the number of ranks, on a real model's activations"),
+    "drift": (drift.task, "error of bfloat16 attention by number of ranks, on a real model's activations"),
     "memory": (memory.task, "memory of prefill, decoding and training steps by part, measured and predicted"),
     "gpu_check": (gpu_check.task, "a GPU in minutes: kernels, tiles of a ring, prefill and decoding of a model"),
     "million": (million.task, "attention of one layer: a few new tokens over a million cached ones"),
@@ -33,7 +33,7 @@ SUBJECTS = {
     "prefill": (prefill.task, "parallel efficiency of attention and of the whole model, and its three factors"),
     "serve": (serve.task, "a server's load: throughput, time to first token and hit rate of many clients at once"),
     "spd_latency": (spd_latency.task, "time saved by dropped reductions, over links of a given rate and latency"),
-    "spd_quality": (spd_quality.task, "perplexity over the share of blocks that drop a reduction"),
+    "spd_quality": (spd_quality.task, "perplexity by the share of blocks that drop a reduction"),
     "spd_sweep": (spd_sweep.task, "seconds of a sensitivity measurement, against a plain loop over perplexities"),
     "times": (times.task, "time of prefill, decoding and training steps, measured and predicted"),
     "train": (train.task, "a training step on one rank and on several; attention compared with other projects' rings"),

@@ -54,7 +54,9 @@ def prepare(config: DictConfig) -> tuple[TrainJob, ConvergenceSettings]:
     job = resolve_train_job(training, "recipes.bench convergence", from_scratch=True)
     for name in RUNS:
         if (job.out / name).exists() and not (job.out / name / "model" / "config.json").is_file():
-            raise ValueError(f"out={job.out}: its folder '{name}' is no run and would be emptied; give another folder")
+            raise ValueError(
+                f"out={job.out}: its folder '{name}' is not a run and would be emptied; give another folder"
+            )
     if job.target.mesh.ranks == 1:
         raise ValueError("mesh is one rank, the run that others are compared with: use mesh.ring=2 or another mesh")
     return job, settings

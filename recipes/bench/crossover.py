@@ -1,4 +1,4 @@
-"""Time to first token (TTFT) over the miss rate T / (T + P): pass-KV and pass-Q side by side, and each rule's choice.
+"""Time to first token (TTFT) by miss rate T / (T + P): pass-KV and pass-Q side by side, and each rule's choice.
 
     python -m recipes.bench crossover out=crossover.json picture=crossover.svg
     python -m recipes.bench crossover hosts=4 mesh.ring=4 rate=100mbit
@@ -115,7 +115,7 @@ def prepare(config: DictConfig) -> CrossoverJob:
     settings = top_level(config, CrossoverSettings)
     target = resolve_target(config, "recipes.bench crossover", unused_axes=("tp", "ulysses", "dp", "pp"), spd="refuse")
     if target.mesh.ring < 2:
-        raise ValueError(f"mesh.ring={target.mesh.ring}: one rank has no transfers to time, use mesh.ring=2 or more")
+        raise ValueError(f"mesh.ring={target.mesh.ring}: one rank has no transfers to time; use mesh.ring=2 or more")
     if settings.hosts:
         refuse_hosts(settings.hosts, settings.rate, target.mesh)
     elif settings.rate != CrossoverSettings.rate:
@@ -268,7 +268,7 @@ def report(job: CrossoverJob, hardware: Hardware, times: Sequence[MissRateTimes]
 
 
 def draw(table_rows: list[MissRateRow], job: CrossoverJob, picture: str) -> None:
-    """Draw the TTFT of both strategies over the miss rate, with their crossings marked, to the file ``picture``."""
+    """Draw the TTFT of both strategies against the miss rate, with their crossings marked, to the file ``picture``."""
     rates, faster = [row.miss_rate for row in table_rows], [row.pass_kv < row.pass_q for row in table_rows]
     links = f", {job.settings.rate} links" if job.settings.hosts else ""
     draw_lines(

@@ -1,4 +1,4 @@
-"""Error of bfloat16 attention over the number of ranks, layer by layer of a real model, against float64.
+"""Error of bfloat16 attention against float64 by number of ranks, for each layer of a real model.
 
     python -m recipes.bench drift out=drift.json picture=drift.svg
 
@@ -270,7 +270,7 @@ def show(layers: list[LayerErrors], settings: DriftSettings) -> None:
 
 
 def draw(layers: list[LayerErrors], settings: DriftSettings, title: str, picture: str) -> None:
-    """Draw the worst and the median ratio over the number of ranks: of all strategies together, and of the control."""
+    """Draw the worst and the median ratio by number of ranks, for all strategies together and for the control."""
     by_layer = {each.layer: each.errors for each in layers}
     series: dict[str, list[float]] = {}
     for label, names in ((CONTROL, (CONTROL,)), ("float32 partials (ours)", tuple(STRATEGIES))):

@@ -40,7 +40,7 @@ def refuse_hosts(hosts: int, rate: str, mesh: Mesh) -> None:
         raise ValueError(f"hosts={hosts} with mesh {mesh}: each host runs one rank; use hosts={mesh.ranks}, {local}")
     bits_per_s(rate)
     if os.geteuid() != 0:
-        raise ValueError(f"hosts={hosts}: network namespaces need root, use sudo, {local}")
+        raise ValueError(f"hosts={hosts}: network namespaces need root; use sudo, {local}")
     for tool in ("ip", "tc"):
         if shutil.which(tool) is None:
             raise ValueError(f"hosts={hosts}: {tool} is not in PATH, install iproute2, {local}")

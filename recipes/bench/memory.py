@@ -1,4 +1,4 @@
-"""Memory of prefill, decoding and training steps by part: measured on one rank, beside the cost model's prediction.
+"""Memory of prefill, decoding and training steps by part: measured on one rank, and predicted by the cost model.
 
 python -m recipes.bench memory json=memory.json
 """
@@ -136,17 +136,17 @@ def meter_step(runtime: Runtime, job: TrainJob) -> MemoryMeter:
     from longctx.hf.config import tokenizer_of
     from longctx.parallel.strategy import STRATEGIES
     from longctx.train.memory import memory_meter
-    from longctx.train.step import Sharding, train_step
+    from longctx.train.step import ContextParallel, train_step
 
     target, dp = job.target, runtime.groups.dp
     state, kernel = build_state(runtime, job), kernel_for(target.context.kernel, "cpu", target.model.dtype)
     strategy, keeps = STRATEGIES[target.context.strategy], job.settings.recompute != "none"
-    sharding = Sharding(job.data.length, target.context.layout, kernel, strategy, keeps)
+    parallelism = ContextParallel(job.data.length, target.context.layout, kernel, strategy, keeps)
     batches = training_batches(job.data, tokenizer_of(target.folder), dp.rank(), dp.size())(None)
-    train_step(state, next(batches)[0], runtime, sharding)
+    train_step(state, next(batches)[0], runtime, parallelism)
     meter = memory_meter(state)
     with meter:
-        train_step(state, next(batches)[0], runtime, sharding)
+        train_step(state, next(batches)[0], runtime, parallelism)
     return meter
 
 
@@ -210,7 +210,7 @@ def show(results: Sequence[Mapping[str, Any]]) -> None:
 
 
 def task(config: DictConfig) -> None:
-    """Measure every run on its mesh; show and write the largest rank's bytes beside the prediction."""
+    """Measure every run on its mesh; show and write the largest rank's bytes with the prediction."""
     warm_up_ranks([*WARM, "recipes.common.train_loop", "longctx.infer.session", "longctx.train.memory"])
     job, results = prepare(config), list[dict[str, Any]]()
     for run, training in zip(job.runs, job.jobs, strict=True):

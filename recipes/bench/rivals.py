@@ -1,4 +1,4 @@
-"""The setting ``rivals`` of the SPD benchmarks: reductions with rounded messages, measured beside dropped ones."""
+"""The setting ``rivals`` of the SPD benchmarks: reductions with rounded messages, measured along with dropped ones."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Time saved by dropped and rounded reductions: TTFT and time per decoded token over the share of dropped blocks.
+"""Time saved by dropped and rounded reductions: TTFT and time per decoded token by the share of dropped blocks.
 
 python -m recipes.bench spd_latency hosts=3 rate=100mbit latency_us=500
 """
@@ -117,7 +117,7 @@ def prepare(config: DictConfig) -> LatencyJob:
     target = resolve_target(config, "recipes.bench spd_latency", unused_axes=unused, spd="refuse")
     mesh, dtype = target.mesh, target.model.dtype
     if mesh.tp < 2:
-        raise ValueError(f"mesh.tp={mesh.tp}: one rank has no reduction to drop, use mesh.tp=2 or more")
+        raise ValueError(f"mesh.tp={mesh.tp}: one rank has no reduction to drop; use mesh.tp=2 or more")
     if dtype != "float32":
         raise ValueError(f"model.dtype={dtype}: bytes are counted for float32 only; use model.dtype=float32")
     refuse_unfit_shape(target.shape)
@@ -130,7 +130,7 @@ def prepare(config: DictConfig) -> LatencyJob:
         refuse_hosts(settings.hosts, settings.rate, mesh)
     elif (settings.latency_us, settings.rate) != (0, LatencySettings.rate):
         links = f"latency_us={settings.latency_us} and rate={settings.rate}"
-        raise ValueError(f"{links} are of links between emulated hosts: set hosts={mesh.tp}")
+        raise ValueError(f"{links} are for links between emulated hosts: set hosts={mesh.tp}")
     refuse_unwritable(settings.out)
     refuse_unwritable(settings.picture, "picture")
     timing.refuse_beyond_model(target, tokens=settings.tokens, new_tokens=settings.new_tokens)
@@ -240,7 +240,7 @@ def show(table_rows: list[LatencyRow]) -> None:
 
 
 def draw(table_rows: list[LatencyRow], job: LatencyJob, links: str, picture: str) -> None:
-    """Draw measured and predicted savings over the share of dropped blocks, without rivals, to the file ``picture``."""
+    """Draw measured and predicted savings by share of dropped blocks, without rivals, to the file ``picture``."""
     series = {}
     for phase in PHASES:
         of_phase = [row for row in table_rows if (row.phase, row.reduce) == (phase, "float32")]

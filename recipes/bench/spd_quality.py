@@ -1,4 +1,4 @@
-"""Perplexity over the share of blocks that drop a reduction, and with rounded reductions, on the same text in one run.
+"""Perplexity by the share of blocks that drop a reduction, and with rounded reductions, on the same text in one run.
 
 python -m recipes.bench spd_quality sensitivity=outputs/spd/sensitivity.json out=outputs/quality
 """
@@ -218,7 +218,7 @@ def compute_recovery(losses: TextLosses, variant: str) -> list[float | None]:
 
 
 def show(losses: dict[str, TextLosses], shares: tuple[float, ...]) -> None:
-    """Print a table of perplexities over the shares for each text, and the perplexities of the placements."""
+    """Print a table of perplexities by share for each text, and the perplexities of the placements."""
     for label, of_text in losses.items():
         table = Table(f"{label}: blocks dropped", *(f"{share:.0%}" for share in shares), box=None)
         for variant, of_shares in of_text.variants.items():
@@ -239,7 +239,7 @@ def interval_in_words(added: tuple[float, float] | None) -> str:
 
 
 def draw(losses: dict[str, TextLosses], job: QualityJob) -> None:
-    """Draw perplexity over the share of dropped blocks, one picture per text."""
+    """Draw perplexity against the share of dropped blocks, one picture per text."""
     target, settings = job.target, job.settings
     for label, of_text in losses.items():
         draw_lines(

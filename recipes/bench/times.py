@@ -1,4 +1,4 @@
-"""Time of prefill, decoding and training steps on several meshes: measured, beside the cost model's prediction.
+"""Time of prefill, decoding and training steps on several meshes: measured, and predicted by the cost model.
 
 python -m recipes.bench times hardware=laptop.yaml json=times.json
 """
@@ -105,7 +105,7 @@ def prepare(config: DictConfig) -> TimesJob:
     plain = {name: value for name, value in values.items() if name not in (*own, "runs")}
     job = resolve_train_job(as_config({**plain, "hardware": None}), RECIPE, from_scratch=True)
     if job.target.shape.mixture:
-        raise ValueError(f"{RECIPE} is not built for mixtures of experts: use a dense model")
+        raise ValueError(f"{RECIPE} does not support mixtures of experts: use a dense model")
     return TimesJob(settings, read_machine(settings.hardware), runs, tuple(_job_of(job, run) for run in runs))
 
 
@@ -151,13 +151,15 @@ def train_step_of(runtime: Runtime, job: TrainJob) -> Callable[[], object]:
     from longctx.data.batches import training_batches
     from longctx.hf.config import tokenizer_of
     from longctx.parallel.strategy import STRATEGIES
-    from longctx.train.step import Sharding, train_step
+    from longctx.train.step import ContextParallel, train_step
 
     target, dp = job.target, runtime.groups.dp
     state, kernel = build_state(runtime, job), kernel_for(target.context.kernel, "cpu", target.model.dtype)
-    sharding = Sharding(job.data.length, target.context.layout, kernel, STRATEGIES[target.context.strategy], False)
+    parallelism = ContextParallel(
+        job.data.length, target.context.layout, kernel, STRATEGIES[target.context.strategy], False
+    )
     batch, _ = next(training_batches(job.data, tokenizer_of(target.folder), dp.rank(), dp.size())(None))
-    return lambda: train_step(state, batch, runtime, sharding)
+    return lambda: train_step(state, batch, runtime, parallelism)
 
 
 def prefill_of(engine: Engine, job: TrainJob, run: TimedRun) -> Callable[[], object]:
@@ -217,7 +219,7 @@ def show(results: Sequence[Mapping[str, Any]]) -> None:
 
 
 def task(config: DictConfig) -> None:
-    """Measure every run on its mesh; show and write the seconds beside the prediction."""
+    """Measure every run on its mesh; show and write the seconds with the prediction."""
     warm_up_ranks([*WARM, "recipes.common.train_loop", "longctx.infer.session", "longctx.train.step"])
     job, results = prepare(config), list[dict[str, Any]]()
     for run, training in zip(job.runs, job.jobs, strict=True):

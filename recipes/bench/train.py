@@ -120,7 +120,7 @@ def resolve_meshes(config: DictConfig, job: TrainJob) -> tuple[Mesh, ...]:
 
 
 def refuse_unmeasured(job: TrainJob) -> None:
-    """Raise ValueError for settings that one of the two measurements would not follow."""
+    """Raise ValueError for settings that one of the two measurements would ignore."""
     target = job.target
     context, recompute = target.context, job.settings.recompute
     if recompute != "none":
@@ -149,20 +149,20 @@ def time_steps(rank: Rank, job: TrainJob, rounds: int) -> StepTimes:
     from longctx.data.batches import training_batches
     from longctx.hf.config import tokenizer_of
     from longctx.parallel.strategy import STRATEGIES
-    from longctx.train.step import Sharding, train_step
+    from longctx.train.step import ContextParallel, train_step
 
     target, context = job.target, job.target.context
     with target.runtime(rank, training=True) as runtime:
         trained, saved = build_state(runtime, job), SavedActivations()
         kernel = kernel_for(context.kernel, "cpu", target.model.dtype)
-        sharding = Sharding(job.data.length, context.layout, kernel, STRATEGIES[context.strategy])
+        parallelism = ContextParallel(job.data.length, context.layout, kernel, STRATEGIES[context.strategy])
         batches = training_batches(job.data, tokenizer_of(target.folder))(None)
 
         def measure(_: Mesh) -> float:
             batch = next(batches)[0]
             barrier(runtime.world)
             with nullcontext() if saved.bytes else saved.counting(trained.net):
-                return measure_seconds(lambda: train_step(trained, batch, runtime, sharding))
+                return measure_seconds(lambda: train_step(trained, batch, runtime, parallelism))
 
         (steps,) = measure_in_rounds([target.mesh], rounds, measure)
         (activation_bytes,) = gather_numbers(runtime.world, saved.bytes)

@@ -1,8 +1,8 @@
 """Entry of every recipe: compose the configuration, run the task on its ranks, turn errors into exit codes.
 
 Exit codes: 0 success; 1 a rank failed, or the machine has no room; 2 the command line was refused before any rank
-started; 3 success, but an evaluation's gate failed; 75 stopped on request (SIGUSR1) after saving: the same command
-resumes.
+started; 3 success, but an evaluation's gate or a repair's guard failed; 75 stopped on request (SIGUSR1) after saving:
+the same command resumes.
 """
 
 import errno
@@ -47,7 +47,7 @@ _SHORTAGES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE,
 
 
 def plain_console(*, stderr: bool, width: int) -> Console:
-    """Return a console that prints text as it is: brackets are no markup and ``:train:`` is no emoji.
+    """Return a console that prints text unchanged: brackets are not markup, and ``:train:`` is not an emoji.
 
     A file gets ``width`` columns, so that tables are not cut.
     """
@@ -200,7 +200,7 @@ def refuse_other_world(mesh: Mesh, owner: str = "the mesh") -> None:
     rank = current_rank()
     if rank and rank.world_size != mesh.ranks:
         raise ValueError(
-            f"the launcher started {rank.world_size} ranks, {owner} has {mesh.ranks} ({mesh}): "
+            f"the launcher started {rank.world_size} ranks, but {owner} has {mesh.ranks} ({mesh}): "
             f"set mesh axes whose product is {rank.world_size}, or start without a launcher"
         )
 
@@ -238,7 +238,7 @@ def threads_for(threads: int | None, rank: Rank) -> int:
 
 
 def threads_here(threads: int | None, mesh: Mesh) -> int:
-    """Return the CPU threads of a rank of ``mesh`` on this machine, started by a launcher or by a recipe."""
+    """Return the CPU threads of a rank of ``mesh`` on this machine, whether a launcher or a recipe starts it."""
     return threads_for(threads, current_rank() or Rank(0, mesh.ranks, 0, mesh.ranks, ""))
 
 

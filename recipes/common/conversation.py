@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from longctx.data.turns import UserTurn
     from longctx.infer.sample import TokenLogprob
     from longctx.infer.session import Session
+    from longctx.infer.turn import Turn
     from longctx.parallel.comm import Comm
 
 
@@ -72,8 +73,7 @@ def take_turn(session: Session, turn: UserTurn, tokenizer: PreTrainedTokenizerBa
     Raises an error of the computation if there are several ranks, because the others wait for this one.
     """
     from longctx.data.turns import turn_tokens
-    from longctx.infer.answer import cut_at_stop, make_stop_check
-    from longctx.infer.generate import gather_figures
+    from longctx.infer.answer import make_stop_check
 
     engine, before = session.engine, session.sequences[0].tokens if session.sequences else []
     stop = session.sampling.stop
@@ -106,6 +106,15 @@ def take_turn(session: Session, turn: UserTurn, tokenizer: PreTrainedTokenizerBa
             raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         return {"text": turn.text, "error": f"{kind}{' '.join(str(error).split())}", "token_ids": []}
+    return _figures_of(session, turn, result, tokenizer)
+
+
+def _figures_of(session: Session, turn: UserTurn, result: Turn, tokenizer: PreTrainedTokenizerBase) -> TurnFigures:
+    """Return the figures of ``turn``, which gave ``result``; every rank calls this."""
+    from longctx.infer.answer import cut_at_stop
+    from longctx.infer.generate import gather_figures
+
+    engine, stop = session.engine, session.sampling.stop
     figures = gather_figures(engine, [result.prefill_bytes, result.decode_bytes, session.cache_bytes])
     prefill, decode, cache = map(list, zip(*figures, strict=True))
     return {

@@ -25,7 +25,8 @@ def read_machine(name: str) -> Machine:
     known = choices("machine")
     if name not in known and not Path(name).expanduser().is_file():
         raise ValueError(
-            f"hardware={name} is no machine of configs/machine and no file: use {', '.join(known)}, or a file that "
+            f"hardware={name} is neither a machine of configs/machine nor a file: use {', '.join(known)}, or "
+            "a file that "
             "python -m recipes.calibrate out=FILE.yaml wrote"
         )
     return machine_of(_values(str(CONFIGS / "machine" / f"{name}.yaml") if name in known else name), f"hardware={name}")
@@ -56,7 +57,8 @@ def refuse_other_threads(hardware: str | None, threads: int | None, mesh: Mesh) 
     used = threads_here(threads, mesh)
     if measured not in (None, used):
         raise ValueError(
-            f"hardware={hardware} was measured with run.threads={measured} per rank, this run uses run.threads={used}: "
+            f"hardware={hardware} was measured with run.threads={measured} per rank, but this run uses "
+            f"run.threads={used}: "
             f"use run.threads={measured}, or measure again with "
             f"python -m recipes.calibrate run.threads={used} out=FILE.yaml"
         )

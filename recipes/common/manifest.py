@@ -1,6 +1,7 @@
 """The manifest of a run: what is needed to run it again and to compare it with other runs.
 
-A run whose ``out`` is a folder has ``manifest.json`` in it; one that writes ``x.json`` has ``x.manifest.json`` beside.
+A run whose ``out`` is a folder has ``manifest.json`` in it.  A run that writes ``x.json`` has ``x.manifest.json``
+next to it.
 """
 
 import json
@@ -137,7 +138,7 @@ def refuse_other_recipe(out: str | None, recipe: str) -> None:
     if owner is None and Path(out, "config.json").is_file():
         raise ValueError(f"out={out} is the folder of a model: give {recipe} another out=")
     if owner is None and is_file_name(out):
-        raise ValueError(f"out={out} exists, and {recipe} has not written it: give another file, or move it away")
+        raise ValueError(f"out={out} exists, and was not written by {recipe}: give another file, or move it away")
 
 
 def manifest_of(run: str) -> Manifest:
@@ -163,7 +164,7 @@ def _read(path: Path) -> Manifest:
         raise FileNotFoundError(f"the folder has several runs: give one of {names}")
     manifest: Manifest = json.loads((file if file.is_file() or not beside else beside[0]).read_text())
     if not isinstance(manifest, dict):
-        raise TypeError("it is no JSON object")
+        raise TypeError("it is not a JSON object")
     if is_file_name(str(path)) and Path(manifest["out"]).name != path.name:
         raise FileNotFoundError(f"a later run overwrote it, and wrote {manifest['out']}: only that run can be read")
     return manifest

@@ -29,7 +29,7 @@ def refuse_unreadable(word: str) -> None:
         return
     key, equals, value = word.partition("=")
     if not equals:
-        raise ValueError(f"{word} is no setting: write KEY=VALUE, such as mesh.ring=2")
+        raise ValueError(f"{word} is not a setting: write KEY=VALUE, such as mesh.ring=2")
     quoted = f"{key}={_SOURCE_TEXT.sub(_in_quotes, value)}"
     if quoted == word or not is_readable(quoted):
         quoted = f"{key}=['...','...']" if value.startswith("[") else f"{key}='...'"

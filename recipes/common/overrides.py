@@ -19,7 +19,7 @@ FREE_TEXT = ("prompt.text", "prompt.question", "track.name", "track.group", "tra
 PATHS = (
     "prompt.file", "prompts", "out", "to", "checkpoint", "turns", "session.save", "session.load", "spd.sensitivity",
     "sensitivity", "eval.data", "eval.include", "eval.text", "adapted", "hardware", "picture", "fitted", "json",
-    "allowed_drop", "model.source", "model.cache", "folder", "pipeline", "settings",
+    "allowed_drop", "model.source", "model.cache", "model.chat_template", "folder", "pipeline", "settings",
 )  # fmt: skip
 # A path in the list of a sweep, in quotes or without a comma.
 _LISTED = re.compile(r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')(?=,|\Z)|[^,]+""", re.DOTALL)
@@ -141,7 +141,7 @@ def _refuse_nothing(word: str) -> None:
     key, equals, value = word.partition("=")
     if not key.lstrip("+") or (word[0] == "~" and not word.startswith(_REMOVABLE)):
         advice = f"{key[1:]}=null for none" if key else "KEY=VALUE, such as mesh.ring=2"
-        raise ValueError(f"{word} is no setting: write {advice}")
+        raise ValueError(f"{word} is not a setting: write {advice}")
     if equals and value in ("", "null") and (CONFIGS / key).is_dir() and word != "experiment=null":
         raise ValueError(f"{word} gives no value: use one of {', '.join(choices(key))}")
 
@@ -171,12 +171,12 @@ def _model(value: str) -> list[str]:
     known = choices("model")
     if value in known:
         return [f"model={value}"]
-    if "/" in value or Path(value).expanduser().is_dir():
+    if "/" in value or Path(value).suffix == ".gguf" or Path(value).expanduser().is_dir():
         name = Path(value).expanduser().name
         return ["model=folder", f"model.source={quote(value)}", f"model.name={quote(name)}"]
     raise ValueError(
         f"model={value} is unknown: use {', '.join(sorted({*known} - {'folder'}))}, "
-        "the path of a Hugging Face folder, or a hub name like HuggingFaceTB/SmolLM2-135M"
+        "the path of a Hugging Face folder or a .gguf file, or a hub name like HuggingFaceTB/SmolLM2-135M"
     )
 
 

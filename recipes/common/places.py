@@ -1,4 +1,4 @@
-"""Places that runs write to: names of files and folders, whether they can be written, results as JSON."""
+"""Output paths: names of files and folders, checks that they can be written, results as JSON."""
 
 import json
 import tempfile
@@ -32,7 +32,8 @@ def refuse_unwritable(out: str | None, name: str = "out", suffixes: Sequence[str
         raise ValueError(f"{name}={out} is a folder: give the name of a file, such as {name}={out}/result{suffixes[0]}")
     if path.suffix not in suffixes:
         raise ValueError(
-            f"{name}={out} is no name of a {' or '.join(suffixes)} file: use {name}={path.with_suffix(suffixes[0])}"
+            f"{name}={out} is not the name of a {' or '.join(suffixes)} file: use "
+            f"{name}={path.with_suffix(suffixes[0])}"
         )
     _refuse_read_only(path.parent, f"{name}={out}")
 

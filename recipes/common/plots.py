@@ -1,4 +1,4 @@
-"""Pictures of result tables as SVG files: lines, and bars on a logarithmic axis."""
+"""Pictures of result tables as SVG files: lines, bars on a logarithmic axis, and tables of coloured cells."""
 
 from __future__ import annotations
 
@@ -111,6 +111,50 @@ def draw_shares(
     _save(figure, out)
 
 
+def draw_cells(
+    out: str,
+    panels: Mapping[str, Sequence[Sequence[float | None]]],
+    columns: Sequence[str],
+    lines: Sequence[str],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    z: str,
+) -> None:
+    """Draw one table of cells per panel to the file ``out``: the darker a cell, the larger its value from 0 to 1.
+
+    ``panels[name][line][column]`` is a value, or None for an empty cell.  ``x``, ``y`` and ``z`` label the columns, the
+    lines and the values.
+    """
+    import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap
+
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    figure, first = _new_figure(width=max(4.5, across * (1.5 + 0.6 * len(columns))), height=0.7 + 2.5 * down)
+    first.remove()
+    grid = figure.subplots(down, across, squeeze=False, sharey=True)
+    colours = LinearSegmentedColormap.from_list("shares", ["#eff6ff", "#1e3a8a"])
+    for axes, (name, cells) in zip(grid.flat, panels.items(), strict=False):
+        values = np.array([[np.nan if cell is None else cell for cell in line] for line in cells])
+        image = axes.imshow(values, cmap=colours, vmin=0, vmax=1, aspect="auto")
+        for (line, column), value in np.ndenumerate(values):
+            if not np.isnan(value):
+                colour = "white" if value > 0.55 else "black"
+                axes.text(column, line, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+        axes.set_title(name, fontsize=10)
+        axes.set_xticks(range(len(columns)), columns, fontsize=8)
+        axes.set_yticks(range(len(lines)), lines, fontsize=8)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    figure.suptitle(title, fontsize=11)
+    figure.supxlabel(x, fontsize=10)
+    figure.supylabel(y, fontsize=10)
+    figure.colorbar(image, ax=grid, label=z)
+    _save(figure, out)
+
+
 def draw_plan(
     out: str,
     lengths: Sequence[int],
@@ -151,7 +195,7 @@ def draw_plan(
     _save(figure, out)
 
 
-def _new_figure(width: float = 7) -> tuple[Figure, Axes]:
+def _new_figure(width: float = 7, height: float = 4) -> tuple[Figure, Axes]:
     """Return an empty figure; the same data gives the same SVG file, byte for byte."""
     import matplotlib as mpl
 
@@ -159,7 +203,7 @@ def _new_figure(width: float = 7) -> tuple[Figure, Axes]:
     import matplotlib.pyplot as plt
 
     plt.rcParams |= {"svg.hashsalt": "longctx", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    figure, axes = plt.subplots(figsize=(width, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
     return figure, axes
 
 

@@ -1,4 +1,4 @@
-"""Predicted times of a run, shown beside the measured ones: the cost model's, for the machine of a hardware file."""
+"""Predicted times of a run, shown with the measured ones: the cost model's, for the machine of a hardware file."""
 
 from __future__ import annotations
 
@@ -55,6 +55,6 @@ def _numbers(target: Target) -> Numbers:
 
 
 def beside(measured: float | None, predicted: Mapping[str, float | None] | None, name: str) -> str:
-    """Return the prediction of ``name`` and its error, in words that follow the measured seconds; or nothing."""
+    """Return the prediction of ``name`` and its error as text to follow the measured seconds; empty without one."""
     seconds = predicted[name] if predicted else None
     return "" if seconds is None or not measured else f", predicted {seconds:.3g} s ({seconds / measured - 1:+.0%})"

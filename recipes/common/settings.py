@@ -64,7 +64,7 @@ def as_dict(config: DictConfig) -> dict[str, object]:
 
 
 def as_config(values: Mapping[str, object]) -> DictConfig:
-    """Return plain ``values`` as a configuration; ``${`` in their text begins no interpolation."""
+    """Return plain ``values`` as a configuration; ``${`` in their text does not begin an interpolation."""
 
     def escaped(value: object) -> object:
         if isinstance(value, Mapping):
@@ -79,7 +79,7 @@ def as_config(values: Mapping[str, object]) -> DictConfig:
 def mapping_at(values: Mapping[str, object], name: str) -> Mapping[str, object]:
     """Return the section ``name`` of plain ``values``, empty if it is missing or null.
 
-    Raises ValueError if it is no section.
+    Raises ValueError if it is not a section.
     """
     section = values.get(name) or {}
     if not isinstance(section, Mapping):
@@ -90,7 +90,7 @@ def mapping_at(values: Mapping[str, object], name: str) -> Mapping[str, object]:
 def mappings_at(values: Mapping[str, object], name: str) -> list[Mapping[str, object]]:
     """Return the items of the list ``name`` of plain ``values``, each with settings, empty if it is missing or null.
 
-    Raises ValueError if it is no list of such items.
+    Raises ValueError if it is not a list of such items.
     """
     items = values.get(name)
     if items is None:

@@ -95,9 +95,14 @@ class RepairJob:
     about: Mapping[str, object]
 
     @property
+    def held_out_text(self) -> PackedText:
+        """Held-out text, repair.held_out sequences of repair.length tokens; no block learns from them."""
+        return self.text[slice(self.repair.sequences, None)]
+
+    @property
     def held_out_tokens(self) -> Tokens:
-        """Held-out tokens, repair.held_out sequences of repair.length tokens; no block learns from them."""
-        return self.text.tokens[self.repair.sequences :]
+        """Tokens of `held_out_text`."""
+        return self.held_out_text.tokens
 
     @property
     def held_out_batches(self) -> int:
@@ -178,7 +183,7 @@ class Adaptation:
                 inputs = teacher if settings.inputs == "teacher" else student
                 successor = self._repair(block, classes[block], inputs, outputs)
             elif block in classes and settings.inputs == "student":
-                successor = self._load_repaired(block)
+                successor = self.load_repaired(block)
             if settings.inputs == "student":
                 student = self._forward(successor, student)
             teacher = outputs
@@ -200,7 +205,7 @@ class Adaptation:
         if len(repaired) == len(blocks):
             return blocks
         run.progress.start("divergence with one repaired block dropped", len(repaired) * job.held_out_batches)
-        layers = {block: self._load_repaired(block) for block in repaired}
+        layers = {block: self.load_repaired(block) for block in repaired}
         distillation = JointDistillation(run.blocks, layers, repaired, job.joint, run.runtime.groups.dp)
         alone = distillation.divergences_alone(job.held_out_tokens, run.progress.step)
         return sorted(repaired, key=lambda block: (alone[block], block))[: len(blocks)]
@@ -214,7 +219,7 @@ class Adaptation:
 
         run, job = self.run, self.job
         # 1. Load the repaired blocks, in the order of their errors on held-out text, and measure where they start.
-        layers = {block: self._load_repaired(block) for block in blocks}
+        layers = {block: self.load_repaired(block) for block in blocks}
         errors = {block: float(read_block(job.block_file(block))[1]["distilled"]) for block in blocks}
         order = sorted(blocks, key=lambda block: (errors[block], block))
         distillation = JointDistillation(run.blocks, layers, order, job.joint, run.runtime.groups.dp)
@@ -278,11 +283,11 @@ class Adaptation:
         layer: SPDTransformerLayer = result.layer
         return layer
 
-    def _load_repaired(self, block: int) -> SPDTransformerLayer:
-        """Return the layer in the block's file."""
-        blocks = self.run.blocks
+    def load_repaired(self, block: int, *, joint: bool = False) -> SPDTransformerLayer:
+        """Return the layer in the block's file, or in its file after joint distillation."""
+        blocks, file = self.run.blocks, self.job.joint_block_file(block) if joint else self.job.block_file(block)
         layer: SPDTransformerLayer = blocks.copy_of(block, own_norms=self.job.repair.own_norms)
-        blocks.fill(layer, read_block(self.job.block_file(block))[0])
+        blocks.fill(layer, read_block(file)[0])
         return layer
 
     @torch.no_grad()

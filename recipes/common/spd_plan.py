@@ -50,7 +50,7 @@ def refuse_unshared(mesh: Mesh, degree: Mesh, plan: SPDPlan, shape: ModelShape) 
     refuse_shared_over_tp(mesh)
     if plan.own_norms:
         raise ValueError(
-            "context.decode=sharded is not built for norms per rank (repair.own_norms): use "
+            "context.decode=sharded does not support norms per rank (repair.own_norms): use "
             f"mesh.tp={plan.tp} mesh.ring=1, or a model that was adapted without repair.own_norms"
         )
     try:
@@ -66,7 +66,7 @@ def refuse_shared_over_tp(mesh: Mesh) -> None:
     """Raise ValueError if tensor-parallel ranks drop reductions on ``mesh`` and context ranks share weights."""
     if mesh.tp > 1:
         raise ValueError(
-            f"context.decode=sharded drops reductions over context ranks alone, this is mesh.tp={mesh.tp}: use "
+            f"context.decode=sharded drops reductions over context ranks only, but this is mesh.tp={mesh.tp}: use "
             "context.decode=gather_merge, or mesh.tp=1"
         )
 
@@ -95,7 +95,7 @@ def choose_plan(
     if saved and saved.plan.tp != mesh.tp:
         ranks = "1 rank has" if mesh.tp == 1 else f"{mesh.tp} ranks share"
         raise ValueError(
-            f"{folder} was made for mesh.tp={saved.plan.tp}, here {ranks} the weights: use mesh.tp={saved.plan.tp} "
+            f"{folder} was made for mesh.tp={saved.plan.tp}, but here {ranks} the weights: use mesh.tp={saved.plan.tp} "
             f"(or mesh.ring={saved.plan.tp} context.decode=sharded), or spd=none for the model without dropped "
             "reductions"
         )

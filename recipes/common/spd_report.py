@@ -30,7 +30,7 @@ def read_allowed_drop(setting: str, model: str) -> AllowedDrop:
         share = float(setting)
         if not 0 <= share <= 1:
             raise ValueError(
-                f"allowed_drop={setting} is no share: use a number from 0 to 1, or a report.json of eval.run"
+                f"allowed_drop={setting} is not a share: use a number from 0 to 1, or a report.json of eval.run"
             )
         return AllowedDrop(share)
     try:
@@ -44,7 +44,7 @@ def read_allowed_drop(setting: str, model: str) -> AllowedDrop:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise ValueError(
-            f"allowed_drop={setting} is no report ({error!r}): use 0 to 1, or a report.json of eval.run on "
+            f"allowed_drop={setting} is not a report ({error!r}): use 0 to 1, or a report.json of eval.run on "
             "variants with dropped reductions"
         ) from error
     if baseline != model:

@@ -59,7 +59,7 @@ def resolve_spd_target(config: DictConfig, recipe: str) -> Target:
 def calibration_of(
     config: DictConfig, target: Target, sequences: int, more: int = 0, length_setting: str = "data.length"
 ) -> tuple[PackedText, DataSettings]:
-    """Return `text_of` the section ``data`` with ``epochs=1``, and that section.  Arguments and errors: `text_of`'s."""
+    """Return the text of the section ``data`` with ``epochs=1`` (see `text_of`), and that section."""
     data, _ = data_of(config)
     if data.epochs not in (None, 1):
         raise ValueError(f"data.epochs={data.epochs}: each sequence is measured once; leave it out, or give more text")

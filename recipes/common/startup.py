@@ -42,7 +42,7 @@ def print_page(text: str) -> None:
 
 
 def leave_closed_pipe() -> NoReturn:
-    """Exit quietly: nothing reads the standard output any more."""
+    """Exit quietly, because the reader of standard output is gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at the end
     sys.exit(128 + signal.SIGPIPE)
 

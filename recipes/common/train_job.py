@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 from pydantic import NonNegativeInt, PositiveInt
 
-from longctx.config import DataSettings, Mesh, Optim, Recompute, Track
+from longctx.config import DataSettings, LoRA, Mesh, Optim, Recompute, Track
 from longctx.cost.machine import Machine
 from longctx.data.identity import text_digests
 from longctx.model_shape import ModelShape
@@ -61,7 +61,7 @@ class TrainJob:
 
     ``weights`` is the folder of the initial weights, None to draw them at random; ``target.folder`` has configuration
     and tokenizer.  ``test`` is the text to evaluate on (None: no evaluation).  ``samples`` show the first sequences as
-    the model sees them: tokens, documents, start of the text.  ``peak_flops`` is a rank's, for MFU.
+    the model sees them: tokens, documents, start of the text.  ``peak_flops`` is the peak rate of a rank, for MFU.
     ``machine`` is for predictions (None: ``hardware`` is not given, or has no constants for them).
     """
 
@@ -70,6 +70,7 @@ class TrainJob:
     data: DataSettings
     test: DataSettings | None
     optim: Optim
+    lora: LoRA
     track: Track
     evaluation: Evaluation
     saving: Saving
@@ -107,7 +108,9 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool, co
     refuse_unwritable_folder(settings.out)
     refuse_other_recipe(settings.out, recipe)
     target = resolve_target(config, recipe, needs_weights=not from_scratch, proves_schedule=True)
+    lora = LoRA() if from_scratch else section(config, "lora", LoRA)
     _refuse_untrainable(target, settings)
+    refuse_no_adapters(target, settings, lora)
     refuse_untrainable(target.folder)
     # 2. The text.
     tokenizer = tokenizer_of(target.folder)
@@ -130,6 +133,7 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool, co
         data=data,
         test=test if evaluation.every else None,
         optim=section(config, "optim", Optim),
+        lora=lora,
         track=section(config, "track", Track).of("train"),
         evaluation=evaluation,
         saving=section(config, "checkpoint", Saving),
@@ -147,7 +151,7 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool, co
 
 def _refuse_untrainable(target: Target, settings: TrainSettings) -> None:
     if settings.mlp_rows and target.shape.mixture:
-        raise ValueError(f"mlp_rows={settings.mlp_rows} is not built for mixtures of experts: use mlp_rows=null")
+        raise ValueError(f"mlp_rows={settings.mlp_rows} does not support mixtures of experts: use mlp_rows=null")
     if target.plan and target.plan.own_norms:
         raise ValueError(
             f"{target.folder} has separate norms per rank (repair.own_norms), which training does not support: "
@@ -157,6 +161,20 @@ def _refuse_untrainable(target: Target, settings: TrainSettings) -> None:
         raise ValueError(
             f"context.chunk={target.context.chunk} is for inference: a training step takes whole sequences; use null"
         )
+
+
+def refuse_no_adapters(target: Target, settings: TrainSettings, lora: LoRA) -> None:
+    """Raise ValueError if ``lora`` is set for a model or with a setting that adapters are not built for."""
+    if lora.rank is None:
+        return
+    for is_so, what, instead in (
+        (target.shape.mixture, "mixtures of experts", "lora.rank=null"),
+        (target.model.layers == "te", "model.layers=te", "model.layers=local"),
+        (target.plan and target.plan.dropped, "blocks that drop a reduction", "spd=none"),
+        (settings.hardware, f"hardware={settings.hardware}, whose times are of all weights", "hardware=null"),
+    ):
+        if is_so:
+            raise ValueError(f"lora.rank={lora.rank} is not built for {what}: use {instead}")
 
 
 def first_sequences(
@@ -223,7 +241,8 @@ def refuse_unsplit(mesh: Mesh, shape: ModelShape, data: DataSettings) -> None:
         )
     if data.length < mesh.context:
         raise ValueError(
-            f"data.length={data.length} for {mesh.context} context ranks: use a longer one, or fewer ranks"
+            f"data.length={data.length} is too short for {mesh.context} context ranks: use a larger "
+            "data.length, or fewer ranks"
         )
 
 

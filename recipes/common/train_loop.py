@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from longctx.data.stage import State
     from longctx.megatron.runtime import Runtime
     from longctx.megatron.training.checkpoint import Checkpoints
-    from longctx.megatron.training.optimizer import TrainState
+    from longctx.megatron.training.state import TrainState
     from longctx.parallel.measure.comm_timer import ExposedCommTimer
     from longctx.parallel.measure.memory import MemoryMeter
     from longctx.train.meter import Meter
-    from longctx.train.step import Sharding
+    from longctx.train.step import ContextParallel
     from longctx.train.stop import StopRequest
     from longctx.train.track import Tracker
 
@@ -145,7 +145,7 @@ def build_state(runtime: Runtime, job: TrainJob) -> TrainState:
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.hf_io.init import RandomInit
     from longctx.megatron.model import layers_in_use
-    from longctx.megatron.training.optimizer import build_train_state
+    from longctx.megatron.training.state import build_train_state
 
     target = job.target
     dropped = target.plan.dropped if target.plan else ()
@@ -156,12 +156,14 @@ def build_state(runtime: Runtime, job: TrainJob) -> TrainState:
         job.optim,
         lambda net: hf_load.load(net, read, target.shape),
         dtype=getattr(torch, target.model.dtype),
-        layers=layers_in_use(target.model.layers, target.shape),
+        layers="local" if job.lora.rank else layers_in_use(target.model.layers, target.shape),
         steps=job.settings.steps,
         recompute=job.settings.recompute,
         loss_rows=job.settings.loss_rows,
         mlp_rows=job.settings.mlp_rows,
         plan=target.plan,
+        lora=job.lora,
+        seed=job.settings.seed,
     )
 
 
@@ -205,7 +207,7 @@ def train_steps(
     from longctx.parallel.strategy import STRATEGIES
     from longctx.train.memory import memory_meter
     from longctx.train.meter import Meter
-    from longctx.train.step import Sharding
+    from longctx.train.step import ContextParallel
 
     target, settings = job.target, job.settings
     dp_rank, dp_size = runtime.groups.dp.rank(), runtime.groups.dp.size()
@@ -213,7 +215,9 @@ def train_steps(
     kernel = checked_kernel(target.context.kernel, runtime.device, target.model.dtype, target.shape.head_dim)
     context, keep_partials = target.context, settings.recompute != "none"
     strategy, prove = STRATEGIES[context.strategy], context.check_schedule
-    sharding = Sharding(job.data.length, context.layout, kernel, strategy, keep_partials, check_schedule=prove)
+    parallelism = ContextParallel(
+        job.data.length, context.layout, kernel, strategy, keep_partials, check_schedule=prove
+    )
     meter = Meter(target.shape, target.mesh.ranks // dp_size, runtime.device, timer, job.peak_flops)
     # 2. The text.
     held_out = _held_out(job, dp_rank, dp_size)
@@ -224,10 +228,10 @@ def train_steps(
         refuse_nothing_to_learn(batch.counted, f"the batch of step {step}")
         # Count the bytes of the second step: in the first one, the optimizer's moments do not exist yet.
         memory = memory_meter(state) if job.machine and step == start.step + 2 else None
-        figures, peak = _train_one(state, batch, runtime, sharding, meter, memory)
+        figures, peak = _train_one(state, batch, runtime, parallelism, meter, memory)
         figures |= {f"data/{name}": count for name, count in left_out(data).items()}
         if held_out and (is_last or step % job.evaluation.every == 0):
-            figures |= evaluate_held_out(state, held_out, runtime, sharding, job)
+            figures |= evaluate_held_out(state, held_out, runtime, parallelism, job)
         ends_run = is_last or stop.agreed_on_all_ranks(runtime.world, runtime.device)
         yield TrainedStep(step, figures, data, ends_run, peak)
         if ends_run:
@@ -236,14 +240,19 @@ def train_steps(
 
 
 def _train_one(
-    state: TrainState, batch: Batch, runtime: Runtime, sharding: Sharding, meter: Meter, memory: MemoryMeter | None
+    state: TrainState,
+    batch: Batch,
+    runtime: Runtime,
+    parallelism: ContextParallel,
+    meter: Meter,
+    memory: MemoryMeter | None,
 ) -> tuple[dict[str, float | None], dict[str, int] | None]:
     """Return the figures of a step and, with a ``memory`` meter, the bytes by part at the largest rank's peak."""
     from longctx.train.step import train_step
 
     meter.begin()
     with memory or nullcontext():
-        result = train_step(state, batch, runtime, sharding)
+        result = train_step(state, batch, runtime, parallelism)
     cost = meter.end([n for lengths in batch.lengths for n in lengths])
     figures: dict[str, float | None] = {"loss": result.loss, "grad_norm": result.grad_norm}
     figures |= {"tokens": result.tokens, "lr": result.rate}
@@ -275,13 +284,13 @@ def _held_out(job: TrainJob, dp_rank: int, dp_size: int) -> list[Batch]:
 
 
 def evaluate_held_out(
-    state: TrainState, held_out: list[Batch], runtime: Runtime, sharding: Sharding, job: TrainJob
+    state: TrainState, held_out: list[Batch], runtime: Runtime, parallelism: ContextParallel, job: TrainJob
 ) -> dict[str, float | None]:
     """Return loss (nats a token) and perplexity of held-out text: over all of it, and by position in the document."""
     from longctx.train.step import evaluate
 
     buckets = job.evaluation.buckets
-    sums = evaluate(state, held_out, runtime, sharding, buckets)
+    sums = evaluate(state, held_out, runtime, parallelism, buckets)
     edges = [job.data.length * (i + 1) // buckets for i in range(buckets)]
     by_position = {
         f"eval/perplexity_to_{edge}": None if loss is None else perplexity(loss)

@@ -1,4 +1,4 @@
-"""Last figures of a training run; with ``hardware``, a step's time and memory beside the cost model's prediction."""
+"""Last figures of a training run; with ``hardware``, a step's time and memory compared with their predictions."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def predict_step(job: TrainJob) -> float | None:
 
 
 def compared(job: TrainJob, measured: Measured) -> list[tuple[str, str]]:
-    """Return rows of a table: what was measured beside its prediction, if ``hardware`` has constants for it."""
+    """Return rows of a table: each measured figure with its prediction, if ``hardware`` has constants for it."""
     table_rows, predicted = list[tuple[str, str]](), predict_step(job)
     if predicted is not None and measured.seconds:
         seconds = median(measured.seconds)

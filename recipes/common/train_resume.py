@@ -71,10 +71,11 @@ def refuse_other_model(job: TrainJob) -> None:
 def refuse_no_room(job: TrainJob) -> None:
     """Raise ValueError unless the disk has room for the checkpoints that the run will keep at once."""
     existing = len(checkpoint_index.checkpoint_folders(job.out / "checkpoints"))
-    needed = weights_of(job.target.shape) * BYTES_PER_WEIGHT * max(1, job.saving.keep + 1 - existing)
+    per_weight = 4 if job.lora.rank else BYTES_PER_WEIGHT  # with adapters, the optimizer's state is small
+    needed = weights_of(job.target.shape) * per_weight * max(1, job.saving.keep + 1 - existing)
     if (free := shutil.disk_usage(nearest_existing(job.out)).free) < needed:
         raise ValueError(
-            f"out={job.out} has {free / 1e9:.2f} GB free, the checkpoints that are kept at once take "
+            f"out={job.out} has {free / 1e9:.2f} GB free, but the checkpoints that are kept at the same time take "
             f"{needed / 1e9:.2f} GB more: use another disk, or a lower checkpoint.keep"
         )
 
@@ -87,12 +88,13 @@ def refuse_other_run(job: TrainJob) -> None:
     metadata = checkpoint_index.read_metadata(place)
     if metadata["step"] > job.settings.steps:
         raise ValueError(
-            f"steps={job.settings.steps}, {place} is after step {metadata['step']}: use more steps, or another folder"
+            f"steps={job.settings.steps}, but {place} is after step {metadata['step']}: use more steps, or "
+            "another folder"
         )
     refuse_other_text(job, place, metadata)
     begun = metadata["config"].get("begun")
     if not same_model(str(begun), str(job.config["begun"])):
-        raise ValueError(f"{place} began with {begun}, this is {job.config['begun']}: give another out=")
+        raise ValueError(f"{place} began with {begun}, but this is {job.config['begun']}: give another out=")
     now_dropped, was_dropped = job.config["dropped"], metadata["config"].get("dropped", [])
     if was_dropped != now_dropped:
         was_so = f"mesh.tp={was_dropped[0]} spd.blocks={was_dropped[1:]}" if was_dropped else "spd=none"
@@ -102,9 +104,21 @@ def refuse_other_run(job: TrainJob) -> None:
         ("optim.zero1", config["optim"]["zero1"], job.optim.zero1),
         ("model.dtype", config["model"]["dtype"], job.target.model.dtype),
         ("data.conversations", config["data"].get("conversations"), job.data.conversations),
+        *((f"lora.{name}", before, now) for name, before, now in _lora_settings(config, job)),
     ):
         if before != now:
             raise ValueError(f"{place} was made with {name}={str(before).lower()}: use that, or another out=")
+
+
+def _lora_settings(config: Mapping[str, Any], job: TrainJob) -> list[tuple[str, Any, Any]]:
+    """Return name, value in a checkpoint's ``config`` and value of ``job`` of each setting of adapters.
+
+    It is the rank alone unless both have adapters; version 0.1 had none.
+    """
+    before, now = config.get("lora") or {"rank": None}, vars(job.lora) | {"targets": list(job.lora.targets)}
+    if before["rank"] is None or job.lora.rank is None:
+        return [("rank", before["rank"], job.lora.rank)]
+    return [(name, before[name], now[name]) for name in now]
 
 
 def refuse_other_text(job: TrainJob, place: Path, metadata: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The Triton kernels in Triton's interpreter on CPU, against the oracle; and compiled for GPUs, which takes no GPU."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from longctx import attention
 from longctx.attention import backends, triton_flash
 from longctx.attention.backends import kernel_for
 from longctx.attention.kernel import attend_tiles, tile_gradients
@@ -16,9 +18,11 @@ from longctx.attention.layout import contiguous
 from longctx.attention.mask import window
 from longctx.attention.partial import Partial, empty_partial, merge
 from longctx.attention.tiles import visible_tiles
-from longctx.attention.triton_flash import Blocks, interpreted
+from longctx.attention.triton_flash import BlockSizes, interpreted
 from tests import oracle
 
+if triton_flash.installed:
+    from longctx.attention import triton_kernels
 needs_triton = pytest.mark.skipif(not triton_flash.installed, reason="the package triton is not installed")
 interpreter = pytest.mark.skipif(
     not triton_flash.installed or torch.cuda.is_available(),
@@ -35,7 +39,7 @@ def random_inputs(batch, hq, hk, sq, sk, d, dtype=torch.float32):
 
 def use_blocks(monkeypatch, rows: int, keys: int) -> None:
     """Use small blocks, so that short tiles have several: cut by the diagonal, by the last row, or whole."""
-    monkeypatch.setattr(triton_flash, "blocks_for", lambda *_: Blocks(rows, keys, 4, 2))
+    monkeypatch.setattr(triton_flash, "blocks_for", lambda *_: BlockSizes(rows, keys, 4, 2))
 
 
 @interpreter
@@ -59,6 +63,48 @@ def test_float32_partials_and_gradients_match_the_oracle(monkeypatch, blocks, ba
         oracle.assert_close(actual, exact, 3e-7)
     for actual, exact in zip(grads, oracle.gradients(q, k, v, mask, dout), strict=True):
         oracle.assert_close(actual, exact, 1e-6)
+
+
+MUTATIONS = {
+    "scores without scale": (
+        "_dot(q, tl.trans(k), INTERPRETED) * (scale * LOG2E)",
+        "_dot(q, tl.trans(k), INTERPRETED)",
+    ),
+    "dq without scale": ("_store(DQ, dq * scale,", "_store(DQ, dq,"),
+    "dk without scale": ("_store(DK, dk * scale,", "_store(DK, dk,"),
+    "dk and dv exchanged": ("dk, dv = sums\n    _store", "dv, dk = sums\n    _store"),
+    "log-sum-exp in base 2": ("largest * LN2 + tl.log(total)", "largest + tl.log2(total)"),
+    "sums not rescaled": ("values = values * remaining +", "values = values +"),
+    "other KV heads": ("kv = head // (hq // hk)", "kv = head % hk"),
+    "the diagonal hidden from dk": ("tl.where(keys <= rows, scores", "tl.where(keys < rows, scores"),
+    "the future seen": ("if CAUSAL:\n            seen = seen", "if not CAUSAL:\n            seen = seen"),
+    "delta of the wrong sign": ("INTERPRETED) - delta)", "INTERPRETED) + delta)"),
+    "keys after the last one": ("seen = keys < sk", "seen = keys >= 0"),
+    "layout transposed": (
+        "* length + first) * heads + head) * D\n    return start + rows * (heads * D)",
+        "* heads + head) * length + first) * D\n    return start + rows * D",
+    ),
+}
+
+
+@interpreter
+@pytest.mark.parametrize("mistake", MUTATIONS)
+def test_mistake_in_the_kernels_is_noticed(monkeypatch, tmp_path, mistake):
+    old, new = MUTATIONS[mistake]
+    source = Path(str(triton_kernels.__file__)).read_text()
+    assert old in source
+    (tmp_path / "mutated.py").write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("mutated", tmp_path / "mutated.py")
+    mutated = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(mutated)
+    monkeypatch.setattr(attention, "triton_kernels", mutated)
+    with pytest.raises(AssertionError):
+        compare_small_tiles(monkeypatch)
+
+
+def compare_small_tiles(monkeypatch) -> None:
+    for case in ((19, 19, 5, True), (3, 19, 5, False)):
+        test_float32_partials_and_gradients_match_the_oracle(monkeypatch, (16, 16), 1, 4, 2, *case)
 
 
 @interpreter

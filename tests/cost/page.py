@@ -63,8 +63,9 @@ In two cases arXiv 2411.01783 disagrees with itself, so no model can match both 
 66.63 ms in Table 6 and 60.23 ms in Table 7. A full prefill on 4 nodes takes 11.46 s in Table 4 and 10.95 s in Table 7.
 The machine's `turn_s` explains the second difference: the runs of Table 4 keep the keys for later turns.
 
-Two groups of rows of arXiv 2405.07719 are not used. The A100 rows at 128K of Table 4 have a third of the rate of the
-32K rows; they probably include the backward. In the basic ring, ranks have unequal work.
+Two groups of rows of arXiv 2405.07719 are not used. The first is the A100 rows at 128K of Table 4: they have a third of
+the rate of the 32K rows, and probably include the backward. The second is the rows of the basic ring, in which ranks
+have unequal work.
 """
 
 

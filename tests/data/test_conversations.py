@@ -88,16 +88,16 @@ def test_messages_of_weight_0_and_messages_after_the_last_answer_are_not_learned
 REFUSED = {
     "role": ({"messages": [{"role": "bot", "content": "a"}]}, r'message 1 of role "bot": use system, '),
     "form": ({"text": "a"}, r'has neither "messages" nor "prompt" and "completion": write'),
-    "list": ([1], "is no JSON object of the form"),
-    "string": ({"messages": ["a"]}, "message 1 that is no JSON object"),
+    "list": ([1], "is not a JSON object of the form"),
+    "string": ({"messages": ["a"]}, "message 1 that is not a JSON object"),
     "content": ({"messages": [{"role": "user"}]}, r'message 1 that has no "content", it has role; repair'),
     "parts": ({"messages": [{"role": "user", "content": [{}]}]}, 'has a "content" of type list'),
     "tools": ({"tools": [{}], **chat("a", "b")}, "has tools, which are not implemented"),
     "calls": ({"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, 'with "tool_calls", which is not'),
     "weight": ({"messages": [{"role": "user", "content": "a", "weight": 0.5}]}, '"weight" 0.5: use 0 or 1'),
     "empty": (chat("a", " "), "has an empty answer, message 2"),
-    "no answer": (chat("a"), "has no message of the assistant to learn"),
-    "answer first": ({"messages": chat("a", "b")["messages"][1:]}, "begins with a message of the assistant"),
+    "no answer": (chat("a"), "has no assistant message to learn from"),
+    "answer first": ({"messages": chat("a", "b")["messages"][1:]}, "begins with an assistant message"),
     "end token": (chat("a", "b<end>c"), r"message 2 with an end token of the model \('<end>'\) inside its text"),
     "too long": (chat("a", "b" * 97), r"has 1\d\d tokens, more than data\.length=97 \(data\.conversations=split would"),
     "not JSON": ("{", r"is not JSON \("),
@@ -117,7 +117,7 @@ def test_conversation_that_cannot_be_learned_is_refused_by_its_line(row, words, 
 TEMPLATES = {
     "earlier answers differ": (
         "{% for m in messages %}<{{ m.role }}>{% if loop.last %}!{% endif %}{{ m.content }}<end>{% endfor %}",
-        "message 2, that the chat template writes in another way",
+        "message 2, that the chat template writes differently",
     ),
     "no end of a turn": (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>"
@@ -127,7 +127,7 @@ TEMPLATES = {
     "an error": ("{{ raise_exception('roles must alternate') }}", r"chat template \(TemplateError: roles must altern"),
     "no template": (
         None,
-        "has no chat template: put a chat_template.jinja into the model's folder, or use an instruct",
+        "has no chat template: set model.chat_template=FILE, or use an instruct",
     ),
 }
 

@@ -38,7 +38,7 @@ def test_byte_order_marks_line_ends_and_blank_lines_are_removed(byte_tokenizer, 
 
 BAD = {
     "broken JSON": (b'{"text": "tw', r"is not JSON \(Unterminated string starting at, column 10\)"),
-    "no object": (b'["two"]', "is no JSON object"),
+    "no object": (b'["two"]', "is not a JSON object"),
     "missing key": (b'{"body": "two", "id": 3}', 'has no "text", it has body, id: set text_key'),
     "number": (b'{"text": 2}', 'has a "text" of type int'),
     "null": (b'{"text": null}', 'has a "text" of type NoneType'),
@@ -141,10 +141,10 @@ def test_faulty_row_is_named(column, words, byte_tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("nosuch.txt", None, "is no file, no folder, and no pattern"),
-        ("nosuch*.jsonl", None, "is no file, no folder, and no pattern"),
-        ("a.json", b"[]", "of a kind that is not supported.*use .*jsonl"),
-        ("a.jsonl.zst", b"", "of a kind that is not supported"),
+        ("nosuch.txt", None, "is not a file, a folder, or a pattern"),
+        ("nosuch*.jsonl", None, "is not a file, a folder, or a pattern"),
+        ("a.json", b"[]", "is not a supported kind of file.*use .*jsonl"),
+        ("a.jsonl.zst", b"", "is not a supported kind of file"),
         ("empty.txt", b"", "has no documents: 1 records are empty, 0 could not be read"),
         ("empty.jsonl", b"", "has no documents: 0 records are empty"),
         ("blank.jsonl", b'\n{"text": " \\n"}\n\n', "has no documents: 1 records are empty"),

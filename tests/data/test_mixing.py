@@ -57,7 +57,7 @@ def test_other_sources_keep_their_weights_when_one_ends():
 
 def test_state_of_another_number_of_sources_is_refused():
     _, state = take(interleave([stage_of([1]), stage_of([2])], [1, 1]), 1)[0]
-    with pytest.raises(ValueError, match=r"is of 2 sources, data\.sources has 1"):
+    with pytest.raises(ValueError, match=r"has 2 sources, but data\.sources has 1"):
         take(interleave([stage_of([1])], [1]), state=state)
 
 

@@ -90,7 +90,7 @@ def test_pydoc_topic_is_part_of_the_long_documentation(tokenizer):
     [
         (PromptSource(), "one source, not none.*prompt.file=FILE"),
         (PromptSource(text="a", pydoc="assert"), "not text and pydoc"),
-        (PromptSource(pydoc="nosuch"), "prompt.pydoc=nosuch is no topic: use all, or one of .*assert"),
+        (PromptSource(pydoc="nosuch"), "prompt.pydoc=nosuch is not a topic: use all, or one of .*assert"),
         (PromptSource(file="a", text="b"), "not file and text"),
         (PromptSource(text=""), "empty"),
         (PromptSource(text=" \n\t "), "empty"),

@@ -15,8 +15,8 @@ from recipes.common.settings import section
     ("settings", "words"),
     [
         (["eval.tasks=[]"], "eval.tasks is empty"),
-        (["eval.tasks=[piqa]"], "piqa.jsonl, which is not there"),
-        (["eval.data=/no/such"], "eval.data=/no/such is no folder"),
+        (["eval.tasks=[piqa]"], "piqa.jsonl, which does not exist"),
+        (["eval.data=/no/such"], "eval.data=/no/such is not a folder"),
         (["eval.limit=0"], "eval.limit=0"),
         (["eval.max_length=398"], "the model's context is 397"),
         (["eval.tasks=[needle]", "eval.lengths=[307]", "eval.max_length=306"], "the model's context is 306"),
@@ -27,14 +27,15 @@ from recipes.common.settings import section
         (["eval.gate=[a]", "eval.tasks=[wikitext]", "variants=[{name: a}]"], "eval.gate judges accuracy"),
         (["eval.until=decided"], "eval.until=decided compares variants: add some"),
         (["eval.until=decided", "eval.tasks=[wikitext]", "variants=[{name: a}]"], "eval.until judges accuracy"),
-        (["mesh.dp=2"], "eval.run has no use for mesh.dp=2"),
+        (["mesh.pp=2"], "eval.run has no use for mesh.pp=2"),
+        (["mesh.dp=2", "mesh.ep=2"], "eval.run has no use for mesh.ep=2"),
         (["mesh.tp=2"], "use mesh.tp=1"),
         (["context.chunk=5"], "use context.chunk=null"),
         (["context.strategy=auto"], "context.strategy=auto"),
-        (["adapted=/nonexistent"], "adapted=/nonexistent is no folder that recipes.spd_adapt wrote"),
+        (["adapted=/nonexistent"], "adapted=/nonexistent is not a folder that recipes.spd_adapt wrote"),
         (["eval.include=/nonexistent"], "eval.include=/nonexistent has no tasks"),
-        (["eval.text=/nonexistent"], "eval.text and eval.lengths are of long texts: add "),
-        (["eval.lengths=[307]"], "eval.text and eval.lengths are of long texts: add "),
+        (["eval.text=/nonexistent"], "eval.text and eval.lengths are for long texts: add "),
+        (["eval.lengths=[307]"], "eval.text and eval.lengths are for long texts: add "),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -98,7 +99,7 @@ def test_launcher_with_another_number_of_ranks_is_refused(prepared, monkeypatch)
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "29999")
-    with pytest.raises(ValueError, match=r"the launcher started 2 ranks, variant a has 3 \(ring=3\)"):
+    with pytest.raises(ValueError, match=r"the launcher started 2 ranks, but variant a has 3 \(ring=3\)"):
         prepared("mesh.ring=2", "variants=[{name: a, mesh: {ring: 3}}]")
 
 
@@ -125,7 +126,7 @@ def test_slurm_job_gets_the_folder_of_data_and_one_number_of_ranks(base_config, 
     assert pinned(base_config) == (f"eval.data={sets.resolve()}",)
     config = base_config.copy()
     config.mesh.ring, config.variants = 2, [{"name": "a", "mesh": {"ring": 3}}]
-    with pytest.raises(ValueError, match="the job starts 2 ranks, variant a has 3: give all variants 2"):
+    with pytest.raises(ValueError, match="the job starts 2 ranks, but variant a has 3: give all variants 2"):
         pinned(config)
 
 

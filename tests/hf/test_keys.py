@@ -136,8 +136,8 @@ def test_every_declared_key_is_known(model_type):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"attention_dropout": 0.1}, "attention_dropout=0.1: training here has no dropout"),
-        ({"router_jitter_noise": 0.1}, "router_jitter_noise=0.1: training here has no noise"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1: training has no dropout here"),
+        ({"router_jitter_noise": 0.1}, "router_jitter_noise=0.1: training has no noise here"),
     ],
     ids=str,
 )
@@ -155,7 +155,7 @@ def test_router_loss_is_read_as_in_transformers(tmp_path, model_type):
     assert shape_of(write(tmp_path, model_type, output_router_logits=True)).mixture.router_loss == 0.001
     set_both = {"output_router_logits": True, "router_aux_loss_coef": 0.3}
     assert shape_of(write(tmp_path, model_type, **set_both)).mixture.router_loss == 0.3
-    with pytest.raises(ValueError, match=r"router_aux_loss_coef=-0\.3 is not a number from 0 on"):
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef=-0\.3 is not a number of 0 or more"):
         shape_of(write(tmp_path, model_type, **set_both | {"router_aux_loss_coef": -0.3}))
 
 
@@ -176,13 +176,13 @@ def test_router_loss_is_read_as_in_transformers(tmp_path, model_type):
         ({"vocab_size": 0}, "vocab_size=0 is not a positive number"),
         ({"max_position_embeddings": -1}, "max_position_embeddings=-1 is not a positive number"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps"),
-        ({"rms_norm_eps": -1.0}, "rms_norm_eps=-1.0 is not a number from 0 on"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps=-1.0 is not a number of 0 or more"),
         ({"model_type": "granite", "logits_scaling": 0.0}, "describes no model of type granite: ZeroDivisionError"),
         ({"model_type": "granite", "residual_multiplier": float("inf")}, "residual_scale=inf is not a finite number"),
         ({"model_type": "smollm3", "no_rope_layers": [1]}, "is not a model's configuration"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0 is not a positive number"),
         ({"model_type": 3}, "model type `3`"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan is not a number from 0 on"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan is not a number of 0 or more"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ({"dtype": "float31"}, "float31"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),

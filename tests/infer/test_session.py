@@ -243,7 +243,7 @@ def test_three_turns_of_a_ragged_batch(model, reference, mesh, context):
     [
         ("too long", "the model's context is 499"),
         ("in the middle", "a fault"),
-        ("not finite", "no token can be chosen.* of keys and values, those of layer 1 are the first"),
+        ("not finite", "no token can be chosen.* layer 1 is the first with such keys or values"),
     ],
 )
 def test_failed_turn_restores_the_session(model, fault, message):

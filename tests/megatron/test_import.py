@@ -1,6 +1,7 @@
 """megatron-core is imported without torch's compiler, W&B and broken packages."""
 
 import importlib
+import pickle
 import subprocess
 import sys
 
@@ -49,6 +50,11 @@ def test_half_installed_package_looks_uninstalled(tmp_path, monkeypatch, files, 
         hide_if_broken("half_engine", "mend it")
     with pytest.raises(ImportError):
         importlib.import_module("half_engine.pytorch")
+
+
+def test_tensors_are_pickled_without_a_function_of_megatron_core():
+    """Otherwise a process that reads a tensor from a rank would import megatron-core, with its warnings."""
+    assert b"megatron" not in pickle.dumps(torch.ones(3))
 
 
 def test_absent_package_is_no_reason_for_a_warning():

@@ -33,8 +33,11 @@ def test_rank_from_torchrun():
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE set, RANK is not; start with torchrun, or unset WORLD_SIZE"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK, WORLD_SIZE set, MASTER_ADDR is not"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "n17"}, "MASTER_PORT is not"),
-        ({"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "n17", "MASTER_PORT": "7"}, "RANK=x is no number"),
-        ({"SLURM_STEP_NODELIST": "n17", "SLURM_PROCID": "0"}, "half srun's: .* set, SLURM_STEP_NUM_TASKS is not"),
+        ({"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "n17", "MASTER_PORT": "7"}, "RANK=x is not a number"),
+        (
+            {"SLURM_STEP_NODELIST": "n17", "SLURM_PROCID": "0"},
+            "only a part of srun's variables: .* set, SLURM_STEP_NUM_TASKS is not",
+        ),
     ],
 )
 def test_half_of_a_launcher_s_environment_is_refused(environment, message):

@@ -91,7 +91,7 @@ def test_first_exchange_that_leaves_out_a_rank(strategy, tokens, rows, calls):
     assert [layout.rows(rank) for rank in range(4)] == rows
     assert [schedule[0].called for schedule in schedules] == calls
     refuse_faulty(schedules)
-    with pytest.raises(ScheduleError, match=r"first exchange of ring \(0, 1, 2, 3\) .* rank 2 has no part.*device_id"):
+    with pytest.raises(ScheduleError, match=r"first exchange of ring .*.* rank 2 does not take part.*device_id"):
         refuse_faulty(schedules, connected=False)
     refuse_faulty(forward_schedules(zigzag(37, 4), strategy), connected=False)
 

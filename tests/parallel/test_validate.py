@@ -160,5 +160,5 @@ def test_refusal_of_te_names_what_is_missing_and_how_to_install_it(device, insta
 
 def test_te_refuses_mixtures_of_experts_only():
     refuse_other_than_te(replace(SMOLLM2, layer_norm=True, norms="post", qk_norm="width", gated=False))
-    with pytest.raises(ValueError, match=r"not built for mixtures of experts; use model\.layers=local"):
+    with pytest.raises(ValueError, match=r"does not support mixtures of experts; use model\.layers=local"):
         refuse_other_than_te(replace(SMOLLM2, experts=(None, Experts(5, 2, 24))))

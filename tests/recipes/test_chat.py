@@ -278,7 +278,7 @@ def test_malformed_turns_are_refused(refused, tiny, tmp_path, line, words):
         ("context.strategy=pass_the_salt", "context.strategy=pass_the_salt"),
         ("session.keep=x", "keep"),
         (f"hardware={SAVED / 'hardware' / 'calibrated.yaml'}", "is not used by context.strategy=pass_kv: leave it out"),
-        ("out=turns", "out=turns is no name of a .json file"),
+        ("out=turns", "out=turns is not the name of a .json file"),
         ("sampling.top_p=0.5", "sampling.top_p=0.5 has no effect at sampling.temperature=0"),
     ],
 )

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from recipes import doctor
-from recipes.doctor import Machine, choices, links_of, missing_parts, report
+from recipes.doctor import LocalMachine, choices, links_of, missing_parts, report
 
-CPU = Machine(
+CPU = LocalMachine(
     processor="a processor", cores=2, instructions=("avx2",), memory_bytes=8 * 10**9, gpus=(), gpu_memory_bytes=0,
     listed_gpus=(), driver=None, links=None, torch="2.13.0", cuda=None, nccl=None, flash_attn_2=None,
     flash_attn_4=None, transformer_engine=None, te_missing=(), triton=None,

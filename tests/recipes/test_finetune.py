@@ -11,6 +11,7 @@ from recipes import export, extend, finetune
 from tests.data.test_conversations import TEMPLATE, chat
 from tests.megatron.kinds import random_model
 from tests.tiny import tiny_tokenizer
+from tests.train.test_step import tensors
 
 RUN = ("data.length=157", "data.batch=2", "run.threads=1", "optim.lr=1e-2", "optim.decay=constant", "optim.warmup=0")
 
@@ -85,6 +86,25 @@ def test_run_resumes_on_other_ranks_and_transformers_loads_the_result(cli, run, 
     assert resumed[-1]["eval/loss"] == pytest.approx(loss, rel=1e-5)
 
 
+def test_adapters_are_merged_into_their_weights_alone(cli, run, words, config_of, folder, tmp_path):
+    lora = ("lora.rank=3", "lora.alpha=6", "lora.targets=[linear_proj,linear_fc1]")
+    steps = run("mesh.tp=2", "steps=4", "evaluate.every=4", "evaluate.batches=1", *lora)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    with pytest.raises(ValueError, match=r"was made with lora\.rank=3: use that, or another out="):
+        finetune.prepare(config_of("finetune", *words, "steps=4"))
+    with pytest.raises(ValueError, match=r"was made with lora\.alpha=6: use that, or another out="):
+        finetune.prepare(config_of("finetune", *words, "steps=4", *lora, "lora.alpha=7"))
+    code, _, err = cli(export, export.task, f"checkpoint={tmp_path}/out", f"to={tmp_path}/hf")
+    assert code == 0, err
+    loss = loss_by_transformers(tmp_path / "hf", folder / "test.jsonl", held_out_conversations(folder))
+    assert steps[-1]["eval/loss"] == pytest.approx(loss, rel=1e-5)
+    before, after = (tensors(at) for at in (folder / "model", tmp_path / "hf"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[-2] for name in changed} == {"o_proj", "gate_proj", "up_proj"}
+    for name in changed:
+        assert torch.linalg.matrix_rank(after[name].double() - before[name].double(), rtol=1e-4) == 3, name
+
+
 def held_out_conversations(folder) -> int:
     """Return the number of conversations in the first two held-out sequences of 157 tokens, packed here in order."""
     tokenizer, counts, room = AutoTokenizer.from_pretrained(folder / "model"), [0], 157
@@ -99,11 +119,18 @@ def held_out_conversations(folder) -> int:
 @pytest.mark.parametrize(
     ("recipe", "settings", "words"),
     [
-        (finetune, ["model={folder}/plain"], "has no chat template: put a chat_template.jinja into the model's folder"),
+        (finetune, ["model={folder}/plain"], "has no chat template: set model.chat_template=FILE"),
         (finetune, ["data.conversations=null"], r"data\.conversations=null does not fit this recipe: use whole or spl"),
         (finetune, ["data.length=31"], r"chats\.jsonl, line \d+ has \d+ tokens, more than data\.length=31"),
         (finetune, ["data.end_token=true"], r"data\.end_token=true: the chat template ends a conversation; use false"),
         (finetune, ["data=pydoc", "data.sources=[{pydoc:train}]"], "pydoc:train has no lines of conversations"),
+        (finetune, ["lora.rank=0"], r"lora\.rank=0: use 1 or more, or null to train all weights"),
+        (
+            finetune,
+            ["lora.rank=2", "hardware=h100_gtt"],
+            r"lora\.rank=2 is not built for hardware=.*: use",
+        ),
+        (finetune, ["lora.targets=[q_proj]"], r"lora\.targets\.0"),
         (finetune, ["data.batch=3", "mesh.dp=2"], r"data\.batch=3 sequences do not divide over 2"),
         (
             extend,

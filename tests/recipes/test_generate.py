@@ -39,7 +39,7 @@ PROMPT = "prompt.text=The quick brown fox, as ever."  # 29 tokens, of a byte eac
         ("max_new_tokens=97", "max_new_tokens=97 fills the model's context of 97: ask for fewer"),
         ("max_new_tokens=69", r"29 tokens, and with max_new_tokens=69 .*context of 97: .*prompt\.tokens=28"),
         ("prompt.tokens=0", r"prompt\.tokens=0: keep at least one"),
-        ("prompt.question=Who?", r"prompt\.question needs a model with a chat template"),
+        ("prompt.question=Who?", r"prompt\.question needs a chat template, which"),
         ("prompt.pydoc=assert", "one source, not text and pydoc"),
         ("out=/dev/null/result.json", "out=/dev/null/result.json cannot be written"),
         ("out=/dev", "out=/dev is a folder: give the name of a file"),
@@ -98,7 +98,7 @@ def test_mesh_of_another_size_than_the_launcher_s_is_refused(refused, tiny, monk
         generate.task(config)
 
     line = refused(generate, task, f"model={tiny}", PROMPT, "mesh.ring=3", "max_new_tokens=5")
-    assert "the launcher started 5 ranks, the mesh has 3 (ring=3): set mesh axes whose product is 5" in line
+    assert "the launcher started 5 ranks, but the mesh has 3 (ring=3): set mesh axes whose product is 5" in line
 
 
 def test_longest_prompt_and_answer_that_fit_are_accepted(prepared):

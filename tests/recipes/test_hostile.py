@@ -107,7 +107,7 @@ def test_checkpoint_index_that_names_another_file_is_refused(place, tmp_path, on
     next(iter(index.storage_data.values())).relative_path = "../secret"
     (place / ".metadata").write_bytes(pickle.dumps(index))
     sign(place)
-    assert "refers to ../secret, which is no file of it" in checkpoint_index.content_fault_of(place)
+    assert "refers to ../secret, which is not one of its files" in checkpoint_index.content_fault_of(place)
     with pytest.raises(ValueError, match=r"refers to \.\./secret"):
         checkpoint.read_state({}, place)
 
@@ -168,12 +168,12 @@ def test_model_folder_with_code_runs_none_of_it(saved, ran, monkeypatch, model_t
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class, "auto_map": own}))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     if model_type == "unknown":
-        with pytest.raises(ValueError, match="needs Python code of its own"):
+        with pytest.raises(ValueError, match="needs custom Python code"):
             shape_of(folder)
     else:
         shape_of(folder)
     if tokenizer_class == "code.Tokenizer":
-        with pytest.raises(ValueError, match="needs Python code of its own"):
+        with pytest.raises(ValueError, match="needs custom Python code"):
             tokenizer_of(folder)
     assert not ran.exists()
 
@@ -251,6 +251,6 @@ def test_manifest_that_starts_another_program_is_refused(saved, ran, module, wor
     file = saved / "generate" / "manifest.json"
     words = [word.replace("RAN", str(ran)) for word in words]
     file.write_text(json.dumps({**json.loads(file.read_text()), "module": module, "overrides": words}))
-    with pytest.raises(ValueError, match="which is no command of longctx"):
+    with pytest.raises(ValueError, match="which is not a command of longctx"):
         reproduce.run_again(str(saved / "generate"))
     assert not ran.exists()

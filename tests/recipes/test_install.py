@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import longctx
 from recipes import __main__ as command
@@ -113,3 +115,17 @@ def test_make_gpu_installs_torch_before_what_compiles_against_it(tmp_path):
     )
     assert 0 < torch < compiled
     assert "flash-attn" not in (ROOT / "pyproject.toml").read_text().partition("[tool.")[0]
+
+
+@pytest.mark.parametrize(("python", "release"), [("3.11", "0.16.1"), ("3.12", "0.19.2"), ("3.14", "0.19.2")])
+def test_every_python_gets_the_megatron_core_that_is_tested_with_it(python, release):
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    pinned = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    for requirements in (declared, pinned):
+        known = [Requirement(each) for each in requirements]
+        fitting = [str(each.specifier) for each in known if each.name == "megatron-core" and applies(each, python)]
+        assert fitting == [f"=={release}"]
+
+
+def applies(requirement: Requirement, python: str) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"python_version": python})

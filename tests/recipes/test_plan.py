@@ -160,7 +160,7 @@ def test_command_line_writes_and_draws_and_exports(cli, tiny, tmp_path):
         (("hardware=h200", "gpus=8", "work=train", "max_ttft_s=1"), "leave it out"),
         (("hardware=h200", "gpus=8", "work.cached=5"), "use work=chat"),
         (("hardware=h200", "gpus=8", "work.zero1=true"), "use work=train"),
-        (("hardware=h200", "gpus=8", "allowed_drop=1.5"), "allowed_drop=1.5 is no share"),
+        (("hardware=h200", "gpus=8", "allowed_drop=1.5"), "allowed_drop=1.5 is not a share"),
         (("hardware=h200", "gpus=8", "allowed_drop=nothing.json"), "use 0 to 1, or a report.json"),
         (("hardware=h200", "gpus=5", "max_memory_gb=1e-9"), "no mesh of 5 GPUs is feasible"),
     ],

@@ -156,7 +156,7 @@ def test_launcher_with_another_number_of_ranks_is_refused(inputs, config_of, sna
     config = config_of(config_name, *words)
     under_torchrun(0, 7)
     before = snapshot()
-    with pytest.raises(ValueError, match=r"the launcher started 7 ranks, .*has [12]"):
+    with pytest.raises(ValueError, match=r"the launcher started 7 ranks, but .*has [12]"):
         prepare(config)
     assert snapshot() == before
 

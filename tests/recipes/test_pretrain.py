@@ -141,7 +141,7 @@ def test_run_with_another_optimizer_model_or_seed_is_not_resumed(whole, refused)
     line = refused(pretrain, pretrain.task, *settings, "model.dtype=bfloat16")
     assert "was made with model.dtype=float32" in line
     line = refused(pretrain, pretrain.task, *settings, "seed=1")
-    assert "began with seed=0, this is seed=1: give another out=" in line
+    assert "began with seed=0, but this is seed=1: give another out=" in line
     line = refused(pretrain, pretrain.task, *settings[:-1], "steps=3")
     assert f"steps=3, {whole}/checkpoints/step-{STEPS:08} is after step {STEPS}" in line
     line = refused(pretrain, pretrain.task, *settings, "+model.config.rms_norm_eps=1e-3")
@@ -212,11 +212,11 @@ def test_corrupt_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
         (["mesh.pp=3"], r"mesh\.pp=3 does not divide 4 layers: use mesh\.pp=[24]"),
         (["mesh.dp=3"], r"data\.batch=2 sequences do not divide over 3 .*use data\.batch=3"),
         (["data.length=9000"], r"data\.length=9,000 is more than the model's context of 4,096: .*model\.max_positions"),
-        (["data=text", "data.sources=[{path:/nowhere/at/all}]"], "/nowhere/at/all is no file"),
+        (["data=text", "data.sources=[{path:/nowhere/at/all}]"], "/nowhere/at/all is not a file"),
         (["data=text", "data.sources=[{path:README.md,share:3}]"], r"there is no setting data\.sources\.0\.share"),
         (["out=/dev/null/here"], r"out=/dev/null/here cannot be written \(Not a directory\): give a writable folder"),
         (["out=/proc/here"], r"out=/proc/here cannot be written \(.*\): give a writable folder"),
-        (["+model.config.attention_dropout=0.1"], r"attention_dropout=0\.1: training here has no dropout"),
+        (["+model.config.attention_dropout=0.1"], r"attention_dropout=0\.1: training has no dropout here"),
         (["context.chunk=7"], r"context\.chunk=7 is for inference"),
         (["optim.warmup=5", "optim.decay_steps=5"], r"optim\.decay_steps=5 is not after optim\.warmup=5"),
         (["optim.clip=-1"], r"clip=-1"),
@@ -272,7 +272,10 @@ def test_diverged_run_names_its_step_and_its_last_checkpoint(cli, tmp_path):
 def test_full_disk_is_refused(refused, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**6))
     line = refused(pretrain, pretrain.task, "experiment=pretrain/tiny", f"out={tmp_path}")
-    assert "has 0.00 GB free, the checkpoints that are kept at once take 0.02 GB more: use another disk" in line
+    assert (
+        "has 0.00 GB free, but the checkpoints that are kept at the same time take 0.02 GB more: use "
+        "another disk" in line
+    )
 
 
 def test_number_of_weights_of_a_model(smollm2):

@@ -213,11 +213,11 @@ def pids_of_ranks(pid: int) -> list[int]:
             ["host=0.0.0.0"],
             r"host=0\.0\.0\.0 can be reached from other machines and needs an API key: give api_key_file",
         ),
-        (["host=here"], "host=here is no address: use 127.0.0.1"),
+        (["host=here"], "host=here is not an address: use 127.0.0.1"),
         (["port=70000"], "port=70000: use 1 to 65535"),
         (["api_key_file=/nowhere"], "api_key_file=/nowhere cannot be read"),
         (["mesh.dp=2"], "mesh.dp=2"),
-        (["sampling.logprobs=1"], "a request asks for them"),
+        (["sampling.logprobs=1"], "each request asks for its own"),
         (["context.strategy=auto"], "recipes.serve takes one of"),
     ],
 )

@@ -14,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from safetensors import safe_open
 
 from longctx.checksum import with_checksum
+from longctx.spd import guards
 from longctx.spd.plan import saved_plan
 from recipes import chat, export, generate, pretrain, spd_adapt
 from recipes.common import cli as recipe_cli
@@ -89,6 +90,22 @@ def test_record_has_a_line_per_block_and_joint_step(adapted_folder):
     helped = lines[2]["spd/divergence_after"] < lines[2]["spd/divergence_before"]
     used = tensors(adapted_folder, "joint_1/000.safetensors" if helped else "blocks/000.safetensors")
     assert {name: tensors(adapted_folder)[f"dropped.{name}"] for name in used} == used
+
+
+def test_failed_guard_refuses_the_model(cli, tiny, adapted_folder, tmp_path, monkeypatch):
+    """All steps are done, and their files are there: only a limit differs."""
+    report = json.loads((adapted_folder / "guards.json").read_text())
+    assert report["failed"] == [] and len(report["guards"]) == 6
+    shutil.copytree(adapted_folder / "blocks", tmp_path / "blocks")
+    shutil.copytree(adapted_folder / "joint_1", tmp_path / "joint_1")
+    shutil.copy(adapted_folder / "sensitivity.json", tmp_path)
+    monkeypatch.setattr(guards, "_INCREASE", -2.0)
+    words = (f"model={tiny}", "mesh.tp=3", "spd.budget=1", f"out={tmp_path}", *TEXT, *REPAIR)
+    code, _, err = cli(spd_adapt, spd_adapt.task, *words)
+    assert code == recipe_cli.GATE_FAILED and not (tmp_path / "config.json").exists(), err
+    assert "guard failed: perplexity of the first 8 tokens" in err and "repair.guard=warn writes this model" in err
+    refused = json.loads((tmp_path / "guards.json").read_text())
+    assert refused["failed"][0] == "perplexity of the first 8 tokens" and refused["guards"] != report["guards"]
 
 
 def test_joint_distillation_that_makes_predictions_worse_is_discarded(cli, tiny, adapted_folder, tmp_path):
@@ -311,7 +328,7 @@ def test_unfit_settings_are_refused_before_any_rank_starts(refused, tiny, adapte
         "repair.sequences=21",
     )
     says = refused(generate, generate.task, f"model={adapted_folder}", *PROMPT)
-    assert "was made for mesh.tp=3, here 1 rank has the weights: use mesh.tp=3 (or mesh.ring=3" in says
+    assert "was made for mesh.tp=3, but here 1 rank has the weights: use mesh.tp=3 (or mesh.ring=3" in says
     says = refused(chat, chat.task, f"model={tiny}", "mesh.tp=3", "spd=ranked", "turns=nowhere.jsonl")
     assert "set spd.budget" in says
     assert "transformers cannot run it" in refused(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from longctx.config import Sampling
 from longctx.serve.prefix_cache import PrefixCache
-from longctx.serve.schedule import Limits, NewSequence, StepPlan, Scheduler, share_evenly
+from longctx.serve.schedule import Limits, NewSequence, Scheduler, StepPlan, share_evenly
 
 LIMITS = Limits(prefill_tokens=13, sequences=3, cached_tokens=97)
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 def commands() -> list[str]:
     text = (ROOT / "slurm" / "README.md").read_text()
     (block,) = re.findall(r"^## Ten commands$.*?^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return block.splitlines()
+    return block.replace("\\\n", " ").splitlines()
 
 
 def test_no_table_cell_is_longer_than_100_characters():

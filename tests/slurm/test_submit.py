@@ -53,7 +53,7 @@ def test_recipe_eval_is_submitted_and_checked(script, refused, tmp_path, monkeyp
     assert "case $code in 0 | 75 | 3)" in shown
     assert "use mesh.tp=2 or more" in refused(*words)
     other = "variants=[{name:ring,mesh:{ring:2}}]"
-    assert "the job starts 3 ranks, variant ring has 6" in refused(*words, "mesh.tp=3", other)
+    assert "the job starts 3 ranks, but variant ring has 6" in refused(*words, "mesh.tp=3", other)
 
 
 def test_pipeline_jobs_depend_on_the_one_before(script, tmp_path):
@@ -129,10 +129,10 @@ def test_launcher_settings_are_in_the_script(script):
         (["launcher=nowhere"], r"nowhere"),
         (["time=soon"], r"time=soon: use minutes"),
         (["time=1", "warning=60"], r"warning=60 is not before the end"),
-        (["data=text", "data.sources=[{path:/nowhere}]"], "/nowhere is no file"),
+        (["data=text", "data.sources=[{path:/nowhere}]"], "/nowhere is not a file"),
         (["folder=/proc/nobody"], "folder=/proc/nobody cannot be written"),
         (["restarts=-1"], "restarts=-1"),
-        (["parallel=2"], "parallel=2 is of a sweep, and no setting lists values"),
+        (["parallel=2"], "parallel=2 is for sweeps, but no setting lists several values"),
         (["out="], "out= is empty: give out=PATH"),
         (["mesh.ring=1,2", "ranks_per_node=1"], r"runs have 1 and 2 ranks, .*submit .* separately"),
         (["out=a,b", "seed=0,1"], r"out=\S*/a, which 2 runs would write to: give a single out=DIR"),
@@ -148,7 +148,7 @@ def test_impossible_job_is_refused_before_slurm_is_asked(refused, words, message
     ("words", "message"),
     [
         (["recipe=pretend"], "recipe=pretend cannot be submitted: use chat, eval, export, extend, finetune, generate"),
-        (["nodes=2"], "give one of recipe=NAME"),
+        (["nodes=2"], "give either recipe=NAME"),
         (["recipe=export", "checkpoint=none", "to=there"], "checkpoint=none is neither a checkpoint"),
         (["pipeline=none.yaml"], "pipeline=none.yaml cannot be read"),
     ],

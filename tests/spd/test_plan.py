@@ -63,7 +63,7 @@ def test_adapted_folder_gives_dropped_blocks_and_their_order(tmp_path: Path) -> 
     assert saved_plan(folder) == saved
     assert dropped_blocks(folder) == (1,) and dropped_blocks(folder, budget=1) == (0, 1)
     assert dropped_blocks(folder, drop="none") == ()
-    with pytest.raises(ValueError, match=r"made for mesh\.tp=3, here 1 rank .*: use mesh\.tp=3 .*, or spd=none"):
+    with pytest.raises(ValueError, match=r"made for mesh\.tp=3, but here 1 rank .*: use mesh\.tp=3 .*, or spd=none"):
         dropped_blocks(folder, tp=1)
     (folder / "spd_plan.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a plan"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from longctx.config import DataSettings, Mesh, Optim, Recompute
+from longctx.config import DataSettings, LoRA, Mesh, Optim, Recompute
 from longctx.data.batches import Batch, training_batches
 from longctx.hf.config import shape_of, tokenizer_of
 from longctx.parallel.launch import Rank
@@ -43,6 +43,7 @@ class Run:
     dtype: str = "float32"
     dropped: tuple[int, ...] = ()
     data: DataSettings | None = None
+    lora: LoRA | None = None
 
 
 def sequences(run: Run, step: int) -> Batch:
@@ -88,9 +89,9 @@ def train(rank: Rank, run: Run) -> list[Step]:
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.runtime import open_runtime
     from longctx.megatron.training import checkpoint
-    from longctx.megatron.training.optimizer import build_train_state, mean_router_loss
+    from longctx.megatron.training.state import build_train_state
     from longctx.parallel.strategy import STRATEGIES
-    from longctx.train.step import Sharding, micro_batches, train_step
+    from longctx.train.step import ContextParallel, micro_batches, train_step
 
     shape = shape_of(run.folder)
     route_in(run.dtype)
@@ -107,9 +108,11 @@ def train(rank: Rank, run: Run) -> list[Step]:
             loss_rows=run.loss_rows,
             mlp_rows=run.mlp_rows,
             plan=SPDPlan(shape.layers, run.mesh.tp, run.dropped) if run.dropped else None,
+            lora=run.lora,
+            seed=5,
         )
         strategy, keep_partials = STRATEGIES[run.strategy], run.recompute != "none"
-        sharding = Sharding(
+        parallelism = ContextParallel(
             sum(run.lengths[0]), run.layout, flash_cpu, strategy, keep_partials, getattr(torch, run.dtype)
         )
 
@@ -117,9 +120,8 @@ def train(rank: Rank, run: Run) -> list[Step]:
             return rows_of_rank(sequences(run, step), runtime.groups.dp)
 
         if run.gradients:
-            batches = micro_batches(batch(0), runtime, shape, sharding)
-            loss = write_gradients(trained, batches, run.gradients, run.folder)
-            return [Step(loss, math.nan, batch(0).counted, 0.0, router_loss=mean_router_loss(trained))]
+            write = write_adapters if run.lora else write_gradients
+            return write(trained, micro_batches(batch(0), runtime, shape, parallelism), batch(0).counted, run)
         saved = checkpoint.Checkpoints(run.checkpoints, keep=1) if run.checkpoints else None
         if run.begin:
             with torch.no_grad():
@@ -128,7 +130,7 @@ def train(rank: Rank, run: Run) -> list[Step]:
             checkpoint.load(checkpoint.agreed_on_all_ranks(run.checkpoints)[0], trained)
         out = []
         for step in range(run.begin, run.steps):
-            result = train_step(trained, batch(step), runtime, sharding)
+            result = train_step(trained, batch(step), runtime, parallelism)
             figures = (result.loss, result.grad_norm, result.tokens, result.rate, result.experts_bytes)
             out.append(Step(*figures, result.router_loss))
             if saved and step + 1 == run.save_at:
@@ -155,17 +157,63 @@ def route_in(dtype: str) -> None:
     router.topk_routing_with_score_function = in_float64
 
 
-def write_gradients(trained: Any, batches: Any, folder: Path, source: Path) -> float:
+def write_gradients(trained: Any, batches: Any, tokens: int, run: Run) -> list[Step]:
     """Write gradients as a Hugging Face folder, with the table of names that export uses; return the loss."""
     from longctx.megatron.hf_io import export
-    from longctx.megatron.training.optimizer import clear_gradients, forward_backward
+    from longctx.megatron.training.optimizer import clear_gradients, forward_backward, mean_router_loss
 
     clear_gradients(trained)
-    loss: float = forward_backward(trained, batches).mean
+    loss = forward_backward(trained, batches).mean
     for parameter in trained.net.parameters():
         parameter.data.copy_(parameter.main_grad)
-    export.save(trained.net, trained.shape, folder, source)
-    return loss
+    export.save(trained.net, trained.shape, run.gradients, run.folder)
+    return [Step(loss, math.nan, tokens, 0.0, router_loss=mean_router_loss(trained))]
+
+
+def write_adapters(trained: Any, batches: Any, tokens: int, run: Run) -> Any:
+    """Return loss, tokens and, by name, each adapter's matrices with their gradients; B is drawn by name.
+
+    Matrices are gathered from tensor-parallel ranks.  The model with merged adapters is written.
+    """
+    from longctx.megatron.hf_io import export
+    from longctx.megatron.lora import merge_adapters
+    from longctx.megatron.training.optimizer import clear_gradients, forward_backward
+    from longctx.parallel.dist_comm import DistComm
+
+    tp, drawn = DistComm(trained.groups.tp), torch.Generator().manual_seed(41)
+    adapters = {
+        f"{layer.layer_number} {target}": getattr(part, target).adapter
+        for layer in trained.net.decoder.layers
+        for part, target in (
+            (layer.self_attention, "linear_qkv"),
+            (layer.self_attention, "linear_proj"),
+            (layer.mlp, "linear_fc1"),
+            (layer.mlp, "linear_fc2"),
+        )
+    }
+    for name, adapter in adapters.items():
+        drawn.manual_seed(len(name) + 10 * int(name[0]))
+        for up in adapter.up:
+            ranks = tp.size if adapter.divided == "up" else 1
+            whole = torch.randn(len(up) * ranks, up.shape[1], generator=drawn, dtype=torch.float64)
+            up.data.copy_(whole.chunk(ranks)[tp.rank % ranks])
+    clear_gradients(trained)
+    loss = forward_backward(trained, batches).mean
+
+    def whole_of(adapter: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        shards = tp.all_gather(tensor.contiguous(), [tuple(tensor.shape)] * tp.size)
+        return torch.cat(shards, adapter.dimension) if name.startswith(adapter.divided) else shards[0]
+
+    found = {
+        name: {
+            matrix: (whole_of(adapter, matrix, p.detach()), whole_of(adapter, matrix, p.main_grad))
+            for matrix, p in adapter.named_parameters()
+        }
+        for name, adapter in adapters.items()
+    }
+    merge_adapters(trained.net)
+    export.save(trained.net, trained.shape, run.gradients, run.folder)
+    return loss, tokens, found
 
 
 def train_each(rank: Rank, runs: list[Run]) -> list[list[Step]]:

@@ -15,7 +15,7 @@ from longctx.parallel.launch import Rank
 from longctx.parallel.ring import pass_kv
 from longctx.parallel.schedule import ScheduleError
 from longctx.parallel.strategy import STRATEGIES
-from longctx.train.step import Sharding, micro_batches
+from longctx.train.step import ContextParallel, micro_batches
 
 SHAPE = ModelShape(
     layers=2, hidden=24, heads=12, kv_heads=6, head_dim=4, ffn=8, vocab_size=11, max_positions=97, norm_eps=1e-6,
@@ -46,16 +46,16 @@ def short_of_a_row(q, k, v, ring, kernel):
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_faulty_strategy_is_found_before_the_step(mesh):
-    sharding = Sharding(23, "zigzag", reference, short_of_a_row, check_schedule=True)
+    parallelism = ContextParallel(23, "zigzag", reference, short_of_a_row, check_schedule=True)
     with pytest.raises(ScheduleError, match="mismatch: in exchange of ring"):
-        micro_batches(batch(), runtime_of(mesh), SHAPE, sharding)
-    assert micro_batches(batch(), runtime_of(mesh), SHAPE, replace(sharding, check_schedule=False))
+        micro_batches(batch(), runtime_of(mesh), SHAPE, parallelism)
+    assert micro_batches(batch(), runtime_of(mesh), SHAPE, replace(parallelism, check_schedule=False))
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_checked_sequences_have_the_same_rows(mesh, strategy):
-    sharding = Sharding(23, "zigzag", reference, STRATEGIES[strategy], check_schedule=True)
-    (checked,) = micro_batches(batch(), runtime_of(mesh), SHAPE, sharding)
-    (plain,) = micro_batches(batch(), runtime_of(mesh), SHAPE, replace(sharding, check_schedule=False))
+    parallelism = ContextParallel(23, "zigzag", reference, STRATEGIES[strategy], check_schedule=True)
+    (checked,) = micro_batches(batch(), runtime_of(mesh), SHAPE, parallelism)
+    (plain,) = micro_batches(batch(), runtime_of(mesh), SHAPE, replace(parallelism, check_schedule=False))
     assert torch.equal(checked.tokens, plain.tokens)

@@ -81,11 +81,16 @@ def save(
 
     # 3. After this barrier all files are written; the first rank adds the index and moves the folder into place.
     maps, sizes = zip(*gather_values((weight_map, size), stages), strict=True)
+    if first and total > 1:
+        _write_index(partial_folder, maps, sum(sizes))
     if first:
-        if total > 1:
-            index = {"metadata": {"total_size": sum(sizes)}, "weight_map": {k: v for m in maps for k, v in m.items()}}
-            (partial_folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         partial_folder.rename(folder)
+
+
+def _write_index(folder: Path, maps: Sequence[Mapping[str, str]], size: int) -> None:
+    """Write the index of several files, from each stage's map of tensors to files; ``size`` is in bytes."""
+    index = {"metadata": {"total_size": size}, "weight_map": {name: file for one in maps for name, file in one.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _refuse_other_shape(folder: Path, shape: ModelShape) -> None:
@@ -141,7 +146,7 @@ def _write(file: Path, stored: StoredTensors, family: Family, tp: Comm, ep: Comm
 
 
 def _gather_expert(view: TensorView, tp: Comm, ep: Comm) -> Float[Tensor, "rows ..."]:
-    """Return `gather_whole` of ``view``, as the rank of ``ep`` that holds its expert has it."""
+    """Return `gather_whole` of ``view``, taken from the rank of ``ep`` that holds its expert."""
     whole = gather_whole(view, tp)
     return whole if view.ep_rank is None else ep.all_gather(whole, [tuple(whole.shape)] * ep.size)[view.ep_rank]
 

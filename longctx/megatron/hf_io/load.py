@@ -50,7 +50,7 @@ class Weights:
         self.read_names: set[str] = set()
 
     def __call__(self, name: str) -> Float[Tensor, "..."]:
-        """Return the tensor ``name``, of a dropped block the adapted one.  Raises ValueError if it cannot be used."""
+        """Return the tensor ``name``; for a dropped block, the adapted one.  Raises ValueError if it cannot be used."""
         if name.startswith(self._dropped) and DROPPED + name in self._files:
             return self._read(DROPPED + name)
         stored = self._family.stored(name)
@@ -122,8 +122,8 @@ def load(model: GPTModel, read: TensorSource, shape: ModelShape) -> None:
 def fill(targets: Iterable[TensorView], read: Callable[[str], Tensor], tp_rank: int) -> None:
     """Copy tensor-parallel rank ``tp_rank``'s shard of each tensor into its view.
 
-    Raises ValueError if a tensor has another shape than the model's, or values that are NaN or infinite, also if they
-    only are in the model's dtype.
+    Raises ValueError if a tensor has another shape than the model's, or values that are NaN or infinite, including
+    those that become infinite only in the model's dtype.
     """
     for target in targets:
         tensor = read(target.name)

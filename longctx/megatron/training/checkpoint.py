@@ -8,17 +8,17 @@ import pickle
 import queue
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
@@ -36,14 +36,17 @@ from longctx.checkpoint_index import (
 )
 from longctx.checksum import crc32_of_files
 from longctx.megatron.model import GPTModel
-from longctx.megatron.training.optimizer import TrainState, apply_optim_settings
-from longctx.shapes import Tensor
+from longctx.megatron.training.saved_state import (
+    METADATA,
+    make_loadable,
+    match_groups,
+    optimizer_states,
+    sharded_state,
+)
+from longctx.megatron.training.state import TrainState, apply_optim_settings
 
-# Optimizer state is saved per parameter, not per bucket, so that another mesh can load it.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-
-
-_EXPERTS = "experts"  # key, in the optimizer's state, of the state of a separate optimizer of the experts
+# megatron-core 0.19 can hand writing to another package, and does so by default.  Its checkpoints have no common.pt.
+_IS_0_19 = "async_strategy" in signature(dist_checkpointing.save).parameters
 
 
 class Checkpoints:
@@ -76,9 +79,10 @@ class Checkpoints:
             partial_folder.mkdir()
         dist.barrier()
         filesystem_async._results_queue = _ResultFile(partial_folder / f".result-{dist.get_rank()}")
-        state = {**_sharded_state(train_state, loading=False), "rng": torch.get_rng_state()}
+        state = {**sharded_state(train_state, loading=False), "rng": torch.get_rng_state()}
+        writer = {"async_strategy": "mcore"} if _IS_0_19 else {}
         request = dist_checkpointing.save(
-            state, str(partial_folder), async_sharded_save=True, content_metadata=dict(_METADATA)
+            state, str(partial_folder), async_sharded_save=True, content_metadata=dict(METADATA), **writer
         )
         request.add_finalize_fn(partial(self._finalize, partial_folder, {"step": step, **metadata}))
         self._queue.schedule_async_request(request)
@@ -152,12 +156,13 @@ def load(place: Path, train_state: TrainState) -> None:
     """
     optimizers = train_state.optimizer.chained_optimizers
     for optimizer in optimizers:
-        _make_loadable(optimizer)
-    state = {**_sharded_state(train_state, loading=True), "rng": torch.get_rng_state()}
+        make_loadable(optimizer)
+    state = {**sharded_state(train_state, loading=True), "rng": torch.get_rng_state()}
     result = read_state(state, place)
     train_state.net.load_state_dict(result["model"])
-    states = _optimizer_states(result["optimizer"])
+    states = optimizer_states(result["optimizer"])
     for optimizer, of_optimizer in zip(optimizers, states, strict=True):
+        match_groups(of_optimizer, train_state.optim)
         optimizer.load_state_dict(of_optimizer)
     train_state.schedule.load_state_dict(result["schedule"])
     apply_optim_settings(train_state)
@@ -166,19 +171,24 @@ def load(place: Path, train_state: TrainState) -> None:
 
 def load_weights(place: Path, net: GPTModel) -> None:
     """Load only the weights of the checkpoint at ``place`` into ``net``.  Every rank calls this."""
-    result = read_state({"model": net.sharded_state_dict(metadata=dict(_METADATA))}, place)
+    result = read_state({"model": net.sharded_state_dict(metadata=dict(METADATA))}, place)
     net.load_state_dict(result["model"])
 
 
 def read_state(state: dict[str, Any], place: Path) -> dict[str, Any]:
     """Return ``state``, which names what to load, with values from the checkpoint at ``place``; runs no code in it.
 
-    Raises ValueError if the checkpoint holds anything but tensors and plain values.
+    Raises ValueError if the checkpoint holds anything but tensors and plain values, or if only a newer megatron-core
+    can read it.
     """
     if foreign := foreign_content_of(place, read_metadata(place)):
         raise ValueError(f"{place}: {foreign}; use a checkpoint that longctx wrote")
+    if not (_IS_0_19 or (place / "common.pt").exists()):
+        raise ValueError(f"{place} was written with megatron-core 0.19; use Python 3.12 or newer, which installs it")
     try:
-        with _unpickle_weights_only():
+        with _unpickle_weights_only(), warnings.catch_warnings():
+            # torch's, about megatron-core's calls
+            warnings.filterwarnings("ignore", "torch.distributed is disabled|The argument order of load has been")
             result: dict[str, Any] = dist_checkpointing.load(state, str(place))
             return result
     except (pickle.UnpicklingError, CheckpointException) as error:
@@ -189,7 +199,7 @@ def read_state(state: dict[str, Any], place: Path) -> dict[str, Any]:
 
 @contextmanager
 def _unpickle_weights_only() -> Iterator[None]:
-    """Make every `torch.load` of the block refuse code; torch's reader of checkpoints asks for the opposite."""
+    """Make every `torch.load` inside the block refuse code; torch's checkpoint reader would allow it."""
     names = ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     before = {name: os.environ.pop(name, None) for name in names}
     os.environ[names[1]] = "1"
@@ -198,39 +208,6 @@ def _unpickle_weights_only() -> Iterator[None]:
     finally:
         del os.environ[names[1]]
         os.environ.update({name: value for name, value in before.items() if value is not None})
-
-
-def _sharded_state(train_state: TrainState, *, loading: bool) -> dict[str, Any]:
-    model = {"model": train_state.net.sharded_state_dict(metadata=dict(_METADATA))}
-    state, *of_experts = (
-        optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(_METADATA))
-        for optimizer in train_state.optimizer.chained_optimizers
-    )
-    if of_experts:  # with expert parallelism
-        state[_EXPERTS] = dict_list_map_outplace(_without_values, of_experts[0])
-    return {**model, "optimizer": state, "schedule": train_state.schedule.state_dict()}
-
-
-def _without_values(leaf: Any) -> Any:
-    """Return ``leaf`` if it is a tensor of a checkpoint; otherwise keep it out of the checkpoint.
-
-    Only tensors of the experts' optimizer are saved, so that one optimizer of all weights can load them, and reversely.
-    """
-    return leaf if isinstance(leaf, ShardedBase | LocalNonpersistentObject) else LocalNonpersistentObject(leaf)
-
-
-def _optimizer_states(loaded: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the state of each optimizer; that of the experts gets the other one's number of steps."""
-    of_experts = loaded.pop(_EXPERTS, None)
-    if of_experts is None:
-        return [loaded]
-    source, target = (state.get("optimizer", state) for state in (loaded, of_experts))
-    if step := source.get("state", {}).get("common_step"):
-        target["state"]["common_step"] = step
-    if "step" in source["param_groups"][0]:  # ZeRO-1, and Transformer Engine's optimizer
-        for group in target["param_groups"]:
-            group["step"] = source["param_groups"][0]["step"]
-    return [loaded, of_experts]
 
 
 def _is_first_rank() -> bool:
@@ -242,33 +219,6 @@ def _from_first_rank(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
-
-
-def _make_loadable(optimizer: Any) -> None:
-    """Make megatron-core's distributed optimizer load into torch's AdamW, which it otherwise fails to do.
-
-    megatron-core's loading has three faults.
-    1) It expects optimizer state before the first step.
-    2) It looks up AdamW's ``step`` in a parameter's saved tensors, which lack it.
-    3) It gives all parameters one shared ``step`` tensor, which every parameter's update would increment.
-    Other optimizers are left unchanged.
-    """
-    adamw = optimizer.optimizer
-    if not hasattr(optimizer, "model_param_group_index_map") or not isinstance(adamw, torch.optim.AdamW):
-        return
-    # 1) Create the state that the first step would create.
-    for parameter in (p for group in adamw.param_groups for p in group["params"]):
-        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        adamw.state[parameter] = {"step": torch.tensor(0.0), **moments}
-    original: Callable[[Any, dict[str, Tensor]], None] = optimizer._set_main_param_and_optimizer_states
-
-    def set_with_separate_step(parameter: Any, tensors: dict[str, Tensor]) -> None:
-        group, index = optimizer.model_param_group_index_map[parameter]
-        state = adamw.state[adamw.param_groups[group]["params"][index]]
-        state["step"] = state["step"].clone()  # 3)
-        original(parameter, {**tensors, "step": state["step"]})  # 2)
-
-    optimizer._set_main_param_and_optimizer_states = set_with_separate_step
 
 
 class _ResultFile:

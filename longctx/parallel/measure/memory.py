@@ -42,7 +42,7 @@ class MemoryMeter(TorchDispatchMode):
 
     @property
     def live(self) -> dict[str, int]:
-        """Bytes by part of the tensors that are alive now."""
+        """Bytes of the tensors that are alive now, by part."""
         return {part: size for part, size in self._bytes.items() if size}
 
     def largest_peak(self, world: Comm, device: torch.device) -> dict[str, int]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from lm_eval.tasks.ruler import common_utils
 
-from eval.harness.generated import make_generated_tasks
+from eval.harness.generated import depth_of, make_generated_tasks
 from eval.harness.ruler import _NEEDLES, RULER, make_ruler_examples, score_answer
 from eval.harness.ruler_fillers import RulerSource, niah
 from eval.harness.tasks import build_requests, collect_outcomes
@@ -98,7 +98,7 @@ def test_example_contains_its_answers_and_has_the_requested_length(name, source)
     task = RULER[name]
     for row in examples:
         tokens = len(tokenizer(row["input"] + task.delimiter + row["gen_prefix"])["input_ids"]) + task.answer_tokens
-        assert 0.95 * LENGTH < tokens <= LENGTH
+        assert 0.97 * LENGTH < tokens <= LENGTH
         found = [answer for answer in row["outputs"] if answer in row["input"]]
         assert found == row["outputs"] or (name == "ruler_qa_squad" and found == row["outputs"][:1])
         assert score_answer(row, [f" {', '.join(row['outputs']).upper()}."]) == {"recall": 1.0}
@@ -109,6 +109,19 @@ def test_example_contains_its_answers_and_has_the_requested_length(name, source)
     assert examples[:3] == make_ruler_examples(name, source, 3, seed=3)
     assert (state, numpy_state) == (random.getstate(), np.random.get_state()[1].tolist())
     assert "qa" in name or examples != make_ruler_examples(name, source, 5, seed=4)
+
+
+@pytest.mark.parametrize("name", ["niah_single_1", "niah_single_3", "niah_multikey_2", "association"])
+def test_depth_is_the_share_of_the_text_before_the_fact(name, source):
+    lines = [f"line {i} of 10." for i in range(9)]
+    for at in range(0, 9, 4):
+        text = "\n".join([*lines[:at], "its is 4711 .", *lines[at:], "of 10."])
+        assert depth_of(f"{name}_99", {"input": text, "outputs": ["4711"]}) == pytest.approx(at / 10, abs=0.06)
+    assert depth_of("niah_multivalue_99", {"input": text, "outputs": ["4711", "4712"]}) is None
+    assert depth_of("arc_easy", {}) is None
+    if name != "association":  # whose test has another text
+        depths = [depth_of(f"{name}_99", row) for row in make_ruler_examples(name, source, 9, 0)]
+        assert min(depths) < 0.4 and max(depths) > 0.6 and len(set(depths)) > 5
 
 
 @pytest.mark.parametrize("text", ["", "Rhine \x07 EMS", "po", "the lek and the inn"])
@@ -149,7 +162,7 @@ def test_prompt_is_joined_as_lm_eval_joins_it_and_fits(source):
                 assert context == f"{instance.doc['input']}{RULER[kind].delimiter}{instance.doc['gen_prefix']}"
             instance.resps = [" ".join(instance.doc["outputs"][1:])] if kind in RULER else ["?"]
         outcomes = collect_outcomes(name, task)
-        assert outcomes.available is None
+        assert outcomes.available is None and len(outcomes.depths) == (counts[kind] if kind == "needle" else 0)
         assert set(outcomes.values) == {{"niah_multiquery": 0.75, "ruler_cwe": 0.9}.get(kind, 0.0)}
 
 
@@ -169,7 +182,11 @@ def test_impossible_example_is_refused(name, length, words, source):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "dev-v2.0.json is not there"), ("{}", "not in the data set's own format"), ("{", "data set's own format")],
+    [
+        (None, "dev-v2.0.json does not exist"),
+        ("{}", "not in the data set's own format"),
+        ("{", "data set's own format"),
+    ],
 )
 def test_wrong_file_of_questions_is_refused(content, words, tmp_path):
     if content is not None:

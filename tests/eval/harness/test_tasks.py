@@ -222,7 +222,7 @@ def test_shots_never_include_the_question(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, "which is not there"),
+        (None, "which does not exist"),
         ("", "arc_easy has no examples"),
         ('{"query": "What?", "gold": 0}\n', "record 1, is not as eval/README.md describes it (KeyError: 'choices')"),
         ("one\n", "is not a file of JSON lines"),
@@ -295,7 +295,7 @@ def test_real_sets_are_complete(data):
         "hellaswag": 1000, "lambada_openai": 5153, "mmlu": 9143, "openbookqa": 500, "piqa": 1838,
         "truthfulqa_mc1": 817, "wikitext": 62, "winogrande": 1267, "wsc273": 273,
     }  # fmt: skip
-    tasks = load_tasks(list(LOCAL), data, None, None)
+    tasks = load_tasks(list(sizes), data, None, None)
     assert {name: len(task.eval_docs) for name, task in tasks.items()} == sizes
     build_requests(tasks, dict.fromkeys(tasks, 3))
     for name, task in tasks.items():

@@ -170,3 +170,22 @@ def train_jointly(rank: Rank, folder: Path, mesh: Mesh, at_once: bool, place: Pa
                 for block in joint.layers
             },
         }
+
+
+def measure_guards_on_rank(rank: Rank, folder: Path) -> tuple[Any, Tensor]:
+    """Return the guards' figures of a model that drops nothing, and the repeated tokens."""
+    from longctx.infer.engine import load_engine
+    from longctx.megatron.runtime import open_runtime
+    from longctx.megatron.spd.blocks import Blocks
+    from longctx.megatron.spd.guards import measure_guards, repeated_tokens
+    from longctx.spd.text import PackedText
+
+    shape, tp = shape_of(folder), rank.world_size
+    draw = torch.Generator().manual_seed(31)
+    ids = torch.randint(shape.vocab_size, (5, 24), generator=draw)
+    text = PackedText(ids[:, :-1], ids[:, 1:], torch.rand(5, 23, generator=draw) < 0.8)
+    with open_runtime(rank, Mesh(tp=tp), timeout_minutes=2) as runtime:
+        plan = SPDPlan(shape.layers, tp)
+        engine = load_engine(runtime, ModelSource("test", str(folder)), shape, folder, "reference", plan)
+        blocks = Blocks(engine.model, shape, engine.kernel, engine.tp)
+        return measure_guards(blocks, engine.model.decoder.layers, text), repeated_tokens(text.tokens)

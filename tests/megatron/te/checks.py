@@ -15,7 +15,16 @@ import torch
 
 from longctx.config import Mesh
 from longctx.parallel.launch import RankFailed, run_ranks, warm_up
-from tests.megatron.te.ranks import Training, compare_logits, compare_training, noticed, round_trip, run_layers
+from tests.megatron.te.capabilities import MODEL_DTYPES, dtypes_of, kernels_here
+from tests.megatron.te.ranks import (
+    Training,
+    compare_logits,
+    compare_training,
+    noticed,
+    round_trip,
+    run_kernels,
+    run_layers,
+)
 
 # Kind, biases, sequence parallelism, norms per rank.
 LAYER_CASES = [*product(["dropped"], [False, True], [False, True], [False]), ("dropped", True, False, True)]
@@ -36,6 +45,7 @@ def main(folder: Path) -> None:
     single = [Training(llama, dtype="float32", zero1=zero1) for zero1 in (False, True)]
     stages, saved = [*single, Training(gemma, recompute="full")], Training(biased, zero1=True, dtype="float32")
     some = {kind: models[kind] for kind in ("llama with all biases", "gemma3")}
+    kernels = {name: [each for each in dtypes_of(name) if each in MODEL_DTYPES] for name in kernels_here()}
     checks: dict[str, tuple[Any, ...]] = {
         "logits tp=1": (1, compare_logits, Mesh(), models, "float32", (), folder / "1"),
         "logits tp=2": (2, compare_logits, Mesh(tp=2), models, "float64", (), folder / "2"),
@@ -49,6 +59,7 @@ def main(folder: Path) -> None:
         "checkpoint": (2, round_trip, Mesh(tp=2), saved, folder / "checkpoints"),
         "layer tp=2": (2, run_layers, 2, LAYER_CASES),
         "layer tp=3": (3, run_layers, 3, LAYER_CASES),
+        "kernels": (1, run_kernels, folder / "small", kernels),
         "mutations": (2, noticed, Mesh(tp=2), models),
     }
     torch.save({name: _outcome(*check) for name, check in checks.items()}, folder / "results.pt")
@@ -62,9 +73,9 @@ def _outcome(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any] 
 
 
 if __name__ == "__main__":
-    # As in pyproject.toml: warnings are errors, except for megatron-core's about its own calls.
+    # As in pyproject.toml: warnings are errors, except for megatron-core's about its own calls, and torch's about its.
     warnings.simplefilter("error")
-    for message in ("MLP requires ffn_hidden_size", "Warning. tp_group is None"):
+    for message in ("MLP requires ffn_hidden_size", "Warning. tp_group is None", "`torch.jit.script"):
         warnings.filterwarnings("ignore", message)
     warm_up(["tests.megatron.te.warm"])
     main(Path(sys.argv[1]))

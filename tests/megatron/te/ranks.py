@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
+from longctx.attention.kernel import Kernel, reference
 from longctx.config import Mesh, Optim, Recompute
 from longctx.hf.config import shape_of
 from longctx.parallel.launch import Rank
@@ -47,7 +49,6 @@ def compare_logits(
 def _compare_logits(
     runtime: Any, folder: Path, dtype: str, dropped: tuple[int, ...], to: Path
 ) -> tuple[float, bool]:  # fmt: skip
-    from longctx.attention.kernel import reference
     from longctx.attention.layout import zigzag
     from longctx.infer.engine import Engine, next_logits
     from longctx.infer.prefill import run_pass
@@ -104,12 +105,12 @@ def _errors(local: Mapping[str, Any], te: Mapping[str, Any]) -> dict[str, float]
     return {**errors, "gradient": float(torch.stack(gradients).max())}
 
 
-def _train(runtime: Any, case: Training, layers: str) -> dict[str, Any]:
+def _train(runtime: Any, case: Training, layers: str, kernel: Kernel = reference) -> dict[str, Any]:
     from longctx.megatron.hf_io.names import tensor_views
     from longctx.megatron.training.optimizer import clear_gradients, forward_backward, optimizer_step
 
     with patch.object(Mesh, "sequence_parallel", runtime.mesh.tp > 1 and case.sequence_parallel):
-        trained, batches = train_state(runtime, case, layers)
+        trained, batches = train_state(runtime, case, layers, kernel)
         clear_gradients(trained)
         loss = forward_backward(trained, batches()).mean
         weights = {p: p.data.clone() for p in trained.net.parameters()}
@@ -127,13 +128,12 @@ def _train(runtime: Any, case: Training, layers: str) -> dict[str, Any]:
         return {**results, "norm": norm, "next": forward_backward(trained, batches()).mean}
 
 
-def train_state(runtime: Any, case: Training, layers: str) -> tuple[Any, Any]:
+def train_state(runtime: Any, case: Training, layers: str, kernel: Kernel = reference) -> tuple[Any, Any]:
     """Return the state of a training run, and a function that returns the micro-batches of its step."""
-    from longctx.attention.kernel import reference
     from longctx.megatron.hf_io import load
-    from longctx.megatron.training.optimizer import build_train_state
+    from longctx.megatron.training.state import build_train_state
     from longctx.parallel.ring import pass_kv
-    from longctx.train.step import Sharding, micro_batches
+    from longctx.train.step import ContextParallel, micro_batches
 
     shape, run = shape_of(case.folder), Run(runtime.mesh, case.folder, LENGTHS, tokens=211)
     trained = build_train_state(
@@ -142,9 +142,9 @@ def train_state(runtime: Any, case: Training, layers: str) -> tuple[Any, Any]:
         dtype=getattr(torch, case.dtype), layers=layers, steps=9, recompute=case.recompute, mlp_rows=case.mlp_rows,
         plan=SPDPlan(shape.layers, runtime.mesh.tp, case.dropped) if case.dropped else None,
     )  # fmt: skip
-    sharding = Sharding(37, "zigzag", reference, pass_kv, case.recompute != "none", getattr(torch, case.dtype))
+    parallelism = ContextParallel(37, "zigzag", kernel, pass_kv, case.recompute != "none", getattr(torch, case.dtype))
     mine = rows_of_rank(sequences(run, 0), runtime.groups.dp)
-    return trained, lambda: micro_batches(mine, runtime, shape, sharding)
+    return trained, lambda: micro_batches(mine, runtime, shape, parallelism)
 
 
 def round_trip(rank: Rank, mesh: Mesh, case: Training, folder: Path) -> dict[str, bool]:
@@ -214,3 +214,21 @@ def _differs(runtime: Any, case: Training, local: Mapping[str, Any]) -> bool:
         return not all(error < 1e-12 for error in errors.values())  # NaN differs
     except (AssertionError, ValueError):  # on all ranks: names or shapes that do not fit
         return True
+
+
+def run_kernels(rank: Rank, folder: Path, kernels: Mapping[str, Sequence[str]]) -> dict[tuple[str, str, str], Any]:
+    """Return, by kernel, kind of layers and dtype, the differences of a step from local layers in float64.
+
+    ``kernels`` has the dtypes to run by kernel.  ``loss`` and ``gradient`` are as in `compare_training`.
+    """
+    from longctx.megatron.runtime import open_runtime
+    from tests.megatron.te.capabilities import kernel_on_cpu
+
+    errors, cases = {}, [(kernel, dtype) for kernel, dtypes in kernels.items() for dtype in dtypes]
+    with open_runtime(rank, Mesh(), timeout_minutes=2, training=True) as runtime:
+        exact = _train(runtime, Training(folder), "local")
+        for (name, dtype), layers in product(cases, LAYERS):
+            with kernel_on_cpu(name) as kernel:
+                step = _train(runtime, Training(folder, dtype=dtype), layers, kernel)
+            errors[name, layers, dtype] = _errors(exact, step)
+    return errors

@@ -16,6 +16,7 @@ from filelock import FileLock
 from tests.megatron.kinds import random_model
 from tests.megatron.spd.spd_ranks import unshard
 from tests.megatron.spd.test_layer import oracle
+from tests.megatron.te.capabilities import BEGIN, END, PAGE, table
 from tests.megatron.te.checks import LAYER_CASES
 from tests.oracle import assert_close
 
@@ -27,6 +28,12 @@ NAMES = (
     "olmo2", "olmo3", "phi3", "gemma3", "granite", "starcoder2", "glm4",
 )  # fmt: skip
 SIZES = {"hidden_size": 168, "num_attention_heads": 12, "num_key_value_heads": 6, "intermediate_size": 90}
+
+# Heads of 8 fit every kernel.
+SMALL = {
+    "num_hidden_layers": 1, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "intermediate_size": 40,
+}  # fmt: skip
 
 
 def run(command: list[Any], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -54,6 +61,7 @@ def results(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     folder = tmp_path_factory.mktemp("te")
     for kind in NAMES:
         random_model(kind, folder / "models" / kind, **SIZES)
+    random_model("tied llama", folder / "small", **SMALL)
     environment = {**os.environ, "LONGCTX_TE": str(wheel), "OMP_NUM_THREADS": "1"}
     done = run([sys.executable, "-m", "tests.megatron.te.checks", folder], env=environment)
     assert done.returncode == 0, done.stderr[-5000:]
@@ -113,3 +121,15 @@ def test_every_mutation_is_noticed(results):
     assert len(first) >= 11
     # A gradient that is not summed over ranks may be noticed on one rank only.
     assert not [name for name in first if not (first[name] or second[name])]
+
+
+def test_table_of_capabilities_lists_what_was_run(results, pytestconfig):
+    (errors,) = of_ranks(results, "kernels")
+    lines = table(errors)
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    written, _, after = rest.partition(END)
+    if pytestconfig.getoption("--write-table"):
+        written = "\n".join(line for each in lines.values() for line in each) + "\n"
+        PAGE.write_text(f"{before}{BEGIN}{written}{END}{after}")
+    comparable = [line for line in written.splitlines() if not line.startswith("| triton") or "triton" in lines]
+    assert comparable == [line for each in lines.values() for line in each], "rewrite the table with --write-table"

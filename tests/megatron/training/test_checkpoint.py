@@ -1,6 +1,7 @@
 """A checkpoint of any mesh resumes exactly on any other mesh; corrupt and later checkpoints are ignored."""
 
 import queue
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from longctx import checkpoint_index
 from longctx.config import Mesh, Optim
+from longctx.megatron.training import checkpoint
 from longctx.megatron.training.checkpoint import _ResultFile
 from longctx.parallel.launch import run_ranks
 from tests.tiny import tiny_model
@@ -15,6 +17,7 @@ from tests.train.ranks import Run, Step, train
 
 LENGTHS = ((13, 0, 22, 2), (37,), (5, 11, 20, 1), (1, 1, 1, 34))
 ZERO1 = Optim(zero1=True)
+SAVED = Path(__file__).parents[2] / "saved" / "v0_1" / "train_ring" / "checkpoints"
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +121,12 @@ def test_partial_checkpoint_is_reported_once(tmp_path):
     assert len(skipped) == 2
     for message, hexadecimal in zip(sorted(skipped), ("1234abc7", "deadbeef"), strict=True):
         assert message.count(f"step-00000003.partial-{hexadecimal}") == 1
+
+
+def test_checkpoint_of_a_newer_megatron_core_is_refused(monkeypatch, tmp_path):
+    """Its plain values are not in common.pt, where megatron-core 0.16 expects them."""
+    monkeypatch.setattr(checkpoint, "_IS_0_19", False)
+    place = tmp_path / "step-00000004"
+    shutil.copytree(SAVED / place.name, place, ignore=shutil.ignore_patterns("common.pt"))
+    with pytest.raises(ValueError, match=r"written with megatron-core 0\.19; use Python 3\.12 or newer"):
+        checkpoint.read_state({}, place)

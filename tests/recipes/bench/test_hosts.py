@@ -215,7 +215,7 @@ def test_bad_hosts_and_rates_are_refused(says, settings, words):
 
 def test_a_user_who_is_not_root_is_refused(says, monkeypatch):
     monkeypatch.setattr("os.geteuid", lambda: 1000)
-    assert "hosts=2: network namespaces need root, use sudo, or hosts=0" in says("hosts=2")
+    assert "hosts=2: network namespaces need root; use sudo, or hosts=0" in says("hosts=2")
 
 
 @pytest.mark.parametrize("tool", ["ip", "tc"])

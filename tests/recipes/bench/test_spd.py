@@ -91,9 +91,9 @@ def test_quality_and_sweep_agree_with_the_sensitivity(cli, tiny, tmp_path):
     [
         (["hosts=2"], "hosts=2 with mesh tp=3: each host runs one rank; use hosts=3"),
         (["shares=[0.5,1]"], "start with 0, the baseline"),
-        (["mesh.tp=1"], "mesh.tp=1: one rank has no reduction to drop, use mesh.tp=2 or more"),
+        (["mesh.tp=1"], "mesh.tp=1: one rank has no reduction to drop; use mesh.tp=2 or more"),
         (["mesh.ring=2"], "has no use for mesh.ring=2"),
-        (["latency_us=500"], "rate=100mbit are of links between emulated hosts: set hosts=3"),
+        (["latency_us=500"], "rate=100mbit are for links between emulated hosts: set hosts=3"),
         (["tokens=90", "new_tokens=8"], "tokens=90 and new_tokens=8: tiny has 97 positions; use at most 97 tokens"),
     ],
 )
@@ -125,7 +125,7 @@ def test_a_prompt_longer_than_the_text_is_refused(tiny, monkeypatch):
     [
         (["texts=[{path:x}]"], "texts.0.label is missing"),
         (["texts=[{label:x,folder:x}]"], "there is no setting texts.0.folder"),
-        (["texts=[{label:x}]"], "a source of data has one of path"),
+        (["texts=[{label:x}]"], "a data source has exactly one of path"),
         (["models=[{folder:adapted}]"], "models.0.label is missing"),
         (["shares=[0.5,1]"], "shares=[0.5, 1.0]: start with 0, the baseline"),
         (["placement=[0,2]"], "placement=[0, 2]: there is no block 2; use blocks 0 to 1"),

@@ -232,7 +232,7 @@ def test_result_is_written_with_one_line_per_key(tmp_path, capsys):
 )  # fmt: skip
 def test_file_of_another_kind_is_refused_before_the_work(tmp_path, monkeypatch, name, out, fix):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=rf"{name}={out} is no name of a .* file: use {fix}"):
+    with pytest.raises(ValueError, match=rf"{name}={out} is not the name of a .* file: use {fix}"):
         places.refuse_unwritable(out, name)
     places.refuse_unwritable(fix.partition("=")[2], name)
 

@@ -98,7 +98,8 @@ def test_folder_without_a_run_is_refused(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("name", "measured"),
     [("step_s", True), ("mem/peak_bytes", True), ("tokens_per_s", True), ("mfu", True), ("loss", False),
-     ("eval/perplexity_to_61", False), ("tokens", False), ("token_ids", False), ("lr", False)],
+     ("eval/perplexity_to_61", False), ("tokens", False), ("token_ids", False), ("lr", False),
+     ("python", True), ("torch", True)],
 )  # fmt: skip
 def test_figures_of_the_machine_need_not_agree(name, measured):
     assert compare.is_measured(name) == measured
@@ -156,9 +157,10 @@ def owned(tmp_path, monkeypatch):
         ("new/a.json", "recipes.generate", None), ("new/a.json", "recipes.chat", "a run of recipes.generate"),
         ("old/a.json", "recipes.generate", None), ("old/a.json", "recipes.chat", "a run of recipes.generate"),
         ("old", "recipes.pretrain", None),  # the manifest there is that of a file
-        ("notes", "recipes.pretrain", None), ("notes/mine.json", "recipes.generate", "exists, and recipes"),
-        ("tiny/manifest.json", "recipes.generate", "exists, and recipes.generate has not written it"),
-        ("tiny/metrics.jsonl", "recipes.generate", "exists, and recipes.generate has not written it"),
+        ("notes", "recipes.pretrain", None),
+        ("notes/mine.json", "recipes.generate", "exists, and was not written by recipes"),
+        ("tiny/manifest.json", "recipes.generate", "exists, and was not written by recipes.generate"),
+        ("tiny/metrics.jsonl", "recipes.generate", "exists, and was not written by recipes.generate"),
         ("not/yet", "recipes.generate", None), (None, "recipes.generate", None),
     ],
 )  # fmt: skip

