@@ -10,7 +10,7 @@ import pytest
 from longctx.attention.layout import striped, zigzag
 from longctx.config import Sampling
 from longctx.serve.prefix_cache import PrefixCache
-from longctx.serve.schedule import Limits, NewSequence, Plan, Scheduler
+from longctx.serve.schedule import Limits, NewSequence, StepPlan, Scheduler
 
 PAGE, RANKS = 3, 2
 LIMITS = Limits(prefill_tokens=17, sequences=5, cached_tokens=211)
@@ -43,7 +43,7 @@ class Ranks:
         self.stored: Counter[int] = Counter()  # rows by rank
         self.computed = 0
 
-    def step(self, scheduler: Scheduler) -> Plan:
+    def step(self, scheduler: Scheduler) -> StepPlan:
         """Give the cached tokens, and run the next plan."""
         for number, one in self.cached.items():
             self.prefixes.give(number, one.tokens, layout_of(one.rows))
@@ -59,7 +59,7 @@ class Ranks:
             self.compute(self.cached[number], rows)
         return plan
 
-    def store(self, plan: Plan) -> None:
+    def store(self, plan: StepPlan) -> None:
         for page in plan.evict:
             self.count(page, -1)
             del self.pages[page]
@@ -121,7 +121,7 @@ def play(seed: int, requests: int, limit: int) -> tuple[Ranks, int]:
 @pytest.mark.parametrize(("limit", "requests"), [(0, 100), (1, 100), (29, 5_000), (307, 5_000)])
 def test_random_requests_leave_no_page_in_use_and_no_row_uncounted(limit: int, requests: int):
     ranks, tokens = play(limit, requests, limit)
-    ranks.store(Plan(evict=ranks.prefixes.changes()[1]))
+    ranks.store(StepPlan(evict=ranks.prefixes.changes()[1]))
     assert not ranks.cached
     assert (ranks.prefixes.reused > tokens / 5) == (limit > 1)
     ranks.prefixes.distrust(())
