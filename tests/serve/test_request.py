@@ -103,7 +103,7 @@ def test_tokenize_takes_a_text_or_messages(reader):
         (completion, {"stop_token_ids": [300]}, "stop_token_ids", "beyond the model's vocabulary"),
         (completion, {"n": 6}, "n", "1 prompts with n=6 are 6 answers: use 1 to 5"),
         (completion, {"temperature": -1}, "temperature", "^temperature=-1.0: use 0 for greedy"),
-        (completion, {"top_p": 0}, "top_p", "^top_p=0.0: use a share"),
+        (completion, {"top_p": 0}, "top_p", "^top_p=0.0: use a number above 0"),
         (completion, {"frequency_penalty": 3}, "frequency_penalty", "use -2 to 2"),
         (completion, {"stop": ["a", ""]}, "stop", "^stop has an empty text"),
         (completion, {"stop": ["a"] * 17}, "stop", "17 texts: use at most 16"),
