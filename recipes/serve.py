@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
-from pydantic import PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 
 from longctx.config import Sampling
 from longctx.hf.config import tokenizer_of
@@ -58,12 +58,21 @@ class ServeSettings:
 
 
 @dataclass(frozen=True)
+class PrefixSettings:
+    """Settings of the section ``cache``: the memory for beginnings of prompts, and the tokens of a page of it."""
+
+    gb: NonNegativeFloat = 1.0
+    page: PositiveInt = 64
+
+
+@dataclass(frozen=True)
 class ServeJob:
     """Inputs of every rank: plain values, checked before any rank starts."""
 
     target: Target
     sampling: Sampling
     settings: ServeSettings
+    cache: PrefixSettings
     key: str | None = field(repr=False)
 
     @property
@@ -73,7 +82,8 @@ class ServeJob:
 
         most = self.target.shape.max_positions
         cached = self.settings.cache_tokens or self.settings.max_sequences * most
-        return Limits(self.target.context.chunk or most, self.settings.max_sequences, cached)
+        pages = int(self.cache.gb * 1e9), self.cache.page
+        return Limits(self.target.context.chunk or most, self.settings.max_sequences, cached, *pages)
 
 
 def prepare(config: DictConfig) -> ServeJob:
@@ -81,7 +91,7 @@ def prepare(config: DictConfig) -> ServeJob:
     refuse_missing_packages()
     target = resolve_target(config, RECIPE, unused_axes=("dp", "pp"))
     settings, sampling = top_level(config, ServeSettings), section(config, "sampling", Sampling)
-    key = read_key(settings)
+    cache, key = section(config, "cache", PrefixSettings), read_key(settings)
     refuse_open_host(settings.host, key)
     if sampling.logprobs is not None:
         raise ValueError(
@@ -93,7 +103,7 @@ def prepare(config: DictConfig) -> ServeJob:
         listen(settings).close()
     target.shape.refuse_unknown_token(max(sampling.stop_tokens, default=0), "sampling.stop_tokens")
     say_unapplied(target.folder, sampling)
-    return ServeJob(target, sampling, settings, key)
+    return ServeJob(target, sampling, settings, cache, key)
 
 
 def refuse_missing_packages() -> None:
@@ -184,10 +194,14 @@ def speak(session: Session, runtime: Runtime, job: ServeJob, stop: StopRequest) 
         {
             "running_sequences": lambda: len(service.scheduler.running),
             "waiting_sequences": lambda: len(service.scheduler.waiting),
-            "cache_bytes_of_first_rank": lambda: session.cache_bytes,
             "steps": lambda: service.passes,
             "busy_seconds": lambda: service.seconds,
-        }
+            "prefix_asked_tokens": lambda: service.prefixes.asked,
+            "prefix_reused_tokens": lambda: service.prefixes.reused,
+            "prefix_hit_rate": lambda: service.prefixes.hit_rate,
+            "evicted_pages": lambda: service.prefixes.evicted,
+        },
+        {"cache_bytes": lambda: service.sequence_bytes, "page_bytes": lambda: service.page_bytes},
     )
     front = Front(reader, service.submit, service.cancel, metrics, most, settings.max_request_bytes, job.key)
     with listen(settings) as at:

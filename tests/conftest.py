@@ -121,6 +121,8 @@ SLOW = (
     "recipes/test_saved.py",
     "recipes/test_serve.py",
     "recipes/test_spd.py",
+    "serve/test_prefix_cache.py",
+    "serve/test_service.py",
     "slurm/test_submit.py",
     "slurm/test_words.py",
     "train/test_step.py",

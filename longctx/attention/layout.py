@@ -94,6 +94,15 @@ class Layout:
             self.begins,
         )
 
+    def between(self, begin: int, end: int) -> "Layout":
+        """Return the layout of positions ``begin`` to ``end`` (exclusive) of the only document, rows in their order.
+
+        >>> zigzag(8, 2).between(1, 6).ranks
+        ((Span(start=1, length=1, step=1, document=0),), (Span(start=2, length=4, step=1, document=0),))
+        """
+        ranks = (tuple(part for s in spans if (part := s.between(begin, end)).length) for spans in self.ranks)
+        return Layout((end - begin,), tuple(ranks), (begin,))
+
     def split(self, parts: int) -> "Layout":
         """Cut each rank's rows into ``parts`` near-equal runs; run i of rank r goes to rank ``r * parts + i``."""
         ranks = []

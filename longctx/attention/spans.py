@@ -26,6 +26,11 @@ class Span:
         """Return rows ``first`` to ``end`` (exclusive) of this span."""
         return replace(self, start=self.start + first * self.step, length=end - first)
 
+    def between(self, begin: int, end: int) -> "Span":
+        """Return the rows at positions ``begin`` to ``end`` (exclusive) of this span, maybe none."""
+        first, after = (min(max(0, -((self.start - at) // self.step)), self.length) for at in (begin, end))
+        return self.part(first, after)
+
 
 Spans = tuple[Span, ...]
 

@@ -76,6 +76,12 @@ class Engine:
         summed = self.share.tp_context.traffic.total if self.share else 0
         return self.ulysses.traffic.total + self.ring.traffic.total + merged + summed
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a cached row on this rank: keys and values of its heads, in all layers."""
+        heads = max(1, self.shape.kv_heads // self.tp.size // self.ulysses.size)
+        return 2 * self.shape.layers * heads * self.shape.head_dim * self.dtype.itemsize
+
     def everywhere(self, strategy: Strategy) -> dict[int | None, Strategy]:
         """Return ``strategy`` for the layers of every window, as `run_pass` takes it."""
         return dict.fromkeys(self.shape.windows, strategy)

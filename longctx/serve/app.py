@@ -213,7 +213,7 @@ async def _collect(form: Form, events: AsyncIterator[tuple[int, Token]]) -> Json
 
 
 def _record(choice: Choice, event: Token) -> None:
-    choice.text, choice.tokens = choice.text + event.piece, choice.tokens + 1
+    choice.text, choice.tokens = choice.text + event.piece, choice.tokens + (event.token is not None)
     choice.finish = event.finish
     choice.logprobs += [event.logprob] if event.logprob else []
     choice.prompt_logprobs = event.prompt or choice.prompt_logprobs

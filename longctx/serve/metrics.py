@@ -1,7 +1,7 @@
 """Figures of a server in Prometheus' form."""
 
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -13,9 +13,17 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)  # upper ends of the h
 
 
 class Metrics:
-    """Counts requests and tokens; ``gauges`` are figures that are read when the page is asked for, by name."""
+    """Counts requests and tokens.
 
-    def __init__(self, gauges: Mapping[str, Callable[[], float]]) -> None:
+    ``gauges`` are figures that are read when the page is asked for, by name; those ``by_rank`` have one for each ring
+    rank.
+    """
+
+    def __init__(
+        self,
+        gauges: Mapping[str, Callable[[], float]],
+        by_rank: Mapping[str, Callable[[], Sequence[float]]] | None = None,
+    ) -> None:
         self._registry = registry = CollectorRegistry()
         self._requests = Counter("longctx_requests", "Requests, by how they ended", ["end"], registry=registry)
         self._prompt = Counter("longctx_prompt_tokens", "Tokens of prompts", registry=registry)
@@ -29,6 +37,10 @@ class Metrics:
         self._open = Gauge("longctx_open_sequences", "Sequences that wait or are answered", registry=registry)
         for name, read in gauges.items():
             Gauge(f"longctx_{name}", name.replace("_", " "), registry=registry).set_function(read)
+        self._by_rank = {
+            Gauge(f"longctx_{name}", name.replace("_", " "), ["ring_rank"], registry=registry): read
+            for name, read in (by_rank or {}).items()
+        }
 
     async def watch(self, ask: Ask, events: AsyncIterator[tuple[int, Token]]) -> AsyncIterator[tuple[int, Token]]:
         """Yield ``events``, which answer ``ask``, and count them."""
@@ -39,7 +51,7 @@ class Metrics:
                     self._prompt.inc(sum(map(len, ask.prompts)))
                     self._ttft.observe(time.perf_counter() - began)
                     first = False
-                self._generated.inc()
+                self._generated.inc(event[1].token is not None)
                 yield event
             end = "answered"
             self._whole.observe(time.perf_counter() - began)
@@ -53,5 +65,8 @@ class Metrics:
     def page(self, open_sequences: int) -> tuple[bytes, str]:
         """Return the page and its content type."""
         self._open.set(open_sequences)
+        for gauge, read in self._by_rank.items():
+            for rank, figure in enumerate(read()):
+                gauge.labels(rank).set(figure)
         page: Any = generate_latest(self._registry)
         return page, CONTENT_TYPE_LATEST

@@ -4,6 +4,7 @@ import pickle
 
 import torch
 
+from longctx.infer.pages import PageStore
 from longctx.infer.session import Session
 from longctx.parallel.comm import Comm
 from longctx.serve.schedule import StepPlan
@@ -21,11 +22,21 @@ def share_plan(world: Comm, plan: StepPlan | None, device: torch.device) -> Step
     return received
 
 
-def run_plan(session: Session, plan: StepPlan) -> dict[int, int]:
+def open_store(session: Session) -> PageStore:
+    """Return this rank's store of pages, empty."""
+    return PageStore(session.engine.ring.rank, session.engine.shape.layers)
+
+
+def run_plan(session: Session, pages: PageStore, plan: StepPlan) -> dict[int, int]:
     """Run ``plan`` and return the next token of each sequence that has one; the same on all ranks.
 
     Raises ValueError, on all ranks, for logits that are not finite.
     """
+    for page in plan.evict:
+        pages.drop(page)
+    for new_page in plan.store:
+        cache = session.sequences[new_page.sequence].cache
+        pages.store(new_page.number, cache, new_page.begin, new_page.end)
     for number in plan.drop:
         session.drop(number)
     for new in plan.add:
@@ -33,6 +44,8 @@ def run_plan(session: Session, plan: StepPlan) -> dict[int, int]:
         sequence = session.add(new.number, len(new.prompt), room, new.sampling)
         sequence.append_prompt(new.prompt)
         sequence.prompt_logprobs = [] if new.score_prompt else None
+    for number, taken in plan.take.items():
+        pages.copy_to(session.sequences[number].cache, taken)
     tokens: dict[int, int] = {}
     if plan.prefill:
         tokens |= session.prefill(plan.prefill)
@@ -41,10 +54,12 @@ def run_plan(session: Session, plan: StepPlan) -> dict[int, int]:
     return tokens
 
 
-def follow(session: Session, world: Comm) -> None:
-    """Run the first rank's plans on another rank, until one that stops."""
+def follow(session: Session, world: Comm) -> PageStore:
+    """Run the first rank's plans on another rank, until one that stops; return this rank's pages."""
+    pages = open_store(session)
     while not (plan := share_plan(world, None, session.engine.device)).stop:
         try:
-            run_plan(session, plan)
+            run_plan(session, pages, plan)
         except ValueError:
             continue  # the first rank raises the same error: it ends the sequences of this plan
+    return pages

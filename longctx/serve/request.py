@@ -58,7 +58,7 @@ class Body(BaseModel):
     seed: StrictInt | None = None
     n: Annotated[StrictInt, Field(ge=1, le=_MOST_CHOICES)] | None = None
     stop: StrictStr | list[StrictStr] | None = None
-    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     top_k: StrictInt | None = None
@@ -168,7 +168,12 @@ class Reader:
         texts: list[Any] = list(given) if several else [given]
         prompts = tuple(self._tokens(one) for one in texts)
         sampling = self._sampling(body, body.logprobs)
-        most = tuple(body.max_tokens or min(_COMPLETION_TOKENS, self._room(one)) for one in prompts)
+        if body.max_tokens == 0 and not body.echo:
+            raise RequestRefused("max_tokens=0 answers nothing: use echo=true, or at least 1", "max_tokens")
+        if body.max_tokens is None:
+            most = tuple(min(_COMPLETION_TOKENS, self._room(one)) for one in prompts)
+        else:
+            most = (body.max_tokens,) * len(prompts)
         echoed = tuple(one if isinstance(one, str) else str(self.tokenizer.decode(one)) for one in texts)
         return self._checked(body, prompts, most, sampling, echo=bool(body.echo), prompt_texts=echoed)
 
@@ -179,6 +184,8 @@ class Reader:
             raise RequestRefused("top_logprobs needs logprobs=true", "top_logprobs")
         prompt = self.chat_tokens(body.messages)
         sampling = self._sampling(body, (body.top_logprobs or 0) if body.logprobs else None)
+        if body.max_tokens == 0:
+            raise RequestRefused("max_tokens=0 answers nothing: use at least 1", "max_tokens")
         most = body.max_completion_tokens or body.max_tokens or self._room(prompt)
         return self._checked(body, (prompt,), (most,), sampling, chat=True)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from longctx.config import Sampling
+from longctx.serve.prefix_cache import NewPage, PrefixCache
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,19 @@ class NewSequence:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The work of one step, the same on all ranks: first ``drop`` and ``add`` sequences, then run them.
+    """The work of one step, the same on all ranks, in the order of the fields.
 
-    ``prefill`` has the number of prompt tokens to run of each sequence, in one pass.  ``decode`` are the sequences that
-    get one more token, in a second pass.  A plan with ``stop`` is the last one.
+    Pages are dropped (``evict``) and copied from the caches of sequences (``store``); sequences are dropped and added;
+    the new ones ``take`` pages into their caches.  ``prefill`` has the number of prompt tokens to run of each sequence,
+    in one pass.  ``decode`` are the sequences that get one more token, in a second pass.  After a plan with ``stop``
+    there is no other.
     """
 
+    evict: tuple[int, ...] = ()
+    store: tuple[NewPage, ...] = ()
     drop: tuple[int, ...] = ()
     add: tuple[NewSequence, ...] = ()
+    take: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     prefill: Mapping[int, int] = field(default_factory=dict)
     decode: tuple[int, ...] = ()
     stop: bool = False
@@ -43,11 +49,16 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of the work: prompt tokens of a pass, sequences that are answered at a time, and their cached tokens."""
+    """Bounds of the work: prompt tokens of a pass, sequences that are answered at a time, and their cached tokens.
+
+    Each rank stores at most ``page_bytes`` of pages with ``page_tokens`` each.
+    """
 
     prefill_tokens: int
     sequences: int
     cached_tokens: int
+    page_bytes: int = 0
+    page_tokens: int = 64
 
 
 class Scheduler:
@@ -55,11 +66,12 @@ class Scheduler:
 
     Sequences are admitted in order of arrival, so that none waits forever.  The prompts of all admitted sequences
     share the tokens of a pass evenly: a short prompt does not wait for the end of a long one.  Every step decodes a
-    token of each sequence whose prompt is cached.
+    token of each sequence whose prompt is cached.  A prompt takes the pages that ``prefixes`` has of its beginning.  If
+    an earlier prompt is computing its next page, it waits for that page.
     """
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits, prefixes: PrefixCache) -> None:
+        self.limits, self.prefixes = limits, prefixes
         self.waiting: deque[NewSequence] = deque()
         self.running: dict[int, NewSequence] = {}
         self._left: dict[int, int] = {}  # prompt tokens that are not cached, by running sequence
@@ -84,15 +96,40 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """Return the next step, which must be run before the next call."""
+        store, evict = self.prefixes.changes()
         drop, self._dropped = tuple(self._dropped), []
+        for number in drop:
+            self.prefixes.leave(number)
         add = tuple(self._admit())
         decode = tuple(number for number in self.running if number not in self._left)
-        prefill = share_evenly(self._left, self.limits.prefill_tokens)
+        take = self._take()
+        prefill = share_evenly(self._left_to_compute(), self.limits.prefill_tokens)
         for number, tokens in prefill.items():
             self._left[number] -= tokens
             if not self._left[number]:
                 del self._left[number]
-        return StepPlan(drop, add, prefill, decode)
+        return StepPlan(evict, store, drop, add, take, prefill, decode)
+
+    def _take(self) -> dict[int, tuple[int, ...]]:
+        """Let prompts take the pages that continue them, and return these pages by sequence."""
+        take = {}
+        for number, left in self._left.items():
+            cached = len(self.running[number].prompt) - left
+            if pages := self.prefixes.take(number, cached):
+                take[number] = pages
+                self._left[number] -= len(pages) * self.prefixes.page_tokens
+        return take
+
+    def _left_to_compute(self) -> dict[int, int]:
+        """Return the prompt tokens left by sequence, without sequences whose next page an earlier one computes."""
+        left_to_compute, pages = {}, set()
+        for number, left in self._left.items():
+            cached = len(self.running[number].prompt) - left
+            page = self.prefixes.page_at(number, cached)
+            if page is None or page not in pages or not self.prefixes.can_take(number, cached):
+                left_to_compute[number] = left
+                pages.add(page)
+        return left_to_compute
 
     def _admit(self) -> list[NewSequence]:
         """Move the sequences that fit from waiting to running, in order of arrival, and return them."""
@@ -104,6 +141,7 @@ class Scheduler:
                 break
             one = self.waiting.popleft()
             self.running[one.number], self._left[one.number] = one, len(one.prompt)
+            self.prefixes.enter(one.number, one.prompt, takes=not one.score_prompt)
             admitted.append(one)
         return admitted
 

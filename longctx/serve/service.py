@@ -12,7 +12,8 @@ from longctx.infer.answer import AnswerText
 from longctx.infer.sample import TokenLogprob
 from longctx.infer.session import Session
 from longctx.parallel.comm import Comm
-from longctx.serve.ranks import run_plan, share_plan
+from longctx.serve.prefix_cache import PrefixCache
+from longctx.serve.ranks import open_store, run_plan, share_plan
 from longctx.serve.schedule import Limits, NewSequence, Scheduler, StepPlan
 
 _IDLE_S = 0.5  # while there is nothing to do, the ranks exchange an empty plan this often, to notice a lost one
@@ -23,11 +24,12 @@ class Token:
     """The next token of sequence ``number``, and the ``piece`` of text that became certain.
 
     ``finish`` says why the answer ends with it: "stop" or "length"; None if it goes on.  The first token of a sequence
-    with ``score_prompt`` has the log-probabilities of the ``prompt``, without its first token's.
+    with ``score_prompt`` has the log-probabilities of the ``prompt``, without its first token's.  ``token`` is None if
+    no new tokens were asked for.
     """
 
     number: int
-    token: int
+    token: int | None
     piece: str
     logprob: TokenLogprob | None = None
     finish: str | None = None
@@ -57,15 +59,24 @@ class Service:
     """The first rank's part of serving.
 
     `submit` and `cancel` may be called from any thread; all other methods belong to the thread that runs the model.
-    ``seconds`` and ``passes`` count the work so far.
+    ``seconds`` and ``passes`` count the work so far; ``sequence_bytes`` are those of the sequences' caches on each ring
+    rank.
     """
 
     def __init__(self, session: Session, world: Comm, tokenizer: Any, limits: Limits) -> None:
         self.session, self.world, self.tokenizer = session, world, tokenizer
-        self.scheduler = Scheduler(limits)
+        self.pages, engine = open_store(session), session.engine
+        self.prefixes = PrefixCache(limits.page_tokens, limits.page_bytes // engine.row_bytes, engine.ring.size)
+        self.scheduler = Scheduler(limits, self.prefixes)
         self._inbox: queue.SimpleQueue[_Answer | int] = queue.SimpleQueue()
         self._answers: dict[int, _Answer] = {}
         self.passes, self.seconds = 0, 0.0
+        self.sequence_bytes = [0] * engine.ring.size
+
+    @property
+    def page_bytes(self) -> list[int]:
+        """Bytes of the pages on each ring rank."""
+        return [rows * self.session.engine.row_bytes for rows in self.prefixes.rows]
 
     def submit(self, sequence: NewSequence, emit: Emit) -> None:
         """Answer ``sequence``, which has an unused number; ``emit`` gets each `Token`, the last one with ``finish``."""
@@ -86,15 +97,20 @@ class Service:
         Raises `LostPeer` if a rank has gone.
         """
         self._take(wait=not self.scheduler.busy)
+        for number, sequence in self.session.sequences.items():
+            self.prefixes.give(number, sequence.tokens, sequence.cache.layout)
         plan, began = self.scheduler.plan(), time.perf_counter()
         share_plan(self.world, plan, self.session.engine.device)
         try:
-            tokens = run_plan(self.session, plan)
+            tokens = run_plan(self.session, self.pages, plan)
         except ValueError as error:  # on all ranks
-            self.fail(str(error), {*plan.prefill, *plan.decode})
+            numbers = {*plan.prefill, *plan.decode}
+            self.fail(str(error), numbers)
+            self.prefixes.distrust(numbers)
             return
         for number, token in tokens.items():
             self._hand_out(number, token)
+        self.sequence_bytes = [rows * self.session.engine.row_bytes for rows in self.session.rows_per_rank]
         if plan.prefill or plan.decode:
             self.passes, self.seconds = self.passes + 1, self.seconds + time.perf_counter() - began
 
@@ -129,6 +145,11 @@ class Service:
     def _hand_out(self, number: int, token: int) -> None:
         """Give ``token`` to the client of sequence ``number``, and end the sequence after its last token."""
         answer, sequence = self._answers[number], self.session.sequences[number]
+        if not answer.new.max_new_tokens:
+            answer.emit(Token(number, None, "", None, "length", tuple(sequence.prompt_logprobs or ())))
+            del self._answers[number]
+            self.scheduler.end(number)
+            return
         answer.tokens.append(token)
         piece, finish = answer.text.add(token), None
         if answer.text.stopped or self.session.is_at_end(number):

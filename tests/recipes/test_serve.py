@@ -7,6 +7,7 @@ import signal
 import string
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
@@ -55,7 +57,7 @@ def client_of(address: str) -> openai.OpenAI:
 @pytest.fixture(scope="module")
 def client(tiny: Path) -> Iterator[openai.OpenAI]:
     """A client of a server on two ranks."""
-    with serving(tiny, "mesh.ring=2", "context.chunk=13", "max_sequences=3") as (_, address):
+    with serving(tiny, "mesh.ring=2", "context.chunk=13", "max_sequences=3", "cache.page=5") as (_, address):
         yield client_of(address)
 
 
@@ -96,6 +98,16 @@ def test_texts_are_those_of_generate(client, expected, tiny):
     next(iter(leaving))
     leaving.close()
     assert complete(client, PROMPTS[0]).choices[0].text == texts[0]
+
+
+def test_prompts_reuse_the_pages_of_earlier_ones(client, expected, tiny):
+    for _ in range(2):
+        assert complete(client, PROMPTS[2], seed=15).choices[0].text == tokenizer_of(tiny).decode(expected[4])
+    page = client.get("/../metrics", cast_to=httpx.Response).text
+    figures = dict(re.findall(r"^longctx_(\w+(?:\{\S+\})?) (\S+)$", page, re.MULTILINE))
+    assert float(figures["prefix_reused_tokens"]) >= 5 * (len(PROMPTS[2]) // 5 - 1)
+    assert 0 < float(figures["prefix_hit_rate"]) < 1
+    assert all(float(figures[f'page_bytes{{ring_rank="{rank}"}}']) > 0 for rank in range(2))
 
 
 def test_lm_eval_scores_through_the_server_what_transformers_scores(client, tiny):
@@ -145,6 +157,55 @@ def test_sigterm_answers_open_requests_first(tiny):
         assert process.wait(5) == 0
 
 
+def test_echo_without_new_tokens_scores_the_prompt(client, tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64)
+    answer = complete(client, max_tokens=0, echo=True, logprobs=0)
+    assert [one.text for one in answer.choices] == PROMPTS
+    assert (answer.usage.completion_tokens, {one.finish_reason for one in answer.choices}) == (0, {"length"})
+    for prompt, choice in zip(PROMPTS, answer.choices, strict=True):
+        tokens = tokenizer_of(tiny)(prompt, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            expected = model(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None]).flatten()
+        assert choice.logprobs.token_logprobs == [None, *(pytest.approx(float(one), abs=1e-4) for one in expected)]
+    assert (
+        "".join(one.choices[0].text for one in complete(client, "Jumps", max_tokens=0, echo=True, stream=True))
+        == "Jumps"
+    )
+
+
+def test_killed_rank_ends_open_requests_with_an_error_and_the_server_names_it(tiny):
+    """Two answers are streamed and four wait when the second rank is killed."""
+    first_token = threading.Event()
+
+    def read(address: str, i: int) -> None:
+        with client_of(address) as client:
+            for _ in complete(client, PROMPTS[i % 3], max_tokens=35, stream=True):
+                first_token.set()
+
+    def fail(address: str, i: int) -> float:
+        with pytest.raises(openai.APIError):
+            read(address, i)
+        return time.monotonic()
+
+    with serving(tiny, "mesh.ring=2", "max_sequences=2") as (process, address), ThreadPoolExecutor(6) as pool:
+        ends = [pool.submit(fail, address, i) for i in range(6)]
+        assert first_token.wait(60)
+        os.kill(pids_of_ranks(process.pid)[1], signal.SIGKILL)
+        killed = time.monotonic()
+        assert max(end.result() for end in ends) - killed < 10
+        assert "rank 1 of 2 was killed by SIGKILL" in process.stderr.read()
+        assert process.wait(60) == 1
+
+
+def pids_of_ranks(pid: int) -> list[int]:
+    """Return the processes of the ranks that the process ``pid`` started, in rank order: its only grandchildren."""
+
+    def children(pid: int) -> list[int]:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    return [grandchild for child in children(pid) for grandchild in children(child)]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -170,7 +231,7 @@ def test_key_comes_from_a_file_or_the_environment(monkeypatch, tmp_path):
     assert serve.read_key(serve.ServeSettings()) == "from the environment"
     settings = serve.ServeSettings(api_key_file=str(tmp_path / "key"))
     assert serve.read_key(settings) == "from a file"
-    job = serve.ServeJob(None, Sampling(), settings, "from a file")
+    job = serve.ServeJob(None, Sampling(), settings, serve.PrefixSettings(), "from a file")
     assert "from a file" not in repr(job)
     (tmp_path / "key").write_text("\n")
     with pytest.raises(ValueError, match="has no key of ASCII characters"):

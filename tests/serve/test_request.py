@@ -96,12 +96,14 @@ def test_tokenize_takes_a_text_or_messages(reader):
         (completion, {"prompt": ""}, "prompt", "empty"),
         (completion, {"prompt": []}, "prompt", "empty"),
         (completion, {"prompt": "x" * 84}, "prompt", "84 tokens, and with max_tokens=1 .* the 83 that fit: shorten"),
+        (completion, {"max_tokens": 0}, "max_tokens", "max_tokens=0 answers nothing: use echo=true"),
+        (chat, {"max_tokens": 0}, "max_tokens", "max_tokens=0 answers nothing: use at least 1"),
         (completion, {"max_tokens": 81}, "max_tokens", "with max_tokens=81 that is more than the 83"),
         (completion, {"prompt": [256]}, "prompt", "token 256, beyond the model's vocabulary"),
         (completion, {"stop_token_ids": [300]}, "stop_token_ids", "beyond the model's vocabulary"),
         (completion, {"n": 6}, "n", "1 prompts with n=6 are 6 answers: use 1 to 5"),
         (completion, {"temperature": -1}, "temperature", "^temperature=-1.0: use 0 for greedy"),
-        (completion, {"top_p": 0}, "top_p", "^top_p=0.0: use a share"),
+        (completion, {"top_p": 0}, "top_p", "^top_p=0.0: use a number above 0"),
         (completion, {"frequency_penalty": 3}, "frequency_penalty", "use -2 to 2"),
         (completion, {"stop": ["a", ""]}, "stop", "^stop has an empty text"),
         (completion, {"stop": ["a"] * 17}, "stop", "17 texts: use at most 16"),
@@ -122,7 +124,7 @@ def test_requests_that_cannot_be_answered_are_refused(reader, ask, fields, param
 
 @pytest.mark.parametrize(
     ("fields", "place"),
-    [({"temperature": "hot"}, "temperature"), ({"max_tokens": 0}, "max_tokens"), ({"n": True}, "n"),
+    [({"temperature": "hot"}, "temperature"), ({"max_tokens": -1}, "max_tokens"), ({"n": True}, "n"),
      ({"seed": 0.5}, "seed"), ({"temperature": float("nan")}, "temperature"),
      ({"prompt": [-1]}, "prompt"), ({"prompt": {"a": 1}}, "prompt")],
 )  # fmt: skip

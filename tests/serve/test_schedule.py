@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.config import Sampling
+from longctx.serve.prefix_cache import PrefixCache
 from longctx.serve.schedule import Limits, NewSequence, Scheduler, StepPlan, share_evenly
 
 LIMITS = Limits(prefill_tokens=13, sequences=3, cached_tokens=97)
@@ -47,7 +48,7 @@ class Ranks:
 @given(st.integers(0, 2**32), st.integers(1, 29))
 def test_every_sequence_is_run_once_within_the_bounds(seed: int, count: int):
     """Sequences arrive between steps, answers end at random, and some are cancelled at any time."""
-    scheduler, draw = Scheduler(LIMITS), random.Random(seed)
+    scheduler, draw = Scheduler(LIMITS, PrefixCache(7, 0, 1)), random.Random(seed)
     ranks = Ranks([sequence(i, draw.randint(1, 60), draw.randint(1, 37)) for i in range(count)])
     waiting, gone, steps = list(ranks.sequences), set(), 0
     while waiting or scheduler.busy:
@@ -69,7 +70,7 @@ def test_every_sequence_is_run_once_within_the_bounds(seed: int, count: int):
 
 
 def test_short_prompt_does_not_wait_for_a_long_one():
-    scheduler = Scheduler(Limits(10, 5, 10_000))
+    scheduler = Scheduler(Limits(10, 5, 10_000), PrefixCache(7, 0, 1))
     scheduler.add(sequence(0, 1_000))
     assert scheduler.plan().prefill == {0: 10}
     scheduler.add(sequence(1, 4))
@@ -89,7 +90,7 @@ def test_shares_are_max_min_fair(wanted, total):
 
 
 def test_end_of_an_unknown_or_waiting_sequence_changes_no_plan():
-    scheduler = Scheduler(LIMITS)
+    scheduler = Scheduler(LIMITS, PrefixCache(7, 0, 1))
     scheduler.end(5)
     scheduler.add(sequence(0, 7))
     scheduler.end(0)

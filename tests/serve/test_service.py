@@ -11,15 +11,19 @@ from transformers import AutoModelForCausalLM
 
 from longctx.config import Context, Mesh, Sampling
 from longctx.infer.engine import Engine
+from longctx.infer.sample import TokenLogprob
 from longctx.infer.session import Session
 from longctx.parallel.threads import ThreadWorld
+from longctx.serve.prefix_cache import NewPage
 from longctx.serve.ranks import follow, share_plan
 from longctx.serve.schedule import Limits, NewSequence, StepPlan
 from longctx.serve.service import Failure, Service, Token
 from tests.infer.thread_ranks import run_engines, single_rank
+from tests.megatron.kinds import random_model
 from tests.tiny import tiny_model, tiny_tokenizer
 
 LIMITS = Limits(prefill_tokens=11, sequences=3, cached_tokens=97)
+PAGE, PAGES = 5, 13  # tokens of a page, and how many of them all ranks have room for, if each page is shared evenly
 TOKENIZER = tiny_tokenizer()
 SEQUENCES = [
     NewSequence(i, tuple((7 * i + 3 * j) % 256 for j in range(length)), most, sampling)
@@ -39,15 +43,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("service") / "tiny", max_positions=97)
 
 
-def on_ranks(folder: Path, tmp_path: Path, mesh: Mesh, speak: Callable[[Service], object]) -> list[object]:
-    """Run ``speak(service)`` on the first rank of ``mesh``, while the others follow; return the ranks' results."""
+def on_ranks(
+    folder: Path, tmp_path: Path, mesh: Mesh, speak: Callable[[Service], object], pages: int = 0
+) -> list[object]:
+    """Run ``speak(service)`` on the first rank of ``mesh``, while the others follow; return the ranks' results.
+
+    The result of the others is the sequences left, and the bytes of pages.
+    """
 
     def rank_main(engine: Engine) -> object:
         session = Session(engine, Context(), Sampling())
         if engine.context.rank:
-            follow(session, engine.context)
-            return sorted(session.sequences)
-        service = Service(session, engine.context, TOKENIZER, LIMITS)
+            store = follow(session, engine.context)
+            return sorted(session.sequences), store.bytes
+        page_bytes = pages * PAGE * engine.row_bytes // mesh.ring
+        chunk = 23 if pages else LIMITS.prefill_tokens
+        limits = replace(LIMITS, prefill_tokens=chunk, page_bytes=page_bytes, page_tokens=PAGE)
+        service = Service(session, engine.context, TOKENIZER, limits)
         found = speak(service)
         service.stop()
         return found
@@ -86,7 +98,7 @@ def test_answers_equal_those_of_each_sequence_alone(folder, tmp_path):
     [expected] = on_ranks(folder, tmp_path, Mesh(), alone)
     for mesh in (Mesh(), Mesh(ring=2)):
         (*events, left), *others = on_ranks(folder, tmp_path, mesh, together)
-        assert left == 0 and all(other == [] for other in others), "a sequence is still cached"
+        assert left == 0 and all(other == ([], 0) for other in others), "a sequence is still cached"
         for one in SEQUENCES:
             mine = [event for event in events if event.number == one.number]
             tokens, whole = [event.token for event in mine], expected[one.number]
@@ -96,6 +108,90 @@ def test_answers_equal_those_of_each_sequence_alone(folder, tmp_path):
             assert "".join(event.piece for event in mine) == TOKENIZER.decode(tokens) or one.number == 5
             asked = one.sampling.logprobs
             assert all(event.logprob is None if asked is None else event.logprob.token == event.token for event in mine)
+
+
+FIRST = tuple((5 * i + i // 3) % 199 for i in range(37))
+SHARING = [
+    NewSequence(i, prompt, most, replace(sampling, logprobs=0))
+    for i, (prompt, most, sampling) in enumerate([
+        (FIRST, 7, Sampling()),
+        (FIRST, 7, Sampling(1.0, seed=5)),  # in flight at the same time
+        (FIRST[:10], 4, Sampling()),  # its whole prompt is two pages
+        ((*FIRST[:23], *range(60, 90)), 3, Sampling(1.1, seed=2)),
+        (FIRST, 20, Sampling(1.0, seed=3)),  # its client goes away during prefill
+        (tuple(range(100, 171)), 3, Sampling(0.9, repetition_penalty=1.3)),  # pages of others make room
+        ((*FIRST[:31], 3), 5, Sampling(1.2)),
+        (tuple(range(100, 160)), 2, Sampling()),
+    ])
+]  # fmt: skip
+
+
+Answers = list[list[TokenLogprob]]
+
+
+def alone_in_order(service: Service) -> Answers:
+    """Answer the sequences of `SHARING` one after the other, and then one that continues the first answer."""
+    answers: Answers = []
+    for number in range(len(SHARING) + 1):
+        one = following(answers[0]) if number == len(SHARING) else SHARING[number]
+        service.session.add(one.number, len(one.prompt), one.max_new_tokens, one.sampling)
+        service.session.turn({one.number: list(one.prompt)}, {one.number: one.max_new_tokens})
+        answers.append(service.session.sequences[one.number].logprobs)
+        service.session.drop(one.number)
+    return answers
+
+
+def following(answer: list[TokenLogprob]) -> NewSequence:
+    """Return the next turn of the first conversation."""
+    prompt = (*FIRST, *(one.token for one in answer), 11, 12, 13)
+    return NewSequence(len(SHARING), prompt, 5, Sampling(logprobs=0))
+
+
+def share_prefixes(service: Service) -> tuple[Answers, int, int, list[int], int]:
+    """Answer `SHARING`, two more in every third step, then the next turn; return the answers and figures of pages."""
+    answers: Answers = [[] for _ in range(len(SHARING) + 1)]
+
+    def answer(arriving: list[NewSequence]) -> None:
+        steps = 0
+        while service.busy or arriving:
+            for one in arriving[:2] if steps % 3 == 0 else ():
+                service.submit(one, lambda event: answers[event.number].append(event.logprob))
+                arriving.remove(one)
+            service.step()
+            steps += 1
+            if steps == 7:
+                service.cancel(4)
+            assert max(service.page_bytes) <= PAGES * PAGE * service.session.engine.row_bytes / len(service.page_bytes)
+
+    answer(list(SHARING))
+    answer([following(answers[0])])
+    assert service.page_bytes[0] == service.pages.bytes
+    prefixes = service.prefixes
+    return answers, prefixes.reused, prefixes.evicted, service.page_bytes, len(service.session.sequences)
+
+
+def check_sharing(folder: Path, tmp_path: Path, meshes: list[Mesh]) -> None:
+    [expected] = on_ranks(folder, tmp_path, Mesh(), alone_in_order)
+    for mesh in meshes:
+        (answers, reused, evicted, page_bytes, left), *others = on_ranks(folder, tmp_path, mesh, share_prefixes, PAGES)
+        assert len(answers[4]) < 9, "its client went away"
+        for answer, whole in zip(answers, [*expected[:4], expected[4][: len(answers[4])], *expected[5:]], strict=True):
+            assert [one.token for one in answer] == [one.token for one in whole], mesh
+            logprobs = [one.logprob for one in whole]
+            assert [one.logprob for one in answer] == pytest.approx(logprobs, abs=2e-4), mesh
+        assert reused >= 60 and evicted >= 3 and left == 0, (reused, evicted)
+        for rank, (sequences, stored) in enumerate(others, 1):
+            assert not sequences and stored == page_bytes[rank // mesh.ulysses], "bytes that the first rank misses"
+
+
+def test_answers_with_shared_prefixes_equal_those_without(folder, tmp_path):
+    check_sharing(folder, tmp_path, [Mesh(ulysses=3), Mesh(ring=2), Mesh(ring=3)])
+
+
+def test_answers_with_shared_prefixes_under_a_window_equal_those_without(tmp_path):
+    """Layers see 37 positions or all."""
+    folder = random_model("gemma3", tmp_path / "gemma3")
+    check_sharing(folder, tmp_path, [Mesh(ring=2)])
 
 
 def test_log_probabilities_of_prompts_equal_transformers(folder, tmp_path):
@@ -167,6 +263,30 @@ def test_logits_that_are_not_finite_fail_the_sequences_of_the_pass_only(folder, 
     assert [event.number for event in others] == [0] * 5
 
 
+def test_pages_of_a_failed_pass_are_not_reused(folder, tmp_path):
+    """The first chunk of the prompt fills pages before the last one shows that the rows are NaN."""
+
+    def speak(service: Service) -> list[Token | Failure]:
+        events: list[Token | Failure] = []
+        weight = service.session.engine.model.embedding.word_embeddings.weight.data
+        before = weight.clone()
+        weight.fill_(float("nan"))
+        service.submit(SEQUENCES[0], events.append)
+        while not events:
+            service.step()
+        weight.copy_(before)
+        assert service.prefixes.evicted == 4 and not any(service.prefixes.rows)
+        service.submit(SEQUENCES[0], events.append)
+        while service.busy:
+            service.step()
+        return events
+
+    [expected] = on_ranks(folder, tmp_path, Mesh(), alone)
+    failure, *tokens = on_ranks(folder, tmp_path, Mesh(), speak, pages=PAGES)[0]
+    assert isinstance(failure, Failure) and "NaN or infinite" in failure.message
+    assert [event.token for event in tokens] == expected[0]
+
+
 def test_failure_of_the_server_reaches_every_client(folder, tmp_path):
     def speak(service: Service) -> list[Token | Failure]:
         events: list[Token | Failure] = []
@@ -183,7 +303,11 @@ def test_failure_of_the_server_reaches_every_client(folder, tmp_path):
 
 
 def test_plans_reach_every_rank():
-    world, plan, found = ThreadWorld(3), StepPlan((5,), (SEQUENCES[3],), {2: 7}, (1, 4)), {}
+    world, plan, found = (
+        ThreadWorld(3),
+        StepPlan((8,), (NewPage(9, 5, 0, 3),), (5,), (SEQUENCES[3],), {}, {2: 7}, (1, 4)),
+        {},
+    )
 
     def receive(rank: int) -> None:
         import torch

@@ -1,0 +1,65 @@
+"""Pages on each rank: keys and values of a few consecutive tokens, copied from one cache and later into others."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from longctx.attention.layout import Layout
+from longctx.infer.cache import KVCache
+from longctx.shapes import Tensor
+
+
+@dataclass(frozen=True)
+class Page:
+    """This rank's rows of a page: keys and values [1 rows hk d] of each layer.  ``layout`` spans all ring ranks."""
+
+    layout: Layout
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+
+class PageStore:
+    """Pages by number.  Every page is stored once over the ranks: each has the rows that the first cache had there.
+
+    All ranks must make the same calls in the same order.
+    """
+
+    def __init__(self, rank: int, layers: int) -> None:
+        self._rank, self._layers = rank, layers
+        self._pages: dict[int, Page] = {}
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the keys and values of all pages on this rank."""
+        tensors = (x for page in self._pages.values() for layer in page.layers for x in layer)
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    @torch.inference_mode()
+    def store(self, page: int, cache: KVCache, begin: int, end: int) -> None:
+        """Copy positions ``begin`` to ``end`` (exclusive) of ``cache`` to the new ``page``."""
+        positions = cache.layout.positions(self._rank)
+        rows = ((positions >= begin) & (positions < end)).nonzero().flatten()
+        rows = rows.to(cache.layer(0)[0].device)
+        layers = []
+        for layer in range(self._layers):
+            keys, values = cache.layer(layer)
+            layers.append((keys[:, rows], values[:, rows]))
+        assert page not in self._pages, f"page {page} is stored twice"
+        self._pages[page] = Page(cache.layout.between(begin, end), tuple(layers))
+
+    @torch.inference_mode()
+    def copy_to(self, cache: KVCache, pages: Sequence[int]) -> None:
+        """Append ``pages``, which continue the positions of ``cache``, to it."""
+        chosen = [self._pages[page] for page in pages]
+        for page in chosen:
+            cache.extend(page.layout)
+        for layer in range(self._layers):
+            keys, values = zip(*(page.layers[layer] for page in chosen), strict=True)
+            cache.append(layer, torch.cat(keys, 1), torch.cat(values, 1))
+
+    def drop(self, page: int) -> None:
+        """Free ``page``."""
+        del self._pages[page]

@@ -1,0 +1,179 @@
+"""The pages that prompts share, as the first rank knows them: which are stored, used and evicted; no tensors."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from longctx.attention.layout import Layout
+
+Tokens = tuple[int, ...]
+
+
+class NewPage(NamedTuple):
+    """A page to copy from the cache of ``sequence``: its positions ``begin`` to ``end`` (exclusive)."""
+
+    number: int
+    sequence: int
+    begin: int
+    end: int
+
+
+@dataclass(eq=False)
+class _Page:
+    """A page, found by its ``tokens`` and the page ``before`` it, thus by all tokens from the beginning to ``end``.
+
+    ``rows`` are those of each ring rank.  ``users`` are the sequences that began with it or computed it, and still run.
+    """
+
+    number: int
+    before: _Page | None
+    tokens: Tokens
+    end: int
+    rows: Sequence[int]
+    users: int = 0
+    following: dict[Tokens, _Page] = field(default_factory=dict)
+
+
+@dataclass
+class _Sequence:
+    """A running sequence, whose tokens up to the end of ``page`` are stored; ``takes`` says if it may take pages."""
+
+    prompt: Sequence[int]
+    takes: bool
+    page: _Page
+
+
+class PrefixCache:
+    """Decides which pages of ``page_tokens`` each are stored, at most ``limit`` rows on each of ``ranks`` ring ranks.
+
+    Sequences give their tokens page by page, from the beginning.  Pages with the same tokens before them and in them
+    are stored once: a dictionary hashes and compares them, so that no two are confused.  A page with users stays.  Of
+    the others, the least recently used goes first, and each after those that follow it.  ``asked`` counts the tokens of
+    the prompts that could take pages, ``reused`` those that they took, ``evicted`` the pages that went.
+    """
+
+    def __init__(self, page_tokens: int, limit: int, ranks: int) -> None:
+        self.page_tokens, self.limit = page_tokens, limit
+        self.rows = [0] * ranks
+        self.asked = self.reused = self.evicted = 0
+        self._root = _Page(-1, None, (), 0, ())
+        self._unused: OrderedDict[int, _Page] = OrderedDict()  # the least recently used first
+        self._sequences: dict[int, _Sequence] = {}
+        self._added = 0
+        self._store: list[NewPage] = []
+        self._evict: list[int] = []
+
+    @property
+    def hit_rate(self) -> float:
+        """Tokens of prompts that were taken from pages, as a share of those that could have been."""
+        return self.reused / self.asked if self.asked else 0.0
+
+    def enter(self, number: int, prompt: Sequence[int], *, takes: bool = True) -> None:
+        """Add the sequence ``number``, which begins with ``prompt``; without ``takes`` it computes all its rows."""
+        self._sequences[number] = _Sequence(prompt, takes, self._root)
+        self.asked += len(prompt) if takes else 0
+
+    def leave(self, number: int) -> None:
+        """Forget a sequence, if it is known; its pages stay as long as there is room."""
+        one = self._sequences.pop(number, None)
+        page = one.page if one else self._root
+        while page.before:
+            page.users -= 1
+            if not page.users:
+                self._unused[page.number] = page
+            page = page.before
+
+    def can_take(self, number: int, cached: int) -> bool:
+        """Return True if the sequence could take the page after its first ``cached`` tokens.
+
+        A page with the last token of a prompt is not taken: the last row gives the first token of the answer.
+        """
+        one = self._sequences[number]
+        return one.takes and cached == one.page.end and cached + self.page_tokens < len(one.prompt)
+
+    def page_at(self, number: int, cached: int) -> tuple[int, Tokens] | None:
+        """Return what identifies the page that the sequence computes after its first ``cached`` tokens.
+
+        None if the prompt ends before the page, or if that page will not be stored.
+        """
+        one = self._sequences[number]
+        begin, end = one.page.end, one.page.end + self.page_tokens
+        if not (self.limit and begin <= cached < end <= len(one.prompt)):
+            return None
+        return one.page.number, tuple(one.prompt[begin:end])
+
+    def take(self, number: int, cached: int) -> tuple[int, ...]:
+        """Let the sequence use the stored pages after the first ``cached`` tokens of its prompt, and return them."""
+        one, taken = self._sequences[number], []
+        while self.can_take(number, cached):
+            page = one.page.following.get(tuple(one.prompt[cached : cached + self.page_tokens]))
+            if not page:
+                break
+            self._use(one, page)
+            taken.append(page.number)
+            cached = page.end
+        self.reused += len(taken) * self.page_tokens
+        return tuple(taken)
+
+    def give(self, number: int, tokens: Sequence[int], layout: Layout) -> None:
+        """Store the whole pages that the sequence has cached since the last call, as far as there is room.
+
+        ``tokens`` are those of the prompt and the answer so far; ``layout`` is that of the cached ones.
+        """
+        one = self._sequences.get(number)
+        while one and (end := one.page.end + self.page_tokens) <= layout.total:
+            key = tuple(tokens[one.page.end : end])
+            page = one.page.following.get(key) or self._add(number, one.page, key, layout)
+            if not page:
+                return
+            self._use(one, page)
+
+    def changes(self) -> tuple[tuple[NewPage, ...], tuple[int, ...]]:
+        """Return the pages to store and those to evict since the last call; all ranks evict first."""
+        changes = tuple(self._store), tuple(self._evict)
+        self._store, self._evict = [], []
+        return changes
+
+    def distrust(self, numbers: Collection[int]) -> None:
+        """Forget sequences whose rows may be wrong, and evict every page that no other sequence uses."""
+        for number in numbers:
+            self.leave(number)
+        while self._evict_one():
+            pass
+
+    def _use(self, one: _Sequence, page: _Page) -> None:
+        """Let the sequence use ``page``, which follows its last one."""
+        page.users += 1
+        self._unused.pop(page.number, None)
+        one.page = page
+
+    def _add(self, sequence: int, before: _Page, tokens: Tokens, layout: Layout) -> _Page | None:
+        """Add a page, which is copied from the cache of ``sequence``, and evict others for it; None without room."""
+        if not self.limit:
+            return None
+        begin, end = before.end, before.end + len(tokens)
+        whole = layout.between(begin, end)
+        rows = [whole.rows(rank) for rank in range(whole.size)]
+        while any(stored + new > self.limit for stored, new in zip(self.rows, rows, strict=True)):
+            if max(rows) > self.limit or not self._evict_one():
+                return None
+        page = before.following[tokens] = _Page(self._added, before, tokens, end, rows)
+        self._added += 1
+        self.rows = [stored + new for stored, new in zip(self.rows, rows, strict=True)]
+        self._store.append(NewPage(page.number, sequence, begin, end))
+        return page
+
+    def _evict_one(self) -> bool:
+        """Evict the least recently used page without users; return False if there is none."""
+        if not self._unused:
+            return False
+        _, page = self._unused.popitem(last=False)
+        assert page.before and not page.following, "a page leaves after those that follow it"
+        del page.before.following[page.tokens]
+        self.rows = [stored - gone for stored, gone in zip(self.rows, page.rows, strict=True)]
+        self._evict.append(page.number)
+        self.evicted += 1
+        return True

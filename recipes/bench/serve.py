@@ -1,0 +1,266 @@
+"""A server's load: many clients at once, against one request at a time; with and without shared prefixes and chunking.
+
+python -m recipes.bench serve
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from omegaconf import DictConfig
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from rich.table import Table
+
+from longctx.config import Sampling
+from longctx.parallel.launch import Rank
+from recipes.bench.timing import read_tokens, refuse_beyond_model
+from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
+from recipes.common.places import refuse_unwritable
+from recipes.common.progress import Progress
+from recipes.common.provenance import provenance
+from recipes.common.settings import top_level
+from recipes.common.target import Target, resolve_target
+
+if TYPE_CHECKING:
+    from longctx.infer.engine import Engine
+    from longctx.megatron.runtime import Runtime
+    from longctx.serve.schedule import Limits, NewSequence
+    from longctx.serve.service import Failure, Service, Token
+
+ALONE = "one at a time"
+Variant = Literal["sharing", "no sharing", "no chunking"]
+VARIANTS: tuple[Variant, ...] = ("sharing", "no sharing", "no chunking")
+
+
+@dataclass(frozen=True)
+class ServeBenchSettings:
+    """Settings of configs/bench/serve.yaml outside any section."""
+
+    requests: PositiveInt = 200
+    clients: PositiveInt = 16
+    min_length: PositiveInt = 20
+    max_length: PositiveInt = 4000
+    short: PositiveInt = 512
+    prefixes: PositiveInt = 8
+    new_tokens: PositiveInt = 16
+    gb: NonNegativeFloat = 1.0
+    page: PositiveInt = 64
+    seed: NonNegativeInt = 0
+    variants: Annotated[tuple[Variant, ...], Field(min_length=1)] = VARIANTS
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_length > self.max_length:
+            raise ValueError(f"min_length={self.min_length} is over max_length={self.max_length}: use at most that")
+
+
+@dataclass(frozen=True)
+class ServeBenchJob:
+    """The inputs of every rank: the settings, and text for the prompts."""
+
+    settings: ServeBenchSettings
+    target: Target
+    text: tuple[int, ...]
+
+
+@dataclass
+class LoadFigures:
+    """Figures of one variant: seconds to the last answer and, by request, to its first token; and its answers.
+
+    ``page_bytes`` are those on each ring rank at the end.
+    """
+
+    variant: str
+    seconds: float = 0.0
+    first_token_s: dict[int, float] = field(default_factory=dict)
+    answers: dict[int, list[int]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    hit_rate: float = 0.0
+    evicted: int = 0
+    page_bytes: list[int] = field(default_factory=list)
+
+    def record(self, event: Token | Failure) -> bool:
+        """Add ``event`` to its request's answer; return True if it is the last one."""
+        from longctx.serve.service import Failure
+
+        if isinstance(event, Failure):
+            self.failures.append(event.message)
+            return True
+        self.answers.setdefault(event.number, []).extend([] if event.token is None else [event.token])
+        return event.finish is not None
+
+    def equal_to(self, other: LoadFigures) -> int:
+        """Return the number of requests that got the same answer in both variants."""
+        return sum(self.answers.get(number) == answer for number, answer in other.answers.items())
+
+
+def prepare(config: DictConfig) -> ServeBenchJob:
+    """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
+    settings = top_level(config, ServeBenchSettings)
+    refuse_unwritable(settings.out)
+    target = resolve_target(config, "recipes.bench serve", unused_axes=("tp", "dp", "pp"), spd="refuse")
+    refuse_beyond_model(target, max_length=settings.max_length, new_tokens=settings.new_tokens)
+    return ServeBenchJob(settings, target, read_tokens(target, "max_length", settings.max_length))
+
+
+def make_load(settings: ServeBenchSettings, text: Sequence[int]) -> list[NewSequence]:
+    """Return the requests: lengths uniform in their logarithm, half of each from one of a few common beginnings.
+
+    ``text`` is cut at random places; both halves begin at one and wrap around.
+    """
+    from longctx.serve.schedule import NewSequence
+
+    draw = random.Random(settings.seed)  # noqa: S311 (no secret)
+    begins = [draw.randrange(len(text)) for _ in range(settings.prefixes)]
+
+    def cut(begin: int, tokens: int) -> list[int]:
+        return [text[(begin + i) % len(text)] for i in range(tokens)]
+
+    load = []
+    for number in range(settings.requests):
+        length = round(settings.min_length * (settings.max_length / settings.min_length) ** draw.random())
+        common = cut(draw.choice(begins), length // 2)
+        prompt = (*common, *cut(draw.randrange(len(text)), length - len(common)))
+        load.append(NewSequence(number, prompt, settings.new_tokens, Sampling()))
+    return load
+
+
+def run_rank(rank: Rank, job: ServeBenchJob) -> list[LoadFigures]:
+    """Run every variant on one rank; the first one plays the clients, and its figures are reported."""
+    settings, target = job.settings, job.target
+    load = make_load(settings, job.text)
+    with target.runtime(rank) as runtime, Progress(shown=rank.rank == 0) as progress:
+        engine = target.load_engine(runtime)
+        figures = []
+        for variant in (ALONE, *settings.variants):
+            progress.start(variant, len(load))
+            figures.append(run_variant(engine, runtime, job, variant, load, progress.step))
+        return figures
+
+
+def limits_of(job: ServeBenchJob, variant: str) -> Limits:
+    """Return the server's bounds in a variant."""
+    from longctx.serve.schedule import Limits
+
+    settings, most = job.settings, job.settings.max_length + job.settings.new_tokens
+    whole = settings.clients * most
+    chunk = whole if variant == "no chunking" else job.target.context.chunk or whole
+    page_bytes = 0 if variant in (ALONE, "no sharing") else int(settings.gb * 1e9)
+    return Limits(chunk, settings.clients, whole, page_bytes, settings.page)
+
+
+def run_variant(
+    engine: Engine,
+    runtime: Runtime,
+    job: ServeBenchJob,
+    variant: str,
+    load: Sequence[NewSequence],
+    done: Callable[[], None],
+) -> LoadFigures:
+    """Answer ``load`` on all ranks; ``done`` is called after each request."""
+    from longctx.hf.config import tokenizer_of
+    from longctx.infer.session import Session
+    from longctx.serve.ranks import follow
+    from longctx.serve.service import Service
+
+    session, figures = Session(engine, job.target.context, Sampling()), LoadFigures(variant)
+    if runtime.rank.rank:
+        follow(session, runtime.world)
+        return figures
+    service = Service(session, runtime.world, tokenizer_of(job.target.folder), limits_of(job, variant))
+    play_clients(service, load, 1 if variant == ALONE else job.settings.clients, figures, done)
+    service.stop()
+    figures.hit_rate, figures.evicted = service.prefixes.hit_rate, service.prefixes.evicted
+    figures.page_bytes = service.page_bytes
+    return figures
+
+
+def play_clients(
+    service: Service, load: Sequence[NewSequence], clients: int, figures: LoadFigures, done: Callable[[], None]
+) -> None:
+    """Let ``clients`` send ``load`` in order, each its next request once its last one is answered."""
+    requests, sent = iter(load), dict[int, float]()
+
+    def send_next() -> None:
+        if (request := next(requests, None)) is not None:
+            sent[request.number] = time.perf_counter()
+            service.submit(request, receive)
+
+    def receive(event: Token | Failure) -> None:
+        figures.first_token_s.setdefault(event.number, time.perf_counter() - sent[event.number])
+        if figures.record(event):
+            done()
+            send_next()
+
+    began = time.perf_counter()
+    for _ in range(clients):
+        send_next()
+    while service.busy:
+        service.step()
+    figures.seconds = time.perf_counter() - began
+
+
+def summarise(job: ServeBenchJob, all_figures: Sequence[LoadFigures]) -> list[dict[str, object]]:
+    """Return a row of figures for each variant; the first variant answered one request at a time."""
+    load, alone = make_load(job.settings, job.text), all_figures[0]
+    short = [one.number for one in load if len(one.prompt) < job.settings.short]
+    table_rows: list[dict[str, object]] = []
+    for figures in all_figures:
+        p50, p95 = middle_and_tail([figures.first_token_s[number] for number in short])
+        table_rows.append(
+            {
+                "variant": figures.variant,
+                "seconds": figures.seconds,
+                "requests_per_s": len(load) / figures.seconds,
+                "speedup": alone.seconds / figures.seconds,
+                "short_ttft_p50_s": p50,
+                "short_ttft_p95_s": p95,
+                "ttft_p50_s": middle_and_tail([*figures.first_token_s.values()])[0],
+                "equal_answers": figures.equal_to(alone),
+                "failures": figures.failures,
+                "hit_rate": figures.hit_rate,
+                "evicted_pages": figures.evicted,
+                "page_bytes_by_rank": figures.page_bytes,
+            }
+        )
+    return table_rows
+
+
+def middle_and_tail(seconds: Sequence[float]) -> tuple[float, float]:
+    """Return the median and the 95th percentile; NaN for none."""
+    if len(seconds) < 2:
+        return (seconds[0], seconds[0]) if seconds else (float("nan"), float("nan"))
+    return median(seconds), quantiles(seconds, n=20, method="inclusive")[-1]
+
+
+def show(table_rows: Sequence[dict[str, object]], requests: int) -> None:
+    """Print the variants as a table."""
+    table = Table(box=None)
+    for column in ("variant", "s", "speedup", "short TTFT p50", "p95", "equal answers", "hit rate", "MB by rank"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for one in table_rows:
+        megabytes = " ".join(f"{size / 1e6:.0f}" for size in one["page_bytes_by_rank"])  # type: ignore[attr-defined]
+        figures = [f"{one['seconds']:.1f}", f"{one['speedup']:.2f}"]
+        figures += [f"{one[name]:.2f}" for name in ("short_ttft_p50_s", "short_ttft_p95_s")]
+        figures += [f"{one['equal_answers']} of {requests}", f"{one['hit_rate']:.2f}", megabytes]
+        table.add_row(str(one["variant"]), *figures)
+    console.print(table)
+
+
+def task(config: DictConfig) -> None:
+    """Run the ranks, then show and write the figures."""
+    warm_up_ranks(["longctx.infer.engine", "longctx.serve.service", "recipes.common.progress"])
+    job = prepare(config)
+    figures = on_ranks(job.target.mesh, run_rank, job)
+    if figures is None:
+        return
+    table_rows = summarise(job, figures)
+    show(table_rows, job.settings.requests)
+    if job.settings.out:
+        inputs = {"model": job.target.model.name, "mesh": str(job.target.mesh), "settings": asdict(job.settings)}
+        write_result(job.settings.out, {**provenance(), **inputs, "rows": table_rows})

@@ -1,0 +1,45 @@
+"""recipes.bench serve: every request is answered as it is alone, and what cannot be measured is refused."""
+
+import json
+
+import pytest
+
+from recipes.bench import serve
+
+
+def test_load_has_common_beginnings_and_all_lengths():
+    settings = serve.ServeBenchSettings(requests=101, min_length=7, max_length=300, prefixes=2)
+    load = serve.make_load(settings, range(1_000))
+    lengths = [len(one.prompt) for one in load]
+    assert 7 <= min(lengths) < 12 and 200 < max(lengths) <= 300
+    assert len({one.prompt[:3] for one in load}) == 2
+    assert load == serve.make_load(settings, range(1_000))
+
+
+def test_all_variants_are_measured_and_written(cli, tiny, tmp_path):
+    out = tmp_path / "serve.json"
+    argv = (f"model={tiny}", "requests=9", "clients=3", "min_length=3", "max_length=71", "short=30", "prefixes=1",
+            "new_tokens=4", "page=2", "context.chunk=11", f"out={out}")  # fmt: skip
+    code, _, err = cli(serve, serve.task, *argv)
+    assert code == 0, err
+    alone, sharing, no_sharing, no_chunking = json.loads(out.read_text())["rows"]
+    for one in (alone, sharing, no_sharing, no_chunking):
+        assert (one["equal_answers"], one["failures"]) == (9, [])
+        assert 0 < one["short_ttft_p50_s"] <= one["short_ttft_p95_s"] <= one["seconds"]
+    assert alone["hit_rate"] == no_sharing["hit_rate"] == sum(no_sharing["page_bytes_by_rank"]) == 0
+    assert sharing["hit_rate"] > 0 and no_chunking["hit_rate"] > 0
+    assert all(size > 0 for size in sharing["page_bytes_by_rank"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["min_length=9", "max_length=8"], "min_length=9 is over max_length=8"),
+        (["max_length=90", "new_tokens=9"], "max_length=90 and new_tokens=9"),
+        (["variants=[]"], "variants="),
+        (["context.decode=auto"], "context.decode=auto"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_measured_is_refused(refused, tiny, settings, words):
+    assert words in refused(serve, serve.task, "max_length=71", *settings, f"model={tiny}")
