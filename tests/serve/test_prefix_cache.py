@@ -10,7 +10,7 @@ import pytest
 from longctx.attention.layout import striped, zigzag
 from longctx.config import Sampling
 from longctx.serve.prefix_cache import PrefixCache
-from longctx.serve.schedule import Limits, NewSequence, StepPlan, Scheduler
+from longctx.serve.schedule import Limits, NewSequence, Scheduler, StepPlan
 
 PAGE, RANKS = 3, 2
 LIMITS = Limits(prefill_tokens=17, sequences=5, cached_tokens=211)
