@@ -158,8 +158,17 @@ def draw_tiles(job: GpuCheckJob, results: Mapping[str, Mapping[str, object]]) ->
         for length in sorted({min(job.settings.lengths), max(job.settings.lengths)})
     }
     ranks = job.settings.ranks
-    labels = {"title": "The tiles of a ring, one after the other", "x": "ranks of the ring", "y": "time / one call's"}
-    draw_lines(str(Path(job.settings.out) / PICTURE), ranks, series, **labels, levels=[1], ticks=ranks, log_y=False)
+    draw_lines(
+        str(Path(job.settings.out) / PICTURE),
+        ranks,
+        series,
+        title="The tiles of a ring, one after the other",
+        x="ranks of the ring",
+        y="time / one call's",
+        levels=[1],
+        ticks=ranks,
+        log_y=False,
+    )
 
 
 def _in_words(value: object) -> str:
