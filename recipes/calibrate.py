@@ -48,7 +48,8 @@ def measure_ring(runtime: Runtime, target: Target) -> Hardware:
 
     shape, share = target.shape, target.mesh.tp * target.mesh.ulysses
     heads = (shape.heads // share, max(1, shape.kv_heads // share))
-    kernel = checked_kernel(target.context.kernel, runtime.device, target.model.dtype, shape.head_dim)
+    dtype, head_dim = target.model.dtype, shape.head_dim
+    kernel = checked_kernel(target.context.kernel, runtime.device, dtype, head_dim, runtime.slowest)
     return probe(runtime.ring, kernel, heads, shape.head_dim, getattr(torch, target.model.dtype), runtime.device)
 
 

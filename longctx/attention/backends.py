@@ -1,10 +1,13 @@
 """Attention kernels by name, and the choice of one for a device and dtype."""
 
+from collections.abc import Callable
+
 import torch
 
 from longctx.attention import flash_attn as flash_attn_package
 from longctx.attention import triton_flash as triton_package
 from longctx.attention.cudnn import cudnn
+from longctx.attention.fastest import fastest_exact, tile_seconds
 from longctx.attention.flash_attn import flash_attn
 from longctx.attention.flash_cpu import flash_cpu
 from longctx.attention.flash_cuda import flash_cuda
@@ -16,16 +19,12 @@ KERNELS = {kernel.name: kernel for kernel in (reference, flash_cpu, flash_cuda, 
 
 
 def kernel_for(name: str, device: str, dtype: str) -> Kernel:
-    """Return the kernel called ``name``; ``auto`` is `flash_cpu`, on a CPU only.
+    """Return the kernel called ``name``; ``auto`` is `flash_cpu` on a CPU, and the first of `candidates` elsewhere.
 
     Raises ValueError if the kernel does not take the device or dtype, or if its package is not installed.
     """
     if name == "auto" and device != "cpu":
-        raise ValueError(
-            f"context.kernel=auto chooses no kernel on {device}, where none has been tested; use "
-            "context.kernel=flash_cuda model.dtype=bfloat16 (checked against float64 on this device before use), "
-            "context.kernel=reference or run.device=cpu"
-        )
+        return candidates(device, dtype)[0]
     kernel = KERNELS["flash_cpu" if name == "auto" else name]
     if kernel is triton_flash and device == "cpu" and in_interpreter():
         kernel = interpreted
@@ -53,12 +52,43 @@ def _takes(kernel: Kernel, device: str, dtype: str) -> bool:
     return device in kernel.devices and getattr(torch, dtype) in kernel.dtypes
 
 
-def checked_kernel(name: str, device: torch.device, dtype: str, head_dim: int) -> Kernel:
-    """Return the kernel that `kernel_for` chooses, verified on ``device`` for heads of ``head_dim`` unless it is a CPU.
+def candidates(device: str, dtype: str) -> list[Kernel]:
+    """Return the kernels that ``auto`` chooses among on a GPU.  Raises ValueError if none takes ``dtype``.
+
+    `reference` is none of them: it keeps all scores of a tile.
+    """
+    names = [name for name, kernel in KERNELS.items() if installed(name) and _takes(kernel, device, dtype)]
+    if dtype not in ("bfloat16", "float16"):
+        raise ValueError(
+            f"context.kernel=auto does not take {dtype} on {device}; use context.kernel=auto model.dtype=bfloat16 "
+            "(checked against float64 on this device before use), context.kernel=reference or run.device=cpu"
+        )
+    return [KERNELS[name] for name in names if name != "reference"]
+
+
+def checked_kernel(
+    name: str,
+    device: torch.device,
+    dtype: str,
+    head_dim: int,
+    slowest: Callable[[list[float]], list[float]] = list,
+) -> Kernel:
+    """Return kernel ``name``, verified on ``device`` for heads of ``head_dim`` unless it is a CPU.
+
+    On a GPU, ``auto`` is the fastest of the `candidates` that are exact there (`fastest_exact`); ``slowest`` gives the
+    slowest rank's seconds.
 
     Raises ValueError as `kernel_for` does, and if the kernel is inexact on this device (`refuse_inexact`).
     """
+    precision: torch.dtype = getattr(torch, dtype)
+    if name == "auto" and device.type != "cpu":
+        return fastest_exact(
+            candidates(device.type, dtype),
+            check=lambda kernel: refuse_inexact(kernel, device, precision, head_dim),
+            seconds=lambda kernel: tile_seconds(kernel, device, precision, head_dim),
+            slowest=slowest,
+        )
     kernel = kernel_for(name, device.type, dtype)
     if device.type != "cpu":
-        refuse_inexact(kernel, device, getattr(torch, dtype), head_dim)
+        refuse_inexact(kernel, device, precision, head_dim)
     return kernel

@@ -131,7 +131,7 @@ def load_engine(
         set_reductions(net, runtime.tp, reduce)
     elif layers == "local" and n > 1 and not drops_over_others:
         share = share_weights(net, shape, runtime.context, runtime.tp_context)
-    checked = checked_kernel(kernel, runtime.device, model.dtype, shape.head_dim)
+    checked = checked_kernel(kernel, runtime.device, model.dtype, shape.head_dim, runtime.slowest)
     return Engine(net, shape, checked, *comms, layers, share, reduce)
 
 

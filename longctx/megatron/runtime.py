@@ -63,6 +63,12 @@ class Runtime:
     ep: Comm
     world: Comm
 
+    def slowest(self, seconds: list[float]) -> list[float]:
+        """Return the largest of each of ``seconds`` among all ranks, which give equally many; every rank calls this."""
+        mine = torch.tensor(seconds, dtype=torch.float64, device=self.device)
+        ranks = self.world.all_gather(mine, [tuple(mine.shape)] * self.world.size)
+        return [float(x) for x in torch.stack(ranks).amax(0)]
+
 
 @contextmanager
 def open_runtime(

@@ -24,6 +24,7 @@ from longctx.parallel.launch import Rank
 from recipes.bench.gpu_parts import TableRow, check_kernels, check_logits, check_tiles, time_model
 from recipes.common.cli import console, on_ranks, warm_up_ranks
 from recipes.common.places import refuse_unwritable_folder, write_json
+from recipes.common.plots import draw_lines
 from recipes.common.provenance import hardware, provenance
 from recipes.common.settings import top_level
 from recipes.common.target import Target, resolve_target
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     Part = Callable[["GpuCheckJob", Runtime], list[TableRow]]
 
 RECIPE = "recipes.bench gpu_check"
+PICTURE = "gpu_check.svg"
 PARTS: dict[str, Part] = {"kernels": check_kernels, "tiles": check_tiles, "logits": check_logits, "model": time_model}
 
 
@@ -142,6 +144,33 @@ def markdown(about: Mapping[str, object], results: Mapping[str, Mapping[str, obj
     return lines
 
 
+def draw_tiles(job: GpuCheckJob, results: Mapping[str, Mapping[str, object]]) -> None:
+    """Draw the part ``tiles``, if it has a result, to gpu_check.svg: the ring's time over that of one call.
+
+    The shortest and the longest sequence have lines.
+    """
+    table_rows = results.get("tiles", {}).get("rows")
+    if not isinstance(table_rows, Sequence) or not table_rows:
+        return
+    series = {
+        f"{name}, {length:,} tokens": [row[name] for row in table_rows if row["tokens"] == length]
+        for name in ("forward", "backward")
+        for length in sorted({min(job.settings.lengths), max(job.settings.lengths)})
+    }
+    ranks = job.settings.ranks
+    draw_lines(
+        str(Path(job.settings.out) / PICTURE),
+        ranks,
+        series,
+        title="The tiles of a ring, one after the other",
+        x="ranks of the ring",
+        y="time / one call's",
+        levels=[1],
+        ticks=ranks,
+        log_y=False,
+    )
+
+
 def _in_words(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
@@ -149,7 +178,9 @@ def _in_words(value: object) -> str:
 def run_rank(rank: Rank, job: GpuCheckJob) -> dict[str, dict[str, object]]:
     """Run all parts on the only rank."""
     with job.target.runtime(rank) as runtime:
-        return run_parts(job, runtime)
+        results = run_parts(job, runtime)
+    draw_tiles(job, results)
+    return results
 
 
 def task(config: DictConfig) -> None:

@@ -212,7 +212,8 @@ def train_steps(
     target, settings = job.target, job.settings
     dp_rank, dp_size = runtime.groups.dp.rank(), runtime.groups.dp.size()
     # 1. How sequences are sharded and attended to, and how a step is measured.
-    kernel = checked_kernel(target.context.kernel, runtime.device, target.model.dtype, target.shape.head_dim)
+    dtype, head_dim = target.model.dtype, target.shape.head_dim
+    kernel = checked_kernel(target.context.kernel, runtime.device, dtype, head_dim, runtime.slowest)
     context, keep_partials = target.context, settings.recompute != "none"
     strategy, prove = STRATEGIES[context.strategy], context.check_schedule
     parallelism = ContextParallel(

@@ -1,6 +1,8 @@
 """Process groups: how they are connected, and the message of a megatron-core collective that fails."""
 
+import math
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +11,9 @@ import torch.distributed as dist
 
 from longctx.config import Mesh
 from longctx.megatron import runtime as runtime_module
+from longctx.megatron.runtime import Runtime
 from longctx.parallel.launch import Rank, RankFailed, run_ranks
+from longctx.parallel.threads import ThreadWorld, run_threads
 
 
 def reduce_without_a_peer(rank: Rank) -> None:
@@ -53,3 +57,11 @@ def test_groups_on_gpus_are_connected_when_they_are_created(monkeypatch, tmp_pat
         pass
     assert given["backend"] == {"cuda": "nccl", "cpu": "gloo"}[device]
     assert given["device_id"] == bound
+
+
+def test_slowest_rank_counts_for_each_of_several_times() -> None:
+    def rank_main(world: ThreadWorld, rank: int) -> list[float]:
+        runtime = SimpleNamespace(world=world.group(rank), device=torch.device("cpu"))
+        return Runtime.slowest(runtime, [float(rank), 5.0 - rank, math.inf if rank == 1 else 1.0])  # type: ignore[arg-type]
+
+    assert run_threads(3, rank_main) == [[2.0, 5.0, math.inf]] * 3

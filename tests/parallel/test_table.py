@@ -201,12 +201,9 @@ def test_gpu_kernel_is_refused_on_cpu(monkeypatch, name, dtype):
         kernel_for(name, "cpu", dtype)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "message"), [("auto", "chooses no kernel"), ("flash_cpu", "use context.kernel=reference or flash_cuda")]
-)
-def test_auto_refuses_kernels_not_yet_run_on_a_gpu(kernel, message):
-    with pytest.raises(ValueError, match=message):
-        kernel_for(kernel, "cuda", "bfloat16")
+def test_kernel_of_the_cpu_is_refused_on_a_gpu():
+    with pytest.raises(ValueError, match=r"use context\.kernel=reference or flash_cuda"):
+        kernel_for("flash_cpu", "cuda", "bfloat16")
 
 
 @pytest.mark.parametrize(

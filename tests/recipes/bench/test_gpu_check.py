@@ -9,7 +9,7 @@ import torch
 from longctx.attention.kernel import reference
 from longctx.attention.layout import zigzag
 from recipes.bench import gpu_check
-from recipes.bench.gpu_check import TimeIsUp, prepare, run_parts, time_limit
+from recipes.bench.gpu_check import TimeIsUp, draw_tiles, prepare, run_parts, time_limit
 from recipes.bench.gpu_parts import _time_attention
 from tests import oracle
 from tests.infer.thread_ranks import single_rank
@@ -28,6 +28,7 @@ def job(config_of, tmp_path):
 def test_every_part_is_rehearsed_and_written(job, tmp_path):
     with single_rank(tmp_path) as runtime:
         results = run_parts(job, runtime)
+    draw_tiles(job, results)
     written = json.loads((tmp_path / "check" / "gpu_check.json").read_text())
     assert list(written["parts"]) == ["kernels", "tiles", "logits", "model"] == list(results)
     assert not [part["error"] for part in written["parts"].values() if "error" in part]
@@ -37,6 +38,8 @@ def test_every_part_is_rehearsed_and_written(job, tmp_path):
     assert all(0 < row["error_out"] < 1e-6 and 0 < row["error_gradients"] < 2e-6 for row in tiles)
     assert logits == [{"tokens": 23, "model_layers": 2, "layers": "local", "error": 0.0}]
     assert model[0]["tokens"] == 41 and model[0]["ttit_s"] > 0
+    picture = (tmp_path / "check" / "gpu_check.svg").read_text()
+    assert "forward, 67 tokens" in picture and "ranks of the ring" in picture
     page = (tmp_path / "check" / "gpu_check.md").read_text()
     assert "| kernel | dtype | verdict |\n|---|---|---|\n| reference | float32 | exact |" in page
 
@@ -52,6 +55,8 @@ def test_part_that_fails_or_takes_too_long_does_not_end_the_others(job, tmp_path
         return []
 
     results = run_parts(job, None, {"failing": fail, "later": read})
+    draw_tiles(job, {"tiles": results["failing"]})
+    assert not (tmp_path / "check" / "gpu_check.svg").exists()
     assert seen[0]["failing"]["error"] == "RuntimeError: CUDA out of memory"
     assert "RuntimeError: CUDA out of memory" in (tmp_path / "check" / "gpu_check.md").read_text()
     assert results["later"]["rows"] == []

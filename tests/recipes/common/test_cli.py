@@ -190,7 +190,7 @@ def test_under_a_launcher_this_process_is_a_rank(under_torchrun, no_ranks_start)
         assert recipe_cli.on_ranks(Mesh(ring=3, tp=2), lambda *args: calls.append(args) or "answer", "job") == answer
     assert calls == [(Rank(rank, 6, 0, 1, "env://"), "job") for rank in range(2)]
     with pytest.raises(
-        ValueError, match=r"started 6 ranks, the mesh has 5 \(ring=5\): set mesh axes whose product is 6"
+        ValueError, match=r"started 6 ranks, but the mesh has 5 \(ring=5\): set mesh axes whose product is 6"
     ):
         recipe_cli.on_ranks(Mesh(ring=5), rank_main, "job")
 

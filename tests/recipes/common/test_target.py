@@ -153,7 +153,7 @@ def test_config_without_groups_of_context_run_and_plan_resolves(models, config_o
         (["context.strategy=auto"], {}, "context.strategy=auto", "one of pass_kv, pass_q, all_gather_kv"),
         (["context.strategy=alg1"], {}, "context.strategy=alg1", "recipes.chat takes alg1"),
         (["context.kernel=flash_cuda"], {}, "context.kernel=flash_cuda", "use context.kernel=reference or flash_cpu"),
-        (["run.device=cuda"], {}, "context.kernel=auto", "use context.kernel=flash_cuda model.dtype=bfloat16"),
+        (["run.device=cuda"], {}, "context.kernel=auto", "use context.kernel=auto model.dtype=bfloat16"),
         (["context.chunk=0"], {}, "context.chunk=0", "or null for all"),
         (["context.check_schedule=true", "mesh.ring=2"], {}, "recipes.test takes", "context.check_schedule=false"),
         (["context.check_schedule=true"], {"proves_schedule": True}, "one context rank", "use mesh.ring=2 or more"),
