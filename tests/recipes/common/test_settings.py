@@ -14,12 +14,14 @@ from recipes import calibrate, export, extend, generate, pretrain, spd_adapt, sp
 from recipes.bench import spd_quality, spd_sweep
 from recipes.common import settings
 from recipes.common.spd_plan import SPD
+from recipes.serve import PrefixSettings
 from recipes.spd_sensitivity import SensitivityThresholds
 
 FOLDER = {"name": "a", "source": "b"}
 KINDS = {
     Optim: {}, Sampling: {}, SPD: {}, sections.Repair: {}, sections.JointRepair: {}, ModelSource: FOLDER,
     EvalConfig: {}, SensitivityThresholds: {}, sections.TextSource: {"path": "a"},
+    sections.LoRA: {}, PrefixSettings: {},
 }  # fmt: skip
 
 
