@@ -5,9 +5,10 @@ triangle with its diagonal.  All attention kernels agree on these two, although 
 corners of a non-square block.  No row of a tile is fully masked.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import groupby, pairwise
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby, pairwise
 
 from longctx.attention.mask import CAUSAL, Mask
 from longctx.attention.spans import Span, Spans
@@ -54,6 +55,21 @@ class Tile:
     def shift(self, q: int, k: int) -> "Tile":
         """Return this tile ``q`` query rows and ``k`` key rows further on."""
         return Tile(self.q0 + q, self.q1 + q, self.k0 + k, self.k1 + k, self.causal, self.mirrored)
+
+
+def split_keys(tiles: Iterable[Tile], lengths: Sequence[int]) -> list[list[Tile]]:
+    """Return the tiles of each of several parts, which have ``lengths`` rows of the keys one after another.
+
+    Key rows count from the beginning of a part.  A tile must lie within one part, as the tiles of a document do.
+    """
+    ends = list(accumulate(lengths))
+    parts: list[list[Tile]] = [[] for _ in lengths]
+    for tile in tiles:
+        part = bisect_right(ends, tile.k0)
+        before = ends[part] - lengths[part]
+        assert tile.k1 <= ends[part], "a tile spans two parts"
+        parts[part].append(replace(tile, k0=tile.k0 - before, k1=tile.k1 - before))
+    return parts
 
 
 def visible_tiles(q: Spans, k: Spans, mask: Mask = CAUSAL) -> tuple[Tile, ...]:

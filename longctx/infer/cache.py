@@ -26,6 +26,10 @@ class Cache(Protocol):
         """Append this pass's keys and values and return all of ``layer``, [b rows hk d]."""
         ...
 
+    def append_each(self, layer: int, k: Keys, v: Keys) -> Sequence[tuple[Tensor, Tensor]]:
+        """Append this pass's keys and values and return those of each sequence alone, which copies nothing."""
+        ...
+
 
 class KVCache:
     """Keys and values of one sequence, for this rank's positions and all layers.
@@ -60,6 +64,10 @@ class KVCache:
         values[:, begin:end] = v
         return keys[:, :end], values[:, :end]
 
+    def append_each(self, layer: int, k: Keys, v: Keys) -> Sequence[tuple[Tensor, Tensor]]:
+        """Do as `append`; the cache has one sequence."""
+        return [self.append(layer, k, v)]
+
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return the cached keys and values of ``layer`` as views, [b rows hk d]."""
         keys, values = self._layers[layer]
@@ -92,6 +100,10 @@ class PrefixView:
         keys, values = self._prefix.layer(layer)
         return torch.cat([keys, k], 1), torch.cat([values, v], 1)
 
+    def append_each(self, layer: int, k: Keys, v: Keys) -> Sequence[tuple[Tensor, Tensor]]:
+        """Do as `append`; the view has one sequence."""
+        return [self.append(layer, k, v)]
+
 
 class BatchCache:
     """The caches of several sequences as one cache, with a document per sequence.
@@ -117,13 +129,16 @@ class BatchCache:
 
     def append(self, layer: int, k: Keys, v: Keys) -> tuple[Tensor, Tensor]:
         """Append each sequence's rows to its cache and return all rows, [b rows hk d], sequence by sequence."""
+        keys, values = zip(*self.append_each(layer, k, v), strict=True)
+        return (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys, 1), torch.cat(values, 1))
+
+    def append_each(self, layer: int, k: Keys, v: Keys) -> Sequence[tuple[Tensor, Tensor]]:
+        """Append each sequence's rows to its cache and return its keys and values, [b rows hk d]."""
         if len(self._caches) == 1:
-            return self._caches[0].append(layer, k, v)
-        by_sequence = []
-        for cache, rows in zip(self._caches, self._rows, strict=True):
-            by_sequence.append(cache.append(layer, k[:, rows], v[:, rows]))
-        keys, values = zip(*by_sequence, strict=True)
-        return torch.cat(keys, 1), torch.cat(values, 1)
+            return self._caches[0].append_each(layer, k, v)
+        return [
+            cache.append(layer, k[:, rows], v[:, rows]) for cache, rows in zip(self._caches, self._rows, strict=True)
+        ]
 
 
 def _as_slice(rows: Tensor) -> slice | Tensor:

@@ -12,7 +12,7 @@ from longctx.attention.kernel import attend_tiles
 from longctx.attention.layout import Layout
 from longctx.attention.mask import causal_within
 from longctx.attention.partial import empty_partial
-from longctx.attention.tiles import visible_tiles
+from longctx.attention.tiles import split_keys, visible_tiles
 from longctx.infer.cache import Cache
 from longctx.infer.engine import ATTENTION, Engine
 from longctx.megatron.attention import LayerAttention, Pass, rotary_tables
@@ -97,15 +97,20 @@ def run_replicated(
     cache.extend(layout)
     all_rows = layout.on_one_rank()
     queries, keys = all_rows.ranks[0], cache.layout.ranks[engine.ring.rank]
-    tiles = {window: visible_tiles(queries, keys, causal_within(window)) for window in set(engine.shape.windows)}
+    lengths = [one.rows(engine.ring.rank) for one in cache.layout.by_document()]
+    tiles = {
+        window: split_keys(visible_tiles(queries, keys, causal_within(window)), lengths)
+        for window in set(engine.shape.windows)
+    }
     rows_to_cache = layout.index(engine.ring.rank).to(engine.device)
     degree, member = engine.ulysses.size, engine.ulysses.rank
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         q, k, v = (share_of_heads(x, degree, member) for x in (q, k, v))
-        keys_and_values = cache.append(layer, k[:, rows_to_cache], v[:, rows_to_cache])
+        by_sequence = cache.append_each(layer, k[:, rows_to_cache], v[:, rows_to_cache])
         partial = empty_partial(q)
-        attend_tiles(partial, q, *keys_and_values, tiles[engine.shape.windows[layer]], engine.kernel)
+        for keys_and_values, own in zip(by_sequence, tiles[engine.shape.windows[layer]], strict=True):
+            attend_tiles(partial, q, *keys_and_values, own, engine.kernel)
         with doing(f"layer {layer}"):
             if share:
                 heads = share.ranges(q.shape[2] * degree)

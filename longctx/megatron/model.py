@@ -10,12 +10,6 @@ import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
-)
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -24,7 +18,7 @@ from longctx.megatron.attention import Pass
 from longctx.megatron.experts import mixture_config
 from longctx.megatron.shared import WeightShare
 from longctx.megatron.spd.layer import SPDTransformerLayer, follow_plan
-from longctx.megatron.spec import LOCAL, layer_spec, norm_of, te_linears
+from longctx.megatron.spec import LOCAL, layer_spec, norm_of, record_sharding, te_linears
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm
 from longctx.parallel.validate import refuse_no_te, refuse_other_than_te
@@ -40,8 +34,6 @@ _ACTIVATIONS = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "gelu_sigmoid": lambda x: x * torch.sigmoid(1.702 * x),
 }
-# The dimension that tensor-parallel ranks divide, in the layout of torch's linear layers: (outputs, inputs).
-_SHARDED_DIMENSION = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
 _LOGITS_IN_MEMORY = 50_000_000 // 4
 
 
@@ -104,7 +96,7 @@ def build_model(
         position_embedding_type="none",  # `hidden_states` takes angles of explicit positions
         pg_collection=groups,
     )
-    _record_sharding(model)
+    record_sharding(model)
     # megatron-core builds norms of queries and keys if this is set, and then sums their gradients over ranks.  That is
     # right if every rank has the whole weights, but ranks share those of a norm over all heads.
     config.qk_layernorm = shape.qk_norm == "head"
@@ -112,14 +104,6 @@ def build_model(
     if plan is not None:
         follow_plan(model, plan)
     return model.to(device).eval()
-
-
-def _record_sharding(model: GPTModel) -> None:
-    """Set the attributes of sharded weights, as megatron-core does where it initialises them."""
-    for module in model.modules():
-        dim = next((dim for kind, dim in _SHARDED_DIMENSION.items() if isinstance(module, kind)), None)
-        if dim is not None and module.weight is not None:
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 
 def _scale_embedding_and_logits(model: GPTModel, shape: ModelShape, dtype: torch.dtype) -> None:

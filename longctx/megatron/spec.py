@@ -4,12 +4,19 @@ from dataclasses import dataclass
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import nn
 
 from longctx.megatron.attention import ContextParallelAttention
 from longctx.megatron.experts import mixture_spec
@@ -26,6 +33,9 @@ from longctx.megatron.modules import (
 )
 from longctx.megatron.shared import OutputProjection, QKVProjection, UpProjection
 from longctx.model_shape import Experts, ModelShape
+
+# The dimension that tensor-parallel ranks divide, in the layout of torch's linear layers: (outputs, inputs).
+_SHARDED_DIMENSION = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
 
 
 @dataclass(frozen=True)
@@ -147,3 +157,14 @@ def _output_projection(shape: ModelShape, bias: bool, linears: Linears) -> Modul
         assert not bias, "no known model has a bias and a scale on one output"
         return ModuleSpec(module=linears.scaled_output, params={"scale": shape.residual_scale})
     return linears.biased_output if bias else linears.output
+
+
+def record_sharding(module: nn.Module) -> None:
+    """Set the attributes of all sharded weights, as megatron-core does only where it initialises them.
+
+    Every module that is built from a `layer_spec` needs this.
+    """
+    for linear in module.modules():
+        dim = next((dim for kind, dim in _SHARDED_DIMENSION.items() if isinstance(linear, kind)), None)
+        if dim is not None and linear.weight is not None:
+            set_tensor_model_parallel_attributes(linear.weight, is_parallel=True, dim=dim, stride=1)

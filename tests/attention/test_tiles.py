@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from longctx.attention.layout import Layout, contiguous, documents, single, striped, zigzag
 from longctx.attention.mask import CAUSAL, Mask
 from longctx.attention.spans import Span
-from longctx.attention.tiles import Tile, visible_tiles
+from longctx.attention.tiles import Tile, split_keys, visible_tiles
 from tests import oracle
 from tests.turns import conversations, few, grown, lengths, sizes
 
@@ -163,3 +163,10 @@ def test_zigzag_work_is_even(size, chunk):
         for q in range(size)
     ]
     assert set(pairs) == {length * (length + 1) // 2 // size}
+
+
+def test_tiles_of_parts_of_the_keys_count_from_their_beginnings():
+    parts = split_keys([Tile(0, 2, 0, 3), Tile(2, 4, 3, 4), Tile(4, 5, 4, 9), Tile(4, 6, 9, 11, True)], [3, 1, 0, 7, 0])
+    assert parts == [[Tile(0, 2, 0, 3)], [Tile(2, 4, 0, 1)], [], [Tile(4, 5, 0, 5), Tile(4, 6, 5, 7, True)], []]
+    with pytest.raises(AssertionError, match="spans two parts"):
+        split_keys([Tile(0, 1, 2, 4)], [3, 3])

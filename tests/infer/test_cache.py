@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from longctx.attention.layout import Layout, contiguous, documents, single, striped, zigzag
+from longctx.attention.layout import Layout, contiguous, documents, side_by_side, single, striped, zigzag
 from longctx.infer.cache import BatchCache, KVCache, PrefixView
 
 BATCH, HEADS, HEAD_DIM, LAYERS = 2, 3, 5, 2
@@ -153,3 +153,21 @@ def test_extending_a_batch_is_linear_in_its_sequences():
         return Visited.count
 
     assert visits(202) <= 2.1 * visits(101)
+
+
+def test_batch_gives_each_sequence_alone_without_a_copy():
+    caches = [KVCache(2, 1, reserve=29) for _ in range(3)]
+    batch = BatchCache(caches, 1)
+    lengths = [5, 1, 3]
+    later = side_by_side([contiguous(n, 2) for n in lengths])
+    batch.extend(later)
+    k, v = (torch.randn(1, later.rows(1), 3, 7) for _ in range(2))
+    joined = batch.append(0, k, v)
+    batch.extend(side_by_side([contiguous(n, 2) for n in lengths]).after(later))
+    k2, v2 = (torch.randn(1, later.rows(1), 3, 7) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(joined, (k, v), strict=True))
+    parts = batch.append_each(0, k2, v2)
+    for cache, pair, rows in zip(caches, parts, later.rows_by_document(1), strict=True):
+        for got, one, old, new in zip(pair, cache.layer(0), (k, v), (k2, v2), strict=True):
+            assert torch.equal(got, torch.cat([old[:, rows], new[:, rows]], 1))
+            assert got.data_ptr() == one.data_ptr() or not got.numel()

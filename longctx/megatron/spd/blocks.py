@@ -33,7 +33,7 @@ from longctx.megatron.hf_io.names import tensor_views_of_layer
 from longctx.megatron.loss import loss_of
 from longctx.megatron.modules import RMSNorm
 from longctx.megatron.spd.layer import SPDTransformerLayer
-from longctx.megatron.spec import layer_spec
+from longctx.megatron.spec import layer_spec, record_sharding
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm, SingleRankComm
 from longctx.parallel.hybrid import hybrid
@@ -105,6 +105,7 @@ class Blocks:
         layer: SPDTransformerLayer = build_module(
             spec, config=original.config, layer_number=block + 1, pg_collection=self.model.pg_collection
         )
+        record_sharding(layer)
         layer.to(next(original.parameters()).device).load_state_dict(original.state_dict())
         layer.drop(dropped=True, own_norms=own_norms)
         layer.train()
