@@ -162,10 +162,10 @@ def test_batch_gives_each_sequence_alone_without_a_copy():
     later = side_by_side([contiguous(n, 2) for n in lengths])
     batch.extend(later)
     k, v = (torch.randn(1, later.rows(1), 3, 7) for _ in range(2))
-    joined = batch.append(0, k, v)
+    appended = batch.append(0, k, v)
     batch.extend(side_by_side([contiguous(n, 2) for n in lengths]).after(later))
     k2, v2 = (torch.randn(1, later.rows(1), 3, 7) for _ in range(2))
-    assert all(torch.equal(*pair) for pair in zip(joined, (k, v), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(appended, (k, v), strict=True))
     parts = batch.append_each(0, k2, v2)
     for cache, pair, rows in zip(caches, parts, later.rows_by_document(1), strict=True):
         for got, one, old, new in zip(pair, cache.layer(0), (k, v), (k2, v2), strict=True):

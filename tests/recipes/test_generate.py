@@ -39,7 +39,7 @@ PROMPT = "prompt.text=The quick brown fox, as ever."  # 29 tokens, of a byte eac
         ("max_new_tokens=97", "max_new_tokens=97 fills the model's context of 97: ask for fewer"),
         ("max_new_tokens=69", r"29 tokens, and with max_new_tokens=69 .*context of 97: .*prompt\.tokens=28"),
         ("prompt.tokens=0", r"prompt\.tokens=0: keep at least one"),
-        ("prompt.question=Who?", r"prompt\.question needs a chat template, which"),
+        ("prompt.question=Who?", r"prompt\.question needs a chat template: set model"),
         ("prompt.pydoc=assert", "one source, not text and pydoc"),
         ("out=/dev/null/result.json", "out=/dev/null/result.json cannot be written"),
         ("out=/dev", "out=/dev is a folder: give the name of a file"),
