@@ -1,4 +1,4 @@
-"""Tensor types with named axes, for signatures.  Tests check them at every call (jaxtyping with beartype).
+"""Tensor types with named axes, for signatures.  Tests check them (jaxtyping with beartype).
 
 ``b`` batch; ``s`` rows that this rank holds, ``sq`` / ``sk`` rows of queries / keys if they differ; ``hq`` / ``hk``
 query heads / KV heads; ``d`` head dimension.  `AnyShape` is for functions that accept every shape and dtype.

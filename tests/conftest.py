@@ -68,8 +68,8 @@ LONG = (
 )
 
 
-# Files whose many calls are not checked for the types in their signatures, which took longer than the calls.  The files
-# of the functions that they call check them.
+# Files without the check of signatures, which took longer than their many calls.  The functions that they call are
+# checked in other files.
 UNCHECKED = ("parallel/test_drift.py", "parallel/test_ring.py", "parallel/test_table.py")
 
 

@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from longctx.config import ModelSource
+from longctx.hf.config import shape_of
+
+# Settings that transformers takes from shapes: with another value, a tensor would not fit.
+_SHOWN_BY_SHAPES = ("attention.key_length", "attention.value_length")
 
 Say = Callable[[str], None]
 
@@ -68,6 +72,7 @@ def convert(gguf: Path, to: Path, say: Say) -> None:
     Raises ValueError if transformers cannot read the file, or does not read all of it.
     """
     import torch
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -77,7 +82,8 @@ def convert(gguf: Path, to: Path, say: Say) -> None:
     logging.disable_progress_bar()
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "trust_remote_code": False}
     try:
-        elements = _elements(gguf)
+        reader = GGUFReader(gguf)
+        elements = _elements(reader)
         model, report = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except Exception as error:  # a damaged file raises any class, such as KeyError
@@ -98,23 +104,32 @@ def convert(gguf: Path, to: Path, say: Say) -> None:
     save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(to)
     model.config.save_pretrained(to)
+    _refuse_other_rotation(gguf, reader, to)
 
 
-def _elements(gguf: Path) -> int:
+def _elements(reader: Any) -> int:
     """Return the number of elements of all tensors in the file.
 
-    Raises ValueError if it has a scaled rotary embedding or a window, which transformers would leave out.
+    Raises ValueError for a setting of the model that transformers would leave out, such as a scaled rotary embedding.
     """
-    from gguf import GGUFReader
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
-    reader: Any = GGUFReader(gguf)
-    tensors = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
-    unread = [name for name in tensors if name.startswith("rope_")]
-    for key, field in reader.fields.items():
-        if re.search(r"\.rope\.scaling\.", key) and field.contents() not in ("none", 1.0):
-            unread.append(key)
-        if key in ("llama.attention.sliding_window", "qwen2.attention.sliding_window"):
-            unread.append(key)
-    if unread:
-        raise ValueError(f"transformers does not read {unread[0]} from GGUF")
-    return sum(tensors.values())
+    architecture = reader.fields["general.architecture"].contents()
+    names = {name.replace("_", ""): known for name, known in GGUF_CONFIG_MAPPING.items()}
+    known = names.get(architecture.replace("-", "").replace("_", ""), {})  # transformers refuses an unknown one
+    for key in reader.fields if known else ():
+        name = key.removeprefix(f"{architecture}.")
+        if name != key and name not in known and name not in _SHOWN_BY_SHAPES:
+            raise ValueError(f"transformers does not read {key} from GGUF")
+    return sum(int(tensor.n_elements) for tensor in reader.tensors)
+
+
+def _refuse_other_rotation(gguf: Path, reader: Any, folder: Path) -> None:
+    """Raise ValueError if the file rotates another number of dimensions than ``folder``'s config.json says."""
+    field = reader.fields.get(f"{reader.fields['general.architecture'].contents()}.rope.dimension_count")
+    rotated = {2 * len(rotary.frequencies) for rotary in shape_of(folder).rotaries if rotary}
+    if field and rotated != {field.contents()}:
+        raise ValueError(
+            f"{gguf}: transformers does not read from GGUF that a part of each head is rotated; "
+            "use the model's Hugging Face folder"
+        )
