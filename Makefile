@@ -6,8 +6,8 @@ READY := $(VENV)/ready
 # CUDA builds of torch, for make gpu: flash-attn and Transformer Engine compile against the torch that is installed.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cu130
 OUT ?= outputs/gpu_check
-# A file's tests stay in one process, because they share fixtures and warm ranks; their order is random, the same for a
-# SEED. Three processes on two cores, because many tests wait: for a cluster, a time limit, a rank that is gone.
+# A file's tests stay in one process, because they share fixtures and warm ranks, and so do all of tests/slurm (see
+# tests/conftest.py); their order is random, the same for a SEED. Three processes on two cores, because many tests wait: for a cluster, a time limit, a rank that is gone.
 SEED ?= 1
 AT_ONCE := --numprocesses 3 --dist loadfile --no-loadscope-reorder --random-order --random-order-seed=$(SEED)
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import yaml
 from omegaconf import DictConfig
 from rich.table import Table
 
+from longctx.config.run import KernelName
 from longctx.cost.forward import layer_weights
 from longctx.cost.hardware import Hardware, LayerRates
 from longctx.parallel.launch import Rank
@@ -36,7 +37,7 @@ class CalibrateSettings:
     """Settings of configs/calibrate.yaml outside any section."""
 
     out: str
-    kernel: Literal["auto", "reference", "flash_cpu", "flash_cuda", "cudnn", "flash_attn", "triton"] = "auto"
+    kernel: KernelName = "auto"
 
 
 def measure_ring(runtime: Runtime, target: Target) -> Hardware:

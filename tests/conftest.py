@@ -11,6 +11,8 @@ import pytest
 import torch
 import yaml
 from hypothesis import HealthCheck, settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from longctx.config import ModelSource
 from longctx.hf.locate import locate
@@ -53,18 +55,18 @@ WARM = [
 ]
 
 # Files that take minutes, in the order in which they start, before all others: parallel processes then end at about the
-# same time.  Those of Slurm mostly wait, so others run meanwhile.
+# same time.  The first process runs all files of tests/slurm (see `OneSlurmAtATime`).
 LONG = (
     "slurm/test_survival.py",
+    "slurm/test_jobs.py",
+    "slurm/test_readme.py",
+    "slurm/test_generate.py",
     "recipes/test_pretrain.py",
     "megatron/spd/test_repair.py",
-    "slurm/test_jobs.py",
     "infer/test_parity.py",
-    "parallel/test_table.py",
-    "slurm/test_readme.py",
     "megatron/hf_io/test_load.py",
+    "parallel/test_table.py",
     "train/test_families.py",
-    "slurm/test_generate.py",
 )
 
 
@@ -139,6 +141,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = item.path.as_posix()
         if path.endswith(SLOW) or "/recipes/bench/" in path:
             item.add_marker("slow")
+
+
+class OneSlurmAtATime(LoadFileScheduling):
+    """pytest-xdist's distribution by file, but one process runs all files of tests/slurm.
+
+    A test cluster has daemons and cold ranks, and its tests mostly wait.  Two of them at once slow each other down,
+    while a core has nothing to do.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling | None:
+    return OneSlurmAtATime(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_report_header() -> str:

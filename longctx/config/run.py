@@ -64,6 +64,9 @@ class Mesh:
         return " ".join(used) or "one rank"
 
 
+KernelName = Literal["auto", "reference", "flash_cpu", "flash_cuda", "cudnn", "flash_attn", "triton"]
+
+
 @dataclass(frozen=True)
 class Context:
     """How context-parallel ranks share a sequence, and which tensors they exchange.
@@ -78,7 +81,7 @@ class Context:
     strategy: Literal["pass_kv", "pass_q", "all_gather_kv", "auto", "alg1", "alg5", "empirical"] = "pass_kv"
     decode: Literal["pass_kv", "pass_q", "all_gather_kv", "gather_merge", "sharded", "auto"] = "gather_merge"
     layout: Literal["zigzag", "contiguous", "striped"] = "zigzag"
-    kernel: Literal["auto", "reference", "flash_cpu", "flash_cuda", "cudnn", "flash_attn", "triton"] = "auto"
+    kernel: KernelName = "auto"
     chunk: int | None = None
     check_schedule: bool = False
 

@@ -16,7 +16,7 @@ from eval.stats.sequential import sizes_at
 from longctx.hf.config import tokenizer_of
 from tests.eval.conftest import CHOICES
 
-EXAMPLES = 401
+EXAMPLES = 251
 LOST = {"same": 0, "worse": 3, "close": 20}  # a variant loses every so many-th example; 0: none
 RunTask = Callable[..., tuple[object, dict]]
 

@@ -48,10 +48,16 @@ def run_to_end(out: Path, *settings: str) -> str:
     return err
 
 
-def run_here(cli, out: Path, *settings: str) -> str:
-    """Run to the end in this process with warm ranks, which is faster than `run_to_end`; return standard error."""
+def run_here(cli, out: Path, *settings: str, resume_after: int = 0) -> str:
+    """Run to the end in this process with warm ranks, which is faster than `run_to_end`; return standard error.
+
+    What ranks print is not in it.  The steps to ``resume_after`` must not run again: their lines, which have their
+    seconds, stay as they were.
+    """
+    before = lines(out)[:resume_after] if resume_after else []
     code, _, err = cli(pretrain, pretrain.task, "experiment=pretrain/tiny", f"out={out}", *QUICK, *settings)
     assert code == 0, err
+    assert len(before) == resume_after and lines(out)[:resume_after] == before
     return err
 
 
@@ -83,7 +89,7 @@ def test_run_learns_and_records_every_step(whole):
     assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == [f"step-{STEPS:08}"]
 
 
-def test_killed_run_resumes_with_the_losses_of_an_uninterrupted_one(whole, tmp_path):
+def test_killed_run_resumes_with_the_losses_of_an_uninterrupted_one(cli, whole, tmp_path):
     """It is killed after random steps, and twice while a checkpoint is being written."""
     out, draw = tmp_path / "run", random.Random(11)
     settings = (f"steps={STEPS}", "checkpoint.every=2", "mesh.ring=2")
@@ -97,13 +103,13 @@ def test_killed_run_resumes_with_the_losses_of_an_uninterrupted_one(whole, tmp_p
     for moment in ("step", "save", "step", "save"):
         run, step = start(out, *settings), min(steps_done() + draw.randint(2, 4), STEPS - 1)
         kill_when(run, is_saving if moment == "save" else lambda step=step: steps_done() >= step)
-    assert "resuming after step" in run_to_end(out, *settings)
+    run_here(cli, out, *settings, resume_after=2)
     for (step, loss, norm, tokens), expected in zip(curve(out), curve(whole), strict=True):
         assert (step, tokens) == (expected[0], expected[3])
         assert (loss, norm) == pytest.approx(expected[1:3], rel=2e-6)  # rounding on another mesh
 
 
-def test_run_that_is_asked_to_stop_saves_and_resumes_after_the_same_step(tmp_path):
+def test_run_that_is_asked_to_stop_saves_and_resumes_after_the_same_step(cli, tmp_path):
     settings = ("steps=99", "mesh.ring=2", "checkpoint.every=1000", "evaluate.every=0")
     run = start(tmp_path, *settings)
     deadline = time.monotonic() + 120
@@ -115,7 +121,8 @@ def test_run_that_is_asked_to_stop_saves_and_resumes_after_the_same_step(tmp_pat
     done = len(lines(tmp_path))
     assert run.returncode == 75 and done < 99
     assert f"stopped after step {done}, as asked" in err
-    assert f"resuming after step {done}" in run_to_end(tmp_path, "steps=101", *settings[1:])
+    run_here(cli, tmp_path, f"steps={done + 2}", *settings[1:], resume_after=done)
+    assert [line["step"] for line in lines(tmp_path)] == [*range(1, done + 3)]
 
 
 def test_more_steps_resume_on_another_mesh(cli, tmp_path):
@@ -125,7 +132,7 @@ def test_more_steps_resume_on_another_mesh(cli, tmp_path):
     """
     constant = ("optim.decay=constant", "checkpoint.keep=1", "optim.zero1=true")
     run_here(cli, tmp_path / "a", *constant, "mesh.tp=2", "mesh.dp=2", "steps=4")
-    assert "resuming after step 4" in run_to_end(tmp_path / "a", *constant, "mesh.ulysses=2", "mesh.pp=2", "steps=7")
+    run_here(cli, tmp_path / "a", *constant, "mesh.ulysses=2", "mesh.pp=2", "steps=7", resume_after=4)
     err = " ".join(run_here(cli, tmp_path / "b", *constant, "steps=7", "hardware=h200").split())
     assert re.search(r"time of a step \S+ s, predicted \S+ s \(-\d+%\)", err)
     measured, predicted = re.search(r"peak memory of a step (\S+) MB, predicted (\S+): optimizer", err).groups()
@@ -158,10 +165,10 @@ def test_run_under_torchrun(whole, tmp_path):
     assert [line[0] for line in curve(tmp_path)] == [1, 2]
 
 
-def test_resumed_run_continues_the_same_wandb_run(tmp_path, monkeypatch):
+def test_resumed_run_continues_the_same_wandb_run(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     run_to_end(tmp_path, "track=wandb", "steps=2", "track.tags=[a,b]")
-    run_to_end(tmp_path, "track=wandb", "steps=3")
+    run_here(cli, tmp_path, "track=wandb", "steps=3", resume_after=2)
     metadata = checkpoint_index.read_metadata(checkpoint_index.latest_whole(tmp_path / "checkpoints")[0])
     starts = sorted((tmp_path / "wandb").glob(f"offline-run-*-{metadata['run_id']}"))
     assert len(starts) == 2, "two starts of one run"
