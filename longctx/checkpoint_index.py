@@ -61,9 +61,9 @@ def content_fault_of(checkpoint: Path) -> str:
 
 
 def foreign_content_of(checkpoint: Path, index: Mapping[str, Any]) -> str:
-    """Describe what is foreign in the checkpoint's index of tensors: classes or files; empty if nothing is.
+    """Describe the first class or file in the index of tensors that does not belong to the checkpoint; "" if none.
 
-    ``index`` is the content of its run.json.
+    ``index`` is the content of the checkpoint's run.json.
     """
     try:
         foreign = files_named_in(checkpoint / METADATA) - set(index["files"])
@@ -105,7 +105,7 @@ def read_metadata(checkpoint: Path) -> dict[str, Any]:
 
 
 def unchecked_line(checkpoint: Path) -> str:
-    """Return a line for the user if the checkpoint has no checksums, else the empty string."""
+    """Return a warning for the user if the checkpoint has no checksums, else the empty string."""
     if _CHECKSUMS in read_metadata(checkpoint):
         return ""
     return f"{checkpoint} was written by a version without checksums: its files were checked by size only"

@@ -25,7 +25,7 @@ def crc32_of_file(file: Path) -> int:
 
 
 def crc32_of_files(files: Iterable[Path]) -> list[int]:
-    """Return the CRC-32 of each of ``files``, of which a few are read at a time."""
+    """Return the CRC-32 of each of ``files``, in their order; up to four files are read at a time."""
     with ThreadPoolExecutor(4) as pool:
         return list(pool.map(crc32_of_file, files))
 

@@ -134,6 +134,7 @@ class ModelShape:
     def refuse_unknown_token(self, largest: int, where: str = "the text") -> None:
         """Raise ValueError if ``largest``, the largest token id of a text, is beyond the vocabulary.
 
+        ``where`` names the text in the message.
         A tokenizer may know more tokens than the model has rows in its embedding, such as one for padding.
         """
         if largest >= self.vocab_size:

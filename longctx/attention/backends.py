@@ -53,9 +53,10 @@ def _takes(kernel: Kernel, device: str, dtype: str) -> bool:
 
 
 def candidates(device: str, dtype: str) -> list[Kernel]:
-    """Return the kernels that ``auto`` chooses among on a GPU.  Raises ValueError if none takes ``dtype``.
+    """Return the kernels that ``auto`` chooses among on a GPU.
 
-    `reference` is none of them: it keeps all scores of a tile.
+    `reference` is left out: it keeps all scores of a tile in memory.  Raises ValueError unless ``dtype`` is bfloat16 or
+    float16.
     """
     names = [name for name, kernel in KERNELS.items() if installed(name) and _takes(kernel, device, dtype)]
     if dtype not in ("bfloat16", "float16"):
@@ -75,8 +76,8 @@ def checked_kernel(
 ) -> Kernel:
     """Return kernel ``name``, verified on ``device`` for heads of ``head_dim`` unless it is a CPU.
 
-    On a GPU, ``auto`` is the fastest of the `candidates` that are exact there (`fastest_exact`); ``slowest`` gives the
-    slowest rank's seconds.
+    On a GPU, ``auto`` is the fastest of the `candidates` that are exact there.  ``slowest`` receives the candidates'
+    seconds on this rank, and returns those of the slowest rank (`fastest_exact`).
 
     Raises ValueError as `kernel_for` does, and if the kernel is inexact on this device (`refuse_inexact`).
     """

@@ -95,7 +95,7 @@ class Layout:
         )
 
     def between(self, begin: int, end: int) -> "Layout":
-        """Return the layout of positions ``begin`` to ``end`` (exclusive) of the only document, rows in their order.
+        """Return the layout of positions ``begin`` to ``end`` (exclusive) of the only document; rows keep their order.
 
         >>> zigzag(8, 2).between(1, 6).ranks
         ((Span(start=1, length=1, step=1, document=0),), (Span(start=2, length=4, step=1, document=0),))
@@ -139,7 +139,7 @@ class Layout:
         return [_concat(pieces) for pieces in rows]
 
     def gather(self, parts: int) -> "Layout":
-        """Concatenate the rows of every ``parts`` consecutive ranks into one; undoes `split`."""
+        """Return the layout in which each rank has the rows of ``parts`` consecutive ranks; the inverse of `split`."""
         groups = [self.ranks[i : i + parts] for i in range(0, self.size, parts)]
         ranks = (merge_spans([s for spans in group for s in spans], self.size // parts) for group in groups)
         return Layout(self.lengths, tuple(ranks), self.begins)

@@ -27,7 +27,7 @@ class Span:
         return replace(self, start=self.start + first * self.step, length=end - first)
 
     def between(self, begin: int, end: int) -> "Span":
-        """Return the rows at positions ``begin`` to ``end`` (exclusive) of this span, maybe none."""
+        """Return the part of this span at positions ``begin`` to ``end`` (exclusive); it may have no rows."""
         first, after = (min(max(0, -((self.start - at) // self.step)), self.length) for at in (begin, end))
         return self.part(first, after)
 

@@ -53,14 +53,15 @@ class Tile:
         return rows * (rows + 1) // 2 if self.causal else rows * (self.k1 - self.k0)
 
     def shift(self, q: int, k: int) -> "Tile":
-        """Return this tile ``q`` query rows and ``k`` key rows further on."""
+        """Return this tile moved down by ``q`` query rows and right by ``k`` key rows."""
         return Tile(self.q0 + q, self.q1 + q, self.k0 + k, self.k1 + k, self.causal, self.mirrored)
 
 
 def split_keys(tiles: Iterable[Tile], lengths: Sequence[int]) -> list[list[Tile]]:
-    """Return the tiles of each of several parts, which have ``lengths`` rows of the keys one after another.
+    """Cut the keys into consecutive parts of ``lengths`` rows, and return the tiles of each part.
 
-    Key rows count from the beginning of a part.  A tile must lie within one part, as the tiles of a document do.
+    In the result, key rows count from the beginning of the part.  A tile must lie within one part, as the tiles of a
+    document do.
     """
     ends = list(accumulate(lengths))
     parts: list[list[Tile]] = [[] for _ in lengths]

@@ -38,7 +38,7 @@ def blocks_for(kernel: str, head_dim: int, dtype: torch.dtype) -> BlockSizes:
 
 
 def arguments(kernel: str, q: Queries, k: Keys, causal: bool) -> dict[str, Any]:
-    """Return the arguments of ``kernel`` other than tensors, by name."""
+    """Return the arguments, by name, that ``kernel`` (see `blocks_for`) takes besides tensors."""
     blocks, d = blocks_for(kernel, q.shape[3], q.dtype), q.shape[3]
     return {
         "sq": q.shape[1], "sk": k.shape[1], "hq": q.shape[2], "hk": k.shape[2], "scale": d**-0.5,

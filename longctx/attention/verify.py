@@ -30,7 +30,7 @@ def refuse_inexact(kernel: Kernel, device: torch.device, dtype: torch.dtype, hea
         if not (worst <= _TOLERANCE[dtype] and lse <= min(_LSE_TOLERANCE, _TOLERANCE[dtype])):
             raise ValueError(
                 f"kernel {kernel.name} is off by {worst:.1e} ({lse:.1e} in its log-sum-exp) on {device} in {dtype} "
-                f"({sq} rows, {sk} keys, {hq} heads of {head_dim} over {hk}{', causal' if causal else ''}); "
+                f"({sq} rows, {sk} keys, {hq} heads of {head_dim} over {hk} KV heads{', causal' if causal else ''}); "
                 "use context.kernel=reference"
             )
 

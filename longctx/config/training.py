@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from math import inf
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class TextSource:
     def __post_init__(self) -> None:
         if sum(map(bool, (self.path, self.name, self.pydoc))) != 1:
             raise ValueError(
-                "a data source has exactly one of path (file, folder or pattern), name (on the hub), pydoc"
+                "a data source has exactly one of path (file, folder or pattern), name (on the hub), pydoc: "
+                "set one of them, and leave out the others"
             )
         if not self.name and (self.subset or self.revision or self.streaming or self.split != "train"):
             raise ValueError(
@@ -136,8 +137,7 @@ Adapted = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 class LoRA:
     """Low-rank adapters of ``rank``, trained instead of the weights (None: train all weights; arXiv 2106.09685).
 
-    They are added to the layers ``targets`` (megatron-core's names), and their output is multiplied by ``alpha`` /
-    ``rank``.
+    The layers ``targets`` (megatron-core's names) get adapters, whose output is multiplied by ``alpha`` / ``rank``.
     """
 
     rank: int | None = None
@@ -150,4 +150,6 @@ class LoRA:
         if not 0 < self.alpha < inf:
             raise ValueError(f"lora.alpha={self.alpha}: use a number above 0")
         if not self.targets or len(set(self.targets)) < len(self.targets):
-            raise ValueError(f"lora.targets={list(self.targets)}: name at least one layer, and each once")
+            raise ValueError(
+                f"lora.targets={list(self.targets)}: name at least one of {', '.join(get_args(Adapted))}, and each once"
+            )

@@ -61,7 +61,7 @@ class DecodeWork:
 
 
 def product_seconds(work: DecodeWork, hardware: DecodeHardware, ranks: int) -> float:
-    """Return L p(w / n) + p(v / n) of the module docstring, if n = ``ranks`` share the weights."""
+    """Return the seconds of a step's products if n = ``ranks`` share the weights: L p(w / n) + p(v / n)."""
 
     def seconds(weights: float, size: float) -> float:
         return max(size / hardware.weight_bytes_per_s, 2 * work.batch * weights / hardware.flops) / ranks
@@ -71,7 +71,7 @@ def product_seconds(work: DecodeWork, hardware: DecodeHardware, ranks: int) -> f
 
 
 def exchanges(work: DecodeWork, strategy: str) -> Iterator[tuple[float, float]]:
-    """Yield the number of exchanges of a kind in a step by ``strategy``, and the bytes that a rank sends in each.
+    """Yield, for each kind of exchange in a step by ``strategy``, their number and the bytes that a rank sends in one.
 
     Sums over tensor-parallel ranks alone are left out.  Raises ValueError for a strategy without a formula.
     """

@@ -60,7 +60,7 @@ def share_of_rows(count: int, per_token: int, ep: int) -> float:
 
 
 def messages(shape: Decoder, mesh: Degrees, rows: float, element: float) -> Iterator[ExpertExchange]:
-    """Yield what a rank sends in one layer with experts, for ``rows`` rows of ``element`` bytes a number."""
+    """Yield the exchanges of one layer with experts, for ``rows`` rows per rank and numbers of ``element`` bytes."""
     if shape.mixture is None or mesh.ep == 1:
         return
     count, per_rank = shape.mixture.count, shape.mixture.count // mesh.ep

@@ -53,9 +53,9 @@ class PassCost:
 
 
 def layer_weights(shape: Decoder) -> tuple[int, float]:
-    """Return the weights that multiply a token in a layer: attention's projections, and its feed-forward network.
+    """Return how many weights multiply a token in a layer: in attention's projections, and in feed-forward networks.
 
-    Of experts, these are the chosen ones and the router.  The second number is the mean over all layers.
+    For experts, these are the chosen experts and the router.  The second number is the mean over all layers.
     """
     heads = 2 * shape.heads + 2 * shape.kv_heads
     return shape.hidden * heads * shape.head_dim, shape.ffn_weights_per_token / shape.layers

@@ -62,7 +62,7 @@ class Level:
 
     @property
     def reduce_bytes_per_s(self) -> float:
-        """Return the rate of a rank's link in a large all-reduce on this level alone."""
+        """Return the bytes/s that a rank's link carries in a large all-reduce within one block of this level."""
         return self.exchange.bulk.bytes_per_s if self.exchange.bulk else self.exchange.bytes_per_s
 
 

@@ -84,9 +84,9 @@ def stage_weights(shape: Decoder, mesh: Degrees) -> float:
 
 
 def weights_by_replicas(shape: Decoder, mesh: Degrees) -> dict[int, float]:
-    """Return the number of weights on one rank, by the number of ranks that have the same ones.
+    """Return the number of weights on one rank, keyed by the number of ranks that hold a copy of them.
 
-    Ranks that divide the experts have the same other weights.
+    Ranks that divide the experts hold copies of all other weights.
     """
     ends = (1 if shape.tied or mesh.pp > 1 else 2) * shape.vocab_size * shape.hidden
     projections, _ = layer_weights(shape)

@@ -1,8 +1,8 @@
 """Rows that travel around a ring, and blocks that are computed, if a sliding window reaches only some of them.
 
 The layout is zigzag: a sequence has 2 N chunks, and rank r has chunks r and 2 N - 1 - r.  A query sees the w - 1 keys
-before it.  A chunk of keys that ends g positions before a chunk of queries begins is seen in its last w - 1 - g rows,
-by the first w - 1 - g rows of the queries, as far as the chunks have them.
+before it.  If a chunk of keys ends g positions before a chunk of queries begins, its last w - 1 - g rows are seen by
+the first w - 1 - g rows of the queries (all its rows, if a chunk has fewer).
 """
 
 from collections.abc import Iterable

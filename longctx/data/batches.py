@@ -38,7 +38,7 @@ def training_batches(
 ) -> Stage[Batch]:
     """The whole pipeline for ``data``, from files to batches: `documents`, `interleave`, `pack`, `batches`.
 
-    ``ends`` are the tokens that end the answers of conversations.  Raises ValueError as these do.
+    ``ends`` are the tokens that end the answers of conversations.  Raises ValueError as these stages do.
     """
     sources = [documents(source, tokenizer, data, ends) for source in data.sources]
     mixed = interleave(sources, [source.weight for source in data.sources])
@@ -78,7 +78,9 @@ def batches(
             rows += [padding_sequence(len(rows[0].tokens))] * (size - len(rows))
             yield _stack(rows, dp_rank, dp_size), resume_state
         elif rows:
-            log.warning("the last %d sequences do not fill a batch of %d: dropped", len(rows), size)
+            log.warning(
+                "the last %d sequences do not fill a batch of %d: dropped (data.last=pad keeps them)", len(rows), size
+            )
 
     return run
 
@@ -113,7 +115,10 @@ def refuse_nothing_to_learn(counted: int, where: str) -> None:
 
 
 def left_out(state: State) -> dict[str, int]:
-    """Numbers of records left out up to a state of `training_batches`: ``empty`` ones, and ``skipped`` faulty ones."""
+    """Return the numbers of records left out before a state of `training_batches`.
+
+    The keys are "empty", for records without text, and "skipped", for faulty records.
+    """
     documents = state["documents"] or {"sources": []}  # None while the very first document is being cut
     sources = [source for source in documents["sources"] if source]
     return {count: sum(source[count] for source in sources) for count in ("empty", "skipped")}

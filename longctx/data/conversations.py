@@ -37,7 +37,7 @@ def conversation_reader(tokenizer: Any, ends: tuple[int, ...], data: DataSetting
             if longest and len(conversation.tokens) > longest:
                 raise ValueError(
                     f"has {len(conversation.tokens):,} tokens, more than data.length={longest:,} "
-                    "(data.conversations=split would cut it)"
+                    "(data.conversations=split would cut it; a larger data.length takes it whole)"
                 )
         except ValueError as error:
             return Record(where, fault=str(error))
@@ -55,7 +55,7 @@ def messages_of(row: Any) -> list[dict[str, Any]]:
     if not isinstance(row, Mapping):
         raise ValueError(f"is not a JSON object of the form {_EXAMPLE}")
     if row.get("tools") or row.get("functions"):
-        raise ValueError("has tools, which are not implemented in training")
+        raise ValueError("has tools, which are not implemented in training: leave them out")
     if "messages" not in row and {"prompt", "completion"} <= set(row):
         given: Any = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
     else:
@@ -86,16 +86,16 @@ def tokenize_conversation(
 ) -> TokenizedConversation:
     """Return the tokens of ``messages`` in the chat template, and which of them the model must write.
 
-    These are, for each answer of weight 1, the tokens from where the template begins an answer up to the first end
-    token.  Tokens after the last one are left out, since no loss depends on them.  A model that generates sees the
-    template of the messages before the answer, so these tokens must be a prefix of the conversation's.
+    The model must write each answer of weight 1: the tokens after the template's beginning of an answer, up to its end
+    token.  Tokens after the last such answer are left out, since no loss depends on them.  In generation, a model sees
+    the messages before the answer in the template; their tokens must therefore be a prefix of the conversation's.
 
-    Raises ValueError, without the location, where they are not, for an answer without an end token, and for a
-    conversation without an answer to learn.
+    Raises ValueError, without the location, if they are not a prefix, if an answer does not have exactly one end token,
+    if there is no answer to learn, and for an error of the template.
     """
     answers = [i for i, each in enumerate(messages) if each["role"] == "assistant" and each["weight"]]
     if not answers:
-        raise ValueError("has no assistant message to learn from")
+        raise ValueError("has no assistant message to learn from: add one, or give one weight 1")
     if not answers[0]:
         raise ValueError("begins with an assistant message: put a user message before it")
     plain: list[Message] = [{"role": each["role"], "content": each["content"]} for each in messages]
@@ -124,7 +124,8 @@ def _prefix(tokens: Sequence[int], whole: Sequence[int], i: int) -> int:
     if list(whole[: len(tokens)]) != list(tokens):
         raise ValueError(
             f"has an answer, message {i + 1}, that the chat template writes differently when messages follow, or "
-            "whose tokens merge with those before it: give each answer a line, with weight 0 on earlier answers"
+            "whose tokens merge with those before it: write one line per answer, with the messages up to it, and "
+            "weight 0 for earlier answers"
         )
     return len(tokens)
 

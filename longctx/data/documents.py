@@ -56,13 +56,14 @@ class ResumePoint:
 
 
 def documents(source: TextSource, tokenizer: Any, data: DataSettings, ends: tuple[int, ...] = ()) -> Stage[Document]:
-    """The documents of ``source``, ``data.epochs`` times, tokenized by ``tokenizer`` and closed by its end token.
+    """The documents of ``source``, ``data.epochs`` times, tokenized by ``tokenizer``.
 
-    Documents without text are left out and counted.  With ``data.shuffle`` = n, the source is read in windows of n
-    documents, and each window is shuffled.  The order depends on ``data.seed`` and on the number of documents before
-    the window, so every epoch has another order.  Windows do not cross epochs.  The resume state is the beginning of a
-    window: to resume is to read the window again.  With ``data.conversations``, a document is a conversation, whose
-    answers end with one of the tokens ``ends`` (see `conversation_reader`).
+    With ``data.end_token``, the tokenizer's end token closes each document.  Documents without text are left out and
+    counted.  With ``data.shuffle`` = n, the source is read in windows of n documents, and each window is shuffled.  The
+    order depends on ``data.seed`` and on the number of documents before the window, so every epoch has another order.
+    Windows do not cross epochs.  The resume state is the beginning of a window: to resume is to read the window again.
+    With ``data.conversations``, a document is a conversation, whose answers end with one of the tokens ``ends`` (see
+    `conversation_reader`).
 
     Raises ValueError as `files`, `dataset` and `conversation_reader` do, and if the tokenizer lacks the end token.
     While it runs, raises ValueError for a state of other files or another order, and for a source without documents.  A

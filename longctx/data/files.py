@@ -42,7 +42,10 @@ def paths_of(given: str) -> list[Path]:
         paths = [path for path in root.rglob("*") if path.is_file() and path.name.endswith(READABLE)]
         paths = [path for path in paths if not any(name[0] == "." for name in path.relative_to(root).parts)]
         if not paths:
-            raise ValueError(f"{given} has no {', '.join(READABLE)}: name the files with a pattern, like '{given}/*'")
+            raise ValueError(
+                f"{given} has no file that ends in {', '.join(READABLE)}: name its text files with a pattern, "
+                f"like '{given}/*'"
+            )
         return sorted(paths)
     paths = [root] if root.is_file() else [Path(name) for name in glob.glob(str(root), recursive=True)]  # noqa: PTH207
     paths = [path for path in paths if path.is_file()]
@@ -70,7 +73,7 @@ def _open(path: Path) -> gzip.GzipFile | BufferedReader:
     try:
         return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        raise ValueError(f"{path} cannot be read: {error.strerror}; give files that can be read") from error
 
 
 def _read_text(path: Path, at: Position) -> Iterator[tuple[Record, Position]]:

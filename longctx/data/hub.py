@@ -13,7 +13,7 @@ def dataset(source: TextSource) -> SourceFile:
     """The dataset that ``source`` names, one document a row.
 
     Raises ValueError if neither the hub nor the local cache of earlier downloads has it, and if it has no column
-    ``text_key``.
+    ``text_key``.  The columns of a stream may be unknown; its rows without ``text_key`` then become faulty records.
     """
     import datasets
 

@@ -14,8 +14,9 @@ _END = 2**20  # bytes at either end
 
 
 def digest(path: Path) -> str:
-    """Return ``sha256:`` and the digest of a file; for a large file, ``ends-sha256:`` and that of its size and ends.
+    """Return ``sha256:`` and the digest of a file.
 
+    For a file above 1 GiB, return ``ends-sha256:`` and the digest of its size, its first MiB and its last MiB.
     A process reads a file only once, unless its size or modification time changes.
     """
     state = path.stat()

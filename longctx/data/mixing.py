@@ -9,7 +9,7 @@ from longctx.data.stage import Stage, State
 def interleave(sources: Sequence[Stage[Document]], weights: Sequence[float]) -> Stage[Document]:
     """Documents of all ``sources``, with their numbers of tokens in proportion to ``weights``.
 
-    The next document comes from the source with the fewest tokens relative to its weight, the first of equals.  A
+    The next document comes from the source with the fewest tokens relative to its weight; in a tie, from the first.  A
     source is therefore never ahead of its share by more than its last document.  When a source ends, the others
     continue in proportion to their weights.  A run that resumes with other weights counts tokens anew: otherwise a
     source would catch up on its new share of all earlier tokens, in documents of this source only.

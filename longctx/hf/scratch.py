@@ -59,7 +59,9 @@ def write_scratch_folder(config: Mapping[str, Any], to: Path) -> None:
     try:
         built = AutoConfig.for_model(model_type, **special_tokens | fields)
     except Exception as error:  # transformers raises a class of its own for each mistake
-        raise ValueError(f"model.config describes no model of type {model_type}: {error}") from error
+        raise ValueError(
+            f"model.config describes no model of type {model_type}: {error}; correct its fields"
+        ) from error
     for name in _SIZES:
         size = getattr(built, name, None)
         if size is not None and (type(size) is not int or size < 1):
@@ -104,7 +106,7 @@ def read_chat_template(name: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"model.chat_template={name} cannot be read: {error}; give a file of UTF-8 text") from error
     except TemplateError as error:
-        raise ValueError(f"model.chat_template={name} is not a Jinja template: {error}") from error
+        raise ValueError(f"model.chat_template={name} is not a Jinja template: {error}; correct it") from error
     if not template.strip():
         raise ValueError(f"model.chat_template={name} is empty: give a Jinja template")
     return template

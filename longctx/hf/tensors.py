@@ -36,7 +36,8 @@ def refuse_other_tensors(
     model with the embedding, and stored rotary frequencies with those of config.json.  ``rotary_changed``: the settings
     replace the frequencies, so that stored ones are not compared.
 
-    Tensors of an adapted folder for dropped blocks have the same shapes, except that norms have ``norm_copies`` rows.
+    In an adapted folder, tensors for dropped blocks have the same shapes, except that their norms hold ``norm_copies``
+    weights, one for each rank, one after the other.
     """
     # Tensors of dropped blocks have canonical names.
     canonical = tensor_shapes(shape)

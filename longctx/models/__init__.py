@@ -31,12 +31,12 @@ FAMILIES = {
 _MISSING = {
     "deepseek_v2": "multi-head latent attention",
     "deepseek_v3": "multi-head latent attention",
-    "gemma": "a norm of its own (1 + weight) with GELU; gemma3_text is nearest",
+    "gemma": "norms by 1 + weight together with GELU; gemma3_text is nearest",
     "gemma2": "softcapped attention scores",
     "gemma3": "images; its text model, gemma3_text, runs alone",
     "gpt2": "learned positions",
     "mamba": "state-space layers",
-    "qwen2_moe": "an expert that every token passes",
+    "qwen2_moe": "a shared expert, which every token passes",
     "qwen3_next": "linear attention",
 }
 
@@ -50,7 +50,9 @@ def family_of(model_type: str) -> Family:
         return FAMILIES[model_type]
     from difflib import get_close_matches
 
-    reason = f" needs {_MISSING[model_type]}, which is not here" if model_type in _MISSING else " is not implemented"
+    needs = f" needs {_MISSING[model_type]}, which" if model_type in _MISSING else ""
     nearest = get_close_matches(model_type, FAMILIES, 1, 0.5)
     near = f"; the nearest is {nearest[0]}" if nearest else ""
-    raise ValueError(f"model_type={model_type}{reason}: use one of {', '.join(sorted(FAMILIES))}{near}")
+    raise ValueError(
+        f"model_type={model_type}{needs} is not implemented: use one of {', '.join(sorted(FAMILIES))}{near}"
+    )

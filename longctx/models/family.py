@@ -125,7 +125,7 @@ def head_dim_of(config: Config) -> int:
 
 
 def rotary_of(config: Config, kind: str | None = None, *, interleaved: bool = False) -> Rotary:
-    """Return the rotary embedding of ``config``, of its layers of ``kind`` if kinds have different ones.
+    """Return the rotary embedding of ``config``; of layers of type ``kind``, if types of layers have different ones.
 
     Frequencies are transformers' own, in float32.  `hf.keys` refuses types that change with the length of the text.
     """

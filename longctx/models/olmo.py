@@ -1,4 +1,4 @@
-"""OLMo 2 and 3: norms after attention and feed-forward network, and over the whole width of queries and keys."""
+"""OLMo 2 and 3: norms after attention and feed-forward network, QK-norm over all heads together."""
 
 from typing import Any
 

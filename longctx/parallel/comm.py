@@ -69,7 +69,7 @@ class Traffic:
 
 @runtime_checkable
 class Pending(Protocol):
-    """Tensors in flight.  Do not write to the tensors that were sent before ``wait`` has returned."""
+    """Tensors in flight.  Until ``wait`` has returned, do not write to the tensors that were sent."""
 
     def wait(self) -> tuple[AnyShape, ...]:
         """Wait for the received tensors and return them.  Raises `LostPeer` if a neighbour has gone."""
@@ -92,10 +92,11 @@ class Comm(Protocol):
         ...
 
     def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape], *, small: bool = False) -> list[AnyShape]:
-        """Send ``parts[i]`` to rank i and return what each rank sent, in rank order; ``shapes[i]`` is its shape.
+        """Send ``parts[i]`` to rank i; return the tensor from each rank, in rank order.  Rank i's has ``shapes[i]``.
 
-        ``small`` says that latency matters more than bandwidth; all ranks must agree.  Raises `LostPeer` if a rank is
-        gone.
+        ``small`` says that latency matters more than bandwidth; all ranks must pass the same value.
+
+        Raises `LostPeer` if a rank is gone.
         """
         ...
 

@@ -122,7 +122,7 @@ class DistComm:
         dist.all_gather(received, mine, group=self.group)
 
     def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape], *, small: bool = False) -> list[AnyShape]:
-        """Send ``parts[i]`` to rank i and return what each rank sent, in rank order; ``shapes[i]`` is its shape."""
+        """Send ``parts[i]`` to rank i; return the tensor from each rank, in rank order.  Rank i's has ``shapes[i]``."""
         others = [other for other in range(self.size) if other != self.rank]
         self.traffic.count("all_to_all", [parts[other] for other in others])
         if small and parts[0].device.type == "cpu" and self._sockets:
@@ -149,7 +149,7 @@ class DistComm:
             return connect_peers(self.rank, self.size, all_gather, self._timeout_s)
 
     def close(self) -> None:
-        """Close the sockets, if there are any, without waiting for other ranks; the group stays as it is."""
+        """Close the sockets, if there are any, without waiting for other ranks; the process group stays open."""
         if sockets := vars(self).pop("_sockets", None):
             sockets.close()
 

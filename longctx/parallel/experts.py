@@ -19,10 +19,11 @@ EXPERTS = "experts"  # purpose under which both groups count the bytes of this m
 class Routes:
     """Rows that travel between the ranks of ``ep``, which hold different experts, and of ``tp``, which share them.
 
-    Rank e of ``ep`` holds experts e * n to (e + 1) * n - 1.  ``row`` and ``to`` are the rows that this rank sends to
-    each rank of ``ep``, sorted by rank: a row is sent once to each rank that holds any of its experts.  ``sent`` counts
-    them by rank.  ``received[t][e]`` counts the rows that arrive from rank e of ``ep`` by way of rank t of ``tp``; they
-    lie in this order.  ``chosen`` says which of this rank's experts each arriving row has chosen.
+    Rank e of ``ep`` holds experts e * n to (e + 1) * n - 1.  This rank has ``rows`` rows.  It sends row ``row[i]`` to
+    rank ``to[i]`` of ``ep``, in order of ``to``: once to each rank that holds any of the row's experts.  ``sent[e]`` is
+    the number of rows sent to rank e.  ``received[t][e]`` is the number of rows that arrive from rank e of ``ep`` by
+    way of rank t of ``tp``; arriving rows lie in this order.  ``chosen`` marks, for each arriving row, the experts of
+    this rank that it has chosen.
     """
 
     ep: Comm
@@ -41,9 +42,9 @@ class Routes:
 
 
 def routes_of(ep: Comm, tp: Comm, chosen: Bool[Tensor, "rows experts"]) -> Routes:
-    """Return the routes of this rank's rows, each of which has ``chosen`` some of all experts.
+    """Return the routes of this rank's rows; ``chosen`` marks the experts that each row has chosen.
 
-    Every rank of both groups calls this with equally many rows.  They exchange ``chosen``, a byte an entry.
+    Every rank of both groups calls this with equally many rows.  The ranks exchange ``chosen``, one byte per entry.
     """
     gathered = chosen.to(torch.uint8)
     for comm in (ep, tp):
@@ -61,7 +62,10 @@ def routes_of(ep: Comm, tp: Comm, chosen: Bool[Tensor, "rows experts"]) -> Route
 def send_rows(
     routes: Routes, x: Float[Tensor, "rows hidden"], weights: Float[Tensor, "rows experts"]
 ) -> tuple[Float[Tensor, "received hidden"], Float[Tensor, "received n"]]:
-    """Return the arriving rows of ``x``, and their ``weights`` of this rank's experts; differentiable."""
+    """Send the rows of ``x`` to their experts; return the arriving rows and their ``weights`` of this rank's experts.
+
+    Differentiable.
+    """
     by_rank = weights.unflatten(-1, (routes.ep.size, -1))
     packed = torch.cat([x[routes.row], by_rank[routes.row, routes.to]], -1)  # one message to each rank
     arrived = _exchange(routes.ep, packed.split(routes.sent), routes.received[routes.tp.rank])
@@ -71,7 +75,10 @@ def send_rows(
 
 
 def return_rows(routes: Routes, out: Float[Tensor, "received hidden"]) -> Float[Tensor, "rows hidden"]:
-    """Return, for each of this rank's rows, the sum of the outputs ``out`` of all ranks that got it; differentiable."""
+    """Send the outputs ``out`` back; return, for each of this rank's rows, their sum over the ranks that got the row.
+
+    Differentiable.
+    """
     passed_on = routes.per_tp_rank
     parts = _exchange(routes.tp, out.split(passed_on), [passed_on[routes.tp.rank]] * routes.tp.size)
     summed = parts.unflatten(0, (routes.tp.size, -1)).sum(0)

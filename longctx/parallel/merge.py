@@ -1,4 +1,4 @@
-"""Partial results of the same query rows, merged over ranks: in one exchange to all ranks, or some heads to each."""
+"""Merge the ranks' partial results of the same query rows in one exchange: all heads on every rank, or some on each."""
 
 from collections.abc import Sequence
 

@@ -68,7 +68,7 @@ def owned_groups(groups: int, ranks: int) -> list[int]:
 
 
 def encode(groups: Float[Tensor, "g n"], dtype: str) -> UInt8[Tensor, "g bytes"]:
-    """Return each group as bytes: for int8 and int6 the scale's two, then those of the values."""
+    """Return the bytes of each group.  In int8 and int6, two bytes of scale come before the values."""
     if dtype == "bfloat16":
         return groups.to(torch.bfloat16).view(torch.uint8)
     levels, values = LEVELS[dtype], groups.float()

@@ -62,7 +62,7 @@ class RecordingComm(DistComm):
 
 @dataclass(frozen=True)
 class RecordedGroups:
-    """The groups of one rank of a mesh, as `Runtime` has them; ``rank`` is its number in ``context``."""
+    """The groups of one rank of a mesh, as `Runtime` has them; ``rank`` is this rank's number in ``context``."""
 
     rank: int
     tp: Comm
@@ -73,7 +73,7 @@ class RecordedGroups:
 
 
 def record(mesh: Mesh, rank_main: Callable[[RecordedGroups], object]) -> list[Schedule]:
-    """Run ``rank_main`` for one rank of ``mesh`` after the other; return their schedules.
+    """Run ``rank_main`` for each rank of ``mesh``, one after the other; return their schedules in rank order.
 
     The ranks are those of one pipeline stage and one data-parallel replica: tp x ulysses x ring.
     """

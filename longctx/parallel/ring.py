@@ -43,7 +43,7 @@ class Ring:
         return tiles
 
     def keys_to_send(self, owner: int, hop: int, hops: int = 1) -> Rows | None:
-        """Return the rows of ``owner``'s keys that a rank between ``hop`` and ``hop + hops - 1`` hops away needs.
+        """Return the rows of ``owner``'s keys that any rank from ``hop`` to ``hop + hops - 1`` hops away needs.
 
         None means all rows.  Without a window the result is always None, since nearly all rows are needed.
         """
@@ -56,12 +56,16 @@ class Ring:
     def sums_on_hop(self, owner: int, hop: int) -> Rows | None:
         """Return the rows of ``owner``'s keys whose summed gradients travel on hop number ``hop`` of the backward.
 
-        Under a window these are the rows that ranks before this hop have seen, without the owner; None means all rows.
+        Under a window these are the rows that any rank before this hop, except the owner, has seen.  None means all
+        rows.
         """
         return self.keys_to_send(owner, 1, hop - 1)
 
     def queries_to_send(self, owner: int, hop: int, hops: int = 1) -> Rows | None:
-        """Return the rows of ``owner``'s queries that see a key of a rank ``hop`` to ``hop + hops - 1`` hops away."""
+        """Return the rows of ``owner``'s queries that see a key of any rank ``hop`` to ``hop + hops - 1`` hops away.
+
+        None means all rows.
+        """
         return self._rows_to_send("queries", owner, hop, hops)
 
     def _rows_to_send(self, of: str, owner: int, hop: int, hops: int) -> Rows | None:

@@ -34,8 +34,9 @@ class RouterLoss:
         self._sums = torch.zeros(2, self._experts.count, dtype=torch.float64)
 
     def watch(self, logits: Float[Tensor, "rows ... experts"]) -> None:
-        """Count the first rows of a router's ``logits``; rows beyond those of `begin` are padding.
+        """Add a router's choices and probabilities to the sums, for the rows that `begin` announced.
 
+        Rows of ``logits`` after them are padding.
         The backward pass adds the gradient of the loss to the gradient of ``logits``.
         """
         values = logits.detach()

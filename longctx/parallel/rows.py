@@ -22,17 +22,20 @@ def union_of(ranges: Iterable[tuple[int, int]]) -> Rows:
 
 
 def spans_of(spans: Spans, rows: Rows | None) -> Spans:
-    """Return the spans of ``rows`` in a block with ``spans``; None means all rows."""
+    """Return the spans of ``rows`` (None: all rows) of a block that has ``spans``."""
     return spans if rows is None else tuple(s for first, end in rows for s in slice_rows(spans, first, end))
 
 
 def count_rows(rows: Rows | None, whole: int) -> int:
-    """Return the number of ``rows``; None means all ``whole`` rows of a block."""
+    """Return the number of ``rows`` (None: all rows) of a block that has ``whole`` rows."""
     return whole if rows is None else sum(end - first for first, end in rows)
 
 
 def take_rows(x: Tensor, arrived: Rows | None, wanted: Rows | None) -> Tensor:
-    """Return the rows ``wanted`` of a block; ``x`` has its rows ``arrived``, which include ``wanted``."""
+    """Return the rows ``wanted`` of a block, given ``x`` with the block's rows ``arrived``, which include them.
+
+    None means all rows of the block.
+    """
     if arrived == wanted or wanted is None:
         return x
     arrived = ((0, x.shape[1]),) if arrived is None else arrived
@@ -44,7 +47,10 @@ def take_rows(x: Tensor, arrived: Rows | None, wanted: Rows | None) -> Tensor:
 
 
 def add_rows_(total: Tensor, rows: Rows | None, x: Tensor, added: Rows) -> None:
-    """Add ``x`` to ``total``, in place: the rows ``added`` of a block to its rows ``rows``, which include them."""
+    """Add ``x``, which has the rows ``added`` of a block, to ``total``, in place.
+
+    ``total`` has the block's rows ``rows`` (None: all rows), which include ``added``.
+    """
     begin = 0
     for first, end in added:
         at = first if rows is None else count_rows(tuple((a, min(b, first)) for a, b in rows if a < first), 0)

@@ -58,8 +58,8 @@ def refuse_no_gpu(device: str) -> None:
     if not torch.cuda.device_count():
         missing = f"torch {torch.__version__} is a CPU build" if torch.version.cuda is None else "torch finds no GPU"
         raise ValueError(
-            f"run.device=cuda: {missing} here; use run.device=cpu, or on a machine with GPUs and a CUDA build of torch "
-            "run=gpu context.kernel=flash_cuda model.dtype=bfloat16"
+            f"run.device=cuda: {missing} here; use run.device=cpu, or, on a machine with GPUs and a CUDA build of "
+            "torch, run=gpu context.kernel=flash_cuda model.dtype=bfloat16"
         )
 
 

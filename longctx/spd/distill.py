@@ -55,7 +55,11 @@ def distill(
 
 
 def refuse_diverged(loss: float, place: str, setting: str) -> None:
-    """Raise FloatingPointError if ``loss`` is NaN or infinite; ``setting`` is the learning rate to lower."""
+    """Raise FloatingPointError if ``loss`` is NaN or infinite.
+
+    The message says that ``place`` (such as "repair of block 3") has diverged, and to lower ``setting``, a learning
+    rate.
+    """
     if not isfinite(loss):
         raise FloatingPointError(
             f"{place} has diverged, its loss is {loss}: use a lower {setting}, or model.dtype=float32"

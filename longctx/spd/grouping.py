@@ -1,7 +1,7 @@
 """Assign attention heads and MLP neurons to tensor-parallel ranks without changing the full model's function.
 
-Where a reduction is dropped, a rank's neurons see only that rank's heads.  So similar heads go to different ranks, and
-neurons go where they lose least (arXiv 2502.20727, 4.2.4).
+If a reduction is dropped, a rank's neurons see only that rank's heads.  So similar heads go to different ranks, and
+neurons go to the ranks on which the error is least (arXiv 2502.20727, 4.2.4).
 """
 
 from collections.abc import Mapping, Sequence

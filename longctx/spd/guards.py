@@ -27,7 +27,8 @@ class GuardFigures:
 
     ``losses`` are nats per token; those where ``mask`` is False do not count.  ``first_norms`` has, for each sequence,
     the largest norm of the first token's hidden states after any block (its massive activation, the attention sink).
-    ``copied`` is the share of tokens predicted in the repetition of a random sequence.
+    ``copied`` is measured on a random sequence followed by its repetition: the share of tokens of the repetition that
+    the model predicts.
     """
 
     losses: Float[Tensor, "sequences tokens"]

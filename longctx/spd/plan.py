@@ -128,8 +128,7 @@ def order_from(file: Path, layers: int, tp: int, fingerprint: str) -> tuple[int,
     if measured["tp"] != tp:
         raise ValueError(
             f"{file} was measured at mesh.tp={measured['tp']}, but this is mesh.tp={tp}: use that mesh, or "
-            "measure again "
-            "with recipes.spd_sensitivity"
+            "measure again with recipes.spd_sensitivity"
         )
     if not same_model(measured["fingerprint"], fingerprint) or len(measured["blocks"]) != layers:
         raise ValueError(
@@ -152,5 +151,7 @@ def read_sensitivity(file: Path) -> Mapping[str, Any]:
             f"spd.sensitivity={file} cannot be read ({error.strerror}): give a file of recipes.spd_sensitivity"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"spd.sensitivity={file} is not a file of recipes.spd_sensitivity ({error})") from error
+        raise ValueError(
+            f"spd.sensitivity={file} is not a file of recipes.spd_sensitivity ({error}): give another, or measure again"
+        ) from error
     return measured

@@ -21,18 +21,22 @@ def measure_sensitivity(blocks: int, perplexity_of: Callable[[tuple[int, ...]], 
 
 
 def scores(of_suffix: Sequence[float]) -> list[float]:
-    """Sensitivities from perplexities: entry i of ``of_suffix`` drops blocks i and later, the last entry none."""
+    """Return each block's sensitivity, given perplexities of the model with dropped blocks.
+
+    Entry i of ``of_suffix`` is the perplexity with blocks i and later dropped, and the last entry with none dropped.
+    """
     return [with_block - without_block for with_block, without_block in pairwise(of_suffix)]
 
 
 def suffix_sums(
     entering: State, blocks: int, run: Callable[[int, State, bool], State], loss: Callable[[State], float]
 ) -> list[float]:
-    """``loss`` of the model's output for every suffix of dropped blocks: entry i drops blocks i and later.
+    """Return ``loss`` of the model's output for every suffix of dropped blocks.
 
-    The last entry drops none.  ``run(block, state, dropped)`` runs one block; it is called about half as often as by
-    one full forward pass per suffix.  The state that enters a block does not depend on later dropped blocks, so it is
-    computed once and kept; at most ``blocks`` + 1 states exist at once.
+    Entry i drops blocks i and later; the last entry drops none.  ``entering`` is the state that enters block 0.
+    ``run(block, state, dropped)`` runs one block; it is called about half as often as by one full forward pass per
+    suffix.  The state that enters a block does not depend on later dropped blocks, so it is computed once and kept; at
+    most ``blocks`` + 1 states exist at once.
     """
     states = [entering]
     for block in range(blocks):
@@ -64,5 +68,8 @@ def perplexities(sums: Sequence[float], tokens: int) -> list[float]:
 
 
 def kind_of(score: float, tau1: float, tau2: float) -> BlockClass:
-    """In-sensitive (up to ``tau1``, in perplexity), sensitive (up to ``tau2``), or extremely sensitive block."""
+    """Return the class of a block of sensitivity ``score``: ISB up to ``tau1``, SB up to ``tau2``, else ESB.
+
+    All three numbers are increases of perplexity.
+    """
     return "ISB" if score <= tau1 else "SB" if score <= tau2 else "ESB"

@@ -7,7 +7,7 @@ from longctx.shapes import Bool, Tensor, Tokens
 
 @dataclass(frozen=True)
 class PackedText:
-    """Sequences of one length, [sequences length], that attend only to themselves.
+    """Token sequences of one length, [sequences length], each of which attends only to itself.
 
     ``targets`` are the next tokens; a target counts in the loss where ``mask`` is True.
     """

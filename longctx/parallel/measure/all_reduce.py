@@ -30,7 +30,8 @@ class Tally:
 def count_all_reduces() -> Iterator[Tally]:
     """Count this rank's all-reduces and rounded sums (`quantised`) while the block runs.
 
-    For gloo, whose all-reduces return when they are done; others would return before their seconds have passed.
+    Use it with gloo only, whose all-reduces return when they are done.  Those of other backends return earlier, so
+    their seconds would be too few.
     """
     tally, all_reduce, rounded = Tally(), dist.all_reduce, quantised.two_step_sum
 
@@ -58,7 +59,7 @@ def count_all_reduces() -> Iterator[Tally]:
 def time_all_reduce(group: dist.ProcessGroup, size: int, rounds: int, device: torch.device) -> float:
     """Return the seconds of a float32 all-reduce of ``size`` bytes over ``group``: the least of ``rounds``.
 
-    For gloo, whose all-reduces return when they are done; a GPU is not synchronized.
+    Use it with gloo only, whose all-reduces return when they are done.  The clock does not wait for a GPU.
     """
     x = torch.zeros(max(1, size // 4), device=device)
     seconds = []

@@ -22,8 +22,8 @@ class MemoryMeter(TorchDispatchMode):
     """Bytes of live tensors by part, inside the block ``with meter``; each storage counts once, until it is freed.
 
     Example: ``MemoryMeter({"logits": [cross_entropy]})`` attributes to "logits" what operations allocate while
-    `cross_entropy` runs, and all other tensors to "activations".  Of nested functions the innermost one counts.
-    Tensors that exist before the block count only if `hold` names their part.
+    `cross_entropy` runs, and all other tensors to ``other``, "activations".  If such functions are nested, the
+    innermost one counts.  Tensors that exist before the block count only if `hold` names their part.
 
     ``peak`` has the bytes by part at the moment at which their sum was largest.  Counts are exact for tensors on any
     device.  Memory that an operation allocates and frees inside itself is not seen.  An operation costs about 10
@@ -46,7 +46,7 @@ class MemoryMeter(TorchDispatchMode):
         return {part: size for part, size in self._bytes.items() if size}
 
     def largest_peak(self, world: Comm, device: torch.device) -> dict[str, int]:
-        """Return the peak of the rank whose sum is largest; every rank of ``world`` must call this."""
+        """Return ``peak`` of the rank on which its sum is largest; every rank of ``world`` must call this."""
         parts = sorted({*self._parts.values(), *self._bytes, self._other})
         mine = torch.tensor([self.peak.get(part, 0) for part in parts], device=device)
         peaks = [sizes.tolist() for sizes in world.all_gather(mine, [(len(parts),)] * world.size)]

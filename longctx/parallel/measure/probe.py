@@ -101,8 +101,9 @@ def probe_layer(
 ) -> LayerRates:
     """Measure the rates of a rank outside attention, on all ranks of ``world`` at once.
 
-    ``layer(rows)`` computes a layer without attention; it has ``weights`` weights.  A layer takes the time of reading
-    its weights, that of its products, and ``layer_s``.  With one row, products take no time.
+    ``layer(rows)`` computes a layer without attention; it has ``weights`` weights.  The fitted model is: a layer takes
+    the time to read its weights, the time of its products, and the fixed ``layer_s``.  The products of one row are
+    counted as free.
     """
     decode = probe_decode(world, dtype, device)
     one_s, many_s = (_slowest(world, partial(layer, rows), device) for rows in (1, _ROWS))

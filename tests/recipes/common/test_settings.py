@@ -78,8 +78,8 @@ def test_switch_or_nan_in_place_of_a_number_is_refused(kind, values, words):
     [
         (Optim, {"decay": "constant", "decay_steps": 100}, "decay_steps=100 is not used by optim.decay=constant"),
         (Sampling, {"top_p": 0.5}, "top_p=0.5 has no effect at sampling.temperature=0"),
-        (ModelSource, FOLDER | {"wheel": "w"}, "a model has either model.source, or model.wheel"),
-        (ModelSource, FOLDER | {"tokenizer": "bytes"}, "a model has either model.source, or model.wheel"),
+        (ModelSource, FOLDER | {"wheel": "w"}, "set either model.source, or model.wheel"),
+        (ModelSource, FOLDER | {"tokenizer": "bytes"}, "set either model.source, or model.wheel"),
     ],
 )
 def test_setting_without_a_use_is_refused(kind, values, words):
