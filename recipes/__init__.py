@@ -1,4 +1,4 @@
-"""Scripts to run: ``python -m recipes.generate --help``."""
+"""Recipes: commands such as ``python -m recipes.generate``, each with a ``--help``."""
 
 from recipes.common.startup import announce_module
 

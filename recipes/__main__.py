@@ -16,7 +16,7 @@ VERBS = {
     "extend": ("recipes.extend", "train a pretrained model on longer sequences"),
     "finetune": ("recipes.finetune", "train a model further on conversations"),
     "models": ("recipes.models", "list the model types that run, and their features"),
-    "doctor": ("recipes.doctor", "show what this machine has, what recipes take, what is missing"),
+    "doctor": ("recipes.doctor", "show this machine's hardware and libraries, settings for them, what is missing"),
     "export": ("recipes.export", "write a run's model as a folder that transformers loads"),
     "plan": ("recipes.plan", "predict the time and memory of a run on every mesh, before it starts"),
     "calibrate": ("recipes.calibrate", "measure this machine's kernel and links"),

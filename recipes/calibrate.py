@@ -1,4 +1,4 @@
-"""Measure this machine's attention kernel, layers and links in under a minute, for choices and predictions.
+"""Measure this machine's attention kernel, layers and links in under a minute; other recipes choose and predict by it.
 
 python -m recipes.calibrate out=laptop.yaml
 """
@@ -41,7 +41,7 @@ class CalibrateSettings:
 
 
 def measure_ring(runtime: Runtime, target: Target) -> Hardware:
-    """Measure the ring and one rank's kernel, with the heads that one rank holds; every rank must call it."""
+    """Measure the ring's links and one rank's kernel, with the heads that a rank holds; every rank must call it."""
     import torch
 
     from longctx.attention.backends import checked_kernel
@@ -55,9 +55,10 @@ def measure_ring(runtime: Runtime, target: Target) -> Hardware:
 
 
 def measure_layer(runtime: Runtime, target: Target) -> LayerRates | None:
-    """Measure a layer without attention; None for experts, and for tensor-parallel ranks, whose sums take time too.
+    """Measure a layer without its attention; every rank must call it.
 
-    The first layers of the model run with random weights.  They are more than a cache holds.
+    Runs the first `LAYERS` layers with random weights: the weights of so many do not stay in a CPU's cache.  Returns
+    None for a mixture of experts, and with tensor parallelism, whose reductions would be timed as well.
     """
     import torch
 
@@ -113,7 +114,7 @@ def show(constants: Hardware) -> None:
 
 
 def resolve_calibration(config: DictConfig) -> tuple[Target, CalibrateSettings]:
-    """Return the target to measure.  Raises ValueError, with what to set instead, if it has nothing to measure."""
+    """Return the target to measure and the settings.  Raises ValueError, with what to set, if it cannot be measured."""
     from longctx.attention.backends import kernel_for
 
     settings = top_level(config, CalibrateSettings)

@@ -194,7 +194,10 @@ def run_rank(rank: Rank, job: ChatJob) -> list[TurnFigures]:
 
 
 def make_chooser(runtime: Runtime, engine: Engine, job: ChatJob) -> Chooser:
-    """Return a function that chooses the strategy of each pass: a fixed one, or a rule over measured constants."""
+    """Return a function that chooses the strategy of each pass, and gives the reason.
+
+    It returns context.strategy, or applies the rule that context.strategy names to measured constants.
+    """
     import torch
 
     target = job.target

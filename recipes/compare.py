@@ -35,7 +35,7 @@ _MAX_CELL = 60  # characters
 def final_figures(run: str) -> dict[str, object]:
     """Return a run's final figures by name: those of the last step for a training run, all for any other recipe.
 
-    Raises ValueError if there are none but step numbers and measurements of the machine.
+    Raises ValueError if the run has no figures, or only step numbers and measurements of the machine.
     """
     manifest, folder = manifest_of(run), folder_of(Path(run).expanduser())
     names = [Path(manifest["out"]).name] if is_file_name(manifest["out"]) else ["report.json", "metrics.jsonl"]
@@ -46,7 +46,9 @@ def final_figures(run: str) -> dict[str, object]:
             _figures_of_lines(text, manifest["module"]) if file.name == "metrics.jsonl" else flat(json.loads(text))
         )
     except (OSError, IndexError, json.JSONDecodeError) as error:
-        raise ValueError(f"{run} has no figures yet: {' and '.join(names)} in {folder} cannot be read") from error
+        raise ValueError(
+            f"{run} has no figures yet: {' and '.join(names)} in {folder} cannot be read; give a run that has ended"
+        ) from error
     figures = rename_flat({name: value for name, value in figures.items() if value is not None})
     if not [name for name in figures if name != "step" and not is_measured(name)]:
         written = ", ".join(figures) or "nothing"
@@ -63,7 +65,7 @@ def _figures_of_lines(text: str, module: str) -> dict[str, object]:
 
 
 def settings_of(run: str) -> dict[str, object]:
-    """Return all settings and inputs of a run by name, without its output paths."""
+    """Return the settings, inputs, software versions and hardware of a run by name, without its output paths."""
     manifest = manifest_of(run)
     versions = {name: manifest.get(name) for name in _PROVENANCE}
     data: dict[str, str] = {}

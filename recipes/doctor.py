@@ -1,4 +1,4 @@
-"""Show the hardware and libraries that longctx finds here, the settings that recipes take on it, and what is missing.
+"""Show the hardware and libraries that longctx finds here, the settings that recipes accept, and what is missing.
 
 python -m recipes.doctor out=doctor.json
 """
@@ -75,7 +75,7 @@ class AcceptedSettings:
 
 @dataclass(frozen=True)
 class Missing:
-    """A missing part, its cost on this machine, and how to get it."""
+    """A missing part, the consequence on this machine (``cost``), and how to get it."""
 
     part: str
     cost: str
@@ -83,7 +83,7 @@ class Missing:
 
 
 def find_machine() -> LocalMachine:
-    """Look at this machine; starts nothing on a GPU."""
+    """Return this machine's hardware and libraries; runs nothing on a GPU."""
     import torch
 
     from longctx.attention.flash_attn import installed
@@ -149,7 +149,7 @@ def links_of(topology: list[str]) -> str | None:
 
 
 def choices(machine: LocalMachine) -> list[AcceptedSettings]:
-    """Return the settings of kernel, layers and dtype that recipes take on ``machine``."""
+    """Return the settings of kernel, layers and dtype that recipes accept on ``machine``."""
     if not machine.gpus:
         return [AcceptedSettings("every recipe", "run=local, the default", "cpu", "flash_cpu", "local", "float32")]
     whole = machine.transformer_engine is not None and not machine.te_missing
@@ -166,7 +166,10 @@ def choices(machine: LocalMachine) -> list[AcceptedSettings]:
 
 
 def missing_parts(machine: LocalMachine) -> list[Missing]:
-    """Return the parts that are missing on ``machine``.  Without a GPU its libraries would not be used."""
+    """Return the parts that are missing on ``machine``.
+
+    Without a GPU, only the GPU is listed: libraries for it would not be used.
+    """
     parts = []
     if machine.listed_gpus and machine.cuda is None:
         parts.append(Missing("a CUDA build of torch", f"{len(machine.listed_gpus)} GPU(s) are not used", "make gpu"))
@@ -185,7 +188,7 @@ def missing_parts(machine: LocalMachine) -> list[Missing]:
 
 
 def report(machine: LocalMachine) -> list[tuple[str, str]]:
-    """Return the lines to print, as (name, text): found, taken, missing."""
+    """Return the lines to print, as (name, text): what was found, settings that recipes accept, what is missing."""
     gpu = f"{machine.gpu_memory_bytes / 1e9:.0f} GB each, driver {machine.driver or 'unknown'}"
     gpus = machine.gpus or machine.listed_gpus
     names = ", ".join(f"{gpus.count(name)} x {name}" for name in dict.fromkeys(gpus))

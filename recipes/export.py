@@ -32,9 +32,10 @@ class ExportSettings:
 
 
 def checkpoint_of(name: str) -> Path:
-    """Return the folder of a checkpoint; ``name`` is that folder, or a run's folder (last whole one).
+    """Return the folder of a checkpoint; ``name`` is that folder, or a run's, whose last whole checkpoint is taken.
 
-    Raises ValueError if there is none, and for an adapted model, which transformers cannot run.
+    Raises ValueError if there is no checkpoint, if the named one is corrupt, and for an adapted model, which
+    transformers cannot run.  Checkpoints of a run that are skipped are printed.
     """
     folder = Path(name).expanduser().resolve()
     if (folder / PLAN).is_file():
@@ -102,7 +103,8 @@ def refuse_unexportable(place: Path, to: Path) -> None:
     needed = weights_of(shape_of(model_of(place))) * getattr(torch, config["model"]["dtype"]).itemsize
     if (free := shutil.disk_usage(nearest_existing(to)).free) < needed:
         raise ValueError(
-            f"to={to} has {free / 1e9:.2f} GB free, but the weights take {needed / 1e9:.2f} GB: use another disk"
+            f"to={to} has {free / 1e9:.2f} GB free, but the weights take {needed / 1e9:.2f} GB: give a to= on another "
+            "disk"
         )
 
 

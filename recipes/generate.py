@@ -67,11 +67,10 @@ class GenerateJob:
 
     @property
     def verifies(self) -> bool:
-        """True if logits are compared with those of fewer ranks: ``verify`` is set and the mesh has more
-        ranks than the run to compare with.
+        """True if ``verify`` is set and the mesh has more ranks than the run that its logits are compared with.
 
-        With dropped or rounded reductions the tensor-parallel ranks stay, since one rank alone computes another
-        function.
+        That run has one rank.  With dropped or rounded reductions it has one tensor-parallel group, since one rank
+        alone computes another function.
         """
         mesh = self.target.mesh
         return self.settings.verify and (mesh.context > 1 if self.target.inexact else mesh.ranks > 1)
@@ -126,7 +125,10 @@ def prepare(config: DictConfig) -> GenerateJob:
         refuse_unpredicted(target)
     job = GenerateJob(target, section(config, "sampling", Sampling), answered, settings, machine)
     if settings.n > 1 and job.sampling.temperature == 0:
-        raise ValueError(f"n={settings.n} answers are equal at sampling.temperature=0: raise it, or use n=1")
+        raise ValueError(
+            f"n={settings.n} answers are equal at sampling.temperature=0: use sampling=ancestral or another "
+            "temperature, or n=1"
+        )
     target.shape.refuse_unknown_token(max(job.sampling.stop_tokens, default=0), "sampling.stop_tokens")
     say_unapplied(target.folder, job.sampling)
     refuse_few_tokens(target.mesh, job.prompt_tokens)
@@ -201,7 +203,7 @@ def _verify(
 
 
 def describe(job: GenerateJob, figures: GenerateFigures, answers: Sequence[Answer]) -> dict[str, object]:
-    """Return the result to write: settings, figures, and the answer; for several, the list ``answers``."""
+    """Return the result to write: settings, figures, and the answer's fields; for several answers, a list of them."""
     target = job.target
     return {
         "model": target.model.name,

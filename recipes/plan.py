@@ -62,7 +62,7 @@ class PlanJob:
 
 
 def resolve_plan_job(config: DictConfig) -> PlanJob:
-    """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it makes no sense."""
+    """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if settings do not fit."""
     settings, work = top_level(config, PlanSettings), section(config, "work", WorkSettings)
     for name, suffixes in (("out", ()), ("picture", ()), ("settings", (".yaml", ".yml"))):
         refuse_unwritable(getattr(settings, name), name, suffixes)
@@ -127,7 +127,7 @@ def table_of(plans: Sequence[Plan]) -> Table:
 
 
 def strategies_in_words(plan: Plan) -> str:
-    """Return the strategy of ``plan``, and that of an answer; nothing on one context rank."""
+    """Return the strategy of ``plan``, and its decode strategy if that differs; empty on one context rank."""
     if plan.mesh.context == 1:
         return ""
     return plan.strategy if plan.decode in (None, plan.strategy) else f"{plan.strategy}, decode {plan.decode}"

@@ -59,7 +59,7 @@ class ServeSettings:
 
 @dataclass(frozen=True)
 class PrefixSettings:
-    """Settings of the section ``cache``: the memory for beginnings of prompts, and the tokens of a page of it."""
+    """Settings of the section ``cache``: GB on each rank for shared prefixes of prompts, and tokens per page."""
 
     gb: NonNegativeFloat = 1.0
     page: PositiveInt = 64
@@ -77,7 +77,7 @@ class ServeJob:
 
     @property
     def limits(self) -> Limits:
-        """Bounds of the work of a step."""
+        """Limits of the server: tokens of a step, sequences, and cached tokens and pages."""
         from longctx.serve.schedule import Limits
 
         most = self.target.shape.max_positions
@@ -158,7 +158,7 @@ def listen(settings: ServeSettings) -> socket.socket:
 
 
 def run_rank(rank: Rank, job: ServeJob) -> None:
-    """Serve on one rank: the first one speaks to the clients, and the others follow its plans."""
+    """Serve on one rank: the first rank answers the clients, and the others compute the steps that it plans."""
     from longctx.infer.session import Session
     from longctx.serve.ranks import follow
     from longctx.train.stop import StopRequest
@@ -178,7 +178,7 @@ def run_rank(rank: Rank, job: ServeJob) -> None:
 
 
 def speak(session: Session, runtime: Runtime, job: ServeJob, stop: StopRequest) -> None:
-    """Answer the clients on the first rank."""
+    """Answer the clients on the first rank, until a request to stop; then answer what is open."""
     from longctx.serve.app import Front, make_app
     from longctx.serve.http import serve
     from longctx.serve.metrics import Metrics

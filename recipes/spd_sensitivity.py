@@ -95,7 +95,7 @@ class SensitivityJob:
 
 @dataclass(frozen=True)
 class BlockSensitivity:
-    """Perplexity with a block and all later ones dropped, and ``score``, the part that dropping this block adds."""
+    """Perplexity with a block and all later ones dropped; ``score`` is its rise over only the later ones dropped."""
 
     score: float
     block_class: BlockClass

@@ -95,7 +95,10 @@ def cancel(jobs: Sequence[int]) -> None:
 
 
 def is_active(job: int) -> bool:
-    """Return True if ``job`` waits or runs.  Raises ValueError if squeue fails."""
+    """Return True if ``job`` waits or runs; Slurm forgets jobs some time after their end.
+
+    Raises ValueError if squeue fails for another reason.
+    """
     done = subprocess.run(["squeue", "--noheader", f"--jobs={job}"], capture_output=True, text=True, check=False)
     # Slurm forgets a job some time after its end, and then calls its number invalid.
     if done.returncode and "invalid job id" not in done.stderr.lower():

@@ -254,7 +254,7 @@ def _refuse_unprepared(recipe: Recipe, config: DictConfig, settings: SubmitSetti
     except ValueError as refused:
         if not settings.jobs_before:
             raise
-        say(f"the recipe refuses this now ({refused}); it checks again after the jobs before it")
+        say(f"the recipe refuses this now ({refused}); it checks again when the job starts, after the jobs before it")
 
 
 def _gpus_per_rank(launcher: Launcher, config: DictConfig) -> int:

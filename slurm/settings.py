@@ -68,7 +68,10 @@ class SubmitSettings:
         if not seconds_of(str(self.time)):
             raise ValueError(f"time={self.time}: use minutes, hours:minutes:seconds or days-hours:minutes:seconds")
         if self.warning and self.warning >= seconds_of(str(self.time)):
-            raise ValueError(f"warning={self.warning} is not before the end of time={self.time}: use fewer seconds")
+            raise ValueError(
+                f"warning={self.warning} is not before the end of time={self.time}: use less than "
+                f"{seconds_of(str(self.time))} seconds"
+            )
 
     @property
     def jobs_before(self) -> tuple[int, ...]:

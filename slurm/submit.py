@@ -55,7 +55,9 @@ def make_plans(words: Sequence[str]) -> list[JobPlan]:
     if not settings.pipeline:
         plans = [plan_job(settings, launcher, recipe_words)]
     elif recipe_words:
-        raise ValueError(f"{recipe_words[0]} belongs in a line of pipeline={settings.pipeline}")
+        raise ValueError(
+            f"{recipe_words[0]} is a recipe's setting: write it in a line of pipeline={settings.pipeline} instead"
+        )
     else:
         plans = _pipeline_plans(settings.pipeline, [word for word in own if not word.startswith("pipeline=")])
     for plan in plans:
@@ -80,10 +82,11 @@ def read_pipeline(file: str) -> list[list[str]]:
     try:
         lines = yaml.safe_load(Path(file).expanduser().read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"pipeline={file} cannot be read: {error}") from error
+        raise ValueError(f"pipeline={file} cannot be read ({error}): give a YAML list of command lines") from error
     if not isinstance(lines, list) or not lines or not all(isinstance(line, str) for line in lines):
         raise ValueError(
-            f"pipeline={file} is not a list of command lines: - recipe=pretrain experiment=pretrain/tiny ..."
+            f"pipeline={file} is not a YAML list of command lines: write lines such as "
+            "- recipe=pretrain experiment=pretrain/tiny"
         )
     return [shlex.split(line) for line in lines]
 
@@ -104,8 +107,10 @@ def _refuse_unready(plan: JobPlan) -> None:
 def submit(plans: Sequence[JobPlan]) -> list[int]:
     """Freeze and queue ``plans``, each after the one before, and print the jobs' numbers and folders.
 
-    Returns the numbers.  Raises ValueError if Slurm rejects one of them, for an account, a limit or an option; then the
-    jobs queued before are cancelled, and the folders that they made are deleted.
+    Returns the numbers.  With launcher=local the jobs run here instead, and a failure exits with the run's code.
+
+    Raises ValueError if Slurm rejects one of them, for an account, a limit or an option; then the jobs queued before
+    are cancelled, and the folders that they made are deleted.
     """
     jobs: list[int] = []
     made: list[Path] = []  # folders that queued jobs did not have before

@@ -76,10 +76,11 @@ UNCHECKED = ("parallel/test_drift.py", "parallel/test_ring.py", "parallel/test_t
 
 
 def pytest_configure() -> None:
-    """Prepare what the processes that tests start inherit.
+    """Set what processes that the tests start inherit.
 
-    They handle SIGINT, which a shell's background job ignores, and share byte code, which each would compile anew.  All
-    have one torch thread, because several run at once.
+    * A handler of SIGINT: a shell's background jobs ignore this signal.
+    * Byte code on disk, so that not every process compiles the modules again.
+    * One torch thread, because several processes run at once.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)

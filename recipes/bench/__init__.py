@@ -1,1 +1,1 @@
-"""Benchmarks: a subject a file, each side by side in one run."""
+"""Benchmarks, one file per subject; each measures its variants in turn in one run."""

@@ -54,16 +54,17 @@ def prepare(config: DictConfig) -> tuple[TrainJob, ConvergenceSettings]:
     job = resolve_train_job(training, "recipes.bench convergence", from_scratch=True)
     for name in RUNS:
         if (job.out / name).exists() and not (job.out / name / "model" / "config.json").is_file():
-            raise ValueError(
-                f"out={job.out}: its folder '{name}' is not a run and would be emptied; give another folder"
-            )
+            raise ValueError(f"out={job.out}: its folder '{name}' is not a run and would be emptied; give another out=")
     if job.target.mesh.ranks == 1:
-        raise ValueError("mesh is one rank, the run that others are compared with: use mesh.ring=2 or another mesh")
+        raise ValueError("the mesh has one rank, like the run to compare it with: use mesh.ring=2 or another mesh")
     return job, settings
 
 
 def train_from_scratch(job: TrainJob, name: str) -> Curve:
-    """Train ``job`` from its first step in the folder ``name`` of its ``out``, which is emptied first."""
+    """Train ``job`` from its first step in the folder ``name`` below its ``out``; the folder is emptied first.
+
+    Returns the run's curve, on the first rank and on all others.
+    """
     out = job.out / name
     shutil.rmtree(out, ignore_errors=True)
     run = replace(job, settings=replace(job.settings, out=str(out)))

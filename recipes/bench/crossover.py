@@ -119,7 +119,9 @@ def prepare(config: DictConfig) -> CrossoverJob:
     if settings.hosts:
         refuse_hosts(settings.hosts, settings.rate, target.mesh)
     elif settings.rate != CrossoverSettings.rate:
-        raise ValueError(f"rate={settings.rate} is for links between emulated hosts: set hosts={target.mesh.ring}")
+        raise ValueError(
+            f"rate={settings.rate} is for links between emulated hosts: set hosts={target.mesh.ring}, or leave it out"
+        )
     for name in ("out", "picture", "fitted"):
         refuse_unwritable(getattr(settings, name), name)
     refuse_windows(target)

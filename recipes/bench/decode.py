@@ -57,7 +57,7 @@ class DecodeJob:
 
 @dataclass(frozen=True)
 class DecodeCost:
-    """Seconds of a decode step, this rank's CPU seconds (all threads), and the bytes that it sent."""
+    """Cost of a decode step: seconds, this rank's CPU seconds (all threads), and the bytes that this rank sent."""
 
     seconds: float
     cpu_seconds: float
@@ -108,7 +108,7 @@ def time_batch(
     batch: int,
     done: Callable[[], None],
 ) -> BatchTimes:
-    """Time decode steps of ``batch`` sequences by each variant; rank 0 decodes alone while the others wait."""
+    """Time decode steps of ``batch`` sequences by each variant; `ONE_RANK` runs on rank 0 while the others wait."""
     sessions = {name: start_session(*variant, settings, batch) for name, variant in variants.items()}
 
     def measure(variant: str) -> DecodeCost | None:

@@ -95,11 +95,11 @@ def prepare(config: DictConfig) -> DriftJob:
     if target.model.dtype != "bfloat16":
         raise ValueError(f"model.dtype={target.model.dtype}: drift is measured in bfloat16; use model.dtype=bfloat16")
     if set(target.shape.windows) != {None} or target.shape.sinks:
-        raise ValueError(f"{target.model.name} has windows or sinks, which are not applied here: use another model")
+        raise ValueError(f"{target.model.name} has windows or sinks, which drift leaves out: use model=smollm2_135m")
     refuse_beyond_model(target, tokens=settings.tokens)
     layers = settings.layers or tuple(range(target.shape.layers))
     if max(layers) >= target.shape.layers:
-        raise ValueError(f"layers={max(layers)}: {target.model.name} has layers 0 to {target.shape.layers - 1}")
+        raise ValueError(f"layers={max(layers)}: use layers 0 to {target.shape.layers - 1} of {target.model.name}")
     return DriftJob(settings, target, read_tokens(target, "tokens", settings.tokens), layers)
 
 
@@ -181,7 +181,7 @@ def gradients_on_threads(inputs: Inputs, dout: Queries, ranks: int, kernel: Kern
 
 
 def in_bfloat16(kernel: Kernel) -> Kernel:
-    """Return ``kernel`` with its partial attentions rounded to bfloat16, as if they were sent and merged in it."""
+    """Return ``kernel`` with its partial attentions rounded to bfloat16, as if ranks sent and merged bfloat16."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Partial:
         partial = kernel.forward(q, k, v, causal)
@@ -196,7 +196,7 @@ def relative_error(x: AnyShape, reference: AnyShape) -> float:
 
 
 def output_errors(inputs: Inputs, counts: Sequence[int], kernel: Kernel, done: Done) -> tuple[Errors, Errors]:
-    """Return the output's errors by strategy (and `CONTROL`) for each number of ranks: in bfloat16, and unrounded."""
+    """Return the output's errors by strategy (and `CONTROL`) for each of ``counts`` ranks: in bfloat16, unrounded."""
     variants = {name: (strategy, kernel) for name, strategy in STRATEGIES.items()}
     variants[CONTROL] = (pass_kv, in_bfloat16(kernel))
     reference = exact(*inputs)
@@ -212,7 +212,7 @@ def output_errors(inputs: Inputs, counts: Sequence[int], kernel: Kernel, done: D
 
 
 def gradient_errors(inputs: Inputs, seed: int, counts: Sequence[int], kernel: Kernel, done: Done) -> Errors:
-    """Return the errors of dq, dk and dv for each number of ranks; ``seed`` draws the output's gradient."""
+    """Return the errors of dq, dk and dv for each of ``counts`` ranks; ``seed`` draws the output's gradient."""
     dout = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
     errors: Errors = {"dq": [], "dk": [], "dv": []}
     references = exact_gradients(inputs, dout) if counts else ()
@@ -225,7 +225,7 @@ def gradient_errors(inputs: Inputs, seed: int, counts: Sequence[int], kernel: Ke
 
 
 def ratios(by_layer: Mapping[int, Errors], name: str, i: int) -> dict[int, float]:
-    """Return, by layer, the error of variant ``name`` at the ``i``-th number of ranks, in errors of one rank."""
+    """Return, by layer, the error of variant ``name`` at the ``i``-th number of ranks, over the error of one rank."""
     return {layer: errors[name][i] / errors[name][0] for layer, errors in by_layer.items()}
 
 

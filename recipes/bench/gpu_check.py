@@ -55,7 +55,7 @@ class GpuCheckSettings:
 
 @dataclass(frozen=True)
 class GpuCheckJob:
-    """The inputs of the rank.  ``about`` is what the written page says of the run."""
+    """The inputs of the rank.  ``about`` has model, device, machine, command and versions, for the written page."""
 
     settings: GpuCheckSettings
     target: Target
@@ -84,7 +84,7 @@ def prepare(config: DictConfig) -> GpuCheckJob:
 
 
 class TimeIsUp(Exception):
-    """The time limit of a part."""
+    """Raised in a part that exceeds its time limit."""
 
 
 @contextmanager

@@ -29,7 +29,7 @@ _LAYERS = 2  # first layers of the model, whose logits are compared
 
 
 def check_kernels(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
-    """Compare every kernel that takes this device and dtype with float64; out, log-sum-exp and gradients."""
+    """Compare out, log-sum-exp and gradients of every kernel that takes this device and dtype with float64."""
     table_rows = []
     for name, kernel in KERNELS.items():
         takes = runtime.device.type in kernel.devices and job.dtype in kernel.dtypes

@@ -35,7 +35,9 @@ def refuse_hosts(hosts: int, rate: str, mesh: Mesh) -> None:
     """Raise ValueError unless ``hosts`` emulated hosts with links of ``rate`` can run one rank of ``mesh`` each."""
     local = "or hosts=0 for ranks on loopback"
     if current_rank() and not is_host():
-        raise ValueError(f"hosts={hosts} starts its ranks itself, but a launcher has started these: use hosts=0")
+        raise ValueError(
+            f"hosts={hosts} starts its ranks itself, but a launcher has started these: use hosts=0, or no launcher"
+        )
     if hosts != mesh.ranks:
         raise ValueError(f"hosts={hosts} with mesh {mesh}: each host runs one rank; use hosts={mesh.ranks}, {local}")
     bits_per_s(rate)
@@ -82,7 +84,7 @@ def emulated_hosts(hosts: int, rate: str, latency_us: float = 0) -> Iterator[lis
 
     Host i, counted from 1, has the address 10.77.0.i on eth0.  ``rate`` limits what each host sends, and what it
     receives.  With ``latency_us``, microseconds one way, a process forwards the packets (see `wire`), and ``rate``
-    limits what is sent alone.  SIGTERM leaves the block as Ctrl-C does.
+    limits only what is sent.  SIGTERM leaves the block as Ctrl-C does.
 
     Raises ValueError, with the output of ip or tc, if the kernel or the container does not allow it.
     """

@@ -54,7 +54,7 @@ class OutputNormsSettings:
 
 @dataclass(frozen=True)
 class OutputNormsJob:
-    """Text to fit numbers and rank blocks on, and held-out text for the perplexities."""
+    """Inputs: the text ``fitted_on`` fits the ranks' factors and orders the blocks; ``held_out`` gives perplexities."""
 
     settings: OutputNormsSettings
     target: Target
@@ -64,19 +64,26 @@ class OutputNormsJob:
 
 @dataclass(frozen=True)
 class Sums:
-    """A block's input x, N_a of each rank's partial attention output P_r, and N_a of their sum."""
+    """A block's input x, N_a of each rank's partial attention output P_r, and N_a of their sum.
+
+    N_a is the block's norm of the attention output, which comes before the residual sum.
+    """
 
     x: Hidden
     own: list[Hidden]
     full: Hidden
 
     def fit(self) -> list[float]:
-        """Return each rank's factor c for which c N_a(P_r) is nearest to N_a(sum), relative to the state's size."""
+        """Return each rank's factor c for which c N_a(P_r) is nearest to N_a(sum of P_r), by weighted least squares.
+
+        A token's weight is 1 / |x + N_a(sum)|^2.
+        """
         precision = 1 / (self.x + self.full).square().sum(-1, keepdim=True)
         return [float((precision * n * self.full).sum() / (precision * n * n).sum()) for n in self.own]
 
 
-# By name, the terms that the ranks' MLPs read besides x, given the block's sums and its fitted factors.
+# Estimates by name: functions of a block's sums and fitted factors; they return, by rank, the term that its MLP reads
+# besides x.
 ESTIMATES: dict[str, Callable[[Sums, list[float]], list[Hidden]]] = {
     "x + N_a(P_r)": lambda sums, _: sums.own,
     "x + N_a(P_r) times a fitted factor": lambda sums, fitted: [c * n for c, n in zip(fitted, sums.own, strict=True)],
@@ -87,7 +94,10 @@ ESTIMATES: dict[str, Callable[[Sums, list[float]], list[Hidden]]] = {
 
 
 def partial_attention(layer: Any, x: Hidden, known: dict[str, Any], ranks: int) -> Sums:
-    """Return the sums of a Gemma 3 block, whose attention gets ``known`` in addition to its input."""
+    """Return the `Sums` of a Gemma 3 block with input ``x``, its heads split over ``ranks``.
+
+    ``known`` has the attention's other keyword arguments.
+    """
     heads: list[Tensor] = []
     hook = layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0]))
     layer.self_attn(hidden_states=layer.input_layernorm(x), **known)
@@ -120,7 +130,7 @@ def relative_error(out: Hidden, exact: Hidden) -> float:
 def blocks_replaced(
     net: PreTrainedModel, change: Callable[[int, Any, Hidden, dict[str, Any], Hidden], Any]
 ) -> Iterator[None]:
-    """In the block, each layer's output is what ``change(number, layer, x, keywords, output)`` returns, if not None."""
+    """Context manager: replace each layer's output by ``change(number, layer, x, keywords, output)``; None keeps it."""
 
     def hook(i: int, layer: Any, args: Any, kwargs: dict[str, Any], out: Hidden) -> Any:
         x = args[0] if args else kwargs["hidden_states"]
@@ -200,7 +210,8 @@ def prepare(config: DictConfig) -> OutputNormsJob:
     if family_in(target.folder) is not FAMILIES["gemma3_text"]:
         raise ValueError(f"{target.model.name} is not a Gemma 3: recipes.bench output_norms takes model=gemma3_270m")
     if heads % settings.ranks:
-        raise ValueError(f"ranks={settings.ranks} does not divide the {heads} heads: use a divisor")
+        fit = ", ".join(str(n) for n in range(2, heads + 1) if heads % n == 0)
+        raise ValueError(f"ranks={settings.ranks} does not divide the model's {heads} query heads: use one of {fit}")
     fitted_on, held_out = (
         text_of(
             DataSettings(sections(config, name, TextSource), settings.length, batch=1, epochs=1, end_token=False),

@@ -23,7 +23,10 @@ def installed_version(name: str) -> str | None:
 
 
 def zigzag_ring(name: str, ranks: int, rank: int) -> Ring:
-    """Return causal attention of the peer ``name`` over zigzag shards [b s h d] of all ``ranks`` ranks."""
+    """Return causal attention of a peer over zigzag shards [b s h d] of all ``ranks`` ranks.
+
+    ``name`` is "yunchang" or "ring_flash_attn".
+    """
     _install_stand_in()
     if name == "yunchang":
         yunchang = importlib.import_module("yunchang")

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """Cost of a prefill, or of one decoded token: the slowest rank's ``seconds``, and this rank's reductions.
+    """Cost of a prefill, or of one decoded token: the slowest rank's ``seconds``, and the reductions.
 
-    ``reducing`` is the least time that any rank spent in reductions.  A rank that arrives early also waits inside
-    them, so the rank that arrives last shows how long the reductions themselves take.
+    ``calls`` and ``bytes`` count this rank's reductions.  ``reducing`` is the least time that any rank spent in
+    reductions.  A rank that arrives early also waits inside them, so the rank that arrives last shows how long the
+    reductions themselves take.
     """
 
     seconds: float
@@ -30,7 +31,10 @@ class PhaseCost:
 
 
 def time_phases(runtime: Runtime, engine: Engine, tokens: Sequence[int], new_tokens: int) -> dict[str, PhaseCost]:
-    """Return the cost of the prefill of the prompt ``tokens``, and of each of ``new_tokens`` decoded after it."""
+    """Return by phase the cost of the prefill of the prompt ``tokens``, and of each of ``new_tokens`` decoded after it.
+
+    The phases are "prefill" and "decode".
+    """
     from longctx.infer.session import Session
 
     session = Session(engine, Context(), Sampling())

@@ -63,7 +63,10 @@ class PrefillJob:
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Efficiency of one part of the work at one length, its three factors, and ``seconds`` by variant and round."""
+    """Efficiency of one part of the work at one length; ``seconds`` by variant and round.
+
+    ``efficiency`` is the product of ``machine``, ``blocks`` and ``communication``.
+    """
 
     part: str
     tokens: int

@@ -19,7 +19,7 @@ class Rival(Reduce):
 def read_rivals(config: DictConfig) -> tuple[Rival, ...]:
     """Return the items of ``rivals``.
 
-    Raises ValueError for an item that rounds nothing, and unless each has its own label.
+    Raises ValueError for an item that rounds nothing, and for a label that two items share.
     """
     rivals = sections(config, "rivals", Rival, say)
     labels = [rival.label for rival in rivals]

@@ -70,9 +70,9 @@ class ServeBenchJob:
 
 @dataclass
 class LoadFigures:
-    """Figures of one variant: seconds to the last answer and, by request, to its first token; and its answers.
+    """Figures of one variant: seconds to the last answer; by request, seconds to the first token and the answer.
 
-    ``page_bytes`` are those on each ring rank at the end.
+    ``page_bytes`` are the bytes of cached pages on each ring rank at the end.
     """
 
     variant: str
@@ -85,7 +85,7 @@ class LoadFigures:
     page_bytes: list[int] = field(default_factory=list)
 
     def record(self, event: Token | Failure) -> bool:
-        """Add ``event`` to its request's answer; return True if it is the last one."""
+        """Add ``event`` to its request's answer; return True if it is the request's last event."""
         from longctx.serve.service import Failure
 
         if isinstance(event, Failure):
@@ -109,9 +109,10 @@ def prepare(config: DictConfig) -> ServeBenchJob:
 
 
 def make_load(settings: ServeBenchSettings, text: Sequence[int]) -> list[NewSequence]:
-    """Return the requests: lengths uniform in their logarithm, half of each from one of a few common beginnings.
+    """Return the requests: prompts of random lengths, uniform in the logarithm.
 
-    ``text`` is cut at random places; both halves begin at one and wrap around.
+    The first half of each prompt is a prefix that many share, one of ``settings.prefixes``; the second half is its own.
+    Both are cut from ``text`` at random places, and wrap around at its end.
     """
     from longctx.serve.schedule import NewSequence
 
@@ -144,7 +145,7 @@ def run_rank(rank: Rank, job: ServeBenchJob) -> list[LoadFigures]:
 
 
 def limits_of(job: ServeBenchJob, variant: str) -> Limits:
-    """Return the server's bounds in a variant."""
+    """Return the limits of the server in ``variant``."""
     from longctx.serve.schedule import Limits
 
     settings, most = job.settings, job.settings.max_length + job.settings.new_tokens
@@ -183,7 +184,10 @@ def run_variant(
 def play_clients(
     service: Service, load: Sequence[NewSequence], clients: int, figures: LoadFigures, done: Callable[[], None]
 ) -> None:
-    """Let ``clients`` send ``load`` in order, each its next request once its last one is answered."""
+    """Send the requests of ``load`` in order by so many ``clients``; a client sends the next one after an answer.
+
+    ``figures`` gets the answers and times; ``done`` is called after each answer.
+    """
     requests, sent = iter(load), dict[int, float]()
 
     def send_next() -> None:

@@ -88,7 +88,7 @@ class LatencyTimes:
 
 @dataclass(frozen=True)
 class LatencyRow:
-    """A row of the result: medians of a phase in one case, and relative savings against the baseline.
+    """A row of the result: the median `PhaseCost` of a phase in one case, and relative savings against the baseline.
 
     ``reduce`` is the rival's label, or float32.  ``rounds`` are the seconds by round.  The ``predicted_`` savings
     follow from bytes and hops.
@@ -130,7 +130,7 @@ def prepare(config: DictConfig) -> LatencyJob:
         refuse_hosts(settings.hosts, settings.rate, mesh)
     elif (settings.latency_us, settings.rate) != (0, LatencySettings.rate):
         links = f"latency_us={settings.latency_us} and rate={settings.rate}"
-        raise ValueError(f"{links} are for links between emulated hosts: set hosts={mesh.tp}")
+        raise ValueError(f"{links} are for links between emulated hosts: set hosts={mesh.tp}, or leave both out")
     refuse_unwritable(settings.out)
     refuse_unwritable(settings.picture, "picture")
     timing.refuse_beyond_model(target, tokens=settings.tokens, new_tokens=settings.new_tokens)
@@ -202,9 +202,10 @@ def compare_cases(times: LatencyTimes, job: LatencyJob) -> list[LatencyRow]:
 
 
 def predict_reducing(reduce: Reduce, dropped: float, phase: str, links: Links, job: LatencyJob) -> float:
-    """Return the seconds of all blocks' reductions in ``phase`` if the share ``dropped`` of the blocks drops its first.
+    """Return the predicted seconds of all blocks' reductions in ``phase``.
 
-    From bytes and hops alone; the one reduction of the embedding is left out.
+    A share ``dropped`` of the blocks leaves out the first reduction; ``reduce`` has the dtypes of the others.  The time
+    follows from bytes and hops alone.  The embedding's reduction is left out.
     """
     tokens, shape = job.settings.tokens if phase == "prefill" else 1, job.target.shape
 

@@ -54,7 +54,7 @@ class SweepJob:
 class SweepTimes:
     """Seconds with block inputs kept and of the plain loop, and the largest difference of their scores.
 
-    The difference is relative to the plain loop's score where that exceeds 1.
+    The difference is relative to the plain loop's score if that exceeds 1, and absolute otherwise.
     """
 
     kept_s: float

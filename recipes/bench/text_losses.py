@@ -35,9 +35,10 @@ def mean_loss(sums: Float[Tensor, " sequences"], text: PackedText) -> float:
 def paired_interval(
     sums: Float[Tensor, " sequences"], base: Float[Tensor, " sequences"], text: PackedText
 ) -> tuple[float, float] | None:
-    """Return the 95 % interval of the mean loss that ``sums`` add to ``base``, in nats per token.
+    """Return the 95 % interval of the mean loss of ``sums`` minus that of ``base``, in nats per token.
 
-    It is Student's t interval over sequences, which have about as many tokens each.  None for one sequence.
+    Both are `sequence_losses` of ``text``.  It is Student's t interval of the differences by sequence; sequences have
+    about equally many tokens.  None for one sequence.
     """
     added = ((sums - base) / (text.mask.sum() / len(text))).numpy()
     if len(added) < 2:

@@ -73,7 +73,10 @@ class TimedRun:
         if self.work != "train" and self.dp > 1:
             raise ValueError(f"work={self.work} has no dp={self.dp}: use work=train")
         if (self.cached == 0) if self.work == "decode" else (self.work == "train" and self.cached):
-            raise ValueError(f"work={self.work} cached={self.cached}: decode needs cached tokens, train has none")
+            raise ValueError(
+                f"work={self.work} cached={self.cached}: decode needs cached tokens, and train has none; use "
+                f"cached={'1024' if self.work == 'decode' else '0'}"
+            )
 
     @property
     def mesh(self) -> Mesh:

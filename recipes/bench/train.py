@@ -54,7 +54,7 @@ class TrainBenchJob:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of this rank's training steps, and activation bytes of a micro-batch on the rank that saves most."""
+    """Seconds of this rank's training steps, and activation bytes of a micro-batch on the rank that has the most."""
 
     seconds: list[float]
     activation_bytes: int

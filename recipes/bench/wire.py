@@ -44,7 +44,10 @@ def main(prefix: str, hosts: int, latency_s: float, mtu: int) -> None:
 
 
 def forward_packets(ports: dict[int, int], latency_s: float) -> None:
-    """Forward packets between ``ports``, device files by the last byte of their address, until standard input ends."""
+    """Forward packets between hosts until standard input ends.
+
+    ``ports`` has the file descriptor of each host's TUN device, by the last byte of the host's address.
+    """
     # (due time, destination, packet); all packets have the same delay, so they leave in the order of their arrival.
     pending: deque[tuple[float, int, bytes]] = deque()
     while True:

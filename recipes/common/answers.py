@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class Answer(TypedDict, total=False):
-    """An answer as written to ``out``: its text, the prompt's length, and the tokens of both.
+    """An answer as written to ``out``: its text and token ids, and the prompt's length and token ids.
 
-    ``logprobs`` has the log-probabilities of the answer's tokens, with ``sampling.logprobs``.
+    If ``sampling.logprobs`` is set, ``logprobs`` has the log-probabilities of the answer's tokens.
     """
 
     text: str
@@ -33,7 +33,10 @@ def decode_answers(
     logprobs: Sequence[Sequence[TokenLogprob]] | None,
     stop: Sequence[str],
 ) -> list[Answer]:
-    """Return the answer to each prompt, whose text ends before the first text in ``stop``."""
+    """Return the answer to each prompt, decoded from its ``token_ids``; an answer ends before the first ``stop`` text.
+
+    ``logprobs`` has those of each answer's tokens (None: not asked for).
+    """
     from longctx.infer.answer import cut_at_stop
 
     answers: list[Answer] = []
@@ -51,5 +54,5 @@ def decode_answers(
 
 
 def in_megabytes(sizes: Sequence[int]) -> str:
-    """Return the bytes of each rank, in rank order, as text in MB."""
+    """Return ``sizes``, the bytes of each rank in rank order, as text in MB."""
     return " | ".join(f"{size / 1e6:,.2f}" for size in sizes) + " MB"

@@ -60,7 +60,10 @@ console = plain_console(stderr=True, width=140)
 
 
 def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
-    """Compose ``configs/<config_name>.yaml`` with the command line's overrides, and run ``task`` on it."""
+    """Compose ``configs/<config_name>.yaml`` with the command line's overrides, and run ``task`` on it.
+
+    With --help, print the help text instead.
+    """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to stop, which the ranks handle (longctx.train.stop)
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
     words = sys.argv[1:]
@@ -243,7 +246,7 @@ def threads_here(threads: int | None, mesh: Mesh) -> int:
 
 
 def write_result(out: str, result: Mapping[str, object]) -> None:
-    """Write ``result`` to ``out`` as JSON, one line per key, and say so."""
+    """Write ``result`` to ``out`` as JSON, one line per key, and print where."""
     write_json(out, result)
     console.print(f"written to {out}")
 

@@ -1,4 +1,4 @@
-"""Turns of a conversation: typed at a terminal, taken on the ranks, shown."""
+"""Turns of a conversation: read from a terminal, run on the ranks, and shown."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class TurnFigures(TypedDict, total=False):
     """Figures of a turn, as written to ``out``; a turn that failed has its ``text``, the ``error`` and no tokens.
 
     ``new`` and ``cached`` count tokens, ``miss_rate`` is new / (new + cached).  ``ttit_s`` is None without a decode
-    step.  Lists are over the context ranks, in bytes; ``bytes_sent`` is the sum over all ranks.  ``logprobs`` are those
-    of the answer's tokens, with ``sampling.logprobs``.
+    step.  The lists ``..._per_rank`` have the bytes of each context rank; ``bytes_sent`` is the sum over all ranks.
+    If ``sampling.logprobs`` is set, ``logprobs`` has the log-probabilities of the answer's tokens.
     """
 
     text: str
@@ -68,9 +68,10 @@ def typed_turns(world: Comm, max_new_tokens: int, device: torch.device) -> Itera
 
 
 def take_turn(session: Session, turn: UserTurn, tokenizer: PreTrainedTokenizerBase, *, shown: bool) -> TurnFigures:
-    """Take one turn and return its figures; a turn that fails leaves the session unchanged and states why.
+    """Run one turn and return its figures.
 
-    Raises an error of the computation if there are several ranks, because the others wait for this one.
+    A turn that fails leaves the session unchanged, and its figures have the ``error``.  An error of the computation is
+    raised instead if there are several ranks, because the others wait for this one.
     """
     from longctx.data.turns import turn_tokens
     from longctx.infer.answer import make_stop_check

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def make_decode_chooser(runtime: Runtime, target: Target, engine: Engine) -> DecodeChooser | None:
-    """Return a function that chooses the strategy for a batch size; None unless ``context.decode=auto``.
+    """Return a function from a batch size to a decode strategy and the reason; None unless ``context.decode=auto``.
 
-    It first measures the machine for a second.  All ranks must call it; they get the same choices.
+    Measures this machine for about a second first.  All ranks must call it, and all get the same choices.
     """
     import torch
 

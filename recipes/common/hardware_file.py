@@ -33,7 +33,7 @@ def read_machine(name: str) -> Machine:
 
 
 def read_rates(name: str) -> tuple[float | None, Machine | None]:
-    """Return the peak FLOP/s of ``hardware=name``, and its machine; None for what a file of an old version lacks.
+    """Return the peak FLOP/s and the machine of ``hardware=name``; each is None if a file of an old version lacks it.
 
     Raises ValueError for a name that is neither a file nor in configs/machine.
     """

@@ -1,4 +1,4 @@
-"""Locks: one run at a time writes to a place.  A lock is held while its process lives, and released by its end."""
+"""Locks: one run at a time writes to a file or folder.  A lock is released when its process ends, even if killed."""
 
 import fcntl
 import json
@@ -16,9 +16,10 @@ _OWN_JOB_S = 120.0  # a requeued Slurm job waits this long for the lock that its
 
 @contextmanager
 def hold(file: Path, setting: str) -> Iterator[None]:
-    """Hold the lock ``file`` until the block ends or the process dies; of a launcher's ranks, only the first one does.
+    """Hold the lock ``file`` until the block ends or the process dies; of a launcher's ranks, only the first holds it.
 
-    Raises ValueError, naming host and process, if another process holds it; ``setting`` is the place that it locks.
+    Raises ValueError, naming host and process, if another process holds it.  ``setting``, such as ``out=DIR``, names
+    the locked file or folder in messages.
     """
     if not is_first():
         yield

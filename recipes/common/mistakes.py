@@ -9,7 +9,7 @@ from hydra.errors import HydraException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-# The keys of a source of text, the lists of settings in braces that hold paths.
+# Keys of an item of data.sources or data.test; such items are settings in braces, and may hold paths.
 _SOURCE_KEYS = "path|name|subset|split|text_key|pydoc|weight|streaming"
 _SOURCE_TEXT = re.compile(rf"\b(path|name|subset|split):(.+?)(?=,(?:{_SOURCE_KEYS}):|\}},\{{|\}}\]?$)")
 

@@ -74,7 +74,7 @@ def _planned(file: str) -> list[str]:
 
 
 def choices(group: str) -> list[str]:
-    """Return the names that ``group=NAME`` accepts: the files of its folder, without bases."""
+    """Return the names that ``group=NAME`` accepts: the files of its folder, except those that begin with ``_``."""
     files = sorted((CONFIGS / group).rglob("*.yaml"))
     names = [file.relative_to(CONFIGS / group).with_suffix("").as_posix() for file in files]
     return [name for name in names if not name.startswith("_")]
@@ -105,7 +105,7 @@ def path_word(key: str, path: str) -> str:
 
 
 def typed_word(override: str) -> str:
-    """Return the word that a user types for ``override``, one in Hydra's grammar: free text without its quotes."""
+    """Return what a user types for ``override``, a word in Hydra's grammar: free text loses its quotes."""
     key, equals, value = override.partition("=")
     if not equals or key.lstrip("+") not in FREE_TEXT or not _is_quoted(value):
         return override

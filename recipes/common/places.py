@@ -20,9 +20,10 @@ def numbered_out(out: str, number: int | str) -> str:
 
 
 def refuse_unwritable(out: str | None, name: str = "out", suffixes: Sequence[str] = ()) -> None:
-    """Raise ValueError unless a file can be written at ``out``, the setting ``name``; leaves no trace.
+    """Raise ValueError unless a file can be written at ``out``, the setting ``name``; creates nothing.
 
-    The file's name must end in one of ``suffixes``; the default depends on ``name``.
+    The file's name must end in one of ``suffixes``.  The default is .json, or the formats of a picture or YAML file
+    (`_SUFFIXES`).
     """
     if out is None:
         return
@@ -39,7 +40,7 @@ def refuse_unwritable(out: str | None, name: str = "out", suffixes: Sequence[str
 
 
 def refuse_unwritable_folder(out: str, name: str = "out") -> None:
-    """Raise ValueError unless ``out``, the setting ``name``, is a writable folder or can be made; leaves no trace."""
+    """Raise ValueError unless ``out``, the setting ``name``, is a writable folder or can be made; creates nothing."""
     _refuse_read_only(Path(out).expanduser(), f"{name}={out}")
 
 

@@ -49,8 +49,9 @@ class WorkSettings:
 class Question:
     """Everything that determines the plans: a model's shape, a machine, the number of GPUs, the work and its limits.
 
-    ``dtype_bytes`` is the size of a weight and of an activation.  ``allowed_drop`` says which share of blocks
-    drops a reduction, on meshes with tensor parallelism.
+    ``dtype_bytes`` is the size of a weight and of an activation.  ``strategy`` None plans for all strategies, and a
+    limit of None does not restrict.  ``allowed_drop`` is the share of blocks that drop a reduction on meshes with
+    tensor parallelism.
     """
 
     shape: ModelShape
@@ -78,7 +79,7 @@ class Question:
 
     @property
     def experts(self) -> int:
-        """Number of experts that ranks can divide; 1 for a model without."""
+        """Number of experts that ranks can divide; 1 for a model without experts."""
         return self.shape.mixture.count if self.shape.mixture else 1
 
     def numbers(self, mesh: Mesh) -> Numbers:

@@ -166,9 +166,9 @@ def plans_of(question: Question) -> list[Plan]:
 
 
 def meshes_of(gpus: int, *, trains: bool, experts: int = 1) -> Iterator[Mesh]:
-    """Yield every mesh of ``gpus`` ranks; unless it ``trains``, dp, pp and ep are 1, as the recipes require.
+    """Yield every mesh of ``gpus`` ranks.
 
-    In training, ep divides the number of ``experts``.
+    In training (``trains``), ep divides the number of ``experts``.  Otherwise dp, pp and ep are 1, as recipes require.
     """
     divisors = [n for n in range(1, gpus + 1) if gpus % n == 0]
     for tp, ulysses, dp, pp in product(divisors, divisors, *([divisors] * 2 if trains else [[1]] * 2)):

@@ -1,4 +1,4 @@
-"""Predicted times of a run, shown with the measured ones: the cost model's, for the machine of a hardware file."""
+"""Times of a run that the cost model predicts for the machine of a hardware file, shown with the measured ones."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ def refuse_unpredicted(target: Target) -> None:
 def predict_turn(
     target: Target, machine: Machine, prompts: Sequence[int], turn: Turn, session: Session
 ) -> dict[str, float | None]:
-    """Return the predicted seconds to the first token of prompts of these lengths, and from token to token.
+    """Return the predicted ``ttft_s`` and ``ttit_s`` for ``prompts``, the lengths of new prompts in tokens.
 
-    ``turn`` is the measured one, whose decode strategy the prediction follows.  A prefill is one pass.
+    ``turn`` and its ``session`` are the measured ones: their answers' lengths and decode strategy are used.  ``ttit_s``
+    is None if the turn decoded nothing.
     """
     shape, mesh, numbers, strategy = target.shape, target.mesh, _numbers(target), target.context.strategy
     ttft_s = prefill_cost(shape, mesh, machine, prompts, [0] * len(prompts), strategy, numbers).seconds
@@ -55,6 +56,9 @@ def _numbers(target: Target) -> Numbers:
 
 
 def beside(measured: float | None, predicted: Mapping[str, float | None] | None, name: str) -> str:
-    """Return the prediction of ``name`` and its error as text to follow the measured seconds; empty without one."""
+    """Return text to append to the ``measured`` seconds: the predicted ones and their error; empty if one is missing.
+
+    ``name`` is the key of the prediction, such as ``ttft_s``.
+    """
     seconds = predicted[name] if predicted else None
     return "" if seconds is None or not measured else f", predicted {seconds:.3g} s ({seconds / measured - 1:+.0%})"

@@ -54,13 +54,16 @@ def read_prompts(
 
 
 def refuse_too_long(name: str, prompt: int, new_tokens: int, max_positions: int, advice: str, text_tokens: int) -> None:
-    """Raise ValueError if ``prompt`` and ``new_tokens`` exceed ``max_positions``; ``advice`` says how to shorten it.
+    """Raise ValueError if a prompt of ``prompt`` tokens and ``new_tokens`` exceed ``max_positions``.
 
-    ``text_tokens`` of the prompt are text that may be cut; the rest is the chat template and the question.
+    ``name`` begins the message and says which prompt it is.  ``advice``, a format string, says how to shorten it: {}
+    becomes the number of text tokens that fit.  The prompt has ``text_tokens`` of text; the rest, its chat template and
+    question, cannot be cut.
     """
     if new_tokens >= max_positions:
         raise ValueError(
-            f"{name}max_new_tokens={new_tokens} fills the model's context of {max_positions:,}: ask for fewer"
+            f"{name}max_new_tokens={new_tokens} fills the model's context of {max_positions:,}: use fewer, so that the "
+            "prompt has room"
         )
     if (over := prompt + new_tokens - max_positions) > 0:
         raise ValueError(

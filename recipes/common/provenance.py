@@ -46,9 +46,9 @@ def hardware() -> dict[str, object]:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the version of each installed package by name, the first on Python's path, as imports find it.
+    """Return the version of each installed package by name; of several copies, the first on Python's path counts.
 
-    Copies that setuptools keeps for itself are left out: they are on the path only once it has been imported.
+    Copies inside setuptools are left out: they are on the path only after setuptools has been imported.
     """
     path = [folder for folder in sys.path if Path(folder).name != "_vendor"]
     versions: dict[str, str] = {}

@@ -68,7 +68,8 @@ def _as_word(value: object) -> str:
 def rename_flat(values: Mapping[str, object]) -> dict[str, object]:
     """Return ``values`` of a saved manifest or result, by dotted name, with their current names and values.
 
-    ``texts.0.called`` becomes ``texts.0.label``; ``variants.0.context.decode`` has the values of ``context.decode``.
+    ``texts.0.called`` becomes ``texts.0.label``.  Settings of a list's items are renamed like the recipe's own:
+    ``variants.0.context.decode=one_exchange`` becomes ``gather_merge``.
     """
     renamed = {}
     for name, value in values.items():

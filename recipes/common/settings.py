@@ -50,7 +50,10 @@ def sections(config: DictConfig, name: str, kind: type[Section], say: Say = say)
 
 
 def top_level(config: DictConfig, kind: type[Section]) -> Section:
-    """Return the settings outside any section as a ``kind``, which must name all of them."""
+    """Return the settings outside any section as a ``kind``; a field of ``kind`` may also be a whole section.
+
+    Raises ValueError, with the setting's name, for one that ``kind`` does not have or a value of another type.
+    """
     names = [field.name for field in fields(kind)]
     values = as_dict(config).items()
     return _validate(kind, {name: value for name, value in values if name in names or not isinstance(value, dict)}, "")

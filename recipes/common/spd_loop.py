@@ -1,4 +1,4 @@
-"""Loops of the Sync-Point-Drop recipes on the ranks: a model taken block by block, repair, joint distillation."""
+"""Loops of the Sync-Point-Drop recipes on the ranks: run a model block by block, repair it, distil blocks jointly."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ERRORS = ("zero_shot", "grouped", "fitted", "distilled")  # a block's errors, in
 
 @dataclass(frozen=True)
 class BlockRun:
-    """One rank of a run that takes a model block by block: process groups, model, progress bar, request to stop."""
+    """One rank of a run that goes through a model block by block, with the listener for a request to stop."""
 
     runtime: Runtime
     blocks: Blocks
@@ -81,7 +81,7 @@ class RepairJob:
     ``text`` has repair.sequences + repair.held_out sequences; ``joint_text``, for joint distillation, has joint.steps x
     joint.batch.  ``about`` records what repaired blocks depend on.  Files in ``out``:
 
-        blocks/about.json, blocks/BBB.safetensors          repaired block BBB
+        blocks/about.json, blocks/BBB.safetensors          ``about``, and repaired block number BBB (three digits)
         joint_SHARE/step-*/, joint_SHARE/BBB.safetensors   the same after joint distillation, for spd.budget=SHARE
     """
 
@@ -136,8 +136,8 @@ class JointResult:
     """Effect of joint distillation: mean KL divergences (nats per token) from the model with nothing dropped.
 
     ``losses`` are those of each step.  ``before`` and ``after`` are measured on held-out text with all blocks of the
-    budget dropped.  ``alone`` has one value per block: with that block alone dropped, after the result was taken or
-    discarded.
+    budget dropped.  ``alone`` has, by block, the divergence with only that block dropped, in the weights that are kept:
+    the distilled ones if they `helped`, otherwise the repaired ones.
     """
 
     losses: list[float]
@@ -147,7 +147,7 @@ class JointResult:
 
     @property
     def helped(self) -> bool:
-        """True if predictions came closer to the model's; otherwise the repaired blocks are used unchanged."""
+        """True if distillation brought predictions closer to the original model's; only then is its result used."""
         return self.after < self.before
 
 
@@ -194,9 +194,9 @@ class Adaptation:
         return not run.agree_to_stop()
 
     def select_blocks(self, blocks: Sequence[int]) -> Sequence[int]:
-        """Return as many repaired blocks as ``blocks`` has: those that change predictions least when only one drops.
+        """Return the ``len(blocks)`` repaired blocks that change predictions least when each of them drops alone.
 
-        An earlier run with a larger spd.budget may have repaired more than ``blocks``.
+        An earlier run with a larger spd.budget may have repaired more than ``blocks``.  If not, return ``blocks``.
         """
         from longctx.megatron.spd.joint import JointDistillation
 

@@ -25,7 +25,8 @@ def plan_of(
 ) -> SPDPlan | None:
     """Return the plan that ``config`` asks for with the model in ``folder``, or None if no block drops.
 
-    With ``decode`` "sharded" and ``mesh.tp=1``, context ranks take the place of the tensor-parallel ranks.
+    ``decode`` is context.decode.  If it is "sharded" and ``mesh.tp=1``, context ranks take the place of the
+    tensor-parallel ranks.
 
     Raises ValueError, with what to set instead, for a plan that does not fit the model or the mesh.
     """
@@ -119,7 +120,7 @@ def _dropped_blocks(
     # 2. Blocks of the saved plan.
     if spd.budget is None:
         if spd.drop == "ranked":
-            raise ValueError("spd=ranked: set spd.budget, such as 0.5, to the share of the blocks that drops")
+            raise ValueError("spd=ranked: set spd.budget to the share of the blocks that drop, such as spd.budget=0.5")
         assert saved
         return saved.plan.dropped
     # 3. The first blocks of an order, from a sensitivity.json or from the saved plan.

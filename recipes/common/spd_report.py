@@ -10,7 +10,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class AllowedDrop:
-    """A share of blocks that may drop a reduction with ``tp`` tensor-parallel ranks (None: any number), and why."""
+    """A share of blocks that may drop a reduction with ``tp`` tensor-parallel ranks (None: any number).
+
+    ``why`` is a line for the user that gives the reason, empty if the user gave the share.
+    """
 
     share: float
     tp: int | None = None
@@ -21,10 +24,13 @@ NO_DROP = AllowedDrop(0.0)
 
 
 def read_allowed_drop(setting: str, model: str) -> AllowedDrop:
-    """Return what ``setting`` allows for ``model``: a share from 0 to 1, or a report.json of eval.run.
+    """Return the share that ``setting`` allows to drop: it is a share from 0 to 1, or a report.json of eval.run.
 
-    In a report, it is the largest share of the variants with the verdict "no worse" on average, on the
-    tensor-parallel degree that was measured; 0 if there is none.  Raises ValueError, with the fix, for anything else.
+    A report allows the largest share among its variants with the verdict "no worse" on average, for the
+    tensor-parallel degree of that variant; 0 if no variant has this verdict.
+
+    Raises ValueError, with the fix, for any other text, and for a report whose baseline is not the model named
+    ``model``.
     """
     if re.fullmatch(r"[-+.\deE]+", setting):
         share = float(setting)

@@ -1,4 +1,7 @@
-"""Calibration text of the Sync-Point-Drop recipes, the model and mesh that they measure on it, and their records."""
+"""Calibration text of the Sync-Point-Drop recipes, the model and mesh that they measure, and the records of a run.
+
+A record says what saved figures depend on, so that a resumed run refuses figures that other settings gave.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,10 @@ def resolve_spd_target(config: DictConfig, recipe: str) -> Target:
 def calibration_of(
     config: DictConfig, target: Target, sequences: int, more: int = 0, length_setting: str = "data.length"
 ) -> tuple[PackedText, DataSettings]:
-    """Return the text of the section ``data`` with ``epochs=1`` (see `text_of`), and that section."""
+    """Return the text of the section ``data`` with ``epochs=1`` (see `text_of`), and that section.
+
+    Raises ValueError as `text_of` does, and if data.epochs is set to another number.
+    """
     data, _ = data_of(config)
     if data.epochs not in (None, 1):
         raise ValueError(f"data.epochs={data.epochs}: each sequence is measured once; leave it out, or give more text")
@@ -126,9 +132,10 @@ def changed_keys(before: Mapping[str, object], now: Mapping[str, object]) -> lis
 
 
 def read_lines(file: Path, about: Mapping[str, object]) -> list[list[float]]:
-    """Return the sums in a JSON lines ``file`` after its first line, the record of the run that wrote it.
+    """Return the lists of numbers in the JSON lines ``file``; none if it does not exist.
 
-    A half-written last line is ignored.  Raises ValueError if the record differs from ``about``.
+    Its first line is the record of the run that wrote it: raises ValueError if it differs from ``about``.  A
+    half-written last line is ignored.
     """
     if not file.is_file():
         return []
@@ -139,7 +146,7 @@ def read_lines(file: Path, about: Mapping[str, object]) -> list[list[float]]:
 
 
 def write_lines(file: Path, values: Iterable[object]) -> None:
-    """Write ``values`` as JSON lines, making the folder; a run that is killed leaves the earlier file unchanged."""
+    """Write ``values`` as JSON lines; makes the folder.  A run that is killed leaves an earlier file unchanged."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text("".join(json.dumps(value) + "\n" for value in values))

@@ -48,6 +48,6 @@ def leave_closed_pipe() -> NoReturn:
 
 
 def loaded() -> None:
-    """Note that the imports are done."""
+    """Cancel the line of `announce` if it is not printed yet: the imports are done."""
     if _timer is not None:
         _timer.cancel()

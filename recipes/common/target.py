@@ -169,7 +169,10 @@ def refuse_rounded(reduce: Reduce, mesh: Mesh, model: ModelSource, context: Cont
             "context.decode=gather_merge, or reduce=float32"
         )
     if model.layers == "te":
-        raise ValueError("model.layers=te is not tested with rounded reductions: use model.layers=local")
+        raise ValueError(
+            f"model.layers=te is not tested with rounded reductions ({reduce}): use model.layers=local, or "
+            "reduce=float32"
+        )
     if shape.mixture:
         raise ValueError("rounded reductions are not tested with mixtures of experts: use reduce=float32")
 
@@ -196,7 +199,10 @@ def say_unapplied(folder: Path, sampling: Sampling) -> None:
 
 
 def refuse_unproved(context: Context, mesh: Mesh, shape: ModelShape, recipe: str, *, proves: bool) -> None:
-    """Raise ValueError where ``context.check_schedule`` has nothing to prove, or no proof is implemented."""
+    """Raise ValueError if ``context.check_schedule`` has nothing to prove, or if no proof is implemented.
+
+    ``proves`` says whether ``recipe`` implements one.
+    """
     if not proves:
         raise ValueError(
             "context.check_schedule=true works in recipes.generate, chat, pretrain, extend and finetune; "

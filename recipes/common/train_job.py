@@ -40,7 +40,10 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Evaluation on held-out text: every ``every`` steps (0: never), on ``batches``, by ``buckets`` of position."""
+    """Evaluation on held-out text: its interval ``every`` in steps (0: never), its number of ``batches``.
+
+    Perplexity is also reported for each of ``buckets`` equal ranges of the position in a document.
+    """
 
     every: NonNegativeInt = 50
     batches: PositiveInt = 2
@@ -49,7 +52,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Saving:
-    """Checkpoints: one every ``every`` steps, the last ``keep`` kept."""
+    """Checkpoints: their interval ``every`` in steps, and the number of newest ones to ``keep``."""
 
     every: PositiveInt = 50
     keep: PositiveInt = 2
@@ -99,7 +102,8 @@ class TrainJob:
 def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool, conversations: bool = False) -> TrainJob:
     """Return the training job that ``config`` asks for; ``from_scratch`` draws the weights.  Writes nothing.
 
-    Raises ValueError, with what to set instead, if it cannot be run.  ``conversations`` says which text it takes.
+    ``conversations`` says whether the text must be conversations or must be plain text.  Raises ValueError, with what
+    to set instead, if the job cannot be run.
     """
     from longctx.hf.config import refuse_untrainable, tokenizer_of
 
@@ -159,22 +163,23 @@ def _refuse_untrainable(target: Target, settings: TrainSettings) -> None:
         )
     if target.context.chunk:
         raise ValueError(
-            f"context.chunk={target.context.chunk} is for inference: a training step takes whole sequences; use null"
+            f"context.chunk={target.context.chunk} is for inference, and a training step takes whole sequences: use "
+            "context.chunk=null"
         )
 
 
 def refuse_no_adapters(target: Target, settings: TrainSettings, lora: LoRA) -> None:
-    """Raise ValueError if ``lora`` is set for a model or with a setting that adapters are not built for."""
+    """Raise ValueError if ``lora`` is set for a model, or together with a setting, that adapters do not support."""
     if lora.rank is None:
         return
     for is_so, what, instead in (
         (target.shape.mixture, "mixtures of experts", "lora.rank=null"),
         (target.model.layers == "te", "model.layers=te", "model.layers=local"),
         (target.plan and target.plan.dropped, "blocks that drop a reduction", "spd=none"),
-        (settings.hardware, f"hardware={settings.hardware}, whose times are of all weights", "hardware=null"),
+        (settings.hardware, f"hardware={settings.hardware}: its times are for training all weights", "hardware=null"),
     ):
         if is_so:
-            raise ValueError(f"lora.rank={lora.rank} is not built for {what}: use {instead}")
+            raise ValueError(f"lora.rank={lora.rank} is not supported with {what}; use {instead}")
 
 
 def first_sequences(

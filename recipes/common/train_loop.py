@@ -63,7 +63,7 @@ class TrainedStep:
 
 
 def run_rank(rank: Rank, job: TrainJob) -> RunResult:
-    """Train on one rank, from the last checkpoint on; the first rank's result counts."""
+    """Train on one rank, from the last checkpoint on; the caller uses the first rank's result."""
     from longctx.megatron.training.checkpoint import Checkpoints
     from longctx.train.step import time_communication
     from longctx.train.stop import StopRequest
@@ -184,7 +184,7 @@ def resume(state: TrainState, job: TrainJob, report: Callable[[str], None]) -> S
     data = _with_weights(metadata)
     was, now = data["documents"] and data["documents"]["weights"], [source.weight for source in job.data.sources]
     if was and was != now:
-        report(f"data.sources: weights were {was}, now {now}: tokens are counted anew from here")
+        report(f"data.sources: weights were {was}, now {now}: from here on, sources are mixed by the new weights")
     return Start(metadata["step"], metadata["step"] + 1, data, metadata["run_id"])
 
 
@@ -200,7 +200,7 @@ def _with_weights(metadata: Mapping[str, Any]) -> State:
 def train_steps(
     state: TrainState, runtime: Runtime, timer: ExposedCommTimer, job: TrainJob, start: Start, stop: StopRequest
 ) -> Iterator[TrainedStep]:
-    """Train, one step at a time, and yield each step.  A request to stop does not change the figures of a step."""
+    """Train, and yield each step.  A request to stop ends the run after the current step, with no more evaluation."""
     from longctx.attention.backends import checked_kernel
     from longctx.data.batches import left_out, refuse_nothing_to_learn, training_batches
     from longctx.hf.config import tokenizer_of

@@ -33,7 +33,10 @@ def step_work(job: TrainJob) -> StepWork:
 
 
 def describe_memory(measured: Mapping[str, float], predicted: Mapping[str, float]) -> str:
-    """Return both in words: the sum, the prediction of the sum, and the measured parts, the largest first."""
+    """Return the memory of a step as text: the measured sum, the predicted sum, and the measured parts.
+
+    Both arguments are bytes by part.  The largest part comes first.
+    """
     parts = sorted(measured.items(), key=lambda part: -part[1])
     listed = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in parts)
     sums = [sum(parts.values()) / 1e6 for parts in (measured, predicted)]

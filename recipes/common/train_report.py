@@ -58,7 +58,10 @@ def predict_step(job: TrainJob) -> float | None:
 
 
 def compared(job: TrainJob, measured: Measured) -> list[tuple[str, str]]:
-    """Return rows of a table: each measured figure with its prediction, if ``hardware`` has constants for it."""
+    """Return rows (name, text) of a table: each measured figure with its prediction.
+
+    A figure without a measurement or without a prediction has no row.
+    """
     table_rows, predicted = list[tuple[str, str]](), predict_step(job)
     if predicted is not None and measured.seconds:
         seconds = median(measured.seconds)

@@ -43,13 +43,16 @@ def begin_run(job: TrainJob) -> None:
 
 
 def is_model_kept(job: TrainJob) -> bool:
-    """Return True if the run's folder has a ``model`` that must stay: of a saved checkpoint, or with weights."""
+    """Return True if the folder ``model`` must stay: the run has a checkpoint, or ``model`` has weights."""
     has_checkpoint = checkpoint_index.checkpoint_folders(job.out / "checkpoints")
     return bool(has_checkpoint) or any(job.scratch.glob("*.safetensors"))
 
 
 def refuse_other_model(job: TrainJob) -> None:
-    """Raise ValueError if the run's folder holds a run of another model."""
+    """Raise ValueError if the run's folder has a ``model`` that must stay and differs from the target's.
+
+    Configuration, tokenizer and the other small files are compared.
+    """
     from longctx.hf.scratch import write_folder_like
 
     if not (job.scratch / "config.json").is_file() or not is_model_kept(job):
@@ -61,10 +64,14 @@ def refuse_other_model(job: TrainJob) -> None:
             for each in (Path(work, "model"), job.scratch)
         )
     if files["config.json"] != existing["config.json"]:
-        raise ValueError(f"out={job.out} has a run of another model, or of another context: give another folder")
+        raise ValueError(
+            f"out={job.out} has a run of another model, or of this one with another model.max_positions or rope: "
+            "use the same model settings, or give another out="
+        )
     if changed := sorted(name for name in files.keys() | existing.keys() if files.get(name) != existing.get(name)):
         raise ValueError(
-            f"out={job.out} has a run whose model has another {changed[0]}: use the model as it was, or another folder"
+            f"out={job.out} has a run whose model has another {changed[0]}: restore the model's file, or give another "
+            "out="
         )
 
 
@@ -81,7 +88,10 @@ def refuse_no_room(job: TrainJob) -> None:
 
 
 def refuse_other_run(job: TrainJob) -> None:
-    """Raise ValueError if the last checkpoint is beyond this run's steps, or is of a run with other settings."""
+    """Raise ValueError if the last whole checkpoint is beyond this run's steps, or was made with other settings.
+
+    These are the text, the initial weights, the dropped blocks, optim.zero1, model.dtype, data.conversations and lora.
+    """
     place, _ = checkpoint_index.latest_whole(job.out / "checkpoints")
     if not place:
         return
@@ -89,12 +99,12 @@ def refuse_other_run(job: TrainJob) -> None:
     if metadata["step"] > job.settings.steps:
         raise ValueError(
             f"steps={job.settings.steps}, but {place} is after step {metadata['step']}: use more steps, or "
-            "another folder"
+            "give another out="
         )
     refuse_other_text(job, place, metadata)
     begun = metadata["config"].get("begun")
     if not same_model(str(begun), str(job.config["begun"])):
-        raise ValueError(f"{place} began with {begun}, but this is {job.config['begun']}: give another out=")
+        raise ValueError(f"{place} began with {begun}, but this run with {job.config['begun']}: give another out=")
     now_dropped, was_dropped = job.config["dropped"], metadata["config"].get("dropped", [])
     if was_dropped != now_dropped:
         was_so = f"mesh.tp={was_dropped[0]} spd.blocks={was_dropped[1:]}" if was_dropped else "spd=none"

@@ -28,9 +28,9 @@ DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def compile_for(kernel: str, arch: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what the cubin of ``kernel`` for causal tiles uses on GPUs of compute capability ``arch`` / 10.
+    """Return registers, spills, shared memory and size of the cubin of ``kernel`` for compute capability ``arch`` / 10.
 
-    Causal kernels have the loop of full tiles, and one more.
+    The kernel is compiled for causal tiles: it then has the loop for full tiles, and a loop for the diagonal.
     """
     q = torch.empty(1, 1024, 6, head_dim, dtype=dtype, device="meta")
     options = triton_flash.arguments(kernel, q, q[:, :, :2], causal=True) | {"INTERPRETED": False}
@@ -55,7 +55,7 @@ def compile_for(kernel: str, arch: int, head_dim: int, dtype: torch.dtype) -> di
 
 
 def _registers(ptx: str, arch: int) -> dict[str, int]:
-    """Return registers of a thread, and bytes that it spills, as the assembler reports them."""
+    """Return the registers and the spilled bytes of a thread, as the assembler reports them."""
     assembler = knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas
     target = re.search(r"\.target (\w+)", ptx)
     assert target

@@ -1,6 +1,6 @@
 """The ops that the GPU kernels call, simulated on CPU: arguments bound to their real schemas, computed in float64.
 
-They check what the CUDA code demands: dtypes, layouts, the shape of the log-sum-exp.  They say nothing of the kernels.
+They check what the CUDA code demands: dtypes, layouts, the shape of the log-sum-exp.  The CUDA code does not run.
 """
 
 import importlib

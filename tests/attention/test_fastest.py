@@ -17,7 +17,11 @@ GPU = [KERNELS[name] for name in SECONDS]
 
 
 def choose(inexact=(), elsewhere=None):
-    """Return the name of the choice; ``elsewhere`` are the seconds of the only other rank."""
+    """Return the name of the chosen kernel.
+
+    ``inexact`` maps kernels to the errors that their check raises.  ``elsewhere`` has the kernels' seconds on a second
+    rank (None: the same as here).
+    """
 
     def check(kernel):
         if kernel.name in inexact:

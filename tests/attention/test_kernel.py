@@ -47,7 +47,7 @@ def random_inputs(hq, hk, sq, sk, d, dtype=torch.float64):
 
 
 def mask_of(sq: int, sk: int, causal: bool) -> torch.Tensor:
-    """Return the causal mask of a square on the diagonal, or that of queries after all keys."""
+    """Return the mask [sq sk]: a causal square if ``causal``; otherwise queries come after all keys and see all."""
     begin = 0 if causal else sk
     return oracle.visible(oracle.pack_rows([sq], [begin]), oracle.pack_rows([sk]))
 

@@ -141,7 +141,7 @@ def predict(row: Row, one: Machine) -> float:
 
 
 def predict_kernel(row: Row, one: Machine) -> float:
-    """Return a part of one layer's attention: a hop, a block, an exchange, or all of it."""
+    """Return the predicted seconds of ``row.quantity``: one layer's attention, or its hop, block or exchange."""
     shape, new, cached = shape_named(row.model), [row.new] * row.batch, [row.cached] * row.batch
     ((work, _),) = ring_works(shape, row.mesh, new, cached, Numbers(), one.partial_element_bytes)
     decodes = row.quantity.startswith("decode")
@@ -167,7 +167,7 @@ def predict_kernel(row: Row, one: Machine) -> float:
 
 
 def errors_of(rows: Sequence[Row], one: Machine) -> list[float]:
-    """Return the relative error of each row."""
+    """Return predicted / published - 1 for each row."""
     return [predict(row, one) / row.published - 1 for row in rows]
 
 

@@ -24,7 +24,7 @@ TEXT = " ".join(f"{i} men rowed past the {i + 1} boats, and nobody sang." for i 
 
 @pytest.fixture(scope="module")
 def hf(smollm2: tuple[ModelSource, Path]) -> Any:
-    """lm-eval's own model with softmax in float64: in float32 it is off by 1e-4, summed over an answer."""
+    """lm-eval's own model with softmax in float64: in float32, an answer's log-probability would be off by 1e-4."""
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(str(smollm2[1]), device="cpu", dtype="float32", softmax_dtype="float64", prefix_token_id=PREFIX)

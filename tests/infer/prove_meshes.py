@@ -1,6 +1,6 @@
 """Prove every strategy and every pass on every mesh of up to 8 ranks; print the number of proofs and the CPU seconds.
 
-A process of its own, without the type checks of pytest's processes, which would take most of the time.
+This runs in a separate process, without the type checks of pytest's processes, which would take most of the time.
 """
 
 import time
@@ -65,7 +65,8 @@ def engine_of(shape: ModelShape, model: GPTModel, mesh: Mesh) -> Engine:
 def prove_passes(runtime: Runtime, folder: Path) -> int:
     """Prove prefill and decoding of two sequences with uneven caches, by each strategy; return the number of proofs.
 
-    With tp=2, only `sharded` sends more than each of two tensor-parallel ranks by itself.
+    With tp=2, only the two ways to decode are proved: in prefill, each of two tensor-parallel ranks sends the messages
+    that are proved with tp=1.
     """
     models, proofs = models_of(runtime, folder), 0
     for mesh in MESHES:

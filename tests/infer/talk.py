@@ -1,6 +1,6 @@
 """Scripts of a session, and the rank functions that run them.
 
-They are in a module of their own so that ranks do not import the tests' dependencies.
+They are in a separate module so that ranks do not import the tests' dependencies.
 """
 
 from collections.abc import Sequence

@@ -21,7 +21,7 @@ STEPS = 7
 
 
 def talk(engine: Engine) -> list[object]:
-    """Hold two turns of three sequences, of which one has settings of its own; return tokens and log-probabilities."""
+    """Hold two turns of three sequences, one of which has its own settings; return tokens and log-probabilities."""
     session = Session(engine, Context(chunk=5), SAMPLING)
     session.add(1, 7, STEPS, GREEDY)
     found: list[object] = []

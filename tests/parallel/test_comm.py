@@ -62,7 +62,7 @@ def all_gather_large(comm: Comm) -> list[torch.Tensor]:
 
 
 def sum_of_bfloat16(comm: Comm) -> list[torch.Tensor]:
-    """256 + 1 + ... is 256 if each sum is rounded to bfloat16."""
+    """Sum 256 + 1 + ... + 1 over the ranks; rounding each partial sum to bfloat16 would give 256."""
     return [sum_over_ranks(comm, torch.full((3, 1), 1.0 if comm.rank else 256.0, dtype=torch.bfloat16))]
 
 

@@ -116,7 +116,10 @@ def forward_traffic(strategy, rank, q, kv, hq, hk, d, e, acc):
 
 
 def backward_traffic(rank, kv, hk, d, e, acc):
-    """Keys and values again, and one hop later the sums of every owner's two gradients."""
+    """Return the bytes and messages that ``rank`` sends in the backward of pass-KV.
+
+    Keys and values travel again; the sums of each owner's two gradients travel one hop more, back to the owner.
+    """
     sent = forwarded_rows(kv, rank)
     width = 2 * B * hk * d
     return sum(sent) * width * e + sum(kv) * width * acc, 2 * messages(sent) + 2 * messages(kv)

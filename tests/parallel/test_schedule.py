@@ -28,7 +28,7 @@ F32, CPU = torch.float32, torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def no_type_checks(monkeypatch):
-    """Thousands of calls are recorded; other tests of the same functions check the shapes in their signatures."""
+    """Switch off type checks, since thousands of calls are recorded; other tests check the functions' signatures."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 

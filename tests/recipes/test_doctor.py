@@ -1,4 +1,4 @@
-"""The report on a machine: found, taken and missing, with GPUs and without."""
+"""The report on a machine, with GPUs and without: what is found, the settings that recipes accept, what is missing."""
 
 import json
 from dataclasses import replace

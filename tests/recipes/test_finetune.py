@@ -128,7 +128,7 @@ def held_out_conversations(folder) -> int:
         (
             finetune,
             ["lora.rank=2", "hardware=h100_gtt"],
-            r"lora\.rank=2 is not built for hardware=.*: use",
+            r"lora\.rank=2 is not supported with hardware=.*; use",
         ),
         (finetune, ["lora.targets=[q_proj]"], r"lora\.targets\.0"),
         (finetune, ["data.batch=3", "mesh.dp=2"], r"data\.batch=3 sequences do not divide over 2"),

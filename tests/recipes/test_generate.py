@@ -36,7 +36,7 @@ PROMPT = "prompt.text=The quick brown fox, as ever."  # 29 tokens, of a byte eac
         ("mesh.ring=30", "30 ranks are more than the 29 prompt tokens: use at most 29 ranks"),
         ("mesh.ring=11 mesh.ulysses=3", "33 ranks are more than the 29 prompt tokens"),
         ("max_new_tokens=0", "max_new_tokens=0: give a number greater than 0"),
-        ("max_new_tokens=97", "max_new_tokens=97 fills the model's context of 97: ask for fewer"),
+        ("max_new_tokens=97", "max_new_tokens=97 fills the model's context of 97: use fewer"),
         ("max_new_tokens=69", r"29 tokens, and with max_new_tokens=69 .*context of 97: .*prompt\.tokens=28"),
         ("prompt.tokens=0", r"prompt\.tokens=0: keep at least one"),
         ("prompt.question=Who?", r"prompt\.question needs a chat template: set model"),

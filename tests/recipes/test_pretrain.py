@@ -148,7 +148,7 @@ def test_run_with_another_optimizer_model_or_seed_is_not_resumed(whole, refused)
     line = refused(pretrain, pretrain.task, *settings, "model.dtype=bfloat16")
     assert "was made with model.dtype=float32" in line
     line = refused(pretrain, pretrain.task, *settings, "seed=1")
-    assert "began with seed=0, but this is seed=1: give another out=" in line
+    assert "began with seed=0, but this run with seed=1: give another out=" in line
     line = refused(pretrain, pretrain.task, *settings[:-1], "steps=3")
     assert f"steps=3, but {whole}/checkpoints/step-{STEPS:08} is after step {STEPS}" in line
     line = refused(pretrain, pretrain.task, *settings, "+model.config.rms_norm_eps=1e-3")

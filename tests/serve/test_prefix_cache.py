@@ -33,7 +33,10 @@ class Cached:
 
 
 class Ranks:
-    """Plays plans as ranks do; a page is the tokens from the beginning to its end."""
+    """Stand-in for the ranks, which run the scheduler's plans.
+
+    A page of cached keys and values is represented by all tokens from the prompt's beginning to the page's end.
+    """
 
     def __init__(self, limit: int, draw: random.Random) -> None:
         self.limit, self.draw = limit, draw
@@ -44,7 +47,7 @@ class Ranks:
         self.computed = 0
 
     def step(self, scheduler: Scheduler) -> StepPlan:
-        """Give the cached tokens, and run the next plan."""
+        """Tell the prefix cache which tokens are cached, then take the next plan from ``scheduler`` and run it."""
         for number, one in self.cached.items():
             self.prefixes.give(number, one.tokens, layout_of(one.rows))
         plan = scheduler.plan()

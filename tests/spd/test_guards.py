@@ -11,7 +11,7 @@ SEQUENCES, TOKENS = 5, 67
 
 
 def figures(scale: float = 1.0, copied: float = 0.9, changes: dict | None = None) -> GuardFigures:
-    """Figures whose losses are ``scale`` times random ones, with ``changes`` at places."""
+    """Return figures whose losses are ``scale`` times random ones; ``changes`` sets losses by (sequence, token)."""
     generator = torch.Generator().manual_seed(3)
     losses = 2 + torch.rand(SEQUENCES, TOKENS, generator=generator, dtype=torch.float64)
     mask = torch.rand(SEQUENCES, TOKENS, generator=generator) > 0.1

@@ -95,7 +95,10 @@ def balancing(run: Run, folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
 
 @pytest.fixture(scope="module")
 def balanced(runs: dict[str, Run], right: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Per kind, a run with a router loss; the loss; the gradients of cross-entropy plus the coefficient times it."""
+    """By kind of model: a run with a router loss; the exact router loss; the exact cross-entropy and gradients.
+
+    The gradients are those of cross-entropy + `COEFFICIENT` * router loss.
+    """
     folder, out = tmp_path_factory.mktemp("balanced"), {}
     for kind, run in runs.items():
         set_both = {"output_router_logits": True, "router_aux_loss_coef": COEFFICIENT}

@@ -52,7 +52,7 @@ def exact(run: Run) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def assert_steps_are(run: Run, others: list[Step]) -> None:
-    """Assert loss and gradient norm to 1e-6, step by step, on the first and the last rank."""
+    """Assert that ``run`` gives the loss and gradient norm of ``others`` to 1e-6, on the first and the last rank."""
     ranks = run_ranks(run.mesh.ranks, train, run)
     for got in (ranks[0], ranks[-1]):
         for step, right in zip(got, others, strict=True):

@@ -1,6 +1,6 @@
 """Run all checks of Transformer Engine's layers in one process and its ranks; write their results to a file.
 
-A process of its own, since the stand-in must be there before megatron-core is imported:
+This runs in a separate process, since the stand-in must be installed before megatron-core is imported:
 ``LONGCTX_TE=WHEEL python -m tests.megatron.te.checks FOLDER``.  FOLDER has the models; results.pt appears in it.
 """
 

@@ -1,6 +1,6 @@
 """Transformer Engine's layers equal megatron-core's own, with GEMM and norms of torch: wiring, not kernels.
 
-The checks run in one process of their own (`checks`); each test below asserts the results of one of them.
+The checks run in one separate process (`checks`); each test below asserts the results of one check.
 """
 
 import os

@@ -121,7 +121,7 @@ def test_a_tiny_model_is_measured_written_and_drawn(cli, tiny, tmp_path):
         (["gradient_ranks=[2]"], "gradient_ranks=[2]: start with 1 rank"),
         (["ranks=[]"], "ranks="),
         (["layers=[]"], "layers="),
-        (["tokens=97", "layers=[0,2]"], "layers=2: tiny has layers 0 to 1"),
+        (["tokens=97", "layers=[0,2]"], "layers=2: use layers 0 to 1 of tiny"),
         (["layers=[-1]"], "layers.0=-1"),
         (["tokens=0"], "tokens=0"),
         (["tokens=98"], "tokens=98: tiny has 97 positions; use at most 97"),

@@ -73,7 +73,7 @@ def test_loss_curves_of_a_mesh_and_of_one_rank_agree(cli, tmp_path):
 
 def test_a_mesh_of_one_rank_is_refused(refused, tmp_path):
     says = refused(convergence, convergence.task, "mesh.ulysses=1", "mesh.ring=1", f"out={tmp_path}")
-    assert "mesh is one rank" in says
+    assert "the mesh has one rank" in says
 
 
 def test_folder_that_is_no_run_is_not_emptied(refused, tmp_path):

@@ -24,7 +24,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def other_process(tmp_path):
-    """``other_process(job, host)``: a process that holds tmp_path/run/.lock, with this about itself in the file."""
+    """``other_process(job, host)``: a process that holds tmp_path/run/.lock and has written job and host into it."""
     processes = []
 
     def start(job=None, host="node7"):

@@ -179,7 +179,7 @@ def test_config_without_groups_of_context_run_and_plan_resolves(models, config_o
         ),
         # Blocks that drop a reduction.
         (["spd.blocks=[2]", "mesh.tp=3"], {}, "has no block 2", "0 to 1"),
-        (["spd=ranked", "mesh.tp=3"], {}, "spd=ranked", "set spd.budget, such as 0.5"),
+        (["spd=ranked", "mesh.tp=3"], {}, "spd=ranked", "such as spd.budget=0.5"),
         (["spd=ranked", "spd.budget=0.5", "mesh.tp=3"], {}, "spd.budget=0.5", "spd.sensitivity=DIR/sensitivity.json"),
         (["spd.budget=0.5"], {}, "spd.budget=0.5: one tensor-parallel rank", "use mesh.tp=2 or more"),
         (["spd=ranked"], {}, "spd=ranked: one tensor-parallel rank", "use mesh.tp=2 or more"),

@@ -43,7 +43,7 @@ def test_model_of_a_checkpoint_or_with_weights_stays(job_of, place):
     begin_run(job_of(3))
     (job_of(3).out / place).mkdir(parents=True)
     begin_run(job_of(3))
-    with pytest.raises(ValueError, match=r"has a run of another model, or of another context"):
+    with pytest.raises(ValueError, match=r"has a run of another model, or of this one with .* give another out="):
         refuse_other_model(job_of(5))
     begin_run(job_of(5))
     assert layers_in(job_of(5)) == 3
