@@ -20,7 +20,7 @@ from longctx.spd.plan import SPDPlan, refuse_unfit_shape, within
 from recipes.bench import timing
 from recipes.bench.hosts import bits_per_s, is_host, refuse_hosts, run_on_hosts
 from recipes.bench.phases import PhaseCost, median_cost, time_phases
-from recipes.bench.rivals import Rival, read_rivals
+from recipes.bench.rounded import Rival, read_rivals
 from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
 from recipes.common.places import refuse_unwritable
 from recipes.common.plots import draw_lines
