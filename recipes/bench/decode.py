@@ -117,7 +117,7 @@ def run_rank(rank: Rank, job: DecodeJob) -> list[BatchTimes]:
     with target.runtime(rank) as runtime, Progress(shown=rank.rank == 0) as progress:
         engine = target.load_engine(runtime, plan_for(0, target) if settings.dropped else None)
         alone = load_alone(runtime, engine, target.model, target.folder)
-        variants = {name: Variant(engine, Context(decode=name)) for name in settings.strategies}
+        variants: dict[str, Variant] = {name: Variant(engine, Context(decode=name)) for name in settings.strategies}
         for share in settings.dropped:
             variants[f"sharded, {share:.0%} dropped"] = Variant(engine, Context(decode="sharded"), share)
         variants[ONE_RANK] = Variant(alone, Context())

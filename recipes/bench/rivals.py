@@ -248,8 +248,8 @@ def write(job: RivalJob, times: Sequence[WorkTimes], out: Path) -> None:
 
     model = job.target.model
     about = {"model": model.name, "dtype": model.dtype, "mesh": str(job.target.mesh), **provenance()}
-    rows = [{**asdict(each), "relative_speeds": each.relative_speeds()} for each in times]
-    write_result(str(out / "rivals.json"), {**about, "transformers": transformers.__version__, "rows": rows})
+    table_rows = [{**asdict(each), "relative_speeds": each.relative_speeds()} for each in times]
+    write_result(str(out / "rivals.json"), {**about, "transformers": transformers.__version__, "rows": table_rows})
     (out / "rivals.md").write_text("\n".join([*markdown(times), ""]))
     speeds = [(pair, median(ratios)) for each in times for pair, ratios in each.relative_speeds().items()]
     draw_bars(

@@ -8,7 +8,7 @@ from recipes.bench import decode
 
 DROPPED = "sharded, 50% dropped"
 VARIANTS = [*decode.STRATEGIES, DROPPED, decode.ONE_RANK]
-LAYERS = 2  # of the tiny model
+LAYERS = 2  # the tiny model has two
 
 
 def test_every_variant_and_batch_is_measured_and_written(cli, tiny, tmp_path):

@@ -26,15 +26,15 @@ def test_relative_speeds_compare_variants_within_a_round():
     assert "| prefill of 7 tokens | ranks / one_rank | 2.00 (0.75 to 2.00) |" in lines
 
 
-def test_transformers_decodes_each_token_after_the_last_one(tiny):
+def test_transformers_decodes_after_random_keys(tiny):
     net = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    target = Target(ModelSource(name="tiny", dtype="float32"), tiny, shape_of(tiny), Mesh(), Context(), Run())
+    target = Target(ModelSource("tiny", str(tiny)), tiny, shape_of(tiny), Mesh(), Context(), Run())
     decoder = rivals.TransformersDecoder(net, target, 3, rivals.RivalSettings(cached=17, tokens=4))
     keys = torch.cat([layer.keys.flatten() for layer in decoder.cache.layers])
     assert decoder.cache.get_seq_length() == 17 and keys.std() > 0.9
     decoder()
     assert decoder.cache.get_seq_length() == 21
-    assert decoder.last.shape == (3, 1) and len({*decoder.last.flatten().tolist()}) > 1, "each cache is its own"
+    assert decoder.last.shape == (3, 1)
 
 
 def test_every_variant_is_measured_and_written(cli, tiny, tmp_path):
