@@ -1,12 +1,12 @@
 """Block attention: the interface of a kernel, the reference kernel, and the accumulation over tiles."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from longctx.attention.partial import Partial, accumulation_dtype, concat_rows, merge_
+from longctx.attention.partial import Partial, accumulation_dtype, concat_rows, empty_partial, merge_
 from longctx.attention.tiles import Tile
 from longctx.shapes import Float, Keys, LogSumExp, Queries, Shaped, Tensor
 
@@ -69,6 +69,15 @@ class Kernel:
                 f"and values of shape {tuple(v.shape)} do not fit together; "
                 "use one head dimension for all, and a number of query heads that is a multiple of the KV heads"
             )
+
+
+def attend_over(q: Queries, k: Keys, v: Keys, tiles: Sequence[Tile], kernel: Kernel) -> Partial:
+    """Return the attention of ``q`` over the keys in ``tiles``; nothing is merged if one tile has all rows."""
+    if len(tiles) == 1 and tiles[0].q == slice(0, q.shape[1]) and not tiles[0].mirrored:
+        return kernel.forward(q, k[:, tiles[0].k], v[:, tiles[0].k], tiles[0].causal)
+    total = empty_partial(q)
+    attend_tiles(total, q, k, v, tiles, kernel)
+    return total
 
 
 def attend_tiles(total: Partial, q: Queries, k: Keys, v: Keys, tiles: Iterable[Tile], kernel: Kernel) -> None:

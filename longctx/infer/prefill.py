@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from longctx.attention.kernel import attend_tiles
+from longctx.attention.kernel import attend_over, attend_tiles
 from longctx.attention.layout import Layout
 from longctx.attention.mask import causal_within
 from longctx.attention.partial import empty_partial
@@ -108,9 +108,13 @@ def run_replicated(
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         q, k, v = (share_of_heads(x, degree, member) for x in (q, k, v))
         by_sequence = cache.append_each(layer, k[:, rows_to_cache], v[:, rows_to_cache])
-        partial = empty_partial(q)
-        for keys_and_values, own in zip(by_sequence, tiles[engine.shape.windows[layer]], strict=True):
-            attend_tiles(partial, q, *keys_and_values, own, engine.kernel)
+        by_tiles = tiles[engine.shape.windows[layer]]
+        if len(by_tiles) == 1:
+            partial = attend_over(q, *by_sequence[0], by_tiles[0], engine.kernel)
+        else:
+            partial = empty_partial(q)
+            for keys_and_values, own in zip(by_sequence, by_tiles, strict=True):
+                attend_tiles(partial, q, *keys_and_values, own, engine.kernel)
         with doing(f"layer {layer}"):
             if share:
                 heads = share.ranges(q.shape[2] * degree)

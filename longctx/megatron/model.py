@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from longctx.megatron.attention import Pass
 from longctx.megatron.experts import mixture_config
+from longctx.megatron.few_rows import speed_up
 from longctx.megatron.shared import WeightShare
 from longctx.megatron.spd.layer import SPDTransformerLayer, follow_plan
 from longctx.megatron.spec import LOCAL, layer_spec, norm_of, record_sharding, te_linears
@@ -97,6 +98,8 @@ def build_model(
         pg_collection=groups,
     )
     record_sharding(model)
+    if model.post_process:
+        speed_up(model.output_layer)
     # megatron-core builds norms of queries and keys if this is set, and then sums their gradients over ranks.  That is
     # right if every rank has the whole weights, but ranks share those of a norm over all heads.
     config.qk_layernorm = shape.qk_norm == "head"

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
 
+from longctx.megatron.few_rows import linear
 from longctx.megatron.lora import Adaptable
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm, SingleRankComm, doing, sum_over_ranks
@@ -79,7 +80,7 @@ class WeightShare:
         self, hidden: Float[Tensor, "s b hidden"], weight: Float[Tensor, "vocab hidden"]
     ) -> Float[Tensor, "s b vocab"]:
         """Return the logits of all rows of ``weight``; each rank multiplies its share of the rows."""
-        logits = F.linear(hidden, weight[self.own(len(weight))])
+        logits = linear(hidden, weight[self.own(len(weight))])
         return self.gather(logits if self.logit_scale == 1 else logits * self.logit_scale, len(weight))
 
 
@@ -100,39 +101,47 @@ def share_weights(model: GPTModel, shape: ModelShape, context: Comm, tp_context:
         linears = [attention.linear_qkv, attention.linear_proj]
         if isinstance(mlp, MLP):
             linears += [mlp.linear_fc1, mlp.linear_fc2]
-        for linear in linears:
-            linear.share = share
+        for each in linears:
+            each.share = share
         attention.linear_proj.unit = shape.head_dim
     return share
 
 
-class QKVProjection(Adaptable, ColumnParallelLinear):
-    """Projection to queries, keys and values; with a share in use, it computes some rows and gathers the others."""
-
-    share: WeightShare | None = None
-
-    def forward(self, x: Float[Tensor, "s b hidden"], *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        if not (self.share and self.share.active):
-            out, bias = super().forward(x, *args, **kwargs)
-            return self.with_adapter(out, x), bias
-        rows = len(self.weight)
-        own = self.share.own(rows)
-        mine = F.linear(x, self.weight[own], None if self.bias is None else self.bias[own])
-        return self.share.gather(mine, rows), None
-
-
-class UpProjection(Adaptable, ColumnParallelLinear):
-    """Projection to gate and up, or to up alone; with a share in use, it computes this rank's neurons."""
+class InputProjection(Adaptable, ColumnParallelLinear):
+    """megatron-core's column-parallel projection, with less overhead where no gradients are needed."""
 
     share: WeightShare | None = None
 
     def forward(self, x: Float[Tensor, "s b hidden"], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        if not (self.share and self.share.active):
+        if torch.is_grad_enabled() or self.sequence_parallel:
             out, bias = super().forward(x, *args, **kwargs)
-            return self.with_adapter(out, x), bias
+        else:
+            added, bias = (None, self.bias) if self.skip_bias_add else (self.bias, None)
+            out = linear(x, self.weight, added)
+        return self.with_adapter(out, x), bias
+
+
+class QKVProjection(InputProjection):
+    """Projection to queries, keys and values; with a share in use, it computes some rows and gathers the others."""
+
+    def forward(self, x: Float[Tensor, "s b hidden"], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        if not (self.share and self.share.active):
+            return super().forward(x, *args, **kwargs)
+        rows = len(self.weight)
+        own = self.share.own(rows)
+        mine = linear(x, self.weight[own], None if self.bias is None else self.bias[own])
+        return self.share.gather(mine, rows), None
+
+
+class UpProjection(InputProjection):
+    """Projection to gate and up, or to up alone; with a share in use, it computes this rank's neurons."""
+
+    def forward(self, x: Float[Tensor, "s b hidden"], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        if not (self.share and self.share.active):
+            return super().forward(x, *args, **kwargs)
         halves = 1 + self.config.gated_linear_unit
         own = self.share.own(len(self.weight) // halves)
-        out = torch.cat([F.linear(x, weight[own]) for weight in self.weight.chunk(halves)], -1)
+        out = torch.cat([linear(x, weight[own]) for weight in self.weight.chunk(halves)], -1)
         return out, None if self.bias is None else torch.cat([bias[own] for bias in self.bias.chunk(halves)])
 
 
@@ -155,12 +164,17 @@ class OutputProjection(Adaptable, RowParallelLinear):
 
     def forward(self, x: Float[Tensor, "s b columns"]) -> tuple[Float[Tensor, "*parts s b hidden"], Tensor | None]:
         if self.share and self.share.active:
-            out = F.linear(x, self.weight[:, self.share.own(self.weight.shape[1], self.unit)])
+            out = linear(x, self.weight[:, self.share.own(self.weight.shape[1], self.unit)])
             return out if self.explicit_expert_comm else self.share.sum(out), self.bias
         if self.parts:
             columns = zip(x.chunk(self.parts, -1), self.weight.chunk(self.parts, 1), strict=True)
-            return torch.stack([F.linear(part, weight) for part, weight in columns]), self.bias
+            return torch.stack([linear(part, weight) for part, weight in columns]), self.bias
         if self.reduction and not self.explicit_expert_comm:
-            return self.reduction(F.linear(x, self.weight)), self.bias
-        out, bias = super().forward(x)
+            return self.reduction(linear(x, self.weight)), self.bias
+        if torch.is_grad_enabled() or self.sequence_parallel:
+            out, bias = super().forward(x)
+        else:
+            out, bias = linear(x, self.weight), self.bias
+            if not self.explicit_expert_comm and self.tp_group.size() > 1:
+                out = reduce_from_tensor_model_parallel_region(out, group=self.tp_group)
         return self.with_adapter(out, x), bias

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from longctx.attention.partial import Partial, empty_partial, merge_, merge_all, sink
+from longctx.attention.partial import Partial, empty_partial, merge, merge_, merge_all, sink
 from longctx.parallel.comm import Comm, doing
 from longctx.shapes import Float, Queries, Tensor
 
@@ -28,6 +28,8 @@ def gather_merge(partial: Partial, comm: Comm, ulysses: int, sinks: Float[Tensor
     merge the same partials in the same order.  Bytes sent per rank: d values and one log-sum-exp per row and head, in
     the accumulation dtype, to each other rank.
     """
+    if comm.size == 1:
+        return (partial if sinks is None else merge(partial, sink(sinks, partial))).out
     mine = pack(partial)
     with doing("merging partial results"):
         gathered = comm.all_gather(mine, [tuple(mine.shape)] * comm.size)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from longctx.attention.kernel import Gradients, Kernel, attend_tiles, tile_gradients
+from longctx.attention.kernel import Gradients, Kernel, attend_over, attend_tiles, tile_gradients
 from longctx.attention.layout import Layout
 from longctx.attention.mask import CAUSAL, Mask
 from longctx.attention.partial import Partial, empty_partial, merge_
@@ -126,11 +126,16 @@ def pass_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial
     Each rank sends N - 1 blocks of keys and values: the blocks of all ranks but the next one.  Under a window, a hop
     carries only the rows that a later rank sees.
     """
-    partial = empty_partial(q)
+    partial = None
     for owner, (k_o, v_o) in rotate(ring.comm, ring.keys, k, v, rows=ring.keys_on_hop):
         arrived = ring.keys_on_hop(owner, (ring.comm.rank - owner) % ring.comm.size)
-        attend_tiles(partial, q, k_o, v_o, ring.tiles(ring.comm.rank, owner, k_rows=arrived), kernel)
+        tiles = ring.tiles(ring.comm.rank, owner, k_rows=arrived)
+        if partial is None:
+            partial = attend_over(q, k_o, v_o, tiles, kernel)
+        else:
+            attend_tiles(partial, q, k_o, v_o, tiles, kernel)
         del k_o, v_o
+    assert partial is not None
     return partial
 
 
@@ -154,8 +159,7 @@ def pass_q(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
     for owner, (q_o,) in rotate(comm, ring.queries, q, rows=rows):
         hop = (comm.rank - owner) % size
         if tiles := ring.tiles(owner, comm.rank, q_rows=rows(owner, hop)):
-            partial = empty_partial(q_o)
-            attend_tiles(partial, q_o, k, v, tiles, kernel)
+            partial = attend_over(q_o, k, v, tiles, kernel)
             partials[owner] = take_rows(pack(partial), rows(owner, hop), ring.queries_to_send(owner, hop))
         del q_o
 

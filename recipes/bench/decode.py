@@ -1,10 +1,12 @@
 """Time to incremental token (TTIT) over a sharded cache: each decode strategy and one rank, side by side in one run.
 
 python -m recipes.bench decode
+python -m recipes.bench decode strategies=[sharded] dropped=[0.5] hosts=2 latency_us=500
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -12,11 +14,13 @@ from statistics import median
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from omegaconf import DictConfig
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from rich.table import Table
 
 from longctx.config import Context, Sampling
 from longctx.parallel.launch import Rank
+from longctx.spd.plan import SPDPlan, refuse_unfit_shape, within
+from recipes.bench.hosts import DEFAULT_RATE, is_host, refuse_links, run_on_hosts
 from recipes.bench.timing import barrier, make_random_cache, measure_in_rounds, measure_seconds
 from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
 from recipes.common.places import refuse_unwritable
@@ -37,13 +41,17 @@ ONE_RANK = "one rank"
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """Settings of configs/bench/decode.yaml outside any section."""
+    """Settings of configs/bench/decode.yaml outside any section; ``dropped`` adds a variant for each of its shares."""
 
     cached: PositiveInt = 4096
     batch: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 4)
     tokens: PositiveInt = 8
     rounds: PositiveInt = 3
     strategies: Annotated[tuple[Strategy, ...], Field(min_length=1)] = STRATEGIES
+    dropped: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    hosts: NonNegativeInt = 0
+    rate: str = DEFAULT_RATE
+    latency_us: NonNegativeFloat = 0
     out: str | None = None
 
 
@@ -56,31 +64,49 @@ class DecodeJob:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """How a session decodes: its engine and strategy, and the share of blocks that drop a reduction."""
+
+    engine: Engine
+    context: Context
+    dropped: float = 0.0
+
+
+@dataclass(frozen=True)
 class DecodeCost:
-    """Cost of a decode step: seconds, this rank's CPU seconds (all threads), and the bytes that this rank sent."""
+    """Cost of a decode step: seconds, this rank's CPU seconds (all threads), bytes and messages that it sent."""
 
     seconds: float
     cpu_seconds: float
     bytes_sent: int
+    messages: int
 
 
 @dataclass(frozen=True)
 class BatchTimes:
-    """Figures of a decode step for one batch size, by variant: times of every round, bytes of the last round."""
+    """Figures of a decode step for one batch size, by variant: times of every round, bytes and messages of the last.
+
+    ``messages`` go from the first rank to other ranks: N - 1 in each of its exchanges with N - 1 others.
+    """
 
     batch: int
     seconds: dict[str, list[float]]
     cpu_seconds: dict[str, list[float]]
     bytes_sent: dict[str, int]
+    messages: dict[str, int]
 
 
 def prepare(config: DictConfig) -> DecodeJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
     settings = top_level(config, DecodeSettings)
     refuse_unwritable(settings.out)
-    return DecodeJob(
-        settings, resolve_target(config, "recipes.bench decode", unused_axes=("tp", "dp", "pp"), spd="refuse")
-    )
+    target = resolve_target(config, "recipes.bench decode", unused_axes=("tp", "dp", "pp"), spd="refuse")
+    if settings.dropped:
+        if target.mesh.context == 1:
+            raise ValueError("dropped: one rank has no reduction to drop; use mesh.ring=2 or more, or dropped=[]")
+        refuse_unfit_shape(target.shape)
+    refuse_links(settings.hosts, settings.rate, settings.latency_us, target.mesh)
+    return DecodeJob(settings, target)
 
 
 def run_rank(rank: Rank, job: DecodeJob) -> list[BatchTimes]:
@@ -89,32 +115,45 @@ def run_rank(rank: Rank, job: DecodeJob) -> list[BatchTimes]:
 
     settings, target = job.settings, job.target
     with target.runtime(rank) as runtime, Progress(shown=rank.rank == 0) as progress:
-        engine = target.load_engine(runtime)
+        engine = target.load_engine(runtime, plan_for(0, target) if settings.dropped else None)
         alone = load_alone(runtime, engine, target.model, target.folder)
-        variants = {name: (engine, Context(decode=name)) for name in settings.strategies} | {
-            ONE_RANK: (alone, Context())
-        }
+        variants: dict[str, Variant] = {name: Variant(engine, Context(decode=name)) for name in settings.strategies}
+        for share in settings.dropped:
+            variants[f"sharded, {share:.0%} dropped"] = Variant(engine, Context(decode="sharded"), share)
+        variants[ONE_RANK] = Variant(alone, Context())
         times = []
         for batch in settings.batch:
             progress.start(f"batch of {batch}, runs", len(variants) * (settings.rounds + 1))
-            times.append(time_batch(runtime, variants, settings, batch, progress.step))
+            times.append(time_batch(runtime, variants, job, batch, progress.step))
     return times
+
+
+def plan_for(share: float, target: Target) -> SPDPlan:
+    """Return the plan in which the first blocks, ``share`` of all, drop a reduction over the context ranks."""
+    layers = target.shape.layers
+    return SPDPlan(layers, target.mesh.context, within(range(layers), share))
 
 
 def time_batch(
     runtime: Runtime,
-    variants: Mapping[str, tuple[Engine, Context]],
-    settings: DecodeSettings,
+    variants: Mapping[str, Variant],
+    job: DecodeJob,
     batch: int,
     done: Callable[[], None],
 ) -> BatchTimes:
     """Time decode steps of ``batch`` sequences by each variant; `ONE_RANK` runs on rank 0 while the others wait."""
-    sessions = {name: start_session(*variant, settings, batch) for name, variant in variants.items()}
+    """Time decode steps of ``batch`` sequences by each variant; rank 0 decodes alone while the others wait."""
+    from longctx.megatron.spd.layer import follow_plan
+
+    settings = job.settings
+    sessions = {name: start_session(each.engine, each.context, settings, batch) for name, each in variants.items()}
 
     def measure(variant: str) -> DecodeCost | None:
         barrier(runtime.context)
         if variant == ONE_RANK and runtime.rank.rank:
             return None
+        if settings.dropped:
+            follow_plan(variants[variant].engine.model, plan_for(variants[variant].dropped, job.target))
         return decode_steps(sessions[variant], settings.tokens, batch)
 
     rounds = measure_in_rounds(list(sessions), settings.rounds, measure, done)
@@ -124,6 +163,7 @@ def time_batch(
         seconds={name: [cost.seconds for cost in each] for name, each in costs.items()},
         cpu_seconds={name: [cost.cpu_seconds for cost in each] for name, each in costs.items()},
         bytes_sent={name: each[-1].bytes_sent for name, each in costs.items() if each},
+        messages={name: each[-1].messages for name, each in costs.items() if each},
     )
 
 
@@ -143,7 +183,8 @@ def start_session(engine: Engine, context: Context, settings: DecodeSettings, ba
 
 def decode_steps(session: Session, tokens: int, batch: int) -> DecodeCost:
     """Decode ``tokens`` tokens of each sequence and return the cost per step."""
-    sent, cpu_began = session.engine.sent, time.process_time()
+    engine = session.engine
+    sent, messages, cpu_began = engine.sent, count_messages(engine), time.process_time()
 
     def decode() -> None:
         for _ in range(tokens):
@@ -151,13 +192,21 @@ def decode_steps(session: Session, tokens: int, batch: int) -> DecodeCost:
 
     seconds = measure_seconds(decode)
     cpu_seconds = time.process_time() - cpu_began
-    return DecodeCost(seconds / tokens, cpu_seconds / tokens, (session.engine.sent - sent) // tokens)
+    sent, messages = engine.sent - sent, count_messages(engine) - messages
+    return DecodeCost(seconds / tokens, cpu_seconds / tokens, sent // tokens, messages // tokens)
+
+
+def count_messages(engine: Engine) -> int:
+    """Return the messages that this rank has sent so far to the ranks that share its sequence."""
+    comms = [engine.context, engine.ring, engine.ulysses] + ([engine.share.tp_context] if engine.share else [])
+    return sum(sum(comm.traffic.messages.values()) for comm in {id(comm): comm for comm in comms}.values())
 
 
 def show(times: list[BatchTimes]) -> None:
-    """Print milliseconds and bytes per step as a table."""
+    """Print milliseconds, bytes and messages per step as a table."""
     table = Table(box=None)
-    for column in ("batch", "strategy", "TTIT ms", "of one rank's", "CPU ms, rank 0", "of one rank's", "sent, rank 0"):
+    times_of_rank = ("TTIT ms", "of one rank's", "CPU ms, rank 0", "of one rank's")
+    for column in ("batch", "strategy", *times_of_rank, "sent, rank 0", "messages"):
         table.add_column(column, justify="left" if column == "strategy" else "right")
     for of_batch in times:
         for variant, sent in of_batch.bytes_sent.items():
@@ -165,18 +214,24 @@ def show(times: list[BatchTimes]) -> None:
             for by_variant in (of_batch.seconds, of_batch.cpu_seconds):
                 seconds, one_rank = median(by_variant[variant]), median(by_variant[ONE_RANK])
                 row += [f"{seconds * 1e3:.1f}", f"{seconds / one_rank:.2f}"]
-            table.add_row(*row, f"{sent:,} B")
+            table.add_row(*row, f"{sent:,} B", f"{of_batch.messages[variant]:,}")
     console.print(table)
 
 
 def task(config: DictConfig) -> None:
-    """Run the ranks, then show and write the first rank's times."""
-    warm_up_ranks(["longctx.infer.engine", "longctx.infer.session", "recipes.common.progress"])
+    """Run the ranks, then show and write the first rank's times; with ``hosts``, start an emulated host per rank."""
+    if not config.hosts:
+        warm_up_ranks(["longctx.infer.engine", "longctx.infer.session", "recipes.common.progress"])
     job = prepare(config)
+    settings = job.settings
+    if settings.hosts and not is_host():
+        run_on_hosts(settings.hosts, settings.rate, [sys.executable, *sys.orig_argv[1:]], settings.latency_us)
+        return
     times = on_ranks(job.target.mesh, run_rank, job)
     if times is None:
         return
     show(times)
-    if job.settings.out:
-        inputs = {"model": job.target.model.name, "mesh": str(job.target.mesh), "cached": job.settings.cached}
-        write_result(job.settings.out, {**provenance(), **inputs, "rows": [asdict(of_batch) for of_batch in times]})
+    if settings.out:
+        links = {"rate": settings.rate, "latency_us": settings.latency_us} if settings.hosts else {}
+        inputs = {"model": job.target.model.name, "mesh": str(job.target.mesh), "cached": settings.cached, **links}
+        write_result(settings.out, {**provenance(), **inputs, "rows": [asdict(of_batch) for of_batch in times]})

@@ -20,6 +20,7 @@ from longctx.config import Mesh
 from longctx.parallel.launch import RankFailed
 from longctx.parallel.launcher import current_rank
 
+DEFAULT_RATE = "100mbit"
 _RATE = re.compile(r"(\d+(?:\.\d+)?)([kmg])bit")
 _UNITS = {"k": 1e3, "m": 1e6, "g": 1e9}
 _MTU = 9000
@@ -29,6 +30,15 @@ _QUEUE = 2**25  # bytes; more than TCP has in flight, so links delay packets and
 _GRACE_S = 5.0  # between SIGTERM and SIGKILL
 _PREFIX = "longctx-"
 _INSIDE = "LONGCTX_EMULATED_HOST"  # environment variable of a rank: the namespace that it runs in
+
+
+def refuse_links(hosts: int, rate: str, latency_us: float, mesh: Mesh) -> None:
+    """Raise ValueError as `refuse_hosts` does; for ``hosts`` = 0, if ``rate`` or ``latency_us`` is set."""
+    if hosts:
+        refuse_hosts(hosts, rate, mesh)
+    elif (latency_us, rate) != (0, DEFAULT_RATE):
+        links = f"latency_us={latency_us} and rate={rate}"
+        raise ValueError(f"{links} are for links between emulated hosts: set hosts={mesh.ranks}, or leave both out")
 
 
 def refuse_hosts(hosts: int, rate: str, mesh: Mesh) -> None:

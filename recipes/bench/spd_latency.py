@@ -18,9 +18,9 @@ from longctx.cost.reduction import message_bytes, reduction_seconds, spd_reducin
 from longctx.parallel.launch import Rank
 from longctx.spd.plan import SPDPlan, refuse_unfit_shape, within
 from recipes.bench import timing
-from recipes.bench.hosts import bits_per_s, is_host, refuse_hosts, run_on_hosts
+from recipes.bench.hosts import DEFAULT_RATE, bits_per_s, is_host, refuse_links, run_on_hosts
 from recipes.bench.phases import PhaseCost, median_cost, time_phases
-from recipes.bench.rivals import Rival, read_rivals
+from recipes.bench.rounded import Rival, read_rivals
 from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
 from recipes.common.places import refuse_unwritable
 from recipes.common.plots import draw_lines
@@ -45,7 +45,7 @@ class LatencySettings:
     new_tokens: PositiveInt = 8
     rounds: PositiveInt = 5
     hosts: NonNegativeInt = 0
-    rate: str = "100mbit"
+    rate: str = DEFAULT_RATE
     latency_us: NonNegativeFloat = 0
     out: str | None = None
     picture: str | None = None
@@ -126,11 +126,7 @@ def prepare(config: DictConfig) -> LatencyJob:
             "this model normalises the output of attention, for which spd_latency predicts no bytes: "
             "use a model like Llama or Qwen"
         )
-    if settings.hosts:
-        refuse_hosts(settings.hosts, settings.rate, mesh)
-    elif (settings.latency_us, settings.rate) != (0, LatencySettings.rate):
-        links = f"latency_us={settings.latency_us} and rate={settings.rate}"
-        raise ValueError(f"{links} are for links between emulated hosts: set hosts={mesh.tp}, or leave both out")
+    refuse_links(settings.hosts, settings.rate, settings.latency_us, mesh)
     refuse_unwritable(settings.out)
     refuse_unwritable(settings.picture, "picture")
     timing.refuse_beyond_model(target, tokens=settings.tokens, new_tokens=settings.new_tokens)

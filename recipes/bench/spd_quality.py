@@ -22,7 +22,7 @@ from longctx.perplexity import perplexity
 from longctx.shapes import Tensor
 from longctx.spd.plan import SPDPlan, order_from, saved_plan, within
 from longctx.spd.text import PackedText
-from recipes.bench.rivals import Rival, read_rivals
+from recipes.bench.rounded import Rival, read_rivals
 from recipes.bench.spd_placement import placement_losses
 from recipes.bench.text_losses import mean_loss, paired_interval, sequence_losses
 from recipes.common.cli import console, on_ranks, say, warm_up_ranks, write_result

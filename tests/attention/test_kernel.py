@@ -10,7 +10,7 @@ from longctx.attention import kernel as kernel_module
 from longctx.attention.cudnn import cudnn
 from longctx.attention.flash_cpu import flash_cpu
 from longctx.attention.flash_cuda import flash_cuda
-from longctx.attention.kernel import Kernel, attend_tiles, reference, tile_gradients
+from longctx.attention.kernel import Kernel, attend_over, attend_tiles, reference, tile_gradients
 from longctx.attention.partial import Partial, empty_partial, merge_
 from longctx.attention.tiles import Tile
 from tests import oracle
@@ -255,3 +255,26 @@ def test_rows_outside_all_tiles_are_unchanged(kernel):
         rows = grad.abs().sum((0, 2, 3)).nonzero().flatten().tolist()
         assert set(rows) <= set(touched)
     assert dv[:, 2:4].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("tiles", "merged"),
+    [
+        ([Tile(0, 5, 1, 7)], False),
+        ([Tile(0, 5, 2, 7, causal=True)], False),
+        ([Tile(0, 5, 2, 7, causal=True, mirrored=True)], True),
+        ([Tile(1, 4, 0, 7)], True),
+        ([Tile(0, 5, 0, 3), Tile(0, 5, 3, 7)], True),
+    ],
+    ids=str,
+)
+def test_one_tile_of_all_rows_is_not_merged(monkeypatch, tiles, merged):
+    q, k, v, _ = random_inputs(6, 2, 5, 7, 13)
+    expected = empty_partial(q)
+    attend_tiles(expected, q, k, v, tiles, reference)
+    merges = []
+    monkeypatch.setattr(kernel_module, "merge_", lambda *args: merges.append(args) or merge_(*args))
+    result = attend_over(q, k, v, tiles, reference)
+    oracle.assert_close(result.out, expected.out, 1e-14)
+    oracle.assert_close(result.lse.nan_to_num(neginf=0), expected.lse.nan_to_num(neginf=0), 1e-14)
+    assert bool(merges) == merged
