@@ -50,9 +50,9 @@ def family_of(model_type: str) -> Family:
         return FAMILIES[model_type]
     from difflib import get_close_matches
 
-    needs = f" needs {_MISSING[model_type]}, which" if model_type in _MISSING else ""
+    needs = f" (it needs {_MISSING[model_type]})" if model_type in _MISSING else ""
     nearest = get_close_matches(model_type, FAMILIES, 1, 0.5)
     near = f"; the nearest is {nearest[0]}" if nearest else ""
     raise ValueError(
-        f"model_type={model_type}{needs} is not implemented: use one of {', '.join(sorted(FAMILIES))}{near}"
+        f"model_type={model_type} is not implemented{needs}: use one of {', '.join(sorted(FAMILIES))}{near}"
     )

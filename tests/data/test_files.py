@@ -148,8 +148,8 @@ def test_faulty_row_is_named(column, words, byte_tokenizer, tmp_path):
         ("empty.txt", b"", "has no documents: 1 records are empty, 0 could not be read"),
         ("empty.jsonl", b"", "has no documents: 0 records are empty"),
         ("blank.jsonl", b'\n{"text": " \\n"}\n\n', "has no documents: 1 records are empty"),
-        ("folder", "a.md", r"has no \.txt.*: name the files with a pattern"),
-        ("folder", ".hidden.txt", r"has no \.txt"),
+        ("folder", "a.md", r"has no file that ends in \.txt.*: name its text files with a pattern"),
+        ("folder", ".hidden.txt", r"has no file that ends in \.txt"),
     ],
 )
 def test_invalid_paths_are_refused(name, content, words, byte_tokenizer, tmp_path):

@@ -94,7 +94,7 @@ def test_pydoc_topic_is_part_of_the_long_documentation(tokenizer):
         (PromptSource(file="a", text="b"), "not file and text"),
         (PromptSource(text=""), "empty"),
         (PromptSource(text=" \n\t "), "empty"),
-        (PromptSource(text="a", tokens=0), "prompt.tokens=0.*at least one"),
+        (PromptSource(text="a", tokens=0), "prompt.tokens=0.*use 1 or more"),
         (PromptSource(text="a", tokens=-3), "prompt.tokens=-3"),
     ],
 )

@@ -154,7 +154,7 @@ def test_config_without_groups_of_context_run_and_plan_resolves(models, config_o
         (["context.strategy=alg1"], {}, "context.strategy=alg1", "recipes.chat takes alg1"),
         (["context.kernel=flash_cuda"], {}, "context.kernel=flash_cuda", "use context.kernel=reference or flash_cpu"),
         (["run.device=cuda"], {}, "context.kernel=auto", "use context.kernel=auto model.dtype=bfloat16"),
-        (["context.chunk=0"], {}, "context.chunk=0", "or null for all"),
+        (["context.chunk=0"], {}, "context.chunk=0", "or null to prefill all"),
         (["context.check_schedule=true", "mesh.ring=2"], {}, "recipes.test takes", "context.check_schedule=false"),
         (["context.check_schedule=true"], {"proves_schedule": True}, "one context rank", "use mesh.ring=2 or more"),
         (["run.threads=0"], {}, "run.threads=0", "use 1 or more"),
