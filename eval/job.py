@@ -89,18 +89,18 @@ class EvalConfig:
         return folder
 
     def limit_of(self, task: str) -> int | None:
-        """Return the number of examples of ``task``; None for all."""
+        """Return how many examples of ``task`` to ask at most (None: all): the smaller of ``limit`` and ``limits``."""
         return min(filter(None, (self.limit, (self.limits or {}).get(task))), default=None)
 
     def refuse_unknown_limits(self, tasks: Sequence[str]) -> None:
-        """Raise ValueError if ``limits`` names neither one of ``tasks`` nor another known task."""
+        """Raise ValueError if ``limits`` names a group, or a task neither in ``tasks`` nor known otherwise."""
         from eval.harness.generated import GENERATED
 
         names = set(self.limits or {})
         if groups := names.intersection(self.tasks) - {*tasks, *GENERATED}:
             raise ValueError(f"eval.limits.{min(groups)} is a group of tasks: use eval.limit, or limit the tasks in it")
         if unknown := names - {*tasks, *LOCAL, *GENERATED}:
-            raise ValueError(f"eval.limits: there is no task {min(unknown)} among {', '.join(tasks)}")
+            raise ValueError(f"eval.limits: there is no task {min(unknown)}: limit some of {', '.join(tasks)}")
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class EvalJob:
         return Path(self.settings.out)
 
     def requests_of(self, tasks: Mapping[str, Task]) -> tuple[Request, ...]:
-        """Return all that ``tasks``, views of the job's, ask of the model, each request once."""
+        """Return the requests of ``tasks``, which are the job's or `first_examples` of them, each request once."""
         from eval.harness.lm import make_recorder
         from eval.harness.tasks import answer_tasks
 
@@ -138,7 +138,7 @@ class EvalJob:
         return tuple(dict.fromkeys(requests))
 
     def file(self, variant: Variant) -> Path:
-        """Return the file of the answers of ``variant``: the one that version 0.1 wrote, if there is no other."""
+        """Return the file of the answers of ``variant``; a file of version 0.1 if it is the only one."""
         files = [self.out / "responses" / f"{digest}.jsonl" for digest in (variant.digest, variant.first_digest)]
         return next((file for file in files if file.exists()), files[0])
 
@@ -194,7 +194,10 @@ def prepare(config: DictConfig, recipe: str = "eval.run") -> EvalJob:
 
 
 def with_measured_orders(job: EvalJob) -> EvalJob:
-    """Return ``job`` with the blocks to drop where a variant lacked their order; starts ranks to measure it."""
+    """Measure the orders of blocks that variants lack; return ``job`` with the blocks to drop filled in.
+
+    Starts ranks; ``job`` is returned unchanged if no variant lacks an order.
+    """
     if not any(lacks_order(config) for _, config in job.configs):
         return job
     configs = fill_in_orders(job.configs, job.variants[0], job.eval.sensitivity, job.out)
@@ -202,7 +205,7 @@ def with_measured_orders(job: EvalJob) -> EvalJob:
 
 
 def pinned(config: DictConfig) -> tuple[str, ...]:
-    """Return the settings that a Slurm job must be given, because it runs a copy of the code: the folder of data.
+    """Return the override of ``eval.data`` that a Slurm job needs: its copy of the code has no data next to it.
 
     Raises ValueError if a variant has another number of ranks than the job starts.
     """
@@ -250,12 +253,15 @@ def _load_tasks(evaluation: EvalConfig, base: Variant, data: Path | None) -> dic
 def read_sampling(config: DictConfig) -> Sampling | None:
     """Return the section ``sampling``, or None if it is greedy without penalties, whatever its seed.
 
-    Raises ValueError for the settings that the tasks decide, and for log-probabilities.
+    Raises ValueError for ``stop`` and ``stop_tokens``, which the tasks decide, and for ``logprobs``.
     """
     sampling = section(config, "sampling", Sampling)
     for name in ("stop", "stop_tokens", "logprobs"):
         if getattr(sampling, name) not in ((), None):
-            raise ValueError(f"sampling.{name} is not used by eval, whose tasks say where a text ends: leave it out")
+            raise ValueError(
+                f"sampling.{name} is not used by eval, whose tasks decide what ends a text and what is scored: "
+                "leave it out"
+            )
     return None if sampling == Sampling(seed=sampling.seed) else sampling
 
 

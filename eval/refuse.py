@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def refuse_unknown_gate(evaluation: EvalConfig, names: Sequence[str]) -> None:
     """Raise ValueError if ``eval.gate`` names the baseline, or something that is not a variant."""
     if unknown := set(evaluation.gate) - set(names):
-        raise ValueError(f"eval.gate: there is no variant {min(unknown)}: use some of {', '.join(names[1:]) or 'none'}")
+        raise ValueError(f"eval.gate: there is no variant {min(unknown)}: use {', '.join(names[1:]) or 'eval.gate=[]'}")
     if BASELINE in evaluation.gate:
         raise ValueError(f"eval.gate lists {BASELINE}, which variants are compared with: list variants only")
 
@@ -58,7 +58,10 @@ def refuse_unknown_tokens(variant: Variant, requests: Sequence[Request]) -> None
 
 
 def refuse_other_order(base: Variant, variant: Variant, config: DictConfig) -> None:
-    """Raise ValueError if ``variant`` lacks an order of blocks and is not the model on which it is measured."""
+    """Raise ValueError if ``variant`` lacks an order of blocks and its model is not the baseline's.
+
+    A missing order is measured on the baseline.
+    """
     if lacks_order(config) and variant.target.folder != base.target.folder:
         raise ValueError(
             f"variant {variant.name}: the order in which blocks drop is measured on the baseline, which is another "

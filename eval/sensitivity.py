@@ -31,9 +31,10 @@ def drop_none_yet(config: DictConfig) -> DictConfig:
 def make_order_jobs(
     configs: Sequence[Named], base: Variant, sequences: int, out: Path
 ) -> dict[int, spd_sensitivity.SensitivityJob]:
-    """Return, by degree of tensor parallelism, the job that measures an order that ``configs`` lack.
+    """Return the jobs that measure the orders of blocks that ``configs`` lack, by degree of tensor parallelism.
 
-    The order is of the baseline's blocks, on ``sequences`` of text; the job's folder is ``out``/sensitivity-tpN.
+    The order is of the baseline's blocks, on ``sequences`` sequences of text; a job's folder is
+    ``out``/sensitivity-tpN.
     Raises ValueError, with what to set instead, if an order cannot be measured.
     """
     degrees = dict.fromkeys(config.mesh.tp for _, config in configs if lacks_order(config))
@@ -41,8 +42,9 @@ def make_order_jobs(
 
 
 def fill_in_orders(configs: Sequence[Named], base: Variant, sequences: int, out: Path) -> list[Named]:
-    """Return ``configs`` with the blocks to drop, where they lack an order: it is measured, or read if it was before.
+    """Return ``configs`` with the blocks to drop in those that lack an order of blocks.
 
+    An order is measured, or read if an earlier run of the same ``out`` measured it.
     Starts ranks; every rank that a launcher started must call this.
     """
     orders = {tp: _read_or_measure(job) for tp, job in make_order_jobs(configs, base, sequences, out).items()}

@@ -1,4 +1,4 @@
-"""Measure examples per second and those of lm-eval's own model, on the same tasks, weights and threads.
+"""Measure our examples per second and those of lm-eval's own model, on the same tasks, weights and threads.
 
 python -m eval.speed eval.tasks=[arc_easy,hellaswag] eval.limit=50 out=outputs/speed
 """
@@ -39,7 +39,7 @@ OURS = "ours"
 
 @dataclass(frozen=True)
 class SpeedSettings:
-    """Section ``speed``: in each round, ours and lm-eval's model at each of ``batches`` take turns."""
+    """Section ``speed``: in each round, our model and lm-eval's at each batch size of ``batches`` take turns."""
 
     rounds: PositiveInt = 3
     batches: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 8)
@@ -47,7 +47,10 @@ class SpeedSettings:
 
 @dataclass(frozen=True)
 class HFWork:
-    """The input of lm-eval's model in ``folder``: ``pairs`` of context and continuation, ``batch`` at a time."""
+    """The input of lm-eval's model in ``folder``: ``pairs`` of context and continuation, ``batch`` at a time.
+
+    An empty context is replaced by ``prefix_token``.  ``threads`` is the setting ``run.threads``.
+    """
 
     folder: Path
     pairs: tuple[tuple[str, str], ...]
@@ -74,7 +77,10 @@ class EngineTiming:
 
 @dataclass(frozen=True)
 class TaskSpeed:
-    """Seconds of every round, by model; ``largest_difference`` is between log-probabilities (nats)."""
+    """Number of ``examples`` a round, and the seconds of every round, by model.
+
+    ``largest_difference`` is between our log-probabilities and those of lm-eval's model (nats).
+    """
 
     examples: int
     seconds: Mapping[str, Sequence[float]]
@@ -138,7 +144,7 @@ def _largest_difference(requests: Sequence[Request], engine: EngineTiming, hf: H
 
 
 def refuse_unlike(job: EvalJob) -> None:
-    """Raise ValueError for settings that lm-eval's model does not get, and for tasks of generated text."""
+    """Raise ValueError for settings that lm-eval's model does not have, and for tasks of generated text."""
     target = job.variants[0].target
     if len(job.variants) > 1 or target.mesh.ranks > 1 or target.plan:
         raise ValueError(

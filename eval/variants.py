@@ -102,7 +102,9 @@ def _apply(base: Values, change: Values) -> DictConfig:
     """Return the configuration ``base`` with the sections of ``change`` merged into it."""
     changes = {name: value for name, value in change.items() if name != "name"}
     if unknown := set(changes) - set(_SECTIONS):
-        raise ValueError(f"variants: {change['name']}: {min(unknown)} is not one of {', '.join(_SECTIONS)}")
+        raise ValueError(
+            f"variants: {change['name']}: {min(unknown)} is not one of {', '.join(_SECTIONS)}: leave it out"
+        )
     if isinstance(source := changes.get("model"), str):
         # Another folder: nothing of the baseline's source, nor of its changed context, applies to it.
         folder = Path(source).expanduser()

@@ -31,7 +31,7 @@ class StoredAnswers:
     """The content of a file of answers.
 
     ``answers``: by the key of their request.  ``commits``: of the source code that computed them.
-    ``corrupt``: names of lines whose checksum does not match; ``answers`` lacks theirs.
+    ``corrupt``: names of lines that are cut off or whose checksum does not match; ``answers`` lacks theirs.
     ``requests`` were answered with ``tokens`` in ``seconds``; generated texts count in none of the three.
     """
 
@@ -44,7 +44,7 @@ class StoredAnswers:
 
 
 def read(path: Path) -> StoredAnswers:
-    """Return the answers in ``path``; none if it does not exist."""
+    """Return the answers in ``path``; none if it does not exist.  Corrupt lines are listed in ``corrupt``."""
     stored = StoredAnswers()
     if not path.exists():
         return stored

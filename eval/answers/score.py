@@ -80,7 +80,7 @@ def score_batch(engine: Engine, context: Context, batch: Sequence[PrefixGroup]) 
     """Return the answer of each request in ``batch``, on every rank.
 
     Two passes: all prefixes, packed; then all branches, each attending to its prefix' keys and values.
-    Only rows whose prediction is scored are unembedded.
+    Logits are computed only for rows whose prediction is scored.
     """
     # 1. For each pass, list the predictions to score, each once, in a fixed order.
     branches = [(g, branch) for g, group in enumerate(batch) for branch in group.branches]

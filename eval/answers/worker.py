@@ -80,8 +80,8 @@ def _of_all_groups(runtime: Runtime, answers: dict[str, Answer], tokens: int) ->
 def answer_requests(engine: Engine, work: EvalWork, dp_rank: int = 0) -> Iterator[tuple[Answered, int]]:
     """Yield answers in batches, the longest requests first, and the tokens that were run for each batch.
 
-    Data-parallel rank ``dp_rank`` of n takes its batch of every n consecutive ones.  All ranks yield equally often: no
-    answers where nothing is left for a rank.
+    Data-parallel rank ``dp_rank`` of n takes its batch of every n consecutive ones.  All ranks yield equally often: a
+    rank for which no batch is left yields no answers.
     Generated text reports 0 tokens: its length varies by variant and would distort throughput.
     """
     from eval.answers.generate import generate_texts

@@ -22,7 +22,11 @@ _HIDDEN = 4  # facts in a text, about one person each: naming any of them is rig
 
 @dataclass(frozen=True)
 class Association:
-    """A fact about a person, and what follows from it: ``asked`` are the ends of the question ``frame``."""
+    """A fact about a person, and what follows from it: ``asked`` are the ends of the question ``frame``.
+
+    ``fact`` is a format string: {} becomes the person's name.  Example: fact "{} sees the Louvre from her desk.", frame
+    "lives in", asked ("Paris", "France"); a question is which person lives in Paris.
+    """
 
     fact: str
     frame: str
@@ -79,8 +83,8 @@ NAMES = (
 def association_filler(source: RulerSource) -> Filler:
     """Return the filler of ``association``: a stretch of the text with four facts about four people.
 
-    Names, and what a question asks for, are such that the text does not have them.
-    Raises ValueError if that leaves fewer than four.
+    Only names, and ends of questions, that do not occur in the text are used.
+    Raises ValueError if fewer than four names or facts are left.
     """
     seen = set(re.findall(r"\w+", " ".join(source.words).lower()))
     names = [name for name in NAMES if name.lower() not in seen]

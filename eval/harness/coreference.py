@@ -23,15 +23,17 @@ _ANSWER_WORDS = 5
 
 
 def coreference_filler(source: RulerSource) -> Filler:
-    """Return the filler of ``coreference``: turns that ask for five words each, four of them for the same.
+    """Return the filler of ``coreference``: turns that ask for five words each, four of them for the same thing.
 
-    All words have six letters, so that none contains another, and come from the text.  The words of the four turns are
-    in no other.  Raises ValueError if the text has too few.
+    All words have six letters, so that none contains another, and come from the text.  The words of the four turns
+    occur in no other turn.  Raises ValueError if the text has too few words of six letters.
     """
     words = sorted(set(re.findall(r"\b[a-z]{6}\b", " ".join(source.words))))
     least = 2 * len(_ORDINALS) * _ANSWER_WORDS + _TOPICS
     if len(words) < least:
-        raise ValueError(f"eval.text has {len(words)} words of six letters, coreference needs {least}: give another")
+        raise ValueError(
+            f"eval.text has {len(words)} words of six letters, coreference needs {least}: give a longer text"
+        )
 
     def make(size: int, _: int) -> RulerExample:
         number = random.randrange(len(_ORDINALS))

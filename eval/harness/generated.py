@@ -28,9 +28,10 @@ _DEFAULT_EXAMPLES = 50
 
 
 def depth_of(name: str, doc: Mapping[str, Any]) -> float | None:
-    """Return the share of the prompt of ``doc`` before the fact that it asks for, from 0 to 1.
+    """Return where the fact that ``doc`` asks for lies in its prompt: the share of characters before it, from 0 to 1.
 
-    None unless the task ``name``, with its length, asks for one fact.
+    ``name`` is a task's name with its length, such as needle_1024.  The depth is None unless that task asks for one
+    fact.
     """
     if name.rpartition("_")[0] not in _NEEDLES:
         return None
@@ -50,7 +51,8 @@ def make_generated_tasks(
 ) -> dict[str, Task]:
     """Return lm-eval tasks named ``NAME_LENGTH``, with ``examples[NAME]`` examples each (None: 50).
 
-    ``data`` is the folder of the files that RULER's questions come from; without it lm-eval downloads them.
+    ``text`` is what `read_text` takes: a file, or pydoc.  ``data`` is the folder of the files that RULER's questions
+    come from; without it lm-eval downloads them.
     Raises ValueError for a length of more than ``max_length`` tokens, and as `read_text` and the tasks' makers do.
     """
     if too_long := [length for length in lengths if length > max_length]:

@@ -69,7 +69,8 @@ def read_rows(task: LocalTask, path: Path) -> list[Row]:
             rows.append(task.convert(record))
         except (KeyError, ValueError, IndexError, TypeError) as error:
             raise ValueError(
-                f"{path}, record {number}, is not as eval/README.md describes it ({type(error).__name__}: {error})"
+                f"{path}, record {number}, is not as eval/README.md describes it ({type(error).__name__}: {error}): "
+                "correct the record, or give the file as it was published"
             ) from error
     return rows
 
@@ -81,16 +82,18 @@ def _read_json_lines(path: Path) -> list[TaskRecord]:
     try:
         return [json.loads(line) for line in lines]
     except ValueError as error:
-        raise ValueError(f"{path} is not a file of JSON lines: {error}") from error
+        raise ValueError(
+            f"{path} is not a file of JSON lines ({error}): give the file that eval/README.md describes"
+        ) from error
 
 
 def _read_json_list(path: Path) -> list[TaskRecord]:
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
+        raise ValueError(f"{path} is not a JSON file ({error}): give the file that eval/README.md describes") from error
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise ValueError(f"{path} is not a list of records")
+        raise ValueError(f"{path} is not a list of records: give the file that eval/README.md describes")
     return records
 
 

@@ -25,7 +25,7 @@ Random = np.random.Generator
 
 @dataclass(frozen=True)
 class LongText:
-    """Real text by sentence, the number of tokens of each, and its plain words of 5 to 9 letters, sorted."""
+    """Real text by sentence, the number of tokens of each, and the text's different words of 5 to 9 letters, sorted."""
 
     sentences: tuple[str, ...]
     tokens: tuple[int, ...]

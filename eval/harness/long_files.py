@@ -1,4 +1,4 @@
-"""Records of LongBench v2 (arXiv 2412.15204) and InfiniteBench (arXiv 2402.13718), as published, made lm-eval's rows.
+"""Convert published records of LongBench v2 (arXiv 2412.15204) and InfiniteBench (arXiv 2402.13718) to lm-eval's rows.
 
 A record with a missing, an unknown or another kind of field is refused: a variant of the data may need other prompts.
 """
@@ -52,7 +52,7 @@ def infinitebench_row(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def infinitebench_choice_row(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a record of InfiniteBench's questions with four options, of which the first answer must be one.
+    """Convert a record of InfiniteBench's questions with four options; the first answer must be one of the options.
 
     Raises ValueError as `infinitebench_row` does.
     """

@@ -39,9 +39,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RulerTask:
-    """A task: its filler at a length, the tokens of an answer, and what separates the question from its beginning.
+    """A RULER task: its filler, the number of tokens of an answer, and the text between question and answer.
 
-    ``until`` are texts that end an answer.
+    ``delimiter`` separates the question from ``gen_prefix``, the beginning of the answer.  ``until`` are texts that end
+    an answer.
     """
 
     filler: Callable[[RulerSource], Filler]
@@ -95,9 +96,10 @@ def _seeded(*numbers: int) -> Iterator[None]:
 def make_ruler_examples(name: str, source: RulerSource, examples: int, seed: int) -> list[RulerExample]:
     """Return the examples of task ``name``; prompt and answer have at most ``source.length`` tokens.
 
-    Each example has about as much filler as fits, as far as there is filler (lm-eval has 8,000 words for
-    ``ruler_cwe``).
-    Raises ValueError if the length is too short for the task, or the text or file too short for the length.
+    Each example is filled up to about that length.  It may be shorter where filler is limited: lm-eval has only 8,000
+    words for ``ruler_cwe``.
+    Raises ValueError if the length is too short for the task, or the text or the file of questions too short for the
+    examples.
     """
     task, length = SIZED[name], source.length
     filler = task.filler(source)
@@ -111,7 +113,9 @@ def make_ruler_examples(name: str, source: RulerSource, examples: int, seed: int
 
     most = _largest(lambda size: make(size, 0) is not None, filler.least, filler.most)
     if most == filler.most == len(source.words):
-        raise ValueError(f"eval.text has {most:,} words, too few for eval.lengths={length}: give a longer text")
+        raise ValueError(
+            f"eval.text has {most:,} words, too few for eval.lengths={length}: give a longer text, or a shorter length"
+        )
     rows = [_fit(partial(make, number=number), most, filler) for number in range(examples)]
     if None in rows:
         raise ValueError(f"eval.lengths={length}: too short for {name}: use more")
@@ -180,6 +184,6 @@ def make_ruler_tasks(
 
 
 def score_answer(doc: RulerExample, results: Sequence[str]) -> dict[str, float]:
-    """Return lm-eval's score as ``recall``: the share of the outputs of ``doc`` that the text contains."""
+    """Return lm-eval's score as ``recall``: the share of ``doc``'s outputs that the generated text contains."""
     common = ruler_module("common_utils")
     return {"recall": float(common.string_match_all(common.postprocess_pred(results), [doc["outputs"]]))}

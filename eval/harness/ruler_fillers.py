@@ -57,7 +57,11 @@ class Filler:
 
 @dataclass(frozen=True)
 class Needles:
-    """The needles of a task: where they lie, the kinds of keys and values, and how many are hidden and asked for."""
+    """The needles of a task: what surrounds them, and the kinds and numbers of keys and values.
+
+    ``haystack`` is "essay" (the text), "repeat" (one sentence, repeated) or "needle" (other needles).  ``keys_hidden``
+    keys with ``values_per_key`` values each are hidden, and ``keys_asked`` of the keys are asked for.
+    """
 
     haystack: str
     keys: str = "words"
@@ -68,7 +72,7 @@ class Needles:
 
 
 def ruler_module(name: str) -> Any:
-    """Return a module of lm-eval's folder of RULER.  Raises ValueError if a package that it needs is missing."""
+    """Return module ``name`` of lm-eval's RULER.  Raises ValueError if a package that it needs is missing."""
     try:
         return importlib.import_module(f"lm_eval.tasks.ruler.{name}")
     except ImportError as error:
@@ -184,7 +188,7 @@ def frequent_words_filler(source: RulerSource) -> Filler:
 def question_filler(file: str, read: str, source: RulerSource) -> Filler:
     """Return the filler of the tasks of questions: documents of the data set around those that have the answer.
 
-    ``file`` is relative to the folder of data; ``read`` is lm-eval's function that reads it.
+    ``file`` is relative to the folder of data; ``read`` is the name of lm-eval's function that reads it.
     """
     module = ruler_module("qa_utils")
     questions, documents = _read_questions(module, read, source.data / file if source.data else None)
@@ -213,6 +217,8 @@ def _read_questions(module: Any, read: str, path: Path | None) -> Any:
     try:
         return getattr(module, read).__wrapped__()
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"eval.tasks: {path} is not in the data set's own format ({error!r})") from error
+        raise ValueError(
+            f"eval.tasks: {path} is not in the data set's own format ({error!r}): give the file as it was published"
+        ) from error
     finally:
         module.download_json = download

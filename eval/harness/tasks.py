@@ -144,11 +144,12 @@ def build_requests(tasks: Mapping[str, Task], limits: Mapping[str, int | None]) 
                 task.build_all_requests(limit=limits[name], rank=0, world_size=1)
         except (ValueError, AssertionError) as error:  # samplers assert that there are enough examples to show
             shots = f" with {task.config.num_fewshot} examples shown (eval.num_fewshot)" * bool(task.config.num_fewshot)
-            raise ValueError(f"eval.tasks: {name}{shots}: {error}") from error
+            mend = f"use a smaller eval.num_fewshot, or leave {name} out" if shots else f"leave {name} out"
+            raise ValueError(f"eval.tasks: {name}{shots}: {str(error) or 'lm-eval cannot build it'}: {mend}") from error
 
 
 def first_examples(task: Task, n: int) -> Task:
-    """Return a copy of ``task`` with the requests of its first ``n`` examples, which the two share."""
+    """Return a copy of ``task`` with the requests of its first ``n`` examples only; the requests are shared objects."""
     view = copy.copy(task)
     view._instances = [instance for instance in task.instances if instance.doc_id < n]
     return view

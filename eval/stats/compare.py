@@ -60,7 +60,7 @@ def compare(
     Each task has the same weight.  The verdict is a test of non-inferiority: ``no worse`` if the whole interval lies
     above -``allowed_drop``, ``worse`` if it lies below.  ``z`` is the normal quantile of the interval.  A value other
     than `Z` means that the number of examples depended on the outcomes.  ``available`` is the number of examples that
-    each task has (None: any number).
+    each task has (None: any number).  ``resamples`` and ``seed`` are those of the sign-flip test.
     """
     paired = [(np.asarray(base, float), np.asarray(other, float)) for base, other in tasks]
     assert paired and all(len(base) == len(other) > 0 for base, other in paired), "the same examples, at least one"
@@ -100,7 +100,10 @@ def decide(low: float, high: float, allowed_drop: float) -> Verdict:
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Return the exact two-sided p-value of McNemar's test (1947): a changed example is equally likely lost or won."""
+    """Return the two-sided p-value of McNemar's exact test (1947).
+
+    It tests the hypothesis that an example whose outcome changed was equally likely lost or won.
+    """
     return float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 
@@ -150,7 +153,10 @@ class Perplexity:
 def compare_perplexity(
     base: Sequence[float], other: Sequence[float], words: Sequence[float], *, z: float = Z
 ) -> Perplexity:
-    """Compare log-likelihoods (nats) of the same texts by baseline and variant; ``words`` are the texts' lengths."""
+    """Compare log-likelihoods (nats) of the same texts by baseline and variant.
+
+    ``words`` has the length of each text in words.  ``z`` is the normal quantile of the interval.
+    """
     base_loss, other_loss = ([-value for value in values] for values in (base, other))
     difference, low, high = difference_interval(base_loss, other_loss, words, level_of(z))
     has_interval = len(words) >= _MIN_EXAMPLES
@@ -196,5 +202,5 @@ def compare_margins(tasks: Sequence[Pair], *, z: float = Z) -> MarginChange:
 
 
 def level_of(z: float) -> float:
-    """Return the level of a two-sided interval with the normal quantile ``z``."""
+    """Return the level of a two-sided interval with the normal quantile ``z``: 0.95 for 1.96."""
     return 2 * NormalDist().cdf(z) - 1

@@ -13,7 +13,7 @@ EFFECTIVE = 0.856  # Llama 2 7B at 4,096 tokens: RULER counts a length as effect
 class LengthScores:
     """The average score of the generated tasks at each length, and the longest length that is effective (None: none).
 
-    A length is effective only if all shorter ones are.
+    A length is effective if its score and those of all shorter lengths are at least `EFFECTIVE`.
     """
 
     scores: Mapping[int, float]

@@ -18,7 +18,7 @@ _COMPARED = ["accuracy", "difference", "McNemar p", "verdict", "examples to deci
 
 
 def markdown(report: Report) -> str:
-    """Return the report as a page."""
+    """Return ``report`` as a page of Markdown."""
     others = [name for name in report.variants if name != BASELINE]
     parts = [f"# {report.origin['title']}", *_gate(report, others), "## On average", _averages(report)]
     if report.pictures:

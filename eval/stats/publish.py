@@ -99,7 +99,7 @@ def write(report: Report, out: Path) -> Report:
 
 
 def track(report: Report, out: Path, tracker: Tracker) -> None:
-    """Give the tracker a figure per variant, a table of all comparisons, and the picture."""
+    """Log a figure per variant, a table of all comparisons, and the picture of shares if there is one."""
     columns = ["task", "variant", "n", "accuracy", "perplexity", "difference", "low", "high", "p_mcnemar", "verdict"]
     table_rows = [
         [task, name, *(figures.get(column) for column in columns[2:-1]), figures["verdict"] or ""]

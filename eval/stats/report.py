@@ -61,7 +61,7 @@ class GateRules:
 class Figures(TypedDict, total=False):
     """Figures of a variant on a task, or on average, as report.json has them.
 
-    None for what a baseline has nothing to compare with.  Tasks of perplexity have accuracy None and ``perplexity``;
+    A baseline has None for all comparisons.  Tasks of perplexity have accuracy None and ``perplexity``;
     their difference is relative: 0.01 is one per cent more.  ``needed`` are examples by task (see `Comparison`).
     ``margin``: `MarginChange` as a dictionary, None without log-probabilities of answers.
     """
@@ -86,7 +86,7 @@ _NO_VERDICT = Figures(p_mcnemar=None, verdict=None)
 
 @dataclass(frozen=True)
 class GateResult:
-    """The variants that the gate is about, and those that ``failed``."""
+    """The variants that the gate judges (``eval.gate``), and those that ``failed``."""
 
     variants: tuple[str, ...]
     strict: bool

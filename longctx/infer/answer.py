@@ -30,7 +30,7 @@ class AnswerText:
         return self._give(len(self.text) if self.stopped else self._certain())
 
     def end(self) -> str:
-        """Return the last piece of text, after the last token."""
+        """Return the text that `add` has held back; call it after the last token."""
         return self._give(len(self.text))
 
     def _certain(self) -> int:
@@ -45,12 +45,16 @@ class AnswerText:
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """Return ``text`` up to the first of the texts in ``stop``."""
+    """Return ``text`` before the earliest occurrence of a text in ``stop``, or all of it if none occurs."""
     return text[: min((at for one in stop if (at := text.find(one)) >= 0), default=len(text))]
 
 
 def make_stop_check(tokenizer: Any, stop: Sequence[str]) -> Callable[[int, Sequence[int]], bool]:
-    """Return a function that says, after each token of an answer, whether its text has reached one in ``stop``."""
+    """Return a function that says if the text of an answer contains one of ``stop``.
+
+    The function takes a sequence's id and the tokens of its answer so far.  Call it after every token: each call adds
+    the last token to the text.
+    """
     texts: dict[int, AnswerText] = {}
 
     def stopped(sequence: int, tokens: Sequence[int]) -> bool:

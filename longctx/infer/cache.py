@@ -23,11 +23,11 @@ class Cache(Protocol):
         ...
 
     def append(self, layer: int, k: Keys, v: Keys) -> tuple[Tensor, Tensor]:
-        """Append this pass's keys and values and return all of ``layer``, [b rows hk d]."""
+        """Append ``k`` and ``v`` of this pass to ``layer``; return all cached keys and values of it, [b rows hk d]."""
         ...
 
     def append_each(self, layer: int, k: Keys, v: Keys) -> Sequence[tuple[Tensor, Tensor]]:
-        """Append this pass's keys and values and return those of each sequence alone, which copies nothing."""
+        """Append as `append` does, but return one (keys, values) for each sequence instead of concatenating them."""
         ...
 
 
@@ -53,7 +53,7 @@ class KVCache:
         self.layout = self.layout.then(later)
 
     def append(self, layer: int, k: Keys, v: Keys) -> tuple[Tensor, Tensor]:
-        """Append this pass's keys and values and return all of ``layer`` as views, [b rows hk d]."""
+        """Append ``k`` and ``v`` of this pass to ``layer``; return views of all its keys and values, [b rows hk d]."""
         end, begin = self.rows, self.rows - k.shape[1]
         keys, values = self._layers.get(layer, (k[:, :0], v[:, :0]))
         if layer not in self._layers or keys.shape[1] < end:
@@ -65,7 +65,7 @@ class KVCache:
         return keys[:, :end], values[:, :end]
 
     def append_each(self, layer: int, k: Keys, v: Keys) -> Sequence[tuple[Tensor, Tensor]]:
-        """Do as `append`; the cache has one sequence."""
+        """Append as `append` does; return a list of one, since the cache has one sequence."""
         return [self.append(layer, k, v)]
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ class KVCache:
         return keys[:, : self.rows], values[:, : self.rows]
 
     def rewind(self, layout: Layout) -> None:
-        """Return to an earlier ``layout`` of this cache, which drops all rows appended since."""
+        """Set the cache back to ``layout``, which it had before; rows appended since are dropped."""
         self.layout = layout
 
     @property
@@ -101,7 +101,7 @@ class PrefixView:
         return torch.cat([keys, k], 1), torch.cat([values, v], 1)
 
     def append_each(self, layer: int, k: Keys, v: Keys) -> Sequence[tuple[Tensor, Tensor]]:
-        """Do as `append`; the view has one sequence."""
+        """Do as `append` does; return a list of one, since the view has one sequence."""
         return [self.append(layer, k, v)]
 
 

@@ -1,4 +1,7 @@
-"""The token that follows each sequence after a pass: sampled on the rank that has its row, and sent to all ranks."""
+"""Choose the next token of each sequence after a pass.
+
+The rank that has a sequence's last row samples the token, and all ranks receive it.
+"""
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain
@@ -23,11 +26,11 @@ def choose_next(
     layout: Layout,
     share: WeightShare | None = None,
 ) -> dict[int, int]:
-    """Choose the token that follows each sequence whose last token was in this pass; the same on all ranks.
+    """Choose the next token of each sequence whose last token was in this pass; return them by sequence.
 
-    ``hidden`` are the states of this rank's rows of ``chunk``, in ``layout``.  With a ``share``, all ranks have the
-    same ``hidden`` and compute its logits together.  A sequence that is to report log-probabilities gets those of its
-    token, too.
+    All ranks get the same tokens.  ``hidden`` has the final hidden states of this rank's rows; ``layout`` says which
+    tokens of ``chunk`` these rows are.  With a ``share``, all ranks have the same ``hidden`` and compute its logits
+    together.  Sequences with ``sampling.logprobs`` also get the token's log-probabilities, in `Conversation.logprobs`.
 
     Raises ValueError, on every rank, for logits that are not finite.
     """

@@ -1,4 +1,4 @@
-"""The `Engine`: a loaded model on its ranks, with the groups that share its sequence."""
+"""The `Engine`: a loaded model on its ranks, with the groups of ranks that share a sequence."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,13 +27,14 @@ ATTENTION = "attention"  # purpose under which the context group counts attentio
 
 @dataclass(frozen=True)
 class Engine:
-    """A loaded model and the ranks that share its sequence: ulysses x ring, rank = ring rank * U + ulysses rank.
+    """A loaded model, and the ulysses x ring ranks that share a sequence.
 
-    ``context`` is the group of these ranks.  It carries control messages and the exchanges of decoding, which are
-    counted apart as `ATTENTION`.  ``layers`` is the implementation of the model's layers: "local" for megatron-core's,
-    "te" for Transformer Engine's.  ``share`` is this rank's share of the weights for ``context.decode=sharded``.  It is
-    None with one context rank, with "te", and if blocks drop or round a reduction over tensor-parallel ranks.
-    ``reduce`` has the dtypes of rounded reductions.
+    ``context`` is the group of these ranks: rank = ring rank * ulysses size + ulysses rank.  It carries control
+    messages and the exchanges of decoding, which are counted apart as `ATTENTION`.  ``layers`` is the implementation of
+    the model's layers: "local" for megatron-core's, "te" for Transformer Engine's.  ``share`` is this rank's share of
+    the weights for ``context.decode=sharded``.  It is None with one context rank, with "te", and if blocks drop or
+    round a reduction over tensor-parallel ranks.  ``reduce`` has the dtypes of rounded reductions; it is None if none
+    is rounded.
     """
 
     model: GPTModel
@@ -61,7 +62,7 @@ class Engine:
 
     @property
     def rank(self) -> int:
-        """This rank among those that share the sequence."""
+        """Number of this rank among those that share the sequence."""
         return self.ring.rank * self.ulysses.size + self.ulysses.rank
 
     @property
@@ -83,7 +84,7 @@ class Engine:
         return 2 * self.shape.layers * heads * self.shape.head_dim * self.dtype.itemsize
 
     def everywhere(self, strategy: Strategy) -> dict[int | None, Strategy]:
-        """Return ``strategy`` for the layers of every window, as `run_pass` takes it."""
+        """Return a dictionary for `run_pass` that gives every attention window of the model the same ``strategy``."""
         return dict.fromkeys(self.shape.windows, strategy)
 
     def cache(self, tokens: int, more: int = 0) -> KVCache:
@@ -136,10 +137,11 @@ def load_engine(
 
 
 def load_alone(runtime: Runtime, engine: Engine, model: ModelSource, folder: Path) -> Engine:
-    """Return the same model on this rank alone, to compare with.
+    """Return the model of ``engine`` without context parallelism, to compare logits with.
 
-    Without tensor parallelism it reuses the weights of ``engine``.  A model with dropped or rounded reductions depends
-    on its tensor-parallel degree, so it runs on this rank's tensor-parallel group, without context parallelism.
+    This rank alone runs the whole model.  With tensor parallelism it loads all weights from ``folder``; without, it
+    reuses those of ``engine``.  A model with dropped or rounded reductions depends on its tensor-parallel degree.  It
+    therefore stays sharded over this rank's tensor-parallel group.
     """
     net = engine.model
     if isinstance(net.decoder.layers[0], SPDTransformerLayer) or engine.reduce:

@@ -23,10 +23,10 @@ def logit_difference(
 ) -> float | None:
     """Return the largest absolute difference of all prompts' logits from those of ``alone``, the model on one rank.
 
-    ``turn`` is the first turn of a session, over ``prompts``, run with ``keep_states``.  All ranks must call this.
-    ``alone`` is set on the first rank of the world only, which returns the difference; the others return None.  With
-    dropped reductions it is set on all ranks of the first tensor-parallel group.  ``alone`` prefills ``chunk`` rows at
-    a time.
+    ``turn`` is the first turn of a session with these ``prompts``, run with ``keep_states``.  All ranks must call this.
+    ``alone`` (see `load_alone`) is set on the first rank of the world only, which returns the difference; the others
+    return None.  With dropped or rounded reductions it is set on all ranks of the first tensor-parallel group.
+    ``alone`` prefills ``chunk`` tokens a pass (None: all) and calls ``layer_done`` after each layer's attention.
 
     Raises ValueError, on the ranks that compare, if a logit is NaN or infinite.
     """

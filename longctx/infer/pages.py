@@ -19,7 +19,7 @@ class Page:
 
 
 class PageStore:
-    """Pages by number.  Every page is stored once over the ranks: each has the rows that the first cache had there.
+    """Pages by number.  Each rank stores the rows of a page that it held in the cache that the page was copied from.
 
     All ranks must make the same calls in the same order.
     """
@@ -52,7 +52,7 @@ class PageStore:
 
     @torch.inference_mode()
     def copy_to(self, cache: KVCache, pages: Sequence[int]) -> None:
-        """Append ``pages``, which continue the positions of ``cache``, to it."""
+        """Append ``pages`` to ``cache``; their positions must follow the cached ones."""
         chosen = [self._pages[page] for page in pages]
         for page in chosen:
             cache.extend(page.layout)

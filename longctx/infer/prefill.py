@@ -41,8 +41,8 @@ def run_pass(
     """Run the model over ``tokens`` [total] and return the final hidden states of this rank's rows.
 
     ``layout`` shards the new tokens over the ulysses x ring ranks.  Its documents are the sequences of ``cache``, and
-    their positions follow the cached ones.  ``cache`` grows by all new tokens.  ``strategies`` has the strategy for the
-    layers of each window.  ``done`` is called after each layer's attention.
+    their positions follow the cached ones.  ``cache`` grows by all new tokens.  ``strategies`` has the strategy by
+    the layers' window (None: full attention).  ``done`` is called after each layer's attention.
 
     Raises ValueError for inputs that the engine's kernel has not been tested exact on, or if the Ulysses degree does
     not fit the heads.
@@ -84,11 +84,11 @@ def run_replicated(
     *,
     share: WeightShare | None = None,
 ) -> Float[Tensor, "s b hidden"]:
-    """Run the model over ``tokens`` [total] on every rank, with one exchange a layer, and return all hidden states.
+    """Run the model over ``tokens`` [total] on every rank and return the hidden states of all rows.
 
     For few rows (tree attention, arXiv 2408.04093): every rank computes all rows' queries, keys and values and attends
-    to the keys that it caches.  One all-gather merges the partial results.  ``layout`` says which ring rank caches
-    which rows.
+    to the keys that it caches.  One all-gather a layer merges the partial results.  ``layout`` says which ring rank
+    caches which rows.
 
     With a ``share`` (the caller has entered `WeightShare.in_use`), each rank multiplies only its share of the weights.
     One all-to-all then gives each rank the merged output of its share of the heads.

@@ -22,9 +22,9 @@ from longctx.shapes import Float, Int, Tensor
 def prove_pass(engine: Engine, cached: Sequence[Layout], run: Callable[..., object]) -> None:
     """Raise ScheduleError unless the messages of ``run(engine, cache=cache)`` match on all ranks without deadlock.
 
-    ``run`` calls `run_pass` or `run_replicated`; here it gets one rank's engine after the other, without weights or
-    data.  ``cached`` are the layouts of the cached sequences.  megatron-core's own tensor-parallel collectives are not
-    part of the proof.
+    ``run`` calls `run_pass` or `run_replicated`.  Here it is called once for each rank, with that rank's engine without
+    weights or data.  ``cached`` are the layouts of the cached sequences.  megatron-core's own tensor-parallel
+    collectives are not part of the proof.
     """
     refuse_faulty(pass_schedules(engine, cached, run))
 
@@ -32,9 +32,9 @@ def prove_pass(engine: Engine, cached: Sequence[Layout], run: Callable[..., obje
 def pass_schedules(
     engine: Engine, cached: Sequence[Layout], run: Callable[..., object], device: torch.device = META
 ) -> list[Schedule]:
-    """Return the schedule of each rank of tp x ulysses x ring in the pass ``run``; see `prove_pass`.
+    """Return the messages that each rank of tp x ulysses x ring sends and receives in ``run`` (see `prove_pass`).
 
-    Small tensors are faster on the ``device`` cpu.
+    ``device`` is where tensors without data are made: "meta" takes no memory, "cpu" is faster for small tensors.
     """
 
     def rank_main(groups: RecordedGroups) -> None:

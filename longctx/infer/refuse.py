@@ -19,7 +19,7 @@ def refuse_prompts(
 ) -> None:
     """Raise ValueError unless ``prompts`` and their answers fit a model of ``shape``.
 
-    Prompts and limits are by sequence; ``so_far`` is the number of tokens that a sequence has already.
+    All arguments are by sequence.  ``so_far`` has the number of tokens that a sequence has already (absent: 0).
     """
     if not prompts:
         raise ValueError("The turn has no prompts; give at least one sequence some tokens.")

@@ -17,7 +17,7 @@ from longctx.shapes import Float, Int, Tensor
 class TokenLogprob:
     """Log-probability (nats) of a chosen token, and (token, log-probability) of the most likely ones in ``top``.
 
-    They are those of the model: before penalties, temperature and cuts.
+    Log-probabilities are the model's own, before penalties, temperature, top-k, top-p and min-p.
     """
 
     token: int
@@ -32,15 +32,19 @@ def choose_token(
     prompt: Sequence[int] = (),
     answer: Sequence[int] = (),
 ) -> int:
-    """Choose the token at ``position``: the most likely one at temperature 0, else a draw from those that are not cut.
+    """Choose the token at ``position``: the most likely one at temperature 0, otherwise a random one.
 
-    Penalties count the tokens of ``prompt`` and ``answer``, which precede ``position``.  Only ``sampling.seed`` and
-    ``position`` seed the draw, so the same logits give the same token on any mesh and in any batch.
+    Random choice is among the tokens that top-k, top-p and min-p keep.  Penalties count the tokens of ``prompt`` and
+    ``answer``, which precede ``position``.  Only ``sampling.seed`` and ``position`` seed the draw, so the same logits
+    give the same token on any mesh and in any batch.
 
     Raises ValueError for logits that are NaN or infinite.
     """
     if not logits.isfinite().all():
-        raise ValueError(f"no token can be chosen at position {position}: the logits are NaN or infinite")
+        raise ValueError(
+            f"no token can be chosen at position {position}: the logits are NaN or infinite: "
+            "use model.dtype=float32, or a checkpoint whose weights are not damaged"
+        )
     logits = penalize(logits, sampling, prompt, answer)
     if sampling.temperature == 0:
         return int(logits.argmax())
@@ -54,8 +58,9 @@ def penalize(
 ) -> Float[Tensor, " v"]:
     """Return ``logits`` after the penalties, in float64 on the CPU if there are any.
 
-    The repetition penalty is that of CTRL (arXiv 1909.05858, 4.1) as transformers applies it.  Presence and frequency
-    penalties follow OpenAI's API: logit - count * frequency_penalty - (count > 0) * presence_penalty.
+    The repetition penalty is that of CTRL (arXiv 1909.05858, 4.1) as transformers applies it, to tokens of ``prompt``
+    and ``answer``.  Presence and frequency penalties follow OpenAI's API, with the ``count`` of a token in ``answer``:
+    logit - count * frequency_penalty - (count > 0) * presence_penalty.
     """
     if sampling.repetition_penalty != 1:
         logits = logits.double().cpu().clone()

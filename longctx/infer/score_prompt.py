@@ -21,10 +21,11 @@ def score_prompts(
     hidden: Float[Tensor, "s b hidden"],
     layout: Layout,
 ) -> None:
-    """Append log-probabilities of the tokens that a pass predicts to `Conversation.prompt_logprobs`, if it is a list.
+    """Append the log-probabilities of prompt tokens that this pass predicts to `Conversation.prompt_logprobs`.
 
-    ``hidden`` are the states of this rank's rows of ``chunk``, in ``layout``.  A row predicts the next token of its
-    prompt; the last row predicts the first token of the answer, which does not count.  All ranks get all of them.
+    Sequences whose list is None are left out.  ``hidden`` has the final hidden states of this rank's rows; ``layout``
+    says which tokens of ``chunk`` these rows are.  A row predicts the next token of its prompt; the last row predicts
+    the first token of the answer, which does not count.  Every rank gets the log-probabilities of all rows.
     """
     # 1. The packed row of each prediction, and its token.
     targets: dict[int, int] = {}

@@ -32,11 +32,11 @@ class Session:
     """Sequences by id, whose keys and values are sharded over the ranks of ``engine``.
 
     Each turn's new tokens are sharded without moving earlier ones (arXiv 2411.01783, 3.5.1); ranks that hold fewer rows
-    get the larger shares.  ``choose`` picks the strategy of each prefill; by default it is ``context.strategy``.  With
-    ``context.decode=auto``, ``choose_decode`` picks the strategy of each decode step; ``decode_choices`` has its
-    choices by number of sequences.  A new sequence's cache has room for at least ``reserve`` tokens.  Sequence i
-    samples with the seed ``sampling.seed`` + i, unless `add` was given other settings.  All ranks must make the same
-    calls in the same order.
+    get the larger shares.  ``choose`` picks the strategy of each prefill; without it, all use ``context.strategy``.
+    With ``context.decode=auto``, ``choose_decode`` picks the strategy of each decode step by its number of sequences;
+    ``decode_choices`` has its (strategy, reason) for each number so far.  A new sequence's cache has room for at least
+    ``reserve`` tokens.  Sequence i samples with the seed ``sampling.seed`` + i, unless `add` was given other settings.
+    All ranks must make the same calls in the same order.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Session:
         del self.sequences[sequence]
 
     def refuse(self, prompts: Mapping[int, Sequence[int]], max_new_tokens: Mapping[int, int]) -> None:
-        """Raise ValueError where `turn` would before it computes anything."""
+        """Raise the ValueError that `turn` would raise for these arguments before it computes anything."""
         so_far = {i: len(sequence.tokens) for i, sequence in self.sequences.items()}
         refuse_prompts(self.engine.shape, so_far, prompts, max_new_tokens)
 
@@ -219,10 +219,11 @@ class Session:
         return strategies
 
     def prefill(self, tokens: Mapping[int, int]) -> dict[int, int]:
-        """Run the next tokens of sequences in one pass, and append and return the token after each prompt that ends.
+        """Run the next tokens of several sequences in one pass; return the token after each prompt that ends there.
 
-        ``tokens`` has, by sequence, how many of its uncached tokens to run.  Sequences with
-        `Conversation.prompt_logprobs` get the log-probabilities of the tokens that these rows predict.
+        These tokens are also appended to their sequences.  The argument ``tokens`` has, by sequence, how many of its
+        uncached tokens to run.  In sequences that have a list of `Conversation.prompt_logprobs`, the log-probabilities
+        of prompt tokens are appended to it.
         """
         new = {
             i: self.sequences[i].tokens[(at := self.sequences[i].cached) : at + count] for i, count in tokens.items()
@@ -234,10 +235,10 @@ class Session:
         return following
 
     def decode(self, sequences: Collection[int]) -> dict[int, int]:
-        """Decode the next token of each of ``sequences`` in one step (Alg. 4), append it and return it by sequence.
+        """Decode the next token of each of ``sequences`` in one step, append it and return it by sequence.
 
-        The step feeds each sequence's last token, which must not be cached yet: the one that a turn or the
-        previous call appended.
+        The step feeds each sequence's last token, which must not be cached yet: the one that a turn or the previous
+        call appended.  Decoding by pass-Q is arXiv 2411.01783, Alg. 4.
         """
         chunk = {i: self.sequences[i].tokens[-1:] for i in sequences}
         assert all(len(self.sequences[i].tokens) == self.sequences[i].cached + 1 for i in chunk), "nothing to feed"
@@ -268,7 +269,7 @@ class Session:
         return self.decode_choices[sequences][0]
 
     def is_at_end(self, sequence: int) -> bool:
-        """Return True if the last token of ``sequence`` ends an answer: the model's end token, or one to stop at."""
+        """Return True if the last token of ``sequence`` is the model's end token or one of ``sampling.stop_tokens``."""
         last, sampling = self.sequences[sequence].tokens[-1], self.sequences[sequence].sampling
         return last in self.engine.shape.end_tokens or last in sampling.stop_tokens
 

@@ -19,7 +19,7 @@ _FILE_NAME = re.compile(r"ring(\d+)-heads(\d+)\.safetensors", re.ASCII)
 
 
 class FileState(TypedDict):
-    """Bytes and CRC-32 of a file, as written."""
+    """Size in bytes and CRC-32 of a file when it was written."""
 
     size: int
     crc32: int
@@ -28,9 +28,9 @@ class FileState(TypedDict):
 class SessionIndex(TypedDict):
     """Content of a saved session's index.
 
-    ``model`` identifies the weights.  ``tokens`` and ``cached`` have each sequence's token ids and number of cached
-    tokens, by its number.  ``files`` has every safetensors file of the folder by name.  ``crc32`` is the checksum of
-    all other keys; version 0.1 wrote none.
+    ``model`` identifies the weights.  ``tokens`` and ``cached`` map a sequence's number to its token ids and its number
+    of cached tokens.  ``files`` has every safetensors file of the folder by name.  ``crc32`` is the checksum of all
+    other keys; version 0.1 wrote none.
     """
 
     version: int
@@ -55,7 +55,7 @@ def first_head_of(name: str) -> int:
 
 
 def write_index(folder: Path, index: SessionIndex) -> None:
-    """Write ``index`` with its checksum."""
+    """Write ``index``, with its checksum added, to ``folder``."""
     (folder / INDEX).write_text(json.dumps(with_checksum(index)))
 
 

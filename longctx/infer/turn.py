@@ -14,9 +14,9 @@ from longctx.shapes import Tensor
 class Conversation:
     """One sequence: all its tokens, and its cache, which lacks the last token if that was decoded.
 
-    Its latest answer begins at ``tokens[answer_begin]``; ``logprobs`` are those of the answer's tokens, if
-    ``sampling.logprobs`` is set.  ``prompt_logprobs`` are those of the prompt's tokens except the first, as far as they
-    have been prefilled; None if they were not requested.
+    The latest answer begins at ``tokens[answer_begin]``; ``logprobs`` has the log-probabilities of its tokens, if
+    ``sampling.logprobs`` is set.  ``prompt_logprobs`` has those of the prompt's tokens except the first, as far as they
+    have been prefilled; it is None if they were not requested.
     """
 
     cache: KVCache
@@ -45,8 +45,8 @@ class Turn:
     ``new`` and ``cached`` are the prefilled tokens (T) and the tokens cached before (P), over all sequences.
     ``strategy`` and ``why`` are the prefill's strategy and the reason for it.  ``ttft_s`` is the seconds from the start
     of the turn to its first tokens, ``decode_s`` from there to the last ones, in ``steps`` steps.  Bytes are those that
-    this rank sent to others for attention.  ``passes`` are the hidden states of this rank's prefilled rows with their
-    layouts, if the turn was to keep them.
+    this rank sent to others for attention.  ``passes`` has, for each prefill pass, the hidden states of this rank's
+    rows and the layout of all ranks' rows, if `Session.turn` had ``keep_states``; otherwise it is empty.
     """
 
     tokens: dict[int, list[int]]

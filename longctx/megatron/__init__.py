@@ -42,8 +42,9 @@ def _decorate_nothing(function: Any = None, **_: Any) -> Any:
 def hide_if_broken(package: str, mend: str) -> None:
     """Make ``package`` look uninstalled, and warn, if it is there but its ``pytorch`` module cannot be imported.
 
-    megatron-core uses Transformer Engine if it can import it, and expects no error but ImportError.  An incomplete
-    installation raises others: RuntimeError for the package without its core, FileNotFoundError without its extension.
+    ``mend`` ends the warning: it says how to repair the installation.  megatron-core uses Transformer Engine if it can
+    import it, and expects no error but ImportError.  An incomplete installation raises others: RuntimeError for the
+    package without its core, FileNotFoundError without its extension.
     """
     try:
         importlib.import_module(f"{package}.pytorch")

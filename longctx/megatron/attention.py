@@ -22,14 +22,17 @@ LayerAttention = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """Cosines and sines of a rotary embedding at a pass's positions, [s channels], both scaled."""
+    """Cosines and sines of a rotary embedding at a pass's positions, times its scale, [s channels].
+
+    With ``interleaved``, channels 2 i and 2 i + 1 are rotated together; otherwise channels i and i + ``channels`` / 2.
+    """
 
     cos: Float[Tensor, "s channels"]
     sin: Float[Tensor, "s channels"]
     interleaved: bool
 
     def rotate(self, x: Float[Tensor, "s b h d"]) -> Float[Tensor, "s b h d"]:
-        """Return ``x`` with its first ``channels`` channels rotated; the rows of ``x`` are those of the table."""
+        """Return ``x`` with its first ``channels`` channels rotated; row i is at the table's position i."""
         cos, sin = (table[:, None, None].to(x.dtype) for table in (self.cos, self.sin))
         channels = cos.shape[-1]
         turned = x[..., :channels]

@@ -81,7 +81,7 @@ def let_training_run() -> None:
 
 
 def use_torch_optimizers() -> None:
-    """Replace the optimizers of Transformer Engine or Apex, which need CUDA, by those that megatron-core has without.
+    """Make megatron-core use torch's optimizers, not those of Transformer Engine or Apex, which need CUDA.
 
     If one of these packages is installed, megatron-core takes Adam and the operations on lists of tensors from it.
     """

@@ -31,7 +31,7 @@ from longctx.shapes import Float, Int, Tensor
 
 
 class Router(TopKRouter):
-    """megatron-core's router, with a bias if asked for; its weights stay on the model's device.
+    """megatron-core's router, with a bias if ``bias`` is set; its weights stay on the model's device.
 
     In training, ``router_loss`` gets the logits of every pass (None: the model has no such loss).
     """
@@ -143,14 +143,14 @@ class MixtureOfExperts(MoELayer):
 
 
 def connect_experts(model: nn.Module, ep: Comm, tp: Comm) -> None:
-    """Let tokens of the mixtures in ``model`` travel over the groups ``ep`` and ``tp``, if ``ep`` has several ranks."""
+    """Make the MoE layers of ``model`` exchange tokens over ``ep`` and ``tp``; does nothing if ``ep`` has one rank."""
     for layer in (module for module in model.modules() if isinstance(module, MixtureOfExperts)):
         if ep.size > 1:
             layer.token_dispatcher = ExchangedTokens(layer.num_local_experts, layer.config, layer.groups, ep, tp)
 
 
 def connect_router_loss(model: nn.Module, shape: ModelShape, tp_context: Comm) -> RouterLoss | None:
-    """Give the routers of ``model`` the loss that ``shape`` asks for, and return it; None without one.
+    """Give the routers of ``model`` the load-balancing loss of ``shape`` and return it; None if ``shape`` has none.
 
     megatron-core's own loss has another definition: it balances each layer alone.
     """
@@ -165,7 +165,7 @@ def connect_router_loss(model: nn.Module, shape: ModelShape, tp_context: Comm) -
 def mixture_config(shape: ModelShape, ep: int) -> Mapping[str, Any]:
     """Return the fields of megatron-core's TransformerConfig that describe the experts of ``shape``.
 
-    ``ep`` is the number of ranks that divide them.
+    ``ep`` is the number of ranks that divide the experts among them.
     """
     if shape.mixture is None:
         return {}

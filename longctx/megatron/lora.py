@@ -6,8 +6,8 @@ Tensor-parallel ranks divide an adapter as they divide the weight:
     column-parallel   every rank has A, and its rows of B
     row-parallel      every rank has its columns of A, and B; ranks sum A x, which has `rank` columns
 
-Under sequence parallelism, which training on tensor-parallel ranks always uses, a rank's gradient of a matrix that all
-have is a term of it.  megatron-core computes the sum.
+Training on tensor-parallel ranks always uses sequence parallelism.  The gradient of a matrix that all ranks have is
+then a sum over ranks, which megatron-core computes.
 """
 
 import zlib
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 
 class Adapter(nn.Module):
-    """The matrices A (``down``) and B (``up``) of one linear layer; subclasses know how ranks divide them.
+    """The matrices A (``down``) and B (``up``) of one linear layer; subclasses say how ranks divide them.
 
-    ``up`` has a matrix for each of the ``fused`` tensors that alternate by rank in the layer's rows, such as gate and
-    up.  B starts at 0, so that the model is unchanged before the first step.  A is drawn from ``seed`` and ``name``,
-    which must not depend on the mesh.
+    ``fused`` is the number of tensors that follow each other in a rank's rows of the layer, such as gate and up.
+    ``up`` has a matrix for each.  B starts at 0, so that the model is unchanged before the first step.  A is drawn from
+    ``seed`` and ``name``, which must not depend on the mesh.
     """
 
     divided: str  # the matrices that tensor-parallel ranks divide: down or up
-    dimension: int  # the dimension in which they do
+    dimension: int  # the dim along which they divide them
 
     def __init__(self, linear: Any, lora: LoRA, fused: int, seed: int, name: str) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Adaptable:
     """Gives a megatron-core linear layer an optional adapter, whose output is added to the layer's, before any bias."""
 
     adapter: Adapter | None
-    tp_group: Any  # these two are the layer's
+    tp_group: Any  # an attribute of the linear layer, like weight
     weight: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -108,11 +108,11 @@ class Adaptable:
         self.adapter = None  # in the class it would hide the module that is set later
 
     def with_adapter(self, out: Tensor, x: Tensor) -> Tensor:
-        """Return the layer's output ``out`` for the input ``x``, with the adapter's added."""
+        """Return the layer's output ``out`` for the input ``x``, plus the adapter's output if there is an adapter."""
         return out if self.adapter is None else out + self.adapter(x)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """Return megatron-core's state of the layer; it would take all of the adapter for replicated."""
+        """Return the layer's state for a checkpoint; megatron-core alone would treat the adapter as replicated."""
         state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         if self.adapter is None:
             return state
@@ -122,7 +122,7 @@ class Adaptable:
 
 
 def attach_adapters(model: "GPTModel", lora: LoRA, seed: int) -> None:
-    """Fix all weights of ``model`` and give the layers ``lora.targets`` adapters; every rank calls this."""
+    """Freeze all weights of ``model`` and give the layers ``lora.targets`` adapters; every rank calls this."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     halves = 1 + model.config.gated_linear_unit
@@ -138,7 +138,7 @@ def attach_adapters(model: "GPTModel", lora: LoRA, seed: int) -> None:
 
 
 def merge_adapters(model: "GPTModel") -> None:
-    """Add every adapter to the weight beside it, and remove the adapter."""
+    """Add every adapter of ``model`` to its layer's weight, and remove the adapter."""
     for linear in model.modules():
         if not isinstance(linear, Adaptable) or linear.adapter is None:
             continue

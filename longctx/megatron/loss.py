@@ -18,9 +18,10 @@ def loss_of(
     shape: ModelShape,
     rows: int | None = ROWS,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " s"]]:
-    """Return the cross-entropy (nats) of ``targets``: the sum weighted by ``counts``, and each row's without gradient.
+    """Return the cross-entropy (nats) of ``targets``: its sum weighted by ``counts``, and each row's loss.
 
-    ``hidden`` are the final hidden states (see `run_stage`).  Logits of at most ``rows`` rows exist at a time.
+    Only the sum has a gradient.  ``hidden`` are the final hidden states (see `run_stage`).  Logits of at most ``rows``
+    rows exist at a time.
     """
     gather = tensor_parallel.gather_from_sequence_parallel_region
     enter = gather if model.config.sequence_parallel else tensor_parallel.copy_to_tensor_model_parallel_region

@@ -68,8 +68,9 @@ def build_model(
 
     ``layers`` is "local", or "te" for Transformer Engine's linear layers, which must be installed.  Weights are sharded
     over ``groups.tp``, layers over ``groups.pp``, experts over ``groups.ep``.  With a ``plan`` every layer is an
-    `SPDTransformerLayer` and the plan's blocks drop a reduction; `follow_plan` can later apply another.  ``mlp_rows``
-    is the ``rows`` of a `TiledMLP`.  ``options`` are further fields of megatron-core's TransformerConfig, for training.
+    `SPDTransformerLayer` and the plan's blocks drop a reduction; `follow_plan` can later apply another.  With
+    ``mlp_rows``, MLPs compute that many rows at a time (`TiledMLP`).  ``options`` are further fields of megatron-core's
+    TransformerConfig, for training.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="full scope is deprecated")  # megatron-core sets it by default
@@ -124,7 +125,7 @@ def padded_vocab_size(shape: ModelShape, tp: int) -> int:
 
 
 def hidden_states(model: GPTModel, tokens: Tokens, attention_pass: Pass) -> Float[Tensor, "s b hidden"]:
-    """Return the final hidden states of this rank's rows, which enter the output layer."""
+    """Run the model over this rank's ``tokens``; return their final hidden states, which enter the output layer."""
     if not tokens.shape[1]:
         return _run_without_rows(model, attention_pass)
     embedded = model.embedding(tokens, None)
@@ -161,7 +162,7 @@ def logits(
     """Return the logits of all ``vocab_size`` tokens, without padding, on every rank of ``tp``.
 
     ``tp`` is the model's tensor-parallel group.  Logits are float32, or float64 for a model in float64.  With a
-    ``share``, all context ranks must call this with the same rows.
+    ``share`` (sharded decoding), all context ranks must call this with the same rows.
     """
     weight = tied_weight(model)
     if share:

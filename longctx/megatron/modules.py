@@ -147,7 +147,7 @@ class TiledMLP(FeedForward):
 
 
 class BiasedOutput(nn.Module):
-    """Gives a row-parallel projection a bias, whatever the configuration says of other projections."""
+    """Gives a row-parallel projection a bias, even if the configuration turns biases off."""
 
     tp_group: Any  # the projection's
 
@@ -163,7 +163,7 @@ class BiasedOutput(nn.Module):
 
 
 class BiasedInput(nn.Module):
-    """Gives a column-parallel projection a bias, whatever the configuration says of other projections."""
+    """Gives a column-parallel projection a bias, even if the configuration turns biases off."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"bias": True})

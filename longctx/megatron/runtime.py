@@ -64,7 +64,7 @@ class Runtime:
     world: Comm
 
     def slowest(self, seconds: list[float]) -> list[float]:
-        """Return the largest of each of ``seconds`` among all ranks, which give equally many; every rank calls this."""
+        """Return the element-wise maximum of ``seconds`` over all ranks; each calls this with equally many numbers."""
         mine = torch.tensor(seconds, dtype=torch.float64, device=self.device)
         ranks = self.world.all_gather(mine, [tuple(mine.shape)] * self.world.size)
         return [float(x) for x in torch.stack(ranks).amax(0)]

@@ -66,12 +66,12 @@ class WeightShare:
         return slice(mine.start * unit, mine.stop * unit)
 
     def sum(self, x: Float[Tensor, "s b hidden"]) -> Float[Tensor, "s b hidden"]:
-        """Sum partial outputs over all ranks."""
+        """Return the sum of partial outputs ``x`` over all context ranks and tensor-parallel ranks."""
         with doing("summing partial outputs"):
             return sum_over_ranks(self.tp_context, x)
 
     def gather(self, x: Float[Tensor, "s b share"], n: int) -> Float[Tensor, "s b n"]:
-        """Concatenate every rank's share of ``n`` columns."""
+        """Concatenate the context ranks' shares ``x`` of ``n`` columns, in rank order."""
         with doing("gathering shares of columns"):
             parts = self.context.all_gather(x, [(*x.shape[:-1], len(share)) for share in self.ranges(n)])
         return torch.cat(parts, -1)
@@ -85,7 +85,7 @@ class WeightShare:
 
 
 def all_shares(ranks: int) -> tuple[WeightShare, ...]:
-    """Return the shares of all ``ranks``, each in use, so that one rank can compute them one after another."""
+    """Return the share of each of ``ranks`` ranks, all in use, so that one rank can compute them one after another."""
     shares = (SingleRankComm(rank, ranks) for rank in range(ranks))
     return tuple(WeightShare(share, SingleRankComm(), active=True) for share in shares)
 
@@ -122,7 +122,7 @@ class InputProjection(Adaptable, ColumnParallelLinear):
 
 
 class QKVProjection(InputProjection):
-    """Projection to queries, keys and values; with a share in use, it computes some rows and gathers the others."""
+    """Projection to queries, keys and values; with a share in use, it computes own rows and gathers the others."""
 
     def forward(self, x: Float[Tensor, "s b hidden"], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if not (self.share and self.share.active):
@@ -146,9 +146,9 @@ class UpProjection(InputProjection):
 
 
 class OutputProjection(Adaptable, RowParallelLinear):
-    """Projection to the residual stream; with a share in use, it multiplies some columns and sums over ranks.
+    """Projection to the residual stream; with a share in use, it multiplies this rank's columns and sums over ranks.
 
-    ``x`` then has these columns only.  ``unit`` columns stay on one rank: for attention, the columns of a head.
+    ``x`` then has these columns only.  Shares are cut at multiples of ``unit`` columns: in attention, a head's columns.
 
     A block that drops the first reduction sums the partial outputs of attention together with those of its MLP.
     Attention's projection then returns this rank's partial output, without a sum.  With ``parts``, it returns the

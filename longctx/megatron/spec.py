@@ -95,7 +95,8 @@ def layer_spec(
 ) -> ModuleSpec:
     """Return the spec of a decoder block of ``layer_class``; with `LOCAL` linear layers it runs on CPU and GPU.
 
-    ``experts``, if given, replace the feed-forward network.  With ``mlp_rows``, this network is a `TiledMLP`.
+    ``experts``, if given, replace the feed-forward network.  With ``mlp_rows``, this network is a `TiledMLP`
+    that computes that many rows at a time.
     """
     norm_before = IdentityOp if shape.norms == "post" or linears.fused_norms else norm_of(shape)
     attention = ModuleSpec(
@@ -160,9 +161,10 @@ def _output_projection(shape: ModelShape, bias: bool, linears: Linears) -> Modul
 
 
 def record_sharding(module: nn.Module) -> None:
-    """Set the attributes of all sharded weights, as megatron-core does only where it initialises them.
+    """Mark every sharded weight in ``module`` with its sharded dim, in megatron-core's attributes.
 
-    Every module that is built from a `layer_spec` needs this.
+    megatron-core does so only for weights that it initialises itself.  Call this on every module that is built from a
+    `layer_spec`.
     """
     for linear in module.modules():
         dim = next((dim for kind, dim in _SHARDED_DIMENSION.items() if isinstance(linear, kind)), None)

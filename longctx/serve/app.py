@@ -64,7 +64,7 @@ class Front:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, parse, body)
 
     async def answer(self, ask: Ask) -> AsyncIterator[tuple[int, Token]]:
-        """Yield each token with the index of its choice; ends all choices if the caller stops.
+        """Yield (index of its choice, token) for each token of the answers; ends all choices if the caller stops.
 
         Raises `RequestRefused` if too many sequences are open, or if the server fails.
         """
@@ -105,7 +105,7 @@ class Front:
             )
 
     def refuse_key(self, header: str | None) -> None:
-        """Raise `RequestRefused` unless ``header`` is the Authorization header with the key, if there is one."""
+        """Raise `RequestRefused` if an API key is set and ``header`` (Authorization) does not hold it."""
         if self.key is None:
             return
         given = (header or "").removeprefix("Bearer ").encode()

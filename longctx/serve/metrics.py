@@ -15,8 +15,8 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)  # upper ends of the h
 class Metrics:
     """Counts requests and tokens.
 
-    ``gauges`` are figures that are read when the page is asked for, by name; those ``by_rank`` have one for each ring
-    rank.
+    ``gauges`` has functions by name, which are called whenever the page is asked for.  Those in ``by_rank`` return one
+    figure for each ring rank.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Metrics:
         }
 
     async def watch(self, ask: Ask, events: AsyncIterator[tuple[int, Token]]) -> AsyncIterator[tuple[int, Token]]:
-        """Yield ``events``, which answer ``ask``, and count them."""
+        """Yield ``events``, which answer ``ask``, and count and time them."""
         began, first, end = time.perf_counter(), True, "cancelled"
         try:
             async for event in events:

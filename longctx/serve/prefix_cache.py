@@ -47,12 +47,13 @@ class _Sequence:
 
 
 class PrefixCache:
-    """Decides which pages of ``page_tokens`` each are stored, at most ``limit`` rows on each of ``ranks`` ring ranks.
+    """Decides which pages are stored, evicted and reused; a page has ``page_tokens`` tokens.
 
-    Sequences give their tokens page by page, from the beginning.  Pages with the same tokens before them and in them
-    are stored once: a dictionary hashes and compares them, so that no two are confused.  A page with users stays.  Of
-    the others, the least recently used goes first, and each after those that follow it.  ``asked`` counts the tokens of
-    the prompts that could take pages, ``reused`` those that they took, ``evicted`` the pages that went.
+    Each of ``ranks`` ring ranks stores at most ``limit`` rows.  Sequences give their tokens page by page, from the
+    beginning.  Pages with the same tokens before them and in them are stored once: a dictionary hashes and compares
+    them, so that no two are confused.  A page stays while a running sequence uses it.  Of the others, the least
+    recently used is evicted first, but a page only after all pages that follow it.  ``asked`` counts the tokens of
+    prompts that may take pages, ``reused`` the tokens that they took from pages, ``evicted`` the evicted pages.
     """
 
     def __init__(self, page_tokens: int, limit: int, ranks: int) -> None:
@@ -95,9 +96,9 @@ class PrefixCache:
         return one.takes and cached == one.page.end and cached + self.page_tokens < len(one.prompt)
 
     def page_at(self, number: int, cached: int) -> tuple[int, Tokens] | None:
-        """Return what identifies the page that the sequence computes after its first ``cached`` tokens.
+        """Return (number of the page before, tokens) of the page that the sequence computes after ``cached`` tokens.
 
-        None if the prompt ends before the page, or if that page will not be stored.
+        None if the prompt ends before the end of that page, or if pages are not stored.
         """
         one = self._sequences[number]
         begin, end = one.page.end, one.page.end + self.page_tokens
@@ -106,7 +107,7 @@ class PrefixCache:
         return one.page.number, tuple(one.prompt[begin:end])
 
     def take(self, number: int, cached: int) -> tuple[int, ...]:
-        """Let the sequence use the stored pages after the first ``cached`` tokens of its prompt, and return them."""
+        """Let the sequence use the stored pages after ``cached`` tokens of its prompt; return their numbers."""
         one, taken = self._sequences[number], []
         while self.can_take(number, cached):
             page = one.page.following.get(tuple(one.prompt[cached : cached + self.page_tokens]))

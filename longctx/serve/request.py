@@ -147,8 +147,8 @@ class Ask:
 class Reader:
     """Reads requests to one model; ``defaults`` are the settings for fields that a request leaves out.
 
-    A request may cache at most ``max_tokens`` tokens for one choice, and have at most ``max_choices``.  Its methods
-    raise `RequestRefused` with what to change.
+    A request may cache at most ``max_tokens`` tokens for one choice, and have at most ``max_choices``.  The reader's
+    methods raise `RequestRefused` with what to change.
     """
 
     model: str
@@ -159,7 +159,7 @@ class Reader:
     max_choices: int
 
     def completion(self, body: CompletionBody) -> Ask:
-        """Return what ``body`` asks for."""
+        """Check ``body`` and return it as plain values, with its prompts as tokens."""
         self._refuse(body)
         if body.echo and body.logprobs is not None and body.stream:
             raise RequestRefused("echo with logprobs is not implemented for streams: use stream=false", "stream")
@@ -178,7 +178,7 @@ class Reader:
         return self._checked(body, prompts, most, sampling, echo=bool(body.echo), prompt_texts=echoed)
 
     def chat(self, body: ChatBody) -> Ask:
-        """Return what ``body`` asks for."""
+        """Check ``body`` and return it as plain values, with its messages as the tokens of one prompt."""
         self._refuse(body)
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestRefused("top_logprobs needs logprobs=true", "top_logprobs")
@@ -190,7 +190,7 @@ class Reader:
         return self._checked(body, (prompt,), (most,), sampling, chat=True)
 
     def tokens(self, body: TokenizeBody) -> tuple[int, ...]:
-        """Return the tokens that ``body`` asks for."""
+        """Return the tokens of the text or of the conversation in ``body``."""
         if (body.prompt is None) == (body.messages is None):
             raise RequestRefused("give either prompt or messages", "prompt")
         if body.messages is not None:

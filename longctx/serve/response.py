@@ -24,7 +24,7 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Json:
 
 
 def error(message: str, status: int, param: str | None = None, code: str | None = None) -> Json:
-    """Return an error; its type follows from the HTTP ``status``."""
+    """Return the body of an error response; the error's type follows from the HTTP ``status``."""
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -83,7 +83,11 @@ class Form:
         offset: int = 0,
         role: bool = False,
     ) -> Json:
-        """Return a chunk of choice ``index`` with the next ``piece`` of text, which begins at ``offset``."""
+        """Return one streamed chunk of choice ``index``: the next ``piece`` of its text.
+
+        ``offset`` is the number of characters of the choice's text before ``piece``, for ``text_offset``.  ``finish``
+        is set in the choice's last chunk; with ``role``, a chat's chunk names the assistant.
+        """
         delta = {"role": "assistant", "content": piece} if role else {"content": piece}
         content: Json = {"delta": delta} if self.ask.chat else {"text": piece}
         logprobs = self._logprobs([logprob], offset) if logprob else None

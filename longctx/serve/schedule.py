@@ -66,8 +66,8 @@ class Scheduler:
 
     Sequences are admitted in order of arrival, so that none waits forever.  The prompts of all admitted sequences
     share the tokens of a pass evenly: a short prompt does not wait for the end of a long one.  Every step decodes a
-    token of each sequence whose prompt is cached.  A prompt takes the pages that ``prefixes`` has of its beginning.  If
-    an earlier prompt is computing its next page, it waits for that page.
+    token of each sequence whose prompt is cached.  A prompt takes the stored pages of its beginning from ``prefixes``.
+    A prompt waits while an earlier one computes the page that it needs next.
     """
 
     def __init__(self, limits: Limits, prefixes: PrefixCache) -> None:

@@ -14,7 +14,9 @@ from longctx.shapes import AnyShape
 
 
 def memory_meter(state: TrainState) -> MemoryMeter:
-    """Return a meter of the training steps of ``state``, which holds its weights, gradients and optimizer already.
+    """Return a meter of the training steps of ``state``, whose weights, gradients and optimizer are allocated already.
+
+    Allocations are counted by part:
 
     * "logits": a chunk of logits, and the loss's gradients of the hidden states and of the output weight.
     * "communication": messages of a `Comm` while they exist, and megatron-core's buffer of gathered rows.

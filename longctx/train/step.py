@@ -57,8 +57,9 @@ class ContextParallel:
 class StepResult:
     """Mean loss (nats a token), gradient norm before clipping, number of targets that counted, and learning rate.
 
-    ``router_loss`` is the mean of the sequences' router losses, without coefficient; None if the model has no such
-    loss.  ``loss`` does not include it.  ``experts_bytes`` are the bytes of expert parallelism that this rank has sent.
+    ``router_loss`` is the mean of the sequences' router losses, before its coefficient is applied; None if the model
+    has no such loss.  ``loss`` does not include it.  ``experts_bytes`` are the bytes that this rank sent in the step
+    for expert parallelism.
     """
 
     loss: float
@@ -94,7 +95,7 @@ def train_step(trained: TrainState, batch: Batch, runtime: Runtime, parallelism:
 def evaluate(
     trained: TrainState, batches: Sequence[Batch], runtime: Runtime, parallelism: ContextParallel, buckets: int = 1
 ) -> LossSums:
-    """Sums of losses over ``batches`` without changing the model, in ``buckets`` by position in the document.
+    """Return loss sums over ``batches`` without changing the model, in ``buckets`` by position in the document.
 
     Bucket i has the positions from i * w up to (i + 1) * w, where w = ``parallelism.length`` / ``buckets``.
     """

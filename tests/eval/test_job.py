@@ -20,7 +20,7 @@ from recipes.common.settings import section
         (["eval.limit=0"], "eval.limit=0"),
         (["eval.max_length=398"], "the model's context is 397"),
         (["eval.tasks=[needle]", "eval.lengths=[307]", "eval.max_length=306"], "the model's context is 306"),
-        (["eval.limits={hellasawg: 3}"], "eval.limits: there is no task hellasawg among arc_easy"),
+        (["eval.limits={hellasawg: 3}"], "eval.limits: there is no task hellasawg: limit some of arc_easy"),
         (["eval.tasks=[needle]", "eval.lengths=[512]"], "eval.lengths=512: the model's context is 397"),
         (["eval.gate=[nobody]"], "eval.gate: there is no variant nobody"),
         (["eval.gate=[baseline]"], "eval.gate lists baseline, which variants are compared with"),

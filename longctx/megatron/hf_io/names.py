@@ -92,7 +92,7 @@ def tensor_views(model: GPTModel, shape: ModelShape, ep_rank: int | None = None)
     """Yield a view of every Hugging Face tensor that this rank holds a share of.
 
     Tensor names count layers over all pipeline stages, and experts over all expert-parallel ranks.  With ``ep_rank``,
-    experts have their names on that rank.
+    experts get the names that they have on that rank.
     """
     tp, ep = model.pg_collection.tp.size(), model.pg_collection.ep
     per_rank = shape.mixture.count // ep.size() if shape.mixture else 0
@@ -129,7 +129,7 @@ def _views_of(
 def fused_views(
     parameter: Float[Tensor, "rows ..."], tensors: int, shape: ModelShape, tp: int
 ) -> Sequence[Float[Tensor, "groups _ ..."]]:
-    """Return views [groups rows ...] of the ``tensors`` fused in ``parameter``.
+    """Return views [groups rows ...] of the tensors that ``parameter`` fuses; ``tensors`` is their number.
 
     Three tensors are q, k and v, which alternate by KV group.  Two (gate, up) or one lie in a single group.
     """

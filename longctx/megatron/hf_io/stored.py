@@ -8,7 +8,7 @@ from longctx.shapes import Shaped, Tensor
 
 
 def join(parts: Sequence[Shaped[Tensor, "_ ..."]], interleaved: int) -> Shaped[Tensor, "_ ..."]:
-    """Return the tensor of a file that holds ``parts``.
+    """Combine canonical tensors, ``parts``, into the tensor that a file holds.
 
     With ``interleaved`` 0, rows are concatenated.  Otherwise ``parts`` has ``interleaved`` tensors of expert 0, then as
     many of expert 1, and so on.  Example: gate and up projections [ffn hidden] of E experts, with ``interleaved`` 2.
@@ -22,7 +22,7 @@ def join(parts: Sequence[Shaped[Tensor, "_ ..."]], interleaved: int) -> Shaped[T
 
 
 def part_of_expert(stacked: Shaped[Tensor, "... columns"], index: int, interleaved: int) -> Shaped[Tensor, "rows ..."]:
-    """Return tensor ``index`` of the ``interleaved`` tensors of one expert; inverse of `join`.
+    """Return canonical tensor ``index`` of an expert that has ``interleaved`` of them; inverse of `join`.
 
     ``stacked`` is the expert's entry, along dim 0, of the tensor that `join` returns.
     """

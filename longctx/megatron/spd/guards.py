@@ -1,4 +1,4 @@
-"""Figures of `longctx.spd.guards` on tensor-parallel ranks."""
+"""Compute the figures of `longctx.spd.guards` on tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _COPIES, _COPY_TOKENS = 8, 64  # repeated sequences, and the most tokens before 
 
 
 def measure_guards(blocks: Blocks, layers: Sequence[SPDTransformerLayer], text: PackedText) -> GuardFigures:
-    """Return the figures of the model that consists of ``layers`` on the sequences of ``text``, on every rank.
+    """Return, on every rank, the figures of a model of ``layers`` on the sequences of ``text``.
 
-    Copying is measured on random tokens of ``text``, the same in each call.
+    Copying is measured on random sequences of ``text``'s tokens (`repeated_tokens`), the same in each call.
     """
     log_probs, _, norms = _predict(blocks, layers, text.tokens, text.targets)
     repeated = repeated_tokens(text.tokens)
@@ -29,16 +29,17 @@ def measure_guards(blocks: Blocks, layers: Sequence[SPDTransformerLayer], text: 
 
 
 def share_copied(likeliest: Int[Tensor, "b s"], repeated: Int[Tensor, "b twice"]) -> float:
-    """Return the share of tokens of the repetition that ``likeliest``, the prediction after each token, has right.
+    """Return the share of the tokens of the repetition in ``repeated`` that the model predicts.
 
-    The first token of the repetition does not count: nothing says that a repetition begins.
+    ``likeliest`` has the most likely next token after each token of ``repeated`` except the last.  The first token of
+    the repetition does not count: nothing says that a repetition begins.
     """
     half = repeated.shape[1] // 2
     return float((likeliest[:, half:] == repeated[:, half + 1 :]).double().mean())
 
 
 def repeated_tokens(tokens: Tokens) -> Tokens:
-    """Return random sequences, each of which occurs twice in a row, of the tokens that occur in ``tokens``."""
+    """Return random sequences of tokens that occur in ``tokens``; each sequence occurs twice in a row."""
     generator = torch.Generator().manual_seed(0)
     known = tokens.unique()
     length = min(_COPY_TOKENS, tokens.shape[1] // 2)

@@ -34,7 +34,8 @@ class JointDistillation:
     ``order`` lists the blocks in the order in which a plan drops them.  Steps 0, 2, 4, ... drop all of them.
     Steps 1, 3, 5, ... drop the first k for a random k, so that the model also improves with fewer blocks dropped.
     ``dp`` is the data-parallel group; each of its ranks trains on its share of a step's sequences.
-    ``losses`` has the loss of each step done.
+    ``losses`` has the loss of each step done.  The constructor freezes the model of ``blocks`` and turns its
+    reductions on.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class JointDistillation:
     def resume(self, folder: Path) -> list[str]:
         """Load the newest complete state in ``folder``, if it is of the same blocks in the same order.
 
-        Returns a message for each state that was skipped, with the reason, and for one without checksums.
+        Returns a message for each state that was skipped, with the reason, and for a loaded one without checksums.
         """
         place, skipped = agreed_on_all_ranks(folder)
         if place is None:

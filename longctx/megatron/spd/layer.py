@@ -66,7 +66,10 @@ class SPDTransformerLayer(TransformerLayer):
     _hooks: tuple[RemovableHandle, ...] = ()
 
     def drop(self, *, dropped: bool, own_norms: bool = False) -> None:
-        """Switch the first reduction off (``dropped``) or back on, from the next forward pass on."""
+        """Switch the first reduction off (``dropped``) or back on, from the next forward pass on.
+
+        ``own_norms`` is ignored while the reduction is on.
+        """
         assert not self.config.hidden_dropout, "dropout between the two halves is not part of the equations"
         self.dropped, self.own_norms = dropped, dropped and own_norms
         attention, mlp = self.self_attention, self.mlp
@@ -214,7 +217,7 @@ def follow_plan(model: GPTModel, plan: SPDPlan) -> None:
     """Make the blocks of ``model`` that ``plan`` names drop a reduction, and all others keep it.
 
     On a pipeline stage, this switches the stage's blocks.  The plan is for the model's tensor-parallel ranks.  If the
-    model has only one of these, the plan is for context ranks in sharded decoding.
+    model has only one tensor-parallel rank, the plan is for context ranks in sharded decoding.
     """
     tp = model.pg_collection.tp.size()
     assert tp in (plan.tp, 1) and not (plan.own_norms and tp != plan.tp), f"the plan is for tp={plan.tp}"

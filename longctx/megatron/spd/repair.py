@@ -120,9 +120,10 @@ def place_neurons(
 ) -> None:
     """Assign the MLP neurons of ``layer`` to ranks, by their behaviour on ``x``.
 
-    ``grouping`` "shards" moves whole shards to the heads that give them the largest outputs (arXiv 2502.20727, Eq. 3).
-    "neurons" assigns each neuron by itself so that the summed error is least (see `Blocks.neuron_errors`); with
-    ``maps``, the error that remains when neurons read the least-squares prediction.
+    ``grouping`` "shards" gives each rank one shard of neurons, so that the summed norms of the shards' outputs with
+    these ranks' heads are largest (arXiv 2502.20727, Eq. 3).  "neurons" assigns each neuron by itself so that the
+    summed error is least (see `Blocks.neuron_errors`).  With ``maps``, this is the error that remains when neurons read
+    the least-squares prediction.
     """
     if grouping == "neurons":
         order = list(assign_neurons(blocks.neuron_errors(layer, x, maps)))

@@ -137,10 +137,12 @@ def commit(partial_folder: Path, place: Path, metadata: dict[str, Any], checksum
 
 
 def agreed_on_all_ranks(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return `latest_whole` as the first rank sees it, on every rank, so that all resume from the same checkpoint.
+    """Return the newest checkpoint of ``folder`` that is whole (None: none), and why newer ones were skipped.
 
-    The first rank reads all files and compares their checksums.  Raises ValueError on a rank whose file system lacks
-    the checkpoint: all machines must share the folder.
+    Every rank gets the first rank's answer, so that all resume from the same checkpoint.  The first rank reads all
+    files and compares their checksums.
+
+    Raises ValueError on a rank whose file system lacks the checkpoint: all machines must share the folder.
     """
     place, skipped = _from_first_rank(latest_whole(folder, content_fault_of) if _is_first_rank() else None)
     if place and fault_of(place):
@@ -194,7 +196,7 @@ def read_state(state: dict[str, Any], place: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, CheckpointException) as error:
         causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
         reason = " ".join(str(causes[0]).split())[:200]
-        raise ValueError(f"{place} cannot be read as tensors and plain values ({reason}); use another") from error
+        raise ValueError(f"{place} cannot be read as tensors and plain values ({reason}); use another one") from error
 
 
 @contextmanager

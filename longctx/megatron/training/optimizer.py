@@ -60,7 +60,8 @@ def forward_backward(
 ) -> LossSums:
     """Run the micro-batches ``batches``, equally many on every rank, and return their loss sums.
 
-    With ``learn``, also compute the gradients of the mean loss; otherwise run forward only.
+    With ``learn``, also compute the gradients of the mean loss; otherwise run forward only.  ``buckets`` is the number
+    of loss sums (see `MicroBatch`).
     """
     batches = list(batches)
     run = get_forward_backward_func()
@@ -116,9 +117,9 @@ def _balanced(train_state: TrainState, batch: MicroBatch) -> Iterator[None]:
 
 
 def mean_router_loss(train_state: TrainState) -> float | None:
-    """Return the mean router loss of all sequences since the last call, without coefficient; None without such a loss.
+    """Return the mean router loss of all sequences since the last call, before its coefficient is applied.
 
-    Every rank calls this.
+    It is None for a model without such a loss.  Every rank calls this.
     """
     if train_state.router_loss is None:
         return None

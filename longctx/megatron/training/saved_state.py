@@ -1,4 +1,4 @@
-"""State of a training run as megatron-core's checkpoints hold it, and the optimizer's made loadable."""
+"""State of a training run as megatron-core's checkpoints hold it, with repairs to loading the optimizer's state."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,10 @@ _EXPERTS = "experts"  # key, in the optimizer's state, of the state of a separat
 
 
 def sharded_state(train_state: TrainState, *, loading: bool) -> dict[str, Any]:
-    """Return weights, optimizer and schedule as megatron-core saves them, or, with ``loading``, what it reads."""
+    """Return weights, optimizer and schedule as megatron-core saves them.
+
+    With ``loading``, return the same structure as megatron-core needs it to fill it from a checkpoint.
+    """
     model = {"model": train_state.net.sharded_state_dict(metadata=dict(METADATA))}
     state, *of_experts = (
         optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(METADATA))
@@ -37,7 +40,11 @@ def _without_values(leaf: Any) -> Any:
 
 
 def optimizer_states(loaded: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the state of each optimizer; the experts' optimizer gets the number of steps of the other one."""
+    """Split the ``loaded`` optimizer state into one for each optimizer.
+
+    With expert parallelism there are two.  The experts' optimizer gets the other one's number of steps, which is saved
+    only once.
+    """
     of_experts = loaded.pop(_EXPERTS, None)
     if of_experts is None:
         return [loaded]
@@ -51,7 +58,7 @@ def optimizer_states(loaded: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def match_groups(state: dict[str, Any], optim: Optim) -> None:
-    """Give the saved parameter groups of an optimizer's ``state`` this run's learning rates, in place.
+    """Set the learning rates in the saved parameter groups of an optimizer's ``state`` to this run's, in place.
 
     megatron-core 0.19 looks up a saved group by its settings, these among them.
     """
