@@ -8,7 +8,7 @@ from typing import Any
 from longctx.checksum import KEY, has_valid_checksum, with_checksum
 from longctx.hf.checkpoint import same_model
 
-VERSION = 1  # of the files' format
+VERSION = 1  # format of the files
 INDEX = "pages.json"
 
 
