@@ -57,6 +57,7 @@ class EvalConfig:
     limit: PositiveInt | None = None
     limits: Mapping[str, PositiveInt] | None = None
     num_fewshot: NonNegativeInt | None = None
+    chat: bool = False
     lengths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1024,)
     text: str = "pydoc"
     seed: NonNegativeInt = 0
@@ -217,9 +218,13 @@ def pinned(config: DictConfig) -> tuple[str, ...]:
 def _load_tasks(evaluation: EvalConfig, base: Variant, data: Path | None) -> dict[str, Task]:
     """Return the tasks with their requests built, those of long texts last."""
     from eval.harness.generated import GENERATED, make_generated_tasks
+    from eval.harness.lm import chat_template_for
     from eval.harness.tasks import build_requests, load_tasks
     from longctx.hf.config import tokenizer_of
 
+    tokenizer, template = tokenizer_of(base.target.folder), None
+    if evaluation.chat:
+        template = chat_template_for(tokenizer, base.target.model.name, evaluation.tasks)
     # 1. Benchmarks of files and of the hub.
     benchmarks = [name for name in evaluation.tasks if name not in GENERATED]
     tasks = load_tasks(benchmarks, data, evaluation.num_fewshot, evaluation.include)
@@ -229,7 +234,6 @@ def _load_tasks(evaluation: EvalConfig, base: Variant, data: Path | None) -> dic
     # 2. Tasks of long texts.
     if examples := {name: evaluation.limit_of(name) for name in evaluation.tasks if name in GENERATED}:
         max_length = evaluation.max_length or base.target.shape.max_positions
-        tokenizer = tokenizer_of(base.target.folder)
         tasks |= make_generated_tasks(
             examples, evaluation.lengths, evaluation.text, tokenizer, max_length, data, evaluation.seed
         )
@@ -246,7 +250,7 @@ def _load_tasks(evaluation: EvalConfig, base: Variant, data: Path | None) -> dic
             f"eval.{name} judges accuracy, which none of eval.tasks has: add one, or use eval.{name}={off}"
         )
     evaluation.refuse_unknown_limits([*tasks, *evaluation.tasks])
-    build_requests(tasks, {name: evaluation.limit_of(name) for name in tasks})
+    build_requests(tasks, {name: evaluation.limit_of(name) for name in tasks}, template)
     return tasks
 
 

@@ -155,7 +155,7 @@ def publish_report(job: EvalJob, scored: Sequence[ScoredVariant], commits: Set[s
 
     settings, z = job.eval, Z_SEQUENTIAL if job.eval.until else Z
     rules = GateRules(settings.allowed_drop, settings.resamples, settings.seed, settings.gate, settings.strict, z)
-    title = f"{scored[0].model} on {len(job.tasks)} task(s)"
+    title = f"{scored[0].model} on {len(job.tasks)} task(s)" + ", in its chat template" * settings.chat
     origin = {"title": title, **provenance(), "commit": ", ".join(sorted({*commits, commit_of(ROOT)}))}
     report = publish.write(make_report(scored, rules, origin), job.out)
     tracker, _ = start_tracking(job.track, job.out, job.config, first=True, say=say)

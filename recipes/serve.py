@@ -12,31 +12,39 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from longctx.config import Sampling
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank
 from longctx.parallel.launcher import current_rank
-from recipes.common.cli import is_first, main, on_ranks, say, warm_up_ranks
+from recipes.common.cli import console, is_first, main, on_ranks, say, warm_up_ranks
+from recipes.common.lock import hold, lock_beside
+from recipes.common.places import refuse_unwritable_folder
 from recipes.common.progress import Progress
 from recipes.common.settings import section, top_level
 from recipes.common.target import Target, resolve_target, say_unapplied
 
 if TYPE_CHECKING:
+    from longctx.infer.page_files import PageFiles
     from longctx.infer.session import Session
     from longctx.megatron.runtime import Runtime
+    from longctx.serve.one_rank import OneRank
+    from longctx.serve.page_folder import PageOrigin
     from longctx.serve.schedule import Limits
     from longctx.train.stop import StopRequest
 
 RECIPE = "recipes.serve"
 KEY_VARIABLE = "LONGCTX_API_KEY"
+_SHORT = 320  # up to about this many tokens, one rank with the threads of all is faster (docs/results/serve.md)
 _REPEAT_S = 0.5  # a request to stop is repeated, since a rank that is starting ignores it
 
 
@@ -50,6 +58,7 @@ class ServeSettings:
     max_sequences: PositiveInt = 16
     max_waiting: PositiveInt = 256
     cache_tokens: PositiveInt | None = None
+    one_rank_tokens: NonNegativeInt | None = None
     max_request_bytes: PositiveInt = 4_000_000
 
     def __post_init__(self) -> None:
@@ -59,21 +68,47 @@ class ServeSettings:
 
 @dataclass(frozen=True)
 class PrefixSettings:
-    """Settings of the section ``cache``: GB on each rank for shared prefixes of prompts, and tokens per page."""
+    """Settings of the section ``cache``: GB on each rank for shared prefixes of prompts, and tokens per page.
+
+    ``save`` is a folder that has the same pages for the next server.
+    """
 
     gb: NonNegativeFloat = 1.0
     page: PositiveInt = 64
+    save: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.save and not self.gb:
+            raise ValueError(f"cache.save={self.save} needs memory for pages: use cache.gb above 0, or cache.save=null")
+
+    @property
+    def folder(self) -> Path | None:
+        """Folder of the saved pages, or None."""
+        return Path(self.save).expanduser().absolute() if self.save else None
 
 
 @dataclass(frozen=True)
 class ServeJob:
-    """Inputs of every rank: plain values, checked before any rank starts."""
+    """Inputs of every rank: plain values, checked before any rank starts.
+
+    ``origin`` is that of saved pages; None if they are in memory only.
+    """
 
     target: Target
     sampling: Sampling
     settings: ServeSettings
     cache: PrefixSettings
     key: str | None = field(repr=False)
+    origin: PageOrigin | None = None
+
+    def one_rank(self, rank: Rank) -> OneRank:
+        """Return when one ring rank prefills, with the threads of all if they are on one machine."""
+        from longctx.serve.one_rank import OneRank
+
+        lends = rank.local_world_size == rank.world_size and self.target.run.device == "cpu"
+        tokens = self.settings.one_rank_tokens
+        threads = self.target.threads(rank) * (self.target.mesh.ring if lends else 1)
+        return OneRank(_SHORT * lends if tokens is None else tokens, threads)
 
     @property
     def limits(self) -> Limits:
@@ -103,7 +138,21 @@ def prepare(config: DictConfig) -> ServeJob:
         listen(settings).close()
     target.shape.refuse_unknown_token(max(sampling.stop_tokens, default=0), "sampling.stop_tokens")
     say_unapplied(target.folder, sampling)
-    return ServeJob(target, sampling, settings, cache, key)
+    return ServeJob(target, sampling, settings, cache, key, read_origin(target, cache))
+
+
+def read_origin(target: Target, cache: PrefixSettings) -> PageOrigin | None:
+    """Return what the pages in ``cache.save`` belong to, or None.  Raises ValueError if the folder has other files."""
+    from longctx.serve.page_folder import PageOrigin, refuse_other_pages
+
+    if cache.folder is None:
+        return None
+    setting = f"cache.save={cache.save}"
+    origin = PageOrigin(target.fingerprint, target.model.dtype, str(target.mesh), cache.page)
+    if is_first():
+        refuse_other_pages(cache.folder, origin, setting)
+        refuse_unwritable_folder(str(cache.folder), "cache.save")
+    return origin
 
 
 def refuse_missing_packages() -> None:
@@ -159,6 +208,7 @@ def listen(settings: ServeSettings) -> socket.socket:
 
 def run_rank(rank: Rank, job: ServeJob) -> None:
     """Serve on one rank: the first rank answers the clients, and the others compute the steps that it plans."""
+    from longctx.infer.page_files import PageFiles
     from longctx.infer.session import Session
     from longctx.serve.ranks import follow
     from longctx.train.stop import StopRequest
@@ -170,40 +220,35 @@ def run_rank(rank: Rank, job: ServeJob) -> None:
         with Progress(shown=rank.rank == 0) as progress:
             progress.start("loading", None)
             session = Session(target.load_engine(runtime), target.context, Sampling())
+        files = PageFiles(job.cache.folder / f"rank{rank.rank}", console.print) if job.cache.folder else None
         if rank.rank == 0:
-            speak(session, runtime, job, stop)
+            speak(session, runtime, job, stop, files)
         else:
-            follow(session, runtime.world)
+            follow(session, runtime.world, files, job.one_rank(rank))
         stop.over()
 
 
-def speak(session: Session, runtime: Runtime, job: ServeJob, stop: StopRequest) -> None:
-    """Answer the clients on the first rank, until a request to stop; then answer what is open."""
+def speak(session: Session, runtime: Runtime, job: ServeJob, stop: StopRequest, files: PageFiles | None) -> None:
+    """Answer the clients on the first rank, until a request to stop; then answer what is open.
+
+    ``files`` are those of its saved pages.
+    """
     from longctx.serve.app import Front, make_app
     from longctx.serve.http import serve
-    from longctx.serve.metrics import Metrics
+    from longctx.serve.metrics import metrics_of
     from longctx.serve.request import Reader
     from longctx.serve.service import Service
 
     target, settings, limits = job.target, job.settings, job.limits
-    service = Service(session, runtime.world, tokenizer_of(target.folder), limits)
+    service = Service(session, runtime.world, tokenizer_of(target.folder), limits, files, job.one_rank(runtime.rank))
+    if files:
+        say(f"cache.save={job.cache.save}: {service.restored}")
     name, tokenizer = target.model.name, tokenizer_of(target.folder)
     most = settings.max_sequences + settings.max_waiting
     reader = Reader(name, target.shape, tokenizer, job.sampling, limits.cached_tokens, most)
-    metrics = Metrics(
-        {
-            "running_sequences": lambda: len(service.scheduler.running),
-            "waiting_sequences": lambda: len(service.scheduler.waiting),
-            "steps": lambda: service.passes,
-            "busy_seconds": lambda: service.seconds,
-            "prefix_asked_tokens": lambda: service.prefixes.asked,
-            "prefix_reused_tokens": lambda: service.prefixes.reused,
-            "prefix_hit_rate": lambda: service.prefixes.hit_rate,
-            "evicted_pages": lambda: service.prefixes.evicted,
-        },
-        {"cache_bytes": lambda: service.sequence_bytes, "page_bytes": lambda: service.page_bytes},
+    front = Front(
+        reader, service.submit, service.cancel, metrics_of(service), most, settings.max_request_bytes, job.key
     )
-    front = Front(reader, service.submit, service.cancel, metrics, most, settings.max_request_bytes, job.key)
     with listen(settings) as at:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         say(f"{name} answers at http://{host}:{at.getsockname()[1]}/v1")
@@ -225,13 +270,28 @@ def stop_on_sigterm() -> None:
     at_once = signal.signal(signal.SIGTERM, receive)
 
 
+@contextmanager
+def hold_pages(job: ServeJob) -> Iterator[None]:
+    """Keep other servers from the folder of saved pages during the block.  Raises ValueError if one has it."""
+    from longctx.serve.page_folder import write_origin
+
+    if job.origin is None or job.cache.folder is None:
+        yield
+        return
+    with hold(lock_beside(job.cache.folder), f"cache.save={job.cache.save}"):
+        if is_first():
+            write_origin(job.cache.folder, job.origin)
+        yield
+
+
 def task(config: DictConfig) -> None:
     """Check the configuration, and serve on the ranks until a signal stops them."""
     warm_up_ranks(["longctx.infer.engine", "longctx.infer.generate", "recipes.common.progress", "recipes.serve"])
     job = prepare(config)
     if current_rank() is None:
         stop_on_sigterm()
-    on_ranks(job.target.mesh, run_rank, job)
+    with hold_pages(job):
+        on_ranks(job.target.mesh, run_rank, job)
     say("stopped, as asked: all requests were answered")
 
 

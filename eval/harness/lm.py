@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from eval.answers.requests import Answer, Continue, Request, Score
+from eval.harness.generated import GENERATED
 from longctx.config import Sampling
 from longctx.data.tokenize import tokenize
 
@@ -67,21 +70,16 @@ class EngineLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """Return the tokens of ``string``.
 
-        By default the tokenizer adds its first token unless the text begins with it, as in lm-eval's ``hf`` model.
+        By default the tokenizer adds its first token unless the text begins with it, as in lm-eval's ``hf`` model.  A
+        chat template may write it.
         """
         if add_special_tokens is None:
-            add_special_tokens = not string.startswith(self._prefix_text)
+            first = self.tokenizer.bos_token or self._prefix_text
+            add_special_tokens = not string.startswith((self._prefix_text, str(first)))
         return tokenize(string, self.tokenizer, special_tokens=add_special_tokens).tolist()
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        )
+        return render_chat(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return list(self.answer([score for request in requests for score in self._once(request, self._make_choice)]))
@@ -163,6 +161,46 @@ class EngineLM(TemplateLM):
         tokens = self._cut(self.tok_encode(context), self.max_length - new_tokens, middle=middle)
         ends = (until,) if isinstance(until, str) else tuple(filter(None, until))
         return Continue(tokens, ends, new_tokens, self.sampling)
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = True
+) -> str:
+    """Return ``messages`` in the model's chat template, up to where the next answer begins or goes on.
+
+    As in lm-eval, system messages are left out if the template refuses them.  Raises ValueError if it still refuses.
+    """
+    render = partial(
+        tokenizer.apply_chat_template,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=not add_generation_prompt,
+    )
+    try:
+        return str(render(messages))
+    except TemplateError:
+        try:
+            return str(render([message for message in messages if message["role"] != "system"]))
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses its messages ({error}): use eval.chat=false") from error
+
+
+def chat_template_for(tokenizer: PreTrainedTokenizerBase, model: str, tasks: Sequence[str]) -> Callable[..., str]:
+    """Return a function that turns messages into a text in the template of ``model``, by `render_chat`.
+
+    Raises ValueError if the model has no chat template, and for ``tasks`` whose texts have a requested length.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"eval.chat=true: {model} has no chat template; give one with model.chat_template=FILE, or use "
+            "eval.chat=false"
+        )
+    if sized := {*GENERATED}.intersection(tasks):
+        raise ValueError(
+            f"eval.chat=true: {min(sized)} sizes its texts without a chat template; leave it out, or use "
+            "eval.chat=false"
+        )
+    return partial(render_chat, tokenizer)
 
 
 def _loses_middle(request: Instance) -> bool:

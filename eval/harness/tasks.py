@@ -127,11 +127,19 @@ def _refuse_no_shots(task: Task) -> None:
         )
 
 
-def build_requests(tasks: Mapping[str, Task], limits: Mapping[str, int | None]) -> None:
+def build_requests(
+    tasks: Mapping[str, Task], limits: Mapping[str, int | None], chat_template: Callable[..., str] | None = None
+) -> None:
     """Build every task's requests, for its first ``limits[name]`` examples (None: all).
+
+    With ``chat_template``, which turns messages into text, a prompt is a conversation.  Examples that are shown are
+    earlier turns of it.
 
     Raises ValueError for a task without examples, and for one without a metric that can be compared.
     """
+    chat: dict[str, Any] = {}
+    if chat_template:
+        chat = {"apply_chat_template": True, "fewshot_as_multiturn": True, "chat_template": chat_template}
     for name, task in tasks.items():
         metrics, comparable = tuple(task.aggregation()), (*_accuracy_metrics(name), _PERPLEXITY)
         if not set(metrics) & set(comparable):
@@ -141,7 +149,7 @@ def build_requests(tasks: Mapping[str, Task], limits: Mapping[str, int | None]) 
             )
         try:
             with _silence_progress():
-                task.build_all_requests(limit=limits[name], rank=0, world_size=1)
+                task.build_all_requests(limit=limits[name], rank=0, world_size=1, **chat)
         except (ValueError, AssertionError) as error:  # samplers assert that there are enough examples to show
             shots = f" with {task.config.num_fewshot} examples shown (eval.num_fewshot)" * bool(task.config.num_fewshot)
             mend = f"use a smaller eval.num_fewshot, or leave {name} out" if shots else f"leave {name} out"

@@ -21,11 +21,13 @@ class Page:
 class PageStore:
     """Pages by number.  Each rank stores the rows of a page that it held in the cache that the page was copied from.
 
-    All ranks must make the same calls in the same order.
+    All ranks must make the same calls in the same order.  ``rows_per_rank`` are the rows of all pages on each of the
+    ``size`` ring ranks.
     """
 
-    def __init__(self, rank: int, layers: int) -> None:
+    def __init__(self, rank: int, layers: int, size: int) -> None:
         self._rank, self._layers = rank, layers
+        self.rows_per_rank = [0] * size
         self._pages: dict[int, Page] = {}
 
     def __len__(self) -> int:
@@ -47,8 +49,7 @@ class PageStore:
         for layer in range(self._layers):
             keys, values = cache.layer(layer)
             layers.append((keys[:, rows], values[:, rows]))
-        assert page not in self._pages, f"page {page} is stored twice"
-        self._pages[page] = Page(cache.layout.between(begin, end), tuple(layers))
+        self.put(page, Page(cache.layout.between(begin, end), tuple(layers)))
 
     @torch.inference_mode()
     def copy_to(self, cache: KVCache, pages: Sequence[int]) -> None:
@@ -60,6 +61,20 @@ class PageStore:
             keys, values = zip(*(page.layers[layer] for page in chosen), strict=True)
             cache.append(layer, torch.cat(keys, 1), torch.cat(values, 1))
 
+    def put(self, page: int, content: Page) -> None:
+        """Add the new ``page``."""
+        assert page not in self._pages, f"page {page} is stored twice"
+        self._pages[page] = content
+        self._count_rows(content.layout, 1)
+
+    def page(self, number: int) -> Page:
+        """Return this rank's rows of a page."""
+        return self._pages[number]
+
     def drop(self, page: int) -> None:
         """Free ``page``."""
-        del self._pages[page]
+        self._count_rows(self._pages.pop(page).layout, -1)
+
+    def _count_rows(self, layout: Layout, sign: int) -> None:
+        for rank in range(layout.size):
+            self.rows_per_rank[rank] += sign * layout.rows(rank)

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from longctx.attention.layout import LAYOUTS, Layout, contiguous, shard_balanced
+from longctx.attention.layout import LAYOUTS, Layout, contiguous, documents, shard_balanced
 from longctx.config import Context, Sampling
 from longctx.infer.cache import BatchCache, KVCache
 from longctx.infer.choose import choose_next
@@ -18,7 +18,7 @@ from longctx.infer.refuse import refuse_prompts
 from longctx.infer.score_prompt import score_prompts
 from longctx.infer.turn import Conversation, Turn
 from longctx.parallel.comm import doing
-from longctx.parallel.ring import Strategy
+from longctx.parallel.ring import Strategy, local
 from longctx.parallel.strategy import STRATEGIES
 from longctx.shapes import Float, Tensor
 
@@ -197,12 +197,16 @@ class Session:
         return turn, following
 
     def _run_chunk(
-        self, chunk: Chunk, reasons: dict[str, str], done: LayerDone
+        self, chunk: Chunk, reasons: dict[str, str], done: LayerDone, alone: int | None = None
     ) -> tuple[Float[Tensor, "s b hidden"], Layout]:
         """Run one pass over ``chunk``; return the hidden states of this rank's rows, and the layout of all rows."""
         lengths = [len(tokens) for tokens in chunk.values()]
-        strategies = self._choose_strategies(lengths, [self.sequences[i].cached for i in chunk], reasons)
-        over_ring = shard_balanced(lengths, LAYOUTS[self.context.layout], self.rows_per_rank)
+        if alone is None:
+            strategies = self._choose_strategies(lengths, [self.sequences[i].cached for i in chunk], reasons)
+            over_ring = shard_balanced(lengths, LAYOUTS[self.context.layout], self.rows_per_rank)
+        else:
+            strategies = self.engine.everywhere(local)
+            over_ring = documents(lengths, 1).place_on(alone, self.engine.ring.size)
         layout = over_ring.split(self.engine.ulysses.size)
         run = partial(run_pass, tokens=pack_tokens(chunk), layout=layout, strategies=strategies)
         return self._run_pass(chunk, run, done), layout
@@ -218,17 +222,20 @@ class Session:
             reasons.setdefault(strategy, why)
         return strategies
 
-    def prefill(self, tokens: Mapping[int, int]) -> dict[int, int]:
+    def prefill(self, tokens: Mapping[int, int], alone: int | None = None) -> dict[int, int]:
         """Run the next tokens of several sequences in one pass; return the token after each prompt that ends there.
 
         These tokens are also appended to their sequences.  The argument ``tokens`` has, by sequence, how many of its
         uncached tokens to run.  In sequences that have a list of `Conversation.prompt_logprobs`, the log-probabilities
         of prompt tokens are appended to it.
+
+        If ``alone`` is given, that ring rank runs and caches all rows, without messages over the ring.  No other ring
+        rank may cache rows of these sequences.
         """
         new = {
             i: self.sequences[i].tokens[(at := self.sequences[i].cached) : at + count] for i, count in tokens.items()
         }
-        hidden, layout = self._run_chunk(new, {}, lambda: None)
+        hidden, layout = self._run_chunk(new, {}, lambda: None, alone)
         following = choose_next(self.engine, self.sequences, new, hidden, layout)
         score_prompts(self.engine, self.sequences, new, hidden, layout)
         self._append(following)

@@ -197,6 +197,15 @@ def all_gather_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> P
     return partial
 
 
+def local(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
+    """Attention without messages, for queries that see no keys of other ranks."""
+    rank = ring.comm.rank
+    assert not any(ring.tiles(rank, other) for other in range(ring.comm.size) if other != rank), "keys on another rank"
+    partial = empty_partial(q)
+    attend_tiles(partial, q, k, v, ring.tiles(rank, rank), kernel)
+    return partial
+
+
 def ring_gradients(
     dout: Queries, q: Queries, k: Keys, v: Keys, whole: Partial, ring: Ring, kernel: Kernel
 ) -> Gradients:

@@ -214,7 +214,7 @@ async def _collect(form: Form, events: AsyncIterator[tuple[int, Token]]) -> Json
 
 def _record(choice: Choice, event: Token) -> None:
     choice.text, choice.tokens = choice.text + event.piece, choice.tokens + (event.token is not None)
-    choice.finish = event.finish
+    choice.finish, choice.began = event.finish, True
     choice.logprobs += [event.logprob] if event.logprob else []
     choice.prompt_logprobs = event.prompt or choice.prompt_logprobs
 
@@ -224,11 +224,10 @@ async def _stream(form: Form, first: tuple[int, Token], events: Any) -> AsyncIte
     choices = [Choice() for _ in form.ask.choices]
     offsets = [len(form.prompt_text(index)) for index in range(len(choices))]
     try:
-        if form.ask.chat or form.ask.echo:
-            for index in range(len(choices)):
-                yield _server_sent(form.first(index))
         index, event = first
         while True:
+            if (form.ask.chat or form.ask.echo) and not choices[index].began:
+                yield _server_sent(form.first(index, event.prompt))
             _record(choices[index], event)
             if event.piece or event.finish or event.logprob:
                 yield _server_sent(form.chunk(index, event.piece, event.logprob, event.finish, offset=offsets[index]))

@@ -7,7 +7,7 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from longctx.serve.request import Ask
-from longctx.serve.service import Token
+from longctx.serve.service import Service, Token
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)  # upper ends of the histograms' buckets
 
@@ -70,3 +70,21 @@ class Metrics:
                 gauge.labels(rank).set(figure)
         page: Any = generate_latest(self._registry)
         return page, CONTENT_TYPE_LATEST
+
+
+def metrics_of(service: Service) -> Metrics:
+    """Return the figures of ``service`` for Prometheus."""
+    return Metrics(
+        {
+            "running_sequences": lambda: len(service.scheduler.running),
+            "waiting_sequences": lambda: len(service.scheduler.waiting),
+            "steps": lambda: service.passes,
+            "busy_seconds": lambda: service.seconds,
+            "prefix_asked_tokens": lambda: service.prefixes.asked,
+            "prefix_reused_tokens": lambda: service.prefixes.reused,
+            "prefix_reused_restored_tokens": lambda: service.prefixes.reused_restored,
+            "prefix_hit_rate": lambda: service.prefixes.hit_rate,
+            "evicted_pages": lambda: service.prefixes.evicted,
+        },
+        {"cache_bytes": lambda: service.sequence_bytes, "page_bytes": lambda: service.page_bytes},
+    )

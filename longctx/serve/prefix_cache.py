@@ -12,13 +12,29 @@ from longctx.attention.layout import Layout
 Tokens = tuple[int, ...]
 
 
+ROOT = -1  # number of the page before the first one of a text
+
+
 class NewPage(NamedTuple):
-    """A page to copy from the cache of ``sequence``: its positions ``begin`` to ``end`` (exclusive)."""
+    """A page to copy from the cache of ``sequence``: its positions ``begin`` to ``end`` (exclusive).
+
+    ``before`` is the number of the page before it.
+    """
 
     number: int
     sequence: int
     begin: int
     end: int
+    before: int = ROOT
+
+
+class StoredPage(NamedTuple):
+    """A page that an earlier process stored: its ``tokens`` after the page ``before``, and rows of each ring rank."""
+
+    number: int
+    before: int
+    tokens: Tokens
+    rows: Sequence[int]
 
 
 @dataclass(eq=False)
@@ -26,6 +42,7 @@ class _Page:
     """A page, found by its ``tokens`` and the page ``before`` it, thus by all tokens from the beginning to ``end``.
 
     ``rows`` are those of each ring rank.  ``users`` are the sequences that began with it or computed it, and still run.
+    ``restored`` says that an earlier process stored it.
     """
 
     number: int
@@ -34,6 +51,7 @@ class _Page:
     end: int
     rows: Sequence[int]
     users: int = 0
+    restored: bool = False
     following: dict[Tokens, _Page] = field(default_factory=dict)
 
 
@@ -54,13 +72,14 @@ class PrefixCache:
     them, so that no two are confused.  A page stays while a running sequence uses it.  Of the others, the least
     recently used is evicted first, but a page only after all pages that follow it.  ``asked`` counts the tokens of
     prompts that may take pages, ``reused`` the tokens that they took from pages, ``evicted`` the evicted pages.
+    ``reused_restored`` are the reused tokens of pages that an earlier process stored.
     """
 
     def __init__(self, page_tokens: int, limit: int, ranks: int) -> None:
         self.page_tokens, self.limit = page_tokens, limit
         self.rows = [0] * ranks
-        self.asked = self.reused = self.evicted = 0
-        self._root = _Page(-1, None, (), 0, ())
+        self.asked = self.reused = self.reused_restored = self.evicted = 0
+        self._root = _Page(ROOT, None, (), 0, ())
         self._unused: OrderedDict[int, _Page] = OrderedDict()  # the least recently used first
         self._sequences: dict[int, _Sequence] = {}
         self._added = 0
@@ -71,6 +90,23 @@ class PrefixCache:
     def hit_rate(self) -> float:
         """Tokens of prompts that were taken from pages, as a share of those that could have been."""
         return self.reused / self.asked if self.asked else 0.0
+
+    def restore(self, pages: Sequence[StoredPage]) -> None:
+        """Add the ``pages`` of an earlier process, numbered from 0, each after the page before it; before any other.
+
+        Pages without room are evicted.
+        """
+        known = {ROOT: self._root}
+        for number, before, tokens, rows in pages:
+            after = [stored + new for stored, new in zip(self.rows, rows, strict=True)]
+            if before not in known or max(after) > self.limit:
+                self._evict.append(number)
+                continue
+            parent, self.rows = known[before], after
+            page = _Page(number, parent, tokens, parent.end + len(tokens), rows, restored=True)
+            parent.following[tokens] = known[number] = page
+        self._unused |= {page.number: page for page in reversed([*known.values()][1:])}
+        self._added = len(pages)
 
     def enter(self, number: int, prompt: Sequence[int], *, takes: bool = True) -> None:
         """Add the sequence ``number``, which begins with ``prompt``; without ``takes`` it computes all its rows."""
@@ -116,6 +152,7 @@ class PrefixCache:
             self._use(one, page)
             taken.append(page.number)
             cached = page.end
+            self.reused_restored += page.restored * self.page_tokens
         self.reused += len(taken) * self.page_tokens
         return tuple(taken)
 
@@ -164,7 +201,7 @@ class PrefixCache:
         page = before.following[tokens] = _Page(self._added, before, tokens, end, rows)
         self._added += 1
         self.rows = [stored + new for stored, new in zip(self.rows, rows, strict=True)]
-        self._store.append(NewPage(page.number, sequence, begin, end))
+        self._store.append(NewPage(page.number, sequence, begin, end, before.number))
         return page
 
     def _evict_one(self) -> bool:

@@ -4,9 +4,11 @@ import pickle
 
 import torch
 
-from longctx.infer.pages import PageStore
+from longctx.infer.page_files import PageFiles
 from longctx.infer.session import Session
 from longctx.parallel.comm import Comm
+from longctx.serve.one_rank import ALL_RANKS, OneRank
+from longctx.serve.rank_pages import RankPages, gather_bytes
 from longctx.serve.schedule import StepPlan
 
 _ROOM = 128  # rows of an answer that are allocated at once
@@ -14,29 +16,21 @@ _ROOM = 128  # rows of an answer that are allocated at once
 
 def share_plan(world: Comm, plan: StepPlan | None, device: torch.device) -> StepPlan:
     """Return the first rank's ``plan`` on every rank of ``world``; the other ranks pass None."""
-    data = pickle.dumps(plan) if plan else b""
-    own = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device) if data else torch.zeros(0, device=device)
-    size = world.all_gather(torch.tensor([len(data)], device=device), [(1,)] * world.size)[0]
-    shapes = [(int(size),), *[(0,)] * (world.size - 1)]
-    received: StepPlan = pickle.loads(bytes(world.all_gather(own.to(torch.uint8), shapes)[0].tolist()))
+    received: StepPlan = pickle.loads(gather_bytes(world, pickle.dumps(plan) if plan else b"", device)[0])
     return received
 
 
-def open_store(session: Session) -> PageStore:
-    """Return this rank's store of pages, empty."""
-    return PageStore(session.engine.ring.rank, session.engine.shape.layers)
-
-
-def run_plan(session: Session, pages: PageStore, plan: StepPlan) -> dict[int, int]:
+def run_plan(session: Session, pages: RankPages, plan: StepPlan, one_rank: OneRank) -> dict[int, int]:
     """Run ``plan`` and return the next token of each sequence that has one; the same on all ranks.
+
+    ``one_rank`` chooses how many ring ranks prefill.
 
     Raises ValueError, on all ranks, for logits that are not finite.
     """
     for page in plan.evict:
         pages.drop(page)
     for new_page in plan.store:
-        cache = session.sequences[new_page.sequence].cache
-        pages.store(new_page.number, cache, new_page.begin, new_page.end)
+        pages.copy_from(session.sequences[new_page.sequence], new_page)
     for number in plan.drop:
         session.drop(number)
     for new in plan.add:
@@ -48,18 +42,24 @@ def run_plan(session: Session, pages: PageStore, plan: StepPlan) -> dict[int, in
         pages.copy_to(session.sequences[number].cache, taken)
     tokens: dict[int, int] = {}
     if plan.prefill:
-        tokens |= session.prefill(plan.prefill)
+        alone = one_rank.choose(session, plan.prefill, pages.rows_per_rank)
+        with one_rank.borrow_threads(session, alone):
+            tokens |= session.prefill(plan.prefill, alone)
     if plan.decode:
         tokens |= session.decode(plan.decode)
     return tokens
 
 
-def follow(session: Session, world: Comm) -> PageStore:
-    """Run the first rank's plans on another rank, until one that stops; return this rank's pages."""
-    pages = open_store(session)
+def follow(session: Session, world: Comm, files: PageFiles | None = None, one_rank: OneRank = ALL_RANKS) -> RankPages:
+    """Run the first rank's plans on another rank, until one that stops; return this rank's pages.
+
+    ``files`` are those of pages that outlive the server (None: all stay in memory).  ``one_rank`` is the first rank's.
+    """
+    pages = RankPages(session, files)
+    pages.restore(world)
     while not (plan := share_plan(world, None, session.engine.device)).stop:
         try:
-            run_plan(session, pages, plan)
+            run_plan(session, pages, plan, one_rank)
         except ValueError:
             continue  # the first rank raises the same error: it ends the sequences of this plan
     return pages

@@ -161,8 +161,6 @@ class Reader:
     def completion(self, body: CompletionBody) -> Ask:
         """Check ``body`` and return it as plain values, with its prompts as tokens."""
         self._refuse(body)
-        if body.echo and body.logprobs is not None and body.stream:
-            raise RequestRefused("echo with logprobs is not implemented for streams: use stream=false", "stream")
         given = body.prompt
         several = isinstance(given, list) and given and not isinstance(given[0], int)
         texts: list[Any] = list(given) if several else [given]
@@ -182,7 +180,7 @@ class Reader:
         self._refuse(body)
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestRefused("top_logprobs needs logprobs=true", "top_logprobs")
-        prompt = self.chat_tokens(body.messages)
+        prompt = self._refuse_tokens(self.chat_tokens(body.messages), "messages")
         sampling = self._sampling(body, (body.top_logprobs or 0) if body.logprobs else None)
         if body.max_tokens == 0:
             raise RequestRefused("max_tokens=0 answers nothing: use at least 1", "max_tokens")
@@ -219,8 +217,13 @@ class Reader:
 
     def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         tokens = tokenize(prompt, self.tokenizer).tolist() if isinstance(prompt, str) else prompt
+        return self._refuse_tokens(tokens, "prompt")
+
+    def _refuse_tokens(self, tokens: Sequence[int], param: str) -> tuple[int, ...]:
+        """Return ``tokens`` unless there are none, or one is beyond the vocabulary."""
         if not tokens:
-            raise RequestRefused("a prompt is empty: give it some text", "prompt")
+            raise RequestRefused("a prompt is empty: give it some text", param)
+        self._refuse_unknown_token(max(tokens), param)
         return tuple(tokens)
 
     def _room(self, prompt: Sequence[int]) -> int:
@@ -269,7 +272,6 @@ class Reader:
                     "max_tokens" if len(prompt) < most else "prompt",
                     code="context_length_exceeded",
                 )
-            self._refuse_unknown_token(max(prompt), "prompt")
         self._refuse_unknown_token(max(sampling.stop_tokens, default=0), "stop_token_ids")
         usage = bool(body.stream_options and body.stream_options.include_usage)
         return Ask(body.model, prompts, max_new_tokens, sampling, n, bool(body.stream), usage, **others)

@@ -45,6 +45,7 @@ class Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish: str | None = None
+    began: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,21 @@ class Form:
             text = self.prompt_text(index) + one.text
             content = {"message": {"role": "assistant", "content": text}} if self.ask.chat else {"text": text}
             if self.ask.score_prompts:
-                logprobs = self._with_prompt(self.ask.prompts[index // self.ask.n][0], one)
+                logprobs = self._with_prompt(index, one)
             else:
                 logprobs = self._logprobs(one.logprobs, len(text) - len(one.text))
             listed.append({"index": index, **content, "logprobs": logprobs, "finish_reason": one.finish})
         return {**self._head(stream=False), "choices": listed, "usage": self.usage(choices)}
 
-    def first(self, index: int) -> Json:
-        """Return the first chunk of a choice: its role in a chat, the prompt's text with ``echo``."""
-        return self.chunk(index, self.prompt_text(index), role=True)
+    def first(self, index: int, prompt: tuple[TokenLogprob, ...] = ()) -> Json:
+        """Return the first chunk of a choice: its role in a chat, the prompt's text with ``echo``.
+
+        ``prompt`` are the log-probabilities of the prompt's tokens, if they are asked for.
+        """
+        chunk = self.chunk(index, self.prompt_text(index), role=True)
+        if self.ask.score_prompts:
+            chunk["choices"][0]["logprobs"] = self._with_prompt(index, Choice(prompt_logprobs=prompt))
+        return chunk
 
     def chunk(
         self,
@@ -128,8 +135,9 @@ class Form:
             "text_offset": offsets,
         }
 
-    def _with_prompt(self, first: int, choice: Choice) -> Json | None:
-        """Return the log-probabilities of prompt and answer; the ``first`` token has none."""
+    def _with_prompt(self, index: int, choice: Choice) -> Json | None:
+        """Return the log-probabilities of prompt and answer of choice ``index``; the first token has none."""
+        first = self.ask.prompts[index // self.ask.n][0]
         rest = self._logprobs([*choice.prompt_logprobs, *choice.logprobs], len(self._text(first)))
         assert rest, "asked for"
         head = {"tokens": self._text(first), "token_logprobs": None, "top_logprobs": None, "text_offset": 0}

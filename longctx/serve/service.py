@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from longctx.infer.answer import AnswerText
+from longctx.infer.page_files import PageFiles
 from longctx.infer.sample import TokenLogprob
 from longctx.infer.session import Session
 from longctx.parallel.comm import Comm
+from longctx.serve.one_rank import ALL_RANKS, OneRank
 from longctx.serve.prefix_cache import PrefixCache
-from longctx.serve.ranks import open_store, run_plan, share_plan
+from longctx.serve.rank_pages import RankPages
+from longctx.serve.ranks import run_plan, share_plan
 from longctx.serve.schedule import Limits, NewSequence, Scheduler, StepPlan
 
 _IDLE_S = 0.5  # while there is nothing to do, the ranks exchange an empty plan this often, to notice a lost one
@@ -60,13 +63,24 @@ class Service:
 
     `submit` and `cancel` may be called from any thread; all other methods belong to the thread that runs the model.
     ``seconds`` and ``passes`` count the work so far; ``sequence_bytes`` are those of the sequences' caches on each ring
-    rank.
+    rank.  ``files`` are those of pages that outlive the server (None: all stay in memory); ``restored`` are the pages
+    of an earlier one.  ``one_rank`` chooses how many ring ranks prefill.
     """
 
-    def __init__(self, session: Session, world: Comm, tokenizer: Any, limits: Limits) -> None:
-        self.session, self.world, self.tokenizer = session, world, tokenizer
-        self.pages, engine = open_store(session), session.engine
+    def __init__(
+        self,
+        session: Session,
+        world: Comm,
+        tokenizer: Any,
+        limits: Limits,
+        files: PageFiles | None = None,
+        one_rank: OneRank = ALL_RANKS,
+    ) -> None:
+        self.session, self.world, self.tokenizer, self.one_rank = session, world, tokenizer, one_rank
+        self.pages, engine = RankPages(session, files), session.engine
         self.prefixes = PrefixCache(limits.page_tokens, limits.page_bytes // engine.row_bytes, engine.ring.size)
+        self.restored = self.pages.restore(world)
+        self.prefixes.restore(self.restored.pages)
         self.scheduler = Scheduler(limits, self.prefixes)
         self._inbox: queue.SimpleQueue[_Answer | int] = queue.SimpleQueue()
         self._answers: dict[int, _Answer] = {}
@@ -102,7 +116,7 @@ class Service:
         plan, began = self.scheduler.plan(), time.perf_counter()
         share_plan(self.world, plan, self.session.engine.device)
         try:
-            tokens = run_plan(self.session, self.pages, plan)
+            tokens = run_plan(self.session, self.pages, plan, self.one_rank)
         except ValueError as error:  # on all ranks
             numbers = {*plan.prefill, *plan.decode}
             self.fail(str(error), numbers)

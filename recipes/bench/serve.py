@@ -50,6 +50,7 @@ class ServeBenchSettings:
     new_tokens: PositiveInt = 16
     gb: NonNegativeFloat = 1.0
     page: PositiveInt = 64
+    one_rank_tokens: NonNegativeInt = 0
     seed: NonNegativeInt = 0
     variants: Annotated[tuple[Variant, ...], Field(min_length=1)] = VARIANTS
     out: str | None = None
@@ -166,14 +167,16 @@ def run_variant(
     """Answer ``load`` on all ranks; ``done`` is called after each request."""
     from longctx.hf.config import tokenizer_of
     from longctx.infer.session import Session
+    from longctx.serve.one_rank import OneRank
     from longctx.serve.ranks import follow
     from longctx.serve.service import Service
 
     session, figures = Session(engine, job.target.context, Sampling()), LoadFigures(variant)
+    one_rank = OneRank(job.settings.one_rank_tokens, job.target.threads(runtime.rank) * job.target.mesh.ring)
     if runtime.rank.rank:
-        follow(session, runtime.world)
+        follow(session, runtime.world, one_rank=one_rank)
         return figures
-    service = Service(session, runtime.world, tokenizer_of(job.target.folder), limits_of(job, variant))
+    service = Service(session, runtime.world, tokenizer_of(job.target.folder), limits_of(job, variant), None, one_rank)
     play_clients(service, load, 1 if variant == ALONE else job.settings.clients, figures, done)
     service.stop()
     figures.hit_rate, figures.evicted = service.prefixes.hit_rate, service.prefixes.evicted

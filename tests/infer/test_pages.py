@@ -27,7 +27,7 @@ def test_pages_restore_the_rows_of_their_positions(size):
     rows = torch.randn(1, 53, HEADS, HEAD_DIM)
     turns = [zigzag(23, size), *(single(size, i % size) for i in range(5)), striped(11, size), contiguous(14, size)]
     first, second = ([KVCache(size, rank) for rank in range(size)] for _ in range(2))
-    stores = [PageStore(rank, LAYERS) for rank in range(size)]
+    stores = [PageStore(rank, LAYERS, size) for rank in range(size)]
     fill(first, turns, rows)
     for rank, store in enumerate(stores):
         for page in range(6):
@@ -45,6 +45,8 @@ def test_pages_restore_the_rows_of_their_positions(size):
     bytes_of_row = 2 * LAYERS * HEADS * HEAD_DIM * 4
     assert sum(store.bytes for store in stores) == 6 * PAGE * bytes_of_row, "every page is stored once over all ranks"
     for store in stores:
+        assert store.rows_per_rank == [sum(at < 6 * PAGE for at in cache.layout.positions(rank)) for rank, cache
+                                       in enumerate(first)]  # fmt: skip
         for page in range(6):
             store.drop(page)
-        assert (len(store), store.bytes) == (0, 0)
+        assert (len(store), store.bytes, store.rows_per_rank) == (0, 0, [0] * size)

@@ -56,8 +56,9 @@ def client_of(address: str) -> openai.OpenAI:
 
 @pytest.fixture(scope="module")
 def client(tiny: Path) -> Iterator[openai.OpenAI]:
-    """A client of a server on two ranks."""
-    with serving(tiny, "mesh.ring=2", "context.chunk=13", "max_sequences=3", "cache.page=5") as (_, address):
+    """A client of a server on two ranks, of which one prefills the short prompts."""
+    words = "mesh.ring=2", "context.chunk=13", "max_sequences=3", "cache.page=5", "one_rank_tokens=20"
+    with serving(tiny, *words) as (_, address):
         yield client_of(address)
 
 
@@ -74,6 +75,12 @@ def expected(prepared: Any, tmp_path_factory: pytest.TempPathFactory) -> list[li
 def complete(client: openai.OpenAI, prompt: Any = PROMPTS, **settings: Any) -> Any:
     fields = {"model": "tiny", "temperature": 1.2, "seed": 11, "max_tokens": 17, "extra_body": {"top_k": 90}}
     return client.completions.create(prompt=prompt, **{**fields, **settings})
+
+
+def figures_of(client: openai.OpenAI) -> dict[str, float]:
+    page = client.get("/../metrics", cast_to=httpx.Response).text
+    figures = re.findall(r"^longctx_(\w+(?:\{\S+\})?) (\S+)$", page, re.MULTILINE)
+    return {name: float(figure) for name, figure in figures}
 
 
 def test_texts_are_those_of_generate(client, expected, tiny):
@@ -103,11 +110,10 @@ def test_texts_are_those_of_generate(client, expected, tiny):
 def test_prompts_reuse_the_pages_of_earlier_ones(client, expected, tiny):
     for _ in range(2):
         assert complete(client, PROMPTS[2], seed=15).choices[0].text == tokenizer_of(tiny).decode(expected[4])
-    page = client.get("/../metrics", cast_to=httpx.Response).text
-    figures = dict(re.findall(r"^longctx_(\w+(?:\{\S+\})?) (\S+)$", page, re.MULTILINE))
-    assert float(figures["prefix_reused_tokens"]) >= 5 * (len(PROMPTS[2]) // 5 - 1)
-    assert 0 < float(figures["prefix_hit_rate"]) < 1
-    assert all(float(figures[f'page_bytes{{ring_rank="{rank}"}}']) > 0 for rank in range(2))
+    figures = figures_of(client)
+    assert figures["prefix_reused_tokens"] >= 5 * (len(PROMPTS[2]) // 5 - 1)
+    assert 0 < figures["prefix_hit_rate"] < 1
+    assert all(figures[f'page_bytes{{ring_rank="{rank}"}}'] > 0 for rank in range(2))
 
 
 def test_lm_eval_scores_through_the_server_what_transformers_scores(client, tiny):
@@ -173,8 +179,9 @@ def test_echo_without_new_tokens_scores_the_prompt(client, tiny):
     )
 
 
-def test_killed_rank_ends_open_requests_with_an_error_and_the_server_names_it(tiny):
+def test_killed_rank_ends_open_requests_with_an_error_and_the_next_server_has_its_pages(refused, tiny, tmp_path):
     """Two answers are streamed and four wait when the second rank is killed."""
+    words = ["mesh.ring=2", "max_sequences=2", "cache.page=5", f"cache.save={tmp_path}/pages"]
     first_token = threading.Event()
 
     def read(address: str, i: int) -> None:
@@ -187,7 +194,9 @@ def test_killed_rank_ends_open_requests_with_an_error_and_the_server_names_it(ti
             read(address, i)
         return time.monotonic()
 
-    with serving(tiny, "mesh.ring=2", "max_sequences=2") as (process, address), ThreadPoolExecutor(6) as pool:
+    with serving(tiny, *words) as (process, address), ThreadPoolExecutor(6) as pool:
+        expected = complete(client_of(address), PROMPTS[2]).choices[0].text
+        assert "pages is in use by process" in refused(serve, serve.task, f"model={tiny}", *words)
         ends = [pool.submit(fail, address, i) for i in range(6)]
         assert first_token.wait(60)
         os.kill(pids_of_ranks(process.pid)[1], signal.SIGKILL)
@@ -195,6 +204,10 @@ def test_killed_rank_ends_open_requests_with_an_error_and_the_server_names_it(ti
         assert max(end.result() for end in ends) - killed < 10
         assert "rank 1 of 2 was killed by SIGKILL" in process.stderr.read()
         assert process.wait(60) == 1
+    # The next server answers from the pages on disk, except for the end of the prompt.
+    with serving(tiny, *words) as (_, address), client_of(address) as client:
+        assert complete(client, PROMPTS[2]).choices[0].text == expected
+        assert figures_of(client)["prefix_reused_restored_tokens"] >= 5 * (len(PROMPTS[2]) // 5 - 1)
 
 
 def pids_of_ranks(pid: int) -> list[int]:
@@ -216,6 +229,7 @@ def pids_of_ranks(pid: int) -> list[int]:
         (["host=here"], "host=here is not an address: use 127.0.0.1"),
         (["port=70000"], "port=70000: use 1 to 65535"),
         (["api_key_file=/nowhere"], "api_key_file=/nowhere cannot be read"),
+        (["cache.gb=0", "cache.save=pages"], "cache.save=pages needs memory for pages: use cache.gb above 0"),
         (["mesh.dp=2"], "mesh.dp=2"),
         (["sampling.logprobs=1"], "each request asks for its own"),
         (["context.strategy=auto"], "recipes.serve takes one of"),

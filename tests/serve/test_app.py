@@ -36,7 +36,9 @@ class Script:
         for i, letter in enumerate(TEXT[:1] if self.silent or self.failing else TEXT):
             token = ord(letter) - 33
             logprob = None if new.sampling.logprobs is None else TokenLogprob(token, -0.5, ((token, -0.5),))
-            emit(Token(new.number, token, letter, logprob, "stop" if i == len(TEXT) - 1 else None))
+            scored = new.prompt[1:] if new.score_prompt and i == 0 else ()
+            prompt = tuple(TokenLogprob(one, -0.1 * one, ()) for one in scored)
+            emit(Token(new.number, token, letter, logprob, "stop" if i == len(TEXT) - 1 else None, prompt))
         if self.failing:
             emit(Failure(new.number, "lost rank 1"))
 
@@ -93,6 +95,17 @@ def test_stream_joins_to_the_same_text(client):
         assert "".join(one["text"] for one in mine) == "ab" + TEXT
         assert [one["finish_reason"] for one in mine] == [None] * (len(mine) - 1) + ["stop"]
     assert events[-1]["usage"]["completion_tokens"] == 10 and events[-1]["choices"] == []
+
+
+def test_stream_has_the_same_log_probabilities_of_prompt_and_answer(client):
+    fields = {"prompt": ["abc", "d"], "echo": True, "logprobs": 1, "max_tokens": 9}
+    whole = complete(client, **fields).json()["choices"]
+    events = [one["choices"][0] for one in chunks(complete(client, stream=True, **fields))]
+    for index, expected in enumerate(whole):
+        mine = [one["logprobs"] for one in events if one["index"] == index]
+        for name, values in expected["logprobs"].items():
+            assert [value for one in mine for value in one[name]] == values, name
+        assert len(expected["logprobs"]["tokens"]) == (8, 6)[index]
 
 
 def test_refusals_have_openais_form(client, front):

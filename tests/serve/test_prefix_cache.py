@@ -7,9 +7,10 @@ from functools import cache
 
 import pytest
 
-from longctx.attention.layout import striped, zigzag
+from longctx.attention.layout import Layout, striped, zigzag
+from longctx.attention.spans import Span
 from longctx.config import Sampling
-from longctx.serve.prefix_cache import PrefixCache
+from longctx.serve.prefix_cache import ROOT, PrefixCache, StoredPage
 from longctx.serve.schedule import Limits, NewSequence, Scheduler, StepPlan
 
 PAGE, RANKS = 3, 2
@@ -66,11 +67,12 @@ class Ranks:
         for page in plan.evict:
             self.count(page, -1)
             del self.pages[page]
-        for page, number, begin, end in plan.store:
+        for page, number, begin, end, before in plan.store:
             one = self.cached[number]
             assert end - begin == PAGE and end <= one.rows, "rows that are not cached"
             tokens = tuple(one.tokens[:end])
             assert tokens not in self.pages.values(), "a page is stored twice"
+            assert self.pages.get(before, ()) == tokens[:begin]
             self.pages[page] = tokens
             self.count(page, 1)
         assert self.prefixes.rows == [self.stored[rank] for rank in range(RANKS)]
@@ -130,6 +132,24 @@ def test_random_requests_leave_no_page_in_use_and_no_row_uncounted(limit: int, r
     ranks.prefixes.distrust(())
     store, evict = ranks.prefixes.changes()
     assert not store and {*evict} == {*ranks.pages} and ranks.prefixes.rows == [0] * RANKS, "a page is still in use"
+
+
+def test_restored_pages_are_taken_and_evicted_from_their_ends():
+    pages = [StoredPage(0, ROOT, (1, 2, 3), (2, 1)), StoredPage(1, ROOT, (4, 5, 6), (1, 2)),
+             StoredPage(2, 0, (7, 8, 9), (3, 0)), StoredPage(3, 2, (1, 1, 1), (0, 3)),
+             StoredPage(4, 1, (7, 8, 9), (1, 2))]  # fmt: skip
+    # 1. The third page has no room, so the fourth, which follows it, is evicted too.
+    prefixes = PrefixCache(PAGE, 5, RANKS)
+    prefixes.restore(pages)
+    assert prefixes.changes() == ((), (2, 3)) and prefixes.rows == [4, 5]
+    prefixes.enter(9, [4, 5, 6, 7, 8, 9, 1])
+    assert prefixes.take(9, 0) == (1, 4)
+    assert (prefixes.reused, prefixes.reused_restored) == (6, 6)
+    # 2. A new page takes the place of the one without users, and an unused number.
+    prefixes.enter(8, [2, 2, 2, 2])
+    prefixes.give(8, [2, 2, 2, 2], Layout((4,), ((Span(0, 4),), ())))
+    (store,), evict = prefixes.changes()
+    assert store == (5, 8, 0, 3, ROOT) and evict == (0,)
 
 
 def test_sequences_that_arrive_together_compute_their_common_beginning_once():

@@ -100,6 +100,7 @@ def test_tokenize_takes_a_text_or_messages(reader):
         (chat, {"max_tokens": 0}, "max_tokens", "max_tokens=0 answers nothing: use at least 1"),
         (completion, {"max_tokens": 81}, "max_tokens", "with max_tokens=81 that is more than the 83"),
         (completion, {"prompt": [256]}, "prompt", "token 256, beyond the model's vocabulary"),
+        (completion, {"prompt": [2**40], "echo": True}, "prompt", "token 1,099,511,627,776, beyond"),
         (completion, {"stop_token_ids": [300]}, "stop_token_ids", "beyond the model's vocabulary"),
         (completion, {"n": 6}, "n", "1 prompts with n=6 are 6 answers: use 1 to 5"),
         (completion, {"temperature": -1}, "temperature", "^temperature=-1.0: use 0 for greedy"),
@@ -107,7 +108,6 @@ def test_tokenize_takes_a_text_or_messages(reader):
         (completion, {"frequency_penalty": 3}, "frequency_penalty", "use -2 to 2"),
         (completion, {"stop": ["a", ""]}, "stop", "^stop has an empty text"),
         (completion, {"stop": ["a"] * 17}, "stop", "17 texts: use at most 16"),
-        (completion, {"echo": True, "logprobs": 1, "stream": True}, "stream", "use stream=false"),
         (completion, {"logit_bias": {"5": 1}}, "logit_bias", "logit_bias is not implemented: leave it out"),
         (completion, {"best_of": 2}, "best_of", "not implemented"),
         (chat, {"tools": [{"type": "function"}]}, "tools", "tools is not implemented"),
@@ -133,6 +133,13 @@ def test_values_of_another_type_are_named(fields, place):
         CompletionBody.model_validate({"model": "tiny", "prompt": "a", **fields})
     message, param = describe_invalid(invalid.value.errors())
     assert param == place and message.startswith(place)
+
+
+def test_conversation_that_the_template_makes_empty_is_refused(reader):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(RequestRefused, match="a prompt is empty"):
+        chat(replace(reader, tokenizer=tokenizer), messages=[{"role": "user", "content": ""}])
 
 
 def test_model_without_a_template_names_the_other_route(reader):

@@ -1,0 +1,120 @@
+"""Pages of one rank on disk: a file for each, whose name has its checksum, so that they outlive their process."""
+
+import hashlib
+import zlib
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from longctx.attention.layout import Layout
+from longctx.attention.spans import Span
+from longctx.infer.pages import Page
+
+_NEW = ".coming"  # ending of a file that is not complete
+_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class SavedPage:
+    """A page whose ``tokens`` follow those of the page named ``before``, which is empty at the beginning of a text."""
+
+    before: str
+    tokens: tuple[int, ...]
+    page: Page
+
+
+def page_name(before: str, tokens: Sequence[int]) -> str:
+    """Return the name of a page: the SHA-256 of the name of the page ``before`` it and of its own ``tokens``."""
+    return hashlib.sha256(before.encode() + array("q", tokens).tobytes()).hexdigest()
+
+
+class PageFiles:
+    """The files of this rank's pages in ``folder``, which is made when the first page is written.
+
+    A file is called ``NAME.CRC32.safetensors``.  It appears under this name when it is complete.  If one cannot be
+    written, ``say`` gets one line, and no more are written.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        self.folder, self._say = folder, say
+        self._files: dict[str, Path] = {}
+        self._full = False
+
+    def read(self, device: torch.device) -> dict[str, SavedPage | None]:
+        """Return the pages by name, on ``device``; None for a file that has changed since it was written."""
+        pages: dict[str, SavedPage | None] = {}
+        for file in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
+            if file.name.endswith(_NEW):
+                file.unlink()  # its process ended while it wrote
+            elif file.suffix == _SUFFIX:
+                name = file.name.partition(".")[0]
+                pages[name] = _read(file, device)
+                if name in self._files:
+                    self._files[name].unlink()
+                self._files[name] = file
+        return pages
+
+    def write(self, before: str, tokens: Sequence[int], page: Page) -> str:
+        """Write a page and return its name."""
+        name = page_name(before, tokens)
+        if self._full or name in self._files:
+            return name
+        content = save(_as_tensors(before, tokens, page))
+        file = self.folder / f"{name}.{zlib.crc32(content):08x}{_SUFFIX}"
+        new = file.with_name(file.name + _NEW)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            new.write_bytes(content)
+            new.replace(file)
+            self._files[name] = file
+        except OSError as error:
+            self._full = True
+            with suppress(OSError):
+                new.unlink()
+            self._say(f"{self.folder} cannot be written ({error.strerror}): no more pages are saved")
+        return name
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete the files of the pages ``names``, as far as there are any."""
+        for name in names:
+            if file := self._files.pop(name, None):
+                file.unlink(missing_ok=True)
+
+
+def _as_tensors(before: str, tokens: Sequence[int], page: Page) -> dict[str, torch.Tensor]:
+    keys, values = zip(*page.layers, strict=True)
+    spans = [(rank, s.start, s.length, s.step) for rank, of_rank in enumerate(page.layout.ranks) for s in of_rank]
+    return {
+        "before": torch.tensor(list(before.encode()), dtype=torch.uint8),
+        "tokens": torch.tensor(list(tokens)),
+        "begin": torch.tensor([page.layout.begins[0], page.layout.size]),
+        "spans": torch.tensor(spans),
+        "keys": torch.stack(keys).contiguous(),
+        "values": torch.stack(values).contiguous(),
+    }
+
+
+def _read(file: Path, device: torch.device) -> SavedPage | None:
+    """Return the page in ``file``; None unless its content has the checksum and the page name in the file's name."""
+    name, crc, *_ = file.name.split(".")
+    try:
+        content = file.read_bytes()
+        if f"{zlib.crc32(content):08x}" != crc:
+            return None
+        tensors = load(content)
+    except (OSError, SafetensorError):
+        return None
+    before, tokens = bytes(tensors["before"].tolist()).decode(), tuple(tensors["tokens"].tolist())
+    begin, size = tensors["begin"].tolist()
+    spans: list[list[Span]] = [[] for _ in range(size)]
+    for rank, *numbers in tensors["spans"].tolist():
+        spans[rank].append(Span(*numbers))
+    layout = Layout((len(tokens),), tuple(map(tuple, spans)), (begin,))
+    layers = zip(tensors["keys"].to(device), tensors["values"].to(device), strict=True)
+    return SavedPage(before, tokens, Page(layout, tuple(layers))) if page_name(before, tokens) == name else None

@@ -1,0 +1,60 @@
+"""A folder of saved pages: the file that says which model, mesh and page size they belong to."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from longctx.checksum import KEY, has_valid_checksum, with_checksum
+from longctx.hf.checkpoint import same_model
+
+VERSION = 1  # format of the files
+INDEX = "pages.json"
+
+
+@dataclass(frozen=True)
+class PageOrigin:
+    """The settings that saved pages depend on: the fingerprint of the model, its dtype, the mesh, tokens of a page."""
+
+    model: str
+    dtype: str
+    mesh: str
+    page: int
+    version: int = VERSION
+
+
+def refuse_other_pages(folder: Path, origin: PageOrigin, setting: str) -> None:
+    """Raise ValueError unless ``folder`` is new, empty or has pages of the same ``origin``; ``setting`` names it."""
+    if not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / INDEX).is_file()):
+        raise ValueError(f"{setting} exists and has no pages of a server: use another folder")
+    if not (folder / INDEX).is_file():
+        return
+    saved = _read(folder / INDEX, setting)
+    for name, value in asdict(origin).items():
+        if saved[name] != value and not (name == "model" and same_model(saved[name], value)):
+            raise ValueError(
+                f"{setting} has pages of {name} {saved[name]}, and this server's {name} is {value}: use another "
+                "folder, or the settings of the server that saved them"
+            )
+
+
+def _read(file: Path, setting: str) -> dict[str, Any]:
+    """Return the content of the index ``file``.  Raises ValueError if it has changed since it was written."""
+    try:
+        saved = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{setting}: {INDEX} is corrupt ({error}): delete the folder") from error
+    keys = {KEY, *(one.name for one in fields(PageOrigin))}
+    if not (isinstance(saved, dict) and has_valid_checksum(saved) and saved.keys() == keys):
+        raise ValueError(f"{setting}: {INDEX} has changed since it was written: delete the folder")
+    return saved
+
+
+def write_origin(folder: Path, origin: PageOrigin) -> None:
+    """Write the ``origin`` of the pages in ``folder``, which is made; the file appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    new = folder / f"{INDEX}.coming"
+    new.write_text(json.dumps(with_checksum(asdict(origin))))
+    new.replace(folder / INDEX)

@@ -1,0 +1,103 @@
+"""A rank's pages in memory and, if asked, on disk, where the next server finds them."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass, field
+
+import torch
+
+from longctx.attention.layout import Layout
+from longctx.infer.page_files import PageFiles, SavedPage
+from longctx.infer.pages import PageStore
+from longctx.infer.session import Session
+from longctx.infer.turn import Conversation
+from longctx.parallel.comm import Comm
+from longctx.serve.prefix_cache import ROOT, NewPage, StoredPage
+
+
+@dataclass(frozen=True)
+class Restored:
+    """The pages that all ranks had on disk, and the number of those that were lost: damaged or missing on a rank."""
+
+    pages: list[StoredPage] = field(default_factory=list)
+    lost: int = 0
+
+    def __str__(self) -> str:
+        lost = (
+            f"; {self.lost:,} more are damaged, or missing on a rank, and will be computed again" if self.lost else ""
+        )
+        return f"{len(self.pages):,} pages are on disk{lost}"
+
+
+class RankPages(PageStore):
+    """A `PageStore` that keeps the same pages in ``files``, if there are any (None: in memory only)."""
+
+    def __init__(self, session: Session, files: PageFiles | None = None) -> None:
+        ring = session.engine.ring
+        super().__init__(ring.rank, session.engine.shape.layers, ring.size)
+        self._device, self._files = session.engine.device, files
+        self._names = {ROOT: ""}  # by number
+
+    def copy_from(self, sequence: Conversation, new: NewPage) -> None:
+        """Copy the page ``new`` from the cache of ``sequence``, and save it."""
+        self.store(new.number, sequence.cache, new.begin, new.end)
+        if self._files:
+            tokens = sequence.tokens[new.begin : new.end]
+            name = self._files.write(self._names[new.before], tokens, self.page(new.number))
+            self._names[new.number] = name
+
+    def drop(self, page: int) -> None:
+        """Free ``page``, also on disk."""
+        super().drop(page)
+        if self._files:
+            self._files.delete([self._names.pop(page)])
+
+    def restore(self, world: Comm) -> Restored:
+        """Read the pages on disk; all ranks of ``world`` must call this, and number the same pages alike.
+
+        A page is usable if every rank has it, in the same layout, and all pages before it.  The files of other pages
+        are deleted, so that they are computed and saved again.
+        """
+        if not self._files:
+            return Restored()
+        saved = self._files.read(self._device)
+        layouts = {name: one.page.layout if one else None for name, one in saved.items()}
+        of_ranks = [pickle.loads(data) for data in gather_bytes(world, pickle.dumps(layouts), self._device)]
+        names = _usable(saved, of_ranks)
+        numbers = {"": ROOT} | {name: number for number, name in enumerate(names)}
+        pages = []
+        for number, name in enumerate(names):
+            one = saved[name]
+            assert one, "usable"
+            self.put(number, one.page)
+            self._names[number] = name
+            layout = one.page.layout
+            rows = [layout.rows(rank) for rank in range(layout.size)]
+            pages.append(StoredPage(number, numbers[one.before], one.tokens, rows))
+        self._files.delete(saved.keys() - numbers.keys())
+        return Restored(pages, len({name for layouts in of_ranks for name in layouts}) - len(names))
+
+
+def _usable(saved: dict[str, SavedPage | None], of_ranks: list[dict[str, Layout | None]]) -> list[str]:
+    """Return the names of usable pages, each after the page before it; ``of_ranks`` are the layouts on each rank."""
+    common = {
+        name: layout
+        for name, layout in of_ranks[0].items()
+        if layout and all(other.get(name) == layout for other in of_ranks)
+    }
+    usable = {"": None}
+    for name in sorted(common, key=lambda name: (common[name].begins[0], name)):
+        one = saved[name]
+        assert one, "every rank has it"
+        if one.before in usable:
+            usable[name] = None
+    return [*usable][1:]
+
+
+def gather_bytes(world: Comm, data: bytes, device: torch.device) -> list[bytes]:
+    """Return the ``data`` of every rank of ``world``."""
+    own = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
+    sizes = world.all_gather(torch.tensor([len(data)], device=device), [(1,)] * world.size)
+    parts = world.all_gather(own.to(device), [(int(size),) for size in sizes])
+    return [bytes(part.tolist()) for part in parts]
