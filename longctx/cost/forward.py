@@ -25,6 +25,7 @@ from longctx.cost.decode import (
 )
 from longctx.cost.machine import Degrees, Machine
 from longctx.cost.training import Decoder
+from longctx.cost.window import most_keys
 
 
 @dataclass(frozen=True)
@@ -189,12 +190,13 @@ def decode_cost(
 def _shared_rows_seconds(
     shape: Decoder, mesh: Degrees, machine: Machine, cached: Sequence[int], numbers: Numbers
 ) -> float:
-    """Return the seconds of attention if every context rank attends with all new rows to the keys that it caches."""
+    """Return the seconds of attention if every context rank attends with all new rows to its visible keys."""
     hardware = machine.kernel(mesh.ulysses * mesh.ring, mesh.tp, decodes=True)
     seconds = 0.0
     for work, layers in ring_works(shape, mesh, [1] * len(cached), cached, numbers):
-        arithmetic = work.flops / work.ranks / hardware.flops
-        seconds += layers * (hardware.block_s + max(arithmetic, work.kv_block_bytes / hardware.kv_bytes_per_s))
+        rows = sum(most_keys(total + 1, work.ranks, work.window) for total in cached)
+        arithmetic = 4 * work.head_dim * work.heads * rows / hardware.flops
+        seconds += layers * (hardware.block_s + max(arithmetic, rows * work.kv_row_bytes / hardware.kv_bytes_per_s))
     return seconds
 
 
