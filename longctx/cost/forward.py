@@ -24,6 +24,7 @@ from longctx.cost.decode import (
     product_seconds,
 )
 from longctx.cost.machine import Degrees, Machine
+from longctx.cost.reduction import message_bytes
 from longctx.cost.training import Decoder
 from longctx.cost.window import most_keys
 
@@ -33,11 +34,13 @@ class Numbers:
     """Sizes of numbers, in bytes, and the share of blocks that drop a reduction.
 
     ``element`` is the size of an activation, a cached key and a weight; ``ffn`` is the size of an FFN weight.
+    ``reduce`` is the dtype of the messages of tensor-parallel sums; "float32" is exact, with ``element`` bytes.
     """
 
     element: int = 2
     ffn: float = 2
     spd_share: float = 0.0
+    reduce: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def prefill_cost(
 
     ``in_session`` adds the machine's ``turn_s``, the time that keeping keys and values for later turns takes.
     """
-    stride = mesh.tp * mesh.ulysses
+    stride, machine = mesh.tp * mesh.ulysses, machine.shared_by(mesh)
     hardware = machine.kernel(mesh.ring, stride)
     exchange = machine.level(mesh.ulysses, mesh.tp).exchange
     attention = ring = ulysses = ring_bytes = exchange_bytes = 0.0
@@ -169,6 +172,7 @@ def decode_cost(
     The other strategies are the prefill strategies with T = 1.  No computation hides their communication: pass-Q takes
     N blocks, N - 1 hops and an all-to-all (arXiv 2411.01783, Table 8).
     """
+    machine = machine.shared_by(mesh)
     work, shares = decode_work(shape, mesh, len(cached), numbers), strategy == "sharded"
     level = machine.level(work.ranks, mesh.tp)
     # 1. Attention, and the exchanges between context ranks.
@@ -228,10 +232,14 @@ def _layers(
     read = (projections * numbers.element + ffn * numbers.ffn) * shape.layers / mesh.tp + head * numbers.element
     reductions = shape.layers * (2 - numbers.spd_share)
     size = rows * shape.hidden * numbers.element
+    sum_s = machine.all_reduce_seconds(size, mesh.tp)
+    if numbers.reduce != "float32" and mesh.tp > 1:
+        sum_s = machine.rounded_reduction_seconds(rows, shape.hidden, mesh.tp, numbers.reduce)
+        size = message_bytes(int(rows), shape.hidden, numbers.reduce)
     parts = {
         "products": (2 * weights * rows + 2 * head * sequences) / machine.gemm_flops,
         "weights": read / machine.memory_bytes_per_s,
-        "tp": reductions * machine.all_reduce_seconds(size, mesh.tp),
+        "tp": reductions * sum_s,
         "overhead": shape.layers * machine.layer_s,
     }
     return parts, reductions * 2 * (mesh.tp - 1) / mesh.tp * size
