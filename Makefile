@@ -1,4 +1,4 @@
-# make demo and make test set up their environment themselves.
+# make demo and make test set up their environment themselves; make env sets up nothing else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,10 +11,12 @@ OUT ?= outputs/gpu_check
 SEED ?= 1
 AT_ONCE := --numprocesses 3 --dist loadfile --no-loadscope-reorder --random-order --random-order-seed=$(SEED)
 
-.PHONY: help demo test test-fast test-gpu gpu gpu-check slurm triton lint format docs published clean
+.PHONY: help env demo test test-fast test-gpu gpu gpu-check slurm triton lint format docs published clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+env: $(READY) ## the environment in .venv, which the other targets make too
 
 demo: $(READY) ## a real model answers from a long real document, over 2 ranks; figures in outputs/demo/result.json
 	$(BIN)/python -m recipes.generate experiment=generate/demo

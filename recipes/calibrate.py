@@ -5,6 +5,7 @@ python -m recipes.calibrate out=laptop.yaml
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from longctx.config.run import KernelName
 from longctx.cost.forward import layer_weights
-from longctx.cost.hardware import Hardware, LayerRates
+from longctx.cost.hardware import Hardware, LayerRates, Link
 from longctx.parallel.launch import Rank
 from recipes.common.cli import console, main, on_ranks, threads_here, warm_up_ranks
 from recipes.common.manifest import record, refuse_other_recipe
@@ -25,7 +26,11 @@ from recipes.common.settings import top_level
 from recipes.common.target import Target, resolve_target
 
 if TYPE_CHECKING:
+    import torch
+
+    from longctx.attention.kernel import Kernel
     from longctx.megatron.runtime import Runtime
+    from longctx.parallel.comm import Comm
 
 
 RECIPE = "recipes.calibrate"
@@ -42,16 +47,32 @@ class CalibrateSettings:
 
 def measure_ring(runtime: Runtime, target: Target) -> Hardware:
     """Measure the ring's links and one rank's kernel, with the heads that a rank holds; every rank must call it."""
+    from longctx.parallel.measure.probe import probe
+
+    return probe(*_kernel_on_ring(runtime, target))
+
+
+def measure_backward(runtime: Runtime, target: Target) -> float:
+    """Measure a block's backward in forwards; on a GPU, return what its arithmetic says."""
+    from longctx.parallel.measure.probe import probe_backward
+
+    is_cpu = runtime.device.type == "cpu"
+    return probe_backward(*_kernel_on_ring(runtime, target)) if is_cpu else Hardware.backward
+
+
+def _kernel_on_ring(
+    runtime: Runtime, target: Target
+) -> tuple[Comm, Kernel, tuple[int, int], int, torch.dtype, torch.device]:
+    """Return the arguments of `probe`."""
     import torch
 
     from longctx.attention.backends import checked_kernel
-    from longctx.parallel.measure.probe import probe
 
     shape, share = target.shape, target.mesh.tp * target.mesh.ulysses
     heads = (shape.heads // share, max(1, shape.kv_heads // share))
     dtype, head_dim = target.model.dtype, shape.head_dim
     kernel = checked_kernel(target.context.kernel, runtime.device, dtype, head_dim, runtime.slowest)
-    return probe(runtime.ring, kernel, heads, shape.head_dim, getattr(torch, target.model.dtype), runtime.device)
+    return runtime.ring, kernel, heads, head_dim, getattr(torch, dtype), runtime.device
 
 
 def measure_layer(runtime: Runtime, target: Target) -> LayerRates | None:
@@ -81,7 +102,22 @@ def measure_layer(runtime: Runtime, target: Target) -> LayerRates | None:
 
     weights = sum(layer_weights(shape)) * shape.layers
     all_layers = probe_layer(runtime.world, forward, weights, dtype, runtime.device)
-    return replace(all_layers, layer_s=all_layers.layer_s / shape.layers)
+    return replace(all_layers, layer_s=all_layers.layer_s / shape.layers, reduce=measure_reduce(runtime))
+
+
+def measure_reduce(runtime: Runtime) -> Link | None:
+    """Measure a step of an all-reduce over the ranks that share gradients; None on a GPU, where calls return early.
+
+    A ring of n ranks takes 2 (n - 1) steps, each of which sends 1/n of the bytes.
+    """
+    from longctx.parallel.measure.all_reduce import time_all_reduce
+
+    group, ranks = runtime.groups.dp_cp, runtime.world.size
+    if runtime.device.type != "cpu" or group.size() != ranks:
+        return None
+    sizes = (2**10, 2**24)
+    small, large = (time_all_reduce(group, size, 5, runtime.device) / (2 * (ranks - 1)) for size in sizes)
+    return Link(small, (sizes[1] - sizes[0]) / ranks / max(large - small, 1e-9))
 
 
 def run_rank(rank: Rank, target: Target) -> Hardware:
@@ -92,7 +128,8 @@ def run_rank(rank: Rank, target: Target) -> Hardware:
 
     with target.runtime(rank) as runtime:
         peak = gemm_flops(runtime.world, getattr(torch, target.model.dtype), runtime.device)
-        return replace(measure_ring(runtime, target), peak_flops=peak, layer=measure_layer(runtime, target))
+        ring, layer = measure_ring(runtime, target), measure_layer(runtime, target)
+        return replace(ring, peak_flops=peak, layer=layer, backward=measure_backward(runtime, target))
 
 
 def show(constants: Hardware) -> None:
@@ -100,6 +137,7 @@ def show(constants: Hardware) -> None:
     table = Table(show_header=False, box=None)
     table.add_row("attention, wide blocks", f"{constants.flops / 1e9:,.1f} GFLOP/s a rank")
     table.add_row("keys and values, few rows", f"{constants.kv_bytes_per_s / 1e9:,.2f} GB/s a rank")
+    table.add_row("backward of a block, in forwards", f"{constants.backward:.1f}")
     table.add_row("launch of one more block", f"{constants.block_s * 1e6:,.0f} us")
     if constants.peak_flops:
         table.add_row("matrix products (peak for MFU)", f"{constants.peak_flops / 1e9:,.1f} GFLOP/s a rank")
@@ -107,6 +145,9 @@ def show(constants: Hardware) -> None:
         table.add_row("a layer's products, many rows", f"{layer.gemm_flops / 1e9:,.1f} GFLOP/s a rank")
         table.add_row("a layer's weights, one row", f"{layer.weight_bytes_per_s / 1e9:,.2f} GB/s a rank")
         table.add_row("overhead of a layer", f"{layer.layer_s * 1e6:,.0f} us")
+        if layer.reduce:
+            step = f"{layer.reduce.latency_s * 1e6:,.0f} us + {layer.reduce.bytes_per_s / 1e9:,.2f} GB/s"
+            table.add_row("a step of an all-reduce", step)
     for name, link in (("one hop of the ring", constants.hop), ("one all-to-all", constants.exchange)):
         table.add_row(name, f"{link.latency_s * 1e6:,.0f} us + {link.bytes_per_s / 1e9:,.2f} GB/s")
     table.add_row("overlap of compute and communication", f"{constants.overlap:.0%}")
@@ -145,6 +186,8 @@ def task(config: DictConfig) -> None:
         show(result)
         # Threads do not change a GPU's speed.
         threads = threads_here(target.run.threads, target.mesh) if target.run.device == "cpu" else None
+        if threads:
+            result = replace(result, ranks_at_once=max(1, len(os.sched_getaffinity(0)) // threads))
         metadata = {
             **provenance(),
             "mesh": str(target.mesh),

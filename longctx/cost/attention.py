@@ -181,11 +181,11 @@ def ulysses_seconds(work: Work, degree: int, link: Link) -> float:
 def backward_cost(work: Work, hardware: Hardware) -> Cost:
     """Return the cost of the backward, the same for every strategy: keys, values and their gradients pass a ring.
 
-    A flash backward has 5 matrix products and the forward has 2, so a block takes 2.5 times the forward's arithmetic.
+    A block takes ``hardware.backward`` times the forward's arithmetic.
     Keys and values make N - 1 hops.  The float32 sums of their gradients follow one hop later and make N hops.
     """
     start = start_seconds(work, hardware)
-    backward = start + 2.5 * (block_seconds(work, hardware) - start)
+    backward = start + hardware.backward * (block_seconds(work, hardware) - start)
     keys = [rows * work.kv_row_bytes for rows in work.reach.kv_hops]
     *sums, last = [rows * work.kv_row_bytes * 4 / work.element_bytes for rows in work.reach.sum_hops] or [0.0]
     sent = [a + b for a, b in zip(keys, sums, strict=True)]

@@ -24,7 +24,9 @@ from longctx.cost.decode import (
     product_seconds,
 )
 from longctx.cost.machine import Degrees, Machine
+from longctx.cost.reduction import message_bytes
 from longctx.cost.training import Decoder
+from longctx.cost.window import most_keys
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,13 @@ class Numbers:
     """Sizes of numbers, in bytes, and the share of blocks that drop a reduction.
 
     ``element`` is the size of an activation, a cached key and a weight; ``ffn`` is the size of an FFN weight.
+    ``reduce`` is the dtype of the messages of tensor-parallel sums; "float32" is exact, with ``element`` bytes.
     """
 
     element: int = 2
     ffn: float = 2
     spd_share: float = 0.0
+    reduce: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def prefill_cost(
 
     ``in_session`` adds the machine's ``turn_s``, the time that keeping keys and values for later turns takes.
     """
-    stride = mesh.tp * mesh.ulysses
+    stride, machine = mesh.tp * mesh.ulysses, machine.shared_by(mesh)
     hardware = machine.kernel(mesh.ring, stride)
     exchange = machine.level(mesh.ulysses, mesh.tp).exchange
     attention = ring = ulysses = ring_bytes = exchange_bytes = 0.0
@@ -168,6 +172,7 @@ def decode_cost(
     The other strategies are the prefill strategies with T = 1.  No computation hides their communication: pass-Q takes
     N blocks, N - 1 hops and an all-to-all (arXiv 2411.01783, Table 8).
     """
+    machine = machine.shared_by(mesh)
     work, shares = decode_work(shape, mesh, len(cached), numbers), strategy == "sharded"
     level = machine.level(work.ranks, mesh.tp)
     # 1. Attention, and the exchanges between context ranks.
@@ -189,12 +194,13 @@ def decode_cost(
 def _shared_rows_seconds(
     shape: Decoder, mesh: Degrees, machine: Machine, cached: Sequence[int], numbers: Numbers
 ) -> float:
-    """Return the seconds of attention if every context rank attends with all new rows to the keys that it caches."""
+    """Return the seconds of attention if every context rank attends with all new rows to its visible keys."""
     hardware = machine.kernel(mesh.ulysses * mesh.ring, mesh.tp, decodes=True)
     seconds = 0.0
     for work, layers in ring_works(shape, mesh, [1] * len(cached), cached, numbers):
-        arithmetic = work.flops / work.ranks / hardware.flops
-        seconds += layers * (hardware.block_s + max(arithmetic, work.kv_block_bytes / hardware.kv_bytes_per_s))
+        rows = sum(most_keys(total + 1, work.ranks, work.window) for total in cached)
+        arithmetic = 4 * work.head_dim * work.heads * rows / hardware.flops
+        seconds += layers * (hardware.block_s + max(arithmetic, rows * work.kv_row_bytes / hardware.kv_bytes_per_s))
     return seconds
 
 
@@ -226,10 +232,14 @@ def _layers(
     read = (projections * numbers.element + ffn * numbers.ffn) * shape.layers / mesh.tp + head * numbers.element
     reductions = shape.layers * (2 - numbers.spd_share)
     size = rows * shape.hidden * numbers.element
+    sum_s = machine.all_reduce_seconds(size, mesh.tp)
+    if numbers.reduce != "float32" and mesh.tp > 1:
+        sum_s = machine.rounded_reduction_seconds(rows, shape.hidden, mesh.tp, numbers.reduce)
+        size = message_bytes(int(rows), shape.hidden, numbers.reduce)
     parts = {
         "products": (2 * weights * rows + 2 * head * sequences) / machine.gemm_flops,
         "weights": read / machine.memory_bytes_per_s,
-        "tp": reductions * machine.all_reduce_seconds(size, mesh.tp),
+        "tp": reductions * sum_s,
         "overhead": shape.layers * machine.layer_s,
     }
     return parts, reductions * 2 * (mesh.tp - 1) / mesh.tp * size

@@ -49,12 +49,14 @@ class LayerRates:
     * ``weight_bytes_per_s``: the rate of reading weights with one row.
     * ``layer_s``: the overhead of a layer, which does not depend on the rows.
     * ``gather``: an all-gather of few rows, as in decoding.
+    * ``reduce``: a step of a ring all-reduce; None takes the links of the ring.
     """
 
     gemm_flops: float
     weight_bytes_per_s: float
     layer_s: float
     gather: Link
+    reduce: Link | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Hardware:
     * ``empirical``: the fitted (alpha, beta, gamma) of arXiv 2411.01783, App. D; None if they were not fitted.
     * ``peak_flops``: peak FLOP/s of matrix products in the training dtype, the denominator of MFU; None if unknown.
     * ``layer``: performance outside attention; None if it was not measured.
+    * ``backward``: time of a block's backward, in forwards: 2.5 by arithmetic (5 matrix products against 2).
+    * ``ranks_at_once``: ranks that the machine's cores run at once; more take turns.  None if each has a device.
 
     Raises ValueError for a rate that is not positive, and for an ``overlap`` outside 0 to 1.
     """
@@ -84,12 +88,16 @@ class Hardware:
     empirical: tuple[float, float, float] | None = None
     peak_flops: float | None = None
     layer: LayerRates | None = None
+    ranks_at_once: int | None = None
+    backward: float = 2.5
 
     def __post_init__(self) -> None:
-        for name in ("flops", "kv_bytes_per_s", "peak_flops"):
+        for name in ("flops", "kv_bytes_per_s", "peak_flops", "backward"):
             rate = getattr(self, name)
             if rate is not None and rate <= 0:
                 raise ValueError(f"hardware {name}={rate} is not a rate; use a number above 0")
+        if self.ranks_at_once is not None and self.ranks_at_once < 1:
+            raise ValueError(f"hardware ranks_at_once={self.ranks_at_once}: use 1 or more")
         if not 0 <= self.overlap <= 1:
             raise ValueError(f"hardware overlap={self.overlap} is not a share; use a number from 0 to 1")
 
@@ -110,7 +118,10 @@ def hardware_of(values: Any, source: str) -> Hardware:
             empirical = (alpha, beta, gamma)
         peak = values.get("peak_flops")
         peak = None if peak is None else float(peak)
-        return Hardware(flops, kv, block_s, hop, exchange, overlap, empirical, peak, _layer_of(values.get("layer")))
+        layer, at_once = _layer_of(values.get("layer")), values.get("ranks_at_once")
+        at_once = None if at_once is None else int(at_once)
+        backward = float(values.get("backward", Hardware.backward))
+        return Hardware(flops, kv, block_s, hop, exchange, overlap, empirical, peak, layer, at_once, backward)
     except KeyError as missing:
         raise ValueError(f"{source} has no field {missing}; {fix}") from missing
     except (AttributeError, TypeError, ValueError) as error:
@@ -122,4 +133,5 @@ def _layer_of(values: Mapping[str, Any] | None) -> LayerRates | None:
         return None
     refuse_unknown(values, [one.name for one in fields(LayerRates)], "layer")
     gemm, read, layer_s = (float(values[name]) for name in ("gemm_flops", "weight_bytes_per_s", "layer_s"))
-    return LayerRates(gemm, read, layer_s, link_of(values["gather"]))
+    reduce = link_of(values["reduce"]) if values.get("reduce") else None
+    return LayerRates(gemm, read, layer_s, link_of(values["gather"]), reduce)

@@ -5,12 +5,12 @@ that ``python -m recipes.calibrate`` writes on one node.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from math import prod
 from typing import Any, Protocol, runtime_checkable
 
 from longctx.cost.hardware import Hardware, Link, hardware_of, link_of, refuse_unknown
-from longctx.cost.reduction import all_reduce_seconds
+from longctx.cost.reduction import all_reduce_seconds, reduction_seconds
 
 
 @runtime_checkable
@@ -40,7 +40,8 @@ class Level:
 
     ``name`` is shown to the user, for example "within a node".  ``step_s`` is the latency of one step of an all-reduce.
     It can be less than a hop's, because all steps run in one kernel; None uses the latency of a hop.  ``gather`` is an
-    all-gather of few rows, as in decoding; None uses ``exchange``.
+    all-gather of few rows, as in decoding; None uses ``exchange``.  ``reduce`` is a step of an all-reduce; None uses
+    ``step_s`` and the rate of ``exchange``.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Level:
     exchange: Link
     step_s: float | None = None
     gather: Link | None = None
+    reduce: Link | None = None
 
     @property
     def gather_link(self) -> Link:
@@ -58,11 +60,15 @@ class Level:
     @property
     def reduce_step_s(self) -> float:
         """Return the latency of one step of an all-reduce."""
+        if self.reduce:
+            return self.reduce.latency_s
         return self.hop.latency_s if self.step_s is None else self.step_s
 
     @property
     def reduce_bytes_per_s(self) -> float:
         """Return the bytes/s that a rank's link carries in a large all-reduce within one block of this level."""
+        if self.reduce:
+            return self.reduce.bytes_per_s
         return self.exchange.bulk.bytes_per_s if self.exchange.bulk else self.exchange.bytes_per_s
 
 
@@ -94,6 +100,8 @@ class Machine:
     * ``peak_flops``: the denominator of MFU.  ``ffn_element_bytes``: size of an FFN weight, 1 if measured with FP8.
     * ``partial_element_bytes``: see `longctx.cost.attention.Work`.
     * ``errors``: accuracy for each kind of work that has published times.
+    * ``backward``: time of the backward of a block of attention, in forwards.
+    * ``ranks_at_once``: ranks that compute at once, if ranks share the cores of a CPU; None sets no limit.
     """
 
     levels: Sequence[Level]
@@ -112,6 +120,8 @@ class Machine:
     ffn_element_bytes: float | None = None
     partial_element_bytes: int = 4
     errors: Mapping[str, Accuracy] = field(default_factory=dict)
+    ranks_at_once: int | None = None
+    backward: float = 2.5
 
     def __post_init__(self) -> None:
         if not self.levels:
@@ -121,6 +131,27 @@ class Machine:
                 raise ValueError(f"{name}={getattr(self, name)}: use a number above 0")
         if not 0 <= self.overlap <= 1:
             raise ValueError(f"overlap={self.overlap} is not a share; use a number from 0 to 1")
+
+    def shared_by(self, mesh: Degrees) -> "Machine":
+        """Return the machine as each rank of ``mesh`` sees it: more ranks than `ranks_at_once` take turns on the cores.
+
+        Each of R ranks then has 1 / (R / `ranks_at_once`) of a core.  The time of its own work grows by this factor.
+        """
+        ranks = mesh.tp * mesh.ulysses * mesh.ring * mesh.dp * mesh.pp
+        turns = ranks / self.ranks_at_once if self.ranks_at_once else 1.0
+        if turns <= 1:
+            return self
+        rates = ("gemm_flops", "attention_flops", "memory_bytes_per_s", "kv_bytes_per_s")
+        times = ("block_s", "step_s", "layer_s", "turn_s")
+        scaled = {name: getattr(self, name) / turns for name in rates}
+        scaled |= {name: getattr(self, name) * turns for name in times}
+        return replace(self, **scaled, overlap=0.0, ranks_at_once=None)
+
+    def with_links(self, latency_s: float, bytes_per_s: float) -> "Machine":
+        """Return the machine with slower links: each message takes ``latency_s`` more, at ``bytes_per_s`` at most."""
+        hop = self.levels[0].hop
+        link = Link(hop.latency_s + latency_s, min(hop.bytes_per_s, bytes_per_s))
+        return replace(self, levels=[Level("between hosts", 2**31, link, link)])
 
     def level(self, ranks: int, stride: int) -> Level:
         """Return the first level that spans a group of ``ranks`` that are ``stride`` apart, or else the last level."""
@@ -148,6 +179,7 @@ class Machine:
             level.hop,
             level.exchange,
             0.0 if decodes else self.overlap,
+            backward=self.backward,
         )
 
     def all_reduce_seconds(self, size: float, ranks: int, stride: int = 1) -> float:
@@ -169,6 +201,14 @@ class Machine:
             latency += 2 * (nodes - 1) * outer.reduce_step_s
         return latency + all_reduce_seconds(size, ranks, 0.0, rate)
 
+    def rounded_reduction_seconds(self, rows: float, width: int, ranks: int, dtype: str) -> float:
+        """Return the seconds of summing ``rows`` x ``width`` values of neighbouring ranks with messages of ``dtype``.
+
+        Rounding itself takes no time in this model.
+        """
+        level = self.level(ranks, 1)
+        return reduction_seconds(int(rows), width, ranks, level.reduce_step_s, level.reduce_bytes_per_s, dtype)
+
 
 def machine_of(values: Any, source: str) -> Machine:
     """Return the `Machine` in the parsed YAML ``values`` of configs/machine/ or of recipes.calibrate.
@@ -187,7 +227,7 @@ def machine_of(values: Any, source: str) -> Machine:
             for work, one in (values.get("errors") or {}).items()
         }
         # 2. Convert the numbers.
-        whole = ("gpus_per_node", "partial_element_bytes")
+        whole = ("gpus_per_node", "partial_element_bytes", "ranks_at_once")
         others = ("fitted", "levels", "errors")
         given = {name: value for name, value in values.items() if name not in others and value is not None}
         plain: dict[str, Any] = {name: (int if name in whole else float)(value) for name, value in given.items()}
@@ -209,6 +249,7 @@ def _level_of(values: Mapping[str, Any]) -> Level:
         exchange=link_of(values["exchange"]),
         step_s=None if values.get("step_s") is None else float(values["step_s"]),
         gather=link_of(values["gather"]) if values.get("gather") else None,
+        reduce=link_of(values["reduce"]) if values.get("reduce") else None,
     )
 
 
@@ -221,7 +262,7 @@ def _one_node(measured: Hardware, source: str) -> Machine:
             "out=FILE.yaml, on a mesh with mesh.tp=1 and with a dense model"
         )
     return Machine(
-        levels=[Level("between ranks", 2**31, measured.hop, measured.exchange, gather=layer.gather)],
+        levels=[Level("between ranks", 2**31, measured.hop, measured.exchange, None, layer.gather, layer.reduce)],
         gpus_per_node=2**31,
         gemm_flops=layer.gemm_flops,
         attention_flops=measured.flops,
@@ -232,4 +273,6 @@ def _one_node(measured: Hardware, source: str) -> Machine:
         step_s=0.0,
         layer_s=layer.layer_s,
         peak_flops=measured.peak_flops,
+        ranks_at_once=measured.ranks_at_once,
+        backward=measured.backward,
     )

@@ -25,9 +25,10 @@ def inference_bytes(
     two float32 partials: the total, and the tile that is merged into it.  The feed-forward network has the residual
     stream, gate, up, their product and the output.
 
-    Only the last row of each sequence has logits: a rank's shard, and the whole row that it gathers.  Several sequences
-    copy one layer's keys and values into one tensor.  Pass-Q packs a partial for each rank.  With ``sharded``, a rank
-    gathers all parts of a sum of hidden states.  Workspace inside a kernel is left out, such as the float32 copies of
+    Only the last row of each sequence has logits: a rank's shard, and the whole row that it gathers.  Pass-KV, pass-Q
+    and all-gather copy one layer's keys and values of several sequences into one tensor.  Pass-Q packs a partial for
+    each rank.  With ``sharded``, a rank gathers all parts of a sum of hidden states.  Windows do not shrink the cache:
+    a session keeps all rows of every layer.  Workspace inside a kernel is left out, such as the float32 copies of
     16-bit inputs on a CPU.
 
     Raises ValueError for an unknown strategy.
@@ -45,7 +46,7 @@ def inference_bytes(
     for work, layers in ring_works(shape, mesh, new, cached, numbers):
         fixed["kv_cache"] += layers * work.kv_block_bytes
         buffers = max(buffers, _buffers(work, strategy))
-        copied = max(copied, work.kv_block_bytes if len(new) > 1 else 0.0)
+        copied = max(copied, work.kv_block_bytes if len(new) > 1 and strategy not in SHARED_ROWS else 0.0)
         packed = buffers if strategy == "pass_q" else 0.0
     summed = rows * e * shape.hidden * mesh.tp * mesh.ulysses * mesh.ring if strategy == "sharded" else 0.0
     logits = len(new) * shape.vocab_size * (1 + 1 / mesh.tp) * max(e, 4.0)
@@ -58,11 +59,17 @@ def inference_bytes(
 
 
 def _buffers(work: Work, strategy: str) -> float:
-    """Return the bytes in flight for one layer: two blocks of a ring, or one block or partial of each rank."""
+    """Return the bytes in flight for one layer; under a window, those of the rows that it reaches.
+
+    These are two blocks of a ring (`pass_kv`, the backward), the blocks of all ranks and the own one packed
+    (`all_gather_kv`), or a partial of each rank.
+    """
+    reach, block = work.reach, work.kv_block_bytes
+    partials = (work.new_total / work.ranks + reach.q_rows) * work.partial_row_bytes
     in_flight = {
-        "pass_kv": 2 * work.kv_block_bytes,
-        "pass_q": work.partial_bytes * work.ranks / max(1, work.ranks - 1),
-        "all_gather_kv": work.ranks * work.kv_block_bytes,
+        "pass_kv": 2 * max(reach.kv_hops, default=0.0) * work.kv_row_bytes,
+        "pass_q": partials,
+        "all_gather_kv": 2 * block + reach.kv_rows * work.kv_row_bytes,
         "gather_merge": work.partial_bytes * work.ranks,
         "sharded": work.partial_bytes * work.ranks / max(1, work.ranks - 1),
     }
@@ -170,15 +177,20 @@ def _pass_moments(
     yield {"activations": activations, "logits": waiting, "communication": gathered}
     # 5. Its attention.
     new, cached = [work.length] * work.sequences, [0] * work.sequences
-    one = next(ring_works(shape, mesh, new, cached, numbers))[0]
+    works = [one for one, _ in ring_works(shape, mesh, new, cached, numbers)]
     projected = rows * shape.heads / mesh.tp * shape.head_dim * numbers.element  # the output projection's input: free
     free = rows * (ffn + norm) + projected
-    activations = others + rows * (whole + stream) - free + 2 * output + _attention_gradients(one) + gathered
-    sums = one.kv_block_bytes * 4 / numbers.element if one.ranks > 1 else 0.0
-    buffers = gathered + max(_buffers(one, strategy), _buffers(one, "pass_kv") + sums)
+    activations = others + rows * (whole + stream) - free + 2 * output + _attention_gradients(works[0]) + gathered
+    buffers = gathered + max(max(_buffers(one, strategy), _backward_buffers(one)) for one in works)
     yield {"activations": activations, "logits": waiting, "communication": buffers}
     # 6. The end of the backward: the embedding's gradient, and its sum with the one that waits.
     yield {"activations": weight * numbers.element + waiting, "logits": waiting, "communication": gathered}
+
+
+def _backward_buffers(work: Work) -> float:
+    """Return the bytes in flight in the backward of one layer: keys and values, and float32 sums of their gradients."""
+    sums = max(work.reach.sum_hops, default=0.0) * work.kv_row_bytes * 4 / work.element_bytes
+    return _buffers(work, "pass_kv") + sums
 
 
 def _attention_gradients(work: Work) -> float:

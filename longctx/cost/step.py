@@ -57,6 +57,7 @@ def step_cost(
 ) -> PassCost:
     """Return the cost of a training step of ``work`` on one rank."""
     # 1. One micro-batch through this stage's layers.
+    machine = machine.shared_by(mesh)
     attention, sent = _attention(shape, mesh, machine, work, strategy, numbers)
     products, tp_s, tp_bytes = _products(shape, mesh, machine, work, numbers)
     overhead = shape.layers / mesh.pp * (3 * machine.layer_s + 2 * mesh.ring * machine.step_s)
@@ -107,7 +108,8 @@ def _attention(
     new, cached = [work.length] * work.sequences, [0] * work.sequences
     for one, all_layers in ring_works(shape, mesh, new, cached, numbers, machine.partial_element_bytes):
         layers = all_layers / mesh.pp
-        blocks = mesh.ring * (3.5 * block_seconds(one, hardware) - 1.5 * start_seconds(one, hardware))
+        start, again = start_seconds(one, hardware), machine.backward
+        blocks = mesh.ring * ((1 + again) * block_seconds(one, hardware) + (1 - again) * start)
         passes = COSTS[strategy](one, hardware), backward_cost(one, hardware)
         seconds["attention"] += layers * blocks
         seconds["ring"] += layers * (sum(cost.seconds for cost in passes) - blocks)

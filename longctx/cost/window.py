@@ -62,6 +62,21 @@ def reach_of(new: tuple[int, ...], cached: tuple[int, ...], ranks: int, window: 
     )
 
 
+def most_keys(total: int, ranks: int, window: int | None) -> float:
+    """Return the keys that the last of ``total`` tokens sees on the rank that has the most of them.
+
+    The other ranks wait for this one.  Rank r has chunks r and 2 N - 1 - r; a window is the last w positions.
+    """
+    if window is None:
+        return total / ranks
+    chunk, seen = total / (2 * ranks), min(window, total)
+
+    def of_chunk(after: int) -> float:
+        return min(chunk, max(0.0, seen - after * chunk))
+
+    return max(of_chunk(rank) + of_chunk(2 * ranks - 1 - rank) for rank in range(ranks))
+
+
 @dataclass(frozen=True)
 class _Chunk:
     """Positions ``begin`` to ``end`` (exclusive) of ``rank``, in units of 1 / (2 N) position."""

@@ -34,6 +34,7 @@ from recipes.common.target import Target, resolve_target
 if TYPE_CHECKING:
     from longctx.infer.engine import Engine
     from longctx.megatron.runtime import Runtime
+    from longctx.spd.plan import SPDPlan
 
 Work = Callable[[], object]
 Part = Literal["attention", "model"]
@@ -183,8 +184,11 @@ def model_works(job: PrefillJob, length: int, runtime: Runtime) -> dict[str, Wor
     return {"one": prefill_on(alone), "ring": prefill_on(engine), "silent": prefill_on(silent)}
 
 
-def build_shallow_engine(runtime: Runtime, target: Target, layers: int) -> Engine:
-    """Return the model with its first ``layers`` only, and random weights; all layers take the same time."""
+def build_shallow_engine(runtime: Runtime, target: Target, layers: int, plan: SPDPlan | None = None) -> Engine:
+    """Return the model with its first ``layers`` only, and random weights; all layers take the same time.
+
+    ``plan`` has the blocks that drop a reduction.
+    """
     from longctx.attention.backends import kernel_for
     from longctx.infer.engine import Engine
     from longctx.megatron.hf_io import load as hf_load
@@ -193,7 +197,7 @@ def build_shallow_engine(runtime: Runtime, target: Target, layers: int) -> Engin
 
     shape = target.shape.first(layers)
     dtype = getattr(torch, target.model.dtype)
-    net = build_model(shape, runtime.groups, dtype=dtype, layers="local", device=runtime.device)
+    net = build_model(shape, runtime.groups, dtype=dtype, layers="local", device=runtime.device, plan=plan)
     hf_load.load(net, RandomInit(shape, seed=0), shape)
     comms = (runtime.tp, runtime.ulysses, runtime.ring, runtime.context)
     return Engine(net, shape, kernel_for("auto", runtime.device.type, target.model.dtype), *comms)

@@ -1,46 +1,40 @@
-"""Time of prefill, decoding and training steps on several meshes: measured, and predicted by the cost model.
+"""Time of prefill, decoding and training steps on meshes and networks: measured, and predicted by the cost model.
 
 python -m recipes.bench times hardware=laptop.yaml json=times.json
+python -m recipes.bench times hardware=laptop.yaml json=times.json only=[networks]   # adds a group to the file
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import mean, median
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import groupby
+from pathlib import Path
+from statistics import median
+from typing import Any
 
 from omegaconf import DictConfig
-from pydantic import NonNegativeInt, PositiveInt
-from rich.table import Table
+from pydantic import PositiveInt
 
-from longctx.config import Mesh
-from longctx.cost.decode import SHARED_ROWS
 from longctx.cost.forward import Numbers, decode_cost, prefill_cost
 from longctx.cost.machine import Machine
 from longctx.cost.step import step_cost
-from longctx.parallel.launch import Rank
 from longctx.parallel.validate import refuse_unfit
-from recipes.bench.prefill import build_shallow_engine
-from recipes.bench.timing import make_random_cache, measure_in_rounds, time_on_ranks
-from recipes.common.cli import console, on_ranks, say, warm_up_ranks, write_result
+from recipes.bench.host_call import call_on_hosts
+from recipes.bench.hosts import bits_per_s, refuse_hosts
+from recipes.bench.timed_run import TimedRun, dropped_share, measure, measure_all
+from recipes.bench.times_report import Row, draw_times, merge, page_of, show
+from recipes.common.cli import is_first, on_ranks, say, warm_up_ranks, write_result
 from recipes.common.hardware_file import read_machine, refuse_other_threads
 from recipes.common.places import refuse_unwritable
 from recipes.common.predicted import ELEMENT_BYTES
 from recipes.common.provenance import provenance
 from recipes.common.settings import as_config, as_dict, sections, top_level
 from recipes.common.train_job import TrainJob, refuse_unsplit, resolve_train_job
-from recipes.common.train_loop import build_state
 from recipes.common.train_memory import step_work
 from recipes.common.train_task import WARM
 
-if TYPE_CHECKING:
-    from longctx.infer.engine import Engine
-    from longctx.infer.session import Session
-    from longctx.megatron.runtime import Runtime
-
 RECIPE = "recipes.bench times"
-STEPS = 4  # decoded tokens of a round
 
 
 @dataclass(frozen=True)
@@ -48,44 +42,11 @@ class TimesSettings:
     """Settings of configs/bench/times.yaml that a training run does not have, other than the list ``runs``."""
 
     hardware: str
+    only: tuple[str, ...] = ()
     rounds: PositiveInt = 3
     json: str | None = None
-
-
-@dataclass(frozen=True)
-class TimedRun:
-    """Work to time, and its mesh; ``strategy`` is that of the prefill, of decoding, or of a training step.
-
-    A prefill has ``data.length`` new tokens after ``cached`` ones; a decoded token follows ``cached`` ones.
-    """
-
-    work: Literal["prefill", "decode", "train"]
-    tp: PositiveInt = 1
-    ulysses: PositiveInt = 1
-    ring: PositiveInt = 1
-    dp: PositiveInt = 1
-    strategy: Literal["pass_kv", "pass_q", "all_gather_kv", "gather_merge", "sharded"] = "pass_kv"
-    cached: NonNegativeInt = 0
-
-    def __post_init__(self) -> None:
-        if self.work != "decode" and self.strategy in SHARED_ROWS:
-            raise ValueError(f"work={self.work} has no strategy={self.strategy}: use work=decode")
-        if self.work != "train" and self.dp > 1:
-            raise ValueError(f"work={self.work} has no dp={self.dp}: use work=train")
-        if (self.cached == 0) if self.work == "decode" else (self.work == "train" and self.cached):
-            raise ValueError(
-                f"work={self.work} cached={self.cached}: decode needs cached tokens, and train has none; use "
-                f"cached={'1024' if self.work == 'decode' else '0'}"
-            )
-
-    @property
-    def mesh(self) -> Mesh:
-        """Mesh of the run."""
-        return Mesh(self.tp, self.ulysses, self.ring, self.dp)
-
-    def __str__(self) -> str:
-        cached = f" after {self.cached:,}" if self.cached else ""
-        return f"{self.work}{cached}, {self.mesh}{f', {self.strategy}' if self.mesh.context > 1 else ''}"
+    markdown: str | None = None
+    picture: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,10 +62,16 @@ class TimesJob:
 def prepare(config: DictConfig) -> TimesJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
     values = as_dict(config)
-    own = ("hardware", "rounds", "json")
+    own = ("hardware", "only", "rounds", "json", "markdown", "picture")
     settings = top_level(as_config({name: values[name] for name in own}), TimesSettings)
-    refuse_unwritable(settings.json, "json")
+    for name, suffixes in (("json", (".json",)), ("markdown", (".md",)), ("picture", (".svg", ".png", ".pdf"))):
+        refuse_unwritable(getattr(settings, name), name, suffixes)
     runs = sections(config, "runs", TimedRun)
+    groups = sorted({run.group for run in runs})
+    if unknown := [name for name in settings.only if name not in groups]:
+        raise ValueError(f"only={list(settings.only)}: there is no group {unknown[0]}; use {', '.join(groups)}")
+    runs = tuple(run for run in runs if run.group in (settings.only or groups))
+    refuse_no_hosts(runs)
     plain = {name: value for name, value in values.items() if name not in (*own, "runs")}
     job = resolve_train_job(as_config({**plain, "hardware": None}), RECIPE, from_scratch=True)
     if job.target.shape.mixture:
@@ -112,9 +79,22 @@ def prepare(config: DictConfig) -> TimesJob:
     return TimesJob(settings, read_machine(settings.hardware), runs, tuple(_job_of(job, run) for run in runs))
 
 
+def refuse_no_hosts(runs: Sequence[TimedRun]) -> None:
+    """Raise ValueError if this machine cannot emulate the hosts of ``runs``, with the groups that need none."""
+    without = dict.fromkeys(run.group for run in runs if not run.rate)
+    for run in runs:
+        try:
+            if run.rate:
+                refuse_hosts(run.mesh.ranks, run.rate, run.mesh)
+        except ValueError as error:
+            raise ValueError(
+                f"group {run.group} needs emulated hosts; use only=[{','.join(without)}] ({error})"
+            ) from error
+
+
 def _job_of(job: TrainJob, run: TimedRun) -> TrainJob:
     """Return ``job`` on the mesh of ``run``, with one sequence for each data-parallel rank."""
-    data = replace(job.data, batch=run.dp)
+    data = replace(job.data, batch=run.dp, length=run.new or job.data.length)
     refuse_unfit(run.mesh, job.target.shape)
     refuse_unsplit(run.mesh, job.target.shape, data)
     chosen: dict[str, Any] = {"decode" if run.work == "decode" else "strategy": run.strategy}
@@ -123,9 +103,14 @@ def _job_of(job: TrainJob, run: TimedRun) -> TrainJob:
 
 
 def predict(machine: Machine, job: TrainJob, run: TimedRun) -> Mapping[str, float]:
-    """Return the predicted seconds of ``run`` by part."""
+    """Return the predicted seconds of ``run`` by part.
+
+    On emulated hosts, the links have the nominal rate and latency; the latency of a message on loopback is added.
+    """
     target, size = job.target, ELEMENT_BYTES[job.target.model.dtype]
-    shape, mesh, numbers = target.shape, target.mesh, Numbers(size, size)
+    shape, mesh, numbers = target.shape, target.mesh, Numbers(size, size, dropped_share(job, run), run.reduce)
+    if run.rate:
+        machine = machine.with_links(run.latency_us * 1e-6, bits_per_s(run.rate) / 8)
     if run.work == "decode":
         return decode_cost(shape, mesh, machine, [run.cached], run.strategy, numbers).parts
     if run.work == "prefill":
@@ -133,108 +118,62 @@ def predict(machine: Machine, job: TrainJob, run: TimedRun) -> Mapping[str, floa
     return step_cost(shape, mesh, machine, step_work(job), run.strategy, numbers).parts
 
 
-def measure(rank: Rank, job: TrainJob, run: TimedRun, rounds: int) -> list[float]:
-    """Return the slowest rank's seconds of ``run`` in each round, after a warm-up round."""
-    with job.target.runtime(rank, training=run.work == "train") as runtime:
-        if run.work == "train":
-            work, steps = train_step_of(runtime, job), 1
-        else:
-            engine = build_shallow_engine(runtime, job.target, job.target.shape.layers)
-            if run.work == "prefill":
-                work, steps = prefill_of(engine, job, run), 1
-            else:
-                work, steps = decode_of(runtime, engine, job, run), STEPS
-        (times,) = measure_in_rounds([run], rounds, lambda _: time_on_ranks(runtime.world, work) / steps)
-        return times.timed
-
-
-def train_step_of(runtime: Runtime, job: TrainJob) -> Callable[[], object]:
-    """Return a function that takes a training step on the first batch."""
-    from longctx.attention.backends import kernel_for
-    from longctx.data.batches import training_batches
-    from longctx.hf.config import tokenizer_of
-    from longctx.parallel.strategy import STRATEGIES
-    from longctx.train.step import ContextParallel, train_step
-
-    target, dp = job.target, runtime.groups.dp
-    state, kernel = build_state(runtime, job), kernel_for(target.context.kernel, "cpu", target.model.dtype)
-    parallelism = ContextParallel(
-        job.data.length, target.context.layout, kernel, STRATEGIES[target.context.strategy], False
-    )
-    batch, _ = next(training_batches(job.data, tokenizer_of(target.folder), dp.rank(), dp.size())(None))
-    return lambda: train_step(state, batch, runtime, parallelism)
-
-
-def prefill_of(engine: Engine, job: TrainJob, run: TimedRun) -> Callable[[], object]:
-    """Return a function that prefills ``data.length`` tokens after ``run.cached`` random keys and values."""
-    import torch
-
-    from longctx.attention.layout import zigzag
-    from longctx.infer.engine import next_logits
-    from longctx.infer.prefill import run_pass
-    from longctx.parallel.strategy import STRATEGIES
-
-    new = job.data.length
-    cache = make_random_cache(engine, run.cached, run.cached + new) if run.cached else engine.cache(new)
-    before, layout = cache.layout, zigzag(new, engine.ring.size).split(engine.ulysses.size)
-    tokens = torch.arange(new).remainder(engine.shape.vocab_size)
-
-    def prefill() -> None:
-        hidden = run_pass(engine, tokens, layout, cache, engine.everywhere(STRATEGIES[run.strategy]))
-        next_logits(engine, hidden[-1:])
-        cache.rewind(before)
-
-    return prefill
-
-
-def decode_of(runtime: Runtime, engine: Engine, job: TrainJob, run: TimedRun) -> Callable[[], object]:
-    """Return a function that decodes `STEPS` tokens after ``run.cached`` random keys and values."""
-    from longctx.config import Sampling
-    from longctx.infer.session import Session
-    from longctx.infer.turn import Conversation
-    from longctx.megatron.shared import share_weights
-
-    if run.strategy == "sharded":
-        share = share_weights(engine.model, engine.shape, runtime.context, runtime.tp_context)
-        engine = replace(engine, share=share)
-    session: Session = Session(engine, job.target.context, Sampling())
-    cache = make_random_cache(engine, run.cached, run.cached + 16 * STEPS)
-    session.sequences[0] = Conversation(cache, [0] * run.cached + [1])
-    return lambda: [session.decode([0]) for _ in range(STEPS)]
-
-
-def errors(results: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Return the relative error of each prediction, against the median round."""
-    return [sum(result["predicted"].values()) / median(result["measured"]) - 1 for result in results]
-
-
-def show(results: Sequence[Mapping[str, Any]]) -> None:
-    """Print measured and predicted times as a table, and the mean absolute error."""
-    table = Table(box=None)
-    for column in ("run", "measured", "fastest", "slowest", "predicted", "error"):
-        table.add_column(column, justify="left" if column == "run" else "right")
-    for result, error in zip(results, errors(results), strict=True):
-        measured, predicted = result["measured"], sum(result["predicted"].values())
-        seconds = (median(measured), min(measured), max(measured), predicted)
-        table.add_row(result["run"], *(f"{each * 1e3:,.1f} ms" for each in seconds), f"{error:+.0%}")
-    console.print(table)
-    console.print(f"mean absolute error: {mean(map(abs, errors(results))):.1%}")
-
-
 def task(config: DictConfig) -> None:
-    """Measure every run on its mesh; show and write the seconds with the prediction."""
+    """Measure every run on its mesh and network; show and write the seconds with the prediction."""
     warm_up_ranks([*WARM, "recipes.common.train_loop", "longctx.infer.session", "longctx.train.step"])
     job, results = prepare(config), list[dict[str, Any]]()
-    for run, training in zip(job.runs, job.jobs, strict=True):
-        refuse_other_threads(job.settings.hardware, training.target.run.threads, run.mesh)
-        seconds = on_ranks(run.mesh, measure, training, run, job.settings.rounds)
-        if seconds is not None:
-            results.append({"run": str(run), "measured": seconds, "predicted": predict(job.machine, training, run)})
+    pairs = zip(job.runs, job.jobs, strict=True)
+    for (_, rate, _), same in groupby(pairs, key=lambda pair: pair[0].network):
+        runs, jobs = zip(*same, strict=True)
+        for run, one in zip(runs, jobs, strict=True):
+            refuse_other_threads(job.settings.hardware, one.target.run.threads, run.mesh)
+        of_runs = measure_on_hosts(runs, jobs, job.settings.rounds) if rate else measure_here(job, runs, jobs)
+        for run, one, seconds in zip(runs, jobs, of_runs, strict=True):
+            results.append(result_of(job, run, one, seconds))
             say(f"{run}: {median(seconds) * 1e3:,.1f} ms")
-    if not results:
-        return
+    if results and is_first():
+        report(job, results)
+
+
+def measure_here(job: TimesJob, runs: Sequence[TimedRun], jobs: Sequence[TrainJob]) -> Iterator[list[float]]:
+    """Yield the seconds of each of ``runs`` by round, on ranks of this machine."""
+    for run, one in zip(runs, jobs, strict=True):
+        yield on_ranks(run.mesh, measure, one, run, job.settings.rounds) or []
+
+
+def measure_on_hosts(runs: Sequence[TimedRun], jobs: Sequence[TrainJob], rounds: int) -> list[list[float]]:
+    """Return the seconds of each of ``runs`` by round, on emulated hosts with the links that they share."""
+    hosts, rate, latency_us = runs[0].network
+    assert rate
+    return call_on_hosts(hosts, rate, latency_us, measure_all, jobs, runs, rounds)
+
+
+def result_of(job: TimesJob, run: TimedRun, one: TrainJob, seconds: Sequence[float]) -> dict[str, Any]:
+    """Return a row of the result: what ran, and its measured and predicted seconds."""
+    points = {"new": one.data.length, "cached": run.cached, "strategy": run.strategy, "network": run.network}
+    predicted = predict(job.machine, one, run)
+    return {
+        "run": str(run),
+        "group": run.group,
+        "work": run.work,
+        **points,
+        "measured": seconds,
+        "predicted": predicted,
+    }
+
+
+def report(job: TimesJob, results: Sequence[Row]) -> None:
+    """Show ``results``, add them to those of other groups in the file ``json``, write the page and the picture."""
+    settings, one = job.settings, job.jobs[0]
+    metadata = {"model": one.target.model.name, "length": one.data.length, "loss_rows": one.settings.loss_rows}
+    metadata |= {"hardware": settings.hardware, "rounds": settings.rounds, **provenance()}
     show(results)
-    if job.settings.json:
-        one = job.jobs[0]
-        metadata = {"model": one.target.model.name, "length": one.data.length, "loss_rows": one.settings.loss_rows}
-        write_result(job.settings.json, {**provenance(), **metadata, "runs": results})
+    merged: Sequence[Row] = results
+    if settings.json:
+        groups = dict.fromkeys(dict.fromkeys(result["group"] for result in results), metadata)
+        merged, groups = merge(settings.json, results, groups)
+        write_result(settings.json, {**provenance(), **metadata, "groups": groups, "runs": merged})
+    if settings.markdown:
+        Path(settings.markdown).write_text("\n".join(page_of(merged)) + "\n", encoding="utf-8")
+    if settings.picture:
+        draw_times(settings.picture, merged)

@@ -19,7 +19,7 @@ FREE_TEXT = ("prompt.text", "prompt.question", "track.name", "track.group", "tra
 PATHS = (
     "prompt.file", "prompts", "out", "to", "checkpoint", "turns", "session.save", "session.load", "spd.sensitivity",
     "sensitivity", "eval.data", "eval.include", "eval.text", "adapted", "hardware", "picture", "fitted", "json",
-    "allowed_drop", "model.source", "model.cache", "model.chat_template", "folder", "pipeline", "settings",
+    "allowed_drop", "markdown", "model.source", "model.cache", "model.chat_template", "folder", "pipeline", "settings",
 )  # fmt: skip
 # A path in the list of a sweep, in quotes or without a comma.
 _LISTED = re.compile(r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')(?=,|\Z)|[^,]+""", re.DOTALL)

@@ -53,6 +53,20 @@ def draw_lines(
     _save(figure, out)
 
 
+def draw_points(out: str, points: Mapping[str, Sequence[tuple[float, float]]], *, title: str, x: str, y: str) -> None:
+    """Draw named sets of (x, y) points and the line y = x to the file ``out``, on logarithmic axes."""
+    figure, axes = _new_figure()
+    values = [value for of_name in points.values() for point in of_name for value in point]
+    axes.plot([min(values), max(values)], [min(values), max(values)], color="#6b7280", linestyle="--", linewidth=1)
+    for i, (name, of_name) in enumerate(points.items()):
+        marker, colour = "os^"[i // len(COLOURS) % 3], COLOURS[i % len(COLOURS)]
+        axes.plot(*zip(*of_name, strict=True), marker, markersize=4, label=name, color=colour)
+    axes.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
+    axes.grid(visible=True, alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    _save(figure, out)
+
+
 def draw_bars(
     out: str,
     values: Sequence[float],

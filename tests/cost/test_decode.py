@@ -72,6 +72,15 @@ def test_plans_have_the_seconds_that_auto_compares(mesh):
     assert costs["sharded"].parts["weights"] * mesh.context == pytest.approx(costs["gather_merge"].parts["weights"])
 
 
+def test_a_window_is_read_by_the_rank_that_has_it():
+    """The last 16 of 96 keys are on one of 3 ranks; without a window, each rank reads 32."""
+    shape = ModelShape(6, 300, 10, 2, 30, 700, 4000, 4096, 1e-5, False, False, windows=(16, None) * 3)
+    link = Link(1e-4, 1e8)
+    one = Machine([Level("all", 8, link, link)], 8, 1e30, 1e30, 1e30, 1e9, 0.0, 0.0, 0.0, 0.0)
+    cost = decode_cost(shape, Mesh(ring=3), one, [95], "gather_merge", Numbers(2, 2))
+    assert cost.parts["attention"] == pytest.approx(3 * (16 + 32) * 2 * 2 * 30 * 2 / 1e9)
+
+
 def test_tensor_parallel_ranks_take_part_in_the_sums_of_hidden_states():
     """On tp=2 ring=2, a rank sends 3 parts of each sum; by gather_merge, one part to the other tp rank."""
     work = replace(WORK, tp=2)

@@ -4,9 +4,11 @@ import pytest
 
 from longctx.attention.layout import Layout, documents
 from longctx.attention.mask import causal_within
+from longctx.attention.spans import Span
+from longctx.attention.tiles import visible_tiles
 from longctx.cost.attention import COSTS, Work, backward_cost, pass_kv_cost, pass_q_cost
 from longctx.cost.hardware import Hardware, Link
-from longctx.cost.window import Reach, reach_of
+from longctx.cost.window import Reach, most_keys, reach_of
 from longctx.parallel.ring import Ring
 from longctx.parallel.rows import count_rows
 from longctx.parallel.threads import ThreadWorld
@@ -53,6 +55,15 @@ def test_reach_equals_that_of_the_ring(new, cached, ranks, window):
     )
     for name, value in vars(expected).items():
         assert getattr(computed, name) == pytest.approx(value), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("window", [1, 2, 6, 11, 37, 61, None])
+def test_most_keys_of_a_decoded_token_are_those_of_the_ring(ranks, window):
+    keys = documents((total := 6 * 2 * ranks,), ranks)
+    query = (Span(total - 1, 1),)
+    tiles = [visible_tiles(query, spans, causal_within(window)) for spans in keys.ranks]
+    assert most_keys(total, ranks, window) == max(sum(tile.pairs for tile in some) for some in tiles)
 
 
 HARDWARE = Hardware(1e12, 1e11, 1e-5, Link(1e-5, 1e9), Link(1e-5, 1e9), overlap=0.5)

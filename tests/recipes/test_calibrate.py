@@ -23,6 +23,7 @@ def test_written_file_is_read_back(cli, tiny, tmp_path):
     layer = hardware_file.read_machine(str(out))
     assert layer.gemm_flops > 0 and layer.memory_bytes_per_s > 0 and layer.layer_s >= 0
     assert layer.levels[0].gather_link != layer.levels[0].exchange
+    assert layer.backward > 0 and layer.ranks_at_once >= 1 and layer.levels[0].reduce.bytes_per_s > 0
     metadata = values["measured"]
     assert (metadata["mesh"], metadata["dtype"]) == ("ring=2", "float32")
     assert metadata["threads"] == recipe_cli.threads_here(None, Mesh(ring=2)), "as many as in other recipes"

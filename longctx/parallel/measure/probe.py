@@ -40,10 +40,7 @@ def probe(
         return _slowest(ring, work, device)
 
     def block(rows: int, keys: int) -> Callable[[], object]:
-        q, k, v = (
-            torch.randn(1, n, h, head_dim, dtype=dtype, device=device)
-            for n, h in ((rows, heads[0]), (keys, heads[1]), (keys, heads[1]))
-        )
+        q, k, v = _random(rows, keys, heads, head_dim, dtype, device)
         return lambda: kernel.forward(q, k, v, False)
 
     # 1. The kernel: launch cost, FLOP/s and bytes of keys and values per second.
@@ -66,6 +63,26 @@ def probe(
     alone_s, both_s = seconds(send), seconds(_hop(ring, size, device, meanwhile=wide))
     hidden = (alone_s + wide_s - both_s) / min(alone_s, wide_s)
     return Hardware(flops, kv_bytes_per_s, block_s, hop, exchange, min(1.0, max(0.0, hidden)))
+
+
+@torch.inference_mode()
+def probe_backward(
+    ring: Comm, kernel: Kernel, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device
+) -> float:
+    """Measure the time of a wide block's backward, in forwards, on all ranks at once; arguments as for `probe`."""
+    q, k, v = _random(_WIDE, _WIDE, heads, head_dim, dtype, device)
+    partial = kernel.forward(q, k, v, False)
+    dout, out = torch.ones_like(q), partial.out.to(dtype)
+    forward_s = _slowest(ring, lambda: kernel.forward(q, k, v, False), device)
+    return _slowest(ring, lambda: kernel.backward(dout, q, k, v, out, partial.lse, False), device) / forward_s
+
+
+def _random(
+    rows: int, keys: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """Return random queries, keys and values."""
+    sizes = ((rows, heads[0]), (keys, heads[1]), (keys, heads[1]))
+    return [torch.randn(1, n, h, head_dim, dtype=dtype, device=device) for n, h in sizes]
 
 
 @torch.inference_mode()

@@ -20,6 +20,23 @@ def test_prediction_is_close_to_the_measured_bytes(cli, tmp_path):
         assert abs(of_sum) <= 0.05 and abs(of_part) <= 0.1, run
 
 
+def test_windows_shrink_buffers_and_not_the_cache(cli, tmp_path):
+    """With as many KV heads as query heads and a small FFN, the peak is in attention.
+
+    Attention's float32 partials of a tile are predicted for all rows; a window's tiles have fewer, so 7 % are allowed.
+    """
+    file, ring = tmp_path / "memory.json", "work:prefill,ring:2"
+    fields = ("model_type=mistral", "intermediate_size=32", "num_key_value_heads=6")
+    words = ("model=tiny", *(f"model.config.{one}" for one in fields), "+model.config.sliding_window=64")
+    runs = f"runs=[{{{ring}}},{{{ring},strategy:pass_q}}]"
+    code, _, err = cli(memory, memory.task, *words, "data.length=1020", runs, f"json={file}", f"out={tmp_path / 'run'}")
+    assert code == 0, err
+    for run in json.loads(file.read_text())["runs"]:
+        measured, predicted = run["measured"], run["predicted"]
+        assert sum(predicted.values()) == pytest.approx(sum(measured.values()), rel=0.07), run
+        assert predicted["kv_cache"] == pytest.approx(measured["kv_cache"], rel=0.01)
+
+
 def test_an_unpredicted_part_counts_as_an_error():
     assert errors({"measured": {"weights": 100}, "predicted": {"weights": 90}}) == pytest.approx((-0.1, -0.1))
     assert errors({"measured": {"weights": 1000, "logits": 1}, "predicted": {"weights": 1000}})[1] == 0

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from recipes.bench import times
-from recipes.bench.times import TimedRun, errors
+from recipes.bench.timed_run import TimedRun
+from recipes.bench.times_report import choices, coverage, errors, expected_error, merge, page_of
 
 RUNS = "runs=[{work:prefill},{work:prefill,cached:70},{work:decode,cached:70,strategy:gather_merge},{work:train}]"
 LINK = {"latency_s": 1e-4, "bytes_per_s": 1e9}
@@ -18,7 +19,8 @@ VALUES = {"flops": 1e10, "kv_bytes_per_s": 1e9, "block_s": 1e-5, "hop": LINK, "e
 def test_each_run_has_measured_and_predicted_seconds(cli, tmp_path):
     file, hardware = tmp_path / "times.json", tmp_path / "laptop.yaml"
     hardware.write_text(yaml.safe_dump({**VALUES, "layer": LAYER}))
-    settings = (f"hardware={hardware}", "rounds=2", f"json={file}", f"out={tmp_path / 'run'}")
+    files = (f"json={file}", f"markdown={tmp_path / 'times.md'}", f"picture={tmp_path / 'times.svg'}")
+    settings = (f"hardware={hardware}", "rounds=2", *files, f"out={tmp_path / 'run'}")
     code, _, err = cli(times, times.task, "model=tiny", "data.length=61", RUNS, *settings)
     assert code == 0, err
     assert "mean absolute error" in err and "decode after 70, one rank" in err
@@ -29,6 +31,9 @@ def test_each_run_has_measured_and_predicted_seconds(cli, tmp_path):
         assert error == pytest.approx(sum(run["predicted"].values()) / median(run["measured"]) - 1)
     first, later = (sum(run["predicted"].values()) for run in runs[:2])
     assert first < later, "cached keys take time"
+    page = (tmp_path / "times.md").read_text()
+    assert "| runs | 4 |" in page and "| prefill of 61 after 70, one rank |" not in page
+    assert "prefill after 70, one rank" in page and "measured" in (tmp_path / "times.svg").read_text()
 
 
 @pytest.mark.parametrize(
@@ -38,8 +43,56 @@ def test_each_run_has_measured_and_predicted_seconds(cli, tmp_path):
         {"work": "prefill", "dp": 2},
         {"work": "decode"},
         {"work": "train", "cached": 5},
+        {"work": "train", "new": 5},
+        {"work": "decode", "cached": 5, "tp": 3, "drop": 0.5},
+        {"work": "prefill", "reduce": "int8"},
     ],
 )
 def test_impossible_runs_are_refused(run):
     with pytest.raises(ValueError, match="work="):
         TimedRun(**run)
+
+
+def row(group, measured, predicted, strategy="pass_kv", cached=0):
+    return {
+        "run": f"prefill, ring=2, {strategy}", "group": group, "strategy": strategy, "new": 9, "cached": cached,
+        "measured": [measured], "predicted": {"all": predicted},
+    }  # fmt: skip
+
+
+def test_a_choice_costs_what_the_fastest_by_prediction_takes_longer():
+    rows = [row("a", 1.0, 1.2), row("a", 1.1, 1.1, "pass_q"), row("a", 2.0, 2.0, cached=5), row("b", 1.0, 1.0)]
+    ((chosen, best, cost),) = choices(rows)
+    assert (chosen["strategy"], best["strategy"], cost) == ("pass_q", "pass_kv", pytest.approx(0.1))
+    assert "0 of 1, worst 10%" in "\n".join(page_of(rows))
+
+
+def test_expected_errors_come_from_other_groups():
+    rows = [*(row("a", 1.0, 1 + i / 100) for i in range(10)), row("b", 1.0, 1.05), row("b", 1.0, 0.5)]
+    assert expected_error(rows, "b") == pytest.approx(0.08)
+    assert expected_error(rows, "a") == pytest.approx(0.5)
+    assert coverage(rows) == pytest.approx(11 / 12)
+    assert coverage(rows[:10]) is None
+
+
+def test_groups_that_did_not_run_stay_in_the_file(tmp_path):
+    file = tmp_path / "times.json"
+    file.write_text(json.dumps({"groups": {"a": 1, "b": 2}, "runs": [row("a", 1.0, 1.0), row("b", 1.0, 1.0)]}))
+    rows, groups = merge(str(file), [row("b", 3.0, 1.0)], {"b": 3})
+    assert [one["measured"] for one in rows] == [[1.0], [3.0]] and groups == {"a": 1, "b": 3}
+    file.write_text(json.dumps({"runs": [{"run": "prefill"}]}))
+    with pytest.raises(ValueError, match="of an older version: give another file"):
+        merge(str(file), [row("b", 3.0, 1.0)], {"b": 3})
+
+
+def test_groups_are_chosen_by_name(refused, tmp_path):
+    (tmp_path / "laptop.yaml").write_text(yaml.safe_dump({**VALUES, "layer": LAYER}))
+    words = ("model=tiny", f"hardware={tmp_path}/laptop.yaml", "only=[prefil]")
+    assert "there is no group prefil; use decode, four_ranks" in refused(times, times.task, *words)
+
+
+def test_without_root_the_groups_without_networks_are_named(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    (tmp_path / "laptop.yaml").write_text(yaml.safe_dump({**VALUES, "layer": LAYER}))
+    message = refused(times, times.task, "model=tiny", f"hardware={tmp_path}/laptop.yaml")
+    assert "group points needs emulated hosts; use only=[prefill,decode,train,four_ranks]" in message

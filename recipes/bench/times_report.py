@@ -1,0 +1,132 @@
+"""Predicted beside measured seconds: errors by group, what the predicted choice costs, a page and a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from rich.table import Table
+
+from recipes.common.cli import console
+from recipes.common.plots import draw_points
+
+Row = Mapping[str, Any]
+COVERED = 0.8  # share of runs that the expected error of a group is to cover
+
+
+def predicted_s(row: Row) -> float:
+    """Return the predicted seconds of a run."""
+    return float(sum(row["predicted"].values()))
+
+
+def errors(results: Sequence[Row]) -> list[float]:
+    """Return the relative error of each prediction, against the median round."""
+    return [predicted_s(row) / median(row["measured"]) - 1 for row in results]
+
+
+def by_group(results: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return ``results`` by group, in their order."""
+    return {
+        name: [row for row in results if row["group"] == name]
+        for name in dict.fromkeys(row["group"] for row in results)
+    }
+
+
+def choices(results: Sequence[Row]) -> Iterator[tuple[Row, Row, float]]:
+    """Yield the fastest run by prediction, by measurement, and what the first takes longer, for each set of rivals.
+
+    Rivals differ in their strategy only: one kind of work, mesh, numbers of tokens and network.
+    """
+    rivals: dict[tuple[object, ...], list[Row]] = {}
+    for row in results:
+        same = [word for word in row["run"].split(", ") if word != row["strategy"]]
+        rivals.setdefault((row["group"], row["new"], row["cached"], *same), []).append(row)
+    for some in rivals.values():
+        if len(some) > 1:
+            chosen, best = min(some, key=predicted_s), min(some, key=lambda row: median(row["measured"]))
+            yield chosen, best, median(chosen["measured"]) / median(best["measured"]) - 1
+
+
+def expected_error(results: Sequence[Row], group: str) -> float | None:
+    """Return the error that covers `COVERED` of the runs outside ``group``; None without such runs."""
+    sizes = sorted(abs(error) for error in errors([row for row in results if row["group"] != group]))
+    return sizes[min(len(sizes) - 1, int(COVERED * len(sizes)))] if sizes else None
+
+
+def coverage(results: Sequence[Row]) -> float | None:
+    """Return the share of runs whose error is at most the `expected_error` of their group, which they do not enter."""
+    groups = by_group(results)
+    if len(groups) < 2:
+        return None
+    covered = [
+        abs(error) <= (expected_error(results, name) or 0.0) for name, some in groups.items() for error in errors(some)
+    ]
+    return mean(covered)
+
+
+def summary(results: Sequence[Row]) -> Iterator[tuple[str, int, float, float, str]]:
+    """Yield, by group and for all, the runs, the mean absolute and the mean error, and the cost of choices in words."""
+    for name, some in {**by_group(results), "all": list(results)}.items():
+        costs = [cost for *_, cost in choices(some)]
+        near = f"{sum(cost <= 0.03 for cost in costs)} of {len(costs)}, worst {max(costs):.0%}" if costs else ""
+        yield name, len(some), mean(map(abs, errors(some))), mean(errors(some)), near
+
+
+def show(results: Sequence[Row]) -> None:
+    """Print measured and predicted times, and the summary by group."""
+    table = Table("run", "measured", "fastest", "slowest", "predicted", "error", box=None)
+    for row, error in zip(results, errors(results), strict=True):
+        measured = row["measured"]
+        seconds = (median(measured), min(measured), max(measured), predicted_s(row))
+        table.add_row(row["run"], *(f"{each * 1e3:,.1f} ms" for each in seconds), f"{error:+.0%}")
+    console.print(table)
+    for name, count, size, _, near in summary(results):
+        choice = f"; choices within 3 % of the best: {near}" if near else ""
+        console.print(f"{name}, {count} runs: mean absolute error: {size:.1%}{choice}")
+
+
+def page_of(results: Sequence[Row]) -> Iterator[str]:
+    """Yield the lines of a page: a summary by group, then a table of every run."""
+    yield "| group | runs | mean absolute error | mean error | choices within 3 % of the best |"
+    yield "|---|--:|--:|--:|---|"
+    for name, count, size, bias, near in summary(results):
+        yield f"| {name} | {count} | {size:.1%} | {bias:+.1%} | {near} |"
+    share = coverage(results)
+    if share is not None:
+        yield ""
+        yield f"The error that covers 80 % of the other groups covers {share:.0%} of all runs."
+    for name, some in by_group(results).items():
+        yield from ("", f"**{name}**", "")
+        yield "| run | measured, ms | rounds, ms | predicted, ms | error |"
+        yield "|---|--:|--:|--:|--:|"
+        for row, error in zip(some, errors(some), strict=True):
+            middle, first, last, predicted = (
+                f"{1e3 * seconds:,.3g}" if seconds < 1 else f"{1e3 * seconds:,.0f}"
+                for seconds in (median(row["measured"]), min(row["measured"]), max(row["measured"]), predicted_s(row))
+            )
+            yield f"| {row['run']} | {middle} | {first} to {last} | {predicted} | {error:+.0%} |"
+
+
+def draw_times(out: str, results: Sequence[Row]) -> None:
+    """Draw predicted against measured seconds, a colour for each group, to the file ``out``."""
+    points = {
+        name: [(median(row["measured"]), predicted_s(row)) for row in some] for name, some in by_group(results).items()
+    }
+    draw_points(out, points, title="Predicted and measured times", x="measured, s", y="predicted, s")
+
+
+def merge(file: str, results: Sequence[Row], groups: Mapping[str, Any]) -> tuple[list[Row], dict[str, Any]]:
+    """Return the results of ``file`` with those of ``groups`` replaced by ``results``, and the metadata of all groups.
+
+    Raises ValueError for a file that this benchmark did not write.
+    """
+    before: dict[str, Any] = {"runs": [], "groups": {}}
+    if Path(file).is_file():
+        before = json.loads(Path(file).read_text(encoding="utf-8"))
+    others = [row for row in before.get("runs", []) if row.get("group", "runs") not in groups]
+    if any("group" not in row for row in others):
+        raise ValueError(f"json={file} has runs without groups, of an older version: give another file")
+    return [*others, *results], {**before.get("groups", {}), **groups}
