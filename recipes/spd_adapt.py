@@ -142,6 +142,8 @@ def prepare(config: DictConfig) -> AdaptJob:
     sensitivities = read_sensitivities(spd, sensitivity)
     about = {**measurement_metadata(target, repair_text, data), **asdict(repair), **vars(sensitivity.classes)}
     del about["guard"]  # changes no block
+    if repair.weights == "uniform":
+        del about["weights"]  # as in the records of runs before there was the setting
     about["sensitivity"] = digest(sensitivities) if spd.sensitivity and sensitivities else "measured here"
     if repair.inputs == "student":  # a block's inputs then depend on which blocks drop before it
         about["budget"] = spd.budget

@@ -18,7 +18,7 @@ from longctx.config import ModelSource
 from longctx.hf.locate import locate
 from longctx.parallel.launch import warm_up
 from longctx.parallel.launcher import current_rank
-from tests.tracking import tear_down_wandb
+from tests.tracking import wandb_below
 
 # No deadline for an example: other tests share the machine.
 settings.register_profile("longctx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -123,7 +123,10 @@ SLOW = (
     "recipes/test_hostile.py",
     "recipes/test_saved.py",
     "recipes/test_serve.py",
-    "recipes/test_spd.py",
+    "recipes/spd/test_adapt.py",
+    "recipes/spd/test_refused.py",
+    "recipes/spd/test_resume.py",
+    "recipes/spd/test_use.py",
     "serve/test_prefix_cache.py",
     "serve/test_service.py",
     "slurm/test_submit.py",
@@ -217,13 +220,5 @@ def smollm2() -> tuple[ModelSource, Path]:
 @pytest.fixture(scope="module")
 def wandb_at_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Use W&B without an account; everything that it writes is below one temporary folder."""
-    home = tmp_path_factory.mktemp("wandb")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("WANDB_")]:
-            patch.delenv(name)
-        patch.setenv("NETRC", str(home / "none"))
-        patch.setenv("WANDB_X_DISABLE_STATS", "true")
-        for name in ("DATA", "CACHE", "CONFIG"):
-            patch.setenv(f"WANDB_{name}_DIR", str(home / name))
+    with wandb_below(tmp_path_factory.mktemp("wandb")):
         yield
-        tear_down_wandb()

@@ -1,8 +1,11 @@
 """Start a tracker, log sample figures, and read back what was logged (JSON lines and W&B records)."""
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -33,6 +36,20 @@ def start(folder: Path, track: Track = NONE, **more) -> tuple[Tracker, str | Non
     messages: list[str] = []
     tracker, run_id = start_tracking(track, folder, CONFIG, first=True, say=messages.append, **more)
     return tracker, run_id, messages
+
+
+@contextmanager
+def wandb_below(home: Path) -> Iterator[None]:
+    """Context manager: use W&B without an account; everything that it writes is below ``home``."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            patch.delenv(name)
+        patch.setenv("NETRC", str(home / "none"))
+        patch.setenv("WANDB_X_DISABLE_STATS", "true")
+        for name in ("DATA", "CACHE", "CONFIG"):
+            patch.setenv(f"WANDB_{name}_DIR", str(home / name))
+        yield
+        tear_down_wandb()
 
 
 def tear_down_wandb() -> None:

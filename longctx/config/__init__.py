@@ -2,7 +2,7 @@
 
 from longctx.config.model import ModelSource, PromptSource
 from longctx.config.run import Context, Mesh, Reduce, ReduceDtype, Run, Sampling, Track
-from longctx.config.spd import SPD, BlockClass, JointRepair, Repair
+from longctx.config.spd import SPD, BlockClass, JointRepair, PositionWeights, Repair
 from longctx.config.training import DataSettings, LoRA, Optim, Recompute, TextSource
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Mesh",
     "ModelSource",
     "Optim",
+    "PositionWeights",
     "PromptSource",
     "Recompute",
     "Reduce",

@@ -33,6 +33,7 @@ class SPD:
 
 
 BlockClass = Literal["ISB", "SB", "ESB"]
+PositionWeights = Literal["uniform", "beginnings"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class Repair:
     """Block-to-block repair of dropped reductions (arXiv 2502.20727, 4.2); configs/spd_adapt.yaml explains each field.
 
     ``distil``, ``group`` and ``fit`` name the classes of blocks that each of these steps repairs.  Blocks learn from
-    ``sequences`` of ``length`` tokens.  Errors and guards are measured on ``held_out`` further sequences; ``guard``
-    says what follows if a guard fails.  Grouping and fitting use the first ``calibration_sequences``.
+    ``sequences`` of ``length`` tokens.  ``weights`` says how much each position of a sequence counts.  Errors and
+    guards are measured on ``held_out`` further sequences; ``guard`` says what follows if a guard fails.  Grouping and
+    fitting use the first ``calibration_sequences``.
     """
 
     distil: tuple[BlockClass, ...] = ("ISB", "SB", "ESB")
@@ -57,6 +59,7 @@ class Repair:
     epochs: int = 2
     batch: int = 4
     lr: float = 1e-3
+    weights: PositionWeights = "uniform"
     guard: Literal["refuse", "warn", "off"] = "refuse"
 
     def __post_init__(self) -> None:

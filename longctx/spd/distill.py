@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import cos, isfinite, pi
+from math import cos, isfinite, log, pi
 
 import torch
 from torch import nn
 
+from longctx.config import PositionWeights
 from longctx.shapes import Float, Tensor
 
 _WARMUP = 10  # steps
@@ -18,12 +19,14 @@ class Distillation:
     """Training settings: ``epochs`` over the sequences, ``batch`` sequences a step, peak learning rate ``lr``.
 
     The learning rate is warmed up and then falls along a cosine (`rate_at`).  ``seed`` orders the sequences.
+    ``weights`` are those of `position_weights`.
     """
 
     epochs: int
     batch: int
     lr: float
     seed: int = 0
+    weights: PositionWeights = "uniform"
 
 
 def distill(
@@ -44,10 +47,11 @@ def distill(
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
     order = torch.Generator().manual_seed(settings.seed)
     steps = settings.epochs * (len(inputs) // settings.batch)
+    weights = position_weights(inputs.shape[1], settings.weights).to(inputs)
     for step, rows in enumerate(_batches(len(inputs), settings, order)):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, steps, settings.lr)
-        loss = relative_error(student(inputs[rows]), outputs[rows])
+        loss = relative_error(student(inputs[rows]), outputs[rows], weights)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -78,9 +82,29 @@ def _batches(sequences: int, settings: Distillation, order: torch.Generator) -> 
             yield shuffled[begin : begin + settings.batch]
 
 
-def relative_error(predicted: Float[Tensor, "b s hidden"], target: Float[Tensor, "b s hidden"]) -> Float[Tensor, ""]:
-    """Mean over tokens of the squared error of a token divided by the squared norm of its target."""
-    return ((predicted - target).square().sum(-1) / target.square().sum(-1)).mean()
+def position_weights(length: int, weights: PositionWeights) -> Float[Tensor, " length"]:
+    """Return the weight of each position of a sequence; their mean is 1.
+
+    ``beginnings`` divides half of the total equally among positions, and half by the logarithm of the position: 0 has
+    as much of it as 1 and 2 together, or 3 to 6.  The first 64 of 256 tokens then have half of the weight, not a
+    quarter, and the first token, whose massive activation others attend to (the attention sink), a fifteenth.
+    """
+    edges = torch.arange(1, length + 2, dtype=torch.double).log() / log(length + 1)
+    share = 0.5 if weights == "beginnings" else 0.0
+    return (1 - share + share * length * edges.diff()).float()
+
+
+def relative_error(
+    predicted: Float[Tensor, "b s hidden"],
+    target: Float[Tensor, "b s hidden"],
+    weights: Float[Tensor, " s"] | None = None,
+) -> Float[Tensor, ""]:
+    """Mean over tokens of the squared error of a token divided by the squared norm of its target.
+
+    ``weights`` are those of the positions (None: equal); their mean is 1.
+    """
+    errors = (predicted - target).square().sum(-1) / target.square().sum(-1)
+    return (errors if weights is None else errors * weights).mean()
 
 
 @torch.no_grad()

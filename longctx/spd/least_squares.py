@@ -17,10 +17,13 @@ class LeastSquares:
     def __init__(self, width: int, device: torch.device) -> None:
         self._seen, self._both = (torch.zeros(width, width, dtype=torch.double, device=device) for _ in range(2))
 
-    def update(self, seen: Float[Tensor, "rows width"], wanted: Float[Tensor, "rows width"]) -> None:
-        """Add these rows to the sums."""
-        self._seen += seen.T @ seen
-        self._both += wanted.T @ seen
+    def update(
+        self, seen: Float[Tensor, "rows width"], wanted: Float[Tensor, "rows width"], weights: Float[Tensor, " rows"]
+    ) -> None:
+        """Add these rows to the sums; the squared error of a row counts ``weights`` times."""
+        weighted = seen * weights[:, None]
+        self._seen += weighted.T @ seen
+        self._both += wanted.T @ weighted
 
     def matrix(self, ridge: float = _RIDGE) -> Float[Tensor, "width width"]:
         """Return the matrix M, in float32, for which M ``seen`` is closest to ``wanted`` in squared error.

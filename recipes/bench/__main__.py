@@ -17,6 +17,7 @@ from recipes.bench import (
     spd_latency,
     spd_quality,
     spd_sweep,
+    spd_texts,
     times,
     train,
 )
@@ -37,6 +38,7 @@ SUBJECTS = {
     "spd_latency": (spd_latency.task, "time saved by dropped reductions, over links of a given rate and latency"),
     "spd_quality": (spd_quality.task, "perplexity by the share of blocks that drop a reduction"),
     "spd_sweep": (spd_sweep.task, "seconds of a sensitivity measurement, against a plain loop over perplexities"),
+    "spd_texts": (spd_texts.task, "an adapted model by text: first tokens, worst sequence, copying"),
     "times": (times.task, "time of prefill, decoding and training steps, measured and predicted"),
     "train": (train.task, "a training step on one rank and on several; attention compared with other projects' rings"),
 }

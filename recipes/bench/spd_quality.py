@@ -5,6 +5,7 @@ python -m recipes.bench spd_quality sensitivity=outputs/spd/sensitivity.json out
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from math import expm1
 from pathlib import Path
@@ -20,7 +21,7 @@ from longctx.hf.checkpoint import same_model
 from longctx.parallel.launch import Rank
 from longctx.perplexity import perplexity
 from longctx.shapes import Tensor
-from longctx.spd.plan import SPDPlan, order_from, saved_plan, within
+from longctx.spd.plan import SavedPlan, SPDPlan, order_from, saved_plan, within
 from longctx.spd.text import PackedText
 from recipes.bench.rounded import Rival, read_rivals
 from recipes.bench.spd_placement import placement_losses
@@ -140,17 +141,29 @@ def resolve_variants(
         *(QualityVariant(f"{RANKED}, {rival.label}", target.folder, order, reduce=rival) for rival in rivals),
     ]
     for model in models:
-        folder, name = Path(model.folder).expanduser(), f"models: {model.label}, {model.folder}"
-        saved = saved_plan(folder)
-        if saved is None or saved.plan.tp != tp or not same_model(saved.source, target.fingerprint):
-            raise ValueError(
-                f"{name} was not made from {target.model.name} for mesh.tp={tp}: make it with recipes.spd_adapt"
-            )
-        if missing := set(within(saved.order, max(settings.shares))) - set(saved.adapted):
-            raise ValueError(f"{name}, lacks block {min(missing)}: adapt it with a larger spd.budget")
-        refuse_damaged(target.model, folder, target.shape)
+        name = f"models: {model.label}, {model.folder}"
+        saved = saved_plan_of(name, model.folder, target, max(settings.shares))
+        folder = Path(model.folder).expanduser()
         variants.append(QualityVariant(model.label, folder, saved.order, saved.plan.own_norms))
     return tuple(variants)
+
+
+def saved_plan_of(name: str, folder: str, target: Target, share: float) -> SavedPlan:
+    """Return the plan of an adapted ``folder``.
+
+    Raises ValueError, naming ``name``, for a model that was not adapted from the target at its mesh.tp, or in which
+    ``share`` of the blocks are not repaired.
+    """
+    path, tp = Path(folder).expanduser(), target.mesh.tp
+    saved = saved_plan(path)
+    if saved is None or saved.plan.tp != tp or not same_model(saved.source, target.fingerprint):
+        raise ValueError(
+            f"{name} was not made from {target.model.name} for mesh.tp={tp}: make it with recipes.spd_adapt"
+        )
+    if missing := set(within(saved.order, share)) - set(saved.adapted):
+        raise ValueError(f"{name}, lacks block {min(missing)}: adapt it with a larger spd.budget")
+    refuse_damaged(target.model, path, target.shape)
+    return saved
 
 
 def read_texts(texts: tuple[NamedText, ...], target: Target, settings: QualitySettings) -> dict[str, PackedText]:
@@ -158,11 +171,15 @@ def read_texts(texts: tuple[NamedText, ...], target: Target, settings: QualitySe
 
     Raises ValueError as `text_of` does, and unless each text has its own label, which is part of a file's name.
     """
-    labels = [text.label for text in texts]
-    if not labels or len({*labels}) < len(labels) or any("/" in label for label in labels):
-        raise ValueError(f"texts have the labels {labels}: give one text or more, each with its own label without /")
+    refuse_same_labels([text.label for text in texts])
     data = {text.label: DataSettings((text,), settings.length, batch=1, epochs=1, end_token=False) for text in texts}
     return {label: text_of(source, target, settings.sequences) for label, source in data.items()}
+
+
+def refuse_same_labels(labels: Sequence[str]) -> None:
+    """Raise ValueError unless there is a label, and each is a file's name that no other one has."""
+    if not labels or len({*labels}) < len(labels) or any("/" in label for label in labels):
+        raise ValueError(f"texts have the labels {labels}: give one text or more, each with its own label without /")
 
 
 def run_rank(rank: Rank, job: QualityJob) -> dict[str, TextLosses]:

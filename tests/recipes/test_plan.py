@@ -306,10 +306,12 @@ def test_a_report_decides_which_share_of_blocks_may_drop(cli, tmp_path):
     """The largest share that is no worse counts, on the tensor-parallel degree that was measured."""
     text = REPORT.read_text().replace("smollm2_135m", "llama3_8b").replace("tp=3", "tp=4")
     report, file = json.loads(text), tmp_path / "report.json"
-    file.write_text(text)
+    for one in report["average"].values():
+        one["verdict"] = "undecided"
+    file.write_text(json.dumps(report))
     undecided = read_allowed_drop(str(file), "llama3_8b")
     assert undecided.share == 0 and "no variant with dropped reductions is no worse" in undecided.why
-    for name in ("dropped 25%", "dropped 50% repaired"):
+    for name in ("dropped 25% repaired", "dropped 50% repaired"):
         report["average"][name]["verdict"] = "no worse"
     file.write_text(json.dumps(report))
     words = ("model=llama3_8b", "hardware=a100_lbw", "gpus=8", f"allowed_drop={file}", f"out={tmp_path}/plans.json")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from longctx.spd.distill import Distillation, distill, error_of, refuse_diverged, relative_error
+from longctx.spd.distill import Distillation, distill, error_of, position_weights, refuse_diverged, relative_error
 
 
 def problem() -> tuple[torch.nn.Linear, torch.Tensor, torch.Tensor]:
@@ -28,6 +28,31 @@ def test_error_of_a_token_is_relative_to_its_norm() -> None:
     wanted = torch.tensor([[[3.0, 4.0], [300.0, 400.0]]])
     assert float(relative_error(wanted * 1.1, wanted)) == pytest.approx(0.01)
     assert float(relative_error(wanted + torch.tensor([[[5.0, 0.0], [0.0, 0.0]]]), wanted)) == pytest.approx(0.5)
+
+
+def test_beginnings_divide_half_of_the_weight_by_the_logarithm_of_the_position() -> None:
+    weights = position_weights(255, "beginnings").double()
+    assert weights.sum() == pytest.approx(255)
+    octaves = [float(weights[2**n - 1 : 2 ** (n + 1) - 1].sum()) for n in range(8)]
+    assert octaves == pytest.approx([0.5 * 2**n + 255 / 16 for n in range(8)], rel=1e-5)
+    assert position_weights(7, "uniform").tolist() == [1.0] * 7
+
+
+def test_token_counts_with_the_weight_of_its_position() -> None:
+    wanted = torch.tensor([[[3.0, 4.0], [300.0, 400.0]]])
+    predicted = wanted * torch.tensor([[[1.1], [1.2]]])
+    assert float(relative_error(predicted, wanted, torch.tensor([1.5, 0.5]))) == pytest.approx((0.015 + 0.02) / 2)
+
+
+@pytest.mark.parametrize("weights", ["uniform", "beginnings"])
+def test_student_that_cannot_learn_all_learns_the_weighted_mean(weights) -> None:
+    """A bias alone gives every position the same output; all outputs have the same norm."""
+    outputs = torch.tensor([[[1.0, 2.0]] + [[2.0, 1.0]] * 62], dtype=torch.float64)
+    bias = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+    settings = Distillation(200, 1, 0.05, weights=weights)
+    list(distill(lambda x: x + bias, [bias], torch.zeros_like(outputs), outputs, settings))
+    mean = (outputs[0] * position_weights(63, weights)[:, None]).mean(0)
+    assert bias.detach().numpy() == pytest.approx(mean.numpy(), rel=1e-4)
 
 
 def test_error_is_the_mean_over_sequences_for_any_batch_size() -> None:

@@ -134,30 +134,36 @@ class Blocks:
         fill(tensor_views_of_layer(layer, self.shape), tensors.__getitem__, self.tp.rank)
 
     @torch.no_grad()
-    def linear_maps(self, layer: SPDTransformerLayer, x: Hidden) -> list[LinearMap]:
+    def linear_maps(self, layer: SPDTransformerLayer, x: Hidden, weights: Float[Tensor, " s"]) -> list[LinearMap]:
         """Return M_r of every rank r, which maps the MLP's input with rank r's heads to its input with all heads.
 
-        ``layer`` drops its reduction.  The fit is least squares over all rows of ``x`` (see `LeastSquares`).
+        ``layer`` drops its reduction.  The fit is least squares over all rows of ``x`` (see `LeastSquares`), with
+        the ``weights`` of their positions.
         """
         fit = LeastSquares(x.shape[-1], x.device)
         for rows in x.split(_BATCH):
             partials = self.partials(layer, rows)
             whole = torch.stack(partials).sum(0)
             own, full = (self._mlp_input(layer, rows, y) for y in (partials[self.tp.rank], whole))
-            fit.update(own.flatten(0, 1), full.flatten(0, 1))
+            fit.update(own.flatten(0, 1), full.flatten(0, 1), weights.repeat(len(rows)))
         matrix = fit.matrix()
         return self.tp.all_gather(matrix, [tuple(matrix.shape)] * self.tp.size)
 
     @torch.no_grad()
     def neuron_errors(
-        self, layer: SPDTransformerLayer, x: Hidden, maps: Sequence[LinearMap] | None = None
+        self,
+        layer: SPDTransformerLayer,
+        x: Hidden,
+        weights: Float[Tensor, " s"],
+        maps: Sequence[LinearMap] | None = None,
     ) -> Float[Tensor, "neurons ranks"]:
         """Return the mean squared error of every MLP neuron if it were computed on each rank.
 
         The error is that of the neuron's activation with rank r's heads only, against all heads.  With ``maps``, the
         neuron reads rank r's least-squares prediction of the input with all heads.
         It is weighted by the squared norm of the neuron's column in the down projection.  Per row, it is relative to
-        the squared norm of the block's output.  ``layer`` drops its reduction.
+        the squared norm of the block's output, and counts with the ``weights`` of positions.  ``layer`` drops its
+        reduction.
         """
         weight = layer.mlp.linear_fc2.weight.square().sum(0)
         sums = torch.zeros(len(weight), self.tp.size, device=x.device)
@@ -168,7 +174,7 @@ class Blocks:
             inputs = [self._mlp_input(layer, rows, partial) for partial in partials]
             if maps:
                 inputs = [y @ linear_map.T for y, linear_map in zip(inputs, maps, strict=True)]
-            errors = [(self._activations(layer, y) - exact).square() / scale for y in inputs]
+            errors = [(self._activations(layer, y) - exact).square() * (weights[:, None] / scale) for y in inputs]
             sums += torch.stack([error.sum((0, 1)) for error in errors], 1)
         local = sums * weight[:, None] / x.shape[:2].numel()
         return torch.cat(self.tp.all_gather(local, [tuple(local.shape)] * self.tp.size))

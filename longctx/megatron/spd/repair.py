@@ -24,8 +24,8 @@ import torch
 from longctx.config import BlockClass, Repair
 from longctx.megatron.spd.blocks import Blocks, Hidden, LinearMap
 from longctx.megatron.spd.layer import SPDTransformerLayer
-from longctx.shapes import Tensor
-from longctx.spd.distill import Distillation, distill, error_of
+from longctx.shapes import Float, Tensor
+from longctx.spd.distill import Distillation, distill, error_of, position_weights
 from longctx.spd.grouping import assign_heads, assign_neurons, assign_shards, reorder_block
 
 
@@ -64,6 +64,7 @@ def repair(
     """
     training, held_out = slice(settings.sequences), slice(settings.sequences, None)
     calibration_inputs = inputs[: settings.calibration_sequences]
+    weights = position_weights(inputs.shape[1], settings.weights).to(inputs)
     grouping = settings.grouping if block_class in settings.group else "none"
 
     def student(x: Tensor) -> Tensor:
@@ -79,10 +80,10 @@ def repair(
     if grouping != "none":
         spread_heads(blocks, layer, calibration_inputs)
     # 3. Compute the least-squares maps.  They depend on the heads, and the neurons' errors in step 4 depend on them.
-    maps = blocks.linear_maps(layer, calibration_inputs) if block_class in settings.fit else None
+    maps = blocks.linear_maps(layer, calibration_inputs, weights) if block_class in settings.fit else None
     # 4. Group neurons (Eq. 3, or neuron by neuron).
     if grouping != "none":
-        place_neurons(blocks, layer, calibration_inputs, grouping, maps)
+        place_neurons(blocks, layer, calibration_inputs, weights, grouping, maps)
     grouped = error() if grouping != "none" else zero_shot
     # 5. Fit: fold this rank's map into the MLP's weights.
     if maps:
@@ -91,7 +92,7 @@ def repair(
     # 6. Distil (4.2.3).
     distilled = fitted
     if block_class in settings.distil:
-        distillation = Distillation(settings.epochs, settings.batch, settings.lr, seed=block)
+        distillation = Distillation(settings.epochs, settings.batch, settings.lr, block, settings.weights)
         for loss in distill(student, list(layer.parameters()), inputs[training], outputs[training], distillation):
             step_done(loss)
         distilled = error()
@@ -115,10 +116,11 @@ def place_neurons(
     blocks: Blocks,
     layer: SPDTransformerLayer,
     x: Hidden,
+    weights: Float[Tensor, " s"],
     grouping: str,
     maps: Sequence[LinearMap] | None = None,
 ) -> None:
-    """Assign the MLP neurons of ``layer`` to ranks, by their behaviour on ``x``.
+    """Assign the MLP neurons of ``layer`` to ranks, by their behaviour on ``x``, whose positions have ``weights``.
 
     ``grouping`` "shards" gives each rank one shard of neurons, so that the summed norms of the shards' outputs with
     these ranks' heads are largest (arXiv 2502.20727, Eq. 3).  "neurons" assigns each neuron by itself so that the
@@ -126,7 +128,7 @@ def place_neurons(
     the least-squares prediction.
     """
     if grouping == "neurons":
-        order = list(assign_neurons(blocks.neuron_errors(layer, x, maps)))
+        order = list(assign_neurons(blocks.neuron_errors(layer, x, weights, maps)))
     else:
         neurons = blocks.shape.ffn // blocks.tp.size
         shard_of_rank = assign_shards(blocks.shard_norms(layer, x))

@@ -45,7 +45,7 @@ def run_repair(
             layer = blocks.copy_of(1, own_norms=False)
             before = blocks.tensors_of(layer)
             spread_heads(blocks, layer, entering)
-            place_neurons(blocks, layer, entering, grouping)
+            place_neurons(blocks, layer, entering, torch.ones(entering.shape[1]), grouping)
             layer.drop(dropped=False)
             out["grouped"] = blocks.run(layer, entering)
             after = blocks.tensors_of(layer)
@@ -86,7 +86,8 @@ def measure_neuron_errors(rank: Rank, folder: Path) -> dict[str, Any]:
         blocks = Blocks(engine.model, shape, engine.kernel, engine.tp)
         x = blocks.run(engine.model.decoder.layers[0], blocks.embed(ids))
         layer = blocks.copy_of(1, own_norms=False)
-        partials, maps = blocks.partials(layer, x), blocks.linear_maps(layer, x)
+        weights = torch.linspace(0.3, 2.1, x.shape[1])
+        partials, maps = blocks.partials(layer, x), blocks.linear_maps(layer, x, weights)
         output_bias, up_bias = layer.self_attention.linear_proj.bias, layer.mlp.linear_fc1.bias
         output_bias = 0.0 if output_bias is None else output_bias
         return {
@@ -95,8 +96,9 @@ def measure_neuron_errors(rank: Rank, folder: Path) -> dict[str, Any]:
             "up_bias": 0.0 if up_bias is None else up_bias.clone(),
             "down": layer.mlp.linear_fc2.weight.clone(),
             "output": blocks.run(layer, x),
+            "weights": weights,
             "maps": maps,
-            "errors": blocks.neuron_errors(layer, x, maps),
+            "errors": blocks.neuron_errors(layer, x, weights, maps),
         }
 
 

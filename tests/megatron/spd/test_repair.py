@@ -71,6 +71,7 @@ def test_neuron_errors_are_those_that_remain_after_fitting(folder: Path) -> None
     for rank in ranks:
         (full, *inputs), up = rank["normed"], rank["up"].double()
         exact, square = activations(full, up), rank["output"].double().square().sum(-1, keepdim=True)
+        square /= rank["weights"].double()[:, None]
         errors = [
             activations(normed, up @ linear_map.double()) - exact
             for normed, linear_map in zip(inputs, rank["maps"], strict=True)
