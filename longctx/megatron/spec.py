@@ -160,11 +160,11 @@ def _output_projection(shape: ModelShape, bias: bool, linears: Linears) -> Modul
 
 
 def record_sharding(module: nn.Module) -> None:
-    """Set the attributes of all sharded weights, as megatron-core does only where it initialises them.
+    """Set the attributes of all sharded weights, which megatron-core 0.16 sets only where it initialises them.
 
     Every module that is built from a `layer_spec` needs this.
     """
     for linear in module.modules():
         dim = next((dim for kind, dim in _SHARDED_DIMENSION.items() if isinstance(linear, kind)), None)
-        if dim is not None and linear.weight is not None:
+        if dim is not None and linear.weight is not None and not hasattr(linear.weight, "partition_dim"):
             set_tensor_model_parallel_attributes(linear.weight, is_parallel=True, dim=dim, stride=1)
