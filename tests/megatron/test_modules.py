@@ -7,8 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from longctx.hf.config import shape_of
 from longctx.megatron.attention import RotaryTable
+from longctx.megatron.model import build_model
 from longctx.megatron.modules import FeedForward
+from longctx.megatron.spec import record_sharding
+from tests.infer.thread_ranks import single_rank
+from tests.tiny import tiny_model
 
 S, FFN = 13, 7
 
@@ -64,3 +69,15 @@ def test_rotation_is_multiplication_of_complex_numbers(interleaved, d, channels)
     gradient = torch.randn_like(x)
     got, right = (torch.autograd.grad(y, x, gradient, retain_graph=True)[0] for y in (rotated, expected))
     torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12)
+
+
+def test_weights_record_the_dimension_that_ranks_divide(tmp_path):
+    """megatron-core 0.19 records it itself, where it builds the model, and refuses a second time."""
+    shape = shape_of(tiny_model(tmp_path / "tiny", max_positions=31))
+    with single_rank(tmp_path) as runtime:
+        model = build_model(shape, runtime.groups, dtype=torch.float32, layers="local", device=torch.device("meta"))
+        record_sharding(model)
+    dims = {name.split(".")[-2]: weight.partition_dim for name, weight in model.named_parameters() if weight.dim() > 1}
+    inputs = {"linear_proj": 1, "linear_fc2": 1}
+    outputs = ("word_embeddings", "linear_qkv", "linear_fc1", "output_layer")
+    assert dims == dict.fromkeys(outputs, 0) | inputs
