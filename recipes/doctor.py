@@ -153,7 +153,7 @@ def choices(machine: LocalMachine) -> list[AcceptedSettings]:
     if not machine.gpus:
         return [AcceptedSettings("every recipe", "run=local, the default", "cpu", "flash_cpu", "local", "float32")]
     whole = machine.transformer_engine is not None and not machine.te_missing
-    words = "run=gpu context.kernel=flash_cuda model.dtype=bfloat16"
+    words = "run=gpu model.dtype=bfloat16"
     packages = {"flash_attn": machine.flash_attn_2, "triton": machine.triton}
     kernel = " or ".join([_GPU_KERNELS, *(name for name, package in packages.items() if package)])
     return [

@@ -99,14 +99,9 @@ def refuse_no_plan(plans: Sequence[Plan]) -> None:
     """
     if plans[0].refused is None:
         return
-    memory = min(plans, key=lambda plan: (not is_limit(plan), plan.memory_gb))
+    memory = min(plans, key=lambda plan: (not plan.over_limit, plan.memory_gb))
     reasons = "; ".join(f"{plan.mesh}: {plan.refused}" for plan in (memory, plans[0]))
     raise ValueError(f"no mesh of {plans[0].mesh.ranks} GPUs is feasible ({reasons}): use more GPUs, or other limits")
-
-
-def is_limit(plan: Plan) -> bool:
-    """Return True if only a limit, not a recipe, refuses ``plan``."""
-    return bool(plan.refused and plan.refused.startswith(("needs ", "takes ")))
 
 
 def table_of(plans: Sequence[Plan]) -> Table:

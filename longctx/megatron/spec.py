@@ -163,9 +163,8 @@ def _output_projection(shape: ModelShape, bias: bool, linears: Linears) -> Modul
 def record_sharding(module: nn.Module) -> None:
     """Mark every sharded weight in ``module`` with its sharded dim, in megatron-core's attributes.
 
-
-    megatron-core 0.16 does so only for weights that it initialises itself.  Call this on every module that is built from a
-    `layer_spec`.
+    megatron-core 0.16 does so only for weights that it initialises itself.  Call this on every module that is built
+    from a `layer_spec`.
     """
     for linear in module.modules():
         dim = next((dim for kind, dim in _SHARDED_DIMENSION.items() if isinstance(linear, kind)), None)

@@ -59,7 +59,7 @@ def refuse_no_gpu(device: str) -> None:
         missing = f"torch {torch.__version__} is a CPU build" if torch.version.cuda is None else "torch finds no GPU"
         raise ValueError(
             f"run.device=cuda: {missing} here; use run.device=cpu, or, on a machine with GPUs and a CUDA build of "
-            "torch, run=gpu context.kernel=flash_cuda model.dtype=bfloat16"
+            "torch, run=gpu model.dtype=bfloat16"
         )
 
 

@@ -19,13 +19,13 @@ from rich.table import Table
 from longctx.config import DataSettings, Reduce, TextSource
 from longctx.hf.checkpoint import same_model
 from longctx.parallel.launch import Rank
-from longctx.perplexity import perplexity
+from longctx.perplexity import difference_interval, perplexity
 from longctx.shapes import Tensor
 from longctx.spd.plan import SavedPlan, SPDPlan, order_from, saved_plan, within
 from longctx.spd.text import PackedText
 from recipes.bench.rounded import Rival, read_rivals
 from recipes.bench.spd_placement import placement_losses
-from recipes.bench.text_losses import mean_loss, paired_interval, sequence_losses
+from recipes.bench.text_losses import mean_loss, sequence_losses
 from recipes.common.cli import console, on_ranks, say, warm_up_ranks, write_result
 from recipes.common.plots import draw_lines
 from recipes.common.progress import Progress
@@ -100,7 +100,8 @@ class QualityJob:
 class TextLosses:
     """Mean losses (nats per token) on one text: by variant for each share, and by block for each of `PLACEMENTS`.
 
-    ``intervals`` has the `paired_interval` of the loss that each variant adds to the baseline.
+    ``intervals`` has the `difference_interval` of the loss that each variant adds to the baseline, and None for one
+    sequence.
     """
 
     variants: dict[str, list[float]]
@@ -206,7 +207,9 @@ def run_rank(rank: Rank, job: QualityJob) -> dict[str, TextLosses]:
                     if key not in known:
                         known[key] = sequence_losses(blocks, text)
                     losses[label].variants.setdefault(variant.name, []).append(mean_loss(known[key], text))
-                    interval = paired_interval(known[key], known[label, (), None, Reduce()], text)
+                    base, lengths = known[label, (), None, Reduce()], text.mask.sum(1)
+                    _, low, high = difference_interval(base.tolist(), known[key].tolist(), lengths.tolist())
+                    interval = (low, high) if len(text) > 1 else None
                     losses[label].intervals.setdefault(variant.name, []).append(interval)
                     progress.step()
         # 2. Placements: the model's own weights.  Follow its plan first, since the last plan may have norms per rank.

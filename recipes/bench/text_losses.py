@@ -1,11 +1,10 @@
-"""Losses of a text's sequences, and the interval of a difference that is paired over sequences."""
+"""Losses of the sequences of a text."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
-from scipy import stats
 
 from longctx.shapes import Float, Tensor
 from longctx.spd.text import PackedText
@@ -30,18 +29,3 @@ def sequence_losses(blocks: Blocks, text: PackedText) -> Float[Tensor, " sequenc
 def mean_loss(sums: Float[Tensor, " sequences"], text: PackedText) -> float:
     """Return the mean loss of ``text`` in nats per token; ``sums`` are its `sequence_losses`."""
     return float(sums.sum()) / int(text.mask.sum())
-
-
-def paired_interval(
-    sums: Float[Tensor, " sequences"], base: Float[Tensor, " sequences"], text: PackedText
-) -> tuple[float, float] | None:
-    """Return the 95 % interval of the mean loss of ``sums`` minus that of ``base``, in nats per token.
-
-    Both are `sequence_losses` of ``text``.  It is Student's t interval of the differences by sequence; sequences have
-    about equally many tokens.  None for one sequence.
-    """
-    added = ((sums - base) / (text.mask.sum() / len(text))).numpy()
-    if len(added) < 2:
-        return None
-    half = float(stats.t.ppf(0.975, len(added) - 1) * stats.sem(added))
-    return float(added.mean()) - half, float(added.mean()) + half

@@ -41,7 +41,7 @@ class Plan:
 
     ``seconds`` is the time to first token (prefill), per token (decode), of a turn with its answer (chat) or of a step
     (train).  ``decode`` is the strategy of decoding, ``answer`` the cost of a token of the answer.  ``refused`` says
-    why the mesh is not feasible, or None.
+    why the mesh is not feasible, or None; ``over_limit``, that a limit of the question does so, not a recipe.
     """
 
     question: Question
@@ -52,6 +52,7 @@ class Plan:
     refused: str | None
     decode: str | None = None
     answer: PassCost | None = None
+    over_limit: bool = False
 
     @property
     def ttit_s(self) -> float | None:
@@ -197,8 +198,9 @@ def _plan(question: Question, mesh: Mesh, strategy: str) -> Plan:
         if work.new_tokens:
             decode, answer = _answer_of(question, mesh)
     plan = Plan(question, mesh, strategy, cost, memory, None, decode, answer)
-    refused = refusal_of(question, mesh, decode) or broken_limit(question, plan)
-    return replace(plan, refused=refused)
+    refused = refusal_of(question, mesh, decode)
+    limit = None if refused else broken_limit(question, plan)
+    return replace(plan, refused=refused or limit, over_limit=limit is not None)
 
 
 def _answer_of(question: Question, mesh: Mesh) -> tuple[str, PassCost]:

@@ -236,7 +236,7 @@ def test_corrupt_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
         ),
         (
             ["run.device=cuda"],
-            r"run\.device=cuda: .* here; use run\.device=cpu, .*run=gpu context\.kernel=flash_cuda model\.dtype=bf",
+            r"run\.device=cuda: .* here; use run\.device=cpu, .*run=gpu model\.dtype=bfloat16",
         ),
         (["recompute=some"], "recompute=some"),
         (["hardware=/nowhere.yaml"], "hardware=/nowhere.yaml cannot be read"),
