@@ -3,6 +3,7 @@
 Its layers that read a block's input apply the norm in front of them, too (``layer_norm_weight``).
 """
 
+from megatron.core.extensions import transformer_engine
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelLinear,
     TELayerNormColumnParallelLinear,
@@ -11,6 +12,10 @@ from megatron.core.extensions.transformer_engine import (
 from torch import nn
 
 from longctx.megatron.modules import BiasedInput, BiasedOutput, NormedOutput, ScaledOutput
+
+# Loading overwrites all weights.  megatron-core would allocate each layer's whole, unsharded weight in float32 to draw
+# initial ones from, even where it is set to draw none.
+setattr(transformer_engine, "_initialize_affine_weight_cpu", lambda *_, **__: None)  # noqa: B010
 
 
 class _Communicates(nn.Module):

@@ -1,4 +1,4 @@
-"""Check one GPU in minutes: kernels against float64, a ring's tiles against one call, prefill and decoding of a model.
+"""Check one GPU in minutes: kernels against float64, a ring's tiles against one call, a model's passes and steps.
 
 python -m recipes.bench gpu_check out=DIR
 
@@ -21,7 +21,8 @@ from omegaconf import DictConfig
 from pydantic import PositiveInt
 
 from longctx.parallel.launch import Rank
-from recipes.bench.gpu_parts import TableRow, check_kernels, check_logits, check_tiles, time_model
+from recipes.bench.gpu_model_parts import check_dropped, check_logits, check_training, time_decode, time_model
+from recipes.bench.gpu_parts import TableRow, check_kernels, check_tiles
 from recipes.common.cli import console, on_ranks, warm_up_ranks
 from recipes.common.places import refuse_unwritable_folder, write_json
 from recipes.common.plots import draw_lines
@@ -36,7 +37,15 @@ if TYPE_CHECKING:
 
 RECIPE = "recipes.bench gpu_check"
 PICTURE = "gpu_check.svg"
-PARTS: dict[str, Part] = {"kernels": check_kernels, "tiles": check_tiles, "logits": check_logits, "model": time_model}
+PARTS: dict[str, Part] = {
+    "kernels": check_kernels,
+    "tiles": check_tiles,
+    "logits": check_logits,
+    "training": check_training,
+    "dropped": check_dropped,
+    "model": time_model,
+    "decode": time_decode,
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class GpuCheckSettings:
     prefill: tuple[PositiveInt, ...] = (8192, 32768, 131000)
     new_tokens: PositiveInt = 32
     rounds: PositiveInt = 3
-    part_seconds: PositiveInt = 120
+    part_seconds: PositiveInt = 65
 
 
 @dataclass(frozen=True)
@@ -177,7 +186,7 @@ def _in_words(value: object) -> str:
 
 def run_rank(rank: Rank, job: GpuCheckJob) -> dict[str, dict[str, object]]:
     """Run all parts on the only rank."""
-    with job.target.runtime(rank) as runtime:
+    with job.target.runtime(rank, training=True) as runtime:
         results = run_parts(job, runtime)
     draw_tiles(job, results)
     return results
@@ -185,7 +194,7 @@ def run_rank(rank: Rank, job: GpuCheckJob) -> dict[str, dict[str, object]]:
 
 def task(config: DictConfig) -> None:
     """Run the parts, and print the page."""
-    warm_up_ranks(["longctx.infer.engine", "longctx.infer.session", "recipes.bench.gpu_parts"])
+    warm_up_ranks(["longctx.infer.session", "longctx.train.step", "recipes.bench.gpu_model_parts"])
     job = prepare(config)
     if on_ranks(job.target.mesh, run_rank, job) is None:
         return

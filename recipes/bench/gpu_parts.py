@@ -1,4 +1,4 @@
-"""Parts of the check of a GPU: kernels against float64, a ring's tiles against one call, prefill and decoding."""
+"""Parts of the check of a GPU that run attention: kernels against float64, a ring's tiles against one call."""
 
 from __future__ import annotations
 
@@ -17,15 +17,12 @@ from longctx.attention.mask import CAUSAL
 from longctx.attention.partial import Partial, accumulation_dtype, empty_partial
 from longctx.attention.tiles import visible_tiles
 from longctx.attention.verify import refuse_inexact
-from longctx.parallel.ring import pass_kv
 
 if TYPE_CHECKING:
-    from longctx.infer.engine import Engine
     from longctx.megatron.runtime import Runtime
     from recipes.bench.gpu_check import GpuCheckJob
 
 TableRow = dict[str, Any]
-_LAYERS = 2  # first layers of the model, whose logits are compared
 
 
 def check_kernels(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
@@ -49,7 +46,7 @@ def check_tiles(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
 
     ``forward`` and ``backward`` are the ring's seconds over those of the one call.  The errors are relative.
     """
-    kernel, table_rows = _kernel(job, runtime), []
+    kernel, table_rows = kernel_of(job, runtime), []
     for length in job.settings.lengths:
         inputs = _random_inputs(job, runtime, length)
         alone = _time_attention(inputs, zigzag(length, 1), kernel, job.settings.rounds)
@@ -70,56 +67,8 @@ def check_tiles(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
     return table_rows
 
 
-def check_logits(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
-    """Compare the logits of the model's first layers, on this device and in its dtype, with the CPU's in float32.
-
-    ``error`` is the largest difference over the largest logit.
-    """
-    from longctx.infer.engine import Engine, next_logits
-    from longctx.infer.prefill import run_pass
-    from longctx.megatron.hf_io.init import RandomInit
-    from longctx.megatron.hf_io.load import load
-    from longctx.megatron.model import build_model, layers_in_use
-
-    shape, tokens = job.target.shape.first(_LAYERS), torch.arange(job.settings.logits) % job.target.shape.vocab_size
-    layers = layers_in_use(job.target.model.layers, shape)
-
-    def logits(engine: Engine) -> torch.Tensor:
-        load(engine.model, RandomInit(shape, 0), shape)
-        cache, everywhere = engine.cache(len(tokens)), engine.everywhere(pass_kv)
-        return next_logits(engine, run_pass(engine, tokens, zigzag(len(tokens), 1), cache, everywhere)).cpu()
-
-    net = build_model(shape, runtime.groups, dtype=job.dtype, layers=layers, device=runtime.device)
-    actual = logits(Engine(net, shape, _kernel(job, runtime), layers=layers))
-    net = build_model(shape, runtime.groups, dtype=torch.float32, layers="local", device=torch.device("cpu"))
-    expected = logits(Engine(net, shape, KERNELS["flash_cpu"]))
-    error = float((actual - expected).abs().max() / expected.abs().max())
-    return [{"tokens": len(tokens), "model_layers": _LAYERS, "layers": layers, "error": error}]
-
-
-def time_model(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
-    """Prefill random tokens with a model of random weights, then decode; seconds and tokens/s."""
-    from longctx.config import Context, Sampling
-    from longctx.infer.session import Session
-
-    engine, table_rows = _random_engine(job, runtime), []
-    for length in job.settings.prefill:
-        tokens = torch.randint(job.target.shape.vocab_size, (length,)).tolist()
-        context = Context(chunk=job.target.context.chunk)
-        turn = Session(engine, context, Sampling()).turn({0: tokens}, {0: job.settings.new_tokens})
-        table_rows.append(
-            {
-                "tokens": length,
-                "ttft_s": turn.ttft_s,
-                "prefill_tokens_per_s": length / turn.ttft_s,
-                "ttit_s": turn.ttit_s,
-                "peak_bytes": _peak_bytes(runtime.device),
-            }
-        )
-    return table_rows
-
-
-def _kernel(job: GpuCheckJob, runtime: Runtime) -> Kernel:
+def kernel_of(job: GpuCheckJob, runtime: Runtime) -> Kernel:
+    """Return the kernel that ``context.kernel`` names, on the runtime's device."""
     return kernel_for(job.target.context.kernel, runtime.device.type, job.target.model.dtype)
 
 
@@ -149,9 +98,9 @@ def _time_attention(inputs: Sequence[torch.Tensor], layout: Layout, kernel: Kern
     partials: list[Partial] = []
     gradients: list[Gradients] = []
     for _ in range(rounds + 1):
-        forward.append(_device_seconds(lambda: partials.__setitem__(slice(None), _forward(shards, layout, kernel))))
+        forward.append(device_seconds(lambda: partials.__setitem__(slice(None), _forward(shards, layout, kernel))))
         backward.append(
-            _device_seconds(lambda: gradients.__setitem__(slice(None), _backward(shards, layout, kernel, partials)))
+            device_seconds(lambda: gradients.__setitem__(slice(None), _backward(shards, layout, kernel, partials)))
         )
     whole = [layout.unshard([partial.out for partial in partials], 1)]
     whole += [layout.unshard(list(each), 1) for each in zip(*gradients, strict=True)]
@@ -181,21 +130,7 @@ def _backward(
     return [(dq, dk, dv) for dq, dk, dv in sums]
 
 
-def _random_engine(job: GpuCheckJob, runtime: Runtime) -> Engine:
-    """Return an engine whose weights are random, drawn on the device."""
-    from longctx.infer.engine import Engine
-    from longctx.megatron.model import build_model, layers_in_use
-
-    shape = job.target.shape
-    layers = layers_in_use(job.target.model.layers, shape)
-    net = build_model(shape, runtime.groups, dtype=job.dtype, layers=layers, device=runtime.device)
-    with torch.no_grad():
-        for weight in net.parameters():
-            torch.nn.init.normal_(weight, std=shape.init_std) if weight.dim() > 1 else torch.nn.init.ones_(weight)
-    return Engine(net, shape, _kernel(job, runtime), layers=layers)
-
-
-def _device_seconds(work: Callable[[], object]) -> float:
+def device_seconds(work: Callable[[], object]) -> float:
     """Return the seconds of ``work``, until the GPU has finished it."""
     _synchronize()
     began = time.perf_counter()
@@ -207,7 +142,3 @@ def _device_seconds(work: Callable[[], object]) -> float:
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _peak_bytes(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

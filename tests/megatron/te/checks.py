@@ -23,11 +23,13 @@ from tests.megatron.te.ranks import (
     noticed,
     round_trip,
     run_kernels,
+    run_large,
     run_layers,
 )
 
 # Kind, biases, sequence parallelism, norms per rank.
 LAYER_CASES = [*product(["dropped"], [False, True], [False, True], [False]), ("dropped", True, False, True)]
+PROMPT = 8191  # tokens of the large model's prompt
 
 
 def main(folder: Path) -> None:
@@ -60,6 +62,7 @@ def main(folder: Path) -> None:
         "layer tp=2": (2, run_layers, 2, LAYER_CASES),
         "layer tp=3": (3, run_layers, 3, LAYER_CASES),
         "kernels": (1, run_kernels, folder / "small", kernels),
+        "meta": (1, run_large, folder / "large", PROMPT),
         "mutations": (2, noticed, Mesh(tp=2), models),
     }
     torch.save({name: _outcome(*check) for name, check in checks.items()}, folder / "results.pt")

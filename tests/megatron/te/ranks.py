@@ -232,3 +232,10 @@ def run_kernels(rank: Rank, folder: Path, kernels: Mapping[str, Sequence[str]]) 
                 step = _train(runtime, Training(folder, dtype=dtype), layers, kernel)
             errors[name, layers, dtype] = _errors(exact, step)
     return errors
+
+
+def run_large(rank: Rank, folder: Path, prompt: int) -> dict[str, Any]:
+    """Return `meta.run_on_meta`, which imports Transformer Engine."""
+    from tests.megatron.te.meta import run_on_meta
+
+    return run_on_meta(rank, folder, prompt)

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from transformers import LlamaConfig
 
 from tests.megatron.kinds import random_model
 from tests.megatron.spd.spd_ranks import unshard
 from tests.megatron.spd.test_layer import oracle
 from tests.megatron.te.capabilities import BEGIN, END, PAGE, table
-from tests.megatron.te.checks import LAYER_CASES
+from tests.megatron.te.checks import LAYER_CASES, PROMPT
 from tests.oracle import assert_close
 
 VERSION = "2.20.2"
@@ -33,6 +34,11 @@ SIZES = {"hidden_size": 168, "num_attention_heads": 12, "num_key_value_heads": 6
 SMALL = {
     "num_hidden_layers": 1, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
     "intermediate_size": 40,
+}  # fmt: skip
+# Llama 3 70B
+LARGE = {
+    "num_hidden_layers": 80, "hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128,
+    "intermediate_size": 28672, "vocab_size": 128256,
 }  # fmt: skip
 
 
@@ -62,6 +68,7 @@ def results(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     for kind in NAMES:
         random_model(kind, folder / "models" / kind, **SIZES)
     random_model("tied llama", folder / "small", **SMALL)
+    LlamaConfig(**LARGE, tie_word_embeddings=False).save_pretrained(folder / "large")
     environment = {**os.environ, "LONGCTX_TE": str(wheel), "OMP_NUM_THREADS": "1"}
     done = run([sys.executable, "-m", "tests.megatron.te.checks", folder], env=environment)
     assert done.returncode == 0, done.stderr[-5000:]
@@ -121,6 +128,20 @@ def test_every_mutation_is_noticed(results):
     assert len(first) >= 11
     # A gradient that is not summed over ranks may be noticed on one rank only.
     assert not [name for name in first if not (first[name] or second[name])]
+
+
+def test_shapes_of_a_large_model_pass_through_without_memory(results):
+    (large,) = of_ranks(results, "meta")
+    heads, hidden, vocab = LARGE["num_key_value_heads"], LARGE["hidden_size"], LARGE["vocab_size"]
+    assert large["passes"] == {
+        "prompt": (PROMPT, 1, hidden),
+        "logits": (1, 1, vocab),
+        "token": (1, 1, hidden),
+        "cached": (1, PROMPT + 1, heads, LARGE["head_dim"]),
+    }
+    assert large["gradients"] == 0
+    assert large["weights"] > 140e9 and large["bytes"] < 1e9
+    assert large["noticed"] and all(large["noticed"].values()), large["noticed"]
 
 
 def test_table_of_capabilities_lists_what_was_run(results, pytestconfig):

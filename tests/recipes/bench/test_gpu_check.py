@@ -8,11 +8,11 @@ import torch
 
 from longctx.attention.kernel import reference
 from longctx.attention.layout import zigzag
+from longctx.parallel.launch import run_ranks
 from recipes.bench import gpu_check
 from recipes.bench.gpu_check import TimeIsUp, draw_tiles, prepare, run_parts, time_limit
 from recipes.bench.gpu_parts import _time_attention
 from tests import oracle
-from tests.infer.thread_ranks import single_rank
 
 REHEARSAL = (
     "run=local", "model=tiny", "model.dtype=float32", "context.kernel=auto", "context.chunk=31", "lengths=[67]",
@@ -26,18 +26,22 @@ def job(config_of, tmp_path):
 
 
 def test_every_part_is_rehearsed_and_written(job, tmp_path):
-    with single_rank(tmp_path) as runtime:
-        results = run_parts(job, runtime)
-    draw_tiles(job, results)
+    results = run_ranks(1, gpu_check.run_rank, job)
     written = json.loads((tmp_path / "check" / "gpu_check.json").read_text())
-    assert list(written["parts"]) == ["kernels", "tiles", "logits", "model"] == list(results)
+    assert list(written["parts"]) == list(gpu_check.PARTS) == list(results)
     assert not [part["error"] for part in written["parts"].values() if "error" in part]
-    kernels, tiles, logits, model = (part["rows"] for part in written["parts"].values())
+    kernels, tiles, logits, training, dropped, model, decode = (part["rows"] for part in written["parts"].values())
     assert {row["kernel"]: row["verdict"] for row in kernels} == {"reference": "exact", "flash_cpu": "exact"}
     assert [(row["tokens"], row["ranks"]) for row in tiles] == [(67, 2), (67, 3)]
     assert all(0 < row["error_out"] < 1e-6 and 0 < row["error_gradients"] < 2e-6 for row in tiles)
     assert logits == [{"tokens": 23, "model_layers": 2, "layers": "local", "error": 0.0}]
+    assert training[0]["error_loss"] < 1e-6 and training[0]["error_grad_norm"] < 1e-5 and training[0]["step_s"] > 0
+    assert [(row["dropped"], row["error"]) for row in dropped] == [("1 of 2 blocks", 0.0), ("2 of 2 blocks", 0.0)]
+    assert all(row["change"] > 1e-4 for row in dropped)
     assert model[0]["tokens"] == 41 and model[0]["ttit_s"] > 0
+    assert [row["variant"] for row in decode[:2]] == ["growing cache", "fixed shapes"]
+    assert all(row["error"] < 1e-5 and row["step_s"] > 0 for row in decode[:2])
+    assert decode[2]["variant"] == "CUDA graph: left out, needs device=cuda" and decode[2]["step_s"] == "-"
     picture = (tmp_path / "check" / "gpu_check.svg").read_text()
     assert "forward, 67 tokens" in picture and "ranks of the ring" in picture
     page = (tmp_path / "check" / "gpu_check.md").read_text()
