@@ -49,7 +49,7 @@ class PageStore:
         for layer in range(self._layers):
             keys, values = cache.layer(layer)
             layers.append((keys[:, rows], values[:, rows]))
-        self.put(page, Page(cache.layout.between(begin, end), tuple(layers)))
+        self.insert(page, Page(cache.layout.between(begin, end), tuple(layers)))
 
     @torch.inference_mode()
     def copy_to(self, cache: KVCache, pages: Sequence[int]) -> None:
@@ -61,7 +61,7 @@ class PageStore:
             keys, values = zip(*(page.layers[layer] for page in chosen), strict=True)
             cache.append(layer, torch.cat(keys, 1), torch.cat(values, 1))
 
-    def put(self, page: int, content: Page) -> None:
+    def insert(self, page: int, content: Page) -> None:
         """Add the new ``page``."""
         assert page not in self._pages, f"page {page} is stored twice"
         self._pages[page] = content

@@ -70,7 +70,7 @@ class RankPages(PageStore):
         for number, name in enumerate(names):
             one = saved[name]
             assert one, "usable"
-            self.put(number, one.page)
+            self.insert(number, one.page)
             self._names[number] = name
             layout = one.page.layout
             rows = [layout.rows(rank) for rank in range(layout.size)]

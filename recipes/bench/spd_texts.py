@@ -129,14 +129,14 @@ def beginnings_of(data: DataSettings, target: Target, sequences: int) -> PackedT
         raise ValueError(
             f"{data.sources[0]}: from_start needs sequences={sequences} documents of two tokens or more: give more text"
         )
-    rows = torch.zeros(sequences, data.length + 1, dtype=torch.long)
+    padded = torch.zeros(sequences, data.length + 1, dtype=torch.long)
     mask = torch.zeros(sequences, data.length, dtype=torch.bool)
-    for row, counted, tokens in zip(rows, mask, whole, strict=True):
-        kept = tokens[: data.length + 1]
-        row[: len(kept)] = torch.tensor(kept)
-        counted[: len(kept) - 1] = True
-    target.shape.refuse_unknown_token(int(rows.max()))
-    return PackedText(rows[:, :-1], rows[:, 1:], mask)
+    for row, counted, tokens in zip(padded, mask, whole, strict=True):
+        first = tokens[: data.length + 1]
+        row[: len(first)] = torch.tensor(first)
+        counted[: len(first) - 1] = True
+    target.shape.refuse_unknown_token(int(padded.max()))
+    return PackedText(padded[:, :-1], padded[:, 1:], mask)
 
 
 def run_rank(rank: Rank, job: TextsJob) -> dict[str, list[GuardFigures]]:
@@ -172,10 +172,10 @@ def compare(original: GuardFigures, repaired: GuardFigures) -> TextFigures:
     return TextFigures(perplexities, norm, original.copied, repaired.copied)
 
 
-def _increase(original: GuardFigures, repaired: GuardFigures, rows: slice, tokens: int) -> Increase:
-    """Return the perplexities of the first ``tokens`` of the sequences ``rows``."""
-    mask = original.mask[rows, :tokens]
-    sums, sums_after = (_sums(one.losses[rows, :tokens], mask) for one in (original, repaired))
+def _increase(original: GuardFigures, repaired: GuardFigures, sequences: slice, tokens: int) -> Increase:
+    """Return the perplexities of the first ``tokens`` of ``sequences``."""
+    mask = original.mask[sequences, :tokens]
+    sums, sums_after = (_sums(one.losses[sequences, :tokens], mask) for one in (original, repaired))
     added, low, high = difference_interval(sums.numpy(), sums_after.numpy(), mask.sum(1).numpy())
     before, after = (perplexity(float(one.sum()) / int(mask.sum())) for one in (sums, sums_after))
     ends = (None, None) if len(mask) == 1 else (perplexity(low) - 1, perplexity(high) - 1)

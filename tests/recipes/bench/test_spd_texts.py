@@ -24,7 +24,7 @@ LINES = [
 
 
 @pytest.fixture(scope="module")
-def adapted(tiny, tmp_path_factory):
+def adapted_folder(tiny, tmp_path_factory):
     """A folder of recipes.spd_adapt whose blocks are the tiny model's own."""
     to = tmp_path_factory.mktemp("adapted")
     weights = {name: x for name, x in load_file(tiny / "model.safetensors").items() if ".layers." in name}
@@ -33,10 +33,10 @@ def adapted(tiny, tmp_path_factory):
     return to
 
 
-def test_beginnings_of_documents_have_the_perplexity_of_transformers(cli, tiny, adapted, tmp_path):
+def test_beginnings_of_documents_have_the_perplexity_of_transformers(cli, tiny, adapted_folder, tmp_path):
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
     texts = f"texts=[{{label:lines,path:{tmp_path}/lines.jsonl,from_start:true}},{{label:packed,pydoc:test}}]"
-    words = (f"model={tiny}", f"adapted={adapted}", texts, "shares=[0.5,1]", f"length={LENGTH}", "sequences=3")
+    words = (f"model={tiny}", f"adapted={adapted_folder}", texts, "shares=[0.5,1]", f"length={LENGTH}", "sequences=3")
     code, _, err = cli(spd_texts, spd_texts.task, *words, "run.threads=1", f"out={tmp_path}/out.json")
     assert code == 0, err
     result = json.loads((tmp_path / "out.json").read_text())["texts"]
@@ -97,8 +97,8 @@ def test_comparison_counts_only_the_tokens_of_the_text():
         (["adapted=MODEL"], "was not made from"),
     ],
 )
-def test_bad_settings_are_refused(refused, tiny, adapted, tmp_path, settings, words):
+def test_bad_settings_are_refused(refused, tiny, adapted_folder, tmp_path, settings, words):
     (tmp_path / "lines.jsonl").write_text('{"text": "One document."}\n')
     settings = [one.replace("FILE", f"{tmp_path}/lines.jsonl").replace("MODEL", str(tiny)) for one in settings]
-    command = (f"model={tiny}", f"adapted={adapted}", "length=31", f"out={tmp_path}/out.json", *settings)
+    command = (f"model={tiny}", f"adapted={adapted_folder}", "length=31", f"out={tmp_path}/out.json", *settings)
     assert words in refused(spd_texts, spd_texts.task, *command)
