@@ -33,7 +33,7 @@ class StoredPage(NamedTuple):
 
     number: int
     before: int
-    tokens: Tokens
+    tokens: tuple[int, ...]
     rows: Sequence[int]
 
 

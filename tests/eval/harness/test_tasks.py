@@ -99,7 +99,7 @@ def write_file(folder: Path, name: str, rows: list[dict]) -> Path:
 class Letters:
     """A tokenizer with one token per letter, so that a test can read requests as text."""
 
-    name_or_path = "letters"
+    name_or_path, bos_token = "letters", None
 
     def __call__(self, text: str, add_special_tokens: bool = False, **_: object) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) for letter in text]}
