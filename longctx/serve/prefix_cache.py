@@ -34,7 +34,7 @@ class StoredPage(NamedTuple):
     number: int
     before: int
     tokens: tuple[int, ...]
-    rows: Sequence[int]
+    rows: tuple[int, ...]
 
 
 @dataclass(eq=False)

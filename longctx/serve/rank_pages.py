@@ -73,7 +73,7 @@ class RankPages(PageStore):
             self.insert(number, one.page)
             self._names[number] = name
             layout = one.page.layout
-            rows = [layout.rows(rank) for rank in range(layout.size)]
+            rows = tuple(layout.rows(rank) for rank in range(layout.size))
             pages.append(StoredPage(number, numbers[one.before], one.tokens, rows))
         self._files.delete(saved.keys() - numbers.keys())
         return Restored(pages, len({name for layouts in of_ranks for name in layouts}) - len(names))

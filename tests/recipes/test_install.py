@@ -67,7 +67,7 @@ def test_every_module_with_a_command_line_is_a_verb():
         for file in files
         if '\nif __name__ == "__main__":' in file.read_text()
     }
-    inner = {"recipes", "recipes.bench.wire", "slurm.failure"}
+    inner = {"recipes", "recipes.bench.host_call", "recipes.bench.wire", "slurm.failure"}
     assert {module for module, _ in command.VERBS.values()} == runnable - inner
 
 

@@ -179,7 +179,9 @@ def share_prefixes(service: Service) -> tuple[Answers, int, int, list[int], int]
     return answers, prefixes.reused, prefixes.evicted, service.page_bytes, len(service.session.sequences)
 
 
-def check_sharing(folder: Path, tmp_path: Path, meshes: list[Mesh], one_rank: OneRank = ALL_RANKS) -> None:
+def check_sharing(
+    folder: Path, tmp_path: Path, meshes: list[Mesh], one_rank: OneRank = ALL_RANKS, least_reused: int = 60
+) -> None:
     [expected] = on_ranks(folder, tmp_path, Mesh(), alone_in_order)
     for mesh in meshes:
         (answers, reused, evicted, page_bytes, left), *others = on_ranks(
@@ -190,7 +192,7 @@ def check_sharing(folder: Path, tmp_path: Path, meshes: list[Mesh], one_rank: On
             assert [one.token for one in answer] == [one.token for one in whole], mesh
             logprobs = [one.logprob for one in whole]
             assert [one.logprob for one in answer] == pytest.approx(logprobs, abs=2e-4), mesh
-        assert reused >= 60 and evicted >= 3 and left == 0, (reused, evicted)
+        assert reused >= least_reused and evicted >= 3 and left == 0, (reused, evicted)
         for rank, (sequences, stored) in enumerate(others, 1):
             assert not sequences and stored == page_bytes[rank // mesh.ulysses], "bytes that the first rank misses"
 
@@ -200,8 +202,12 @@ def test_answers_with_shared_prefixes_equal_those_without(folder, tmp_path):
 
 
 def test_answers_of_short_prompts_on_one_rank_equal_those_without(folder, tmp_path):
-    """Four of the prompts have up to 37 tokens; the others, and those with pages on several ranks, use all ranks."""
-    check_sharing(folder, tmp_path, [Mesh(ring=2), Mesh(ring=3), Mesh(ulysses=3, ring=2)], OneRank(37))
+    """Four of the prompts have up to 37 tokens; the others, and those with pages on several ranks, use all ranks.
+
+    All rows of a short prompt's pages are on one rank, which therefore evicts pages sooner.
+    """
+    meshes = [Mesh(ring=2), Mesh(ring=3), Mesh(ulysses=3, ring=2)]
+    check_sharing(folder, tmp_path, meshes, OneRank(37), least_reused=40)
 
 
 def test_short_prompts_send_no_keys_over_the_ring_and_fill_the_ranks_evenly(folder, tmp_path):

@@ -49,6 +49,7 @@ TOP_LEVEL = {
     "bench/million": "recipes.bench.million.MillionSettings",
     "bench/output_norms": "recipes.bench.output_norms.OutputNormsSettings",
     "bench/prefill": "recipes.bench.prefill.PrefillSettings",
+    "bench/rivals": "recipes.bench.rivals.RivalSettings",
     "bench/serve": "recipes.bench.serve.ServeBenchSettings",
     "bench/spd_latency": "recipes.bench.spd_latency.LatencySettings",
     "bench/spd_quality": "recipes.bench.spd_quality.QualitySettings",
