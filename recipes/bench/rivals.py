@@ -255,7 +255,7 @@ def write(job: RivalJob, times: Sequence[WorkTimes], out: Path) -> None:
     draw_bars(
         str(out / "rivals.svg"),
         [speed for _, speed in speeds],
-        [pair for pair, _ in speeds],
+        [pair.replace("_", " ") for pair, _ in speeds],
         title=f"{model.name}, {model.dtype}: relative speed",
         x="rows of the table, in order",
         y="relative speed",

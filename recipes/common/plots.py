@@ -49,7 +49,7 @@ def draw_lines(
         axes.set_yscale("log")
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(visible=True, alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # outside the axes, where it covers no line
+    _add_legend(figure)  # outside the axes, where it covers no line
     _save(figure, out)
 
 
@@ -63,7 +63,7 @@ def draw_points(out: str, points: Mapping[str, Sequence[tuple[float, float]]], *
         axes.plot(*zip(*of_name, strict=True), marker, markersize=4, label=name, color=colour)
     axes.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
     axes.grid(visible=True, alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    _add_legend(figure)
     _save(figure, out)
 
 
@@ -90,7 +90,7 @@ def draw_bars(
     axes.set_yscale("symlog", linthresh=max(1e-3, min(filter(None, map(abs, values)), default=1e-3)))
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(visible=True, axis="y", alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    _add_legend(figure)
     _save(figure, out)
 
 
@@ -121,7 +121,7 @@ def draw_shares(
         right_axes.set_ylabel(y[1])
         right_axes.set_ylim(bottom=0)
         right_axes.spines["right"].set_visible(True)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    _add_legend(figure)
     _save(figure, out)
 
 
@@ -219,6 +219,12 @@ def _new_figure(width: float = 7, height: float = 4) -> tuple[Figure, Axes]:
     plt.rcParams |= {"svg.hashsalt": "longctx", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
     figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
     return figure, axes
+
+
+def _add_legend(figure: Figure) -> None:
+    """Add a legend below the axes, in as many columns as the longest label allows."""
+    longest = max((len(str(text)) for axes in figure.axes for text in axes.get_legend_handles_labels()[1]), default=1)
+    figure.legend(loc="outside lower center", ncols=max(1, min(3, 95 // (longest + 8))), frameon=False)
 
 
 def _save(figure: Figure, out: str) -> None:
