@@ -23,7 +23,8 @@ PAGES_WITH_COMMANDS = [
 ]
 CONFIGURATIONS = {"eval.run": "evaluate", "eval.speed": "eval_speed"}
 LONGEST_LINE = 120
-REPORTS = ("docs/results/spd/regression.md", "docs/results/spd/repaired.md")  # eval.run wrote it, with a paragraph on each line
+# eval.run wrote them, with a paragraph on each line.
+REPORTS = ("docs/results/spd/regression.md", "docs/results/spd/repaired.md")
 
 
 def pages() -> list[Path]:
