@@ -129,6 +129,7 @@ SLOW = (
     "recipes/spd/test_use.py",
     "serve/test_prefix_cache.py",
     "serve/test_service.py",
+    "serve/test_sharing.py",
     "slurm/test_submit.py",
     "slurm/test_words.py",
     "train/test_step.py",
