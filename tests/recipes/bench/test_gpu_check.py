@@ -26,7 +26,7 @@ def job(config_of, tmp_path):
 
 
 def test_every_part_is_rehearsed_and_written(job, tmp_path):
-    results = run_ranks(1, gpu_check.run_rank, job)
+    [results] = run_ranks(1, gpu_check.run_rank, job)
     written = json.loads((tmp_path / "check" / "gpu_check.json").read_text())
     assert list(written["parts"]) == list(gpu_check.PARTS) == list(results)
     assert not [part["error"] for part in written["parts"].values() if "error" in part]
