@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-from recipes.common.startup import announce, print_page
+from recipes.common.startup import announce, loaded, print_page
 
 # Verb -> module and what it does.
 VERBS = {
@@ -54,7 +54,10 @@ def run_verb(verb: str, words: Sequence[str]) -> None:
     """Run the module of ``verb`` as ``python -m`` would, with the command line ``words``."""
     sys.argv[1:] = words
     announce(VERBS[verb][0])
-    runpy.run_module(VERBS[verb][0], run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(VERBS[verb][0], run_name="__main__", alter_sys=True)
+    finally:
+        loaded()  # a verb that imports little ends before its line is due
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
 
+from longctx.parallel import preload
+
 Result = TypeVar("Result")
 Args = TypeVarTuple("Args")
 
@@ -58,11 +60,11 @@ def warm_up(modules: Sequence[str]) -> None:
 
     Returns at once, while the imports run.  Call it early, before the work that they should overlap.
     """
-    mp.set_forkserver_preload(list(modules))
-    _start_server()
+    mp.set_forkserver_preload([preload.__name__])
+    _start_server(modules)
 
 
-def _start_server() -> None:
+def _start_server(modules: Sequence[str] = ()) -> None:
     """Start the server, if it does not run yet, so that it imports from the same places as this process.
 
     Python would start it with the working folder first, where an ``eval.py`` may lie.
@@ -70,8 +72,9 @@ def _start_server() -> None:
     from multiprocessing import forkserver
 
     path = os.pathsep.join(each or str(Path.cwd()) for each in sys.path)
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
-    os.environ.update(PYTHONPATH=path, PYTHONSAFEPATH="1")
+    here = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", preload.VARIABLE: ",".join(modules)}
+    before = {name: os.environ.get(name) for name in here}
+    os.environ.update(here)
     try:
         forkserver.ensure_running()
     finally:

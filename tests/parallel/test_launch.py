@@ -1,5 +1,6 @@
 """Ranks return results or raise one clear failure, and no rank survives the call."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -46,6 +47,10 @@ def all_reduce_twice(rank: Rank, folder: str, ending: str, last: int) -> int:
     dist.all_reduce(total)
     dist.destroy_process_group()
     return int(total)
+
+
+def garbage_collection(_: Rank) -> tuple[bool, int, int]:
+    return gc.isenabled(), gc.get_freeze_count(), len(gc.get_objects())
 
 
 def raises() -> None:
@@ -181,3 +186,8 @@ def test_parent_that_is_killed_leaves_no_rank_and_no_file(tmp_path, scratch, num
 def test_lost_peer_is_reported_without_its_traceback():
     assert _details(LostPeer("lost rank 3")) == ""
     assert "ValueError: x" in _details(ValueError("x"))
+
+
+def test_garbage_collection_in_a_rank_ignores_what_the_server_has_imported():
+    [(enabled, ignored, others)] = run_ranks(1, garbage_collection)
+    assert enabled and ignored > 100_000 and others < 10_000

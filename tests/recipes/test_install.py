@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
 import tomllib
 from pathlib import Path
 
@@ -96,6 +97,8 @@ def test_verb_runs_its_module_with_the_other_words(monkeypatch, capsys):
     with pytest.raises(SystemExit) as leaving:
         command.main()
     assert leaving.value.code == 2 and "compare two runs or more" in capsys.readouterr().err
+    timers = [each for each in threading.enumerate() if isinstance(each, threading.Timer)]
+    assert not [each for each in timers if not each.finished.is_set()]  # no line about loading comes later
 
 
 def test_folder_in_the_checkout_of_another_project_has_a_version_but_no_commit(tmp_path):
