@@ -14,7 +14,7 @@ from longctx.infer.prefill import Chunk
 from longctx.infer.refuse import NOT_FINITE, refuse_not_finite
 from longctx.infer.sample import TokenLogprob, choose_token, token_logprob
 from longctx.infer.turn import Conversation
-from longctx.megatron.shared import WeightShare
+from longctx.megatron.sharded import WeightShare
 from longctx.shapes import Float, Tensor
 
 

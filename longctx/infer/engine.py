@@ -14,7 +14,7 @@ from longctx.megatron.hf_io import load as hf_load
 from longctx.megatron.model import GPTModel, build_model, layers_in_use, logits
 from longctx.megatron.reduce import set_reductions
 from longctx.megatron.runtime import Runtime
-from longctx.megatron.shared import WeightShare, share_weights
+from longctx.megatron.sharded import WeightShare, share_weights
 from longctx.megatron.spd.layer import SPDTransformerLayer
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm, SingleRankComm

@@ -17,7 +17,7 @@ from longctx.infer.cache import Cache
 from longctx.infer.engine import ATTENTION, Engine
 from longctx.megatron.attention import LayerAttention, Pass, rotary_tables
 from longctx.megatron.model import hidden_states
-from longctx.megatron.shared import WeightShare
+from longctx.megatron.sharded import WeightShare
 from longctx.parallel.comm import doing
 from longctx.parallel.merge import gather_merge, scatter_merge
 from longctx.parallel.ring import Ring, Strategy

@@ -13,7 +13,7 @@ from longctx.infer.cache import BatchCache, KVCache
 from longctx.infer.engine import Engine
 from longctx.megatron.attention import Pass
 from longctx.megatron.model import GPTModel
-from longctx.megatron.shared import WeightShare
+from longctx.megatron.sharded import WeightShare
 from longctx.parallel.recording import META, SHAPES_ONLY, RecordedGroups, record
 from longctx.parallel.schedule import Schedule, refuse_faulty
 from longctx.shapes import Float, Int, Tensor

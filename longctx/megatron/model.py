@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from longctx.megatron.attention import Pass
 from longctx.megatron.experts import mixture_config
 from longctx.megatron.few_rows import speed_up
-from longctx.megatron.shared import WeightShare
+from longctx.megatron.sharded import WeightShare
 from longctx.megatron.spd.layer import SPDTransformerLayer, follow_plan
 from longctx.megatron.spec import LOCAL, layer_spec, norm_of, record_sharding, te_linears
 from longctx.model_shape import ModelShape

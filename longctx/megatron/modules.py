@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import nn
 
-from longctx.megatron.shared import OutputProjection, UpProjection
+from longctx.megatron.sharded import OutputProjection, UpProjection
 from longctx.shapes import Float, Tensor
 
 # Arguments of megatron-core's sharded_state_dict.

@@ -31,7 +31,7 @@ from longctx.megatron.modules import (
     ScaledRowParallelLinear,
     TiledMLP,
 )
-from longctx.megatron.shared import OutputProjection, QKVProjection, UpProjection
+from longctx.megatron.sharded import OutputProjection, QKVProjection, UpProjection
 from longctx.model_shape import Experts, ModelShape
 
 # The dimension that tensor-parallel ranks divide, in the layout of torch's linear layers: (outputs, inputs).

@@ -25,9 +25,9 @@ These equations are an extension of the paper:
 
 One all-reduce computes both sums, as two halves of one tensor.  Again only the input of MLP_r is approximate.
 
-The N ranks may also be context ranks that each multiply a share of the weights in decoding (`longctx.megatron.shared`).
-In prefill, each of these ranks computes all terms r for its own rows.  It holds all weights, and the N terms cost as
-many FLOPs as the stock block.
+The N ranks may also be the context ranks of sharded decoding (`longctx.megatron.sharded`).  Each then multiplies a
+share of the weights in decoding.  In prefill, each of them computes all N terms for its own rows.  It holds all
+weights, and the N terms cost as many FLOPs as the stock block.
 """
 
 from typing import Any
@@ -42,7 +42,7 @@ from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from longctx.megatron.modules import NormedOutput
-from longctx.megatron.shared import WeightShare, all_shares
+from longctx.megatron.sharded import WeightShare, all_shares
 from longctx.shapes import Float, Tensor
 from longctx.spd.plan import SPDPlan
 
