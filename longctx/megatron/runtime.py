@@ -93,7 +93,7 @@ def open_runtime(
     if rank.world_size != mesh.ranks:
         raise ValueError(
             f"{rank.world_size} ranks were started, but the mesh has {mesh.ranks} ({mesh}); "
-            f"start {mesh.ranks} ranks, or use a mesh of {rank.world_size}."
+            f"start {mesh.ranks} ranks, or use a mesh of {rank.world_size}"
         )
 
     # 1. The device, and megatron-core's training code on CPUs.
