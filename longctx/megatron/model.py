@@ -101,8 +101,8 @@ def build_model(
     record_sharding(model)
     if model.post_process:
         speed_up(model.output_layer)
-    # megatron-core builds norms of queries and keys if this is set, and then sums their gradients over ranks.  That is
-    # right if every rank has the whole weights, but ranks share those of a norm over all heads.
+    # If this is set, megatron-core builds norms of queries and keys, and sums their gradients over ranks.  That would
+    # be wrong for a norm over all heads, of whose weights each rank holds only a part.
     config.qk_layernorm = shape.qk_norm == "head"
     _scale_embedding_and_logits(model, shape, dtype)
     if plan is not None:

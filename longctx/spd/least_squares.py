@@ -20,7 +20,7 @@ class LeastSquares:
     def update(
         self, seen: Float[Tensor, "rows width"], wanted: Float[Tensor, "rows width"], weights: Float[Tensor, " rows"]
     ) -> None:
-        """Add these rows to the sums; the squared error of a row counts ``weights`` times."""
+        """Add these rows to the sums; each row's squared error is multiplied by its entry of ``weights``."""
         weighted = seen * weights[:, None]
         self._seen += weighted.T @ seen
         self._both += wanted.T @ weighted

@@ -15,7 +15,7 @@ from longctx.parallel.measure.comm_timer import ExposedCommTimer
 
 @dataclass(frozen=True)
 class StepCost:
-    """Cost of a step on one of the ``ranks`` that shared its ``tokens``.
+    """Cost of a step on one rank; ``ranks`` ranks shared the step's ``tokens``.
 
     ``flops`` are the FLOPs of all ``ranks`` without causal halving, ``flops_causal`` with it.  ``peak_flops`` is the
     peak rate of one rank in FLOP/s, or None if it is not known.  ``peak_bytes`` is this rank's peak memory.

@@ -109,7 +109,7 @@ def test_unused_axes_are_refused(axis):
 
 
 def test_advice_names_no_axis_that_is_refused_too():
-    with pytest.raises(ValueError, match=r"use mesh\.tp=1, and mesh\.ring to share one prompt between ranks\.$"):
+    with pytest.raises(ValueError, match=r"use mesh\.tp=1, and mesh\.ring to share one prompt between ranks$"):
         refuse_unused(Mesh(tp=2), "prefill", ("tp", "ulysses", "dp", "pp"))
 
 

@@ -120,7 +120,7 @@ class JointDistillation:
         return kl_divergence(blocks.model, final, teacher, blocks.tp, blocks.shape.vocab_size).mean()
 
     def _final(self, x: Hidden, dropped: Sequence[int], first: int = 0) -> Float[Tensor, "rows 1 hidden"]:
-        """Run the blocks from ``first`` on, ``dropped`` ones by their layers, and the final norm."""
+        """Run the blocks from ``first`` on (``dropped`` blocks by their repaired layers) and the final norm."""
         for block, layer in enumerate(self._blocks.model.decoder.layers[first:], first):
             x = self._blocks.run(self.layers[block] if block in dropped else layer, x)
         final: Tensor = self._blocks.model.decoder.final_layernorm(x.reshape(-1, 1, x.shape[-1]))
@@ -153,9 +153,9 @@ class JointDistillation:
         dist.barrier()
 
     def resume(self, folder: Path) -> list[str]:
-        """Load the newest complete state in ``folder``, if it is of the same blocks in the same order.
+        """Load the newest complete state in ``folder``, if it has the same blocks in the same order.
 
-        Returns a message for each state that was skipped, with the reason, and for a loaded one without checksums.
+        Returns a message for each skipped state, with the reason, and for a loaded state without checksums.
         """
         place, skipped = agreed_on_all_ranks(folder)
         if place is None:
