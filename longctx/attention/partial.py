@@ -50,7 +50,7 @@ def merge(a: Partial, b: Partial) -> Partial:
     """Return the attention over the keys of both ``a`` and ``b``, which must be disjoint sets of keys.
 
     The merge is associative and commutative, with `empty_partial` as its identity.  Each side has the weight exp(lse -
-    lse_max) (arXiv 2411.01783, Eq. 4).  It is exact also for rows that see keys of one side only, or of neither. The
+    lse_max) (arXiv 2411.01783, Eq. 4).  It is exact also for rows that see keys of one side only, or of neither.  The
     form with ``logsigmoid``, common elsewhere, gives NaN for some of these rows.  A row with an lse of -inf has no
     weight, even if a kernel has left NaN or infinity in its out.
     """

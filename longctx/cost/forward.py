@@ -2,7 +2,7 @@
 
 Per layer, a rank with T / (U R) rows of the new tokens computes
 
-    products   2 W / tp FLOPs per row                    W: weights of the layer's projections
+    products   GEMMs, 2 W / tp FLOPs per row                    W: weights of the layer's projections
     weights    e W / tp bytes, read once                 e: bytes per weight; with few rows this time dominates
     attention  `longctx.cost.attention`, with the heads of one rank
     reductions (2 - p) all-reduces of rows x hidden      p: share of blocks that drop one (arXiv 2502.20727)

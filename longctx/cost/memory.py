@@ -112,14 +112,15 @@ def _saved(shape: Decoder, mesh: Degrees, work: StepWork, numbers: Numbers) -> d
     H is the hidden size, divided by tp (sequence parallelism).  Q and K are a rank's query and KV heads times their
     dimension.  F is a rank's FFN size, and e the bytes of a number.
 
-        stream       2 H e        the inputs of both norms norms        2 H e        their outputs; on a CPU also 8 H,
-        the float32 normalised rows before the weight qkv          (2 Q + 2 K) e  queries, keys and values after
-        rotation, and the output of attention.  Without Ulysses, longctx's values are views of the projection's output,
-        which adds (Q + K) e.  partial      4 (Q + q)    the float32 output of attention, and a log-sum-exp for each of
-        q heads.  Megatron's attention keeps the output once, in 16 bits: 4 q.  ffn          4 F e        gate, up,
-        activated gate and product; 3 F e if fused, 2 F e without a gate experts      k (4 F e + e times the full hidden
-        size): each of k chosen experts also copies the row.  If ranks divide the experts, the formula assumes that all
-        ranks get equally many rows.
+        stream       2 H e        the inputs of both norms
+        norms        2 H e        their outputs; on a CPU also 8 H, the float32 normalised rows before the weight
+        qkv          (2 Q + 2 K) e  queries, keys and values after rotation, and the output of attention.  Without
+                     Ulysses, longctx's values are views of the projection's output, which adds (Q + K) e.
+        partial      4 (Q + q)    the float32 output of attention, and a log-sum-exp for each of q heads.  Megatron's
+                     attention keeps the output once, in 16 bits: 4 q.
+        ffn          4 F e        gate, up, activated gate and product; 3 F e if fused, 2 F e without a gate
+        experts      k (4 F e + e times the full hidden size): each of k chosen experts also copies the row.  If ranks
+                     divide the experts, the formula assumes that all ranks get equally many rows.
     """
     e, hidden = numbers.element, shape.hidden / mesh.tp
     own_layers = {"fused": 0, "cuda": 1, "cpu": 1}[work.operations]

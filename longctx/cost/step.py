@@ -2,11 +2,12 @@
 
 Per micro-batch (a sequence) and layer, a rank with s / (U R) rows computes
 
-    products   3 times the forward's: one product each for the output, the weights' gradient and the input's gradient
-    attention  the forward, and `longctx.cost.attention.backward_cost` Ulysses    two all-to-alls in the forward, and
-    two in the backward tp         with sequence parallelism 6 all-gathers and 4 reduce-scatters (arXiv 2405.07719, v5,
-    Table 2); each moves half the bytes of an all-reduce, so these 10 count as 5 all-reduces ep         the exchanges of
-    `longctx.cost.experts`; in layers with experts they replace half of those of tp
+    products   GEMMs, 3 times the forward's: one each for the output, the weights' gradient and the input's gradient
+    attention  the forward, and `longctx.cost.attention.backward_cost`
+    Ulysses    two all-to-alls in the forward, and two in the backward
+    tp         with sequence parallelism 6 all-gathers and 4 reduce-scatters (arXiv 2405.07719, v5, Table 2); each
+               moves half the bytes of an all-reduce, so these 10 count as 5 all-reduces
+    ep         the exchanges of `longctx.cost.experts`; in layers with experts they replace half of the tp collectives
 
 Once per step, gradients are reduced in float32 over data- and context-parallel ranks.  ZeRO-1 uses a reduce-scatter of
 gradients and an all-gather of the new weights instead.  A pipeline of S stages is idle for the time of S - 1

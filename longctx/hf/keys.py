@@ -73,7 +73,7 @@ def refuse_unknown_keys(file: Path, values: Mapping[str, Any], config: Any, fami
     known |= {"partial_rotary_factor"} if family.partial_rotary else set()
     for key, value in values.items():
         # Keys that begin with an underscore are notes of the library that wrote the file, or are read by the
-        # configuration class. Ids of special tokens are the tokenizer's.
+        # configuration class.  Ids of special tokens are the tokenizer's.
         is_note = value is None or key.startswith("_") or key.endswith("_token_id")
         if is_note or key in known or (key in _NEUTRAL and value == _NEUTRAL[key]):
             continue

@@ -19,7 +19,7 @@ class Page:
 
 
 class PageStore:
-    """Pages by number.  A page is copied from a cache; each rank stores those of its rows that it cached there.
+    """Pages by number.  A page is copied from a cache; each rank stores the page's rows that it caches there.
 
     All ranks must make the same calls in the same order.  ``rows_per_rank[r]`` is the number of rows that ring rank r
     of ``size`` stores, over all pages.

@@ -136,7 +136,7 @@ def hidden_states(model: GPTModel, tokens: Tokens, attention_pass: Pass) -> Floa
 def _run_without_rows(model: GPTModel, attention_pass: Pass) -> Float[Tensor, "0 1 hidden"]:
     """Call every layer's attention with zero rows, on a rank that holds none of the new tokens.
 
-    Other ranks attend to the keys that this rank caches, so it takes part in their exchanges.  It skips the
+    Other ranks attend to the keys that this rank caches, so it takes part in their collectives.  It skips the
     projections, because megatron-core's linear layers cannot take zero rows.
     """
     assert attention_pass.attend

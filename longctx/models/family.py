@@ -1,7 +1,7 @@
 """A family of models: how the config.json and the tensors of one model type map to this project's decoder.
 
-Tensors have canonical names here, those of Llama, which `megatron.hf_io.names` maps to megatron-core's parameters.  A
-family says which of them have other names in its files, and which are parts of one larger tensor.
+The canonical names of tensors are Llama's; `megatron.hf_io.names` maps them to megatron-core's parameters.  A family
+says which tensors have other names in its files, and which are parts of one larger tensor.
 
 | canonical module                   | content                                                     |
 |------------------------------------|-------------------------------------------------------------|

@@ -36,7 +36,7 @@ class RouterLoss:
     def watch(self, logits: Float[Tensor, "rows ... experts"]) -> None:
         """Add a router's choices and probabilities to the sums, for the rows that `begin` announced.
 
-        Further rows of ``logits`` are padding. The backward pass adds the gradient of the loss to the gradient of
+        Further rows of ``logits`` are padding.  The backward pass adds the gradient of the loss to the gradient of
         ``logits``.
         """
         values = logits.detach()

@@ -54,7 +54,7 @@ class RankPages(PageStore):
             self._files.delete([self._names.pop(page)])
 
     def restore(self, world: Comm) -> Restored:
-        """Read the pages on disk; all ranks of ``world`` must call this, and give a page the same number.
+        """Read the pages on disk, with the same numbers on all ranks; all ranks of ``world`` must call this.
 
         A page is usable if every rank has it, in the same layout, and all pages before it.  The files of other pages
         are deleted, so that they are computed and saved again.

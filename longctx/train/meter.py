@@ -32,7 +32,7 @@ class StepCost:
     exposed_s: dict[str, float]
 
     def figures(self) -> dict[str, float | None]:
-        """Figures for a tracker, by name; both MFUs are None if the peak rate is not known."""
+        """Return the metrics for a tracker, by name; both MFUs are None if the peak rate is not known."""
         exposed = sum(self.exposed_s.values())
         return {
             "step_s": self.seconds,

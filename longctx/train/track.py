@@ -267,6 +267,6 @@ def wandb_is_disabled() -> bool:
 
 
 def _mode(wandb: Any) -> Any:
-    """The mode that WANDB_MODE sets; online becomes offline without an API key, since W&B would prompt for one."""
+    """Return the mode that WANDB_MODE sets, or offline for online without an API key, for which W&B would prompt."""
     mode = wandb.setup().settings.mode
     return "offline" if mode == "online" and not wandb.login(verify=False, prompt=False) else mode
