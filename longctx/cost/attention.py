@@ -95,7 +95,7 @@ class Work:
 class Cost:
     """Cost of one layer's attention on one rank.
 
-    ``seconds`` is the total; ``exposed_s`` is the part of it in communication that no computation hides.
+    ``seconds`` is the total; ``exposed_s`` is the part of it that is communication which no computation hides.
     """
 
     seconds: float
@@ -181,8 +181,8 @@ def ulysses_seconds(work: Work, degree: int, link: Link) -> float:
 def backward_cost(work: Work, hardware: Hardware) -> Cost:
     """Return the cost of the backward, which is the same for every strategy: keys, values and gradients pass the ring.
 
-    A block takes ``hardware.backward`` times the forward's arithmetic.
-    Keys and values make N - 1 hops.  The float32 sums of their gradients follow one hop later and make N hops.
+    The arithmetic of a block takes ``hardware.backward`` times as long as in the forward.  Keys and values make N - 1
+    hops.  The float32 sums of their gradients follow one hop later and make N hops.
     """
     start = start_seconds(work, hardware)
     backward = start + hardware.backward * (block_seconds(work, hardware) - start)

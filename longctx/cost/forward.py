@@ -208,7 +208,7 @@ def _shared_rows_seconds(
 def _ring_of_one_row(
     shape: Decoder, mesh: Degrees, machine: Machine, cached: Sequence[int], strategy: str, numbers: Numbers
 ) -> tuple[float, float, float]:
-    """Return the seconds of attention's blocks and of its communication, and the bytes sent, by a prefill strategy."""
+    """Return the seconds of attention's blocks, the seconds of its communication, and the bytes sent, for one row."""
     hardware = machine.kernel(mesh.ring, mesh.tp * mesh.ulysses, decodes=True)
     exchange = machine.level(mesh.ulysses, mesh.tp).exchange
     attention = sent_s = sent = 0.0

@@ -208,9 +208,7 @@ class Machine:
     def rounded_reduction_seconds(self, rows: float, width: int, ranks: int, dtype: str) -> float:
         """Return the seconds of an all-reduce of ``rows`` x ``width`` values with messages of ``dtype``.
 
-        Its ``ranks`` ranks are consecutive.
-
-        Rounding itself takes no time in this model.
+        The ranks are ``ranks`` consecutive ones.  Rounding itself takes no time in this model.
         """
         level = self.level(ranks, 1)
         return reduction_seconds(int(rows), width, ranks, level.reduce_step_s, level.reduce_bytes_per_s, dtype)

@@ -17,7 +17,7 @@ from longctx.cost.training import Decoder
 def inference_bytes(
     shape: Decoder, mesh: Degrees, new: Sequence[int], cached: Sequence[int], strategy: str, numbers: Numbers
 ) -> dict[str, float]:
-    """Return the bytes of a pass over ``new`` tokens after ``cached`` ones, by part, at its peak.
+    """Return the bytes, by part, at the peak of a pass over ``new`` tokens after ``cached`` ones.
 
     The peak is in the last layer, or at the logits.  Only one layer's activations exist at a time: those of attention
     or of the feed-forward network, whichever are larger.  Both have the embedding's output, the layer's input, a norm's
@@ -79,7 +79,7 @@ def _buffers(work: Work, strategy: str) -> float:
 
 
 def step_bytes(shape: Decoder, mesh: Degrees, work: StepWork, strategy: str, numbers: Numbers) -> dict[str, float]:
-    """Return the bytes of a training step by part, at its peak.
+    """Return the bytes, by part, at the peak of a training step.
 
     The peak is at one of these points: the loss, the backward of a layer's feed-forward network, the backward of its
     attention, the backward of the embedding, or the update.  At the first three, the activations that the forward keeps
@@ -151,7 +151,7 @@ def _pass_moments(
     activations are freed.  The gradient of the residual stream exists throughout, and so does a recomputed layer's
     output, or later its first gradient.
     """
-    # 1. Bytes per row: everything that a layer keeps without recomputation, and what it keeps with this one.
+    # 1. Bytes per row: everything that a layer keeps without recomputation, and what it keeps with ``work.recompute``.
     pieces = _saved(shape, mesh, work, numbers)
     whole, ffn, hidden = sum(pieces.values()), pieces["ffn"] + pieces["experts"], shape.hidden * numbers.element
     norm, stream = (pieces["stream"] + pieces["norms"]) / 2, pieces["stream"] / 2

@@ -17,7 +17,8 @@ def message_bytes(rows: int, width: int, dtype: str, group: int = 64) -> int:
 def two_step_bytes(rows: int, width: int, rank: int, ranks: int, dtype: str, group: int = 64) -> int:
     """Return the bytes that ``rank`` sends in one reduction by ``longctx.parallel.quantised``.
 
-    The rank adds up g of the G groups.  It sends the other G - g, then the g sums to each of the n - 1 other ranks.
+    The rank adds up g of the G groups.  It sends the other G - g groups, and then its g sums to each of the n - 1 other
+    ranks.
     """
     unit = message_bytes(1, 1, dtype, group)
     groups = message_bytes(rows, width, dtype, group) // unit

@@ -1,4 +1,4 @@
-"""Rows that travel around a ring, and blocks that are computed, under a sliding window (None: all of them).
+"""Rows that travel around a ring, and blocks that are computed, under a sliding window of w keys.
 
 The layout is zigzag: a sequence has 2 N chunks, and rank r has chunks r and 2 N - 1 - r.  A query sees the w - 1 keys
 before it.  Suppose that a chunk of keys ends g positions before a chunk of queries begins.  The first w - 1 - g rows of

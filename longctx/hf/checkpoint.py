@@ -44,9 +44,9 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     if existing == [_INDEX]:
         return {name: folder / file for name, file in _weight_map(folder / _INDEX).items()}
     if not existing:
-        fix = "convert the model to safetensors first"
+        fix = "convert the model to safetensors first, with transformers' save_pretrained"
         if not any(file.suffix in (".bin", ".pt", ".pth", ".gguf") for file in folder.iterdir()):
-            fix = "this model has no weights yet, train it with recipes.pretrain"
+            fix = "this model has no weights yet, train it with recipes.pretrain, or copy its weights there"
         raise ValueError(f"{folder} has no model.safetensors: {fix}")
     with open_tensors(folder / existing[0]) as file:
         return dict.fromkeys(file.keys(), folder / existing[0])

@@ -1,4 +1,4 @@
-"""Choose, for each pass, if one rank runs it: for few tokens, context parallelism costs more than it gains."""
+"""Decide for each pass whether one rank runs it: with few tokens, context parallelism costs more than it gains."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

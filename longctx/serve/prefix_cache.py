@@ -138,7 +138,7 @@ class PrefixCache:
     def page_at(self, number: int, cached: int) -> tuple[int, Tokens] | None:
         """Return (number of the page before, tokens) of the page that the sequence computes after ``cached`` tokens.
 
-        None if the prompt ends before the end of that page, or if pages are not stored.
+        The result is None if the prompt ends before the end of that page, or if pages are not stored.
         """
         one = self._sequences[number]
         begin, end = one.page.end, one.page.end + self.page_tokens

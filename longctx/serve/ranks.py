@@ -23,7 +23,7 @@ def share_plan(world: Comm, plan: StepPlan | None, device: torch.device) -> Step
 def run_plan(session: Session, pages: RankPages, plan: StepPlan, one_rank: OneRank) -> dict[int, int]:
     """Run ``plan`` and return the next token of each sequence that has one; all ranks return the same.
 
-    ``one_rank`` chooses if one ring rank or all of them prefill.
+    ``one_rank`` decides whether one ring rank or all of them prefill.
 
     Raises ValueError, on all ranks, for logits that are not finite.
     """

@@ -64,7 +64,7 @@ class Service:
     `submit` and `cancel` may be called from any thread; all other methods belong to the thread that runs the model.
     ``seconds`` and ``passes`` count the work so far; ``sequence_bytes`` are the bytes of the sequences' caches on each
     ring rank.  ``files`` stores pages on disk for the next server (None: memory only).  ``restored`` are pages that an
-    earlier server stored.  ``one_rank`` chooses if one ring rank or all of them prefill.
+    earlier server stored.  ``one_rank`` decides whether one ring rank or all of them prefill.
     """
 
     def __init__(

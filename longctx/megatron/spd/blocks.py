@@ -83,7 +83,7 @@ class Blocks:
     def loss(self, x: Hidden, text: PackedText) -> float:
         """Return the summed cross-entropy (nats) of ``text``'s counted targets; ``x`` is the last block's output.
 
-        Raises ValueError if it is NaN or infinite.
+        Raises ValueError if the loss is NaN or infinite.
         """
         total = 0.0
         for rows, targets, mask in zip(x, text.targets, text.mask, strict=True):

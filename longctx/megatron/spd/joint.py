@@ -31,11 +31,10 @@ from longctx.spd.distill import rate_at
 class JointDistillation:
     """Trains ``layers`` (by block index), repaired layers that drop their reduction, towards the full model.
 
-    ``order`` lists the blocks in the order in which a plan drops them.  Steps 0, 2, 4, ... drop all of them.
-    Steps 1, 3, 5, ... drop the first k for a random k, so that the model also improves with fewer blocks dropped.
-    ``dp`` is the data-parallel group; each of its ranks trains on its share of a step's sequences.
-    ``losses`` has the loss of each step done.  The constructor freezes the model of ``blocks`` and turns its
-    reductions on.
+    ``order`` lists the blocks in the order in which a plan drops them.  Steps 0, 2, 4, ... drop all of them.  Steps 1,
+    3, 5, ... drop the first k for a random k, so that the model also improves with fewer blocks dropped.  ``dp`` is the
+    data-parallel group; each of its ranks trains on its share of a step's sequences.  ``losses`` has the loss of each
+    step so far.  The constructor freezes the model of ``blocks`` and turns its reductions on.
     """
 
     def __init__(
@@ -129,7 +128,7 @@ class JointDistillation:
     def save(self, folder: Path, metadata: Mapping[str, Any]) -> None:
         """Write the state to ``folder``/step-* with ``metadata``, then remove all other states there.
 
-        Every rank calls this.  The first data-parallel replica writes, one file a tensor-parallel rank.
+        Every rank calls this.  The first data-parallel replica writes one file per tensor-parallel rank.
         """
         place, rank = folder / folder_name(self.steps), self._blocks.tp.rank
         partial_folder, first = place.with_name(place.name + PARTIAL), dist.get_rank() == 0

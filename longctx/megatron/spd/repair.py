@@ -122,10 +122,10 @@ def place_neurons(
 ) -> None:
     """Assign the MLP neurons of ``layer`` to ranks, by their behaviour on ``x``, whose positions have ``weights``.
 
-    ``grouping`` "shards" gives each rank the shard for which the norms of the outputs, summed over ranks, are largest
-    (arXiv 2502.20727, Eq. 3).  ``grouping`` "neurons" assigns each neuron separately, so that the summed error is least
-    (see `Blocks.neuron_errors`).  With ``maps``, this is the error that remains when neurons read the least-squares
-    prediction.
+    ``grouping`` "shards" gives each rank one shard of neurons, so that the norms of the shards' outputs, summed over
+    ranks, are largest (arXiv 2502.20727, Eq. 3).  ``grouping`` "neurons" assigns each neuron separately, so that the
+    summed error is least (see `Blocks.neuron_errors`).  With ``maps``, this is the error that remains when neurons read
+    the least-squares prediction.
     """
     if grouping == "neurons":
         order = list(assign_neurons(blocks.neuron_errors(layer, x, weights, maps)))

@@ -178,7 +178,7 @@ def load_weights(place: Path, net: GPTModel) -> None:
 
 
 def read_state(state: dict[str, Any], place: Path) -> dict[str, Any]:
-    """Return ``state``, which names what to load, with values from the checkpoint at ``place``; runs no code in it.
+    """Fill ``state``, which names the values to load, from the checkpoint at ``place``; run no code in it.
 
     Raises ValueError if the checkpoint holds anything but tensors and plain values, or if only a newer megatron-core
     can read it.

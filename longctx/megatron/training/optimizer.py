@@ -23,9 +23,9 @@ from longctx.shapes import Float, Int, Positions, Tensor, Tokens
 class MicroBatch:
     """This rank's rows of one packed sequence, padded so that every rank has equally many.
 
-    ``mask`` is 1 for rows whose target counts in the loss, otherwise 0 (padding included).  Each row's loss is added to
-    the sum number ``bucket``.  The rows after the first ``rows`` are padding.  ``mean_counted`` is the mean number of
-    targets per sequence that count in the loss, over the whole batch.
+    ``mask`` is 1 for rows whose target counts in the loss, otherwise 0 (padding included).  ``bucket`` has, for each
+    row, the index of the sum to which its loss is added.  The rows after the first ``rows`` are padding.
+    ``mean_counted`` is the mean number of targets per sequence that count in the loss, over the whole batch.
     """
 
     tokens: Tokens
