@@ -63,7 +63,7 @@ def _resolve_source(model: ModelSource, say: Say) -> Path:
 def _change(model: ModelSource, source: Path) -> Path:
     """Return the cached folder with ``model``'s config.json and chat template, and links to ``source``'s other files.
 
-    The other files are links, so that a change in ``source`` also shows in the cached folder.
+    A file that changes in ``source`` therefore changes in the cached folder, too.
     """
     changed = config_for_context(source, model.max_positions, model.rope_theta, model.rope_factor, model.rope_type)
     template = read_chat_template(model.chat_template) if model.chat_template else None

@@ -153,7 +153,7 @@ def config_for_context(
 
 
 def bytes_tokenizer() -> Any:
-    """Return a transformers tokenizer of 257 tokens: token n is the byte n in UTF-8, and token 256 ends a text."""
+    """Return a transformers tokenizer of 257 tokens: token n is byte n of UTF-8 text, and token 256 ends a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
