@@ -14,12 +14,12 @@ _CHECKSUMS = "checksums"
 
 
 def folder_name(step: int) -> str:
-    """Name of the checkpoint folder written after ``step`` steps; names sort in the order of steps."""
+    """Return the name of the checkpoint folder written after ``step`` steps; names sort in the order of steps."""
     return f"step-{step:08}"
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """Checkpoint folders in ``folder``, the oldest first; corrupt ones included, unfinished ones not."""
+    """Return the checkpoint folders in ``folder``, the oldest first, with corrupt but without unfinished ones."""
     return sorted(folder.glob("step-" + 8 * "[0-9]"))
 
 
@@ -46,8 +46,8 @@ def fault_of(checkpoint: Path) -> str:
 def content_fault_of(checkpoint: Path) -> str:
     """Describe the first fault of a checkpoint folder as `fault_of` does, but read every file and check its checksum.
 
-    A file has a fault if its checksum differs from that in run.json.  The index of tensors has one if it names classes
-    or files that do not belong to the checkpoint.
+    A file has a fault if its checksum differs from the one in run.json.  The index of tensors has a fault if it names
+    classes or files that do not belong to the checkpoint.
     """
     if fault := fault_of(checkpoint):
         return fault

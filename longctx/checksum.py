@@ -31,7 +31,7 @@ def crc32_of_files(files: Iterable[Path]) -> list[int]:
 
 
 def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``values``, a JSON object, with the checksum of its JSON text under the key ``crc32``."""
+    """Return the JSON object ``values`` with the checksum of its JSON text added under the key ``crc32``."""
     return {**values, KEY: _crc32_of(values)}
 
 

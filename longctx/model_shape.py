@@ -45,25 +45,25 @@ class ModelShape:
     * ``max_positions``: the longest sequence that the model was trained for, in tokens.
     * ``tied``: the output head shares the weights of the embedding.
     * ``qkv_bias``, ``out_bias``, ``mlp_bias``: these projections have a bias; ``mlp_bias`` covers experts and routers.
-    * ``rotaries``: per layer, the rotary embedding; None for a layer without.  Empty means None for every layer.
+    * ``rotaries``: per layer, the rotary embedding (None: the layer has none).  Empty means None for every layer.
     * ``end_tokens``: ids of the tokens that end generation.
-    * ``windows``: per layer, the number of keys that a query sees at most, its own included; None for all earlier
+    * ``windows``: per layer, the largest number of keys that a query sees, including its own; None for all earlier
       keys.  Empty means None for every layer.
     * ``init_std``: standard deviation of the initial weights in training from scratch.
-    * ``norms``: where a block normalises: the inputs of attention and feed-forward network ("pre"), their outputs
-      ("post"), or both ("sandwich").
+    * ``norms``: a block normalises the inputs of attention and feed-forward network ("pre"), their outputs ("post"), or
+      both ("sandwich").
     * ``layer_norm``: norms are LayerNorm with bias, not RMSNorm.  ``zero_centered``: they multiply by 1 + weight.
     * ``qk_norm``: queries and keys are normalised per head ("head"), over all heads together ("width"), or not.
     * ``gated``: the feed-forward network is activation(gate) * up, not activation(up).
-    * ``softmax_scale``: factor of the attention scores; None for 1/sqrt(head_dim).
-    * ``embedding_scale``: factor of the embedding's output.
-    * ``residual_scale``: factor of what attention and feed-forward network add to the residual stream.
-    * ``logit_scale``: factor of the logits.
+    * ``softmax_scale``: scale of the attention scores; None for 1/sqrt(head_dim).
+    * ``embedding_scale``: scale of the embedding's output.
+    * ``residual_scale``: scale of the outputs of attention and feed-forward network, before the residual connection.
+    * ``logit_scale``: scale of the logits.
     * ``sinks``: each head has a learned attention sink, a score that takes weight from all keys (`partial.sink`).
     * ``glu_limit``: bound of gate and up values: up is clamped on both sides, gate from above; None does not clamp.
       ``glu_offset`` is added to the up values.
-    * ``experts``: per layer, the experts that replace its feed-forward network of size ``ffn``; None for a layer
-      without.  Empty means None for every layer.  All layers with experts have equal ones.
+    * ``experts``: per layer, the experts that replace its feed-forward network of size ``ffn`` (None: the layer has no
+      experts).  Empty means None for every layer.  All layers with experts have equal experts.
     """
 
     layers: int
@@ -134,8 +134,8 @@ class ModelShape:
     def refuse_unknown_token(self, largest: int, where: str = "the text") -> None:
         """Raise ValueError if ``largest``, the largest token id of a text, is beyond the vocabulary.
 
-        ``where`` names the text in the message.
-        A tokenizer may know more tokens than the model has rows in its embedding, such as one for padding.
+        ``where`` names the text in the message.  A tokenizer may have more tokens than the embedding has rows, such as
+        a token for padding.
         """
         if largest >= self.vocab_size:
             raise ValueError(

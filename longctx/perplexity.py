@@ -21,12 +21,12 @@ def perplexity(loss: float) -> float:
 def difference_interval(
     base: Numbers, other: Numbers, lengths: Numbers, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """Return (difference, low, high): the mean loss of ``other`` minus that of ``base``, and its interval at ``level``.
+    """Return (difference, low, high): ``other``'s mean loss minus ``base``'s, and the interval at confidence ``level``.
 
     ``base`` and ``other`` are the summed losses (nats) of the same texts, and ``lengths`` the texts' numbers of tokens
-    or words.  Exponentials of the results are a ratio of perplexities and its interval.  With one text, low and high
-    are infinite.  The interval is Student's for a ratio of means (Cochran, Sampling Techniques, 1977, 6.3).  It does
-    not assume that losses within a text are independent.
+    or words.  The exponentials of the three results are the ratio of perplexities and its interval.  With one text, low
+    and high are infinite.  The interval is Student's for a ratio of means (Cochran, Sampling Techniques, 1977, 6.3).
+    It does not assume that losses within a text are independent.
     """
     from scipy.stats import t as student  # slow to import
 

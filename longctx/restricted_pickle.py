@@ -1,4 +1,4 @@
-"""Read the pickled index of a training checkpoint without running code that someone may have put into it.
+"""Read the pickled index of a training checkpoint without running any code in it.
 
 torch's reader unpickles a checkpoint's ``.metadata``, and unpickling calls whatever the file names.  The reader here
 knows the classes that belong there by name, imports none of them, and refuses every other.
@@ -26,7 +26,7 @@ _KNOWN = {(module, name) for module, names in _TORCH.items() for name in names}
 
 
 class _Placeholder:
-    """Takes the place of an object of torch: keeps its pickled state, and has no behaviour."""
+    """Stands for an object of torch: keeps the object's pickled state, and has no behaviour."""
 
     state: Any = None
 
@@ -46,7 +46,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
 def files_named_in(metadata: Path) -> set[str]:
     """Return the names of the files that a checkpoint's ``.metadata`` refers to; runs no code that it contains.
 
-    Raises ValueError if it names a class that belongs in no checkpoint, or cannot be read.
+    Raises ValueError if the file names a class that belongs in no checkpoint, or cannot be read.
     """
     try:
         with metadata.open("rb") as file:

@@ -19,7 +19,10 @@ KERNELS = {kernel.name: kernel for kernel in (reference, flash_cpu, flash_cuda, 
 
 
 def kernel_for(name: str, device: str, dtype: str) -> Kernel:
-    """Return the kernel called ``name``; ``auto`` is `flash_cpu` on a CPU, and the first of `candidates` elsewhere.
+    """Return the kernel called ``name``, without checking its results.
+
+    ``auto`` is `flash_cpu` on a CPU. On a GPU it is any of the `candidates`, which is enough for checks of settings;
+    `checked_kernel` takes the fastest one.
 
     Raises ValueError if the kernel does not take the device or dtype, or if its package is not installed.
     """
@@ -76,8 +79,8 @@ def checked_kernel(
 ) -> Kernel:
     """Return kernel ``name``, verified on ``device`` for heads of ``head_dim`` unless it is a CPU.
 
-    On a GPU, ``auto`` is the fastest of the `candidates` that are exact there.  ``slowest`` receives the candidates'
-    seconds on this rank, and returns those of the slowest rank (`fastest_exact`).
+    On a GPU, ``auto`` is the fastest of the `candidates` that are exact there.  ``slowest`` turns each candidate's
+    seconds on this rank into the maximum over all ranks.
 
     Raises ValueError as `kernel_for` does, and if the kernel is inexact on this device (`refuse_inexact`).
     """

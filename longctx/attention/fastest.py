@@ -20,9 +20,9 @@ def fastest_exact(
 ) -> Kernel:
     """Return the candidate that takes the least time, among those that ``check`` accepts; every rank chooses the same.
 
-    ``check`` raises ValueError for an inexact kernel.  Libraries raise RuntimeError or ImportError for a device that
-    they do not take.  Such a kernel takes infinite time.  ``slowest`` receives the seconds of each candidate on this
-    rank, and returns those of the slowest rank.
+    ``check`` raises ValueError for an inexact kernel.  A library raises RuntimeError or ImportError for a device that
+    it does not take.  In all three cases the kernel counts as infinitely slow.  ``slowest`` turns each candidate's
+    seconds on this rank into the maximum over all ranks.
 
     Raises ValueError, with the reason for each kernel, if none is left.
     """
@@ -43,7 +43,7 @@ def fastest_exact(
 
 
 def tile_seconds(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int, rows: int = _ROWS) -> float:
-    """Return the median seconds of forward and backward of a causal tile of ``rows`` rows; one round is warm-up."""
+    """Return the median seconds of one forward and backward of a causal tile of ``rows`` rows, after a warm-up."""
     q, k, v, dout = (
         torch.randn(1, rows, heads, head_dim, device=device, dtype=dtype)
         for heads in (_HEADS, _KV_HEADS, _KV_HEADS, _HEADS)

@@ -14,8 +14,9 @@ _backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backwa
 # For fewer query rows than this, the query heads that share a KV head are stacked as rows of one head.  Keys are then
 # read once per KV head instead of once per query head: twice as fast for one row, equally fast at 32.
 _FOLD_BELOW = 32
-# Few rows in half precision: keys are converted to float32 in blocks of this many rows, over all sequences.  A copy of
-# all keys would not fit the processor's caches, and the system would zero its pages at every call.
+# For few query rows in half precision, keys are converted to float32 in blocks.  A block has this many rows, counted
+# over all sequences.  A copy of all keys would not fit the processor's caches, and the system would zero its pages at
+# every call.
 _CONVERTED_ROWS = 4096
 
 
@@ -50,10 +51,10 @@ def _flash_forward(q: Queries, k: Keys, v: Keys, causal: bool) -> Partial:
 
 
 def _mark_lost_rows(q: Tensor, k: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Set ``out`` and ``lse`` to NaN in rows of which no score is a number; the op gives zeros there.
+    """Set ``out`` and ``lse`` to NaN in rows without a finite score, for which the op returns zeros.
 
-    For fewer than 16 keys the op loses NaN scores, and for any number of keys a row whose scores are all -inf.
-    Every row of a tile sees the first key, so that key's score tells such rows from true zeros.
+    The op does so for NaN scores if there are fewer than 16 keys, and for rows whose scores are all -inf.  Every row of
+    a tile sees the first key, so that key's score tells such rows from true zeros.
     """
     zeros = lse == 0
     if not zeros.any():

@@ -26,9 +26,9 @@ class Kernel:
     the whole softmax, so that tiles are independent of each other.
 
     `visible_tiles` guarantees that no tile is empty and that no row of a tile is fully masked, so that a kernel never
-    needs a log-sum-exp of -inf.  For a row without a finite score (its inputs are NaN or infinite, or their product
-    overflows), the CPU's kernels return NaN as out and lse: a finite result would hide the fault.  The kernels of a
-    GPU return what their library returns.
+    needs a log-sum-exp of -inf.  A row has no finite score if its inputs are NaN or infinite, or if their product
+    overflows.  For such a row the CPU's kernels return NaN as out and lse, because a finite result would hide the
+    fault.  A GPU's kernel returns what its library returns.
 
     The kernel accepts ``dtypes``, ``devices`` and head dimensions that are multiples of ``head_dim_multiple``.
     `refuse_untested` refuses all other inputs.
@@ -72,7 +72,10 @@ class Kernel:
 
 
 def attend_over(q: Queries, k: Keys, v: Keys, tiles: Sequence[Tile], kernel: Kernel) -> Partial:
-    """Return the attention of ``q`` over the keys in ``tiles``; nothing is merged if one tile has all rows."""
+    """Return the attention of ``q`` over the keys in ``tiles``.
+
+    If a single tile covers all rows of ``q``, the kernel's result is returned directly.
+    """
     if len(tiles) == 1 and tiles[0].q == slice(0, q.shape[1]) and not tiles[0].mirrored:
         return kernel.forward(q, k[:, tiles[0].k], v[:, tiles[0].k], tiles[0].causal)
     total = empty_partial(q)

@@ -23,8 +23,8 @@ class Layout:
     (Span(start=0, length=2, step=1, document=0),)
 
     ``ranks[r]`` are the spans of rank r, in the order of its rows.  ``lengths[i]`` is the number of tokens of document
-    i in this layout; a single sequence is one document.  ``begins[i]`` is the position of the first of them.  It is 0
-    by default; in a later turn of a conversation it is the position after the earlier turns.
+    i in this layout; a single sequence is one document.  ``begins[i]`` is the position of its first token: 0 by
+    default, and in a later turn of a conversation the position after the earlier turns.
 
     A *packed* tensor holds the rows of all documents: one document after the other, each in order of position.
     `shard` takes one rank's rows out of a packed tensor, and `unshard` is the inverse.
@@ -149,7 +149,9 @@ Sharding = Callable[[int, int], Layout]  # (length, size) -> layout of one docum
 
 
 def contiguous(length: int, size: int) -> Layout:
-    """Return the layout in which rank r holds the r-th of ``size`` near-equal runs.  The last has most causal work.
+    """Return the layout in which rank r holds the r-th of ``size`` near-equal runs.
+
+    The last rank has the most causal work.
 
     >>> [contiguous(3, 2).positions(rank).tolist() for rank in range(2)]
     [[0], [1, 2]]
@@ -219,7 +221,8 @@ def shard_balanced(lengths: Sequence[int], within: Sharding, rows_per_rank: Sequ
     ``within`` cuts each sequence into one share per rank; rank r already holds ``rows_per_rank[r]`` rows.  Sequences
     are assigned one at a time.  Larger shares go to the ranks that have received the fewest rows in this call; ties go
     to the rank with the fewest rows in total, then to the lowest rank.  Single tokens are thus assigned round-robin
-    (arXiv 2411.01783, 3.6), and cached rows stay within one chunk of an even split over any number of turns.
+    (arXiv 2411.01783, 3.6).  After any number of turns, each rank's number of cached rows is within one chunk of an
+    even split.
     """
     size, layouts = len(rows_per_rank), []
     received = [0] * size  # in this call

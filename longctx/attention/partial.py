@@ -37,7 +37,7 @@ def empty_partial(q: Queries) -> Partial:
 
 
 def sink(logits: Float[Tensor, " hq"], like: Partial) -> Partial:
-    """Return the partial of attention sinks: one key of value 0 per head, scored ``logits`` by every row of ``like``.
+    """Return the partial of attention sinks: for rows of ``like``, one key per head, of value 0 and score ``logits``.
 
     gpt-oss learns these logits.  `merge` the sink once, on the rank that holds the rows: it takes weight from all
     other keys.
@@ -49,10 +49,10 @@ def sink(logits: Float[Tensor, " hq"], like: Partial) -> Partial:
 def merge(a: Partial, b: Partial) -> Partial:
     """Return the attention over the keys of both ``a`` and ``b``, which must be disjoint sets of keys.
 
-    The merge is associative and commutative, with `empty_partial` as its identity.  Each side has the weight
-    exp(lse - lse_max) (arXiv 2411.01783, Eq. 4).  It is exact also for rows that only one side has seen, or neither.
-    The form with ``logsigmoid``, common elsewhere, gives NaN for some of these rows.  A row with an lse of -inf has no
-    weight, also if its out is NaN or infinite, as some kernels leave it.
+    The merge is associative and commutative, with `empty_partial` as its identity.  Each side has the weight exp(lse -
+    lse_max) (arXiv 2411.01783, Eq. 4).  It is exact also for rows that see keys of one side only, or of neither.  The
+    form with ``logsigmoid``, common elsewhere, gives NaN for some of these rows.  A row with an lse of -inf has no
+    weight, even if a kernel has left NaN or infinity in its out.
     """
     merged = Partial(_without_unseen(a).clone(), a.lse.clone())
     merge_(merged, slice(None), b)

@@ -60,8 +60,8 @@ class Tile:
 def split_keys(tiles: Iterable[Tile], lengths: Sequence[int]) -> list[list[Tile]]:
     """Cut the keys into consecutive parts of ``lengths`` rows, and return the tiles of each part.
 
-    In the result, key rows count from the beginning of the part.  A tile must lie within one part, as the tiles of a
-    document do.
+    In the result, key rows count from the beginning of the part.  Each tile must lie within one part, which holds if
+    each part is a document.
     """
     ends = list(accumulate(lengths))
     parts: list[list[Tile]] = [[] for _ in lengths]
@@ -144,8 +144,9 @@ def _tile_spans(q: Span, k: Span, mask: Mask) -> list[Tile]:
 def _tile_band(sq: int, sk: int, low: int, high: int) -> list[Tile]:
     """Return the tiles of a band of ``sq`` rows: row i sees keys i + ``low`` to i + ``high``, within 0 to ``sk`` - 1.
 
-    The band has a lower edge from row ``-low`` on, and an upper edge before row ``sk - high``.  Elsewhere the border
-    of the matrix limits it.  Each edge takes a triangle; a rectangle fills the space between.
+    From row ``-low`` on, the band has a lower edge: row i does not see the keys before i + ``low``.  Before row ``sk -
+    high``, it has an upper edge: row i does not see the keys after i + ``high``.  Elsewhere the border of the matrix is
+    the limit.  Each edge takes a triangle; a rectangle fills the space between.
     """
     first, end = max(0, -high), min(sq, sk - low)
     if low > high or first >= end:

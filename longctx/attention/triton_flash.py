@@ -17,7 +17,7 @@ installed = importlib.util.find_spec("triton") is not None
 
 
 class BlockSizes(NamedTuple):
-    """Sizes of a program: query rows and keys of a block, warps, and stages of the pipeline that loads blocks."""
+    """Sizes of a Triton program: query rows and keys per block, warps, and stages of the pipeline that loads blocks."""
 
     rows: int
     keys: int
@@ -58,7 +58,7 @@ def in_interpreter() -> bool:
 
 
 def _launch(kernel: str, q: Queries, k: Keys, causal: bool, *tensors: Tensor) -> None:
-    """Run ``kernel`` on ``tensors``, a program for each block of each head of each sequence."""
+    """Run ``kernel`` on ``tensors``, with one program for each block, head and sequence."""
     from longctx.attention import triton_kernels
 
     options = arguments(kernel, q, k, causal)

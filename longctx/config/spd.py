@@ -8,8 +8,8 @@ from typing import Literal
 class SPD:
     """Blocks that drop their first reduction over tensor-parallel ranks (`longctx.spd`).
 
-    ``drop="saved"`` takes the blocks that the plan in the model's folder names.  ``budget``, a share of all blocks,
-    takes the least sensitive blocks instead, in the order of the file ``sensitivity`` or of that plan.
+    ``drop="saved"`` takes the blocks that the plan in the model's folder names.  With ``budget``, the least sensitive
+    blocks drop instead, up to this share of all blocks; the order is that of the file ``sensitivity`` or of that plan.
     ``drop="ranked"`` requires ``budget``.  ``blocks`` lists blocks, counted from 0, and allows neither ``budget`` nor
     another ``drop``.
     """
@@ -40,10 +40,10 @@ PositionWeights = Literal["uniform", "beginnings"]
 class Repair:
     """Block-to-block repair of dropped reductions (arXiv 2502.20727, 4.2); configs/spd_adapt.yaml explains each field.
 
-    ``distil``, ``group`` and ``fit`` name the classes of blocks that each of these steps repairs.  Blocks learn from
-    ``sequences`` of ``length`` tokens.  ``weights`` says how much each position of a sequence counts.  Errors and
-    guards are measured on ``held_out`` further sequences; ``guard`` says what follows if a guard fails.  Grouping and
-    fitting use the first ``calibration_sequences``.
+    ``distil``, ``group`` and ``fit`` name the classes of blocks that each of these steps repairs.  Blocks are trained
+    on ``sequences`` sequences of ``length`` tokens.  ``weights`` says how much each position of a sequence counts.
+    Errors and guards are measured on ``held_out`` further sequences; ``guard`` says what happens if a guard fails.
+    Grouping and fitting use the first ``calibration_sequences``.
     """
 
     distil: tuple[BlockClass, ...] = ("ISB", "SB", "ESB")

@@ -9,10 +9,14 @@ from typing import ClassVar, Literal, get_args
 class TextSource:
     """Source of documents; ``weight`` is its share of all tokens, relative to the other sources.
 
-    One of three.  ``path``: a file, folder or pattern; a line of .jsonl or a row of .parquet is a document, any other
-    file is one document (in a folder, its .txt files); all but parquet may be .gz.  ``name``: a dataset of the Hugging
-    Face hub with its ``subset`` and ``revision``, downloaded first or read as a stream (``streaming``).  ``pydoc``: the
-    documentation that CPython ships, one topic per document; every tenth topic is ``test``, the others ``train``.
+    Exactly one of three is set.
+
+    * ``path``: a file, folder or pattern.  A line of .jsonl or a row of .parquet is a document; any other file, such as
+      .txt, is one document.  In a folder, only files of these three kinds are read.  All files but parquet may be .gz.
+    * ``name``: a dataset of the Hugging Face hub with its ``subset`` and ``revision``, downloaded first or read as a
+      stream (``streaming``).
+    * ``pydoc``: the documentation that CPython ships, one topic per document; every tenth topic is ``test``, the others
+      ``train``.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # in a list, Hydra does not check names
@@ -52,14 +56,15 @@ class TextSource:
 class DataSettings:
     """Text to train or measure on: documents packed into sequences of ``length`` tokens, ``batch`` per step.
 
-    ``epochs=None`` repeats the text without end.  ``shuffle`` is the window, in documents of a source, that is read and
-    permuted; 0 keeps the reading order.  ``end_token`` ends every document.  ``last`` drops an incomplete last sequence
-    and batch, or pads them with tokens that do not count.  ``on_error`` stops the run at a record without text, or
-    skips the record.
+    ``epochs=None`` repeats the text without end.  Each source is read and shuffled in windows of ``shuffle`` documents;
+    0 keeps the reading order.  ``end_token`` ends every document.  ``last`` drops an incomplete last sequence and
+    batch, or pads them with tokens that do not count.  ``on_error`` stops the run at a record without text, or skips
+    the record.
 
-    With ``conversations``, each line of .jsonl is a conversation, and only the answers are learned.  ``whole`` never
-    cuts one: a sequence ends with padding if the next one does not fit, and a longer one is an error.  ``split`` packs
-    without padding and cuts conversations at the ends of sequences, like any document.
+    With ``conversations``, each line of .jsonl is a conversation, and only the answers count in the loss.  ``whole``
+    never cuts a conversation: a sequence ends with padding if the next conversation does not fit.  A conversation that
+    is longer than a sequence is an error.  ``split`` packs without padding and cuts conversations at the ends of
+    sequences, like any document.
     """
 
     sources: tuple[TextSource, ...]
@@ -94,8 +99,9 @@ Recompute = Literal["none", "selective", "full"]
 class Optim:
     """AdamW with a learning rate that warms up over ``warmup`` steps, then decays to ``min_lr`` by ``decay_steps``.
 
-    ``decay_steps=None`` means the steps of the run.  ``clip`` bounds the gradient's norm (0: no bound).  ``zero1``
-    shards the optimizer's state over data- and context-parallel ranks (megatron-core's distributed optimizer).
+    ``decay_steps=None`` means the number of steps of the run.  ``clip`` bounds the gradient's norm (0: no bound).
+    ``zero1`` shards the optimizer's state over data- and context-parallel ranks (megatron-core's distributed
+    optimizer).
     """
 
     lr: float = 1e-3

@@ -18,8 +18,8 @@ class Work:
 
     Sequence i has ``new[i]`` new tokens, which attend to its ``cached[i]`` cached tokens and causally to each other.
     ``heads`` and ``kv_heads`` count one rank's heads, as a fraction if the mesh does not divide them.  ``window`` is
-    the number of keys that a query sees at most, its own included; None is no window.  ``partial_element_bytes`` is the
-    size of an element of a partial output: 4 in longctx (float32), 2 in arXiv 2411.01783.
+    the largest number of keys that a query sees, including its own; None is no window.  ``partial_element_bytes`` is
+    the size of an element of a partial output: 4 in longctx (float32), 2 in arXiv 2411.01783.
     """
 
     new: Sequence[int]
@@ -74,7 +74,7 @@ class Work:
 
     @property
     def reach(self) -> Reach:
-        """Rows that travel and blocks that are computed: all, or those that the window reaches."""
+        """Rows that travel and blocks that are computed: all of them, or only those within the window."""
         return reach_of(tuple(self.new), tuple(self.cached), self.ranks, self.window)
 
     @property
@@ -95,7 +95,7 @@ class Work:
 class Cost:
     """Cost of one layer's attention on one rank.
 
-    ``seconds`` is the total; ``exposed_s`` is the part of it in communication that no computation hides.
+    ``seconds`` is the total; ``exposed_s`` is the part of it that is communication which no computation hides.
     """
 
     seconds: float
@@ -106,9 +106,9 @@ class Cost:
 def block_seconds(work: Work, hardware: Hardware) -> float:
     """Return the seconds of one of a rank's N blocks: its queries against one rank's keys.
 
-    Zigzag spreads the pairs evenly over ranks and steps, so a block has 1 / N^2 of them.  Its time is bounded by the
-    arithmetic or, for few rows, by reading the block's keys and values.  Under a window this is the mean over the N
-    blocks, some of which have no visible pair and take no time.
+    Zigzag spreads the pairs evenly over ranks and steps, so a block has 1 / N^2 of them.  The block is compute-bound
+    or, with few rows, bound by reading its keys and values.  Under a window, the result is the mean over the N blocks,
+    some of which have no visible pair and take no time.
     """
     arithmetic = work.flops / work.ranks**2 / hardware.flops
     read = work.reach.kv_read / work.ranks * work.kv_row_bytes
@@ -121,9 +121,9 @@ def start_seconds(work: Work, hardware: Hardware) -> float:
 
 
 def _step(compute_s: float, send_s: float, hardware: Hardware) -> float:
-    """Return the seconds of computing and sending at once: the longer, plus the part of the shorter that is not hidden.
+    """Return the seconds of computing and sending at once: the longer time plus the exposed part of the shorter one.
 
-    ``hardware.overlap`` is the fraction of the shorter one that is hidden.
+    ``hardware.overlap`` is the fraction of the shorter time that is hidden.
     """
     longer, shorter = max(compute_s, send_s), min(compute_s, send_s)
     return longer + (1 - hardware.overlap) * shorter
@@ -163,11 +163,11 @@ COSTS: dict[str, Callable[[Work, Hardware], Cost]] = {
 
 
 def ulysses_bytes(work: Work, degree: int) -> tuple[float, float]:
-    """Return the bytes that a rank sends in Ulysses' two all-to-alls around ``work``: (q, k and v out, output back).
+    """Return the bytes that a rank sends in Ulysses' two all-to-alls around ``work``: (of q, k and v; of the output).
 
-    ``work`` counts the heads that one rank has after the exchange: one of U = ``degree`` shares.  Before it, a rank has
-    T / (N U) rows with all heads.  It keeps its own share and sends the other U - 1: (U - 1) T / (N U) rows of
-    H_Q + 2 H_KV heads.  After attention it sends as many rows of H_Q heads back.
+    ``work`` counts the heads that a rank has after the first all-to-all: one of U = ``degree`` shares.  Before it, a
+    rank has T / (N U) rows with all heads.  It keeps its own share and sends the other U - 1: (U - 1) T / (N U) rows of
+    H_Q + 2 H_KV heads.  After attention, it sends back equally many rows of H_Q heads.
     """
     row = (degree - 1) * work.new_total / (work.ranks * degree) * work.head_dim * work.element_bytes
     return row * (work.heads + 2 * work.kv_heads), row * work.heads
@@ -179,10 +179,10 @@ def ulysses_seconds(work: Work, degree: int, link: Link) -> float:
 
 
 def backward_cost(work: Work, hardware: Hardware) -> Cost:
-    """Return the cost of the backward, the same for every strategy: keys, values and their gradients pass a ring.
+    """Return the cost of the backward, which is the same for every strategy: keys, values and gradients pass the ring.
 
-    A block takes ``hardware.backward`` times the forward's arithmetic.
-    Keys and values make N - 1 hops.  The float32 sums of their gradients follow one hop later and make N hops.
+    The arithmetic of a block takes ``hardware.backward`` times as long as in the forward.  Keys and values make N - 1
+    hops.  The float32 sums of their gradients follow one hop later and make N hops.
     """
     start = start_seconds(work, hardware)
     backward = start + hardware.backward * (block_seconds(work, hardware) - start)

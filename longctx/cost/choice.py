@@ -36,9 +36,9 @@ def _auto(work: Work, hardware: Hardware) -> StrategyChoice:
 
 
 def overlap_threshold(work: Work, hardware: Hardware) -> float:
-    """Return the number of new tokens T from which computation hides a pass-KV ring's communication.
+    """Return the smallest number of new tokens T for which computation hides the communication of pass-KV.
 
-    N C H_KV e / (2 H_Q BW) for C FLOP/s and a bandwidth of BW (arXiv 2411.01783, Eq. 2).
+    It is N C H_KV e / (2 H_Q BW), for C FLOP/s and a bandwidth of BW (arXiv 2411.01783, Eq. 2).
     """
     denominator = 2 * work.heads * hardware.hop.bytes_per_s
     return work.ranks * hardware.flops * work.kv_heads * work.element_bytes / denominator

@@ -1,19 +1,19 @@
 """Seconds of a decode step in which every context rank has every row: ``gather_merge`` against ``sharded``.
 
-N context ranks decode one token for each of B sequences.  Each rank holds L layers of w weights, and an output layer
-of v weights, with e bytes per weight.  A rank reads R bytes and computes C FLOPs per second.  A product of B rows with
-m weights takes p(m) = max(m e / R, 2 B m / C).  An exchange in which a rank sends n bytes takes
-x(n) = latency + n / bandwidth.  A step takes, without attention:
+N context ranks decode one token for each of B sequences.  Each rank holds L layers of w weights, and an output layer of
+v weights, with e bytes per weight.  A rank reads R bytes and computes C FLOPs per second.  A GEMM of B rows with m
+weights takes p(m) = max(m e / R, 2 B m / C).  A collective in which a rank sends n bytes takes x(n) = latency + n /
+bandwidth.  A step takes, without attention:
 
     gather_merge  L (p(w) + x(partials)) + p(v)
     sharded       L (p(w / N) + x(queries, keys, values) + x(partials / N) + 2 x(hidden)) + p(v / N) + x(logits)
 
 In both strategies a rank attends with all heads to the keys that it caches.  Attention takes the same time in both, so
-it is left out, and the cached length does not matter.  ``sharded`` reads fewer weights, but has three more exchanges
-per layer.  It is faster if these exchanges take less than (1 - 1 / N) p(w): with large layers or low latency.
+it is left out, and the cached length does not matter.  ``sharded`` reads fewer weights, but has three more collectives
+per layer.  It is faster if these take less than (1 - 1 / N) p(w), as with large layers or low latency.
 
-With tp tensor-parallel ranks, w and v are one rank's.  ``sharded`` then sums the hidden states over all tp N ranks.
-``gather_merge`` sums them over the tp ranks, which takes 2 L x(hidden) more.
+With tp tensor-parallel ranks, w and v are one rank's.  The all-reduces of ``sharded`` then span all tp N ranks.
+``gather_merge`` has all-reduces over the tp ranks, which take 2 L x(hidden) more.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ SHARED_ROWS = ("gather_merge", "sharded")  # decode strategies in which every co
 
 @dataclass(frozen=True)
 class DecodeHardware:
-    """A rank's rates in decoding: reading weights (few rows), computing (many rows), and exchanging."""
+    """A rank's rates in decoding: reading weights (few rows), computing (many rows), and collectives."""
 
     weight_bytes_per_s: float
     flops: float
@@ -35,12 +35,14 @@ class DecodeHardware:
 
 @dataclass(frozen=True)
 class DecodeWork:
-    """A decode step of ``batch`` sequences over ``ranks`` context ranks, of which ``ulysses`` divide the heads.
+    """A decode step of ``batch`` sequences over ``ranks`` context ranks.
 
-    ``layer_weights`` and ``head_weights`` count the weights of one layer and of the output layer.  These numbers,
-    ``heads``, ``kv_heads`` and ``vocab_size`` are one tensor-parallel rank's; there are ``tp`` such ranks.
-    ``element_bytes`` is the size of an activation and of a weight; ``layer_bytes`` is the size of a layer's weights.
-    ``sums`` counts the sums of hidden states in a layer: 2, or less on average if some blocks drop one.
+    Each group of ``ulysses`` of these ranks divides the heads.
+
+    ``layer_weights`` and ``head_weights`` count the weights of one layer and of the output layer.  These two,
+    ``heads``, ``kv_heads`` and ``vocab_size`` count what one of the ``tp`` tensor-parallel ranks has.
+    ``element_bytes`` is the size of one activation or weight; ``layer_bytes`` is the size of all weights of a layer.
+    ``sums`` is the number of tensor-parallel all-reduces in a layer: 2, or less on average if some blocks drop one.
     """
 
     batch: int
@@ -61,7 +63,7 @@ class DecodeWork:
 
 
 def product_seconds(work: DecodeWork, hardware: DecodeHardware, ranks: int) -> float:
-    """Return the seconds of a step's products if n = ``ranks`` share the weights: L p(w / n) + p(v / n)."""
+    """Return the seconds of a step's GEMMs if n = ``ranks`` share the weights: L p(w / n) + p(v / n)."""
 
     def seconds(weights: float, size: float) -> float:
         return max(size / hardware.weight_bytes_per_s, 2 * work.batch * weights / hardware.flops) / ranks
@@ -71,9 +73,9 @@ def product_seconds(work: DecodeWork, hardware: DecodeHardware, ranks: int) -> f
 
 
 def exchanges(work: DecodeWork, strategy: str) -> Iterator[tuple[float, float]]:
-    """Yield, for each kind of exchange in a step by ``strategy``, their number and the bytes that a rank sends in one.
+    """Yield, for each kind of collective in a step by ``strategy``, its number of calls and a rank's bytes per call.
 
-    Sums over tensor-parallel ranks alone are left out.  Raises ValueError for a strategy without a formula.
+    All-reduces over tensor-parallel ranks alone are left out.  Raises ValueError for a strategy without a formula.
     """
     if strategy not in SHARED_ROWS:
         raise ValueError(f"strategy={strategy} has no formula for shared rows: use {', '.join(SHARED_ROWS)}")

@@ -24,7 +24,7 @@ from longctx.cost.training import Decoder
 
 
 class ExpertExchange(NamedTuple):
-    """An exchange of a layer's forward: the axis, the bytes that a rank sends, and how often a step repeats it.
+    """An exchange of a layer's forward over an ``axis`` of the mesh, in which a rank sends ``size`` bytes.
 
     ``passes`` is 2 if the backward sends as much as the forward, else 1.
     """

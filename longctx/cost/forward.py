@@ -2,12 +2,12 @@
 
 Per layer, a rank with T / (U R) rows of the new tokens computes
 
-    products   2 W / tp FLOPs per row                    W: weights of the layer's projections
+    products   GEMMs, 2 W / tp FLOPs per row                    W: weights of the layer's projections
     weights    e W / tp bytes, read once                 e: bytes per weight; with few rows this time dominates
     attention  `longctx.cost.attention`, with the heads of one rank
     reductions (2 - p) all-reduces of rows x hidden      p: share of blocks that drop one (arXiv 2502.20727)
 
-The times are added, because only the ring's communication overlaps with computation.
+The times are added, because only the ring's communication is hidden by computation.
 """
 
 from collections import Counter
@@ -34,7 +34,8 @@ class Numbers:
     """Sizes of numbers, in bytes, and the share of blocks that drop a reduction.
 
     ``element`` is the size of an activation, a cached key and a weight; ``ffn`` is the size of an FFN weight.
-    ``reduce`` is the dtype of the messages of tensor-parallel sums; "float32" is exact, with ``element`` bytes.
+    ``reduce`` is the dtype of the messages of tensor-parallel all-reduces; "float32" is the exact one, with ``element``
+    bytes.
     """
 
     element: int = 2
@@ -120,7 +121,7 @@ def prefill_cost(
 ) -> PassCost:
     """Return the cost of prefilling ``new`` tokens of each sequence after its ``cached`` ones, by ``strategy``.
 
-    ``in_session`` adds the machine's ``turn_s``, the time that keeping keys and values for later turns takes.
+    ``in_session`` adds the machine's ``turn_s``, the time for keeping keys and values for later turns.
     """
     stride, machine = mesh.tp * mesh.ulysses, machine.shared_by(mesh)
     hardware = machine.kernel(mesh.ring, stride)
@@ -142,7 +143,7 @@ def prefill_cost(
 
 
 def decode_work(shape: Decoder, mesh: Degrees, batch: int, numbers: Numbers) -> DecodeWork:
-    """Return the products and exchanges of a decode step of ``batch`` sequences, for `longctx.cost.decode`."""
+    """Return the sizes of a decode step of ``batch`` sequences that `longctx.cost.decode` needs."""
     projections, ffn = layer_weights(shape)
     return DecodeWork(
         batch=batch,
@@ -168,21 +169,21 @@ def decode_cost(
 ) -> PassCost:
     """Return the cost of one more token for each sequence of ``cached`` tokens, by a decode ``strategy``.
 
-    Products of all strategies, and exchanges of ``gather_merge`` and ``sharded``, are those of `longctx.cost.decode`.
-    The other strategies are the prefill strategies with T = 1.  No computation hides their communication: pass-Q takes
-    N blocks, N - 1 hops and an all-to-all (arXiv 2411.01783, Table 8).
+    The GEMMs of every strategy, and the collectives of ``gather_merge`` and ``sharded``, are those of
+    `longctx.cost.decode`.  The other strategies are the prefill strategies with T = 1. No computation hides their
+    communication.  Pass-Q, for example, takes N blocks, N - 1 hops and an all-to-all (arXiv 2411.01783, Table 8).
     """
     machine = machine.shared_by(mesh)
     work, shares = decode_work(shape, mesh, len(cached), numbers), strategy == "sharded"
     level = machine.level(work.ranks, mesh.tp)
-    # 1. Attention, and the exchanges between context ranks.
+    # 1. Attention, and the collectives of context ranks.
     if strategy in SHARED_ROWS:
         attention = _shared_rows_seconds(shape, mesh, machine, cached, numbers)
         exchanged = exchange_seconds(work, level.gather_link, strategy)
         sent = sum(count * size for count, size in exchanges(work, strategy))
     else:
         attention, exchanged, sent = _ring_of_one_row(shape, mesh, machine, cached, strategy, numbers)
-    # 2. Products, and the sums over tensor-parallel ranks; in `sharded` these are among the exchanges.
+    # 2. GEMMs, and the all-reduces over tensor-parallel ranks; in `sharded`, step 1 has counted the latter.
     rates = DecodeHardware(machine.memory_bytes_per_s, machine.gemm_flops, level.gather_link)
     parts, reduced = _layers(shape, mesh, machine, len(cached), len(cached), numbers)
     bound = "weights" if parts["weights"] >= parts["products"] else "products"
@@ -194,7 +195,7 @@ def decode_cost(
 def _shared_rows_seconds(
     shape: Decoder, mesh: Degrees, machine: Machine, cached: Sequence[int], numbers: Numbers
 ) -> float:
-    """Return the seconds of attention if every context rank attends with all new rows to its visible keys."""
+    """Return the seconds of attention if every context rank has all new rows and attends to its visible keys."""
     hardware = machine.kernel(mesh.ulysses * mesh.ring, mesh.tp, decodes=True)
     seconds = 0.0
     for work, layers in ring_works(shape, mesh, [1] * len(cached), cached, numbers):
@@ -207,7 +208,7 @@ def _shared_rows_seconds(
 def _ring_of_one_row(
     shape: Decoder, mesh: Degrees, machine: Machine, cached: Sequence[int], strategy: str, numbers: Numbers
 ) -> tuple[float, float, float]:
-    """Return the seconds of attention's blocks and of its communication, and the bytes sent, by a prefill strategy."""
+    """Return the seconds of attention's blocks, the seconds of its communication, and the bytes sent, for one row."""
     hardware = machine.kernel(mesh.ring, mesh.tp * mesh.ulysses, decodes=True)
     exchange = machine.level(mesh.ulysses, mesh.tp).exchange
     attention = sent_s = sent = 0.0
@@ -222,7 +223,7 @@ def _ring_of_one_row(
 def _layers(
     shape: Decoder, mesh: Degrees, machine: Machine, rows: float, sequences: int, numbers: Numbers
 ) -> tuple[dict[str, float], float]:
-    """Return the seconds of all parts except attention for a rank's ``rows``, and the bytes of its all-reduces.
+    """Return the seconds of each part except attention for a rank's ``rows``, and the bytes of its all-reduces.
 
     The output layer computes only the last row of each of the ``sequences``.
     """

@@ -44,12 +44,11 @@ def link_of(values: Mapping[str, Any]) -> Link:
 class LayerRates:
     """Performance of one rank outside attention, for plans.
 
-    * ``gemm_flops``: FLOP/s of a layer's matrix products with many rows; the time of its norms and activations is
-      included.
-    * ``weight_bytes_per_s``: the rate of reading weights with one row.
+    * ``gemm_flops``: FLOP/s of a layer's GEMMs with many rows; the time includes norms and activations.
+    * ``weight_bytes_per_s``: the rate of reading weights, measured with one row.
     * ``layer_s``: the overhead of a layer, which does not depend on the rows.
     * ``gather``: an all-gather of few rows, as in decoding.
-    * ``reduce``: a step of a ring all-reduce; None takes the links of the ring.
+    * ``reduce``: a step of a ring all-reduce; None uses the links of the ring.
     """
 
     gemm_flops: float
@@ -68,13 +67,14 @@ class Hardware:
     * ``block_s``: the fixed overhead of one more block.
     * ``hop``: the link to the next rank of the ring.
     * ``exchange``: an all-to-all or all-gather, as a link for the bytes that one rank sends.
-    * ``overlap``: when a rank computes and sends at once, the share of the shorter time that is hidden.  It is 1 for
-      links that need no CPU core.
+    * ``overlap``: the share of the shorter time that is hidden when a rank computes and sends at once; 1 for links that
+      need no CPU core.
     * ``empirical``: the fitted (alpha, beta, gamma) of arXiv 2411.01783, App. D; None if they were not fitted.
-    * ``peak_flops``: peak FLOP/s of matrix products in the training dtype, the denominator of MFU; None if unknown.
+    * ``peak_flops``: peak FLOP/s of GEMMs in the training dtype, the denominator of MFU; None if unknown.
     * ``layer``: performance outside attention; None if it was not measured.
-    * ``backward``: time of a block's backward, in forwards: 2.5 by arithmetic (5 matrix products against 2).
-    * ``ranks_at_once``: ranks that the machine's cores run at once; more take turns.  None if each has a device.
+    * ``backward``: time of a block's backward divided by its forward's: 2.5 by arithmetic (5 GEMMs against 2).
+    * ``ranks_at_once``: number of ranks that the machine's cores run at once; further ranks take turns.  None if each
+      rank has its own device.
 
     Raises ValueError for a rate that is not positive, and for an ``overlap`` outside 0 to 1.
     """

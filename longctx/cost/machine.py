@@ -17,7 +17,8 @@ from longctx.cost.reduction import all_reduce_seconds, reduction_seconds
 class Degrees(Protocol):
     """Number of ranks along each axis of a mesh.  Ranks are numbered with tp fastest, then ulysses, ring, dp, pp.
 
-    ``ep`` adds no ranks: it divides the ulysses x ring x dp ranks into groups of neighbours, which divide the experts.
+    ``ep`` adds no ranks: it divides the ulysses x ring x dp ranks into groups of ``ep`` consecutive ranks, which divide
+    the experts.
     """
 
     @property
@@ -36,12 +37,14 @@ class Degrees(Protocol):
 
 @dataclass(frozen=True)
 class Level:
-    """Links within a block of ``ranks`` consecutive GPUs, such as a node: a hop of a ring, and an all-to-all.
+    """Links within a block of ``ranks`` consecutive GPUs, such as a node.
+
+    ``hop`` is a hop of a ring, ``exchange`` an all-to-all.
 
     ``name`` is shown to the user, for example "within a node".  ``step_s`` is the latency of one step of an all-reduce.
-    It can be less than a hop's, because all steps run in one kernel; None uses the latency of a hop.  ``gather`` is an
-    all-gather of few rows, as in decoding; None uses ``exchange``.  ``reduce`` is a step of an all-reduce; None uses
-    ``step_s`` and the rate of ``exchange``.
+    It can be less than the latency of a hop, because all steps run in one kernel; None uses the latency of a hop.
+    ``gather`` is an all-gather of few rows, as in decoding; None uses ``exchange``.  ``reduce`` is a step of an
+    all-reduce; None uses ``step_s`` and the rate of ``exchange``.
     """
 
     name: str
@@ -74,7 +77,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Mean absolute error ``share`` of predicted against published times.
+    """Mean absolute error of predicted against published times, as a ``share`` of the published time.
 
     It is valid for meshes like the published ones: at most ``ranks`` ranks, and 1 rank on each axis not in ``axes``.
     """
@@ -90,7 +93,7 @@ class Machine:
 
     * ``levels``: links, the smallest block of GPUs first.  A group of ranks uses the first level whose block spans it.
     * ``gpus_per_node``: GPUs that share a node; each GPU has its own network link.
-    * ``gemm_flops``: rate of matrix products with many rows.  ``attention_flops``: rate of attention on large blocks.
+    * ``gemm_flops``: rate of GEMMs with many rows.  ``attention_flops``: rate of attention on large blocks.
     * ``memory_bytes_per_s``: rate of reading weights.  ``kv_bytes_per_s``: rate of reading keys and values.
     * ``block_s``: overhead of one block of attention.  ``step_s``: overhead of one step of the ring in prefill and
       training, which no computation hides.
@@ -100,7 +103,7 @@ class Machine:
     * ``peak_flops``: the denominator of MFU.  ``ffn_element_bytes``: size of an FFN weight, 1 if measured with FP8.
     * ``partial_element_bytes``: see `longctx.cost.attention.Work`.
     * ``errors``: accuracy for each kind of work that has published times.
-    * ``backward``: time of the backward of a block of attention, in forwards.
+    * ``backward``: time of the backward of a block of attention, divided by the forward's.
     * ``ranks_at_once``: ranks that compute at once, if ranks share the cores of a CPU; None sets no limit.
     """
 
@@ -133,9 +136,10 @@ class Machine:
             raise ValueError(f"overlap={self.overlap} is not a share; use a number from 0 to 1")
 
     def shared_by(self, mesh: Degrees) -> "Machine":
-        """Return the machine as each rank of ``mesh`` sees it: more ranks than `ranks_at_once` take turns on the cores.
+        """Return the machine as each rank of ``mesh`` sees it.
 
-        Each of R ranks then has 1 / (R / `ranks_at_once`) of a core.  The time of its own work grows by this factor.
+        More ranks than `ranks_at_once` take turns on the cores.  The time of a rank's own work grows by the factor R /
+        `ranks_at_once`, where R is the number of ranks.
         """
         ranks = mesh.tp * mesh.ulysses * mesh.ring * mesh.dp * mesh.pp
         turns = ranks / self.ranks_at_once if self.ranks_at_once else 1.0
@@ -202,9 +206,9 @@ class Machine:
         return latency + all_reduce_seconds(size, ranks, 0.0, rate)
 
     def rounded_reduction_seconds(self, rows: float, width: int, ranks: int, dtype: str) -> float:
-        """Return the seconds of summing ``rows`` x ``width`` values of neighbouring ranks with messages of ``dtype``.
+        """Return the seconds of an all-reduce of ``rows`` x ``width`` values with messages of ``dtype``.
 
-        Rounding itself takes no time in this model.
+        The ranks are ``ranks`` consecutive ones.  Rounding itself takes no time in this model.
         """
         level = self.level(ranks, 1)
         return reduction_seconds(int(rows), width, ranks, level.reduce_step_s, level.reduce_bytes_per_s, dtype)

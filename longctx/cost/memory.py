@@ -17,19 +17,19 @@ from longctx.cost.training import Decoder
 def inference_bytes(
     shape: Decoder, mesh: Degrees, new: Sequence[int], cached: Sequence[int], strategy: str, numbers: Numbers
 ) -> dict[str, float]:
-    """Return the bytes of a pass over ``new`` tokens after ``cached`` ones, by part, when their sum is largest.
+    """Return the bytes, by part, at the peak of a pass over ``new`` tokens after ``cached`` ones.
 
-    That is in the last layer, or at the logits.  Only one layer's activations exist at a time: those of attention or of
-    the feed-forward network, whichever are larger.  Both have the embedding's output, the layer's input, a norm's
+    The peak is in the last layer, or at the logits.  Only one layer's activations exist at a time: those of attention
+    or of the feed-forward network, whichever are larger.  Both have the embedding's output, the layer's input, a norm's
     output, and float32 cosines and sines.  Attention has the projection's output, queries and keys after rotation, and
     two float32 partials: the total, and the tile that is merged into it.  The feed-forward network has the residual
     stream, gate, up, their product and the output.
 
     Only the last row of each sequence has logits: a rank's shard, and the whole row that it gathers.  Pass-KV, pass-Q
     and all-gather copy one layer's keys and values of several sequences into one tensor.  Pass-Q packs a partial for
-    each rank.  With ``sharded``, a rank gathers all parts of a sum of hidden states.  Windows do not shrink the cache:
-    a session keeps all rows of every layer.  Workspace inside a kernel is left out, such as the float32 copies of
-    16-bit inputs on a CPU.
+    each rank.  With ``sharded``, a rank gathers the parts of an all-reduce of hidden states from all ranks.  Windows do
+    not shrink the cache: a session keeps all rows of every layer.  Workspace inside a kernel is left out, such as the
+    float32 copies of 16-bit inputs on a CPU.
 
     Raises ValueError for an unknown strategy.
     """
@@ -59,9 +59,9 @@ def inference_bytes(
 
 
 def _buffers(work: Work, strategy: str) -> float:
-    """Return the bytes in flight for one layer; under a window, those of the rows that it reaches.
+    """Return the bytes in flight for one layer; under a window, only the rows within it count.
 
-    These are two blocks of a ring (`pass_kv`, the backward), the blocks of all ranks and the own one packed
+    These are two blocks of a ring (`pass_kv`, the backward), the blocks of all ranks and this rank's packed block
     (`all_gather_kv`), or a partial of each rank.
     """
     reach, block = work.reach, work.kv_block_bytes
@@ -79,16 +79,16 @@ def _buffers(work: Work, strategy: str) -> float:
 
 
 def step_bytes(shape: Decoder, mesh: Degrees, work: StepWork, strategy: str, numbers: Numbers) -> dict[str, float]:
-    """Return the bytes of a training step by part, at the moment at which their sum is largest.
+    """Return the bytes, by part, at the peak of a training step.
 
-    The moments are the loss, the backward of a layer's feed-forward network or attention, the backward of the
-    embedding, and the update.  The first three also hold the activations that the forward keeps for the backward
-    (`_saved`).  The first of S pipeline stages holds those of min(S, micro-batches) micro-batches; only the last stage
-    computes a loss.
+    The peak is at one of these points: the loss, the backward of a layer's feed-forward network, the backward of its
+    attention, the backward of the embedding, or the update.  At the first three, the activations that the forward keeps
+    for the backward also exist (`_saved`).  The first of S pipeline stages has those of min(S, micro-batches)
+    micro-batches; only the last stage computes a loss.
 
     At the loss, c rows of float32 logits exist, and the gradients of the hidden states and, in float32, of the output
-    weight.  A tied weight's gradient waits for that of the embedding until the backward ends.  The update computes a
-    denominator from a moment in two steps, each as large as the largest weight, the embedding.
+    weight.  A tied weight's gradient stays until the embedding's gradient is added at the end of the backward.  For
+    AdamW's denominator, the update makes two temporaries as large as the embedding, the largest weight.
 
     Raises ValueError for numbers of other sizes than 2 and 4 bytes, and for an unknown strategy.
     """
@@ -120,7 +120,7 @@ def _saved(shape: Decoder, mesh: Degrees, work: StepWork, numbers: Numbers) -> d
                      attention keeps the output once, in 16 bits: 4 q.
         ffn          4 F e        gate, up, activated gate and product; 3 F e if fused, 2 F e without a gate
         experts      k (4 F e + e times the full hidden size): each of k chosen experts also copies the row.  If ranks
-                     divide the experts, all are assumed to get equally many rows.
+                     divide the experts, the formula assumes that all ranks get equally many rows.
     """
     e, hidden = numbers.element, shape.hidden / mesh.tp
     own_layers = {"fused": 0, "cuda": 1, "cpu": 1}[work.operations]
@@ -146,17 +146,19 @@ def _pass_moments(
 ) -> Iterator[dict[str, float]]:
     """Yield the bytes of activations, logits and buffers at the loss, in the last layer's backward, and after it.
 
-    That layer's feed-forward network is done first.  Its gate then has the gradients of its output, and of both its
-    inputs; it no longer needs the product.  Attention follows, when the network's activations are free.  The gradient
-    of the residual stream exists throughout.  A recomputed layer's output, and later its first gradient, do too.
+    In the last layer, the backward of the feed-forward network comes first.  The gradients of the gate's output and of
+    its two inputs then exist, and the product is freed.  The backward of attention follows, after the network's
+    activations are freed.  The gradient of the residual stream exists throughout, and so does a recomputed layer's
+    output, or later its first gradient.
     """
-    # 1. Bytes per row: all that a layer can keep, and what it keeps without what the backward computes again.
+    # 1. Bytes per row: everything that a layer keeps without recomputation, and what it keeps with ``work.recompute``.
     pieces = _saved(shape, mesh, work, numbers)
     whole, ffn, hidden = sum(pieces.values()), pieces["ffn"] + pieces["experts"], shape.hidden * numbers.element
     norm, stream = (pieces["stream"] + pieces["norms"]) / 2, pieces["stream"] / 2
     tiled = whole - ffn if work.mlp_rows else whole
     saved = {"none": tiled, "selective": whole - pieces["ffn"], "full": stream + pieces["partial"]}[work.recompute]
-    # 2. Rows of a rank, and of a tile of its feed-forward networks; layers of a stage; micro-batches of the first one.
+    # 2. Rows of a rank, and of a tile of its feed-forward networks; layers of a stage; micro-batches of the first
+    # stage.
     rows = work.length * work.sequences / (mesh.ulysses * mesh.ring)
     tile = min(rows, work.mlp_rows or rows)
     layers, micro = shape.layers / mesh.pp, min(mesh.pp, work.batch / (mesh.dp * work.sequences))
@@ -183,7 +185,7 @@ def _pass_moments(
     activations = others + rows * (whole + stream) - free + 2 * output + _attention_gradients(works[0]) + gathered
     buffers = gathered + max(max(_buffers(one, strategy), _backward_buffers(one)) for one in works)
     yield {"activations": activations, "logits": waiting, "communication": buffers}
-    # 6. The end of the backward: the embedding's gradient, and its sum with the one that waits.
+    # 6. The end of the backward: the embedding's gradient, and its sum with the gradient of the tied weight.
     yield {"activations": weight * numbers.element + waiting, "logits": waiting, "communication": gathered}
 
 
@@ -194,10 +196,10 @@ def _backward_buffers(work: Work) -> float:
 
 
 def _attention_gradients(work: Work) -> float:
-    """Return the bytes of gradients while a block's backward is added to the sums of a layer's attention.
+    """Return the bytes of gradients at the point where a block's gradients are added to the sums over blocks.
 
-    These are the gradient of the output, and in float32 the queries' gradients of all blocks, those of one block
-    (queries, keys and values), and what the kernel returned for a tile.
+    These are the gradient of the output and three parts in float32: the sum of the queries' gradients over blocks, one
+    block's gradients of queries, keys and values, and the kernel's result for a tile.
     """
     queries = work.q_block_bytes / work.element_bytes
     keys_and_values = work.kv_block_bytes / work.element_bytes

@@ -7,7 +7,7 @@ _BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int6": 0.75}
 def message_bytes(rows: int, width: int, dtype: str, group: int = 64) -> int:
     """Return the bytes of ``rows`` rows of ``width`` values in a reduction of ``dtype``.
 
-    In int8 and int6, ``group`` values share a scale of two bytes, and the last group of a row is filled up.
+    In int8 and int6, ``group`` values share a scale of two bytes, and the last group of a row is padded.
     """
     if dtype not in ("int8", "int6"):
         return int(rows * width * _BYTES[dtype])
@@ -17,7 +17,8 @@ def message_bytes(rows: int, width: int, dtype: str, group: int = 64) -> int:
 def two_step_bytes(rows: int, width: int, rank: int, ranks: int, dtype: str, group: int = 64) -> int:
     """Return the bytes that ``rank`` sends in one reduction by ``longctx.parallel.quantised``.
 
-    The rank adds up g of the G groups.  It sends the other G - g, then the g sums to each of the n - 1 other ranks.
+    The rank adds up g of the G groups.  It sends the other G - g groups, and then its g sums to each of the n - 1 other
+    ranks.
     """
     unit = message_bytes(1, 1, dtype, group)
     groups = message_bytes(rows, width, dtype, group) // unit
@@ -30,8 +31,8 @@ def reduction_seconds(
 ) -> float:
     """Return the seconds of one reduction of ``rows`` x ``width`` values with messages of ``dtype``.
 
-    float32 is a ring all-reduce.  Other dtypes take two steps, in each of which a rank sends n - 1 messages of 1/n of
-    the bytes through its link, one hop away: 2 (hop_s + (n - 1) size / n / bytes_per_s).
+    float32 is a ring all-reduce.  Other dtypes take two steps.  In each, a rank sends n - 1 messages of 1/n of the
+    bytes through its link, and each message takes one hop: 2 (hop_s + (n - 1) size / n / bytes_per_s).
     """
     size = message_bytes(rows, width, dtype, group)
     if dtype == "float32":
@@ -49,7 +50,7 @@ def all_reduce_seconds(size: float, ranks: int, hop_s: float, bytes_per_s: float
 
 
 def spd_reducing_seconds(layers: int, share: float, attention_s: float, mlp_s: float) -> float:
-    """Return the seconds of all reductions of a forward pass in which a ``share`` of the ``layers`` drops its first.
+    """Return the seconds of all reductions of a forward in which a ``share`` of the ``layers`` drops its first one.
 
     ``attention_s`` and ``mlp_s`` are the seconds of one reduction after attention and after the MLP.  If the two are
     equal, this is L (2 - p) t_AR of arXiv 2502.20727: T(p) = T_compute + L (2 - p) t_AR.

@@ -2,12 +2,12 @@
 
 Per micro-batch (a sequence) and layer, a rank with s / (U R) rows computes
 
-    products   3 times the forward's: one product each for the output, the weights' gradient and the input's gradient
+    products   GEMMs, 3 times the forward's: one each for the output, the weights' gradient and the input's gradient
     attention  the forward, and `longctx.cost.attention.backward_cost`
     Ulysses    two all-to-alls in the forward, and two in the backward
     tp         with sequence parallelism 6 all-gathers and 4 reduce-scatters (arXiv 2405.07719, v5, Table 2); each
                moves half the bytes of an all-reduce, so these 10 count as 5 all-reduces
-    ep         the exchanges of `longctx.cost.experts`; in layers with experts they replace half of those of tp
+    ep         the exchanges of `longctx.cost.experts`; in layers with experts they replace half of the tp collectives
 
 Once per step, gradients are reduced in float32 over data- and context-parallel ranks.  ZeRO-1 uses a reduce-scatter of
 gradients and an all-gather of the new weights instead.  A pipeline of S stages is idle for the time of S - 1
@@ -80,12 +80,12 @@ def step_cost(
 
 
 def stage_weights(shape: Decoder, mesh: Degrees) -> float:
-    """Return the number of weights on one rank: its share of a stage's layers, and of the embedding, head or both."""
+    """Return the number of weights on one rank: its share of a stage's layers, and of embedding, head or both."""
     return sum(weights_by_replicas(shape, mesh).values())
 
 
 def weights_by_replicas(shape: Decoder, mesh: Degrees) -> dict[int, float]:
-    """Return the number of weights on one rank, keyed by the number of ranks that hold a copy of them.
+    """Return the number of weights on one rank, by the number of ranks that hold a copy of them.
 
     Ranks that divide the experts hold copies of all other weights.
     """
@@ -122,7 +122,7 @@ def _attention(
 def _products(
     shape: Decoder, mesh: Degrees, machine: Machine, work: StepWork, numbers: Numbers
 ) -> tuple[float, float, float]:
-    """Return the seconds of a micro-batch's matrix products, and the seconds and bytes of its tp reductions."""
+    """Return the seconds of a micro-batch's GEMMs, and the seconds and bytes of its tp all-reduces."""
     projections, ffn = layer_weights(shape)
     rows, layers = work.length * work.sequences / (mesh.ulysses * mesh.ring), shape.layers / mesh.pp
     again = {"none": 0.0, "selective": dense_ffn_weights(shape), "full": projections + ffn}[work.recompute]

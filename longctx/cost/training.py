@@ -3,7 +3,7 @@
 Only matrix products count, with 2 FLOPs for a multiplication and its addition.  Each weight is used once per token in
 the forward and twice in the backward (gradients of its input and of itself): 6 FLOPs per weight and token.  The symbols
 are T tokens, L layers, hidden size H, n query and m KV heads of dimension d, FFN size F and vocabulary size V.  A gated
-FFN (SwiGLU) has three matrices, one without a gate has two:
+FFN (SwiGLU) has three matrices; an FFN without a gate has two:
 
     projections   6 T L (2 H n d + 2 H m d)       queries and output, keys and values
     ffn           6 T L 3 H F with a gate, 6 T L 2 H F without; for experts: the chosen experts and the router
@@ -91,7 +91,7 @@ def train_flops_by_part(shape: Decoder, lengths: Sequence[int], causal: bool) ->
 
 
 def count_pairs(length: int, window: int | None, causal: bool) -> int:
-    """Count the (query, key) pairs of a document of ``length`` tokens, where a query sees at most ``window`` keys.
+    """Count the visible pairs of a document of ``length`` tokens, in which a query sees at most ``window`` keys.
 
     None is no window.  With ``causal``, a query sees no later keys.
     """

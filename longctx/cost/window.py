@@ -1,8 +1,8 @@
-"""Rows that travel around a ring, and blocks that are computed, if a sliding window reaches only some of them.
+"""Rows that travel around a ring, and blocks that are computed, under a sliding window of w keys.
 
 The layout is zigzag: a sequence has 2 N chunks, and rank r has chunks r and 2 N - 1 - r.  A query sees the w - 1 keys
-before it.  If a chunk of keys ends g positions before a chunk of queries begins, its last w - 1 - g rows are seen by
-the first w - 1 - g rows of the queries (all its rows, if a chunk has fewer).
+before it.  Suppose that a chunk of keys ends g positions before a chunk of queries begins.  The first w - 1 - g rows of
+the queries then see the last w - 1 - g rows of the keys.  A chunk with fewer rows counts whole.
 """
 
 from collections.abc import Iterable
@@ -14,12 +14,12 @@ from functools import lru_cache
 class Reach:
     """Rows and blocks of one rank, as means over the ranks.
 
-    * ``kv_hops``, ``q_hops``: rows of keys in pass-KV, and of queries in pass-Q, by hop (N - 1 of them).
-    * ``sum_hops``: rows of summed gradients by hop of the backward (N of them; the first has none under a window).
-    * ``kv_rows``: rows of the rank's keys that another rank sees, summed over these ranks.
-    * ``q_rows``: rows of the rank's queries that see keys of another rank, summed over these ranks.
-    * ``kv_read``: rows of keys that the rank's queries see, its own included.
-    * ``blocks``: ranks whose keys the rank's queries see, itself included.
+    * ``kv_hops``, ``q_hops``: rows of keys in pass-KV, and of queries in pass-Q, on each of N - 1 hops.
+    * ``sum_hops``: rows of summed gradients on each of N hops of the backward; 0 on the first hop under a window.
+    * ``kv_rows``: rows of the rank's keys, each counted once for every other rank that sees it.
+    * ``q_rows``: rows of the rank's queries, each counted once for every other rank whose keys it sees.
+    * ``kv_read``: rows of keys that the rank's queries see, the rank's own rows included.
+    * ``blocks``: number of ranks whose keys the rank's queries see, the rank itself included.
     """
 
     kv_hops: tuple[float, ...]
@@ -33,7 +33,7 @@ class Reach:
 
 @lru_cache(maxsize=256)
 def reach_of(new: tuple[int, ...], cached: tuple[int, ...], ranks: int, window: int | None) -> Reach:
-    """Return the reach of ``window`` (None: everything) for sequences of ``new`` tokens after ``cached`` ones."""
+    """Return the `Reach` of ``window`` (None: no window) for sequences of ``new`` tokens after ``cached`` ones."""
     if window is None:
         kv, q, others = (sum(new) + sum(cached)) / ranks, sum(new) / ranks, ranks - 1
         sums = (kv,) * ranks if others else ()
@@ -50,7 +50,7 @@ def reach_of(new: tuple[int, ...], cached: tuple[int, ...], ranks: int, window: 
             keys.append(seen)
             pairs |= {(k.rank, hop) for hop in range(ranks) if seen[hop]}
         queries += [_seen_by_hop(q, (k for k in k_chunks if k.begin <= q.begin), ranks, window) for q in q_chunks]
-    hops, unit = range(1, ranks), 2 * ranks * ranks  # a mean over ranks, of rows that are counted in 2 N-ths
+    hops, unit = range(1, ranks), 2 * ranks * ranks  # N for the mean over ranks, 2 N for the unit of `_Chunk`
     return Reach(
         tuple(sum(max(seen[hop:]) for seen in keys) / unit for hop in hops),
         tuple(sum(max(seen[hop:]) for seen in queries) / unit for hop in hops),
@@ -63,9 +63,9 @@ def reach_of(new: tuple[int, ...], cached: tuple[int, ...], ranks: int, window: 
 
 
 def most_keys(total: int, ranks: int, window: int | None) -> float:
-    """Return the keys that the last of ``total`` tokens sees on the rank that has the most of them.
+    """Return the largest number of keys on one rank that the last of ``total`` tokens sees, in a zigzag layout.
 
-    The other ranks wait for this one.  Rank r has chunks r and 2 N - 1 - r; a window is the last w positions.
+    The other ranks wait for that rank.  Rank r has chunks r and 2 N - 1 - r; a window is the last w positions.
     """
     if window is None:
         return total / ranks
@@ -95,7 +95,7 @@ def _chunks(begin: int, length: int, ranks: int) -> list[_Chunk]:
 
 
 def _seen_by_hop(chunk: _Chunk, others: Iterable[_Chunk], ranks: int, window: int) -> list[int]:
-    """Return the rows of ``chunk`` in a visible pair with ``others``, by the number of hops from its rank to theirs."""
+    """Return how many rows of ``chunk`` are in a visible pair with ``others``, by the hops between the two ranks."""
     seen, size = [0] * ranks, chunk.end - chunk.begin
     for other in others:
         gap = max(other.begin - chunk.end, chunk.begin - other.end)  # negative for the chunk itself

@@ -1,4 +1,4 @@
-"""Training batches: consecutive packed sequences, each data-parallel rank takes every dp-th sequence."""
+"""Training batches of consecutive packed sequences; each data-parallel rank takes every dp-th sequence."""
 
 import logging
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """A data-parallel rank's sequences, stacked; ``lengths[i]`` are the document pieces of sequence i.
+    """A data-parallel rank's sequences, stacked; ``lengths[i]`` has the lengths of the document pieces in sequence i.
 
     ``tokens``, ``targets`` and ``mask`` are as in `PackedSequence`.  ``counted`` is the number of targets with a loss
     in the whole batch, over all data-parallel ranks.  Sums of losses are divided by it, so that the loss does not
@@ -36,7 +36,7 @@ class Batch:
 def training_batches(
     data: DataSettings, tokenizer: Any, dp_rank: int = 0, dp_size: int = 1, ends: tuple[int, ...] = ()
 ) -> Stage[Batch]:
-    """The whole pipeline for ``data``, from files to batches: `documents`, `interleave`, `pack`, `batches`.
+    """Return the whole pipeline for ``data``, from files to batches: `documents`, `interleave`, `pack`, `batches`.
 
     ``ends`` are the tokens that end the answers of conversations.  Raises ValueError as these stages do.
     """
@@ -55,11 +55,11 @@ def batches(
     dp_size: int = 1,
     last: Literal["drop", "pad"] = "drop",
 ) -> Stage[Batch]:
-    """Batches of ``size`` consecutive sequences; this rank gets sequences dp_rank, dp_rank + dp_size, ... of each.
+    """Return batches of ``size`` sequences in order; this rank gets sequences dp_rank, dp_rank + dp_size, ... of each.
 
     Every data-parallel rank reads all sequences.  Batches and states are therefore the same for any ``dp_size``, and a
-    run may resume with another one.  An incomplete last batch is dropped and logged (``last="drop"``), or filled with
-    padding (``last="pad"``).
+    run may resume with another ``dp_size``.  An incomplete last batch is dropped and logged (``last="drop"``), or
+    filled with padding (``last="pad"``).
 
     Raises ValueError if ``dp_size`` does not divide ``size``.
     """
@@ -106,7 +106,7 @@ def refuse_uneven_batch(size: int, dp_size: int) -> None:
 
 
 def refuse_nothing_to_learn(counted: int, where: str) -> None:
-    """Raise ValueError if no target of ``where`` counts in the loss: it would be 0, whatever the model predicts."""
+    """Raise ValueError if no target of ``where`` counts in the loss, which would always be 0."""
     if not counted:
         raise ValueError(
             f"{where} has nothing to learn from: no token is followed by another one of its document; "
@@ -119,6 +119,6 @@ def left_out(state: State) -> dict[str, int]:
 
     The keys are "empty", for records without text, and "skipped", for faulty records.
     """
-    documents = state["documents"] or {"sources": []}  # None while the very first document is being cut
+    documents = state["documents"] or {"sources": []}  # None while the first document is being cut
     sources = [source for source in documents["sources"] if source]
     return {count: sum(source[count] for source in sources) for count in ("empty", "skipped")}

@@ -1,4 +1,4 @@
-"""Conversations as documents to train on: the model's chat template, and the tokens that the model must write."""
+"""Conversations as training documents: tokens in the model's chat template, and which of them count in the loss."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,10 +15,9 @@ Message = dict[str, str]
 def conversation_reader(tokenizer: Any, ends: tuple[int, ...], data: DataSettings) -> ReadRow:
     """Return a function from a JSON object and its location to the `Record` of a conversation.
 
-    The object has ``messages`` in the form of OpenAI's API, or a ``prompt`` and a ``completion``: a user's message and
-    its answer.  ``ends`` are the tokens that end the model's answers.  A conversation that cannot be learned exactly
-    becomes a record with a fault: a wrong form, an error of the template, an answer that `tokenize_conversation`
-    refuses, or more than ``data.length`` tokens with ``data.conversations`` = whole.
+    See `messages_of` for the object.  ``ends`` are the tokens that end the model's answers.  A conversation that cannot
+    be used becomes a record with a fault.  The fault is a wrong form, an error of the template, an answer that
+    `tokenize_conversation` refuses, or, with ``data.conversations`` = whole, more than ``data.length`` tokens.
 
     Raises ValueError for a tokenizer without a chat template, and for a model without an end token.
     """
@@ -49,13 +48,15 @@ def conversation_reader(tokenizer: Any, ends: tuple[int, ...], data: DataSetting
 def messages_of(row: Any) -> list[dict[str, Any]]:
     """Return the checked messages of ``row``: ``role``, ``content``, and 0 or 1 as ``weight`` (1 if not given).
 
-    A message of weight 0 is not learned, as in OpenAI's fine-tuning files.  Other keys of ``row`` are not read.
-    Raises ValueError, without the location, for any other form.
+    ``row`` has ``messages`` in the form of OpenAI's API, or a ``prompt`` and a ``completion``, which become a user's
+    message and its answer.  A message of weight 0 does not count in the loss, as in OpenAI's fine-tuning files.  Rows
+    with ``tools`` or ``functions`` are refused; other keys are not read.  Raises ValueError, without the location, for
+    any other form.
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"is not a JSON object of the form {_EXAMPLE}")
     if row.get("tools") or row.get("functions"):
-        raise ValueError("has tools, which are not implemented in training: leave them out")
+        raise ValueError("has tools, which are not implemented in training")
     if "messages" not in row and {"prompt", "completion"} <= set(row):
         given: Any = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
     else:
@@ -84,14 +85,14 @@ def _message(message: Any, name: str) -> dict[str, Any]:
 def tokenize_conversation(
     messages: Sequence[Mapping[str, Any]], tokenizer: Any, ends: tuple[int, ...]
 ) -> TokenizedConversation:
-    """Return the tokens of ``messages`` in the chat template, and which of them the model must write.
+    """Return the tokens of ``messages`` in the chat template, and which of them count in the loss.
 
-    The model must write each answer of weight 1: the tokens after the template's beginning of an answer, up to its end
-    token.  Tokens after the last such answer are left out, since no loss depends on them.  In generation, a model sees
-    the messages before the answer in the template; their tokens must therefore be a prefix of the conversation's.
+    Each answer of weight 1 counts: the tokens after the template's beginning of an answer, up to and including the end
+    token.  Tokens after the last such answer are left out, since no loss depends on them.  In generation, the model
+    sees the earlier messages in the template.  Their tokens must therefore be a prefix of the conversation's tokens.
 
     Raises ValueError, without the location, if they are not a prefix, if an answer does not have exactly one end token,
-    if there is no answer to learn, and for an error of the template.
+    if no answer counts, and for an error of the template.
     """
     answers = [i for i, each in enumerate(messages) if each["role"] == "assistant" and each["weight"]]
     if not answers:
@@ -109,18 +110,18 @@ def tokenize_conversation(
 
 
 def _template(messages: Sequence[Message], tokenizer: Any, *, begins_answer: bool = False) -> list[int]:
-    """Return the tokens of ``messages``; with ``begins_answer``, up to where the model's next answer begins."""
+    """Return the tokens of ``messages``, with the template's beginning of an answer if ``begins_answer``."""
     try:
         chat = tokenizer.apply_chat_template(
             messages, add_generation_prompt=begins_answer, return_dict=True, tokenizer_kwargs={"verbose": False}
         )
-    except Exception as error:  # the template raises errors of its own, such as for the order of roles
+    except Exception as error:  # a template can raise any error, such as for the order of roles
         raise ValueError(f"is refused by the model's chat template ({error_line(error)})") from error
     return list(chat["input_ids"])
 
 
 def _prefix(tokens: Sequence[int], whole: Sequence[int], i: int) -> int:
-    """Return the number of ``tokens``; raises ValueError unless ``whole`` begins with them."""
+    """Return the number of ``tokens``.  Raises ValueError unless ``whole`` begins with ``tokens``."""
     if list(whole[: len(tokens)]) != list(tokens):
         raise ValueError(
             f"has an answer, message {i + 1}, that the chat template writes differently when messages follow, or "
@@ -131,7 +132,7 @@ def _prefix(tokens: Sequence[int], whole: Sequence[int], i: int) -> int:
 
 
 def _length_to_end(answer: Sequence[int], i: int, tokenizer: Any, ends: tuple[int, ...]) -> int:
-    """Return the number of tokens of ``answer`` up to its end token, which is counted; there must be exactly one."""
+    """Return the number of tokens of ``answer`` up to and including its end token; there must be exactly one."""
     at = [n for n, token in enumerate(answer) if token in ends]
     if len(at) == 1:
         return at[0] + 1

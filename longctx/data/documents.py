@@ -24,11 +24,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Document:
-    """The tokens of a document (int32), its end token included, and ``where`` it comes from: file and line.
+    """The tokens of a document (int32), including its end token; ``where`` is its file and line.
 
     A long document comes in several parts, in order.  All parts but the last have ``ends=False`` and an empty resume
-    state, because a run resumes at the beginning of a document.  ``learned`` is True for the tokens to learn, False for
-    those that are only context; None if all are learned.
+    state, because a run resumes at the beginning of a document.  ``learned`` is True for tokens that count in the loss,
+    and False for tokens that are only context; None if all count.
     """
 
     tokens: Positions
@@ -56,18 +56,18 @@ class ResumePoint:
 
 
 def documents(source: TextSource, tokenizer: Any, data: DataSettings, ends: tuple[int, ...] = ()) -> Stage[Document]:
-    """The documents of ``source``, ``data.epochs`` times, tokenized by ``tokenizer``.
+    """Return the documents of ``source``, ``data.epochs`` times, tokenized by ``tokenizer``.
 
     With ``data.end_token``, the tokenizer's end token closes each document.  Documents without text are left out and
     counted.  With ``data.shuffle`` = n, the source is read in windows of n documents, and each window is shuffled.  The
     order depends on ``data.seed`` and on the number of documents before the window, so every epoch has another order.
-    Windows do not cross epochs.  The resume state is the beginning of a window: to resume is to read the window again.
+    Windows do not cross epochs.  The resume state is the beginning of a window; a resumed run reads the window again.
     With ``data.conversations``, a document is a conversation, whose answers end with one of the tokens ``ends`` (see
     `conversation_reader`).
 
-    Raises ValueError as `files`, `dataset` and `conversation_reader` do, and if the tokenizer lacks the end token.
-    While it runs, raises ValueError for a state of other files or another order, and for a source without documents.  A
-    faulty record raises ValueError unless ``data.on_error`` is skip.
+    Raises ValueError as `files`, `dataset` and `conversation_reader` do, and if the tokenizer lacks the end token.  The
+    iteration raises ValueError for a state of other files or another order, and for a source without documents.  It
+    also does so for a faulty record, unless ``data.on_error`` is skip.
     """
     if data.end_token and tokenizer.eos_token_id is None:
         raise ValueError("the model's tokenizer has no end token to close documents with: set data.end_token=false")
@@ -130,7 +130,10 @@ def _document_of(conversation: TokenizedConversation, where: str) -> Document:
 def _windows(
     source_files: tuple[SourceFile, ...], point: ResumePoint, source: TextSource, data: DataSettings
 ) -> Iterator[tuple[list[Record], ResumePoint, ResumePoint]]:
-    """Yield windows of records (without shuffle, of one record), each with the resume points at its begin and end."""
+    """Yield windows of records, each with the resume points at its begin and end.
+
+    Without shuffling, a window is one record.
+    """
     begin, window = point, []
     for record, after in _records_with_text(source_files, point, source, data):
         if record:
@@ -179,7 +182,7 @@ def _refuse_or_log(record: Record, point: ResumePoint, on_error: str) -> None:
 
 
 def _digest(source_files: tuple[SourceFile, ...]) -> str:
-    """Digest of the files' names, which include their sizes."""
+    """Return a digest of the files' names, which include their sizes."""
     return hashlib.sha256(repr([file.name for file in source_files]).encode()).hexdigest()[:12]
 
 
@@ -190,7 +193,10 @@ def _order(data: DataSettings) -> list[int]:
 def _resume_point(
     state: State | None, source_files: tuple[SourceFile, ...], source: TextSource, data: DataSettings
 ) -> ResumePoint:
-    """The resume point in ``state`` (the beginning if None); raises ValueError if files or order have changed."""
+    """Return the resume point in ``state`` (None: the beginning).
+
+    Raises ValueError if the files or their order have changed.
+    """
     if state is None:
         return ResumePoint()
     point = ResumePoint(**{field.name: state[field.name] for field in fields(ResumePoint)})

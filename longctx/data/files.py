@@ -19,21 +19,21 @@ from longctx.data.records import Position, ReadRow, Record, SourceFile, error_li
 READABLE = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 REFUSED = (".json", ".csv", ".tsv", ".arrow", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst")
 BROKEN = (EOFError, gzip.BadGzipFile, zlib.error)
-END = -1  # position after the whole file; also after a fault that ends it, since no document follows there
+END = -1  # position after the last document, and after a fault that ends the file
 _BLOCK = 1 << 20  # bytes of a text file that are checked at once
 
 
 def files(source: TextSource, read_row: ReadRow | None = None) -> tuple[SourceFile, ...]:
-    """The files of ``source.path``, in the order of their paths.
+    """Return the files of ``source.path``, in the order of their paths.
 
-    ``read_row`` reads the lines of .jsonl files in place of ``source.text_key``; other files are then refused.
-    Raises ValueError if there are no files, and for a kind of file that is not supported.
+    If ``read_row`` is given, it reads the lines of .jsonl files in place of ``source.text_key``, and other files are
+    refused.  Raises ValueError if there are no files, and for a kind of file that is not supported.
     """
     return tuple(_source_file(path, source, read_row) for path in paths_of(str(source.path)))
 
 
 def paths_of(given: str) -> list[Path]:
-    """The files that ``given`` names, sorted: one file, the readable files of a folder, or the matches of a pattern.
+    """Return the files that ``given`` names, sorted: a file, the readable files of a folder, or a pattern's matches.
 
     Hidden files and folders inside a folder are left out.  Raises ValueError if there are no files.
     """
@@ -79,7 +79,7 @@ def _open(path: Path) -> gzip.GzipFile | BufferedReader:
 def _read_text(path: Path, at: Position) -> Iterator[tuple[Record, Position]]:
     """Yield a text file as one document, with line ends converted to newlines.
 
-    The file is read once to check it, and again when the record is opened.  It is never whole in memory.
+    The file is read once to check it, and again when the record is opened.  It is never in memory as a whole.
     """
     if at is None:
         with _open(path) as file:
@@ -87,11 +87,11 @@ def _read_text(path: Path, at: Position) -> Iterator[tuple[Record, Position]]:
 
 
 def _checked_record(path: Path, file: gzip.GzipFile | BufferedReader) -> Record:
-    """Check the text ``file`` at ``path``; return its record: to be opened, empty, or with the first fault."""
+    """Check the text ``file`` at ``path``; return its record, which can be opened, is empty, or has the first fault."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     is_blank, start, lines = True, 0, 0  # ``start``: offset of the block's first byte
     while True:
-        unfinished = decoder.getstate()[0]  # bytes of a character that the previous block has begun
+        unfinished = decoder.getstate()[0]  # first bytes of a character that the previous block cut
         try:
             block = file.read(_BLOCK)
             text = decoder.decode(block, final=not block)
@@ -117,9 +117,9 @@ def _read_text_row(key: str, row: Any, where: str) -> Record:
 
 
 def _read_lines(path: Path, read_row: ReadRow, at: Position) -> Iterator[tuple[Record, Position]]:
-    """Yield the documents of a JSONL file, one a line, without blank lines.  Positions are [line, byte], from 0.
+    """Yield a document for each line of a JSONL file that is not blank.  Positions are [line, byte], from 0.
 
-    Not the JSON reader of ``datasets``, which parses blocks and cannot name the faulty line.
+    The JSON reader of ``datasets`` parses blocks and could not name a faulty line.
     """
     line, byte = at or (0, 0)
     with _open(path) as file:
@@ -146,7 +146,7 @@ def _parse_line(raw: bytes, read_row: ReadRow, where: str) -> Record:
 
 
 def _read_table(path: Path, key: str, at: Position) -> Iterator[tuple[Record, Position]]:
-    """Yield the documents of a parquet file, one a row, 64 in memory at a time.  Positions are rows, from 0."""
+    """Yield a document for each row of a parquet file, with 64 in memory at a time.  Positions are rows, from 0."""
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 

@@ -10,7 +10,7 @@ from longctx.data.records import Position, Record, SourceFile, error_line, text_
 
 
 def dataset(source: TextSource) -> SourceFile:
-    """The dataset that ``source`` names, one document a row.
+    """Return the dataset that ``source`` names, with a document for each row.
 
     Raises ValueError if neither the hub nor the local cache of earlier downloads has it, and if it has no column
     ``text_key``.  The columns of a stream may be unknown; its rows without ``text_key`` then become faulty records.

@@ -1,4 +1,4 @@
-"""Digests of files, by which a manifest names them and a resumed run recognises its text."""
+"""Digests of files: a manifest names files by them, and a resumed run recognises its text by them."""
 
 import hashlib
 import os
@@ -16,8 +16,8 @@ _END = 2**20  # bytes at either end
 def digest(path: Path) -> str:
     """Return ``sha256:`` and the digest of a file.
 
-    For a file above 1 GiB, return ``ends-sha256:`` and the digest of its size, its first MiB and its last MiB.
-    A process reads a file only once, unless its size or modification time changes.
+    For a file above 1 GiB, return ``ends-sha256:`` and the digest of its size, its first MiB and its last MiB.  A
+    process reads a file only once, unless the file's size or modification time changes.
     """
     state = path.stat()
     return _digest(path.resolve(), state.st_size, state.st_mtime_ns)
@@ -36,7 +36,7 @@ def _digest(path: Path, size: int, _changed_at: int) -> str:
 def text_digests(sources: Iterable[TextSource]) -> list[list[str]]:
     """Return the digests of each source's files, in the order in which they are read.
 
-    Text that is not in files of the user has none: a dataset of the hub is known by its name and revision, and the
-    documentation of CPython by Python's version.
+    A source that is not in the user's files has no digests.  The name and revision identify a dataset of the hub, and
+    Python's version identifies CPython's documentation.
     """
     return [[digest(path) for path in paths_of(source.path)] if source.path else [] for source in sources]

@@ -1,4 +1,4 @@
-"""Mix sources by weight: the tokens that each has given so far decide which source is next, not a random draw."""
+"""Mix sources by weight without random draws: each source's tokens so far decide which source is next."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,14 +7,15 @@ from longctx.data.stage import Stage, State
 
 
 def interleave(sources: Sequence[Stage[Document]], weights: Sequence[float]) -> Stage[Document]:
-    """Documents of all ``sources``, with their numbers of tokens in proportion to ``weights``.
+    """Return the documents of all ``sources``, with numbers of tokens in proportion to ``weights``.
 
     The next document comes from the source with the fewest tokens relative to its weight; in a tie, from the first.  A
     source is therefore never ahead of its share by more than its last document.  When a source ends, the others
-    continue in proportion to their weights.  A run that resumes with other weights counts tokens anew: otherwise a
-    source would catch up on its new share of all earlier tokens, in documents of this source only.
+    continue in proportion to their weights.  A run that resumes with other weights counts tokens from 0 again.
+    Otherwise a source with a larger weight would first give all documents, until it had its new share of all earlier
+    tokens.
 
-    Raises ValueError, while it runs, for a resume state of another number of sources.
+    The iteration raises ValueError for a resume state of another number of sources.
     """
     assert len(sources) == len(weights), "a weight for each source"
 
@@ -27,7 +28,7 @@ def interleave(sources: Sequence[Stage[Document]], weights: Sequence[float]) -> 
                 "use the same "
                 "sources, or start a new run"
             )
-        # The first document is the one that the interrupted run would have read: it may be cut already.
+        # The first document comes from the source that the interrupted run would have read: it may be cut already.
         shares = list(state.get("weights", weights)) if state else list(weights)
         live = {i: source(states[i]) for i, source in enumerate(sources)}
         while live:

@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 class PackedSequence:
     """A training sequence of pieces of documents; piece i has ``lengths[i]`` tokens.
 
-    ``targets`` are the next tokens.  ``mask`` is False where a target does not count in the loss: where no next token
-    exists, as after a document's last token (the target is 0), and where `Document.learned` is False for the next one.
-    `longctx.attention.layout.documents` shards a sequence by its ``lengths``.  The last ``padding`` tokens belong to no
-    document; they are a piece themselves.
+    ``targets`` are the next tokens.  ``mask`` is False where a target does not count in the loss.  This is so where no
+    next token exists, as after a document's last token (the target is then 0), and where `Document.learned` is False
+    for the next token.  `longctx.attention.layout.documents` shards a sequence by its ``lengths``.  The last
+    ``padding`` tokens belong to no document; they form a separate piece.
     """
 
     tokens: Positions
@@ -33,22 +33,22 @@ class PackedSequence:
 
 
 def pack(documents: Stage[Document], length: int, last: Literal["drop", "pad"] = "drop") -> Stage[PackedSequence]:
-    """Sequences of ``length`` tokens from the tokens of ``documents``, in order; each token is an input once.
+    """Return sequences of ``length`` tokens from ``documents``, in order; each token is an input once.
 
     For example, documents [1 2 3 4 5] and [6 7] with length 4 give [1 2 3 4] and [5 6 7 ...].  The rest of a cut
-    document is a document in the next sequence: it starts at position 0 and does not see the first part.  The last
-    target of the first part is the first token of the rest (4 predicts 5).  Every token but a document's first is
-    therefore a target once.  An incomplete last sequence is dropped and logged (``last="drop"``), or padded
+    document becomes a separate document in the next sequence: it starts at position 0 and does not see the first part.
+    The last target of the first part is the first token of the rest (4 predicts 5).  Every token except a document's
+    first is therefore a target once.  An incomplete last sequence is dropped and logged (``last="drop"``), or padded
     (``last="pad"``).
 
-    Raises ValueError, while it runs, if the cut document of a resume state has become shorter.
+    The iteration raises ValueError if the cut document of a resume state has become shorter.
     """
 
     def run(state: State | None) -> Iterator[tuple[PackedSequence, State]]:
         before, used = (state["documents"], state["used"]) if state else (None, 0)
         pieces: list[PackedSequence] = []
         missing = length
-        rest = torch.empty(2, 0, dtype=torch.int32)  # tokens of the document that no sequence has yet, and `learned`
+        rest = torch.empty(2, 0, dtype=torch.int32)  # the document's tokens that are in no sequence yet, and `learned`
         for document, after in _unused(documents, before, used):
             tokens = torch.cat([rest, _with_learned(document)], 1)
             # A sequence has one piece of a document.  The piece's last target may be in the next part: wait for it.
@@ -57,7 +57,8 @@ def pack(documents: Stage[Document], length: int, last: Literal["drop", "pad"] =
                 added = len(pieces[-1].tokens)
                 tokens, used, missing = tokens[:, added:], used + added, missing - added
                 if not missing:
-                    # A cut document is tokenized again on resume, hence the state before it and its used tokens.
+                    # A cut document is tokenized again on resume.  The state therefore has the state before it, and its
+                    # number of used tokens.
                     is_cut = tokens.shape[1] > 0
                     resume = {"documents": before, "used": used} if is_cut else {"documents": after, "used": 0}
                     yield _concatenate(pieces), resume
@@ -78,12 +79,12 @@ def pack(documents: Stage[Document], length: int, last: Literal["drop", "pad"] =
 
 
 def pack_whole(documents: Stage[Document], length: int, last: Literal["drop", "pad"] = "drop") -> Stage[PackedSequence]:
-    """Sequences of ``length`` tokens from uncut ``documents``, in order; none is longer than ``length``.
+    """Return sequences of ``length`` tokens from uncut ``documents``, in order; no document may be longer.
 
     A document that does not fit into the rest of a sequence begins the next one, and the rest is padding.  ``last`` is
     as in `pack`.
 
-    Raises ValueError, while it runs, for the resume state of a run that has cut a document.
+    The iteration raises ValueError for the resume state of a run that has cut a document.
     """
 
     def run(state: State | None) -> Iterator[tuple[PackedSequence, State]]:
@@ -114,7 +115,7 @@ def pack_whole(documents: Stage[Document], length: int, last: Literal["drop", "p
 
 
 def learnable(sequences: Stage[PackedSequence]) -> Stage[PackedSequence]:
-    """Leave out those of ``sequences`` in which no target counts in the loss."""
+    """Leave out the ``sequences`` in which no target counts in the loss."""
 
     def run(state: State | None) -> Iterator[tuple[PackedSequence, State]]:
         for sequence, after in sequences(state):
@@ -144,13 +145,13 @@ def _unused(documents: Stage[Document], before: State | None, used: int) -> Iter
 
 
 def padding_sequence(length: int) -> PackedSequence:
-    """A sequence of ``length`` padding tokens, none of which counts in the loss."""
+    """Return a sequence of ``length`` padding tokens, none of which counts in the loss."""
     zeros = torch.zeros(length, dtype=torch.long)
     return PackedSequence(zeros, zeros, zeros.bool(), (length,), length)
 
 
 def _with_learned(document: Document) -> Int[Tensor, "2 s"]:
-    """Return the tokens of ``document``, and 1 below each token that is learned."""
+    """Return two rows: the tokens of ``document``, and 1 for each token that counts in the loss."""
     learned = torch.ones_like(document.tokens) if document.learned is None else document.learned
     return torch.stack([document.tokens, learned.to(document.tokens.dtype)])
 
@@ -158,7 +159,7 @@ def _with_learned(document: Document) -> Int[Tensor, "2 s"]:
 def _piece(tokens: Int[Tensor, "2 s"], length: int) -> PackedSequence:
     """Return the first ``length`` of ``tokens``, or all if there are fewer, with their targets.
 
-    The second row of ``tokens`` is that of `_with_learned`.
+    ``tokens`` has the two rows of `_with_learned`.
     """
     inputs, (targets, learned) = tokens[0, :length].long(), tokens[:, 1 : length + 1].long()
     missing = len(inputs) - len(targets)

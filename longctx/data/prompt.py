@@ -13,10 +13,10 @@ _NO_TEXT = "the prompt is empty: give some text with prompt.file, prompt.text or
 
 
 def prompt_tokens(source: PromptSource, tokenizer: Any) -> tuple[list[int], int]:
-    """Token ids of the prompt that ``source`` describes, and the number of tokens of its text without the template.
+    """Return the token ids of the prompt ``source``, and the number of tokens of its text without the template.
 
-    ``source.tokens`` cuts the text, not the question, and only between characters; no more of the text is read than
-    needed.  A file's byte-order mark is not part of the text.  Special tokens are those of
+    ``source.tokens`` cuts the text, but not the question.  It cuts only between characters, and no more of the text is
+    read than needed.  A file's byte-order mark is not part of the text.  Special tokens are added as in
     `longctx.data.tokenize.tokenize`.
 
     Raises ValueError for a file that is missing, empty or not UTF-8, and for an empty prompt.  Raises ValueError unless
@@ -85,7 +85,7 @@ def _refuse_other_than_one(source: PromptSource) -> None:
 
 
 def _first_fault(file: Path, byte: int) -> int:
-    """Return the first byte of a regular ``file`` that is not UTF-8; ``byte`` counts from somewhere inside it."""
+    """Return the first byte of a regular ``file`` that is not UTF-8; ``byte`` counts from a block inside it."""
     try:
         if file.is_file():
             file.read_bytes().decode("utf-8")
@@ -102,7 +102,7 @@ def _too_few_tokens(source: PromptSource) -> str:
 
 
 def _pydoc(topic: str) -> str:
-    """A topic of the language reference that ships with CPython; ``all`` topics together are about 460 KB of prose."""
+    """Return a topic of the language reference that ships with CPython, or ``all`` topics, about 460 KB of prose."""
     from pydoc_data.topics import topics
 
     if topic == "all":

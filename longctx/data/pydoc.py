@@ -10,7 +10,7 @@ _HELD_OUT = 10  # every tenth topic is in the test split
 
 
 def topics(split: str) -> SourceFile:
-    """The topics of ``split`` (train or test) in alphabetical order, one document each.
+    """Return the topics of ``split`` (train or test) in alphabetical order, one document each.
 
     Positions are topic numbers within the split, counted from 0.
     """

@@ -1,4 +1,4 @@
-"""Records of files and datasets: a text with its location, or a location with the reason why it has no text."""
+"""Records of files and datasets: a location with its text, or with the reason why it has no usable text."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Position = Any
 
 @dataclass(frozen=True)
 class TokenizedConversation:
-    """The ``tokens`` of a conversation; those from ``begin`` to ``end`` of each pair in ``answers`` are learned."""
+    """The ``tokens`` of a conversation; tokens ``begin`` to ``end`` of each pair in ``answers`` count in the loss."""
 
     tokens: tuple[int, ...]
     answers: tuple[tuple[int, int], ...]
@@ -21,9 +21,9 @@ class TokenizedConversation:
 class Record:
     """A ``text`` and its location: ``where`` is file and line, or dataset and row, for messages.
 
-    The record of a text file has a function ``open_file`` in place of the text, which may be larger than memory.
-    A ``conversation`` takes the place of the text if conversations are read.
-    A record without usable text has the reason in ``fault``.
+    A text file may be larger than memory, so its record has a function ``open_file`` instead of the text.  If
+    conversations are read, ``conversation`` takes the place of the text.  A record without usable text has the reason
+    in ``fault``.
     """
 
     where: str
@@ -59,7 +59,7 @@ class SourceFile:
 
 
 def text_of(row: Any, key: str, where: str) -> Record:
-    """The record with the text under ``key`` of ``row``; a record with a fault if there is no valid text."""
+    """Return the record with the text under ``key`` of ``row``; a record with a fault if there is no valid text."""
     if not isinstance(row, Mapping):
         return Record(where, fault=f'is not a JSON object of the form {{"{key}": "..."}}')
     if key not in row:
@@ -77,5 +77,5 @@ def text_of(row: Any, key: str, where: str) -> Record:
 
 
 def error_line(error: Exception) -> str:
-    """The type and message of ``error`` in one line of at most 200 characters."""
+    """Return the type and message of ``error`` in one line of at most 200 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]

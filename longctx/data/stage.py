@@ -9,4 +9,4 @@ State = dict[str, Any]
 """Resume state after an item: a small JSON object, sufficient to continue with the next item."""
 
 Stage = Callable[[State | None], Iterator[tuple[Item, State]]]
-"""Starts from the beginning when called with None, and directly after an item when called with that item's state."""
+"""A stage called with None starts from the beginning; called with an item's state, it starts after that item."""

@@ -1,4 +1,4 @@
-"""Text to tokens, in pieces that join exactly to the tokens of the whole text: long text takes little memory."""
+"""Tokenize long text in little memory: in pieces, whose tokens together are exactly those of the whole text."""
 
 from bisect import bisect
 from collections.abc import Callable, Iterator
@@ -12,8 +12,8 @@ import torch
 from longctx.shapes import Positions
 
 WINDOW = 1 << 16  # characters tokenized at once
-_OVERLAP = 1 << 11  # at least as many are tokenized twice, to check a cut
-_TRIES = 12  # places to try before the window grows
+_OVERLAP = 1 << 11  # at least this many characters are tokenized twice, to check a cut
+_TRIES = 12  # cuts to try before the window grows
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,16 @@ class Piece:
 def tokenize(text: str, tokenizer: Any, *, special_tokens: bool = True) -> Positions:
     """Return the tokens of ``text`` (int32) as the tokenizer gives them for the whole text, in little memory.
 
-    ``special_tokens`` adds the first and last tokens that the tokenizer adds.  A first token that the text itself
-    begins with is not doubled, as in lm-eval's ``hf`` model; transformers doubles it.
+    ``special_tokens`` adds the first and last tokens that the tokenizer adds.  If the text already begins with the
+    first token (BOS), no second one is added, as in lm-eval's ``hf`` model. transformers would add one.
     """
     return torch.cat(list(token_blocks(StringIO(text).read, tokenizer, special_tokens=special_tokens)))
 
 
 def token_blocks(read: Callable[[int], str], tokenizer: Any, *, special_tokens: bool = True) -> Iterator[Positions]:
-    """Yield the tokens that `tokenize` returns, in blocks of one window; at least one block, which may be empty.
+    """Yield the tokens that `tokenize` returns, in blocks of one window.
+
+    There is at least one block, which may be empty.
 
     ``read(n)`` returns the next n characters of the text.
     """
@@ -55,7 +57,7 @@ def token_blocks(read: Callable[[int], str], tokenizer: Any, *, special_tokens: 
 
 
 def _read_after(text: str, read: Callable[[int], str]) -> Callable[[int], str]:
-    """Return a function that reads ``text``, then what ``read`` gives."""
+    """Return a function that reads ``text`` first, and then from ``read``."""
     begin = StringIO(text)
 
     def read_characters(size: int) -> str:
@@ -70,8 +72,9 @@ def first_tokens(
 ) -> tuple[list[int], str]:
     """Return the first ``limit`` tokens (None: all) of the text that ``read(characters)`` gives, and their text.
 
-    It reads no more than it needs.  If token number ``limit`` ends inside a character, the tokens of that character
-    are left out, where transformers would cut it.  Special tokens are those of `tokenize`, and count.
+    No more text is read than needed.  If token number ``limit`` ends inside a character, all tokens of that character
+    are left out; transformers would cut the character.  Special tokens are those of `tokenize`, and count towards
+    ``limit``.
     """
     first, last = _special_tokens(tokenizer) if special_tokens else ([], [])
     ids: list[int] = []
@@ -82,7 +85,7 @@ def first_tokens(
         read_so_far.append(read(size))
         return read_so_far[-1]
 
-    # A small first window: a cut prompt needs about four characters a token.
+    # The first window is small: a cut prompt needs about four characters per token.
     window = WINDOW if limit is None else min(WINDOW, 8 * limit + 2 * _OVERLAP)
     for part in pieces(record, tokenizer, window):
         ids += part.ids
@@ -103,9 +106,10 @@ def first_tokens(
 def pieces(read: Callable[[int], str], tokenizer: Any, window: int = WINDOW) -> Iterator[Piece]:
     """Yield the tokens of the text that ``read(characters)`` gives, without special tokens, a window at a time.
 
-    A window ends between a word and white space, where the rest of the text has the same tokens if it is tokenized by
-    itself (checked on ``_OVERLAP`` characters or more).  Without such a place the window grows, up to the whole text.
-    Slow tokenizers, which do not know the characters of their tokens, take the whole text at once.
+    A window ends between a word and white space, at a place where the rest of the text gets the same tokens if it is
+    tokenized separately.  This is checked on at least ``_OVERLAP`` characters.  If there is no such place, the window
+    grows, up to the whole text.  Slow tokenizers do not report the characters of their tokens, so they get the whole
+    text at once.
     """
     text, begin, at_end = "", 0, False
     size = window
@@ -141,7 +145,8 @@ def _find_cut(text: str, tokens: Piece, tokenizer: Any) -> tuple[int, int] | Non
         (_, before), (first, _) = tokens.spans[i - 1 : i + 1]
         if first < len(text) // 2 or tries >= _TRIES:
             return None
-        # A tokenizer counts the space before a word to its token, or does not, or adds it where a text begins.
+        # Some tokenizers include the space before a word in its token; some do not; some add a space where a text
+        # begins.
         for end in sorted({before, first, first + 1}):
             if before <= end < len(text) and text[end - 1].isspace() != text[end].isspace():
                 tries += 1

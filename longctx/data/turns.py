@@ -21,10 +21,11 @@ class UserTurn:
 
 
 def turns_from(name: str, max_new_tokens: int, setting: str = "turns") -> tuple[UserTurn, ...]:
-    """Turns from the JSONL file ``name``, one ``{"text": ..., "max_new_tokens": n}`` a line.
+    """Return the turns in the JSONL file ``name``, one ``{"text": ..., "max_new_tokens": n}`` per line.
 
-    ``max_new_tokens`` is the default for lines without their own.  ``setting`` is the setting that named the file, for
-    messages.  Raises ValueError if the file cannot be read or has no turns, or for a faulty line, which is named.
+    ``max_new_tokens`` is the default for lines that do not set it.  ``setting`` is the name of the file's setting, for
+    messages.  Raises ValueError if the file cannot be read or has no turns, and for a faulty line, which the message
+    names.
     """
     try:
         text = Path(name).expanduser().read_text(encoding="utf-8-sig")

@@ -13,7 +13,7 @@ from longctx.hf.digests import sha256_of_files
 # Weights that are valid only on tensor-parallel ranks; transformers does not load a file of this name.
 ADAPTED = "spd.safetensors"
 DROPPED = "dropped."  # prefix, in that file, of tensors for a block that drops a reduction
-# Norms that may have different weights on each rank in that file.
+# Norms that may have different weights on each rank in spd.safetensors.
 NORMS_OF_RANKS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _POINTER = b"version https://git-lfs"  # first bytes of the text that Git LFS leaves in place of a file
@@ -32,8 +32,11 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
     As in transformers, model.safetensors is read before the index of several files.
 
-    Raises ValueError if the folder has none of model.safetensors, spd.safetensors and the index, if it has
-    spd.safetensors and another of them, or if the index or the file cannot be read.
+    Raises ValueError in three cases.
+
+    * The folder has none of model.safetensors, spd.safetensors and the index.
+    * It has spd.safetensors together with one of the others.
+    * The index or a file cannot be read.
     """
     existing = [name for name in (ADAPTED, _WHOLE, _INDEX) if (folder / name).is_file()]
     if existing[:1] == [ADAPTED] and len(existing) > 1:
@@ -41,16 +44,16 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     if existing == [_INDEX]:
         return {name: folder / file for name, file in _weight_map(folder / _INDEX).items()}
     if not existing:
-        fix = "convert the model to safetensors first"
+        fix = "convert the model to safetensors first, with transformers' save_pretrained"
         if not any(file.suffix in (".bin", ".pt", ".pth", ".gguf") for file in folder.iterdir()):
-            fix = "this model has no weights yet, train it with recipes.pretrain"
+            fix = "this model has no weights yet, train it with recipes.pretrain, or copy its weights there"
         raise ValueError(f"{folder} has no model.safetensors: {fix}")
     with open_tensors(folder / existing[0]) as file:
         return dict.fromkeys(file.keys(), folder / existing[0])
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Return the file name of each tensor in ``index``.  Raises ValueError if it has no such map."""
+    """Return the file name of each tensor in ``index``.  Raises ValueError if the index has no such map."""
     try:
         weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
         names = {*weight_map.values()}
@@ -105,11 +108,11 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
 
 
 def fingerprint(folder: Path, cache: str | None = None) -> str:
-    """Return the text that identifies a model in saved files: two digests of 16 hex digits, joined by a hyphen.
+    """Return a model's fingerprint in saved files: two digests of 16 hex digits, joined by a hyphen.
 
-    The second is of config.json and all bytes of the weights, which are read once if ``cache`` names a folder
-    (see `sha256_of_files`).  The first is version 0.1's digest, which read parts of each tensor (see `same_model`).
-    Raises ValueError as `tensor_files` does.
+    The second is computed from config.json and all bytes of the weights.  If ``cache`` names a folder, the weights are
+    read only once (see `sha256_of_files`).  The first is version 0.1's digest, which read parts of each tensor (see
+    `same_model`).  Raises ValueError as `tensor_files` does.
     """
     config, files = (folder / "config.json").read_bytes(), sorted({*tensor_files(folder).values()})
     digests = sha256_of_files(files, Path(cache).expanduser() if cache else None)
@@ -118,7 +121,7 @@ def fingerprint(folder: Path, cache: str | None = None) -> str:
 
 
 def _sampled_digest(config: bytes, files: Iterable[Path]) -> str:
-    """Return version 0.1's digest of a model: of ``config`` and 4 KiB at the start, middle and end of each tensor."""
+    """Return version 0.1's digest of ``config`` and of 4 KiB at the start, middle and end of each tensor."""
     digest = hashlib.sha256(config)
     for file in files:
         with file.open("rb") as weights:
@@ -134,14 +137,14 @@ def _sampled_digest(config: bytes, files: Iterable[Path]) -> str:
 
 
 def of_first_version(text: str) -> str:
-    """Return ``text`` with each fingerprint in it as version 0.1 wrote it: the first of its two digests."""
+    """Return ``text`` with each fingerprint shortened to its first digest, as version 0.1 wrote it."""
     return re.sub(r"\b([0-9a-f]{16})-[0-9a-f]{16}\b", r"\1", text)
 
 
 def same_model(saved: object, current: object) -> bool:
     """Return True if two values are equal; in texts, fingerprints that name the same model count as equal.
 
-    A fingerprint that version 0.1 wrote has only the first digest, so only first digests are compared then.
+    A fingerprint that version 0.1 wrote has only the first digest; then only the first digests are compared.
     """
     if not (isinstance(saved, str) and isinstance(current, str)):
         return saved == current

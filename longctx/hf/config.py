@@ -44,7 +44,7 @@ def read_config(file: Path) -> Any:
         if not isinstance(values, dict):
             raise TypeError("it is not a JSON object")
         config = AutoConfig.from_pretrained(file.parent, trust_remote_code=False)
-    except Exception as error:  # transformers raises a class of its own for each mistake
+    except Exception as error:  # transformers may raise any class of error
         _refuse_custom_code(file.parent, error)
         raise ValueError(
             f"{file} is not a model's configuration: {error}; correct it, or download the model again"
@@ -85,7 +85,7 @@ def _refuse_impossible(file: Path, config: Any) -> None:
 
 
 def _refuse_infinite(file: Path, shape: ModelShape) -> None:
-    """Raise ValueError for numbers of ``shape`` that are not finite, and for rotary frequencies of 0 or less."""
+    """Raise ValueError for infinite or NaN numbers in ``shape``, and for rotary frequencies of 0 or less."""
     for name, value in vars(shape).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{file}: {name}={value} is not a finite number: correct the settings that give it")
@@ -95,12 +95,12 @@ def _refuse_infinite(file: Path, shape: ModelShape) -> None:
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """The transformers tokenizer of ``folder``.  Raises ValueError if transformers cannot read one."""
+    """Return the transformers tokenizer of ``folder``.  Raises ValueError if transformers cannot read one."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # a damaged file raises any class, such as KeyError
+    except Exception as error:  # a damaged file may raise any class of error, such as KeyError
         _refuse_custom_code(folder, error)
         raise ValueError(
             f"{folder} has no tokenizer that transformers can read: {error}; copy the tokenizer's files there"

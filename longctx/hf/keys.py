@@ -1,4 +1,4 @@
-"""Settings in config.json that are read: any other is refused, unless it has no effect in transformers.
+"""The keys of config.json that are read: any other key is refused, unless it has no effect in transformers.
 
 transformers keeps every key of config.json, and its model code may read any of them.  A key that the configuration
 class of transformers does not declare is therefore refused: longctx would read it differently, or not at all.
@@ -12,7 +12,7 @@ from typing import Any
 
 from longctx.models import Family
 
-# Keys that some classes do not declare: they change no logits, or transformers reads them for every family.
+# Keys that some classes do not declare, but that change no logits or that transformers reads for every family.
 _HARMLESS = {
     "attn_implementation", "auto_map", "cache_implementation", "decoder_start_token_id", "finetuning_task",
     "gradient_checkpointing", "head_dim", "is_decoder", "is_llama_config", "model_type", "name_or_path",
@@ -29,7 +29,7 @@ GENERATION = {
     "output_scores", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "suppress_tokens",
     "temperature", "top_k", "top_p", "typical_p",
 }  # fmt: skip
-# Keys that no class declares, and the value with which they change nothing.
+# Keys that no class declares, with the values that change nothing.
 _NEUTRAL: Mapping[str, object] = {
     "is_causal": True,
     "add_cross_attention": False,
@@ -44,7 +44,7 @@ _NEUTRAL: Mapping[str, object] = {
     "full_attn_mod": 1,
     "interpolate_factor": 1,
 }
-# The types of rotary embeddings that are implemented: the numbers that each needs, and the other keys that it reads.
+# The implemented types of rotary embeddings: for each, the numbers that it needs, and the other keys that it reads.
 _ROPE: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": (("rope_theta",), ()),
     "linear": (("rope_theta", "factor"), ()),
@@ -66,14 +66,14 @@ _ROPE: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 def refuse_unknown_keys(file: Path, values: Mapping[str, Any], config: Any, family: Family) -> None:
     """Raise ValueError for a key of config.json that is not read here, unless it changes nothing in transformers.
 
-    ``values`` is the content of ``file``, ``config`` the same as transformers reads it.  A null counts as a missing
-    key.  Raises ValueError, too, for rotary embeddings that are not implemented.
+    ``values`` is the content of ``file``; ``config`` is what transformers makes of it.  A null counts as a missing key.
+    Rotary embeddings that are not implemented also raise ValueError.
     """
     known = {field.name for field in fields(config)} | _HARMLESS | GENERATION | {*family.undeclared}
     known |= {"partial_rotary_factor"} if family.partial_rotary else set()
     for key, value in values.items():
-        # Keys with an underscore are notes of the library that wrote the file, or read by the configuration class.
-        # Ids of special tokens are the tokenizer's.
+        # Keys that begin with an underscore are notes of the library that wrote the file, or are read by the
+        # configuration class.  Ids of special tokens are the tokenizer's.
         is_note = value is None or key.startswith("_") or key.endswith("_token_id")
         if is_note or key in known or (key in _NEUTRAL and value == _NEUTRAL[key]):
             continue

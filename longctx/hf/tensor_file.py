@@ -1,4 +1,4 @@
-"""Write safetensors files with the umask's permissions; safetensors alone makes them readable to one user."""
+"""Write safetensors files with the umask's permissions; safetensors itself makes them readable only to their owner."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from longctx.shapes import Tensor
 
 
 def save_file(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write ``tensors`` and ``metadata`` to ``file``, with the permissions of any new file; replaces an existing one.
+    """Write ``tensors`` and ``metadata`` to ``file``, with the permissions of any new file; replace an existing file.
 
     safetensors writes a temporary file of mode 0600 and renames it, whatever the umask.
     """

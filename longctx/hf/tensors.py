@@ -32,12 +32,12 @@ def refuse_other_tensors(
 ) -> None:
     """Raise ValueError unless the safetensors files of ``folder`` hold exactly the tensors of a model of ``shape``.
 
-    Reads the headers of the files, and compares the tensors that a model derives from others: lm_head.weight of a tied
-    model with the embedding, and stored rotary frequencies with those of config.json.  ``rotary_changed``: the settings
-    replace the frequencies, so that stored ones are not compared.
+    Reads the headers of the files.  Also compares two kinds of tensors that a model derives: lm_head.weight of a tied
+    model with the embedding, and stored rotary frequencies with those of config.json.  With ``rotary_changed``, the
+    settings replace the frequencies, and stored ones are not compared.
 
-    In an adapted folder, tensors for dropped blocks have the same shapes, except that their norms hold ``norm_copies``
-    weights, one for each rank, one after the other.
+    In an adapted folder, tensors for dropped blocks have the same shapes.  Only their norms may have ``norm_copies``
+    weights, one per rank, concatenated.
     """
     # Tensors of dropped blocks have canonical names.
     canonical = tensor_shapes(shape)
@@ -80,7 +80,7 @@ def _refuse_other_header(folder: Path, name: str, header: TensorHeader, size: tu
 def refuse_other_head(folder: Path) -> None:
     """Raise ValueError if lm_head.weight differs from the embedding of ``folder``, whose config.json ties them.
 
-    transformers does not tie two stored tensors that differ, so that ignoring one gives other logits.
+    transformers does not tie two stored tensors that differ, so ignoring one of them would give other logits.
     """
     files = tensor_files(folder)
     with open_tensors(files[EMBEDDING]) as first, open_tensors(files[HEAD]) as second:
@@ -96,9 +96,9 @@ def refuse_other_head(folder: Path) -> None:
 
 
 def _refuse_other_frequencies(folder: Path, names: list[str], shape: ModelShape) -> None:
-    """Raise ValueError if stored rotary frequencies belong to another base than those of config.json.
+    """Raise ValueError if stored rotary frequencies have another base than those of config.json.
 
-    Older versions of transformers stored them before linear scaling, so that a common factor is accepted.
+    Older versions of transformers stored the frequencies before linear scaling, so a common factor is accepted.
     """
     files = tensor_files(folder)
     for name in names:
@@ -112,7 +112,7 @@ def _refuse_other_frequencies(folder: Path, names: list[str], shape: ModelShape)
 
 
 def _are_scaled(stored: torch.Tensor, frequencies: torch.Tensor) -> bool:
-    """Return True if ``stored`` are ``frequencies`` times a factor from 1 on, to the precision of 16-bit numbers."""
+    """Return True if ``stored`` are ``frequencies`` times a factor of 1 or more, to the precision of 16-bit numbers."""
     if stored.shape != frequencies.shape:
         return False
     factor = stored[0] / frequencies[0]

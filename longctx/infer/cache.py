@@ -23,7 +23,7 @@ class Cache(Protocol):
         ...
 
     def append(self, layer: int, k: Keys, v: Keys) -> tuple[Tensor, Tensor]:
-        """Append ``k`` and ``v`` of this pass to ``layer``; return all cached keys and values of it, [b rows hk d]."""
+        """Append ``k`` and ``v`` of this pass to ``layer``; return all its cached keys and values, [b rows hk d]."""
         ...
 
     def append_each(self, layer: int, k: Keys, v: Keys) -> Sequence[tuple[Tensor, Tensor]]:
@@ -32,7 +32,7 @@ class Cache(Protocol):
 
 
 class KVCache:
-    """Keys and values of one sequence, for this rank's positions and all layers.
+    """Keys and values of one sequence in all layers, for the positions that this rank caches.
 
     ``layout`` spans the ring of ``size`` ranks, so the cache stays sharded as it grows.  The first `append` allocates
     ``reserve`` rows; the allocation doubles when it is full, so that appending a token usually copies nothing.
@@ -49,7 +49,7 @@ class KVCache:
         return self.layout.rows(self._rank)
 
     def extend(self, later: Layout) -> None:
-        """Add the positions of the next pass; each layer's `append` then brings their keys and values."""
+        """Add the positions of the next pass; then call `append` with their keys and values in each layer."""
         self.layout = self.layout.then(later)
 
     def append(self, layer: int, k: Keys, v: Keys) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ class KVCache:
         return keys[:, : self.rows], values[:, : self.rows]
 
     def rewind(self, layout: Layout) -> None:
-        """Set the cache back to ``layout``, which it had before; rows appended since are dropped."""
+        """Set the cache back to its earlier ``layout``; rows appended since then are dropped."""
         self.layout = layout
 
     @property

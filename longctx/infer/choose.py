@@ -14,7 +14,7 @@ from longctx.infer.prefill import Chunk
 from longctx.infer.refuse import NOT_FINITE, refuse_not_finite
 from longctx.infer.sample import TokenLogprob, choose_token, token_logprob
 from longctx.infer.turn import Conversation
-from longctx.megatron.shared import WeightShare
+from longctx.megatron.sharded import WeightShare
 from longctx.shapes import Float, Tensor
 
 
@@ -64,9 +64,9 @@ def choose_next(
 
 
 def _sample(sequence: Conversation, logits: Float[Tensor, " v"], top: int | None) -> list[float]:
-    """Choose the next token of ``sequence``; return it as a number, or `NOT_FINITE`.
+    """Choose the next token of ``sequence``; return a list that begins with this token, or with `NOT_FINITE`.
 
-    With ``top``, its log-probability follows, and those of the ``top`` most likely tokens, each after its token.
+    With ``top``, the token's log-probability follows, then (token, log-probability) of the ``top`` most likely tokens.
     """
     width = 1 if top is None else 2 + 2 * top
     if not logits.isfinite().all():
@@ -81,7 +81,7 @@ def _sample(sequence: Conversation, logits: Float[Tensor, " v"], top: int | None
 
 
 def _record_logprobs(sequence: Conversation, numbers: Sequence[float]) -> None:
-    """Keep the log-probabilities in ``numbers``, as `_sample` returns them, if ``sequence`` is to report them."""
+    """Keep the log-probabilities in ``numbers``, a result of `_sample`, if ``sequence.sampling`` asks for them."""
     count = sequence.sampling.logprobs
     if count is not None:
         top = [(int(token), logprob) for token, logprob in zip(numbers[2::2], numbers[3::2], strict=True)]

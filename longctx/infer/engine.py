@@ -14,7 +14,7 @@ from longctx.megatron.hf_io import load as hf_load
 from longctx.megatron.model import GPTModel, build_model, layers_in_use, logits
 from longctx.megatron.reduce import set_reductions
 from longctx.megatron.runtime import Runtime
-from longctx.megatron.shared import WeightShare, share_weights
+from longctx.megatron.sharded import WeightShare, share_weights
 from longctx.megatron.spd.layer import SPDTransformerLayer
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import Comm, SingleRankComm
@@ -30,11 +30,11 @@ class Engine:
     """A loaded model, and the ulysses x ring ranks that share a sequence.
 
     ``context`` is the group of these ranks: rank = ring rank * ulysses size + ulysses rank.  It carries control
-    messages and the exchanges of decoding, which are counted apart as `ATTENTION`.  ``layers`` is the implementation of
-    the model's layers: "local" for megatron-core's, "te" for Transformer Engine's.  ``share`` is this rank's share of
-    the weights for ``context.decode=sharded``.  It is None with one context rank, with "te", and if blocks drop or
-    round a reduction over tensor-parallel ranks.  ``reduce`` has the dtypes of rounded reductions; it is None if none
-    is rounded.
+    messages and decoding's collectives; only the latter are counted as `ATTENTION`.  ``layers`` is the implementation
+    of the model's layers: "local" for megatron-core's, "te" for Transformer Engine's.  ``share`` is this rank's share
+    of the weights for ``context.decode=sharded``.  It is None with one context rank, with "te" layers, and if blocks
+    drop or round a reduction over tensor-parallel ranks.  ``reduce`` has the dtypes of rounded reductions (None: no
+    reduction is rounded).
     """
 
     model: GPTModel
@@ -88,7 +88,7 @@ class Engine:
         return dict.fromkeys(self.shape.windows, strategy)
 
     def cache(self, tokens: int, more: int = 0) -> KVCache:
-        """Return an empty cache with room for this rank's share of ``tokens``, plus ``more`` rows."""
+        """Return an empty cache with room for this rank's share of ``tokens``, and for ``more`` further rows."""
         return KVCache(self.ring.size, self.ring.rank, -(-tokens // self.ring.size) + 2 + more)
 
 
@@ -121,7 +121,7 @@ def load_engine(
     Raises ValueError if ``kernel`` does not take the device, dtype or head dimension, or if a tensor is missing or left
     over in ``folder``.
     """
-    # Context ranks that share weights drop reductions with megatron-core's layers only, and so do rounded reductions.
+    # Only megatron-core's layers support rounded reductions, and dropped reductions in sharded decoding.
     local = bool(reduce or (plan and plan.tp != runtime.tp.size))
     layers = "local" if local else layers_in_use(model.layers, shape)
     net = _load_model(runtime, runtime.groups, model, shape, folder, layers, plan)

@@ -1,4 +1,4 @@
-"""Checks of a one-shot generation: the prompts' logits against those of one rank, and figures of all ranks."""
+"""Checks of a one-shot generation: the prompts' logits against one rank's, and numbers gathered from all ranks."""
 
 from collections.abc import Mapping, Sequence
 

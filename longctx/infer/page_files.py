@@ -1,4 +1,4 @@
-"""Pages of one rank on disk: a file for each, whose name has its checksum, so that they outlive their process."""
+"""Pages of one rank on disk, which outlive their process: a file for each page, with its checksum in its name."""
 
 import hashlib
 import zlib
@@ -22,7 +22,7 @@ _SUFFIX = ".safetensors"
 
 @dataclass(frozen=True)
 class SavedPage:
-    """A page whose ``tokens`` follow those of the page named ``before``, which is empty at the beginning of a text."""
+    """A page, its ``tokens``, and the name of the page ``before`` it (empty for the first page of a text)."""
 
     before: str
     tokens: tuple[int, ...]
@@ -37,8 +37,8 @@ def page_name(before: str, tokens: Sequence[int]) -> str:
 class PageFiles:
     """The files of this rank's pages in ``folder``, which is made when the first page is written.
 
-    A file is called ``NAME.CRC32.safetensors``.  It appears under this name when it is complete.  If one cannot be
-    written, ``say`` gets one line, and no more are written.
+    A file is called ``NAME.CRC32.safetensors``.  It appears under this name when it is complete.  If a file cannot be
+    written, ``say`` gets one line, and no further pages are written.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
@@ -81,7 +81,7 @@ class PageFiles:
         return name
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete the files of the pages ``names``, as far as there are any."""
+        """Delete the files of the pages ``names`` that exist."""
         for name in names:
             if file := self._files.pop(name, None):
                 file.unlink(missing_ok=True)

@@ -19,10 +19,10 @@ class Page:
 
 
 class PageStore:
-    """Pages by number.  Each rank stores the rows of a page that it held in the cache that the page was copied from.
+    """Pages by number.  A page is copied from a cache; each rank stores the page's rows that it caches there.
 
-    All ranks must make the same calls in the same order.  ``rows_per_rank`` are the rows of all pages on each of the
-    ``size`` ring ranks.
+    All ranks must make the same calls in the same order.  ``rows_per_rank[r]`` is the number of rows that ring rank r
+    of ``size`` stores, over all pages.
     """
 
     def __init__(self, rank: int, layers: int, size: int) -> None:

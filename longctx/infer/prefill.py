@@ -17,7 +17,7 @@ from longctx.infer.cache import Cache
 from longctx.infer.engine import ATTENTION, Engine
 from longctx.megatron.attention import LayerAttention, Pass, rotary_tables
 from longctx.megatron.model import hidden_states
-from longctx.megatron.shared import WeightShare
+from longctx.megatron.sharded import WeightShare
 from longctx.parallel.comm import doing
 from longctx.parallel.merge import gather_merge, scatter_merge
 from longctx.parallel.ring import Ring, Strategy
@@ -86,9 +86,9 @@ def run_replicated(
 ) -> Float[Tensor, "s b hidden"]:
     """Run the model over ``tokens`` [total] on every rank and return the hidden states of all rows.
 
-    For few rows (tree attention, arXiv 2408.04093): every rank computes all rows' queries, keys and values and attends
-    to the keys that it caches.  One all-gather a layer merges the partial results.  ``layout`` says which ring rank
-    caches which rows.
+    This is for few rows (tree attention, arXiv 2408.04093).  Every rank computes the queries, keys and values of all
+    rows, and attends to the keys that it caches.  One all-gather a layer merges the partial results.  ``layout`` says
+    which ring rank caches which rows.
 
     With a ``share`` (the caller has entered `WeightShare.in_use`), each rank multiplies only its share of the weights.
     One all-to-all then gives each rank the merged output of its share of the heads.

@@ -13,7 +13,7 @@ from longctx.infer.cache import BatchCache, KVCache
 from longctx.infer.engine import Engine
 from longctx.megatron.attention import Pass
 from longctx.megatron.model import GPTModel
-from longctx.megatron.shared import WeightShare
+from longctx.megatron.sharded import WeightShare
 from longctx.parallel.recording import META, SHAPES_ONLY, RecordedGroups, record
 from longctx.parallel.schedule import Schedule, refuse_faulty
 from longctx.shapes import Float, Int, Tensor
@@ -22,8 +22,8 @@ from longctx.shapes import Float, Int, Tensor
 def prove_pass(engine: Engine, cached: Sequence[Layout], run: Callable[..., object]) -> None:
     """Raise ScheduleError unless the messages of ``run(engine, cache=cache)`` match on all ranks without deadlock.
 
-    ``run`` calls `run_pass` or `run_replicated`.  Here it is called once for each rank, with that rank's engine without
-    weights or data.  ``cached`` are the layouts of the cached sequences.  megatron-core's own tensor-parallel
+    ``run`` calls `run_pass` or `run_replicated`.  It is called once for each rank, with an engine of that rank that has
+    no weights and no data.  ``cached`` are the layouts of the cached sequences.  megatron-core's own tensor-parallel
     collectives are not part of the proof.
     """
     refuse_faulty(pass_schedules(engine, cached, run))
@@ -71,10 +71,10 @@ def _share_over(share: WeightShare | None, groups: RecordedGroups) -> Iterator[N
 
 
 class _ModelOfShapes(GPTModel):  # type: ignore[misc]
-    """A model without weights, as far as it communicates over context ranks.
+    """A model without weights that makes only the messages over context ranks.
 
-    A layer is its attention.  With a share of the weights in use, it is the model's own layer, with empty weights: its
-    linear layers communicate too.
+    A layer runs its attention only.  With a share of the weights in use, the model's own layer runs with empty weights,
+    because its linear layers communicate too.
     """
 
     def __init__(self, engine: Engine, device: torch.device) -> None:

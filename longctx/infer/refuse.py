@@ -22,19 +22,19 @@ def refuse_prompts(
     All arguments are by sequence.  ``so_far`` has the number of tokens that a sequence has already (absent: 0).
     """
     if not prompts:
-        raise ValueError("The turn has no prompts; give at least one sequence some tokens.")
+        raise ValueError("the turn has no prompts; give at least one sequence some tokens")
     for i, prompt in prompts.items():
         if not prompt:
-            raise ValueError(f"The prompt of sequence {i} is empty; give it some tokens.")
+            raise ValueError(f"the prompt of sequence {i} is empty; give it some tokens")
         shape.refuse_unknown_token(max(prompt), f"the prompt of sequence {i}")
         if max_new_tokens[i] < 0:
-            raise ValueError(f"max_new_tokens={max_new_tokens[i]} of sequence {i} is negative; use 0 or more.")
+            raise ValueError(f"max_new_tokens={max_new_tokens[i]} of sequence {i} is negative; use 0 or more")
         before = so_far.get(i, 0)
         if (total := before + len(prompt) + max_new_tokens[i]) > shape.max_positions:
             raise ValueError(
                 f"sequence {i} would have {total:,} tokens ({before:,} so far, {len(prompt):,} new, "
                 f"max_new_tokens={max_new_tokens[i]}), but the model's context is {shape.max_positions:,}; "
-                "use a shorter prompt or fewer max_new_tokens, or start a new session."
+                "use a shorter prompt or fewer max_new_tokens, or start a new session"
             )
 
 

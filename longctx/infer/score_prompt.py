@@ -39,7 +39,7 @@ def score_prompts(
         return
     top = max(sequences[i].sampling.logprobs or 0 for i in chunk)
 
-    # 2. Each rank computes those of its rows.
+    # 2.  Each rank computes the log-probabilities of its rows.
     rows = [[row for row in layout.index(rank).tolist() if row in targets] for rank in range(engine.ranks)]
     place = {row: at for at, row in enumerate(layout.index(engine.rank).tolist())}
     local, own = [], rows[engine.rank]
@@ -50,7 +50,7 @@ def score_prompts(
             one = token_logprob(row_logits, targets[row], top)
             local.append([one.logprob, *chain.from_iterable(one.top)])
 
-    # 3. All ranks get all of them.
+    # 3.  All ranks get the log-probabilities of all rows.
     width = 1 + 2 * top
     mine = torch.tensor(local, dtype=torch.double, device=hidden.device).reshape(len(local), width)
     numbers = torch.cat(engine.context.all_gather(mine, [(len(one), width) for one in rows])).tolist()

@@ -31,12 +31,12 @@ Stopped = Callable[[int, Sequence[int]], bool]  # (sequence, tokens of its answe
 class Session:
     """Sequences by id, whose keys and values are sharded over the ranks of ``engine``.
 
-    Each turn's new tokens are sharded without moving earlier ones (arXiv 2411.01783, 3.5.1); ranks that hold fewer rows
-    get the larger shares.  ``choose`` picks the strategy of each prefill; without it, all use ``context.strategy``.
-    With ``context.decode=auto``, ``choose_decode`` picks the strategy of each decode step by its number of sequences;
-    ``decode_choices`` has its (strategy, reason) for each number so far.  A new sequence's cache has room for at least
-    ``reserve`` tokens.  Sequence i samples with the seed ``sampling.seed`` + i, unless `add` was given other settings.
-    All ranks must make the same calls in the same order.
+    Each turn's new tokens are sharded without moving earlier ones (arXiv 2411.01783, 3.5.1); see `shard_balanced`.
+    ``choose`` picks the strategy of each prefill; without it, all use ``context.strategy``.  With
+    ``context.decode=auto``, ``choose_decode`` picks the strategy of each decode step by its number of sequences;
+    ``decode_choices`` has the (strategy, reason) for each number of sequences so far.  A new sequence's cache has room
+    for at least ``reserve`` tokens.  Sequence i samples with the seed ``sampling.seed`` + i, unless `add` got other
+    settings for it.  All ranks must make the same calls in the same order.
     """
 
     def __init__(
@@ -82,14 +82,15 @@ class Session:
         stopped: Stopped = lambda *_: False,
         keep_states: bool = False,
     ) -> Turn:
-        """Append ``prompts`` to their sequences in one fused prefill, and decode the sequences together.
+        """Append ``prompts`` to their sequences and prefill them together; then decode the sequences together.
 
-        A prompt whose sequence id is new starts a sequence.  Decoding of a sequence stops at its ``max_new_tokens``,
-        after an end token, or if ``stopped``, which is called after each token, returns True.  ``layer_done`` is called
-        after each layer's attention in the prefill, ``token_done`` with each step's tokens by sequence.
-        ``keep_states`` fills `Turn.passes`.
+        A prompt whose sequence id is new starts a sequence.  With ``context.chunk``, the prefill takes several passes.
+        Decoding of a sequence stops at its ``max_new_tokens``, after an end token, or if ``stopped`` returns True.
+        ``stopped`` is called after each token.  ``layer_done`` is called after each layer's attention in the prefill,
+        and ``token_done`` with each step's tokens by sequence.  ``keep_states`` fills `Turn.passes`.
 
-        If the turn fails, the session is restored to its state before the turn.
+        If the turn fails, new sequences are removed, and the others get back their tokens and caches from before the
+        turn.
 
         Raises ValueError for no prompts, an empty prompt, a token beyond the vocabulary, negative ``max_new_tokens``,
         more tokens than the model's maximum, and logits that are not finite.
@@ -104,7 +105,7 @@ class Session:
             raise
 
     def cache_for(self, tokens: int, decoded: int) -> KVCache:
-        """Return an empty cache for ``tokens`` prefilled tokens, plus ``decoded`` rows on every rank."""
+        """Return an empty cache with room for ``tokens`` sharded rows, and ``decoded`` more rows on every rank."""
         return self.engine.cache(max(self._reserve, tokens), decoded)
 
     def add(self, sequence: int, tokens: int, decoded: int, sampling: Sampling | None = None) -> Conversation:
@@ -119,7 +120,7 @@ class Session:
     def drop(self, sequence: int) -> None:
         """Remove ``sequence`` and free its cache.  Raises ValueError for an unknown number."""
         if sequence not in self.sequences:
-            raise ValueError(f"sequence {sequence} is not in the session; it has {sorted(self.sequences) or 'none'}.")
+            raise ValueError(f"sequence {sequence} is not in the session; it has {sorted(self.sequences) or 'none'}")
         del self.sequences[sequence]
 
     def refuse(self, prompts: Mapping[int, Sequence[int]], max_new_tokens: Mapping[int, int]) -> None:

@@ -70,14 +70,14 @@ def read_index(folder: Path, model: str, dtype: str, shape: ModelShape) -> Sessi
     if not same_model(index["model"], model):
         raise ValueError(
             f"session.load={folder} is of another model ({index['model']}, not {model}); "
-            "use the model it was saved with."
+            "use the model it was saved with"
         )
     if index["dtype"] != dtype:
         name = index["dtype"].removeprefix("torch.")
-        raise ValueError(f"session.load={folder} is in {index['dtype']}, not {dtype}; set model.dtype={name}.")
+        raise ValueError(f"session.load={folder} is in {index['dtype']}, not {dtype}; set model.dtype={name}")
     fault = _fault_of_tokens(index, shape) or _fault_of_files(folder, index) or _fault_of_rows(folder, index, shape)
     if fault:
-        raise ValueError(f"session.load={folder}: {fault}; start the conversation again.")
+        raise ValueError(f"session.load={folder}: {fault}; start the conversation again")
     return index
 
 
@@ -86,21 +86,18 @@ def _parse(folder: Path) -> SessionIndex:
     try:
         index: Any = json.loads((folder / INDEX).read_bytes())
     except FileNotFoundError as error:
-        raise ValueError(f"session.load={folder} holds no session; use a folder that session.save wrote.") from error
+        raise ValueError(f"session.load={folder} holds no session; use a folder that session.save wrote") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"session.load={folder}: {INDEX} is corrupt ({error}); start the conversation again."
+            f"session.load={folder}: {INDEX} is corrupt ({error}); start the conversation again"
         ) from error
     if isinstance(index, dict) and type(version := index.get("version")) is int and version != VERSION:
         raise ValueError(
-            f"session.load={folder} is of version {version}, but this code reads version {VERSION}; resume it "
-            "with the code that "
-            "saved it."
+            f"session.load={folder} is of version {version}, but this code reads version {VERSION}; "
+            "resume it with the code that saved it"
         )
     if not (isinstance(index, dict) and _is_index(index) and (KEY not in index or has_valid_checksum(index))):
-        raise ValueError(
-            f"session.load={folder}: {INDEX} has changed since it was saved; start the conversation again."
-        )
+        raise ValueError(f"session.load={folder}: {INDEX} has changed since it was saved; start the conversation again")
     return cast(SessionIndex, index)
 
 
@@ -148,7 +145,7 @@ def _fault_of_files(folder: Path, index: SessionIndex) -> str:
 def _fault_of_rows(folder: Path, index: SessionIndex, shape: ModelShape) -> str:
     """Describe rows or KV heads that the files lack or have twice; empty if every cached token has all heads once."""
     for i, cached in index["cached"].items():
-        heads: dict[int, int] = {}  # number of heads of a file, by its first one
+        heads: dict[int, int] = {}  # number of heads of a file, by its first head
         positions: dict[int, list[Tensor]] = {}  # positions of the rows with these heads
         for name in index["files"]:
             first = first_head_of(name)
@@ -167,7 +164,7 @@ def _fault_of_rows(folder: Path, index: SessionIndex, shape: ModelShape) -> str:
 def _rows_in(file: Path, i: str, shape: ModelShape) -> tuple[int, Tensor]:
     """Return the number of KV heads in ``file`` and the positions of its rows, for sequence ``i``.
 
-    Raises ValueError if a layer has keys or values of another shape, SafetensorError if it has none.
+    Raises ValueError if a layer has keys or values of another shape, and SafetensorError if a layer is missing.
     """
     with safe_open(file, "pt") as tensors:
         positions: Tensor = tensors.get_tensor(f"{i}.positions")
@@ -180,7 +177,10 @@ def _rows_in(file: Path, i: str, shape: ModelShape) -> tuple[int, Tensor]:
 
 
 def _covered_heads(numbers: dict[int, int]) -> int:
-    """Return how many heads are covered from 0 on; ``numbers`` has the heads of a file by its first one."""
+    """Return how many heads, from head 0 on, the files have.
+
+    ``numbers`` maps each file's first head to its number of heads.
+    """
     covered = 0
     while numbers.get(covered):
         covered += numbers[covered]

@@ -85,11 +85,11 @@ def refuse_place(folder: Path) -> None:
     """Raise ValueError unless ``folder`` is writable and is new, empty or a saved session."""
     if folder.exists() and not (folder.is_dir() and ((folder / INDEX).is_file() or not any(folder.iterdir()))):
         raise ValueError(
-            f"session.save={folder} exists and is not a session; saving would delete it. Use another folder."
+            f"session.save={folder} exists and is not a session, and saving would delete it; use another folder"
         )
     parent = next(parent for parent in folder.parents if parent.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise ValueError(f"session.save={folder} cannot be written; use a folder that you may write to.")
+        raise ValueError(f"session.save={folder} cannot be written; use a folder that you may write to")
 
 
 def load(session: Session, folder: Path, index: SessionIndex) -> None:
@@ -113,7 +113,7 @@ def load(session: Session, folder: Path, index: SessionIndex) -> None:
                 sequence.cache.append(layer, *(x.to(engine.device) for x in keys_and_values))
             session.sequences[int(i)] = sequence
     except SafetensorError as error:
-        raise ValueError(f"session.load={folder} is corrupt ({error}); start the conversation again.") from error
+        raise ValueError(f"session.load={folder} is corrupt ({error}); start the conversation again") from error
 
 
 def kv_heads(session: Session) -> range:
@@ -151,7 +151,7 @@ def _read_rows(folder: Path, index: SessionIndex, name: str, i: str, positions: 
 
 
 def _gather_numbers(session: Session, local: list[int]) -> list[list[int]]:
-    """Return every rank's ``local`` numbers; all ranks pass equally many.  Also a barrier for all ranks."""
+    """Return every rank's ``local`` numbers; all ranks pass equally many.  This is also a barrier for all ranks."""
     engine = session.engine
     numbers = torch.tensor([local], device=engine.device)
     for comm in (engine.tp, engine.context):

@@ -12,11 +12,11 @@ from longctx.shapes import Tensor
 
 @dataclass
 class Conversation:
-    """One sequence: all its tokens, and its cache, which lacks the last token if that was decoded.
+    """One sequence: all its tokens, and its cache, which lacks the last token if that token was decoded.
 
     The latest answer begins at ``tokens[answer_begin]``; ``logprobs`` has the log-probabilities of its tokens, if
-    ``sampling.logprobs`` is set.  ``prompt_logprobs`` has those of the prompt's tokens except the first, as far as they
-    have been prefilled; it is None if they were not requested.
+    ``sampling.logprobs`` is set.  ``prompt_logprobs`` has those of the prompt's prefilled tokens, except the first
+    token; it is None if they were not requested.
     """
 
     cache: KVCache

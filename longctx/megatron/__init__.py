@@ -13,13 +13,14 @@ import torch
 
 @contextmanager
 def _import_less() -> Iterator[None]:
-    """Skip two imports of megatron-core inside the block: longctx does not use them, and they take half the load time.
+    """Skip two imports of megatron-core inside the block.
 
-    On a CPU build of torch, `torch.compile` returns functions unchanged: every fusion is off, and a compiler may be
-    missing.  The import of W&B fails, because megatron-core uses W&B for its own inference logs only.
+    longctx does not use what they import, and they take half the load time.
 
-    Tensors are pickled as torch does it.  megatron-core 0.19 puts a function of its own into the pickles, so that a
-    process that reads the result of a rank would import megatron-core.
+    On a CPU build of torch, `torch.compile` returns functions unchanged, since every fusion is off and a compiler may
+    be missing.  The import of W&B fails, because megatron-core uses W&B for its own inference logs only.  After the
+    block, tensors are pickled as torch pickles them. megatron-core 0.19 would put one of its functions into the
+    pickles, and a process that reads a rank's result would import megatron-core.
     """
     compile_, hides_wandb, reader = torch.compile, "wandb" not in sys.modules, torch.storage._load_from_bytes
     if torch.version.cuda is None:
@@ -43,8 +44,8 @@ def hide_if_broken(package: str, mend: str) -> None:
     """Make ``package`` look uninstalled, and warn, if it is there but its ``pytorch`` module cannot be imported.
 
     ``mend`` ends the warning: it says how to repair the installation.  megatron-core uses Transformer Engine if it can
-    import it, and expects no error but ImportError.  An incomplete installation raises others: RuntimeError for the
-    package without its core, FileNotFoundError without its extension.
+    import it, and expects no error but ImportError.  An incomplete installation raises other errors: RuntimeError if
+    its core is missing, FileNotFoundError if its extension is missing.
     """
     try:
         importlib.import_module(f"{package}.pytorch")

@@ -58,7 +58,7 @@ def rotary_tables(
 
 
 def _table(rotary: Rotary | None, positions: Positions, dtype: torch.dtype) -> RotaryTable | None:
-    """Return the table of one rotary embedding; None for a layer without."""
+    """Return the table of one rotary embedding; None for a layer that has no rotary embedding."""
     if rotary is None:
         return None
     frequencies = torch.tensor(rotary.frequencies, dtype=dtype, device=positions.device)
@@ -73,7 +73,7 @@ class Pass(PackedSeqParams):
 
     ``attend(layer, q, k, v)`` returns the attention output.  All four tensors are [b s h d]; layers count from 0.
     Models with attention sinks call ``attend(layer, q, k, v, sinks)``; ``sinks`` [hq] are the query heads' sink scores.
-    ``rotary`` has a table for each layer of the whole model (`rotary_tables`); empty rotates nothing.
+    ``rotary`` has a table for each layer of the whole model (`rotary_tables`); if it is empty, nothing is rotated.
 
     megatron-core hands a `PackedSeqParams` unchanged to the attention of every layer, on every pipeline stage.
     ``qkv_format`` "sbhd" keeps megatron-core on its code path for unpacked sequences.
@@ -87,7 +87,8 @@ class Pass(PackedSeqParams):
 class ContextParallelAttention(MegatronModule):
     """Core attention for a layer spec: passes q, k and v of its layer to the current `Pass`.
 
-    Kernels scale scores by 1/sqrt(d).  For another ``softmax_scale``, queries are multiplied by the ratio.
+    Kernels scale scores by 1/sqrt(d).  For another ``softmax_scale``, queries are multiplied by ``softmax_scale`` *
+    sqrt(d).
 
     With ``sinks``, the module learns the score of an attention sink for each query head of this tensor-parallel rank.
 

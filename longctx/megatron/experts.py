@@ -71,7 +71,7 @@ class SequentialExperts(SequentialMLP):
             out, _ = super().forward(hidden, tokens_per_expert, probs)
             return out, None
         if not len(hidden):
-            return hidden, None  # no token of any rank chose an expert of this one
+            return hidden, None  # no token of any rank chose one of this rank's experts
         counts = tokens_per_expert.tolist()
         inputs = zip(self.local_experts, hidden.split(counts), probs.split(counts), strict=True)
         return torch.cat([expert(x, weights)[0] for expert, x, weights in inputs if len(x)]), None
@@ -82,7 +82,8 @@ class ExpertRowParallelLinear(BiasedRowParallelLinear):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Skip the sum even with one rank: megatron-core's MLP adds the bias in place, which autograd refuses after it.
+        # Skip the sum even with one rank: megatron-core's MLP adds the bias in place, which autograd refuses after a
+        # sum.
         self.explicit_expert_comm = True
 
     def forward(self, x: Float[Tensor, "tokens n"]) -> tuple[Float[Tensor, "tokens hidden"], Tensor]:
@@ -91,9 +92,10 @@ class ExpertRowParallelLinear(BiasedRowParallelLinear):
 
 
 class ReplicatedTokens(MoEAllGatherTokenDispatcher):
-    """Dispatcher for tokens that every tensor-parallel rank has, as in inference: it only sums the outputs.
+    """Dispatcher for inference, where every tensor-parallel rank has all tokens: it only sums the outputs.
 
-    megatron-core's own dispatcher first gathers the tokens of all ranks, which differ under sequence parallelism only.
+    megatron-core's own dispatcher first gathers the tokens of all ranks.  This is needed only under sequence
+    parallelism, where ranks have different tokens.
     """
 
     def token_dispatch(self, hidden: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:

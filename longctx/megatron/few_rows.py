@@ -1,4 +1,4 @@
-"""Product of rows with a weight in inference; decoding on a CPU spends most of its time in it."""
+"""The GEMM of few rows with a weight in inference; decoding on a CPU spends most of its time in it."""
 
 from typing import Any
 
@@ -14,14 +14,15 @@ _FEW = 4  # rows up to which the batched product is faster, on one thread and on
 def linear(
     x: Float[Tensor, "*rows n"], weight: Float[Tensor, "m n"], bias: Float[Tensor, " m"] | None = None
 ) -> Float[Tensor, "*rows m"]:
-    """Return what F.linear does; faster for few float32 rows on a CPU, if no gradients are needed.
+    """Return the result of F.linear; faster for few float32 rows on a CPU, if no gradients are needed.
 
     PyTorch multiplies a single row on one thread, and reads the weight at half of the rate that one core reaches.  A
     batched product of the weight's two halves with the transposed rows has neither limit.
     """
     rows, (m, n) = x.shape[:-1].numel(), weight.shape
     fast = 0 < rows <= _FEW and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled()
-    # The first layer's x is a transposed view: PyTorch would multiply row by row, and copy a bfloat16 weight for each.
+    # The first layer's x is a transposed view.  PyTorch would multiply it row by row, and copy a bfloat16 weight for
+    # each row.
     flat = x.reshape(rows, n)
     if not fast or not m or m % 2:
         return F.linear(flat, weight, bias).view(*x.shape[:-1], m)

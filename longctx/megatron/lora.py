@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 class Adapter(nn.Module):
     """The matrices A (``down``) and B (``up``) of one linear layer; subclasses say how ranks divide them.
 
-    ``fused`` is the number of tensors that follow each other in a rank's rows of the layer, such as gate and up.
-    ``up`` has a matrix for each.  B starts at 0, so that the model is unchanged before the first step.  A is drawn from
-    ``seed`` and ``name``, which must not depend on the mesh.
+    ``fused`` is the number of tensors that the layer's weight stacks along its rows, such as 2 for gate and up.  ``up``
+    has a matrix for each of them.  B starts at 0, so that the model is unchanged before the first step.  A is drawn
+    from ``seed`` and ``name``, which must not depend on the mesh.
     """
 
-    divided: str  # the matrices that tensor-parallel ranks divide: down or up
-    dimension: int  # the dim along which they divide them
+    divided: str  # the matrix that tensor-parallel ranks divide: down or up
+    dimension: int  # the dim of that matrix along which they divide it
 
     def __init__(self, linear: Any, lora: LoRA, fused: int, seed: int, name: str) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Adapter(nn.Module):
 
 
 class ColumnAdapter(Adapter):
-    """Adapter of a column-parallel layer."""
+    """Adapter of a column-parallel layer: ranks divide the rows of B."""
 
     divided, dimension = "up", 0
 
@@ -85,7 +85,7 @@ class ColumnAdapter(Adapter):
 
 
 class RowAdapter(Adapter):
-    """Adapter of a row-parallel layer."""
+    """Adapter of a row-parallel layer: ranks divide the columns of A."""
 
     divided, dimension = "down", 1
 
@@ -133,7 +133,7 @@ def attach_adapters(model: "GPTModel", lora: LoRA, seed: int) -> None:
             fused = halves if target == "linear_fc1" else 1
             linear.adapter = kind(linear, lora, fused, seed, f"{layer.layer_number} {target}")
     if model.pre_process:
-        # Recomputed functions have gradients only if an input of theirs has.
+        # A recomputed function has gradients only if one of its inputs requires a gradient.
         model.embedding.register_forward_hook(_with_gradient)
 
 

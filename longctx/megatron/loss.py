@@ -20,7 +20,7 @@ def loss_of(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " s"]]:
     """Return the cross-entropy (nats) of ``targets``: its sum weighted by ``counts``, and each row's loss.
 
-    Only the sum has a gradient.  ``hidden`` are the final hidden states (see `run_stage`).  Logits of at most ``rows``
+    Only the sum has a gradient.  ``hidden`` has the final hidden states (see `run_stage`).  Logits of at most ``rows``
     rows exist at a time.
     """
     gather = tensor_parallel.gather_from_sequence_parallel_region

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from longctx.megatron.attention import Pass
 from longctx.megatron.experts import mixture_config
 from longctx.megatron.few_rows import speed_up
-from longctx.megatron.shared import WeightShare
+from longctx.megatron.sharded import WeightShare
 from longctx.megatron.spd.layer import SPDTransformerLayer, follow_plan
 from longctx.megatron.spec import LOCAL, layer_spec, norm_of, record_sharding, te_linears
 from longctx.model_shape import ModelShape
@@ -101,8 +101,8 @@ def build_model(
     record_sharding(model)
     if model.post_process:
         speed_up(model.output_layer)
-    # megatron-core builds norms of queries and keys if this is set, and then sums their gradients over ranks.  That is
-    # right if every rank has the whole weights, but ranks share those of a norm over all heads.
+    # If this is set, megatron-core builds norms of queries and keys, and sums their gradients over ranks.  That would
+    # be wrong for a norm over all heads, of whose weights each rank holds only a part.
     config.qk_layernorm = shape.qk_norm == "head"
     _scale_embedding_and_logits(model, shape, dtype)
     if plan is not None:
@@ -136,7 +136,7 @@ def hidden_states(model: GPTModel, tokens: Tokens, attention_pass: Pass) -> Floa
 def _run_without_rows(model: GPTModel, attention_pass: Pass) -> Float[Tensor, "0 1 hidden"]:
     """Call every layer's attention with zero rows, on a rank that holds none of the new tokens.
 
-    Other ranks attend to the keys that this rank caches, so it takes part in their exchanges.  It skips the
+    Other ranks attend to the keys that this rank caches, so it takes part in their collectives.  It skips the
     projections, because megatron-core's linear layers cannot take zero rows.
     """
     assert attention_pass.attend

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import nn
 
-from longctx.megatron.shared import OutputProjection, UpProjection
+from longctx.megatron.sharded import OutputProjection, UpProjection
 from longctx.shapes import Float, Tensor
 
 # Arguments of megatron-core's sharded_state_dict.
@@ -49,7 +49,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNormOverHeads(nn.Module):
-    """RMSNorm of queries or keys [s b heads d] over all heads together, those of other tensor-parallel ranks included.
+    """RMSNorm of queries or keys [s b heads d] over all heads of all tensor-parallel ranks together.
 
     Each rank has the weights of its heads.  Ranks exchange one sum of squares per row.
     """
@@ -103,12 +103,12 @@ class _SumOverRanks(torch.autograd.Function):
 class FeedForward(MLP):
     """megatron-core's MLP with faster gating: the time between its two projections is more than halved.
 
-    It leaves out an offset of 0, which megatron-core adds before gating, and gates in place if there are no gradients.
-    Like `MLP`, it returns a bias that the caller must add, or None.
+    It leaves out megatron-core's addition of 0 before gating, and gates in place if there are no gradients.  Like
+    `MLP`, it returns a bias that the caller must add, or None.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        for name in ("pg_collection", "is_mtp_layer"):  # megatron-core 0.19 gives them to all, not only to experts
+        for name in ("pg_collection", "is_mtp_layer"):  # megatron-core 0.19 passes them to all MLPs
             kwargs.pop(name, None)
         super().__init__(*args, **kwargs)
 
@@ -172,7 +172,8 @@ class BiasedInput(nn.Module):
 class NormedOutput(nn.Module):
     """Normalises a row-parallel projection's output, summed over ranks, before the residual connection.
 
-    A block that drops its reduction gets the partial output, and normalises after its own sum (see `spd.layer`).
+    In a block that drops its reduction, this layer returns the partial output; the block normalises it after the
+    remaining sum (see `spd.layer`).
     """
 
     def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:

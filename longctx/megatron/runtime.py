@@ -36,7 +36,7 @@ _TRAINING_WARNINGS = (
     "MimoModelConfig is experimental",  # megatron-core's, which its optimizer imports for every model
 )
 
-# By init method: the ranks' key-value store, and a counter of the times that it was used.
+# By init method: the ranks' key-value store, and a counter of its uses.
 _STORES: dict[str, tuple[dist.Store, Iterator[int]]] = {}
 
 
@@ -82,18 +82,18 @@ def open_runtime(
 ) -> Iterator[Runtime]:
     """Create the process groups of ``mesh`` for the block, and destroy them after it.
 
-    ``device`` is "cpu" (gloo) or "cuda" (NCCL; local ranks take the GPUs in turn).  ``threads`` are torch's.
-    ``training`` also makes megatron-core's training code run on machines without CUDA.
+    ``device`` is "cpu" (gloo) or "cuda" (NCCL; local ranks take the GPUs in turn).  ``threads`` is torch's number of
+    CPU threads per rank.  ``training`` also makes megatron-core's training code run on machines without CUDA.
 
     A collective raises `LostPeer` at once if a rank has died, and after ``timeout_minutes`` if a rank does not answer.
     After an error the groups are not destroyed, because that would wait for the other ranks; the process must end.
 
-    Raises ValueError if the number of started ranks is not the mesh's, and on a machine without a GPU for "cuda".
+    Raises ValueError if the number of started ranks is not the mesh's, and for "cuda" on a machine without a GPU.
     """
     if rank.world_size != mesh.ranks:
         raise ValueError(
             f"{rank.world_size} ranks were started, but the mesh has {mesh.ranks} ({mesh}); "
-            f"start {mesh.ranks} ranks, or use a mesh of {rank.world_size}."
+            f"start {mesh.ranks} ranks, or use a mesh of {rank.world_size}"
         )
 
     # 1. The device, and megatron-core's training code on CPUs.
@@ -133,8 +133,8 @@ def _init_world(rank: Rank, device: torch.device, timeout: datetime.timedelta) -
         rank=rank.rank,
         world_size=rank.world_size,
         timeout=timeout,
-        # NCCL then connects each group when it is created.  Otherwise it would connect a group in the first call, which
-        # must be made by all its ranks; the first exchange of a ring may leave out ranks without rows.
+        # NCCL then connects each group when it is created.  Otherwise it would connect a group in its first call, in
+        # which all its ranks would have to take part.  The first exchange of a ring may leave out ranks without rows.
         device_id=device if on_gpu else None,
     )
 
@@ -180,7 +180,7 @@ def _create_groups(rank: Rank, mesh: Mesh, device: torch.device, timeout_minutes
     world = dist.group.WORLD
     assert world is not None
     own = dist.new_group([rank.rank], use_local_synchronization=True)
-    # A rank that ended while others still connect a group with it would make them fail.
+    # If a rank ended while others still connect a group with it, they would fail.
     dist.barrier()
     # The groups that a model on a single rank uses.
     names = ("tp", "cp", "pp", "embd", "tp_cp", "tp_dp_cp", "ep", "expt_tp", "expt_dp", "tp_ep")

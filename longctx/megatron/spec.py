@@ -31,10 +31,10 @@ from longctx.megatron.modules import (
     ScaledRowParallelLinear,
     TiledMLP,
 )
-from longctx.megatron.shared import OutputProjection, QKVProjection, UpProjection
+from longctx.megatron.sharded import OutputProjection, QKVProjection, UpProjection
 from longctx.model_shape import Experts, ModelShape
 
-# The dimension that tensor-parallel ranks divide, in the layout of torch's linear layers: (outputs, inputs).
+# The dim of the weight [outputs inputs] that tensor-parallel ranks divide.
 _SHARDED_DIMENSION = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
 
 
@@ -128,7 +128,7 @@ def _mlp(shape: ModelShape, groups: ProcessGroupCollection, rows: int | None, li
     """Return the spec of a feed-forward network, which computes ``rows`` rows at a time (None: all)."""
     return ModuleSpec(
         module=FeedForward if rows is None else TiledMLP,
-        # megatron-core hands its own classes only the group that shares the weights.
+        # megatron-core passes the group that shares the weights to its own classes only.
         params={"tp_group": groups.tp} | ({} if rows is None else {"rows": rows}),
         submodules=MLPSubmodules(
             linear_fc1=linears.biased_up if shape.mlp_bias else linears.up,

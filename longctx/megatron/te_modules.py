@@ -1,6 +1,6 @@
 """Transformer Engine's linear layers as modules of decoder blocks; imported only where Transformer Engine is installed.
 
-Its layers that read a block's input apply the norm in front of them, too (``layer_norm_weight``).
+Its layers that read a block's input also apply the norm before them (``layer_norm_weight``).
 """
 
 from megatron.core.extensions import transformer_engine
@@ -13,8 +13,8 @@ from torch import nn
 
 from longctx.megatron.modules import BiasedInput, BiasedOutput, NormedOutput, ScaledOutput
 
-# Loading overwrites all weights.  megatron-core would allocate each layer's whole, unsharded weight in float32 to draw
-# initial ones from, even where it is set to draw none.
+# Loading overwrites all weights.  megatron-core would allocate each layer's whole, unsharded weight in float32 for the
+# initial values, even where it is set to draw none.
 setattr(transformer_engine, "_initialize_affine_weight_cpu", lambda *_, **__: None)  # noqa: B010
 
 

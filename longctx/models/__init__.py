@@ -1,4 +1,4 @@
-"""The families of models that this project runs, one file each.
+"""The families of models that this project runs, in one file for each family or for related ones.
 
 To add a family: write its file, list it here, and add a configuration to tests/megatron/kinds.py.
 """

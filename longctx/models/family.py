@@ -1,7 +1,7 @@
 """A family of models: how the config.json and the tensors of one model type map to this project's decoder.
 
-Tensors have canonical names here, those of Llama, which `megatron.hf_io.names` maps to megatron-core's parameters.  A
-family says which of them have other names in its files, and which are parts of one larger tensor.
+The canonical names of tensors are Llama's; `megatron.hf_io.names` maps them to megatron-core's parameters.  A family
+says which tensors have other names in its files, and which are parts of one larger tensor.
 
 | canonical module                   | content                                                     |
 |------------------------------------|-------------------------------------------------------------|
@@ -35,16 +35,16 @@ class Family:
 
     * ``examples`` names published models.
     * ``options(config)`` returns the fields of `ModelShape` in which the model differs from Llama.
-    * ``names`` maps canonical modules of a layer to the modules of the family's files, if these differ.  ``I`` in both
-      names is the number of an expert.
+    * ``names`` maps canonical modules of a layer to the modules of the family's files, if these differ.  In both names,
+      ``I`` stands for the number of an expert.
     * ``fused`` maps modules of the files to the canonical modules whose rows they concatenate.
-    * ``stacked`` maps tensors of the files to canonical tensors of expert ``I``.  The file's tensor holds these of all
-      experts, transposed and with alternating columns (see `megatron.hf_io.stored.join`).
-    * ``undeclared``: accepted keys of config.json that transformers' configuration class does not declare.  Its code
-      reads them, or they have no effect in published models.
+    * ``stacked`` maps tensors of the files to canonical tensors of expert ``I``.  The file's tensor stacks these
+      tensors of all experts, transposed and with alternating columns (see `megatron.hf_io.stored.join`).
+    * ``undeclared``: accepted keys of config.json that transformers' configuration class does not declare.  Either
+      transformers' code reads them, or they have no effect in published models.
     * ``partial_rotary``: the rotary embedding may have a partial_rotary_factor.
     * ``rotary_by_layer_type``: each type of layer has a separate rotary embedding.
-    * ``typical`` has settings of published models that switch a feature on, where transformers' defaults do not.
+    * ``typical`` has settings of published models that switch on a feature which transformers' defaults leave off.
     """
 
     model_type: str
@@ -101,7 +101,7 @@ class Family:
         return groups
 
     def interleaved(self, stored: str) -> int:
-        """Return how many tensors of each expert the file's tensor ``stored`` holds; 0 if it is no stack of experts."""
+        """Return how many tensors per expert the file's tensor ``stored`` holds; 0 if it is not a stack of experts."""
         _, module, kind = split_name(stored)
         return len(self.stacked.get(f"{module}.{kind}", ()))
 
@@ -125,7 +125,7 @@ def head_dim_of(config: Config) -> int:
 
 
 def rotary_of(config: Config, kind: str | None = None, *, interleaved: bool = False) -> Rotary:
-    """Return the rotary embedding of ``config``; of layers of type ``kind``, if types of layers have different ones.
+    """Return the rotary embedding of ``config``, or of its layers of type ``kind`` if each type has a separate one.
 
     Frequencies are transformers' own, in float32.  `hf.keys` refuses types that change with the length of the text.
     """
@@ -190,7 +190,7 @@ def experts_of(config: Config, ffn: int, *, renormalised: bool = True) -> Expert
 
 
 def refuse(config: Config, **fields: Any) -> None:
-    """Raise ValueError if a field of ``config`` differs from the value given, the only one that is implemented."""
+    """Raise ValueError if a field of ``config`` differs from the given value, the only one that is implemented."""
     for name, implemented in fields.items():
         value = getattr(config, name, implemented)
         if value != implemented:

@@ -1,4 +1,4 @@
-"""Granite 3: Llama with factors on embedding, attention scores, residual connections and logits."""
+"""Granite 3: Llama with scales on embedding, attention scores, residual connections and logits."""
 
 from typing import Any
 

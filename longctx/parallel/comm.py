@@ -92,7 +92,7 @@ class Comm(Protocol):
         ...
 
     def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape], *, small: bool = False) -> list[AnyShape]:
-        """Send ``parts[i]`` to rank i; return the tensor from each rank, in rank order.  Rank i's has ``shapes[i]``.
+        """Send ``parts[i]`` to rank i and return each rank's tensor, in rank order; rank i's has ``shapes[i]``.
 
         ``small`` says that latency matters more than bandwidth; all ranks must pass the same value.
 

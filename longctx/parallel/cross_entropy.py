@@ -8,7 +8,7 @@ from longctx.parallel.comm import Comm
 from longctx.shapes import Float, Int, Tensor
 
 _PADDING_LOGIT = -1e9  # gives the padding of the vocabulary probability 0
-ROWS = 512  # rows of logits at once, unless the caller says otherwise
+ROWS = 512  # default number of rows of logits that exist at a time
 
 
 def cross_entropy(
@@ -70,7 +70,7 @@ class _CrossEntropy(torch.autograd.Function):
                 if d_weight is not None:
                     _add_product(d_weight, gradient.T, hidden[some])
                 del gradient
-            del logits  # so that the next chunk's logits take its place
+            del logits  # so that the next chunk's logits take their memory
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.mark_non_differentiable(losses)
         return (losses * counts).sum(), losses

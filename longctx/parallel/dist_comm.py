@@ -51,8 +51,8 @@ def _raise_lost_peer(peers: str) -> Iterator[None]:
 def name_failed_collectives() -> Iterator[None]:
     """Turn the failure of a torch.distributed collective inside the block into a `LostPeer`.
 
-    For collectives that other code calls (megatron-core's).  The message names the collective and its ranks,
-    which come from the traceback: the innermost torch.distributed frame with a ``group``.
+    Use it for collectives that other code calls, such as megatron-core's.  The message names the collective and its
+    ranks.  Both come from the traceback: from the innermost torch.distributed frame with a ``group``.
     """
     try:
         yield
@@ -90,7 +90,7 @@ class DistComm:
         return _InFlight(*self._start(receives, sends), received, sent)
 
     def _start(self, receives: Sequence[PeerTensor], sends: Sequence[PeerTensor]) -> tuple[str, Sequence[dist.Work]]:
-        """Start the messages; return the names of the peers, and the works to wait for."""
+        """Start the messages; return the names of the peers, and the `dist.Work` objects to wait for."""
         names = self._world_ranks({peer for peer, _ in (*receives, *sends)})
         with _raise_lost_peer(names):
             return names, self._exchange(receives, sends)
@@ -122,7 +122,7 @@ class DistComm:
         dist.all_gather(received, mine, group=self.group)
 
     def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape], *, small: bool = False) -> list[AnyShape]:
-        """Send ``parts[i]`` to rank i; return the tensor from each rank, in rank order.  Rank i's has ``shapes[i]``."""
+        """Send ``parts[i]`` to rank i and return each rank's tensor, in rank order; rank i's has ``shapes[i]``."""
         others = [other for other in range(self.size) if other != self.rank]
         self.traffic.count("all_to_all", [parts[other] for other in others])
         if small and parts[0].device.type == "cpu" and self._sockets:

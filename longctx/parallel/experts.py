@@ -1,6 +1,7 @@
 """Expert parallelism: rows travel to the ranks that hold their experts, and the experts' outputs travel back.
 
-Tensor-parallel ranks share every expert's neurons, so all of them get a row, and the sum of their outputs travels back.
+Tensor-parallel ranks share every expert's neurons.  All of them therefore get a row, and the sum of their outputs
+travels back.
 """
 
 from collections.abc import Sequence
@@ -21,9 +22,9 @@ class Routes:
 
     Rank e of ``ep`` holds experts e * n to (e + 1) * n - 1.  This rank has ``rows`` rows.  It sends row ``row[i]`` to
     rank ``to[i]`` of ``ep``, in order of ``to``: once to each rank that holds any of the row's experts.  ``sent[e]`` is
-    the number of rows sent to rank e.  ``received[t][e]`` is the number of rows that arrive from rank e of ``ep`` by
-    way of rank t of ``tp``; arriving rows lie in this order.  ``chosen`` marks, for each arriving row, the experts of
-    this rank that it has chosen.
+    the number of rows sent to rank e.  ``received[t][e]`` is the number of rows from rank e of ``ep`` that rank t of
+    ``tp`` passes on to this rank; arriving rows lie in this order.  ``chosen`` marks, for each arriving row, the
+    experts of this rank that the row has chosen.
     """
 
     ep: Comm
@@ -62,7 +63,7 @@ def routes_of(ep: Comm, tp: Comm, chosen: Bool[Tensor, "rows experts"]) -> Route
 def send_rows(
     routes: Routes, x: Float[Tensor, "rows hidden"], weights: Float[Tensor, "rows experts"]
 ) -> tuple[Float[Tensor, "received hidden"], Float[Tensor, "received n"]]:
-    """Send the rows of ``x`` to their experts; return the arriving rows and their ``weights`` of this rank's experts.
+    """Send the rows of ``x`` to their experts; return the arriving rows and their ``weights`` for this rank's experts.
 
     Differentiable.
     """

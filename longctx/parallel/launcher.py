@@ -56,9 +56,8 @@ def _refuse_incomplete(
     ]
     if wrong:
         raise ValueError(
-            f"the environment has only a part of {launcher}'s variables: {', '.join(present)} set, "
-            f"{wrong[0]}; start with {launcher}, "
-            f"or unset {present[0]} to start local ranks"
+            f"{launcher}'s variables are incomplete or wrong: {', '.join(present)} set, {wrong[0]}; "
+            f"start with {launcher}, or unset {' and '.join(present)} to start local ranks"
         )
 
 

@@ -22,11 +22,11 @@ def unpack(packed: Tensor) -> Partial:
 def gather_merge(partial: Partial, comm: Comm, ulysses: int, sinks: Float[Tensor, " hq"] | None = None) -> Queries:
     """Merge all ranks' partials of the same query rows with one all-gather (tree decoding).
 
-    Every rank passes its ``partial`` [b s hq/U d] of the same rows, with U = ``ulysses``, and gets the attention output
-    [b s hq d].  Rank = ring rank * U + ulysses rank: Ulysses ranks hold different heads, ring ranks different
-    keys.  ``sinks`` are the sink scores of all hq heads, which are merged once, after the keys of all ranks.  All ranks
-    merge the same partials in the same order.  Bytes sent per rank: d values and one log-sum-exp per row and head, in
-    the accumulation dtype, to each other rank.
+    Every rank passes its ``partial`` [b s hq/U d] of the same rows, where U = ``ulysses``.  Every rank gets the
+    attention output [b s hq d].  Rank = ring rank * U + ulysses rank: Ulysses ranks hold different heads, ring ranks
+    different keys.  ``sinks`` are the sink scores of all hq heads; they are merged once, after the keys of all ranks.
+    All ranks merge the same partials in the same order.  Bytes sent per rank: d values and one log-sum-exp per row and
+    head, in the accumulation dtype, to each other rank.
     """
     if comm.size == 1:
         return (partial if sinks is None else merge(partial, sink(sinks, partial))).out
@@ -63,7 +63,7 @@ def scatter_merge(
     width, member = partial.out.shape[2], comm.rank % ulysses
 
     def common(owner: int, of_member: int) -> slice:
-        """Return which of the heads that Ulysses rank ``of_member`` attends with are merged by ``owner``."""
+        """Return the slice of Ulysses rank ``of_member``'s heads that rank ``owner`` merges."""
         begin = max(0, heads[owner].start - of_member * width)
         return slice(begin, max(begin, min(width, heads[owner].stop - of_member * width)))
 

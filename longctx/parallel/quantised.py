@@ -35,8 +35,9 @@ _SMALL = 65_536  # bytes of a message up to which its latency matters more than 
 def two_step_sum(comm: Comm, x: Float[Tensor, "... n"], dtype: str, group: int = 64) -> Float[Tensor, "... n"]:
     """Return the sum of every rank's ``x`` in the dtype of ``x``, with messages of ``dtype``: a key of `LEVELS`.
 
-    ``group`` values of the last dim share a scale; it is a multiple of 4 and not used by bfloat16.  If it does not
-    divide n, the last group of a row is filled with zeros.  A NaN or an infinity makes the group's sum NaN or infinite.
+    ``group`` values of the last dim share a scale; ``group`` must be a multiple of 4, and bfloat16 ignores it.  If it
+    does not divide n, the last group of a row is padded with zeros.  A NaN or an infinity makes the group's sum NaN or
+    infinite.
     """
     if comm.size == 1:
         return x

@@ -133,8 +133,8 @@ def attention_schedules(
 ) -> list[Schedule]:
     """Record one layer's attention in a training step, forward and backward, on every rank of ``mesh``.
 
-    ``layout`` shards the rows over ulysses x ring ranks; ``heads`` and ``kv_heads`` are those of a tensor-parallel
-    rank.  Small tensors are faster on the ``device`` cpu.  Raises ValueError as `over_heads` does.
+    ``layout`` shards the rows over ulysses x ring ranks; ``heads`` and ``kv_heads`` count one tensor-parallel rank's
+    heads.  Recording small tensors is faster on the ``device`` cpu.  Raises ValueError as `over_heads` does.
     """
 
     def rank_main(groups: RecordedGroups) -> None:

@@ -43,7 +43,7 @@ class Ring:
         return tiles
 
     def keys_to_send(self, owner: int, hop: int, hops: int = 1) -> Rows | None:
-        """Return the rows of ``owner``'s keys that any rank from ``hop`` to ``hop + hops - 1`` hops away needs.
+        """Return the rows of ``owner``'s keys that at least one rank ``hop`` to ``hop + hops - 1`` hops away needs.
 
         None means all rows.  Without a window the result is always None, since nearly all rows are needed.
         """
@@ -56,13 +56,15 @@ class Ring:
     def sums_on_hop(self, owner: int, hop: int) -> Rows | None:
         """Return the rows of ``owner``'s keys whose summed gradients travel on hop number ``hop`` of the backward.
 
-        Under a window these are the rows that any rank before this hop, except the owner, has seen.  None means all
-        rows.
+        Under a window, these are the rows that at least one rank before this hop, other than the owner, has seen.  None
+        means all rows.
         """
         return self.keys_to_send(owner, 1, hop - 1)
 
     def queries_to_send(self, owner: int, hop: int, hops: int = 1) -> Rows | None:
-        """Return the rows of ``owner``'s queries that see a key of any rank ``hop`` to ``hop + hops - 1`` hops away.
+        """Return the rows of ``owner``'s queries that see keys of a rank ``hop`` to ``hop + hops - 1`` hops away.
+
+        A row counts if it sees keys of at least one of these ranks.
 
         None means all rows.
         """
@@ -182,7 +184,7 @@ def all_gather_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> P
 
     It sends the bytes of `pass_kv` in one exchange instead of N - 1 hops.  No computation hides the exchange, and the
     blocks of all ranks are in memory at once.  Bytes sent per rank: its keys and values, to each other rank.  Under a
-    window, each of these ranks gets only the rows that it sees.
+    window, each of these ranks gets only the rows that its queries see.
     """
     comm, partial = ring.comm, empty_partial(q)
     both = torch.cat([k, v], -1)
@@ -211,9 +213,10 @@ def ring_gradients(
 ) -> Gradients:
     """Return (dq, dk, dv) of this rank's rows, in the accumulation dtype, for any strategy's forward.
 
-    ``whole`` is the forward's result.  Keys and values rotate as in `pass_kv`.  The sums of their gradients follow one
-    hop later, and the last hop brings each sum, complete, to the rank that owns the keys.  Under a window, a sum has
-    only the rows that a rank on its way has seen, and the owner's term stays with the owner.
+    ``whole`` is the forward's result.  Keys and values rotate as in `pass_kv`.  The gradients of a block's keys and
+    values are summed on the way: the sum travels one hop after the block.  The last hop brings the complete sum to the
+    block's owner.  Under a window, the sum has only the rows that a visited rank has seen, and the owner keeps its own
+    term and adds it at the end.
     """
     comm, dq = ring.comm, torch.zeros_like(whole.out)
     own: list[Tensor] | None = None
@@ -227,7 +230,7 @@ def ring_gradients(
         dq += dq_o
         if hop == 0 and (comm.size == 1 or ring.mask.before is not None):
             own = term
-        # 2. Its sum with the terms of the ranks before it goes on to the next rank.
+        # 2. Add the terms of the ranks before this one, and send the sum to the next rank.
         if comm.size > 1:
             term = _add_term(ring, owner, hop, term, sums.wait() if sums else None)
             next_owner = (owner - 1) % comm.size
@@ -246,7 +249,7 @@ def ring_gradients(
 
 
 def _add_term(ring: Ring, owner: int, hop: int, term: list[Tensor], before: Sequence[Tensor] | None) -> list[Tensor]:
-    """Return the sums that leave a rank ``hop`` hops after ``owner``: those that came ``before``, and its ``term``."""
+    """Return the sums that a rank ``hop`` hops after ``owner`` sends: its ``term`` and the arrived sums ``before``."""
     rows, seen = ring.sums_on_hop(owner, hop + 1), ring.keys_to_send(owner, hop)
     if rows is None:
         return [x + y for x, y in zip(term, before, strict=True)] if before else term

@@ -29,15 +29,15 @@ class RouterLoss:
         self.losses: list[Tensor] = []  # float64, one for each sequence since `take_mean`
 
     def begin(self, rows: int) -> None:
-        """Begin a sequence, of which this rank holds ``rows`` rows."""
+        """Begin a sequence; this rank holds ``rows`` of its rows."""
         self._rows, self._slope = rows, None
         self._sums = torch.zeros(2, self._experts.count, dtype=torch.float64)
 
     def watch(self, logits: Float[Tensor, "rows ... experts"]) -> None:
         """Add a router's choices and probabilities to the sums, for the rows that `begin` announced.
 
-        Rows of ``logits`` after them are padding.
-        The backward pass adds the gradient of the loss to the gradient of ``logits``.
+        Further rows of ``logits`` are padding.  The backward pass adds the gradient of the loss to the gradient of
+        ``logits``.
         """
         values = logits.detach()
         if self._slope is None:

@@ -32,7 +32,7 @@ def count_rows(rows: Rows | None, whole: int) -> int:
 
 
 def take_rows(x: Tensor, arrived: Rows | None, wanted: Rows | None) -> Tensor:
-    """Return the rows ``wanted`` of a block, given ``x`` with the block's rows ``arrived``, which include them.
+    """Return the rows ``wanted`` of a block; ``x`` has the block's rows ``arrived``, which include ``wanted``.
 
     None means all rows of the block.
     """

@@ -63,7 +63,7 @@ Schedule = list[Operation]
 
 @dataclass
 class _Rank:
-    """A rank at one operation of its schedule, with the messages of it that are not matched yet."""
+    """A rank at one operation of its schedule, with that operation's unmatched messages."""
 
     schedule: Schedule
     at: int = -1
@@ -122,7 +122,7 @@ def _progress(ranks: Sequence[_Rank], number: int) -> bool:
 
 
 def _deliver(ranks: Sequence[_Rank], number: int, sent: Message, group: Group) -> bool:
-    """Match a message of rank ``number`` if its receiver is in an exchange that expects one from it."""
+    """Match the message ``sent`` by rank ``number`` if its receiver is in an exchange that expects one from it."""
     sender, receiver = ranks[number], ranks[sent.peer]
     expected = next((m for m in receiver.receives if m.peer == number), None)
     if not receiver.is_in(group, exchange=True) or expected is None:

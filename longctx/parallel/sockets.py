@@ -20,7 +20,7 @@ import torch
 from longctx.shapes import AnyShape
 
 # A sleeping thread takes 30 to 80 us to wake up on a virtual machine, and most messages arrive sooner.  Between two
-# looks, the thread offers its core to other threads.
+# checks, the thread offers its core to other threads.
 _SPIN_S = 200e-6
 _TOKEN_BYTES = 16
 

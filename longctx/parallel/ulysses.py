@@ -53,7 +53,7 @@ def refuse_uneven_heads(heads: int, kv_heads: int, degree: int) -> None:
         nearest = min(fit, key=lambda n: (abs(n - degree), n))
         raise ValueError(
             f"mesh.ulysses={degree} cannot share {heads} query heads and {kv_heads} KV heads evenly; "
-            f"use mesh.ulysses={nearest} (possible: {', '.join(map(str, fit))}), and mesh.ring for the other ranks."
+            f"use mesh.ulysses={nearest} (possible: {', '.join(map(str, fit))}), and mesh.ring for the other ranks"
         )
 
 

@@ -18,7 +18,7 @@ def refuse_unfit(mesh: Mesh, shape: ModelShape) -> None:
         nearest = min(fit, key=lambda n: (abs(n - mesh.tp), n))
         raise ValueError(
             f"mesh.tp={mesh.tp} does not divide the model's {shape.heads} query heads, {shape.kv_heads} KV heads and "
-            f"FFN width {widths}; use mesh.tp={nearest} (possible: {', '.join(map(str, fit))})."
+            f"FFN width {widths}; use mesh.tp={nearest} (possible: {', '.join(map(str, fit))})"
         )
     _refuse_uneven_experts(mesh.ep, shape)
     try:
@@ -31,14 +31,14 @@ def refuse_unfit(mesh: Mesh, shape: ModelShape) -> None:
 def _refuse_uneven_experts(ep: int, shape: ModelShape) -> None:
     """Raise ValueError unless ``ep`` ranks can divide the experts of a model of ``shape`` evenly."""
     if ep > 1 and not shape.mixture:
-        raise ValueError(f"mesh.ep={ep} divides experts, and this model has none; use mesh.ep=1.")
+        raise ValueError(f"mesh.ep={ep} divides experts, and this model has none; use mesh.ep=1")
     count = shape.mixture.count if shape.mixture else 1
     if count % ep:
         fit = [n for n in range(1, count + 1) if count % n == 0]
         nearest = min(fit, key=lambda n: (abs(n - ep), n))
         raise ValueError(
             f"mesh.ep={ep} does not divide the model's {count} experts; "
-            f"use mesh.ep={nearest} (possible: {', '.join(map(str, fit))})."
+            f"use mesh.ep={nearest} (possible: {', '.join(map(str, fit))})"
         )
 
 
@@ -84,4 +84,4 @@ def refuse_unused(mesh: Mesh, recipe: str, axes: tuple[str, ...]) -> None:
         if getattr(mesh, axis) > 1:
             usable = " or ".join(f"mesh.{other}" for other in ("ring", "ulysses", "tp") if other not in axes)
             advice = f", and {usable} to share one prompt between ranks" if usable else ""
-            raise ValueError(f"{recipe} has no use for mesh.{axis}={getattr(mesh, axis)}; use mesh.{axis}=1{advice}.")
+            raise ValueError(f"{recipe} has no use for mesh.{axis}={getattr(mesh, axis)}; use mesh.{axis}=1{advice}")

@@ -32,16 +32,16 @@ from longctx.serve.service import Emit, Failure, Token
 
 Result = TypeVar("Result")
 _RETRY_S = 1  # advice to a client that is refused because too many sequences wait
-_LOOK_S = 0.2  # how often an answer that is not streamed looks whether its client has gone
+_LOOK_S = 0.2  # how often a request that is not streamed checks that its client is still there
 
 
 @dataclass
 class Front:
     """The application's state.
 
-    ``submit`` and ``cancel`` are those of the service.  At most ``max_open`` sequences may wait or be answered, and a
-    request may have ``max_bytes``.  ``key`` is the API key (None: none is asked for).  ``closed`` is the reason why no
-    more requests are accepted.
+    ``submit`` and ``cancel`` are the methods of the `Service`.  At most ``max_open`` sequences may wait or be answered,
+    and a request may have at most ``max_bytes``.  ``key`` is the API key (None: no key is required).  ``closed`` is the
+    reason why no more requests are accepted.
     """
 
     reader: Reader
@@ -57,14 +57,14 @@ class Front:
     def __post_init__(self) -> None:
         self._numbers = itertools.count()
         self.open: set[int] = set()
-        self._tokenizing = ThreadPoolExecutor(1)  # long texts do not hold up the answers of others
+        self._tokenizing = ThreadPoolExecutor(1)  # so that long texts do not delay other answers
 
     async def read(self, parse: Callable[[Any], Result], body: Any) -> Result:
         """Return ``parse(body)``, computed in another thread."""
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, parse, body)
 
     async def answer(self, ask: Ask) -> AsyncIterator[tuple[int, Token]]:
-        """Yield (index of its choice, token) for each token of the answers; ends all choices if the caller stops.
+        """Yield (index of the choice, token) for each token of the answers; end all choices if the caller stops.
 
         Raises `RequestRefused` if too many sequences are open, or if the server fails.
         """
@@ -132,7 +132,7 @@ class RouteHandlers:
         events = self.front.metrics.watch(ask, self.front.answer(ask))
         if not ask.stream:
             return JSONResponse(await _until_gone(_collect(form, events), request))
-        first = await _until_gone(anext(events), request)  # raises what refuses the request before the response begins
+        first = await _until_gone(anext(events), request)  # a refusal is raised here, before the response begins
         return StreamingResponse(_stream(form, first, events), media_type="text/event-stream")
 
     async def tokenize(self, body: TokenizeBody) -> Response:
@@ -142,7 +142,7 @@ class RouteHandlers:
         return JSONResponse({"count": len(tokens), "max_model_len": most, "tokens": list(tokens)})
 
     async def models(self) -> Response:
-        """Return the list of models, which has one."""
+        """Return the list of models, which has one entry."""
         reader = self.front.reader
         return JSONResponse(model_list(reader.model, self.front.created, reader.shape.max_positions))
 
@@ -152,7 +152,7 @@ class RouteHandlers:
         return JSONResponse({"status": closed or "ok"}, 503 if closed else 200)
 
     async def metrics(self) -> Response:
-        """Return the figures of the server."""
+        """Return the metrics of the server."""
         text, kind = self.front.metrics.page(len(self.front.open))
         return Response(text, headers={"Content-Type": kind})
 
@@ -250,7 +250,7 @@ def _server_sent(value: Json) -> str:
 
 @dataclass(frozen=True)
 class Guard:
-    """Checks the API key of each request, except /health, and bounds its size, before ``app`` reads it."""
+    """Checks the API key and limits the size of each request before ``app`` reads it; /health needs no key."""
 
     app: Any
     front: Front

@@ -1,4 +1,4 @@
-"""Figures of a server in Prometheus' form."""
+"""Metrics of a server in Prometheus' format."""
 
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -15,8 +15,8 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)  # upper ends of the h
 class Metrics:
     """Counts requests and tokens.
 
-    ``gauges`` has functions by name, which are called whenever the page is asked for.  Those in ``by_rank`` return one
-    figure for each ring rank.
+    ``gauges`` has functions by metric name, which are called when the page is requested.  A function in ``by_rank``
+    returns one value for each ring rank.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Metrics:
 
 
 def metrics_of(service: Service) -> Metrics:
-    """Return the figures of ``service`` for Prometheus."""
+    """Return the metrics of ``service`` for Prometheus."""
     return Metrics(
         {
             "running_sequences": lambda: len(service.scheduler.running),

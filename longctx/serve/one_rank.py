@@ -1,4 +1,4 @@
-"""The choice for each pass of whether one rank runs it, because context parallelism would cost more than it gains."""
+"""Decide for each pass whether one rank runs it: with few tokens, context parallelism costs more than it gains."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,18 +11,21 @@ from longctx.infer.session import Session
 
 @dataclass(frozen=True)
 class OneRank:
-    """When one ring rank runs a pass, with ``threads``: if neither a sequence nor the pass has over ``tokens``."""
+    """One ring rank runs a pass if the pass and each of its sequences have at most ``tokens`` tokens.
+
+    That rank then uses ``threads`` CPU threads.  A sequence's tokens include those of its earlier passes.
+    """
 
     tokens: int = 0
     threads: int = 1
 
     def choose(self, session: Session, prefill: Mapping[int, int], page_rows: Sequence[int]) -> int | None:
-        """Return the ring rank that runs ``prefill`` alone, or None if all do; the same on all ranks.
+        """Return the ring rank that runs ``prefill`` alone, or None if all ranks run it; all ranks get the same answer.
 
-        ``prefill`` is the number of tokens to run by sequence.
+        ``prefill`` has the number of tokens to run by sequence.
 
-        A rank can if no other one has cached rows of the sequences.  Of several, the one with the fewest rows does,
-        counting those of pages, ``page_rows`` of each ring rank.
+        A rank qualifies if no other rank has cached rows of these sequences.  Of several, the rank with the fewest rows
+        is chosen.  Its rows are those of all sequences plus its pages' rows, ``page_rows[rank]``.
         """
         chosen, ranks = [session.sequences[i] for i in prefill], range(session.engine.ring.size)
         longest = max(sum(prefill.values()), *(len(one.tokens) for one in chosen))
@@ -34,7 +37,7 @@ class OneRank:
 
     @contextmanager
     def borrow_threads(self, session: Session, rank: int | None) -> Iterator[None]:
-        """Let ring rank ``rank`` use the threads of all during the block; None changes nothing."""
+        """Let ring rank ``rank`` use ``threads`` CPU threads during the block; None changes nothing."""
         before = torch.get_num_threads()
         if rank == session.engine.ring.rank and self.threads > before:
             torch.set_num_threads(self.threads)

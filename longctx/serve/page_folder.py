@@ -1,4 +1,4 @@
-"""A folder of saved pages: the file that says which model, mesh and page size they belong to."""
+"""The file in a folder of saved pages that records their model, mesh and page size."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -14,7 +14,7 @@ INDEX = "pages.json"
 
 @dataclass(frozen=True)
 class PageOrigin:
-    """The settings that saved pages depend on: the fingerprint of the model, its dtype, the mesh, tokens of a page."""
+    """The settings that saved pages depend on: the model's fingerprint and dtype, the mesh, and the tokens per page."""
 
     model: str
     dtype: str
@@ -24,7 +24,10 @@ class PageOrigin:
 
 
 def refuse_other_pages(folder: Path, origin: PageOrigin, setting: str) -> None:
-    """Raise ValueError unless ``folder`` is new, empty or has pages of the same ``origin``; ``setting`` names it."""
+    """Raise ValueError unless ``folder`` is new, empty or has pages of the same ``origin``.
+
+    ``setting`` names the folder in messages.
+    """
     if not folder.exists():
         return
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / INDEX).is_file()):
@@ -53,7 +56,7 @@ def _read(file: Path, setting: str) -> dict[str, Any]:
 
 
 def write_origin(folder: Path, origin: PageOrigin) -> None:
-    """Write the ``origin`` of the pages in ``folder``, which is made; the file appears whole or not at all."""
+    """Create ``folder`` and write the ``origin`` of its pages to a file, which appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     new = folder / f"{INDEX}.coming"
     new.write_text(json.dumps(with_checksum(asdict(origin))))

@@ -1,4 +1,4 @@
-"""The pages that prompts share, as the first rank knows them: which are stored, used and evicted; no tensors."""
+"""The first rank's record of the pages that prompts share: which are stored, used and evicted.  It has no tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class NewPage(NamedTuple):
 
 
 class StoredPage(NamedTuple):
-    """A page that an earlier process stored: its ``tokens`` after the page ``before``, and rows of each ring rank."""
+    """A page that an earlier process stored: its ``tokens``, the page ``before`` it, and its rows on each ring rank."""
 
     number: int
     before: int
@@ -39,10 +39,12 @@ class StoredPage(NamedTuple):
 
 @dataclass(eq=False)
 class _Page:
-    """A page, found by its ``tokens`` and the page ``before`` it, thus by all tokens from the beginning to ``end``.
+    """A page, identified by its ``tokens`` and the page ``before`` it.
 
-    ``rows`` are those of each ring rank.  ``users`` are the sequences that began with it or computed it, and still run.
-    ``restored`` says that an earlier process stored it.
+    It is thus identified by all tokens of a text up to ``end``.
+
+    ``rows`` has its number of rows on each ring rank.  ``users`` counts the running sequences that reuse the page or
+    have computed it.  ``restored`` is True if an earlier process stored it.
     """
 
     number: int
@@ -57,7 +59,7 @@ class _Page:
 
 @dataclass
 class _Sequence:
-    """A running sequence, whose tokens up to the end of ``page`` are stored; ``takes`` says if it may take pages."""
+    """A running sequence, whose tokens up to the end of ``page`` are stored; ``takes`` says if it may reuse pages."""
 
     prompt: Sequence[int]
     takes: bool
@@ -67,12 +69,12 @@ class _Sequence:
 class PrefixCache:
     """Decides which pages are stored, evicted and reused; a page has ``page_tokens`` tokens.
 
-    Each of ``ranks`` ring ranks stores at most ``limit`` rows.  Sequences give their tokens page by page, from the
-    beginning.  Pages with the same tokens before them and in them are stored once: a dictionary hashes and compares
-    them, so that no two are confused.  A page stays while a running sequence uses it.  Of the others, the least
-    recently used is evicted first, but a page only after all pages that follow it.  ``asked`` counts the tokens of
-    prompts that may take pages, ``reused`` the tokens that they took from pages, ``evicted`` the evicted pages.
-    ``reused_restored`` are the reused tokens of pages that an earlier process stored.
+    Each of ``ranks`` ring ranks stores at most ``limit`` rows.  A sequence's tokens are stored page by page, from the
+    first one.  Pages with equal tokens and equal tokens before them are stored once.  A dictionary hashes and compares
+    the tokens, so that no two pages are confused.  A page stays while a running sequence uses it.  Of the other pages,
+    the least recently used one is evicted first, but never before the pages that follow it.  ``asked`` counts the
+    tokens of prompts that may reuse pages, ``reused`` the tokens that they took from pages, ``evicted`` the evicted
+    pages.  ``reused_restored`` counts the reused tokens in pages that an earlier process stored.
     """
 
     def __init__(self, page_tokens: int, limit: int, ranks: int) -> None:
@@ -88,13 +90,15 @@ class PrefixCache:
 
     @property
     def hit_rate(self) -> float:
-        """Tokens of prompts that were taken from pages, as a share of those that could have been."""
+        """Reused tokens as a share of the tokens of all prompts that may reuse pages."""
         return self.reused / self.asked if self.asked else 0.0
 
     def restore(self, pages: Sequence[StoredPage]) -> None:
-        """Add the ``pages`` of an earlier process, numbered from 0, each after the page before it; before any other.
+        """Add the ``pages`` of an earlier process, before any other page is added.
 
-        Pages without room are evicted.
+        They are numbered from 0, and each one comes after the page before it.
+
+        Pages for which there is no room are evicted.
         """
         known = {ROOT: self._root}
         for number, before, tokens, rows in pages:
@@ -109,12 +113,12 @@ class PrefixCache:
         self._added = len(pages)
 
     def enter(self, number: int, prompt: Sequence[int], *, takes: bool = True) -> None:
-        """Add the sequence ``number``, which begins with ``prompt``; without ``takes`` it computes all its rows."""
+        """Add the sequence ``number``, which begins with ``prompt``; without ``takes`` it reuses no pages."""
         self._sequences[number] = _Sequence(prompt, takes, self._root)
         self.asked += len(prompt) if takes else 0
 
     def leave(self, number: int) -> None:
-        """Forget a sequence, if it is known; its pages stay as long as there is room."""
+        """Remove the sequence, if it is known; its pages stay until their room is needed."""
         one = self._sequences.pop(number, None)
         page = one.page if one else self._root
         while page.before:
@@ -124,9 +128,9 @@ class PrefixCache:
             page = page.before
 
     def can_take(self, number: int, cached: int) -> bool:
-        """Return True if the sequence could take the page after its first ``cached`` tokens.
+        """Return True if the sequence could reuse the page after its first ``cached`` tokens.
 
-        A page with the last token of a prompt is not taken: the last row gives the first token of the answer.
+        A page with the last token of a prompt is not reused: the last row gives the first token of the answer.
         """
         one = self._sequences[number]
         return one.takes and cached == one.page.end and cached + self.page_tokens < len(one.prompt)
@@ -134,7 +138,7 @@ class PrefixCache:
     def page_at(self, number: int, cached: int) -> tuple[int, Tokens] | None:
         """Return (number of the page before, tokens) of the page that the sequence computes after ``cached`` tokens.
 
-        None if the prompt ends before the end of that page, or if pages are not stored.
+        The result is None if the prompt ends before the end of that page, or if pages are not stored.
         """
         one = self._sequences[number]
         begin, end = one.page.end, one.page.end + self.page_tokens
@@ -143,7 +147,10 @@ class PrefixCache:
         return one.page.number, tuple(one.prompt[begin:end])
 
     def take(self, number: int, cached: int) -> tuple[int, ...]:
-        """Let the sequence use the stored pages after ``cached`` tokens of its prompt; return their numbers."""
+        """Reuse the stored pages that continue the prompt after ``cached`` tokens; return their numbers.
+
+        They are not evicted while the sequence runs.
+        """
         one, taken = self._sequences[number], []
         while self.can_take(number, cached):
             page = one.page.following.get(tuple(one.prompt[cached : cached + self.page_tokens]))
@@ -157,9 +164,9 @@ class PrefixCache:
         return tuple(taken)
 
     def give(self, number: int, tokens: Sequence[int], layout: Layout) -> None:
-        """Store the whole pages that the sequence has cached since the last call, as far as there is room.
+        """Store the whole pages that the sequence has cached since the last call, until there is no more room.
 
-        ``tokens`` are those of the prompt and the answer so far; ``layout`` is that of the cached ones.
+        ``tokens`` are the tokens of the prompt and of the answer so far; ``layout`` shards the cached ones.
         """
         one = self._sequences.get(number)
         while one and (end := one.page.end + self.page_tokens) <= layout.total:
@@ -170,26 +177,29 @@ class PrefixCache:
             self._use(one, page)
 
     def changes(self) -> tuple[tuple[NewPage, ...], tuple[int, ...]]:
-        """Return the pages to store and those to evict since the last call; all ranks evict first."""
+        """Return the pages to store and the pages to evict since the last call; every rank evicts first."""
         changes = tuple(self._store), tuple(self._evict)
         self._store, self._evict = [], []
         return changes
 
     def distrust(self, numbers: Collection[int]) -> None:
-        """Forget sequences whose rows may be wrong, and evict every page that no other sequence uses."""
+        """Remove the sequences ``numbers``, whose rows may be wrong, and evict every page without other users."""
         for number in numbers:
             self.leave(number)
         while self._evict_one():
             pass
 
     def _use(self, one: _Sequence, page: _Page) -> None:
-        """Let the sequence use ``page``, which follows its last one."""
+        """Let the sequence use ``page``, which follows its last page."""
         page.users += 1
         self._unused.pop(page.number, None)
         one.page = page
 
     def _add(self, sequence: int, before: _Page, tokens: Tokens, layout: Layout) -> _Page | None:
-        """Add a page, which is copied from the cache of ``sequence``, and evict others for it; None without room."""
+        """Add a page, to be copied from the cache of ``sequence``; evict others for it if needed.
+
+        Return the page, or None if there is no room.
+        """
         if not self.limit:
             return None
         begin, end = before.end, before.end + len(tokens)

@@ -1,4 +1,4 @@
-"""A rank's pages in memory and, if asked, on disk, where the next server finds them."""
+"""A rank's pages in memory and, optionally, on disk, where the next server finds them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from longctx.serve.prefix_cache import ROOT, NewPage, StoredPage
 
 @dataclass(frozen=True)
 class Restored:
-    """The pages that all ranks had on disk, and the number of those that were lost: damaged or missing on a rank."""
+    """The usable ``pages`` on disk, and the number of ``lost`` pages, which are damaged or missing on a rank."""
 
     pages: list[StoredPage] = field(default_factory=list)
     lost: int = 0
@@ -31,7 +31,7 @@ class Restored:
 
 
 class RankPages(PageStore):
-    """A `PageStore` that keeps the same pages in ``files``, if there are any (None: in memory only)."""
+    """A `PageStore` that also saves its pages in ``files`` (None: in memory only)."""
 
     def __init__(self, session: Session, files: PageFiles | None = None) -> None:
         ring = session.engine.ring
@@ -48,13 +48,13 @@ class RankPages(PageStore):
             self._names[new.number] = name
 
     def drop(self, page: int) -> None:
-        """Free ``page``, also on disk."""
+        """Free ``page`` and delete its file."""
         super().drop(page)
         if self._files:
             self._files.delete([self._names.pop(page)])
 
     def restore(self, world: Comm) -> Restored:
-        """Read the pages on disk; all ranks of ``world`` must call this, and number the same pages alike.
+        """Read the pages on disk, with the same numbers on all ranks; all ranks of ``world`` must call this.
 
         A page is usable if every rank has it, in the same layout, and all pages before it.  The files of other pages
         are deleted, so that they are computed and saved again.

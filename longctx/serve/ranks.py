@@ -21,9 +21,9 @@ def share_plan(world: Comm, plan: StepPlan | None, device: torch.device) -> Step
 
 
 def run_plan(session: Session, pages: RankPages, plan: StepPlan, one_rank: OneRank) -> dict[int, int]:
-    """Run ``plan`` and return the next token of each sequence that has one; the same on all ranks.
+    """Run ``plan`` and return the next token of each sequence that has one; all ranks return the same.
 
-    ``one_rank`` chooses how many ring ranks prefill.
+    ``one_rank`` decides whether one ring rank or all of them prefill.
 
     Raises ValueError, on all ranks, for logits that are not finite.
     """
@@ -53,7 +53,7 @@ def run_plan(session: Session, pages: RankPages, plan: StepPlan, one_rank: OneRa
 def follow(session: Session, world: Comm, files: PageFiles | None = None, one_rank: OneRank = ALL_RANKS) -> RankPages:
     """Run the first rank's plans on another rank, until one that stops; return this rank's pages.
 
-    ``files`` are those of pages that outlive the server (None: all stay in memory).  ``one_rank`` is the first rank's.
+    ``files`` stores pages on disk for the next server (None: memory only).  ``one_rank`` is the first rank's.
     """
     pages = RankPages(session, files)
     pages.restore(world)

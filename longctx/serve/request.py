@@ -1,4 +1,4 @@
-"""Requests in the form of OpenAI's API, and the checked plain values that they become."""
+"""Requests in the form of OpenAI's API, and their conversion to checked plain values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ TokenId = Annotated[StrictInt, Field(ge=0)]
 
 
 class RequestRefused(ValueError):
-    """A request that cannot be answered, and what to change; ``param`` is the field, ``status`` the HTTP status."""
+    """A request that cannot be answered; the message says what to change.
+
+    ``param`` names the request's field, ``status`` is the HTTP status, and ``code`` OpenAI's error code.
+    """
 
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)
@@ -116,8 +119,8 @@ class TokenizeBody(BaseModel):
 class Ask:
     """A checked request: the prompts as tokens, and how to answer each.
 
-    Choice ``i * n + j`` is answer j to prompt i.  ``max_new_tokens`` is one number for each prompt.  With ``echo``, the
-    text of an answer begins with its prompt's, in ``prompt_texts``.
+    Choice ``i * n + j`` is answer j to prompt i.  ``max_new_tokens`` has one number for each prompt.  With ``echo``, an
+    answer's text begins with its prompt's text, from ``prompt_texts``.
     """
 
     model: str
@@ -138,7 +141,7 @@ class Ask:
 
     @property
     def choices(self) -> list[tuple[tuple[int, ...], int, Sampling]]:
-        """Prompt, largest number of new tokens and settings of each choice."""
+        """Return the prompt, the largest number of new tokens and the sampling settings of each choice."""
         sizes = [pair for pair in zip(self.prompts, self.max_new_tokens, strict=True) for _ in range(self.n)]
         return [(prompt, most, self.sampling.for_answer(i)) for i, (prompt, most) in enumerate(sizes)]
 
@@ -147,8 +150,8 @@ class Ask:
 class Reader:
     """Reads requests to one model; ``defaults`` are the settings for fields that a request leaves out.
 
-    A request may cache at most ``max_tokens`` tokens for one choice, and have at most ``max_choices``.  The reader's
-    methods raise `RequestRefused` with what to change.
+    A request may cache at most ``max_tokens`` tokens for one choice, and have at most ``max_choices`` choices.  The
+    reader's methods raise `RequestRefused` with what to change.
     """
 
     model: str
@@ -196,13 +199,13 @@ class Reader:
         return tuple(tokenize(str(body.prompt), self.tokenizer, special_tokens=body.add_special_tokens).tolist())
 
     def chat_tokens(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
-        """Return the tokens of a conversation in the model's chat template, up to where the answer begins."""
+        """Return the tokens of a conversation in the model's chat template, up to the point where the answer begins."""
         if not self.tokenizer.chat_template:
             raise RequestRefused(f"{self.model} has no chat template: use /v1/completions", "messages")
         plain = [message.plain() for message in messages]
         try:
             chat = self.tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=True)
-        except Exception as error:  # the template raises errors of its own, such as for the order of roles
+        except Exception as error:  # a template can raise any error, such as for the order of roles
             raise RequestRefused(f"the model's chat template refuses these messages: {error}", "messages") from error
         return tuple(chat["input_ids"])
 

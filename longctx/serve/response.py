@@ -31,7 +31,7 @@ def error(message: str, status: int, param: str | None = None, code: str | None 
 
 
 def model_list(name: str, created: int, max_positions: int) -> Json:
-    """Return the list of the one model."""
+    """Return the list of models, which has one entry."""
     model = {"id": name, "object": "model", "created": created, "owned_by": "longctx", "max_model_len": max_positions}
     return {"object": "list", "data": [model]}
 
@@ -73,7 +73,7 @@ class Form:
     def first(self, index: int, prompt: tuple[TokenLogprob, ...] = ()) -> Json:
         """Return the first chunk of a choice: its role in a chat, the prompt's text with ``echo``.
 
-        ``prompt`` are the log-probabilities of the prompt's tokens, if they are asked for.
+        ``prompt`` has the log-probabilities of the prompt's tokens, if the request asks for them.
         """
         chunk = self.chunk(index, self.prompt_text(index), role=True)
         if self.ask.score_prompts:
@@ -144,7 +144,7 @@ class Form:
         return {name: [head[name], *values] for name, values in rest.items()}
 
     def _top(self, one: TokenLogprob) -> Json:
-        """Return log-probabilities by text, the largest first; of tokens with the same text, the most likely counts."""
+        """Return log-probabilities by text, the largest first; of tokens with one text, only the most likely counts."""
         top: Json = {}
         for token, logprob in one.top:
             top.setdefault(self._text(token), logprob)

@@ -1,4 +1,4 @@
-"""The next pass, decided from the sequences that wait and those that are being answered; no ranks, no tensors."""
+"""Decide the next pass from the waiting and the running sequences, without ranks or tensors."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from longctx.serve.prefix_cache import NewPage, PrefixCache
 
 @dataclass(frozen=True)
 class NewSequence:
-    """A sequence to answer: its prompt's tokens, the largest number of tokens of its answer, and how it is sampled.
+    """A sequence to answer: its prompt's tokens, the largest number of tokens of its answer, and its sampling settings.
 
     With ``score_prompt``, the prompt's tokens get log-probabilities, too.
     """
@@ -31,10 +31,10 @@ class NewSequence:
 class StepPlan:
     """The work of one step, the same on all ranks, in the order of the fields.
 
-    Pages are dropped (``evict``) and copied from the caches of sequences (``store``); sequences are dropped and added;
-    the new ones ``take`` pages into their caches.  ``prefill`` has the number of prompt tokens to run of each sequence,
-    in one pass.  ``decode`` are the sequences that get one more token, in a second pass.  After a plan with ``stop``
-    there is no other.
+    Pages are dropped (``evict``) and copied from the caches of sequences (``store``).  Sequences are dropped and added.
+    New sequences copy reused pages into their caches (``take``).  ``prefill`` has, for each sequence, the number of
+    prompt tokens to run in one pass.  ``decode`` lists the sequences that get one more token in a second pass.  A plan
+    with ``stop`` is the last one.
     """
 
     evict: tuple[int, ...] = ()
@@ -49,9 +49,9 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of the work: prompt tokens of a pass, sequences that are answered at a time, and their cached tokens.
+    """Limits: prompt tokens per pass, sequences that run at a time, and the cached tokens of all running sequences.
 
-    Each rank stores at most ``page_bytes`` of pages with ``page_tokens`` each.
+    Each rank stores at most ``page_bytes`` bytes of pages; a page has ``page_tokens`` tokens.
     """
 
     prefill_tokens: int
@@ -64,10 +64,10 @@ class Limits:
 class Scheduler:
     """Decides which sequences the next pass runs.
 
-    Sequences are admitted in order of arrival, so that none waits forever.  The prompts of all admitted sequences
-    share the tokens of a pass evenly: a short prompt does not wait for the end of a long one.  Every step decodes a
-    token of each sequence whose prompt is cached.  A prompt takes the stored pages of its beginning from ``prefixes``.
-    A prompt waits while an earlier one computes the page that it needs next.
+    Sequences are admitted in order of arrival, so that none waits forever.  The prompts of all admitted sequences share
+    the tokens of a pass evenly: a short prompt does not wait for the end of a long one.  Every step decodes a token of
+    each sequence whose prompt is cached.  A prompt reuses its stored first pages from ``prefixes``.  It waits while an
+    earlier prompt computes the page that it needs next.
     """
 
     def __init__(self, limits: Limits, prefixes: PrefixCache) -> None:
@@ -79,7 +79,7 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        """True if a sequence waits or runs, or one that has ended is still cached."""
+        """True if a sequence waits or runs, or if an ended sequence is still cached."""
         return bool(self.waiting or self.running or self._dropped)
 
     def add(self, sequence: NewSequence) -> None:
@@ -111,7 +111,7 @@ class Scheduler:
         return StepPlan(evict, store, drop, add, take, prefill, decode)
 
     def _take(self) -> dict[int, tuple[int, ...]]:
-        """Let prompts take the pages that continue them, and return these pages by sequence."""
+        """Let prompts reuse the pages that continue them; return these pages by sequence."""
         take = {}
         for number, left in self._left.items():
             cached = len(self.running[number].prompt) - left
@@ -121,7 +121,7 @@ class Scheduler:
         return take
 
     def _left_to_compute(self) -> dict[int, int]:
-        """Return the prompt tokens left by sequence, without sequences whose next page an earlier one computes."""
+        """Return the prompt tokens left by sequence, except for sequences whose next page an earlier one computes."""
         left_to_compute, pages = {}, set()
         for number, left in self._left.items():
             cached = len(self.running[number].prompt) - left
@@ -147,7 +147,7 @@ class Scheduler:
 
 
 def share_evenly(wanted: Mapping[int, int], total: int) -> dict[int, int]:
-    """Share ``total`` among keys that want a number each: equal shares, without more than a key wants (max-min fair).
+    """Share ``total`` equally among the keys of ``wanted``, but give no key more than it wants (max-min fair).
 
     >>> share_evenly({1: 100, 2: 3, 3: 50}, 23)
     {2: 3, 3: 10, 1: 10}

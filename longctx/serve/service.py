@@ -19,16 +19,16 @@ from longctx.serve.rank_pages import RankPages
 from longctx.serve.ranks import run_plan, share_plan
 from longctx.serve.schedule import Limits, NewSequence, Scheduler, StepPlan
 
-_IDLE_S = 0.5  # while there is nothing to do, the ranks exchange an empty plan this often, to notice a lost one
+_IDLE_S = 0.5  # while there is nothing to do, the ranks exchange an empty plan this often, to notice a lost rank
 
 
 @dataclass(frozen=True)
 class Token:
     """The next token of sequence ``number``, and the ``piece`` of text that became certain.
 
-    ``finish`` says why the answer ends with it: "stop" or "length"; None if it goes on.  The first token of a sequence
-    with ``score_prompt`` has the log-probabilities of the ``prompt``, without its first token's.  ``token`` is None if
-    no new tokens were asked for.
+    ``finish`` says why the answer ends with this token, "stop" or "length"; None if the answer goes on.  With
+    ``score_prompt``, a sequence's first token has the log-probabilities of the ``prompt``, without that of the prompt's
+    first token.  ``token`` is None if the request wants no new tokens.
     """
 
     number: int
@@ -47,7 +47,7 @@ class Failure:
     message: str
 
 
-Emit = Callable[[Token | Failure], None]  # called in the thread of the ranks' work
+Emit = Callable[[Token | Failure], None]  # called in the thread that runs the model
 
 
 @dataclass
@@ -62,9 +62,9 @@ class Service:
     """The first rank's part of serving.
 
     `submit` and `cancel` may be called from any thread; all other methods belong to the thread that runs the model.
-    ``seconds`` and ``passes`` count the work so far; ``sequence_bytes`` are those of the sequences' caches on each ring
-    rank.  ``files`` are those of pages that outlive the server (None: all stay in memory); ``restored`` are the pages
-    of an earlier one.  ``one_rank`` chooses how many ring ranks prefill.
+    ``seconds`` and ``passes`` count the work so far; ``sequence_bytes`` are the bytes of the sequences' caches on each
+    ring rank.  ``files`` stores pages on disk for the next server (None: memory only).  ``restored`` are pages that an
+    earlier server stored.  ``one_rank`` decides whether one ring rank or all of them prefill.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Service:
         share_plan(self.world, StepPlan(stop=True), self.session.engine.device)
 
     def fail(self, message: str, numbers: Iterable[int] | None = None) -> None:
-        """Report an error to the clients of the sequences ``numbers`` (None: all), and end these."""
+        """Report an error to the clients of the sequences ``numbers`` (None: all), and end these sequences."""
         if numbers is None:
             self._take(wait=False)
             numbers = self._answers

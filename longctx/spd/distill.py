@@ -1,4 +1,4 @@
-"""Block-to-block distillation: a block that drops its reduction learns the output of the block that keeps it."""
+"""Block-to-block distillation: train a block without its reduction to give the output of the block with it."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ Block = Callable[[Tensor], Tensor]
 class Distillation:
     """Training settings: ``epochs`` over the sequences, ``batch`` sequences a step, peak learning rate ``lr``.
 
-    The learning rate is warmed up and then falls along a cosine (`rate_at`).  ``seed`` orders the sequences.
-    ``weights`` are those of `position_weights`.
+    The learning rate is warmed up and then falls along a cosine (`rate_at`).  ``seed`` sets the order of the sequences.
+    ``weights`` selects the `position_weights`.
     """
 
     epochs: int
@@ -61,8 +61,7 @@ def distill(
 def refuse_diverged(loss: float, place: str, setting: str) -> None:
     """Raise FloatingPointError if ``loss`` is NaN or infinite.
 
-    The message says that ``place`` (such as "repair of block 3") has diverged, and to lower ``setting``, a learning
-    rate.
+    The message names ``place`` (such as "repair of block 3") and the learning-rate ``setting`` to lower.
     """
     if not isfinite(loss):
         raise FloatingPointError(
@@ -85,9 +84,10 @@ def _batches(sequences: int, settings: Distillation, order: torch.Generator) -> 
 def position_weights(length: int, weights: PositionWeights) -> Float[Tensor, " length"]:
     """Return the weight of each position of a sequence; their mean is 1.
 
-    ``beginnings`` divides half of the total equally among positions, and half by the logarithm of the position: 0 has
-    as much of it as 1 and 2 together, or 3 to 6.  The first 64 of 256 tokens then have half of the weight, not a
-    quarter, and the first token, whose massive activation others attend to (the attention sink), a fifteenth.
+    ``beginnings`` spreads half of the total evenly over positions, and half evenly over log(position + 1).  In the
+    second half, position 0 has as much weight as positions 1 and 2 together, or as positions 3 to 6. With 256 tokens,
+    the first 64 have half of the total instead of a quarter.  The first token, to whose massive activation others
+    attend (the attention sink), has a fifteenth.
     """
     edges = torch.arange(1, length + 2, dtype=torch.double).log() / log(length + 1)
     share = 0.5 if weights == "beginnings" else 0.0

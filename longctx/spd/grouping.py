@@ -1,7 +1,7 @@
 """Assign attention heads and MLP neurons to tensor-parallel ranks without changing the full model's function.
 
-If a reduction is dropped, a rank's neurons see only that rank's heads.  So similar heads go to different ranks, and
-neurons go to the ranks on which the error is least (arXiv 2502.20727, 4.2.4).
+If a reduction is dropped, a rank's neurons see only that rank's heads.  Similar heads therefore go to different ranks,
+and each neuron goes to the rank where its error is least (arXiv 2502.20727, 4.2.4).
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ def assign_heads(features: Float[Tensor, "groups features"], ranks: int) -> tupl
 
 
 def _best_exchange(rank_of: NDArray[Any], distances: NDArray[Any]) -> tuple[int, int] | None:
-    """The pair of heads whose exchange adds most distance inside the sets; None if no exchange adds any."""
+    """Return the two heads whose swap adds most to the total distance within ranks; None if no swap adds any."""
     inside = rank_of[:, None] == np.unique(rank_of)[None]
     to_rank = distances @ inside  # [head, rank]: distance of a head to all heads of a rank
     own = to_rank[np.arange(len(rank_of)), rank_of]
@@ -44,7 +44,7 @@ def _best_exchange(rank_of: NDArray[Any], distances: NDArray[Any]) -> tuple[int,
 
 
 def assign_shards(norms: Float[Tensor, "sets shards"]) -> tuple[int, ...]:
-    """Assign one MLP shard to each set of heads so that the summed output norms are largest; return them by set.
+    """Assign one MLP shard to each set of heads, so that the sum of output norms is largest; return each set's shard.
 
     Source: arXiv 2502.20727, Eq. 3.  ``norms[s, m]`` is the output norm of shard m when it sees the heads of set s.
     """
@@ -53,14 +53,14 @@ def assign_shards(norms: Float[Tensor, "sets shards"]) -> tuple[int, ...]:
 
 
 def assign_neurons(errors: Float[Tensor, "neurons ranks"]) -> tuple[int, ...]:
-    """Assign equally many neurons to each rank so that the sum of their ``errors`` is least; return them rank by rank.
+    """Assign equally many neurons to each rank, so that the sum of ``errors`` is least; return them rank by rank.
 
     Not in the paper, which moves whole shards of the MLP: an MLP is the sum of its neurons in any order.
     """
     neurons, ranks = errors.shape
     per_rank = neurons // ranks
     assert per_rank * ranks == neurons, "every rank takes the same number of neurons"
-    # A column for each place of a rank: columns r * per_rank and following are those of rank r.
+    # A rank has a column for each of its neurons: rank r has columns r * per_rank to (r + 1) * per_rank - 1.
     _, columns = linear_sum_assignment(errors.double().repeat_interleave(per_rank, 1).cpu().numpy())
     return tuple(int(neuron) for neuron in np.argsort(columns // per_rank, kind="stable"))
 
@@ -68,7 +68,7 @@ def assign_neurons(errors: Float[Tensor, "neurons ranks"]) -> tuple[int, ...]:
 def reorder_block(
     tensors: Mapping[str, Tensor], shape: ModelShape, groups: Sequence[int], neurons: Sequence[int]
 ) -> dict[str, Tensor]:
-    """A block's Hugging Face tensors with KV groups and neurons in a new order; the block computes the same function.
+    """Return a block's tensors with KV groups and neurons in a new order; the block computes the same function.
 
     Position i of the new order holds KV group ``groups[i]`` and neuron ``neurons[i]``.  A KV group moves with its query
     heads: their columns of the output projection, their rows of the other projections.
@@ -79,7 +79,7 @@ def reorder_block(
 
     def reorder(module: str, tensor: Tensor) -> Tensor:
         if tensor.dim() == 1 and module in ("o_proj", "down_proj"):
-            return tensor  # a bias of the output, whose order does not change
+            return tensor  # a bias of the output, which keeps its order
         if module in group_dims:
             dim = group_dims[module]
             grouped: Tensor = tensor.unflatten(dim, (shape.kv_heads, -1))

@@ -1,4 +1,4 @@
-"""Guards of a model with dropped reductions: figures that an average over long sequences hides.
+"""Guards of a model with dropped reductions: faults that an average over long sequences hides.
 
 An average over 512 tokens can look good while the first tokens of every text are lost, a few sequences collapse, or the
 model no longer copies from its context.
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from longctx.shapes import Bool, Float, Tensor
 
 FIRST_TOKENS = (8, 64)
-# Largest increase of a perplexity, relative to the original's; a sequence alone varies more.
+# Largest relative increase of a perplexity: of many sequences, and of a single sequence, which varies more.
 _INCREASE, _INCREASE_OF_ONE = 0.5, 1.0
-_COPIED_LOSS = 0.25  # largest loss of copied tokens, as a share of all
-_NORM_LOSS = 0.5  # largest loss of the first token's norm, relative to the original's
+_COPIED_LOSS = 0.25  # largest decrease of the share of tokens copied
+_NORM_LOSS = 0.5  # largest relative decrease of the first token's norm
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class GuardFigures:
 class Guard:
     """A figure of the original model, of the model with dropped reductions, and of the same model repaired.
 
-    ``change`` is positive if the repaired model is worse: the relative increase of a perplexity, the relative loss of a
-    norm, or the loss of a share.  The guard fails if it is more than ``limit``.
+    ``change`` is positive if the repaired model is worse: the relative increase of a perplexity, the relative decrease
+    of a norm, or the decrease of a share.  The guard fails if ``change`` is more than ``limit``.
     """
 
     name: str
@@ -58,14 +58,14 @@ class Guard:
 
     @property
     def failed(self) -> bool:
-        """True if the repaired model is worse than allowed, or its figure is not a number."""
+        """True if the repaired model is worse than allowed, or if ``change`` is NaN."""
         return not self.change <= self.limit
 
 
 def compare_guards(original: GuardFigures, dropped: GuardFigures, repaired: GuardFigures) -> list[Guard]:
     """Return the guards, each with the figures of the three models on the same sequences."""
     models = (original, dropped, repaired)
-    # 1. Perplexities of beginnings and of all tokens.
+    # 1. Perplexities of first tokens and of all tokens.
     losses = {f"perplexity of the first {n} tokens": [one.loss(n) for one in models] for n in FIRST_TOKENS}
     losses["perplexity of all tokens"] = [one.loss() for one in models]
     guards = [_perplexity_guard(name, values, _INCREASE) for name, values in losses.items()]
@@ -74,7 +74,7 @@ def compare_guards(original: GuardFigures, dropped: GuardFigures, repaired: Guar
     worst = int((means[2] - means[0]).nan_to_num(float("inf")).argmax())
     of_one = [float(mean[worst]) for mean in means]
     guards.append(_perplexity_guard("perplexity of the worst sequence", of_one, _INCREASE_OF_ONE))
-    # 3. The sequence whose first token loses most of its norm.
+    # 3. The sequence whose first token's norm decreases most.
     smallest = int((repaired.first_norms / original.first_norms).nan_to_num(0.0).argmin())
     norms = [float(one.first_norms[smallest]) for one in models]
     guards.append(_guard("norm of the first token, worst sequence", norms, 1 - norms[2] / norms[0], _NORM_LOSS))

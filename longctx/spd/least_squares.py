@@ -20,7 +20,7 @@ class LeastSquares:
     def update(
         self, seen: Float[Tensor, "rows width"], wanted: Float[Tensor, "rows width"], weights: Float[Tensor, " rows"]
     ) -> None:
-        """Add these rows to the sums; the squared error of a row counts ``weights`` times."""
+        """Add these rows to the sums; each row's squared error is multiplied by its entry of ``weights``."""
         weighted = seen * weights[:, None]
         self._seen += weighted.T @ seen
         self._both += wanted.T @ weighted
@@ -34,6 +34,6 @@ class LeastSquares:
         """
         identity = torch.eye(len(self._seen), dtype=torch.double, device=self._seen.device)
         penalty = ridge * self._seen.diagonal().mean() * identity
-        # M (seen + penalty) = both + penalty, solved transposed: the symmetric factor stands on the left then.
+        # The equation M (seen + penalty) = both + penalty is transposed, which puts the symmetric matrix on the left.
         solution: Tensor = torch.linalg.solve(self._seen + penalty, (self._both + penalty).T)
         return solution.T.float()

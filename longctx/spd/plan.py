@@ -18,8 +18,8 @@ _WEIGHTS = "weights_crc32"
 class SPDPlan:
     """Blocks that skip the all-reduce of their attention output over ``tp`` tensor-parallel ranks.
 
-    ``dropped`` are block numbers, counted from 0, of a model of ``layers`` blocks; they are sorted and made unique.
-    ``own_norms``: in dropped blocks, norm weights differ from rank to rank.
+    ``dropped`` are numbers of blocks, counted from 0, in a model of ``layers`` blocks; duplicates are removed and the
+    numbers sorted.  ``own_norms``: in blocks that drop, each rank has its own norm weights.
 
     Raises ValueError for a block that the model lacks, and for dropped blocks with ``tp`` below 2.
     """
@@ -57,15 +57,15 @@ def refuse_unfit_shape(shape: ModelShape) -> None:
     }
     for reason, applies in reasons.items():
         if applies:
-            raise ValueError(f"this model has {reason}: use spd=none, or a model like Llama or Qwen")
+            raise ValueError(f"this model has {reason}: use spd=none, or a dense model such as Llama or Qwen3")
 
 
 @dataclass(frozen=True)
 class SavedPlan:
     """A plan in a model's folder.
 
-    ``order`` lists all blocks, the first to drop (least sensitive) first.  ``adapted`` are the blocks that have
-    repaired weights.  ``source`` is the fingerprint of the model that was adapted.
+    ``order`` lists all blocks in the order in which they drop, the least sensitive first.  ``adapted`` are the blocks
+    that have repaired weights.  ``source`` is the fingerprint of the model that was adapted.
     """
 
     plan: SPDPlan
@@ -80,7 +80,7 @@ class SavedPlan:
 
 
 def saved_plan(folder: Path) -> SavedPlan | None:
-    """The plan in ``folder``, or None without one.  Raises ValueError if the file cannot be read as a plan."""
+    """Return the plan in ``folder``, or None without one.  Raises ValueError if the file cannot be read as a plan."""
     if not (folder / FILE).is_file():
         return None
     try:
@@ -109,12 +109,12 @@ def refuse_changed_weights(folder: Path) -> None:
 
 
 def rank_blocks(scores: Sequence[float]) -> tuple[int, ...]:
-    """All blocks in the order of their ``scores``, the least sensitive first (arXiv 2502.20727, 4.2.1)."""
+    """Return all blocks in the order of their ``scores``, the least sensitive first (arXiv 2502.20727, 4.2.1)."""
     return tuple(sorted(range(len(scores)), key=lambda block: (scores[block], block)))
 
 
 def within(order: Sequence[int], budget: float) -> tuple[int, ...]:
-    """The first blocks of ``order``: the share ``budget`` (0 to 1) of all, rounded to the nearest whole block."""
+    """Return the first blocks of ``order``: the share ``budget`` (0 to 1) of all blocks, rounded to a whole number."""
     return tuple(order[: int(budget * len(order) + 0.5)])
 
 

@@ -1,4 +1,4 @@
-"""Measure how much perplexity rises when a block drops its first reduction, and classify the block by that."""
+"""Measure how much perplexity rises when a block drops its first reduction, and classify blocks by this increase."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -12,7 +12,7 @@ State = TypeVar("State")
 
 
 def measure_sensitivity(blocks: int, perplexity_of: Callable[[tuple[int, ...]], float]) -> list[float]:
-    """For each block, the perplexity that dropping it adds when all later blocks drop already.
+    """For each block, return how much perplexity its dropped reduction adds if all later blocks drop theirs.
 
     ``perplexity_of(dropped)`` is called ``blocks`` + 1 times.  Source: arXiv 2502.20727, Algorithm 1.
     """
@@ -34,9 +34,9 @@ def suffix_sums(
     """Return ``loss`` of the model's output for every suffix of dropped blocks.
 
     Entry i drops blocks i and later; the last entry drops none.  ``entering`` is the state that enters block 0.
-    ``run(block, state, dropped)`` runs one block; it is called about half as often as by one full forward pass per
-    suffix.  The state that enters a block does not depend on later dropped blocks, so it is computed once and kept; at
-    most ``blocks`` + 1 states exist at once.
+    ``run(block, state, dropped)`` runs one block.  The state that enters a block does not depend on later blocks, so it
+    is computed once and kept.  This takes about half of the calls of one full forward pass per suffix.  At most
+    ``blocks`` + 1 states exist at once.
     """
     states = [entering]
     for block in range(blocks):

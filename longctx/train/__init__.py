@@ -1,1 +1,1 @@
-"""Training: shard batches over a mesh, run steps, measure them, track their figures, and stop early on request."""
+"""Training: shard batches over a mesh, run and measure steps, track metrics, and stop early on request."""

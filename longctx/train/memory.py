@@ -1,4 +1,4 @@
-"""Allocated bytes of a training step by part, the parts that `longctx.cost.memory` predicts."""
+"""Allocated bytes of a training step, by the parts that `longctx.cost.memory` predicts."""
 
 from collections.abc import Iterator
 from typing import Any

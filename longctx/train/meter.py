@@ -15,7 +15,7 @@ from longctx.parallel.measure.comm_timer import ExposedCommTimer
 
 @dataclass(frozen=True)
 class StepCost:
-    """Cost of a step on one of the ``ranks`` that shared its ``tokens``.
+    """Cost of a step on one rank; ``ranks`` ranks shared the step's ``tokens``.
 
     ``flops`` are the FLOPs of all ``ranks`` without causal halving, ``flops_causal`` with it.  ``peak_flops`` is the
     peak rate of one rank in FLOP/s, or None if it is not known.  ``peak_bytes`` is this rank's peak memory.
@@ -32,7 +32,7 @@ class StepCost:
     exposed_s: dict[str, float]
 
     def figures(self) -> dict[str, float | None]:
-        """Figures for a tracker, by name; both MFUs are None if the peak rate is not known."""
+        """Return the metrics for a tracker, by name; both MFUs are None if the peak rate is not known."""
         exposed = sum(self.exposed_s.values())
         return {
             "step_s": self.seconds,

@@ -95,9 +95,10 @@ def train_step(trained: TrainState, batch: Batch, runtime: Runtime, parallelism:
 def evaluate(
     trained: TrainState, batches: Sequence[Batch], runtime: Runtime, parallelism: ContextParallel, buckets: int = 1
 ) -> LossSums:
-    """Return loss sums over ``batches`` without changing the model, in ``buckets`` by position in the document.
+    """Return loss sums over ``batches`` without changing the model; rows are grouped by position into ``buckets``.
 
-    Bucket i has the positions from i * w up to (i + 1) * w, where w = ``parallelism.length`` / ``buckets``.
+    Bucket i has the rows at positions i * w to (i + 1) * w in their document, where w = ``parallelism.length`` /
+    ``buckets``.
     """
     trained.model.eval()
     parallelism = replace(parallelism, keep_partials=False)
@@ -110,7 +111,9 @@ def evaluate(
 def micro_batches(
     batch: Batch, runtime: Runtime, shape: ModelShape, parallelism: ContextParallel, buckets: int = 1
 ) -> list[MicroBatch]:
-    """One micro-batch per sequence of ``batch``, with this context rank's rows of it.
+    """Return a micro-batch for each sequence of ``batch``, with this context rank's rows.
+
+    Rows are padded to `rows_per_rank`.  ``buckets`` numbers each row by its position in the document, as in `evaluate`.
 
     Raises ValueError for a token beyond the model's vocabulary.
     """
@@ -121,11 +124,11 @@ def micro_batches(
 
 
 def rows_per_rank(length: int, runtime: Runtime) -> int:
-    """Rows that every rank is padded to: enough for a sequence of ``length`` with any document boundaries.
+    """Return the rows that every rank is padded to: enough for a sequence of ``length`` with any document boundaries.
 
-    A fixed number, because pipeline stages need to know the shape that they receive.  `shard_balanced` gives a rank at
-    most two rows more than an even share.  Tensor-parallel ranks split the rows under sequence parallelism, so ``tp``
-    divides the number.
+    The number is fixed, because pipeline stages need to know the shape that they receive.  `shard_balanced` gives a
+    rank at most two rows more than an even share.  Tensor-parallel ranks split the rows under sequence parallelism, so
+    ``tp`` divides the number.
     """
     max_rows, tp = -(-length // runtime.mesh.context) + 2, runtime.mesh.tp
     return -(-max_rows // tp) * tp
@@ -170,9 +173,9 @@ def _micro_batch(
 def _attention_pass(
     layout: Layout, positions: Positions, rows: int, runtime: Runtime, shape: ModelShape, parallelism: ContextParallel
 ) -> Pass:
-    """Attention over this rank's first ``rows`` rows; the rows after them are padding, and their output is 0.
+    """Return attention over this rank's first ``rows`` rows; the rows after them are padding, and their output is 0.
 
-    ``positions`` are those of all rows.
+    ``positions`` has the positions of all rows.
     """
     if parallelism.check_schedule:
         _prove_attention(layout, runtime.mesh, shape, parallelism)

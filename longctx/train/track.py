@@ -1,4 +1,4 @@
-"""Track a run: its figures by step, tables, pictures and checkpoints, in JSON lines and optionally in W&B.
+"""Track a run: metrics by step, tables, pictures and checkpoints, in JSON lines and optionally in W&B.
 
 JSON lines are always written.  Only the first rank tracks.  A tracker that fails never stops a run: its error is
 reported once, and the other trackers continue.
@@ -27,10 +27,10 @@ _UPLOAD_S = 300.0  # maximum wait for W&B's server at the end; the rest stays on
 
 @runtime_checkable
 class Tracker(Protocol):
-    """A destination of a run's figures.  Steps increase from call to call; ``log`` is called once a step."""
+    """A destination of a run's metrics.  Steps increase from call to call; ``log`` is called once a step."""
 
     def log(self, figures: Figures, step: int) -> None:
-        """Record all figures of ``step``."""
+        """Record all metrics of ``step``."""
         ...
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
@@ -60,7 +60,7 @@ def start_tracking(
     step: int = 0,
     run_id: str | None = None,
 ) -> tuple[Tracker, str | None]:
-    """Return a tracker that continues from ``step``, and the run's id, which the caller saves and passes on resume.
+    """Return a tracker that continues from ``step``, and the run's id; the caller saves the id and passes it on resume.
 
     ``folder/metrics.jsonl`` loses its lines of ``step`` and later, and then reads as if the run had not been
     interrupted; step 0 empties it.  ``config`` holds the settings that reproduce the run.  Only the ``first`` rank
@@ -157,7 +157,7 @@ class JsonLines:
 
 
 def _keep_before(path: Path, step: int) -> Path:
-    """Keep only the whole lines of ``path`` from before ``step``; a process killed meanwhile leaves it unchanged."""
+    """Keep only the whole lines of ``path`` from before ``step``; a killed process leaves ``path`` unchanged."""
     partial = path.with_suffix(".partial")
     with partial.open("wb") as output:
         if path.exists():
@@ -267,6 +267,6 @@ def wandb_is_disabled() -> bool:
 
 
 def _mode(wandb: Any) -> Any:
-    """The mode that WANDB_MODE sets; online becomes offline without an API key, since W&B would prompt for one."""
+    """Return the mode that WANDB_MODE sets, or offline for online without an API key, for which W&B would prompt."""
     mode = wandb.setup().settings.mode
     return "offline" if mode == "online" and not wandb.login(verify=False, prompt=False) else mode

@@ -192,7 +192,7 @@ def _logits(job: GpuCheckJob, runtime: Runtime, dropped: tuple[int, ...] = (), *
     from longctx.megatron.hf_io.init import RandomInit
     from longctx.megatron.hf_io.load import load
     from longctx.megatron.model import build_model
-    from longctx.megatron.shared import share_weights
+    from longctx.megatron.sharded import share_weights
 
     shape, tokens = job.target.shape.first(_LAYERS), _counted_tokens(job)
     dtype, device, kernel = job.dtype, runtime.device, kernel_of(job, runtime)

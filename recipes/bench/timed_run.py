@@ -167,7 +167,7 @@ def decode_of(runtime: Runtime, engine: Engine, job: TrainJob, run: TimedRun) ->
     from longctx.config import Sampling
     from longctx.infer.session import Session
     from longctx.infer.turn import Conversation
-    from longctx.megatron.shared import share_weights
+    from longctx.megatron.sharded import share_weights
 
     if run.strategy == "sharded":
         share = share_weights(engine.model, engine.shape, runtime.context, runtime.tp_context)

@@ -21,7 +21,7 @@ from longctx.infer.prefill import run_pass, run_replicated
 from longctx.infer.prove import pass_schedules
 from longctx.megatron.model import GPTModel, build_model
 from longctx.megatron.runtime import Runtime
-from longctx.megatron.shared import share_weights
+from longctx.megatron.sharded import share_weights
 from longctx.model_shape import ModelShape
 from longctx.parallel.comm import SingleRankComm
 from longctx.parallel.recording import META

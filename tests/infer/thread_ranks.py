@@ -14,7 +14,7 @@ from longctx.infer.engine import Engine
 from longctx.megatron.hf_io import load as hf_load
 from longctx.megatron.model import build_model
 from longctx.megatron.runtime import Runtime, open_runtime
-from longctx.megatron.shared import share_weights
+from longctx.megatron.sharded import share_weights
 from longctx.parallel.comm import Comm
 from longctx.parallel.launch import Rank
 from longctx.parallel.threads import ThreadWorld, run_threads

@@ -29,14 +29,14 @@ def test_rank_from_torchrun():
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"RANK": "0"}, "RANK set, WORLD_SIZE is not; start with torchrun, or unset RANK"),
+        ({"RANK": "0"}, "RANK set, WORLD_SIZE is not; start with torchrun, or unset RANK to"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE set, RANK is not; start with torchrun, or unset WORLD_SIZE"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK, WORLD_SIZE set, MASTER_ADDR is not"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not; .* unset RANK and WORLD_SIZE to"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "n17"}, "MASTER_PORT is not"),
         ({"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "n17", "MASTER_PORT": "7"}, "RANK=x is not a number"),
         (
             {"SLURM_STEP_NODELIST": "n17", "SLURM_PROCID": "0"},
-            "only a part of srun's variables: .* set, SLURM_STEP_NUM_TASKS is not",
+            "srun's variables are incomplete or wrong: .* set, SLURM_STEP_NUM_TASKS is not",
         ),
     ],
 )

@@ -129,7 +129,7 @@ def test_group_of_one_returns_the_inner_attention():
 def test_uneven_heads_are_refused_with_the_nearest_degree(heads, kv_heads, degree, nearest, possible):
     message = (
         f"mesh.ulysses={degree} cannot share {heads} query heads and {kv_heads} KV heads evenly; "
-        f"use mesh.ulysses={nearest} (possible: {possible}), and mesh.ring for the other ranks."
+        f"use mesh.ulysses={nearest} (possible: {possible}), and mesh.ring for the other ranks"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         refuse_uneven_heads(heads, kv_heads, degree)

@@ -47,43 +47,43 @@ def test_fitting_meshes_are_accepted(mesh, shape):
             Mesh(tp=2),
             SMOLLM2,
             "mesh.tp=2 does not divide the model's 9 query heads, 3 KV heads and FFN width 1536; "
-            "use mesh.tp=1 (possible: 1, 3).",
+            "use mesh.tp=1 (possible: 1, 3)",
         ),
         (
             Mesh(tp=16),
             LLAMA_8B,
             "mesh.tp=16 does not divide the model's 32 query heads, 8 KV heads and FFN width 14336; "
-            "use mesh.tp=8 (possible: 1, 2, 4, 8).",
+            "use mesh.tp=8 (possible: 1, 2, 4, 8)",
         ),
         (
             Mesh(tp=3),
             model(9, 3, 100),  # divides the heads, but not the FFN
             "mesh.tp=3 does not divide the model's 9 query heads, 3 KV heads and FFN width 100; "
-            "use mesh.tp=1 (possible: 1).",
+            "use mesh.tp=1 (possible: 1)",
         ),
         (
             Mesh(tp=2),
             replace(model(8, 4, 96), experts=(Experts(8, 2, 35), None)),
             "mesh.tp=2 does not divide the model's 8 query heads, 4 KV heads and FFN width 35 and 96; "
-            "use mesh.tp=1 (possible: 1).",
+            "use mesh.tp=1 (possible: 1)",
         ),
         (
             Mesh(ring=5, ep=5),
             MIXTURE,
-            "mesh.ep=5 does not divide the model's 6 experts; use mesh.ep=6 (possible: 1, 2, 3, 6).",
+            "mesh.ep=5 does not divide the model's 6 experts; use mesh.ep=6 (possible: 1, 2, 3, 6)",
         ),
-        (Mesh(dp=2, ep=2), LLAMA_8B, "mesh.ep=2 divides experts, and this model has none; use mesh.ep=1."),
+        (Mesh(dp=2, ep=2), LLAMA_8B, "mesh.ep=2 divides experts, and this model has none; use mesh.ep=1"),
         (
             Mesh(ulysses=2),
             SMOLLM2,
             "mesh.ulysses=2 cannot share 9 query heads and 3 KV heads evenly; "
-            "use mesh.ulysses=1 (possible: 1, 3, 9), and mesh.ring for the other ranks.",
+            "use mesh.ulysses=1 (possible: 1, 3, 9), and mesh.ring for the other ranks",
         ),
         (
             Mesh(tp=4, ulysses=16),  # 16 divides the model's heads, but not the heads of a tensor-parallel rank
             LLAMA_8B,
             "with mesh.tp=4 each rank has 8 query heads: mesh.ulysses=16 cannot share 8 query heads and "
-            "2 KV heads evenly; use mesh.ulysses=8 (possible: 1, 2, 4, 8), and mesh.ring for the other ranks.",
+            "2 KV heads evenly; use mesh.ulysses=8 (possible: 1, 2, 4, 8), and mesh.ring for the other ranks",
         ),
     ],
 )
@@ -102,14 +102,14 @@ def test_expert_parallel_ranks_are_ranks_of_other_axes():
 def test_unused_axes_are_refused(axis):
     message = (
         f"generate has no use for mesh.{axis}=2; use mesh.{axis}=1, and mesh.ring or mesh.ulysses or mesh.tp "
-        "to share one prompt between ranks."
+        "to share one prompt between ranks"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         refuse_unused(Mesh(ring=3, **{axis: 2}), "generate", ("dp", "pp"))
 
 
 def test_advice_names_no_axis_that_is_refused_too():
-    with pytest.raises(ValueError, match=r"use mesh\.tp=1, and mesh\.ring to share one prompt between ranks\.$"):
+    with pytest.raises(ValueError, match=r"use mesh\.tp=1, and mesh\.ring to share one prompt between ranks$"):
         refuse_unused(Mesh(tp=2), "prefill", ("tp", "ulysses", "dp", "pp"))
 
 

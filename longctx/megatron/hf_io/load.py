@@ -86,8 +86,11 @@ class Weights:
     def refuse_unread(self, tied: bool, elsewhere: Iterable[str] = ()) -> None:
         """Raise ValueError if a tensor was read neither here nor ``elsewhere`` (names that other stages read).
 
-        Three kinds may stay unread: rotary frequencies, since they are derived; the lm_head.weight of a ``tied`` model,
-        if it equals the embedding; and, of a block that may drop its reduction, one of its two sets of weights.
+        Three kinds of tensors may stay unread.
+
+        * Rotary frequencies, since they are derived.
+        * The lm_head.weight of a ``tied`` model, if it equals the embedding.
+        * One of the two sets of weights of a block that may drop its reduction.
         """
         read = self.read_names.union(elsewhere)
         unread = {name for name in self._files if not name.endswith("rotary_emb.inv_freq")} - read
@@ -110,7 +113,7 @@ def load(model: GPTModel, read: TensorSource, shape: ModelShape) -> None:
     Every rank of the model's groups calls this.
 
     Raises ValueError if a tensor is missing, quantised, not finite, of another shape than the model's, or read by no
-    rank.  A model that lacks a tensor of its checkpoint would run and give wrong results.
+    rank.  A model that lacked a tensor of its checkpoint would run and give wrong results.
     """
     groups = model.pg_collection
     fill(tensor_views(model, shape), read, groups.tp.rank())

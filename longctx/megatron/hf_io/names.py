@@ -20,7 +20,7 @@ Hugging Face names are the canonical ones of `longctx.models.family`; a family's
 | decoder.final_layernorm          | model.norm                          | replicated                           |
 | output_layer                     | lm_head (absent when tied)          | like the embedding                   |
 
-Biases lie as the rows of their weights do.  Without a gate, linear_fc1 has up_proj alone.
+A bias has the layout of its weight's rows.  Without a gate, linear_fc1 has up_proj alone.
 
 TE marks where Transformer Engine's layers hold the norm.  With tied embeddings and several pipeline stages, the last
 stage has an output_layer that is a second copy of the embedding.
@@ -131,7 +131,8 @@ def fused_views(
 ) -> Sequence[Float[Tensor, "groups _ ..."]]:
     """Return views [groups rows ...] of the tensors that ``parameter`` fuses; ``tensors`` is their number.
 
-    Three tensors are q, k and v, which alternate by KV group.  Two (gate, up) or one lie in a single group.
+    Three tensors are q, k and v, which alternate by KV group.  Two tensors (gate and up), or a single one, form one
+    group.
     """
     groups = shape.kv_heads // tp if tensors == 3 else 1
     shares = (shape.heads // shape.kv_heads, 1, 1) if tensors == 3 else (1,) * tensors

@@ -83,7 +83,7 @@ class Blocks:
     def loss(self, x: Hidden, text: PackedText) -> float:
         """Return the summed cross-entropy (nats) of ``text``'s counted targets; ``x`` is the last block's output.
 
-        Raises ValueError if it is NaN or infinite.
+        Raises ValueError if the loss is NaN or infinite.
         """
         total = 0.0
         for rows, targets, mask in zip(x, text.targets, text.mask, strict=True):
@@ -157,13 +157,13 @@ class Blocks:
         weights: Float[Tensor, " s"],
         maps: Sequence[LinearMap] | None = None,
     ) -> Float[Tensor, "neurons ranks"]:
-        """Return the mean squared error of every MLP neuron if it were computed on each rank.
+        """Return the mean squared error that every MLP neuron would have on each rank.
 
-        The error is that of the neuron's activation with rank r's heads only, against all heads.  With ``maps``, the
-        neuron reads rank r's least-squares prediction of the input with all heads.
-        It is weighted by the squared norm of the neuron's column in the down projection.  Per row, it is relative to
-        the squared norm of the block's output, and counts with the ``weights`` of positions.  ``layer`` drops its
-        reduction.
+        It is the error of the neuron's activation if its input comes from rank r's heads only instead of all heads.
+        With ``maps``, the neuron reads rank r's least-squares prediction of the input with all heads.  The error is
+        multiplied by the squared norm of the neuron's column in the down projection.  In each row, it is divided by the
+        squared norm of the block's output and multiplied by the weight of the row's position (``weights``).  ``layer``
+        drops its reduction.
         """
         weight = layer.mlp.linear_fc2.weight.square().sum(0)
         sums = torch.zeros(len(weight), self.tp.size, device=x.device)

@@ -1,4 +1,4 @@
-"""Compute the figures of `longctx.spd.guards` on tensor-parallel ranks."""
+"""Measure the figures of `longctx.spd.guards` on tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def measure_guards(blocks: Blocks, layers: Sequence[SPDTransformerLayer], text: 
 
 
 def share_copied(likeliest: Int[Tensor, "b s"], repeated: Int[Tensor, "b twice"]) -> float:
-    """Return the share of the tokens of the repetition in ``repeated`` that the model predicts.
+    """Return the share of the repeated tokens in ``repeated`` that the model predicts.
 
     ``likeliest`` has the most likely next token after each token of ``repeated`` except the last.  The first token of
-    the repetition does not count: nothing says that a repetition begins.
+    the repetition does not count, because no earlier token tells that a repetition begins.
     """
     half = repeated.shape[1] // 2
     return float((likeliest[:, half:] == repeated[:, half + 1 :]).double().mean())

@@ -31,11 +31,10 @@ from longctx.spd.distill import rate_at
 class JointDistillation:
     """Trains ``layers`` (by block index), repaired layers that drop their reduction, towards the full model.
 
-    ``order`` lists the blocks in the order in which a plan drops them.  Steps 0, 2, 4, ... drop all of them.
-    Steps 1, 3, 5, ... drop the first k for a random k, so that the model also improves with fewer blocks dropped.
-    ``dp`` is the data-parallel group; each of its ranks trains on its share of a step's sequences.
-    ``losses`` has the loss of each step done.  The constructor freezes the model of ``blocks`` and turns its
-    reductions on.
+    ``order`` lists the blocks in the order in which a plan drops them.  Steps 0, 2, 4, ... drop all of them.  Steps 1,
+    3, 5, ... drop the first k for a random k, so that the model also improves with fewer blocks dropped.  ``dp`` is the
+    data-parallel group; each of its ranks trains on its share of a step's sequences.  ``losses`` has the loss of each
+    step so far.  The constructor freezes the model of ``blocks`` and turns its reductions on.
     """
 
     def __init__(
@@ -120,7 +119,7 @@ class JointDistillation:
         return kl_divergence(blocks.model, final, teacher, blocks.tp, blocks.shape.vocab_size).mean()
 
     def _final(self, x: Hidden, dropped: Sequence[int], first: int = 0) -> Float[Tensor, "rows 1 hidden"]:
-        """Run the blocks from ``first`` on, ``dropped`` ones by their layers, and the final norm."""
+        """Run the blocks from ``first`` on (``dropped`` blocks by their repaired layers) and the final norm."""
         for block, layer in enumerate(self._blocks.model.decoder.layers[first:], first):
             x = self._blocks.run(self.layers[block] if block in dropped else layer, x)
         final: Tensor = self._blocks.model.decoder.final_layernorm(x.reshape(-1, 1, x.shape[-1]))
@@ -129,7 +128,7 @@ class JointDistillation:
     def save(self, folder: Path, metadata: Mapping[str, Any]) -> None:
         """Write the state to ``folder``/step-* with ``metadata``, then remove all other states there.
 
-        Every rank calls this.  The first data-parallel replica writes, one file a tensor-parallel rank.
+        Every rank calls this.  The first data-parallel replica writes one file per tensor-parallel rank.
         """
         place, rank = folder / folder_name(self.steps), self._blocks.tp.rank
         partial_folder, first = place.with_name(place.name + PARTIAL), dist.get_rank() == 0
@@ -153,9 +152,9 @@ class JointDistillation:
         dist.barrier()
 
     def resume(self, folder: Path) -> list[str]:
-        """Load the newest complete state in ``folder``, if it is of the same blocks in the same order.
+        """Load the newest complete state in ``folder``, if it has the same blocks in the same order.
 
-        Returns a message for each state that was skipped, with the reason, and for a loaded one without checksums.
+        Returns a message for each skipped state, with the reason, and for a loaded state without checksums.
         """
         place, skipped = agreed_on_all_ranks(folder)
         if place is None:

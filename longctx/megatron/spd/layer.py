@@ -17,17 +17,17 @@ The attention output is not lost: the one remaining reduction adds all P_r to th
 that MLP_r reads u_r instead of u.
 
 Some models, such as Gemma 3, apply norms N_a and N_m to the outputs of attention and MLP, before the residual
-connection.  Their projections have no biases.  In models without a norm before the MLP, norm below is the identity.
-These equations are an extension of the paper:
+connection.  Their projections have no biases.  In models without a norm before the MLP, read norm below as the
+identity.  These equations are an extension of the paper:
 
     stock block             u   = x + N_a(sum_r P_r)         out = u + N_m(sum_r MLP_r(norm(u)))
     first reduction dropped u_r = x + N_a(P_r)               out = x + N_a(sum_r P_r) + N_m(sum_r MLP_r(norm(u_r)))
 
 One all-reduce computes both sums, as two halves of one tensor.  Again only the input of MLP_r is approximate.
 
-The N ranks may also be context ranks that each multiply a share of the weights in decoding (`longctx.megatron.shared`).
-In prefill, each of these ranks computes all terms r for its own rows.  It holds all weights, and the N terms cost as
-many FLOPs as the stock block.
+The N ranks may also be the context ranks of sharded decoding (`longctx.megatron.sharded`).  Each then multiplies a
+share of the weights in decoding.  In prefill, each of them computes all N terms for its own rows.  It holds all
+weights, and the N terms cost as many FLOPs as the stock block.
 """
 
 from typing import Any
@@ -42,7 +42,7 @@ from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from longctx.megatron.modules import NormedOutput
-from longctx.megatron.shared import WeightShare, all_shares
+from longctx.megatron.sharded import WeightShare, all_shares
 from longctx.shapes import Float, Tensor
 from longctx.spd.plan import SPDPlan
 
@@ -50,8 +50,8 @@ from longctx.spd.plan import SPDPlan
 class SPDTransformerLayer(TransformerLayer):
     """megatron-core's decoder layer with a switch: while ``dropped``, it runs the SPD block of the module docstring.
 
-    With sequence parallelism, the SPD block gathers x once and scatters the sum once, instead of twice each.
-    The parameters, and so the checkpoints, are those of the stock layer.
+    With sequence parallelism, the SPD block gathers x once and scatters the sum once, instead of twice each.  The
+    parameters, and therefore the checkpoints, are those of the stock layer.
 
     Linear layers of Transformer Engine apply the norms themselves.  `input_layernorm` and `pre_mlp_layernorm` are then
     identities.
@@ -92,7 +92,7 @@ class SPDTransformerLayer(TransformerLayer):
         return [p for each in linears for name, p in each.named_parameters() if name.startswith("layer_norm_")]
 
     def _sum_over_ranks(self, gradient: Tensor) -> Tensor:
-        """Return the sum of ``gradient`` over ranks: each rank's norm inside a linear layer sees that rank's part."""
+        """Return the sum of ``gradient`` over ranks, since a norm inside a linear layer sees only its rank's part."""
         total = gradient.clone()
         dist.all_reduce(total, group=self.tp_group)
         return total
@@ -216,8 +216,8 @@ class SPDTransformerLayer(TransformerLayer):
 def follow_plan(model: GPTModel, plan: SPDPlan) -> None:
     """Make the blocks of ``model`` that ``plan`` names drop a reduction, and all others keep it.
 
-    On a pipeline stage, this switches the stage's blocks.  The plan is for the model's tensor-parallel ranks.  If the
-    model has only one tensor-parallel rank, the plan is for context ranks in sharded decoding.
+    On a pipeline stage, this switches the stage's blocks.  The plan's N ranks are the model's tensor-parallel ranks.
+    If the model has one tensor-parallel rank, they are the context ranks of sharded decoding.
     """
     tp = model.pg_collection.tp.size()
     assert tp in (plan.tp, 1) and not (plan.own_norms and tp != plan.tp), f"the plan is for tp={plan.tp}"

@@ -1,6 +1,6 @@
 """Log-likelihoods and divergences from vocabulary-parallel logits.
 
-Ranks exchange a few numbers per row; the logits stay where they are.
+Ranks exchange a few numbers per row instead of the logits.
 """
 
 from typing import Any

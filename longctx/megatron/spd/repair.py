@@ -1,7 +1,7 @@
 """Repair of one block that drops its first reduction (arXiv 2502.20727, 4.2): group, fit, distil.
 
-A dropped block is worse because rank r's MLP reads norm(x + P_r) instead of norm(x + sum P).  See `layer`; this text
-leaves out biases.
+A block that drops its reduction is worse, because rank r's MLP reads norm(x + P_r) instead of norm(x + sum P).  See
+`layer`; biases are left out here.
 
 Before (dropped, zero-shot):   out = x + sum_r (P_r + MLP_r(norm(x + P_r)))
 After:                         out = x + sum_r (P'_r + MLP'_r(norm(x + P'_r)))
@@ -36,8 +36,8 @@ class RepairResult:
     Errors are relative squared errors on held-out sequences: ``zero_shot`` before any repair, then after grouping,
     after fitting, and after distillation.  A step that is left out repeats the error before it.
 
-    In a block that is fitted, neurons are placed by the errors that remain after fitting.  ``grouped`` is still
-    measured before fitting.
+    If a block is fitted, its neurons are placed by the errors that remain after fitting.  ``grouped`` is still measured
+    before fitting.
     """
 
     layer: SPDTransformerLayer
@@ -103,7 +103,7 @@ def repair(
 def spread_heads(blocks: Blocks, layer: SPDTransformerLayer, x: Hidden) -> None:
     """Move KV groups of ``layer`` with similar attention on ``x`` to different ranks (arXiv 2502.20727, Eq. 2).
 
-    Does nothing if a rank has a single KV group.
+    It does nothing if each rank has a single KV group.
     """
     shape = blocks.shape
     if shape.kv_heads > blocks.tp.size:
@@ -122,8 +122,8 @@ def place_neurons(
 ) -> None:
     """Assign the MLP neurons of ``layer`` to ranks, by their behaviour on ``x``, whose positions have ``weights``.
 
-    ``grouping`` "shards" gives each rank one shard of neurons, so that the summed norms of the shards' outputs with
-    these ranks' heads are largest (arXiv 2502.20727, Eq. 3).  "neurons" assigns each neuron by itself so that the
+    ``grouping`` "shards" gives each rank one shard of neurons, so that the norms of the shards' outputs, summed over
+    ranks, are largest (arXiv 2502.20727, Eq. 3).  ``grouping`` "neurons" assigns each neuron separately, so that the
     summed error is least (see `Blocks.neuron_errors`).  With ``maps``, this is the error that remains when neurons read
     the least-squares prediction.
     """

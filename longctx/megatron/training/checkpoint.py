@@ -45,7 +45,7 @@ from longctx.megatron.training.saved_state import (
 )
 from longctx.megatron.training.state import TrainState, apply_optim_settings
 
-# megatron-core 0.19 can hand writing to another package, and does so by default.  Its checkpoints have no common.pt.
+# megatron-core 0.19 lets another package write checkpoints by default.  Such checkpoints have no common.pt.
 _IS_0_19 = "async_strategy" in signature(dist_checkpointing.save).parameters
 
 
@@ -137,7 +137,7 @@ def commit(partial_folder: Path, place: Path, metadata: dict[str, Any], checksum
 
 
 def agreed_on_all_ranks(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint of ``folder`` that is whole (None: none), and why newer ones were skipped.
+    """Return the newest whole checkpoint of ``folder`` (None if there is none), and why newer ones were skipped.
 
     Every rank gets the first rank's answer, so that all resume from the same checkpoint.  The first rank reads all
     files and compares their checksums.
@@ -178,7 +178,7 @@ def load_weights(place: Path, net: GPTModel) -> None:
 
 
 def read_state(state: dict[str, Any], place: Path) -> dict[str, Any]:
-    """Return ``state``, which names what to load, with values from the checkpoint at ``place``; runs no code in it.
+    """Fill ``state``, which names the values to load, from the checkpoint at ``place``; run no code in it.
 
     Raises ValueError if the checkpoint holds anything but tensors and plain values, or if only a newer megatron-core
     can read it.

@@ -23,9 +23,9 @@ from longctx.shapes import Float, Int, Positions, Tensor, Tokens
 class MicroBatch:
     """This rank's rows of one packed sequence, padded so that every rank has equally many.
 
-    ``mask`` is 1 for rows whose target counts in the loss, otherwise 0 (padding included).  ``bucket`` is the index of
-    the sum that a row's loss is added to.  The rows after the first ``rows`` are padding.  ``mean_counted`` is the
-    number of targets that count in the loss, divided by the number of sequences, both of the whole batch.
+    ``mask`` is 1 for rows whose target counts in the loss, otherwise 0 (padding included).  ``bucket`` has, for each
+    row, the index of the sum to which its loss is added.  The rows after the first ``rows`` are padding.
+    ``mean_counted`` is the mean number of targets per sequence that count in the loss, over the whole batch.
     """
 
     tokens: Tokens
@@ -103,7 +103,7 @@ def _balanced(train_state: TrainState, batch: MicroBatch) -> Iterator[None]:
     """Make the training pass inside the ``with`` block add the gradient of the router loss, if there is one.
 
     megatron-core divides the sum of all gradients by the number of counted targets.  The weight of a sequence undoes
-    this, so that the mean router loss of the batch's sequences is added to the mean loss of its targets.
+    this.  The result is the mean loss of the batch's targets plus the mean router loss of its sequences.
     """
     router_loss, tp = train_state.router_loss, train_state.tp
     if router_loss is None or not train_state.net.training:
@@ -143,7 +143,7 @@ def _report(
 def optimizer_step(train_state: TrainState) -> tuple[float, float]:
     """Update the weights; return the gradient norm before clipping and the learning rate of this step.
 
-    The norm covers all ranks' gradients, even without clipping; it is NaN or infinite if one of them is.
+    The norm covers all ranks' gradients, even without clipping; it is NaN or infinite if a gradient is.
     """
     rate = train_state.optimizer.param_groups[0]["lr"]
     done, norm, _ = train_state.optimizer.step()

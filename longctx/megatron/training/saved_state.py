@@ -19,7 +19,7 @@ _EXPERTS = "experts"  # key, in the optimizer's state, of the state of a separat
 def sharded_state(train_state: TrainState, *, loading: bool) -> dict[str, Any]:
     """Return weights, optimizer and schedule as megatron-core saves them.
 
-    With ``loading``, return the same structure as megatron-core needs it to fill it from a checkpoint.
+    With ``loading``, return the same structure in the form that megatron-core fills from a checkpoint.
     """
     model = {"model": train_state.net.sharded_state_dict(metadata=dict(METADATA))}
     state, *of_experts = (
@@ -32,9 +32,10 @@ def sharded_state(train_state: TrainState, *, loading: bool) -> dict[str, Any]:
 
 
 def _without_values(leaf: Any) -> Any:
-    """Return ``leaf`` if it is a tensor of a checkpoint; otherwise keep it out of the checkpoint.
+    """Return ``leaf`` if it is a tensor of a checkpoint; otherwise wrap it, so that the checkpoint leaves it out.
 
-    The experts' optimizer saves tensors only, so that one optimizer of all weights can load them, and vice versa.
+    The experts' optimizer saves tensors only.  A run with one optimizer for all weights can then load them, and vice
+    versa.
     """
     return leaf if isinstance(leaf, ShardedBase | LocalNonpersistentObject) else LocalNonpersistentObject(leaf)
 
@@ -42,8 +43,8 @@ def _without_values(leaf: Any) -> Any:
 def optimizer_states(loaded: dict[str, Any]) -> list[dict[str, Any]]:
     """Split the ``loaded`` optimizer state into one for each optimizer.
 
-    With expert parallelism there are two.  The experts' optimizer gets the other one's number of steps, which is saved
-    only once.
+    With expert parallelism there are two optimizers.  The number of steps is saved only once, so the experts' optimizer
+    gets a copy of it.
     """
     of_experts = loaded.pop(_EXPERTS, None)
     if of_experts is None:
@@ -60,7 +61,7 @@ def optimizer_states(loaded: dict[str, Any]) -> list[dict[str, Any]]:
 def match_groups(state: dict[str, Any], optim: Optim) -> None:
     """Set the learning rates in the saved parameter groups of an optimizer's ``state`` to this run's, in place.
 
-    megatron-core 0.19 looks up a saved group by its settings, these among them.
+    megatron-core 0.19 looks up a saved group by its settings, which include the learning rates.
     """
     for group in state.get("optimizer", state)["param_groups"]:
         group |= {"max_lr": optim.lr, "min_lr": optim.min_lr}

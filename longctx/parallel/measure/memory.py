@@ -26,8 +26,8 @@ class MemoryMeter(TorchDispatchMode):
     innermost one counts.  Tensors that exist before the block count only if `hold` names their part.
 
     ``peak`` has the bytes by part at the moment at which their sum was largest.  Counts are exact for tensors on any
-    device.  Memory that an operation allocates and frees inside itself is not seen.  An operation costs about 10
-    microseconds more than without the meter.
+    device.  Memory that an operation allocates and frees inside itself is not seen.  The meter adds about 10
+    microseconds to each operation.
     """
 
     def __init__(self, allocators: Allocators, other: str = "activations") -> None:

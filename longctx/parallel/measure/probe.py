@@ -19,7 +19,7 @@ _WIDE = 1024  # query rows and keys of a compute-bound block
 _FEW = 4  # query rows of a block whose time goes into reading keys
 _SHORT = 16  # keys of a block that costs no more than its launch
 _LONG = 8192  # keys that do not fit a core's cache
-_ROWS = 512  # rows of a layer's products that are bound by arithmetic
+_ROWS = 512  # rows for which a layer's GEMMs are compute-bound
 _SMALL, _LARGE = 2**10, 2**21  # bytes of a message
 _SIDE = {"cpu": 1024, "cuda": 8192}  # rows and columns of a matrix that keeps the device busy
 _FASTEST = 1e12  # bytes/s, the speed of memory: measurement noise must not make a link faster
@@ -69,7 +69,10 @@ def probe(
 def probe_backward(
     ring: Comm, kernel: Kernel, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> float:
-    """Measure the time of a wide block's backward, in forwards, on all ranks at once; arguments as for `probe`."""
+    """Measure the time of a wide block's backward divided by its forward's, on all ranks at once.
+
+    The arguments are those of `probe`.
+    """
     q, k, v = _random(_WIDE, _WIDE, heads, head_dim, dtype, device)
     partial = kernel.forward(q, k, v, False)
     dout, out = torch.ones_like(q), partial.out.to(dtype)
@@ -87,7 +90,7 @@ def _random(
 
 @torch.inference_mode()
 def gemm_flops(world: Comm, dtype: torch.dtype, device: torch.device) -> float:
-    """Measure the FLOP/s of a rank's large square matrix product while all ranks of ``world`` compute one.
+    """Measure the FLOP/s of a large square GEMM on this rank while all ranks of ``world`` compute one.
 
     All ranks must call this, and all return the slowest rank's number.  It is a measured peak, below the data sheet's.
     """
@@ -118,8 +121,8 @@ def probe_layer(
 ) -> LayerRates:
     """Measure the rates of a rank outside attention, on all ranks of ``world`` at once.
 
-    ``layer(rows)`` computes a layer without attention; it has ``weights`` weights.  The fitted model is: a layer takes
-    the time to read its weights, the time of its products, and the fixed ``layer_s``.  The products of one row are
+    ``layer(rows)`` computes a layer without attention; it has ``weights`` weights.  In the fitted model, the time of a
+    layer is the sum of three: reading its weights, its GEMMs, and the fixed ``layer_s``.  The GEMMs of a single row are
     counted as free.
     """
     decode = probe_decode(world, dtype, device)
@@ -138,7 +141,7 @@ def _link(small_s: float, large_s: float) -> Link:
 def _hop(
     ring: Comm, size: int, device: torch.device, meanwhile: Callable[[], object] = lambda: None
 ) -> Callable[[], object]:
-    """Return a hop of ``size`` bytes, with ``meanwhile`` computed while they are in flight."""
+    """Return a function that sends ``size`` bytes one hop, and calls ``meanwhile`` while they are in flight."""
     message = torch.zeros(size, dtype=torch.uint8, device=device)
 
     def send() -> object:
@@ -150,7 +153,7 @@ def _hop(
 
 
 def _exchange(ring: Comm, size: int, device: torch.device) -> Callable[[], object]:
-    """Return an all-to-all in which each rank sends ``size`` bytes."""
+    """Return a function that runs an all-to-all in which each rank sends ``size`` bytes."""
     part = torch.zeros(max(1, size // (ring.size - 1)), dtype=torch.uint8, device=device)
     return lambda: ring.all_to_all([part] * ring.size, [tuple(part.shape)] * ring.size)
 

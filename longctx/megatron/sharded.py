@@ -1,4 +1,4 @@
-"""Linear layers of which each context rank multiplies a share in decoding (``context.decode=sharded``).
+"""Linear layers for sharded decoding: each context rank multiplies a share of the weights (``context.decode=sharded``).
 
 Every context rank holds all weights.  While a `WeightShare` is in use, the N context ranks act as N tensor-parallel
 ranks: each one multiplies a view of its weights.  All ranks have the same rows x [s b hidden].  In a layer, with W_r
@@ -10,9 +10,9 @@ for rank r's share of a weight:
     linear_fc1    W_r x                            this rank's neurons
     linear_fc2    sum over r of W_r neurons_r      a sum over all ranks
 
-Shares may be uneven.  Every rank computes norms, rotary embedding and residual connections.  Biases and factors are
-applied after the sum, and therefore once.  With tensor parallelism, context ranks share each tensor-parallel shard, and
-sums include the tensor-parallel ranks.
+Shares may be uneven.  Every rank computes norms, rotary embedding and residual connections.  Biases and scales are
+applied once, after the sum.  With tensor parallelism, context ranks share each tensor-parallel shard, and sums include
+the tensor-parallel ranks.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ class WeightShare:
     """This rank's share of a model's weights; it takes effect inside `in_use` only.
 
     ``context`` is the group of ranks that share the weights.  ``tp_context`` is the group of these ranks and of the
-    tensor-parallel ranks, over which partial outputs are summed.  ``logit_scale`` is the model's factor of the logits.
+    tensor-parallel ranks, over which partial outputs are summed.  The logits are multiplied by ``logit_scale``.
     """
 
     context: Comm
@@ -122,7 +122,7 @@ class InputProjection(Adaptable, ColumnParallelLinear):
 
 
 class QKVProjection(InputProjection):
-    """Projection to queries, keys and values; with a share in use, it computes own rows and gathers the others."""
+    """Projection to queries, keys and values; with a share in use, a rank computes its columns and gathers the rest."""
 
     def forward(self, x: Float[Tensor, "s b hidden"], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if not (self.share and self.share.active):
@@ -151,8 +151,8 @@ class OutputProjection(Adaptable, RowParallelLinear):
     ``x`` then has these columns only.  Shares are cut at multiples of ``unit`` columns: in attention, a head's columns.
 
     A block that drops the first reduction sums the partial outputs of attention together with those of its MLP.
-    Attention's projection then returns this rank's partial output, without a sum.  With ``parts``, it returns the
-    partial outputs of all ranks, [parts s b hidden].
+    Attention's projection then returns this rank's partial output, without a sum.  With ``parts`` = n, this rank
+    computes the partial outputs of all n ranks itself, [n s b hidden].
 
     ``reduction`` replaces megatron-core's all-reduce over tensor-parallel ranks (see `longctx.megatron.reduce`).
     """
