@@ -43,8 +43,8 @@ class Variant:
         """Digest of everything that the variant's answers depend on; it is the name of the file of its answers.
 
         The same settings must give the same digest in every release: with another one, stored answers are not found
-        and all are computed again.  Model, mesh (without ``dp``), context, plan, end tokens and tokenizer files are
-        hashed.
+        and all are computed again.  The digest covers the model with its dtype and layers, device, mesh (without
+        ``dp``), context, plan, rounded reductions, end tokens and tokenizer files.
         """
         return self._digest(self.target.fingerprint)
 
@@ -86,7 +86,9 @@ def compose_variants(config: DictConfig) -> list[tuple[str, DictConfig]]:
             variants.append((f"{name} repaired", _apply(base, repaired)))
     names = [name for name, _ in variants]
     if base["adapted"] and len(variants) == 1 + len(mappings_at(base, "variants")):
-        raise ValueError(f"adapted={base['adapted']} is not used: none of variants sets spd; leave it out, or add one")
+        raise ValueError(
+            f"adapted={base['adapted']} is not used, as no variant sets spd: leave it out, or add one that does"
+        )
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"variants: the name {repeated[0]} is used twice: give each variant another name")
     return variants
@@ -151,7 +153,7 @@ def refuse_other_model(baseline: Variant, variant: Variant) -> None:
         expected, value = getattr(base.shape, dimension), getattr(other.shape, dimension)
         if value != expected:
             raise ValueError(
-                f"variant {name}: {other.folder} has {value} for {dimension}, the baseline {expected}: "
+                f"variant {name}: {other.folder} has {dimension}={value}, but the baseline has {expected}: "
                 "compare variants of one model"
             )
     # 3. Tokenizer: variants answer the baseline's requests, which are token ids.

@@ -133,13 +133,13 @@ def _exists(module: str) -> bool:
 
 
 def _recipe_names() -> list[str]:
-    """Names of the recipes that define ``prepare``, found without importing them."""
+    """Return the names of the recipes that define ``prepare``, found without importing them."""
     sources = Path(str(import_module("recipes").__file__)).parent.glob("*.py")
     return sorted([*_OUTSIDE_RECIPES, *(path.stem for path in sources if "\ndef prepare(" in path.read_text())])
 
 
 def _with_example(config_name: str, words: Sequence[str]) -> list[str]:
-    """``words``, with an example prompt for recipe=generate without one, so that a first job needs no text."""
+    """Return ``words``; recipe=generate without a prompt gets an example, so that a first job needs no text."""
     if config_name != "generate" or any(re.match(r"prompt|experiment", word) for word in words):
         return list(words)
     say(f"no prompt is given: {_EXAMPLE}")
@@ -168,7 +168,7 @@ def _parse(config_name: str, word: str) -> Override:
 
 
 def _job_folder(settings: SubmitSettings, config_name: str, shared: Sequence[str]) -> Path:
-    """The job's folder: ``folder``, the recipe's ``out`` if that is one folder, or a new one below outputs/slurm."""
+    """Return the job's folder: ``folder``, the recipe's ``out`` if it is one folder, or a new one in outputs/slurm."""
     if settings.folder:
         return absolute(settings.folder)
     for word in shared:

@@ -1,8 +1,8 @@
 """Score interval of a paired difference of accuracies, averaged over tasks.
 
 For one task it is Tango's interval (Statistics in Medicine 17, 1998).  For several tasks, each candidate average is
-tested under the most likely task rates that give it.  The interval has the averages that are not rejected.  It has a
-width even if no example changes, because a candidate other than 0 needs rates above 0.
+tested under the most likely task rates that give it.  The interval has the averages that are not rejected.  Its width
+is never 0: even if no example changed, small true rates of change are possible.
 """
 
 from collections.abc import Sequence

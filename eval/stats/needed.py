@@ -16,10 +16,10 @@ _RATIOS = (1.3, 1.02)  # ratio of one tried size to the one before: a coarse sea
 def examples_needed(
     changes: Changes, available: Sequence[int | None], allowed_drop: float, z: float
 ) -> tuple[int, ...] | None:
-    """Return the examples of each task, those at hand included, that lead to a verdict in 80 % of cases.
+    """Return how many examples of each task, those at hand included, lead to a verdict in 80 % of cases.
 
-    None if all ``available`` examples (None: any number) are too few.  The calculation assumes that further examples
-    change as often as those at hand, and that the variant loses nothing.  If the observed loss is above
+    Returns None if all ``available`` examples (None: any number) are too few.  The calculation assumes that further
+    examples change as often as those at hand, and that the variant loses nothing.  If the observed loss is above
     ``allowed_drop``, it assumes a loss of twice ``allowed_drop``.  Every task gives the same number of examples, or all
     that it has.  ``z`` is the normal quantile of the interval.
     """

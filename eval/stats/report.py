@@ -27,7 +27,8 @@ AVERAGE = "average"
 class ScoredVariant:
     """A variant and its outcomes by task.
 
-    ``blocks`` drop their reduction, a share ``dropped`` of all; ``repaired``: their weights were adapted to it.
+    ``blocks`` are those that drop their first reduction; ``dropped`` is their share of all blocks.  ``repaired``: their
+    weights were adapted to this.
     The speeds are None if no scored request was timed.
     """
 

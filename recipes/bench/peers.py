@@ -34,7 +34,7 @@ def zigzag_ring(name: str, ranks: int, rank: int) -> Ring:
         kind = importlib.import_module("yunchang.kernels").AttnType.FA
         layer = yunchang.LongContextAttention(ring_impl_type="zigzag", attn_type=kind)
         return lambda q, k, v: layer(q, k, v, causal=True)
-    # Its adapters import parts of an older transformers.  They are imported and never called: use an empty module.
+    # ring_flash_attn imports its adapters, which need an older transformers, but never calls them: use an empty module.
     adapters = ModuleType("ring_flash_attn.adapters")
     adapters.__getattr__ = lambda _: None  # type: ignore[method-assign]
     sys.modules.setdefault("ring_flash_attn.adapters", adapters)

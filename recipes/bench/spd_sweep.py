@@ -42,7 +42,7 @@ class SweepSettings:
 
 @dataclass(frozen=True)
 class SweepJob:
-    """The inputs of every rank; ``data`` is where ``text`` comes from."""
+    """The inputs of every rank; ``data`` has the settings that ``text`` was read with."""
 
     settings: SweepSettings
     target: Target

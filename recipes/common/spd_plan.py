@@ -59,7 +59,7 @@ def refuse_unshared(mesh: Mesh, degree: Mesh, plan: SPDPlan, shape: ModelShape) 
     except ValueError as error:
         raise ValueError(
             f"dropped reductions over {mesh.context} context ranks (context.decode=sharded) need a model that "
-            f"mesh.tp={mesh.context} can shard: {error} Or use spd=none"
+            f"mesh.tp={mesh.context} can shard: {error}; or use spd=none"
         ) from None
 
 
@@ -120,7 +120,9 @@ def _dropped_blocks(
     # 2. Blocks of the saved plan.
     if spd.budget is None:
         if spd.drop == "ranked":
-            raise ValueError("spd=ranked: set spd.budget to the share of the blocks that drop, such as spd.budget=0.5")
+            raise ValueError(
+                "spd=ranked needs spd.budget: set it to the share of blocks that drop, such as spd.budget=0.5"
+            )
         assert saved
         return saved.plan.dropped
     # 3. The first blocks of an order, from a sensitivity.json or from the saved plan.

@@ -95,7 +95,7 @@ def test_verb_runs_its_module_with_the_other_words(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "recipes.compare", raising=False)  # runpy warns of a module that is imported
     with pytest.raises(SystemExit) as leaving:
         command.main()
-    assert leaving.value.code == 2 and "compare two runs or more" in capsys.readouterr().err
+    assert leaving.value.code == 2 and "fewer than two runs to compare" in capsys.readouterr().err
 
 
 def test_folder_in_the_checkout_of_another_project_has_a_version_but_no_commit(tmp_path):
