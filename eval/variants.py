@@ -42,7 +42,7 @@ class Variant:
     def digest(self) -> str:
         """Digest of everything that the variant's answers depend on; it is the name of the file of its answers.
 
-        The same settings must give the same digest in every release: with another one, stored answers are not found
+        The same settings must give the same digest in every release: under another digest, stored answers are not found
         and all are computed again.  The digest covers the model with its dtype and layers, device, mesh (without
         ``dp``), context, plan, rounded reductions, end tokens and tokenizer files.
         """
@@ -70,8 +70,13 @@ def compose_variants(config: DictConfig) -> list[tuple[str, DictConfig]]:
 
     Example: ``variants=[{name: ring, mesh: {ring: 2}}]`` gives the baseline, and the same with mesh.ring=2.  With
     ``adapted``, each variant that sets ``spd`` is added a second time as "NAME repaired", with the model in that
-    folder.  Raises ValueError for an item without a name, a section that variants cannot change, a name that is used
-    twice, and an ``adapted`` folder that no variant uses.
+    folder.
+
+    Raises ValueError for
+
+    * an item without a name, and a name that is used twice;
+    * a section that variants cannot change;
+    * an ``adapted`` folder that no variant uses.
     """
     base = as_dict(config)
     variants = [(BASELINE, as_config(base))]

@@ -102,7 +102,7 @@ class ServeJob:
     origin: PageOrigin | None = None
 
     def one_rank(self, rank: Rank) -> OneRank:
-        """Return the rule by which one ring rank runs a pass alone, with the threads of all ranks of its machine."""
+        """Return the rule by which one ring rank runs a pass alone; on one CPU machine it gets the threads of all."""
         from longctx.serve.one_rank import OneRank
 
         lends = rank.local_world_size == rank.world_size and self.target.run.device == "cpu"

@@ -183,9 +183,8 @@ def _tasks(
 ) -> Iterator[ArrayTask]:
     """Yield every run of the sweep, or the only run.
 
-    ``out`` becomes absolute.  If it is not given, it is the job's folder for a recipe that writes a folder, and
-    result.json in the job's folder for a recipe that writes a file.  In a sweep each run's number is added to ``out``,
-    unless the sweep lists an ``out`` for each run.
+    ``out`` becomes absolute.  The default is the job's folder, or result.json in it for a recipe that writes a file.
+    In a sweep each run's number is added to ``out``, unless the sweep lists an ``out`` for each run.
     """
     for number, own in enumerate(sweep or [[]]):
         config = compose_config(config_name, [*as_overrides(config_name, shared, say), *own])

@@ -31,7 +31,7 @@ class EvalWork:
     """The inputs of every rank: plain values, checked before any rank starts.
 
     ``name`` labels the progress bar; answers are appended to ``file``.
-    At most ``max_batch_tokens`` tokens are run at once, or one question if it is longer.
+    At most ``max_batch_tokens`` tokens are run at once; a longer question is run alone.
     """
 
     name: str

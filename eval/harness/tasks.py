@@ -48,8 +48,11 @@ def load_tasks(names: Sequence[str], data: Path | None, fewshot: int | None, inc
     registry.
     ``include`` is a folder of further tasks in lm-eval's format.  ``fewshot`` examples are shown before each question;
     a task that is configured to show none stays so, as in lm-eval.
-    Raises ValueError for a missing or malformed file, a task without examples, an unknown task, a task whose data
-    cannot be fetched, and an ``include`` that is not used.
+    Raises ValueError for
+
+    * a missing or malformed file, and a task without examples;
+    * an unknown task, and a task whose data cannot be fetched;
+    * an ``include`` that is not used.
     """
     tasks = {}
     for name in names:

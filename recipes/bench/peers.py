@@ -1,7 +1,7 @@
 """Ring attention of other projects on the same kernel as ours: yunchang and ring-flash-attn, where installed.
 
-Both call the flash-attn package, which needs CUDA.  On a CPU, a stand-in package with the two functions that they call
-runs the kernel that our rings run on, so the algorithms alone differ.
+Both call the flash-attn package, which needs CUDA.  On a CPU, a stand-in package has the two functions
+that they call.  It runs the kernel that our rings run on, so the algorithms alone differ.
 """
 
 import importlib

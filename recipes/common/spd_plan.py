@@ -87,8 +87,11 @@ def choose_plan(
 
     ``cache`` is the folder that remembers the model's fingerprint (None: it is computed).
 
-    Raises ValueError, with what to set instead, if the saved plan has another tensor-parallel degree, if the settings
-    need an order of blocks that is not known, or if a listed block does not exist.
+    Raises ValueError, with what to set instead, if
+
+    * the saved plan has another tensor-parallel degree;
+    * the settings need an order of blocks that is not known;
+    * a listed block does not exist.
     """
     is_saved_plan = spd.drop == "saved" and spd.blocks is None and spd.budget is None
     if spd.drop == "none" or (is_saved_plan and saved is None):

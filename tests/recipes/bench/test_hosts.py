@@ -206,7 +206,7 @@ def test_a_malformed_rate_is_refused(rate):
         (["hosts=1", "mesh.ring=1"], "mesh.ring=1: one rank has no transfers to time"),
         (["hosts=-1"], "hosts=-1"),
         (["hosts=2", "rate=100"], "rate=100 is not a rate: use a number and kbit, mbit or gbit, such as rate=100mbit"),
-        (["hosts=2", "rate=10 mbit"], "rate=10 mbit: use a number"),
+        (["hosts=2", "rate=10 mbit"], "rate=10 mbit is not a rate: use a number"),
     ],
 )
 def test_bad_hosts_and_rates_are_refused(says, settings, words):
