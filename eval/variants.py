@@ -42,9 +42,9 @@ class Variant:
     def digest(self) -> str:
         """Digest of everything that the variant's answers depend on; it is the name of the file of its answers.
 
-        The same settings must give the same digest in every release: under another digest, stored answers are not found
-        and all are computed again.  The digest covers the model with its dtype and layers, device, mesh (without
-        ``dp``), context, plan, rounded reductions, end tokens and tokenizer files.
+        The same settings must give the same digest in every release: otherwise stored answers are not found, and all
+        are computed again.  The digest covers the model with its dtype and layers, device, mesh (without ``dp``),
+        context, plan, rounded reductions, end tokens and tokenizer files.
         """
         return self._digest(self.target.fingerprint)
 

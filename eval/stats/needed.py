@@ -38,7 +38,7 @@ def examples_needed(
 
 
 def _decides(changes: Changes, totals: Numbers, allowed_drop: float, z: float) -> NDArray[np.bool_]:
-    """Return, for each row of ``totals`` [sizes tasks], whether these examples lead to a verdict with probability `POWER`."""
+    """Return, per row of ``totals`` [sizes tasks], whether these examples give a verdict with probability `POWER`."""
     lost, won, n, weights = changes.lost, changes.won, changes.n, changes.weights
     # 1. The rates of further examples: as observed, plus one extra change divided among the tasks, since a small
     # number of changes often underestimates the rate.  ``weights * len(n)`` is the size of a task's changes.

@@ -149,7 +149,7 @@ def choose_averaged(base: Mapping[str, Outcomes]) -> tuple[tuple[str, ...], tupl
 def make_report(scored: Sequence[ScoredVariant], rules: GateRules, origin: Mapping[str, str]) -> Report:
     """Compare every variant with the first of ``scored``, the baseline, task by task and on average.
 
-    A variant may have answered fewer examples than the baseline; the comparison uses only the examples that it answered.
+    A variant may have answered fewer examples than the baseline; only those that it answered are compared.
     """
     base = scored[0].outcomes
     averaged, chance = choose_averaged(base)

@@ -152,8 +152,8 @@ def resolve_variants(
 def saved_plan_of(name: str, folder: str, target: Target, share: float) -> SavedPlan:
     """Return the plan of an adapted ``folder``.
 
-    Raises ValueError, naming ``name``, unless it was adapted from the target at its mesh.tp, with enough repaired blocks
-    to drop ``share`` of all.
+    Raises ValueError, naming ``name``, unless the folder was adapted from the target at its mesh.tp, with enough
+    repaired blocks to drop ``share`` of all.
     """
     path, tp = Path(folder).expanduser(), target.mesh.tp
     saved = saved_plan(path)

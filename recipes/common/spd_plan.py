@@ -124,7 +124,7 @@ def _dropped_blocks(
     if spd.budget is None:
         if spd.drop == "ranked":
             raise ValueError(
-                "spd=ranked needs spd.budget: set it to the share of blocks that drop, such as spd.budget=0.5"
+                "spd=ranked has no budget: set spd.budget to the share of blocks that drop, such as spd.budget=0.5"
             )
         assert saved
         return saved.plan.dropped
