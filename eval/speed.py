@@ -158,7 +158,7 @@ def refuse_unlike(job: EvalJob) -> None:
 
 
 def show(speeds: Mapping[str, TaskSpeed]) -> None:
-    """Print examples per second by median, and the ratio of ours to each other model."""
+    """Print each model's median examples per second, and our speed divided by that of each other model."""
     names = list(next(iter(speeds.values())).seconds)
     table = Table("task", "examples", *(f"{name}, per second" for name in names), "ratio", box=None)
     for task, speed in speeds.items():

@@ -140,9 +140,9 @@ def show(constants: Hardware) -> None:
     table.add_row("backward of a block, in forwards", f"{constants.backward:.1f}")
     table.add_row("launch of one more block", f"{constants.block_s * 1e6:,.0f} us")
     if constants.peak_flops:
-        table.add_row("matrix products (peak for MFU)", f"{constants.peak_flops / 1e9:,.1f} GFLOP/s a rank")
+        table.add_row("GEMMs (peak for MFU)", f"{constants.peak_flops / 1e9:,.1f} GFLOP/s a rank")
     if layer := constants.layer:
-        table.add_row("a layer's products, many rows", f"{layer.gemm_flops / 1e9:,.1f} GFLOP/s a rank")
+        table.add_row("a layer's GEMMs, many rows", f"{layer.gemm_flops / 1e9:,.1f} GFLOP/s a rank")
         table.add_row("a layer's weights, one row", f"{layer.weight_bytes_per_s / 1e9:,.2f} GB/s a rank")
         table.add_row("overhead of a layer", f"{layer.layer_s * 1e6:,.0f} us")
         if layer.reduce:

@@ -187,7 +187,7 @@ def run_rank(rank: Rank, job: GenerateJob) -> GenerateFigures:
 def _verify(
     rank: Rank, runtime: Runtime, engine: Engine, job: GenerateJob, turn: Turn, progress: Progress
 ) -> float | None:
-    """Return the largest logit difference against one rank; or one tensor-parallel group if `inexact`."""
+    """Return the largest logit difference against one rank, or one tensor-parallel group for an `inexact` target."""
     import torch
 
     from longctx.infer.engine import load_alone

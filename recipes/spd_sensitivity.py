@@ -95,7 +95,7 @@ class SensitivityJob:
 
 @dataclass(frozen=True)
 class BlockSensitivity:
-    """``perplexity`` with this block and all later ones dropped; ``score`` is its rise over dropping only the later."""
+    """``perplexity`` with this and all later blocks dropped; ``score``: its rise over dropping only the later ones."""
 
     score: float
     block_class: BlockClass

@@ -1,4 +1,4 @@
-"""Group-sequential analysis: looks at a growing sample until a verdict is reached, with wider intervals.
+"""Group-sequential analysis: looks at a growing sample until a verdict is reached; intervals cover all looks.
 
 There are at most `LOOKS` looks, each with a quarter more examples than the one before.  The interval of a look is that
 of a single test with the larger quantile `Z_SEQUENTIAL`, a constant boundary (Pocock, Biometrika 64, 1977).  The errors

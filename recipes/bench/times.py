@@ -80,7 +80,7 @@ def prepare(config: DictConfig) -> TimesJob:
 
 
 def refuse_no_hosts(runs: Sequence[TimedRun]) -> None:
-    """Raise ValueError if this machine cannot emulate the hosts of ``runs``, with the groups that have none."""
+    """Raise ValueError, naming the groups that need no hosts, if this machine cannot emulate the hosts of ``runs``."""
     without = dict.fromkeys(run.group for run in runs if not run.rate)
     for run in runs:
         try:

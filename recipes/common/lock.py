@@ -31,7 +31,7 @@ def hold(file: Path, setting: str) -> Iterator[None]:
         os.pwrite(descriptor, json.dumps(_this_process()).encode(), 0)
         yield
     finally:
-        file.unlink(missing_ok=True)  # before the lock ends: `_lock` checks that its file still exists
+        file.unlink(missing_ok=True)  # before the lock ends: `_lock` then sees that its file is gone
         os.close(descriptor)
 
 
