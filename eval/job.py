@@ -94,7 +94,7 @@ class EvalConfig:
         return min(filter(None, (self.limit, (self.limits or {}).get(task))), default=None)
 
     def refuse_unknown_limits(self, tasks: Sequence[str]) -> None:
-        """Raise ValueError if ``limits`` names a group, or a task neither in ``tasks`` nor known otherwise."""
+        """Raise ValueError if ``limits`` names a group of tasks, or an unknown task."""
         from eval.harness.generated import GENERATED
 
         names = set(self.limits or {})
@@ -108,9 +108,10 @@ class EvalConfig:
 class EvalJob:
     """The inputs of an evaluation.
 
-    ``configs`` are the variants' names and whole configurations, the baseline's first; ``variants`` are the same,
-    resolved.  A variant that lacks an order of blocks drops none until `with_measured_orders`.
-    Every variant answers ``requests``; ``lm`` turns answers into those of ``tasks``.  ``config`` goes to the tracker.
+    ``configs`` are the variants' names and whole configurations, the baseline first; ``variants`` are the same,
+    resolved.  A variant whose order of blocks must still be measured drops no block until `with_measured_orders`.
+    Every variant answers ``requests``.  ``lm`` is lm-eval's view of the model: it gives each request of ``tasks`` its
+    stored answer.  ``config`` goes to the tracker.
     """
 
     settings: EvalSettings
@@ -139,7 +140,7 @@ class EvalJob:
         return tuple(dict.fromkeys(requests))
 
     def file(self, variant: Variant) -> Path:
-        """Return the file of the answers of ``variant``; a file of version 0.1 if it is the only one."""
+        """Return the file of the answers of ``variant``; the one of version 0.1 if only that exists."""
         files = [self.out / "responses" / f"{digest}.jsonl" for digest in (variant.digest, variant.first_digest)]
         return next((file for file in files if file.exists()), files[0])
 

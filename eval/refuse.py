@@ -70,6 +70,6 @@ def refuse_other_order(base: Variant, variant: Variant, config: DictConfig) -> N
 
 
 def refuse_other_worlds(configs: Sequence[tuple[str, DictConfig]]) -> None:
-    """Raise ValueError if a launcher started the ranks, and a variant has another number of them."""
+    """Raise ValueError if a launcher started the ranks, and a variant has another number of ranks."""
     for name, config in configs if current_rank() else ():
         refuse_other_world(section(config, "mesh", Mesh), f"variant {name}")

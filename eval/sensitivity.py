@@ -42,7 +42,7 @@ def make_order_jobs(
 
 
 def fill_in_orders(configs: Sequence[Named], base: Variant, sequences: int, out: Path) -> list[Named]:
-    """Return ``configs`` with the blocks to drop in those that lack an order of blocks.
+    """Return ``configs``; those that lacked an order of blocks now list the blocks to drop.
 
     An order is measured, or read if an earlier run of the same ``out`` measured it.
     Starts ranks; every rank that a launcher started must call this.

@@ -154,11 +154,11 @@ def refuse_unlike(job: EvalJob) -> None:
         raise ValueError("eval.speed compares in model.dtype=float32, run.device=cpu, eval.max_length=null: use these")
     for name, task in job.tasks.items():
         if any(instance.request_type != "loglikelihood" for instance in task.instances):
-            raise ValueError(f"eval.speed compares scores of answers: leave {name} out of eval.tasks")
+            raise ValueError(f"eval.speed compares only scores of given answers: leave {name} out of eval.tasks")
 
 
 def show(speeds: Mapping[str, TaskSpeed]) -> None:
-    """Print examples per second by median, and the ratio of ours to each other model."""
+    """Print each model's median examples per second, and our speed divided by that of each other model."""
     names = list(next(iter(speeds.values())).seconds)
     table = Table("task", "examples", *(f"{name}, per second" for name in names), "ratio", box=None)
     for task, speed in speeds.items():

@@ -42,9 +42,9 @@ class Variant:
     def digest(self) -> str:
         """Digest of everything that the variant's answers depend on; it is the name of the file of its answers.
 
-        The same settings must give the same digest in every release: with another one, stored answers are not found
-        and all are computed again.  Model, mesh (without ``dp``), context, plan, end tokens and tokenizer files are
-        hashed.
+        The same settings must give the same digest in every release: otherwise stored answers are not found, and all
+        are computed again.  The digest covers the model with its dtype and layers, device, mesh (without ``dp``),
+        context, plan, rounded reductions, end tokens and tokenizer files.
         """
         return self._digest(self.target.fingerprint)
 
@@ -70,8 +70,13 @@ def compose_variants(config: DictConfig) -> list[tuple[str, DictConfig]]:
 
     Example: ``variants=[{name: ring, mesh: {ring: 2}}]`` gives the baseline, and the same with mesh.ring=2.  With
     ``adapted``, each variant that sets ``spd`` is added a second time as "NAME repaired", with the model in that
-    folder.  Raises ValueError for an item without a name, a section that variants cannot change, a name that is used
-    twice, and an ``adapted`` folder that no variant uses.
+    folder.
+
+    Raises ValueError for
+
+    * an item without a name, and a name that is used twice;
+    * a section that variants cannot change;
+    * an ``adapted`` folder that no variant uses.
     """
     base = as_dict(config)
     variants = [(BASELINE, as_config(base))]
@@ -86,7 +91,9 @@ def compose_variants(config: DictConfig) -> list[tuple[str, DictConfig]]:
             variants.append((f"{name} repaired", _apply(base, repaired)))
     names = [name for name, _ in variants]
     if base["adapted"] and len(variants) == 1 + len(mappings_at(base, "variants")):
-        raise ValueError(f"adapted={base['adapted']} is not used: none of variants sets spd; leave it out, or add one")
+        raise ValueError(
+            f"adapted={base['adapted']} is not used, as no variant sets spd: leave it out, or add one that does"
+        )
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"variants: the name {repeated[0]} is used twice: give each variant another name")
     return variants
@@ -151,7 +158,7 @@ def refuse_other_model(baseline: Variant, variant: Variant) -> None:
         expected, value = getattr(base.shape, dimension), getattr(other.shape, dimension)
         if value != expected:
             raise ValueError(
-                f"variant {name}: {other.folder} has {value} for {dimension}, the baseline {expected}: "
+                f"variant {name}: {other.folder} has {dimension}={value}, but the baseline has {expected}: "
                 "compare variants of one model"
             )
     # 3. Tokenizer: variants answer the baseline's requests, which are token ids.

@@ -1,4 +1,4 @@
-"""Measure this machine's attention kernel, layers and links in under a minute; other recipes choose and predict by it.
+"""Measure this machine's attention kernel, layers and links in under a minute, and write them to a hardware file.
 
 python -m recipes.calibrate out=laptop.yaml
 """
@@ -53,7 +53,7 @@ def measure_ring(runtime: Runtime, target: Target) -> Hardware:
 
 
 def measure_backward(runtime: Runtime, target: Target) -> float:
-    """Measure a block's backward in forwards; on a GPU, return what its arithmetic says."""
+    """Return the time of a block's backward as a multiple of its forward's; on a GPU, the ratio of their FLOPs."""
     from longctx.parallel.measure.probe import probe_backward
 
     is_cpu = runtime.device.type == "cpu"
@@ -78,7 +78,7 @@ def _kernel_on_ring(
 def measure_layer(runtime: Runtime, target: Target) -> LayerRates | None:
     """Measure a layer without its attention; every rank must call it.
 
-    Runs the first `LAYERS` layers with random weights: the weights of so many do not stay in a CPU's cache.  Returns
+    Runs the first `LAYERS` layers with random weights, which together do not fit in a CPU's cache.  Returns
     None for a mixture of experts, and with tensor parallelism, whose reductions would be timed as well.
     """
     import torch
@@ -121,7 +121,7 @@ def measure_reduce(runtime: Runtime) -> Link | None:
 
 
 def run_rank(rank: Rank, target: Target) -> Hardware:
-    """Measure links, kernel and matrix products on one rank; the caller uses the first rank's result."""
+    """Measure links, kernel and GEMMs on one rank; the caller uses the first rank's result."""
     import torch
 
     from longctx.parallel.measure.probe import gemm_flops
@@ -140,9 +140,9 @@ def show(constants: Hardware) -> None:
     table.add_row("backward of a block, in forwards", f"{constants.backward:.1f}")
     table.add_row("launch of one more block", f"{constants.block_s * 1e6:,.0f} us")
     if constants.peak_flops:
-        table.add_row("matrix products (peak for MFU)", f"{constants.peak_flops / 1e9:,.1f} GFLOP/s a rank")
+        table.add_row("GEMMs (peak for MFU)", f"{constants.peak_flops / 1e9:,.1f} GFLOP/s a rank")
     if layer := constants.layer:
-        table.add_row("a layer's products, many rows", f"{layer.gemm_flops / 1e9:,.1f} GFLOP/s a rank")
+        table.add_row("a layer's GEMMs, many rows", f"{layer.gemm_flops / 1e9:,.1f} GFLOP/s a rank")
         table.add_row("a layer's weights, one row", f"{layer.weight_bytes_per_s / 1e9:,.2f} GB/s a rank")
         table.add_row("overhead of a layer", f"{layer.layer_s * 1e6:,.0f} us")
         if layer.reduce:

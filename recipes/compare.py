@@ -96,7 +96,7 @@ def is_measured(name: str) -> bool:
 
 
 def agree(was: object, now: object, within: float) -> bool:
-    """Return True if two figures are equal, numbers to the relative tolerance ``within``."""
+    """Return True if two figures are equal; numbers may differ by the relative tolerance ``within``."""
     if isinstance(was, int | float) and isinstance(now, int | float):
         return math.isclose(was, now, rel_tol=within, abs_tol=1e-12)
     return was == now
@@ -120,7 +120,9 @@ def _shown(value: object) -> str:
 def compare(runs: Sequence[str]) -> None:
     """Print the settings in which ``runs`` differ, and their figures.  Raises ValueError for a folder without a run."""
     if len(runs) < 2:
-        raise ValueError(f"compare two runs or more: python -m recipes.compare DIR DIR (each with a {MANIFEST})")
+        raise ValueError(
+            f"fewer than two runs to compare: use python -m recipes.compare DIR DIR (each with a {MANIFEST})"
+        )
     settings, figures = [settings_of(run) for run in runs], [final_figures(run) for run in runs]
     print_table = plain_console(stderr=False, width=160).print
     differing = {name: [each.get(name) for each in settings] for name in differing_names(settings)}

@@ -20,7 +20,7 @@ from recipes.common.provenance import hardware, provenance
 from recipes.common.settings import top_level
 
 RECIPE = "recipes.doctor"
-# Instructions that torch's products of bfloat16 and float32 matrices use.
+# Instruction sets that torch's bfloat16 and float32 GEMMs use.
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 _TE_PARTS = ("transformer-engine", "transformer-engine-torch")
 _GPU_KERNELS = "flash_cuda or cudnn"
@@ -123,7 +123,7 @@ def version_of(package: str) -> str | None:
 
 
 def _te_parts() -> list[str]:
-    """Return the packages that make Transformer Engine whole; its core has one of two names, by CUDA's version."""
+    """Return the packages of a complete Transformer Engine; its core's name depends on the version of CUDA."""
     cores = [f"transformer-engine-cu{major}" for major in (13, 12)]
     return [*_TE_PARTS, next((core for core in cores if version_of(core)), cores[0])]
 
@@ -138,7 +138,7 @@ def _run(*words: str) -> list[str]:
 
 
 def links_of(topology: list[str]) -> str | None:
-    """Return the kinds of links of the first GPU by number, as ``nvidia-smi topo -m`` prints them; None without any.
+    """Return how many links of each kind the first GPU has, from ``nvidia-smi topo -m``; None without any.
 
     Example: the row "GPU0  X  NV18  NV18  SYS" gives "2 x NV18, 1 x SYS".
     """

@@ -32,7 +32,7 @@ class ExportSettings:
 
 
 def checkpoint_of(name: str) -> Path:
-    """Return the folder of a checkpoint; ``name`` is that folder, or a run's, whose last whole checkpoint is taken.
+    """Return the folder of a checkpoint; ``name`` is that folder, or a run's, from which the last whole one is taken.
 
     Raises ValueError if there is no checkpoint, if the named one is corrupt, and for an adapted model, which
     transformers cannot run.  Checkpoints of a run that are skipped are printed.

@@ -67,7 +67,7 @@ class GenerateJob:
 
     @property
     def verifies(self) -> bool:
-        """True if ``verify`` is set and the mesh has more ranks than the run that its logits are compared with.
+        """True if ``verify`` is set and there is a smaller run to compare logits with.
 
         That run has one rank.  With dropped or rounded reductions it has one tensor-parallel group, since one rank
         alone computes another function.
@@ -85,11 +85,11 @@ class GenerateJob:
 class GenerateFigures:
     """Answers and measurements of a run.  Lists per rank are in the order of the context ranks, in bytes.
 
-    ``logprobs`` are those of each answer's tokens (None: not asked for).
+    ``logprobs`` has the log-probabilities of each answer's tokens (None: not asked for).
     ``ttft_s`` is the time to first token, ``ttit_s`` the time from token to token (None: at most one token).
-    ``max_logit_diff`` is the largest difference from fewer ranks (None: not compared).  ``decode_choices`` has the
-    choices of ``context.decode=auto``: strategy and reason, by number of sequences.  ``predicted`` has the cost model's
-    ``ttft_s`` and ``ttit_s`` (None: without ``hardware``).
+    ``max_logit_diff`` is the largest logit difference from the same prompts on fewer ranks (None: not compared).
+    ``decode_choices`` has the choices of ``context.decode=auto``: strategy and reason, by number of sequences.
+    ``predicted`` has the cost model's ``ttft_s`` and ``ttit_s`` (None: without ``hardware``).
     """
 
     token_ids: list[list[int]]
@@ -187,7 +187,7 @@ def run_rank(rank: Rank, job: GenerateJob) -> GenerateFigures:
 def _verify(
     rank: Rank, runtime: Runtime, engine: Engine, job: GenerateJob, turn: Turn, progress: Progress
 ) -> float | None:
-    """Return the largest logit difference against one rank; if the target is `inexact`, one tensor-parallel group."""
+    """Return the largest logit difference against one rank, or one tensor-parallel group for an `inexact` target."""
     import torch
 
     from longctx.infer.engine import load_alone

@@ -28,7 +28,7 @@ class ModelsSettings:
 
 @dataclass(frozen=True)
 class FamilyRow:
-    """A model type, models of it, its features, and whether its blocks can drop a reduction ("exact", or why not)."""
+    """A model type, examples of it, its features, and whether its blocks can drop a reduction ("exact", or why not)."""
 
     model_type: str
     examples: str

@@ -95,7 +95,7 @@ def resolve_plan_job(config: DictConfig) -> PlanJob:
 def refuse_no_plan(plans: Sequence[Plan]) -> None:
     """Raise ValueError if none of ``plans`` is feasible, with the reasons of two meshes.
 
-    These are the mesh that needs the least memory among those that only a limit refuses, and the fastest mesh.
+    The first needs the least memory of the meshes that only a limit refuses; the second is the fastest.
     """
     if plans[0].refused is None:
         return

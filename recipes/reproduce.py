@@ -91,7 +91,7 @@ def _unused_folder(folder: Path) -> Path:
 def reproduce(runs: Sequence[str]) -> None:
     """Run each of ``runs`` again and compare; exit with code 1 if the results of any of them differ."""
     if not runs:
-        raise ValueError("give a run: python -m recipes.reproduce DIR")
+        raise ValueError("no run is given: use python -m recipes.reproduce DIR")
     same = [_reproduce(run) for run in runs]
     if not all(same):
         sys.exit(1)
@@ -104,7 +104,7 @@ def _reproduce(run: str) -> bool:
     before, after = settings_of(run), settings_of(new)
     if changed := differing_names([before, after]):
         console.print(f"changed since: {', '.join(changed)}")
-    # Results repeat settings.  Those that the run's version did not have are not figures of that run.
+    # Results also contain settings.  A setting that the run's version did not have is none of its figures.
     names = [name for name in {**was, **now} if not is_measured(name) and (name in before or name not in after)]
     differ = [name for name in names if not agree(was.get(name), now.get(name), WITHIN)]
     shown = differ or [name for name in names if not isinstance(was.get(name), list)]

@@ -63,14 +63,14 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
-            raise ValueError(f"port={self.port}: use 1 to {2**16 - 1}, or 0 for a free one")
+            raise ValueError(f"port={self.port} is not a port: use 1 to {2**16 - 1}, or 0 for a free one")
 
 
 @dataclass(frozen=True)
 class PrefixSettings:
     """Settings of the section ``cache``: GB on each rank for shared prefixes of prompts, and tokens per page.
 
-    ``save`` is a folder that has the same pages for the next server.
+    ``save`` is a folder that keeps these pages for the next server.
     """
 
     gb: NonNegativeFloat = 1.0
@@ -91,7 +91,7 @@ class PrefixSettings:
 class ServeJob:
     """Inputs of every rank: plain values, checked before any rank starts.
 
-    ``origin`` is that of saved pages; None if they are in memory only.
+    ``origin`` says which model, dtype, mesh and page size the saved pages are for (None: no page is saved).
     """
 
     target: Target
@@ -102,7 +102,7 @@ class ServeJob:
     origin: PageOrigin | None = None
 
     def one_rank(self, rank: Rank) -> OneRank:
-        """Return when one ring rank prefills, with the threads of all if they are on one machine."""
+        """Return the rule by which one ring rank runs a pass alone; on one CPU machine it gets the threads of all."""
         from longctx.serve.one_rank import OneRank
 
         lends = rank.local_world_size == rank.world_size and self.target.run.device == "cpu"
@@ -229,9 +229,9 @@ def run_rank(rank: Rank, job: ServeJob) -> None:
 
 
 def speak(session: Session, runtime: Runtime, job: ServeJob, stop: StopRequest, files: PageFiles | None) -> None:
-    """Answer the clients on the first rank, until a request to stop; then answer what is open.
+    """Answer the clients on the first rank until a request to stop; then finish the open answers.
 
-    ``files`` are those of its saved pages.
+    ``files`` stores pages on disk (None: no page is saved).
     """
     from longctx.serve.app import Front, make_app
     from longctx.serve.http import serve
@@ -272,7 +272,7 @@ def stop_on_sigterm() -> None:
 
 @contextmanager
 def hold_pages(job: ServeJob) -> Iterator[None]:
-    """Keep other servers from the folder of saved pages during the block.  Raises ValueError if one has it."""
+    """Keep other servers from the folder of saved pages during the block.  Raises ValueError if one uses it."""
     from longctx.serve.page_folder import write_origin
 
     if job.origin is None or job.cache.folder is None:

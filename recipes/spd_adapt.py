@@ -64,7 +64,7 @@ def run_rank(rank: Rank, job: AdaptJob) -> AdaptResult | None:
         joint = adaptation.distill_jointly(adaptation.select_blocks(blocks))
         if joint is None:
             return None
-        # 5. Measure what an average hides: beginnings, the worst sequence, copying.
+        # 5. Measure what an average hides: first tokens, the worst sequence, copying.
         figures = [] if job.repair.guard == "off" else measure_guards(adaptation, joint)
     return AdaptResult(sensitivities, joint, figures)
 
@@ -96,7 +96,7 @@ class AdaptJob(RepairJob):
 
 @dataclass(frozen=True)
 class AdaptResult:
-    """Results of steps 1 to 5: ``joint.alone`` has the blocks that drop."""
+    """Results of steps 1 to 5: the keys of ``joint.alone`` are the blocks that drop."""
 
     sensitivities: Sensitivities
     joint: JointResult
@@ -107,8 +107,8 @@ class AdaptResult:
 class DroppedBlock:
     """A block that drops its reduction: its class and sensitivity, and how well it was repaired.
 
-    ``errors`` are relative squared errors of the block's output (`ERRORS`).  ``divergence`` (nats per token) is that of
-    predictions on held-out text where this block alone drops.
+    ``errors`` are relative squared errors of the block's output (`ERRORS`).  ``divergence`` is the KL divergence of the
+    predictions on held-out text (nats per token) if only this block drops.
     """
 
     block: int
@@ -131,7 +131,7 @@ def prepare(config: DictConfig) -> AdaptJob:
     sensitivity = spd_sensitivity.prepare(config, RECIPE)
     target, out = sensitivity.target, sensitivity.out
     refuse_unfit_target(target, out, spd.budget, repair, joint)
-    # 2. Text.  Joint distillation reads on where repair stopped, then starts again, without the held-out sequences.
+    # 2. Text.  Joint distillation takes the sequences after repair's and the held-out ones, then repair's, and so on.
     repair_config = OmegaConf.merge(config, {"data": {"length": repair.length}})
     assert isinstance(repair_config, DictConfig)
     first_joint, joint_count = repair.sequences + repair.held_out, joint.steps * joint.batch
@@ -210,7 +210,7 @@ def refuse_other_run(job: AdaptJob) -> None:
         before = json.loads(job.about_file.read_text())
         if changed := changed_keys(before, job.about):
             raise ValueError(
-                f"{job.about_file.parent} has blocks made with another {', '.join(changed)}: use another out="
+                f"{job.about_file.parent} has blocks made with other values of {', '.join(changed)}: use another out="
             )
     place, _ = checkpoint_index.latest_whole(job.joint_folder)
     if place and job.joint.steps:
@@ -221,7 +221,7 @@ def refuse_other_run(job: AdaptJob) -> None:
             if key in job.about_joint
         ]
         if changed:
-            raise ValueError(f"{place} was trained with another {', '.join(changed)}: use another out=")
+            raise ValueError(f"{place} was trained with other values of {', '.join(changed)}: use another out=")
 
 
 def has_blocks(job: AdaptJob) -> bool:

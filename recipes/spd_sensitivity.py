@@ -89,13 +89,13 @@ class SensitivityJob:
 
     @property
     def chunks(self) -> int:
-        """Number of chunks of the text."""
+        """Number of chunks, of ``chunk`` sequences each, in which the text is measured."""
         return -(-len(self.text) // self.chunk)
 
 
 @dataclass(frozen=True)
 class BlockSensitivity:
-    """Perplexity with a block and all later ones dropped; ``score`` is its rise over only the later ones dropped."""
+    """``perplexity`` with this and all later blocks dropped; ``score``: its rise over dropping only the later ones."""
 
     score: float
     block_class: BlockClass

@@ -45,7 +45,7 @@ def refuse_unfit_cluster(plan: JobPlan) -> None:
 
 
 def _partition_of(name: str | None) -> Partition:
-    """The partition ``name``, or the cluster's default.  Raises ValueError if it does not exist."""
+    """Return the partition ``name``, or the cluster's default.  Raises ValueError if it does not exist."""
     existing = partitions()
     for partition in existing:
         if partition.default if name is None else partition.name == name:
@@ -74,7 +74,7 @@ def partitions() -> list[Partition]:
 
 
 def _gpus(gres: str) -> int:
-    """The number of GPUs in sinfo's ``gpu:h100:8(S:0-1),nvme:1``: 8."""
+    """Return the number of GPUs in sinfo's ``gpu:h100:8(S:0-1),nvme:1``: 8."""
     resources = [item.partition("(")[0].split(":") for item in gres.split(",") if item.startswith("gpu")]
     return sum(int(fields[-1]) for fields in resources if fields[-1].isdigit())
 
@@ -95,7 +95,7 @@ def cancel(jobs: Sequence[int]) -> None:
 
 
 def is_active(job: int) -> bool:
-    """Return True if ``job`` waits or runs; Slurm forgets jobs some time after their end.
+    """Return True if ``job`` waits or runs.
 
     Raises ValueError if squeue fails for another reason.
     """
@@ -110,13 +110,13 @@ def is_active(job: int) -> bool:
 
 
 def _run(*command: str) -> str:
-    """The output of a Slurm command.  Raises ValueError, with its errors, if it fails."""
+    """Return the output of a Slurm command.  Raises ValueError, with its errors, if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ValueError(f"Slurm refuses: {_errors(done.stderr)}")
+        raise ValueError(f"Slurm refuses: {_errors(done.stderr)}; change what this names")
     return done.stdout
 
 
 def _errors(stderr: str) -> str:
-    """The errors that a Slurm command printed, in one line."""
+    """Return the errors that a Slurm command printed, in one line."""
     return "; ".join(line.partition("error: ")[2] or line for line in stderr.splitlines() if line.strip())

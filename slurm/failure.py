@@ -46,7 +46,7 @@ def _is_signal(code: int) -> bool:
 
 
 def _blame_order(code: int) -> int:
-    """0 for a killed rank, 1 for a failed one, 2 for SIGTERM, which srun sends to the others after a failure."""
+    """Return 0 for a killed rank, 1 for a failed one, 2 for SIGTERM, which srun sends to the others after a failure."""
     return 2 if code == 128 + signal.SIGTERM else 0 if _is_signal(code) else 1
 
 
@@ -68,7 +68,7 @@ def report(run: Path, code: int) -> str:
 
 
 def _last_lines(file: Path, count: int) -> str:
-    """The last ``count`` lines of ``file``, indented, without empty lines and `NOISE`; empty if there is no file."""
+    """Return the last ``count`` lines of ``file``, indented, without empty lines and `NOISE`; empty without a file."""
     lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
     shown = [line for line in lines if line.strip() and not line.startswith(NOISE)]
     return "\n".join(f"  {line}" for line in shown[-count:])

@@ -43,7 +43,7 @@ def _copy_source(code: Path) -> None:
 
 
 def _source_files() -> list[str]:
-    """Paths below the project's root of all tracked files, and of untracked source files that git does not ignore."""
+    """Return the relative paths of all tracked files, and of untracked source files that git does not ignore."""
     tracked, untracked = _git_files("--cached"), _git_files("--others", "--exclude-standard")
     if not tracked:  # an installed copy, without git
         return [str(path.relative_to(ROOT)) for top in ("longctx", "recipes", "slurm", "eval", "configs")
@@ -53,7 +53,7 @@ def _source_files() -> list[str]:
 
 
 def _git_files(*options: str) -> list[str]:
-    """Paths that ``git ls-files`` lists with ``options``; none for an installed copy, which may lie in a checkout."""
+    """Return the paths that ``git ls-files`` lists; none for an installed copy, even inside a checkout."""
     if not is_checkout(ROOT):
         return []
     command = ["git", "-C", str(ROOT), "ls-files", "-z", *options]

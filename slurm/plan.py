@@ -133,13 +133,13 @@ def _exists(module: str) -> bool:
 
 
 def _recipe_names() -> list[str]:
-    """Names of the recipes that define ``prepare``, found without importing them."""
+    """Return the names of the recipes that define ``prepare``, found without importing them."""
     sources = Path(str(import_module("recipes").__file__)).parent.glob("*.py")
     return sorted([*_OUTSIDE_RECIPES, *(path.stem for path in sources if "\ndef prepare(" in path.read_text())])
 
 
 def _with_example(config_name: str, words: Sequence[str]) -> list[str]:
-    """``words``, with an example prompt for recipe=generate without one, so that a first job needs no text."""
+    """Return ``words``; recipe=generate without a prompt gets an example, so that a first job needs no text."""
     if config_name != "generate" or any(re.match(r"prompt|experiment", word) for word in words):
         return list(words)
     say(f"no prompt is given: {_EXAMPLE}")
@@ -168,7 +168,7 @@ def _parse(config_name: str, word: str) -> Override:
 
 
 def _job_folder(settings: SubmitSettings, config_name: str, shared: Sequence[str]) -> Path:
-    """The job's folder: ``folder``, the recipe's ``out`` if that is one folder, or a new one below outputs/slurm."""
+    """Return the job's folder: ``folder``, the recipe's ``out`` if it is one folder, or a new one in outputs/slurm."""
     if settings.folder:
         return absolute(settings.folder)
     for word in shared:
@@ -183,9 +183,8 @@ def _tasks(
 ) -> Iterator[ArrayTask]:
     """Yield every run of the sweep, or the only run.
 
-    ``out`` becomes absolute.  If it is not given, it is the job's folder for a recipe that writes a folder, and
-    result.json in the job's folder for a recipe that writes a file.  In a sweep each run's number is added to ``out``,
-    unless the sweep lists an ``out`` for each run.
+    ``out`` becomes absolute.  The default is the job's folder, or result.json in it for a recipe that writes a file.
+    In a sweep each run's number is added to ``out``, unless the sweep lists an ``out`` for each run.
     """
     for number, own in enumerate(sweep or [[]]):
         config = compose_config(config_name, [*as_overrides(config_name, shared, say), *own])

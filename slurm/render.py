@@ -74,7 +74,7 @@ def _quote_value(option: str) -> str:
 
 
 def _settings_lines(plan: JobPlan) -> str:
-    """Shell lines that put the recipe's settings into the array ``words``, and each task's folder into ``run``."""
+    """Return shell lines that put the recipe's settings into the array ``words``, and a task's folder into ``run``."""
     only_run = () if plan.is_array else plan.tasks[0].words
     lines = ["words=(", *(f"  {shlex.quote(word)}" for word in (*plan.words, *only_run)), ")"]
     if plan.is_array:
@@ -86,7 +86,7 @@ def _settings_lines(plan: JobPlan) -> str:
 
 
 def _srun_command(plan: JobPlan) -> str:
-    """srun with one task per rank.
+    """Return the srun command, with one task per rank.
 
     Ranks are numbered node by node, in Slurm's order of nodes, so that ranks next to each other on the mesh's first
     axis share a node.

@@ -64,9 +64,13 @@ class SubmitSettings:
 
     def __post_init__(self) -> None:
         if bool(self.recipe) == bool(self.pipeline):
-            raise ValueError("give either recipe=NAME (recipe=generate, recipe=pretrain, ...) or pipeline=FILE.yaml")
+            raise ValueError(
+                "exactly one of recipe and pipeline must be set: use recipe=NAME (generate, ...) or pipeline=FILE.yaml"
+            )
         if not seconds_of(str(self.time)):
-            raise ValueError(f"time={self.time}: use minutes, hours:minutes:seconds or days-hours:minutes:seconds")
+            raise ValueError(
+                f"time={self.time} is not a time: use minutes, hours:minutes:seconds or days-hours:minutes:seconds"
+            )
         if self.warning and self.warning >= seconds_of(str(self.time)):
             raise ValueError(
                 f"warning={self.warning} is not before the end of time={self.time}: use less than "
@@ -120,7 +124,7 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _rename_folder(word: str) -> str:
-    """``run=DIR``, the old name of ``folder=DIR``, renamed; ``run=gpu`` is a choice of the recipe's group `run`."""
+    """Rename ``run=DIR``, the old name of ``folder=DIR``; ``run=gpu`` is a choice of the recipe's group `run`."""
     key, equals, value = word.partition("=")
     if key != "run" or not equals or set(value.split(",")) <= set(choices("run")):
         return word
@@ -135,7 +139,7 @@ def read_settings(words: Sequence[str]) -> tuple[SubmitSettings, Launcher]:
     """
     config = compose_config("submit", as_overrides("submit", [_quote_free_text(word) for word in words], say))
     settings, launcher = top_level(config, SubmitSettings), section(config, "launcher", Launcher)
-    # ``setup`` are lines of shell, which a line break may join.
+    # Each entry of ``setup`` is shell code, which may have line breaks.
     own = {f"launcher.{name}": value for name, value in vars(launcher).items() if name != "setup"}
     for name, value in {**vars(settings), **own}.items():
         for text in value if isinstance(value, tuple) else (value,):
@@ -150,7 +154,7 @@ def refuse_line_breaks(name: str, text: str) -> None:
 
 
 def _quote_free_text(word: str) -> str:
-    """``word`` with its value in quotes if it may hold commas, spaces and parentheses, which Hydra would interpret."""
+    """Return ``word``, with its value in quotes if it may hold commas or parentheses, which Hydra would interpret."""
     key, _, value = word.partition("=")
     return f"{key}={quote(value)}" if key in _FREE_TEXT and value not in ("", "null") else word
 

@@ -67,7 +67,7 @@ def make_plans(words: Sequence[str]) -> list[JobPlan]:
 
 
 def _pipeline_plans(file: str, shared: Sequence[str]) -> list[JobPlan]:
-    """The jobs of a pipeline, each after the one before; ``shared`` are slurm.submit's settings for all of them."""
+    """Return the jobs of a pipeline, each after the one before; ``shared`` are slurm.submit's settings for all."""
     plans: list[JobPlan] = []
     for line in read_pipeline(file):
         own, recipe_words = split_words(line)

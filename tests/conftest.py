@@ -70,7 +70,7 @@ LONG = (
 )
 
 
-# Files without the check of signatures, which took longer than their many calls.  The functions that they call are
+# Files in which signatures are not checked: checking took longer than the many calls.  The functions that they call are
 # checked in other files.
 UNCHECKED = ("parallel/test_drift.py", "parallel/test_ring.py", "parallel/test_table.py")
 
@@ -169,7 +169,7 @@ def pytest_report_header() -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-table", action="store_true", help="write the table of longctx/attention/README.md anew")
+    parser.addoption("--write-table", action="store_true", help="rewrite the table of longctx/attention/README.md")
     parser.addoption(
         "--prompt-tokens", type=int, default=503, help="prompt tokens in the parity tests (docs/results reports 2003)"
     )

@@ -61,7 +61,7 @@ def gradients(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dout: Tensor) -> tu
 
 
 def assert_close(actual: Tensor, exact: Tensor, tolerance: float) -> None:
-    """Assert that the norm of the difference is at most ``tolerance`` times the exact norm, or times 1 if that is less.
+    """Assert that the norm of the difference is at most ``tolerance`` times the larger of the exact norm and 1.
 
     Inputs have unit scale.  A gradient that is 0 everywhere (rows that see a single key) is the remainder of terms of
     unit scale that cancel, one per element.  Its scale is therefore the norm of a tensor of ones of its shape.

@@ -25,14 +25,14 @@ def figures(step: int) -> dict[str, float | None]:
 
 
 def lines(folder: Path, name: str = "metrics") -> list[dict]:
-    """The objects of ``folder``/``name``.jsonl; fails on NaN and infinity, which JSON lacks."""
+    """Return the objects of ``folder``/``name``.jsonl; fails on NaN and infinity, which JSON lacks."""
     text = (folder / f"{name}.jsonl").read_text()
     assert text.endswith("\n") or not text
     return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
 
 
 def start(folder: Path, track: Track = NONE, **more) -> tuple[Tracker, str | None, list[str]]:
-    """A tracker on the first rank, its run id, and the list that its messages are appended to."""
+    """Return a tracker on the first rank, its run id, and the list that its messages are appended to."""
     messages: list[str] = []
     tracker, run_id = start_tracking(track, folder, CONFIG, first=True, say=messages.append, **more)
     return tracker, run_id, messages
@@ -59,7 +59,7 @@ def tear_down_wandb() -> None:
 
 
 def records(folder: Path) -> list[dict]:
-    """All records of the single W&B run in ``folder``, as read by W&B's own command."""
+    """Return all records of the single W&B run in ``folder``, as read by W&B's own command."""
     (file,) = folder.glob("run-*.wandb")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -14,7 +14,7 @@ def gather_answers(
 ) -> tuple[dict[str, Answer], int]:
     """Return all ranks' ``answers`` by key, in rank order, and the sum of their ``tokens``; every rank must call this.
 
-    Numbers travel as text, in which Python writes every digit that counts.  Raises `LostPeer` if a rank has gone.
+    Numbers travel as JSON text, which keeps every digit of a float.  Raises `LostPeer` if a rank has gone.
     """
     text = json.dumps([answers, tokens]).encode()
     mine = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)

@@ -40,7 +40,7 @@ def generate_texts(
 
 
 def has_ended(engine: Engine, tokenizer: PreTrainedTokenizerBase, request: Continue, new_tokens: Sequence[int]) -> bool:
-    """Return whether ``new_tokens`` reach the request's limit, an end token, or a text of ``until``."""
+    """Return whether ``new_tokens`` reach the request's limit, or contain an end token or a text of ``until``."""
     if len(new_tokens) >= request.max_new_tokens or new_tokens[-1] in engine.shape.end_tokens:
         return True
     text = tokenizer.decode(new_tokens)  # with special tokens, since ``until`` may name one

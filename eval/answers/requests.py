@@ -45,9 +45,10 @@ Answer = tuple[float, bool] | str
 
 
 def key(request: Request) -> str:
-    """Digest of everything in ``request`` that its answer depends on; ``question`` does not count.
+    """Return a digest of the fields of ``request`` that its answer depends on: all but ``question``.
 
-    Stored answers are found by it, so it must not change: it hashes class names and field values, not field names.
+    Stored answers are found by this digest, so it must not change between releases.  It therefore hashes the class's
+    name and the values of the fields, not their names.
     """
     if isinstance(request, Score):
         values: list[object] = [request.tokens, request.begin]

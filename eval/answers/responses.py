@@ -12,9 +12,10 @@ from longctx.checksum import KEY, has_valid_checksum, with_checksum
 
 
 class Entry(TypedDict, total=False):
-    """A line of the file: an ``answer`` by its request's ``key``, or the cost of the answers before it.
+    """A line of the file: one ``answer`` with its request's ``key``, or what the answers above it cost.
 
-    A written line also has ``crc32``, the checksum of its other keys.
+    The cost is ``tokens`` and ``seconds`` of a number of ``requests``.  A written line also has ``crc32``, the checksum
+    of its other keys.
     """
 
     key: str
@@ -30,9 +31,9 @@ class Entry(TypedDict, total=False):
 class StoredAnswers:
     """The content of a file of answers.
 
-    ``answers``: by the key of their request.  ``commits``: of the source code that computed them.
-    ``corrupt``: names of lines that are cut off or whose checksum does not match; ``answers`` lacks theirs.
-    ``requests`` were answered with ``tokens`` in ``seconds``; generated texts count in none of the three.
+    ``answers`` maps a request's key to its answer.  ``commits`` are those of the source code that computed the answers.
+    ``corrupt`` names the lines that are cut off or have a wrong checksum; ``answers`` lacks their answers.
+    ``requests`` requests took ``tokens`` tokens and ``seconds`` seconds; generated texts count in none of the three.
     """
 
     answers: dict[str, Answer] = field(default_factory=dict)

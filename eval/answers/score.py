@@ -1,7 +1,8 @@
 """Log-probabilities of many continuations at once, on any mesh; every rank makes the same calls.
 
 Example: a question of 100 tokens with four choices of 5 tokens takes 100 + 4 x 4 rows, not 4 x 104.
-The prefix is run once, then the choices attend to its keys and values; the last token of a choice predicts nothing.
+The prefix is run once, then the choices attend to its keys and values; the last token of a choice is
+not run, because it predicts nothing.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,7 +59,7 @@ def group_by_prefix(requests: Sequence[Score]) -> list[PrefixGroup]:
 
 def _make_group(requests: Sequence[Score]) -> PrefixGroup:
     inputs = sorted({request.tokens[:-1] for request in requests})
-    first, last = inputs[0], inputs[-1]  # these two share exactly what all share
+    first, last = inputs[0], inputs[-1]  # sorted: a prefix of these two is a prefix of all
     common = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     branches = tuple(one[common:] for one in inputs if len(one) > common)
     return PrefixGroup(first[:common], branches, tuple(requests))
@@ -129,7 +130,7 @@ def _run_and_score(
     caches: Sequence[Cache],
     wanted: Sequence[Prediction],
 ) -> Mapping[Prediction, LogProb]:
-    """Run ``documents``, packed, each after the content of its cache; return the predictions in ``wanted``."""
+    """Run ``documents``, packed, each after the content of its cache; return log-probabilities of ``wanted``."""
     lengths = [len(document) for document in documents]
     layout = shard_balanced(lengths, LAYOUTS[context.layout], [0] * engine.ring.size).split(engine.ulysses.size)
     packed = torch.tensor([token for document in documents for token in document])
@@ -147,7 +148,7 @@ def _gather_log_probs(
 
     Each rank computes those of the rows that it holds; one all-gather gives them to all.
     """
-    # 1. The entries of ``rows`` that each rank holds, and the places of this rank's in ``hidden``.
+    # 1. Find the entries of ``rows`` that each rank holds; for this rank, also their rows of ``hidden``.
     entries_per_rank, mine = [], []
     for rank in range(engine.ranks):
         local_rows = {row: at for at, row in enumerate(layout.index(rank).tolist())}

@@ -1,7 +1,7 @@
-"""The ranks' part of an evaluation: they answer the requests, and the first one stores the answers.
+"""The ranks' part of an evaluation: they answer the requests, and rank 0 stores the answers.
 
-The ranks that share a model answer a batch together.  With mesh.dp=2 there are two such groups, which take turns: the
-batches are those of mesh.dp=1, and the answers are stored in the same order.
+The ranks that share a model answer a batch together.  With mesh.dp=2, two such groups answer batches in turn.  The
+batches, and the order of the stored answers, are as with mesh.dp=1.
 """
 
 import math
@@ -30,8 +30,8 @@ Batch = TypeVar("Batch")
 class EvalWork:
     """The inputs of every rank: plain values, checked before any rank starts.
 
-    ``name`` is shown as progress; answers are appended to ``file``.
-    At most ``max_batch_tokens`` tokens are run at once, or one question if it is longer.
+    ``name`` labels the progress bar; answers are appended to ``file``.
+    At most ``max_batch_tokens`` tokens are run at once; a longer question is run alone.
     """
 
     name: str
@@ -42,7 +42,7 @@ class EvalWork:
 
 
 def run_rank(rank: Rank, work: EvalWork) -> bool:
-    """Answer the requests on one rank; return whether it was asked to stop before the end."""
+    """Answer the requests, append the answers to ``work.file``; return whether the run was asked to stop early."""
     stop, target, is_first = StopRequest(), work.variant.target, rank.rank == 0
     commit = commit_of(ROOT) if is_first else ""
     with target.runtime(rank) as runtime, Progress(shown=is_first) as progress:
@@ -69,7 +69,7 @@ def run_rank(rank: Rank, work: EvalWork) -> bool:
 
 
 def _of_all_groups(runtime: Runtime, answers: dict[str, Answer], tokens: int) -> tuple[dict[str, Answer], int]:
-    """Return the answers and tokens of all data-parallel groups; the ranks of each group have the same ones."""
+    """Return the answers and tokens of all data-parallel groups; all ranks of a group pass the same values."""
     mesh = runtime.mesh
     if mesh.dp == 1:
         return answers, tokens
@@ -80,8 +80,8 @@ def _of_all_groups(runtime: Runtime, answers: dict[str, Answer], tokens: int) ->
 def answer_requests(engine: Engine, work: EvalWork, dp_rank: int = 0) -> Iterator[tuple[Answered, int]]:
     """Yield answers in batches, the longest requests first, and the tokens that were run for each batch.
 
-    Data-parallel rank ``dp_rank`` of n takes its batch of every n consecutive ones.  All ranks yield equally often: a
-    rank for which no batch is left yields no answers.
+    Data-parallel rank r of n (``dp_rank``) answers batches r, r + n, r + 2n, ...  All ranks yield equally often: a rank
+    for which no batch is left yields no answers.
     Generated text reports 0 tokens: its length varies by variant and would distort throughput.
     """
     from eval.answers.generate import generate_texts
@@ -104,7 +104,7 @@ def answer_requests(engine: Engine, work: EvalWork, dp_rank: int = 0) -> Iterato
 
 
 def _own_batches(batches: Iterable[list[Batch]], dp_rank: int, dp_size: int) -> Iterator[list[Batch]]:
-    """Yield the batch of ``dp_rank`` in each round of ``dp_size`` consecutive ones; an empty one if it has none."""
+    """Yield every ``dp_size``-th batch, from batch ``dp_rank`` on; an empty one if the last round has none."""
     in_order = list(batches)
     for first in range(0, len(in_order), dp_size):
         yield in_order[first + dp_rank] if first + dp_rank < len(in_order) else []
@@ -120,7 +120,7 @@ def refuse_not_finite(work: EvalWork, values: Sequence[float]) -> None:
 
 
 def _make_text_batches(requests: Sequence[Continue], max_tokens: int) -> Iterator[list[Continue]]:
-    """Yield prompts in batches of at most ``max_tokens`` tokens with their answers, the longest prompts first."""
+    """Yield batches of at most ``max_tokens`` tokens, answers included, or of one request; longest prompts first."""
     remaining = sorted(requests, key=lambda request: -len(request.tokens))
     while remaining:
         batch: list[Continue] = []

@@ -17,15 +17,15 @@ from eval.harness.ruler_fillers import Filler, RulerExample
 if TYPE_CHECKING:
     from eval.harness.ruler_fillers import RulerSource
 
-_HIDDEN = 4  # facts in a text, about one person each: naming any of them is right in a quarter of cases
+_HIDDEN = 4  # facts in a text, each about one person: a guess is right in a quarter of cases
 
 
 @dataclass(frozen=True)
 class Association:
-    """A fact about a person, and what follows from it: ``asked`` are the ends of the question ``frame``.
+    """A fact about a person, and the questions that it answers.
 
-    ``fact`` is a format string: {} becomes the person's name.  Example: fact "{} sees the Louvre from her desk.", frame
-    "lives in", asked ("Paris", "France"); a question is which person lives in Paris.
+    ``fact`` is a format string: {} becomes the person's name.  A question is "Which person", then ``frame``, then one
+    of ``asked``.  Example: fact "{} sees the Louvre from her desk.", frame "lives in", asked ("Paris", "France").
     """
 
     fact: str
@@ -83,7 +83,7 @@ NAMES = (
 def association_filler(source: RulerSource) -> Filler:
     """Return the filler of ``association``: a stretch of the text with four facts about four people.
 
-    Only names, and ends of questions, that do not occur in the text are used.
+    It uses only names and ends of questions that do not occur in the text.
     Raises ValueError if fewer than four names or facts are left.
     """
     seen = set(re.findall(r"\w+", " ".join(source.words).lower()))
@@ -109,7 +109,7 @@ def _is_in(end: str, seen: Collection[str]) -> bool:
 
 
 def _insert(facts: Sequence[str], words: Sequence[str], size: int) -> str:
-    """Return ``size`` of the ``words``, from a random one on and as in a circle, with facts after random sentences."""
+    """Return ``size`` words from a random one on, wrapping at the end, with ``facts`` after random sentences."""
     first = random.randrange(len(words))
     stretch = [words[(first + i) % len(words)] for i in range(size)]
     ends = [0, *(i for i, word in enumerate(stretch, 1) if word.endswith((".", "!", "?")))]

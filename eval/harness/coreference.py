@@ -1,4 +1,4 @@
-"""A task of many similar turns, one of which is asked back, in the manner of MRCR (arXiv 2409.12640).
+"""A task of many similar turns, one of which must be repeated, in the manner of MRCR (arXiv 2409.12640).
 
 Example: a conversation has four answers for a song about rivers among many others; the model must repeat the third.
 """

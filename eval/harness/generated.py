@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from eval.harness.tasks import Task
 
 GENERATED = (*LONG, *SIZED)
-# Tasks of which each example asks for one fact, in a text that does not repeat it.
+# Tasks whose examples ask for one fact that occurs once in the text.
 _NEEDLES = (
     "needle",
     "multikey",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Scores for requests to score, texts for requests to continue; no call of lm-eval mixes the two.
 Answerer = Callable[[Sequence[Request]], Sequence[Any]]
 _DEFAULT_NEW_TOKENS = 256  # limit of a generated answer if the task gives none: lm-eval's default
-# Tasks whose long texts lose their middle, as their authors publish results; others lose their beginning.
+# Tasks whose long texts lose their middle, as in their authors' results; others lose their beginning.
 _CUT_IN_THE_MIDDLE = ("longbench2", "infinitebench_")
 _TEXT_SEPARATOR = "<|endoftext|>"
 
@@ -70,8 +70,8 @@ class EngineLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """Return the tokens of ``string``.
 
-        By default the tokenizer adds its first token unless the text begins with it, as in lm-eval's ``hf`` model.  A
-        chat template may write it.
+        By default the tokenizer adds its first token (BOS), as in lm-eval's ``hf`` model.  A text that already begins
+        with that token, such as one that a chat template wrote, gets no second one.
         """
         if add_special_tokens is None:
             first = self.tokenizer.bos_token or self._prefix_text
@@ -156,7 +156,7 @@ class EngineLM(TemplateLM):
         if new_tokens >= self.max_length:
             raise ValueError(
                 f"eval.max_length={self.max_length} has no room for an answer of {new_tokens} tokens: "
-                f"use more than {new_tokens}"
+                f"use eval.max_length above {new_tokens}"
             )
         tokens = self._cut(self.tok_encode(context), self.max_length - new_tokens, middle=middle)
         ends = (until,) if isinstance(until, str) else tuple(filter(None, until))
@@ -166,8 +166,9 @@ class EngineLM(TemplateLM):
 def render_chat(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = True
 ) -> str:
-    """Return ``messages`` in the model's chat template, up to where the next answer begins or goes on.
+    """Return ``messages`` in the model's chat template, up to where the next answer begins.
 
+    Without ``add_generation_prompt``, the last message is left open, to be continued.
     As in lm-eval, system messages are left out if the template refuses them.  Raises ValueError if it still refuses.
     """
     render = partial(
@@ -182,7 +183,7 @@ def render_chat(
         try:
             return str(render([message for message in messages if message["role"] != "system"]))
         except TemplateError as error:
-            raise ValueError(f"the chat template refuses its messages ({error}): use eval.chat=false") from error
+            raise ValueError(f"the chat template refuses the task's messages ({error}): use eval.chat=false") from error
 
 
 def chat_template_for(tokenizer: PreTrainedTokenizerBase, model: str, tasks: Sequence[str]) -> Callable[..., str]:
@@ -197,7 +198,7 @@ def chat_template_for(tokenizer: PreTrainedTokenizerBase, model: str, tasks: Seq
         )
     if sized := {*GENERATED}.intersection(tasks):
         raise ValueError(
-            f"eval.chat=true: {min(sized)} sizes its texts without a chat template; leave it out, or use "
+            f"eval.chat=true: {min(sized)} sizes its texts without a chat template; leave that task out, or use "
             "eval.chat=false"
         )
     return partial(render_chat, tokenizer)

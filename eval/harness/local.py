@@ -45,7 +45,7 @@ class LocalTask:
     """A benchmark whose rows come from a file.
 
     ``config_file`` is lm-eval's configuration of the task, relative to its folder of tasks; ``changes`` override
-    fields of it.  ``file`` is relative to the folder of data.  ``convert`` turns a record of the file into a row.
+    some of its fields.  ``file`` is relative to the folder of data.  ``convert`` turns a record of the file into a row.
     With ``sorted``, the file is sorted by subject: its rows are shuffled with a fixed seed, so that the first rows
     cover all subjects.
     """

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from eval.harness.tasks import Task
 
 _ANSWER_TOKENS = 48
-_QUESTION_TOKENS = 64  # first estimate of what facts and question take of the length
+_QUESTION_TOKENS = 64  # first estimate of the tokens of the facts and the question
 Random = np.random.Generator
 
 
@@ -138,14 +138,16 @@ def _long_qa(random: Random, text: LongText, room: int) -> tuple[str, Sequence[s
 
 
 def _choose_stretch(random: Random, text: LongText, room: int) -> list[str]:
-    """Return consecutive sentences from a random one on, of ``room`` tokens together or slightly more.
+    """Return consecutive sentences from a random place, with ``room`` tokens in total or slightly more.
 
     Raises ValueError if the text is shorter than that.
     """
     total = np.cumsum(text.tokens)
     starts = np.flatnonzero(total[-1] - total >= room)
     if not len(starts):
-        raise ValueError(f"eval.text has {total[-1]:,} tokens: ask for shorter eval.lengths, or give a longer text")
+        raise ValueError(
+            f"eval.text has {total[-1]:,} tokens, too few for eval.lengths: use shorter ones, or give a longer text"
+        )
     first = int(random.choice(starts))
     end = int(np.searchsorted(total, total[first] + room)) + 1
     return list(text.sentences[first + 1 : end])

@@ -22,7 +22,7 @@ def longbench2_row(record: Mapping[str, object]) -> Mapping[str, object]:
     """
     _check_fields(record, _LONGBENCH2)
     if record["answer"] not in tuple(_LETTERS):
-        raise ValueError(f"its field answer is {record['answer']!r}, not one of A, B, C, D")
+        raise ValueError(f"field answer is {record['answer']!r}, not one of A, B, C, D")
     return {
         "context": record["context"],
         "question": record["question"],
@@ -39,9 +39,9 @@ def infinitebench_row(record: Mapping[str, Any]) -> Mapping[str, Any]:
     _check_fields(record, _INFINITEBENCH)
     answers, options = record["answer"], record["options"]
     if not answers or not all(isinstance(one, str | int | float) for one in answers):
-        raise ValueError(f"its field answer is {answers!r}, not a list of texts or numbers")
+        raise ValueError(f"field answer is {answers!r}, not a list of texts or numbers")
     if not all(isinstance(one, str) for one in options):
-        raise ValueError(f"its field options is {options!r}, not a list of texts")
+        raise ValueError(f"field options is {options!r}, not a list of texts")
     return {
         "id": record["id"],
         "context": record["context"],
@@ -59,17 +59,17 @@ def infinitebench_choice_row(record: Mapping[str, Any]) -> Mapping[str, Any]:
     row = infinitebench_row(record)
     answer, options = row["answer"][0], row["options"]
     if len(options) != len(_LETTERS):
-        raise ValueError(f"its field options has {len(options)} entries, not 4")
+        raise ValueError(f"field options has {len(options)} entries, not 4")
     if answer.strip() not in [one.strip() for one in options]:
-        raise ValueError(f"its field answer begins with {answer!r}, which is none of its options")
+        raise ValueError(f"field answer begins with {answer!r}, which is not one of the options")
     return row
 
 
 def _check_fields(record: Mapping[str, object], kinds: Mapping[str, type]) -> None:
     for name, kind in kinds.items():
         if name not in record:
-            raise ValueError(f"it has no field {name}")
+            raise ValueError(f"field {name} is missing")
         if type(record[name]) is not kind:
-            raise ValueError(f"its field {name} is of type {type(record[name]).__name__}, not {kind.__name__}")
+            raise ValueError(f"field {name} is of type {type(record[name]).__name__}, not {kind.__name__}")
     if unknown := sorted(set(record) - set(kinds)):
-        raise ValueError(f"its field {unknown[0]} is not one of {', '.join(kinds)}")
+        raise ValueError(f"field {unknown[0]} is not one of {', '.join(kinds)}")

@@ -1,9 +1,11 @@
 """RULER's thirteen tasks (arXiv 2404.06654) and two more, sized to an exact number of tokens.
 
-lm-eval's functions draw RULER's questions, needles and words.  Three things are ours.  An example depends on the seed,
-the length, its number and the text alone.  Prompt and answer together have at most the requested number of tokens;
-lm-eval fills a length in coarse steps and exceeds it in ``ruler_fwe``.  The essays are ``eval.text``, which lm-eval
-downloads.
+lm-eval's functions draw RULER's questions, needles and words.  Three things differ from lm-eval:
+
+* An example depends on the seed, the length, its number and the text alone.
+* Prompt and answer together have at most the requested number of tokens; lm-eval fills a length in coarse steps and
+  exceeds it in ``ruler_fwe``.
+* The essays come from ``eval.text``; lm-eval downloads essays.
 """
 
 from __future__ import annotations

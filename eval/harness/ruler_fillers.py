@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_COMMON_WORDS = 10  # that ruler_cwe asks for
+_COMMON_WORDS = 10  # words that ruler_cwe asks for
 _HOPS = 4  # ruler_vt's chain has five variables
 _MOST_UNITS = 1_000_000  # no example has more sentences, words or documents
 
@@ -149,7 +149,7 @@ def tracking_filler(source: RulerSource) -> Filler:
 
 
 def _shown_noise(module: Any, source: RulerSource) -> int:
-    """Return the sentences of noise in the example that ``ruler_vt`` shows first: it has at most 500 tokens."""
+    """Return the number of noise sentences in the solved example of ``ruler_vt``, which has at most 500 tokens."""
     sizes = range(5, 500, 5)
     for size in sizes:
         text, outputs = module.generate_input_output(size, 1, _HOPS, is_icl=True)

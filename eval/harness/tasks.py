@@ -30,7 +30,8 @@ __all__ = ("Task", "answer_tasks", "build_requests", "collect_outcomes", "load_t
 # Metrics that say whether an example was answered correctly, in lm-eval's names; the first that a task has is used.
 # RULER's recall is the share of the answer that was found.
 _ACCURACY = ("acc", "exact_match", "recall")
-# InfiniteBench's score is a match, an F1 score or ROUGE-L. A letter of four is generated as text in two of its tasks.
+# InfiniteBench's score is a match, an F1 score or ROUGE-L.  In two of its tasks the answer is one of four letters,
+# generated as text: a guess is right in a quarter of cases.
 _SCORED = "infinitebench_"
 _LETTER_CHANCE = {"infinitebench_code_debug": 0.25, "infinitebench_longbook_choice_en": 0.25}
 _PREFERRED = "exact_match,flexible-extract"
@@ -43,11 +44,15 @@ _FEWSHOT_SEED = 1234  # lm-eval's default, which only its evaluator sets: withou
 def load_tasks(names: Sequence[str], data: Path | None, fewshot: int | None, include: str | None) -> dict[str, Task]:
     """Return lm-eval's tasks by name.
 
-    Those in `LOCAL` are read from files in ``data``, if that is given; the others come from lm-eval's registry.
+    Tasks in `LOCAL` are read from files in the folder ``data``, if it is given.  The others come from lm-eval's
+    registry.
     ``include`` is a folder of further tasks in lm-eval's format.  ``fewshot`` examples are shown before each question;
     a task that is configured to show none stays so, as in lm-eval.
-    Raises ValueError for a missing or malformed file, a task without examples, an unknown task, a task whose data
-    cannot be fetched, and an ``include`` that is not used.
+    Raises ValueError for
+
+    * a missing or malformed file, and a task without examples;
+    * an unknown task, and a task whose data cannot be fetched;
+    * an ``include`` that is not used.
     """
     tasks = {}
     for name in names:
@@ -132,8 +137,8 @@ def build_requests(
 ) -> None:
     """Build every task's requests, for its first ``limits[name]`` examples (None: all).
 
-    With ``chat_template``, which turns messages into text, a prompt is a conversation.  Examples that are shown are
-    earlier turns of it.
+    ``chat_template`` turns messages into text.  With it, a prompt is a conversation, and the examples that are shown
+    are its earlier turns.
 
     Raises ValueError for a task without examples, and for one without a metric that can be compared.
     """
@@ -220,7 +225,7 @@ def collect_outcomes(name: str, task: Task) -> Outcomes:
 def _margin(task: Task, doc: Mapping[str, Any], answers: Sequence[Any]) -> float | None:
     """Return the margin of the right answer (nats): its log-probability, minus the largest other one if there is any.
 
-    None for generated text, if several answers are right, and if choices do not have one log-probability each.
+    Returns None for generated text, if several answers are right, or if a choice has no single log-probability.
     """
     if task.OUTPUT_TYPE == "loglikelihood":
         return float(answers[0][0])
@@ -238,8 +243,8 @@ def _margin(task: Task, doc: Mapping[str, Any], answers: Sequence[Any]) -> float
 def _chance(task: Task, examples: Sequence[Sequence[Instance]]) -> float:
     """Return the accuracy of guessing.
 
-    It is the mean of 1 / choices.  If all questions have the same choices, as yes and no, it is the share of the most
-    common answer, if that is larger.
+    It is the mean of 1 / choices.  If all questions have the same choices, such as yes and no, it is the share of the
+    most common answer, if that is larger.
     """
     uniform = fmean(1 / len(instances) for instances in examples)
     choices = {tuple(one.args[1] for one in instances) for instances in examples}

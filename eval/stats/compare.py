@@ -14,7 +14,7 @@ from eval.stats.needed import examples_needed
 from longctx.perplexity import difference_interval, perplexity
 
 Verdict = Literal["no worse", "worse", "undecided"]
-Pair = tuple[Sequence[float], Sequence[float]]  # outcomes of the baseline and of a variant, of the same examples
+Pair = tuple[Sequence[float], Sequence[float]]  # outcomes of the baseline and of a variant on the same examples
 LEVEL = 0.95
 Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 SCREENED = 200  # number of first examples from which a task is judged to be near chance
@@ -27,8 +27,10 @@ class Comparison:
 
     ``difference`` is variant - baseline; ``low`` and ``high`` are its 95 % interval, from which the verdict follows.
     ``lost`` and ``won`` count the examples whose outcome fell and rose.
-    ``p_mcnemar`` tests that both are equally likely: McNemar's exact test for one task of right and wrong answers,
-    else a sign-flip test of the average.  It is None if the number of examples depended on the outcomes.
+    ``p_mcnemar`` is the p-value of the hypothesis that a fall and a rise are equally likely.  It is that of McNemar's
+    exact test for one task of right and wrong answers, else that of a sign-flip test of the average.  It is None if the
+    number of examples depended on the outcomes.
+
     ``needed`` is `examples_needed` of each task, if the verdict is undecided.  It is None if the verdict is reached, or
     if the sets are too small to reach one.
     """

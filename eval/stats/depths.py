@@ -11,9 +11,9 @@ PARTS = 5  # equal parts of a text: its first fifth, its second fifth, ...
 
 @dataclass(frozen=True)
 class DepthScores:
-    """Average scores by cell: ``scores[part][i]`` is that of ``lengths[i]``, with ``counts[part][i]`` examples.
+    """Average ``scores[part][i]`` of ``counts[part][i]`` examples with ``lengths[i]`` tokens.
 
-    ``part`` is the part of the text that has the fact, 0 at the beginning; None where no example has it there.
+    ``part`` is the fifth of the text that has the fact, 0 at the beginning.  A score without examples is None.
     ``tasks`` are the kinds of tasks that count; each example has the same weight.
     """
 

@@ -1,8 +1,8 @@
 """Score interval of a paired difference of accuracies, averaged over tasks.
 
 For one task it is Tango's interval (Statistics in Medicine 17, 1998).  For several tasks, each candidate average is
-tested under the most likely task rates that give it.  The interval has the averages that are not rejected.  It has a
-width even if no example changes, because a candidate other than 0 needs rates above 0.
+tested under the most likely task rates that give it.  The interval has the averages that are not rejected.  Its width
+is never 0: even if no example changed, small true rates of change are possible.
 """
 
 from collections.abc import Sequence
@@ -92,7 +92,7 @@ def _is_beyond(changes: Changes, z: float, side: int, tilt: Numbers) -> NDArray[
 def tilted_rates(changes: Changes, tilt: Numbers) -> tuple[Numbers, Numbers]:
     """Return each task's rates p of falls and q of rises, [... tasks], under ``tilt`` [...].
 
-    They maximise the log-likelihood plus ``t * (q - p)``, with t = ``tilt * weights``.  At the maximum,
+    These rates maximise the log-likelihood plus ``t * (q - p)``, with t = ``tilt * weights``.  At the maximum,
     q = won / (m - t) and p = lost / (m + t), and the rate of no change is (n - lost - won) / m.  The three rates add up
     to 1, so m is the largest root of a cubic.  The rate that the tilt raises is 1 minus the other two, also if its
     count is 0.

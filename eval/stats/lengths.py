@@ -23,7 +23,7 @@ class LengthScores:
 def score_lengths(outcomes: Mapping[str, Outcomes]) -> LengthScores | None:
     """Return the scores of the tasks named ``NAME_LENGTH`` whose examples are generated.
 
-    Each task has the same weight.  Returns None unless they have several lengths, and all tasks have all of them.
+    Each task has the same weight.  Returns None unless there are several lengths and every task has all of them.
     """
     by_length: dict[int, dict[str, float]] = {}
     for name, task in outcomes.items():

@@ -16,10 +16,10 @@ _RATIOS = (1.3, 1.02)  # ratio of one tried size to the one before: a coarse sea
 def examples_needed(
     changes: Changes, available: Sequence[int | None], allowed_drop: float, z: float
 ) -> tuple[int, ...] | None:
-    """Return the examples of each task, those at hand included, that lead to a verdict in 80 % of cases.
+    """Return how many examples of each task, those at hand included, lead to a verdict in 80 % of cases.
 
-    None if all ``available`` examples (None: any number) are too few.  The calculation assumes that further examples
-    change as often as those at hand, and that the variant loses nothing.  If the observed loss is above
+    Returns None if all ``available`` examples (None: any number) are too few.  The calculation assumes that further
+    examples change as often as those at hand, and that the variant loses nothing.  If the observed loss is above
     ``allowed_drop``, it assumes a loss of twice ``allowed_drop``.  Every task gives the same number of examples, or all
     that it has.  ``z`` is the normal quantile of the interval.
     """
@@ -38,7 +38,7 @@ def examples_needed(
 
 
 def _decides(changes: Changes, totals: Numbers, allowed_drop: float, z: float) -> NDArray[np.bool_]:
-    """Return, for each row of ``totals`` [sizes tasks], whether these lead to a verdict with probability `POWER`."""
+    """Return, per row of ``totals`` [sizes tasks], whether these examples give a verdict with probability `POWER`."""
     lost, won, n, weights = changes.lost, changes.won, changes.n, changes.weights
     # 1. The rates of further examples: as observed, plus one extra change divided among the tasks, since a small
     # number of changes often underestimates the rate.  ``weights * len(n)`` is the size of a task's changes.

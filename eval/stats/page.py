@@ -54,7 +54,7 @@ def _gate(report: Report, others: Sequence[str]) -> list[str]:
     gate, drop = report.gate, f"{100 * report.allowed_drop:g} point(s)"
     parts = [
         "Differences are paired, with 95 % intervals, which decide the verdicts. "
-        f"No worse means: the whole interval is above a loss of {drop}."
+        f"No worse means that even the lower end of the interval is a loss below {drop}."
     ]
     if report.sequential:
         parts.append(
@@ -99,7 +99,7 @@ def _needs(report: Report) -> list[str]:
     table_rows.append(["in the set", *("any number" if size is None else f"{size:,}" for size in sizes)])
     note = (
         "With these numbers of examples, a verdict is reached in 80 % of cases if the variant loses nothing. If the "
-        "loss here is above the allowed drop, they hold for a loss of twice the allowed drop. The closer the true loss "
+        "loss here is above the allowed drop, the numbers hold for a loss of twice that drop. The closer the true loss "
         "is to the allowed drop, the more examples are needed. eval.until=decided adds examples until the verdict."
     )
     return ["## Examples to decide", note, _table(["variant", *report.averaged], table_rows)]
@@ -136,7 +136,7 @@ def _blocks(report: Report) -> list[str]:
     ]
     if not table_rows:
         return []
-    note = "Repaired models drop blocks in their own order: at the same share, other blocks may drop."
+    note = "A repaired model drops blocks in its own order, so at the same share it may drop other blocks."
     return [
         "## Blocks",
         *([note] if any(variant.repaired for variant in report.variants.values()) else []),

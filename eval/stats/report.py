@@ -27,7 +27,8 @@ AVERAGE = "average"
 class ScoredVariant:
     """A variant and its outcomes by task.
 
-    ``blocks`` drop their reduction, a share ``dropped`` of all; ``repaired``: their weights were adapted to it.
+    ``blocks`` are those that drop their first reduction; ``dropped`` is their share of all blocks.  ``repaired``: their
+    weights were adapted to this.
     The speeds are None if no scored request was timed.
     """
 
@@ -148,7 +149,7 @@ def choose_averaged(base: Mapping[str, Outcomes]) -> tuple[tuple[str, ...], tupl
 def make_report(scored: Sequence[ScoredVariant], rules: GateRules, origin: Mapping[str, str]) -> Report:
     """Compare every variant with the first of ``scored``, the baseline, task by task and on average.
 
-    A variant may have answered fewer examples than the baseline; the comparison uses only these.
+    A variant may have answered fewer examples than the baseline; only those that it answered are compared.
     """
     base = scored[0].outcomes
     averaged, chance = choose_averaged(base)

@@ -1,10 +1,10 @@
-"""Group-sequential analysis: looks at a growing sample until a verdict is reached, with intervals that allow for this.
+"""Group-sequential analysis: looks at a growing sample until a verdict is reached; intervals cover all looks.
 
 There are at most `LOOKS` looks, each with a quarter more examples than the one before.  The interval of a look is that
 of a single test with the larger quantile `Z_SEQUENTIAL`, a constant boundary (Pocock, Biometrika 64, 1977).  The errors
 of the differences, in standard errors, are a Gaussian sequence with correlation sqrt(n / m) between looks at n and m
 examples.  All errors stay within `Z_SEQUENTIAL` with probability 0.95.  If a task runs out of examples, later looks are
-more alike, and this probability grows.
+more alike, and the true coverage is above 0.95.
 """
 
 from collections.abc import Mapping, Sequence

@@ -29,7 +29,7 @@ RUNS = ("one rank", "mesh")  # folders of the two runs
 
 @dataclass(frozen=True)
 class ConvergenceSettings:
-    """Settings of configs/bench/convergence.yaml that a training run does not have."""
+    """Settings of configs/bench/convergence.yaml beyond those of a training run."""
 
     json: str | None = None
     picture: str | None = None
@@ -54,7 +54,9 @@ def prepare(config: DictConfig) -> tuple[TrainJob, ConvergenceSettings]:
     job = resolve_train_job(training, "recipes.bench convergence", from_scratch=True)
     for name in RUNS:
         if (job.out / name).exists() and not (job.out / name / "model" / "config.json").is_file():
-            raise ValueError(f"out={job.out}: its folder '{name}' is not a run and would be emptied; give another out=")
+            raise ValueError(
+                f"out={job.out}: the folder '{name}' in it is not a run and would be emptied; give another out="
+            )
     if job.target.mesh.ranks == 1:
         raise ValueError("the mesh has one rank, like the run to compare it with: use mesh.ring=2 or another mesh")
     return job, settings
@@ -63,7 +65,7 @@ def prepare(config: DictConfig) -> tuple[TrainJob, ConvergenceSettings]:
 def train_from_scratch(job: TrainJob, name: str) -> Curve:
     """Train ``job`` from its first step in the folder ``name`` below its ``out``; the folder is emptied first.
 
-    Returns the run's curve, on the first rank and on all others.
+    Returns the run's curve, on every rank.
     """
     out = job.out / name
     shutil.rmtree(out, ignore_errors=True)

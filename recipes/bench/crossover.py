@@ -287,7 +287,7 @@ def draw(table_rows: list[MissRateRow], job: CrossoverJob, picture: str) -> None
 
 
 def task(config: DictConfig) -> None:
-    """Run the ranks, then report the first rank's times; with ``hosts``, start an emulated host per rank first."""
+    """Run the ranks and report rank 0's times; with ``hosts``, run this command on an emulated host per rank."""
     if not config.hosts:
         warm_up_ranks(WARM)
     job = prepare(config)

@@ -84,9 +84,9 @@ class DecodeCost:
 
 @dataclass(frozen=True)
 class BatchTimes:
-    """Figures of a decode step for one batch size, by variant: times of every round, bytes and messages of the last.
+    """Cost of a decode step for one batch size, by variant: times of every round, bytes and messages of the last.
 
-    ``messages`` go from the first rank to other ranks: N - 1 in each of its exchanges with N - 1 others.
+    Bytes and messages are those that rank 0 sent.  A collective over N ranks counts as N - 1 messages.
     """
 
     batch: int
@@ -142,7 +142,6 @@ def time_batch(
     done: Callable[[], None],
 ) -> BatchTimes:
     """Time decode steps of ``batch`` sequences by each variant; `ONE_RANK` runs on rank 0 while the others wait."""
-    """Time decode steps of ``batch`` sequences by each variant; rank 0 decodes alone while the others wait."""
     from longctx.megatron.spd.layer import follow_plan
 
     settings = job.settings
@@ -219,7 +218,7 @@ def show(times: list[BatchTimes]) -> None:
 
 
 def task(config: DictConfig) -> None:
-    """Run the ranks, then show and write the first rank's times; with ``hosts``, start an emulated host per rank."""
+    """Run the ranks, show and write rank 0's times; with ``hosts``, run this command on an emulated host per rank."""
     if not config.hosts:
         warm_up_ranks(["longctx.infer.engine", "longctx.infer.session", "recipes.common.progress"])
     job = prepare(config)

@@ -63,7 +63,7 @@ class DriftSettings:
         for name in ("ranks", "gradient_ranks"):
             counts = getattr(self, name)
             if counts and counts[0] != 1:
-                raise ValueError(f"{name}={list(counts)}: start with 1 rank, the baseline")
+                raise ValueError(f"{name}={list(counts)} has no baseline: put 1 first")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,9 @@ def prepare(config: DictConfig) -> DriftJob:
     refuse_beyond_model(target, tokens=settings.tokens)
     layers = settings.layers or tuple(range(target.shape.layers))
     if max(layers) >= target.shape.layers:
-        raise ValueError(f"layers={max(layers)}: use layers 0 to {target.shape.layers - 1} of {target.model.name}")
+        raise ValueError(
+            f"layers={max(layers)}: no such layer; use 0 to {target.shape.layers - 1} of {target.model.name}"
+        )
     return DriftJob(settings, target, read_tokens(target, "tokens", settings.tokens), layers)
 
 
@@ -138,7 +140,7 @@ def capture_attention_inputs(engine: Engine, tokens: Int[Tensor, " s"], layers: 
 
 
 def exact(q: Queries, k: Keys, v: Keys) -> Queries:
-    """Dense causal attention in float64, one head at a time; it shares no code with the kernels that are measured."""
+    """Return dense causal attention in float64, one head at a time; it shares no code with the measured kernels."""
     is_later = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).triu(1)
     queries_per_kv_head, heads = q.shape[2] // k.shape[2], []
     for head in range(q.shape[2]):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from longctx.train.step import StepResult
     from recipes.bench.gpu_check import GpuCheckJob
 
-_LAYERS = 2  # first layers of the model, whose results are compared with the CPU's
+_LAYERS = 2  # number of first layers of the model whose results are compared with the CPU's
 _RANKS = 2  # tensor-parallel ranks of the part with dropped reductions
 _CPU = torch.device("cpu")
 
@@ -41,10 +41,10 @@ def check_logits(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
 
 
 def check_dropped(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
-    """Do as `check_logits` for the model of `_RANKS` ranks whose blocks drop a reduction.
+    """Compare logits as `check_logits` does, of a model over `_RANKS` ranks whose blocks drop a reduction.
 
-    One device computes the terms of all ranks, with megatron-core's layers.  ``change`` is the difference that the
-    dropped reductions make.
+    One device computes the partial outputs of all ranks, with megatron-core's layers.  ``change`` is the difference
+    that the dropped reductions make.
     """
     whole, table_rows = _logits(job, runtime, on_cpu=True), []
     for dropped in ((0,), tuple(range(_LAYERS))):
@@ -122,7 +122,7 @@ def time_model(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
 
 
 def time_decode(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
-    """Decode the same tokens with a cache that grows, in tensors of fixed shapes, and with a CUDA graph of these.
+    """Decode the same tokens with a growing cache, with tensors of fixed shapes, and as a CUDA graph of the latter.
 
     ``error`` is the largest difference of the last logits from those of the growing cache, over the largest logit.
     """
@@ -164,7 +164,7 @@ def time_decode(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
 
 
 def _run_steps(step: Callable[[int], torch.Tensor], count: int) -> tuple[list[float], torch.Tensor]:
-    """Feed the tokens 0 to ``count`` to ``step``; return the seconds of each step, and the last logits."""
+    """Feed the tokens 0 to ``count - 1`` to ``step``; return the seconds of each step, and the last logits."""
     logits: list[torch.Tensor] = []
     seconds = [device_seconds(lambda: logits.append(step(len(logits)).clone())) for _ in range(count)]
     return seconds, logits[-1]
@@ -218,7 +218,7 @@ def _random_tokens(job: GpuCheckJob, length: int) -> torch.Tensor:
 
 
 def _random_batch(job: GpuCheckJob) -> Batch:
-    """Return one sequence of ``logits`` tokens, in two documents."""
+    """Return one sequence of ``settings.logits`` tokens, in two documents."""
     from longctx.data.batches import Batch
 
     n = job.settings.logits

@@ -68,7 +68,7 @@ def check_tiles(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
 
 
 def kernel_of(job: GpuCheckJob, runtime: Runtime) -> Kernel:
-    """Return the kernel that ``context.kernel`` names, on the runtime's device."""
+    """Return the kernel that ``context.kernel`` names or chooses for the runtime's device."""
     return kernel_for(job.target.context.kernel, runtime.device.type, job.target.model.dtype)
 
 

@@ -1,4 +1,4 @@
-"""A function called on every rank of emulated hosts; its result returns to the caller.
+"""A function called on every rank of emulated hosts; rank 0's result returns to the caller.
 
 The ranks run this file as ``python -m recipes.bench.host_call FOLDER``, which has the pickled call.
 """
@@ -35,7 +35,7 @@ def call_on_hosts(
 
 
 def main(folder: str) -> None:
-    """Make the call in ``folder`` on this rank; the first rank writes the result beside it."""
+    """Make the call in ``folder`` on this rank; the first rank writes its result there."""
     rank = current_rank()
     assert rank, "recipes.bench.hosts starts this"
     rank_main, args = pickle.loads(Path(folder, "call").read_bytes())

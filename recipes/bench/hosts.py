@@ -24,7 +24,8 @@ DEFAULT_RATE = "100mbit"
 _RATE = re.compile(r"(\d+(?:\.\d+)?)([kmg])bit")
 _UNITS = {"k": 1e3, "m": 1e6, "g": 1e9}
 _MTU = 9000
-# Token bucket of a link, in seconds at its rate: it makes up for a late timer.  A smaller one loses rate at 1 Gbit/s.
+# Size of a link's token bucket, in seconds at the link's rate.  It makes up for a late timer; a smaller one loses rate
+# at 1 Gbit/s.
 _BURST_S = 200e-6
 _QUEUE = 2**25  # bytes; more than TCP has in flight, so links delay packets and never drop them
 _GRACE_S = 5.0  # between SIGTERM and SIGKILL
@@ -55,14 +56,14 @@ def refuse_hosts(hosts: int, rate: str, mesh: Mesh) -> None:
         raise ValueError(f"hosts={hosts}: network namespaces need root; use sudo, {local}")
     for tool in ("ip", "tc"):
         if shutil.which(tool) is None:
-            raise ValueError(f"hosts={hosts}: {tool} is not in PATH, install iproute2, {local}")
+            raise ValueError(f"hosts={hosts}: {tool} is not in PATH; install iproute2, {local}")
 
 
 def bits_per_s(rate: str) -> float:
     """Return the bits per second of ``rate``, written as tc does: "100mbit" is 1e8.  Raises ValueError otherwise."""
     match = _RATE.fullmatch(rate)
     if match is None or float(match[1]) == 0:
-        raise ValueError(f"rate={rate}: use a number and kbit, mbit or gbit, such as rate=100mbit")
+        raise ValueError(f"rate={rate} is not a rate: use a number and kbit, mbit or gbit, such as rate=100mbit")
     return float(match[1]) * _UNITS[match[2]]
 
 
@@ -146,7 +147,7 @@ def _connect_by_wire(prefix: str, names: Sequence[str], rate: str, latency_us: f
     wire = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert wire.stdout
     if not wire.stdout.readline():
-        raise ValueError("no emulated hosts with latency here (is there /dev/net/tun?): use latency_us=0, or hosts=0")
+        raise ValueError("emulated hosts with latency fail here (is there /dev/net/tun?): use latency_us=0, or hosts=0")
     for i, name in enumerate(names, 1):
         _do(f"ip -n {name} addr add 10.77.0.{i}/24 dev eth0")
         _do(f"ip -n {name} link set lo up")
@@ -164,7 +165,7 @@ def _rate_limit(rate: str) -> str:
 def _do(command: str) -> None:
     result = subprocess.run(command.split(), capture_output=True, text=True, check=False)
     if result.returncode:
-        raise ValueError(f"no emulated hosts here, use hosts=0: `{command}` says {result.stderr.strip()}")
+        raise ValueError(f"emulated hosts fail here (`{command}` says {result.stderr.strip()}): use hosts=0")
 
 
 def _remove_stale() -> None:

@@ -41,7 +41,7 @@ RECIPE = "recipes.bench memory"
 
 @dataclass(frozen=True)
 class MemoryBenchSettings:
-    """Settings of configs/bench/memory.yaml that a training run does not have, other than the list ``runs``."""
+    """Settings of configs/bench/memory.yaml beyond those of a training run, without the list ``runs``."""
 
     json: str | None = None
 
@@ -190,7 +190,7 @@ def cached_tensors(session: Session, layers: int) -> Iterator[AnyShape]:
 
 
 def errors(result: Mapping[str, Any]) -> tuple[float, float]:
-    """Return the error of the predicted sum, and the largest error of a part with at least 1 % of it, as shares."""
+    """Return the relative error of the predicted sum, and the largest one of a part with over 1 % of the sum."""
     measured, predicted = result["measured"], result["predicted"]
     total = sum(measured.values())
     pairs = [(measured.get(part, 0), predicted.get(part, 0)) for part in {**measured, **predicted}]

@@ -208,7 +208,7 @@ def prepare(config: DictConfig) -> OutputNormsJob:
     target = resolve_target(config, "recipes.bench output_norms", spd="refuse")
     heads = target.shape.heads
     if family_in(target.folder) is not FAMILIES["gemma3_text"]:
-        raise ValueError(f"{target.model.name} is not a Gemma 3: recipes.bench output_norms takes model=gemma3_270m")
+        raise ValueError(f"{target.model.name} is not a Gemma 3: use model=gemma3_270m")
     if heads % settings.ranks:
         fit = ", ".join(str(n) for n in range(2, heads + 1) if heads % n == 0)
         raise ValueError(f"ranks={settings.ranks} does not divide the model's {heads} query heads: use one of {fit}")

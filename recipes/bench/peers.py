@@ -1,7 +1,7 @@
 """Ring attention of other projects on the same kernel as ours: yunchang and ring-flash-attn, where installed.
 
-Both call the flash-attn package, which needs CUDA.  On a CPU, a stand-in package with the two functions that they call
-runs the kernel that our rings run on, so the algorithms alone differ.
+Both call the flash-attn package, which needs CUDA.  On a CPU, a stand-in package has the two functions
+that they call.  It runs the kernel that our rings run on, so the algorithms alone differ.
 """
 
 import importlib
@@ -34,7 +34,7 @@ def zigzag_ring(name: str, ranks: int, rank: int) -> Ring:
         kind = importlib.import_module("yunchang.kernels").AttnType.FA
         layer = yunchang.LongContextAttention(ring_impl_type="zigzag", attn_type=kind)
         return lambda q, k, v: layer(q, k, v, causal=True)
-    # Its adapters import parts of an older transformers.  They are imported and never called: use an empty module.
+    # ring_flash_attn imports its adapters, which need an older transformers, but never calls them: use an empty module.
     adapters = ModuleType("ring_flash_attn.adapters")
     adapters.__getattr__ = lambda _: None  # type: ignore[method-assign]
     sys.modules.setdefault("ring_flash_attn.adapters", adapters)

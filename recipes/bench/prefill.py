@@ -84,7 +84,7 @@ class Efficiency:
 class NullComm:
     """A ring of ``size`` ranks without transfers: `shift` returns at once, with zeros of the expected shapes.
 
-    The difference to one kernel call is the cost of computing in blocks.
+    Its time minus that of one kernel call is the cost of computing in blocks.
     """
 
     rank: int
@@ -140,7 +140,7 @@ def run_rank(rank: Rank, job: PrefillJob) -> list[Efficiency]:
 
 
 def attention_works(job: PrefillJob, length: int, runtime: Runtime) -> dict[str, Work]:
-    """Return causal attention of one layer as work: by one kernel call, the ring, and a ring without transfers."""
+    """Return functions that run one layer's causal attention: by one kernel call, a ring, a ring without transfers."""
     from longctx.attention.backends import kernel_for
     from longctx.attention.layout import zigzag
     from longctx.parallel.ring import Ring, pass_kv
@@ -165,7 +165,7 @@ def attention_works(job: PrefillJob, length: int, runtime: Runtime) -> dict[str,
 
 
 def model_works(job: PrefillJob, length: int, runtime: Runtime) -> dict[str, Work]:
-    """Return prefill of the whole model as work: by one rank, the ring, and a ring without transfers."""
+    """Return functions that prefill with the whole model: on one rank, on the ring, on a ring without transfers."""
     from longctx.attention.layout import contiguous, zigzag
     from longctx.infer.engine import load_alone
     from longctx.infer.prefill import run_pass
@@ -185,9 +185,9 @@ def model_works(job: PrefillJob, length: int, runtime: Runtime) -> dict[str, Wor
 
 
 def build_shallow_engine(runtime: Runtime, target: Target, layers: int, plan: SPDPlan | None = None) -> Engine:
-    """Return the model with its first ``layers`` only, and random weights; all layers take the same time.
+    """Return an engine with the first ``layers`` layers of the model and random weights.
 
-    ``plan`` has the blocks that drop a reduction.
+    All layers take the same time, so a few are enough.  ``plan`` has the blocks that drop a reduction.
     """
     from longctx.attention.backends import kernel_for
     from longctx.infer.engine import Engine

@@ -119,7 +119,7 @@ def prepare(config: DictConfig) -> RivalJob:
 
 
 def decode_settings(settings: RivalSettings) -> DecodeSettings:
-    """Return settings of a session that decodes for two variants, those of one rank."""
+    """Return settings of a session with room for two variants: both variants of one rank share a session."""
     return DecodeSettings(cached=settings.cached, tokens=settings.tokens, rounds=2 * settings.rounds + 1)
 
 
@@ -158,7 +158,7 @@ def load_transformers(target: Target) -> Any:
 
 
 def prefill_works(job: RivalJob, rivals: Rivals, prompt: Sequence[int]) -> dict[Variant, Work]:
-    """Return the prefill of ``prompt`` and its first token as work, by variant."""
+    """Return, by variant, a function that prefills ``prompt`` and takes the first new token."""
     from longctx.infer.session import Session
 
     def by(engine: Engine) -> Work:
@@ -171,7 +171,7 @@ def prefill_works(job: RivalJob, rivals: Rivals, prompt: Sequence[int]) -> dict[
 
 
 def decode_works(job: RivalJob, rivals: Rivals, batch: int) -> dict[Variant, Work]:
-    """Return decode steps of ``batch`` sequences after random cached keys and values as work, by variant."""
+    """Return, by variant, a function that decodes ``batch`` sequences after random cached keys and values."""
     settings = decode_settings(job.settings)
 
     def by(engine: Engine) -> Work:

@@ -133,7 +133,7 @@ def make_load(settings: ServeBenchSettings, text: Sequence[int]) -> list[NewSequ
 
 
 def run_rank(rank: Rank, job: ServeBenchJob) -> list[LoadFigures]:
-    """Run every variant on one rank; the first one plays the clients, and its figures are reported."""
+    """Run every variant on one rank; rank 0 plays the clients, and its figures are reported."""
     settings, target = job.settings, job.target
     load = make_load(settings, job.text)
     with target.runtime(rank) as runtime, Progress(shown=rank.rank == 0) as progress:
@@ -187,7 +187,7 @@ def run_variant(
 def play_clients(
     service: Service, load: Sequence[NewSequence], clients: int, figures: LoadFigures, done: Callable[[], None]
 ) -> None:
-    """Send the requests of ``load`` in order by so many ``clients``; a client sends the next one after an answer.
+    """Send the requests of ``load`` in order; each of ``clients`` clients sends its next request after an answer.
 
     ``figures`` gets the answers and times; ``done`` is called after each answer.
     """

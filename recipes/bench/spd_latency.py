@@ -52,7 +52,7 @@ class LatencySettings:
 
     def __post_init__(self) -> None:
         if self.shares[0] != 0:
-            raise ValueError(f"shares={list(self.shares)}: start with 0, the baseline")
+            raise ValueError(f"shares={list(self.shares)} has no baseline: put 0 first")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def prepare(config: DictConfig) -> LatencyJob:
     refuse_unfit_shape(target.shape)
     if target.shape.norms != "pre":
         raise ValueError(
-            "this model normalises the output of attention, for which spd_latency predicts no bytes: "
+            "spd_latency predicts no bytes for a model that normalises the output of attention: "
             "use a model like Llama or Qwen"
         )
     refuse_links(settings.hosts, settings.rate, settings.latency_us, mesh)
@@ -271,7 +271,7 @@ def report(job: LatencyJob, times: LatencyTimes) -> None:
 
 
 def task(config: DictConfig) -> None:
-    """Run the ranks, then report the first rank's times; with ``hosts``, start an emulated host per rank first."""
+    """Run the ranks and report rank 0's times; with ``hosts``, run this command on an emulated host per rank."""
     if not config.hosts:
         warm_up_ranks(["longctx.infer.engine", "longctx.infer.session", "recipes.common.progress"])
     job = prepare(config)

@@ -1,4 +1,4 @@
-"""Losses of a block that drops its reduction, by the place of its terms (arXiv 2502.20727, Table 1)."""
+"""Losses when one block drops its reduction, by where its terms are added (arXiv 2502.20727, Table 1)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def placement_losses(blocks: Blocks, text: PackedText, block: int) -> dict[str, 
 
 
 def placed_outputs(blocks: Blocks, layer: SPDTransformerLayer, x: Hidden) -> list[Hidden]:
-    """Return the output of ``layer`` for each of `PLACEMENTS`; that of the second differs between ranks."""
+    """Return the output of ``layer`` for each of `PLACEMENTS`; the second output differs between ranks."""
     # 1. This rank's attention output, the reduced one, and a bias taken from its mean.
     layer.drop(dropped=True)
     partials = blocks.partials(layer, x)

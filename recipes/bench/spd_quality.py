@@ -67,7 +67,7 @@ class QualitySettings:
 
     def __post_init__(self) -> None:
         if self.shares[0] != 0:
-            raise ValueError(f"shares={list(self.shares)}: start with 0, the baseline")
+            raise ValueError(f"shares={list(self.shares)} has no baseline: put 0 first")
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def resolve_variants(
         *(QualityVariant(f"{RANKED}, {rival.label}", target.folder, order, reduce=rival) for rival in rivals),
     ]
     for model in models:
-        name = f"models: {model.label}, {model.folder}"
+        name = f"models: {model.label} ({model.folder})"
         saved = saved_plan_of(name, model.folder, target, max(settings.shares))
         folder = Path(model.folder).expanduser()
         variants.append(QualityVariant(model.label, folder, saved.order, saved.plan.own_norms))
@@ -152,8 +152,8 @@ def resolve_variants(
 def saved_plan_of(name: str, folder: str, target: Target, share: float) -> SavedPlan:
     """Return the plan of an adapted ``folder``.
 
-    Raises ValueError, naming ``name``, for a model that was not adapted from the target at its mesh.tp, or in which
-    ``share`` of the blocks are not repaired.
+    Raises ValueError, naming ``name``, unless the folder was adapted from the target at its mesh.tp, with enough
+    repaired blocks to drop ``share`` of all.
     """
     path, tp = Path(folder).expanduser(), target.mesh.tp
     saved = saved_plan(path)
@@ -162,7 +162,7 @@ def saved_plan_of(name: str, folder: str, target: Target, share: float) -> Saved
             f"{name} was not made from {target.model.name} for mesh.tp={tp}: make it with recipes.spd_adapt"
         )
     if missing := set(within(saved.order, share)) - set(saved.adapted):
-        raise ValueError(f"{name}, lacks block {min(missing)}: adapt it with a larger spd.budget")
+        raise ValueError(f"{name} lacks a repair of block {min(missing)}: adapt it with a larger spd.budget")
     refuse_damaged(target.model, path, target.shape)
     return saved
 
@@ -178,7 +178,7 @@ def read_texts(texts: tuple[NamedText, ...], target: Target, settings: QualitySe
 
 
 def refuse_same_labels(labels: Sequence[str]) -> None:
-    """Raise ValueError unless there is a label, and each is a file's name that no other one has."""
+    """Raise ValueError unless there is a label, and all labels are different and can be names of files."""
     if not labels or len({*labels}) < len(labels) or any("/" in label for label in labels):
         raise ValueError(f"texts have the labels {labels}: give one text or more, each with its own label without /")
 

@@ -42,7 +42,7 @@ class SweepSettings:
 
 @dataclass(frozen=True)
 class SweepJob:
-    """The inputs of every rank; ``data`` is where ``text`` comes from."""
+    """The inputs of every rank; ``data`` has the settings that ``text`` was read with."""
 
     settings: SweepSettings
     target: Target
@@ -52,7 +52,7 @@ class SweepJob:
 
 @dataclass(frozen=True)
 class SweepTimes:
-    """Seconds with block inputs kept and of the plain loop, and the largest difference of their scores.
+    """Seconds with kept block inputs and with the plain loop, and the largest difference between the scores of both.
 
     The difference is relative to the plain loop's score if that exceeds 1, and absolute otherwise.
     """

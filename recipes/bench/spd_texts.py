@@ -81,8 +81,8 @@ class TextFigures:
     """Figures of a share of dropped blocks on one text.
 
     ``perplexities`` by name: of the first tokens, of all, of the sequence that loses most (without an interval).
-    ``norm`` is the smallest ratio, over sequences, of the first token's largest norm to the original's.  ``copied`` and
-    ``copied_original`` are shares of random tokens that are predicted in their repetition.
+    ``norm`` compares the first token's largest norm with the original model's: the smallest ratio of all sequences.
+    ``copied`` and ``copied_original`` are the shares of random tokens that are predicted when they are repeated.
     """
 
     perplexities: dict[str, Increase]
@@ -112,7 +112,7 @@ def read_text(source: ReportedText, target: Target, settings: TextsSettings) -> 
 
 
 def beginnings_of(data: DataSettings, target: Target, sequences: int) -> PackedText:
-    """Return the first data.length + 1 tokens of each of the first ``sequences`` documents; the rest is not counted.
+    """Return the first data.length + 1 tokens of each of the first ``sequences`` documents; padding is not counted.
 
     Raises ValueError if there are fewer documents, or if one has a single token.
     """

@@ -30,8 +30,9 @@ class TimedRun:
     """Work to time, and its mesh; ``strategy`` is that of the prefill, of decoding, or of a training step.
 
     A prefill has ``new`` tokens (None: ``data.length``) after ``cached`` ones; a decoded token follows ``cached`` ones.
-    The share ``drop`` of the blocks drops a reduction, and ``reduce`` is the dtype of the others' messages.  With a
-    ``rate``, each rank is an emulated host; ``latency_us`` is the one-way latency of the links.  ``group`` is a name.
+    The share ``drop`` of the blocks drops a reduction, and ``reduce`` is the dtype of the other reductions' messages.
+    With a ``rate``, each rank is an emulated host; ``latency_us`` is the one-way latency of the links.  Runs of the
+    same ``group`` are reported together.
     """
 
     work: Literal["prefill", "decode", "train"]
@@ -52,16 +53,18 @@ class TimedRun:
         if self.work != "decode" and self.strategy in SHARED_ROWS:
             raise ValueError(f"work={self.work} has no strategy={self.strategy}: use work=decode")
         if self.work != "train" and self.dp > 1:
-            raise ValueError(f"work={self.work} has no dp={self.dp}: use work=train")
+            raise ValueError(f"work={self.work} has no dp={self.dp}: use work=train, or dp=1")
         if (self.cached == 0) if self.work == "decode" else (self.work == "train" and self.cached):
             raise ValueError(
                 f"work={self.work} cached={self.cached}: decode needs cached tokens, and train has none; use "
                 f"cached={'1024' if self.work == 'decode' else '0'}"
             )
         if self.work != "prefill" and self.new:
-            raise ValueError(f"work={self.work} has no new={self.new}: use work=prefill, or data.length")
+            raise ValueError(f"work={self.work} has no new={self.new}: use work=prefill, or leave new out")
         if (self.drop or self.reduce != "float32") and (self.tp == 1 or self.work != "prefill"):
-            raise ValueError(f"drop={self.drop} reduce={self.reduce}: use work=prefill and tp=2 or more")
+            raise ValueError(
+                f"drop={self.drop} reduce={self.reduce} need a prefill with tp: use work=prefill and tp=2 or more"
+            )
         if self.latency_us and not self.rate:
             raise ValueError(f"latency_us={self.latency_us} is for emulated hosts: set a rate, such as 1gbit")
 
@@ -85,7 +88,7 @@ class TimedRun:
 
 
 def dropped_share(job: TrainJob, run: TimedRun) -> float:
-    """Return the share of blocks that drop a reduction, as a whole number of blocks."""
+    """Return the share of blocks that drop a reduction, after rounding to whole blocks."""
     layers = job.target.shape.layers
     return len(within(range(layers), run.drop)) / layers
 
@@ -96,7 +99,7 @@ def measure_all(rank: Rank, jobs: Sequence[TrainJob], runs: Sequence[TimedRun], 
 
 
 def measure(rank: Rank, job: TrainJob, run: TimedRun, rounds: int) -> list[float]:
-    """Return the slowest rank's seconds of ``run`` in each round, after a warm-up round."""
+    """Return, for each round after a warm-up, the slowest rank's seconds of a prefill, a decoded token or a step."""
     with job.target.runtime(rank, training=run.work == "train") as runtime:
         if run.work == "train":
             work, steps = train_step_of(runtime, job), 1

@@ -39,7 +39,7 @@ RECIPE = "recipes.bench times"
 
 @dataclass(frozen=True)
 class TimesSettings:
-    """Settings of configs/bench/times.yaml that a training run does not have, other than the list ``runs``."""
+    """Settings of configs/bench/times.yaml beyond those of a training run, without the list ``runs``."""
 
     hardware: str
     only: tuple[str, ...] = ()
@@ -80,7 +80,7 @@ def prepare(config: DictConfig) -> TimesJob:
 
 
 def refuse_no_hosts(runs: Sequence[TimedRun]) -> None:
-    """Raise ValueError if this machine cannot emulate the hosts of ``runs``, with the groups that need none."""
+    """Raise ValueError, naming the groups that need no hosts, if this machine cannot emulate the hosts of ``runs``."""
     without = dict.fromkeys(run.group for run in runs if not run.rate)
     for run in runs:
         try:
@@ -136,13 +136,13 @@ def task(config: DictConfig) -> None:
 
 
 def measure_here(job: TimesJob, runs: Sequence[TimedRun], jobs: Sequence[TrainJob]) -> Iterator[list[float]]:
-    """Yield the seconds of each of ``runs`` by round, on ranks of this machine."""
+    """Yield, for each of ``runs``, its seconds in every round, on ranks of this machine."""
     for run, one in zip(runs, jobs, strict=True):
         yield on_ranks(run.mesh, measure, one, run, job.settings.rounds) or []
 
 
 def measure_on_hosts(runs: Sequence[TimedRun], jobs: Sequence[TrainJob], rounds: int) -> list[list[float]]:
-    """Return the seconds of each of ``runs`` by round, on emulated hosts with the links that they share."""
+    """Return, for each of ``runs``, its seconds in every round, on emulated hosts; all runs have the same links."""
     hosts, rate, latency_us = runs[0].network
     assert rate
     return call_on_hosts(hosts, rate, latency_us, measure_all, jobs, runs, rounds)

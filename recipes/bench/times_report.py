@@ -36,9 +36,10 @@ def by_group(results: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def choices(results: Sequence[Row]) -> Iterator[tuple[Row, Row, float]]:
-    """Yield the fastest run by prediction, by measurement, and what the first takes longer, for each set of rivals.
+    """Yield, for each set of alternatives, the run predicted fastest, the run measured fastest, and the relative loss.
 
-    Rivals differ in their strategy only: one kind of work, mesh, numbers of tokens and network.
+    The loss is what the first takes longer than the second.  Alternatives differ in their strategy only: one kind of
+    work, mesh, numbers of tokens and network.
     """
     rivals: dict[tuple[object, ...], list[Row]] = {}
     for row in results:
@@ -57,7 +58,7 @@ def expected_error(results: Sequence[Row], group: str) -> float | None:
 
 
 def coverage(results: Sequence[Row]) -> float | None:
-    """Return the share of runs whose error is at most the `expected_error` of their group, which they do not enter."""
+    """Return the share of runs whose error is at most the `expected_error` of their group."""
     groups = by_group(results)
     if len(groups) < 2:
         return None
@@ -89,7 +90,7 @@ def show(results: Sequence[Row]) -> None:
 
 
 def page_of(results: Sequence[Row]) -> Iterator[str]:
-    """Yield the lines of a page: a summary by group, then a table of every run."""
+    """Yield the lines of a page: a summary by group, then a table of each group's runs."""
     yield "| group | runs | mean absolute error | mean error | choices within 3 % of the best |"
     yield "|---|--:|--:|--:|---|"
     for name, count, size, bias, near in summary(results):

@@ -60,7 +60,7 @@ def barrier(group: Comm) -> None:
 
 
 def _device_of(group: Comm) -> torch.device:
-    """Return the device of the tensors that ``group`` sends: NCCL sends those of a GPU only."""
+    """Return the device of the tensors that ``group`` sends: NCCL sends only tensors on a GPU."""
     is_nccl = isinstance(group, DistComm) and dist.get_backend(group.group) == "nccl"
     return torch.device("cuda" if is_nccl else "cpu")
 

@@ -36,7 +36,7 @@ RECIPE = "recipes.bench train"
 
 @dataclass(frozen=True)
 class TrainBenchSettings:
-    """Settings of configs/bench/train.yaml that a training run does not have, other than the list ``meshes``."""
+    """Settings of configs/bench/train.yaml beyond those of a training run, without the list ``meshes``."""
 
     rounds: PositiveInt = 3
     peers: tuple[Literal["yunchang", "ring_flash_attn"], ...] = ("yunchang", "ring_flash_attn")

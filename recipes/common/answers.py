@@ -35,7 +35,7 @@ def decode_answers(
 ) -> list[Answer]:
     """Return the answer to each prompt, decoded from its ``token_ids``; an answer ends before the first ``stop`` text.
 
-    ``logprobs`` has those of each answer's tokens (None: not asked for).
+    ``logprobs`` has the log-probabilities of each answer's tokens (None: not asked for).
     """
     from longctx.infer.answer import cut_at_stop
 

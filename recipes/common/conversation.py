@@ -128,7 +128,7 @@ def _figures_of(session: Session, turn: UserTurn, result: Turn, tokenizer: PreTr
         "why": result.why,
         "ttft_s": result.ttft_s,
         "ttit_s": result.ttit_s,
-        # All tensor-parallel ranks of a context rank have as many heads and send as many bytes.
+        # A context rank's tensor-parallel ranks have equal numbers of heads and send equally many bytes.
         "bytes_sent": (sum(prefill) + sum(decode)) * engine.tp.size,
         "prefill_bytes_sent_per_rank": prefill,
         "decode_bytes_sent_per_rank": decode,

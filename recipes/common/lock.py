@@ -31,7 +31,7 @@ def hold(file: Path, setting: str) -> Iterator[None]:
         os.pwrite(descriptor, json.dumps(_this_process()).encode(), 0)
         yield
     finally:
-        file.unlink(missing_ok=True)  # before the lock ends: `_lock` looks whether its file is still this one
+        file.unlink(missing_ok=True)  # before the lock ends: `_lock` then sees that its file is gone
         os.close(descriptor)
 
 
@@ -86,4 +86,4 @@ def _is_own_job(holder: dict[str, str | int | None]) -> bool:
 def _refusal(holder: dict[str, str | int | None], setting: str) -> str:
     process = f"process {holder['process']} on {holder['host']}" if "process" in holder else "another process"
     job = f" (Slurm job {holder['job']})" if holder.get("job") else ""
-    return f"{setting} is in use by {process}{job}: wait for its end, end it, or give another place"
+    return f"{setting} is in use by {process}{job}: wait until it ends, end it, or give another place"

@@ -153,9 +153,10 @@ def manifest_of(run: str) -> Manifest:
 
 
 def _read(path: Path) -> Manifest:
-    """Read the manifest of ``path``, which is an ``out``, or the folder of the only file with a manifest.
+    """Read the manifest of ``path``: an ``out``, or a folder in which only one file has a manifest.
 
-    Version 0.1 wrote a file's manifest to ``manifest.json``, where that of the next run in the folder replaced it.
+    Version 0.1 wrote a file's manifest to ``manifest.json``.  There the manifest of the next run in the folder replaced
+    it.
     """
     file = manifest_file(path)
     beside = [path.with_name(MANIFEST)] if is_file_name(str(path)) else list(path.glob(f"*.{MANIFEST}"))

@@ -1,4 +1,4 @@
-"""Words of a command line as Hydra overrides: free text is quoted, models go by path or name, old names are renamed."""
+"""Words of a command line as Hydra overrides: free text is quoted, a model may be a path, old names are renamed."""
 
 import re
 from collections.abc import Sequence

@@ -18,7 +18,7 @@ from recipes.common.spd_report import NO_DROP, AllowedDrop
 
 @dataclass(frozen=True)
 class WorkSettings:
-    """The section ``work``: the kind and size of the work, in tokens and sequences (configs/work)."""
+    """The section ``work`` (configs/work): kind and size of the work; in training also ZeRO-1 and recomputation."""
 
     kind: Literal["prefill", "decode", "chat", "train"] = "prefill"
     context: PositiveInt = 131072
@@ -83,7 +83,11 @@ class Question:
         return self.shape.mixture.count if self.shape.mixture else 1
 
     def numbers(self, mesh: Mesh) -> Numbers:
-        """Return the bytes per element, and the share of blocks that drop a reduction on ``mesh``."""
+        """Return the bytes per element, and the share of blocks that drop a reduction on ``mesh``.
+
+        Weights of feed-forward networks may have fewer bytes in inference.  The share is 0 without tensor parallelism,
+        and if ``mesh.tp`` is not the one that ``allowed_drop`` was measured for.
+        """
         ffn = self.machine.ffn_element_bytes
         small = ffn if ffn and self.dtype_bytes == 2 and self.work.kind != "train" else self.dtype_bytes
         drops = mesh.tp > 1 and self.allowed_drop.tp in (None, mesh.tp)

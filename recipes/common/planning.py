@@ -41,7 +41,8 @@ class Plan:
 
     ``seconds`` is the time to first token (prefill), per token (decode), of a turn with its answer (chat) or of a step
     (train).  ``decode`` is the strategy of decoding, ``answer`` the cost of a token of the answer.  ``refused`` says
-    why the mesh is not feasible, or None; ``over_limit``, that a limit of the question does so, not a recipe.
+    why the mesh is not feasible, or None.  ``over_limit`` is True if it breaks a limit of the question, and False if a
+    recipe refuses it.
     """
 
     question: Question

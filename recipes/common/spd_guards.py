@@ -64,7 +64,7 @@ def judge_guards(job: RepairJob, figures: Sequence[GuardFigures]) -> None:
         console.print(f"warning: the repaired model fails a guard: {named}")
     elif failed:
         print_error(
-            f"{named}: no model was written. Use a smaller spd.budget, or more text; the same command with "
+            f"{named}: no model was written; use a smaller spd.budget, or more text; the same command with "
             f"repair.guard=warn writes this model, from the blocks in {job.out}",
             "guard failed",
         )

@@ -96,7 +96,7 @@ class RepairJob:
 
     @property
     def held_out_text(self) -> PackedText:
-        """Held-out text, repair.held_out sequences of repair.length tokens; no block learns from them."""
+        """Held-out text, repair.held_out sequences of repair.length tokens; no block is trained on them."""
         return self.text[slice(self.repair.sequences, None)]
 
     @property
@@ -111,7 +111,7 @@ class RepairJob:
 
     @property
     def about_joint(self) -> dict[str, object]:
-        """Record of what the state of joint distillation depends on."""
+        """Settings and inputs that the state of joint distillation depends on, saved to compare them at a resume."""
         return {**self.about, "budget": self.budget, "joint": {**asdict(self.joint), "save_every": None}}
 
     @property
@@ -169,7 +169,7 @@ class Adaptation:
         runtime, blocks = run.runtime, run.blocks
         # 1. Divide the blocks without a file among data-parallel ranks.
         missing = [block for block in sorted(classes) if not job.block_file(block).is_file()]
-        dist.barrier()  # no rank writes a file before all ranks have looked
+        dist.barrier()  # no rank writes a file before all ranks have listed the files
         mine = missing[runtime.groups.dp.rank() :: runtime.mesh.dp]
         # 2. Run through the blocks, and repair this rank's.
         with torch.no_grad():
@@ -218,7 +218,7 @@ class Adaptation:
         from longctx.megatron.spd.joint import JointDistillation
 
         run, job = self.run, self.job
-        # 1. Load the repaired blocks, in the order of their errors on held-out text, and measure where they start.
+        # 1. Load the repaired blocks, in the order of their errors on held-out text; measure their divergence.
         layers = {block: self.load_repaired(block) for block in blocks}
         errors = {block: float(read_block(job.block_file(block))[1]["distilled"]) for block in blocks}
         order = sorted(blocks, key=lambda block: (errors[block], block))

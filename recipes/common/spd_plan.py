@@ -59,7 +59,7 @@ def refuse_unshared(mesh: Mesh, degree: Mesh, plan: SPDPlan, shape: ModelShape) 
     except ValueError as error:
         raise ValueError(
             f"dropped reductions over {mesh.context} context ranks (context.decode=sharded) need a model that "
-            f"mesh.tp={mesh.context} can shard: {error} Or use spd=none"
+            f"mesh.tp={mesh.context} can shard: {error}; or use spd=none"
         ) from None
 
 
@@ -87,8 +87,11 @@ def choose_plan(
 
     ``cache`` is the folder that remembers the model's fingerprint (None: it is computed).
 
-    Raises ValueError, with what to set instead, if the saved plan has another tensor-parallel degree, if the settings
-    need an order of blocks that is not known, or if a listed block does not exist.
+    Raises ValueError, with what to set instead, if
+
+    * the saved plan has another tensor-parallel degree;
+    * the settings need an order of blocks that is not known;
+    * a listed block does not exist.
     """
     is_saved_plan = spd.drop == "saved" and spd.blocks is None and spd.budget is None
     if spd.drop == "none" or (is_saved_plan and saved is None):
@@ -120,7 +123,9 @@ def _dropped_blocks(
     # 2. Blocks of the saved plan.
     if spd.budget is None:
         if spd.drop == "ranked":
-            raise ValueError("spd=ranked: set spd.budget to the share of the blocks that drop, such as spd.budget=0.5")
+            raise ValueError(
+                "spd=ranked has no budget: set spd.budget to the share of blocks that drop, such as spd.budget=0.5"
+            )
         assert saved
         return saved.plan.dropped
     # 3. The first blocks of an order, from a sensitivity.json or from the saved plan.

@@ -141,7 +141,7 @@ def read_lines(file: Path, about: Mapping[str, object]) -> list[list[float]]:
         return []
     lines = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
     if lines and (changed := changed_keys(lines[0], about)):
-        raise ValueError(f"{file.parent} has a run with another {', '.join(changed)}: use another out=")
+        raise ValueError(f"{file.parent} has a run with other values of {', '.join(changed)}: use another out=")
     return lines[1:]
 
 

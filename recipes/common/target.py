@@ -112,7 +112,7 @@ def resolve_target(
     context = section(config, "context", Context) if "context" in config else Context()
     run = section(config, "run", Run) if "run" in config else Run(threads=1)
     refuse_other_world(mesh)
-    # Training alone has pipeline stages, and alone exchanges tokens between the ranks that divide the experts.
+    # Only training has pipeline stages, and only training sends tokens between ranks that divide the experts.
     refuse_unused(mesh, recipe, (*unused_axes, *(("ep",) if "pp" in unused_axes else ())))
     if not strategy_by_turn:
         refuse_strategy_by_turn(context, recipe)

@@ -187,9 +187,11 @@ def first_sequences(
 ) -> tuple[tuple[int, int, str], ...]:
     """For each sequence of the first batch, return its numbers of tokens and documents, and the start of its text.
 
-    Raises ValueError for files that are missing or cannot be read, for text that does not fill one batch, for a batch
-    that data-parallel ranks cannot share equally, for tokens beyond the model's vocabulary, and for a batch without a
-    target.
+    Raises ValueError for
+
+    * files that are missing or cannot be read, and text that does not fill one batch;
+    * a batch that data-parallel ranks cannot share equally, or that has no target;
+    * tokens beyond the model's vocabulary.
     """
     from longctx.data.batches import refuse_nothing_to_learn, refuse_uneven_batch, training_batches
 

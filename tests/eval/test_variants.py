@@ -95,7 +95,7 @@ def test_variant_that_cannot_run_is_refused(prepared, setting, words):
 
 def test_variant_of_another_model_is_refused(prepared, tmp_path):
     other = tiny_model(tmp_path / "other", max_positions=397, heads=6)
-    with pytest.raises(ValueError, match=r"variant a: .*other has 24 for hidden, the baseline 36"):
+    with pytest.raises(ValueError, match=r"variant a: .*other has hidden=24, but the baseline has 36"):
         prepared(f"variants=[{{name: a, model: {other}}}]")
 
 

@@ -96,7 +96,7 @@ def test_verb_runs_its_module_with_the_other_words(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "recipes.compare", raising=False)  # runpy warns of a module that is imported
     with pytest.raises(SystemExit) as leaving:
         command.main()
-    assert leaving.value.code == 2 and "compare two runs or more" in capsys.readouterr().err
+    assert leaving.value.code == 2 and "fewer than two runs to compare" in capsys.readouterr().err
     timers = [each for each in threading.enumerate() if isinstance(each, threading.Timer)]
     assert not [each for each in timers if not each.finished.is_set()]  # no line about loading comes later
 

@@ -227,7 +227,7 @@ def pids_of_ranks(pid: int) -> list[int]:
             r"host=0\.0\.0\.0 can be reached from other machines and needs an API key: give api_key_file",
         ),
         (["host=here"], "host=here is not an address: use 127.0.0.1"),
-        (["port=70000"], "port=70000: use 1 to 65535"),
+        (["port=70000"], "port=70000 is not a port: use 1 to 65535"),
         (["api_key_file=/nowhere"], "api_key_file=/nowhere cannot be read"),
         (["cache.gb=0", "cache.save=pages"], "cache.save=pages needs memory for pages: use cache.gb above 0"),
         (["mesh.dp=2"], "mesh.dp=2"),

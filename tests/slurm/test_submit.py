@@ -127,7 +127,7 @@ def test_launcher_settings_are_in_the_script(script):
         (["nods=2"], r"nods"),
         (["launcher.partitoin=x"], r"partitoin"),
         (["launcher=nowhere"], r"nowhere"),
-        (["time=soon"], r"time=soon: use minutes"),
+        (["time=soon"], r"time=soon is not a time: use minutes"),
         (["time=1", "warning=60"], r"warning=60 is not before the end"),
         (["data=text", "data.sources=[{path:/nowhere}]"], "/nowhere is not a file"),
         (["folder=/proc/nobody"], "folder=/proc/nobody cannot be written"),
@@ -148,7 +148,7 @@ def test_impossible_job_is_refused_before_slurm_is_asked(refused, words, message
     ("words", "message"),
     [
         (["recipe=pretend"], "recipe=pretend cannot be submitted: use chat, eval, export, extend, finetune, generate"),
-        (["nodes=2"], "give either recipe=NAME"),
+        (["nodes=2"], "exactly one of recipe and pipeline must be set"),
         (["recipe=export", "checkpoint=none", "to=there"], "checkpoint=none is neither a checkpoint"),
         (["pipeline=none.yaml"], "pipeline=none.yaml cannot be read"),
     ],

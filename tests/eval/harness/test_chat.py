@@ -60,7 +60,7 @@ def test_template_that_refuses_system_messages_gets_none() -> None:
     user = {"role": "user", "content": "hi"}
     assert render_chat(tokenizer, [{"role": "system", "content": "x"}, user]) == "<s>[user] hi\n[assistant] "
     tokenizer.chat_template = "{{ raise_exception('never') }}"
-    with pytest.raises(ValueError, match=r"refuses its messages \(never\): use eval.chat=false"):
+    with pytest.raises(ValueError, match=r"refuses the task's messages \(never\): use eval.chat=false"):
         render_chat(tokenizer, [user])
 
 

@@ -78,7 +78,7 @@ def test_impossible_example_is_refused(length, source, words):
 def test_too_short_text_is_refused(tmp_path):
     book = tmp_path / "book.txt"
     book.write_text("The men rowed past all of the boats. " * 20)
-    with pytest.raises(ValueError, match=r"eval.text has 7\d\d tokens: ask for shorter"):
+    with pytest.raises(ValueError, match=r"eval.text has 7\d\d tokens, too few for eval.lengths"):
         make_generated_tasks({"long_qa": 2}, [1999], str(book), tokenizer, 4096, None, 0)
 
 

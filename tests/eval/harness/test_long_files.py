@@ -86,18 +86,26 @@ def test_infinitebench_has_lm_evals_prompt_and_score(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "record", "says"),
     [
-        ("longbench2", LONGBENCH2 | {"choice_B": None}, "its field choice_B is of type NoneType, not str"),
-        ("longbench2", LONGBENCH2 | {"answer": "E"}, "its field answer is 'E', not one of A, B, C, D"),
-        ("longbench2", LONGBENCH2 | {"answer": "AB"}, "its field answer is 'AB'"),
-        ("longbench2", {name: LONGBENCH2[name] for name in LONGBENCH2 if name != "context"}, "it has no field context"),
-        ("longbench2", LONGBENCH2 | {"image": "x"}, "its field image is not one of _id, domain"),
-        ("infinitebench_passkey", BOOK | {"answer": "7"}, "its field answer is of type str, not list"),
-        ("infinitebench_passkey", BOOK | {"answer": []}, r"its field answer is \[\], not a list of texts or numbers"),
-        ("infinitebench_passkey", BOOK | {"answer": [None]}, r"its field answer is \[None\], not a list of texts"),
-        ("infinitebench_passkey", BOOK | {"options": [1]}, r"its field options is \[1\], not a list of texts"),
-        ("infinitebench_passkey", BOOK | {"question": "x"}, "its field question is not one of id, context"),
-        ("infinitebench_code_debug", BOOK, "its field options has 0 entries, not 4"),
-        ("infinitebench_longbook_choice_en", BOOK | {"options": list("abcd")}, "'a man', which is none of its options"),
+        ("longbench2", LONGBENCH2 | {"choice_B": None}, "field choice_B is of type NoneType, not str"),
+        ("longbench2", LONGBENCH2 | {"answer": "E"}, "field answer is 'E', not one of A, B, C, D"),
+        ("longbench2", LONGBENCH2 | {"answer": "AB"}, "field answer is 'AB'"),
+        (
+            "longbench2",
+            {name: LONGBENCH2[name] for name in LONGBENCH2 if name != "context"},
+            "field context is missing",
+        ),
+        ("longbench2", LONGBENCH2 | {"image": "x"}, "field image is not one of _id, domain"),
+        ("infinitebench_passkey", BOOK | {"answer": "7"}, "field answer is of type str, not list"),
+        ("infinitebench_passkey", BOOK | {"answer": []}, r"field answer is \[\], not a list of texts or numbers"),
+        ("infinitebench_passkey", BOOK | {"answer": [None]}, r"field answer is \[None\], not a list of texts"),
+        ("infinitebench_passkey", BOOK | {"options": [1]}, r"field options is \[1\], not a list of texts"),
+        ("infinitebench_passkey", BOOK | {"question": "x"}, "field question is not one of id, context"),
+        ("infinitebench_code_debug", BOOK, "field options has 0 entries, not 4"),
+        (
+            "infinitebench_longbook_choice_en",
+            BOOK | {"options": list("abcd")},
+            "'a man', which is not one of the options",
+        ),
     ],
 )
 def test_unknown_form_is_refused(name, record, says, tmp_path):

@@ -147,7 +147,7 @@ def test_files_have_every_figure(tmp_path):
     assert "**Gate** (all): FAILED by all (worse)." in page and "![accuracy](accuracy.svg)" in page
     lines = [line for line in page.splitlines() if line.startswith("| all |")]
     averages, _, blocks = page[: page.index("## By task")].partition("## Blocks")
-    assert "| half | 0, 1, 2 |" in blocks and "Repaired models drop blocks in their own order" in blocks
+    assert "| half | 0, 1, 2 |" in blocks and "A repaired model drops blocks in its own order" in blocks
     assert lines[0].startswith("| all | 100% | tp=3 | 0.200 | -0.400 [-0.4")
     first_table = averages.partition("## Margin")[0].splitlines()
     assert len({line.count("|") for line in first_table if line.startswith("| all")}) == 1

@@ -195,7 +195,7 @@ def test_rates_are_read_in_units_of_tc(rate, bits):
 
 @pytest.mark.parametrize("rate", ["100", "100 mbit", "100Mb/s", "0mbit", "-1mbit", "1e9bit", "50%", "mbit", "10mbit 5"])
 def test_a_malformed_rate_is_refused(rate):
-    with pytest.raises(ValueError, match=re.escape(f"rate={rate}: use a number and kbit, mbit or gbit")):
+    with pytest.raises(ValueError, match=re.escape(f"rate={rate} is not a rate: use a number and kbit, mbit or gbit")):
         hosts.bits_per_s(rate)
 
 
@@ -205,8 +205,8 @@ def test_a_malformed_rate_is_refused(rate):
         (["hosts=3"], "hosts=3 with mesh ring=2: each host runs one rank; use hosts=2, or hosts=0"),
         (["hosts=1", "mesh.ring=1"], "mesh.ring=1: one rank has no transfers to time"),
         (["hosts=-1"], "hosts=-1"),
-        (["hosts=2", "rate=100"], "rate=100: use a number and kbit, mbit or gbit, such as rate=100mbit"),
-        (["hosts=2", "rate=10 mbit"], "rate=10 mbit: use a number"),
+        (["hosts=2", "rate=100"], "rate=100 is not a rate: use a number and kbit, mbit or gbit, such as rate=100mbit"),
+        (["hosts=2", "rate=10 mbit"], "rate=10 mbit is not a rate: use a number"),
     ],
 )
 def test_bad_hosts_and_rates_are_refused(says, settings, words):
@@ -221,7 +221,7 @@ def test_a_user_who_is_not_root_is_refused(says, monkeypatch):
 @pytest.mark.parametrize("tool", ["ip", "tc"])
 def test_a_machine_without_ip_or_tc_is_refused(says, monkeypatch, tool):
     monkeypatch.setattr("shutil.which", lambda name: None if name == tool else f"/sbin/{name}")
-    assert f"{tool} is not in PATH, install iproute2" in says("hosts=2")
+    assert f"{tool} is not in PATH; install iproute2" in says("hosts=2")
 
 
 def test_ranks_of_a_launcher_are_refused(says, monkeypatch):

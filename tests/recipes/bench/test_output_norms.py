@@ -53,5 +53,5 @@ def test_perplexities_are_those_of_transformers_and_rise_with_dropped_blocks(cli
 
 
 def test_other_families_and_uneven_heads_are_refused(refused, tiny, gemma):
-    assert "takes model=gemma3_270m" in refused(output_norms, output_norms.task, f"model={tiny}")
+    assert "use model=gemma3_270m" in refused(output_norms, output_norms.task, f"model={tiny}")
     assert "query heads: use one of " in refused(output_norms, output_norms.task, f"model={gemma}", "ranks=4")

@@ -79,7 +79,7 @@ def test_a_mesh_of_one_rank_is_refused(refused, tmp_path):
 def test_folder_that_is_no_run_is_not_emptied(refused, tmp_path):
     (tmp_path / "mesh").mkdir()
     (tmp_path / "mesh" / "thesis.txt").write_text("a year")
-    assert "its folder 'mesh' is not a run and would be emptied" in refused(
+    assert "the folder 'mesh' in it is not a run and would be emptied" in refused(
         convergence, convergence.task, *QUICK, f"out={tmp_path}"
     )
 

@@ -44,7 +44,7 @@ def other_process(tmp_path):
 def test_second_writer_is_refused_until_the_first_has_ended(tmp_path):
     file = tmp_path / "new" / "run" / ".lock"
     with hold(file, "out=run"):
-        words = rf"out=run is in use by process {os.getpid()} on {socket.gethostname()}: wait for its end"
+        words = rf"out=run is in use by process {os.getpid()} on {socket.gethostname()}: wait until it ends"
         with pytest.raises(ValueError, match=words), hold(file, "out=run"):
             pytest.fail("both hold it")
     assert not list(file.parent.iterdir())

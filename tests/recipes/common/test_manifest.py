@@ -92,7 +92,7 @@ def test_folder_without_a_run_is_refused(tmp_path, monkeypatch, capsys):
         reproduce.reproduce([str(tmp_path)])
     with pytest.raises(SystemExit) as exited:
         recipe_cli.exit_on_error(lambda: compare.compare([str(tmp_path)]))
-    assert exited.value.code == 2 and "compare two runs or more" in capsys.readouterr().err
+    assert exited.value.code == 2 and "fewer than two runs to compare" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

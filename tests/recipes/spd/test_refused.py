@@ -50,7 +50,7 @@ def test_unfit_settings_are_refused_before_any_rank_starts(refused, tiny, adapte
     )
     assert "not 99999" in adapt("mesh.tp=3", "sequences=99999")
     assert "recipes.spd_adapt needs model.dtype=float32" in adapt("mesh.tp=3", "model.dtype=bfloat16")
-    assert "with another sequences" in refused(
+    assert "with other values of sequences" in refused(
         spd_adapt,
         spd_adapt.task,
         f"model={tiny}",

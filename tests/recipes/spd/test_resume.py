@@ -63,7 +63,7 @@ def test_killed_run_resumes_after_its_last_block_and_state(cli, tiny, adapted_fo
     assert saved_plan(out).plan.dropped == (best,) and json.loads(file.read_text())["order"] == [best]
     # 5. A joint state of other settings is refused.
     code, _, err = cli(spd_adapt, spd_adapt.task, *words, "spd.budget=1", "joint.lr=1e-3")
-    assert code == 2 and "with another joint: use another out=" in err
+    assert code == 2 and "with other values of joint: use another out=" in err
 
 
 def test_run_asked_to_stop_exits_75_and_resumes_to_the_same_model(cli, tiny, adapted_folder, tmp_path):
@@ -116,4 +116,4 @@ def test_states_with_the_old_key_looked_at_are_resumed(cli, tiny, adapted_folder
     assert tensors(out) == tensors(adapted_folder) and before.items() <= files_below(out).items()
     for name, value in (("calibration_sequences", "4"), ("weights", "beginnings")):
         code, _, err = cli(spd_adapt, spd_adapt.task, *words, f"repair.{name}={value}")
-        assert code == 2 and f"with another {name}: use another out=" in err
+        assert code == 2 and f"with other values of {name}: use another out=" in err
