@@ -24,26 +24,26 @@ KINDS = {"prefill": ("ttft",), "chat": ("turn",), "decode": ("ttit",), "train": 
 INTRO = """\
 # Predicted against published
 
-`make published` writes this page. The docstrings of this folder have every formula, with its derivation:
+`make published` writes this page. The docstrings of these files have every formula, with its derivation:
 
 | file | formulas |
 |---|---|
 | `attention.py` | pass-KV, pass-Q, all-gather, Ulysses and the backward ring, for one layer |
-| `window.py` | rows that travel and blocks that are computed, if a sliding window reaches only some |
+| `window.py` | rows that travel and blocks that are computed under a sliding window |
 | `choice.py` | the choice of `context.strategy=auto`, from the same formulas, and the paper's rules |
 | `decode.py` | a decoded token by `gather_merge` and by `sharded`, and the choice of `context.decode=auto` |
-| `reduction.py` | an all-reduce, and a forward pass in which some blocks leave one out |
+| `reduction.py` | an all-reduce; the all-reduces of a forward pass in which some blocks drop one |
 | `forward.py` | a model's prefill, a turn after cached tokens, a decoded token; dropped reductions |
 | `step.py` | a training step: tensor parallelism, ZeRO-1, pipeline, recomputation |
 | `experts.py` | weights of experts, and what expert parallelism sends |
-| `training.py` | FLOPs and MFU; causal halving is in `count_pairs` and `Work.flops` only |
+| `training.py` | FLOPs and MFU, with and without causal halving |
 | `memory.py` | memory of a GPU by part |
 | `hardware.py` | one rank: its kernel and its links, as `recipes.calibrate` measures them |
 | `machine.py` | a machine: links by level, all-reduce, constants of `configs/machine/` |
 
 Each machine has one set of constants for all rows. Its file in `configs/machine/` names the constants that were fitted
-to these tables, and gives a source for most of the others. "Left out" is the error on a table when the constants are
-fitted to the machine's other tables only. Constants that no other table determines then keep the file's value. A
+to these tables, and gives a source for most of the others. "Held out" is the error on a table when the constants
+are fitted to the machine's other tables only. Constants that no other table determines then keep the file's value. A
 machine with one table has no such figure. The errors that `recipes.plan` prints are means of this column.
 """
 WHY = """\
@@ -71,7 +71,7 @@ have unequal work.
 
 def summary(leave_out: bool) -> Iterator[str]:
     """Yield the table of mean errors; fitting without each table takes most of the time."""
-    yield "| table | machine | figures | mean error | largest | left out |"
+    yield "| table | machine | figures | mean error | largest | held out |"
     yield "|---|---|---|---|---|---|"
     for name in tables():
         rows = rows_of(name)
@@ -131,7 +131,7 @@ def text(leave_out: bool) -> str:
 
 
 def expected(hardware: str) -> Iterator[str]:
-    """Yield the lines ``errors`` of a hardware file: the mean error of tables that the fit left out."""
+    """Yield the lines ``errors`` of a hardware file: the mean error on tables that were held out of the fit."""
     for kind, quantities in KINDS.items():
         names = [name for name in tables() if rows_of(name)[0].hardware == hardware]
         names = [name for name in names if rows_of(name)[0].quantity in quantities]
