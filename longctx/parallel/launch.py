@@ -72,9 +72,9 @@ def _start_server(modules: Sequence[str] = ()) -> None:
     from multiprocessing import forkserver
 
     path = os.pathsep.join(each or str(Path.cwd()) for each in sys.path)
-    here = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", preload.VARIABLE: ",".join(modules)}
-    before = {name: os.environ.get(name) for name in here}
-    os.environ.update(here)
+    variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", preload.VARIABLE: ",".join(modules)}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         forkserver.ensure_running()
     finally:
