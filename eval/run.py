@@ -3,9 +3,8 @@
     python -m eval.run model=smollm2_135m eval.tasks=[arc_easy] eval.limit=50 mesh.ring=2 out=outputs/scores
     python -m eval.run experiment=evaluate/spd_regression eval.limit=200 out=outputs/spd
 
-Exit codes: 0 done; 1 a rank failed; 2 the command line asks for something impossible, and nothing was started; 3 done,
-but a variant in ``eval.gate`` is worse, or undecided (unless ``eval.strict=false``); 75 stopped by SIGUSR1.
-The same command resumes an interrupted run.
+Exit code 3: a variant in ``eval.gate`` is worse, or undecided (unless ``eval.strict=false``).  recipes/README.md lists
+the other codes.  The same command resumes an interrupted run.
 """
 
 from __future__ import annotations

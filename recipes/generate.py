@@ -194,7 +194,8 @@ def _verify(
     from longctx.infer.generate import logit_difference
 
     target = job.target
-    progress.start("the same on one rank, layers", target.shape.layers)
+    ranks = "tensor-parallel group" if target.inexact and target.mesh.tp > 1 else "rank"
+    progress.start(f"the same on one {ranks}, layers", target.shape.layers)
     torch.set_num_threads(target.threads(rank) * rank.local_world_size)  # the other ranks are waiting
     compares = engine.rank == 0 if target.inexact else rank.rank == 0
     alone = load_alone(runtime, engine, target.model, target.folder) if compares else None

@@ -9,9 +9,9 @@
 5. Measure guards                                 `measure_guards`                DIR/guards.json
 6. Save the model and its plan                    `save`                          DIR
 
-`run_rank` takes steps 1 to 5 on every rank, `task` step 6 in the first process.  generate, chat, pretrain, extend and
-eval then take model=DIR.  The same command again resumes after the last file of DIR.  Exit code 3: a guard failed, and
-no model was written.  Source: arXiv 2502.20727.
+`run_rank` takes steps 1 to 5 on every rank, `task` step 6 in the first process.  README.md lists the recipes that then
+take model=DIR.  The same command again resumes after the last file of DIR.  Exit code 3: a guard failed, and no model
+was written.  Source: arXiv 2502.20727.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class AdaptJob(RepairJob):
 
 @dataclass(frozen=True)
 class AdaptResult:
-    """Results of steps 1 to 5: the keys of ``joint.alone`` are the blocks that drop."""
+    """Results of steps 1 to 5; ``joint.alone`` maps each block that drops to its divergence."""
 
     sensitivities: Sensitivities
     joint: JointResult

@@ -33,7 +33,7 @@ class StoredAnswers:
 
     ``answers`` maps a request's key to its answer.  ``commits`` are those of the source code that computed the answers.
     ``corrupt`` names the lines that are cut off or have a wrong checksum; ``answers`` lacks their answers.
-    ``requests`` requests took ``tokens`` tokens and ``seconds`` seconds; generated texts count in none of the three.
+    ``requests``, ``tokens`` and ``seconds`` are totals over scored requests; generated texts are left out.
     """
 
     answers: dict[str, Answer] = field(default_factory=dict)

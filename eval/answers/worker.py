@@ -1,7 +1,7 @@
 """The ranks' part of an evaluation: they answer the requests, and rank 0 stores the answers.
 
-The ranks that share a model answer a batch together.  With mesh.dp=2, two such groups answer batches in turn.  The
-batches, and the order of the stored answers, are as with mesh.dp=1.
+The ranks that share a model answer a batch together.  With mesh.dp=2, two such groups answer different batches at the
+same time.  The batches, and the order of the stored answers, are as with mesh.dp=1.
 """
 
 import math

@@ -93,7 +93,7 @@ def _read_json_list(path: Path) -> list[TaskRecord]:
     except ValueError as error:
         raise ValueError(f"{path} is not a JSON file ({error}): give the file that eval/README.md describes") from error
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise ValueError(f"{path} is not a list of records: give the file that eval/README.md describes")
+        raise ValueError(f"{path} is not a JSON list of objects: give the file that eval/README.md describes")
     return records
 
 

@@ -174,7 +174,10 @@ def count_examples(task: Task) -> int:
 
 
 def answer_tasks(tasks: Mapping[str, Task], lm: LM) -> None:
-    """Ask ``lm`` the requests of all tasks, in one call for each kind, and store its answers in the tasks."""
+    """Ask ``lm`` the requests of all tasks, in one call for each kind, and store its answers in the tasks.
+
+    Earlier answers are discarded.
+    """
     by_kind: dict[str, list[Instance]] = {}
     for task in tasks.values():
         for instance in task.instances:

@@ -60,9 +60,10 @@ def compare(
     """Compare accuracies averaged over ``tasks``, each a pair (baseline, variant) of outcomes from 0 to 1.
 
     Each task has the same weight.  The verdict is a test of non-inferiority: ``no worse`` if the whole interval lies
-    above -``allowed_drop``, ``worse`` if it lies below.  ``z`` is the normal quantile of the interval.  A value other
-    than `Z` means that the number of examples depended on the outcomes.  ``available`` is the number of examples that
-    each task has (None: any number).  ``resamples`` and ``seed`` are those of the sign-flip test.
+    above -``allowed_drop``, ``worse`` if it lies below.  ``z`` is the normal quantile of the interval.  Pass another
+    value than `Z` if the number of examples depended on the outcomes; there is then no p-value.  ``available`` is the
+    number of examples that each task has (None: any number).  ``resamples`` and ``seed`` are those of the sign-flip
+    test.
     """
     paired = [(np.asarray(base, float), np.asarray(other, float)) for base, other in tasks]
     assert paired and all(len(base) == len(other) > 0 for base, other in paired), "the same examples, at least one"

@@ -56,7 +56,7 @@ class Kernel:
             dtypes = " or ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
             raise ValueError(
                 f"kernel {self.name} takes {dtypes} on {' or '.join(self.devices)}, not {q.dtype} on {q.device.type}; "
-                "use context.kernel=reference, or set model.dtype and run.device to these"
+                "use context.kernel=reference, or a model.dtype and run.device that it takes"
             )
         if q.shape[3] % self.head_dim_multiple:
             raise ValueError(

@@ -1,8 +1,7 @@
 """The parts of the score matrix that a mask leaves visible, as rectangles and triangles that any kernel can compute.
 
 For every layout, mask and cached turn, a ring step is a list of tiles of two shapes: a full rectangle, or a square
-triangle with its diagonal.  All attention kernels agree on these two, although they align a causal mask to different
-corners of a non-square block.  No row of a tile is fully masked.
+triangle with its diagonal (ARCHITECTURE.md says why).  No row of a tile is fully masked.
 """
 
 from bisect import bisect_right

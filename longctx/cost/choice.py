@@ -99,7 +99,9 @@ def fit_empirical(points: Sequence[tuple[int, int, float, float]]) -> tuple[floa
     # 1. Targets and weights: positive gains are points at which pass-KV was faster.
     gains = [math.log(q / kv) for _, _, kv, q in points]
     if not any(gain > 0 for gain in gains) or not any(gain < 0 for gain in gains):
-        raise ValueError("one strategy is at least as fast at every point; measure on both sides of the crossover")
+        raise ValueError(
+            "one strategy is at least as fast at every point: add miss_rates on the other side of the crossover"
+        )
     # 2. Features, centred: ln T, ln of the miss rate, 1.
     rows = [(math.log(t), math.log(t / (t + p)), 1.0) for t, p, _, _ in points]
     means = [sum(row[i] for row in rows) / len(rows) for i in range(2)]

@@ -27,8 +27,8 @@ def inference_bytes(
 
     Only the last row of each sequence has logits: a rank's shard, and the whole row that it gathers.  Pass-KV, pass-Q
     and all-gather copy one layer's keys and values of several sequences into one tensor.  Pass-Q packs a partial for
-    each rank.  With ``sharded``, a rank gathers the parts of an all-reduce of hidden states from all ranks.  Windows do
-    not shrink the cache: a session keeps all rows of every layer.  Workspace inside a kernel is left out, such as the
+    each rank.  With ``sharded``, a rank sums hidden states itself, and first gathers every rank's part.  Windows do not
+    shrink the cache: a session keeps all rows of every layer.  Workspace inside a kernel is left out, such as the
     float32 copies of 16-bit inputs on a CPU.
 
     Raises ValueError for an unknown strategy.

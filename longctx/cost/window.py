@@ -1,8 +1,8 @@
 """Rows that travel around a ring, and blocks that are computed, under a sliding window of w keys.
 
-The layout is zigzag: a sequence has 2 N chunks, and rank r has chunks r and 2 N - 1 - r.  A query sees the w - 1 keys
-before it.  Suppose that a chunk of keys ends g positions before a chunk of queries begins.  The first w - 1 - g rows of
-the queries then see the last w - 1 - g rows of the keys.  A chunk with fewer rows counts whole.
+The layout is zigzag: a sequence has 2 N chunks, and rank r has chunks r and 2 N - 1 - r.  A query sees its own
+key and the w - 1 keys before it.  If g positions lie between a chunk of keys and a later chunk of queries, only the
+first w - 1 - g queries see keys of that chunk: some of its last w - 1 - g.  A chunk with fewer rows counts whole.
 """
 
 from collections.abc import Iterable
@@ -79,7 +79,7 @@ def most_keys(total: int, ranks: int, window: int | None) -> float:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Positions ``begin`` to ``end`` (exclusive) of ``rank``, in units of 1 / (2 N) position."""
+    """A chunk of ``rank``, from position ``begin`` to ``end`` (exclusive), both times 2 N so that they are integers."""
 
     begin: int
     end: int

@@ -62,7 +62,9 @@ def messages_of(row: Any) -> list[dict[str, Any]]:
     else:
         given = row.get("messages")
     if not isinstance(given, list) or not given:
-        raise ValueError(f'has neither "messages" nor "prompt" and "completion": write {_EXAMPLE}')
+        raise ValueError(
+            f'has no "messages" that are a list of at least one, and no "prompt" with "completion": write {_EXAMPLE}'
+        )
     return [_message(message, f"message {i}") for i, message in enumerate(given, 1)]
 
 

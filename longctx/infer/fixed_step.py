@@ -40,7 +40,7 @@ class FixedStep:
         Raises ValueError if the room is used up.
         """
         if self.rows == self.room:
-            raise ValueError(f"all {self.room} rows of the sequence are used: reserve more")
+            raise ValueError(f"all {self.room} rows of the sequence are used: make the step with a larger room")
         self._token.fill_(token)
         if self._graph is None:
             self._run()

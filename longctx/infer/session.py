@@ -224,11 +224,11 @@ class Session:
         return strategies
 
     def prefill(self, tokens: Mapping[int, int], alone: int | None = None) -> dict[int, int]:
-        """Run the next tokens of several sequences in one pass; return the token after each prompt that ends there.
+        """Run the next ``tokens[i]`` uncached tokens of each sequence i in one pass.
 
-        These tokens are also appended to their sequences.  The argument ``tokens`` has, by sequence, how many of its
-        uncached tokens to run.  In sequences that have a list of `Conversation.prompt_logprobs`, the log-probabilities
-        of prompt tokens are appended to it.
+        Returns, by sequence, the token after each prompt that ends in this pass, and appends it to the sequence.  If a
+        sequence has the list `Conversation.prompt_logprobs`, the log-probabilities of its prompt tokens are appended to
+        that list.
 
         If ``alone`` is given, that ring rank runs and caches all rows, without messages over the ring.  No other ring
         rank may cache rows of these sequences.

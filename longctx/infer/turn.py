@@ -63,5 +63,5 @@ class Turn:
 
     @property
     def ttit_s(self) -> float | None:
-        """Seconds from one token to the next; None if the turn had no decode step."""
+        """Mean seconds from one token to the next; None if the turn had no decode step."""
         return self.decode_s / self.steps if self.steps else None

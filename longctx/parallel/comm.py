@@ -1,7 +1,7 @@
 """`Comm`, a group of ranks as seen from one of them: the interface, and a group of a single rank.
 
-Ranks do not exchange shapes: every rank knows every layout, so the receiver states the shapes that will arrive.
-Tensors of zero elements are not sent.  ``traffic`` counts what a rank sends to other ranks.
+The receiver states the shapes that will arrive (ARCHITECTURE.md says why).  Tensors of zero elements are not sent.
+``traffic`` counts what a rank sends to other ranks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -92,7 +92,7 @@ class Comm(Protocol):
         ...
 
     def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape], *, small: bool = False) -> list[AnyShape]:
-        """Send ``parts[i]`` to rank i and return each rank's tensor, in rank order; rank i's has ``shapes[i]``.
+        """Send ``parts[i]`` to rank i; return the tensors from all ranks, the one from rank i with ``shapes[i]``.
 
         ``small`` says that latency matters more than bandwidth; all ranks must pass the same value.
 

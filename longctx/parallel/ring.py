@@ -1,4 +1,7 @@
-"""Ring attention: each rank computes on one rank's tensors while the next rank's tensors are in flight."""
+"""Ring attention: each rank computes on one rank's tensors while the next rank's tensors are in flight.
+
+Under a window, only the rows that another rank needs travel (`Ring.keys_to_send`, `Ring.queries_to_send`).
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -43,9 +46,10 @@ class Ring:
         return tiles
 
     def keys_to_send(self, owner: int, hop: int, hops: int = 1) -> Rows | None:
-        """Return the rows of ``owner``'s keys that at least one rank ``hop`` to ``hop + hops - 1`` hops away needs.
+        """Return the rows of ``owner``'s keys that at least one of ``hops`` ranks needs.
 
-        None means all rows.  Without a window the result is always None, since nearly all rows are needed.
+        Those ranks are ``hop``, ``hop`` + 1, ... hops after the owner.  None means all rows.  Without a window the
+        result is always None, since nearly all rows are needed.
         """
         return self._rows_to_send("keys", owner, hop, hops)
 
@@ -56,17 +60,15 @@ class Ring:
     def sums_on_hop(self, owner: int, hop: int) -> Rows | None:
         """Return the rows of ``owner``'s keys whose summed gradients travel on hop number ``hop`` of the backward.
 
-        Under a window, these are the rows that at least one rank before this hop, other than the owner, has seen.  None
-        means all rows.
+        Under a window, these are the rows that a rank visited before this hop has seen; the owner does not count.
+        None means all rows.
         """
         return self.keys_to_send(owner, 1, hop - 1)
 
     def queries_to_send(self, owner: int, hop: int, hops: int = 1) -> Rows | None:
-        """Return the rows of ``owner``'s queries that see keys of a rank ``hop`` to ``hop + hops - 1`` hops away.
+        """Return the rows of ``owner``'s queries that see keys of at least one of ``hops`` ranks.
 
-        A row counts if it sees keys of at least one of these ranks.
-
-        None means all rows.
+        The ranks are those of `keys_to_send`.  None means all rows.
         """
         return self._rows_to_send("queries", owner, hop, hops)
 
@@ -125,8 +127,7 @@ def rotate(
 def pass_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
     """Ring attention in which queries stay and keys and values rotate (arXiv 2411.01783, Alg. 2).
 
-    Each rank sends N - 1 blocks of keys and values: the blocks of all ranks but the next one.  Under a window, a hop
-    carries only the rows that a later rank sees.
+    Each rank sends N - 1 blocks of keys and values: the blocks of all ranks but the next one.
     """
     partial = None
     for owner, (k_o, v_o) in rotate(ring.comm, ring.keys, k, v, rows=ring.keys_on_hop):
@@ -147,7 +148,7 @@ def pass_q(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
     One all-to-all returns the partial results to the queries' ranks.  Bytes sent per rank: the queries of every rank
     but the next one, and the partials of all other ranks' queries: d values and one log-sum-exp per row and head,
     in the accumulation dtype (float32, or float64 for float64 inputs).  A rank without keys for a block of queries
-    sends no partial for it.  Under a window, only the rows that see a key of another rank travel and return.
+    sends no partial for it.
     """
     comm, size = ring.comm, ring.comm.size
     merged = empty_partial(q)
@@ -180,11 +181,11 @@ def pass_q(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
 
 
 def all_gather_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
-    """Attention over all keys and values after one all-gather (Llama 3's training; arXiv 2411.01783, 3.5.2).
+    """Attention over the keys and values of all ranks (Llama 3's training; arXiv 2411.01783, 3.5.2).
 
-    It sends the bytes of `pass_kv` in one exchange instead of N - 1 hops.  No computation hides the exchange, and the
-    blocks of all ranks are in memory at once.  Bytes sent per rank: its keys and values, to each other rank.  Under a
-    window, each of these ranks gets only the rows that its queries see.
+    One all-to-all brings them, in place of the N - 1 hops of `pass_kv`.  An all-gather would send the same rows to each
+    rank, but under a window each rank needs other rows.  Bytes sent per rank: its keys and values, to each other rank.
+    No computation hides the exchange, and the blocks of all ranks are in memory at once.
     """
     comm, partial = ring.comm, empty_partial(q)
     both = torch.cat([k, v], -1)
@@ -215,8 +216,8 @@ def ring_gradients(
 
     ``whole`` is the forward's result.  Keys and values rotate as in `pass_kv`.  The gradients of a block's keys and
     values are summed on the way: the sum travels one hop after the block.  The last hop brings the complete sum to the
-    block's owner.  Under a window, the sum has only the rows that a visited rank has seen, and the owner keeps its own
-    term and adds it at the end.
+    block's owner.  Under a window, the sum has the rows of `Ring.sums_on_hop`.  The owner keeps its own term and adds
+    it at the end.
     """
     comm, dq = ring.comm, torch.zeros_like(whole.out)
     own: list[Tensor] | None = None

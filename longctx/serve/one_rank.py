@@ -22,10 +22,14 @@ class OneRank:
     def choose(self, session: Session, prefill: Mapping[int, int], page_rows: Sequence[int]) -> int | None:
         """Return the ring rank that runs ``prefill`` alone, or None if all ranks run it; all ranks get the same answer.
 
-        ``prefill`` has the number of tokens to run by sequence.
+        ``prefill`` has the number of tokens to run by sequence.  All ranks run it if
 
-        A rank qualifies if no other rank has cached rows of these sequences.  Of several, the rank with the fewest rows
-        is chosen.  Its rows are those of all sequences plus its pages' rows, ``page_rows[rank]``.
+        * the ring has one rank;
+        * the pass, or one of its sequences, has more than ``tokens`` tokens;
+        * more than one rank has cached rows of these sequences.
+
+        Otherwise, a rank qualifies if no other rank has cached rows of these sequences.  Of several, the rank with the
+        fewest rows is chosen.  Its rows are those of all sequences plus its pages' rows, ``page_rows[rank]``.
         """
         chosen, ranks = [session.sequences[i] for i in prefill], range(session.engine.ring.size)
         longest = max(sum(prefill.values()), *(len(one.tokens) for one in chosen))

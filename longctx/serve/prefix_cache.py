@@ -96,8 +96,7 @@ class PrefixCache:
     def restore(self, pages: Sequence[StoredPage]) -> None:
         """Add the ``pages`` of an earlier process, before any other page is added.
 
-        They are numbered from 0, and each one comes after the page before it.
-
+        They are numbered from 0.  A page stands later in the list than the page that its text continues.
         Pages for which there is no room are evicted.
         """
         known = {ROOT: self._root}

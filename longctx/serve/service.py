@@ -93,7 +93,10 @@ class Service:
         return [rows * self.session.engine.row_bytes for rows in self.prefixes.rows]
 
     def submit(self, sequence: NewSequence, emit: Emit) -> None:
-        """Answer ``sequence``, which has an unused number; ``emit`` gets each `Token`, the last one with ``finish``."""
+        """Queue ``sequence``, which has an unused number, and return at once.
+
+        ``emit`` gets each `Token`, the last one with ``finish``.
+        """
         self._inbox.put(_Answer(sequence, emit, AnswerText(self.tokenizer, sequence.sampling.stop)))
 
     def cancel(self, number: int) -> None:

@@ -41,8 +41,8 @@ def distill(
     The student receives [batch length d_in]; in a transformer, d_in and d_out are both its hidden size.  An epoch
     leaves out the sequences that do not fill a batch.
 
-    Source: arXiv 2502.20727, 4.2.3.  The loss is `relative_error` instead of the paper's mean squared error: a few
-    tokens of a Llama are a thousand times larger than the others and would dominate the mean squared error.
+    Source: arXiv 2502.20727, 4.2.3.  The loss is `relative_squared_error` instead of the paper's mean squared error: a
+    few tokens of a Llama are a thousand times larger than the others and would dominate the mean squared error.
     """
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
     order = torch.Generator().manual_seed(settings.seed)
@@ -51,7 +51,7 @@ def distill(
     for step, rows in enumerate(_batches(len(inputs), settings, order)):
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, steps, settings.lr)
-        loss = relative_error(student(inputs[rows]), outputs[rows], weights)
+        loss = relative_squared_error(student(inputs[rows]), outputs[rows], weights)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -84,17 +84,17 @@ def _batches(sequences: int, settings: Distillation, order: torch.Generator) -> 
 def position_weights(length: int, weights: PositionWeights) -> Float[Tensor, " length"]:
     """Return the weight of each position of a sequence; their mean is 1.
 
-    ``beginnings`` spreads half of the total evenly over positions, and half evenly over log(position + 1).  In the
-    second half, position 0 has as much weight as positions 1 and 2 together, or as positions 3 to 6. With 256 tokens,
-    the first 64 have half of the total instead of a quarter.  The first token, to whose massive activation others
-    attend (the attention sink), has a fifteenth.
+    ``beginnings`` spreads half of the total evenly over positions, and half evenly over log(position + 1).  Of the
+    half over log(position + 1), position 0 gets as much as positions 1 and 2 together, or as positions 3 to 6.  With
+    256 tokens, the first 64 have half of the total instead of a quarter.  The first token, to whose massive activation
+    others attend (the attention sink), has a fifteenth.
     """
     edges = torch.arange(1, length + 2, dtype=torch.double).log() / log(length + 1)
     share = 0.5 if weights == "beginnings" else 0.0
     return (1 - share + share * length * edges.diff()).float()
 
 
-def relative_error(
+def relative_squared_error(
     predicted: Float[Tensor, "b s hidden"],
     target: Float[Tensor, "b s hidden"],
     weights: Float[Tensor, " s"] | None = None,
@@ -114,6 +114,6 @@ def error_of(
     outputs: Float[Tensor, "sequences length d_out"],
     batch: int,
 ) -> float:
-    """`relative_error` of ``block(inputs)`` to ``outputs``, ``batch`` sequences at a time."""
+    """Return the mean `relative_squared_error` of ``block(inputs)`` to ``outputs``.  ``batch`` only bounds memory."""
     pairs: Iterable[tuple[Tensor, Tensor]] = zip(inputs.split(batch), outputs.split(batch), strict=True)
-    return sum(float(relative_error(block(x), y)) * len(x) for x, y in pairs) / len(inputs)
+    return sum(float(relative_squared_error(block(x), y)) * len(x) for x, y in pairs) / len(inputs)

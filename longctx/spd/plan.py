@@ -103,8 +103,8 @@ def refuse_changed_weights(folder: Path) -> None:
     crc = json.loads((folder / FILE).read_bytes()).get(_WEIGHTS)
     if crc is not None and (not (folder / ADAPTED).is_file() or crc32_of_file(folder / ADAPTED) != crc):
         raise ValueError(
-            f"{folder / ADAPTED} has changed since it was written: copy it again, or adapt the model again with "
-            "recipes.spd_adapt"
+            f"{folder / ADAPTED} is missing, or has changed since it was written: copy it again, or adapt the model "
+            "again with recipes.spd_adapt"
         )
 
 

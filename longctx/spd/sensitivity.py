@@ -35,7 +35,7 @@ def suffix_sums(
 
     Entry i drops blocks i and later; the last entry drops none.  ``entering`` is the state that enters block 0.
     ``run(block, state, dropped)`` runs one block.  The state that enters a block does not depend on later blocks, so it
-    is computed once and kept.  This takes about half of the calls of one full forward pass per suffix.  At most
+    is computed once and kept.  ``run`` is called about half as often as if every suffix ran all blocks.  At most
     ``blocks`` + 1 states exist at once.
     """
     states = [entering]

@@ -222,7 +222,7 @@ def judge_row(times: MissRateTimes, job: CrossoverJob, hardware: Hardware) -> Mi
 
 
 def fit_rule(times: Sequence[MissRateTimes]) -> tuple[float, float, float] | None:
-    """Return alpha, beta and gamma of the empirical rule; None if one strategy is the faster in all of ``times``."""
+    """Return alpha, beta and gamma of the empirical rule; None if one strategy is at least as fast in all ``times``."""
     points = [(each.new, each.cached, each.medians["pass_kv"], each.medians["pass_q"]) for each in times]
     try:
         return fit_empirical(points)
@@ -251,7 +251,9 @@ def report(job: CrossoverJob, hardware: Hardware, times: Sequence[MissRateTimes]
     # 1. Judge each row by the others, and fit the constants of the files to all rows.
     constants = fit_rule(times)
     if constants is None:
-        console.print("no empirical rule: one strategy won every row; add miss_rates on either side of the crossover")
+        console.print(
+            "no empirical rule: one strategy is at least as fast in every row; add miss_rates on the other side"
+        )
     table_rows = judge_rules(times, job, hardware)
     show(table_rows)
     hardware = replace(hardware, empirical=constants or hardware.empirical)

@@ -196,7 +196,10 @@ def decode_steps(session: Session, tokens: int, batch: int) -> DecodeCost:
 
 
 def count_messages(engine: Engine) -> int:
-    """Return the messages that this rank has sent so far to the ranks that share its sequence."""
+    """Return how many messages this rank has sent so far to the other context ranks.
+
+    In sharded decoding, those to the ranks with which it sums are included.
+    """
     comms = [engine.context, engine.ring, engine.ulysses] + ([engine.share.tp_context] if engine.share else [])
     return sum(sum(comm.traffic.messages.values()) for comm in {id(comm): comm for comm in comms}.values())
 

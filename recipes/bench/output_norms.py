@@ -121,7 +121,7 @@ def output(layer: Any, sums: Sums, added: list[Hidden]) -> Hidden:
     return changed
 
 
-def relative_error(out: Hidden, exact: Hidden) -> float:
+def relative_squared_error(out: Hidden, exact: Hidden) -> float:
     """Return the mean over tokens of |out - exact|^2 / |exact|^2."""
     return float(((out - exact).square().sum(-1) / exact.square().sum(-1)).mean())
 
@@ -154,7 +154,7 @@ def block_errors(
         sums = partial_attention(layer, x, known, ranks)
         factors.append(sums.fit())
         for name, estimate in ESTIMATES.items():
-            errors[name].append(relative_error(output(layer, sums, estimate(sums, factors[-1])), out))
+            errors[name].append(relative_squared_error(output(layer, sums, estimate(sums, factors[-1])), out))
 
     with blocks_replaced(net, measure):
         net.model(text.tokens, use_cache=False)

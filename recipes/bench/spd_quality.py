@@ -130,7 +130,10 @@ def prepare(config: DictConfig) -> QualityJob:
 def resolve_variants(
     models: tuple[NamedModel, ...], rivals: tuple[Rival, ...], target: Target, settings: QualitySettings
 ) -> tuple[QualityVariant, ...]:
-    """Return both zero-shot variants, one per rival and one per repaired model.  Rivals drop the least sensitive first.
+    """Return the variants: two without repair, one per rival and one per repaired model.
+
+    Of the two without repair, one drops the least sensitive blocks first, the other the first blocks.  Rivals drop the
+    least sensitive first.
 
     Raises ValueError for a model that was not adapted from the target at its mesh.tp, or that lacks blocks to drop.
     """
@@ -238,7 +241,10 @@ def compute_recovery(losses: TextLosses, variant: str) -> list[float | None]:
 
 
 def show(losses: dict[str, TextLosses], shares: tuple[float, ...]) -> None:
-    """Print a table of perplexities by share for each text, and the perplexities of the placements."""
+    """Print, for each text, the perplexities by share, with intervals of what is added.
+
+    Below them are the perplexities with one dropped block, by placement of its neurons.
+    """
     for label, of_text in losses.items():
         table = Table(f"{label}: blocks dropped", *(f"{share:.0%}" for share in shares), box=None)
         for variant, of_shares in of_text.variants.items():

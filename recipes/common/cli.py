@@ -1,8 +1,6 @@
 """Entry of every recipe: compose the configuration, run the task on its ranks, turn errors into exit codes.
 
-Exit codes: 0 success; 1 a rank failed, or disk or memory is full; 2 the command line was refused before any rank
-started; 3 success, but an evaluation's gate or a repair's guard failed; 75 stopped on request (SIGUSR1) after saving:
-the same command resumes.  As in a shell: 130 Ctrl-C; 141 the reader of the output has gone; 143 SIGTERM.
+recipes/README.md lists the exit codes.
 """
 
 import errno

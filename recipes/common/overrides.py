@@ -140,8 +140,8 @@ def _refuse_nothing(word: str) -> None:
     """Raise ValueError for a word without a key, one that removes a setting, and a group without a choice."""
     key, equals, value = word.partition("=")
     if not key.lstrip("+") or (word[0] == "~" and not word.startswith(_REMOVABLE)):
-        advice = f"{key[1:]}=null for none" if key else "KEY=VALUE, such as mesh.ring=2"
-        raise ValueError(f"{word} is not a setting: write {advice}")
+        advice = "delete this word" if word.startswith("~") else "write KEY=VALUE, such as mesh.ring=2"
+        raise ValueError(f"{word} is not a setting: {advice}")
     if equals and value in ("", "null") and (CONFIGS / key).is_dir() and word != "experiment=null":
         raise ValueError(f"{word} gives no value: use one of {', '.join(choices(key))}")
 

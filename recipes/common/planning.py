@@ -41,8 +41,7 @@ class Plan:
 
     ``seconds`` is the time to first token (prefill), per token (decode), of a turn with its answer (chat) or of a step
     (train).  ``decode`` is the strategy of decoding, ``answer`` the cost of a token of the answer.  ``refused`` says
-    why the mesh is not feasible, or None.  ``over_limit`` is True if it breaks a limit of the question, and False if a
-    recipe refuses it.
+    why the mesh is not feasible, or None.  ``over_limit`` is True if only a limit of the question refuses it.
     """
 
     question: Question

@@ -287,7 +287,10 @@ def _held_out(job: TrainJob, dp_rank: int, dp_size: int) -> list[Batch]:
 def evaluate_held_out(
     state: TrainState, held_out: list[Batch], runtime: Runtime, parallelism: ContextParallel, job: TrainJob
 ) -> dict[str, float | None]:
-    """Return loss (nats a token) and perplexity of held-out text: over all of it, and by position in the document."""
+    """Return loss (nats a token) and perplexity of held-out text, and its perplexity by position in the document.
+
+    A range of positions without tokens has None.
+    """
     from longctx.train.step import evaluate
 
     buckets = job.evaluation.buckets

@@ -117,7 +117,14 @@ def refuse_other_run(job: TrainJob) -> None:
         *((f"lora.{name}", before, now) for name, before, now in _lora_settings(config, job)),
     ):
         if before != now:
-            raise ValueError(f"{place} was made with {name}={str(before).lower()}: use that, or another out=")
+            raise ValueError(f"{place} was made with {name}={_as_typed(before)}: use that, or another out=")
+
+
+def _as_typed(value: object) -> str:
+    """Return ``value`` as a user types it on the command line: null, false, [a,b]."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_as_typed, value))}]"
+    return "null" if value is None else str(value).lower()
 
 
 def _lora_settings(config: Mapping[str, Any], job: TrainJob) -> list[tuple[str, Any, Any]]:

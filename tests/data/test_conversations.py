@@ -87,7 +87,7 @@ def test_messages_of_weight_0_and_messages_after_the_last_answer_are_not_learned
 
 REFUSED = {
     "role": ({"messages": [{"role": "bot", "content": "a"}]}, r'message 1 of role "bot": use system, '),
-    "form": ({"text": "a"}, r'has neither "messages" nor "prompt" and "completion": write'),
+    "form": ({"text": "a"}, r'has no "messages" .* and no "prompt" with "completion": write'),
     "list": ([1], "is not a JSON object of the form"),
     "string": ({"messages": ["a"]}, "message 1 that is not a JSON object"),
     "content": ({"messages": [{"role": "user"}]}, r'message 1 that has no "content", it has role; repair'),

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from longctx.spd.distill import Distillation, distill, error_of, position_weights, refuse_diverged, relative_error
+from longctx.spd.distill import (
+    Distillation,
+    distill,
+    error_of,
+    position_weights,
+    refuse_diverged,
+    relative_squared_error,
+)
 
 
 def problem() -> tuple[torch.nn.Linear, torch.Tensor, torch.Tensor]:
@@ -26,8 +33,10 @@ def test_student_learns_the_teachers_outputs() -> None:
 
 def test_error_of_a_token_is_relative_to_its_norm() -> None:
     wanted = torch.tensor([[[3.0, 4.0], [300.0, 400.0]]])
-    assert float(relative_error(wanted * 1.1, wanted)) == pytest.approx(0.01)
-    assert float(relative_error(wanted + torch.tensor([[[5.0, 0.0], [0.0, 0.0]]]), wanted)) == pytest.approx(0.5)
+    assert float(relative_squared_error(wanted * 1.1, wanted)) == pytest.approx(0.01)
+    assert float(relative_squared_error(wanted + torch.tensor([[[5.0, 0.0], [0.0, 0.0]]]), wanted)) == pytest.approx(
+        0.5
+    )
 
 
 def test_beginnings_divide_half_of_the_weight_by_the_logarithm_of_the_position() -> None:
@@ -41,7 +50,9 @@ def test_beginnings_divide_half_of_the_weight_by_the_logarithm_of_the_position()
 def test_token_counts_with_the_weight_of_its_position() -> None:
     wanted = torch.tensor([[[3.0, 4.0], [300.0, 400.0]]])
     predicted = wanted * torch.tensor([[[1.1], [1.2]]])
-    assert float(relative_error(predicted, wanted, torch.tensor([1.5, 0.5]))) == pytest.approx((0.015 + 0.02) / 2)
+    assert float(relative_squared_error(predicted, wanted, torch.tensor([1.5, 0.5]))) == pytest.approx(
+        (0.015 + 0.02) / 2
+    )
 
 
 @pytest.mark.parametrize("weights", ["uniform", "beginnings"])
@@ -57,7 +68,7 @@ def test_student_that_cannot_learn_all_learns_the_weighted_mean(weights) -> None
 
 def test_error_is_the_mean_over_sequences_for_any_batch_size() -> None:
     student, inputs, outputs = problem()
-    whole = float(relative_error(student(inputs), outputs).detach())
+    whole = float(relative_squared_error(student(inputs), outputs).detach())
     assert error_of(student, inputs, outputs, 4) == pytest.approx(whole) == error_of(student, inputs, outputs, 13)
 
 

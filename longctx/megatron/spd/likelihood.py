@@ -56,8 +56,8 @@ def kl_divergence(
 ) -> Float[Tensor, "s b"]:
     """Return KL(teacher || model) of each row's prediction (nats), on every rank.
 
-    ``teacher`` is a `log_prob_shard`; the model's predictions come from ``hidden``.  The gradient reaches ``hidden``
-    through this rank's shard of the logits only.
+    ``teacher`` is a `log_prob_shard`; the model's predictions come from ``hidden``.  In the backward, each rank
+    computes the gradient of its own shard of the logits.  The output layer sums the gradient of ``hidden`` over ``tp``.
     """
     shard, _ = _logits_shard(model, hidden, tp, vocab_size)
     rows: Tensor = _KLDivergence.apply(shard, teacher, tp)  # type: ignore[no-untyped-call]

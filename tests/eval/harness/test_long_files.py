@@ -115,7 +115,8 @@ def test_unknown_form_is_refused(name, record, says, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("records", "says"), [({"data": [LONGBENCH2]}, "is not a list of records"), ([[1]], "is not a list of records")]
+    ("records", "says"),
+    [({"data": [LONGBENCH2]}, "is not a JSON list of objects"), ([[1]], "is not a JSON list of objects")],
 )
 def test_file_that_is_no_list_is_refused(records, says, tmp_path):
     with pytest.raises(ValueError, match=rf"data.json {says}"):

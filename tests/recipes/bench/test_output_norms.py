@@ -27,7 +27,7 @@ def test_block_is_unchanged_if_every_rank_reads_the_whole_attention(gemma):
 
     def measure(_, layer, x, known, out):
         sums = output_norms.partial_attention(layer, x, known, 3)
-        errors.append(output_norms.relative_error(output_norms.output(layer, sums, [sums.full] * 3), out))
+        errors.append(output_norms.relative_squared_error(output_norms.output(layer, sums, [sums.full] * 3), out))
 
     with output_norms.blocks_replaced(net, measure):
         net.model(torch.tensor([[5, 250, 3, 77, 6, 200, 41]]), use_cache=False)
