@@ -92,7 +92,7 @@ class Comm(Protocol):
         ...
 
     def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape], *, small: bool = False) -> list[AnyShape]:
-        """Send ``parts[i]`` to rank i; return the tensors from all ranks, the one from rank i with ``shapes[i]``.
+        """Send ``parts[i]`` to rank i; return the tensors in rank order, the one from rank i with ``shapes[i]``.
 
         ``small`` says that latency matters more than bandwidth; all ranks must pass the same value.
 

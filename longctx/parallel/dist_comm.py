@@ -122,7 +122,7 @@ class DistComm:
         dist.all_gather(received, mine, group=self.group)
 
     def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape], *, small: bool = False) -> list[AnyShape]:
-        """Send ``parts[i]`` to rank i; return the tensors from all ranks, the one from rank i with ``shapes[i]``."""
+        """Send ``parts[i]`` to rank i; return the tensors in rank order, the one from rank i with ``shapes[i]``."""
         others = [other for other in range(self.size) if other != self.rank]
         self.traffic.count("all_to_all", [parts[other] for other in others])
         if small and parts[0].device.type == "cpu" and self._sockets:

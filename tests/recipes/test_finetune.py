@@ -74,6 +74,8 @@ def test_run_resumes_on_other_ranks_and_transformers_loads_the_result(cli, run, 
     run("mesh.ring=2", "steps=2", "evaluate.every=0")
     with pytest.raises(ValueError, match=r"was made with data\.conversations=whole: use that, or another out="):
         finetune.prepare(config_of("finetune", *words, "data.conversations=split"))
+    with pytest.raises(ValueError, match=r"was made with lora\.rank=null: use that, or another out="):
+        finetune.prepare(config_of("finetune", *words, "lora.rank=3"))
     resumed = run("mesh.dp=2", "steps=4", "evaluate.every=4", "evaluate.batches=1")
     (tmp_path / "out").rename(tmp_path / "resumed")
     whole = run("steps=4", "evaluate.every=4", "evaluate.batches=1")
@@ -92,6 +94,8 @@ def test_adapters_are_merged_into_their_weights_alone(cli, run, words, config_of
     assert steps[-1]["loss"] < steps[0]["loss"]
     with pytest.raises(ValueError, match=r"was made with lora\.rank=3: use that, or another out="):
         finetune.prepare(config_of("finetune", *words, "steps=4"))
+    with pytest.raises(ValueError, match=r"was made with lora\.targets=\[linear_proj,linear_fc1\]: use that"):
+        finetune.prepare(config_of("finetune", *words, "steps=4", *lora[:2]))
     with pytest.raises(ValueError, match=r"was made with lora\.alpha=6: use that, or another out="):
         finetune.prepare(config_of("finetune", *words, "steps=4", *lora, "lora.alpha=7"))
     code, _, err = cli(export, export.task, f"checkpoint={tmp_path}/out", f"to={tmp_path}/hf")

@@ -53,6 +53,13 @@ def test_listed_outs_without_multirun_are_refused_with_the_fix(refused):
     assert "out=a,b lists several values: add --multirun for a sweep, or quote it: out='\"a,b\"'" in line
 
 
+@pytest.mark.parametrize(
+    ("word", "advice"), [("~mesh.ring", "delete this word"), ("+=3", "write KEY=VALUE"), ("=3", "write KEY=VALUE")]
+)
+def test_a_word_that_sets_nothing_is_refused_with_the_fix(refused, word, advice):
+    assert f"{word} is not a setting: {advice}" in refused(generate, generate.task, word, "prompt.text=hello")
+
+
 def test_the_advised_quoting_gives_that_name(runs):
     """A shell passes ``out='"a,b"'`` as the word ``out="a,b"``."""
     assert [config.out for config in runs('out="a,b"')] == ["a,b"]
