@@ -152,7 +152,9 @@ def run_rank(rank: Rank, job: RivalJob) -> list[WorkTimes]:
 def load_transformers(target: Target) -> Any:
     """Return the target's model as transformers loads it, with PyTorch's attention."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of loading: its lock would outlive the rank, with a warning
     dtype = getattr(torch, target.model.dtype)
     return AutoModelForCausalLM.from_pretrained(target.folder, dtype=dtype, attn_implementation="sdpa").eval()
 

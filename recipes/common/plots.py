@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = ("#2563eb", "#d97706", "#16a34a", "#9333ea", "#dc2626")
+_MARKERS, _HATCHES = "os^vDP", ("", "//", "..", "xx", "++", "oo")  # after every fifth name, when colours begin again
 
 
 def draw_lines(
@@ -34,8 +35,8 @@ def draw_lines(
     ``ticks`` are the values of x that get a label; the default is powers of ten, or as many values as fit.
     """
     figure, axes = _new_figure()
-    for (name, values), colour in zip(series.items(), COLOURS, strict=False):
-        axes.plot(x_values, values, marker="o", markersize=4, label=name, color=colour)
+    for i, (name, values) in enumerate(series.items()):
+        axes.plot(x_values, values, **_line(i), label=name)
     for i, value in enumerate(marked):
         axes.axvline(value, color="#6b7280", linestyle="--", linewidth=1, label=None if i else marked_label or None)
     for value in levels:
@@ -59,8 +60,7 @@ def draw_points(out: str, points: Mapping[str, Sequence[tuple[float, float]]], *
     values = [value for of_name in points.values() for point in of_name for value in point]
     axes.plot([min(values), max(values)], [min(values), max(values)], color="#6b7280", linestyle="--", linewidth=1)
     for i, (name, of_name) in enumerate(points.items()):
-        marker, colour = "os^"[i // len(COLOURS) % 3], COLOURS[i % len(COLOURS)]
-        axes.plot(*zip(*of_name, strict=True), marker, markersize=4, label=name, color=colour)
+        axes.plot(*zip(*of_name, strict=True), **_line(i), linestyle="", label=name)
     axes.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
     axes.grid(visible=True, alpha=0.25)
     _add_legend(figure)
@@ -82,9 +82,9 @@ def draw_bars(
     The y axis is logarithmic, and linear from 0 to the smallest magnitude among ``values``.
     """
     figure, axes = _new_figure()
-    for kind, colour in zip(sorted(set(kinds)), COLOURS, strict=False):
+    for number, kind in enumerate(sorted(set(kinds))):
         of_kind = [i for i, one in enumerate(kinds) if one == kind]
-        axes.bar(of_kind, [values[i] for i in of_kind], label=kind, color=colour)
+        axes.bar(of_kind, [values[i] for i in of_kind], **_bar(number), label=kind)
     for level in levels:
         axes.axhline(level, color="#6b7280", linestyle="--", linewidth=1)
     axes.set_yscale("symlog", linthresh=max(1e-3, min(filter(None, map(abs, values)), default=1e-3)))
@@ -109,11 +109,10 @@ def draw_shares(
     """
     figure, axes = _new_figure()
     right_axes = axes.twinx() if right else axes
-    colours = iter(COLOURS)
-    for side, series, style in ((axes, left, "-"), (right_axes, right, "--")):
-        for name, points in series.items():
-            share, values = zip(*sorted(points), strict=True)
-            side.plot(share, values, style, marker="o", markersize=4, label=name, color=next(colours))
+    lines = [(axes, "-", *line) for line in left.items()] + [(right_axes, "--", *line) for line in right.items()]
+    for i, (side, style, name, points) in enumerate(lines):
+        share, values = zip(*sorted(points), strict=True)
+        side.plot(share, values, style, **_line(i), label=name)
     axes.set(title=title, xlabel=x, ylabel=y[0])
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.grid(visible=True, alpha=0.25)
@@ -188,18 +187,18 @@ def draw_plan(
     axes.set_subplotspec(grid[0])
     bars = figure.add_subplot(grid[1])
     # 1. Time over length.
-    for (name, values), colour, width in zip(seconds.items(), COLOURS, (6, 4, 2, 1), strict=False):
+    for i, (name, values) in enumerate(seconds.items()):
         points = [(length, value) for length, value in zip(lengths, values, strict=True) if value is not None]
         if points:  # later lines are thinner, so that coinciding lines stay visible
-            axes.plot(*zip(*points, strict=True), linewidth=width, label=name, color=colour)
+            axes.plot(*zip(*points, strict=True), **_line(i), linewidth=max(1, 6 - 2 * i), label=name)
     axes.set(title=title, xlabel="tokens", ylabel="seconds, best mesh", xscale="log", yscale="log")
     axes.grid(visible=True, alpha=0.25)
     axes.legend(frameon=False)
     # 2. Memory by part.
     heights = [0.0] * len(memory)
-    for part, colour in zip(next(iter(memory.values())), (*COLOURS, "#0891b2", "#6b7280"), strict=False):
+    for i, part in enumerate(next(iter(memory.values()))):
         sizes = [parts[part] / 1e9 for parts in memory.values()]
-        bars.bar(range(len(memory)), sizes, bottom=heights, label=part.replace("_", " "), color=colour)
+        bars.bar(range(len(memory)), sizes, bottom=heights, label=part.replace("_", " "), **_bar(i))
         heights = [height + size for height, size in zip(heights, sizes, strict=True)]
     if limit:
         bars.axhline(limit, color="#6b7280", linestyle="--", linewidth=1)
@@ -207,6 +206,18 @@ def draw_plan(
     bars.set(title="memory of a GPU, fastest meshes", ylabel="GB")
     bars.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, out)
+
+
+def _line(number: int) -> dict[str, Any]:
+    """Return the style of line ``number``: a colour, and a new marker each time that the colours begin again."""
+    cycle, colour = divmod(number, len(COLOURS))
+    return {"color": COLOURS[colour], "marker": _MARKERS[cycle % len(_MARKERS)], "markersize": 4}
+
+
+def _bar(number: int) -> dict[str, Any]:
+    """Return the style of bars of kind ``number``: a colour, and a new hatch each time that the colours begin again."""
+    cycle, colour = divmod(number, len(COLOURS))
+    return {"color": COLOURS[colour], "hatch": _HATCHES[cycle % len(_HATCHES)], "edgecolor": "white", "linewidth": 0}
 
 
 def _new_figure(width: float = 7, height: float = 4) -> tuple[Figure, Axes]:

@@ -1,0 +1,35 @@
+"""recipes.common.plots: a picture shows every line, bar and part that it is given, each in a style of its own."""
+
+import re
+
+import pytest
+
+from recipes.common.plots import draw_bars, draw_lines, draw_plan, draw_shares
+
+NAMES = [f"name {chr(ord('a') + i)}" for i in range(13)]
+LABELS = {"title": "t", "x": "x", "y": "y"}
+
+
+def lines(out):
+    draw_lines(out, [1, 2], {name: [i + 1, i + 2] for i, name in enumerate(NAMES)}, **LABELS)
+
+
+def bars(out):
+    draw_bars(out, [i + 1 for i in range(13)], NAMES, **LABELS)
+
+
+def shares(out):
+    left, right = ({name: [(0.0, 1.0), (1.0, 2.0)] for name in names} for names in (NAMES[:6], NAMES[6:]))
+    draw_shares(out, left, right, title="t", x="x", y=("left", "right"))
+
+
+def plan(out):
+    memory = {"tp=1": dict.fromkeys(NAMES[6:], 1e9)}
+    draw_plan(out, [1, 2], {name: [1.0, 2.0] for name in NAMES[:6]}, memory, limit=None, title="t")
+
+
+@pytest.mark.parametrize("draw", [lines, bars, shares, plan])
+def test_every_name_is_drawn(tmp_path, draw):
+    draw(str(tmp_path / "picture.svg"))
+    shown = re.findall(r"<!-- (name [a-m]) -->|>(name [a-m])<", (tmp_path / "picture.svg").read_text())
+    assert sorted(a or b for a, b in shown) == NAMES
