@@ -154,7 +154,7 @@ def load_transformers(target: Target) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # of loading: its lock would outlive the rank, with a warning
+    disable_progress_bar()  # its lock would outlive the rank, with a warning
     dtype = getattr(torch, target.model.dtype)
     return AutoModelForCausalLM.from_pretrained(target.folder, dtype=dtype, attn_implementation="sdpa").eval()
 
