@@ -202,7 +202,8 @@ def listen(settings: ServeSettings) -> socket.socket:
         return socket.create_server((settings.host, settings.port), family=family)
     except OSError as error:
         raise ValueError(
-            f"port={settings.port} of host={settings.host} cannot be used ({error.strerror}): give another port"
+            f"port={settings.port} of host={settings.host} cannot be used ({error.strerror}): give another port, or an "
+            "address of this machine"
         ) from error
 
 

@@ -189,7 +189,10 @@ def answer_tasks(tasks: Mapping[str, Task], lm: LM) -> None:
 
 
 def collect_outcomes(name: str, task: Task) -> Outcomes:
-    """Return the outcome of every example by lm-eval's metrics, once `answer_tasks` has stored the answers."""
+    """Return each example's outcome by the metric that decides the task, and the totals of lm-eval's other metrics.
+
+    `answer_tasks` must have stored the answers.
+    """
     # 1. Apply lm-eval's filters, and group the requests by example.
     task.apply_filters()
     examples: dict[int, list[Instance]] = {}

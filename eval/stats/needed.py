@@ -41,7 +41,8 @@ def _decides(changes: Changes, totals: Numbers, allowed_drop: float, z: float) -
     """Return, per row of ``totals`` [sizes tasks], whether these examples give a verdict with probability `POWER`."""
     lost, won, n, weights = changes.lost, changes.won, changes.n, changes.weights
     # 1. The rates of further examples: as observed, plus one extra change divided among the tasks, since a small
-    # number of changes often underestimates the rate.  ``weights * len(n)`` is the size of a task's changes.
+    # number of changes often underestimates the rate.  ``weights`` is the size of a change, divided by the
+    # number of tasks.
     side = 1 if (weights * (won - lost) / n).sum() < -allowed_drop else -1
     drop = 2 * allowed_drop / (weights * len(n)) if side > 0 else np.zeros_like(n)
     changed = np.clip((lost + won + 1 / len(n)) / (n + 2 / len(n)), drop, 1)

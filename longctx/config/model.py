@@ -62,7 +62,7 @@ class ModelSource:
 
     @property
     def wheels(self) -> tuple[str, ...]:
-        """The requirements in ``wheel``."""
+        """``wheel`` as a tuple: one requirement, several, or none."""
         return (self.wheel,) if isinstance(self.wheel, str) else self.wheel or ()
 
 

@@ -113,7 +113,7 @@ def _saved(shape: Decoder, mesh: Degrees, work: StepWork, numbers: Numbers) -> d
     dimension.  F is a rank's FFN size, and e the bytes of a number.
 
         stream       2 H e        the inputs of both norms
-        norms        2 H e        their outputs; on a CPU also 8 H, the float32 normalised rows before the weight
+        norms        2 H e        their outputs; on a CPU also 8 H, the float32 rows that the weight multiplies
         qkv          (2 Q + 2 K) e  queries, keys and values after rotation, and the output of attention.  Without
                      Ulysses, longctx's values are views of the projection's output, which adds (Q + K) e.
         partial      4 (Q + q)    the float32 output of attention, and a log-sum-exp for each of q heads.  Megatron's
@@ -148,8 +148,8 @@ def _pass_moments(
 
     In the last layer, the backward of the feed-forward network comes first.  The gradients of the gate's output and of
     its two inputs then exist, and the product is freed.  The backward of attention follows, after the network's
-    activations are freed.  The gradient of the residual stream exists throughout, and so does a recomputed layer's
-    output, or later its first gradient.
+    activations are freed.  The gradient of the residual stream exists throughout.  With recomputation, the
+    layer's output exists too, and later the first gradient of it.
     """
     # 1. Bytes per row: everything that a layer keeps without recomputation, and what it keeps with ``work.recompute``.
     pieces = _saved(shape, mesh, work, numbers)

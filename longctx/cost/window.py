@@ -2,7 +2,8 @@
 
 The layout is zigzag: a sequence has 2 N chunks, and rank r has chunks r and 2 N - 1 - r.  A query sees its own
 key and the w - 1 keys before it.  If g positions lie between a chunk of keys and a later chunk of queries, only the
-first w - 1 - g queries see keys of that chunk: some of its last w - 1 - g.  A chunk with fewer rows counts whole.
+first w - 1 - g queries see keys of that chunk, and they see only its last w - 1 - g keys.  Of a chunk with fewer rows,
+all count.
 """
 
 from collections.abc import Iterable

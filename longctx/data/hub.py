@@ -47,7 +47,8 @@ def _read_rows(rows: Any, source: TextSource, at: Position) -> Iterator[tuple[Re
             values = next(remaining, None)
         except Exception as error:
             raise ValueError(
-                f"{where} cannot be read ({error_line(error)}): check that the hub is still reachable"
+                f"{where} cannot be read ({error_line(error)}): if it is streamed, check that the hub is reachable; "
+                "else download it again"
             ) from error
         if values is None:
             return

@@ -48,7 +48,7 @@ class Ring:
     def keys_to_send(self, owner: int, hop: int, hops: int = 1) -> Rows | None:
         """Return the rows of ``owner``'s keys that at least one of ``hops`` ranks needs.
 
-        Those ranks are ``hop``, ``hop`` + 1, ... hops after the owner.  None means all rows.  Without a window the
+        Those ranks lie ``hop`` to ``hop + hops - 1`` hops after the owner.  None means all rows.  Without a window the
         result is always None, since nearly all rows are needed.
         """
         return self._rows_to_send("keys", owner, hop, hops)
@@ -60,7 +60,7 @@ class Ring:
     def sums_on_hop(self, owner: int, hop: int) -> Rows | None:
         """Return the rows of ``owner``'s keys whose summed gradients travel on hop number ``hop`` of the backward.
 
-        Under a window, these are the rows that a rank visited before this hop has seen; the owner does not count.
+        Under a window, these are the rows that any rank on earlier hops has seen, without the owner.
         None means all rows.
         """
         return self.keys_to_send(owner, 1, hop - 1)

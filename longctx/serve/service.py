@@ -100,7 +100,7 @@ class Service:
         self._inbox.put(_Answer(sequence, emit, AnswerText(self.tokenizer, sequence.sampling.stop)))
 
     def cancel(self, number: int) -> None:
-        """Stop answering a sequence and free its cache."""
+        """Ask to stop a sequence and to free its cache, and return at once; the next step does it."""
         self._inbox.put(number)
 
     @property

@@ -84,10 +84,9 @@ def _batches(sequences: int, settings: Distillation, order: torch.Generator) -> 
 def position_weights(length: int, weights: PositionWeights) -> Float[Tensor, " length"]:
     """Return the weight of each position of a sequence; their mean is 1.
 
-    ``beginnings`` spreads half of the total evenly over positions, and half evenly over log(position + 1).  Of the
-    half over log(position + 1), position 0 gets as much as positions 1 and 2 together, or as positions 3 to 6.  With
-    256 tokens, the first 64 have half of the total instead of a quarter.  The first token, to whose massive activation
-    others attend (the attention sink), has a fifteenth.
+    With ``beginnings``, half of the total is equal for all positions.  Position p gets a share of the other half in
+    proportion to log((p + 2) / (p + 1)).  With 256 tokens, the first 64 have half of the total
+    instead of a quarter.  The first token, to whose massive activation others attend (attention sink), has a fifteenth.
     """
     edges = torch.arange(1, length + 2, dtype=torch.double).log() / log(length + 1)
     share = 0.5 if weights == "beginnings" else 0.0

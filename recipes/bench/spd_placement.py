@@ -42,7 +42,10 @@ def placement_losses(blocks: Blocks, text: PackedText, block: int) -> dict[str, 
 
 
 def placed_outputs(blocks: Blocks, layer: SPDTransformerLayer, x: Hidden) -> list[Hidden]:
-    """Return the output of ``layer`` for each of `PLACEMENTS`; the second output differs between ranks."""
+    """Return the output of ``layer``, which drops its reduction, for each of `PLACEMENTS` of its attention output.
+
+    Only the second output differs between ranks.  Afterwards the layer no longer drops.
+    """
     # 1. This rank's attention output, the reduced one, and a bias taken from its mean.
     layer.drop(dropped=True)
     partials = blocks.partials(layer, x)

@@ -98,7 +98,10 @@ class QualityJob:
 
 @dataclass(frozen=True)
 class TextLosses:
-    """Mean losses (nats per token) on one text: by variant for each share, and by block for each of `PLACEMENTS`.
+    """Mean losses (nats per token) on one text.
+
+    ``variants[name]`` lists the loss at each share.  ``placement[block]`` maps each of `PLACEMENTS` to the loss with
+    only that block dropped.
 
     ``intervals`` has the `difference_interval` of the loss that each variant adds to the baseline, and None for one
     sequence.

@@ -239,7 +239,10 @@ def refuse_unsplit(mesh: Mesh, shape: ModelShape, data: DataSettings) -> None:
     per_stage = shape.layers // mesh.pp
     stages = [shape.experts[i : i + per_stage] for i in range(0, shape.layers, per_stage)]
     if mesh.ep > 1 and not all(any(stage) for stage in stages):
-        raise ValueError(f"mesh.ep={mesh.ep} mesh.pp={mesh.pp}: a pipeline stage has no experts; use mesh.pp=1")
+        raise ValueError(
+            f"mesh.ep={mesh.ep} mesh.pp={mesh.pp}: all layers of a pipeline stage are dense, but with "
+            "mesh.ep each stage needs a layer with experts: use mesh.pp=1"
+        )
     if data.length > shape.max_positions:
         raise ValueError(
             f"data.length={data.length:,} is more than the model's context of {shape.max_positions:,}: "

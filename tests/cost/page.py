@@ -56,8 +56,8 @@ WHY = """\
 * **Table 6 of arXiv 2405.07719, ring 16**: the backward's float32 sums cross the nodes in 16 hops. The paper's kernel
   hides them better than these constants do.
 * **The same table, tp = 2**: these runs are 50 % slower than tp = 1 and tp = 4 at 64K, but only 12 % slower at 120K.
-  The paper gives no reason. The model's reason: with tp = 2, a gradient group holds every second rank, and such a group
-  gets one network link.
+  The paper gives no reason. In the cost model, the ranks of a data-parallel group with tp = 2 are every second one, and
+  such a group gets one network link.
 
 In two cases arXiv 2411.01783 disagrees with itself, so no model can match both figures. TTIT of 2 nodes at 128K is
 66.63 ms in Table 6 and 60.23 ms in Table 7. A full prefill on 4 nodes takes 11.46 s in Table 4 and 10.95 s in Table 7.

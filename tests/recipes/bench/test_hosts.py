@@ -153,7 +153,7 @@ def test_an_interrupted_run_ends_its_ranks(no_leftovers, number, error):
 
 def test_a_failing_ip_command_is_reported_and_undone(no_leftovers, monkeypatch):
     monkeypatch.setattr(hosts, "_MTU", -1)
-    with pytest.raises(ValueError, match=r"use hosts=0: `ip -n \S+ link add .*` says .*mtu"):
+    with pytest.raises(ValueError, match=r"fail here \(`ip -n \S+ link add .*` says .*mtu.*\): use hosts=0"):
         hosts.run_on_hosts(2, "10mbit", [sys.executable, "-c", "raise SystemExit"])
 
 
