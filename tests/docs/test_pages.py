@@ -85,10 +85,10 @@ def test_architecture_names_every_source_file_and_no_other():
 
 
 def test_paths_in_architecture_exist():
-    """Files on the measured paths of a prompt and of a training batch are named with their folders."""
+    """Files on the measured paths of a prompt, a training batch and a repaired block are named with their folders."""
     text = (ROOT / "ARCHITECTURE.md").read_text()
     paths = re.findall(r"^\d+\. `([\w/]+\.py)`", text, re.MULTILINE)
-    assert len(paths) == 24
+    assert len(paths) == 12 + 12 + 13
     assert [path for path in paths if not (ROOT / path).is_file()] == []
 
 
