@@ -64,7 +64,7 @@ def refuse_unshared(mesh: Mesh, degree: Mesh, plan: SPDPlan, shape: ModelShape) 
 
 
 def refuse_shared_over_tp(mesh: Mesh) -> None:
-    """Raise ValueError if tensor-parallel ranks drop reductions on ``mesh`` and context ranks share weights."""
+    """Raise ValueError if ``mesh.tp`` is above 1, for dropped reductions with context.decode=sharded."""
     if mesh.tp > 1:
         raise ValueError(
             f"context.decode=sharded drops reductions over context ranks only, but this is mesh.tp={mesh.tp}: use "
