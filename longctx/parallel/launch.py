@@ -26,6 +26,7 @@ from longctx.parallel import preload
 Result = TypeVar("Result")
 Args = TypeVarTuple("Args")
 
+_preloaded: list[str] = []  # modules that the server imports, whenever it starts
 _GRACE_S = 5.0  # between SIGTERM and SIGKILL
 _GATHER_S = 3.0  # from the first failure: other ranks that fail by then are compared to name the first
 
@@ -61,10 +62,11 @@ def warm_up(modules: Sequence[str]) -> None:
     Returns at once, while the imports run.  Call it early, before the work that they should overlap.
     """
     mp.set_forkserver_preload([preload.__name__])
-    _start_server(modules)
+    _preloaded[:] = modules
+    _start_server()
 
 
-def _start_server(modules: Sequence[str] = ()) -> None:
+def _start_server() -> None:
     """Start the server, if it does not run yet, so that it imports from the same places as this process.
 
     Python would start it with the working folder first, where an ``eval.py`` may lie.
@@ -72,7 +74,7 @@ def _start_server(modules: Sequence[str] = ()) -> None:
     from multiprocessing import forkserver
 
     path = os.pathsep.join(each or str(Path.cwd()) for each in sys.path)
-    variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", preload.VARIABLE: ",".join(modules)}
+    variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", preload.VARIABLE: ",".join(_preloaded)}
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

@@ -12,12 +12,13 @@ from typing import NoReturn
 
 _AFTER_S = 0.5  # a command that starts faster prints nothing
 _timer: threading.Timer | None = None
+_THRESHOLDS = gc.get_threshold()
 
 
 def announce(module: str) -> None:
     """Print on the first rank that ``module`` is loading, unless `loaded` is called soon.
 
-    Garbage collection is rare from now on: while modules are imported, it takes a sixth of the time and finds nothing.
+    Garbage collection is rare until then: while modules are imported, it takes a sixth of the time and finds nothing.
     """
     global _timer  # noqa: PLW0603
     gc.set_threshold(50_000)
@@ -53,6 +54,7 @@ def leave_closed_pipe() -> NoReturn:
 
 
 def loaded() -> None:
-    """Cancel the line of `announce` if it is not printed yet: the imports are done."""
+    """Cancel the line of `announce` if it is not printed yet, and collect garbage as usual: the imports are done."""
+    gc.set_threshold(*_THRESHOLDS)
     if _timer is not None:
         _timer.cancel()

@@ -1,5 +1,6 @@
 """A command that loads for long says so first; one that starts at once, --help and other ranks print nothing."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -28,7 +29,8 @@ def started(monkeypatch, capsys):
         return capsys.readouterr().err
 
     monkeypatch.setattr(startup, "_AFTER_S", 0.05)
-    return run
+    yield run
+    startup.loaded()
 
 
 def test_slow_command_says_that_it_is_loading(started):
@@ -80,3 +82,11 @@ def test_output_that_nobody_reads_ends_quietly(monkeypatch, write):
         with pytest.raises(SystemExit) as leaving:
             write()
     assert leaving.value.code == 141
+
+
+def test_garbage_collection_is_rare_until_the_modules_are_loaded():
+    """A launcher's rank trains in this process; tensors in reference cycles must be freed as usual."""
+    startup.announce("recipes.none")
+    during = gc.get_threshold()
+    startup.loaded()
+    assert during[0] == 50_000 and gc.get_threshold()[0] < 5_000
