@@ -10,6 +10,7 @@ from longctx.hf.keys import refuse_unknown_keys
 from longctx.model_shape import ModelShape
 from longctx.models import Family, family_of
 from longctx.models.family import head_dim_of
+from longctx.without_compiler import without_compiler
 
 
 def shape_of(folder: Path) -> ModelShape:
@@ -37,7 +38,9 @@ def family_in(folder: Path) -> Family:
 
 def read_config(file: Path) -> Any:
     """Return the config.json ``file`` as transformers reads it.  Raises ValueError as `shape_of` does."""
-    from transformers import AutoConfig
+    with without_compiler():
+        import transformers.activations  # noqa: F401, what every configuration imports
+        from transformers import AutoConfig
 
     try:
         values = json.loads(file.read_text(encoding="utf-8"))

@@ -6,38 +6,30 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
+
+from longctx.without_compiler import without_compiler
 
 
 @contextmanager
 def _import_less() -> Iterator[None]:
-    """Skip two imports of megatron-core inside the block.
+    """Skip two imports of megatron-core inside the block: torch's compiler, on CPU, and W&B.
 
-    longctx does not use what they import, and they take half the load time.
-
-    On a CPU build of torch, `torch.compile` returns functions unchanged, since every fusion is off and a compiler may
-    be missing.  The import of W&B fails, because megatron-core uses W&B for its own inference logs only.  After the
-    block, tensors are pickled as torch pickles them. megatron-core 0.19 would put one of its functions into the
-    pickles, and a process that reads a rank's result would import megatron-core.
+    longctx does not use what they import, and they take half the load time.  megatron-core uses W&B for its own
+    inference logs only.  After the block, tensors are pickled as torch pickles them. megatron-core 0.19 would put one
+    of its functions into the pickles, and a process that reads a rank's result would import megatron-core.
     """
-    compile_, hides_wandb, reader = torch.compile, "wandb" not in sys.modules, torch.storage._load_from_bytes
-    if torch.version.cuda is None:
-        torch.compile = _decorate_nothing  # type: ignore[assignment]
+    hides_wandb, reader = "wandb" not in sys.modules, torch.storage._load_from_bytes
     if hides_wandb:
         sys.modules["wandb"] = None  # type: ignore[assignment]
     try:
-        yield
+        with without_compiler():
+            yield
     finally:
-        torch.compile, torch.storage._load_from_bytes = compile_, reader
+        torch.storage._load_from_bytes = reader
         if hides_wandb:
             del sys.modules["wandb"]
-
-
-def _decorate_nothing(function: Any = None, **_: Any) -> Any:
-    """Return ``function`` unchanged; without a function, return a decorator that does this."""
-    return (lambda decorated: decorated) if function is None else function
 
 
 def hide_if_broken(package: str, mend: str) -> None:

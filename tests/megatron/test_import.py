@@ -7,22 +7,27 @@ import sys
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from longctx.megatron import hide_if_broken
 
 SCRIPT = """
 import sys, torch
-compile_ = torch.compile
+from pathlib import Path
+before = torch.compile, torch.compiler.disable
 import longctx.infer.engine, longctx.train.step
-assert torch.compile is compile_
+from longctx.hf.config import shape_of
+shape_of(Path(sys.argv[1]))
+assert (torch.compile, torch.compiler.disable) == before
 print("torch._dynamo" in sys.modules, "wandb" in sys.modules)
 import wandb
 """
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="on a CUDA build megatron-core's fusions are compiled")
-def test_import_of_megatron_core_loads_no_compiler_and_no_wandb():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+def test_importing_megatron_core_and_reading_a_model_loads_no_compiler_and_no_wandb(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["False", "False"]
 
