@@ -52,8 +52,8 @@ WHY = """\
 
 {missed}
 
-* **Table 4, T = 6,400**: the published times for T = 4,160 and T = 6,400 new tokens are nearly equal. The predicted time
-  grows with T, and is too short for 4,160 and too long for 6,400.
+* **Table 4, T = 6,400**: the published times for T = 4,160 and T = 6,400 new tokens are nearly equal. The predicted
+  time grows with T, and is too short for 4,160 and too long for 6,400.
 * **Table 6 of arXiv 2405.07719, ring 16**: in the backward, the float32 sums of gradients travel from node to node in
   16 hops. The paper's code hides more of this communication behind computation than these constants assume.
 * **The same table, tp = 2**: the published steps are 50 % slower than with tp = 1 and tp = 4 at 65,536 tokens, but only
