@@ -41,31 +41,33 @@ INTRO = """\
 | `hardware.py` | one rank: its kernel and its links, as `recipes.calibrate` measures them |
 | `machine.py` | a machine: links by level, all-reduce, constants of `configs/machine/` |
 
-Each machine has one set of constants for all rows. Its file in `configs/machine/` names the constants that were fitted
-to these tables, and gives a source for most of the others. "Held out" is the error on a table when the constants
-are fitted to the machine's other tables only. Constants that no other table determines then keep the file's value. A
-machine with one table has no such figure. The errors that `recipes.plan` prints are means of this column.
+For each machine, one set of constants predicts all rows. Some constants were fitted to these tables; the machine's file
+in `configs/machine/` lists them, and gives a source for most of the others. "Mean error" and "largest" are errors of
+the predicted time, relative to the published one. "Held out" is the mean error on a table if the constants are fitted
+to the machine's other tables only. A constant that the other tables do not determine then keeps the file's value. The
+column is empty if a machine has one table. The errors that `recipes.plan` prints are means of this column.
 """
 WHY = """\
 ## Rows that are missed by more than 10 %
 
 {missed}
 
-* **Table 4, T = 6,400**: the two strategies differ by 0.3 %, and the published times for T = 4,160 and T = 6,400 are
-  nearly equal. A smooth model predicts too little for the first and too much for the second.
-* **Table 6 of arXiv 2405.07719, ring 16**: the backward's float32 sums cross the nodes in 16 hops. The paper's kernel
-  hides them better than these constants do.
-* **The same table, tp = 2**: these runs are 50 % slower than tp = 1 and tp = 4 at 64K, but only 12 % slower at 120K.
-  The paper gives no reason. In the cost model, the ranks of a data-parallel group with tp = 2 are every second one, and
-  such a group gets one network link.
+* **Table 4, T = 6,400**: the published times for T = 4,160 and T = 6,400 new tokens are nearly equal. The predicted
+  time grows with T, and is too short for 4,160 and too long for 6,400.
+* **Table 6 of arXiv 2405.07719, ring 16**: in the backward, the float32 sums of gradients travel from node to node in
+  16 hops. The paper's code hides more of this communication behind computation than these constants assume.
+* **The same table, tp = 2**: the published steps are 50 % slower than with tp = 1 and tp = 4 at 65,536 tokens, but only
+  12 % slower at 122,880. The paper gives no reason. The cost model predicts a part of this: with tp = 2, a
+  data-parallel group consists of every second rank, and the model gives it a single network link.
 
-In two cases arXiv 2411.01783 disagrees with itself, so no model can match both figures. TTIT of 2 nodes at 128K is
-66.63 ms in Table 6 and 60.23 ms in Table 7. A full prefill on 4 nodes takes 11.46 s in Table 4 and 10.95 s in Table 7.
-The machine's `turn_s` explains the second difference: the runs of Table 4 keep the keys for later turns.
+In two cases, arXiv 2411.01783 gives two times for what seems to be the same run. TTIT of 2 nodes with 128,000 tokens is
+66.63 ms in Table 6 and 60.23 ms in Table 7; no model can match both. A full prefill of 128,000 tokens on 4 nodes takes
+11.46 s in Table 4 and 10.95 s in Table 7. The cost model explains this difference: the runs of Table 4 also keep the
+keys and values for later turns, for which the constant `turn_s` adds a time.
 
-Two groups of rows of arXiv 2405.07719 are not used. The first is the A100 rows at 128K of Table 4: they have a third of
-the rate of the 32K rows, and probably include the backward. The second is the rows of the basic ring, in which ranks
-have unequal work.
+Two groups of rows of arXiv 2405.07719 are not used. One is Table 4's A100 rows at 128K: they reach a third of the FLOPs
+per second of the 32K rows, and probably include the backward. The other is the rows of the basic ring, whose ranks have
+unequal work.
 """
 
 
