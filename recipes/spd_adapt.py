@@ -42,7 +42,13 @@ from recipes.common.target import Target
 from recipes.spd_sensitivity import Sensitivities, SensitivityJob, measure_sensitivities, write_sensitivity
 
 RECIPE = "recipes.spd_adapt"
-WARM = (*spd_sensitivity.WARM, "longctx.megatron.spd.repair", "longctx.megatron.spd.joint", "recipes.spd_sensitivity")
+WARM = (
+    *spd_sensitivity.WARM,
+    "longctx.megatron.spd.repair",
+    "longctx.megatron.spd.joint",
+    "recipes.spd_sensitivity",
+    "torch._dynamo",  # every rank would import it, with its optimizer
+)
 
 
 def run_rank(rank: Rank, job: AdaptJob) -> AdaptResult | None:

@@ -2,14 +2,18 @@
 
 import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import jaxtyping
 import pytest
 import torch
 import yaml
+from hydra.core.global_hydra import GlobalHydra
 from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
@@ -18,6 +22,7 @@ from longctx.config import ModelSource
 from longctx.hf.locate import locate
 from longctx.parallel.launch import warm_up
 from longctx.parallel.launcher import current_rank
+from recipes.common import cli as recipe_cli
 from tests.tracking import wandb_below
 
 # No deadline for an example: other tests share the machine.
@@ -30,6 +35,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # tests/gpu is collected only on a machine with a GPU.
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]
+LAUNCHERS = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS")
+Cli = Callable[..., tuple[Any, str, str]]
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Modules that ranks import. The server that ranks are forked from imports them once.
 WARM = [
@@ -206,6 +213,29 @@ def _no_launcher() -> Iterator[None]:
     current_rank.cache_clear()
     yield
     current_rank.cache_clear()
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """``cli(recipe, task, *argv)``: run ``python -m recipe argv`` in this process; exit code, stdout, stderr."""
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+
+    def run(recipe: ModuleType, task: Callable[..., None], *argv: str) -> tuple[Any, str, str]:
+        monkeypatch.setattr("sys.argv", [str(recipe.__file__), *argv])
+        module = recipe.__name__.replace("recipes.bench.", "recipes.bench ").split()
+        monkeypatch.setattr("sys.orig_argv", [sys.executable, "-m", *module, *argv])
+        name = recipe.__name__.removeprefix("recipes.").replace(".", "/")
+        code: Any = 0
+        try:
+            recipe_cli.main(name, task)
+        except SystemExit as exited:
+            code = exited.code
+        finally:
+            GlobalHydra.instance().clear()
+        return code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

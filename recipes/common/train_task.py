@@ -19,6 +19,7 @@ WARM = [
     "longctx.train.step",
     "longctx.train.track",
     "longctx.train.meter",
+    "torch._dynamo",  # every rank would import it, with its optimizer
     "transformers.models.auto.tokenization_auto",  # takes seconds to import, and every rank tokenizes
 ]
 

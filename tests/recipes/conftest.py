@@ -1,25 +1,21 @@
 """Recipes run in this process on a tiny random model; tests read what they print and their exit codes, as users do."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import hydra
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from longctx.parallel.launcher import current_rank
 from recipes import generate
 from recipes.common import cli as recipe_cli
 from recipes.common import overrides
+from tests.conftest import Cli
 from tests.tiny import tiny_model
 
-Cli = Callable[..., tuple[Any, str, str]]
 SAVED = Path(__file__).parents[1] / "saved" / "v0_1"  # small models, sessions and runs that version 0.1 wrote
-LAUNCHERS = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS")
 
 
 @pytest.fixture(scope="session")
@@ -87,29 +83,6 @@ def under_torchrun(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None
         current_rank.cache_clear()
 
     return launch
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """``cli(recipe, task, *argv)``: run ``python -m recipe argv`` in this process; exit code, stdout, stderr."""
-    for name in LAUNCHERS:
-        monkeypatch.delenv(name, raising=False)
-
-    def run(recipe: ModuleType, task: Callable[..., None], *argv: str) -> tuple[Any, str, str]:
-        monkeypatch.setattr("sys.argv", [str(recipe.__file__), *argv])
-        module = recipe.__name__.replace("recipes.bench.", "recipes.bench ").split()
-        monkeypatch.setattr("sys.orig_argv", [sys.executable, "-m", *module, *argv])
-        name = recipe.__name__.removeprefix("recipes.").replace(".", "/")
-        code: Any = 0
-        try:
-            recipe_cli.main(name, task)
-        except SystemExit as exited:
-            code = exited.code
-        finally:
-            GlobalHydra.instance().clear()
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

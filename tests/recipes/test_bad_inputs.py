@@ -25,7 +25,8 @@ from recipes import calibrate, chat, doctor, export, extend, generate, models, p
 from recipes.common import cli
 from recipes.compare import compare
 from recipes.reproduce import reproduce
-from tests.recipes.conftest import LAUNCHERS, SAVED
+from tests.conftest import LAUNCHERS
+from tests.recipes.conftest import SAVED
 
 Words = tuple[str, ...]
 TASKS = {

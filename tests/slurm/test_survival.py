@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from longctx import checkpoint_index
+from recipes import pretrain
+from tests.conftest import Cli
 from tests.slurm.cluster import Cluster, wait_until
-from tests.slurm.conftest import Job, SubmitJob
+from tests.slurm.conftest import Job
 
 # The time limit is far above what the tests need, because other work may occupy the cores.
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
@@ -66,10 +68,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def undisturbed(submit_job: SubmitJob, folder: Path) -> list[tuple[int, float, float, int]]:
-    """The curve of a run without interruptions, made once for all tests."""
+def undisturbed(cli: Cli, folder: Path) -> list[tuple[int, float, float, int]]:
+    """The curve of a run without Slurm and without interruptions, made once for all tests."""
     if not (folder / "whole").exists():
-        submit_job(*RUN, *TWO, f"steps={STEPS}", f"folder={folder / 'whole'}").wait_for_end()
+        words = (word for word in RUN if not word.startswith("recipe="))
+        code, _, err = cli(pretrain, pretrain.task, *words, "mesh.ring=2", f"steps={STEPS}", f"out={folder / 'whole'}")
+        assert code == 0, err
     return curve(folder / "whole")
 
 
