@@ -25,7 +25,10 @@ class Link:
 
 
 def refuse_unknown(values: Mapping[str, Any], known: Collection[str], where: str) -> None:
-    """Raise ValueError for a key of ``values`` that is not ``known``: a misspelled constant would get its default."""
+    """Raise ValueError for a key of ``values`` that is not in ``known``; ``where`` names the section in the message.
+
+    Without this check, a misspelled constant would silently get its default value.
+    """
     if unknown := sorted(set(values) - set(known)):
         raise ValueError(f"{where} has no {unknown[0]}: use {', '.join(known)}")
 

@@ -59,10 +59,10 @@ def inference_bytes(
 
 
 def _buffers(work: Work, strategy: str) -> float:
-    """Return the bytes in flight for one layer; under a window, only the rows within it count.
+    """Return the bytes of messages and buffers that exist at once in one layer's attention by ``strategy``.
 
-    These are two blocks of a ring (`pass_kv`, the backward), the blocks of all ranks and this rank's packed block
-    (`all_gather_kv`), or a partial of each rank.
+    Under a window, only the rows within it count.  The buffers are two blocks of a ring (`pass_kv`, the backward), the
+    blocks of all ranks and this rank's packed block (`all_gather_kv`), or a partial of each rank (other strategies).
     """
     reach, block = work.reach, work.kv_block_bytes
     partials = (work.new_total / work.ranks + reach.q_rows) * work.partial_row_bytes
@@ -190,7 +190,10 @@ def _pass_moments(
 
 
 def _backward_buffers(work: Work) -> float:
-    """Return the bytes in flight in the backward of one layer: keys and values, and float32 sums of their gradients."""
+    """Return the bytes in flight in the backward of one layer's attention.
+
+    These are keys and values, and the float32 sums of their gradients.
+    """
     sums = max(work.reach.sum_hops, default=0.0) * work.kv_row_bytes * 4 / work.element_bytes
     return _buffers(work, "pass_kv") + sums
 

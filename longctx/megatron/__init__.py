@@ -13,14 +13,14 @@ import torch
 
 @contextmanager
 def _import_less() -> Iterator[None]:
-    """Skip two imports of megatron-core inside the block.
+    """Make megatron-core skip two slow imports inside the block: torch's compiler, and Weights & Biases.
 
-    longctx does not use what they import, and they take half the load time.
+    longctx uses neither, and they take half the load time.  On a CPU build of torch, `torch.compile` returns functions
+    unchanged, since every fusion is off and a compiler may be missing.  The import of W&B fails, because megatron-core
+    uses W&B for its own inference logs only.
 
-    On a CPU build of torch, `torch.compile` returns functions unchanged, since every fusion is off and a compiler may
-    be missing.  The import of W&B fails, because megatron-core uses W&B for its own inference logs only.  After the
-    block, tensors are pickled as torch pickles them. megatron-core 0.19 would put one of its functions into the
-    pickles, and a process that reads a rank's result would import megatron-core.
+    After the block, tensors are pickled as torch pickles them.  megatron-core 0.19 would put one of its functions into
+    the pickles, and a process that reads a rank's result would import megatron-core.
     """
     compile_, hides_wandb, reader = torch.compile, "wandb" not in sys.modules, torch.storage._load_from_bytes
     if torch.version.cuda is None:
@@ -41,11 +41,12 @@ def _decorate_nothing(function: Any = None, **_: Any) -> Any:
 
 
 def hide_if_broken(package: str, mend: str) -> None:
-    """Make ``package`` look uninstalled, and warn, if it is there but its ``pytorch`` module cannot be imported.
+    """If ``package`` is installed but its submodule ``pytorch`` fails to load, hide the package from imports and warn.
 
-    ``mend`` ends the warning: it says how to repair the installation.  megatron-core uses Transformer Engine if it can
-    import it, and expects no error but ImportError.  An incomplete installation raises other errors: RuntimeError if
-    its core is missing, FileNotFoundError if its extension is missing.
+    Later imports of the package then raise ImportError, as if it were not installed.  ``mend`` is the end of the
+    warning: how to repair the installation.  megatron-core uses Transformer Engine if it can import it, and expects no
+    error but ImportError.  An incomplete installation raises others: RuntimeError if its core is missing,
+    FileNotFoundError if its extension is missing.
     """
     try:
         importlib.import_module(f"{package}.pytorch")

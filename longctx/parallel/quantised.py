@@ -69,7 +69,10 @@ def owned_groups(groups: int, ranks: int) -> list[int]:
 
 
 def encode(groups: Float[Tensor, "g n"], dtype: str) -> UInt8[Tensor, "g bytes"]:
-    """Return the bytes of each group.  In int8 and int6, two bytes of scale come before the values."""
+    """Encode each of ``groups`` in ``dtype``; return the bytes of each group.
+
+    In int8 and int6, two bytes of scale come before the values.
+    """
     if dtype == "bfloat16":
         return groups.to(torch.bfloat16).view(torch.uint8)
     levels, values = LEVELS[dtype], groups.float()
@@ -80,7 +83,7 @@ def encode(groups: Float[Tensor, "g n"], dtype: str) -> UInt8[Tensor, "g bytes"]
 
 
 def decode(message: UInt8[Tensor, "g bytes"], dtype: str, size: int) -> Float[Tensor, "g n"]:
-    """Return the float32 values of encoded groups of ``size`` values each."""
+    """Return the float32 values of the groups that `encode` encoded in ``dtype``; each group has ``size`` values."""
     if dtype == "bfloat16":
         return message.contiguous().view(torch.bfloat16).float()
     scale, packed = message.split([2, message.shape[1] - 2], 1)

@@ -145,7 +145,10 @@ class Service:
             self.scheduler.end(number)
 
     def _take(self, *, wait: bool) -> None:
-        """Take new and cancelled sequences from the other threads; ``wait`` a moment for the first one."""
+        """Take what other threads have sent: new sequences, and requests to stop one.
+
+        With ``wait``, wait a moment for the first of them.
+        """
         try:
             arrived = self._inbox.get(timeout=_IDLE_S) if wait else self._inbox.get_nowait()
             while True:

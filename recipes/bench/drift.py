@@ -198,7 +198,11 @@ def relative_error(x: AnyShape, reference: AnyShape) -> float:
 
 
 def output_errors(inputs: Inputs, counts: Sequence[int], kernel: Kernel, done: Done) -> tuple[Errors, Errors]:
-    """Return the output's errors by strategy (and `CONTROL`) for each of ``counts`` ranks: in bfloat16, unrounded."""
+    """Return the attention output's relative errors: after rounding to bfloat16, and before.
+
+    Each is a list by variant, with an error for each of ``counts`` ranks.  The variants are the strategies and
+    `CONTROL`, which rounds every partial attention.
+    """
     variants = {name: (strategy, kernel) for name, strategy in STRATEGIES.items()}
     variants[CONTROL] = (pass_kv, in_bfloat16(kernel))
     reference = exact(*inputs)
@@ -227,12 +231,15 @@ def gradient_errors(inputs: Inputs, seed: int, counts: Sequence[int], kernel: Ke
 
 
 def ratios(by_layer: Mapping[int, Errors], name: str, i: int) -> dict[int, float]:
-    """Return, by layer, the error of variant ``name`` at the ``i``-th number of ranks, over the error of one rank."""
+    """Return, by layer, variant ``name``'s error at the ``i``-th number of ranks, divided by its error on one rank."""
     return {layer: errors[name][i] / errors[name][0] for layer, errors in by_layer.items()}
 
 
 def worst(by_layer: Mapping[int, Errors], names: Iterable[str], indices: Iterable[int]) -> tuple[float, int]:
-    """Return the largest of the `ratios` over variants ``names`` and numbers of ranks ``indices``, and its layer."""
+    """Return the largest of the `ratios` of the variants ``names``, and its layer.
+
+    ``indices`` are the indices of the numbers of ranks to look at.
+    """
     pairs = [(r, layer) for i in indices for name in names for layer, r in ratios(by_layer, name, i).items()]
     return max(pairs, key=itemgetter(0))
 

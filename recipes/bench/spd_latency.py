@@ -66,7 +66,7 @@ class LatencyJob:
 
     @property
     def cases(self) -> list[tuple[Reduce, float]]:
-        """Reductions and share of dropped blocks, in the order of the result; the first is the baseline."""
+        """The cases to time, as pairs of reductions' dtypes and share of dropped blocks; the first is the baseline."""
         return [(reduce, share) for reduce in (EXACT, *self.rivals) for share in self.settings.shares]
 
 
@@ -80,7 +80,7 @@ class Links:
 
 @dataclass(frozen=True)
 class LatencyTimes:
-    """Costs by case and round, each by phase, and the links' constants."""
+    """Measured costs, and the links' constants: ``by_case[case][round]`` has the `PhaseCost` of each phase by name."""
 
     by_case: list[list[dict[str, PhaseCost]]]
     links: Links

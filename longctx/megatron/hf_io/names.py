@@ -143,7 +143,10 @@ def fused_views(
 
 
 def _hf_names(model: GPTModel, name: str, shape: ModelShape, first_expert: int) -> tuple[str, ...]:
-    """Return the Hugging Face names of the tensors in megatron-core's parameter ``name``."""
+    """Return the Hugging Face names of the tensors in the parameter that megatron-core calls ``name``.
+
+    ``first_expert`` is the index of this rank's first expert among those of all ranks.
+    """
     if name in _MODEL_NAMES:
         return (EMBEDDING if shape.tied and name == "output_layer.weight" else _MODEL_NAMES[name],)
     _, _, index_in_stage, name_in_layer = name.split(".", 3)
