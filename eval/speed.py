@@ -158,7 +158,9 @@ def refuse_unlike(job: EvalJob) -> None:
         raise ValueError("eval.speed compares in model.dtype=float32, run.device=cpu, eval.max_length=null: use these")
     for name, task in job.tasks.items():
         if any(instance.request_type != "loglikelihood" for instance in task.instances):
-            raise ValueError(f"eval.speed compares only scores of given answers: leave {name} out of eval.tasks")
+            raise ValueError(
+                f"eval.speed times only tasks that score given answers, and {name} does not: leave it out of eval.tasks"
+            )
 
 
 def show(speeds: Mapping[str, TaskSpeed]) -> None:

@@ -134,7 +134,10 @@ def _long_qa(random: Random, text: LongText, room: int) -> tuple[str, Sequence[s
                     f"Question: How does the sentence go on that begins so: {beginning} ...?\nAnswer: {beginning}"
                 )
                 return f"{whole}\n\n{question}", (last,)
-    raise ValueError("eval.text has no sentence of seven plain words or more: give prose, or leave long_qa out")
+    raise ValueError(
+        "eval.text: none of 100 random passages has a sentence that task long_qa can ask about (seven words or more, "
+        "the last one of five letters or more): give a text of ordinary sentences, or leave long_qa out of eval.tasks"
+    )
 
 
 def _choose_stretch(random: Random, text: LongText, room: int) -> list[str]:
@@ -204,7 +207,7 @@ def make_examples(
             excess = tokens + answer_tokens - length
             room = min(room - 8, room * (length - answer_tokens) // tokens)
         if excess > 0:
-            raise ValueError(f"eval.lengths={length}: too short for this task and its question: use more")
+            raise ValueError(f"eval.lengths={length}: too short for this task and its question: use a greater length")
         rows.append({"prompt": prompt, "answers": list(answers)})
     return rows
 

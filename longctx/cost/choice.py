@@ -104,7 +104,8 @@ def fit_empirical(points: Sequence[tuple[int, int, float, float]]) -> tuple[floa
     gains = [math.log(q / kv) for _, _, kv, q in points]
     if not any(gain > 0 for gain in gains) or not any(gain < 0 for gain in gains):
         raise ValueError(
-            "one strategy is at least as fast at every point: add miss_rates on the other side of the crossover"
+            "no boundary can be fitted, since one of pass_kv and pass_q is at least as fast at every miss rate: add "
+            "miss_rates at which the other one is faster"
         )
     # 2. Features, centred: ln T, ln of the miss rate, 1.
     rows = [(math.log(t), math.log(t / (t + p)), 1.0) for t, p, _, _ in points]

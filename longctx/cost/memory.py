@@ -93,7 +93,7 @@ def step_bytes(shape: Decoder, mesh: Degrees, work: StepWork, strategy: str, num
     Raises ValueError for numbers of other sizes than 2 and 4 bytes, and for an unknown strategy.
     """
     if numbers.element not in (2, 4):
-        raise ValueError(f"training with numbers of {numbers.element} bytes has no formula: use 2 or 4")
+        raise ValueError(f"the memory of training with numbers of {numbers.element} bytes has no formula: use 2 or 4")
     weights, replicas = stage_weights(shape, mesh), mesh.dp * mesh.ulysses * mesh.ring
     sharded = sum(some / same for same, some in weights_by_replicas(shape, mesh).items())
     states = 12 if numbers.element < 4 else 8  # two float32 moments; with 16-bit weights also a float32 copy

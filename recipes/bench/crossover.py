@@ -256,7 +256,8 @@ def report(job: CrossoverJob, hardware: Hardware, times: Sequence[MissRateTimes]
     constants = fit_rule(times)
     if constants is None:
         console.print(
-            "no empirical rule: one strategy is at least as fast in every row; add miss_rates on the other side"
+            "no empirical rule is fitted, since one strategy is at least as fast in every row: add miss_rates at which "
+            "the other one is faster"
         )
     table_rows = judge_rules(times, job, hardware)
     show(table_rows)

@@ -95,7 +95,9 @@ def prepare(config: DictConfig) -> DriftJob:
     if target.model.dtype != "bfloat16":
         raise ValueError(f"model.dtype={target.model.dtype}: drift is measured in bfloat16; use model.dtype=bfloat16")
     if set(target.shape.windows) != {None} or target.shape.sinks:
-        raise ValueError(f"{target.model.name} has windows or sinks, which drift leaves out: use model=smollm2_135m")
+        raise ValueError(
+            f"{target.model.name} has windows or sinks, which this benchmark leaves out: use model=smollm2_135m"
+        )
     refuse_beyond_model(target, tokens=settings.tokens)
     layers = settings.layers or tuple(range(target.shape.layers))
     if max(layers) >= target.shape.layers:
@@ -263,10 +265,10 @@ def show(layers: list[LayerErrors], settings: DriftSettings) -> None:
     one_rank = [errors["pass_kv"][0] for errors in rounded.values()]
     largest = max(error for errors in unrounded.values() for name in STRATEGIES for error in errors[name])
     growth, _ = worst(unrounded, STRATEGIES, range(len(settings.ranks)))
-    console.print(f"error of one rank: {min(one_rank):.2e} to {max(one_rank):.2e} of the output's norm, by layer;")
-    console.print(f"before rounding to bfloat16: at most {largest:.1e}, and {growth:.2f} times that of one rank\n")
+    console.print(f"error on one rank: {min(one_rank):.2e} to {max(one_rank):.2e} of the output's norm, by layer")
+    console.print(f"before rounding to bfloat16: at most {largest:.1e}, at most {growth:.2f} times one rank's error\n")
     # 2. Errors of more ranks.
-    console.print(f"error in units of one rank's error; the worst of {len(layers)} layers (its number):")
+    console.print(f"error divided by one rank's error, on the worst of {len(layers)} layers (in brackets: its number):")
     console.print(ratio_table(rounded, settings.ranks))
     ratio, layer = worst(rounded, STRATEGIES, range(len(settings.ranks)))
     if settings.gradient_ranks:
@@ -275,7 +277,7 @@ def show(layers: list[LayerErrors], settings: DriftSettings) -> None:
         counts = range(len(settings.gradient_ranks))
         ratio, layer = max((ratio, layer), worst(gradients, ("dq", "dk", "dv"), counts))
     verdict = "no drift" if ratio <= BAR else "DRIFT"
-    console.print(f"\n{verdict}: at most {ratio:.6f} (layer {layer}), the bar is {BAR}")
+    console.print(f"\n{verdict}: at most {ratio:.6f} (layer {layer}), and up to {BAR} counts as no drift")
 
 
 def draw(layers: list[LayerErrors], settings: DriftSettings, title: str, picture: str) -> None:

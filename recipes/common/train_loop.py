@@ -177,7 +177,7 @@ def resume(state: TrainState, job: TrainJob, report: Callable[[str], None]) -> S
 
     folder, passed_over = checkpoint.agreed_on_all_ranks(job.out / "checkpoints")
     for reason in passed_over:
-        report(f"passed over: {reason}")
+        report(f"checkpoint skipped: {reason}")
     if not folder:
         return Start()
     if line := checkpoint_index.unchecked_line(folder):
