@@ -57,10 +57,11 @@ def answer_all(job: EvalJob) -> list[Asked]:
 
 
 def answer_until_decided(job: EvalJob) -> list[Asked]:
-    """Ask more examples, look by look, until every variant has a verdict; return each variant's answers and tasks.
+    """Ask more examples until every variant has a verdict; return each variant's answers and tasks.
 
-    It ends early if no examples are left, after `LOOKS` looks, or if the baseline is near chance on every task.
-    Every rank that a launcher started must call this.  All ranks reach the same verdicts from the same answers.
+    The sample grows from look to look, that is, from analysis to analysis.  It ends early if no examples are left,
+    after `LOOKS` looks, or if the baseline is near chance on every task.  Every rank that a launcher started must call
+    this.  All ranks reach the same verdicts from the same answers.
     """
     from eval.harness.tasks import count_examples, first_examples
 

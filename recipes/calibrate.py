@@ -63,7 +63,7 @@ def measure_backward(runtime: Runtime, target: Target) -> float:
 def _kernel_on_ring(
     runtime: Runtime, target: Target
 ) -> tuple[Comm, Kernel, tuple[int, int], int, torch.dtype, torch.device]:
-    """Return the arguments of `probe`."""
+    """Return the arguments for `probe`: ring, kernel, a rank's (query, KV) heads, head dimension, dtype and device."""
     import torch
 
     from longctx.attention.backends import checked_kernel
