@@ -45,7 +45,7 @@ RECIPE = "recipes.generate"
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """Settings of configs/generate.yaml outside any section."""
+    """Top-level settings of configs/generate.yaml."""
 
     prompts: str | None = None
     max_new_tokens: PositiveInt = 64

@@ -36,7 +36,7 @@ from recipes.common.spd_report import read_allowed_drop
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """Settings of configs/plan.yaml outside any section."""
+    """Top-level settings of configs/plan.yaml."""
 
     hardware: str
     gpus: PositiveInt
@@ -54,7 +54,7 @@ class PlanSettings:
 
 @dataclass(frozen=True)
 class PlanJob:
-    """The question, and the settings of the output."""
+    """A planning task: the question to answer, the recipe's settings, and the model."""
 
     question: Question
     settings: PlanSettings

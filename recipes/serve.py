@@ -50,7 +50,7 @@ _REPEAT_S = 0.5  # a request to stop is repeated, since a rank that is starting 
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Settings of configs/serve.yaml outside any section."""
+    """Top-level settings of configs/serve.yaml."""
 
     host: str = "127.0.0.1"
     port: int = 8000

@@ -42,7 +42,7 @@ WARM = ("longctx.infer.engine", "longctx.megatron.spd.blocks", "recipes.common.s
 
 @dataclass(frozen=True)
 class SensitivitySettings:
-    """Settings of configs/spd_sensitivity.yaml outside any section; recipes.spd_adapt has the same settings."""
+    """Top-level settings of configs/spd_sensitivity.yaml; recipes.spd_adapt has the same settings."""
 
     out: str
     sequences: PositiveInt = 16

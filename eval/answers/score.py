@@ -131,9 +131,10 @@ def _run_and_score(
     caches: Sequence[Cache],
     wanted: Sequence[Prediction],
 ) -> Mapping[Prediction, LogProb]:
-    """Run ``documents`` in one packed pass, each after the content of its cache; return an answer to each of ``wanted``.
+    """Run ``documents`` in one packed pass, each after the content of its cache; return the answers to ``wanted``.
 
-    An answer is (log-probability, whether the token is the most likely one) for a `Prediction` (document, row, token).
+    A `Prediction` is (document, row, token).  Its answer has the token's log-probability, and whether the token is the
+    most likely one.
     """
     lengths = [len(document) for document in documents]
     layout = shard_balanced(lengths, LAYOUTS[context.layout], [0] * engine.ring.size).split(engine.ulysses.size)

@@ -112,9 +112,9 @@ def _hide_in_text(
 
 
 def _common_words(random: Random, text: LongText, room: int) -> tuple[str, Sequence[str]]:
-    """Return (prompt, answers): a list of words of about ``room`` tokens, and the question which words are most frequent.
+    """Return (prompt, answers): a list of words, and the question which three of them it repeats most often.
 
-    Three words, the answers, are repeated more often than all others.
+    The list has about ``room`` tokens.
     """
     entries = max(20, room // 6)  # an entry takes about five tokens
     words = _names(random, text, min(len(text.words), 3 + entries // 2))

@@ -34,12 +34,12 @@ class Work:
 
     @property
     def new_total(self) -> int:
-        """T, summed over the sequences."""
+        """Number of new tokens (T), summed over the sequences."""
         return sum(self.new)
 
     @property
     def total(self) -> int:
-        """T + P, summed over the sequences."""
+        """Number of new and cached tokens (T + P), summed over the sequences."""
         return sum(self.new) + sum(self.cached)
 
     @property

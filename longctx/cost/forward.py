@@ -53,7 +53,7 @@ class PassCost:
 
     @property
     def seconds(self) -> float:
-        """Return the seconds of all parts."""
+        """Return the sum of the seconds of all parts."""
         return sum(self.parts.values())
 
 

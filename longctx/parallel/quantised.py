@@ -94,7 +94,10 @@ def decode(message: UInt8[Tensor, "g bytes"], dtype: str, size: int) -> Float[Te
 
 
 def _pack(values: Tensor) -> UInt8[Tensor, "g bytes"]:
-    """Pack four whole numbers from -31 to 31 in three bytes: a in 6 bits and 2 of d, b and 2 of d, c and 2 of d."""
+    """Pack four whole numbers a, b, c, d from -31 to 31, of 6 bits each, in three bytes.
+
+    The bytes hold a, b and c, each with two bits of d.
+    """
     a, b, c, d = (values + 32).view(torch.uint8).unflatten(1, (-1, 4)).unbind(-1)
     return torch.stack([a | (d & 3) << 6, b | (d >> 2 & 3) << 6, c | d >> 4 << 6], -1).flatten(1)
 

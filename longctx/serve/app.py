@@ -114,7 +114,7 @@ class Front:
 
 
 class RouteHandlers:
-    """The functions that answer the routes."""
+    """The functions that answer requests, one for each route of the API."""
 
     def __init__(self, front: Front) -> None:
         self.front = front

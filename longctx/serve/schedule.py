@@ -23,7 +23,7 @@ class NewSequence:
 
     @property
     def tokens(self) -> int:
-        """Largest number of tokens to cache."""
+        """Largest number of tokens that the sequence can have: its prompt's and those of its longest answer."""
         return len(self.prompt) + self.max_new_tokens
 
 

@@ -132,7 +132,7 @@ class Service:
             self.passes, self.seconds = self.passes + 1, self.seconds + time.perf_counter() - began
 
     def stop(self) -> None:
-        """End the loops of the other ranks."""
+        """Let the other ranks leave their loop (`follow`): send them a plan that stops."""
         share_plan(self.world, StepPlan(stop=True), self.session.engine.device)
 
     def fail(self, message: str, numbers: Iterable[int] | None = None) -> None:

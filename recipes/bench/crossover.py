@@ -50,7 +50,7 @@ ABBREVIATIONS = {"pass_kv": "KV", "pass_q": "Q"}
 
 @dataclass(frozen=True)
 class CrossoverSettings:
-    """Settings of configs/bench/crossover.yaml outside any section."""
+    """Top-level settings of configs/bench/crossover.yaml."""
 
     total: Annotated[int, Field(ge=16)] = 4096
     miss_rates: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (

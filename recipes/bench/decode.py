@@ -41,7 +41,7 @@ ONE_RANK = "one rank"
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """Settings of configs/bench/decode.yaml outside any section; ``dropped`` adds a variant for each of its shares."""
+    """Top-level settings of configs/bench/decode.yaml; ``dropped`` adds a variant for each of its shares."""
 
     cached: PositiveInt = 4096
     batch: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 4)
@@ -57,7 +57,7 @@ class DecodeSettings:
 
 @dataclass(frozen=True)
 class DecodeJob:
-    """The inputs of every rank."""
+    """The inputs of the benchmark that every rank gets."""
 
     settings: DecodeSettings
     target: Target

@@ -50,7 +50,7 @@ Errors = dict[str, list[float]]  # relative to float64, by variant (or gradient)
 
 @dataclass(frozen=True)
 class DriftSettings:
-    """Settings of configs/bench/drift.yaml outside any section; ``ranks`` and ``gradient_ranks`` begin with 1."""
+    """Top-level settings of configs/bench/drift.yaml; ``ranks`` and ``gradient_ranks`` begin with 1."""
 
     tokens: PositiveInt = 1021
     layers: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None

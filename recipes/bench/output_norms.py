@@ -43,7 +43,7 @@ BATCH = 4  # sequences per pass
 
 @dataclass(frozen=True)
 class OutputNormsSettings:
-    """Settings of configs/bench/output_norms.yaml outside any section, other than the two lists of texts."""
+    """Top-level settings of configs/bench/output_norms.yaml, other than the two lists of texts."""
 
     ranks: Annotated[int, Field(ge=2)] = 2
     shares: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (0.25, 0.5, 0.75, 1)

@@ -53,7 +53,7 @@ PAIRS: tuple[tuple[Variant, Variant], ...] = (
 
 @dataclass(frozen=True)
 class RivalSettings:
-    """Settings of configs/bench/rivals.yaml outside any section."""
+    """Top-level settings of configs/bench/rivals.yaml."""
 
     parts: Annotated[tuple[Part, ...], Field(min_length=1)] = ("prefill", "decode")
     variants: Annotated[tuple[Variant, ...], Field(min_length=2)] = VARIANTS

@@ -39,7 +39,7 @@ VARIANTS: tuple[Variant, ...] = ("sharing", "no sharing", "no chunking")
 
 @dataclass(frozen=True)
 class ServeBenchSettings:
-    """Settings of configs/bench/serve.yaml outside any section."""
+    """Top-level settings of configs/bench/serve.yaml."""
 
     requests: PositiveInt = 200
     clients: PositiveInt = 16

@@ -38,7 +38,7 @@ EXACT = Reduce()
 
 @dataclass(frozen=True)
 class LatencySettings:
-    """Settings of configs/bench/spd_latency.yaml outside any section; the first of ``shares`` is 0."""
+    """Top-level settings of configs/bench/spd_latency.yaml; the first of ``shares`` is 0."""
 
     shares: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=2)] = (0, 0.5, 0.7, 1)
     tokens: PositiveInt = 128

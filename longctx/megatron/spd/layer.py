@@ -113,7 +113,7 @@ class SPDTransformerLayer(TransformerLayer):
     def _forward_all_shares(
         self, hidden_states: Float[Tensor, "s b hidden"], attention_mask: None = None, **kwargs: Any
     ) -> tuple[Float[Tensor, "s b hidden"], None]:
-        """Compute the terms of all N ranks on this rank, and sum them."""
+        """Run the SPD block on this rank alone: compute the terms of all N ranks one after the other, and sum them."""
         mlp, own = self.mlp, self.mlp.linear_fc1.share
         partials, bias = self.self_attention(
             self.input_layernorm(hidden_states), attention_mask, packed_seq_params=kwargs["packed_seq_params"]
