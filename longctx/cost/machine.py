@@ -128,7 +128,7 @@ class Machine:
 
     def __post_init__(self) -> None:
         if not self.levels:
-            raise ValueError("a machine needs at least one level of links")
+            raise ValueError("levels is empty: give at least one level of links, as the files of configs/machine do")
         for name in ("gpus_per_node", "gemm_flops", "attention_flops", "memory_bytes_per_s", "kv_bytes_per_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: use a number above 0")
