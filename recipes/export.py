@@ -40,9 +40,9 @@ def checkpoint_of(name: str) -> Path:
     folder = Path(name).expanduser().resolve()
     if (folder / PLAN).is_file():
         raise ValueError(
-            f"checkpoint={name} is a model whose blocks drop reductions between tensor-parallel ranks: its output depends "
-            f"on the number of ranks, and transformers cannot run it; run it with longctx (model={name}), or export the "
-            "model that it was adapted from"
+            f"checkpoint={name} is a model whose blocks drop reductions between tensor-parallel ranks: its output "
+            "depends on the number of ranks, and transformers cannot run it; run it with longctx "
+            f"(model={name}), or export the model that it was adapted from"
         )
     if (folder / checkpoint_index.RUN).is_file():
         if wrong := checkpoint_index.content_fault_of(folder):
@@ -99,8 +99,8 @@ def refuse_unexportable(place: Path, to: Path) -> None:
     if dropped := config.get("dropped"):
         raise ValueError(
             f"blocks {dropped[1:]} of {place} drop reductions between {dropped[0]} tensor-parallel ranks: the model's "
-            "output depends on the number of ranks, and transformers cannot run it; to get a model that can be exported, "
-            "train with spd=none"
+            "output depends on the number of ranks, and transformers cannot run it; to get a model that can be "
+            "exported, train with spd=none"
         )
     needed = weights_of(shape_of(model_of(place))) * getattr(torch, config["model"]["dtype"]).itemsize
     if (free := shutil.disk_usage(nearest_existing(to)).free) < needed:
