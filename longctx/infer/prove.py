@@ -74,7 +74,7 @@ def _share_over(share: WeightShare | None, groups: RecordedGroups) -> Iterator[N
 
 
 class _ModelOfShapes(GPTModel):  # type: ignore[misc]
-    """A model without weights that makes only the messages over context ranks.
+    """A model without weights whose pass sends only the messages between context ranks, to record them.
 
     A layer runs its attention only.  With a share of the weights in use, the model's own layer runs with empty weights,
     because its linear layers communicate too.

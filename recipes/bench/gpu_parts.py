@@ -92,7 +92,11 @@ class _Attention:
 
 
 def _time_attention(inputs: Sequence[torch.Tensor], layout: Layout, kernel: Kernel, rounds: int) -> _Attention:
-    """Attend on every rank of ``layout`` in turn, on one device; the first round is not timed."""
+    """Run attention of every rank of ``layout`` in turn, on one device; return its median seconds and its results.
+
+    ``inputs`` are q, k, v and dout of the whole sequence.  Forward and backward are timed ``rounds`` times, after a
+    first round that is not.
+    """
     shards = [[layout.shard(x, rank, 1) for x in inputs] for rank in range(layout.size)]
     forward, backward = [], []
     partials: list[Partial] = []

@@ -130,7 +130,10 @@ def measure(rank: Rank, job: TrainJob, run: MemoryRun) -> dict[str, int]:
 
 
 def meter_step(runtime: Runtime, job: TrainJob) -> MemoryMeter:
-    """Meter the second of two training steps; the first creates the optimizer's moments."""
+    """Run two training steps, and return the meter that counted the memory of the second.
+
+    The first step creates the optimizer's moments.
+    """
     from longctx.attention.backends import kernel_for
     from longctx.data.batches import training_batches
     from longctx.hf.config import tokenizer_of
@@ -151,7 +154,7 @@ def meter_step(runtime: Runtime, job: TrainJob) -> MemoryMeter:
 
 
 def meter_inference(runtime: Runtime, job: TrainJob, run: MemoryRun) -> MemoryMeter:
-    """Meter a prefill, or one decoded token after it."""
+    """Run a prefill, or one decoded token after it, as ``run`` says; return the meter that counted its memory."""
     import torch
 
     from longctx.config import Sampling
