@@ -40,7 +40,7 @@ _DEFAULT_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # next 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Settings of configs/evaluate.yaml outside any section."""
+    """Top-level settings of configs/evaluate.yaml."""
 
     out: str
     adapted: str | None = None

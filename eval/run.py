@@ -57,10 +57,11 @@ def answer_all(job: EvalJob) -> list[Asked]:
 
 
 def answer_until_decided(job: EvalJob) -> list[Asked]:
-    """Ask more examples, look by look, until every variant has a verdict; return each variant's answers and tasks.
+    """Ask more examples until every variant has a verdict; return each variant's answers and tasks.
 
-    It ends early if no examples are left, after `LOOKS` looks, or if the baseline is near chance on every task.
-    Every rank that a launcher started must call this.  All ranks reach the same verdicts from the same answers.
+    The sample grows from look to look, that is, from analysis to analysis.  It ends early if no examples are left,
+    after `LOOKS` looks, or if the baseline is near chance on every task.  Every rank that a launcher started must call
+    this.  All ranks reach the same verdicts from the same answers.
     """
     from eval.harness.tasks import count_examples, first_examples
 
@@ -88,7 +89,8 @@ def answer_until_decided(job: EvalJob) -> list[Asked]:
             if averaged[0] not in chance and verdict_at_a_look(pairs, job.eval.allowed_drop) != "undecided":
                 undecided.remove(number)
         names = ", ".join(job.variants[number].name for number in undecided) or "none"
-        say(f"look {step + 1}, {max(sizes[name] for name in averaged):,} examples a task: undecided: {names}")
+        examples = max(sizes[name] for name in averaged)
+        say(f"look {step + 1}, at up to {examples:,} examples of each task: variants without a verdict: {names}")
         if not undecided or averaged[0] in chance or all(sizes[name] == limit for name, limit in counted.items()):
             break
     return [asked[number] for number in range(len(job.variants))]
@@ -103,7 +105,10 @@ def answer_variant(job: EvalJob, number: int, requests: Sequence[Request]) -> re
     for line in stored.corrupt:
         say(f"{line} is corrupt: its answer is computed again")
     if others := stored.commits - {commit_of(ROOT)}:
-        say(f"{file} has answers of another commit, {', '.join(sorted(others))}: use another out= to ask all again")
+        say(
+            f"{file} has answers of another commit, {', '.join(sorted(others))}, which are used: to ask all again, "
+            "use another out="
+        )
     # 2. Ask what is missing.
     missing = tuple(request for request in requests if key(request) not in stored.answers)
     progress = f"{variant.name} ({number + 1} of {len(job.variants)})"

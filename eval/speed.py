@@ -110,7 +110,7 @@ def time_engine(rank: Rank, work: EvalWork) -> EngineTiming:
 
 
 def measure_task(job: EvalJob, task: Task, speed: SpeedSettings) -> TaskSpeed:
-    """Time all models on ``task``, in turns, and compare their log-probabilities."""
+    """Time our model and lm-eval's at each batch size on ``task``, in turns, and compare their log-probabilities."""
     # 1. The same requests for both: ours in tokens, lm-eval's as text.
     requests: list[Request] = []
     job.lm.answer = make_recorder(requests)
@@ -134,7 +134,7 @@ def measure_task(job: EvalJob, task: Task, speed: SpeedSettings) -> TaskSpeed:
 
 
 def _largest_difference(requests: Sequence[Request], engine: EngineTiming, hf: HFTiming) -> float:
-    """Return the largest difference of log-probabilities (nats) over the requests."""
+    """Return the largest difference between our log-probability of a request and that of lm-eval's model, in nats."""
     differences = []
     for request, log_prob in zip(requests, hf.log_probs, strict=True):
         answer = engine.answers[key(request)]
@@ -144,7 +144,11 @@ def _largest_difference(requests: Sequence[Request], engine: EngineTiming, hf: H
 
 
 def refuse_unlike(job: EvalJob) -> None:
-    """Raise ValueError for settings that lm-eval's model does not have, and for tasks of generated text."""
+    """Raise ValueError unless our model and lm-eval's can be compared on ``job``: equal settings, and scored answers.
+
+    lm-eval's model runs on one CPU rank in float32, without dropped reductions, variants or ``eval.max_length``.  Tasks
+    of generated text are refused.
+    """
     target = job.variants[0].target
     if len(job.variants) > 1 or target.mesh.ranks > 1 or target.plan:
         raise ValueError(
@@ -154,7 +158,9 @@ def refuse_unlike(job: EvalJob) -> None:
         raise ValueError("eval.speed compares in model.dtype=float32, run.device=cpu, eval.max_length=null: use these")
     for name, task in job.tasks.items():
         if any(instance.request_type != "loglikelihood" for instance in task.instances):
-            raise ValueError(f"eval.speed compares only scores of given answers: leave {name} out of eval.tasks")
+            raise ValueError(
+                f"eval.speed times only tasks that score given answers, and {name} does not: leave it out of eval.tasks"
+            )
 
 
 def show(speeds: Mapping[str, TaskSpeed]) -> None:

@@ -73,7 +73,7 @@ def foreign_content_of(checkpoint: Path, index: Mapping[str, Any]) -> str:
 
 
 def latest_whole(folder: Path, fault: Callable[[Path], str] = fault_of) -> tuple[Path | None, list[str]]:
-    """Return the newest whole checkpoint in ``folder`` (None if there is none), and why newer ones were passed over.
+    """Return the newest whole checkpoint in ``folder`` (None if there is none), and why newer ones were skipped.
 
     A checkpoint is whole if ``fault`` finds none.  The second value has one line for each unfinished checkpoint, and
     one for each corrupt checkpoint that is newer than the returned one.
@@ -105,7 +105,7 @@ def read_metadata(checkpoint: Path) -> dict[str, Any]:
 
 
 def unchecked_line(checkpoint: Path) -> str:
-    """Return a warning for the user if the checkpoint has no checksums, else the empty string."""
+    """Return a warning for the user if the checkpoint has no checksums, as in version 0.1; else the empty string."""
     if _CHECKSUMS in read_metadata(checkpoint):
         return ""
     return f"{checkpoint} was written by a version without checksums: its files were checked by size only"

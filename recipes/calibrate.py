@@ -39,7 +39,7 @@ LAYERS = 6  # layers to measure; one layer's weights may stay in the cache
 
 @dataclass(frozen=True)
 class CalibrateSettings:
-    """Settings of configs/calibrate.yaml outside any section."""
+    """Top-level settings of configs/calibrate.yaml."""
 
     out: str
     kernel: KernelName = "auto"
@@ -63,7 +63,7 @@ def measure_backward(runtime: Runtime, target: Target) -> float:
 def _kernel_on_ring(
     runtime: Runtime, target: Target
 ) -> tuple[Comm, Kernel, tuple[int, int], int, torch.dtype, torch.device]:
-    """Return the arguments of `probe`."""
+    """Return the arguments for `probe`: ring, kernel, a rank's (query, KV) heads, head dimension, dtype and device."""
     import torch
 
     from longctx.attention.backends import checked_kernel
@@ -76,10 +76,10 @@ def _kernel_on_ring(
 
 
 def measure_layer(runtime: Runtime, target: Target) -> LayerRates | None:
-    """Measure a layer without its attention; every rank must call it.
+    """Measure the rates of one rank's layers without their attention; every rank must call it.
 
-    Runs the first `LAYERS` layers with random weights, which together do not fit in a CPU's cache.  Returns
-    None for a mixture of experts, and with tensor parallelism, whose reductions would be timed as well.
+    Runs the first `LAYERS` layers with random weights, which together do not fit in a CPU's cache.  Returns None for a
+    mixture of experts, and with tensor parallelism, whose reductions would be timed as well.
     """
     import torch
 

@@ -50,7 +50,7 @@ RECIPE = "recipes.chat"
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """Settings of configs/chat.yaml outside any section."""
+    """Top-level settings of configs/chat.yaml."""
 
     turns: str | None = None
     max_new_tokens: PositiveInt = 64

@@ -40,8 +40,9 @@ def checkpoint_of(name: str) -> Path:
     folder = Path(name).expanduser().resolve()
     if (folder / PLAN).is_file():
         raise ValueError(
-            f"checkpoint={name} drops reductions between tensor-parallel ranks, so its output depends on the mesh and "
-            f"transformers cannot run it: use model={name} here, or export the model it was adapted from"
+            f"checkpoint={name} is a model whose blocks drop reductions between tensor-parallel ranks: its output "
+            "depends on the number of ranks, and transformers cannot run it; run it with longctx "
+            f"(model={name}), or export the model that it was adapted from"
         )
     if (folder / checkpoint_index.RUN).is_file():
         if wrong := checkpoint_index.content_fault_of(folder):
@@ -52,7 +53,7 @@ def checkpoint_of(name: str) -> Path:
         why = f" ({'; '.join(passed_over)})" if passed_over else ""
         raise ValueError(f"checkpoint={name} is neither a checkpoint nor a run with one{why}: give the out= of a run")
     for reason in passed_over:
-        say(f"passed over: {reason}")
+        say(f"checkpoint skipped: {reason}")
     return place
 
 
@@ -97,8 +98,9 @@ def refuse_unexportable(place: Path, to: Path) -> None:
     config = checkpoint_index.read_metadata(place)["config"]
     if dropped := config.get("dropped"):
         raise ValueError(
-            f"{place} drops reductions of blocks {dropped[1:]} between {dropped[0]} tensor-parallel ranks, so its "
-            "output depends on the mesh and transformers cannot run it: train with spd=none for a model to export"
+            f"blocks {dropped[1:]} of {place} drop reductions between {dropped[0]} tensor-parallel ranks: the model's "
+            "output depends on the number of ranks, and transformers cannot run it; to get a model that can be "
+            "exported, train with spd=none"
         )
     needed = weights_of(shape_of(model_of(place))) * getattr(torch, config["model"]["dtype"]).itemsize
     if (free := shutil.disk_usage(nearest_existing(to)).free) < needed:

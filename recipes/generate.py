@@ -45,7 +45,7 @@ RECIPE = "recipes.generate"
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """Settings of configs/generate.yaml outside any section."""
+    """Top-level settings of configs/generate.yaml."""
 
     prompts: str | None = None
     max_new_tokens: PositiveInt = 64
@@ -126,7 +126,7 @@ def prepare(config: DictConfig) -> GenerateJob:
     job = GenerateJob(target, section(config, "sampling", Sampling), answered, settings, machine)
     if settings.n > 1 and job.sampling.temperature == 0:
         raise ValueError(
-            f"n={settings.n} answers are equal at sampling.temperature=0: use sampling=ancestral or another "
+            f"all n={settings.n} answers would be equal at sampling.temperature=0: use sampling=ancestral or another "
             "temperature, or n=1"
         )
     target.shape.refuse_unknown_token(max(job.sampling.stop_tokens, default=0), "sampling.stop_tokens")

@@ -36,7 +36,7 @@ from recipes.common.spd_report import read_allowed_drop
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """Settings of configs/plan.yaml outside any section."""
+    """Top-level settings of configs/plan.yaml."""
 
     hardware: str
     gpus: PositiveInt
@@ -54,7 +54,7 @@ class PlanSettings:
 
 @dataclass(frozen=True)
 class PlanJob:
-    """The question, and the settings of the output."""
+    """A planning task: the question to answer, the recipe's settings, and the model."""
 
     question: Question
     settings: PlanSettings
@@ -93,9 +93,9 @@ def resolve_plan_job(config: DictConfig) -> PlanJob:
 
 
 def refuse_no_plan(plans: Sequence[Plan]) -> None:
-    """Raise ValueError if none of ``plans`` is feasible, with the reasons of two meshes.
+    """Raise ValueError if no plan is feasible; the message says, for two meshes, why they are refused.
 
-    The first needs the least memory of the meshes that only a limit refuses; the second is the fastest.
+    One needs the least memory of the meshes that only a limit refuses; the other is the fastest.
     """
     if plans[0].refused is None:
         return

@@ -50,7 +50,7 @@ _REPEAT_S = 0.5  # a request to stop is repeated, since a rank that is starting 
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Settings of configs/serve.yaml outside any section."""
+    """Top-level settings of configs/serve.yaml."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -142,7 +142,10 @@ def prepare(config: DictConfig) -> ServeJob:
 
 
 def read_origin(target: Target, cache: PrefixSettings) -> PageOrigin | None:
-    """Return what the pages in ``cache.save`` belong to, or None.  Raises ValueError if the folder has other files."""
+    """Return the model, dtype, mesh and page size that pages in ``cache.save`` belong to; None without ``cache.save``.
+
+    Raises ValueError if the folder has other files, or pages of another origin.
+    """
     from longctx.serve.page_folder import PageOrigin, refuse_other_pages
 
     if cache.folder is None:

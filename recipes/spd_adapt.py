@@ -265,7 +265,7 @@ def _dropped_block(job: AdaptJob, result: AdaptResult, block: int) -> DroppedBlo
 
 
 def figures_of(result: AdaptResult, dropped: list[DroppedBlock]) -> dict[int, dict[str, float]]:
-    """Return the figures of the run's record, by block and by step of joint distillation."""
+    """Return the figures that `track` logs, by block number and by step of joint distillation."""
     figures, joint = result.sensitivities.figures(), result.joint
     for block in dropped:
         errors = {f"spd/error_{name}": error for name, error in block.errors.items()}

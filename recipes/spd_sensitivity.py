@@ -42,7 +42,7 @@ WARM = ("longctx.infer.engine", "longctx.megatron.spd.blocks", "recipes.common.s
 
 @dataclass(frozen=True)
 class SensitivitySettings:
-    """Settings of configs/spd_sensitivity.yaml outside any section; recipes.spd_adapt has the same settings."""
+    """Top-level settings of configs/spd_sensitivity.yaml; recipes.spd_adapt has the same settings."""
 
     out: str
     sequences: PositiveInt = 16
@@ -89,7 +89,7 @@ class SensitivityJob:
 
     @property
     def chunks(self) -> int:
-        """Number of chunks, of ``chunk`` sequences each, in which the text is measured."""
+        """Number of chunks of the text; each has ``chunk`` sequences, which are measured together."""
         return -(-len(self.text) // self.chunk)
 
 
@@ -124,7 +124,7 @@ class Sensitivities:
         return Sensitivities(values["perplexity"], tuple(values["order"]), tuple(blocks))
 
     def figures(self) -> dict[int, dict[str, float]]:
-        """Return the figures of each block for the run's record."""
+        """Return each block's figures by their names in metrics.jsonl, by block number, as `track` logs them."""
         return {
             number: {"spd/sensitivity": block.score, "spd/perplexity_from_here": block.perplexity}
             for number, block in enumerate(self.blocks)
@@ -152,7 +152,7 @@ def prepare(config: DictConfig, recipe: str = RECIPE) -> SensitivityJob:
 
 
 def run_rank(rank: Rank, job: SensitivityJob) -> Sensitivities | None:
-    """Measure on one rank; None if the run was asked to stop."""
+    """Measure the sensitivities on one rank; return None if the run was asked to stop."""
     with start_block_run(rank, job.target) as run:
         return measure_sensitivities(run, job)
 
@@ -173,9 +173,11 @@ def measure_sensitivities(run: BlockRun, job: SensitivityJob) -> Sensitivities |
 
 
 def sum_chunks(run: BlockRun, job: SensitivityJob) -> list[list[float]]:
-    """Return `sum_losses` of each chunk of the text, and append those not done yet to DIR/sums.jsonl.
+    """Measure the chunks of the text that are not in ``job.done``; return `sum_losses` of every chunk, in order.
 
-    With mesh.dp=2 and no chunk done yet, data-parallel rank 0 takes chunks 0, 2, 4, ... and rank 1 takes 1, 3, 5, ...
+    Each result is appended to DIR/sums.jsonl, so that an interrupted run resumes after it.  A request to stop ends the
+    loop early.  With mesh.dp=2 and no chunk done yet, data-parallel rank 0 takes chunks 0, 2, 4, ... and rank 1 takes
+    1, 3, 5, ...
     """
     runtime, width, file = run.runtime, job.target.shape.layers + 1, job.out / "sums.jsonl"
     dp_rank, dp_size = runtime.groups.dp.rank(), runtime.mesh.dp
@@ -241,7 +243,10 @@ def write_sensitivity(job: SensitivityJob, sensitivities: Sensitivities) -> None
 
 
 def track(job: SensitivityJob, figures: Mapping[int, Mapping[str, float]], model: Path | None = None) -> None:
-    """Write the run's record: ``figures`` by block or step, and the folder of the adapted ``model``, if any."""
+    """Log ``figures`` to the run's trackers, such as metrics.jsonl, under a block's number or a training step.
+
+    If given, the folder of the adapted ``model`` is recorded too.
+    """
     from longctx.train.track import start_tracking
 
     tracker, _ = start_tracking(job.track, job.out, job.config, first=True, say=say)

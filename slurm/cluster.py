@@ -104,7 +104,7 @@ def is_active(job: int) -> bool:
     if done.returncode and "invalid job id" not in done.stderr.lower():
         raise ValueError(
             f"squeue cannot say whether job {job} waits or runs ({_errors(done.stderr)}): "
-            "submit again when it can, or use another folder"
+            "submit again when squeue works, or use another folder"
         )
     return bool(done.stdout.strip())
 
@@ -113,7 +113,7 @@ def _run(*command: str) -> str:
     """Return the output of a Slurm command.  Raises ValueError, with its errors, if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ValueError(f"Slurm refuses: {_errors(done.stderr)}; change what this names")
+        raise ValueError(f"Slurm refuses: {_errors(done.stderr)}; change the setting that this message names")
     return done.stdout
 
 

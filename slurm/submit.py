@@ -137,7 +137,10 @@ def submit(plans: Sequence[JobPlan]) -> list[int]:
 
 
 def _queue(script: Path, earlier: Sequence[int], made: Sequence[Path]) -> int:
-    """Queue ``script``; if Slurm rejects it, cancel the ``earlier`` jobs and delete the folders ``made`` for them."""
+    """Queue ``script`` and return the job's number.
+
+    If Slurm rejects it, cancel the ``earlier`` jobs and delete the folders ``made`` for them.
+    """
     try:
         cluster.refuse_rejected_script(script)
         return cluster.queue(script)

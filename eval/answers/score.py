@@ -111,8 +111,9 @@ def score_batch(engine: Engine, context: Context, batch: Sequence[PrefixGroup]) 
 def locate_predictions(
     number: int, group: PrefixGroup, branches: Sequence[tuple[int, TokenIds]], request: Score
 ) -> Iterator[tuple[int, Prediction]]:
-    """Yield, for each scored token of ``request``, its pass (0: prefixes, 1: branches) and its `Prediction` there.
+    """Yield, for each scored token of ``request``, the pass that predicts it, and its `Prediction` in that pass.
 
+    Pass 0 runs the prefixes, pass 1 the branches.  A `Prediction` is (document in the pass, row, scored token).
     ``group`` is number ``number`` of its batch.  ``branches`` lists the branches of all groups, each with the number of
     its group.
     """
@@ -130,7 +131,11 @@ def _run_and_score(
     caches: Sequence[Cache],
     wanted: Sequence[Prediction],
 ) -> Mapping[Prediction, LogProb]:
-    """Run ``documents``, packed, each after the content of its cache; return log-probabilities of ``wanted``."""
+    """Run ``documents`` in one packed pass, each after the content of its cache; return the answers to ``wanted``.
+
+    A `Prediction` is (document, row, token).  Its answer has the token's log-probability, and whether the token is the
+    most likely one.
+    """
     lengths = [len(document) for document in documents]
     layout = shard_balanced(lengths, LAYOUTS[context.layout], [0] * engine.ring.size).split(engine.ulysses.size)
     packed = torch.tensor([token for document in documents for token in document])

@@ -99,7 +99,7 @@ class EngineLM(TemplateLM):
         return list(self.answer([one for of_request in texts for one in of_request]))
 
     def _once(self, request: Instance, make: Callable[[Instance], Sequence[Request]]) -> Sequence[Request]:
-        """Return ``make(request)``, which is cached because each variant, and each look, asks ``request`` again."""
+        """Return ``make(request)``, made once and remembered: each variant and each look asks ``request`` again."""
         if id(request) not in self._made:
             self._made[id(request)] = list(make(request))
         return self._made[id(request)]
@@ -129,7 +129,10 @@ class EngineLM(TemplateLM):
         return Score((*context, *after), len(context), question)
 
     def _cut(self, tokens: Sequence[int], max_tokens: int, *, middle: bool) -> tuple[int, ...]:
-        """Return ``tokens`` without their beginning, or without their ``middle``, if there are too many."""
+        """Return ``tokens`` cut to ``max_tokens``, if there are more: without their beginning, or without their middle.
+
+        The middle is left out if ``middle`` is True.  The attribute ``cut`` counts the texts that were cut.
+        """
         self.cut += len(tokens) > max_tokens
         first = max_tokens // 2 if middle and len(tokens) > max_tokens else 0
         return (*tokens[:first], *tokens[first - max_tokens :])

@@ -108,7 +108,7 @@ def _read_pages(path: Path) -> list[TaskRecord]:
 
 
 def _letters(row: TaskRecord, question: str) -> Row:
-    """Return a row of ARC or OpenBookQA: the choices have letters; ``question`` is the field of the question."""
+    """Return a row of ARC or OpenBookQA, whose choices have letters; ``question`` is the name of its question field."""
     labels = [chr(ord("A") + i) for i in range(len(row["choices"]))]
     return {
         question: row["query"],
@@ -139,7 +139,10 @@ def _boolq(row: TaskRecord) -> Row:
 
 
 def _copa(row: TaskRecord) -> Row:
-    """Undo lm-eval's prompt, which joins the premise, without its full stop, and the connector by a space."""
+    """Return a row of COPA for a record whose query is lm-eval's prompt, by undoing that prompt.
+
+    The prompt is the premise without its full stop, a space, and "because" or "therefore".
+    """
     premise, _, connector = row["query"].rpartition(" ")
     relation = {"because": "cause", "therefore": "effect"}[connector]
     first, second = row["choices"]
@@ -159,7 +162,7 @@ def _hellaswag(row: TaskRecord) -> Row:
 
 
 def _blank(row: TaskRecord) -> tuple[str, list[str]]:
-    """Return the words that the two contexts have in common at the beginning, and the rest of each."""
+    """Split a record's two ``context_options`` into the words with which both begin, and the rest of each."""
     first, second = row["context_options"]
     common = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(min(first, second)))
     before = first[: first.rfind(" ", 0, common) + 1]

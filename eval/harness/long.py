@@ -99,7 +99,10 @@ _HIDDEN: Mapping[str, Callable[[Random, LongText], HiddenFacts]] = {
 def _hide_in_text(
     make: Callable[[Random, LongText], HiddenFacts], random: Random, text: LongText, room: int
 ) -> tuple[str, Sequence[str]]:
-    """Insert facts, in their order, at random places of a stretch of the text; the question follows it."""
+    """Return (prompt, answers): a stretch of ``text`` with facts inserted at random places, and a question about them.
+
+    ``make`` gives the facts, which keep their order.  The stretch has about ``room`` tokens.
+    """
     hidden = make(random, text)
     sentences = _choose_stretch(random, text, room)
     places = sorted(random.integers(0, len(sentences) + 1, len(hidden.facts)).tolist(), reverse=True)
@@ -109,7 +112,10 @@ def _hide_in_text(
 
 
 def _common_words(random: Random, text: LongText, room: int) -> tuple[str, Sequence[str]]:
-    """Make a list of words in which three are repeated most often; the question is which."""
+    """Return (prompt, answers): a list of words, and the question which three of them it repeats most often.
+
+    The list has about ``room`` tokens.
+    """
     entries = max(20, room // 6)  # an entry takes about five tokens
     words = _names(random, text, min(len(text.words), 3 + entries // 2))
     common, rare = words[:3], words[3:]
@@ -122,7 +128,10 @@ def _common_words(random: Random, text: LongText, room: int) -> tuple[str, Seque
 
 
 def _long_qa(random: Random, text: LongText, room: int) -> tuple[str, Sequence[str]]:
-    """Take a stretch of the text; the question is how one of its sentences ends."""
+    """Return (prompt, answers): a stretch of ``text``, and the question how one of its sentences ends.
+
+    The stretch has about ``room`` tokens.  Raises ValueError if no sentence can be asked about.
+    """
     for _ in range(100):
         sentences = _choose_stretch(random, text, room)
         whole = " ".join(sentences)
@@ -134,7 +143,10 @@ def _long_qa(random: Random, text: LongText, room: int) -> tuple[str, Sequence[s
                     f"Question: How does the sentence go on that begins so: {beginning} ...?\nAnswer: {beginning}"
                 )
                 return f"{whole}\n\n{question}", (last,)
-    raise ValueError("eval.text has no sentence of seven plain words or more: give prose, or leave long_qa out")
+    raise ValueError(
+        "eval.text: none of 100 random passages has a sentence that task long_qa can ask about (seven words or more, "
+        "the last one of five letters or more): give a text of ordinary sentences, or leave long_qa out of eval.tasks"
+    )
 
 
 def _choose_stretch(random: Random, text: LongText, room: int) -> list[str]:
@@ -204,7 +216,7 @@ def make_examples(
             excess = tokens + answer_tokens - length
             room = min(room - 8, room * (length - answer_tokens) // tokens)
         if excess > 0:
-            raise ValueError(f"eval.lengths={length}: too short for this task and its question: use more")
+            raise ValueError(f"eval.lengths={length}: too short for this task and its question: use a greater length")
         rows.append({"prompt": prompt, "answers": list(answers)})
     return rows
 

@@ -120,7 +120,7 @@ def make_ruler_examples(name: str, source: RulerSource, examples: int, seed: int
         )
     rows = [_fit(partial(make, number=number), most, filler) for number in range(examples)]
     if None in rows:
-        raise ValueError(f"eval.lengths={length}: too short for {name}: use more")
+        raise ValueError(f"eval.lengths={length}: too short for {name}: use a greater length")
     return [row for row in rows if row is not None]
 
 

@@ -81,7 +81,7 @@ def ruler_module(name: str) -> Any:
 
 @cache
 def niah() -> Any:
-    """Return lm-eval's module of needles.
+    """Return lm-eval's module ``prepare_niah`` of RULER, which makes needles in a haystack.
 
     Its import downloads NLTK's sentence splitter and lists all 6 million pairs of an adjective and a noun.  Here it
     does neither: sentences end as those of ``eval.text`` do, and a pair is drawn when it is needed.

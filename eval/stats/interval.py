@@ -30,7 +30,7 @@ class Changes:
 
     @property
     def average(self) -> Numbers:
-        """The observed average difference, [...]."""
+        """The observed difference of outcomes, averaged over tasks, [...]."""
         return np.asarray((self.weights * (self.won - self.lost) / self.n).sum(-1))
 
 

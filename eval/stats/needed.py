@@ -38,7 +38,10 @@ def examples_needed(
 
 
 def _decides(changes: Changes, totals: Numbers, allowed_drop: float, z: float) -> NDArray[np.bool_]:
-    """Return, per row of ``totals`` [sizes tasks], whether these examples give a verdict with probability `POWER`."""
+    """Return, for each row of ``totals``, whether these numbers of examples give a verdict with probability `POWER`.
+
+    ``totals`` is [sizes tasks]: a row has the number of examples of each task.
+    """
     lost, won, n, weights = changes.lost, changes.won, changes.n, changes.weights
     # 1. The rates of further examples: as observed, plus one extra change divided among the tasks, since a small
     # number of changes often underestimates the rate.  ``weights`` is the size of a change, divided by the

@@ -222,7 +222,11 @@ def _score(figures: Figures, digits: int = 1) -> str:
 
 
 def _cells(figures: Figures) -> list[str]:
-    """Return the cells of `_COMPARED`; those of a baseline are empty after its accuracy."""
+    """Return the cells that compare ``figures`` with the baseline: accuracy, difference, p-value, verdict, needed.
+
+    The last cell is the number of examples that a verdict needs.  For the baseline itself, all cells but the accuracy
+    are empty.
+    """
     accuracy, verdict = f"{figures['accuracy']:.3f}", figures["verdict"]
     if verdict is None:
         return [accuracy, "", "", "", ""]

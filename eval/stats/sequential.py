@@ -21,13 +21,19 @@ Z_SEQUENTIAL = 2.8
 
 
 def sizes_at(step: int, available: Mapping[str, int]) -> dict[str, int]:
-    """Return the number of examples of each task at look ``step``, counted from 0; at most the ``available`` ones."""
+    """Return how many examples of each task look ``step`` analyses; looks are counted from 0.
+
+    A look is one analysis of the growing sample.  The number is at most that of the task's ``available`` examples.
+    """
     wanted = round(FIRST * GROWTH**step)
     return {name: min(wanted, limit) for name, limit in available.items()}
 
 
 def verdict_at_a_look(pairs: Sequence[Pair], allowed_drop: float) -> Verdict:
-    """Return the verdict of one look at pairs (baseline, variant) of outcomes; each task has the same weight."""
+    """Return the verdict of one look, that is, of one analysis of a growing sample; each task has the same weight.
+
+    ``pairs`` are each task's outcomes, of the baseline and of the variant.
+    """
     differences = [np.asarray(other, float) - np.asarray(base, float) for base, other in pairs]
     low, high = score_interval(count_changes(differences), Z_SEQUENTIAL)
     return decide(float(low), float(high), allowed_drop)

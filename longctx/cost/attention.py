@@ -34,12 +34,12 @@ class Work:
 
     @property
     def new_total(self) -> int:
-        """T, summed over the sequences."""
+        """Number of new tokens (T), summed over the sequences."""
         return sum(self.new)
 
     @property
     def total(self) -> int:
-        """T + P, summed over the sequences."""
+        """Number of new and cached tokens (T + P), summed over the sequences."""
         return sum(self.new) + sum(self.cached)
 
     @property
@@ -74,7 +74,10 @@ class Work:
 
     @property
     def reach(self) -> Reach:
-        """Rows that travel and blocks that are computed: all of them, or only those within the window."""
+        """`Reach` of this attention: the rows that a rank sends around the ring, and the blocks that it computes.
+
+        Without a window these are all rows and blocks; with one, only those that some query sees.
+        """
         return reach_of(tuple(self.new), tuple(self.cached), self.ranks, self.window)
 
     @property
@@ -116,7 +119,10 @@ def block_seconds(work: Work, hardware: Hardware) -> float:
 
 
 def start_seconds(work: Work, hardware: Hardware) -> float:
-    """Return the part of `block_seconds` that does not grow with the block."""
+    """Return the part of `block_seconds` that does not depend on the rows: ``hardware.block_s`` per computed block.
+
+    Under a window, it is the mean over the rank's N blocks, of which those without a visible pair take no time.
+    """
     return hardware.block_s * work.reach.blocks / work.ranks
 
 

@@ -38,7 +38,8 @@ def _auto(work: Work, hardware: Hardware) -> StrategyChoice:
 def overlap_threshold(work: Work, hardware: Hardware) -> float:
     """Return the smallest number of new tokens T for which computation hides the communication of pass-KV.
 
-    It is N C H_KV e / (2 H_Q BW), for C FLOP/s and a bandwidth of BW (arXiv 2411.01783, Eq. 2).
+    It is N C H_KV e / (2 H_Q BW) (arXiv 2411.01783, Eq. 2), for N ranks of C FLOP/s, H_Q query and H_KV KV heads, e
+    bytes per element, and links of BW bytes/s.
     """
     denominator = 2 * work.heads * hardware.hop.bytes_per_s
     return work.ranks * hardware.flops * work.kv_heads * work.element_bytes / denominator
@@ -63,7 +64,10 @@ def _by_threshold(work: Work, hardware: Hardware, miss_rate: float) -> StrategyC
 
 
 def empirical_constants(hardware: Hardware | None) -> tuple[float, float, float]:
-    """Return the fitted (alpha, beta, gamma) of ``hardware``.  Raises ValueError if they were not fitted."""
+    """Return the constants (alpha, beta, gamma) of the rule ``empirical`` (see `fit_empirical`) in ``hardware``.
+
+    Raises ValueError if ``hardware`` is None or lacks them.
+    """
     if hardware is None or hardware.empirical is None:
         raise ValueError(
             "context.strategy=empirical needs a hardware file with fitted constants: run python -m recipes.bench "
@@ -100,7 +104,8 @@ def fit_empirical(points: Sequence[tuple[int, int, float, float]]) -> tuple[floa
     gains = [math.log(q / kv) for _, _, kv, q in points]
     if not any(gain > 0 for gain in gains) or not any(gain < 0 for gain in gains):
         raise ValueError(
-            "one strategy is at least as fast at every point: add miss_rates on the other side of the crossover"
+            "no boundary can be fitted, since one of pass_kv and pass_q is at least as fast at every miss rate: add "
+            "miss_rates at which the other one is faster"
         )
     # 2. Features, centred: ln T, ln of the miss rate, 1.
     rows = [(math.log(t), math.log(t / (t + p)), 1.0) for t, p, _, _ in points]

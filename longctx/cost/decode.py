@@ -26,7 +26,7 @@ SHARED_ROWS = ("gather_merge", "sharded")  # decode strategies in which every co
 
 @dataclass(frozen=True)
 class DecodeHardware:
-    """A rank's rates in decoding: reading weights (few rows), computing (many rows), and collectives."""
+    """A rank's rates in decoding: reading weights (few rows), GEMMs (many rows), and the link of its collectives."""
 
     weight_bytes_per_s: float
     flops: float
@@ -92,7 +92,7 @@ def exchanges(work: DecodeWork, strategy: str) -> Iterator[tuple[float, float]]:
 
 
 def exchange_seconds(work: DecodeWork, link: Link, strategy: str) -> float:
-    """Return the seconds of the `exchanges` of a step."""
+    """Return the seconds over ``link`` of all collectives of a decode step by ``strategy``; `exchanges` lists them."""
     return sum(count * link.seconds(size) for count, size in exchanges(work, strategy))
 
 

@@ -55,7 +55,11 @@ def dense_ffn_weights(shape: Decoder) -> float:
 
 
 def share_of_rows(count: int, per_token: int, ep: int) -> float:
-    """Return q of the module docstring: the probability that a row has an expert on a given rank."""
+    """Return the probability that a row has at least one of its experts on a given rank (q of the module docstring).
+
+    There are ``count`` experts, of which the router chooses ``per_token`` for each row; ``ep`` ranks divide them
+    equally.
+    """
     return 1 - comb(count - count // ep, per_token) / comb(count, per_token)
 
 
@@ -74,9 +78,10 @@ def messages(shape: Decoder, mesh: Degrees, rows: float, element: float) -> Iter
 def experts_cost(
     shape: Decoder, mesh: Degrees, machine: Machine, rows: float, element: float, *, recomputed: bool
 ) -> tuple[float, float]:
-    """Return the seconds and bytes of expert parallelism for a micro-batch of ``rows`` rows on a rank.
+    """Return the seconds, and the bytes that a rank sends, for expert parallelism in all layers of a pipeline stage.
 
-    A recomputed forward sends everything once more.
+    They are those of the forward and backward of one micro-batch, of which each rank has ``rows`` rows.  With
+    ``recomputed``, the backward repeats the forward, which sends everything once more.
     """
     links = {"tp": machine.level(mesh.tp, 1).exchange, "ep": machine.level(mesh.ep, mesh.tp).exchange}
     seconds = sent = 0.0

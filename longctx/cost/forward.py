@@ -53,7 +53,7 @@ class PassCost:
 
     @property
     def seconds(self) -> float:
-        """Return the seconds of all parts."""
+        """Return the sum of the seconds of all parts."""
         return sum(self.parts.values())
 
 
@@ -208,7 +208,11 @@ def _shared_rows_seconds(
 def _ring_of_one_row(
     shape: Decoder, mesh: Degrees, machine: Machine, cached: Sequence[int], strategy: str, numbers: Numbers
 ) -> tuple[float, float, float]:
-    """Return the seconds of attention's blocks, the seconds of its communication, and the bytes sent, for one row."""
+    """Return (seconds of attention's blocks, seconds of its communication, bytes sent) for one new token per sequence.
+
+    The attention is that of a ring by ``strategy``, summed over all layers; ``cached`` has the sequences' cached
+    tokens.
+    """
     hardware = machine.kernel(mesh.ring, mesh.tp * mesh.ulysses, decodes=True)
     exchange = machine.level(mesh.ulysses, mesh.tp).exchange
     attention = sent_s = sent = 0.0
@@ -223,9 +227,10 @@ def _ring_of_one_row(
 def _layers(
     shape: Decoder, mesh: Degrees, machine: Machine, rows: float, sequences: int, numbers: Numbers
 ) -> tuple[dict[str, float], float]:
-    """Return the seconds of each part except attention for a rank's ``rows``, and the bytes of its all-reduces.
+    """Return a rank's seconds outside attention, by part, and the bytes that its all-reduces send.
 
-    The output layer computes only the last row of each of the ``sequences``.
+    The rank runs ``rows`` rows through all layers.  The output layer computes only the last row of each of the
+    ``sequences``.
     """
     projections, ffn = layer_weights(shape)
     head = shape.hidden * shape.vocab_size / mesh.tp

@@ -25,9 +25,12 @@ class Link:
 
 
 def refuse_unknown(values: Mapping[str, Any], known: Collection[str], where: str) -> None:
-    """Raise ValueError for a key of ``values`` that is not ``known``: a misspelled constant would get its default."""
+    """Raise ValueError for a key of ``values`` that is not in ``known``; ``where`` names the section in the message.
+
+    Without this check, a misspelled constant would silently get its default value.
+    """
     if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"{where} has no {unknown[0]}: use {', '.join(known)}")
+        raise ValueError(f"{unknown[0]} is not a field of {where}: correct its name; the fields are {', '.join(known)}")
 
 
 def link_of(values: Mapping[str, Any]) -> Link:
@@ -131,7 +134,7 @@ def hardware_of(values: Any, source: str) -> Hardware:
 def _layer_of(values: Mapping[str, Any] | None) -> LayerRates | None:
     if values is None:
         return None
-    refuse_unknown(values, [one.name for one in fields(LayerRates)], "layer")
+    refuse_unknown(values, [one.name for one in fields(LayerRates)], "the section layer")
     gemm, read, layer_s = (float(values[name]) for name in ("gemm_flops", "weight_bytes_per_s", "layer_s"))
     reduce = link_of(values["reduce"]) if values.get("reduce") else None
     return LayerRates(gemm, read, layer_s, link_of(values["gather"]), reduce)

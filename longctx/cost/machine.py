@@ -128,7 +128,7 @@ class Machine:
 
     def __post_init__(self) -> None:
         if not self.levels:
-            raise ValueError("a machine needs at least one level of links")
+            raise ValueError("levels is empty: give at least one level of links, as the files of configs/machine do")
         for name in ("gpus_per_node", "gemm_flops", "attention_flops", "memory_bytes_per_s", "kv_bytes_per_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: use a number above 0")
@@ -136,7 +136,7 @@ class Machine:
             raise ValueError(f"overlap={self.overlap} is not a share; use a number from 0 to 1")
 
     def shared_by(self, mesh: Degrees) -> "Machine":
-        """Return the machine as each rank of ``mesh`` sees it.
+        """Return this machine with the rates and overheads of one rank while all ranks of ``mesh`` run on it.
 
         More ranks than `ranks_at_once` take turns on the cores.  The time of a rank's own work grows by the factor R /
         `ranks_at_once`, where R is the number of ranks.
@@ -152,13 +152,19 @@ class Machine:
         return replace(self, **scaled, overlap=0.0, ranks_at_once=None)
 
     def with_links(self, latency_s: float, bytes_per_s: float) -> "Machine":
-        """Return the machine with slower links: each message takes ``latency_s`` more, at ``bytes_per_s`` at most."""
+        """Return the machine with one kind of link between all ranks: the first level's, made slower.
+
+        A message takes ``latency_s`` more than on a hop of the first level, and travels at most ``bytes_per_s`` fast.
+        """
         hop = self.levels[0].hop
         link = Link(hop.latency_s + latency_s, min(hop.bytes_per_s, bytes_per_s))
         return replace(self, levels=[Level("between hosts", 2**31, link, link)])
 
     def level(self, ranks: int, stride: int) -> Level:
-        """Return the first level that spans a group of ``ranks`` that are ``stride`` apart, or else the last level."""
+        """Return the links of a group of ``ranks`` ranks whose numbers are ``stride`` apart.
+
+        They are those of the smallest level whose block holds the whole group, or of the largest level if none does.
+        """
         span = ranks * stride
         return next((level for level in self.levels if span <= level.ranks), self.levels[-1])
 
@@ -171,9 +177,10 @@ class Machine:
         return accuracy.share if all(n == 1 or axis in accuracy.axes for axis, n in ranks.items()) else None
 
     def kernel(self, ring: int, stride: int, *, decodes: bool = False) -> Hardware:
-        """Return the constants of a ring of ``ring`` ranks that are ``stride`` apart, for `longctx.cost.attention`.
+        """Return the constants of a ring of ``ring`` ranks with numbers ``stride`` apart, for `longctx.cost.attention`.
 
-        In decoding no communication is hidden, because a block is as short as the latency of a message.
+        With ``decodes``, no communication is hidden, because in decoding a block is as short as the latency of a
+        message.
         """
         level = self.level(ring, stride)
         return Hardware(
@@ -258,7 +265,10 @@ def _level_of(values: Mapping[str, Any]) -> Level:
 
 
 def _one_node(measured: Hardware, source: str) -> Machine:
-    """Return a machine of one node with the ``measured`` constants; the ring's links connect all ranks."""
+    """Return a machine of one node with the constants ``measured`` on a ring; the ring's links connect all ranks.
+
+    ``source`` names the file in errors.  Raises ValueError if ``measured`` lacks the rates outside attention.
+    """
     layer = measured.layer
     if layer is None:
         raise ValueError(

@@ -59,10 +59,10 @@ def inference_bytes(
 
 
 def _buffers(work: Work, strategy: str) -> float:
-    """Return the bytes in flight for one layer; under a window, only the rows within it count.
+    """Return the bytes of messages and buffers that exist at once in one layer's attention by ``strategy``.
 
-    These are two blocks of a ring (`pass_kv`, the backward), the blocks of all ranks and this rank's packed block
-    (`all_gather_kv`), or a partial of each rank.
+    Under a window, only the rows within it count.  The buffers are two blocks of a ring (`pass_kv`, the backward), the
+    blocks of all ranks and this rank's packed block (`all_gather_kv`), or a partial of each rank (other strategies).
     """
     reach, block = work.reach, work.kv_block_bytes
     partials = (work.new_total / work.ranks + reach.q_rows) * work.partial_row_bytes
@@ -93,7 +93,7 @@ def step_bytes(shape: Decoder, mesh: Degrees, work: StepWork, strategy: str, num
     Raises ValueError for numbers of other sizes than 2 and 4 bytes, and for an unknown strategy.
     """
     if numbers.element not in (2, 4):
-        raise ValueError(f"training with numbers of {numbers.element} bytes has no formula: use 2 or 4")
+        raise ValueError(f"the memory of training with numbers of {numbers.element} bytes has no formula: use 2 or 4")
     weights, replicas = stage_weights(shape, mesh), mesh.dp * mesh.ulysses * mesh.ring
     sharded = sum(some / same for same, some in weights_by_replicas(shape, mesh).items())
     states = 12 if numbers.element < 4 else 8  # two float32 moments; with 16-bit weights also a float32 copy
@@ -190,7 +190,10 @@ def _pass_moments(
 
 
 def _backward_buffers(work: Work) -> float:
-    """Return the bytes in flight in the backward of one layer: keys and values, and float32 sums of their gradients."""
+    """Return the bytes in flight in the backward of one layer's attention.
+
+    These are keys and values, and the float32 sums of their gradients.
+    """
     sums = max(work.reach.sum_hops, default=0.0) * work.kv_row_bytes * 4 / work.element_bytes
     return _buffers(work, "pass_kv") + sums
 

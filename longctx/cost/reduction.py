@@ -5,7 +5,7 @@ _BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int6": 0.75}
 
 
 def message_bytes(rows: int, width: int, dtype: str, group: int = 64) -> int:
-    """Return the bytes of ``rows`` rows of ``width`` values in a reduction of ``dtype``.
+    """Return the bytes of a message of ``rows`` rows of ``width`` values, in a reduction with messages of ``dtype``.
 
     In int8 and int6, ``group`` values share a scale of two bytes, and the last group of a row is padded.
     """
@@ -15,10 +15,10 @@ def message_bytes(rows: int, width: int, dtype: str, group: int = 64) -> int:
 
 
 def two_step_bytes(rows: int, width: int, rank: int, ranks: int, dtype: str, group: int = 64) -> int:
-    """Return the bytes that ``rank`` sends in one reduction by ``longctx.parallel.quantised``.
+    """Return the bytes that ``rank`` sends in one sum over ``ranks`` ranks by ``longctx.parallel.quantised``.
 
-    The rank adds up g of the G groups.  It sends the other G - g groups, and then its g sums to each of the n - 1 other
-    ranks.
+    The sum is over ``rows`` rows of ``width`` values, cut into G groups of ``group`` values.  The rank adds up its
+    share of g groups.  It sends the other G - g groups, and then its g sums to each of the other ranks.
     """
     unit = message_bytes(1, 1, dtype, group)
     groups = message_bytes(rows, width, dtype, group) // unit

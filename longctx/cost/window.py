@@ -64,7 +64,7 @@ def reach_of(new: tuple[int, ...], cached: tuple[int, ...], ranks: int, window: 
 
 
 def most_keys(total: int, ranks: int, window: int | None) -> float:
-    """Return the largest number of keys on one rank that the last of ``total`` tokens sees, in a zigzag layout.
+    """Return the number of keys that the last of ``total`` tokens sees on the rank where it sees most, in zigzag order.
 
     The other ranks wait for that rank.  Rank r has chunks r and 2 N - 1 - r; a window is the last w positions.
     """
@@ -80,7 +80,10 @@ def most_keys(total: int, ranks: int, window: int | None) -> float:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A chunk of ``rank``, from position ``begin`` to ``end`` (exclusive), both times 2 N so that they are integers."""
+    """A chunk of the sequence that ``rank`` holds, from ``begin`` to ``end`` (exclusive).
+
+    Both are positions times 2 N, for N ranks, so that they are integers even if 2 N does not divide the length.
+    """
 
     begin: int
     end: int
@@ -88,7 +91,7 @@ class _Chunk:
 
 
 def _chunks(begin: int, length: int, ranks: int) -> list[_Chunk]:
-    """Return the chunks of ``length`` positions from ``begin`` on, in the order of their positions."""
+    """Return the 2 N equal chunks of ``length`` positions from ``begin`` on, in order of position; N is ``ranks``."""
     if not length:
         return []
     first, last = 2 * ranks * begin, 2 * ranks - 1
@@ -96,7 +99,11 @@ def _chunks(begin: int, length: int, ranks: int) -> list[_Chunk]:
 
 
 def _seen_by_hop(chunk: _Chunk, others: Iterable[_Chunk], ranks: int, window: int) -> list[int]:
-    """Return how many rows of ``chunk`` are in a visible pair with ``others``, by the hops between the two ranks."""
+    """Return how many rows of ``chunk`` are in a visible pair with a row of ``others``, as a list by hop.
+
+    Entry h is for the chunks on the rank that lies h hops after ``chunk``'s rank.  Numbers of rows are times 2 N, as in
+    `_Chunk`.
+    """
     seen, size = [0] * ranks, chunk.end - chunk.begin
     for other in others:
         gap = max(other.begin - chunk.end, chunk.begin - other.end)  # negative for the chunk itself

@@ -85,7 +85,11 @@ def _refuse_other_than_one(source: PromptSource) -> None:
 
 
 def _first_fault(file: Path, byte: int) -> int:
-    """Return the first byte of a regular ``file`` that is not UTF-8; ``byte`` counts from a block inside it."""
+    """Return the position of the first byte of ``file`` that is not part of UTF-8 text.
+
+    ``byte`` is the position that a decoding error reports, counted from the beginning of a block of the file.  It is
+    returned for a file that is not regular, such as a pipe, which cannot be read again.
+    """
     try:
         if file.is_file():
             file.read_bytes().decode("utf-8")

@@ -117,9 +117,9 @@ def refuse_untrainable(folder: Path) -> None:
     """
     values = json.loads((folder / "config.json").read_text())
     if dropout := values.get("attention_dropout"):
-        raise ValueError(f"attention_dropout={dropout}: training has no dropout here; set it to 0 in config.json")
+        raise ValueError(f"attention_dropout={dropout}: longctx trains without dropout; set it to 0 in config.json")
     if noise := values.get("router_jitter_noise"):
-        raise ValueError(f"router_jitter_noise={noise}: training has no noise here; set it to 0 in config.json")
+        raise ValueError(f"router_jitter_noise={noise}: longctx trains without noise; set it to 0 in config.json")
 
 
 def _refuse_custom_code(folder: Path, error: Exception) -> None:

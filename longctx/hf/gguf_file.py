@@ -146,6 +146,6 @@ def _refuse_other_rotation(gguf: Path, reader: Any, folder: Path) -> None:
     rotated = {2 * len(rotary.frequencies) for rotary in shape_of(folder).rotaries if rotary}
     if field and rotated != {field.contents()}:
         raise ValueError(
-            f"{gguf}: transformers does not read from GGUF that a part of each head is rotated; "
+            f"{gguf} rotates only a part of each head, which transformers does not read from GGUF files: "
             "use the model's Hugging Face folder"
         )

@@ -87,7 +87,10 @@ def refuse_unknown_keys(file: Path, values: Mapping[str, Any], config: Any, fami
 
 
 def _refuse_other_rope(file: Path, rope: Any, family: Family) -> None:
-    """Raise ValueError unless ``rope`` is a type that is implemented, with its numbers and nothing else."""
+    """Raise ValueError unless ``rope``, the rotary settings of config.json, is of a type that is implemented.
+
+    Its numbers must be positive, and it may have no other keys.
+    """
     rope_type = rope.get("rope_type") if isinstance(rope, Mapping) else None
     if not isinstance(rope_type, str) or rope_type not in _ROPE:
         raise ValueError(f"{file}: rope_type={rope_type} is not implemented: use one of {', '.join(_ROPE)}")

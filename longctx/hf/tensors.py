@@ -72,7 +72,7 @@ def _refuse_other_header(folder: Path, name: str, header: TensorHeader, size: tu
         raise ValueError(f"{folder}: {name} is {header.dtype}: use an unquantised checkpoint")
     if size and header.shape != size:
         raise ValueError(
-            f"{folder}: {name} has shape {header.shape}, its config.json makes it {size}: "
+            f"{folder}: {name} has shape {header.shape}, but its config.json requires {size}: "
             "use the config.json that belongs to the checkpoint"
         )
 

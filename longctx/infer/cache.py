@@ -92,7 +92,7 @@ class PrefixView:
         self._prefix = prefix
 
     def extend(self, later: Layout) -> None:
-        """Add the positions of the pass."""
+        """Append the positions of the pass, ``later``, to the view's layout; the prefix's cache is not changed."""
         self.layout = self.layout.then(later)
 
     def append(self, layer: int, k: Keys, v: Keys) -> tuple[Tensor, Tensor]:

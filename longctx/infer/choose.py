@@ -66,7 +66,8 @@ def choose_next(
 def _sample(sequence: Conversation, logits: Float[Tensor, " v"], top: int | None) -> list[float]:
     """Choose the next token of ``sequence``; return a list that begins with this token, or with `NOT_FINITE`.
 
-    With ``top``, the token's log-probability follows, then (token, log-probability) of the ``top`` most likely tokens.
+    `NOT_FINITE` stands for logits that are NaN or infinite.  With ``top``, the token's log-probability follows, then
+    (token, log-probability) of the ``top`` most likely tokens.
     """
     width = 1 if top is None else 2 + 2 * top
     if not logits.isfinite().all():

@@ -84,7 +84,7 @@ class Engine:
         return 2 * self.shape.layers * heads * self.shape.head_dim * self.dtype.itemsize
 
     def everywhere(self, strategy: Strategy) -> dict[int | None, Strategy]:
-        """Return a dictionary for `run_pass` that gives every attention window of the model the same ``strategy``."""
+        """Return the argument ``strategies`` of `run_pass` that uses ``strategy`` in all layers, with any window."""
         return dict.fromkeys(self.shape.windows, strategy)
 
     def cache(self, tokens: int, more: int = 0) -> KVCache:

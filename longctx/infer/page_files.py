@@ -77,7 +77,10 @@ class PageFiles:
             self._full = True
             with suppress(OSError):
                 new.unlink()
-            self._say(f"{self.folder} cannot be written ({error.strerror}): no more pages are saved")
+            self._say(
+                f"{file} cannot be written ({error.strerror}): no more pages are saved until the next start; free the "
+                "disk, or give another cache.save"
+            )
         return name
 
     def delete(self, names: Iterable[str]) -> None:

@@ -62,7 +62,7 @@ class PageStore:
             cache.append(layer, torch.cat(keys, 1), torch.cat(values, 1))
 
     def insert(self, page: int, content: Page) -> None:
-        """Add the new ``page``."""
+        """Store ``content`` as page number ``page``, which must be new."""
         assert page not in self._pages, f"page {page} is stored twice"
         self._pages[page] = content
         self._count_rows(content.layout, 1)
@@ -72,7 +72,7 @@ class PageStore:
         return self._pages[number]
 
     def drop(self, page: int) -> None:
-        """Free ``page``."""
+        """Forget page number ``page`` and free its memory."""
         self._count_rows(self._pages.pop(page).layout, -1)
 
     def _count_rows(self, layout: Layout, sign: int) -> None:

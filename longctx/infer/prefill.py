@@ -154,7 +154,7 @@ def split_into_chunks(new: Mapping[int, list[int]], max_tokens: int | None) -> I
 
 
 def pack_tokens(chunk: Chunk) -> Int[Tensor, " total"]:
-    """Concatenate the tokens of all sequences in ``chunk``."""
+    """Concatenate the tokens of all sequences in ``chunk``, which has the tokens of a pass by sequence."""
     return torch.tensor([token for tokens in chunk.values() for token in tokens])
 
 

@@ -58,7 +58,10 @@ def pass_schedules(
 
 @contextmanager
 def _share_over(share: WeightShare | None, groups: RecordedGroups) -> Iterator[None]:
-    """Make the layers of ``share`` communicate over ``groups`` inside the block."""
+    """Make the layers of ``share`` communicate over the recording ``groups`` inside the block, not over the real ones.
+
+    Does nothing if ``share`` is None.
+    """
     if share is None:
         yield
         return
@@ -71,7 +74,7 @@ def _share_over(share: WeightShare | None, groups: RecordedGroups) -> Iterator[N
 
 
 class _ModelOfShapes(GPTModel):  # type: ignore[misc]
-    """A model without weights that makes only the messages over context ranks.
+    """A model without weights whose pass sends only the messages between context ranks, to record them.
 
     A layer runs its attention only.  With a share of the weights in use, the model's own layer runs with empty weights,
     because its linear layers communicate too.
@@ -85,7 +88,7 @@ class _ModelOfShapes(GPTModel):  # type: ignore[misc]
         self._shared = bool(engine.share and engine.share.active)
 
     def parameters(self, recurse: bool = True) -> Iterator[Tensor]:
-        """Yield a tensor of the model's dtype on the device."""
+        """Yield one empty tensor, from which callers read the model's dtype and device."""
         del recurse
         yield self._weight
 
@@ -97,7 +100,7 @@ class _ModelOfShapes(GPTModel):  # type: ignore[misc]
     def decoder(
         self, hidden: Float[Tensor, "s b hidden"], attention_mask: None, packed_seq_params: Pass
     ) -> Float[Tensor, "s b hidden"]:
-        """Run the layers' communication."""
+        """Run only the layers' communication between context ranks; return hidden states of the right shape."""
         for number, layer in enumerate(self._layers):
             if self._shared:
                 weights = {

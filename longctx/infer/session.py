@@ -200,7 +200,11 @@ class Session:
     def _run_chunk(
         self, chunk: Chunk, reasons: dict[str, str], done: LayerDone, alone: int | None = None
     ) -> tuple[Float[Tensor, "s b hidden"], Layout]:
-        """Run one pass over ``chunk``; return the hidden states of this rank's rows, and the layout of all rows."""
+        """Run one pass over ``chunk``; return the hidden states of this rank's rows, and the layout of all rows.
+
+        ``reasons`` receives each choice of a strategy and its reason.  If ``alone`` is given, that ring rank runs all
+        rows.
+        """
         lengths = [len(tokens) for tokens in chunk.values()]
         if alone is None:
             strategies = self._choose_strategies(lengths, [self.sequences[i].cached for i in chunk], reasons)
@@ -288,7 +292,10 @@ class Session:
     def _run_pass(
         self, chunk: Chunk, run: Callable[..., Tensor], done: LayerDone = lambda: None
     ) -> Float[Tensor, "s b hidden"]:
-        """Run a pass over the caches of the sequences in ``chunk``, which it extends."""
+        """Call ``run`` (`run_pass` or `run_replicated`) on the caches of ``chunk``'s sequences, which it extends.
+
+        With ``context.check_schedule``, first prove that the pass's messages match on all ranks.
+        """
         caches = [self.sequences[i].cache for i in chunk]
         if self.context.check_schedule:
             prove_pass(self.engine, [cache.layout for cache in caches], run)

@@ -177,7 +177,7 @@ def _rows_in(file: Path, i: str, shape: ModelShape) -> tuple[int, Tensor]:
 
 
 def _covered_heads(numbers: dict[int, int]) -> int:
-    """Return how many heads, from head 0 on, the files have.
+    """Return the number of heads, from head 0 on, that the files hold without a gap.
 
     ``numbers`` maps each file's first head to its number of heads.
     """

@@ -14,11 +14,13 @@ from longctx.without_compiler import without_compiler
 
 @contextmanager
 def _import_less() -> Iterator[None]:
-    """Skip two imports of megatron-core inside the block: torch's compiler, on CPU, and W&B.
+    """Make megatron-core skip two slow imports inside the block: torch's compiler, on CPU, and Weights & Biases.
 
-    longctx does not use what they import, and they take half the load time.  megatron-core uses W&B for its own
-    inference logs only.  After the block, tensors are pickled as torch pickles them. megatron-core 0.19 would put one
-    of its functions into the pickles, and a process that reads a rank's result would import megatron-core.
+    longctx uses neither, and they take half the load time.  The import of W&B fails, because megatron-core uses W&B for
+    its own inference logs only.
+
+    After the block, tensors are pickled as torch pickles them.  megatron-core 0.19 would put one of its functions into
+    the pickles, and a process that reads a rank's result would import megatron-core.
     """
     hides_wandb, reader = "wandb" not in sys.modules, torch.storage._load_from_bytes
     if hides_wandb:
@@ -33,11 +35,12 @@ def _import_less() -> Iterator[None]:
 
 
 def hide_if_broken(package: str, mend: str) -> None:
-    """Make ``package`` look uninstalled, and warn, if it is there but its ``pytorch`` module cannot be imported.
+    """If ``package`` is installed but its submodule ``pytorch`` fails to load, hide the package from imports and warn.
 
-    ``mend`` ends the warning: it says how to repair the installation.  megatron-core uses Transformer Engine if it can
-    import it, and expects no error but ImportError.  An incomplete installation raises other errors: RuntimeError if
-    its core is missing, FileNotFoundError if its extension is missing.
+    Later imports of the package then raise ImportError, as if it were not installed.  ``mend`` is the end of the
+    warning: how to repair the installation.  megatron-core uses Transformer Engine if it can import it, and expects no
+    error but ImportError.  An incomplete installation raises others: RuntimeError if its core is missing,
+    FileNotFoundError if its extension is missing.
     """
     try:
         importlib.import_module(f"{package}.pytorch")

@@ -76,7 +76,11 @@ class RMSNormOverHeads(nn.Module):
 def describe_shard(
     name: str, parameter: Tensor, tp: Any, prefix: str, sharded_offsets: Offsets, metadata: Metadata
 ) -> Any:
-    """Return megatron-core's checkpoint description of ``parameter``, which ``tp`` shards along dim 0."""
+    """Return how megatron-core's checkpoints save ``parameter``, of which each rank of ``tp`` has a part of dim 0.
+
+    ``name`` is the parameter's name in its module, whose name in the model is ``prefix``; the other arguments are those
+    of megatron-core's ``sharded_state_dict``.
+    """
     replicas = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
     return make_sharded_tensors_for_checkpoint(
         {name: parameter}, prefix, {name: 0}, sharded_offsets, tp_group=tp, dp_cp_group=replicas
@@ -147,7 +151,7 @@ class TiledMLP(FeedForward):
 
 
 class BiasedOutput(nn.Module):
-    """Gives a row-parallel projection a bias, even if the configuration turns biases off."""
+    """Mix-in that gives a row-parallel projection a bias, even if megatron-core's configuration turns biases off."""
 
     tp_group: Any  # the projection's
 
@@ -163,14 +167,14 @@ class BiasedOutput(nn.Module):
 
 
 class BiasedInput(nn.Module):
-    """Gives a column-parallel projection a bias, even if the configuration turns biases off."""
+    """Mix-in that gives a column-parallel projection a bias, even if megatron-core's configuration turns biases off."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"bias": True})
 
 
 class NormedOutput(nn.Module):
-    """Normalises a row-parallel projection's output, summed over ranks, before the residual connection.
+    """Mix-in that normalises a row-parallel projection's output, summed over ranks, before the residual connection.
 
     In a block that drops its reduction, this layer returns the partial output; the block normalises it after the
     remaining sum (see `spd.layer`).
@@ -187,7 +191,7 @@ class NormedOutput(nn.Module):
 
 
 class ScaledOutput(nn.Module):
-    """Multiplies a row-parallel projection's output by ``scale`` before the residual connection."""
+    """Mix-in that multiplies a row-parallel projection's output by ``scale`` before the residual connection."""
 
     def __init__(self, *args: Any, scale: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -199,16 +203,16 @@ class ScaledOutput(nn.Module):
 
 
 class BiasedRowParallelLinear(BiasedOutput, OutputProjection):
-    """megatron-core's row-parallel projection with a bias."""
+    """Row-parallel projection that has a bias even if megatron-core's configuration turns biases off."""
 
 
 class BiasedColumnParallelLinear(BiasedInput, UpProjection):
-    """megatron-core's column-parallel projection with a bias."""
+    """Column-parallel projection that has a bias even if megatron-core's configuration turns biases off."""
 
 
 class NormedRowParallelLinear(NormedOutput, OutputProjection):
-    """megatron-core's row-parallel projection with a normalised output."""
+    """Row-parallel projection whose output is normalised before the residual connection."""
 
 
 class ScaledRowParallelLinear(ScaledOutput, OutputProjection):
-    """megatron-core's row-parallel projection with a scaled output."""
+    """Row-parallel projection whose output is multiplied by ``scale`` before the residual connection."""

@@ -23,7 +23,11 @@ def set_reductions(model: GPTModel, tp: Comm, reduce: Reduce) -> None:
 
 
 def _reduction(tp: Comm, dtype: str, group: int) -> Callable[[Tensor], Tensor] | None:
-    """Return the sum over ``tp`` with messages of ``dtype``; None for float32."""
+    """Return a function that sums a tensor over ``tp``, with messages rounded to ``dtype``.
+
+    In int8 and int6, ``group`` values share a scale.  float32 returns None, which stands for megatron-core's
+    all-reduce.
+    """
 
     def reduction(x: Float[Tensor, "s b n"]) -> Float[Tensor, "s b n"]:
         return quantised.two_step_sum(tp, x, dtype, group)  # looked up at each call, so that it can be counted

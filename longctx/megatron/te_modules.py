@@ -19,7 +19,7 @@ setattr(transformer_engine, "_initialize_affine_weight_cpu", lambda *_, **__: No
 
 
 class _Communicates(nn.Module):
-    """Adds megatron-core's flag for "the caller communicates" to a layer of Transformer Engine.
+    """Adds megatron-core's flag ``explicit_expert_comm`` to a layer of Transformer Engine: the caller communicates.
 
     Transformer Engine reads ``parallel_mode`` at every call.  None leaves out all of its collectives.
     """
@@ -36,39 +36,39 @@ class _Communicates(nn.Module):
 
 
 class TENormColumnLinear(_Communicates, TELayerNormColumnParallelLinear):
-    """A norm and a column-parallel projection."""
+    """Transformer Engine's column-parallel projection, which first normalises its input."""
 
     _mode = "column"
 
 
 class TEBiasedNormColumnLinear(BiasedInput, TENormColumnLinear):
-    """A norm and a column-parallel projection with a bias."""
+    """`TENormColumnLinear` that has a bias even if megatron-core's configuration turns biases off."""
 
 
 class TEColumnLinear(_Communicates, TEColumnParallelLinear):
-    """A column-parallel projection."""
+    """Transformer Engine's column-parallel projection, without a norm."""
 
     _mode = "column"
 
 
 class TEBiasedColumnLinear(BiasedInput, TEColumnLinear):
-    """A column-parallel projection with a bias."""
+    """`TEColumnLinear` that has a bias even if megatron-core's configuration turns biases off."""
 
 
 class TERowLinear(_Communicates, TERowParallelLinear):
-    """A row-parallel projection."""
+    """Transformer Engine's row-parallel projection."""
 
     _mode = "row"
     reduction = None  # rounded reductions (`OutputProjection.reduction`) are refused with these layers
 
 
 class TEBiasedRowLinear(BiasedOutput, TERowLinear):
-    """A row-parallel projection with a bias."""
+    """`TERowLinear` that has a bias even if megatron-core's configuration turns biases off."""
 
 
 class TENormedRowLinear(NormedOutput, TERowLinear):
-    """A row-parallel projection with a normalised output."""
+    """`TERowLinear` whose output is normalised before the residual connection."""
 
 
 class TEScaledRowLinear(ScaledOutput, TERowLinear):
-    """A row-parallel projection with a scaled output."""
+    """`TERowLinear` whose output is multiplied by a scale before the residual connection."""

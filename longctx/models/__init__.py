@@ -42,7 +42,7 @@ _MISSING = {
 
 
 def family_of(model_type: str) -> Family:
-    """Return the family of ``model_type``.
+    """Return the `Family` of the models whose config.json has this ``model_type``.
 
     Raises ValueError for an unknown one, naming the nearest known family and, if known, the feature that is missing.
     """

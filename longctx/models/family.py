@@ -154,7 +154,10 @@ def _frequencies(base: float, channels: int) -> tuple[float, ...]:
 
 
 def by_layer_type(config: Config, of_kind: Callable[[str], Any]) -> tuple[Any, ...]:
-    """Return ``of_kind(kind)`` for the kind of each layer.  Raises ValueError for a kind that is not implemented."""
+    """Return a tuple with ``of_kind(kind)`` for each layer, where ``kind`` is the layer's type in ``config``.
+
+    Raises ValueError for a type that is not implemented.
+    """
     if unknown := set(config.layer_types) - {"sliding_attention", "full_attention"}:
         raise ValueError(
             f"layer_types has {min(unknown)}, which is not implemented: "
@@ -165,7 +168,7 @@ def by_layer_type(config: Config, of_kind: Callable[[str], Any]) -> tuple[Any, .
 
 
 def windows_of(config: Config) -> tuple[int | None, ...]:
-    """Return the window of each layer by its kind."""
+    """Return the attention window of each layer, by its type in ``config``; None for a layer without a window."""
     return by_layer_type(config, lambda kind: config.sliding_window if kind == "sliding_attention" else None)
 
 
@@ -190,7 +193,7 @@ def experts_of(config: Config, ffn: int, *, renormalised: bool = True) -> Expert
 
 
 def refuse(config: Config, **fields: Any) -> None:
-    """Raise ValueError if a field of ``config`` differs from the given value, the only one that is implemented."""
+    """Raise ValueError if a field of ``config`` differs from its value in ``fields``, the only implemented one."""
     for name, implemented in fields.items():
         value = getattr(config, name, implemented)
         if value != implemented:

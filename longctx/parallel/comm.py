@@ -63,7 +63,7 @@ class Traffic:
 
     @property
     def total(self) -> int:
-        """Bytes of all operations."""
+        """Bytes that the rank has sent to other ranks, over all operations."""
         return sum(self.bytes.values())
 
 

@@ -67,9 +67,10 @@ def warm_up(modules: Sequence[str]) -> None:
 
 
 def _start_server() -> None:
-    """Start the server, if it does not run yet, so that it imports from the same places as this process.
+    """Start the server process that ranks are forked from (multiprocessing's forkserver), if it does not run yet.
 
-    Python would start it with the working folder first, where an ``eval.py`` may lie.
+    The server imports modules from the same folders as this process.  By default, Python would let it search the
+    working folder first, where a file such as ``eval.py`` may hide a package.
     """
     from multiprocessing import forkserver
 
@@ -174,7 +175,10 @@ def _leave(code: int) -> None:
 
 
 def _die_with(sentinel: int, scratch: Path) -> None:
-    """End this process when its parent has ended, and remove the parent's temporary folder ``scratch``."""
+    """Wait until the parent process, whose handle is ``sentinel``, has ended; then end this process.
+
+    The parent's temporary folder ``scratch`` is removed.
+    """
     wait([sentinel])
     shutil.rmtree(scratch, ignore_errors=True)
     os._exit(1)

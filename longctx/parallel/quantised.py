@@ -69,7 +69,10 @@ def owned_groups(groups: int, ranks: int) -> list[int]:
 
 
 def encode(groups: Float[Tensor, "g n"], dtype: str) -> UInt8[Tensor, "g bytes"]:
-    """Return the bytes of each group.  In int8 and int6, two bytes of scale come before the values."""
+    """Encode each of ``groups`` in ``dtype``; return the bytes of each group.
+
+    In int8 and int6, two bytes of scale come before the values.
+    """
     if dtype == "bfloat16":
         return groups.to(torch.bfloat16).view(torch.uint8)
     levels, values = LEVELS[dtype], groups.float()
@@ -80,7 +83,7 @@ def encode(groups: Float[Tensor, "g n"], dtype: str) -> UInt8[Tensor, "g bytes"]
 
 
 def decode(message: UInt8[Tensor, "g bytes"], dtype: str, size: int) -> Float[Tensor, "g n"]:
-    """Return the float32 values of encoded groups of ``size`` values each."""
+    """Return the float32 values of the groups that `encode` encoded in ``dtype``; each group has ``size`` values."""
     if dtype == "bfloat16":
         return message.contiguous().view(torch.bfloat16).float()
     scale, packed = message.split([2, message.shape[1] - 2], 1)
@@ -91,7 +94,10 @@ def decode(message: UInt8[Tensor, "g bytes"], dtype: str, size: int) -> Float[Te
 
 
 def _pack(values: Tensor) -> UInt8[Tensor, "g bytes"]:
-    """Pack four whole numbers from -31 to 31 in three bytes: a in 6 bits and 2 of d, b and 2 of d, c and 2 of d."""
+    """Pack four whole numbers a, b, c, d from -31 to 31, of 6 bits each, in three bytes.
+
+    The bytes hold a, b and c, each with two bits of d.
+    """
     a, b, c, d = (values + 32).view(torch.uint8).unflatten(1, (-1, 4)).unbind(-1)
     return torch.stack([a | (d & 3) << 6, b | (d >> 2 & 3) << 6, c | d >> 4 << 6], -1).flatten(1)
 

@@ -62,7 +62,10 @@ class RecordingComm(DistComm):
 
 @dataclass(frozen=True)
 class RecordedGroups:
-    """The groups of one rank of a mesh, as `Runtime` has them; ``rank`` is this rank's number in ``context``."""
+    """The groups of ranks that one rank of a mesh belongs to, as in `Runtime`, but recording instead of sending.
+
+    ``rank`` is this rank's number in ``context``.
+    """
 
     rank: int
     tp: Comm

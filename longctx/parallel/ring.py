@@ -73,7 +73,7 @@ class Ring:
         return self._rows_to_send("queries", owner, hop, hops)
 
     def _rows_to_send(self, of: str, owner: int, hop: int, hops: int) -> Rows | None:
-        """Return `keys_to_send` or `queries_to_send`, as ``of`` says; results are cached."""
+        """Return `keys_to_send` or `queries_to_send`, as ``of`` ("keys" or "queries") says; results are cached."""
         if self.mask.before is None or hop == 0:
             return None
         key = of, owner, hop, hops

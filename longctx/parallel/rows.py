@@ -11,7 +11,7 @@ Rows = tuple[tuple[int, int], ...]  # rows of a block: ranges (first, end), sort
 
 
 def union_of(ranges: Iterable[tuple[int, int]]) -> Rows:
-    """Return the rows of all ``ranges``, which may overlap."""
+    """Return the union of ``ranges`` of rows (first, end), which may overlap, as sorted ranges that do not touch."""
     union: list[tuple[int, int]] = []
     for first, end in sorted(ranges):
         if union and first <= union[-1][1]:

@@ -54,7 +54,7 @@ class Operation:
 
     @property
     def called(self) -> bool:
-        """True if this rank calls torch.distributed."""
+        """True if this rank makes the call; a batch of point-to-point messages without any message is not called."""
         return self.name != EXCHANGE or bool(self.sends or self.receives)
 
 

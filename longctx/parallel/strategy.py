@@ -56,7 +56,7 @@ def _forward(
 
 
 class _RingAttention(torch.autograd.Function):
-    """Autograd node whose forward returns a computed result and whose backward is `ring_gradients`."""
+    """Autograd node of ring attention: its forward returns a given result, and its backward is `ring_gradients`."""
 
     @staticmethod
     def forward(

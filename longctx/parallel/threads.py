@@ -14,7 +14,7 @@ _TIMEOUT_S = 60  # a rank that waits longer waits for a rank that has failed
 
 
 class ThreadWorld:
-    """Message queues between the threads of one world."""
+    """The message queues, one from each rank to each other, through which ranks that are threads exchange tensors."""
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -63,7 +63,7 @@ def repeat_kv_heads(x: Keys, degree: int) -> Tensor:
 
 
 def share_of_heads(x: Keys, degree: int, member: int) -> Tensor:
-    """Return the heads of ``x`` (queries, keys or values) that ``member`` of ``degree`` attends with."""
+    """Return the heads of ``x`` (queries, keys or values) that Ulysses rank ``member`` of ``degree`` ranks computes."""
     return repeat_kv_heads(x, degree).chunk(degree, 2)[member]
 
 

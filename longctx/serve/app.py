@@ -37,7 +37,7 @@ _LOOK_S = 0.2  # how often a request that is not streamed checks that its client
 
 @dataclass
 class Front:
-    """The application's state.
+    """The state that all routes of the web application share.
 
     ``submit`` and ``cancel`` are the methods of the `Service`.  At most ``max_open`` sequences may wait or be answered,
     and a request may have at most ``max_bytes``.  ``key`` is the API key (None: no key is required).  ``closed`` is the
@@ -60,7 +60,7 @@ class Front:
         self._tokenizing = ThreadPoolExecutor(1)  # so that long texts do not delay other answers
 
     async def read(self, parse: Callable[[Any], Result], body: Any) -> Result:
-        """Return ``parse(body)``, computed in another thread."""
+        """Return ``parse(body)``, computed in another thread: tokenizing a long text does not delay other answers."""
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, parse, body)
 
     async def answer(self, ask: Ask) -> AsyncIterator[tuple[int, Token]]:
@@ -114,7 +114,7 @@ class Front:
 
 
 class RouteHandlers:
-    """The functions that answer the routes."""
+    """The functions that answer requests, one for each route of the API."""
 
     def __init__(self, front: Front) -> None:
         self.front = front
@@ -192,7 +192,7 @@ async def _failed(_: Any, one: Exception) -> Response:
 
 
 async def _until_gone(work: Awaitable[Result], request: Request) -> Result:
-    """Return the result of ``work``; cancel it if the client of ``request`` goes away."""
+    """Return the result of ``work``; if the client disconnects first, cancel ``work`` and raise `RequestRefused`."""
     task = asyncio.ensure_future(work)
     try:
         while not (await asyncio.wait({task}, timeout=_LOOK_S))[0]:
@@ -220,7 +220,10 @@ def _record(choice: Choice, event: Token) -> None:
 
 
 async def _stream(form: Form, first: tuple[int, Token], events: Any) -> AsyncIterator[str]:
-    """Yield the server-sent events of a streamed response; an error ends it."""
+    """Yield the server-sent events of a streamed response, with its ``first`` token and then those of ``events``.
+
+    A `RequestRefused` ends the stream with an event that holds the error.
+    """
     choices = [Choice() for _ in form.ask.choices]
     offsets = [len(form.prompt_text(index)) for index in range(len(choices))]
     try:

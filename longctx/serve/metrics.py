@@ -43,7 +43,7 @@ class Metrics:
         }
 
     async def watch(self, ask: Ask, events: AsyncIterator[tuple[int, Token]]) -> AsyncIterator[tuple[int, Token]]:
-        """Yield ``events``, which answer ``ask``, and count and time them."""
+        """Yield ``events``, the tokens that answer ``ask``, unchanged; count and time them on the way."""
         began, first, end = time.perf_counter(), True, "cancelled"
         try:
             async for event in events:

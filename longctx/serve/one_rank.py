@@ -11,9 +11,10 @@ from longctx.infer.session import Session
 
 @dataclass(frozen=True)
 class OneRank:
-    """One ring rank runs a pass if the pass and each of its sequences have at most ``tokens`` tokens.
+    """The rule by which a prefill pass runs on one ring rank alone instead of on all of them.
 
-    That rank then uses ``threads`` CPU threads.  A sequence's tokens include those of its earlier passes.
+    This is allowed if the pass has at most ``tokens`` tokens, and each of its sequences too, with the tokens of its
+    earlier passes.  The rank then uses ``threads`` CPU threads.
     """
 
     tokens: int = 0
@@ -41,7 +42,10 @@ class OneRank:
 
     @contextmanager
     def borrow_threads(self, session: Session, rank: int | None) -> Iterator[None]:
-        """Let ring rank ``rank`` use ``threads`` CPU threads during the block; None changes nothing."""
+        """Let the ring rank that runs a pass alone, ``rank``, use ``threads`` CPU threads during the block.
+
+        On other ranks, and if ``rank`` is None, nothing changes.
+        """
         before = torch.get_num_threads()
         if rank == session.engine.ring.rank and self.threads > before:
             torch.set_num_threads(self.threads)

@@ -31,7 +31,7 @@ def refuse_other_pages(folder: Path, origin: PageOrigin, setting: str) -> None:
     if not folder.exists():
         return
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / INDEX).is_file()):
-        raise ValueError(f"{setting} exists and has no pages of a server: use another folder")
+        raise ValueError(f"{setting} has other files than the saved pages of a server: use an empty or new folder")
     if not (folder / INDEX).is_file():
         return
     saved = _read(folder / INDEX, setting)

@@ -59,7 +59,7 @@ class _Page:
 
 @dataclass
 class _Sequence:
-    """A running sequence, whose tokens up to the end of ``page`` are stored; ``takes`` says if it may reuse pages."""
+    """A running sequence; ``page`` is the last of its stored pages, and ``takes`` says if it may reuse pages."""
 
     prompt: Sequence[int]
     takes: bool
@@ -127,9 +127,10 @@ class PrefixCache:
             page = page.before
 
     def can_take(self, number: int, cached: int) -> bool:
-        """Return True if the sequence could reuse the page after its first ``cached`` tokens.
+        """Return True if sequence ``number``, which has ``cached`` tokens, may reuse a stored page that follows them.
 
-        A page with the last token of a prompt is not reused: the last row gives the first token of the answer.
+        It may if its prompt may reuse pages, and the cached tokens end where its last page ends.  A page with the last
+        token of a prompt is not reused: the last row gives the first token of the answer.
         """
         one = self._sequences[number]
         return one.takes and cached == one.page.end and cached + self.page_tokens < len(one.prompt)
@@ -189,7 +190,7 @@ class PrefixCache:
             pass
 
     def _use(self, one: _Sequence, page: _Page) -> None:
-        """Let the sequence use ``page``, which follows its last page."""
+        """Count the sequence ``one`` as a user of ``page``, which follows the sequence's last page and replaces it."""
         page.users += 1
         self._unused.pop(page.number, None)
         one.page = page

@@ -136,7 +136,7 @@ class Ask:
 
     @property
     def score_prompts(self) -> bool:
-        """True if the prompts' tokens get log-probabilities, too."""
+        """True if the request asks for log-probabilities of the prompts' tokens, too."""
         return self.echo and self.sampling.logprobs is not None
 
     @property

@@ -38,7 +38,10 @@ def model_list(name: str, created: int, max_positions: int) -> Json:
 
 @dataclass
 class Choice:
-    """The part of an answer that exists so far."""
+    """One answer as far as it exists: its ``text``, number of ``tokens``, and log-probabilities.
+
+    ``finish`` says why the answer has ended (None: it has not).  ``began`` is True once it has got a first token.
+    """
 
     text: str = ""
     tokens: int = 0

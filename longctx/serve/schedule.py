@@ -23,7 +23,7 @@ class NewSequence:
 
     @property
     def tokens(self) -> int:
-        """Largest number of tokens to cache."""
+        """Largest number of tokens that the sequence can have: its prompt's and those of its longest answer."""
         return len(self.prompt) + self.max_new_tokens
 
 
@@ -49,9 +49,10 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits: prompt tokens per pass, sequences that run at a time, and the cached tokens of all running sequences.
+    """Limits of a server.
 
-    Each rank stores at most ``page_bytes`` bytes of pages; a page has ``page_tokens`` tokens.
+    They bound the prompt tokens per pass, the number of sequences that run at a time, and the sum of tokens that these
+    may cache.  Each rank stores at most ``page_bytes`` bytes of pages; a page has ``page_tokens`` tokens.
     """
 
     prefill_tokens: int
@@ -111,7 +112,7 @@ class Scheduler:
         return StepPlan(evict, store, drop, add, take, prefill, decode)
 
     def _take(self) -> dict[int, tuple[int, ...]]:
-        """Let prompts reuse the pages that continue them; return these pages by sequence."""
+        """Let prompts reuse the stored pages that continue them; return the pages' numbers by sequence."""
         take = {}
         for number, left in self._left.items():
             cached = len(self.running[number].prompt) - left
@@ -121,7 +122,10 @@ class Scheduler:
         return take
 
     def _left_to_compute(self) -> dict[int, int]:
-        """Return the prompt tokens left by sequence, except for sequences whose next page an earlier one computes."""
+        """Return, by sequence, the number of prompt tokens that are left to run.
+
+        A sequence is left out if an earlier sequence computes its next page, which it can then reuse.
+        """
         left_to_compute, pages = {}, set()
         for number, left in self._left.items():
             cached = len(self.running[number].prompt) - left

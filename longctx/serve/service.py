@@ -132,7 +132,7 @@ class Service:
             self.passes, self.seconds = self.passes + 1, self.seconds + time.perf_counter() - began
 
     def stop(self) -> None:
-        """End the loops of the other ranks."""
+        """Let the other ranks leave their loop (`follow`): send them a plan that stops."""
         share_plan(self.world, StepPlan(stop=True), self.session.engine.device)
 
     def fail(self, message: str, numbers: Iterable[int] | None = None) -> None:
@@ -145,7 +145,10 @@ class Service:
             self.scheduler.end(number)
 
     def _take(self, *, wait: bool) -> None:
-        """Take new and cancelled sequences from the other threads; ``wait`` a moment for the first one."""
+        """Take what other threads have sent: new sequences, and requests to stop one.
+
+        With ``wait``, wait a moment for the first of them.
+        """
         try:
             arrived = self._inbox.get(timeout=_IDLE_S) if wait else self._inbox.get_nowait()
             while True:

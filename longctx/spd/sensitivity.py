@@ -21,9 +21,10 @@ def measure_sensitivity(blocks: int, perplexity_of: Callable[[tuple[int, ...]], 
 
 
 def scores(of_suffix: Sequence[float]) -> list[float]:
-    """Return each block's sensitivity, given perplexities of the model with dropped blocks.
+    """Return each block's sensitivity: how much dropping its reduction raises perplexity if later blocks drop theirs.
 
-    Entry i of ``of_suffix`` is the perplexity with blocks i and later dropped, and the last entry with none dropped.
+    Entry i of ``of_suffix`` is the perplexity with blocks i and later dropped, and the last entry with none dropped.  A
+    block's sensitivity is its entry minus the next one.
     """
     return [with_block - without_block for with_block, without_block in pairwise(of_suffix)]
 

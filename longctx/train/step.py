@@ -95,7 +95,7 @@ def train_step(trained: TrainState, batch: Batch, runtime: Runtime, parallelism:
 def evaluate(
     trained: TrainState, batches: Sequence[Batch], runtime: Runtime, parallelism: ContextParallel, buckets: int = 1
 ) -> LossSums:
-    """Return loss sums over ``batches`` without changing the model; rows are grouped by position into ``buckets``.
+    """Return sums of losses over ``batches``, one for each of ``buckets`` ranges of positions, without training.
 
     Bucket i has the rows at positions i * w to (i + 1) * w in their document, where w = ``parallelism.length`` /
     ``buckets``.
@@ -113,7 +113,8 @@ def micro_batches(
 ) -> list[MicroBatch]:
     """Return a micro-batch for each sequence of ``batch``, with this context rank's rows.
 
-    Rows are padded to `rows_per_rank`.  ``buckets`` numbers each row by its position in the document, as in `evaluate`.
+    Rows are padded to `rows_per_rank`.  Each row gets the number of its bucket: the one of ``buckets`` equal ranges of
+    positions in which its position in its document lies (see `evaluate`).
 
     Raises ValueError for a token beyond the model's vocabulary.
     """

@@ -50,7 +50,7 @@ ABBREVIATIONS = {"pass_kv": "KV", "pass_q": "Q"}
 
 @dataclass(frozen=True)
 class CrossoverSettings:
-    """Settings of configs/bench/crossover.yaml outside any section."""
+    """Top-level settings of configs/bench/crossover.yaml."""
 
     total: Annotated[int, Field(ge=16)] = 4096
     miss_rates: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (
@@ -91,7 +91,7 @@ class MissRateTimes:
 
 @dataclass(frozen=True)
 class RuleVerdict:
-    """The strategy that a rule takes, and the relative time it loses to the faster strategy (0: none)."""
+    """The strategy that a rule takes at a miss rate, and how much longer it took than the faster one (0.1: 10 %)."""
 
     takes: str
     loses: float
@@ -99,7 +99,7 @@ class RuleVerdict:
 
 @dataclass(frozen=True)
 class MissRateRow:
-    """A row of the result: `MissRateTimes`, median seconds of both strategies, and the verdict on each rule."""
+    """A row of the result: seconds at one miss rate, both strategies' medians, and by rule the `RuleVerdict`."""
 
     new: int
     cached: int
@@ -183,9 +183,10 @@ def time_strategies(
 
 
 def judge_rules(times: Sequence[MissRateTimes], job: CrossoverJob, hardware: Hardware) -> list[MissRateRow]:
-    """Return a row for each of ``times``, with the verdict on each rule.
+    """Return a row for each of ``times``, with each rule's choice and the time that it loses.
 
-    A row's empirical rule is fitted to the other rows; where they have no crossover, the row has no empirical verdict.
+    The empirical rule of a row is fitted to the other rows.  If one strategy is faster in all of these, nothing can be
+    fitted, and the row has no verdict on that rule.
     """
     others = ([*times[:i], *times[i + 1 :]] for i in range(len(times)))
     return [
@@ -195,7 +196,10 @@ def judge_rules(times: Sequence[MissRateTimes], job: CrossoverJob, hardware: Har
 
 
 def judge_row(times: MissRateTimes, job: CrossoverJob, hardware: Hardware) -> MissRateRow:
-    """Return a row with the verdict on each rule whose constants ``hardware`` has."""
+    """Return the row of ``times``, with each rule's choice and the time that it loses.
+
+    The empirical rule is left out if ``hardware`` has no fitted constants.
+    """
     medians, shape = times.medians, job.target.shape
     work = Work(
         (times.new,),
@@ -252,7 +256,8 @@ def report(job: CrossoverJob, hardware: Hardware, times: Sequence[MissRateTimes]
     constants = fit_rule(times)
     if constants is None:
         console.print(
-            "no empirical rule: one strategy is at least as fast in every row; add miss_rates on the other side"
+            "no empirical rule is fitted, since one strategy is at least as fast in every row: add miss_rates at which "
+            "the other one is faster"
         )
     table_rows = judge_rules(times, job, hardware)
     show(table_rows)

@@ -41,7 +41,7 @@ ONE_RANK = "one rank"
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """Settings of configs/bench/decode.yaml outside any section; ``dropped`` adds a variant for each of its shares."""
+    """Top-level settings of configs/bench/decode.yaml; ``dropped`` adds a variant for each of its shares."""
 
     cached: PositiveInt = 4096
     batch: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 4)
@@ -57,7 +57,7 @@ class DecodeSettings:
 
 @dataclass(frozen=True)
 class DecodeJob:
-    """The inputs of every rank."""
+    """The inputs of the benchmark that every rank gets."""
 
     settings: DecodeSettings
     target: Target
@@ -65,7 +65,7 @@ class DecodeJob:
 
 @dataclass(frozen=True)
 class Variant:
-    """How a session decodes: its engine and strategy, and the share of blocks that drop a reduction."""
+    """A way to decode that is timed: engine, context settings (with the strategy), and share of dropped blocks."""
 
     engine: Engine
     context: Context
@@ -129,7 +129,7 @@ def run_rank(rank: Rank, job: DecodeJob) -> list[BatchTimes]:
 
 
 def plan_for(share: float, target: Target) -> SPDPlan:
-    """Return the plan in which the first blocks, ``share`` of all, drop a reduction over the context ranks."""
+    """Return the plan by which the model's first blocks, ``share`` of all, drop a reduction over context ranks."""
     layers = target.shape.layers
     return SPDPlan(layers, target.mesh.context, within(range(layers), share))
 
@@ -196,9 +196,9 @@ def decode_steps(session: Session, tokens: int, batch: int) -> DecodeCost:
 
 
 def count_messages(engine: Engine) -> int:
-    """Return how many messages this rank has sent so far to the other context ranks.
+    """Return how many messages this rank has sent so far to other context ranks.
 
-    In sharded decoding, those to the ranks with which it sums are included.
+    In sharded decoding, those of the sums over tensor-parallel and context ranks count too.
     """
     comms = [engine.context, engine.ring, engine.ulysses] + ([engine.share.tp_context] if engine.share else [])
     return sum(sum(comm.traffic.messages.values()) for comm in {id(comm): comm for comm in comms}.values())

@@ -50,7 +50,7 @@ Errors = dict[str, list[float]]  # relative to float64, by variant (or gradient)
 
 @dataclass(frozen=True)
 class DriftSettings:
-    """Settings of configs/bench/drift.yaml outside any section; ``ranks`` and ``gradient_ranks`` begin with 1."""
+    """Top-level settings of configs/bench/drift.yaml; ``ranks`` and ``gradient_ranks`` begin with 1."""
 
     tokens: PositiveInt = 1021
     layers: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] | None = None
@@ -95,7 +95,9 @@ def prepare(config: DictConfig) -> DriftJob:
     if target.model.dtype != "bfloat16":
         raise ValueError(f"model.dtype={target.model.dtype}: drift is measured in bfloat16; use model.dtype=bfloat16")
     if set(target.shape.windows) != {None} or target.shape.sinks:
-        raise ValueError(f"{target.model.name} has windows or sinks, which drift leaves out: use model=smollm2_135m")
+        raise ValueError(
+            f"{target.model.name} has windows or sinks, which this benchmark leaves out: use model=smollm2_135m"
+        )
     refuse_beyond_model(target, tokens=settings.tokens)
     layers = settings.layers or tuple(range(target.shape.layers))
     if max(layers) >= target.shape.layers:
@@ -198,7 +200,11 @@ def relative_error(x: AnyShape, reference: AnyShape) -> float:
 
 
 def output_errors(inputs: Inputs, counts: Sequence[int], kernel: Kernel, done: Done) -> tuple[Errors, Errors]:
-    """Return the output's errors by strategy (and `CONTROL`) for each of ``counts`` ranks: in bfloat16, unrounded."""
+    """Return the attention output's relative errors: after rounding to bfloat16, and before.
+
+    Each is a list by variant, with an error for each of ``counts`` ranks.  The variants are the strategies and
+    `CONTROL`, which rounds every partial attention.
+    """
     variants = {name: (strategy, kernel) for name, strategy in STRATEGIES.items()}
     variants[CONTROL] = (pass_kv, in_bfloat16(kernel))
     reference = exact(*inputs)
@@ -227,12 +233,15 @@ def gradient_errors(inputs: Inputs, seed: int, counts: Sequence[int], kernel: Ke
 
 
 def ratios(by_layer: Mapping[int, Errors], name: str, i: int) -> dict[int, float]:
-    """Return, by layer, the error of variant ``name`` at the ``i``-th number of ranks, over the error of one rank."""
+    """Return, by layer, variant ``name``'s error at the ``i``-th number of ranks, divided by its error on one rank."""
     return {layer: errors[name][i] / errors[name][0] for layer, errors in by_layer.items()}
 
 
 def worst(by_layer: Mapping[int, Errors], names: Iterable[str], indices: Iterable[int]) -> tuple[float, int]:
-    """Return the largest of the `ratios` over variants ``names`` and numbers of ranks ``indices``, and its layer."""
+    """Return the largest of the `ratios` of the variants ``names``, and its layer.
+
+    ``indices`` are the indices of the numbers of ranks to look at.
+    """
     pairs = [(r, layer) for i in indices for name in names for layer, r in ratios(by_layer, name, i).items()]
     return max(pairs, key=itemgetter(0))
 
@@ -256,10 +265,10 @@ def show(layers: list[LayerErrors], settings: DriftSettings) -> None:
     one_rank = [errors["pass_kv"][0] for errors in rounded.values()]
     largest = max(error for errors in unrounded.values() for name in STRATEGIES for error in errors[name])
     growth, _ = worst(unrounded, STRATEGIES, range(len(settings.ranks)))
-    console.print(f"error of one rank: {min(one_rank):.2e} to {max(one_rank):.2e} of the output's norm, by layer;")
-    console.print(f"before rounding to bfloat16: at most {largest:.1e}, and {growth:.2f} times that of one rank\n")
+    console.print(f"error on one rank: {min(one_rank):.2e} to {max(one_rank):.2e} of the output's norm, by layer")
+    console.print(f"before rounding to bfloat16: at most {largest:.1e}, at most {growth:.2f} times one rank's error\n")
     # 2. Errors of more ranks.
-    console.print(f"error in units of one rank's error; the worst of {len(layers)} layers (its number):")
+    console.print(f"error divided by one rank's error, on the worst of {len(layers)} layers (in brackets: its number):")
     console.print(ratio_table(rounded, settings.ranks))
     ratio, layer = worst(rounded, STRATEGIES, range(len(settings.ranks)))
     if settings.gradient_ranks:
@@ -268,7 +277,7 @@ def show(layers: list[LayerErrors], settings: DriftSettings) -> None:
         counts = range(len(settings.gradient_ranks))
         ratio, layer = max((ratio, layer), worst(gradients, ("dq", "dk", "dv"), counts))
     verdict = "no drift" if ratio <= BAR else "DRIFT"
-    console.print(f"\n{verdict}: at most {ratio:.6f} (layer {layer}), the bar is {BAR}")
+    console.print(f"\n{verdict}: at most {ratio:.6f} (layer {layer}), and up to {BAR} counts as no drift")
 
 
 def draw(layers: list[LayerErrors], settings: DriftSettings, title: str, picture: str) -> None:

@@ -50,7 +50,7 @@ PARTS: dict[str, Part] = {
 
 @dataclass(frozen=True)
 class GpuCheckSettings:
-    """Settings of configs/bench/gpu_check.yaml outside any section."""
+    """Top-level settings of configs/bench/gpu_check.yaml."""
 
     out: str
     lengths: tuple[PositiveInt, ...] = (8192, 32768, 131072)

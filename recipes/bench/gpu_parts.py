@@ -84,7 +84,7 @@ def _random_inputs(job: GpuCheckJob, runtime: Runtime, length: int) -> list[torc
 
 @dataclass(frozen=True)
 class _Attention:
-    """Median seconds, and out, dq, dk and dv in the order of the sequence."""
+    """Median seconds of attention's forward and backward; ``tensors`` are out, dq, dk and dv in sequence order."""
 
     forward_s: float
     backward_s: float
@@ -92,7 +92,11 @@ class _Attention:
 
 
 def _time_attention(inputs: Sequence[torch.Tensor], layout: Layout, kernel: Kernel, rounds: int) -> _Attention:
-    """Attend on every rank of ``layout`` in turn, on one device; the first round is not timed."""
+    """Run attention of every rank of ``layout`` in turn, on one device; return its median seconds and its results.
+
+    ``inputs`` are q, k, v and dout of the whole sequence.  Forward and backward are timed ``rounds`` times, after a
+    first round that is not.
+    """
     shards = [[layout.shard(x, rank, 1) for x in inputs] for rank in range(layout.size)]
     forward, backward = [], []
     partials: list[Partial] = []
@@ -119,7 +123,10 @@ def _forward(shards: Sequence[Sequence[torch.Tensor]], layout: Layout, kernel: K
 def _backward(
     shards: Sequence[Sequence[torch.Tensor]], layout: Layout, kernel: Kernel, partials: Sequence[Partial]
 ) -> list[Gradients]:
-    """Return (dq, dk, dv) of each rank's rows."""
+    """Return (dq, dk, dv) of each rank's rows, computed for all ranks on this one device.
+
+    ``shards`` has q, k, v and dout of each rank, ``partials`` its attention output.
+    """
     sums = [[torch.zeros_like(x, dtype=accumulation_dtype(x)) for x in shard[:3]] for shard in shards]
     for rank, ((q, *_, dout), partial) in enumerate(zip(shards, partials, strict=True)):
         for owner, (_, k, v, _) in enumerate(shards):

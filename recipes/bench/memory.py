@@ -99,7 +99,7 @@ def prepare(config: DictConfig) -> MemoryBenchJob:
 
 
 def _job_of(job: TrainJob, run: MemoryRun) -> TrainJob:
-    """Return ``job`` on the mesh of ``run`` and with its settings, one sequence for each data-parallel rank."""
+    """Return ``job`` with the mesh and the settings of ``run``, and one sequence for each data-parallel rank."""
     data = replace(job.data, batch=run.dp)
     refuse_unfit(run.mesh, job.target.shape)
     refuse_unsplit(run.mesh, job.target.shape, data)
@@ -130,7 +130,10 @@ def measure(rank: Rank, job: TrainJob, run: MemoryRun) -> dict[str, int]:
 
 
 def meter_step(runtime: Runtime, job: TrainJob) -> MemoryMeter:
-    """Meter the second of two training steps; the first creates the optimizer's moments."""
+    """Run two training steps, and return the meter that counted the memory of the second.
+
+    The first step creates the optimizer's moments.
+    """
     from longctx.attention.backends import kernel_for
     from longctx.data.batches import training_batches
     from longctx.hf.config import tokenizer_of
@@ -151,7 +154,7 @@ def meter_step(runtime: Runtime, job: TrainJob) -> MemoryMeter:
 
 
 def meter_inference(runtime: Runtime, job: TrainJob, run: MemoryRun) -> MemoryMeter:
-    """Meter a prefill, or one decoded token after it."""
+    """Run a prefill, or one decoded token after it, as ``run`` says; return the meter that counted its memory."""
     import torch
 
     from longctx.config import Sampling
@@ -172,7 +175,10 @@ def meter_inference(runtime: Runtime, job: TrainJob, run: MemoryRun) -> MemoryMe
 
 
 def inference_meter(weights: Iterable[AnyShape]) -> MemoryMeter:
-    """Return a meter of passes of a model with ``weights``."""
+    """Return a meter of the memory of inference, by part: ``weights``, KV cache, logits, communication, activations.
+
+    The ``weights`` exist already.
+    """
     from longctx.infer.cache import KVCache
     from longctx.infer.engine import next_logits
     from longctx.parallel.dist_comm import ALLOCATORS
@@ -190,7 +196,10 @@ def cached_tensors(session: Session, layers: int) -> Iterator[AnyShape]:
 
 
 def errors(result: Mapping[str, Any]) -> tuple[float, float]:
-    """Return the relative error of the predicted sum, and the largest one of a part with over 1 % of the sum."""
+    """Return the relative errors of predicted memory: that of the sum, and the largest one of a part.
+
+    ``result`` has predicted and measured bytes by part.  Parts of at most 1 % of the sum do not count.
+    """
     measured, predicted = result["measured"], result["predicted"]
     total = sum(measured.values())
     pairs = [(measured.get(part, 0), predicted.get(part, 0)) for part in {**measured, **predicted}]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MillionSettings:
-    """Settings of configs/bench/million.yaml outside any section."""
+    """Top-level settings of configs/bench/million.yaml."""
 
     cached: PositiveInt = 1_000_000
     new: PositiveInt = 128
@@ -46,7 +46,7 @@ class MillionSettings:
 
 @dataclass(frozen=True)
 class MillionJob:
-    """The inputs of every rank."""
+    """The inputs of the benchmark that every rank gets."""
 
     settings: MillionSettings
     target: Target

@@ -43,7 +43,7 @@ BATCH = 4  # sequences per pass
 
 @dataclass(frozen=True)
 class OutputNormsSettings:
-    """Settings of configs/bench/output_norms.yaml outside any section, other than the two lists of texts."""
+    """Top-level settings of configs/bench/output_norms.yaml, other than the two lists of texts."""
 
     ranks: Annotated[int, Field(ge=2)] = 2
     shares: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)] = (0.25, 0.5, 0.75, 1)
@@ -54,7 +54,10 @@ class OutputNormsSettings:
 
 @dataclass(frozen=True)
 class OutputNormsJob:
-    """Inputs: the text ``fitted_on`` fits the ranks' factors and orders the blocks; ``held_out`` gives perplexities."""
+    """The inputs of the benchmark; ``fitted_on`` is the text on which factors are fitted and blocks ordered.
+
+    Perplexities are measured on the text ``held_out``.
+    """
 
     settings: OutputNormsSettings
     target: Target
@@ -64,9 +67,10 @@ class OutputNormsJob:
 
 @dataclass(frozen=True)
 class Sums:
-    """A block's input x, N_a of each rank's partial attention output P_r, and N_a of their sum.
+    """Attention outputs of a Gemma 3 block after its norm: each rank's own, and that of the sum over ranks.
 
-    N_a is the block's norm of the attention output, which comes before the residual sum.
+    P_r is rank r's partial attention output, and N_a the block's norm of the attention output, which comes before the
+    residual sum.  ``own[r]`` is N_a(P_r), ``full`` is N_a(sum of P_r), and ``x`` is the block's input.
     """
 
     x: Hidden
@@ -109,7 +113,10 @@ def partial_attention(layer: Any, x: Hidden, known: dict[str, Any], ranks: int) 
 
 
 def output(layer: Any, sums: Sums, added: list[Hidden]) -> Hidden:
-    """Return the block's output if rank r's MLP reads x + ``added[r]``; both norms apply to the sums over ranks."""
+    """Return the output of block ``layer`` if rank r's MLP reads its input x plus ``added[r]``.
+
+    ``added[r]`` is rank r's estimate of the attention output.  Both output norms apply to the sums over ranks.
+    """
     mlp, norm, ranks = layer.mlp, layer.pre_feedforward_layernorm, len(added)
     gates, ups = mlp.gate_proj.weight.tensor_split(ranks), mlp.up_proj.weight.tensor_split(ranks)
     downs = mlp.down_proj.weight.tensor_split(ranks, 1)
@@ -130,7 +137,10 @@ def relative_squared_error(out: Hidden, exact: Hidden) -> float:
 def blocks_replaced(
     net: PreTrainedModel, change: Callable[[int, Any, Hidden, dict[str, Any], Hidden], Any]
 ) -> Iterator[None]:
-    """Context manager: replace each layer's output by ``change(number, layer, x, keywords, output)``; None keeps it."""
+    """Inside the block, replace each layer's output by ``change(number, layer, x, keywords, output)``; None keeps it.
+
+    ``x`` is the layer's input, ``keywords`` its other arguments, and ``output`` its unchanged output.
+    """
 
     def hook(i: int, layer: Any, args: Any, kwargs: dict[str, Any], out: Hidden) -> Any:
         x = args[0] if args else kwargs["hidden_states"]
@@ -146,7 +156,11 @@ def blocks_replaced(
 def block_errors(
     net: PreTrainedModel, text: PackedText, ranks: int
 ) -> tuple[list[list[float]], dict[str, list[float]]]:
-    """Return each block's fitted factors, and its error by estimate; every block gets the unchanged model's input."""
+    """Return each block's fitted factors, and each estimate's errors by block, if that block alone drops its reduction.
+
+    An estimate is what a rank adds to its MLP's input in place of the sum over ranks (`ESTIMATES`).  Factors are those
+    of `Sums.fit`.
+    """
     factors: list[list[float]] = []
     errors: dict[str, list[float]] = {name: [] for name in ESTIMATES}
 
@@ -173,9 +187,10 @@ def mean_loss(net: PreTrainedModel, text: PackedText) -> float:
 
 
 def losses_of(net: PreTrainedModel, job: OutputNormsJob, done: Callable[[], None]) -> dict[str, Any]:
-    """Return factors and errors of all blocks, and the loss for each estimate and share of dropped blocks.
+    """Return fitted factors and errors of all blocks, and held-out losses by estimate and share of dropped blocks.
 
-    For each estimate, blocks drop in the order of their errors.
+    An estimate (`ESTIMATES`) is what a rank adds to its MLP's input in place of the sum over ranks.  For each, blocks
+    drop in the order of their errors.  ``done`` is called after each loss.
     """
     settings = job.settings
     factors, errors = block_errors(net, job.fitted_on, settings.ranks)

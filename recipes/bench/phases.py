@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """Cost of a prefill, or of one decoded token: the slowest rank's ``seconds``, and the reductions.
+    """Cost of a prefill, or of one decoded token: the slowest rank's ``seconds``, and the tensor-parallel reductions.
 
-    ``calls`` and ``bytes`` count this rank's reductions.  ``reducing`` is the least time that any rank spent in
-    reductions.  A rank that arrives early also waits inside them, so the rank that arrives last shows how long the
-    reductions themselves take.
+    ``calls`` and ``bytes`` count this rank's reductions.  ``reducing`` is the least time, in seconds, that any rank
+    spent in reductions.  A rank that arrives early also waits inside them, so the rank that arrives last shows how long
+    the reductions themselves take.
     """
 
     seconds: float
@@ -51,7 +51,7 @@ def time_phases(runtime: Runtime, engine: Engine, tokens: Sequence[int], new_tok
 
 
 def measure_phase(runtime: Runtime, work: Callable[[], None], steps: int) -> PhaseCost:
-    """Start ``work``, of ``steps`` equal steps, on all ranks at once and return the cost per step."""
+    """Start ``work`` on all ranks at once; return the cost of one of its ``steps`` equal steps."""
     from longctx.parallel.measure.all_reduce import count_all_reduces
 
     timing.barrier(runtime.world)

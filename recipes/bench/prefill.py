@@ -44,7 +44,7 @@ VARIANTS = ("one", "all at once", "silent", "ring")
 
 @dataclass(frozen=True)
 class PrefillSettings:
-    """Settings of configs/bench/prefill.yaml outside any section."""
+    """Top-level settings of configs/bench/prefill.yaml."""
 
     parts: Annotated[tuple[Part, ...], Field(min_length=1)] = ("attention", "model")
     lengths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (8192, 16384)

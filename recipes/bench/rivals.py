@@ -53,7 +53,7 @@ PAIRS: tuple[tuple[Variant, Variant], ...] = (
 
 @dataclass(frozen=True)
 class RivalSettings:
-    """Settings of configs/bench/rivals.yaml outside any section."""
+    """Top-level settings of configs/bench/rivals.yaml."""
 
     parts: Annotated[tuple[Part, ...], Field(min_length=1)] = ("prefill", "decode")
     variants: Annotated[tuple[Variant, ...], Field(min_length=2)] = VARIANTS
@@ -85,14 +85,17 @@ class Rivals:
 
 @dataclass(frozen=True)
 class WorkTimes:
-    """Seconds of a piece of work, which reads or writes ``tokens`` tokens, by variant and round."""
+    """Seconds of the piece of work that ``work`` names, by variant and round; it reads or writes ``tokens`` tokens."""
 
     work: str
     tokens: int
     seconds: dict[str, list[float]]
 
     def relative_speeds(self) -> dict[str, list[float]]:
-        """Return, for each of `PAIRS` that was measured, the first one's speed relative to the second's, by round."""
+        """Return, for each pair (a, b) of variants in `PAIRS`, how many times faster a was than b, by round.
+
+        Pairs with a variant that was not measured are left out.
+        """
         return {
             f"{a} / {b}": [y / x for x, y in zip(self.seconds[a], self.seconds[b], strict=True)]
             for a, b in PAIRS
@@ -119,7 +122,7 @@ def prepare(config: DictConfig) -> RivalJob:
 
 
 def decode_settings(settings: RivalSettings) -> DecodeSettings:
-    """Return settings of a session with room for two variants: both variants of one rank share a session."""
+    """Return settings of a decode session with room for the tokens of two variants, which share one rank's session."""
     return DecodeSettings(cached=settings.cached, tokens=settings.tokens, rounds=2 * settings.rounds + 1)
 
 
@@ -205,7 +208,10 @@ class TransformersDecoder:
 
 
 def by_variant(job: RivalJob, sharded: Work, alone: Work, theirs: Work) -> dict[Variant, Work]:
-    """Return the work of each variant that the settings ask for."""
+    """Return the work to time for each variant in the settings.
+
+    Variants of all ranks get ``sharded``, those of one rank ``alone``, and those of transformers ``theirs``.
+    """
     works = {"ranks": sharded}
     for variant in job.settings.variants:
         works.setdefault(variant, alone if variant.startswith("one_rank") else theirs)
@@ -215,10 +221,10 @@ def by_variant(job: RivalJob, sharded: Work, alone: Work, theirs: Work) -> dict[
 def time_variants(
     runtime: Runtime, threads: int, works: Mapping[Variant, Work], rounds: int, done: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Return the seconds of each of ``works`` by round.
+    """Return the seconds of each of ``works`` by variant and round.
 
-    Ranks, and variants of one thread, have ``threads`` each, the threads of a rank.  Other variants have the threads of
-    all ranks together.
+    ``threads`` is the number of CPU threads of a rank.  The variants "one_rank" and "transformers" run in one process
+    with the threads of all ranks together.  In all other variants, each process has ``threads``.
     """
 
     def measure(variant: Variant) -> float:

@@ -39,7 +39,7 @@ VARIANTS: tuple[Variant, ...] = ("sharing", "no sharing", "no chunking")
 
 @dataclass(frozen=True)
 class ServeBenchSettings:
-    """Settings of configs/bench/serve.yaml outside any section."""
+    """Top-level settings of configs/bench/serve.yaml."""
 
     requests: PositiveInt = 200
     clients: PositiveInt = 16
@@ -213,7 +213,10 @@ def play_clients(
 
 
 def summarise(job: ServeBenchJob, all_figures: Sequence[LoadFigures]) -> list[dict[str, object]]:
-    """Return a row of figures for each variant; the first variant answered one request at a time."""
+    """Return a row of figures for each variant, with its speed and equal answers compared with the first variant.
+
+    The first variant answered one request at a time.
+    """
     load, alone = make_load(job.settings, job.text), all_figures[0]
     short = [one.number for one in load if len(one.prompt) < job.settings.short]
     table_rows: list[dict[str, object]] = []

@@ -38,7 +38,7 @@ EXACT = Reduce()
 
 @dataclass(frozen=True)
 class LatencySettings:
-    """Settings of configs/bench/spd_latency.yaml outside any section; the first of ``shares`` is 0."""
+    """Top-level settings of configs/bench/spd_latency.yaml; the first of ``shares`` is 0."""
 
     shares: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=2)] = (0, 0.5, 0.7, 1)
     tokens: PositiveInt = 128
@@ -66,7 +66,7 @@ class LatencyJob:
 
     @property
     def cases(self) -> list[tuple[Reduce, float]]:
-        """Reductions and share of dropped blocks, in the order of the result; the first is the baseline."""
+        """The cases to time, as pairs of reductions' dtypes and share of dropped blocks; the first is the baseline."""
         return [(reduce, share) for reduce in (EXACT, *self.rivals) for share in self.settings.shares]
 
 
@@ -80,7 +80,7 @@ class Links:
 
 @dataclass(frozen=True)
 class LatencyTimes:
-    """Costs by case and round, each by phase, and the links' constants."""
+    """Measured costs, and the links' constants: ``by_case[case][round]`` has the `PhaseCost` of each phase by name."""
 
     by_case: list[list[dict[str, PhaseCost]]]
     links: Links

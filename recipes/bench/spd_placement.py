@@ -20,11 +20,12 @@ PLACEMENTS = ("as it should", "Y after the reduction", "b after, as it should", 
 
 
 def placement_losses(blocks: Blocks, text: PackedText, block: int) -> dict[str, float]:
-    """Return the mean loss (nats per token) with ``block`` alone dropping, for each of `PLACEMENTS`.
+    """Return the mean loss (nats per token) with ``block`` alone dropping its reduction, by name of placement.
 
-    Source: arXiv 2502.20727, Table 1.  The model has no bias, so the mean of the attention's output serves as b:
-    each rank's partial output is centred by its own mean, which makes the equations with a bias (4.1.2) describe the
-    same block.
+    A placement (`PLACEMENTS`) is where the block adds attention's output and bias b: before or after the remaining
+    reduction.  Source: arXiv 2502.20727, Table 1.  The model has no bias, so the mean of the attention's output serves
+    as b: each rank's partial output is centred by its own mean, which makes the equations with a bias (4.1.2) describe
+    the same block.
     """
     totals = dict.fromkeys(PLACEMENTS, 0.0)
     for begin in range(0, len(text), BATCH):
@@ -42,9 +43,10 @@ def placement_losses(blocks: Blocks, text: PackedText, block: int) -> dict[str, 
 
 
 def placed_outputs(blocks: Blocks, layer: SPDTransformerLayer, x: Hidden) -> list[Hidden]:
-    """Return the output of ``layer``, which drops its reduction, for each of `PLACEMENTS` of its attention output.
+    """Return the block's output for the input ``x``, for each of `PLACEMENTS` of its attention output and bias.
 
-    Only the second output differs between ranks.  Afterwards the layer no longer drops.
+    The block, ``layer``, drops its reduction here, and no longer drops it afterwards.  Only the second output differs
+    between ranks.
     """
     # 1. This rank's attention output, the reduced one, and a bias taken from its mean.
     layer.drop(dropped=True)

@@ -56,7 +56,7 @@ class NamedModel:
 
 @dataclass(frozen=True)
 class QualitySettings:
-    """Settings of configs/bench/spd_quality.yaml outside any section, other than its lists of items."""
+    """Top-level settings of configs/bench/spd_quality.yaml, other than its lists of items."""
 
     sensitivity: str
     out: str
@@ -231,9 +231,9 @@ def run_rank(rank: Rank, job: QualityJob) -> dict[str, TextLosses]:
 
 
 def compute_recovery(losses: TextLosses, variant: str) -> list[float | None]:
-    """Return, for each share, how much of zero-shot's added log perplexity ``variant`` recovers (1: all of it).
+    """Return, for each share of dropped blocks, how much of the added log perplexity ``variant`` recovers.
 
-    None where zero-shot adds nothing.
+    1 means all that dropped reductions add without repair (zero-shot).  The result is None where they add nothing.
     """
     zero_shot = losses.variants[RANKED]
     base = zero_shot[0]

@@ -34,7 +34,7 @@ from recipes.spd_sensitivity import WARM, sum_losses
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """Settings of configs/bench/spd_sweep.yaml outside any section."""
+    """Top-level settings of configs/bench/spd_sweep.yaml."""
 
     out: str
     sequences: PositiveInt = 2

@@ -43,7 +43,7 @@ class ReportedText(TextSource):
 
 @dataclass(frozen=True)
 class TextsSettings:
-    """Settings of configs/bench/spd_texts.yaml outside any section, other than ``texts``."""
+    """Top-level settings of configs/bench/spd_texts.yaml, other than ``texts``."""
 
     adapted: str
     out: str

@@ -94,7 +94,7 @@ def dropped_share(job: TrainJob, run: TimedRun) -> float:
 
 
 def measure_all(rank: Rank, jobs: Sequence[TrainJob], runs: Sequence[TimedRun], rounds: int) -> list[list[float]]:
-    """Return `measure` of each of ``runs``, on ranks that a launcher started."""
+    """Return, for each of ``runs``, the seconds of every round (`measure`), on ranks that a launcher started."""
     return [measure(rank, job, run, rounds) for job, run in zip(jobs, runs, strict=True)]
 
 

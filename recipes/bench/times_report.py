@@ -38,8 +38,8 @@ def by_group(results: Sequence[Row]) -> dict[str, list[Row]]:
 def choices(results: Sequence[Row]) -> Iterator[tuple[Row, Row, float]]:
     """Yield, for each set of alternatives, the run predicted fastest, the run measured fastest, and the relative loss.
 
-    The loss is what the first takes longer than the second.  Alternatives differ in their strategy only: one kind of
-    work, mesh, numbers of tokens and network.
+    The loss is how much longer the first took than the second (0.1: 10 %).  Alternatives differ in their strategy only:
+    they have the same kind of work, mesh, numbers of tokens and network.
     """
     rivals: dict[tuple[object, ...], list[Row]] = {}
     for row in results:
@@ -52,13 +52,16 @@ def choices(results: Sequence[Row]) -> Iterator[tuple[Row, Row, float]]:
 
 
 def expected_error(results: Sequence[Row], group: str) -> float | None:
-    """Return the error that covers `COVERED` of the runs outside ``group``; None without such runs."""
+    """Return the absolute relative error that a share `COVERED` of the runs outside ``group`` stays below.
+
+    It is the error to expect in ``group``.  Returns None if no runs are outside.
+    """
     sizes = sorted(abs(error) for error in errors([row for row in results if row["group"] != group]))
     return sizes[min(len(sizes) - 1, int(COVERED * len(sizes)))] if sizes else None
 
 
 def coverage(results: Sequence[Row]) -> float | None:
-    """Return the share of runs whose error is at most the `expected_error` of their group."""
+    """Return the share of runs whose absolute error is at most their group's `expected_error`; None for one group."""
     groups = by_group(results)
     if len(groups) < 2:
         return None
@@ -69,7 +72,11 @@ def coverage(results: Sequence[Row]) -> float | None:
 
 
 def summary(results: Sequence[Row]) -> Iterator[tuple[str, int, float, float, str]]:
-    """Yield, by group and for all, the runs, the mean absolute and the mean error, and the cost of choices in words."""
+    """Yield (name, runs, mean absolute error, mean error, choices) for each group of runs, and for all.
+
+    ``choices`` says in words for how many sets of alternatives the strategy predicted fastest took at most 3 % longer
+    than the fastest one, and how much longer in the worst case.
+    """
     for name, some in {**by_group(results), "all": list(results)}.items():
         costs = [cost for *_, cost in choices(some)]
         near = f"{sum(cost <= 0.03 for cost in costs)} of {len(costs)}, worst {max(costs):.0%}" if costs else ""

@@ -95,10 +95,11 @@ def _remove_empty_sweep() -> None:
 
 
 def _checked(config: DictConfig, words: Sequence[str]) -> DictConfig:
-    """Return ``config`` with current names and the run's ``out``.
+    """Return ``config`` after the checks that all recipes share, with old names of settings replaced.
 
-    Raises ValueError for a section with a mistake, for more threads than this machine has cores, and for a missing
-    device.  All checks before the device run without torch, whose import takes seconds.
+    In a sweep (--multirun), ``out`` gets the run's number.  Raises ValueError for a section with a mistake, for more
+    threads than this machine has cores, and for a missing device.  All checks before the device run without torch,
+    whose import takes seconds.
     """
     from recipes.common.settings import check_sections
 
@@ -155,7 +156,10 @@ def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def _unknown_setting(config_name: str, overrides: Sequence[str], name: str) -> str:
-    """Return the message for the setting ``name``, which the configuration with the other ``overrides`` lacks."""
+    """Return the message for ``name``, one of ``overrides``, which the configuration ``config_name`` does not have.
+
+    It names the nearest setting that exists.
+    """
     others = [word for word in overrides if word.partition("=")[0] != name]
     known = OmegaConf.to_container(compose_config(config_name, others))
     assert isinstance(known, dict)
@@ -163,7 +167,7 @@ def _unknown_setting(config_name: str, overrides: Sequence[str], name: str) -> s
 
 
 def _with_numbered_out(config: DictConfig, words: Sequence[str]) -> DictConfig:
-    """Give each run of a sweep (--multirun) a separate ``out``, unless the sweep lists them."""
+    """Return ``config``; in a sweep (--multirun), add the run's number to ``out``, unless the sweep lists ``out``."""
     hydra_config = HydraConfig.get()
     are_listed = any(word.startswith("out=") and lists_values(word.removeprefix("out=")) for word in words)
     if hydra_config.mode == RunMode.MULTIRUN and config.get("out") and not are_listed:
@@ -250,7 +254,11 @@ def write_result(out: str, result: Mapping[str, object]) -> None:
 
 
 def exit_on_error(work: Callable[[], Result]) -> Result:
-    """Return the result of ``work()``; if it raises, print the error in one line and exit with the error's code."""
+    """Return the result of ``work()``; turn its errors into an exit of this process with one printed line.
+
+    The exit code is 2 for a user's mistake (ValueError, a file that cannot be read), 1 for a failed or lost rank and
+    for a machine that ran out of something, 130 for Ctrl-C.  Other exceptions pass.
+    """
     try:
         return work()
     except ValueError as error:

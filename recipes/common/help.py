@@ -25,7 +25,7 @@ def _file(config_name: str) -> Path:
 
 
 def _lineage(config_name: str) -> list[str]:
-    """Return ``config_name`` and the recipes' configurations that it extends, the nearest first."""
+    """Return ``config_name`` and the recipes' configurations whose settings it inherits, the nearest first."""
     lineage = [config_name]
     for entry in _defaults(config_name):
         if isinstance(entry, str) and entry.strip("/") not in ("_self_", "recipe"):
@@ -39,7 +39,7 @@ def _defaults(config_name: str) -> list[str | dict[str, str | None]]:
 
 
 def _chosen(config_name: str) -> dict[str, str | None]:
-    """Return each configuration group of the recipe with its default choice."""
+    """Return the default choice of each configuration group (such as model or mesh) of the recipe, by group."""
     chosen: dict[str, str | None] = {}
     for name in reversed(_lineage(config_name)):
         for entry in _defaults(name):
@@ -83,7 +83,7 @@ def _settings(config_name: str) -> list[str]:
 
 
 def _bases(group: str, choice: str) -> list[Path]:
-    """Return the files that a choice is based on, then its own file."""
+    """Return the YAML files that ``choice`` of ``group`` inherits from, then its own file."""
     file = CONFIGS / group / f"{choice}.yaml"
     defaults = (yaml.safe_load(file.read_text()) or {}).get("defaults", [])
     bases = [entry for entry in defaults if isinstance(entry, str) and entry != "_self_"]
@@ -91,9 +91,10 @@ def _bases(group: str, choice: str) -> list[Path]:
 
 
 def _body(file: Path, indent: str) -> list[str]:
-    """Return the lines of a YAML file without its defaults list and Hydra's section.
+    """Return the lines of a YAML file, indented by ``indent``, without its defaults list and Hydra's section.
 
-    The opening comment of a base is kept; that of a choice is in the list of choices.
+    The comment at the beginning of a choice's file is left out, since the list of choices shows it.  That of a file
+    whose name begins with ``_``, from which choices inherit, is kept.
     """
     text = re.sub(r"(?m)^defaults:\n(?:  .*\n)+", "", file.read_text())
     text = re.sub(r"(?ms)^hydra:\n.*", "", text)

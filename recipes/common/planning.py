@@ -71,7 +71,7 @@ class Plan:
 
     @cached_property
     def seconds(self) -> float:
-        """Seconds of the work."""
+        """Predicted seconds of the work: the sum of `parts`."""
         return sum(self.parts.values())
 
     @property

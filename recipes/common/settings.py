@@ -50,7 +50,7 @@ def sections(config: DictConfig, name: str, kind: type[Section], say: Say = say)
 
 
 def top_level(config: DictConfig, kind: type[Section]) -> Section:
-    """Return the settings outside any section as a ``kind``; a field of ``kind`` may also be a whole section.
+    """Return the top-level settings, which are in no section, as a ``kind``; a field of ``kind`` may also be a section.
 
     Raises ValueError, with the setting's name, for one that ``kind`` does not have or a value of another type.
     """

@@ -35,7 +35,7 @@ ERRORS = ("zero_shot", "grouped", "fitted", "distilled")  # a block's errors, in
 
 @dataclass(frozen=True)
 class BlockRun:
-    """One rank of a run that goes through a model block by block, with the listener for a request to stop."""
+    """One rank's state in a run that goes through a model block by block; ``stop`` listens for a request to stop."""
 
     runtime: Runtime
     blocks: Blocks

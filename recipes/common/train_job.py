@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Settings of configs/pretrain.yaml, extend.yaml and finetune.yaml outside any section."""
+    """Top-level settings of configs/pretrain.yaml, extend.yaml and finetune.yaml."""
 
     out: str
     steps: PositiveInt = 100

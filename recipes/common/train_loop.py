@@ -37,9 +37,10 @@ _FINITE = ("loss", "grad_norm", "eval/loss")  # figures that are finite unless t
 
 @dataclass(frozen=True)
 class Start:
-    """Resume point of a run: the steps done, the data's resume state and the id of the run's record.
+    """Resume point of a run: its last step, the resume state of its text, and the id of the record of its metrics.
 
-    On resume, records from ``first_record`` on are deleted.  Record 0 holds samples of the text.
+    The record has an entry for each step; entry 0 has samples of the text.  On resume, entries from ``first_record`` on
+    are deleted.
     """
 
     step: int = 0
@@ -104,7 +105,10 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
 
 
 def _open_record(job: TrainJob, start: Start, say: Callable[[str], None], first: bool) -> tuple[Tracker, str | None]:
-    """Return the tracker of the run's metrics and its W&B id; a new run also gets a table of samples."""
+    """Return the tracker of the run's metrics, and the id of their record.
+
+    In a new run, a table with samples of the text is tracked first.
+    """
     from longctx.train.track import start_tracking
 
     step, run_id = start.first_record, start.run_id
@@ -173,7 +177,7 @@ def resume(state: TrainState, job: TrainJob, report: Callable[[str], None]) -> S
 
     folder, passed_over = checkpoint.agreed_on_all_ranks(job.out / "checkpoints")
     for reason in passed_over:
-        report(f"passed over: {reason}")
+        report(f"checkpoint skipped: {reason}")
     if not folder:
         return Start()
     if line := checkpoint_index.unchecked_line(folder):
@@ -189,7 +193,10 @@ def resume(state: TrainState, job: TrainJob, report: Callable[[str], None]) -> S
 
 
 def _with_weights(metadata: Mapping[str, Any]) -> State:
-    """Return the resume state of the text with the sources' weights, which version 0.1 kept in the settings only."""
+    """Return the resume state of the text in a checkpoint's ``metadata``, with the weights of the sources in it.
+
+    Version 0.1 saved the weights in the settings only.
+    """
     data: State = metadata["data"]
     if not data["documents"]:
         return data

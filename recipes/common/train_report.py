@@ -19,7 +19,7 @@ from recipes.common.train_memory import describe_memory, predict_memory, step_wo
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of a run's last 100 steps, and the bytes by part at the peak of a step (None: not counted).
+    """Seconds of each of a run's last 100 steps, and the peak memory of a step in bytes by part (None: not counted).
 
     The first step warms up, and a step whose bytes are counted is slower: their seconds are left out.
     """
@@ -38,7 +38,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class RunResult:
-    """Result of a run: last step and its loss (nats a token), folder of the checkpoint; ``stopped``: by request."""
+    """Result of a run: its last step, that step's loss (nats a token), and the folder of the last checkpoint.
+
+    ``stopped`` is True if the run ended early, because it was asked to.
+    """
 
     step: int
     loss: float | None  # None if no step was left to run
@@ -58,9 +61,9 @@ def predict_step(job: TrainJob) -> float | None:
 
 
 def compared(job: TrainJob, measured: Measured) -> list[tuple[str, str]]:
-    """Return rows (name, text) of a table: each measured figure with its prediction.
+    """Return rows (name, text) of a table: measured time and memory of a step, each with its prediction.
 
-    A figure without a measurement or without a prediction has no row.
+    A figure that was not measured has no row; nor has the time without a prediction.
     """
     table_rows, predicted = list[tuple[str, str]](), predict_step(job)
     if predicted is not None and measured.seconds:

@@ -43,7 +43,7 @@ def test_fitted_constants_classify_all_of_table_4():
 
 def test_points_without_a_crossover_are_refused():
     for points in ([(1, 2, 1.0, 2.0), (3, 4, 1.0, 3.0)], [(1, 2, 1.0, 1.0), (3, 4, 1.0, 3.0)], []):
-        with pytest.raises(ValueError, match="one strategy is at least as fast at every point"):
+        with pytest.raises(ValueError, match="one of pass_kv and pass_q is at least as fast at every miss rate"):
             fit_empirical(points)
     with pytest.raises(ValueError, match=r"use context\.strategy=auto"):
         choose("empirical", work(1, 1), PEAKS)

@@ -101,7 +101,7 @@ def test_report_names_the_commits_of_all_answers(resumed, monkeypatch):
     assert "of another commit" not in resume()[2]
     monkeypatch.setattr(run, "commit_of", lambda _: "000000000000")
     _, _, err = resume()
-    assert f"has answers of another commit, {before}: use another out= to ask all again" in err
+    assert f"has answers of another commit, {before}, which are used: to ask all again, use another out=" in err
     assert report_of(out)["commit"] == f"000000000000, {before}"
     assert f"commit: 000000000000, {before}" in (out / "report.md").read_text()
 

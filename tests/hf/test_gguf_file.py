@@ -93,7 +93,11 @@ def test_folder_has_the_tensors_and_the_tokenizer(tensors: dict[str, Tensor], tm
     [
         ({"rope_freqs.weight": torch.ones(2)}, {}, "has tensors that transformers does not read"),
         ({}, {"qwen2__attention__sliding_window": 37.0}, r"does not read qwen2\.attention\.sliding_window from GGUF"),
-        ({}, {"qwen2__rope__dimension_count": 2.0}, "does not read from GGUF that a part of each head is rotated"),
+        (
+            {},
+            {"qwen2__rope__dimension_count": 2.0},
+            "rotates only a part of each head, which transformers does not read from GGUF files",
+        ),
         ({}, {"qwen2__rope__scaling__factor": 4.0}, r"does not read qwen2\.rope\.scaling\.factor from GGUF"),
         ({"blk.1.attn_extra.weight": torch.ones(3)}, {}, "has tensors that transformers does not read"),
     ],

@@ -136,8 +136,8 @@ def test_every_declared_key_is_known(model_type):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"attention_dropout": 0.1}, "attention_dropout=0.1: training has no dropout here"),
-        ({"router_jitter_noise": 0.1}, "router_jitter_noise=0.1: training has no noise here"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1: longctx trains without dropout"),
+        ({"router_jitter_noise": 0.1}, "router_jitter_noise=0.1: longctx trains without noise"),
     ],
     ids=str,
 )

@@ -62,7 +62,7 @@ def test_shapes_are_those_of_transformers(tmp_path, kind):
         (lambda tensors: tensors.pop(UP), f"lacks 1 tensors .*{UP}: use a complete checkpoint"),
         (lambda tensors: tensors.update(extra=torch.ones(3)), r"no part of the model takes: \['extra'\]"),
         (lambda tensors: tensors.update({"dropped.x": torch.ones(3)}), r"no part of the model takes"),
-        (lambda tensors: tensors.update({UP: tensors[UP].T.contiguous()}), r"shape \(12, 11\).*makes it \(11, 12\)"),
+        (lambda tensors: tensors.update({UP: tensors[UP].T.contiguous()}), r"shape \(12, 11\).*requires \(11, 12\)"),
         (lambda tensors: tensors.update({UP: tensors[UP].to(torch.float8_e4m3fn)}), f"{UP} is F8_E4M3: use an unquant"),
         (lambda tensors: tensors.update({UP: tensors[UP].to(torch.int8)}), f"{UP} is I8: use an unquantised"),
         (lambda tensors: tensors.update({HEAD: tensors[EMBEDDING] + 1}), "differs from the embedding.*set it to false"),

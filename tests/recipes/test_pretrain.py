@@ -206,7 +206,7 @@ def test_corrupt_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
         largest = max(corrupt.glob("*.distcp"), key=lambda file: file.stat().st_size)
         largest.write_bytes(largest.read_bytes()[:-1])
     err = run_to_end(tmp_path, "checkpoint.every=2", "steps=5")
-    assert err.count("passed over: step-00000004 is corrupt") == 1
+    assert err.count("checkpoint skipped: step-00000004 is corrupt") == 1
     assert "resuming after step 2" in err
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
 
@@ -223,7 +223,7 @@ def test_corrupt_checkpoint_is_passed_over_and_named(cli, tmp_path, damage):
         (["data=text", "data.sources=[{path:README.md,share:3}]"], r"there is no setting data\.sources\.0\.share"),
         (["out=/dev/null/here"], r"out=/dev/null/here cannot be written \(Not a directory\): give a writable folder"),
         (["out=/proc/here"], r"out=/proc/here cannot be written \(.*\): give a writable folder"),
-        (["+model.config.attention_dropout=0.1"], r"attention_dropout=0\.1: training has no dropout here"),
+        (["+model.config.attention_dropout=0.1"], r"attention_dropout=0\.1: longctx trains without dropout"),
         (["context.chunk=7"], r"context\.chunk=7 is for inference"),
         (["optim.warmup=5", "optim.decay_steps=5"], r"optim\.decay_steps=5 is not after optim\.warmup=5"),
         (["optim.clip=-1"], r"clip=-1"),

@@ -51,7 +51,7 @@ def test_answers_of_a_prompt_have_seeds_that_follow(cli, tiny, tmp_path, prepare
 
 
 def test_answers_that_would_be_equal_are_refused(refusal):
-    assert "n=2 answers are equal at sampling.temperature=0" in refusal("prompt.text=a", "n=2")
+    assert "all n=2 answers would be equal at sampling.temperature=0" in refusal("prompt.text=a", "n=2")
     assert "sampling.stop_tokens has token 256" in refusal("prompt.text=a", "sampling.stop_tokens=[5,256]")
 
 

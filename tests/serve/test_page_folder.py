@@ -24,7 +24,9 @@ def test_other_servers_are_refused_with_what_differs(tmp_path):
 def test_folders_with_other_files_and_damaged_indices_are_refused(tmp_path):
     (tmp_path / "letter").touch()
     for place in (tmp_path, tmp_path / "letter"):
-        with pytest.raises(ValueError, match="has no pages of a server: use another folder"):
+        with pytest.raises(
+            ValueError, match="has other files than the saved pages of a server: use an empty or new folder"
+        ):
             refuse_other_pages(place, ORIGIN, "cache.save=x")
     write_origin(tmp_path, ORIGIN)
     content = (tmp_path / INDEX).read_text()

@@ -104,7 +104,10 @@ def _refuse_other_shape(folder: Path, shape: ModelShape) -> None:
 
 
 def _files_of_stage(model: GPTModel, shape: ModelShape, family: Family, file_size: str) -> list[StoredTensors]:
-    """Return the tensors of each file of this stage.  The first stage writes a tied embedding; the last skips it."""
+    """Return, for each file of this pipeline stage, its tensors by name; a file has at most ``file_size``.
+
+    A tied embedding is written by the first stage and skipped by the last.
+    """
     stored: StoredTensors = {}
     for view in _views_on_all_ranks(model, shape):
         if model.pre_process or view.name != EMBEDDING:
@@ -116,14 +119,15 @@ def _files_of_stage(model: GPTModel, shape: ModelShape, family: Family, file_siz
 
 
 def _bytes(parts: Sequence[TensorView]) -> int:
-    """Return the size of a whole tensor of the files in bytes."""
+    """Return the size in bytes of one tensor in the files, which joins the whole tensors of ``parts``."""
     return sum(prod(part.full_shape) * part.view.element_size() for part in parts)
 
 
 def _views_on_all_ranks(model: GPTModel, shape: ModelShape) -> Iterator[TensorView]:
-    """Yield the views of a stage's tensors in the order of a rank that holds all experts.
+    """Yield a view for every tensor of this pipeline stage, those of other ranks' experts included, in model order.
 
-    A tensor of an expert on another rank has the view of this rank's expert in the same place.
+    Expert-parallel ranks hold different experts of the same shapes.  For an expert on another rank, the view is that of
+    this rank's expert in the same place, with the other expert's name and ``ep_rank`` set to its rank.
     """
     by_rank = [tensor_views(model, shape, rank) for rank in range(model.pg_collection.ep.size())]
     for is_shared, run in groupby(zip(*by_rank, strict=True), lambda views: views[0].name == views[-1].name):
@@ -135,7 +139,10 @@ def _views_on_all_ranks(model: GPTModel, shape: ModelShape) -> Iterator[TensorVi
 
 
 def _write(file: Path, stored: StoredTensors, family: Family, tp: Comm, ep: Comm) -> None:
-    """Gather the tensors of one file over ``tp`` and ``ep``; the first rank of both writes them."""
+    """Gather the tensors of one file from the ranks of ``tp`` and ``ep``, and write them to ``file`` on the first rank.
+
+    ``stored`` maps a name in the file to the views that make up its tensor.
+    """
     tensors = {}
     for name, parts in stored.items():
         tensor = join([_gather_expert(part, tp, ep) for part in parts], family.interleaved(name))
@@ -146,7 +153,7 @@ def _write(file: Path, stored: StoredTensors, family: Family, tp: Comm, ep: Comm
 
 
 def _gather_expert(view: TensorView, tp: Comm, ep: Comm) -> Float[Tensor, "rows ..."]:
-    """Return `gather_whole` of ``view``, taken from the rank of ``ep`` that holds its expert."""
+    """Return the whole tensor of ``view`` on every rank; an expert's comes from the rank of ``ep`` that holds it."""
     whole = gather_whole(view, tp)
     return whole if view.ep_rank is None else ep.all_gather(whole, [tuple(whole.shape)] * ep.size)[view.ep_rank]
 

@@ -76,9 +76,10 @@ _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.")
 class TensorView:
     """This rank's share of the Hugging Face tensor ``name``, as a view into a parameter.
 
-    ``view`` is [groups rows ...].  ``shard_dim`` is the dim of the tensor that tensor-parallel ranks shard, or None if
-    every rank holds the whole tensor.  ``full_shape`` is the shape of the whole tensor without padding.  ``ep_rank``
-    is set for a tensor that only this expert-parallel rank has.
+    ``view`` is [groups rows ...]: a parameter that fuses several tensors holds their rows in turn, one group after the
+    other (see `fused_views`).  ``shard_dim`` is the dim of the tensor that tensor-parallel ranks shard, or None if
+    every rank holds the whole tensor.  ``full_shape`` is the shape of the whole tensor without padding.  ``ep_rank`` is
+    set for a tensor that only this expert-parallel rank has.
     """
 
     name: str
@@ -143,7 +144,10 @@ def fused_views(
 
 
 def _hf_names(model: GPTModel, name: str, shape: ModelShape, first_expert: int) -> tuple[str, ...]:
-    """Return the Hugging Face names of the tensors in megatron-core's parameter ``name``."""
+    """Return the Hugging Face names of the tensors in the parameter that megatron-core calls ``name``.
+
+    ``first_expert`` is the index of this rank's first expert among those of all ranks.
+    """
     if name in _MODEL_NAMES:
         return (EMBEDDING if shape.tied and name == "output_layer.weight" else _MODEL_NAMES[name],)
     _, _, index_in_stage, name_in_layer = name.split(".", 3)

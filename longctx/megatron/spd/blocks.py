@@ -72,7 +72,7 @@ class Blocks:
         return out.reshape(x.shape)
 
     def _attention_kwargs(self, layer: SPDTransformerLayer, x: Hidden) -> dict[str, Any]:
-        """Return the `Pass` that ``layer`` needs for the input ``x``."""
+        """Return keyword arguments for ``layer`` on the input ``x``: a `Pass` with attention within each sequence."""
         sequences, length, _ = x.shape
         mask = causal_within(self.shape.windows[layer.layer_number - 1])
         packed = hybrid(SingleRankComm(), SingleRankComm(), documents([length] * sequences, 1), mask)
@@ -99,7 +99,10 @@ class Blocks:
         return total
 
     def copy_of(self, block: int, *, own_norms: bool) -> SPDTransformerLayer:
-        """Return a trainable copy of block ``block`` that drops its reduction."""
+        """Return a trainable copy of block ``block`` that drops its reduction.
+
+        With ``own_norms``, each tensor-parallel rank trains norm weights of its own.
+        """
         original = self.model.decoder.layers[block]
         spec = layer_spec(SPDTransformerLayer, self.shape, self.model.pg_collection)
         layer: SPDTransformerLayer = build_module(
@@ -244,5 +247,5 @@ class Blocks:
 
 
 def _one_row(x: Hidden) -> Float[Tensor, "rows 1 hidden"]:
-    """Concatenate the sequences along one dim, as megatron-core's layers take packed sequences."""
+    """Return sequences ``x`` [b s hidden] as one packed sequence [b*s 1 hidden], as megatron-core's layers take it."""
     return x.reshape(-1, 1, x.shape[-1])

@@ -113,7 +113,7 @@ class SPDTransformerLayer(TransformerLayer):
     def _forward_all_shares(
         self, hidden_states: Float[Tensor, "s b hidden"], attention_mask: None = None, **kwargs: Any
     ) -> tuple[Float[Tensor, "s b hidden"], None]:
-        """Compute the terms of all N ranks on this rank, and sum them."""
+        """Run the SPD block on this rank alone: compute the terms of all N ranks one after the other, and sum them."""
         mlp, own = self.mlp, self.mlp.linear_fc1.share
         partials, bias = self.self_attention(
             self.input_layernorm(hidden_states), attention_mask, packed_seq_params=kwargs["packed_seq_params"]
@@ -150,9 +150,10 @@ class SPDTransformerLayer(TransformerLayer):
         return self._norm(self.pre_mlp_layernorm, u if bias is None else u + self._replicated(bias))
 
     def _reduce_both(self, partial: Tensor, z: Tensor) -> Tensor:
-        """Return what attention and MLP add to the residual stream, with one reduction.
+        """Sum the partial outputs of attention (``partial``) and of the MLP (``z``) over ranks, with one reduction.
 
-        If the model normalises both outputs after their sums, the two partial outputs travel as one tensor.
+        Returns what both add to the residual stream.  If the model normalises the two outputs after their sums, they
+        travel as two halves of one tensor.
         """
         if not self._normalises_outputs:
             return self._reduce(partial + z)

@@ -23,9 +23,10 @@ from longctx.shapes import Float, Int, Positions, Tensor, Tokens
 class MicroBatch:
     """This rank's rows of one packed sequence, padded so that every rank has equally many.
 
-    ``mask`` is 1 for rows whose target counts in the loss, otherwise 0 (padding included).  ``bucket`` has, for each
-    row, the index of the sum to which its loss is added.  The rows after the first ``rows`` are padding.
-    ``mean_counted`` is the mean number of targets per sequence that count in the loss, over the whole batch.
+    ``mask`` is 1 for rows whose target counts in the loss, otherwise 0 (padding included).  An evaluation sums the
+    losses separately for ranges of positions, called buckets; ``bucket`` has the number of each row's bucket.  The rows
+    after the first ``rows`` are padding.  ``mean_counted`` is the mean number of targets per sequence that count in the
+    loss, over the whole batch.
     """
 
     tokens: Tokens
@@ -39,7 +40,10 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class LossSums:
-    """Per bucket, the sum of losses (nats) and the number of counted tokens, over all ranks and micro-batches."""
+    """Sums of losses (nats) and numbers of counted tokens, over all ranks and micro-batches.
+
+    Both have one entry for each bucket: a range of positions in the documents (see `longctx.train.step.evaluate`).
+    """
 
     losses: tuple[float, ...]
     tokens: tuple[int, ...]
@@ -51,7 +55,7 @@ class LossSums:
 
     @property
     def means(self) -> tuple[float | None, ...]:
-        """Mean loss (nats per token) of each bucket; None for a bucket without tokens."""
+        """Mean loss (nats per token) of each bucket; None for a bucket in which no token counts."""
         return tuple(loss / n if n else None for loss, n in zip(self.losses, self.tokens, strict=True))
 
 
@@ -60,8 +64,8 @@ def forward_backward(
 ) -> LossSums:
     """Run the micro-batches ``batches``, equally many on every rank, and return their loss sums.
 
-    With ``learn``, also compute the gradients of the mean loss; otherwise run forward only.  ``buckets`` is the number
-    of loss sums (see `MicroBatch`).
+    With ``learn``, also compute the gradients of the mean loss; otherwise run forward only.  Losses are summed
+    separately for each of ``buckets`` ranges of positions (see `MicroBatch`).
     """
     batches = list(batches)
     run = get_forward_backward_func()
@@ -133,7 +137,8 @@ def _report(
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""], Float[Tensor, "2 buckets"]]:
     """Return what megatron-core expects of a loss function: the loss to differentiate, its token count, a report.
 
-    The report has the sums of losses and of counted tokens per bucket (float64).
+    The report has two rows (float64): the sum of losses of each bucket, and its number of counted tokens (see
+    `LossSums`).
     """
     report = torch.stack([losses * batch.mask, batch.mask]).double()
     sums = report.new_zeros(2, buckets).index_add(1, batch.bucket, report)

@@ -119,11 +119,11 @@ def probe_decode(world: Comm, dtype: torch.dtype, device: torch.device) -> Decod
 def probe_layer(
     world: Comm, layer: Callable[[int], object], weights: float, dtype: torch.dtype, device: torch.device
 ) -> LayerRates:
-    """Measure the rates of a rank outside attention, on all ranks of ``world`` at once.
+    """Measure the rates of one rank's layers without attention, while all ranks of ``world`` compute at once.
 
-    ``layer(rows)`` computes a layer without attention; it has ``weights`` weights.  In the fitted model, the time of a
-    layer is the sum of three: reading its weights, its GEMMs, and the fixed ``layer_s``.  The GEMMs of a single row are
-    counted as free.
+    ``layer(rows)`` computes a layer of ``weights`` weights, without attention, for that many rows.  The rates follow
+    from its seconds for one row and for many rows.  The model is: a layer takes the time to read its weights, plus the
+    time of its GEMMs, plus a fixed overhead ``layer_s``.  With one row, the GEMMs count as free.
     """
     decode = probe_decode(world, dtype, device)
     one_s, many_s = (_slowest(world, partial(layer, rows), device) for rows in (1, _ROWS))
@@ -133,7 +133,7 @@ def probe_layer(
 
 
 def _link(small_s: float, large_s: float) -> Link:
-    """Fit latency and bytes/s to the seconds of a message of `_SMALL` and one of `_LARGE` bytes."""
+    """Fit a `Link` (latency and bytes/s) to the seconds of a message of `_SMALL` bytes and of one of `_LARGE` bytes."""
     per_byte = max((large_s - small_s) / (_LARGE - _SMALL), 1 / _FASTEST)
     return Link(max(0.0, small_s - per_byte * _SMALL), 1 / per_byte)
 
@@ -159,7 +159,7 @@ def _exchange(ring: Comm, size: int, device: torch.device) -> Callable[[], objec
 
 
 def _slowest(ring: Comm, work: Callable[[], object], device: torch.device) -> float:
-    """Return the median over rounds of the slowest rank's seconds; the first round only warms up."""
+    """Return the slowest rank's seconds of ``work``: the median of several rounds, after a warm-up round."""
     slowest = []
     for _ in range(1 + _ROUNDS):
         _gather_seconds(ring, 0.0, device)  # a barrier

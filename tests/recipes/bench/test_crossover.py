@@ -72,7 +72,7 @@ def test_without_a_crossover_the_rule_is_absent_and_the_file_keeps_its_constants
     out = tmp_path / "crossover.json"
     crossover.report(job(out=str(out)), ON, measured)
     says, result = capsys.readouterr().err, json.loads(out.read_text())
-    assert says.startswith("no empirical rule: one strategy is at least as fast in every row")
+    assert says.startswith("no empirical rule is fitted, since one strategy is at least as fast in every row")
     assert all("empirical" not in row["rules"] for row in result["rows"])
     assert result["hardware"]["empirical"] == [9.0, 9.0, 9.0]
 
