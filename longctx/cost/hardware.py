@@ -112,7 +112,7 @@ def hardware_of(values: Any, source: str) -> Hardware:
     """
     fix = "measure again with python -m recipes.calibrate out=FILE.yaml"
     try:
-        refuse_unknown(values, ["measured", *(one.name for one in fields(Hardware))], "a hardware file")
+        refuse_unknown(values, ["measured", "errors", *(one.name for one in fields(Hardware))], "a hardware file")
         hop, exchange = link_of(values["hop"]), link_of(values["exchange"])
         flops, kv, block_s, overlap = (float(values[x]) for x in ("flops", "kv_bytes_per_s", "block_s", "overlap"))
         empirical = None

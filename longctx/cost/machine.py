@@ -77,14 +77,16 @@ class Level:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Mean absolute error of predicted against published times, as a ``share`` of the published time.
+    """How far predicted times were from those of runs: 80 % of the runs were at most a ``share`` of their time away.
 
-    It is valid for meshes like the published ones: at most ``ranks`` ranks, and 1 rank on each axis not in ``axes``.
+    It is valid for meshes like those of the runs, of at most ``ranks`` ranks and with 1 rank on each axis not in
+    ``axes``, and for numbers of ``element_bytes`` bytes.
     """
 
     share: float
     axes: Sequence[str]
     ranks: int
+    element_bytes: int = 2
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Machine:
     * ``memory_bytes``: memory of a GPU; None sets no limit.
     * ``peak_flops``: the denominator of MFU.  ``ffn_element_bytes``: size of an FFN weight, 1 if measured with FP8.
     * ``partial_element_bytes``: see `longctx.cost.attention.Work`.
-    * ``errors``: accuracy for each kind of work that has published times.
+    * ``errors``: accuracy for each kind of work whose predictions were compared with runs.
     * ``backward``: time of the backward of a block of attention, divided by the forward's.
     * ``ranks_at_once``: ranks that compute at once, if ranks share the cores of a CPU; None sets no limit.
     """
@@ -168,11 +170,16 @@ class Machine:
         span = ranks * stride
         return next((level for level in self.levels if span <= level.ranks), self.levels[-1])
 
-    def expected_error(self, work: str, mesh: Degrees) -> float | None:
-        """Return the mean absolute error, as a share, of ``work`` on meshes like ``mesh``; None if unknown."""
+    def expected_error(self, work: str, mesh: Degrees, element_bytes: int) -> float | None:
+        """Return the share of the time that 80 % of predictions for ``work`` are within; None if it is unknown.
+
+        ``mesh`` and the bytes of a number, ``element_bytes``, must be like those of the compared runs.
+        """
         accuracy = self.errors.get(work)
         ranks = {axis: getattr(mesh, axis) for axis in ("tp", "ulysses", "ring", "dp", "pp", "ep")}
-        if accuracy is None or prod(ranks.values()) / mesh.ep > accuracy.ranks:
+        if accuracy is None or accuracy.element_bytes != element_bytes:
+            return None
+        if prod(ranks.values()) / mesh.ep > accuracy.ranks:
             return None
         return accuracy.share if all(n == 1 or axis in accuracy.axes for axis, n in ranks.items()) else None
 
@@ -228,15 +235,12 @@ def machine_of(values: Any, source: str) -> Machine:
     of the wrong type or range.
     """
     if not isinstance(values, Mapping) or "levels" not in values:
-        return _one_node(hardware_of(values, source), source)
+        return replace(_one_node(hardware_of(values, source), source), errors=errors_of(values, source))
     try:
         # 1. Take the fields of `Machine`; "fitted" lists the names of fitted constants.
         refuse_unknown(values, ["fitted", *(one.name for one in fields(Machine))], "a machine")
         levels = [_level_of(one) for one in values["levels"]]
-        errors = {
-            str(work): Accuracy(float(one["share"]), tuple(map(str, one["axes"])), int(one["ranks"]))
-            for work, one in (values.get("errors") or {}).items()
-        }
+        errors = errors_of(values, source)
         # 2. Convert the numbers.
         whole = ("gpus_per_node", "partial_element_bytes", "ranks_at_once")
         others = ("fitted", "levels", "errors")
@@ -248,6 +252,24 @@ def machine_of(values: Any, source: str) -> Machine:
             f"{source} does not describe a machine ({error}): copy a file of configs/machine and change its numbers, "
             "or measure this machine with python -m recipes.calibrate out=FILE.yaml"
         ) from error
+
+
+def errors_of(values: Mapping[str, Any], source: str) -> dict[str, Accuracy]:
+    """Return the section ``errors`` of parsed YAML, which may be missing; ``source`` names the file in errors."""
+    try:
+        return {str(work): _accuracy_of(one) for work, one in (values.get("errors") or {}).items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{source}: its section errors cannot be read ({error}): delete the section, or write it again with "
+            "python -m recipes.bench times record=true"
+        ) from error
+
+
+def _accuracy_of(values: Mapping[str, Any]) -> Accuracy:
+    """Return the `Accuracy` in parsed YAML."""
+    refuse_unknown(values, [one.name for one in fields(Accuracy)], "an accuracy")
+    element_bytes = int(values.get("element_bytes", Accuracy.element_bytes))
+    return Accuracy(float(values["share"]), tuple(map(str, values["axes"])), int(values["ranks"]), element_bytes)
 
 
 def _level_of(values: Mapping[str, Any]) -> Level:

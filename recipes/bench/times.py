@@ -2,6 +2,7 @@
 
 python -m recipes.bench times hardware=laptop.yaml json=times.json
 python -m recipes.bench times hardware=laptop.yaml json=times.json only=[networks]   # adds a group to the file
+python -m recipes.bench times hardware=laptop.yaml only=[prefill,decode,train] record=true   # errors for recipes.plan
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from omegaconf import DictConfig
 from pydantic import PositiveInt
 
 from longctx.cost.forward import Numbers, decode_cost, prefill_cost
-from longctx.cost.machine import Machine
+from longctx.cost.machine import Accuracy, Machine
 from longctx.cost.step import step_cost
 from longctx.parallel.validate import refuse_unfit
 from recipes.bench.host_call import call_on_hosts
 from recipes.bench.hosts import bits_per_s, refuse_hosts
 from recipes.bench.timed_run import TimedRun, dropped_share, measure, measure_all
-from recipes.bench.times_report import Row, draw_times, merge, page_of, show
+from recipes.bench.times_report import Row, covering_error, draw_times, errors, merge, page_of, show
 from recipes.common.cli import is_first, on_ranks, say, warm_up_ranks, write_result
-from recipes.common.hardware_file import read_machine, refuse_other_threads
+from recipes.common.hardware_file import read_machine, record_errors, refuse_other_threads
+from recipes.common.overrides import choices
 from recipes.common.places import refuse_unwritable
 from recipes.common.predicted import ELEMENT_BYTES
 from recipes.common.provenance import provenance
@@ -35,6 +37,7 @@ from recipes.common.train_memory import step_work
 from recipes.common.train_task import WARM
 
 RECIPE = "recipes.bench times"
+ENOUGH = 4  # runs of a kind of work from which an error is recorded
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class TimesSettings:
     hardware: str
     only: tuple[str, ...] = ()
     rounds: PositiveInt = 3
+    record: bool = False
     json: str | None = None
     markdown: str | None = None
     picture: str | None = None
@@ -62,10 +66,15 @@ class TimesJob:
 def prepare(config: DictConfig) -> TimesJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
     values = as_dict(config)
-    own = ("hardware", "only", "rounds", "json", "markdown", "picture")
+    own = ("hardware", "only", "rounds", "record", "json", "markdown", "picture")
     settings = top_level(as_config({name: values[name] for name in own}), TimesSettings)
     for name, suffixes in (("json", (".json",)), ("markdown", (".md",)), ("picture", (".svg", ".png", ".pdf"))):
         refuse_unwritable(getattr(settings, name), name, suffixes)
+    if settings.record and settings.hardware in choices("machine"):
+        raise ValueError(
+            f"record=true writes to a file, and hardware={settings.hardware} is a name of configs/machine: use "
+            "hardware=FILE.yaml, which recipes.calibrate wrote"
+        )
     runs = sections(config, "runs", TimedRun)
     groups = sorted({run.group for run in runs})
     if unknown := [name for name in settings.only if name not in groups]:
@@ -133,6 +142,11 @@ def task(config: DictConfig) -> None:
             say(f"{run}: {median(seconds) * 1e3:,.1f} ms")
     if results and is_first():
         report(job, results)
+        if job.settings.record:
+            recorded = accuracies(job, results)
+            record_errors(job.settings.hardware, recorded)
+            kinds = [f"{work} {one.share:.0%}" for work, one in recorded.items()] or [f"none has {ENOUGH} runs"]
+            say(f"errors for recipes.plan, written to {job.settings.hardware}: {', '.join(kinds)}")
 
 
 def measure_here(job: TimesJob, runs: Sequence[TimedRun], jobs: Sequence[TrainJob]) -> Iterator[list[float]]:
@@ -163,6 +177,28 @@ def result_of(job: TimesJob, run: TimedRun, one: TrainJob, seconds: Sequence[flo
         "measured": seconds,
         "predicted": predicted,
     }
+
+
+def accuracies(job: TimesJob, results: Sequence[Row]) -> dict[str, Accuracy]:
+    """Return the accuracy of predictions for each kind of work with at least `ENOUGH` runs.
+
+    ``results`` are in the order of the job's runs.  Runs with emulated links, dropped or rounded reductions do not
+    count: the first have other links than the machine, and a plan shows no error for the others.
+    """
+    element = ELEMENT_BYTES[job.jobs[0].target.model.dtype]
+    plain = [
+        (run, error)
+        for run, error in zip(job.runs, errors(results), strict=True)
+        if not (run.rate or run.drop) and run.reduce == "float32"
+    ]
+    found = {}
+    for work in dict.fromkeys(run.work for run, _ in plain):
+        meshes = [run.mesh for run, _ in plain if run.work == work]
+        axes = tuple(axis for axis in vars(meshes[0]) if any(getattr(mesh, axis) > 1 for mesh in meshes))
+        share = covering_error([error for run, error in plain if run.work == work])
+        if len(meshes) >= ENOUGH:
+            found[work] = Accuracy(share, axes, max(mesh.ranks for mesh in meshes), element)
+    return found
 
 
 def report(job: TimesJob, results: Sequence[Row]) -> None:

@@ -56,8 +56,14 @@ def expected_error(results: Sequence[Row], group: str) -> float | None:
 
     It is the error to expect in ``group``.  Returns None if no runs are outside.
     """
-    sizes = sorted(abs(error) for error in errors([row for row in results if row["group"] != group]))
-    return sizes[min(len(sizes) - 1, int(COVERED * len(sizes)))] if sizes else None
+    others = errors([row for row in results if row["group"] != group])
+    return covering_error(others) if others else None
+
+
+def covering_error(some: Sequence[float]) -> float:
+    """Return the absolute error that a share `COVERED` of ``some`` relative errors stays below."""
+    sizes = sorted(map(abs, some))
+    return sizes[min(len(sizes) - 1, int(COVERED * len(sizes)))]
 
 
 def coverage(results: Sequence[Row]) -> float | None:

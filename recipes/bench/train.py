@@ -39,6 +39,7 @@ class TrainBenchSettings:
     """Settings of configs/bench/train.yaml beyond those of a training run, without the list ``meshes``."""
 
     rounds: PositiveInt = 3
+    compared_loss_rows: tuple[PositiveInt | None, ...] = ()
     peers: tuple[Literal["yunchang", "ring_flash_attn"], ...] = ("yunchang", "ring_flash_attn")
     json: str | None = None
 
@@ -54,10 +55,14 @@ class TrainBenchJob:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of this rank's training steps, and activation bytes of a micro-batch on the rank that has the most."""
+    """Seconds of this rank's training steps, and activation bytes of a micro-batch on the rank that has the most.
+
+    ``compared`` has the seconds of steps with other values of ``loss_rows``, by value.
+    """
 
     seconds: list[float]
     activation_bytes: int
+    compared: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class SavedActivations:
 
 def prepare(config: DictConfig) -> TrainBenchJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
-    names, values = ("rounds", "peers", "json"), as_dict(config)
+    names, values = ("rounds", "compared_loss_rows", "peers", "json"), as_dict(config)
     settings = top_level(as_config({name: values[name] for name in names}), TrainBenchSettings)
     refuse_unwritable(settings.json, "json")
     plain = as_config({name: value for name, value in values.items() if name not in (*names, "meshes")})
@@ -140,10 +145,11 @@ def refuse_unmeasured(job: TrainJob) -> None:
             raise ValueError(f"{name}={value}: this benchmark measures {measured} only; use {name}={measured}")
 
 
-def time_steps(rank: Rank, job: TrainJob, rounds: int) -> StepTimes:
+def time_steps(rank: Rank, job: TrainJob, settings: TrainBenchSettings) -> StepTimes:
     """Time ``rounds`` training steps on ``job``'s mesh, after a warm-up step whose activation bytes are counted.
 
-    Every rank calls this; it returns this rank's seconds, and the bytes of the rank that has the most.
+    Steps with ``compared_loss_rows`` take turns with those of the job.  Every rank calls this; it returns this rank's
+    seconds, and the bytes of the rank that has the most.
     """
     from longctx.attention.backends import kernel_for
     from longctx.data.batches import training_batches
@@ -158,15 +164,17 @@ def time_steps(rank: Rank, job: TrainJob, rounds: int) -> StepTimes:
         parallelism = ContextParallel(job.data.length, context.layout, kernel, STRATEGIES[context.strategy])
         batches = training_batches(job.data, tokenizer_of(target.folder))(None)
 
-        def measure(_: Mesh) -> float:
-            batch = next(batches)[0]
+        def measure(loss_rows: int | None) -> float:
+            batch, state = next(batches)[0], replace(trained, loss_rows=loss_rows)
             barrier(runtime.world)
             with nullcontext() if saved.bytes else saved.counting(trained.net):
-                return measure_seconds(lambda: train_step(trained, batch, runtime, parallelism))
+                return measure_seconds(lambda: train_step(state, batch, runtime, parallelism))
 
-        (steps,) = measure_in_rounds([target.mesh], rounds, measure)
+        variants = [trained.loss_rows, *settings.compared_loss_rows]
+        steps, *others = (of_variant.timed for of_variant in measure_in_rounds(variants, settings.rounds, measure))
         (activation_bytes,) = gather_numbers(runtime.world, saved.bytes)
-    return StepTimes(steps.timed, int(max(activation_bytes)))
+    compared = {str(rows or "all"): seconds for rows, seconds in zip(variants[1:], others, strict=True)}
+    return StepTimes(steps, int(max(activation_bytes)), compared)
 
 
 def time_attention(rank: Rank, job: TrainJob, names: tuple[str, ...], rounds: int) -> AttentionTimes:
@@ -216,6 +224,9 @@ def show(tokens: int, steps: list[tuple[str, StepTimes]], attention: AttentionTi
         speed, memory = median(first.seconds) / seconds, each.activation_bytes / first.activation_bytes
         megabytes = f"{each.activation_bytes / 1e6:,.1f} MB"
         table.add_row(mesh, f"{tokens / seconds:,.0f}", f"{speed:.2f}", megabytes, f"{memory:.3f}")
+        for rows, of_rows in each.compared.items():
+            other = median(of_rows)
+            table.add_row(f"  loss_rows={rows}", f"{tokens / other:,.0f}", f"{median(first.seconds) / other:.2f}")
     console.print(table)
     # 2. Attention.
     table = Table(box=None)
@@ -239,7 +250,7 @@ def task(config: DictConfig) -> None:
     for mesh in job.meshes:
         say(f"steps on {mesh}")
         on_mesh = replace(training, target=replace(training.target, mesh=mesh))
-        if (times := on_ranks(mesh, time_steps, on_mesh, settings.rounds)) is not None:
+        if (times := on_ranks(mesh, time_steps, on_mesh, settings)) is not None:
             steps.append((str(mesh), times))
     # 2. Attention of one layer.
     versions = {name: peers.installed_version(name) for name in settings.peers}

@@ -1,13 +1,14 @@
 """Hardware files: constants of a machine, written by recipes.calibrate or in configs/machine, read by other recipes."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
 from longctx.config import Mesh
 from longctx.cost.hardware import Hardware, hardware_of
-from longctx.cost.machine import Machine, machine_of
+from longctx.cost.machine import Accuracy, Machine, machine_of
 from recipes.common.cli import threads_here
 from recipes.common.overrides import CONFIGS, choices
 
@@ -62,6 +63,18 @@ def refuse_other_threads(hardware: str | None, threads: int | None, mesh: Mesh) 
             f"use run.threads={measured}, or measure again with "
             f"python -m recipes.calibrate run.threads={used} out=FILE.yaml"
         )
+
+
+def record_errors(name: str, accuracies: Mapping[str, Accuracy]) -> None:
+    """Write ``accuracies``, by kind of work, to the section ``errors`` of the hardware file ``name``.
+
+    Kinds of work that are not in ``accuracies`` keep their values.
+    """
+    values = _values(name)
+    assert isinstance(values, dict)
+    written = {work: {**asdict(one), "axes": list(one.axes)} for work, one in accuracies.items()}
+    values["errors"] = {**(values.get("errors") or {}), **written}
+    Path(name).expanduser().write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
 def _values(name: str) -> object:

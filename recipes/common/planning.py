@@ -86,11 +86,11 @@ class Plan:
 
     @property
     def error(self) -> float | None:
-        """Expected error as a share; None if no published time is comparable to this plan."""
+        """Share of the time that 80 % of comparable predictions were within; None if no runs are comparable."""
         question = self.question
-        if question.dtype_bytes != 2 or question.numbers(self.mesh).spd_share:
+        if question.numbers(self.mesh).spd_share:
             return None
-        return question.machine.expected_error(question.work.kind, self.mesh)
+        return question.machine.expected_error(question.work.kind, self.mesh, question.dtype_bytes)
 
     @property
     def bound(self) -> str:

@@ -73,11 +73,16 @@ def kill_when(run: subprocess.Popen, condition) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """Folder of a run that was not interrupted."""
-    out = tmp_path_factory.mktemp("whole")
-    run_to_end(out, f"steps={STEPS}")
-    return out
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("pretrain")
+
+
+@pytest.fixture
+def whole(cli, folder) -> Path:
+    """Folder of a run that was not interrupted, made once for all tests."""
+    if not (folder / "whole").exists():
+        run_here(cli, folder / "whole", f"steps={STEPS}")
+    return folder / "whole"
 
 
 def test_run_learns_and_records_every_step(whole):

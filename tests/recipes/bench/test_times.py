@@ -1,16 +1,25 @@
 """recipes.bench times: measured and predicted seconds of single runs, and refused runs."""
 
 import json
+from dataclasses import replace
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from longctx.config import Mesh, ModelSource
+from longctx.cost.machine import Accuracy
 from recipes.bench import times
 from recipes.bench.timed_run import TimedRun
+from recipes.bench.times import accuracies
 from recipes.bench.times_report import choices, coverage, errors, expected_error, merge, page_of
+from recipes.common.hardware_file import read_machine, record_errors
 
-RUNS = "runs=[{work:prefill},{work:prefill,cached:70},{work:decode,cached:70,strategy:gather_merge},{work:train}]"
+RUNS = (
+    "runs=[{work:prefill},{work:prefill,cached:70},{work:prefill,new:31},{work:prefill,new:43},"
+    "{work:decode,cached:70,strategy:gather_merge},{work:train}]"
+)
 LINK = {"latency_s": 1e-4, "bytes_per_s": 1e9}
 LAYER = {"gemm_flops": 1e10, "weight_bytes_per_s": 1e9, "layer_s": 1e-3, "gather": LINK}
 VALUES = {"flops": 1e10, "kv_bytes_per_s": 1e9, "block_s": 1e-5, "hop": LINK, "exchange": LINK, "overlap": 0.5}
@@ -20,19 +29,23 @@ def test_each_run_has_measured_and_predicted_seconds(cli, tmp_path):
     file, hardware = tmp_path / "times.json", tmp_path / "laptop.yaml"
     hardware.write_text(yaml.safe_dump({**VALUES, "layer": LAYER}))
     files = (f"json={file}", f"markdown={tmp_path / 'times.md'}", f"picture={tmp_path / 'times.svg'}")
-    settings = (f"hardware={hardware}", "rounds=2", *files, f"out={tmp_path / 'run'}")
+    settings = (f"hardware={hardware}", "rounds=2", "record=true", *files, f"out={tmp_path / 'run'}")
     code, _, err = cli(times, times.task, "model=tiny", "data.length=61", RUNS, *settings)
     assert code == 0, err
     assert "mean absolute error" in err and "decode after 70, one rank" in err
     runs = json.loads(file.read_text())["runs"]
-    assert [run["run"].split(",")[0] for run in runs] == ["prefill", "prefill after 70", "decode after 70", "train"]
+    names = [run["run"].split(",")[0] for run in runs]
+    assert names[:2] == ["prefill", "prefill after 70"] and names[4:] == ["decode after 70", "train"]
     for run, error in zip(runs, errors(runs), strict=True):
         assert len(run["measured"]) == 2 and min(run["measured"]) > 0
         assert error == pytest.approx(sum(run["predicted"].values()) / median(run["measured"]) - 1)
     first, later = (sum(run["predicted"].values()) for run in runs[:2])
     assert first < later, "cached keys take time"
+    largest = max(map(abs, errors(runs[:4])))
+    assert read_machine(str(hardware)).errors == {"prefill": Accuracy(pytest.approx(largest), (), 1, 4)}
+    assert f"errors for recipes.plan, written to {hardware}: prefill {largest:.0%}" in " ".join(err.split())
     page = (tmp_path / "times.md").read_text()
-    assert "| runs | 4 |" in page and "| prefill of 61 after 70, one rank |" not in page
+    assert "| runs | 6 |" in page and "| prefill of 61 after 70, one rank |" not in page
     assert "prefill after 70, one rank" in page and "measured" in (tmp_path / "times.svg").read_text()
 
 
@@ -83,6 +96,36 @@ def test_groups_that_did_not_run_stay_in_the_file(tmp_path):
     file.write_text(json.dumps({"runs": [{"run": "prefill"}]}))
     with pytest.raises(ValueError, match="of an older version: give another file"):
         merge(str(file), [row("b", 3.0, 1.0)], {"b": 3})
+
+
+def test_errors_are_recorded_for_each_kind_of_work_with_enough_runs():
+    plain = [TimedRun("decode", ring=ring, cached=9, strategy="gather_merge") for ring in (1, 2, 2, 3, 1)]
+    runs = (*plain, replace(plain[0], rate="1gbit"), TimedRun("train"))
+    job = SimpleNamespace(runs=runs, jobs=[SimpleNamespace(target=SimpleNamespace(model=ModelSource("tiny")))])
+    rows = [row("a", 1.0, 1 + i / 100) for i in range(5)] + [row("b", 1.0, 9.0), row("b", 1.0, 9.0)]
+    assert accuracies(job, rows) == {"decode": Accuracy(pytest.approx(0.04), ("ring",), 3, 4)}
+
+
+def test_errors_keep_those_of_other_kinds_of_work(tmp_path):
+    file = tmp_path / "laptop.yaml"
+    before = {"train": {"share": 0.3, "axes": [], "ranks": 1}}
+    file.write_text(yaml.safe_dump({**VALUES, "layer": LAYER, "errors": before}))
+    record_errors(str(file), {"decode": Accuracy(0.2, ("ring",), 2, 4)})
+    machine = read_machine(str(file))
+    assert machine.errors == {"train": Accuracy(0.3, (), 1), "decode": Accuracy(0.2, ("ring",), 2, 4)}
+    assert machine.expected_error("decode", Mesh(ring=2), 4) == 0.2
+    assert machine.expected_error("decode", Mesh(ring=3), 4) is None, "more ranks than were measured"
+    assert machine.expected_error("decode", Mesh(tp=2), 4) is None, "another axis"
+    assert machine.expected_error("decode", Mesh(ring=2), 2) is None, "another dtype"
+    file.write_text(yaml.safe_dump({**VALUES, "layer": LAYER, "errors": {"train": {"share": 0.3}}}))
+    with pytest.raises(ValueError, match=r"its section errors cannot be read \('axes'\): delete the section"):
+        read_machine(str(file))
+
+
+def test_errors_are_not_recorded_in_the_files_of_configs(refused):
+    assert "h200 is a name of configs/machine: use hardware=FILE" in refused(
+        times, times.task, "model=tiny", "hardware=h200", "record=true"
+    )
 
 
 def test_groups_are_chosen_by_name(refused, tmp_path):

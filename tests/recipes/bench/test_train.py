@@ -44,17 +44,21 @@ def test_activations_fall_with_the_number_of_ranks(cli, tmp_path):
         f"json={tmp_path / 'train.json'}",
         "rounds=1",
         "meshes=[{ring:2},{ulysses:2}]",
+        "compared_loss_rows=[null,32]",
     )
     code, _, err = cli(train, train.task, *command, "peers=[]")
     assert code == 0, err
     result = json.loads((tmp_path / "train.json").read_text())
-    assert [list(row) for row in result["steps"]] == [["mesh", "seconds", "activation_bytes"]] * 3
+    assert [list(row) for row in result["steps"]] == [["mesh", "seconds", "activation_bytes", "compared"]] * 3
+    assert [{rows: len(seconds) for rows, seconds in row["compared"].items()} for row in result["steps"]] == [
+        {"all": 1, "32": 1}
+    ] * 3
     one, ring, ulysses = (row["activation_bytes"] for row in result["steps"])
     # 2 of 130 rows are padding.  Ulysses saves its exchanged q, k and v as one tensor, where one rank saves three.
     assert one / 2 < ring < one / 2 * 1.04
     assert one / 2 * 0.9 < ulysses < one / 2 * 1.04
     assert set(result["attention"]["seconds"]) == {"ours, pass-KV ring", "ours, Ulysses"}
-    assert "of one rank's" in err
+    assert "of one rank's" in err and err.count("loss_rows=all") == err.count("loss_rows=32") == 3
 
 
 def test_loss_curves_of_a_mesh_and_of_one_rank_agree(cli, tmp_path):
