@@ -79,8 +79,9 @@ def prepare(config: DictConfig) -> TimesJob:
     groups = sorted({run.group for run in runs})
     if unknown := [name for name in settings.only if name not in groups]:
         raise ValueError(f"only={list(settings.only)}: there is no group {unknown[0]}; use {', '.join(groups)}")
+    without_hosts = dict.fromkeys(run.group for run in runs if not run.rate)
     runs = tuple(run for run in runs if run.group in (settings.only or groups))
-    refuse_no_hosts(runs)
+    refuse_no_hosts(runs, tuple(without_hosts))
     plain = {name: value for name, value in values.items() if name not in (*own, "runs")}
     job = resolve_train_job(as_config({**plain, "hardware": None}), RECIPE, from_scratch=True)
     if job.target.shape.mixture:
@@ -88,17 +89,18 @@ def prepare(config: DictConfig) -> TimesJob:
     return TimesJob(settings, read_machine(settings.hardware), runs, tuple(_job_of(job, run) for run in runs))
 
 
-def refuse_no_hosts(runs: Sequence[TimedRun]) -> None:
-    """Raise ValueError, naming the groups that need no hosts, if this machine cannot emulate the hosts of ``runs``."""
-    without = dict.fromkeys(run.group for run in runs if not run.rate)
+def refuse_no_hosts(runs: Sequence[TimedRun], without_hosts: Sequence[str]) -> None:
+    """Raise ValueError if this machine cannot emulate the hosts of ``runs``.
+
+    The message names ``without_hosts``, the groups of the configuration that need none.
+    """
     for run in runs:
         try:
             if run.rate:
                 refuse_hosts(run.mesh.ranks, run.rate, run.mesh)
         except ValueError as error:
-            raise ValueError(
-                f"group {run.group} needs emulated hosts; use only=[{','.join(without)}] ({error})"
-            ) from error
+            others = f"use only=[{','.join(without_hosts)}]" if without_hosts else "give runs without rate"
+            raise ValueError(f"group {run.group} needs emulated hosts; {others} ({error})") from error
 
 
 def _job_of(job: TrainJob, run: TimedRun) -> TrainJob:

@@ -139,3 +139,5 @@ def test_without_root_the_groups_without_networks_are_named(refused, tmp_path, m
     (tmp_path / "laptop.yaml").write_text(yaml.safe_dump({**VALUES, "layer": LAYER}))
     message = refused(times, times.task, "model=tiny", f"hardware={tmp_path}/laptop.yaml")
     assert "group points needs emulated hosts; use only=[prefill,decode,train,four_ranks]" in message
+    message = refused(times, times.task, "model=tiny", f"hardware={tmp_path}/laptop.yaml", "only=[networks]")
+    assert "group networks needs emulated hosts; use only=[prefill,decode,train,four_ranks]" in message
