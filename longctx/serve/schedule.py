@@ -1,7 +1,7 @@
 """Decide the next pass from the waiting and the running sequences, without ranks or tensors."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from longctx.config import Sampling
@@ -65,9 +65,10 @@ class Limits:
 class Scheduler:
     """Decides which sequences the next pass runs.
 
-    Sequences are admitted in order of arrival, so that none waits forever.  The prompts of all admitted sequences share
-    the tokens of a pass evenly: a short prompt does not wait for the end of a long one.  Every step decodes a token of
-    each sequence whose prompt is cached.  A prompt reuses its stored first pages from ``prefixes``.  It waits while an
+    Sequences are admitted in order of arrival, so that none waits forever.  Half of the prompt tokens of a pass are for
+    the oldest prompts, so that each of them ends; the other half are for the prompts with the fewest tokens left, so
+    that a short prompt does not wait for a long one.  Every step decodes a token of each sequence whose prompt is
+    cached.  A prompt reuses its stored first pages from ``prefixes``.  It waits while an
     earlier prompt computes the page that it needs next.
     """
 
@@ -104,7 +105,7 @@ class Scheduler:
         add = tuple(self._admit())
         decode = tuple(number for number in self.running if number not in self._left)
         take = self._take()
-        prefill = share_evenly(self._left_to_compute(), self.limits.prefill_tokens)
+        prefill = share_pass(self._left_to_compute(), self.limits.prefill_tokens)
         for number, tokens in prefill.items():
             self._left[number] -= tokens
             if not self._left[number]:
@@ -150,16 +151,24 @@ class Scheduler:
         return admitted
 
 
-def share_evenly(wanted: Mapping[int, int], total: int) -> dict[int, int]:
-    """Share ``total`` equally among the keys of ``wanted``, but give no key more than it wants (max-min fair).
+def share_pass(left: Mapping[int, int], total: int) -> dict[int, int]:
+    """Share the ``total`` prompt tokens of a pass among prompts with ``left`` tokens to run, the oldest prompt first.
 
-    >>> share_evenly({1: 100, 2: 3, 3: 50}, 23)
-    {2: 3, 3: 10, 1: 10}
+    Half are for the oldest prompts, and the rest for those with the fewest tokens left.  At most two prompts get a part
+    of what they have left; a pass with many small parts would be slow.
+
+    >>> share_pass({1: 100, 2: 3, 3: 50}, 24)
+    {1: 12, 2: 3, 3: 9}
     """
-    shares = {}
-    for taken, (key, most) in enumerate(sorted(wanted.items(), key=lambda item: item[1])):
-        share = min(most, -(-total // (len(wanted) - taken)))
-        total -= share
-        if share:
-            shares[key] = share
-    return shares
+    shares = dict.fromkeys(left, 0)
+
+    def give(numbers: Iterable[int], tokens: int) -> int:
+        for number in numbers:
+            more = min(left[number] - shares[number], tokens)
+            shares[number] += more
+            tokens -= more
+        return tokens
+
+    unused = give(left, total // 2)
+    give(sorted(left, key=lambda number: left[number] - shares[number]), total - total // 2 + unused)
+    return {number: share for number, share in shares.items() if share}

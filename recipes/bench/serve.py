@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -73,7 +73,8 @@ class ServeBenchJob:
 class LoadFigures:
     """Figures of one variant: seconds to the last answer; by request, seconds to the first token and the answer.
 
-    ``page_bytes`` are the bytes of cached pages on each ring rank at the end.
+    ``page_bytes`` are the bytes of cached pages on each ring rank at the end.  For each request with another answer
+    than alone, ``margins`` has the difference (nats) between the two most likely tokens where the answers part.
     """
 
     variant: str
@@ -84,6 +85,8 @@ class LoadFigures:
     hit_rate: float = 0.0
     evicted: int = 0
     page_bytes: list[int] = field(default_factory=list)
+    top: dict[int, list[tuple[tuple[int, float], ...]]] = field(default_factory=dict)
+    margins: dict[int, float] = field(default_factory=dict)
 
     def record(self, event: Token | Failure) -> bool:
         """Add ``event`` to its request's answer; return True if it is the request's last event."""
@@ -93,11 +96,17 @@ class LoadFigures:
             self.failures.append(event.message)
             return True
         self.answers.setdefault(event.number, []).extend([] if event.token is None else [event.token])
+        self.top.setdefault(event.number, []).append(event.logprob.top if event.logprob else ())
         return event.finish is not None
 
-    def equal_to(self, other: LoadFigures) -> int:
-        """Return the number of requests that got the same answer in both variants."""
-        return sum(self.answers.get(number) == answer for number, answer in other.answers.items())
+    def other_than(self, alone: LoadFigures) -> dict[int, int]:
+        """Return, for each request with another answer than in ``alone``, the number of tokens that are equal."""
+        pairs = {number: (answer, self.answers.get(number, [])) for number, answer in alone.answers.items()}
+        return {
+            number: next((i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), min(map(len, pair)))
+            for number, pair in pairs.items()
+            if pair[0] != pair[1]
+        }
 
 
 def prepare(config: DictConfig) -> ServeBenchJob:
@@ -142,7 +151,25 @@ def run_rank(rank: Rank, job: ServeBenchJob) -> list[LoadFigures]:
         for variant in (ALONE, *settings.variants):
             progress.start(variant, len(load))
             figures.append(run_variant(engine, runtime, job, variant, load, progress.step))
+        add_margins(engine, runtime, job, load, figures)
         return figures
+
+
+def add_margins(
+    engine: Engine, runtime: Runtime, job: ServeBenchJob, load: Sequence[NewSequence], figures: Sequence[LoadFigures]
+) -> None:
+    """Fill in `LoadFigures.margins`: answer each request that had another answer once more, alone, with logprobs.
+
+    All ranks call this.  A margin near 0 means that rounding decides between two tokens.
+    """
+    alone, *others = figures
+    numbers = {number for one in others for number in one.other_than(alone)}
+    again = [replace(one, sampling=Sampling(logprobs=2)) for one in load if one.number in numbers]
+    top = run_variant(engine, runtime, job, ALONE, again, lambda: None).top
+    for one in others:
+        for number, equal in one.other_than(alone).items():
+            (_, first), (_, second) = top[number][equal]
+            one.margins[number] = first - second
 
 
 def limits_of(job: ServeBenchJob, variant: str) -> Limits:
@@ -231,7 +258,8 @@ def summarise(job: ServeBenchJob, all_figures: Sequence[LoadFigures]) -> list[di
                 "short_ttft_p50_s": p50,
                 "short_ttft_p95_s": p95,
                 "ttft_p50_s": middle_and_tail([*figures.first_token_s.values()])[0],
-                "equal_answers": figures.equal_to(alone),
+                "equal_answers": len(load) - len(figures.other_than(alone)),
+                "margins_of_others": figures.margins,
                 "failures": figures.failures,
                 "hit_rate": figures.hit_rate,
                 "evicted_pages": figures.evicted,
@@ -260,6 +288,11 @@ def show(table_rows: Sequence[dict[str, object]], requests: int) -> None:
         figures += [f"{one['equal_answers']} of {requests}", f"{one['hit_rate']:.2f}", megabytes]
         table.add_row(str(one["variant"]), *figures)
     console.print(table)
+    for one in table_rows:
+        for number, margin in one["margins_of_others"].items():  # type: ignore[attr-defined]
+            console.print(
+                f"{one['variant']}: request {number} parts from its answer alone at a margin of {margin:.1e} nats"
+            )
 
 
 def task(config: DictConfig) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from longctx.config import Sampling
 from longctx.serve.prefix_cache import PrefixCache
-from longctx.serve.schedule import Limits, NewSequence, Scheduler, StepPlan, share_evenly
+from longctx.serve.schedule import Limits, NewSequence, Scheduler, StepPlan, share_pass
 
 LIMITS = Limits(prefill_tokens=13, sequences=3, cached_tokens=97)
 
@@ -74,19 +74,34 @@ def test_short_prompt_does_not_wait_for_a_long_one():
     scheduler.add(sequence(0, 1_000))
     assert scheduler.plan().prefill == {0: 10}
     scheduler.add(sequence(1, 4))
-    assert scheduler.plan().prefill == {1: 4, 0: 6}
+    assert scheduler.plan().prefill == {0: 6, 1: 4}
     plan = scheduler.plan()
     assert (plan.prefill, plan.decode) == ({0: 10}, (1,))
 
 
 @given(st.dictionaries(st.integers(0, 9), st.integers(1, 50), max_size=7), st.integers(0, 99))
-def test_shares_are_max_min_fair(wanted, total):
-    shares = share_evenly(wanted, total)
-    assert sum(shares.values()) == min(total, sum(wanted.values()))
-    assert all(0 < shares[key] <= wanted[key] for key in shares)
-    unmet = [shares.get(key, 0) for key in wanted if shares.get(key, 0) < wanted[key]]
-    if unmet:
-        assert max(shares.values(), default=0) <= min(unmet) + 1
+def test_a_pass_is_for_the_oldest_and_the_shortest_prompts(left, total):
+    shares = share_pass(left, total)
+    assert sum(shares.values()) == min(total, sum(left.values()))
+    assert all(0 < shares[number] <= left[number] for number in shares)
+    assert sum(shares[number] < left[number] for number in shares) <= 2, "few parts"
+    if left:
+        oldest, shortest = next(iter(left)), min(left.values())
+        assert shares.get(oldest, 0) >= min(left[oldest], total // 2)
+        if total - total // 2 >= shortest:
+            assert any(shares.get(number) == left[number] for number in left)
+
+
+def test_a_long_prompt_ends_though_short_ones_keep_arriving():
+    scheduler = Scheduler(Limits(10, 5, 10_000), PrefixCache(7, 0, 1))
+    scheduler.add(sequence(0, 50))
+    for number in range(1, 10):
+        scheduler.add(sequence(number, 5))
+        plan = scheduler.plan()
+        assert plan.prefill[0] >= 5 and not plan.decode
+        scheduler.end(number)
+    scheduler.plan()
+    assert scheduler.plan().decode == (0,)
 
 
 def test_end_of_an_unknown_or_waiting_sequence_changes_no_plan():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from longctx.parallel.launch import Rank, run_ranks
 from recipes.bench import serve
 
 
@@ -29,6 +30,26 @@ def test_all_variants_are_measured_and_written(cli, tiny, tmp_path):
     assert alone["hit_rate"] == no_sharing["hit_rate"] == sum(no_sharing["page_bytes_by_rank"]) == 0
     assert sharing["hit_rate"] > 0 and no_chunking["hit_rate"] > 0
     assert all(size > 0 for size in sharing["page_bytes_by_rank"])
+
+
+def change_an_answer(rank: Rank, job: serve.ServeBenchJob) -> dict[int, float] | None:
+    """Change the third token of request 2's answer in a variant; return the first rank's margins of this variant."""
+    load = serve.make_load(job.settings, job.text)
+    with job.target.runtime(rank) as runtime:
+        engine = job.target.load_engine(runtime)
+        alone, other = (serve.run_variant(engine, runtime, job, serve.ALONE, load, lambda: None) for _ in range(2))
+        if rank.rank == 0:
+            other.answers[2][2] += 1
+        serve.add_margins(engine, runtime, job, load, [alone, other])
+    return other.margins if rank.rank == 0 else None
+
+
+def test_another_answer_has_the_margin_of_its_first_other_token(config_of, tiny):
+    """Of a random model's 97 tokens, the two most likely ones are a little apart."""
+    words = ("requests=4", "clients=1", "min_length=3", "max_length=31", "new_tokens=4", "run.threads=1")
+    job = serve.prepare(config_of("bench/serve", f"model={tiny}", *words))
+    margins, _ = run_ranks(2, change_an_answer, job)
+    assert list(margins) == [2] and 0 < margins[2] < 9
 
 
 @pytest.mark.parametrize(
