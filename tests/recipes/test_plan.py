@@ -152,6 +152,21 @@ def test_calibrated_machines_plan_too(tmp_path):
     assert best.mfu is None and best.error is None and best.question.memory_gb is None
 
 
+def test_error_of_a_calibrated_machine_is_printed_where_it_was_measured(cli, tiny, tmp_path):
+    file, link = tmp_path / "laptop.yaml", {"latency_s": 1e-4, "bytes_per_s": 1e9}
+    values = {"flops": 1e10, "kv_bytes_per_s": 1e9, "block_s": 1e-5, "hop": link, "exchange": link, "overlap": 0.5}
+    values["layer"] = {"gemm_flops": 1e10, "weight_bytes_per_s": 1e9, "layer_s": 1e-3, "gather": link}
+    words = (f"model={tiny}", f"hardware={file}", "gpus=2", "work.context=64")
+    file.write_text(yaml.safe_dump(values))
+    _, _, err = cli(plan, plan.task, *words)
+    says = f"measure it there with python -m recipes.bench times hardware={file} record=true"
+    assert says in " ".join(err.split()) and "extrapolated" in err
+    accuracy = {"share": 0.27, "axes": ["ring", "ulysses", "tp"], "ranks": 2, "element_bytes": 4}
+    file.write_text(yaml.safe_dump({**values, "errors": {"prefill": accuracy}}))
+    _, _, err = cli(plan, plan.task, *words)
+    assert "27%" in err and "record=true" not in err and "extrapolated" not in err
+
+
 def test_recipes_take_a_plan_and_the_command_line_wins(tmp_path, config_of):
     file = tmp_path / "best.yaml"
     question = Question(shape_named("tiny"), GTT, 2, WorkSettings("train", 64, batch=2, zero1=True))

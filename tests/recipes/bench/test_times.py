@@ -101,7 +101,9 @@ def test_groups_that_did_not_run_stay_in_the_file(tmp_path):
 def test_errors_are_recorded_for_each_kind_of_work_with_enough_runs():
     plain = [TimedRun("decode", ring=ring, cached=9, strategy="gather_merge") for ring in (1, 2, 2, 3, 1)]
     runs = (*plain, replace(plain[0], rate="1gbit"), TimedRun("train"))
-    job = SimpleNamespace(runs=runs, jobs=[SimpleNamespace(target=SimpleNamespace(model=ModelSource("tiny", "folder")))])
+    job = SimpleNamespace(
+        runs=runs, jobs=[SimpleNamespace(target=SimpleNamespace(model=ModelSource("tiny", "folder")))]
+    )
     rows = [row("a", 1.0, 1 + i / 100) for i in range(5)] + [row("b", 1.0, 9.0), row("b", 1.0, 9.0)]
     assert accuracies(job, rows) == {"decode": Accuracy(errors(rows)[4], ("ring",), 3, 4)}
 
