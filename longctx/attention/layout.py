@@ -122,7 +122,7 @@ class Layout:
         return Layout(self.lengths, tuple(self.ranks[0] if r == rank else () for r in range(size)), self.begins)
 
     def by_document(self) -> list["Layout"]:
-        """Return the layout of each document alone, over the same ranks."""
+        """Return a list with the layout of each document alone, over the same ranks."""
         spans: list[list[list[Span]]] = [[[] for _ in self.ranks] for _ in self.lengths]
         for rank, of_rank in enumerate(self.ranks):
             for span in of_rank:

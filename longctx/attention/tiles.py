@@ -179,7 +179,7 @@ def _tile_edges(a: int, b: int, sk: int, low: int | None, high: int | None) -> I
 
 
 def _merge_rectangles(tiles: list[Tile]) -> list[Tile]:
-    """Merge rectangles that share an edge: fewer, larger kernel calls."""
+    """Return ``tiles`` with rectangles that share an edge merged, for fewer and larger kernel calls."""
     triangles = [tile for tile in tiles if tile.causal]
     full = [tile for tile in tiles if not tile.causal]
     full = _merge_adjacent(full, key=lambda t: (t.q0, t.q1), begin=lambda t: t.k0, end=lambda t: t.k1)

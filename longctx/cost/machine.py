@@ -57,12 +57,12 @@ class Level:
 
     @property
     def gather_link(self) -> Link:
-        """Return the link of an all-gather of few rows."""
+        """Return the link of an all-gather of few rows: ``gather``, or ``exchange`` if it is None."""
         return self.gather or self.exchange
 
     @property
     def reduce_step_s(self) -> float:
-        """Return the latency of one step of an all-reduce."""
+        """Return the latency of one step of an all-reduce: of ``reduce``, else ``step_s``, else of ``hop``."""
         if self.reduce:
             return self.reduce.latency_s
         return self.hop.latency_s if self.step_s is None else self.step_s
@@ -255,7 +255,10 @@ def machine_of(values: Any, source: str) -> Machine:
 
 
 def errors_of(values: Mapping[str, Any], source: str) -> dict[str, Accuracy]:
-    """Return the section ``errors`` of parsed YAML, which may be missing; ``source`` names the file in errors."""
+    """Return the `Accuracy` by kind of work, from the section ``errors`` in the ``values`` of a machine's YAML file.
+
+    The section may be missing.  ``source`` names the file in errors.
+    """
     try:
         return {str(work): _accuracy_of(one) for work, one in (values.get("errors") or {}).items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -266,14 +269,14 @@ def errors_of(values: Mapping[str, Any], source: str) -> dict[str, Accuracy]:
 
 
 def _accuracy_of(values: Mapping[str, Any]) -> Accuracy:
-    """Return the `Accuracy` in parsed YAML."""
+    """Return the `Accuracy` that ``values`` of a YAML file describe."""
     refuse_unknown(values, [one.name for one in fields(Accuracy)], "an accuracy")
     element_bytes = int(values.get("element_bytes", Accuracy.element_bytes))
     return Accuracy(float(values["share"]), tuple(map(str, values["axes"])), int(values["ranks"]), element_bytes)
 
 
 def _level_of(values: Mapping[str, Any]) -> Level:
-    """Return the `Level` in parsed YAML."""
+    """Return the `Level` that ``values`` of a YAML file describe."""
     refuse_unknown(values, [one.name for one in fields(Level)], "a level of links")
     return Level(
         name=str(values["name"]),

@@ -146,7 +146,10 @@ def _parse_line(raw: bytes, read_row: ReadRow, where: str) -> Record:
 
 
 def _read_table(path: Path, key: str, at: Position) -> Iterator[tuple[Record, Position]]:
-    """Yield a document for each row of a parquet file, with 64 in memory at a time.  Positions are rows, from 0."""
+    """Yield a document for each row of a parquet file, with the position after it; begin at ``at`` (None: first row).
+
+    A document is the text in column ``key``.  A position is a row's number, from 0.  64 rows are in memory at a time.
+    """
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 

@@ -68,7 +68,7 @@ class FixedStep:
         self._graph = graph
 
     def _run(self) -> None:
-        """Compute the logits after the current token on the device, without reading any value back to the CPU."""
+        """Compute the logits that follow the current token, on the device, without reading values back to the CPU."""
         tables = {id(table): _row(table, self._position) for table in self._tables if table}
         one_pass = Pass(attend=self._attend, rotary=tuple(tables.get(id(table)) for table in self._tables))
         self._visible = (self._all_rows <= self._position).unsqueeze(0)

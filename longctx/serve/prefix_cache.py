@@ -112,12 +112,15 @@ class PrefixCache:
         self._added = len(pages)
 
     def enter(self, number: int, prompt: Sequence[int], *, takes: bool = True) -> None:
-        """Add the sequence ``number``, which begins with ``prompt``; without ``takes`` it reuses no pages."""
+        """Add the running sequence ``number``, which begins with ``prompt``.
+
+        With ``takes=False`` it reuses no pages, and stores its own ones.
+        """
         self._sequences[number] = _Sequence(prompt, takes, self._root)
         self.asked += len(prompt) if takes else 0
 
     def leave(self, number: int) -> None:
-        """Remove the sequence, if it is known; its pages stay until their room is needed."""
+        """Remove the running sequence ``number``, if it is known; its pages stay until their room is needed."""
         one = self._sequences.pop(number, None)
         page = one.page if one else self._root
         while page.before:

@@ -74,7 +74,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class DecodeCost:
-    """Cost of a decode step: seconds, this rank's CPU seconds (all threads), bytes and messages that it sent."""
+    """Cost of a decode step: wall-clock seconds, and this rank's CPU seconds, bytes sent and messages sent.
+
+    The CPU seconds are the sum over all threads of the rank.
+    """
 
     seconds: float
     cpu_seconds: float

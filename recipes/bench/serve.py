@@ -96,7 +96,7 @@ class LoadFigures:
         return event.finish is not None
 
     def equal_to(self, other: LoadFigures) -> int:
-        """Return the number of requests that got the same answer in both variants."""
+        """Return the number of requests that got the same answer here and in the variant ``other``."""
         return sum(self.answers.get(number) == answer for number, answer in other.answers.items())
 
 

@@ -104,7 +104,7 @@ def prepare(config: DictConfig) -> TextsJob:
 
 
 def read_text(source: ReportedText, target: Target, settings: TextsSettings) -> PackedText:
-    """Return the sequences of a text: packed (`text_of`), or the beginnings of its documents."""
+    """Return the sequences of the text ``source``: packed (`text_of`), or the beginnings of its documents."""
     data = DataSettings((source,), settings.length, batch=1, epochs=1, end_token=False)
     if not source.from_start:
         return text_of(data, target, settings.sequences)

@@ -183,7 +183,7 @@ def accuracies(job: TimesJob, results: Sequence[Row]) -> dict[str, Accuracy]:
     """Return the accuracy of predictions for each kind of work with at least `ENOUGH` runs.
 
     ``results`` are in the order of the job's runs.  Runs with emulated links, dropped or rounded reductions do not
-    count: the first have other links than the machine, and a plan shows no error for the others.
+    count: emulated links are not those of the machine, and a plan with such reductions shows no error.
     """
     element = ELEMENT_BYTES[job.jobs[0].target.model.dtype]
     plain = [

@@ -71,7 +71,7 @@ def take_turn(session: Session, turn: UserTurn, tokenizer: PreTrainedTokenizerBa
     """Run one turn and return its figures.
 
     A turn that fails leaves the session unchanged, and its figures have the ``error``.  An error of the computation is
-    raised instead if there are several ranks, because the others wait for this one.
+    raised instead if there are several ranks, because the other ranks wait for the one that failed.
     """
     from longctx.data.turns import turn_tokens
     from longctx.infer.answer import make_stop_check

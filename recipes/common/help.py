@@ -83,7 +83,7 @@ def _settings(config_name: str) -> list[str]:
 
 
 def _bases(group: str, choice: str) -> list[Path]:
-    """Return the YAML files that ``choice`` of ``group`` inherits from, then its own file."""
+    """Return the YAML files that the choice ``choice`` of ``group`` inherits from, and after them its own file."""
     file = CONFIGS / group / f"{choice}.yaml"
     defaults = (yaml.safe_load(file.read_text()) or {}).get("defaults", [])
     bases = [entry for entry in defaults if isinstance(entry, str) and entry != "_self_"]

@@ -62,9 +62,10 @@ def resolve_spd_target(config: DictConfig, recipe: str) -> Target:
 def calibration_of(
     config: DictConfig, target: Target, sequences: int, more: int = 0, length_setting: str = "data.length"
 ) -> tuple[PackedText, DataSettings]:
-    """Return the text of the section ``data`` with ``epochs=1`` (see `text_of`), and that section.
+    """Return the text of the section ``data`` with ``epochs=1``, and that section.
 
-    Raises ValueError as `text_of` does, and if data.epochs is set to another number.
+    The text has ``sequences`` sequences, and ``more`` as in `text_of`.  Raises ValueError as `text_of` does, and if
+    data.epochs is set to another number.
     """
     data, _ = data_of(config)
     if data.epochs not in (None, 1):

@@ -255,7 +255,10 @@ def _train_one(
     meter: Meter,
     memory: MemoryMeter | None,
 ) -> tuple[dict[str, float | None], dict[str, int] | None]:
-    """Return the figures of a step and, with a ``memory`` meter, the bytes by part at the largest rank's peak."""
+    """Take one step; return its figures, and the bytes by part at the peak of the rank with the largest one.
+
+    The bytes are None without a ``memory`` meter.
+    """
     from longctx.train.step import train_step
 
     meter.begin()

@@ -217,7 +217,7 @@ def _is_first_rank() -> bool:
 
 
 def _from_first_rank(value: Any) -> Any:
-    """Return the first rank's ``value`` on every rank."""
+    """Return, on every rank, the ``value`` that the first rank has passed."""
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
