@@ -119,7 +119,7 @@ def time_engine(rank: Rank, work: EvalWork) -> EngineTiming:
 def measure_task(job: EvalJob, task: Task, speed: SpeedSettings) -> TaskSpeed:
     """Time our model and lm-eval's ``hf`` model, at each batch size, on ``task``; compare their log-probabilities.
 
-    In each round they take turns.
+    The two models take turns in each round.
     """
     # 1. The same requests for both: ours in tokens, lm-eval's as text.
     requests: list[Request] = []

@@ -95,7 +95,10 @@ def _without_unseen(part: Partial) -> Tensor:
 
 
 def _weigh(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weight of ``b`` in the merged row, in 0 to 1, and the merged log-sum-exp."""
+    """Return the weight of the second of two partials in the merged row, from 0 to 1, and the merged log-sum-exp.
+
+    ``a`` and ``b`` are the log-sum-exps of the first and of the second partial.
+    """
     # The sigmoid is 1 if a is -inf, and 0 if b is. If both are, b - a is NaN: the mask makes the share 0.
     share = torch.sigmoid(b - a).masked_fill(b == -math.inf, 0.0)
     return share, torch.logaddexp(a, b)

@@ -37,12 +37,12 @@ class Tile:
 
     @property
     def q(self) -> slice:
-        """Rows of the queries."""
+        """Slice of the rows of queries that the tile covers."""
         return slice(self.q0, self.q1)
 
     @property
     def k(self) -> slice:
-        """Rows of the keys."""
+        """Slice of the rows of keys that the tile covers."""
         return slice(self.k0, self.k1)
 
     @property

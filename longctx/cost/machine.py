@@ -77,7 +77,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How far predicted times were from those of runs: 80 % of the runs were at most a ``share`` of their time away.
+    """Accuracy of predictions: for 80 % of the compared runs, the relative error was at most ``share`` (0.1: 10 %).
 
     It is valid for meshes like those of the runs, of at most ``ranks`` ranks and with 1 rank on each axis not in
     ``axes``, and for numbers of ``element_bytes`` bytes.
@@ -171,7 +171,7 @@ class Machine:
         return next((level for level in self.levels if span <= level.ranks), self.levels[-1])
 
     def expected_error(self, work: str, mesh: Degrees, element_bytes: int) -> float | None:
-        """Return the share of the time that 80 % of predictions for ``work`` are within; None if it is unknown.
+        """Return the relative error that 80 % of predictions for the kind of work ``work`` are within; None if unknown.
 
         ``mesh`` and the bytes of a number, ``element_bytes``, must be like those of the compared runs.
         """

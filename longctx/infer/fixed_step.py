@@ -99,7 +99,7 @@ def _refuse_untested(engine: Engine) -> None:
 
 
 def _with_room(x: Keys, room: int) -> Tensor:
-    """Copy ``x`` [b rows hk d] into a tensor of ``room`` rows; the others are 0, since a mask does not hide NaN."""
+    """Copy ``x`` [b rows hk d] into a tensor of ``room`` rows; further rows are 0, since a mask does not hide NaN."""
     new = x.new_zeros(x.shape[0], x.shape[2], room, x.shape[3]).transpose(1, 2)
     new[:, : x.shape[1]] = x
     return new

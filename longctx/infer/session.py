@@ -89,8 +89,8 @@ class Session:
         ``stopped`` is called after each token.  ``layer_done`` is called after each layer's attention in the prefill,
         and ``token_done`` with each step's tokens by sequence.  ``keep_states`` fills `Turn.passes`.
 
-        If the turn fails, new sequences are removed, and the others get back their tokens and caches from before the
-        turn.
+        If the turn fails, new sequences are removed, and earlier sequences get back their tokens and caches from before
+        the turn.
 
         Raises ValueError for no prompts, an empty prompt, a token beyond the vocabulary, negative ``max_new_tokens``,
         more tokens than the model's maximum, and logits that are not finite.

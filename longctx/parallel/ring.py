@@ -61,8 +61,8 @@ class Ring:
     def sums_on_hop(self, owner: int, hop: int) -> Rows | None:
         """Return the rows of ``owner``'s keys whose summed gradients travel on hop number ``hop`` of the backward.
 
-        Under a window, these are the rows that any rank on earlier hops has seen, without the owner.
-        None means all rows.
+        Under a window, these are the rows that at least one rank before this hop, other than the owner, has seen.  None
+        means all rows.
         """
         return self.keys_to_send(owner, 1, hop - 1)
 

@@ -77,7 +77,7 @@ class Form:
         return {**self._head(stream=False), "choices": listed, "usage": self.usage(choices)}
 
     def first(self, index: int, prompt: tuple[TokenLogprob, ...] = ()) -> Json:
-        """Return the first chunk of a choice: its role in a chat, the prompt's text with ``echo``.
+        """Return the first chunk of choice ``index``: its role in a chat, the prompt's text with ``echo``.
 
         ``prompt`` has the log-probabilities of the prompt's tokens, if the request asks for them.
         """

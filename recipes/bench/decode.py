@@ -144,7 +144,10 @@ def time_batch(
     batch: int,
     done: Callable[[], None],
 ) -> BatchTimes:
-    """Time decode steps of ``batch`` sequences by each variant; `ONE_RANK` runs on rank 0 while the others wait."""
+    """Time decode steps of ``batch`` sequences by each of ``variants``.
+
+    `ONE_RANK` runs on rank 0 while the other ranks wait.  ``done`` is called after each measurement.
+    """
     from longctx.megatron.spd.layer import follow_plan
 
     settings = job.settings

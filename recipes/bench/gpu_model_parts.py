@@ -122,7 +122,7 @@ def time_model(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
 
 
 def time_decode(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
-    """Decode the same tokens with a growing cache, with tensors of fixed shapes, and as a CUDA graph of the latter.
+    """Decode the same tokens with a growing cache, with tensors of fixed shapes, and as a CUDA graph of these.
 
     ``error`` is the largest difference of the last logits from those of the growing cache, over the largest logit.
     """

@@ -203,8 +203,8 @@ def compare_cases(times: LatencyTimes, job: LatencyJob) -> list[LatencyRow]:
 def predict_reducing(reduce: Reduce, dropped: float, phase: str, links: Links, job: LatencyJob) -> float:
     """Return the predicted seconds of all blocks' reductions in ``phase``.
 
-    A share ``dropped`` of the blocks leaves out the first reduction; ``reduce`` has the dtypes of the others.  The time
-    follows from bytes and hops alone.  The embedding's reduction is left out.
+    A share ``dropped`` of the blocks leaves out the first reduction; ``reduce`` has the dtypes of the remaining
+    ones.  The time follows from bytes and hops alone.  The embedding's reduction is left out.
     """
     tokens, shape = job.settings.tokens if phase == "prefill" else 1, job.target.shape
 

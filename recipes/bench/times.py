@@ -165,7 +165,7 @@ def measure_on_hosts(runs: Sequence[TimedRun], jobs: Sequence[TrainJob], rounds:
 def result_of(job: TimesJob, run: TimedRun, one: TrainJob, seconds: Sequence[float]) -> dict[str, Any]:
     """Return a row of the result: what ran, and its measured and predicted seconds.
 
-    ``one`` is the training job of ``run``, and ``seconds`` are the measured ones by round.
+    ``one`` is the training job of ``run``, and ``seconds`` has the measured seconds by round.
     """
     points = {"new": one.data.length, "cached": run.cached, "strategy": run.strategy, "network": run.network}
     predicted = predict(job.machine, one, run)

@@ -93,8 +93,8 @@ def _bases(group: str, choice: str) -> list[Path]:
 def _body(file: Path, indent: str) -> list[str]:
     """Return the lines of a YAML file, indented by ``indent``, without its defaults list and Hydra's section.
 
-    The comment at the beginning of a choice's file is left out, since the list of choices shows it.  That of a file
-    whose name begins with ``_``, from which choices inherit, is kept.
+    The comment at the beginning of a choice's file is left out, since the list of choices shows it.  The comment
+    of a file whose name begins with ``_``, from which choices inherit, is kept.
     """
     text = re.sub(r"(?m)^defaults:\n(?:  .*\n)+", "", file.read_text())
     text = re.sub(r"(?ms)^hydra:\n.*", "", text)
