@@ -104,7 +104,7 @@ def _refuse_infinite(file: Path, shape: ModelShape) -> None:
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """Return the transformers tokenizer of ``folder``.  Raises ValueError if transformers cannot read one."""
+    """Return the transformers tokenizer in ``folder``.  Raises ValueError if transformers cannot read one."""
     from transformers import AutoTokenizer
 
     try:

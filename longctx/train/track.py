@@ -181,7 +181,10 @@ def _is_before(line: bytes, step: int) -> bool:
 
 
 def _append(path: Path, values: Mapping[str, Any]) -> None:
-    """Append one line.  Raises OSError, and leaves nothing of the line, if the disk has no room for all of it."""
+    """Append ``values`` as one line of JSON to ``path``.
+
+    Raises OSError, and leaves nothing of the line, if the disk has no room for all of it.
+    """
     line = json.dumps(values, allow_nan=False).encode() + b"\n"
     with path.open("ab", buffering=0) as file:
         end = file.tell()

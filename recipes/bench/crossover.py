@@ -163,7 +163,10 @@ def run_rank(rank: Rank, job: CrossoverJob) -> tuple[Hardware, list[MissRateTime
 def time_strategies(
     engine: Engine, tokens: Int[Tensor, " new"], settings: CrossoverSettings, done: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Return the TTFT of ``tokens`` by strategy and round: the slowest rank's seconds to the next logits."""
+    """Return the TTFT of ``tokens`` by strategy and round: the slowest rank's seconds to the next logits.
+
+    ``done`` is called after each measurement.
+    """
     from longctx.attention.layout import zigzag
     from longctx.infer.engine import next_logits
     from longctx.infer.prefill import run_pass

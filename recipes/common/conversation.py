@@ -139,7 +139,7 @@ def _figures_of(session: Session, turn: UserTurn, result: Turn, tokenizer: PreTr
 
 
 def show_turn(number: int, figures: TurnFigures) -> None:
-    """Print the figures of a turn in two lines, or the reason why it failed."""
+    """Print the ``figures`` of turn ``number`` in two lines, or the reason why the turn failed."""
     if "error" in figures:
         print_error(figures["error"], f"turn {number} was refused")
         return

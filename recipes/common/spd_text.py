@@ -147,7 +147,10 @@ def read_lines(file: Path, about: Mapping[str, object]) -> list[list[float]]:
 
 
 def write_lines(file: Path, values: Iterable[object]) -> None:
-    """Write ``values`` as JSON lines; makes the folder.  A run that is killed leaves an earlier file unchanged."""
+    """Write ``values`` to ``file`` as JSON lines, and make its folder if needed.
+
+    A run that is killed meanwhile leaves an earlier file unchanged.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text("".join(json.dumps(value) + "\n" for value in values))
