@@ -137,7 +137,7 @@ def outcomes_of(job: EvalJob, stored: responses.StoredAnswers, tasks: Mapping[st
 
 
 def score_variant(job: EvalJob, variant: Variant, asked: Asked) -> ScoredVariant:
-    """Return ``variant`` with its outcomes."""
+    """Return ``variant`` with the outcomes and the speeds of its answers ``asked``."""
     target, stored = variant.target, asked[0]
     seconds = stored.seconds or None
     return ScoredVariant(

@@ -16,7 +16,10 @@ _LENGTH = 512  # tokens of a sequence of text
 
 
 def lacks_order(config: DictConfig) -> bool:
-    """Return whether ``config`` drops a share of ranked blocks, and neither a file nor the folder has their order."""
+    """Return True if ``config`` drops a share of ranked blocks whose order is not known yet.
+
+    The order is known from the file spd.sensitivity, or from the plan in the model's folder.
+    """
     if config.spd.drop not in ("saved", "ranked") or config.spd.budget is None or config.spd.sensitivity:
         return False
     source = config.model.get("source")

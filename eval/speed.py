@@ -61,7 +61,7 @@ class HFWork:
 
 @dataclass(frozen=True)
 class HFTiming:
-    """Seconds without loading and tokenizing, and the log-probability of each pair (nats)."""
+    """Seconds of scoring, without loading and tokenizing, and the log-probability of each pair (nats)."""
 
     seconds: float
     log_probs: list[float]
@@ -88,7 +88,10 @@ class TaskSpeed:
 
 
 def time_hf(rank: Rank, work: HFWork) -> HFTiming:
-    """Time lm-eval's ``hf`` model on one rank."""
+    """Score all pairs of ``work`` with lm-eval's ``hf`` model, in float32 on one CPU rank.
+
+    Return the seconds, without loading and tokenizing, and the log-probability of each pair.
+    """
     import torch
     from lm_eval.models.huggingface import HFLM
 
@@ -102,7 +105,11 @@ def time_hf(rank: Rank, work: HFWork) -> HFTiming:
 
 
 def time_engine(rank: Rank, work: EvalWork) -> EngineTiming:
-    """Time our model on one rank.  Raises InterruptedError if it was asked to stop before the end."""
+    """Answer the requests of ``work`` with our model on one rank.
+
+    Return the seconds, without loading the model, and the answers.  Raises InterruptedError if it was asked to stop
+    before the end.
+    """
     if run_rank(rank, work):
         raise InterruptedError("asked to stop before all requests were timed")
     stored = responses.read(work.file)
@@ -110,7 +117,10 @@ def time_engine(rank: Rank, work: EvalWork) -> EngineTiming:
 
 
 def measure_task(job: EvalJob, task: Task, speed: SpeedSettings) -> TaskSpeed:
-    """Time our model and lm-eval's at each batch size on ``task``, in turns, and compare their log-probabilities."""
+    """Time our model and lm-eval's ``hf`` model, at each batch size, on ``task``; compare their log-probabilities.
+
+    The two models take turns in each round.
+    """
     # 1. The same requests for both: ours in tokens, lm-eval's as text.
     requests: list[Request] = []
     job.lm.answer = make_recorder(requests)

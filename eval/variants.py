@@ -124,7 +124,7 @@ def _apply(base: Values, change: Values) -> DictConfig:
 
 
 def resolve_variant(name: str, config: DictConfig) -> Variant:
-    """Return the variant that ``config`` describes.  Raises ValueError, with what to set instead, if it cannot run."""
+    """Return the variant ``name`` that ``config`` describes.  Raises ValueError, with what to set, if it cannot run."""
     target = resolve_target(config, "eval.run", unused_axes=("pp",))
     if target.context.chunk:
         raise ValueError(

@@ -19,7 +19,7 @@ def folder_name(step: int) -> str:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """Return the checkpoint folders in ``folder``, the oldest first, with corrupt but without unfinished ones."""
+    """Return the checkpoints in ``folder``, the oldest first; corrupt ones are included, unfinished ones are not."""
     return sorted(folder.glob("step-" + 8 * "[0-9]"))
 
 
@@ -105,7 +105,10 @@ def read_metadata(checkpoint: Path) -> dict[str, Any]:
 
 
 def unchecked_line(checkpoint: Path) -> str:
-    """Return a warning for the user if the checkpoint has no checksums, as in version 0.1; else the empty string."""
+    """Return a warning that the files of ``checkpoint`` were checked by size only; empty if it has checksums.
+
+    Version 0.1 wrote none.
+    """
     if _CHECKSUMS in read_metadata(checkpoint):
         return ""
     return f"{checkpoint} was written by a version without checksums: its files were checked by size only"

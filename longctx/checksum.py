@@ -16,7 +16,7 @@ _READ_BYTES = 2**20
 
 
 def crc32_of_file(file: Path) -> int:
-    """Return the CRC-32 of a file; it runs about as fast as a disk reads.  Raises OSError if it cannot be read."""
+    """Return the CRC-32 of ``file``, about as fast as a disk reads it.  Raises OSError if it cannot be read."""
     crc = 0
     with file.open("rb") as stream:
         while data := stream.read(_READ_BYTES):

@@ -57,7 +57,11 @@ def final_figures(run: str) -> dict[str, object]:
 
 
 def _figures_of_lines(text: str, module: str) -> dict[str, object]:
-    """Return the figures of JSON lines: the last line of a training run, or all lines, named by their step."""
+    """Return the figures by name in ``text``, the JSON lines of a run of recipe ``module``.
+
+    For a training run these are the last line's figures; for other runs those of all lines, with the step before the
+    name.
+    """
     lines: list[dict[str, object]] = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
     if module in _TRAINING_RECIPES:
         return lines[-1]
@@ -96,14 +100,14 @@ def is_measured(name: str) -> bool:
 
 
 def agree(was: object, now: object, within: float) -> bool:
-    """Return True if two figures are equal; numbers may differ by the relative tolerance ``within``."""
+    """Return True if ``was`` equals ``now``; numbers may differ by ``within``, relative to the larger of the two."""
     if isinstance(was, int | float) and isinstance(now, int | float):
         return math.isclose(was, now, rel_tol=within, abs_tol=1e-12)
     return was == now
 
 
 def table_of(title: str, runs: Sequence[str], table_rows: Mapping[str, Sequence[object]]) -> Table:
-    """Return a table with a row per name and a column per run."""
+    """Return a table called ``title`` with a row for each name in ``table_rows`` and a column for each of ``runs``."""
     table = Table(title=title, title_justify="left", box=None)
     for heading in ("", *runs):
         table.add_column(heading, overflow="fold")

@@ -28,7 +28,7 @@ _GPU_KERNELS = "flash_cuda or cudnn"
 
 @dataclass(frozen=True)
 class DoctorSettings:
-    """The recipe's own settings."""
+    """Settings of recipes.doctor; ``out`` is the file for the report (None: it is only printed)."""
 
     out: str | None = None
 
@@ -63,7 +63,11 @@ class LocalMachine:
 
 @dataclass(frozen=True)
 class AcceptedSettings:
-    """Settings that the recipes in ``recipes`` accept on this machine: as words to type, and one by one."""
+    """Settings that recipes accept on this machine.
+
+    ``recipes`` says which recipes; ``words`` are the settings as words to type; the other fields are the values one by
+    one.
+    """
 
     recipes: str
     words: str
@@ -75,7 +79,7 @@ class AcceptedSettings:
 
 @dataclass(frozen=True)
 class Missing:
-    """A missing part, the consequence on this machine (``cost``), and how to get it."""
+    """A part that this machine lacks, what this costs (``cost``), and how to install it."""
 
     part: str
     cost: str
@@ -129,7 +133,7 @@ def _te_parts() -> list[str]:
 
 
 def _run(*words: str) -> list[str]:
-    """Return the lines that a command prints; none if it is not here or fails."""
+    """Return the lines that the command ``words`` prints; none if it is not installed or fails."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

@@ -21,7 +21,7 @@ RECIPE = "recipes.models"
 
 @dataclass(frozen=True)
 class ModelsSettings:
-    """The recipe's own settings."""
+    """Settings of recipes.models; ``out`` is the file for the table (None: it is only printed)."""
 
     out: str | None = None
 

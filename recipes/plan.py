@@ -96,7 +96,7 @@ def resolve_plan_job(config: DictConfig) -> PlanJob:
 def refuse_no_plan(plans: Sequence[Plan]) -> None:
     """Raise ValueError if no plan is feasible; the message says, for two meshes, why they are refused.
 
-    One needs the least memory of the meshes that only a limit refuses; the other is the fastest.
+    The first of the two needs the least memory of the meshes that only a limit refuses; the second is the fastest.
     """
     if plans[0].refused is None:
         return

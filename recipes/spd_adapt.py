@@ -102,7 +102,7 @@ class AdaptJob(RepairJob):
 
 @dataclass(frozen=True)
 class AdaptResult:
-    """Results of steps 1 to 5; ``joint.alone`` maps each block that drops to its divergence."""
+    """Results of adapting on one rank; ``joint.alone`` has the divergence of each dropped block when it alone drops."""
 
     sensitivities: Sensitivities
     joint: JointResult

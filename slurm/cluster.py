@@ -97,7 +97,7 @@ def cancel(jobs: Sequence[int]) -> None:
 def is_active(job: int) -> bool:
     """Return True if ``job`` waits or runs.
 
-    Raises ValueError if squeue fails for another reason.
+    Raises ValueError if squeue fails, unless the reason is that Slurm has forgotten a job that ended.
     """
     done = subprocess.run(["squeue", "--noheader", f"--jobs={job}"], capture_output=True, text=True, check=False)
     # Slurm forgets a job some time after its end, and then calls its number invalid.

@@ -67,7 +67,10 @@ def make_plans(words: Sequence[str]) -> list[JobPlan]:
 
 
 def _pipeline_plans(file: str, shared: Sequence[str]) -> list[JobPlan]:
-    """Return the jobs of a pipeline, each after the one before; ``shared`` are slurm.submit's settings for all."""
+    """Return the jobs of the pipeline in ``file``; each waits for the job before it.
+
+    ``shared`` are slurm.submit's settings for all of the jobs.
+    """
     plans: list[JobPlan] = []
     for line in read_pipeline(file):
         own, recipe_words = split_words(line)

@@ -40,7 +40,11 @@ def generate_texts(
 
 
 def has_ended(engine: Engine, tokenizer: PreTrainedTokenizerBase, request: Continue, new_tokens: Sequence[int]) -> bool:
-    """Return whether ``new_tokens`` reach the request's limit, or contain an end token or a text of ``until``."""
+    """Return True if the answer ``new_tokens`` has ended.
+
+    This is so if it has as many tokens as the request allows, if its last token is an end token, or if its text
+    contains a text of ``until``.
+    """
     if len(new_tokens) >= request.max_new_tokens or new_tokens[-1] in engine.shape.end_tokens:
         return True
     text = tokenizer.decode(new_tokens)  # with special tokens, since ``until`` may name one
@@ -50,7 +54,7 @@ def has_ended(engine: Engine, tokenizer: PreTrainedTokenizerBase, request: Conti
 def decode_answer(
     engine: Engine, tokenizer: PreTrainedTokenizerBase, request: Continue, new_tokens: Sequence[int]
 ) -> str:
-    """Return the text of ``new_tokens``, cut before an end token and before the first text of ``until``."""
+    """Return the text of ``new_tokens``, cut before a last end token and before the first text of ``until``."""
     has_end_token = new_tokens[-1] in engine.shape.end_tokens
     text = str(tokenizer.decode(new_tokens[:-1] if has_end_token else new_tokens, skip_special_tokens=True))
     for end in request.until:

@@ -42,7 +42,7 @@ class EvalWork:
 
 
 def run_rank(rank: Rank, work: EvalWork) -> bool:
-    """Answer the requests, append the answers to ``work.file``; return whether the run was asked to stop early."""
+    """Answer the requests and append the answers to ``work.file``; return True if the run was asked to stop early."""
     stop, target, is_first = StopRequest(), work.variant.target, rank.rank == 0
     commit = commit_of(ROOT) if is_first else ""
     with target.runtime(rank) as runtime, Progress(shown=is_first) as progress:
@@ -111,7 +111,10 @@ def _own_batches(batches: Iterable[list[Batch]], dp_rank: int, dp_size: int) -> 
 
 
 def refuse_not_finite(work: EvalWork, values: Sequence[float]) -> None:
-    """Raise ValueError if a log-probability is NaN or infinite: it would be counted as a wrong or a right answer."""
+    """Raise ValueError if one of ``values``, log-probabilities, is NaN or infinite.
+
+    Such a value would be counted as a wrong or a right answer.
+    """
     if count := sum(not math.isfinite(value) for value in values):
         raise ValueError(
             f"variant {work.variant.name}: {count} of {len(values)} log-probabilities are NaN or infinite: "
@@ -132,5 +135,5 @@ def _make_text_batches(requests: Sequence[Continue], max_tokens: int) -> Iterato
 
 
 def _room(request: Continue) -> int:
-    """Tokens of the prompt and of the longest answer."""
+    """Return the largest number of tokens that ``request`` can need: its prompt's and those of its longest answer."""
     return len(request.tokens) + request.max_new_tokens

@@ -108,7 +108,10 @@ def _read_pages(path: Path) -> list[TaskRecord]:
 
 
 def _letters(row: TaskRecord, question: str) -> Row:
-    """Return a row of ARC or OpenBookQA, whose choices have letters; ``question`` is the name of its question field."""
+    """Return ``row`` as ARC and OpenBookQA have it: choices with the letters A, B, ..., and the answer's letter.
+
+    ``question`` is the name of the field that has the question.
+    """
     labels = [chr(ord("A") + i) for i in range(len(row["choices"]))]
     return {
         question: row["query"],
@@ -162,7 +165,10 @@ def _hellaswag(row: TaskRecord) -> Row:
 
 
 def _blank(row: TaskRecord) -> tuple[str, list[str]]:
-    """Split a record's two ``context_options`` into the words with which both begin, and the rest of each."""
+    """Return the words with which the two ``context_options`` of ``row`` begin, and the rest of each option.
+
+    The two options are a sentence with a blank, filled in two ways.
+    """
     first, second = row["context_options"]
     common = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(min(first, second)))
     before = first[: first.rfind(" ", 0, common) + 1]

@@ -83,7 +83,7 @@ SIZED: Mapping[str, RulerTask] = {
 
 @contextmanager
 def _seeded(*numbers: int) -> Iterator[None]:
-    """Seed the generators that lm-eval draws from, and restore them afterwards."""
+    """Seed the generators that lm-eval draws from with ``numbers`` inside the ``with`` block; restore them after it."""
     before, numpy_before = random.getstate(), np.random.get_state()
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
@@ -144,7 +144,7 @@ def _fit(make: Callable[[int], RulerExample | None], size: int, filler: Filler) 
 
 
 def _largest(fits: Callable[[int], bool], least: int, most: int) -> int:
-    """Return about the largest size from ``least`` to ``most`` that fits; ``least`` if none does."""
+    """Return about the largest size from ``least`` to ``most`` that ``fits`` accepts; ``least`` if it accepts none."""
     size = least
     while size < most and fits(min(2 * size, most)):
         size = min(2 * size, most)

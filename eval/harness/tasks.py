@@ -74,7 +74,10 @@ def load_tasks(names: Sequence[str], data: Path | None, fewshot: int | None, inc
 
 
 def make_task(name: str, config: Mapping[str, object], rows: Sequence[Mapping[str, object]]) -> Task:
-    """Return an lm-eval task of ``config`` over ``rows``.  Raises ValueError if there are no rows."""
+    """Return the lm-eval task ``name`` of ``config``, with ``rows`` as its examples.
+
+    Raises ValueError if there are no rows.
+    """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it prints long advice for every task
     if not rows:
         raise ValueError(f"eval.tasks: {name} has no examples: give it a file that has some")
@@ -261,7 +264,10 @@ def _chance(task: Task, examples: Sequence[Sequence[Instance]]) -> float:
 
 
 def _choose_accuracy(name: str, metrics: Mapping[str, object]) -> str:
-    """Return the metric, with any filter, that says whether an example was answered correctly."""
+    """Return the metric of task ``name`` that says whether an example was answered correctly.
+
+    It is one of the keys of ``metrics``: "metric", or "metric,filter".
+    """
     if name in _LENGTH_NORMALIZED and "acc_norm" in metrics:
         return "acc_norm"
     first = [_PREFERRED] if _PREFERRED in metrics else []
@@ -280,7 +286,7 @@ def _aggregate(task: Task, metric: str, values: Sequence[Any]) -> float:
 
 
 def _aggregation(task: Task, metric: str) -> Callable[[Sequence[Any]], float]:
-    """Return lm-eval's aggregation of a metric, or the mean if it names none."""
+    """Return the function by which lm-eval sums up ``metric`` of ``task`` over examples; the mean if it names none."""
     aggregation: Callable[[Sequence[Any]], float] = task.aggregation().get(metric.partition(",")[0], fmean)
     return aggregation
 

@@ -106,7 +106,7 @@ def _needs(report: Report) -> list[str]:
 
 
 def _margins(report: Report, others: Sequence[str]) -> list[str]:
-    """Return the section on log-probability margins; empty if no task has them."""
+    """Return the section on log-probability margins of the variants ``others``; empty if no task has margins."""
     table_rows = []
     for name in others:
         margin = report.average.get(name, Figures()).get("margin")
@@ -123,7 +123,7 @@ def _margins(report: Report, others: Sequence[str]) -> list[str]:
 
 
 def _margin(margin: Mapping[str, float | None]) -> str:
-    """Return a change of margin with its interval, as a table's cell."""
+    """Return a table cell with the difference ``margin`` of log-probability margins (nats) and its interval."""
     low, high = margin["low"], margin["high"]
     ends = "(few examples)" if low is None or high is None else f"[{low:+.3f}, {high:+.3f}]"
     return f"{margin['difference']:+.3f} {ends}"

@@ -204,7 +204,10 @@ def _compare_tasks(
 def _accuracy_figures(
     compared: Comparison, margin: MarginChange | None, variant: ScoredVariant, names: Sequence[str]
 ) -> Figures:
-    """Return a comparison of accuracies over the tasks ``names`` as figures; the baseline has no differences."""
+    """Return the comparison ``compared`` of accuracies over the tasks ``names`` as figures of ``variant``.
+
+    For the baseline, its accuracy is the only figure besides the number of examples: it has no differences.
+    """
     if variant.name == BASELINE:
         no_difference = Figures(difference=None, low=None, high=None, lost=None, won=None)
         no_figures = Figures(**no_difference, **_NO_VERDICT, needed=None, margin=None)

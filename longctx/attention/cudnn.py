@@ -15,7 +15,7 @@ def _heads_first(x: Tensor) -> Tensor:
 
 
 def _repeat_kv_heads(x: Tensor, heads: int) -> Tensor:
-    """Copy each KV head for the query heads that share it: the op has no grouped-query attention."""
+    """Return ``x``, keys or values, with each KV head once for every query head: the op has no GQA."""
     return x.repeat_interleave(heads // x.shape[2], 2)
 
 

@@ -122,7 +122,7 @@ class Layout:
         return Layout(self.lengths, tuple(self.ranks[0] if r == rank else () for r in range(size)), self.begins)
 
     def by_document(self) -> list["Layout"]:
-        """Return the layout of each document alone, over the same ranks."""
+        """Return a list with the layout of each document alone, over the same ranks."""
         spans: list[list[list[Span]]] = [[[] for _ in self.ranks] for _ in self.lengths]
         for rank, of_rank in enumerate(self.ranks):
             for span in of_rank:
@@ -162,8 +162,9 @@ def contiguous(length: int, size: int) -> Layout:
 def zigzag(length: int, size: int) -> Layout:
     """Return the layout in which rank r holds chunks r and ``2 * size - 1 - r`` of ``2 * size`` chunks.
 
-    Causal work is even across ranks (arXiv 2411.01783, 3.5.1).  Any length is allowed: if ``2 * size`` does not divide
-    it, chunk lengths differ by one, and chunks of a short document may be empty.
+    ``size`` is the number of ranks.  Causal work is even across ranks (arXiv 2411.01783, 3.5.1).  Any length is
+    allowed: if ``2 * size`` does not divide it, chunk lengths differ by one, and chunks of a short document may be
+    empty.
 
     >>> [zigzag(8, 2).positions(rank).tolist() for rank in range(2)]
     [[0, 1, 6, 7], [2, 3, 4, 5]]
@@ -172,7 +173,7 @@ def zigzag(length: int, size: int) -> Layout:
 
 
 def striped(length: int, size: int) -> Layout:
-    """Return the layout in which rank r holds positions r, r + size, r + 2 * size, ...
+    """Return the layout in which rank r of ``size`` ranks holds positions r, r + size, r + 2 * size, ...
 
     >>> [striped(3, 2).positions(rank).tolist() for rank in range(2)]
     [[0, 2], [1]]
@@ -185,7 +186,7 @@ LAYOUTS: dict[str, Sharding] = {"zigzag": zigzag, "contiguous": contiguous, "str
 
 
 def documents(lengths: Sequence[int], size: int, within: Sharding = zigzag) -> Layout:
-    """Return the layout of packed documents, each sharded separately by ``within``.
+    """Return the layout of packed documents, each sharded over ``size`` ranks by ``within``.
 
     Tokens attend within their own document only.  Documents of three and two tokens on two ranks:
 
@@ -239,17 +240,20 @@ def shard_balanced(lengths: Sequence[int], within: Sharding, rows_per_rank: Sequ
 
 
 def empty(size: int) -> Layout:
-    """Return the layout of one document without rows: the initial state of a cache."""
+    """Return the layout of one document without rows over ``size`` ranks: the initial state of a cache."""
     return Layout((0,), ((),) * size)
 
 
 def single(size: int, owner: int) -> Layout:
-    """Return the layout of one row on rank ``owner``: a decoded token."""
+    """Return the layout of one row, a decoded token, on rank ``owner`` of ``size`` ranks."""
     return Layout((1,), tuple((Span(0, 1),) if rank == owner else () for rank in range(size)))
 
 
 def _assign_chunks(length: int, size: int, chunks: int, chunks_of: Callable[[int], Iterable[int]]) -> Layout:
-    """Cut one document into ``chunks`` near-equal chunks; rank r holds those with the numbers ``chunks_of(r)``."""
+    """Cut one document of ``length`` tokens into ``chunks`` near-equal chunks, for ``size`` ranks.
+
+    Rank r holds the chunks with the numbers ``chunks_of(r)``.
+    """
     cuts = [length * chunk // chunks for chunk in range(chunks + 1)]
     spans = [Span(a, b - a) for a, b in pairwise(cuts)]
     ranks = (merge_spans([spans[chunk] for chunk in chunks_of(rank)], size) for rank in range(size))

@@ -41,5 +41,5 @@ def window(size: int) -> Mask:
 
 
 def causal_within(size: int | None) -> Mask:
-    """Return `window` of ``size``, or the plain causal mask for None."""
+    """Return the causal mask in which a query sees the last ``size`` positions (`window`); None: all earlier ones."""
     return CAUSAL if size is None else window(size)

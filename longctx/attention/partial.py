@@ -70,7 +70,7 @@ def merge_(total: Partial, rows: slice, part: Partial) -> None:
 
 
 def merge_all(parts: Sequence[Partial]) -> Partial:
-    """`merge` partials of the same rows in one step, with less overhead than repeated `merge_`."""
+    """Return the merged partial of ``parts``, partials of the same rows, with less overhead than repeated `merge_`."""
     lse = torch.stack([part.lse for part in parts])
     total = lse.logsumexp(0)
     share = torch.exp(lse - total).masked_fill(lse == -math.inf, 0.0)
@@ -79,7 +79,7 @@ def merge_all(parts: Sequence[Partial]) -> Partial:
 
 
 def concat_rows(parts: Sequence[Partial]) -> Partial:
-    """Concatenate partials of different rows along the rows (dim 1)."""
+    """Return the partial of all rows of ``parts``, partials of different rows, concatenated along dim 1."""
     if len(parts) == 1:
         return parts[0]
     return Partial(torch.cat([part.out for part in parts], 1), torch.cat([part.lse for part in parts], 1))
@@ -95,7 +95,10 @@ def _without_unseen(part: Partial) -> Tensor:
 
 
 def _weigh(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weight of ``b`` in the merged row, in 0 to 1, and the merged log-sum-exp."""
+    """Return the weight of the second of two partials in the merged row, from 0 to 1, and the merged log-sum-exp.
+
+    ``a`` and ``b`` are the log-sum-exps of the first and of the second partial.
+    """
     # The sigmoid is 1 if a is -inf, and 0 if b is. If both are, b - a is NaN: the mask makes the share 0.
     share = torch.sigmoid(b - a).masked_fill(b == -math.inf, 0.0)
     return share, torch.logaddexp(a, b)

@@ -37,12 +37,12 @@ class Tile:
 
     @property
     def q(self) -> slice:
-        """Rows of the queries."""
+        """Slice of the rows of queries that the tile covers."""
         return slice(self.q0, self.q1)
 
     @property
     def k(self) -> slice:
-        """Rows of the keys."""
+        """Slice of the rows of keys that the tile covers."""
         return slice(self.k0, self.k1)
 
     @property
@@ -179,7 +179,7 @@ def _tile_edges(a: int, b: int, sk: int, low: int | None, high: int | None) -> I
 
 
 def _merge_rectangles(tiles: list[Tile]) -> list[Tile]:
-    """Merge rectangles that share an edge: fewer, larger kernel calls."""
+    """Return ``tiles`` with rectangles that share an edge merged, for fewer and larger kernel calls."""
     triangles = [tile for tile in tiles if tile.causal]
     full = [tile for tile in tiles if not tile.causal]
     full = _merge_adjacent(full, key=lambda t: (t.q0, t.q1), begin=lambda t: t.k0, end=lambda t: t.k1)

@@ -72,7 +72,10 @@ def _store(x, values, batch, length, heads, head, first, D: tl.constexpr, SIZE: 
 @triton.jit
 @no_type_check
 def _scores(q, k, row, key, sk, scale, MASKED: tl.constexpr, CAUSAL: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Return scores in base 2, [ROWS KEYS], from query row ``row`` and key ``key`` on; masked scores are -inf."""
+    """Return the scores, [ROWS KEYS], of query rows from ``row`` on and keys from ``key`` on, in base 2.
+
+    They are q.k times ``scale`` and log2(e); masked scores are -inf.
+    """
     scores = _dot(q, tl.trans(k), INTERPRETED) * (scale * LOG2E)
     if MASKED:
         rows, keys = row + tl.arange(0, q.shape[0])[:, None], key + tl.arange(0, k.shape[0])[None, :]
@@ -88,7 +91,10 @@ def _scores(q, k, row, key, sk, scale, MASKED: tl.constexpr, CAUSAL: tl.constexp
 def _attend(state, q, K, V, batch, kv, row, key, sk, hk, scale,
             MASKED: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
             INTERPRETED: tl.constexpr):  # fmt: skip
-    """Return ``state`` (weighted values, largest score, sum of weights) after the keys from ``key`` on."""
+    """Return ``state`` after one more block of keys, whose first key is ``key``.
+
+    ``state`` has the weighted sum of values, the largest score, and the sum of weights of each query row.
+    """
     values, largest, total = state
     k = _load(K, batch, sk, hk, kv, key, D, KEYS, WIDTH)
     v = _load(V, batch, sk, hk, kv, key, D, KEYS, WIDTH)
@@ -139,7 +145,7 @@ def _dscores(scores, lse, a, b, delta, INTERPRETED: tl.constexpr):
 def _add_dq(dq, q, dout, lse, delta, K, V, batch, kv, row, key, sk, hk, scale,
             MASKED: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
             INTERPRETED: tl.constexpr):  # fmt: skip
-    """Return ``dq`` and the contribution of the keys from ``key`` on."""
+    """Return ``dq`` plus the contribution of one block of keys, whose first key is ``key``."""
     k = _load(K, batch, sk, hk, kv, key, D, KEYS, WIDTH)
     v = _load(V, batch, sk, hk, kv, key, D, KEYS, WIDTH)
     scores = _scores(q, k, row, key, sk, scale, MASKED, CAUSAL, INTERPRETED)
@@ -175,7 +181,7 @@ def backward_q(DOUT, Q, K, V, LSE, DELTA, DQ, sq, sk, hq, hk, scale,
 @no_type_check
 def _add_dkv(sums, k, v, DOUT, Q, LSE, DELTA, batch, head, row, key, sq, hq, scale, MASKED: tl.constexpr,
              D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
-    """Return ``sums`` (dk, dv) and the contribution of the query rows from ``row`` on."""
+    """Return ``sums``, (dk, dv), plus the contribution of one block of query rows, whose first row is ``row``."""
     dk, dv = sums
     q = _load(Q, batch, sq, hq, head, row, D, ROWS, WIDTH)
     dout = _load(DOUT, batch, sq, hq, head, row, D, ROWS, WIDTH)

@@ -70,8 +70,8 @@ class ModelSource:
 class PromptSource:
     """The prompt's text: a file, the text itself, or a topic of CPython's documentation (``all`` for the whole).
 
-    ``tokens`` cuts the text to that many tokens; with None, a text that is too long is an error.  With
-    ``question``, the text is a document and both go through the model's chat template; otherwise the text is the
+    ``tokens`` cuts the text to that many tokens; with None, a text that is too long is an error.  With ``question``,
+    the text is a document, which goes through the model's chat template with the question; otherwise the text is the
     prompt.
     """
 

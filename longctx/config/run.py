@@ -51,7 +51,7 @@ class Mesh:
 
     @property
     def sequence_parallel(self) -> bool:
-        """True if training shards activations between tensor-parallel layers by rows: always, at no extra traffic."""
+        """True if training uses sequence parallelism: whenever tp > 1, since it sends no more bytes."""
         return self.tp > 1
 
     @property
@@ -214,5 +214,5 @@ class Track:
             raise ValueError(f"track.tags has {wrong[0]!r}: use tags of 1 to 64 characters")
 
     def of(self, kind: str) -> "Track":
-        """Return a copy with ``job_type=kind``, unless one is set."""
+        """Return these settings with ``job_type=kind``; settings that have a ``job_type`` are returned unchanged."""
         return self if self.job_type else replace(self, job_type=kind)

@@ -180,7 +180,7 @@ def ulysses_bytes(work: Work, degree: int) -> tuple[float, float]:
 
 
 def ulysses_seconds(work: Work, degree: int, link: Link) -> float:
-    """Return the seconds of Ulysses' two all-to-alls around ``work`` (`ulysses_bytes`); no computation hides them."""
+    """Return the seconds, hidden by nothing, of Ulysses' two all-to-alls around ``work`` over ``degree`` ranks."""
     return sum(link.seconds(size) for size in ulysses_bytes(work, degree))
 
 

@@ -63,7 +63,10 @@ class DecodeWork:
 
 
 def product_seconds(work: DecodeWork, hardware: DecodeHardware, ranks: int) -> float:
-    """Return the seconds of a step's GEMMs if n = ``ranks`` share the weights: L p(w / n) + p(v / n)."""
+    """Return the seconds of a decode step's GEMMs if n = ``ranks`` context ranks share the weights.
+
+    This is L p(w / n) + p(v / n), in the notation of the module's docstring.
+    """
 
     def seconds(weights: float, size: float) -> float:
         return max(size / hardware.weight_bytes_per_s, 2 * work.batch * weights / hardware.flops) / ranks
@@ -97,19 +100,19 @@ def exchange_seconds(work: DecodeWork, link: Link, strategy: str) -> float:
 
 
 def gather_merge_seconds(work: DecodeWork, hardware: DecodeHardware) -> float:
-    """Return the seconds of a step by ``gather_merge``, without attention itself."""
+    """Return the seconds of a decode step by ``gather_merge``: GEMMs and collectives, without attention itself."""
     tp_sum = hardware.exchange.seconds((work.tp - 1) * work.batch * work.element_bytes * work.hidden)
     exchanged = exchange_seconds(work, hardware.exchange, "gather_merge") + work.sums * work.layers * tp_sum
     return product_seconds(work, hardware, 1) + exchanged
 
 
 def sharded_seconds(work: DecodeWork, hardware: DecodeHardware) -> float:
-    """Return the seconds of a step by ``sharded``, without attention itself."""
+    """Return the seconds of a decode step by ``sharded``: GEMMs and collectives, without attention itself."""
     return product_seconds(work, hardware, work.ranks) + exchange_seconds(work, hardware.exchange, "sharded")
 
 
 def choose_decode(work: DecodeWork, hardware: DecodeHardware) -> tuple[str, str]:
-    """Return the cheaper strategy, ``sharded`` or ``gather_merge``, and the reason in words."""
+    """Return the faster strategy for ``work``, ``sharded`` or ``gather_merge``, and the reason for the user."""
     if work.ranks == 1:
         return "gather_merge", "one context rank has no rank to share weights with"
     shared, merged = sharded_seconds(work, hardware), gather_merge_seconds(work, hardware)

@@ -67,7 +67,7 @@ def layer_weights(shape: Decoder) -> tuple[int, float]:
 
 
 def forward_flops(shape: Decoder, new: Sequence[int], cached: Sequence[int]) -> float:
-    """Return the FLOPs of a pass over ``new`` tokens: scores of all visible pairs, and 2 per weight and token."""
+    """Return the FLOPs of a pass over ``new`` tokens: 2 per weight and token, and those of all visible scores."""
     scores = sum(work.flops * layers for work, layers in ring_works(shape, _ALONE, new, cached, Numbers()))
     return 2 * sum(layer_weights(shape)) * shape.layers * sum(new) + scores
 
@@ -195,7 +195,10 @@ def decode_cost(
 def _shared_rows_seconds(
     shape: Decoder, mesh: Degrees, machine: Machine, cached: Sequence[int], numbers: Numbers
 ) -> float:
-    """Return the seconds of attention if every context rank has all new rows and attends to its visible keys."""
+    """Return the seconds of attention of a decode step by ``gather_merge`` or ``sharded``, over all layers.
+
+    Every context rank has one new row of each sequence, and attends to the visible keys among those that it caches.
+    """
     hardware = machine.kernel(mesh.ulysses * mesh.ring, mesh.tp, decodes=True)
     seconds = 0.0
     for work, layers in ring_works(shape, mesh, [1] * len(cached), cached, numbers):

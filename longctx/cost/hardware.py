@@ -34,7 +34,10 @@ def refuse_unknown(values: Mapping[str, Any], known: Collection[str], where: str
 
 
 def link_of(values: Mapping[str, Any]) -> Link:
-    """Return the `Link` in parsed YAML.  Raises KeyError, TypeError or ValueError for missing or wrong values."""
+    """Return the `Link` that ``values``, read from YAML, describe.
+
+    Raises KeyError, TypeError or ValueError for missing or wrong values.
+    """
     refuse_unknown(values, [one.name for one in fields(Link)], "a link")
     bulk = values.get("bulk")
     latency_s, bytes_per_s = float(values["latency_s"]), float(values["bytes_per_s"])
@@ -51,7 +54,7 @@ class LayerRates:
     * ``weight_bytes_per_s``: the rate of reading weights, measured with one row.
     * ``layer_s``: the overhead of a layer, which does not depend on the rows.
     * ``gather``: an all-gather of few rows, as in decoding.
-    * ``reduce``: a step of a ring all-reduce; None uses the links of the ring.
+    * ``reduce``: a step of a ring all-reduce; None uses `Hardware`'s latency of ``hop`` and rate of ``exchange``.
     """
 
     gemm_flops: float

@@ -57,12 +57,12 @@ class Level:
 
     @property
     def gather_link(self) -> Link:
-        """Return the link of an all-gather of few rows."""
+        """Return the link of an all-gather of few rows: ``gather``, or ``exchange`` if it is None."""
         return self.gather or self.exchange
 
     @property
     def reduce_step_s(self) -> float:
-        """Return the latency of one step of an all-reduce."""
+        """Return the latency of one step of an all-reduce: of ``reduce``, else ``step_s``, else of ``hop``."""
         if self.reduce:
             return self.reduce.latency_s
         return self.hop.latency_s if self.step_s is None else self.step_s
@@ -77,7 +77,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How far predicted times were from those of runs: 80 % of the runs were at most a ``share`` of their time away.
+    """Accuracy of predictions: for 80 % of the compared runs, the relative error was at most ``share`` (0.1: 10 %).
 
     It is valid for meshes like those of the runs, of at most ``ranks`` ranks and with 1 rank on each axis not in
     ``axes``, and for numbers of ``element_bytes`` bytes.
@@ -171,7 +171,7 @@ class Machine:
         return next((level for level in self.levels if span <= level.ranks), self.levels[-1])
 
     def expected_error(self, work: str, mesh: Degrees, element_bytes: int) -> float | None:
-        """Return the share of the time that 80 % of predictions for ``work`` are within; None if it is unknown.
+        """Return the relative error that 80 % of predictions for the kind of work ``work`` are within; None if unknown.
 
         ``mesh`` and the bytes of a number, ``element_bytes``, must be like those of the compared runs.
         """
@@ -255,7 +255,10 @@ def machine_of(values: Any, source: str) -> Machine:
 
 
 def errors_of(values: Mapping[str, Any], source: str) -> dict[str, Accuracy]:
-    """Return the section ``errors`` of parsed YAML, which may be missing; ``source`` names the file in errors."""
+    """Return the `Accuracy` by kind of work, from the section ``errors`` in the ``values`` of a machine's YAML file.
+
+    The section may be missing.  ``source`` names the file in errors.
+    """
     try:
         return {str(work): _accuracy_of(one) for work, one in (values.get("errors") or {}).items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -266,14 +269,14 @@ def errors_of(values: Mapping[str, Any], source: str) -> dict[str, Accuracy]:
 
 
 def _accuracy_of(values: Mapping[str, Any]) -> Accuracy:
-    """Return the `Accuracy` in parsed YAML."""
+    """Return the `Accuracy` that ``values`` of a YAML file describe."""
     refuse_unknown(values, [one.name for one in fields(Accuracy)], "an accuracy")
     element_bytes = int(values.get("element_bytes", Accuracy.element_bytes))
     return Accuracy(float(values["share"]), tuple(map(str, values["axes"])), int(values["ranks"]), element_bytes)
 
 
 def _level_of(values: Mapping[str, Any]) -> Level:
-    """Return the `Level` in parsed YAML."""
+    """Return the `Level` that ``values`` of a YAML file describe."""
     refuse_unknown(values, [one.name for one in fields(Level)], "a level of links")
     return Level(
         name=str(values["name"]),

@@ -201,8 +201,9 @@ def _backward_buffers(work: Work) -> float:
 def _attention_gradients(work: Work) -> float:
     """Return the bytes of gradients at the point where a block's gradients are added to the sums over blocks.
 
-    These are the gradient of the output and three parts in float32: the sum of the queries' gradients over blocks, one
-    block's gradients of queries, keys and values, and the kernel's result for a tile.
+    These are the gradient of the output, in the dtype of the model, and three parts in float32: the sum of the queries'
+    gradients over blocks, one block's gradients of queries, keys and values, and the kernel's gradients of queries,
+    keys and values for one tile, which is counted as large as a block.
     """
     queries = work.q_block_bytes / work.element_bytes
     keys_and_values = work.kv_block_bytes / work.element_bytes

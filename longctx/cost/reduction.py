@@ -31,8 +31,10 @@ def reduction_seconds(
 ) -> float:
     """Return the seconds of one reduction of ``rows`` x ``width`` values with messages of ``dtype``.
 
-    float32 is a ring all-reduce.  Other dtypes take two steps.  In each, a rank sends n - 1 messages of 1/n of the
-    bytes through its link, and each message takes one hop: 2 (hop_s + (n - 1) size / n / bytes_per_s).
+    float32 is a ring all-reduce (`all_reduce_seconds`).  Other dtypes take two steps over n = ``ranks`` ranks.  In each
+    step, a rank sends n - 1 messages of 1/n of the bytes through its link, one after the other.  Their latencies
+    overlap, so the latency ``hop_s`` counts once in a step: 2 (hop_s + (n - 1) size / n / bytes_per_s).  ``group`` is
+    that of `message_bytes`.
     """
     size = message_bytes(rows, width, dtype, group)
     if dtype == "float32":

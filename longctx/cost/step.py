@@ -55,7 +55,7 @@ class StepWork:
 def step_cost(
     shape: Decoder, mesh: Degrees, machine: Machine, work: StepWork, strategy: str, numbers: Numbers
 ) -> PassCost:
-    """Return the cost of a training step of ``work`` on one rank."""
+    """Return the seconds by part, and the bytes sent by axis, of a training step of ``work`` on one rank."""
     # 1. One micro-batch through this stage's layers.
     machine = machine.shared_by(mesh)
     attention, sent = _attention(shape, mesh, machine, work, strategy, numbers)
@@ -100,7 +100,7 @@ def weights_by_replicas(shape: Decoder, mesh: Degrees) -> dict[int, float]:
 def _attention(
     shape: Decoder, mesh: Degrees, machine: Machine, work: StepWork, strategy: str, numbers: Numbers
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the seconds of attention in a micro-batch by part, and the bytes sent by axis; forward and backward."""
+    """Return a micro-batch's seconds of attention by part and bytes sent by axis, forward and backward together."""
     hardware = machine.kernel(mesh.ring, mesh.tp * mesh.ulysses)
     link = machine.level(mesh.ulysses, mesh.tp).exchange
     seconds = {"attention": 0.0, "ring": 0.0, "ulysses": 0.0}
@@ -122,7 +122,7 @@ def _attention(
 def _products(
     shape: Decoder, mesh: Degrees, machine: Machine, work: StepWork, numbers: Numbers
 ) -> tuple[float, float, float]:
-    """Return the seconds of a micro-batch's GEMMs, and the seconds and bytes of its tp all-reduces."""
+    """Return the seconds of a micro-batch's GEMMs, and the seconds and bytes of its tensor-parallel all-reduces."""
     projections, ffn = layer_weights(shape)
     rows, layers = work.length * work.sequences / (mesh.ulysses * mesh.ring), shape.layers / mesh.pp
     again = {"none": 0.0, "selective": dense_ffn_weights(shape), "full": projections + ffn}[work.recompute]
@@ -141,7 +141,7 @@ def _products(
 def _update(
     shape: Decoder, mesh: Degrees, machine: Machine, work: StepWork, numbers: Numbers
 ) -> tuple[float, float, float]:
-    """Return the seconds of reducing gradients and of the optimizer, and the bytes that a rank sends for both."""
+    """Return the seconds of summing gradients, those of the optimizer, and the bytes that a rank sends for both."""
     # With ZeRO-1, scattering gradients and gathering weights take half an all-reduce each.
     moved = (4 + numbers.element) / 2 if work.zero1 else 4
     seconds = update = sent = 0.0

@@ -112,7 +112,10 @@ def tokenize_conversation(
 
 
 def _template(messages: Sequence[Message], tokenizer: Any, *, begins_answer: bool = False) -> list[int]:
-    """Return the tokens of ``messages``, with the template's beginning of an answer if ``begins_answer``."""
+    """Return the tokens of ``messages`` in the chat template.
+
+    With ``begins_answer``, the tokens with which the template begins an answer follow.
+    """
     try:
         chat = tokenizer.apply_chat_template(
             messages, add_generation_prompt=begins_answer, return_dict=True, tokenizer_kwargs={"verbose": False}
@@ -123,7 +126,10 @@ def _template(messages: Sequence[Message], tokenizer: Any, *, begins_answer: boo
 
 
 def _prefix(tokens: Sequence[int], whole: Sequence[int], i: int) -> int:
-    """Return the number of ``tokens``.  Raises ValueError unless ``whole`` begins with ``tokens``."""
+    """Return the number of ``tokens``, which must be a beginning of ``whole``, a conversation's tokens.
+
+    Raises ValueError, naming the answer in message ``i`` (from 0), if they are not.
+    """
     if list(whole[: len(tokens)]) != list(tokens):
         raise ValueError(
             f"has an answer, message {i + 1}, that the chat template writes differently when messages follow, or "
@@ -134,7 +140,10 @@ def _prefix(tokens: Sequence[int], whole: Sequence[int], i: int) -> int:
 
 
 def _length_to_end(answer: Sequence[int], i: int, tokenizer: Any, ends: tuple[int, ...]) -> int:
-    """Return the number of tokens of ``answer`` up to and including its end token; there must be exactly one."""
+    """Return the number of tokens of ``answer`` up to and including its end token, one of ``ends``.
+
+    Raises ValueError, naming message ``i`` (from 0), unless there is exactly one end token.
+    """
     at = [n for n, token in enumerate(answer) if token in ends]
     if len(at) == 1:
         return at[0] + 1

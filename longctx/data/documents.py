@@ -105,7 +105,10 @@ def _source_files(
 
 
 def _parts(record: Record, tokenizer: Any, end_token: bool) -> Iterator[Document]:
-    """Yield a record's document: one part, or several if the text is long."""
+    """Yield a record's document, tokenized: in one part, or in several if the text is long.
+
+    With ``end_token``, the tokenizer's end token ends the last part.
+    """
     if record.conversation:
         yield _document_of(record.conversation, record.where)
         return
@@ -182,7 +185,10 @@ def _refuse_or_log(record: Record, point: ResumePoint, on_error: str) -> None:
 
 
 def _digest(source_files: tuple[SourceFile, ...]) -> str:
-    """Return a digest of the files' names, which include their sizes."""
+    """Return a digest of the names of ``source_files``, which include the sizes of the files.
+
+    A resumed run compares it, to find out whether the files have changed.
+    """
     return hashlib.sha256(repr([file.name for file in source_files]).encode()).hexdigest()[:12]
 
 

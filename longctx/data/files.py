@@ -77,7 +77,7 @@ def _open(path: Path) -> gzip.GzipFile | BufferedReader:
 
 
 def _read_text(path: Path, at: Position) -> Iterator[tuple[Record, Position]]:
-    """Yield a text file as one document, with line ends converted to newlines.
+    """Yield a text file as one document, with line ends converted to newlines, unless ``at`` is its end.
 
     The file is read once to check it, and again when the record is opened.  It is never in memory as a whole.
     """
@@ -117,9 +117,10 @@ def _read_text_row(key: str, row: Any, where: str) -> Record:
 
 
 def _read_lines(path: Path, read_row: ReadRow, at: Position) -> Iterator[tuple[Record, Position]]:
-    """Yield a document for each line of a JSONL file that is not blank.  Positions are [line, byte], from 0.
+    """Yield a document for each line of a JSONL file that is not blank, with the position after it.
 
-    The JSON reader of ``datasets`` parses blocks and could not name a faulty line.
+    Positions are [line, byte], from 0; ``at`` is the first (None: the beginning).  ``read_row`` makes the record of a
+    line.  The JSON reader of ``datasets`` parses blocks and could not name a faulty line.
     """
     line, byte = at or (0, 0)
     with _open(path) as file:
@@ -146,7 +147,10 @@ def _parse_line(raw: bytes, read_row: ReadRow, where: str) -> Record:
 
 
 def _read_table(path: Path, key: str, at: Position) -> Iterator[tuple[Record, Position]]:
-    """Yield a document for each row of a parquet file, with 64 in memory at a time.  Positions are rows, from 0."""
+    """Yield a document for each row of a parquet file, with the position after it; begin at ``at`` (None: first row).
+
+    A document is the text in column ``key``.  A position is a row's number, from 0.  64 rows are in memory at a time.
+    """
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 

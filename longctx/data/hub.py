@@ -32,7 +32,10 @@ def dataset(source: TextSource) -> SourceFile:
 
 
 def _read_rows(rows: Any, source: TextSource, at: Position) -> Iterator[tuple[Record, Position]]:
-    """Yield the dataset's rows.  Positions are [row, state]; state is the ``datasets`` state of a stream, or None."""
+    """Yield the dataset's rows from position ``at`` on (None: the first), each with the position after it.
+
+    A position is [row, state]; state is the ``datasets`` state of a stream, or None.
+    """
     row, stream_state = at or (0, None)
     if source.streaming:
         rows = deepcopy(rows)  # a stream object keeps its own position

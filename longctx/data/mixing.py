@@ -10,7 +10,7 @@ def interleave(sources: Sequence[Stage[Document]], weights: Sequence[float]) -> 
     """Return the documents of all ``sources``, with numbers of tokens in proportion to ``weights``.
 
     The next document comes from the source with the fewest tokens relative to its weight; in a tie, from the first.  A
-    source is therefore never ahead of its share by more than its last document.  When a source ends, the others
+    source is therefore never ahead of its share by more than its last document.  When a source ends, the other sources
     continue in proportion to their weights.  A run that resumes with other weights counts tokens from 0 again.
     Otherwise a source with a larger weight would first give all documents, until it had its new share of all earlier
     tokens.

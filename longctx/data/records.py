@@ -59,7 +59,10 @@ class SourceFile:
 
 
 def text_of(row: Any, key: str, where: str) -> Record:
-    """Return the record with the text under ``key`` of ``row``; a record with a fault if there is no valid text."""
+    """Return the record with the text under ``key`` of ``row``.
+
+    If there is no valid text, the record has a fault instead.  ``where`` names the row in messages.
+    """
     if not isinstance(row, Mapping):
         return Record(where, fault=f'is not a JSON object of the form {{"{key}": "..."}}')
     if key not in row:

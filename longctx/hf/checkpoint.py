@@ -35,7 +35,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     Raises ValueError in three cases.
 
     * The folder has none of model.safetensors, spd.safetensors and the index.
-    * It has spd.safetensors together with one of the others.
+    * The folder has spd.safetensors together with model.safetensors or the index.
     * The index or a file cannot be read.
     """
     existing = [name for name in (ADAPTED, _WHOLE, _INDEX) if (folder / name).is_file()]

@@ -65,7 +65,10 @@ def read_config(file: Path) -> Any:
 
 
 def _refuse_impossible(file: Path, config: Any) -> None:
-    """Raise ValueError for dimensions and numbers that no model can have."""
+    """Raise ValueError if ``config``, read from ``file``, has a dimension or number that no model can have.
+
+    Examples are vocab_size=0, or KV heads that do not divide the query heads.
+    """
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
     experts = ("num_local_experts", "num_experts_per_tok", "moe_intermediate_size")
     for name in (*names, "vocab_size", "max_position_embeddings", *experts):
@@ -88,7 +91,10 @@ def _refuse_impossible(file: Path, config: Any) -> None:
 
 
 def _refuse_infinite(file: Path, shape: ModelShape) -> None:
-    """Raise ValueError for infinite or NaN numbers in ``shape``, and for rotary frequencies of 0 or less."""
+    """Raise ValueError if ``shape``, read from ``file``, has an infinite or NaN number.
+
+    Rotary frequencies of 0 or less are refused as well.
+    """
     for name, value in vars(shape).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{file}: {name}={value} is not a finite number: correct the settings that give it")
@@ -98,7 +104,7 @@ def _refuse_infinite(file: Path, shape: ModelShape) -> None:
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """Return the transformers tokenizer of ``folder``.  Raises ValueError if transformers cannot read one."""
+    """Return the transformers tokenizer in ``folder``.  Raises ValueError if transformers cannot read one."""
     from transformers import AutoTokenizer
 
     try:
@@ -132,7 +138,10 @@ def _refuse_custom_code(folder: Path, error: Exception) -> None:
 
 
 def _refuse_unfit_windows(file: Path, config: Any) -> None:
-    """Raise ValueError if the windows and the types of layers do not fit each other."""
+    """Raise ValueError if the settings of windows in ``config``, read from ``file``, do not fit each other.
+
+    These are sliding_window, layer_types and the number of layers.
+    """
     window, layers = getattr(config, "sliding_window", None), config.num_hidden_layers
     types = getattr(config, "layer_types", None)
     if window is not None and window < 1:

@@ -141,7 +141,10 @@ def _elements(reader: Any) -> int:
 
 
 def _refuse_other_rotation(gguf: Path, reader: Any, folder: Path) -> None:
-    """Raise ValueError if the file rotates another number of dimensions than ``folder``'s config.json says."""
+    """Raise ValueError if the file ``gguf`` rotates another number of channels per head than ``folder``'s config.json.
+
+    ``reader`` has the file's metadata.
+    """
     field = reader.fields.get(f"{reader.fields['general.architecture'].contents()}.rope.dimension_count")
     rotated = {2 * len(rotary.frequencies) for rotary in shape_of(folder).rotaries if rotary}
     if field and rotated != {field.contents()}:

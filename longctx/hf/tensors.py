@@ -67,7 +67,10 @@ def refuse_other_tensors(
 
 
 def _refuse_other_header(folder: Path, name: str, header: TensorHeader, size: tuple[int, ...] | None) -> None:
-    """Raise ValueError for a tensor of a quantised dtype, or of another shape than ``size`` (None: any)."""
+    """Raise ValueError if tensor ``name`` of ``folder`` has a quantised dtype, or another shape than ``size``.
+
+    For ``size`` None, any shape is accepted.
+    """
     if header.dtype not in _DTYPES:
         raise ValueError(f"{folder}: {name} is {header.dtype}: use an unquantised checkpoint")
     if size and header.shape != size:

@@ -74,7 +74,7 @@ class KVCache:
         return keys[:, : self.rows], values[:, : self.rows]
 
     def rewind(self, layout: Layout) -> None:
-        """Set the cache back to its earlier ``layout``; rows appended since then are dropped."""
+        """Set the cache back to ``layout``, which it had earlier; rows that were appended since then are dropped."""
         self.layout = layout
 
     @property
@@ -101,7 +101,7 @@ class PrefixView:
         return torch.cat([keys, k], 1), torch.cat([values, v], 1)
 
     def append_each(self, layer: int, k: Keys, v: Keys) -> Sequence[tuple[Tensor, Tensor]]:
-        """Do as `append` does; return a list of one, since the view has one sequence."""
+        """Return the result of `append` as a list of one, since the view has one sequence."""
         return [self.append(layer, k, v)]
 
 

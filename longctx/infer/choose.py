@@ -82,7 +82,10 @@ def _sample(sequence: Conversation, logits: Float[Tensor, " v"], top: int | None
 
 
 def _record_logprobs(sequence: Conversation, numbers: Sequence[float]) -> None:
-    """Keep the log-probabilities in ``numbers``, a result of `_sample`, if ``sequence.sampling`` asks for them."""
+    """Append a token's log-probabilities to ``sequence``, if its sampling settings ask for them.
+
+    ``numbers`` are a result of `_sample`.
+    """
     count = sequence.sampling.logprobs
     if count is not None:
         top = [(int(token), logprob) for token, logprob in zip(numbers[2::2], numbers[3::2], strict=True)]

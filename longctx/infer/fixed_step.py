@@ -68,7 +68,7 @@ class FixedStep:
         self._graph = graph
 
     def _run(self) -> None:
-        """Compute the logits after the current token on the device, without reading any value back to the CPU."""
+        """Compute the logits that follow the current token, on the device, without reading values back to the CPU."""
         tables = {id(table): _row(table, self._position) for table in self._tables if table}
         one_pass = Pass(attend=self._attend, rotary=tuple(tables.get(id(table)) for table in self._tables))
         self._visible = (self._all_rows <= self._position).unsqueeze(0)
@@ -99,7 +99,7 @@ def _refuse_untested(engine: Engine) -> None:
 
 
 def _with_room(x: Keys, room: int) -> Tensor:
-    """Copy ``x`` [b rows hk d] into a tensor of ``room`` rows; the others are 0, since a mask does not hide NaN."""
+    """Copy ``x`` [b rows hk d] into a tensor of ``room`` rows; further rows are 0, since a mask does not hide NaN."""
     new = x.new_zeros(x.shape[0], x.shape[2], room, x.shape[3]).transpose(1, 2)
     new[:, : x.shape[1]] = x
     return new

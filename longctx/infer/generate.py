@@ -24,7 +24,7 @@ def logit_difference(
     """Return the largest absolute difference of all prompts' logits from those of ``alone``, the model on one rank.
 
     ``turn`` is the first turn of a session with these ``prompts``, run with ``keep_states``.  All ranks must call this.
-    ``alone`` (see `load_alone`) is set on the first rank of the world only, which returns the difference; the others
+    ``alone`` (see `load_alone`) is set on the first rank of the world only, which returns the difference; other ranks
     return None.  With dropped or rounded reductions it is set on all ranks of the first tensor-parallel group.
     ``alone`` prefills ``chunk`` tokens a pass (None: all) and calls ``layer_done`` after each layer's attention.
 

@@ -61,7 +61,10 @@ class PageFiles:
         return pages
 
     def write(self, before: str, tokens: Sequence[int], page: Page) -> str:
-        """Write a page and return its name."""
+        """Write ``page`` to a file, and return the page's name.
+
+        The page holds ``tokens``, after the page named ``before``.
+        """
         name = page_name(before, tokens)
         if self._full or name in self._files:
             return name

@@ -68,7 +68,7 @@ class PageStore:
         self._count_rows(content.layout, 1)
 
     def page(self, number: int) -> Page:
-        """Return this rank's rows of a page."""
+        """Return this rank's rows of page ``number``."""
         return self._pages[number]
 
     def drop(self, page: int) -> None:

@@ -1,7 +1,7 @@
 """One pass over new tokens with a sharded cache: the prefill of a prompt or of a later turn, or one decoded token.
 
-These differ only in the layout of the new tokens: one rank has the row of a decoded token, the others have none.  In
-`run_replicated`, every rank has the new rows.
+These differ only in the layout of the new tokens: one rank has the row of a decoded token, the other ranks have no
+row.  In `run_replicated`, every rank has the new rows.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -79,7 +79,8 @@ def penalize(
 def rank_candidates(logits: Float[Tensor, " v"], sampling: Sampling) -> tuple[Float[Tensor, " v"], Int[Tensor, " v"]]:
     """Return the probabilities of all tokens, largest first, and the tokens in this order.
 
-    Tokens that top-k, top-p or min-p cut off have probability 0; the others need not sum to 1.
+    Tokens that top-k, top-p or min-p cut off have probability 0; the probabilities of the other tokens need not sum to
+    1.
     """
     ranked, order = torch.softmax(logits.double().cpu() / sampling.temperature, -1).sort(descending=True, stable=True)
     if 0 < sampling.top_k < len(ranked):

@@ -89,8 +89,8 @@ class Session:
         ``stopped`` is called after each token.  ``layer_done`` is called after each layer's attention in the prefill,
         and ``token_done`` with each step's tokens by sequence.  ``keep_states`` fills `Turn.passes`.
 
-        If the turn fails, new sequences are removed, and the others get back their tokens and caches from before the
-        turn.
+        If the turn fails, new sequences are removed, and earlier sequences get back their tokens and caches from before
+        the turn.
 
         Raises ValueError for no prompts, an empty prompt, a token beyond the vocabulary, negative ``max_new_tokens``,
         more tokens than the model's maximum, and logits that are not finite.
@@ -105,7 +105,10 @@ class Session:
             raise
 
     def cache_for(self, tokens: int, decoded: int) -> KVCache:
-        """Return an empty cache with room for ``tokens`` sharded rows, and ``decoded`` more rows on every rank."""
+        """Return an empty cache for one sequence.
+
+        It has room for this rank's share of ``tokens`` rows, and for ``decoded`` more rows.
+        """
         return self.engine.cache(max(self._reserve, tokens), decoded)
 
     def add(self, sequence: int, tokens: int, decoded: int, sampling: Sampling | None = None) -> Conversation:
@@ -129,7 +132,10 @@ class Session:
         refuse_prompts(self.engine.shape, so_far, prompts, max_new_tokens)
 
     def _restore(self, before: Mapping[int, tuple[Layout, list[int]]]) -> None:
-        """Remove the sequences that are not in ``before`` and rewind the others to its layouts and tokens."""
+        """Set the sequences back to ``before``: their layouts and tokens before a turn.
+
+        Sequences that are not in ``before`` are removed.
+        """
         for i in list(self.sequences):
             if i not in before:
                 del self.sequences[i]
@@ -177,7 +183,10 @@ class Session:
     def _prefill(
         self, prompts: Mapping[int, Sequence[int]], done: LayerDone, keep_states: bool
     ) -> tuple[Turn, dict[int, int]]:
-        """Prefill the prompts in chunks; return the turn so far and the token that follows each prompt."""
+        """Prefill the prompts in chunks; return the turn so far, and the token that follows each prompt, by sequence.
+
+        ``done`` is called after each layer's attention.  With ``keep_states``, the turn keeps the rows' hidden states.
+        """
         # 1. The new tokens: the prompt, and before it the last decoded token if it is not cached.
         for i, prompt in prompts.items():
             self.sequences[i].append_prompt(prompt)
@@ -273,7 +282,10 @@ class Session:
         return following
 
     def _decode_strategy(self, sequences: int) -> str:
-        """Return the name of the strategy for a step of ``sequences``."""
+        """Return the name of the strategy for a decode step of ``sequences`` sequences.
+
+        It is ``context.decode``; for ``auto``, the choice for this number of sequences, which is made once.
+        """
         if self._choose_decode is None or self.context.decode != "auto":
             return self.context.decode
         if sequences not in self.decode_choices:

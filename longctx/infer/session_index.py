@@ -143,7 +143,10 @@ def _fault_of_files(folder: Path, index: SessionIndex) -> str:
 
 
 def _fault_of_rows(folder: Path, index: SessionIndex, shape: ModelShape) -> str:
-    """Describe rows or KV heads that the files lack or have twice; empty if every cached token has all heads once."""
+    """Return a text about the first rows or KV heads that the files of a session lack or have twice.
+
+    It is empty if every cached token in ``index`` has all KV heads of the model's ``shape`` once.
+    """
     for i, cached in index["cached"].items():
         heads: dict[int, int] = {}  # number of heads of a file, by its first head
         positions: dict[int, list[Tensor]] = {}  # positions of the rows with these heads

@@ -53,7 +53,7 @@ def save(session: Session, folder: Path, model: str) -> None:
 def _write_rows(session: Session, folder: Path) -> tuple[int, int]:
     """Write this rank's rows and heads to ``folder`` and return the file's size in bytes and its checksum.
 
-    If several Ulysses ranks cache the same KV head, only the first writes it; the others return (0, 0).
+    If several Ulysses ranks cache the same KV head, only the first of them writes it; the others return (0, 0).
     """
     engine = session.engine
     if engine.ulysses.rank % max(1, engine.ulysses.size * engine.tp.size // engine.shape.kv_heads):
@@ -125,7 +125,11 @@ def kv_heads(session: Session) -> range:
 
 
 def _read_rows(folder: Path, index: SessionIndex, name: str, i: str, positions: Tensor, heads: Sequence[int]) -> Tensor:
-    """Read keys or values, [1 rows heads d], of sequence ``i`` at ``positions``, from every file with some of them."""
+    """Read one layer's keys or values, [1 rows heads d], of sequence ``i``, from the files of a session.
+
+    ``name`` is the tensor's name in the files: "0.3.k" has the keys of sequence 0 in layer 3.  The result has the KV
+    heads ``heads`` and the rows at ``positions``; every file with some of them is read.
+    """
     out: Tensor | None = None
     for file in index["files"]:
         begin = first_head_of(file)
@@ -151,7 +155,7 @@ def _read_rows(folder: Path, index: SessionIndex, name: str, i: str, positions: 
 
 
 def _gather_numbers(session: Session, local: list[int]) -> list[list[int]]:
-    """Return every rank's ``local`` numbers; all ranks pass equally many.  This is also a barrier for all ranks."""
+    """Return every rank's list ``local``, in which all ranks pass equally many numbers; a barrier for all ranks."""
     engine = session.engine
     numbers = torch.tensor([local], device=engine.device)
     for comm in (engine.tp, engine.context):

@@ -45,7 +45,10 @@ class Router(TopKRouter):
             setattr(self.bias, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
     def gating(self, x: Float[Tensor, "s b hidden"]) -> Float[Tensor, "s b experts"]:
-        """Return the router's logits.  Replaces megatron-core's method, which moves weights from the CPU to a GPU."""
+        """Return the router's logits for the hidden states ``x``.
+
+        megatron-core's method, which this replaces, moves weights from the CPU to a GPU.
+        """
         logits = F.linear(x, self.weight, self.bias)
         if self.router_loss and self.training:
             self.router_loss.watch(logits)
@@ -184,7 +187,7 @@ def mixture_config(shape: ModelShape, ep: int) -> Mapping[str, Any]:
 
 
 def mixture_spec(shape: ModelShape, groups: ProcessGroupCollection) -> ModuleSpec:
-    """Return the spec of a layer's experts with their router."""
+    """Return the spec of the module that takes the place of a layer's MLP: router and experts."""
     experts = MLPSubmodules(
         linear_fc1=BiasedColumnParallelLinear if shape.mlp_bias else ColumnParallelLinear,
         linear_fc2=ExpertRowParallelLinear if shape.mlp_bias else RowParallelLinear,

@@ -65,7 +65,10 @@ class Adapter(nn.Module):
         return torch.cat([*self.up]).to(precise) @ self.down.to(precise) * self.scale
 
     def sharded_state(self, prefix: str, offsets: Any, groups: dict[str, Any]) -> dict[str, Any]:
-        """Return the matrices as megatron-core's checkpoints take them."""
+        """Return the adapter's matrices in the form of megatron-core's sharded checkpoints.
+
+        ``prefix`` begins their names; ``offsets`` and ``groups`` are megatron-core's.
+        """
         state = self.state_dict(prefix="", keep_vars=True)
         divided = {name: self.dimension for name in state if name.startswith(self.divided)}
         tensors: dict[str, Any] = make_sharded_tensors_for_checkpoint(state, prefix, divided, offsets, **groups)

@@ -125,7 +125,7 @@ def layer_spec(
 
 
 def _mlp(shape: ModelShape, groups: ProcessGroupCollection, rows: int | None, linears: Linears) -> ModuleSpec:
-    """Return the spec of a feed-forward network, which computes ``rows`` rows at a time (None: all)."""
+    """Return the spec of a feed-forward network, which computes ``rows`` rows at a time (None: all rows at once)."""
     return ModuleSpec(
         module=FeedForward if rows is None else TiledMLP,
         # megatron-core passes the group that shares the weights to its own classes only.
@@ -138,12 +138,12 @@ def _mlp(shape: ModelShape, groups: ProcessGroupCollection, rows: int | None, li
 
 
 def norm_of(shape: ModelShape) -> type:
-    """Return the class of the norms of ``shape``."""
+    """Return the class of the norms in a model of ``shape``: `LayerNorm` or `RMSNorm`."""
     return LayerNorm if shape.layer_norm else RMSNorm
 
 
 def _qk_norm(shape: ModelShape, heads: int, groups: ProcessGroupCollection) -> ModuleSpec | type:
-    """Return the norm of the queries or keys of ``heads`` heads."""
+    """Return the norm of queries or keys with ``heads`` heads: per head, over all heads, or an identity."""
     if shape.qk_norm == "width":
         return ModuleSpec(module=RMSNormOverHeads, params={"heads": heads, "tp": groups.tp})
     return RMSNorm if shape.qk_norm == "head" else IdentityOp

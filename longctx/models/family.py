@@ -107,7 +107,7 @@ class Family:
 
 
 def split_name(name: str) -> tuple[str, str, str]:
-    """Split a tensor's name into the prefix of its layer, the module in it, and "weight" or "bias".
+    """Split the tensor name ``name`` into the prefix of its layer, the module in it, and "weight" or "bias".
 
     Example: ``model.layers.3.mlp.up_proj.weight`` gives ``("model.layers.3.", "mlp.up_proj", "weight")``.
     """
@@ -119,7 +119,7 @@ def split_name(name: str) -> tuple[str, str, str]:
 
 
 def head_dim_of(config: Config) -> int:
-    """Return the size of one attention head."""
+    """Return the number of channels of an attention head: head_dim, or hidden_size / num_attention_heads without it."""
     head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return head_dim
 
@@ -142,7 +142,7 @@ def rotary_of(config: Config, kind: str | None = None, *, interleaved: bool = Fa
 
 
 def _rotated(config: Config, rope: Mapping[str, Any]) -> int:
-    """Return the number of channels of a head that rotate."""
+    """Return the number of channels of each head that the rotary embedding ``rope`` rotates."""
     return int(head_dim_of(config) * rope.get("partial_rotary_factor", 1.0))
 
 

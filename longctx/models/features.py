@@ -4,7 +4,10 @@ from longctx.model_shape import ModelShape
 
 
 def features_of(shape: ModelShape) -> list[str]:
-    """Return the features in which a model of ``shape`` differs from Llama."""
+    """Return, in words, the features in which a model of ``shape`` differs from Llama.
+
+    Examples: "window on every layer", "attention sinks".
+    """
     rotated = {2 * len(rotary.frequencies) for rotary in shape.rotaries if rotary}
     features = {
         "window on every layer": None not in shape.windows,

@@ -20,7 +20,7 @@ def tensor_shapes(shape: ModelShape) -> Sizes:
 
 
 def _attention(shape: ModelShape) -> Sizes:
-    """Return the shapes of a layer's projections of attention and of their biases."""
+    """Return the shapes of a layer's q, k, v and o projections, and of their biases and the sinks, if any."""
     q, kv, hidden = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.hidden
     return (
         _projection("self_attn.q_proj", q, hidden, shape.qkv_bias)
@@ -42,7 +42,7 @@ def _mlp(shape: ModelShape, ffn: int, module: str) -> Sizes:
 
 
 def _mixture(shape: ModelShape, experts: Experts) -> Sizes:
-    """Return the shapes of a layer's router and experts."""
+    """Return the shapes of the weights, and biases if any, of a layer's router and of all its experts."""
     sizes = _projection("mlp.router", experts.count, shape.hidden, shape.mlp_bias)
     for i in range(experts.count):
         sizes |= _mlp(shape, experts.ffn, f"mlp.experts.{i}")
@@ -50,12 +50,16 @@ def _mixture(shape: ModelShape, experts: Experts) -> Sizes:
 
 
 def _projection(module: str, rows: int, columns: int, bias: bool) -> Sizes:
-    """Return the shapes of the weight and the bias, if any, of ``module``."""
+    """Return the shapes of ``module``'s weight, [rows columns], and of its bias, [rows], if it has one."""
     return {f"{module}.weight": (rows, columns)} | ({f"{module}.bias": (rows,)} if bias else {})
 
 
 def _norms(shape: ModelShape, kinds: tuple[str, ...]) -> Sizes:
-    """Return the shapes of a layer's norms."""
+    """Return the shapes of a layer's norms: of its inputs and outputs, and of queries and keys, as far as it has them.
+
+    ``kinds`` are the parameters of a norm: "weight", or "weight" and "bias".  Norms of queries and keys have only a
+    weight.
+    """
     modules: dict[str, int] = {}
     if shape.norms != "post":
         modules |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), shape.hidden)

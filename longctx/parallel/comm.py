@@ -46,7 +46,7 @@ class Traffic:
 
     @contextmanager
     def counted_as(self, purpose: str) -> Iterator[None]:
-        """Count the bytes that are sent inside the block under ``purpose`` too."""
+        """Count the bytes that are sent inside the ``with`` block also under ``purpose``, besides their operation."""
         self._purpose, before = purpose, self._purpose
         try:
             yield
@@ -128,11 +128,11 @@ class SingleRankComm:
     traffic: Traffic = field(default_factory=Traffic)
 
     def shift(self, *mine: AnyShape, shapes: Sequence[Shape]) -> Pending:
-        """Fail: a ring of one has no hops."""
+        """Raise AssertionError: a ring of one rank has no hops."""
         raise AssertionError("a ring of one communicates nothing")
 
     def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape], *, small: bool = False) -> list[AnyShape]:
-        """Return a list of one: the rank's own part."""
+        """Return ``parts``, a list of the rank's own part only."""
         return list(parts)
 
     def all_gather(self, mine: AnyShape, shapes: Sequence[Shape]) -> list[AnyShape]:

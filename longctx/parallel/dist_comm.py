@@ -90,7 +90,10 @@ class DistComm:
         return _InFlight(*self._start(receives, sends), received, sent)
 
     def _start(self, receives: Sequence[PeerTensor], sends: Sequence[PeerTensor]) -> tuple[str, Sequence[dist.Work]]:
-        """Start the messages; return the names of the peers, and the `dist.Work` objects to wait for."""
+        """Start the messages ``receives`` and ``sends``.
+
+        Return the names of the peers for error messages, and the `dist.Work` objects to wait for.
+        """
         names = self._world_ranks({peer for peer, _ in (*receives, *sends)})
         with _raise_lost_peer(names):
             return names, self._exchange(receives, sends)

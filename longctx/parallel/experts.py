@@ -88,7 +88,7 @@ def return_rows(routes: Routes, out: Float[Tensor, "received hidden"]) -> Float[
 
 
 def bytes_of_experts(ep: Comm, tp: Comm) -> int:
-    """Return the bytes that this rank has sent over both groups for `routes_of`, `send_rows` and `return_rows`."""
+    """Return the bytes that this rank has sent over ``ep`` and ``tp`` to route rows to experts, and back."""
     return sum(comm.traffic.purposes.get(EXPERTS, 0) for comm in (ep, tp))
 
 
@@ -103,7 +103,7 @@ def _exchange(
 
 
 class _Exchange(torch.autograd.Function):
-    """`_exchange`, whose gradient travels back the same way."""
+    """Autograd node of `_exchange`: the gradients of the rows return to the ranks that sent the rows."""
 
     @staticmethod
     def forward(ctx: Any, comm: Comm, received: Sequence[int], *parts: Tensor) -> Tensor:

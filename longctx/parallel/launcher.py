@@ -64,8 +64,9 @@ def _refuse_incomplete(
 def _port(job: int, step: int, restarts: int) -> int:
     """Return the port at which rank 0 serves the ranks' addresses.
 
-    It is the same on every rank of a step.  It differs between jobs, between steps of a job, which may run at the same
-    time, and after a requeue, because a process of the ended run may still hold the old port.  Linux gives outgoing
+    It is the same on every rank of a step.  It differs between jobs, unless their numbers are a multiple of 12,000
+    apart, between steps of a job, which may run at the same time, and after a requeue, because a process of the ended
+    run may still hold the old port.  Linux gives outgoing
     connections ports from 32768 on.
     """
     return 20000 + (job + 991 * step + 137 * restarts) % 12000

@@ -63,7 +63,7 @@ def scatter_merge(
     width, member = partial.out.shape[2], comm.rank % ulysses
 
     def common(owner: int, of_member: int) -> slice:
-        """Return the slice of Ulysses rank ``of_member``'s heads that rank ``owner`` merges."""
+        """Return which heads of Ulysses rank ``of_member`` rank ``owner`` merges, as a slice of its heads."""
         begin = max(0, heads[owner].start - of_member * width)
         return slice(begin, max(begin, min(width, heads[owner].stop - of_member * width)))
 

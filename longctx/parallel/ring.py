@@ -48,8 +48,9 @@ class Ring:
     def keys_to_send(self, owner: int, hop: int, hops: int = 1) -> Rows | None:
         """Return the rows of ``owner``'s keys that at least one of ``hops`` ranks needs.
 
-        Those ranks lie ``hop`` to ``hop + hops - 1`` hops after the owner.  None means all rows.  Without a window the
-        result is always None, since nearly all rows are needed.
+        With ``hop=2, hops=3`` these are the ranks 2, 3 and 4 hops after the owner: ``hops`` is a number of ranks, and
+        ``hop`` the distance of the first.  None means all rows.  Without a window the result is always None, since
+        nearly all rows are needed.
         """
         return self._rows_to_send("keys", owner, hop, hops)
 
@@ -60,8 +61,8 @@ class Ring:
     def sums_on_hop(self, owner: int, hop: int) -> Rows | None:
         """Return the rows of ``owner``'s keys whose summed gradients travel on hop number ``hop`` of the backward.
 
-        Under a window, these are the rows that any rank on earlier hops has seen, without the owner.
-        None means all rows.
+        Under a window, these are the rows that at least one rank before this hop, other than the owner, has seen.  None
+        means all rows.
         """
         return self.keys_to_send(owner, 1, hop - 1)
 
@@ -73,7 +74,10 @@ class Ring:
         return self._rows_to_send("queries", owner, hop, hops)
 
     def _rows_to_send(self, of: str, owner: int, hop: int, hops: int) -> Rows | None:
-        """Return `keys_to_send` or `queries_to_send`, as ``of`` ("keys" or "queries") says; results are cached."""
+        """Compute the rows for `keys_to_send` (``of`` is "keys") or `queries_to_send` ("queries"), and cache them.
+
+        See `keys_to_send` for ``owner``, ``hop`` and ``hops``.
+        """
         if self.mask.before is None or hop == 0:
             return None
         key = of, owner, hop, hops
@@ -201,7 +205,7 @@ def all_gather_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> P
 
 
 def local(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
-    """Attention without messages, for queries that see no keys of other ranks."""
+    """Return the attention of queries that see no keys of other ranks; sends no messages."""
     rank = ring.comm.rank
     assert not any(ring.tiles(rank, other) for other in range(ring.comm.size) if other != rank), "keys on another rank"
     partial = empty_partial(q)
@@ -250,7 +254,10 @@ def ring_gradients(
 
 
 def _add_term(ring: Ring, owner: int, hop: int, term: list[Tensor], before: Sequence[Tensor] | None) -> list[Tensor]:
-    """Return the sums that a rank ``hop`` hops after ``owner`` sends: its ``term`` and the arrived sums ``before``."""
+    """Return the sums of gradients of ``owner``'s keys and values that a rank ``hop`` hops after it sends on.
+
+    They are its own ``term`` plus the sums ``before`` that have arrived (None: none).
+    """
     rows, seen = ring.sums_on_hop(owner, hop + 1), ring.keys_to_send(owner, hop)
     if rows is None:
         return [x + y for x, y in zip(term, before, strict=True)] if before else term

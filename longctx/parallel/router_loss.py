@@ -68,7 +68,7 @@ class RouterLoss:
         return logits[: self._rows].softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     def _gradient(self, logits: Float[Tensor, "rows ... experts"]) -> Float[Tensor, "rows ... experts"]:
-        """Return the gradient of the weighted loss; 0 for padding."""
+        """Return the gradient of the weighted loss by ``logits``; 0 for rows of padding."""
         assert self._slope is not None, "finish comes before the backward"
         probs = self._probs(logits)
         slope = self._slope.to(probs.dtype)

@@ -16,7 +16,7 @@ EXCHANGE = "exchange"
 
 
 class ScheduleError(ValueError):
-    """Ranks whose messages do not match, or that wait for each other."""
+    """Error: the messages of ranks do not match, or ranks wait for each other."""
 
 
 class Group(NamedTuple):
@@ -87,7 +87,7 @@ class _Rank:
             self.sends, self.receives = list(self.current.sends), list(self.current.receives)
 
     def is_in(self, group: Group, *, exchange: bool) -> bool:
-        """Return True if the current operation is an exchange of ``group`` (``exchange``), or a collective of it."""
+        """Return True if this rank is in an exchange of ``group``, or, with ``exchange=False``, in a collective."""
         return bool(self.current and self.current.group == group and (self.current.name == EXCHANGE) == exchange)
 
 
@@ -112,7 +112,7 @@ def refuse_faulty(schedules: Sequence[Schedule], *, connected: bool = True) -> N
 
 
 def _progress(ranks: Sequence[_Rank], number: int) -> bool:
-    """Match what can be matched of one rank's current operation; return False if nothing can."""
+    """Match messages of rank ``number``'s current operation with those of its peers; return False if none match now."""
     operation = ranks[number].current
     if operation is None:
         return False
@@ -122,7 +122,10 @@ def _progress(ranks: Sequence[_Rank], number: int) -> bool:
 
 
 def _deliver(ranks: Sequence[_Rank], number: int, sent: Message, group: Group) -> bool:
-    """Match the message ``sent`` by rank ``number`` if its receiver is in an exchange that expects one from it."""
+    """Match the message ``sent`` by rank ``number`` in an exchange of ``group``; return False if it has to wait.
+
+    It waits until its receiver is in an exchange of ``group`` that expects a message from ``number``.
+    """
     sender, receiver = ranks[number], ranks[sent.peer]
     expected = next((m for m in receiver.receives if m.peer == number), None)
     if not receiver.is_in(group, exchange=True) or expected is None:
@@ -137,7 +140,7 @@ def _deliver(ranks: Sequence[_Rank], number: int, sent: Message, group: Group) -
 
 
 def _run_collective(ranks: Sequence[_Rank], operation: Operation) -> bool:
-    """Let the members of a group run a collective if all of them have reached one."""
+    """Run the collective ``operation`` if all members of its group have reached one; return False if not."""
     group = operation.group
     if not all(ranks[member].is_in(group, exchange=False) for member in group.ranks):
         return False
@@ -164,7 +167,7 @@ def _refuse_other_size(sender: int, receiver: int, sent: Message | None, expecte
 
 
 def _describe(rank: _Rank, number: int) -> str:
-    """Say in which operation a rank waits, and for which messages."""
+    """Return a text: in which operation ``rank``, with this ``number``, waits, and for which messages."""
     operation = rank.current
     assert operation
     text = f"rank {number} waits in {operation.name} of {operation.group}, its call {rank.at + 1}"

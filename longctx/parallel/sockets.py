@@ -132,7 +132,10 @@ def _call(address: bytes, token: bytes, rank: int, timeout_s: float) -> socket.s
 
 
 def _answer(listener: socket.socket, token: bytes, timeout_s: float) -> dict[int, socket.socket]:
-    """Accept a connection; return it by the rank that it comes from, or nothing if the caller is not a rank."""
+    """Accept a connection; return it by the rank that it comes from.
+
+    The result is an empty dictionary if the caller is not a rank of the group.
+    """
     listener.settimeout(timeout_s)
     connection, _ = listener.accept()
     connection.settimeout(timeout_s)

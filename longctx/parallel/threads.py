@@ -50,7 +50,7 @@ class _ThreadPending:
 
 
 class ThreadComm:
-    """A `Comm` between threads of one process."""
+    """A `Comm` between threads of one process; each thread is a rank."""
 
     def __init__(self, world: ThreadWorld, rank: int, members: tuple[int, ...]) -> None:
         self.world, self.members = world, members

@@ -82,7 +82,7 @@ def _scatter_rows(x: Tensor, comm: Comm, rows: Sequence[int]) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """`_gather_rows`, whose gradient is `_scatter_rows`."""
+    """Autograd node of `_gather_rows`; its backward is `_scatter_rows`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: Comm, rows: tuple[int, ...]) -> Tensor:
@@ -95,7 +95,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 class _ScatterRows(torch.autograd.Function):
-    """`_scatter_rows`, whose gradient is `_gather_rows`."""
+    """Autograd node of `_scatter_rows`; its backward is `_gather_rows`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: Comm, rows: tuple[int, ...]) -> Tensor:

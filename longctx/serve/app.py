@@ -120,11 +120,11 @@ class RouteHandlers:
         self.front = front
 
     async def completions(self, body: CompletionBody, request: Request) -> Response:
-        """Continue one prompt or several."""
+        """Return the response to /v1/completions: continuations of one prompt or several."""
         return await self._respond(await self.front.read(self.front.reader.completion, body), request)
 
     async def chat_completions(self, body: ChatBody, request: Request) -> Response:
-        """Answer the last message of a conversation."""
+        """Return the response to /v1/chat/completions: answers to the last message of a conversation."""
         return await self._respond(await self.front.read(self.front.reader.chat, body), request)
 
     async def _respond(self, ask: Ask, request: Request) -> Response:
@@ -136,29 +136,29 @@ class RouteHandlers:
         return StreamingResponse(_stream(form, first, events), media_type="text/event-stream")
 
     async def tokenize(self, body: TokenizeBody) -> Response:
-        """Return the tokens of a text or of a conversation."""
+        """Return the response to /tokenize: the tokens of a text or of a conversation."""
         tokens = await self.front.read(self.front.reader.tokens, body)
         most = self.front.reader.shape.max_positions
         return JSONResponse({"count": len(tokens), "max_model_len": most, "tokens": list(tokens)})
 
     async def models(self) -> Response:
-        """Return the list of models, which has one entry."""
+        """Return the response to /v1/models: a list of models, which has one entry."""
         reader = self.front.reader
         return JSONResponse(model_list(reader.model, self.front.created, reader.shape.max_positions))
 
     async def health(self) -> Response:
-        """Return 200 while requests are accepted, else 503."""
+        """Return the response to /health: 200 while requests are accepted, else 503."""
         closed = self.front.closed
         return JSONResponse({"status": closed or "ok"}, 503 if closed else 200)
 
     async def metrics(self) -> Response:
-        """Return the metrics of the server."""
+        """Return the response to /metrics: the server's metrics in Prometheus' text format."""
         text, kind = self.front.metrics.page(len(self.front.open))
         return Response(text, headers={"Content-Type": kind})
 
 
 def make_app(front: Front) -> Any:
-    """Return the ASGI application."""
+    """Return the ASGI application with all routes of the API; `Guard` checks requests before they reach a route."""
     app, routes = FastAPI(title="longctx", docs_url=None, redoc_url=None), RouteHandlers(front)
     app.add_api_route("/v1/completions", routes.completions, methods=["POST"])
     app.add_api_route("/v1/chat/completions", routes.chat_completions, methods=["POST"])
@@ -259,7 +259,7 @@ class Guard:
     front: Front
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Run one request, as ASGI defines it."""
+        """Handle one request, with the arguments of an ASGI application."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

@@ -63,7 +63,7 @@ class Metrics:
             self._requests.labels(end).inc()
 
     def page(self, open_sequences: int) -> tuple[bytes, str]:
-        """Return the page and its content type."""
+        """Return the page /metrics in Prometheus' text format, and its content type."""
         self._open.set(open_sequences)
         for gauge, read in self._by_rank.items():
             for rank, figure in enumerate(read()):
@@ -73,7 +73,7 @@ class Metrics:
 
 
 def metrics_of(service: Service) -> Metrics:
-    """Return the metrics of ``service`` for Prometheus."""
+    """Return the metrics that read their values from ``service``, for Prometheus."""
     return Metrics(
         {
             "running_sequences": lambda: len(service.scheduler.running),

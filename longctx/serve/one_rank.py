@@ -13,8 +13,8 @@ from longctx.infer.session import Session
 class OneRank:
     """The rule by which a prefill pass runs on one ring rank alone instead of on all of them.
 
-    This is allowed if the pass has at most ``tokens`` tokens, and each of its sequences too, with the tokens of its
-    earlier passes.  The rank then uses ``threads`` CPU threads.
+    This is allowed if the pass has at most ``tokens`` tokens, and if none of its sequences has more than
+    ``tokens`` tokens.  The rank then uses ``threads`` CPU threads.
     """
 
     tokens: int = 0

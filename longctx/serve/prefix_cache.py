@@ -112,12 +112,15 @@ class PrefixCache:
         self._added = len(pages)
 
     def enter(self, number: int, prompt: Sequence[int], *, takes: bool = True) -> None:
-        """Add the sequence ``number``, which begins with ``prompt``; without ``takes`` it reuses no pages."""
+        """Add the running sequence ``number``, which begins with ``prompt``.
+
+        With ``takes=False`` it reuses no pages; the pages that it computes are stored all the same.
+        """
         self._sequences[number] = _Sequence(prompt, takes, self._root)
         self.asked += len(prompt) if takes else 0
 
     def leave(self, number: int) -> None:
-        """Remove the sequence, if it is known; its pages stay until their room is needed."""
+        """Remove the running sequence ``number``, if it is known; its pages stay until their room is needed."""
         one = self._sequences.pop(number, None)
         page = one.page if one else self._root
         while page.before:
@@ -136,9 +139,10 @@ class PrefixCache:
         return one.takes and cached == one.page.end and cached + self.page_tokens < len(one.prompt)
 
     def page_at(self, number: int, cached: int) -> tuple[int, Tokens] | None:
-        """Return (number of the page before, tokens) of the page that the sequence computes after ``cached`` tokens.
+        """Return (number of the page before, tokens) of the page that sequence ``number`` computes after ``cached``.
 
-        The result is None if the prompt ends before the end of that page, or if pages are not stored.
+        ``cached`` is its number of cached tokens.  The result is None if the prompt ends before the end of that page,
+        or if pages are not stored.
         """
         one = self._sequences[number]
         begin, end = one.page.end, one.page.end + self.page_tokens
@@ -147,9 +151,9 @@ class PrefixCache:
         return one.page.number, tuple(one.prompt[begin:end])
 
     def take(self, number: int, cached: int) -> tuple[int, ...]:
-        """Reuse the stored pages that continue the prompt after ``cached`` tokens; return their numbers.
+        """Reuse the stored pages that continue the prompt after ``cached`` tokens; return the pages' numbers.
 
-        They are not evicted while the sequence runs.
+        The pages are not evicted while the sequence ``number``, which has this prompt, runs.
         """
         one, taken = self._sequences[number], []
         while self.can_take(number, cached):
@@ -164,7 +168,7 @@ class PrefixCache:
         return tuple(taken)
 
     def give(self, number: int, tokens: Sequence[int], layout: Layout) -> None:
-        """Store the whole pages that the sequence has cached since the last call, until there is no more room.
+        """Store the whole pages that sequence ``number`` has cached since the last call, until there is no more room.
 
         ``tokens`` are the tokens of the prompt and of the answer so far; ``layout`` shards the cached ones.
         """

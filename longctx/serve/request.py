@@ -260,7 +260,10 @@ class Reader:
         sampling: Sampling,
         **others: Any,
     ) -> Ask:
-        """Return the request if its prompts and answers fit the model and the server."""
+        """Return the request as an `Ask`, if its prompts and answers fit the model and the server.
+
+        ``others`` are further fields of `Ask`.
+        """
         n = body.n or 1
         if not prompts or len(prompts) * n > self.max_choices:
             raise RequestRefused(

@@ -15,7 +15,7 @@ Json = dict[str, Any]
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Json:
-    """Return the number of tokens of a request and its answers."""
+    """Return a response's field ``usage``: the numbers of tokens of a request, of its answers, and of both together."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -31,7 +31,10 @@ def error(message: str, status: int, param: str | None = None, code: str | None 
 
 
 def model_list(name: str, created: int, max_positions: int) -> Json:
-    """Return the list of models, which has one entry."""
+    """Return the body of the list of models, whose only entry is ``name``.
+
+    ``created`` is in seconds since 1970; ``max_positions`` is the model's longest sequence in tokens.
+    """
     model = {"id": name, "object": "model", "created": created, "owned_by": "longctx", "max_model_len": max_positions}
     return {"object": "list", "data": [model]}
 
@@ -61,7 +64,7 @@ class Form:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, choices: Sequence[Choice]) -> Json:
-        """Return the response with all ``choices``."""
+        """Return the body of the whole response, not streamed, with all ``choices``."""
         listed = []
         for index, one in enumerate(choices):
             text = self.prompt_text(index) + one.text
@@ -74,7 +77,7 @@ class Form:
         return {**self._head(stream=False), "choices": listed, "usage": self.usage(choices)}
 
     def first(self, index: int, prompt: tuple[TokenLogprob, ...] = ()) -> Json:
-        """Return the first chunk of a choice: its role in a chat, the prompt's text with ``echo``.
+        """Return the first chunk of choice ``index``: its role in a chat, the prompt's text with ``echo``.
 
         ``prompt`` has the log-probabilities of the prompt's tokens, if the request asks for them.
         """
@@ -109,7 +112,7 @@ class Form:
         return {**self._head(stream=True), "choices": [], "usage": self.usage(choices)}
 
     def usage(self, choices: Sequence[Choice]) -> Json:
-        """Return the number of tokens; a prompt counts once, whatever ``n``."""
+        """Return the response's field ``usage``; the tokens of a prompt count once, for any number ``n`` of answers."""
         return usage(sum(map(len, self.ask.prompts)), sum(one.tokens for one in choices))
 
     def prompt_text(self, index: int) -> str:
@@ -147,7 +150,10 @@ class Form:
         return {name: [head[name], *values] for name, values in rest.items()}
 
     def _top(self, one: TokenLogprob) -> Json:
-        """Return log-probabilities by text, the largest first; of tokens with one text, only the most likely counts."""
+        """Return the log-probabilities of the likeliest tokens in the place of ``one``, by text, the largest first.
+
+        If several tokens have one text, the most likely of them counts.
+        """
         top: Json = {}
         for token, logprob in one.top:
             top.setdefault(self._text(token), logprob)

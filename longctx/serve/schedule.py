@@ -90,7 +90,10 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def end(self, number: int) -> None:
-        """Remove a sequence that is answered, or whose client has gone; does nothing if it was removed before."""
+        """Remove the sequence ``number``, which is answered or whose client has gone.
+
+        Does nothing if it was removed before.
+        """
         if self.running.pop(number, None):
             self._dropped.append(number)
             self._left.pop(number, None)

@@ -100,12 +100,12 @@ class Service:
         self._inbox.put(_Answer(sequence, emit, AnswerText(self.tokenizer, sequence.sampling.stop)))
 
     def cancel(self, number: int) -> None:
-        """Ask to stop a sequence and to free its cache, and return at once; the next step does it."""
+        """Ask to stop sequence ``number`` and to free its cache, and return at once; the next step does it."""
         self._inbox.put(number)
 
     @property
     def busy(self) -> bool:
-        """True if there is work to do."""
+        """True if a sequence waits, runs or is still cached, or if a request or cancellation has just arrived."""
         return self.scheduler.busy or not self._inbox.empty()
 
     def step(self) -> None:

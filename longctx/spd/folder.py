@@ -18,7 +18,7 @@ from longctx.spd.plan import SavedPlan
 
 
 def write_block(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a block's ``tensors`` and ``metadata`` to a safetensors file, which appears whole or not at all."""
+    """Write a block's ``tensors`` and ``metadata`` to the safetensors ``file``, which appears whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".coming")
     saved = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

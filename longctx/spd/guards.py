@@ -63,7 +63,7 @@ class Guard:
 
 
 def compare_guards(original: GuardFigures, dropped: GuardFigures, repaired: GuardFigures) -> list[Guard]:
-    """Return the guards, each with the figures of the three models on the same sequences."""
+    """Return the guards, each with its figures in the three models, which were measured on the same sequences."""
     models = (original, dropped, repaired)
     # 1. Perplexities of first tokens and of all tokens.
     losses = {f"perplexity of the first {n} tokens": [one.loss(n) for one in models] for n in FIRST_TOKENS}

@@ -32,7 +32,10 @@ class StepCost:
     exposed_s: dict[str, float]
 
     def figures(self) -> dict[str, float | None]:
-        """Return the metrics for a tracker, by name; both MFUs are None if the peak rate is not known."""
+        """Return the metrics for a tracker, by name.
+
+        The MFUs, with and without causal halving, are None if the peak rate is not known.
+        """
         exposed = sum(self.exposed_s.values())
         return {
             "step_s": self.seconds,

@@ -34,15 +34,18 @@ class Tracker(Protocol):
         ...
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
-        """Record a table of ``step``, which is not before the last logged step."""
+        """Record the table ``name`` with ``rows`` at ``step``, which is not before the last logged step."""
         ...
 
     def image(self, name: str, path: Path, step: int) -> None:
-        """Record the picture in the file ``path`` for ``step``."""
+        """Record the picture in the file ``path`` as ``name`` at ``step``."""
         ...
 
     def artifact(self, name: str, kind: str, folder: Path) -> None:
-        """Record a reference to ``folder`` (a checkpoint) without copying it; its contents must not change later."""
+        """Record a reference, called ``name``, to ``folder``, without copying it; its contents must not change later.
+
+        ``kind`` is the type of the artifact, such as a checkpoint.
+        """
         ...
 
     def finish(self) -> None:
@@ -64,7 +67,7 @@ def start_tracking(
 
     ``folder/metrics.jsonl`` loses its lines of ``step`` and later, and then reads as if the run had not been
     interrupted; step 0 empties it.  ``config`` holds the settings that reproduce the run.  Only the ``first`` rank
-    tracks: the others get a tracker that does nothing, and ``run_id`` unchanged.  ``say`` receives messages.
+    tracks: other ranks get a tracker that does nothing, and ``run_id`` unchanged.  ``say`` receives messages.
 
     Raises ValueError if ``folder`` cannot be written.
     """
@@ -178,7 +181,10 @@ def _is_before(line: bytes, step: int) -> bool:
 
 
 def _append(path: Path, values: Mapping[str, Any]) -> None:
-    """Append one line.  Raises OSError, and leaves nothing of the line, if the disk has no room for all of it."""
+    """Append ``values`` as one line of JSON to ``path``.
+
+    Raises OSError, and leaves nothing of the line, if the disk has no room for all of it.
+    """
     line = json.dumps(values, allow_nan=False).encode() + b"\n"
     with path.open("ab", buffering=0) as file:
         end = file.tell()

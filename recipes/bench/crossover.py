@@ -91,7 +91,7 @@ class MissRateTimes:
 
 @dataclass(frozen=True)
 class RuleVerdict:
-    """The strategy that a rule takes at a miss rate, and how much longer it took than the faster one (0.1: 10 %)."""
+    """The strategy that a rule takes at a miss rate, and the share of time it loses to the faster one (0.1: 10 %)."""
 
     takes: str
     loses: float
@@ -99,7 +99,10 @@ class RuleVerdict:
 
 @dataclass(frozen=True)
 class MissRateRow:
-    """A row of the result: seconds at one miss rate, both strategies' medians, and by rule the `RuleVerdict`."""
+    """A row of the result: the times at one miss rate, and the `RuleVerdict` of each rule by name.
+
+    ``seconds`` are by strategy and round; ``pass_kv`` and ``pass_q`` are their medians.
+    """
 
     new: int
     cached: int
@@ -144,7 +147,7 @@ def refuse_windows(target: Target) -> None:
 
 
 def run_rank(rank: Rank, job: CrossoverJob) -> tuple[Hardware, list[MissRateTimes]]:
-    """Return the machine's constants, and the times at every miss rate."""
+    """Return the machine's constants, and the TTFT of both strategies at every miss rate."""
     settings, table_rows = job.settings, []
     with job.target.runtime(rank) as runtime, Progress(shown=rank.rank == 0) as progress:
         engine = job.target.load_engine(runtime)
@@ -160,7 +163,10 @@ def run_rank(rank: Rank, job: CrossoverJob) -> tuple[Hardware, list[MissRateTime
 def time_strategies(
     engine: Engine, tokens: Int[Tensor, " new"], settings: CrossoverSettings, done: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Return the TTFT of ``tokens`` by strategy and round: the slowest rank's seconds to the next logits."""
+    """Return the TTFT of ``tokens`` by strategy and round: the slowest rank's seconds to the next logits.
+
+    ``done`` is called after each measurement.
+    """
     from longctx.attention.layout import zigzag
     from longctx.infer.engine import next_logits
     from longctx.infer.prefill import run_pass
@@ -183,10 +189,10 @@ def time_strategies(
 
 
 def judge_rules(times: Sequence[MissRateTimes], job: CrossoverJob, hardware: Hardware) -> list[MissRateRow]:
-    """Return a row for each of ``times``, with each rule's choice and the time that it loses.
+    """Return a row for each of ``times``, with the `RuleVerdict` of each rule.
 
-    The empirical rule of a row is fitted to the other rows.  If one strategy is faster in all of these, nothing can be
-    fitted, and the row has no verdict on that rule.
+    The empirical rule of a row is fitted to the other rows.  If one strategy is faster in all of
+    them, nothing can be fitted, and the row has no verdict on the empirical rule.
     """
     others = ([*times[:i], *times[i + 1 :]] for i in range(len(times)))
     return [
@@ -196,7 +202,7 @@ def judge_rules(times: Sequence[MissRateTimes], job: CrossoverJob, hardware: Har
 
 
 def judge_row(times: MissRateTimes, job: CrossoverJob, hardware: Hardware) -> MissRateRow:
-    """Return the row of ``times``, with each rule's choice and the time that it loses.
+    """Return the row of ``times``, with the `RuleVerdict` of each rule.
 
     The empirical rule is left out if ``hardware`` has no fitted constants.
     """
@@ -235,7 +241,7 @@ def fit_rule(times: Sequence[MissRateTimes]) -> tuple[float, float, float] | Non
 
 
 def show(table_rows: list[MissRateRow]) -> None:
-    """Print both strategies' TTFT, and each rule's choice and loss, as a table."""
+    """Print the TTFT of pass-KV and pass-Q, and each rule's choice and loss, as a table."""
     rules = [rule for rule in RULES if any(rule in row.rules for row in table_rows)]
     table = Table(box=None)
     for column in ("T", "P", "miss", "KV ms", "Q ms", "KV/Q-1", *rules):
@@ -250,7 +256,7 @@ def show(table_rows: list[MissRateRow]) -> None:
 
 
 def report(job: CrossoverJob, hardware: Hardware, times: Sequence[MissRateTimes]) -> None:
-    """Judge the rules by ``times``; show, write and draw the rows, and write the file of fitted constants."""
+    """Judge the rules by ``times``; print, write and draw the rows, and write the file of fitted constants."""
     settings, target = job.settings, job.target
     # 1. Judge each row by the others, and fit the constants of the files to all rows.
     constants = fit_rule(times)

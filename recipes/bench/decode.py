@@ -74,7 +74,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class DecodeCost:
-    """Cost of a decode step: seconds, this rank's CPU seconds (all threads), bytes and messages that it sent."""
+    """Cost of a decode step: wall-clock seconds, and this rank's CPU seconds, bytes sent and messages sent.
+
+    The CPU seconds are the sum over all threads of the rank.
+    """
 
     seconds: float
     cpu_seconds: float
@@ -141,7 +144,10 @@ def time_batch(
     batch: int,
     done: Callable[[], None],
 ) -> BatchTimes:
-    """Time decode steps of ``batch`` sequences by each variant; `ONE_RANK` runs on rank 0 while the others wait."""
+    """Time decode steps of ``batch`` sequences by each of ``variants``.
+
+    `ONE_RANK` runs on rank 0 while the other ranks wait.  ``done`` is called after each measurement.
+    """
     from longctx.megatron.spd.layer import follow_plan
 
     settings = job.settings

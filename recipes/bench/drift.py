@@ -63,7 +63,7 @@ class DriftSettings:
         for name in ("ranks", "gradient_ranks"):
             counts = getattr(self, name)
             if counts and counts[0] != 1:
-                raise ValueError(f"{name}={list(counts)} has no baseline: put 1 first")
+                raise ValueError(f"{name}={list(counts)} does not begin with the baseline: put 1 first")
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def output_errors(inputs: Inputs, counts: Sequence[int], kernel: Kernel, done: D
     """Return the attention output's relative errors: after rounding to bfloat16, and before.
 
     Each is a list by variant, with an error for each of ``counts`` ranks.  The variants are the strategies and
-    `CONTROL`, which rounds every partial attention.
+    `CONTROL`, which rounds every partial attention.  ``done`` is called after each run.
     """
     variants = {name: (strategy, kernel) for name, strategy in STRATEGIES.items()}
     variants[CONTROL] = (pass_kv, in_bfloat16(kernel))
@@ -220,7 +220,10 @@ def output_errors(inputs: Inputs, counts: Sequence[int], kernel: Kernel, done: D
 
 
 def gradient_errors(inputs: Inputs, seed: int, counts: Sequence[int], kernel: Kernel, done: Done) -> Errors:
-    """Return the errors of dq, dk and dv for each of ``counts`` ranks; ``seed`` draws the output's gradient."""
+    """Return the relative errors of dq, dk and dv by name, for each of ``counts`` ranks.
+
+    ``seed`` draws the output's gradient.  ``done`` is called after each run.
+    """
     dout = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
     errors: Errors = {"dq": [], "dk": [], "dv": []}
     references = exact_gradients(inputs, dout) if counts else ()
@@ -233,7 +236,7 @@ def gradient_errors(inputs: Inputs, seed: int, counts: Sequence[int], kernel: Ke
 
 
 def ratios(by_layer: Mapping[int, Errors], name: str, i: int) -> dict[int, float]:
-    """Return, by layer, variant ``name``'s error at the ``i``-th number of ranks, divided by its error on one rank."""
+    """Return, by layer, the error of variant ``name`` at the ``i``-th number of ranks over its error on one rank."""
     return {layer: errors[name][i] / errors[name][0] for layer, errors in by_layer.items()}
 
 

@@ -156,8 +156,8 @@ def markdown(about: Mapping[str, object], results: Mapping[str, Mapping[str, obj
 def draw_tiles(job: GpuCheckJob, results: Mapping[str, Mapping[str, object]]) -> None:
     """Draw the part ``tiles``, if it has a result: a ring's time over that of one call, by number of ranks.
 
-    Both run on this one device, the ring's tiles one after the other.  The lines are forward and backward of the
-    shortest and of the longest sequence.
+    The ring and the one call run on this one device, the ring's tiles one after the other.  The lines are forward and
+    backward of the shortest and of the longest sequence.
     """
     table_rows = results.get("tiles", {}).get("rows")
     if not isinstance(table_rows, Sequence) or not table_rows:

@@ -100,7 +100,7 @@ def check_training(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
 
 
 def time_model(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
-    """Prefill random tokens with a model of random weights, then decode; seconds and tokens/s."""
+    """Prefill random tokens with a model of random weights, then decode; return rows with seconds and tokens/s."""
     from longctx.config import Context, Sampling
     from longctx.infer.session import Session
 
@@ -122,7 +122,7 @@ def time_model(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
 
 
 def time_decode(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
-    """Decode the same tokens with a growing cache, with tensors of fixed shapes, and as a CUDA graph of the latter.
+    """Decode the same tokens with a growing cache, with tensors of fixed shapes, and as a CUDA graph of these.
 
     ``error`` is the largest difference of the last logits from those of the growing cache, over the largest logit.
     """
@@ -186,7 +186,11 @@ def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _logits(job: GpuCheckJob, runtime: Runtime, dropped: tuple[int, ...] = (), *, on_cpu: bool = False) -> torch.Tensor:
-    """Return the logits of the model's first layers, on the CPU in float32 or on the runtime's device in its dtype."""
+    """Return the logits of ``settings.logits`` tokens by the model's first `_LAYERS` layers, with random weights.
+
+    The weights have seed 0.  The logits are computed in the model's dtype on the runtime's device, or in float32 with
+    ``on_cpu``.  The blocks ``dropped`` drop their first reduction over `_RANKS` ranks, all of which this rank computes.
+    """
     from longctx.infer.engine import Engine, next_logits
     from longctx.infer.prefill import run_pass
     from longctx.megatron.hf_io.init import RandomInit
@@ -218,7 +222,7 @@ def _random_tokens(job: GpuCheckJob, length: int) -> torch.Tensor:
 
 
 def _random_batch(job: GpuCheckJob) -> Batch:
-    """Return one sequence of ``settings.logits`` tokens, in two documents."""
+    """Return a batch of one sequence: the tokens 0, 1, 2, ... (``settings.logits`` of them), cut into two documents."""
     from longctx.data.batches import Batch
 
     n = job.settings.logits
@@ -227,7 +231,10 @@ def _random_batch(job: GpuCheckJob) -> Batch:
 
 
 def _cpu_loss_and_norm(job: GpuCheckJob, runtime: Runtime, batch: Batch) -> tuple[float, float]:
-    """Return the mean loss of ``batch`` and the norm of all gradients, on the CPU in float32."""
+    """Return the mean loss of ``batch`` and the norm of all gradients, on the CPU in float32.
+
+    The model is the first `_LAYERS` layers of the job's model, with random weights of seed 0.
+    """
     from longctx.megatron.hf_io.init import RandomInit
     from longctx.megatron.hf_io.load import load
     from longctx.megatron.loss import loss_of
@@ -247,7 +254,7 @@ def _cpu_loss_and_norm(job: GpuCheckJob, runtime: Runtime, batch: Batch) -> tupl
 
 
 def _random_engine(job: GpuCheckJob, runtime: Runtime) -> Engine:
-    """Return an engine whose weights are random, drawn on the device."""
+    """Return an engine of the job's whole model with random weights, drawn on the runtime's device."""
     from longctx.infer.engine import Engine
     from longctx.megatron.model import build_model
 

@@ -84,7 +84,7 @@ def _random_inputs(job: GpuCheckJob, runtime: Runtime, length: int) -> list[torc
 
 @dataclass(frozen=True)
 class _Attention:
-    """Median seconds of attention's forward and backward; ``tensors`` are out, dq, dk and dv in sequence order."""
+    """Median seconds of attention's forward and of its backward; ``tensors``: out, dq, dk, dv in sequence order."""
 
     forward_s: float
     backward_s: float

@@ -34,7 +34,10 @@ _INSIDE = "LONGCTX_EMULATED_HOST"  # environment variable of a rank: the namespa
 
 
 def refuse_links(hosts: int, rate: str, latency_us: float, mesh: Mesh) -> None:
-    """Raise ValueError as `refuse_hosts` does; for ``hosts`` = 0, if ``rate`` or ``latency_us`` is set."""
+    """Raise ValueError as `refuse_hosts` does if ``hosts`` is above 0.
+
+    For ``hosts`` = 0, raise it if ``rate`` or ``latency_us`` is set.
+    """
     if hosts:
         refuse_hosts(hosts, rate, mesh)
     elif (latency_us, rate) != (0, DEFAULT_RATE):
@@ -119,7 +122,7 @@ def emulated_hosts(hosts: int, rate: str, latency_us: float = 0) -> Iterator[lis
 
 
 def _connect_by_switch(switch: str, names: Sequence[str], rate: str) -> None:
-    """Make the namespaces and connect each to a bridge by a pair of devices that both limit the rate."""
+    """Make the namespaces ``names``, and connect each to a bridge by a pair of devices that limit it to ``rate``."""
     queue = _rate_limit(rate)
     # Segments of at most one MTU: the kernel's 64 KB segments would pass in one burst.
     segments = f"mtu {_MTU} gso_max_size {_MTU} gso_max_segs 1"
@@ -138,7 +141,10 @@ def _connect_by_switch(switch: str, names: Sequence[str], rate: str) -> None:
 
 
 def _connect_by_wire(prefix: str, names: Sequence[str], rate: str, latency_us: float) -> subprocess.Popen[str]:
-    """Make the namespaces, and return the process that forwards their packets."""
+    """Make the namespaces ``names``, and start and return the process that forwards their packets (`wire.py`).
+
+    The process delays packets by ``latency_us``.  The namespaces' names begin with ``prefix``.
+    """
     for name in names:
         _do(f"ip netns add {name}")
     words = [prefix, str(len(names)), str(latency_us * 1e-6), str(_MTU)]

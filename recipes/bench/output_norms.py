@@ -238,7 +238,7 @@ def prepare(config: DictConfig) -> OutputNormsJob:
 
 
 def show(measured: dict[str, Any], shares: tuple[float, ...]) -> None:
-    """Print, by estimate, the blocks' errors and the perplexities."""
+    """Print a table with a row for each estimate: the errors of blocks, and the perplexity at each of ``shares``."""
     columns = ("rank r's MLP reads", "median error", "largest", *(f"{share:.0%} dropped" for share in shares))
     table = Table(*columns, box=None)
     for name, losses in measured["losses"].items():

@@ -140,7 +140,10 @@ def run_rank(rank: Rank, job: PrefillJob) -> list[Efficiency]:
 
 
 def attention_works(job: PrefillJob, length: int, runtime: Runtime) -> dict[str, Work]:
-    """Return functions that run one layer's causal attention: by one kernel call, a ring, a ring without transfers."""
+    """Return functions that run one layer's causal attention over ``length`` tokens, by name.
+
+    "one" is one kernel call, "ring" is pass-KV over the ring, and "silent" is pass-KV without transfers.
+    """
     from longctx.attention.backends import kernel_for
     from longctx.attention.layout import zigzag
     from longctx.parallel.ring import Ring, pass_kv
@@ -206,7 +209,11 @@ def build_shallow_engine(runtime: Runtime, target: Target, layers: int, plan: SP
 def time_variants(
     works: Mapping[str, Work], rounds: int, group: Comm, done: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Return the seconds of each of `VARIANTS` by round; "all at once" is the work of "one" on every rank."""
+    """Return the seconds of each of `VARIANTS` by round, on the ranks of ``group``.
+
+    "one" is timed on the first rank alone; "all at once" is the same work on every rank.  ``done`` is called after each
+    measurement.
+    """
 
     def measure(variant: str) -> float:
         work = works["one" if variant == "all at once" else variant]

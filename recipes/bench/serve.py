@@ -122,7 +122,7 @@ def make_load(settings: ServeBenchSettings, text: Sequence[int]) -> list[NewSequ
     """Return the requests: prompts of random lengths, uniform in the logarithm.
 
     The first half of each prompt is a prefix that many share, one of ``settings.prefixes``; the second half is its own.
-    Both are cut from ``text`` at random places, and wrap around at its end.
+    The two halves are cut from ``text`` at random places, and wrap around at its end.
     """
     from longctx.serve.schedule import NewSequence
 
@@ -277,7 +277,7 @@ def middle_and_tail(seconds: Sequence[float]) -> tuple[float, float]:
 
 
 def show(table_rows: Sequence[dict[str, object]], requests: int) -> None:
-    """Print the variants as a table."""
+    """Print the figures of each variant, a row of ``table_rows``, as a table; the load had ``requests`` requests."""
     table = Table(box=None)
     for column in ("variant", "s", "speedup", "short TTFT p50", "p95", "equal answers", "hit rate", "MB by rank"):
         table.add_column(column, justify="left" if column == "variant" else "right")

@@ -52,7 +52,7 @@ class LatencySettings:
 
     def __post_init__(self) -> None:
         if self.shares[0] != 0:
-            raise ValueError(f"shares={list(self.shares)} has no baseline: put 0 first")
+            raise ValueError(f"shares={list(self.shares)} does not begin with the baseline: put 0 first")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,10 @@ class Links:
 
 @dataclass(frozen=True)
 class LatencyTimes:
-    """Measured costs, and the links' constants: ``by_case[case][round]`` has the `PhaseCost` of each phase by name."""
+    """Measured costs, and the constants of the links.
+
+    ``by_case[case][round]`` has the `PhaseCost` of each phase by name; `LatencyJob.cases` has the cases.
+    """
 
     by_case: list[list[dict[str, PhaseCost]]]
     links: Links
@@ -135,7 +138,7 @@ def prepare(config: DictConfig) -> LatencyJob:
 
 
 def run_rank(rank: Rank, job: LatencyJob) -> LatencyTimes:
-    """Time both phases in every case on one rank; the first rank's reductions are reported."""
+    """Time prefill and decoding in every case on one rank; the first rank's reductions are reported."""
     from longctx.megatron.reduce import set_reductions
     from longctx.megatron.spd.layer import follow_plan
 
@@ -200,8 +203,8 @@ def compare_cases(times: LatencyTimes, job: LatencyJob) -> list[LatencyRow]:
 def predict_reducing(reduce: Reduce, dropped: float, phase: str, links: Links, job: LatencyJob) -> float:
     """Return the predicted seconds of all blocks' reductions in ``phase``.
 
-    A share ``dropped`` of the blocks leaves out the first reduction; ``reduce`` has the dtypes of the others.  The time
-    follows from bytes and hops alone.  The embedding's reduction is left out.
+    A share ``dropped`` of the blocks leaves out the first reduction; ``reduce`` has the dtypes of the remaining
+    ones.  The time follows from bytes and hops alone.  The embedding's reduction is left out.
     """
     tokens, shape = job.settings.tokens if phase == "prefill" else 1, job.target.shape
 
@@ -256,7 +259,7 @@ def draw(table_rows: list[LatencyRow], job: LatencyJob, links: str, picture: str
 
 
 def report(job: LatencyJob, times: LatencyTimes) -> None:
-    """Show, write and draw the savings."""
+    """Print the savings, and write and draw them to the files that the settings name."""
     settings, target = job.settings, job.target
     table_rows = compare_cases(times, job)
     show(table_rows)

@@ -67,7 +67,7 @@ class QualitySettings:
 
     def __post_init__(self) -> None:
         if self.shares[0] != 0:
-            raise ValueError(f"shares={list(self.shares)} has no baseline: put 0 first")
+            raise ValueError(f"shares={list(self.shares)} does not begin with the baseline: put 0 first")
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,10 @@ class SweepJob:
 
 @dataclass(frozen=True)
 class SweepTimes:
-    """Seconds with kept block inputs and with the plain loop, and the largest difference between the scores of both.
+    """Seconds of both ways of measuring sensitivities, and the largest difference between their scores.
 
-    The difference is relative to the plain loop's score if that exceeds 1, and absolute otherwise.
+    The first way keeps each block's input (``kept_s``); the second runs the whole model for each block
+    (``plain_s``).  The difference is relative to the second way's score if that exceeds 1, and absolute otherwise.
     """
 
     kept_s: float
@@ -73,7 +74,10 @@ def prepare(config: DictConfig) -> SweepJob:
 
 
 def run_rank(rank: Rank, job: SweepJob) -> SweepTimes:
-    """Time both ways of measuring all blocks' sensitivities, and compare their scores on one rank."""
+    """Measure all blocks' sensitivities on one rank, once with kept block inputs and once without.
+
+    Return the seconds of the two ways, and the difference of their scores.
+    """
     from longctx.megatron.spd.layer import follow_plan
 
     layers, tp = job.target.shape.layers, job.target.mesh.tp

@@ -104,7 +104,7 @@ def prepare(config: DictConfig) -> TextsJob:
 
 
 def read_text(source: ReportedText, target: Target, settings: TextsSettings) -> PackedText:
-    """Return the sequences of a text: packed (`text_of`), or the beginnings of its documents."""
+    """Return the sequences of the text ``source``: packed (`text_of`), or the beginnings of its documents."""
     data = DataSettings((source,), settings.length, batch=1, epochs=1, end_token=False)
     if not source.from_start:
         return text_of(data, target, settings.sequences)
@@ -173,7 +173,7 @@ def compare(original: GuardFigures, repaired: GuardFigures) -> TextFigures:
 
 
 def _increase(original: GuardFigures, repaired: GuardFigures, sequences: slice, tokens: int) -> Increase:
-    """Return the perplexities of the first ``tokens`` of ``sequences``."""
+    """Return the perplexities of both models on the first ``tokens`` tokens of ``sequences``, and the increase."""
     mask = original.mask[sequences, :tokens]
     sums, sums_after = (_sums(one.losses[sequences, :tokens], mask) for one in (original, repaired))
     added, low, high = difference_interval(sums.numpy(), sums_after.numpy(), mask.sum(1).numpy())

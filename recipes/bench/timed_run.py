@@ -114,7 +114,7 @@ def measure(rank: Rank, job: TrainJob, run: TimedRun, rounds: int) -> list[float
 
 
 def engine_of(runtime: Runtime, job: TrainJob, run: TimedRun) -> Engine:
-    """Return the model with random weights, and with the dropped and rounded reductions of ``run``."""
+    """Return an engine with random weights that drops and rounds the reductions that ``run`` names."""
     from longctx.megatron.reduce import set_reductions
 
     layers, tp, plan = job.target.shape.layers, job.target.mesh.tp, None

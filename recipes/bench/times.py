@@ -167,7 +167,7 @@ def measure_on_hosts(runs: Sequence[TimedRun], jobs: Sequence[TrainJob], rounds:
 def result_of(job: TimesJob, run: TimedRun, one: TrainJob, seconds: Sequence[float]) -> dict[str, Any]:
     """Return a row of the result: what ran, and its measured and predicted seconds.
 
-    ``one`` is the training job of ``run``, and ``seconds`` are the measured ones by round.
+    ``one`` is the training job of ``run``, and ``seconds`` has the measured seconds by round.
     """
     points = {"new": one.data.length, "cached": run.cached, "strategy": run.strategy, "network": run.network}
     predicted = predict(job.machine, one, run)
@@ -185,7 +185,7 @@ def accuracies(job: TimesJob, results: Sequence[Row]) -> dict[str, Accuracy]:
     """Return the accuracy of predictions for each kind of work with at least `ENOUGH` runs.
 
     ``results`` are in the order of the job's runs.  Runs with emulated links, dropped or rounded reductions do not
-    count: the first have other links than the machine, and a plan shows no error for the others.
+    count: emulated links are not those of the machine, and a plan with such reductions shows no error.
     """
     element = ELEMENT_BYTES[job.jobs[0].target.model.dtype]
     plain = [

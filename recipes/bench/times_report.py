@@ -18,17 +18,17 @@ COVERED = 0.8  # share of runs that the expected error of a group is to cover
 
 
 def predicted_s(row: Row) -> float:
-    """Return the predicted seconds of a run."""
+    """Return the predicted seconds of the run in ``row``, summed over its parts."""
     return float(sum(row["predicted"].values()))
 
 
 def errors(results: Sequence[Row]) -> list[float]:
-    """Return the relative error of each prediction, against the median round."""
+    """Return the relative error of each prediction: predicted seconds over those of the median round, minus 1."""
     return [predicted_s(row) / median(row["measured"]) - 1 for row in results]
 
 
 def by_group(results: Sequence[Row]) -> dict[str, list[Row]]:
-    """Return ``results`` by group, in their order."""
+    """Return the rows ``results`` by the group of their runs, in their order."""
     return {
         name: [row for row in results if row["group"] == name]
         for name in dict.fromkeys(row["group"] for row in results)
@@ -67,7 +67,10 @@ def covering_error(some: Sequence[float]) -> float:
 
 
 def coverage(results: Sequence[Row]) -> float | None:
-    """Return the share of runs whose absolute error is at most their group's `expected_error`; None for one group."""
+    """Return the share of runs whose absolute relative error is at most their group's `expected_error`.
+
+    It is None for a single group, for which there is no expected error.
+    """
     groups = by_group(results)
     if len(groups) < 2:
         return None

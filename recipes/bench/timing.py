@@ -86,7 +86,7 @@ def measure_seconds(work: Callable[[], object]) -> float:
 def time_on_ranks(group: Comm, work: Callable[[], object], *, only_first: bool = False) -> float:
     """Start ``work`` on all ranks of ``group`` at once and return the slowest rank's seconds, on every rank.
 
-    With ``only_first`` rank 0 works alone and the others wait for it.
+    With ``only_first`` rank 0 works alone and the other ranks wait for it.
     """
     barrier(group)
     seconds = 0.0 if only_first and group.rank else measure_seconds(work)

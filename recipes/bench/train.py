@@ -46,7 +46,7 @@ class TrainBenchSettings:
 
 @dataclass(frozen=True)
 class TrainBenchJob:
-    """A training job to run on each of ``meshes``, the first of which is one rank, with one thread per rank."""
+    """A training job to run on each of ``meshes``, the first of one rank; each rank computes with one CPU thread."""
 
     settings: TrainBenchSettings
     training: TrainJob
@@ -125,7 +125,10 @@ def resolve_meshes(config: DictConfig, job: TrainJob) -> tuple[Mesh, ...]:
 
 
 def refuse_unmeasured(job: TrainJob) -> None:
-    """Raise ValueError for settings that one of the two measurements would ignore."""
+    """Raise ValueError for settings that one of the two measurements would ignore.
+
+    These are the times of training steps and the times of one layer's attention.
+    """
     target = job.target
     context, recompute = target.context, job.settings.recompute
     if recompute != "none":
@@ -213,7 +216,10 @@ def time_attention(rank: Rank, job: TrainJob, names: tuple[str, ...], rounds: in
 
 
 def show(tokens: int, steps: list[tuple[str, StepTimes]], attention: AttentionTimes) -> None:
-    """Print both results as tables, relative to the first row; ``steps`` are by mesh, each step has ``tokens``."""
+    """Print the times of steps and of attention as two tables, relative to the first row of each.
+
+    ``steps`` are by mesh; each step has ``tokens`` tokens.
+    """
     # 1. Training steps.
     table = Table(box=None)
     for column in ("a step on", "tokens/s", "of one rank's", "activations a rank", "of one rank's"):

@@ -54,5 +54,5 @@ def decode_answers(
 
 
 def in_megabytes(sizes: Sequence[int]) -> str:
-    """Return ``sizes``, the bytes of each rank in rank order, as text in MB."""
+    """Return ``sizes``, bytes by rank, as one text in MB, such as 1.50 | 1.25 MB."""
     return " | ".join(f"{size / 1e6:,.2f}" for size in sizes) + " MB"

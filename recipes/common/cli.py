@@ -185,7 +185,10 @@ def on_ranks(mesh: Mesh, rank_main: Callable[[Rank, *Args], Result], *args: *Arg
 
 
 def on_every_rank(mesh: Mesh, rank_main: Callable[[Rank, *Args], Result], *args: *Args) -> Result:
-    """Like `on_ranks`, but under torchrun or srun every process returns the result of its own rank."""
+    """Run ``rank_main(rank, *args)`` on every rank of ``mesh``, as `on_ranks` does, and return a result.
+
+    Under torchrun or srun, every process returns the result of its own rank; otherwise it is the first rank's.
+    """
     rank = current_rank()
     if rank is None:
         return run_ranks(mesh.ranks, rank_main, *args)[0]

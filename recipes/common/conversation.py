@@ -71,7 +71,7 @@ def take_turn(session: Session, turn: UserTurn, tokenizer: PreTrainedTokenizerBa
     """Run one turn and return its figures.
 
     A turn that fails leaves the session unchanged, and its figures have the ``error``.  An error of the computation is
-    raised instead if there are several ranks, because the others wait for this one.
+    raised instead if there are several ranks, because the other ranks wait for the one that failed.
     """
     from longctx.data.turns import turn_tokens
     from longctx.infer.answer import make_stop_check
@@ -139,7 +139,7 @@ def _figures_of(session: Session, turn: UserTurn, result: Turn, tokenizer: PreTr
 
 
 def show_turn(number: int, figures: TurnFigures) -> None:
-    """Print the figures of a turn in two lines, or the reason why it failed."""
+    """Print the ``figures`` of turn ``number`` in two lines, or the reason why the turn failed."""
     if "error" in figures:
         print_error(figures["error"], f"turn {number} was refused")
         return

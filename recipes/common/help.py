@@ -83,7 +83,7 @@ def _settings(config_name: str) -> list[str]:
 
 
 def _bases(group: str, choice: str) -> list[Path]:
-    """Return the YAML files that ``choice`` of ``group`` inherits from, then its own file."""
+    """Return the YAML files that the choice ``choice`` of ``group`` inherits from, and after them its own file."""
     file = CONFIGS / group / f"{choice}.yaml"
     defaults = (yaml.safe_load(file.read_text()) or {}).get("defaults", [])
     bases = [entry for entry in defaults if isinstance(entry, str) and entry != "_self_"]
@@ -93,8 +93,8 @@ def _bases(group: str, choice: str) -> list[Path]:
 def _body(file: Path, indent: str) -> list[str]:
     """Return the lines of a YAML file, indented by ``indent``, without its defaults list and Hydra's section.
 
-    The comment at the beginning of a choice's file is left out, since the list of choices shows it.  That of a file
-    whose name begins with ``_``, from which choices inherit, is kept.
+    The comment at the beginning of a choice's file is left out, since the list of choices shows it.  The comment
+    of a file whose name begins with ``_``, from which choices inherit, is kept.
     """
     text = re.sub(r"(?m)^defaults:\n(?:  .*\n)+", "", file.read_text())
     text = re.sub(r"(?ms)^hydra:\n.*", "", text)

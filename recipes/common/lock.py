@@ -36,7 +36,7 @@ def hold(file: Path, setting: str) -> Iterator[None]:
 
 
 def lock_beside(place: Path) -> Path:
-    """Return the lock of a file, or of a folder that is replaced as a whole: ``a/.x.lock`` for ``a/x``."""
+    """Return the lock file of ``place``, a file or a folder that is replaced as a whole: ``a/.x.lock`` for ``a/x``."""
     return place.with_name(f".{place.name}.lock")
 
 
@@ -69,7 +69,7 @@ def _this_process() -> dict[str, str | int | None]:
 
 
 def _holder(descriptor: int) -> dict[str, str | int | None]:
-    """Return what the process that holds the lock has written about itself; empty if it has not yet."""
+    """Return what the process that holds the lock file has written about itself; empty if nothing yet."""
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0))
     except ValueError:

@@ -177,7 +177,10 @@ def folder_of(out: Path) -> Path:
 
 
 def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Return nested settings by dotted names: ``mesh.ring``; items of lists of mappings by number: ``turns.0.text``."""
+    """Return the nested settings ``values`` by dotted names, such as ``mesh.ring``.
+
+    Items of lists of mappings are named by number, such as ``turns.0.text``.  Each name begins with ``prefix``.
+    """
     by_name: dict[str, object] = {}
     for name, value in values.items():
         children = _children(value)

@@ -58,7 +58,10 @@ def unknown_setting(name: str, known: Iterable[str]) -> str:
 
 
 def wrong_value(prefix: str, invalid: ValidationError) -> str:
-    """Return the message for the first value that pydantic refused, with what to give instead."""
+    """Return the message for the first value that pydantic refused, with what to give instead.
+
+    ``prefix`` begins the setting's name, such as "mesh.".
+    """
     errors = invalid.errors()
     first = errors[0]
     # The branches of a union have an error each; their location continues with the name of a type.
@@ -92,7 +95,7 @@ _NEEDED = {
 
 
 def _needed(error: ErrorDetails) -> str:
-    """Return the value that a setting needs, in the words of a command line."""
+    """Return the values that a setting accepts, after pydantic's ``error``, in the words of a command line."""
     context = error.get("ctx", {})
     if error["type"] == "literal_error":
         single = " (one of them, without brackets)" if isinstance(error["input"], list) else ""

@@ -63,7 +63,7 @@ def expand_plan(words: Sequence[str]) -> list[str]:
 
 
 def _planned(file: str) -> list[str]:
-    """Return the settings in ``file`` as words KEY=VALUE."""
+    """Return the settings in ``file``, written by recipes.plan, as words KEY=VALUE; raise ValueError without any."""
     try:
         values = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
         return [f"{name}={yaml.safe_dump(value).split()[0]}" for name, value in values.items()]
@@ -95,7 +95,7 @@ def quote(text: str) -> str:
 
 
 def literal(text: str) -> str:
-    """Return ``text`` as a value of a configuration that OmegaConf reads as ``text``, without interpolations."""
+    """Return ``text`` with its ``${`` escaped, so that OmegaConf reads it as this text, without interpolations."""
     return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
 
 

@@ -86,7 +86,7 @@ class Plan:
 
     @property
     def error(self) -> float | None:
-        """Share of the time that 80 % of comparable predictions were within; None if no runs are comparable."""
+        """Relative error that 80 % of comparable predictions were within (0.1: 10 %); None without comparable runs."""
         question = self.question
         if question.numbers(self.mesh).spd_share:
             return None

@@ -35,7 +35,7 @@ def predict_turn(
 ) -> dict[str, float | None]:
     """Return the predicted ``ttft_s`` and ``ttit_s`` for ``prompts``, the lengths of new prompts in tokens.
 
-    ``turn`` and its ``session`` are the measured ones: their answers' lengths and decode strategy are used.  ``ttit_s``
+    ``turn`` is the measured turn of ``session``: its answers' lengths and its decode strategy are used.  ``ttit_s``
     is None if the turn decoded nothing.
     """
     shape, mesh, numbers, strategy = target.shape, target.mesh, _numbers(target), target.context.strategy
@@ -56,7 +56,7 @@ def _numbers(target: Target) -> Numbers:
 
 
 def beside(measured: float | None, predicted: Mapping[str, float | None] | None, name: str) -> str:
-    """Return text to append to the ``measured`` seconds: the predicted ones and their error; empty if one is missing.
+    """Return text to append to the ``measured`` seconds: the predicted seconds and their error; empty if one is None.
 
     ``name`` is the key of the prediction, such as ``ttft_s``.
     """

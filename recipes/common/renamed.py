@@ -30,7 +30,10 @@ _ITEM = re.compile(r"(?P<prefix>(?P<setting>\w+)\.\d+\.)(?P<key>.+)")
 
 
 def rename_override(word: str, say: Say) -> str:
-    """Return ``word``, a ``key=value`` of the command line, with the current names of its key and value."""
+    """Return ``word``, a ``key=value`` of the command line, with an old key or value replaced by its current name.
+
+    If it is replaced, ``say`` receives a line with the current name.
+    """
     key, equals, value = word.partition("=")
     if not equals:
         return word

@@ -130,7 +130,10 @@ def _refuse_unset(name: str, value: object) -> None:
 
 
 def _refuse_no_number(name: str, given: object, value: object) -> None:
-    """Raise ValueError if a number in ``value``, read from ``given``, is infinite, NaN, or was true or false."""
+    """Raise ValueError if setting ``name`` has infinity, NaN, true or false in the place of a number.
+
+    ``given`` is the value in the configuration, ``value`` is what it was read as.
+    """
     if isinstance(value, float) and not isfinite(value):
         raise ValueError(f"{name}={given}: use a finite number")
     if isinstance(given, bool) and not isinstance(value, bool):

@@ -244,7 +244,10 @@ class Adaptation:
         return JointResult(distillation.losses, before, after, alone)
 
     def _train(self, distillation: JointDistillation) -> bool:
-        """Take the steps that remain; return False if the run was asked to stop, after saving the state."""
+        """Take the remaining steps of joint distillation.
+
+        Return False if the run was asked to stop; the state has been saved then.
+        """
         run, job, settings = self.run, self.job, self.job.joint
         for skipped in distillation.resume(job.joint_folder):
             if run.is_first:
@@ -284,7 +287,7 @@ class Adaptation:
         return layer
 
     def load_repaired(self, block: int, *, joint: bool = False) -> SPDTransformerLayer:
-        """Return the layer in the block's file, or in its file after joint distillation."""
+        """Return the layer in the file of ``block``, or, with ``joint``, in its file after joint distillation."""
         blocks, file = self.run.blocks, self.job.joint_block_file(block) if joint else self.job.block_file(block)
         layer: SPDTransformerLayer = blocks.copy_of(block, own_norms=self.job.repair.own_norms)
         blocks.fill(layer, read_block(file)[0])
@@ -292,5 +295,5 @@ class Adaptation:
 
     @torch.no_grad()
     def _forward(self, layer: SPDTransformerLayer, x: Float[Tensor, "b s hidden"]) -> Float[Tensor, "b s hidden"]:
-        """Return the outputs of ``layer`` for all sequences, repair.batch at a time."""
+        """Return the outputs of ``layer`` for the inputs ``x`` of all sequences, repair.batch sequences at a time."""
         return torch.cat([self.run.blocks.run(layer, rows) for rows in x.split(self.job.repair.batch)])

@@ -45,7 +45,10 @@ def plan_of(
 
 
 def refuse_unshared(mesh: Mesh, degree: Mesh, plan: SPDPlan, shape: ModelShape) -> None:
-    """Raise ValueError unless the context ranks of sharded decoding can drop the reductions of ``plan``."""
+    """Raise ValueError unless the context ranks of ``mesh`` can drop the reductions of ``plan`` in sharded decoding.
+
+    ``degree`` is the tensor-parallel mesh that these ranks act as.
+    """
     from longctx.parallel.validate import refuse_unfit  # here, since it imports torch
 
     refuse_shared_over_tp(mesh)

@@ -62,9 +62,10 @@ def resolve_spd_target(config: DictConfig, recipe: str) -> Target:
 def calibration_of(
     config: DictConfig, target: Target, sequences: int, more: int = 0, length_setting: str = "data.length"
 ) -> tuple[PackedText, DataSettings]:
-    """Return the text of the section ``data`` with ``epochs=1`` (see `text_of`), and that section.
+    """Return the text of the section ``data`` with ``epochs=1``, and that section.
 
-    Raises ValueError as `text_of` does, and if data.epochs is set to another number.
+    The text has ``sequences`` sequences, and ``more`` as in `text_of`.  Raises ValueError as `text_of` does, and if
+    data.epochs is set to another number.
     """
     data, _ = data_of(config)
     if data.epochs not in (None, 1):
@@ -146,7 +147,10 @@ def read_lines(file: Path, about: Mapping[str, object]) -> list[list[float]]:
 
 
 def write_lines(file: Path, values: Iterable[object]) -> None:
-    """Write ``values`` as JSON lines; makes the folder.  A run that is killed leaves an earlier file unchanged."""
+    """Write ``values`` to ``file`` as JSON lines, and make its folder if needed.
+
+    A run that is killed meanwhile leaves an earlier file unchanged.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text("".join(json.dumps(value) + "\n" for value in values))

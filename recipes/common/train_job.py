@@ -211,7 +211,7 @@ def first_sequences(
 def data_of(config: DictConfig, *, conversations: bool = False) -> tuple[DataSettings, DataSettings | None]:
     """Return the training text, and the text to evaluate on, if there is one.
 
-    Raises ValueError if ``conversations`` is true and ``data.conversations`` is not set, or the other way round.
+    Raises ValueError unless ``data.conversations`` is set if and only if ``conversations`` is true.
     """
     plain = as_config({"data": {k: v for k, v in as_dict(config.data).items() if k != "test"}})
     data, test = section(plain, "data", DataSettings), as_dict(config.data)["test"]

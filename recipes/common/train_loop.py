@@ -105,7 +105,7 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
 
 
 def _open_record(job: TrainJob, start: Start, say: Callable[[str], None], first: bool) -> tuple[Tracker, str | None]:
-    """Return the tracker of the run's metrics, and the id of their record.
+    """Return the tracker of the run's metrics, and the id of their record; only the ``first`` rank tracks.
 
     In a new run, a table with samples of the text is tracked first.
     """
@@ -125,9 +125,9 @@ def _reason_to_end(job: TrainJob, step: int, stop: StopRequest) -> str:
 
 
 def refuse_diverged_step(done: TrainedStep, checkpoints: Checkpoints, folder: Path) -> None:
-    """Raise FloatingPointError, on every rank, if the step's loss or gradient norm is NaN or infinite.
+    """Raise FloatingPointError, on every rank, if the loss or gradient norm of the step ``done`` is NaN or infinite.
 
-    ``folder`` is that of ``checkpoints``; those being written are completed first.
+    ``folder`` is that of ``checkpoints``; the checkpoints that are being written are completed first.
     """
     figures = {name: done.figures.get(name) for name in _FINITE}
     wrong = [f"{name} is {value}" for name, value in figures.items() if value is not None and not math.isfinite(value)]
@@ -255,7 +255,10 @@ def _train_one(
     meter: Meter,
     memory: MemoryMeter | None,
 ) -> tuple[dict[str, float | None], dict[str, int] | None]:
-    """Return the figures of a step and, with a ``memory`` meter, the bytes by part at the largest rank's peak."""
+    """Take one step; return its figures, and the bytes by part at the peak of the rank with the largest one.
+
+    The bytes are None without a ``memory`` meter.
+    """
     from longctx.train.step import train_step
 
     meter.begin()

@@ -130,7 +130,7 @@ def _as_typed(value: object) -> str:
 def _lora_settings(config: Mapping[str, Any], job: TrainJob) -> list[tuple[str, Any, Any]]:
     """Return name, value in a checkpoint's ``config`` and value of ``job`` of each setting of adapters.
 
-    Only the rank is listed unless both have adapters; version 0.1 had none.
+    Only the rank is listed unless checkpoint and job both have adapters; checkpoints of version 0.1 have none.
     """
     before, now = config.get("lora") or {"rank": None}, vars(job.lora) | {"targets": list(job.lora.targets)}
     if before["rank"] is None or job.lora.rank is None:

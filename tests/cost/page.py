@@ -58,8 +58,9 @@ WHY = """\
 * **Table 6 of arXiv 2405.07719, ring 16**: in the backward, the float32 sums of gradients travel from node to node in
   16 hops. The paper's code hides more of this communication behind computation than these constants assume.
 * **The same table, tp = 2**: the published steps are 50 % slower than with tp = 1 and tp = 4 at 65,536 tokens, but only
-  12 % slower at 122,880. The paper gives no reason. The cost model predicts a part of this: with tp = 2, a
-  data-parallel group consists of every second rank, and the model gives it a single network link.
+  12 % slower at 122,880. The paper gives no reason. The cost model predicts a part of this: with tp = 2, the
+  ranks that sum their gradients (ulysses x ring x dp) are every second rank, and the cost model gives this group a
+  single network link.
 
 In two cases, arXiv 2411.01783 gives two times for what seems to be the same run. TTIT of 2 nodes with 128,000 tokens is
 66.63 ms in Table 6 and 60.23 ms in Table 7; no model can match both. A full prefill of 128,000 tokens on 4 nodes takes

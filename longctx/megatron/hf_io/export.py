@@ -94,12 +94,12 @@ def _write_index(folder: Path, maps: Sequence[Mapping[str, str]], size: int) -> 
 
 
 def _refuse_other_shape(folder: Path, shape: ModelShape) -> None:
-    """Raise ValueError if ``folder``/config.json describes another shape than ``shape``."""
+    """Raise ValueError if the config.json that `save` has just written to ``folder`` does not describe ``shape``."""
     written = shape_of(folder)
     if wrong := [x.name for x in fields(shape) if getattr(shape, x.name) != getattr(written, x.name)]:
         raise ValueError(
-            f"{folder}/config.json does not describe the model to be saved: {', '.join(wrong)} differ; "
-            "pass every field that differs from the source's config.json in `changed`"
+            "the source's config.json, with the fields in `changed`, does not describe the model to be saved: "
+            f"{', '.join(wrong)} differ; pass in `changed` every field of config.json that determines them"
         )
 
 
@@ -119,7 +119,7 @@ def _files_of_stage(model: GPTModel, shape: ModelShape, family: Family, file_siz
 
 
 def _bytes(parts: Sequence[TensorView]) -> int:
-    """Return the size in bytes of one tensor in the files, which joins the whole tensors of ``parts``."""
+    """Return the size in bytes of one tensor of a file: the whole tensors of ``parts``, joined."""
     return sum(prod(part.full_shape) * part.view.element_size() for part in parts)
 
 

@@ -61,12 +61,15 @@ class Blocks:
     tp: Comm
 
     def embed(self, tokens: Tokens) -> Hidden:
-        """Return the input of the first block."""
+        """Return the embeddings of ``tokens``, the input of the first block."""
         embedded: Tensor = self.model.embedding(tokens.reshape(1, -1), None)
         return embedded.reshape(*tokens.shape, -1)
 
     def run(self, layer: SPDTransformerLayer, x: Hidden) -> Hidden:
-        """Return the output of ``layer``, a block of the model or a `copy_of` one.  Each sequence attends to itself."""
+        """Return the output of ``layer`` for its input ``x``; each sequence attends to itself only.
+
+        ``layer`` is a block of the model, or a `copy_of` one.
+        """
         out: Tensor
         out, _ = layer(_one_row(x), None, **self._attention_kwargs(layer, x))
         return out.reshape(x.shape)
@@ -228,12 +231,18 @@ class Blocks:
         return self.tp.all_gather(local, [tuple(local.shape)] * self.tp.size)
 
     def mlp_of(self, layer: SPDTransformerLayer, x: Hidden, attention: Hidden) -> Hidden:
-        """Return this rank's partial MLP output, without bias, for the attention output ``attention``."""
+        """Return this rank's partial MLP output, without bias, of ``layer`` for its input ``x``.
+
+        ``attention`` is the output of its attention, without bias.
+        """
         out: Tensor = self._activations(layer, self._mlp_input(layer, x, attention)) @ layer.mlp.linear_fc2.weight.T
         return out
 
     def _mlp_input(self, layer: SPDTransformerLayer, x: Hidden, attention: Hidden) -> Hidden:
-        """Return the MLP's input for the attention output ``attention``, which is without bias."""
+        """Return the MLP's input of ``layer`` for its input ``x``.
+
+        ``attention`` is the output of its attention, without bias.
+        """
         bias = layer.self_attention.linear_proj.bias
         return layer.mlp_input(_one_row(x), _one_row(attention), bias).reshape(x.shape)
 

@@ -114,12 +114,18 @@ class JointDistillation:
     def _mean_divergence_from(
         self, teacher: Float[Tensor, "rows 1 shard"], x: Hidden, dropped: Sequence[int], first: int = 0
     ) -> Float[Tensor, ""]:
-        """Return the mean divergence from ``teacher`` of the model that runs from block ``first`` on input ``x``."""
+        """Return the mean divergence (nats per token) from ``teacher``, log-probabilities of the original model.
+
+        ``x``, ``dropped`` and ``first`` are those of `_final`.
+        """
         blocks, final = self._blocks, self._final(x, dropped, first)
         return kl_divergence(blocks.model, final, teacher, blocks.tp, blocks.shape.vocab_size).mean()
 
     def _final(self, x: Hidden, dropped: Sequence[int], first: int = 0) -> Float[Tensor, "rows 1 hidden"]:
-        """Run the blocks from ``first`` on (``dropped`` blocks by their repaired layers) and the final norm."""
+        """Run the model from block ``first`` on, with input ``x``; return the output of the final norm.
+
+        The blocks ``dropped`` are replaced by their repaired layers.
+        """
         for block, layer in enumerate(self._blocks.model.decoder.layers[first:], first):
             x = self._blocks.run(self.layers[block] if block in dropped else layer, x)
         final: Tensor = self._blocks.model.decoder.final_layernorm(x.reshape(-1, 1, x.shape[-1]))

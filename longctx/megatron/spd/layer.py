@@ -92,7 +92,10 @@ class SPDTransformerLayer(TransformerLayer):
         return [p for each in linears for name, p in each.named_parameters() if name.startswith("layer_norm_")]
 
     def _sum_over_ranks(self, gradient: Tensor) -> Tensor:
-        """Return the sum of ``gradient`` over ranks, since a norm inside a linear layer sees only its rank's part."""
+        """Return the sum of ``gradient`` over tensor-parallel ranks.
+
+        A norm inside Transformer Engine's linear layer sees only the gradient of its rank's part.
+        """
         total = gradient.clone()
         dist.all_reduce(total, group=self.tp_group)
         return total
@@ -144,7 +147,11 @@ class SPDTransformerLayer(TransformerLayer):
         return out, None
 
     def mlp_input(self, x: Tensor, partial: Tensor, bias: Tensor | None) -> Tensor:
-        """Return norm(u_r), the input of this rank's MLP.  ``partial`` is P_r; ``bias`` belongs to the projection."""
+        """Return norm(u_r), the input of this rank's MLP; the module's docstring defines u_r.
+
+        ``x`` is the block's input, ``partial`` is P_r, this rank's partial output of attention, and ``bias`` is that of
+        the output projection.
+        """
         output_norm = getattr(self.self_attention.linear_proj, "norm", None)
         u = x + (partial if output_norm is None else self._norm_replicated(output_norm, partial))
         return self._norm(self.pre_mlp_layernorm, u if bias is None else u + self._replicated(bias))
@@ -152,8 +159,8 @@ class SPDTransformerLayer(TransformerLayer):
     def _reduce_both(self, partial: Tensor, z: Tensor) -> Tensor:
         """Sum the partial outputs of attention (``partial``) and of the MLP (``z``) over ranks, with one reduction.
 
-        Returns what both add to the residual stream.  If the model normalises the two outputs after their sums, they
-        travel as two halves of one tensor.
+        Returns what attention and MLP add to the residual stream.  If the model normalises the two outputs after their
+        sums, they travel as two halves of one tensor.
         """
         if not self._normalises_outputs:
             return self._reduce(partial + z)
@@ -182,7 +189,7 @@ class SPDTransformerLayer(TransformerLayer):
         return entered
 
     def _reduce(self, x: Tensor) -> Tensor:
-        """Sum ``x`` over ranks.  With sequence parallelism, each rank receives its rows of the sum only."""
+        """Return the sum of ``x`` over ranks; with sequence parallelism, only this rank's rows of the sum."""
         if share := self._share_in_use:
             return share.sum(x)
         if reduction := self.mlp.linear_fc2.reduction:

@@ -108,7 +108,7 @@ class Checkpoints:
     def _prune(self, step: int) -> None:
         """Keep the last complete checkpoints up to ``step`` and remove all others.
 
-        Later ones are stale: the run was resumed from an earlier checkpoint.
+        Later checkpoints are stale: the run was resumed from an earlier checkpoint.
         """
         existing = checkpoint_folders(self._folder)
         complete = [place for place in existing if not fault_of(place) and place.name <= folder_name(step)]
@@ -153,7 +153,7 @@ def agreed_on_all_ranks(folder: Path) -> tuple[Path | None, list[str]]:
 def load(place: Path, train_state: TrainState) -> None:
     """Load weights, optimizer, schedule and random state from the checkpoint at ``place``, in place.
 
-    The mesh may differ from the one that wrote it.  This run's optimizer settings replace the saved ones.
+    The mesh may differ from the mesh that wrote the checkpoint.  This run's optimizer settings replace the saved ones.
     Every rank calls this.
     """
     optimizers = train_state.optimizer.chained_optimizers
@@ -217,7 +217,7 @@ def _is_first_rank() -> bool:
 
 
 def _from_first_rank(value: Any) -> Any:
-    """Return the first rank's ``value`` on every rank."""
+    """Return, on every rank, the ``value`` that the first rank has passed."""
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]

@@ -123,7 +123,7 @@ def _balanced(train_state: TrainState, batch: MicroBatch) -> Iterator[None]:
 def mean_router_loss(train_state: TrainState) -> float | None:
     """Return the mean router loss of all sequences since the last call, before its coefficient is applied.
 
-    It is None for a model without such a loss.  Every rank calls this.
+    It is None for a model without a router loss.  Every rank calls this.
     """
     if train_state.router_loss is None:
         return None

@@ -27,7 +27,7 @@ class TrainState:
     """A model in training, with its optimizer and learning-rate schedule.
 
     ``net`` has the layers of this pipeline stage.  ``model`` wraps ``net`` with gradient buffers.  Logits of at most
-    ``loss_rows`` rows exist at a time (None: all).  ``router_loss`` is None for a model without such a loss.
+    ``loss_rows`` rows exist at a time (None: all).  ``router_loss`` is None for a model without a router loss.
     """
 
     model: DistributedDataParallel

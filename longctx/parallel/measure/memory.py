@@ -95,6 +95,6 @@ class MemoryMeter(TorchDispatchMode):
 
 
 def _address(x: AnyShape) -> int:
-    """Return the address of torch's storage object, which views share."""
+    """Return the address of the storage object of ``x`` in torch, which is the same for all views of a tensor."""
     address: int = x.untyped_storage()._cdata
     return address

@@ -117,8 +117,8 @@ def test_a_tiny_model_is_measured_written_and_drawn(cli, tiny, tmp_path):
     ("settings", "words"),
     [
         (["model.dtype=float32"], "use model.dtype=bfloat16"),
-        (["ranks=[2,8]"], "ranks=[2, 8] has no baseline: put 1 first"),
-        (["gradient_ranks=[2]"], "gradient_ranks=[2] has no baseline: put 1 first"),
+        (["ranks=[2,8]"], "ranks=[2, 8] does not begin with the baseline: put 1 first"),
+        (["gradient_ranks=[2]"], "gradient_ranks=[2] does not begin with the baseline: put 1 first"),
         (["ranks=[]"], "ranks="),
         (["layers=[]"], "layers="),
         (["tokens=97", "layers=[0,2]"], "layers=2: no such layer; use 0 to 1 of tiny"),

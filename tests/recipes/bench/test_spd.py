@@ -90,7 +90,7 @@ def test_quality_and_sweep_agree_with_the_sensitivity(cli, tiny, tmp_path):
     ("settings", "words"),
     [
         (["hosts=2"], "hosts=2 with mesh tp=3: each host runs one rank; use hosts=3"),
-        (["shares=[0.5,1]"], "has no baseline: put 0 first"),
+        (["shares=[0.5,1]"], "does not begin with the baseline: put 0 first"),
         (["mesh.tp=1"], "mesh.tp=1: one rank has no reduction to drop; use mesh.tp=2 or more"),
         (["mesh.ring=2"], "has no use for mesh.ring=2"),
         (["latency_us=500"], "rate=100mbit are for links between emulated hosts: set hosts=3"),
@@ -127,7 +127,7 @@ def test_a_prompt_longer_than_the_text_is_refused(tiny, monkeypatch):
         (["texts=[{label:x,folder:x}]"], "there is no setting texts.0.folder"),
         (["texts=[{label:x}]"], "a data source has exactly one of path"),
         (["models=[{folder:adapted}]"], "models.0.label is missing"),
-        (["shares=[0.5,1]"], "shares=[0.5, 1.0] has no baseline: put 0 first"),
+        (["shares=[0.5,1]"], "shares=[0.5, 1.0] does not begin with the baseline: put 0 first"),
         (["placement=[0,2]"], "placement=[0, 2]: there is no block 2; use blocks 0 to 1"),
         (["mesh.dp=2"], "has no use for mesh.dp=2: use mesh.dp=1"),
         (["rivals=[{label:a,attention:int8},{label:a,mlp:int6}]"], "rivals have the labels ['a', 'a']: give each its"),
