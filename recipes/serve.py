@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from longctx.train.stop import StopRequest
 
 RECIPE = "recipes.serve"
+# Not this module: runpy, which runs it again in each rank, would warn that it is imported already.
+WARM = ("longctx.infer.engine", "longctx.infer.generate", "recipes.common.progress", "longctx.serve.app", "uvicorn")
 KEY_VARIABLE = "LONGCTX_API_KEY"
 _SHORT = 320  # up to about this many tokens, one rank with the threads of all is faster (docs/results/serve.md)
 _REPEAT_S = 0.5  # a request to stop is repeated, since a rank that is starting ignores it
@@ -290,7 +292,7 @@ def hold_pages(job: ServeJob) -> Iterator[None]:
 
 def task(config: DictConfig) -> None:
     """Check the configuration, and serve on the ranks until a signal stops them."""
-    warm_up_ranks(["longctx.infer.engine", "longctx.infer.generate", "recipes.common.progress", "recipes.serve"])
+    warm_up_ranks(WARM)
     job = prepare(config)
     if current_rank() is None:
         stop_on_sigterm()

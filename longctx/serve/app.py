@@ -170,7 +170,19 @@ def make_app(front: Front) -> Any:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _other)
     app.add_exception_handler(Exception, _failed)
+    _describe(app, front.reader.model)
     return Guard(app, front)
+
+
+def _describe(app: FastAPI, model: str) -> None:
+    """Say in /openapi.json what a request's ``model`` must be, and that it has no other fields.
+
+    Other fields are accepted if they have no effect, but a client that reads the description needs none.
+    """
+    for name in ("CompletionBody", "ChatBody"):
+        body = app.openapi()["components"]["schemas"][name]
+        body["properties"]["model"]["enum"] = [model]
+        body["additionalProperties"] = False
 
 
 async def _refused(_: Any, one: RequestRefused) -> Response:

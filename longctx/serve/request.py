@@ -27,8 +27,12 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 _SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[StrictInt, Field(ge=0)]
+
+
+def _shown(**bounds: float) -> Any:
+    """Return the `Field` of a number whose ``bounds`` are shown in /openapi.json; `Sampling` checks them."""
+    return Field(allow_inf_nan=False, json_schema_extra=dict(bounds))
 
 
 class RequestRefused(ValueError):
@@ -54,19 +58,19 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: StrictStr
-    temperature: Number | None = None
-    top_p: Number | None = None
-    presence_penalty: Number | None = None
-    frequency_penalty: Number | None = None
+    temperature: Annotated[float, _shown(minimum=0)] | None = None
+    top_p: Annotated[float, _shown(exclusiveMinimum=0, maximum=1)] | None = None
+    presence_penalty: Annotated[float, _shown(minimum=-2, maximum=2)] | None = None
+    frequency_penalty: Annotated[float, _shown(minimum=-2, maximum=2)] | None = None
     seed: StrictInt | None = None
     n: Annotated[StrictInt, Field(ge=1, le=_MOST_CHOICES)] | None = None
     stop: StrictStr | list[StrictStr] | None = None
     max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    top_k: StrictInt | None = None
-    min_p: Number | None = None
-    repetition_penalty: Number | None = None
+    top_k: Annotated[StrictInt, Field(json_schema_extra={"minimum": -1})] | None = None
+    min_p: Annotated[float, _shown(minimum=0, maximum=1)] | None = None
+    repetition_penalty: Annotated[float, _shown(minimum=0.01, maximum=100)] | None = None
     stop_token_ids: list[TokenId] | None = None
 
 

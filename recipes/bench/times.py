@@ -193,7 +193,7 @@ def accuracies(job: TimesJob, results: Sequence[Row]) -> dict[str, Accuracy]:
         for run, error in zip(job.runs, errors(results), strict=True)
         if not (run.rate or run.drop) and run.reduce == "float32"
     ]
-    found = {}
+    found: dict[str, Accuracy] = {}
     for work in dict.fromkeys(run.work for run, _ in plain):
         meshes = [run.mesh for run, _ in plain if run.work == work]
         axes = tuple(axis for axis in vars(meshes[0]) if any(getattr(mesh, axis) > 1 for mesh in meshes))

@@ -46,6 +46,7 @@ def serving(model: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], s
                 break
         else:
             pytest.fail("".join(lines))
+        assert "Warning" not in "".join(lines)
         yield one, found[1]
         one.kill()
 

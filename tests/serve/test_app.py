@@ -69,6 +69,15 @@ def client(front: Front) -> Iterator[TestClient]:
         yield client
 
 
+def test_description_names_the_model_and_the_bounds(client: TestClient):
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    for name in ("CompletionBody", "ChatBody"):
+        fields = schemas[name]["properties"]
+        assert fields["model"]["enum"] == ["tiny"] and schemas[name]["additionalProperties"] is False
+        top_p, _ = fields["top_p"]["anyOf"]
+        assert (top_p["type"], top_p["exclusiveMinimum"], top_p["maximum"]) == ("number", 0, 1)
+
+
 def complete(client: TestClient, **fields: Any) -> Any:
     return client.post("/v1/completions", json={"model": "tiny", "prompt": "ab", **fields})
 
