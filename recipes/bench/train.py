@@ -67,7 +67,7 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class AttentionTimes:
-    """The slowest rank's seconds by variant and round; ``refused`` says why a peer does not run."""
+    """The slowest rank's seconds by variant and round; ``refused`` says why a variant does not run."""
 
     seconds: dict[str, list[float]]
     refused: dict[str, str]
@@ -197,8 +197,14 @@ def time_attention(rank: Rank, job: TrainJob, names: tuple[str, ...], rounds: in
         q, k, v = (torch.randn(1, rows, n, shape.head_dim) for n in (shape.heads, shape.kv_heads, shape.kv_heads))
         # 2. Our variants, then every peer that runs.  The same ranks serve as a ring and as a Ulysses group.
         one, ring = runtime.ulysses, runtime.ring
-        for name, groups in {"ours, pass-KV ring": (one, ring), "ours, Ulysses": (ring, one)}.items():
-            variants[name] = hybrid(*groups, layout).attention(flash_cpu, STRATEGIES["pass_kv"])
+        groups = {"ours, pass-KV ring": (one, ring), "ours, Ulysses": (ring, one)}
+        try:
+            refuse_unfit(Mesh(ulysses=ring.size), shape)
+        except ValueError as error:  # its heads cannot be divided
+            refused["ours, Ulysses"] = str(error)
+            del groups["ours, Ulysses"]
+        for name, two in groups.items():
+            variants[name] = hybrid(*two, layout).attention(flash_cpu, STRATEGIES["pass_kv"])
         for name in names:
             peer, reason = peers.try_ring(partial(peers.zigzag_ring, name, ring.size, ring.rank), q, k, v)
             if peer:

@@ -61,6 +61,25 @@ def test_activations_fall_with_the_number_of_ranks(cli, tmp_path):
     assert "of one rank's" in err and err.count("loss_rows=all") == err.count("loss_rows=32") == 3
 
 
+def test_heads_that_ulysses_cannot_divide_leave_its_attention_out(cli, tmp_path):
+    heads = ("model.config.num_attention_heads=3", "model.config.num_key_value_heads=3")
+    command = (
+        *QUICK,
+        *heads,
+        f"out={tmp_path}",
+        f"json={tmp_path / 'train.json'}",
+        "rounds=1",
+        "meshes=[]",
+        "peers=[]",
+    )
+    code, _, err = cli(train, train.task, *command)
+    assert code == 0, err
+    attention = json.loads((tmp_path / "train.json").read_text())["attention"]
+    assert [*attention["seconds"]] == ["ours, pass-KV ring"]
+    assert "mesh.ulysses=2 cannot share 3 query heads" in attention["refused"]["ours, Ulysses"]
+    assert "ours, Ulysses" in err
+
+
 def test_loss_curves_of_a_mesh_and_of_one_rank_agree(cli, tmp_path):
     files = (f"json={tmp_path / 'curves.json'}", f"picture={tmp_path / 'curves.svg'}")
     code, _, err = cli(convergence, convergence.task, "data.length=61", "steps=3", f"out={tmp_path}", *files)
