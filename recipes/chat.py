@@ -196,7 +196,8 @@ def run_rank(rank: Rank, job: ChatJob) -> list[TurnFigures]:
 def make_chooser(runtime: Runtime, engine: Engine, job: ChatJob) -> Chooser:
     """Return a function that chooses the strategy of each pass, and gives the reason.
 
-    It returns context.strategy, or applies the rule that context.strategy names to measured constants.
+    If context.strategy names a strategy, the function returns it.  If it names a rule, the function applies the rule to
+    the constants in ``job.hardware``; if that is None, the ranks first measure these constants.
     """
     import torch
 

@@ -89,7 +89,10 @@ class SensitivityJob:
 
     @property
     def chunks(self) -> int:
-        """Number of chunks of the text; each has ``chunk`` sequences, which are measured together."""
+        """Number of chunks of the text.
+
+        The sequences of a chunk are measured together: ``chunk`` of them, or fewer in the last chunk.
+        """
         return -(-len(self.text) // self.chunk)
 
 

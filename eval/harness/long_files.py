@@ -39,7 +39,7 @@ def infinitebench_row(record: Mapping[str, Any]) -> Mapping[str, Any]:
     _check_fields(record, _INFINITEBENCH)
     answers, options = record["answer"], record["options"]
     if not answers or not all(isinstance(one, str | int | float) for one in answers):
-        raise ValueError(f"field answer is {answers!r}, not a list of texts or numbers")
+        raise ValueError(f"field answer is {answers!r}, not a list of one or more texts or numbers")
     if not all(isinstance(one, str) for one in options):
         raise ValueError(f"field options is {options!r}, not a list of texts")
     return {

@@ -222,8 +222,8 @@ def shard_balanced(lengths: Sequence[int], within: Sharding, rows_per_rank: Sequ
     ``within`` cuts each sequence into one share per rank; rank r already holds ``rows_per_rank[r]`` rows.  Sequences
     are assigned one at a time.  Larger shares go to the ranks that have received the fewest rows in this call; ties go
     to the rank with the fewest rows in total, then to the lowest rank.  Single tokens are thus assigned round-robin
-    (arXiv 2411.01783, 3.6).  After any number of turns, each rank's number of cached rows is within one chunk of an
-    even split.
+    (arXiv 2411.01783, 3.6).  If every call shards one sequence, the total rows of two ranks never differ by more
+    than one row, or two rows if ``within`` is zigzag.
     """
     size, layouts = len(rows_per_rank), []
     received = [0] * size  # in this call

@@ -80,7 +80,10 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise ValueError("data.sources is empty: give at least one source, with a path, a name or pydoc")
+            raise ValueError(
+                "data.sources is empty: give at least one source, with a path (file, folder or pattern), a name (of a "
+                "dataset on the Hugging Face hub) or pydoc, such as data.sources=[{path:books/}]"
+            )
         least = {"length": 1, "batch": 1, "epochs": 1, "shuffle": 0, "seed": 0}
         for name, value in least.items():
             given = getattr(self, name)

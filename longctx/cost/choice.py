@@ -20,9 +20,9 @@ def choose(rule: str, work: Work, hardware: Hardware) -> StrategyChoice:
     """Return the strategy that ``rule`` selects for ``work``.
 
     ``auto`` compares the modelled seconds.  ``alg1``, ``alg5`` and ``empirical`` are the rules of arXiv 2411.01783:
-    Algorithms 1 and 5, and the fitted boundary of Appendix D.
+    Algorithms 1 and 5, and the fitted boundary of Appendix D.  A ring of one rank gets pass_kv by every rule.
 
-    Raises ValueError for ``empirical`` if ``hardware`` has no fitted constants.
+    Raises ValueError for ``empirical`` on several ranks if ``hardware`` has no fitted constants.
     """
     if work.ranks == 1:
         return StrategyChoice("pass_kv", "one ring rank: nothing is sent")

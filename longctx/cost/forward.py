@@ -211,10 +211,10 @@ def _shared_rows_seconds(
 def _ring_of_one_row(
     shape: Decoder, mesh: Degrees, machine: Machine, cached: Sequence[int], strategy: str, numbers: Numbers
 ) -> tuple[float, float, float]:
-    """Return (seconds of attention's blocks, seconds of its communication, bytes sent) for one new token per sequence.
+    """Return one rank's (seconds of attention's blocks, seconds of its communication, bytes sent).
 
-    The attention is that of a ring by ``strategy``, summed over all layers; ``cached`` has the sequences' cached
-    tokens.
+    The rank runs one new token per sequence, in a ring by ``strategy``.  Communication includes the all-to-alls of
+    Ulysses.  The figures are sums over all layers; ``cached`` has the sequences' cached tokens.
     """
     hardware = machine.kernel(mesh.ring, mesh.tp * mesh.ulysses, decodes=True)
     exchange = machine.level(mesh.ulysses, mesh.tp).exchange

@@ -63,7 +63,9 @@ def _source_file(path: Path, source: TextSource, read_row: ReadRow | None) -> So
         read_text = partial(_read_text_row, source.text_key)
         return SourceFile(title, partial(_read_lines, path, read_row or read_text))
     if read_row:
-        raise ValueError(f"{path} has no lines of conversations: give .jsonl files")
+        raise ValueError(
+            f"{path} is not a .jsonl file, and data.conversations reads only such files: give .jsonl files"
+        )
     if name.endswith(".parquet"):
         return SourceFile(title, partial(_read_table, path, source.text_key))
     return SourceFile(title, partial(_read_text, path))

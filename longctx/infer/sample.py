@@ -34,9 +34,10 @@ def choose_token(
 ) -> int:
     """Choose the token at ``position``: the most likely one at temperature 0, otherwise a random one.
 
-    Random choice is among the tokens that top-k, top-p and min-p keep.  Penalties count the tokens of ``prompt`` and
-    ``answer``, which precede ``position``.  Only ``sampling.seed`` and ``position`` seed the draw, so the same logits
-    give the same token on any mesh and in any batch.
+    Random choice is among the tokens that top-k, top-p and min-p keep.  Penalties apply first, also at temperature 0.
+    The repetition penalty counts the tokens of ``prompt`` and ``answer``, which precede ``position``; the presence and
+    frequency penalties count those of ``answer`` only.  Only ``sampling.seed`` and ``position`` seed the draw, so the
+    same logits give the same token on any mesh and in any batch.
 
     Raises ValueError for logits that are NaN or infinite.
     """

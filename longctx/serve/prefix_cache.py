@@ -139,10 +139,10 @@ class PrefixCache:
         return one.takes and cached == one.page.end and cached + self.page_tokens < len(one.prompt)
 
     def page_at(self, number: int, cached: int) -> tuple[int, Tokens] | None:
-        """Return (number of the page before, tokens) of the page that sequence ``number`` computes after ``cached``.
+        """Return (number of the page before, tokens) of the page that follows the pages of sequence ``number``.
 
-        ``cached`` is its number of cached tokens.  The result is None if the prompt ends before the end of that page,
-        or if pages are not stored.
+        The result is None if the first token that is not cached, prompt[cached], lies outside this page, if the prompt
+        ends before the end of the page, or if pages are not stored.
         """
         one = self._sequences[number]
         begin, end = one.page.end, one.page.end + self.page_tokens

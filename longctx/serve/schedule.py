@@ -67,9 +67,10 @@ class Scheduler:
 
     Sequences are admitted in order of arrival, so that none waits forever.  Half of the prompt tokens of a pass are for
     the oldest prompts, so that each of them ends.  The other half are for the prompts with the fewest tokens left, so
-    that a short prompt does not wait for a long one, and for prompts whose pages such a prompt waits for.  Every step
-    decodes a token of each sequence whose prompt is cached.  A prompt reuses its stored first pages from ``prefixes``.
-    It waits while an earlier prompt computes the page that it needs next.
+    that a short prompt does not wait for a long one.  If such a prompt waits for a page that another prompt computes,
+    the other prompt takes its place.  Every step decodes a token of each sequence whose prompt is cached.  A prompt
+    reuses its stored first pages from ``prefixes``.  It waits while an earlier prompt computes the page that it needs
+    next.
     """
 
     def __init__(self, limits: Limits, prefixes: PrefixCache) -> None:

@@ -78,7 +78,11 @@ class DriftJob:
 
 @dataclass(frozen=True)
 class LayerErrors:
-    """Errors of one layer: of the bfloat16 output (``errors``), of the output before rounding, and of gradients."""
+    """Relative errors of one layer's attention, against float64.
+
+    ``errors`` are those of its output in bfloat16, ``unrounded`` of its output before rounding, and ``gradients`` of
+    dq, dk and dv with pass-KV.
+    """
 
     layer: int
     errors: Errors

@@ -41,10 +41,11 @@ def check_logits(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
 
 
 def check_dropped(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
-    """Compare logits as `check_logits` does, of a model over `_RANKS` ranks whose blocks drop a reduction.
+    """Compare logits as `check_logits` does, if one block, and if all blocks, drop a reduction over `_RANKS` ranks.
 
-    One device computes the partial outputs of all ranks, with megatron-core's layers.  ``change`` is the difference
-    that the dropped reductions make.
+    This device, with megatron-core's layers (``model.layers=local``), computes the partial outputs of all ranks, and so
+    does the CPU.  ``error`` is the difference between the two.  ``change`` is the difference that the dropped
+    reductions make on the CPU.
     """
     whole, table_rows = _logits(job, runtime, on_cpu=True), []
     for dropped in ((0,), tuple(range(_LAYERS))):

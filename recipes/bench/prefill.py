@@ -66,7 +66,7 @@ class PrefillJob:
 class Efficiency:
     """Efficiency of one part of the work at one length; ``seconds`` by variant and round.
 
-    ``efficiency`` is the product of ``machine``, ``blocks`` and ``communication``.
+    ``efficiency`` is the product of ``machine``, ``blocks`` and ``communication``, which the top of this file explains.
     """
 
     part: str

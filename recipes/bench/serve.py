@@ -100,7 +100,7 @@ class LoadFigures:
         return event.finish is not None
 
     def other_than(self, alone: LoadFigures) -> dict[int, int]:
-        """Return, for each request with another answer than in ``alone``, the number of tokens that are equal."""
+        """Return, for each request whose answer differs from that in ``alone``, how many first tokens are equal."""
         pairs = {number: (answer, self.answers.get(number, [])) for number, answer in alone.answers.items()}
         return {
             number: next((i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), min(map(len, pair)))

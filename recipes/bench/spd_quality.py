@@ -263,7 +263,7 @@ def show(losses: dict[str, TextLosses], shares: tuple[float, ...]) -> None:
 
 
 def interval_in_words(added: tuple[float, float] | None) -> str:
-    """Return an interval of the added loss as one of the added perplexity, in percent."""
+    """Return an interval of the added loss as one of the added perplexity, in percent; an empty text for None."""
     return "" if added is None else f"{100 * expm1(added[0]):+.2f} to {100 * expm1(added[1]):+.2f}"
 
 

@@ -148,7 +148,7 @@ def task(config: DictConfig) -> None:
             recorded = accuracies(job, results)
             record_errors(job.settings.hardware, recorded)
             kinds = [f"{work} {one.share:.0%}" for work, one in recorded.items()] or [f"none has {ENOUGH} runs"]
-            say(f"errors for recipes.plan, written to {job.settings.hardware}: {', '.join(kinds)}")
+            say(f"prediction errors for recipes.plan, written to {job.settings.hardware}: {', '.join(kinds)}")
 
 
 def measure_here(job: TimesJob, runs: Sequence[TimedRun], jobs: Sequence[TrainJob]) -> Iterator[list[float]]:

@@ -138,7 +138,7 @@ def draw_times(out: str, results: Sequence[Row]) -> None:
 def merge(file: str, results: Sequence[Row], groups: Mapping[str, Any]) -> tuple[list[Row], dict[str, Any]]:
     """Return the results of ``file`` with those of ``groups`` replaced by ``results``, and the metadata of all groups.
 
-    Raises ValueError for a file that this benchmark did not write.
+    A file that does not exist counts as empty.  Raises ValueError for runs without groups, as older versions wrote.
     """
     before: dict[str, Any] = {"runs": [], "groups": {}}
     if Path(file).is_file():

@@ -102,9 +102,10 @@ def choose_plan(
     if saved and saved.plan.tp != mesh.tp:
         ranks = "1 rank has" if mesh.tp == 1 else f"{mesh.tp} ranks share"
         raise ValueError(
-            f"{folder} was made for mesh.tp={saved.plan.tp}, but here {ranks} the weights: use mesh.tp={saved.plan.tp} "
-            f"(or mesh.ring={saved.plan.tp} context.decode=sharded), or spd=none for the model without dropped "
-            "reductions"
+            f"{folder} was made for mesh.tp={saved.plan.tp}, but here {ranks} the weights: "
+            f"use mesh.tp={saved.plan.tp} context.decode=gather_merge, "
+            f"or mesh.tp=1 mesh.ulysses=1 mesh.ring={saved.plan.tp} context.decode=sharded, "
+            "or spd=none for the model without dropped reductions"
         )
     if mesh.tp == 1 and not is_saved_plan and spd.budget != 0:
         setting = f"spd={spd.drop}" if spd.budget is None else f"spd.budget={spd.budget}"

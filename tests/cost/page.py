@@ -45,8 +45,8 @@ For each machine, one set of constants predicts all rows. Some constants were fi
 in `configs/machine/` lists them, and gives a source for most of the others. "Mean error" and "largest" are errors of
 the predicted time, relative to the published one. "Held out" is the mean error on a table if the constants are fitted
 to the machine's other tables only. A constant that the other tables do not determine then keeps the file's value. The
-column is empty if a machine has one table. `recipes.plan` prints the error that 80 % of the held-out predictions are
-within.
+column is empty if a machine has one table. `recipes.plan` prints the error that 80 % of the held-out predictions do not
+exceed.
 """
 WHY = """\
 ## Rows that are missed by more than 10 %

@@ -189,7 +189,7 @@ def test_state_of_a_cut_conversation_is_refused_by_whole_ones(tokenizer, write):
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ({"path": "notes.txt"}, r"notes\.txt has no lines of conversations: give \.jsonl files"),
+        ({"path": "notes.txt"}, r"notes\.txt is not a \.jsonl file, .* give \.jsonl files"),
         ({"pydoc": "train"}, "pydoc:train has no lines of conversations: give the path"),
         ({"path": "notes.txt", "text_key": "body"}, "text_key=body is not used by conversations: leave it out"),
     ],

@@ -30,7 +30,11 @@ class TensorSource(Protocol):
     def __call__(self, name: str) -> Tensor: ...
 
     def refuse_unread(self, tied: bool, elsewhere: Iterable[str] = ()) -> None:
-        """Raise ValueError if a tensor of the source is neither in ``read_names`` nor in ``elsewhere``."""
+        """Raise ValueError if a tensor was read neither here (``read_names``) nor ``elsewhere``.
+
+        ``elsewhere`` has the names that other pipeline stages read.  The lm_head.weight of a ``tied`` model may stay
+        unread if it equals the embedding.  A source may allow other tensors to stay unread: see `Weights`.
+        """
         ...
 
 

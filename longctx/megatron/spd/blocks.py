@@ -239,9 +239,9 @@ class Blocks:
         return out
 
     def _mlp_input(self, layer: SPDTransformerLayer, x: Hidden, attention: Hidden) -> Hidden:
-        """Return the MLP's input of ``layer`` for its input ``x``.
+        """Return the MLP's input of ``layer``, after the norm before the MLP, for the block's input ``x``.
 
-        ``attention`` is the output of its attention, without bias.
+        ``attention`` is the output of its attention, without bias; the bias is added here.
         """
         bias = layer.self_attention.linear_proj.bias
         return layer.mlp_input(_one_row(x), _one_row(attention), bias).reshape(x.shape)

@@ -96,8 +96,16 @@ def test_infinitebench_has_lm_evals_prompt_and_score(name, tmp_path):
         ),
         ("longbench2", LONGBENCH2 | {"image": "x"}, "field image is not one of _id, domain"),
         ("infinitebench_passkey", BOOK | {"answer": "7"}, "field answer is of type str, not list"),
-        ("infinitebench_passkey", BOOK | {"answer": []}, r"field answer is \[\], not a list of texts or numbers"),
-        ("infinitebench_passkey", BOOK | {"answer": [None]}, r"field answer is \[None\], not a list of texts"),
+        (
+            "infinitebench_passkey",
+            BOOK | {"answer": []},
+            r"field answer is \[\], not a list of one or more texts or numbers",
+        ),
+        (
+            "infinitebench_passkey",
+            BOOK | {"answer": [None]},
+            r"field answer is \[None\], not a list of one or more texts",
+        ),
         ("infinitebench_passkey", BOOK | {"options": [1]}, r"field options is \[1\], not a list of texts"),
         ("infinitebench_passkey", BOOK | {"question": "x"}, "field question is not one of id, context"),
         ("infinitebench_code_debug", BOOK, "field options has 0 entries, not 4"),

@@ -43,7 +43,7 @@ def test_each_run_has_measured_and_predicted_seconds(cli, tmp_path):
     assert first < later, "cached keys take time"
     largest = max(map(abs, errors(runs[:4])))
     assert read_machine(str(hardware)).errors == {"prefill": Accuracy(largest, (), 1, 4)}
-    assert f"errors for recipes.plan, written to {hardware}: prefill {largest:.0%}" in " ".join(err.split())
+    assert f"prediction errors for recipes.plan, written to {hardware}: prefill {largest:.0%}" in " ".join(err.split())
     page = (tmp_path / "times.md").read_text()
     assert "| runs | 6 |" in page and "| prefill of 61 after 70, one rank |" not in page
     assert "prefill after 70, one rank" in page and "measured" in (tmp_path / "times.svg").read_text()

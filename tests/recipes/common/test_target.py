@@ -189,7 +189,12 @@ def test_config_without_groups_of_context_run_and_plan_resolves(models, config_o
         (["context.decode=sharded", "model.layers=te"], {}, "context.decode=sharded", "use model.layers=local"),
         (["spd=all", "mesh.tp=3", "model.layers=te"], {}, "model.layers=te", "use model.layers=local"),
         ([ADAPTED], {}, "made for mesh.tp=2, but here 1 rank has the weights", "spd=none"),
-        ([ADAPTED, "mesh.ring=3", "context.decode=sharded"], {}, "here 3 ranks share", "mesh.ring=2 context.decode"),
+        (
+            [ADAPTED, "mesh.ring=3", "context.decode=sharded"],
+            {},
+            "here 3 ranks share",
+            "mesh.tp=1 mesh.ulysses=1 mesh.ring=2",
+        ),
         (
             ["spd=all", "mesh.tp=3", "mesh.ring=2", "context.decode=sharded"],
             {},

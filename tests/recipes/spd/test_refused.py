@@ -61,7 +61,8 @@ def test_unfit_settings_are_refused_before_any_rank_starts(refused, tiny, adapte
         "repair.sequences=21",
     )
     says = refused(generate, generate.task, f"model={adapted_folder}", *PROMPT)
-    assert "was made for mesh.tp=3, but here 1 rank has the weights: use mesh.tp=3 (or mesh.ring=3" in says
+    assert "was made for mesh.tp=3, but here 1 rank has the weights: use mesh.tp=3 context.decode=gather_merge" in says
+    assert "or mesh.tp=1 mesh.ulysses=1 mesh.ring=3 context.decode=sharded" in says
     says = refused(chat, chat.task, f"model={tiny}", "mesh.tp=3", "spd=ranked", "turns=nowhere.jsonl")
     assert "set spd.budget" in says
     assert "transformers cannot run it" in refused(
