@@ -193,14 +193,14 @@ def accuracies(job: TimesJob, results: Sequence[Row]) -> dict[str, Accuracy]:
         for run, error in zip(job.runs, errors(results), strict=True)
         if not (run.rate or run.drop) and run.reduce == "float32"
     ]
-    found: dict[str, Accuracy] = {}
+    by_work: dict[str, Accuracy] = {}
     for work in dict.fromkeys(run.work for run, _ in plain):
         meshes = [run.mesh for run, _ in plain if run.work == work]
         axes = tuple(axis for axis in vars(meshes[0]) if any(getattr(mesh, axis) > 1 for mesh in meshes))
         share = covering_error([error for run, error in plain if run.work == work])
         if len(meshes) >= ENOUGH:
-            found[work] = Accuracy(share, axes, max(mesh.ranks for mesh in meshes), element)
-    return found
+            by_work[work] = Accuracy(share, axes, max(mesh.ranks for mesh in meshes), element)
+    return by_work
 
 
 def report(job: TimesJob, results: Sequence[Row]) -> None:

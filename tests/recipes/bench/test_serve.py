@@ -45,7 +45,7 @@ def change_an_answer(rank: Rank, job: serve.ServeBenchJob) -> dict[int, float] |
 
 
 def test_another_answer_has_the_margin_of_its_first_other_token(config_of, tiny):
-    """Of a random model's 97 tokens, the two most likely ones are a little apart."""
+    """The two most likely tokens of a random model are a little apart."""
     words = ("requests=4", "clients=1", "min_length=3", "max_length=31", "new_tokens=4", "run.threads=1")
     job = serve.prepare(config_of("bench/serve", f"model={tiny}", *words))
     margins, _ = run_ranks(2, change_an_answer, job)
