@@ -10,7 +10,6 @@ from longctx.hf.keys import refuse_unknown_keys
 from longctx.model_shape import ModelShape
 from longctx.models import Family, family_of
 from longctx.models.family import head_dim_of
-from longctx.without_compiler import without_compiler
 
 
 def shape_of(folder: Path) -> ModelShape:
@@ -38,6 +37,8 @@ def family_in(folder: Path) -> Family:
 
 def read_config(file: Path) -> Any:
     """Return the config.json ``file`` as transformers reads it.  Raises ValueError as `shape_of` does."""
+    from longctx.without_compiler import without_compiler  # imports torch, which takes a second
+
     with without_compiler():
         import transformers.activations  # noqa: F401, what every configuration imports
         from transformers import AutoConfig
