@@ -67,10 +67,9 @@ class Scheduler:
 
     Sequences are admitted in order of arrival, so that none waits forever.  Half of the prompt tokens of a pass are for
     the oldest prompts, so that each of them ends.  The other half are for the prompts with the fewest tokens left, so
-    that a short prompt does not wait for a long one.  If such a prompt waits for a page that another prompt computes,
-    the other prompt takes its place.  Every step decodes a token of each sequence whose prompt is cached.  A prompt
-    reuses its stored first pages from ``prefixes``.  It waits while an earlier prompt computes the page that it needs
-    next.
+    that a short prompt does not wait for a long one.  Every step decodes a token of each sequence whose prompt is
+    cached.  A prompt reuses its stored first pages from ``prefixes``.  It waits while an earlier prompt computes the
+    page that it needs next.
     """
 
     def __init__(self, limits: Limits, prefixes: PrefixCache) -> None:
@@ -109,7 +108,7 @@ class Scheduler:
         add = tuple(self._admit())
         decode = tuple(number for number in self.running if number not in self._left)
         take = self._take()
-        prefill = share_pass(*self._left_to_compute(), self.limits.prefill_tokens)
+        prefill = share_pass(self._left_to_compute(), self.limits.prefill_tokens)
         for number, tokens in prefill.items():
             self._left[number] -= tokens
             if not self._left[number]:
@@ -126,23 +125,19 @@ class Scheduler:
                 self._left[number] -= len(pages) * self.prefixes.page_tokens
         return take
 
-    def _left_to_compute(self) -> tuple[dict[int, int], dict[int, int]]:
-        """Return, by sequence, the number of prompt tokens that are left to run, and the urgency of running them.
+    def _left_to_compute(self) -> dict[int, int]:
+        """Return, by sequence, the number of prompt tokens that are left to run.
 
-        A sequence is left out if an earlier sequence computes its next page, which it can then reuse.  A sequence is as
-        urgent as the prompt with the fewest tokens left among its own and those that wait for its page.
+        A sequence is left out if an earlier sequence computes its next page, which it can then reuse.
         """
-        left_to_compute, urgency, computed_by = {}, {}, dict[object, int]()
+        left_to_compute, pages = {}, set()
         for number, left in self._left.items():
             cached = len(self.running[number].prompt) - left
             page = self.prefixes.page_at(number, cached)
-            other = computed_by.get(page) if page and self.prefixes.can_take(number, cached) else None
-            if other is None:
-                left_to_compute[number] = urgency[number] = left
-                computed_by.setdefault(page, number)
-            else:
-                urgency[other] = min(urgency[other], left)
-        return left_to_compute, urgency
+            if page is None or page not in pages or not self.prefixes.can_take(number, cached):
+                left_to_compute[number] = left
+                pages.add(page)
+        return left_to_compute
 
     def _admit(self) -> list[NewSequence]:
         """Move the sequences that fit from waiting to running, in order of arrival, and return them."""
@@ -159,14 +154,13 @@ class Scheduler:
         return admitted
 
 
-def share_pass(left: Mapping[int, int], urgency: Mapping[int, int], total: int) -> dict[int, int]:
+def share_pass(left: Mapping[int, int], total: int) -> dict[int, int]:
     """Share the ``total`` prompt tokens of a pass among prompts with ``left`` tokens to run, the oldest prompt first.
 
-    Half are for the oldest prompts, and the rest for those with the smallest ``urgency``, at most the tokens left.  At
-    most two prompts get a part of what they have left; a pass with many small parts would be slow.
+    Half are for the oldest prompts, and the rest for those with the fewest tokens left.  At most two prompts get a part
+    of what they have left; a pass with many small parts would be slow.
 
-    >>> left = {1: 100, 2: 3, 3: 50}
-    >>> share_pass(left, left, 24)
+    >>> share_pass({1: 100, 2: 3, 3: 50}, 24)
     {1: 12, 2: 3, 3: 9}
     """
     shares = dict.fromkeys(left, 0)
@@ -179,6 +173,5 @@ def share_pass(left: Mapping[int, int], urgency: Mapping[int, int], total: int) 
         return tokens
 
     unused = give(left, total // 2)
-    by_urgency = sorted(left, key=lambda number: min(urgency[number], left[number] - shares[number]))
-    give(by_urgency, total - total // 2 + unused)
+    give(sorted(left, key=lambda number: left[number] - shares[number]), total - total // 2 + unused)
     return {number: share for number, share in shares.items() if share}

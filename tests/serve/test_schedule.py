@@ -81,7 +81,7 @@ def test_short_prompt_does_not_wait_for_a_long_one():
 
 @given(st.dictionaries(st.integers(0, 9), st.integers(1, 50), max_size=7), st.integers(0, 99))
 def test_a_pass_is_for_the_oldest_and_the_shortest_prompts(left, total):
-    shares = share_pass(left, left, total)
+    shares = share_pass(left, total)
     assert sum(shares.values()) == min(total, sum(left.values()))
     assert all(0 < shares[number] <= left[number] for number in shares)
     assert sum(shares[number] < left[number] for number in shares) <= 2, "few parts"
@@ -90,16 +90,6 @@ def test_a_pass_is_for_the_oldest_and_the_shortest_prompts(left, total):
         assert shares.get(oldest, 0) >= min(left[oldest], total // 2)
         if total - total // 2 >= shortest:
             assert any(shares.get(number) == left[number] for number in left)
-
-
-def test_a_prompt_is_urgent_if_a_short_one_waits_for_its_page():
-    """Sequence 3 can reuse the first two pages of sequence 1, which is longer than sequence 2."""
-    scheduler = Scheduler(Limits(20, 5, 10_000), PrefixCache(7, 1_000, 1))
-    for number, prompt in enumerate(
-        (range(400), range(1000, 1300), range(2000, 2100), [*range(1000, 1014), *range(9)])
-    ):
-        scheduler.add(NewSequence(number, tuple(prompt), 5, Sampling()))
-    assert scheduler.plan().prefill == {0: 10, 1: 10}
 
 
 def test_a_long_prompt_ends_though_short_ones_keep_arriving():
