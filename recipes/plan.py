@@ -144,7 +144,8 @@ def show(job: PlanJob, plans: Sequence[Plan]) -> None:
     if job.settings.hardware not in choices("machine") and work.kind not in {*question.machine.errors, "chat"}:
         console.print(
             f"how far predictions are off on {job.settings.hardware} is not known: measure it there with "
-            f"python -m recipes.bench times hardware={job.settings.hardware} record=true"
+            f"python -m recipes.bench times hardware={job.settings.hardware} record=true "
+            "only=[prefill,decode,train,four_ranks]"
         )
     parts = ", ".join(f"{name.replace('_', ' ')} {size / 1e9:,.1f}" for name, size in best.memory_parts.items() if size)
     if question.allowed_drop.why:

@@ -6,7 +6,7 @@ from typing import Literal
 
 _YEAR = 366 * 24 * 60  # minutes
 # Setting of sampling -> least and largest value, and advice.
-_SAMPLING_RANGES: dict[str, tuple[float, float, str]] = {
+SAMPLING_RANGES: dict[str, tuple[float, float, str]] = {
     "top_k": (0, 2**31 - 1, "; 0 keeps all tokens"),
     "min_p": (0, 1, ", a share of the largest probability"),
     "repetition_penalty": (0.01, 100, "; 1 is none"),
@@ -172,7 +172,7 @@ class Sampling:
             raise ValueError(f"sampling.temperature={self.temperature}: use 0 for greedy, or 1e-6 or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling.top_p={self.top_p}: use a number above 0 and at most 1")
-        for name, (least, most, advice) in _SAMPLING_RANGES.items():
+        for name, (least, most, advice) in SAMPLING_RANGES.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise ValueError(f"sampling.{name}={value}: use {least} to {most}{advice}")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from longctx.config import Sampling
+from longctx.config.run import SAMPLING_RANGES
 from longctx.data.tokenize import tokenize
 from longctx.model_shape import ModelShape
 
@@ -33,6 +34,12 @@ TokenId = Annotated[StrictInt, Field(ge=0)]
 def _shown(**bounds: float) -> Any:
     """Return the `Field` of a number whose ``bounds`` are shown in /openapi.json; `Sampling` checks them."""
     return Field(allow_inf_nan=False, json_schema_extra=dict(bounds))
+
+
+def _shown_range(setting: str) -> Any:
+    """Return `_shown` with the range of a ``setting`` of sampling."""
+    least, most, _ = SAMPLING_RANGES[setting]
+    return _shown(minimum=least, maximum=most)
 
 
 class RequestRefused(ValueError):
@@ -60,8 +67,8 @@ class Body(BaseModel):
     model: StrictStr
     temperature: Annotated[float, _shown(minimum=0)] | None = None
     top_p: Annotated[float, _shown(exclusiveMinimum=0, maximum=1)] | None = None
-    presence_penalty: Annotated[float, _shown(minimum=-2, maximum=2)] | None = None
-    frequency_penalty: Annotated[float, _shown(minimum=-2, maximum=2)] | None = None
+    presence_penalty: Annotated[float, _shown_range("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, _shown_range("frequency_penalty")] | None = None
     seed: StrictInt | None = None
     n: Annotated[StrictInt, Field(ge=1, le=_MOST_CHOICES)] | None = None
     stop: StrictStr | list[StrictStr] | None = None
@@ -69,8 +76,8 @@ class Body(BaseModel):
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     top_k: Annotated[StrictInt, Field(json_schema_extra={"minimum": -1})] | None = None
-    min_p: Annotated[float, _shown(minimum=0, maximum=1)] | None = None
-    repetition_penalty: Annotated[float, _shown(minimum=0.01, maximum=100)] | None = None
+    min_p: Annotated[float, _shown_range("min_p")] | None = None
+    repetition_penalty: Annotated[float, _shown_range("repetition_penalty")] | None = None
     stop_token_ids: list[TokenId] | None = None
 
 

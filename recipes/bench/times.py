@@ -197,8 +197,8 @@ def accuracies(job: TimesJob, results: Sequence[Row]) -> dict[str, Accuracy]:
     for work in dict.fromkeys(run.work for run, _ in plain):
         meshes = [run.mesh for run, _ in plain if run.work == work]
         axes = tuple(axis for axis in vars(meshes[0]) if any(getattr(mesh, axis) > 1 for mesh in meshes))
-        share = covering_error([error for run, error in plain if run.work == work])
         if len(meshes) >= ENOUGH:
+            share = covering_error([error for run, error in plain if run.work == work])
             by_work[work] = Accuracy(share, axes, max(mesh.ranks for mesh in meshes), element)
     return by_work
 

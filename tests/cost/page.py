@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from longctx.cost.machine import machine_of
+from recipes.bench.times_report import covering_error
 from tests.cost.predict import (
     ROOT,
     Row,
@@ -144,13 +145,11 @@ def expected(hardware: str) -> Iterator[str]:
         names = [name for name in names if rows_of(name)[0].quantity in quantities]
         rows = [row for name in names for row in rows_of(name)]
         if rows:
-            errors = sorted(
-                abs(error)
-                for name in names
-                for error in errors_of(rows_of(name), machine_of(fit(hardware, name), name))
-            )
+            errors = [
+                error for name in names for error in errors_of(rows_of(name), machine_of(fit(hardware, name), name))
+            ]
             axes = [axis for axis in vars(rows[0].mesh) if any(getattr(row.mesh, axis) > 1 for row in rows)]
-            share, ranks = errors[min(len(errors) - 1, int(0.8 * len(errors)))], max(row.mesh.ranks for row in rows)
+            share, ranks = covering_error(errors), max(row.mesh.ranks for row in rows)
             yield f"  {kind}: {{share: {share:.3f}, axes: [{', '.join(axes)}], ranks: {ranks}}}"
 
 

@@ -159,7 +159,7 @@ def test_error_of_a_calibrated_machine_is_printed_where_it_was_measured(cli, tin
     words = (f"model={tiny}", f"hardware={file}", "gpus=2", "work.context=64")
     file.write_text(yaml.safe_dump(values))
     _, _, err = cli(plan, plan.task, *words)
-    says = f"measure it there with python -m recipes.bench times hardware={file} record=true"
+    says = f"measure it there with python -m recipes.bench times hardware={file} record=true only=[prefill,"
     assert says in " ".join(err.split()) and "extrapolated" in err
     accuracy = {"share": 0.27, "axes": ["ring", "ulysses", "tp"], "ranks": 2, "element_bytes": 4}
     file.write_text(yaml.safe_dump({**values, "errors": {"prefill": accuracy}}))
