@@ -23,14 +23,11 @@ from recipes.common.manifest import record, refuse_other_recipe
 from recipes.common.places import refuse_unwritable
 from recipes.common.provenance import provenance
 from recipes.common.settings import top_level
+from recipes.common.strategy_choice import kernel_on_ring, measure_ring
 from recipes.common.target import Target, resolve_target
 
 if TYPE_CHECKING:
-    import torch
-
-    from longctx.attention.kernel import Kernel
     from longctx.megatron.runtime import Runtime
-    from longctx.parallel.comm import Comm
 
 
 RECIPE = "recipes.calibrate"
@@ -45,34 +42,12 @@ class CalibrateSettings:
     kernel: KernelName = "auto"
 
 
-def measure_ring(runtime: Runtime, target: Target) -> Hardware:
-    """Measure the ring's links and one rank's kernel, with the heads that a rank holds; every rank must call it."""
-    from longctx.parallel.measure.probe import probe
-
-    return probe(*_kernel_on_ring(runtime, target))
-
-
 def measure_backward(runtime: Runtime, target: Target) -> float:
     """Return the time of a block's backward as a multiple of its forward's; on a GPU, the ratio of their FLOPs."""
     from longctx.parallel.measure.probe import probe_backward
 
     is_cpu = runtime.device.type == "cpu"
-    return probe_backward(*_kernel_on_ring(runtime, target)) if is_cpu else Hardware.backward
-
-
-def _kernel_on_ring(
-    runtime: Runtime, target: Target
-) -> tuple[Comm, Kernel, tuple[int, int], int, torch.dtype, torch.device]:
-    """Return the arguments for `probe`: ring, kernel, a rank's (query, KV) heads, head dimension, dtype and device."""
-    import torch
-
-    from longctx.attention.backends import checked_kernel
-
-    shape, share = target.shape, target.mesh.tp * target.mesh.ulysses
-    heads = (shape.heads // share, max(1, shape.kv_heads // share))
-    dtype, head_dim = target.model.dtype, shape.head_dim
-    kernel = checked_kernel(target.context.kernel, runtime.device, dtype, head_dim, runtime.slowest)
-    return runtime.ring, kernel, heads, head_dim, getattr(torch, dtype), runtime.device
+    return probe_backward(*kernel_on_ring(runtime, target)) if is_cpu else Hardware.backward
 
 
 def measure_layer(runtime: Runtime, target: Target) -> LayerRates | None:

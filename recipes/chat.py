@@ -9,7 +9,7 @@ Without ``turns`` it reads them from the terminal or from piped input.  Prints e
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,31 +19,26 @@ from omegaconf import DictConfig
 from pydantic import PositiveInt
 
 from longctx.config import Sampling
-from longctx.cost.attention import Work
-from longctx.cost.choice import RULES, choose, empirical_constants
 from longctx.cost.hardware import Hardware
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank
 from longctx.parallel.launcher import current_rank
-from recipes.calibrate import measure_ring
 from recipes.common.cli import console, main, on_ranks, say, warm_up_ranks
 from recipes.common.conversation import TurnFigures, show_turn, take_turn, typed_turns
 from recipes.common.decode_choice import make_decode_chooser
-from recipes.common.hardware_file import read_hardware, refuse_other_threads
+from recipes.common.hardware_file import refuse_other_threads
 from recipes.common.lock import hold, lock_beside
 from recipes.common.manifest import record, refuse_other_recipe
 from recipes.common.places import refuse_unwritable, write_json
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
 from recipes.common.settings import section, top_level
+from recipes.common.strategy_choice import make_strategy_chooser, read_constants
 from recipes.common.target import Target, resolve_target, say_unapplied
 
 if TYPE_CHECKING:
     from longctx.data.turns import UserTurn
-    from longctx.infer.engine import Engine
-    from longctx.infer.session import Chooser
     from longctx.infer.session_index import SessionIndex
-    from longctx.megatron.runtime import Runtime
 
 RECIPE = "recipes.chat"
 
@@ -102,14 +97,7 @@ def prepare(config: DictConfig) -> ChatJob:
     settings, session = top_level(config, ChatSettings), section(config, "session", SessionPaths)
     refuse_unwritable(settings.out)
     refuse_other_recipe(settings.out, RECIPE)
-    hardware = read_hardware(settings.hardware) if settings.hardware else None
-    if settings.hardware and target.context.strategy not in RULES:
-        raise ValueError(
-            f"hardware={settings.hardware} is not used by context.strategy={target.context.strategy}: "
-            "leave it out, or use context.strategy=auto"
-        )
-    if target.context.strategy == "empirical":
-        empirical_constants(hardware)  # raises ValueError if they were not fitted
+    hardware = read_constants(settings.hardware, target.context.strategy)
     # Cached keys and values depend on the blocks that dropped their reduction, and on rounded reductions.
     plan = target.plan
     session_model = target.fingerprint + (f", spd {list(plan.dropped)} at tp={plan.tp}" if plan else "")
@@ -173,7 +161,7 @@ def run_rank(rank: Rank, job: ChatJob) -> list[TurnFigures]:
                 engine,
                 target.context,
                 job.sampling,
-                make_chooser(runtime, engine, job),
+                make_strategy_chooser(runtime, target, engine, job.hardware),
                 reserve=target.shape.max_positions,
                 choose_decode=make_decode_chooser(runtime, target, engine),
             )
@@ -191,32 +179,6 @@ def run_rank(rank: Rank, job: ChatJob) -> list[TurnFigures]:
             if job.session.save and "error" not in turn_figures[-1]:
                 save(session, absolute(job.session.save), job.fingerprint)
     return turn_figures
-
-
-def make_chooser(runtime: Runtime, engine: Engine, job: ChatJob) -> Chooser:
-    """Return a function that chooses the strategy of each pass, and gives the reason.
-
-    If context.strategy names a strategy, the function returns it.  If it names a rule, the function applies the rule to
-    the constants in ``job.hardware``; if that is None, the ranks first measure these constants.
-    """
-    import torch
-
-    target = job.target
-    rule = target.context.strategy
-    if rule not in RULES:
-        return lambda *_: (rule, "as asked")
-    hardware = job.hardware or measure_ring(runtime, target)
-    share = target.mesh.tp * target.mesh.ulysses
-    heads, kv_heads = target.shape.heads // share, max(1, target.shape.kv_heads // share)
-    element_bytes = getattr(torch, target.model.dtype).itemsize
-
-    def choose_for(new: Sequence[int], cached: Sequence[int], window: int | None) -> tuple[str, str]:
-        work = Work(new, cached, engine.ring.size, heads, kv_heads, target.shape.head_dim, element_bytes, window)
-        choice = choose(rule, work, hardware)
-        layers = f" of window {window:,}" if window else ""
-        return choice.strategy, f"{rule}{layers}: {choice.why}"
-
-    return choose_for
 
 
 def task(config: DictConfig) -> None:

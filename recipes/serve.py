@@ -27,13 +27,16 @@ from longctx.hf.config import tokenizer_of
 from longctx.parallel.launch import Rank
 from longctx.parallel.launcher import current_rank
 from recipes.common.cli import console, is_first, main, on_ranks, say, warm_up_ranks
+from recipes.common.decode_choice import make_decode_chooser
 from recipes.common.lock import hold, lock_beside
 from recipes.common.places import refuse_unwritable_folder
 from recipes.common.progress import Progress
 from recipes.common.settings import section, top_level
+from recipes.common.strategy_choice import make_strategy_chooser, read_constants
 from recipes.common.target import Target, resolve_target, say_unapplied
 
 if TYPE_CHECKING:
+    from longctx.cost.hardware import Hardware
     from longctx.infer.page_files import PageFiles
     from longctx.infer.session import Session
     from longctx.megatron.runtime import Runtime
@@ -62,6 +65,7 @@ class ServeSettings:
     cache_tokens: PositiveInt | None = None
     one_rank_tokens: NonNegativeInt | None = None
     max_request_bytes: PositiveInt = 4_000_000
+    hardware: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 2**16:
@@ -93,7 +97,8 @@ class PrefixSettings:
 class ServeJob:
     """Inputs of every rank: plain values, checked before any rank starts.
 
-    ``origin`` says which model, dtype, mesh and page size the saved pages are for (None: no page is saved).
+    ``hardware`` has the constants for a rule of ``context.strategy`` (None: measure them).  ``origin`` says which
+    model, dtype, mesh and page size the saved pages are for (None: no page is saved).
     """
 
     target: Target
@@ -101,6 +106,7 @@ class ServeJob:
     settings: ServeSettings
     cache: PrefixSettings
     key: str | None = field(repr=False)
+    hardware: Hardware | None = None
     origin: PageOrigin | None = None
 
     def one_rank(self, rank: Rank) -> OneRank:
@@ -126,7 +132,7 @@ class ServeJob:
 def prepare(config: DictConfig) -> ServeJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
     refuse_missing_packages()
-    target = resolve_target(config, RECIPE, unused_axes=("dp", "pp"))
+    target = resolve_target(config, RECIPE, unused_axes=("dp", "pp"), strategy_by_turn=True, decode_by_batch=True)
     settings, sampling = top_level(config, ServeSettings), section(config, "sampling", Sampling)
     cache, key = section(config, "cache", PrefixSettings), read_key(settings)
     refuse_open_host(settings.host, key)
@@ -140,7 +146,8 @@ def prepare(config: DictConfig) -> ServeJob:
         listen(settings).close()
     target.shape.refuse_unknown_token(max(sampling.stop_tokens, default=0), "sampling.stop_tokens")
     say_unapplied(target.folder, sampling)
-    return ServeJob(target, sampling, settings, cache, key, read_origin(target, cache))
+    hardware = read_constants(settings.hardware, target.context.strategy)
+    return ServeJob(target, sampling, settings, cache, key, hardware, read_origin(target, cache))
 
 
 def read_origin(target: Target, cache: PrefixSettings) -> PageOrigin | None:
@@ -225,7 +232,14 @@ def run_rank(rank: Rank, job: ServeJob) -> None:
     with target.runtime(rank) as runtime:
         with Progress(shown=rank.rank == 0) as progress:
             progress.start("loading", None)
-            session = Session(target.load_engine(runtime), target.context, Sampling())
+            engine = target.load_engine(runtime)
+            session = Session(
+                engine,
+                target.context,
+                Sampling(),
+                make_strategy_chooser(runtime, target, engine, job.hardware),
+                choose_decode=make_decode_chooser(runtime, target, engine),
+            )
         files = PageFiles(job.cache.folder / f"rank{rank.rank}", console.print) if job.cache.folder else None
         if rank.rank == 0:
             speak(session, runtime, job, stop, files)

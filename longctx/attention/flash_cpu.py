@@ -56,9 +56,9 @@ def _mark_lost_rows(q: Tensor, k: Tensor, out: Tensor, lse: Tensor) -> None:
     The op does so for NaN scores if there are fewer than 16 keys, and for rows whose scores are all -inf.  Every row of
     a tile sees the first key, so that key's score tells such rows from true zeros.
     """
-    zeros = lse == 0
-    if not zeros.any():
+    if lse.all():  # the usual case: no log-sum-exp is 0
         return
+    zeros = lse == 0
     first_key = k[:, :, :1].repeat_interleave(q.shape[1] // k.shape[1], 1)
     lost = zeros & (out == 0).all(-1) & ~(q * first_key).sum(-1).isfinite()
     lse.masked_fill_(lost, math.nan)

@@ -11,6 +11,7 @@ from longctx.attention.tiles import Tile
 from longctx.shapes import Float, Keys, LogSumExp, Queries, Shaped, Tensor
 
 Gradients = tuple[Queries, Keys, Keys]  # (dq, dk, dv)
+_TileOfKeys = tuple[Tile, Tensor, Tensor]  # with the keys and values of its columns
 # Partials of adjacent tiles are merged at once, up to this many rows: short documents have thousands of small tiles.
 _MAX_MERGED_ROWS = 4096
 
@@ -83,25 +84,44 @@ def attend_over(q: Queries, k: Keys, v: Keys, tiles: Sequence[Tile], kernel: Ker
     return total
 
 
+def attend_over_each(
+    q: Queries, keys_and_values: Sequence[tuple[Tensor, Tensor]], tiles: Sequence[Sequence[Tile]], kernel: Kernel
+) -> Partial:
+    """Return the attention of ``q`` over several tensors of keys and values; ``tiles[i]`` are tiles over tensor i.
+
+    Decoding a batch uses this: each sequence has a cache and one row of ``q``, and all rows are merged at once.
+    """
+    if len(tiles) == 1:
+        return attend_over(q, *keys_and_values[0], tiles[0], kernel)
+    total = empty_partial(q)
+    _attend(total, q, [(tile, *kv) for kv, own in zip(keys_and_values, tiles, strict=True) for tile in own], kernel)
+    return total
+
+
 def attend_tiles(total: Partial, q: Queries, k: Keys, v: Keys, tiles: Iterable[Tile], kernel: Kernel) -> None:
     """Merge the attention of ``q`` over the keys in ``tiles`` into ``total``, in place."""
+    _attend(total, q, ((tile, k, v) for tile in tiles), kernel)
+
+
+def _attend(total: Partial, q: Queries, tiles: Iterable[_TileOfKeys], kernel: Kernel) -> None:
+    """Merge the attention of ``q`` over ``tiles``, each with its keys and values, into ``total``, in place."""
     for group in _group_adjacent(tiles):
         parts = []
-        for tile in group:
+        for tile, k, v in group:
             q_rows, k_rows, v_rows = _orient(tile, q[:, tile.q], k[:, tile.k], v[:, tile.k])
             part = kernel.forward(q_rows, k_rows, v_rows, tile.causal)
             parts.append(Partial(*_orient(tile, part.out, part.lse)))
-        merge_(total, slice(group[0].q0, group[-1].q1), concat_rows(parts))
+        merge_(total, slice(group[0][0].q0, group[-1][0].q1), concat_rows(parts))
 
 
-def _group_adjacent(tiles: Iterable[Tile]) -> Iterator[list[Tile]]:
+def _group_adjacent(tiles: Iterable[_TileOfKeys]) -> Iterator[list[_TileOfKeys]]:
     """Yield groups of tiles whose query rows are adjacent, of at most ``_MAX_MERGED_ROWS`` rows or a single tile."""
-    group: list[Tile] = []
-    for tile in tiles:
-        if group and (tile.q0 != group[-1].q1 or tile.q1 - group[0].q0 > _MAX_MERGED_ROWS):
+    group: list[_TileOfKeys] = []
+    for tile, k, v in tiles:
+        if group and (tile.q0 != group[-1][0].q1 or tile.q1 - group[0][0].q0 > _MAX_MERGED_ROWS):
             yield group
             group = []
-        group.append(tile)
+        group.append((tile, k, v))
     if group:
         yield group
 

@@ -5,13 +5,13 @@ row.  In `run_replicated`, every rank has the new rows.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from longctx.attention.kernel import attend_over, attend_tiles
+from longctx.attention.kernel import attend_over_each
 from longctx.attention.layout import Layout
 from longctx.attention.mask import causal_within
-from longctx.attention.partial import empty_partial
 from longctx.attention.tiles import split_keys, visible_tiles
 from longctx.infer.cache import Cache
 from longctx.infer.engine import ATTENTION, Engine
@@ -29,7 +29,15 @@ LayerDone = Callable[[], None]
 Chunk = dict[int, list[int]]  # the new tokens of one pass, by sequence
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a pass on this rank: their tokens [s] and positions [s], and the function by which they attend."""
+
+    tokens: Int[Tensor, " s"]
+    positions: Positions
+    attend: LayerAttention
+
+
 def run_pass(
     engine: Engine,
     tokens: Int[Tensor, " total"],
@@ -40,12 +48,66 @@ def run_pass(
 ) -> Float[Tensor, "s b hidden"]:
     """Run the model over ``tokens`` [total] and return the final hidden states of this rank's rows.
 
-    ``layout`` shards the new tokens over the ulysses x ring ranks.  Its documents are the sequences of ``cache``, and
-    their positions follow the cached ones.  ``cache`` grows by all new tokens.  ``strategies`` has the strategy by
-    the layers' window (None: full attention).  ``done`` is called after each layer's attention.
+    The arguments and errors are those of `sharded_rows`.
+    """
+    return run_together(engine, [sharded_rows(engine, tokens, layout, cache, strategies, done)])[0]
 
-    Raises ValueError for inputs that the engine's kernel has not been tested exact on, or if the Ulysses degree does
-    not fit the heads.
+
+def run_replicated(
+    engine: Engine,
+    tokens: Int[Tensor, " total"],
+    layout: Layout,
+    cache: Cache,
+    done: LayerDone = lambda: None,
+    *,
+    share: WeightShare | None = None,
+) -> Float[Tensor, "s b hidden"]:
+    """Run the model over ``tokens`` [total] on every rank and return the hidden states of all rows.
+
+    The arguments are those of `replicated_rows`.
+    """
+    with engine.context.traffic.counted_as(ATTENTION):
+        return run_together(engine, [replicated_rows(engine, tokens, layout, cache, done, share=share)])[0]
+
+
+@torch.inference_mode()
+def run_together(engine: Engine, parts: Sequence[Rows]) -> Sequence[Float[Tensor, "_ b hidden"]]:
+    """Run the model over the rows of all ``parts`` in one pass; return the final hidden states of each part.
+
+    Each part attends by its own function.  All other work is by row: the weights are read once for all parts.
+    """
+    lengths = [len(part.tokens) for part in parts]
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        if len(parts) == 1:
+            return parts[0].attend(layer, q, k, v, sinks)
+        by_part = zip(parts, *(x.split(lengths, 1) for x in (q, k, v)), strict=True)
+        return torch.cat([part.attend(layer, *rows, sinks) for part, *rows in by_part], 1)
+
+    tokens = torch.cat([part.tokens.to(engine.device) for part in parts])
+    positions = torch.cat([part.positions.to(engine.device) for part in parts])
+    one_pass = Pass(attend=attend, rotary=rotary_tables(engine.shape, positions, engine.dtype))
+    hidden: Tensor = hidden_states(engine.model, tokens.unsqueeze(0), one_pass)
+    return torch.split(hidden, lengths)
+
+
+@torch.inference_mode()
+def sharded_rows(
+    engine: Engine,
+    tokens: Int[Tensor, " total"],
+    layout: Layout,
+    cache: Cache,
+    strategies: Mapping[int | None, Strategy],
+    done: LayerDone = lambda: None,
+) -> Rows:
+    """Return this rank's rows of ``tokens`` [total], sharded by ``layout`` over the ulysses x ring ranks.
+
+    The documents of ``layout`` are the sequences of ``cache``, and their positions follow the cached ones.  ``cache``
+    grows by all new tokens.  ``strategies`` has the strategy by the layers' window (None: full attention).  ``done`` is
+    called after each layer's attention.
+
+    Raises ValueError if the Ulysses degree does not fit the heads; attention does so for inputs that the engine's
+    kernel has not been tested exact on.
     """
     # 1. Queries and cached keys as layouts over the ring.
     layout = layout.after(cache.layout)
@@ -70,12 +132,11 @@ def run_pass(
         done()
         return out
 
-    local_tokens = layout.shard(tokens, engine.rank)
-    return _hidden(engine, local_tokens, layout.positions(engine.rank), attend)
+    return Rows(layout.shard(tokens, engine.rank), layout.positions(engine.rank), attend)
 
 
 @torch.inference_mode()
-def run_replicated(
+def replicated_rows(
     engine: Engine,
     tokens: Int[Tensor, " total"],
     layout: Layout,
@@ -83,12 +144,11 @@ def run_replicated(
     done: LayerDone = lambda: None,
     *,
     share: WeightShare | None = None,
-) -> Float[Tensor, "s b hidden"]:
-    """Run the model over ``tokens`` [total] on every rank and return the hidden states of all rows.
+) -> Rows:
+    """Return the rows of all ``tokens`` [total], which every rank runs; ``layout`` says which ring rank caches which.
 
     This is for few rows (tree attention, arXiv 2408.04093).  Every rank computes the queries, keys and values of all
-    rows, and attends to the keys that it caches.  One all-gather a layer merges the partial results.  ``layout`` says
-    which ring rank caches which rows.
+    rows, and attends to the keys that it caches.  One all-gather a layer merges the partial results.
 
     With a ``share`` (the caller has entered `WeightShare.in_use`), each rank multiplies only its share of the weights.
     One all-to-all then gives each rank the merged output of its share of the heads.
@@ -108,13 +168,7 @@ def run_replicated(
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         q, k, v = (share_of_heads(x, degree, member) for x in (q, k, v))
         by_sequence = cache.append_each(layer, k[:, rows_to_cache], v[:, rows_to_cache])
-        by_tiles = tiles[engine.shape.windows[layer]]
-        if len(by_tiles) == 1:
-            partial = attend_over(q, *by_sequence[0], by_tiles[0], engine.kernel)
-        else:
-            partial = empty_partial(q)
-            for keys_and_values, own in zip(by_sequence, by_tiles, strict=True):
-                attend_tiles(partial, q, *keys_and_values, own, engine.kernel)
+        partial = attend_over_each(q, by_sequence, tiles[engine.shape.windows[layer]], engine.kernel)
         with doing(f"layer {layer}"):
             if share:
                 heads = share.ranges(q.shape[2] * degree)
@@ -124,15 +178,7 @@ def run_replicated(
         done()
         return out.to(q.dtype)
 
-    with engine.context.traffic.counted_as(ATTENTION):
-        return _hidden(engine, tokens, all_rows.positions(0), attend)
-
-
-def _hidden(
-    engine: Engine, tokens: Int[Tensor, " s"], positions: Positions, attend: LayerAttention
-) -> Float[Tensor, "s b hidden"]:
-    one_pass = Pass(attend=attend, rotary=rotary_tables(engine.shape, positions.to(engine.device), engine.dtype))
-    return hidden_states(engine.model, tokens.to(engine.device).unsqueeze(0), one_pass)
+    return Rows(tokens, all_rows.positions(0), attend)
 
 
 def split_into_chunks(new: Mapping[int, list[int]], max_tokens: int | None) -> Iterator[Chunk]:

@@ -12,11 +12,22 @@ from longctx.config import Context, Sampling
 from longctx.infer.cache import BatchCache, KVCache
 from longctx.infer.choose import choose_next
 from longctx.infer.engine import Engine
-from longctx.infer.prefill import Chunk, LayerDone, pack_tokens, run_pass, run_replicated, split_into_chunks
+from longctx.infer.prefill import (
+    Chunk,
+    LayerDone,
+    pack_tokens,
+    replicated_rows,
+    run_pass,
+    run_replicated,
+    run_together,
+    sharded_rows,
+    split_into_chunks,
+)
 from longctx.infer.prove import prove_pass
 from longctx.infer.refuse import refuse_prompts
 from longctx.infer.score_prompt import score_prompts
 from longctx.infer.turn import Conversation, Turn
+from longctx.megatron.sharded import WeightShare
 from longctx.parallel.comm import doing
 from longctx.parallel.ring import Strategy, local
 from longctx.parallel.strategy import STRATEGIES
@@ -214,6 +225,14 @@ class Session:
         ``reasons`` receives each choice of a strategy and its reason.  If ``alone`` is given, that ring rank runs all
         rows.
         """
+        layout, strategies = self._place(chunk, reasons, alone)
+        run = partial(run_pass, tokens=pack_tokens(chunk), layout=layout, strategies=strategies)
+        return self._run_pass(chunk, run, done), layout
+
+    def _place(
+        self, chunk: Chunk, reasons: dict[str, str], alone: int | None
+    ) -> tuple[Layout, dict[int | None, Strategy]]:
+        """Return the layout of the rows of ``chunk``, and the strategies for them; see `_run_chunk`."""
         lengths = [len(tokens) for tokens in chunk.values()]
         if alone is None:
             strategies = self._choose_strategies(lengths, [self.sequences[i].cached for i in chunk], reasons)
@@ -221,9 +240,7 @@ class Session:
         else:
             strategies = self.engine.everywhere(local)
             over_ring = documents(lengths, 1).place_on(alone, self.engine.ring.size)
-        layout = over_ring.split(self.engine.ulysses.size)
-        run = partial(run_pass, tokens=pack_tokens(chunk), layout=layout, strategies=strategies)
-        return self._run_pass(chunk, run, done), layout
+        return over_ring.split(self.engine.ulysses.size), strategies
 
     def _choose_strategies(
         self, lengths: Sequence[int], cached: Sequence[int], reasons: dict[str, str]
@@ -246,13 +263,30 @@ class Session:
         If ``alone`` is given, that ring rank runs and caches all rows, without messages over the ring.  No other ring
         rank may cache rows of these sequences.
         """
-        new = {
-            i: self.sequences[i].tokens[(at := self.sequences[i].cached) : at + count] for i, count in tokens.items()
-        }
+        new = self._uncached(tokens)
         hidden, layout = self._run_chunk(new, {}, lambda: None, alone)
-        following = choose_next(self.engine, self.sequences, new, hidden, layout)
-        score_prompts(self.engine, self.sequences, new, hidden, layout)
-        self._append(following)
+        return self._end_prefill(new, hidden, layout)
+
+    def prefill_and_decode(self, tokens: Mapping[int, int], sequences: Collection[int]) -> dict[int, int]:
+        """`prefill` ``tokens`` and `decode` a token of each of ``sequences`` in the same pass; return all next tokens.
+
+        The pass reads the weights once for both.  Decoding is by ``gather_merge``.
+        """
+        assert not self.context.check_schedule, "recipes.serve refuses it"
+        engine, ring_rank = self.engine, self.engine.ring.rank
+        new, latest = self._uncached(tokens), self._latest(sequences)
+        layout, strategies = self._place(new, {}, None)
+        over_ring = shard_balanced([1] * len(latest), contiguous, self.rows_per_rank)
+        caches = [BatchCache([self.sequences[i].cache for i in chunk], ring_rank) for chunk in (new, latest)]
+        prefilled, decoded = run_together(
+            engine,
+            [
+                sharded_rows(engine, pack_tokens(new), layout, caches[0], strategies),
+                replicated_rows(engine, pack_tokens(latest), over_ring, caches[1]),
+            ],
+        )
+        following = self._end_prefill(new, prefilled, layout)
+        following |= self._choose_replicated(latest, decoded)
         return following
 
     def decode(self, sequences: Collection[int]) -> dict[int, int]:
@@ -261,27 +295,60 @@ class Session:
         The step feeds each sequence's last token, which must not be cached yet: the one that a turn or the previous
         call appended.  Decoding by pass-Q is arXiv 2411.01783, Alg. 4.
         """
-        chunk = {i: self.sequences[i].tokens[-1:] for i in sequences}
-        assert all(len(self.sequences[i].tokens) == self.sequences[i].cached + 1 for i in chunk), "nothing to feed"
+        chunk = self._latest(sequences)
         over_ring = shard_balanced([1] * len(chunk), contiguous, self.rows_per_rank)
         engine, tokens = self.engine, pack_tokens(chunk)
-        strategy = self._decode_strategy(len(chunk))
+        strategy = self.decode_strategy(len(chunk))
         if strategy in STRATEGIES:
             layout = over_ring.split(engine.ulysses.size)
             strategies = engine.everywhere(STRATEGIES[strategy])
             hidden = self._run_pass(chunk, partial(run_pass, tokens=tokens, layout=layout, strategies=strategies))
             following = choose_next(engine, self.sequences, chunk, hidden, layout)
-        else:
-            share = engine.share if strategy == "sharded" else None
-            with share.in_use() if share else nullcontext():
-                run = partial(run_replicated, tokens=tokens, layout=over_ring, share=share)
-                hidden = self._run_pass(chunk, run)
-                layout = over_ring.on_one_rank().place_on(0, engine.ranks)  # all have the rows, the first one samples
-                following = choose_next(engine, self.sequences, chunk, hidden, layout, share)
+            self._append(following)
+            return following
+        share = engine.share if strategy == "sharded" else None
+        with share.in_use() if share else nullcontext():
+            run = partial(run_replicated, tokens=tokens, layout=over_ring, share=share)
+            return self._choose_replicated(chunk, self._run_pass(chunk, run), share)
+
+    def _uncached(self, tokens: Mapping[int, int]) -> Chunk:
+        """Return the next ``tokens[i]`` uncached tokens of each sequence i."""
+        return {
+            i: self.sequences[i].tokens[(at := self.sequences[i].cached) : at + count] for i, count in tokens.items()
+        }
+
+    def _latest(self, sequences: Collection[int]) -> Chunk:
+        """Return the last token of each of ``sequences``, the only one that is not cached."""
+        chunk = {i: self.sequences[i].tokens[-1:] for i in sequences}
+        assert all(len(self.sequences[i].tokens) == self.sequences[i].cached + 1 for i in chunk), "nothing to feed"
+        return chunk
+
+    def _end_prefill(self, chunk: Chunk, hidden: Float[Tensor, "s b hidden"], layout: Layout) -> dict[int, int]:
+        """Choose the tokens after the prompts that end in ``chunk``, append them, and score prompts that ask for it."""
+        following = choose_next(self.engine, self.sequences, chunk, hidden, layout)
+        score_prompts(self.engine, self.sequences, chunk, hidden, layout)
         self._append(following)
         return following
 
-    def _decode_strategy(self, sequences: int) -> str:
+    def _choose_replicated(
+        self, chunk: Chunk, hidden: Float[Tensor, "s b hidden"], share: WeightShare | None = None
+    ) -> dict[int, int]:
+        """Choose the next tokens after a pass whose rows ``hidden`` all ranks have, and append them.
+
+        With a ``share``, the ranks compute the logits of all rows together, and the first one samples.  Otherwise each
+        rank computes and samples some of the rows.
+        """
+        engine = self.engine
+        if share:
+            layout = documents([1] * len(chunk), 1).place_on(0, engine.ranks)
+        else:
+            layout = shard_balanced([1] * len(chunk), contiguous, [0] * engine.ranks)
+            hidden = hidden[layout.index(engine.rank).to(hidden.device)]
+        following = choose_next(engine, self.sequences, chunk, hidden, layout, share)
+        self._append(following)
+        return following
+
+    def decode_strategy(self, sequences: int) -> str:
         """Return the name of the strategy for a decode step of ``sequences`` sequences.
 
         It is ``context.decode``; for ``auto``, the choice for this number of sequences, which is made once.

@@ -158,7 +158,7 @@ class BiasedOutput(nn.Module):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"bias": True})
 
-    def forward(self, x: Float[Tensor, "s b n"]) -> tuple[Float[Tensor, "*parts s b hidden"], Float[Tensor, " hidden"]]:
+    def forward(self, x: Float[Tensor, "*rows n"]) -> tuple[Float[Tensor, "*out hidden"], Float[Tensor, " hidden"]]:
         out, bias = super().forward(x)
         assert bias is not None
         # megatron-core adds the bias later.  Under selective recomputation, returning the parameter itself would make
@@ -184,7 +184,7 @@ class NormedOutput(nn.Module):
         super().__init__(*args, config=config, **kwargs)
         self.norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
-    def forward(self, x: Float[Tensor, "s b n"]) -> tuple[Float[Tensor, "*parts s b hidden"], None]:
+    def forward(self, x: Float[Tensor, "*rows n"]) -> tuple[Float[Tensor, "*out hidden"], None]:
         out, bias = super().forward(x)
         assert bias is None, "no known model has a bias and a norm on one output"
         return out if self.explicit_expert_comm else self.norm(out), None
@@ -197,7 +197,7 @@ class ScaledOutput(nn.Module):
         super().__init__(*args, **kwargs)
         self.scale = scale
 
-    def forward(self, x: Float[Tensor, "s b n"]) -> tuple[Float[Tensor, "*parts s b hidden"], Tensor | None]:
+    def forward(self, x: Float[Tensor, "*rows n"]) -> tuple[Float[Tensor, "*out hidden"], Tensor | None]:
         out, bias = super().forward(x)
         return out * self.scale, None if bias is None else bias * self.scale
 

@@ -65,7 +65,7 @@ class WeightShare:
         mine = self.ranges(n // unit)[self.context.rank]
         return slice(mine.start * unit, mine.stop * unit)
 
-    def sum(self, x: Float[Tensor, "s b hidden"]) -> Float[Tensor, "s b hidden"]:
+    def sum(self, x: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
         """Return the sum of partial outputs ``x`` over all context ranks and tensor-parallel ranks."""
         with doing("summing partial outputs"):
             return sum_over_ranks(self.tp_context, x)
@@ -112,7 +112,7 @@ class InputProjection(Adaptable, ColumnParallelLinear):
 
     share: WeightShare | None = None
 
-    def forward(self, x: Float[Tensor, "s b hidden"], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Float[Tensor, "*rows hidden"], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if torch.is_grad_enabled() or self.sequence_parallel:
             out, bias = super().forward(x, *args, **kwargs)
         else:
@@ -124,7 +124,7 @@ class InputProjection(Adaptable, ColumnParallelLinear):
 class QKVProjection(InputProjection):
     """Projection to queries, keys and values; with a share in use, a rank computes its columns and gathers the rest."""
 
-    def forward(self, x: Float[Tensor, "s b hidden"], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Float[Tensor, "*rows hidden"], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if not (self.share and self.share.active):
             return super().forward(x, *args, **kwargs)
         rows = len(self.weight)
@@ -136,7 +136,7 @@ class QKVProjection(InputProjection):
 class UpProjection(InputProjection):
     """Projection to gate and up, or to up alone; with a share in use, it computes this rank's neurons."""
 
-    def forward(self, x: Float[Tensor, "s b hidden"], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Float[Tensor, "*rows hidden"], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if not (self.share and self.share.active):
             return super().forward(x, *args, **kwargs)
         halves = 1 + self.config.gated_linear_unit
@@ -162,7 +162,7 @@ class OutputProjection(Adaptable, RowParallelLinear):
     unit = 1
     parts = 0
 
-    def forward(self, x: Float[Tensor, "s b columns"]) -> tuple[Float[Tensor, "*parts s b hidden"], Tensor | None]:
+    def forward(self, x: Float[Tensor, "*rows columns"]) -> tuple[Float[Tensor, "*out hidden"], Tensor | None]:
         if self.share and self.share.active:
             out = linear(x, self.weight[:, self.share.own(self.weight.shape[1], self.unit)])
             return out if self.explicit_expert_comm else self.share.sum(out), self.bias

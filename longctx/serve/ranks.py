@@ -7,6 +7,7 @@ import torch
 from longctx.infer.page_files import PageFiles
 from longctx.infer.session import Session
 from longctx.parallel.comm import Comm
+from longctx.parallel.strategy import STRATEGIES
 from longctx.serve.one_rank import ALL_RANKS, OneRank
 from longctx.serve.rank_pages import RankPages, gather_bytes
 from longctx.serve.schedule import StepPlan
@@ -23,10 +24,23 @@ def share_plan(world: Comm, plan: StepPlan | None, device: torch.device) -> Step
 def run_plan(session: Session, pages: RankPages, plan: StepPlan, one_rank: OneRank) -> dict[int, int]:
     """Run ``plan`` and return the next token of each sequence that has one; all ranks return the same.
 
-    ``one_rank`` decides whether one ring rank or all of them prefill.
+    ``one_rank`` decides whether one ring rank or all of them prefill.  If all do, the same pass decodes.
 
     Raises ValueError, on all ranks, for logits that are not finite.
     """
+    _change_sequences(session, pages, plan)
+    if not plan.prefill:
+        return session.decode(plan.decode) if plan.decode else {}
+    alone = one_rank.choose(session, plan.prefill, pages.rows_per_rank)
+    if alone is None and plan.decode and session.decode_strategy(len(plan.decode)) not in STRATEGIES:
+        return session.prefill_and_decode(plan.prefill, plan.decode)
+    with one_rank.borrow_threads(session, alone):
+        tokens = session.prefill(plan.prefill, alone)
+    return tokens | (session.decode(plan.decode) if plan.decode else {})
+
+
+def _change_sequences(session: Session, pages: RankPages, plan: StepPlan) -> None:
+    """Evict and store the pages of ``plan``, drop and add its sequences, and copy reused pages into their caches."""
     for page in plan.evict:
         pages.drop(page)
     for new_page in plan.store:
@@ -40,14 +54,6 @@ def run_plan(session: Session, pages: RankPages, plan: StepPlan, one_rank: OneRa
         sequence.prompt_logprobs = [] if new.score_prompt else None
     for number, taken in plan.take.items():
         pages.copy_to(session.sequences[number].cache, taken)
-    tokens: dict[int, int] = {}
-    if plan.prefill:
-        alone = one_rank.choose(session, plan.prefill, pages.rows_per_rank)
-        with one_rank.borrow_threads(session, alone):
-            tokens |= session.prefill(plan.prefill, alone)
-    if plan.decode:
-        tokens |= session.decode(plan.decode)
-    return tokens
 
 
 def follow(session: Session, world: Comm, files: PageFiles | None = None, one_rank: OneRank = ALL_RANKS) -> RankPages:

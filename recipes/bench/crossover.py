@@ -28,7 +28,6 @@ from longctx.parallel.launch import Rank
 from longctx.shapes import Int, Tensor
 from recipes.bench.hosts import is_host, refuse_hosts, run_on_hosts
 from recipes.bench.timing import make_random_cache, measure_in_rounds, read_tokens, time_on_ranks
-from recipes.calibrate import measure_ring
 from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
 from recipes.common.hardware_file import read_hardware, refuse_other_threads
 from recipes.common.places import refuse_unwritable
@@ -36,6 +35,7 @@ from recipes.common.plots import draw_lines
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
 from recipes.common.settings import top_level
+from recipes.common.strategy_choice import measure_ring
 from recipes.common.target import Target, resolve_target
 
 if TYPE_CHECKING:

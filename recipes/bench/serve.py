@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,6 +21,7 @@ from longctx.config import Sampling
 from longctx.parallel.launch import Rank
 from recipes.bench.timing import read_tokens, refuse_beyond_model
 from recipes.common.cli import console, on_ranks, warm_up_ranks, write_result
+from recipes.common.decode_choice import make_decode_chooser
 from recipes.common.places import refuse_unwritable
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
@@ -27,7 +29,7 @@ from recipes.common.settings import top_level
 from recipes.common.target import Target, resolve_target
 
 if TYPE_CHECKING:
-    from longctx.infer.engine import Engine
+    from longctx.infer.session import Session
     from longctx.megatron.runtime import Runtime
     from longctx.serve.schedule import Limits, NewSequence
     from longctx.serve.service import Failure, Service, Token
@@ -113,7 +115,9 @@ def prepare(config: DictConfig) -> ServeBenchJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
     settings = top_level(config, ServeBenchSettings)
     refuse_unwritable(settings.out)
-    target = resolve_target(config, "recipes.bench serve", unused_axes=("tp", "dp", "pp"), spd="refuse")
+    target = resolve_target(
+        config, "recipes.bench serve", unused_axes=("tp", "dp", "pp"), decode_by_batch=True, spd="refuse"
+    )
     refuse_beyond_model(target, max_length=settings.max_length, new_tokens=settings.new_tokens)
     return ServeBenchJob(settings, target, read_tokens(target, "max_length", settings.max_length))
 
@@ -143,20 +147,28 @@ def make_load(settings: ServeBenchSettings, text: Sequence[int]) -> list[NewSequ
 
 def run_rank(rank: Rank, job: ServeBenchJob) -> list[LoadFigures]:
     """Run every variant on one rank; rank 0 plays the clients, and its figures are reported."""
+    from longctx.infer.session import Session
+
     settings, target = job.settings, job.target
     load = make_load(settings, job.text)
     with target.runtime(rank) as runtime, Progress(shown=rank.rank == 0) as progress:
         engine = target.load_engine(runtime)
+        choose_decode = make_decode_chooser(runtime, target, engine)
+        new_session = partial(Session, engine, target.context, Sampling(), choose_decode=choose_decode)
         figures = []
         for variant in (ALONE, *settings.variants):
             progress.start(variant, len(load))
-            figures.append(run_variant(engine, runtime, job, variant, load, progress.step))
-        add_margins(engine, runtime, job, load, figures)
+            figures.append(run_variant(new_session, runtime, job, variant, load, progress.step))
+        add_margins(new_session, runtime, job, load, figures)
         return figures
 
 
 def add_margins(
-    engine: Engine, runtime: Runtime, job: ServeBenchJob, load: Sequence[NewSequence], figures: Sequence[LoadFigures]
+    new_session: Callable[[], Session],
+    runtime: Runtime,
+    job: ServeBenchJob,
+    load: Sequence[NewSequence],
+    figures: Sequence[LoadFigures],
 ) -> None:
     """Fill in `LoadFigures.margins`: answer each request that had another answer once more, alone, with logprobs.
 
@@ -165,7 +177,7 @@ def add_margins(
     alone, *others = figures
     numbers = {number for one in others for number in one.other_than(alone)}
     again = [replace(one, sampling=Sampling(logprobs=2)) for one in load if one.number in numbers]
-    top = run_variant(engine, runtime, job, ALONE, again, lambda: None).top
+    top = run_variant(new_session, runtime, job, ALONE, again, lambda: None).top
     for one in others:
         for number, equal in one.other_than(alone).items():
             (_, first), (_, second) = top[number][equal]
@@ -184,7 +196,7 @@ def limits_of(job: ServeBenchJob, variant: str) -> Limits:
 
 
 def run_variant(
-    engine: Engine,
+    new_session: Callable[[], Session],
     runtime: Runtime,
     job: ServeBenchJob,
     variant: str,
@@ -193,12 +205,11 @@ def run_variant(
 ) -> LoadFigures:
     """Answer ``load`` on all ranks; ``done`` is called after each request."""
     from longctx.hf.config import tokenizer_of
-    from longctx.infer.session import Session
     from longctx.serve.one_rank import OneRank
     from longctx.serve.ranks import follow
     from longctx.serve.service import Service
 
-    session, figures = Session(engine, job.target.context, Sampling()), LoadFigures(variant)
+    session, figures = new_session(), LoadFigures(variant)
     one_rank = OneRank(job.settings.one_rank_tokens, job.target.threads(runtime.rank) * job.target.mesh.ring)
     if runtime.rank.rank:
         follow(session, runtime.world, one_rank=one_rank)

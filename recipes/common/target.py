@@ -144,7 +144,7 @@ def refuse_decode(context: Context, model: ModelSource, recipe: str, *, by_batch
 
     if context.decode == "auto" and not by_batch:
         raise ValueError(
-            f"context.decode=auto works in recipes.generate and recipes.chat only; {recipe} takes one of "
+            f"context.decode=auto works in recipes.generate, chat and serve; {recipe} takes one of "
             f"gather_merge, sharded, {', '.join(STRATEGIES)}"
         )
     if context.decode == "sharded" and model.layers == "te":

@@ -57,8 +57,9 @@ def client_of(address: str) -> openai.OpenAI:
 
 @pytest.fixture(scope="module")
 def client(tiny: Path) -> Iterator[openai.OpenAI]:
-    """A client of a server on two ranks, of which one prefills the short prompts."""
+    """A client of a server on two ranks, of which one prefills the short prompts; strategies by the cost model."""
     words = "mesh.ring=2", "context.chunk=13", "max_sequences=3", "cache.page=5", "one_rank_tokens=20"
+    words += ("context.strategy=auto",)
     with serving(tiny, *words) as (_, address):
         yield client_of(address)
 
@@ -233,7 +234,8 @@ def pids_of_ranks(pid: int) -> list[int]:
         (["cache.gb=0", "cache.save=pages"], "cache.save=pages needs memory for pages: use cache.gb above 0"),
         (["mesh.dp=2"], "mesh.dp=2"),
         (["sampling.logprobs=1"], "each request asks for its own"),
-        (["context.strategy=auto"], "recipes.serve takes one of"),
+        (["context.strategy=empirical"], "context.strategy=empirical needs a hardware file with fitted constants"),
+        (["context.strategy=auto", "hardware=/nowhere"], "hardware=/nowhere cannot be read"),
     ],
 )
 def test_wrong_settings_are_refused(refused, tiny, words, message):

@@ -1,9 +1,12 @@
 """recipes.bench serve: every request is answered as it is alone, and what cannot be measured is refused."""
 
 import json
+from functools import partial
 
 import pytest
 
+from longctx.config import Context, Sampling
+from longctx.infer.session import Session
 from longctx.parallel.launch import Rank, run_ranks
 from recipes.bench import serve
 
@@ -36,11 +39,11 @@ def change_an_answer(rank: Rank, job: serve.ServeBenchJob) -> dict[int, float] |
     """Change the third token of request 2's answer in a variant; return the first rank's margins of this variant."""
     load = serve.make_load(job.settings, job.text)
     with job.target.runtime(rank) as runtime:
-        engine = job.target.load_engine(runtime)
-        alone, other = (serve.run_variant(engine, runtime, job, serve.ALONE, load, lambda: None) for _ in range(2))
+        session = partial(Session, job.target.load_engine(runtime), Context(), Sampling())
+        alone, other = (serve.run_variant(session, runtime, job, serve.ALONE, load, lambda: None) for _ in range(2))
         if rank.rank == 0:
             other.answers[2][2] += 1
-        serve.add_margins(engine, runtime, job, load, [alone, other])
+        serve.add_margins(session, runtime, job, load, [alone, other])
     return other.margins if rank.rank == 0 else None
 
 
@@ -58,7 +61,7 @@ def test_another_answer_has_the_margin_of_its_first_other_token(config_of, tiny)
         (["min_length=9", "max_length=8"], "min_length=9 is over max_length=8"),
         (["max_length=90", "new_tokens=9"], "max_length=90 and new_tokens=9"),
         (["variants=[]"], "variants="),
-        (["context.decode=auto"], "context.decode=auto"),
+        (["context.strategy=auto"], "context.strategy=auto"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
