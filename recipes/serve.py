@@ -28,6 +28,7 @@ from longctx.parallel.launch import Rank
 from longctx.parallel.launcher import current_rank
 from recipes.common.cli import console, is_first, main, on_ranks, say, warm_up_ranks
 from recipes.common.decode_choice import make_decode_chooser
+from recipes.common.hardware_file import refuse_other_threads
 from recipes.common.lock import hold, lock_beside
 from recipes.common.places import refuse_unwritable_folder
 from recipes.common.progress import Progress
@@ -308,6 +309,7 @@ def task(config: DictConfig) -> None:
     """Check the configuration, and serve on the ranks until a signal stops them."""
     warm_up_ranks(WARM)
     job = prepare(config)
+    refuse_other_threads(job.settings.hardware, job.target.run.threads, job.target.mesh)
     if current_rank() is None:
         stop_on_sigterm()
     with hold_pages(job):

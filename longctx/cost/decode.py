@@ -2,20 +2,22 @@
 
 N context ranks decode one token for each of B sequences.  Each rank holds L layers of w weights, and an output layer of
 v weights, with e bytes per weight.  A rank reads R bytes and computes C FLOPs per second.  A GEMM of B rows with m
-weights takes p(m) = max(m e / R, 2 B m / C).  A collective in which a rank sends n bytes takes x(n) = latency + n /
-bandwidth.  A step takes, without attention:
+weights takes p(m) = max(m e / R, 2 B m / C), and one of B / N rows, rounded up, takes p'(m).  A collective in which a
+rank sends n bytes takes x(n) = latency + n / bandwidth.  A step takes, without attention:
 
-    gather_merge  L (p(w) + x(partials)) + p(v)
+    gather_merge  L (p(w) + x(partials)) + p'(v)
     sharded       L (p(w / N) + x(queries, keys, values) + x(partials / N) + 2 x(hidden)) + p(v / N) + x(logits)
 
 In both strategies a rank attends with all heads to the keys that it caches.  Attention takes the same time in both, so
-it is left out, and the cached length does not matter.  ``sharded`` reads fewer weights, but has three more collectives
-per layer.  It is faster if these take less than (1 - 1 / N) p(w), as with large layers or low latency.
+it is left out, and the cached length does not matter.  In ``gather_merge``, each rank computes the logits of some
+sequences.  ``sharded`` reads fewer weights, but has three more collectives per layer.  It is faster if these take less
+than (1 - 1 / N) p(w), as with large layers or low latency.
 
 With tp tensor-parallel ranks, w and v are one rank's.  The all-reduces of ``sharded`` then span all tp N ranks.
 ``gather_merge`` has all-reduces over the tp ranks, which take 2 L x(hidden) more.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -65,14 +67,16 @@ class DecodeWork:
 def product_seconds(work: DecodeWork, hardware: DecodeHardware, ranks: int) -> float:
     """Return the seconds of a decode step's GEMMs if n = ``ranks`` context ranks share the weights.
 
-    This is L p(w / n) + p(v / n), in the notation of the module's docstring.
+    This is L p(w / n) + p(v / n), in the notation of the module's docstring.  If they do not (n = 1), each computes the
+    logits of some sequences only: L p(w) + p'(v).
     """
 
-    def seconds(weights: float, size: float) -> float:
-        return max(size / hardware.weight_bytes_per_s, 2 * work.batch * weights / hardware.flops) / ranks
+    def seconds(weights: float, size: float, rows: int) -> float:
+        return max(size / hardware.weight_bytes_per_s, 2 * rows * weights / hardware.flops) / ranks
 
-    layer = seconds(work.layer_weights, work.layer_bytes)
-    return work.layers * layer + seconds(work.head_weights, work.head_weights * work.element_bytes)
+    layer = seconds(work.layer_weights, work.layer_bytes, work.batch)
+    head_rows = work.batch if ranks > 1 else math.ceil(work.batch / work.ranks)
+    return work.layers * layer + seconds(work.head_weights, work.head_weights * work.element_bytes, head_rows)
 
 
 def exchanges(work: DecodeWork, strategy: str) -> Iterator[tuple[float, float]]:

@@ -3,6 +3,7 @@
 The formulas leave out fragmentation, the memory of CUDA and NCCL, and norms and biases (below 0.1 % of the weights).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 from longctx.cost.attention import Work
@@ -25,11 +26,12 @@ def inference_bytes(
     two float32 partials: the total, and the tile that is merged into it.  The feed-forward network has the residual
     stream, gate, up, their product and the output.
 
-    Only the last row of each sequence has logits: a rank's shard, and the whole row that it gathers.  Pass-KV, pass-Q
-    and all-gather copy one layer's keys and values of several sequences into one tensor.  Pass-Q packs a partial for
-    each rank.  With ``sharded``, a rank sums hidden states itself, and first gathers every rank's part.  Windows do not
-    shrink the cache: a session keeps all rows of every layer.  Workspace inside a kernel is left out, such as the
-    float32 copies of 16-bit inputs on a CPU.
+    Only the last row of each sequence has logits: a rank's shard, and the whole row that it gathers.  With
+    ``gather_merge``, each context rank computes the logits of some sequences.  Pass-KV, pass-Q and all-gather copy one
+    layer's keys and values of several sequences into one tensor.  Pass-Q packs a partial for each rank.  With
+    ``sharded``, a rank sums hidden states itself, and first gathers every rank's part.  Windows do not shrink the
+    cache: a session keeps all rows of every layer.  Workspace inside a kernel is left out, such as the float32 copies
+    of 16-bit inputs on a CPU.
 
     Raises ValueError for an unknown strategy.
     """
@@ -49,7 +51,8 @@ def inference_bytes(
         copied = max(copied, work.kv_block_bytes if len(new) > 1 and strategy not in SHARED_ROWS else 0.0)
         packed = buffers if strategy == "pass_q" else 0.0
     summed = rows * e * shape.hidden * mesh.tp * mesh.ulysses * mesh.ring if strategy == "sharded" else 0.0
-    logits = len(new) * shape.vocab_size * (1 + 1 / mesh.tp) * max(e, 4.0)
+    logit_rows = math.ceil(len(new) / mesh.context) if strategy == "gather_merge" else len(new)
+    logits = logit_rows * shape.vocab_size * (1 + 1 / mesh.tp) * max(e, 4.0)
     moments = (
         {"activations": rows * (always + feed_forward), "logits": 0.0, "communication": summed},
         {"activations": rows * (always + attention) + copied + packed, "logits": 0.0, "communication": buffers},

@@ -60,8 +60,9 @@ class KVCache:
             room = max(end, self._reserve, 2 * begin)
             keys, values = _enlarge(keys, room), _enlarge(values, room)
             self._layers[layer] = keys, values
-        keys[:, begin:end] = k
-        values[:, begin:end] = v
+        if begin < end:  # a rank may have none of the pass's rows
+            keys[:, begin:end] = k
+            values[:, begin:end] = v
         return keys[:, :end], values[:, :end]
 
     def append_each(self, layer: int, k: Keys, v: Keys) -> Sequence[tuple[Tensor, Tensor]]:

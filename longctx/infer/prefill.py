@@ -1,7 +1,7 @@
 """One pass over new tokens with a sharded cache: the prefill of a prompt or of a later turn, or one decoded token.
 
 These differ only in the layout of the new tokens: one rank has the row of a decoded token, the other ranks have no
-row.  In `run_replicated`, every rank has the new rows.
+row.  In `run_replicated`, every rank has the new rows.  `run_together` runs rows of both kinds in one pass.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,8 +66,7 @@ def run_replicated(
 
     The arguments are those of `replicated_rows`.
     """
-    with engine.context.traffic.counted_as(ATTENTION):
-        return run_together(engine, [replicated_rows(engine, tokens, layout, cache, done, share=share)])[0]
+    return run_together(engine, [replicated_rows(engine, tokens, layout, cache, done, share=share)])[0]
 
 
 @torch.inference_mode()
@@ -87,7 +86,8 @@ def run_together(engine: Engine, parts: Sequence[Rows]) -> Sequence[Float[Tensor
     tokens = torch.cat([part.tokens.to(engine.device) for part in parts])
     positions = torch.cat([part.positions.to(engine.device) for part in parts])
     one_pass = Pass(attend=attend, rotary=rotary_tables(engine.shape, positions, engine.dtype))
-    hidden: Tensor = hidden_states(engine.model, tokens.unsqueeze(0), one_pass)
+    with engine.context.traffic.counted_as(ATTENTION):
+        hidden: Tensor = hidden_states(engine.model, tokens.unsqueeze(0), one_pass)
     return torch.split(hidden, lengths)
 
 

@@ -276,15 +276,11 @@ class Session:
         engine, ring_rank = self.engine, self.engine.ring.rank
         new, latest = self._uncached(tokens), self._latest(sequences)
         layout, strategies = self._place(new, {}, None)
-        over_ring = shard_balanced([1] * len(latest), contiguous, self.rows_per_rank)
         caches = [BatchCache([self.sequences[i].cache for i in chunk], ring_rank) for chunk in (new, latest)]
-        prefilled, decoded = run_together(
-            engine,
-            [
-                sharded_rows(engine, pack_tokens(new), layout, caches[0], strategies),
-                replicated_rows(engine, pack_tokens(latest), over_ring, caches[1]),
-            ],
-        )
+        prompt_rows = sharded_rows(engine, pack_tokens(new), layout, caches[0], strategies)
+        over_ring = shard_balanced([1] * len(latest), contiguous, self.rows_per_rank)
+        decoded_rows = replicated_rows(engine, pack_tokens(latest), over_ring, caches[1])
+        prefilled, decoded = run_together(engine, [prompt_rows, decoded_rows])
         following = self._end_prefill(new, prefilled, layout)
         following |= self._choose_replicated(latest, decoded)
         return following

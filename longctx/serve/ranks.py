@@ -24,7 +24,8 @@ def share_plan(world: Comm, plan: StepPlan | None, device: torch.device) -> Step
 def run_plan(session: Session, pages: RankPages, plan: StepPlan, one_rank: OneRank) -> dict[int, int]:
     """Run ``plan`` and return the next token of each sequence that has one; all ranks return the same.
 
-    ``one_rank`` decides whether one ring rank or all of them prefill.  If all do, the same pass decodes.
+    ``one_rank`` decides whether one ring rank or all of them prefill.  If all do, the same pass decodes, unless
+    ``context.decode`` is a prefill strategy, such as ``pass_q``.
 
     Raises ValueError, on all ranks, for logits that are not finite.
     """

@@ -33,8 +33,8 @@ class StepPlan:
 
     Pages are dropped (``evict``) and copied from the caches of sequences (``store``).  Sequences are dropped and added.
     New sequences copy reused pages into their caches (``take``).  ``prefill`` has, for each sequence, the number of
-    prompt tokens to run in one pass.  ``decode`` lists the sequences that get one more token in a second pass.  A plan
-    with ``stop`` is the last one.
+    prompt tokens to run.  ``decode`` lists the sequences that get one more token.  `run_plan` decides
+    whether both are one pass.  A plan with ``stop`` is the last one.
     """
 
     evict: tuple[int, ...] = ()

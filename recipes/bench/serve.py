@@ -316,5 +316,7 @@ def task(config: DictConfig) -> None:
     table_rows = summarise(job, figures)
     show(table_rows, job.settings.requests)
     if job.settings.out:
-        inputs = {"model": job.target.model.name, "mesh": str(job.target.mesh), "settings": asdict(job.settings)}
+        target = job.target
+        inputs = {"model": target.model.name, "mesh": str(target.mesh), "context": asdict(target.context)}
+        inputs |= {"settings": asdict(job.settings)}
         write_result(job.settings.out, {**provenance(), **inputs, "rows": table_rows})

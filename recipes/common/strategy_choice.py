@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def read_constants(name: str | None, strategy: str) -> Hardware | None:
     """Return the constants in the hardware file ``name`` for the rule ``strategy``; None without a file.
 
-    Raises ValueError if ``strategy`` is not a rule, and if the rule needs constants that were not fitted.
+    Raises ValueError for a file that ``strategy`` does not use because it is not a rule, and for a rule that needs
+    constants that were not fitted.
     """
     hardware = read_hardware(name) if name else None
     if name and strategy not in RULES:

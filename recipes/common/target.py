@@ -227,5 +227,5 @@ def refuse_strategy_by_turn(context: Context, recipe: str) -> None:
     if context.strategy not in STRATEGIES:
         raise ValueError(
             f"context.strategy={context.strategy} chooses a strategy for each turn of a conversation: {recipe} takes "
-            f"one of {', '.join(STRATEGIES)} (recipes.chat takes {context.strategy})"
+            f"one of {', '.join(STRATEGIES)} (recipes.chat and recipes.serve take {context.strategy})"
         )

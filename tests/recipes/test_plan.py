@@ -70,7 +70,8 @@ def test_more_memory_never_makes_a_mesh_infeasible(memory, factor):
 
 
 def test_command_line_writes_and_draws_and_exports(cli, tiny, tmp_path):
-    words = (f"model={tiny}", "hardware=a800", "gpus=6", "work=chat", "work.cached=50", "work.context=30")
+    words = (f"model={tiny}", "model.dtype=bfloat16", "hardware=a800", "gpus=6", "work=chat", "work.cached=50")
+    words += ("work.context=30",)
     files = (f"out={tmp_path}/p.json", f"picture={tmp_path}/p.svg", f"settings={tmp_path}/best.yaml", "export=csv")
     code, out, err = cli(plan, plan.task, *words, "work.new_tokens=3", *files)
     assert code == 0, err
@@ -103,12 +104,17 @@ def test_command_line_writes_and_draws_and_exports(cli, tiny, tmp_path):
     ],
 )
 def test_nonsense_is_refused_with_what_to_change(refused, tiny, words, says):
-    assert says in refused(plan, plan.task, f"model={tiny}", *words)
+    assert says in refused(plan, plan.task, f"model={tiny}", "model.dtype=bfloat16", *words)
+
+
+def test_rates_of_16_bit_numbers_are_not_taken_for_float32(refused, tiny):
+    message = refused(plan, plan.task, f"model={tiny}", "hardware=h200", "gpus=2")
+    assert "hardware=h200 has the rates of 16-bit numbers" in message and "use model.dtype=bfloat16" in message
 
 
 def test_inference_of_mixtures_is_refused(refused, tmp_path):
     model = random_model("mixtral", tmp_path / "model")
-    words = ("hardware=h200", "gpus=8")
+    words = ("hardware=h200", "gpus=8", "model.dtype=bfloat16")
     assert "a mixture of experts, is not modelled: use work=train" in refused(plan, plan.task, f"model={model}", *words)
 
 

@@ -139,6 +139,31 @@ def test_logits_that_are_not_finite_fail_the_sequences_of_the_pass_only(folder, 
     assert [event.number for event in others] == [0] * 5
 
 
+def test_a_pass_that_fails_ends_its_prompts_and_its_open_answers(folder, tmp_path):
+    """The first rank's output layer is NaN while one sequence is decoded and another one's prompt ends."""
+
+    def speak(service: Service) -> list[Token | Failure]:
+        events: list[Token | Failure] = []
+        service.submit(SEQUENCES[5], events.append)
+        while len(events) < 3:
+            service.step()
+        weight = service.session.engine.model.output_layer.weight.data
+        before = weight.clone()
+        weight.fill_(float("nan"))
+        service.submit(SEQUENCES[1], events.append)
+        service.step()
+        weight.copy_(before)
+        service.submit(SEQUENCES[2], events.append)
+        while service.busy:
+            service.step()
+        return events
+
+    *events, last = on_ranks(folder, tmp_path, Mesh(ring=2), speak)[0]
+    assert {event.number for event in events[3:]} == {1, 5} and len(events) == 5
+    assert all("NaN or infinite" in event.message for event in events[3:])
+    assert isinstance(last, Token) and last.number == 2
+
+
 def test_pages_of_a_failed_pass_are_not_reused(folder, tmp_path):
     """The first chunk of the prompt fills pages before the last one shows that the rows are NaN."""
 

@@ -151,7 +151,7 @@ def test_config_without_groups_of_context_run_and_plan_resolves(models, config_o
         (["model.dtype=float16"], {}, "model.dtype=float16", "float32 or bfloat16"),
         # How it runs.
         (["context.strategy=auto"], {}, "context.strategy=auto", "one of pass_kv, pass_q, all_gather_kv"),
-        (["context.strategy=alg1"], {}, "context.strategy=alg1", "recipes.chat takes alg1"),
+        (["context.strategy=alg1"], {}, "context.strategy=alg1", "recipes.chat and recipes.serve take alg1"),
         (["context.kernel=flash_cuda"], {}, "context.kernel=flash_cuda", "use context.kernel=reference or flash_cpu"),
         (["run.device=cuda"], {}, "context.kernel=auto", "use context.kernel=auto model.dtype=bfloat16"),
         (["context.chunk=0"], {}, "context.chunk=0", "or null to prefill all"),
