@@ -21,7 +21,7 @@ class PackedSequence:
 
     ``targets`` are the next tokens.  ``mask`` is False where a target does not count in the loss.  This is so where no
     next token exists, as after a document's last token (the target is then 0), and where `Document.learned` is False
-    for the next token.  `longctx.attention.layout.documents` shards a sequence by its ``lengths``.  The last
+    for the next token.  `longctx.attention.layout.shard_balanced` shards a sequence by its ``lengths``.  The last
     ``padding`` tokens belong to no document; they form a separate piece.
     """
 

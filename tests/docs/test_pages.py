@@ -88,7 +88,7 @@ def test_paths_in_architecture_exist():
     """Files on the measured paths of a prompt, a training batch and a repaired block are named with their folders."""
     text = (ROOT / "ARCHITECTURE.md").read_text()
     paths = re.findall(r"^\d+\. `([\w/]+\.py)`", text, re.MULTILINE)
-    assert len(paths) == 12 + 12 + 13
+    assert len(paths) == 12 + 13 + 13
     assert [path for path in paths if not (ROOT / path).is_file()] == []
 
 
