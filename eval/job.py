@@ -234,7 +234,12 @@ def _load_tasks(evaluation: EvalConfig, base: Variant, data: Path | None) -> dic
         say(f"eval.num_fewshot: {', '.join(no_shots)} show no examples, as lm-eval configures them")
     # 2. Tasks of long texts.
     if examples := {name: evaluation.limit_of(name) for name in evaluation.tasks if name in GENERATED}:
-        max_length = evaluation.max_length or base.target.shape.max_positions
+        max_length, longest = base.target.shape.max_positions, max(evaluation.lengths)
+        if evaluation.max_length and longest > evaluation.max_length:
+            raise ValueError(
+                f"eval.lengths={longest} is over eval.max_length={evaluation.max_length}: use at most that, or a "
+                "larger eval.max_length"
+            )
         tasks |= make_generated_tasks(
             examples, evaluation.lengths, evaluation.text, tokenizer, max_length, data, evaluation.seed
         )

@@ -27,7 +27,7 @@ VERBS = {
     "bench": ("recipes.bench", "run a benchmark: longctx bench lists them"),
     "compare": ("recipes.compare", "list how runs differ: longctx compare DIR DIR"),
     "reproduce": ("recipes.reproduce", "run a run again and compare: longctx reproduce DIR"),
-    "submit": ("slurm.submit", "submit one of these as a job of a Slurm cluster"),
+    "submit": ("slurm.submit", "submit a recipe (generate, pretrain, eval, ...) as a job of a Slurm cluster"),
 }
 
 

@@ -42,7 +42,7 @@ def checkpoint_of(name: str) -> Path:
         raise ValueError(
             f"checkpoint={name} is a model whose blocks drop reductions between tensor-parallel ranks: its output "
             "depends on the number of ranks, and transformers cannot run it; run it with longctx "
-            f"(model={name}), or export the model that it was adapted from"
+            f"(model={name}), or give transformers the model that it was adapted from"
         )
     if (folder / checkpoint_index.RUN).is_file():
         if wrong := checkpoint_index.content_fault_of(folder):

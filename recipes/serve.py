@@ -141,6 +141,11 @@ def prepare(config: DictConfig) -> ServeJob:
         raise ValueError(
             f"sampling.logprobs={sampling.logprobs}: each request asks for its own; use sampling.logprobs=null"
         )
+    if sampling.seed:
+        raise ValueError(
+            f"sampling.seed={sampling.seed}: a request without a seed gets a random one; leave it out, and set seed in "
+            "the requests"
+        )
     if target.plan:
         raise ValueError("recipes.serve has not been tested with dropped reductions: use spd=none")
     if is_first():

@@ -30,11 +30,11 @@ from longctx.config import SPD, JointRepair, Repair
 from longctx.parallel.launch import Rank
 from longctx.spd.folder import assemble, read_block
 from longctx.spd.guards import GuardFigures
-from longctx.spd.plan import SavedPlan, SPDPlan, order_from, within
+from longctx.spd.plan import SavedPlan, SPDPlan, least_budget, order_from, within
 from recipes import spd_sensitivity
 from recipes.common.cli import console, is_first, leave_stopped, main, on_every_rank, warm_up_ranks
 from recipes.common.manifest import record
-from recipes.common.settings import section
+from recipes.common.settings import as_dict, section
 from recipes.common.spd_guards import judge_guards, measure_guards
 from recipes.common.spd_loop import ERRORS, Adaptation, JointResult, RepairJob, start_block_run
 from recipes.common.spd_text import calibration_of, changed_keys, measurement_metadata, write_lines
@@ -127,6 +127,8 @@ class DroppedBlock:
 def prepare(config: DictConfig) -> AdaptJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
     # 1. Settings, model and mesh.
+    if as_dict(config.spd)["blocks"] is not None:
+        raise ValueError("recipes.spd_adapt chooses the blocks that drop a reduction: leave out spd.blocks")
     spd, repair = section(config, "spd", SPD), section(config, "repair", Repair)
     joint = section(config, "joint", JointRepair)
     if spd.drop not in ("saved", "ranked") or spd.budget is None:
@@ -173,7 +175,7 @@ def refuse_unfit_target(target: Target, out: Path, budget: float, repair: Repair
     """Raise ValueError, with what to set instead, for a model, mesh or folder that cannot be adapted."""
     layers, dp = target.shape.layers, target.mesh.dp
     if not within(range(layers), budget):
-        raise ValueError(f"spd.budget={budget} of {layers} blocks drops none: use {0.5 / layers:.2g} or more")
+        raise ValueError(f"spd.budget={budget} of {layers} blocks drops none: use {least_budget(layers):g} or more")
     if target.model.dtype != "float32":
         raise ValueError(
             f"model.dtype={target.model.dtype} is not supported: recipes.spd_adapt needs model.dtype=float32"

@@ -32,16 +32,22 @@ def refuse_no_slurm() -> None:
 def refuse_unfit_cluster(plan: JobPlan) -> None:
     """Raise ValueError unless the cluster has the partition, with enough nodes, cores and GPUs for ``plan``."""
     partition = _partition_of(plan.launcher.partition)
-    ranks, cpus = plan.ranks_per_node, plan.launcher.cpus_per_rank or 1
-    for needed, available, message in (
-        (plan.settings.nodes, partition.nodes, f"nodes={plan.settings.nodes}: it has {{}} nodes, use fewer"),
-        (ranks * plan.gpus_per_rank, partition.gpus, f"{ranks} ranks of a node with {plan.gpus_per_rank} GPU(s) each: "
-         "its nodes have {} GPUs, use more nodes"),
-        (ranks * cpus, partition.cpus, f"{ranks} ranks of a node with {cpus} core(s) each: its nodes have {{}} cores, "
-         "use more nodes"),
-    ):  # fmt: skip
-        if needed > available:
-            raise ValueError(f"partition {partition.name} is too small for {message.format(available)}")
+    if plan.settings.nodes > partition.nodes:
+        raise ValueError(
+            f"partition {partition.name} is too small for nodes={plan.settings.nodes}: it has {partition.nodes} nodes, "
+            "use fewer"
+        )
+    ranks = plan.ranks_per_node
+    for each, available, what, setting in (
+        (plan.gpus_per_rank, partition.gpus, "GPU(s)", "gpus_per_rank"),
+        (plan.launcher.cpus_per_rank or 1, partition.cpus, "core(s)", "cpus_per_rank"),
+    ):
+        if ranks * each > available:
+            other = f"another launcher.partition, or fewer launcher.{setting}"
+            raise ValueError(
+                f"partition {partition.name} is too small for {ranks} ranks of a node with {each} {what} each: its "
+                f"nodes have {available} {what}, use {other if each > available else 'more nodes'}"
+            )
 
 
 def _partition_of(name: str | None) -> Partition:

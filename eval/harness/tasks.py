@@ -112,7 +112,7 @@ def _load_registered(names: Sequence[str], include: str | None) -> dict[str, Tas
     if unknown:
         raise ValueError(
             f"eval.tasks: there is no task {unknown[0]}: use one that is read from files ({join_names()}), "
-            "or one of lm-eval's, which python -m lm_eval ls tasks lists"
+            f"one of long texts ({', '.join(GENERATED)}), or one of lm-eval's, which python -m lm_eval ls tasks lists"
         )
     tasks: dict[str, Task] = {}
     for name in names:

@@ -263,7 +263,7 @@ def errors_of(values: Mapping[str, Any], source: str) -> dict[str, Accuracy]:
         return {str(work): _accuracy_of(one) for work, one in (values.get("errors") or {}).items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{source}: its section errors cannot be read ({error}): delete the section, or write it again with "
+            f"{source}: its section errors cannot be read ({error}): delete the section, then write it again with "
             "python -m recipes.bench times record=true"
         ) from error
 

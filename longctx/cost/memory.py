@@ -51,7 +51,7 @@ def inference_bytes(
         copied = max(copied, work.kv_block_bytes if len(new) > 1 and strategy not in SHARED_ROWS else 0.0)
         packed = buffers if strategy == "pass_q" else 0.0
     summed = rows * e * shape.hidden * mesh.tp * mesh.ulysses * mesh.ring if strategy == "sharded" else 0.0
-    logit_rows = math.ceil(len(new) / mesh.context) if strategy == "gather_merge" else len(new)
+    logit_rows = math.ceil(len(new) / (mesh.ulysses * mesh.ring)) if strategy == "gather_merge" else len(new)
     logits = logit_rows * shape.vocab_size * (1 + 1 / mesh.tp) * max(e, 4.0)
     moments = (
         {"activations": rows * (always + feed_forward), "logits": 0.0, "communication": summed},

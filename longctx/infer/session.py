@@ -44,7 +44,7 @@ class Session:
 
     Each turn's new tokens are sharded without moving earlier ones (arXiv 2411.01783, 3.5.1); see `shard_balanced`.
     ``choose`` picks the strategy of each prefill; without it, all use ``context.strategy``.  With
-    ``context.decode=auto``, ``choose_decode`` picks the strategy of each decode step by its number of sequences;
+    ``context.decode=auto``, ``choose_decode`` picks the strategy of each `decode` by its number of sequences;
     ``decode_choices`` has the (strategy, reason) for each number of sequences so far.  A new sequence's cache has room
     for at least ``reserve`` tokens.  Sequence i samples with the seed ``sampling.seed`` + i, unless `add` got other
     settings for it.  All ranks must make the same calls in the same order.

@@ -15,7 +15,7 @@ def refuse_unfit(mesh: Mesh, shape: ModelShape) -> None:
     if any(size % mesh.tp for size in shared):
         fit = [n for n in range(1, shape.kv_heads + 1) if not any(size % n for size in shared)]
         widths = " and ".join(map(str, shape.ffn_sizes))
-        nearest = min(fit, key=lambda n: (abs(n - mesh.tp), n))
+        nearest = min(fit, key=lambda n: (abs(n - mesh.tp), -n))  # the larger of two: one rank has no reductions
         raise ValueError(
             f"mesh.tp={mesh.tp} does not divide the model's {shape.heads} query heads, {shape.kv_heads} KV heads and "
             f"FFN width {widths}; use mesh.tp={nearest} (possible: {', '.join(map(str, fit))})"

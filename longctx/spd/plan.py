@@ -1,6 +1,7 @@
 """The set of blocks that drop their first reduction, saved with the weights that were repaired for it."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,6 +117,11 @@ def rank_blocks(scores: Sequence[float]) -> tuple[int, ...]:
 def within(order: Sequence[int], budget: float) -> tuple[int, ...]:
     """Return the first blocks of ``order``: the share ``budget`` (0 to 1) of all blocks, rounded to a whole number."""
     return tuple(order[: int(budget * len(order) + 0.5)])
+
+
+def least_budget(layers: int) -> float:
+    """Return the smallest share of ``layers`` blocks, in thousandths, with which `within` takes a block."""
+    return math.ceil(500 / layers) / 1000
 
 
 def order_from(file: Path, layers: int, tp: int, fingerprint: str) -> tuple[int, ...]:

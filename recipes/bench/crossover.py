@@ -130,7 +130,7 @@ def prepare(config: DictConfig) -> CrossoverJob:
     refuse_windows(target)
     tokens = read_tokens(target, "total", settings.total)
     hardware = read_hardware(settings.hardware) if settings.hardware else None
-    refuse_other_threads(settings.hardware, target.run.threads, target.mesh)
+    refuse_other_threads(settings.hardware, target.run.threads, target.mesh, fixed=True)
     return CrossoverJob(settings, target, tokens, hardware)
 
 

@@ -21,6 +21,7 @@ from longctx.cost.memory import inference_bytes
 from longctx.parallel.launch import Rank
 from longctx.parallel.validate import refuse_unfit
 from recipes.bench.prefill import build_shallow_engine
+from recipes.bench.timing import refuse_set_by_runs
 from recipes.common.cli import console, on_ranks, say, warm_up_ranks, write_result
 from recipes.common.places import refuse_unwritable
 from recipes.common.provenance import provenance
@@ -95,6 +96,11 @@ def prepare(config: DictConfig) -> MemoryBenchJob:
     runs = sections(config, "runs", MemoryRun)
     plain = as_config({name: value for name, value in values.items() if name not in ("json", "runs")})
     job = resolve_train_job(plain, RECIPE, from_scratch=True)
+    refuse_set_by_runs(
+        job,
+        RECIPE,
+        {"optim.zero1": job.optim.zero1, "recompute": job.settings.recompute, "mlp_rows": job.settings.mlp_rows},
+    )
     return MemoryBenchJob(settings, runs, tuple(_job_of(job, run) for run in runs))
 
 

@@ -180,7 +180,9 @@ def read_texts(texts: tuple[NamedText, ...], target: Target, settings: QualitySe
     """
     refuse_same_labels([text.label for text in texts])
     data = {text.label: DataSettings((text,), settings.length, batch=1, epochs=1, end_token=False) for text in texts}
-    return {label: text_of(source, target, settings.sequences) for label, source in data.items()}
+    return {
+        label: text_of(source, target, settings.sequences, length_setting="length") for label, source in data.items()
+    }
 
 
 def refuse_same_labels(labels: Sequence[str]) -> None:

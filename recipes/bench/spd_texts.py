@@ -25,6 +25,7 @@ from longctx.spd.plan import SavedPlan, SPDPlan, within
 from longctx.spd.text import PackedText
 from recipes.bench.spd_quality import refuse_same_labels, saved_plan_of
 from recipes.common.cli import console, on_ranks, say, warm_up_ranks, write_result
+from recipes.common.places import refuse_unwritable
 from recipes.common.progress import Progress
 from recipes.common.provenance import provenance
 from recipes.common.settings import as_config, as_dict, sections, top_level
@@ -94,7 +95,8 @@ class TextFigures:
 def prepare(config: DictConfig) -> TextsJob:
     """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
     settings = top_level(as_config({n: v for n, v in as_dict(config).items() if n != "texts"}), TextsSettings)
-    target = resolve_spd_target(config, "recipes.bench spd_texts")
+    target = resolve_spd_target(config, "recipes.bench spd_texts", writes_folder=False)
+    refuse_unwritable(settings.out)
     if target.mesh.dp > 1:
         raise ValueError(f"recipes.bench spd_texts has no use for mesh.dp={target.mesh.dp}: use mesh.dp=1")
     saved = saved_plan_of(f"adapted={settings.adapted}", settings.adapted, target, max(settings.shares))
@@ -107,7 +109,7 @@ def read_text(source: ReportedText, target: Target, settings: TextsSettings) -> 
     """Return the sequences of the text ``source``: packed (`text_of`), or the beginnings of its documents."""
     data = DataSettings((source,), settings.length, batch=1, epochs=1, end_token=False)
     if not source.from_start:
-        return text_of(data, target, settings.sequences)
+        return text_of(data, target, settings.sequences, length_setting="length")
     return beginnings_of(data, target, settings.sequences)
 
 

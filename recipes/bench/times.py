@@ -25,6 +25,7 @@ from recipes.bench.host_call import call_on_hosts
 from recipes.bench.hosts import bits_per_s, refuse_hosts
 from recipes.bench.timed_run import TimedRun, dropped_share, measure, measure_all
 from recipes.bench.times_report import Row, covering_error, draw_times, errors, merge, page_of, show
+from recipes.bench.timing import refuse_set_by_runs
 from recipes.common.cli import is_first, on_ranks, say, warm_up_ranks, write_result
 from recipes.common.hardware_file import read_machine, record_errors, refuse_other_threads
 from recipes.common.overrides import choices
@@ -86,6 +87,7 @@ def prepare(config: DictConfig) -> TimesJob:
     job = resolve_train_job(as_config({**plain, "hardware": None}), RECIPE, from_scratch=True)
     if job.target.shape.mixture:
         raise ValueError(f"{RECIPE} does not support mixtures of experts: use a dense model")
+    refuse_set_by_runs(job, RECIPE)
     return TimesJob(settings, read_machine(settings.hardware), runs, tuple(_job_of(job, run) for run in runs))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -11,19 +11,34 @@ import torch
 import torch.distributed as dist
 
 from longctx.attention.layout import Layout, zigzag
-from longctx.config import PromptSource
+from longctx.config import Context, Mesh, PromptSource
 from longctx.data.prompt import prompt_tokens
 from longctx.hf.config import tokenizer_of
 from longctx.parallel.comm import Comm
 from longctx.parallel.dist_comm import DistComm
+from longctx.parallel.validate import refuse_unused
 from recipes.common.target import Target
 
 if TYPE_CHECKING:
     from longctx.infer.cache import KVCache
     from longctx.infer.engine import Engine
+    from recipes.common.train_job import TrainJob
 
 Variant = TypeVar("Variant")
 Figure = TypeVar("Figure")
+
+
+def refuse_set_by_runs(job: TrainJob, recipe: str, more: Mapping[str, object] | None = None) -> None:
+    """Raise ValueError for a setting of ``job`` of which each of the benchmark's ``runs`` has its own value.
+
+    These are the mesh, the batch and the strategy, and ``more`` settings, which must be false or "none".
+    """
+    refuse_unused(job.target.mesh, recipe, tuple(vars(Mesh())))
+    strategy = job.target.context.strategy
+    given = {"data.batch": job.data.batch != 1, "context.strategy": strategy != Context().strategy}
+    given |= {name: value not in (None, False, "none") for name, value in (more or {}).items()}
+    if unused := [name for name, is_set in given.items() if is_set]:
+        raise ValueError(f"{unused[0]} is not used by {recipe}, whose runs each have their own: leave it out")
 
 
 @dataclass(frozen=True)

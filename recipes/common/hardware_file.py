@@ -46,22 +46,24 @@ def read_rates(name: str) -> tuple[float | None, Machine | None]:
     return machine.peak_flops, machine
 
 
-def refuse_other_threads(hardware: str | None, threads: int | None, mesh: Mesh) -> None:
+def refuse_other_threads(hardware: str | None, threads: int | None, mesh: Mesh, *, fixed: bool = False) -> None:
     """Raise ValueError if the file ``hardware`` was measured with other threads per rank than a run on ``mesh`` uses.
 
     Call it on the machine of the run, since a login node has other cores.  A file that states no threads is accepted,
-    and so is a name of configs/machine.
+    and so is a name of configs/machine.  ``fixed`` says that the recipe has no setting run.threads.
     """
     values = _values(hardware) if hardware and hardware not in choices("machine") else None
-    metadata = values.get("measured") if isinstance(values, Mapping) else None
+    fields = values if isinstance(values, Mapping) else {}
+    metadata = fields.get("measured")
     measured = metadata.get("threads") if isinstance(metadata, Mapping) else None
     used = threads_here(threads, mesh)
     if measured not in (None, used):
+        advice = [] if fixed else [f"use run.threads={measured}"]
+        if used <= threads_here(None, Mesh(ring=2)) and not fields.get("empirical"):  # calibrate needs two ranks
+            advice.append(f"measure again with python -m recipes.calibrate run.threads={used} out=FILE.yaml")
         raise ValueError(
             f"hardware={hardware} was measured with run.threads={measured} per rank, but this run uses "
-            f"run.threads={used}: "
-            f"use run.threads={measured}, or measure again with "
-            f"python -m recipes.calibrate run.threads={used} out=FILE.yaml"
+            f"run.threads={used}: {', or '.join(advice) or 'leave it out'}"
         )
 
 

@@ -59,7 +59,9 @@ def _groups(config_name: str) -> list[str]:
             mark = "*" if name == default else " "
             lines.append(f"  {mark} {f'{group}={name}':{_WIDTH}} {_first_line(CONFIGS / group / f'{name}.yaml')}")
         if group == "model":
-            lines.append(f"    {'model=PATH or ORG/NAME':{_WIDTH}} a Hugging Face folder, or a name on the hub")
+            lines.append(
+                f"    {'model=PATH or ORG/NAME':{_WIDTH}} a Hugging Face folder, a GGUF file, or a name on the hub"
+            )
     return lines
 
 

@@ -66,7 +66,9 @@ def refuse_too_long(name: str, prompt: int, new_tokens: int, max_positions: int,
             "prompt has room"
         )
     if (over := prompt + new_tokens - max_positions) > 0:
+        fits = text_tokens - over
+        shorter = advice.format(fits) if fits > 0 else "use fewer max_new_tokens, or a shorter question"
         raise ValueError(
             f"{name}the prompt has {prompt:,} tokens, and with max_new_tokens={new_tokens} that is {over:,} more than "
-            f"the model's context of {max_positions:,}: {advice.format(max(1, text_tokens - over))}"
+            f"the model's context of {max_positions:,}: {shorter}"
         )

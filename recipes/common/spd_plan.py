@@ -108,9 +108,12 @@ def choose_plan(
             "or spd=none for the model without dropped reductions"
         )
     if mesh.tp == 1 and not is_saved_plan and spd.budget != 0:
-        setting = f"spd={spd.drop}" if spd.budget is None else f"spd.budget={spd.budget}"
+        setting, instead = f"spd={spd.drop}", "spd=none"
+        if spd.blocks is not None or spd.budget is not None:
+            setting = f"spd.budget={spd.budget}" if spd.blocks is None else f"spd.blocks={list(spd.blocks)}"
+            instead = f"leave {setting.partition('=')[0]} out"
         raise ValueError(
-            f"{setting}: one tensor-parallel rank has no reduction to drop; use mesh.tp=2 or more, or spd=none"
+            f"{setting}: one tensor-parallel rank has no reduction to drop; use mesh.tp=2 or more, or {instead}"
         )
     own_norms = saved.plan.own_norms if saved else False
     return SPDPlan(shape.layers, mesh.tp, _dropped_blocks(spd, mesh, folder, shape, saved, cache), own_norms)

@@ -30,8 +30,10 @@ from recipes.common.train_job import data_of
 _RENAMED = {"looked_at": "calibration_sequences"}  # keys of saved records: old name -> new name
 
 
-def resolve_spd_target(config: DictConfig, recipe: str) -> Target:
+def resolve_spd_target(config: DictConfig, recipe: str, *, writes_folder: bool = True) -> Target:
     """Return the model to measure or repair, and its tensor-parallel ranks.  Writes nothing but the model cache.
+
+    ``writes_folder`` says that ``out`` is a folder, not a file.
 
     Raises ValueError, with what to set instead, where `resolve_target` does, and for
 
@@ -45,8 +47,9 @@ def resolve_spd_target(config: DictConfig, recipe: str) -> Target:
         raise ValueError(f"mesh.tp={mesh.tp}: one rank has no reduction to drop; use mesh.tp=2 or more with {recipe}")
     if model.layers == "te":
         raise ValueError(f"model.layers=te needs a GPU, and {recipe} runs on the CPU: use model.layers=local")
-    refuse_unwritable_folder(config.out)
-    refuse_other_recipe(config.out, recipe)
+    if writes_folder:
+        refuse_unwritable_folder(config.out)
+        refuse_other_recipe(config.out, recipe)
     target = resolve_target(config, recipe, unused_axes=("ulysses", "ring", "pp"), spd="ignore")
     refuse_unfit_shape(target.shape)
     if target.run.device != "cpu":

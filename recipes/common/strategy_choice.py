@@ -30,7 +30,8 @@ def read_constants(name: str | None, strategy: str) -> Hardware | None:
     hardware = read_hardware(name) if name else None
     if name and strategy not in RULES:
         raise ValueError(
-            f"hardware={name} is not used by context.strategy={strategy}: leave it out, or use context.strategy=auto"
+            f"hardware={name} is not used by context.strategy={strategy}: leave it out, or use context.strategy=auto "
+            "(or alg1, alg5, empirical)"
         )
     if strategy == "empirical":
         empirical_constants(hardware)

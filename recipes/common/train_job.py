@@ -100,7 +100,8 @@ class TrainJob:
 
 
 def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool, conversations: bool = False) -> TrainJob:
-    """Return the training job that ``config`` asks for; ``from_scratch`` draws the weights.  Writes nothing.
+    """Return the training job that ``config`` asks for; ``from_scratch`` draws the weights.  Writes nothing
+    but the model cache.
 
     ``conversations`` says whether the text must be conversations or must be plain text.  Raises ValueError, with what
     to set instead, if the job cannot be run.
@@ -213,12 +214,12 @@ def data_of(config: DictConfig, *, conversations: bool = False) -> tuple[DataSet
 
     Raises ValueError unless ``data.conversations`` is set if and only if ``conversations`` is true.
     """
-    plain = as_config({"data": {k: v for k, v in as_dict(config.data).items() if k != "test"}})
-    data, test = section(plain, "data", DataSettings), as_dict(config.data)["test"]
-    if conversations != bool(data.conversations):
-        was = data.conversations or "null"
+    values = {name: value for name, value in as_dict(config.data).items() if name != "test"}
+    if conversations != bool(values.get("conversations")):
+        was = values.get("conversations") or "null"
         advice = "whole or split, or recipes.extend" if conversations else "null, or recipes.finetune"
         raise ValueError(f"data.conversations={was} does not fit this recipe: use {advice}")
+    data, test = section(as_config({"data": values}), "data", DataSettings), as_dict(config.data)["test"]
     if not test:
         return data, None
     held_out = as_config({"data": {"sources": test, "length": data.length, "batch": data.batch}})
@@ -265,5 +266,8 @@ def _refuse_router_loss(mesh: Mesh, shape: ModelShape, data: DataSettings) -> No
             f"mesh.pp={mesh.pp}: the router loss of this model needs the routers of all layers in one pipeline stage; "
             f"use mesh.pp=1, {without}"
         )
-    if data.last == "pad":
-        raise ValueError(f"data.last=pad: the router loss of this model would count padding; use drop, {without}")
+    for name, value, other in (("last", "pad", "drop"), ("conversations", "whole", "split")):
+        if getattr(data, name) == value:
+            raise ValueError(
+                f"data.{name}={value}: the router loss of this model would count padding; use {other}, {without}"
+            )

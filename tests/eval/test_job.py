@@ -19,7 +19,10 @@ from recipes.common.settings import section
         (["eval.data=/no/such"], "eval.data=/no/such is not a folder"),
         (["eval.limit=0"], "eval.limit=0"),
         (["eval.max_length=398"], "the model's context is 397"),
-        (["eval.tasks=[needle]", "eval.lengths=[307]", "eval.max_length=306"], "the model's context is 306"),
+        (
+            ["eval.tasks=[needle]", "eval.lengths=[307]", "eval.max_length=306"],
+            "eval.lengths=307 is over eval.max_length=306: use at",
+        ),
         (["eval.limits={hellasawg: 3}"], "eval.limits: there is no task hellasawg: limit some of arc_easy"),
         (["eval.tasks=[needle]", "eval.lengths=[512]"], "eval.lengths=512: the model's context is 397"),
         (["eval.gate=[nobody]"], "eval.gate: there is no variant nobody"),

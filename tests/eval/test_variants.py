@@ -82,9 +82,11 @@ def test_digest_depends_on_end_tokens_and_tokenizer(prepared, tiny, tmp_path):
         ("variants=[{mesh: {ring: 2}}]", "has no name"),
         ("variants=[{name: a}, {name: a}]", "variants: the name a is used twice"),
         ("variants=[{name: a, eval: {limit: 3}}]", "variants: a: eval is not one of model, mesh, context, spd, reduce"),
-        ("variants=[{name: a, mesh: {tp: 2}}]", "use mesh.tp=1"),
+        ("variants=[{name: a, mesh: {tp: 2}}]", "use mesh.tp=3"),
         ("variants=[{name: a, reduce: {mlp: int8}}]", "one tensor-parallel rank has nothing to reduce"),
-        ("variants=[{name: a, spd: {drop: all}}]", "one tensor-parallel rank has no reduction to drop"),
+        ("variants=[{name: a, spd: {drop: all}}]", "spd=all: one tensor-parallel rank has no reduction to drop"),
+        ("variants=[{name: a, spd: {budget: 0.5}}]", "use mesh.tp=2 or more, or leave spd.budget out"),
+        ("variants=[{name: a, spd: {blocks: [1]}}]", "use mesh.tp=2 or more, or leave spd.blocks out"),
     ],
 )
 def test_variant_that_cannot_run_is_refused(prepared, setting, words):

@@ -79,7 +79,7 @@ def check(model: torch.nn.Module, tokens: list[int], logprobs: list[TokenLogprob
 
 
 def test_every_rank_computes_the_logits_of_some_sequences(runtime, tmp_path):
-    """Of four decoded rows, each of two ranks computes two."""
+    """Each of two ranks computes two of four decoded rows."""
     folder = random_model("tied llama", tmp_path / "model")
 
     def rank_main(engine: Engine) -> list[int]:

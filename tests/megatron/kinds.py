@@ -22,6 +22,7 @@ from transformers import (
     SmolLM3Config,
     Starcoder2Config,
 )
+from transformers.utils import logging
 
 SMALL = {
     "num_hidden_layers": 2,
@@ -115,6 +116,7 @@ def random_model(kind: str, folder: Path, dtype: torch.dtype = torch.float32, **
 
     ``changed`` replaces fields of the kind's configuration.
     """
+    logging.disable_progress_bar()  # it would be in the captured output of a test
     torch.manual_seed(11)
     fields = KINDS[kind].to_dict() | changed
     for name in ("layer_types", "no_rope_layers"):

@@ -47,7 +47,7 @@ def test_fitting_meshes_are_accepted(mesh, shape):
             Mesh(tp=2),
             SMOLLM2,
             "mesh.tp=2 does not divide the model's 9 query heads, 3 KV heads and FFN width 1536; "
-            "use mesh.tp=1 (possible: 1, 3)",
+            "use mesh.tp=3 (possible: 1, 3)",
         ),
         (
             Mesh(tp=16),

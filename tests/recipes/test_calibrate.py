@@ -67,6 +67,20 @@ def test_file_of_other_threads_is_refused(write_file, metadata, setting, is_refu
 
 
 @pytest.mark.usefixtures("eight_cores")
+def test_only_what_can_be_done_is_advised(write_file, tmp_path):
+    """recipes.calibrate runs two ranks, so it cannot measure one rank that has all cores."""
+    file = write_file({"threads": 4})
+    with pytest.raises(ValueError, match=r"this run uses run\.threads=8: use run\.threads=4$"):
+        hardware_file.refuse_other_threads(file, None, Mesh())
+    with pytest.raises(ValueError, match=r"this run uses run\.threads=1: measure again with .* run\.threads=1 out=F"):
+        hardware_file.refuse_other_threads(file, 1, Mesh(ring=2), fixed=True)
+    fitted = tmp_path / "fitted.yaml"
+    fitted.write_text(yaml.safe_dump({"measured": {"threads": 1}, **VALUES, "empirical": [1.0, 2.0, 3.0]}))
+    with pytest.raises(ValueError, match=r"run\.threads=4: use run\.threads=1$"):
+        hardware_file.refuse_other_threads(str(fitted), None, Mesh(ring=2))
+
+
+@pytest.mark.usefixtures("eight_cores")
 def test_more_threads_than_cores_are_refused(refused, tiny, tmp_path):
     line = refused(calibrate, calibrate.task, f"model={tiny}", "run.threads=5", f"out={tmp_path / 'laptop.yaml'}")
     assert "run.threads=5: each rank has 4 of this machine's cores" in line and "use run.threads=4" in line

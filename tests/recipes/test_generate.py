@@ -38,6 +38,7 @@ PROMPT = "prompt.text=The quick brown fox, as ever."  # 29 tokens, of a byte eac
         ("max_new_tokens=0", "max_new_tokens=0: give a number greater than 0"),
         ("max_new_tokens=97", "max_new_tokens=97 fills the model's context of 97: use fewer"),
         ("max_new_tokens=69", r"29 tokens, and with max_new_tokens=69 .*context of 97: .*prompt\.tokens=28"),
+        ("max_new_tokens=96", r"29 tokens, and with max_new_tokens=96 .*context of 97: .*prompt\.tokens=1"),
         ("prompt.tokens=0", r"prompt\.tokens=0: use 1 or more"),
         ("prompt.question=Who?", r"prompt\.question needs a chat template: set model"),
         ("prompt.pydoc=assert", "one source, not text and pydoc"),

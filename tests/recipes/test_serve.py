@@ -234,6 +234,7 @@ def pids_of_ranks(pid: int) -> list[int]:
         (["cache.gb=0", "cache.save=pages"], "cache.save=pages needs memory for pages: use cache.gb above 0"),
         (["mesh.dp=2"], "mesh.dp=2"),
         (["sampling.logprobs=1"], "each request asks for its own"),
+        (["sampling.seed=7"], "sampling.seed=7: a request without a seed gets a random one; leave it out"),
         (["context.strategy=empirical"], "context.strategy=empirical needs a hardware file with fitted constants"),
         (["context.strategy=auto", "hardware=/nowhere"], "hardware=/nowhere cannot be read"),
     ],

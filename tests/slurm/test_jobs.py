@@ -19,8 +19,14 @@ TINY = ("experiment=pretrain/tiny", "data.length=61", "data.batch=2", "run.threa
     [
         (["launcher.partition=night"], r"launcher\.partition=night: .*use one of main, urgent"),
         (["nodes=5", "mesh.ring=5"], r"partition main is too small for nodes=5: it has 3 nodes"),
-        (["mesh.ring=13"], r"too small for 13 ranks of a node with 1 core\(s\) each: its nodes have 8"),
-        (["launcher.gpus_per_rank=1"], r"1 ranks of a node with 1 GPU\(s\) each: its nodes have 0 GPUs"),
+        (
+            ["mesh.ring=13"],
+            r"too small for 13 ranks of a node with 1 core\(s\) each: its nodes have 8 core\(s\), use more nodes",
+        ),
+        (
+            ["launcher.gpus_per_rank=1"],
+            r"1 ranks of a node with 1 GPU\(s\) each: its nodes have 0 GPU\(s\), use another launcher\.partition",
+        ),
         (["launcher.sbatch=['--constraint=moon']"], r"Slurm refuses: .*feature"),
         (["launcher.memory=1000G"], r"Slurm refuses: .*configuration is not available"),
         (["folder=/proc/nobody"], r"folder=/proc/nobody cannot be written"),

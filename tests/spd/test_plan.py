@@ -8,7 +8,7 @@ import pytest
 from longctx.config import SPD, Mesh
 from longctx.hf.checkpoint import fingerprint
 from longctx.hf.config import shape_of
-from longctx.spd.plan import SavedPlan, SPDPlan, rank_blocks, saved_plan, within
+from longctx.spd.plan import SavedPlan, SPDPlan, least_budget, rank_blocks, saved_plan, within
 from recipes.common.spd_plan import choose_plan
 from tests.tiny import tiny_model
 
@@ -27,6 +27,8 @@ def test_share_of_blocks_rounds_to_the_nearest_whole_number() -> None:
     order = rank_blocks([5.0, 0.1, 0.3, 0.1, 7.0])
     assert order == (1, 3, 2, 0, 4)
     assert within(order, 0.5) == (1, 3, 2) and within(order, 0.25) == (1,) and within(order, 0) == ()
+    for layers in range(1, 200):
+        assert within(range(layers), least_budget(layers)) and not within(range(layers), least_budget(layers) - 0.001)
     assert [len(within(range(30), share)) for share in (0.25, 0.5, 0.7, 0.75, 1)] == [8, 15, 21, 23, 30]
 
 

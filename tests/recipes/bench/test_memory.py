@@ -37,6 +37,22 @@ def test_windows_shrink_buffers_and_not_the_cache(cli, tmp_path):
         assert predicted["kv_cache"] == pytest.approx(measured["kv_cache"], rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["mesh.ring=2"], "recipes.bench memory has no use for mesh.ring=2"),
+        (
+            ["data.batch=3"],
+            "data.batch is not used by recipes.bench memory, whose runs each have their own: leave it out",
+        ),
+        (["context.strategy=pass_q"], "context.strategy is not used"),
+        (["recompute=full"], "recompute is not used"),
+    ],
+)
+def test_settings_that_each_run_has_are_refused(refused, words, says):
+    assert says in refused(memory, memory.task, "model=tiny", *words)
+
+
 def test_an_unpredicted_part_counts_as_an_error():
     assert errors({"measured": {"weights": 100}, "predicted": {"weights": 90}}) == pytest.approx((-0.1, -0.1))
     assert errors({"measured": {"weights": 1000, "logits": 1}, "predicted": {"weights": 1000}})[1] == 0

@@ -95,10 +95,13 @@ def test_comparison_counts_only_the_tokens_of_the_text():
         (["mesh.dp=2"], "has no use for mesh.dp=2: use mesh.dp=1"),
         (["texts=[{label:a,path:FILE,from_start:true}]"], "from_start needs sequences=16 documents of two tokens"),
         (["adapted=MODEL"], "was not made from"),
+        (["length=9000"], "length=9,000 is more than the model's context of"),
+        (["out=/dev"], "out=/dev is a folder: give the name of a file"),
     ],
 )
 def test_bad_settings_are_refused(refused, tiny, adapted_folder, tmp_path, settings, words):
     (tmp_path / "lines.jsonl").write_text('{"text": "One document."}\n')
+    (tmp_path / "out.json").write_text("an earlier result, which may be overwritten")
     settings = [one.replace("FILE", f"{tmp_path}/lines.jsonl").replace("MODEL", str(tiny)) for one in settings]
     command = (f"model={tiny}", f"adapted={adapted_folder}", "length=31", f"out={tmp_path}/out.json", *settings)
     assert words in refused(spd_texts, spd_texts.task, *command)

@@ -130,6 +130,13 @@ def test_errors_are_not_recorded_in_the_files_of_configs(refused):
     )
 
 
+def test_settings_that_each_run_has_are_refused(refused, tmp_path):
+    (tmp_path / "laptop.yaml").write_text(yaml.safe_dump({**VALUES, "layer": LAYER}))
+    words = ("model=tiny", f"hardware={tmp_path}/laptop.yaml", "only=[prefill]")
+    assert "has no use for mesh.tp=3" in refused(times, times.task, *words, "mesh.tp=3")
+    assert "data.batch is not used" in refused(times, times.task, *words, "data.batch=2")
+
+
 def test_groups_are_chosen_by_name(refused, tmp_path):
     (tmp_path / "laptop.yaml").write_text(yaml.safe_dump({**VALUES, "layer": LAYER}))
     words = ("model=tiny", f"hardware={tmp_path}/laptop.yaml", "only=[prefil]")

@@ -139,7 +139,7 @@ def test_config_without_groups_of_context_run_and_plan_resolves(models, config_o
         (["mesh.ring=2", "mesh.ep=2"], {"unused_axes": ("dp", "pp")}, "has no use for mesh.ep=2", "use mesh.ep=1, and"),
         (["mesh.ring=2", "mesh.ep=2"], {}, "mesh.ep=2 divides experts", "use mesh.ep=1"),
         (["mesh.ep=2"], {}, "mesh.ep=2 does not divide mesh.ulysses x mesh.ring x mesh.dp = 1", "use mesh.ep=1"),
-        (["mesh.tp=2"], {}, "mesh.tp=2", "use mesh.tp=1"),
+        (["mesh.tp=2"], {}, "mesh.tp=2", "use mesh.tp=3"),
         (["mesh.ulysses=2"], {}, "mesh.ulysses=2", "use mesh.ulysses=1"),
         # The model and its context.
         (["model=models/empty"], {}, "model=models/empty", "give a Hugging Face folder"),

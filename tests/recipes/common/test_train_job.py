@@ -56,14 +56,15 @@ def test_only_the_first_rank_of_a_launcher_makes_the_folder(job_of, under_torchr
 
 
 @pytest.mark.parametrize(
-    ("mesh", "last", "words"),
+    ("mesh", "changed", "words"),
     [
-        (Mesh(pp=2), "drop", "mesh.pp=2: the router loss .* use mesh.pp=1, or output_router_logits=false"),
-        (Mesh(), "pad", "data.last=pad: the router loss .* use drop, or output_router_logits=false"),
+        (Mesh(pp=2), {}, "mesh.pp=2: the router loss .* use mesh.pp=1, or output_router_logits=false"),
+        (Mesh(), {"last": "pad"}, "data.last=pad: the router loss .* use drop, or output_router_logits=false"),
+        (Mesh(), {"conversations": "whole"}, "data.conversations=whole: the router loss .* use split, or output"),
     ],
 )
-def test_router_loss_on_stages_or_with_padding_is_refused(tmp_path, mesh, last, words):
-    data = DataSettings((TextSource(pydoc="train"),), 61, 2, last=last)
+def test_router_loss_on_stages_or_with_padding_is_refused(tmp_path, mesh, changed, words):
+    data = DataSettings((TextSource(pydoc="train"),), 61, 2, end_token=False, **changed)
     for coefficient in (0.0, 0.1):
         sizes = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
         config = {**sizes, "model_type": "mixtral", "output_router_logits": True, "router_aux_loss_coef": coefficient}

@@ -45,6 +45,7 @@ def test_unfit_settings_are_refused_before_any_rank_starts(refused, tiny, adapte
     assert "repair.batch=30 is more than repair.sequences=24" in adapt("mesh.tp=3", "repair.batch=30")
     assert "spd.budget=None: " in (says := adapt("mesh.tp=3", "spd.budget=null")) and "spd.budget=0.5" in says
     assert "spd.budget=0.2 of 2 blocks drops none: use 0.25 or more" in adapt("mesh.tp=3", "spd.budget=0.2")
+    assert "recipes.spd_adapt chooses the blocks" in adapt("mesh.tp=3", "spd.blocks=[1]")
     assert "joint.batch=3 is not a multiple of mesh.dp=2: use joint.batch=4" in adapt(
         "mesh.tp=3", "mesh.dp=2", "joint.batch=3", "spd.budget=1"
     )
