@@ -44,9 +44,11 @@ def refuse_unfit_cluster(plan: JobPlan) -> None:
     ):
         if ranks * each > available:
             other = f"another launcher.partition, or fewer launcher.{setting}"
+            fewer = " and fewer ranks_per_node" if plan.settings.ranks_per_node else ""
+            more = f"more nodes{fewer}, or a smaller mesh.tp, whose ranks share a node"
             raise ValueError(
                 f"partition {partition.name} is too small for {ranks} ranks of a node with {each} {what} each: its "
-                f"nodes have {available} {what}, use {other if each > available else 'more nodes'}"
+                f"nodes have {available} {what}, use {other if each > available else more}"
             )
 
 
@@ -119,7 +121,10 @@ def _run(*command: str) -> str:
     """Return the output of a Slurm command.  Raises ValueError, with its errors, if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ValueError(f"Slurm refuses: {_errors(done.stderr)}; change the setting that this message names")
+        errors = _errors(done.stderr)
+        if command[0] == "sbatch":
+            raise ValueError(f"Slurm refuses: {errors}; change the setting that this message names")
+        raise ValueError(f"{command[0]} fails: {errors}; submit again when it works")
     return done.stdout
 
 

@@ -239,9 +239,12 @@ def ranks_per_node(mesh: Mesh, settings: SubmitSettings) -> int:
             f"mesh of {nodes * max(1, ranks)} ranks"
         )
     if ranks % mesh.tp:
+        groups = mesh.ranks // mesh.tp
+        fewer = max(n for n in range(1, nodes) if groups % n == 0)
+        also = f" ranks_per_node={mesh.ranks // fewer}" if settings.ranks_per_node else ""
         raise ValueError(
             f"mesh.tp={mesh.tp} does not divide the {ranks} rank(s) of a node: tensor-parallel ranks exchange data in "
-            "every layer and must share a node; use a smaller mesh.tp or a larger ranks_per_node"
+            f"every layer and must share a node; use nodes={fewer}{also}, or more ranks on another axis of the mesh"
         )
     return ranks
 

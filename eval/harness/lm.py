@@ -119,10 +119,13 @@ class EngineLM(TemplateLM):
         return (tokens[:1], tokens[1:]) if tokens[:1] == [self._prefix] else ([self._prefix], tokens)
 
     def _make_score(self, before: Sequence[int], after: Sequence[int], question: str, *, middle: bool = False) -> Score:
-        if not 0 < len(after) <= self.max_length:
+        if not after:
+            raise ValueError(f"{question or 'a text'} has an empty answer: leave that example out")
+        if len(after) > self.max_length:
             raise ValueError(
-                f"{question or 'a text'} has an answer of {len(after):,} tokens, and only 1 to "
-                f"eval.max_length={self.max_length:,} can be scored: leave that example out, or raise eval.max_length"
+                f"{question or 'a text'} has an answer of {len(after):,} tokens, and only "
+                f"{self.max_length:,} can be scored: leave that example out, or use a larger eval.max_length or, if it "
+                "is null, a longer context (model.rope_factor, or model.max_positions and a larger model.rope_theta)"
             )
         # The last token is predicted, not run: one more than max_length fits.
         context = self._cut(before, self.max_length + 1 - len(after), middle=middle)
@@ -158,8 +161,8 @@ class EngineLM(TemplateLM):
         new_tokens = settings.get("max_gen_toks", settings.get("max_new_tokens", _DEFAULT_NEW_TOKENS))
         if new_tokens >= self.max_length:
             raise ValueError(
-                f"eval.max_length={self.max_length} has no room for an answer of {new_tokens} tokens: "
-                f"use eval.max_length above {new_tokens}"
+                f"{self.max_length} tokens have no room for an answer of {new_tokens}: use eval.max_length above "
+                f"{new_tokens} or, if it is null, a model with a longer context"
             )
         tokens = self._cut(self.tok_encode(context), self.max_length - new_tokens, middle=middle)
         ends = (until,) if isinstance(until, str) else tuple(filter(None, until))

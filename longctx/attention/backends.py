@@ -32,7 +32,9 @@ def kernel_for(name: str, device: str, dtype: str) -> Kernel:
     if kernel is triton_flash and device == "cpu" and in_interpreter():
         kernel = interpreted
     if not _takes(kernel, device, dtype):
-        fitting = [other for other, candidate in KERNELS.items() if _takes(candidate, device, dtype)]
+        fitting = [
+            other for other, candidate in KERNELS.items() if installed(other) and _takes(candidate, device, dtype)
+        ]
         other_dtype = next((each for each in ("bfloat16", "float32") if _takes(kernel, device, each)), None)
         advice = f"model.dtype={other_dtype}, or " if other_dtype else ""
         advice += f"context.kernel={' or '.join(fitting)}"
@@ -65,7 +67,8 @@ def candidates(device: str, dtype: str) -> list[Kernel]:
     if dtype not in ("bfloat16", "float16"):
         raise ValueError(
             f"context.kernel=auto does not take {dtype} on {device}; use context.kernel=auto model.dtype=bfloat16 "
-            "(checked against float64 on this device before use), context.kernel=reference or run.device=cpu"
+            f"(checked against float64 on this device before use), context.kernel={' or '.join(names)} or "
+            "run.device=cpu"
         )
     return [KERNELS[name] for name in names if name != "reference"]
 

@@ -50,9 +50,9 @@ def _alg1(work: Work, hardware: Hardware) -> StrategyChoice:
 
 
 def _alg5(work: Work, hardware: Hardware) -> StrategyChoice:
-    # Eq. 5 lowers the threshold of Alg. 1 by the cost of pass-Q's all-to-all.
-    all_to_all = 4 * work.new_total * hardware.hop.bytes_per_s / (work.ranks * hardware.flops * work.element_bytes)
-    return _by_threshold(work, hardware, 2 * work.kv_heads / work.heads - all_to_all)
+    # Eq. 5 lowers the threshold of Alg. 1 by the share of pass-KV's transfers that computation hides.
+    hidden = 4 * work.new_total * hardware.hop.bytes_per_s / (work.ranks * hardware.flops * work.element_bytes)
+    return _by_threshold(work, hardware, 2 * work.kv_heads / work.heads - hidden)
 
 
 def _by_threshold(work: Work, hardware: Hardware, miss_rate: float) -> StrategyChoice:
@@ -71,7 +71,7 @@ def empirical_constants(hardware: Hardware | None) -> tuple[float, float, float]
     if hardware is None or hardware.empirical is None:
         raise ValueError(
             "context.strategy=empirical needs a hardware file with fitted constants: run python -m recipes.bench "
-            "crossover fitted=FILE.yaml and set hardware=FILE.yaml, or use context.strategy=auto"
+            "crossover fitted=FILE.yaml and set hardware=FILE.yaml run.threads=1, or use context.strategy=auto"
         )
     return hardware.empirical
 

@@ -8,10 +8,10 @@ rank sends n bytes takes x(n) = latency + n / bandwidth.  A step takes, without 
     gather_merge  L (p(w) + x(partials)) + p'(v)
     sharded       L (p(w / N) + x(queries, keys, values) + x(partials / N) + 2 x(hidden)) + p(v / N) + x(logits)
 
-In both strategies a rank attends with all heads to the keys that it caches.  Attention takes the same time in both, so
-it is left out, and the cached length does not matter.  In ``gather_merge``, each rank computes the logits of some
-sequences.  ``sharded`` reads fewer weights, but has three more collectives per layer.  It is faster if these take less
-than (1 - 1 / N) p(w), as with large layers or low latency.
+In both strategies a rank attends with all heads of its Ulysses rank to the keys that it caches.  Attention takes the
+same time in both, so it is left out, and the cached length does not matter.  In ``gather_merge``, each rank computes
+the logits of some sequences.  ``sharded`` reads fewer weights, but has three more collectives per layer.  It is faster
+if these take less than (1 - 1 / N) p(w), as with large layers or low latency.
 
 With tp tensor-parallel ranks, w and v are one rank's.  The all-reduces of ``sharded`` then span all tp N ranks.
 ``gather_merge`` has all-reduces over the tp ranks, which take 2 L x(hidden) more.

@@ -82,7 +82,8 @@ class Hardware:
     * ``ranks_at_once``: number of ranks that the machine's cores run at once; further ranks take turns.  None if each
       rank has its own device.
 
-    Raises ValueError for a rate that is not positive, and for an ``overlap`` outside 0 to 1.
+    Raises ValueError for a ``flops``, ``kv_bytes_per_s``, ``peak_flops`` or ``backward`` that is not positive, for
+    ``ranks_at_once`` below 1, and for an ``overlap`` outside 0 to 1.
     """
 
     flops: float

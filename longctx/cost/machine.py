@@ -264,7 +264,7 @@ def errors_of(values: Mapping[str, Any], source: str) -> dict[str, Accuracy]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{source}: its section errors cannot be read ({error}): delete the section, then write it again with "
-            "python -m recipes.bench times record=true"
+            "python -m recipes.bench times hardware=FILE.yaml record=true only=[prefill,decode,train,four_ranks]"
         ) from error
 
 

@@ -22,9 +22,9 @@ def inference_bytes(
 
     The peak is in the last layer, or at the logits.  Only one layer's activations exist at a time: those of attention
     or of the feed-forward network, whichever are larger.  Both have the embedding's output, the layer's input, a norm's
-    output, and float32 cosines and sines.  Attention has the projection's output, queries and keys after rotation, and
-    two float32 partials: the total, and the tile that is merged into it.  The feed-forward network has the residual
-    stream, gate, up, their product and the output.
+    output, and float32 cosines and sines.  Attention has the projection's output, queries and keys after rotation, an
+    output, and two float32 partials: the total, and the tile that is merged into it.  The feed-forward network has the
+    residual stream, gate, up, their product and the output.
 
     Only the last row of each sequence has logits: a rank's shard, and the whole row that it gathers.  With
     ``gather_merge``, each context rank computes the logits of some sequences.  Pass-KV, pass-Q and all-gather copy one
@@ -89,9 +89,10 @@ def step_bytes(shape: Decoder, mesh: Degrees, work: StepWork, strategy: str, num
     for the backward also exist (`_saved`).  The first of S pipeline stages has those of min(S, micro-batches)
     micro-batches; only the last stage computes a loss.
 
-    At the loss, c rows of float32 logits exist, and the gradients of the hidden states and, in float32, of the output
-    weight.  A tied weight's gradient stays until the embedding's gradient is added at the end of the backward.  For
-    AdamW's denominator, the update makes two temporaries as large as the embedding, the largest weight.
+    At the loss, c rows of float32 logits (with 16-bit weights also the 16-bit ones) exist, and the gradients of the
+    hidden states and, in float32, of the output weight.  A tied weight's gradient stays until the embedding's gradient
+    is added at the end of the backward.  For AdamW's denominator, the update makes two temporaries as large as the
+    embedding, the largest weight.
 
     Raises ValueError for numbers of other sizes than 2 and 4 bytes, and for an unknown strategy.
     """

@@ -30,7 +30,7 @@ from longctx.cost.forward import Numbers, PassCost, layer_weights, ring_works
 from longctx.cost.machine import Degrees, Machine
 from longctx.cost.training import Decoder
 
-_UPDATE_BYTES = 28  # read and write: float32 gradient, weight and two moments; write: the weight in 16 bits
+_UPDATE_BYTES = 28  # float32: reads gradient, weight and two moments; writes weight and moments
 
 
 @dataclass(frozen=True)

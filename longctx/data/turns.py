@@ -61,8 +61,8 @@ def turn_tokens(text: str, tokenizer: Any, *, before: list[int], ends: tuple[int
     """Return the tokens to append to ``before``, the conversation so far, for a user turn ``text``.
 
     They end where the model's answer begins.  With a chat template, they begin with the end of the previous answer,
-    unless ``before`` already ends in one of the end tokens ``ends``.  Without a template, they are the plain text's
-    tokens.
+    unless ``before`` already ends in the same end token, one of ``ends``.  Without a template, they are the plain
+    text's tokens.
     """
     if not tokenizer.chat_template:
         return tokenize(text, tokenizer, special_tokens=not before).tolist()

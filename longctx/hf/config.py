@@ -149,7 +149,8 @@ def _refuse_unfit_windows(file: Path, config: Any) -> None:
         raise ValueError(f"{file}: sliding_window={window} is not a positive number: correct it, or use null")
     if types and window is None and "sliding_attention" in types:
         raise ValueError(
-            f"{file}: layer_types has sliding_attention, but sliding_window is not in use: set it or use full_attention"
+            f"{file}: layer_types has sliding_attention, but sliding_window is not in use: set it "
+            "(and use_sliding_window=true, if the model type has it) or use full_attention"
         )
     if types and len(types) != layers:
         raise ValueError(f"{file}: layer_types has {len(types)} entries, num_hidden_layers={layers}: correct one")

@@ -95,7 +95,7 @@ def build_model(
         vocab_size=padded_vocab_size(shape, groups.tp.size()),
         max_sequence_length=shape.max_positions,
         share_embeddings_and_output_weights=shape.tied,
-        position_embedding_type="none",  # `hidden_states` takes angles of explicit positions
+        position_embedding_type="none",  # a `Pass` has rotary tables of explicit positions
         pg_collection=groups,
     )
     record_sharding(model)

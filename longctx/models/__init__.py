@@ -31,7 +31,6 @@ FAMILIES = {
 _MISSING = {
     "deepseek_v2": "multi-head latent attention",
     "deepseek_v3": "multi-head latent attention",
-    "gemma": "norms by 1 + weight together with GELU; gemma3_text is nearest",
     "gemma2": "softcapped attention scores",
     "gemma3": "images; its text model, gemma3_text, runs alone",
     "gpt2": "learned positions",

@@ -19,7 +19,8 @@ Shape = tuple[int, ...]
 class LostPeer(ConnectionError):
     """A rank of the group ended or stopped answering.
 
-    The message names the lost rank, or two candidates, and what this rank was `doing` when it noticed.
+    The message names the ranks that this rank waited for, of which one is lost, and what this rank was `doing` when it
+    noticed.
     """
 
 

@@ -22,7 +22,8 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank | None:
 
     None also if the launcher started a single process, which may then start local ranks itself.  Under srun this
     calls ``scontrol`` for the first host's name, and raises `subprocess.CalledProcessError` if that fails.  Raises
-    ValueError if only some of a launcher's variables are set.
+    ValueError if SLURM_STEP_NODELIST and SLURM_PROCID, or one of torchrun's RANK and WORLD_SIZE, are set without the
+    launcher's other variables, or if one of these is not a number.
     """
     e = environment
     if e.get("WORLD_SIZE") == "1" or e.get("SLURM_STEP_NUM_TASKS") == "1":

@@ -47,7 +47,7 @@ def refuse_links(hosts: int, rate: str, latency_us: float, mesh: Mesh) -> None:
 
 def refuse_hosts(hosts: int, rate: str, mesh: Mesh) -> None:
     """Raise ValueError unless ``hosts`` emulated hosts with links of ``rate`` can run one rank of ``mesh`` each."""
-    local = "or hosts=0 for ranks on loopback"
+    local = "or hosts=0, without rate and latency_us, for ranks on loopback"
     if current_rank() and not is_host():
         raise ValueError(
             f"hosts={hosts} starts its ranks itself, but a launcher has started these: use hosts=0, or no launcher"
@@ -153,7 +153,7 @@ def _connect_by_wire(prefix: str, names: Sequence[str], rate: str, latency_us: f
     wire = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert wire.stdout
     if not wire.stdout.readline():
-        raise ValueError("emulated hosts with latency fail here (is there /dev/net/tun?): use latency_us=0, or hosts=0")
+        raise ValueError("emulated hosts with latency fail here (is there /dev/net/tun?): use latency_us=0")
     for i, name in enumerate(names, 1):
         _do(f"ip -n {name} addr add 10.77.0.{i}/24 dev eth0")
         _do(f"ip -n {name} link set lo up")
@@ -171,7 +171,10 @@ def _rate_limit(rate: str) -> str:
 def _do(command: str) -> None:
     result = subprocess.run(command.split(), capture_output=True, text=True, check=False)
     if result.returncode:
-        raise ValueError(f"emulated hosts fail here (`{command}` says {result.stderr.strip()}): use hosts=0")
+        raise ValueError(
+            f"emulated hosts fail here (`{command}` says {result.stderr.strip()}): use hosts=0, without rate and "
+            "latency_us"
+        )
 
 
 def _remove_stale() -> None:

@@ -114,7 +114,8 @@ def prepare(config: DictConfig) -> RivalJob:
         raise ValueError(f"mesh.ring={target.mesh.ring} has no second rank to compare with: use mesh.ring=2 or more")
     if "decode" in settings.parts:
         steps = decode_settings(settings)
-        timing.refuse_beyond_model(target, cached=settings.cached, steps=(steps.rounds + 1) * steps.tokens)
+        decoded = {"(2 x rounds + 2) x tokens": (steps.rounds + 1) * steps.tokens}
+        timing.refuse_beyond_model(target, cached=settings.cached, **decoded)
     if "prefill" not in settings.parts:
         return RivalJob(settings, target, ())
     timing.refuse_beyond_model(target, lengths=max(settings.lengths))
