@@ -58,7 +58,7 @@ def refuse_unfit_shape(shape: ModelShape) -> None:
     }
     for reason, applies in reasons.items():
         if applies:
-            raise ValueError(f"this model has {reason}: drop no block, or use a dense model such as Llama or Qwen3")
+            raise ValueError(f"this model has {reason}: use a dense model such as Llama or Qwen3, or drop no block")
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def choose_plan(
         setting, instead = f"spd={spd.drop}", "spd=none"
         if spd.blocks is not None or spd.budget is not None:
             setting = f"spd.budget={spd.budget}" if spd.blocks is None else f"spd.blocks={list(spd.blocks)}"
-            instead = f"leave {setting.partition('=')[0]} out"
+            instead = "leave spd.budget and spd.blocks out"
         raise ValueError(
             f"{setting}: one tensor-parallel rank has no reduction to drop; use mesh.tp=2 or more, or {instead}"
         )

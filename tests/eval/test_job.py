@@ -32,7 +32,7 @@ from recipes.common.settings import section
         (["eval.until=decided", "eval.tasks=[wikitext]", "variants=[{name: a}]"], "eval.until judges accuracy"),
         (["mesh.pp=2"], "eval.run has no use for mesh.pp=2"),
         (["mesh.dp=2", "mesh.ep=2"], "eval.run has no use for mesh.ep=2"),
-        (["mesh.tp=2"], "use mesh.tp=1"),
+        (["mesh.tp=2"], "use mesh.tp=3"),
         (["context.chunk=5"], "use context.chunk=null"),
         (["context.strategy=auto"], "context.strategy=auto"),
         (["adapted=/nonexistent"], "adapted=/nonexistent is not a folder that recipes.spd_adapt wrote"),

@@ -85,8 +85,11 @@ def test_digest_depends_on_end_tokens_and_tokenizer(prepared, tiny, tmp_path):
         ("variants=[{name: a, mesh: {tp: 2}}]", "use mesh.tp=3"),
         ("variants=[{name: a, reduce: {mlp: int8}}]", "one tensor-parallel rank has nothing to reduce"),
         ("variants=[{name: a, spd: {drop: all}}]", "spd=all: one tensor-parallel rank has no reduction to drop"),
-        ("variants=[{name: a, spd: {budget: 0.5}}]", "use mesh.tp=2 or more, or leave spd.budget out"),
-        ("variants=[{name: a, spd: {blocks: [1]}}]", "use mesh.tp=2 or more, or leave spd.blocks out"),
+        ("variants=[{name: a, spd: {budget: 0.5}}]", "use mesh.tp=2 or more, or leave spd.budget and spd.blocks out"),
+        (
+            "variants=[{name: a, spd: {blocks: [1]}}]",
+            "spd.blocks=[1]: one tensor-parallel rank has no reduction to drop; use mesh.tp=2",
+        ),
     ],
 )
 def test_variant_that_cannot_run_is_refused(prepared, setting, words):

@@ -121,7 +121,7 @@ def test_launcher_settings_are_in_the_script(script):
     [
         (["mesh.ring=4", "nodes=3"], r"nodes=3 does not divide the mesh's 4 ranks \(ring=4\): .*a mesh of 3"),
         (["mesh.ring=4", "nodes=2", "ranks_per_node=4"], r"nodes=2 x ranks_per_node=4 is not .*a mesh of 8"),
-        (["mesh.tp=2", "nodes=2"], r"mesh\.tp=2 does not divide the 1 rank\(s\) of a node: .*smaller mesh\.tp"),
+        (["mesh.tp=2", "nodes=2"], r"mesh\.tp=2 does not divide the 1 rank\(s\) of a node: .*use nodes=1"),
         (["mesh.tp=4"], r"mesh\.tp=4 does not divide"),  # refused by the recipe
         (["mesh.rong=4"], r"mesh\.rong"),
         (["nods=2"], r"nods"),

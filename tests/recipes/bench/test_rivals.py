@@ -62,7 +62,10 @@ def test_every_variant_is_measured_and_written(cli, tiny, tmp_path):
         (["mesh.ring=1"], "mesh.ring=1 has no second rank to compare with: use mesh.ring=2 or more"),
         (["mesh.tp=3"], "recipes.bench rivals has no use for mesh.tp=3"),
         (["parts=[prefill]", "lengths=[98]"], "lengths=98: tiny has 97 positions"),
-        (["lengths=[31]", "cached=90", "tokens=1"], "cached=90 and (2 x rounds + 2) x tokens=12: tiny has 97 positions"),
+        (
+            ["lengths=[31]", "cached=90", "tokens=1"],
+            "cached=90 and (2 x rounds + 2) x tokens=12: tiny has 97 positions",
+        ),
         (["lengths=[31]", "cached=9", "tokens=1", "out=/dev/null/a"], "out=/dev/null/a cannot be written"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
