@@ -25,7 +25,7 @@ from longctx.config import ModelSource
 from longctx.hf.config import shape_of
 from longctx.hf.locate import locate
 from recipes.common.cli import console, main, say
-from recipes.common.hardware_file import read_machine
+from recipes.common.hardware_file import read_machine, refuse_other_rates
 from recipes.common.overrides import choices
 from recipes.common.places import refuse_unwritable
 from recipes.common.plan_question import Question, WorkSettings
@@ -76,11 +76,7 @@ def resolve_plan_job(config: DictConfig) -> PlanJob:
         raise ValueError(f"max_ttft_s is for work=prefill and work=chat, not work={work.kind}: leave it out")
     machine = read_machine(settings.hardware)
     model = section(config, "model", ModelSource)
-    if settings.hardware in choices("machine") and model.dtype == "float32":
-        raise ValueError(
-            f"hardware={settings.hardware} has the rates of 16-bit numbers, and model.dtype=float32 is slower: use "
-            "model.dtype=bfloat16, or a file that recipes.calibrate wrote on the machine"
-        )
+    refuse_other_rates(settings.hardware, model.dtype)
     shape = shape_of(locate(model, say))
     if shape.mixture and work.kind != "train":
         raise ValueError(f"work={work.kind} of {model.name}, a mixture of experts, is not modelled: use work=train")

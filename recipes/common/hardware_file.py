@@ -67,6 +67,15 @@ def refuse_other_threads(hardware: str | None, threads: int | None, mesh: Mesh, 
         )
 
 
+def refuse_other_rates(hardware: str, dtype: str) -> None:
+    """Raise ValueError if ``hardware`` is a name of configs/machine, whose rates are not those of float32 ``dtype``."""
+    if hardware in choices("machine") and dtype == "float32":
+        raise ValueError(
+            f"hardware={hardware} has the rates of 16-bit numbers, and model.dtype=float32 is slower: use "
+            "model.dtype=bfloat16, or a file that recipes.calibrate wrote on the machine"
+        )
+
+
 def record_errors(name: str, accuracies: Mapping[str, Accuracy]) -> None:
     """Write ``accuracies``, by kind of work, to the section ``errors`` of the hardware file ``name``.
 

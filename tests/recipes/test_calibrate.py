@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from longctx.config import Mesh
-from recipes import calibrate, chat, extend, pretrain
+from recipes import calibrate, chat, extend, pretrain, serve
 from recipes.bench import crossover
 from recipes.common import cli as recipe_cli
 from recipes.common import hardware_file
@@ -90,6 +90,7 @@ def test_more_threads_than_cores_are_refused(refused, tiny, tmp_path):
     ("recipe", "settings"),
     [
         (chat, ["turns={folder}/turns.jsonl", "mesh.ring=2", "context.strategy=auto"]),
+        (serve, ["mesh.ring=2", "context.strategy=auto"]),
         (crossover, ["total=31", "mesh.ring=2"]),
         (pretrain, ["experiment=pretrain/tiny", "data.length=61", "out={folder}/run"]),
         (extend, ["data.length=61", "data.batch=2", "data.end_token=false", "out={folder}/run"]),

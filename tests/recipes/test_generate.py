@@ -15,6 +15,7 @@ import pytest
 
 from longctx.parallel.launch import Rank
 from recipes import generate
+from recipes.common.prompts import refuse_too_long
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "prompt.text=The quick brown fox, as ever."  # 29 tokens, of a byte each
@@ -191,3 +192,9 @@ def test_command_ends_and_names_the_killed_rank(cli, tiny, tmp_path, monkeypatch
     assert re.fullmatch(rf"error: rank 1 of 3 was killed by SIGKILL \({observed}\); the other ranks were ended\n", err)
     pids = [file.read_text() for file in tmp_path.glob("pid*")]
     assert len(pids) == 3 and not [pid for pid in pids if Path("/proc", pid).exists()]
+
+
+def test_prompt_whose_question_alone_is_too_long_is_refused():
+    """To cut the text cannot help if the question and the answer fill the context."""
+    with pytest.raises(ValueError, match="13 more than the model's context of 97: use fewer max_new_tokens, or a sh"):
+        refuse_too_long("", 90, 20, 97, "use prompt.tokens={} or fewer", 5)

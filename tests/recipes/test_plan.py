@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from longctx.config import Mesh
 from longctx.cost.hardware import Link
 from longctx.model_shape import Experts
-from recipes import plan
+from recipes import generate, plan
 from recipes.common.hardware_file import read_machine
 from recipes.common.plan_question import Question, WorkSettings
 from recipes.common.planning import plans_of
@@ -110,6 +110,7 @@ def test_nonsense_is_refused_with_what_to_change(refused, tiny, words, says):
 def test_rates_of_16_bit_numbers_are_not_taken_for_float32(refused, tiny):
     message = refused(plan, plan.task, f"model={tiny}", "hardware=h200", "gpus=2")
     assert "hardware=h200 has the rates of 16-bit numbers" in message and "use model.dtype=bfloat16" in message
+    assert message == refused(generate, generate.task, f"model={tiny}", "hardware=h200", "prompt.text=Hello")
 
 
 def test_inference_of_mixtures_is_refused(refused, tmp_path):

@@ -109,6 +109,12 @@ def test_texts_are_those_of_generate(client, expected, tiny):
     assert complete(client, PROMPTS[0]).choices[0].text == texts[0]
 
 
+def test_tensor_parallel_ranks_prefill_and_decode_in_one_pass(expected, tiny):
+    with serving(tiny, "mesh.tp=3", "context.chunk=13", "max_sequences=3") as (_, address):
+        answer = complete(client_of(address), n=2)
+    assert [one.text for one in answer.choices] == [tokenizer_of(tiny).decode(tokens) for tokens in expected]
+
+
 def test_prompts_reuse_the_pages_of_earlier_ones(client, expected, tiny):
     for _ in range(2):
         assert complete(client, PROMPTS[2], seed=15).choices[0].text == tokenizer_of(tiny).decode(expected[4])

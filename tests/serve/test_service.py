@@ -1,6 +1,8 @@
 """Sequences that share the passes of a server get the tokens that each gets alone, on threads as ranks."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -120,15 +122,21 @@ def test_answer_ends_at_its_stop_text_and_the_client_sees_no_more(folder, tmp_pa
     on_ranks(folder, tmp_path, Mesh(), speak)
 
 
+@contextmanager
+def filled_with_nan(weight: torch.Tensor) -> Iterator[None]:
+    """Fill ``weight`` with NaN during the block."""
+    before = weight.clone()
+    weight.fill_(float("nan"))
+    yield
+    weight.copy_(before)
+
+
 def test_logits_that_are_not_finite_fail_the_sequences_of_the_pass_only(folder, tmp_path):
     def speak(service: Service) -> list[Token | Failure]:
         events: list[Token | Failure] = []
-        weight = service.session.engine.model.output_layer.weight.data
-        before = weight.clone()
-        weight.fill_(float("nan"))
-        service.submit(SEQUENCES[2], events.append)
-        service.step()
-        weight.copy_(before)
+        with filled_with_nan(service.session.engine.model.output_layer.weight.data):
+            service.submit(SEQUENCES[2], events.append)
+            service.step()
         service.submit(SEQUENCES[0], events.append)
         while service.busy:
             service.step()
@@ -147,12 +155,9 @@ def test_a_pass_that_fails_ends_its_prompts_and_its_open_answers(folder, tmp_pat
         service.submit(SEQUENCES[5], events.append)
         while len(events) < 3:
             service.step()
-        weight = service.session.engine.model.output_layer.weight.data
-        before = weight.clone()
-        weight.fill_(float("nan"))
-        service.submit(SEQUENCES[1], events.append)
-        service.step()
-        weight.copy_(before)
+        with filled_with_nan(service.session.engine.model.output_layer.weight.data):
+            service.submit(SEQUENCES[1], events.append)
+            service.step()
         service.submit(SEQUENCES[2], events.append)
         while service.busy:
             service.step()
@@ -169,13 +174,10 @@ def test_pages_of_a_failed_pass_are_not_reused(folder, tmp_path):
 
     def speak(service: Service) -> list[Token | Failure]:
         events: list[Token | Failure] = []
-        weight = service.session.engine.model.embedding.word_embeddings.weight.data
-        before = weight.clone()
-        weight.fill_(float("nan"))
-        service.submit(SEQUENCES[0], events.append)
-        while not events:
-            service.step()
-        weight.copy_(before)
+        with filled_with_nan(service.session.engine.model.embedding.word_embeddings.weight.data):
+            service.submit(SEQUENCES[0], events.append)
+            while not events:
+                service.step()
         assert service.prefixes.evicted == 4 and not any(service.prefixes.rows)
         service.submit(SEQUENCES[0], events.append)
         while service.busy:
