@@ -5,6 +5,7 @@ The formulas leave out fragmentation, the memory of CUDA and NCCL, and norms and
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from longctx.cost.attention import Work
 from longctx.cost.decode import SHARED_ROWS
@@ -145,51 +146,89 @@ def _saved(shape: Decoder, mesh: Degrees, work: StepWork, numbers: Numbers) -> d
     }
 
 
+class _Layer(NamedTuple):
+    """Bytes per row of a layer.
+
+    ``stream`` is the residual stream, and ``norm`` what one norm keeps.  ``saved`` is what the layer keeps in memory
+    from the forward to the backward.  In the forward, its feed-forward network has ``ffn``.  When the backward reaches
+    the gate, the network has ``network``, and the rest of the layer ``rest``.
+    """
+
+    stream: float
+    norm: float
+    saved: float
+    ffn: float
+    network: float
+    rest: float
+
+
+def _layer(shape: Decoder, mesh: Degrees, work: StepWork, numbers: Numbers) -> _Layer:
+    """Return the bytes of a layer with ``work.recompute`` and ``work.offload``.
+
+    In the backward, the gate's output and its two inputs have gradients, and the product is freed.  If the network's
+    activations are offloaded, there are four gradients: of the gate, of its other input, and of both in one tensor.
+    """
+    pieces = _saved(shape, mesh, work, numbers)
+    ffn, stream = pieces["ffn"] + pieces["experts"], pieces["stream"] / 2
+    rest = sum(pieces.values()) - ffn
+    saved_ffn = {"none": 0.0 if work.mlp_rows else ffn, "selective": pieces["experts"], "full": 0.0}[work.recompute]
+    saved_rest = stream + pieces["partial"] if work.recompute == "full" else rest
+    # Experts run one after the other, so that one expert's gradients exist at a time.
+    width = shape.mixture.ffn / shape.mixture.count * mesh.ep if shape.mixture else shape.ffn
+    width *= numbers.element / mesh.tp
+    offloaded = work.offload and saved_ffn == ffn
+    return _Layer(
+        stream,
+        norm=(pieces["stream"] + pieces["norms"]) / 2,
+        saved=0.0 if work.offload else saved_ffn + saved_rest,
+        ffn=ffn,
+        network=(2 + 2 * shape.gated) * width if offloaded else ffn + 2 * width,
+        rest=rest - saved_rest if work.offload else rest,
+    )
+
+
 def _pass_moments(
     shape: Decoder, mesh: Degrees, work: StepWork, strategy: str, numbers: Numbers
 ) -> Iterator[dict[str, float]]:
     """Yield the bytes of activations, logits and buffers at the loss, in the last layer's backward, and after it.
 
-    In the last layer, the backward of the feed-forward network comes first.  The gradients of the gate's output and of
-    its two inputs then exist, and the product is freed.  The backward of attention follows, after the network's
-    activations are freed.  The gradient of the residual stream exists throughout.  With recomputation, the
-    layer's output exists too, and later the first gradient of it.
+    In the last layer, the backward of the feed-forward network comes first.  The backward of attention follows, after
+    the network's activations are freed.  The gradient of the residual stream exists throughout.  With recomputation,
+    the layer's output exists too, and later the first gradient of it.
+
+    With offload, what a layer keeps for its backward is not in memory; the formula also leaves out tensors of less than
+    64 KB, which stay.  The peak may then be in the forward of a feed-forward network.
     """
-    # 1. Bytes per row: everything that a layer keeps without recomputation, and what it keeps with ``work.recompute``.
-    pieces = _saved(shape, mesh, work, numbers)
-    whole, ffn, hidden = sum(pieces.values()), pieces["ffn"] + pieces["experts"], shape.hidden * numbers.element
-    norm, stream = (pieces["stream"] + pieces["norms"]) / 2, pieces["stream"] / 2
-    tiled = whole - ffn if work.mlp_rows else whole
-    saved = {"none": tiled, "selective": whole - pieces["ffn"], "full": stream + pieces["partial"]}[work.recompute]
-    # 2. Rows of a rank, and of a tile of its feed-forward networks; layers of a stage; micro-batches of the first
-    # stage.
+    # 1. Bytes per row; rows of a rank, and of a tile of its feed-forward networks; layers of a stage; micro-batches of
+    # the first stage.
+    layer, hidden = _layer(shape, mesh, work, numbers), shape.hidden * numbers.element
     rows = work.length * work.sequences / (mesh.ulysses * mesh.ring)
     tile = min(rows, work.mlp_rows or rows)
     layers, micro = shape.layers / mesh.pp, min(mesh.pp, work.batch / (mesh.dp * work.sequences))
-    others = (micro * layers - 1) * rows * saved
+    others = (micro * layers - 1) * rows * layer.saved
     gathered = rows * hidden if mesh.tp > 1 else 0.0  # sequence parallelism: all rows, for one projection
-    # 3. The loss, on the last stage.
+    # 2. The loss, on the last stage.
     weight = 0.0 if work.operations == "fused" else shape.vocab_size * shape.hidden / mesh.tp
     logits = min(rows, work.loss_rows or rows) * shape.vocab_size / mesh.tp * (4 + numbers.element % 4)
-    last = layers * rows * saved + rows * norm + gathered
+    last = layers * rows * layer.saved + rows * layer.norm + gathered
     yield {"activations": last, "logits": logits + weight * 4 + rows * hidden, "communication": gathered}
-    # 4. The last layer's gate.
+    if work.offload:
+        activations = 3 * rows * layer.stream + tile * layer.ffn + gathered
+        yield {"activations": activations, "logits": 0.0, "communication": gathered}
+    # 3. The last layer's gate.
     waiting = weight * numbers.element if shape.tied and mesh.pp == 1 else 0.0
-    output = rows * stream if work.recompute == "full" else 0.0
-    # Experts run one after the other, so that one expert's gradients exist at a time.
-    width = shape.mixture.ffn / shape.mixture.count * mesh.ep if shape.mixture else shape.ffn
-    network = tile * (ffn + 2 * width / mesh.tp * numbers.element)
-    activations = others + rows * (whole - ffn) + network + rows * stream + output + gathered
+    output = rows * layer.stream if work.recompute == "full" else 0.0
+    activations = others + rows * (layer.rest + layer.stream) + tile * layer.network + output + gathered
     yield {"activations": activations, "logits": waiting, "communication": gathered}
-    # 5. Its attention.
+    # 4. Its attention.
     new, cached = [work.length] * work.sequences, [0] * work.sequences
     works = [one for one, _ in ring_works(shape, mesh, new, cached, numbers)]
     projected = rows * shape.heads / mesh.tp * shape.head_dim * numbers.element  # the output projection's input: free
-    free = rows * (ffn + norm) + projected
-    activations = others + rows * (whole + stream) - free + 2 * output + _attention_gradients(works[0]) + gathered
+    needed = rows * (layer.rest - layer.norm) - projected if work.recompute == "full" or not work.offload else 0.0
+    activations = others + needed + rows * layer.stream + 2 * output + _attention_gradients(works[0]) + gathered
     buffers = gathered + max(max(_buffers(one, strategy), _backward_buffers(one)) for one in works)
     yield {"activations": activations, "logits": waiting, "communication": buffers}
-    # 6. The end of the backward: the embedding's gradient, and its sum with the gradient of the tied weight.
+    # 5. The end of the backward: the embedding's gradient, and its sum with the gradient of the tied weight.
     yield {"activations": weight * numbers.element + waiting, "logits": waiting, "communication": gathered}
 
 

@@ -38,7 +38,8 @@ class StepWork:
     """A step of ``batch`` sequences of ``length`` tokens, over all data-parallel ranks.
 
     A micro-batch has ``sequences`` sequences; the recipes use 1.  Logits of ``loss_rows`` rows exist at a time, and an
-    MLP computes ``mlp_rows`` rows at a time (None: all).  ``operations`` determine which activations are kept: those of
+    MLP computes ``mlp_rows`` rows at a time (None: all).  With ``offload``, what a layer keeps for its backward is not
+    in memory.  ``operations`` determine which activations are kept: those of
     Megatron's fused norm and gate ("fused"), or of longctx's layers on a GPU ("cuda") or a CPU ("cpu").
     """
 
@@ -49,6 +50,7 @@ class StepWork:
     recompute: Literal["none", "selective", "full"] = "none"
     loss_rows: int | None = None
     mlp_rows: int | None = None
+    offload: bool = False
     operations: Literal["fused", "cuda", "cpu"] = "fused"
 
 

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from longctx.attention.kernel import Kernel
 from longctx.attention.layout import Layout
 from longctx.attention.mask import CAUSAL, Mask
-from longctx.attention.partial import Partial
 from longctx.parallel.comm import Comm
 from longctx.parallel.ring import Ring, Strategy
-from longctx.parallel.strategy import ring_attention
+from longctx.parallel.strategy import SavedForward, ring_attention
 from longctx.parallel.ulysses import Attention, over_heads
 from longctx.shapes import Float, Tensor
 
@@ -30,7 +29,7 @@ class Hybrid:
         kernel: Kernel,
         strategy: Strategy,
         sinks: Float[Tensor, " hq"] | None = None,
-        saved_forward: list[Partial] | None = None,
+        saved_forward: SavedForward | None = None,
     ) -> Attention:
         """Return differentiable attention over the whole sequence.
 

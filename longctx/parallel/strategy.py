@@ -1,6 +1,6 @@
 """The ring strategies by name, and differentiable attention with any of them."""
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -13,12 +13,23 @@ from longctx.shapes import Float, Keys, Queries, Tensor
 STRATEGIES: dict[str, Strategy] = {"pass_kv": pass_kv, "pass_q": pass_q, "all_gather_kv": all_gather_kv}
 
 
+@runtime_checkable  # so that tests can check signatures
+class SavedForward(Protocol):
+    """A stack of attention results, such as a list; activation recomputation pops them."""
+
+    def append(self, partial: Partial, /) -> None: ...
+
+    def pop(self) -> Partial: ...
+
+    def __len__(self) -> int: ...
+
+
 def ring_attention(
     ring: Ring,
     kernel: Kernel,
     strategy: Strategy,
     sinks: Float[Tensor, " hq"] | None = None,
-    saved_forward: list[Partial] | None = None,
+    saved_forward: SavedForward | None = None,
 ) -> Attention:
     """Return differentiable attention (q, k, v) -> out [b sq hq d], in q's dtype, over a ring of ranks.
 

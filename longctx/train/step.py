@@ -14,6 +14,7 @@ from longctx.config import Mesh
 from longctx.data.batches import Batch
 from longctx.megatron.attention import Pass, rotary_tables
 from longctx.megatron.runtime import Runtime
+from longctx.megatron.training.offload import Offload, OffloadedPartials
 from longctx.megatron.training.optimizer import (
     LossSums,
     MicroBatch,
@@ -41,7 +42,7 @@ class ContextParallel:
     ``layout`` is a key of `LAYOUTS`.  With ``keep_partials``, each layer's attention result is kept, so that activation
     recomputation in the backward does not run the ring again.  ``dtype`` is that of rotary angles: float64 for models
     in float64, else float32.  ``check_schedule`` proves for each sequence that attention's messages match on all ranks
-    and cannot deadlock.
+    and cannot deadlock.  ``offload`` takes the activations that the backward needs (None: they stay).
     """
 
     length: int
@@ -51,6 +52,7 @@ class ContextParallel:
     keep_partials: bool = False
     dtype: torch.dtype = torch.float32
     check_schedule: bool = False
+    offload: Offload | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ def _micro_batch(
         attention_pass=_attention_pass(layout, pad(positions), len(index), runtime, shape, parallelism),
         rows=len(index),
         mean_counted=mean_counted,
+        offload=parallelism.offload,
     )
 
 
@@ -180,7 +183,8 @@ def _attention_pass(
     """
     if parallelism.check_schedule:
         _prove_attention(layout, runtime.mesh, shape, parallelism)
-    partials: dict[int, list[Partial]] = {layer: [] for layer in range(shape.layers)}
+    offload = parallelism.offload
+    partials = {layer: OffloadedPartials(offload) if offload else list[Partial]() for layer in range(shape.layers)}
     by_window = {w: hybrid(runtime.ulysses, runtime.ring, layout, causal_within(w)) for w in set(shape.windows)}
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:

@@ -26,9 +26,9 @@ from recipes.common.cli import console, on_ranks, say, warm_up_ranks, write_resu
 from recipes.common.places import refuse_unwritable
 from recipes.common.provenance import provenance
 from recipes.common.settings import as_config, as_dict, sections, top_level
-from recipes.common.train_job import TrainJob, refuse_unsplit, resolve_train_job
-from recipes.common.train_loop import build_state
+from recipes.common.train_job import TrainJob, refuse_offload, refuse_unsplit, resolve_train_job
 from recipes.common.train_memory import describe_memory, predict_memory
+from recipes.common.train_setup import build_state, context_parallel
 from recipes.common.train_task import WARM
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class MemoryBenchSettings:
 
 @dataclass(frozen=True)
 class MemoryRun:
-    """Work to measure, and its mesh; ``zero1``, ``recompute`` and ``mlp_rows`` are those of a training step."""
+    """Work to measure, and its mesh; the last four are settings of a training step."""
 
     work: Literal["prefill", "decode", "train"] = "train"
     tp: PositiveInt = 1
@@ -61,10 +61,12 @@ class MemoryRun:
     zero1: bool = False
     recompute: Recompute = "none"
     mlp_rows: PositiveInt | None = None
+    offload: str | None = None
 
     def __post_init__(self) -> None:
-        if self.work != "train" and (self.dp, self.pp, self.zero1, self.recompute) != (1, 1, False, "none"):
-            raise ValueError(f"work={self.work} has no dp, pp, zero1 or recompute: use work=train")
+        of_training = (self.dp, self.pp, self.zero1, self.recompute, self.mlp_rows, self.offload)
+        if self.work != "train" and of_training != (1, 1, False, "none", None, None):
+            raise ValueError(f"work={self.work} has no dp, pp, zero1, recompute, mlp_rows or offload: use work=train")
 
     @property
     def mesh(self) -> Mesh:
@@ -76,6 +78,7 @@ class MemoryRun:
         options += ["zero1"] if self.zero1 else []
         options += [f"recompute={self.recompute}"] if self.recompute != "none" else []
         options += [f"mlp_rows={self.mlp_rows}"] if self.mlp_rows else []
+        options += ["offload"] if self.offload else []
         return " ".join([self.work, str(self.mesh), *options])
 
 
@@ -96,11 +99,8 @@ def prepare(config: DictConfig) -> MemoryBenchJob:
     runs = sections(config, "runs", MemoryRun)
     plain = as_config({name: value for name, value in values.items() if name not in ("json", "runs")})
     job = resolve_train_job(plain, RECIPE, from_scratch=True)
-    refuse_set_by_runs(
-        job,
-        RECIPE,
-        {"optim.zero1": job.optim.zero1, "recompute": job.settings.recompute, "mlp_rows": job.settings.mlp_rows},
-    )
+    own = {name: getattr(job.settings, name) for name in ("recompute", "mlp_rows", "offload")}
+    refuse_set_by_runs(job, RECIPE, {"optim.zero1": job.optim.zero1, **own})
     return MemoryBenchJob(settings, runs, tuple(_job_of(job, run) for run in runs))
 
 
@@ -109,12 +109,13 @@ def _job_of(job: TrainJob, run: MemoryRun) -> TrainJob:
     data = replace(job.data, batch=run.dp)
     refuse_unfit(run.mesh, job.target.shape)
     refuse_unsplit(run.mesh, job.target.shape, data)
+    refuse_offload(job.target, run.offload)
     return replace(
         job,
         target=replace(job.target, mesh=run.mesh, context=replace(job.target.context, strategy=run.strategy)),
         data=data,
         optim=replace(job.optim, zero1=run.zero1),
-        settings=replace(job.settings, recompute=run.recompute, mlp_rows=run.mlp_rows),
+        settings=replace(job.settings, recompute=run.recompute, mlp_rows=run.mlp_rows, offload=run.offload),
     )
 
 
@@ -143,14 +144,12 @@ def meter_step(runtime: Runtime, job: TrainJob) -> MemoryMeter:
     from longctx.attention.backends import kernel_for
     from longctx.data.batches import training_batches
     from longctx.hf.config import tokenizer_of
-    from longctx.parallel.strategy import STRATEGIES
     from longctx.train.memory import memory_meter
-    from longctx.train.step import ContextParallel, train_step
+    from longctx.train.step import train_step
 
     target, dp = job.target, runtime.groups.dp
     state, kernel = build_state(runtime, job), kernel_for(target.context.kernel, "cpu", target.model.dtype)
-    strategy, keeps = STRATEGIES[target.context.strategy], job.settings.recompute != "none"
-    parallelism = ContextParallel(job.data.length, target.context.layout, kernel, strategy, keeps)
+    parallelism = context_parallel(runtime, state, job, kernel)
     batches = training_batches(job.data, tokenizer_of(target.folder), dp.rank(), dp.size())(None)
     train_step(state, next(batches)[0], runtime, parallelism)
     meter = memory_meter(state)

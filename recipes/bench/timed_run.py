@@ -15,7 +15,7 @@ from longctx.spd.plan import SPDPlan, within
 from recipes.bench.prefill import build_shallow_engine
 from recipes.bench.timing import make_random_cache, measure_in_rounds, time_on_ranks
 from recipes.common.train_job import TrainJob
-from recipes.common.train_loop import build_state
+from recipes.common.train_setup import build_state, context_parallel
 
 if TYPE_CHECKING:
     from longctx.infer.engine import Engine
@@ -131,14 +131,11 @@ def train_step_of(runtime: Runtime, job: TrainJob) -> Callable[[], object]:
     from longctx.attention.backends import kernel_for
     from longctx.data.batches import training_batches
     from longctx.hf.config import tokenizer_of
-    from longctx.parallel.strategy import STRATEGIES
-    from longctx.train.step import ContextParallel, train_step
+    from longctx.train.step import train_step
 
     target, dp = job.target, runtime.groups.dp
     state, kernel = build_state(runtime, job), kernel_for(target.context.kernel, "cpu", target.model.dtype)
-    parallelism = ContextParallel(
-        job.data.length, target.context.layout, kernel, STRATEGIES[target.context.strategy], False
-    )
+    parallelism = context_parallel(runtime, state, job, kernel)
     batch, _ = next(training_batches(job.data, tokenizer_of(target.folder), dp.rank(), dp.size())(None))
     return lambda: train_step(state, batch, runtime, parallelism)
 

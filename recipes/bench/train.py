@@ -28,7 +28,7 @@ from recipes.common.places import refuse_unwritable
 from recipes.common.provenance import provenance
 from recipes.common.settings import as_config, as_dict, sections, top_level
 from recipes.common.train_job import TrainJob, resolve_train_job
-from recipes.common.train_loop import build_state
+from recipes.common.train_setup import build_state
 from recipes.common.train_task import WARM
 
 RECIPE = "recipes.bench train"
@@ -135,6 +135,7 @@ def refuse_unmeasured(job: TrainJob) -> None:
         raise ValueError(f"recompute={recompute}: recomputed activations are not counted; use recompute=none")
     for name, value, measured in (
         ("mlp_rows", job.settings.mlp_rows or "null", "null"),
+        ("offload", job.settings.offload or "null", "null"),
         ("run.device", target.run.device, "cpu"),
         ("run.threads", target.run.threads or 1, 1),
         ("model.dtype", target.model.dtype, "float32"),

@@ -44,6 +44,17 @@ def refuse_unwritable_folder(out: str, name: str = "out") -> None:
     _refuse_read_only(Path(out).expanduser(), f"{name}={out}")
 
 
+def refuse_folder_in_memory(out: str, name: str) -> None:
+    """Raise ValueError if ``out``, the setting ``name``, is in a file system that keeps its files in memory."""
+    import psutil
+
+    folder = nearest_existing(Path(out).expanduser()).resolve()
+    systems = {Path(one.mountpoint): one.fstype for one in psutil.disk_partitions(all=True)}
+    system = next((systems[place] for place in (folder, *folder.parents) if place in systems), None)
+    if system in ("tmpfs", "ramfs", "devtmpfs"):
+        raise ValueError(f"{name}={out} is in a {system}, which is memory: give a folder on a disk")
+
+
 def _refuse_read_only(folder: Path, setting: str) -> None:
     """Raise ValueError unless a page can be written to a file in ``folder``, or in its nearest parent that exists."""
     try:

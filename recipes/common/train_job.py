@@ -1,5 +1,6 @@
 """Job of a training run, checked before any rank starts."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ from longctx.data.identity import text_digests
 from longctx.model_shape import ModelShape
 from recipes.common.hardware_file import read_rates
 from recipes.common.manifest import refuse_other_recipe
-from recipes.common.places import refuse_unwritable_folder
+from recipes.common.places import refuse_folder_in_memory, refuse_unwritable_folder
 from recipes.common.provenance import hardware, provenance
 from recipes.common.settings import as_config, as_dict, section, top_level
 from recipes.common.target import Target, resolve_target
@@ -35,6 +36,7 @@ class TrainSettings:
     recompute: Recompute = "none"
     loss_rows: PositiveInt | None = 512
     mlp_rows: PositiveInt | None = None
+    offload: str | None = None
     hardware: str | None = None
 
 
@@ -115,6 +117,7 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool, co
     target = resolve_target(config, recipe, needs_weights=not from_scratch, proves_schedule=True)
     lora = LoRA() if from_scratch else section(config, "lora", LoRA)
     _refuse_untrainable(target, settings)
+    refuse_offload(target, settings.offload)
     refuse_no_adapters(target, settings, lora)
     refuse_untrainable(target.folder)
     # 2. The text.
@@ -167,6 +170,26 @@ def _refuse_untrainable(target: Target, settings: TrainSettings) -> None:
             f"context.chunk={target.context.chunk} is for inference, and a training step takes whole sequences: use "
             "context.chunk=null"
         )
+
+
+def refuse_offload(target: Target, where: str | None) -> None:
+    """Raise ValueError unless ``where`` is null, ``host`` on a GPU, or, on a CPU, a folder on a disk."""
+    if where is None:
+        return
+    on_gpu, host = target.run.device == "cuda", where == "host"
+    if on_gpu and target.model.layers != "local":
+        raise ValueError(
+            f"offload={where} is not tested with Transformer Engine, which model.layers={target.model.layers} may "
+            "use: use model.layers=local"
+        )
+    if on_gpu != host:
+        use = "offload=host, which is the memory of the GPU's host" if on_gpu else "a folder on a disk, or offload=null"
+        raise ValueError(f"offload={where} does not fit run.device={target.run.device}: use {use}")
+    if not host:
+        if not hasattr(os, "posix_fadvise"):
+            raise ValueError(f"offload={where} needs Linux: use offload=null and recompute=full")
+        refuse_unwritable_folder(where, "offload")
+        refuse_folder_in_memory(where, "offload")
 
 
 def refuse_no_adapters(target: Target, settings: TrainSettings, lora: LoRA) -> None:

@@ -17,6 +17,7 @@ from recipes.common.cli import say
 from recipes.common.progress import Progress
 from recipes.common.train_job import TrainJob
 from recipes.common.train_report import Measured, RunResult
+from recipes.common.train_setup import build_state, context_parallel
 
 if TYPE_CHECKING:
     from longctx.data.batches import Batch
@@ -86,7 +87,7 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
         for done in train_steps(state, runtime, timer, job, start, stop):
             tracker.log(done.figures, done.step)
             refuse_diverged_step(done, checkpoints, job.out / "checkpoints")
-            measured = measured.after(done.figures["step_s"], done.memory)
+            measured = measured.after(done.figures["step_s"], done.memory, done.figures.get("offloaded_bytes"))
             last_step, loss = done.step, float(done.figures["loss"] or 0.0)
             progress.step(note=f"loss {loss:.4f}, {done.figures['tokens_per_s']:,.0f} tokens/s")
             if done.ends_run or done.step % job.saving.every == 0:
@@ -142,35 +143,6 @@ def refuse_diverged_step(done: TrainedStep, checkpoints: Checkpoints, folder: Pa
     )
 
 
-def build_state(runtime: Runtime, job: TrainJob) -> TrainState:
-    """Return the model on its ranks, with its initial weights, and its optimizer."""
-    import torch
-
-    from longctx.megatron.hf_io import load as hf_load
-    from longctx.megatron.hf_io.init import RandomInit
-    from longctx.megatron.model import layers_in_use
-    from longctx.megatron.training.state import build_train_state
-
-    target = job.target
-    dropped = target.plan.dropped if target.plan else ()
-    read = hf_load.Weights(job.weights, dropped) if job.weights else RandomInit(target.shape, job.settings.seed)
-    return build_train_state(
-        runtime,
-        target.shape,
-        job.optim,
-        lambda net: hf_load.load(net, read, target.shape),
-        dtype=getattr(torch, target.model.dtype),
-        layers="local" if job.lora.rank else layers_in_use(target.model.layers, target.shape),
-        steps=job.settings.steps,
-        recompute=job.settings.recompute,
-        loss_rows=job.settings.loss_rows,
-        mlp_rows=job.settings.mlp_rows,
-        plan=target.plan,
-        lora=job.lora,
-        seed=job.settings.seed,
-    )
-
-
 def resume(state: TrainState, job: TrainJob, report: Callable[[str], None]) -> Start:
     """Load the last whole checkpoint into ``state`` and return its resume point; a new run starts at step 0."""
     from longctx.megatron.training import checkpoint
@@ -211,21 +183,15 @@ def train_steps(
     from longctx.attention.backends import checked_kernel
     from longctx.data.batches import left_out, refuse_nothing_to_learn, training_batches
     from longctx.hf.config import tokenizer_of
-    from longctx.parallel.strategy import STRATEGIES
     from longctx.train.memory import memory_meter
     from longctx.train.meter import Meter
-    from longctx.train.step import ContextParallel
 
     target, settings = job.target, job.settings
     dp_rank, dp_size = runtime.groups.dp.rank(), runtime.groups.dp.size()
     # 1. How sequences are sharded and attended to, and how a step is measured.
     dtype, head_dim = target.model.dtype, target.shape.head_dim
     kernel = checked_kernel(target.context.kernel, runtime.device, dtype, head_dim, runtime.slowest)
-    context, keep_partials = target.context, settings.recompute != "none"
-    strategy, prove = STRATEGIES[context.strategy], context.check_schedule
-    parallelism = ContextParallel(
-        job.data.length, context.layout, kernel, strategy, keep_partials, check_schedule=prove
-    )
+    parallelism = context_parallel(runtime, state, job, kernel)
     meter = Meter(target.shape, target.mesh.ranks // dp_size, runtime.device, timer, job.peak_flops)
     # 2. The text.
     held_out = _held_out(job, dp_rank, dp_size)
@@ -269,6 +235,7 @@ def _train_one(
     figures |= {"tokens": result.tokens, "lr": result.rate}
     figures |= {} if result.router_loss is None else {"router_loss": result.router_loss}
     figures |= {"comm/experts_bytes": result.experts_bytes} if runtime.ep.size > 1 else {}
+    figures |= {"offloaded_bytes": parallelism.offload.peak} if parallelism.offload else {}
     figures |= {**cost.figures(), "tokens_per_s": runtime.groups.dp.size() * cost.tokens / cost.seconds}
     return figures, memory.largest_peak(runtime.world, runtime.device) if memory else None
 

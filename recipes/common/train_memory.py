@@ -28,6 +28,7 @@ def step_work(job: TrainJob) -> StepWork:
         recompute=settings.recompute,
         loss_rows=settings.loss_rows,
         mlp_rows=settings.mlp_rows,
+        offload=settings.offload is not None,
         operations="cuda" if job.target.run.device == "cuda" else "cpu",
     )
 

@@ -21,16 +21,18 @@ from recipes.common.train_memory import describe_memory, predict_memory, step_wo
 class Measured:
     """Seconds of each of a run's last 100 steps, and the peak memory of a step in bytes by part (None: not counted).
 
+    ``offloaded`` are the most bytes of activations that the first rank had offloaded at once (None: it offloads none).
     The first step warms up, and a step whose bytes are counted is slower: their seconds are left out.
     """
 
     steps: int = 0
     seconds: tuple[float, ...] = ()
     memory: Mapping[str, int] | None = None
+    offloaded: float | None = None
 
-    def after(self, step_s: float | None, memory: Mapping[str, int] | None) -> Measured:
+    def after(self, step_s: float | None, memory: Mapping[str, int] | None, offloaded: float | None) -> Measured:
         """Return the figures after one more step, which took ``step_s`` seconds."""
-        figures = replace(self, steps=self.steps + 1, memory=memory or self.memory)
+        figures = replace(self, steps=self.steps + 1, memory=memory or self.memory, offloaded=offloaded)
         if self.steps == 0 or memory or step_s is None:
             return figures
         return replace(figures, seconds=(*self.seconds[-99:], step_s))
@@ -51,8 +53,8 @@ class RunResult:
 
 
 def predict_step(job: TrainJob) -> float | None:
-    """Return the predicted seconds of a training step; None without constants of a machine."""
-    if job.machine is None:
+    """Return the predicted seconds of a training step; None without constants of a machine, or with offload."""
+    if job.machine is None or job.settings.offload:
         return None
     target, size = job.target, ELEMENT_BYTES[job.target.model.dtype]
     share = len(target.plan.dropped) / target.shape.layers if target.plan and target.mesh.tp > 1 else 0.0
@@ -71,6 +73,10 @@ def compared(job: TrainJob, measured: Measured) -> list[tuple[str, str]]:
         table_rows.append(("time of a step", f"{seconds:.3g} s{beside(seconds, {'step_s': predicted}, 'step_s')}"))
     if measured.memory:
         table_rows.append(("peak memory of a step", describe_memory(measured.memory, predict_memory(job))))
+    if measured.offloaded is not None:
+        table_rows.append(
+            ("offloaded", f"{measured.offloaded / 1e6:,.1f} MB of activations, to {job.settings.offload}")
+        )
     return table_rows
 
 

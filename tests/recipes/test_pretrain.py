@@ -133,11 +133,15 @@ def test_run_that_is_asked_to_stop_saves_and_resumes_after_the_same_step(cli, tm
 def test_more_steps_resume_on_another_mesh(cli, tmp_path):
     """The learning rate is constant, so that a longer run has the same schedule.
 
-    One of the runs has ``hardware``: it counts the memory of a step, and shows it beside the prediction.
+    The resumed run offloads activations.  One of the runs has ``hardware``: it counts the memory of a step, and shows
+    it beside the prediction.
     """
     constant = ("optim.decay=constant", "checkpoint.keep=1", "optim.zero1=true")
     run_here(cli, tmp_path / "a", *constant, "mesh.tp=2", "mesh.dp=2", "steps=4")
-    run_here(cli, tmp_path / "a", *constant, "mesh.ulysses=2", "mesh.pp=2", "steps=7", resume_after=4)
+    offload = f"offload={tmp_path / 'activations'}"
+    err = run_here(cli, tmp_path / "a", *constant, "mesh.ulysses=2", "mesh.pp=2", "steps=7", offload, resume_after=4)
+    assert float(re.search(r"offloaded +(\S+) MB of activations, to", err)[1]) > 0.1
+    assert lines(tmp_path / "a")[-1]["offloaded_bytes"] > 100_000
     err = " ".join(run_here(cli, tmp_path / "b", *constant, "steps=7", "hardware=h200").split())
     assert re.search(r"time of a step \S+ s, predicted \S+ s \(-\d+%\)", err)
     measured, predicted = re.search(r"peak memory of a step (\S+) MB, predicted (\S+): optimizer", err).groups()

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ class Run:
     Starts from the weights of ``folder``, or, if ``begin`` is not 0, from the latest checkpoint in ``checkpoints``.  A
     checkpoint is saved after step ``save_at``.  If ``gradients`` is set, the run only writes the first step's gradients
     there, as a Hugging Face folder.  ``tokens`` is the number of token ids to draw from.  With ``data``, every step
-    takes the first batch of this text.
+    takes the first batch of this text.  With ``offload``, activations wait for the
+    backward in files of the system's temporary folder.
     """
 
     mesh: Mesh
@@ -44,6 +46,7 @@ class Run:
     dropped: tuple[int, ...] = ()
     data: DataSettings | None = None
     lora: LoRA | None = None
+    offload: bool = False
 
 
 def sequences(run: Run, step: int) -> Batch:
@@ -89,6 +92,7 @@ def train(rank: Rank, run: Run) -> list[Step]:
     from longctx.megatron.hf_io import load as hf_load
     from longctx.megatron.runtime import open_runtime
     from longctx.megatron.training import checkpoint
+    from longctx.megatron.training.offload import Files, Offload
     from longctx.megatron.training.state import build_train_state
     from longctx.parallel.strategy import STRATEGIES
     from longctx.train.step import ContextParallel, micro_batches, train_step
@@ -112,9 +116,11 @@ def train(rank: Rank, run: Run) -> list[Step]:
             seed=5,
         )
         strategy, keep_partials = STRATEGIES[run.strategy], run.recompute != "none"
+        files = Files(Path(gettempdir())) if run.offload else None
         parallelism = ContextParallel(
-            sum(run.lengths[0]), run.layout, flash_cpu, strategy, keep_partials, getattr(torch, run.dtype)
-        )
+            sum(run.lengths[0]), run.layout, flash_cpu, strategy, keep_partials, getattr(torch, run.dtype),
+            offload=Offload(files, trained.net.parameters(), smallest=64) if files else None,
+        )  # fmt: skip
 
         def batch(step: int) -> Batch:
             return rows_of_rank(sequences(run, step), runtime.groups.dp)

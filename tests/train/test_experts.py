@@ -37,7 +37,7 @@ def right(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dic
 
 MESHES: list[tuple[Mesh, dict[str, Any]]] = [
     (Mesh(tp=2, ring=2, ep=2), {"strategy": "pass_q", "layout": "striped"}),
-    (Mesh(ulysses=2, pp=2, ep=2), {"recompute": "full"}),
+    (Mesh(ulysses=2, pp=2, ep=2), {"recompute": "full", "offload": True}),
     (Mesh(ring=2, dp=2, ep=4), {}),  # a single expert a rank
 ]
 

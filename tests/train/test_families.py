@@ -36,7 +36,7 @@ def right(
 
 
 MESHES: list[tuple[Mesh, dict[str, Any]]] = [
-    (Mesh(tp=2, ring=2), {"strategy": "pass_q", "layout": "striped"}),
+    (Mesh(tp=2, ring=2), {"strategy": "pass_q", "layout": "striped", "offload": True}),
     (Mesh(ulysses=2, pp=2), {"recompute": "full"}),
 ]
 

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from longctx.config import Mesh, Optim
+from longctx.config import LoRA, Mesh, Optim
 from longctx.hf.checkpoint import tensor_files
 from longctx.parallel.launch import RankFailed, run_ranks
 from tests.float64 import KeepFloat64, float64_model
 from tests.tiny import tiny_model, tiny_tokenizer
-from tests.train.ranks import Run, Step, sequences, train
+from tests.train.ranks import Run, Step, sequences, train, train_each
 from tests.train.spd_oracle import drop
 
 # Four packed sequences of 37 tokens: ragged documents, a single one, documents of one token, and an empty one.
@@ -172,6 +172,25 @@ def test_gradients_with_dropped_reductions_equal_the_equations(run, mesh, droppe
     got = tensors(tmp_path / "gradients")
     for name, gradient in right.items():
         assert (got[name] - gradient).norm() <= 2e-6 * gradient.norm(), name
+
+
+OFFLOADED = [
+    (Mesh(), {"lora": LoRA(rank=3)}),
+    (Mesh(ring=2), {"recompute": "full"}),
+    (Mesh(ulysses=2), {"recompute": "selective"}),
+    (Mesh(dp=2), {"optim": Optim(zero1=True), "dtype": "bfloat16"}),
+    (Mesh(pp=2), {"mlp_rows": 3}),
+    (Mesh(tp=2, ring=2), {"dropped": (1,), "recompute": "full", "mlp_rows": 5}),
+    (Mesh(tp=2, pp=2), {"dropped": (0,)}),
+]
+
+
+@pytest.mark.parametrize(("mesh", "settings"), OFFLOADED, ids=str)
+def test_offloaded_activations_change_no_bit(run, mesh, settings):
+    """Two steps with and without, in the same ranks: losses and gradient norms are equal."""
+    run = replace(run, mesh=mesh, **settings)
+    for without, offloaded in run_ranks(mesh.ranks, train_each, [run, replace(run, offload=True)]):
+        assert offloaded == without
 
 
 def test_bfloat16_with_float32_masters_stays_close_to_float32(run, one_rank):

@@ -1,7 +1,7 @@
 """Training steps with megatron-core: micro-batches through the pipeline, sums of losses, the update."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from megatron.core.utils import GlobalMemoryBuffer
 from longctx.megatron.attention import Pass
 from longctx.megatron.loss import loss_of
 from longctx.megatron.model import run_stage
+from longctx.megatron.training.offload import Offload
 from longctx.megatron.training.state import TrainState
 from longctx.shapes import Float, Int, Positions, Tensor, Tokens
 
@@ -26,7 +27,7 @@ class MicroBatch:
     ``mask`` is 1 for rows whose target counts in the loss, otherwise 0 (padding included).  An evaluation sums the
     losses separately for ranges of positions, called buckets; ``bucket`` has the number of each row's bucket.  The rows
     after the first ``rows`` are padding.  ``mean_counted`` is the mean number of targets per sequence that count in the
-    loss, over the whole batch.
+    loss, over the whole batch.  ``offload`` takes the activations that the backward needs (None: they stay).
     """
 
     tokens: Tokens
@@ -36,6 +37,7 @@ class MicroBatch:
     attention_pass: Pass
     rows: int
     mean_counted: float
+    offload: Offload | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def _forward_step(
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """Run the next micro-batch; return the stage's output and the function that megatron-core applies to the loss."""
     batch, net = next(batches), train_state.net
-    with _balanced(train_state, batch):
+    with _balanced(train_state, batch), batch.offload.active() if batch.offload else nullcontext():
         hidden = run_stage(net, batch.tokens, batch.attention_pass)
     if not net.post_process:
         return hidden, partial(_report, batch, buckets)  # megatron-core calls it on the last stage only

@@ -1,14 +1,16 @@
 """The folder of a training run: what a start leaves, and what a corrected start may replace."""
 
 import json
+import os
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 
 from longctx.config import DataSettings, Mesh, TextSource
 from longctx.hf.config import shape_of
-from recipes.common.train_job import refuse_unsplit
+from recipes.common.train_job import refuse_offload, refuse_unsplit
 from recipes.common.train_resume import begin_run, refuse_other_model
 
 
@@ -53,6 +55,42 @@ def test_only_the_first_rank_of_a_launcher_makes_the_folder(job_of, under_torchr
     under_torchrun(1, 2)
     begin_run(job_of(3))
     assert not job_of(3).out.exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "layers", "where", "words"),
+    [
+        ("cpu", "auto", "host", "offload=host does not fit run.device=cpu: use a folder on a disk, or offload=null"),
+        ("cuda", "local", "folder", "does not fit run.device=cuda: use offload=host"),
+        (
+            "cuda",
+            "auto",
+            "host",
+            "not tested with Transformer Engine, which model.layers=auto may use: use model.l",
+        ),
+        (
+            "cpu",
+            "auto",
+            "/dev/shm/folder",
+            "offload=/dev/shm/folder is in a tmpfs, which is memory: give a folder",
+        ),
+        ("cpu", "auto", "/proc/folder", "offload=/proc/folder cannot be written .*: give a writable folder"),
+        ("cpu", "auto", None, None),
+        ("cuda", "local", "host", None),
+    ],
+)
+def test_activations_are_offloaded_to_another_memory(device, layers, where, words):
+    target = SimpleNamespace(run=SimpleNamespace(device=device), model=SimpleNamespace(layers=layers))
+    with pytest.raises(ValueError, match=words) if words else nullcontext():
+        refuse_offload(target, where)
+
+
+def test_a_system_without_the_calls_for_files_is_refused(monkeypatch, tmp_path):
+    target = SimpleNamespace(run=SimpleNamespace(device="cpu"))
+    refuse_offload(target, str(tmp_path))
+    monkeypatch.delattr(os, "posix_fadvise")
+    with pytest.raises(ValueError, match=r"offload=\S+ needs Linux: use offload=null and recompute=full"):
+        refuse_offload(target, str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,238 @@
+"""Activation offload: what the backward needs waits outside the device's memory, in files (CPU) or on the host (GPU).
+
+`Offload.active` is a pair of autograd's hooks, so it sees whatever any operation saves, on every mesh, with and without
+recomputation.  Copies are bit for bit: losses and gradients are those of a step without it.
+"""
+
+import ctypes
+import errno
+import os
+import platform
+import shutil
+import tempfile
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from mmap import mmap
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from longctx.attention.partial import Partial
+from longctx.shapes import AnyShape, Tensor, UInt8
+
+Bytes = UInt8[Tensor, " n"]
+
+HOST = "host"
+_SMALLEST = 1 << 16  # bytes; smaller tensors stay, since each offloaded one costs a call
+_GRAIN = 1 << 16  # sizes in the file are multiples of it, so that sequences of nearly equal length use the same space
+_UNWRITTEN = 1 << 29
+
+
+@runtime_checkable  # so that tests can check signatures
+class Store(Protocol):
+    """Where bytes wait: `put` copies bytes of the device to it, and `get` returns such a copy to the device."""
+
+    def put(self, data: Bytes) -> Bytes: ...
+
+    def get(self, copy: Bytes) -> Bytes: ...
+
+
+class Files:
+    """A file in ``folder`` as memory: when the system needs memory, it frees pages that are written to the disk.
+
+    Pages are written at once, and `put` waits when more than `_UNWRITTEN` bytes are not written yet: a container that
+    limits memory may otherwise end the process before its pages are written.  Space is used again once no tensor refers
+    to it.  The file has no name, so that nothing is left when the process ends, however it ends.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        _return_freed_memory()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._end, self._unwritten = folder, 0, 0
+        with tempfile.TemporaryFile(dir=folder) as file:
+            # As long as the disk has room for, and empty: `_grow` reserves what is used.
+            file.truncate(shutil.disk_usage(folder).free // _GRAIN * _GRAIN)
+            self._file = os.dup(file.fileno())
+            self._bytes = np.frombuffer(mmap(self._file, 0), np.uint8)
+        weakref.finalize(self, os.close, self._file)
+        self._unused: defaultdict[int, list[int]] = defaultdict(list)
+
+    def put(self, data: Bytes) -> Bytes:
+        """Return a copy of the CPU tensor ``data`` in the file; raise OSError if the disk has no room for it."""
+        size = -(-len(data) // _GRAIN) * _GRAIN
+        unused = self._unused[size]
+        offset = unused.pop() if unused else self._grow(size)
+        copy = torch.from_numpy(self._bytes[offset : offset + len(data)])
+        weakref.finalize(copy.untyped_storage(), unused.append, offset).atexit = False
+        self._write(data, offset)
+        return copy
+
+    def get(self, copy: Bytes) -> Bytes:
+        """Return ``copy`` itself: its pages are read from the disk when they are touched."""
+        return copy
+
+    def _grow(self, size: int) -> int:
+        """Reserve ``size`` bytes of the disk at the end; return their offset."""
+        begin = self._end
+        try:
+            if begin + size > len(self._bytes):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.posix_fallocate(self._file, begin, size)  # else, writing on a full disk would be a SIGBUS
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"offload={self._folder} has no room for the activations of a step ({error.strerror}): give a folder "
+                "on a larger disk, or use recompute=full",
+            ) from error
+        self._end += size
+        return begin
+
+    def _write(self, data: Bytes, offset: int) -> None:
+        rest = data.numpy().data
+        while rest:  # through the file: writing through memory would first read the pages that it replaces
+            done = os.pwrite(self._file, rest, offset)
+            os.posix_fadvise(self._file, offset, done, os.POSIX_FADV_DONTNEED)  # starts to write them to the disk
+            self._unwritten += done
+            offset, rest = offset + done, rest[done:]
+        if self._unwritten > _UNWRITTEN:
+            os.fdatasync(self._file)
+            self._unwritten = 0
+
+
+def _return_freed_memory() -> None:
+    """Let the C library return each freed tensor of a megabyte or more to the system, rather than keep it for later.
+
+    Otherwise the process grows by about a layer's activations per layer, although each tensor is freed: glibc raises
+    this threshold by itself to 32 MB.  Other C libraries have no such setting.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        M_MMAP_THRESHOLD = -3  # noqa: N806  (its name in malloc.h)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+
+class Host:
+    """Pinned memory of the host of a GPU, ``device``.  Copies are made in order with the computation, on its stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def put(self, data: Bytes) -> Bytes:
+        """Return a copy of ``data`` in the host's memory."""
+        with _disable_current_modes():  # a `MemoryMeter` does not count it
+            copy = torch.empty(len(data), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        return copy.copy_(data, non_blocking=True)
+
+    def get(self, copy: Bytes) -> Bytes:
+        """Return a copy of ``copy`` on the GPU."""
+        return copy.to(self._device, non_blocking=True, copy=True)
+
+
+@dataclass
+class _Stored:
+    """Bytes of a storage in a `Store`, and the copy of them that was fetched last, while it exists."""
+
+    data: Bytes
+    fetched: "weakref.ref[torch.UntypedStorage] | None" = None
+
+
+class _View(NamedTuple):
+    """A saved tensor: how it views the bytes of a storage."""
+
+    stored: _Stored
+    dtype: torch.dtype
+    size: torch.Size
+    stride: Sequence[int | torch.SymInt]
+    offset: int | torch.SymInt
+
+
+class Offload:
+    """Moves what autograd saves to ``store``, and brings it back when the backward asks for it.
+
+    Storages that several operations save are moved once.  Those of ``weights``, and tensors of fewer than ``smallest``
+    bytes, stay.  ``peak`` is the largest number of bytes that were in the store at once.
+    """
+
+    def __init__(self, store: Store, weights: Iterable[AnyShape], smallest: int = _SMALLEST) -> None:
+        self._store, self._smallest = store, smallest
+        self._weights = {weight.untyped_storage()._cdata for weight in weights}
+        self._moved: dict[int, tuple[int, _Stored]] = {}
+        self._size = self.peak = 0
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Offload what the operations inside the ``with`` block save."""
+        with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
+            yield
+
+    @torch.no_grad()
+    def pack(self, x: AnyShape) -> AnyShape | _View:
+        """Move the storage of ``x`` to the store, unless it is there already; return what `unpack` takes."""
+        storage = x.untyped_storage()
+        if storage.nbytes() < self._smallest or storage._cdata in self._weights:
+            return x if x.is_leaf else x.detach()  # an output that is saved as it is would keep itself alive
+        return _View(self._stored(x, storage), x.dtype, x.size(), x.stride(), x.storage_offset())
+
+    @torch.no_grad()
+    def unpack(self, packed: AnyShape | _View) -> AnyShape:
+        """Return the tensor that `pack` was given, on its device, bit for bit."""
+        if not isinstance(packed, _View):
+            return packed
+        stored, dtype, size, stride, offset = packed
+        storage = stored.fetched() if stored.fetched else None
+        if storage is None:
+            storage = self._store.get(stored.data).untyped_storage()
+            stored.fetched = weakref.ref(storage)
+        whole = _bytes_of(storage)
+        return whole[: len(whole) // dtype.itemsize * dtype.itemsize].view(dtype).as_strided(size, stride, offset)
+
+    def _stored(self, x: AnyShape, storage: torch.UntypedStorage) -> _Stored:
+        key = storage._cdata
+        version, stored = self._moved.get(key, (-1, None))
+        if stored is None or version != x._version:
+            if stored is None:
+                weakref.finalize(storage, self._moved.pop, key, None).atexit = False
+            stored = _Stored(self._store.put(_bytes_of(storage)))
+            self._moved[key] = (x._version, stored)
+            self._count(storage.nbytes())
+            weakref.finalize(stored, self._count, -storage.nbytes()).atexit = False
+        return stored
+
+    def _count(self, size: int) -> None:
+        self._size += size
+        self.peak = max(self.peak, self._size)
+
+
+def open_offload(where: str | None, weights: Iterable[AnyShape], device: torch.device) -> Offload | None:
+    """Return an offload from ``device`` to ``where``: `HOST`, or a folder; None for None.  ``weights`` stay."""
+    if where is None:
+        return None
+    return Offload(Host(device) if where == HOST else Files(Path(where).expanduser()), weights)
+
+
+class OffloadedPartials:
+    """A stack of attention results, which recomputation pops, in the store of ``offload``."""
+
+    def __init__(self, offload: Offload) -> None:
+        self._offload, self._packed = offload, list[tuple[AnyShape | _View, AnyShape | _View]]()
+
+    def append(self, partial: Partial) -> None:
+        """Move ``partial`` to the store."""
+        self._packed.append((self._offload.pack(partial.out), self._offload.pack(partial.lse)))
+
+    def pop(self) -> Partial:
+        """Return the newest partial, and forget it."""
+        return Partial(*map(self._offload.unpack, self._packed.pop()))
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Bytes:
+    with _disable_current_modes():
+        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
