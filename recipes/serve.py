@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +27,7 @@ from longctx.parallel.launcher import current_rank
 from recipes.common.cli import console, is_first, main, on_ranks, say, warm_up_ranks
 from recipes.common.decode_choice import make_decode_chooser
 from recipes.common.hardware_file import refuse_other_threads
+from recipes.common.listening import listen, read_key, refuse_open_host
 from recipes.common.lock import hold, lock_beside
 from recipes.common.places import refuse_unwritable_folder
 from recipes.common.progress import Progress
@@ -38,8 +37,8 @@ from recipes.common.target import Target, resolve_target, say_unapplied
 
 if TYPE_CHECKING:
     from longctx.cost.hardware import Hardware
+    from longctx.infer.continuous import ContinuousSession
     from longctx.infer.page_files import PageFiles
-    from longctx.infer.session import Session
     from longctx.megatron.runtime import Runtime
     from longctx.serve.one_rank import OneRank
     from longctx.serve.page_folder import PageOrigin
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
 RECIPE = "recipes.serve"
 # Not this module: runpy, which runs it again in each rank, would warn that it is imported already.
 WARM = ("longctx.infer.engine", "longctx.infer.generate", "recipes.common.progress", "longctx.serve.app", "uvicorn")
-KEY_VARIABLE = "LONGCTX_API_KEY"
 _SHORT = 320  # up to about this many tokens, one rank with the threads of all is faster (docs/results/serve.md)
 _REPEAT_S = 0.5  # a request to stop is repeated, since a rank that is starting ignores it
 
@@ -135,7 +133,7 @@ def prepare(config: DictConfig) -> ServeJob:
     refuse_missing_packages()
     target = resolve_target(config, RECIPE, unused_axes=("dp", "pp"), strategy_by_turn=True, decode_by_batch=True)
     settings, sampling = top_level(config, ServeSettings), section(config, "sampling", Sampling)
-    cache, key = section(config, "cache", PrefixSettings), read_key(settings)
+    cache, key = section(config, "cache", PrefixSettings), read_key(settings.api_key_file)
     refuse_open_host(settings.host, key)
     if sampling.logprobs is not None:
         raise ValueError(
@@ -149,7 +147,7 @@ def prepare(config: DictConfig) -> ServeJob:
     if target.plan:
         raise ValueError("recipes.serve has not been tested with dropped reductions: use spd=none")
     if is_first():
-        listen(settings).close()
+        listen(settings.host, settings.port).close()
     target.shape.refuse_unknown_token(max(sampling.stop_tokens, default=0), "sampling.stop_tokens")
     say_unapplied(target.folder, sampling)
     hardware = read_constants(settings.hardware, target.context.strategy)
@@ -183,52 +181,10 @@ def refuse_missing_packages() -> None:
         raise ValueError(f"recipes.serve needs {error.name}: pip install 'longctx[serve]'") from error
 
 
-def read_key(settings: ServeSettings) -> str | None:
-    """Return the API key from the file, or from the environment variable `KEY_VARIABLE`; None if neither is given.
-
-    Raises ValueError for a file that cannot be read, and for a key that is empty or not ASCII.
-    """
-    name, key = f"the environment variable {KEY_VARIABLE}", os.environ.get(KEY_VARIABLE)
-    if settings.api_key_file:
-        name = f"api_key_file={settings.api_key_file}"
-        try:
-            key = Path(settings.api_key_file).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{name} cannot be read: {error}; give a file with the key") from error
-    if key is not None and not (key.strip() and key.strip().isascii()):
-        raise ValueError(f"{name} has no key of ASCII characters: write one, or leave it out")
-    return key.strip() if key else None
-
-
-def refuse_open_host(host: str, key: str | None) -> None:
-    """Raise ValueError unless ``host`` is an address; without a ``key``, it must be a loopback address."""
-    try:
-        address = ip_address(host)
-    except ValueError:
-        raise ValueError(f"host={host} is not an address: use 127.0.0.1, or 0.0.0.0 with an API key") from None
-    if not (address.is_loopback or key):
-        raise ValueError(
-            f"host={host} can be reached from other machines and needs an API key: give api_key_file=FILE, set "
-            f"{KEY_VARIABLE}, or use host=127.0.0.1"
-        )
-
-
-def listen(settings: ServeSettings) -> socket.socket:
-    """Return a socket that listens at the settings' host and port.  Raises ValueError if they cannot be used."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    try:
-        return socket.create_server((settings.host, settings.port), family=family)
-    except OSError as error:
-        raise ValueError(
-            f"port={settings.port} of host={settings.host} cannot be used ({error.strerror}): give another port, or an "
-            "address of this machine"
-        ) from error
-
-
 def run_rank(rank: Rank, job: ServeJob) -> None:
     """Serve on one rank: the first rank answers the clients, and the others compute the steps that it plans."""
+    from longctx.infer.continuous import ContinuousSession
     from longctx.infer.page_files import PageFiles
-    from longctx.infer.session import Session
     from longctx.serve.ranks import follow
     from longctx.train.stop import StopRequest
 
@@ -239,7 +195,7 @@ def run_rank(rank: Rank, job: ServeJob) -> None:
         with Progress(shown=rank.rank == 0) as progress:
             progress.start("loading", None)
             engine = target.load_engine(runtime)
-            session = Session(
+            session = ContinuousSession(
                 engine,
                 target.context,
                 Sampling(),
@@ -254,7 +210,9 @@ def run_rank(rank: Rank, job: ServeJob) -> None:
         stop.over()
 
 
-def speak(session: Session, runtime: Runtime, job: ServeJob, stop: StopRequest, files: PageFiles | None) -> None:
+def speak(
+    session: ContinuousSession, runtime: Runtime, job: ServeJob, stop: StopRequest, files: PageFiles | None
+) -> None:
     """Answer the clients on the first rank until a request to stop; then finish the open answers.
 
     ``files`` stores pages on disk (None: no page is saved).
@@ -275,7 +233,7 @@ def speak(session: Session, runtime: Runtime, job: ServeJob, stop: StopRequest, 
     front = Front(
         reader, service.submit, service.cancel, metrics_of(service), most, settings.max_request_bytes, job.key
     )
-    with listen(settings) as at:
+    with listen(settings.host, settings.port) as at:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         say(f"{name} answers at http://{host}:{at.getsockname()[1]}/v1")
         serve(service, front, make_app(front), at, lambda: stop.received)

@@ -164,3 +164,8 @@ def _load_model(
     net = build_model(shape, groups, dtype=dtype, layers=layers, device=runtime.device, plan=plan)
     hf_load.load(net, hf_load.Weights(folder, plan.dropped if plan else ()), shape)
     return net
+
+
+def barrier(engine: Engine) -> None:
+    """Wait for all ranks of the context group, so that a clock started next excludes their earlier work."""
+    engine.context.all_gather(torch.zeros(1, device=engine.device), [(1,)] * engine.ranks)

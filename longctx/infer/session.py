@@ -5,31 +5,25 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 
-import torch
-
 from longctx.attention.layout import LAYOUTS, Layout, contiguous, documents, shard_balanced
 from longctx.config import Context, Sampling
 from longctx.infer.cache import BatchCache, KVCache
 from longctx.infer.choose import choose_next
-from longctx.infer.engine import Engine
+from longctx.infer.engine import Engine, barrier
 from longctx.infer.prefill import (
     Chunk,
     LayerDone,
     pack_tokens,
-    replicated_rows,
     run_pass,
     run_replicated,
-    run_together,
-    sharded_rows,
     split_into_chunks,
 )
 from longctx.infer.prove import prove_pass
 from longctx.infer.refuse import refuse_prompts
-from longctx.infer.score_prompt import score_prompts
 from longctx.infer.turn import Conversation, Turn
 from longctx.megatron.sharded import WeightShare
 from longctx.parallel.comm import doing
-from longctx.parallel.ring import Strategy, local
+from longctx.parallel.ring import Strategy
 from longctx.parallel.strategy import STRATEGIES
 from longctx.shapes import Float, Tensor
 
@@ -210,7 +204,8 @@ class Session:
 
         # 2. A pass for each chunk, with strategies chosen for its numbers of tokens.
         for chunk in split_into_chunks(new, self.context.chunk):
-            hidden, layout = self._run_chunk(chunk, reasons, done)
+            layout, strategies = self._place(chunk, reasons)
+            hidden = self._run_chunk(chunk, layout, strategies, done)
             if keep_states:
                 turn.passes.append((hidden, layout))
             following |= choose_next(self.engine, self.sequences, chunk, hidden, layout)
@@ -218,28 +213,21 @@ class Session:
         return turn, following
 
     def _run_chunk(
-        self, chunk: Chunk, reasons: dict[str, str], done: LayerDone, alone: int | None = None
-    ) -> tuple[Float[Tensor, "s b hidden"], Layout]:
-        """Run one pass over ``chunk``; return the hidden states of this rank's rows, and the layout of all rows.
+        self, chunk: Chunk, layout: Layout, strategies: Mapping[int | None, Strategy], done: LayerDone = lambda: None
+    ) -> Float[Tensor, "s b hidden"]:
+        """Run one pass over ``chunk``, sharded by ``layout``; return the hidden states of this rank's rows."""
+        return self._run_pass(
+            chunk, partial(run_pass, tokens=pack_tokens(chunk), layout=layout, strategies=strategies), done
+        )
 
-        ``reasons`` receives each choice of a strategy and its reason.  If ``alone`` is given, that ring rank runs all
-        rows.
+    def _place(self, chunk: Chunk, reasons: dict[str, str]) -> tuple[Layout, dict[int | None, Strategy]]:
+        """Return the layout of the rows of ``chunk``, and the strategies for them.
+
+        ``reasons`` receives each choice of a strategy and its reason.
         """
-        layout, strategies = self._place(chunk, reasons, alone)
-        run = partial(run_pass, tokens=pack_tokens(chunk), layout=layout, strategies=strategies)
-        return self._run_pass(chunk, run, done), layout
-
-    def _place(
-        self, chunk: Chunk, reasons: dict[str, str], alone: int | None
-    ) -> tuple[Layout, dict[int | None, Strategy]]:
-        """Return the layout of the rows of ``chunk``, and the strategies for them; see `_run_chunk`."""
         lengths = [len(tokens) for tokens in chunk.values()]
-        if alone is None:
-            strategies = self._choose_strategies(lengths, [self.sequences[i].cached for i in chunk], reasons)
-            over_ring = shard_balanced(lengths, LAYOUTS[self.context.layout], self.rows_per_rank)
-        else:
-            strategies = self.engine.everywhere(local)
-            over_ring = documents(lengths, 1).place_on(alone, self.engine.ring.size)
+        strategies = self._choose_strategies(lengths, [self.sequences[i].cached for i in chunk], reasons)
+        over_ring = shard_balanced(lengths, LAYOUTS[self.context.layout], self.rows_per_rank)
         return over_ring.split(self.engine.ulysses.size), strategies
 
     def _choose_strategies(
@@ -253,38 +241,6 @@ class Session:
             reasons.setdefault(strategy, why)
         return strategies
 
-    def prefill(self, tokens: Mapping[int, int], alone: int | None = None) -> dict[int, int]:
-        """Run the next ``tokens[i]`` uncached tokens of each sequence i in one pass.
-
-        Returns, by sequence, the token after each prompt that ends in this pass, and appends it to the sequence.  If a
-        sequence has the list `Conversation.prompt_logprobs`, the log-probabilities of its prompt tokens are appended to
-        that list.
-
-        If ``alone`` is given, that ring rank runs and caches all rows, without messages over the ring.  No other ring
-        rank may cache rows of these sequences.
-        """
-        new = self._uncached(tokens)
-        hidden, layout = self._run_chunk(new, {}, lambda: None, alone)
-        return self._end_prefill(new, hidden, layout)
-
-    def prefill_and_decode(self, tokens: Mapping[int, int], sequences: Collection[int]) -> dict[int, int]:
-        """`prefill` ``tokens`` and `decode` a token of each of ``sequences`` in the same pass; return all next tokens.
-
-        The pass reads the weights once for both.  Decoding is by ``gather_merge``.
-        """
-        assert not self.context.check_schedule, "recipes.serve refuses it"
-        engine, ring_rank = self.engine, self.engine.ring.rank
-        new, latest = self._uncached(tokens), self._latest(sequences)
-        layout, strategies = self._place(new, {}, None)
-        caches = [BatchCache([self.sequences[i].cache for i in chunk], ring_rank) for chunk in (new, latest)]
-        prompt_rows = sharded_rows(engine, pack_tokens(new), layout, caches[0], strategies)
-        over_ring = shard_balanced([1] * len(latest), contiguous, self.rows_per_rank)
-        decoded_rows = replicated_rows(engine, pack_tokens(latest), over_ring, caches[1])
-        prefilled, decoded = run_together(engine, [prompt_rows, decoded_rows])
-        following = self._end_prefill(new, prefilled, layout)
-        following |= self._choose_replicated(latest, decoded)
-        return following
-
     def decode(self, sequences: Collection[int]) -> dict[int, int]:
         """Decode the next token of each of ``sequences`` in one step, append it and return it by sequence.
 
@@ -297,8 +253,7 @@ class Session:
         strategy = self.decode_strategy(len(chunk))
         if strategy in STRATEGIES:
             layout = over_ring.split(engine.ulysses.size)
-            strategies = engine.everywhere(STRATEGIES[strategy])
-            hidden = self._run_pass(chunk, partial(run_pass, tokens=tokens, layout=layout, strategies=strategies))
+            hidden = self._run_chunk(chunk, layout, engine.everywhere(STRATEGIES[strategy]))
             following = choose_next(engine, self.sequences, chunk, hidden, layout)
             self._append(following)
             return following
@@ -307,24 +262,11 @@ class Session:
             run = partial(run_replicated, tokens=tokens, layout=over_ring, share=share)
             return self._choose_replicated(chunk, self._run_pass(chunk, run), share)
 
-    def _uncached(self, tokens: Mapping[int, int]) -> Chunk:
-        """Return the next ``tokens[i]`` uncached tokens of each sequence i."""
-        return {
-            i: self.sequences[i].tokens[(at := self.sequences[i].cached) : at + count] for i, count in tokens.items()
-        }
-
     def _latest(self, sequences: Collection[int]) -> Chunk:
         """Return the last token of each of ``sequences``, the only one that is not cached."""
         chunk = {i: self.sequences[i].tokens[-1:] for i in sequences}
         assert all(len(self.sequences[i].tokens) == self.sequences[i].cached + 1 for i in chunk), "nothing to feed"
         return chunk
-
-    def _end_prefill(self, chunk: Chunk, hidden: Float[Tensor, "s b hidden"], layout: Layout) -> dict[int, int]:
-        """Choose the tokens after the prompts that end in ``chunk``, append them, and score prompts that ask for it."""
-        following = choose_next(self.engine, self.sequences, chunk, hidden, layout)
-        score_prompts(self.engine, self.sequences, chunk, hidden, layout)
-        self._append(following)
-        return following
 
     def _choose_replicated(
         self, chunk: Chunk, hidden: Float[Tensor, "s b hidden"], share: WeightShare | None = None
@@ -375,8 +317,3 @@ class Session:
         if self.context.check_schedule:
             prove_pass(self.engine, [cache.layout for cache in caches], run)
         return run(self.engine, cache=BatchCache(caches, self.engine.ring.rank), done=done)
-
-
-def barrier(engine: Engine) -> None:
-    """Wait for all ranks of the context group, so that a clock started next excludes their earlier work."""
-    engine.context.all_gather(torch.zeros(1, device=engine.device), [(1,)] * engine.ranks)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from longctx.infer.session import Session
+from longctx.infer.continuous import ContinuousSession
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class OneRank:
     tokens: int = 0
     threads: int = 1
 
-    def choose(self, session: Session, prefill: Mapping[int, int], page_rows: Sequence[int]) -> int | None:
+    def choose(self, session: ContinuousSession, prefill: Mapping[int, int], page_rows: Sequence[int]) -> int | None:
         """Return the ring rank that runs ``prefill`` alone, or None if all ranks run it; all ranks get the same answer.
 
         ``prefill`` has the number of tokens to run by sequence.  All ranks run it if
@@ -41,7 +41,7 @@ class OneRank:
         return min(able, key=lambda rank: session.rows_per_rank[rank] + page_rows[rank], default=None)
 
     @contextmanager
-    def borrow_threads(self, session: Session, rank: int | None) -> Iterator[None]:
+    def borrow_threads(self, session: ContinuousSession, rank: int | None) -> Iterator[None]:
         """Let the ring rank that runs a pass alone, ``rank``, use ``threads`` CPU threads during the block.
 
         On other ranks, and if ``rank`` is None, nothing changes.

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from longctx.attention.layout import Layout
+from longctx.infer.continuous import ContinuousSession
 from longctx.infer.page_files import PageFiles, SavedPage
 from longctx.infer.pages import PageStore
-from longctx.infer.session import Session
 from longctx.infer.turn import Conversation
 from longctx.parallel.comm import Comm
 from longctx.serve.prefix_cache import ROOT, NewPage, StoredPage
@@ -33,7 +33,7 @@ class Restored:
 class RankPages(PageStore):
     """A `PageStore` that also saves its pages in ``files`` (None: in memory only)."""
 
-    def __init__(self, session: Session, files: PageFiles | None = None) -> None:
+    def __init__(self, session: ContinuousSession, files: PageFiles | None = None) -> None:
         ring = session.engine.ring
         super().__init__(ring.rank, session.engine.shape.layers, ring.size)
         self._device, self._files = session.engine.device, files

@@ -4,8 +4,8 @@ import pickle
 
 import torch
 
+from longctx.infer.continuous import ContinuousSession
 from longctx.infer.page_files import PageFiles
-from longctx.infer.session import Session
 from longctx.parallel.comm import Comm
 from longctx.parallel.strategy import STRATEGIES
 from longctx.serve.one_rank import ALL_RANKS, OneRank
@@ -21,7 +21,7 @@ def share_plan(world: Comm, plan: StepPlan | None, device: torch.device) -> Step
     return received
 
 
-def run_plan(session: Session, pages: RankPages, plan: StepPlan, one_rank: OneRank) -> dict[int, int]:
+def run_plan(session: ContinuousSession, pages: RankPages, plan: StepPlan, one_rank: OneRank) -> dict[int, int]:
     """Run ``plan`` and return the next token of each sequence that has one; all ranks return the same.
 
     ``one_rank`` decides whether one ring rank or all of them prefill.  If all do, the same pass decodes, unless
@@ -40,7 +40,7 @@ def run_plan(session: Session, pages: RankPages, plan: StepPlan, one_rank: OneRa
     return tokens | (session.decode(plan.decode) if plan.decode else {})
 
 
-def _change_sequences(session: Session, pages: RankPages, plan: StepPlan) -> None:
+def _change_sequences(session: ContinuousSession, pages: RankPages, plan: StepPlan) -> None:
     """Evict and store the pages of ``plan``, drop and add its sequences, and copy reused pages into their caches."""
     for page in plan.evict:
         pages.drop(page)
@@ -57,7 +57,9 @@ def _change_sequences(session: Session, pages: RankPages, plan: StepPlan) -> Non
         pages.copy_to(session.sequences[number].cache, taken)
 
 
-def follow(session: Session, world: Comm, files: PageFiles | None = None, one_rank: OneRank = ALL_RANKS) -> RankPages:
+def follow(
+    session: ContinuousSession, world: Comm, files: PageFiles | None = None, one_rank: OneRank = ALL_RANKS
+) -> RankPages:
     """Run the first rank's plans on another rank, until one that stops; return this rank's pages.
 
     ``files`` stores pages on disk for the next server (None: memory only).  ``one_rank`` is the first rank's.

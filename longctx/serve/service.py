@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from longctx.infer.answer import AnswerText
+from longctx.infer.continuous import ContinuousSession
 from longctx.infer.page_files import PageFiles
 from longctx.infer.sample import TokenLogprob
-from longctx.infer.session import Session
 from longctx.parallel.comm import Comm
 from longctx.serve.one_rank import ALL_RANKS, OneRank
 from longctx.serve.prefix_cache import PrefixCache
@@ -69,7 +69,7 @@ class Service:
 
     def __init__(
         self,
-        session: Session,
+        session: ContinuousSession,
         world: Comm,
         tokenizer: Any,
         limits: Limits,

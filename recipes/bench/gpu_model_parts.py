@@ -65,39 +65,54 @@ def check_dropped(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
 def check_training(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
     """Run training steps of the model's first layers; compare the first with the CPU's in float32.
 
-    The errors of the loss and of the gradients' norm are relative.
+    The errors of the loss and of the gradients' norm are relative.  Steps with ``offload`` to the host must have the
+    same loss and norm as steps with the same layers and without it.
     """
+    from longctx.megatron.training.offload import HOST
+
+    batch = _random_batch(job)
+    expected = _cpu_loss_and_norm(job, runtime, batch)
+    variants = dict.fromkeys([(_layers(job), None), ("local", None), ("local", HOST)])
+    return [_train(job, runtime, batch, expected, *variant) for variant in variants]
+
+
+def _train(
+    job: GpuCheckJob, runtime: Runtime, batch: Batch, expected: tuple[float, float], layers: str, offload: str | None
+) -> TableRow:
+    """Run training steps on ``batch``; return a row that compares the first one with the loss and norm ``expected``."""
     from longctx.config import Optim
     from longctx.megatron.hf_io.init import RandomInit
     from longctx.megatron.hf_io.load import load
+    from longctx.megatron.training.offload import open_offload
     from longctx.megatron.training.state import build_train_state
     from longctx.train.step import ContextParallel, train_step
 
-    shape, batch = job.target.shape.first(_LAYERS), _random_batch(job)
-    loss, norm = _cpu_loss_and_norm(job, runtime, batch)
+    shape = job.target.shape.first(_LAYERS)
     state = build_train_state(
         runtime, shape, Optim(), lambda net: load(net, RandomInit(shape, 0), shape),
-        dtype=job.dtype, layers=_layers(job), steps=job.settings.rounds + 1, recompute="none",
+        dtype=job.dtype, layers=layers, steps=job.settings.rounds + 1, recompute="none",
     )  # fmt: skip
-    parallelism = ContextParallel(job.settings.logits, "zigzag", kernel_of(job, runtime), pass_kv)
+    hooks = open_offload(offload, state.net.parameters(), runtime.device)
+    parallelism = ContextParallel(job.settings.logits, "zigzag", kernel_of(job, runtime), pass_kv, offload=hooks)
     steps: list[StepResult] = []
     seconds = [
         device_seconds(lambda: steps.append(train_step(state, batch, runtime, parallelism)))
         for _ in range(job.settings.rounds + 1)
     ]
-    step_s = median(seconds[1:])
-    return [
-        {
-            "tokens": job.settings.logits,
-            "model_layers": _LAYERS,
-            "layers": _layers(job),
-            "loss": steps[0].loss,
-            "error_loss": abs(steps[0].loss / loss - 1),
-            "error_grad_norm": abs(steps[0].grad_norm / norm - 1),
-            "step_s": step_s,
-            "tokens_per_s": job.settings.logits / step_s,
-        }
-    ]
+    step_s, (loss, norm) = median(seconds[1:]), expected
+    return {
+        "tokens": job.settings.logits,
+        "model_layers": _LAYERS,
+        "layers": layers,
+        "offload": offload,
+        "offloaded_bytes": hooks.peak if hooks else 0,
+        "loss": steps[0].loss,
+        "grad_norm": steps[0].grad_norm,
+        "error_loss": abs(steps[0].loss / loss - 1),
+        "error_grad_norm": abs(steps[0].grad_norm / norm - 1),
+        "step_s": step_s,
+        "tokens_per_s": job.settings.logits / step_s,
+    }
 
 
 def time_model(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -29,7 +30,7 @@ from recipes.common.settings import top_level
 from recipes.common.target import Target, resolve_target
 
 if TYPE_CHECKING:
-    from longctx.infer.session import Session
+    from longctx.infer.continuous import ContinuousSession
     from longctx.megatron.runtime import Runtime
     from longctx.serve.schedule import Limits, NewSequence
     from longctx.serve.service import Failure, Service, Token
@@ -105,7 +106,7 @@ class LoadFigures:
         """Return, for each request whose answer differs from that in ``alone``, how many first tokens are equal."""
         pairs = {number: (answer, self.answers.get(number, [])) for number, answer in alone.answers.items()}
         return {
-            number: next((i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), min(map(len, pair)))
+            number: sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(*pair, strict=False)))
             for number, pair in pairs.items()
             if pair[0] != pair[1]
         }
@@ -147,14 +148,14 @@ def make_load(settings: ServeBenchSettings, text: Sequence[int]) -> list[NewSequ
 
 def run_rank(rank: Rank, job: ServeBenchJob) -> list[LoadFigures]:
     """Run every variant on one rank; rank 0 plays the clients, and its figures are reported."""
-    from longctx.infer.session import Session
+    from longctx.infer.continuous import ContinuousSession
 
     settings, target = job.settings, job.target
     load = make_load(settings, job.text)
     with target.runtime(rank) as runtime, Progress(shown=rank.rank == 0) as progress:
         engine = target.load_engine(runtime)
         choose_decode = make_decode_chooser(runtime, target, engine)
-        new_session = partial(Session, engine, target.context, Sampling(), choose_decode=choose_decode)
+        new_session = partial(ContinuousSession, engine, target.context, Sampling(), choose_decode=choose_decode)
         figures = []
         for variant in (ALONE, *settings.variants):
             progress.start(variant, len(load))
@@ -164,7 +165,7 @@ def run_rank(rank: Rank, job: ServeBenchJob) -> list[LoadFigures]:
 
 
 def add_margins(
-    new_session: Callable[[], Session],
+    new_session: Callable[[], ContinuousSession],
     runtime: Runtime,
     job: ServeBenchJob,
     load: Sequence[NewSequence],
@@ -196,7 +197,7 @@ def limits_of(job: ServeBenchJob, variant: str) -> Limits:
 
 
 def run_variant(
-    new_session: Callable[[], Session],
+    new_session: Callable[[], ContinuousSession],
     runtime: Runtime,
     job: ServeBenchJob,
     variant: str,

@@ -25,6 +25,8 @@ def make_decode_chooser(runtime: Runtime, target: Target, engine: Engine) -> Dec
 
     if target.context.decode != "auto":
         return None
+    if target.context.check_schedule and target.shape.mixture and target.mesh.tp > 1:
+        return lambda _: ("gather_merge", "the messages of sharded cannot be checked here")
     if engine.share is None:
         return lambda _: ("gather_merge", "the ranks cannot share their weights")
     dtype = getattr(torch, target.model.dtype)

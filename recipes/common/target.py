@@ -163,9 +163,9 @@ def refuse_rounded(reduce: Reduce, mesh: Mesh, model: ModelSource, context: Cont
             f"reduce ({reduce}): one tensor-parallel rank has nothing to reduce; use mesh.tp=2 or more, or "
             "reduce=float32"
         )
-    if context.decode in ("sharded", "auto"):
+    if context.decode == "sharded":
         raise ValueError(
-            f"context.decode={context.decode} is not tested with rounded reductions ({reduce}): use "
+            f"context.decode=sharded is not tested with rounded reductions ({reduce}): use "
             "context.decode=gather_merge, or reduce=float32"
         )
     if model.layers == "te":
@@ -213,10 +213,10 @@ def refuse_unproved(context: Context, mesh: Mesh, shape: ModelShape, recipe: str
             "context.check_schedule=true has no messages to check on one context rank: use mesh.ring=2 or more, or "
             "context.check_schedule=false"
         )
-    if mesh.tp > 1 and shape.mixture and context.decode in ("sharded", "auto"):
+    if mesh.tp > 1 and shape.mixture and context.decode == "sharded":
         raise ValueError(
-            f"context.check_schedule=true is not implemented for context.decode={context.decode} of a mixture of "
-            f"experts with mesh.tp={mesh.tp}: use context.decode=gather_merge, or mesh.tp=1"
+            "context.check_schedule=true is not implemented for context.decode=sharded of a mixture of experts with "
+            f" mesh.tp={mesh.tp}: use context.decode=gather_merge, or mesh.tp=1"
         )
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from longctx.config import Context, Mesh, Sampling
+from longctx.infer.continuous import ContinuousSession
 from longctx.infer.engine import Engine
 from longctx.infer.sample import TokenLogprob
-from longctx.infer.session import Session
 from longctx.megatron.runtime import Runtime
 from tests.float64 import KeepFloat64, float64_model
 from tests.infer.thread_ranks import run_engines, single_rank
@@ -40,7 +40,7 @@ def answer(engine: Engine, strategy: str) -> tuple[dict[int, tuple[list[int], li
 
 
 def _answer(engine: Engine, strategy: str) -> tuple[dict[int, tuple[list[int], list[TokenLogprob]]], int]:
-    session = Session(engine, Context(strategy=strategy), Sampling(logprobs=TOP))
+    session = ContinuousSession(engine, Context(strategy=strategy), Sampling(logprobs=TOP))
     for i, length in PROMPTS.items():
         session.add(i, length, 7).append_prompt(prompt_of(i))
     session.prefill({0: 31, 1: 2})
@@ -87,7 +87,7 @@ def test_every_rank_computes_the_logits_of_some_sequences(runtime, tmp_path):
     folder = random_model("tied llama", tmp_path / "model")
 
     def rank_main(engine: Engine) -> list[int]:
-        session, rows = Session(engine, Context(), Sampling()), list[int]()
+        session, rows = ContinuousSession(engine, Context(), Sampling()), list[int]()
         session.turn({i: prompt_of(i) for i in range(4)}, dict.fromkeys(range(4), 1))
         engine.model.output_layer.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
         session.decode(range(4))

@@ -28,6 +28,7 @@ from longctx.hf.config import tokenizer_of
 from longctx.infer.answer import cut_at_stop
 from longctx.parallel.launch import run_ranks
 from recipes import generate, serve
+from recipes.common import listening
 
 PROMPTS = ["The quick brown fox", "Jumps", "over the lazy dog, which lies there, and does not wake."]
 
@@ -250,13 +251,13 @@ def test_wrong_settings_are_refused(refused, tiny, words, message):
 
 
 def test_key_comes_from_a_file_or_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv(serve.KEY_VARIABLE, "from the environment")
+    monkeypatch.setenv(listening.KEY_VARIABLE, "from the environment")
     (tmp_path / "key").write_text("from a file\n")
-    assert serve.read_key(serve.ServeSettings()) == "from the environment"
-    settings = serve.ServeSettings(api_key_file=str(tmp_path / "key"))
-    assert serve.read_key(settings) == "from a file"
-    job = serve.ServeJob(None, Sampling(), settings, serve.PrefixSettings(), "from a file")
+    assert listening.read_key(None) == "from the environment"
+    file = str(tmp_path / "key")
+    assert listening.read_key(file) == "from a file"
+    job = serve.ServeJob(None, Sampling(), serve.ServeSettings(), serve.PrefixSettings(), "from a file")
     assert "from a file" not in repr(job)
     (tmp_path / "key").write_text("\n")
     with pytest.raises(ValueError, match="has no key of ASCII characters"):
-        serve.read_key(settings)
+        listening.read_key(file)

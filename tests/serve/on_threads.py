@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from longctx.config import Context, Mesh, Sampling
+from longctx.infer.continuous import ContinuousSession
 from longctx.infer.engine import Engine
 from longctx.infer.page_files import PageFiles
-from longctx.infer.session import Session
 from longctx.serve.one_rank import ALL_RANKS, OneRank
 from longctx.serve.ranks import follow
 from longctx.serve.schedule import Limits
@@ -37,7 +37,7 @@ def on_ranks(
     """
 
     def rank_main(engine: Engine) -> object:
-        session = Session(engine, Context(), Sampling())
+        session = ContinuousSession(engine, Context(), Sampling())
         files = PageFiles(saved / f"rank{engine.rank}", pytest.fail) if saved else None
         if engine.context.rank:
             store = follow(session, engine.context, files, one_rank)

@@ -36,6 +36,8 @@ def test_every_part_is_rehearsed_and_written(job, tmp_path):
     assert all(0 < row["error_out"] < 1e-6 and 0 < row["error_gradients"] < 2e-6 for row in tiles)
     assert logits == [{"tokens": 23, "model_layers": 2, "layers": "local", "error": 0.0}]
     assert training[0]["error_loss"] < 1e-6 and training[0]["error_grad_norm"] < 1e-5 and training[0]["step_s"] > 0
+    assert [row["offload"] for row in training] == [None, "host"]
+    assert training[0]["loss"] == training[1]["loss"] and training[0]["grad_norm"] == training[1]["grad_norm"]
     assert [(row["dropped"], row["error"]) for row in dropped] == [("1 of 2 blocks", 0.0), ("2 of 2 blocks", 0.0)]
     assert all(row["change"] > 1e-4 for row in dropped)
     assert model[0]["tokens"] == 41 and model[0]["ttit_s"] > 0

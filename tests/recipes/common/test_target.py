@@ -37,7 +37,7 @@ def resolve(models, config_of, snapshot):
         config = config_of("generate", *words)
         before = snapshot()
         try:
-            return resolve_target(config, "recipes.test", **rules)
+            return resolve_target(config, "recipes.test", **{"decode_by_batch": True, **rules})
         finally:
             assert snapshot() == before, "resolving wrote a file, or made a folder"
 
@@ -96,7 +96,7 @@ def test_reductions_are_exact_unless_they_are_rounded(resolve):
     assert resolve(PLAIN, "mesh.tp=3", "reduce=int8", "reduce.attention=float32", "reduce.group=32").reduce == Reduce(
         "float32", "int8", 32
     )
-    both = resolve(PLAIN, "mesh.tp=3", "reduce=bfloat16", "spd=all")
+    both = resolve(PLAIN, "mesh.tp=3", "mesh.ring=2", "reduce=bfloat16", "spd=all", "context.decode=auto")
     assert (both.reduce, both.plan.dropped, both.inexact) == (Reduce("bfloat16", "bfloat16"), (0, 1), True)
 
 
@@ -171,12 +171,6 @@ def test_config_without_groups_of_context_run_and_plan_resolves(models, config_o
             "context.decode=sharded is not tested with rounded reductions",
             "use context.decode=gather_merge",
         ),
-        (
-            ["reduce.attention=bfloat16", "mesh.tp=3", "context.decode=auto"],
-            {"decode_by_batch": True},
-            "context.decode=auto is not tested with rounded reductions (attention bfloat16, mlp float32)",
-            "use context.decode=gather_merge",
-        ),
         # Blocks that drop a reduction.
         (["spd.blocks=[2]", "mesh.tp=3"], {}, "has no block 2", "0 to 1"),
         (["spd=ranked", "mesh.tp=3"], {}, "spd=ranked", "such as spd.budget=0.5"),
@@ -185,7 +179,7 @@ def test_config_without_groups_of_context_run_and_plan_resolves(models, config_o
         (["spd=ranked"], {}, "spd=ranked: one tensor-parallel rank", "use mesh.tp=2 or more"),
         (["spd.budget=2"], {}, "spd.budget=2", "0"),
         (["spd=all", "spd.budget=0.5"], {}, "spd=all", "use spd=ranked"),
-        (["context.decode=auto"], {}, "context.decode=auto", "takes one of gather_merge, sharded, pass_kv"),
+        (["context.decode=auto"], {"decode_by_batch": False}, "context.decode=auto", "takes one of gather_merge"),
         (["context.decode=sharded", "model.layers=te"], {}, "context.decode=sharded", "use model.layers=local"),
         (["spd=all", "mesh.tp=3", "model.layers=te"], {}, "model.layers=te", "use model.layers=local"),
         ([ADAPTED], {}, "made for mesh.tp=2, but here 1 rank has the weights", "spd=none"),
