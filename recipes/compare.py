@@ -21,10 +21,11 @@ from recipes.common.places import is_file_name
 from recipes.common.renamed import rename_flat
 
 # Names of figures that depend on the machine or its software; ``why``, the reason for a strategy, cites seconds.
-# ``max_logit_diff`` is rounding, whose size differs between machines and versions.
+# ``max_logit_diff`` is rounding, whose size differs between machines and versions.  The way to decode, which
+# ``context.decode=auto`` chooses by measured rates, changes bytes and rounding only.
 MEASURED = re.compile(
     r"(_s|_per_s|_bytes|_share|ttft_s|mfu|mfu_causal|_per_rank|processor|cores|command|commit|host|why|max_logit_diff|"
-    r"\bpython|\btorch)$"
+    r"decode_strategy|decode_choices\.\d+|bytes_sent|\bpython|\btorch)$"
 )
 _PROVENANCE = ("commit", "command", "python", "torch", "processor", "cores")
 _TRAINING_RECIPES = ("recipes.pretrain", "recipes.extend", "recipes.finetune")

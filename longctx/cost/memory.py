@@ -87,8 +87,9 @@ def step_bytes(shape: Decoder, mesh: Degrees, work: StepWork, strategy: str, num
 
     The peak is at one of these points: the loss, the backward of a layer's feed-forward network, the backward of its
     attention, the backward of the embedding, or the update.  At the first three, the activations that the forward keeps
-    for the backward also exist (`_saved`).  The first of S pipeline stages has those of min(S, micro-batches)
-    micro-batches; only the last stage computes a loss.
+    for the backward also exist (`_saved`), unless they are offloaded; then the peak may also be in the forward of a
+    feed-forward network.  The first of S pipeline stages has those of min(S, micro-batches) micro-batches; only the
+    last stage computes a loss.
 
     At the loss, c rows of float32 logits (with 16-bit weights also the 16-bit ones) exist, and the gradients of the
     hidden states and, in float32, of the output weight.  A tied weight's gradient stays until the embedding's gradient

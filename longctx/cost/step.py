@@ -39,8 +39,8 @@ class StepWork:
 
     A micro-batch has ``sequences`` sequences; the recipes use 1.  Logits of ``loss_rows`` rows exist at a time, and an
     MLP computes ``mlp_rows`` rows at a time (None: all).  With ``offload``, what a layer keeps for its backward is not
-    in memory.  ``operations`` determine which activations are kept: those of
-    Megatron's fused norm and gate ("fused"), or of longctx's layers on a GPU ("cuda") or a CPU ("cpu").
+    in memory.  ``operations`` determine which activations are kept: those of Megatron's fused norm and gate ("fused"),
+    or of longctx's layers on a GPU ("cuda") or a CPU ("cpu").
     """
 
     length: int

@@ -65,8 +65,8 @@ def check_dropped(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
 def check_training(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
     """Run training steps of the model's first layers; compare the first with the CPU's in float32.
 
-    The errors of the loss and of the gradients' norm are relative.  Steps with ``offload`` to the host must have the
-    same loss and norm as steps with the same layers and without it.
+    The errors of the loss and of the gradients' norm are relative.  The rows show whether steps with ``offload`` to the
+    host have the same loss and norm as steps with the same layers and without it.
     """
     from longctx.megatron.training.offload import HOST
 

@@ -26,7 +26,7 @@ from recipes.common.cli import console, on_ranks, say, warm_up_ranks, write_resu
 from recipes.common.places import refuse_unwritable
 from recipes.common.provenance import provenance
 from recipes.common.settings import as_config, as_dict, sections, top_level
-from recipes.common.train_job import TrainJob, refuse_offload, refuse_unsplit, resolve_train_job
+from recipes.common.train_job import TrainJob, refuse_offload, refuse_offload_folder, refuse_unsplit, resolve_train_job
 from recipes.common.train_memory import describe_memory, predict_memory
 from recipes.common.train_setup import build_state, context_parallel
 from recipes.common.train_task import WARM
@@ -109,7 +109,8 @@ def _job_of(job: TrainJob, run: MemoryRun) -> TrainJob:
     data = replace(job.data, batch=run.dp)
     refuse_unfit(run.mesh, job.target.shape)
     refuse_unsplit(run.mesh, job.target.shape, data)
-    refuse_offload(job.target, run.offload)
+    refuse_offload(job.target, run.offload, job.lora)
+    refuse_offload_folder(run.offload)
     return replace(
         job,
         target=replace(job.target, mesh=run.mesh, context=replace(job.target.context, strategy=run.strategy)),

@@ -88,6 +88,8 @@ def prepare(config: DictConfig) -> TimesJob:
     if job.target.shape.mixture:
         raise ValueError(f"{RECIPE} does not support mixtures of experts: use a dense model")
     refuse_set_by_runs(job, RECIPE)
+    if job.settings.offload:
+        raise ValueError(f"offload={job.settings.offload}: the time of offload has no prediction; use offload=null")
     return TimesJob(settings, read_machine(settings.hardware), runs, tuple(_job_of(job, run) for run in runs))
 
 

@@ -25,7 +25,8 @@ class TurnFigures(TypedDict, total=False):
 
     ``new`` and ``cached`` count tokens, ``miss_rate`` is new / (new + cached).  ``ttit_s`` is None without a decode
     step.  The lists ``..._per_rank`` have the bytes of each context rank; ``bytes_sent`` is the sum over all ranks.
-    If ``sampling.logprobs`` is set, ``logprobs`` has the log-probabilities of the answer's tokens.
+    ``decode_why`` is the reason for the choice of ``context.decode=auto``, and empty for other values.  If
+    ``sampling.logprobs`` is set, ``logprobs`` has the log-probabilities of the answer's tokens.
     """
 
     text: str
@@ -36,6 +37,8 @@ class TurnFigures(TypedDict, total=False):
     miss_rate: float
     strategy: str
     why: str
+    decode_strategy: str
+    decode_why: str
     ttft_s: float
     ttit_s: float | None
     bytes_sent: int
@@ -126,6 +129,8 @@ def _figures_of(session: Session, turn: UserTurn, result: Turn, tokenizer: PreTr
         "miss_rate": result.new / (result.new + result.cached),
         "strategy": result.strategy,
         "why": result.why,
+        "decode_strategy": session.decode_strategy(1),
+        "decode_why": session.decode_choices.get(1, ("", ""))[1],
         "ttft_s": result.ttft_s,
         "ttit_s": result.ttit_s,
         # A context rank's tensor-parallel ranks have equal numbers of heads and send equally many bytes.
@@ -147,7 +152,7 @@ def show_turn(number: int, figures: TurnFigures) -> None:
     ttit = f", TTIT {figures['ttit_s'] * 1e3:.0f} ms" if figures["ttit_s"] else ""
     console.print(
         f"turn {number}: T {figures['new']:,} new, P {figures['cached']:,} cached (miss rate "
-        f"{figures['miss_rate']:.1%}), {figures['strategy']} ({figures['why']})\n"
+        f"{figures['miss_rate']:.1%}), {figures['strategy']} ({figures['why']}), decode {figures['decode_strategy']}\n"
         f"TTFT {figures['ttft_s']:.2f} s{ttit}, sent {figures['bytes_sent'] / 1e6:,.2f} MB",
         style="dim",
     )

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def make_decode_chooser(runtime: Runtime, target: Target, engine: Engine) -> DecodeChooser | None:
     """Return a function from a batch size to a decode strategy and the reason; None unless ``context.decode=auto``.
 
-    Measures this machine for about a second first.  All ranks must call it, and all get the same choices.
+    Measures this machine for about a second first, unless only one strategy can run.  All ranks must call it, and all
+    get the same choices.
     """
     import torch
 
@@ -25,6 +26,8 @@ def make_decode_chooser(runtime: Runtime, target: Target, engine: Engine) -> Dec
 
     if target.context.decode != "auto":
         return None
+    if engine.ranks == 1:
+        return lambda _: ("gather_merge", "one context rank has no rank to share weights with")
     if target.context.check_schedule and target.shape.mixture and target.mesh.tp > 1:
         return lambda _: ("gather_merge", "the messages of sharded cannot be checked here")
     if engine.share is None:

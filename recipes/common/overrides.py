@@ -20,6 +20,7 @@ PATHS = (
     "prompt.file", "prompts", "out", "to", "checkpoint", "turns", "session.save", "session.load", "spd.sensitivity",
     "sensitivity", "eval.data", "eval.include", "eval.text", "adapted", "hardware", "picture", "fitted", "json",
     "allowed_drop", "markdown", "model.source", "model.cache", "model.chat_template", "folder", "pipeline", "settings",
+    "offload",
 )  # fmt: skip
 # A path in the list of a sweep, in quotes or without a comma.
 _LISTED = re.compile(r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')(?=,|\Z)|[^,]+""", re.DOTALL)

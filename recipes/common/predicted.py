@@ -44,7 +44,7 @@ def predict_turn(
         return {"ttft_s": ttft_s, "ttit_s": None}
     decode = target.context.decode
     if decode == "auto":
-        decode, _ = session.decode_choices[len(prompts)]  # type: ignore[assignment]
+        decode = session.decode_strategy(len(prompts))  # type: ignore[assignment]
     # On average, half of an answer is cached.
     cached = [n + len(turn.tokens[i]) // 2 for i, n in enumerate(prompts)]
     return {"ttft_s": ttft_s, "ttit_s": decode_cost(shape, mesh, machine, cached, decode, numbers).seconds}

@@ -216,7 +216,7 @@ def refuse_unproved(context: Context, mesh: Mesh, shape: ModelShape, recipe: str
     if mesh.tp > 1 and shape.mixture and context.decode == "sharded":
         raise ValueError(
             "context.check_schedule=true is not implemented for context.decode=sharded of a mixture of experts with "
-            f" mesh.tp={mesh.tp}: use context.decode=gather_merge, or mesh.tp=1"
+            f"mesh.tp={mesh.tp}: use context.decode=gather_merge, or mesh.tp=1"
         )
 
 

@@ -117,7 +117,7 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool, co
     target = resolve_target(config, recipe, needs_weights=not from_scratch, proves_schedule=True)
     lora = LoRA() if from_scratch else section(config, "lora", LoRA)
     _refuse_untrainable(target, settings)
-    refuse_offload(target, settings.offload)
+    refuse_offload(target, settings.offload, lora)
     refuse_no_adapters(target, settings, lora)
     refuse_untrainable(target.folder)
     # 2. The text.
@@ -172,24 +172,33 @@ def _refuse_untrainable(target: Target, settings: TrainSettings) -> None:
         )
 
 
-def refuse_offload(target: Target, where: str | None) -> None:
-    """Raise ValueError unless ``where`` is null, ``host`` on a GPU, or, on a CPU, a folder on a disk."""
+def refuse_offload(target: Target, where: str | None, lora: LoRA) -> None:
+    """Raise ValueError unless ``where`` is null, ``host`` on a GPU with megatron-core's layers, or a folder on a CPU.
+
+    `refuse_offload_folder` checks the folder.
+    """
     if where is None:
         return
-    on_gpu, host = target.run.device == "cuda", where == "host"
-    if on_gpu and target.model.layers != "local":
-        raise ValueError(
-            f"offload={where} is not tested with Transformer Engine, which model.layers={target.model.layers} may "
-            "use: use model.layers=local"
-        )
-    if on_gpu != host:
-        use = "offload=host, which is the memory of the GPU's host" if on_gpu else "a folder on a disk, or offload=null"
-        raise ValueError(f"offload={where} does not fit run.device={target.run.device}: use {use}")
-    if not host:
-        if not hasattr(os, "posix_fadvise"):
-            raise ValueError(f"offload={where} needs Linux: use offload=null and recompute=full")
-        refuse_unwritable_folder(where, "offload")
-        refuse_folder_in_memory(where, "offload")
+    if where in ("", "none"):
+        raise ValueError(f"offload={where}: give a folder on a disk, or use offload=null")
+    if target.run.device == "cpu":
+        if where == "host":
+            raise ValueError("offload=host is for GPUs: give a folder on a disk, or use offload=null")
+        return
+    may_be_te = target.model.layers == "te" or (target.model.layers == "auto" and not target.shape.mixture)
+    layers = " model.layers=local, since Transformer Engine is not tested" if may_be_te and not lora.rank else ""
+    if where != "host" or layers:
+        raise ValueError(f"offload={where} on a GPU: use offload=host{layers}")
+
+
+def refuse_offload_folder(where: str | None) -> None:
+    """Raise ValueError if ``where`` is a folder that ranks on this machine cannot offload activations to."""
+    if where is None or where == "host":
+        return
+    if not hasattr(os, "posix_fadvise"):
+        raise ValueError(f"offload={where} needs Linux: use offload=null and recompute=full")
+    refuse_unwritable_folder(where, "offload")
+    refuse_folder_in_memory(where, "offload")
 
 
 def refuse_no_adapters(target: Target, settings: TrainSettings, lora: LoRA) -> None:

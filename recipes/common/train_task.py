@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 from recipes.common.cli import on_ranks, warm_up_ranks
 from recipes.common.hardware_file import refuse_other_threads
 from recipes.common.manifest import record
-from recipes.common.train_job import TrainJob
+from recipes.common.train_job import TrainJob, refuse_offload_folder
 from recipes.common.train_loop import run_rank
 from recipes.common.train_report import show
 from recipes.common.train_resume import begin_run
@@ -28,6 +28,7 @@ def train(config: DictConfig, recipe: str, prepare: Callable[[DictConfig], Train
     """Check ``config`` with ``prepare``, train on all ranks, and show the last figures."""
     warm_up_ranks([*WARM, "recipes.common.train_loop"])
     job = prepare(config)
+    refuse_offload_folder(job.settings.offload)  # here, since a login node may not have the folder
     refuse_other_threads(job.settings.hardware, job.target.run.threads, job.target.mesh)
     with record(config, recipe, [job.weights] if job.weights else []):
         begin_run(job)

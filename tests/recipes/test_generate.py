@@ -185,7 +185,7 @@ def run_and_kill(phase: str, rank: Rank, job: generate.GenerateJob):
 def test_command_ends_and_names_the_killed_rank(cli, tiny, tmp_path, monkeypatch, phase, observed):
     link_files(tiny, tmp_path)
     monkeypatch.setattr(generate, "run_rank", partial(run_and_kill, phase))
-    settings = (PROMPT, "mesh.ring=3", "max_new_tokens=7", "verify=false")
+    settings = (PROMPT, "mesh.ring=3", "max_new_tokens=7", "verify=false", "context.decode=gather_merge")
     code, out, err = cli(generate, generate.task, f"model={tmp_path}", *settings)
     assert time.time() - float((tmp_path / "killed_at").read_text()) < 20
     assert (code, out) == (1, "")

@@ -22,8 +22,8 @@ class Run:
     Starts from the weights of ``folder``, or, if ``begin`` is not 0, from the latest checkpoint in ``checkpoints``.  A
     checkpoint is saved after step ``save_at``.  If ``gradients`` is set, the run only writes the first step's gradients
     there, as a Hugging Face folder.  ``tokens`` is the number of token ids to draw from.  With ``data``, every step
-    takes the first batch of this text.  With ``offload``, activations wait for the
-    backward in files of the system's temporary folder.
+    takes the first batch of this text.  With ``offload``, activations wait for the backward in a file of the system's
+    temporary folder.
     """
 
     mesh: Mesh

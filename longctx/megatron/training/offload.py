@@ -30,13 +30,16 @@ Bytes = UInt8[Tensor, " n"]
 
 HOST = "host"
 _SMALLEST = 1 << 16  # bytes; smaller tensors stay, since each offloaded one costs a call
-_GRAIN = 1 << 16  # sizes in the file are multiples of it, so that sequences of nearly equal length use the same space
-_UNWRITTEN = 1 << 29
+_UNWRITTEN = 1 << 29  # bytes per rank
+_LARGEST_FILE = 1 << 43  # bytes, which all usual file systems and address spaces allow
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @runtime_checkable  # so that tests can check signatures
 class Store(Protocol):
-    """Where bytes wait: `put` copies bytes of the device to it, and `get` returns such a copy to the device."""
+    """Where bytes of ``device`` wait: `put` makes a copy of them, and `get` returns such a copy to the device."""
+
+    device: torch.device
 
     def put(self, data: Bytes) -> Bytes: ...
 
@@ -49,28 +52,37 @@ class Files:
     Pages are written at once, and `put` waits when more than `_UNWRITTEN` bytes are not written yet: a container that
     limits memory may otherwise end the process before its pages are written.  Space is used again once no tensor refers
     to it.  The file has no name, so that nothing is left when the process ends, however it ends.
+
+    Raises OSError if the folder cannot hold such a file.
     """
+
+    device = torch.device("cpu")
 
     def __init__(self, folder: Path) -> None:
         _return_freed_memory()
-        folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._end, self._unwritten = folder, 0, 0
-        with tempfile.TemporaryFile(dir=folder) as file:
-            # As long as the disk has room for, and empty: `_grow` reserves what is used.
-            file.truncate(shutil.disk_usage(folder).free // _GRAIN * _GRAIN)
-            self._file = os.dup(file.fileno())
-            self._bytes = np.frombuffer(mmap(self._file, 0), np.uint8)
+        self._unused: defaultdict[int, list[int]] = defaultdict(list)  # offsets by size
+        with self._explained():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                # As long as the disk has room for, and empty: `_grow` reserves what is used.
+                size = min(shutil.disk_usage(folder).free, _LARGEST_FILE)
+                file.truncate(max(size, 1))
+                self._file = os.dup(file.fileno())
+                self._bytes = np.frombuffer(mmap(self._file, 0), np.uint8)
         weakref.finalize(self, os.close, self._file)
-        self._unused: defaultdict[int, list[int]] = defaultdict(list)
 
     def put(self, data: Bytes) -> Bytes:
         """Return a copy of the CPU tensor ``data`` in the file; raise OSError if the disk has no room for it."""
-        size = -(-len(data) // _GRAIN) * _GRAIN
-        unused = self._unused[size]
-        offset = unused.pop() if unused else self._grow(size)
+        size = _rounded_up(len(data))
+        # Experts get another number of rows in each step: space of up to twice the size will do.
+        fits = min((one for one, free in self._unused.items() if free and size <= one <= 2 * size), default=size)
+        unused = self._unused[fits]
+        with self._explained():
+            offset = unused.pop() if unused else self._grow(size)
+            self._write(data, offset)
         copy = torch.from_numpy(self._bytes[offset : offset + len(data)])
         weakref.finalize(copy.untyped_storage(), unused.append, offset).atexit = False
-        self._write(data, offset)
         return copy
 
     def get(self, copy: Bytes) -> Bytes:
@@ -80,16 +92,9 @@ class Files:
     def _grow(self, size: int) -> int:
         """Reserve ``size`` bytes of the disk at the end; return their offset."""
         begin = self._end
-        try:
-            if begin + size > len(self._bytes):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.posix_fallocate(self._file, begin, size)  # else, writing on a full disk would be a SIGBUS
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"offload={self._folder} has no room for the activations of a step ({error.strerror}): give a folder "
-                "on a larger disk, or use recompute=full",
-            ) from error
+        if begin + size > len(self._bytes):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.posix_fallocate(self._file, begin, size)  # else, a full disk would be noticed later, when pages are written
         self._end += size
         return begin
 
@@ -104,6 +109,25 @@ class Files:
             os.fdatasync(self._file)
             self._unwritten = 0
 
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Name the setting in an OSError of the block."""
+        try:
+            yield
+        except OSError as error:
+            what = "has no room for the activations of a step" if error.errno in _FULL else "cannot hold activations"
+            raise OSError(
+                error.errno,
+                f"offload={self._folder} {what} ({error.strerror}): give a folder on another disk, or use offload=null "
+                "and recompute=full",
+            ) from error
+
+
+def _rounded_up(size: int) -> int:
+    """Return ``size`` rounded up to pages, and to eighths of a power of two, so that nearly equal sizes share space."""
+    grain = max(1 << 12, 1 << max(0, size.bit_length() - 4))
+    return -(-size // grain) * grain
+
 
 def _return_freed_memory() -> None:
     """Let the C library return each freed tensor of a megabyte or more to the system, rather than keep it for later.
@@ -117,20 +141,23 @@ def _return_freed_memory() -> None:
 
 
 class Host:
-    """Pinned memory of the host of a GPU, ``device``.  Copies are made in order with the computation, on its stream."""
+    """Pinned memory of the host of a GPU, ``device``.  Copies are made in order with the computation, on its stream.
+
+    torch rounds the size of each pinned block up to a power of two, so the host needs up to twice the offloaded bytes.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
 
     def put(self, data: Bytes) -> Bytes:
         """Return a copy of ``data`` in the host's memory."""
         with _disable_current_modes():  # a `MemoryMeter` does not count it
-            copy = torch.empty(len(data), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+            copy = torch.empty(len(data), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         return copy.copy_(data, non_blocking=True)
 
     def get(self, copy: Bytes) -> Bytes:
         """Return a copy of ``copy`` on the GPU."""
-        return copy.to(self._device, non_blocking=True, copy=True)
+        return copy.to(self.device, non_blocking=True, copy=True)
 
 
 @dataclass
@@ -154,8 +181,8 @@ class _View(NamedTuple):
 class Offload:
     """Moves what autograd saves to ``store``, and brings it back when the backward asks for it.
 
-    Storages that several operations save are moved once.  Those of ``weights``, and tensors of fewer than ``smallest``
-    bytes, stay.  ``peak`` is the largest number of bytes that were in the store at once.
+    Storages that several operations save are moved once.  Those of ``weights``, those on another device, and tensors of
+    fewer than ``smallest`` bytes stay.  ``peak`` is the largest number of bytes that were in the store at once.
     """
 
     def __init__(self, store: Store, weights: Iterable[AnyShape], smallest: int = _SMALLEST) -> None:
@@ -174,7 +201,8 @@ class Offload:
     def pack(self, x: AnyShape) -> AnyShape | _View:
         """Move the storage of ``x`` to the store, unless it is there already; return what `unpack` takes."""
         storage = x.untyped_storage()
-        if storage.nbytes() < self._smallest or storage._cdata in self._weights:
+        stays = storage.nbytes() < self._smallest or storage._cdata in self._weights
+        if stays or x.device.type != self._store.device.type:
             return x if x.is_leaf else x.detach()  # an output that is saved as it is would keep itself alive
         return _View(self._stored(x, storage), x.dtype, x.size(), x.stride(), x.storage_offset())
 

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import random
 
 import pytest
 import torch
@@ -104,6 +105,17 @@ def test_space_is_used_again_and_has_no_name(files, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_space_of_changing_sizes_is_used_again(files):
+    """As with experts, which get other numbers of rows in each step."""
+    draw, largest = random.Random(3), 0
+    for _ in range(50):
+        sizes = [draw.randrange(1 << 16, 1 << 20) for _ in range(9)]
+        copies = [files.put(torch.zeros(size, dtype=torch.uint8)) for size in sizes]
+        largest = max(largest, sum(map(len, copies)))
+        del copies
+    assert files.reserved < 2.5 * largest
+
+
 def test_waits_for_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(offload, "_UNWRITTEN", 3 << 16)
     waits, files = list[int](), Files(tmp_path)
@@ -118,7 +130,7 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
 
     monkeypatch.setattr(offload.os, "posix_fallocate", full)
     with pytest.raises(
-        OSError, match=r"offload=\S+ has no room .* \(No space left on device\): give a folder on a larger"
+        OSError, match=r"offload=\S+ has no room .* \(No space left on device\): give a folder on another"
     ):
         Files(tmp_path).put(torch.zeros(99, dtype=torch.uint8))
     assert list(tmp_path.iterdir()) == []

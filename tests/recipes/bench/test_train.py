@@ -122,11 +122,12 @@ def test_what_cannot_be_measured_is_refused(refused, tmp_path, settings, words):
     assert words in refused(train, train.task, *QUICK, f"out={tmp_path}", *settings)
 
 
-def job_with(recompute="none", mlp_rows=None, threads=None, dtype="float32", epochs=None, **context):
+def job_with(recompute="none", mlp_rows=None, offload=None, threads=None, dtype="float32", epochs=None, **context):
     """The parts of a training job that `refuse_unmeasured` reads."""
     model = ModelSource("tiny", "tiny", dtype=dtype)
     target = SimpleNamespace(run=Run(threads=threads), context=Context(**context), model=model)
-    settings, data = SimpleNamespace(recompute=recompute, mlp_rows=mlp_rows), SimpleNamespace(epochs=epochs)
+    settings = SimpleNamespace(recompute=recompute, mlp_rows=mlp_rows, offload=offload)
+    data = SimpleNamespace(epochs=epochs)
     return SimpleNamespace(target=target, settings=settings, data=data)
 
 
@@ -139,6 +140,7 @@ def job_with(recompute="none", mlp_rows=None, threads=None, dtype="float32", epo
         ({"kernel": "reference"}, "use context.kernel=flash_cpu"),
         ({"epochs": 1}, "use data.epochs=null"),
         ({"mlp_rows": 64}, "use mlp_rows=null"),
+        ({"offload": "folder"}, "use offload=null"),
     ],
     ids=str,
 )

@@ -22,7 +22,7 @@ def target(**changes):
 @pytest.mark.parametrize("decode", ["sharded", "auto"])
 def test_turn_is_predicted_with_its_strategies_and_half_of_its_answer(decode):
     turn = SimpleNamespace(ttit_s=0.1, tokens={0: [1] * 10, 1: [2] * 4})
-    session = SimpleNamespace(decode_choices={2: ("gather_merge", "few")})
+    session = SimpleNamespace(decode_strategy={2: "gather_merge"}.get)
     one = target(context=Context(strategy="pass_q", decode=decode))
     predicted = predict_turn(one, MACHINE, [1000, 3000], turn, session)
     strategy = "sharded" if decode == "sharded" else "gather_merge"

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from longctx.config import DataSettings, Mesh, TextSource
+from longctx.config import DataSettings, LoRA, Mesh, TextSource
 from longctx.hf.config import shape_of
-from recipes.common.train_job import refuse_offload, refuse_unsplit
+from recipes.common.train_job import refuse_offload, refuse_offload_folder, refuse_unsplit
 from recipes.common.train_resume import begin_run, refuse_other_model
 
 
@@ -58,39 +58,50 @@ def test_only_the_first_rank_of_a_launcher_makes_the_folder(job_of, under_torchr
 
 
 @pytest.mark.parametrize(
-    ("device", "layers", "where", "words"),
+    ("device", "layers", "lora", "where", "words"),
     [
-        ("cpu", "auto", "host", "offload=host does not fit run.device=cpu: use a folder on a disk, or offload=null"),
-        ("cuda", "local", "folder", "does not fit run.device=cuda: use offload=host"),
+        ("cpu", "auto", None, "host", "offload=host is for GPUs: give a folder on a disk, or use offload=null"),
+        ("cpu", "auto", None, "none", "offload=none: give a folder on a disk, or use offload=null"),
+        ("cpu", "auto", None, "", "offload=: give a folder on a disk, or use offload=null"),
+        ("cuda", "local", None, "folder", "offload=folder on a GPU: use offload=host$"),
         (
             "cuda",
             "auto",
-            "host",
-            "not tested with Transformer Engine, which model.layers=auto may use: use model.l",
+            None,
+            "folder",
+            "offload=folder on a GPU: use offload=host model.layers=local, since",
         ),
-        (
-            "cpu",
-            "auto",
-            "/dev/shm/folder",
-            "offload=/dev/shm/folder is in a tmpfs, which is memory: give a folder",
-        ),
-        ("cpu", "auto", "/proc/folder", "offload=/proc/folder cannot be written .*: give a writable folder"),
-        ("cpu", "auto", None, None),
-        ("cuda", "local", "host", None),
+        ("cuda", "auto", None, "host", "offload=host on a GPU: use offload=host model.layers=local, since"),
+        ("cuda", "auto", 3, "host", None),
+        ("cuda", "local", None, "host", None),
+        ("cpu", "auto", None, "folder", None),
+        ("cpu", "auto", None, None, None),
     ],
 )
-def test_activations_are_offloaded_to_another_memory(device, layers, where, words):
-    target = SimpleNamespace(run=SimpleNamespace(device=device), model=SimpleNamespace(layers=layers))
+def test_activations_are_offloaded_to_another_memory(device, layers, lora, where, words):
+    model, shape = SimpleNamespace(layers=layers), SimpleNamespace(mixture=None)
+    target = SimpleNamespace(run=SimpleNamespace(device=device), model=model, shape=shape)
     with pytest.raises(ValueError, match=words) if words else nullcontext():
-        refuse_offload(target, where)
+        refuse_offload(target, where, LoRA(rank=lora))
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("/dev/shm/folder", "offload=/dev/shm/folder is in a tmpfs, which is memory: give a folder on a disk"),
+        ("/proc/folder", "offload=/proc/folder cannot be written .*: give a writable folder"),
+    ],
+)
+def test_folder_on_no_disk_is_refused(where, words):
+    with pytest.raises(ValueError, match=words):
+        refuse_offload_folder(where)
 
 
 def test_a_system_without_the_calls_for_files_is_refused(monkeypatch, tmp_path):
-    target = SimpleNamespace(run=SimpleNamespace(device="cpu"))
-    refuse_offload(target, str(tmp_path))
+    refuse_offload_folder(str(tmp_path / "new"))
     monkeypatch.delattr(os, "posix_fadvise")
     with pytest.raises(ValueError, match=r"offload=\S+ needs Linux: use offload=null and recompute=full"):
-        refuse_offload(target, str(tmp_path))
+        refuse_offload_folder(str(tmp_path))
 
 
 @pytest.mark.parametrize(
