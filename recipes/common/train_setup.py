@@ -1,4 +1,4 @@
-"""What each rank of a training run sets up: the model with its optimizer, and context parallelism."""
+"""Setup of each rank of a training run: the model with its optimizer, and context parallelism."""
 
 from __future__ import annotations
 

@@ -31,25 +31,26 @@ Bytes = UInt8[Tensor, " n"]
 HOST = "host"
 _SMALLEST = 1 << 16  # bytes; smaller tensors stay, since each offloaded one costs a call
 _UNWRITTEN = 1 << 29  # bytes per rank
+_FREED = 1 << 30  # bytes of tensors that are freed before their memory returns to the system
 _LARGEST_FILE = 1 << 43  # bytes, which all usual file systems and address spaces allow
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @runtime_checkable  # so that tests can check signatures
 class Store(Protocol):
-    """Where bytes of ``device`` wait: `put` makes a copy of them, and `get` returns such a copy to the device."""
+    """Where bytes of ``device`` wait: `write` makes a copy of them, and `read` returns such a copy to the device."""
 
     device: torch.device
 
-    def put(self, data: Bytes) -> Bytes: ...
+    def write(self, data: Bytes) -> Bytes: ...
 
-    def get(self, copy: Bytes) -> Bytes: ...
+    def read(self, copy: Bytes) -> Bytes: ...
 
 
 class Files:
     """A file in ``folder`` as memory: when the system needs memory, it frees pages that are written to the disk.
 
-    Pages are written at once, and `put` waits when more than `_UNWRITTEN` bytes are not written yet: a container that
+    Pages are written at once, and `write` waits when more than `_UNWRITTEN` bytes are not written yet: a container that
     limits memory may otherwise end the process before its pages are written.  Space is used again once no tensor refers
     to it.  The file has no name, so that nothing is left when the process ends, however it ends.
 
@@ -59,8 +60,7 @@ class Files:
     device = torch.device("cpu")
 
     def __init__(self, folder: Path) -> None:
-        _return_freed_memory()
-        self._folder, self._end, self._unwritten = folder, 0, 0
+        self._folder, self._end, self._unwritten, self._moved = folder, 0, 0, 0
         self._unused: defaultdict[int, list[int]] = defaultdict(list)  # offsets by size
         with self._explained():
             folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ class Files:
                 self._bytes = np.frombuffer(mmap(self._file, 0), np.uint8)
         weakref.finalize(self, os.close, self._file)
 
-    def put(self, data: Bytes) -> Bytes:
+    def write(self, data: Bytes) -> Bytes:
         """Return a copy of the CPU tensor ``data`` in the file; raise OSError if the disk has no room for it."""
         size = _rounded_up(len(data))
         # Experts get another number of rows in each step: space of up to twice the size will do.
@@ -80,14 +80,22 @@ class Files:
         unused = self._unused[fits]
         with self._explained():
             offset = unused.pop() if unused else self._grow(size)
-            self._write(data, offset)
+            self._write_at(data, offset)
+        self._count(len(data))
         copy = torch.from_numpy(self._bytes[offset : offset + len(data)])
         weakref.finalize(copy.untyped_storage(), unused.append, offset).atexit = False
         return copy
 
-    def get(self, copy: Bytes) -> Bytes:
+    def read(self, copy: Bytes) -> Bytes:
         """Return ``copy`` itself: its pages are read from the disk when they are touched."""
+        self._count(len(copy))
         return copy
+
+    def _count(self, moved: int) -> None:
+        self._moved += moved
+        if self._moved > _FREED:
+            _return_freed_memory()
+            self._moved = 0
 
     def _grow(self, size: int) -> int:
         """Reserve ``size`` bytes of the disk at the end; return their offset."""
@@ -98,7 +106,7 @@ class Files:
         self._end += size
         return begin
 
-    def _write(self, data: Bytes, offset: int) -> None:
+    def _write_at(self, data: Bytes, offset: int) -> None:
         rest = data.numpy().data
         while rest:  # through the file: writing through memory would first read the pages that it replaces
             done = os.pwrite(self._file, rest, offset)
@@ -130,14 +138,13 @@ def _rounded_up(size: int) -> int:
 
 
 def _return_freed_memory() -> None:
-    """Let the C library return each freed tensor of a megabyte or more to the system, rather than keep it for later.
+    """Let the C library return the memory of freed tensors to the system, rather than keep it for later.
 
-    Otherwise the process grows by about a layer's activations per layer, although each tensor is freed: glibc raises
-    this threshold by itself to 32 MB.  Other C libraries have no such setting.
+    Between freed tensors, small ones stay, so that glibc's heap grows by about a layer's activations per layer.  Other
+    C libraries have no such call.
     """
     if platform.libc_ver()[0] == "glibc":
-        M_MMAP_THRESHOLD = -3  # noqa: N806  (its name in malloc.h)
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Host:
@@ -149,13 +156,13 @@ class Host:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def put(self, data: Bytes) -> Bytes:
+    def write(self, data: Bytes) -> Bytes:
         """Return a copy of ``data`` in the host's memory."""
         with _disable_current_modes():  # a `MemoryMeter` does not count it
             copy = torch.empty(len(data), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         return copy.copy_(data, non_blocking=True)
 
-    def get(self, copy: Bytes) -> Bytes:
+    def read(self, copy: Bytes) -> Bytes:
         """Return a copy of ``copy`` on the GPU."""
         return copy.to(self.device, non_blocking=True, copy=True)
 
@@ -214,7 +221,7 @@ class Offload:
         stored, dtype, size, stride, offset = packed
         storage = stored.fetched() if stored.fetched else None
         if storage is None:
-            storage = self._store.get(stored.data).untyped_storage()
+            storage = self._store.read(stored.data).untyped_storage()
             stored.fetched = weakref.ref(storage)
         whole = _bytes_of(storage)
         return whole[: len(whole) // dtype.itemsize * dtype.itemsize].view(dtype).as_strided(size, stride, offset)
@@ -225,7 +232,7 @@ class Offload:
         if stored is None or version != x._version:
             if stored is None:
                 weakref.finalize(storage, self._moved.pop, key, None).atexit = False
-            stored = _Stored(self._store.put(_bytes_of(storage)))
+            stored = _Stored(self._store.write(_bytes_of(storage)))
             self._moved[key] = (x._version, stored)
             self._count(storage.nbytes())
             weakref.finalize(stored, self._count, -storage.nbytes()).atexit = False

@@ -19,9 +19,9 @@ class Counted(Files):
 
     copies = reserved = 0
 
-    def put(self, data):
+    def write(self, data):
         self.copies += 1
-        return super().put(data)
+        return super().write(data)
 
     def _grow(self, size):
         self.reserved += size
@@ -39,7 +39,7 @@ def test_views_come_back_bit_for_bit_from_one_copy(files, dtype):
     views = [whole, whole[2:, ::2], whole.transpose(0, 2), whole[3:4].expand(5, 11, 3), whole[6, 10, 2:]]
     packed = [offloaded.pack(view) for view in views]
     expected = [view.clone() for view in views]
-    whole.zero_()  # what is written later does not reach the copy
+    whole.zero_()  # the copy does not change
     for one, view, right in zip(packed, views, expected, strict=True):
         got = offloaded.unpack(one)
         assert torch.equal(got, right) and got.stride() == view.stride() and got.dtype == dtype
@@ -71,7 +71,7 @@ def test_gradients_are_equal_and_what_is_saved_is_not_in_memory(files):
     """The outputs of exp and tanh are saved; such an output must not keep itself alive."""
     weight, x = torch.nn.Parameter(torch.randn(59, 61) / 60), torch.randn(997, 59, requires_grad=True)
     right = torch.autograd.grad(network(x, weight), (x, weight))
-    kept = {}
+    in_memory = {}
     for name, hooks in (("memory", None), ("files", Offload(files, [weight], smallest=64))):
         with MemoryMeter({}) as meter:
             if hooks:
@@ -79,7 +79,7 @@ def test_gradients_are_equal_and_what_is_saved_is_not_in_memory(files):
                     loss = network(x, weight)
             else:
                 loss = network(x, weight)
-            kept[name] = sum(meter.live.values())
+            in_memory[name] = sum(meter.live.values())
             got = torch.autograd.grad(loss, (x, weight))
         assert all(map(torch.equal, got, right))
         del loss, got
@@ -88,7 +88,7 @@ def test_gradients_are_equal_and_what_is_saved_is_not_in_memory(files):
             assert sum(meter.live.values()) == 0
         finally:
             gc.enable()
-    assert kept["memory"] > 700_000 and kept["files"] < 100, kept
+    assert in_memory["memory"] > 700_000 and in_memory["files"] < 100, in_memory
 
 
 def test_space_is_used_again_and_has_no_name(files, tmp_path):
@@ -110,7 +110,7 @@ def test_space_of_changing_sizes_is_used_again(files):
     draw, largest = random.Random(3), 0
     for _ in range(50):
         sizes = [draw.randrange(1 << 16, 1 << 20) for _ in range(9)]
-        copies = [files.put(torch.zeros(size, dtype=torch.uint8)) for size in sizes]
+        copies = [files.write(torch.zeros(size, dtype=torch.uint8)) for size in sizes]
         largest = max(largest, sum(map(len, copies)))
         del copies
     assert files.reserved < 2.5 * largest
@@ -120,8 +120,17 @@ def test_waits_for_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(offload, "_UNWRITTEN", 3 << 16)
     waits, files = list[int](), Files(tmp_path)
     monkeypatch.setattr(offload.os, "fdatasync", waits.append)
-    copies = [files.put(torch.zeros(1 << 16, dtype=torch.uint8)) for _ in range(9)]
+    copies = [files.write(torch.zeros(1 << 16, dtype=torch.uint8)) for _ in range(9)]
     assert len(copies) == 9 and len(waits) == 2
+
+
+def test_returns_freed_memory(files, monkeypatch):
+    calls = list[int]()
+    monkeypatch.setattr(offload, "_FREED", 5000)
+    monkeypatch.setattr(offload, "_return_freed_memory", lambda: calls.append(1))
+    for _ in range(4):
+        files.read(files.write(torch.zeros(1500, dtype=torch.uint8)))
+    assert len(calls) == 2
 
 
 def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
@@ -132,7 +141,7 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(
         OSError, match=r"offload=\S+ has no room .* \(No space left on device\): give a folder on another"
     ):
-        Files(tmp_path).put(torch.zeros(99, dtype=torch.uint8))
+        Files(tmp_path).write(torch.zeros(99, dtype=torch.uint8))
     assert list(tmp_path.iterdir()) == []
 
 
