@@ -25,6 +25,7 @@ from recipes.common.settings import mapping_at
 from recipes.compare import agree, differing_names, final_figures, is_measured, settings_of, table_of
 
 WITHIN = 1e-6  # relative: another machine sums in a different order
+_DECODED = re.compile(r"decode_choices\.\d+$|turns\.\d+\.decode_strategy$")
 
 
 def run_again(run: str) -> str:
@@ -35,7 +36,7 @@ def run_again(run: str) -> str:
     beside = _unused_folder(folder)
     out = beside / Path(manifest["out"]).name if is_file_name(manifest["out"]) else beside
     words = [typed_word(word) for word in manifest["overrides"] if not word.startswith("out=")]
-    words += [path_word("out", str(out)), *_session_beside(run, manifest, beside)]
+    words += [path_word("out", str(out)), *_session_beside(run, manifest, beside), *_decoded(run, manifest)]
     # A Slurm job keeps its code in the run's folder; a sweep keeps it in the folder above.
     source = next((at / "code" for at in (folder, folder.parent) if (at / "code" / "recipes").is_dir()), ROOT)
     command = [sys.executable, "-m", manifest["module"], *words]
@@ -78,6 +79,21 @@ def _session_beside(run: str, manifest: Manifest, beside: Path) -> list[str]:
             "is lost: give runs that are to be reproduced another session.save"
         )
     return [path_word("session.save", str(beside / "session"))]
+
+
+def _decoded(run: str, manifest: Manifest) -> list[str]:
+    """Return the setting that decodes as ``run`` did.
+
+    ``context.decode=auto`` may choose another way on another day, and the default of a version another one.  The list
+    is empty for a recipe that does not decode, and for a run that decoded in several ways.
+    """
+    decode = mapping_at(manifest["config"], "context").get("decode")
+    if decode == "auto":
+        # recipes.generate writes (strategy, reason) by number of sequences, recipes.chat the strategy of each turn.
+        figures = {name: value for name, value in final_figures(run).items() if _DECODED.search(name)}
+        used = {str(value[0] if isinstance(value, list) else value) for value in figures.values()}
+        decode = used.pop() if len(used) == 1 else None
+    return [f"context.decode={decode}"] if decode else []
 
 
 def _unused_folder(folder: Path) -> Path:

@@ -19,7 +19,7 @@ from recipes.common.places import refuse_unwritable
 from recipes.common.plots import draw_lines
 from recipes.common.provenance import provenance
 from recipes.common.settings import as_config, as_dict, top_level
-from recipes.common.train_job import TrainJob, resolve_train_job
+from recipes.common.train_job import TrainJob, refuse_offload_folder, resolve_train_job
 from recipes.common.train_loop import run_rank
 from recipes.common.train_resume import begin_run
 from recipes.common.train_task import WARM
@@ -57,6 +57,7 @@ def prepare(config: DictConfig) -> tuple[TrainJob, ConvergenceSettings]:
             raise ValueError(
                 f"out={job.out}: the folder '{name}' in it is not a run and would be emptied; give another out="
             )
+    refuse_offload_folder(job.settings.offload)
     if job.target.mesh.ranks == 1:
         raise ValueError("the mesh has one rank, like the run to compare it with: use mesh.ring=2 or another mesh")
     return job, settings

@@ -164,7 +164,7 @@ def _path(key: str, value: str, sweep: bool) -> str:
         raise ValueError(
             f"{key}={value} lists several values: add --multirun for a sweep, or quote it: {key}='\"{value}\"'"
         )
-    return ",".join(path if _is_quoted(path) else quote(path) for path in _LISTED.findall(value))
+    return ",".join(path if path == "null" or _is_quoted(path) else quote(path) for path in _LISTED.findall(value))
 
 
 def _model(value: str) -> list[str]:

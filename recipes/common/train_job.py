@@ -173,22 +173,24 @@ def _refuse_untrainable(target: Target, settings: TrainSettings) -> None:
 
 
 def refuse_offload(target: Target, where: str | None, lora: LoRA) -> None:
-    """Raise ValueError unless ``where`` is null, ``host`` on a GPU with megatron-core's layers, or a folder on a CPU.
+    """Raise ValueError unless ``where`` is null, ``host`` on a GPU with megatron-core's layers, or on a CPU a folder.
 
     `refuse_offload_folder` checks the folder.
     """
     if where is None:
         return
+    on_cpu = target.run.device == "cpu"
     if where in ("", "none"):
-        raise ValueError(f"offload={where}: give a folder on a disk, or use offload=null")
-    if target.run.device == "cpu":
+        raise ValueError(f"offload={where}: use {'a folder on a disk' if on_cpu else 'host'}, or offload=null")
+    if on_cpu:
         if where == "host":
             raise ValueError("offload=host is for GPUs: give a folder on a disk, or use offload=null")
         return
     may_be_te = target.model.layers == "te" or (target.model.layers == "auto" and not target.shape.mixture)
-    layers = " model.layers=local, since Transformer Engine is not tested" if may_be_te and not lora.rank else ""
-    if where != "host" or layers:
-        raise ValueError(f"offload={where} on a GPU: use offload=host{layers}")
+    fixes = [] if where == "host" else ["offload=host"]
+    fixes += ["model.layers=local, since Transformer Engine is not tested"] if may_be_te and not lora.rank else []
+    if fixes:
+        raise ValueError(f"offload={where} on a GPU: use {' '.join(fixes)}")
 
 
 def refuse_offload_folder(where: str | None) -> None:

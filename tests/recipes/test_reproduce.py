@@ -43,6 +43,23 @@ def same(monkeypatch, capsys):
     return same
 
 
+@pytest.mark.parametrize(
+    ("decode", "figures", "words"),
+    [
+        ("auto", {"decode_choices": {"1": ["sharded", "auto: 3 ms"]}, "decode_strategy": "auto"}, ["sharded"]),
+        ("auto", {"turns": [{**TURN, "decode_strategy": "gather_merge"}] * 2}, ["gather_merge"]),
+        ("auto", {"decode_choices": {"1": ["sharded", ""], "2": ["gather_merge", ""]}, "text": "a"}, []),
+        ("auto", {"text": "a"}, []),
+        ("pass_q", {"text": "a"}, ["pass_q"]),
+    ],
+)
+def test_repetition_decodes_as_the_run_did(write_run, decode, figures, words):
+    run = write_run("was", "answer.json", answer_json=json.dumps({"tokens": 3, **figures}))
+    manifest = {"config": {"context": {"decode": decode}}}
+    assert reproduce._decoded(run, manifest) == [f"context.decode={word}" for word in words]
+    assert reproduce._decoded(run, {"config": {}}) == []
+
+
 def test_items_of_lists_are_named_by_number():
     nested = {"turns": [{"text": "a", "token_ids": [5, 7]}, {"text": "b"}], "none": [], "mixed": [{"a": 1}, 2]}
     by_number = {"turns.0.text": "a", "turns.0.token_ids": [5, 7], "turns.1.text": "b"}

@@ -31,8 +31,8 @@ Bytes = UInt8[Tensor, " n"]
 HOST = "host"
 _SMALLEST = 1 << 16  # bytes; smaller tensors stay, since each offloaded one costs a call
 _UNWRITTEN = 1 << 29  # bytes per rank
-_FREED = 1 << 30  # bytes of tensors that are freed before their memory returns to the system
-_LARGEST_FILE = 1 << 43  # bytes, which all usual file systems and address spaces allow
+_MOVED = 1 << 30  # bytes that are written or read before the memory of freed tensors returns to the system
+_LARGEST_FILE = 1 << 40  # bytes, which all usual file systems and address spaces allow
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -69,8 +69,8 @@ class Files:
                 size = min(shutil.disk_usage(folder).free, _LARGEST_FILE)
                 file.truncate(max(size, 1))
                 self._file = os.dup(file.fileno())
+                weakref.finalize(self, os.close, self._file)
                 self._bytes = np.frombuffer(mmap(self._file, 0), np.uint8)
-        weakref.finalize(self, os.close, self._file)
 
     def write(self, data: Bytes) -> Bytes:
         """Return a copy of the CPU tensor ``data`` in the file; raise OSError if the disk has no room for it."""
@@ -80,7 +80,11 @@ class Files:
         unused = self._unused[fits]
         with self._explained():
             offset = unused.pop() if unused else self._grow(size)
-            self._write_at(data, offset)
+            try:
+                self._write_at(data, offset)
+            except BaseException:
+                unused.append(offset)
+                raise
         self._count(len(data))
         copy = torch.from_numpy(self._bytes[offset : offset + len(data)])
         weakref.finalize(copy.untyped_storage(), unused.append, offset).atexit = False
@@ -93,7 +97,7 @@ class Files:
 
     def _count(self, moved: int) -> None:
         self._moved += moved
-        if self._moved > _FREED:
+        if self._moved > _MOVED:
             _return_freed_memory()
             self._moved = 0
 
@@ -140,8 +144,8 @@ def _rounded_up(size: int) -> int:
 def _return_freed_memory() -> None:
     """Let the C library return the memory of freed tensors to the system, rather than keep it for later.
 
-    Between freed tensors, small ones stay, so that glibc's heap grows by about a layer's activations per layer.  Other
-    C libraries have no such call.
+    Small tensors that stay lie between freed ones, so that glibc's heap would grow by about a layer's activations per
+    layer.  Other C libraries have no such call.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
@@ -227,6 +231,7 @@ class Offload:
         return whole[: len(whole) // dtype.itemsize * dtype.itemsize].view(dtype).as_strided(size, stride, offset)
 
     def _stored(self, x: AnyShape, storage: torch.UntypedStorage) -> _Stored:
+        """Return the storage's bytes in the store; a write to ``x`` or one of its views changes its version."""
         key = storage._cdata
         version, stored = self._moved.get(key, (-1, None))
         if stored is None or version != x._version:

@@ -126,7 +126,7 @@ def test_waits_for_the_disk(tmp_path, monkeypatch):
 
 def test_returns_freed_memory(files, monkeypatch):
     calls = list[int]()
-    monkeypatch.setattr(offload, "_FREED", 5000)
+    monkeypatch.setattr(offload, "_MOVED", 5000)
     monkeypatch.setattr(offload, "_return_freed_memory", lambda: calls.append(1))
     for _ in range(4):
         files.read(files.write(torch.zeros(1500, dtype=torch.uint8)))

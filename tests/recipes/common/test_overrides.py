@@ -102,6 +102,10 @@ def test_quoted_and_plain_paths_of_a_sweep(runs):
     assert [config.out for config in configs] == ["a,b", "it's", "c${d}"]
 
 
+def test_null_in_a_sweep_of_paths_is_no_path(runs):
+    assert [config.prompt.file for config in runs("--multirun", "prompt.file=null,a", "out=x")] == [None, "a"]
+
+
 def test_one_path_that_begins_and_ends_with_quotes_is_that_path(runs):
     assert [config.out for config in runs("""out="a" and "b".json""", """prompt.file='x' + 'y'""")] == [
         '"a" and "b".json'

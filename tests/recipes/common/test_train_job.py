@@ -61,8 +61,9 @@ def test_only_the_first_rank_of_a_launcher_makes_the_folder(job_of, under_torchr
     ("device", "layers", "lora", "where", "words"),
     [
         ("cpu", "auto", None, "host", "offload=host is for GPUs: give a folder on a disk, or use offload=null"),
-        ("cpu", "auto", None, "none", "offload=none: give a folder on a disk, or use offload=null"),
-        ("cpu", "auto", None, "", "offload=: give a folder on a disk, or use offload=null"),
+        ("cpu", "auto", None, "none", "offload=none: use a folder on a disk, or offload=null"),
+        ("cpu", "auto", None, "", "offload=: use a folder on a disk, or offload=null"),
+        ("cuda", "local", None, "none", "offload=none: use host, or offload=null"),
         ("cuda", "local", None, "folder", "offload=folder on a GPU: use offload=host$"),
         (
             "cuda",
@@ -71,7 +72,7 @@ def test_only_the_first_rank_of_a_launcher_makes_the_folder(job_of, under_torchr
             "folder",
             "offload=folder on a GPU: use offload=host model.layers=local, since",
         ),
-        ("cuda", "auto", None, "host", "offload=host on a GPU: use offload=host model.layers=local, since"),
+        ("cuda", "auto", None, "host", "offload=host on a GPU: use model.layers=local, since"),
         ("cuda", "auto", 3, "host", None),
         ("cuda", "local", None, "host", None),
         ("cpu", "auto", None, "folder", None),
