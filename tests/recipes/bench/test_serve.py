@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from longctx.config import Context, Sampling
-from longctx.infer.session import Session
+from longctx.infer.continuous import ContinuousSession
 from longctx.parallel.launch import Rank, run_ranks
 from recipes.bench import serve
 
@@ -39,7 +39,7 @@ def change_an_answer(rank: Rank, job: serve.ServeBenchJob) -> dict[int, float] |
     """Change the third token of request 2's answer in a variant; return the first rank's margins of this variant."""
     load = serve.make_load(job.settings, job.text)
     with job.target.runtime(rank) as runtime:
-        session = partial(Session, job.target.load_engine(runtime), Context(), Sampling())
+        session = partial(ContinuousSession, job.target.load_engine(runtime), Context(), Sampling())
         alone, other = (serve.run_variant(session, runtime, job, serve.ALONE, load, lambda: None) for _ in range(2))
         if rank.rank == 0:
             other.answers[2][2] += 1
