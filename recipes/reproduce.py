@@ -85,7 +85,7 @@ def _decoded(run: str, manifest: Manifest) -> list[str]:
     """Return the setting that decodes as ``run`` did.
 
     ``context.decode=auto`` may choose another way on another day, and the default of a version another one.  The list
-    is empty for a recipe that does not decode, and for a run that decoded in several ways.
+    is empty for a recipe without this setting, and for a run that decoded in several ways.
     """
     decode = mapping_at(manifest["config"], "context").get("decode")
     if decode == "auto":

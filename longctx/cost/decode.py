@@ -115,10 +115,13 @@ def sharded_seconds(work: DecodeWork, hardware: DecodeHardware) -> float:
     return product_seconds(work, hardware, work.ranks) + exchange_seconds(work, hardware.exchange, "sharded")
 
 
+ON_ONE_RANK = ("gather_merge", "one context rank has no rank to share weights with")
+
+
 def choose_decode(work: DecodeWork, hardware: DecodeHardware) -> tuple[str, str]:
     """Return the faster strategy for ``work``, ``sharded`` or ``gather_merge``, and the reason for the user."""
     if work.ranks == 1:
-        return "gather_merge", "one context rank has no rank to share weights with"
+        return ON_ONE_RANK
     shared, merged = sharded_seconds(work, hardware), gather_merge_seconds(work, hardware)
     why = f"without attention a step takes {shared * 1e3:.3g} ms sharded, {merged * 1e3:.3g} ms by gather_merge"
     return ("sharded" if shared < merged else "gather_merge"), why

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from longctx.cost.decode import choose_decode
+from longctx.cost.decode import ON_ONE_RANK, choose_decode
 from longctx.cost.forward import Numbers, decode_work
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def make_decode_chooser(runtime: Runtime, target: Target, engine: Engine) -> Dec
     if target.context.decode != "auto":
         return None
     if engine.ranks == 1:
-        return lambda _: ("gather_merge", "one context rank has no rank to share weights with")
+        return lambda _: ON_ONE_RANK
     if target.context.check_schedule and target.shape.mixture and target.mesh.tp > 1:
         return lambda _: ("gather_merge", "the messages of sharded cannot be checked here")
     if engine.share is None:

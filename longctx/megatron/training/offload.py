@@ -80,14 +80,10 @@ class Files:
         unused = self._unused[fits]
         with self._explained():
             offset = unused.pop() if unused else self._grow(size)
-            try:
-                self._write_at(data, offset)
-            except BaseException:
-                unused.append(offset)
-                raise
+            copy = torch.from_numpy(self._bytes[offset : offset + len(data)])
+            weakref.finalize(copy.untyped_storage(), unused.append, offset).atexit = False
+            self._write_at(data, offset)
         self._count(len(data))
-        copy = torch.from_numpy(self._bytes[offset : offset + len(data)])
-        weakref.finalize(copy.untyped_storage(), unused.append, offset).atexit = False
         return copy
 
     def read(self, copy: Bytes) -> Bytes:

@@ -124,6 +124,21 @@ def test_waits_for_the_disk(tmp_path, monkeypatch):
     assert len(copies) == 9 and len(waits) == 2
 
 
+def test_space_of_a_copy_that_was_not_written_is_free(files, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    data = torch.zeros(5000, dtype=torch.uint8)
+    with (
+        monkeypatch.context() as failing,
+        pytest.raises(OSError, match=r"cannot hold activations \(Input/output error\)"),
+    ):
+        failing.setattr(offload.os, "pwrite", fail)
+        files.write(data)
+    copy = files.write(data)
+    assert len(copy) == 5000 and files.reserved == 8192
+
+
 def test_returns_freed_memory(files, monkeypatch):
     calls = list[int]()
     monkeypatch.setattr(offload, "_MOVED", 5000)

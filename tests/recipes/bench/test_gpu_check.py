@@ -16,7 +16,7 @@ from tests import oracle
 
 REHEARSAL = (
     "run=local", "model=tiny", "model.dtype=float32", "context.kernel=auto", "context.chunk=31", "lengths=[67]",
-    "ranks=[2,3]", "logits=23", "prefill=[41]", "new_tokens=3", "rounds=1",
+    "ranks=[2,3]", "logits=67", "prefill=[41]", "new_tokens=3", "rounds=1",
 )  # fmt: skip
 
 
@@ -34,9 +34,9 @@ def test_every_part_is_rehearsed_and_written(job, tmp_path):
     assert {row["kernel"]: row["verdict"] for row in kernels} == {"reference": "exact", "flash_cpu": "exact"}
     assert [(row["tokens"], row["ranks"]) for row in tiles] == [(67, 2), (67, 3)]
     assert all(0 < row["error_out"] < 1e-6 and 0 < row["error_gradients"] < 2e-6 for row in tiles)
-    assert logits == [{"tokens": 23, "model_layers": 2, "layers": "local", "error": 0.0}]
+    assert logits == [{"tokens": 67, "model_layers": 2, "layers": "local", "error": 0.0}]
     assert training[0]["error_loss"] < 1e-6 and training[0]["error_grad_norm"] < 1e-5 and training[0]["step_s"] > 0
-    assert [row["offload"] for row in training] == [None, "host"]
+    assert [row["offload"] for row in training] == [None, "host"] and training[1]["offloaded_bytes"] > 0
     assert training[0]["loss"] == training[1]["loss"] and training[0]["grad_norm"] == training[1]["grad_norm"]
     assert [(row["dropped"], row["error"]) for row in dropped] == [("1 of 2 blocks", 0.0), ("2 of 2 blocks", 0.0)]
     assert all(row["change"] > 1e-4 for row in dropped)

@@ -9,15 +9,16 @@ from longctx.config import Context, Sampling
 from longctx.infer.continuous import ContinuousSession
 from longctx.parallel.launch import Rank, run_ranks
 from recipes.bench import serve
+from recipes.bench.serve_load import make_load
 
 
 def test_load_has_common_beginnings_and_all_lengths():
     settings = serve.ServeBenchSettings(requests=101, min_length=7, max_length=300, prefixes=2)
-    load = serve.make_load(settings, range(1_000))
+    load = make_load(settings, range(1_000))
     lengths = [len(one.prompt) for one in load]
     assert 7 <= min(lengths) < 12 and 200 < max(lengths) <= 300
     assert len({one.prompt[:3] for one in load}) == 2
-    assert load == serve.make_load(settings, range(1_000))
+    assert load == make_load(settings, range(1_000))
 
 
 def test_all_variants_are_measured_and_written(cli, tiny, tmp_path):
@@ -37,7 +38,7 @@ def test_all_variants_are_measured_and_written(cli, tiny, tmp_path):
 
 def change_an_answer(rank: Rank, job: serve.ServeBenchJob) -> dict[int, float] | None:
     """Change the third token of request 2's answer in a variant; return the first rank's margins of this variant."""
-    load = serve.make_load(job.settings, job.text)
+    load = make_load(job.settings, job.text)
     with job.target.runtime(rank) as runtime:
         session = partial(ContinuousSession, job.target.load_engine(runtime), Context(), Sampling())
         alone, other = (serve.run_variant(session, runtime, job, serve.ALONE, load, lambda: None) for _ in range(2))
