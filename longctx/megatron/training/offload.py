@@ -198,11 +198,9 @@ class Offload:
         self._moved: dict[int, tuple[int, _Stored]] = {}
         self._size = self.peak = 0
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Offload what the operations inside the ``with`` block save."""
-        with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
-            yield
+    def active(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """Return a context in which operations offload what they save."""
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
 
     @torch.no_grad()
     def pack(self, x: AnyShape) -> AnyShape | _View:

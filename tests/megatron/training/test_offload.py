@@ -129,12 +129,10 @@ def test_space_of_a_copy_that_was_not_written_is_free(files, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     data = torch.zeros(5000, dtype=torch.uint8)
-    with (
-        monkeypatch.context() as failing,
-        pytest.raises(OSError, match=r"cannot hold activations \(Input/output error\)"),
-    ):
+    with monkeypatch.context() as failing:
         failing.setattr(offload.os, "pwrite", fail)
-        files.write(data)
+        with pytest.raises(OSError, match=r"cannot hold activations \(Input/output error\)"):
+            files.write(data)
     copy = files.write(data)
     assert len(copy) == 5000 and files.reserved == 8192
 
