@@ -94,7 +94,10 @@ class EvalConfig:
         return min(filter(None, (self.limit, (self.limits or {}).get(task))), default=None)
 
     def refuse_unknown_limits(self, tasks: Sequence[str]) -> None:
-        """Raise ValueError if ``limits`` names a group of tasks, or an unknown task."""
+        """Raise ValueError if ``limits`` names a group of tasks, or an unknown task.
+
+        Names in ``tasks``, of tasks from files (`LOCAL`) and of generated tasks are known.
+        """
         from eval.harness.generated import GENERATED
 
         names = set(self.limits or {})
@@ -130,7 +133,10 @@ class EvalJob:
         return Path(self.settings.out)
 
     def requests_of(self, tasks: Mapping[str, Task]) -> tuple[Request, ...]:
-        """Return the requests of ``tasks``, which are the job's or `first_examples` of them, each request once."""
+        """Return the requests of ``tasks``, which are the job's or `first_examples` of them, each request once.
+
+        Discards the answers that ``tasks`` have stored.  From then on, ``lm`` records requests, and does not answer.
+        """
         from eval.harness.lm import make_recorder
         from eval.harness.tasks import answer_tasks
 
@@ -198,7 +204,8 @@ def prepare(config: DictConfig, recipe: str = "eval.run") -> EvalJob:
 def with_measured_orders(job: EvalJob) -> EvalJob:
     """Measure the orders of blocks that variants lack; return ``job`` with the blocks to drop filled in.
 
-    Starts ranks; ``job`` is returned unchanged if no variant lacks an order.
+    Starts ranks; every rank that a launcher started must call this.  If no variant lacks an order, ``job`` is returned
+    unchanged.
     """
     if not any(lacks_order(config) for _, config in job.configs):
         return job

@@ -28,7 +28,10 @@ def refuse_unknown_gate(evaluation: EvalConfig, names: Sequence[str]) -> None:
 
 
 def refuse_other_sizes(configs: Sequence[tuple[str, DictConfig]]) -> None:
-    """Raise ValueError if a job of several ranks has a variant with another number of ranks."""
+    """Raise ValueError if the baseline has several ranks, and a variant has another number of ranks.
+
+    A Slurm job starts as many ranks as the baseline has.
+    """
     sizes = {name: section(one, "mesh", Mesh).ranks for name, one in configs}
     world = sizes[BASELINE]
     if others := [name for name in sizes if sizes[name] != world > 1]:

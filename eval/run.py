@@ -52,7 +52,10 @@ Asked = tuple[responses.StoredAnswers, Mapping[str, "Task"]]  # a variant's answ
 
 
 def answer_all(job: EvalJob) -> list[Asked]:
-    """Ask every variant all requests; return their answers and the job's tasks."""
+    """Ask every variant all requests; return, for each variant in order, its answers and the job's tasks.
+
+    Every rank that a launcher started must call this.
+    """
     return [(answer_variant(job, number, job.requests), job.tasks) for number in range(len(job.variants))]
 
 
@@ -97,7 +100,10 @@ def answer_until_decided(job: EvalJob) -> list[Asked]:
 
 
 def answer_variant(job: EvalJob, number: int, requests: Sequence[Request]) -> responses.StoredAnswers:
-    """Return the answers of variant ``number`` to ``requests``; its ranks answer those that are not stored yet."""
+    """Return all stored answers of variant ``number``, after its ranks have answered the ``requests`` that lack one.
+
+    Every rank that a launcher started must call this.  Exits with code 75 if the run was asked to stop.
+    """
     # 1. Read the stored answers.
     variant = job.variants[number]
     file = job.file(variant)
@@ -170,7 +176,10 @@ def publish_report(job: EvalJob, scored: Sequence[ScoredVariant], commits: Set[s
 
 
 def files_read(job: EvalJob) -> list[Path]:
-    """Return the files of data that the tasks read, for the manifest."""
+    """Return the files of `LOCAL` tasks and of the folder ``eval.include``, for the manifest.
+
+    The files of RULER's questions are not among them.
+    """
     data, include = job.eval.folder, job.eval.include
     files = [data / LOCAL[name].file for name in job.tasks if data and name in LOCAL]
     if include:

@@ -83,7 +83,10 @@ def _make_order_job(base: Variant, tp: int, sequences: int, out: Path) -> spd_se
 
 
 def _read_or_measure(job: spd_sensitivity.SensitivityJob) -> tuple[int, ...]:
-    """Return the order of blocks, the least sensitive first, by `recipes.spd_sensitivity`."""
+    """Return the order of blocks, the least sensitive first, from the job's file; without it, measure and write it.
+
+    Every rank that a launcher started must call this.
+    """
     target = job.target
     if job.file.is_file():
         return order_from(job.file, target.shape.layers, target.mesh.tp, target.fingerprint)

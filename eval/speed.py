@@ -107,8 +107,8 @@ def time_hf(rank: Rank, work: HFWork) -> HFTiming:
 def time_engine(rank: Rank, work: EvalWork) -> EngineTiming:
     """Answer the requests of ``work`` with our model on one rank.
 
-    Return the seconds, without loading the model, and the answers.  Raises InterruptedError if it was asked to stop
-    before the end.
+    Return the seconds, without loading the model, and the answers, which are written to the new file ``work.file``.
+    Raises InterruptedError if it was asked to stop before the end.
     """
     if run_rank(rank, work):
         raise InterruptedError("asked to stop before all requests were timed")

@@ -50,7 +50,10 @@ class Variant:
 
     @property
     def first_digest(self) -> str:
-        """The digest that version 0.1 gave these settings, from its fingerprint of the model."""
+        """The digest that version 0.1 gave these settings; it finds the answers that version 0.1 stored.
+
+        Version 0.1 computed the model's fingerprint in another way.
+        """
         return self._digest(of_first_version(self.target.fingerprint))
 
     def _digest(self, fingerprint: str) -> str:

@@ -46,8 +46,8 @@ def fault_of(checkpoint: Path) -> str:
 def content_fault_of(checkpoint: Path) -> str:
     """Describe the first fault of a checkpoint folder as `fault_of` does, but read every file and check its checksum.
 
-    A file has a fault if its checksum differs from the one in run.json.  The index of tensors has a fault if it names
-    classes or files that do not belong to the checkpoint.
+    A file has a fault if its checksum differs from the one in run.json; version 0.1 wrote no checksums.  The index of
+    tensors has a fault if it names classes or files that do not belong to the checkpoint.
     """
     if fault := fault_of(checkpoint):
         return fault

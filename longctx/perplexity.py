@@ -23,10 +23,11 @@ def difference_interval(
 ) -> tuple[float, float, float]:
     """Return (difference, low, high): ``other``'s mean loss minus ``base``'s, and the interval at confidence ``level``.
 
-    ``base`` and ``other`` are the summed losses (nats) of the same texts, and ``lengths`` the texts' numbers of tokens
-    or words.  The exponentials of the three results are the ratio of perplexities and its interval.  With one text, low
-    and high are infinite.  The interval is Student's for a ratio of means (Cochran, Sampling Techniques, 1977, 6.3).
-    It does not assume that losses within a text are independent.
+    ``base`` and ``other`` have one sum of losses (nats) for each text, of the same texts; ``lengths`` has each text's
+    number of tokens or words.  The difference is per token or word.  The exponentials of the three results are the
+    ratio of perplexities and its interval.  With one text, low and high are infinite.  The interval is Student's for a
+    ratio of means (Cochran, Sampling Techniques, 1977, 6.3).  It does not assume that losses within a text are
+    independent.
     """
     from scipy.stats import t as student  # slow to import
 

@@ -43,7 +43,10 @@ class CalibrateSettings:
 
 
 def measure_backward(runtime: Runtime, target: Target) -> float:
-    """Return the time of a block's backward as a multiple of its forward's; on a GPU, the ratio of their FLOPs."""
+    """Return the time of an attention block's backward as a multiple of its forward's; every rank must call it.
+
+    On a CPU, all ranks measure it at once.  On a GPU, the result is the ratio of FLOPs, 2.5.
+    """
     from longctx.parallel.measure.probe import probe_backward
 
     is_cpu = runtime.device.type == "cpu"
@@ -81,9 +84,10 @@ def measure_layer(runtime: Runtime, target: Target) -> LayerRates | None:
 
 
 def measure_reduce(runtime: Runtime) -> Link | None:
-    """Measure a step of an all-reduce over the ranks that share gradients; None on a GPU, where calls return early.
+    """Measure one step of an all-reduce over the ranks that share gradients; every rank must call it.
 
-    A ring of n ranks takes 2 (n - 1) steps, each of which sends 1/n of the bytes.
+    Returns None on a GPU, where calls return early, and if these ranks are not all ranks.  A ring of n ranks takes
+    2 (n - 1) steps, each of which sends 1/n of the bytes.
     """
     from longctx.parallel.measure.all_reduce import time_all_reduce
 
@@ -96,7 +100,7 @@ def measure_reduce(runtime: Runtime) -> Link | None:
 
 
 def run_rank(rank: Rank, target: Target) -> Hardware:
-    """Measure links, kernel and GEMMs on one rank; the caller uses the first rank's result."""
+    """Measure links, kernel, layers and GEMMs on one rank; the caller uses the first rank's result."""
     import torch
 
     from longctx.parallel.measure.probe import gemm_flops

@@ -65,9 +65,10 @@ class SessionPaths:
 class ChatJob:
     """Inputs of every rank: plain values, checked before any rank starts.
 
-    ``index`` describes the saved session to resume.  ``turns`` is None if a person types them.  ``fingerprint`` ties a
-    session to the model and its dropped blocks.  ``origin`` is the part of ``out`` that is known before the first turn;
-    it is collected before the ranks start, because their command line differs from the user's.
+    ``index`` describes the saved session to resume.  ``turns`` is None if a person types them.  ``fingerprint`` names
+    the model, its dropped blocks and its rounded reductions; a session resumes only with the same three.  ``origin`` is
+    the part of ``out`` that is known before the first turn.  The first process collects it, because ranks have another
+    command line.
     """
 
     target: Target
@@ -127,7 +128,8 @@ def absolute(folder: str) -> Path:
 def read_turns(settings: ChatSettings) -> tuple[UserTurn, ...] | None:
     """Return the turns of the file, or of piped input, one per line; None if a person types them.
 
-    Raises ValueError if there is neither a file, nor piped input, nor a terminal.
+    Raises ValueError for a faulty file, and if there is neither a file, nor piped input, nor a terminal.  Under a
+    launcher, turns must come from a file.
     """
     from longctx.data.turns import UserTurn, turns_from
 
@@ -144,9 +146,10 @@ def read_turns(settings: ChatSettings) -> tuple[UserTurn, ...] | None:
 
 
 def run_rank(rank: Rank, job: ChatJob) -> list[TurnFigures]:
-    """Hold the conversation on one rank and return the figures of every turn.
+    """Hold the conversation on one rank and return the figures of every turn; the caller uses the first rank's.
 
-    The caller uses those of the first rank.
+    After each turn the first rank prints the turn's figures, and writes ``out`` if it is set.  All ranks then save the
+    session if ``session.save`` is set.  A refused turn has ``error`` in its figures, and no session is saved after it.
     """
     from longctx.infer.session import Session
     from longctx.infer.store import load, save
@@ -182,7 +185,10 @@ def run_rank(rank: Rank, job: ChatJob) -> list[TurnFigures]:
 
 
 def task(config: DictConfig) -> None:
-    """Check the configuration, run the ranks, then write the first rank's figures."""
+    """Check the configuration and run the ranks, which write ``out`` and the session after every turn.
+
+    Exits with code 1 if a turn was refused.
+    """
     warm_up_ranks(["longctx.infer.engine", "longctx.infer.store", "longctx.infer.generate", "recipes.common.progress"])
     job = prepare(config)
     target = job.target

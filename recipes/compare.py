@@ -36,7 +36,8 @@ _MAX_CELL = 60  # characters
 def final_figures(run: str) -> dict[str, object]:
     """Return a run's final figures by name: those of the last step for a training run, all for any other recipe.
 
-    Raises ValueError if the run has no figures, or only step numbers and measurements of the machine.
+    ``run`` is the run's folder or its ``out``.  Raises ValueError if the run has no figures, or only step numbers and
+    measurements of the machine.
     """
     manifest, folder = manifest_of(run), folder_of(Path(run).expanduser())
     names = [Path(manifest["out"]).name] if is_file_name(manifest["out"]) else ["report.json", "metrics.jsonl"]
@@ -70,7 +71,10 @@ def _figures_of_lines(text: str, module: str) -> dict[str, object]:
 
 
 def settings_of(run: str) -> dict[str, object]:
-    """Return the settings, inputs, software versions and hardware of a run by name, without its output paths."""
+    """Return the settings, inputs, software versions and hardware of a run by name, without its output paths.
+
+    ``run`` is the run's folder or its ``out``.
+    """
     manifest = manifest_of(run)
     versions = {name: manifest.get(name) for name in _PROVENANCE}
     data: dict[str, str] = {}
@@ -87,7 +91,10 @@ def settings_of(run: str) -> dict[str, object]:
 
 
 def differing_names(runs: Sequence[Mapping[str, object]]) -> list[str]:
-    """Return the names whose values differ between ``runs``."""
+    """Return the names whose values differ between ``runs``, in order of first appearance.
+
+    A missing name counts as None.  Fingerprints of the same model count as equal (`same_model`).
+    """
     names = dict.fromkeys(name for values in runs for name in values)
     return [name for name in names if not all(same_model(values.get(name), runs[0].get(name)) for values in runs)]
 
@@ -123,7 +130,10 @@ def _shown(value: object) -> str:
 
 
 def compare(runs: Sequence[str]) -> None:
-    """Print the settings in which ``runs`` differ, and their figures.  Raises ValueError for a folder without a run."""
+    """Print the settings in which ``runs``, folders or ``out`` files, differ, and their final figures.
+
+    Raises ValueError for fewer than two runs, for a folder without a run, and for a run without figures.
+    """
     if len(runs) < 2:
         raise ValueError(
             f"fewer than two runs to compare: use python -m recipes.compare DIR DIR (each with a {MANIFEST})"

@@ -35,11 +35,12 @@ class DoctorSettings:
 
 @dataclass(frozen=True)
 class LocalMachine:
-    """Hardware and libraries; None for a library or device that is not here.
+    """Hardware and libraries; None for a library, driver or link that is not here.
 
-    ``cuda`` and ``nccl`` are the versions that torch was built with.  ``gpus`` are those that torch can use,
-    ``listed_gpus`` those that the driver lists.  ``links`` are the kinds of links from the first GPU to the others.
-    ``te_missing`` are packages that an incomplete Transformer Engine lacks.
+    ``cuda`` and ``nccl`` are the versions that torch was built with.  ``gpus`` are the names of those that torch can
+    use, ``listed_gpus`` of those that the driver lists.  ``gpu_memory_bytes`` is that of the smallest of ``gpus``, 0
+    without one.  ``links`` counts the links of each kind from the first GPU to the others.  ``te_missing`` are packages
+    that an incomplete Transformer Engine lacks.
     """
 
     processor: str
@@ -153,7 +154,7 @@ def links_of(topology: list[str]) -> str | None:
 
 
 def choices(machine: LocalMachine) -> list[AcceptedSettings]:
-    """Return the settings of kernel, layers and dtype that recipes accept on ``machine``."""
+    """Return one item per group of recipes: the kernel, layers and dtype for ``machine``, as text to print."""
     if not machine.gpus:
         return [AcceptedSettings("every recipe", "run=local, the default", "cpu", "flash_cpu", "local", "float32")]
     whole = machine.transformer_engine is not None and not machine.te_missing
@@ -172,7 +173,8 @@ def choices(machine: LocalMachine) -> list[AcceptedSettings]:
 def missing_parts(machine: LocalMachine) -> list[Missing]:
     """Return the parts that are missing on ``machine``.
 
-    Without a GPU, only the GPU is listed: libraries for it would not be used.
+    If torch can use no GPU, only a GPU is listed, since libraries for it would not be used.  If the reason is a CPU
+    build of torch on a machine with GPUs, a CUDA build is listed, and the missing libraries.
     """
     parts = []
     if machine.listed_gpus and machine.cuda is None:

@@ -25,17 +25,22 @@ from recipes.common.train_resume import weights_of
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Settings of configs/export.yaml."""
+    """Settings of configs/export.yaml.
+
+    ``checkpoint`` is a checkpoint's folder, or a run's, whose last whole checkpoint is taken.  ``to`` is the folder to
+    write, which must not exist.
+    """
 
     checkpoint: str
     to: str
 
 
 def checkpoint_of(name: str) -> Path:
-    """Return the folder of a checkpoint; ``name`` is that folder, or a run's, from which the last whole one is taken.
+    """Return the folder of a checkpoint; ``name`` is that folder, or the folder of a run.
 
-    Raises ValueError if there is no checkpoint, if the named one is corrupt, and for an adapted model, which
-    transformers cannot run.  Checkpoints of a run that are skipped are printed.
+    In a run, it is the last checkpoint that is complete and not corrupt; later ones are skipped, and printed.  Raises
+    ValueError if there is no such checkpoint, if the named one is corrupt, and for an adapted model, which transformers
+    cannot run.
     """
     folder = Path(name).expanduser().resolve()
     if (folder / PLAN).is_file():
@@ -58,7 +63,10 @@ def checkpoint_of(name: str) -> Path:
 
 
 def run_rank(rank: Rank, checkpoint_folder: Path, scratch: Path, dtype: str, lora: LoRA, to: Path) -> None:
-    """Load the checkpoint on one rank, merge its adapters if it has any, and write the folder ``to``."""
+    """Load the checkpoint on one rank, merge its adapters if it has any, and write the folder ``to``.
+
+    ``scratch`` is the folder with the model's configuration and tokenizer.  A ``lora`` of rank None means no adapters.
+    """
     import torch
 
     from longctx.megatron.hf_io import export
@@ -116,7 +124,7 @@ def model_of(place: Path) -> Path:
 
 
 def lora_of(metadata: Mapping[str, Any]) -> LoRA:
-    """Return the adapters of a checkpoint with ``metadata``; version 0.1 had none."""
+    """Return the settings of the adapters in a checkpoint with ``metadata``; for version 0.1, those of no adapters."""
     config = metadata["config"]
     return section(as_config({"lora": config["lora"]}), "lora", LoRA) if "lora" in config else LoRA()
 

@@ -77,7 +77,7 @@ class GenerateJob:
 
     @property
     def prompt_tokens(self) -> int:
-        """Number of tokens of all prompts together."""
+        """Number of tokens of all prompts together; a prompt counts once for each of its ``n`` answers."""
         return sum(len(prompt.tokens) for prompt in self.prompts)
 
 
@@ -87,8 +87,10 @@ class GenerateFigures:
 
     ``logprobs`` has the log-probabilities of each answer's tokens (None: not asked for).
     ``ttft_s`` is the time to first token, ``ttit_s`` the time from token to token (None: at most one token).
+    ``tokens_per_s`` is the rate of decoding, all answers together, without their first tokens (None: as ``ttit_s``).
     ``max_logit_diff`` is the largest logit difference from the same prompts on fewer ranks (None: not compared).
-    ``decode_choices`` has the choices of ``context.decode=auto``: strategy and reason, by number of sequences.
+    ``decode_choices`` has the choices of ``context.decode=auto``: strategy and reason, by number of sequences (None: no
+    choice was made).
     ``predicted`` has the cost model's ``ttft_s`` and ``ttit_s`` (None: without ``hardware``).
     """
 
@@ -188,7 +190,11 @@ def run_rank(rank: Rank, job: GenerateJob) -> GenerateFigures:
 def _verify(
     rank: Rank, runtime: Runtime, engine: Engine, job: GenerateJob, turn: Turn, progress: Progress
 ) -> float | None:
-    """Return the largest logit difference against one rank, or one tensor-parallel group for an `inexact` target."""
+    """Return the largest logit difference against one rank, or one tensor-parallel group for an `inexact` target.
+
+    All ranks must call it; ranks that are not in this reference return None.  From then on, torch uses the CPU threads
+    of all local ranks.
+    """
     import torch
 
     from longctx.infer.engine import load_alone
@@ -205,7 +211,10 @@ def _verify(
 
 
 def describe(job: GenerateJob, figures: GenerateFigures, answers: Sequence[Answer]) -> dict[str, object]:
-    """Return the result to write: settings, figures, and the answer's fields; for several answers, a list of them."""
+    """Return the result to write: settings, figures, and the fields of the only answer.
+
+    With the setting ``prompts``, or with several answers, the key ``answers`` has a list of them instead.
+    """
     target = job.target
     return {
         "model": target.model.name,

@@ -37,7 +37,7 @@ class FamilyRow:
 
 
 def family_rows() -> list[FamilyRow]:
-    """Return a row for each family, from the default configuration of its model type in transformers."""
+    """Return a row for each family, from transformers' default configuration with the family's ``typical`` settings."""
     from transformers import AutoConfig
     from transformers.utils import logging
 

@@ -37,7 +37,11 @@ from recipes.common.spd_report import read_allowed_drop
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """Top-level settings of configs/plan.yaml."""
+    """Top-level settings of configs/plan.yaml, which explains each in a comment.
+
+    ``lengths`` are values of work.context: the best mesh for each is printed, and ``picture`` draws them.  ``export``
+    prints the plans to standard output.
+    """
 
     hardware: str
     gpus: PositiveInt
@@ -98,6 +102,7 @@ def refuse_no_plan(plans: Sequence[Plan]) -> None:
     """Raise ValueError if no plan is feasible; the message says, for two meshes, why they are refused.
 
     The first of the two needs the least memory of the meshes that only a limit refuses; the second is the fastest.
+    ``plans`` are in the order of `plans_of`.
     """
     if plans[0].refused is None:
         return
@@ -136,7 +141,10 @@ def in_words(seconds: float) -> str:
 
 
 def show(job: PlanJob, plans: Sequence[Plan]) -> None:
-    """Print the best meshes, the memory of the best one by part, and why faster meshes are not feasible."""
+    """Print the best meshes, the memory of the best one by part, and why faster meshes are not feasible.
+
+    ``plans`` are in the order of `plans_of`; at least one must be feasible.
+    """
     question, feasible = job.question, [plan for plan in plans if plan.refused is None]
     work, best = question.work, feasible[0]
     meaning = {"prefill": "time to first token", "decode": "time per token", "chat": "a turn", "train": "a step"}
@@ -197,7 +205,11 @@ def print_csv(plans: Sequence[Plan]) -> None:
 
 
 def draw(job: PlanJob, feasible: Sequence[Plan]) -> None:
-    """Draw time against length for each strategy, and the memory of the best meshes by part."""
+    """Draw to the file ``picture``: time against length for each strategy, and the best meshes' memory by part.
+
+    ``feasible`` are the feasible plans, the fastest first.  Without ``lengths``, the lengths are work.context divided
+    by 32, 16, 8, 4, 2 and 1.
+    """
     question, settings = job.question, job.settings
     assert settings.picture
     lengths = settings.lengths or [max(1, question.work.context >> shift) for shift in range(5, -1, -1)]

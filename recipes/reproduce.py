@@ -29,7 +29,11 @@ _DECODED = re.compile(r"decode_choices\.\d+$|turns\.\d+\.decode_strategy$")
 
 
 def run_again(run: str) -> str:
-    """Run ``run`` again and return the new ``out``.  Raises ValueError if it is not a run, `RankFailed` if it fails."""
+    """Run ``run``, a run's folder or ``out``, again, and return the ``out`` of the new run.
+
+    The new run is written to DIR-again, next to the run's folder DIR.  A failed gate (exit code 3) is no failure.
+    Raises ValueError if ``run`` cannot be repeated, and `RankFailed` if the new run fails.
+    """
     manifest = manifest_of(run)
     refuse_foreign_command(run, manifest)
     folder = folder_of(Path(run).expanduser()).resolve()

@@ -96,8 +96,9 @@ class PrefixSettings:
 class ServeJob:
     """Inputs of every rank: plain values, checked before any rank starts.
 
-    ``hardware`` has the constants for a rule of ``context.strategy`` (None: measure them).  ``origin`` says which
-    model, dtype, mesh and page size the saved pages are for (None: no page is saved).
+    ``key`` is the API key that clients need (None: they need none).  ``hardware`` has the constants for a rule of
+    ``context.strategy`` (None: measure them).  ``origin`` says which model, dtype, mesh and page size the saved pages
+    are for (None: no page is saved).
     """
 
     target: Target
@@ -109,7 +110,11 @@ class ServeJob:
     origin: PageOrigin | None = None
 
     def one_rank(self, rank: Rank) -> OneRank:
-        """Return the rule by which one ring rank runs a pass alone; on one CPU machine it gets the threads of all."""
+        """Return the rule that lets one ring rank run a short prefill pass alone.
+
+        A pass is short up to ``one_rank_tokens`` tokens (None: 320 if all ranks are on one CPU machine, else 0).  On
+        such a machine, the rank gets the CPU threads of the whole ring.
+        """
         from longctx.serve.one_rank import OneRank
 
         lends = rank.local_world_size == rank.world_size and self.target.run.device == "cpu"
@@ -155,9 +160,9 @@ def prepare(config: DictConfig) -> ServeJob:
 
 
 def read_origin(target: Target, cache: PrefixSettings) -> PageOrigin | None:
-    """Return the model, dtype, mesh and page size that pages in ``cache.save`` belong to; None without ``cache.save``.
+    """Return this server's model, dtype, mesh and page size, for the pages in ``cache.save``; None if that is not set.
 
-    Raises ValueError if the folder has other files, or pages of another origin.
+    On the first rank, raises ValueError if the folder has other files or pages of another origin, or is not writable.
     """
     from longctx.serve.page_folder import PageOrigin, refuse_other_pages
 
@@ -256,7 +261,10 @@ def stop_on_sigterm() -> None:
 
 @contextmanager
 def hold_pages(job: ServeJob) -> Iterator[None]:
-    """Keep other servers from the folder of saved pages during the block.  Raises ValueError if one uses it."""
+    """Lock the folder of saved pages against other servers during the block, and write ``job.origin`` to it.
+
+    Does nothing if no page is saved.  Raises ValueError if another server uses the folder.
+    """
     from longctx.serve.page_folder import write_origin
 
     if job.origin is None or job.cache.folder is None:

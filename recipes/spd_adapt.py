@@ -52,7 +52,10 @@ WARM = (
 
 
 def run_rank(rank: Rank, job: AdaptJob) -> AdaptResult | None:
-    """Adapt the model on one rank, steps 1 to 5; None if the run was asked to stop."""
+    """Adapt the model on one rank: steps 1 to 5 of this module, from sensitivities to guards.
+
+    Returns None if the run was asked to stop.
+    """
     with start_block_run(rank, job.target) as run:
         adaptation = Adaptation(run, job)
         # 1. Measure the sensitivity of every block, unless a file has it.
@@ -76,7 +79,10 @@ def run_rank(rank: Rank, job: AdaptJob) -> AdaptResult | None:
 
 
 def task(config: DictConfig) -> None:
-    """Check the configuration, take steps 1 to 5 on the ranks, then save the model and show the result."""
+    """Check the configuration, adapt the model on the ranks, then save it and show the result.
+
+    Exits with code 3, without saving the model, if a guard fails and repair.guard is not warn.
+    """
     warm_up_ranks(WARM)
     job = prepare(config)
     with record(config, RECIPE, [job.target.folder]):
@@ -102,7 +108,10 @@ class AdaptJob(RepairJob):
 
 @dataclass(frozen=True)
 class AdaptResult:
-    """Results of adapting on one rank; ``joint.alone`` has the divergence of each dropped block when it alone drops."""
+    """Results of adapting on one rank; ``joint.alone`` has the divergence of each dropped block when it alone drops.
+
+    ``guard_figures`` is empty with repair.guard=off.
+    """
 
     sensitivities: Sensitivities
     joint: JointResult
@@ -196,9 +205,9 @@ def refuse_unfit_target(target: Target, out: Path, budget: float, repair: Repair
 
 
 def read_sensitivities(spd: SPD, job: SensitivityJob) -> Sensitivities | None:
-    """Return the sensitivities in spd.sensitivity, or in the ``out`` of an earlier start of this run; None without.
+    """Return the sensitivities in spd.sensitivity, or those of an earlier start of this run; None if there are neither.
 
-    Raises ValueError for a file of another model or tensor-parallel degree.
+    Raises ValueError for a file that cannot be read, or of another model or tensor-parallel degree.
     """
     file, target = Path(spd.sensitivity).expanduser() if spd.sensitivity else job.file, job.target
     if not spd.sensitivity and not file.is_file():
@@ -208,7 +217,7 @@ def read_sensitivities(spd: SPD, job: SensitivityJob) -> Sensitivities | None:
 
 
 def digest(sensitivities: Sensitivities) -> str:
-    """Return the SHA-256 of the scores, 16 hexadecimal digits."""
+    """Return the first 16 hexadecimal digits of the SHA-256 of the blocks' scores."""
     return hashlib.sha256(repr([block.score for block in sensitivities.blocks]).encode()).hexdigest()[:16]
 
 
@@ -267,7 +276,11 @@ def _dropped_block(job: AdaptJob, result: AdaptResult, block: int) -> DroppedBlo
 
 
 def figures_of(result: AdaptResult, dropped: list[DroppedBlock]) -> dict[int, dict[str, float]]:
-    """Return the figures that `track` logs, by block number and by step of joint distillation."""
+    """Return the figures that `track` logs, by number of a block or of a step of joint distillation.
+
+    A block and a step of the same number share an entry.  The last entry also has the divergences before and after
+    distillation.
+    """
     figures, joint = result.sensitivities.figures(), result.joint
     for block in dropped:
         errors = {f"spd/error_{name}": error for name, error in block.errors.items()}

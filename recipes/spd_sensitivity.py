@@ -127,7 +127,7 @@ class Sensitivities:
         return Sensitivities(values["perplexity"], tuple(values["order"]), tuple(blocks))
 
     def figures(self) -> dict[int, dict[str, float]]:
-        """Return each block's figures by their names in metrics.jsonl, by block number, as `track` logs them."""
+        """Return, for each block number, the block's figures, under the names that `track` writes to metrics.jsonl."""
         return {
             number: {"spd/sensitivity": block.score, "spd/perplexity_from_here": block.perplexity}
             for number, block in enumerate(self.blocks)
@@ -135,7 +135,10 @@ class Sensitivities:
 
 
 def prepare(config: DictConfig, recipe: str = RECIPE) -> SensitivityJob:
-    """Return the job that ``config`` asks for.  Raises ValueError, with what to set instead, if it cannot be run."""
+    """Return the job that ``config`` asks for; ``recipe`` is the recipe that runs, for checks and messages.
+
+    Raises ValueError, with what to set instead, if it cannot be run.
+    """
     settings = top_level(config, SensitivitySettings)
     target, out = resolve_spd_target(config, recipe), Path(settings.out)
     text, data = calibration_of(config, target, settings.sequences)
@@ -161,7 +164,10 @@ def run_rank(rank: Rank, job: SensitivityJob) -> Sensitivities | None:
 
 
 def measure_sensitivities(run: BlockRun, job: SensitivityJob) -> Sensitivities | None:
-    """Return the sensitivities of all blocks on the text; None if the run was asked to stop.  Every rank calls this."""
+    """Return the sensitivities of all blocks on the text; None if the run was asked to stop.  Every rank calls this.
+
+    The sums of losses are written to DIR/sums.jsonl, from which an interrupted run resumes.
+    """
     run.progress.start("sensitivity, chunks of text", job.chunks, done=len(job.done))
     sums = sum_chunks(run, job)
     if run.stop.agreed_on:
@@ -179,8 +185,8 @@ def sum_chunks(run: BlockRun, job: SensitivityJob) -> list[list[float]]:
     """Measure the chunks of the text that are not in ``job.done``; return `sum_losses` of every chunk, in order.
 
     Each result is appended to DIR/sums.jsonl, so that an interrupted run resumes after it.  A request to stop ends the
-    loop early.  With mesh.dp=2 and no chunk done yet, data-parallel rank 0 takes chunks 0, 2, 4, ... and rank 1 takes
-    1, 3, 5, ...
+    loop early; the result then lacks the later chunks.  With mesh.dp=2 and no chunk done yet, data-parallel rank 0
+    takes chunks 0, 2, 4, ... and rank 1 takes 1, 3, 5, ...
     """
     runtime, width, file = run.runtime, job.target.shape.layers + 1, job.out / "sums.jsonl"
     dp_rank, dp_size = runtime.groups.dp.rank(), runtime.mesh.dp

@@ -11,7 +11,7 @@ from slurm.plan import JobPlan
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition: its number of nodes, and the cores and GPUs of its largest nodes."""
+    """A partition: its number of nodes, and the most cores and the most GPUs of any one node."""
 
     name: str
     default: bool
@@ -98,7 +98,7 @@ def queue(script: Path) -> int:
 
 
 def cancel(jobs: Sequence[int]) -> None:
-    """Cancel ``jobs``, whether they wait or run."""
+    """Cancel ``jobs``, whether they wait or run.  Raises ValueError if scancel fails."""
     _run("scancel", *map(str, jobs))
 
 

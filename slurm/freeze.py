@@ -14,7 +14,7 @@ _CODE = (".py", ".yaml", ".sbatch")  # suffixes of untracked files that a run ma
 
 
 def freeze_job(plan: JobPlan, work: Path) -> Path:
-    """Write source, settings and script into the job's folder, and return the script.
+    """Write source, settings and script into the job's folder, and return the path of the script.
 
     The subfolder ``code`` holds the source; each run's folder holds its config.yaml.  Relative paths in settings start
     from ``work``.
@@ -43,7 +43,10 @@ def _copy_source(code: Path) -> None:
 
 
 def _source_files() -> list[str]:
-    """Return the relative paths of all tracked files, and of untracked source files that git does not ignore."""
+    """Return the relative paths of all tracked files, and of untracked source files that git does not ignore.
+
+    Deleted files are left out.  For an installed copy, without git, return those of all its source files.
+    """
     tracked, untracked = _git_files("--cached"), _git_files("--others", "--exclude-standard")
     if not tracked:  # an installed copy, without git
         return [str(path.relative_to(ROOT)) for top in ("longctx", "recipes", "slurm", "eval", "configs")

@@ -52,7 +52,8 @@ class ArrayTask:
 class JobPlan:
     """A checked job: one run, or an array with a task for each run of a sweep.
 
-    ``words`` are the recipe's settings that all tasks share; ``folder`` is the job's folder, made by `freeze_job`.
+    ``words`` are the recipe's settings that all tasks share, without ``out``, which is among each task's words.
+    ``folder`` is the job's folder, made by `freeze_job`.
     """
 
     settings: SubmitSettings
@@ -78,9 +79,9 @@ class JobPlan:
 def plan_job(settings: SubmitSettings, launcher: Launcher, words: Sequence[str]) -> JobPlan:
     """Return the job that runs ``settings.recipe`` with ``words``, the recipe's own settings; writes nothing.
 
-    Raises ValueError for settings that the recipe refuses, a mesh that does not fit the nodes, and a folder that cannot
-    be written.  For a job with ``after`` the recipe's refusal is only printed, because the jobs before it may make what
-    is missing.
+    Raises ValueError for settings that the recipe refuses, a mesh that does not fit the nodes, and, without
+    ``dry_run``, a folder that cannot be written.  For a job with ``after`` the recipe's refusal is only printed,
+    because the jobs before it may make what is missing.
     """
     # 1. The runs of the recipe, and the job's folder.
     recipe = recipe_of(str(settings.recipe))

@@ -12,7 +12,10 @@ TEMPLATE = Path(__file__).with_name("job.sbatch")
 
 
 def script_of(plan: JobPlan, work: Path, commit: str) -> str:
-    """Return the text of the job script.  Relative paths in settings start from the folder ``work``."""
+    """Return the text of the job script, with the source's ``commit`` in a comment.
+
+    Relative paths in settings start from the folder ``work``.
+    """
     runs = f"{len(plan.tasks)} run(s) of " if plan.is_array else ""
     python = shlex.quote(sys.executable)
     local_output = '> >(tee -a "$run/ranks/0.log") 2>&1'

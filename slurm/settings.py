@@ -44,9 +44,9 @@ class Launcher:
 class SubmitSettings:
     """Settings of configs/submit.yaml outside ``launcher``; exactly one of ``recipe`` and ``pipeline`` is given.
 
-    ``folder`` is the job's folder.  ``after`` are ids of jobs that must succeed first.  ``parallel`` is the number
-    of a sweep's jobs that run at a time.  ``restarts`` counts failures, not requested stops.  ``warning`` is in seconds
-    before the time limit.
+    ``folder`` is the job's folder.  ``after`` are ids of jobs that must succeed first.  At most ``parallel`` runs of a
+    sweep run at a time (None: all).  A failed job restarts at most ``restarts`` times; requested stops do not count.
+    ``warning`` is in seconds before the time limit (None: see ``warning_s``).
     """
 
     recipe: str | None = None
@@ -79,7 +79,7 @@ class SubmitSettings:
 
     @property
     def jobs_before(self) -> tuple[int, ...]:
-        """Numbers of the jobs that must succeed before this one starts."""
+        """Slurm ids of the jobs that must succeed before this one starts; `NOT_QUEUED` is a pipeline's previous job."""
         return self.after if isinstance(self.after, tuple) else (self.after,) if self.after else ()
 
     @property
@@ -109,6 +109,7 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split a command line into the words of slurm.submit and those of the recipe.
 
     ``nodes=2`` and ``launcher.qos=low`` are slurm.submit's; ``run.threads=2`` and ``run=gpu`` are the recipe's.
+    ``run=DIR`` becomes ``folder=DIR``.  Raises ValueError for a word that begins with a dash.
     """
     if options := [word for word in words if word.startswith("-")]:
         raise ValueError(

@@ -32,7 +32,10 @@ JOB = "job.id"  # file in the job's folder with the number of its last job
 
 
 def main(words: Sequence[str]) -> None:
-    """Check and queue what the command line asks for; with ``dry_run=true`` print the scripts instead."""
+    """Check and queue what the command line asks for; with ``dry_run=true`` print the scripts instead.
+
+    Without ``words``, or with --help, print the help text.
+    """
     loaded()
     if not words or {"-h", "--help"} & set(words):
         print_page(help_of("submit"))
@@ -48,7 +51,8 @@ def main(words: Sequence[str]) -> None:
 def make_plans(words: Sequence[str]) -> list[JobPlan]:
     """Return the checked job that ``words`` ask for, or the jobs of a pipeline; writes nothing.
 
-    Raises ValueError for whatever the recipe, the cluster or the job's folder refuses.
+    Raises ValueError for whatever the recipe, the cluster or the job's folder refuses.  With ``dry_run``, the cluster
+    and the folder are not checked.
     """
     own, recipe_words = split_words(words)
     settings, launcher = read_settings(own)
@@ -81,7 +85,10 @@ def _pipeline_plans(file: str, shared: Sequence[str]) -> list[JobPlan]:
 
 
 def read_pipeline(file: str) -> list[list[str]]:
-    """Return the command lines of a pipeline.  Raises ValueError if ``file`` is not a YAML list of them."""
+    """Return the words of each command line of a pipeline.
+
+    Raises ValueError if ``file`` is not a YAML list of command lines.
+    """
     try:
         lines = yaml.safe_load(Path(file).expanduser().read_text())
     except (OSError, yaml.YAMLError) as error:
@@ -110,10 +117,11 @@ def _refuse_unready(plan: JobPlan) -> None:
 def submit(plans: Sequence[JobPlan]) -> list[int]:
     """Freeze and queue ``plans``, each after the one before, and print the jobs' numbers and folders.
 
-    Returns the numbers.  With launcher=local the jobs run here instead, and a failure exits with the run's code.
+    Returns the numbers, and writes each to job.id in its job's folder.  With launcher=local the jobs run here instead,
+    and have no numbers; a failure exits with the run's code.
 
-    Raises ValueError if Slurm rejects one of them, for an account, a limit or an option; then the jobs queued before
-    are cancelled, and the folders that they made are deleted.
+    Raises ValueError if Slurm rejects one of them, for an account, a limit or an option.  Then the jobs queued before
+    are cancelled, and all folders that this call made are deleted.
     """
     jobs: list[int] = []
     made: list[Path] = []  # folders that queued jobs did not have before
@@ -142,7 +150,7 @@ def submit(plans: Sequence[JobPlan]) -> list[int]:
 def _queue(script: Path, earlier: Sequence[int], made: Sequence[Path]) -> int:
     """Queue ``script`` and return the job's number.
 
-    If Slurm rejects it, cancel the ``earlier`` jobs and delete the folders ``made`` for them.
+    If Slurm rejects it, cancel the ``earlier`` jobs, delete the folders ``made``, and raise ValueError.
     """
     try:
         cluster.refuse_rejected_script(script)

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 def generate_texts(
     engine: Engine, context: Context, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Continue]
 ) -> list[str]:
-    """Return the continuation of each prompt, without the text that ended it.
+    """Return the continuation of each of ``requests``, in their order, without the text that ended it.
 
-    A sampled continuation has a seed that depends on its request, not on the other requests.
+    Every rank must make the same call.  A sampled continuation has a seed that depends on its request, not on the other
+    requests.
     """
     # 1. Prefill all prompts in one pass; it gives every first token.
     session = Session(engine, context, Sampling())
@@ -54,7 +55,10 @@ def has_ended(engine: Engine, tokenizer: PreTrainedTokenizerBase, request: Conti
 def decode_answer(
     engine: Engine, tokenizer: PreTrainedTokenizerBase, request: Continue, new_tokens: Sequence[int]
 ) -> str:
-    """Return the text of ``new_tokens``, cut before a last end token and before the first text of ``until``."""
+    """Return the text of ``new_tokens`` before the first text of ``until``.
+
+    If the last token is an end token, it is left out.  Special tokens are not part of the text.
+    """
     has_end_token = new_tokens[-1] in engine.shape.end_tokens
     text = str(tokenizer.decode(new_tokens[:-1] if has_end_token else new_tokens, skip_special_tokens=True))
     for end in request.until:

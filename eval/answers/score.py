@@ -41,14 +41,14 @@ class PrefixGroup:
 
     @property
     def tokens(self) -> int:
-        """Tokens to run for all requests of the group."""
+        """Number of tokens to run for all requests of the group."""
         return len(self.prefix) + sum(map(len, self.branches))
 
 
 def group_by_prefix(requests: Sequence[Score]) -> list[PrefixGroup]:
-    """Group the requests of a question that have the same first token; the largest group first.
+    """Group the requests of a question that have the same first token; the group with the most tokens to run first.
 
-    A request without a question forms its own group.
+    A request without a question forms its own group.  A repeated request appears once.
     """
     questions: dict[object, list[Score]] = {}
     for i, request in enumerate(dict.fromkeys(requests)):

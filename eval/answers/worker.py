@@ -42,7 +42,10 @@ class EvalWork:
 
 
 def run_rank(rank: Rank, work: EvalWork) -> bool:
-    """Answer the requests and append the answers to ``work.file``; return True if the run was asked to stop early."""
+    """Answer the requests and append the answers to ``work.file``; return True if the run was asked to stop early.
+
+    Every rank must call it.  The first rank writes, and removes corrupt lines from the file first.
+    """
     stop, target, is_first = StopRequest(), work.variant.target, rank.rank == 0
     commit = commit_of(ROOT) if is_first else ""
     with target.runtime(rank) as runtime, Progress(shown=is_first) as progress:
@@ -78,8 +81,9 @@ def _of_all_groups(runtime: Runtime, answers: dict[str, Answer], tokens: int) ->
 
 
 def answer_requests(engine: Engine, work: EvalWork, dp_rank: int = 0) -> Iterator[tuple[Answered, int]]:
-    """Yield answers in batches, the longest requests first, and the tokens that were run for each batch.
+    """Yield the answers of each batch, and the number of tokens that were run for it.
 
+    Requests to score come first, then those to continue, each kind the longest first.
     Data-parallel rank r of n (``dp_rank``) answers batches r, r + n, r + 2n, ...  All ranks yield equally often: a rank
     for which no batch is left yields no answers.
     Generated text reports 0 tokens: its length varies by variant and would distort throughput.

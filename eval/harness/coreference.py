@@ -32,7 +32,8 @@ def coreference_filler(source: RulerSource) -> Filler:
     least = 2 * len(_ORDINALS) * _ANSWER_WORDS + _TOPICS
     if len(words) < least:
         raise ValueError(
-            f"eval.text has {len(words)} words of six letters, coreference needs {least}: give a longer text"
+            f"eval.text has {len(words)} different lower-case words of six letters, coreference needs {least}: "
+            "give a longer text"
         )
 
     def make(size: int, _: int) -> RulerExample:

@@ -159,7 +159,7 @@ def _copa(row: TaskRecord) -> Row:
 
 
 def _hellaswag(row: TaskRecord) -> Row:
-    """Capitalise the first letter of the unfinished sentence and lower the others, as lm-eval does."""
+    """Return a row of HellaSwag; its unfinished sentence has a capital first and lower case after it, as in lm-eval."""
     query = re.sub(r"(?<=[.!?:] )[a-z][^.!?]*$", lambda match: match[0].capitalize(), row["query"])
     return {"query": query, "choices": row["choices"], "label": row["gold"]}
 
@@ -262,5 +262,5 @@ LOCAL: Mapping[str, LocalTask] = {
 
 
 def join_names(names: Sequence[str] = tuple(LOCAL)) -> str:
-    """Return ``names`` joined by commas, for messages."""
+    """Return ``names`` (default: the tasks of `LOCAL`) joined by commas, for messages."""
     return ", ".join(names)

@@ -202,9 +202,9 @@ def make_examples(
     examples: int,
     seed: int,
 ) -> list[LongExample]:
-    """Return rows for lm-eval; a prompt has at most ``length - answer_tokens`` tokens.
+    """Return ``examples`` rows for lm-eval; a prompt has at most ``length - answer_tokens`` tokens.
 
-    Raises ValueError if ``length`` is too short for the question.
+    Raises ValueError if ``length`` is too short for the question, or ``text`` too short for ``length``.
     """
     rows: list[LongExample] = []
     for i in range(examples):

@@ -159,7 +159,7 @@ def _shown_noise(module: Any, source: RulerSource) -> int:
 
 
 def common_words_filler(source: RulerSource) -> Filler:
-    """Return the filler of ``ruler_cwe``: different words of a list in which ten are more common than the others."""
+    """Return the filler of ``ruler_cwe``: a list with ``size`` different words, ten of which occur more often."""
     module = ruler_module("cwe_utils")
 
     def make(size: int, _: int) -> RulerExample:

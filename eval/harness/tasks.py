@@ -42,12 +42,12 @@ _FEWSHOT_SEED = 1234  # lm-eval's default, which only its evaluator sets: withou
 
 
 def load_tasks(names: Sequence[str], data: Path | None, fewshot: int | None, include: str | None) -> dict[str, Task]:
-    """Return lm-eval's tasks by name.
+    """Return lm-eval's tasks by name; the name of one of lm-eval's groups gives all of its tasks.
 
     Tasks in `LOCAL` are read from files in the folder ``data``, if it is given.  The others come from lm-eval's
     registry.
-    ``include`` is a folder of further tasks in lm-eval's format.  ``fewshot`` examples are shown before each question;
-    a task that is configured to show none stays so, as in lm-eval.
+    ``include`` is a folder of further tasks in lm-eval's format.  ``fewshot`` examples are shown before each question
+    (None: as each task is configured).  A task that is configured to show none stays so, as in lm-eval.
     Raises ValueError for
 
     * a missing or malformed file, and a task without examples;
@@ -138,7 +138,7 @@ def _refuse_no_shots(task: Task) -> None:
 def build_requests(
     tasks: Mapping[str, Task], limits: Mapping[str, int | None], chat_template: Callable[..., str] | None = None
 ) -> None:
-    """Build every task's requests, for its first ``limits[name]`` examples (None: all).
+    """Build and store every task's requests, for its first ``limits[name]`` examples (None: all).
 
     ``chat_template`` turns messages into text.  With it, a prompt is a conversation, and the examples that are shown
     are its earlier turns.
@@ -192,7 +192,7 @@ def answer_tasks(tasks: Mapping[str, Task], lm: LM) -> None:
 
 
 def collect_outcomes(name: str, task: Task) -> Outcomes:
-    """Return each example's outcome by the metric that decides the task, and the totals of lm-eval's other metrics.
+    """Return each example's outcome by the metric that decides the task, and the totals of all of lm-eval's metrics.
 
     `answer_tasks` must have stored the answers.
     """

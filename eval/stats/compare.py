@@ -96,7 +96,10 @@ def compare(
 
 
 def decide(low: float, high: float, allowed_drop: float) -> Verdict:
-    """Return the verdict that follows from the interval (``low``, ``high``) of the difference."""
+    """Return the verdict that follows from the interval (``low``, ``high``) of the difference variant - baseline.
+
+    It is "no worse" if the whole interval lies above -``allowed_drop``, "worse" if it lies below, else "undecided".
+    """
     if low > -allowed_drop:
         return "no worse"
     return "worse" if high < -allowed_drop else "undecided"
@@ -117,7 +120,7 @@ def _test_change(differences: Sequence[Numbers], lost: int, won: int, resamples:
 
 
 def _sign_flip(differences: Sequence[Numbers], resamples: int, random: np.random.Generator) -> float:
-    """Two-sided sign-flip permutation test of the mean difference, in which tasks have the same weight.
+    """Return the p-value of a two-sided sign-flip test of the mean difference, in which tasks have the same weight.
 
     McNemar's test on pooled examples would give the largest task the most weight.
     """
@@ -130,7 +133,7 @@ def _sign_flip(differences: Sequence[Numbers], resamples: int, random: np.random
 
 
 def is_near_chance(outcomes: Sequence[float], chance: float) -> bool:
-    """Return whether the accuracy is not better than ``chance`` by a one-sided exact binomial test at 95 %.
+    """Return True unless the accuracy is better than ``chance`` by a one-sided exact binomial test at 95 %.
 
     Only the first `SCREENED` outcomes count, so that the choice of averaged tasks does not depend on the sample size.
     """

@@ -35,7 +35,7 @@ def markdown(report: Report) -> str:
 
 
 def summary(report: Report) -> Table:
-    """Return a table of the averages, or of one model's scores by task, for a terminal."""
+    """Return a table for a terminal: the averages, or the scores by task if no variants are compared."""
     if len(report.variants) == 1:
         table = Table("task", "examples", "accuracy", box=None)
         for task, by_variant in report.tasks.items():

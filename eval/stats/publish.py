@@ -17,7 +17,7 @@ _PICTURE = "accuracy"
 def draw(report: Report, out: Path) -> tuple[str, ...]:
     """Draw average accuracy and milliseconds per token against the share of dropped blocks, as SVG and PNG in ``out``.
 
-    Returns the names of the pictures for report.md; draws nothing unless two variants differ in that share.
+    Returns the name of the SVG, for report.md.  If no two variants differ in that share, draws and returns nothing.
     """
     variants = [variant for name, variant in report.variants.items() if name in report.average]
     if len({variant.dropped for variant in variants}) < 2:
@@ -99,7 +99,10 @@ def write(report: Report, out: Path) -> Report:
 
 
 def track(report: Report, out: Path, tracker: Tracker) -> None:
-    """Log a figure per variant, a table of all comparisons, and the picture of shares if there is one."""
+    """Log each variant's average accuracy, a table of all comparisons, and the picture of shares if there is one.
+
+    Then finishes ``tracker``.  ``out`` is the folder of the picture.
+    """
     columns = ["task", "variant", "n", "accuracy", "perplexity", "difference", "low", "high", "p_mcnemar", "verdict"]
     table_rows = [
         [task, name, *(figures.get(column) for column in columns[2:-1]), figures["verdict"] or ""]

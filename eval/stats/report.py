@@ -65,6 +65,7 @@ class Figures(TypedDict, total=False):
     A baseline has None for all comparisons.  Tasks of perplexity have accuracy None and ``perplexity``;
     their difference is relative: 0.01 is one per cent more.  ``needed`` are examples by task (see `Comparison`).
     ``margin``: `MarginChange` as a dictionary, None without log-probabilities of answers.
+    ``metrics``: totals of all of lm-eval's metrics, only for a task of accuracy.
     """
 
     n: int
@@ -149,7 +150,8 @@ def choose_averaged(base: Mapping[str, Outcomes]) -> tuple[tuple[str, ...], tupl
 def make_report(scored: Sequence[ScoredVariant], rules: GateRules, origin: Mapping[str, str]) -> Report:
     """Compare every variant with the first of ``scored``, the baseline, task by task and on average.
 
-    A variant may have answered fewer examples than the baseline; only those that it answered are compared.
+    A variant may have answered fewer examples than the baseline; only those that it answered are compared.  If the
+    baseline is near chance on every task, each variant's average is "undecided".
     """
     base = scored[0].outcomes
     averaged, chance = choose_averaged(base)

@@ -21,8 +21,9 @@ KERNELS = {kernel.name: kernel for kernel in (reference, flash_cpu, flash_cuda, 
 def kernel_for(name: str, device: str, dtype: str) -> Kernel:
     """Return the kernel called ``name``, without checking its results.
 
-    ``auto`` is `flash_cpu` on a CPU. On a GPU it is any of the `candidates`, which is enough for checks of settings;
-    `checked_kernel` takes the fastest one.
+    ``auto`` is `flash_cpu` on a CPU.  On a GPU it is the first of the `candidates`, which is enough for checks of
+    settings; `checked_kernel` takes the fastest one.  On a CPU, ``triton`` needs Triton's interpreter
+    (`in_interpreter`).
 
     Raises ValueError if the kernel does not take the device or dtype, or if its package is not installed.
     """
@@ -49,7 +50,7 @@ def kernel_for(name: str, device: str, dtype: str) -> Kernel:
 
 
 def installed(name: str) -> bool:
-    """Return True if the package that kernel ``name`` needs is installed."""
+    """Return True if kernel ``name`` needs no package of its own, or if that package is installed."""
     return {"flash_attn": flash_attn_package.installed, "triton": triton_package.installed}.get(name, True)
 
 
@@ -58,7 +59,7 @@ def _takes(kernel: Kernel, device: str, dtype: str) -> bool:
 
 
 def candidates(device: str, dtype: str) -> list[Kernel]:
-    """Return the kernels that ``auto`` chooses among on a GPU.
+    """Return the installed kernels that ``auto`` chooses among on a GPU.
 
     `reference` is left out: it keeps all scores of a tile in memory.  Raises ValueError unless ``dtype`` is bfloat16 or
     float16.
@@ -80,10 +81,11 @@ def checked_kernel(
     head_dim: int,
     slowest: Callable[[list[float]], list[float]] = list,
 ) -> Kernel:
-    """Return kernel ``name``, verified on ``device`` for heads of ``head_dim`` unless it is a CPU.
+    """Return kernel ``name``, verified on ``device`` for heads of ``head_dim`` unless ``device`` is a CPU.
 
-    On a GPU, ``auto`` is the fastest of the `candidates` that are exact there.  ``slowest`` turns each candidate's
-    seconds on this rank into the maximum over all ranks.
+    On a GPU, ``auto`` is the fastest of the `candidates` that are exact there.  For this choice alone, ``slowest`` is
+    called, once: it turns each candidate's seconds on this rank into the maximum over all ranks.  The default is for
+    one rank.
 
     Raises ValueError as `kernel_for` does, and if the kernel is inexact on this device (`refuse_inexact`).
     """

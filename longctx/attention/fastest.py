@@ -18,7 +18,7 @@ def fastest_exact(
     seconds: Callable[[Kernel], float],
     slowest: Callable[[list[float]], list[float]],
 ) -> Kernel:
-    """Return the candidate that takes the least time, among those that ``check`` accepts; every rank chooses the same.
+    """Return the fastest of the ``candidates`` that ``check`` accepts on every rank, the same one on all ranks.
 
     ``check`` raises ValueError for an inexact kernel.  A library raises RuntimeError or ImportError for a device that
     it does not take.  In all three cases the kernel counts as infinitely slow.  ``slowest`` turns each candidate's

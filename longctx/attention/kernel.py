@@ -73,9 +73,9 @@ class Kernel:
 
 
 def attend_over(q: Queries, k: Keys, v: Keys, tiles: Sequence[Tile], kernel: Kernel) -> Partial:
-    """Return the attention of ``q`` over the keys in ``tiles``.
+    """Return the attention of ``q`` over the keys in ``tiles``, normalised over these keys alone.
 
-    If a single tile covers all rows of ``q``, the kernel's result is returned directly.
+    Rows of ``q`` in no tile are those of `empty_partial`.
     """
     if len(tiles) == 1 and tiles[0].q == slice(0, q.shape[1]) and not tiles[0].mirrored:
         return kernel.forward(q, k[:, tiles[0].k], v[:, tiles[0].k], tiles[0].causal)
@@ -89,7 +89,8 @@ def attend_over_each(
 ) -> Partial:
     """Return the attention of ``q`` over several tensors of keys and values; ``tiles[i]`` are tiles over tensor i.
 
-    Decoding a batch uses this: each sequence has a cache and one row of ``q``, and all rows are merged at once.
+    The query rows of a tile count in all of ``q``, its key rows in its tensor.  In decoding a batch, for example, each
+    sequence has a cache and one row of ``q``.
     """
     if len(tiles) == 1:
         return attend_over(q, *keys_and_values[0], tiles[0], kernel)
@@ -145,7 +146,10 @@ def tile_gradients(
 
 
 def _orient(tile: Tile, *rows: Tensor) -> list[Tensor]:
-    """Reverse ``rows`` along dim 1 if ``tile`` is mirrored, which makes it a lower triangle; its own inverse."""
+    """Return ``rows``, reversed along dim 1 if ``tile`` is mirrored: then the tile is a lower triangle.
+
+    A second call restores the order.
+    """
     return [x.flip(1) if tile.mirrored else x for x in rows]
 
 

@@ -79,13 +79,19 @@ class Layout:
         return torch.cat(list(parts), dim).index_select(dim, order.to(parts[0].device))
 
     def after(self, earlier: "Layout") -> "Layout":
-        """Return the same sharding with the positions of each document continuing where ``earlier`` ends."""
+        """Return the same sharding with the positions of each document continuing where ``earlier`` ends.
+
+        In this layout, every document must begin at position 0.
+        """
         ends = earlier.ends
         ranks = (tuple(replace(s, start=s.start + ends[s.document]) for s in spans) for spans in self.ranks)
         return Layout(self.lengths, tuple(ranks), ends)
 
     def then(self, later: "Layout") -> "Layout":
-        """Return this layout extended by the next turn, ``later``, whose positions continue it (see `after`)."""
+        """Return this layout extended by the next turn, ``later``, whose positions continue it (see `after`).
+
+        On each rank, the rows of ``later`` follow the rows of this layout.
+        """
         assert later.size == self.size, f"a layout over {later.size} ranks cannot extend one over {self.size}"
         assert later.begins == self.ends, f"not the next turn: it begins at {later.begins}, not at {self.ends}"
         return Layout(
@@ -104,7 +110,10 @@ class Layout:
         return Layout((end - begin,), tuple(ranks), (begin,))
 
     def split(self, parts: int) -> "Layout":
-        """Cut each rank's rows into ``parts`` near-equal runs; run i of rank r goes to rank ``r * parts + i``."""
+        """Return the layout over ``size * parts`` ranks in which rank ``r * parts + i`` has run i of rank r's rows.
+
+        The rows of a rank are cut into ``parts`` near-equal runs.
+        """
         ranks = []
         for rank in range(self.size):
             cuts = [self.rows(rank) * part // parts for part in range(parts + 1)]
@@ -213,7 +222,8 @@ def side_by_side(sequences: Sequence[Layout]) -> Layout:
 def shard_balanced(lengths: Sequence[int], within: Sharding, rows_per_rank: Sequence[int]) -> Layout:
     """Shard new rows of several sequences so that the total rows per rank, old and new, stay even.
 
-    Rank 0 caches two rows, rank 1 three.  Of three new tokens, the larger share goes to rank 0:
+    Positions in the result count from 0, the first new row of each sequence (see `Layout.after`).  Rank 0 caches two
+    rows, rank 1 three.  Of three new tokens, the larger share goes to rank 0:
 
     >>> layout = shard_balanced([3], contiguous, rows_per_rank=[2, 3])
     >>> [layout.positions(rank).tolist() for rank in range(2)]

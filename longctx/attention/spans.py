@@ -36,10 +36,10 @@ Spans = tuple[Span, ...]
 
 
 def merge_spans(spans: Iterable[Span], size: int) -> Spans:
-    """Return the same rows in as few spans as possible: fewer spans give fewer tiles.
+    """Return the same rows, in the same order, in fewer spans where possible: fewer spans give fewer tiles.
 
-    Only spans of step 1 or ``size`` are merged.  Step ``size`` comes from round-robin decoding.  Empty spans are
-    dropped.
+    ``size`` is the number of ranks.  Two consecutive spans are merged if they make one span of step 1 or ``size``.
+    Step ``size`` comes from round-robin decoding.  Empty spans are dropped.
     """
     out: list[Span] = []
     for span in (span for span in spans if span.length):
@@ -55,7 +55,7 @@ def merge_spans(spans: Iterable[Span], size: int) -> Spans:
 
 
 def slice_rows(spans: Spans, first: int, end: int) -> Spans:
-    """Return rows ``first`` to ``end`` (exclusive), counted over all ``spans``."""
+    """Return the spans of rows ``first`` to ``end`` (exclusive), numbered from 0 through all ``spans`` in order."""
     out, begin = [], 0
     for span in spans:
         a, b = max(first - begin, 0), min(end - begin, span.length)

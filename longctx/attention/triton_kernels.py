@@ -47,7 +47,10 @@ def _round_to(x, like, INTERPRETED: tl.constexpr):
 @triton.jit
 @no_type_check
 def _address(x, batch, length, heads, head, first, D: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """Return pointers [SIZE WIDTH] to rows ``first`` on of one head of ``x`` [b length heads D], and their mask."""
+    """Return pointers [SIZE WIDTH] to one head of ``x`` [b length heads D], from row ``first`` on, and their mask.
+
+    The mask is true inside ``x``.
+    """
     rows, channels = tl.arange(0, SIZE)[:, None], tl.arange(0, WIDTH)[None, :]
     # 64 bits: a long sequence has more than 2**31 elements.
     start = x + ((tl.cast(batch, tl.int64) * length + first) * heads + head) * D
@@ -132,8 +135,9 @@ def forward(Q, K, V, OUT, LSE, sq, sk, hq, hk, scale,
 @triton.jit
 @no_type_check
 def _dscores(scores, lse, a, b, delta, INTERPRETED: tl.constexpr):
-    """Return the probabilities and the gradients of ``scores``, which has the rows of ``a`` against the rows of ``b``.
+    """Return the probabilities of ``scores``, the rows of ``a`` against the rows of ``b``, and the scores' gradients.
 
+    ``scores`` is in base 2 (`_scores`); the gradients are those of the scaled scores before the factor log2(e).
     ``a`` is dout and ``b`` is v.  If ``scores``, ``lse`` and ``delta`` are transposed, ``a`` is v and ``b`` is dout.
     """
     probability = tl.exp2(scores - lse * LOG2E)
@@ -145,7 +149,10 @@ def _dscores(scores, lse, a, b, delta, INTERPRETED: tl.constexpr):
 def _add_dq(dq, q, dout, lse, delta, K, V, batch, kv, row, key, sk, hk, scale,
             MASKED: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
             INTERPRETED: tl.constexpr):  # fmt: skip
-    """Return ``dq`` plus the contribution of one block of keys, whose first key is ``key``."""
+    """Return ``dq`` plus the contribution of one block of keys, whose first key is ``key``.
+
+    ``dq`` is without the factor ``scale``: `backward_q` multiplies by it at the end.
+    """
     k = _load(K, batch, sk, hk, kv, key, D, KEYS, WIDTH)
     v = _load(V, batch, sk, hk, kv, key, D, KEYS, WIDTH)
     scores = _scores(q, k, row, key, sk, scale, MASKED, CAUSAL, INTERPRETED)
@@ -181,7 +188,10 @@ def backward_q(DOUT, Q, K, V, LSE, DELTA, DQ, sq, sk, hq, hk, scale,
 @no_type_check
 def _add_dkv(sums, k, v, DOUT, Q, LSE, DELTA, batch, head, row, key, sq, hq, scale, MASKED: tl.constexpr,
              D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
-    """Return ``sums``, (dk, dv), plus the contribution of one block of query rows, whose first row is ``row``."""
+    """Return ``sums``, (dk, dv), plus the contribution of one block of query rows, whose first row is ``row``.
+
+    dk is without the factor ``scale``: `backward_kv` multiplies by it at the end.
+    """
     dk, dv = sums
     q = _load(Q, batch, sq, hq, head, row, D, ROWS, WIDTH)
     dout = _load(DOUT, batch, sq, hq, head, row, D, ROWS, WIDTH)

@@ -21,8 +21,9 @@ class ModelSource:
       yarn, it is YaRN's factor (arXiv 2309.00071).  If it is set, ``max_positions`` defaults to the model's maximum
       times the factor.
     * ``chat_template``: a file with a Jinja template for conversations.
-    * ``layers``: megatron-core's layers ("local") or Transformer Engine's ("te").
+    * ``layers``: megatron-core's layers ("local") or Transformer Engine's ("te"); "auto" takes te where it can run.
     * ``cache``: the folder for downloaded and converted models.
+    * ``name``: a name for reports and for folders in ``cache``; it does not select the model.
 
     For ``max_positions``, ``rope_theta``, ``rope_factor`` and ``chat_template``, None keeps the model's value.
     """

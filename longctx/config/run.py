@@ -71,11 +71,15 @@ KernelName = Literal["auto", "reference", "flash_cpu", "flash_cuda", "cudnn", "f
 class Context:
     """How context-parallel ranks share a sequence, and which tensors they exchange.
 
-    ``strategy`` is the strategy of prefill, or a rule that chooses one for each turn: ``auto`` uses the cost model;
-    ``alg1``, ``alg5`` and ``empirical`` are the rules of arXiv 2411.01783.  ``decode`` is the strategy of decoding.
-    With ``sharded``, each context rank multiplies its share of the weights.  ``auto`` chooses ``sharded`` or
-    ``gather_merge`` by the cost model.  ``chunk`` is the largest number of tokens in one prefill pass; None prefills
-    all at once.  ``check_schedule`` proves before each pass that the ranks' messages match and cannot deadlock.
+    ``strategy`` is the strategy of prefill, or a rule that chooses one for each pass.  The rule ``auto`` uses the cost
+    model; ``alg1``, ``alg5`` and ``empirical`` are the rules of arXiv 2411.01783.
+
+    ``decode`` is the strategy of decoding.  With ``sharded``, each context rank multiplies its share of the weights.
+    With ``decode=auto``, the cost model chooses ``sharded`` or ``gather_merge``.
+
+    ``layout`` says which positions each rank has, ``kernel`` which implementation computes attention.  ``chunk`` is the
+    largest number of tokens in one prefill pass; None prefills all at once.  ``check_schedule`` proves before each pass
+    that the messages of attention match on all ranks and cannot deadlock.
     """
 
     strategy: Literal["pass_kv", "pass_q", "all_gather_kv", "auto", "alg1", "alg5", "empirical"] = "pass_kv"
@@ -148,10 +152,11 @@ class Sampling:
     """How tokens are chosen, and which of them end an answer.
 
     ``temperature`` 0 is greedy.  Sequence i draws each token from ``seed + i`` and the token's position, so its draws
-    are the same on any mesh and in any batch.  ``top_k`` 0 keeps all tokens.  ``repetition_penalty`` counts tokens of
-    the prompt and of the answer; ``presence_penalty`` and ``frequency_penalty`` count tokens of the answer.  An answer
-    ends before the first text in ``stop``, and after a token in ``stop_tokens``.  ``logprobs`` = n reports the
-    log-probability of each chosen token, and of the n most likely tokens.
+    are the same on any mesh and in any batch.  ``top_k`` 0 keeps all tokens.  ``min_p`` drops tokens whose probability
+    is below this share of the largest one.  ``repetition_penalty`` counts tokens of the prompt and of the answer;
+    ``presence_penalty`` and ``frequency_penalty`` count tokens of the answer.  An answer ends before the first text in
+    ``stop``, and after a token in ``stop_tokens``.  ``logprobs`` = n reports the log-probability of each chosen token,
+    and of the n most likely tokens.
     """
 
     temperature: float = 0.0
@@ -191,7 +196,7 @@ class Sampling:
             raise ValueError(f"sampling.stop_tokens has {min(self.stop_tokens)}: use the ids of tokens, from 0")
 
     def for_answer(self, number: int) -> "Sampling":
-        """Return the same settings with the seed of answer ``number`` of a batch."""
+        """Return the same settings with the seed of answer ``number`` of a batch: ``seed + number``, modulo 2**32."""
         return replace(self, seed=(self.seed + number) % 2**32)
 
 

@@ -8,10 +8,10 @@ from typing import Literal
 class SPD:
     """Blocks that drop their first reduction over tensor-parallel ranks (`longctx.spd`).
 
-    ``drop="saved"`` takes the blocks that the plan in the model's folder names.  With ``budget``, the least sensitive
-    blocks drop instead, up to this share of all blocks; the order is that of the file ``sensitivity`` or of that plan.
-    ``drop="ranked"`` requires ``budget``.  ``blocks`` lists blocks, counted from 0, and allows neither ``budget`` nor
-    another ``drop``.
+    ``drop="saved"`` takes the blocks that the plan in the model's folder names; without a plan, no block drops.  With
+    ``budget``, the least sensitive blocks drop instead, up to this share of all blocks; the order is that of the file
+    ``sensitivity`` or of that plan.  ``drop="ranked"`` requires ``budget``.  ``blocks`` lists blocks, counted from 0,
+    and allows neither ``budget`` nor another ``drop``.
     """
 
     drop: Literal["saved", "none", "all", "ranked"] = "saved"

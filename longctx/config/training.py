@@ -13,10 +13,12 @@ class TextSource:
 
     * ``path``: a file, folder or pattern.  A line of .jsonl or a row of .parquet is a document; any other file, such as
       .txt, is one document.  In a folder, only files of these three kinds are read.  All files but parquet may be .gz.
-    * ``name``: a dataset of the Hugging Face hub with its ``subset`` and ``revision``, downloaded first or read as a
-      stream (``streaming``).
+    * ``name``: a dataset of the Hugging Face hub with its ``subset``, ``split`` and ``revision``, downloaded first or
+      read as a stream (``streaming``).
     * ``pydoc``: the documentation that CPython ships, one topic per document; every tenth topic is ``test``, the others
       ``train``.
+
+    ``text_key`` is the field or column of the text, in .jsonl, .parquet and datasets.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # in a list, Hydra does not check names
@@ -56,14 +58,14 @@ class TextSource:
 class DataSettings:
     """Text to train or measure on: documents packed into sequences of ``length`` tokens, ``batch`` per step.
 
-    ``epochs=None`` repeats the text without end.  Each source is read and shuffled in windows of ``shuffle`` documents;
-    0 keeps the reading order.  ``end_token`` ends every document.  ``last`` drops an incomplete last sequence and
-    batch, or pads them with tokens that do not count.  ``on_error`` stops the run at a record without text, or skips
-    the record.
+    ``batch`` counts the sequences of all data-parallel ranks.  ``epochs=None`` repeats the text without end.  Each
+    source is read and shuffled in windows of ``shuffle`` documents; 0 keeps the reading order.  ``end_token`` ends
+    every document.  ``last`` drops an incomplete last sequence and batch, or pads them with tokens that do not count.
+    ``on_error`` stops the run at a faulty record, or skips the record; a record with an empty text is always skipped.
 
     With ``conversations``, each line of .jsonl is a conversation, and only the answers count in the loss.  ``whole``
     never cuts a conversation: a sequence ends with padding if the next conversation does not fit.  A conversation that
-    is longer than a sequence is an error.  ``split`` packs without padding and cuts conversations at the ends of
+    is longer than a sequence is a faulty record.  ``split`` packs without padding and cuts conversations at the ends of
     sequences, like any document.
     """
 
@@ -102,9 +104,9 @@ Recompute = Literal["none", "selective", "full"]
 class Optim:
     """AdamW with a learning rate that warms up over ``warmup`` steps, then decays to ``min_lr`` by ``decay_steps``.
 
-    ``decay_steps=None`` means the number of steps of the run.  ``clip`` bounds the gradient's norm (0: no bound).
-    ``zero1`` shards the optimizer's state over data- and context-parallel ranks (megatron-core's distributed
-    optimizer).
+    With ``decay="constant"``, the rate stays at ``lr`` after the warm-up.  ``decay_steps`` includes the warm-up; None
+    means the number of steps of the run.  ``clip`` bounds the gradient's norm (0: no bound).  ``zero1`` shards the
+    optimizer's state over data- and context-parallel ranks (megatron-core's distributed optimizer).
     """
 
     lr: float = 1e-3

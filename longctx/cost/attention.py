@@ -44,17 +44,17 @@ class Work:
 
     @property
     def kv_block_bytes(self) -> float:
-        """Bytes of the keys and values that a rank holds: 2 (T + P) / N H_KV D_H e."""
+        """Bytes of the keys and values that a rank holds: 2 * ((T + P) / N) * H_KV * D_H * e."""
         return self.total / self.ranks * self.kv_row_bytes
 
     @property
     def q_block_bytes(self) -> float:
-        """Bytes of the queries that a rank holds: T / N H_Q D_H e."""
+        """Bytes of the queries that a rank holds: (T / N) * H_Q * D_H * e."""
         return self.new_total / self.ranks * self.q_row_bytes
 
     @property
     def partial_bytes(self) -> float:
-        """Bytes of a rank's partial outputs for the other ranks' queries: (N - 1) T / N H_Q (D_H + 1) elements."""
+        """Bytes of a rank's partial outputs for other ranks' queries: (N - 1) * (T / N) * H_Q * (D_H + 1) elements."""
         return (self.ranks - 1) * self.new_total / self.ranks * self.partial_row_bytes
 
     @property
@@ -82,10 +82,10 @@ class Work:
 
     @property
     def flops(self) -> float:
-        """FLOPs of all ranks: 4 D_H H_Q per visible (query, key) pair.
+        """FLOPs of all ``ranks`` of the ring: 4 D_H H_Q per visible (query, key) pair.
 
-        There are T P + T (T + 1) / 2 pairs.  With a window of w keys, the first w - P new queries see all earlier keys;
-        each later one sees w keys.
+        A sequence has T P + T (T + 1) / 2 pairs.  With a window of w keys, its first w - P new queries see all earlier
+        keys; each later one sees w keys.
         """
         pairs = 0.0
         for t, p in zip(self.new, self.cached, strict=True):

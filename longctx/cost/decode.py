@@ -43,7 +43,7 @@ class DecodeWork:
 
     ``layer_weights`` and ``head_weights`` count the weights of one layer and of the output layer.  These two,
     ``heads``, ``kv_heads`` and ``vocab_size`` count what one of the ``tp`` tensor-parallel ranks has.
-    ``element_bytes`` is the size of one activation or weight; ``layer_bytes`` is the size of all weights of a layer.
+    ``element_bytes`` is the size of one activation or weight; ``layer_bytes`` is the size of all ``layer_weights``.
     ``sums`` is the number of tensor-parallel all-reduces in a layer: 2, or less on average if some blocks drop one.
     """
 
@@ -67,8 +67,8 @@ class DecodeWork:
 def product_seconds(work: DecodeWork, hardware: DecodeHardware, ranks: int) -> float:
     """Return the seconds of a decode step's GEMMs if n = ``ranks`` context ranks share the weights.
 
-    This is L p(w / n) + p(v / n), in the notation of the module's docstring.  If they do not (n = 1), each computes the
-    logits of some sequences only: L p(w) + p'(v).
+    This is L p(w / n) + p(v / n), in the notation of the module's docstring.  With n = 1 the ranks share no weights.
+    Each of the ``work.ranks`` ranks then computes the logits of some sequences only: L p(w) + p'(v).
     """
 
     def seconds(weights: float, size: float, rows: int) -> float:
@@ -85,7 +85,7 @@ def exchanges(work: DecodeWork, strategy: str) -> Iterator[tuple[float, float]]:
     All-reduces over tensor-parallel ranks alone are left out.  Raises ValueError for a strategy without a formula.
     """
     if strategy not in SHARED_ROWS:
-        raise ValueError(f"strategy={strategy} has no formula for shared rows: use {', '.join(SHARED_ROWS)}")
+        raise ValueError(f"strategy={strategy} has no formula here: use {', '.join(SHARED_ROWS)}")
     others, row_bytes = (work.ranks - 1) / work.ranks, work.batch * work.element_bytes
     # A rank's partial outputs and log-sum-exps are float32.
     partials = work.batch * work.heads / work.ulysses * (work.head_dim + 1) * 4

@@ -64,7 +64,10 @@ def share_of_rows(count: int, per_token: int, ep: int) -> float:
 
 
 def messages(shape: Decoder, mesh: Degrees, rows: float, element: float) -> Iterator[ExpertExchange]:
-    """Yield the exchanges of one layer with experts, for ``rows`` rows per rank and numbers of ``element`` bytes."""
+    """Yield the exchanges of one layer with experts, for ``rows`` rows per rank and numbers of ``element`` bytes.
+
+    There are none if the model has no experts or ``mesh.ep`` is 1.
+    """
     if shape.mixture is None or mesh.ep == 1:
         return
     count, per_rank = shape.mixture.count, shape.mixture.count // mesh.ep

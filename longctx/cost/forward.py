@@ -46,7 +46,10 @@ class Numbers:
 
 @dataclass(frozen=True)
 class PassCost:
-    """Cost of a pass or a step on one rank: seconds by part, and bytes sent by axis of the mesh."""
+    """Cost of a pass or a step on one rank: seconds by part, and bytes sent by axis of the mesh.
+
+    `prefill_cost`, `decode_cost` and `longctx.cost.step.step_cost` list their parts and axes.
+    """
 
     parts: Mapping[str, float]
     bytes: Mapping[str, float]
@@ -67,7 +70,10 @@ def layer_weights(shape: Decoder) -> tuple[int, float]:
 
 
 def forward_flops(shape: Decoder, new: Sequence[int], cached: Sequence[int]) -> float:
-    """Return the FLOPs of a pass over ``new`` tokens: 2 per weight and token, and those of all visible scores."""
+    """Return the FLOPs, on all ranks, of a pass over ``new`` tokens of each sequence after its ``cached`` ones.
+
+    These are 2 per weight of the layers and token, and those of all visible scores; the output layer is left out.
+    """
     scores = sum(work.flops * layers for work, layers in ring_works(shape, _ALONE, new, cached, Numbers()))
     return 2 * sum(layer_weights(shape)) * shape.layers * sum(new) + scores
 
@@ -122,6 +128,9 @@ def prefill_cost(
     """Return the cost of prefilling ``new`` tokens of each sequence after its ``cached`` ones, by ``strategy``.
 
     ``in_session`` adds the machine's ``turn_s``, the time for keeping keys and values for later turns.
+
+    The parts are "products", "weights", "attention", "ring", "ulysses", "tp" and "overhead".  The axes are "tp",
+    "ulysses" and "ring".
     """
     stride, machine = mesh.tp * mesh.ulysses, machine.shared_by(mesh)
     hardware = machine.kernel(mesh.ring, stride)
@@ -170,8 +179,11 @@ def decode_cost(
     """Return the cost of one more token for each sequence of ``cached`` tokens, by a decode ``strategy``.
 
     The GEMMs of every strategy, and the collectives of ``gather_merge`` and ``sharded``, are those of
-    `longctx.cost.decode`.  The other strategies are the prefill strategies with T = 1. No computation hides their
+    `longctx.cost.decode`.  The other strategies are the prefill strategies with T = 1.  No computation hides their
     communication.  Pass-Q, for example, takes N blocks, N - 1 hops and an all-to-all (arXiv 2411.01783, Table 8).
+
+    The parts are "products" or "weights" (the other one is 0), "attention", "merge" (communication of context ranks),
+    "tp" and "overhead".  The axes are "tp" and "context".  With ``sharded``, "merge" and "context" include tp.
     """
     machine = machine.shared_by(mesh)
     work, shares = decode_work(shape, mesh, len(cached), numbers), strategy == "sharded"

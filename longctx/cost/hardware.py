@@ -17,7 +17,7 @@ class Link:
     bulk: "Link | None" = None
 
     def seconds(self, size: float) -> float:
-        """Return the seconds of a message of ``size`` bytes; 0 for an empty message, which is not sent."""
+        """Return the seconds of a message of ``size`` bytes by the faster protocol; 0 if it is empty, and not sent."""
         if not size:
             return 0.0
         seconds = self.latency_s + size / self.bytes_per_s
@@ -34,9 +34,9 @@ def refuse_unknown(values: Mapping[str, Any], known: Collection[str], where: str
 
 
 def link_of(values: Mapping[str, Any]) -> Link:
-    """Return the `Link` that ``values``, read from YAML, describe.
+    """Return the `Link` with the fields in ``values``, read from YAML; ``bulk`` is a link, too, and optional.
 
-    Raises KeyError, TypeError or ValueError for missing or wrong values.
+    Raises KeyError for a missing field, TypeError or ValueError for a wrong value, and ValueError for an unknown field.
     """
     refuse_unknown(values, [one.name for one in fields(Link)], "a link")
     bulk = values.get("bulk")
@@ -112,7 +112,7 @@ class Hardware:
 def hardware_of(values: Any, source: str) -> Hardware:
     """Return the `Hardware` in the parsed YAML ``values``; ``source`` names the file in errors.
 
-    Raises ValueError, with the field and the fix, for a missing field or a value of the wrong type or range.
+    Raises ValueError, with the field and the fix, for a missing or unknown field or a value of the wrong type or range.
     """
     fix = "measure again with python -m recipes.calibrate out=FILE.yaml"
     try:

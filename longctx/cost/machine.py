@@ -138,10 +138,11 @@ class Machine:
             raise ValueError(f"overlap={self.overlap} is not a share; use a number from 0 to 1")
 
     def shared_by(self, mesh: Degrees) -> "Machine":
-        """Return this machine with the rates and overheads of one rank while all ranks of ``mesh`` run on it.
+        """Return the constants of one rank while all ranks of ``mesh`` run on this machine.
 
-        More ranks than `ranks_at_once` take turns on the cores.  The time of a rank's own work grows by the factor R /
-        `ranks_at_once`, where R is the number of ranks.
+        If they are more than `ranks_at_once`, they take turns on the cores.  Rates of a rank's own work then fall, and
+        overheads grow, by the factor ranks / `ranks_at_once`.  Links stay as fast, but computation hides no
+        communication.  Otherwise the machine is returned unchanged.
         """
         ranks = mesh.tp * mesh.ulysses * mesh.ring * mesh.dp * mesh.pp
         turns = ranks / self.ranks_at_once if self.ranks_at_once else 1.0
@@ -171,9 +172,10 @@ class Machine:
         return next((level for level in self.levels if span <= level.ranks), self.levels[-1])
 
     def expected_error(self, work: str, mesh: Degrees, element_bytes: int) -> float | None:
-        """Return the relative error that 80 % of predictions for the kind of work ``work`` are within; None if unknown.
+        """Return the relative error that 80 % of predictions for ``work``, a key of ``errors``, are within.
 
-        ``mesh`` and the bytes of a number, ``element_bytes``, must be like those of the compared runs.
+        Returns None if no runs of this kind were compared, or if ``mesh`` or the bytes of a number, ``element_bytes``,
+        are not like those of the compared runs (`Accuracy`).
         """
         accuracy = self.errors.get(work)
         ranks = {axis: getattr(mesh, axis) for axis in ("tp", "ulysses", "ring", "dp", "pp", "ep")}
@@ -231,8 +233,8 @@ class Machine:
 def machine_of(values: Any, source: str) -> Machine:
     """Return the `Machine` in the parsed YAML ``values`` of configs/machine/ or of recipes.calibrate.
 
-    ``source`` names the file in errors.  Raises ValueError, with the field and the fix, for a missing field or a value
-    of the wrong type or range.
+    ``source`` names the file in errors.  Raises ValueError, with the field and the fix, for a missing or unknown field
+    or a value of the wrong type or range.
     """
     if not isinstance(values, Mapping) or "levels" not in values:
         return replace(_one_node(hardware_of(values, source), source), errors=errors_of(values, source))
@@ -257,7 +259,8 @@ def machine_of(values: Any, source: str) -> Machine:
 def errors_of(values: Mapping[str, Any], source: str) -> dict[str, Accuracy]:
     """Return the `Accuracy` by kind of work, from the section ``errors`` in the ``values`` of a machine's YAML file.
 
-    The section may be missing.  ``source`` names the file in errors.
+    Without the section, the result is empty.  ``source`` names the file in errors.  Raises ValueError if the section
+    cannot be read.
     """
     try:
         return {str(work): _accuracy_of(one) for work, one in (values.get("errors") or {}).items()}

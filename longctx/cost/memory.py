@@ -19,7 +19,9 @@ from longctx.cost.training import Decoder
 def inference_bytes(
     shape: Decoder, mesh: Degrees, new: Sequence[int], cached: Sequence[int], strategy: str, numbers: Numbers
 ) -> dict[str, float]:
-    """Return the bytes, by part, at the peak of a pass over ``new`` tokens after ``cached`` ones.
+    """Return a rank's bytes, by part, at the peak of a pass over ``new`` tokens of each sequence after ``cached`` ones.
+
+    The parts are "weights", "kv_cache", "activations", "logits" and "communication".
 
     The peak is in the last layer, or at the logits.  Only one layer's activations exist at a time: those of attention
     or of the feed-forward network, whichever are larger.  Both have the embedding's output, the layer's input, a norm's
@@ -83,7 +85,9 @@ def _buffers(work: Work, strategy: str) -> float:
 
 
 def step_bytes(shape: Decoder, mesh: Degrees, work: StepWork, strategy: str, numbers: Numbers) -> dict[str, float]:
-    """Return the bytes, by part, at the peak of a training step.
+    """Return a rank's bytes, by part, at the peak of a training step.
+
+    The parts are "weights", "gradients", "optimizer", "activations", "logits" and "communication".
 
     The peak is at one of these points: the loss, the backward of a layer's feed-forward network, the backward of its
     attention, the backward of the embedding, or the update.  At the first three, the activations that the forward keeps

@@ -43,10 +43,10 @@ def reduction_seconds(
 
 
 def all_reduce_seconds(size: float, ranks: int, hop_s: float, bytes_per_s: float) -> float:
-    """Return the seconds of a ring all-reduce of ``size`` bytes per rank.
+    """Return the seconds of a ring all-reduce of ``size`` bytes per rank over n = ``ranks`` ranks.
 
-    The reduce-scatter and the all-gather take n - 1 hops each.  In every hop, each link carries size / n bytes at the
-    same time: 2 (n - 1) (hop_s + size / n / bytes_per_s).
+    The reduce-scatter and the all-gather take n - 1 hops each, with a latency of ``hop_s``.  In every hop, each link
+    carries size / n bytes at the same time: 2 (n - 1) (hop_s + size / n / bytes_per_s).
     """
     return 2 * (ranks - 1) * (hop_s + size / ranks / bytes_per_s)
 

@@ -37,10 +37,14 @@ _UPDATE_BYTES = 28  # float32: reads gradient, weight and two moments; writes we
 class StepWork:
     """A step of ``batch`` sequences of ``length`` tokens, over all data-parallel ranks.
 
-    A micro-batch has ``sequences`` sequences; the recipes use 1.  Logits of ``loss_rows`` rows exist at a time, and an
-    MLP computes ``mlp_rows`` rows at a time (None: all).  With ``offload``, what a layer keeps for its backward is not
-    in memory.  ``operations`` determine which activations are kept: those of Megatron's fused norm and gate ("fused"),
-    or of longctx's layers on a GPU ("cuda") or a CPU ("cpu").
+    A micro-batch has ``sequences`` sequences; the recipes use 1.  ``zero1`` shards the optimizer's state over data- and
+    context-parallel ranks.  In the backward, ``recompute`` repeats the feed-forward networks without experts
+    ("selective") or whole layers ("full").
+
+    Logits of ``loss_rows`` rows exist at a time, and an MLP computes ``mlp_rows`` rows at a time (None: all).  With
+    ``offload``, what a layer keeps for its backward is not in memory.  ``operations`` determine which activations stay
+    in memory: those of Megatron's fused norm and gate ("fused"), or of longctx's layers on a GPU ("cuda") or a CPU
+    ("cpu").
     """
 
     length: int
@@ -57,7 +61,12 @@ class StepWork:
 def step_cost(
     shape: Decoder, mesh: Degrees, machine: Machine, work: StepWork, strategy: str, numbers: Numbers
 ) -> PassCost:
-    """Return the seconds by part, and the bytes sent by axis, of a training step of ``work`` on one rank."""
+    """Return the seconds by part, and the bytes sent by axis, of a training step of ``work`` on one rank.
+
+    The parts are "products", "attention", "ring", "ulysses", "tp", "experts", "overhead", "gradients" and "optimizer",
+    and with ``mesh.pp`` above 1 also "pipeline".  The axes are "ring", "ulysses", "tp", "ep", "dp" and "pp"; "dp" is
+    the sum of gradients over data- and context-parallel ranks, with ZeRO-1 also the gathering of weights.
+    """
     # 1. One micro-batch through this stage's layers.
     machine = machine.shared_by(mesh)
     attention, sent = _attention(shape, mesh, machine, work, strategy, numbers)

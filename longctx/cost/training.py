@@ -91,9 +91,10 @@ def train_flops_by_part(shape: Decoder, lengths: Sequence[int], causal: bool) ->
 
 
 def count_pairs(length: int, window: int | None, causal: bool) -> int:
-    """Count the visible pairs of a document of ``length`` tokens, in which a query sees at most ``window`` keys.
+    """Count the visible pairs (query, key) of a document of ``length`` tokens, ``window`` keys a query (None: all).
 
-    None is no window.  With ``causal``, a query sees no later keys.
+    With ``causal``, a query sees its own key and earlier ones.  Without it, each query counts as min(length, window)
+    keys.
     """
     early = length if window is None else min(length, window)
     if not causal:

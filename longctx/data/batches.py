@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """A data-parallel rank's sequences, stacked; ``lengths[i]`` has the lengths of the document pieces in sequence i.
+    """A data-parallel rank's sequences, stacked; ``lengths[i]`` has the lengths of the pieces of sequence i.
 
-    ``tokens``, ``targets`` and ``mask`` are as in `PackedSequence`.  ``counted`` is the number of targets with a loss
-    in the whole batch, over all data-parallel ranks.  Sums of losses are divided by it, so that the loss does not
-    depend on how ranks share the batch.
+    A piece is a part of one document, or padding.  ``tokens``, ``targets`` and ``mask`` are as in `PackedSequence`.
+    ``counted`` is the number of targets with a loss in the whole batch, over all data-parallel ranks.  Sums of losses
+    are divided by it, so that the loss does not depend on how ranks share the batch.
     """
 
     tokens: Tokens
@@ -38,7 +38,10 @@ def training_batches(
 ) -> Stage[Batch]:
     """Return the whole pipeline for ``data``, from files to batches: `documents`, `interleave`, `pack`, `batches`.
 
-    ``ends`` are the tokens that end the answers of conversations.  Raises ValueError as these stages do.
+    With ``data.conversations``, ``ends`` must have the tokens that end the model's answers.  Sequences in which no
+    target counts are then left out, and "whole" conversations are packed by `pack_whole`.
+
+    Raises ValueError as these stages do.
     """
     sources = [documents(source, tokenizer, data, ends) for source in data.sources]
     mixed = interleave(sources, [source.weight for source in data.sources])
@@ -106,7 +109,7 @@ def refuse_uneven_batch(size: int, dp_size: int) -> None:
 
 
 def refuse_nothing_to_learn(counted: int, where: str) -> None:
-    """Raise ValueError if no target of ``where`` counts in the loss, which would always be 0."""
+    """Raise ValueError if ``counted``, the number of targets with a loss in the text or batch ``where``, is 0."""
     if not counted:
         raise ValueError(
             f"{where} has nothing to learn from: no token is followed by another one of its document; "
@@ -115,7 +118,7 @@ def refuse_nothing_to_learn(counted: int, where: str) -> None:
 
 
 def left_out(state: State) -> dict[str, int]:
-    """Return the numbers of records left out before a state of `training_batches`.
+    """Return the numbers of records left out before a state of `training_batches`, over all sources and epochs.
 
     The keys are "empty", for records without text, and "skipped", for faulty records.
     """

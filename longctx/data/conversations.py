@@ -49,9 +49,11 @@ def messages_of(row: Any) -> list[dict[str, Any]]:
     """Return the checked messages of ``row``: ``role``, ``content``, and 0 or 1 as ``weight`` (1 if not given).
 
     ``row`` has ``messages`` in the form of OpenAI's API, or a ``prompt`` and a ``completion``, which become a user's
-    message and its answer.  A message of weight 0 does not count in the loss, as in OpenAI's fine-tuning files.  Rows
-    with ``tools`` or ``functions`` are refused; other keys are not read.  Raises ValueError, without the location, for
-    any other form.
+    message and its answer.  An answer of weight 0 does not count in the loss, as in OpenAI's fine-tuning files; other
+    messages never count.
+
+    Raises ValueError, without the location, for other forms, rows with ``tools`` or ``functions``, and messages with
+    other keys.  Other keys of ``row`` are not read.
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"is not a JSON object of the form {_EXAMPLE}")
@@ -93,8 +95,8 @@ def tokenize_conversation(
     token.  Tokens after the last such answer are left out, since no loss depends on them.  In generation, the model
     sees the earlier messages in the template.  Their tokens must therefore be a prefix of the conversation's tokens.
 
-    Raises ValueError, without the location, if they are not a prefix, if an answer does not have exactly one end token,
-    if no answer counts, and for an error of the template.
+    Raises ValueError, without the location, if they are not a prefix, if no answer counts, and for an error of the
+    template.  It also does so if an answer that counts is the first message, or does not have exactly one end token.
     """
     answers = [i for i, each in enumerate(messages) if each["role"] == "assistant" and each["weight"]]
     if not answers:

@@ -24,11 +24,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Document:
-    """The tokens of a document (int32), including its end token; ``where`` is its file and line.
+    """The tokens of a document (int32), or of one part of a long document.
 
-    A long document comes in several parts, in order.  All parts but the last have ``ends=False`` and an empty resume
-    state, because a run resumes at the beginning of a document.  ``learned`` is True for tokens that count in the loss,
-    and False for tokens that are only context; None if all count.
+    With ``data.end_token``, the last token of the document is the tokenizer's end token.  ``where`` is file and line,
+    or dataset and row.  Parts come in order; all but the last have ``ends=False``.  ``learned`` is True for tokens that
+    count in the loss, and False for tokens that are only context; None if all count.
     """
 
     tokens: Positions
@@ -39,11 +39,11 @@ class Document:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Resume point of a source: offset ``at`` in file ``part`` (counted from 0) of ``epoch``.
+    """Resume point of a source: offset ``at`` in file ``part`` of ``epoch``; files and epochs count from 0.
 
-    A window of documents begins at this offset, and ``given`` of its documents have been yielded.  ``documents`` is the
-    number of documents before the window; ``empty`` and ``skipped`` count the records left out so far.  The field names
-    are keys of saved checkpoints.
+    A window of documents begins at this offset, and ``given`` of its documents have been yielded.  Before the window,
+    in all epochs, there were ``documents`` documents, ``empty`` records without text and ``skipped`` faulty ones.  The
+    field names are keys of saved checkpoints.
     """
 
     epoch: int = 0
@@ -56,14 +56,14 @@ class ResumePoint:
 
 
 def documents(source: TextSource, tokenizer: Any, data: DataSettings, ends: tuple[int, ...] = ()) -> Stage[Document]:
-    """Return the documents of ``source``, ``data.epochs`` times, tokenized by ``tokenizer``.
+    """Return the documents of ``source``, ``data.epochs`` times (None: without end), tokenized by ``tokenizer``.
 
     With ``data.end_token``, the tokenizer's end token closes each document.  Documents without text are left out and
     counted.  With ``data.shuffle`` = n, the source is read in windows of n documents, and each window is shuffled.  The
     order depends on ``data.seed`` and on the number of documents before the window, so every epoch has another order.
-    Windows do not cross epochs.  The resume state is the beginning of a window; a resumed run reads the window again.
-    With ``data.conversations``, a document is a conversation, whose answers end with one of the tokens ``ends`` (see
-    `conversation_reader`).
+    Windows do not cross epochs.  The resume state has the beginning of a window; a resumed run reads the window again,
+    and yields its remaining documents.  With ``data.conversations``, a document is a conversation, whose answers end
+    with one of the tokens ``ends`` (see `conversation_reader`).
 
     Raises ValueError as `files`, `dataset` and `conversation_reader` do, and if the tokenizer lacks the end token.  The
     iteration raises ValueError for a state of other files or another order, and for a source without documents.  It

@@ -33,9 +33,10 @@ def files(source: TextSource, read_row: ReadRow | None = None) -> tuple[SourceFi
 
 
 def paths_of(given: str) -> list[Path]:
-    """Return the files that ``given`` names, sorted: a file, the readable files of a folder, or a pattern's matches.
+    """Return the files that ``given`` names, sorted: one file, the files of a folder, or a pattern's matches.
 
-    Hidden files and folders inside a folder are left out.  Raises ValueError if there are no files.
+    A folder gives the files, also of its subfolders, whose names end as in `READABLE`.  Hidden files and folders inside
+    it are left out.  Raises ValueError if there are no files.
     """
     root = Path(given).expanduser()
     if root.is_dir():

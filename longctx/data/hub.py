@@ -12,8 +12,10 @@ from longctx.data.records import Position, Record, SourceFile, error_line, text_
 def dataset(source: TextSource) -> SourceFile:
     """Return the dataset that ``source`` names, with a document for each row.
 
-    Raises ValueError if neither the hub nor the local cache of earlier downloads has it, and if it has no column
-    ``text_key``.  The columns of a stream may be unknown; its rows without ``text_key`` then become faulty records.
+    Unless ``source.streaming`` is set, it is downloaded here if needed.  Raises ValueError if neither the hub nor the
+    local cache of earlier downloads has it, and if it has no column ``text_key``.  The columns of a stream may be
+    unknown; its rows without ``text_key`` then become faulty records.  Reading raises ValueError if a row cannot be
+    read.
     """
     import datasets
 

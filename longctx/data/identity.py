@@ -36,7 +36,7 @@ def _digest(path: Path, size: int, _changed_at: int) -> str:
 def text_digests(sources: Iterable[TextSource]) -> list[list[str]]:
     """Return the digests of each source's files, in the order in which they are read.
 
-    A source that is not in the user's files has no digests.  The name and revision identify a dataset of the hub, and
-    Python's version identifies CPython's documentation.
+    A source that is not in the user's files has an empty list.  The name and revision identify a dataset of the hub,
+    and Python's version identifies CPython's documentation.
     """
     return [[digest(path) for path in paths_of(source.path)] if source.path else [] for source in sources]

@@ -115,7 +115,7 @@ def pack_whole(documents: Stage[Document], length: int, last: Literal["drop", "p
 
 
 def learnable(sequences: Stage[PackedSequence]) -> Stage[PackedSequence]:
-    """Leave out the ``sequences`` in which no target counts in the loss."""
+    """Return ``sequences`` without those in which no target counts in the loss."""
 
     def run(state: State | None) -> Iterator[tuple[PackedSequence, State]]:
         for sequence, after in sequences(state):

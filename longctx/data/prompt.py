@@ -16,11 +16,11 @@ def prompt_tokens(source: PromptSource, tokenizer: Any) -> tuple[list[int], int]
     """Return the token ids of the prompt ``source``, and the number of tokens of its text without the template.
 
     ``source.tokens`` cuts the text, but not the question.  It cuts only between characters, and no more of the text is
-    read than needed.  A file's byte-order mark is not part of the text.  Special tokens are added as in
-    `longctx.data.tokenize.tokenize`.
+    read than needed.  A file's byte-order mark is not part of the text.  Without a question, special tokens are added
+    as in `longctx.data.tokenize.tokenize`, and count.
 
-    Raises ValueError for a file that is missing, empty or not UTF-8, and for an empty prompt.  Raises ValueError unless
-    there is exactly one source, and for a question to a model without a chat template.
+    Raises ValueError for a file that is missing, empty or not UTF-8, for an unknown topic, and for an empty prompt.
+    Raises ValueError unless there is exactly one source, and for a question to a model without a chat template.
     """
     if source.question is not None and not tokenizer.chat_template:
         _refuse_other_than_one(source)
@@ -43,7 +43,7 @@ def _read_first_tokens(source: PromptSource, tokenizer: Any, *, special_tokens: 
 
 
 def text_in(file: str, setting: str) -> str:
-    """Return the text of ``file``, which may begin with a byte-order mark.
+    """Return the text of ``file``, without the byte-order mark that it may begin with.
 
     Raises ValueError, naming ``setting``, for a file that is missing, empty or not UTF-8.
     """

@@ -11,7 +11,7 @@ Position = Any
 
 @dataclass(frozen=True)
 class TokenizedConversation:
-    """The ``tokens`` of a conversation; tokens ``begin`` to ``end`` of each pair in ``answers`` count in the loss."""
+    """The ``tokens`` of a conversation; for each (begin, end) in ``answers``, tokens[begin:end] count in the loss."""
 
     tokens: tuple[int, ...]
     answers: tuple[tuple[int, int], ...]
@@ -22,8 +22,8 @@ class Record:
     """A ``text`` and its location: ``where`` is file and line, or dataset and row, for messages.
 
     A text file may be larger than memory, so its record has a function ``open_file`` instead of the text.  If
-    conversations are read, ``conversation`` takes the place of the text.  A record without usable text has the reason
-    in ``fault``.
+    conversations are read, ``conversation`` takes the place of the text.  A record that cannot be used has the reason
+    in ``fault``; an empty text is no fault.
     """
 
     where: str
@@ -34,7 +34,7 @@ class Record:
 
     @property
     def is_empty(self) -> bool:
-        """True if the text has nothing but white space."""
+        """True if the text has nothing but white space; also true for a record with a fault, which has no text."""
         return not self.open_file and not self.conversation and not self.text.strip()
 
     def open(self) -> TextIOBase:
@@ -61,7 +61,8 @@ class SourceFile:
 def text_of(row: Any, key: str, where: str) -> Record:
     """Return the record with the text under ``key`` of ``row``.
 
-    If there is no valid text, the record has a fault instead.  ``where`` names the row in messages.
+    If it is no valid text, the record has a fault instead; an empty text is valid.  ``where`` names the row in
+    messages.
     """
     if not isinstance(row, Mapping):
         return Record(where, fault=f'is not a JSON object of the form {{"{key}": "..."}}')

@@ -18,7 +18,10 @@ _TRIES = 12  # cuts to try before the window grows
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive tokens: ``ids``, and the range (first, end) of each token's characters, counted from ``begin``."""
+    """Consecutive tokens: ``ids``, and the range (first, end) of each token's characters within the piece's text.
+
+    The piece's text starts at character ``begin`` of the whole text.
+    """
 
     ids: list[int]
     spans: list[tuple[int, int]]
@@ -35,11 +38,11 @@ def tokenize(text: str, tokenizer: Any, *, special_tokens: bool = True) -> Posit
 
 
 def token_blocks(read: Callable[[int], str], tokenizer: Any, *, special_tokens: bool = True) -> Iterator[Positions]:
-    """Yield the tokens that `tokenize` returns, in blocks of one window.
+    """Yield the tokens that `tokenize` returns, in blocks: one for each window of text (see `pieces`).
 
-    There is at least one block, which may be empty.
+    There is at least one block, which may be empty.  The tokenizer's last special tokens may be a separate block.
 
-    ``read(n)`` returns the next n characters of the text.
+    ``read(n)`` must return the next n characters of the text, and fewer only at its end.
     """
     text = read(WINDOW)
     more = read(1)
@@ -72,9 +75,9 @@ def first_tokens(
 ) -> tuple[list[int], str]:
     """Return the first ``limit`` tokens (None: all) of the text that ``read(characters)`` gives, and their text.
 
-    No more text is read than needed.  If token number ``limit`` ends inside a character, all tokens of that character
-    are left out; transformers would cut the character.  Special tokens are those of `tokenize`, and count towards
-    ``limit``.
+    Text is read in windows, until there are enough tokens.  If token number ``limit`` ends inside a character, all
+    tokens of that character are left out; transformers would cut the character.  Special tokens are those of
+    `tokenize`, and count towards ``limit``; a cut text gets none at its end.
     """
     first, last = _special_tokens(tokenizer) if special_tokens else ([], [])
     ids: list[int] = []

@@ -30,13 +30,14 @@ class TensorHeader(NamedTuple):
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Map each tensor name of ``folder`` to the safetensors file that holds it.
 
-    As in transformers, model.safetensors is read before the index of several files.
+    If the folder has both, model.safetensors is used and the index of several files is ignored, as in transformers.
+    The files that an index names are not opened.
 
     Raises ValueError in three cases.
 
     * The folder has none of model.safetensors, spd.safetensors and the index.
     * The folder has spd.safetensors together with model.safetensors or the index.
-    * The index or a file cannot be read.
+    * The index, or the only file of weights, cannot be read.
     """
     existing = [name for name in (ADAPTED, _WHOLE, _INDEX) if (folder / name).is_file()]
     if existing[:1] == [ADAPTED] and len(existing) > 1:
@@ -66,7 +67,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 @contextmanager
 def open_tensors(file: Path) -> Iterator[Any]:
-    """Open a safetensors file for reading.  Raises ValueError if it is missing, truncated or otherwise damaged."""
+    """Open a safetensors file and yield the reader of the safetensors library, which returns torch tensors.
+
+    Raises ValueError if the file is missing, truncated or otherwise damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -108,11 +112,11 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
 
 
 def fingerprint(folder: Path, cache: str | None = None) -> str:
-    """Return a model's fingerprint in saved files: two digests of 16 hex digits, joined by a hyphen.
+    """Return the fingerprint by which saved files identify a model: two digests of 16 hex digits, joined by a hyphen.
 
-    The second is computed from config.json and all bytes of the weights.  If ``cache`` names a folder, the weights are
-    read only once (see `sha256_of_files`).  The first is version 0.1's digest, which read parts of each tensor (see
-    `same_model`).  Raises ValueError as `tensor_files` does.
+    The first is version 0.1's digest, of parts of each tensor (see `same_model`).  The second is computed from
+    config.json and all bytes of the weights.  With a folder ``cache``, which remembers digests, only the first call
+    reads all weights (see `sha256_of_files`).  Raises ValueError as `tensor_files` does.
     """
     config, files = (folder / "config.json").read_bytes(), sorted({*tensor_files(folder).values()})
     digests = sha256_of_files(files, Path(cache).expanduser() if cache else None)
@@ -121,7 +125,7 @@ def fingerprint(folder: Path, cache: str | None = None) -> str:
 
 
 def _sampled_digest(config: bytes, files: Iterable[Path]) -> str:
-    """Return version 0.1's digest of ``config`` and of 4 KiB at the start, middle and end of each tensor."""
+    """Return version 0.1's digest of ``config``, file headers, and 4 KiB at each tensor's start, middle and end."""
     digest = hashlib.sha256(config)
     for file in files:
         with file.open("rb") as weights:

@@ -16,10 +16,11 @@ _THREADS = 4
 
 
 def sha256_of_files(files: Iterable[Path], cache: Path | None = None) -> list[str]:
-    """Return the SHA-256 of each of ``files``, in hexadecimal digits.
+    """Return the SHA-256 of each of ``files``, in their order, in hexadecimal digits.
 
     Digests are remembered in ``cache``/digests.json by path, size, times of modification and change, and inode.  If
-    ``cache`` is None or cannot be written, every file is read.  Processes that share a cache read a file once.
+    ``cache`` is None or cannot be written, every file is read.  Processes that share a cache read a file once, unless
+    it changed in the last two seconds.
     """
     paths = [file.resolve() for file in files]
     store = cache / "digests.json" if cache and _is_writable(cache) else None

@@ -22,7 +22,7 @@ _SAMPLED = {
 def unapplied_settings(folder: Path, *, sampled: bool) -> dict[str, object]:
     """Return, by name, the settings of generation_config.json that change transformers' text but not ours.
 
-    With ``sampled``, settings of random sampling are included.
+    With ``sampled``, settings of random sampling are included.  Without that file the result is empty.
     """
     config = _read(folder)
     neutral = _GREEDY | (_SAMPLED if sampled else {})

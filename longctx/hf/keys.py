@@ -102,4 +102,6 @@ def _refuse_other_rope(file: Path, rope: Any, family: Family) -> None:
     read = {"rope_type", "type", *numbers, *others} | ({"partial_rotary_factor"} if family.partial_rotary else set())
     for key, value in rope.items():
         if key not in read and value not in (None, _NEUTRAL.get(key)):
-            raise ValueError(f"{file}: {key}={value} is not read with rope_type={rope_type}: use a model without it")
+            raise ValueError(
+                f"{file}: longctx does not implement {key}={value} with rope_type={rope_type}: use a model without it"
+            )

@@ -61,9 +61,9 @@ def _resolve_source(model: ModelSource, say: Say) -> Path:
 
 
 def _change(model: ModelSource, source: Path) -> Path:
-    """Return the cached folder with ``model``'s config.json and chat template, and links to ``source``'s other files.
+    """Return the cached folder with ``source``'s config.json and chat template, changed as the settings ``model`` ask.
 
-    A file that changes in ``source`` therefore changes in the cached folder, too.
+    Its other files are links to those in ``source``: a file that changes there changes in the cached folder, too.
     """
     changed = config_for_context(source, model.max_positions, model.rope_theta, model.rope_factor, model.rope_type)
     template = read_chat_template(model.chat_template) if model.chat_template else None
@@ -104,10 +104,10 @@ def _fetch_from_hub(name: str, say: Say) -> Path:
 
 
 def _build_cached(model: ModelSource, digest: str, build: Callable[[Path], None]) -> Path:
-    """Return the cache folder of ``model`` and ``digest``; if it does not exist, call ``build(folder)`` to make it.
+    """Return the cache folder of ``model`` and ``digest``; if it does not exist, ``build(to)`` makes it.
 
-    A file lock lets only one process build.  The folder is renamed into place, so it appears whole or not at all.
-    Raises ValueError if the cache folder cannot be made.
+    ``to`` is a temporary path.  The folder is then renamed into place, so it appears whole or not at all.  A file lock
+    lets only one process build.  Raises ValueError if ``model.cache`` cannot be made.
     """
     from filelock import FileLock
 

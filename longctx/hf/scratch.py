@@ -93,7 +93,7 @@ def write_config_like(source: Path, changed: Mapping[str, Any], to: Path) -> Non
 
 
 def read_chat_template(name: str) -> str:
-    """Return the chat template in the file ``name``.  Raises ValueError if it cannot be read, or is not Jinja."""
+    """Return the chat template in the file ``name``.  Raises ValueError if it is unreadable, empty or not Jinja."""
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 

@@ -7,7 +7,10 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # the bytes of a character whose last
 
 
 class AnswerText:
-    """The text of an answer, without special tokens, up to the first text in ``stop``.
+    """The text of an answer whose tokens arrive one by one, without special tokens.
+
+    ``text`` is the text so far, up to the earliest occurrence of a text in ``stop``.  ``stopped`` says if there is one.
+    `add` and `end` return the text in pieces.
 
     Example: with stop "END", the tokens "a ", "E", "x", "END" give the pieces "a ", "", "Ex", "".
     """
@@ -19,7 +22,7 @@ class AnswerText:
         self.text, self.stopped = "", False
 
     def add(self, token: int) -> str:
-        """Add ``token`` and return the next piece of text that no later token can change.
+        """Add ``token`` and return the next piece of text that no later token can change; it may be empty.
 
         Sets ``stopped`` once a text in ``stop`` is complete.
         """
@@ -30,7 +33,7 @@ class AnswerText:
         return self._give(len(self.text) if self.stopped else self._certain())
 
     def end(self) -> str:
-        """Return the text that `add` has held back; call it after the last token."""
+        """Return the rest of the text, which `add` has not returned yet; call it after the last token."""
         return self._give(len(self.text))
 
     def _certain(self) -> int:
@@ -50,10 +53,10 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> str:
 
 
 def make_stop_check(tokenizer: Any, stop: Sequence[str]) -> Callable[[int, Sequence[int]], bool]:
-    """Return a function that says if the text of an answer contains one of ``stop``.
+    """Return a function that returns True if the text of an answer contains a text in ``stop``.
 
     The function takes a sequence's id and the tokens of its answer so far.  Call it after every token: each call adds
-    the last token to the text.
+    the last token to the text.  Make a new function for each turn.  Without ``stop``, ``tokenizer`` may be None.
     """
     texts: dict[int, AnswerText] = {}
 

@@ -11,7 +11,7 @@ from longctx.shapes import Keys, Tensor
 
 @runtime_checkable
 class Cache(Protocol):
-    """The cache interface of a pass: call `extend` with the new positions, then `append` in each layer."""
+    """The cache interface of a pass: call `extend` once, then `append` or `append_each` in each layer."""
 
     @property
     def layout(self) -> Layout:
@@ -19,7 +19,7 @@ class Cache(Protocol):
         ...
 
     def extend(self, later: Layout) -> None:
-        """Add the positions of the next pass to the layout."""
+        """Add ``later``, the positions of the next pass, to the layout; they must follow the cached ones."""
         ...
 
     def append(self, layer: int, k: Keys, v: Keys) -> tuple[Tensor, Tensor]:
@@ -34,8 +34,9 @@ class Cache(Protocol):
 class KVCache:
     """Keys and values of one sequence in all layers, for the positions that this rank caches.
 
-    ``layout`` spans the ring of ``size`` ranks, so the cache stays sharded as it grows.  The first `append` allocates
-    ``reserve`` rows; the allocation doubles when it is full, so that appending a token usually copies nothing.
+    ``layout`` spans the ring of ``size`` ranks, in which this rank is ``rank``, so the cache stays sharded as it grows.
+    The first `append` to a layer allocates at least ``reserve`` rows.  The allocation doubles when it is full, so that
+    appending a token usually copies nothing.
     """
 
     def __init__(self, size: int, rank: int, reserve: int = 0) -> None:
@@ -49,7 +50,7 @@ class KVCache:
         return self.layout.rows(self._rank)
 
     def extend(self, later: Layout) -> None:
-        """Add the positions of the next pass; then call `append` with their keys and values in each layer."""
+        """Add ``later``, the positions of the next pass; then call `append` in each layer with this rank's rows."""
         self.layout = self.layout.then(later)
 
     def append(self, layer: int, k: Keys, v: Keys) -> tuple[Tensor, Tensor]:
@@ -110,7 +111,7 @@ class BatchCache:
     """The caches of several sequences as one cache, with a document per sequence.
 
     Example: sequences of 5 and 3 cached rows make a cache of 8 rows and 2 documents.  A single sequence's tensors are
-    used without a copy.
+    used without a copy.  ``rank`` is this rank's number in the ring.
     """
 
     def __init__(self, caches: Sequence[Cache], rank: int) -> None:
@@ -123,7 +124,7 @@ class BatchCache:
         return side_by_side([cache.layout for cache in self._caches])
 
     def extend(self, later: Layout) -> None:
-        """Add the positions of the next pass; document i of ``later`` extends sequence i."""
+        """Add ``later``, the positions of the next pass, to the caches; its document i extends cache i."""
         for cache, layout in zip(self._caches, later.by_document(), strict=True):
             cache.extend(layout)
         self._rows = [_as_slice(rows) for rows in later.rows_by_document(self._rank)]
@@ -134,7 +135,7 @@ class BatchCache:
         return (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys, 1), torch.cat(values, 1))
 
     def append_each(self, layer: int, k: Keys, v: Keys) -> Sequence[tuple[Tensor, Tensor]]:
-        """Append each sequence's rows to its cache and return its keys and values, [b rows hk d]."""
+        """Append each sequence's rows to its cache; return a list of each sequence's (keys, values), [b rows hk d]."""
         if len(self._caches) == 1:
             return self._caches[0].append_each(layer, k, v)
         return [

@@ -26,11 +26,12 @@ def choose_next(
     layout: Layout,
     share: WeightShare | None = None,
 ) -> dict[int, int]:
-    """Choose the next token of each sequence whose last token was in this pass; return them by sequence.
+    """Choose the next token of each sequence whose last token was in this pass; return these tokens by sequence.
 
-    All ranks get the same tokens.  ``hidden`` has the final hidden states of this rank's rows; ``layout`` says which
-    tokens of ``chunk`` these rows are.  With a ``share``, all ranks have the same ``hidden`` and compute its logits
-    together.  Sequences with ``sampling.logprobs`` also get the token's log-probabilities, in `Conversation.logprobs`.
+    All ranks must call this, and get the same tokens.  The caller appends them.  ``hidden`` has the final hidden states
+    of this rank's rows; ``layout`` says which tokens of ``chunk`` these rows are.  With a ``share``, ``hidden`` has the
+    rows of all tokens on every rank, the ranks compute the logits together, and ``layout`` says which rank samples.
+    Sequences with ``sampling.logprobs`` also get the token's log-probabilities, in `Conversation.logprobs`.
 
     Raises ValueError, on every rank, for logits that are not finite.
     """

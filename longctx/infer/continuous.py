@@ -15,7 +15,8 @@ from longctx.shapes import Float, Tensor
 class ContinuousSession(Session):
     """A session whose prompts are prefilled a few tokens at a time, while other sequences decode.
 
-    `add` a sequence, fill its `Conversation.tokens`, then `prefill` it and `decode` it; `drop` it at its end.
+    `add` a sequence, append its prompt (`Conversation.append_prompt`), then `prefill` it and `decode` it; `drop` it at
+    its end.
     """
 
     def prefill(self, tokens: Mapping[int, int], alone: int | None = None) -> dict[int, int]:
@@ -27,6 +28,8 @@ class ContinuousSession(Session):
 
         If ``alone`` is given, that ring rank runs and caches all rows, without messages over the ring.  No other ring
         rank may cache rows of these sequences.
+
+        Raises ValueError, on every rank, for logits that are not finite.
         """
         new = self._uncached(tokens)
         if alone is None:
@@ -37,9 +40,11 @@ class ContinuousSession(Session):
         return self._end_prefill(new, self._run_chunk(new, layout, strategies), layout)
 
     def prefill_and_decode(self, tokens: Mapping[int, int], sequences: Collection[int]) -> dict[int, int]:
-        """`prefill` ``tokens`` and `decode` a token of each of ``sequences`` in the same pass; return all next tokens.
+        """Prefill and decode in one pass; append the next tokens to their sequences, and return them by sequence.
 
-        The pass reads the weights once for both.  Decoding is by ``gather_merge``.
+        As in `prefill`, ``tokens[i]`` is the number of sequence i's uncached tokens to run.  A prompt that does not end
+        in this pass gets no next token.  Each of ``sequences`` decodes one token, by ``gather_merge``.  The pass reads
+        the weights once for both.
         """
         assert not self.context.check_schedule, "recipes.serve refuses it"
         engine, ring_rank = self.engine, self.engine.ring.rank

@@ -32,9 +32,9 @@ class Engine:
     ``context`` is the group of these ranks: rank = ring rank * ulysses size + ulysses rank.  It carries control
     messages and decoding's collectives; only the latter are counted as `ATTENTION`.  ``layers`` is the implementation
     of the model's layers: "local" for megatron-core's, "te" for Transformer Engine's.  ``share`` is this rank's share
-    of the weights for ``context.decode=sharded``.  It is None with one context rank, with "te" layers, and if blocks
-    drop or round a reduction over tensor-parallel ranks.  ``reduce`` has the dtypes of rounded reductions (None: no
-    reduction is rounded).
+    of the weights for ``context.decode=sharded``.  It is None with one context rank, with "te" layers, and with rounded
+    reductions.  It is also None if blocks drop a reduction over other ranks than the context ranks.  ``reduce`` has the
+    dtypes of rounded reductions (None: no reduction is rounded).
     """
 
     model: GPTModel
@@ -84,7 +84,7 @@ class Engine:
         return 2 * self.shape.layers * heads * self.shape.head_dim * self.dtype.itemsize
 
     def everywhere(self, strategy: Strategy) -> dict[int | None, Strategy]:
-        """Return the argument ``strategies`` of `run_pass` that uses ``strategy`` in all layers, with any window."""
+        """Return ``strategies`` for `run_pass`: a dictionary from each window of the model's layers to ``strategy``."""
         return dict.fromkeys(self.shape.windows, strategy)
 
     def cache(self, tokens: int, more: int = 0) -> KVCache:
@@ -96,9 +96,10 @@ class Engine:
 def next_logits(
     engine: Engine, hidden: Float[Tensor, "s b hidden"], share: WeightShare | None = None
 ) -> Float[Tensor, "s b v"]:
-    """Compute the float32 logits of the rows of ``hidden``; all tensor-parallel ranks must call this.
+    """Compute the logits of the rows of ``hidden``; all tensor-parallel ranks must call this.
 
-    With a ``share``, all context ranks must call this with the same rows; each rank multiplies a part of the weights.
+    Logits are float32, or float64 for a model in float64.  With a ``share``, all context ranks must call this with the
+    same rows; each rank multiplies a part of the weights, and all get the logits.
     """
     if not len(hidden):
         return hidden.new_empty(0, 1, engine.shape.vocab_size)  # megatron-core's layers cannot take zero rows
@@ -114,12 +115,13 @@ def load_engine(
     plan: SPDPlan | None = None,
     reduce: Reduce | None = None,
 ) -> Engine:
-    """Load ``model`` from ``folder``, sharded over the mesh of ``runtime``.
+    """Load ``model`` from ``folder``, sharded over the mesh of ``runtime``; all ranks must call this.
 
-    ``plan`` has the blocks that drop a reduction, ``reduce`` the dtypes of reductions (None: all exact).
+    ``plan`` has the blocks that drop a reduction, ``reduce`` the dtypes of reductions (None: all exact).  With
+    ``reduce``, or with a plan for another tensor-parallel degree than the mesh's, the layers are "local".
 
-    Raises ValueError if ``kernel`` does not take the device, dtype or head dimension, or if a tensor is missing or left
-    over in ``folder``.
+    Raises ValueError if ``kernel`` does not take the device, dtype or head dimension, or if ``model.layers`` cannot be
+    used.  It does so, too, if a tensor is missing or left over in ``folder``.
     """
     # Only megatron-core's layers support rounded reductions, and dropped reductions in sharded decoding.
     local = bool(reduce or (plan and plan.tp != runtime.tp.size))
@@ -137,11 +139,11 @@ def load_engine(
 
 
 def load_alone(runtime: Runtime, engine: Engine, model: ModelSource, folder: Path) -> Engine:
-    """Return the model of ``engine`` without context parallelism, to compare logits with.
+    """Return an `Engine` with the model of ``engine``, without context parallelism, to compare logits with.
 
     This rank alone runs the whole model.  With tensor parallelism it loads all weights from ``folder``; without, it
-    reuses those of ``engine``.  A model with dropped or rounded reductions depends on its tensor-parallel degree.  It
-    therefore stays sharded over this rank's tensor-parallel group.
+    reuses those of ``engine``.  The exception is a model with dropped or rounded reductions, which depends on its
+    tensor-parallel degree.  It stays sharded, and all ranks of this rank's tensor-parallel group run it.
     """
     net = engine.model
     if isinstance(net.decoder.layers[0], SPDTransformerLayer) or engine.reduce:
@@ -167,5 +169,5 @@ def _load_model(
 
 
 def barrier(engine: Engine) -> None:
-    """Wait for all ranks of the context group, so that a clock started next excludes their earlier work."""
+    """Wait until all ranks of the context group call this, so that a clock started next excludes their earlier work."""
     engine.context.all_gather(torch.zeros(1, device=engine.device), [(1,)] * engine.ranks)

@@ -16,7 +16,9 @@ from longctx.shapes import Float, Keys, Queries, Tensor
 
 
 class FixedStep:
-    """Decode steps after the prefill of ``cache``, with room for ``room`` tokens; ``cache`` itself stays unchanged.
+    """Decode steps of one sequence after its prefill into ``cache``, which is copied and stays unchanged.
+
+    The sequence may have ``room`` tokens in all, including the cached ones.
 
     Raises ValueError for several ranks, and for models with windows, attention sinks or experts.
     """

@@ -24,9 +24,9 @@ def logit_difference(
     """Return the largest absolute difference of all prompts' logits from those of ``alone``, the model on one rank.
 
     ``turn`` is the first turn of a session with these ``prompts``, run with ``keep_states``.  All ranks must call this.
-    ``alone`` (see `load_alone`) is set on the first rank of the world only, which returns the difference; other ranks
-    return None.  With dropped or rounded reductions it is set on all ranks of the first tensor-parallel group.
-    ``alone`` prefills ``chunk`` tokens a pass (None: all) and calls ``layer_done`` after each layer's attention.
+    Only the first rank of the world passes ``alone`` (see `load_alone`).  With dropped or rounded reductions, all ranks
+    of the first tensor-parallel group do.  These ranks return the difference, and the others None.  ``alone`` prefills
+    ``chunk`` tokens a pass (None: all) and calls ``layer_done`` after each layer's attention.
 
     Raises ValueError, on the ranks that compare, if a logit is NaN or infinite.
     """
@@ -53,7 +53,7 @@ def logit_difference(
 
 
 def finite_figure(difference: Float[Tensor, ""]) -> float:
-    """Return a difference of logits as a number.  Raises ValueError if it is NaN or infinite."""
+    """Return ``difference``, of logits, as a number.  Raises ValueError if it is NaN or infinite."""
     if not difference.isfinite():
         raise ValueError(
             f"the prompt's logits cannot be compared, since some are NaN or infinite (difference {float(difference)}): "
@@ -75,6 +75,6 @@ def _gather_states(engine: Engine, turn: Turn) -> Float[Tensor, "s b hidden"] | 
 
 
 def gather_figures(engine: Engine, figures: Sequence[int]) -> list[list[int]]:
-    """Return the ``figures`` of every context rank, in rank order, on every rank."""
+    """Return the ``figures`` of every context rank, in rank order, on every rank; each passes equally many."""
     mine = torch.tensor(figures, dtype=torch.long, device=engine.device)
     return [x.tolist() for x in engine.context.all_gather(mine, [(len(figures),)] * engine.ranks)]

@@ -47,7 +47,11 @@ class PageFiles:
         self._full = False
 
     def read(self, device: torch.device) -> dict[str, SavedPage | None]:
-        """Return the pages by name, on ``device``; None for a file that has changed since it was written."""
+        """Return this rank's pages by name, on ``device``; None for a file that is unreadable or does not fit its name.
+
+        It also deletes files that a process left incomplete, and all but one file of a page.  Call it before `write`
+        and `delete`, which know only the files that were read or written here.
+        """
         pages: dict[str, SavedPage | None] = {}
         for file in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
             if file.name.endswith(_NEW):
@@ -63,7 +67,8 @@ class PageFiles:
     def write(self, before: str, tokens: Sequence[int], page: Page) -> str:
         """Write ``page`` to a file, and return the page's name.
 
-        The page holds ``tokens``, after the page named ``before``.
+        The page holds ``tokens``, after the page named ``before``.  Nothing is written if the page has a file already,
+        or if an earlier page could not be written.
         """
         name = page_name(before, tokens)
         if self._full or name in self._files:
@@ -87,7 +92,7 @@ class PageFiles:
         return name
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete the files of the pages ``names`` that exist."""
+        """Delete the files of the pages ``names``; names of pages without a file are ignored."""
         for name in names:
             if file := self._files.pop(name, None):
                 file.unlink(missing_ok=True)

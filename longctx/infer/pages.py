@@ -12,17 +12,21 @@ from longctx.shapes import Tensor
 
 @dataclass(frozen=True)
 class Page:
-    """This rank's rows of a page: keys and values [1 rows hk d] of each layer.  ``layout`` spans all ring ranks."""
+    """This rank's rows of a page: ``layers`` has the (keys, values) of each layer, both [1 rows hk d].
+
+    ``layout`` has the page's positions on all ring ranks.
+    """
 
     layout: Layout
     layers: tuple[tuple[Tensor, Tensor], ...]
 
 
 class PageStore:
-    """Pages by number.  A page is copied from a cache; each rank stores the page's rows that it caches there.
+    """Pages by number, copied from caches; each rank stores the rows of a page that it has in the cache.
 
-    All ranks must make the same calls in the same order.  ``rows_per_rank[r]`` is the number of rows that ring rank r
-    of ``size`` stores, over all pages.
+    ``rank`` is this rank's number in the ring of ``size`` ranks, and ``layers`` the model's number of layers.  All
+    ranks must make the same calls in the same order.  ``rows_per_rank[r]`` is the number of rows that ring rank r
+    stores, over all pages.
     """
 
     def __init__(self, rank: int, layers: int, size: int) -> None:
@@ -41,7 +45,7 @@ class PageStore:
 
     @torch.inference_mode()
     def store(self, page: int, cache: KVCache, begin: int, end: int) -> None:
-        """Copy positions ``begin`` to ``end`` (exclusive) of ``cache`` to the new ``page``."""
+        """Copy positions ``begin`` to ``end`` (exclusive) of ``cache`` to a new page with the number ``page``."""
         positions = cache.layout.positions(self._rank)
         rows = ((positions >= begin) & (positions < end)).nonzero().flatten()
         rows = rows.to(cache.layer(0)[0].device)
@@ -53,7 +57,10 @@ class PageStore:
 
     @torch.inference_mode()
     def copy_to(self, cache: KVCache, pages: Sequence[int]) -> None:
-        """Append ``pages`` to ``cache``; their positions must follow the cached ones."""
+        """Append the pages with the numbers ``pages``, at least one, to ``cache``.
+
+        Their positions must follow the cached ones without a gap.
+        """
         chosen = [self._pages[page] for page in pages]
         for page in chosen:
             cache.extend(page.layout)

@@ -48,7 +48,7 @@ def run_pass(
 ) -> Float[Tensor, "s b hidden"]:
     """Run the model over ``tokens`` [total] and return the final hidden states of this rank's rows.
 
-    The arguments and errors are those of `sharded_rows`.
+    ``cache`` grows by all new tokens.  All ranks must call this.  The arguments and errors are those of `sharded_rows`.
     """
     return run_together(engine, [sharded_rows(engine, tokens, layout, cache, strategies, done)])[0]
 
@@ -62,18 +62,19 @@ def run_replicated(
     *,
     share: WeightShare | None = None,
 ) -> Float[Tensor, "s b hidden"]:
-    """Run the model over ``tokens`` [total] on every rank and return the hidden states of all rows.
+    """Run the model over ``tokens`` [total] on every rank and return the final hidden states of all rows.
 
-    The arguments are those of `replicated_rows`.
+    ``cache`` grows by all new tokens.  All ranks must call this.  The arguments are those of `replicated_rows`.
     """
     return run_together(engine, [replicated_rows(engine, tokens, layout, cache, done, share=share)])[0]
 
 
 @torch.inference_mode()
 def run_together(engine: Engine, parts: Sequence[Rows]) -> Sequence[Float[Tensor, "_ b hidden"]]:
-    """Run the model over the rows of all ``parts`` in one pass; return the final hidden states of each part.
+    """Run the model over the rows of all ``parts`` in one pass; return the final hidden states of each part, in order.
 
-    Each part attends by its own function.  All other work is by row: the weights are read once for all parts.
+    All ranks must call this, each with its own rows of the same parts.  Each part attends by its own function.  All
+    other work is by row: the weights are read once for all parts.
     """
     lengths = [len(part.tokens) for part in parts]
 
@@ -100,14 +101,15 @@ def sharded_rows(
     strategies: Mapping[int | None, Strategy],
     done: LayerDone = lambda: None,
 ) -> Rows:
-    """Return this rank's rows of ``tokens`` [total], sharded by ``layout`` over the ulysses x ring ranks.
+    """Return this rank's share of ``tokens`` [total] as `Rows` for `run_together`; no layer runs here.
 
-    The documents of ``layout`` are the sequences of ``cache``, and their positions follow the cached ones.  ``cache``
-    grows by all new tokens.  ``strategies`` has the strategy by the layers' window (None: full attention).  ``done`` is
-    called after each layer's attention.
+    ``layout`` shards the tokens over the ulysses x ring ranks.  Its documents are the sequences of ``cache``.  Its
+    positions begin at 0, and are shifted to follow the cached ones.  The layout of ``cache`` grows by all new tokens at
+    once.  ``strategies`` has the strategy by the layers' window (None: full attention).  The pass calls ``done`` after
+    each layer's attention.
 
-    Raises ValueError if the Ulysses degree does not fit the heads; attention does so for inputs that the engine's
-    kernel has not been tested exact on.
+    The pass raises ValueError if the Ulysses degree does not fit the heads.  It also does so for inputs on which the
+    engine's kernel has not been tested exact.
     """
     # 1. Queries and cached keys as layouts over the ring.
     layout = layout.after(cache.layout)
@@ -145,13 +147,16 @@ def replicated_rows(
     *,
     share: WeightShare | None = None,
 ) -> Rows:
-    """Return the rows of all ``tokens`` [total], which every rank runs; ``layout`` says which ring rank caches which.
+    """Return all ``tokens`` [total] as `Rows`, the same on every rank, for `run_together`; no layer runs here.
 
-    This is for few rows (tree attention, arXiv 2408.04093).  Every rank computes the queries, keys and values of all
-    rows, and attends to the keys that it caches.  One all-gather a layer merges the partial results.
+    ``layout`` says which ring rank caches which token; the layout of ``cache`` grows by them at once.  This is for few
+    rows (tree attention, arXiv 2408.04093).
 
-    With a ``share`` (the caller has entered `WeightShare.in_use`), each rank multiplies only its share of the weights.
-    One all-to-all then gives each rank the merged output of its share of the heads.
+    In the pass, every rank computes the queries, keys and values of all rows, and attends to the keys that it caches.
+    One all-gather a layer merges the partial results.  The pass calls ``done`` after each layer's attention.
+
+    With a ``share``, the caller must enter `WeightShare.in_use` around the pass.  Each rank then multiplies only its
+    share of the weights.  One all-to-all gives each rank the merged output of its share of the heads.
     """
     layout = layout.after(cache.layout)
     cache.extend(layout)

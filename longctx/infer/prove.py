@@ -32,8 +32,9 @@ def prove_pass(engine: Engine, cached: Sequence[Layout], run: Callable[..., obje
 def pass_schedules(
     engine: Engine, cached: Sequence[Layout], run: Callable[..., object], device: torch.device = META
 ) -> list[Schedule]:
-    """Return the messages that each rank of tp x ulysses x ring sends and receives in ``run`` (see `prove_pass`).
+    """Return the messages that each rank of tp x ulysses x ring sends and receives in ``run``, in rank order.
 
+    ``cached`` and ``run`` are those of `prove_pass`.
     ``device`` is where tensors without data are made: "meta" takes no memory, "cpu" is faster for small tensors.
     """
 
@@ -100,7 +101,10 @@ class _ModelOfShapes(GPTModel):  # type: ignore[misc]
     def decoder(
         self, hidden: Float[Tensor, "s b hidden"], attention_mask: None, packed_seq_params: Pass
     ) -> Float[Tensor, "s b hidden"]:
-        """Run only the layers' communication between context ranks; return hidden states of the right shape."""
+        """Send only the layers' messages between context ranks; return hidden states of the right shape.
+
+        With a share of the weights in use, the layers run whole, since their linear layers send messages, too.
+        """
         for number, layer in enumerate(self._layers):
             if self._shared:
                 weights = {

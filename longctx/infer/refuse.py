@@ -19,7 +19,8 @@ def refuse_prompts(
 ) -> None:
     """Raise ValueError unless ``prompts`` and their answers fit a model of ``shape``.
 
-    All arguments are by sequence.  ``so_far`` has the number of tokens that a sequence has already (absent: 0).
+    No prompts, an empty prompt and negative ``max_new_tokens`` are refused, too.  The arguments after ``shape`` are by
+    sequence.  ``so_far`` has the number of tokens that a sequence has already (absent: 0).
     """
     if not prompts:
         raise ValueError("the turn has no prompts; give at least one sequence some tokens")

@@ -15,9 +15,11 @@ from longctx.shapes import Float, Int, Tensor
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability (nats) of a chosen token, and (token, log-probability) of the most likely ones in ``top``.
+    """Log-probability (nats) of a ``token`` of an answer or of a prompt.
 
-    Log-probabilities are the model's own, before penalties, temperature, top-k, top-p and min-p.
+    ``top`` has (token, log-probability) of the most likely tokens in its place, the most likely one first; it is empty
+    if none were requested.  ``token`` itself may be missing there.  Log-probabilities are the model's own, before
+    penalties, temperature, top-k, top-p and min-p.
     """
 
     token: int
@@ -32,12 +34,13 @@ def choose_token(
     prompt: Sequence[int] = (),
     answer: Sequence[int] = (),
 ) -> int:
-    """Choose the token at ``position``: the most likely one at temperature 0, otherwise a random one.
+    """Choose the next token from ``logits``: the most likely one at temperature 0, otherwise a random one.
 
     Random choice is among the tokens that top-k, top-p and min-p keep.  Penalties apply first, also at temperature 0.
-    The repetition penalty counts the tokens of ``prompt`` and ``answer``, which precede ``position``; the presence and
-    frequency penalties count those of ``answer`` only.  Only ``sampling.seed`` and ``position`` seed the draw, so the
-    same logits give the same token on any mesh and in any batch.
+    The repetition penalty acts on the tokens of ``prompt`` and ``answer``, the presence and frequency penalties on
+    those of ``answer`` only.  ``position`` is that of the last token so far, whose row gave ``logits``.  Only
+    ``sampling.seed`` and ``position`` seed the draw, so the same logits give the same token on any mesh and in any
+    batch.
 
     Raises ValueError for logits that are NaN or infinite.
     """
@@ -57,11 +60,11 @@ def choose_token(
 def penalize(
     logits: Float[Tensor, " v"], sampling: Sampling, prompt: Sequence[int], answer: Sequence[int]
 ) -> Float[Tensor, " v"]:
-    """Return ``logits`` after the penalties, in float64 on the CPU if there are any.
+    """Return ``logits`` after the penalties, in float64 on the CPU; without penalties, return ``logits`` unchanged.
 
     The repetition penalty is that of CTRL (arXiv 1909.05858, 4.1) as transformers applies it, to tokens of ``prompt``
-    and ``answer``.  Presence and frequency penalties follow OpenAI's API, with the ``count`` of a token in ``answer``:
-    logit - count * frequency_penalty - (count > 0) * presence_penalty.
+    and ``answer``: it divides positive logits and multiplies negative ones.  Presence and frequency penalties follow
+    OpenAI's API.  A token that occurs n > 0 times in ``answer`` loses n * ``frequency_penalty`` + ``presence_penalty``.
     """
     if sampling.repetition_penalty != 1:
         logits = logits.double().cpu().clone()
@@ -78,10 +81,10 @@ def penalize(
 
 
 def rank_candidates(logits: Float[Tensor, " v"], sampling: Sampling) -> tuple[Float[Tensor, " v"], Int[Tensor, " v"]]:
-    """Return the probabilities of all tokens, largest first, and the tokens in this order.
+    """Return the probabilities of all tokens at ``sampling.temperature``, largest first, and the tokens in this order.
 
-    Tokens that top-k, top-p or min-p cut off have probability 0; the probabilities of the other tokens need not sum to
-    1.
+    The temperature must be above 0.  Tokens that top-k, top-p or min-p cut off have probability 0; the probabilities of
+    the other tokens need not sum to 1.  Both tensors are on the CPU.
     """
     ranked, order = torch.softmax(logits.double().cpu() / sampling.temperature, -1).sort(descending=True, stable=True)
     if 0 < sampling.top_k < len(ranked):
@@ -93,9 +96,9 @@ def rank_candidates(logits: Float[Tensor, " v"], sampling: Sampling) -> tuple[Fl
 
 
 def token_logprob(logits: Float[Tensor, " v"], token: int, top: int) -> TokenLogprob:
-    """Return the log-probability of ``token`` and of the ``top`` most likely tokens, computed in float64.
+    """Return the log-probability of ``token`` and of the ``top`` most likely tokens (0: none), computed in float64.
 
-    Of equally likely tokens, the one with the lower number comes first.
+    Among equally likely tokens, the one with the lower number comes first.
     """
     logprobs = torch.log_softmax(logits.double().cpu(), -1)
     if not top:

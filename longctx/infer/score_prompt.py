@@ -21,7 +21,7 @@ def score_prompts(
     hidden: Float[Tensor, "s b hidden"],
     layout: Layout,
 ) -> None:
-    """Append the log-probabilities of prompt tokens that this pass predicts to `Conversation.prompt_logprobs`.
+    """Append to `Conversation.prompt_logprobs` the log-probabilities of the prompt tokens that follow this pass's rows.
 
     Sequences whose list is None are left out.  ``hidden`` has the final hidden states of this rank's rows; ``layout``
     says which tokens of ``chunk`` these rows are.  A row predicts the next token of its prompt; the last row predicts

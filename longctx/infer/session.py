@@ -42,6 +42,8 @@ class Session:
     ``decode_choices`` has the (strategy, reason) for each number of sequences so far.  A new sequence's cache has room
     for at least ``reserve`` tokens.  Sequence i samples with the seed ``sampling.seed`` + i, unless `add` got other
     settings for it.  All ranks must make the same calls in the same order.
+
+    Raises ValueError for ``context.decode=sharded`` on several context ranks if ``engine`` has no share of the weights.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class Session:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of keys and values that this rank caches."""
+        """Bytes of the keys and values in this rank's caches, over all sequences and layers, without reserved room."""
         return sum(sequence.cache.bytes for sequence in self.sequences.values())
 
     def turn(
@@ -87,12 +89,13 @@ class Session:
         stopped: Stopped = lambda *_: False,
         keep_states: bool = False,
     ) -> Turn:
-        """Append ``prompts`` to their sequences and prefill them together; then decode the sequences together.
+        """Append ``prompts`` to their sequences and prefill them together; then decode these sequences together.
 
         A prompt whose sequence id is new starts a sequence.  With ``context.chunk``, the prefill takes several passes.
-        Decoding of a sequence stops at its ``max_new_tokens``, after an end token, or if ``stopped`` returns True.
-        ``stopped`` is called after each token.  ``layer_done`` is called after each layer's attention in the prefill,
-        and ``token_done`` with each step's tokens by sequence.  ``keep_states`` fills `Turn.passes`.
+        A sequence decodes up to its ``max_new_tokens`` (0: prefill only), an end token, or a True from ``stopped``.
+        The turn calls ``stopped`` after each token that is no end token.  It calls ``token_done`` with each step's
+        tokens by sequence, and ``layer_done`` after each layer's attention in the prefill.  ``keep_states`` fills
+        `Turn.passes`.
 
         If the turn fails, new sequences are removed, and earlier sequences get back their tokens and caches from before
         the turn.
@@ -110,16 +113,17 @@ class Session:
             raise
 
     def cache_for(self, tokens: int, decoded: int) -> KVCache:
-        """Return an empty cache for one sequence.
+        """Return an empty cache for one sequence, which is not added to the session.
 
-        It has room for this rank's share of ``tokens`` rows, and for ``decoded`` more rows.
+        It has room for this rank's share of ``tokens`` rows, or of ``reserve`` if that is more, and for ``decoded``
+        more rows.
         """
         return self.engine.cache(max(self._reserve, tokens), decoded)
 
     def add(self, sequence: int, tokens: int, decoded: int, sampling: Sampling | None = None) -> Conversation:
-        """Add the new ``sequence``, empty, with room for ``tokens`` prefilled and ``decoded`` tokens.
+        """Add and return the new ``sequence``, empty, with room for ``tokens`` prefilled and ``decoded`` more tokens.
 
-        ``sampling`` replaces the session's settings for this sequence.
+        ``sampling`` replaces the session's settings for this sequence; its seed is used unchanged.
         """
         settings = sampling or self.sampling.for_answer(sequence)
         self.sequences[sequence] = Conversation(self.cache_for(tokens, decoded), sampling=settings)
@@ -223,7 +227,7 @@ class Session:
     def _place(self, chunk: Chunk, reasons: dict[str, str]) -> tuple[Layout, dict[int | None, Strategy]]:
         """Return the layout of the rows of ``chunk``, and the strategies for them.
 
-        ``reasons`` receives each choice of a strategy and its reason.
+        The name of each chosen strategy is added to ``reasons``, with the reason for the choice.
         """
         lengths = [len(tokens) for tokens in chunk.values()]
         strategies = self._choose_strategies(lengths, [self.sequences[i].cached for i in chunk], reasons)
@@ -233,7 +237,7 @@ class Session:
     def _choose_strategies(
         self, lengths: Sequence[int], cached: Sequence[int], reasons: dict[str, str]
     ) -> dict[int | None, Strategy]:
-        """Choose a strategy for the layers of each window; add each new choice and its reason to ``reasons``."""
+        """Return a strategy for the layers of each window; add each new name and its reason to ``reasons``."""
         strategies = {}
         for window in sorted(set(self.engine.shape.windows), key=lambda w: w or 0):
             strategy, why = self._choose(lengths, cached, window)
@@ -246,6 +250,8 @@ class Session:
 
         The step feeds each sequence's last token, which must not be cached yet: the one that a turn or the previous
         call appended.  Decoding by pass-Q is arXiv 2411.01783, Alg. 4.
+
+        Raises ValueError, on every rank, for logits that are not finite.
         """
         chunk = self._latest(sequences)
         over_ring = shard_balanced([1] * len(chunk), contiguous, self.rows_per_rank)
@@ -289,7 +295,8 @@ class Session:
     def decode_strategy(self, sequences: int) -> str:
         """Return the name of the strategy for a decode step of ``sequences`` sequences.
 
-        It is ``context.decode``; for ``auto``, the choice for this number of sequences, which is made once.
+        It is ``context.decode``.  For ``auto``, the first call for a number of sequences chooses; later calls return
+        the same.
         """
         if self._choose_decode is None or self.context.decode != "auto":
             return self.context.decode
@@ -309,9 +316,10 @@ class Session:
     def _run_pass(
         self, chunk: Chunk, run: Callable[..., Tensor], done: LayerDone = lambda: None
     ) -> Float[Tensor, "s b hidden"]:
-        """Call ``run`` (`run_pass` or `run_replicated`) on the caches of ``chunk``'s sequences, which it extends.
+        """Call ``run`` (`run_pass` or `run_replicated`) on the caches of ``chunk``'s sequences; return its result.
 
-        With ``context.check_schedule``, first prove that the pass's messages match on all ranks.
+        The caches grow by the new tokens.  ``done`` is called after each layer's attention.  With
+        ``context.check_schedule``, first prove that the pass's messages match on all ranks.
         """
         caches = [self.sequences[i].cache for i in chunk]
         if self.context.check_schedule:

@@ -62,6 +62,8 @@ def write_index(folder: Path, index: SessionIndex) -> None:
 def read_index(folder: Path, model: str, dtype: str, shape: ModelShape) -> SessionIndex:
     """Read the index of the session in ``folder`` and check the session's files against it.
 
+    ``model`` is the fingerprint of the weights, and ``dtype`` a text such as "torch.float32".
+
     Raises ValueError if ``folder`` holds no session, if the index or a file is missing or has changed since it was
     written, if the files do not hold every cached token of a model of ``shape``, or if the session is of another
     version, model or dtype.

@@ -21,8 +21,9 @@ from longctx.shapes import Tensor
 def save(session: Session, folder: Path, model: str) -> None:
     """Write ``session`` to ``folder``: an index, and a safetensors file for each set of rows and KV heads.
 
-    ``model`` identifies the weights.  All ranks must call this.  The old content of ``folder`` is replaced once
-    everything is written.
+    ``model`` identifies the weights.  Sampling settings are not saved.  All ranks must call this.  The old content of
+    ``folder`` is replaced once everything is written.  Folders beside it with the same name and the ending ``.coming``
+    or ``.going`` are deleted.
     """
     # 1. A new folder next to the old one.
     engine = session.engine
@@ -82,7 +83,7 @@ def _replace(folder: Path, new_folder: Path) -> None:
 
 
 def refuse_place(folder: Path) -> None:
-    """Raise ValueError unless ``folder`` is writable and is new, empty or a saved session."""
+    """Raise ValueError unless ``folder`` is new, empty or a saved session, and its parent folder is writable."""
     if folder.exists() and not (folder.is_dir() and ((folder / INDEX).is_file() or not any(folder.iterdir()))):
         raise ValueError(
             f"session.save={folder} exists and is not a session, and saving would delete it; use another folder"
@@ -95,7 +96,10 @@ def refuse_place(folder: Path) -> None:
 def load(session: Session, folder: Path, index: SessionIndex) -> None:
     """Add the sequences of ``folder`` to ``session``, sharded over its ranks, whatever mesh saved them.
 
-    Raises ValueError if a file cannot be read.
+    ``index`` is the result of `read_index`.  A sequence of ``session`` with the same number is replaced.  All ranks
+    must call this.
+
+    Raises ValueError if a file is corrupt.
     """
     engine = session.engine
     heads, rank = kv_heads(session), engine.ring.rank
@@ -155,7 +159,7 @@ def _read_rows(folder: Path, index: SessionIndex, name: str, i: str, positions: 
 
 
 def _gather_numbers(session: Session, local: list[int]) -> list[list[int]]:
-    """Return every rank's list ``local``, in which all ranks pass equally many numbers; a barrier for all ranks."""
+    """Return the list ``local`` of every rank; all ranks must call this, with equally many numbers."""
     engine = session.engine
     numbers = torch.tensor([local], device=engine.device)
     for comm in (engine.tp, engine.context):

@@ -12,11 +12,12 @@ from longctx.shapes import Tensor
 
 @dataclass
 class Conversation:
-    """One sequence: all its tokens, and its cache, which lacks the last token if that token was decoded.
+    """One sequence: all its tokens, and a cache of the tokens that the model has run.
 
-    The latest answer begins at ``tokens[answer_begin]``; ``logprobs`` has the log-probabilities of its tokens, if
-    ``sampling.logprobs`` is set.  ``prompt_logprobs`` has those of the prompt's prefilled tokens, except the first
-    token; it is None if they were not requested.
+    After a turn, only a decoded last token is not cached.  The latest answer begins at ``tokens[answer_begin]``;
+    ``logprobs`` has the log-probabilities of its tokens, if ``sampling.logprobs`` is set.  ``prompt_logprobs`` has
+    those of the prompt's prefilled tokens, except the first token.  To request them, set this field to an empty list
+    before a `ContinuousSession` prefills the prompt; None requests none.
     """
 
     cache: KVCache
@@ -32,7 +33,7 @@ class Conversation:
         return self.cache.layout.total
 
     def append_prompt(self, prompt: Sequence[int]) -> None:
-        """Append the tokens of ``prompt``, after which a new answer begins."""
+        """Append the tokens of ``prompt``, after which a new answer begins; ``logprobs`` is emptied."""
         self.tokens += prompt
         self.answer_begin = len(self.tokens)
         self.logprobs = []
@@ -42,11 +43,12 @@ class Conversation:
 class Turn:
     """Result of a turn: the decoded ``tokens`` by sequence, and its costs.
 
-    ``new`` and ``cached`` are the prefilled tokens (T) and the tokens cached before (P), over all sequences.
-    ``strategy`` and ``why`` are the prefill's strategy and the reason for it.  ``ttft_s`` is the seconds from the start
-    of the turn to its first tokens, ``decode_s`` from there to the last ones, in ``steps`` steps.  Bytes are those that
-    this rank sent to others for attention.  ``passes`` has, for each prefill pass, the hidden states of this rank's
-    rows and the layout of all ranks' rows, if `Session.turn` had ``keep_states``; otherwise it is empty.
+    ``new`` and ``cached`` are the numbers of prefilled tokens (T) and of tokens cached before (P), over the turn's
+    sequences.  ``strategy`` names the prefill's strategies, and ``why`` has the reasons for them.  ``ttft_s`` is the
+    seconds from the start of the turn to its first tokens, ``decode_s`` from there to the last ones, in ``steps``
+    steps.  Bytes are those that this rank sent, as `Engine.sent` counts them.  ``passes`` has, for each prefill pass,
+    the hidden states of this rank's rows and the layout of all ranks' rows, if `Session.turn` had ``keep_states``;
+    otherwise it is empty.
     """
 
     tokens: dict[int, list[int]]

@@ -16,8 +16,8 @@ from longctx.without_compiler import without_compiler
 def _import_less() -> Iterator[None]:
     """Make megatron-core skip two slow imports inside the block: torch's compiler, on CPU, and Weights & Biases.
 
-    longctx uses neither, and they take half the load time.  The import of W&B fails, because megatron-core uses W&B for
-    its own inference logs only.
+    They take half the load time.  longctx compiles nothing on CPU, and megatron-core uses W&B for its inference logs
+    only.  An import of W&B fails inside the block; a module that is loaded already stays.
 
     After the block, tensors are pickled as torch pickles them.  megatron-core 0.19 would put one of its functions into
     the pickles, and a process that reads a rank's result would import megatron-core.
@@ -35,12 +35,11 @@ def _import_less() -> Iterator[None]:
 
 
 def hide_if_broken(package: str, mend: str) -> None:
-    """If ``package`` is installed but its submodule ``pytorch`` fails to load, hide the package from imports and warn.
+    """Hide ``package`` from imports, and warn, if its submodule ``pytorch`` raises another error than ImportError.
 
-    Later imports of the package then raise ImportError, as if it were not installed.  ``mend`` is the end of the
-    warning: how to repair the installation.  megatron-core uses Transformer Engine if it can import it, and expects no
-    error but ImportError.  An incomplete installation raises others: RuntimeError if its core is missing,
-    FileNotFoundError if its extension is missing.
+    Later imports of the package then raise ImportError, as if it were not installed.  megatron-core expects this error,
+    and does without Transformer Engine.  An incomplete installation raises others: RuntimeError without its core,
+    FileNotFoundError without its extension.  ``mend`` ends the warning: how to repair the installation.
     """
     try:
         importlib.import_module(f"{package}.pytorch")

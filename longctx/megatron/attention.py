@@ -22,7 +22,7 @@ LayerAttention = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """Cosines and sines of a rotary embedding at a pass's positions, times its scale, [s channels].
+    """Cosines and sines of a rotary embedding at a pass's positions, times the embedding's scale, [s channels].
 
     With ``interleaved``, channels 2 i and 2 i + 1 are rotated together; otherwise channels i and i + ``channels`` / 2.
     """
@@ -48,9 +48,10 @@ class RotaryTable:
 def rotary_tables(
     shape: ModelShape, positions: Positions, dtype: torch.dtype = torch.float32
 ) -> tuple[RotaryTable | None, ...]:
-    """Return each layer's table for explicit ``positions``, which may have any order and restart anywhere.
+    """Return each layer's table for explicit ``positions``; None for a layer that has no rotary embedding.
 
-    Tables are float32, or float64 if ``dtype`` is float64.  Layers with equal rotary embeddings share a table.
+    Positions may have any order and restart anywhere.  Tables are float32, or float64 if ``dtype`` is float64.  Layers
+    with equal rotary embeddings share a table.
     """
     precise = torch.promote_types(dtype, torch.float32)
     tables = {rotary: _table(rotary, positions, precise) for rotary in set(shape.rotaries)}
@@ -71,7 +72,9 @@ def _table(rotary: Rotary | None, positions: Positions, dtype: torch.dtype) -> R
 class Pass(PackedSeqParams):
     """One pass through the model, with the attention function that its layers call.
 
-    ``attend(layer, q, k, v)`` returns the attention output.  All four tensors are [b s h d]; layers count from 0.
+    ``attend(layer, q, k, v)`` returns the attention output.  ``layer`` counts from 0 over the whole model.  All four
+    tensors are [b s h d], with this tensor-parallel rank's heads; q and k are rotated already.  In sharded decoding,
+    the output has this rank's share of the heads only.
     Models with attention sinks call ``attend(layer, q, k, v, sinks)``; ``sinks`` [hq] are the query heads' sink scores.
     ``rotary`` has a table for each layer of the whole model (`rotary_tables`); if it is empty, nothing is rotated.
 
@@ -85,7 +88,7 @@ class Pass(PackedSeqParams):
 
 
 class ContextParallelAttention(MegatronModule):
-    """Core attention for a layer spec: passes q, k and v of its layer to the current `Pass`.
+    """Core attention for a layer spec: rotates q and k of its layer, and passes q, k and v to the current `Pass`.
 
     Kernels scale scores by 1/sqrt(d).  For another ``softmax_scale``, queries are multiplied by ``softmax_scale`` *
     sqrt(d).

@@ -61,7 +61,8 @@ _active: list[_CudaToCpu] = []
 def let_training_run() -> None:
     """Replace functions of `torch.cuda` so that megatron-core can train in this process without CUDA.
 
-    Does nothing if CUDA is available or if the functions are replaced already.
+    Until the process ends, tensors requested on a CUDA device are also made on the CPU, and megatron-core uses torch's
+    optimizers.  Does nothing if CUDA is available or if the functions are replaced already.
     """
     if torch.cuda.is_available() or _active:
         return

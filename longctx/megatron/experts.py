@@ -81,7 +81,10 @@ class SequentialExperts(SequentialMLP):
 
 
 class ExpertRowParallelLinear(BiasedRowParallelLinear):
-    """An expert's output projection.  Only one tensor-parallel rank adds the bias, since outputs are summed later."""
+    """An expert's output projection: returns this tensor-parallel rank's partial output, not summed, and the bias.
+
+    The bias is 0 on all ranks but the first, since outputs are summed later.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -136,7 +139,7 @@ class ExchangedTokens(MoEAllGatherTokenDispatcher):
 
 
 class MixtureOfExperts(MoELayer):
-    """megatron-core's MoE layer, with `ReplicatedTokens` if all ranks of its groups have the same tokens."""
+    """megatron-core's MoE layer, with `ReplicatedTokens` if it has neither sequence nor expert parallelism."""
 
     def __init__(self, config: TransformerConfig, *args: Any, groups: ProcessGroupCollection, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs | {"pg_collection": groups})
@@ -157,7 +160,8 @@ def connect_experts(model: nn.Module, ep: Comm, tp: Comm) -> None:
 def connect_router_loss(model: nn.Module, shape: ModelShape, tp_context: Comm) -> RouterLoss | None:
     """Give the routers of ``model`` the load-balancing loss of ``shape`` and return it; None if ``shape`` has none.
 
-    megatron-core's own loss has another definition: it balances each layer alone.
+    The loss covers the rows of all ranks of ``tp_context``.  megatron-core's own loss has another definition: it
+    balances each layer alone.
     """
     if not shape.mixture or not shape.mixture.router_loss:
         return None
@@ -168,7 +172,7 @@ def connect_router_loss(model: nn.Module, shape: ModelShape, tp_context: Comm) -
 
 
 def mixture_config(shape: ModelShape, ep: int) -> Mapping[str, Any]:
-    """Return the fields of megatron-core's TransformerConfig that describe the experts of ``shape``.
+    """Return the fields of megatron-core's TransformerConfig that describe the experts of ``shape``; empty without.
 
     ``ep`` is the number of ranks that divide the experts among them.
     """

@@ -32,7 +32,7 @@ def linear(
 
 
 def speed_up(layer: ColumnParallelLinear) -> None:
-    """Make ``layer`` multiply by `linear` where no gradients are needed."""
+    """Make ``layer`` compute its product with `linear`, except if gradients are on or under sequence parallelism."""
     stock = layer._forward_impl
 
     def forward(*, input: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:  # noqa: A002

@@ -60,14 +60,14 @@ class Adapter(nn.Module):
 
     @property
     def delta(self) -> Float[Tensor, "out in"]:
-        """The rank's shard of scale * B A, which is added to the weight, in float32 or a more precise dtype."""
+        """The rank's shard of alpha / rank * B A, to be added to the weight, in float32 or a more precise dtype."""
         precise = torch.promote_types(self.down.dtype, torch.float32)
         return torch.cat([*self.up]).to(precise) @ self.down.to(precise) * self.scale
 
     def sharded_state(self, prefix: str, offsets: Any, groups: dict[str, Any]) -> dict[str, Any]:
         """Return the adapter's matrices in the form of megatron-core's sharded checkpoints.
 
-        ``prefix`` begins their names; ``offsets`` and ``groups`` are megatron-core's.
+        ``prefix`` begins their names; ``offsets`` and ``groups`` (tp_group, dp_cp_group) are megatron-core's arguments.
         """
         state = self.state_dict(prefix="", keep_vars=True)
         divided = {name: self.dimension for name in state if name.startswith(self.divided)}
@@ -100,7 +100,10 @@ class RowAdapter(Adapter):
 
 
 class Adaptable:
-    """Gives a megatron-core linear layer an optional adapter, whose output is added to the layer's, before any bias."""
+    """Mix-in that gives a megatron-core linear layer an optional ``adapter``; None until `attach_adapters` sets it.
+
+    The layer's forward calls `with_adapter` to add the adapter's output.
+    """
 
     adapter: Adapter | None
     tp_group: Any  # an attribute of the linear layer, like weight
@@ -125,7 +128,10 @@ class Adaptable:
 
 
 def attach_adapters(model: "GPTModel", lora: LoRA, seed: int) -> None:
-    """Freeze all weights of ``model`` and give the layers ``lora.targets`` adapters; every rank calls this."""
+    """Freeze all weights of ``model`` and give an adapter to each linear layer in ``lora.targets`` of every block.
+
+    Every rank calls this with the same ``seed``, from which the matrices A are drawn.
+    """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     halves = 1 + model.config.gated_linear_unit

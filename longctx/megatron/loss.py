@@ -20,8 +20,8 @@ def loss_of(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " s"]]:
     """Return the cross-entropy (nats) of ``targets``: its sum weighted by ``counts``, and each row's loss.
 
-    Only the sum has a gradient.  ``hidden`` has the final hidden states (see `run_stage`).  Logits of at most ``rows``
-    rows exist at a time.
+    Every rank of ``tp`` calls this, and gets the same values.  Only the sum has a gradient.  ``hidden`` has the final
+    hidden states (see `run_stage`).  Logits of at most ``rows`` rows exist at a time (None: all).
     """
     gather = tensor_parallel.gather_from_sequence_parallel_region
     enter = gather if model.config.sequence_parallel else tensor_parallel.copy_to_tensor_model_parallel_region

@@ -111,7 +111,7 @@ def build_model(
 
 
 def _scale_embedding_and_logits(model: GPTModel, shape: ModelShape, dtype: torch.dtype) -> None:
-    """Multiply the embedding's output and the logits of ``model`` by the scales of ``shape``."""
+    """Make ``model`` multiply its embedding's output and its logits by the scales of ``shape``, by forward hooks."""
     if shape.embedding_scale != 1 and model.pre_process:
         scale = float(torch.tensor(shape.embedding_scale, dtype=dtype))  # rounded, as transformers does
         model.embedding.register_forward_hook(lambda _module, _inputs, out: out * scale)
@@ -125,7 +125,10 @@ def padded_vocab_size(shape: ModelShape, tp: int) -> int:
 
 
 def hidden_states(model: GPTModel, tokens: Tokens, attention_pass: Pass) -> Float[Tensor, "s b hidden"]:
-    """Run the model over this rank's ``tokens``; return their final hidden states, which enter the output layer."""
+    """Run the whole model over this rank's ``tokens``; return their hidden states after the final norm, for `logits`.
+
+    Without tokens, the rank still calls ``attend`` in every layer, with zero rows, because other ranks need it.
+    """
     if not tokens.shape[1]:
         return _run_without_rows(model, attention_pass)
     embedded = model.embedding(tokens, None)
@@ -146,8 +149,10 @@ def _run_without_rows(model: GPTModel, attention_pass: Pass) -> Float[Tensor, "0
     q, k = (
         weight.new_empty(1, 0, heads // tp, head_dim) for heads in (config.num_attention_heads, config.num_query_groups)
     )
-    for layer in range(config.num_layers):
-        attention_pass.attend(layer, q, k, k)
+    for number, layer in enumerate(model.decoder.layers):
+        # Under Ulysses, this rank computes its heads' attention for other ranks' rows, with its heads' sinks.
+        sinks = layer.self_attention.core_attention.sinks
+        attention_pass.attend(number, q, k, k, *(() if sinks is None else (sinks,)))
     return weight.new_empty(0, 1, config.hidden_size)
 
 
@@ -177,7 +182,8 @@ def logits(
 def run_stage(model: GPTModel, tokens: Tokens, attention_pass: Pass) -> Float[Tensor, "rows b hidden"]:
     """Return the hidden states after this pipeline stage's layers; the last stage applies the final norm.
 
-    ``rows`` is s / tp under sequence parallelism, otherwise s.
+    ``rows`` is s / tp under sequence parallelism, otherwise s.  Stages after the first ignore ``tokens``: megatron-core
+    has set their input.
     """
     embedded = model.embedding(tokens, None) if model.pre_process else None
     hidden: Tensor = model.decoder(embedded, attention_mask=None, packed_seq_params=attention_pass)

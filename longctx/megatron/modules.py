@@ -20,7 +20,10 @@ Metadata = dict[str, Any] | None
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm with megatron-core's signature.  megatron-core's wrapper rejects sequence parallelism."""
+    """RMSNorm with megatron-core's signature; megatron-core's own wrapper rejects sequence parallelism.
+
+    The factor is ``weight``, or 1 + ``weight`` where zero-centered.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
@@ -51,7 +54,8 @@ class LayerNorm(nn.LayerNorm):
 class RMSNormOverHeads(nn.Module):
     """RMSNorm of queries or keys [s b heads d] over all heads of all tensor-parallel ranks together.
 
-    Each rank has the weights of its heads.  Ranks exchange one sum of squares per row.
+    ``hidden_size`` is the size of one head; ``heads`` counts those of all ranks.  Each rank has the weights of its
+    heads.  Ranks exchange one sum of squares per row.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, heads: int, tp: Any) -> None:
@@ -76,10 +80,10 @@ class RMSNormOverHeads(nn.Module):
 def describe_shard(
     name: str, parameter: Tensor, tp: Any, prefix: str, sharded_offsets: Offsets, metadata: Metadata
 ) -> Any:
-    """Return how megatron-core's checkpoints save ``parameter``, of which each rank of ``tp`` has a part of dim 0.
+    """Return ``parameter`` in the form of megatron-core's sharded checkpoints; ranks of ``tp`` divide its dim 0.
 
-    ``name`` is the parameter's name in its module, whose name in the model is ``prefix``; the other arguments are those
-    of megatron-core's ``sharded_state_dict``.
+    The result is a dict with the one key ``prefix`` + ``name``.  ``sharded_offsets`` and ``metadata`` are arguments of
+    megatron-core's ``sharded_state_dict``.
     """
     replicas = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
     return make_sharded_tensors_for_checkpoint(

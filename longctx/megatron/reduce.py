@@ -13,8 +13,8 @@ from longctx.shapes import Float, Tensor
 def set_reductions(model: GPTModel, tp: Comm, reduce: Reduce) -> None:
     """Make the blocks of ``model`` sum partial outputs over the ranks of ``tp`` in the dtypes of ``reduce``.
 
-    float32 restores megatron-core's all-reduce.  Use this only for inference without sequence parallelism, with layers
-    of `LOCAL` linear layers that have no experts.
+    float32 restores megatron-core's all-reduce.  Use this only for inference without sequence parallelism, in models
+    with `LOCAL` linear layers and without experts.
     """
     assert not model.config.sequence_parallel, "training reduces and scatters in one step"
     for layer in model.decoder.layers:

@@ -80,10 +80,11 @@ def open_runtime(
     timeout_minutes: int = 30,
     training: bool = False,
 ) -> Iterator[Runtime]:
-    """Create the process groups of ``mesh`` for the block, and destroy them after it.
+    """Create the process groups of ``mesh``, yield this rank's `Runtime`, and destroy the groups after the block.
 
-    ``device`` is "cpu" (gloo) or "cuda" (NCCL; local ranks take the GPUs in turn).  ``threads`` is torch's number of
-    CPU threads per rank.  ``training`` also makes megatron-core's training code run on machines without CUDA.
+    Every rank enters it.  ``device`` is "cpu" (gloo) or "cuda" (NCCL; local ranks take the GPUs in turn).  ``threads``
+    is torch's number of CPU threads per rank.  ``training`` also makes megatron-core's training code run on machines
+    without CUDA.
 
     A collective raises `LostPeer` at once if a rank has died, and after ``timeout_minutes`` if a rank does not answer.
     After an error the groups are not destroyed, because that would wait for the other ranks; the process must end.

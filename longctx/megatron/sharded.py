@@ -148,11 +148,12 @@ class UpProjection(InputProjection):
 class OutputProjection(Adaptable, RowParallelLinear):
     """Projection to the residual stream; with a share in use, it multiplies this rank's columns and sums over ranks.
 
-    ``x`` then has these columns only.  Shares are cut at multiples of ``unit`` columns: in attention, a head's columns.
+    These are the context and the tensor-parallel ranks.  ``x`` then has this rank's columns only.  Shares are cut at
+    multiples of ``unit`` columns: in attention, a head's columns.
 
-    A block that drops the first reduction sums the partial outputs of attention together with those of its MLP.
-    Attention's projection then returns this rank's partial output, without a sum.  With ``parts`` = n, this rank
-    computes the partial outputs of all n ranks itself, [n s b hidden].
+    In a block that drops its first reduction, neither attention's nor the MLP's projection sums: each returns this
+    rank's partial output, and the layer reduces both together.  With ``parts`` = n, attention's projection gets all
+    columns, and computes the partial outputs of all n ranks itself, [n s b hidden].
 
     ``reduction`` replaces megatron-core's all-reduce over tensor-parallel ranks (see `longctx.megatron.reduce`).
     """

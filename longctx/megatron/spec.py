@@ -42,7 +42,8 @@ _SHARDED_DIMENSION = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowPar
 class Linears:
     """Classes of a block's linear layers.
 
-    ``qkv`` and ``up`` read the block's input; with ``fused_norms``, they also apply the norms in front of them.
+    ``qkv`` reads the input of attention, ``up`` that of the MLP; with ``fused_norms``, they also apply the norms in
+    front of them.  The output layers project to the residual stream.
     """
 
     qkv: type
@@ -95,8 +96,8 @@ def layer_spec(
 ) -> ModuleSpec:
     """Return the spec of a decoder block of ``layer_class``; with `LOCAL` linear layers it runs on CPU and GPU.
 
-    ``experts``, if given, replace the feed-forward network.  With ``mlp_rows``, this network is a `TiledMLP`
-    that computes that many rows at a time.
+    With ``experts``, the mixture of ``shape`` replaces the feed-forward network, and ``mlp_rows`` has no effect.
+    Otherwise, with ``mlp_rows``, this network is a `TiledMLP` that computes that many rows at a time.
     """
     norm_before = IdentityOp if shape.norms == "post" or linears.fused_norms else norm_of(shape)
     attention = ModuleSpec(

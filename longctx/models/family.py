@@ -94,7 +94,7 @@ class Family:
         return f"{prefix}{stored.replace('.I.', f'.{expert[1]}.') if expert else stored}.{kind}"
 
     def groups(self, names: Iterable[str]) -> dict[str, list[str]]:
-        """Map each tensor of the family's files to the canonical tensors in it, in the order of ``names``."""
+        """Group the canonical ``names`` by the tensor of the family's files that contains them, in the same order."""
         groups: dict[str, list[str]] = {}
         for name in names:
             groups.setdefault(self.stored(name), []).append(name)
@@ -107,9 +107,10 @@ class Family:
 
 
 def split_name(name: str) -> tuple[str, str, str]:
-    """Split the tensor name ``name`` into the prefix of its layer, the module in it, and "weight" or "bias".
+    """Split the tensor name ``name`` into the prefix of its layer, the module in it, and the last field.
 
-    Example: ``model.layers.3.mlp.up_proj.weight`` gives ``("model.layers.3.", "mlp.up_proj", "weight")``.
+    Example: ``model.layers.3.mlp.up_proj.weight`` gives ``("model.layers.3.", "mlp.up_proj", "weight")``.  Outside a
+    layer, the prefix is empty.
     """
     path, _, kind = name.rpartition(".")
     fields = path.split(".")
@@ -193,7 +194,10 @@ def experts_of(config: Config, ffn: int, *, renormalised: bool = True) -> Expert
 
 
 def refuse(config: Config, **fields: Any) -> None:
-    """Raise ValueError if a field of ``config`` differs from its value in ``fields``, the only implemented one."""
+    """Raise ValueError if a field of ``config`` differs from its value in ``fields``, the only implemented one.
+
+    A field that ``config`` lacks is accepted.
+    """
     for name, implemented in fields.items():
         value = getattr(config, name, implemented)
         if value != implemented:

@@ -35,9 +35,10 @@ def doing(what: str) -> Iterator[None]:
 
 @dataclass
 class Traffic:
-    """Bytes and messages that a rank has sent to other ranks, by operation.
+    """Bytes and messages that a rank has sent to other ranks, by operation: "shift" or "all_to_all".
 
-    ``purposes`` holds the bytes sent inside `counted_as`, by purpose; ``bytes`` includes them too.
+    All-gathers count as "all_to_all".  ``purposes`` holds the bytes sent inside `counted_as`, by purpose; ``bytes``
+    includes them too.
     """
 
     bytes: dict[str, int] = field(default_factory=dict)
@@ -79,7 +80,10 @@ class Pending(Protocol):
 
 @runtime_checkable
 class Comm(Protocol):
-    """A group of ranks, seen from one of them: ``rank`` of ``size``.  All members make the same calls in order."""
+    """A group of ranks, seen from one of them: ``rank`` of ``size``.  All members make the same calls in order.
+
+    Results of `all_to_all` and `all_gather` may share memory with this rank's own tensors.
+    """
 
     rank: int
     size: int
@@ -88,7 +92,8 @@ class Comm(Protocol):
     def shift(self, *mine: AnyShape, shapes: Sequence[Shape]) -> Pending:
         """Start sending ``mine`` to the next rank and receiving the previous rank's tensors, which have ``shapes``.
 
-        Raises `LostPeer` if a neighbour has gone.
+        After the last rank comes rank 0.  All ranks send equally many tensors, of the same dtypes in order.  Raises
+        `LostPeer` if a neighbour has gone.
         """
         ...
 
@@ -142,9 +147,10 @@ class SingleRankComm:
 
 
 def sum_over_ranks(comm: Comm, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Return the sum of every rank's ``x`` with one all-gather; for small tensors, for which latency dominates.
+    """Return the sum of every rank's ``x``, all of one shape, in the dtype of ``x``.
 
-    Every rank adds in rank order, in float32 or a more precise dtype, so all ranks get the same bits.
+    It takes one all-gather, so it is for small tensors, for which latency dominates.  Every rank adds in rank order, in
+    float32 or a more precise dtype, so all ranks get the same bits.  A group of one rank gets ``x`` itself.
     """
     if comm.size == 1:
         return x

@@ -24,10 +24,11 @@ def cross_entropy(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " n"]]:
     """Return the sum of ``counts`` times cross-entropy, and each row's cross-entropy (nats), on every rank of ``tp``.
 
-    The logits are ``scale`` * ``hidden`` @ ``weight``.T.  Each rank has v rows of the vocabulary; those beyond
-    ``vocab_size``, on the last ranks, are padding.  Logits of at most ``rows`` rows exist at a time (None: all), in
-    float32 or a more precise dtype.  The forward also computes the gradients (Liger kernels, arXiv 2410.10989), so no
-    logits are computed twice.  The tensors kept for the backward have the sizes of ``hidden`` and ``weight``.
+    The logits are ``scale`` * ``hidden`` @ ``weight``.T.  Rank r has rows r v to (r + 1) v - 1 of the vocabulary, which
+    ``targets`` index; rows from ``vocab_size`` on are padding.  Logits of at most ``rows`` rows exist at a time (None:
+    all), in float32 or a more precise dtype.  The forward also computes the gradients (Liger kernels, arXiv
+    2410.10989), so no logits are computed twice.  The tensors saved for the backward have the sizes of ``hidden`` and
+    ``weight``.
 
     Only the sum has gradients; the cross-entropy of single rows has none.  The gradient of ``hidden`` is this shard's
     term.  The caller must sum it over ``tp``.

@@ -20,11 +20,11 @@ EXPERTS = "experts"  # purpose under which both groups count the bytes of this m
 class Routes:
     """Rows that travel between the ranks of ``ep``, which hold different experts, and of ``tp``, which share them.
 
-    Rank e of ``ep`` holds experts e * n to (e + 1) * n - 1.  This rank has ``rows`` rows.  It sends row ``row[i]`` to
-    rank ``to[i]`` of ``ep``, in order of ``to``: once to each rank that holds any of the row's experts.  ``sent[e]`` is
-    the number of rows sent to rank e.  ``received[t][e]`` is the number of rows from rank e of ``ep`` that rank t of
-    ``tp`` passes on to this rank; arriving rows lie in this order.  ``chosen`` marks, for each arriving row, the
-    experts of this rank that the row has chosen.
+    Rank e of ``ep`` holds n experts: e * n to (e + 1) * n - 1.  This rank has ``rows`` rows.  It sends row ``row[i]``
+    to rank ``to[i]`` of ``ep``, in order of ``to``: once to each rank that holds any of the row's experts.
+    ``sent[e]`` is the number of rows sent to rank e.  ``received[t][e]`` is the number of rows from rank e of ``ep``
+    that rank t of ``tp`` passes on to this rank.  Arriving rows lie in order of t, then of e.  ``chosen`` marks, for
+    each arriving row, the experts of this rank that the row has chosen.
     """
 
     ep: Comm
@@ -65,7 +65,7 @@ def send_rows(
 ) -> tuple[Float[Tensor, "received hidden"], Float[Tensor, "received n"]]:
     """Send the rows of ``x`` to their experts; return the arriving rows and their ``weights`` for this rank's experts.
 
-    Differentiable.
+    Differentiable.  Every rank of both groups calls this and runs its backward.
     """
     by_rank = weights.unflatten(-1, (routes.ep.size, -1))
     packed = torch.cat([x[routes.row], by_rank[routes.row, routes.to]], -1)  # one message to each rank
@@ -76,9 +76,10 @@ def send_rows(
 
 
 def return_rows(routes: Routes, out: Float[Tensor, "received hidden"]) -> Float[Tensor, "rows hidden"]:
-    """Send the outputs ``out`` back; return, for each of this rank's rows, their sum over the ranks that got the row.
+    """Send back ``out``, one output per arriving row; return the sum of the outputs of each of this rank's rows.
 
-    Differentiable.
+    The sum is over the ranks that got the row, and 0 for a row without experts.  Differentiable.  Every rank of both
+    groups calls this and runs its backward.
     """
     passed_on = routes.per_tp_rank
     parts = _exchange(routes.tp, out.split(passed_on), [passed_on[routes.tp.rank]] * routes.tp.size)
@@ -88,7 +89,7 @@ def return_rows(routes: Routes, out: Float[Tensor, "received hidden"]) -> Float[
 
 
 def bytes_of_experts(ep: Comm, tp: Comm) -> int:
-    """Return the bytes that this rank has sent over ``ep`` and ``tp`` to route rows to experts, and back."""
+    """Return the bytes that this rank has sent so far over ``ep`` and ``tp`` for routes, rows and their gradients."""
     return sum(comm.traffic.purposes.get(EXPERTS, 0) for comm in (ep, tp))
 
 

@@ -31,9 +31,10 @@ class Hybrid:
         sinks: Float[Tensor, " hq"] | None = None,
         saved_forward: SavedForward | None = None,
     ) -> Attention:
-        """Return differentiable attention over the whole sequence.
+        """Return a differentiable function that takes this rank's rows and attends over the whole sequence.
 
-        ``sinks`` are the scores of all heads' attention sinks.  See `ring_attention` for ``saved_forward``.
+        ``sinks`` are the scores of the attention sinks of this tensor-parallel rank's heads, before Ulysses divides
+        them.  See `ring_attention` for ``saved_forward``.
         """
         mine = sinks if sinks is None else sinks.chunk(self.ulysses.size)[self.ulysses.rank]
         inner = ring_attention(self.ring, kernel, strategy, mine, saved_forward)

@@ -46,9 +46,10 @@ class Rank:
 
 
 class RankFailed(RuntimeError):
-    """A rank raised, exited or was killed, and the other ranks have been ended.
+    """A rank raised, exited or was killed; the other ranks are ended too.
 
-    ``rank`` is the rank that failed first.  ``details`` is its traceback, empty if it left none.
+    ``rank`` is the rank that failed first.  ``details`` is its traceback.  It is empty if the rank left none, and for
+    an `OSError`, whose message says everything.
     """
 
     def __init__(self, rank: int, world_size: int, reason: str, details: str) -> None:
@@ -59,7 +60,8 @@ class RankFailed(RuntimeError):
 def warm_up(modules: Sequence[str]) -> None:
     """Start the server process that local ranks are forked from, and import ``modules`` in it once.
 
-    Returns at once, while the imports run.  Call it early, before the work that they should overlap.
+    Returns at once, while the imports run.  Call it early, before the work that they should overlap.  A server that
+    runs already does not import ``modules``.
     """
     mp.set_forkserver_preload([preload.__name__])
     _preloaded[:] = modules
@@ -88,11 +90,11 @@ def _start_server() -> None:
 def run_ranks(world_size: int, rank_main: Callable[[Rank, *Args], Result], *args: *Args) -> list[Result]:
     """Run ``rank_main(Rank, *args)`` in ``world_size`` local processes and return the results in rank order.
 
-    ``rank_main`` must be importable by name, and its arguments and results picklable.  A SIGUSR1 to this process is
-    forwarded to the ranks.  If this process dies, the ranks end too and remove its temporary folder.
+    ``rank_main`` must be importable by name, and its arguments and results picklable.  If called in the main thread,
+    it forwards SIGUSR1 to the ranks.  If this process dies, the ranks end too and remove its temporary folder.
 
-    Raises `RankFailed` if a rank raises, exits with another code than 0 or is killed; all other ranks have been ended
-    by then.
+    Raises `RankFailed` if a rank raises (also `SystemExit`), exits with another code than 0 or is killed; all other
+    ranks have been ended by then.
     """
     context = mp.get_context("forkserver")
     _start_server()
@@ -185,7 +187,7 @@ def _die_with(sentinel: int, scratch: Path) -> None:
 
 
 def _wait_for_all(processes: list[ForkServerProcess], folder: Path) -> None:
-    """Wait until all ranks have ended.  Raises `RankFailed` `_GATHER_S` seconds after the first failure."""
+    """Wait until all ranks have ended.  Raises `RankFailed` at most `_GATHER_S` seconds after the first failure."""
     waiting: dict[Any, int] = {process.sentinel: i for i, process in enumerate(processes)}
     failed: list[int] = []  # in the order in which they ended
     until = math.inf

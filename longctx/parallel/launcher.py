@@ -20,10 +20,11 @@ _SRUN_NUMBERS = ("SLURM_NODEID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")  # 0 if
 def rank_from_environment(environment: Mapping[str, str]) -> Rank | None:
     """Return the rank that torchrun or srun assigned in ``environment``; None without a launcher.
 
-    None also if the launcher started a single process, which may then start local ranks itself.  Under srun this
-    calls ``scontrol`` for the first host's name, and raises `subprocess.CalledProcessError` if that fails.  Raises
-    ValueError if SLURM_STEP_NODELIST and SLURM_PROCID, or one of torchrun's RANK and WORLD_SIZE, are set without the
-    launcher's other variables, or if one of these is not a number.
+    None also if torchrun or srun started a single process, which may then start local ranks itself.  Under srun this
+    calls ``scontrol`` for the first host's name, and raises `subprocess.CalledProcessError` if that fails.
+
+    Raises ValueError if a launcher's variables are incomplete, or not numbers where they must be.  RANK or WORLD_SIZE
+    shows that torchrun started this process; SLURM_STEP_NODELIST and SLURM_PROCID together show that srun did.
     """
     e = environment
     if e.get("WORLD_SIZE") == "1" or e.get("SLURM_STEP_NUM_TASKS") == "1":
@@ -63,12 +64,12 @@ def _refuse_incomplete(
 
 
 def _port(job: int, step: int, restarts: int) -> int:
-    """Return the port at which rank 0 serves the ranks' addresses.
+    """Return the port, from 20000 to 31999, at which rank 0 serves the ranks' addresses.
 
     It is the same on every rank of a step.  It differs between jobs, unless their numbers are a multiple of 12,000
-    apart, between steps of a job, which may run at the same time, and after a requeue, because a process of the ended
-    run may still hold the old port.  Linux gives outgoing
-    connections ports from 32768 on.
+    apart.  It also differs between steps of a job, which may run at the same time.  After a requeue it is another,
+    because a process of the ended run may still hold the old port.  Linux gives outgoing connections ports from 32768
+    on.
     """
     return 20000 + (job + 991 * step + 137 * restarts) % 12000
 

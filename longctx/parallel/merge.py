@@ -23,10 +23,10 @@ def gather_merge(partial: Partial, comm: Comm, ulysses: int, sinks: Float[Tensor
     """Merge all ranks' partials of the same query rows with one all-gather (tree decoding).
 
     Every rank passes its ``partial`` [b s hq/U d] of the same rows, where U = ``ulysses``.  Every rank gets the
-    attention output [b s hq d].  Rank = ring rank * U + ulysses rank: Ulysses ranks hold different heads, ring ranks
-    different keys.  ``sinks`` are the sink scores of all hq heads; they are merged once, after the keys of all ranks.
-    All ranks merge the same partials in the same order.  Bytes sent per rank: d values and one log-sum-exp per row and
-    head, in the accumulation dtype, to each other rank.
+    attention output [b s hq d], in the partial's dtype.  In ``comm``, rank = ring rank * U + ulysses rank: Ulysses
+    ranks hold different heads, ring ranks different keys.  ``sinks`` are the sink scores of all hq heads; they are
+    merged once, after the keys of all ranks.  All ranks merge the same partials in the same order.  Bytes sent per
+    rank: d values and one log-sum-exp per row and head, in the accumulation dtype, to each other rank.
     """
     if comm.size == 1:
         return (partial if sinks is None else merge(partial, sink(sinks, partial))).out
@@ -63,7 +63,7 @@ def scatter_merge(
     width, member = partial.out.shape[2], comm.rank % ulysses
 
     def common(owner: int, of_member: int) -> slice:
-        """Return which heads of Ulysses rank ``of_member`` rank ``owner`` merges, as a slice of its heads."""
+        """Return the heads that rank ``owner`` merges, as a slice of the heads of Ulysses rank ``of_member``."""
         begin = max(0, heads[owner].start - of_member * width)
         return slice(begin, max(begin, min(width, heads[owner].stop - of_member * width)))
 

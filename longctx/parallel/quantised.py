@@ -37,7 +37,7 @@ def two_step_sum(comm: Comm, x: Float[Tensor, "... n"], dtype: str, group: int =
 
     ``group`` values of the last dim share a scale; ``group`` must be a multiple of 4, and bfloat16 ignores it.  If it
     does not divide n, the last group of a row is padded with zeros.  A NaN or an infinity makes the group's sum NaN or
-    infinite.
+    infinite.  One rank alone gets ``x`` itself, not rounded.
     """
     if comm.size == 1:
         return x

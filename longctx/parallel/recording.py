@@ -26,7 +26,10 @@ META = torch.device("meta")
 
 
 class RecordingComm(DistComm):
-    """A `DistComm` that appends its calls to ``schedule`` and returns tensors of the stated shapes at once."""
+    """A `DistComm` that appends its calls to ``schedule`` and returns tensors of the stated shapes at once.
+
+    ``rank`` is a world rank.  The tensors of other ranks are uninitialised.
+    """
 
     def __init__(self, group: Group, rank: int, schedule: Schedule) -> None:
         self._group, self._schedule = group, schedule
@@ -76,9 +79,10 @@ class RecordedGroups:
 
 
 def record(mesh: Mesh, rank_main: Callable[[RecordedGroups], object]) -> list[Schedule]:
-    """Run ``rank_main`` for each rank of ``mesh``, one after the other; return their schedules in rank order.
+    """Run ``rank_main(groups)`` for each rank of ``mesh``, one after the other; return their schedules in rank order.
 
-    The ranks are those of one pipeline stage and one data-parallel replica: tp x ulysses x ring.
+    The ranks are those of one pipeline stage and one data-parallel replica: tp x ulysses x ring.  Rank = context rank *
+    tp size + tp rank.
     """
     schedules: list[Schedule] = [[] for _ in range(mesh.tp * mesh.context)]
     for rank, schedule in enumerate(schedules):

@@ -35,8 +35,8 @@ class Ring:
     ) -> tuple[Tile, ...]:
         """Return the tiles that are visible between the queries of ``q_rank`` and the keys of ``k_rank``.
 
-        ``q_rows`` and ``k_rows`` are the rows of the two blocks that have arrived (None: all rows).  Results are
-        cached, so that all layers share them.
+        ``q_rows`` and ``k_rows`` are the rows of the two blocks that have arrived (None: all rows).  The tiles' indices
+        count only these rows.  Results are cached, so that all layers share them.
         """
         key = q_rank, k_rank, q_rows, k_rows
         if key not in self._cache:
@@ -48,14 +48,17 @@ class Ring:
     def keys_to_send(self, owner: int, hop: int, hops: int = 1) -> Rows | None:
         """Return the rows of ``owner``'s keys that at least one of ``hops`` ranks needs.
 
-        With ``hop=2, hops=3`` these are the ranks 2, 3 and 4 hops after the owner: ``hops`` is a number of ranks, and
-        ``hop`` the distance of the first.  None means all rows.  Without a window the result is always None, since
-        nearly all rows are needed.
+        With ``hop=2, hops=3`` the ranks are those 2, 3 and 4 hops after the owner: ``hops`` is a number of ranks, and
+        ``hop`` the distance of the first.  None means all rows.  The result is None for ``hop=0``, and always without a
+        window, since nearly all rows are needed.
         """
         return self._rows_to_send("keys", owner, hop, hops)
 
     def keys_on_hop(self, owner: int, hop: int) -> Rows | None:
-        """Return the rows of ``owner``'s keys that travel on hop number ``hop``: those that a later rank needs."""
+        """Return the rows of ``owner``'s keys that travel on hop number ``hop``, counted from 1; None means all rows.
+
+        They are the rows that the receiver of this hop or a later rank needs.
+        """
         return self.keys_to_send(owner, hop, self.comm.size - hop)
 
     def sums_on_hop(self, owner: int, hop: int) -> Rows | None:
@@ -108,9 +111,11 @@ def rotate(
     """Yield (owner, tensors) for every rank, this rank first, while the next rank's tensors are in flight.
 
     Example: on rank 2 of 4 the owners are 2, 1, 0, 3.  ``layout`` gives each owner's number of rows (dim 1).
-    ``rows(owner, hop)`` are the rows of ``owner``'s block that travel on hop number ``hop`` (None: all).  Each hop
-    may carry only rows that the previous hop carried.  Two buffers are alive: the current one, and the one in flight.
-    Delete the yielded tensors (``del``) before the next iteration; otherwise they stay alive as a third buffer.
+    ``rows(owner, hop)`` are the rows of ``owner``'s block that travel on hop number ``hop`` (None: all).  For hop 0 it
+    must be None, and each hop may carry only rows that the previous hop carried.  Every rank must iterate to the end.
+
+    Two buffers are alive: the current one, and the one in flight.  Delete the yielded tensors (``del``) before the next
+    iteration; otherwise they stay alive as a third buffer.
     """
     current = mine
     for hop in range(1, comm.size):
@@ -131,7 +136,8 @@ def rotate(
 def pass_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
     """Ring attention in which queries stay and keys and values rotate (arXiv 2411.01783, Alg. 2).
 
-    Each rank sends N - 1 blocks of keys and values: the blocks of all ranks but the next one.
+    Returns the partial of this rank's queries over the keys of all N ranks.  Each rank sends N - 1 blocks of keys and
+    values: the blocks of all ranks but the next one.
     """
     partial = None
     for owner, (k_o, v_o) in rotate(ring.comm, ring.keys, k, v, rows=ring.keys_on_hop):
@@ -205,7 +211,7 @@ def all_gather_kv(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> P
 
 
 def local(q: Queries, k: Keys, v: Keys, ring: Ring, kernel: Kernel) -> Partial:
-    """Return the attention of queries that see no keys of other ranks; sends no messages."""
+    """Return the attention of this rank's queries, which must see no keys of other ranks; sends no messages."""
     rank = ring.comm.rank
     assert not any(ring.tiles(rank, other) for other in range(ring.comm.size) if other != rank), "keys on another rank"
     partial = empty_partial(q)
@@ -220,8 +226,8 @@ def ring_gradients(
 
     ``whole`` is the forward's result.  Keys and values rotate as in `pass_kv`.  The gradients of a block's keys and
     values are summed on the way: the sum travels one hop after the block.  The last hop brings the complete sum to the
-    block's owner.  Under a window, the sum has the rows of `Ring.sums_on_hop`.  The owner keeps its own term and adds
-    it at the end.
+    block's owner.  Under a window, the sum has the rows of `Ring.sums_on_hop`, and the owner adds its own term at the
+    end.
     """
     comm, dq = ring.comm, torch.zeros_like(whole.out)
     own: list[Tensor] | None = None
@@ -256,7 +262,8 @@ def ring_gradients(
 def _add_term(ring: Ring, owner: int, hop: int, term: list[Tensor], before: Sequence[Tensor] | None) -> list[Tensor]:
     """Return the sums of gradients of ``owner``'s keys and values that a rank ``hop`` hops after it sends on.
 
-    They are its own ``term`` plus the sums ``before`` that have arrived (None: none).
+    They are its own ``term`` plus the sums ``before`` that have arrived (None: none).  Under a window, the owner
+    (``hop`` 0) leaves out its term.
     """
     rows, seen = ring.sums_on_hop(owner, hop + 1), ring.keys_to_send(owner, hop)
     if rows is None:

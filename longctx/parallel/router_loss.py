@@ -50,7 +50,7 @@ class RouterLoss:
             logits.register_hook(lambda grad: grad + self._gradient(values).to(grad.dtype))
 
     def finish(self, weight: float) -> None:
-        """Compute the sequence's loss, whose gradient is multiplied by ``weight``.  Every rank calls this."""
+        """Compute the sequence's loss, for `take_mean`, and its gradient times ``weight``.  Every rank calls this."""
         gathered = self._comm.all_gather(self._sums, [tuple(self._sums.shape)] * self._comm.size)
         chosen, probs = torch.stack(gathered).sum(0).unbind()
         rows = chosen.sum() / self._experts.per_token

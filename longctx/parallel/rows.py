@@ -34,7 +34,7 @@ def count_rows(rows: Rows | None, whole: int) -> int:
 def take_rows(x: Tensor, arrived: Rows | None, wanted: Rows | None) -> Tensor:
     """Return the rows ``wanted`` of a block; ``x`` has the block's rows ``arrived``, which include ``wanted``.
 
-    None means all rows of the block.
+    Rows are dim 1.  None means all rows of the block.  The result may be ``x`` itself.
     """
     if arrived == wanted or wanted is None:
         return x

@@ -94,9 +94,10 @@ class _Rank:
 def refuse_faulty(schedules: Sequence[Schedule], *, connected: bool = True) -> None:
     """Raise ScheduleError, naming ranks and operations, unless all ranks reach the end of their schedules.
 
-    Each rank runs one operation at a time, in order, and a send ends only when it is received.  gloo and NCCL allow
-    more overlap, so a schedule that is accepted here cannot deadlock there.  Messages must agree in peer, number of
-    elements and dtype.  All ranks of a group must call its collectives in one order.
+    ``schedules[r]`` is the schedule of world rank r.  Each rank runs one operation at a time, in order, and a send ends
+    only when it is received.  gloo and NCCL allow more overlap, so a schedule that is accepted here cannot deadlock
+    there.  Messages must agree in peer, number of elements and dtype.  All ranks of a group must call its collectives
+    in one order.
 
     With ``connected=False`` the backend connects a group at its first call, as NCCL does without a ``device_id``.  All
     ranks of the group must then take part in that call if it is an exchange (torch's `batch_isend_irecv`).

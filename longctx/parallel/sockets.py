@@ -40,7 +40,7 @@ class PeerSockets:
         """Send ``sent[i]`` to rank i and fill ``received[i]`` with what rank i sent: contiguous tensors on the CPU.
 
         Tensors of any size cannot block each other, because a rank receives while it sends.  Raises `ConnectionError`
-        if a rank has ended, and `TimeoutError` if one does not answer in time.
+        if a rank has ended, and `TimeoutError` if the exchange still waits after ``timeout_s`` seconds.
         """
         unsent, missing = ({peer: _bytes(x) for peer, x in each.items() if x.numel()} for each in (sent, received))
         began = time.monotonic()
@@ -93,10 +93,12 @@ def _close(sockets: tuple[socket.socket, ...]) -> None:
 
 
 def connect_peers(rank: int, size: int, all_gather: AllGather, timeout_s: float) -> PeerSockets | None:
-    """Connect the ``size`` ranks of a group with each other; None if they are not all on one Linux machine.
+    """Connect the ``size`` ranks of a group; None if they are not all in one network namespace of a Linux machine.
 
-    All ranks must call this; ``rank`` is this rank's number.  Each connection proves with a random token, which
-    ``all_gather`` distributes, that it comes from a rank.  Raises OSError if a rank has ended or does not answer.
+    All ranks must call this; ``rank`` is this rank's number.  ``all_gather(mine)``, called once, returns every rank's
+    ``mine`` in rank order.  Each connection proves with a random token, which ``all_gather`` distributes, that it comes
+    from a rank.  ``timeout_s`` limits each wait here, and each later exchange.  Raises OSError if a rank has ended or
+    does not answer.
     """
     with socket.socket(socket.AF_UNIX) as listener:
         host, token = _host(), secrets.token_bytes(_TOKEN_BYTES)
@@ -115,7 +117,7 @@ def connect_peers(rank: int, size: int, all_gather: AllGather, timeout_s: float)
 
 
 def _host() -> tuple[str, str] | None:
-    """Return a text that only processes of one machine and network namespace share; None if not on Linux."""
+    """Return two texts that only processes of one machine and network namespace share; None if not on Linux."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/net").readlink())
     except OSError:
@@ -123,7 +125,7 @@ def _host() -> tuple[str, str] | None:
 
 
 def _call(address: bytes, token: bytes, rank: int, timeout_s: float) -> socket.socket:
-    """Connect to the rank that listens at ``address``, as rank ``rank``."""
+    """Connect to the rank that listens at ``address``, and send it its ``token`` and this process's ``rank``."""
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(timeout_s)
     connection.connect(address)

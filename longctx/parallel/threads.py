@@ -67,7 +67,10 @@ class ThreadComm:
         return _ThreadPending(self.world, self.members[source % self.size], self.members[self.rank], shapes)
 
     def all_to_all(self, parts: Sequence[AnyShape], shapes: Sequence[Shape], *, small: bool = False) -> list[AnyShape]:
-        """Send ``parts[i]`` to rank i; return the tensors in rank order, the one from rank i with ``shapes[i]``."""
+        """Send ``parts[i]`` to rank i; return the tensors in rank order, the one from rank i with ``shapes[i]``.
+
+        ``small`` has no effect: threads pass small and large tensors alike.
+        """
         del small  # a queue has one speed
         self.traffic.count("all_to_all", [x for i, x in enumerate(parts) if i != self.rank])
         for member, part in zip(self.members, parts, strict=True):

@@ -10,10 +10,12 @@ from longctx.parallel.ulysses import refuse_uneven_heads
 
 
 def refuse_unfit(mesh: Mesh, shape: ModelShape) -> None:
-    """Raise ValueError, naming the nearest degree that fits, unless ``mesh`` can shard a model of ``shape``."""
-    shared = (shape.kv_heads, shape.heads, *shape.ffn_sizes)
-    if any(size % mesh.tp for size in shared):
-        fit = [n for n in range(1, shape.kv_heads + 1) if not any(size % n for size in shared)]
+    """Raise ValueError, naming the nearest degree that fits, unless ``mesh`` can shard a model of ``shape``.
+
+    It checks only the axes ``tp``, ``ep`` and ``ulysses``.
+    """
+    fit = tp_degrees(shape)
+    if mesh.tp not in fit:
         widths = " and ".join(map(str, shape.ffn_sizes))
         nearest = min(fit, key=lambda n: (abs(n - mesh.tp), -n))  # the larger of two: one rank has no reductions
         raise ValueError(
@@ -26,6 +28,12 @@ def refuse_unfit(mesh: Mesh, shape: ModelShape) -> None:
     except ValueError as error:
         per_rank = f"with mesh.tp={mesh.tp} each rank has {shape.heads // mesh.tp} query heads: "
         raise ValueError(f"{per_rank if mesh.tp > 1 else ''}{error}") from None
+
+
+def tp_degrees(shape: ModelShape) -> list[int]:
+    """Return the tensor-parallel degrees that divide the heads, KV heads and FFN widths of ``shape``, from 1 on."""
+    shared = (shape.kv_heads, shape.heads, *shape.ffn_sizes)
+    return [n for n in range(1, shape.kv_heads + 1) if not any(size % n for size in shared)]
 
 
 def _refuse_uneven_experts(ep: int, shape: ModelShape) -> None:
@@ -43,7 +51,7 @@ def _refuse_uneven_experts(ep: int, shape: ModelShape) -> None:
 
 
 def refuse_few_tokens(mesh: Mesh, tokens: int) -> None:
-    """Raise ValueError if ``mesh`` has more context ranks than a prompt has ``tokens``."""
+    """Raise ValueError if ``mesh`` has more context ranks (ulysses x ring) than there are prompt ``tokens``."""
     if tokens < mesh.context:
         raise ValueError(
             f"mesh.ulysses x mesh.ring = {mesh.context} ranks are more than the {tokens} prompt "
@@ -73,7 +81,7 @@ def refuse_no_te(device: str) -> None:
 
 
 def refuse_other_than_te(shape: ModelShape) -> None:
-    """Raise ValueError for a model that Transformer Engine's layers cannot express."""
+    """Raise ValueError for a mixture of experts, which ``model.layers=te`` does not support."""
     if shape.mixture:
         raise ValueError("model.layers=te does not support mixtures of experts; use model.layers=local")
 

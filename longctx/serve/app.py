@@ -41,7 +41,7 @@ class Front:
 
     ``submit`` and ``cancel`` are the methods of the `Service`.  At most ``max_open`` sequences may wait or be answered,
     and a request may have at most ``max_bytes``.  ``key`` is the API key (None: no key is required).  ``closed`` is the
-    reason why no more requests are accepted.
+    reason why no more requests are accepted (None: they are accepted).
     """
 
     reader: Reader
@@ -66,7 +66,9 @@ class Front:
     async def answer(self, ask: Ask) -> AsyncIterator[tuple[int, Token]]:
         """Yield (index of the choice, token) for each token of the answers; end all choices if the caller stops.
 
-        Raises `RequestRefused` if too many sequences are open, or if the server fails.
+        Tokens of several choices come in the order in which they are ready.
+
+        Raises `RequestRefused` if the server is ``closed`` or fails, or if too many sequences are open.
         """
         self._refuse_closed(len(ask.choices))
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Token | Failure]()
@@ -105,7 +107,7 @@ class Front:
             )
 
     def refuse_key(self, header: str | None) -> None:
-        """Raise `RequestRefused` if an API key is set and ``header`` (Authorization) does not hold it."""
+        """Raise `RequestRefused` if an API key is set and ``header`` (Authorization; None: absent) does not have it."""
         if self.key is None:
             return
         given = (header or "").removeprefix("Bearer ").encode()
@@ -175,9 +177,9 @@ def make_app(front: Front) -> Any:
 
 
 def _describe(app: FastAPI, model: str) -> None:
-    """Say in /openapi.json what a request's ``model`` must be, and that it has no other fields.
+    """State in /openapi.json that ``model`` is the only valid model, and that requests have no unlisted fields.
 
-    Other fields are accepted if they have no effect, but a client that reads the description needs none.
+    Unlisted fields are accepted if they have no effect, but a client that reads the description needs none.
     """
     for name in ("CompletionBody", "ChatBody"):
         body = app.openapi()["components"]["schemas"][name]

@@ -16,7 +16,9 @@ _GOODBYE_S = 3.0  # after a failure, for the clients to get their errors
 def serve(service: Service, front: Front, app: Any, at: socket.socket, stopping: Callable[[], bool]) -> None:
     """Answer requests at the socket ``at``, until ``stopping`` returns True and the requests so far are answered.
 
-    Call this on the first rank.  If a rank is lost, the open requests get an error; then this raises `LostPeer`.
+    Call this on the first rank.  ``stopping`` is called after each step.  Before this returns, it lets the other ranks
+    leave `follow`.  After a failure, the open requests get an error; then this raises it, such as `LostPeer` if a rank
+    is lost.
     """
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
     server = uvicorn.Server(config)

@@ -15,8 +15,8 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)  # upper ends of the h
 class Metrics:
     """Counts requests and tokens.
 
-    ``gauges`` has functions by metric name, which are called when the page is requested.  A function in ``by_rank``
-    returns one value for each ring rank.
+    ``gauges`` has functions by metric name, to which the page adds ``longctx_``.  They are called when the page is
+    requested.  A function in ``by_rank`` returns one value for each ring rank.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Metrics:
         }
 
     async def watch(self, ask: Ask, events: AsyncIterator[tuple[int, Token]]) -> AsyncIterator[tuple[int, Token]]:
-        """Yield ``events``, the tokens that answer ``ask``, unchanged; count and time them on the way."""
+        """Yield ``events`` unchanged, (choice, token) in answer to ``ask``; count and time them on the way."""
         began, first, end = time.perf_counter(), True, "cancelled"
         try:
             async for event in events:

@@ -13,8 +13,8 @@ from longctx.infer.continuous import ContinuousSession
 class OneRank:
     """The rule by which a prefill pass runs on one ring rank alone instead of on all of them.
 
-    This is allowed if the pass has at most ``tokens`` tokens, and if none of its sequences has more than
-    ``tokens`` tokens.  The rank then uses ``threads`` CPU threads.
+    This is allowed only if the pass has at most ``tokens`` tokens, and none of its sequences has more (0: never).  The
+    rank then uses ``threads`` CPU threads, or its usual number if that is larger.  `choose` has all conditions.
     """
 
     tokens: int = 0
@@ -29,7 +29,7 @@ class OneRank:
         * the pass, or one of its sequences, has more than ``tokens`` tokens;
         * more than one rank has cached rows of these sequences.
 
-        Otherwise, a rank qualifies if no other rank has cached rows of these sequences.  Of several, the rank with the
+        Otherwise, a rank qualifies if no other rank has cached rows of these sequences.  The qualified rank with the
         fewest rows is chosen.  Its rows are those of all sequences plus its pages' rows, ``page_rows[rank]``.
         """
         chosen, ranks = [session.sequences[i] for i in prefill], range(session.engine.ring.size)
@@ -44,7 +44,7 @@ class OneRank:
     def borrow_threads(self, session: ContinuousSession, rank: int | None) -> Iterator[None]:
         """Let the ring rank that runs a pass alone, ``rank``, use ``threads`` CPU threads during the block.
 
-        On other ranks, and if ``rank`` is None, nothing changes.
+        On other ranks, if ``rank`` is None, or if the rank uses as many threads already, nothing changes.
         """
         before = torch.get_num_threads()
         if rank == session.engine.ring.rank and self.threads > before:

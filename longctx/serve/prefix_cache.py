@@ -18,7 +18,7 @@ ROOT = -1  # number of the page before the first one of a text
 class NewPage(NamedTuple):
     """A page to copy from the cache of ``sequence``: its positions ``begin`` to ``end`` (exclusive).
 
-    ``before`` is the number of the page before it.
+    ``number`` is the page's number, and ``before`` that of the page before it (`ROOT` for the first page of a text).
     """
 
     number: int
@@ -29,7 +29,10 @@ class NewPage(NamedTuple):
 
 
 class StoredPage(NamedTuple):
-    """A page that an earlier process stored: its ``tokens``, the page ``before`` it, and its rows on each ring rank."""
+    """A page that an earlier process stored: its ``tokens``, and the number of its ``rows`` on each ring rank.
+
+    ``before`` is the number of the page before it (`ROOT` for the first page of a text).
+    """
 
     number: int
     before: int
@@ -71,10 +74,10 @@ class PrefixCache:
 
     Each of ``ranks`` ring ranks stores at most ``limit`` rows.  A sequence's tokens are stored page by page, from the
     first one.  Pages with equal tokens and equal tokens before them are stored once.  A dictionary hashes and compares
-    the tokens, so that no two pages are confused.  A page stays while a running sequence uses it.  Of the other pages,
-    the least recently used one is evicted first, but never before the pages that follow it.  ``asked`` counts the
-    tokens of prompts that may reuse pages, ``reused`` the tokens that they took from pages, ``evicted`` the evicted
-    pages.  ``reused_restored`` counts the reused tokens in pages that an earlier process stored.
+    the tokens, so that no two pages are confused.  A page stays while a running sequence uses it.  Other pages leave
+    when room is needed: the least recently used first, and a page only after the pages that follow it.  ``asked``
+    counts the tokens of prompts that may reuse pages, ``reused`` the tokens that they took from pages, ``evicted`` the
+    evicted pages.  ``reused_restored`` counts the reused tokens in pages that an earlier process stored.
     """
 
     def __init__(self, page_tokens: int, limit: int, ranks: int) -> None:
@@ -90,14 +93,14 @@ class PrefixCache:
 
     @property
     def hit_rate(self) -> float:
-        """Reused tokens as a share of the tokens of all prompts that may reuse pages."""
+        """Reused tokens as a share of the tokens of all prompts that may reuse pages; 0 without such prompts."""
         return self.reused / self.asked if self.asked else 0.0
 
     def restore(self, pages: Sequence[StoredPage]) -> None:
         """Add the ``pages`` of an earlier process, before any other page is added.
 
-        They are numbered from 0.  A page stands later in the list than the page that its text continues.
-        Pages for which there is no room are evicted.
+        They are numbered from 0.  A page stands later in the list than the page that its text continues.  Pages for
+        which there is no room, and the pages after them, are evicted by the next `changes`.
         """
         known = {ROOT: self._root}
         for number, before, tokens, rows in pages:
@@ -120,7 +123,7 @@ class PrefixCache:
         self.asked += len(prompt) if takes else 0
 
     def leave(self, number: int) -> None:
-        """Remove the running sequence ``number``, if it is known; its pages stay until their room is needed."""
+        """Remove the running sequence ``number``, if it is known; its pages stay stored until their room is needed."""
         one = self._sequences.pop(number, None)
         page = one.page if one else self._root
         while page.before:
@@ -132,8 +135,9 @@ class PrefixCache:
     def can_take(self, number: int, cached: int) -> bool:
         """Return True if sequence ``number``, which has ``cached`` tokens, may reuse a stored page that follows them.
 
-        It may if its prompt may reuse pages, and the cached tokens end where its last page ends.  A page with the last
-        token of a prompt is not reused: the last row gives the first token of the answer.
+        This does not look for the page.  The sequence may if its prompt may reuse pages, and the cached tokens end
+        where its last page ends.  A page with the last token of a prompt is not reused: the last row gives the first
+        token of the answer.
         """
         one = self._sequences[number]
         return one.takes and cached == one.page.end and cached + self.page_tokens < len(one.prompt)
@@ -151,7 +155,7 @@ class PrefixCache:
         return one.page.number, tuple(one.prompt[begin:end])
 
     def take(self, number: int, cached: int) -> tuple[int, ...]:
-        """Reuse the stored pages that continue the prompt after ``cached`` tokens; return the pages' numbers.
+        """Reuse the stored pages that continue the prompt after ``cached`` tokens; return the pages' numbers in order.
 
         The pages are not evicted while the sequence ``number``, which has this prompt, runs.
         """
@@ -168,9 +172,10 @@ class PrefixCache:
         return tuple(taken)
 
     def give(self, number: int, tokens: Sequence[int], layout: Layout) -> None:
-        """Store the whole pages that sequence ``number`` has cached since the last call, until there is no more room.
+        """Record the whole pages that sequence ``number`` has cached since the last call, until there is no more room.
 
-        ``tokens`` are the tokens of the prompt and of the answer so far; ``layout`` shards the cached ones.
+        The next `changes` lists the new ones, to be stored.  An unknown sequence is ignored.  ``tokens`` are the tokens
+        of the prompt and of the answer so far; ``layout`` shards the cached ones.
         """
         one = self._sequences.get(number)
         while one and (end := one.page.end + self.page_tokens) <= layout.total:

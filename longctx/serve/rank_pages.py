@@ -31,7 +31,7 @@ class Restored:
 
 
 class RankPages(PageStore):
-    """A `PageStore` that also saves its pages in ``files`` (None: in memory only)."""
+    """A `PageStore` whose `copy_from` also saves the page in ``files`` (None: in memory only)."""
 
     def __init__(self, session: ContinuousSession, files: PageFiles | None = None) -> None:
         ring = session.engine.ring
@@ -40,7 +40,7 @@ class RankPages(PageStore):
         self._names = {ROOT: ""}  # by number
 
     def copy_from(self, sequence: Conversation, new: NewPage) -> None:
-        """Copy the page ``new`` from the cache of ``sequence``, and save it."""
+        """Copy the page ``new`` from the cache of ``sequence``, and save it if there are ``files``."""
         self.store(new.number, sequence.cache, new.begin, new.end)
         if self._files:
             tokens = sequence.tokens[new.begin : new.end]
@@ -48,16 +48,17 @@ class RankPages(PageStore):
             self._names[new.number] = name
 
     def drop(self, page: int) -> None:
-        """Free ``page`` and delete its file."""
+        """Free the page with the number ``page``, and delete its file."""
         super().drop(page)
         if self._files:
             self._files.delete([self._names.pop(page)])
 
     def restore(self, world: Comm) -> Restored:
-        """Read the pages on disk, with the same numbers on all ranks; all ranks of ``world`` must call this.
+        """Load the usable pages on disk into memory, and return them; all ranks of ``world`` must call this.
 
-        A page is usable if every rank has it, in the same layout, and all pages before it.  The files of other pages
-        are deleted, so that they are computed and saved again.
+        Pages are numbered from 0, the same on all ranks, each after the page before it.  A page is usable if every rank
+        has it, in the same layout, and all pages before it.  The files of other pages are deleted, so that they are
+        computed and saved again.
         """
         if not self._files:
             return Restored()
@@ -96,7 +97,10 @@ def _usable(saved: dict[str, SavedPage | None], of_ranks: list[dict[str, Layout 
 
 
 def gather_bytes(world: Comm, data: bytes, device: torch.device) -> list[bytes]:
-    """Return the ``data`` of every rank of ``world``."""
+    """Return the ``data`` of every rank of ``world``, in rank order; all ranks must call this.
+
+    ``device`` is where the tensors that are sent are made.
+    """
     own = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
     sizes = world.all_gather(torch.tensor([len(data)], device=device), [(1,)] * world.size)
     parts = world.all_gather(own.to(device), [(int(size),) for size in sizes])

@@ -16,16 +16,17 @@ _ROOM = 128  # rows of an answer that are allocated at once
 
 
 def share_plan(world: Comm, plan: StepPlan | None, device: torch.device) -> StepPlan:
-    """Return the first rank's ``plan`` on every rank of ``world``; the other ranks pass None."""
+    """Return the first rank's ``plan`` on every rank of ``world``; all ranks must call this, the others with None."""
     received: StepPlan = pickle.loads(gather_bytes(world, pickle.dumps(plan) if plan else b"", device)[0])
     return received
 
 
 def run_plan(session: ContinuousSession, pages: RankPages, plan: StepPlan, one_rank: OneRank) -> dict[int, int]:
-    """Run ``plan`` and return the next token of each sequence that has one; all ranks return the same.
+    """Run ``plan`` and return, by sequence, the next token of each sequence that has one; all ranks return the same.
 
-    ``one_rank`` decides whether one ring rank or all of them prefill.  If all do, the same pass decodes, unless
-    ``context.decode`` is a prefill strategy, such as ``pass_q``.
+    The plan's changes to ``pages`` and to the session's sequences are made first.  ``one_rank`` decides whether one
+    ring rank or all of them prefill.  If all do, the same pass decodes, unless the strategy of decoding is a prefill
+    strategy, such as ``pass_q``.
 
     Raises ValueError, on all ranks, for logits that are not finite.
     """
@@ -62,7 +63,8 @@ def follow(
 ) -> RankPages:
     """Run the first rank's plans on another rank, until one that stops; return this rank's pages.
 
-    ``files`` stores pages on disk for the next server (None: memory only).  ``one_rank`` is the first rank's.
+    ``files`` stores pages on disk for the next server (None: memory only).  ``one_rank`` must equal the first rank's.
+    Meanwhile, the first rank makes a `Service` and calls its `step`.
     """
     pages = RankPages(session, files)
     pages.restore(world)

@@ -118,7 +118,10 @@ class ChatBody(Body):
 
 
 class TokenizeBody(BaseModel):
-    """Body of /tokenize: a text, or messages of a conversation."""
+    """Body of /tokenize: a text, or messages of a conversation.
+
+    ``model`` has no effect; ``add_special_tokens`` acts on a text only.
+    """
 
     model: StrictStr | None = None
     prompt: StrictStr | None = None
@@ -152,7 +155,7 @@ class Ask:
 
     @property
     def choices(self) -> list[tuple[tuple[int, ...], int, Sampling]]:
-        """Return the prompt, the largest number of new tokens and the sampling settings of each choice."""
+        """Prompt, largest number of new tokens and sampling settings of each choice; choice i has the seed + i."""
         sizes = [pair for pair in zip(self.prompts, self.max_new_tokens, strict=True) for _ in range(self.n)]
         return [(prompt, most, self.sampling.for_answer(i)) for i, (prompt, most) in enumerate(sizes)]
 
@@ -161,8 +164,9 @@ class Ask:
 class Reader:
     """Reads requests to one model; ``defaults`` are the settings for fields that a request leaves out.
 
-    A request may cache at most ``max_tokens`` tokens for one choice, and have at most ``max_choices`` choices.  The
-    reader's methods raise `RequestRefused` with what to change.
+    The exceptions are the seed, which is then random, and log-probabilities, which are then off.  A request may cache
+    at most ``max_tokens`` tokens for one choice, and have at most ``max_choices`` choices.  The reader's methods raise
+    `RequestRefused` with what to change.
     """
 
     model: str
@@ -173,7 +177,10 @@ class Reader:
     max_choices: int
 
     def completion(self, body: CompletionBody) -> Ask:
-        """Check ``body`` and return it as plain values, with its prompts as tokens."""
+        """Check ``body`` and return it as plain values, with its prompts as tokens.
+
+        Without ``max_tokens``, an answer has at most 16 tokens, and at most as many as fit.
+        """
         self._refuse(body)
         given = body.prompt
         several = isinstance(given, list) and given and not isinstance(given[0], int)
@@ -190,7 +197,10 @@ class Reader:
         return self._checked(body, prompts, most, sampling, echo=bool(body.echo), prompt_texts=echoed)
 
     def chat(self, body: ChatBody) -> Ask:
-        """Check ``body`` and return it as plain values, with its messages as the tokens of one prompt."""
+        """Check ``body`` and return it as plain values, with its messages as the tokens of one prompt.
+
+        Without ``max_completion_tokens`` and ``max_tokens``, an answer has at most as many tokens as fit.
+        """
         self._refuse(body)
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestRefused("top_logprobs needs logprobs=true", "top_logprobs")
@@ -301,7 +311,7 @@ class Reader:
 
 
 def describe_invalid(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
-    """Return the message and the field of the first of pydantic's ``errors`` about a request."""
+    """Return the message and the field of the first of pydantic's ``errors``; the field is None for a broken body."""
     first = errors[0]
     place = [str(part) for part in first["loc"] if part != "body"]
     field = place[0] if place and not place[0].isdigit() else None  # a number counts characters of broken JSON

@@ -24,7 +24,10 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Json:
 
 
 def error(message: str, status: int, param: str | None = None, code: str | None = None) -> Json:
-    """Return the body of an error response; the error's type follows from the HTTP ``status``."""
+    """Return the body of an error response; the error's type follows from the HTTP ``status``.
+
+    ``param`` and ``code`` are those of `RequestRefused`.
+    """
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -79,7 +82,7 @@ class Form:
     def first(self, index: int, prompt: tuple[TokenLogprob, ...] = ()) -> Json:
         """Return the first chunk of choice ``index``: its role in a chat, the prompt's text with ``echo``.
 
-        ``prompt`` has the log-probabilities of the prompt's tokens, if the request asks for them.
+        ``prompt`` has the log-probabilities of the prompt's tokens but the first, if the request asks for them.
         """
         chunk = self.chunk(index, self.prompt_text(index), role=True)
         if self.ask.score_prompts:
@@ -116,7 +119,7 @@ class Form:
         return usage(sum(map(len, self.ask.prompts)), sum(one.tokens for one in choices))
 
     def prompt_text(self, index: int) -> str:
-        """Return the text that choice ``index`` begins with."""
+        """Return the text that choice ``index`` begins with: its prompt with ``echo``, otherwise an empty text."""
         return self.ask.prompt_texts[index // self.ask.n] if self.ask.echo else ""
 
     def _head(self, *, stream: bool) -> Json:
@@ -142,7 +145,7 @@ class Form:
         }
 
     def _with_prompt(self, index: int, choice: Choice) -> Json | None:
-        """Return the log-probabilities of prompt and answer of choice ``index``; the first token has none."""
+        """Return the log-probabilities of prompt and answer of choice ``index``; those of the first token are None."""
         first = self.ask.prompts[index // self.ask.n][0]
         rest = self._logprobs([*choice.prompt_logprobs, *choice.logprobs], len(self._text(first)))
         assert rest, "asked for"

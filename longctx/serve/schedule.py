@@ -33,8 +33,8 @@ class StepPlan:
 
     Pages are dropped (``evict``) and copied from the caches of sequences (``store``).  Sequences are dropped and added.
     New sequences copy reused pages into their caches (``take``).  ``prefill`` has, for each sequence, the number of
-    prompt tokens to run.  ``decode`` lists the sequences that get one more token.  `run_plan` decides
-    whether both are one pass.  A plan with ``stop`` is the last one.
+    prompt tokens to run.  ``decode`` lists the sequences that get one more token.  `run_plan` decides whether prefill
+    and decoding are one pass.  A plan with ``stop`` is the last one, and is not run.
     """
 
     evict: tuple[int, ...] = ()
@@ -51,8 +51,9 @@ class StepPlan:
 class Limits:
     """Limits of a server.
 
-    They bound the prompt tokens per pass, the number of sequences that run at a time, and the sum of tokens that these
-    may cache.  Each rank stores at most ``page_bytes`` bytes of pages; a page has ``page_tokens`` tokens.
+    A pass has at most ``prefill_tokens`` prompt tokens.  At most ``sequences`` sequences run at a time.  Their prompts
+    and longest possible answers have at most ``cached_tokens`` tokens in all.  Each rank stores at most ``page_bytes``
+    bytes of pages (0: no pages); a page has ``page_tokens`` tokens.
     """
 
     prefill_tokens: int
@@ -90,7 +91,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def end(self, number: int) -> None:
-        """Remove the sequence ``number``, which is answered or whose client has gone.
+        """Remove the sequence ``number``, which is answered or whose client has gone; the next `plan` drops its cache.
 
         Does nothing if it was removed before.
         """
@@ -155,10 +156,11 @@ class Scheduler:
 
 
 def share_pass(left: Mapping[int, int], total: int) -> dict[int, int]:
-    """Share the ``total`` prompt tokens of a pass among prompts with ``left`` tokens to run, the oldest prompt first.
+    """Share the ``total`` prompt tokens of a pass among prompts; return the numbers of tokens by sequence.
 
-    Half are for the oldest prompts, and the rest for those with the fewest tokens left.  At most two prompts get a part
-    of what they have left; a pass with many small parts would be slow.
+    ``left`` has the number of tokens left to run by sequence, the oldest prompt first.  A sequence that gets none is
+    left out of the result.  Half are for the oldest prompts, and the rest for those with the fewest tokens left.  At
+    most two prompts get a part of what they have left; a pass with many small parts would be slow.
 
     >>> share_pass({1: 100, 2: 3, 3: 50}, 24)
     {1: 12, 2: 3, 3: 9}

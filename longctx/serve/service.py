@@ -61,10 +61,11 @@ class _Answer:
 class Service:
     """The first rank's part of serving.
 
-    `submit` and `cancel` may be called from any thread; all other methods belong to the thread that runs the model.
-    ``seconds`` and ``passes`` count the work so far; ``sequence_bytes`` are the bytes of the sequences' caches on each
-    ring rank.  ``files`` stores pages on disk for the next server (None: memory only).  ``restored`` are pages that an
-    earlier server stored.  ``one_rank`` decides whether one ring rank or all of them prefill.
+    Make it while the other ranks of ``world`` call `follow`, since all ranks read stored pages together.  `submit` and
+    `cancel` may be called from any thread; all other methods belong to the thread that runs the model.  ``passes`` and
+    ``seconds`` count the steps that ran the model, and their time.  ``sequence_bytes`` are the bytes of the sequences'
+    caches on each ring rank.  ``files`` stores pages on disk for the next server (None: memory only).  ``restored`` are
+    pages that an earlier server stored.  ``one_rank`` decides whether one ring rank or all of them prefill.
     """
 
     def __init__(
@@ -95,7 +96,8 @@ class Service:
     def submit(self, sequence: NewSequence, emit: Emit) -> None:
         """Queue ``sequence``, which has an unused number, and return at once.
 
-        ``emit`` gets each `Token`, the last one with ``finish``.
+        ``emit`` is called with each `Token`, the last one with ``finish``, or with a `Failure`, in the thread that runs
+        the model.  After `cancel`, it is not called again.
         """
         self._inbox.put(_Answer(sequence, emit, AnswerText(self.tokenizer, sequence.sampling.stop)))
 
@@ -110,6 +112,8 @@ class Service:
 
     def step(self) -> None:
         """Take what has arrived, and run one step on all ranks; wait a moment if there is nothing to do.
+
+        A ValueError of the model is not raised: the sequences of the step get a `Failure` and end.
 
         Raises `LostPeer` if a rank has gone.
         """

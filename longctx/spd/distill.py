@@ -38,8 +38,8 @@ def distill(
 ) -> Iterator[float]:
     """Train ``parameters`` so that ``student(inputs)`` approximates ``outputs``; yield the loss of each step.
 
-    The student receives [batch length d_in]; in a transformer, d_in and d_out are both its hidden size.  An epoch
-    leaves out the sequences that do not fill a batch.
+    Training runs only while the caller iterates: one step for each loss.  The student receives [batch length d_in]; in
+    a transformer, d_in and d_out are both its hidden size.  An epoch leaves out the sequences that do not fill a batch.
 
     Source: arXiv 2502.20727, 4.2.3.  The loss is `relative_squared_error` instead of the paper's mean squared error: a
     few tokens of a Llama are a thousand times larger than the others and would dominate the mean squared error.
@@ -70,7 +70,10 @@ def refuse_diverged(loss: float, place: str, setting: str) -> None:
 
 
 def rate_at(step: int, steps: int, lr: float) -> float:
-    """Learning rate at ``step`` of ``steps``: linear warmup over 10 steps times a cosine from ``lr`` to 0."""
+    """Return the learning rate at ``step`` (from 0) of ``steps``: a linear warmup times a cosine.
+
+    It is lr * min(1, (step + 1) / 10) * (1 + cos(pi * step / steps)) / 2.
+    """
     return lr * min(1.0, (step + 1) / _WARMUP) * (0.5 + 0.5 * cos(pi * step / steps))
 
 
@@ -82,11 +85,12 @@ def _batches(sequences: int, settings: Distillation, order: torch.Generator) -> 
 
 
 def position_weights(length: int, weights: PositionWeights) -> Float[Tensor, " length"]:
-    """Return the weight of each position of a sequence; their mean is 1.
+    """Return the weight of each of the ``length`` positions of a sequence; the mean is 1.
 
-    With ``beginnings``, half of the total is equal for all positions.  Position p gets a share of the other half in
-    proportion to log((p + 2) / (p + 1)).  With 256 tokens, the first 64 have half of the total
-    instead of a quarter.  The first token, to whose massive activation others attend (attention sink), has a fifteenth.
+    With "uniform", all are 1.  With "beginnings", half of the total is equal for all positions.  Position p, from 0,
+    gets a share of the other half in proportion to log((p + 2) / (p + 1)).  With 256 tokens, the first 64 have half of
+    the total instead of a quarter.  The first token, to whose massive activation others attend (attention sink), has a
+    fifteenth.
     """
     edges = torch.arange(1, length + 2, dtype=torch.double).log() / log(length + 1)
     share = 0.5 if weights == "beginnings" else 0.0
@@ -100,7 +104,7 @@ def relative_squared_error(
 ) -> Float[Tensor, ""]:
     """Mean over tokens of the squared error of a token divided by the squared norm of its target.
 
-    ``weights`` are those of the positions (None: equal); their mean is 1.
+    ``weights`` are those of the positions (None: equal); their mean must be 1.
     """
     errors = (predicted - target).square().sum(-1) / target.square().sum(-1)
     return (errors if weights is None else errors * weights).mean()

@@ -55,9 +55,9 @@ def _crc32_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
 def assemble(source: Path, files: Iterable[Path], saved: SavedPlan, to: Path) -> None:
     """Write the model of ``source``, the repaired blocks in ``files`` and their plan ``saved`` to the folder ``to``.
 
-    A model that is already in ``to`` is replaced.  transformers does not find the folder's weights, which are in a file
-    of another name (`ADAPTED`).  With no block dropped they equal the source's; with dropped blocks transformers could
-    not use them.
+    ``files`` are those of `write_block`.  The folder ``to`` must exist; a model in it is replaced.  transformers does
+    not find the folder's weights, which are in a file of another name (`ADAPTED`).  With no block dropped they equal
+    the source's; with dropped blocks transformers could not use them.
     """
     # 1) Original tensors under their own names.
     tensors = {}

@@ -19,8 +19,9 @@ from longctx.shapes import Float, Tensor
 def assign_heads(features: Float[Tensor, "groups features"], ranks: int) -> tuple[tuple[int, ...], ...]:
     """Divide heads (or KV groups) equally among ``ranks`` ranks, so that heads of one rank differ as much as possible.
 
-    Starts from consecutive heads and swaps the two heads that increase the total distance within ranks most, until no
-    swap increases it.  Source: arXiv 2502.20727, Eq. 2; the paper does not name its clustering.
+    Returns each rank's heads in ascending order; ``features[i]`` describes head i.  Starts from consecutive heads and
+    swaps the two heads that increase the total distance within ranks most, until no swap increases it.  Source: arXiv
+    2502.20727, Eq. 2; the paper does not name its clustering.
     """
     distances = torch.cdist(features.double(), features.double()).cpu().numpy()
     assert not len(features) % ranks, "every rank takes the same number of heads"
@@ -55,7 +56,8 @@ def assign_shards(norms: Float[Tensor, "sets shards"]) -> tuple[int, ...]:
 def assign_neurons(errors: Float[Tensor, "neurons ranks"]) -> tuple[int, ...]:
     """Assign equally many neurons to each rank, so that the sum of ``errors`` is least; return them rank by rank.
 
-    Not in the paper, which moves whole shards of the MLP: an MLP is the sum of its neurons in any order.
+    ``errors[n, r]`` is the error of neuron n on rank r.  The result lists rank 0's neurons first, then rank 1's.  Not
+    in the paper, which moves whole shards of the MLP: an MLP is the sum of its neurons in any order.
     """
     neurons, ranks = errors.shape
     per_rank = neurons // ranks
@@ -71,7 +73,8 @@ def reorder_block(
     """Return a block's tensors with KV groups and neurons in a new order; the block computes the same function.
 
     Position i of the new order holds KV group ``groups[i]`` and neuron ``neurons[i]``.  A KV group moves with its query
-    heads: their columns of the output projection, their rows of the other projections.
+    heads: their columns of the output projection, their rows of the other projections.  Attention sinks and QK-norms
+    over all heads do not move, so a block that has them would compute another function.
     """
     group_dims = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1}
     neuron_dims = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}

@@ -65,8 +65,9 @@ def refuse_unfit_shape(shape: ModelShape) -> None:
 class SavedPlan:
     """A plan in a model's folder.
 
-    ``order`` lists all blocks in the order in which they drop, the least sensitive first.  ``adapted`` are the blocks
-    that have repaired weights.  ``source`` is the fingerprint of the model that was adapted.
+    ``order`` lists all blocks in the order in which they drop.  The ``adapted`` blocks have repaired weights and come
+    first; the one whose drop alone changes predictions least is the first.  The others follow, the least sensitive
+    first.  ``source`` is the fingerprint of the model that was adapted.
     """
 
     plan: SPDPlan
@@ -75,7 +76,10 @@ class SavedPlan:
     source: str
 
     def write(self, folder: Path) -> None:
-        """Write the plan to ``folder``/spd_plan.json, with checksums of itself and of the adapted weights there."""
+        """Write the plan to ``folder``/spd_plan.json, with a checksum of itself.
+
+        If the adapted weights are in ``folder`` already, the file also gets a checksum of them.
+        """
         weights = {_WEIGHTS: crc32_of_file(folder / ADAPTED)} if (folder / ADAPTED).is_file() else {}
         (folder / FILE).write_text(json.dumps(with_checksum({**asdict(self), **weights}), indent=1) + "\n")
 
@@ -99,7 +103,7 @@ def saved_plan(folder: Path) -> SavedPlan | None:
 def refuse_changed_weights(folder: Path) -> None:
     """Raise ValueError if the adapted weights in ``folder`` are not those that were written with the plan.
 
-    Version 0.1 wrote no checksum; such a folder is not checked.
+    ``folder`` must have a plan.  Version 0.1 wrote no checksum; such a folder is not checked.
     """
     crc = json.loads((folder / FILE).read_bytes()).get(_WEIGHTS)
     if crc is not None and (not (folder / ADAPTED).is_file() or crc32_of_file(folder / ADAPTED) != crc):
@@ -120,7 +124,10 @@ def within(order: Sequence[int], budget: float) -> tuple[int, ...]:
 
 
 def least_budget(layers: int) -> float:
-    """Return the smallest share of ``layers`` blocks, in thousandths, with which `within` takes a block."""
+    """Return the smallest budget, in thousandths, with which `within` takes at least one of ``layers`` blocks.
+
+    `within` rounds, so that half a block's share is enough: 0.017 for 30 layers.
+    """
     return math.ceil(500 / layers) / 1000
 
 

@@ -14,7 +14,8 @@ State = TypeVar("State")
 def measure_sensitivity(blocks: int, perplexity_of: Callable[[tuple[int, ...]], float]) -> list[float]:
     """For each block, return how much perplexity its dropped reduction adds if all later blocks drop theirs.
 
-    ``perplexity_of(dropped)`` is called ``blocks`` + 1 times.  Source: arXiv 2502.20727, Algorithm 1.
+    ``perplexity_of(dropped)`` is the perplexity with the blocks of these numbers dropped.  It is called ``blocks`` + 1
+    times, first with all blocks and last with none.  Source: arXiv 2502.20727, Algorithm 1.
     """
     of_suffix = [perplexity_of(tuple(range(first, blocks))) for first in range(blocks + 1)]
     return scores(of_suffix)
@@ -35,9 +36,9 @@ def suffix_sums(
     """Return ``loss`` of the model's output for every suffix of dropped blocks.
 
     Entry i drops blocks i and later; the last entry drops none.  ``entering`` is the state that enters block 0.
-    ``run(block, state, dropped)`` runs one block.  The state that enters a block does not depend on later blocks, so it
-    is computed once and kept.  ``run`` is called about half as often as if every suffix ran all blocks.  At most
-    ``blocks`` + 1 states exist at once.
+    ``run(block, state, dropped)`` returns the state after the block, and must not change ``state``.  The state that
+    enters a block does not depend on later blocks, so it is computed once and saved.  ``run`` is called about half as
+    often as if every suffix ran all blocks.  At most ``blocks`` + 1 states exist at once.
     """
     states = [entering]
     for block in range(blocks):
@@ -71,6 +72,6 @@ def perplexities(sums: Sequence[float], tokens: int) -> list[float]:
 def kind_of(score: float, tau1: float, tau2: float) -> BlockClass:
     """Return the class of a block of sensitivity ``score``: ISB up to ``tau1``, SB up to ``tau2``, else ESB.
 
-    All three numbers are increases of perplexity.
+    These are in-sensitive, sensitive and extremely sensitive blocks.  All three numbers are increases of perplexity.
     """
     return "ISB" if score <= tau1 else "SB" if score <= tau2 else "ESB"

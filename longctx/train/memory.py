@@ -14,9 +14,9 @@ from longctx.shapes import AnyShape
 
 
 def memory_meter(state: TrainState) -> MemoryMeter:
-    """Return a meter of the training steps of ``state``, whose weights, gradients and optimizer are allocated already.
+    """Return a meter of training steps of ``state``, which the caller runs inside ``with meter``.
 
-    Allocations are counted by part:
+    The parts "weights" and "gradients" are those that ``state`` has already.  The other parts are
 
     * "logits": a chunk of logits, and the loss's gradients of the hidden states and of the output weight.
     * "communication": messages of a `Comm` while they exist, and megatron-core's buffer of gathered rows.
@@ -39,7 +39,7 @@ def memory_meter(state: TrainState) -> MemoryMeter:
 
 
 def _optimizer_tensors(state: Any) -> Iterator[AnyShape]:
-    """Yield the float32 copies of 16-bit weights, if there are any, and the moments."""
+    """Yield the weights that the optimizer updates, float32 copies if the model is in 16 bits, and the moments."""
     for group in state.param_groups:
         yield from group["params"]
     moments = tree_leaves([moments for _, moments in state.state.items()])

@@ -99,8 +99,9 @@ def evaluate(
 ) -> LossSums:
     """Return sums of losses over ``batches``, one for each of ``buckets`` ranges of positions, without training.
 
-    Bucket i has the rows at positions i * w to (i + 1) * w in their document, where w = ``parallelism.length`` /
-    ``buckets``.
+    Bucket i has the rows at positions i * w <= p < (i + 1) * w in their document; w = ``parallelism.length`` /
+    ``buckets``.  The sums are over all ranks, and every rank calls this with equally many sequences, at least one.
+    The model is in training mode afterwards.
     """
     trained.model.eval()
     parallelism = replace(parallelism, keep_partials=False)

@@ -12,7 +12,7 @@ SIGNAL = signal.SIGUSR1  # Slurm sends it before a time limit or pre-emption (sl
 
 
 class StopRequest:
-    """Records whether `SIGNAL` has arrived since this object was created.
+    """Records whether `SIGNAL` has arrived since this object was created, which replaces the signal's handler.
 
     Call `agreed_on_all_ranks` once a step, on every rank.  ``agreed_on`` is the result of the last call.
     """

@@ -1,4 +1,4 @@
-"""Track a run: metrics by step, tables, pictures and checkpoints, in JSON lines and optionally in W&B.
+"""Track a run: metrics and tables in JSON lines; with W&B, also pictures and checkpoints.
 
 JSON lines are always written.  Only the first rank tracks.  A tracker that fails never stops a run: its error is
 reported once, and the other trackers continue.
@@ -38,7 +38,7 @@ class Tracker(Protocol):
         ...
 
     def image(self, name: str, path: Path, step: int) -> None:
-        """Record the picture in the file ``path`` as ``name`` at ``step``."""
+        """Record the picture in the file ``path`` as ``name`` at ``step``; JSON lines leave pictures out."""
         ...
 
     def artifact(self, name: str, kind: str, folder: Path) -> None:
@@ -65,9 +65,10 @@ def start_tracking(
 ) -> tuple[Tracker, str | None]:
     """Return a tracker that continues from ``step``, and the run's id; the caller saves the id and passes it on resume.
 
-    ``folder/metrics.jsonl`` loses its lines of ``step`` and later, and then reads as if the run had not been
-    interrupted; step 0 empties it.  ``config`` holds the settings that reproduce the run.  Only the ``first`` rank
-    tracks: other ranks get a tracker that does nothing, and ``run_id`` unchanged.  ``say`` receives messages.
+    ``metrics.jsonl`` and ``tables.jsonl`` in ``folder`` lose their lines of ``step`` and later, and then read as if
+    the run had not been interrupted; step 0 empties them.  ``config`` has the settings that reproduce the run.
+    ``run_id=None`` draws a new id.  Only the ``first`` rank tracks: other ranks get a tracker that does nothing, and
+    ``run_id`` unchanged.  ``say`` receives messages.
 
     Raises ValueError if ``folder`` cannot be written.
     """
@@ -134,11 +135,11 @@ def _failure_line(name: str, error: Exception) -> str:
 
 
 class JsonLines:
-    """Writes one line per step to ``metrics.jsonl``, and one per table to ``tables.jsonl``.
+    """Writes one line per step to ``metrics.jsonl``, and one per table to ``tables.jsonl``, both in ``folder``.
 
-    Pictures and checkpoints are files already, and are not recorded.  A line is one write: when ``log`` returns, it is
-    whole in the file, or absent after an error.  JSON has no numbers that are not finite; they are the strings "nan",
-    "inf" and "-inf", which ``float`` reads.
+    Both files first lose their lines of ``step`` and later.  Pictures and checkpoints are files already, and are not
+    recorded.  A line is one write: when ``log`` returns, it is whole in the file, or absent after an error.  JSON has
+    no numbers that are not finite; they are the strings "nan", "inf" and "-inf", which ``float`` reads.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -160,7 +161,10 @@ class JsonLines:
 
 
 def _keep_before(path: Path, step: int) -> Path:
-    """Keep only the whole lines of ``path`` from before ``step``; a killed process leaves ``path`` unchanged."""
+    """Reduce ``path`` to its whole lines from before ``step``, or make it empty if it is missing; return ``path``.
+
+    A process that is killed meanwhile leaves ``path`` unchanged.
+    """
     partial = path.with_suffix(".partial")
     with partial.open("wb") as output:
         if path.exists():

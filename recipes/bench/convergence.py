@@ -66,7 +66,7 @@ def prepare(config: DictConfig) -> tuple[TrainJob, ConvergenceSettings]:
 def train_from_scratch(job: TrainJob, name: str) -> Curve:
     """Train ``job`` from its first step in the folder ``name`` below its ``out``; the folder is emptied first.
 
-    Returns the run's curve, on every rank.
+    Call it in the process that starts the ranks.  Returns the run's curve, a point for each step.
     """
     out = job.out / name
     shutil.rmtree(out, ignore_errors=True)
@@ -81,7 +81,10 @@ def train_from_scratch(job: TrainJob, name: str) -> Curve:
 
 
 def task(config: DictConfig) -> None:
-    """Train on one rank and on the mesh; print, write and draw the difference of the curves."""
+    """Train on one rank and on the mesh; print, write and draw the difference of the curves.
+
+    The two runs replace those of an earlier start in the folder ``out``.
+    """
     warm_up_ranks([*WARM, "recipes.common.train_loop"])
     job, settings = prepare(config)
     # 1. Train twice.

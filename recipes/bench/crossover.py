@@ -165,7 +165,8 @@ def time_strategies(
 ) -> dict[str, list[float]]:
     """Return the TTFT of ``tokens`` by strategy and round: the slowest rank's seconds to the next logits.
 
-    ``done`` is called after each measurement.
+    Random cached tokens precede ``tokens``, so that there are ``settings.total`` together.  ``done`` is called after
+    each measurement, also those of the warm-up round.  Every rank must call this.
     """
     from longctx.attention.layout import zigzag
     from longctx.infer.engine import next_logits
@@ -191,8 +192,8 @@ def time_strategies(
 def judge_rules(times: Sequence[MissRateTimes], job: CrossoverJob, hardware: Hardware) -> list[MissRateRow]:
     """Return a row for each of ``times``, with the `RuleVerdict` of each rule.
 
-    The empirical rule of a row is fitted to the other rows.  If one strategy is faster in all of
-    them, nothing can be fitted, and the row has no verdict on the empirical rule.
+    The empirical rule of a row is fitted to the other rows.  If one strategy is at least as fast in all of them,
+    nothing can be fitted, and the row has no verdict on the empirical rule.
     """
     others = ([*times[:i], *times[i + 1 :]] for i in range(len(times)))
     return [
@@ -256,7 +257,11 @@ def show(table_rows: list[MissRateRow]) -> None:
 
 
 def report(job: CrossoverJob, hardware: Hardware, times: Sequence[MissRateTimes]) -> None:
-    """Judge the rules by ``times``; print, write and draw the rows, and write the file of fitted constants."""
+    """Judge the rules by ``times`` and print the rows; write and draw them if ``out`` and ``picture`` are set.
+
+    If ``fitted`` is set, write ``hardware`` to that file, with the empirical rule's constants fitted to all rows.  If
+    none can be fitted, the file has the constants that ``hardware`` had.
+    """
     settings, target = job.settings, job.target
     # 1. Judge each row by the others, and fit the constants of the files to all rows.
     constants = fit_rule(times)

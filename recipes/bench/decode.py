@@ -89,7 +89,8 @@ class DecodeCost:
 class BatchTimes:
     """Cost of a decode step for one batch size, by variant: times of every round, bytes and messages of the last.
 
-    Bytes and messages are those that rank 0 sent.  A collective over N ranks counts as N - 1 messages.
+    All figures are this rank's; only rank 0 has figures of the variant `ONE_RANK`.  A collective over N ranks counts as
+    N - 1 messages.
     """
 
     batch: int
@@ -113,7 +114,7 @@ def prepare(config: DictConfig) -> DecodeJob:
 
 
 def run_rank(rank: Rank, job: DecodeJob) -> list[BatchTimes]:
-    """Time every batch size on one rank; the first rank's times are reported."""
+    """Time every batch size, as one of the ranks; the first rank's times are reported."""
     from longctx.infer.engine import load_alone
 
     settings, target = job.settings, job.target

@@ -254,7 +254,7 @@ def worst(by_layer: Mapping[int, Errors], names: Iterable[str], indices: Iterabl
 
 
 def ratio_table(by_layer: Mapping[int, Errors], counts: Sequence[int]) -> Table:
-    """Return a table of the worst layer of each variant (column) at each number of ranks (row)."""
+    """Return a table of each variant's (column) worst ratio and its layer, at each number of ranks (row)."""
     names, table = tuple(next(iter(by_layer.values()))), Table(box=None)
     for column in ("ranks", *names):
         table.add_column(column, justify="right")

@@ -113,9 +113,10 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def run_parts(job: GpuCheckJob, runtime: Runtime, parts: Mapping[str, Part] = PARTS) -> dict[str, dict[str, object]]:
-    """Run ``parts`` one after the other, and write all results so far after each.
+    """Run ``parts`` one after the other, each for at most ``part_seconds``; write all results so far after each.
 
-    A part's result has its ``seconds`` and its ``rows``, or the ``error`` that ended it.
+    A part's result has its ``seconds``, and its ``rows`` or a line with the ``error`` that ended it.  TimeIsUp,
+    ValueError, RuntimeError and AssertionError end a part; any other error ends the run.
     """
     results: dict[str, dict[str, object]] = {}
     for name, part in parts.items():
@@ -186,7 +187,7 @@ def _in_words(value: object) -> str:
 
 
 def run_rank(rank: Rank, job: GpuCheckJob) -> dict[str, dict[str, object]]:
-    """Run all parts on the only rank."""
+    """Run all parts on the only rank, and draw the tiles; return the results by part, as `run_parts` does."""
     with job.target.runtime(rank, training=True) as runtime:
         results = run_parts(job, runtime)
     draw_tiles(job, results)

@@ -30,9 +30,9 @@ _CPU = torch.device("cpu")
 
 
 def check_logits(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
-    """Compare the logits of the model's first layers, on this device and in its dtype, with the CPU's in float32.
+    """Compare logits of the model's first layers: on this device in the model's dtype, and on the CPU in float32.
 
-    ``error`` is the largest difference over the largest logit.
+    The weights are random.  The only row's ``error`` is the largest difference over the largest logit.
     """
     error = _difference(_logits(job, runtime), _logits(job, runtime, on_cpu=True))
     return [
@@ -63,10 +63,11 @@ def check_dropped(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
 
 
 def check_training(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
-    """Run training steps of the model's first layers; compare the first with the CPU's in float32.
+    """Time training steps of the model's first layers; return a row for each kind of layers, and one with ``offload``.
 
-    The errors of the loss and of the gradients' norm are relative.  The rows show whether steps with ``offload`` to the
-    host have the same loss and norm as steps with the same layers and without it.
+    A row has the first step's loss and gradient norm, with their relative errors from the CPU's step in float32, and
+    the median time of the later steps.  Offload to the host must change neither: its row has the same layers as one
+    without.
     """
     from longctx.megatron.training.offload import HOST
 
@@ -116,7 +117,10 @@ def _train(
 
 
 def time_model(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
-    """Prefill random tokens with a model of random weights, then decode; return rows with seconds and tokens/s."""
+    """Prefill random tokens with a model of random weights, then decode; return seconds and tokens/s.
+
+    There is a row for each prompt length.  ``peak_bytes`` is the process's peak so far on the GPU; None on a CPU.
+    """
     from longctx.config import Context, Sampling
     from longctx.infer.session import Session
 
@@ -140,7 +144,8 @@ def time_model(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
 def time_decode(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
     """Decode the same tokens with a growing cache, with tensors of fixed shapes, and as a CUDA graph of these.
 
-    ``error`` is the largest difference of the last logits from those of the growing cache, over the largest logit.
+    There is a row for each way; without a GPU, the graph's row has no figures.  ``error`` is the largest difference of
+    the last logits from those of the growing cache, over the largest logit.
     """
     from longctx.infer.engine import next_logits
     from longctx.infer.fixed_step import FixedStep

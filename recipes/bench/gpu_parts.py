@@ -26,7 +26,10 @@ TableRow = dict[str, Any]
 
 
 def check_kernels(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
-    """Compare out, log-sum-exp and gradients of every kernel that takes this device and dtype with float64."""
+    """Compare out, log-sum-exp and gradients of every kernel that takes this device and dtype with float64.
+
+    Kernels whose package is missing are left out.  A row's ``verdict`` is "exact", or the error.
+    """
     table_rows = []
     for name, kernel in KERNELS.items():
         takes = runtime.device.type in kernel.devices and job.dtype in kernel.dtypes
@@ -44,7 +47,8 @@ def check_kernels(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
 def check_tiles(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
     """Run the tiles of every rank of a ring, one after the other, and compare them with one call for the sequence.
 
-    ``forward`` and ``backward`` are the ring's seconds over those of the one call.  The errors are relative.
+    A row is for one length and one number of ranks.  ``forward`` and ``backward`` are the ring's median seconds over
+    those of the one call.  An error is the norm of the difference over the norm of the one call's result.
     """
     kernel, table_rows = kernel_of(job, runtime), []
     for length in job.settings.lengths:

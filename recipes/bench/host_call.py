@@ -25,7 +25,8 @@ def call_on_hosts(
 ) -> Result:
     """Run ``rank_main(rank, *args)`` on each of ``hosts`` emulated hosts; return the first rank's result.
 
-    ``rank_main``, ``args`` and the result must be picklable.  Raises `RankFailed` if a rank fails.
+    ``rank_main``, ``args`` and the result must be picklable.  ``rate`` and ``latency_us`` are as in `emulated_hosts`,
+    whose ValueError passes.  Raises `RankFailed` if a rank fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "call").write_bytes(pickle.dumps((rank_main, args)))

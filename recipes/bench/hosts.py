@@ -78,7 +78,8 @@ def is_host() -> bool:
 def run_on_hosts(hosts: int, rate: str, command: Sequence[str], latency_us: float = 0) -> None:
     """Run ``command`` on each of ``hosts`` emulated hosts, with torchrun's environment variables.
 
-    The first rank's output is shown.  Raises `RankFailed` if a rank fails, after the other ranks have been ended.
+    Returns when all have ended.  Only the first rank's output is shown.  ``rate`` and ``latency_us`` are as in
+    `emulated_hosts`.  Raises `RankFailed` if a rank fails, after the other ranks have been ended.
     """
     sys.stdout.flush()
     with emulated_hosts(hosts, rate, latency_us) as names, tempfile.TemporaryDirectory(prefix=_PREFIX) as folder:
@@ -98,7 +99,8 @@ def emulated_hosts(hosts: int, rate: str, latency_us: float = 0) -> Iterator[lis
 
     Host i, counted from 1, has the address 10.77.0.i on eth0.  ``rate`` limits what each host sends, and what it
     receives.  With ``latency_us``, microseconds one way, a process forwards the packets (see `wire`), and ``rate``
-    limits only what is sent.  SIGTERM leaves the block as Ctrl-C does.
+    limits only what is sent.  SIGTERM leaves the block as Ctrl-C does.  Namespaces that killed runs left are removed
+    first.
 
     Raises ValueError, with the output of ip or tc, if the kernel or the container does not allow it.
     """

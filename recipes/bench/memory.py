@@ -121,7 +121,7 @@ def _job_of(job: TrainJob, run: MemoryRun) -> TrainJob:
 
 
 def predict(job: TrainJob, run: MemoryRun) -> dict[str, float]:
-    """Return the predicted bytes of ``run`` by part."""
+    """Return the predicted bytes of a rank at the peak of ``run``, by part; ``job`` is the training job of the run."""
     if run.work == "train":
         return predict_memory(job)
     target, numbers = job.target, Numbers(4, 4)
@@ -202,9 +202,10 @@ def cached_tensors(session: Session, layers: int) -> Iterator[AnyShape]:
 
 
 def errors(result: Mapping[str, Any]) -> tuple[float, float]:
-    """Return the relative errors of predicted memory: that of the sum, and the largest one of a part.
+    """Return the error of predicted memory, predicted / measured - 1: of the sum, and of the part with the largest.
 
-    ``result`` has predicted and measured bytes by part.  Parts of at most 1 % of the sum do not count.
+    ``result`` has the bytes by part under "predicted" and "measured".  A part counts only if one of the two is above
+    1 % of the measured sum.  Its error is infinite if its measured size is 0.
     """
     measured, predicted = result["measured"], result["predicted"]
     total = sum(measured.values())
@@ -214,7 +215,7 @@ def errors(result: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def show(results: Sequence[Mapping[str, Any]]) -> None:
-    """Print predicted and measured memory as a table."""
+    """Print a line for each run: measured and predicted sum, the error of the sum, and the largest error of a part."""
     table = Table(box=None)
     for column in ("run", "measured", "predicted", "error", "worst part"):
         table.add_column(column, justify="left" if column == "run" else "right")

@@ -56,7 +56,8 @@ class MillionJob:
 class StrategyTimes:
     """The slowest rank's seconds by round; bytes that this rank sent in a round, and its peak memory.
 
-    ``peak_bytes`` is read after the strategy's warm-up round, before any strategy listed later has run.
+    ``peak_bytes`` is the peak from the start of the process to the end of the strategy's warm-up round.  No strategy
+    listed later has run by then.
     """
 
     strategy: str
@@ -82,7 +83,7 @@ def prepare(config: DictConfig) -> MillionJob:
 
 
 def run_rank(rank: Rank, job: MillionJob) -> list[StrategyTimes]:
-    """Time every strategy on one rank; the first rank's bytes and memory are reported."""
+    """Time every strategy, as one of the ranks; the first rank's bytes and memory are reported."""
     from longctx.attention.backends import kernel_for
     from longctx.infer.cache import KVCache
     from longctx.parallel.ring import Ring

@@ -137,9 +137,10 @@ def relative_squared_error(out: Hidden, exact: Hidden) -> float:
 def blocks_replaced(
     net: PreTrainedModel, change: Callable[[int, Any, Hidden, dict[str, Any], Hidden], Any]
 ) -> Iterator[None]:
-    """Inside the block, replace each layer's output by ``change(number, layer, x, keywords, output)``; None keeps it.
+    """In the ``with`` block, replace each layer's output by ``change(number, layer, x, keywords, output)``.
 
-    ``x`` is the layer's input, ``keywords`` its other arguments, and ``output`` its unchanged output.
+    ``x`` is the layer's input, ``keywords`` its other arguments, and ``output`` its unchanged output, which stays if
+    ``change`` returns None.  Layers count from 0.
     """
 
     def hook(i: int, layer: Any, args: Any, kwargs: dict[str, Any], out: Hidden) -> Any:
@@ -156,9 +157,12 @@ def blocks_replaced(
 def block_errors(
     net: PreTrainedModel, text: PackedText, ranks: int
 ) -> tuple[list[list[float]], dict[str, list[float]]]:
-    """Return each block's fitted factors, and each estimate's errors by block, if that block alone drops its reduction.
+    """Return the fitted factors by block and rank, and the errors by estimate and block.
 
-    An estimate is what a rank adds to its MLP's input in place of the sum over ranks (`ESTIMATES`).  Factors are those
+    An error is for one block that drops its reduction: the mean over tokens of |out - exact|^2 / |exact|^2 of its
+    output.
+
+    An estimate (`ESTIMATES`) is what a rank adds to its MLP's input in place of N_a(sum of P_r).  The factors are those
     of `Sums.fit`.
     """
     factors: list[list[float]] = []
@@ -187,10 +191,11 @@ def mean_loss(net: PreTrainedModel, text: PackedText) -> float:
 
 
 def losses_of(net: PreTrainedModel, job: OutputNormsJob, done: Callable[[], None]) -> dict[str, Any]:
-    """Return fitted factors and errors of all blocks, and held-out losses by estimate and share of dropped blocks.
+    """Return ``factors`` and ``errors`` of all blocks, as `block_errors` does, and mean losses of the held-out text.
 
-    An estimate (`ESTIMATES`) is what a rank adds to its MLP's input in place of the sum over ranks.  For each, blocks
-    drop in the order of their errors.  ``done`` is called after each loss.
+    ``unchanged_loss`` is that of the unchanged model; ``losses`` has, by estimate, a loss for each of the shares of
+    dropped blocks.  An estimate (`ESTIMATES`) is what a rank adds to its MLP's input in place of the sum over ranks.
+    Blocks drop in the order of its errors, smallest first.  ``done`` is called after each loss.
     """
     settings = job.settings
     factors, errors = block_errors(net, job.fitted_on, settings.ranks)

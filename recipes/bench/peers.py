@@ -23,9 +23,10 @@ def installed_version(name: str) -> str | None:
 
 
 def zigzag_ring(name: str, ranks: int, rank: int) -> Ring:
-    """Return causal attention of a peer over zigzag shards [b s h d] of all ``ranks`` ranks.
+    """Return a peer's causal ring attention: a function of this rank's zigzag shards q, k and v [b s h d].
 
-    ``name`` is "yunchang" or "ring_flash_attn".
+    ``name`` is "yunchang" or "ring_flash_attn".  This rank is number ``rank`` of ``ranks``.  The call adds modules to
+    sys.modules: a stand-in for flash-attn if that is not installed, and an empty one for ring_flash_attn's adapters.
     """
     _install_stand_in()
     if name == "yunchang":
@@ -83,7 +84,10 @@ def _backward(
 
 
 def try_ring(make: Callable[[], Ring], q: Queries, k: Keys, v: Keys) -> tuple[Ring | None, str]:
-    """Return the ring that ``make`` gives if it runs forward and backward on ``q``, ``k``, ``v``; else the reason."""
+    """Return (ring, "") if the ring that ``make`` returns runs forward and backward on ``q``, ``k`` and ``v``.
+
+    Otherwise return (None, reason); the reason is the error, cut to 120 characters.
+    """
     try:
         ring = make()
         ring(*(x.detach().clone().requires_grad_() for x in (q, k, v))).sum().backward()

@@ -31,9 +31,9 @@ class PhaseCost:
 
 
 def time_phases(runtime: Runtime, engine: Engine, tokens: Sequence[int], new_tokens: int) -> dict[str, PhaseCost]:
-    """Return by phase the cost of the prefill of the prompt ``tokens``, and of each of ``new_tokens`` decoded after it.
+    """Return, by phase, the cost of "prefill" (the whole prompt ``tokens``) and of "decode" (one token).
 
-    The phases are "prefill" and "decode".
+    The prefill also gives the first new token; "decode" is the mean over ``new_tokens`` more.  Every rank calls this.
     """
     from longctx.infer.session import Session
 
@@ -51,7 +51,10 @@ def time_phases(runtime: Runtime, engine: Engine, tokens: Sequence[int], new_tok
 
 
 def measure_phase(runtime: Runtime, work: Callable[[], None], steps: int) -> PhaseCost:
-    """Start ``work`` on all ranks at once; return the cost of one of its ``steps`` equal steps."""
+    """Start ``work`` on all ranks at once, and run it once; every rank calls this.
+
+    Return the cost of ``work`` divided by ``steps``, the number of its equal steps.
+    """
     from longctx.parallel.measure.all_reduce import count_all_reduces
 
     timing.barrier(runtime.world)

@@ -84,7 +84,7 @@ class Efficiency:
 class NullComm:
     """A ring of ``size`` ranks without transfers: `shift` returns at once, with zeros of the expected shapes.
 
-    Its time minus that of one kernel call is the cost of computing in blocks.
+    Attention over it has the cost of computing in blocks, but not that of communication.
     """
 
     rank: int
@@ -93,7 +93,7 @@ class NullComm:
     _received: dict[Shape, AnyShape] = field(default_factory=dict)
 
     def shift(self, *mine: AnyShape, shapes: Sequence[Shape]) -> Pending:
-        """Return zeros of the shapes ``shapes``; the values do not change how long attention takes."""
+        """Return a completed `Pending` of zeros of ``shapes``; the values do not change how long attention takes."""
         return CompletedPending(
             tuple(self._received.setdefault(tuple(s), x.new_zeros(s)) for x, s in zip(mine, shapes, strict=True))
         )
@@ -168,7 +168,11 @@ def attention_works(job: PrefillJob, length: int, runtime: Runtime) -> dict[str,
 
 
 def model_works(job: PrefillJob, length: int, runtime: Runtime) -> dict[str, Work]:
-    """Return functions that prefill with the whole model: on one rank, on the ring, on a ring without transfers."""
+    """Return functions that prefill ``length`` tokens, by name.
+
+    "one" runs on this rank alone, "ring" by pass-KV over the ring, and "silent" like "ring" without transfers.  They
+    run the whole model; with the setting ``layers``, they run only its first layers, with random weights.
+    """
     from longctx.attention.layout import contiguous, zigzag
     from longctx.infer.engine import load_alone
     from longctx.infer.prefill import run_pass
@@ -190,7 +194,8 @@ def model_works(job: PrefillJob, length: int, runtime: Runtime) -> dict[str, Wor
 def build_shallow_engine(runtime: Runtime, target: Target, layers: int, plan: SPDPlan | None = None) -> Engine:
     """Return an engine with the first ``layers`` layers of the model and random weights.
 
-    All layers take the same time, so a few are enough.  ``plan`` has the blocks that drop a reduction.
+    All layers take the same time, so a few are enough.  ``plan`` has the blocks that drop a reduction (None: none).
+    The engine has no weight share, which sharded decoding needs.
     """
     from longctx.attention.backends import kernel_for
     from longctx.infer.engine import Engine
@@ -209,10 +214,10 @@ def build_shallow_engine(runtime: Runtime, target: Target, layers: int, plan: SP
 def time_variants(
     works: Mapping[str, Work], rounds: int, group: Comm, done: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Return the seconds of each of `VARIANTS` by round, on the ranks of ``group``.
+    """Return, for each of `VARIANTS`, the seconds of the slowest rank of ``group`` by round, without the warm-up.
 
     "one" is timed on the first rank alone; "all at once" is the same work on every rank.  ``done`` is called after each
-    measurement.
+    measurement, also in the warm-up round.  Every rank of ``group`` calls this.
     """
 
     def measure(variant: str) -> float:
@@ -251,7 +256,7 @@ def show(figures: list[Efficiency]) -> None:
 
 
 def task(config: DictConfig) -> None:
-    """Run the ranks, then show and write the efficiencies."""
+    """Run the ranks and show the efficiencies; also write them if ``out`` is set."""
     warm_up_ranks(["longctx.infer.engine", "longctx.infer.prefill", "recipes.common.progress"])
     job = prepare(config)
     figures = on_ranks(job.target.mesh, run_rank, job)

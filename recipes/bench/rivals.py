@@ -67,7 +67,7 @@ class RivalSettings:
 
 @dataclass(frozen=True)
 class RivalJob:
-    """The inputs of every rank; ``prompt`` is the longest prompt."""
+    """The inputs of every rank; ``prompt`` is the longest prompt, or empty if prefill is not timed."""
 
     settings: RivalSettings
     target: Target
@@ -76,7 +76,11 @@ class RivalJob:
 
 @dataclass(frozen=True)
 class Rivals:
-    """One model on this rank: sharded over all ranks, alone, and in transformers (None except on the first rank)."""
+    """One model, loaded three times.
+
+    ``sharded`` runs it on all ranks together, ``alone`` all of it on this rank.  ``transformers`` is transformers'
+    model on the first rank, and None on the others.
+    """
 
     sharded: Engine
     alone: Engine
@@ -94,7 +98,7 @@ class WorkTimes:
     def relative_speeds(self) -> dict[str, list[float]]:
         """Return, for each pair (a, b) of variants in `PAIRS`, how many times faster a was than b, by round.
 
-        Pairs with a variant that was not measured are left out.
+        The keys are "a / b".  Pairs with a variant that was not measured are left out.
         """
         return {
             f"{a} / {b}": [y / x for x, y in zip(self.seconds[a], self.seconds[b], strict=True)]
@@ -123,12 +127,15 @@ def prepare(config: DictConfig) -> RivalJob:
 
 
 def decode_settings(settings: RivalSettings) -> DecodeSettings:
-    """Return settings of a decode session with room for the tokens of two variants, which share one rank's session."""
+    """Return the settings of the sessions that decode, with room for the tokens of two variants.
+
+    The variants "one_rank" and "one_rank_one_thread" decode in the same session.
+    """
     return DecodeSettings(cached=settings.cached, tokens=settings.tokens, rounds=2 * settings.rounds + 1)
 
 
 def run_rank(rank: Rank, job: RivalJob) -> list[WorkTimes]:
-    """Time every part on one rank; all ranks return the same seconds."""
+    """Time prefill by length, then decoding by batch, in every variant; all ranks return the same seconds."""
     from longctx.infer.engine import load_alone
 
     settings, target, times = job.settings, job.target, []
@@ -154,7 +161,7 @@ def run_rank(rank: Rank, job: RivalJob) -> list[WorkTimes]:
 
 
 def load_transformers(target: Target) -> Any:
-    """Return the target's model as transformers loads it, with PyTorch's attention."""
+    """Return the target's model, on the CPU, as transformers loads it with PyTorch's attention (sdpa)."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -177,7 +184,11 @@ def prefill_works(job: RivalJob, rivals: Rivals, prompt: Sequence[int]) -> dict[
 
 
 def decode_works(job: RivalJob, rivals: Rivals, batch: int) -> dict[Variant, Work]:
-    """Return, by variant, a function that decodes ``batch`` sequences after random cached keys and values."""
+    """Return, by variant, a function that decodes ``job.settings.tokens`` tokens of each of ``batch`` sequences.
+
+    The sequences begin with random cached keys and values; each call continues them.  On ranks other than the first,
+    the function of transformers does nothing.
+    """
     settings = decode_settings(job.settings)
 
     def by(engine: Engine) -> Work:
@@ -202,7 +213,7 @@ class TransformersDecoder:
         self.last = torch.ones(batch, 1, dtype=torch.long)
 
     def __call__(self) -> None:
-        """Decode the next tokens of all sequences."""
+        """Decode the next ``settings.tokens`` tokens of every sequence; the next call continues after them."""
         for _ in range(self.steps):
             logits = self.net(self.last, past_key_values=self.cache, use_cache=True).logits
             self.last = logits[:, -1:].argmax(-1)
@@ -222,10 +233,11 @@ def by_variant(job: RivalJob, sharded: Work, alone: Work, theirs: Work) -> dict[
 def time_variants(
     runtime: Runtime, threads: int, works: Mapping[Variant, Work], rounds: int, done: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Return the seconds of each of ``works`` by variant and round.
+    """Return the seconds of each of ``works`` by variant and round, without the warm-up; every rank calls this.
 
     ``threads`` is the number of CPU threads of a rank.  The variants "one_rank" and "transformers" run in one process
-    with the threads of all ranks together.  In all other variants, each process has ``threads``.
+    with the threads of all ranks together.  In all other variants, each process has ``threads``.  Only "ranks" runs on
+    all ranks, the others on the first.  ``done`` is called after each measurement, also in the warm-up round.
     """
 
     def measure(variant: Variant) -> float:
@@ -238,7 +250,7 @@ def time_variants(
 
 
 def markdown(times: Sequence[WorkTimes]) -> list[str]:
-    """Return two Markdown tables: median speeds, and relative speeds with the smallest and largest of all rounds."""
+    """Return the lines of two Markdown tables: median speeds; relative speeds as median, smallest and largest."""
     lines = ["| work | variant | seconds | tokens/s |", "|---|---|--:|--:|"]
     for each in times:
         for variant, seconds in each.seconds.items():
@@ -273,7 +285,7 @@ def write(job: RivalJob, times: Sequence[WorkTimes], out: Path) -> None:
 
 
 def task(config: DictConfig) -> None:
-    """Run the ranks, then show and write the speeds."""
+    """Run the ranks and show the speeds; also write them if ``out`` is set."""
     warm_up_ranks(["longctx.infer.engine", "longctx.infer.session", "recipes.common.progress"])
     job = prepare(config)
     times = on_ranks(job.target.mesh, run_rank, job)

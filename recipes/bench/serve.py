@@ -62,7 +62,7 @@ class ServeBenchSettings:
 
 @dataclass(frozen=True)
 class ServeBenchJob:
-    """The inputs of every rank: the settings, and text for the prompts."""
+    """The inputs of every rank; ``text`` has the tokens that the prompts are cut from."""
 
     settings: ServeBenchSettings
     target: Target
@@ -81,7 +81,10 @@ def prepare(config: DictConfig) -> ServeBenchJob:
 
 
 def run_rank(rank: Rank, job: ServeBenchJob) -> list[LoadFigures]:
-    """Run every variant on one rank; rank 0 plays the clients, and its figures are reported."""
+    """Answer the load one request at a time, then by every variant; return the figures of each, in this order.
+
+    Rank 0 plays the clients.  The other ranks follow it, and their figures are empty.
+    """
     from longctx.infer.continuous import ContinuousSession
 
     settings, target = job.settings, job.target
@@ -105,9 +108,10 @@ def add_margins(
     load: Sequence[NewSequence],
     figures: Sequence[LoadFigures],
 ) -> None:
-    """Fill in `LoadFigures.margins`: answer each request that had another answer once more, alone, with logprobs.
+    """Fill in `LoadFigures.margins` of all ``figures`` but the first, which are those of one request at a time.
 
-    All ranks call this.  A margin near 0 means that rounding decides between two tokens.
+    Each request that another variant answered differently is answered once more, alone, with log-probabilities.  All
+    ranks call this; rank 0 alone has figures.  A margin near 0 means that rounding decides between two tokens.
     """
     alone, *others = figures
     numbers = {number for one in others for number in one.other_than(alone)}
@@ -138,7 +142,10 @@ def run_variant(
     load: Sequence[NewSequence],
     done: Callable[[], None],
 ) -> LoadFigures:
-    """Answer ``load`` on all ranks; ``done`` is called after each request."""
+    """Answer the requests of ``load`` as ``variant`` says, and return the figures; all ranks call this.
+
+    Rank 0 plays the clients, and calls ``done`` after each answer.  The other ranks return empty figures.
+    """
     from longctx.hf.config import tokenizer_of
     from longctx.serve.one_rank import OneRank
     from longctx.serve.ranks import follow
@@ -214,7 +221,7 @@ def show(table_rows: Sequence[dict[str, object]], requests: int) -> None:
 
 
 def task(config: DictConfig) -> None:
-    """Run the ranks, then show and write the figures."""
+    """Run the ranks and show the figures; also write them if ``out`` is set."""
     warm_up_ranks(["longctx.infer.engine", "longctx.serve.service", "recipes.common.progress"])
     job = prepare(config)
     figures = on_ranks(job.target.mesh, run_rank, job)

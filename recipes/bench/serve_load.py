@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class LoadFigures:
-    """Figures of one variant: seconds to the last answer; by request, seconds to the first token and the answer.
+    """Figures of one variant: seconds to the last answer; by request, seconds to the first token and answered tokens.
 
-    ``page_bytes`` are the bytes of cached pages on each ring rank at the end.  For each request with another answer
-    than alone, ``margins`` has the difference (nats) between the two most likely tokens where the answers part.
+    ``top`` has the `TokenLogprob.top` of each answered token, () without log-probabilities.  ``page_bytes`` are the
+    bytes of cached pages on each ring rank at the end.  For each request with another answer than alone, ``margins``
+    has the difference (nats) between the two most likely tokens where the answers part.
     """
 
     variant: str
@@ -37,7 +38,7 @@ class LoadFigures:
     margins: dict[int, float] = field(default_factory=dict)
 
     def record(self, event: Token | Failure) -> bool:
-        """Add ``event`` to its request's answer; return True if it is the request's last event."""
+        """Add ``event`` to its request's answer, or to ``failures``; return True if it is the request's last event."""
         from longctx.serve.service import Failure
 
         if isinstance(event, Failure):
@@ -58,7 +59,7 @@ class LoadFigures:
 
 
 def make_load(settings: ServeBenchSettings, text: Sequence[int]) -> list[NewSequence]:
-    """Return the requests: prompts of random lengths, uniform in the logarithm.
+    """Return the requests: prompts of random lengths, uniform in the logarithm, drawn with ``settings.seed``.
 
     The first half of each prompt is a prefix that many share, one of ``settings.prefixes``; the second half is its own.
     The two halves are cut from ``text`` at random places, and wrap around at its end.
@@ -83,9 +84,10 @@ def make_load(settings: ServeBenchSettings, text: Sequence[int]) -> list[NewSequ
 def play_clients(
     service: Service, load: Sequence[NewSequence], clients: int, figures: LoadFigures, done: Callable[[], None]
 ) -> None:
-    """Send the requests of ``load`` in order; each of ``clients`` clients sends its next request after an answer.
+    """Send the requests of ``load`` in order, and run ``service`` until all are answered.
 
-    ``figures`` gets the answers and times; ``done`` is called after each answer.
+    Each of ``clients`` clients sends its next request after the answer to its last one.  ``figures`` gets the answers
+    and times; ``done`` is called after each answer or failure.
     """
     requests, sent = iter(load), dict[int, float]()
 

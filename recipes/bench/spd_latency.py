@@ -93,8 +93,8 @@ class LatencyTimes:
 class LatencyRow:
     """A row of the result: the median `PhaseCost` of a phase in one case, and relative savings against the baseline.
 
-    ``reduce`` is the rival's label, or float32.  ``rounds`` are the seconds by round.  The ``predicted_`` savings
-    follow from bytes and hops.
+    ``reduce`` is the rival's label, or float32.  ``share`` is the share of dropped blocks, rounded to whole blocks.
+    ``rounds`` are the seconds by round.  Savings are fractions; the ``predicted_`` ones follow from bytes and hops.
     """
 
     phase: str
@@ -138,7 +138,10 @@ def prepare(config: DictConfig) -> LatencyJob:
 
 
 def run_rank(rank: Rank, job: LatencyJob) -> LatencyTimes:
-    """Time prefill and decoding in every case on one rank; the first rank's reductions are reported."""
+    """Time prefill and decoding in every case, then measure the links; every rank runs this.
+
+    Calls, bytes and links are those of this rank; the first rank's are reported.
+    """
     from longctx.megatron.reduce import set_reductions
     from longctx.megatron.spd.layer import follow_plan
 
@@ -158,9 +161,9 @@ def run_rank(rank: Rank, job: LatencyJob) -> LatencyTimes:
 
 
 def measure_links(runtime: Runtime, job: LatencyJob) -> Links:
-    """Measure a hop by the shortest all-reduce, and the bandwidth by one of a prefill's size.
+    """Return the links' constants: the hop from an all-reduce of 4 bytes, the bandwidth from one of a prefill's size.
 
-    The bandwidth of emulated links is their nominal rate.
+    The bandwidth of emulated links is their nominal rate.  All tensor-parallel ranks call this.
     """
     from longctx.parallel.measure.all_reduce import time_all_reduce
 
@@ -240,7 +243,10 @@ def show(table_rows: list[LatencyRow]) -> None:
 
 
 def draw(table_rows: list[LatencyRow], job: LatencyJob, links: str, picture: str) -> None:
-    """Draw measured and predicted savings by share of dropped blocks, without rivals, to the file ``picture``."""
+    """Draw measured and predicted savings by share of dropped blocks, without rivals, to the file ``picture``.
+
+    ``links`` is the title's text about the links.
+    """
     series = {}
     for phase in PHASES:
         of_phase = [row for row in table_rows if (row.phase, row.reduce) == (phase, "float32")]

@@ -25,7 +25,7 @@ def placement_losses(blocks: Blocks, text: PackedText, block: int) -> dict[str, 
     A placement (`PLACEMENTS`) is where the block adds attention's output and bias b: before or after the remaining
     reduction.  Source: arXiv 2502.20727, Table 1.  The model has no bias, so the mean of the attention's output serves
     as b: each rank's partial output is centred by its own mean, which makes the equations with a bias (4.1.2) describe
-    the same block.
+    the same block.  Afterwards ``block`` does not drop its reduction; the call switches no other block.
     """
     totals = dict.fromkeys(PLACEMENTS, 0.0)
     for begin in range(0, len(text), BATCH):
@@ -43,9 +43,9 @@ def placement_losses(blocks: Blocks, text: PackedText, block: int) -> dict[str, 
 
 
 def placed_outputs(blocks: Blocks, layer: SPDTransformerLayer, x: Hidden) -> list[Hidden]:
-    """Return the block's output for the input ``x``, for each of `PLACEMENTS` of its attention output and bias.
+    """Return the outputs of the block ``layer`` for its input ``x``: one for each of `PLACEMENTS`, in their order.
 
-    The block, ``layer``, drops its reduction here, and no longer drops it afterwards.  Only the second output differs
+    The block drops its reduction during the call, and does not drop it afterwards.  Only the second output differs
     between ranks.
     """
     # 1. This rank's attention output, the reduced one, and a bias taken from its mean.

@@ -72,7 +72,10 @@ class QualitySettings:
 
 @dataclass(frozen=True)
 class QualityVariant:
-    """A line of the picture: the weights in ``folder``, blocks dropped in ``order``, and the reductions' dtypes."""
+    """A line of the picture: the weights in ``folder``, blocks dropped in ``order``, and the reductions' dtypes.
+
+    ``own_norms`` is that of the `SPDPlan`.
+    """
 
     name: str
     folder: Path
@@ -103,8 +106,8 @@ class TextLosses:
     ``variants[name]`` lists the loss at each share.  ``placement[block]`` maps each of `PLACEMENTS` to the loss with
     only that block dropped.
 
-    ``intervals`` has the `difference_interval` of the loss that each variant adds to the baseline, and None for one
-    sequence.
+    ``intervals[name]`` lists, for each share, the 95 % interval (low, high) of the loss that the variant adds to the
+    baseline, which drops and rounds nothing.  With one sequence, the intervals are None.
     """
 
     variants: dict[str, list[float]]
@@ -135,10 +138,10 @@ def resolve_variants(
 ) -> tuple[QualityVariant, ...]:
     """Return the variants: two without repair, one per rival and one per repaired model.
 
-    Of the two without repair, one drops the least sensitive blocks first, the other the first blocks.  Rivals drop the
-    least sensitive first.
+    The first variant without repair drops the least sensitive blocks first; the second drops blocks in the model's
+    order.  Rivals drop the least sensitive first.
 
-    Raises ValueError for a model that was not adapted from the target at its mesh.tp, or that lacks blocks to drop.
+    Raises ValueError as `saved_plan_of` does for each model, and as `order_from` does for the file of sensitivities.
     """
     layers, tp = target.shape.layers, target.mesh.tp
     order = order_from(Path(settings.sensitivity).expanduser(), layers, tp, target.fingerprint)
@@ -159,13 +162,13 @@ def saved_plan_of(name: str, folder: str, target: Target, share: float) -> Saved
     """Return the plan of an adapted ``folder``.
 
     Raises ValueError, naming ``name``, unless the folder was adapted from the target at its mesh.tp, with enough
-    repaired blocks to drop ``share`` of all.
+    repaired blocks to drop ``share`` of all.  Also raises it if the folder lacks weights or has unknown ones.
     """
     path, tp = Path(folder).expanduser(), target.mesh.tp
     saved = saved_plan(path)
     if saved is None or saved.plan.tp != tp or not same_model(saved.source, target.fingerprint):
         raise ValueError(
-            f"{name} was not made from {target.model.name} for mesh.tp={tp}: make it with recipes.spd_adapt"
+            f"{name} is not a folder of recipes.spd_adapt for {target.model.name} and mesh.tp={tp}: make one with it"
         )
     if missing := set(within(saved.order, share)) - set(saved.adapted):
         raise ValueError(f"{name} lacks a repair of block {min(missing)}: adapt it with a larger spd.budget")
@@ -176,7 +179,7 @@ def saved_plan_of(name: str, folder: str, target: Target, share: float) -> Saved
 def read_texts(texts: tuple[NamedText, ...], target: Target, settings: QualitySettings) -> dict[str, PackedText]:
     """Return the packed sequences of each text, by its label.
 
-    Raises ValueError as `text_of` does, and unless each text has its own label, which is part of a file's name.
+    Raises ValueError as `text_of` and `refuse_same_labels` do.
     """
     refuse_same_labels([text.label for text in texts])
     data = {text.label: DataSettings((text,), settings.length, batch=1, epochs=1, end_token=False) for text in texts}
@@ -233,9 +236,10 @@ def run_rank(rank: Rank, job: QualityJob) -> dict[str, TextLosses]:
 
 
 def compute_recovery(losses: TextLosses, variant: str) -> list[float | None]:
-    """Return, for each share of dropped blocks, how much of the added log perplexity ``variant`` recovers.
+    """Return, for each share of dropped blocks, the part of zero-shot's added log perplexity that ``variant`` avoids.
 
-    1 means all that dropped reductions add without repair (zero-shot).  The result is None where they add nothing.
+    1 means that ``variant`` equals the model without dropped blocks, 0 that it equals the zero-shot model.  The result
+    is None where dropping without repair adds nothing.
     """
     zero_shot = losses.variants[RANKED]
     base = zero_shot[0]
@@ -248,7 +252,7 @@ def compute_recovery(losses: TextLosses, variant: str) -> list[float | None]:
 def show(losses: dict[str, TextLosses], shares: tuple[float, ...]) -> None:
     """Print, for each text, the perplexities by share, with intervals of what is added.
 
-    Below them are the perplexities with one dropped block, by placement of its neurons.
+    Below them are the perplexities with one dropped block, by name of placement (`TextLosses.placement`).
     """
     for label, of_text in losses.items():
         table = Table(f"{label}: blocks dropped", *(f"{share:.0%}" for share in shares), box=None)
@@ -270,7 +274,7 @@ def interval_in_words(added: tuple[float, float] | None) -> str:
 
 
 def draw(losses: dict[str, TextLosses], job: QualityJob) -> None:
-    """Draw perplexity against the share of dropped blocks, one picture per text."""
+    """Draw perplexity against the share of dropped blocks, one picture LABEL.svg per text, in the folder ``out``."""
     target, settings = job.target, job.settings
     for label, of_text in losses.items():
         draw_lines(

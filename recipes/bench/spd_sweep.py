@@ -55,7 +55,8 @@ class SweepTimes:
     """Seconds of both ways of measuring sensitivities, and the largest difference between their scores.
 
     The first way keeps each block's input (``kept_s``); the second runs the whole model for each block
-    (``plain_s``).  The difference is relative to the second way's score if that exceeds 1, and absolute otherwise.
+    (``plain_s``).  A difference is relative to the second way's score if that is above 1 in magnitude, otherwise
+    absolute.
     """
 
     kept_s: float

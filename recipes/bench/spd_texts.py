@@ -65,7 +65,7 @@ class TextsJob:
 
 @dataclass(frozen=True)
 class Increase:
-    """Perplexities, and the relative increase from ``original`` to ``repaired`` with its 95 % interval.
+    """Perplexities, and the relative increase from ``original`` to ``repaired`` (0.1: 10 %) with its 95 % interval.
 
     The interval is Student's over sequences; one sequence has none.
     """
@@ -81,7 +81,8 @@ class Increase:
 class TextFigures:
     """Figures of a share of dropped blocks on one text.
 
-    ``perplexities`` by name: of the first tokens, of all, of the sequence that loses most (without an interval).
+    ``perplexities`` has the keys "first 8" and "first 64" (tokens, if sequences are longer), "all" and "worst
+    sequence".  The last one is of the sequence that loses most, without an interval.
     ``norm`` compares the first token's largest norm with the original model's: the smallest ratio of all sequences.
     ``copied`` and ``copied_original`` are the shares of random tokens that are predicted when they are repeated.
     """
@@ -106,7 +107,10 @@ def prepare(config: DictConfig) -> TextsJob:
 
 
 def read_text(source: ReportedText, target: Target, settings: TextsSettings) -> PackedText:
-    """Return the sequences of the text ``source``: packed (`text_of`), or the beginnings of its documents."""
+    """Return the sequences of the text ``source``: packed (`text_of`), or the beginnings of its documents.
+
+    Raises ValueError as `text_of` and `beginnings_of` do.
+    """
     data = DataSettings((source,), settings.length, batch=1, epochs=1, end_token=False)
     if not source.from_start:
         return text_of(data, target, settings.sequences, length_setting="length")
@@ -114,8 +118,9 @@ def read_text(source: ReportedText, target: Target, settings: TextsSettings) -> 
 
 
 def beginnings_of(data: DataSettings, target: Target, sequences: int) -> PackedText:
-    """Return the first data.length + 1 tokens of each of the first ``sequences`` documents; padding is not counted.
+    """Return the first data.length tokens and targets of each of the first ``sequences`` documents.
 
+    Only the first source of ``data`` is read.  Shorter documents are padded; the padding does not count in the loss.
     Raises ValueError if there are fewer documents, or if one has a single token.
     """
     from longctx.data.documents import documents

@@ -60,7 +60,9 @@ class TimedRun:
                 f"cached={'1024' if self.work == 'decode' else '0'}"
             )
         if self.work != "prefill" and self.new:
-            raise ValueError(f"work={self.work} has no new={self.new}: use work=prefill, or leave new out")
+            raise ValueError(
+                f"new={self.new} is the length of a prefill, not of {self.work}: use work=prefill, or leave new out"
+            )
         if (self.drop or self.reduce != "float32") and (self.tp == 1 or self.work != "prefill"):
             raise ValueError(
                 f"drop={self.drop} reduce={self.reduce} need a prefill with tp: use work=prefill and tp=2 or more"
@@ -75,7 +77,7 @@ class TimedRun:
 
     @property
     def network(self) -> tuple[int, str | None, float]:
-        """Number of ranks, and the rate and latency of the links between emulated hosts."""
+        """Number of ranks, rate of the links between emulated hosts (None: no such hosts), latency in microseconds."""
         return self.mesh.ranks, self.rate, self.latency_us
 
     def __str__(self) -> str:
@@ -94,7 +96,10 @@ def dropped_share(job: TrainJob, run: TimedRun) -> float:
 
 
 def measure_all(rank: Rank, jobs: Sequence[TrainJob], runs: Sequence[TimedRun], rounds: int) -> list[list[float]]:
-    """Return, for each of ``runs``, the seconds of every round (`measure`), on ranks that a launcher started."""
+    """Measure ``runs`` in turn, and return the seconds of every round for each of them; every rank calls this.
+
+    ``jobs[i]`` is the training job of ``runs[i]``, as in `measure`.
+    """
     return [measure(rank, job, run, rounds) for job, run in zip(jobs, runs, strict=True)]
 
 
@@ -127,7 +132,7 @@ def engine_of(runtime: Runtime, job: TrainJob, run: TimedRun) -> Engine:
 
 
 def train_step_of(runtime: Runtime, job: TrainJob) -> Callable[[], object]:
-    """Return a function that takes a training step on the first batch."""
+    """Return a function that takes a training step, in every call on the first batch."""
     from longctx.attention.backends import kernel_for
     from longctx.data.batches import training_batches
     from longctx.hf.config import tokenizer_of
@@ -141,7 +146,10 @@ def train_step_of(runtime: Runtime, job: TrainJob) -> Callable[[], object]:
 
 
 def prefill_of(engine: Engine, job: TrainJob, run: TimedRun) -> Callable[[], object]:
-    """Return a function that prefills ``data.length`` tokens after ``run.cached`` random keys and values."""
+    """Return a function that prefills ``data.length`` tokens after ``run.cached`` random keys and values.
+
+    Each call ends by removing the new tokens from the cache.
+    """
     import torch
 
     from longctx.attention.layout import zigzag
@@ -163,7 +171,10 @@ def prefill_of(engine: Engine, job: TrainJob, run: TimedRun) -> Callable[[], obj
 
 
 def decode_of(runtime: Runtime, engine: Engine, job: TrainJob, run: TimedRun) -> Callable[[], object]:
-    """Return a function that decodes `STEPS` tokens after ``run.cached`` random keys and values."""
+    """Return a function that decodes `STEPS` tokens after ``run.cached`` random keys and values.
+
+    The decoded tokens stay in the cache, and the next call continues after them.
+    """
     from longctx.config import Sampling
     from longctx.infer.session import Session
     from longctx.infer.turn import Conversation

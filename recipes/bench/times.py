@@ -108,7 +108,10 @@ def refuse_no_hosts(runs: Sequence[TimedRun], without_hosts: Sequence[str]) -> N
 
 
 def _job_of(job: TrainJob, run: TimedRun) -> TrainJob:
-    """Return ``job`` on the mesh of ``run``, with one sequence for each data-parallel rank."""
+    """Return ``job`` with the mesh, strategy and length of ``run``, and one sequence for each data-parallel rank.
+
+    Raises ValueError if the mesh does not fit the model or the length.
+    """
     data = replace(job.data, batch=run.dp, length=run.new or job.data.length)
     refuse_unfit(run.mesh, job.target.shape)
     refuse_unsplit(run.mesh, job.target.shape, data)
@@ -134,7 +137,10 @@ def predict(machine: Machine, job: TrainJob, run: TimedRun) -> Mapping[str, floa
 
 
 def task(config: DictConfig) -> None:
-    """Measure every run on its mesh and network; show and write the seconds with the prediction."""
+    """Measure every run on its mesh and network; show and write the seconds with the prediction.
+
+    With ``record``, also write the errors of the predictions to the hardware file.
+    """
     warm_up_ranks([*WARM, "recipes.common.train_loop", "longctx.infer.session", "longctx.train.step"])
     job, results = prepare(config), list[dict[str, Any]]()
     pairs = zip(job.runs, job.jobs, strict=True)
@@ -169,7 +175,7 @@ def measure_on_hosts(runs: Sequence[TimedRun], jobs: Sequence[TrainJob], rounds:
 
 
 def result_of(job: TimesJob, run: TimedRun, one: TrainJob, seconds: Sequence[float]) -> dict[str, Any]:
-    """Return a row of the result: what ran, and its measured and predicted seconds.
+    """Return a row of the result: what ran, its "measured" seconds by round and its "predicted" seconds by part.
 
     ``one`` is the training job of ``run``, and ``seconds`` has the measured seconds by round.
     """
@@ -189,7 +195,7 @@ def accuracies(job: TimesJob, results: Sequence[Row]) -> dict[str, Accuracy]:
     """Return the accuracy of predictions for each kind of work with at least `ENOUGH` runs.
 
     ``results`` are in the order of the job's runs.  Runs with emulated links, dropped or rounded reductions do not
-    count: emulated links are not those of the machine, and a plan with such reductions shows no error.
+    count.  Emulated links are not those of the machine; recipes.plan states no error for dropped reductions.
     """
     element = ELEMENT_BYTES[job.jobs[0].target.model.dtype]
     plain = [
@@ -208,7 +214,11 @@ def accuracies(job: TimesJob, results: Sequence[Row]) -> dict[str, Accuracy]:
 
 
 def report(job: TimesJob, results: Sequence[Row]) -> None:
-    """Show ``results``, add them to those of other groups in the file ``json``, write the page and the picture."""
+    """Show ``results``; write the files ``json``, ``markdown`` and ``picture`` that the settings name.
+
+    In the file ``json``, ``results`` replace earlier ones of their groups.  The page and the picture then show all
+    groups of this file.
+    """
     settings, one = job.settings, job.jobs[0]
     metadata = {"model": one.target.model.name, "length": one.data.length, "loss_rows": one.settings.loss_rows}
     metadata |= {"hardware": settings.hardware, "rounds": settings.rounds, **provenance()}

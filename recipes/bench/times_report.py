@@ -52,7 +52,7 @@ def choices(results: Sequence[Row]) -> Iterator[tuple[Row, Row, float]]:
 
 
 def expected_error(results: Sequence[Row], group: str) -> float | None:
-    """Return the absolute relative error that a share `COVERED` of the runs outside ``group`` stays below.
+    """Return the absolute relative error that at least a share `COVERED` of the runs outside ``group`` do not exceed.
 
     It is the error to expect in ``group``.  Returns None if no runs are outside.
     """
@@ -61,7 +61,7 @@ def expected_error(results: Sequence[Row], group: str) -> float | None:
 
 
 def covering_error(some: Sequence[float]) -> float:
-    """Return the absolute error that a share `COVERED` of ``some`` relative errors stays below."""
+    """Return the absolute error that at least a share `COVERED` of ``some`` relative errors do not exceed."""
     sizes = sorted(map(abs, some))
     return sizes[min(len(sizes) - 1, int(COVERED * len(sizes)))]
 
@@ -84,7 +84,7 @@ def summary(results: Sequence[Row]) -> Iterator[tuple[str, int, float, float, st
     """Yield (name, runs, mean absolute error, mean error, choices) for each group of runs, and for all.
 
     ``choices`` says in words for how many sets of alternatives the strategy predicted fastest took at most 3 % longer
-    than the fastest one, and how much longer in the worst case.
+    than the fastest one.  It also says how much longer in the worst case.  It is empty without alternatives.
     """
     for name, some in {**by_group(results), "all": list(results)}.items():
         costs = [cost for *_, cost in choices(some)]
@@ -106,7 +106,7 @@ def show(results: Sequence[Row]) -> None:
 
 
 def page_of(results: Sequence[Row]) -> Iterator[str]:
-    """Yield the lines of a page: a summary by group, then a table of each group's runs."""
+    """Yield the lines of a Markdown page: a summary by group, then a table of each group's runs."""
     yield "| group | runs | mean absolute error | mean error | choices within 3 % of the best |"
     yield "|---|--:|--:|--:|---|"
     for name, count, size, bias, near in summary(results):
@@ -138,7 +138,8 @@ def draw_times(out: str, results: Sequence[Row]) -> None:
 def merge(file: str, results: Sequence[Row], groups: Mapping[str, Any]) -> tuple[list[Row], dict[str, Any]]:
     """Return the results of ``file`` with those of ``groups`` replaced by ``results``, and the metadata of all groups.
 
-    A file that does not exist counts as empty.  Raises ValueError for runs without groups, as older versions wrote.
+    ``groups`` has the metadata of the new results by group.  Nothing is written; a file that does not exist counts as
+    empty.  Raises ValueError for runs without groups, as older versions wrote.
     """
     before: dict[str, Any] = {"runs": [], "groups": {}}
     if Path(file).is_file():

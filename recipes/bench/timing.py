@@ -29,9 +29,10 @@ Figure = TypeVar("Figure")
 
 
 def refuse_set_by_runs(job: TrainJob, recipe: str, more: Mapping[str, object] | None = None) -> None:
-    """Raise ValueError for a setting of ``job`` of which each of the benchmark's ``runs`` has its own value.
+    """Raise ValueError, naming ``recipe``, if ``job`` sets what each of the benchmark's ``runs`` sets itself.
 
-    These are the mesh, the batch and the strategy, and ``more`` settings, which must be false or "none".
+    These are the mesh, the batch and the strategy.  ``more`` has the values of other such settings by name, each of
+    which must be None, False or "none".
     """
     refuse_unused(job.target.mesh, recipe, tuple(vars(Mesh())))
     strategy = job.target.context.strategy
@@ -112,7 +113,11 @@ def time_on_ranks(group: Comm, work: Callable[[], object], *, only_first: bool =
 def append_random_rows(
     cache: KVCache, layout: Layout, *, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
-    """Append the tokens of ``layout`` to ``cache``, with random keys and values in each of ``layers`` layers."""
+    """Extend ``cache`` by the positions of ``layout``, with random keys and values in each of ``layers`` layers.
+
+    ``layout`` counts the new positions from 0 and spans the ring; this rank appends its own rows of it.  ``kv_heads``
+    is the number of this rank's heads.
+    """
     before = cache.rows
     cache.extend(layout.after(cache.layout))
     shape = (1, cache.rows - before, kv_heads, head_dim)
@@ -121,7 +126,10 @@ def append_random_rows(
 
 
 def make_random_cache(engine: Engine, tokens: int, reserve: int) -> KVCache:
-    """Return a cache of random keys and values of ``tokens`` positions, sharded zigzag; ``reserve`` is its capacity."""
+    """Return a cache of random keys and values of ``tokens`` positions, sharded zigzag over the ring.
+
+    It has room for ``reserve`` positions on all ring ranks together.
+    """
     cache, shape = engine.cache(reserve), engine.shape
     append_random_rows(
         cache,

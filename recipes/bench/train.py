@@ -57,7 +57,7 @@ class TrainBenchJob:
 class StepTimes:
     """Seconds of this rank's training steps, and activation bytes of a micro-batch on the rank that has the most.
 
-    ``compared`` has the seconds of steps with other values of ``loss_rows``, by value.
+    ``compared`` has the seconds of steps with other values of ``loss_rows``, by value ("all" for None).
     """
 
     seconds: list[float]
@@ -115,7 +115,11 @@ def prepare(config: DictConfig) -> TrainBenchJob:
 
 
 def resolve_meshes(config: DictConfig, job: TrainJob) -> tuple[Mesh, ...]:
-    """Return one rank and the setting ``meshes``.  Raises ValueError for a mesh that does not fit the model."""
+    """Return the mesh of one rank, then those of the setting ``meshes``.
+
+    Raises ValueError if the section ``mesh`` is set.  Also raises it for a mesh that uses dp, pp or ep, or that does
+    not fit the model.
+    """
     refuse_unused(job.target.mesh, RECIPE, tuple(vars(Mesh())))  # `meshes` is the setting to use
     meshes = sections(config, "meshes", Mesh)
     for mesh in meshes:
@@ -150,7 +154,7 @@ def refuse_unmeasured(job: TrainJob) -> None:
 
 
 def time_steps(rank: Rank, job: TrainJob, settings: TrainBenchSettings) -> StepTimes:
-    """Time ``rounds`` training steps on ``job``'s mesh, after a warm-up step whose activation bytes are counted.
+    """Time ``settings.rounds`` steps on ``job``'s mesh, after a warm-up step whose activation bytes are counted.
 
     Steps with ``compared_loss_rows`` take turns with those of the job.  Every rank calls this; it returns this rank's
     seconds, and the bytes of the rank that has the most.
@@ -254,7 +258,7 @@ def show(tokens: int, steps: list[tuple[str, StepTimes]], attention: AttentionTi
 
 
 def task(config: DictConfig) -> None:
-    """Time steps on every mesh and attention on two ranks; show and write the first rank's times."""
+    """Time steps on every mesh, and attention on two ranks; show the times, and write them if ``json`` is set."""
     warm_up_ranks([*WARM, "recipes.common.train_loop"])
     job = prepare(config)
     settings, training = job.settings, job.training

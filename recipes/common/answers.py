@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class Answer(TypedDict, total=False):
     """An answer as written to ``out``: its text and token ids, and the prompt's length and token ids.
 
-    If ``sampling.logprobs`` is set, ``logprobs`` has the log-probabilities of the answer's tokens.
+    Only ``text`` ends before a stop text; ``token_ids`` has all tokens.  If ``sampling.logprobs`` is set, ``logprobs``
+    has the log-probabilities of the answer's tokens.
     """
 
     text: str
@@ -33,9 +34,10 @@ def decode_answers(
     logprobs: Sequence[Sequence[TokenLogprob]] | None,
     stop: Sequence[str],
 ) -> list[Answer]:
-    """Return the answer to each prompt, decoded from its ``token_ids``; an answer ends before the first ``stop`` text.
+    """Return the answer to each prompt, decoded from its ``token_ids``; its text ends before the first ``stop`` text.
 
-    ``logprobs`` has the log-probabilities of each answer's tokens (None: not asked for).
+    ``token_ids`` and ``logprobs`` have an entry for each prompt.  ``logprobs`` has the log-probabilities of its
+    answer's tokens (None: not asked for).
     """
     from longctx.infer.answer import cut_at_stop
 

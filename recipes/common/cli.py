@@ -47,7 +47,7 @@ _SHORTAGES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE,
 def plain_console(*, stderr: bool, width: int) -> Console:
     """Return a console that prints text unchanged: brackets are not markup, and ``:train:`` is not an emoji.
 
-    A file gets ``width`` columns, so that tables are not cut.
+    If its stream is not a terminal, it is ``width`` columns wide, so that tables are not cut.
     """
     is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
     columns = None if is_terminal else width
@@ -60,7 +60,8 @@ console = plain_console(stderr=True, width=140)
 def main(config_name: str, task: Callable[[DictConfig], None]) -> None:
     """Compose ``configs/<config_name>.yaml`` with the command line's overrides, and run ``task`` on it.
 
-    With --help, print the help text instead.
+    With --help, print the help text instead.  A sweep (--multirun) runs ``task`` once for each combination of values.
+    An error of the user or of a rank ends the process with an exit code (see `exit_on_error`).
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a request to stop, which the ranks handle (longctx.train.stop)
     signal.signal(signal.SIGTERM, _exit_on_sigterm)
@@ -83,7 +84,10 @@ def _run(task: Callable[[DictConfig], None], config: DictConfig, words: Sequence
 
 
 def _remove_empty_sweep() -> None:
-    """Remove the folder that Hydra has made for its records of a sweep (--multirun) whose first run is refused."""
+    """Remove the folder that Hydra has made for its records of a sweep (--multirun) whose first run is refused.
+
+    Also removes parents that are then empty.  Does nothing for a single run, or if the folder has anything else.
+    """
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.sweep.dir)
     if hydra_config.mode != RunMode.MULTIRUN or {path.name for path in folder.rglob("*")} != {"multirun.yaml", "0"}:
@@ -116,7 +120,10 @@ def _checked(config: DictConfig, words: Sequence[str]) -> DictConfig:
 
 
 def _exit_on_sigterm(*_: object) -> None:
-    """Exit as after Ctrl-C: end the ranks and remove temporary folders.  A rank of a launcher ends at once."""
+    """Exit with code 143; as after Ctrl-C, ranks end and temporary folders are removed.
+
+    A rank of a launcher ends at once instead, by SIGTERM.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_DFL if current_rank() else signal.SIG_IGN)
     if current_rank():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -124,7 +131,10 @@ def _exit_on_sigterm(*_: object) -> None:
 
 
 def _check_overrides(config_name: str, words: Sequence[str]) -> list[str]:
-    """Return ``words`` in Hydra's grammar.  Raises ValueError, in one line, for an error that Hydra reports in many."""
+    """Return ``words`` in Hydra's grammar.  Raises ValueError, in one line, for an error that Hydra reports in many.
+
+    With an option such as --multirun, the configuration is not composed here: Hydra itself reports what does not fit.
+    """
     current_rank()  # raises for a launcher's environment that is incomplete
     options = [word.partition("=")[0] for word in words if word.startswith("-")]
     if unknown := [option for option in options if option not in _OPTIONS]:
@@ -141,7 +151,10 @@ def is_multirun(words: Sequence[str]) -> bool:
 
 
 def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """Return the configuration of a recipe with ``overrides``.  Raises ValueError, in one line, if they do not fit."""
+    """Return the configuration of a recipe with ``overrides``, words in Hydra's grammar (see `as_overrides`).
+
+    Raises ValueError, in one line, if they do not fit.
+    """
     try:
         # A running recipe has initialized Hydra already.
         initialized = GlobalHydra.instance().is_initialized()
@@ -178,7 +191,11 @@ def _with_numbered_out(config: DictConfig, words: Sequence[str]) -> DictConfig:
 def on_ranks(mesh: Mesh, rank_main: Callable[[Rank, *Args], Result], *args: *Args) -> Result | None:
     """Run ``rank_main(rank, *args)`` on every rank of ``mesh``; return the first rank's result, None on other ranks.
 
-    Raises ValueError if a launcher started another number of ranks than ``mesh`` has.
+    Under torchrun or srun, each process runs its own rank.  Otherwise all ranks are local processes, which this starts;
+    ``rank_main`` and ``args`` are pickled for them.
+
+    Raises ValueError if a launcher started another number of ranks than ``mesh`` has, and `RankFailed` if a local rank
+    fails.
     """
     result = on_every_rank(mesh, rank_main, *args)
     return result if is_first() else None
@@ -187,7 +204,8 @@ def on_ranks(mesh: Mesh, rank_main: Callable[[Rank, *Args], Result], *args: *Arg
 def on_every_rank(mesh: Mesh, rank_main: Callable[[Rank, *Args], Result], *args: *Args) -> Result:
     """Run ``rank_main(rank, *args)`` on every rank of ``mesh``, as `on_ranks` does, and return a result.
 
-    Under torchrun or srun, every process returns the result of its own rank; otherwise it is the first rank's.
+    Under torchrun or srun, every process returns the result of its own rank; otherwise it is the first rank's.  Under a
+    launcher, a ValueError of ``rank_main`` becomes a RuntimeError, since the settings were accepted before.
     """
     rank = current_rank()
     if rank is None:
@@ -197,7 +215,7 @@ def on_every_rank(mesh: Mesh, rank_main: Callable[[Rank, *Args], Result], *args:
         return rank_main(rank, *args)
     except ValueError as error:
         # The command line was accepted, so this is a failure: give the launcher the traceback.
-        raise RuntimeError(f"rank {rank.rank} of {rank.world_size} failed") from error
+        raise RuntimeError(f"rank {rank.rank} of {rank.world_size} failed: {error}") from error
     except OSError as error:
         reason = f"raised {type(error).__name__}: {error}"
         raise RankFailed(rank.rank, rank.world_size, reason, "") from error
@@ -214,7 +232,7 @@ def refuse_other_world(mesh: Mesh, owner: str = "the mesh") -> None:
 
 
 def leave_stopped() -> NoReturn:
-    """Exit as a run that stopped on request (SIGUSR1)."""
+    """Print that the run stopped on request (SIGUSR1), and exit with code 75."""
     say("stopped, as asked: the same command resumes")
     sys.exit(STOPPED)
 
@@ -226,7 +244,10 @@ def is_first() -> bool:
 
 
 def warm_up_ranks(modules: Sequence[str]) -> None:
-    """Import torch here.  If this process will start the ranks, their server imports ``modules`` at the same time."""
+    """Import torch here.  If this process will start the ranks, their server imports ``modules`` at the same time.
+
+    Calls `loaded` at the end.
+    """
     if current_rank() is None:
         warm_up(modules)
     import torch  # noqa: F401  # takes seconds; the server of local ranks imports `modules` at the same time
@@ -235,7 +256,7 @@ def warm_up_ranks(modules: Sequence[str]) -> None:
 
 
 def say(line: str) -> None:
-    """Print ``line`` to the user from the first rank only."""
+    """Print ``line`` on standard error, from the first rank only."""
     if is_first():
         console.print(line)
 
@@ -259,8 +280,13 @@ def write_result(out: str, result: Mapping[str, object]) -> None:
 def exit_on_error(work: Callable[[], Result]) -> Result:
     """Return the result of ``work()``; turn its errors into an exit of this process with one printed line.
 
-    The exit code is 2 for a user's mistake (ValueError, a file that cannot be read), 1 for a failed or lost rank and
-    for a machine that ran out of something, 130 for Ctrl-C.  Other exceptions pass.
+    The exit code is
+
+    * 2 for a user's mistake: ValueError, or a file that cannot be read or written;
+    * 1 for a failed rank (its traceback comes first), a lost rank, and a machine that ran out of something;
+    * 130 for Ctrl-C, and 141 for a closed pipe, for which nothing is printed.
+
+    Other exceptions pass.
     """
     try:
         return work()

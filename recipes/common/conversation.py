@@ -50,7 +50,10 @@ class TurnFigures(TypedDict, total=False):
 
 
 def typed_turns(world: Comm, max_new_tokens: int, device: torch.device) -> Iterator[UserTurn]:
-    """Yield on every rank the turns typed at the first rank, until an empty line or the end of input."""
+    """Yield on every rank the turns typed at the first rank's terminal, until an empty line or the end of input.
+
+    Every rank must iterate.  Each turn gets ``max_new_tokens``.
+    """
     import torch
 
     from longctx.data.turns import UserTurn
@@ -71,7 +74,7 @@ def typed_turns(world: Comm, max_new_tokens: int, device: torch.device) -> Itera
 
 
 def take_turn(session: Session, turn: UserTurn, tokenizer: PreTrainedTokenizerBase, *, shown: bool) -> TurnFigures:
-    """Run one turn and return its figures.
+    """Run one turn and return its figures; with ``shown``, this rank prints progress and the answer.
 
     A turn that fails leaves the session unchanged, and its figures have the ``error``.  An error of the computation is
     raised instead if there are several ranks, because the other ranks wait for the one that failed.

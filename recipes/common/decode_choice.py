@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def make_decode_chooser(runtime: Runtime, target: Target, engine: Engine) -> DecodeChooser | None:
     """Return a function from a batch size to a decode strategy and the reason; None unless ``context.decode=auto``.
 
-    Measures this machine for about a second first, unless only one strategy can run.  All ranks must call it, and all
-    get the same choices.
+    Measures this machine for about a second first, unless only one strategy can run.  All ranks must call
+    `make_decode_chooser`, and their functions make the same choices.
     """
     import torch
 

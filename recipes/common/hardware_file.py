@@ -21,7 +21,7 @@ def read_hardware(name: str) -> Hardware:
 def read_machine(name: str) -> Machine:
     """Return the machine ``name`` of configs/machine, or the machine that the file ``name`` describes.
 
-    Raises ValueError, with the names in configs/machine, if there is neither.
+    Raises ValueError, with the names in configs/machine, if there is neither, and for a file that describes no machine.
     """
     known = choices("machine")
     if name not in known and not Path(name).expanduser().is_file():
@@ -34,7 +34,7 @@ def read_machine(name: str) -> Machine:
 
 
 def read_rates(name: str) -> tuple[float | None, Machine | None]:
-    """Return the peak FLOP/s and the machine of ``hardware=name``; each is None if a file of an old version lacks it.
+    """Return a rank's peak FLOP/s and the machine of ``hardware=name``; each is None if the file lacks its constants.
 
     Raises ValueError for a name that is neither a file nor in configs/machine.
     """
@@ -68,7 +68,7 @@ def refuse_other_threads(hardware: str | None, threads: int | None, mesh: Mesh, 
 
 
 def refuse_other_rates(hardware: str, dtype: str) -> None:
-    """Raise ValueError if ``hardware`` is a name of configs/machine, whose rates are not those of float32 ``dtype``."""
+    """Raise ValueError for ``dtype`` float32 and a name of configs/machine, whose rates are for 16-bit numbers."""
     if hardware in choices("machine") and dtype == "float32":
         raise ValueError(
             f"hardware={hardware} has the rates of 16-bit numbers, and model.dtype=float32 is slower: use "
@@ -79,7 +79,7 @@ def refuse_other_rates(hardware: str, dtype: str) -> None:
 def record_errors(name: str, accuracies: Mapping[str, Accuracy]) -> None:
     """Write ``accuracies``, by kind of work, to the section ``errors`` of the hardware file ``name``.
 
-    Kinds of work that are not in ``accuracies`` keep their values.
+    Kinds of work that are not in ``accuracies`` keep their values.  The file loses its comments.
     """
     values = _values(name)
     assert isinstance(values, dict)

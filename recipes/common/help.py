@@ -96,7 +96,7 @@ def _body(file: Path, indent: str) -> list[str]:
     """Return the lines of a YAML file, indented by ``indent``, without its defaults list and Hydra's section.
 
     The comment at the beginning of a choice's file is left out, since the list of choices shows it.  The comment
-    of a file whose name begins with ``_``, from which choices inherit, is kept.
+    of a file whose name begins with ``_``, from which choices inherit, stays.
     """
     text = re.sub(r"(?m)^defaults:\n(?:  .*\n)+", "", file.read_text())
     text = re.sub(r"(?ms)^hydra:\n.*", "", text)

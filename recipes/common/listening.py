@@ -9,7 +9,7 @@ KEY_VARIABLE = "LONGCTX_API_KEY"
 
 
 def read_key(file: str | None) -> str | None:
-    """Return the API key from ``file``, the setting ``api_key_file``, or from the environment variable `KEY_VARIABLE`.
+    """Return the API key from ``file`` (setting ``api_key_file``), else from the environment variable `KEY_VARIABLE`.
 
     Returns None if neither is given.
 

@@ -16,10 +16,13 @@ _OWN_JOB_S = 120.0  # a requeued Slurm job waits this long for the lock that its
 
 @contextmanager
 def hold(file: Path, setting: str) -> Iterator[None]:
-    """Hold the lock ``file`` until the block ends or the process dies; of a launcher's ranks, only the first holds it.
+    """Hold a lock until the block ends or the process dies; of a launcher's ranks, only the first holds it.
 
-    Raises ValueError, naming host and process, if another process holds it.  ``setting``, such as ``out=DIR``, names
-    the locked file or folder in messages.
+    ``file`` is the lock file: it is made with its folder, and removed at the end.  ``setting``, such as ``out=DIR``,
+    names the locked file or folder in messages.  A file system without locks only gives a warning.
+
+    Raises ValueError, naming host and process, if another run has the lock.  A requeued Slurm job first waits up to two
+    minutes for its former host to release it.
     """
     if not is_first():
         yield
@@ -36,7 +39,10 @@ def hold(file: Path, setting: str) -> Iterator[None]:
 
 
 def lock_beside(place: Path) -> Path:
-    """Return the lock file of ``place``, a file or a folder that is replaced as a whole: ``a/.x.lock`` for ``a/x``."""
+    """Return the path of the lock file of ``place``: ``a/.x.lock`` for ``a/x``.
+
+    ``place`` is a file, or a folder that is replaced as a whole.
+    """
     return place.with_name(f".{place.name}.lock")
 
 
@@ -78,7 +84,7 @@ def _holder(descriptor: int) -> dict[str, str | int | None]:
 
 
 def _is_own_job(holder: dict[str, str | int | None]) -> bool:
-    """Return True if another host held the lock for this Slurm job, which was then requeued."""
+    """Return True if ``holder`` belongs to this Slurm job but to another host, as after the job was requeued."""
     this = _this_process()
     return bool(this["job"]) and holder.get("job") == this["job"] and holder.get("host") != this["host"]
 

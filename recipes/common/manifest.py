@@ -64,7 +64,7 @@ def record(config: DictConfig, recipe: str, weights: Iterable[Path] = (), read: 
     """Lock the ``out`` of a run of ``recipe`` until the block ends, and write the manifest of the run that begins now.
 
     ``weights`` are the folders of the models that the run starts from.  ``read`` are files that it reads although no
-    setting names them.  Without ``out`` nothing is written; of a launcher's ranks, only the first one writes.
+    setting names them.  Without ``out`` this does nothing; of a launcher's ranks, only the first one locks and writes.
 
     Raises ValueError if another process is writing to ``out``, and for a file in the settings that does not exist.
     """
@@ -112,12 +112,12 @@ def _write(file: Path, manifest: Mapping[str, object]) -> None:
 
 
 def manifest_file(out: Path) -> Path:
-    """Return the manifest of a run by its ``out``: a/manifest.json for a, a/x.manifest.json for a/x.json."""
+    """Return the path of a run's manifest by its ``out``: a/manifest.json for a, a/x.manifest.json for a/x.json."""
     return out.with_suffix(f".{MANIFEST}") if is_file_name(str(out)) else out / MANIFEST
 
 
 def lock_of(out: Path) -> Path:
-    """Return the lock of a run by its ``out``: a/.lock for a, a/.x.json.lock for a/x.json."""
+    """Return the path of a run's lock file by its ``out``: a/.lock for a, a/.x.json.lock for a/x.json."""
     return lock_beside(out) if is_file_name(str(out)) else out / ".lock"
 
 
@@ -142,7 +142,7 @@ def refuse_other_recipe(out: str | None, recipe: str) -> None:
 
 
 def manifest_of(run: str) -> Manifest:
-    """Return the manifest of a run, given its folder or its ``out``.  Raises ValueError if there is none."""
+    """Return the manifest of a run, given its folder or its ``out``.  Raises ValueError if there is no valid one."""
     try:
         manifest = _read(Path(run).expanduser())
         if wrong := [name for name, kind in _KINDS.items() if not isinstance(manifest.get(name), kind)]:

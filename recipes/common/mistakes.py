@@ -42,7 +42,7 @@ def _in_quotes(match: re.Match[str]) -> str:
 
 
 def unknown_setting(name: str, known: Iterable[str]) -> str:
-    """Return the message for a setting ``name`` that does not exist, with the nearest of the ``known`` ones."""
+    """Return the message for a setting ``name`` that does not exist, with the nearest ``known`` one if similar."""
     known = list(known)
     if name.partition(".")[0] == "reduce" and not any(each.partition(".")[0] == "reduce" for each in known):
         return (

@@ -38,12 +38,16 @@ EXPERIMENTS = {
 def as_overrides(config_name: str, words: Sequence[str], say: Say, *, sweep: bool = False) -> list[str]:
     """Return ``words`` in Hydra's grammar; in a ``sweep`` a comma in a path separates the values of two runs.
 
+    A word may become several, such as ``model=PATH``, or ``plan=FILE`` (see `expand_plan`).  ``say`` receives a line
+    for each old name.
+
     Raises ValueError for
 
     * a word without a value, and text that needs quotes or is not UTF-8;
     * an unknown model, and an experiment of a different recipe;
     * a configuration file whose name starts with ``_``, which only other files use;
-    * the removal of a setting (``~KEY``), and a comma in a path outside a sweep.
+    * the removal of a setting (``~KEY``) outside model.config and eval.limits;
+    * a comma in a path outside a sweep.
     """
     for word in words:
         if re.search("[\ud800-\udfff]", word):  # a byte that Python could not decode
@@ -144,7 +148,7 @@ def _refuse_nothing(word: str) -> None:
         advice = "delete this word" if word.startswith("~") else "write KEY=VALUE, such as mesh.ring=2"
         raise ValueError(f"{word} is not a setting: {advice}")
     if equals and value in ("", "null") and (CONFIGS / key).is_dir() and word != "experiment=null":
-        raise ValueError(f"{word} gives no value: use one of {', '.join(choices(key))}")
+        raise ValueError(f"{word} chooses nothing: write {key}=NAME, where NAME is one of {', '.join(choices(key))}")
 
 
 def _is_quoted(text: str) -> bool:

@@ -9,7 +9,7 @@ _SUFFIXES = {"picture": (".svg", ".png", ".pdf"), "fitted": (".yaml", ".yml")}  
 
 
 def is_file_name(out: str) -> bool:
-    """Return True if ``out`` names a file that recipes write, False for a run's folder."""
+    """Return True if ``out`` has the suffix of a file that recipes write, such as .json; else it is a run's folder."""
     return Path(out).suffix in (".json", ".jsonl", ".yaml", ".yml", ".svg")
 
 
@@ -22,8 +22,8 @@ def numbered_out(out: str, number: int | str) -> str:
 def refuse_unwritable(out: str | None, name: str = "out", suffixes: Sequence[str] = ()) -> None:
     """Raise ValueError unless a file can be written at ``out``, the setting ``name``; creates nothing.
 
-    The file's name must end in one of ``suffixes``.  The default is .json, or the formats of a picture or YAML file
-    (`_SUFFIXES`).
+    None is accepted.  The file's name must end in one of ``suffixes``.  The default depends on ``name``: the formats of
+    a picture or YAML file (`_SUFFIXES`), else .json.
     """
     if out is None:
         return

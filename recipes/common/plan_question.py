@@ -18,7 +18,11 @@ from recipes.common.spd_report import NO_DROP, AllowedDrop
 
 @dataclass(frozen=True)
 class WorkSettings:
-    """The section ``work`` (configs/work): kind and size of the work; in training also ZeRO-1 and recomputation."""
+    """The section ``work`` (configs/work): kind and size of the work; in training also ZeRO-1 and recomputation.
+
+    ``context`` counts the new tokens of each of ``batch`` sequences; in decoding, the tokens in its cache.  Only a chat
+    has ``cached`` tokens before them, and ``new_tokens`` of an answer after them.
+    """
 
     kind: Literal["prefill", "decode", "chat", "train"] = "prefill"
     context: PositiveInt = 131072
@@ -49,9 +53,9 @@ class WorkSettings:
 class Question:
     """Everything that determines the plans: a model's shape, a machine, the number of GPUs, the work and its limits.
 
-    ``dtype_bytes`` is the size of a weight and of an activation.  ``strategy`` None plans for all strategies, and a
-    limit of None does not restrict.  ``allowed_drop`` is the share of blocks that drop a reduction on meshes with
-    tensor parallelism.
+    ``dtype_bytes`` is the size of a weight and of an activation.  ``strategy`` None plans for all strategies.
+    ``max_ttft_s`` None sets no limit; ``max_memory_gb`` None takes the machine's memory of a GPU as the limit.
+    ``allowed_drop`` is the share of blocks that drop a reduction on meshes with tensor parallelism.
     """
 
     shape: ModelShape
@@ -66,14 +70,14 @@ class Question:
 
     @property
     def strategies(self) -> tuple[str, ...]:
-        """Names of the strategies to plan for: the chosen one, those of ``auto``, or all that the work can use."""
+        """Names of the strategies to plan for: the given one, those that ``auto`` compares, or all of the work's."""
         if self.strategy == "auto":
             return SHARED_ROWS if self.work.kind == "decode" else ("pass_kv", "pass_q")
         return (self.strategy,) if self.strategy else self.work.strategies
 
     @property
     def memory_gb(self) -> float | None:
-        """Memory of a GPU in GB, None without a limit."""
+        """Limit of a GPU's memory in GB: ``max_memory_gb``, else the machine's; None if neither is given."""
         machine = self.machine.memory_bytes
         return self.max_memory_gb or (machine / 1e9 if machine else None)
 

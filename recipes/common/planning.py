@@ -40,8 +40,9 @@ class Plan:
     """A mesh and a strategy, with what they cost.
 
     ``seconds`` is the time to first token (prefill), per token (decode), of a turn with its answer (chat) or of a step
-    (train).  ``decode`` is the strategy of decoding, ``answer`` the cost of a token of the answer.  ``refused`` says
-    why the mesh is not feasible, or None.  ``over_limit`` is True if only a limit of the question refuses it.
+    (train).  ``memory_parts`` has a GPU's bytes by part.  ``decode`` is the strategy of decoding, ``answer`` the cost
+    of a token of the answer; they are None for work without them.  ``refused`` says why the mesh is not feasible, or
+    None.  ``over_limit`` is True if only a limit of the question refuses it.
     """
 
     question: Question
@@ -86,7 +87,10 @@ class Plan:
 
     @property
     def error(self) -> float | None:
-        """Relative error that 80 % of comparable predictions were within (0.1: 10 %); None without comparable runs."""
+        """Relative error that 80 % of comparable predictions were within (0.1: 10 %); None without comparable runs.
+
+        Plans with dropped reductions have no comparable runs.
+        """
         question = self.question
         if question.numbers(self.mesh).spd_share:
             return None
@@ -94,20 +98,23 @@ class Plan:
 
     @property
     def bound(self) -> str:
-        """The part that takes most of the time, in words."""
+        """The part that takes most of the time, and its share, in words."""
         name, seconds = max(self.parts.items(), key=lambda part: part[1])
         return f"{WORDS[name]} ({seconds / self.seconds:.0%} of the time)"
 
     @cached_property
     def tokens_per_s(self) -> float:
-        """New tokens of all sequences per second."""
+        """New tokens of all sequences per second; in a chat, those of answers count too."""
         work = self.question.work
         tokens = {"decode": 1, "chat": work.context + work.new_tokens}.get(work.kind, work.context)
         return work.batch * tokens / self.seconds
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs utilisation with causal halving; None if the machine's peak is not known, and for decode."""
+        """Model FLOPs utilisation with causal halving; None if the machine's peak is not known, and for decode.
+
+        For a chat it is that of the prefill.
+        """
         work, shape = self.question.work, self.question.shape
         if work.kind == "decode":
             return None
@@ -141,7 +148,7 @@ class Plan:
         }
 
     def settings(self) -> dict[str, object]:
-        """Return the plan as settings of a recipe."""
+        """Return the plan as settings of a recipe: values by dotted name, such as ``mesh.tp``."""
         work = self.question.work
         chosen: dict[str, object] = {f"mesh.{axis}": ranks for axis, ranks in vars(self.mesh).items()}
         if self.decode:
@@ -154,7 +161,10 @@ class Plan:
 
 
 def plans_of(question: Question) -> list[Plan]:
-    """Return a plan for each strategy on each mesh of all GPUs: feasible plans first, each group fastest first."""
+    """Return a plan for each strategy on each mesh of all GPUs: feasible plans first, each group fastest first.
+
+    A mesh on which all strategies are equal has a plan for the first one only.
+    """
     strategies = question.strategies
     decodes = question.work.kind == "decode"
     plans = [
@@ -244,7 +254,7 @@ def _refuse_untrainable(mesh: Mesh, question: Question) -> None:
 
 
 def broken_limit(question: Question, plan: Plan) -> str | None:
-    """Return the limit of ``question`` that ``plan`` breaks, or None."""
+    """Return a message on the limit of ``question``, memory or time, that ``plan`` breaks; None if there is none."""
     limit = question.memory_gb
     if limit and plan.memory_gb > limit:
         part, size = max(plan.memory_parts.items(), key=lambda item: item[1])
@@ -256,7 +266,11 @@ def broken_limit(question: Question, plan: Plan) -> str | None:
 
 
 def best_by_strategy(question: Question, lengths: Sequence[int]) -> dict[str, list[float | None]]:
-    """Return the seconds of the best mesh of each strategy at each of ``lengths``; None if no mesh is feasible."""
+    """Return, by strategy, the seconds of the fastest feasible mesh at each of ``lengths`` (values of work.context).
+
+    None: no mesh is feasible, or ``question.strategy`` leaves the strategy out.  A mesh on which all strategies are
+    equal, such as one rank, counts for the first strategy only.
+    """
     seconds_of: dict[str, list[float | None]] = {name: [] for name in question.work.strategies}
     for length in lengths:
         plans = plans_of(replace(question, work=replace(question.work, context=length)))

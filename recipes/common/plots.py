@@ -77,9 +77,10 @@ def draw_bars(
     y: str,
     levels: Sequence[float] = (),
 ) -> None:
-    """Draw one bar per value to the file ``out``, with a colour for each of ``kinds`` and dashed lines at ``levels``.
+    """Draw one bar per value to the file ``out``, with a colour for each kind and dashed lines at ``levels`` of y.
 
-    The y axis is logarithmic, and linear from 0 to the smallest magnitude among ``values``.
+    ``kinds`` has the kind of each value.  The y axis is logarithmic, and linear from 0 to the smallest magnitude among
+    ``values`` that is not 0.
     """
     figure, axes = _new_figure()
     for number, kind in enumerate(sorted(set(kinds))):
@@ -137,8 +138,8 @@ def draw_cells(
 ) -> None:
     """Draw one table of cells per panel to the file ``out``: the darker a cell, the larger its value from 0 to 1.
 
-    ``panels[name][line][column]`` is a value, or None for an empty cell.  ``x``, ``y`` and ``z`` label the columns, the
-    lines and the values.
+    ``panels[name][line][column]`` is a value, or None for an empty cell.  ``columns`` and ``lines`` name each column
+    and each line.  ``x``, ``y`` and ``z`` label the columns, the lines and the values as a whole.
     """
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
@@ -179,8 +180,8 @@ def draw_plan(
 ) -> None:
     """Draw plans to the file ``out``: each strategy's seconds over ``lengths``, and a GPU's memory by mesh and part.
 
-    ``memory`` is in bytes.  A length without a value (None) has no point.  A dashed line shows ``limit``, the memory of
-    a GPU in GB.
+    ``memory[mesh][part]`` is in bytes.  A length without a value (None) has no point.  A dashed line shows ``limit``,
+    the memory of a GPU in GB (None: no line).
     """
     figure, axes = _new_figure(width=11)
     grid = figure.add_gridspec(1, 2)
@@ -221,7 +222,7 @@ def _bar(number: int) -> dict[str, Any]:
 
 
 def _new_figure(width: float = 7, height: float = 4) -> tuple[Figure, Axes]:
-    """Return an empty figure; the same data gives the same SVG file, byte for byte."""
+    """Return an empty figure, sized in inches, and its axes; the same data gives the same SVG file, byte for byte."""
     import matplotlib as mpl
 
     mpl.use("svg")

@@ -33,10 +33,10 @@ def refuse_unpredicted(target: Target) -> None:
 def predict_turn(
     target: Target, machine: Machine, prompts: Sequence[int], turn: Turn, session: Session
 ) -> dict[str, float | None]:
-    """Return the predicted ``ttft_s`` and ``ttit_s`` for ``prompts``, the lengths of new prompts in tokens.
+    """Return the predicted ``ttft_s`` and ``ttit_s`` of ``turn``, the measured first turn of ``session``.
 
-    ``turn`` is the measured turn of ``session``: its answers' lengths and its decode strategy are used.  ``ttit_s``
-    is None if the turn decoded nothing.
+    ``prompts`` are the lengths in tokens of its prompts, in the order of sequences.  The prediction uses the lengths of
+    its answers and the session's decode strategy.  ``ttit_s`` is None if the turn had no decode step.
     """
     shape, mesh, numbers, strategy = target.shape, target.mesh, _numbers(target), target.context.strategy
     ttft_s = prefill_cost(shape, mesh, machine, prompts, [0] * len(prompts), strategy, numbers).seconds

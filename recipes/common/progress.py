@@ -20,9 +20,10 @@ _EVERY_S = 60.0
 
 
 class Progress:
-    """Progress through phases: ``start`` begins one, each ``step`` advances it.
+    """Context manager that shows progress through phases: ``start`` begins one, each ``step`` advances it.
 
-    A phase of unknown length shows that it is active.  ``shown=False`` prints nothing.
+    It prints to standard error: a bar on a terminal, one line per minute elsewhere.  A phase of unknown length shows
+    that it is active.  ``shown=False`` prints nothing.
     """
 
     def __init__(self, *, shown: bool) -> None:
@@ -48,7 +49,10 @@ class Progress:
         self._phase, self._task = phase, self._bar.add_task(phase, total=total, completed=done)
 
     def step(self, phase: str | None = None, total: int | None = None, note: str = "") -> None:
-        """Advance by one step; start ``phase`` first if it is not the current one.  ``note`` is shown beside it."""
+        """Advance by one step; first start ``phase`` of ``total`` steps if it is not the current one.
+
+        ``note`` is shown beside the phase.
+        """
         if phase and phase != self._phase:
             self.start(phase, total)
         if self._task is not None:
@@ -56,7 +60,7 @@ class Progress:
             self._print_line()
 
     def _print_line(self) -> None:
-        """Print one line of progress, if the last one was printed a minute ago."""
+        """Print one line of progress, at most once a minute and only if standard error is not a terminal."""
         if self._lines is None or self._task is None or time.monotonic() < self._last_line + _EVERY_S:
             return
         self._last_line = time.monotonic()
@@ -66,7 +70,7 @@ class Progress:
         self._lines.print(f"{task.description}: {task.completed:,.0f}{of}{left}")
 
     def stop(self) -> None:
-        """Stop redrawing the bar, so that other text can be printed."""
+        """Stop drawing the bar for good, so that other text can be printed."""
         self._bar.stop()
 
     def __enter__(self) -> "Progress":

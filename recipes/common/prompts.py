@@ -29,6 +29,8 @@ def read_prompts(
 ) -> tuple[Prompt, ...]:
     """Return the prompt that ``source`` describes, or one per line of ``file``, the setting ``prompts``.
 
+    ``max_new_tokens`` is the default for lines of ``file`` that do not set it.
+
     Raises ValueError if both or neither are given, or if a prompt and its answer do not fit the model's ``shape``: more
     tokens than its context, or a token beyond its vocabulary.
     """

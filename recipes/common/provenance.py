@@ -30,7 +30,7 @@ def provenance() -> dict[str, str]:
 
 
 def hardware() -> dict[str, object]:
-    """Return the machine of the run's first rank, and its Slurm job if there is one."""
+    """Return this process's machine, and under "slurm" the variables of its Slurm job (empty outside a job)."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -86,7 +86,10 @@ def commit_of(source: Path) -> str:
 
 
 def diff_of(source: Path) -> str:
-    """Return the uncommitted changes of ``source`` as a patch, followed by the names of untracked files."""
+    """Return the uncommitted changes of ``source`` as a patch, followed by the names of untracked files.
+
+    For a frozen copy, this is the content of its dirty.diff.  For an installed copy, it is empty.
+    """
     if (source / "COMMIT").is_file():
         return (source / "dirty.diff").read_text()
     if not is_checkout(source):

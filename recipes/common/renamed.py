@@ -46,7 +46,10 @@ def rename_override(word: str, say: Say) -> str:
 
 
 def rename_settings(config: DictConfig, say: Say) -> DictConfig:
-    """Replace old names in ``config``, such as those in a user's experiment file, in place; return ``config``."""
+    """Replace old names and values in ``config``, such as a user's experiment file has, in place; return ``config``.
+
+    ``say`` receives a line for each.
+    """
     with open_dict(config):
         for old, new in SETTINGS.items():
             section, _, key = old.rpartition(".")
@@ -86,7 +89,10 @@ def rename_flat(values: Mapping[str, object]) -> dict[str, object]:
 
 
 def rename_item(setting: str, item: Mapping[str, object], say: Say) -> dict[str, object]:
-    """Return ``item`` of the list ``setting`` (``variants``, ``texts``, ``models``) with current names and values."""
+    """Return ``item`` of the list ``setting`` (``variants``, ``texts``, ``models``) with current names and values.
+
+    ``say`` receives a line for each old one.
+    """
     renamed: dict[str, object] = {}
     for key, value in item.items():
         name = ITEMS.get(setting, {}).get(key, key)

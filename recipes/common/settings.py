@@ -41,7 +41,7 @@ def check_sections(config: DictConfig) -> None:
 
 
 def sections(config: DictConfig, name: str, kind: type[Section], say: Say = say) -> tuple[Section, ...]:
-    """Return each item of the list ``name`` as a ``kind``; ``say`` gets a line for each old name.
+    """Return each item of the list ``name`` as a ``kind`` (missing: none); ``say`` gets a line for each old name.
 
     Raises ValueError, with the setting's full name, if ``name`` is not a list of such items.
     """

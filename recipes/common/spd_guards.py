@@ -22,8 +22,8 @@ FILE = "guards.json"
 def measure_guards(adaptation: Adaptation, joint: JointResult) -> list[GuardFigures]:
     """Return the figures of three models on held-out text; every rank must call this.
 
-    They are the original model, the model with the blocks of ``joint`` dropped, and the model with these blocks
-    dropped and repaired.
+    They are, in this order, the original model, the model with the blocks of ``joint`` dropped, and the model with
+    these blocks dropped and repaired.
     """
     from longctx.megatron.spd.guards import measure_guards as measure
 
@@ -47,6 +47,7 @@ def measure_guards(adaptation: Adaptation, joint: JointResult) -> list[GuardFigu
 def judge_guards(job: RepairJob, figures: Sequence[GuardFigures]) -> None:
     """Print the guards of ``figures``, and write them to guards.json in ``job.out``; exit with code 3 if one failed.
 
+    ``figures`` is the result of `measure_guards`; only the first rank calls this.
     With repair.guard=warn a failed guard is only printed.  Empty ``figures`` (repair.guard=off) print and write
     nothing.
     """

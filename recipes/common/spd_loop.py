@@ -35,7 +35,11 @@ ERRORS = ("zero_shot", "grouped", "fitted", "distilled")  # a block's errors, in
 
 @dataclass(frozen=True)
 class BlockRun:
-    """One rank's state in a run that goes through a model block by block; ``stop`` listens for a request to stop."""
+    """One rank's state in a run that goes through a model block by block.
+
+    ``blocks`` runs single blocks of the model.  ``progress`` shows progress on the first rank.  ``stop`` listens for a
+    request to stop.
+    """
 
     runtime: Runtime
     blocks: Blocks
@@ -67,7 +71,10 @@ def load_blocks(rank: Rank, target: Target) -> Iterator[tuple[Runtime, Blocks]]:
 
 @contextmanager
 def start_block_run(rank: Rank, target: Target) -> Iterator[BlockRun]:
-    """Listen for a request to stop, show progress on the first rank, and `load_blocks`."""
+    """Context manager: `load_blocks`, listen for a request to stop, show progress on the first rank; yield the run.
+
+    Every rank must enter it.
+    """
     stop = StopRequest()
     with load_blocks(rank, target) as (runtime, blocks), Progress(shown=rank.rank == 0) as progress:
         yield BlockRun(runtime, blocks, progress, stop)
@@ -81,8 +88,10 @@ class RepairJob:
     ``text`` has repair.sequences + repair.held_out sequences; ``joint_text``, for joint distillation, has joint.steps x
     joint.batch.  ``about`` records what repaired blocks depend on.  Files in ``out``:
 
-        blocks/about.json, blocks/BBB.safetensors          ``about``, and repaired block number BBB (three digits)
-        joint_SHARE/step-*/, joint_SHARE/BBB.safetensors   the same after joint distillation, for spd.budget=SHARE
+        blocks/about.json             ``about``
+        blocks/BBB.safetensors        repaired block number BBB (three digits)
+        joint_SHARE/step-*/           state of joint distillation for spd.budget=SHARE, to resume from
+        joint_SHARE/BBB.safetensors   block BBB after joint distillation, if that helped
     """
 
     target: Target
@@ -123,11 +132,11 @@ class RepairJob:
         return self.out / f"joint_{self.budget:g}"
 
     def block_file(self, block: int) -> Path:
-        """File of a repaired block."""
+        """Path of the file of a repaired block, which may not exist yet."""
         return self.out / "blocks" / f"{block:03d}.safetensors"
 
     def joint_block_file(self, block: int) -> Path:
-        """File of a block after joint distillation."""
+        """Path of the file of a block after joint distillation, written only if that helped."""
         return self.joint_folder / f"{block:03d}.safetensors"
 
 
@@ -136,8 +145,8 @@ class JointResult:
     """Effect of joint distillation: mean KL divergences (nats per token) from the model with nothing dropped.
 
     ``losses`` are those of each step.  ``before`` and ``after`` are measured on held-out text with all blocks of the
-    budget dropped.  ``alone`` has, by block, the divergence with only that block dropped, in the weights that are kept:
-    the distilled ones if they `helped`, otherwise the repaired ones.
+    budget dropped; they are equal without steps.  ``alone`` has, by block, the divergence with only that block dropped.
+    It is measured with the distilled weights if they `helped`, otherwise with the repaired ones.
     """
 
     losses: list[float]
@@ -159,11 +168,12 @@ class Adaptation:
     job: RepairJob
 
     def repair_blocks(self, classes: Mapping[int, BlockClass]) -> bool:
-        """Repair every block of ``classes`` that has no file yet; return False if the run was asked to stop.
+        """Repair every block of ``classes`` that has no `block_file` yet, and write it there.
 
-        With mesh.dp=2, data-parallel rank 0 repairs the 1st, 3rd, 5th, ... of them and rank 1 the others.  The hidden
-        states of the model with nothing dropped (teacher) are computed block by block, up to the last block to repair.
-        With repair.inputs=student, a second set is computed as well, with the repaired blocks dropped.
+        Returns False, on every rank, if the run was asked to stop; then blocks may be missing.  With mesh.dp=2,
+        data-parallel rank 0 repairs the 1st, 3rd, 5th, ... missing block and rank 1 the others.  The hidden states of
+        the model with nothing dropped (teacher) are computed block by block, up to the last block to repair.  With
+        repair.inputs=student, a second set is computed as well, with the repaired blocks dropped.
         """
         run, job, settings = self.run, self.job, self.job.repair
         runtime, blocks = run.runtime, run.blocks
@@ -194,7 +204,7 @@ class Adaptation:
         return not run.agree_to_stop()
 
     def select_blocks(self, blocks: Sequence[int]) -> Sequence[int]:
-        """Return the ``len(blocks)`` repaired blocks that change predictions least when each of them drops alone.
+        """Return the ``len(blocks)`` repaired blocks that change predictions least when dropped alone, the least first.
 
         An earlier run with a larger spd.budget may have repaired more than ``blocks``.  If not, return ``blocks``.
         """
@@ -213,7 +223,8 @@ class Adaptation:
     def distill_jointly(self, blocks: Sequence[int]) -> JointResult | None:
         """Distil repaired ``blocks`` together; write them to their `joint_block_file` if that helped.
 
-        Resumes from the last saved state.  Returns None if the run was asked to stop.
+        Resumes from the last saved state.  Without steps (joint.steps=0), it only measures.  Returns None if the run
+        was asked to stop; the state has been saved then.
         """
         from longctx.megatron.spd.joint import JointDistillation
 
@@ -287,7 +298,7 @@ class Adaptation:
         return layer
 
     def load_repaired(self, block: int, *, joint: bool = False) -> SPDTransformerLayer:
-        """Return the layer in the file of ``block``, or, with ``joint``, in its file after joint distillation."""
+        """Return a layer that drops its reduction, from the `block_file` or, with ``joint``, the `joint_block_file`."""
         blocks, file = self.run.blocks, self.job.joint_block_file(block) if joint else self.job.block_file(block)
         layer: SPDTransformerLayer = blocks.copy_of(block, own_norms=self.job.repair.own_norms)
         blocks.fill(layer, read_block(file)[0])

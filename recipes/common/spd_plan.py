@@ -49,7 +49,7 @@ def refuse_unshared(mesh: Mesh, degree: Mesh, plan: SPDPlan, shape: ModelShape) 
 
     ``degree`` is the tensor-parallel mesh that these ranks act as.
     """
-    from longctx.parallel.validate import refuse_unfit  # here, since it imports torch
+    from longctx.parallel.validate import refuse_unfit, tp_degrees  # here, since it imports torch
 
     refuse_shared_over_tp(mesh)
     if plan.own_norms:
@@ -60,10 +60,11 @@ def refuse_unshared(mesh: Mesh, degree: Mesh, plan: SPDPlan, shape: ModelShape) 
     try:
         refuse_unfit(degree, shape)
     except ValueError as error:
+        fit = " or ".join(str(n) for n in tp_degrees(shape) if n > 1) or "one"
         raise ValueError(
-            f"dropped reductions over {mesh.context} context ranks (context.decode=sharded) need a model that "
-            f"mesh.tp={mesh.context} can shard: {error}; or use spd=none"
-        ) from None
+            f"context.decode=sharded cannot drop reductions over {mesh.context} context ranks, since they cannot share "
+            f"the model's heads and FFN evenly: use {fit} context ranks (mesh.ring, mesh.ulysses), or spd=none"
+        ) from error
 
 
 def refuse_shared_over_tp(mesh: Mesh) -> None:
@@ -88,12 +89,14 @@ def choose_plan(
 ) -> SPDPlan:
     """Return the plan that the settings ``spd`` ask for; ``saved`` is the plan in the model's ``folder``.
 
-    ``cache`` is the folder that remembers the model's fingerprint (None: it is computed).
+    Without blocks to drop, the plan is empty.  ``cache`` is the folder that remembers the model's fingerprint (None: it
+    is computed).
 
     Raises ValueError, with what to set instead, if
 
     * the saved plan has another tensor-parallel degree;
-    * the settings need an order of blocks that is not known;
+    * blocks are to drop with only one tensor-parallel rank;
+    * spd=ranked has no spd.budget, or the settings need an order of blocks that is not known;
     * a listed block does not exist.
     """
     is_saved_plan = spd.drop == "saved" and spd.blocks is None and spd.budget is None

@@ -31,16 +31,16 @@ _RENAMED = {"looked_at": "calibration_sequences"}  # keys of saved records: old 
 
 
 def resolve_spd_target(config: DictConfig, recipe: str, *, writes_folder: bool = True) -> Target:
-    """Return the model to measure or repair, and its tensor-parallel ranks.  Writes nothing but the model cache.
+    """Return the target: the model to measure or repair, and its mesh.  Writes nothing but the model cache.
 
-    ``writes_folder`` says that ``out`` is a folder, not a file.
+    ``writes_folder`` says that ``out`` is a folder.  Without it, ``out`` is a file and is not checked here.
 
     Raises ValueError, with what to set instead, where `resolve_target` does, and for
 
     * ``mesh.tp`` below 2, since one rank has no reduction to drop;
     * Transformer Engine's layers, which need a GPU, and devices other than the CPU, which are not tested;
     * a model that already has a plan of dropped reductions;
-    * an ``out`` that is not a writable folder, or that belongs to another recipe.
+    * with ``writes_folder``, an ``out`` that is not a writable folder, or that belongs to another recipe.
     """
     mesh, model = section(config, "mesh", Mesh), section(config, "model", ModelSource)
     if mesh.tp < 2:
@@ -72,7 +72,9 @@ def calibration_of(
     """
     data, _ = data_of(config)
     if data.epochs not in (None, 1):
-        raise ValueError(f"data.epochs={data.epochs}: each sequence is measured once; leave it out, or give more text")
+        raise ValueError(
+            f"data.epochs={data.epochs}: the text is read once; leave data.epochs out, or add data.sources"
+        )
     data = replace(data, epochs=1)
     return text_of(data, target, sequences, more, length_setting), data
 
@@ -84,8 +86,9 @@ def text_of(
 
     Each sequence has ``data.length`` tokens.  Documents in a sequence attend to each other.
 
-    Raises ValueError if the text has fewer than ``sequences``, if a sequence is longer than the model's context, or
-    if a token is beyond its vocabulary; the message names ``length_setting`` as the setting to change.
+    Raises ValueError if the text has fewer than ``sequences`` or no target that counts, if a sequence is longer than
+    the model's context, or if a token is beyond its vocabulary.  Messages on the length name ``length_setting`` as the
+    setting to change.
     """
     from longctx.data.batches import refuse_nothing_to_learn, training_batches
 
@@ -138,8 +141,8 @@ def changed_keys(before: Mapping[str, object], now: Mapping[str, object]) -> lis
 def read_lines(file: Path, about: Mapping[str, object]) -> list[list[float]]:
     """Return the lists of numbers in the JSON lines ``file``; none if it does not exist.
 
-    Its first line is the record of the run that wrote it: raises ValueError if it differs from ``about``.  A
-    half-written last line is ignored.
+    The first line of the file is the record of the run that wrote it, and is not returned.  Raises ValueError if this
+    record differs from ``about``.  A half-written last line is ignored.
     """
     if not file.is_file():
         return []

@@ -16,9 +16,10 @@ _THRESHOLDS = gc.get_threshold()
 
 
 def announce(module: str) -> None:
-    """Print on the first rank that ``module`` is loading, unless `loaded` is called soon.
+    """Print on the first rank, half a second later, that ``module`` is loading, unless `loaded` is called before.
 
-    Garbage collection is rare until then: while modules are imported, it takes a sixth of the time and finds nothing.
+    Returns at once.  Garbage collection is rare until `loaded`: while modules are imported, it takes a sixth of the
+    time and finds nothing.
     """
     global _timer  # noqa: PLW0603
     gc.set_threshold(50_000)
@@ -34,7 +35,10 @@ def _print(module: str) -> None:
 
 
 def announce_module() -> None:
-    """Announce the module that ``python -m`` is about to run; its package is imported while argv[0] is ``-m``."""
+    """Announce the module that ``python -m`` is about to run.
+
+    Call it while the module's package is imported: only then argv[0] is ``-m``.  At other times it does nothing.
+    """
     if sys.argv[:1] == ["-m"] and "-m" in sys.orig_argv[:-1]:
         announce(sys.orig_argv[sys.orig_argv.index("-m") + 1])
 
@@ -48,7 +52,7 @@ def print_page(text: str) -> None:
 
 
 def leave_closed_pipe() -> NoReturn:
-    """Exit quietly, because the reader of standard output is gone."""
+    """Exit quietly with code 141, because the reader of standard output is gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at the end
     sys.exit(128 + signal.SIGPIPE)
 

@@ -41,10 +41,11 @@ def read_constants(name: str | None, strategy: str) -> Hardware | None:
 def make_strategy_chooser(
     runtime: Runtime, target: Target, engine: Engine, hardware: Hardware | None = None
 ) -> Chooser:
-    """Return a function that chooses the strategy of each pass, and gives the reason.
+    """Return a function (new, cached, window) -> (strategy, reason) that chooses the strategy of each prefill pass.
 
-    If ``context.strategy`` names a strategy, the function returns it.  If it names a rule, the function applies the
-    rule to the constants in ``hardware``; without them, the ranks first measure them.  All ranks must call it.
+    ``new`` and ``cached`` are tokens by sequence, ``window`` is that of the layers.  If ``context.strategy`` names a
+    strategy, the function returns it.  If it names a rule, the function applies the rule to the constants in
+    ``hardware``; without them, the ranks first measure them.  All ranks must call `make_strategy_chooser`.
     """
     import torch
 
@@ -65,7 +66,10 @@ def make_strategy_chooser(
 
 
 def measure_ring(runtime: Runtime, target: Target) -> Hardware:
-    """Measure the ring's links and one rank's kernel, with the heads that a rank holds; every rank must call it."""
+    """Measure the ring's links and one rank's kernel, with the heads that a rank holds.
+
+    Every rank must call this, and all return the same numbers.
+    """
     from longctx.parallel.measure.probe import probe
 
     return probe(*kernel_on_ring(runtime, target))

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 class Target:
     """A model and the mesh it runs on: plain values, checked before any rank starts.
 
-    ``folder`` holds its config.json, tokenizer and weights.  ``plan`` lists blocks that drop a reduction (None: none).
-    ``reduce`` has the dtypes of rounded reductions (None: all are exact).
+    ``folder`` holds its config.json, tokenizer and weights; for training from scratch it may lack weights.  ``plan``
+    lists blocks that drop a reduction (None: none).  ``reduce`` has the dtypes of rounded reductions (None: all are
+    exact).
     """
 
     model: ModelSource
@@ -62,7 +63,10 @@ class Target:
 
     @contextmanager
     def runtime(self, rank: Rank, *, training: bool = False) -> Iterator[Runtime]:
-        """Set up the process groups of the mesh on ``rank`` until the block ends; every rank must enter it."""
+        """Set up the process groups of the mesh on ``rank`` until the block ends, and yield them.
+
+        Every rank must enter it.  ``training`` also lets megatron-core's training code run without CUDA.
+        """
         from longctx.megatron.runtime import open_runtime
 
         with open_runtime(
@@ -76,7 +80,10 @@ class Target:
             yield groups
 
     def load_engine(self, runtime: Runtime, plan: SPDPlan | None = None) -> Engine:
-        """Load the model on the ranks of ``runtime``; its blocks follow ``plan`` (None: the target's plan)."""
+        """Load the model on the ranks of ``runtime``; its blocks follow ``plan`` (None: the target's plan).
+
+        Every rank calls this.
+        """
         from longctx.infer.engine import load_engine
 
         plan = self.plan if plan is None else plan
@@ -139,7 +146,10 @@ def resolve_target(
 
 
 def refuse_decode(context: Context, model: ModelSource, recipe: str, *, by_batch: bool) -> None:
-    """Raise ValueError for a ``context.decode`` that ``recipe`` or the model's layers do not support."""
+    """Raise ValueError for a ``context.decode`` that ``recipe`` or the model's layers do not support.
+
+    ``by_batch`` says whether the recipe supports ``auto``.
+    """
     from longctx.parallel.strategy import STRATEGIES
 
     if context.decode == "auto" and not by_batch:
@@ -178,7 +188,7 @@ def refuse_rounded(reduce: Reduce, mesh: Mesh, model: ModelSource, context: Cont
 
 
 def refuse_damaged(model: ModelSource, folder: Path, shape: ModelShape) -> None:
-    """Raise ValueError unless ``folder`` has all weights of ``model``, which has ``shape``, and no others."""
+    """Raise ValueError unless ``folder`` has all weights that a model of ``shape`` needs, and no others."""
     from longctx.hf.tensors import refuse_other_tensors
 
     saved = saved_plan(folder)
@@ -201,7 +211,7 @@ def say_unapplied(folder: Path, sampling: Sampling) -> None:
 def refuse_unproved(context: Context, mesh: Mesh, shape: ModelShape, recipe: str, *, proves: bool) -> None:
     """Raise ValueError if ``context.check_schedule`` has nothing to prove, or if no proof is implemented.
 
-    ``proves`` says whether ``recipe`` implements one.
+    Call it only if ``context.check_schedule`` is set.  ``proves`` says whether ``recipe`` implements a proof.
     """
     if not proves:
         raise ValueError(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Top-level settings of configs/pretrain.yaml, extend.yaml and finetune.yaml."""
+    """Top-level settings of configs/pretrain.yaml, extend.yaml and finetune.yaml; comments there explain them."""
 
     out: str
     steps: PositiveInt = 100
@@ -65,9 +65,9 @@ class TrainJob:
     """Inputs of every rank: plain values, checked before any rank starts.
 
     ``weights`` is the folder of the initial weights, None to draw them at random; ``target.folder`` has configuration
-    and tokenizer.  ``test`` is the text to evaluate on (None: no evaluation).  ``samples`` show the first sequences as
-    the model sees them: tokens, documents, start of the text.  ``peak_flops`` is the peak rate of a rank, for MFU.
-    ``machine`` is for predictions (None: ``hardware`` is not given, or has no constants for them).
+    and tokenizer.  ``test`` is the text to evaluate on (None: no evaluation).  ``samples`` is the result of
+    `first_sequences`.  ``peak_flops`` is the peak rate of a rank, for MFU.  ``machine`` is for predictions (None:
+    ``hardware`` is not given, or has no constants for them).  ``config`` is saved with metrics and checkpoints.
     """
 
     target: Target
@@ -102,11 +102,11 @@ class TrainJob:
 
 
 def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool, conversations: bool = False) -> TrainJob:
-    """Return the training job that ``config`` asks for; ``from_scratch`` draws the weights.  Writes nothing
-    but the model cache.
+    """Return the checked training job that ``config`` asks for.  Writes nothing but the model cache.
 
-    ``conversations`` says whether the text must be conversations or must be plain text.  Raises ValueError, with what
-    to set instead, if the job cannot be run.
+    With ``from_scratch``, the run draws its weights at random and trains all of them.  ``conversations`` says whether
+    the text must be conversations or must be plain text.  Raises ValueError, with what to set instead, if the job
+    cannot be run.
     """
     from longctx.hf.config import refuse_untrainable, tokenizer_of
 
@@ -194,7 +194,10 @@ def refuse_offload(target: Target, where: str | None, lora: LoRA) -> None:
 
 
 def refuse_offload_folder(where: str | None) -> None:
-    """Raise ValueError if ``where`` is a folder that ranks on this machine cannot offload activations to."""
+    """Raise ValueError if ranks on this machine cannot offload activations to the folder ``where``.
+
+    The folder must be writable and on a disk, not in memory (tmpfs); it need not exist yet.  None and "host" pass.
+    """
     if where is None or where == "host":
         return
     if not hasattr(os, "posix_fadvise"):
@@ -244,9 +247,9 @@ def first_sequences(
 
 
 def data_of(config: DictConfig, *, conversations: bool = False) -> tuple[DataSettings, DataSettings | None]:
-    """Return the training text, and the text to evaluate on, if there is one.
+    """Return the training text, and the text to evaluate on (None without data.test).
 
-    Raises ValueError unless ``data.conversations`` is set if and only if ``conversations`` is true.
+    Raises ValueError if ``data.conversations`` is set and ``conversations`` is false, or the other way round.
     """
     values = {name: value for name, value in as_dict(config.data).items() if name != "test"}
     if conversations != bool(values.get("conversations")):
@@ -264,7 +267,7 @@ def data_of(config: DictConfig, *, conversations: bool = False) -> tuple[DataSet
 def refuse_unsplit(mesh: Mesh, shape: ModelShape, data: DataSettings) -> None:
     """Raise ValueError unless pipeline stages get equal numbers of layers, and sequences fit the model and the mesh.
 
-    With expert parallelism, each stage needs experts.  A router loss allows neither stages nor padded sequences.
+    With expert parallelism, each stage needs experts.  A router loss needs mesh.pp=1 and sequences without padding.
     """
     _refuse_router_loss(mesh, shape, data)
     if shape.layers % mesh.pp:

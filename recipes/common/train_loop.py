@@ -40,8 +40,8 @@ _FINITE = ("loss", "grad_norm", "eval/loss")  # figures that are finite unless t
 class Start:
     """Resume point of a run: its last step, the resume state of its text, and the id of the record of its metrics.
 
-    The record has an entry for each step; entry 0 has samples of the text.  On resume, entries from ``first_record`` on
-    are deleted.
+    ``data`` and ``run_id`` are None in a new run.  The record has an entry for each step; entry 0 has samples of the
+    text.  On resume, entries from ``first_record`` on are deleted.
     """
 
     step: int = 0
@@ -54,7 +54,8 @@ class Start:
 class TrainedStep:
     """One step: its number, its figures, the data's resume state after it, and whether the run ends with it.
 
-    ``memory`` has the bytes by part at the peak of the step, if they were counted.
+    ``figures`` has metrics by name; a value that is not known is None.  ``memory`` has the bytes by part at the peak of
+    the rank with the largest one, None if they were not counted.
     """
 
     step: int
@@ -65,7 +66,11 @@ class TrainedStep:
 
 
 def run_rank(rank: Rank, job: TrainJob) -> RunResult:
-    """Train on one rank, from the last checkpoint on; the caller uses the first rank's result."""
+    """Train on one rank, from the last checkpoint on; every rank runs this, and the caller uses the first's result.
+
+    Saves a checkpoint every ``checkpoint.every`` steps and after the last step.  The first rank records the metrics.
+    Raises FloatingPointError if training diverges.
+    """
     from longctx.megatron.training.checkpoint import Checkpoints
     from longctx.train.step import time_communication
     from longctx.train.stop import StopRequest
@@ -126,9 +131,10 @@ def _reason_to_end(job: TrainJob, step: int, stop: StopRequest) -> str:
 
 
 def refuse_diverged_step(done: TrainedStep, checkpoints: Checkpoints, folder: Path) -> None:
-    """Raise FloatingPointError, on every rank, if the loss or gradient norm of the step ``done`` is NaN or infinite.
+    """Raise FloatingPointError, on every rank, if a loss or the gradient norm of the step ``done`` is NaN or infinite.
 
-    ``folder`` is that of ``checkpoints``; the checkpoints that are being written are completed first.
+    The losses are those of training and of held-out text.  ``folder`` is that of ``checkpoints``; checkpoints that are
+    being written are completed first.  Every rank calls this.
     """
     figures = {name: done.figures.get(name) for name in _FINITE}
     wrong = [f"{name} is {value}" for name, value in figures.items() if value is not None and not math.isfinite(value)]
@@ -144,7 +150,10 @@ def refuse_diverged_step(done: TrainedStep, checkpoints: Checkpoints, folder: Pa
 
 
 def resume(state: TrainState, job: TrainJob, report: Callable[[str], None]) -> Start:
-    """Load the last whole checkpoint into ``state`` and return its resume point; a new run starts at step 0."""
+    """Load the last whole checkpoint into ``state`` and return its resume point; a new run starts at step 0.
+
+    Every rank calls this.  ``report`` receives lines for the user, such as why a checkpoint was skipped.
+    """
     from longctx.megatron.training import checkpoint
 
     folder, passed_over = checkpoint.agreed_on_all_ranks(job.out / "checkpoints")
@@ -165,7 +174,7 @@ def resume(state: TrainState, job: TrainJob, report: Callable[[str], None]) -> S
 
 
 def _with_weights(metadata: Mapping[str, Any]) -> State:
-    """Return the resume state of the text in a checkpoint's ``metadata``, with the weights of the sources in it.
+    """Return the text's resume state in a checkpoint's ``metadata``; add the weights of its sources if it lacks them.
 
     Version 0.1 saved the weights in the settings only.
     """
@@ -179,7 +188,11 @@ def _with_weights(metadata: Mapping[str, Any]) -> State:
 def train_steps(
     state: TrainState, runtime: Runtime, timer: ExposedCommTimer, job: TrainJob, start: Start, stop: StopRequest
 ) -> Iterator[TrainedStep]:
-    """Train, and yield each step.  A request to stop ends the run after the current step, with no more evaluation."""
+    """Train from ``start`` to the last step or the end of the text; yield each step when it is done.
+
+    Every rank iterates.  Held-out text is evaluated every ``evaluate.every`` steps and after the last step.  A request
+    to stop ends the run after the current step, without an evaluation that is not due.
+    """
     from longctx.attention.backends import checked_kernel
     from longctx.data.batches import left_out, refuse_nothing_to_learn, training_batches
     from longctx.hf.config import tokenizer_of
@@ -241,7 +254,7 @@ def _train_one(
 
 
 def mark_last(items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
-    """Yield each of ``items`` with True if it is the last, else False."""
+    """Yield each of ``items`` with True if it is the last, else False; this reads one item ahead."""
     pending: list[Item] = []
     for item in items:
         if pending:
@@ -264,9 +277,10 @@ def _held_out(job: TrainJob, dp_rank: int, dp_size: int) -> list[Batch]:
 def evaluate_held_out(
     state: TrainState, held_out: list[Batch], runtime: Runtime, parallelism: ContextParallel, job: TrainJob
 ) -> dict[str, float | None]:
-    """Return loss (nats a token) and perplexity of held-out text, and its perplexity by position in the document.
+    """Return eval/loss (nats a token), eval/perplexity, and eval/perplexity_to_N by position in the document.
 
-    A range of positions without tokens has None.
+    There are ``job.evaluation.buckets`` equal ranges of positions, and N is the end of one.  A range without tokens has
+    None.  ``held_out`` has this data-parallel rank's batches.  Every rank calls this and gets the same figures.
     """
     from longctx.train.step import evaluate
 

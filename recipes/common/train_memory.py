@@ -12,14 +12,14 @@ from recipes.common.train_job import TrainJob
 
 
 def predict_memory(job: TrainJob) -> dict[str, float]:
-    """Return the predicted bytes of a step by part."""
+    """Return the predicted bytes of a rank at the peak of a training step, by part."""
     target = job.target
     element = ELEMENT_BYTES[target.model.dtype]
     return step_bytes(target.shape, target.mesh, step_work(job), target.context.strategy, Numbers(element, element))
 
 
 def step_work(job: TrainJob) -> StepWork:
-    """Return the work of a training step of ``job``, for the cost model."""
+    """Return the cost model's `StepWork` of ``job``: length, batch, and the settings that save memory."""
     settings = job.settings
     return StepWork(
         job.data.length,

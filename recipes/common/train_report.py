@@ -21,8 +21,9 @@ from recipes.common.train_memory import describe_memory, predict_memory, step_wo
 class Measured:
     """Seconds of each of a run's last 100 steps, and the peak memory of a step in bytes by part (None: not counted).
 
-    ``offloaded`` are the most bytes of activations that the first rank had offloaded at once (None: it offloads none).
-    The first step warms up, and a step whose bytes are counted is slower: their seconds are left out.
+    ``steps`` counts the steps of this start.  ``offloaded`` are the most bytes of activations that the first rank had
+    offloaded at once (None: it offloads none).  The first step warms up, and a step whose bytes are counted is slower:
+    their seconds are left out.
     """
 
     steps: int = 0
@@ -31,7 +32,10 @@ class Measured:
     offloaded: float | None = None
 
     def after(self, step_s: float | None, memory: Mapping[str, int] | None, offloaded: float | None) -> Measured:
-        """Return the figures after one more step, which took ``step_s`` seconds."""
+        """Return the figures after one more step, which took ``step_s`` seconds.
+
+        With ``memory`` None, the last count of bytes stays.
+        """
         figures = replace(self, steps=self.steps + 1, memory=memory or self.memory, offloaded=offloaded)
         if self.steps == 0 or memory or step_s is None:
             return figures
@@ -65,7 +69,8 @@ def predict_step(job: TrainJob) -> float | None:
 def compared(job: TrainJob, measured: Measured) -> list[tuple[str, str]]:
     """Return rows (name, text) of a table: measured time and memory of a step, each with its prediction.
 
-    A figure that was not measured has no row; nor has the time without a prediction.
+    A last row has the offloaded bytes, without a prediction.  A figure that was not measured has no row; nor has the
+    time without a prediction.
     """
     table_rows, predicted = list[tuple[str, str]](), predict_step(job)
     if predicted is not None and measured.seconds:

@@ -26,7 +26,7 @@ BYTES_PER_WEIGHT = 4 + 3 * 4  # the weight; in float32, the optimizer's copy and
 def begin_run(job: TrainJob) -> None:
     """Make the run's folder, and in it ``model``: the target's configuration and tokenizer without weights.
 
-    Only the first rank does.  The folder ``model`` of a start that saved no checkpoint is replaced.
+    Only the first rank does this.  An existing ``model`` is replaced, unless `is_model_kept` says that it must stay.
     """
     from longctx.hf.scratch import write_folder_like
 
@@ -128,7 +128,7 @@ def _as_typed(value: object) -> str:
 
 
 def _lora_settings(config: Mapping[str, Any], job: TrainJob) -> list[tuple[str, Any, Any]]:
-    """Return name, value in a checkpoint's ``config`` and value of ``job`` of each setting of adapters.
+    """Return (name, value in a checkpoint's ``config``, value in ``job``) for each setting of adapters.
 
     Only the rank is listed unless checkpoint and job both have adapters; checkpoints of version 0.1 have none.
     """
@@ -139,7 +139,10 @@ def _lora_settings(config: Mapping[str, Any], job: TrainJob) -> list[tuple[str, 
 
 
 def refuse_other_text(job: TrainJob, place: Path, metadata: Mapping[str, Any]) -> None:
-    """Raise ValueError if a file of text has changed since ``place`` was written; version 0.1 wrote no digests."""
+    """Raise ValueError, on the first rank, if the text has changed since the checkpoint ``place`` was written.
+
+    ``metadata`` is the checkpoint's.  Version 0.1 wrote no digests; then nothing is compared.
+    """
     was: list[list[str]] | None = metadata.get("text")
     if was is None or not is_first() or was == job.text_digests:
         return

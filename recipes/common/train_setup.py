@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def build_state(runtime: Runtime, job: TrainJob) -> TrainState:
-    """Return the model on its ranks, with its initial weights, and its optimizer."""
+    """Return this rank's part of the model with its initial weights, and its optimizer; every rank calls this."""
     import torch
 
     from longctx.megatron.hf_io import load as hf_load

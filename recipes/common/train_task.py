@@ -25,7 +25,10 @@ WARM = [
 
 
 def train(config: DictConfig, recipe: str, prepare: Callable[[DictConfig], TrainJob]) -> None:
-    """Check ``config`` with ``prepare``, train on all ranks, and show the last figures."""
+    """Check ``config`` with ``prepare``, which returns the job; train on all ranks, and show the last figures.
+
+    Locks ``out`` and writes the manifest of ``recipe`` there.  Exits with code 75 if the run was asked to stop.
+    """
     warm_up_ranks([*WARM, "recipes.common.train_loop"])
     job = prepare(config)
     refuse_offload_folder(job.settings.offload)  # here, since a login node may not have the folder

@@ -90,5 +90,5 @@ def test_tensor_parallel_ranks_take_part_in_the_sums_of_hidden_states():
     assert gather_merge_seconds(work, HARDWARE) - gather_merge_seconds(WORK, HARDWARE) == pytest.approx(
         10 * (1e-4 + 3 * 2 * 300 / 1e8)
     )
-    with pytest.raises(ValueError, match="strategy=pass_kv has no formula for shared rows: use gather_merge, sharded"):
+    with pytest.raises(ValueError, match="strategy=pass_kv has no formula here: use gather_merge, sharded"):
         list(exchanges(WORK, "pass_kv"))

@@ -41,13 +41,13 @@ def save(
 ) -> None:
     """Write ``model`` of ``shape`` to ``folder``: safetensors, config.json, and the tokenizer files of ``source``.
 
-    Every rank calls this with its model: the whole model, a pipeline stage, or a model with a share of the experts.
-    Only the first data-parallel replica is written.  ``folder`` appears complete, by a rename, when the first rank
-    returns; before that it does not exist.
+    Every rank calls this with its part: the whole model, a pipeline stage, or a share of the tensors or experts.  Only
+    the first data-parallel replica is written.  The first rank moves the complete folder into place by a rename, then
+    returns.  Other ranks may return before the folder exists.
 
     A file holds at most ``file_size``, except that a larger tensor has a file to itself.  At most one file's tensors
-    are gathered at a time.  config.json is that of ``source`` with the model's dtype and the fields in ``changed``
-    (see `write_folder_like`).
+    are gathered at a time.  config.json is that of ``source`` with the model's dtype and the fields in ``changed`` (see
+    `write_folder_like`).
 
     Raises ValueError if ``folder`` exists, or if the resulting config.json does not describe a model of ``shape``.
     """

@@ -14,9 +14,9 @@ from longctx.shapes import Float, Tensor
 class RandomInit:
     """Random Hugging Face tensors of a model of ``shape``, by name; a `load.TensorSource` like `load.Weights`.
 
-    Matrices are normal with standard deviation ``shape.init_std``.  For the two that write to the residual stream
-    (o_proj, down_proj), it is divided by sqrt(2 * layers) (GPT-2, section 2.3).  Norms start as the identity and biases
-    at 0.
+    Matrices and attention sinks are normal with standard deviation ``shape.init_std``.  For the two matrices that write
+    to the residual stream (o_proj, down_proj), it is divided by sqrt(2 * layers) (GPT-2, section 2.3).  Norms start as
+    the identity and biases at 0.
 
     A tensor depends on ``seed`` and its name only, not on the mesh or on the order of the calls.
     """

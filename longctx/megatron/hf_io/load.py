@@ -23,7 +23,10 @@ Value = TypeVar("Value")
 
 @runtime_checkable
 class TensorSource(Protocol):
-    """Hugging Face tensors by name.  ``read_names`` are the names requested so far."""
+    """Hugging Face tensors, each returned by a call with its canonical name.
+
+    ``read_names`` has the tensors read so far, by their names in the source.
+    """
 
     read_names: set[str]
 
@@ -32,8 +35,9 @@ class TensorSource(Protocol):
     def refuse_unread(self, tied: bool, elsewhere: Iterable[str] = ()) -> None:
         """Raise ValueError if a tensor was read neither here (``read_names``) nor ``elsewhere``.
 
-        ``elsewhere`` has the names that other pipeline stages read.  The lm_head.weight of a ``tied`` model may stay
-        unread if it equals the embedding.  A source may allow other tensors to stay unread: see `Weights`.
+        ``elsewhere`` has the ``read_names`` of other pipeline stages and expert-parallel ranks.  The lm_head.weight of
+        a ``tied`` model may stay unread if it equals the embedding.  A source may allow other tensors to stay unread:
+        see `Weights`.
         """
         ...
 
@@ -54,7 +58,10 @@ class Weights:
         self.read_names: set[str] = set()
 
     def __call__(self, name: str) -> Float[Tensor, "..."]:
-        """Return the tensor ``name``; for a dropped block, the adapted one.  Raises ValueError if it cannot be used."""
+        """Return the tensor of the canonical ``name``; for a dropped block, the adapted one if the folder has it.
+
+        Raises ValueError if the tensor is missing, quantised, or stored with another number of rows.
+        """
         if name.startswith(self._dropped) and DROPPED + name in self._files:
             return self._read(DROPPED + name)
         stored = self._family.stored(name)
@@ -88,7 +95,7 @@ class Weights:
         return tensor
 
     def refuse_unread(self, tied: bool, elsewhere: Iterable[str] = ()) -> None:
-        """Raise ValueError if a tensor was read neither here nor ``elsewhere`` (names that other stages read).
+        """Raise ValueError if a tensor was read neither here nor ``elsewhere`` (the ``read_names`` of other ranks).
 
         Three kinds of tensors may stay unread.
 
@@ -116,8 +123,8 @@ def load(model: GPTModel, read: TensorSource, shape: ModelShape) -> None:
 
     Every rank of the model's groups calls this.
 
-    Raises ValueError if a tensor is missing, quantised, not finite, of another shape than the model's, or read by no
-    rank.  A model that lacked a tensor of its checkpoint would run and give wrong results.
+    Raises ValueError if a tensor is missing, quantised, not finite, or of another shape than the model's.  Also raises
+    it if no rank reads some tensor of the source: without that tensor, the model could give wrong results.
     """
     groups = model.pg_collection
     fill(tensor_views(model, shape), read, groups.tp.rank())
@@ -128,6 +135,8 @@ def load(model: GPTModel, read: TensorSource, shape: ModelShape) -> None:
 @torch.no_grad()
 def fill(targets: Iterable[TensorView], read: Callable[[str], Tensor], tp_rank: int) -> None:
     """Copy tensor-parallel rank ``tp_rank``'s shard of each tensor into its view.
+
+    ``read`` gets the name of a target and returns the whole tensor.
 
     Raises ValueError if a tensor has another shape than the model's, or values that are NaN or infinite, including
     those that become infinite only in the model's dtype.
@@ -165,7 +174,7 @@ def _shard_of(tensor: Tensor, target: TensorView, tp_rank: int) -> Tensor:
 
 
 def gather_values(value: Value, group: dist.ProcessGroup) -> list[Value]:
-    """Return the ``value`` of every rank of ``group``.  It is also a barrier: all ranks call before any returns."""
+    """Return every rank's ``value``, in rank order.  It is also a barrier: all of ``group`` call before any returns."""
     if group.size() == 1:
         return [value]
     values: list[Any] = [None] * group.size()

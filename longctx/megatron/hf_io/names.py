@@ -79,7 +79,7 @@ class TensorView:
     ``view`` is [groups rows ...]: a parameter that fuses several tensors holds their rows in turn, one group after the
     other (see `fused_views`).  ``shard_dim`` is the dim of the tensor that tensor-parallel ranks shard, or None if
     every rank holds the whole tensor.  ``full_shape`` is the shape of the whole tensor without padding.  ``ep_rank`` is
-    set for a tensor that only this expert-parallel rank has.
+    set in saving only: the expert-parallel rank that has the tensor, or None if all have it.
     """
 
     name: str
@@ -93,7 +93,7 @@ def tensor_views(model: GPTModel, shape: ModelShape, ep_rank: int | None = None)
     """Yield a view of every Hugging Face tensor that this rank holds a share of.
 
     Tensor names count layers over all pipeline stages, and experts over all expert-parallel ranks.  With ``ep_rank``,
-    experts get the names that they have on that rank.
+    the views stay those of this rank's experts, but get the names of that rank's experts.
     """
     tp, ep = model.pg_collection.tp.size(), model.pg_collection.ep
     per_rank = shape.mixture.count // ep.size() if shape.mixture else 0
@@ -130,10 +130,10 @@ def _views_of(
 def fused_views(
     parameter: Float[Tensor, "rows ..."], tensors: int, shape: ModelShape, tp: int
 ) -> Sequence[Float[Tensor, "groups _ ..."]]:
-    """Return views [groups rows ...] of the tensors that ``parameter`` fuses; ``tensors`` is their number.
+    """Return views [groups rows ...] of the ``tensors`` Hugging Face tensors that this rank's ``parameter`` fuses.
 
-    Three tensors are q, k and v, which alternate by KV group.  Two tensors (gate and up), or a single one, form one
-    group.
+    Three tensors are q, k and v: a group is a KV group, with rows of all three.  With two tensors (gate and up), or
+    one, there is one group.
     """
     groups = shape.kv_heads // tp if tensors == 3 else 1
     shares = (shape.heads // shape.kv_heads, 1, 1) if tensors == 3 else (1,) * tensors

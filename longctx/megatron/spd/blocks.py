@@ -104,7 +104,7 @@ class Blocks:
     def copy_of(self, block: int, *, own_norms: bool) -> SPDTransformerLayer:
         """Return a trainable copy of block ``block`` that drops its reduction.
 
-        With ``own_norms``, each tensor-parallel rank trains norm weights of its own.
+        With ``own_norms``, each tensor-parallel rank trains separate weights of the norms before attention and MLP.
         """
         original = self.model.decoder.layers[block]
         spec = layer_spec(SPDTransformerLayer, self.shape, self.model.pg_collection)
@@ -135,7 +135,7 @@ class Blocks:
     def fill(self, layer: SPDTransformerLayer, tensors: Mapping[str, Tensor]) -> None:
         """Load Hugging Face tensors into ``layer``; inverse of `tensors_of`.
 
-        Raises ValueError if a tensor has another shape than the layer's.
+        Raises ValueError if a tensor has another shape than the layer's, or values that are NaN or infinite.
         """
         fill(tensor_views_of_layer(layer, self.shape), tensors.__getitem__, self.tp.rank)
 
@@ -163,10 +163,10 @@ class Blocks:
         weights: Float[Tensor, " s"],
         maps: Sequence[LinearMap] | None = None,
     ) -> Float[Tensor, "neurons ranks"]:
-        """Return the mean squared error that every MLP neuron would have on each rank.
+        """Return, for each MLP neuron of all ranks and each rank r, the mean error over rows if rank r had the neuron.
 
-        It is the error of the neuron's activation if its input comes from rank r's heads only instead of all heads.
-        With ``maps``, the neuron reads rank r's least-squares prediction of the input with all heads.  The error is
+        A row's error is the squared change of the neuron's activation if its input has rank r's heads only, not all
+        heads.  With ``maps``, the input is rank r's least-squares prediction of the input with all heads.  The error is
         multiplied by the squared norm of the neuron's column in the down projection.  In each row, it is divided by the
         squared norm of the block's output and multiplied by the weight of the row's position (``weights``).  ``layer``
         drops its reduction.
@@ -189,7 +189,8 @@ class Blocks:
     def shard_norms(self, layer: SPDTransformerLayer, x: Hidden) -> Float[Tensor, "sets shards"]:
         """Return the norm of every MLP shard's output if it sees each rank's set of heads (arXiv 2502.20727, Eq. 3).
 
-        ``layer`` drops its reduction.
+        Entry [r, t] is the norm, over all rows of ``x``, of rank t's shard with rank r's heads.  Every rank gets the
+        same matrix.  ``layer`` drops its reduction.
         """
         squares = torch.zeros(self.tp.size, device=x.device)
         for rows in x.split(_BATCH):
@@ -200,10 +201,11 @@ class Blocks:
 
     @torch.no_grad()
     def group_features(self, layer: SPDTransformerLayer, x: Hidden) -> Float[Tensor, "groups features"]:
-        """Return one vector per KV group: attention scores averaged over the group's query heads (2502.20727, 4.2.4).
+        """Return a vector for each KV group of all ranks: its attention weights (arXiv 2502.20727, 4.2.4).
 
-        A vector has one entry for each sequence, query and key.  That is length^2 entries a sequence, so only the
-        first few sequences of ``x`` are used.
+        They are averaged over the group's query heads, after a causal softmax without a sliding window.  A vector has
+        one entry for each sequence, query and key.  That is length^2 entries a sequence, so only the first few
+        sequences of ``x`` are used.
         """
         x, features = x[:_BATCH], list[Tensor]()
         kwargs, length = self._attention_kwargs(layer, x), x.shape[1]
@@ -233,7 +235,7 @@ class Blocks:
     def mlp_of(self, layer: SPDTransformerLayer, x: Hidden, attention: Hidden) -> Hidden:
         """Return this rank's partial MLP output, without bias, of ``layer`` for its input ``x``.
 
-        ``attention`` is the output of its attention, without bias.
+        ``attention`` is the attention output that the MLP reads, of one rank or of all ranks, without bias.
         """
         out: Tensor = self._activations(layer, self._mlp_input(layer, x, attention)) @ layer.mlp.linear_fc2.weight.T
         return out
@@ -241,7 +243,7 @@ class Blocks:
     def _mlp_input(self, layer: SPDTransformerLayer, x: Hidden, attention: Hidden) -> Hidden:
         """Return the MLP's input of ``layer``, after the norm before the MLP, for the block's input ``x``.
 
-        ``attention`` is the output of its attention, without bias; the bias is added here.
+        ``attention`` is the attention output, of one rank or of all ranks, without bias; the bias is added here.
         """
         bias = layer.self_attention.linear_proj.bias
         return layer.mlp_input(_one_row(x), _one_row(attention), bias).reshape(x.shape)

@@ -18,9 +18,10 @@ _COPIES, _COPY_TOKENS = 8, 64  # repeated sequences, and the most tokens before 
 
 
 def measure_guards(blocks: Blocks, layers: Sequence[SPDTransformerLayer], text: PackedText) -> GuardFigures:
-    """Return, on every rank, the figures of a model of ``layers`` on the sequences of ``text``.
+    """Return, on every rank, the figures of the model with the blocks ``layers`` on the sequences of ``text``.
 
-    Copying is measured on random sequences of ``text``'s tokens (`repeated_tokens`), the same in each call.
+    Every tensor-parallel rank calls this.  ``layers`` has all blocks in order.  Copying is measured on random sequences
+    of ``text``'s tokens (`repeated_tokens`), the same in each call.
     """
     log_probs, _, norms = _predict(blocks, layers, text.tokens, text.targets)
     repeated = repeated_tokens(text.tokens)
@@ -39,7 +40,10 @@ def share_copied(likeliest: Int[Tensor, "b s"], repeated: Int[Tensor, "b twice"]
 
 
 def repeated_tokens(tokens: Tokens) -> Tokens:
-    """Return random sequences of tokens that occur in ``tokens``; each sequence occurs twice in a row."""
+    """Return 8 random sequences of tokens that occur in ``tokens``, each followed by its repetition.
+
+    Before its repetition, a sequence has at most 64 tokens, and at most half the length of ``tokens``.
+    """
     generator = torch.Generator().manual_seed(0)
     known = tokens.unique()
     length = min(_COPY_TOKENS, tokens.shape[1] // 2)

@@ -59,7 +59,10 @@ class JointDistillation:
         return len(self.losses)
 
     def step(self, tokens: Tokens) -> float:
-        """Train on this data-parallel rank's ``tokens``; return the mean divergence (nats per token) of all ranks."""
+        """Take a step on this data-parallel rank's ``tokens``; return the mean divergence (nats per token) before it.
+
+        The mean is that of all data-parallel ranks.  Every rank calls this, with equally many tokens.
+        """
         settings = self._settings
         generator = torch.Generator().manual_seed(self.steps)
         fewer = 1 + int(torch.randint(len(self._order), (), generator=generator))
@@ -87,7 +90,7 @@ class JointDistillation:
     def divergences_alone(self, tokens: Tokens, one_done: Callable[[], None]) -> dict[int, float]:
         """Return, for each block of ``order``, the mean divergence (nats per token) with only that block dropped.
 
-        ``one_done`` is called after each block of each batch.
+        ``one_done`` is called after each of these blocks in each batch of sequences.
         """
         blocks, sums = self._blocks, dict.fromkeys(self._order, 0.0)
         for batch in tokens.split(self._settings.batch):
@@ -160,7 +163,8 @@ class JointDistillation:
     def resume(self, folder: Path) -> list[str]:
         """Load the newest complete state in ``folder``, if it has the same blocks in the same order.
 
-        Returns a message for each skipped state, with the reason, and for a loaded state without checksums.
+        Every rank calls this.  Returns a message for each skipped state, with the reason, and for a loaded state
+        without checksums.  If the blocks differ, nothing is loaded, and a message says so.
         """
         place, skipped = agreed_on_all_ranks(folder)
         if place is None:

@@ -56,8 +56,8 @@ class SPDTransformerLayer(TransformerLayer):
     Linear layers of Transformer Engine apply the norms themselves.  `input_layernorm` and `pre_mlp_layernorm` are then
     identities.
 
-    With ``own_norms``, each tensor-parallel rank trains separate norm weights.  ``shares`` are the weight shares of the
-    N ranks if these are context ranks; it is empty for tensor-parallel ranks.
+    With ``own_norms``, each tensor-parallel rank trains separate weights of the norms before attention and MLP.
+    ``shares`` are the weight shares of the N ranks if these are context ranks; it is empty for tensor-parallel ranks.
     """
 
     dropped = False
@@ -68,7 +68,9 @@ class SPDTransformerLayer(TransformerLayer):
     def drop(self, *, dropped: bool, own_norms: bool = False) -> None:
         """Switch the first reduction off (``dropped``) or back on, from the next forward pass on.
 
-        ``own_norms`` is ignored while the reduction is on.
+        With ``own_norms``, each tensor-parallel rank trains its own weights of the norms before attention and MLP.
+        Without it, their gradients are summed, so that all ranks have equal norms.  It has no effect while the
+        reduction is on.
         """
         assert not self.config.hidden_dropout, "dropout between the two halves is not part of the equations"
         self.dropped, self.own_norms = dropped, dropped and own_norms
@@ -224,8 +226,9 @@ class SPDTransformerLayer(TransformerLayer):
 def follow_plan(model: GPTModel, plan: SPDPlan) -> None:
     """Make the blocks of ``model`` that ``plan`` names drop a reduction, and all others keep it.
 
-    On a pipeline stage, this switches the stage's blocks.  The plan's N ranks are the model's tensor-parallel ranks.
-    If the model has one tensor-parallel rank, they are the context ranks of sharded decoding.
+    `build_model` must have built ``model`` with a plan.  On a pipeline stage, this switches the stage's blocks.  The
+    plan's N ranks are the model's tensor-parallel ranks.  If the model has one tensor-parallel rank, they are the
+    context ranks of sharded decoding.
     """
     tp = model.pg_collection.tp.size()
     assert tp in (plan.tp, 1) and not (plan.own_norms and tp != plan.tp), f"the plan is for tp={plan.tp}"

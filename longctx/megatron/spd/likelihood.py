@@ -41,7 +41,10 @@ def log_likelihoods(
 def log_prob_shard(
     model: GPTModel, hidden: Float[Tensor, "s b hidden"], tp: Comm, vocab_size: int
 ) -> Float[Tensor, "s b shard"]:
-    """Return the log-probabilities (nats) of the tokens in this rank's shard of the vocabulary.  No gradient."""
+    """Return the log-probabilities (nats) of the tokens in this rank's shard of the vocabulary.  No gradient.
+
+    Every rank of ``tp`` calls this.  Padding of the vocabulary is left out, so the last shards may be smaller.
+    """
     with torch.no_grad():
         shard, _ = _logits_shard(model, hidden, tp, vocab_size)
         return shard - _log_normaliser(shard, tp)

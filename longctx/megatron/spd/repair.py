@@ -36,8 +36,8 @@ class RepairResult:
     Errors are relative squared errors on held-out sequences: ``zero_shot`` before any repair, then after grouping,
     after fitting, and after distillation.  A step that is left out repeats the error before it.
 
-    If a block is fitted, its neurons are placed by the errors that remain after fitting.  ``grouped`` is still measured
-    before fitting.
+    With grouping "neurons", the neurons of a block that is fitted later are placed by the errors that remain after
+    fitting.  ``grouped`` is still measured before fitting.
     """
 
     layer: SPDTransformerLayer
@@ -59,7 +59,7 @@ def repair(
     """Repair a copy of block ``block`` so that, with its reduction dropped, it maps ``inputs`` close to ``outputs``.
 
     ``settings`` lists the steps for the block's ``block_class``.  The first ``settings.sequences`` of ``inputs`` are
-    for training, the rest are held out.  ``step_done`` is called with the loss of each distillation step.
+    for training; errors are measured on the rest.  ``step_done`` is called with the loss of each distillation step.
     Every tensor-parallel rank calls this, with the same hidden states.
     """
     training, held_out = slice(settings.sequences), slice(settings.sequences, None)
@@ -138,10 +138,13 @@ def place_neurons(
 
 @torch.no_grad()
 def fold_linear_map(layer: SPDTransformerLayer, linear_map: LinearMap) -> None:
-    """Fold ``linear_map`` into the MLP's first matrix, W -> W M, so that the neurons read M times their input."""
+    """Multiply this rank's ``linear_map`` M into the MLP's first matrix (gate and up), W -> W M, in place.
+
+    The neurons then read M times their normalised input.
+    """
     layer.mlp.linear_fc1.weight.copy_(layer.mlp.linear_fc1.weight @ linear_map)
 
 
 def _reorder(blocks: Blocks, layer: SPDTransformerLayer, groups: Sequence[int], neurons: Sequence[int]) -> None:
-    """Put KV groups and neurons of ``layer`` in another order; ranks take equal shares of the order."""
+    """Reorder the KV groups and neurons of all ranks in ``layer``, in place; ranks take equal shares of each order."""
     blocks.fill(layer, reorder_block(blocks.tensors_of(layer), blocks.shape, groups, neurons))

@@ -53,7 +53,8 @@ class Checkpoints:
     """Writes checkpoints ``folder``/step-00000020 etc. and keeps the last ``keep``.  Every rank makes the same calls.
 
     Writing is asynchronous.  Forked processes write a snapshot of the state to a partial folder while training
-    continues.  Once all ranks have written, `poll` renames the partial folder to its final name.
+    continues.  Once all ranks have written, `poll` renames the partial folder to its final name.  Then it removes
+    corrupt checkpoints, those beyond the last ``keep``, and those of later steps.
     The constructor removes partial folders that a killed run left.
     """
 
@@ -106,7 +107,7 @@ class Checkpoints:
         dist.barrier()
 
     def _prune(self, step: int) -> None:
-        """Keep the last complete checkpoints up to ``step`` and remove all others.
+        """Remove all checkpoints but the last complete ones up to ``step``, as many as the constructor's ``keep``.
 
         Later checkpoints are stale: the run was resumed from an earlier checkpoint.
         """
@@ -137,7 +138,7 @@ def commit(partial_folder: Path, place: Path, metadata: dict[str, Any], checksum
 
 
 def agreed_on_all_ranks(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest whole checkpoint of ``folder`` (None if there is none), and why newer ones were skipped.
+    """Return the newest whole checkpoint of ``folder`` (None if there is none), and a line for each skipped one.
 
     Every rank gets the first rank's answer, so that all resume from the same checkpoint.  The first rank reads all
     files and compares their checksums.
@@ -151,7 +152,7 @@ def agreed_on_all_ranks(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def load(place: Path, train_state: TrainState) -> None:
-    """Load weights, optimizer, schedule and random state from the checkpoint at ``place``, in place.
+    """Load the checkpoint at ``place`` into ``train_state``, and set torch's random state (CPU) to the saved one.
 
     The mesh may differ from the mesh that wrote the checkpoint.  This run's optimizer settings replace the saved ones.
     Every rank calls this.
@@ -178,10 +179,10 @@ def load_weights(place: Path, net: GPTModel) -> None:
 
 
 def read_state(state: dict[str, Any], place: Path) -> dict[str, Any]:
-    """Fill ``state``, which names the values to load, from the checkpoint at ``place``; run no code in it.
+    """Return the sharded ``state`` filled with values of the checkpoint at ``place``; run no code in the checkpoint.
 
-    Raises ValueError if the checkpoint holds anything but tensors and plain values, or if only a newer megatron-core
-    can read it.
+    Raises ValueError if the checkpoint has anything but tensors and plain values, or refers to files outside.  Also
+    raises it if only a newer megatron-core can read the checkpoint.
     """
     if foreign := foreign_content_of(place, read_metadata(place)):
         raise ValueError(f"{place}: {foreign}; use a checkpoint that longctx wrote")

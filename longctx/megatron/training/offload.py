@@ -48,11 +48,12 @@ class Store(Protocol):
 
 
 class Files:
-    """A file in ``folder`` as memory: when the system needs memory, it frees pages that are written to the disk.
+    """A `Store` for CPU tensors: a file in ``folder`` that is mapped into memory.  A missing folder is created.
 
-    Pages are written at once, and `write` waits when more than `_UNWRITTEN` bytes are not written yet: a container that
-    limits memory may otherwise end the process before its pages are written.  Space is used again once no tensor refers
-    to it.  The file has no name, so that nothing is left when the process ends, however it ends.
+    When the system needs memory, it frees pages that are written to the disk.  Pages are written at once, and `write`
+    waits when more than `_UNWRITTEN` bytes are not written yet: a container that limits memory may otherwise end the
+    process before its pages are written.  Space is used again once no tensor refers to it.  The file has no name, so
+    that nothing is left when the process ends, however it ends.
 
     Raises OSError if the folder cannot hold such a file.
     """
@@ -148,7 +149,9 @@ def _return_freed_memory() -> None:
 
 
 class Host:
-    """Pinned memory of the host of a GPU, ``device``.  Copies are made in order with the computation, on its stream.
+    """A `Store` for tensors of the GPU ``device``, in pinned memory of its host.
+
+    Copies are made in order with the computation, on its stream; `write` and `read` may return before they are done.
 
     torch rounds the size of each pinned block up to a power of two, so the host needs up to twice the offloaded bytes.
     """
@@ -186,10 +189,10 @@ class _View(NamedTuple):
 
 
 class Offload:
-    """Moves what autograd saves to ``store``, and brings it back when the backward asks for it.
+    """Moves what autograd saves inside `active` to ``store``, and brings it back when the backward asks for it.
 
-    Storages that several operations save are moved once.  Those of ``weights``, those on another device, and tensors of
-    fewer than ``smallest`` bytes stay.  ``peak`` is the largest number of bytes that were in the store at once.
+    A storage that several operations save is moved once.  Storages of ``weights``, storages on another kind of device,
+    and those of fewer than ``smallest`` bytes stay.  ``peak`` is the largest number of bytes in the store at once.
     """
 
     def __init__(self, store: Store, weights: Iterable[AnyShape], smallest: int = _SMALLEST) -> None:
@@ -204,7 +207,10 @@ class Offload:
 
     @torch.no_grad()
     def pack(self, x: AnyShape) -> AnyShape | _View:
-        """Move the storage of ``x`` to the store, unless it is there already; return what `unpack` takes."""
+        """Move the storage of ``x`` to the store, unless it is there unchanged; return a view for `unpack`.
+
+        Weights, small storages and those of other devices stay.  The result is then ``x``, detached from the graph.
+        """
         storage = x.untyped_storage()
         stays = storage.nbytes() < self._smallest or storage._cdata in self._weights
         if stays or x.device.type != self._store.device.type:
@@ -225,7 +231,7 @@ class Offload:
         return whole[: len(whole) // dtype.itemsize * dtype.itemsize].view(dtype).as_strided(size, stride, offset)
 
     def _stored(self, x: AnyShape, storage: torch.UntypedStorage) -> _Stored:
-        """Return the storage's bytes in the store; a write to ``x`` or one of its views changes its version."""
+        """Return the bytes of ``storage`` in the store; copy them if it is new, or ``x`` was written to since."""
         key = storage._cdata
         version, stored = self._moved.get(key, (-1, None))
         if stored is None or version != x._version:
@@ -243,7 +249,10 @@ class Offload:
 
 
 def open_offload(where: str | None, weights: Iterable[AnyShape], device: torch.device) -> Offload | None:
-    """Return an offload from ``device`` to ``where``: `HOST`, or a folder; None for None.  ``weights`` stay."""
+    """Return an `Offload` to ``where``: `HOST` for tensors of ``device``, or a folder for CPU tensors; None for None.
+
+    ``weights`` stay.  `Files` says when a folder raises OSError.
+    """
     if where is None:
         return None
     return Offload(Host(device) if where == HOST else Files(Path(where).expanduser()), weights)

@@ -66,7 +66,8 @@ def forward_backward(
 ) -> LossSums:
     """Run the micro-batches ``batches``, equally many on every rank, and return their loss sums.
 
-    With ``learn``, also compute the gradients of the mean loss; otherwise run forward only.  Losses are summed
+    Every rank calls this, and gets the same sums.  With ``learn``, also compute the gradients of the mean loss plus the
+    router loss, if there is one; call `clear_gradients` before.  Otherwise run forward only.  Losses are summed
     separately for each of ``buckets`` ranges of positions (see `MicroBatch`).
     """
     batches = list(batches)
@@ -148,7 +149,7 @@ def _report(
 
 
 def optimizer_step(train_state: TrainState) -> tuple[float, float]:
-    """Update the weights; return the gradient norm before clipping and the learning rate of this step.
+    """Update the weights and advance the schedule; return the gradient norm before clipping and this step's rate.
 
     The norm covers all ranks' gradients, even without clipping; it is NaN or infinite if a gradient is.
     """

@@ -17,7 +17,7 @@ _EXPERTS = "experts"  # key, in the optimizer's state, of the state of a separat
 
 
 def sharded_state(train_state: TrainState, *, loading: bool) -> dict[str, Any]:
-    """Return weights, optimizer and schedule as megatron-core saves them.
+    """Return weights, optimizer and schedule as megatron-core saves them, by the keys model, optimizer and schedule.
 
     With ``loading``, return the same structure in the form that megatron-core fills from a checkpoint.
     """
@@ -41,10 +41,10 @@ def _without_values(leaf: Any) -> Any:
 
 
 def optimizer_states(loaded: dict[str, Any]) -> list[dict[str, Any]]:
-    """Split the ``loaded`` optimizer state into one for each optimizer.
+    """Split the ``loaded`` optimizer state, in place, into a list with one state for each optimizer.
 
-    With expert parallelism there are two optimizers.  The number of steps is saved only once, so the experts' optimizer
-    gets a copy of it.
+    With expert parallelism there are two optimizers, the experts' last.  The number of steps is saved only once, so the
+    experts' optimizer gets a copy of it.
     """
     of_experts = loaded.pop(_EXPERTS, None)
     if of_experts is None:

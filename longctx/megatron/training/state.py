@@ -68,8 +68,8 @@ def build_train_state(
     """Build a model of ``shape`` on ``runtime``'s mesh, fill it with ``load``, and set up training for ``steps`` steps.
 
     The loss computes ``loss_rows`` rows at a time, an MLP ``mlp_rows`` (None: all).  The blocks that ``plan`` names
-    drop a reduction, in the forward and in the backward pass.  With ``lora``, adapters are trained instead of the
-    weights; ``seed`` draws their initial values.
+    drop a reduction, in the forward and in the backward pass.  If ``lora`` has a rank, adapters are trained instead of
+    the weights; ``seed`` draws their initial values.
     """
     assert plan is None or not plan.own_norms, "recipes reject per-rank norms in training"
     # 1. The model, with the fields of megatron-core's TransformerConfig that training needs.

@@ -30,8 +30,9 @@ class Tally:
 def count_all_reduces() -> Iterator[Tally]:
     """Count this rank's all-reduces and rounded sums (`quantised`) while the block runs.
 
-    Use it with gloo only, whose all-reduces return when they are done.  Those of other backends return earlier, so
-    their seconds would be too few.
+    It replaces `dist.all_reduce` and `quantised.two_step_sum` during the block; calls by names that were imported from
+    these modules do not count.  Use it with gloo only, whose all-reduces return when they are done.  Those of other
+    backends return earlier, so their seconds would be too few.
     """
     tally, all_reduce, rounded = Tally(), dist.all_reduce, quantised.two_step_sum
 
@@ -59,7 +60,8 @@ def count_all_reduces() -> Iterator[Tally]:
 def time_all_reduce(group: dist.ProcessGroup, size: int, rounds: int, device: torch.device) -> float:
     """Return the seconds of a float32 all-reduce of ``size`` bytes over ``group``: the least of ``rounds``.
 
-    Use it with gloo only, whose all-reduces return when they are done.  The clock does not wait for a GPU.
+    Every rank of ``group`` calls this and returns its own time.  Use it with gloo only, whose all-reduces return when
+    they are done.  The clock does not wait for a GPU.
     """
     x = torch.zeros(max(1, size // 4), device=device)
     seconds = []

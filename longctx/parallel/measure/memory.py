@@ -46,14 +46,17 @@ class MemoryMeter(TorchDispatchMode):
         return {part: size for part, size in self._bytes.items() if size}
 
     def largest_peak(self, world: Comm, device: torch.device) -> dict[str, int]:
-        """Return ``peak`` of the rank on which its sum is largest; every rank of ``world`` must call this."""
+        """Return ``peak`` of the rank on which its sum is largest; every rank of ``world`` must call this.
+
+        All ranks must have counted the same parts.  The result has all parts, also those of 0 bytes.
+        """
         parts = sorted({*self._parts.values(), *self._bytes, self._other})
         mine = torch.tensor([self.peak.get(part, 0) for part in parts], device=device)
         peaks = [sizes.tolist() for sizes in world.all_gather(mine, [(len(parts),)] * world.size)]
         return dict(zip(parts, max(peaks, key=sum), strict=True))
 
     def hold(self, part: str, tensors: Iterable[AnyShape]) -> None:
-        """Attribute ``tensors``, which exist already, to ``part``."""
+        """Attribute ``tensors``, which exist already, to ``part``; those that count already stay in their part."""
         for x in tensors:
             self._count(x, lambda: part)
         self._keep_peak()

@@ -30,10 +30,11 @@ _FREE = Link(0.0, float("inf"))
 def probe(
     ring: Comm, kernel: Kernel, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> Hardware:
-    """Measure the `Hardware` constants of this ring; every rank returns the same numbers.
+    """Measure the kernel and the links of this ring as a `Hardware`; every rank returns the same numbers.
 
     ``heads`` are a rank's (query, KV) heads.  All ranks compute and send at the same time, as in a real run, and the
-    slowest rank counts.  Takes a few seconds.
+    slowest rank counts.  The links of a ring of one rank cost nothing.  Fields of `Hardware` with defaults are not
+    measured.  Takes a few seconds.
     """
 
     def seconds(work: Callable[[], object]) -> float:
@@ -71,7 +72,7 @@ def probe_backward(
 ) -> float:
     """Measure the time of a wide block's backward divided by its forward's, on all ranks at once.
 
-    The arguments are those of `probe`.
+    The arguments are those of `probe`.  Every rank returns the same number.
     """
     q, k, v = _random(_WIDE, _WIDE, heads, head_dim, dtype, device)
     partial = kernel.forward(q, k, v, False)
@@ -121,9 +122,10 @@ def probe_layer(
 ) -> LayerRates:
     """Measure the rates of one rank's layers without attention, while all ranks of ``world`` compute at once.
 
-    ``layer(rows)`` computes a layer of ``weights`` weights, without attention, for that many rows.  The rates follow
-    from its seconds for one row and for many rows.  The model is: a layer takes the time to read its weights, plus the
-    time of its GEMMs, plus a fixed overhead ``layer_s``.  With one row, the GEMMs count as free.
+    ``layer(rows)`` computes a layer of ``weights`` weights, without attention, for that many rows.  The model is: a
+    layer takes the time to read its weights, plus the time of its GEMMs, plus a fixed overhead ``layer_s``.  The last
+    two follow from its seconds for one row, whose GEMMs count as free, and for many rows.  The rate of reading weights
+    and the link are those of `probe_decode`.  Every rank returns the same rates.
     """
     decode = probe_decode(world, dtype, device)
     one_s, many_s = (_slowest(world, partial(layer, rows), device) for rows in (1, _ROWS))
@@ -153,7 +155,7 @@ def _hop(
 
 
 def _exchange(ring: Comm, size: int, device: torch.device) -> Callable[[], object]:
-    """Return a function that runs an all-to-all in which each rank sends ``size`` bytes."""
+    """Return a function that runs an all-to-all in which each rank sends ``size`` bytes in total."""
     part = torch.zeros(max(1, size // (ring.size - 1)), dtype=torch.uint8, device=device)
     return lambda: ring.all_to_all([part] * ring.size, [tuple(part.shape)] * ring.size)
 

@@ -38,5 +38,7 @@ def test_examples():
 
 
 def test_text_of_few_words_is_refused():
-    with pytest.raises(ValueError, match=r"eval\.text has 1 words of six letters, coreference needs 44"):
+    with pytest.raises(
+        ValueError, match=r"eval\.text has 1 different lower-case words of six letters, coreference needs 44"
+    ):
         make_ruler_examples("coreference", replace(SOURCE, words=["rivers", "sea"] * 99), 1, 0)

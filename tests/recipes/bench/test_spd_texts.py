@@ -94,7 +94,7 @@ def test_comparison_counts_only_the_tokens_of_the_text():
         (["texts=[{label:a,pydoc:test},{label:a,pydoc:test}]"], "texts have the labels ['a', 'a']"),
         (["mesh.dp=2"], "has no use for mesh.dp=2: use mesh.dp=1"),
         (["texts=[{label:a,path:FILE,from_start:true}]"], "from_start needs sequences=16 documents of two tokens"),
-        (["adapted=MODEL"], "was not made from"),
+        (["adapted=MODEL"], "is not a folder of recipes.spd_adapt"),
         (["length=9000"], "length=9,000 is more than the model's context of"),
         (["out=/dev"], "out=/dev is a folder: give the name of a file"),
     ],
