@@ -96,7 +96,8 @@ class EvalConfig:
     def refuse_unknown_limits(self, tasks: Sequence[str]) -> None:
         """Raise ValueError if ``limits`` names a group of tasks, or an unknown task.
 
-        Names in ``tasks``, of tasks from files (`LOCAL`) and of generated tasks are known.
+        ``tasks`` are the loaded tasks, which have other names than their group.  Their names, those of tasks from files
+        (`LOCAL`) and of generated tasks are known.
         """
         from eval.harness.generated import GENERATED
 
@@ -262,7 +263,7 @@ def _load_tasks(evaluation: EvalConfig, base: Variant, data: Path | None) -> dic
         raise ValueError(
             f"eval.{name} judges accuracy, which none of eval.tasks has: add one, or use eval.{name}={off}"
         )
-    evaluation.refuse_unknown_limits([*tasks, *evaluation.tasks])
+    evaluation.refuse_unknown_limits([*tasks])
     build_requests(tasks, {name: evaluation.limit_of(name) for name in tasks}, template)
     return tasks
 

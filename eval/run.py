@@ -156,6 +156,7 @@ def score_variant(job: EvalJob, variant: Variant, asked: Asked) -> ScoredVariant
         outcomes=outcomes_of(job, *asked),
         tokens_per_s=stored.tokens / seconds if seconds else None,
         requests_per_s=stored.requests / seconds if seconds else None,
+        reduce=target.reduce.name if target.reduce else "float32",
     )
 
 
@@ -176,12 +177,12 @@ def publish_report(job: EvalJob, scored: Sequence[ScoredVariant], commits: Set[s
 
 
 def files_read(job: EvalJob) -> list[Path]:
-    """Return the files of `LOCAL` tasks and of the folder ``eval.include``, for the manifest.
+    """Return the files of the tasks in ``eval.data`` and of the folder ``eval.include``, for the manifest."""
+    from eval.harness.ruler import QUESTIONS
 
-    The files of RULER's questions are not among them.
-    """
     data, include = job.eval.folder, job.eval.include
-    files = [data / LOCAL[name].file for name in job.tasks if data and name in LOCAL]
+    known = {name: task.file for name, task in LOCAL.items()} | {name: file for name, (file, _) in QUESTIONS.items()}
+    files = [data / known[name] for name in job.eval.tasks if data and name in known]
     if include:
         files += [file for file in Path(include).expanduser().rglob("*") if file.is_file()]
     return files

@@ -190,7 +190,7 @@ def task(config: DictConfig) -> None:
     settings, job = section(config, "speed", SpeedSettings), prepare(config, RECIPE)
     refuse_unlike(job)
     speeds: dict[str, TaskSpeed] = {}
-    with record(config, RECIPE, [job.variants[0].target.folder]):
+    with record(config, RECIPE, [job.variants[0].target.folder], run.files_read(job)):
         for name, one in job.tasks.items():
             console.print(f"{name}: {settings.rounds} rounds")
             speeds[name] = measure_task(job, one, settings)

@@ -192,8 +192,8 @@ def _verify(
 ) -> float | None:
     """Return the largest logit difference against one rank, or one tensor-parallel group for an `inexact` target.
 
-    All ranks must call it; ranks that are not in this reference return None.  From then on, torch uses the CPU threads
-    of all local ranks.
+    All ranks must call it; ranks that are not in this reference return None.  Meanwhile, torch uses the CPU threads of
+    all local ranks.
     """
     import torch
 
@@ -203,11 +203,15 @@ def _verify(
     target = job.target
     ranks = "tensor-parallel group" if target.inexact and target.mesh.tp > 1 else "rank"
     progress.start(f"the same on one {ranks}, layers", target.shape.layers)
-    torch.set_num_threads(target.threads(rank) * rank.local_world_size)  # the other ranks are waiting
     compares = engine.rank == 0 if target.inexact else rank.rank == 0
-    alone = load_alone(runtime, engine, target.model, target.folder) if compares else None
     prompts = {i: prompt.tokens for i, prompt in enumerate(job.prompts)}
-    return logit_difference(engine, alone, prompts, turn, layer_done=progress.step, chunk=target.context.chunk)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(target.threads(rank) * rank.local_world_size)  # the other ranks are waiting
+    try:
+        alone = load_alone(runtime, engine, target.model, target.folder) if compares else None
+        return logit_difference(engine, alone, prompts, turn, layer_done=progress.step, chunk=target.context.chunk)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def describe(job: GenerateJob, figures: GenerateFigures, answers: Sequence[Answer]) -> dict[str, object]:

@@ -156,10 +156,10 @@ def prepare(config: DictConfig) -> ServeJob:
     target.shape.refuse_unknown_token(max(sampling.stop_tokens, default=0), "sampling.stop_tokens")
     say_unapplied(target.folder, sampling)
     hardware = read_constants(settings.hardware, target.context.strategy)
-    return ServeJob(target, sampling, settings, cache, key, hardware, read_origin(target, cache))
+    return ServeJob(target, sampling, settings, cache, key, hardware, origin_of(target, cache))
 
 
-def read_origin(target: Target, cache: PrefixSettings) -> PageOrigin | None:
+def origin_of(target: Target, cache: PrefixSettings) -> PageOrigin | None:
     """Return this server's model, dtype, mesh and page size, for the pages in ``cache.save``; None if that is not set.
 
     On the first rank, raises ValueError if the folder has other files or pages of another origin, or is not writable.

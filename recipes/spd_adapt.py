@@ -70,7 +70,7 @@ def run_rank(rank: Rank, job: AdaptJob) -> AdaptResult | None:
         if not adaptation.repair_blocks({block: sensitivities.blocks[block].block_class for block in blocks}):
             return None
         # 4. Distil the best of all repaired blocks jointly.
-        joint = adaptation.distill_jointly(adaptation.select_blocks(blocks))
+        joint = adaptation.distill_jointly(*adaptation.select_blocks(blocks))
         if joint is None:
             return None
         # 5. Measure what an average hides: first tokens, the worst sequence, copying.

@@ -4,7 +4,7 @@ import itertools
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +41,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ArrayTask:
-    """One run of the recipe: ``folder`` for its logs, ``words`` that only this run has, and its whole ``config``."""
+    """One run of the recipe: ``folder`` for its logs, its own ``words``, and its whole ``config``."""
 
     folder: Path
     words: tuple[str, ...]
@@ -52,7 +52,8 @@ class ArrayTask:
 class JobPlan:
     """A checked job: one run, or an array with a task for each run of a sweep.
 
-    ``words`` are the recipe's settings that all tasks share, without ``out``, which is among each task's words.
+    ``words`` are the recipe's settings that all tasks share, without ``out``, which is among each task's words, as are
+    the settings that the recipe pins (`Recipe`).
     ``folder`` is the job's folder, made by `freeze_job`.
     """
 
@@ -100,7 +101,7 @@ def plan_job(settings: SubmitSettings, launcher: Launcher, words: Sequence[str])
     tasks = tuple(_tasks(recipe.config_name, folder, shared, sweep))
     _refuse_shared_out(tasks)
     # 2. Their ranks on the nodes.
-    ranks = ranks_per_node(mesh_of(tasks), settings)
+    ranks, gpus = ranks_per_node(mesh_of(tasks), settings), _gpus_per_rank(launcher, tasks)
     # 3. The recipe's own checks.
     for task in tasks:
         _refuse_unprepared(recipe, task.config, settings)
@@ -108,11 +109,11 @@ def plan_job(settings: SubmitSettings, launcher: Launcher, words: Sequence[str])
         settings=settings,
         launcher=launcher,
         module=recipe.module,
-        words=(*(word for word in shared if not word.startswith("out=")), *recipe.pinned(tasks[0].config)),
+        words=tuple(word for word in shared if not word.startswith("out=")),
         folder=folder,
-        tasks=tasks,
+        tasks=tuple(replace(task, words=(*task.words, *recipe.pinned(task.config))) for task in tasks),
         ranks_per_node=ranks,
-        gpus_per_rank=_gpus_per_rank(launcher, tasks[0].config),
+        gpus_per_rank=gpus,
     )
 
 
@@ -260,7 +261,17 @@ def _refuse_unprepared(recipe: Recipe, config: DictConfig, settings: SubmitSetti
         say(f"the recipe refuses this now ({refused}); it checks again when the job starts, after the jobs before it")
 
 
-def _gpus_per_rank(launcher: Launcher, config: DictConfig) -> int:
+def _gpus_per_rank(launcher: Launcher, tasks: Sequence[ArrayTask]) -> int:
+    """Return the number of GPUs that each rank gets: that of ``launcher``, or else one for runs on cuda.
+
+    Raises ValueError if the launcher has no number, and only some of the runs are on cuda.
+    """
     if launcher.gpus_per_rank is not None:
         return launcher.gpus_per_rank
-    return int(OmegaConf.select(config, "run.device") == "cuda")
+    devices = sorted({str(OmegaConf.select(task.config, "run.device")) for task in tasks})
+    if len(devices) > 1:
+        raise ValueError(
+            f"the sweep's runs have run.device={' and '.join(devices)}, and all of its runs get the same GPUs: submit "
+            "the devices separately, or set launcher.gpus_per_rank=1"
+        )
+    return int(devices == ["cuda"])

@@ -26,7 +26,7 @@ from slurm import cluster
 from slurm.freeze import freeze_job
 from slurm.plan import JobPlan, plan_job
 from slurm.render import script_of
-from slurm.settings import NOT_QUEUED, read_settings, split_words
+from slurm.settings import NOT_QUEUED, Launcher, SubmitSettings, read_settings, split_words
 
 JOB = "job.id"  # file in the job's folder with the number of its last job
 
@@ -57,6 +57,7 @@ def make_plans(words: Sequence[str]) -> list[JobPlan]:
     own, recipe_words = split_words(words)
     settings, launcher = read_settings(own)
     if not settings.pipeline:
+        _refuse_waiting_here(settings, launcher, [])
         plans = [plan_job(settings, launcher, recipe_words)]
     elif recipe_words:
         raise ValueError(
@@ -79,9 +80,24 @@ def _pipeline_plans(file: str, shared: Sequence[str]) -> list[JobPlan]:
     for line in read_pipeline(file):
         own, recipe_words = split_words(line)
         settings, launcher = read_settings([*shared, *own])
+        _refuse_waiting_here(settings, launcher, plans)
         settings = replace(settings, after=(*settings.jobs_before, NOT_QUEUED)) if plans else settings
         plans.append(plan_job(settings, launcher, recipe_words))
     return plans
+
+
+def _refuse_waiting_here(settings: SubmitSettings, launcher: Launcher, before: Sequence[JobPlan]) -> None:
+    """Raise ValueError for a job with launcher=local that would wait for a queued job: it would run at once.
+
+    ``before`` are the jobs before it in its pipeline.
+    """
+    queued = [plan.name for plan in before if plan.launcher.how == "slurm"]
+    if launcher.how == "local" and (queued or settings.after):
+        awaited = f"the pipeline's job {queued[-1]}, which is queued" if queued else f"after={settings.after}"
+        raise ValueError(
+            f"a job with launcher=local runs at once, and does not wait for {awaited}: give it the launcher of that "
+            "job, or run it when that job has ended"
+        )
 
 
 def read_pipeline(file: str) -> list[list[str]]:
@@ -150,17 +166,29 @@ def submit(plans: Sequence[JobPlan]) -> list[int]:
 def _queue(script: Path, earlier: Sequence[int], made: Sequence[Path]) -> int:
     """Queue ``script`` and return the job's number.
 
-    If Slurm rejects it, cancel the ``earlier`` jobs, delete the folders ``made``, and raise ValueError.
+    If Slurm rejects it, cancel the ``earlier`` jobs, delete the folders ``made``, and raise ValueError.  If jobs cannot
+    be cancelled, their folders are left: they may still run.
     """
     try:
         cluster.refuse_rejected_script(script)
         return cluster.queue(script)
-    except ValueError:
-        if earlier:
-            cluster.cancel(earlier)
+    except ValueError as rejected:
+        left = _cancel(earlier)
         for folder in made:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+            if not left or folder == script.parent:
+                shutil.rmtree(folder, ignore_errors=True)
+        raise ValueError(f"{rejected}{left}") from rejected
+
+
+def _cancel(jobs: Sequence[int]) -> str:
+    """Cancel ``jobs``; return an empty text, or if that fails, what to add to a message."""
+    try:
+        if jobs:
+            cluster.cancel(jobs)
+    except ValueError as error:
+        numbers = " ".join(map(str, jobs))
+        return f"; the jobs before it are still queued, as they cannot be cancelled ({error}): use scancel {numbers}"
+    return ""
 
 
 def _run_locally(plan: JobPlan, script: Path) -> None:

@@ -63,15 +63,17 @@ _NEEDLES = {
     "niah_multivalue": Needles("essay", values_per_key=4),
     "niah_multiquery": Needles("essay", keys_hidden=4, keys_asked=4),
 }
+# Tasks of questions: the file, relative to the folder of data, and the name of lm-eval's function that reads it.
+QUESTIONS = {
+    "ruler_qa_squad": ("squad/dev-v2.0.json", "read_squad"),
+    "ruler_qa_hotpot": ("hotpotqa/hotpot_dev_distractor_v1.json", "read_hotpotqa"),
+}
 RULER: Mapping[str, RulerTask] = {
     **{name: RulerTask(partial(needle_filler, needles), 128) for name, needles in _NEEDLES.items()},
     "ruler_vt": RulerTask(tracking_filler, 30),
     "ruler_cwe": RulerTask(common_words_filler, 120, "\n\n"),
     "ruler_fwe": RulerTask(frequent_words_filler, 50),
-    "ruler_qa_squad": RulerTask(partial(question_filler, "squad/dev-v2.0.json", "read_squad"), 32),
-    "ruler_qa_hotpot": RulerTask(
-        partial(question_filler, "hotpotqa/hotpot_dev_distractor_v1.json", "read_hotpotqa"), 32
-    ),
+    **{name: RulerTask(partial(question_filler, file, read), 32) for name, (file, read) in QUESTIONS.items()},
 }
 # All tasks that are sized here.
 SIZED: Mapping[str, RulerTask] = {

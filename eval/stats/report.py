@@ -28,8 +28,8 @@ class ScoredVariant:
     """A variant and its outcomes by task.
 
     ``blocks`` are those that drop their first reduction; ``dropped`` is their share of all blocks.  ``repaired``: their
-    weights were adapted to this.
-    The speeds are None if no scored request was timed.
+    weights were adapted to this.  ``reduce`` is the dtype of the messages of reductions.  The speeds are None if no
+    scored request was timed.
     """
 
     name: str
@@ -41,6 +41,7 @@ class ScoredVariant:
     outcomes: Mapping[str, Outcomes]
     tokens_per_s: float | None
     requests_per_s: float | None
+    reduce: str = "float32"
 
 
 @dataclass(frozen=True)

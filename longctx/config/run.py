@@ -121,6 +121,11 @@ class Reduce:
         """True if no message is rounded."""
         return self.attention == self.mlp == "float32"
 
+    @property
+    def name(self) -> str:
+        """The dtype of both reductions' messages, or ``str(self)`` if they differ."""
+        return self.attention if self.attention == self.mlp else str(self)
+
     def __str__(self) -> str:
         group = f", groups of {self.group}" if {"int8", "int6"} & {self.attention, self.mlp} else ""
         return f"attention {self.attention}, mlp {self.mlp}{group}"
@@ -151,12 +156,12 @@ class Run:
 class Sampling:
     """How tokens are chosen, and which of them end an answer.
 
-    ``temperature`` 0 is greedy.  Sequence i draws each token from ``seed + i`` and the token's position, so its draws
-    are the same on any mesh and in any batch.  ``top_k`` 0 keeps all tokens.  ``min_p`` drops tokens whose probability
-    is below this share of the largest one.  ``repetition_penalty`` counts tokens of the prompt and of the answer;
-    ``presence_penalty`` and ``frequency_penalty`` count tokens of the answer.  An answer ends before the first text in
-    ``stop``, and after a token in ``stop_tokens``.  ``logprobs`` = n reports the log-probability of each chosen token,
-    and of the n most likely tokens.
+    ``temperature`` 0 is greedy.  Sequence i draws each token from ``seed + i`` and the position of the token before it,
+    so its draws are the same on any mesh and in any batch.  ``top_k`` 0 keeps all tokens.  ``min_p`` drops tokens whose
+    probability is below this share of the largest one.  ``repetition_penalty`` counts tokens of the prompt and of the
+    answer; ``presence_penalty`` and ``frequency_penalty`` count tokens of the answer.  An answer ends before the first
+    text in ``stop``, and after a token in ``stop_tokens``.  ``logprobs`` = n reports the log-probability of each chosen
+    token, and of the n most likely tokens.
     """
 
     temperature: float = 0.0

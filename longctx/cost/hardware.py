@@ -63,6 +63,13 @@ class LayerRates:
     gather: Link
     reduce: Link | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("gemm_flops", "weight_bytes_per_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"layer {name}={getattr(self, name)} is not a rate; use a number above 0")
+        if self.layer_s < 0:
+            raise ValueError(f"layer layer_s={self.layer_s}: use 0 or more seconds")
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -83,7 +90,7 @@ class Hardware:
       rank has its own device.
 
     Raises ValueError for a ``flops``, ``kv_bytes_per_s``, ``peak_flops`` or ``backward`` that is not positive, for
-    ``ranks_at_once`` below 1, and for an ``overlap`` outside 0 to 1.
+    ``ranks_at_once`` below 1, for an ``overlap`` outside 0 to 1, and for a negative ``block_s``.
     """
 
     flops: float
@@ -103,6 +110,8 @@ class Hardware:
             rate = getattr(self, name)
             if rate is not None and rate <= 0:
                 raise ValueError(f"hardware {name}={rate} is not a rate; use a number above 0")
+        if self.block_s < 0:
+            raise ValueError(f"hardware block_s={self.block_s}: use 0 or more seconds")
         if self.ranks_at_once is not None and self.ranks_at_once < 1:
             raise ValueError(f"hardware ranks_at_once={self.ranks_at_once}: use 1 or more")
         if not 0 <= self.overlap <= 1:

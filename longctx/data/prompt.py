@@ -20,7 +20,8 @@ def prompt_tokens(source: PromptSource, tokenizer: Any) -> tuple[list[int], int]
     as in `longctx.data.tokenize.tokenize`, and count.
 
     Raises ValueError for a file that is missing, empty or not UTF-8, for an unknown topic, and for an empty prompt.
-    Raises ValueError unless there is exactly one source, and for a question to a model without a chat template.
+    Raises ValueError unless there is exactly one source, for a question to a model without a chat template, and for a
+    text that a slow tokenizer cannot cut.
     """
     if source.question is not None and not tokenizer.chat_template:
         _refuse_other_than_one(source)

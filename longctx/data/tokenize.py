@@ -78,6 +78,8 @@ def first_tokens(
     Text is read in windows, until there are enough tokens.  If token number ``limit`` ends inside a character, all
     tokens of that character are left out; transformers would cut the character.  Special tokens are those of
     `tokenize`, and count towards ``limit``; a cut text gets none at its end.
+
+    Raises ValueError if the text has to be cut, but a slow tokenizer does not report the characters of its tokens.
     """
     first, last = _special_tokens(tokenizer) if special_tokens else ([], [])
     ids: list[int] = []
@@ -100,6 +102,11 @@ def first_tokens(
     text, room = "".join(read_so_far), len(ids) if limit is None else max(0, limit - len(first))
     if len(ids) <= room:
         return [*first, *ids, *last][:limit], text
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"prompt.tokens={limit} cannot cut the text, since {type(tokenizer).__name__} does not report the "
+            "characters of its tokens: use prompt.tokens=null, or a model folder with tokenizer.json"
+        )
     spans = [(part.begin + a, part.begin + b) for part in parts for a, b in part.spans]
     while room and spans[room - 1][1] > spans[room][0]:
         room -= 1

@@ -89,7 +89,7 @@ def _gguf_names(wheels: Sequence[Path]) -> list[str]:
 def convert(gguf: Path, to: Path, say: Say) -> None:
     """Write the GGUF model to the new Hugging Face folder ``to``: float32 safetensors, tokenizer, unquantized config.
 
-    Raises ValueError if transformers cannot read the file, or does not read all of it.
+    Raises ValueError if transformers cannot read the file, or does not read all of it; ``to`` then has no weights.
     """
     import torch
     from gguf import GGUFReader
@@ -121,10 +121,10 @@ def convert(gguf: Path, to: Path, say: Say) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     to.mkdir()
-    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
-    tokenizer.save_pretrained(to)
     model.config.save_pretrained(to)
     _refuse_other_rotation(gguf, reader, to)
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save_pretrained(to)
 
 
 def _elements(reader: Any) -> int:

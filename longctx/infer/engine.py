@@ -118,13 +118,19 @@ def load_engine(
     """Load ``model`` from ``folder``, sharded over the mesh of ``runtime``; all ranks must call this.
 
     ``plan`` has the blocks that drop a reduction, ``reduce`` the dtypes of reductions (None: all exact).  With
-    ``reduce``, or with a plan for another tensor-parallel degree than the mesh's, the layers are "local".
+    ``reduce``, or with a plan for another tensor-parallel degree than the mesh's, the layers are "local", and
+    ``model.layers=te`` is refused.
 
     Raises ValueError if ``kernel`` does not take the device, dtype or head dimension, or if ``model.layers`` cannot be
     used.  It does so, too, if a tensor is missing or left over in ``folder``.
     """
     # Only megatron-core's layers support rounded reductions, and dropped reductions in sharded decoding.
     local = bool(reduce or (plan and plan.tp != runtime.tp.size))
+    if local and model.layers == "te":
+        raise ValueError(
+            "model.layers=te supports neither rounded reductions nor dropped reductions in sharded decoding: use "
+            "model.layers=local"
+        )
     layers = "local" if local else layers_in_use(model.layers, shape)
     net = _load_model(runtime, runtime.groups, model, shape, folder, layers, plan)
     comms = (runtime.tp, runtime.ulysses, runtime.ring, runtime.context)

@@ -41,8 +41,7 @@ class FixedStep:
 
         Raises ValueError if the room is used up.
         """
-        if self.rows == self.room:
-            raise ValueError(f"all {self.room} rows of the sequence are used: make the step with a larger room")
+        self._refuse_full()
         self._token.fill_(token)
         if self._graph is None:
             self._run()
@@ -54,7 +53,11 @@ class FixedStep:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Capture a step as a CUDA graph, which later calls replay.  Raises ValueError without a GPU."""
+        """Capture a step as a CUDA graph, which later calls replay.
+
+        Raises ValueError without a GPU, or if the room is used up.
+        """
+        self._refuse_full()  # a row beyond the room would be written
         if self.engine.device.type != "cuda":
             raise ValueError(f"a CUDA graph needs device=cuda, not {self.engine.device.type}: use run=gpu")
         # The warm-up that a capture needs.  These steps write one row, which the next call writes again.
@@ -68,6 +71,10 @@ class FixedStep:
         with torch.cuda.graph(graph):
             self._run()
         self._graph = graph
+
+    def _refuse_full(self) -> None:
+        if self.rows == self.room:
+            raise ValueError(f"all {self.room} rows of the sequence are used: make the step with a larger room")
 
     def _run(self) -> None:
         """Compute the logits that follow the current token, on the device, without reading values back to the CPU."""

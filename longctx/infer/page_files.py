@@ -53,6 +53,7 @@ class PageFiles:
         and `delete`, which know only the files that were read or written here.
         """
         pages: dict[str, SavedPage | None] = {}
+        self._files.clear()  # or a page's only file would look like a second one
         for file in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
             if file.name.endswith(_NEW):
                 file.unlink()  # its process ended while it wrote

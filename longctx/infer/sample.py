@@ -46,7 +46,7 @@ def choose_token(
     """
     if not logits.isfinite().all():
         raise ValueError(
-            f"no token can be chosen at position {position}: the logits are NaN or infinite: "
+            f"no token can be chosen after position {position}: the logits are NaN or infinite: "
             "use model.dtype=float32, or a checkpoint whose weights are not damaged"
         )
     logits = penalize(logits, sampling, prompt, answer)

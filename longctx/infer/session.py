@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 from longctx.attention.layout import LAYOUTS, Layout, contiguous, documents, shard_balanced
@@ -97,14 +98,20 @@ class Session:
         tokens by sequence, and ``layer_done`` after each layer's attention in the prefill.  ``keep_states`` fills
         `Turn.passes`.
 
-        If the turn fails, new sequences are removed, and earlier sequences get back their tokens and caches from before
-        the turn.
+        If the turn fails, new sequences are removed, and earlier sequences get back the caches, tokens and
+        log-probabilities that they had before the turn.
 
         Raises ValueError for no prompts, an empty prompt, a token beyond the vocabulary, negative ``max_new_tokens``,
         more tokens than the model's maximum, and logits that are not finite.
         """
         self.refuse(prompts, max_new_tokens)
-        before = {i: (sequence.cache.layout, list(sequence.tokens)) for i, sequence in self.sequences.items()}
+        before = {
+            i: (
+                sequence.cache.layout,
+                replace(sequence, tokens=list(sequence.tokens), logprobs=list(sequence.logprobs)),
+            )
+            for i, sequence in self.sequences.items()
+        }
         try:
             barrier(self.engine)
             return self._turn(prompts, max_new_tokens, layer_done, token_done, stopped, keep_states)
@@ -140,18 +147,11 @@ class Session:
         so_far = {i: len(sequence.tokens) for i, sequence in self.sequences.items()}
         refuse_prompts(self.engine.shape, so_far, prompts, max_new_tokens)
 
-    def _restore(self, before: Mapping[int, tuple[Layout, list[int]]]) -> None:
-        """Set the sequences back to ``before``: their layouts and tokens before a turn.
-
-        Sequences that are not in ``before`` are removed.
-        """
-        for i in list(self.sequences):
-            if i not in before:
-                del self.sequences[i]
-                continue
-            layout, tokens = before[i]
-            self.sequences[i].cache.rewind(layout)
-            self.sequences[i].tokens = tokens
+    def _restore(self, before: Mapping[int, tuple[Layout, Conversation]]) -> None:
+        """Set the sequences back to ``before``: by sequence, the layout of its cache and a copy from before a turn."""
+        self.sequences = {i: sequence for i, (_, sequence) in before.items()}
+        for layout, sequence in before.values():
+            sequence.cache.rewind(layout)
 
     def _turn(
         self,
@@ -172,7 +172,9 @@ class Session:
         turn.ttft_s, turn.prefill_bytes = time.perf_counter() - began, self.engine.sent - sent
 
         # 2. Decode, until every sequence has reached its limit or an end token.
-        latest = {i: token for i, token in latest.items() if max_new_tokens[i]}
+        for i in [i for i in latest if not max_new_tokens[i]]:
+            del latest[i]  # and its log-probabilities
+            self.sequences[i].logprobs.clear()
         self._append(latest)
         while latest:
             for i, token in latest.items():

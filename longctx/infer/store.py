@@ -99,25 +99,30 @@ def load(session: Session, folder: Path, index: SessionIndex) -> None:
     ``index`` is the result of `read_index`.  A sequence of ``session`` with the same number is replaced.  All ranks
     must call this.
 
-    Raises ValueError if a file is corrupt.
+    Raises ValueError if a file is corrupt or missing; the session then has the same sequences as before.
     """
-    engine = session.engine
-    heads, rank = kv_heads(session), engine.ring.rank
+    before = dict(session.sequences)
     try:
-        for i, tokens in index["tokens"].items():
-            cached = index["cached"][i]
-            sequence = Conversation(session.cache_for(cached, 2), sampling=session.sampling.for_answer(int(i)))
-            sequence.append_prompt(tokens)
-            sequence.cache.extend(shard_balanced([cached], LAYOUTS[session.context.layout], session.rows_per_rank))
-            positions = sequence.cache.layout.positions(rank)
-            for layer in range(engine.shape.layers):
-                keys_and_values = (
-                    _read_rows(folder, index, f"{i}.{layer}.{kind}", i, positions, heads) for kind in "kv"
-                )
-                sequence.cache.append(layer, *(x.to(engine.device) for x in keys_and_values))
-            session.sequences[int(i)] = sequence
-    except SafetensorError as error:
-        raise ValueError(f"session.load={folder} is corrupt ({error}); start the conversation again") from error
+        for i in index["tokens"]:
+            session.sequences[int(i)] = _read_sequence(session, folder, index, i)
+    except (OSError, SafetensorError) as error:
+        session.sequences = before
+        raise ValueError(
+            f"session.load={folder} is corrupt or incomplete ({error}); start the conversation again"
+        ) from error
+
+
+def _read_sequence(session: Session, folder: Path, index: SessionIndex, i: str) -> Conversation:
+    """Read sequence ``i`` from the files of a session, sharded over the ranks of ``session``."""
+    engine, cached = session.engine, index["cached"][i]
+    sequence = Conversation(session.cache_for(cached, 2), sampling=session.sampling.for_answer(int(i)))
+    sequence.append_prompt(index["tokens"][i])
+    sequence.cache.extend(shard_balanced([cached], LAYOUTS[session.context.layout], session.rows_per_rank))
+    heads, positions = kv_heads(session), sequence.cache.layout.positions(engine.ring.rank)
+    for layer in range(engine.shape.layers):
+        keys_and_values = (_read_rows(folder, index, f"{i}.{layer}.{kind}", i, positions, heads) for kind in "kv")
+        sequence.cache.append(layer, *(x.to(engine.device) for x in keys_and_values))
+    return sequence
 
 
 def kv_heads(session: Session) -> range:

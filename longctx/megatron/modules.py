@@ -119,6 +119,7 @@ class FeedForward(MLP):
         for name in ("pg_collection", "is_mtp_layer"):  # megatron-core 0.19 passes them to all MLPs
             kwargs.pop(name, None)
         super().__init__(*args, **kwargs)
+        assert self.config.activation_func_clamp_value is None, "only experts have a limit"
 
     def forward(self, x: Float[Tensor, "s b hidden"], **_: Any) -> tuple[Tensor, Tensor | None]:
         out: tuple[Tensor, Tensor | None]

@@ -110,7 +110,7 @@ class DistComm:
     def _other_ranks(self) -> str:
         return self._world_ranks(set(range(self.size)) - {self.rank})
 
-    # The calls to torch.distributed.  `schedule.RecordingComm` records them instead.
+    # The calls to torch.distributed.  `recording.RecordingComm` records them instead.
 
     def _exchange(self, receives: Sequence[PeerTensor], sends: Sequence[PeerTensor]) -> Sequence[dist.Work]:
         """Start one batch of point-to-point messages; without messages, call nothing."""

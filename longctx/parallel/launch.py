@@ -46,14 +46,15 @@ class Rank:
 
 
 class RankFailed(RuntimeError):
-    """A rank raised, exited or was killed; the other ranks are ended too.
+    """A rank raised, exited or was killed; with ``ended_others``, the other ranks were ended too.
 
     ``rank`` is the rank that failed first.  ``details`` is its traceback.  It is empty if the rank left none, and for
-    an `OSError`, whose message says everything.
+    an `OSError`, whose message says everything.  A rank of torchrun or srun does not end others: the launcher does.
     """
 
-    def __init__(self, rank: int, world_size: int, reason: str, details: str) -> None:
-        super().__init__(f"rank {rank} of {world_size} {reason}; the other ranks were ended")
+    def __init__(self, rank: int, world_size: int, reason: str, details: str, *, ended_others: bool = True) -> None:
+        others = "; the other ranks were ended" if ended_others and world_size > 1 else ""
+        super().__init__(f"rank {rank} of {world_size} {reason}{others}")
         self.rank, self.details = rank, details
 
 
@@ -93,8 +94,8 @@ def run_ranks(world_size: int, rank_main: Callable[[Rank, *Args], Result], *args
     ``rank_main`` must be importable by name, and its arguments and results picklable.  If called in the main thread,
     it forwards SIGUSR1 to the ranks.  If this process dies, the ranks end too and remove its temporary folder.
 
-    Raises `RankFailed` if a rank raises (also `SystemExit`), exits with another code than 0 or is killed; all other
-    ranks have been ended by then.
+    Raises `RankFailed` if a rank raises (also `SystemExit`), exits before ``rank_main`` returns, or is killed; all
+    other ranks have been ended by then.
     """
     context = mp.get_context("forkserver")
     _start_server()
@@ -194,7 +195,7 @@ def _wait_for_all(processes: list[ForkServerProcess], folder: Path) -> None:
     while waiting and time.monotonic() < until:
         for sentinel in wait(list(waiting), timeout=0.1 if failed else None):
             rank = waiting.pop(sentinel)
-            if processes[rank].exitcode:
+            if processes[rank].exitcode or not Path(folder, f"result{rank}").exists():
                 failed.append(rank)
                 until = min(until, time.monotonic() + _GATHER_S)
     if failed:
@@ -210,6 +211,7 @@ def _first_failure(processes: list[ForkServerProcess], failed: list[int], folder
     if silent:
         code = processes[silent[0]].exitcode or 0
         reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+        reason += "" if code else " before it had a result"
         consequences = [f"rank {i} {error[0]}" for i in failed if (error := _read(Path(folder, f"error{i}")))]
         reason += f" ({consequences[0]})" if consequences else ""
         return RankFailed(silent[0], len(processes), reason, "")

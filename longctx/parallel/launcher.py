@@ -23,28 +23,39 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank | None:
     None also if torchrun or srun started a single process, which may then start local ranks itself.  Under srun this
     calls ``scontrol`` for the first host's name, and raises `subprocess.CalledProcessError` if that fails.
 
-    Raises ValueError if a launcher's variables are incomplete, or not numbers where they must be.  RANK or WORLD_SIZE
-    shows that torchrun started this process; SLURM_STEP_NODELIST and SLURM_PROCID together show that srun did.
+    RANK and WORLD_SIZE together show that torchrun started this process; SLURM_STEP_NODELIST and SLURM_PROCID together
+    show that srun did.  If all four are set, torchrun's are used, since srun may start torchrun.  The exception is
+    WORLD_SIZE=1 without TORCHELASTIC_RUN_ID in a step of several tasks: torchrun did not start this process.
+
+    Raises ValueError if a launcher's variables are incomplete, or not numbers where they must be.
     """
     e = environment
-    if e.get("WORLD_SIZE") == "1" or e.get("SLURM_STEP_NUM_TASKS") == "1":
-        return None
-    if "RANK" in e and "WORLD_SIZE" in e:
-        _refuse_incomplete(e, "torchrun", _TORCHRUN, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-        local_rank, local_world_size = int(e.get("LOCAL_RANK", 0)), int(e.get("LOCAL_WORLD_SIZE", 1))
-        return Rank(int(e["RANK"]), int(e["WORLD_SIZE"]), local_rank, local_world_size, "env://")
+    one_task = e.get("SLURM_STEP_NUM_TASKS", "1") == "1"
+    one_process = e.get("WORLD_SIZE") == "1"
+    if "RANK" in e and "WORLD_SIZE" in e and (one_task or not one_process or "TORCHELASTIC_RUN_ID" in e):
+        return None if one_process else _torchrun_rank(e)
     if "SLURM_STEP_NODELIST" in e and "SLURM_PROCID" in e:
-        _refuse_incomplete(e, "srun", _SRUN, (*_SRUN[:4], *_SRUN_NUMBERS))
-        host = _first_host(e["SLURM_STEP_NODELIST"])
-        port = _port(*(int(e.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")))
-        local_world_size = _tasks_of_node(e["SLURM_STEP_TASKS_PER_NODE"], int(e.get("SLURM_NODEID", 0)))
-        rank, world_size, local_rank = (
-            int(e[name]) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-        )
-        return Rank(rank, world_size, local_rank, local_world_size, f"tcp://{host}:{port}")
-    if "RANK" in e or "WORLD_SIZE" in e:
+        return None if e.get("SLURM_STEP_NUM_TASKS") == "1" else _srun_rank(e)
+    if ("RANK" in e or "WORLD_SIZE" in e) and not one_process:
         _refuse_incomplete(e, "torchrun", _TORCHRUN, ())
     return None
+
+
+def _torchrun_rank(e: Mapping[str, str]) -> Rank:
+    """Return the rank that torchrun assigned in the environment ``e``."""
+    _refuse_incomplete(e, "torchrun", _TORCHRUN, ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    local_rank, local_world_size = int(e.get("LOCAL_RANK", 0)), int(e.get("LOCAL_WORLD_SIZE", 1))
+    return Rank(int(e["RANK"]), int(e["WORLD_SIZE"]), local_rank, local_world_size, "env://")
+
+
+def _srun_rank(e: Mapping[str, str]) -> Rank:
+    """Return the rank that srun assigned in the environment ``e``."""
+    _refuse_incomplete(e, "srun", _SRUN, (*_SRUN[:4], *_SRUN_NUMBERS))
+    host = _first_host(e["SLURM_STEP_NODELIST"])
+    port = _port(*(int(e.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")))
+    local_world_size = _tasks_of_node(e["SLURM_STEP_TASKS_PER_NODE"], int(e.get("SLURM_NODEID", 0)))
+    rank, world_size, local_rank = (int(e[name]) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
+    return Rank(rank, world_size, local_rank, local_world_size, f"tcp://{host}:{port}")
 
 
 def _refuse_incomplete(

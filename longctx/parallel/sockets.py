@@ -11,7 +11,8 @@ import socket
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -40,29 +41,33 @@ class PeerSockets:
         """Send ``sent[i]`` to rank i and fill ``received[i]`` with what rank i sent: contiguous tensors on the CPU.
 
         Tensors of any size cannot block each other, because a rank receives while it sends.  Raises `ConnectionError`
-        if a rank has ended, and `TimeoutError` if the exchange still waits after ``timeout_s`` seconds.
+        if a rank has ended, and `TimeoutError` if no byte is sent or received for ``timeout_s`` seconds.
         """
         unsent, missing = ({peer: _bytes(x) for peer, x in each.items() if x.numel()} for each in (sent, received))
-        began = time.monotonic()
-        while not self._progress(unsent, missing):
-            waited = time.monotonic() - began
-            if waited < _SPIN_S:
+        latest = time.monotonic()  # when a byte was sent or received
+        while unsent or missing:
+            if self._progress(unsent, missing):
+                latest = time.monotonic()
+            elif (waited := time.monotonic() - latest) < _SPIN_S:
                 os.sched_yield()
             else:
                 self._sleep(unsent, missing, self._timeout_s - waited)
 
     def _progress(self, unsent: dict[int, memoryview], missing: dict[int, memoryview]) -> bool:
-        """Send and receive as much as the sockets allow now; return True if nothing is left."""
+        """Send and receive as much as the sockets allow now; return True if that is anything."""
+        progress = False
         for peer, data in tuple(unsent.items()):
             with suppress(BlockingIOError):
                 _advance(unsent, peer, self._sockets[peer].send(data))
+                progress = True
         for peer, data in tuple(missing.items()):
             with suppress(BlockingIOError):
                 count = self._sockets[peer].recv_into(data)
                 if not count:
                     raise ConnectionResetError("the peer has closed its socket")
                 _advance(missing, peer, count)
-        return not (unsent or missing)
+                progress = True
+        return progress
 
     def _sleep(self, unsent: Mapping[int, memoryview], missing: Mapping[int, memoryview], timeout_s: float) -> None:
         """Wait until a socket can make progress.  Raises TimeoutError after ``timeout_s``."""
@@ -100,7 +105,7 @@ def connect_peers(rank: int, size: int, all_gather: AllGather, timeout_s: float)
     from a rank.  ``timeout_s`` limits each wait here, and each later exchange.  Raises OSError if a rank has ended or
     does not answer.
     """
-    with socket.socket(socket.AF_UNIX) as listener:
+    with socket.socket(socket.AF_UNIX) as listener, ExitStack() as opened:
         host, token = _host(), secrets.token_bytes(_TOKEN_BYTES)
         if host:
             listener.bind("")  # Linux chooses a name, which is valid within a network namespace
@@ -108,11 +113,12 @@ def connect_peers(rank: int, size: int, all_gather: AllGather, timeout_s: float)
         peers = all_gather((host, listener.getsockname(), token))
         if host is None or any(other != host for other, _, _ in peers):
             return None
-        sockets = {
-            other: _call(address, secret, rank, timeout_s) for other, (_, address, secret) in enumerate(peers[:rank])
-        }
-        while len(sockets) < size - 1:
-            sockets.update(_answer(listener, token, timeout_s))
+        sockets: dict[int, socket.socket] = {}
+        for other, (_, address, secret) in enumerate(peers[:rank]):
+            sockets[other] = opened.enter_context(socket.socket(socket.AF_UNIX))
+            _call(sockets[other], address, secret + rank.to_bytes(4, "big"), timeout_s)
+        sockets |= _answer(listener, size - 1 - rank, token, timeout_s, opened)
+        opened.pop_all()  # from here on, `PeerSockets` closes them
     return PeerSockets(sockets, timeout_s)
 
 
@@ -124,25 +130,36 @@ def _host() -> tuple[str, str] | None:
         return None
 
 
-def _call(address: bytes, token: bytes, rank: int, timeout_s: float) -> socket.socket:
-    """Connect to the rank that listens at ``address``, and send it its ``token`` and this process's ``rank``."""
-    connection = socket.socket(socket.AF_UNIX)
+def _call(connection: socket.socket, address: bytes, hello: bytes, timeout_s: float) -> None:
+    """Connect to the rank that listens at ``address``, and send it ``hello``: its token and this process's rank."""
     connection.settimeout(timeout_s)
     connection.connect(address)
-    connection.sendall(token + rank.to_bytes(4, "big"))
-    return connection
+    connection.sendall(hello)
 
 
-def _answer(listener: socket.socket, token: bytes, timeout_s: float) -> dict[int, socket.socket]:
-    """Accept a connection; return it by the rank that it comes from.
+def _answer(
+    listener: socket.socket, count: int, token: bytes, timeout_s: float, opened: ExitStack
+) -> dict[int, socket.socket]:
+    """Accept the connections of ``count`` ranks, and return them by rank; ``opened`` also gets each connection.
 
-    The result is an empty dictionary if the caller is not a rank of the group.
+    Strangers' connections are closed: those that send anything else than ``token`` and a rank, or nothing.
     """
-    listener.settimeout(timeout_s)
-    connection, _ = listener.accept()
-    connection.settimeout(timeout_s)
-    hello = connection.recv(_TOKEN_BYTES + 4, socket.MSG_WAITALL)
-    if hello[:_TOKEN_BYTES] == token and len(hello) == _TOKEN_BYTES + 4:
-        return {int.from_bytes(hello[_TOKEN_BYTES:], "big"): connection}
-    connection.close()
-    return {}
+    answered: dict[int, socket.socket] = {}
+    silent: list[socket.socket] = []  # connections that have sent nothing yet
+    while len(answered) < count:
+        ready: list[Any] = wait([listener, *silent], timeout_s)
+        if not ready:
+            raise TimeoutError("timed out")
+        for connection in ready:
+            if connection is listener:
+                silent.append(opened.enter_context(listener.accept()[0]))
+                continue
+            silent.remove(connection)
+            hello = connection.recv(_TOKEN_BYTES + 4)  # a Unix-domain socket delivers so few bytes at once
+            if hello[:_TOKEN_BYTES] == token and len(hello) == _TOKEN_BYTES + 4:
+                answered[int.from_bytes(hello[_TOKEN_BYTES:], "big")] = connection
+            else:
+                connection.close()
+    for stranger in silent:
+        stranger.close()
+    return answered

@@ -112,7 +112,8 @@ class Front:
             return
         given = (header or "").removeprefix("Bearer ").encode()
         if not hmac.compare_digest(given, self.key.encode()):
-            raise RequestRefused("the API key is missing or wrong: send it as a bearer token", status=401)
+            message = "the API key is missing or wrong: send it as a bearer token"
+            raise RequestRefused(message, status=401, code="invalid_api_key")
 
 
 class RouteHandlers:
@@ -189,7 +190,11 @@ def _describe(app: FastAPI, model: str) -> None:
 
 async def _refused(_: Any, one: RequestRefused) -> Response:
     headers = {"Retry-After": str(_RETRY_S)} if one.status == 429 else {}
-    return JSONResponse(error(str(one), one.status, one.param, one.code), one.status, headers)
+    return JSONResponse(_body_of(one), one.status, headers)
+
+
+def _body_of(one: RequestRefused) -> Json:
+    return error(str(one), one.status, one.param, one.code)
 
 
 async def _invalid(_: Any, one: RequestValidationError) -> Response:
@@ -256,7 +261,7 @@ async def _stream(form: Form, first: tuple[int, Token], events: Any) -> AsyncIte
             yield _server_sent(form.last(choices))
         yield "data: [DONE]\n\n"
     except RequestRefused as refused:
-        yield _server_sent(error(str(refused), refused.status))
+        yield _server_sent(_body_of(refused))
     finally:
         await events.aclose()
 
@@ -292,6 +297,6 @@ class Guard:
             if scope["path"] != "/health":
                 self.front.refuse_key(headers.get(b"authorization", b"").decode("latin-1"))
         except RequestRefused as refused:
-            await JSONResponse(error(str(refused), refused.status), refused.status)(scope, receive, send)
+            await JSONResponse(_body_of(refused), refused.status)(scope, receive, send)
             return
         await self.app(scope, receive_bounded, send)

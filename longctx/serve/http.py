@@ -17,8 +17,8 @@ def serve(service: Service, front: Front, app: Any, at: socket.socket, stopping:
     """Answer requests at the socket ``at``, until ``stopping`` returns True and the requests so far are answered.
 
     Call this on the first rank.  ``stopping`` is called after each step.  Before this returns, it lets the other ranks
-    leave `follow`.  After a failure, the open requests get an error; then this raises it, such as `LostPeer` if a rank
-    is lost.
+    leave `follow`.  After a failure, the open requests get an error; then this raises it: `LostPeer` if a rank is
+    lost, RuntimeError if the web server ends before it is told to.
     """
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
     server = uvicorn.Server(config)
@@ -29,7 +29,9 @@ def serve(service: Service, front: Front, app: Any, at: socket.socket, stopping:
             service.step()
             if stopping():
                 front.closed = "the server is stopping"
-                server.should_exit = not service.busy
+                server.should_exit |= not service.busy
+        if not server.should_exit:
+            raise RuntimeError("the web server has ended by itself; its error is above: start recipes.serve again")
         service.stop()
     except BaseException as failure:
         front.closed = f"the server has failed: {failure}"

@@ -120,7 +120,7 @@ class ChatBody(Body):
 class TokenizeBody(BaseModel):
     """Body of /tokenize: a text, or messages of a conversation.
 
-    ``model`` has no effect; ``add_special_tokens`` acts on a text only.
+    ``model`` may be left out; ``add_special_tokens`` acts on a text only.
     """
 
     model: StrictStr | None = None
@@ -213,6 +213,8 @@ class Reader:
 
     def tokens(self, body: TokenizeBody) -> tuple[int, ...]:
         """Return the tokens of the text or of the conversation in ``body``."""
+        if body.model is not None:
+            self._refuse_other_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise RequestRefused("give either prompt or messages", "prompt")
         if body.messages is not None:
@@ -231,13 +233,16 @@ class Reader:
         return tuple(chat["input_ids"])
 
     def _refuse(self, body: Body) -> None:
-        if body.model != self.model:
-            raise RequestRefused(
-                f"the model {body.model!r} does not exist: use {self.model!r}", "model", 404, "model_not_found"
-            )
+        self._refuse_other_model(body.model)
         for name, value in (body.model_extra or {}).items():
             if name not in _WITHOUT_EFFECT and value and value not in _NEUTRAL.get(name, ()):
                 raise RequestRefused(f"{name} is not implemented: leave it out", name)
+
+    def _refuse_other_model(self, model: str) -> None:
+        if model != self.model:
+            raise RequestRefused(
+                f"the model {model!r} does not exist: use {self.model!r}", "model", 404, "model_not_found"
+            )
 
     def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         tokens = tokenize(prompt, self.tokenizer).tolist() if isinstance(prompt, str) else prompt

@@ -78,7 +78,6 @@ def reorder_block(
     """
     group_dims = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1}
     neuron_dims = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
-    group_order, neuron_order = torch.tensor(groups), torch.tensor(neurons)
 
     def reorder(module: str, tensor: Tensor) -> Tensor:
         if tensor.dim() == 1 and module in ("o_proj", "down_proj"):
@@ -86,7 +85,9 @@ def reorder_block(
         if module in group_dims:
             dim = group_dims[module]
             grouped: Tensor = tensor.unflatten(dim, (shape.kv_heads, -1))
-            return grouped.index_select(dim, group_order).flatten(dim, dim + 1)
-        return tensor.index_select(neuron_dims[module], neuron_order) if module in neuron_dims else tensor
+            return grouped.index_select(dim, torch.tensor(groups, device=tensor.device)).flatten(dim, dim + 1)
+        if module in neuron_dims:
+            return tensor.index_select(neuron_dims[module], torch.tensor(neurons, device=tensor.device))
+        return tensor
 
     return {name: reorder(name.split(".")[-2], tensor) for name, tensor in tensors.items()}

@@ -18,6 +18,7 @@ from recipes.bench import (
     spd_quality,
     spd_sweep,
     spd_texts,
+    spd_tradeoff,
     times,
     train,
 )
@@ -39,6 +40,7 @@ SUBJECTS = {
     "spd_quality": (spd_quality.task, "perplexity by the share of blocks that drop a reduction"),
     "spd_sweep": (spd_sweep.task, "seconds of a sensitivity measurement, against a plain loop over perplexities"),
     "spd_texts": (spd_texts.task, "an adapted model by text: first tokens, worst sequence, copying"),
+    "spd_tradeoff": (spd_tradeoff.task, "quality against time saved, for dropped and rounded reductions, by link"),
     "times": (times.task, "time of prefill, decoding and training steps, measured and predicted"),
     "train": (train.task, "a training step on one rank and on several; attention compared with other projects' rings"),
 }

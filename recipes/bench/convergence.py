@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from omegaconf import DictConfig
 
 from longctx.config import Mesh
+from longctx.parallel.launcher import current_rank
 from recipes.common.cli import console, on_ranks, say, warm_up_ranks, write_result
 from recipes.common.places import refuse_unwritable
 from recipes.common.plots import draw_lines
@@ -60,6 +61,11 @@ def prepare(config: DictConfig) -> tuple[TrainJob, ConvergenceSettings]:
     refuse_offload_folder(job.settings.offload)
     if job.target.mesh.ranks == 1:
         raise ValueError("the mesh has one rank, like the run to compare it with: use mesh.ring=2 or another mesh")
+    if current_rank():  # `on_ranks` would refuse them only after `train_from_scratch` has emptied a folder
+        raise ValueError(
+            f"a launcher has started these ranks, but this benchmark starts its own, first 1 and then "
+            f"{job.target.mesh.ranks}: start it without torchrun or srun"
+        )
     return job, settings
 
 

@@ -119,13 +119,15 @@ def _train(
 def time_model(job: GpuCheckJob, runtime: Runtime) -> list[TableRow]:
     """Prefill random tokens with a model of random weights, then decode; return seconds and tokens/s.
 
-    There is a row for each prompt length.  ``peak_bytes`` is the process's peak so far on the GPU; None on a CPU.
+    There is a row for each prompt length.  ``peak_bytes`` is the peak on the GPU during this row, with the model and
+    what the rows before left there; None on a CPU.
     """
     from longctx.config import Context, Sampling
     from longctx.infer.session import Session
 
     engine, table_rows = _random_engine(job, runtime), []
     for length in job.settings.prefill:
+        _reset_peak(runtime.device)
         context = Context(chunk=job.target.context.chunk)
         prompts = {0: _random_tokens(job, length).tolist()}
         turn = Session(engine, context, Sampling()).turn(prompts, {0: job.settings.new_tokens})
@@ -287,5 +289,12 @@ def _random_engine(job: GpuCheckJob, runtime: Runtime) -> Engine:
     return Engine(net, shape, kernel_of(job, runtime), layers=layers)
 
 
+def _reset_peak(device: torch.device) -> None:
+    """Let `_peak_bytes` count from now on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def _peak_bytes(device: torch.device) -> int | None:
+    """Return the most bytes of tensors that existed at once on a GPU since `_reset_peak`; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -24,6 +24,7 @@ from recipes.bench.prefill import build_shallow_engine
 from recipes.bench.timing import refuse_set_by_runs
 from recipes.common.cli import console, on_ranks, say, warm_up_ranks, write_result
 from recipes.common.places import refuse_unwritable
+from recipes.common.predicted import ELEMENT_BYTES
 from recipes.common.provenance import provenance
 from recipes.common.settings import as_config, as_dict, sections, top_level
 from recipes.common.train_job import TrainJob, refuse_offload, refuse_offload_folder, refuse_unsplit, resolve_train_job
@@ -124,10 +125,10 @@ def predict(job: TrainJob, run: MemoryRun) -> dict[str, float]:
     """Return the predicted bytes of a rank at the peak of ``run``, by part; ``job`` is the training job of the run."""
     if run.work == "train":
         return predict_memory(job)
-    target, numbers = job.target, Numbers(4, 4)
+    target, element = job.target, ELEMENT_BYTES[job.target.model.dtype]
     new, cached = ([job.data.length], [0]) if run.work == "prefill" else ([1], [job.data.length])
     strategy = run.strategy if run.work == "prefill" else target.context.decode
-    return inference_bytes(target.shape, target.mesh, new, cached, strategy, numbers)
+    return inference_bytes(target.shape, target.mesh, new, cached, strategy, Numbers(element, element))
 
 
 def measure(rank: Rank, job: TrainJob, run: MemoryRun) -> dict[str, int]:

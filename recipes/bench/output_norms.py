@@ -104,8 +104,10 @@ def partial_attention(layer: Any, x: Hidden, known: dict[str, Any], ranks: int) 
     """
     heads: list[Tensor] = []
     hook = layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0]))
-    layer.self_attn(hidden_states=layer.input_layernorm(x), **known)
-    hook.remove()
+    try:
+        layer.self_attn(hidden_states=layer.input_layernorm(x), **known)
+    finally:
+        hook.remove()
     norm, weight = layer.post_attention_layernorm, layer.self_attn.o_proj.weight
     shares = zip(heads[0].tensor_split(ranks, -1), weight.tensor_split(ranks, 1), strict=True)
     partials = [own @ columns.T for own, columns in shares]
@@ -149,9 +151,11 @@ def blocks_replaced(
 
     layers = net.model.layers
     hooks = [layer.register_forward_hook(partial(hook, i), with_kwargs=True) for i, layer in enumerate(layers)]
-    yield
-    for each in hooks:
-        each.remove()
+    try:
+        yield
+    finally:
+        for each in hooks:
+            each.remove()
 
 
 def block_errors(

@@ -293,4 +293,4 @@ def task(config: DictConfig) -> None:
         return
     console.print("\n".join(markdown(times)))
     if job.settings.out:
-        write(job, times, Path(job.settings.out).expanduser())
+        write(job, times, Path(job.settings.out))

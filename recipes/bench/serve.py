@@ -170,10 +170,10 @@ def summarise(job: ServeBenchJob, all_figures: Sequence[LoadFigures]) -> list[di
     The first variant answered one request at a time.
     """
     load, alone = make_load(job.settings, job.text), all_figures[0]
-    short = [one.number for one in load if len(one.prompt) < job.settings.short]
+    short = {one.number for one in load if len(one.prompt) < job.settings.short}
     table_rows: list[dict[str, object]] = []
     for figures in all_figures:
-        p50, p95 = middle_and_tail([figures.first_token_s[number] for number in short])
+        p50, p95 = middle_and_tail([seconds for number, seconds in figures.first_token_s.items() if number in short])
         table_rows.append(
             {
                 "variant": figures.variant,
@@ -183,7 +183,7 @@ def summarise(job: ServeBenchJob, all_figures: Sequence[LoadFigures]) -> list[di
                 "short_ttft_p50_s": p50,
                 "short_ttft_p95_s": p95,
                 "ttft_p50_s": middle_and_tail([*figures.first_token_s.values()])[0],
-                "equal_answers": len(load) - len(figures.other_than(alone)),
+                "equal_answers": figures.count_equal(alone),
                 "margins_of_others": figures.margins,
                 "failures": figures.failures,
                 "hit_rate": figures.hit_rate,

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class LoadFigures:
-    """Figures of one variant: seconds to the last answer; by request, seconds to the first token and answered tokens.
+    """Figures of one variant: seconds to the last answer; by request, seconds to the first token and the whole answer.
 
+    A request that failed has no answer, and a message in ``failures``.
     ``top`` has the `TokenLogprob.top` of each answered token, () without log-probabilities.  ``page_bytes`` are the
     bytes of cached pages on each ring rank at the end.  For each request with another answer than alone, ``margins``
     has the difference (nats) between the two most likely tokens where the answers part.
@@ -37,20 +38,33 @@ class LoadFigures:
     top: dict[int, list[tuple[tuple[int, float], ...]]] = field(default_factory=dict)
     margins: dict[int, float] = field(default_factory=dict)
 
-    def record(self, event: Token | Failure) -> bool:
-        """Add ``event`` to its request's answer, or to ``failures``; return True if it is the request's last event."""
+    def record(self, event: Token | Failure, waited_s: float) -> bool:
+        """Add ``event`` to its request's answer, or to ``failures``; return True if it is the request's last event.
+
+        ``waited_s`` are the seconds since the request was sent.
+        """
         from longctx.serve.service import Failure
 
         if isinstance(event, Failure):
             self.failures.append(event.message)
+            self.answers.pop(event.number, None)
             return True
+        self.first_token_s.setdefault(event.number, waited_s)
         self.answers.setdefault(event.number, []).extend([] if event.token is None else [event.token])
         self.top.setdefault(event.number, []).append(event.logprob.top if event.logprob else ())
         return event.finish is not None
 
+    def count_equal(self, alone: LoadFigures) -> int:
+        """Return the number of requests with the same whole answer in ``alone`` and here."""
+        return sum(alone.answers.get(number) == answer for number, answer in self.answers.items())
+
     def other_than(self, alone: LoadFigures) -> dict[int, int]:
-        """Return, for each request whose answer differs from that in ``alone``, how many first tokens are equal."""
-        pairs = {number: (answer, self.answers.get(number, [])) for number, answer in alone.answers.items()}
+        """Return, for each request with another answer than in ``alone``, how many first tokens are equal.
+
+        Requests that failed are left out.
+        """
+        both = alone.answers.keys() & self.answers.keys()
+        pairs = {number: (alone.answers[number], self.answers[number]) for number in sorted(both)}
         return {
             number: sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(*pair, strict=False)))
             for number, pair in pairs.items()
@@ -97,8 +111,7 @@ def play_clients(
             service.submit(request, receive)
 
     def receive(event: Token | Failure) -> None:
-        figures.first_token_s.setdefault(event.number, time.perf_counter() - sent[event.number])
-        if figures.record(event):
+        if figures.record(event, time.perf_counter() - sent[event.number]):
             done()
             send_next()
 

@@ -6,7 +6,7 @@ python -m recipes.bench spd_quality sensitivity=outputs/spd/sensitivity.json out
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import expm1
 from pathlib import Path
 from typing import Annotated
@@ -136,10 +136,10 @@ def prepare(config: DictConfig) -> QualityJob:
 def resolve_variants(
     models: tuple[NamedModel, ...], rivals: tuple[Rival, ...], target: Target, settings: QualitySettings
 ) -> tuple[QualityVariant, ...]:
-    """Return the variants: two without repair, one per rival and one per repaired model.
+    """Return the variants: two without repair and one per repaired model, then the same with each rival.
 
     The first variant without repair drops the least sensitive blocks first; the second drops blocks in the model's
-    order.  Rivals drop the least sensitive first.
+    order, and has no rival.
 
     Raises ValueError as `saved_plan_of` does for each model, and as `order_from` does for the file of sensitivities.
     """
@@ -148,14 +148,15 @@ def resolve_variants(
     variants = [
         QualityVariant(RANKED, target.folder, order),
         QualityVariant(IN_ORDER, target.folder, tuple(range(layers))),
-        *(QualityVariant(f"{RANKED}, {rival.label}", target.folder, order, reduce=rival) for rival in rivals),
     ]
     for model in models:
         name = f"models: {model.label} ({model.folder})"
         saved = saved_plan_of(name, model.folder, target, max(settings.shares))
         folder = Path(model.folder).expanduser()
         variants.append(QualityVariant(model.label, folder, saved.order, saved.plan.own_norms))
-    return tuple(variants)
+    exact = [variant for variant in variants if variant.name != IN_ORDER]
+    rounded = [replace(one, name=f"{one.name}, {rival.label}", reduce=rival) for rival in rivals for one in exact]
+    return (*variants, *rounded)
 
 
 def saved_plan_of(name: str, folder: str, target: Target, share: float) -> SavedPlan:
@@ -258,10 +259,7 @@ def show(losses: dict[str, TextLosses], shares: tuple[float, ...]) -> None:
         table = Table(f"{label}: blocks dropped", *(f"{share:.0%}" for share in shares), box=None)
         for variant, of_shares in of_text.variants.items():
             table.add_row(variant, *(f"{perplexity(loss):.2f}" for loss in of_shares))
-            intervals = [of_share and [100 * expm1(end) for end in of_share] for of_share in of_text.intervals[variant]]
-            table.add_row(
-                "  added, %", *("" if not ends else f"{ends[0]:+.2f} to {ends[1]:+.2f}" for ends in intervals)
-            )
+            table.add_row("  added, %", *map(interval_in_words, of_text.intervals[variant]))
         console.print(table)
         for block, of_placements in of_text.placement.items():
             words = ", ".join(f"{placement} {perplexity(loss):.2f}" for placement, loss in of_placements.items())
@@ -300,6 +298,8 @@ def task(config: DictConfig) -> None:
         for label, of_text in losses.items()
     }
     show(losses, job.settings.shares)
-    inputs = {"model": job.target.model.name, "tp": job.target.mesh.tp, "shares": job.settings.shares}
+    shares, layers = job.settings.shares, job.target.shape.layers
+    dropped = [len(within(range(layers), share)) / layers for share in shares]
+    inputs = {"model": job.target.model.name, "tp": job.target.mesh.tp, "shares": shares, "dropped": dropped}
     write_result(str(Path(job.settings.out, "quality.json")), {**inputs, "texts": texts, **provenance()})
     draw(losses, job)

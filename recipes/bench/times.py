@@ -88,6 +88,8 @@ def prepare(config: DictConfig) -> TimesJob:
     if job.target.shape.mixture:
         raise ValueError(f"{RECIPE} does not support mixtures of experts: use a dense model")
     refuse_set_by_runs(job, RECIPE)
+    if settings.json:
+        merge(settings.json, (), dict.fromkeys(run.group for run in runs))  # raises for a file of an older version
     if job.settings.offload:
         raise ValueError(f"offload={job.settings.offload}: the time of offload has no prediction; use offload=null")
     return TimesJob(settings, read_machine(settings.hardware), runs, tuple(_job_of(job, run) for run in runs))
@@ -150,9 +152,10 @@ def task(config: DictConfig) -> None:
             refuse_other_threads(job.settings.hardware, one.target.run.threads, run.mesh)
         of_runs = measure_on_hosts(runs, jobs, job.settings.rounds) if rate else measure_here(job, runs, jobs)
         for run, one, seconds in zip(runs, jobs, of_runs, strict=True):
-            results.append(result_of(job, run, one, seconds))
-            say(f"{run}: {median(seconds) * 1e3:,.1f} ms")
-    if results and is_first():
+            if is_first():  # the other ranks of a launcher have no seconds
+                results.append(result_of(job, run, one, seconds))
+                say(f"{run}: {median(seconds) * 1e3:,.1f} ms")
+    if results:
         report(job, results)
         if job.settings.record:
             recorded = accuracies(job, results)
@@ -162,7 +165,10 @@ def task(config: DictConfig) -> None:
 
 
 def measure_here(job: TimesJob, runs: Sequence[TimedRun], jobs: Sequence[TrainJob]) -> Iterator[list[float]]:
-    """Yield, for each of ``runs``, its seconds in every round, on ranks of this machine."""
+    """Yield, for each of ``runs``, its seconds in every round, on ranks of this machine.
+
+    On a launcher's ranks other than the first, the lists are empty.
+    """
     for run, one in zip(runs, jobs, strict=True):
         yield on_ranks(run.mesh, measure, one, run, job.settings.rounds) or []
 
@@ -229,6 +235,7 @@ def report(job: TimesJob, results: Sequence[Row]) -> None:
         merged, groups = merge(settings.json, results, groups)
         write_result(settings.json, {**provenance(), **metadata, "groups": groups, "runs": merged})
     if settings.markdown:
+        Path(settings.markdown).parent.mkdir(parents=True, exist_ok=True)
         Path(settings.markdown).write_text("\n".join(page_of(merged)) + "\n", encoding="utf-8")
     if settings.picture:
         draw_times(settings.picture, merged)

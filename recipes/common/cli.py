@@ -28,7 +28,7 @@ from longctx.parallel.launch import Rank, RankFailed, run_ranks, warm_up
 from longctx.parallel.launcher import current_rank
 from recipes.common.help import help_of
 from recipes.common.mistakes import names_of, unknown_setting
-from recipes.common.overrides import CONFIGS, as_overrides, lists_values, literal
+from recipes.common.overrides import CONFIGS, as_overrides, expand_home, lists_values, literal
 from recipes.common.places import numbered_out, write_json
 from recipes.common.renamed import rename_settings
 from recipes.common.startup import leave_closed_pipe, loaded, print_page
@@ -99,7 +99,7 @@ def _remove_empty_sweep() -> None:
 
 
 def _checked(config: DictConfig, words: Sequence[str]) -> DictConfig:
-    """Return ``config`` after the checks that all recipes share, with old names of settings replaced.
+    """Return ``config`` after the checks that all recipes share, with old names of settings and ``~`` replaced.
 
     In a sweep (--multirun), ``out`` gets the run's number.  Raises ValueError for a section with a mistake, for more
     threads than this machine has cores, and for a missing device.  All checks before the device run without torch,
@@ -107,7 +107,7 @@ def _checked(config: DictConfig, words: Sequence[str]) -> DictConfig:
     """
     from recipes.common.settings import check_sections
 
-    config = _with_numbered_out(rename_settings(config, say), words)
+    config = _with_numbered_out(expand_home(rename_settings(config, say)), words)
     check_sections(config)
     threads, cores = OmegaConf.select(config, "run.threads"), len(os.sched_getaffinity(0))
     if isinstance(threads, int | float) and threads > cores:  # 1e6 is a float
@@ -218,7 +218,7 @@ def on_every_rank(mesh: Mesh, rank_main: Callable[[Rank, *Args], Result], *args:
         raise RuntimeError(f"rank {rank.rank} of {rank.world_size} failed: {error}") from error
     except OSError as error:
         reason = f"raised {type(error).__name__}: {error}"
-        raise RankFailed(rank.rank, rank.world_size, reason, "") from error
+        raise RankFailed(rank.rank, rank.world_size, reason, "", ended_others=False) from error
 
 
 def refuse_other_world(mesh: Mesh, owner: str = "the mesh") -> None:

@@ -19,7 +19,8 @@ def hold(file: Path, setting: str) -> Iterator[None]:
     """Hold a lock until the block ends or the process dies; of a launcher's ranks, only the first holds it.
 
     ``file`` is the lock file: it is made with its folder, and removed at the end.  ``setting``, such as ``out=DIR``,
-    names the locked file or folder in messages.  A file system without locks only gives a warning.
+    names the locked file or folder in messages.  A file system without locks only gives a warning; the file is then
+    removed by the run that wrote to it last.
 
     Raises ValueError, naming host and process, if another run has the lock.  A requeued Slurm job first waits up to two
     minutes for its former host to release it.
@@ -34,7 +35,8 @@ def hold(file: Path, setting: str) -> Iterator[None]:
         os.pwrite(descriptor, json.dumps(_this_process()).encode(), 0)
         yield
     finally:
-        file.unlink(missing_ok=True)  # before the lock ends: `_lock` then sees that its file is gone
+        if _holder(descriptor) == _this_process():  # without locks, another run may have written to the file since
+            file.unlink(missing_ok=True)  # before the lock ends: `_lock` then sees that its file is gone
         os.close(descriptor)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from recipes.common.mistakes import refuse_unreadable
 from recipes.common.renamed import Say, rename_override
@@ -20,7 +20,7 @@ PATHS = (
     "prompt.file", "prompts", "out", "to", "checkpoint", "turns", "session.save", "session.load", "spd.sensitivity",
     "sensitivity", "eval.data", "eval.include", "eval.text", "adapted", "hardware", "picture", "fitted", "json",
     "allowed_drop", "markdown", "model.source", "model.cache", "model.chat_template", "folder", "pipeline", "settings",
-    "offload",
+    "offload", "quality", "report",
 )  # fmt: skip
 # A path in the list of a sweep, in quotes or without a comma.
 _LISTED = re.compile(r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')(?=,|\Z)|[^,]+""", re.DOTALL)
@@ -102,6 +102,28 @@ def quote(text: str) -> str:
 def literal(text: str) -> str:
     """Return ``text`` with its ``${`` escaped, so that OmegaConf reads it as this text, without interpolations."""
     return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
+
+
+def expand_home(config: DictConfig) -> DictConfig:
+    """Replace a leading ``~`` in the paths of ``config`` by the home folder, in place; return ``config``.
+
+    Shells leave the ``~`` in out=~/x to the command.  ``model.cache`` is not changed: its readers expand it, and
+    recipes.compare compares it between users.  Raises ValueError for the home folder of a user who does not exist.
+    """
+    for name in PATHS:
+        section, _, key = name.rpartition(".")
+        holder = OmegaConf.select(config, section) if section else config
+        path = OmegaConf.select(holder, key) if isinstance(holder, DictConfig) else None
+        if name == "model.cache" or not isinstance(path, str) or not path.startswith("~"):
+            continue
+        try:
+            holder[key] = literal(str(Path(path).expanduser()))
+        except RuntimeError as error:
+            raise ValueError(
+                f"{name}={path} is in the home folder of an unknown user: use ~/ for your own, or {name}=./{path} for "
+                "a name that begins with ~"
+            ) from error
+    return config
 
 
 def path_word(key: str, path: str) -> str:

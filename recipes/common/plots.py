@@ -67,6 +67,36 @@ def draw_points(out: str, points: Mapping[str, Sequence[tuple[float, float]]], *
     _save(figure, out)
 
 
+def draw_tradeoff(
+    out: str, panels: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[float, float, str]]]]], *, x: str
+) -> None:
+    """Draw ``panels[measure][title][series]``, points (x, y, label), to the file ``out``: a row for each measure.
+
+    A series is a line.  Its y axis is linear up to 1 and logarithmic above.
+    """
+    titles = list(dict.fromkeys(title for row in panels.values() for title in row))
+    names = list(dict.fromkeys(name for row in panels.values() for panel in row.values() for name in panel))
+    unlabelled = set(names)  # the legend explains each series once
+    figure, _ = _new_figure(3.4 * len(titles), 3.2 * len(panels) + 0.8)
+    figure.clear()
+    grid = figure.subplots(len(panels), len(titles), squeeze=False, sharey="row")
+    for row, (measure, of_measure) in zip(grid, panels.items(), strict=True):
+        row[0].set_ylabel(measure)
+        for axes, title in zip(row, titles, strict=True):
+            for name, points in of_measure.get(title, {}).items():
+                xs, ys, _ = zip(*points, strict=True)
+                label = name if name in unlabelled else None
+                unlabelled.discard(name)
+                axes.plot(xs, ys, **_line(names.index(name)), linewidth=1, label=label)
+                for x_value, y_value, share in points:
+                    axes.annotate(share, (x_value, y_value), fontsize=6, xytext=(3, 3), textcoords="offset points")
+            axes.set_yscale("symlog", linthresh=1)
+            axes.set(title=title, xlabel=x)
+            axes.grid(visible=True, alpha=0.25)
+    _add_legend(figure)
+    _save(figure, out)
+
+
 def draw_bars(
     out: str,
     values: Sequence[float],

@@ -203,28 +203,30 @@ class Adaptation:
         # 3. Wait until all files are written, and agree on whether to stop.
         return not run.agree_to_stop()
 
-    def select_blocks(self, blocks: Sequence[int]) -> Sequence[int]:
-        """Return the ``len(blocks)`` repaired blocks that change predictions least when dropped alone, the least first.
+    def select_blocks(self, blocks: Sequence[int]) -> tuple[Sequence[int], dict[int, float]]:
+        """Return the ``len(blocks)`` repaired blocks that change predictions least when each of them drops alone.
 
-        An earlier run with a larger spd.budget may have repaired more than ``blocks``.  If not, return ``blocks``.
+        An earlier run with a larger spd.budget may have repaired more than ``blocks``.  If not, return ``blocks``.  The
+        second result has the divergence of each repaired block; it is empty if there was nothing to select.
         """
         from longctx.megatron.spd.joint import JointDistillation
 
         run, job = self.run, self.job
         repaired = [block for block in range(job.target.shape.layers) if job.block_file(block).is_file()]
         if len(repaired) == len(blocks):
-            return blocks
+            return blocks, {}
         run.progress.start("divergence with one repaired block dropped", len(repaired) * job.held_out_batches)
         layers = {block: self.load_repaired(block) for block in repaired}
         distillation = JointDistillation(run.blocks, layers, repaired, job.joint, run.runtime.groups.dp)
         alone = distillation.divergences_alone(job.held_out_tokens, run.progress.step)
-        return sorted(repaired, key=lambda block: (alone[block], block))[: len(blocks)]
+        return sorted(repaired, key=lambda block: (alone[block], block))[: len(blocks)], alone
 
-    def distill_jointly(self, blocks: Sequence[int]) -> JointResult | None:
+    def distill_jointly(self, blocks: Sequence[int], alone: Mapping[int, float]) -> JointResult | None:
         """Distil repaired ``blocks`` together; write them to their `joint_block_file` if that helped.
 
-        Resumes from the last saved state.  Without steps (joint.steps=0), it only measures.  Returns None if the run
-        was asked to stop; the state has been saved then.
+        ``alone`` has the divergence with each block dropped alone before the distillation; if it is empty, it is
+        measured here.  The run resumes from the last saved state.  Without steps (joint.steps=0), it only measures.
+        Returns None if the run was asked to stop; the state has been saved then.
         """
         from longctx.megatron.spd.joint import JointDistillation
 
@@ -249,10 +251,11 @@ class Adaptation:
                     write_block(job.joint_block_file(block), tensors, {})
             else:
                 run.blocks.fill(layer, read_block(job.block_file(block))[0])
-        # 4. Measure each block alone.
-        run.progress.start("divergence with one block dropped", len(blocks) * job.held_out_batches)
-        alone = distillation.divergences_alone(job.held_out_tokens, run.progress.step)
-        return JointResult(distillation.losses, before, after, alone)
+        # 4. Measure each block alone, in the weights that are used.
+        if after < before or not alone:
+            run.progress.start("divergence with one block dropped", len(blocks) * job.held_out_batches)
+            alone = distillation.divergences_alone(job.held_out_tokens, run.progress.step)
+        return JointResult(distillation.losses, before, after, {block: alone[block] for block in blocks})
 
     def _train(self, distillation: JointDistillation) -> bool:
         """Take the remaining steps of joint distillation.

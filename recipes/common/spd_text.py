@@ -97,12 +97,12 @@ def text_of(
             f"{length_setting}={data.length:,} is more than the model's context of {target.shape.max_positions:,} "
             "tokens: use at most that"
         )
-    stage = training_batches(data, tokenizer_of(target.folder))(None)
-    batches = [batch for batch, _ in islice(stage, -(-(sequences + more) // data.batch))]
-    available = sum(len(batch.tokens) for batch in batches)
-    if available < sequences:
+    # Batches of one sequence: a larger last batch that is not full would be dropped or padded.
+    stage = training_batches(replace(data, batch=1), tokenizer_of(target.folder))(None)
+    batches = [batch for batch, _ in islice(stage, sequences + more)]
+    if len(batches) < sequences:
         raise ValueError(
-            f"{', '.join(map(str, data.sources))}: the text has {available} sequences of {length_setting}="
+            f"{', '.join(map(str, data.sources))}: the text has {len(batches)} sequences of {length_setting}="
             f"{data.length} tokens, not {sequences}: use fewer or shorter sequences, or more text"
         )
     text = PackedText(
@@ -110,7 +110,7 @@ def text_of(
     )
     target.shape.refuse_unknown_token(max(int(text.tokens.max()), int(text.targets.max())))
     refuse_nothing_to_learn(int(text.mask.sum()), ", ".join(map(str, data.sources)))
-    return text[slice(sequences + more)]
+    return text
 
 
 def measurement_metadata(target: Target, text: PackedText, data: DataSettings) -> dict[str, object]:

@@ -6,7 +6,7 @@ import pytest
 
 from longctx.config import Mesh
 from longctx.cost.forward import Numbers, decode_cost, prefill_cost
-from longctx.cost.hardware import Link
+from longctx.cost.hardware import LayerRates, Link
 from longctx.cost.machine import Level, Machine
 from longctx.cost.step import StepWork, step_cost
 from longctx.model_shape import ModelShape
@@ -58,3 +58,17 @@ def test_a_measured_backward_and_all_reduce_replace_the_arithmetic():
     assert times[1].parts["attention"] == pytest.approx(6 * forward)
     level = replace(MACHINE.levels[0], reduce=Link(2e-3, 1e6))
     assert replace(MACHINE, levels=[level]).all_reduce_seconds(3e6, 3) == pytest.approx(4 * (2e-3 + 1.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("backward", 0), ("peak_flops", 0), ("ranks_at_once", 0), ("block_s", -1e-6), ("turn_s", -1)]
+)
+def test_impossible_constants_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        replace(MACHINE, **{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("gemm_flops", 0), ("weight_bytes_per_s", 0), ("layer_s", -1e-6)])
+def test_impossible_rates_of_a_layer_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"layer {name}={value}"):
+        replace(LayerRates(1e10, 1e9, 0.0, LINK), **{name: value})

@@ -5,6 +5,7 @@ from transformers import PreTrainedTokenizerFast
 
 from longctx.config import PromptSource
 from longctx.data import prompt
+from longctx.hf.config import tokenizer_of
 from tests.tiny import tiny_tokenizer
 
 TEMPLATE = (
@@ -53,6 +54,18 @@ def test_text_is_cut_between_characters(tokenizer, question):
     assert counted == 2 and "\N{REPLACEMENT CHARACTER}" not in tokenizer.decode(ids)
     with pytest.raises(ValueError, match=r"prompt\.tokens=1 leaves nothing"):
         prompt_tokens(PromptSource(text="éééé", tokens=1, question=question), tokenizer)
+
+
+@pytest.mark.parametrize("question", [None, "Who jumps?"])
+def test_slow_tokenizer_cannot_cut(tmp_path, question):
+    """It takes a whole text, and a limit that the text does not reach."""
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    slow = tokenizer_of(tmp_path)
+    slow.chat_template = TEMPLATE
+    with pytest.raises(ValueError, match=r"prompt\.tokens=2 cannot cut .* ByT5Tokenizer .*use prompt\.tokens=null"):
+        prompt_tokens(PromptSource(text="abc", tokens=2, question=question), slow)
+    whole = prompt_tokens(PromptSource(text="abc", question=question), slow)
+    assert prompt_tokens(PromptSource(text="abc", tokens=5, question=question), slow) == whole
 
 
 def test_question_and_document_pass_the_chat_template(tokenizer):

@@ -1,10 +1,13 @@
 """Checks before any rank starts: what is refused, what each task is limited to, and that nothing is written."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from eval.job import EvalConfig, EvalSettings, pinned
+from eval.run import files_read
 from eval.speed import SpeedSettings
 from longctx.spd.plan import SavedPlan, SPDPlan
 from recipes.common import cli as recipe_cli
@@ -118,11 +121,24 @@ def test_limits_apply_to_each_task(prepared):
     assert len(job.requests) == 5 * 4 + 5 + 1 + 2
 
 
-def test_limit_of_a_group_is_refused():
+def test_limit_of_a_group_is_refused(prepared, monkeypatch):
     """The tasks of a group have other names: a limit of the group would limit nothing."""
-    evaluation = EvalConfig(tasks=("blimp",), limits={"blimp": 5})
+    task = SimpleNamespace(config=SimpleNamespace(num_fewshot=0), OUTPUT_TYPE="multiple_choice")
+    loaded = {"blimp_adjunct_island": task, "blimp_passive_1": task}
+    monkeypatch.setattr("eval.harness.tasks.load_tasks", lambda *_: loaded)
     with pytest.raises(ValueError, match=r"eval.limits.blimp is a group of tasks: use eval.limit"):
-        evaluation.refuse_unknown_limits(["blimp_adjunct_island", "blimp_passive_1"])
+        prepared("eval.tasks=[blimp]", "eval.data=hub", "eval.limits={blimp: 5}")
+
+
+def test_all_files_of_data_are_read_for_the_manifest(prepared):
+    """Tasks of questions have a file, and their names get a length when they are loaded."""
+    job = prepared()
+    job = replace(job, eval=replace(job.eval, tasks=("arc_easy", "ruler_qa_squad", "ruler_qa_hotpot", "needle")))
+    assert [file.relative_to(job.eval.folder).as_posix() for file in files_read(job)] == [
+        "arc/arc_easy.jsonl", "squad/dev-v2.0.json", "hotpotqa/hotpot_dev_distractor_v1.json",
+    ]  # fmt: skip
+    hub = replace(job, eval=replace(job.eval, data="hub"))
+    assert files_read(hub) == []
 
 
 def test_slurm_job_gets_the_folder_of_data_and_one_number_of_ranks(base_config, sets):

@@ -58,6 +58,7 @@ def test_variants_are_compared_and_a_strict_gate_fails(compared):
     assert (compared.code, compared.stdout) == (run.GATE_FAILED, ""), compared.stderr
     report = report_of(compared.out)
     assert list(report["tasks"]) == ["arc_easy", "lambada_openai", "wikitext"]
+    assert report["variants"]["dropped"]["reduce"] == "float32"
     for task, n in (("arc_easy", 13), ("lambada_openai", 11)):
         assert report["tasks"][task]["baseline"]["verdict"] is None
         for name in ("ring", "dropped"):

@@ -19,4 +19,6 @@ def test_speed_is_written_and_shown_beside_lm_evals_own_model(monkeypatch, capsy
     assert figures["examples"] == 3 and list(figures["seconds"]) == ["ours", "hf, batch 2"]
     assert all(seconds > 0 for rounds in figures["seconds"].values() for seconds in rounds)
     assert figures["largest_difference"] < 1e-4
+    (file,) = json.loads((tmp_path / "manifest.json").read_text())["data"]
+    assert file == str(sets / "arc" / "arc_easy.jsonl")
     assert "arc_easy" in capsys.readouterr().err

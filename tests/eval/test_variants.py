@@ -141,6 +141,7 @@ def test_variant_may_round_reductions(prepared):
         "mesh.tp=3", "variants=[{name: int8, reduce: {attention: int8, mlp: int8}}, {name: a, reduce: {mlp: int8}}]"
     ).variants
     assert (base.target.reduce, int8.target.reduce) == (None, Reduce("int8", "int8"))
+    assert (int8.target.reduce.name, Reduce(mlp="int8").name) == ("int8", "attention float32, mlp int8, groups of 64")
     assert len({base.digest, int8.digest, small.digest}) == 3, "they have different answers"
 
 

@@ -14,6 +14,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from longctx.config import ModelSource
 from longctx.hf.config import shape_of, tokenizer_of
+from longctx.hf.gguf_file import convert
 from longctx.hf.locate import locate
 from longctx.hf.scratch import bytes_tokenizer
 
@@ -107,6 +108,13 @@ def test_file_of_which_a_part_would_be_left_out_is_refused(tensors, tmp_path, ex
     with pytest.raises(ValueError, match=words):
         locate(model)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["tiny.lock"]
+
+
+def test_refused_rotation_leaves_no_weights(tensors, tmp_path) -> None:
+    file = write(tmp_path / "tiny.gguf", tensors, qwen2__rope__dimension_count=2.0)
+    with pytest.raises(ValueError, match="rotates only a part of each head"):
+        convert(file, tmp_path / "folder", lambda _: None)
+    assert not (tmp_path / "folder" / "model.safetensors").exists()
 
 
 def test_file_without_a_tensor_is_refused(tensors, tmp_path) -> None:

@@ -57,6 +57,8 @@ def test_steps_equal_a_prefill_and_transformers(runtime, folder):
         assert_close(logits, model(tokens.unsqueeze(0)).logits[0, PROMPT:], 1e-6)  # its angles are float32
     with pytest.raises(ValueError, match="all 19 rows of the sequence are used"):
         step(1)
+    with pytest.raises(ValueError, match="all 19 rows of the sequence are used"):
+        step.capture()
 
 
 def test_steps_read_no_value_on_the_host(runtime, folder):

@@ -39,6 +39,13 @@ def test_pages_are_read_as_they_were_written(tmp_path, rank):
     assert not PageFiles(tmp_path / "nowhere", pytest.fail).read(CPU)
 
 
+def test_pages_are_read_again_after_a_read_and_a_write(tmp_path):
+    files = PageFiles(tmp_path, pytest.fail)
+    names = {files.write("", [token] * 5, make_page(1)) for token in (3, 5)}
+    for _ in range(2):
+        assert files.read(CPU).keys() == names and len(list(tmp_path.iterdir())) == 2
+
+
 def test_any_flipped_byte_and_any_cut_is_noticed(tmp_path):
     name = PageFiles(tmp_path, pytest.fail).write("", [1, 2, 3, 4, 5], make_page(1))
     (file,) = tmp_path.iterdir()

@@ -101,7 +101,7 @@ def test_any_dtype_of_logits_works(dtype):
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_logits_that_are_not_finite_are_refused(temperature, bad):
     """argmax of NaN is a token like any other."""
-    with pytest.raises(ValueError, match="position 3: the logits are NaN or infinite"):
+    with pytest.raises(ValueError, match="after position 3: the logits are NaN or infinite"):
         choose_token(torch.tensor([1.0, bad, 2.0]), Sampling(temperature), 3)
 
 

@@ -1,5 +1,6 @@
 """Sampled answers of a session are those of each sequence alone, on any mesh, with exact log-probabilities."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,27 @@ def test_tokens_and_logprobs_are_those_of_transformers_logits(runs):
                 top = expected.topk(settings.logprobs or 0)
                 assert [likely for likely, _ in one.top] == top.indices.tolist()
                 assert [value for _, value in one.top] == pytest.approx(top.values.tolist(), abs=1e-5)
+
+
+def fail(*_: object) -> None:
+    raise ArithmeticError("a fault")
+
+
+def answer_nothing(engine: Engine) -> None:
+    """A prompt without an answer, and a turn that fails: neither leaves log-probabilities."""
+    session = Session(engine, Context(), SAMPLING)
+    session.turn(PROMPTS, {0: STEPS, 4: 0, 1: 1})
+    before = {i: replace(sequence, tokens=list(sequence.tokens)) for i, sequence in session.sequences.items()}
+    assert {i: len(one.logprobs) for i, one in before.items()} == {0: STEPS, 4: 0, 1: 1}
+    with pytest.raises(ArithmeticError):
+        session.turn({0: [5, 7], 3: [2]}, {0: 2, 3: 2}, token_done=fail)
+    assert session.sequences == before
+
+
+def test_only_tokens_of_an_answer_have_logprobs(tmp_path):
+    folder = tiny_model(tmp_path / "tiny", max_positions=97)
+    with single_rank(tmp_path) as runtime:
+        run_engines(runtime, folder, Mesh(), answer_nothing)
 
 
 def test_turn_ends_a_sequence_that_is_stopped(runs):

@@ -68,6 +68,7 @@ ENDINGS = {
     "well": lambda: None,
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "exits": lambda: os._exit(3),
+    "exits well": lambda: os._exit(0),
     "raises": raises,
     "unpicklable": unpicklable,
     "leaves": lambda: sys.exit("enough"),
@@ -126,6 +127,7 @@ def test_ranks_find_each_other(tmp_path):
     [
         ("killed", r"rank 1 of 3 was killed by SIGKILL \(rank [02] raised .*\); the other ranks were ended", ""),
         ("exits", r"rank 1 of 3 exited with 3 \(rank [02] raised .*\); the other ranks were ended", ""),
+        ("exits well", "rank 1 of 3 exited with 0 before it had a result", ""),
         ("raises", "rank 1 of 3 raised LookupError: no such layer", "in raises"),
         ("unpicklable", "rank 1 of 3 raised Local: made here", "in unpicklable"),
         ("leaves", "rank 1 of 3 raised SystemExit: enough", "in all_reduce_twice"),
@@ -181,6 +183,11 @@ def test_parent_that_is_killed_leaves_no_rank_and_no_file(tmp_path, scratch, num
     assert not survivors
     assert code == (128 + number if number == signal.SIGTERM else -number)
     assert not list(Path(scratch).iterdir())
+
+
+@pytest.mark.parametrize(("world", "options"), [(1, {}), (3, {"ended_others": False})])
+def test_failure_claims_no_ended_ranks_if_there_are_none(world, options):
+    assert str(RankFailed(0, world, "raised E: x", "", **options)) == f"rank 0 of {world} raised E: x"
 
 
 def test_lost_peer_is_reported_without_its_traceback():

@@ -8,6 +8,13 @@ from longctx.parallel import launcher
 from longctx.parallel.launch import Rank
 from longctx.parallel.launcher import current_rank, rank_from_environment
 
+ADDRESS = {"MASTER_ADDR": "n17", "MASTER_PORT": "29500"}
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "5", "LOCAL_WORLD_SIZE": "8", **ADDRESS}
+SRUN = {
+    "SLURM_JOB_ID": "41003", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "n17",
+    "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2",
+}  # fmt: skip
+
 
 def test_no_launcher_gives_no_rank():
     assert rank_from_environment({}) is None
@@ -19,11 +26,26 @@ def test_launcher_of_a_single_process_gives_no_rank(one_process):
     assert rank_from_environment({"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n17", **one_process}) is None
 
 
+@pytest.mark.parametrize("tasks", ["1", "2"])
+def test_torchrun_inside_srun_assigns_the_rank(tasks):
+    srun = {**SRUN, "SLURM_STEP_NUM_TASKS": tasks}
+    assert rank_from_environment({**srun, **TORCHRUN, "TORCHELASTIC_RUN_ID": "7"}) == Rank(5, 8, 5, 8, "env://")
+    assert rank_from_environment({**srun, **TORCHRUN}) == Rank(5, 8, 5, 8, "env://"), "set by hand in the job"
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "7"}
+    assert rank_from_environment({**srun, **alone}) is None
+
+
+@pytest.mark.parametrize("left", [{"WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"WORLD_SIZE": "8"}])
+def test_variables_that_were_left_in_the_environment_do_not_hide_srun_s(monkeypatch, left):
+    monkeypatch.setattr(launcher, "_first_host", str)
+    assert rank_from_environment({**SRUN, **left}) == Rank(0, 2, 0, 2, "tcp://n17:25003")
+    assert rank_from_environment({**SRUN, **left, "SLURM_STEP_NUM_TASKS": "1"}) is None
+
+
 def test_rank_from_torchrun():
-    address = {"MASTER_ADDR": "n17", "MASTER_PORT": "29500"}
-    torchrun = {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3", **address}
+    torchrun = {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3", **ADDRESS}
     assert rank_from_environment(torchrun) == Rank(5, 7, 1, 3, "env://")
-    assert rank_from_environment({"RANK": "5", "WORLD_SIZE": "7", **address}) == Rank(5, 7, 0, 1, "env://")
+    assert rank_from_environment({"RANK": "5", "WORLD_SIZE": "7", **ADDRESS}) == Rank(5, 7, 0, 1, "env://")
 
 
 @pytest.mark.parametrize(
@@ -46,7 +68,7 @@ def test_half_of_a_launcher_s_environment_is_refused(environment, message):
 
 
 def test_address_alone_is_no_launcher_s_environment():
-    assert rank_from_environment({"MASTER_ADDR": "n17", "MASTER_PORT": "29500"}) is None
+    assert rank_from_environment(ADDRESS) is None
 
 
 @pytest.mark.parametrize(

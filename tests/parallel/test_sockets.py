@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -99,15 +100,53 @@ def test_peer_that_does_not_answer_times_out():
     connect_and_run(2, main, timeout_s=0.1)
 
 
-def test_stranger_is_no_rank():
-    """A process that connects without the token, as rank 1, is not taken for it."""
+def test_slow_exchange_that_advances_does_not_time_out():
+    """The peer takes twice the timeout for its message, in pieces."""
+
+    def main(rank: int, peers: PeerSockets) -> None:
+        if rank == 0:
+            received = torch.zeros(11)
+            peers.exchange({}, {1: received})
+            assert received.tolist() == list(range(11))
+            return
+        for piece in range(11):
+            time.sleep(0.2)
+            peers.exchange({0: torch.tensor([float(piece)])}, {})
+
+    connect_and_run(2, main, timeout_s=1.1)
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_failed_connection_leaves_no_open_socket(monkeypatch, listens):
+    """Rank 1 of 3 cannot connect to rank 0, or it has connected and rank 2 does not call."""
+    made: list[socket.socket] = []
+    plain = socket.socket
+
+    def make(*arguments: Any) -> socket.socket:
+        made.append(plain(*arguments))
+        return made[-1]
+
+    with plain(socket.AF_UNIX) as other:
+        other.bind("")
+        if listens:
+            other.listen(1)
+        monkeypatch.setattr(sockets.socket, "socket", make)
+        with pytest.raises((TimeoutError, ConnectionError)):
+            connect_peers(1, 3, lambda mine: [(mine[0], other.getsockname(), mine[2]), mine, mine], 0.05)
+    assert len(made) == 2 and all(one.fileno() == -1 for one in made)
+
+
+@pytest.mark.parametrize("hello", [bytes(16) + (1).to_bytes(4, "big"), b"short", b""])
+def test_stranger_is_no_rank(hello):
+    """A process that connects without the token, as rank 1, is not taken for it; nor is a silent one waited for."""
+    strangers: list[socket.socket] = []
 
     def run(rank: int, all_gather: Callable[[Any], list[Any]]) -> float:
         def gather(mine: Any) -> list[Any]:
             if rank == 0:
-                with socket.socket(socket.AF_UNIX) as stranger:
-                    stranger.connect(mine[1])
-                    stranger.sendall(bytes(16) + (1).to_bytes(4, "big"))
+                strangers.append(socket.socket(socket.AF_UNIX))
+                strangers[0].connect(mine[1])
+                strangers[0].sendall(hello)
             return all_gather(mine)
 
         peers = connect_peers(rank, 2, gather, TIMEOUT_S)
@@ -118,6 +157,8 @@ def test_stranger_is_no_rank():
         return x.item()
 
     assert run_gathering(2, run) == [2.0, 1.0]
+    with strangers[0] as stranger:
+        assert stranger.recv(1) == b"", "its connection is closed"
 
 
 def test_ranks_of_two_machines_do_not_connect(monkeypatch):

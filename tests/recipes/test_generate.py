@@ -10,8 +10,10 @@ import time
 from functools import partial
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from longctx.parallel.launch import Rank
 from recipes import generate
@@ -192,6 +194,18 @@ def test_command_ends_and_names_the_killed_rank(cli, tiny, tmp_path, monkeypatch
     assert re.fullmatch(rf"error: rank 1 of 3 was killed by SIGKILL \({observed}\); the other ranks were ended\n", err)
     pids = [file.read_text() for file in tmp_path.glob("pid*")]
     assert len(pids) == 3 and not [pid for pid in pids if Path("/proc", pid).exists()]
+
+
+def test_comparison_borrows_the_threads_of_all_ranks_and_returns_them(prepared, monkeypatch):
+    seen, before = [], torch.get_num_threads()
+    monkeypatch.setattr("longctx.infer.engine.load_alone", lambda *_: None)
+    monkeypatch.setattr(
+        "longctx.infer.generate.logit_difference", lambda *_, **__: seen.append(torch.get_num_threads())
+    )
+    job, rank = prepared(PROMPT, "run.threads=1"), Rank(0, before + 1, 0, before + 1, "")
+    progress = SimpleNamespace(start=lambda *_: None, step=lambda: None)
+    generate._verify(rank, None, SimpleNamespace(rank=0), job, None, progress)
+    assert (seen, torch.get_num_threads()) == ([before + 1], before)
 
 
 def test_prompt_whose_question_alone_is_too_long_is_refused():

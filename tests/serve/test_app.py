@@ -15,7 +15,7 @@ from longctx.hf.config import shape_of
 from longctx.infer.sample import TokenLogprob
 from longctx.serve.app import Front, make_app
 from longctx.serve.metrics import Metrics
-from longctx.serve.request import Reader
+from longctx.serve.request import Reader, RequestRefused
 from longctx.serve.schedule import NewSequence
 from longctx.serve.service import Emit, Failure, Token
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -145,10 +145,22 @@ def test_error_of_the_server_is_500_or_ends_the_stream(client, script):
     assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
 
 
+def test_error_in_a_stream_has_its_field_and_code(client, front, monkeypatch):
+    async def answer(_: Any) -> Any:
+        yield 0, Token(0, 1, "h")
+        raise RequestRefused("too long", "prompt", code="context_length_exceeded")
+
+    monkeypatch.setattr(front, "answer", answer)
+    last = complete(client, stream=True).text.strip().split("\n\n")[-1]
+    problem = json.loads(last.removeprefix("data: "))["error"]
+    assert (problem["param"], problem["code"]) == ("prompt", "context_length_exceeded")
+
+
 def test_key_is_asked_for_everywhere_but_health(front):
     client = TestClient(make_app(replace(front, key="s3cret")))
     for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer s3cret\u00e9".encode("latin-1")}):
-        assert client.get("/v1/models", headers=header).status_code == 401
+        response = client.get("/v1/models", headers=header)
+        assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
         assert client.get("/metrics", headers=header).status_code == 401
     assert client.get("/v1/models", headers={"Authorization": "Bearer s3cret"}).json()["data"][0]["id"] == "tiny"
     assert client.get("/health").status_code == 200

@@ -87,6 +87,10 @@ def test_tokenize_takes_a_text_or_messages(reader):
     assert reader.tokens(TokenizeBody(messages=[{"role": "user", "content": "hi"}])) == ids("u:hi;a:")
     with pytest.raises(RequestRefused, match="either prompt or messages"):
         reader.tokens(TokenizeBody())
+    assert reader.tokens(TokenizeBody(prompt="ab", model="tiny")) == ids("ab")
+    with pytest.raises(RequestRefused, match="the model 'gpt' does not exist: use 'tiny'") as refused:
+        reader.tokens(TokenizeBody(prompt="ab", model="gpt"))
+    assert refused.value.status == 404
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 
 from recipes.common.provenance import ROOT, commit_of, diff_of
 from slurm import cluster, submit
+from slurm.plan import Recipe
 from tests.slurm.conftest import TINY
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -73,15 +74,20 @@ def test_refused_pipeline_leaves_no_folder(refused, tmp_path):
     assert (tmp_path / "kept").is_dir(), "it existed before"
 
 
-def test_rejected_pipeline_cancels_jobs_and_deletes_their_folders(tmp_path, monkeypatch):
+@pytest.fixture
+def no_cluster(monkeypatch):
+    """The checks of a cluster pass."""
+    for name in ("refuse_no_slurm", "refuse_unfit_cluster", "refuse_rejected_script"):
+        monkeypatch.setattr(cluster, name, lambda *_: None)
+
+
+def test_rejected_pipeline_cancels_jobs_and_deletes_their_folders(tmp_path, monkeypatch, no_cluster):
     """Slurm rejects the third when the second is queued already; the first ran here and keeps its folder."""
     monkeypatch.chdir(tmp_path)
     words = f"{' '.join(TINY)} evaluate.every=0"
     launchers = {"a": "local", "b": "slurm", "c": "slurm", "d": "slurm"}
     steps = [f"- {words} folder={name} launcher={launcher}" for name, launcher in launchers.items()]
     (tmp_path / "steps.yaml").write_text("\n".join(steps))
-    for name in ("refuse_no_slurm", "refuse_unfit_cluster", "refuse_rejected_script"):
-        monkeypatch.setattr(cluster, name, lambda *_: None)
     monkeypatch.setattr(submit, "_run_locally", lambda *_: None)
     cancelled, jobs = [], iter([7])
     monkeypatch.setattr(cluster, "cancel", cancelled.extend)
@@ -98,6 +104,55 @@ def test_rejected_pipeline_cancels_jobs_and_deletes_their_folders(tmp_path, monk
         submit.submit(plans)
     assert cancelled == [7]
     assert [(tmp_path / name).is_dir() for name in launchers] == [True, False, False, False]
+
+
+def test_rejection_is_shown_if_earlier_jobs_cannot_be_cancelled(tmp_path, monkeypatch, no_cluster):
+    """They may still run, in their folders."""
+    monkeypatch.chdir(tmp_path)
+    steps = [f"- {' '.join(TINY)} evaluate.every=0 folder={name}" for name in ("a", "b")]
+    (tmp_path / "steps.yaml").write_text("\n".join(steps))
+
+    def queue(script):
+        if script.parent.name == "b":
+            raise ValueError("Slurm refuses: no")
+        return 7
+
+    def cancel(_):
+        raise ValueError("scancel fails: no controller")
+
+    monkeypatch.setattr(cluster, "queue", queue)
+    monkeypatch.setattr(cluster, "cancel", cancel)
+    plans = submit.make_plans(["pipeline=steps.yaml"])
+    with pytest.raises(ValueError, match=r"Slurm refuses: no; .*\(scancel fails: no controller\): use scancel 7"):
+        submit.submit(plans)
+    assert [(tmp_path / name).is_dir() for name in ("a", "b")] == [True, False]
+
+
+def test_local_job_that_would_not_wait_for_a_queued_one_is_refused(refused, tmp_path):
+    steps = [f"- {' '.join(TINY)} folder={name} launcher={name}" for name in ("slurm", "local")]
+    (tmp_path / "steps.yaml").write_text("\n".join(steps))
+    message = refused("pipeline=steps.yaml")
+    assert "launcher=local runs at once, and does not wait for the pipeline's job pretrain" in message
+    assert "does not wait for after=12: " in refused(*TINY, "folder=run", "launcher=local", "after=12")
+
+
+def test_runs_of_a_sweep_have_the_same_gpus(refused, script):
+    words = (*TINY, "context.kernel=reference", "folder=run")
+    sweep = (*words, "run.device=cpu,cuda")
+    assert "run.device=cpu and cuda, and all of its runs get the same GPUs: submit" in refused(*sweep)
+    assert "--gpus-per-node=1\n" in script(*sweep, "launcher.gpus_per_rank=1")
+    assert "--gpus-per-node=1\n" in script(*words, "run.device=cuda")
+
+
+def test_every_run_of_a_sweep_has_its_own_pinned_settings(script, monkeypatch):
+    """eval.data=auto names no folder next to the job's copy of the code."""
+    pinned = Recipe("recipes.pretrain", "pretrain", lambda _: None, lambda config: (f"seed={config.steps * 100}",))
+    monkeypatch.setattr("slurm.plan.recipe_of", lambda _: pinned)
+    shown = script(*TINY, "steps=1,2", "folder=run")
+    assert [re.search(rf"^  {run}\).* (seed=\d+)\)", shown, re.MULTILINE)[1] for run in (0, 1)] == [
+        "seed=100",
+        "seed=200",
+    ]
 
 
 def test_help_lists_settings_and_launchers(capsys):

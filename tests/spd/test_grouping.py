@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from longctx.spd.grouping import assign_heads, assign_neurons, assign_shards
+from longctx.model_shape import ModelShape
+from longctx.spd.grouping import assign_heads, assign_neurons, assign_shards, reorder_block
 
 
 def inside(features: torch.Tensor, sets: object) -> float:
@@ -68,3 +70,12 @@ def test_tensors_on_a_gpu_are_taken() -> None:
     features = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
     for assign, more in ((assign_heads, (2,)), (assign_shards, ()), (assign_neurons, ())):
         assert assign(features.as_subclass(OnDevice), *more) == assign(features, *more)
+
+
+def test_a_block_is_reordered_on_its_own_device() -> None:
+    shape = ModelShape(1, 6, 6, 3, 1, 6, 11, 13, 1e-5, True, True)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # a GPU's tensors without data
+        names = ("q_proj", "o_proj", "down_proj")
+        tensors = {f"layer.{name}.weight": torch.empty(6, 6, device="cuda") for name in names}
+        for tensor in reorder_block(tensors, shape, [2, 0, 1], [5, 0, 3, 1, 2, 4]).values():
+            assert tensor.device.type == "cuda"

@@ -203,7 +203,7 @@ class Blocks:
     def group_features(self, layer: SPDTransformerLayer, x: Hidden) -> Float[Tensor, "groups features"]:
         """Return a vector for each KV group of all ranks: its attention weights (arXiv 2502.20727, 4.2.4).
 
-        They are averaged over the group's query heads, after a causal softmax without a sliding window.  A vector has
+        They are averaged over the group's query heads.  A vector has
         one entry for each sequence, query and key.  That is length^2 entries a sequence, so only the first few
         sequences of ``x`` are used.
         """
@@ -212,11 +212,13 @@ class Blocks:
         attend = kwargs["packed_seq_params"].attend
 
         def record_scores(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+            ones = torch.ones(length, length, dtype=torch.bool, device=q.device)
+            window = self.shape.windows[number]
+            hidden = ones.triu(1) if window is None else ones.triu(1) | ones.tril(-window)
             keys = k[0].unflatten(0, (-1, length))
             queries = q[0].unflatten(0, (-1, length)).unflatten(2, (k.shape[2], -1))
             scores = torch.einsum("bqghd,bkgd->gbhqk", queries, keys) / self.shape.head_dim**0.5
-            features.append(scores.masked_fill(future, -torch.inf).softmax(-1).mean(2).flatten(1))
+            features.append(scores.masked_fill(hidden, -torch.inf).softmax(-1).mean(2).flatten(1))
             out: Tensor = attend(number, q, k, v)
             return out
 

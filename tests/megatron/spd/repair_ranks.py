@@ -18,8 +18,8 @@ def run_repair(
     """Run a model block by block, and regroup and repair block 1.
 
     Returns the model's ``loss``; block 1's output ``y``; its output ``grouped``, regrouped but not dropped; the number
-    of tensors ``moved`` by regrouping; with ``settings``, the ``errors`` of the repair, the MLP's ``norms``, and
-    ``replicated``, the weights that every rank holds whole.
+    of tensors ``moved`` by regrouping; the ``features`` of its KV groups; with ``settings``, the ``errors`` of the
+    repair, the MLP's ``norms``, and ``replicated``, the weights that every rank holds whole.
     """
     from longctx.infer.engine import load_engine
     from longctx.megatron.runtime import open_runtime
@@ -44,6 +44,7 @@ def run_repair(
             out["loss"], out["y"] = blocks.loss(y, text), y
             layer = blocks.copy_of(1, own_norms=False)
             before = blocks.tensors_of(layer)
+            out["features"] = blocks.group_features(layer, entering)
             spread_heads(blocks, layer, entering)
             place_neurons(blocks, layer, entering, torch.ones(entering.shape[1]), grouping)
             layer.drop(dropped=False)

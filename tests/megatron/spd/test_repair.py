@@ -14,7 +14,8 @@ from tests.megatron.kinds import random_model
 from tests.megatron.spd.repair_ranks import measure_divergence, measure_neuron_errors, run_repair, train_jointly
 from tests.oracle import assert_close
 
-SIZES = {"num_attention_heads": 12, "num_key_value_heads": 6, "intermediate_size": 90}
+KV_HEADS = 6
+SIZES = {"num_attention_heads": 12, "num_key_value_heads": KV_HEADS, "intermediate_size": 90}
 REPAIR = Repair(("SB", "ESB"), ("SB", "ESB"), (), "neurons", "teacher", False, 96, 19, 7, 5, 2, 3, 1e-3)
 FIT = replace(REPAIR, fit=("ESB",), sequences=384, calibration_sequences=96, lr=2e-4)
 
@@ -27,18 +28,23 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("tp", [2, 3])
 @pytest.mark.parametrize("grouping", ["neurons", "shards"])
-def test_loss_equals_transformers_and_grouping_keeps_the_function(folder: Path, tp: int, grouping: str) -> None:
+def test_loss_and_attention_weights_equal_transformers_and_grouping_keeps_the_function(
+    folder: Path, tp: int, grouping: str
+) -> None:
     ranks = run_ranks(tp, run_repair, folder, None, grouping, ())
     draw = torch.Generator().manual_seed(31)
     ids = torch.randint(211, (7, 20), generator=draw)
     mask = torch.rand(7, 19, generator=draw) < 0.8
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
     with torch.inference_mode():
-        logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)(ids[:, :-1]).logits
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        expected = model(ids[:, :-1], output_attentions=True)
+    features = expected.attentions[1].unflatten(1, (KV_HEADS, -1)).mean(2).transpose(0, 1).flatten(1)
+    losses = torch.nn.functional.cross_entropy(expected.logits.transpose(1, 2), ids[:, 1:], reduction="none")
     for rank in ranks:
         assert rank["loss"] == pytest.approx(float(losses[mask].sum()), rel=2e-6)
         assert rank["moved"] >= 3, "grouping changed the tensors"
         assert_close(rank["grouped"], rank["y"].double(), 2e-6)
+        assert_close(rank["features"], features[:, : rank["features"].shape[1]], 2e-6)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 import json
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from longctx.attention.kernel import reference
 from longctx.attention.layout import zigzag
 from longctx.parallel.launch import run_ranks
-from recipes.bench import gpu_check
+from recipes.bench import gpu_check, gpu_model_parts
 from recipes.bench.gpu_check import TimeIsUp, draw_tiles, prepare, run_parts, time_limit
 from recipes.bench.gpu_parts import _time_attention
 from tests import oracle
@@ -68,6 +70,27 @@ def test_part_that_fails_or_takes_too_long_does_not_end_the_others(job, tmp_path
     assert results["later"]["rows"] == []
     with pytest.raises(TimeIsUp, match=r"after 0\.05 s"), time_limit(0.05):
         time.sleep(60)
+
+
+def test_each_row_has_its_own_peak_of_memory(job, monkeypatch):
+    """A stand-in for a GPU, on which each turn needs as many bytes as it has tokens."""
+    peak = [9_000]  # bytes of an earlier part
+
+    class Session:
+        def __init__(self, *_):
+            pass
+
+        def turn(self, prompts, _):
+            peak[0] = max(peak[0], len(prompts[0]))
+            return SimpleNamespace(ttft_s=1.0, ttit_s=1.0)
+
+    monkeypatch.setattr("longctx.infer.session.Session", Session)
+    monkeypatch.setattr(gpu_model_parts, "_random_engine", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: peak[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: peak.__setitem__(0, 0))
+    job = replace(job, settings=replace(job.settings, prefill=(61, 41)))
+    table_rows = gpu_model_parts.time_model(job, SimpleNamespace(device=torch.device("cuda")))
+    assert [row["peak_bytes"] for row in table_rows] == [61, 41]
 
 
 def test_tiles_of_a_ring_are_exact():

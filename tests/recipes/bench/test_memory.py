@@ -20,6 +20,17 @@ def test_prediction_is_close_to_the_measured_bytes(cli, tmp_path):
         assert abs(of_sum) <= 0.05 and abs(of_part) <= 0.1, run
 
 
+def test_prediction_counts_the_bytes_of_the_dtype(cli, tmp_path):
+    """A kernel's float32 copies of 16-bit inputs are not predicted: only the parts that last are compared."""
+    file, runs = tmp_path / "memory.json", "runs=[{work:prefill},{work:decode}]"
+    words = ("model=tiny", "model.dtype=bfloat16", "data.length=512", f"json={file}", f"out={tmp_path / 'run'}")
+    code, _, err = cli(memory, memory.task, *words, runs)
+    assert code == 0, err
+    for run in json.loads(file.read_text())["runs"]:
+        for part in ("weights", "kv_cache"):
+            assert run["predicted"][part] == pytest.approx(run["measured"][part], rel=0.02), part
+
+
 def test_windows_shrink_buffers_and_not_the_cache(cli, tmp_path):
     """With as many KV heads as query heads and a small FFN, the peak is in attention.
 

@@ -34,6 +34,21 @@ def test_block_is_unchanged_if_every_rank_reads_the_whole_attention(gemma):
     assert len(errors) == net.config.num_hidden_layers and max(errors) < 1e-10
 
 
+@torch.no_grad()
+def test_block_that_raises_leaves_no_hook(gemma):
+    net = AutoModelForCausalLM.from_pretrained(gemma, dtype=torch.float32)
+    layer, tokens = net.model.layers[0], torch.tensor([[5, 250, 3]])
+
+    def fail(*_):
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"), output_norms.blocks_replaced(net, fail):
+        net.model(tokens, use_cache=False)
+    with pytest.raises(TypeError):
+        output_norms.partial_attention(layer, net.model.embed_tokens(tokens), {"no_such_argument": 1}, 3)
+    assert not [module for module in net.modules() if module._forward_hooks or module._forward_pre_hooks]
+
+
 def test_perplexities_are_those_of_transformers_and_rise_with_dropped_blocks(cli, gemma, tmp_path):
     out = tmp_path / "norms.json"
     words = (f"model={gemma}", "ranks=3", "shares=[0.01,1]", "length=31", "sequences=2", f"out={out}")

@@ -8,8 +8,9 @@ import pytest
 from longctx.config import Context, Sampling
 from longctx.infer.continuous import ContinuousSession
 from longctx.parallel.launch import Rank, run_ranks
+from longctx.serve.service import Failure, Token
 from recipes.bench import serve
-from recipes.bench.serve_load import make_load
+from recipes.bench.serve_load import LoadFigures, make_load
 
 
 def test_load_has_common_beginnings_and_all_lengths():
@@ -54,6 +55,21 @@ def test_another_answer_has_the_margin_of_its_first_other_token(config_of, tiny)
     job = serve.prepare(config_of("bench/serve", f"model={tiny}", *words))
     margins, _ = run_ranks(2, change_an_answer, job)
     assert list(margins) == [2] and 0 < margins[2] < 9
+
+
+def test_request_that_fails_is_no_equal_answer():
+    """Request 2 fails alone before its first token, 3 alone after it, 4 in the other variant, and 5 in both."""
+    alone, other = LoadFigures("alone"), LoadFigures("other")
+    for figures, failing, started in ((alone, (2, 3, 5), (3,)), (other, (4, 5), ())):
+        for number in (1, 2, 3, 4, 5):
+            if number not in failing or number in started:
+                assert not figures.record(Token(number, 7, ""), 0.5)
+            event = Failure(number, "no room") if number in failing else Token(number, 8, "", finish="length")
+            assert figures.record(event, 9.0)
+    assert (alone.count_equal(alone), other.count_equal(alone), other.other_than(alone)) == (2, 1, {})
+    assert alone.first_token_s == {1: 0.5, 3: 0.5, 4: 0.5}
+    other.answers[1][1] += 1
+    assert (other.count_equal(alone), other.other_than(alone)) == (0, {1: 1})
 
 
 @pytest.mark.parametrize(

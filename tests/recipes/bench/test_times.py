@@ -28,7 +28,7 @@ VALUES = {"flops": 1e10, "kv_bytes_per_s": 1e9, "block_s": 1e-5, "hop": LINK, "e
 def test_each_run_has_measured_and_predicted_seconds(cli, tmp_path):
     file, hardware = tmp_path / "times.json", tmp_path / "laptop.yaml"
     hardware.write_text(yaml.safe_dump({**VALUES, "layer": LAYER}))
-    files = (f"json={file}", f"markdown={tmp_path / 'times.md'}", f"picture={tmp_path / 'times.svg'}")
+    files = (f"json={file}", f"markdown={tmp_path / 'pages' / 'times.md'}", f"picture={tmp_path / 'times.svg'}")
     settings = (f"hardware={hardware}", "rounds=2", "record=true", *files, f"out={tmp_path / 'run'}")
     code, _, err = cli(times, times.task, "model=tiny", "data.length=61", RUNS, *settings)
     assert code == 0, err
@@ -44,7 +44,7 @@ def test_each_run_has_measured_and_predicted_seconds(cli, tmp_path):
     largest = max(map(abs, errors(runs[:4])))
     assert read_machine(str(hardware)).errors == {"prefill": Accuracy(largest, (), 1, 4)}
     assert f"prediction errors for recipes.plan, written to {hardware}: prefill {largest:.0%}" in " ".join(err.split())
-    page = (tmp_path / "times.md").read_text()
+    page = (tmp_path / "pages" / "times.md").read_text()
     assert "| runs | 6 |" in page and "| prefill of 61 after 70, one rank |" not in page
     assert "prefill after 70, one rank" in page and "measured" in (tmp_path / "times.svg").read_text()
 
@@ -136,6 +136,26 @@ def test_settings_that_each_run_has_are_refused(refused, tmp_path):
     assert "has no use for mesh.tp=3" in refused(times, times.task, *words, "mesh.tp=3")
     assert "data.batch is not used" in refused(times, times.task, *words, "data.batch=2")
     assert "use offload=null" in refused(times, times.task, *words, f"offload={tmp_path}")
+
+
+def test_file_of_an_older_version_is_refused_before_anything_is_measured(refused, tmp_path):
+    (tmp_path / "laptop.yaml").write_text(yaml.safe_dump({**VALUES, "layer": LAYER}))
+    (tmp_path / "old.json").write_text(json.dumps({"runs": [{"run": "prefill"}]}))
+    words = ("model=tiny", f"hardware={tmp_path}/laptop.yaml", "only=[prefill]", f"json={tmp_path}/old.json")
+    assert "of an older version: give another file" in refused(times, times.task, *words)
+
+
+def test_other_ranks_of_a_launcher_measure_without_a_result(monkeypatch, under_torchrun):
+    under_torchrun(1, 2)
+    run = TimedRun("prefill", ring=2)
+    one = SimpleNamespace(target=SimpleNamespace(run=SimpleNamespace(threads=1)))
+    job = SimpleNamespace(settings=SimpleNamespace(hardware="x", rounds=1), runs=[run], jobs=[one])
+    monkeypatch.setattr(times, "prepare", lambda _: job)
+    monkeypatch.setattr(times, "on_ranks", lambda *_: None)
+    monkeypatch.setattr(times, "report", lambda *_: pytest.fail("there is nothing to report"))
+    for name in ("warm_up_ranks", "refuse_other_threads"):
+        monkeypatch.setattr(times, name, lambda *_: None)
+    times.task({})
 
 
 def test_groups_are_chosen_by_name(refused, tmp_path):

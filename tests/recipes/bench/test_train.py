@@ -99,6 +99,15 @@ def test_a_mesh_of_one_rank_is_refused(refused, tmp_path):
     assert "the mesh has one rank" in says
 
 
+def test_ranks_of_a_launcher_are_refused_before_a_run_is_deleted(refused, tmp_path, under_torchrun):
+    earlier = tmp_path / "one rank" / "model" / "config.json"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("{}")
+    under_torchrun(0, 4)
+    assert "start it without torchrun or srun" in refused(convergence, convergence.task, *QUICK, f"out={tmp_path}")
+    assert earlier.is_file()
+
+
 def test_folder_that_is_no_run_is_not_emptied(refused, tmp_path):
     (tmp_path / "mesh").mkdir()
     (tmp_path / "mesh" / "thesis.txt").write_text("a year")

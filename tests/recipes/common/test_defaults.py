@@ -55,6 +55,7 @@ TOP_LEVEL = {
     "bench/spd_quality": "recipes.bench.spd_quality.QualitySettings",
     "bench/spd_sweep": "recipes.bench.spd_sweep.SweepSettings",
     "bench/spd_texts": "recipes.bench.spd_texts.TextsSettings",
+    "bench/spd_tradeoff": "recipes.bench.spd_tradeoff.TradeoffSettings",
     "bench/times": "recipes.bench.times.TimesSettings",
     "bench/train": "recipes.bench.train.TrainBenchSettings",
     "calibrate": "recipes.calibrate.CalibrateSettings",

@@ -103,5 +103,18 @@ def test_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):
         assert "out=run: its file system has no locks (Function not implemented)" in capsys.readouterr().err
 
 
+def test_without_locks_the_file_of_a_later_run_is_left(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with hold(tmp_path / "lock", "out=run"):
+        (tmp_path / "lock").write_text('{"host": "node7", "process": 4711, "job": null}')
+    assert (tmp_path / "lock").is_file()
+    with hold(tmp_path / "lock", "out=run"):
+        pass
+    assert not (tmp_path / "lock").exists(), "its own file is removed"
+
+
 def test_lock_of_a_folder_that_is_replaced_lies_beside_it(tmp_path):
     assert lock_beside(tmp_path / "talk") == tmp_path / ".talk.lock"

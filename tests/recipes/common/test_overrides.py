@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from recipes import chat, export, generate, pretrain
-from recipes.common.overrides import CONFIGS, as_overrides, choices, experiments_of, path_word, typed_word
+from recipes.common.overrides import (
+    CONFIGS,
+    as_overrides,
+    choices,
+    expand_home,
+    experiments_of,
+    path_word,
+    typed_word,
+)
 from recipes.common.settings import as_config, as_dict
 
 GROUPS_WITH_BASES = sorted({file.parent.relative_to(CONFIGS).as_posix() for file in CONFIGS.rglob("_*.yaml")})
@@ -114,6 +122,19 @@ def test_one_path_that_begins_and_ends_with_quotes_is_that_path(runs):
 
 def test_three_question_marks_are_refused(refused):
     assert "prompt.text=??? means that no value is given" in refused(generate, print, "prompt.text=???")
+
+
+def test_home_folder_is_the_same_for_checks_and_writers(runs, refused, monkeypatch, tmp_path):
+    """A shell leaves the ``~`` in out=~/x to the command.  The cache's default is compared between users."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (config,) = runs("out=~/a${b}.json", "prompt.file='~/c,d'", "prompt.text=~/e", "model.cache=~/f")
+    assert (config.out, config.prompt.file) == (f"{tmp_path}/a${{b}}.json", f"{tmp_path}/c,d")
+    assert (config.prompt.text, config.model.cache) == ("~/e", "~/f")
+    assert [config.out for config in runs("--multirun", "out=~/a,b")] == [f"{tmp_path}/a", "b"]
+    assert expand_home(OmegaConf.create({"prompt": ["~/x"]})) == {"prompt": ["~/x"]}, "no section: it is refused later"
+    line = refused(generate, generate.task, "out=~nobody-here/a.json", "prompt.text=hello")
+    assert "out=~nobody-here/a.json is in the home folder of an unknown user" in line
+    assert "out=./~nobody-here/a.json" in line
 
 
 @pytest.mark.parametrize("path", ["a", "a,b", '"a"', "'a', \"b\"", "${x}"])

@@ -1,0 +1,205 @@
+"""Quality against time saved, for dropped and rounded reductions on several links: what to take where.
+
+python -m recipes.bench spd_tradeoff quality=quality/quality.json latency=[slow.json,loopback.json] picture=tradeoff.svg
+
+It runs no model: it joins the results of spd_quality, of spd_latency on each link, and of eval.run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import expm1
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig
+from pydantic import Field, PositiveFloat
+from rich.table import Table
+
+from recipes.bench.spd_quality import IN_ORDER, RANKED
+from recipes.common.cli import console, write_result
+from recipes.common.places import refuse_unwritable
+from recipes.common.plots import draw_tradeoff
+from recipes.common.provenance import provenance
+from recipes.common.settings import top_level
+
+PERPLEXITY, ACCURACY = "perplexity added, %", "accuracy lost, points"
+
+
+@dataclass(frozen=True)
+class TradeoffSettings:
+    """Top-level settings of configs/bench/spd_tradeoff.yaml; ``limits`` are % of perplexity, or points of accuracy."""
+
+    latency: Annotated[tuple[str, ...], Field(min_length=1)]
+    quality: str | None = None
+    text: str | None = None
+    report: str | None = None
+    phase: Literal["prefill", "decode"] = "prefill"
+    limits: tuple[PositiveFloat, ...] = (1, 2, 5)
+    out: str | None = None
+    picture: str | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.quality or self.report):
+            raise ValueError("there is no measure of quality: set quality=quality.json, report=report.json, or both")
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A variant's cost: ``loss`` in the unit of ``measure``, `PERPLEXITY` or `ACCURACY`.
+
+    ``name`` says how its blocks were repaired; ``reduce`` is the label of its rounded reductions, or float32.
+    ``dropped`` is the share of blocks that drop a reduction.
+    """
+
+    measure: str
+    name: str
+    reduce: str
+    dropped: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class TradeoffPoint:
+    """A variant on one link: its quality, and the time ``saved`` there, in %."""
+
+    link: str
+    quality: Quality
+    saved: float
+
+
+@dataclass(frozen=True)
+class TradeoffJob:
+    """Everything read: the qualities, and for each link the time saved, in %, by rounded reduction and share."""
+
+    settings: TradeoffSettings
+    qualities: tuple[Quality, ...]
+    saved: Mapping[str, Mapping[tuple[str, float], float]]
+
+
+def prepare(config: DictConfig) -> TradeoffJob:
+    """Read the files that ``config`` names.  Raises ValueError, with what to set instead, if they do not fit."""
+    settings = top_level(config, TradeoffSettings)
+    refuse_unwritable(settings.out)
+    refuse_unwritable(settings.picture, "picture")
+    saved = {}
+    for file in settings.latency:
+        values = read_json(file, "latency", "rows", "spd_latency")
+        link = link_of(values)
+        if link in saved:
+            raise ValueError(f"latency={list(settings.latency)}: two files are for {link}; give one for each link")
+        table_rows = [row for row in values["rows"] if row["phase"] == settings.phase]
+        saved[link] = {(row.get("reduce", "float32"), row["share"]): 100 * row["saved"] for row in table_rows}
+    labels = {reduce for of_link in saved.values() for reduce, _ in of_link}
+    qualities = list[Quality]()
+    if settings.quality:
+        qualities += perplexities(read_json(settings.quality, "quality", "texts", "spd_quality"), settings.text, labels)
+    if settings.report:
+        qualities += accuracies(read_json(settings.report, "report", "average", "eval.run"))
+    return TradeoffJob(settings, tuple(qualities), saved)
+
+
+def read_json(file: str, setting: str, key: str, recipe: str) -> Any:
+    """Return the content of ``file``.  Raises ValueError if it lacks ``key``: then ``recipe`` did not write it."""
+    values = json.loads(Path(file).expanduser().read_text())
+    if not isinstance(values, dict) or key not in values:
+        raise ValueError(f"{setting}={file} is not a result of {recipe}: it has no {key}")
+    return values
+
+
+def link_of(values: Mapping[str, Any]) -> str:
+    """Return the link of a result of spd_latency in words, such as "100mbit, 500 us"."""
+    rate, latency_us = values["rate"], values.get("latency_us", 0)
+    return f"{rate}, {latency_us:g} us" if latency_us else str(rate)
+
+
+def perplexities(values: Mapping[str, Any], text: str | None, labels: set[str]) -> Iterator[Quality]:
+    """Yield the quality of each variant and share in the ``values`` of quality.json, on the text labelled ``text``.
+
+    ``labels`` are those of rounded reductions, at the end of variants' names.  Raises ValueError for an unknown
+    ``text``, and for None if there are several.
+    """
+    texts = values["texts"]
+    if text not in (texts if text or len(texts) > 1 else (None,)):
+        raise ValueError(f"text={text} is not a text of the quality file: use one of {', '.join(texts)}")
+    variants = texts[text or next(iter(texts))]["variants"]
+    base = variants[RANKED][0]
+    for full_name, losses in variants.items():
+        name, _, label = full_name.rpartition(", ")
+        name, reduce = (name, label) if label in labels else (full_name, "float32")
+        if name == IN_ORDER:
+            continue
+        short = "not repaired" if name == RANKED else name
+        for share, loss in zip(values.get("dropped", values["shares"]), losses, strict=True):
+            yield Quality(PERPLEXITY, short, reduce, share, 100 * expm1(loss - base))
+
+
+def accuracies(values: Mapping[str, Any]) -> Iterator[Quality]:
+    """Yield the quality of each variant in the ``values`` of eval's report.json: points of average accuracy lost."""
+    for name, variant in values["variants"].items():
+        difference = values["average"][name]["difference"] or 0.0
+        repair = "repaired" if variant["repaired"] else "not repaired"
+        yield Quality(ACCURACY, repair, variant.get("reduce", "float32"), variant["dropped"], -100 * difference)
+
+
+def points_of(job: TradeoffJob) -> list[TradeoffPoint]:
+    """Return a point for each link and quality whose time was measured there; without drops, repair changes nothing."""
+    return [
+        TradeoffPoint(link, quality, saved[quality.reduce, quality.dropped])
+        for link, saved in job.saved.items()
+        for quality in job.qualities
+        if (quality.reduce, quality.dropped) in saved
+    ]
+
+
+def best_within(points: Sequence[TradeoffPoint], limit: float) -> TradeoffPoint | None:
+    """Return the point that saves most time among those that lose at most ``limit``; None if there is none."""
+    return max((point for point in points if point.quality.loss <= limit), key=lambda point: point.saved, default=None)
+
+
+def in_words(point: TradeoffPoint | None) -> str:
+    """Return a point in words, such as "int8, 50 % dropped, repaired: saves 32.1 %, costs 1.2"."""
+    if point is None:
+        return "none"
+    quality = point.quality
+    repair = f", {quality.dropped:.0%} dropped, {quality.name}" if quality.dropped else ""
+    return f"{quality.reduce}{repair}: saves {point.saved:.1f} %, costs {quality.loss:.2f}"
+
+
+def show(job: TradeoffJob, points: Sequence[TradeoffPoint]) -> None:
+    """Print, for each measure, link and limit, the variant that saves most time."""
+    for measure in dict.fromkeys(point.quality.measure for point in points):
+        table = Table(
+            f"{job.settings.phase}: {measure}", *(f"at most {limit:g}" for limit in job.settings.limits), box=None
+        )
+        for link in job.saved:
+            of_link = [point for point in points if (point.link, point.quality.measure) == (link, measure)]
+            table.add_row(link, *(in_words(best_within(of_link, limit)) for limit in job.settings.limits))
+        console.print(table)
+
+
+def draw(job: TradeoffJob, points: Sequence[TradeoffPoint], picture: str) -> None:
+    """Draw quality over time saved to the file ``picture``: a panel for each link, a row of panels for each measure."""
+    panels: dict[str, dict[str, dict[str, list[tuple[float, float, str]]]]] = {}
+    for point in points:
+        quality = point.quality
+        series = f"{quality.reduce}, {quality.name}"
+        place = panels.setdefault(quality.measure, {}).setdefault(point.link, {}).setdefault(series, [])
+        place.append((point.saved, quality.loss, f"{quality.dropped:.0%}"))
+    draw_tradeoff(picture, panels, x=f"time of {job.settings.phase} saved, %")
+
+
+def task(config: DictConfig) -> None:
+    """Join the files, print the best variants, and write and draw the points."""
+    job = prepare(config)
+    points = points_of(job)
+    if not points:
+        raise ValueError("no variant has both a quality and a time: give files of the same rivals and shares")
+    show(job, points)
+    if job.settings.out:
+        table_rows = [{"link": point.link, **asdict(point.quality), "saved": point.saved} for point in points]
+        write_result(job.settings.out, {"phase": job.settings.phase, "points": table_rows, **provenance()})
+    if job.settings.picture:
+        draw(job, points, job.settings.picture)

@@ -1,0 +1,35 @@
+"""A session that cannot be read whole leaves the session that it is added to unchanged."""
+
+import pytest
+
+from longctx.config import Context, Mesh, Sampling
+from longctx.infer import store
+from longctx.infer.engine import Engine
+from longctx.infer.session import Session
+from longctx.infer.session_index import read_index
+from tests.infer.thread_ranks import run_engines, single_rank
+from tests.tiny import tiny_model
+
+
+def test_file_that_vanishes_while_it_is_read(tmp_path, monkeypatch):
+    """The first of two sequences has been read by then."""
+    folder, saved, read_rows = tiny_model(tmp_path / "tiny", max_positions=97), tmp_path / "talk", store._read_rows
+
+    def vanish(folder, index, name, i, positions, heads):
+        if i == "4":
+            (saved / "ring0-heads0.safetensors").unlink(missing_ok=True)
+        return read_rows(folder, index, name, i, positions, heads)
+
+    def load(engine: Engine) -> None:
+        session = Session(engine, Context(), Sampling())
+        session.turn({0: [3, 1, 4], 4: [1, 5]}, {0: 2, 4: 1})
+        store.save(session, saved, "test")
+        before = dict(session.sequences)
+        monkeypatch.setattr(store, "_read_rows", vanish)
+        with pytest.raises(ValueError, match=r"session\.load=.*talk is corrupt or incomplete .*No such file"):
+            store.load(session, saved, read_index(saved, "test", "torch.float32", engine.shape))
+        assert session.sequences.keys() == before.keys()
+        assert all(session.sequences[i] is sequence for i, sequence in before.items())
+
+    with single_rank(tmp_path) as runtime:
+        run_engines(runtime, folder, Mesh(), load)

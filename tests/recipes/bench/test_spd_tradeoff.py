@@ -1,0 +1,82 @@
+"""recipes.bench spd_tradeoff: which reductions save most time on a link, within a limit of quality."""
+
+import json
+from math import log
+from pathlib import Path
+
+import pytest
+
+from recipes.bench import spd_tradeoff
+from recipes.bench.spd_quality import IN_ORDER, RANKED
+
+# Perplexities, in % over the baseline, of a model that drops none, half and all of its reductions.
+ADDED = {
+    RANKED: [0, 20, 900],
+    f"{RANKED}, int8": [0.3, 21, 950],
+    IN_ORDER: [0, 500, 900],
+    "repaired": [0, 1.5, 14],
+    "repaired, int8": [0.3, 1.9, 15],
+}
+# Time of prefill saved, in %, with exact and with rounded reductions.
+SAVED = {"slow": {"float32": [0, 22, 43], "int8": [34, 45, 55]}, "fast": {"float32": [0, 12, 18], "int8": [-3, 5, 9]}}
+SHARES = [0, 0.5, 1]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    losses = {name: [3 + log(1 + added / 100) for added in values] for name, values in ADDED.items()}
+    quality = {"shares": SHARES, "texts": {"novel": {"variants": losses}}}
+    (tmp_path / "quality.json").write_text(json.dumps(quality))
+    for link, by_reduce in SAVED.items():
+        rows = [
+            {"phase": phase, "reduce": reduce, "share": share, "saved": saved / 100 / divisor}
+            for phase, divisor in (("prefill", 1), ("decode", 10))
+            for reduce, values in by_reduce.items()
+            for share, saved in zip(SHARES, values, strict=True)
+        ]
+        (tmp_path / f"{link}.json").write_text(json.dumps({"rate": link, "latency_us": 500.0, "rows": rows}))
+    return [f"quality={tmp_path}/quality.json", f"latency=[{tmp_path}/slow.json,{tmp_path}/fast.json]"]
+
+
+def test_the_fastest_within_each_limit_depends_on_the_link(cli, files, tmp_path):
+    out, picture = tmp_path / "points.json", tmp_path / "tradeoff.svg"
+    code, _, err = cli(spd_tradeoff, spd_tradeoff.task, *files, f"out={out}", f"picture={picture}")
+    assert code == 0, err
+    words = " ".join(err.split())
+    assert "int8: saves 34.0 %, costs 0.30" in words, "slow, at most 1 %"
+    assert "int8, 50% dropped, repaired: saves 45.0 %, costs 1.90" in words, "slow, at most 2 %"
+    assert "float32, 50% dropped, repaired: saves 12.0 %, costs 1.50" in words, "fast, at most 2 %"
+    points = json.loads(out.read_text())["points"]
+    assert len(points) == 2 * 4 * 3, "two links, four variants, three shares; the first blocks are left out"
+    assert "not repaired" in picture.read_text()
+
+
+def test_decode_has_its_own_times(cli, files):
+    code, _, err = cli(spd_tradeoff, spd_tradeoff.task, *files, "phase=decode", "limits=[100]")
+    assert code == 0 and "int8, 100% dropped, repaired: saves 5.5 %, costs 15.00" in " ".join(err.split())
+
+
+def test_accuracies_come_from_a_report(cli, files, tmp_path):
+    variants = {
+        "baseline": {"dropped": 0, "repaired": False, "reduce": "float32"},
+        "half": {"dropped": 0.5, "repaired": True, "reduce": "int8"},
+    }
+    average = {"baseline": {"difference": None}, "half": {"difference": -0.004}}
+    (tmp_path / "report.json").write_text(json.dumps({"variants": variants, "average": average}))
+    code, _, err = cli(spd_tradeoff, spd_tradeoff.task, files[1], f"report={tmp_path}/report.json")
+    assert code == 0, err
+    words = " ".join(err.split())
+    assert "accuracy lost, points" in words and "int8, 50% dropped, repaired: saves 45.0 %, costs 0.40" in words
+
+
+def test_files_that_do_not_fit_are_refused(refused, files, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    for words, message in [
+        ([files[1]], "set quality=quality.json, report=report.json, or both"),
+        ([files[0], f"latency=[{other}]"], "is not a result of spd_latency"),
+        ([files[0], f"latency=[{tmp_path}/slow.json,{tmp_path}/slow.json]"], "give one for each link"),
+        ([*files, "text=poem"], "use one of novel"),
+        ([f"quality={other}", files[1]], "is not a result of spd_quality"),
+    ]:
+        assert message in refused(spd_tradeoff, spd_tradeoff.task, *words)
