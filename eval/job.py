@@ -162,7 +162,9 @@ def prepare(config: DictConfig, recipe: str = "eval.run") -> EvalJob:
     refuse_unwritable_folder(settings.out)
     refuse_other_recipe(settings.out, recipe)
     if settings.adapted and saved_plan(Path(settings.adapted).expanduser()) is None:
-        raise ValueError(f"adapted={settings.adapted} is not a folder that recipes.spd_adapt wrote: give its out=")
+        raise ValueError(
+            f"adapted={settings.adapted} is not a folder that recipes.spd_adapt wrote: give the folder that was its out"
+        )
     configs = compose_variants(config)
     refuse_other_worlds(configs)
     refuse_unknown_gate(evaluation, [name for name, _ in configs])

@@ -67,8 +67,8 @@ def refuse_other_order(base: Variant, variant: Variant, config: DictConfig) -> N
     """
     if lacks_order(config) and variant.target.folder != base.target.folder:
         raise ValueError(
-            f"variant {variant.name}: the order in which blocks drop is measured on the baseline, which is another "
-            "model: give this variant spd.sensitivity, a file of recipes.spd_sensitivity"
+            f"variant {variant.name}: the missing order of its blocks would be measured on the baseline, but this "
+            "variant has another model: set its spd.sensitivity to a file of recipes.spd_sensitivity for this model"
         )
 
 

@@ -61,9 +61,9 @@ def content_fault_of(checkpoint: Path) -> str:
 
 
 def foreign_content_of(checkpoint: Path, index: Mapping[str, Any]) -> str:
-    """Describe the first class or file in the index of tensors that does not belong to the checkpoint; "" if none.
+    """Describe the first class or file in ``.metadata`` that does not belong to the checkpoint; "" if there is none.
 
-    ``index`` is the content of the checkpoint's run.json.
+    ``index`` is the content of run.json, which lists the checkpoint's files.
     """
     try:
         foreign = files_named_in(checkpoint / METADATA) - set(index["files"])

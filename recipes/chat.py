@@ -67,8 +67,8 @@ class ChatJob:
 
     ``index`` describes the saved session to resume.  ``turns`` is None if a person types them.  ``fingerprint`` names
     the model, its dropped blocks and its rounded reductions; a session resumes only with the same three.  ``origin`` is
-    the part of ``out`` that is known before the first turn.  The first process collects it, because ranks have another
-    command line.
+    the part of ``out`` that is known before the first turn.  `prepare` collects it, because the process of a local
+    rank has another command line.
     """
 
     target: Target
@@ -126,10 +126,10 @@ def absolute(folder: str) -> Path:
 
 
 def read_turns(settings: ChatSettings) -> tuple[UserTurn, ...] | None:
-    """Return the turns of the file, or of piped input, one per line; None if a person types them.
+    """Return the turns of the file ``settings.turns``, or of piped input, a turn a line; None if a person types them.
 
     Raises ValueError for a faulty file, and if there is neither a file, nor piped input, nor a terminal.  Under a
-    launcher, turns must come from a file.
+    launcher, it raises ValueError without a file.
     """
     from longctx.data.turns import UserTurn, turns_from
 

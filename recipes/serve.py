@@ -151,6 +151,8 @@ def prepare(config: DictConfig) -> ServeJob:
         )
     if target.plan:
         raise ValueError("recipes.serve has not been tested with dropped reductions: use spd=none")
+    if target.reduce:
+        raise ValueError("recipes.serve has not been tested with rounded reductions: leave out reduce")
     if is_first():
         listen(settings.host, settings.port).close()
     target.shape.refuse_unknown_token(max(sampling.stop_tokens, default=0), "sampling.stop_tokens")

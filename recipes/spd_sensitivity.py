@@ -214,7 +214,10 @@ def sum_chunks(run: BlockRun, job: SensitivityJob) -> list[list[float]]:
 
 @torch.no_grad()
 def sum_losses(blocks: Blocks, text: PackedText) -> list[float]:
-    """Return sums of losses (nats) over ``text``: entry i with blocks i and later dropped, the last with none."""
+    """Return sums of losses (nats) over ``text``: one for each first dropped block, and one with none dropped.
+
+    Entry i drops blocks i and later.  All tensor-parallel ranks return the same sums.
+    """
     layers = blocks.model.decoder.layers
 
     def run(block: int, x: Hidden, dropped: bool) -> Hidden:

@@ -246,7 +246,8 @@ def ranks_per_node(mesh: Mesh, settings: SubmitSettings) -> int:
         also = f" ranks_per_node={mesh.ranks // fewer}" if settings.ranks_per_node else ""
         raise ValueError(
             f"mesh.tp={mesh.tp} does not divide the {ranks} rank(s) of a node: tensor-parallel ranks exchange data in "
-            f"every layer and must share a node; use nodes={fewer}{also}, or more ranks on another axis of the mesh"
+            f"every layer and must share a node; use nodes={fewer}{also}, or other axes of the mesh whose product is a "
+            f"multiple of {nodes}"
         )
     return ranks
 

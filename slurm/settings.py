@@ -113,7 +113,7 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     if options := [word for word in words if word.startswith("-")]:
         raise ValueError(
-            f"{options[0]} is not a setting: write KEY=VALUE; a list such as optim.lr=1e-3,3e-4 is a sweep by itself"
+            f"{options[0]} is not a setting: write KEY=VALUE; a sweep needs only a list, such as optim.lr=1e-3,3e-4"
         )
     own = set(yaml.safe_load((CONFIGS / "submit.yaml").read_text())) - {"defaults", "hydra"} | {"launcher"}
     words = [_rename_folder(word) for word in words]

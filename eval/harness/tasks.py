@@ -21,6 +21,7 @@ from lm_eval.api.task import ConfigurableTask as Task
 
 from eval.harness.generated import GENERATED, depth_of
 from eval.harness.local import LOCAL, LocalTask, join_names, read_rows
+from eval.stats.compare import SCREENED
 from eval.stats.outcomes import Outcomes
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ def collect_outcomes(name: str, task: Task) -> Outcomes:
     metric = _choose_accuracy(name, values)
     depths = [depth_of(name, instances[0].doc) for instances in examples.values()]
     is_choice = task.OUTPUT_TYPE == "multiple_choice"
-    chance = _chance(task, list(examples.values())) if is_choice else _LETTER_CHANCE.get(name, 0.0)
+    chance = _chance(task, list(examples.values())[:SCREENED]) if is_choice else _LETTER_CHANCE.get(name, 0.0)
     return Outcomes(
         name,
         tuple(float(value) for value in values[metric]),
@@ -250,7 +251,7 @@ def _margin(task: Task, doc: Mapping[str, Any], answers: Sequence[Any]) -> float
 
 
 def _chance(task: Task, examples: Sequence[Sequence[Instance]]) -> float:
-    """Return the accuracy of guessing.
+    """Return the accuracy of guessing, from the first `SCREENED` examples, so that it does not depend on their number.
 
     It is the mean of 1 / choices.  If all questions have the same choices, such as yes and no, it is the share of the
     most common answer, if that is larger.

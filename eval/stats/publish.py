@@ -101,7 +101,7 @@ def write(report: Report, out: Path) -> Report:
 def track(report: Report, out: Path, tracker: Tracker) -> None:
     """Log each variant's average accuracy, a table of all comparisons, and the picture of shares if there is one.
 
-    Then finishes ``tracker``.  ``out`` is the folder of the picture.
+    Then finishes ``tracker``.  ``report`` is the result of `write`, and ``out`` the folder with its pictures.
     """
     columns = ["task", "variant", "n", "accuracy", "perplexity", "difference", "low", "high", "p_mcnemar", "verdict"]
     table_rows = [

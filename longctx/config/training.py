@@ -46,7 +46,7 @@ class TextSource:
         if self.pydoc and self.text_key != "text":
             raise ValueError(f"{self}: text_key={self.text_key} is not used by pydoc: leave it out")
         if not 0 < self.weight < inf:
-            raise ValueError(f"{self}: weight={self.weight}; use a number above 0, or remove the source")
+            raise ValueError(f"{self}: weight={self.weight}; use a finite number above 0, or remove the source")
 
     def __str__(self) -> str:
         if self.pydoc:

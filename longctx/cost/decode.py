@@ -99,7 +99,10 @@ def exchanges(work: DecodeWork, strategy: str) -> Iterator[tuple[float, float]]:
 
 
 def exchange_seconds(work: DecodeWork, link: Link, strategy: str) -> float:
-    """Return the seconds over ``link`` of all collectives of a decode step by ``strategy``; `exchanges` lists them."""
+    """Return the seconds over ``link`` of the collectives that `exchanges` lists for a decode step by ``strategy``.
+
+    All-reduces over tensor-parallel ranks alone are left out.
+    """
     return sum(count * link.seconds(size) for count, size in exchanges(work, strategy))
 
 

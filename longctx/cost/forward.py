@@ -182,8 +182,9 @@ def decode_cost(
     `longctx.cost.decode`.  The other strategies are the prefill strategies with T = 1.  No computation hides their
     communication.  Pass-Q, for example, takes N blocks, N - 1 hops and an all-to-all (arXiv 2411.01783, Table 8).
 
-    The parts are "products" or "weights" (the other one is 0), "attention", "merge" (communication of context ranks),
-    "tp" and "overhead".  The axes are "tp" and "context".  With ``sharded``, "merge" and "context" include tp.
+    The parts are "products", "weights", "attention", "merge" (communication of context ranks), "tp" and "overhead".
+    The time of GEMMs is in "weights" if reading the weights takes longer than the arithmetic, else in "products".  The
+    axes are "tp" and "context".  With ``sharded``, both values of "tp" are 0, since "merge" and "context" include them.
     """
     machine = machine.shared_by(mesh)
     work, shares = decode_work(shape, mesh, len(cached), numbers), strategy == "sharded"

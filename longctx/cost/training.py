@@ -72,7 +72,8 @@ class Decoder(Protocol):
 def train_flops(shape: Decoder, lengths: Sequence[int], causal: bool) -> int:
     """Return the FLOPs of one forward and backward over packed documents of ``lengths`` tokens.
 
-    ``causal`` counts visible pairs only (causal halving); otherwise all pairs within documents and windows count.
+    With ``causal``, only visible pairs count (causal halving).  Without it, each query counts as many keys as its
+    document or its window has, whichever is smaller.
     """
     return sum(train_flops_by_part(shape, lengths, causal).values())
 

@@ -103,7 +103,8 @@ def next_logits(
     """
     if not len(hidden):
         return hidden.new_empty(0, 1, engine.shape.vocab_size)  # megatron-core's layers cannot take zero rows
-    return logits(engine.model, hidden, engine.tp, engine.shape.vocab_size, share)
+    with engine.context.traffic.counted_as(ATTENTION):  # the context ranks exchange logits only with a share
+        return logits(engine.model, hidden, engine.tp, engine.shape.vocab_size, share)
 
 
 def load_engine(

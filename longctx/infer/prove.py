@@ -75,18 +75,13 @@ def _share_over(share: WeightShare | None, groups: RecordedGroups) -> Iterator[N
 
 
 class _ModelOfShapes(GPTModel):  # type: ignore[misc]
-    """A model without weights whose pass sends only the messages between context ranks, to record them.
-
-    A layer runs its attention only.  With a share of the weights in use, the model's own layer runs with empty weights,
-    because its linear layers communicate too.
-    """
+    """A model without weights whose pass sends only the messages between context ranks, to record them."""
 
     def __init__(self, engine: Engine, device: torch.device) -> None:
         torch.nn.Module.__init__(self)
         self.config = engine.model.config
-        self._layers = list(engine.model.decoder.layers)  # a list: they are not submodules
         self._weight = torch.empty(0, dtype=engine.dtype, device=device)
-        self._shared = bool(engine.share and engine.share.active)
+        self.decoder = _DecoderOfShapes(engine, self._weight)
 
     def parameters(self, recurse: bool = True) -> Iterator[Tensor]:
         """Yield one empty tensor, from which callers read the model's dtype and device."""
@@ -98,14 +93,26 @@ class _ModelOfShapes(GPTModel):  # type: ignore[misc]
         del position_ids
         return self._weight.new_empty(*tokens.shape[::-1], self.config.hidden_size)
 
-    def decoder(
+
+class _DecoderOfShapes:
+    """The decoder of `_ModelOfShapes`: a layer runs its attention only, with tensors like ``weight``.
+
+    With a share of the weights in use, the model's own layer runs with empty weights, because its linear layers
+    communicate too.
+    """
+
+    def __init__(self, engine: Engine, weight: Tensor) -> None:
+        self.config, self.layers, self._weight = engine.model.config, list(engine.model.decoder.layers), weight
+        self._shared = bool(engine.share and engine.share.active)
+
+    def __call__(
         self, hidden: Float[Tensor, "s b hidden"], attention_mask: None, packed_seq_params: Pass
     ) -> Float[Tensor, "s b hidden"]:
         """Send only the layers' messages between context ranks; return hidden states of the right shape.
 
         With a share of the weights in use, the layers run whole, since their linear layers send messages, too.
         """
-        for number, layer in enumerate(self._layers):
+        for number, layer in enumerate(self.layers):
             if self._shared:
                 weights = {
                     name: torch.empty_like(x, device=self._weight.device) for name, x in layer.named_parameters()

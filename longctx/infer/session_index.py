@@ -72,7 +72,7 @@ def read_index(folder: Path, model: str, dtype: str, shape: ModelShape) -> Sessi
     if not same_model(index["model"], model):
         raise ValueError(
             f"session.load={folder} is of another model ({index['model']}, not {model}); "
-            "use the model it was saved with"
+            "use the model, dropped blocks and rounded reductions that it was saved with"
         )
     if index["dtype"] != dtype:
         name = index["dtype"].removeprefix("torch.")

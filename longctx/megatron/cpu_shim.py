@@ -84,7 +84,7 @@ def let_training_run() -> None:
 def use_torch_optimizers() -> None:
     """Make megatron-core use torch's optimizers, not those of Transformer Engine or Apex, which need CUDA.
 
-    If one of these packages is installed, megatron-core takes Adam and the operations on lists of tensors from it.
+    Without this call, megatron-core takes Adam and the operations on lists of tensors from one of them, if installed.
     """
     package: Any = importlib.import_module("megatron.core.optimizer")
     clip_grads: Any = importlib.import_module("megatron.core.optimizer.clip_grads")

@@ -139,7 +139,7 @@ class ExchangedTokens(MoEAllGatherTokenDispatcher):
 
 
 class MixtureOfExperts(MoELayer):
-    """megatron-core's MoE layer, with `ReplicatedTokens` if it has neither sequence nor expert parallelism."""
+    """megatron-core's MoE layer; without sequence and expert parallelism, its dispatcher is `ReplicatedTokens`."""
 
     def __init__(self, config: TransformerConfig, *args: Any, groups: ProcessGroupCollection, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs | {"pg_collection": groups})

@@ -152,7 +152,7 @@ def _run_without_rows(model: GPTModel, attention_pass: Pass) -> Float[Tensor, "0
     for number, layer in enumerate(model.decoder.layers):
         # Under Ulysses, this rank computes its heads' attention for other ranks' rows, with its heads' sinks.
         sinks = layer.self_attention.core_attention.sinks
-        attention_pass.attend(number, q, k, k, *(() if sinks is None else (sinks,)))
+        attention_pass.attend(number, q, k, k, *(() if sinks is None else (sinks.to(weight.device),)))
     return weight.new_empty(0, 1, config.hidden_size)
 
 

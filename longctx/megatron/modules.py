@@ -32,7 +32,7 @@ class RMSNorm(nn.RMSNorm):
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
     def forward(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
-        """Return ``x`` divided by its root mean square, times ``weight``, or 1 + ``weight`` where zero-centered.
+        """Return ``x`` divided by its root mean square, times ``weight``, or times 1 + ``weight`` if zero-centered.
 
         1 + weight is not rounded to a dtype below float32.
         """
@@ -181,8 +181,8 @@ class BiasedInput(nn.Module):
 class NormedOutput(nn.Module):
     """Mix-in that normalises a row-parallel projection's output, summed over ranks, before the residual connection.
 
-    In a block that drops its reduction, this layer returns the partial output; the block normalises it after the
-    remaining sum (see `spd.layer`).
+    While the block drops its first reduction, the projection returns this rank's partial output without the norm.  The
+    block then applies ``norm`` itself (see `spd.layer`).
     """
 
     def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:

@@ -48,9 +48,9 @@ class Ring:
     def keys_to_send(self, owner: int, hop: int, hops: int = 1) -> Rows | None:
         """Return the rows of ``owner``'s keys that at least one of ``hops`` ranks needs.
 
-        With ``hop=2, hops=3`` the ranks are those 2, 3 and 4 hops after the owner: ``hops`` is a number of ranks, and
-        ``hop`` the distance of the first.  None means all rows.  The result is None for ``hop=0``, and always without a
-        window, since nearly all rows are needed.
+        These are consecutive ranks; the first is ``hop`` hops after the owner.  With ``hop=2, hops=3``, they are 2, 3
+        and 4 hops after it.  None means all rows.  The result is None for ``hop=0``, and always without a window, since
+        nearly all rows are needed.
         """
         return self._rows_to_send("keys", owner, hop, hops)
 

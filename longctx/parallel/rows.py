@@ -49,7 +49,7 @@ def take_rows(x: Tensor, arrived: Rows | None, wanted: Rows | None) -> Tensor:
 def add_rows_(total: Tensor, rows: Rows | None, x: Tensor, added: Rows) -> None:
     """Add ``x``, which has the rows ``added`` of a block, to ``total``, in place.
 
-    ``total`` has the block's rows ``rows`` (None: all rows), which include ``added``.
+    Rows are dim 1.  ``total`` has the block's rows ``rows`` (None: all rows), which include ``added``.
     """
     begin = 0
     for first, end in added:

@@ -188,6 +188,6 @@ def _refuse_partial_first_exchange(schedules: Sequence[Schedule]) -> None:
             if absent and any(op and op.name == EXCHANGE for op in call):
                 raise ScheduleError(
                     f"the first exchange of {group} connects the group, but rank {absent[0]} does not take part in it; "
-                    "connect the groups when they are created (device_id)"
+                    "pass device_id to torch.distributed.init_process_group, which connects the groups at once"
                 )
             break

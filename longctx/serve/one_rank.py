@@ -42,9 +42,9 @@ class OneRank:
 
     @contextmanager
     def borrow_threads(self, session: ContinuousSession, rank: int | None) -> Iterator[None]:
-        """Let the ring rank that runs a pass alone, ``rank``, use ``threads`` CPU threads during the block.
+        """Let ring rank ``rank``, which runs a pass alone, use ``threads`` CPU threads during the block.
 
-        On other ranks, if ``rank`` is None, or if the rank uses as many threads already, nothing changes.
+        Nothing changes on the other ranks, with ``rank`` None, or if the rank uses as many threads already.
         """
         before = torch.get_num_threads()
         if rank == session.engine.ring.rank and self.threads > before:

@@ -52,11 +52,10 @@ class StepCost:
 class Meter:
     """Measures steps of a model of ``shape`` on one rank, each between ``begin`` and ``end``.
 
-    ``ranks`` is the number of ranks that processed the documents passed to ``end``.  ``comm_timer`` is the timer of the
-    rank's `TimedComm` groups; communication that bypasses them (megatron-core's own collectives) is not counted.
+    ``ranks`` is the number of ranks that share the documents whose lengths ``end`` takes.  ``comm_timer`` is the timer
+    of the rank's `TimedComm` groups; communication that bypasses them (megatron-core's own collectives) is not counted.
     ``peak_flops`` is one rank's peak rate in FLOP/s, from a hardware file or
-    `longctx.parallel.measure.probe.gemm_flops`; None means no MFU.
-    """
+    `longctx.parallel.measure.probe.gemm_flops`; None means no MFU."""
 
     def __init__(
         self,

@@ -205,7 +205,7 @@ def decode_steps(session: Session, tokens: int, batch: int) -> DecodeCost:
 def count_messages(engine: Engine) -> int:
     """Return how many messages this rank has sent so far to other context ranks.
 
-    In sharded decoding, those of the sums over tensor-parallel and context ranks count too.
+    In sharded decoding, messages that sum partial outputs over tensor-parallel and context ranks count, too.
     """
     comms = [engine.context, engine.ring, engine.ulysses] + ([engine.share.tp_context] if engine.share else [])
     return sum(sum(comm.traffic.messages.values()) for comm in {id(comm): comm for comm in comms}.values())

@@ -84,7 +84,8 @@ class Efficiency:
 class NullComm:
     """A ring of ``size`` ranks without transfers: `shift` returns at once, with zeros of the expected shapes.
 
-    Attention over it has the cost of computing in blocks, but not that of communication.
+    Attention over it has the cost of computing in blocks, but not that of communication.  ``traffic`` stays 0.  Only
+    `shift` works.
     """
 
     rank: int

@@ -75,8 +75,8 @@ class LoadFigures:
 def make_load(settings: ServeBenchSettings, text: Sequence[int]) -> list[NewSequence]:
     """Return the requests: prompts of random lengths, uniform in the logarithm, drawn with ``settings.seed``.
 
-    The first half of each prompt is a prefix that many share, one of ``settings.prefixes``; the second half is its own.
-    The two halves are cut from ``text`` at random places, and wrap around at its end.
+    The first half of each prompt begins at one of ``settings.prefixes`` random places in ``text``, which many prompts
+    share.  The second half begins at a random place of its own.  Both halves wrap around at the end of ``text``.
     """
     from longctx.serve.schedule import NewSequence
 

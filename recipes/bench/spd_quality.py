@@ -138,8 +138,8 @@ def resolve_variants(
 ) -> tuple[QualityVariant, ...]:
     """Return the variants: two without repair and one per repaired model, then the same with each rival.
 
-    The first variant without repair drops the least sensitive blocks first; the second drops blocks in the model's
-    order, and has no rival.
+    The first variant without repair drops the least sensitive blocks first.  The second drops blocks from the first
+    layer to the last, and has no rival.
 
     Raises ValueError as `saved_plan_of` does for each model, and as `order_from` does for the file of sensitivities.
     """
@@ -169,7 +169,8 @@ def saved_plan_of(name: str, folder: str, target: Target, share: float) -> Saved
     saved = saved_plan(path)
     if saved is None or saved.plan.tp != tp or not same_model(saved.source, target.fingerprint):
         raise ValueError(
-            f"{name} is not a folder of recipes.spd_adapt for {target.model.name} and mesh.tp={tp}: make one with it"
+            f"{name} is not a folder of recipes.spd_adapt for {target.model.name} and mesh.tp={tp}: run it with these, "
+            "and give its out"
         )
     if missing := set(within(saved.order, share)) - set(saved.adapted):
         raise ValueError(f"{name} lacks a repair of block {min(missing)}: adapt it with a larger spd.budget")
@@ -301,5 +302,6 @@ def task(config: DictConfig) -> None:
     shares, layers = job.settings.shares, job.target.shape.layers
     dropped = [len(within(range(layers), share)) / layers for share in shares]
     inputs = {"model": job.target.model.name, "tp": job.target.mesh.tp, "shares": shares, "dropped": dropped}
+    inputs["rivals"] = sorted({one.reduce.label for one in job.variants if isinstance(one.reduce, Rival)})
     write_result(str(Path(job.settings.out, "quality.json")), {**inputs, "texts": texts, **provenance()})
     draw(losses, job)

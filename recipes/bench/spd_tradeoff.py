@@ -121,7 +121,7 @@ def perplexities(values: Mapping[str, Any], text: str | None, labels: set[str]) 
     ``labels`` are those of rounded reductions, at the end of variants' names.  Raises ValueError for an unknown
     ``text``, and for None if there are several.
     """
-    texts = values["texts"]
+    texts, labels = values["texts"], labels | set(values.get("rivals", ()))
     if text not in (texts if text or len(texts) > 1 else (None,)):
         raise ValueError(f"text={text} is not a text of the quality file: use one of {', '.join(texts)}")
     variants = texts[text or next(iter(texts))]["variants"]
@@ -138,6 +138,8 @@ def perplexities(values: Mapping[str, Any], text: str | None, labels: set[str]) 
 
 def accuracies(values: Mapping[str, Any]) -> Iterator[Quality]:
     """Yield the quality of each variant in the ``values`` of eval's report.json: points of average accuracy lost."""
+    if not values["average"]:
+        raise ValueError("the report has no average of accuracies: evaluate a task that has accuracies")
     for name, variant in values["variants"].items():
         difference = values["average"][name]["difference"] or 0.0
         repair = "repaired" if variant["repaired"] else "not repaired"

@@ -51,7 +51,7 @@ class TimedRun:
 
     def __post_init__(self) -> None:
         if self.work != "decode" and self.strategy in SHARED_ROWS:
-            raise ValueError(f"work={self.work} has no strategy={self.strategy}: use work=decode")
+            raise ValueError(f"work={self.work} has no strategy={self.strategy}: use work=decode, or strategy=pass_kv")
         if self.work != "train" and self.dp > 1:
             raise ValueError(f"work={self.work} has no dp={self.dp}: use work=train, or dp=1")
         if (self.cached == 0) if self.work == "decode" else (self.work == "train" and self.cached):

@@ -174,7 +174,10 @@ def measure_here(job: TimesJob, runs: Sequence[TimedRun], jobs: Sequence[TrainJo
 
 
 def measure_on_hosts(runs: Sequence[TimedRun], jobs: Sequence[TrainJob], rounds: int) -> list[list[float]]:
-    """Return, for each of ``runs``, its seconds in every round, on emulated hosts; all runs have the same links."""
+    """Return, for each of ``runs``, its seconds in every round, on emulated hosts, one host for each rank.
+
+    ``jobs`` has the training job of each run.  All runs must have the same `TimedRun.network`, with a rate.
+    """
     hosts, rate, latency_us = runs[0].network
     assert rate
     return call_on_hosts(hosts, rate, latency_us, measure_all, jobs, runs, rounds)

@@ -61,7 +61,7 @@ def expected_error(results: Sequence[Row], group: str) -> float | None:
 
 
 def covering_error(some: Sequence[float]) -> float:
-    """Return the absolute error that at least a share `COVERED` of ``some`` relative errors do not exceed."""
+    """Return an absolute value that at least a share `COVERED` of the relative errors ``some`` do not exceed."""
     sizes = sorted(map(abs, some))
     return sizes[min(len(sizes) - 1, int(COVERED * len(sizes)))]
 

@@ -23,12 +23,13 @@ def make_decode_chooser(runtime: Runtime, target: Target, engine: Engine) -> Dec
     import torch
 
     from longctx.parallel.measure.probe import probe_decode
+    from recipes.common.target import proves_sharded
 
     if target.context.decode != "auto":
         return None
     if engine.ranks == 1:
         return lambda _: ON_ONE_RANK
-    if target.context.check_schedule and target.shape.mixture and target.mesh.tp > 1:
+    if target.context.check_schedule and not proves_sharded(target.mesh, target.shape):
         return lambda _: ("gather_merge", "the messages of sharded cannot be checked here")
     if engine.share is None:
         return lambda _: ("gather_merge", "the ranks cannot share their weights")

@@ -179,7 +179,8 @@ def folder_of(out: Path) -> Path:
 def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Return the nested settings ``values`` by dotted names, such as ``mesh.ring``.
 
-    Items of lists of mappings are named by number, such as ``turns.0.text``.  Each name begins with ``prefix``.
+    Items of lists of mappings are named by number, such as ``turns.0.text``.  Each name begins with ``prefix``, which
+    includes its dot, such as ``mesh.``.
     """
     by_name: dict[str, object] = {}
     for name, value in values.items():

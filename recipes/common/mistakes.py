@@ -24,7 +24,10 @@ def is_readable(word: str) -> bool:
 
 
 def refuse_unreadable(word: str) -> None:
-    """Raise ValueError, with the quotes that are missing, unless ``word`` is an override in Hydra's grammar."""
+    """Raise ValueError unless ``word`` is an override in Hydra's grammar.
+
+    The message shows where quotes are missing; for a word without "=", it asks for KEY=VALUE.
+    """
     if is_readable(word):
         return
     key, equals, value = word.partition("=")

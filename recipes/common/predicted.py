@@ -52,7 +52,7 @@ def predict_turn(
 
 def _numbers(target: Target) -> Numbers:
     size, dropped = ELEMENT_BYTES[target.model.dtype], target.plan.dropped if target.plan else ()
-    return Numbers(size, size, len(dropped) / target.shape.layers if target.mesh.tp > 1 else 0.0)
+    return Numbers(size, size, len(dropped) / target.shape.layers)
 
 
 def beside(measured: float | None, predicted: Mapping[str, float | None] | None, name: str) -> str:

@@ -84,7 +84,10 @@ class Progress:
 
 
 class TokenStream:
-    """Print an answer token by token, up to the first text in ``stop``."""
+    """Print an answer token by token, and end before the first text in ``stop``.
+
+    Call `add` with each token, and `end` after the last one.
+    """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", stop: Sequence[str] = ()) -> None:
         self._text = AnswerText(tokenizer, stop)

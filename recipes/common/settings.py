@@ -84,7 +84,9 @@ def mapping_at(values: Mapping[str, object], name: str) -> Mapping[str, object]:
 
     Raises ValueError if it is not a section.
     """
-    section = values.get(name) or {}
+    section = values.get(name)
+    if section is None:
+        return {}
     if not isinstance(section, Mapping):
         raise ValueError(f"{name}={section}: give its settings in braces: {name}={{...}}")
     return section

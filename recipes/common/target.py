@@ -223,11 +223,21 @@ def refuse_unproved(context: Context, mesh: Mesh, shape: ModelShape, recipe: str
             "context.check_schedule=true has no messages to check on one context rank: use mesh.ring=2 or more, or "
             "context.check_schedule=false"
         )
-    if mesh.tp > 1 and shape.mixture and context.decode == "sharded":
+    if context.decode == "sharded" and not proves_sharded(mesh, shape):
+        kind = "mixtures of experts" if shape.mixture else f"norms over all heads with mesh.tp={mesh.tp}"
         raise ValueError(
-            "context.check_schedule=true is not implemented for context.decode=sharded of a mixture of experts with "
-            f"mesh.tp={mesh.tp}: use context.decode=gather_merge, or mesh.tp=1"
+            f"context.check_schedule=true is not implemented for context.decode=sharded of {kind}: use "
+            "context.decode=gather_merge, or context.check_schedule=false"
         )
+
+
+def proves_sharded(mesh: Mesh, shape: ModelShape) -> bool:
+    """Return True if the messages of sharded decoding can be recorded without data.
+
+    The layers of mixtures of experts read data on the CPU.  Norms of queries and keys over all heads sum over
+    tensor-parallel ranks.
+    """
+    return not shape.mixture and (mesh.tp == 1 or shape.qk_norm != "width")
 
 
 def refuse_strategy_by_turn(context: Context, recipe: str) -> None:

@@ -65,9 +65,10 @@ class TrainJob:
     """Inputs of every rank: plain values, checked before any rank starts.
 
     ``weights`` is the folder of the initial weights, None to draw them at random; ``target.folder`` has configuration
-    and tokenizer.  ``test`` is the text to evaluate on (None: no evaluation).  ``samples`` is the result of
-    `first_sequences`.  ``peak_flops`` is the peak rate of a rank, for MFU.  ``machine`` is for predictions (None:
-    ``hardware`` is not given, or has no constants for them).  ``config`` is saved with metrics and checkpoints.
+    and tokenizer.  ``test`` is the text to evaluate on (None: no evaluation).  ``samples`` describes the sequences of
+    the first batch (`first_sequences`).  ``peak_flops`` is the peak rate of a rank, for MFU.  ``machine`` is for
+    predictions (None: ``hardware`` is not given, or has no constants for them).  ``config`` is saved with metrics and
+    checkpoints.
     """
 
     target: Target
@@ -181,7 +182,8 @@ def refuse_offload(target: Target, where: str | None, lora: LoRA) -> None:
         return
     on_cpu = target.run.device == "cpu"
     if where in ("", "none"):
-        raise ValueError(f"offload={where}: use {'a folder on a disk' if on_cpu else 'host'}, or offload=null")
+        place = "FOLDER, on a disk" if on_cpu else "host"
+        raise ValueError(f"offload={where} names no place: use offload={place}, or offload=null")
     if on_cpu:
         if where == "host":
             raise ValueError("offload=host is for GPUs: give a folder on a disk, or use offload=null")
@@ -265,9 +267,11 @@ def data_of(config: DictConfig, *, conversations: bool = False) -> tuple[DataSet
 
 
 def refuse_unsplit(mesh: Mesh, shape: ModelShape, data: DataSettings) -> None:
-    """Raise ValueError unless pipeline stages get equal numbers of layers, and sequences fit the model and the mesh.
+    """Raise ValueError unless ``mesh.pp`` divides the layers, and ``data.length`` fits the model and the mesh.
 
-    With expert parallelism, each stage needs experts.  A router loss needs mesh.pp=1 and sequences without padding.
+    ``data.length`` may be at most the model's positions, and must be at least the number of context ranks.  With expert
+    parallelism, each pipeline stage needs a layer with experts.  A router loss needs mesh.pp=1 and sequences without
+    padding.
     """
     _refuse_router_loss(mesh, shape, data)
     if shape.layers % mesh.pp:

@@ -82,8 +82,8 @@ def refuse_no_room(job: TrainJob) -> None:
     needed = weights_of(job.target.shape) * per_weight * max(1, job.saving.keep + 1 - existing)
     if (free := shutil.disk_usage(nearest_existing(job.out)).free) < needed:
         raise ValueError(
-            f"out={job.out} has {free / 1e9:.2f} GB free, but the checkpoints that are kept at the same time take "
-            f"{needed / 1e9:.2f} GB more: use another disk, or a lower checkpoint.keep"
+            f"out={job.out} has {free / 1e9:.2f} GB free, but the checkpoints still to be written take "
+            f"{needed / 1e9:.2f} GB at once: use another disk, or a lower checkpoint.keep"
         )
 
 

@@ -96,7 +96,9 @@ def test_variant_with_too_short_a_context_is_refused(prepared, tmp_path):
 
 def test_variant_of_another_model_needs_an_order_of_its_own(prepared, tmp_path):
     words = (f"model.cache={tmp_path}", "mesh.tp=3", "spd.drop=none")
-    with pytest.raises(ValueError, match=r"variant a: the order .* is measured on the baseline, .* spd.sensitivity"):
+    with pytest.raises(
+        ValueError, match=r"variant a: the missing order .* on the baseline, but .* set its spd.sensitivity"
+    ):
         prepared(*words, "variants=[{name: a, model: {rope_factor: 2}, spd: {drop: ranked, budget: 0.5}}]")
 
 

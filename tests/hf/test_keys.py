@@ -58,7 +58,11 @@ def logits(folder):
         ("llama", {"min_new_tokens": 3}, "min_new_tokens=3"),
         ("llama", {"hidden_sise": 3}, "hidden_sise=3"),
         ("llama", {"rope_parameters": NESTED}, "does not implement full_attention=.* with rope_type=default"),
-        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "factor": 2.0}}, "factor=2.0 is not"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "factor": 2.0}},
+            "not implement factor=2.0",
+        ),
         ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1]}}, "mrope_sec"),
     ],
     ids=str,

@@ -26,9 +26,9 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
 
 
 def answer(engine: Engine) -> tuple[list[int], list[TokenLogprob]]:
-    """Prefill the prompt and decode with pass_q, which gives each decoded token to one rank."""
+    """Prefill the prompt and decode with pass_q, which gives each decoded token to one rank; prove each pass."""
     with KeepFloat64() if engine.shape.mixture else nullcontext():  # megatron-core's router rounds to float32
-        session = Session(engine, Context(decode="pass_q"), Sampling(logprobs=TOP))
+        session = Session(engine, Context(decode="pass_q", check_schedule=True), Sampling(logprobs=TOP))
         session.turn({0: PROMPT}, {0: 5})
     return session.sequences[0].tokens, session.sequences[0].logprobs
 

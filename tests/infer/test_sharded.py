@@ -190,7 +190,7 @@ def test_collectives_bytes_and_flops_of_a_token(runtime, tiny, mesh):
     def wrap(name: str, comm: Comm) -> Comm:
         return CountingComm(name, comm, by_thread.setdefault(comm.rank, Counter()))
 
-    def count(engine: Engine) -> tuple[Counter[str], int, float]:
+    def count(engine: Engine) -> tuple[Counter[str], tuple[int, int], float]:
         session = Session(engine, SHARDED, Sampling())
         session.turn({0: list(range(24))}, {0: 1})
         calls = by_thread[engine.rank]
@@ -199,8 +199,8 @@ def test_collectives_bytes_and_flops_of_a_token(runtime, tiny, mesh):
             comm.traffic.__init__()
         with FlopCounterMode(display=False) as flops:
             session.decode([0])
-        sent = engine.context.traffic.total + engine.share.tp_context.traffic.total
-        return calls, sent, flops.get_total_flops()
+        total = engine.context.traffic.total + engine.share.tp_context.traffic.total
+        return calls, (total, engine.sent), flops.get_total_flops()
 
     results = run_engines(runtime, tiny, mesh, count, wrap=wrap)
     for calls, _, _ in results:
@@ -211,8 +211,9 @@ def test_collectives_bytes_and_flops_of_a_token(runtime, tiny, mesh):
         }
     shape = ModelShape(LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, 499, 1e-5, True, False)
     predicted = sum(count * size for count, size in exchanges(decode_work(shape, mesh, 1, Numbers(4, 4)), "sharded"))
-    sent = sum(sent for _, sent, _ in results) / n
-    assert 0 <= sent - predicted <= 16 * (n - 1), "the rest is the token"
+    total, sent = (sum(both[i] for _, both, _ in results) / n for i in (0, 1))
+    assert sent == pytest.approx(predicted), "attention, linear layers and logits"
+    assert 0 <= total - predicted <= 16 * (n - 1), "the rest is the token"
     width = HEADS * HEAD_DIM
     projections = HIDDEN * (2 * width + 2 * KV_HEADS * HEAD_DIM + 3 * FFN)
     scores = 2 * width * 25  # 25 keys, over the ring

@@ -288,10 +288,7 @@ def test_diverged_run_names_its_step_and_its_last_checkpoint(cli, tmp_path):
 def test_full_disk_is_refused(refused, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**6))
     line = refused(pretrain, pretrain.task, "experiment=pretrain/tiny", f"out={tmp_path}")
-    assert (
-        "has 0.00 GB free, but the checkpoints that are kept at the same time take 0.02 GB more: use "
-        "another disk" in line
-    )
+    assert "has 0.00 GB free, but the checkpoints still to be written take 0.02 GB at once: use another disk" in line
 
 
 def test_number_of_weights_of_a_model(smollm2):

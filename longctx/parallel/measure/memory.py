@@ -22,8 +22,8 @@ class MemoryMeter(TorchDispatchMode):
     """Bytes of live tensors by part, inside the block ``with meter``; each storage counts once, until it is freed.
 
     Example: ``MemoryMeter({"logits": [cross_entropy]})`` attributes to "logits" what operations allocate while
-    `cross_entropy` runs, and all other tensors to ``other``, "activations".  If such functions are nested, the
-    innermost one counts.  Tensors that exist before the block count only if `hold` names their part.
+    `cross_entropy` runs.  All other tensors count to ``other``, by default "activations".  If such functions are
+    nested, the innermost one counts.  Tensors that exist before the block count only if `hold` names their part.
 
     ``peak`` has the bytes by part at the moment at which their sum was largest.  Counts are exact for tensors on any
     device.  Memory that an operation allocates and frees inside itself is not seen.  The meter adds about 10

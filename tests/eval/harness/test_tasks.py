@@ -180,6 +180,19 @@ def test_chance_of_equal_choices_is_the_most_common_answer(tmp_path):
     assert (sum(result.values), result.chance) == (4, 0.8)
 
 
+def test_chance_does_not_depend_on_the_number_of_examples(tmp_path):
+    """It is that of the first 200, by which tasks are chosen: of these, 150 are right with yes."""
+    rows = [{"query": f"Passage: It is {i}.\nQuestion: is it?", "gold": int(i < 150 or i >= 200)} for i in range(400)]
+    write_file(tmp_path, "boolq", rows)
+    chances = []
+    for limit in (200, None):
+        task = load_tasks(["boolq"], tmp_path, None, None)["boolq"]
+        build_requests({"boolq": task}, {"boolq": limit})
+        answer_tasks({"boolq": task}, model_that_prefers("yes"))
+        chances.append(collect_outcomes("boolq", task).chance)
+    assert chances == [0.75, 0.75]
+
+
 def test_metric_without_aggregation_is_averaged(tmp_path):
     write_file(tmp_path, "copa", [{"query": "It rains, therefore", "choices": ["they row.", "they sink."], "gold": 0}])
     task = load_tasks(["copa"], tmp_path, None, None)["copa"]

@@ -70,13 +70,14 @@ def test_quality_and_sweep_agree_with_the_sensitivity(cli, tiny, tmp_path):
     code, _, err = cli(spd_quality, spd_quality.task, *words)
     assert code == 0, err
     quality = json.loads((tmp_path / "quality" / "quality.json").read_text())["texts"]["same"]
-    ranked, in_order, rounded, own = quality["variants"].values()
+    ranked, in_order, own, rounded, own_rounded = quality["variants"].values()
     added = [now - exact for now, exact in zip(rounded, ranked, strict=True)]
     assert all(0 < abs(loss) < 0.01 for loss in added), added
     low, high = quality["intervals"]["zero-shot, least sensitive first, 8 bits"][0]
     assert low < added[0] < high and quality["intervals"]["zero-shot, first to last"][0] == [0, 0]
-    assert [*quality["recovered"]] == ["own norms"], "nothing else is repaired"
+    assert [*quality["recovered"]] == ["own norms", "own norms, 8 bits"], "nothing else is repaired"
     assert own == pytest.approx(in_order), "the same weights, in the same order"
+    assert own_rounded == pytest.approx(own, abs=0.01) and own_rounded[0] == rounded[0]
     assert exp(ranked[0]) == pytest.approx(measured["perplexity"]) and ranked[0] == in_order[0]
     assert exp(ranked[2]) == pytest.approx(measured["blocks"][0]["perplexity"]) and ranked[2] == in_order[2]
     # The block that drops first, alone.

@@ -51,6 +51,17 @@ def test_the_fastest_within_each_limit_depends_on_the_link(cli, files, tmp_path)
     assert "not repaired" in picture.read_text()
 
 
+def test_rounded_reductions_without_a_time_are_left_out(cli, files, tmp_path):
+    quality = json.loads((tmp_path / "quality.json").read_text())
+    variants = quality["texts"]["novel"]["variants"]
+    variants |= {f"{RANKED}, int6": variants[RANKED], "repaired, int6": variants["repaired"]}
+    (tmp_path / "quality.json").write_text(json.dumps(quality | {"rivals": ["int6", "int8"]}))
+    out = tmp_path / "points.json"
+    code, _, err = cli(spd_tradeoff, spd_tradeoff.task, *files, f"out={out}")
+    assert code == 0, err
+    assert len(json.loads(out.read_text())["points"]) == 2 * 4 * 3
+
+
 def test_decode_has_its_own_times(cli, files):
     code, _, err = cli(spd_tradeoff, spd_tradeoff.task, *files, "phase=decode", "limits=[100]")
     assert code == 0 and "int8, 100% dropped, repaired: saves 5.5 %, costs 15.00" in " ".join(err.split())

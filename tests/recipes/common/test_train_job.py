@@ -61,9 +61,9 @@ def test_only_the_first_rank_of_a_launcher_makes_the_folder(job_of, under_torchr
     ("device", "layers", "lora", "where", "words"),
     [
         ("cpu", "auto", None, "host", "offload=host is for GPUs: give a folder on a disk, or use offload=null"),
-        ("cpu", "auto", None, "none", "offload=none: use a folder on a disk, or offload=null"),
-        ("cpu", "auto", None, "", "offload=: use a folder on a disk, or offload=null"),
-        ("cuda", "local", None, "none", "offload=none: use host, or offload=null"),
+        ("cpu", "auto", None, "none", "offload=none names no place: use offload=FOLDER, on a disk, or"),
+        ("cpu", "auto", None, "", "offload= names no place: use offload=FOLDER, on a disk, or"),
+        ("cuda", "local", None, "none", "offload=none names no place: use offload=host, or"),
         ("cuda", "local", None, "folder", "offload=folder on a GPU: use offload=host$"),
         (
             "cuda",
