@@ -240,6 +240,7 @@ def pids_of_ranks(pid: int) -> list[int]:
         (["api_key_file=/nowhere"], "api_key_file=/nowhere cannot be read"),
         (["cache.gb=0", "cache.save=pages"], "cache.save=pages needs memory for pages: use cache.gb above 0"),
         (["mesh.dp=2"], "mesh.dp=2"),
+        (["+reduce=int8", "mesh.tp=3"], "not been tested with rounded reductions"),
         (["sampling.logprobs=1"], "each request asks for its own"),
         (["sampling.seed=7"], "sampling.seed=7: a request without a seed gets a random one; leave it out"),
         (["context.strategy=empirical"], "context.strategy=empirical needs a hardware file with fitted constants"),

@@ -6,6 +6,7 @@ import pytest
 
 from longctx.config import Context, Mesh, Reduce
 from longctx.cost.forward import Numbers, decode_cost, prefill_cost
+from longctx.spd.plan import SPDPlan
 from recipes.common.hardware_file import read_machine, read_rates
 from recipes.common.predicted import beside, predict_turn, refuse_unpredicted
 from tests.cost.predict import shape_named
@@ -31,6 +32,16 @@ def test_turn_is_predicted_with_its_strategies_and_half_of_its_answer(decode):
         "ttit_s": decode_cost(SHAPE, one.mesh, MACHINE, [1005, 3002], strategy, Numbers()).seconds,
     }
     assert predict_turn(one, MACHINE, [9], SimpleNamespace(ttit_s=None), session)["ttit_s"] is None
+
+
+def test_reductions_that_context_ranks_drop_are_predicted():
+    """With sharded decoding, a plan for N tensor-parallel ranks is followed by N context ranks."""
+    plan = SPDPlan(SHAPE.layers, 8, tuple(range(SHAPE.layers // 2)))
+    one = target(mesh=Mesh(ring=8), plan=plan, context=Context(decode="sharded"))
+    turn = SimpleNamespace(ttit_s=0.1, tokens={0: [1, 1]})
+    predicted = predict_turn(one, MACHINE, [1000], turn, SimpleNamespace())
+    half = decode_cost(SHAPE, one.mesh, MACHINE, [1001], "sharded", Numbers(spd_share=0.5)).seconds
+    assert predicted["ttit_s"] == half < decode_cost(SHAPE, one.mesh, MACHINE, [1001], "sharded", Numbers()).seconds
 
 
 def test_words_beside_a_measured_figure():

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 from omegaconf import OmegaConf
 
-from longctx.config import Mesh, Reduce, Run
+from longctx.config import Context, Mesh, Reduce, Run
 from longctx.hf.checkpoint import fingerprint
 from longctx.model_shape import Experts
 from longctx.parallel.launch import Rank
 from longctx.spd.plan import SPDPlan
 from recipes.common.spd_plan import refuse_unshared
-from recipes.common.target import refuse_rounded, refuse_strategy_by_turn, resolve_target
+from recipes.common.target import refuse_rounded, refuse_strategy_by_turn, refuse_unproved, resolve_target
 from tests.recipes.conftest import SAVED
 
 
@@ -215,3 +215,20 @@ def test_refusals_name_the_setting_and_the_fix(resolve, words, rules, key, fix):
 @pytest.mark.parametrize("strategy", ["pass_kv", "pass_q", "all_gather_kv"])
 def test_named_strategies_are_not_refused(resolve, strategy):
     refuse_strategy_by_turn(resolve(PLAIN, f"context.strategy={strategy}").context, "recipes.test")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "kind"),
+    [
+        (Mesh(ring=2), {"experts": (Experts(4, 2, 7),) * 2}, "mixtures of experts"),
+        (Mesh(tp=3, ring=2), {"qk_norm": "width"}, "norms over all heads with mesh.tp=3"),
+        (Mesh(ring=2), {"qk_norm": "width"}, None),
+    ],
+)
+def test_sharded_decoding_is_proved_if_its_messages_can_be_recorded(resolve, mesh, changes, kind):
+    shape, context = replace(resolve(PLAIN).shape, **changes), Context(decode="sharded", check_schedule=True)
+    if kind is None:
+        refuse_unproved(context, mesh, shape, "recipes.test", proves=True)
+        return
+    with pytest.raises(ValueError, match=f"decode=sharded of {kind}: use context.decode=gather_merge"):
+        refuse_unproved(context, mesh, shape, "recipes.test", proves=True)
