@@ -130,7 +130,7 @@ def text(leave_out: bool) -> str:
     lines = [INTRO, *summary(leave_out), ""]
     winners = count_winners(machine("h100_gtt"))
     lines += [
-        "Table 4 of arXiv 2411.01783 times two strategies in 14 cases. The strategy with the smaller predicted time is "
+        "Table 4 of arXiv 2411.01783 times two strategies in 14 cases. The strategy with the smaller predicted time is",
         f"the faster one in {winners} of them.",
         "",
     ]
