@@ -33,6 +33,17 @@ def refuse_unknown(values: Mapping[str, Any], known: Collection[str], where: str
         raise ValueError(f"{unknown[0]} is not a field of {where}: correct its name; the fields are {', '.join(known)}")
 
 
+def refuse_impossible(constants: object, where: str, rates: Collection[str], seconds: Collection[str]) -> None:
+    """Raise ValueError if a field in ``rates`` is not above 0, or one in ``seconds`` is negative; None passes.
+
+    ``where`` precedes the field's name in the message.
+    """
+    for name in (*rates, *seconds):
+        value = getattr(constants, name)
+        if value is not None and (value < 0 or (value == 0 and name in rates)):
+            raise ValueError(f"{where}{name}={value}: use a number {'above 0' if name in rates else 'from 0 on'}")
+
+
 def link_of(values: Mapping[str, Any]) -> Link:
     """Return the `Link` with the fields in ``values``, read from YAML; ``bulk`` is a link, too, and optional.
 
@@ -64,11 +75,7 @@ class LayerRates:
     reduce: Link | None = None
 
     def __post_init__(self) -> None:
-        for name in ("gemm_flops", "weight_bytes_per_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"layer {name}={getattr(self, name)} is not a rate; use a number above 0")
-        if self.layer_s < 0:
-            raise ValueError(f"layer layer_s={self.layer_s}: use 0 or more seconds")
+        refuse_impossible(self, "layer ", ("gemm_flops", "weight_bytes_per_s"), ("layer_s",))
 
 
 @dataclass(frozen=True)
@@ -106,14 +113,8 @@ class Hardware:
     backward: float = 2.5
 
     def __post_init__(self) -> None:
-        for name in ("flops", "kv_bytes_per_s", "peak_flops", "backward"):
-            rate = getattr(self, name)
-            if rate is not None and rate <= 0:
-                raise ValueError(f"hardware {name}={rate} is not a rate; use a number above 0")
-        if self.block_s < 0:
-            raise ValueError(f"hardware block_s={self.block_s}: use 0 or more seconds")
-        if self.ranks_at_once is not None and self.ranks_at_once < 1:
-            raise ValueError(f"hardware ranks_at_once={self.ranks_at_once}: use 1 or more")
+        rates = ("flops", "kv_bytes_per_s", "peak_flops", "backward", "ranks_at_once")
+        refuse_impossible(self, "hardware ", rates, ("block_s",))
         if not 0 <= self.overlap <= 1:
             raise ValueError(f"hardware overlap={self.overlap} is not a share; use a number from 0 to 1")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from math import prod
 from typing import Any, Protocol, runtime_checkable
 
-from longctx.cost.hardware import Hardware, Link, hardware_of, link_of, refuse_unknown
+from longctx.cost.hardware import Hardware, Link, hardware_of, link_of, refuse_impossible, refuse_unknown
 from longctx.cost.reduction import all_reduce_seconds, reduction_seconds
 
 
@@ -131,21 +131,9 @@ class Machine:
     def __post_init__(self) -> None:
         if not self.levels:
             raise ValueError("levels is empty: give at least one level of links, as the files of configs/machine do")
-        positive = (
-            "gpus_per_node",
-            "gemm_flops",
-            "attention_flops",
-            "memory_bytes_per_s",
-            "kv_bytes_per_s",
-            "backward",
-        )
+        rates = ("gpus_per_node", "gemm_flops", "attention_flops", "memory_bytes_per_s", "kv_bytes_per_s", "backward")
         limits = ("memory_bytes", "peak_flops", "ffn_element_bytes", "ranks_at_once")
-        for name in (*positive, *(name for name in limits if getattr(self, name) is not None)):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: use a number above 0")
-        for name in ("block_s", "step_s", "layer_s", "turn_s"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: use 0 or more seconds")
+        refuse_impossible(self, "", (*rates, *limits), ("block_s", "step_s", "layer_s", "turn_s"))
         if not 0 <= self.overlap <= 1:
             raise ValueError(f"overlap={self.overlap} is not a share; use a number from 0 to 1")
 

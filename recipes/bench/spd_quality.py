@@ -6,7 +6,7 @@ python -m recipes.bench spd_quality sensitivity=outputs/spd/sensitivity.json out
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from math import expm1
 from pathlib import Path
 from typing import Annotated
@@ -72,16 +72,21 @@ class QualitySettings:
 
 @dataclass(frozen=True)
 class QualityVariant:
-    """A line of the picture: the weights in ``folder``, blocks dropped in ``order``, and the reductions' dtypes.
+    """A line of the picture: the weights in ``folder``, which ``label`` names, with blocks dropped in ``order``.
 
-    ``own_norms`` is that of the `SPDPlan`.
+    ``own_norms`` is that of the `SPDPlan`.  ``rival`` has the rounded reductions (None: exact ones).
     """
 
-    name: str
+    label: str
     folder: Path
     order: tuple[int, ...]
     own_norms: bool = False
-    reduce: Reduce = field(default_factory=Reduce)
+    rival: Rival | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the line: ``label``, and after a comma that of the ``rival``."""
+        return f"{self.label}, {self.rival.label}" if self.rival else self.label
 
 
 @dataclass(frozen=True)
@@ -154,8 +159,7 @@ def resolve_variants(
         saved = saved_plan_of(name, model.folder, target, max(settings.shares))
         folder = Path(model.folder).expanduser()
         variants.append(QualityVariant(model.label, folder, saved.order, saved.plan.own_norms))
-    exact = [variant for variant in variants if variant.name != IN_ORDER]
-    rounded = [replace(one, name=f"{one.name}, {rival.label}", reduce=rival) for rival in rivals for one in exact]
+    rounded = [replace(one, rival=rival) for rival in rivals for one in variants if one.label != IN_ORDER]
     return (*variants, *rounded)
 
 
@@ -212,15 +216,15 @@ def run_rank(rank: Rank, job: QualityJob) -> dict[str, TextLosses]:
             for share in settings.shares:
                 plan = SPDPlan(shape.layers, tp, within(variant.order, share), variant.own_norms)
                 follow_plan(blocks.model, plan)
-                set_reductions(blocks.model, blocks.tp, variant.reduce)
+                set_reductions(blocks.model, blocks.tp, variant.rival or Reduce())
                 hf_load.load(blocks.model, hf_load.Weights(variant.folder, plan.dropped), shape)
                 for label, text in job.texts.items():
                     # Without dropped blocks every folder holds the same weights.
-                    key = (label, plan.dropped, variant.folder if plan.dropped else None, variant.reduce)
+                    key = (label, plan.dropped, variant.folder if plan.dropped else None, variant.rival)
                     if key not in known:
                         known[key] = sequence_losses(blocks, text)
                     losses[label].variants.setdefault(variant.name, []).append(mean_loss(known[key], text))
-                    base, lengths = known[label, (), None, Reduce()], text.mask.sum(1)
+                    base, lengths = known[label, (), None, None], text.mask.sum(1)
                     _, low, high = difference_interval(base.tolist(), known[key].tolist(), lengths.tolist())
                     interval = (low, high) if len(text) > 1 else None
                     losses[label].intervals.setdefault(variant.name, []).append(interval)
@@ -302,6 +306,8 @@ def task(config: DictConfig) -> None:
     shares, layers = job.settings.shares, job.target.shape.layers
     dropped = [len(within(range(layers), share)) / layers for share in shares]
     inputs = {"model": job.target.model.name, "tp": job.target.mesh.tp, "shares": shares, "dropped": dropped}
-    inputs["rivals"] = sorted({one.reduce.label for one in job.variants if isinstance(one.reduce, Rival)})
+    inputs["variants"] = {
+        one.name: {"label": one.label, "reduce": one.rival.label if one.rival else "float32"} for one in job.variants
+    }
     write_result(str(Path(job.settings.out, "quality.json")), {**inputs, "texts": texts, **provenance()})
     draw(losses, job)

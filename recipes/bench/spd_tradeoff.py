@@ -92,10 +92,9 @@ def prepare(config: DictConfig) -> TradeoffJob:
             raise ValueError(f"latency={list(settings.latency)}: two files are for {link}; give one for each link")
         table_rows = [row for row in values["rows"] if row["phase"] == settings.phase]
         saved[link] = {(row.get("reduce", "float32"), row["share"]): 100 * row["saved"] for row in table_rows}
-    labels = {reduce for of_link in saved.values() for reduce, _ in of_link}
     qualities = list[Quality]()
     if settings.quality:
-        qualities += perplexities(read_json(settings.quality, "quality", "texts", "spd_quality"), settings.text, labels)
+        qualities += perplexities(read_json(settings.quality, "quality", "variants", "spd_quality"), settings.text)
     if settings.report:
         qualities += accuracies(read_json(settings.report, "report", "average", "eval.run"))
     return TradeoffJob(settings, tuple(qualities), saved)
@@ -105,7 +104,7 @@ def read_json(file: str, setting: str, key: str, recipe: str) -> Any:
     """Return the content of ``file``.  Raises ValueError if it lacks ``key``: then ``recipe`` did not write it."""
     values = json.loads(Path(file).expanduser().read_text())
     if not isinstance(values, dict) or key not in values:
-        raise ValueError(f"{setting}={file} is not a result of {recipe}: it has no {key}")
+        raise ValueError(f"{setting}={file} is not a result of {recipe}, or of an older version: it has no {key}")
     return values
 
 
@@ -115,25 +114,20 @@ def link_of(values: Mapping[str, Any]) -> str:
     return f"{rate}, {latency_us:g} us" if latency_us else str(rate)
 
 
-def perplexities(values: Mapping[str, Any], text: str | None, labels: set[str]) -> Iterator[Quality]:
+def perplexities(values: Mapping[str, Any], text: str | None) -> Iterator[Quality]:
     """Yield the quality of each variant and share in the ``values`` of quality.json, on the text labelled ``text``.
 
-    ``labels`` are those of rounded reductions, at the end of variants' names.  Raises ValueError for an unknown
-    ``text``, and for None if there are several.
+    Raises ValueError for an unknown ``text``, and for None if there are several.
     """
-    texts, labels = values["texts"], labels | set(values.get("rivals", ()))
+    texts = values["texts"]
     if text not in (texts if text or len(texts) > 1 else (None,)):
         raise ValueError(f"text={text} is not a text of the quality file: use one of {', '.join(texts)}")
-    variants = texts[text or next(iter(texts))]["variants"]
-    base = variants[RANKED][0]
-    for full_name, losses in variants.items():
-        name, _, label = full_name.rpartition(", ")
-        name, reduce = (name, label) if label in labels else (full_name, "float32")
-        if name == IN_ORDER:
-            continue
-        short = "not repaired" if name == RANKED else name
-        for share, loss in zip(values.get("dropped", values["shares"]), losses, strict=True):
-            yield Quality(PERPLEXITY, short, reduce, share, 100 * expm1(loss - base))
+    losses = texts[text or next(iter(texts))]["variants"]
+    for name, variant in values["variants"].items():
+        label = "not repaired" if variant["label"] == RANKED else variant["label"]
+        if label != IN_ORDER:
+            for share, loss in zip(values["dropped"], losses[name], strict=True):
+                yield Quality(PERPLEXITY, label, variant["reduce"], share, 100 * expm1(loss - losses[RANKED][0]))
 
 
 def accuracies(values: Mapping[str, Any]) -> Iterator[Quality]:
@@ -141,9 +135,11 @@ def accuracies(values: Mapping[str, Any]) -> Iterator[Quality]:
     if not values["average"]:
         raise ValueError("the report has no average of accuracies: evaluate a task that has accuracies")
     for name, variant in values["variants"].items():
+        if "reduce" not in variant:
+            raise ValueError("the report is of an older version: run eval.run again, which reuses the stored answers")
         difference = values["average"][name]["difference"] or 0.0
         repair = "repaired" if variant["repaired"] else "not repaired"
-        yield Quality(ACCURACY, repair, variant.get("reduce", "float32"), variant["dropped"], -100 * difference)
+        yield Quality(ACCURACY, repair, variant["reduce"], variant["dropped"], -100 * difference)
 
 
 def points_of(job: TradeoffJob) -> list[TradeoffPoint]:

@@ -130,6 +130,6 @@ def test_hardware_file_may_set_the_peak():
     assert hardware_of({**values, "peak_flops": "312e12"}, "hardware=x").peak_flops == 312e12
     with pytest.raises(ValueError, match=r"peak_flop is not a field of a hardware file: .*measured, errors, flops, "):
         hardware_of({**values, "peak_flop": 1e12}, "hardware=x")
-    with pytest.raises(ValueError, match=r"peak_flops=-1\.0 is not a rate; use a number above 0"):
+    with pytest.raises(ValueError, match=r"peak_flops=-1\.0: use a number above 0"):
         hardware_of({**values, "peak_flops": -1}, "hardware=x")
     assert Hardware(1.0, 1.0, 0.0, Link(0, 1), Link(0, 1), 1.0).peak_flops is None

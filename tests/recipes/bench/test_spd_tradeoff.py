@@ -25,7 +25,11 @@ SHARES = [0, 0.5, 1]
 @pytest.fixture
 def files(tmp_path: Path) -> list[str]:
     losses = {name: [3 + log(1 + added / 100) for added in values] for name, values in ADDED.items()}
-    quality = {"shares": SHARES, "texts": {"novel": {"variants": losses}}}
+    variants = {}
+    for name in ADDED:
+        reduce = "int8" if name.endswith(", int8") else "float32"
+        variants[name] = {"label": name.removesuffix(", int8"), "reduce": reduce}
+    quality = {"dropped": SHARES, "variants": variants, "texts": {"novel": {"variants": losses}}}
     (tmp_path / "quality.json").write_text(json.dumps(quality))
     for link, by_reduce in SAVED.items():
         rows = [
@@ -54,8 +58,10 @@ def test_the_fastest_within_each_limit_depends_on_the_link(cli, files, tmp_path)
 def test_rounded_reductions_without_a_time_are_left_out(cli, files, tmp_path):
     quality = json.loads((tmp_path / "quality.json").read_text())
     variants = quality["texts"]["novel"]["variants"]
-    variants |= {f"{RANKED}, int6": variants[RANKED], "repaired, int6": variants["repaired"]}
-    (tmp_path / "quality.json").write_text(json.dumps(quality | {"rivals": ["int6", "int8"]}))
+    for label in (RANKED, "repaired"):
+        variants[f"{label}, int6"] = variants[label]
+        quality["variants"][f"{label}, int6"] = {"label": label, "reduce": "int6"}
+    (tmp_path / "quality.json").write_text(json.dumps(quality))
     out = tmp_path / "points.json"
     code, _, err = cli(spd_tradeoff, spd_tradeoff.task, *files, f"out={out}")
     assert code == 0, err
