@@ -86,6 +86,18 @@ def test_accuracies_come_from_a_report(cli, files, tmp_path):
     assert "accuracy lost, points" in words and "int8, 50% dropped, repaired: saves 45.0 %, costs 0.40" in words
 
 
+def test_results_of_older_versions_are_refused(refused, files, tmp_path):
+    """They do not say how their reductions are rounded."""
+    quality = json.loads((tmp_path / "quality.json").read_text())
+    del quality["variants"]
+    (tmp_path / "quality.json").write_text(json.dumps(quality))
+    assert "or of an older version: it has no variants" in refused(spd_tradeoff, spd_tradeoff.task, *files)
+    report = {"variants": {"a": {"dropped": 0, "repaired": False}}, "average": {"a": {"difference": None}}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    words = (files[1], f"report={tmp_path}/report.json")
+    assert "run eval.run again, which reuses the stored answers" in refused(spd_tradeoff, spd_tradeoff.task, *words)
+
+
 def test_files_that_do_not_fit_are_refused(refused, files, tmp_path):
     other = tmp_path / "other.json"
     other.write_text("{}")
