@@ -128,7 +128,7 @@ def test_invalid_settings_are_refused(change, words):
     [
         ({}, r"one of path .*, name .*, pydoc"),
         ({"path": "a.txt", "name": "a"}, "one of path"),
-        ({"path": "a.txt", "weight": 0}, "a.txt: weight=0; use a number above 0"),
+        ({"path": "a.txt", "weight": 0}, "a.txt: weight=0; use a finite number above 0"),
         ({"name": "a", "weight": float("nan")}, "a:train: weight=nan"),
         ({"name": "a", "weight": float("inf")}, "weight=inf"),
     ],
