@@ -13,6 +13,7 @@ from megatron.core import utils as megatron_utils
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+_REDIRECTED = {torch.Tensor.cuda, torch.Tensor.pin_memory, torch.Tensor.to, torch.Tensor.type}
 
 
 def _is_cuda(device: Any) -> bool:
@@ -27,19 +28,23 @@ class _CudaToCpu(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = _CPU
-        kwargs.pop("pin_memory", None)
-        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
-            return args[0]
-        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], _CPU, *args[2:])
-        result = func(*args, **kwargs)
-        if func is torch.Tensor.type and isinstance(result, str):
+        # Every operation passes here, and few have anything to redirect.
+        kwargs = kwargs or {}
+        if "device" in kwargs or "pin_memory" in kwargs:
+            kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
+            if _is_cuda(kwargs.get("device")):
+                kwargs["device"] = _CPU
+        if func not in _REDIRECTED:
+            return func(*args, **kwargs)
+        if func is torch.Tensor.type:
+            result = func(*args, **kwargs)
             # The optimizers group parameters by this type name and expect a CUDA type.
-            return result.replace("torch.", "torch.cuda.", 1)
-        return result
+            return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
+        if func is torch.Tensor.to:
+            if len(args) > 1 and _is_cuda(args[1]):
+                args = (args[0], _CPU, *args[2:])
+            return func(*args, **kwargs)
+        return args[0]  # Tensor.cuda and Tensor.pin_memory
 
 
 class _Event:

@@ -275,3 +275,30 @@ def test_table_cells_are_short(page: Path):
         if len(cell) > MAX_CELL
     ]
     assert not offenders, f"{len(offenders)} cells over {MAX_CELL} characters:\n" + "\n".join(offenders)
+
+
+# Lists in Markdown.
+
+
+def broken_lists(text: str) -> Iterator[int]:
+    """Yield the lines at which a renderer sees a list that is not meant, or misses one that is.
+
+    A line of a paragraph that happens to begin with "1." begins a list (CommonMark, section 5.3).  A list that was
+    filled into one paragraph is no list any more: "1. One. 2. Two."
+    """
+    code, before = False, ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        code ^= line.lstrip().startswith("```")
+        if not code:
+            if line.startswith("1. ") and before.strip():
+                yield number
+            if re.search(r"[a-z\"`)][.:;] [2-9]\. [A-Z]", line):
+                yield number
+        before = line
+
+
+def test_a_list_is_a_list_for_markdown():
+    assert list(broken_lists("rank r -\n1. Rank r")) == [2]
+    assert list(broken_lists("1. One.\n2. Two,\n   three.\n3. Four.\n\n1. Five. 2. Six.")) == [6]
+    offenders = [f"{relative(page)}:{line}" for page in pages() for line in broken_lists(page.read_text())]
+    assert not offenders, "\n".join(offenders)
