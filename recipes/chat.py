@@ -112,6 +112,7 @@ def prepare(config: DictConfig) -> ChatJob:
         refuse_place(absolute(session.save))
     sampling, turns = section(config, "sampling", Sampling), read_turns(settings)
     tokenizer = tokenizer_of(target.folder)
+    target.shape.refuse_unknown_token(max(sampling.stop_tokens, default=0), "sampling.stop_tokens")
     for turn in turns or ():
         ids = tokenizer(turn.text)["input_ids"]
         target.shape.refuse_unknown_token(max(ids, default=0), turn.where or "a turn")
@@ -121,8 +122,8 @@ def prepare(config: DictConfig) -> ChatJob:
 
 
 def absolute(folder: str) -> Path:
-    """Return the absolute path of ``folder``."""
-    return Path(folder).expanduser().absolute()
+    """Return the absolute path of ``folder``, without symbolic links: a session is replaced where it lies."""
+    return Path(folder).expanduser().resolve()
 
 
 def read_turns(settings: ChatSettings) -> tuple[UserTurn, ...] | None:
@@ -148,8 +149,9 @@ def read_turns(settings: ChatSettings) -> tuple[UserTurn, ...] | None:
 def run_rank(rank: Rank, job: ChatJob) -> list[TurnFigures]:
     """Hold the conversation on one rank and return the figures of every turn; the caller uses the first rank's.
 
-    After each turn the first rank prints the turn's figures, and writes ``out`` if it is set.  All ranks then save the
-    session if ``session.save`` is set.  A refused turn has ``error`` in its figures, and no session is saved after it.
+    After each turn the first rank prints the turn's figures.  All ranks then save the session if ``session.save`` is
+    set, and the first rank writes ``out`` if it is set.  A refused turn has ``error`` in its figures, and no session is
+    saved after it.
     """
     from longctx.infer.session import Session
     from longctx.infer.store import load, save
@@ -177,10 +179,10 @@ def run_rank(rank: Rank, job: ChatJob) -> list[TurnFigures]:
             if rank.rank == 0:
                 show_turn(number, turn_figures[-1])
             # 3. Save after each, because any may be the last one.
-            if job.settings.out and rank.rank == 0:
-                write_json(job.settings.out, {**job.origin, "turns": turn_figures})
             if job.session.save and "error" not in turn_figures[-1]:
                 save(session, absolute(job.session.save), job.fingerprint)
+            if job.settings.out and rank.rank == 0:
+                write_json(job.settings.out, {**job.origin, "turns": turn_figures})
     return turn_figures
 
 

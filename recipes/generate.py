@@ -209,7 +209,8 @@ def _verify(
     torch.set_num_threads(target.threads(rank) * rank.local_world_size)  # the other ranks are waiting
     try:
         alone = load_alone(runtime, engine, target.model, target.folder) if compares else None
-        return logit_difference(engine, alone, prompts, turn, layer_done=progress.step, chunk=target.context.chunk)
+        chunk = target.context.chunk
+        return logit_difference(engine, alone, prompts, turn, progress.step, chunk, runtime.world)
     finally:
         torch.set_num_threads(threads)
 

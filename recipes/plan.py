@@ -10,7 +10,8 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -71,6 +72,8 @@ def resolve_plan_job(config: DictConfig) -> PlanJob:
     settings, work = top_level(config, PlanSettings), section(config, "work", WorkSettings)
     for name, suffixes in (("out", ()), ("picture", ()), ("settings", (".yaml", ".yml"))):
         refuse_unwritable(getattr(settings, name), name, suffixes)
+    refuse_foreign_file("out", settings.out, lambda text: "mesh" in json.loads(text)[0])
+    refuse_foreign_file("settings", settings.settings, lambda text: "mesh.tp" in yaml.safe_load(text))
     if settings.strategy not in (None, "auto", *work.strategies):
         raise ValueError(
             f"strategy={settings.strategy} does not apply to work={work.kind}: use "
@@ -96,6 +99,16 @@ def resolve_plan_job(config: DictConfig) -> PlanJob:
         max_memory_gb=settings.max_memory_gb,
     )
     return PlanJob(question, settings, model)
+
+
+def refuse_foreign_file(name: str, file: str | None, is_ours: Callable[[str], bool]) -> None:
+    """Raise ValueError if the setting ``name`` is an existing ``file`` that this recipe did not write."""
+    if not file or not Path(file).exists():
+        return
+    with suppress(OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
+        if is_ours(Path(file).read_text(encoding="utf-8")):
+            return
+    raise ValueError(f"{name}={file} exists, and was not written by recipes.plan: give another file, or move it away")
 
 
 def refuse_no_plan(plans: Sequence[Plan]) -> None:
@@ -238,6 +251,11 @@ def task(config: DictConfig) -> None:
         Path(settings.settings).parent.mkdir(parents=True, exist_ok=True)
         Path(settings.settings).write_text(yaml.safe_dump(feasible[0].settings(), sort_keys=False))
         console.print(f"written to {settings.settings}: a recipe takes it as plan={settings.settings}")
+        if share := feasible[0].question.numbers(feasible[0].mesh).spd_share:
+            console.print(
+                f"{share:.0%} of the blocks drop a reduction in this plan, but not in the file: add spd=ranked "
+                f"spd.budget={share:g} spd.sensitivity=FILE, or an adapted model with spd=saved spd.budget={share:g}"
+            )
     if settings.picture:
         draw(job, feasible)
         console.print(f"drawn to {settings.picture}")

@@ -45,14 +45,20 @@ def _copy_source(code: Path) -> None:
 def _source_files() -> list[str]:
     """Return the relative paths of all tracked files, and of untracked source files that git does not ignore.
 
-    Deleted files are left out.  For an installed copy, without git, return those of all its source files.
+    Deleted files are left out, and so are untracked files in the folder of a job.  For an installed copy, without git,
+    return those of all its source files.
     """
     tracked, untracked = _git_files("--cached"), _git_files("--others", "--exclude-standard")
     if not tracked:  # an installed copy, without git
         return [str(path.relative_to(ROOT)) for top in ("longctx", "recipes", "slurm", "eval", "configs")
                 for path in (ROOT / top).rglob("*") if path.suffix in _CODE or path.is_symlink()]  # fmt: skip
     existing = [name for name in tracked if (ROOT / name).is_file() or (ROOT / name).is_symlink()]
-    return existing + [name for name in untracked if name.endswith(_CODE)]
+    return existing + [name for name in untracked if name.endswith(_CODE) and not _is_in_job(name)]
+
+
+def _is_in_job(name: str) -> bool:
+    """Return True if the untracked file ``name`` is in the folder of a job: an earlier copy of the source."""
+    return any((ROOT / folder / "job.sbatch").is_file() for folder in Path(name).parents if folder.name != "slurm")
 
 
 def _git_files(*options: str) -> list[str]:

@@ -3,7 +3,7 @@
 import itertools
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -77,8 +77,12 @@ class JobPlan:
         return self.tasks[0].folder != self.folder
 
 
-def plan_job(settings: SubmitSettings, launcher: Launcher, words: Sequence[str]) -> JobPlan:
+def plan_job(
+    settings: SubmitSettings, launcher: Launcher, words: Sequence[str], taken: Collection[Path] = ()
+) -> JobPlan:
     """Return the job that runs ``settings.recipe`` with ``words``, the recipe's own settings; writes nothing.
+
+    ``taken`` are the folders of the other jobs of a pipeline.
 
     Raises ValueError for settings that the recipe refuses, a mesh that does not fit the nodes, and, without
     ``dry_run``, a folder that cannot be written.  For a job with ``after`` the recipe's refusal is only printed,
@@ -92,7 +96,9 @@ def plan_job(settings: SubmitSettings, launcher: Launcher, words: Sequence[str])
         raise ValueError(
             f"parallel={settings.parallel} is for sweeps, but no setting lists several values: leave it out"
         )
-    folder = _job_folder(settings, recipe.config_name, shared)
+    folder = _job_folder(settings, recipe.config_name, shared, taken)
+    if folder in taken:
+        raise ValueError(f"two jobs of the pipeline have the folder {folder}: give each another folder= in its line")
     refuse_line_breaks("folder", str(folder))
     if "\\" in str(folder):
         raise ValueError(f"folder={folder}: Slurm interprets a backslash in a log's name: use a name without it")
@@ -111,7 +117,7 @@ def plan_job(settings: SubmitSettings, launcher: Launcher, words: Sequence[str])
         module=recipe.module,
         words=tuple(word for word in shared if not word.startswith("out=")),
         folder=folder,
-        tasks=tuple(replace(task, words=(*task.words, *recipe.pinned(task.config))) for task in tasks),
+        tasks=tuple(replace(task, words=(*task.words, *_pinned(recipe, task.config, settings))) for task in tasks),
         ranks_per_node=ranks,
         gpus_per_rank=gpus,
     )
@@ -169,15 +175,20 @@ def _parse(config_name: str, word: str) -> Override:
     return OverridesParser.create().parse_overrides(as_overrides(config_name, [word], say, sweep=True))[0]
 
 
-def _job_folder(settings: SubmitSettings, config_name: str, shared: Sequence[str]) -> Path:
-    """Return the job's folder: ``folder``, the recipe's ``out`` if it is one folder, or a new one in outputs/slurm."""
+def _job_folder(settings: SubmitSettings, config_name: str, shared: Sequence[str], taken: Collection[Path]) -> Path:
+    """Return the job's folder: ``folder``, the recipe's ``out`` if it is one folder, or a new one in outputs/slurm.
+
+    The new one is not among those that are ``taken``.
+    """
     if settings.folder:
         return absolute(settings.folder)
     for word in shared:
         out = _parse(config_name, word).value() if word.startswith("out=") else None
         if out and not is_file_name(str(out)):
             return absolute(OmegaConf.create([out])[0])  # without the escapes of ${
-    return absolute(f"outputs/slurm/{settings.name or settings.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    name = f"outputs/slurm/{settings.name or settings.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(place for place in map(absolute, names) if place not in taken and not place.exists())
 
 
 def _tasks(
@@ -254,12 +265,36 @@ def ranks_per_node(mesh: Mesh, settings: SubmitSettings) -> int:
 
 def _refuse_unprepared(recipe: Recipe, config: DictConfig, settings: SubmitSettings) -> None:
     """Raise ValueError if the recipe refuses ``config``; for a job that waits for others, only print the refusal."""
+    _refuse_typed_turns(config)
     try:
         recipe.prepare(config)
     except ValueError as refused:
         if not settings.jobs_before:
             raise
         say(f"the recipe refuses this now ({refused}); it checks again when the job starts, after the jobs before it")
+
+
+def _refuse_typed_turns(config: DictConfig) -> None:
+    """Raise ValueError for a chat whose turns would be typed, or would be taken twice by a job that is requeued."""
+    if "turns" not in config:
+        return
+    if config.turns is None:
+        raise ValueError("a job has no terminal to type turns at: give turns=FILE.jsonl")
+    if (load := config.session.load) and config.session.save and absolute(load) == absolute(config.session.save):
+        raise ValueError(
+            f"session.load and session.save are both {load}: if the job is requeued, it would take its turns again, "
+            "after those that it saved; use another folder for session.save"
+        )
+
+
+def _pinned(recipe: Recipe, config: DictConfig, settings: SubmitSettings) -> Sequence[str]:
+    """Return the settings that ``recipe`` pins; none if a file is missing that the jobs before this one may make."""
+    try:
+        return recipe.pinned(config)
+    except ValueError:
+        if not settings.jobs_before:
+            raise
+        return ()  # `_refuse_unprepared` has printed it
 
 
 def _gpus_per_rank(launcher: Launcher, tasks: Sequence[ArrayTask]) -> int:

@@ -18,7 +18,8 @@ def script_of(plan: JobPlan, work: Path, commit: str) -> str:
     """
     runs = f"{len(plan.tasks)} run(s) of " if plan.is_array else ""
     python = shlex.quote(sys.executable)
-    local_output = '> >(tee -a "$run/ranks/0.log") 2>&1'
+    # The request to stop reaches tee, too, which must go on to write what the ranks print.
+    local_output = '> >(trap "" USR1 TERM INT; exec tee -a "$run/ranks/0.log") 2>&1'
     values = {
         "directives": "\n".join(f"#SBATCH --{option}" for option in sbatch_options(plan)),
         "about": f"{plan.name}: {runs}python -m {plan.module}",
@@ -35,7 +36,7 @@ def script_of(plan: JobPlan, work: Path, commit: str) -> str:
         "command": " ".join(filter(None, [plan.launcher.container, python, "-m", plan.module])),
         "ranks": f"{plan.settings.nodes} node(s) with {plan.ranks_per_node} rank(s) each",
         "restarts": str(plan.settings.restarts),
-        "gate": " | 3" if plan.module == "eval.run" else "",
+        "gate": " | 3" if plan.module in ("eval.run", "recipes.spd_adapt") else "",
     }
     # One pass: a placeholder inside a value is the user's text.
     return re.sub(r"\{([a-z]+)\}", lambda placeholder: values[placeholder[1]], TEMPLATE.read_text())

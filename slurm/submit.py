@@ -20,6 +20,7 @@ import yaml
 
 from recipes.common.cli import console, exit_on_error
 from recipes.common.help import help_of
+from recipes.common.places import is_file_name
 from recipes.common.provenance import ROOT, commit_of
 from recipes.common.startup import loaded, print_page
 from slurm import cluster
@@ -82,8 +83,16 @@ def _pipeline_plans(file: str, shared: Sequence[str]) -> list[JobPlan]:
         settings, launcher = read_settings([*shared, *own])
         _refuse_waiting_here(settings, launcher, plans)
         settings = replace(settings, after=(*settings.jobs_before, NOT_QUEUED)) if plans else settings
-        plans.append(plan_job(settings, launcher, recipe_words))
+        plans.append(plan_job(settings, launcher, recipe_words, [plan.folder for plan in plans]))
+    _refuse_shared_out(plans)
     return plans
+
+
+def _refuse_shared_out(plans: Sequence[JobPlan]) -> None:
+    """Raise ValueError if two jobs would write the same file ``out``: the second would replace the first's results."""
+    outs = [str(task.config.out) for plan in plans for task in plan.tasks if task.config.get("out")]
+    if shared := [out for out in outs if is_file_name(out) and outs.count(out) > 1]:
+        raise ValueError(f"two jobs of the pipeline write to out={shared[0]}: give each another out= in its line")
 
 
 def _refuse_waiting_here(settings: SubmitSettings, launcher: Launcher, before: Sequence[JobPlan]) -> None:

@@ -1,4 +1,4 @@
-"""A task whose question shares no content word with the fact that answers it, in the manner of NoLiMa (arXiv 2502.05167).
+"""A task whose question and answering fact share no content word, in the manner of NoLiMa (arXiv 2502.05167).
 
 Example: the text says "Greta sees the Alhambra from her desk."; the question is who lives in Granada.  A model must
 know what connects the two, and cannot find the fact by its words.

@@ -23,7 +23,8 @@ class Batch:
 
     A piece is a part of one document, or padding.  ``tokens``, ``targets`` and ``mask`` are as in `PackedSequence`.
     ``counted`` is the number of targets with a loss in the whole batch, over all data-parallel ranks.  Sums of losses
-    are divided by it, so that the loss does not depend on how ranks share the batch.
+    are divided by it, so that the loss does not depend on how ranks share the batch.  ``padding[i]`` is the number of
+    padding tokens of sequence i, which are its last piece.
     """
 
     tokens: Tokens
@@ -31,6 +32,13 @@ class Batch:
     mask: Bool[Tensor, "b s"]
     lengths: tuple[tuple[int, ...], ...]
     counted: int
+    padding: tuple[int, ...] = ()
+
+    @property
+    def document_lengths(self) -> tuple[tuple[int, ...], ...]:
+        """``lengths`` without the pieces of padding."""
+        padded = self.padding or (0,) * len(self.lengths)
+        return tuple(each[:-1] if one else each for each, one in zip(self.lengths, padded, strict=True))
 
 
 def training_batches(
@@ -38,15 +46,16 @@ def training_batches(
 ) -> Stage[Batch]:
     """Return the whole pipeline for ``data``, from files to batches: `documents`, `interleave`, `pack`, `batches`.
 
-    With ``data.conversations``, ``ends`` must have the tokens that end the model's answers.  Sequences in which no
-    target counts are then left out, and "whole" conversations are packed by `pack_whole`.
+    With ``data.conversations``, ``ends`` must have the tokens that end the model's answers, and "whole" conversations
+    are packed by `pack_whole`.  Sequences in which no target counts are left out, if there may be any: in
+    conversations, and with ``data.last`` "pad", where a single token may be left over.
 
     Raises ValueError as these stages do.
     """
     sources = [documents(source, tokenizer, data, ends) for source in data.sources]
     mixed = interleave(sources, [source.weight for source in data.sources])
     sequences = (pack_whole if data.conversations == "whole" else pack)(mixed, data.length, data.last)
-    if data.conversations:
+    if data.conversations or data.last == "pad":
         sequences = learnable(sequences)
     return batches(sequences, data.batch, dp_rank, dp_size, data.last)
 
@@ -96,6 +105,7 @@ def _stack(rows: list[PackedSequence], dp_rank: int, dp_size: int) -> Batch:
         torch.stack([row.mask for row in mine]),
         tuple(row.lengths for row in mine),
         sum(int(row.mask.sum()) for row in rows),
+        tuple(row.padding for row in mine),
     )
 
 

@@ -15,7 +15,7 @@ from longctx.data.files import files
 from longctx.data.hub import dataset
 from longctx.data.pydoc import topics
 from longctx.data.records import Position, Record, SourceFile, TokenizedConversation
-from longctx.data.stage import Stage, State
+from longctx.data.stage import StageWithStart, State
 from longctx.data.tokenize import token_blocks
 from longctx.shapes import Bool, Positions, Tensor
 
@@ -55,7 +55,9 @@ class ResumePoint:
     skipped: int = 0
 
 
-def documents(source: TextSource, tokenizer: Any, data: DataSettings, ends: tuple[int, ...] = ()) -> Stage[Document]:
+def documents(
+    source: TextSource, tokenizer: Any, data: DataSettings, ends: tuple[int, ...] = ()
+) -> StageWithStart[Document]:
     """Return the documents of ``source``, ``data.epochs`` times (None: without end), tokenized by ``tokenizer``.
 
     With ``data.end_token``, the tokenizer's end token closes each document.  Documents without text are left out and
@@ -72,7 +74,10 @@ def documents(source: TextSource, tokenizer: Any, data: DataSettings, ends: tupl
     if data.end_token and tokenizer.eos_token_id is None:
         raise ValueError("the model's tokenizer has no end token to close documents with: set data.end_token=false")
     source_files = _source_files(source, tokenizer, data, ends)
-    identity = {"files": _digest(source_files), "order": _order(data)}
+    identity = {"files": _digest(source_files), "order": _order(data), "text_key": source.text_key}
+
+    def state_at(point: ResumePoint) -> State:
+        return {**asdict(point), "name": source_files[point.part].name, **identity}
 
     def run(state: State | None) -> Iterator[tuple[Document, State]]:
         point = _resume_point(state, source_files, source, data)
@@ -84,12 +89,12 @@ def documents(source: TextSource, tokenizer: Any, data: DataSettings, ends: tupl
             for i in range(given, len(window)):
                 record = window[order[i]]
                 resume = after if i + 1 == len(window) else replace(begin, given=i + 1)
-                state = {**asdict(resume), "name": source_files[resume.part].name, **identity}
+                state = state_at(resume)
                 for part in _parts(record, tokenizer, data.end_token):
                     yield part, state if part.ends else {}
             given = 0
 
-    return run
+    return StageWithStart(run, state_at(ResumePoint()))
 
 
 def _source_files(
@@ -201,7 +206,7 @@ def _resume_point(
 ) -> ResumePoint:
     """Return the resume point in ``state`` (None: the beginning).
 
-    Raises ValueError if the files or their order have changed.
+    Raises ValueError if the files, their order or ``text_key`` have changed.
     """
     if state is None:
         return ResumePoint()
@@ -221,4 +226,6 @@ def _resume_point(
         raise ValueError(
             f"the state to resume from needs data.shuffle={shuffle} data.seed={seed}: use these, or start a new run"
         )
+    if (text_key := state.get("text_key", source.text_key)) != source.text_key:  # version 0.1 did not save it
+        raise ValueError(f"the state to resume from needs text_key={text_key} for {source}: use it, or start a new run")
     return point

@@ -35,12 +35,12 @@ def files(source: TextSource, read_row: ReadRow | None = None) -> tuple[SourceFi
 def paths_of(given: str) -> list[Path]:
     """Return the files that ``given`` names, sorted: one file, the files of a folder, or a pattern's matches.
 
-    A folder gives the files, also of its subfolders, whose names end as in `READABLE`.  Hidden files and folders inside
-    it are left out.  Raises ValueError if there are no files.
+    A folder gives the files, also of its subfolders, whose names end as in `READABLE`, in small letters or capitals.
+    Hidden files and folders inside it are left out.  Raises ValueError if there are no files.
     """
     root = Path(given).expanduser()
     if root.is_dir():
-        paths = [path for path in root.rglob("*") if path.is_file() and path.name.endswith(READABLE)]
+        paths = [path for path in root.rglob("*") if path.is_file() and path.name.lower().endswith(READABLE)]
         paths = [path for path in paths if not any(name[0] == "." for name in path.relative_to(root).parts)]
         if not paths:
             raise ValueError(
@@ -58,7 +58,7 @@ def paths_of(given: str) -> list[Path]:
 def _source_file(path: Path, source: TextSource, read_row: ReadRow | None) -> SourceFile:
     name = path.name.lower()
     title = f"{path.name} ({path.stat().st_size} bytes)"  # the size, so that a resume state rejects a changed file
-    if name.endswith(REFUSED):
+    if name.endswith(REFUSED) or (name.endswith(".gz") and name.removesuffix(".gz").endswith((*REFUSED, ".parquet"))):
         raise ValueError(f"{path} is not a supported kind of file: use a text file, or one of {', '.join(READABLE)}")
     if name.endswith((".jsonl", ".jsonl.gz")):
         read_text = partial(_read_text_row, source.text_key)

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 
 from longctx.data.documents import Document
-from longctx.data.stage import Stage, State
+from longctx.data.stage import Stage, StageWithStart, State, start_of
 
 
-def interleave(sources: Sequence[Stage[Document]], weights: Sequence[float]) -> Stage[Document]:
+def interleave(sources: Sequence[Stage[Document]], weights: Sequence[float]) -> StageWithStart[Document]:
     """Return the documents of all ``sources``, with numbers of tokens in proportion to ``weights``.
 
     The next document comes from the source with the fewest tokens relative to its weight; in a tie, from the first.  A
@@ -18,10 +18,11 @@ def interleave(sources: Sequence[Stage[Document]], weights: Sequence[float]) -> 
     The iteration raises ValueError for a resume state of another number of sources.
     """
     assert len(sources) == len(weights), "a weight for each source"
+    starts = [start_of(source) for source in sources]
+    start: State = {"sources": starts, "tokens": [0] * len(sources), "weights": list(weights)}
 
     def run(state: State | None) -> Iterator[tuple[Document, State]]:
-        states = list(state["sources"]) if state else [None] * len(sources)
-        tokens = list(state["tokens"]) if state else [0] * len(sources)
+        states, tokens = (list((state or start)[name]) for name in ("sources", "tokens"))
         if len(states) != len(sources):
             raise ValueError(
                 f"the state to resume from has {len(states)} sources, but data.sources has {len(sources)}: "
@@ -29,7 +30,7 @@ def interleave(sources: Sequence[Stage[Document]], weights: Sequence[float]) -> 
                 "sources, or start a new run"
             )
         # The first document comes from the source that the interrupted run would have read: it may be cut already.
-        shares = list(state.get("weights", weights)) if state else list(weights)
+        shares = list((state or start).get("weights", weights))
         live = {i: source(states[i]) for i, source in enumerate(sources)}
         while live:
             turn = min(live, key=lambda i: tokens[i] / shares[i])
@@ -46,4 +47,4 @@ def interleave(sources: Sequence[Stage[Document]], weights: Sequence[float]) -> 
                 shares, tokens = list(weights), [0] * len(sources)
             yield document, {"sources": list(states), "tokens": list(tokens), "weights": shares}
 
-    return run
+    return StageWithStart(run, start)

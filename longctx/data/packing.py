@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from longctx.data.documents import Document
-from longctx.data.stage import Stage, State
+from longctx.data.stage import Stage, State, start_of
 from longctx.shapes import Bool, Int, Positions, Tensor
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def pack(documents: Stage[Document], length: int, last: Literal["drop", "pad"] =
     """
 
     def run(state: State | None) -> Iterator[tuple[PackedSequence, State]]:
-        before, used = (state["documents"], state["used"]) if state else (None, 0)
+        before, used = (state["documents"], state["used"]) if state else (start_of(documents), 0)
         pieces: list[PackedSequence] = []
         missing = length
         rest = torch.empty(2, 0, dtype=torch.int32)  # the document's tokens that are in no sequence yet, and `learned`
@@ -88,7 +88,7 @@ def pack_whole(documents: Stage[Document], length: int, last: Literal["drop", "p
     """
 
     def run(state: State | None) -> Iterator[tuple[PackedSequence, State]]:
-        before, used = (state["documents"], state["used"]) if state else (None, 0)
+        before, used = (state["documents"], state["used"]) if state else (start_of(documents), 0)
         if used:
             raise ValueError(
                 "the state to resume from has cut a conversation: use data.conversations=split, or start a new run"

@@ -61,7 +61,7 @@ def turn_tokens(text: str, tokenizer: Any, *, before: list[int], ends: tuple[int
     """Return the tokens to append to ``before``, the conversation so far, for a user turn ``text``.
 
     They end where the model's answer begins.  With a chat template, they begin with the end of the previous answer, if
-    there is one.  Its end token is left out if ``before`` already ends in it; ``ends`` are the model's end tokens.
+    there is one.  Its end token is left out if ``before`` already ends in it; ``ends`` has the tokens that end answers.
     Without a template, they are the plain text's tokens, with special tokens only in the first turn.
     """
     if not tokenizer.chat_template:

@@ -10,14 +10,17 @@ class AnswerText:
     """The text of an answer whose tokens arrive one by one, without special tokens.
 
     ``text`` is the text so far, up to the earliest occurrence of a text in ``stop``.  ``stopped`` says if there is one.
-    `add` and `end` return the text in pieces.
+    `add` and `end` return the text in pieces.  ``after`` has the last tokens of the text that the answer continues:
+    with them, a space before the answer's first word belongs to the answer.  Some tokenizers, such as Llama 2's, leave
+    out a space at the beginning of a text.
 
     Example: with stop "END", the tokens "a ", "E", "x", "END" give the pieces "a ", "", "Ex", "".
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), after: Sequence[int] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, stop
-        self._tokens: list[int] = []
+        self._before = _decode(tokenizer, after).rstrip(_INCOMPLETE)
+        self._tokens = [*after]
         self._given = 0  # characters in the pieces so far
         self.text, self.stopped = "", False
 
@@ -27,7 +30,7 @@ class AnswerText:
         Sets ``stopped`` once a text in ``stop`` is complete.
         """
         self._tokens.append(token)
-        whole = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+        whole = _decode(self._tokenizer, self._tokens).removeprefix(self._before)
         self.text = cut_at_stop(whole, self._stop)
         self.stopped = len(self.text) < len(whole)
         return self._give(len(self.text) if self.stopped else self._certain())
@@ -45,6 +48,38 @@ class AnswerText:
     def _give(self, end: int) -> str:
         piece, self._given = self.text[self._given : end], max(self._given, end)
         return piece
+
+
+class TokenOffsets:
+    """The place of each token in a text that begins at character ``begin``; call `add` with one token after another.
+
+    ``after`` is as for `AnswerText`.
+    """
+
+    def __init__(self, tokenizer: Any, begin: int = 0, after: Sequence[int] = ()) -> None:
+        self._tokenizer, self._offset = tokenizer, 0
+        self._known, self._new = list[int](), list[int]()  # tokens whose text is complete, and those that follow them
+        for token in after:
+            self.add(token)
+        self._offset = begin
+
+    def add(self, token: int) -> int:
+        """Return the number of characters before the text of ``token``, which is the next token.
+
+        The tokens of one character have the same offset.  A special token has no text.
+        """
+        offset = self._offset
+        self._new.append(token)
+        known = _decode(self._tokenizer, self._known)
+        text = _decode(self._tokenizer, [*self._known, *self._new])
+        if len(text) > len(known) and not text.endswith(_INCOMPLETE):
+            self._offset += len(text) - len(known)
+            self._known, self._new = self._new, []
+        return offset
+
+
+def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True)) if tokens else ""
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from longctx.infer.prefill import LayerDone
 from longctx.infer.session import Session
 from longctx.infer.turn import Turn
 from longctx.megatron.model import rows_of_logits
+from longctx.parallel.comm import Comm
 from longctx.shapes import Float, Tensor
 
 
@@ -20,26 +21,40 @@ def logit_difference(
     turn: Turn,
     layer_done: LayerDone = lambda: None,
     chunk: int | None = None,
+    world: Comm | None = None,
 ) -> float | None:
     """Return the largest absolute difference of all prompts' logits from those of ``alone``, the model on one rank.
 
     ``turn`` is the first turn of a session with these ``prompts``, run with ``keep_states``.  All ranks must call this.
     Only the first rank of the world passes ``alone`` (see `load_alone`).  With dropped or rounded reductions, all ranks
     of the first tensor-parallel group do.  These ranks return the difference, and the others None.  ``alone`` prefills
-    ``chunk`` tokens a pass (None: all) and calls ``layer_done`` after each layer's attention.
+    ``chunk`` tokens a pass (None: all) and calls ``layer_done`` after each layer's attention.  If ``world`` has all
+    ranks, the ranks that wait for ``alone`` hear from it after each layer, so that no wait reaches a time limit.
 
     Raises ValueError, on the ranks that compare, if a logit is NaN or infinite.
     """
     states = _gather_states(engine, turn)
-    if states is None:
-        return None
+    states_alone, largest = None, torch.zeros((), device=engine.device)
+
+    def is_over(end: int) -> bool:
+        """Exchange ``end`` with all ranks; return True if one of them sent 1."""
+        own = torch.tensor([end], device=engine.device)
+        return bool(torch.cat(world.all_gather(own, [(1,)] * world.size)).any()) if world else True
+
+    def tell_of_layer() -> None:
+        layer_done()
+        is_over(0)
 
     # 1. The same prompts on one rank.
-    states_alone, largest = None, torch.zeros((), device=engine.device)
     if alone:
         session = Session(alone, Context(chunk=chunk), Sampling())
-        turn_alone = session.turn(prompts, dict.fromkeys(prompts, 0), layer_done=layer_done, keep_states=True)
+        turn_alone = session.turn(prompts, dict.fromkeys(prompts, 0), layer_done=tell_of_layer, keep_states=True)
         states_alone = _gather_states(alone, turn_alone)
+        is_over(1)
+    while not alone and not is_over(0):
+        pass
+    if states is None:
+        return None
 
     # 2. Compare logits, a block of rows at a time.
     block = rows_of_logits(engine.shape.vocab_size)

@@ -22,11 +22,14 @@ _SUFFIX = ".safetensors"
 
 @dataclass(frozen=True)
 class SavedPage:
-    """A page, its ``tokens``, and the name of the page ``before`` it (empty for the first page of a text)."""
+    """A page on disk: its ``tokens``, and their ``layout`` over the ring ranks.
+
+    ``before`` is the name of the page before it (empty for the first page of a text).
+    """
 
     before: str
     tokens: tuple[int, ...]
-    page: Page
+    layout: Layout
 
 
 def page_name(before: str, tokens: Sequence[int]) -> str:
@@ -38,7 +41,7 @@ class PageFiles:
     """The files of this rank's pages in ``folder``, which is made when the first page is written.
 
     A file is called ``NAME.CRC32.safetensors``.  It appears under this name when it is complete.  If a file cannot be
-    written, ``say`` gets one line, and no further pages are written.
+    written or deleted, ``say`` gets one line, and no further pages are written.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
@@ -46,11 +49,11 @@ class PageFiles:
         self._files: dict[str, Path] = {}
         self._full = False
 
-    def read(self, device: torch.device) -> dict[str, SavedPage | None]:
-        """Return this rank's pages by name, on ``device``; None for a file that is unreadable or does not fit its name.
+    def read(self) -> dict[str, SavedPage | None]:
+        """Return this rank's pages by name, without their rows; None for a file whose content does not fit its name.
 
-        It also deletes files that a process left incomplete, and all but one file of a page.  Call it before `write`
-        and `delete`, which know only the files that were read or written here.
+        It also deletes files that a process left incomplete, and all but one file of a page.  Call it before `load`,
+        `write` and `delete`, which know only the files that were read or written here.
         """
         pages: dict[str, SavedPage | None] = {}
         self._files.clear()  # or a page's only file would look like a second one
@@ -59,11 +62,18 @@ class PageFiles:
                 file.unlink()  # its process ended while it wrote
             elif file.suffix == _SUFFIX:
                 name = file.name.partition(".")[0]
-                pages[name] = _read(file, device)
+                tensors = _read(file)
+                pages[name] = _describe(tensors) if tensors else None
                 if name in self._files:
                     self._files[name].unlink()
                 self._files[name] = file
         return pages
+
+    def load(self, name: str, device: torch.device) -> Page:
+        """Return this rank's rows of the page ``name``, which `read` has found to be valid, on ``device``."""
+        tensors = load(self._files[name].read_bytes())
+        layers = zip(tensors["keys"].to(device), tensors["values"].to(device), strict=True)
+        return Page(_describe(tensors).layout, tuple(layers))
 
     def write(self, before: str, tokens: Sequence[int], page: Page) -> str:
         """Write ``page`` to a file, and return the page's name.
@@ -83,20 +93,28 @@ class PageFiles:
             new.replace(file)
             self._files[name] = file
         except OSError as error:
-            self._full = True
             with suppress(OSError):
                 new.unlink()
-            self._say(
-                f"{file} cannot be written ({error.strerror}): no more pages are saved until the next start; free the "
-                "disk, or give another cache.save"
-            )
+            self._give_up(f"{file} cannot be written", error)
         return name
+
+    def _give_up(self, fault: str, error: OSError) -> None:
+        """Write no more pages, and say so once."""
+        if not self._full:
+            self._say(
+                f"{fault} ({error.strerror}): no more pages are saved until the next start; free the disk, or give "
+                "another cache.save"
+            )
+        self._full = True
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete the files of the pages ``names``; names of pages without a file are ignored."""
         for name in names:
             if file := self._files.pop(name, None):
-                file.unlink(missing_ok=True)
+                try:
+                    file.unlink(missing_ok=True)
+                except OSError as error:
+                    self._give_up(f"{file} cannot be deleted", error)
 
 
 def _as_tensors(before: str, tokens: Sequence[int], page: Page) -> dict[str, torch.Tensor]:
@@ -112,8 +130,8 @@ def _as_tensors(before: str, tokens: Sequence[int], page: Page) -> dict[str, tor
     }
 
 
-def _read(file: Path, device: torch.device) -> SavedPage | None:
-    """Return the page in ``file``; None unless its content has the checksum and the page name in the file's name."""
+def _read(file: Path) -> dict[str, torch.Tensor] | None:
+    """Return the tensors in ``file``; None unless its content has the checksum and the page name in the file's name."""
     name, crc, *_ = file.name.split(".")
     try:
         content = file.read_bytes()
@@ -122,11 +140,15 @@ def _read(file: Path, device: torch.device) -> SavedPage | None:
         tensors = load(content)
     except (OSError, SafetensorError):
         return None
+    one = _describe(tensors)
+    return tensors if page_name(one.before, one.tokens) == name else None
+
+
+def _describe(tensors: dict[str, torch.Tensor]) -> SavedPage:
+    """Return the page whose file has ``tensors``, without its rows."""
     before, tokens = bytes(tensors["before"].tolist()).decode(), tuple(tensors["tokens"].tolist())
     begin, size = tensors["begin"].tolist()
     spans: list[list[Span]] = [[] for _ in range(size)]
     for rank, *numbers in tensors["spans"].tolist():
         spans[rank].append(Span(*numbers))
-    layout = Layout((len(tokens),), tuple(map(tuple, spans)), (begin,))
-    layers = zip(tensors["keys"].to(device), tensors["values"].to(device), strict=True)
-    return SavedPage(before, tokens, Page(layout, tuple(layers))) if page_name(before, tokens) == name else None
+    return SavedPage(before, tokens, Layout((len(tokens),), tuple(map(tuple, spans)), (begin,)))

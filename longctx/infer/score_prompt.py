@@ -1,5 +1,6 @@
 """Log-probabilities of a prompt's own tokens, computed in the passes that prefill it."""
 
+import math
 from collections.abc import Mapping
 from itertools import accumulate, chain
 
@@ -8,6 +9,7 @@ import torch
 from longctx.attention.layout import Layout
 from longctx.infer.engine import Engine, next_logits
 from longctx.infer.prefill import Chunk
+from longctx.infer.refuse import NOT_FINITE, refuse_not_finite
 from longctx.infer.sample import TokenLogprob, token_logprob
 from longctx.infer.turn import Conversation
 from longctx.megatron.model import rows_of_logits
@@ -26,6 +28,8 @@ def score_prompts(
     Sequences whose list is None are left out.  ``hidden`` has the final hidden states of this rank's rows; ``layout``
     says which tokens of ``chunk`` these rows are.  A row predicts the next token of its prompt; the last row predicts
     the first token of the answer, which does not count.  Every rank gets the log-probabilities of all rows.
+
+    Raises ValueError, on every rank, for logits that are not finite.
     """
     # 1. The packed row of each prediction, and its token.
     targets: dict[int, int] = {}
@@ -47,18 +51,31 @@ def score_prompts(
     for first in range(0, len(own), step):
         some = own[first : first + step]
         for row, row_logits in zip(some, next_logits(engine, hidden[[place[one] for one in some]])[:, 0], strict=True):
-            one = token_logprob(row_logits, targets[row], top)
-            local.append([one.logprob, *chain.from_iterable(one.top)])
+            local.append(_score(row_logits, targets[row], top))
 
     # 3.  All ranks get the log-probabilities of all rows.
     width = 1 + 2 * top
     mine = torch.tensor(local, dtype=torch.double, device=hidden.device).reshape(len(local), width)
     numbers = torch.cat(engine.context.all_gather(mine, [(len(one), width) for one in rows])).tolist()
+    refuse_not_finite(
+        engine, [NOT_FINITE if math.isnan(one) else 0 for one, *_ in numbers], [sequences[i].cache for i in chunk]
+    )
     numbers_of = dict(zip(chain.from_iterable(rows), numbers, strict=True))
     for i, end in zip(chunk, accumulate(map(len, chunk.values())), strict=True):
         _record(
             sequences[i], [(targets[row], numbers_of[row]) for row in range(end - len(chunk[i]), end) if row in targets]
         )
+
+
+def _score(logits: Float[Tensor, " v"], token: int, top: int) -> list[float]:
+    """Return the log-probability of ``token``, then (token, log-probability) of the ``top`` most likely tokens.
+
+    All numbers are NaN if a logit is NaN or infinite: the other ranks expect a row of full width.
+    """
+    if not logits.isfinite().all():
+        return [math.nan] * (1 + 2 * top)
+    one = token_logprob(logits, token, top)
+    return [one.logprob, *chain.from_iterable(one.top)]
 
 
 def _record(sequence: Conversation, predictions: list[tuple[int, list[float]]]) -> None:

@@ -47,6 +47,11 @@ def file_name(ring_rank: int, first_head: int) -> str:
     return f"ring{ring_rank}-heads{first_head}.safetensors"
 
 
+def is_session_file(name: str) -> bool:
+    """Return True if ``name`` is the name of a session's index, or of a file with its rows."""
+    return name == INDEX or bool(_FILE_NAME.fullmatch(name))
+
+
 def first_head_of(name: str) -> int:
     """Return the first KV head of the file ``name``."""
     match = _FILE_NAME.fullmatch(name)
@@ -81,6 +86,14 @@ def read_index(folder: Path, model: str, dtype: str, shape: ModelShape) -> Sessi
     if fault:
         raise ValueError(f"session.load={folder}: {fault}; start the conversation again")
     return index
+
+
+def has_changed(folder: Path, index: SessionIndex) -> bool:
+    """Return True if ``folder`` now has another index than ``index``, or none."""
+    try:
+        return bool(json.loads((folder / INDEX).read_bytes()) != index)
+    except (OSError, ValueError):
+        return True
 
 
 def _parse(folder: Path) -> SessionIndex:

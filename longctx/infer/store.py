@@ -13,9 +13,20 @@ from longctx.attention.layout import LAYOUTS, shard_balanced
 from longctx.checksum import crc32_of_file
 from longctx.hf.tensor_file import save_file
 from longctx.infer.session import Session
-from longctx.infer.session_index import INDEX, VERSION, SessionIndex, file_name, first_head_of, write_index
+from longctx.infer.session_index import (
+    INDEX,
+    VERSION,
+    SessionIndex,
+    file_name,
+    first_head_of,
+    has_changed,
+    is_session_file,
+    write_index,
+)
 from longctx.infer.turn import Conversation
 from longctx.shapes import Tensor
+
+_NEW, _OLD = ".coming", ".going"  # endings of the folders beside a session while it is replaced
 
 
 def save(session: Session, folder: Path, model: str) -> None:
@@ -27,7 +38,7 @@ def save(session: Session, folder: Path, model: str) -> None:
     """
     # 1. A new folder next to the old one.
     engine = session.engine
-    new_folder = folder.with_name(folder.name + ".coming")
+    new_folder = folder.with_name(folder.name + _NEW)
     if engine.rank == 0 and engine.tp.rank == 0:
         shutil.rmtree(new_folder, ignore_errors=True)
         new_folder.mkdir(parents=True)
@@ -72,7 +83,7 @@ def _write_rows(session: Session, folder: Path) -> tuple[int, int]:
 
 def _replace(folder: Path, new_folder: Path) -> None:
     """Rename ``new_folder`` to ``folder``, and delete the old content only after that."""
-    old_folder = folder.with_name(folder.name + ".going")
+    old_folder = folder.with_name(folder.name + _OLD)
     shutil.rmtree(old_folder, ignore_errors=True)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))  # not between the two renames
     if folder.exists():
@@ -83,7 +94,17 @@ def _replace(folder: Path, new_folder: Path) -> None:
 
 
 def refuse_place(folder: Path) -> None:
-    """Raise ValueError unless ``folder`` is new, empty or a saved session, and its parent folder is writable."""
+    """Raise ValueError unless ``folder`` is new, empty or a saved session, and its parent folder is writable.
+
+    The same holds for the two folders beside it that `save` deletes: they may be what a killed process left.
+    """
+    for ending in (_NEW, _OLD):
+        beside = folder.with_name(folder.name + ending)
+        if beside.is_symlink() or (beside.exists() and not _is_leftover(beside)):
+            raise ValueError(
+                f"{beside} exists and is not a session, and saving to session.save={folder} would delete it; rename "
+                "it, or use another folder"
+            )
     if folder.exists() and not (folder.is_dir() and ((folder / INDEX).is_file() or not any(folder.iterdir()))):
         raise ValueError(
             f"session.save={folder} exists and is not a session, and saving would delete it; use another folder"
@@ -93,23 +114,32 @@ def refuse_place(folder: Path) -> None:
         raise ValueError(f"session.save={folder} cannot be written; use a folder that you may write to")
 
 
+def _is_leftover(folder: Path) -> bool:
+    """Return True if ``folder`` has only files of a session; the session may be incomplete."""
+    return folder.is_dir() and all(is_session_file(file.name) for file in folder.iterdir())
+
+
 def load(session: Session, folder: Path, index: SessionIndex) -> None:
     """Add the sequences of ``folder`` to ``session``, sharded over its ranks, whatever mesh saved them.
 
     ``index`` is the result of `read_index`.  A sequence of ``session`` with the same number is replaced.  All ranks
     must call this.
 
-    Raises ValueError if a file is corrupt or missing; the session then has the same sequences as before.
+    Raises ValueError if a file is corrupt or missing, or if ``folder`` now has another session than ``index``; the
+    session then has the same sequences as before.
     """
-    before = dict(session.sequences)
+    before, fault = dict(session.sequences), ""
     try:
         for i in index["tokens"]:
             session.sequences[int(i)] = _read_sequence(session, folder, index, i)
     except (OSError, SafetensorError) as error:
+        fault = f"is corrupt or incomplete ({error}); start the conversation again"
+    # The index has the checksums of all files.  If it is unchanged, all that was read belongs to it.
+    if has_changed(folder, index):
+        fault = "was replaced while it was read: another process saves to it; load it after that has ended"
+    if fault:
         session.sequences = before
-        raise ValueError(
-            f"session.load={folder} is corrupt or incomplete ({error}); start the conversation again"
-        ) from error
+        raise ValueError(f"session.load={folder} {fault}")
 
 
 def _read_sequence(session: Session, folder: Path, index: SessionIndex, i: str) -> Conversation:

@@ -1,5 +1,6 @@
 """Modules of decoder blocks that megatron-core lacks, or has for GPUs only: norms, and projections with an extra."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import nn
 
-from longctx.megatron.sharded import OutputProjection, UpProjection
+from longctx.megatron.sharded import OutputProjection, UpProjection, WeightShare
 from longctx.shapes import Float, Tensor
 
 # Arguments of megatron-core's sharded_state_dict.
@@ -145,13 +146,21 @@ class TiledMLP(FeedForward):
         self.rows = rows
 
     def forward(self, x: Float[Tensor, "s b hidden"], **_: Any) -> tuple[Float[Tensor, "s b hidden"], Tensor | None]:
-        tiles = [tensor_parallel.checkpoint(self._without_bias, False, tile) for tile in x.split(self.rows)]
+        # The backward computes a tile with the share of the forward (see `SPDTransformerLayer._forward_all_shares`).
+        compute = partial(self._without_bias, getattr(self.linear_fc1, "share", None))
+        tiles = [tensor_parallel.checkpoint(compute, False, tile) for tile in x.split(self.rows)]
         bias = self.linear_fc2.bias  # None unless the caller must add it
         return torch.cat(tiles), None if bias is None else bias + 0  # see BiasedOutput
 
-    def _without_bias(self, tile: Tensor) -> Tensor:
-        """Return the output of the rows ``tile``, without the bias that the caller adds."""
+    def _without_bias(self, share: WeightShare | None, tile: Tensor) -> Tensor:
+        """Return the output of the rows ``tile`` by ``share`` of the weights (None: all), without the caller's bias."""
+        linears = (self.linear_fc1, self.linear_fc2) if share else ()
+        before = [linear.share for linear in linears]
+        for linear in linears:
+            linear.share = share
         out: Tensor = super().forward(tile)[0]
+        for linear, own in zip(linears, before, strict=True):
+            linear.share = own
         return out
 
 

@@ -1,7 +1,7 @@
 """Find the rank that torchrun or srun assigned to this process."""
 
 import os
-import subprocess
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 
@@ -20,8 +20,7 @@ _SRUN_NUMBERS = ("SLURM_NODEID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")  # 0 if
 def rank_from_environment(environment: Mapping[str, str]) -> Rank | None:
     """Return the rank that torchrun or srun assigned in ``environment``; None without a launcher.
 
-    None also if torchrun or srun started a single process, which may then start local ranks itself.  Under srun this
-    calls ``scontrol`` for the first host's name, and raises `subprocess.CalledProcessError` if that fails.
+    None also if torchrun or srun started a single process, which may then start local ranks itself.
 
     RANK and WORLD_SIZE together show that torchrun started this process; SLURM_STEP_NODELIST and SLURM_PROCID together
     show that srun did.  If all four are set, torchrun's are used, since srun may start torchrun.  The exception is
@@ -89,7 +88,7 @@ def _port(job: int, step: int, restarts: int) -> int:
 def current_rank() -> Rank | None:
     """Return `rank_from_environment` of this process's environment, read at the first call.
 
-    Later calls return the same value without asking ``scontrol`` again.  Tests that change the environment call
+    Later calls return the same value.  Tests that change the environment call
     ``current_rank.cache_clear()``.
     """
     return rank_from_environment(os.environ)
@@ -105,6 +104,9 @@ def _tasks_of_node(tasks_per_node: str, node: int) -> int:
 
 
 def _first_host(nodes: str) -> str:
-    """Return the first name in Slurm's list ``nodes``, such as "node[3-5]"."""
-    listing = ["scontrol", "show", "hostnames", nodes]
-    return subprocess.run(listing, capture_output=True, text=True, check=True).stdout.split()[0]
+    """Return the first name in Slurm's list ``nodes``: a2b07 of "a[2-3,5]b[07-09],c".
+
+    A container may lack Slurm's own ``scontrol show hostnames``.
+    """
+    first = re.sub(r"\[(\d+)[^]]*\]", r"\1", nodes)
+    return first.partition(",")[0]

@@ -5,7 +5,7 @@ import hmac
 import itertools
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -45,7 +45,7 @@ class Front:
     """
 
     reader: Reader
-    submit: Callable[[NewSequence, Emit], None]
+    submit: Callable[[NewSequence, Emit, Sequence[int]], None]
     cancel: Callable[[int], None]
     metrics: Metrics
     max_open: int
@@ -82,7 +82,7 @@ class Front:
         left = set(index_of)
         try:
             for number, (prompt, most, sampling) in zip(index_of, ask.choices, strict=True):
-                self.submit(NewSequence(number, prompt, most, sampling, ask.score_prompts), emit)
+                self.submit(NewSequence(number, prompt, most, sampling, ask.score_prompts), emit, ask.after(prompt))
             while left:
                 event = await events.get()
                 if isinstance(event, Failure):
@@ -244,7 +244,7 @@ async def _stream(form: Form, first: tuple[int, Token], events: Any) -> AsyncIte
     A `RequestRefused` ends the stream with an event that holds the error.
     """
     choices = [Choice() for _ in form.ask.choices]
-    offsets = [len(form.prompt_text(index)) for index in range(len(choices))]
+    offsets = [form.offsets(index) for index in range(len(choices))]
     try:
         index, event = first
         while True:
@@ -252,8 +252,8 @@ async def _stream(form: Form, first: tuple[int, Token], events: Any) -> AsyncIte
                 yield _server_sent(form.first(index, event.prompt))
             _record(choices[index], event)
             if event.piece or event.finish or event.logprob:
-                yield _server_sent(form.chunk(index, event.piece, event.logprob, event.finish, offset=offsets[index]))
-            offsets[index] += len(event.piece)
+                offset = offsets[index].add(event.logprob.token) if event.logprob else 0
+                yield _server_sent(form.chunk(index, event.piece, event.logprob, event.finish, offset=offset))
             if (following := await anext(events, None)) is None:
                 break
             index, event = following

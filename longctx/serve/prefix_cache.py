@@ -86,6 +86,7 @@ class PrefixCache:
         self.asked = self.reused = self.reused_restored = self.evicted = 0
         self._root = _Page(ROOT, None, (), 0, ())
         self._unused: OrderedDict[int, _Page] = OrderedDict()  # the least recently used first
+        self._unused_rows = [0] * ranks
         self._sequences: dict[int, _Sequence] = {}
         self._added = 0
         self._store: list[NewPage] = []
@@ -99,19 +100,17 @@ class PrefixCache:
     def restore(self, pages: Sequence[StoredPage]) -> None:
         """Add the ``pages`` of an earlier process, before any other page is added.
 
-        They are numbered from 0.  A page stands later in the list than the page that its text continues.  Pages for
-        which there is no room, and the pages after them, are evicted by the next `changes`.
+        They are numbered from 0, and `fitting` says that there is room for all of them.  A page stands later in the
+        list than the page that its text continues.
         """
         known = {ROOT: self._root}
         for number, before, tokens, rows in pages:
-            after = [stored + new for stored, new in zip(self.rows, rows, strict=True)]
-            if before not in known or max(after) > self.limit:
-                self._evict.append(number)
-                continue
-            parent, self.rows = known[before], after
+            parent = known[before]
+            self.rows = [stored + new for stored, new in zip(self.rows, rows, strict=True)]
             page = _Page(number, parent, tokens, parent.end + len(tokens), rows, restored=True)
             parent.following[tokens] = known[number] = page
-        self._unused |= {page.number: page for page in reversed([*known.values()][1:])}
+        for page in reversed([*known.values()][1:]):
+            self._set_unused(page)
         self._added = len(pages)
 
     def enter(self, number: int, prompt: Sequence[int], *, takes: bool = True) -> None:
@@ -129,7 +128,7 @@ class PrefixCache:
         while page.before:
             page.users -= 1
             if not page.users:
-                self._unused[page.number] = page
+                self._set_unused(page)
             page = page.before
 
     def can_take(self, number: int, cached: int) -> bool:
@@ -201,22 +200,30 @@ class PrefixCache:
     def _use(self, one: _Sequence, page: _Page) -> None:
         """Count the sequence ``one`` as a user of ``page``, which follows the sequence's last page and replaces it."""
         page.users += 1
-        self._unused.pop(page.number, None)
+        if self._unused.pop(page.number, None):
+            self._unused_rows = _difference(self._unused_rows, page.rows)
         one.page = page
+
+    def _set_unused(self, page: _Page) -> None:
+        """Let ``page``, which no running sequence uses, be evicted, after all pages that may be already."""
+        self._unused[page.number] = page
+        self._unused_rows = [free + new for free, new in zip(self._unused_rows, page.rows, strict=True)]
 
     def _add(self, sequence: int, before: _Page, tokens: Tokens, layout: Layout) -> _Page | None:
         """Add a page, to be copied from the cache of ``sequence``; evict others for it if needed.
 
-        Return the page, or None if there is no room.
+        Return the page, or None if there is no room; no page is evicted then.
         """
         if not self.limit:
             return None
         begin, end = before.end, before.end + len(tokens)
         whole = layout.between(begin, end)
         rows = [whole.rows(rank) for rank in range(whole.size)]
+        in_use = _difference(self.rows, self._unused_rows)
+        if any(used + new > self.limit for used, new in zip(in_use, rows, strict=True)):
+            return None  # even without all other pages
         while any(stored + new > self.limit for stored, new in zip(self.rows, rows, strict=True)):
-            if max(rows) > self.limit or not self._evict_one():
-                return None
+            self._evict_one()
         page = before.following[tokens] = _Page(self._added, before, tokens, end, rows)
         self._added += 1
         self.rows = [stored + new for stored, new in zip(self.rows, rows, strict=True)]
@@ -230,7 +237,26 @@ class PrefixCache:
         _, page = self._unused.popitem(last=False)
         assert page.before and not page.following, "a page leaves after those that follow it"
         del page.before.following[page.tokens]
-        self.rows = [stored - gone for stored, gone in zip(self.rows, page.rows, strict=True)]
+        self.rows = _difference(self.rows, page.rows)
+        self._unused_rows = _difference(self._unused_rows, page.rows)
         self._evict.append(page.number)
         self.evicted += 1
         return True
+
+
+def fitting(pages: Sequence[StoredPage], limit: int, ranks: int) -> list[int]:
+    """Return the numbers of those ``pages`` that fit into ``limit`` rows on each of ``ranks`` ranks, the first ones.
+
+    A page stands later in the list than the page that its text continues; without that page, it is left out, too.
+    """
+    fit, rows = {ROOT}, [0] * ranks
+    for one in pages:
+        after = [stored + new for stored, new in zip(rows, one.rows, strict=True)]
+        if one.before in fit and max(after) <= limit:
+            fit.add(one.number)
+            rows = after
+    return sorted(fit - {ROOT})
+
+
+def _difference(rows: Sequence[int], fewer: Sequence[int]) -> list[int]:
+    return [one - other for one, other in zip(rows, fewer, strict=True)]

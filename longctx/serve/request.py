@@ -16,15 +16,30 @@ from longctx.model_shape import ModelShape
 
 _COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 _MOST_STOPS, _MOST_CHOICES = 16, 128
+_TAIL = 8  # last tokens of a prompt: enough for the bytes of a character
 # Fields of OpenAI's that change nothing here.
 _WITHOUT_EFFECT = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
 }  # fmt: skip
-# Values with which a field that is not implemented changes nothing.
+# Values with which a field of OpenAI's or vLLM's that is not implemented changes nothing, besides null.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "best_of": (1,),
     "response_format": ({"type": "text"},),
-    "tool_choice": ("none",),
+    "modalities": (["text"],),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "suffix": ("",),
+    "echo": (False,),
+    "ignore_eos": (False,),
+    "min_tokens": (0,),
+    "use_beam_search": (False,),
+    "include_stop_str_in_output": (False,),
+    "add_special_tokens": (True,),
+    "skip_special_tokens": (True,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
 }
 _SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
@@ -54,9 +69,15 @@ class RequestRefused(ValueError):
 
 
 class StreamOptions(BaseModel):
-    """Options of a stream: with ``include_usage``, the last chunk has the number of tokens."""
+    """Options of a stream: with ``include_usage``, the last chunk has the number of tokens.
+
+    ``include_obfuscation`` is OpenAI's, and changes nothing here.
+    """
+
+    model_config = ConfigDict(extra="forbid")
 
     include_usage: StrictBool = False
+    include_obfuscation: StrictBool | None = None
 
 
 class Body(BaseModel):
@@ -123,6 +144,8 @@ class TokenizeBody(BaseModel):
     ``model`` may be left out; ``add_special_tokens`` acts on a text only.
     """
 
+    model_config = ConfigDict(extra="forbid")
+
     model: StrictStr | None = None
     prompt: StrictStr | None = None
     messages: list[ChatMessage] | None = None
@@ -152,6 +175,10 @@ class Ask:
     def score_prompts(self) -> bool:
         """True if the request asks for log-probabilities of the prompts' tokens, too."""
         return self.echo and self.sampling.logprobs is not None
+
+    def after(self, prompt: Sequence[int]) -> Sequence[int]:
+        """Return the last tokens of ``prompt``, whose text a completion continues; none for an answer in a chat."""
+        return () if self.chat else prompt[-_TAIL:]
 
     @property
     def choices(self) -> list[tuple[tuple[int, ...], int, Sampling]]:
@@ -235,7 +262,8 @@ class Reader:
     def _refuse(self, body: Body) -> None:
         self._refuse_other_model(body.model)
         for name, value in (body.model_extra or {}).items():
-            if name not in _WITHOUT_EFFECT and value and value not in _NEUTRAL.get(name, ()):
+            neutral = (None, *_NEUTRAL.get(name, ()))
+            if name not in _WITHOUT_EFFECT and not any(_same(value, one) for one in neutral):
                 raise RequestRefused(f"{name} is not implemented: leave it out", name)
 
     def _refuse_other_model(self, model: str) -> None:
@@ -313,6 +341,11 @@ class Reader:
             self.shape.refuse_unknown_token(largest, param)
         except ValueError as error:
             raise RequestRefused(str(error), param) from error
+
+
+def _same(value: object, other: object) -> bool:
+    """Return True for equal values of one type: False does not equal 0."""
+    return type(value) is type(other) and value == other
 
 
 def describe_invalid(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:

@@ -6,8 +6,10 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+from longctx.infer.answer import TokenOffsets
 from longctx.infer.sample import TokenLogprob
 from longctx.serve.request import Ask
 
@@ -75,7 +77,7 @@ class Form:
             if self.ask.score_prompts:
                 logprobs = self._with_prompt(index, one)
             else:
-                logprobs = self._logprobs(one.logprobs, len(text) - len(one.text))
+                logprobs = self._logprobs(one.logprobs, _places(self.offsets(index), one.logprobs))
             listed.append({"index": index, **content, "logprobs": logprobs, "finish_reason": one.finish})
         return {**self._head(stream=False), "choices": listed, "usage": self.usage(choices)}
 
@@ -101,12 +103,12 @@ class Form:
     ) -> Json:
         """Return one streamed chunk of choice ``index``: the next ``piece`` of its text.
 
-        ``offset`` is the number of characters of the choice's text before ``piece``, for ``text_offset``.  ``finish``
-        is set in the choice's last chunk; with ``role``, a chat's chunk names the assistant.
+        ``offset`` is the place of the token of ``logprob`` in the choice's text, for ``text_offset``.  ``finish`` is
+        set in the choice's last chunk; with ``role``, a chat's chunk names the assistant.
         """
         delta = {"role": "assistant", "content": piece} if role else {"content": piece}
         content: Json = {"delta": delta} if self.ask.chat else {"text": piece}
-        logprobs = self._logprobs([logprob], offset) if logprob else None
+        logprobs = self._logprobs([logprob], [offset]) if logprob else None
         choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
         return {**self._head(stream=True), "choices": [choice]}
 
@@ -128,28 +130,32 @@ class Form:
         head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{self.id}", "object": kind, "created": self.created}
         return {**head, "model": self.ask.model}
 
-    def _logprobs(self, logprobs: Sequence[TokenLogprob], offset: int) -> Json | None:
+    def offsets(self, index: int) -> TokenOffsets:
+        """Return the places of the tokens of choice ``index`` in its text, which begins with the prompt's if echoed."""
+        prompt = self.ask.prompts[index // self.ask.n]
+        return TokenOffsets(self.tokenizer, len(self.prompt_text(index)), self.ask.after(prompt))
+
+    def _logprobs(self, logprobs: Sequence[TokenLogprob], offsets: Sequence[int]) -> Json | None:
         if self.ask.sampling.logprobs is None:
             return None
         if self.ask.chat:
             return {"content": [self._chat_logprob(one) for one in logprobs], "refusal": None}
-        texts, offsets = [self._text(one.token) for one in logprobs], []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
         return {
-            "tokens": texts,
+            "tokens": [self._text(one.token) for one in logprobs],
             "token_logprobs": [one.logprob for one in logprobs],
             "top_logprobs": [self._top(one) for one in logprobs],
-            "text_offset": offsets,
+            "text_offset": list(offsets),
         }
 
     def _with_prompt(self, index: int, choice: Choice) -> Json | None:
         """Return the log-probabilities of prompt and answer of choice ``index``; those of the first token are None."""
         first = self.ask.prompts[index // self.ask.n][0]
-        rest = self._logprobs([*choice.prompt_logprobs, *choice.logprobs], len(self._text(first)))
+        of_prompt = TokenOffsets(self.tokenizer)
+        offsets = [of_prompt.add(first), *_places(of_prompt, choice.prompt_logprobs)]
+        offsets += _places(self.offsets(index), choice.logprobs)
+        rest = self._logprobs([*choice.prompt_logprobs, *choice.logprobs], offsets[1:])
         assert rest, "asked for"
-        head = {"tokens": self._text(first), "token_logprobs": None, "top_logprobs": None, "text_offset": 0}
+        head = {"tokens": self._text(first), "token_logprobs": None, "top_logprobs": None, "text_offset": offsets[0]}
         return {name: [head[name], *values] for name, values in rest.items()}
 
     def _top(self, one: TokenLogprob) -> Json:
@@ -172,4 +178,16 @@ class Form:
         return {**first, "top_logprobs": top}
 
     def _text(self, token: int) -> str:
-        return str(self.tokenizer.decode([token]))
+        """Return the text of ``token`` inside a text: a tokenizer may leave out a space at the beginning of a text."""
+        before, tokens = self._beginning
+        text = str(self.tokenizer.decode([*tokens, token]))
+        return text.removeprefix(before) if text.startswith(before) else str(self.tokenizer.decode([token]))
+
+    @cached_property
+    def _beginning(self) -> tuple[str, list[int]]:
+        tokens = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
+        return str(self.tokenizer.decode(tokens)), tokens
+
+
+def _places(offsets: TokenOffsets, logprobs: Sequence[TokenLogprob]) -> list[int]:
+    return [offsets.add(one.token) for one in logprobs]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,7 @@ class Service:
         self.session, self.world, self.tokenizer, self.one_rank = session, world, tokenizer, one_rank
         self.pages, engine = RankPages(session, files), session.engine
         self.prefixes = PrefixCache(limits.page_tokens, limits.page_bytes // engine.row_bytes, engine.ring.size)
-        self.restored = self.pages.restore(world)
+        self.restored = self.pages.restore(world, self.prefixes.limit)
         self.prefixes.restore(self.restored.pages)
         self.scheduler = Scheduler(limits, self.prefixes)
         self._inbox: queue.SimpleQueue[_Answer | int] = queue.SimpleQueue()
@@ -93,13 +93,13 @@ class Service:
         """Bytes of the pages on each ring rank."""
         return [rows * self.session.engine.row_bytes for rows in self.prefixes.rows]
 
-    def submit(self, sequence: NewSequence, emit: Emit) -> None:
-        """Queue ``sequence``, which has an unused number, and return at once.
+    def submit(self, sequence: NewSequence, emit: Emit, after: Sequence[int] = ()) -> None:
+        """Queue ``sequence``, which has an unused number, and return at once.  ``after`` is as for `AnswerText`.
 
         ``emit`` is called with each `Token`, the last one with ``finish``, or with a `Failure`, in the thread that runs
         the model.  After `cancel`, it is not called again.
         """
-        self._inbox.put(_Answer(sequence, emit, AnswerText(self.tokenizer, sequence.sampling.stop)))
+        self._inbox.put(_Answer(sequence, emit, AnswerText(self.tokenizer, sequence.sampling.stop, after)))
 
     def cancel(self, number: int) -> None:
         """Ask to stop sequence ``number`` and to free its cache, and return at once; the next step does it."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TextIO, TypedDict
 
 from recipes.common.cli import console, print_error
 from recipes.common.progress import Progress, TokenStream
@@ -14,10 +16,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from longctx.data.turns import UserTurn
-    from longctx.infer.sample import TokenLogprob
     from longctx.infer.session import Session
     from longctx.infer.turn import Turn
     from longctx.parallel.comm import Comm
+
+_WAIT_S = 2.0  # far below any run.timeout_minutes
 
 
 class TurnFigures(TypedDict, total=False):
@@ -26,7 +29,7 @@ class TurnFigures(TypedDict, total=False):
     ``new`` and ``cached`` count tokens, ``miss_rate`` is new / (new + cached).  ``ttit_s`` is None without a decode
     step.  The lists ``..._per_rank`` have the bytes of each context rank; ``bytes_sent`` is the sum over all ranks.
     ``decode_why`` is the reason for the choice of ``context.decode=auto``, and empty for other values.  If
-    ``sampling.logprobs`` is set, ``logprobs`` has the log-probabilities of the answer's tokens.
+    ``sampling.logprobs`` is set, ``logprobs`` has the fields of a `TokenLogprob` for each of the answer's tokens.
     """
 
     text: str
@@ -46,7 +49,7 @@ class TurnFigures(TypedDict, total=False):
     decode_bytes_sent_per_rank: list[int]
     kv_cache_bytes_per_rank: list[int]
     token_ids: list[int]
-    logprobs: list[TokenLogprob]
+    logprobs: list[dict[str, object]]
 
 
 def typed_turns(world: Comm, max_new_tokens: int, device: torch.device) -> Iterator[UserTurn]:
@@ -59,18 +62,30 @@ def typed_turns(world: Comm, max_new_tokens: int, device: torch.device) -> Itera
     from longctx.data.turns import UserTurn
 
     while True:
-        text = b""
         if world.rank == 0:
-            # A rank's own standard input is closed; the terminal is still available.
-            with Path("/dev/tty").open(encoding="utf-8", errors="replace") as terminal:
-                console.print("you ", style="bold", end="")
-                text = terminal.readline().strip().encode()
-        own_bytes = torch.tensor(list(text), dtype=torch.uint8, device=device)
-        size = world.all_gather(torch.tensor([len(text)], device=device), [(1,)] * world.size)[0]
+            console.print("you ", style="bold", end="")
+        # A rank's own standard input is closed; the terminal is still available.
+        with (
+            Path("/dev/tty").open(encoding="utf-8", errors="replace") if world.rank == 0 else nullcontext() as terminal
+        ):
+            text, size = b"", -1
+            while size < 0:  # a message to all ranks after each wait: no rank reaches its time limit
+                typed = _typed_line(terminal) if terminal else b""
+                text = typed or b""
+                length = torch.tensor([-1 if typed is None else len(text)], device=device)
+                size = int(world.all_gather(length, [(1,)] * world.size)[0])
         if not size:
             return
-        typed = world.all_gather(own_bytes, [(int(size),), *[(0,)] * (world.size - 1)])[0]
-        yield UserTurn(bytes(typed.tolist()).decode(), max_new_tokens)
+        own_bytes = torch.tensor(list(text), dtype=torch.uint8, device=device)
+        shared = world.all_gather(own_bytes, [(size,), *[(0,)] * (world.size - 1)])[0]
+        yield UserTurn(bytes(shared.tolist()).decode(), max_new_tokens)
+
+
+def _typed_line(terminal: TextIO) -> bytes | None:
+    """Return the line typed at ``terminal``, empty at the end of input, or None if there is none within seconds."""
+    if not select.select([terminal], [], [], _WAIT_S)[0]:
+        return None
+    return terminal.readline().strip().encode()
 
 
 def take_turn(session: Session, turn: UserTurn, tokenizer: PreTrainedTokenizerBase, *, shown: bool) -> TurnFigures:
@@ -87,7 +102,8 @@ def take_turn(session: Session, turn: UserTurn, tokenizer: PreTrainedTokenizerBa
     stream, computes = TokenStream(tokenizer, stop), False
     try:
         # 1. Tokenize and check: every rank raises the same errors.
-        new = turn_tokens(turn.text, tokenizer, before=before, ends=engine.shape.end_tokens)
+        ends = (*engine.shape.end_tokens, *session.sampling.stop_tokens)
+        new = turn_tokens(turn.text, tokenizer, before=before, ends=ends)
         session.refuse({0: new}, {0: turn.max_new_tokens})
         # 2. Compute.
         computes = True
@@ -142,7 +158,11 @@ def _figures_of(session: Session, turn: UserTurn, result: Turn, tokenizer: PreTr
         "decode_bytes_sent_per_rank": decode,
         "kv_cache_bytes_per_rank": cache,
         "token_ids": result.tokens[0],
-        **({"logprobs": session.sequences[0].logprobs} if session.sampling.logprobs is not None else {}),
+        **(
+            {"logprobs": list(map(vars, session.sequences[0].logprobs))}
+            if session.sampling.logprobs is not None
+            else {}
+        ),
     }
 
 

@@ -58,7 +58,8 @@ def refuse_other_threads(hardware: str | None, threads: int | None, mesh: Mesh, 
     measured = metadata.get("threads") if isinstance(metadata, Mapping) else None
     used = threads_here(threads, mesh)
     if measured not in (None, used):
-        advice = [] if fixed else [f"use run.threads={measured}"]
+        too_many = isinstance(measured, int) and measured > threads_here(None, Mesh())
+        advice = [] if fixed or too_many else [f"use run.threads={measured}"]
         if used <= threads_here(None, Mesh(ring=2)) and not fields.get("empirical"):  # calibrate needs two ranks
             advice.append(f"measure again with python -m recipes.calibrate run.threads={used} out=FILE.yaml")
         raise ValueError(

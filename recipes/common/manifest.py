@@ -54,6 +54,8 @@ class Manifest(TypedDict, total=False):
     began: str
 
 
+LINES = ("metrics.jsonl", "tables.jsonl")  # which the first line of a new run replaces
+
 # Fields that other recipes read -> their types.
 _KINDS = {"module": str, "out": str, "folder": str, "diff": str, "overrides": list, "config": dict, "data": dict,
           "packages": dict, "hardware": dict}  # fmt: skip
@@ -121,12 +123,16 @@ def lock_of(out: Path) -> Path:
     return lock_beside(out) if is_file_name(str(out)) else out / ".lock"
 
 
-def refuse_other_recipe(out: str | None, recipe: str) -> None:
+def refuse_other_recipe(out: str | None, recipe: str, replaces: Iterable[str] = LINES) -> None:
     """Raise ValueError if ``out`` belongs to a recipe other than ``recipe``, or is a file that no recipe wrote.
 
-    A folder without a manifest belongs to no recipe; it is refused only if it is the folder of a model.
+    A folder without a manifest belongs to no recipe.  It is refused if it is the folder of a model, or has one of the
+    files or folders ``replaces``, which the run would replace.
     """
-    if not out or not Path(out).exists():
+    if not out:
+        return
+    _refuse_shared_manifest(Path(out))
+    if not Path(out).exists():
         return
     try:
         manifest = _read(Path(out))
@@ -137,8 +143,28 @@ def refuse_other_recipe(out: str | None, recipe: str) -> None:
         raise ValueError(f"out={out} belongs to a run of {owner}: give {recipe} another out=")
     if owner is None and Path(out, "config.json").is_file():
         raise ValueError(f"out={out} is the folder of a model: give {recipe} another out=")
+    if owner is None and (lost := [name for name in replaces if Path(out, name).exists()]):
+        raise ValueError(
+            f"out={out} has {lost[0]}, which {recipe} did not write and would replace: move it away, or give another "
+            "out="
+        )
     if owner is None and is_file_name(out):
         raise ValueError(f"out={out} exists, and was not written by {recipe}: give another file, or move it away")
+
+
+def _refuse_shared_manifest(out: Path) -> None:
+    """Raise ValueError if another file has the manifest that a run with the file ``out`` would write."""
+    if not is_file_name(str(out)):
+        return
+    file = manifest_file(out)
+    try:
+        other = Path(json.loads(file.read_text(encoding="utf-8"))["out"]).name
+    except (OSError, KeyError, TypeError, ValueError):
+        return
+    if other != out.name and out.with_name(other).exists():
+        raise ValueError(
+            f"out={out} would replace the manifest of {other}, {file.name}: use a name that differs before the ending"
+        )
 
 
 def manifest_of(run: str) -> Manifest:

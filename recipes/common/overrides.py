@@ -20,7 +20,7 @@ PATHS = (
     "prompt.file", "prompts", "out", "to", "checkpoint", "turns", "session.save", "session.load", "spd.sensitivity",
     "sensitivity", "eval.data", "eval.include", "eval.text", "adapted", "hardware", "picture", "fitted", "json",
     "allowed_drop", "markdown", "model.source", "model.cache", "model.chat_template", "folder", "pipeline", "settings",
-    "offload", "quality", "report",
+    "offload", "quality", "report", "api_key_file", "cache.save",
 )  # fmt: skip
 # A path in the list of a sweep, in quotes or without a comma.
 _LISTED = re.compile(r"""(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')(?=,|\Z)|[^,]+""", re.DOTALL)
@@ -59,23 +59,43 @@ def as_overrides(config_name: str, words: Sequence[str], say: Say, *, sweep: boo
 def expand_plan(words: Sequence[str]) -> list[str]:
     """Return ``words`` with ``plan=FILE`` replaced by the settings in FILE.
 
-    The file's settings come first, so that the other words override them.  Raises ValueError if the file, which
-    ``recipes.plan settings=FILE.yaml`` writes, has no settings.
+    The file's settings come first, so that the other words override them.
+
+    Raises ValueError if the file, which ``recipes.plan settings=FILE.yaml`` writes, has no settings.  It also does so
+    for a word such as mesh=NAME, if the file has a setting of that group: Hydra would let the file win.
     """
     files = [word.partition("=")[2] for word in words if word.startswith("plan=")]
     planned = [setting for file in files for setting in _planned(file)]
-    return [*planned, *(word for word in words if not word.startswith("plan="))]
+    others = [word for word in words if not word.startswith("plan=")]
+    groups = {setting.partition(".")[0] for setting in planned if "." in setting.partition("=")[0]}
+    if both := [word for word in others if word.partition("=")[0] in groups]:
+        raise ValueError(
+            f"{both[0]} and plan={files[0]} set the same values: leave one of them out, or override single ones, such "
+            f"as {next(setting for setting in planned if setting.startswith(both[0].partition('=')[0]))}"
+        )
+    return [*planned, *others]
 
 
 def _planned(file: str) -> list[str]:
     """Return the settings in ``file``, written by recipes.plan, as words KEY=VALUE; raise ValueError without any."""
     try:
         values = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
-        return [f"{name}={yaml.safe_dump(value).split()[0]}" for name, value in values.items()]
-    except (OSError, AttributeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return [f"{name}={_plain(name, value)}" for name, value in values.items()]
+    except (OSError, AttributeError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(
             f"plan={file} has no settings ({error}): write it with python -m recipes.plan ... settings=FILE.yaml"
         ) from error
+
+
+def _plain(name: str, value: object) -> str:
+    """Return the ``value`` of setting ``name`` in Hydra's grammar.  Raises TypeError unless it is one plain value."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):
+        return value if re.fullmatch(r"\w+", value) else quote(value)
+    raise TypeError(f"{name} is not a single value")
 
 
 def choices(group: str) -> list[str]:

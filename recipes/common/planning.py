@@ -17,6 +17,7 @@ from longctx.parallel.validate import refuse_few_tokens, refuse_unfit
 from longctx.spd.plan import refuse_unfit_shape
 from recipes.common.plan_question import Question
 from recipes.common.spd_plan import refuse_shared_over_tp
+from recipes.common.spd_report import NO_DROP
 
 # Parts of a pass, in words for the user.
 WORDS = {
@@ -168,7 +169,7 @@ def plans_of(question: Question) -> list[Plan]:
     strategies = question.strategies
     decodes = question.work.kind == "decode"
     plans = [
-        _plan(question, mesh, strategy)
+        _plan_with_or_without_drops(question, mesh, strategy)
         for mesh in meshes_of(question.gpus, trains=question.work.kind == "train", experts=question.experts)
         # On one ring rank, all strategies of prefill and training are equal.
         for strategy in (strategies if (mesh.context if decodes else mesh.ring) > 1 else strategies[:1])
@@ -188,6 +189,14 @@ def meshes_of(gpus: int, *, trains: bool, experts: int = 1) -> Iterator[Mesh]:
             for ep in range(1, (experts if trains else 1) + 1):
                 if shared % ep == 0 and experts % ep == 0:
                     yield Mesh(tp=tp, ulysses=ulysses, ring=gpus // taken, dp=dp, pp=pp, ep=ep)
+
+
+def _plan_with_or_without_drops(question: Question, mesh: Mesh, strategy: str) -> Plan:
+    """Return the faster feasible plan of two: blocks drop a reduction as far as they are allowed to, or none does."""
+    plans = [_plan(question, mesh, strategy)]
+    if question.numbers(mesh).spd_share:
+        plans.append(_plan(replace(question, allowed_drop=NO_DROP), mesh, strategy))
+    return min(plans, key=lambda plan: (plan.refused is not None, plan.seconds))
 
 
 def _plan(question: Question, mesh: Mesh, strategy: str) -> Plan:

@@ -14,8 +14,8 @@ from longctx.config import DataSettings, LoRA, Mesh, Optim, Recompute, Track
 from longctx.cost.machine import Machine
 from longctx.data.identity import text_digests
 from longctx.model_shape import ModelShape
-from recipes.common.hardware_file import read_rates
-from recipes.common.manifest import refuse_other_recipe
+from recipes.common.hardware_file import read_rates, refuse_other_rates
+from recipes.common.manifest import LINES, refuse_other_recipe
 from recipes.common.places import refuse_folder_in_memory, refuse_unwritable_folder
 from recipes.common.provenance import hardware, provenance
 from recipes.common.settings import as_config, as_dict, section, top_level
@@ -114,7 +114,7 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool, co
     # 1. The model, its mesh and how it runs.
     settings = top_level(config, TrainSettings)
     refuse_unwritable_folder(settings.out)
-    refuse_other_recipe(settings.out, recipe)
+    refuse_other_recipe(settings.out, recipe, (*LINES, "model"))
     target = resolve_target(config, recipe, needs_weights=not from_scratch, proves_schedule=True)
     lora = LoRA() if from_scratch else section(config, "lora", LoRA)
     _refuse_untrainable(target, settings)
@@ -161,6 +161,8 @@ def resolve_train_job(config: DictConfig, recipe: str, *, from_scratch: bool, co
 def _refuse_untrainable(target: Target, settings: TrainSettings) -> None:
     if settings.mlp_rows and target.shape.mixture:
         raise ValueError(f"mlp_rows={settings.mlp_rows} does not support mixtures of experts: use mlp_rows=null")
+    if settings.hardware:
+        refuse_other_rates(settings.hardware, target.model.dtype)
     if target.plan and target.plan.own_norms:
         raise ValueError(
             f"{target.folder} has separate norms per rank (repair.own_norms), which training does not support: "
@@ -244,8 +246,8 @@ def first_sequences(
         )
     target.shape.refuse_unknown_token(int(first[0].tokens.max()))
     refuse_nothing_to_learn(first[0].counted, f"{', '.join(map(str, data.sources))}: the first batch")
-    rows = zip(first[0].tokens, first[0].lengths, strict=True)
-    return tuple((len(ids), sum(n > 0 for n in each), tokenizer.decode(ids[:128].tolist())) for ids, each in rows)
+    rows = zip(first[0].tokens, first[0].document_lengths, strict=True)
+    return tuple((sum(each), len(each), tokenizer.decode(ids[: min(128, sum(each))].tolist())) for ids, each in rows)
 
 
 def data_of(config: DictConfig, *, conversations: bool = False) -> tuple[DataSettings, DataSettings | None]:
@@ -263,6 +265,8 @@ def data_of(config: DictConfig, *, conversations: bool = False) -> tuple[DataSet
         return data, None
     held_out = as_config({"data": {"sources": test, "length": data.length, "batch": data.batch}})
     test_data = section(held_out, "data", DataSettings)
+    # Each held-out token counts once, however much text is asked for.
+    test_data = replace(test_data, epochs=1, last="pad")
     return data, replace(test_data, end_token=data.end_token, on_error=data.on_error, conversations=data.conversations)
 
 

@@ -91,7 +91,7 @@ def run_rank(rank: Rank, job: TrainJob) -> RunResult:
         last_step, loss, measured = start.step, None, Measured()
         for done in train_steps(state, runtime, timer, job, start, stop):
             tracker.log(done.figures, done.step)
-            refuse_diverged_step(done, checkpoints, job.out / "checkpoints")
+            refuse_diverged_step(done, checkpoints, job.out / "checkpoints", job.target.model.dtype)
             measured = measured.after(done.figures["step_s"], done.memory, done.figures.get("offloaded_bytes"))
             last_step, loss = done.step, float(done.figures["loss"] or 0.0)
             progress.step(note=f"loss {loss:.4f}, {done.figures['tokens_per_s']:,.0f} tokens/s")
@@ -130,11 +130,11 @@ def _reason_to_end(job: TrainJob, step: int, stop: StopRequest) -> str:
     return f"the text ended after step {step}: data.epochs={job.data.epochs}"
 
 
-def refuse_diverged_step(done: TrainedStep, checkpoints: Checkpoints, folder: Path) -> None:
+def refuse_diverged_step(done: TrainedStep, checkpoints: Checkpoints, folder: Path, dtype: str) -> None:
     """Raise FloatingPointError, on every rank, if a loss or the gradient norm of the step ``done`` is NaN or infinite.
 
     The losses are those of training and of held-out text.  ``folder`` is that of ``checkpoints``; checkpoints that are
-    being written are completed first.  Every rank calls this.
+    being written are completed first.  ``dtype`` is the model's.  Every rank calls this.
     """
     figures = {name: done.figures.get(name) for name in _FINITE}
     wrong = [f"{name} is {value}" for name, value in figures.items() if value is not None and not math.isfinite(value)]
@@ -143,9 +143,10 @@ def refuse_diverged_step(done: TrainedStep, checkpoints: Checkpoints, folder: Pa
     checkpoints.poll(wait=True)
     last, _ = checkpoint_index.latest_whole(folder)
     resume = f"the last good checkpoint is {last}, from which the same out= resumes" if last else "no checkpoint exists"
+    wider = "; or begin again in another out= with model.dtype=float32" if dtype != "float32" else ""
     raise FloatingPointError(
         f"training has diverged: {' and '.join(wrong)} in step {done.step} ({resume}): "
-        "use a lower optim.lr, a longer optim.warmup, a lower optim.clip above 0, or model.dtype=float32"
+        f"use a lower optim.lr, a longer optim.warmup, or a lower optim.clip above 0{wider}"
     )
 
 
@@ -243,7 +244,7 @@ def _train_one(
     meter.begin()
     with memory or nullcontext():
         result = train_step(state, batch, runtime, parallelism)
-    cost = meter.end([n for lengths in batch.lengths for n in lengths])
+    cost = meter.end([n for lengths in batch.document_lengths for n in lengths])
     figures: dict[str, float | None] = {"loss": result.loss, "grad_norm": result.grad_norm}
     figures |= {"tokens": result.tokens, "lr": result.rate}
     figures |= {} if result.router_loss is None else {"router_loss": result.router_loss}
@@ -286,7 +287,9 @@ def evaluate_held_out(
 
     buckets = job.evaluation.buckets
     sums = evaluate(state, held_out, runtime, parallelism, buckets)
-    edges = [job.data.length * (i + 1) // buckets for i in range(buckets)]
+    edges = [
+        -(-job.data.length * (i + 1) // buckets) for i in range(buckets)
+    ]  # rounded up: the first of the next range
     by_position = {
         f"eval/perplexity_to_{edge}": None if loss is None else perplexity(loss)
         for edge, loss in zip(edges, sums.means, strict=True)

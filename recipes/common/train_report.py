@@ -94,7 +94,8 @@ def show(job: TrainJob, result: RunResult) -> None:
         table.add_row(name, value)
     table.add_row("figures", str(job.out / "metrics.jsonl"))
     table.add_row("checkpoint", result.checkpoint)
-    table.add_row("to transformers", f"python -m recipes.export checkpoint={job.out} to={job.out}/hf")
+    if not job.config["dropped"]:  # transformers has no blocks that drop a reduction
+        table.add_row("to transformers", f"python -m recipes.export checkpoint={job.out} to={job.out}/hf")
     console.print(table)
     if result.stopped:
         sys.exit(STOPPED)

@@ -60,6 +60,22 @@ def test_last_batch_is_padded_or_dropped(caplog):
     assert "the last 2 sequences do not fill a batch of 5: dropped" in caplog.text
 
 
+def test_last_batch_without_targets_is_left_out(byte_tokenizer, tmp_path):
+    """One token is left over, and nothing follows it."""
+    file = tmp_path / "a.txt"
+    file.write_text("ninechars")
+    data = DataSettings((TextSource(path=str(file)),), 4, 1, epochs=1, last="pad", end_token=False)
+    counted = [batch.counted for batch, _ in take(training_batches(data, byte_tokenizer))]
+    assert counted == [4, 4], "and no batch without a target"
+
+
+def test_padding_is_no_document():
+    stage = batches(pack(stage_of([1] * 5, [2] * 4), 7, "pad"), 3, last="pad")
+    ((batch, _),) = take(stage)
+    assert batch.lengths == ((5, 2), (2, 5), (7,)) and batch.padding == (0, 5, 7)
+    assert batch.document_lengths == ((5, 2), (2,), ())
+
+
 def test_batch_that_ranks_cannot_share_evenly_is_refused():
     with pytest.raises(ValueError, match=r"data\.batch=7 .* 3 data-parallel ranks: use data\.batch=9, or another mesh"):
         batches(pack(stage_of(*TEXTS), 7), 7, 0, 3)

@@ -1,12 +1,16 @@
 """Documents: every text of a source once an epoch, tokenized; runs resume after any document."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from longctx.config import TextSource
+from longctx.data.mixing import interleave
+from longctx.data.packing import pack
 from longctx.hf.config import tokenizer_of
 from tests.data.texts import END, FORMS, assert_resumes, given_texts, pages, read_documents, take, write_source
 from tests.tiny import tiny_tokenizer
@@ -135,3 +139,19 @@ def test_state_stays_small_in_a_long_run(byte_tokenizer, tmp_path):
         source = write_source(form, pages(13), tmp_path / form)
         _, state = take(read_documents(source, byte_tokenizer, epochs=None, shuffle=5), 101)[-1]
         assert len(json.dumps(state)) < 700, form
+
+
+def test_state_inside_the_first_document_knows_the_files_and_the_order(byte_tokenizer, tmp_path):
+    """No document has ended yet, and its used tokens must be those of the same document."""
+    source = write_source("jsonl", ["aaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbb", "cccccccccccc"], tmp_path / "source")
+
+    def run(length=8, of=source, **settings):
+        return pack(interleave([read_documents(of, byte_tokenizer, **settings)], [1.0]), length)
+
+    ((first, state),) = take(run(), 1)
+    ((following, _),) = take(run(), 1, state=state)
+    assert len(set(torch.cat([first.tokens, following.tokens]).tolist())) == 1, "both are of the first document"
+    with pytest.raises(ValueError, match=r"needs data\.shuffle=0 data\.seed=0"):
+        take(run(shuffle=3, seed=4), 1, state=state)
+    with pytest.raises(ValueError, match=r"needs text_key=text for .*: use it, or start a new run"):
+        take(run(of=replace(source, text_key="other")), 1, state=state)

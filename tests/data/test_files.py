@@ -145,6 +145,9 @@ def test_faulty_row_is_named(column, words, byte_tokenizer, tmp_path):
         ("nosuch*.jsonl", None, "is not a file, a folder, or a pattern"),
         ("a.json", b"[]", "is not a supported kind of file.*use .*jsonl"),
         ("a.jsonl.zst", b"", "is not a supported kind of file"),
+        ("a.json.gz", b"", "is not a supported kind of file"),
+        ("a.TAR.GZ", b"", "is not a supported kind of file"),
+        ("a.parquet.gz", b"", "is not a supported kind of file"),
         ("empty.txt", b"", "has no documents: 1 records are empty, 0 could not be read"),
         ("empty.jsonl", b"", "has no documents: 0 records are empty"),
         ("blank.jsonl", b'\n{"text": " \\n"}\n\n', "has no documents: 1 records are empty"),
@@ -177,3 +180,12 @@ def test_empty_parquet_file_has_no_documents(byte_tokenizer, tmp_path):
     write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="no documents"):
         take(read_documents(TextSource(path=str(tmp_path / "a.parquet")), byte_tokenizer))
+
+
+def test_folder_has_files_whose_names_end_in_capitals(byte_tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "B.TXT").write_text("two")
+    assert given_texts(take(read_documents(TextSource(path=str(tmp_path)), byte_tokenizer)), byte_tokenizer) == [
+        "two",
+        "one",
+    ]

@@ -1,7 +1,9 @@
 """Datasets of the hub: faulty rows, failing streams and datasets that cannot be loaded are named."""
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -20,6 +22,19 @@ def test_faulty_row_of_a_dataset_is_named(streaming, byte_tokenizer, tmp_path):
     assert given_texts(items, byte_tokenizer) == ["one", "three"] and items[-1][1]["skipped"] == 1
     with pytest.raises(ValueError, match='no column "body": set text_key to one of text'):
         read_documents(TextSource(name=str(tmp_path / "source"), streaming=streaming, text_key="body"), byte_tokenizer)
+
+
+@pytest.mark.parametrize(("before", "after"), [(False, True), (True, False), (True, True)])
+def test_run_resumes_at_its_row_streamed_or_not(before, after, byte_tokenizer, tmp_path):
+    (tmp_path / "source").mkdir()
+    rows = [json.dumps({"text": text}) for text in ("one", "two", "three", "four")]
+    (tmp_path / "source" / "a.jsonl").write_text("\n".join(rows))
+    source = TextSource(name=str(tmp_path / "source"), streaming=before)
+    _, state = take(read_documents(source, byte_tokenizer), 2)[-1]
+    resumed = take(
+        read_documents(replace(source, streaming=after), byte_tokenizer), state=json.loads(json.dumps(state))
+    )
+    assert given_texts(resumed, byte_tokenizer) == ["three", "four"]
 
 
 def test_failing_stream_is_named_by_its_row(byte_tokenizer, tmp_path):

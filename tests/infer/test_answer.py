@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx.infer.answer import AnswerText, cut_at_stop, make_stop_check
+from longctx.infer.answer import AnswerText, TokenOffsets, cut_at_stop, make_stop_check
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer(eos_token="<end>")  # one token per byte
@@ -49,3 +49,40 @@ def test_stop_check_keeps_sequences_apart(stop, ends):
             if at < len(text) and stopped(i, text[: at + 1]) and found[i] is None:
                 found[i] = at
     assert found == ends
+
+
+class Spaced:
+    """A tokenizer that leaves out a space at the beginning of a text, as Llama 2's."""
+
+    WORDS = ("The", " capital", " is", " Paris", ",", " Paris", "Paris")
+
+    def decode(self, tokens: list[int], *, skip_special_tokens: bool) -> str:
+        return "".join(self.WORDS[token] for token in tokens).removeprefix(" ")
+
+
+def test_space_before_the_first_word_belongs_to_a_continuation():
+    alone, after = AnswerText(Spaced()), AnswerText(Spaced(), after=[1, 2])
+    assert [alone.add(3), alone.add(4), alone.text] == ["Paris", ",", "Paris,"]
+    assert [after.add(3), after.add(4), after.text] == [" Paris", ",", " Paris,"]
+    stopped = AnswerText(Spaced(), [" Paris"], [1, 2])
+    assert stopped.add(3) == "" and stopped.stopped
+
+
+def test_character_that_the_prompt_began_belongs_to_the_answer():
+    whole = ids("ö")
+    answer = AnswerText(TOKENIZER, after=ids("a") + whole[:1])
+    assert answer.add(whole[1]) + answer.add(ids("b")[0]) == "öb"
+
+
+@given(st.text("aböc\U0001f642", max_size=13), st.integers(0, 3))
+def test_offsets_are_those_of_whole_characters(text, begin):
+    offsets = TokenOffsets(TOKENIZER, begin)
+    expected = [begin + at for at, one in enumerate(text) for _ in one.encode()]
+    assert [offsets.add(token) for token in ids(text)] == expected
+
+
+def test_offsets_after_a_prompt_count_the_space():
+    offsets = TokenOffsets(Spaced(), 10, [1, 2])
+    assert [offsets.add(token) for token in (3, 4, 5)] == [10, 16, 17]
+    alone = TokenOffsets(Spaced())
+    assert [alone.add(token) for token in (3, 4, 5)] == [0, 5, 6]

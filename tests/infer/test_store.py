@@ -33,3 +33,35 @@ def test_file_that_vanishes_while_it_is_read(tmp_path, monkeypatch):
 
     with single_rank(tmp_path) as runtime:
         run_engines(runtime, folder, Mesh(), load)
+
+
+def test_session_that_is_replaced_while_it_is_read(tmp_path):
+    """Its files have other keys and values than those of the index that was read."""
+    folder, saved = tiny_model(tmp_path / "tiny", max_positions=97), tmp_path / "talk"
+
+    def load(engine: Engine) -> None:
+        for prompt in ([3, 1, 4], [2, 7, 1, 8]):
+            session = Session(engine, Context(), Sampling())
+            session.turn({0: prompt}, {0: 2})
+            store.save(session, saved, "test")
+            if prompt[0] == 3:
+                index = read_index(saved, "test", "torch.float32", engine.shape)
+        fresh = Session(engine, Context(), Sampling())
+        with pytest.raises(ValueError, match=r"session\.load=.*talk was replaced while it was read"):
+            store.load(fresh, saved, index)
+        assert not fresh.sequences
+        store.load(fresh, saved, read_index(saved, "test", "torch.float32", engine.shape))
+
+    with single_rank(tmp_path) as runtime:
+        run_engines(runtime, folder, Mesh(), load)
+
+
+@pytest.mark.parametrize("ending", [".coming", ".going"])
+def test_other_folder_with_the_name_of_a_temporary_one_is_not_deleted(tmp_path, ending):
+    beside = tmp_path / f"talk{ending}"
+    beside.mkdir()
+    (beside / "ring0-heads0.safetensors").touch()
+    store.refuse_place(tmp_path / "talk")  # a killed process may leave this
+    (beside / "thesis.txt").touch()
+    with pytest.raises(ValueError, match=f"talk{ending} exists and is not a session, and saving to .* would delete it"):
+        store.refuse_place(tmp_path / "talk")

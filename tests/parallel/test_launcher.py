@@ -1,7 +1,5 @@
 """The rank is the one that torchrun or srun assigned, or the environment is refused."""
 
-import subprocess
-
 import pytest
 
 from longctx.parallel import launcher
@@ -75,12 +73,7 @@ def test_address_alone_is_no_launcher_s_environment():
     ("tasks_per_node", "node", "local_world_size"),
     [("2(x3)", 2, 2), ("3,3", 1, 3), ("6", 0, 6), ("2(x2),1,3", 2, 1), ("2(x2),1,3", 3, 3)],
 )
-def test_rank_from_srun(monkeypatch, tasks_per_node, node, local_world_size):
-    def scontrol(command, **_):
-        assert command == ["scontrol", "show", "hostnames", "n[17-19]"]
-        return subprocess.CompletedProcess(command, 0, "n17\nn18\nn19\n", "")
-
-    monkeypatch.setattr(subprocess, "run", scontrol)
+def test_rank_from_srun(tasks_per_node, node, local_world_size):
     srun = {
         "SLURM_JOB_ID": "41003",
         "SLURM_PROCID": "5",
@@ -91,6 +84,15 @@ def test_rank_from_srun(monkeypatch, tasks_per_node, node, local_world_size):
         "SLURM_STEP_TASKS_PER_NODE": tasks_per_node,
     }
     assert rank_from_environment(srun) == Rank(5, 6, 1, local_world_size, "tcp://n17:25003")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n5", "n5"), ("n5,n7", "n5"), ("n[05-07,9]", "n05"), ("n[3,5],m1", "n3"), ("a[2-3]b[07-09]-ib,c", "a2b07-ib"),
+     ("gpu-1,gpu-[2-4]", "gpu-1")],
+)  # fmt: skip
+def test_first_host_of_a_list_of_nodes(nodes, first):
+    assert launcher._first_host(nodes) == first
 
 
 def test_steps_and_restarts_of_a_job_use_other_ports():

@@ -60,6 +60,22 @@ def test_answers_are_the_same_on_every_mesh_and_strategy(cli, tiny, turns, tmp_p
     assert all(turn["why"] == "as asked" for turn in figures)
 
 
+def test_log_probabilities_are_written(cli, tiny, turns, tmp_path):
+    figures = converse(cli, tiny, tmp_path, f"turns={turns}", "sampling.logprobs=2")
+    assert [[one["token"] for one in turn["logprobs"]] for turn in figures] == tokens(figures)
+    assert all(len(one["top"]) == 2 and one["logprob"] < 0 for turn in figures for one in turn["logprobs"])
+
+
+def test_session_behind_a_link_is_saved_after_every_turn(cli, tiny, turns, tmp_path):
+    place, link = tmp_path / "elsewhere" / "talk", tmp_path / "talk"
+    place.mkdir(parents=True)
+    link.symlink_to(place)
+    figures = converse(cli, tiny, tmp_path, f"turns={turns}", f"session.save={link}")
+    assert link.is_symlink() and len(figures) == len(TURNS)
+    tokens_of = json.loads((place / "session.json").read_text())["tokens"]["0"]
+    assert len(tokens_of) == figures[-1]["new"] + figures[-1]["cached"] + len(figures[-1]["token_ids"])
+
+
 def test_saved_session_resumes_on_another_mesh(cli, tiny, tmp_path, turns):
     whole = converse(cli, tiny, tmp_path, f"turns={turns}")
     session, figures = tmp_path / "talk", []
@@ -280,6 +296,7 @@ def test_malformed_turns_are_refused(refused, tiny, tmp_path, line, words):
         (f"hardware={SAVED / 'hardware' / 'calibrated.yaml'}", "is not used by context.strategy=pass_kv: leave it out"),
         ("out=turns", "out=turns is not the name of a .json file"),
         ("sampling.top_p=0.5", "sampling.top_p=0.5 has no effect at sampling.temperature=0"),
+        ("sampling.stop_tokens=[999999]", "sampling.stop_tokens has token 999,999, beyond the model's vocabulary"),
     ],
 )
 def test_wrong_settings_are_refused(refused, tiny, turns, setting, words):

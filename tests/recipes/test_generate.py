@@ -204,7 +204,7 @@ def test_comparison_borrows_the_threads_of_all_ranks_and_returns_them(prepared, 
     )
     job, rank = prepared(PROMPT, "run.threads=1"), Rank(0, before + 1, 0, before + 1, "")
     progress = SimpleNamespace(start=lambda *_: None, step=lambda: None)
-    generate._verify(rank, None, SimpleNamespace(rank=0), job, None, progress)
+    generate._verify(rank, SimpleNamespace(world=None), SimpleNamespace(rank=0), job, None, progress)
     assert (seen, torch.get_num_threads()) == ([before + 1], before)
 
 

@@ -182,9 +182,26 @@ def test_recipes_take_a_plan_and_the_command_line_wins(tmp_path, config_of):
     config = config_of("pretrain", f"plan={file}", "out=x")
     assert (dict(config.mesh), config.optim.zero1, config.recompute) == (vars(best.mesh), True, "none")
     assert config_of("pretrain", "mesh.ring=5", f"plan={file}", "out=x").mesh.ring == 5
-    file.write_text("a list")
-    with pytest.raises(ValueError, match=r"settings=FILE\.yaml"):
-        config_of("generate", f"plan={file}")
+    with pytest.raises(ValueError, match=r"mesh=ring_of_two and plan=.* set the same values: .* such as mesh\.\w+="):
+        config_of("pretrain", f"plan={file}", "mesh=ring_of_two", "out=x")
+    file.write_text("prompt.text: 'Once upon, a time'\nmesh.ring: 1\n")
+    assert config_of("generate", f"plan={file}").prompt.text == "Once upon, a time"
+    for text in ("a list", "mesh.ring: [1, 2]"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"settings=FILE\.yaml"):
+            config_of("generate", f"plan={file}")
+
+
+def test_files_of_others_are_not_replaced(cli, refused, tiny, tmp_path):
+    words = (f"model={tiny}", "hardware=h200", "gpus=2", "model.dtype=bfloat16", "work.context=64")
+    ours = {name: f"{name}={tmp_path}/{file}" for name, file in {"out": "plans.json", "settings": "best.yaml"}.items()}
+    for _ in range(2):
+        assert cli(plan, plan.task, *words, *ours.values())[0] == 0
+    for name, text in {"out": '{"tokens_per_s": 5}', "settings": "mesh: {ring: 2}"}.items():
+        file = tmp_path / f"mine_{name}{'.json' if name == 'out' else '.yaml'}"
+        file.write_text(text)
+        line = refused(plan, plan.task, *words, f"{name}={file}")
+        assert "exists, and was not written by recipes.plan" in line and file.read_text() == text
 
 
 def test_answers_count_in_a_turn_and_its_bound():
@@ -234,8 +251,17 @@ def test_dropped_reductions_are_not_planned_with_shared_weights():
     )
     for one in plans_of(question):
         if one.decode == "sharded" and one.mesh.tp > 1 and one.mesh.context > 1:
-            assert "use context.decode=gather_merge, or mesh.tp=1" in one.refused
+            assert one.question.numbers(one.mesh).spd_share == 0, "these layers drop no reduction"
     assert any(one.decode == "sharded" for one in feasible(question))
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_permission_to_drop_never_makes_the_best_plan_slower(kind):
+    question = Question(shape_named("llama3_70b"), read_machine("h200"), 8, WorkSettings(kind))
+    best = [
+        feasible(replace(question, allowed_drop=AllowedDrop(share)))[0].seconds for share in (0.0, 0.02, 0.1, 0.5, 1.0)
+    ]
+    assert best == sorted(best, reverse=True) and best[-1] < best[0]
 
 
 REPORT = ROOT / "docs" / "results" / "spd" / "regression.json"

@@ -280,6 +280,7 @@ def test_diverged_run_names_its_step_and_its_last_checkpoint(cli, tmp_path):
     assert code == 1
     line = err.splitlines()[-1]
     assert "training has diverged" in line and "in step 2" in line and "use a lower optim.lr" in line
+    assert "model.dtype=float32" not in line, "it is"
     assert f"the last good checkpoint is {tmp_path}/checkpoints/step-00000001" in line
     assert (lines(tmp_path)[-1]["step"], lines(tmp_path)[-1]["grad_norm"]) == (2, "nan")
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]

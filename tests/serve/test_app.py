@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Script:
         self.sequences: list[NewSequence] = []
         self.cancelled: list[int] = []
 
-    def submit(self, new: NewSequence, emit: Emit) -> None:
+    def submit(self, new: NewSequence, emit: Emit, after: Sequence[int] = ()) -> None:
         self.sequences.append(new)
         for i, letter in enumerate(TEXT[:1] if self.silent or self.failing else TEXT):
             token = ord(letter) - 33

@@ -10,7 +10,7 @@ import pytest
 from longctx.attention.layout import Layout, striped, zigzag
 from longctx.attention.spans import Span
 from longctx.config import Sampling
-from longctx.serve.prefix_cache import ROOT, PrefixCache, StoredPage
+from longctx.serve.prefix_cache import ROOT, PrefixCache, StoredPage, fitting
 from longctx.serve.schedule import Limits, NewSequence, Scheduler, StepPlan
 
 PAGE, RANKS = 3, 2
@@ -138,18 +138,34 @@ def test_restored_pages_are_taken_and_evicted_from_their_ends():
     pages = [StoredPage(0, ROOT, (1, 2, 3), (2, 1)), StoredPage(1, ROOT, (4, 5, 6), (1, 2)),
              StoredPage(2, 0, (7, 8, 9), (3, 0)), StoredPage(3, 2, (1, 1, 1), (0, 3)),
              StoredPage(4, 1, (7, 8, 9), (1, 2))]  # fmt: skip
-    # 1. The third page has no room, so the fourth, which follows it, is evicted too.
+    # 1. The third page has no room, so the fourth, which follows it, is left out too.
+    assert fitting(pages, 5, RANKS) == [0, 1, 4]
+    assert fitting(pages, 7, RANKS) == [0, 1, 2, 3] and fitting(pages, 8, RANKS) == [0, 1, 2, 3, 4]
     prefixes = PrefixCache(PAGE, 5, RANKS)
-    prefixes.restore(pages)
-    assert prefixes.changes() == ((), (2, 3)) and prefixes.rows == [4, 5]
+    prefixes.restore([pages[0], pages[1], pages[4]._replace(number=2)])
+    assert prefixes.changes() == ((), ()) and prefixes.rows == [4, 5]
     prefixes.enter(9, [4, 5, 6, 7, 8, 9, 1])
-    assert prefixes.take(9, 0) == (1, 4)
+    assert prefixes.take(9, 0) == (1, 2)
     assert (prefixes.reused, prefixes.reused_restored) == (6, 6)
     # 2. A new page takes the place of the one without users, and an unused number.
     prefixes.enter(8, [2, 2, 2, 2])
     prefixes.give(8, [2, 2, 2, 2], Layout((4,), ((Span(0, 4),), ())))
     (store,), evict = prefixes.changes()
-    assert store == (5, 8, 0, 3, ROOT) and evict == (0,)
+    assert store == (3, 8, 0, 3, ROOT) and evict == (0,)
+
+
+def test_no_page_is_evicted_for_one_that_does_not_fit_anyway():
+    """Rank 0 is full of pages in use; evicting rank 1's page would not help."""
+    prefixes = PrefixCache(PAGE, 3, RANKS)
+    prefixes.restore([StoredPage(0, ROOT, (1, 2, 3), (3, 0)), StoredPage(1, ROOT, (4, 5, 6), (0, 3))])
+    prefixes.enter(9, [1, 2, 3, 4])
+    assert prefixes.take(9, 0) == (0,)
+    prefixes.enter(8, [2, 2, 2, 2])
+    prefixes.give(8, [2, 2, 2, 2], Layout((4,), ((Span(0, 2),), (Span(2, 2),))))
+    assert prefixes.changes() == ((), ()) and prefixes.rows == [3, 3]
+    prefixes.leave(9)
+    prefixes.give(8, [2, 2, 2, 2], Layout((4,), ((Span(0, 2),), (Span(2, 2),))))
+    assert [page.number for page in prefixes.changes()[0]] == [2]
 
 
 def test_sequences_that_arrive_together_compute_their_common_beginning_once():

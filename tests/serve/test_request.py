@@ -14,6 +14,7 @@ from longctx.serve.request import (
     CompletionBody,
     Reader,
     RequestRefused,
+    StreamOptions,
     TokenizeBody,
     describe_invalid,
 )
@@ -114,6 +115,10 @@ def test_tokenize_takes_a_text_or_messages(reader):
         (completion, {"stop": ["a"] * 17}, "stop", "17 texts: use at most 16"),
         (completion, {"logit_bias": {"5": 1}}, "logit_bias", "logit_bias is not implemented: leave it out"),
         (completion, {"best_of": 2}, "best_of", "not implemented"),
+        (completion, {"add_special_tokens": False}, "add_special_tokens", "not implemented"),
+        (completion, {"skip_special_tokens": False}, "skip_special_tokens", "not implemented"),
+        (completion, {"min_tokens": False}, "min_tokens", "not implemented"),
+        (chat, {"add_generation_prompt": False}, "add_generation_prompt", "not implemented"),
         (chat, {"tools": [{"type": "function"}]}, "tools", "tools is not implemented"),
         (chat, {"top_logprobs": 2}, "top_logprobs", "needs logprobs=true"),
         (chat, {"messages": [{"role": "bad", "content": "x"}]}, "messages", "template refuses .* no"),
@@ -149,3 +154,15 @@ def test_conversation_that_the_template_makes_empty_is_refused(reader):
 def test_model_without_a_template_names_the_other_route(reader):
     with pytest.raises(RequestRefused, match="has no chat template: use /v1/completions"):
         chat(replace(reader, tokenizer=tiny_tokenizer()))
+
+
+def test_fields_without_effect_are_accepted(reader):
+    neutral = {"add_special_tokens": True, "min_tokens": 0, "suffix": "", "logit_bias": None, "unknown": None}
+    assert completion(reader, **neutral).prompts == (ids("abc"),)
+    assert chat(reader, tools=[], tool_choice="auto", modalities=["text"], functions=None).chat
+
+
+@pytest.mark.parametrize("body", [TokenizeBody, StreamOptions])
+def test_smaller_bodies_refuse_unknown_fields(body):
+    with pytest.raises(ValidationError, match="foo\n  Extra inputs"):
+        body.model_validate({"foo": 1})

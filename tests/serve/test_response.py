@@ -91,3 +91,18 @@ def test_errors_name_their_kind(status, kind):
 
 def test_list_has_the_model():
     assert [one["id"] for one in model_list("tiny", 7, 97)["data"]] == ["tiny"]
+
+
+def test_offsets_are_those_of_the_echoed_text_whole_or_streamed():
+    """A character of several tokens counts once, for its last token; a special token has no text."""
+    text = "é\U0001f642 is"
+    tokens = tuple(TOKENIZER(text)["input_ids"])
+    prompt, answer = tokens[:5], tokens[5:]
+    ask = Ask("tiny", (prompt,), (5,), Sampling(logprobs=0), echo=True, prompt_texts=(text[:1],))
+    shape = Form(ask, TOKENIZER)
+    scored, later = ([TokenLogprob(token, -1.0) for token in some] for some in (prompt[1:], answer))
+    whole = shape.whole([Choice(text[1:], len(answer), later, tuple(scored), "stop")])
+    assert whole["choices"][0]["logprobs"]["text_offset"][:5] == [0, 0, 1, 1, 1]
+    in_answer = whole["choices"][0]["logprobs"]["text_offset"][5:]
+    offsets = shape.offsets(0)
+    assert in_answer == [offsets.add(one.token) for one in later] == [1, 2, 3, 4]

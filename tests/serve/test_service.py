@@ -147,6 +147,27 @@ def test_logits_that_are_not_finite_fail_the_sequences_of_the_pass_only(folder, 
     assert [event.number for event in others] == [0] * 5
 
 
+@pytest.mark.parametrize("mesh", [Mesh(), Mesh(ring=2)], ids=str)
+def test_rows_of_a_scored_prompt_that_are_not_finite_fail_its_sequence_only(folder, tmp_path, mesh):
+    """The pass ends before the prompt does, so it chooses no token; every rank notices all the same."""
+    scored = replace(SEQUENCES[2], score_prompt=True, sampling=replace(SEQUENCES[2].sampling, logprobs=2))
+
+    def speak(service: Service) -> list[Token | Failure]:
+        events: list[Token | Failure] = []
+        weight = service.session.engine.model.output_layer.weight.data
+        with filled_with_nan(weight):
+            service.submit(scored, events.append)
+            service.step()
+        service.submit(SEQUENCES[0], events.append)
+        while service.busy:
+            service.step()
+        return events
+
+    first, *others = on_ranks(folder, tmp_path, mesh, speak)[0]
+    assert isinstance(first, Failure) and "NaN or infinite" in first.message
+    assert [event.number for event in others] == [0] * 5
+
+
 def test_a_pass_that_fails_ends_its_prompts_and_its_open_answers(folder, tmp_path):
     """The first rank's output layer is NaN while one sequence is decoded and another one's prompt ends."""
 

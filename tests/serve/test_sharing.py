@@ -155,8 +155,8 @@ def test_next_server_answers_from_saved_pages_and_recomputes_damaged_ones(folder
     (saved / "rank0" / "x.coming").write_bytes(b"x")
     answers, _, restored, lost = run()
     assert answers == expected and restored + lost == count and lost >= 2
-    # 3. They were saved again.  A server with less room evicts what does not fit, on disk too.
+    # 3. They were saved again.  A server with less room loads only what fits, and deletes the rest on disk, too.
     assert [len(files(rank)) for rank in range(3)] == [count] * 3
     answers, _, restored, lost = run(9)
-    assert answers == expected and (restored, lost) == (count, 0)
+    assert answers == expected and 0 < restored <= 9 and lost == 0
     assert len(files(0)) == len(files(1)) <= 9 + 3

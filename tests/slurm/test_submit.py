@@ -65,6 +65,31 @@ def test_pipeline_jobs_depend_on_the_one_before(script, tmp_path):
     assert first.count("--partition=night") == second.count("--partition=night") == 1
 
 
+def test_jobs_of_a_pipeline_have_folders_and_files_of_their_own(script, refused, tmp_path):
+    generate = "recipe=generate model=smollm2_135m prompt.pydoc=assert"
+    steps = tmp_path / "steps.yaml"
+    steps.write_text("\n".join([f"- {generate}"] * 3))
+    places = re.findall(r"^run=(\S+)$", script("pipeline=steps.yaml"), re.MULTILINE)
+    assert len(set(places)) == 3
+    steps.write_text("\n".join([f"- {generate} out=a.json"] * 2))
+    assert "two jobs of the pipeline write to out=" in refused("pipeline=steps.yaml")
+    assert "two jobs of the pipeline have the folder" in refused("pipeline=steps.yaml", "folder=x")
+
+
+def test_chat_needs_turns_that_a_job_can_take_once(refused, tmp_path):
+    (tmp_path / "turns.jsonl").write_text('{"text": "a"}\n')
+    words = ("recipe=chat", "model=smollm2_135m", "folder=run")
+    assert "a job has no terminal to type turns at: give turns=FILE.jsonl" in refused(*words)
+    both = ("turns=turns.jsonl", "session.load=talk", "session.save=talk")
+    assert "it would take its turns again" in refused(*words, *both)
+
+
+def test_setting_that_a_recipe_pins_may_come_from_an_earlier_job(script):
+    assert "eval.data=NOTYET" in script(
+        "recipe=eval", "model=smollm2_135m", "eval.data=NOTYET", "folder=run", "after=5"
+    )
+
+
 def test_refused_pipeline_leaves_no_folder(refused, tmp_path):
     (tmp_path / "kept").mkdir()
     words = f"{' '.join(TINY)} launcher=local"
@@ -279,6 +304,20 @@ def test_launcher_local_runs_the_same_script(tmp_path, monkeypatch, capfd):
     assert (code / "recipes" / "pretrain.py").is_file()
     assert (code / "COMMIT").read_text().strip() == commit_of(ROOT)
     assert (code / "dirty.diff").read_text() == diff_of(ROOT)
+
+
+def test_task_of_an_array_is_requeued_alone(squeue, script, tmp_path, monkeypatch):
+    """The last task's SLURM_JOB_ID is the number of the whole array."""
+    squeue(0, "RUNNING", "")
+    asked = tmp_path / "asked"
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    scontrol.chmod(0o755)
+    for name, value in {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    text = script(*TINY, "seed=0,1", "launcher=local", "folder=run", "launcher.container=false")
+    subprocess.run(["bash"], input=text, capture_output=True, text=True, check=False)
+    assert asked.read_text().split() == ["requeue", "12_1"]
 
 
 @pytest.mark.parametrize(("state", "restarts"), [("RUNNING", True), ("", True), ("COMPLETING", False)])

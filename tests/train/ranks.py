@@ -44,6 +44,7 @@ class Run:
     tokens: int = 256  # token ids to draw from
     dtype: str = "float32"
     dropped: tuple[int, ...] = ()
+    shared_by: int = 1  # context ranks that share the weights of dropped blocks, instead of tensor-parallel ranks
     data: DataSettings | None = None
     lora: LoRA | None = None
     offload: bool = False
@@ -111,7 +112,7 @@ def train(rank: Rank, run: Run) -> list[Step]:
             recompute=run.recompute,
             loss_rows=run.loss_rows,
             mlp_rows=run.mlp_rows,
-            plan=SPDPlan(shape.layers, run.mesh.tp, run.dropped) if run.dropped else None,
+            plan=SPDPlan(shape.layers, run.mesh.tp * run.shared_by, run.dropped) if run.dropped else None,
             lora=run.lora,
             seed=5,
         )

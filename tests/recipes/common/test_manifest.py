@@ -142,10 +142,10 @@ def owned(tmp_path, monkeypatch):
         "tiny/metrics.jsonl": {},
         "new/a.json": {}, "new/a.manifest.json": {"module": "recipes.generate", "out": "/x/new/a.json"},
         "old/a.json": {}, "old/manifest.json": {"module": "recipes.generate", "out": "/x/old/a.json"},
-        "notes/mine.json": {},
+        "notes/mine.json": {}, "work/metrics.jsonl": {}, "weights/model/mine.bin": {},
     }  # fmt: skip
     for name, values in files.items():
-        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).parent.mkdir(exist_ok=True, parents=True)
         Path(name).write_text(json.dumps(values))
 
 
@@ -162,11 +162,15 @@ def owned(tmp_path, monkeypatch):
         ("tiny/manifest.json", "recipes.generate", "exists, and was not written by recipes.generate"),
         ("tiny/metrics.jsonl", "recipes.generate", "exists, and was not written by recipes.generate"),
         ("not/yet", "recipes.generate", None), (None, "recipes.generate", None),
+        ("work", "recipes.pretrain", "has metrics.jsonl, which recipes.pretrain did not write and would replace"),
+        ("weights", "recipes.pretrain", "has model, which recipes.pretrain did not write and would replace"),
+        ("new/a.yaml", "recipes.calibrate", "would replace the manifest of a.json, a.manifest.json: use a name"),
     ],
 )  # fmt: skip
 def test_place_of_another_recipe_is_refused(out, recipe, words):
+    replaces = (*manifest.LINES, "model")
     if words is None:
-        manifest.refuse_other_recipe(out, recipe)
+        manifest.refuse_other_recipe(out, recipe, replaces)
         return
     with pytest.raises(ValueError, match=words):
-        manifest.refuse_other_recipe(out, recipe)
+        manifest.refuse_other_recipe(out, recipe, replaces)
