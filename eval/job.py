@@ -226,6 +226,15 @@ def pinned(config: DictConfig) -> tuple[str, ...]:
     return (f"eval.data={folder.resolve() if folder else 'hub'}",)
 
 
+def refuse_unlimited(evaluation: EvalConfig, examples: Mapping[str, int | None]) -> None:
+    """Raise ValueError if ``eval.until`` adds ``examples`` of a generated task without a limit (None)."""
+    if evaluation.until and (unlimited := [name for name, limit in examples.items() if limit is None]):
+        raise ValueError(
+            f"eval.until={evaluation.until}: examples of {unlimited[0]} are generated, so set how many at most: "
+            f"eval.limit=1000, or ++eval.limits.{unlimited[0]}=1000"
+        )
+
+
 def _load_tasks(evaluation: EvalConfig, base: Variant, data: Path | None) -> dict[str, Task]:
     """Return the tasks with their requests built, those of long texts last."""
     from eval.harness.generated import GENERATED, make_generated_tasks
@@ -239,11 +248,9 @@ def _load_tasks(evaluation: EvalConfig, base: Variant, data: Path | None) -> dic
     # 1. Benchmarks of files and of the hub.
     benchmarks = [name for name in evaluation.tasks if name not in GENERATED]
     tasks = load_tasks(benchmarks, data, evaluation.num_fewshot, evaluation.include)
-    no_shots = [name for name, task in tasks.items() if task.config.num_fewshot == 0]
-    if evaluation.num_fewshot and no_shots:
-        say(f"eval.num_fewshot: {', '.join(no_shots)} show no examples, as lm-eval configures them")
     # 2. Tasks of long texts.
     if examples := {name: evaluation.limit_of(name) for name in evaluation.tasks if name in GENERATED}:
+        refuse_unlimited(evaluation, examples)
         max_length, longest = base.target.shape.max_positions, max(evaluation.lengths)
         if evaluation.max_length and longest > evaluation.max_length:
             raise ValueError(
@@ -257,6 +264,9 @@ def _load_tasks(evaluation: EvalConfig, base: Variant, data: Path | None) -> dic
         raise ValueError(
             f"eval.text and eval.lengths are for long texts: add one of {', '.join(GENERATED)}, or leave them out"
         )
+    no_shots = [name for name, task in tasks.items() if task.config.num_fewshot == 0]
+    if evaluation.num_fewshot and no_shots:
+        say(f"eval.num_fewshot: {', '.join(no_shots)} show no examples, as lm-eval or longctx configures them")
     # 3. Their requests.
     if (evaluation.gate or evaluation.until) and all(
         task.OUTPUT_TYPE == "loglikelihood_rolling" for task in tasks.values()

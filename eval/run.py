@@ -107,7 +107,8 @@ def answer_variant(job: EvalJob, number: int, requests: Sequence[Request]) -> re
     # 1. Read the stored answers.
     variant = job.variants[number]
     file = job.file(variant)
-    stored = responses.read(file)
+    speed = speed_settings(job, variant)
+    stored = responses.read(file, speed)
     for line in stored.corrupt:
         say(f"{line} is corrupt: its answer is computed again")
     if others := stored.commits - {commit_of(ROOT)}:
@@ -127,10 +128,17 @@ def answer_variant(job: EvalJob, number: int, requests: Sequence[Request]) -> re
         requests=missing,
         file=file,
         max_batch_tokens=job.eval.max_batch_tokens,
+        speed=speed,
     )
     if on_every_rank(variant.target.mesh, run_rank, work):
         leave_stopped()
-    return responses.read(file)
+    return responses.read(file, speed)
+
+
+def speed_settings(job: EvalJob, variant: Variant) -> str:
+    """Return the settings of ``variant`` that change the speed of its answers and not the answers."""
+    target = variant.target
+    return f"dp={target.mesh.dp} threads={target.run.threads} batch={job.eval.max_batch_tokens}"
 
 
 def outcomes_of(job: EvalJob, stored: responses.StoredAnswers, tasks: Mapping[str, Task]) -> Mapping[str, Outcomes]:

@@ -34,13 +34,13 @@ def drop_none_yet(config: DictConfig) -> DictConfig:
 def make_order_jobs(
     configs: Sequence[Named], base: Variant, sequences: int, out: Path
 ) -> dict[int, spd_sensitivity.SensitivityJob]:
-    """Return the jobs that measure the orders of blocks that ``configs`` lack, by degree of tensor parallelism.
+    """Return the jobs that measure the orders of blocks that ``configs`` lack, by number of ranks that share a block.
 
     The order is of the baseline's blocks, on ``sequences`` sequences of text; a job's folder is
     ``out``/sensitivity-tpN.
     Raises ValueError, with what to set instead, if an order cannot be measured.
     """
-    degrees = dict.fromkeys(config.mesh.tp for _, config in configs if lacks_order(config))
+    degrees = dict.fromkeys(_degree(config) for _, config in configs if lacks_order(config))
     return {tp: _make_order_job(base, tp, sequences, out / f"sensitivity-tp{tp}") for tp in degrees}
 
 
@@ -55,9 +55,19 @@ def fill_in_orders(configs: Sequence[Named], base: Variant, sequences: int, out:
     def complete(config: DictConfig) -> DictConfig:
         if not lacks_order(config):
             return config
-        return _with_blocks(config, within(orders[config.mesh.tp], config.spd.budget))
+        return _with_blocks(config, within(orders[_degree(config)], config.spd.budget))
 
     return [(name, complete(config)) for name, config in configs]
+
+
+def _degree(config: DictConfig) -> int:
+    """Return the number of ranks among which a dropped reduction would sum: tensor-parallel ones, or context ranks.
+
+    Context ranks take their place in sharded decoding (see `recipes.common.spd_plan.plan_of`).
+    """
+    mesh = config.mesh
+    shares = config.context.decode == "sharded" and mesh.tp == 1
+    return int(mesh.ulysses * mesh.ring if shares else mesh.tp)
 
 
 def _with_blocks(config: DictConfig, blocks: Sequence[int]) -> DictConfig:
@@ -78,7 +88,11 @@ def _make_order_job(base: Variant, tp: int, sequences: int, out: Path) -> spd_se
     words += [f"model.dtype={model.dtype}", f"data.length={min(_LENGTH, shape.max_positions)}"]
     # Paths are merged in: Hydra would read commas and brackets in them as its syntax.
     config = compose_config("spd_sensitivity", [*words, "model.name=x", "model.source=x", "out=x"])
-    paths: dict[str, object] = {"model": {"name": model.name, "source": str(folder)}, "out": str(out)}
+    paths: dict[str, object] = {
+        "model": {"name": model.name, "source": str(folder), "cache": model.cache},
+        "run": vars(base.target.run),
+        "out": str(out),
+    }
     return spd_sensitivity.prepare(_merge(config, paths), "eval.run")
 
 

@@ -90,7 +90,12 @@ def compose_variants(config: DictConfig) -> list[tuple[str, DictConfig]]:
         if base["adapted"] and change.get("spd"):
             # The adapted folder has an order of blocks; the variant's file belongs to the model without repair.
             spd = {key: value for key, value in mapping_at(change, "spd").items() if key != "sensitivity"}
-            repaired = {**change, "model": base["adapted"], "spd": {"sensitivity": None, **spd}}
+            if isinstance(change.get("model"), str):
+                raise ValueError(
+                    f"variants: {name} has a model, and adapted={base['adapted']} is another one: leave one of them out"
+                )
+            model = {**_in_folder(str(base["adapted"])), **mapping_at(change, "model")}
+            repaired = {**change, "model": model, "spd": {"sensitivity": None, **spd}}
             variants.append((f"{name} repaired", _apply(base, repaired)))
     names = [name for name, _ in variants]
     if base["adapted"] and len(variants) == 1 + len(mappings_at(base, "variants")):
@@ -116,14 +121,20 @@ def _apply(base: Values, change: Values) -> DictConfig:
             f"variants: {change['name']}: {min(unknown)} is not one of {', '.join(_SECTIONS)}: leave it out"
         )
     if isinstance(source := changes.get("model"), str):
-        # Another folder: nothing of the baseline's source, nor of its changed context, applies to it.
-        folder = Path(source).expanduser()
-        context = ("max_positions", "rope_theta", "rope_factor", "rope_type")
-        cleared = dict.fromkeys(("wheel", "gguf", "sha256", "config", "tokenizer", *context))
-        changes["model"] = {**cleared, "name": folder.name, "source": source}
+        changes["model"] = _in_folder(source)
     merged = {name: {**mapping_at(base, name), **mapping_at(changes, name)} for name in _SECTIONS}
     merged["model"] = {name: value for name, value in merged["model"].items() if value is not None}
     return as_config({**base, **merged})
+
+
+def _in_folder(source: str) -> dict[str, object]:
+    """Return the section ``model`` of a variant whose model is in the folder ``source``.
+
+    Nothing of the baseline's source, nor of its changed context, applies to it.
+    """
+    context = ("max_positions", "rope_theta", "rope_factor", "rope_type")
+    cleared = dict.fromkeys(("wheel", "gguf", "sha256", "config", "tokenizer", *context))
+    return {**cleared, "name": Path(source).expanduser().name, "source": source}
 
 
 def resolve_variant(name: str, config: DictConfig) -> Variant:

@@ -14,7 +14,8 @@ from longctx.checksum import KEY, has_valid_checksum, with_checksum
 class Entry(TypedDict, total=False):
     """A line of the file: one ``answer`` with its request's ``key``, or what the answers above it cost.
 
-    The cost is ``tokens`` and ``seconds`` of a number of ``requests``.  A written line also has ``crc32``, the checksum
+    The cost is ``tokens`` and ``seconds`` of a number of ``requests``, with the settings ``speed`` that change the
+    speed and not the answers.  A written line also has ``crc32``, the checksum
     of its other keys.
     """
 
@@ -24,6 +25,7 @@ class Entry(TypedDict, total=False):
     tokens: int
     seconds: float
     commit: str
+    speed: str
     crc32: int
 
 
@@ -44,8 +46,12 @@ class StoredAnswers:
     seconds: float = 0.0
 
 
-def read(path: Path) -> StoredAnswers:
-    """Return the answers in ``path``; none if it does not exist.  Corrupt lines are listed in ``corrupt``."""
+def read(path: Path, speed: str | None = None) -> StoredAnswers:
+    """Return the answers in ``path``; none if it does not exist.  Corrupt lines are listed in ``corrupt``.
+
+    Only costs of the settings ``speed`` count in the totals (None: all).  Lines of versions that did not write them
+    count with any.
+    """
     stored = StoredAnswers()
     if not path.exists():
         return stored
@@ -60,22 +66,28 @@ def read(path: Path) -> StoredAnswers:
             stored.answers[entry["key"]] = answer if isinstance(answer, str) else (answer[0], answer[1])
         else:
             stored.commits.add(entry.get("commit", "unknown"))
+            if speed not in (None, entry.get("speed", speed)):
+                continue
             stored.requests += entry["requests"]
             stored.tokens += entry["tokens"]
             stored.seconds += entry["seconds"]
     return stored
 
 
-def append(path: Path, answers: Mapping[str, Answer], tokens: int, seconds: float, commit: str) -> None:
+def append(
+    path: Path, answers: Mapping[str, Answer], tokens: int, seconds: float, commit: str, speed: str = ""
+) -> None:
     """Add ``answers`` by key, and the ``tokens`` and ``seconds`` that they cost, in one write.
 
-    With ``tokens`` 0 (generated texts), the answers do not count among the timed requests.
+    ``speed`` has the settings that change the speed and not the answers.  With ``tokens`` 0 (generated texts), the
+    answers do not count among the timed requests.
     """
     cost: Entry = {
         "requests": len(answers) if tokens else 0,
         "tokens": tokens,
         "seconds": round(seconds, 4),
         "commit": commit,
+        "speed": speed,
     }
     entries: list[Entry] = [{"key": key, "answer": answer} for key, answer in answers.items()]
     # A killed run may have left half a line at the end: the leading newline keeps it apart from what follows.
@@ -122,4 +134,8 @@ def _is_entry(entry: dict[str, Any]) -> bool:
                 return isinstance(entry["key"], str)
         return False
     counts = all(isinstance(entry[name], int) for name in ("requests", "tokens"))
-    return counts and isinstance(entry["seconds"], int | float) and isinstance(entry.get("commit", ""), str)
+    return (
+        counts
+        and isinstance(entry["seconds"], int | float)
+        and all(isinstance(entry.get(name, ""), str) for name in ("commit", "speed"))
+    )

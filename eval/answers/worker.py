@@ -31,7 +31,8 @@ class EvalWork:
     """The inputs of every rank: plain values, checked before any rank starts.
 
     ``name`` labels the progress bar; answers are appended to ``file``.
-    At most ``max_batch_tokens`` tokens are run at once; a longer question is run alone.
+    At most ``max_batch_tokens`` tokens are run at once; a longer question is run alone.  ``speed`` has the settings
+    that change the speed and not the answers; it is written beside the times.
     """
 
     name: str
@@ -39,6 +40,7 @@ class EvalWork:
     requests: tuple[Request, ...]
     file: Path
     max_batch_tokens: int
+    speed: str = ""
 
 
 def run_rank(rank: Rank, work: EvalWork) -> bool:
@@ -60,7 +62,8 @@ def run_rank(rank: Rank, work: EvalWork) -> bool:
         for own, own_tokens in answer_requests(engine, work, runtime.groups.dp.rank()):
             answers, tokens = _of_all_groups(runtime, {key(request): answer for request, answer in own}, own_tokens)
             if is_first:
-                responses.append(work.file, answers, tokens, time.perf_counter() - begin if tokens else 0.0, commit)
+                seconds = time.perf_counter() - begin if tokens else 0.0
+                responses.append(work.file, answers, tokens, seconds, commit, work.speed)
                 begin = time.perf_counter()
             for _ in answers:
                 progress.step()

@@ -66,6 +66,7 @@ def read_rows(task: LocalTask, path: Path) -> list[Row]:
     rows = []
     for number, record in enumerate(read(path), 1):
         try:
+            _refuse_no_choice(record)
             rows.append(task.convert(record))
         except (KeyError, ValueError, IndexError, TypeError) as error:
             raise ValueError(
@@ -73,6 +74,17 @@ def read_rows(task: LocalTask, path: Path) -> list[Row]:
                 "correct the record, or give the file as it was published"
             ) from error
     return rows
+
+
+def _refuse_no_choice(record: TaskRecord) -> None:
+    """Raise ValueError unless the record's right answer is a number of one of its choices, from 0."""
+    for name in ("gold", "answer"):
+        choices = record.get("choices") or record.get("context_options") or [0] * (name == "gold") * 2
+        if name not in record or not choices:
+            continue
+        right = record[name]
+        if type(right) is not int or not 0 <= right < len(choices):
+            raise ValueError(f"{name} is {right!r}, and not the number of one of {len(choices)} choices, from 0")
 
 
 def _read_json_lines(path: Path) -> list[TaskRecord]:

@@ -212,7 +212,7 @@ def make_examples(
         # Make the same example again with less text, until it fits.
         while excess > 0 and room > 0:
             prompt, answers = make(np.random.default_rng([seed, length, i]), text, room)
-            tokens = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            tokens = len(tokenizer(prompt)["input_ids"])  # with BOS, if the tokenizer adds it
             excess = tokens + answer_tokens - length
             room = min(room - 8, room * (length - answer_tokens) // tokens)
         if excess > 0:

@@ -196,7 +196,8 @@ def question_filler(file: str, read: str, source: RulerSource) -> Filler:
     def make(size: int, number: int) -> RulerExample:
         if number >= len(questions):
             raise ValueError(f"{file} has {len(questions)} questions: use eval.limit={len(questions)} or fewer")
-        text, outputs = module.generate_input_output(number, size, questions, documents)
+        # A copy: with all documents, lm-eval shuffles the list in place, and the questions refer to places in it.
+        text, outputs = module.generate_input_output(number, size, questions, list(documents))
         return {"input": text, "gen_prefix": "Answer:", "outputs": list(outputs)}
 
     least = max(len(one["context"]) for one in questions)

@@ -34,7 +34,8 @@ _ACCURACY = ("acc", "exact_match", "recall")
 # InfiniteBench's score is a match, an F1 score or ROUGE-L.  In two of its tasks the answer is one of four letters,
 # generated as text: a guess is right in a quarter of cases.
 _SCORED = "infinitebench_"
-_LETTER_CHANCE = {"infinitebench_code_debug": 0.25, "infinitebench_longbook_choice_en": 0.25}
+_KNOWN_CHANCE = {"infinitebench_code_debug": 0.25, "infinitebench_longbook_choice_en": 0.25,
+                 "association": 0.25, "coreference": 0.25}  # fmt: skip
 _PREFERRED = "exact_match,flexible-extract"
 _PERPLEXITY = "word_perplexity"
 # Tasks whose choices differ in length: judged by likelihood per character (acc_norm), as is customary.
@@ -220,7 +221,9 @@ def collect_outcomes(name: str, task: Task) -> Outcomes:
     metric = _choose_accuracy(name, values)
     depths = [depth_of(name, instances[0].doc) for instances in examples.values()]
     is_choice = task.OUTPUT_TYPE == "multiple_choice"
-    chance = _chance(task, list(examples.values())[:SCREENED]) if is_choice else _LETTER_CHANCE.get(name, 0.0)
+    chance = _KNOWN_CHANCE.get(name, _KNOWN_CHANCE.get(name.rpartition("_")[0], 0.0))
+    if is_choice:
+        chance = _chance(task, list(examples.values())[:SCREENED], metric.partition(",")[0])
     return Outcomes(
         name,
         tuple(float(value) for value in values[metric]),
@@ -235,11 +238,12 @@ def collect_outcomes(name: str, task: Task) -> Outcomes:
 def _margin(task: Task, doc: Mapping[str, Any], answers: Sequence[Any]) -> float | None:
     """Return the margin of the right answer (nats): its log-probability, minus the largest other one if there is any.
 
-    Returns None for generated text, if several answers are right, or if a choice has no single log-probability.
+    Returns None for generated text, if several answers are right, or if a choice has no single log-probability.  A task
+    that computes its results itself may have several right answers.
     """
     if task.OUTPUT_TYPE == "loglikelihood":
         return float(answers[0][0])
-    if task.OUTPUT_TYPE != "multiple_choice":
+    if task.OUTPUT_TYPE != "multiple_choice" or callable(task.config.process_results):
         return None
     choices = task.doc_to_choice(doc)
     right = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
@@ -250,18 +254,28 @@ def _margin(task: Task, doc: Mapping[str, Any], answers: Sequence[Any]) -> float
     return log_probs.pop(right) - max(log_probs)
 
 
-def _chance(task: Task, examples: Sequence[Sequence[Instance]]) -> float:
+def _chance(task: Task, examples: Sequence[Sequence[Instance]], metric: str) -> float:
     """Return the accuracy of guessing, from the first `SCREENED` examples, so that it does not depend on their number.
 
     It is the mean of 1 / choices.  If all questions have the same choices, such as yes and no, it is the share of the
-    most common answer, if that is larger.
+    most common answer, if that is larger.  A task that computes its results itself, such as TruthfulQA with several
+    right answers, is asked for its ``metric`` with each choice in turn as the only likely one.
     """
-    uniform = fmean(1 / len(instances) for instances in examples)
+    if callable(task.config.process_results):
+        return fmean(_chance_of_example(task, instances, metric) for instances in examples)
+    uniform = fmean(1 / len(task.doc_to_choice(instances[0].doc)) for instances in examples)
     choices = {tuple(one.args[1] for one in instances) for instances in examples}
     if len(choices) > 1 or len(examples) == 1:
         return uniform
     answers = Counter(str(task.doc_to_target(instances[0].doc)) for instances in examples)
     return max(uniform, answers.most_common(1)[0][1] / len(examples))
+
+
+def _chance_of_example(task: Task, instances: Sequence[Instance], metric: str) -> float:
+    """Return the mean of ``metric`` over guesses, each of which makes one of the choices certain."""
+    numbers = range(len(instances))
+    guesses = [[(0.0 if one == guess else -1e4, False) for one in numbers] for guess in numbers]
+    return fmean(float(task.process_results(instances[0].doc, guess)[metric]) for guess in guesses)
 
 
 def _choose_accuracy(name: str, metrics: Mapping[str, object]) -> str:

@@ -44,7 +44,7 @@ def summary(report: Report) -> Table:
         return table
     table = Table("variant", *_COMPARED, box=None)
     for name, figures in report.average.items():
-        table.add_row(name, *_cells(figures))
+        table.add_row(name, *_cells(figures, report.average[BASELINE]))
     return table
 
 
@@ -65,7 +65,9 @@ def _gate(report: Report, others: Sequence[str]) -> list[str]:
         failed = [f"{name} ({report.average[name]['verdict']})" for name in gate.failed]
         verdict = f"FAILED by {', '.join(failed)}" if failed else "passed"
         undecided = [name for name in gate.variants if report.average[name]["verdict"] == "undecided"]
-        if undecided and gate.strict:
+        if undecided and gate.strict and not set(report.averaged).isdisjoint(report.near_chance):
+            verdict += ". The baseline guesses on every task: use other tasks"
+        elif undecided and gate.strict:
             verdict += ". Undecided is not passed: ask more examples, or let it pass with eval.strict=false"
         elif undecided:
             verdict += f", with {', '.join(undecided)} undecided, which eval.strict=false lets pass"
@@ -74,9 +76,9 @@ def _gate(report: Report, others: Sequence[str]) -> list[str]:
 
 
 def _averages(report: Report) -> str:
-    table_rows = []
+    table_rows, base = [], report.average.get(BASELINE)
     for name, variant in report.variants.items():
-        cells = _cells(report.average[name]) if name in report.average else [""] * len(_COMPARED)
+        cells = _cells(report.average[name], base) if name in report.average else [""] * len(_COMPARED)
         speed = f"{variant.tokens_per_s:,.0f}" if variant.tokens_per_s else ""
         table_rows.append([name, f"{variant.dropped:.0%}", variant.mesh, *cells, speed])
     tasks = ", ".join(report.averaged) or "no task of accuracy"
@@ -87,7 +89,7 @@ def _averages(report: Report) -> str:
 def _needs(report: Report) -> list[str]:
     """Return the section that says how many examples would decide the averages; empty if all are decided."""
     undecided = {name: one for name, one in report.average.items() if one["verdict"] == "undecided"}
-    if not undecided:
+    if not undecided or not set(report.averaged).isdisjoint(report.near_chance):  # guesses: no number would decide
         return []
     table_rows = []
     for name, figures in undecided.items():
@@ -197,8 +199,9 @@ def _scores(report: Report) -> str:
     table_rows = []
     for task, by_variant in report.tasks.items():
         mark = " (near chance)" if task in report.near_chance else ""
-        examples = next(iter(by_variant.values()))["n"]
-        table_rows.append([task + mark, f"{examples:,}", *map(_score, by_variant.values())])
+        base = by_variant[BASELINE]
+        scores = [_score(one) + (f" ({one['n']:,})" if one["n"] != base["n"] else "") for one in by_variant.values()]
+        table_rows.append([task + mark, f"{base['n']:,}", *scores])
     return _table(["task", "examples", *report.variants], table_rows)
 
 
@@ -211,7 +214,7 @@ def _comparisons(report: Report, others: Sequence[str]) -> str:
                 ends = "(few texts)" if figures["low"] is None else f"[{figures['low']:+.1%}, {figures['high']:+.1%}]"
                 cells = [_score(figures), f"{figures['difference']:+.1%} {ends}", "", "", ""]
             else:
-                cells = _cells(figures)
+                cells = _cells(figures, by_variant[BASELINE])
             table_rows.append([task, name, *cells])
     return _table(["task", "variant", *_COMPARED], table_rows)
 
@@ -221,15 +224,18 @@ def _score(figures: Figures, digits: int = 1) -> str:
     return f"perplexity {figures['perplexity']:.{digits}f}" if accuracy is None else f"{accuracy:.3f}"
 
 
-def _cells(figures: Figures) -> list[str]:
+def _cells(figures: Figures, base: Figures | None) -> list[str]:
     """Return the cells that compare ``figures`` with the baseline: accuracy, difference, p-value, verdict, needed.
 
     The last cell is the number of examples that a verdict needs.  For the baseline itself, all cells but the accuracy
-    are empty.
+    are empty.  If the baseline, with the figures ``base``, has answered more examples, the first cell also has its
+    accuracy on those that are compared.
     """
     accuracy, verdict = f"{figures['accuracy']:.3f}", figures["verdict"]
     if verdict is None:
         return [accuracy, "", "", "", ""]
+    if base and base["n"] != figures["n"]:
+        accuracy += f" on {figures['n']:,} (baseline {figures['baseline']:.3f})"
     difference = f"{figures['difference']:+.3f} [{figures['low']:+.3f}, {figures['high']:+.3f}]"
     p_value, needed = figures["p_mcnemar"], ""
     if verdict == "undecided":

@@ -63,7 +63,8 @@ class GateRules:
 class Figures(TypedDict, total=False):
     """Figures of a variant on a task, or on average, as report.json has them.
 
-    A baseline has None for all comparisons.  Tasks of perplexity have accuracy None and ``perplexity``;
+    A baseline has None for all comparisons.  A variant's ``baseline`` is the accuracy of the baseline on the variant's
+    ``n`` examples; the baseline may have answered more.  Tasks of perplexity have accuracy None and ``perplexity``;
     their difference is relative: 0.01 is one per cent more.  ``needed`` are examples by task (see `Comparison`).
     ``margin``: `MarginChange` as a dictionary, None without log-probabilities of answers.
     ``metrics``: totals of all of lm-eval's metrics, only for a task of accuracy.
@@ -71,6 +72,7 @@ class Figures(TypedDict, total=False):
 
     n: int
     accuracy: float | None
+    baseline: float
     perplexity: float
     difference: float | None
     low: float | None
@@ -218,6 +220,7 @@ def _accuracy_figures(
     return {
         "n": compared.n,
         "accuracy": compared.accuracy,
+        "baseline": compared.baseline,
         "difference": compared.difference,
         "low": compared.low,
         "high": compared.high,

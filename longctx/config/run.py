@@ -123,8 +123,9 @@ class Reduce:
 
     @property
     def name(self) -> str:
-        """The dtype of both reductions' messages, or ``str(self)`` if they differ."""
-        return self.attention if self.attention == self.mlp else str(self)
+        """The dtype of both reductions' messages, or ``str(self)`` if they differ or have another size of groups."""
+        plain = self.attention == self.mlp and self.group == Reduce.group
+        return self.attention if plain else str(self)
 
     def __str__(self) -> str:
         group = f", groups of {self.group}" if {"int8", "int6"} & {self.attention, self.mlp} else ""

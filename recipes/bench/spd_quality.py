@@ -18,10 +18,11 @@ from rich.table import Table
 
 from longctx.config import DataSettings, Reduce, TextSource
 from longctx.hf.checkpoint import same_model
+from longctx.model_shape import ModelShape
 from longctx.parallel.launch import Rank
 from longctx.perplexity import difference_interval, perplexity
 from longctx.shapes import Tensor
-from longctx.spd.plan import SavedPlan, SPDPlan, order_from, saved_plan, within
+from longctx.spd.plan import SavedPlan, SPDPlan, order_from, refuse_changed_weights, saved_plan, within
 from longctx.spd.text import PackedText
 from recipes.bench.rounded import Rival, read_rivals
 from recipes.bench.spd_placement import placement_losses
@@ -132,10 +133,24 @@ def prepare(config: DictConfig) -> QualityJob:
     if target.mesh.dp > 1:
         raise ValueError(f"recipes.bench spd_quality has no use for mesh.dp={target.mesh.dp}: use mesh.dp=1")
     models = sections(config, "models", NamedModel, say)
+    refuse_same_labels([RANKED, IN_ORDER, *(model.label for model in models)])
+    refuse_unplaceable(settings, target.shape)
     rivals = read_rivals(config)
     texts = read_texts(sections(config, "texts", NamedText, say), target, settings)
     variants = resolve_variants(models, rivals, target, settings)
     return QualityJob(settings, target, variants, texts)
+
+
+def refuse_unplaceable(settings: QualitySettings, shape: ModelShape) -> None:
+    """Raise ValueError if ``placement`` is asked for a model whose block adds more than its two outputs.
+
+    The four sums of `placed_outputs` have no norms of outputs, no scale of the residual connection, and no biases.
+    """
+    if settings.placement and (shape.norms != "pre" or shape.residual_scale != 1 or shape.out_bias or shape.mlp_bias):
+        raise ValueError(
+            f"placement={list(settings.placement)} is for blocks that add the outputs of attention and MLP unchanged, "
+            "without norms, scale or biases: use placement=[]"
+        )
 
 
 def resolve_variants(
@@ -179,6 +194,7 @@ def saved_plan_of(name: str, folder: str, target: Target, share: float) -> Saved
     if missing := set(within(saved.order, share)) - set(saved.adapted):
         raise ValueError(f"{name} lacks a repair of block {min(missing)}: adapt it with a larger spd.budget")
     refuse_damaged(target.model, path, target.shape)
+    refuse_changed_weights(path)
     return saved
 
 

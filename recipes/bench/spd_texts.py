@@ -125,6 +125,10 @@ def beginnings_of(data: DataSettings, target: Target, sequences: int) -> PackedT
     """
     from longctx.data.documents import documents
 
+    if data.length > target.shape.max_positions:
+        raise ValueError(
+            f"length={data.length:,} is more than the model's context of {target.shape.max_positions:,}; use less"
+        )
     whole: list[list[int]] = [[]]
     for part, _ in documents(data.sources[0], tokenizer_of(target.folder), data)(None):
         whole[-1] += part.tokens[: data.length + 1].tolist()

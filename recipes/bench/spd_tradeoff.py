@@ -8,6 +8,7 @@ It runs no model: it joins the results of spd_quality, of spd_latency on each li
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import expm1
@@ -84,9 +85,10 @@ def prepare(config: DictConfig) -> TradeoffJob:
     settings = top_level(config, TradeoffSettings)
     refuse_unwritable(settings.out)
     refuse_unwritable(settings.picture, "picture")
-    saved = {}
+    saved, measured = {}, dict[str, tuple[str, int]]()
     for file in settings.latency:
-        values = read_json(file, "latency", "rows", "spd_latency")
+        values = read_json(file, "latency", ("rows", "model", "mesh"), "spd_latency")
+        measured[f"latency={file}"] = values["model"], tp_of(values["mesh"])
         link = link_of(values)
         if link in saved:
             raise ValueError(f"latency={list(settings.latency)}: two files are for {link}; give one for each link")
@@ -94,18 +96,44 @@ def prepare(config: DictConfig) -> TradeoffJob:
         saved[link] = {(row.get("reduce", "float32"), row["share"]): 100 * row["saved"] for row in table_rows}
     qualities = list[Quality]()
     if settings.quality:
-        qualities += perplexities(read_json(settings.quality, "quality", "variants", "spd_quality"), settings.text)
+        values = read_json(settings.quality, "quality", ("variants", "model", "tp"), "spd_quality")
+        measured[f"quality={settings.quality}"] = values["model"], values["tp"]
+        qualities += perplexities(values, settings.text)
     if settings.report:
-        qualities += accuracies(read_json(settings.report, "report", "average", "eval.run"))
+        values = read_json(settings.report, "report", ("average", "variants"), "eval.run")
+        baseline = next(iter(values["variants"].values()))
+        measured[f"report={settings.report}"] = baseline["model"], tp_of(baseline["mesh"])
+        qualities += accuracies(values)
+    refuse_other_model(measured)
     return TradeoffJob(settings, tuple(qualities), saved)
 
 
-def read_json(file: str, setting: str, key: str, recipe: str) -> Any:
-    """Return the content of ``file``.  Raises ValueError if it lacks ``key``: then ``recipe`` did not write it."""
+def read_json(file: str, setting: str, keys: Sequence[str], recipe: str) -> Any:
+    """Return the content of ``file``.  Raises ValueError if it lacks one of ``keys``: ``recipe`` did not write it."""
     values = json.loads(Path(file).expanduser().read_text())
-    if not isinstance(values, dict) or key not in values:
-        raise ValueError(f"{setting}={file} is not a result of {recipe}, or of an older version: it has no {key}")
+    missing = [key for key in keys if key not in values] if isinstance(values, dict) else keys
+    if missing:
+        raise ValueError(
+            f"{setting}={file} is not a result of {recipe}, or of an older version: it has no {missing[0]}"
+        )
     return values
+
+
+def tp_of(mesh: str) -> int:
+    """Return the tensor-parallel degree of ``mesh`` in words, such as "tp=3 ring=2"; 1 if it is not named."""
+    named = re.search(r"tp=(\d+)", mesh)
+    return int(named[1]) if named else 1
+
+
+def refuse_other_model(measured: Mapping[str, tuple[str, int]]) -> None:
+    """Raise ValueError unless all files, by setting, are of the same (model, mesh.tp)."""
+    (first, one), *others = measured.items()
+    if different := [(setting, other) for setting, other in others if other != one]:
+        setting, other = different[0]
+        raise ValueError(
+            f"{first} is of {one[0]} at mesh.tp={one[1]}, but {setting} of {other[0]} at mesh.tp={other[1]}: "
+            "give files of the same model and degree"
+        )
 
 
 def link_of(values: Mapping[str, Any]) -> str:
@@ -131,12 +159,21 @@ def perplexities(values: Mapping[str, Any], text: str | None) -> Iterator[Qualit
 
 
 def accuracies(values: Mapping[str, Any]) -> Iterator[Quality]:
-    """Yield the quality of each variant in the ``values`` of eval's report.json: points of average accuracy lost."""
+    """Yield the quality of each variant in the ``values`` of eval's report.json: points of average accuracy lost.
+
+    Variants on another mesh than the baseline's are left out.  Raises ValueError for a report of an older version, and
+    for a baseline that drops or rounds reductions.
+    """
     if not values["average"]:
         raise ValueError("the report has no average of accuracies: evaluate a task that has accuracies")
+    baseline = next(iter(values["variants"].values()))
     for name, variant in values["variants"].items():
         if "reduce" not in variant:
             raise ValueError("the report is of an older version: run eval.run again, which reuses the stored answers")
+        if baseline["dropped"] or baseline["reduce"] != "float32":
+            raise ValueError("the report's baseline drops or rounds reductions: evaluate the model without them first")
+        if variant["mesh"] != baseline["mesh"]:
+            continue  # of another mesh: the times are not for it
         difference = values["average"][name]["difference"] or 0.0
         repair = "repaired" if variant["repaired"] else "not repaired"
         yield Quality(ACCURACY, repair, variant["reduce"], variant["dropped"], -100 * difference)

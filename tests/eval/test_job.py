@@ -32,6 +32,10 @@ from recipes.common.settings import section
         (["eval.gate=[baseline]"], "eval.gate lists baseline, which variants are compared with"),
         (["eval.gate=[a]", "eval.tasks=[wikitext]", "variants=[{name: a}]"], "eval.gate judges accuracy"),
         (["eval.until=decided"], "eval.until=decided compares variants: add some"),
+        (
+            ["eval.until=decided", "eval.tasks=[needle]", "eval.lengths=[307]", "variants=[{name: a}]"],
+            "are generated, so set how many at most: eval.limit=1000, or ++eval.limits.needle=1000",
+        ),
         (["eval.until=decided", "eval.tasks=[wikitext]", "variants=[{name: a}]"], "eval.until judges accuracy"),
         (["mesh.pp=2"], "eval.run has no use for mesh.pp=2"),
         (["mesh.dp=2", "mesh.ep=2"], "eval.run has no use for mesh.ep=2"),

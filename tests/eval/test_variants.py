@@ -6,10 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from eval.variants import Variant
+from eval.sensitivity import make_order_jobs
+from eval.variants import Variant, compose_variants
 from longctx.config import Context, Mesh, ModelSource, Reduce, Run
+from longctx.hf.checkpoint import fingerprint
 from longctx.hf.config import shape_of
 from longctx.model_shape import ModelShape, Rotary
 from longctx.spd.plan import SavedPlan, SPDPlan
@@ -127,6 +130,27 @@ def test_variant_in_another_folder_has_its_own_context(prepared, tiny, tmp_path)
     words = (f"model.cache={tmp_path}", "model.rope_theta=70000", f"variants=[{{name: plain, model: {tiny}}}]")
     base, other = prepared(*words).variants
     assert other.target.folder == tiny and base.target.shape.rotaries != other.target.shape.rotaries
+
+
+def test_repaired_variant_has_the_dtype_of_the_variant(base_config, tiny, tmp_path):
+    composed = lambda *words: OmegaConf.merge(base_config, OmegaConf.from_dotlist(list(words)))  # noqa: E731
+    adapted = tmp_path / "adapted"
+    shutil.copytree(tiny, adapted)
+    SavedPlan(SPDPlan(2, 3, (0, 1)), (0, 1), (0, 1), fingerprint(tiny)).write(adapted)
+    variant = "variants=[{name: a, model: {dtype: bfloat16}, spd: {blocks: [0]}}]"
+    _, plain, repaired = compose_variants(composed("mesh.tp=3", f"adapted={adapted}", variant))
+    assert plain[1].model.dtype == repaired[1].model.dtype == "bfloat16"
+    assert repaired[1].model.source == str(adapted)
+    other = f"variants=[{{name: a, model: {tiny}, spd: {{blocks: [0]}}}}]"
+    with pytest.raises(ValueError, match=r"a has a model, and adapted=.* is another one: leave one of them out"):
+        compose_variants(composed("mesh.tp=3", f"adapted={adapted}", other))
+
+
+def test_order_is_measured_for_the_ranks_that_share_a_block(prepared):
+    ranked = "variants=[{name: a, spd: {drop: ranked, budget: 0.5}}]"
+    job = prepared("mesh.ring=3", "context.decode=sharded", ranked, "run.timeout_minutes=7")
+    ((degree, order_job),) = make_order_jobs(job.configs, job.variants[0], 1, job.out).items()
+    assert degree == order_job.target.mesh.tp == 3 and order_job.target.run.timeout_minutes == 7
 
 
 def test_variant_may_have_a_longer_context(prepared, tmp_path):

@@ -131,7 +131,7 @@ def held_out_conversations(folder) -> int:
         (finetune, ["lora.rank=0"], r"lora\.rank=0: use 1 or more, or null to train all weights"),
         (
             finetune,
-            ["lora.rank=2", "hardware=h100_gtt"],
+            ["lora.rank=2", "hardware=h100_gtt", "model.dtype=bfloat16"],
             r"lora\.rank=2 is not supported with hardware=.*; use",
         ),
         (finetune, ["lora.targets=[q_proj]"], r"lora\.targets\.0"),

@@ -118,6 +118,8 @@ def test_run_of_another_tokenizer_is_refused(inputs, config_of):
     """The run's folder has a copy, which an export would write beside weights that were trained on other tokens."""
     config = config_of("extend", *JOBS["extend"][2])
     begin_run(extend.prepare(config))
+    manifest = {"module": "recipes.extend", "out": str(inputs / "out")}
+    (inputs / "out" / "manifest.json").write_text(json.dumps(manifest))
     (inputs / "out" / "checkpoints" / "step-00000001").mkdir(parents=True)  # without one, the model would be replaced
     assert extend.prepare(config), "the same model resumes"
     file = inputs / "model" / "tokenizer.json"

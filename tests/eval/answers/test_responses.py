@@ -24,6 +24,15 @@ def test_appended_answers_are_read(tmp_path):
     assert (stored.requests, stored.tokens, stored.seconds, stored.corrupt) == (3, 38, 0.75, [])
 
 
+def test_times_count_for_the_settings_that_they_were_measured_with(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    append(file, {"a": (-1.0, True)}, 31, 0.5, "one", "dp=1")
+    append(file, {"b": (-1.0, True)}, 7, 0.25, "one", "dp=4")
+    assert [(read(file, speed).tokens, len(read(file, speed).answers)) for speed in ("dp=1", "dp=4", None)] == [
+        (31, 2), (7, 2), (38, 2)
+    ]  # fmt: skip
+
+
 def test_changed_line_is_named_and_not_used(tmp_path):
     file = tmp_path / "answers.jsonl"
     append(file, ANSWERS, 31, 0.5, "one")

@@ -180,6 +180,15 @@ def test_impossible_example_is_refused(name, length, words, source):
         make_ruler_examples(name, replace(source, length=length), 51, 0)
 
 
+def test_question_keeps_its_document_whatever_the_length(source):
+    """The search for the size tries all documents, of which not all fit."""
+    for length in (1201, 7307):
+        rows = make_ruler_examples("ruler_qa_squad", replace(source, length=length), 20, 0)
+        for row in rows:
+            town = re.search(r"Which river\?(\d+)", row["input"])[1]
+            assert f"The river of town {town} is the {row['outputs'][0]}." in row["input"]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

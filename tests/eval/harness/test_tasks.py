@@ -1,6 +1,7 @@
 """Tasks over local files: lm-eval's prompts to the letter, its metrics, and every real data set."""
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 
 from eval.harness.lm import EngineLM
-from eval.harness.local import LOCAL
-from eval.harness.tasks import answer_tasks, build_requests, collect_outcomes, load_tasks
+from eval.harness.local import LOCAL, read_rows
+from eval.harness.tasks import answer_tasks, build_requests, collect_outcomes, load_tasks, make_task
 
 FOUR = ["a stone", "a cloud", "a boat", "a song"]
 # A record of a file as eval/README.md describes it; the pairs that lm-eval asks of it; the correct one.
@@ -191,6 +192,38 @@ def test_chance_does_not_depend_on_the_number_of_examples(tmp_path):
         answer_tasks({"boolq": task}, model_that_prefers("yes"))
         chances.append(collect_outcomes("boolq", task).chance)
     assert chances == [0.75, 0.75]
+
+
+def test_task_with_several_right_answers_has_their_share_as_chance_and_no_margin():
+    """It computes its own results; the score is the probability of the right answers."""
+    config = {"output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}",
+              "doc_to_target": 0, "process_results": share_of_right, "metric_list": [{"metric": "acc"}]}  # fmt: skip
+    task = make_task("many", config, [{"q": "?", "choices": list("abcdefgh"), "right": 4}] * 3)
+    build_requests({"many": task}, {"many": None})
+    answer_tasks({"many": task}, model_that_prefers("a"))
+    result = collect_outcomes("many", task)
+    assert (result.chance, result.margins) == (0.5, ())
+
+
+def share_of_right(doc: dict, answers: list) -> dict[str, float]:
+    weights = [math.exp(value) for value, _ in answers]
+    return {"acc": sum(weights[: doc["right"]]) / sum(weights)}
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("piqa", {"query": "Question: a\n", "choices": ["b", "c"], "gold": "1"}),
+        ("boolq", {"query": "Passage: a\nQuestion: b?", "gold": -1}),
+        ("hellaswag", {"query": "a", "choices": ["b", "c", "d", "e"], "gold": 7}),
+        ("arc_easy", {"query": "a", "choices": ["b", "c"], "gold": -1}),
+        ("copa", {"query": "a because", "choices": ["b", "c"], "gold": True}),
+        ("mmlu", {"subject": "a", "question": "b", "choices": ["c", "d", "e", "f"], "answer": "B"}),
+    ],
+)
+def test_right_answer_must_be_the_number_of_a_choice(name, record, tmp_path):
+    with pytest.raises(ValueError, match=r"record 1, is not as .* is .*, and not the number of one of \d choices"):
+        read_rows(LOCAL[name], write_file(tmp_path, name, [record]))
 
 
 def test_metric_without_aggregation_is_averaged(tmp_path):

@@ -72,6 +72,9 @@ def test_average_of_tasks_near_chance_is_undecided():
     report = make_report(both, replace(RULES, strict=True), ORIGIN)
     assert report.average["all"]["verdict"] == "undecided" and report.gate.failed == ("all",)
     assert report.tasks["none"]["all"]["verdict"] == "no worse", "the answers are the same"
+    page = markdown(report)
+    assert "The baseline guesses on every task: use other tasks" in page and "ask more examples" not in page
+    assert "## Examples to decide" not in page
 
 
 def test_figures_are_those_of_the_variant(report):
@@ -120,6 +123,9 @@ def test_variant_is_compared_on_the_examples_that_it_answered():
     report = make_report([base, replace(VARIANTS[2], outcomes={"good": outcomes(40)})], RULES, ORIGIN)
     assert report.tasks["good"]["baseline"]["n"] == 500 and report.average["all"]["n"] == 200
     assert report.average["all"]["difference"] == pytest.approx(-0.4)
+    assert report.average["all"]["baseline"] == 0.6, "on these examples; on all of its own, 0.24"
+    page = markdown(report)
+    assert "0.200 on 200 (baseline 0.600)" in page and "| good | 500 | 0.240 | 0.200 (200) |" in page
 
 
 def test_margin_is_a_second_measure(report):

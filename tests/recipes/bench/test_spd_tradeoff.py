@@ -20,6 +20,7 @@ ADDED = {
 # Time of prefill saved, in %, with exact and with rounded reductions.
 SAVED = {"slow": {"float32": [0, 22, 43], "int8": [34, 45, 55]}, "fast": {"float32": [0, 12, 18], "int8": [-3, 5, 9]}}
 SHARES = [0, 0.5, 1]
+OF = {"model": "tiny", "mesh": "tp=3"}
 
 
 @pytest.fixture
@@ -29,7 +30,13 @@ def files(tmp_path: Path) -> list[str]:
     for name in ADDED:
         reduce = "int8" if name.endswith(", int8") else "float32"
         variants[name] = {"label": name.removesuffix(", int8"), "reduce": reduce}
-    quality = {"dropped": SHARES, "variants": variants, "texts": {"novel": {"variants": losses}}}
+    quality = {
+        "model": "tiny",
+        "tp": 3,
+        "dropped": SHARES,
+        "variants": variants,
+        "texts": {"novel": {"variants": losses}},
+    }
     (tmp_path / "quality.json").write_text(json.dumps(quality))
     for link, by_reduce in SAVED.items():
         rows = [
@@ -38,7 +45,7 @@ def files(tmp_path: Path) -> list[str]:
             for reduce, values in by_reduce.items()
             for share, saved in zip(SHARES, values, strict=True)
         ]
-        (tmp_path / f"{link}.json").write_text(json.dumps({"rate": link, "latency_us": 500.0, "rows": rows}))
+        (tmp_path / f"{link}.json").write_text(json.dumps({**OF, "rate": link, "latency_us": 500.0, "rows": rows}))
     return [f"quality={tmp_path}/quality.json", f"latency=[{tmp_path}/slow.json,{tmp_path}/fast.json]"]
 
 
@@ -75,10 +82,11 @@ def test_decode_has_its_own_times(cli, files):
 
 def test_accuracies_come_from_a_report(cli, files, tmp_path):
     variants = {
-        "baseline": {"dropped": 0, "repaired": False, "reduce": "float32"},
-        "half": {"dropped": 0.5, "repaired": True, "reduce": "int8"},
+        "baseline": {"dropped": 0, "repaired": False, "reduce": "float32", **OF},
+        "half": {"dropped": 0.5, "repaired": True, "reduce": "int8", **OF},
+        "ring": {"dropped": 0, "repaired": False, "reduce": "float32", "model": "tiny", "mesh": "tp=3 ring=2"},
     }
-    average = {"baseline": {"difference": None}, "half": {"difference": -0.004}}
+    average = {"baseline": {"difference": None}, "half": {"difference": -0.004}, "ring": {"difference": 0.9}}
     (tmp_path / "report.json").write_text(json.dumps({"variants": variants, "average": average}))
     code, _, err = cli(spd_tradeoff, spd_tradeoff.task, files[1], f"report={tmp_path}/report.json")
     assert code == 0, err
@@ -92,7 +100,7 @@ def test_results_of_older_versions_are_refused(refused, files, tmp_path):
     del quality["variants"]
     (tmp_path / "quality.json").write_text(json.dumps(quality))
     assert "or of an older version: it has no variants" in refused(spd_tradeoff, spd_tradeoff.task, *files)
-    report = {"variants": {"a": {"dropped": 0, "repaired": False}}, "average": {"a": {"difference": None}}}
+    report = {"variants": {"a": {"dropped": 0, "repaired": False, **OF}}, "average": {"a": {"difference": None}}}
     (tmp_path / "report.json").write_text(json.dumps(report))
     words = (files[1], f"report={tmp_path}/report.json")
     assert "run eval.run again, which reuses the stored answers" in refused(spd_tradeoff, spd_tradeoff.task, *words)
@@ -101,11 +109,17 @@ def test_results_of_older_versions_are_refused(refused, files, tmp_path):
 def test_files_that_do_not_fit_are_refused(refused, files, tmp_path):
     other = tmp_path / "other.json"
     other.write_text("{}")
+    larger, dropping = tmp_path / "larger.json", tmp_path / "dropping.json"
+    larger.write_text(json.dumps({**json.loads((tmp_path / "quality.json").read_text()), "tp": 8}))
+    base = {"dropped": 0.5, "repaired": False, "reduce": "float32", **OF}
+    dropping.write_text(json.dumps({"variants": {"a": base}, "average": {"a": {"difference": None}}}))
     for words, message in [
         ([files[1]], "set quality=quality.json, report=report.json, or both"),
         ([files[0], f"latency=[{other}]"], "is not a result of spd_latency"),
         ([files[0], f"latency=[{tmp_path}/slow.json,{tmp_path}/slow.json]"], "give one for each link"),
         ([*files, "text=poem"], "use one of novel"),
         ([f"quality={other}", files[1]], "is not a result of spd_quality"),
+        ([f"quality={larger}", files[1]], "is of tiny at mesh.tp=3, but quality="),
+        ([files[1], f"report={dropping}"], "the report's baseline drops or rounds reductions"),
     ]:
         assert message in refused(spd_tradeoff, spd_tradeoff.task, *words)
