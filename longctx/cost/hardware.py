@@ -1,5 +1,6 @@
 """The performance figures of a machine that the cost models use; ``python -m recipes.calibrate`` measures them."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -34,13 +35,16 @@ def refuse_unknown(values: Mapping[str, Any], known: Collection[str], where: str
 
 
 def refuse_impossible(constants: object, where: str, rates: Collection[str], seconds: Collection[str]) -> None:
-    """Raise ValueError if a field in ``rates`` is not above 0, or one in ``seconds`` is negative; None passes.
+    """Raise ValueError if a field in ``rates`` is not above 0, or one in ``seconds`` is negative or infinite.
+
+    None passes, and NaN does not.
 
     ``where`` precedes the field's name in the message.
     """
     for name in (*rates, *seconds):
         value = getattr(constants, name)
-        if value is not None and (value < 0 or (value == 0 and name in rates)):
+        possible = value is None or value > 0 or (value == 0 and name in seconds)  # NaN is not
+        if not possible or (name in seconds and value == math.inf):
             raise ValueError(f"{where}{name}={value}: use a number {'above 0' if name in rates else 'from 0 on'}")
 
 
@@ -52,7 +56,7 @@ def link_of(values: Mapping[str, Any]) -> Link:
     refuse_unknown(values, [one.name for one in fields(Link)], "a link")
     bulk = values.get("bulk")
     latency_s, bytes_per_s = float(values["latency_s"]), float(values["bytes_per_s"])
-    if latency_s < 0 or bytes_per_s <= 0:
+    if not (0 <= latency_s < math.inf and bytes_per_s > 0):
         raise ValueError(f"latency_s={latency_s}, bytes_per_s={bytes_per_s}: use latency_s >= 0 and bytes_per_s > 0")
     return Link(latency_s, bytes_per_s, link_of(bulk) if bulk else None)
 

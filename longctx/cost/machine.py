@@ -134,6 +134,13 @@ class Machine:
         rates = ("gpus_per_node", "gemm_flops", "attention_flops", "memory_bytes_per_s", "kv_bytes_per_s", "backward")
         limits = ("memory_bytes", "peak_flops", "ffn_element_bytes", "ranks_at_once")
         refuse_impossible(self, "", (*rates, *limits), ("block_s", "step_s", "layer_s", "turn_s"))
+        sizes = [level.ranks for level in self.levels]
+        if sizes != sorted(set(sizes)) or sizes[0] < 1:
+            raise ValueError(f"levels have {sizes} ranks: give the smallest block of GPUs first, and each size once")
+        for level in self.levels:
+            refuse_impossible(level, f"{level.name}: ", (), ("step_s",))
+        if self.partial_element_bytes < 1:
+            raise ValueError(f"partial_element_bytes={self.partial_element_bytes}: use 1 or more")
         if not 0 <= self.overlap <= 1:
             raise ValueError(f"overlap={self.overlap} is not a share; use a number from 0 to 1")
 
@@ -247,7 +254,7 @@ def machine_of(values: Any, source: str) -> Machine:
         whole = ("gpus_per_node", "partial_element_bytes", "ranks_at_once")
         others = ("fitted", "levels", "errors")
         given = {name: value for name, value in values.items() if name not in others and value is not None}
-        plain: dict[str, Any] = {name: (int if name in whole else float)(value) for name, value in given.items()}
+        plain: dict[str, Any] = {name: (_whole if name in whole else float)(value) for name, value in given.items()}
         return Machine(levels=levels, errors=errors, **plain)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -278,12 +285,19 @@ def _accuracy_of(values: Mapping[str, Any]) -> Accuracy:
     return Accuracy(float(values["share"]), tuple(map(str, values["axes"])), int(values["ranks"]), element_bytes)
 
 
+def _whole(value: Any) -> int:
+    """Return ``value`` as a whole number.  Raises ValueError if it has a fraction."""
+    if int(value) != float(value):
+        raise ValueError(f"{value} is not a whole number")
+    return int(value)
+
+
 def _level_of(values: Mapping[str, Any]) -> Level:
     """Return the `Level` that ``values`` of a YAML file describe."""
     refuse_unknown(values, [one.name for one in fields(Level)], "a level of links")
     return Level(
         name=str(values["name"]),
-        ranks=int(values["ranks"]),
+        ranks=_whole(values["ranks"]),
         hop=link_of(values["hop"]),
         exchange=link_of(values["exchange"]),
         step_s=None if values.get("step_s") is None else float(values["step_s"]),

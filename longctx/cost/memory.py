@@ -137,7 +137,7 @@ def _saved(shape: Decoder, mesh: Degrees, work: StepWork, numbers: Numbers) -> d
     heads, tensors = shape.heads / mesh.tp, 3 + own_layers if shape.gated else 2
     mixed, experts = expert_layers(shape) / shape.layers, 0.0
     if shape.mixture:
-        experts = mixed * shape.mixture.per_token * (tensors * shape.mixture.ffn / mesh.tp + shape.hidden)
+        experts = mixed * shape.mixture.per_token * ((tensors + 2) * shape.mixture.ffn / mesh.tp + 3 * shape.hidden)
     kv_heads = max(1, shape.kv_heads / mesh.tp, mesh.ulysses)
     queries, keys = heads * shape.head_dim, kv_heads * shape.head_dim
     views = own_layers * (queries + keys) if mesh.ulysses == 1 else 0
@@ -179,7 +179,9 @@ def _layer(shape: Decoder, mesh: Degrees, work: StepWork, numbers: Numbers) -> _
     saved_ffn = {"none": 0.0 if work.mlp_rows else ffn, "selective": pieces["experts"], "full": 0.0}[work.recompute]
     saved_rest = stream + pieces["partial"] if work.recompute == "full" else rest
     # Experts run one after the other, so that one expert's gradients exist at a time.
-    width = shape.mixture.ffn / shape.mixture.count * mesh.ep if shape.mixture else shape.ffn
+    width: float = shape.ffn
+    if shape.mixture:
+        width = shape.mixture.ffn * shape.mixture.per_token / shape.mixture.count * mesh.ep
     width *= numbers.element / mesh.tp
     offloaded = work.offload and saved_ffn == ffn
     return _Layer(

@@ -124,9 +124,11 @@ def _attention(
         passes = COSTS[strategy](one, hardware), backward_cost(one, hardware)
         seconds["attention"] += layers * blocks
         seconds["ring"] += layers * (sum(cost.seconds for cost in passes) - blocks)
-        seconds["ulysses"] += layers * 2 * ulysses_seconds(one, mesh.ulysses, link)
+        # Forward and backward; recomputation exchanges heads again, but does not run the ring again.
+        exchanges = 2 if work.recompute == "none" else 3
+        seconds["ulysses"] += layers * exchanges * ulysses_seconds(one, mesh.ulysses, link)
         sent["ring"] += layers * sum(cost.bytes_sent for cost in passes)
-        sent["ulysses"] += layers * 2 * sum(ulysses_bytes(one, mesh.ulysses))
+        sent["ulysses"] += layers * exchanges * sum(ulysses_bytes(one, mesh.ulysses))
     return seconds, sent
 
 
@@ -140,7 +142,9 @@ def _products(
     weights = layers * (3 * (projections + ffn) + again) + 3 * shape.hidden * shape.vocab_size  # the last stage's head
     unread = 3 * layers * (ffn - dense_ffn_weights(shape) - expert_weights(shape) / mesh.ep)  # other ranks' experts
     read = (weights - unread) * numbers.element / mesh.tp / machine.memory_bytes_per_s
-    reductions = layers * (5 - 2 * numbers.spd_share + (2 if work.recompute == "full" else 0))
+    # Recomputing a dense MLP gathers its input and scatters its output again: together one reduction.
+    recomputed = {"none": 0.0, "selective": 1 - expert_layers(shape) / shape.layers, "full": 2.0}[work.recompute]
+    reductions = layers * (5 - 2 * numbers.spd_share + recomputed)
     if mesh.ep > 1:
         reductions *= 1 - expert_layers(shape) / shape.layers / 2
     size = rows * shape.hidden * numbers.element

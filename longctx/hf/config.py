@@ -11,6 +11,8 @@ from longctx.model_shape import ModelShape
 from longctx.models import Family, family_of
 from longctx.models.family import head_dim_of
 
+_DROPOUTS = ("attention_dropout", "residual_dropout", "embedding_dropout", "resid_pdrop", "embd_pdrop")
+
 
 def shape_of(folder: Path) -> ModelShape:
     """Return the `ModelShape` of a Hugging Face folder.
@@ -123,8 +125,9 @@ def refuse_untrainable(folder: Path) -> None:
     These settings have no effect in inference.
     """
     values = json.loads((folder / "config.json").read_text())
-    if dropout := values.get("attention_dropout"):
-        raise ValueError(f"attention_dropout={dropout}: longctx trains without dropout; set it to 0 in config.json")
+    for name in _DROPOUTS:
+        if dropout := values.get(name):
+            raise ValueError(f"{name}={dropout}: longctx trains without dropout; set it to 0 in config.json")
     if noise := values.get("router_jitter_noise"):
         raise ValueError(f"router_jitter_noise={noise}: longctx trains without noise; set it to 0 in config.json")
 

@@ -129,13 +129,18 @@ def config_for_context(
     """
     config = read_config(source / "config.json")
     if not (rope_theta or rope_factor):
-        return {"max_position_embeddings": max_positions} if max_positions else {}
+        return {"max_position_embeddings": max_positions, **_same_rotary(config)} if max_positions else {}
     if family_of(config.model_type).rotary_by_layer_type:
         raise ValueError(
             "model.rope_theta and model.rope_factor: this model has a rotary embedding for each type of layers; "
             "change rope_parameters in a copy of its config.json"
         )
     rope = dict(config.rope_parameters)
+    if rope_factor and family_of(config.model_type).longrope_only:
+        raise ValueError(
+            f"model.rope_factor={rope_factor}: transformers' {config.model_type} takes neither a linear factor nor "
+            "YaRN; use model.rope_theta"
+        )
     if rope_factor and rope["rope_type"] != "default":
         raise ValueError(
             f"model.rope_factor={rope_factor}: this model's rotary embedding is of type {rope['rope_type']} "
@@ -148,8 +153,24 @@ def config_for_context(
         if rope_type == "yarn":
             rope["original_max_position_embeddings"] = config.max_position_embeddings
     if rope_theta:
-        rope["rope_theta"] = rope_theta
+        rope |= _same_rotary(config).get("rope_parameters", {}) | {"rope_theta": rope_theta}
     return {**fields, "rope_parameters": rope}
+
+
+def _same_rotary(config: Any) -> dict[str, Any]:
+    """Return the field of config.json that makes a scaled rotary embedding independent of max_position_embeddings.
+
+    transformers takes the original length from there if the rotary embedding does not state it; LongRoPE also takes
+    its factor from the ratio of the two lengths.  The result is empty for an embedding that depends on neither.
+    """
+    rope = dict(config.rope_parameters or {})
+    if rope.get("rope_type") not in ("yarn", "llama3", "longrope", "dynamic"):
+        return {}
+    original = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+    rope.setdefault("original_max_position_embeddings", original)
+    if rope["rope_type"] == "longrope":
+        rope.setdefault("factor", config.max_position_embeddings / rope["original_max_position_embeddings"])
+    return {"rope_parameters": rope}
 
 
 def bytes_tokenizer() -> Any:

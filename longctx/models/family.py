@@ -44,6 +44,7 @@ class Family:
       transformers' code reads them, or they have no effect in published models.
     * ``partial_rotary``: the rotary embedding may have a partial_rotary_factor.
     * ``rotary_by_layer_type``: each type of layer has a separate rotary embedding.
+    * ``longrope_only``: transformers' class accepts no other scaling of the rotary embedding than LongRoPE.
     * ``typical`` has settings of published models that switch on a feature which transformers' defaults leave off.
     """
 
@@ -56,6 +57,7 @@ class Family:
     undeclared: tuple[str, ...] = ()
     partial_rotary: bool = False
     rotary_by_layer_type: bool = False
+    longrope_only: bool = False
     typical: Mapping[str, Any] = field(default_factory=dict)
 
     def shape(self, config: Config, end_tokens: tuple[int, ...]) -> ModelShape:

@@ -6,7 +6,7 @@ from longctx.models.family import Config, Family, refuse
 
 
 def _options(config: Config) -> dict[str, Any]:
-    refuse(config, hidden_act="gelu_pytorch_tanh", residual_dropout=0.0, embedding_dropout=0.0)
+    refuse(config, hidden_act="gelu_pytorch_tanh")
     return {
         "norm_eps": config.norm_epsilon,
         "layer_norm": True,

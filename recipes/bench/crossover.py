@@ -281,6 +281,10 @@ def report(job: CrossoverJob, hardware: Hardware, times: Sequence[MissRateTimes]
     if settings.fitted:
         measured = {"threads": target.run.threads, "model": target.model.name, "dtype": target.model.dtype}
         file = {"measured": {**provenance(), **links, **measured}, **asdict(hardware)}
+        if settings.hardware:  # all other constants, and what is known of them, are those of that file
+            given = yaml.safe_load(Path(settings.hardware).expanduser().read_text(encoding="utf-8"))
+            origin = {**(given.get("measured") or {}), "empirical": file["measured"]}
+            file = {**given, "measured": origin, "empirical": file["empirical"]}
         Path(settings.fitted).parent.mkdir(parents=True, exist_ok=True)
         Path(settings.fitted).write_text(yaml.safe_dump(file, sort_keys=False))
     if settings.picture:

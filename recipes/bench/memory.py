@@ -21,7 +21,7 @@ from longctx.cost.memory import inference_bytes
 from longctx.parallel.launch import Rank
 from longctx.parallel.validate import refuse_unfit
 from recipes.bench.prefill import build_shallow_engine
-from recipes.bench.timing import refuse_set_by_runs
+from recipes.bench.timing import refuse_gpu, refuse_set_by_runs
 from recipes.common.cli import console, on_ranks, say, warm_up_ranks, write_result
 from recipes.common.places import refuse_unwritable
 from recipes.common.predicted import ELEMENT_BYTES
@@ -100,6 +100,11 @@ def prepare(config: DictConfig) -> MemoryBenchJob:
     runs = sections(config, "runs", MemoryRun)
     plain = as_config({name: value for name, value in values.items() if name not in ("json", "runs")})
     job = resolve_train_job(plain, RECIPE, from_scratch=True)
+    refuse_gpu(job.target, RECIPE)
+    if job.target.context.layout != "zigzag":
+        raise ValueError(f"context.layout={job.target.context.layout}: {RECIPE} measures zigzag only; leave it out")
+    if job.target.shape.mixture and any(run.work != "train" for run in runs):
+        raise ValueError(f"{RECIPE} predicts mixtures of experts in training only: use runs with work: train")
     own = {name: getattr(job.settings, name) for name in ("recompute", "mlp_rows", "offload")}
     refuse_set_by_runs(job, RECIPE, {"optim.zero1": job.optim.zero1, **own})
     return MemoryBenchJob(settings, runs, tuple(_job_of(job, run) for run in runs))

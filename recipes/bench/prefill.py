@@ -209,7 +209,7 @@ def build_shallow_engine(runtime: Runtime, target: Target, layers: int, plan: SP
     net = build_model(shape, runtime.groups, dtype=dtype, layers="local", device=runtime.device, plan=plan)
     hf_load.load(net, RandomInit(shape, seed=0), shape)
     comms = (runtime.tp, runtime.ulysses, runtime.ring, runtime.context)
-    return Engine(net, shape, kernel_for("auto", runtime.device.type, target.model.dtype), *comms)
+    return Engine(net, shape, kernel_for(target.context.kernel, runtime.device.type, target.model.dtype), *comms)
 
 
 def time_variants(

@@ -114,6 +114,7 @@ def prepare(config: DictConfig) -> RivalJob:
         refuse_unwritable_folder(settings.out)
     recipe = "recipes.bench rivals"
     target = resolve_target(config, recipe, unused_axes=("tp", "ulysses", "dp", "pp"), spd="refuse")
+    timing.refuse_gpu(target, recipe)
     if target.mesh.ring < 2:
         raise ValueError(f"mesh.ring={target.mesh.ring} has no second rank to compare with: use mesh.ring=2 or more")
     if "decode" in settings.parts:

@@ -173,7 +173,7 @@ def accuracies(values: Mapping[str, Any]) -> Iterator[Quality]:
         if baseline["dropped"] or baseline["reduce"] != "float32":
             raise ValueError("the report's baseline drops or rounds reductions: evaluate the model without them first")
         if variant["mesh"] != baseline["mesh"]:
-            continue  # of another mesh: the times are not for it
+            continue  # the times are those of the baseline's mesh
         difference = values["average"][name]["difference"] or 0.0
         repair = "repaired" if variant["repaired"] else "not repaired"
         yield Quality(ACCURACY, repair, variant["reduce"], variant["dropped"], -100 * difference)

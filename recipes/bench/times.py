@@ -25,7 +25,7 @@ from recipes.bench.host_call import call_on_hosts
 from recipes.bench.hosts import bits_per_s, refuse_hosts
 from recipes.bench.timed_run import TimedRun, dropped_share, measure, measure_all
 from recipes.bench.times_report import Row, covering_error, draw_times, errors, merge, page_of, show
-from recipes.bench.timing import refuse_set_by_runs
+from recipes.bench.timing import refuse_gpu, refuse_set_by_runs
 from recipes.common.cli import is_first, on_ranks, say, warm_up_ranks, write_result
 from recipes.common.hardware_file import read_machine, record_errors, refuse_other_threads
 from recipes.common.overrides import choices
@@ -56,12 +56,16 @@ class TimesSettings:
 
 @dataclass(frozen=True)
 class TimesJob:
-    """Training jobs, one for each run, and the machine that predictions are for."""
+    """Training jobs, one for each run, and the machine that predictions are for.
+
+    ``length`` is data.length, for runs that do not set their number of new tokens.
+    """
 
     settings: TimesSettings
     machine: Machine
     runs: tuple[TimedRun, ...]
     jobs: tuple[TrainJob, ...]
+    length: int
 
 
 def prepare(config: DictConfig) -> TimesJob:
@@ -87,12 +91,16 @@ def prepare(config: DictConfig) -> TimesJob:
     job = resolve_train_job(as_config({**plain, "hardware": None}), RECIPE, from_scratch=True)
     if job.target.shape.mixture:
         raise ValueError(f"{RECIPE} does not support mixtures of experts: use a dense model")
+    refuse_gpu(job.target, RECIPE)
+    if job.target.context.layout != "zigzag":
+        raise ValueError(f"context.layout={job.target.context.layout}: {RECIPE} measures zigzag only; leave it out")
     refuse_set_by_runs(job, RECIPE)
     if settings.json:
         merge(settings.json, (), dict.fromkeys(run.group for run in runs))  # raises for a file of an older version
     if job.settings.offload:
         raise ValueError(f"offload={job.settings.offload}: the time of offload has no prediction; use offload=null")
-    return TimesJob(settings, read_machine(settings.hardware), runs, tuple(_job_of(job, run) for run in runs))
+    jobs = tuple(_job_of(job, run) for run in runs)
+    return TimesJob(settings, read_machine(settings.hardware), runs, jobs, job.data.length)
 
 
 def refuse_no_hosts(runs: Sequence[TimedRun], without_hosts: Sequence[str]) -> None:
@@ -229,7 +237,7 @@ def report(job: TimesJob, results: Sequence[Row]) -> None:
     groups of this file.
     """
     settings, one = job.settings, job.jobs[0]
-    metadata = {"model": one.target.model.name, "length": one.data.length, "loss_rows": one.settings.loss_rows}
+    metadata = {"model": one.target.model.name, "length": job.length, "loss_rows": one.settings.loss_rows}
     metadata |= {"hardware": settings.hardware, "rounds": settings.rounds, **provenance()}
     show(results)
     merged: Sequence[Row] = results

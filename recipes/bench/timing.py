@@ -42,6 +42,12 @@ def refuse_set_by_runs(job: TrainJob, recipe: str, more: Mapping[str, object] | 
         raise ValueError(f"{unused[0]} is not used by {recipe}, whose runs each have their own: leave it out")
 
 
+def refuse_gpu(target: Target, recipe: str) -> None:
+    """Raise ValueError, naming ``recipe``, if the run is on a GPU: this benchmark does not wait for a GPU's work."""
+    if target.run.device != "cpu":
+        raise ValueError(f"run.device={target.run.device}: {recipe} measures cpu only; use run=cpu")
+
+
 @dataclass(frozen=True)
 class Rounds(Generic[Figure]):
     """Figures of one variant: that of the warm-up round, whose seconds are not reported, and one per timed round."""

@@ -33,6 +33,10 @@ def choose(inexact=(), elsewhere=None):
     return fastest_exact(GPU, check, lambda kernel: SECONDS[kernel.name], slowest).name
 
 
+class CannotCompile(Exception):
+    """As Triton's errors, of no other class."""
+
+
 def test_fastest_is_chosen():
     assert choose() == "flash_attn"
 
@@ -41,6 +45,7 @@ def test_fastest_exact_kernel_is_chosen_if_a_faster_one_is_inexact_or_fails():
     assert choose({"flash_attn": ValueError("off by 0.1")}) == "cudnn"
     failures = {"flash_attn": RuntimeError("no kernel image"), "cudnn": ImportError("libcudnn")}
     assert choose(failures) == "flash_cuda"
+    assert choose({"flash_attn": CannotCompile("ptxas")}) == "cudnn", "errors of Triton are of no common class"
 
 
 def test_the_slowest_rank_decides_and_a_kernel_that_fails_on_one_rank_is_not_chosen():

@@ -1,15 +1,19 @@
 """Machines: cores that ranks share, slower links, rounded reductions, and a measured backward."""
 
+import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
+import yaml
 
 from longctx.config import Mesh
 from longctx.cost.forward import Numbers, decode_cost, prefill_cost
 from longctx.cost.hardware import LayerRates, Link
-from longctx.cost.machine import Level, Machine
+from longctx.cost.machine import Level, Machine, machine_of
 from longctx.cost.step import StepWork, step_cost
 from longctx.model_shape import ModelShape
+from recipes.common.overrides import CONFIGS
 
 SHAPE = ModelShape(5, 300, 12, 6, 30, 720, 4000, 4096, 1e-5, False, False)
 LINK = Link(1e-4, 1e8)
@@ -61,8 +65,10 @@ def test_a_measured_backward_and_all_reduce_replace_the_arithmetic():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("backward", 0), ("peak_flops", 0), ("ranks_at_once", 0), ("block_s", -1e-6), ("turn_s", -1)]
-)
+    ("name", "value"),
+    [("backward", 0), ("peak_flops", 0), ("ranks_at_once", 0), ("block_s", -1e-6), ("turn_s", -1),
+     ("gemm_flops", math.nan), ("layer_s", math.inf), ("partial_element_bytes", 0)],
+)  # fmt: skip
 def test_impossible_constants_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name}={value}"):
         replace(MACHINE, **{name: value})
@@ -72,3 +78,36 @@ def test_impossible_constants_are_refused(name, value):
 def test_impossible_rates_of_a_layer_are_refused(name, value):
     with pytest.raises(ValueError, match=f"layer {name}={value}"):
         replace(LayerRates(1e10, 1e9, 0.0, LINK), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"gpus_per_node": 7.9}, "7.9 is not a whole number"),
+        ({"gemm_flops": float("nan")}, "gemm_flops=nan"),
+        ({"levels": "reversed"}, "give the smallest block of GPUs first"),
+        ({"levels": "hop"}, "latency_s=nan"),
+        ({"levels": "step"}, "within a node: step_s=-1.0: use a number from 0 on"),
+    ],
+)
+def test_impossible_files_are_refused(change, words):
+    values = yaml.safe_load((CONFIGS / "machine" / "h200.yaml").read_text())
+    levels = {"reversed": values["levels"][::-1], "hop": [{**values["levels"][0], "hop": NAN}],
+              "step": [{**values["levels"][0], "step_s": -1}]}  # fmt: skip
+    change = {name: levels.get(value, value) if name == "levels" else value for name, value in change.items()}
+    assert machine_of(values, "h200")
+    with pytest.raises(ValueError, match=words):
+        machine_of({**values, **change}, "h200")
+
+
+NAN = {"latency_s": float("nan"), "bytes_per_s": 1e9}
+
+
+def test_recomputation_exchanges_heads_and_sums_again():
+    """Measured: a rank sends half as much again over Ulysses, and one all-reduce more a layer with tp."""
+    work = {kind: StepWork(96, 1, recompute=kind) for kind in ("none", "selective", "full")}
+    cost_of = partial(step_cost, SHAPE, machine=MACHINE, strategy="pass_kv", numbers=NUMBERS)
+    ulysses = [cost_of(mesh=Mesh(ulysses=2), work=one).bytes["ulysses"] for one in work.values()]
+    assert ulysses == [ulysses[0], 1.5 * ulysses[0], 1.5 * ulysses[0]]
+    tp = [cost_of(mesh=Mesh(tp=2), work=one).bytes["tp"] for one in work.values()]
+    assert tp == pytest.approx([tp[0], 6 / 5 * tp[0], 7 / 5 * tp[0]])

@@ -52,7 +52,13 @@ def run_task(base_config: DictConfig, tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(run, "on_every_rank", answer)
     monkeypatch.setattr(run, "warm_up_ranks", lambda _: None)
-    monkeypatch.setattr(run, "record", lambda *_: nullcontext((tmp_path / "out").mkdir(exist_ok=True)))
+
+    def record(*_: object) -> nullcontext[None]:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "manifest.json").write_text('{"module": "eval.run", "out": "out"}')
+        return nullcontext()
+
+    monkeypatch.setattr(run, "record", record)
 
     def start(*settings: str, variants: tuple[str, ...] = tuple(LOST)) -> tuple[object, dict]:
         # Variants differ in a setting that changes the name of their answers' file.

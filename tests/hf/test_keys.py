@@ -128,7 +128,8 @@ def test_every_declared_key_is_known(model_type):
         # Replaced by others: kinds of layers, and longrope's parameters.
         "max_window_layers", "no_rope_layer_interval", "use_sliding_window", "original_max_position_embeddings",
         # Refused in training, unused otherwise.
-        "attention_dropout", "router_jitter_noise",
+        "attention_dropout", "residual_dropout", "embedding_dropout", "resid_pdrop", "embd_pdrop",
+        "router_jitter_noise",
         # The same as num_local_experts.
         "num_experts",
         # Read by `shape_of`.
@@ -138,15 +139,17 @@ def test_every_declared_key_is_known(model_type):
 
 
 @pytest.mark.parametrize(
-    ("changed", "words"),
+    ("model_type", "changed", "words"),
     [
-        ({"attention_dropout": 0.1}, "attention_dropout=0.1: longctx trains without dropout"),
-        ({"router_jitter_noise": 0.1}, "router_jitter_noise=0.1: longctx trains without noise"),
+        ("mixtral", {"attention_dropout": 0.1}, "attention_dropout=0.1: longctx trains without dropout"),
+        ("starcoder2", {"residual_dropout": 0.1}, "residual_dropout=0.1: longctx trains without dropout"),
+        ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop=0.1: longctx trains without dropout"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1: longctx trains without noise"),
     ],
     ids=str,
 )
-def test_model_is_refused_in_training_alone(tmp_path, changed, words):
-    shape_of(write(tmp_path, "mixtral", **changed))
+def test_model_is_refused_in_training_alone(tmp_path, model_type, changed, words):
+    shape_of(write(tmp_path, model_type, **changed))
     with pytest.raises(ValueError, match=words):
         refuse_untrainable(tmp_path)
     refuse_untrainable(write(tmp_path, "mixtral", output_router_logits=True, router_aux_loss_coef=0.1))

@@ -1,5 +1,6 @@
 """Folders without weights, written from settings; and folders with another context that link to the weights."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from longctx.hf.checkpoint import tensor_files
 from longctx.hf.config import shape_of, tokenizer_of
 from longctx.hf.locate import locate
 from tests.hf.test_locate import LLAMA3, SIZES, cached_folders, save_config
+from tests.megatron.kinds import random_model
 
 
 @pytest.fixture
@@ -114,6 +116,40 @@ def test_scaled_rotary_embedding_is_not_scaled_again(tmp_path):
     source = save_config(tmp_path / "source", LlamaConfig(**SIZES, rope_parameters=LLAMA3))
     with pytest.raises(ValueError, match=r"model\.rope_factor=2\.0: .* type llama3 already; use model\.rope_theta"):
         locate(ModelSource("m", source=str(source), cache=str(tmp_path / "cache"), rope_factor=2.0))
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10_000.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4},
+        {"rope_type": "linear", "factor": 3.0, "rope_theta": 10_000.0},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_longer_context_leaves_a_scaled_rotary_embedding_as_it_is(rope, tmp_path):
+    """transformers derives a missing original length from the longest context."""
+    source = save_config(tmp_path / "source", LlamaConfig(**SIZES))
+    values = json.loads((source / "config.json").read_text())
+    del values["rope_parameters"]
+    (source / "config.json").write_text(json.dumps({**values, "rope_scaling": rope, "rope_theta": 10_000.0}))
+    longer = shape_of(locate(ModelSource("m", source=str(source), cache=str(tmp_path / "cache"), max_positions=388)))
+    assert longer.max_positions == 388 and longer.rotaries == shape_of(source).rotaries
+
+
+def test_longer_context_leaves_longrope_as_it_is(tmp_path):
+    source = random_model("phi3, longrope", tmp_path / "source")
+    longer = shape_of(locate(ModelSource("m", source=str(source), cache=str(tmp_path / "cache"), max_positions=3001)))
+    assert longer.max_positions == 3001 and longer.rotaries == shape_of(source).rotaries
+
+
+@pytest.mark.parametrize("rope_type", ["linear", "yarn"])
+def test_factor_that_a_family_does_not_take_is_refused_before_a_folder_is_made(tmp_path, rope_type):
+    source, cache = random_model("phi3", tmp_path / "source"), tmp_path / "cache"
+    model = ModelSource("m", source=str(source), cache=str(cache), rope_factor=2.0, rope_type=rope_type)
+    with pytest.raises(ValueError, match=r"phi3 takes neither a linear factor nor YaRN; use model\.rope_theta"):
+        locate(model)
+    assert not cache.exists() or not any(cache.iterdir())
 
 
 def test_model_has_exactly_one_source(scratch):

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -93,6 +93,18 @@ def test_files_state_the_links_and_the_constants_fitted_to_all_rows(job, tmp_pat
         assert tuple(on["empirical"]) == fitted
     assert (file["measured"]["threads"], file["measured"]["dtype"]) == (1, "float32")
     assert ("70mbit links" in Path(names["picture"]).read_text()) == bool(hosts)
+
+
+def test_fitted_file_keeps_what_is_known_of_the_machine(job, tmp_path):
+    """Only the constants of the empirical rule are measured here; the others, and their errors, are the file's."""
+    given = {"measured": {"threads": 1, "rate": "10mbit"}, **asdict(ON), "errors": {"prefill": {"share": 0.1}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(given))
+    place = str(tmp_path / "mine.yaml")
+    crossover.report(job(hardware=place, fitted=place), ON, SURPRISE[1:3])
+    file = yaml.safe_load(Path(place).read_text())
+    changed = {name for name in file if file[name] != given[name]}
+    assert changed == {"measured", "empirical"} and file["measured"]["rate"] == "10mbit"
+    assert file["measured"]["empirical"]["mesh"] == "ring=3"
 
 
 def test_a_model_with_windows_is_refused(refused, tiny, tmp_path):

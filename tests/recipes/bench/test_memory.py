@@ -20,6 +20,19 @@ def test_prediction_is_close_to_the_measured_bytes(cli, tmp_path):
         assert abs(of_sum) <= 0.05 and abs(of_part) <= 0.1, run
 
 
+@pytest.mark.parametrize("chosen", [2, 3])
+def test_prediction_for_a_mixture_of_experts(cli, tmp_path, chosen):
+    file = tmp_path / "memory.json"
+    fields = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": chosen, "intermediate_size": 512}
+    words = ("model=tiny", *(f"++model.config.{name}={value}" for name, value in fields.items()), "data.length=512")
+    runs = "runs=[{work:train},{work:train,recompute:full}]"
+    code, _, err = cli(memory, memory.task, *words, "loss_rows=64", runs, f"json={file}", f"out={tmp_path / 'run'}")
+    assert code == 0, err
+    for run in json.loads(file.read_text())["runs"]:
+        of_sum, of_part = errors(run)
+        assert abs(of_sum) <= 0.05 and abs(of_part) <= 0.1, run
+
+
 def test_prediction_counts_the_bytes_of_the_dtype(cli, tmp_path):
     """A kernel's float32 copies of 16-bit inputs are not predicted: only the parts that last are compared."""
     file, runs = tmp_path / "memory.json", "runs=[{work:prefill},{work:decode}]"
@@ -58,6 +71,11 @@ def test_windows_shrink_buffers_and_not_the_cache(cli, tmp_path):
         ),
         (["context.strategy=pass_q"], "context.strategy is not used"),
         (["recompute=full"], "recompute is not used"),
+        (["context.layout=striped"], "context.layout=striped: recipes.bench memory measures zigzag only"),
+        (
+            ["++model.config.model_type=mixtral", "++model.config.num_local_experts=4"],
+            "recipes.bench memory predicts mixtures of experts in training only",
+        ),
     ],
 )
 def test_settings_that_each_run_has_are_refused(refused, words, says):

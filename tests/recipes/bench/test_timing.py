@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from longctx.attention.layout import zigzag
-from longctx.config import ModelSource
+from longctx.config import ModelSource, Run
 from longctx.hf.config import shape_of
 from longctx.infer.cache import KVCache
 from longctx.parallel.comm import SingleRankComm
@@ -100,3 +100,9 @@ def test_more_tokens_than_the_model_has_positions_are_refused(target):
     timing.refuse_beyond_model(target, tokens=90, new_tokens=7)
     with pytest.raises(ValueError, match="tokens=90 and new_tokens=8: tiny has 97 positions; use at most 97 tokens"):
         timing.refuse_beyond_model(target, tokens=90, new_tokens=8)
+
+
+def test_gpu_is_refused_where_its_work_is_not_waited_for():
+    timing.refuse_gpu(SimpleNamespace(run=Run()), "recipes.bench rivals")
+    with pytest.raises(ValueError, match=r"run\.device=cuda: recipes\.bench rivals measures cpu only; use run=cpu"):
+        timing.refuse_gpu(SimpleNamespace(run=Run(device="cuda")), "recipes.bench rivals")
